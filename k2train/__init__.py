@@ -1,0 +1,1 @@
+"""k2train: a Megatron-style 3D-parallel pretraining framework that fits a laptop and a cluster."""

@@ -1,0 +1,1 @@
+"""Numbered, sharded, layout-free checkpoints."""

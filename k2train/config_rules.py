@@ -1,0 +1,275 @@
+"""The rules that tie config values to each other and to the number of processes, with the nearest values that pass.
+
+The choice taken: a rule is a function over dotted values that declares the keys it needs, so that it can run on the
+part of a config that could be read while another part is still wrong. A suggested value passes every rule that has
+this one value as its subject, so that following it does not lead to the next error.
+The alternative refused: pydantic's model validators, which are skipped as soon as one field is bad, so that a user
+meets the mistakes of a file in two rounds.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+Values = Mapping[str, Any]
+Check = Callable[[Values], str | None]
+
+SEARCH_LIMIT = 20_000
+
+_RULES: list[tuple[tuple[str, ...], Check]] = []
+
+
+def nearest(value: int, legal: Callable[[int], bool], minimum: int = 1) -> list[int]:
+    """The closest legal number below `value` and the closest above it; each may be missing."""
+    below = range(value - 1, max(minimum, value - SEARCH_LIMIT) - 1, -1)
+    above = range(max(value + 1, minimum), value + SEARCH_LIMIT)
+    return [found for numbers in (below, above) if (found := next(filter(legal, numbers), None)) is not None]
+
+
+def cross_field_mistakes(values: Values) -> list[tuple[tuple[str, ...], str]]:
+    """Every rule broken by `values` (dotted key -> value): the keys it is about and one line that starts with a key.
+
+    Rules whose keys are not all present are passed over.
+    """
+    found = []
+    for keys, check in _RULES:
+        if all(key in values for key in keys):
+            message = check(values)
+            if message:
+                found.append((keys, message))
+    return found
+
+
+def _rule(*keys: str) -> Callable[[Check], Check]:
+    def register(check: Check) -> Check:
+        _RULES.append((keys, check))
+        return check
+
+    return register
+
+
+def _hint(key: str, numbers: list[int], when_none: str = "; no {key} fits") -> str:
+    return f"; nearest {key}: {', '.join(map(str, numbers))}" if numbers else when_none.format(key=key)
+
+
+def _fits_tensor(values: Values, tensor: int) -> bool:
+    keys = ["model.num_heads", "model.num_kv_heads", "model.ffn_hidden_size"]
+    if values.get("parallel.sequence"):
+        keys.append("data.sequence_length")
+    return all(values[key] % tensor == 0 for key in keys if key in values) and tensor <= values.get(
+        "model.vocab_size", tensor
+    )
+
+
+def _fits_stages(values: Values, pipeline: int, stages_per_rank: int) -> bool:
+    """Whether the layers divide; an interleaved schedule asks for at least 2 of both besides."""
+    smallest = 2 if values.get("parallel.schedule") == "interleaved" else 1
+    layers = values.get("model.num_layers", 0)
+    return min(pipeline, stages_per_rank) >= smallest and layers % (pipeline * stages_per_rank) == 0
+
+
+def _nearest_pipeline(values: Values) -> str:
+    pipeline, stages_per_rank = values["parallel.pipeline"], values["parallel.stages_per_rank"]
+    if values.get("parallel.schedule") == "interleaved":
+        stages_per_rank = max(stages_per_rank, 2)
+    numbers = nearest(pipeline, lambda other: _fits_stages(values, other, stages_per_rank))
+    return _hint("parallel.pipeline", numbers)
+
+
+def _nearest_stages_per_rank(values: Values) -> str:
+    pipeline, stages_per_rank = values["parallel.pipeline"], values["parallel.stages_per_rank"]
+    numbers = nearest(stages_per_rank, lambda other: _fits_stages(values, pipeline, other))
+    return _hint("parallel.stages_per_rank", numbers)
+
+
+@_rule("model.hidden_size", "model.num_heads")
+def _head_size(values: Values) -> str | None:
+    hidden, heads, tensor = values["model.hidden_size"], values["model.num_heads"], values.get("parallel.tensor", 1)
+    kv_heads = values.get("model.num_kv_heads", 1)
+    # Left out, num_kv_heads follows num_heads, so it must not hold back the search for another num_heads.
+    kv_heads = 1 if kv_heads == heads else kv_heads
+    if hidden % heads:
+        problem = f"model.hidden_size ({hidden}) must be divisible by model.num_heads ({heads})"
+    elif hidden // heads % 2:
+        problem = (
+            f"model.hidden_size ({hidden}) / model.num_heads ({heads}) = {hidden // heads} must be even: "
+            "rotary positions turn pairs"
+        )
+    else:
+        return None
+    return (
+        problem
+        + _hint("model.hidden_size", nearest(hidden, lambda number: number % (2 * heads) == 0))
+        + _hint(
+            "model.num_heads",
+            nearest(heads, lambda number: not (hidden % (2 * number) or number % tensor or number % kv_heads)),
+            when_none="",
+        )
+    )
+
+
+@_rule("model.num_heads", "model.num_kv_heads")
+def _grouped_heads(values: Values) -> str | None:
+    heads, kv_heads, tensor = values["model.num_heads"], values["model.num_kv_heads"], values.get("parallel.tensor", 1)
+    if heads % kv_heads == 0:
+        return None
+    hidden = values.get("model.hidden_size", 0)
+    return (
+        f"model.num_heads ({heads}) must be divisible by model.num_kv_heads ({kv_heads})"
+        + _hint("model.num_kv_heads", nearest(kv_heads, lambda number: not (heads % number or number % tensor)))
+        + _hint(
+            "model.num_heads",
+            nearest(heads, lambda number: not (number % kv_heads or number % tensor or hidden % (2 * number))),
+            when_none="",
+        )
+    )
+
+
+def _tensor_rule(key: str) -> None:
+    @_rule(key, "parallel.tensor")
+    def check(values: Values) -> str | None:
+        number, tensor = values[key], values["parallel.tensor"]
+        hidden = values.get("model.hidden_size", 0) if key == "model.num_heads" else 0
+        # One mistake, not two, where num_kv_heads only follows num_heads.
+        follows = key == "model.num_kv_heads" and number == values.get("model.num_heads")
+        if number % tensor == 0 or follows:
+            return None
+        return (
+            f"{key} ({number}) must be divisible by parallel.tensor ({tensor})"
+            + _hint("parallel.tensor", nearest(tensor, lambda other: _fits_tensor(values, other)))
+            + _hint(key, nearest(number, lambda other: not (other % tensor or hidden % (2 * other))), when_none="")
+        )
+
+
+for _key in ("model.num_heads", "model.num_kv_heads", "model.ffn_hidden_size"):
+    _tensor_rule(_key)
+
+
+@_rule("data.sequence_length", "parallel.tensor", "parallel.sequence")
+def _sequence(values: Values) -> str | None:
+    length, tensor = values["data.sequence_length"], values["parallel.tensor"]
+    if not values["parallel.sequence"] or length % tensor == 0:
+        return None
+    return (
+        f"data.sequence_length ({length}) must be divisible by parallel.tensor ({tensor}) with parallel.sequence true"
+        + _hint("parallel.tensor", nearest(tensor, lambda other: _fits_tensor(values, other)))
+        + _hint("data.sequence_length", nearest(length, lambda other: other % tensor == 0, minimum=2))
+        + "; or parallel.sequence: false"
+    )
+
+
+@_rule("model.vocab_size", "parallel.tensor")
+def _vocabulary(values: Values) -> str | None:
+    vocabulary, tensor = values["model.vocab_size"], values["parallel.tensor"]
+    if vocabulary >= tensor:
+        return None
+    return (
+        f"model.vocab_size ({vocabulary}) must be at least parallel.tensor ({tensor})"
+        + _hint("parallel.tensor", nearest(tensor, lambda other: _fits_tensor(values, other)))
+        + f"; nearest model.vocab_size: {tensor}"
+    )
+
+
+@_rule("model.num_layers", "parallel.pipeline", "parallel.stages_per_rank")
+def _stages(values: Values) -> str | None:
+    layers, pipeline = values["model.num_layers"], values["parallel.pipeline"]
+    stages_per_rank = values["parallel.stages_per_rank"]
+    stages = pipeline * stages_per_rank
+    if layers % stages == 0:
+        return None
+    return (
+        f"model.num_layers ({layers}) must be divisible by parallel.pipeline ({pipeline})"
+        f" * parallel.stages_per_rank ({stages_per_rank}) = {stages}"
+        + _nearest_pipeline(values)
+        + (_nearest_stages_per_rank(values) if stages_per_rank > 1 else "")
+        + _hint("model.num_layers", nearest(layers, lambda other: other % stages == 0))
+    )
+
+
+@_rule("parallel.schedule", "parallel.stages_per_rank", "parallel.pipeline")
+def _schedule(values: Values) -> str | None:
+    schedule, pipeline = values["parallel.schedule"], values["parallel.pipeline"]
+    stages_per_rank = values["parallel.stages_per_rank"]
+    if schedule != "interleaved":
+        if stages_per_rank == 1:
+            return None
+        return (
+            f"parallel.schedule ({schedule}) runs 1 stage a rank, but parallel.stages_per_rank is {stages_per_rank}; "
+            "set parallel.stages_per_rank: 1 or parallel.schedule: interleaved"
+        )
+    if pipeline < 2:
+        name, number, hint = "parallel.pipeline", pipeline, _nearest_pipeline(values)
+    elif stages_per_rank < 2:
+        name, number, hint = "parallel.stages_per_rank", stages_per_rank, _nearest_stages_per_rank(values)
+    else:
+        return None
+    return f"parallel.schedule (interleaved) needs a {name} of 2 or more, is {number}{hint}; or parallel.schedule: 1f1b"
+
+
+@_rule("batch.global_sequences", "batch.micro_sequences")
+def _micro_batches(values: Values) -> str | None:
+    total, micro = values["batch.global_sequences"], values["batch.micro_sequences"]
+    if total % micro == 0:
+        return None
+    return (
+        f"batch.global_sequences ({total}) must be divisible by batch.micro_sequences ({micro})"
+        + _hint("batch.micro_sequences", nearest(micro, lambda other: total % other == 0))
+        + _hint("batch.global_sequences", nearest(total, lambda other: other % micro == 0))
+    )
+
+
+@_rule("lr.kind", "lr.peak", "lr.final")
+def _final_rate(values: Values) -> str | None:
+    kind, peak, final = values["lr.kind"], values["lr.peak"], values["lr.final"]
+    if final > peak:
+        return f"lr.final ({final:g}) must not be above lr.peak ({peak:g}); nearest lr.final: {peak:g}"
+    if kind == "constant" and final not in (0.0, peak):
+        return f"lr.final ({final:g}) has no effect with lr.kind constant; leave it out, or use cosine, linear or wsd"
+    return None
+
+
+@_rule("lr.kind", "lr.decay_steps")
+def _decay_steps(values: Values) -> str | None:
+    kind, decay_steps = values["lr.kind"], values["lr.decay_steps"]
+    if kind == "wsd" and decay_steps is None:
+        return "lr.decay_steps: lr.kind wsd needs the length of its final decay, in steps"
+    if kind != "wsd" and decay_steps is not None:
+        return f"lr.decay_steps ({decay_steps}) has no effect with lr.kind {kind}; leave it out, or use wsd"
+    return None
+
+
+def world_mistakes(values: Values, world_size: int) -> list[str]:
+    """What keeps `world_size` processes from sharing this config's grid and batch; one line each, none when it fits."""
+    tensor, pipeline = values["parallel.tensor"], values["parallel.pipeline"]
+    model_ranks = tensor * pipeline
+    if world_size < 1 or world_size % model_ranks:
+        worlds = nearest(world_size, lambda other: other % model_ranks == 0, minimum=model_ranks)
+        return [
+            f"world size ({world_size}) must be divisible by parallel.tensor ({tensor})"
+            f" * parallel.pipeline ({pipeline}) = {model_ranks}" + _hint("world size", worlds)
+        ]
+    data = world_size // model_ranks
+    total, micro = values["batch.global_sequences"], values["batch.micro_sequences"]
+    interleaved = values["parallel.schedule"] == "interleaved"
+    # An interleaved schedule hands micro-batches out in groups of one per pipeline rank.
+    group = pipeline if interleaved else 1
+    if total % (data * micro):
+        problem = (
+            f"batch.global_sequences ({total}) must be divisible by data-parallel size ({data})"
+            f" * batch.micro_sequences ({micro}) = {data * micro}"
+        )
+    elif total // (data * micro) % group:
+        problem = (
+            f"batch.global_sequences ({total}) / (data-parallel size ({data}) * batch.micro_sequences ({micro})) = "
+            f"{total // (data * micro)} micro-batches must be divisible by parallel.pipeline ({pipeline}) "
+            "with parallel.schedule interleaved"
+        )
+    else:
+        return []
+    totals = nearest(total, lambda other: other % (data * micro * group) == 0)
+    micros = nearest(micro, lambda other: total % (data * other * group) == 0)
+    return [
+        problem
+        + _hint("batch.global_sequences", totals)
+        + _hint("batch.micro_sequences", micros)
+        + f" (data-parallel size = world size {world_size} / {model_ranks})"
+    ]

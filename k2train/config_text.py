@@ -1,0 +1,290 @@
+"""From YAML text and dotted overrides to a plain tree in which every value knows where it was written, and back.
+
+The choice taken: PyYAML parses, but the meaning of a scalar is decided here, by the rules of YAML 1.2: `1e-4`, `3e6`
+and `1_000` are numbers, only `true` and `false` are booleans, `no`, `on` and `12:30` are text. Nothing stops at the
+first mistake: what cannot be understood is left out of the tree, noted as broken and told together with the rest.
+The alternative refused: `yaml.safe_load`, which reads `1e-4` as text, `no` as false and `012` as ten, keeps the last
+of two equal keys in silence, forgets lines, and expands aliases without bound.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from k2train.errors import ConfigError
+
+MAX_FILE_BYTES = 1_000_000
+MAX_DEPTH = 8
+MAX_NUMBER_CHARACTERS = 40
+
+Path = tuple[str | int, ...]
+
+_INTEGER = re.compile(r"[-+]?(?:0|[1-9][0-9]*(?:_[0-9]+)*)")
+_FLOAT = re.compile(r"[-+]?(?:(?:0|[1-9][0-9]*(?:_[0-9]+)*)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
+_PLAIN_TEXT = re.compile(r"[A-Za-z0-9_./][A-Za-z0-9_./-]*")
+_CONSTANTS = {"": None, "~": None, "null": None, "Null": None, "NULL": None} | {
+    spelling: value
+    for word, value in (("true", True), ("false", False))
+    for spelling in (word, word.title(), word.upper())
+}
+_YAML_11 = yaml.resolver.Resolver()
+_YAML_11_TEXT = "tag:yaml.org,2002:str"
+_REFUSED_TAG = "!refused"
+_BROKEN = object()
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a value was written: an override, a line of a file (counted from 1), or nowhere, which is a default."""
+
+    file: str = ""
+    line: int = 0
+    override: str = ""
+
+    def __str__(self) -> str:
+        if self.override:
+            return f"override '{self.override}'"
+        return f"{self.file}:{self.line}" if self.line else self.file
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """One thing wrong, and where."""
+
+    origin: Origin
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.origin}: {self.message}"
+
+
+@dataclass
+class Source:
+    """What was read: nested plain values, the origin of each path, the paths given up on, the mistakes so far."""
+
+    file: str
+    tree: dict[str, Any] = field(default_factory=dict)
+    origins: dict[Path, Origin] = field(default_factory=dict)
+    broken: set[Path] = field(default_factory=set)
+    mistakes: list[Mistake] = field(default_factory=list)
+
+    def origin_of(self, path: Path) -> Origin:
+        """Origin of `path`, or of the nearest thing around it that was written, or the start of the file."""
+        for length in range(len(path), 0, -1):
+            if path[:length] in self.origins:
+                return self.origins[path[:length]]
+        return Origin(self.file, 1)
+
+
+def dotted(path: Path) -> str:
+    """`("optimizer", "betas", 0)` as `optimizer.betas[0]`."""
+    text = ""
+    for part in path:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+    return text
+
+
+def parse_scalar(text: str) -> bool | int | float | str | None:
+    """The value of an unquoted YAML 1.2 scalar; text that is nothing else stays text (`012`, `no`, `.nan`, `0x10`)."""
+    if text in _CONSTANTS:
+        return _CONSTANTS[text]
+    # The length is bounded because Python refuses, with an error of its own, to convert thousands of digits.
+    if len(text) <= MAX_NUMBER_CHARACTERS:
+        if _INTEGER.fullmatch(text):
+            return int(text)
+        if _FLOAT.fullmatch(text):
+            return float(text)
+    return text
+
+
+def format_value(value: Any) -> str:
+    """One line of YAML that reads back equal, here and in readers that follow YAML 1.1."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float):
+        text = repr(value)
+        # YAML 1.1 readers take 1e-05 for text: they want a dot in the mantissa.
+        return text.replace("e", ".0e") if "e" in text and "." not in text else text
+    if isinstance(value, int):
+        return str(value)
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(format_value(item) for item in value) + "]"
+    plain = _PLAIN_TEXT.fullmatch(value) and parse_scalar(value) == value
+    if plain and _YAML_11.resolve(yaml.ScalarNode, value, (True, False)) == _YAML_11_TEXT:
+        return str(value)
+    return str(yaml.safe_dump(value, default_style='"', width=10**9)).strip()
+
+
+def _refused(what: str, event: Any) -> yaml.ScalarNode:
+    return yaml.ScalarNode(_REFUSED_TAG, what, event.start_mark, event.end_mark)
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's composer, which marks aliases and tags for refusal and bounds the depth; it constructs no values."""
+
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent):
+            self.get_event()
+            return _refused(f"alias *{event.anchor}", event)
+        if self.depth >= MAX_DEPTH:
+            raise yaml.MarkedYAMLError(problem=f"nested more than {MAX_DEPTH} deep", problem_mark=event.start_mark)
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        if event.tag is not None:
+            return _refused(f"tag {event.tag}", event)
+        return node
+
+
+def _compose(text: str) -> Any:
+    loader = _Loader(text)
+    try:
+        return loader.get_single_node()
+    finally:
+        loader.dispose()
+
+
+def _yaml_problem(error: yaml.YAMLError) -> tuple[int, str]:
+    """Line (from 1; 0 when unknown) and one line of text."""
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error)
+    return (mark.line + 1 if mark else 0), " ".join(str(problem).split())
+
+
+class _Reader:
+    """Walks composed nodes into `source.tree`; `override`, when set, is where everything it meets was written."""
+
+    def __init__(self, source: Source, override: str = "") -> None:
+        self.source = source
+        self.override = override
+
+    def origin(self, node: Any) -> Origin:
+        return Origin(override=self.override) if self.override else Origin(self.source.file, node.start_mark.line + 1)
+
+    def mistake(self, node: Any, path: Path, message: str) -> None:
+        self.source.mistakes.append(Mistake(self.origin(node), f"{dotted(path)}: {message}" if path else message))
+
+    def value(self, node: Any, path: Path) -> Any:
+        """Plain value of `node`, or `_BROKEN` after noting the mistake."""
+        if node.tag == _REFUSED_TAG:
+            self.mistake(node, path, f"YAML {node.value} is not accepted; write the value out")
+            self.source.broken.add(path)
+            return _BROKEN
+        if isinstance(node, yaml.MappingNode):
+            return self.mapping(node, path)
+        if isinstance(node, yaml.SequenceNode):
+            items = [self.item(child, (*path, index)) for index, child in enumerate(node.value)]
+            if any(item is _BROKEN for item in items):
+                self.source.broken.add(path)
+                return _BROKEN
+            return items
+        return node.value if node.style else parse_scalar(node.value)
+
+    def item(self, node: Any, path: Path) -> Any:
+        self.source.origins[path] = self.origin(node)
+        return self.value(node, path)
+
+    def mapping(self, node: Any, path: Path) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        first_lines: dict[str, int] = {}
+        for key_node, value_node in node.value:
+            line = key_node.start_mark.line + 1
+            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag == _REFUSED_TAG:
+                self.mistake(key_node, path, "a key must be plain text")
+                continue
+            key = key_node.value
+            if key in first_lines:
+                self.mistake(key_node, (*path, key), f"duplicate key; it is already set on line {first_lines[key]}")
+                continue
+            first_lines[key] = line
+            self.source.origins[(*path, key)] = self.origin(key_node)
+            value = self.value(value_node, (*path, key))
+            if value is not _BROKEN:
+                result[key] = value
+        return result
+
+
+def _read_text(path: str) -> str:
+    try:
+        with open(path, "rb") as stream:
+            content = stream.read(MAX_FILE_BYTES + 1)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    if len(content) > MAX_FILE_BYTES:
+        raise ConfigError(f"{path}: larger than {MAX_FILE_BYTES} bytes; is it a config?")
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ConfigError(f"{path}:{line}: not UTF-8 text (byte {error.start})") from error
+
+
+def _apply_override(source: Source, override: str) -> None:
+    """Set one `dotted.key=value` in the tree. The value is YAML: a scalar or a `[list]`."""
+    origin = Origin(override=override)
+    key, equals, text = override.partition("=")
+    key = key.strip()
+    if not equals or not key or any(not part for part in key.split(".")):
+        source.mistakes.append(Mistake(origin, "an override is written section.key=value, e.g. parallel.tensor=2"))
+        return
+    if key.startswith("-"):
+        source.mistakes.append(Mistake(origin, f"overrides take no dashes; write {key.lstrip('-')}={text}"))
+        return
+    path: Path = tuple(key.split("."))
+    for known in [known for known in source.origins if known[: len(path)] == path]:
+        del source.origins[known]
+    source.origins[path] = origin
+    try:
+        node = _compose(text)
+        value = None if node is None else _Reader(source, override).value(node, path)
+    except yaml.YAMLError as error:
+        source.mistakes.append(Mistake(origin, f"{key}: the value is not YAML: {_yaml_problem(error)[1]}; quote it"))
+        value = _BROKEN
+    if isinstance(value, dict):
+        source.mistakes.append(Mistake(origin, f"{key}: an override sets one value; write {key}.<key>=<value>"))
+        return
+    parent: Any = source.tree
+    for length in range(1, len(path)):
+        if parent.get(path[length - 1]) is None:
+            parent[path[length - 1]] = {}
+            source.origins.setdefault(path[:length], origin)
+        parent = parent[path[length - 1]]
+        if not isinstance(parent, dict):
+            name = dotted(path[:length])
+            source.mistakes.append(Mistake(origin, f"{key}: {name} is one value and has no keys below it"))
+            return
+    parent.pop(path[-1], None)
+    if value is _BROKEN:
+        source.broken.add(path)
+    else:
+        source.broken.discard(path)
+        parent[path[-1]] = value
+
+
+def read_source(path: str, overrides: Sequence[str] = ()) -> Source:
+    """Read a YAML file and lay the overrides over it, the last one winning.
+
+    Raises `ConfigError` when there is no tree to go on with: unreadable, too large, not UTF-8, not YAML, not a mapping.
+    Everything smaller is collected in `Source.mistakes`.
+    """
+    source = Source(file=path)
+    try:
+        node = _compose(_read_text(path))
+    except yaml.YAMLError as error:
+        line, problem = _yaml_problem(error)
+        raise ConfigError(f"{Origin(path, line)}: not YAML: {problem}") from error
+    if node is not None and not isinstance(node, yaml.MappingNode):
+        raise ConfigError(f"{path}:{node.start_mark.line + 1}: a config is a mapping of sections, such as `model:`")
+    if node is not None:
+        source.tree = _Reader(source).mapping(node, ())
+    for override in overrides:
+        _apply_override(source, override)
+    return source

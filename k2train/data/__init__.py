@@ -1,0 +1,1 @@
+"""Chunk files, their order and the loader."""

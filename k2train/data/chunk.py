@@ -1,0 +1,165 @@
+"""The chunk file format: plain NumPy arrays of token ids, and a manifest that says what must be in them.
+
+A data folder holds `chunk_000.npy` (`[rows, sequence_length]`, uint16 where the vocabulary fits, else uint32),
+`chunk_000.parquet` (where each piece of each row came from; never read here) and `manifest.json`, which is written last
+and carries rows, tokens and sha256 of every chunk. A plain `.npy` was chosen so that anyone can open a chunk with
+`numpy.load(mmap_mode="r")`; a format of our own with an index was refused because fixed-length rows need no index.
+
+Checks come at two prices. `check_files` reads headers only and is run for all chunks before anything starts;
+`verify_chunk` reads every byte in bounded memory and is run once a chunk.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from k2train.data.manifest import AtomicFile, ChunkInfo, Manifest, chunk_dtype, read_manifest, write_manifest
+from k2train.errors import DataError
+
+__all__ = [
+    "ChunkInfo",
+    "Manifest",
+    "Tokens",
+    "bad_id",
+    "check_files",
+    "open_chunk",
+    "read_manifest",
+    "verify_chunk",
+    "write_chunk",
+    "write_manifest",
+]
+
+# Large enough that hashing dominates the system calls, small enough that a rank never notices it in its memory.
+BLOCK_BYTES = 8 * 2**20
+
+Tokens = npt.NDArray[np.unsignedinteger[Any]]
+
+
+def check_files(manifest: Manifest, names: Iterable[str] | None = None) -> None:
+    """Existence, header and exact byte size of the named chunks (all, and the held-out one, when None).
+
+    Reads some 128 bytes a chunk. Raises DataError naming the chunk and the numbers.
+    """
+    for info in manifest.all_chunks() if names is None else [manifest.chunk(name) for name in names]:
+        _data_offset(manifest, info)
+
+
+def _data_offset(manifest: Manifest, info: ChunkInfo) -> int:
+    """Bytes before the first id, after the header was compared with the manifest."""
+    path = manifest.folder / info.file
+    where = f"{info.name} ({path})"
+    try:
+        with path.open("rb") as stream:
+            actual_bytes = os.fstat(stream.fileno()).st_size
+            offset, shape, fortran, dtype = _read_header(stream)
+    except OSError as error:
+        raise DataError(f"{where}: cannot be read ({error.strerror}); fetch it again or prepare the data") from None
+    except (ValueError, EOFError) as error:
+        raise DataError(f"{where}: no NumPy header of version 1 ({error}); fetch it again") from None
+    expected_shape = (info.rows, manifest.sequence_length)
+    expected_dtype = np.dtype(manifest.dtype).newbyteorder("<")
+    if shape != expected_shape or fortran or dtype != expected_dtype:
+        layout = "column" if fortran else "row"
+        raise DataError(
+            f"{where}: holds {dtype} {list(shape)} in {layout} order, "
+            f"the manifest says {expected_dtype} {list(expected_shape)} in row order"
+        )
+    expected_bytes = offset + info.tokens * expected_dtype.itemsize
+    if actual_bytes != expected_bytes:
+        what = "truncated" if actual_bytes < expected_bytes else "too long"
+        raise DataError(f"{where}: {what}: {actual_bytes} bytes, must be {expected_bytes}; fetch it again")
+    return offset
+
+
+def _read_header(stream: IO[bytes]) -> tuple[int, tuple[int, ...], bool, np.dtype[Any]]:
+    version = np.lib.format.read_magic(stream)
+    if version != (1, 0):
+        raise ValueError(f"it is version {version[0]}.{version[1]}")
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+    return stream.tell(), shape, fortran, dtype
+
+
+def verify_chunk(manifest: Manifest, info: ChunkInfo, stopped: Callable[[], bool] | None = None) -> None:
+    """Read the whole chunk once, in blocks: its sha256 and every id against the vocabulary.
+
+    `stopped` is asked between blocks, and True ends the check early without a verdict. Raises DataError naming the
+    chunk, and for an id: row, position, id and vocabulary size.
+    """
+    offset = _data_offset(manifest, info)
+    dtype = np.dtype(manifest.dtype).newbyteorder("<")
+    row_bytes = manifest.sequence_length * dtype.itemsize
+    digest = hashlib.sha256()
+    bad = ""
+    row = 0
+    with (manifest.folder / info.file).open("rb") as stream:
+        digest.update(stream.read(offset))
+        while block := stream.read(max(1, BLOCK_BYTES // row_bytes) * row_bytes):
+            if stopped is not None and stopped():
+                return
+            digest.update(block)
+            ids = np.frombuffer(block, dtype=dtype).reshape(-1, manifest.sequence_length)
+            bad = bad or bad_id(ids, row, manifest.vocab_size)
+            row += len(ids)
+    same = digest.hexdigest() == info.sha256
+    where = f"{info.name} ({manifest.folder / info.file})"
+    if bad:
+        raise DataError(f"{where}: {bad}" + ("" if same else "; its sha256 is not the manifest's either"))
+    if not same:
+        raise DataError(
+            f"{where}: sha256 is {digest.hexdigest()[:16]}, the manifest says {info.sha256[:16]}; "
+            f"fetch the chunk again or prepare the data anew"
+        )
+
+
+def bad_id(ids: Tokens, first_row: int, vocab_size: int) -> str:
+    """Words about the first id of `ids` `[rows, s]` that the vocabulary does not have; empty when there is none."""
+    if ids.size == 0 or int(ids.max()) < vocab_size:
+        return ""
+    row, position = (int(i) for i in np.argwhere(ids >= vocab_size)[0])
+    return (
+        f"row {first_row + row}, position {position}: id {int(ids[row, position])} is not below vocab_size {vocab_size}"
+    )
+
+
+def open_chunk(manifest: Manifest, info: ChunkInfo) -> Tokens:
+    """The chunk as a read-only memory map `[rows, sequence_length]`, after the cheap checks only."""
+    offset = _data_offset(manifest, info)
+    dtype = np.dtype(manifest.dtype).newbyteorder("<")
+    shape = (info.rows, manifest.sequence_length)
+    return np.memmap(manifest.folder / info.file, dtype=dtype, mode="r", offset=offset, shape=shape)
+
+
+def write_chunk(
+    folder: Path, name: str, blocks: Iterable[Tokens], rows: int, vocab_size: int, tokens_per_subset: dict[str, int]
+) -> ChunkInfo:
+    """Write `<name>.npy` from blocks `[n, sequence_length]` adding up to `rows` rows; aside, synced, renamed.
+
+    Blocks instead of one array keep memory bounded whatever the chunk's size. Raises DataError for a bad id.
+    """
+    dtype = np.dtype(chunk_dtype(vocab_size)).newbyteorder("<")
+    pending: Iterator[Tokens] = iter(blocks)
+    block = next(pending)
+    sequence_length = block.shape[1]
+    digest = hashlib.sha256()
+    written = 0
+    with AtomicFile(folder / f"{name}.npy") as stream:
+        header = {"descr": dtype.str, "fortran_order": False, "shape": (rows, sequence_length)}
+        np.lib.format.write_array_header_1_0(stream, header)
+        stream.flush()
+        digest.update(Path(stream.name).read_bytes())
+        while True:
+            if bad := bad_id(block, written, vocab_size):
+                raise DataError(f"{name}: {bad}; the tokenizer is not the one this vocab_size belongs to")
+            content = np.ascontiguousarray(block, dtype=dtype).tobytes()
+            digest.update(content)
+            stream.write(content)
+            written += len(block)
+            if (block := next(pending, None)) is None:  # type: ignore[arg-type]
+                break
+        assert written == rows, f"{name}: {written} rows were given, {rows} announced"
+    return ChunkInfo(name, f"{name}.npy", rows, rows * sequence_length, tokens_per_subset, digest.hexdigest())

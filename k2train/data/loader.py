@@ -1,0 +1,147 @@
+"""Batches for one rank: its own rows from memory-mapped chunks, one step ahead in a background thread.
+
+Reading is by step number, so there is no state to save: after a restart or a rollback the trainer asks for another step
+and gets exactly its rows. A DataLoader with worker processes was refused: reading a step is a copy of a few hundred
+kilobytes, and workers bring forks, shared memory and an order that depends on their count.
+"""
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Event, Lock
+from typing import Self
+
+import numpy as np
+import torch
+
+from k2train.data.chunk import ChunkInfo, Manifest, Tokens, bad_id, check_files, open_chunk, verify_chunk
+from k2train.data.order import ChunkOrder, rank_rows
+from k2train.errors import DataError
+
+# Steps held ready: one being used, one coming. More would only hold memory, since a step reads in milliseconds.
+AHEAD_STEPS = 2
+
+
+class Loader:
+    """Micro-batches of data-parallel rank `dp` of `data`.
+
+    Every id handed out is checked against the vocabulary; with `verify` a whole chunk is also hashed once, in the
+    background, before its first row leaves. Raises DataError when the chunks do not fit the order or the model.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        order: ChunkOrder,
+        dp: int,
+        data: int,
+        micro_sequences: int,
+        vocab_size: int,
+        verify: bool = False,
+    ) -> None:
+        if manifest.vocab_size > vocab_size:
+            raise DataError(
+                f"model.vocab_size ({vocab_size}) must be at least that of the data ({manifest.vocab_size}, "
+                f"{manifest.path}): raise it"
+            )
+        check_files(manifest, [*order.names, *([manifest.held_out.name] if manifest.held_out else [])])
+        rank_rows(range(order.global_sequences), dp, data, micro_sequences)
+        self.manifest, self.order, self.verify = manifest, order, verify
+        self.dp, self.data, self.micro_sequences = dp, data, micro_sequences
+        self._open: tuple[str, Tokens] | None = None
+        self._held_out: Tokens | None = None
+        self._verified: set[str] = set()
+        self._verifying = Lock()
+        self._ahead = -1
+        self._stop = Event()
+        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="k2train-loader")
+        self._verifier = ThreadPoolExecutor(max_workers=1, thread_name_prefix="k2train-verify")
+        self._pending: dict[int, Future[list[torch.Tensor]]] = {}
+
+    def step(self, step: int) -> list[torch.Tensor]:
+        """int64 `[micro_sequences, sequence_length]` for each micro-batch of this rank, in order.
+
+        Starts reading the steps after it. Raises DataError, also for a mistake found in the background.
+        """
+        wanted = [s for s in range(step, step + 1 + AHEAD_STEPS) if s <= self.order.total_steps] or [step]
+        for stale in set(self._pending) - set(wanted):
+            self._pending.pop(stale).cancel()
+        for s in wanted[:AHEAD_STEPS]:
+            self._submit(s)
+        batch = self._pending.pop(step).result()
+        if self.verify:
+            self._verify_next(step)
+        return batch
+
+    def num_held_out_batches(self, global_sequences: int | None = None) -> int:
+        """Full batches in the held-out chunk; 0 when the data has none."""
+        held_out = self.manifest.held_out
+        return held_out.rows // (global_sequences or self.order.global_sequences) if held_out else 0
+
+    def held_out(self, batch_index: int, global_sequences: int | None = None) -> list[torch.Tensor]:
+        """This rank's micro-batches of a held-out batch, counted from 0; the rows never depend on the step."""
+        size = global_sequences or self.order.global_sequences
+        batches = self.num_held_out_batches(size)
+        info = self.manifest.held_out
+        if info is None or not 0 <= batch_index < batches:
+            raise DataError(f"{self.manifest.path}: held-out batch {batch_index} of {size} rows: there are {batches}")
+        return self._reader.submit(self._read_held_out, info, batch_index, size).result()
+
+    def verify_ahead(self, name: str) -> "Future[None]":
+        """Hash and check the named chunk in a thread of its own; the future raises DataError when it is damaged."""
+        return self._verifier.submit(self._verify, self.manifest.chunk(name))
+
+    def close(self) -> None:
+        """Stop the threads; idempotent. A verification under way ends at its next block."""
+        self._stop.set()
+        for pool in (self._reader, self._verifier):
+            pool.shutdown(wait=True, cancel_futures=True)
+        self._pending.clear()
+        self._open = self._held_out = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _submit(self, step: int) -> None:
+        if step not in self._pending:
+            self._pending[step] = self._reader.submit(self._read, step)
+
+    def _verify_next(self, step: int) -> None:
+        # A chunk early: hashing gigabytes takes longer than the last step of the chunk before. A mistake found here is
+        # raised when that chunk is opened, where it is found again: only a good chunk is remembered.
+        following = self.order.position(step).order_index + 1
+        if following < len(self.order.names) and following != self._ahead:
+            self._ahead = following
+            self.verify_ahead(self.order.names[following])
+
+    def _read(self, step: int) -> list[torch.Tensor]:
+        name = self.order.position(step).name
+        if self._open is None or self._open[0] != name:
+            info = self.manifest.chunk(name)
+            if self.verify:
+                self._verify(info)
+            self._open = (name, open_chunk(self.manifest, info))
+        return self._cut(name, self._open[1], self.order.rows_of(step))
+
+    def _read_held_out(self, info: ChunkInfo, batch_index: int, size: int) -> list[torch.Tensor]:
+        if self._held_out is None:
+            if self.verify:
+                self._verify(info)
+            self._held_out = open_chunk(self.manifest, info)
+        return self._cut(info.name, self._held_out, range(batch_index * size, (batch_index + 1) * size))
+
+    def _verify(self, info: ChunkInfo) -> None:
+        with self._verifying:
+            if info.name not in self._verified:
+                verify_chunk(self.manifest, info, self._stop.is_set)
+                self._verified.add(info.name)
+
+    def _cut(self, name: str, tokens: Tokens, rows: range) -> list[torch.Tensor]:
+        return [self._tensor(name, tokens, part) for part in rank_rows(rows, self.dp, self.data, self.micro_sequences)]
+
+    def _tensor(self, name: str, tokens: Tokens, rows: range) -> torch.Tensor:
+        ids = tokens[rows.start : rows.stop]
+        if bad := bad_id(ids, rows.start, self.manifest.vocab_size):
+            raise DataError(f"{name} ({self.manifest.folder / self.manifest.chunk(name).file}): {bad}")
+        return torch.from_numpy(np.asarray(ids, dtype=np.int64))

@@ -1,0 +1,277 @@
+"""The manifest of a data folder: what each chunk must be, read with suspicion and written last.
+
+A manifest comes from wherever the chunks came from, so every key is checked and no path may leave its folder. Trusting
+it, and finding out at the first batch, was refused: by then hundreds of devices have started.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from k2train.errors import DataError
+
+FORMAT = "k2train-chunks-1"
+MANIFEST_NAME = "manifest.json"
+SOURCES_NAME = "sources.json"
+UINT16_VOCAB = 65536
+
+
+@dataclass(frozen=True)
+class ChunkInfo:
+    """What the manifest promises about one chunk; `tokens` is rows times sequence length."""
+
+    name: str
+    file: str
+    rows: int
+    tokens: int
+    tokens_per_subset: dict[str, int]
+    sha256: str
+    provenance: str | None = None
+    provenance_sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A data folder. `sha256` is that of manifest.json itself, so it names the whole data set.
+
+    `facts` is what the preparation recorded beside the contract: recipe hash, seed, dropped tail tokens a subset.
+    """
+
+    path: Path
+    sha256: str
+    tokenizer_sha256: str
+    sequence_length: int
+    vocab_size: int
+    dtype: str
+    chunks: tuple[ChunkInfo, ...]
+    held_out: ChunkInfo | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> Path:
+        return self.path.parent
+
+    def chunk(self, name: str) -> ChunkInfo:
+        """The chunk of that name, the held-out one included. Raises DataError when there is none."""
+        for info in self.all_chunks():
+            if info.name == name:
+                return info
+        raise DataError(f"{self.path}: no chunk is named {name!r}; there are {span(c.name for c in self.chunks)}")
+
+    def all_chunks(self) -> tuple[ChunkInfo, ...]:
+        return self.chunks + ((self.held_out,) if self.held_out else ())
+
+
+def span(names: Iterable[str]) -> str:
+    """`chunk_000 to chunk_359 (360)`: a list of names short enough for one line."""
+    listed = list(names)
+    return ", ".join(listed) if len(listed) < 4 else f"{listed[0]} to {listed[-1]} ({len(listed)})"
+
+
+def chunk_dtype(vocab_size: int) -> str:
+    """`uint16` when every id below `vocab_size` fits in it, else `uint32`."""
+    return "uint16" if vocab_size <= UINT16_VOCAB else "uint32"
+
+
+def sha256_file(path: Path) -> str:
+    """Hash of a whole file, read in blocks."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def read_manifest(path: str | Path) -> Manifest:
+    """Read and check `manifest.json`; `path` is the file or its folder.
+
+    Raises DataError: missing, not JSON, keys missing or mistyped, a chunk named twice, a file outside the folder.
+    """
+    path = Path(path)
+    path = path / MANIFEST_NAME if path.is_dir() else path
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"data.manifest: {path} cannot be read ({error.strerror}); tools/prepare_data.py makes it"
+        ) from None
+    try:
+        raw = json.loads(content)
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise DataError(f"{path}: not valid JSON ({error}); prepare the data again") from None
+    if not isinstance(raw, dict):
+        raise DataError(f"{path}: must hold a JSON object, holds {type(raw).__name__}")
+    manifest = _parse_manifest(path, raw, hashlib.sha256(content).hexdigest())
+    _check_names(manifest)
+    return manifest
+
+
+def _parse_manifest(path: Path, raw: dict[str, Any], digest: str) -> Manifest:
+    if (version := raw.get("format", FORMAT)) != FORMAT:
+        raise DataError(f"{path}: format is {version!r}, this version reads {FORMAT!r}")
+    where = str(path)
+    vocab_size = _positive(raw, "vocab_size", where)
+    dtype = _text(raw, "dtype", where)
+    if dtype != chunk_dtype(vocab_size):
+        raise DataError(f"{path}: dtype is {dtype!r}, vocab_size {vocab_size} needs {chunk_dtype(vocab_size)!r}")
+    sequence_length = _positive(raw, "sequence_length", where)
+    entries = raw.get("chunks")
+    if not isinstance(entries, list) or not entries:
+        raise DataError(f"{path}: key 'chunks' must be a list of at least one chunk")
+    held_out = raw.get("held_out")
+    facts = raw.get("facts", {})
+    if not isinstance(facts, dict):
+        raise DataError(f"{path}: key 'facts' must be an object")
+    return Manifest(
+        path=path,
+        sha256=digest,
+        tokenizer_sha256=_text(raw, "tokenizer_sha256", where),
+        sequence_length=sequence_length,
+        vocab_size=vocab_size,
+        dtype=dtype,
+        chunks=tuple(_parse_chunk(e, f"{path}: chunks[{i}]", sequence_length) for i, e in enumerate(entries)),
+        held_out=_parse_chunk(held_out, f"{path}: held_out", sequence_length) if held_out is not None else None,
+        facts=facts,
+    )
+
+
+def _parse_chunk(raw: Any, where: str, sequence_length: int) -> ChunkInfo:
+    if not isinstance(raw, dict):
+        raise DataError(f"{where}: must be an object, is {type(raw).__name__}")
+    rows, tokens = _positive(raw, "rows", where), _positive(raw, "tokens", where)
+    if tokens != rows * sequence_length:
+        raise DataError(f"{where}: tokens is {tokens}, {rows} rows of {sequence_length} are {rows * sequence_length}")
+    subsets = raw.get("tokens_per_subset", {})
+    if not isinstance(subsets, dict) or not all(_is_count(v) for v in subsets.values()):
+        raise DataError(f"{where}: key 'tokens_per_subset' must map subsets to numbers of tokens")
+    return ChunkInfo(
+        name=_text(raw, "name", where),
+        file=_text(raw, "file", where),
+        rows=rows,
+        tokens=tokens,
+        tokens_per_subset=dict(subsets),
+        sha256=_text(raw, "sha256", where),
+        provenance=_text(raw, "provenance", where) if raw.get("provenance") is not None else None,
+        provenance_sha256=_text(raw, "provenance_sha256", where) if raw.get("provenance") is not None else None,
+    )
+
+
+def _text(raw: Mapping[str, Any], key: str, where: str) -> str:
+    value = raw.get(key)
+    if not isinstance(value, str) or not value:
+        raise DataError(f"{where}: key '{key}' must be text, is {'missing' if key not in raw else repr(value)}")
+    return value
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _positive(raw: Mapping[str, Any], key: str, where: str) -> int:
+    value = raw.get(key)
+    if not _is_count(value) or value == 0:
+        shown = "missing" if key not in raw else repr(value)
+        raise DataError(f"{where}: key '{key}' must be a whole number above 0, is {shown}")
+    return int(value)  # type: ignore[arg-type]
+
+
+def _check_names(manifest: Manifest) -> None:
+    seen: dict[str, str] = {}
+    folder = manifest.folder.resolve()
+    for info in manifest.all_chunks():
+        for label, name in (("name", info.name), ("file", info.file)):
+            if (key := f"{label} {name}") in seen:
+                raise DataError(f"{manifest.path}: chunk {label} {name!r} appears twice")
+            seen[key] = info.name
+        for file in filter(None, (info.file, info.provenance)):
+            # A manifest from elsewhere must not make us read, or later delete, a file outside its own folder.
+            inside = not Path(file).is_absolute() and ".." not in Path(file).parts
+            if not inside or not (folder / file).resolve().is_relative_to(folder):
+                raise DataError(f"{manifest.path}: {info.name}: file {file!r} lies outside the folder of the manifest")
+
+
+def common_data(first: Manifest, second: Manifest) -> list[str]:
+    """What two data folders share: chunks with equal bytes, and source files where both recorded theirs.
+
+    Empty when they are disjoint. Made for the seam between two stages, where a shared source would be seen twice.
+    """
+    hashes = {info.sha256: info.name for info in first.all_chunks()}
+    shared = [f"{hashes[i.sha256]} and {i.name}: same bytes" for i in second.all_chunks() if i.sha256 in hashes]
+    sources = read_sources(second)
+    return shared + [f"source {name}" for name in sorted(read_sources(first) & sources)]
+
+
+def read_sources(manifest: Manifest) -> set[str]:
+    """Names of the source files in a data folder, held-out ones included; empty when the folder records none."""
+    path = manifest.folder / SOURCES_NAME
+    if "sources_sha256" not in manifest.facts:
+        return set()
+    if not path.is_file() or sha256_file(path) != manifest.facts["sources_sha256"]:
+        raise DataError(f"{path}: missing, or not the file {manifest.path} was written with; fetch it again")
+    content: dict[str, list[str]] = json.loads(path.read_text("utf-8"))
+    return {name for names in content.values() for name in names}
+
+
+def write_manifest(
+    folder: Path,
+    *,
+    tokenizer_sha256: str,
+    sequence_length: int,
+    vocab_size: int,
+    chunks: Iterable[ChunkInfo],
+    held_out: ChunkInfo | None = None,
+    facts: dict[str, Any] | None = None,
+) -> Manifest:
+    """Write `manifest.json` atomically (call it last: it is what makes a folder a data folder) and read it back."""
+    content = {
+        "format": FORMAT,
+        "tokenizer_sha256": tokenizer_sha256,
+        "sequence_length": sequence_length,
+        "vocab_size": vocab_size,
+        "dtype": chunk_dtype(vocab_size),
+        "chunks": [_entry(info) for info in chunks],
+        "held_out": _entry(held_out) if held_out else None,
+        "facts": facts or {},
+    }
+    with AtomicFile(folder / MANIFEST_NAME) as stream:
+        stream.write((json.dumps(content, indent=1) + "\n").encode())
+    return read_manifest(folder / MANIFEST_NAME)
+
+
+def _entry(info: ChunkInfo) -> dict[str, Any]:
+    return {key: value for key, value in vars(info).items() if value is not None}
+
+
+class AtomicFile:
+    """A binary file that appears under its name whole and synced, or not at all."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.aside = path.with_name(path.name + ".tmp")
+
+    def __enter__(self) -> IO[bytes]:
+        self.stream = self.aside.open("wb")
+        return self.stream
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            if kind is None:
+                self.stream.flush()
+                os.fsync(self.stream.fileno())
+        finally:
+            self.stream.close()
+        if kind is None:
+            os.replace(self.aside, self.path)
+            sync_folder(self.path.parent)
+        else:
+            self.aside.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,166 @@
+"""Which rows every step reads: a pure function of the chunk order and the global batch, and of nothing else.
+
+The position in the data is (step of the stage), from which chunk and rows follow by arithmetic. A stored cursor in the
+loader was refused: it depends on ranks, workers and restarts, and is what other frameworks lose on resume. Chunk
+borders are enforced: a step never mixes two chunks, and the rows beyond a chunk's last full step are dropped.
+"""
+
+import re
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from k2train.errors import DataError
+
+if TYPE_CHECKING:
+    from k2train.data.chunk import Manifest
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a step lies; `step` counts from 1 over the stage, `step_in_chunk` from 0 within its chunk."""
+
+    step: int
+    order_index: int
+    name: str
+    step_in_chunk: int
+
+
+@dataclass(frozen=True)
+class ChunkOrder:
+    """The chunks in the order they are read, with their rows, and the sequences in one step over all ranks."""
+
+    names: tuple[str, ...]
+    rows: tuple[int, ...]
+    global_sequences: int
+
+    @cached_property
+    def _ends(self) -> tuple[int, ...]:
+        """Step count after each chunk."""
+        ends, total = [], 0
+        for i in range(len(self.names)):
+            total += self.steps_in(i)
+            ends.append(total)
+        return tuple(ends)
+
+    @property
+    def total_steps(self) -> int:
+        return self._ends[-1]
+
+    def steps_in(self, i: int) -> int:
+        """Full steps in the i-th chunk of the order."""
+        return self.rows[i] // self.global_sequences
+
+    def first_step(self, i: int) -> int:
+        """The step, counted from 1, that reads the first rows of the i-th chunk of the order."""
+        return self._ends[i] - self.steps_in(i) + 1
+
+    def dropped_rows(self, i: int) -> int:
+        """Rows of the i-th chunk beyond its last full step."""
+        return self.rows[i] % self.global_sequences
+
+    def position(self, step: int) -> Position:
+        """Chunk and step in it. Raises DataError for a step outside 1 ... total_steps."""
+        if not 1 <= step <= self.total_steps:
+            raise DataError(
+                f"step {step} is outside the data: {len(self.names)} chunks hold steps 1 to {self.total_steps}"
+            )
+        index = bisect_right(self._ends, step - 1)
+        return Position(step, index, self.names[index], step - self.first_step(index))
+
+    def rows_of(self, step: int) -> range:
+        """Rows of its chunk that the step reads, over all data-parallel ranks."""
+        first = self.position(step).step_in_chunk * self.global_sequences
+        return range(first, first + self.global_sequences)
+
+    def consumed_chunks(self, step: int) -> int:
+        """Chunks read to their last full step when `step` is done; 0 for step 0."""
+        return bisect_right(self._ends, step)
+
+    def is_chunk_end(self, step: int) -> bool:
+        """Whether `step` is the last one of its chunk, the place of a numbered checkpoint."""
+        return self._ends[self.position(step).order_index] == step
+
+    def sample_ids(self, step: int) -> list[str]:
+        """`chunk_003:17` for every row of the step, in order: one name a sample, whatever the grid."""
+        return sample_ids(self.position(step).name, self.rows_of(step))
+
+    def deferred(self, i: int) -> "ChunkOrder":
+        """The order with its i-th chunk moved to the end; steps before that chunk keep their rows."""
+        kept = [k for k in range(len(self.names)) if k != i] + [i]
+        return ChunkOrder(tuple(self.names[k] for k in kept), tuple(self.rows[k] for k in kept), self.global_sequences)
+
+
+def sample_ids(name: str, rows: range) -> list[str]:
+    """`chunk_003:17` for each row of a chunk."""
+    return [f"{name}:{row}" for row in rows]
+
+
+def make_order(
+    manifest: "Manifest",
+    order: Sequence[str | int] | None,
+    global_sequences: int,
+    sequence_length: int | None = None,
+) -> ChunkOrder:
+    """The order of a run: `data.order` as names or chunk numbers, or None for all chunks by ascending number.
+
+    `sequence_length` is `data.sequence_length`, checked against the chunks when given. Chunks left out of an explicit
+    order are not read. Raises DataError with the numbers.
+    """
+    if global_sequences < 1:
+        raise DataError(f"batch.global_sequences ({global_sequences}) must be at least 1")
+    if sequence_length is not None and sequence_length != manifest.sequence_length:
+        raise DataError(
+            f"data.sequence_length ({sequence_length}) must be that of the chunks in {manifest.path} "
+            f"({manifest.sequence_length}): set it so, or prepare the data with another length"
+        )
+    rows = {info.name: info.rows for info in manifest.chunks}
+    names = sorted(rows, key=_ascending) if order is None else [_resolve(item, rows, manifest) for item in order]
+    if not names:
+        raise DataError("data.order is empty: list at least one chunk, or leave the key out to read all")
+    if repeated := sorted({name for name in names if names.count(name) > 1}, key=_ascending):
+        raise DataError(f"data.order names {', '.join(repeated)} more than once: each chunk is read once a stage")
+    for name in names:
+        if rows[name] < global_sequences:
+            raise DataError(
+                f"{name} has {rows[name]} rows, fewer than one step of batch.global_sequences ({global_sequences}): "
+                f"lower it to {rows[name]} or less, or prepare larger chunks"
+            )
+    return ChunkOrder(tuple(names), tuple(rows[name] for name in names), global_sequences)
+
+
+def _ascending(name: str) -> tuple[int, str]:
+    # By number, since chunk_1000 comes after chunk_999 for people but not for text.
+    digits = re.search(r"(\d+)$", name)
+    return (int(digits.group(1)) if digits else -1, name)
+
+
+def _resolve(item: str | int, rows: dict[str, int], manifest: "Manifest") -> str:
+    name = f"chunk_{item:03d}" if isinstance(item, int) else item
+    if name not in rows:
+        known = sorted(rows, key=_ascending)
+        raise DataError(
+            f"data.order names {name}, which {manifest.path} does not have: "
+            f"it has {len(known)} chunks, {known[0]} to {known[-1]}"
+        )
+    return name
+
+
+def rank_rows(rows: range, dp: int, data: int, micro_sequences: int) -> list[range]:
+    """Micro-batches of data-parallel rank `dp` of `data`: a contiguous slice of the step's rows, then cut in order.
+
+    Raises DataError when the step's rows do not divide into data x micro_sequences.
+    """
+    assert 0 <= dp < data, f"data-parallel rank {dp} of {data}"
+    if len(rows) % (data * micro_sequences):
+        step = data * micro_sequences
+        nearest = [n for n in (len(rows) // step * step, (len(rows) // step + 1) * step) if n]
+        raise DataError(
+            f"batch.global_sequences ({len(rows)}) must be divisible by data-parallel ranks x batch.micro_sequences "
+            f"({data} x {micro_sequences} = {step}); nearest that are: {', '.join(map(str, nearest))}"
+        )
+    share = len(rows) // data
+    mine = rows[dp * share : (dp + 1) * share]
+    return [mine[i : i + micro_sequences] for i in range(0, share, micro_sequences)]

@@ -1,0 +1,48 @@
+"""Progress for people: a bar on a terminal, a few plain lines in a log.
+
+One object is handed down, so that library code says what it does and never where it is shown. Progress goes to stderr:
+stdout belongs to the result.
+"""
+
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sized
+from typing import IO, TypeVar
+
+from tqdm import tqdm
+
+Item = TypeVar("Item")
+QUIET_SECONDS = 5.0
+
+
+class Progress:
+    """Shows phases on `stream`; with `stream=None` shows nothing."""
+
+    def __init__(self, stream: IO[str] | None = sys.stderr) -> None:
+        self.stream = stream
+
+    def say(self, line: str) -> None:
+        if self.stream is not None:
+            print(line, file=self.stream, flush=True)
+
+    def over(self, label: str, items: Iterable[Item], total: int | None = None, unit: str = "") -> Iterator[Item]:
+        """Yield the items; a bar on a terminal, otherwise a line at the end and one every few seconds before it."""
+        if total is None and isinstance(items, Sized):
+            total = len(items)
+        if self.stream is None:
+            yield from items
+        elif self.stream.isatty():
+            yield from tqdm(items, desc=label, total=total, unit=f" {unit}", file=self.stream, ncols=100)
+        else:
+            yield from self._lines(label, items, total, unit)
+
+    def _lines(self, label: str, items: Iterable[Item], total: int | None, unit: str) -> Iterator[Item]:
+        begun = shown = time.monotonic()
+        done = 0
+        for item in items:
+            yield item
+            done += 1
+            if time.monotonic() - shown > QUIET_SECONDS and done != total:
+                shown = time.monotonic()
+                self.say(f"{label}: {done}{f' of {total}' if total else ''} {unit}")
+        self.say(f"{label}: {done} {unit} in {time.monotonic() - begun:.1f} s")

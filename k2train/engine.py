@@ -1,0 +1,160 @@
+"""One model on one grid: stages, executor, gradient buffer and optimizer put together, and the step they make.
+
+This is the part between a config and a training loop that has no files in it, so tests and tools can run steps of any
+layout directly. It takes micro-batches of token ids and a rate; what the step decides (apply or skip) is the same on
+every rank, because every rank decides from the same sums.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from k2train.config import Config
+from k2train.model.initialize import initialize, materialize, place_rotary
+from k2train.model.kernels import Kernels, choose_kernels
+from k2train.model.transformer import Architecture, Stage, activation_shape
+from k2train.optim.adamw import ShardedAdamW
+from k2train.optim.clip import StepSums, agree, clip_scale, square_sums
+from k2train.parallel.gradients import GradientBuffer
+from k2train.parallel.grid import ProcessGrid
+from k2train.parallel.pipeline import Executor
+from k2train.plan.schedule import Action, Op, build_programs, insert_transfers
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step did; equal on every rank."""
+
+    loss: float
+    grad_norm: float
+    norms: Mapping[str, float]
+    applied: bool
+    """False: a loss or gradient was not finite, and nothing was changed anywhere."""
+    flags: tuple[float, ...]
+
+
+def architecture_of(config: Config) -> Architecture:
+    """The model section as the numbers the model package takes."""
+    m = config.model
+    assert m.num_kv_heads is not None, "the config resolves num_kv_heads"
+    return Architecture(
+        m.num_layers,
+        m.hidden_size,
+        m.ffn_hidden_size,
+        m.num_heads,
+        m.num_kv_heads,
+        m.vocab_size,
+        m.rope_theta,
+        m.norm_eps,
+        m.init_std,
+    )
+
+
+def kernels_of(config: Config) -> Kernels:
+    """The kernels section, resolved."""
+    k = config.kernels
+    return choose_kernels(k.attention, k.norm, k.optimizer, k.compile, k.recompute)
+
+
+class Engine:
+    """Model and optimizer of this rank, with weights drawn from `run.seed`."""
+
+    def __init__(self, config: Config, grid: ProcessGrid, fill: bool = True):
+        """`fill=False` leaves all weights zero, for a checkpoint to fill."""
+        self.config, self.grid = config, grid
+        self.architecture, self.kernels = architecture_of(config), kernels_of(config)
+        self.names = self.architecture.tensor_names()
+        self.dtype = DTYPES[config.precision]
+        layout, batch = grid.layout, config.batch
+        self.sequence = bool(config.parallel.sequence) and grid.tp.size > 1
+        self.num_microbatches = batch.global_sequences // (grid.dp.size * batch.micro_sequences)
+        self.targets = batch.global_sequences * (config.data.sequence_length - 1)
+        """Positions with a label in a global batch; the loss is divided by it once, before backward."""
+        self.stages = {stage: self._build_stage(stage) for stage in layout.stages_of(grid.coordinate.pp)}
+        place_rotary(list(self.stages.values()), self.architecture, config.data.sequence_length, grid.device)
+        self.gradients = GradientBuffer(list(self.stages.values()), grid.dp, grid.tp, grid.device)
+        o = config.optimizer
+        self.optimizer = ShardedAdamW(
+            self.gradients.table, grid.device, (o.betas[0], o.betas[1]), o.eps, o.weight_decay, self.kernels.optimizer
+        )
+        if fill:
+            initialize(list(self.stages.values()), config.run.seed, self.optimizer.adopt)
+        if self.kernels.compile:
+            for stage in self.stages.values():
+                for block in stage.blocks.values():
+                    block.compile()
+        programs = build_programs(
+            config.parallel.schedule, layout.pipeline, self.num_microbatches, config.parallel.stages_per_rank
+        )
+        self.program = programs[grid.coordinate.pp]
+        self.forward_program = self._forward_only(programs)[grid.coordinate.pp]
+        self.executor = Executor(self.stages, layout.num_stages, grid.pp, grid.device)
+        self.shape = activation_shape(
+            self.architecture, config.data.sequence_length, batch.micro_sequences, grid.tp, self.sequence
+        )
+
+    @property
+    def needs_tokens(self) -> bool:
+        """Whether this rank holds the first or the last stage; the others never look at a token."""
+        return 0 in self.stages or self.grid.layout.num_stages - 1 in self.stages
+
+    def train_step(self, microbatches: Sequence[Tensor], lr: float, flags: Sequence[float] = ()) -> StepResult:
+        """One optimizer step over this rank's micro-batches, each token ids [micro_sequences, sequence_length].
+
+        `flags` are summed over all ranks in the same exchange. Not finite: nothing is changed on any rank.
+        """
+        self.gradients.zero()
+        loss = self._run(self.program, microbatches)
+        line = self.gradients.reduce()
+        sums = square_sums(self.gradients.table, line, self.names, self.grid.tp)
+        agreed = self._agree(sums, loss, flags)
+        if agreed.finite:
+            scale = clip_scale(agreed.grad_norm, self.config.optimizer.clip_norm)
+            if scale < 1.0:
+                line.mul_(scale)
+            self.optimizer.step(line, lr)
+        return StepResult(agreed.loss, agreed.grad_norm, agreed.norms, agreed.finite, agreed.flags)
+
+    def evaluate(self, microbatches: Sequence[Tensor]) -> float:
+        """Mean loss of one global batch (nats a target), nothing kept and nothing changed."""
+        loss = self._run(self.forward_program, microbatches)
+        return self._agree(torch.zeros(len(self.names), dtype=torch.float64, device=self.grid.device), loss, ()).loss
+
+    def _run(self, program: Sequence[Action], microbatches: Sequence[Tensor]) -> Tensor:
+        """This rank's part of the mean loss: 0 where another rank counts it."""
+        last = self.stages.get(self.grid.layout.num_stages - 1)
+        if self.needs_tokens:
+            assert len(microbatches) == self.num_microbatches, (
+                f"{len(microbatches)} micro-batches, planned {self.num_microbatches}"
+            )
+
+        def scaled_loss(logits: Tensor, microbatch: int) -> Tensor:
+            assert last is not None, "only the last stage has a loss"
+            return last.loss(logits, microbatches[microbatch]) * (1.0 / self.targets)
+
+        losses = self.executor.run(program, lambda m: microbatches[m], scaled_loss, self.shape, self.dtype)
+        if not losses or self.grid.tp.rank != 0:
+            return torch.zeros((), device=self.grid.device)
+        return torch.stack(losses).sum()
+
+    def _agree(self, sums: Tensor, loss: Tensor, flags: Sequence[float]) -> StepSums:
+        return agree(sums, self.names, loss, flags, self.grid.stage, self.grid.pp)
+
+    def _build_stage(self, stage: int) -> Stage:
+        layers = self.grid.layout.layers_of(stage, self.architecture.num_layers)
+        first, last = stage == 0, stage == self.grid.layout.num_stages - 1
+        module = materialize(
+            lambda: Stage(self.architecture, layers, first, last, self.grid.tp, self.sequence, self.kernels),
+            self.dtype,
+            self.grid.device,
+        )
+        assert isinstance(module, Stage), "a stage was built"
+        return module
+
+    def _forward_only(self, programs: Sequence[Sequence[Action]]) -> tuple[tuple[Action, ...], ...]:
+        forwards = tuple(tuple(a for a in program if a.op is Op.FORWARD) for program in programs)
+        return insert_transfers(forwards, self.grid.layout.pipeline, self.grid.layout.stages_per_rank)

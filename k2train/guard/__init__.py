@@ -1,0 +1,1 @@
+"""What protects a run: locks, signals, finite and spike checks."""

@@ -1,0 +1,154 @@
+"""Loss spikes seen while they happen: robust deviations of the loss and of the log of the gradient norm.
+
+A step is judged against the median and the median absolute deviation of the last 256 accepted steps, never against a
+window it is itself part of. When a step stands out, an event opens and the window is frozen: a mean and a standard
+deviation over a window that takes the spike in are refused, because the first bad steps then hide the rest. An event
+ends as `benign` (the loss came back), `malignant` (100 steps and still high: the model is damaged) or `level` (100
+steps and near: the data changed). This module only reports; what is done about it is the policy of the caller.
+Everything is Python floats in a fixed order: ranks that feed the same numbers, or a restart that loads the state, get
+the same events. Values that are not finite are ignored here: they are counted elsewhere and must not enter a median.
+"""
+
+import math
+from statistics import median
+from typing import Any
+
+WINDOW = 256
+ARMED_AT = 64
+LOSS_Z = 7.0
+GRAD_Z = 8.0
+LOSS_FLOOR_NAT = 1e-3
+LOG_GRAD_FLOOR = 0.05
+QUIET_Z = 2.0
+RETURNED_STEPS = 20
+RETURNED_SD = 2.0
+VERDICT_STEPS = 100
+VERDICT_RECENT = 50
+VERDICT_SD = 3.0
+# 1 / Phi^-1(3/4): makes the median absolute deviation of a Gaussian its standard deviation.
+MAD_TO_SD = 1.4826
+
+
+class SpikeAlert:
+    """Feed it each applied step; it answers with the events that the step opened or closed."""
+
+    def __init__(self) -> None:
+        self._losses: list[float] = []
+        self._log_grads: list[float] = []
+        self._open: dict[str, Any] | None = None
+
+    @property
+    def open_since(self) -> int | None:
+        """The step at which the open event began, or None: checkpoints from before it are worth keeping."""
+        return None if self._open is None else int(self._open["onset"])
+
+    def observe(self, step: int, loss: float, grad_norm: float) -> list[dict[str, Any]]:
+        """Take in one step (loss in nat a token, gradient norm before clipping).
+
+        Returns plain JSON events {kind: opened | benign | malignant | level, step, ...}, mostly none.
+        """
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            return []
+        loss = float(loss)
+        log_grad = math.log(max(float(grad_norm), 1e-30))
+        if self._open is not None:
+            return self._follow(step, loss, log_grad)
+        if len(self._losses) >= ARMED_AT:
+            loss_median, loss_sd = _center_and_spread(self._losses, LOSS_FLOOR_NAT)
+            grad_median, grad_sd = _center_and_spread(self._log_grads, LOG_GRAD_FLOOR)
+            loss_z = (loss - loss_median) / loss_sd
+            grad_z = (log_grad - grad_median) / grad_sd
+            if loss_z > LOSS_Z or grad_z > GRAD_Z:
+                center = {"loss": loss_median, "loss_sd": loss_sd, "log_grad": grad_median, "log_grad_sd": grad_sd}
+                self._open = {"onset": step, "center": center, "losses": [], "log_grads": [], "count": 0, "quiet": 0}
+                self._open |= {"peak_loss": loss, "peak_log_grad": log_grad}
+                self._enter(loss, log_grad)
+                return [self._opened(step, loss, log_grad, loss_z, grad_z)]
+        self._accept(loss, log_grad)
+        return []
+
+    def state(self) -> dict[str, Any]:
+        """Plain JSON: the window and an open event travel in the checkpoint, so that a restart alarms alike."""
+        opened = None if self._open is None else _copied(self._open)
+        return {"losses": list(self._losses), "log_grads": list(self._log_grads), "open": opened}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue from `state()`, also after it has been through JSON."""
+        self._losses = [float(value) for value in state["losses"]]
+        self._log_grads = [float(value) for value in state["log_grads"]]
+        self._open = None if state["open"] is None else _copied(state["open"])
+
+    def _accept(self, loss: float, log_grad: float) -> None:
+        self._losses = [*self._losses, loss][-WINDOW:]
+        self._log_grads = [*self._log_grads, log_grad][-WINDOW:]
+
+    def _enter(self, loss: float, log_grad: float) -> None:
+        event = self._open
+        assert event is not None, "no event is open"
+        center = event["center"]
+        event["losses"] = [*event["losses"], loss][-VERDICT_RECENT:]
+        event["log_grads"] = [*event["log_grads"], log_grad][-VERDICT_RECENT:]
+        event["count"] += 1
+        event["quiet"] += (log_grad - center["log_grad"]) / center["log_grad_sd"] < QUIET_Z
+        event["peak_loss"] = max(event["peak_loss"], loss)
+        event["peak_log_grad"] = max(event["peak_log_grad"], log_grad)
+
+    def _follow(self, step: int, loss: float, log_grad: float) -> list[dict[str, Any]]:
+        self._enter(loss, log_grad)
+        event = self._open
+        assert event is not None, "no event is open"
+        center, losses = event["center"], event["losses"]
+        returned = center["loss"] + RETURNED_SD * center["loss_sd"]
+        if len(losses) >= RETURNED_STEPS and median(losses[-RETURNED_STEPS:]) <= returned:
+            return self._close("benign", step)
+        if event["count"] < VERDICT_STEPS:
+            return []
+        high = center["loss"] + VERDICT_SD * center["loss_sd"]
+        kind = "malignant" if median(losses) > high else "level"
+        closed = self._close(kind, step)
+        # The run goes on at the new level; judged against the old one, every further step would alarm.
+        self._losses, self._log_grads = list(losses), list(event["log_grads"])
+        return closed
+
+    def _opened(self, step: int, loss: float, log_grad: float, loss_z: float, grad_z: float) -> dict[str, Any]:
+        assert self._open is not None, "no event is open"
+        center = self._open["center"]
+        return {
+            "kind": "opened",
+            "step": step,
+            "loss": loss,
+            "grad_norm": math.exp(log_grad),
+            "loss_z": loss_z,
+            "grad_norm_z": grad_z,
+            "usual_loss": center["loss"],
+            "usual_grad_norm": math.exp(center["log_grad"]),
+        }
+
+    def _close(self, kind: str, step: int) -> list[dict[str, Any]]:
+        event = self._open
+        assert event is not None, "no event is open"
+        self._open = None
+        return [
+            {
+                "kind": kind,
+                "step": step,
+                "onset": event["onset"],
+                "steps": event["count"],
+                "peak_loss": event["peak_loss"],
+                "peak_grad_norm": math.exp(event["peak_log_grad"]),
+                "usual_loss": event["center"]["loss"],
+                "recent_loss": median(event["losses"]),
+                # Small norms inside a long spike: clipping no longer holds the model, it settles in the worse place.
+                "quiet_share": event["quiet"] / event["count"],
+            }
+        ]
+
+
+def _copied(event: dict[str, Any]) -> dict[str, Any]:
+    copied = {key: list(value) if isinstance(value, list) else value for key, value in event.items()}
+    return copied | {"center": dict(event["center"])}
+
+
+def _center_and_spread(values: list[float], floor: float) -> tuple[float, float]:
+    center = median(values)
+    return center, max(MAD_TO_SD * median(abs(value - center) for value in values), floor)

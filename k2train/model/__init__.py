@@ -1,0 +1,1 @@
+"""The LLaMA-architecture stage, built from parallel layers."""

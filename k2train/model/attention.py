@@ -1,0 +1,48 @@
+"""Self-attention: one fused query/key/value product, rotary positions, causal attention, output product.
+
+Heads are split over tensor-parallel ranks; each rank sees the whole sequence here, also with sequence parallelism.
+"""
+
+from torch import Tensor, nn
+
+from k2train.model.kernels import Attention as AttentionKernel
+from k2train.model.layers import Rotary
+from k2train.parallel.grid import Axis
+from k2train.parallel.tensor import ColumnLinear, RowLinear
+
+
+class Attention(nn.Module):
+    """[s(/tp), b, h] -> the same shape; heads n/tp and n_kv/tp on this rank, each of d = h/n."""
+
+    def __init__(
+        self,
+        prefix: str,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        tp: Axis,
+        sequence: bool,
+        std: float,
+        out_std: float,
+        kernel: AttentionKernel,
+    ):
+        super().__init__()
+        self.head_dim = hidden_size // num_heads
+        self.heads, self.kv_heads = num_heads // tp.size, num_kv_heads // tp.size
+        self.kernel = kernel
+        kv = num_kv_heads * self.head_dim
+        names = {f"{prefix}.query.weight": hidden_size, f"{prefix}.key.weight": kv, f"{prefix}.value.weight": kv}
+        self.qkv = ColumnLinear(hidden_size, names, tp, sequence, std)
+        self.output = RowLinear(f"{prefix}.output.weight", hidden_size, hidden_size, tp, sequence, out_std)
+
+    def forward(self, x: Tensor, rotary: Rotary) -> Tensor:
+        packed = self.qkv(x)
+        s, b, _ = packed.shape
+        packed = packed.view(s, b, self.heads + 2 * self.kv_heads, self.head_dim)
+        q, k, v = packed.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
+        q, k, v = (t.permute(1, 2, 0, 3) for t in (rotary(q), rotary(k), v))
+        mixed = self.kernel(q, k, v)
+        return self.output(mixed.permute(2, 0, 1, 3).reshape(s, b, self.heads * self.head_dim))
+
+    def extra_repr(self) -> str:
+        return f"heads={self.heads}, kv_heads={self.kv_heads}, head_dim={self.head_dim}"

@@ -1,0 +1,74 @@
+"""RMSNorm, rotary positions and the SwiGLU feed-forward, on local shards.
+
+The rotary tables are plain fp32 tensors, not module buffers: a module cast to bf16 would round the frequencies with it,
+which at position 2047 is an error of radians.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from k2train.model.kernels import Norm
+from k2train.parallel.grid import Axis
+from k2train.parallel.shard import Piece, Sharded
+from k2train.parallel.tensor import ColumnLinear, RowLinear
+
+
+class RMSNorm(Sharded):
+    """[s(/tp), b, h] -> the same shape. The weight is whole on every tensor-parallel rank.
+
+    With sequence parallelism each rank normalises its part of the sequence, so its weight gradient is a part of the sum.
+    """
+
+    def __init__(self, name: str, hidden_size: int, eps: float, norm: Norm, sequence: bool):
+        super().__init__()
+        self.eps, self.norm = eps, norm
+        self.weight = nn.Parameter(torch.empty(hidden_size))
+        self.pieces = {
+            "weight": (
+                Piece(name, (hidden_size,), None, 0, hidden_size, 0, None, decay=False, sum_over_tensor=sequence),
+            )
+        }
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x, self.weight, self.eps)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, eps={self.eps}"
+
+
+class Rotary:
+    """Rotary position tables, rotate-half convention (Su et al. 2021, arXiv:2104.09864, section 3.4.2).
+
+    Holds cos and sin [s, 1, 1, d] in fp32, computed in float64.
+    """
+
+    def __init__(self, head_dim: int, sequence_length: int, theta: float, device: torch.device):
+        frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+        angles = torch.outer(torch.arange(sequence_length, dtype=torch.float64), frequencies)
+        angles = torch.cat((angles, angles), dim=-1)[:, None, None, :]
+        self.cos, self.sin = angles.cos().float().to(device), angles.sin().float().to(device)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Rotate [s, b, n, d], computed in fp32, returned in the dtype of `x`."""
+        length = x.shape[0]
+        wide = x.float()
+        first, second = wide.chunk(2, dim=-1)
+        turned = torch.cat((-second, first), dim=-1)
+        return (wide * self.cos[:length] + turned * self.sin[:length]).to(x.dtype)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (Shazeer 2020, arXiv:2002.05202): down(silu(gate x) * up x). [s(/tp), b, h] -> the same shape."""
+
+    def __init__(
+        self, prefix: str, hidden_size: int, ffn_hidden_size: int, tp: Axis, sequence: bool, std: float, out_std: float
+    ):
+        super().__init__()
+        names = {f"{prefix}.gate.weight": ffn_hidden_size, f"{prefix}.up.weight": ffn_hidden_size}
+        self.gate_up = ColumnLinear(hidden_size, names, tp, sequence, std)
+        self.down = RowLinear(f"{prefix}.down.weight", ffn_hidden_size, hidden_size, tp, sequence, out_std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)

@@ -1,0 +1,154 @@
+"""The LLaMA-architecture transformer, cut into pipeline stages.
+
+Pre-norm blocks, RMSNorm, rotary, SwiGLU, untied embedding and head, no biases (Touvron et al. 2023, arXiv:2302.13971,
+section 2.2). Stage 0 holds the embedding, the last stage the final norm and the head. Global tensor names:
+
+    embedding.weight
+    layers.N.{attention_norm,mlp_norm}.weight
+    layers.N.attention.{query,key,value,output}.weight
+    layers.N.mlp.{gate,up,down}.weight
+    norm.weight, head.weight
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import sqrt
+
+import torch
+from torch import Tensor, nn
+
+from k2train.model.attention import Attention
+from k2train.model.kernels import Kernels, Norm
+from k2train.model.layers import FeedForward, RMSNorm, Rotary
+from k2train.model.recompute import run_block
+from k2train.parallel.grid import Axis
+from k2train.parallel.loss import IGNORE, vocab_parallel_cross_entropy
+from k2train.parallel.tensor import ColumnLinear, VocabEmbedding
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The numbers of the model; the same for every layout."""
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    vocab_size: int
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-5
+    init_std: float = 0.02
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def output_std(self) -> float:
+        """Initial deviation of the matrices that write into the residual stream: std / sqrt(2 * layers)."""
+        return self.init_std / sqrt(2 * self.num_layers)
+
+    def tensor_names(self) -> list[str]:
+        """Every global tensor, in the order of the forward pass."""
+        inner = ["attention_norm", "attention.query", "attention.key", "attention.value", "attention.output"]
+        inner += ["mlp_norm", "mlp.gate", "mlp.up", "mlp.down"]
+        layers = [f"layers.{n}.{part}.weight" for n in range(self.num_layers) for part in inner]
+        return ["embedding.weight", *layers, "norm.weight", "head.weight"]
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)): [s(/tp), b, h] -> the same shape."""
+
+    def __init__(self, index: int, a: Architecture, tp: Axis, sequence: bool, kernels: Kernels):
+        super().__init__()
+        prefix = f"layers.{index}"
+        self.attention_norm = RMSNorm(
+            f"{prefix}.attention_norm.weight", a.hidden_size, a.norm_eps, kernels.norm, sequence
+        )
+        self.attention = Attention(
+            f"{prefix}.attention",
+            a.hidden_size,
+            a.num_heads,
+            a.num_kv_heads,
+            tp,
+            sequence,
+            a.init_std,
+            a.output_std,
+            kernels.attention,
+        )
+        self.mlp_norm = RMSNorm(f"{prefix}.mlp_norm.weight", a.hidden_size, a.norm_eps, kernels.norm, sequence)
+        self.mlp = FeedForward(
+            f"{prefix}.mlp", a.hidden_size, a.ffn_hidden_size, tp, sequence, a.init_std, a.output_std
+        )
+
+    def forward(self, x: Tensor, rotary: Rotary) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rotary)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Head(nn.Module):
+    """Final norm and output product: [s(/tp), b, h] -> logits [s, b, v/tp]."""
+
+    def __init__(self, a: Architecture, tp: Axis, sequence: bool, norm: Norm):
+        super().__init__()
+        self.norm = RMSNorm("norm.weight", a.hidden_size, a.norm_eps, norm, sequence)
+        self.output = ColumnLinear(a.hidden_size, {"head.weight": a.vocab_size}, tp, sequence, a.init_std, pad=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.output(self.norm(x))
+
+
+class Stage(nn.Module):
+    """One pipeline stage: tokens [b, s] or activations [s(/tp), b, h] in; activations or logits [s, b, v/tp] out."""
+
+    def __init__(
+        self,
+        a: Architecture,
+        layers: Sequence[int],
+        first: bool,
+        last: bool,
+        tp: Axis,
+        sequence: bool,
+        kernels: Kernels,
+    ):
+        super().__init__()
+        self.architecture, self.tp, self.recompute = a, tp, kernels.recompute
+        sequence = sequence and tp.size > 1
+        self.embedding = (
+            VocabEmbedding("embedding.weight", a.vocab_size, a.hidden_size, tp, sequence, a.init_std) if first else None
+        )
+        self.blocks = nn.ModuleDict({str(n): Block(n, a, tp, sequence, kernels) for n in layers})
+        self.head = Head(a, tp, sequence, kernels.norm) if last else None
+        self.rotary: Rotary | None = None
+
+    def set_rotary(self, rotary: Rotary) -> None:
+        """Give the stage its position tables; kept out of the module's state on purpose."""
+        self.rotary = rotary
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.embedding is not None:
+            x = self.embedding(x)
+        for block in self.blocks.values():
+            x = run_block(block, x, self.recompute, self.rotary)
+        return x if self.head is None else self.head(x)
+
+    def loss(self, logits: Tensor, tokens: Tensor) -> Tensor:
+        """Sum of the losses of a micro-batch, tokens [b, s]: position i predicts token i+1, the last has no label.
+
+        Logits [s, b, v/tp]. A sum, not a mean: the caller divides once by the targets of the whole global batch, so that
+        no split into micro-batches or ranks can change the weighting.
+        """
+        assert self.head is not None, "only the last stage has a loss"
+        labels = torch.full_like(tokens, IGNORE)
+        labels[:, :-1] = tokens[:, 1:]
+        start = self.head.output.pieces["weight"][0].start
+        return vocab_parallel_cross_entropy(logits, labels.t(), start, self.architecture.vocab_size, self.tp).sum()
+
+
+def activation_shape(
+    a: Architecture, sequence_length: int, micro_sequences: int, tp: Axis, sequence: bool
+) -> tuple[int, int, int]:
+    """Shape of what crosses a stage border: [s/tp, b, h] with sequence parallelism, else [s, b, h]."""
+    length = sequence_length // tp.size if sequence else sequence_length
+    return (length, micro_sequences, a.hidden_size)

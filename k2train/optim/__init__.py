@@ -1,0 +1,1 @@
+"""The sharded AdamW, global norm and learning-rate schedules."""

@@ -1,0 +1,1 @@
+"""The process grid, parallel layers, pipeline executor and gradient reduction over torch.distributed."""

@@ -1,0 +1,42 @@
+"""What the launcher says of this process: rank, world size, local rank. The one place that reads those variables.
+
+Kept apart from `grid` because a config mistake must be told, once and not once a rank, before torch is imported.
+"""
+
+import os
+from dataclasses import dataclass
+
+from k2train.errors import RunError
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One process as torchrun started it; without torchrun it is rank 0 of a world of 1."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    launched: bool
+
+
+def read_launch() -> Launch:
+    """Read RANK, WORLD_SIZE and LOCAL_RANK.
+
+    Raises RunError when only some of them are set: a world of one by accident trains N copies in silence.
+    """
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    values = [os.environ.get(name) for name in names]
+    if all(value is None for value in values):
+        return Launch(0, 1, 0, launched=False)
+    missing = [name for name, value in zip(names, values, strict=True) if value is None]
+    if missing:
+        raise RunError(
+            f"{', '.join(missing)} not set although {len(names) - len(missing)} of {', '.join(names)} are; start with torchrun or unset them all"
+        )
+    try:
+        rank, world_size, local_rank = (int(str(value)) for value in values)
+    except ValueError:
+        raise RunError(f"RANK, WORLD_SIZE and LOCAL_RANK must be integers, got {', '.join(map(str, values))}") from None
+    if not 0 <= rank < world_size:
+        raise RunError(f"RANK ({rank}) must be in 0..WORLD_SIZE-1 (WORLD_SIZE is {world_size})")
+    return Launch(rank, world_size, local_rank, launched=True)

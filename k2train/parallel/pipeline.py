@@ -1,0 +1,168 @@
+"""Runs a Program: one handler per op, in the order of the list. There is no warm-up, steady or cool-down code here.
+
+Receives are posted where they stand in the list and waited for at their use; sends are posted and waited for at the end
+(on gloo a send completes when the peer receives, so waiting earlier could lock two ranks). Between stages of the same
+rank the tensor is handed over as it is. Backward of a stage runs from its saved output; what a stage saved is dropped at once.
+A list without backward ops is an evaluation: nothing is saved.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from k2train.parallel.grid import Axis
+from k2train.plan.schedule import Action, Op
+
+Key = tuple[int, int]
+
+
+class Executor:
+    """Runs programs over the stages this rank holds.
+
+    `stages`: global stage -> module mapping its input to its output; `num_stages` over all ranks.
+    """
+
+    def __init__(
+        self, stages: Mapping[int, Callable[[Tensor], Tensor]], num_stages: int, pp: Axis, device: torch.device
+    ):
+        self.stages, self.num_stages, self.pp, self.device = dict(stages), num_stages, pp, device
+        self._handlers: dict[Op, Callable[[Action], None]] = {
+            Op.FORWARD: self._forward,
+            Op.BACKWARD: self._backward,
+            Op.SEND_FORWARD: self._send_forward,
+            Op.RECV_FORWARD: self._receive_forward,
+            Op.SEND_BACKWARD: self._send_backward,
+            Op.RECV_BACKWARD: self._receive_backward,
+        }
+
+    def run(
+        self,
+        program: Sequence[Action],
+        inputs: Callable[[int], Tensor],
+        loss: Callable[[Tensor, int], Tensor],
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        observe: Callable[[Action], None] | None = None,
+    ) -> list[Tensor]:
+        """Run one program; returns the loss of each micro-batch in order on the rank with the last stage, else nothing.
+
+        `inputs(microbatch)` feeds stage 0; `loss(output, microbatch)` ends the last stage with a scalar, scaled as its
+        gradient should be; `shape` and `dtype` are those of the activation that crosses a stage border. `observe` is
+        called after every action, for timing and tests.
+        """
+        self._inputs_of, self._loss_of, self._shape, self._dtype = inputs, loss, shape, dtype
+        self._training = any(action.op is Op.BACKWARD for action in program)
+        self._x: dict[Key, Tensor] = {}
+        self._y: dict[Key, Tensor] = {}
+        self._dy: dict[Key, Tensor] = {}
+        self._dx: dict[Key, Tensor] = {}
+        self._waiting: dict[tuple[Op, int, int], dist.Work] = {}
+        self._sending: list[tuple[dist.Work, Tensor]] = []
+        self._losses: dict[int, Tensor] = {}
+        with torch.set_grad_enabled(self._training):
+            for action in program:
+                self._handlers[action.op](action)
+                if observe is not None:
+                    observe(action)
+        for work, _ in self._sending:
+            work.wait()
+        left = (
+            len(self._y) + len(self._dy) + len(self._dx) + len(self._waiting) if self._training else len(self._waiting)
+        )
+        assert left == 0, f"the program left {left} tensors behind"
+        self._sending = []
+        return [self._losses[m] for m in sorted(self._losses)]
+
+    def _forward(self, action: Action) -> None:
+        key = (action.stage, action.microbatch)
+        if action.stage == 0:
+            x = self._inputs_of(action.microbatch)
+        else:
+            self._wait(Op.RECV_FORWARD, key)
+            x = self._x.pop(key)
+            if self._training:
+                x.requires_grad_()
+        y = self.stages[action.stage](x)
+        last = action.stage == self.num_stages - 1
+        if last:
+            y = self._loss_of(y, action.microbatch)
+            self._losses[action.microbatch] = y.detach()
+        if self._training:
+            self._x[key], self._y[key] = x, y
+        elif not last:
+            self._y[key] = y
+        if not last and (action.stage + 1) in self.stages:
+            self._x[(action.stage + 1, action.microbatch)] = y.detach()
+            if not self._training:
+                del self._y[key]
+
+    def _backward(self, action: Action) -> None:
+        key = (action.stage, action.microbatch)
+        y = self._y.pop(key)
+        if action.stage == self.num_stages - 1:
+            y.backward()
+        else:
+            self._wait(Op.RECV_BACKWARD, key)
+            torch.autograd.backward(y, self._dy.pop(key))
+        x = self._x.pop(key)
+        if action.stage > 0:
+            assert x.grad is not None, f"no gradient reached the input of {action}"
+            if (action.stage - 1) in self.stages:
+                self._dy[(action.stage - 1, action.microbatch)] = x.grad
+            else:
+                self._dx[key] = x.grad
+
+    def _send_forward(self, action: Action) -> None:
+        key = (action.stage, action.microbatch)
+        y = self._y[key] if self._training else self._y.pop(key)
+        self._send(action, y.detach())
+
+    def _send_backward(self, action: Action) -> None:
+        self._send(action, self._dx.pop((action.stage, action.microbatch)))
+
+    def _receive_forward(self, action: Action) -> None:
+        self._x[(action.stage, action.microbatch)] = self._receive(action)
+
+    def _receive_backward(self, action: Action) -> None:
+        self._dy[(action.stage, action.microbatch)] = self._receive(action)
+
+    def _send(self, action: Action, tensor: Tensor) -> None:
+        assert tensor.shape == self._shape and tensor.dtype == self._dtype, (
+            f"{action}: {tuple(tensor.shape)} {tensor.dtype} crosses a stage border, planned {self._shape} {self._dtype}"
+        )
+        tensor = tensor.contiguous()
+        assert action.peer is not None, f"{action} names no peer"
+        border = action.stage if action.op is Op.SEND_FORWARD else action.stage - 1
+        work: Any = dist.isend(
+            tensor,
+            group=self.pp.group,
+            group_dst=action.peer,
+            tag=self._tag(action.op is Op.SEND_FORWARD, border, action),
+        )
+        self._sending = [(w, t) for w, t in self._sending if not w.is_completed()]
+        self._sending.append((work, tensor))
+
+    def _receive(self, action: Action) -> Tensor:
+        tensor = torch.empty(self._shape, dtype=self._dtype, device=self.device)
+        assert action.peer is not None, f"{action} names no peer"
+        border = action.stage - 1 if action.op is Op.RECV_FORWARD else action.stage
+        work: Any = dist.irecv(
+            tensor,
+            group=self.pp.group,
+            group_src=action.peer,
+            tag=self._tag(action.op is Op.RECV_FORWARD, border, action),
+        )
+        self._waiting[(action.op, action.stage, action.microbatch)] = work
+        return tensor
+
+    def _tag(self, forward: bool, border: int, action: Action) -> int:
+        """The same number at both ends of a transfer: which stage border, which micro-batch, which way."""
+        return (action.microbatch * self.num_stages + border) * 2 + int(forward)
+
+    def _wait(self, op: Op, key: Key) -> None:
+        work = self._waiting.pop((op, *key), None)
+        if work is not None:
+            work.wait()

@@ -1,0 +1,1 @@
+"""Facts and decisions about a run that need no device: standard library only."""

@@ -1,0 +1,100 @@
+"""The words that programs are written in: one action of one pipeline rank, and what it needs and gives.
+
+An action is a value that prints as it is spoken of (`0F3`, `1SF0>2`), so that a program can be read, compared, stored
+and drawn. The alternative refused is a callable or a handle to tensors: nothing could look at it before it runs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from k2train.errors import UserError
+
+
+class ScheduleError(UserError):
+    """A schedule that the numbers do not allow, or a list of actions that cannot run."""
+
+
+class Op(StrEnum):
+    """What an action does; the values are the letters of its printed form."""
+
+    FORWARD = "F"
+    BACKWARD = "B"
+    SEND_FORWARD = "SF"
+    RECV_FORWARD = "RF"
+    SEND_BACKWARD = "SB"
+    RECV_BACKWARD = "RB"
+
+    # Enum's own hash runs in Python and is most of the time of building a long program; str's agrees with str's equality.
+    __hash__ = str.__hash__
+
+    @property
+    def is_compute(self) -> bool:
+        """Whether this is a forward or a backward, not a transfer."""
+        return self in (Op.FORWARD, Op.BACKWARD)
+
+    @property
+    def is_send(self) -> bool:
+        """Whether this is the sending end of a transfer."""
+        return self in (Op.SEND_FORWARD, Op.SEND_BACKWARD)
+
+
+@dataclass(frozen=True)
+class Action:
+    """One entry of a program; prints as `0F3`, `1SF0>2`, `2RF0<1` (stage, op, micro-batch, peer).
+
+    `stage` is global. SF: the stage whose output is sent on. RF: the stage whose input is received. SB: the stage whose
+    input gradient is sent back. RB: the stage whose output gradient is received. `peer` is the pipeline rank at the
+    other end, for transfers only.
+    """
+
+    op: Op
+    stage: int
+    microbatch: int
+    peer: int | None = None
+
+    def __str__(self) -> str:
+        arrow = "" if self.peer is None else f"{'>' if self.op.is_send else '<'}{self.peer}"
+        return f"{self.stage}{self.op.value}{self.microbatch}{arrow}"
+
+
+Program = tuple[Action, ...]
+
+
+def dependencies(action: Action, num_stages: int) -> tuple[Action, ...]:
+    """The compute actions, wherever they run, whose results the compute action `action` uses."""
+    stage, microbatch = action.stage, action.microbatch
+    if action.op is Op.FORWARD:
+        return (Action(Op.FORWARD, stage - 1, microbatch),) if stage else ()
+    own = (Action(Op.FORWARD, stage, microbatch),)
+    return own if stage == num_stages - 1 else (*own, Action(Op.BACKWARD, stage + 1, microbatch))
+
+
+def transfer_after(action: Action, pipeline: int, num_stages: int) -> tuple[Action, int, Action] | None:
+    """(send, rank of the receiver, receive) that the result of a compute action needs, or None.
+
+    Neighbouring stages with the same owner, as with `pipeline=1`, need no transfer.
+    """
+    forward = action.op is Op.FORWARD
+    target = action.stage + 1 if forward else action.stage - 1
+    source_rank, target_rank = action.stage % pipeline, target % pipeline
+    if not 0 <= target < num_stages or source_rank == target_rank:
+        return None
+    send, receive = (Op.SEND_FORWARD, Op.RECV_FORWARD) if forward else (Op.SEND_BACKWARD, Op.RECV_BACKWARD)
+    return (
+        Action(send, action.stage, action.microbatch, target_rank),
+        target_rank,
+        Action(receive, target, action.microbatch, source_rank),
+    )
+
+
+def counterpart(rank: int, action: Action) -> Action:
+    """The other end of the transfer `action` of pipeline rank `rank`."""
+    op, step = {
+        Op.SEND_FORWARD: (Op.RECV_FORWARD, 1),
+        Op.RECV_FORWARD: (Op.SEND_FORWARD, -1),
+        Op.SEND_BACKWARD: (Op.RECV_BACKWARD, -1),
+        Op.RECV_BACKWARD: (Op.SEND_BACKWARD, 1),
+    }[action.op]
+    return Action(op, action.stage + step, action.microbatch, rank)

@@ -1,0 +1,156 @@
+"""Spans -> a picture of the pipeline, as text or as SVG; planned and measured spans by the same functions.
+
+A line a rank, time to the right. Forwards and backwards differ by sign (`3-` and `3=`) and by hatching, not by colour
+alone, so that the picture reads in a log and in grey. A step too long for the width goes on in a second panel instead
+of being squeezed until nothing can be read. The alternative refused is a plotting library: this must work where only
+Python is.
+"""
+
+from __future__ import annotations
+
+import html
+import statistics
+from collections.abc import Sequence
+
+from k2train.plan.action import Op
+from k2train.plan.simulate import Span
+
+MAX_PANELS = 6
+FILL = {Op.FORWARD: "-", Op.BACKWARD: "="}
+
+
+def draw(spans: Sequence[Span], width: int = 100, unit: str = "s") -> str:
+    """The computation of every rank in panels of `width` characters, under a key.
+
+    `unit` names what the spans' times count. With several stages a rank a letter tells the rank's stages apart: small
+    for a forward, capital for a backward.
+    """
+    computes = [span for span in spans if span.action.op.is_compute]
+    if not computes:
+        return "nothing to draw"
+    start, total = _extent(computes)
+    if total <= 0:
+        return "nothing to draw: the spans take no time"
+    ranks = sorted({span.rank for span in computes})
+    local = _local_stages(computes)
+    gutter = len(f"rank {ranks[-1]} ")
+    panel_columns = max(1, width - gutter)
+    columns = _columns(computes, total, panel_columns, _label_width(computes, local))
+    rows = {rank: ["."] * columns for rank in ranks}
+    for span in computes:
+        first = round((span.start_seconds - start) / total * columns)
+        last = round((span.end_seconds - start) / total * columns)
+        rows[span.rank][first:last] = _cell(span, local, last - first)
+    lines = _key(local, total / columns, unit)
+    for left in range(0, columns, panel_columns):
+        if left:
+            lines.append("")
+        lines += [
+            f"rank {rank}".ljust(gutter) + "".join(rows[rank][left : left + panel_columns]).rstrip() for rank in ranks
+        ]
+    return "\n".join(lines)
+
+
+def _extent(computes: Sequence[Span]) -> tuple[float, float]:
+    """(first start, length) of what the spans cover."""
+    start = min(span.start_seconds for span in computes)
+    return start, max(span.end_seconds for span in computes) - start
+
+
+def _local_stages(computes: Sequence[Span]) -> dict[int, int]:
+    """Global stage -> its index among the stages of its rank."""
+    held: dict[int, set[int]] = {}
+    for span in computes:
+        held.setdefault(span.rank, set()).add(span.action.stage)
+    return {stage: index for stages in held.values() for index, stage in enumerate(sorted(stages))}
+
+
+def _label(span: Span, local: dict[int, int]) -> str:
+    """`3`, or `a3` and `A3` where a rank has several stages."""
+    if max(local.values()) == 0:
+        return str(span.action.microbatch)
+    letter = chr(ord("a") + local[span.action.stage] % 26)
+    return (letter if span.action.op is Op.FORWARD else letter.upper()) + str(span.action.microbatch)
+
+
+def _label_width(computes: Sequence[Span], local: dict[int, int]) -> int:
+    """The longest label and one fill character, which parts it from the next."""
+    return 1 + max(len(_label(span, local)) for span in computes)
+
+
+def _columns(computes: Sequence[Span], total: float, panel_columns: int, label_width: int) -> int:
+    """Columns for the whole step: enough that a usual forward shows its label, in `MAX_PANELS` panels at most.
+
+    A whole number of columns for a usual forward, so that equal spans are drawn equal.
+    """
+    usual = statistics.median(
+        [span.end_seconds - span.start_seconds for span in computes if span.action.op is Op.FORWARD] or [total]
+    )
+    length = total / usual if usual > 0 else 1.0
+    columns_per_forward = max(label_width, int(panel_columns / length))
+    return max(1, min(round(length * columns_per_forward), MAX_PANELS * panel_columns))
+
+
+def _cell(span: Span, local: dict[int, int], columns: int) -> list[str]:
+    """The characters of one span; where they do not all fit, the label's last ones, and a backward keeps its mark."""
+    if columns <= 0:
+        return []
+    fill = FILL[span.action.op]
+    room = columns if span.action.op is Op.FORWARD else columns - 1
+    label = _label(span, local)[-room:] if room else ""
+    return list(label.ljust(columns, fill))
+
+
+def _key(local: dict[int, int], column: float, unit: str) -> list[str]:
+    key = [f"3- forward of micro-batch 3, 3= backward, . idle; one column = {column:.3g} {unit}"]
+    if max(local.values()) > 0:
+        key.append("a b ... the rank's stages in order, capital in backwards")
+    return key
+
+
+ROW, GAP, LEFT, TOP = 28, 8, 64, 34
+FILLS = {Op.FORWARD: "#9ecae1", Op.BACKWARD: "#fdae6b"}
+
+
+def svg(spans: Sequence[Span], width: int = 1200, unit: str = "s") -> str:
+    """The same picture as a stand-alone SVG of `width` pixels; pointing at a box tells its action and times."""
+    computes = [span for span in spans if span.action.op.is_compute]
+    ranks = sorted({span.rank for span in computes})
+    start, total = _extent(computes) if computes else (0.0, 0.0)
+    scale = (width - LEFT - GAP) / total if total > 0 else 0.0
+    height = TOP + len(ranks) * (ROW + GAP)
+    local = _local_stages(computes)
+    body = [_svg_head(width, height, total, unit)]
+    for index, rank in enumerate(ranks):
+        top = TOP + index * (ROW + GAP)
+        body.append(f'<text x="8" y="{top + 19}">rank {rank}</text>')
+        body.append(f'<rect class="idle" x="{LEFT}" y="{top}" width="{total * scale:.2f}" height="{ROW}"/>')
+        for span in computes:
+            if span.rank == rank:
+                body += _svg_box(
+                    span, _label(span, local), LEFT + (span.start_seconds - start) * scale, top, scale, unit
+                )
+    return "\n".join([*body, "</svg>", ""])
+
+
+def _svg_head(width: int, height: int, total: float, unit: str) -> str:
+    return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">
+<style>text {{ font: 12px sans-serif; fill: #111; }} rect {{ stroke: #444; stroke-width: 0.5; }}
+.idle {{ fill: #f4f4f4; }} .F {{ fill: {FILLS[Op.FORWARD]}; }} .B {{ fill: url(#hatch); }}</style>
+<defs><pattern id="hatch" width="6" height="6" patternUnits="userSpaceOnUse" patternTransform="rotate(45)">
+<rect width="6" height="6" style="fill: {FILLS[Op.BACKWARD]}; stroke: none"/>
+<line x1="0" y1="0" x2="0" y2="6" style="stroke: #d9802f; stroke-width: 2"/></pattern></defs>
+<rect width="{width}" height="{height}" style="fill: white; stroke: none"/>
+<rect class="F" x="{LEFT}" y="8" width="16" height="14"/><text x="{LEFT + 22}" y="19">forward</text>
+<rect class="B" x="{LEFT + 90}" y="8" width="16" height="14"/><text x="{LEFT + 112}" y="19">backward</text>
+<text x="{LEFT + 200}" y="19">{total:.4g} {html.escape(unit)} in all; the number is the micro-batch</text>"""
+
+
+def _svg_box(span: Span, label: str, left: float, top: int, scale: float, unit: str) -> list[str]:
+    width = (span.end_seconds - span.start_seconds) * scale
+    told = f"{span.action}: {span.start_seconds:.4g} to {span.end_seconds:.4g} {html.escape(unit)}"
+    place = f'x="{left:.2f}" y="{top}" width="{width:.2f}" height="{ROW}"'
+    box = [f'<rect class="{span.action.op.value}" {place}><title>{told}</title></rect>']
+    if width >= 8 * len(label):
+        box.append(f'<text x="{left + width / 2:.2f}" y="{top + 19}" text-anchor="middle">{label}</text>')
+    return box

@@ -1,0 +1,113 @@
+"""Where every rank stands: world rank <-> (pp, dp, tp), the ranks of each group, the layers of each pipeline stage.
+
+One frozen value with plain arithmetic. `tp` is innermost, so that the group that talks most sits on neighbouring ranks
+(one node); `pp` is outermost, so that the group that talks least crosses nodes. The alternative refused is a module of
+process-group globals: a layout that is a value can be printed, compared and tested for 480 ranks on one core.
+
+Stages are dealt round-robin (stage % pipeline is its owner), as the interleaved schedule needs; with one stage a rank
+this is the plain contiguous split.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from k2train.errors import ConfigError
+
+AXES = ("pp", "dp", "tp")
+
+
+@dataclass(frozen=True)
+class Coordinate:
+    """The place of one rank: its index along each axis, each counted from 0."""
+
+    pp: int
+    dp: int
+    tp: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The degrees of parallelism. `stages_per_rank` is the number of pipeline stages that each pipeline rank holds."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    data: int = 1
+    stages_per_rank: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("tensor", "pipeline", "data", "stages_per_rank"):
+            degree = getattr(self, name)
+            assert degree >= 1, f"Layout.{name} must be at least 1, not {degree}"
+
+    @classmethod
+    def for_world(cls, world_size: int, tensor: int = 1, pipeline: int = 1, stages_per_rank: int = 1) -> Layout:
+        """The layout whose data parallelism is what `tensor` and `pipeline` leave of the world.
+
+        Raises ConfigError when `tensor * pipeline` does not divide `world_size`.
+        """
+        model_ranks = tensor * pipeline
+        if world_size < 1 or world_size % model_ranks:
+            below = world_size - world_size % model_ranks
+            nearest = [world for world in (below, below + model_ranks) if world >= model_ranks]
+            raise ConfigError(
+                f"the world ({world_size} processes) must be a multiple of parallel.tensor ({tensor}) x "
+                f"parallel.pipeline ({pipeline}) = {model_ranks}; nearest that are: {', '.join(map(str, nearest))}"
+            )
+        return cls(tensor, pipeline, world_size // model_ranks, stages_per_rank)
+
+    @property
+    def world_size(self) -> int:
+        """Processes in all."""
+        return self.tensor * self.pipeline * self.data
+
+    @property
+    def num_stages(self) -> int:
+        """Pipeline stages in all."""
+        return self.pipeline * self.stages_per_rank
+
+    def degree(self, axis: str) -> int:
+        """The size of one axis, `axis` being one of `AXES`."""
+        assert axis in AXES, f"axis must be one of {AXES}, not {axis!r}"
+        return {"pp": self.pipeline, "dp": self.data, "tp": self.tensor}[axis]
+
+    def coordinate(self, rank: int) -> Coordinate:
+        """World rank -> coordinate; the inverse of `rank`."""
+        assert 0 <= rank < self.world_size, f"rank {rank} is outside a world of {self.world_size}"
+        outer, tp = divmod(rank, self.tensor)
+        pp, dp = divmod(outer, self.data)
+        return Coordinate(pp, dp, tp)
+
+    def rank(self, coordinate: Coordinate) -> int:
+        """Coordinate -> world rank; the inverse of `coordinate`."""
+        for axis in AXES:
+            index = getattr(coordinate, axis)
+            assert 0 <= index < self.degree(axis), f"{axis} {index} is outside its degree {self.degree(axis)}"
+        return (coordinate.pp * self.data + coordinate.dp) * self.tensor + coordinate.tp
+
+    def groups(self, axis: str) -> list[tuple[int, ...]]:
+        """Every group along one axis, as world ranks ordered by their index on that axis.
+
+        A group holds the ranks that differ in `axis` only, so the groups partition the world.
+        """
+        stride = {"tp": 1, "dp": self.tensor, "pp": self.tensor * self.data}
+        size = self.degree(axis)
+        firsts = (rank for rank in range(self.world_size) if rank // stride[axis] % size == 0)
+        return [tuple(first + index * stride[axis] for index in range(size)) for first in firsts]
+
+    def stages_of(self, pp: int) -> tuple[int, ...]:
+        """The global stages that pipeline rank `pp` holds, first to last."""
+        assert 0 <= pp < self.pipeline, f"pp {pp} is outside {self.pipeline} pipeline ranks"
+        return tuple(range(pp, self.num_stages, self.pipeline))
+
+    def owner(self, stage: int) -> int:
+        """The pipeline rank that holds `stage`."""
+        assert 0 <= stage < self.num_stages, f"stage {stage} is outside {self.num_stages} stages"
+        return stage % self.pipeline
+
+    def layers_of(self, stage: int, num_layers: int) -> range:
+        """The layers of `stage`: contiguous, and as many as on every other stage."""
+        assert 0 <= stage < self.num_stages, f"stage {stage} is outside {self.num_stages} stages"
+        assert num_layers % self.num_stages == 0, f"{num_layers} layers do not divide over {self.num_stages} stages"
+        layers_per_stage = num_layers // self.num_stages
+        return range(stage * layers_per_stage, (stage + 1) * layers_per_stage)

@@ -1,0 +1,183 @@
+"""All pipeline ranks walked together: is a schedule legal, and where do its transfers go?
+
+Transfers are inserted while walking, so every program is a view of one global order: both ends of a pair see their
+transfers in the same order, and even fully blocking transfers cannot deadlock. The alternative refused is to let each
+rank derive its own sends and receives from the neighbour's role, which is right only as long as nobody adds a schedule.
+
+A list that cannot run is named (which rank waits at what, for what), never walked for ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from k2train.plan.action import (
+    Action,
+    Op,
+    Program,
+    ScheduleError,
+    counterpart,
+    dependencies,
+    transfer_after,
+)
+
+
+def check(programs: Sequence[Sequence[Action]], pipeline: int, num_microbatches: int, stages_per_rank: int = 1) -> None:
+    """Refuse with ScheduleError programs that are incomplete, out of order or stuck; transfers are passed over.
+
+    Every forward and backward of every (stage, micro-batch) stands exactly once, on the rank that holds the stage; each
+    stage's are in micro-batch order; and all ranks together reach their ends.
+    """
+    if len(programs) != pipeline:
+        raise ScheduleError(f"there are {len(programs)} programs for {pipeline} pipeline ranks")
+    computes = [[action for action in program if action.op.is_compute] for program in programs]
+    for pp, actions in enumerate(computes):
+        expected = range(num_microbatches)
+        for action in actions:
+            if action.stage not in range(pp, pipeline * stages_per_rank, pipeline):
+                raise ScheduleError(f"rank {pp} runs {action}, but does not hold stage {action.stage}")
+        for stage in range(pp, pipeline * stages_per_rank, pipeline):
+            for op in (Op.FORWARD, Op.BACKWARD):
+                found = [action.microbatch for action in actions if action.stage == stage and action.op is op]
+                if found != list(expected):
+                    raise ScheduleError(
+                        f"rank {pp} must run {stage}{op.value} of micro-batches 0 to {num_microbatches - 1} once each "
+                        f"and in order, not {found}"
+                    )
+    for _ in _lockstep(computes, pipeline * stages_per_rank):
+        pass
+
+
+def _lockstep(programs: Sequence[Sequence[Action]], num_stages: int) -> Iterator[tuple[int, Action]]:
+    """(rank, compute action) in an order that all ranks can run: each tick, each rank that can takes one action.
+
+    Within a tick a producer comes before its consumer where it can (forwards from the first rank on, backwards from the
+    last), so that the consumer's receive stands before what the consumer computes meanwhile, and overlaps with it.
+    """
+    positions = [0] * len(programs)
+    done: set[Action] = set()
+    while any(position < len(program) for position, program in zip(positions, programs, strict=True)):
+        heads = [
+            (rank, program[positions[rank]]) for rank, program in enumerate(programs) if positions[rank] < len(program)
+        ]
+        ready = [(rank, head) for rank, head in heads if done.issuperset(dependencies(head, num_stages))]
+        if not ready:
+            missing = {
+                rank: next(need for need in dependencies(head, num_stages) if need not in done) for rank, head in heads
+            }
+            raise ScheduleError(
+                f"the schedule is stuck after {len(done)} actions: "
+                + "; ".join(f"rank {rank} waits at {head} for {missing[rank]}" for rank, head in heads)
+            )
+        ready.sort(key=lambda entry: (0, entry[0]) if entry[1].op is Op.FORWARD else (1, -entry[0]))
+        for rank, head in ready:
+            positions[rank] += 1
+            yield rank, head
+        done.update(head for _, head in ready)
+
+
+def insert_transfers(
+    programs: Sequence[Sequence[Action]], pipeline: int, stages_per_rank: int = 1
+) -> tuple[Program, ...]:
+    """Compute-only programs -> complete ones: each send right after its compute, each receive posted before its use.
+
+    A receive is appended to its rank at the moment of the send, wherever that rank stands; it cannot have used the
+    tensor yet.
+    """
+    num_stages = pipeline * stages_per_rank
+    complete: list[list[Action]] = [[] for _ in programs]
+    for rank, action in _lockstep(programs, num_stages):
+        complete[rank].append(action)
+        transfer = transfer_after(action, pipeline, num_stages)
+        if transfer:
+            send, receiver, receive = transfer
+            complete[rank].append(send)
+            complete[receiver].append(receive)
+    return tuple(tuple(program) for program in complete)
+
+
+def check_transfers(programs: Sequence[Sequence[Action]], pipeline: int, stages_per_rank: int = 1) -> None:
+    """Refuse with ScheduleError complete programs whose transfers are missing, misplaced, or in different orders.
+
+    Every compute action has what it needs posted before it and what it gives sent after it; the two ends of every pair
+    of ranks see the same order (NCCL runs a pair's transfers in the order of issue, so a difference is a hang); and all
+    ranks reach their ends even if every transfer blocks until both ends are there.
+    """
+    num_stages = pipeline * stages_per_rank
+    places = [_places(rank, program) for rank, program in enumerate(programs)]
+    expected: list[set[Action]] = [set() for _ in programs]
+
+    def require_order(rank: int, first: Action, second: Action) -> None:
+        place = places[rank]
+        if first not in place or second not in place or place[first] > place[second]:
+            raise ScheduleError(f"rank {rank} must have {first} before {second}")
+
+    for rank, program in enumerate(programs):
+        for action in program:
+            transfer = transfer_after(action, pipeline, num_stages) if action.op.is_compute else None
+            if transfer:
+                send, receiver, receive = transfer
+                expected[rank].add(send)
+                expected[receiver].add(receive)
+                require_order(rank, action, send)
+                require_order(receiver, receive, Action(action.op, receive.stage, receive.microbatch))
+    for rank, program in enumerate(programs):
+        for action in program:
+            if not action.op.is_compute and action not in expected[rank]:
+                raise ScheduleError(f"rank {rank} has the transfer {action}, which no compute action calls for")
+    _check_pair_orders(programs)
+    _check_blocking(programs, num_stages)
+
+
+def _places(rank: int, program: Sequence[Action]) -> dict[Action, int]:
+    """The index of each action in `program`, which must hold each once."""
+    place = {action: index for index, action in enumerate(program)}
+    if len(place) != len(program):
+        twice = next(action for index, action in enumerate(program) if place[action] != index)
+        raise ScheduleError(f"rank {rank} has {twice} more than once")
+    return place
+
+
+def _check_pair_orders(programs: Sequence[Sequence[Action]]) -> None:
+    for low in range(len(programs)):
+        for high in range(low + 1, len(programs)):
+            ours = [action for action in programs[low] if action.peer == high]
+            theirs = [counterpart(high, action) for action in programs[high] if action.peer == low]
+            for index, (mine, yours) in enumerate(zip(ours, theirs, strict=True)):
+                if mine != yours:
+                    raise ScheduleError(
+                        f"ranks {low} and {high} disagree on their transfer {index}: rank {low} has {mine}, "
+                        f"rank {high} has {counterpart(low, yours)}"
+                    )
+
+
+def _check_blocking(programs: Sequence[Sequence[Action]], num_stages: int) -> None:
+    """Walk all ranks with every transfer as a rendezvous of its two ends."""
+    positions = [0] * len(programs)
+    done: set[Action] = set()
+
+    def head(rank: int) -> Action | None:
+        return programs[rank][positions[rank]] if positions[rank] < len(programs[rank]) else None
+
+    def advance(rank: int) -> bool:
+        action = head(rank)
+        if action is None:
+            return False
+        if action.op.is_compute:
+            if not done.issuperset(dependencies(action, num_stages)):
+                return False
+            done.add(action)
+        else:
+            assert action.peer is not None, f"the transfer {action} has no peer"
+            if head(action.peer) != counterpart(rank, action):
+                return False
+            positions[action.peer] += 1
+        positions[rank] += 1
+        return True
+
+    while any(advance(rank) for rank in range(len(programs))):
+        pass
+    stuck = [(rank, head(rank)) for rank in range(len(programs)) if head(rank) is not None]
+    if stuck:
+        waits = "; ".join(f"rank {rank} waits at {action}" for rank, action in stuck)
+        raise ScheduleError(f"the schedule is stuck after {sum(positions)} actions: {waits}")

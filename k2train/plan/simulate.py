@@ -1,0 +1,153 @@
+"""Programs and durations -> when each action runs: the bubble, and how many activations a rank holds at once.
+
+Programs are walked as data: an action starts when its rank is free and what it uses is there. That gives the published
+bubble formulas exactly and stays true for measured or uneven durations; the alternative refused is a formula for each
+schedule, which a new schedule would silently not have.
+
+Transfers run beside computation. One starts when it has been sent, its receive is posted and its link is free; a link
+is one direction between two pipeline ranks and carries one transfer at a time. A `Span` may as well hold measured
+times: `bubble_fraction` and `draw` do not know the difference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from k2train.plan.action import Action, Op, ScheduleError, counterpart, dependencies
+
+
+@dataclass(frozen=True)
+class Span:
+    """One action of one pipeline rank and when it ran; a receive's span is that of its transfer."""
+
+    rank: int
+    action: Action
+    start_seconds: float
+    end_seconds: float
+
+
+def constant_seconds(forward: float = 1.0, backward: float = 2.0, transfer: float = 0.0) -> Callable[[Action], float]:
+    """A duration for each kind of action, for `simulate`; the defaults count in forwards of one stage."""
+
+    def seconds(action: Action) -> float:
+        return {Op.FORWARD: forward, Op.BACKWARD: backward}.get(action.op, transfer)
+
+    return seconds
+
+
+def simulate(
+    programs: Sequence[Sequence[Action]], seconds: Callable[[Action], float] | None = None
+) -> tuple[Span, ...]:
+    """The span of every action, by rank and then in program order.
+
+    `programs` are complete, or compute only (then transfers take no time). `seconds` gives the duration of an action,
+    asked of the sending end of a transfer; None means `constant_seconds()`. Raises ScheduleError for programs that
+    cannot reach their ends.
+    """
+    walk = _Walk(programs, seconds or constant_seconds())
+    while any(walk.advance(rank) for rank in range(len(programs))):
+        pass
+    waiting = [(rank, walk.head(rank)) for rank in range(len(programs)) if walk.head(rank) is not None]
+    if waiting:
+        raise ScheduleError(
+            "the simulated schedule is stuck: " + "; ".join(f"rank {rank} waits at {head}" for rank, head in waiting)
+        )
+    return tuple(
+        Span(rank, action, *walk.times[rank, action]) for rank, program in enumerate(programs) for action in program
+    )
+
+
+class _Walk:
+    """The state of one simulation: where each rank stands, and when what has happened happened."""
+
+    def __init__(self, programs: Sequence[Sequence[Action]], seconds: Callable[[Action], float]) -> None:
+        self.programs = programs
+        self.seconds = seconds
+        self.with_transfers = any(not action.op.is_compute for program in programs for action in program)
+        self.num_stages = 1 + max((action.stage for program in programs for action in program), default=0)
+        self.positions = [0] * len(programs)
+        self.clocks = [0.0] * len(programs)
+        self.finished: dict[Action, tuple[int, float]] = {}
+        self.issued: dict[tuple[int, Action], float] = {}
+        self.links: dict[tuple[int, int], float] = {}
+        self.times: dict[tuple[int, Action], tuple[float, float]] = {}
+
+    def head(self, rank: int) -> Action | None:
+        """The next action of `rank`, or None at its end."""
+        program, position = self.programs[rank], self.positions[rank]
+        return program[position] if position < len(program) else None
+
+    def advance(self, rank: int) -> bool:
+        """Take the next action of `rank` if what it needs has a known time."""
+        action = self.head(rank)
+        if action is None:
+            return False
+        if not action.op.is_compute:
+            self._issue(rank, action)
+        else:
+            inputs = [self._available(rank, need) for need in dependencies(action, self.num_stages)]
+            known = [moment for moment in inputs if moment is not None]
+            if len(known) < len(inputs):
+                return False
+            start = max(self.clocks[rank], *known) if known else self.clocks[rank]
+            self.clocks[rank] = start + self.seconds(action)
+            self.times[rank, action] = (start, self.clocks[rank])
+            self.finished[action] = (rank, self.clocks[rank])
+        self.positions[rank] += 1
+        return True
+
+    def _available(self, rank: int, need: Action) -> float | None:
+        """When the result of the compute action `need` is on `rank`; None while that is not known."""
+        if need not in self.finished:
+            return None
+        producer, moment = self.finished[need]
+        if producer == rank or not self.with_transfers:
+            return moment
+        op = Op.SEND_FORWARD if need.op is Op.FORWARD else Op.SEND_BACKWARD
+        window = self.times.get((producer, Action(op, need.stage, need.microbatch, rank)))
+        return window[1] if window else None
+
+    def _issue(self, rank: int, action: Action) -> None:
+        """Send or post at the rank's clock; the transfer runs once both ends are known."""
+        self.issued[rank, action] = self.clocks[rank]
+        assert action.peer is not None, f"the transfer {action} has no peer"
+        other = (action.peer, counterpart(rank, action))
+        if other not in self.issued:
+            return
+        send = (rank, action) if action.op.is_send else other
+        link = (rank, action.peer) if action.op.is_send else (action.peer, rank)
+        start = max(self.issued[rank, action], self.issued[other], self.links.get(link, 0.0))
+        end = start + self.seconds(send[1])
+        self.links[link] = end
+        self.times[rank, action] = self.times[other] = (start, end)
+
+
+def bubble_fraction(spans: Sequence[Span]) -> float:
+    """The part of all ranks' time, first start to last end of computation, in which they compute nothing (0 to 1).
+
+    Uniform 1F1B and GPipe give (p-1)/(m+p-1), interleaved with v stages a rank (p-1)/(v*m+p-1)
+    (Narayanan et al. 2021, section 2.2, there divided by the ideal time and not by the total).
+    """
+    computes = [span for span in spans if span.action.op.is_compute]
+    if not computes:
+        return 0.0
+    total = max(span.end_seconds for span in computes) - min(span.start_seconds for span in computes)
+    busy = sum(span.end_seconds - span.start_seconds for span in computes)
+    num_ranks = len({span.rank for span in computes})
+    return 1.0 - busy / (num_ranks * total) if total > 0 else 0.0
+
+
+def peak_in_flight(programs: Sequence[Sequence[Action]]) -> tuple[int, ...]:
+    """For each rank, the most (stage, micro-batch) pairs whose forward has run and whose backward has not.
+
+    Counted in activations of one stage, so one of them is 1/v of the rank's layers with v stages a rank.
+    """
+    peaks = []
+    for program in programs:
+        held = peak = 0
+        for action in program:
+            held += {Op.FORWARD: 1, Op.BACKWARD: -1}.get(action.op, 0)
+            peak = max(peak, held)
+        peaks.append(peak)
+    return tuple(peaks)

@@ -1,0 +1,258 @@
+"""Everything about a start that can be decided without a device: data, schedule, which checkpoint, is it the same run.
+
+Runs on every rank before torch is imported, from the same files, so that a mistake is one line in about a second and
+nothing is written. Only the first rank of a machine hashes chunks here, and no more of them than reads in seconds; the rest are
+verified one chunk ahead while the run goes on.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from k2train.checkpoint.manifest import is_thinned, list_checkpoints, read_manifest
+from k2train.config import Config, check_world, config_differences, data_parallel_size, num_microbatches
+from k2train.data.chunk import check_files, verify_chunk
+from k2train.data.manifest import Manifest, common_data
+from k2train.data.manifest import read_manifest as read_data_manifest
+from k2train.data.order import ChunkOrder, make_order
+from k2train.errors import CheckpointError, DataError, RunError
+from k2train.optim.lr import check_schedule, rate
+from k2train.plan.layout import Layout
+from k2train.plan.schedule import build_programs
+
+HASH_AT_START_BYTES = 1 << 30
+"""Chunks hashed before the start: all when they are smaller than this together, else the next one to be read."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """How a run begins."""
+
+    directory: Path
+    layout: Layout
+    manifest: Manifest
+    order: ChunkOrder
+    identity: dict[str, Any]
+    """What may not change between restarts; kept in every checkpoint."""
+    candidates: tuple[Path, ...] = ()
+    """Checkpoints of this run to continue from, the wanted one first; empty: a fresh start."""
+    refused: tuple[str, ...] = ()
+    parent: Path | None = None
+    """Checkpoint of another run to take weights and moments from (fresh starts only)."""
+    seam: dict[str, Any] = field(default_factory=dict)
+    finished: Path | None = None
+    """The last checkpoint, when there is nothing left to do."""
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.directory / "checkpoints"
+
+
+def learning_rate(config: Config, step: int, total_steps: int) -> float:
+    """The rate used in `step` (from 1) of this stage."""
+    lr = config.lr
+    return rate(step, lr.kind, lr.peak, lr.final, lr.warmup_steps, total_steps, lr.decay_steps)
+
+
+def run_directory(config: Config) -> Path:
+    return Path(config.run.directory) / config.run.name
+
+
+def check_data(config: Config, verify: bool) -> tuple[Manifest, ChunkOrder]:
+    """Read the manifest, fix the order, check every file's size and header; with `verify` also hashes and ids.
+
+    Raises DataError or ConfigError.
+    """
+    manifest = read_data_manifest(config.data.manifest)
+    order = make_order(manifest, config.data.order, config.batch.global_sequences, config.data.sequence_length)
+    if manifest.vocab_size > config.model.vocab_size:
+        raise DataError(
+            f"model.vocab_size ({config.model.vocab_size}) must be at least that of the data "
+            f"({manifest.vocab_size}, {manifest.path}): raise it"
+        )
+    held_out = [manifest.held_out.name] if manifest.held_out else []
+    names = [*order.names, *held_out]
+    check_files(manifest, names)
+    check_schedule(config.lr.kind, config.lr.warmup_steps, order.total_steps, config.lr.decay_steps)
+    if verify:
+        total_bytes = sum((manifest.folder / manifest.chunk(name).file).stat().st_size for name in names)
+        for name in names if total_bytes <= HASH_AT_START_BYTES else names[:1]:
+            verify_chunk(manifest, manifest.chunk(name))
+    return manifest, order
+
+
+def identity_of(config: Config, manifest: Manifest, order: ChunkOrder) -> dict[str, Any]:
+    """What makes two starts the same run: model, batch, seed, data in order, optimizer, schedule, precision."""
+    tree = config.model_dump(mode="json")
+    return {
+        "model": tree["model"],
+        "batch": {"global_sequences": config.batch.global_sequences},
+        "run": {"seed": config.run.seed},
+        "data": {
+            "sequence_length": config.data.sequence_length,
+            "tokenizer_sha256": manifest.tokenizer_sha256,
+            "order": [{"name": name, "sha256": manifest.chunk(name).sha256} for name in order.names],
+        },
+        "optimizer": tree["optimizer"],
+        "lr": tree["lr"],
+        "precision": tree["precision"],
+    }
+
+
+def identity_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """`batch.global_sequences: 32 -> 64` for each difference; of the data order only the first place."""
+    before, now = dict(before), dict(now)
+    old_order = list(before.get("data", {}).get("order", []))
+    new_order = list(now.get("data", {}).get("order", []))
+    for tree in (before, now):
+        tree["data"] = {key: value for key, value in tree.get("data", {}).items() if key != "order"}
+    differences = config_differences(before, now)
+    if old_order != new_order:
+        place = next((i for i, (a, b) in enumerate(zip(old_order, new_order, strict=False)) if a != b), None)
+        if place is None:
+            differences.append(f"data order: {len(old_order)} chunks -> {len(new_order)} chunks")
+        else:
+            told = [f"{entry['name']} ({str(entry['sha256'])[:12]})" for entry in (old_order[place], new_order[place])]
+            differences.append(f"data order at place {place}: {told[0]} -> {told[1]}")
+    return differences
+
+
+def prepare_start(config: Config, world_size: int, verify: bool) -> Start:
+    """Decide how the run begins. Raises a UserError for every mistake that can be seen from here."""
+    check_world(config, world_size)
+    parallel = config.parallel
+    data = data_parallel_size(config, world_size)
+    layout = Layout(parallel.tensor, parallel.pipeline, data, parallel.stages_per_rank)
+    build_programs(parallel.schedule, parallel.pipeline, num_microbatches(config, world_size), parallel.stages_per_rank)
+    manifest, order = check_data(config, verify)
+    directory = run_directory(config)
+    identity = identity_of(config, manifest, order)
+    base = Start(directory, layout, manifest, order, identity)
+    wanted, refused = _wanted_checkpoints(config, directory)
+    if not wanted:
+        return _fresh(config, base, refused)
+    for path in wanted[:1]:
+        _check_same_run(path, identity)
+    newest = read_manifest(wanted[0])
+    if newest["step"] >= order.total_steps:
+        return Start(directory, layout, manifest, order, identity, finished=wanted[0])
+    return Start(directory, layout, manifest, order, identity, tuple(wanted), tuple(refused))
+
+
+def _wanted_checkpoints(config: Config, directory: Path) -> tuple[list[Path], list[str]]:
+    """Readable checkpoints to try, best first, and what was wrong with the others; none for a fresh start."""
+    folder, resume = directory / "checkpoints", config.run.resume
+    found = list_checkpoints(folder)
+    readable, refused = [], []
+    for path in reversed(found):
+        try:
+            read_manifest(path)
+            readable.append(path)
+        except CheckpointError as error:
+            refused.append(str(error))
+    if resume == "never":
+        if found or (directory / "ledger.jsonl").exists():
+            raise RunError(
+                f"run.resume is never, but {directory} holds a run; choose another run.name or run.resume=auto"
+            )
+        return [], []
+    if isinstance(resume, int):
+        named = [path for path in readable if path.name == f"ckpt_{resume:03d}"]
+        if not named:
+            there = ", ".join(path.name for path in reversed(readable)) or "none"
+            raise CheckpointError(f"run.resume asks for ckpt_{resume:03d}, {folder} has: {there}")
+        return named, refused
+    if not readable and (resume == "must" or refused):
+        why = f"; refused: {'; '.join(refused)}" if refused else ""
+        raise CheckpointError(
+            f"run.resume is {resume}, but there is no checkpoint to continue from in {folder}{why}; "
+            "choose another run.name to start anew"
+        )
+    usable = [path for path in readable if not is_thinned(path)]
+    return usable, refused
+
+
+def _check_same_run(path: Path, identity: Mapping[str, Any]) -> None:
+    if is_thinned(path):
+        raise CheckpointError(
+            f"{path} was thinned to its weights: it can start another run (run.init_from), not continue this one"
+        )
+    differences = identity_differences(read_manifest(path).get("identity", {}), identity)
+    if differences:
+        raise CheckpointError(
+            f"{path} belongs to another run than this config describes: {'; '.join(differences)}; "
+            "change the config back, or start anew under another run.name (run.init_from takes its weights)"
+        )
+
+
+def _fresh(config: Config, base: Start, refused: list[str]) -> Start:
+    if config.run.init_from is None:
+        return Start(base.directory, base.layout, base.manifest, base.order, base.identity, refused=tuple(refused))
+    parent = resolve_checkpoint(Path(config.run.init_from))
+    seam = check_seam(config, parent, base.manifest, base.order)
+    return Start(
+        base.directory,
+        base.layout,
+        base.manifest,
+        base.order,
+        base.identity,
+        refused=tuple(refused),
+        parent=parent,
+        seam=seam,
+    )
+
+
+def resolve_checkpoint(path: Path) -> Path:
+    """A checkpoint directory as it is; of a run directory its last checkpoint. Raises CheckpointError."""
+    if (path / "manifest.json").is_file():
+        return path
+    found = list_checkpoints(path / "checkpoints")
+    if not found:
+        raise CheckpointError(f"run.init_from ({path}) is neither a checkpoint nor a run directory with one")
+    return found[-1]
+
+
+def check_seam(config: Config, parent: Path, manifest: Manifest, order: ChunkOrder) -> dict[str, Any]:
+    """Check and describe the border between two stages: same model, same tokenizer, no data in common, the rates.
+
+    Raises CheckpointError or DataError.
+    """
+    facts = read_manifest(parent)
+    before, now = facts["config"], config.model_dump(mode="json")
+    if differences := config_differences({"model": before["model"]}, {"model": now["model"]}):
+        raise CheckpointError(f"run.init_from ({parent}) holds another model: {'; '.join(differences)}")
+    tokenizer = facts["data"].get("tokenizer_sha256")
+    if tokenizer != manifest.tokenizer_sha256:
+        raise DataError(
+            f"{manifest.path} was made with tokenizer {manifest.tokenizer_sha256[:12]}, "
+            f"run.init_from ({parent}) was trained with {str(tokenizer)[:12]}; prepare the data with the same one"
+        )
+    seen = {entry["sha256"]: entry["name"] for entry in facts["chunks"]["order"]}
+    mine = [name for name in order.names if manifest.chunk(name).sha256 in seen]
+    shared = [f"{name} is {seen[manifest.chunk(name).sha256]} of the stage before" for name in mine]
+    sources_compared = False
+    try:
+        shared += common_data(read_data_manifest(before["data"]["manifest"]), manifest)
+        sources_compared = True
+    except DataError:
+        # The earlier stage's files may be gone; their hashes are in its checkpoint, and were compared above.
+        pass
+    if shared:
+        raise DataError(
+            f"{manifest.path} shares data with the stage before: {'; '.join(shared[:3])}; prepare it disjoint"
+        )
+    last = facts.get("lr")
+    return {
+        "parent": str(parent),
+        "parent_step": facts["step"],
+        "parent_adam_steps": facts["adam_steps"],
+        "parent_consumed_tokens": facts["consumed_tokens"],
+        "tokenizer_sha256": manifest.tokenizer_sha256,
+        "same_model": True,
+        "same_tokenizer": True,
+        "data_in_common": [],
+        "sources_compared": sources_compared,
+        "rate_before": last,
+        "rate_after": learning_rate(config, 1, order.total_steps),
+    }

@@ -1,0 +1,190 @@
+"""Progress for people: on a terminal one live line, in a log plain lines, from the same rows as the metrics.
+
+One redrawn line is written by hand; a progress-bar library is refused: it estimates the time left from the mean of all
+steps, knows nothing of the pauses between chunks, and fills a log file with control characters. The time left is the
+median of recent steps times the steps left, plus the median measured pause at a chunk's end (checkpoint, held-out loss)
+times the chunks left; until the first such pause has been measured it is shown with a `+`.
+Progress must never end a run: a closed pipe or terminal silences the console and nothing else.
+"""
+
+import math
+import os
+import time
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Callable, Sequence
+from statistics import median
+from typing import Any, TextIO
+
+FIRST_LINES = 10
+FEW_STEPS = 20
+LINE_SECONDS = 5.0
+RECENT_STEPS = 50
+WIDE_COLUMNS = 110
+
+
+class Console:
+    """Progress of one stage on `stream`, for one rank.
+
+    `total_steps`, `total_chunks` count the whole stage, `row["step"]` the updates done in it (1 after the first).
+    `chunk_ends`: for each chunk the step after which it is consumed; left out, chunks are taken as equally long.
+    """
+
+    def __init__(
+        self,
+        stream: TextIO,
+        name: str,
+        total_steps: int,
+        total_chunks: int,
+        chunk_ends: Sequence[int] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        if chunk_ends is None:
+            chunk_ends = [-(-total_steps * (index + 1) // total_chunks) for index in range(total_chunks)]
+        assert len(chunk_ends) == total_chunks, f"{len(chunk_ends)} chunk ends for {total_chunks} chunks"
+        self._stream = stream
+        self._name = name
+        self._total_steps = total_steps
+        self._ends = list(chunk_ends)
+        self._clock = clock
+        self._live = _is_terminal(stream)
+        self._drawn = ""
+        self._silent = False
+        self._steps_seen = 0
+        self._last_line = -math.inf
+        self._step_seconds: deque[float] = deque(maxlen=RECENT_STEPS)
+        self._pauses: deque[float] = deque(maxlen=RECENT_STEPS)
+        self._pause_began: float | None = None
+
+    def step(self, row: dict[str, Any]) -> None:
+        """Show one finished step; reads step, loss, grad_norm, lr, tokens_per_second, seconds of the metrics row."""
+        now = self._clock()
+        self._measure(row, now)
+        if self._live:
+            self._draw(self._fitted(row))
+        elif self._is_line_due(row, now):
+            self._last_line = now
+            self._write(self._text(row) + "\n")
+
+    def note(self, text: str) -> None:
+        """A line that stays: above the bar on a terminal, in its place in a log."""
+        if not self._live:
+            self._write(f"{self._name} {text}\n")
+            return
+        drawn = self._drawn
+        self._write(f"\r\x1b[K{text}\n")
+        self._drawn = ""
+        if drawn:
+            self._draw(drawn)
+
+    def close(self) -> None:
+        """Leave the last state of the bar standing and the cursor on a new line; harmless when called again."""
+        if self._drawn:
+            self._write("\n")
+        self._drawn = ""
+
+    def seconds_left(self, step: int) -> float | None:
+        """Estimate from what was measured so far; None before the first step."""
+        if not self._step_seconds:
+            return None
+        # The first step after a start also warms caches up; it says little about the ones to come.
+        recent = list(self._step_seconds)
+        typical = recent[1:] if self._steps_seen == len(recent) > 1 else recent
+        # The pause after the current step is still to come when that step ends a chunk.
+        chunks_left = len(self._ends) - bisect_left(self._ends, step)
+        pauses = median(self._pauses) * chunks_left if self._pauses else 0.0
+        return median(typical) * max(0, self._total_steps - step) + pauses
+
+    def _measure(self, row: dict[str, Any], now: float) -> None:
+        seconds = float(row["seconds"])
+        if self._pause_began is not None:
+            self._pauses.append(max(0.0, now - self._pause_began - seconds))
+        self._pause_began = now if row["step"] in self._ends else None
+        self._step_seconds.append(seconds)
+        self._steps_seen += 1
+
+    def _is_line_due(self, row: dict[str, Any], now: float) -> bool:
+        return (
+            self._steps_seen <= FIRST_LINES
+            or self._total_steps <= FEW_STEPS
+            or now - self._last_line >= LINE_SECONDS
+            or row["step"] in self._ends
+            or row["step"] >= self._total_steps
+            or not math.isfinite(row["loss"])
+        )
+
+    def _text(self, row: dict[str, Any], bar_cells: int = 0, leave_out: Sequence[str] = ()) -> str:
+        step = int(row["step"])
+        # `step` is the last of its chunk at the chunk's end, not the first of the next one.
+        chunk = min(bisect_left(self._ends, step) + 1, len(self._ends))
+        left = self.seconds_left(step)
+        unmeasured = "" if self._pauses else "+"
+        parts = {
+            "place": f"{self._name} chunk {chunk}/{len(self._ends)} step {step}/{self._total_steps}",
+            "bar": self._bar(step, chunk, bar_cells) if bar_cells else "",
+            "loss": f"loss {row['loss']:.4f}",
+            "grad_norm": f"grad_norm {row['grad_norm']:.3g}",
+            "lr": f"lr {row['lr']:.3g}",
+            "speed": f"{row['tokens_per_second']:.0f} tok/s",
+            "seconds": f"{row['seconds']:.2f} s",
+            "left": "left ?" if left is None else f"left {duration(left)}{unmeasured}",
+        }
+        return " ".join(text for key, text in parts.items() if text and key not in leave_out)
+
+    def _bar(self, step: int, chunk: int, cells: int) -> str:
+        """`#` for consumed chunks, `=` for what is done of the current one."""
+        before = 0 if chunk == 1 else self._ends[chunk - 2]
+        consumed = step if step in self._ends else before
+        solid = cells * consumed // self._total_steps
+        done = min(cells, cells * step // self._total_steps)
+        return "[" + "#" * solid + "=" * (done - solid) + "." * (cells - done) + "]"
+
+    def _fitted(self, row: dict[str, Any]) -> str:
+        """The fullest text that fits the terminal: a line that wraps cannot be redrawn in place."""
+        columns = _columns(self._stream) - 1
+        leave_out: list[str] = []
+        for key in ("", "seconds", "lr", "grad_norm", "bar"):
+            leave_out.append(key)
+            text = self._text(row, 20 if columns >= WIDE_COLUMNS else 10, leave_out)
+            if len(text) <= columns:
+                return text
+        return text[:columns]
+
+    def _draw(self, text: str) -> None:
+        self._write(f"\r{text}\x1b[K")
+        self._drawn = text
+
+    def _write(self, text: str) -> None:
+        if self._silent:
+            return
+        try:
+            self._stream.write(text)
+            self._stream.flush()
+        except (OSError, ValueError):
+            self._silent = True
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people read them: 45s, 1m20s, 2h05m, 3d04h."""
+    whole = math.ceil(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    if whole < 86400:
+        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"
+
+
+def _is_terminal(stream: TextIO) -> bool:
+    try:
+        return stream.isatty() and os.environ.get("TERM") != "dumb"
+    except ValueError:
+        return False
+
+
+def _columns(stream: TextIO) -> int:
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or 80
+    except (OSError, ValueError):
+        return 80

@@ -1,0 +1,66 @@
+"""What a run ran on: the versions, the platform and the commit of the code, for the ledger and the manifests.
+
+Versions come from the packages' metadata, not from importing them: the facts must be the same in a process that never
+loads torch. The host's name is left out on purpose: a ledger is published, and the name says nothing about the numbers.
+"""
+
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("k2train", "torch", "numpy", "safetensors")
+PACKAGE_DIRECTORY = Path(__file__).resolve().parents[1]
+
+
+def environment_facts(package_directory: Path = PACKAGE_DIRECTORY) -> dict[str, Any]:
+    """Python, packages (None where not installed), platform, and `code` {commit, dirty} if the package is a checkout.
+
+    Never raises: a fact that cannot be had is None or left out.
+    """
+    facts: dict[str, Any] = {
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "platform": platform.platform(),
+        "machine": platform.machine(),
+        "cpu_count": os.cpu_count(),
+        "code": _code(package_directory),
+    }
+    if "SLURM_JOB_ID" in os.environ:
+        facts["slurm_job_id"] = os.environ["SLURM_JOB_ID"]
+    return facts
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _code(package_directory: Path) -> dict[str, Any] | None:
+    top = _git(package_directory, "rev-parse", "--show-toplevel")
+    # Installed into a virtual environment that lies in some other project, git would answer for that project.
+    if top is None or Path(top).resolve() != package_directory.parent:
+        return None
+    commit = _git(package_directory, "rev-parse", "HEAD")
+    changes = _git(package_directory, "status", "--porcelain", "--", ":(top)k2train")
+    return None if commit is None else {"commit": commit, "dirty": None if changes is None else bool(changes)}
+
+
+def _git(directory: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(directory), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=True,
+            # Asking must not write: without this `git status` refreshes the index of a checkout that others may use.
+            env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
+        )
+    except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
+        return None
+    return done.stdout.strip()

@@ -1,0 +1,116 @@
+"""Files of one JSON object a line, written so that a process killed at any moment leaves a file that can be read.
+
+A line is encoded first and handed to the kernel in one O_APPEND write, newline included: whatever has no newline at the
+end of the file was cut off by the end of the process, was never acknowledged to anyone, and may be set aside. Writing
+through a buffered text file is refused: its buffer is lost on kill -9, and a flush may split a line in two.
+JSON knows no NaN; non-finite floats travel as the strings "nan", "inf", "-inf", so that every JSON reader accepts them.
+"""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from k2train.errors import RunError
+
+NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+
+def plain(value: Any) -> Any:
+    """The value as JSON can hold it: numbers of array libraries become Python's, paths and other keys become strings.
+
+    Raises TypeError for what has no such form.
+    """
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float):
+        return (
+            float(value) if math.isfinite(value) else ("nan" if math.isnan(value) else "inf" if value > 0 else "-inf")
+        )
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    # One element of NumPy or PyTorch, without importing either.
+    item = getattr(value, "item", None)
+    if callable(item) and getattr(value, "ndim", 0) == 0:
+        return plain(item())
+    raise TypeError(f"a {type(value).__name__} has no JSON form")
+
+
+def encode_line(row: dict[str, Any]) -> bytes:
+    """One row as bytes with its newline; key order is kept, so that the file reads as it was meant."""
+    return json.dumps(plain(row), allow_nan=False, separators=(", ", ": ")).encode() + b"\n"
+
+
+def append_bytes(path: Path, data: bytes, sync: bool) -> None:
+    """Append `data`, all or nothing; with `sync` it has reached the disk on return.
+
+    Raises OSError (a full disk, for instance) with the file as it was before.
+    """
+    existed = path.exists()
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        size_bytes = os.fstat(descriptor).st_size
+        try:
+            written = os.write(descriptor, data)
+            if written != len(data):
+                raise OSError(f"{path}: only {written} of {len(data)} bytes could be written; is the disk full?")
+            if sync:
+                os.fsync(descriptor)
+        except OSError:
+            os.ftruncate(descriptor, size_bytes)
+            raise
+    finally:
+        os.close(descriptor)
+    if sync and not existed:
+        sync_directory(path.parent)
+
+
+def sync_directory(directory: Path) -> None:
+    """Make the names in a directory durable: without it a new file may be gone after a power cut, its data written."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_lines(path: Path) -> tuple[list[bytes], bytes]:
+    """(complete lines without newlines, the torn rest); raises RunError when the file is missing or unreadable."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise RunError(f"{path} does not exist; is {path.parent} the directory of a run?") from None
+    except OSError as error:
+        raise RunError(f"{path} cannot be read: {error.strerror}") from None
+    *lines, rest = data.split(b"\n")
+    return lines, rest
+
+
+def parse_line(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    """The object in line `number` (from 1); raises RunError naming the line."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        raise RunError(
+            f"{path}: line {number} is not JSON: the file was changed or damaged after it was written"
+        ) from None
+    if not isinstance(row, dict):
+        raise RunError(f"{path}: line {number} holds {type(row).__name__}, expected an object")
+    return row
+
+
+def truncate(path: Path, size_bytes: int) -> None:
+    """Cut the file to its first `size_bytes` bytes, durably."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.ftruncate(descriptor, size_bytes)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,134 @@
+"""The ledger: every decision of a run, one fsynced JSON line each, chained by hash, never rewritten.
+
+A line carries `seq` (from 0), `time` (UTC), `event`, the facts, and `previous`: the sha256 of the line before it, as
+bytes without the newline. A changed, removed or reordered line therefore breaks the chain and is named. What a chain
+cannot see is that its end was cut off; for that a checkpoint keeps the ledger's `head`.
+A database is refused: a text file can be read in twenty years, shipped with a release and diffed, and one write of one
+line is as atomic as a run needs. The only repair is of a last line without a newline, which a killed process leaves
+behind: it is moved to `ledger.torn`, never deleted, and said in `repaired`. Any other break stops the run.
+"""
+
+import hashlib
+import threading
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from k2train.errors import RunError
+from k2train.record.jsonl import append_bytes, encode_line, parse_line, read_lines, truncate
+
+RESERVED = ("seq", "time", "event", "previous")
+
+
+class Ledger:
+    """The ledger at `path`, opened to append. Nothing is written until the first append, save for a repair.
+
+    `repaired` is a sentence about a torn line that was moved aside, or None. Raises RunError when the chain is broken.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.repaired: str | None = None
+        self._lock = threading.Lock()
+        self._size_bytes = 0
+        self._head = ""
+        self._events: list[dict[str, Any]] = []
+        if self.path.exists():
+            lines, rest = read_lines(self.path)
+            self._events = _verified(self.path, lines)
+            self._head = _sha256(lines[-1]) if lines else ""
+            self._size_bytes = sum(len(line) + 1 for line in lines)
+            if rest:
+                self._move_aside(rest)
+
+    @property
+    def head(self) -> str:
+        """sha256 of the last line, "" when empty: kept elsewhere, it proves later that the ledger's end is not cut."""
+        return self._head
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        """All events so far, oldest first."""
+        with self._lock:
+            return list(self._events)
+
+    def append(self, event: str, **facts: Any) -> dict[str, Any]:
+        """Write one event and return it as it can be read back; on return it is on the disk.
+
+        Raises RunError when another process has changed the file meanwhile, OSError when the disk refuses; in both
+        cases the file is as it was.
+        """
+        wrong = [name for name in RESERVED if name in facts]
+        assert not wrong, f"the ledger writes {wrong} itself"
+        with self._lock:
+            self._check_unchanged()
+            entry = {"seq": len(self._events), "time": _now(), "event": event, **facts, "previous": self._head}
+            line = encode_line(entry)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            append_bytes(self.path, line, sync=True)
+            self._size_bytes += len(line)
+            self._head = _sha256(line[:-1])
+            stored = parse_line(self.path, len(self._events) + 1, line)
+            self._events.append(stored)
+            return dict(stored)
+
+    def last(self, event: str) -> dict[str, Any] | None:
+        """The newest event of that name, or None."""
+        with self._lock:
+            return next((dict(entry) for entry in reversed(self._events) if entry["event"] == event), None)
+
+    def _check_unchanged(self) -> None:
+        size_bytes = self.path.stat().st_size if self.path.exists() else 0
+        if size_bytes != self._size_bytes:
+            raise RunError(
+                f"{self.path} has {size_bytes} bytes where this process left {self._size_bytes}: "
+                "something else writes to this run's directory; stop it, then start again"
+            )
+
+    def _move_aside(self, rest: bytes) -> None:
+        torn = self.path.with_suffix(".torn")
+        # Saved before it is cut: killed in between, the next start repeats both and the line is kept twice, not lost.
+        append_bytes(torn, rest + b"\n", sync=True)
+        truncate(self.path, self._size_bytes)
+        self.repaired = (
+            f"{self.path.name}: the last line was cut off after {len(rest)} bytes (the writer was killed); "
+            f"moved to {torn.name}, {len(self._events)} events are intact"
+        )
+
+
+def read_ledger(path: str | Path) -> list[dict[str, Any]]:
+    """All events, oldest first, with the chain verified; a torn last line is left out and the file is not touched.
+
+    Raises RunError naming the first line that does not fit.
+    """
+    path = Path(path)
+    return _verified(path, read_lines(path)[0])
+
+
+def _verified(path: Path, lines: list[bytes]) -> list[dict[str, Any]]:
+    events = []
+    previous = ""
+    for index, line in enumerate(lines):
+        entry = parse_line(path, index + 1, line)
+        missing = [name for name in RESERVED if name not in entry]
+        if missing:
+            raise RunError(f"{path}: line {index + 1} has no {', '.join(missing)}; it is not a line of a ledger")
+        if entry["previous"] != previous:
+            raise RunError(
+                f"{path}: line {index + 1} does not continue line {index}: it expects the hash "
+                f"{str(entry['previous'])[:12] or 'of an empty ledger'}, found {previous[:12] or 'none'}; "
+                f"line {index} was changed, or lines between them were removed"
+            )
+        if entry["seq"] != index:
+            raise RunError(f"{path}: line {index + 1} says seq {entry['seq']}, expected {index}")
+        events.append(entry)
+        previous = _sha256(line)
+    return events
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -1,0 +1,128 @@
+"""Rank 0's pen: one object that writes ledger, metrics, console and W&B from the trainer's facts; nothing elsewhere.
+
+The other ranks hold a `Recorder` too, whose methods do nothing, so the training loop has no `if rank == 0` in it.
+"""
+
+import hashlib
+import sys
+from collections import deque
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from k2train.checkpoint.manifest import MANIFEST
+from k2train.config import Config, to_yaml
+from k2train.preflight import Start
+from k2train.record.console import Console
+from k2train.record.ledger import Ledger
+from k2train.record.metrics import MetricsWriter, last_attempt
+from k2train.record.wandb_mirror import WandbMirror
+
+Facts = dict[str, Any]
+
+
+class Recorder:
+    """What the trainer tells; the silent form, for every rank but the first."""
+
+    attempt = 0
+    run_id = ""
+    """Names the training run across restarts."""
+
+    def event(self, event: str, **facts: Any) -> None:
+        """Append to the ledger."""
+
+    def step(self, row: Facts) -> None:
+        """One finished step."""
+
+    def note(self, text: str) -> None:
+        """A line for people."""
+
+    def committed(self, path: Path, manifest: Facts, seconds: float) -> None:
+        """A checkpoint is whole; may be called from the thread that saved it."""
+
+    def close(self) -> None:
+        """End the live line and the mirror."""
+
+
+class RankZeroRecorder(Recorder):
+    """Writes into the run directory."""
+
+    def __init__(self, config: Config, start: Start):
+        directory = start.directory
+        self.ledger = Ledger(directory / "ledger.jsonl")
+        self.metrics = MetricsWriter(directory / "metrics.jsonl")
+        attempts = [int(e.get("attempt", 0)) for e in self.ledger.events if e["event"] in ("started", "resumed")]
+        self.attempt = max([last_attempt(directory / "metrics.jsonl"), *attempts]) + 1
+        order = start.order
+        ends = [order.first_step(i) + order.steps_in(i) - 1 for i in range(len(order.names))]
+        self.console = Console(sys.stderr, config.run.name, order.total_steps, len(order.names), ends)
+        self._from_threads: deque[str] = deque()
+        write_config(directory / "config.yaml", to_yaml(config))
+        started = self.ledger.last("started")
+        self.run_id = str(started["run_id"]) if started else uuid4().hex
+        self.wandb = WandbMirror(
+            config.wandb.mode,
+            config.wandb.project,
+            config.run.name,
+            self.run_id,
+            directory,
+            config.model_dump(mode="json"),
+            note=self._from_threads.append,
+        )
+        for repaired in (self.ledger.repaired, self.metrics.repaired):
+            if repaired:
+                self.note(repaired)
+
+    def event(self, event: str, **facts: Any) -> None:
+        self.ledger.append(event, **facts)
+
+    def step(self, row: Facts) -> None:
+        self.metrics.write(row)
+        self.wandb.log(row)
+        self._drain()
+        self.console.step(row)
+
+    def note(self, text: str) -> None:
+        self._drain()
+        self.console.note(text)
+
+    def committed(self, path: Path, manifest: Facts, seconds: float) -> None:
+        self.metrics.sync()
+        total_bytes = sum(facts["bytes"] for facts in manifest["files"].values())
+        self.ledger.append(
+            "checkpoint_saved",
+            checkpoint=path.name,
+            attempt=manifest["attempt"],
+            step=manifest["step"],
+            chunks_consumed=manifest["chunks"]["consumed"],
+            consumed_tokens=manifest["consumed_tokens"],
+            loss=manifest["loss"],
+            held_out_loss=manifest["held_out_loss"],
+            seconds=round(seconds, 3),
+            bytes=total_bytes,
+            manifest_sha256=hashlib.sha256((path / MANIFEST).read_bytes()).hexdigest(),
+        )
+        held_out = manifest["held_out_loss"]
+        told = "" if held_out is None else f", held-out loss {held_out:.4f}"
+        # The console belongs to the main thread.
+        self._from_threads.append(
+            f"saved {path.name} at step {manifest['step']}{told} ({total_bytes / 1e6:.1f} MB in {seconds:.1f} s)"
+        )
+        self.wandb.event(f"saved {path.name}")
+
+    def close(self) -> None:
+        self._drain()
+        self.console.close()
+        self.wandb.close()
+        self._drain()
+
+    def _drain(self) -> None:
+        while self._from_threads:
+            self.console.note(self._from_threads.popleft())
+
+
+def write_config(path: Path, text: str) -> None:
+    """Put the resolved config in place by rename; the ledger has told what changed since the last start."""
+    aside = path.with_name(f"{path.name}.tmp")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(path)

@@ -1,0 +1,87 @@
+"""The command line: python -m k2train.train CONFIG.yaml [dotted.key=value ...], alone or under torchrun.
+
+Config and data mistakes are told before torch is imported, once and not once a rank. `--help` and they answer in a
+second; what needs torch lies behind the one deferred import of the project, `k2train.trainer`.
+Exit codes: 0 done; 2 a mistake in config, data or usage; 75 stopped on request after saving, start me again; 1 else.
+"""
+
+import argparse
+import importlib
+import sys
+import time
+from collections.abc import Sequence
+
+from k2train.config import Config, explain, load_config
+from k2train.errors import EXIT_DONE, EXIT_USAGE, UserError
+from k2train.guard.lock import RunLock
+from k2train.guard.signals import StopRequest
+from k2train.parallel.environment import Launch, read_launch
+from k2train.preflight import Start, prepare_start, run_directory
+
+OTHER_RANKS_WAIT_SECONDS = 5.0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit code."""
+    options = _parse(arguments)
+    launch = Launch(0, 1, 0, launched=False)
+    try:
+        launch = read_launch()
+        if options.explain:
+            print(explain(options.config, options.overrides))
+            return EXIT_DONE
+        return _train(options.config, options.overrides, launch)
+    except UserError as error:
+        return tell(error, launch)
+
+
+def tell(error: UserError, launch: Launch) -> int:
+    """Say a mistake on stderr: at once on rank 0; elsewhere only if the launcher has not ended this rank by then."""
+    if launch.rank != 0:
+        time.sleep(OTHER_RANKS_WAIT_SECONDS)
+    prefix = f"rank {launch.rank}: " if launch.rank else ""
+    print("\n".join(f"k2train: {prefix}{line}" for line in str(error).splitlines()), file=sys.stderr, flush=True)
+    return EXIT_USAGE
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m k2train.train",
+        description="Train a model as one YAML says, alone or under torchrun.",
+        epilog="Exit codes: 0 done; 2 a mistake in config, data or usage; 75 stopped on request after saving; 1 anything else.",
+    )
+    parser.add_argument("config", metavar="CONFIG.yaml")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="dotted.key=value", help="laid over the file, the last one wins"
+    )
+    parser.add_argument(
+        "--explain", action="store_true", help="print every resolved value and where it came from, then end"
+    )
+    return parser.parse_args(arguments)
+
+
+def _train(path: str, overrides: Sequence[str], launch: Launch) -> int:
+    config = load_config(path, overrides)
+    lock = RunLock(run_directory(config))
+    if launch.rank != 0:
+        start = prepare_start(config, launch.world_size, verify=launch.local_rank == 0)
+        return _run(config, launch, start)
+    lock.acquire()
+    try:
+        start = prepare_start(config, launch.world_size, verify=True)
+        return _run(config, launch, start)
+    finally:
+        lock.release(discard_if_empty=True)
+
+
+def _run(config: Config, launch: Launch, start: Start) -> int:
+    if start.finished is not None:
+        if launch.rank == 0:
+            print(f"{start.finished} is the last checkpoint: this stage is finished, nothing to do")
+        return EXIT_DONE
+    with StopRequest() as stop:
+        return int(importlib.import_module("k2train.trainer").train(config, launch, start, stop))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

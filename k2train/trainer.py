@@ -1,0 +1,396 @@
+"""The training loop: build, resume, step through the chunks, save one numbered checkpoint after each.
+
+Where a step stands in the data is computed from its number, so a restart needs the checkpoint's step and nothing else.
+Every decision (skip, save, stop) is taken from sums that all ranks share in the step's one exchange, so all ranks take it
+at the same step. One path for every layout, a single process included.
+"""
+
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from k2train.checkpoint.load import agree_on_checkpoint, load_states
+from k2train.checkpoint.manifest import checkpoint_name, list_checkpoints, read_manifest
+from k2train.checkpoint.save import CheckpointWriter, snapshot
+from k2train.config import Config, config_differences
+from k2train.data.loader import Loader
+from k2train.engine import Engine, StepResult
+from k2train.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, CheckpointError, DataError
+from k2train.guard.finite import SkipCounter
+from k2train.guard.signals import StopRequest
+from k2train.guard.spikes import SpikeAlert
+from k2train.optim.adamw import ShardedAdamW
+from k2train.parallel.environment import Launch
+from k2train.parallel.grid import ProcessGrid, choose_device, start_process_group, stop_process_group
+from k2train.plan.cost import ModelShape, flops_per_token, parameters, peak_flops
+from k2train.preflight import Start, learning_rate
+from k2train.record.environment import environment_facts
+from k2train.recorder import RankZeroRecorder, Recorder
+
+STOP, SAVE = 0, 1
+"""Places of the flags in the step's exchange."""
+
+
+def train(config: Config, launch: Launch, start: Start, stop: StopRequest) -> int:
+    """Run the stage on this rank and return the exit code."""
+    device = choose_device(launch)
+    start_process_group(launch, device)
+    grid = ProcessGrid(start.layout, launch.rank, device)
+    trainer = Trainer(config, grid, start, stop, verify=launch.local_rank == 0)
+    try:
+        trainer.begin()
+        code = trainer.run()
+    finally:
+        trainer.close()
+    stop_process_group()
+    return code
+
+
+class Trainer:
+    """One rank's part of a run; `begin`, `run`, `close`."""
+
+    def __init__(self, config: Config, grid: ProcessGrid, start: Start, stop: StopRequest, verify: bool):
+        self.config, self.grid, self.start, self.stop = config, grid, start, stop
+        self.order = start.order
+        self.step, self.first_step = 0, 0
+        self.saved_at = time.monotonic()
+        self.last_loss: float | None = None
+        self.parent: dict[str, Any] | None = None
+        self.skips, self.spikes = SkipCounter(), SpikeAlert()
+        self.recorder: Recorder = Recorder()
+        self.attempt = 0
+        self.loader = Loader(
+            start.manifest,
+            start.order,
+            grid.dp.rank,
+            grid.dp.size,
+            config.batch.micro_sequences,
+            config.model.vocab_size,
+            verify=verify,
+        )
+        c = config.checkpoint
+        self.writer = CheckpointWriter(start.checkpoints, grid, c.keep_optimizer_states, c.asynchronous)
+        m = config.model
+        shape = ModelShape(
+            m.num_layers, m.hidden_size, m.ffn_hidden_size, m.num_heads, m.num_kv_heads or m.num_heads, m.vocab_size
+        )
+        self.parameters = parameters(shape)
+        self.flops = flops_per_token(shape, config.data.sequence_length)
+        peak = peak_flops(torch.cuda.get_device_name(grid.device)) if grid.device.type == "cuda" else None
+        self.peak_flops = None if peak is None else peak * grid.layout.world_size
+        self.step_tokens = config.batch.global_sequences * config.data.sequence_length
+
+    def begin(self) -> None:
+        """Choose the checkpoint together, open the record, build the engine, load or draw its state."""
+        chosen, refused = agree_on_checkpoint(self.start.candidates, self.grid)
+        refused = [*self.start.refused, *refused]
+        if self.start.candidates and chosen is None:
+            raise CheckpointError(f"no checkpoint in {self.start.checkpoints} is whole: {'; '.join(refused)}")
+        if self.start.parent is not None:
+            parent, problems = agree_on_checkpoint([self.start.parent], self.grid)
+            if parent is None:
+                raise CheckpointError(f"run.init_from: {problems[0]}")
+        if self.grid.rank == 0:
+            self.start.checkpoints.mkdir(parents=True, exist_ok=True)
+            self.recorder = RankZeroRecorder(self.config, self.start)
+        told = [self.recorder.attempt]
+        dist.broadcast_object_list(told, src=0, group=self.grid.host)
+        self.attempt = told[0]
+        source = chosen or self.start.parent
+        self.engine = Engine(self.config, self.grid, fill=source is None)
+        self._announce()
+        for problem in refused:
+            self.recorder.note(f"refused: {problem}")
+        if chosen is not None:
+            self._resume(chosen, refused)
+        else:
+            self._start_anew(source)
+
+    def run(self) -> int:
+        """Train to the end of the stage, or to a request to stop; returns the exit code."""
+        self.saved_at = time.monotonic()
+        while self.step < self.order.total_steps:
+            self.step += 1
+            position = self.order.position(self.step)
+            if position.step_in_chunk == 0:
+                self.recorder.event(
+                    "chunk_started",
+                    attempt=self.attempt,
+                    chunk=position.name,
+                    order_index=position.order_index,
+                    step=self.step,
+                    dropped_rows=self.order.dropped_rows(position.order_index),
+                )
+            result = self._one_step()
+            decision = self.skips.observe(result.applied)
+            if decision != "apply":
+                self._tell_skipped(result, decision)
+            if decision == "stop":
+                self.recorder.event("stopped", attempt=self.attempt, reason="non-finite", step=self.step)
+                self.recorder.note(
+                    f"{self.skips.limit} steps in a row were not finite; stopped, nothing was applied since"
+                )
+                return EXIT_FAILED
+            reason = self._reason_to_stop(result)
+            if self.order.is_chunk_end(self.step):
+                self._end_chunk(required=reason is not None)
+            elif reason is not None or result.flags[SAVE] > 0:
+                self._save(checkpoint_name(self.order.consumed_chunks(self.step), self.step), held_out=None)
+            if reason is not None and self.step < self.order.total_steps:
+                self.writer.wait()
+                self.recorder.event("stopped", attempt=self.attempt, reason=reason, step=self.step)
+                self.recorder.note(
+                    f"stopped on request ({reason}) at step {self.step}; start the same command to go on"
+                )
+                return EXIT_STOPPED
+        self.writer.wait()
+        self.recorder.event("finished", attempt=self.attempt, step=self.step)
+        return EXIT_DONE
+
+    def close(self) -> None:
+        """Stop the loader's threads and the record. A save under way ends with the process."""
+        self.loader.close()
+        self.recorder.close()
+
+    def _one_step(self) -> StepResult:
+        began = time.monotonic()
+        microbatches = self._read()
+        lr = learning_rate(self.config, self.step, self.order.total_steps)
+        flags = [0.0, 0.0]
+        flags[STOP] = float(self.stop.requested is not None)
+        every = self.config.checkpoint.every_seconds
+        flags[SAVE] = float(every > 0 and self.grid.rank == 0 and began - self.saved_at >= every)
+        result = self.engine.train_step(microbatches, lr, flags)
+        seconds = time.monotonic() - began
+        self.last_loss = result.loss
+        row = {
+            "step": self.step,
+            "attempt": self.attempt,
+            "chunk": self.order.position(self.step).name,
+            "consumed_tokens": self.step * self.step_tokens,
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "lr": lr,
+            "applied": result.applied,
+            "tokens_per_second": self.step_tokens / seconds,
+            "mfu": None if self.peak_flops is None else self.step_tokens / seconds * self.flops / self.peak_flops,
+            "seconds": seconds,
+            "peak_memory_bytes": self._peak_memory_bytes(),
+        }
+        self.recorder.step(row)
+        if result.applied:
+            for event in self.spikes.observe(self.step, result.loss, result.grad_norm):
+                self.recorder.event("spike", attempt=self.attempt, policy=self.config.spikes.policy, **event)
+                self.recorder.note(
+                    f"spike {event['kind']} at step {self.step}: loss {result.loss:.4f}, grad_norm {result.grad_norm:.3g}"
+                )
+        return result
+
+    def _read(self) -> list[torch.Tensor]:
+        """This rank's micro-batches; a damaged chunk stops all ranks alike, at the step that opens it."""
+        opens = self.step == self.first_step or self.order.position(self.step).step_in_chunk == 0
+        problem, microbatches = "", []
+        try:
+            # Also where the tokens are not looked at: this rank may be the one that verifies for its machine.
+            if opens or self.engine.needs_tokens:
+                microbatches = self.loader.step(self.step)
+        except DataError as error:
+            if not opens:
+                raise
+            problem = str(error)
+        if opens:
+            problems: list[str] = [""] * self.grid.layout.world_size
+            dist.all_gather_object(problems, problem, group=self.grid.host)
+            if any(problems):
+                raise DataError(next(text for text in problems if text))
+        return [tokens.to(self.grid.device, non_blocking=True) for tokens in microbatches]
+
+    def _reason_to_stop(self, result: StepResult) -> str | None:
+        if result.flags[STOP] > 0:
+            return self.stop.requested or "signal on another rank"
+        limit = self.config.run.stop_after_steps
+        if limit is not None and self.step - self.first_step + 1 >= limit:
+            return "run.stop_after_steps"
+        return None
+
+    def _tell_skipped(self, result: StepResult, decision: str) -> None:
+        position = self.order.position(self.step)
+        rows = self.order.rows_of(self.step)
+        bad = [name for name, norm in result.norms.items() if norm != norm or norm == float("inf")]
+        self.recorder.event(
+            "step_skipped",
+            attempt=self.attempt,
+            step=self.step,
+            chunk=position.name,
+            rows=[rows.start, rows.stop],
+            loss=str(result.loss),
+            grad_norm=str(result.grad_norm),
+            tensors=bad[:8],
+            in_a_row=self.skips.in_a_row,
+        )
+        self.recorder.note(
+            f"step {self.step} skipped, {'loss' if not bad else 'gradient of ' + bad[0]} not finite "
+            f"({position.name} rows {rows.start}-{rows.stop - 1}; {self.skips.in_a_row} in a row)"
+        )
+
+    def _end_chunk(self, required: bool) -> None:
+        consumed = self.order.consumed_chunks(self.step)
+        last = consumed == len(self.order.names)
+        if last or required or consumed % self.config.checkpoint.every_chunks == 0:
+            self._save(checkpoint_name(consumed), self._held_out_loss())
+
+    def _held_out_loss(self) -> float | None:
+        """Mean loss over the held-out chunk (nats a target); None when the data has none."""
+        batches = self.loader.num_held_out_batches()
+        if self.config.data.held_out_batches is not None:
+            batches = min(batches, self.config.data.held_out_batches)
+        if batches == 0:
+            return None
+        losses = []
+        for index in range(batches):
+            tokens = self.loader.held_out(index) if self.engine.needs_tokens else []
+            losses.append(self.engine.evaluate([part.to(self.grid.device) for part in tokens]))
+        return sum(losses) / batches
+
+    def _save(self, name: str, held_out: float | None) -> None:
+        optimizer = self.engine.optimizer
+        began = time.monotonic()
+        frozen = snapshot(self.engine.gradients.table, lines_of(optimizer), self.engine.dtype)
+        facts = self._facts(held_out)
+
+        def committed(path: Path, manifest: dict[str, Any]) -> None:
+            self.recorder.committed(path, manifest, time.monotonic() - began)
+
+        self.writer.save(name, frozen, facts, committed)
+        self.saved_at = time.monotonic()
+
+    def _facts(self, held_out: float | None) -> dict[str, Any]:
+        config, manifest, order = self.config, self.start.manifest, self.order
+        consumed = order.consumed_chunks(self.step)
+        in_chunk = self.step - (order.first_step(consumed) - 1) if consumed < len(order.names) else 0
+        layout = self.grid.layout
+        return {
+            "step": self.step,
+            "attempt": self.attempt,
+            "adam_steps": self.engine.optimizer.adam_steps,
+            "consumed_tokens": self.step * self.step_tokens,
+            "chunks": {
+                "consumed": consumed,
+                "step_in_chunk": in_chunk,
+                "order": self.start.identity["data"]["order"],
+            },
+            "layout": {
+                "tensor": layout.tensor,
+                "pipeline": layout.pipeline,
+                "data": layout.data,
+                "stages_per_rank": layout.stages_per_rank,
+            },
+            "config": config.model_dump(mode="json"),
+            "identity": self.start.identity,
+            "data": {
+                "manifest": str(manifest.path),
+                "manifest_sha256": manifest.sha256,
+                "tokenizer_sha256": manifest.tokenizer_sha256,
+                "vocab_size": manifest.vocab_size,
+                "sequence_length": manifest.sequence_length,
+            },
+            "lr": learning_rate(config, self.step, order.total_steps) if self.step else None,
+            "loss": self.last_loss,
+            "held_out_loss": held_out,
+            "guard": {"finite": self.skips.state(), "spikes": self.spikes.state()},
+            "parent": self.parent,
+            "environment": environment_facts(),
+        }
+
+    def _resume(self, path: Path, refused: list[str]) -> None:
+        facts = read_manifest(path)
+        load_states(path, self.engine.gradients.table, lines_of(self.engine.optimizer), self.grid, self.engine.dtype)
+        self._adopt(facts["adam_steps"])
+        self.step = int(facts["step"])
+        self.first_step = self.step + 1
+        self.last_loss, self.parent = facts.get("loss"), facts.get("parent")
+        self.skips.load_state(facts["guard"]["finite"])
+        self.spikes.load_state(facts["guard"]["spikes"])
+        set_aside = self._set_aside_later(path)
+        self.recorder.event(
+            "resumed",
+            attempt=self.attempt,
+            checkpoint=path.name,
+            step=self.step,
+            refused=refused,
+            set_aside=set_aside,
+            layout=str(self.grid.layout),
+            world_size=self.grid.layout.world_size,
+            config_changes=config_differences(facts["config"], self.config.model_dump(mode="json")),
+        )
+        self.recorder.note(f"resumed from {path} at step {self.step} (attempt {self.attempt})")
+
+    def _set_aside_later(self, path: Path) -> list[str]:
+        """Checkpoints after the one taken would be in the way of the new ones: moved aside, never deleted."""
+        if self.grid.rank != 0:
+            return []
+        found = list_checkpoints(self.start.checkpoints)
+        later = found[found.index(path) + 1 :]
+        aside = self.start.checkpoints / f"set_aside_by_attempt_{self.attempt}"
+        for checkpoint in later:
+            aside.mkdir(exist_ok=True)
+            checkpoint.rename(aside / checkpoint.name)
+        return [checkpoint.name for checkpoint in later]
+
+    def _start_anew(self, parent: Path | None) -> None:
+        self.first_step = 1
+        self.recorder.event(
+            "started",
+            attempt=self.attempt,
+            run=self.config.run.name,
+            run_id=self.recorder.run_id,
+            world_size=self.grid.layout.world_size,
+            layout=str(self.grid.layout),
+            total_steps=self.order.total_steps,
+            chunks=len(self.order.names),
+            parameters=self.parameters,
+            kernels=str(self.engine.kernels),
+            data_manifest_sha256=self.start.manifest.sha256,
+            environment=environment_facts(),
+        )
+        if parent is not None:
+            facts = read_manifest(parent)
+            kept = load_states(
+                parent, self.engine.gradients.table, lines_of(self.engine.optimizer), self.grid, self.engine.dtype
+            )
+            self._adopt(facts["adam_steps"] if kept else 0)
+            self.parent = {**self.start.seam, "moments_kept": kept}
+            self.recorder.event("seam", attempt=self.attempt, **self.parent)
+            self.recorder.note(f"weights{' and moments' if kept else ''} from {parent}, step {facts['step']}")
+        self._save(checkpoint_name(0), self._held_out_loss())
+
+    def _adopt(self, adam_steps: int) -> None:
+        self.engine.optimizer.adam_steps = int(adam_steps)
+        self.engine.optimizer.publish()
+
+    def _announce(self) -> None:
+        layout, order = self.grid.layout, self.order
+        self.recorder.note(
+            f"{self.parameters:,} parameters; tensor {layout.tensor}, pipeline {layout.pipeline}, data {layout.data}, "
+            f"sequence parallel {'on' if self.engine.sequence else 'off'}, {self.config.parallel.schedule}, "
+            f"{self.engine.num_microbatches} micro-batches; {self.config.precision} on {self.grid.device.type}; "
+            f"kernels: {self.engine.kernels}"
+        )
+        self.recorder.note(
+            f"{len(order.names)} chunks, {order.total_steps} steps of {self.step_tokens:,} tokens; run in {self.start.directory}"
+        )
+
+    def _peak_memory_bytes(self) -> int:
+        """Of this rank: device memory on an accelerator, else the process's largest resident size."""
+        if self.grid.device.type == "cuda":
+            return int(torch.cuda.max_memory_allocated(self.grid.device))
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def lines_of(optimizer: ShardedAdamW) -> dict[str, torch.Tensor]:
+    """The optimizer's flat lines by name."""
+    return {"master": optimizer.master, "exp_avg": optimizer.exp_avg, "exp_avg_sq": optimizer.exp_avg_sq}

@@ -1,0 +1,23 @@
+"""Shared fixtures: one pool of gloo workers for the whole run, and small configs."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+from gloo import GlooPool
+
+
+@pytest.fixture(scope="session")
+def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GlooPool]:
+    """Workers that run jobs on a process group of any size up to 8."""
+    made = GlooPool(tmp_path_factory.mktemp("gloo"))
+    yield made
+    made.close()
+
+
+@pytest.fixture(autouse=True)
+def no_launcher_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test run under a launcher must not take its ranks for its own."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        if name in os.environ:
+            monkeypatch.delenv(name)

@@ -1,0 +1,102 @@
+"""Counts against published numbers and against each other: MFU and the memory plan rest on them."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from k2train.plan.cost import (
+    PEAK_FLOPS,
+    ModelShape,
+    embedding_parameters,
+    flops_per_token,
+    layer_parameters,
+    parameters,
+    peak_flops,
+    rank_parameters,
+    stage_parameters,
+    state_bytes,
+)
+from k2train.plan.layout import Layout
+
+K2 = ModelShape(80, 8192, 22016, 64, 64, 32032)
+K2_GRID = Layout(tensor=8, pipeline=4, data=15)
+
+
+def test_k2_counts_exactly() -> None:
+    """Catches a forgotten norm, a tied embedding, a bias."""
+    assert layer_parameters(K2) == 809_517_056
+    assert embedding_parameters(K2) == 524_812_288
+    assert parameters(K2) == 65_286_184_960
+
+
+def test_grouped_queries_and_small_shapes_by_hand() -> None:
+    """Catches key and value matrices of full width: Llama-3-8B has 8,030,261,248 parameters."""
+    assert parameters(ModelShape(32, 4096, 14336, 32, 8, 128256)) == 8_030_261_248
+
+
+@given(st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 5]), st.integers(30, 70))
+def test_stages_and_ranks_sum_to_the_whole(tensor: int, pipeline: int, stages_per_rank: int, vocab_size: int) -> None:
+    """Catches an embedding on every stage, norms split over tensor ranks, and padding that is lost."""
+    shape = ModelShape(40, 16, 48, 8, 4, vocab_size)
+    layout = Layout(tensor, pipeline, 1, stages_per_rank)
+    stages = [stage_parameters(shape, layout, stage) for stage in range(layout.num_stages)]
+    assert sum(stages) == parameters(shape)
+    padding = -vocab_size % tensor * 16 * 2
+    copies_of_norms = (tensor - 1) * (40 * 2 + 1) * 16
+    held = sum(tensor * rank_parameters(shape, layout, pp) for pp in range(pipeline))
+    assert held == parameters(shape) + padding + copies_of_norms
+
+
+def test_k2_flops_by_hand() -> None:
+    """Catches an embedding counted as a product, a head left out, an attention halved or with heads left out."""
+    matrices = 80 * (4 * 8192**2 + 3 * 8192 * 22016) + 32032 * 8192
+    assert flops_per_token(K2, 2048) == 6 * matrices + 12 * 80 * 2048 * 8192
+    assert flops_per_token(K2, 8192) - flops_per_token(K2, 2048) == 12 * 80 * 6144 * 8192
+
+
+def test_state_bytes_of_the_fullest_and_the_emptiest_rank() -> None:
+    """Catches optimizer states on every data-parallel rank, and gradients in bf16."""
+    count = rank_parameters(K2, K2_GRID, 0)
+    assert count == 20 * ((809_517_056 - 16384) // 8 + 16384) + 4004 * 8192
+    state = state_bytes(K2, K2_GRID, "bf16")
+    assert (state.weights_bytes, state.gradients_bytes) == (2 * count, 4 * count)
+    assert state.optimizer_bytes == 12 * -(-count // 15)
+    assert state.total_bytes == state.weights_bytes + state.gradients_bytes + state.optimizer_bytes
+    assert state_bytes(K2, K2_GRID, "fp32").weights_bytes == 4 * count
+    alone = state_bytes(K2, Layout(tensor=8, pipeline=4), "bf16", pp=1)
+    assert alone.total_bytes == 18 * rank_parameters(K2, K2_GRID, 1)
+    assert rank_parameters(K2, K2_GRID, 1) < rank_parameters(K2, K2_GRID, 0) < rank_parameters(K2, K2_GRID, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA A10", 125e12),
+        ("NVIDIA H100 80GB HBM3", 989.4e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 NVL", 835.5e12),
+        ("NVIDIA H200", 989.4e12),
+        ("NVIDIA H20", 148e12),
+        ("NVIDIA B200", 2250e12),
+        ("NVIDIA GB200", 2500e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA L40S", 362.05e12),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA A1000", None),
+        ("NVIDIA Brand New 9000", None),
+        ("Intel(R) Xeon(R) Platinum 8480C", None),
+        ("cpu", None),
+        ("", None),
+    ],
+)
+def test_peak_of_a_device_by_its_name(name: str, peak: float | None) -> None:
+    """Catches a guess for an unknown part (563% utilisation), a sparse peak, and H20 taken for H200."""
+    assert peak_flops(name) == peak
+
+
+def test_every_peak_can_be_reached_and_has_a_source() -> None:
+    """Catches an entry hidden behind a more general one above it."""
+    for words, flops, source in PEAK_FLOPS:
+        assert peak_flops(" ".join(words)) == flops
+        assert source

@@ -1,0 +1,114 @@
+"""The metrics file: would catch rows lost or overwritten on a restart, NaN that is not JSON, and a torn line
+that is kept."""
+
+import json
+import math
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from k2train.errors import RunError
+from k2train.record.jsonl import encode_line, plain
+from k2train.record.metrics import MetricsWriter, last_attempt, latest, read_metrics
+
+
+def test_non_finite_values_are_json_in_the_file_and_floats_when_read(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    writer = MetricsWriter(path)
+    assert not path.exists()
+    writer.write({"step": 1, "loss": math.nan, "grad_norm": math.inf, "lr": -math.inf})
+    raw = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert raw == {"step": 1, "loss": "nan", "grad_norm": "inf", "lr": "-inf"}
+    (row,) = read_metrics(path)
+    assert math.isnan(row["loss"]) and row["grad_norm"] == math.inf and row["lr"] == -math.inf
+
+
+def test_each_row_is_readable_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    writer = MetricsWriter(path)
+    for step in (1, 2):
+        writer.write({"step": step})
+        assert [row["step"] for row in read_metrics(path)][-1] == step
+
+
+@pytest.mark.parametrize("rest", [b"{", b'{"step": 3}', b"x" * 200_000])
+def test_a_torn_last_line_is_cut_off_on_opening(tmp_path: Path, rest: bytes) -> None:
+    path = tmp_path / "metrics.jsonl"
+    MetricsWriter(path).write({"step": 1})
+    whole = path.read_bytes()
+    path.write_bytes(whole + rest)
+    assert [row["step"] for row in read_metrics(path)] == [1]
+    writer = MetricsWriter(path)
+    assert writer.repaired is not None and str(len(rest)) in writer.repaired
+    assert path.read_bytes() == whole
+    writer.write({"step": 2})
+    assert [row["step"] for row in read_metrics(path)] == [1, 2]
+    assert MetricsWriter(path).repaired is None
+
+
+def test_a_file_of_one_torn_line_becomes_empty(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step"')
+    MetricsWriter(path)
+    assert path.read_bytes() == b"" and last_attempt(path) == 0
+
+
+def test_a_damaged_line_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n\x00\x00\n{"step": 3}\n')
+    with pytest.raises(RunError, match=r"metrics\.jsonl: line 2"):
+        read_metrics(path)
+    with pytest.raises(RunError, match="does not exist"):
+        read_metrics(tmp_path / "none.jsonl")
+
+
+def test_attempts_stay_and_latest_gives_each_step_once(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    assert last_attempt(path) == 0
+    writer = MetricsWriter(path)
+    for attempt, steps in ((1, range(1, 5)), (2, range(3, 4))):
+        for step in steps:
+            writer.write({"step": step, "attempt": attempt, "loss": attempt + step / 10})
+    assert len(read_metrics(path)) == 5
+    assert last_attempt(path) == 2
+    assert [(row["step"], row["attempt"]) for row in latest(path)] == [(1, 1), (2, 1), (3, 2), (4, 1)]
+
+
+def test_sync_reaches_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[int] = []
+    writer = MetricsWriter(tmp_path / "metrics.jsonl")
+    writer.sync()
+    writer.write({"step": 1})
+    monkeypatch.setattr(os, "fsync", synced.append)
+    writer.write({"step": 2})
+    assert synced == []
+    writer.sync()
+    assert len(synced) == 1
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.dictionaries(st.text(), VALUES, max_size=5))
+def test_any_row_is_one_line_that_reads_back(row: dict[str, object]) -> None:
+    line = encode_line(row)
+    assert line.endswith(b"\n") and line.count(b"\n") == 1
+    assert json.loads(line) == plain(row)
+
+
+def test_numbers_of_array_libraries_and_paths_are_taken() -> None:
+    numpy = pytest.importorskip("numpy")
+    row = {"a": numpy.float32(0.5), "b": numpy.int64(3), "c": numpy.bool_(True), "d": Path("x/y"), "e": (1, 2)}
+    assert json.loads(encode_line(row)) == {"a": 0.5, "b": 3, "c": True, "d": "x/y", "e": [1, 2]}
+    with pytest.raises(TypeError, match="ndarray"):
+        encode_line({"a": numpy.zeros(2)})
+    with pytest.raises(TypeError, match="object"):
+        encode_line({"a": object()})

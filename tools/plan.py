@@ -1,0 +1,224 @@
+"""Show what a config means on a world of processes: grid, memory, program of each pipeline rank, bubble, picture.
+
+    python tools/plan.py CONFIG.yaml [--world N] [dotted.key=value ...]
+
+Needs no device and no torch, so that a mistake costs a second and not a queue. It prints what the trainer would do by
+calling the same functions; the alternative refused is a second set of formulas in a tool, which would drift.
+
+Exit codes: 0 done; 2 a mistake in config or usage, one line each on stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from k2train.config import Config, load_config, num_microbatches
+from k2train.errors import EXIT_DONE, EXIT_USAGE, UserError
+from k2train.plan import cost
+from k2train.plan.draw import draw, svg
+from k2train.plan.layout import Layout
+from k2train.plan.schedule import Program, build_programs
+from k2train.plan.simulate import Span, bubble_fraction, peak_in_flight, simulate
+
+GRID_LINES = 16
+PROGRAM_ACTIONS = 48
+UNIT = "forwards of one stage"
+
+
+class _Parser(argparse.ArgumentParser):
+    """Mistakes as one line, without the usage text in front."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_USAGE, f"{self.prog}: {message}; see --help\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse, check, print; the exit code."""
+    options = _parser().parse_intermixed_args(arguments)
+    try:
+        config = load_config(options.config, options.overrides)
+        world_size = options.world or config.parallel.tensor * config.parallel.pipeline
+        text, spans = plan(config, world_size, options.width, options.full)
+    except UserError as mistake:
+        print(mistake, file=sys.stderr)
+        return EXIT_USAGE
+    if options.svg:
+        try:
+            Path(options.svg).write_text(svg(spans, unit=UNIT), encoding="utf-8")
+        except OSError as problem:
+            print(f"--svg {options.svg} cannot be written: {problem.strerror}", file=sys.stderr)
+            return EXIT_USAGE
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        # A reader such as `head` that has seen enough is no failure; the interpreter must not flush once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return EXIT_DONE
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="plan", description="Show what a config means on a world of processes. Needs no device.")
+    parser.add_argument("config", metavar="CONFIG.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="values that replace the file's")
+    parser.add_argument("--world", type=_positive, metavar="N", help="processes (default: tensor x pipeline)")
+    parser.add_argument("--svg", metavar="FILE", help="write the picture as SVG, too")
+    parser.add_argument("--full", action="store_true", help="every rank and every action, however many")
+    terminal = shutil.get_terminal_size((100, 24)).columns
+    parser.add_argument("--width", type=_positive, default=terminal, metavar="COLUMNS", help="width of the picture")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text!r}")
+    return int(text)
+
+
+def plan(config: Config, world_size: int, width: int = 100, full: bool = False) -> tuple[str, tuple[Span, ...]]:
+    """(the whole report, the planned spans) of a config that fits the world; raises UserError where it does not."""
+    # First, as it refuses a world or a batch that does not divide.
+    count = num_microbatches(config, world_size)
+    parallel = config.parallel
+    layout = Layout.for_world(world_size, parallel.tensor, parallel.pipeline, parallel.stages_per_rank)
+    programs = build_programs(parallel.schedule, layout.pipeline, count, layout.stages_per_rank)
+    spans = simulate(programs)
+    shape = cost.ModelShape(
+        num_layers=config.model.num_layers,
+        hidden_size=config.model.hidden_size,
+        ffn_hidden_size=config.model.ffn_hidden_size,
+        num_heads=config.model.num_heads,
+        num_kv_heads=config.model.num_kv_heads,
+        vocab_size=config.model.vocab_size,
+    )
+    sections = (
+        _grid_lines(layout, shape.num_layers, full),
+        _model_lines(shape, layout, config.precision),
+        _step_lines(config, shape, layout, count),
+        _schedule_lines(parallel.schedule, programs, spans, width, full),
+        [draw(spans, width, UNIT)],
+    )
+    return "\n\n".join("\n".join(lines) for lines in sections), spans
+
+
+def _span_text(numbers: Sequence[int]) -> str:
+    """`0-3`, or `5` for a single one."""
+    return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}"
+
+
+def _stages_text(layout: Layout, pp: int, num_layers: int) -> str:
+    stages = layout.stages_of(pp)
+    layers = ", ".join(_span_text(layout.layers_of(stage, num_layers)) for stage in stages)
+    return f"stage{'s' if len(stages) > 1 else ''} {', '.join(map(str, stages))}  layers {layers}"
+
+
+def _grid_lines(layout: Layout, num_layers: int, full: bool) -> list[str]:
+    lines = [
+        (
+            f"grid      world {layout.world_size} = pipeline {layout.pipeline} x data {layout.data} x "
+            f"tensor {layout.tensor}; {layout.stages_per_rank} pipeline stage(s) a rank, {layout.num_stages} in all"
+        )
+    ]
+    if full or layout.world_size <= GRID_LINES:
+        for rank in range(layout.world_size):
+            place = layout.coordinate(rank)
+            stages = _stages_text(layout, place.pp, num_layers)
+            lines.append(f"  rank {rank:<4} pp {place.pp}  dp {place.dp}  tp {place.tp}  {stages}")
+        return lines
+    per_pipeline_rank = layout.data * layout.tensor
+    for pp in range(layout.pipeline):
+        ranks = range(pp * per_pipeline_rank, (pp + 1) * per_pipeline_rank)
+        lines.append(f"  pp {pp}  ranks {_span_text(ranks):<11} {_stages_text(layout, pp, num_layers)}")
+    for axis in ("tp", "dp", "pp"):
+        groups = layout.groups(axis)
+        lines.append(f"  {axis} groups: {len(groups)} of {len(groups[0])}, the first {_group_text(groups[0])}")
+    return lines
+
+
+def _group_text(group: Sequence[int]) -> str:
+    shown = [str(rank) for rank in group]
+    return " ".join(shown if len(shown) <= 8 else [*shown[:4], "...", shown[-1]])
+
+
+def _bytes_text(count: int) -> str:
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count} B"
+
+
+def _model_lines(shape: cost.ModelShape, layout: Layout, precision: str) -> list[str]:
+    lines = [
+        (
+            f"model     {cost.parameters(shape):,} parameters: {cost.layer_parameters(shape):,} in each of "
+            f"{shape.num_layers} layers, {cost.embedding_parameters(shape):,} in embedding and head"
+        ),
+        f"memory    kept from step to step by one rank ({precision} weights; activations come on top)",
+        "  pp     parameters      weights    gradients    optimizer        total",
+    ]
+    for pp in range(layout.pipeline):
+        state = cost.state_bytes(shape, layout, precision, pp)
+        sizes = (state.weights_bytes, state.gradients_bytes, state.optimizer_bytes, state.total_bytes)
+        count = cost.rank_parameters(shape, layout, pp)
+        lines.append(f"  {pp:<2} {count:>14,} " + " ".join(f"{_bytes_text(size):>12}" for size in sizes))
+    return lines
+
+
+def _step_lines(config: Config, shape: cost.ModelShape, layout: Layout, count: int) -> list[str]:
+    sequences, length = config.batch.global_sequences, config.data.sequence_length
+    tokens = sequences * length
+    flops = tokens * cost.flops_per_token(shape, length)
+    return [
+        f"step      {sequences:,} sequences of {length:,} = {tokens:,} tokens, {sequences * (length - 1):,} targets",
+        (
+            f"  a data-parallel rank: {sequences // layout.data:,} sequences in {count:,} micro-batches of "
+            f"{config.batch.micro_sequences:,}"
+        ),
+        (
+            f"  model FLOPs: {flops:.4g} a step, {flops / layout.world_size:.4g} a rank, "
+            f"{cost.flops_per_token(shape, length):.4g} a token"
+        ),
+        f"  warm-up: {config.lr.warmup_steps:,} steps, {config.lr.warmup_steps * tokens:,} tokens",
+    ]
+
+
+def _program_lines(pp: int, program: Program, width: int, full: bool) -> list[str]:
+    shown = [str(action) for action in program]
+    if not full and len(shown) > PROGRAM_ACTIONS:
+        half = PROGRAM_ACTIONS // 2
+        shown = [*shown[:half], f"... {len(shown) - 2 * half} more (--full) ...", *shown[-half:]]
+    head = f"  pp {pp}  "
+    return textwrap.wrap(
+        " ".join(shown),
+        width=max(width, 40),
+        initial_indent=head,
+        subsequent_indent=" " * len(head),
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def _schedule_lines(kind: str, programs: Sequence[Program], spans: Sequence[Span], width: int, full: bool) -> list[str]:
+    bubble = bubble_fraction(spans)
+    lines = [
+        f"schedule  {kind}; bubble {bubble:.2%} of the step, {bubble / (1 - bubble):.2%} of the time without it",
+        "  (a backward as long as two forwards, transfers free)",
+        "  most activations held, in stages x micro-batches, by pipeline rank: "
+        + " ".join(map(str, peak_in_flight(programs))),
+        "  program of each pipeline rank: stage, F forward B backward S send R receive, micro-batch, peer",
+    ]
+    for pp, program in enumerate(programs):
+        lines += _program_lines(pp, program, width, full)
+    return lines
+
+
+if __name__ == "__main__":
+    sys.exit(main())

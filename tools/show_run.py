@@ -1,0 +1,193 @@
+"""Show what runs have left behind: a table of their numbered checkpoints, and where everything lies.
+
+    python tools/show_run.py RUN_DIRECTORY [RUN_DIRECTORY ...]
+
+Reads the ledger (its hash chain is verified), the metrics and the manifests of the checkpoints; writes nothing and
+needs no torch: it works on a login node while the run goes on. The ledger is believed over the manifests, since it also
+knows checkpoints that are gone; a manifest that differs from what the ledger says of it is marked. Guessing from file
+names and times is refused. A missing or broken run directory is one line on stderr and exit code 2.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from k2train.errors import EXIT_DONE, EXIT_USAGE, RunError, UserError
+from k2train.record.ledger import read_ledger
+from k2train.record.metrics import latest
+
+HEADINGS = ("checkpoint", "chunks", "chunk", "step", "tokens", "loss", "held-out", "train s", "save s", "path")
+LEFT_ALIGNED = ("checkpoint", "chunk", "path")
+
+
+def checkpoint_rows(directory: Path) -> list[dict[str, str]]:
+    """One row a checkpoint of the run, in the order of the chunks, cells by heading.
+
+    Raises RunError when the directory is not that of a run, or its ledger or metrics are damaged.
+    """
+    events = _events(directory)
+    metrics = latest(directory / "metrics.jsonl") if (directory / "metrics.jsonl").exists() else []
+    by_step = {row["step"]: row for row in metrics}
+    saved: dict[str, dict[str, Any]] = {}
+    for path in sorted((directory / "checkpoints").glob("ckpt_*/manifest.json")):
+        # A half-written checkpoint keeps the suffix .tmp.
+        if not path.parent.suffix:
+            saved[path.parent.name] = {"manifest": path, **_manifest(path)}
+    for event in events:
+        if event["event"] == "checkpoint_saved":
+            # Of a checkpoint saved twice the newer one is on the disk.
+            saved[event["checkpoint"]] = {**saved.get(event["checkpoint"], {}), **event}
+    chunks = {event["order_index"]: event["chunk"] for event in events if event["event"] == "chunk_started"}
+    rows = []
+    step_before = 0
+    for name, facts in sorted(saved.items()):
+        step = facts.get("step")
+        rows.append(_cells(directory, name, facts, chunks, by_step, range(step_before + 1, (step or 0) + 1)))
+        step_before = step or step_before
+    return rows
+
+
+def lines_of_run(directory: Path) -> list[str]:
+    """The lines shown for one run. Raises RunError as `checkpoint_rows` does."""
+    events = _events(directory)
+    rows = checkpoint_rows(directory)
+    lines = [f"{directory.name}: {_status(events)}", ""]
+    lines += _table(rows) if rows else ["no checkpoint yet"]
+    return [*lines, "", "everything lies in", *_places(directory, events)]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="show_run.py", description="Show the checkpoints of runs, and where all lies."
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN_DIRECTORY", help="for example runs/demo-stage1")
+    try:
+        # Everything is read before anything is shown: a mistake is one line, not half a table and a line.
+        shown = ["\n".join(lines_of_run(Path(run))) for run in parser.parse_args(arguments).runs]
+    except UserError as error:
+        print(f"show_run: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    try:
+        print("\n\n".join(shown), flush=True)
+    except BrokenPipeError:
+        # `show_run.py ... | head`; Python would flush once more at exit and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return EXIT_DONE
+
+
+def _events(directory: Path) -> list[dict[str, Any]]:
+    if not directory.is_dir():
+        raise RunError(f"{directory} is not a directory; give the directory of a run, such as runs/demo-stage1")
+    events = read_ledger(directory / "ledger.jsonl")
+    if not events:
+        raise RunError(f"{directory / 'ledger.jsonl'} holds no event: this run has not begun")
+    return events
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    try:
+        data = path.read_bytes()
+        facts = json.loads(data)
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be read ({error}); the checkpoint is damaged") from None
+    if not isinstance(facts, dict):
+        raise RunError(f"{path} holds {type(facts).__name__}, expected an object; the checkpoint is damaged")
+    return {**facts, "sha256_found": hashlib.sha256(data).hexdigest()}
+
+
+def _cells(
+    directory: Path,
+    name: str,
+    facts: dict[str, Any],
+    chunks: dict[int, str],
+    by_step: dict[int, dict[str, Any]],
+    steps: Iterable[int],
+) -> dict[str, str]:
+    consumed = facts.get("chunks_consumed")
+    metrics = by_step.get(facts.get("step", -1), {})
+    trained = [float(by_step[step]["seconds"]) for step in steps if "seconds" in by_step.get(step, {})]
+    return {
+        "checkpoint": name,
+        "chunks": _integer(consumed),
+        "chunk": str(chunks.get(consumed - 1, "-")) if isinstance(consumed, int) and consumed > 0 else "-",
+        "step": _integer(facts.get("step")),
+        "tokens": _integer(facts.get("consumed_tokens", metrics.get("consumed_tokens"))),
+        "loss": _loss(facts.get("loss", metrics.get("loss"))),
+        "held-out": _loss(facts.get("held_out_loss")),
+        "train s": f"{sum(trained):.1f}" if trained else "-",
+        "save s": _seconds(facts.get("seconds")),
+        "path": f"{directory / 'checkpoints' / name}{_mark(facts)}",
+    }
+
+
+def _mark(facts: dict[str, Any]) -> str:
+    if "manifest" not in facts:
+        return "  (not on the disk)"
+    expected = facts.get("manifest_sha256")
+    if "event" not in facts:
+        return "  (not in the ledger)"
+    return "  (MANIFEST CHANGED)" if expected is not None and expected != facts["sha256_found"] else ""
+
+
+def _integer(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else "-"
+
+
+def _loss(value: Any) -> str:
+    # The ledger holds a non-finite loss as a word.
+    return f"{value:.4f}" if isinstance(value, (int, float)) else "-" if value is None else str(value)
+
+
+def _seconds(value: Any) -> str:
+    return f"{value:.1f}" if isinstance(value, (int, float)) else "-"
+
+
+def _table(rows: list[dict[str, str]]) -> list[str]:
+    widths = {heading: max(len(heading), *(len(row[heading]) for row in rows)) for heading in HEADINGS}
+
+    def line(cells: dict[str, str]) -> str:
+        padded = [
+            cells[heading].ljust(width) if heading in LEFT_ALIGNED else cells[heading].rjust(width)
+            for heading, width in widths.items()
+        ]
+        return "  ".join(padded).rstrip()
+
+    return [line({heading: heading for heading in HEADINGS}), *(line(row) for row in rows)]
+
+
+def _status(events: list[dict[str, Any]]) -> str:
+    attempts = sum(event["event"] == "started" for event in events)
+    starts = f"{attempts} start{'' if attempts == 1 else 's'}"
+    for event in reversed(events):
+        if event["event"] == "finished":
+            return f"finished, {starts}"
+        if event["event"] == "stopped":
+            return f"stopped at step {event.get('step', '?')} ({event.get('reason', 'no reason given')}), {starts}"
+        if event["event"] == "started":
+            break
+    return f"not finished, {starts}"
+
+
+def _places(directory: Path, events: list[dict[str, Any]]) -> list[str]:
+    told = {
+        "config.yaml": "the resolved config",
+        "ledger.jsonl": f"{len(events)} events, hash chain verified",
+        "metrics.jsonl": "one line a step",
+        "checkpoints": "model and optimizer, safetensors",
+        "wandb": "W&B's copy of the metrics",
+    }
+    found = [(directory / name, text) for name, text in told.items() if (directory / name).exists()]
+    width = max(len(str(path)) for path, _ in found)
+    return [f"  {str(path).ljust(width)}  {text}" for path, text in found]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
