@@ -26,7 +26,7 @@ def make(folder: Path, vocab: int = VOCAB, chunks: int = 2) -> Manifest:
         for i in range(chunks)
     ]
     held = write_chunk(folder, "held_out", [ids[0] // 2], ROWS, vocab, {"code": ROWS * LENGTH})
-    keys = {"tokenizer_sha256": "t" * 64, "sequence_length": LENGTH, "vocab_size": vocab}
+    keys: dict[str, Any] = {"tokenizer_sha256": "t" * 64, "sequence_length": LENGTH, "vocab_size": vocab}
     return write_manifest(folder, chunks=infos, held_out=held, **keys)
 
 
@@ -141,7 +141,7 @@ def test_cheap_checks_name_chunk_and_numbers(manifest: Manifest) -> None:
     with pytest.raises(DataError, match="too long"):
         check_files(manifest)
     file.write_bytes(whole[:20])
-    with pytest.raises(DataError, match="chunk_001.*no NumPy header"):
+    with pytest.raises(DataError, match=r"chunk_001.*no NumPy header"):
         check_files(manifest)
     for array in (np.zeros((ROWS, LENGTH), ">u2"), np.zeros((LENGTH, ROWS), "<u2")):
         np.save(file, array)
@@ -151,7 +151,7 @@ def test_cheap_checks_name_chunk_and_numbers(manifest: Manifest) -> None:
     with pytest.raises(DataError, match="in column order"):
         check_files(manifest)
     file.unlink()
-    with pytest.raises(DataError, match="chunk_001.*cannot be read"):
+    with pytest.raises(DataError, match=r"chunk_001.*cannot be read"):
         check_files(manifest)
 
 
@@ -162,7 +162,7 @@ def test_verify_finds_one_flipped_bit(manifest: Manifest, monkeypatch: pytest.Mo
     content = bytearray(file.read_bytes())
     content[-2] ^= 1
     file.write_bytes(content)
-    with pytest.raises(DataError, match="chunk_000 .*sha256 is"):
+    with pytest.raises(DataError, match=r"chunk_000 .*sha256 is"):
         verify_chunk(manifest, manifest.chunks[0])
     verify_chunk(manifest, manifest.chunks[1])
 

@@ -3,6 +3,7 @@
 import json
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ def manifest(tmp_path: Path) -> Manifest:
     for name, rows in {**ROWS, "held_out": 10}.items():
         ids = random.integers(0, VOCAB, (rows, LENGTH)).astype(np.uint32)
         infos.append(write_chunk(tmp_path, name, [ids], rows, VOCAB, {}))
-    keys = {"tokenizer_sha256": "t", "sequence_length": LENGTH, "vocab_size": VOCAB}
+    keys: dict[str, Any] = {"tokenizer_sha256": "t", "sequence_length": LENGTH, "vocab_size": VOCAB}
     return write_manifest(tmp_path, chunks=infos[:2], held_out=infos[2], **keys)
 
 
@@ -106,10 +107,10 @@ def test_verify_stops_before_the_first_row(manifest: Manifest, order: ChunkOrder
     corrupt(manifest, "held_out", 1)
     with Loader(manifest, order, 0, 1, BATCH, VOCAB, verify=True) as loader:
         for _ in range(2):
-            with pytest.raises(DataError, match="chunk_001 .*sha256"):
+            with pytest.raises(DataError, match=r"chunk_001 .*sha256"):
                 loader.step(1)
         assert loader.verify_ahead("chunk_000").result() is None
-        with pytest.raises(DataError, match="held_out .*sha256"):
+        with pytest.raises(DataError, match=r"held_out .*sha256"):
             loader.held_out(0)
     with Loader(manifest, order, 0, 1, BATCH, VOCAB) as unverified:
         unverified.step(1)

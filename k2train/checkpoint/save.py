@@ -91,7 +91,7 @@ class CheckpointWriter:
                 (aside / "model").mkdir(parents=True)
                 (aside / "optimizer").mkdir()
         told = [problem]
-        dist.broadcast_object_list(told, src=0, group=self.grid.host)
+        dist.broadcast_object_list(told, src=0, group=self.grid.background)
         if told[0]:
             raise CheckpointError(told[0])
         mesh = self.grid.host_mesh
@@ -101,7 +101,7 @@ class CheckpointWriter:
         }
         for folder, part in tensors.items():
             writer = dcp.HuggingFaceStorageWriter(str(aside / folder), save_distributed=True)
-            dcp.save(dict(part), storage_writer=writer, process_group=self.grid.host)
+            dcp.save(dict(part), storage_writer=writer, process_group=self.grid.background)
         files = self._hash_and_sync(aside)
         described = self._gather({folder: describe(part) for folder, part in tensors.items()})
         if self.grid.rank == 0:
@@ -122,11 +122,11 @@ class CheckpointWriter:
             sync_directory(self.directory)
             self._retire()
             committed(final, manifest)
-        dist.barrier(group=self.grid.host)
+        dist.barrier(group=self.grid.background)
 
     def _hash_and_sync(self, aside: Path) -> dict[str, dict[str, Any]]:
         """Each rank hashes and syncs its share of all files; the union on every rank."""
-        dist.barrier(group=self.grid.host)
+        dist.barrier(group=self.grid.background)
         paths = sorted(path for folder in ("model", "optimizer") for path in (aside / folder).iterdir())
         mine = {}
         for path in paths[self.grid.rank :: self.grid.layout.world_size]:
@@ -137,7 +137,7 @@ class CheckpointWriter:
 
     def _gather(self, mine: Any) -> list[Any]:
         parts: list[Any] = [None] * self.grid.layout.world_size
-        dist.all_gather_object(parts, mine, group=self.grid.host)
+        dist.all_gather_object(parts, mine, group=self.grid.background)
         return parts
 
     def _retire(self) -> None:

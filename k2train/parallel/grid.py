@@ -61,7 +61,9 @@ class ProcessGrid:
         flat = self.stage_mesh._flatten("stage").get_group() if stage_size > 1 else None
         self.stage = Axis("stage", stage_size, stage_rank, flat)
         self.host = dist.new_group(backend="gloo", timeout=timedelta(minutes=60))
-        """All ranks over gloo, for what is not a training collective: checkpoints may be written in a thread."""
+        """All ranks over gloo, for what is not a training collective."""
+        self.background = dist.new_group(backend="gloo", timeout=timedelta(minutes=60))
+        """The same for the thread that saves: two threads on one group would pair each other's collectives."""
 
     def _axis(self, name: str, size: int, rank: int) -> Axis:
         return Axis(name, size, rank, self.mesh[name].get_group() if size > 1 else None)
