@@ -5,12 +5,13 @@ nothing is written. Only the first rank of a machine hashes chunks here, and no 
 verified one chunk ahead while the run goes on.
 """
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from k2train.checkpoint.manifest import is_thinned, list_checkpoints, read_manifest
+from k2train.checkpoint.manifest import MANIFEST, is_thinned, list_checkpoints, read_manifest
 from k2train.config import Config, check_world, config_differences, data_parallel_size, num_microbatches
 from k2train.data.chunk import check_files, verify_chunk
 from k2train.data.manifest import Manifest, common_data
@@ -170,6 +171,11 @@ def _wanted_checkpoints(config: Config, directory: Path) -> tuple[list[Path], li
             "choose another run.name to start anew"
         )
     usable = [path for path in readable if not is_thinned(path)]
+    if readable and not usable:
+        raise CheckpointError(
+            f"{readable[0]} and all before it were thinned to their weights: they can start another run "
+            "(run.init_from), not continue this one"
+        )
     return usable, refused
 
 
@@ -205,7 +211,8 @@ def _fresh(config: Config, base: Start, refused: list[str]) -> Start:
 
 def resolve_checkpoint(path: Path) -> Path:
     """A checkpoint directory as it is; of a run directory its last checkpoint. Raises CheckpointError."""
-    if (path / "manifest.json").is_file():
+    # A data folder has a manifest.json too.
+    if (path / MANIFEST).is_file() and (path / "model").is_dir():
         return path
     found = list_checkpoints(path / "checkpoints")
     if not found:
@@ -245,6 +252,7 @@ def check_seam(config: Config, parent: Path, manifest: Manifest, order: ChunkOrd
     last = facts.get("lr")
     return {
         "parent": str(parent),
+        "parent_manifest_sha256": hashlib.sha256((parent / MANIFEST).read_bytes()).hexdigest(),
         "parent_step": facts["step"],
         "parent_adam_steps": facts["adam_steps"],
         "parent_consumed_tokens": facts["consumed_tokens"],

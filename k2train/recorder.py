@@ -12,8 +12,10 @@ from uuid import uuid4
 
 from k2train.checkpoint.manifest import MANIFEST
 from k2train.config import Config, to_yaml
-from k2train.preflight import Start
+from k2train.engine import Engine
+from k2train.preflight import Start, learning_rate
 from k2train.record.console import Console
+from k2train.record.environment import environment_facts
 from k2train.record.ledger import Ledger
 from k2train.record.metrics import MetricsWriter, last_attempt
 from k2train.record.wandb_mirror import WandbMirror
@@ -103,7 +105,7 @@ class RankZeroRecorder(Recorder):
             manifest_sha256=hashlib.sha256((path / MANIFEST).read_bytes()).hexdigest(),
         )
         held_out = manifest["held_out_loss"]
-        told = "" if held_out is None else f", held-out loss {held_out:.4f}"
+        told = "" if held_out is None else f", held-out loss {float(held_out):.4f}"
         # The console belongs to the main thread.
         self._from_threads.append(
             f"saved {path.name} at step {manifest['step']}{told} ({total_bytes / 1e6:.1f} MB in {seconds:.1f} s)"
@@ -126,3 +128,47 @@ def write_config(path: Path, text: str) -> None:
     aside = path.with_name(f"{path.name}.tmp")
     aside.write_text(text, encoding="utf-8")
     aside.replace(path)
+
+
+def stage_facts(config: Config, start: Start, step: int) -> Facts:
+    """What a checkpoint at `step` says of its stage: position in the data, layout, config, identity, data, rate."""
+    manifest, order, layout = start.manifest, start.order, start.layout
+    consumed = order.consumed_chunks(step)
+    return {
+        "consumed_tokens": step * config.batch.global_sequences * config.data.sequence_length,
+        "chunks": {
+            "consumed": consumed,
+            "step_in_chunk": step - (order.first_step(consumed) - 1) if consumed < len(order.names) else 0,
+            "order": start.identity["data"]["order"],
+        },
+        "layout": {
+            "tensor": layout.tensor,
+            "pipeline": layout.pipeline,
+            "data": layout.data,
+            "stages_per_rank": layout.stages_per_rank,
+        },
+        "config": config.model_dump(mode="json"),
+        "identity": start.identity,
+        "data": {
+            "manifest": str(manifest.path),
+            "manifest_sha256": manifest.sha256,
+            "tokenizer_sha256": manifest.tokenizer_sha256,
+            "vocab_size": manifest.vocab_size,
+            "sequence_length": manifest.sequence_length,
+        },
+        "lr": learning_rate(config, step, order.total_steps) if step else None,
+        "environment": environment_facts(),
+    }
+
+
+def announcement(config: Config, start: Start, engine: Engine, parameters: int) -> list[str]:
+    """The first lines of a run, for people."""
+    layout, order = start.layout, start.order
+    step_tokens = config.batch.global_sequences * config.data.sequence_length
+    return [
+        f"{parameters:,} parameters; tensor {layout.tensor}, pipeline {layout.pipeline}, data {layout.data}, "
+        f"sequence parallel {'on' if engine.sequence else 'off'}, {config.parallel.schedule}, "
+        f"{engine.num_microbatches} micro-batches; {config.precision} on {engine.grid.device.type}; "
+        f"kernels: {engine.kernels}",
+        f"{len(order.names)} chunks, {order.total_steps} steps of {step_tokens:,} tokens; run in {start.directory}",
+    ]

@@ -79,8 +79,15 @@ def _run(config: Config, launch: Launch, start: Start) -> int:
         if launch.rank == 0:
             print(f"{start.finished} is the last checkpoint: this stage is finished, nothing to do")
         return EXIT_DONE
-    with StopRequest() as stop:
+    stop = StopRequest()
+    try:
+        if not launch.launched:
+            stop.install()
+        # Under a launcher the handlers wait until the ranks have met: one that waits for a rank that never comes
+        # must die of a signal, and there is nothing to save yet.
         return int(importlib.import_module("k2train.trainer").train(config, launch, start, stop))
+    finally:
+        stop.restore()
 
 
 if __name__ == "__main__":

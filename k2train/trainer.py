@@ -5,6 +5,7 @@ Every decision (skip, save, stop) is taken from sums that all ranks share in the
 at the same step. One path for every layout, a single process included.
 """
 
+import contextlib
 import resource
 import time
 from pathlib import Path
@@ -14,12 +15,12 @@ import torch
 import torch.distributed as dist
 
 from k2train.checkpoint.load import agree_on_checkpoint, load_states
-from k2train.checkpoint.manifest import checkpoint_name, list_checkpoints, read_manifest
-from k2train.checkpoint.save import CheckpointWriter, snapshot
+from k2train.checkpoint.manifest import checkpoint_name, read_manifest
+from k2train.checkpoint.save import CheckpointWriter, SaveError, remove_unfinished, set_aside_later, snapshot
 from k2train.config import Config, config_differences
 from k2train.data.loader import Loader
 from k2train.engine import Engine, StepResult
-from k2train.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, CheckpointError, DataError
+from k2train.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, CheckpointError, DataError, RunError, UserError
 from k2train.guard.finite import SkipCounter
 from k2train.guard.signals import StopRequest
 from k2train.guard.spikes import SpikeAlert
@@ -29,9 +30,10 @@ from k2train.parallel.grid import ProcessGrid, choose_device, start_process_grou
 from k2train.plan.cost import ModelShape, flops_per_token, parameters, peak_flops
 from k2train.preflight import Start, learning_rate
 from k2train.record.environment import environment_facts
-from k2train.recorder import RankZeroRecorder, Recorder
+from k2train.record.jsonl import plain
+from k2train.recorder import RankZeroRecorder, Recorder, announcement, stage_facts
 
-STOP, SAVE = 0, 1
+STOP, SAVE, FAILED = 0, 1, 2
 """Places of the flags in the step's exchange."""
 
 
@@ -40,10 +42,14 @@ def train(config: Config, launch: Launch, start: Start, stop: StopRequest) -> in
     device = choose_device(launch)
     start_process_group(launch, device)
     grid = ProcessGrid(start.layout, launch.rank, device)
+    if launch.launched:
+        stop.install()
     trainer = Trainer(config, grid, start, stop, verify=launch.local_rank == 0)
     try:
         trainer.begin()
         code = trainer.run()
+    except SaveError as error:
+        code = trainer.end_unsaved(error)
     finally:
         trainer.close()
     stop_process_group()
@@ -94,15 +100,11 @@ class Trainer:
             parent, problems = agree_on_checkpoint([self.start.parent], self.grid)
             if parent is None:
                 raise CheckpointError(f"run.init_from: {problems[0]}")
-        if self.grid.rank == 0:
-            self.start.checkpoints.mkdir(parents=True, exist_ok=True)
-            self.recorder = RankZeroRecorder(self.config, self.start)
-        told = [self.recorder.attempt]
-        dist.broadcast_object_list(told, src=0, group=self.grid.host)
-        self.attempt = told[0]
+        self._open_record()
         source = chosen or self.start.parent
         self.engine = Engine(self.config, self.grid, fill=source is None)
-        self._announce()
+        for line in announcement(self.config, self.start, self.engine, self.parameters):
+            self.recorder.note(line)
         for problem in refused:
             self.recorder.note(f"refused: {problem}")
         if chosen is not None:
@@ -130,11 +132,14 @@ class Trainer:
             if decision != "apply":
                 self._tell_skipped(result, decision)
             if decision == "stop":
+                self.writer.wait()
                 self.recorder.event("stopped", attempt=self.attempt, reason="non-finite", step=self.step)
                 self.recorder.note(
                     f"{self.skips.limit} steps in a row were not finite; stopped, nothing was applied since"
                 )
                 return EXIT_FAILED
+            if result.flags[FAILED] > 0:
+                self.writer.wait()
             reason = self._reason_to_stop(result)
             if self.order.is_chunk_end(self.step):
                 self._end_chunk(required=reason is not None)
@@ -151,6 +156,15 @@ class Trainer:
         self.recorder.event("finished", attempt=self.attempt, step=self.step)
         return EXIT_DONE
 
+    def end_unsaved(self, error: SaveError) -> int:
+        """Every rank knows that a checkpoint could not be written: say it, in the ledger too if that can be written."""
+        with contextlib.suppress(OSError):
+            self.recorder.event(
+                "stopped", attempt=self.attempt, reason="save failed", step=self.step, problem=str(error)
+            )
+        self.recorder.note(str(error))
+        return EXIT_FAILED
+
     def close(self) -> None:
         """Stop the loader's threads and the record. A save under way ends with the process."""
         self.loader.close()
@@ -160,13 +174,14 @@ class Trainer:
         began = time.monotonic()
         microbatches = self._read()
         lr = learning_rate(self.config, self.step, self.order.total_steps)
-        flags = [0.0, 0.0]
+        flags = [0.0, 0.0, float(self.writer.failed)]
         flags[STOP] = float(self.stop.requested is not None)
         every = self.config.checkpoint.every_seconds
         flags[SAVE] = float(every > 0 and self.grid.rank == 0 and began - self.saved_at >= every)
         result = self.engine.train_step(microbatches, lr, flags)
         seconds = time.monotonic() - began
-        self.last_loss = result.loss
+        if result.applied:
+            self.last_loss = result.loss
         row = {
             "step": self.step,
             "attempt": self.attempt,
@@ -206,6 +221,8 @@ class Trainer:
             problems: list[str] = [""] * self.grid.layout.world_size
             dist.all_gather_object(problems, problem, group=self.grid.host)
             if any(problems):
+                # All ranks leave here together, so the checkpoint of the chunk before can still be finished.
+                self.writer.wait()
                 raise DataError(next(text for text in problems if text))
         return [tokens.to(self.grid.device, non_blocking=True) for tokens in microbatches]
 
@@ -260,51 +277,44 @@ class Trainer:
         optimizer = self.engine.optimizer
         began = time.monotonic()
         frozen = snapshot(self.engine.gradients.table, lines_of(optimizer), self.engine.dtype)
-        facts = self._facts(held_out)
-
-        def committed(path: Path, manifest: dict[str, Any]) -> None:
-            self.recorder.committed(path, manifest, time.monotonic() - began)
-
-        self.writer.save(name, frozen, facts, committed)
-        self.saved_at = time.monotonic()
-
-    def _facts(self, held_out: float | None) -> dict[str, Any]:
-        config, manifest, order = self.config, self.start.manifest, self.order
-        consumed = order.consumed_chunks(self.step)
-        in_chunk = self.step - (order.first_step(consumed) - 1) if consumed < len(order.names) else 0
-        layout = self.grid.layout
-        return {
+        facts = {
             "step": self.step,
             "attempt": self.attempt,
-            "adam_steps": self.engine.optimizer.adam_steps,
-            "consumed_tokens": self.step * self.step_tokens,
-            "chunks": {
-                "consumed": consumed,
-                "step_in_chunk": in_chunk,
-                "order": self.start.identity["data"]["order"],
-            },
-            "layout": {
-                "tensor": layout.tensor,
-                "pipeline": layout.pipeline,
-                "data": layout.data,
-                "stages_per_rank": layout.stages_per_rank,
-            },
-            "config": config.model_dump(mode="json"),
-            "identity": self.start.identity,
-            "data": {
-                "manifest": str(manifest.path),
-                "manifest_sha256": manifest.sha256,
-                "tokenizer_sha256": manifest.tokenizer_sha256,
-                "vocab_size": manifest.vocab_size,
-                "sequence_length": manifest.sequence_length,
-            },
-            "lr": learning_rate(config, self.step, order.total_steps) if self.step else None,
+            "adam_steps": optimizer.adam_steps,
             "loss": self.last_loss,
             "held_out_loss": held_out,
             "guard": {"finite": self.skips.state(), "spikes": self.spikes.state()},
             "parent": self.parent,
-            "environment": environment_facts(),
+            **stage_facts(self.config, self.start, self.step),
         }
+
+        def committed(path: Path, manifest: dict[str, Any]) -> None:
+            self.recorder.committed(path, manifest, time.monotonic() - began)
+
+        # A loss that is not finite has no JSON form of its own.
+        self.writer.save(name, frozen, dict(plain(facts)), committed)
+        self.saved_at = time.monotonic()
+
+    def _open_record(self) -> None:
+        """Rank 0 opens ledger and metrics; what goes wrong there is every rank's error, so that none waits."""
+        problem = ""
+        leftovers: list[str] = []
+        if self.grid.rank == 0:
+            try:
+                self.start.checkpoints.mkdir(parents=True, exist_ok=True)
+                leftovers = remove_unfinished(self.start.checkpoints)
+                self.recorder = RankZeroRecorder(self.config, self.start)
+            except UserError as error:
+                problem = str(error)
+            except OSError as error:
+                problem = f"{error.filename or self.start.directory} cannot be written: {error.strerror}"
+        told: list[Any] = [self.recorder.attempt, problem]
+        dist.broadcast_object_list(told, src=0, group=self.grid.host)
+        if told[1]:
+            raise RunError(told[1])
+        self.attempt = told[0]
+        for name in leftovers:
+            self.recorder.note(f"removed {name}, which was never finished")
 
     def _resume(self, path: Path, refused: list[str]) -> None:
         facts = read_manifest(path)
@@ -315,7 +325,7 @@ class Trainer:
         self.last_loss, self.parent = facts.get("loss"), facts.get("parent")
         self.skips.load_state(facts["guard"]["finite"])
         self.spikes.load_state(facts["guard"]["spikes"])
-        set_aside = self._set_aside_later(path)
+        set_aside = set_aside_later(path, self.attempt) if self.grid.rank == 0 else []
         self.recorder.event(
             "resumed",
             attempt=self.attempt,
@@ -328,18 +338,6 @@ class Trainer:
             config_changes=config_differences(facts["config"], self.config.model_dump(mode="json")),
         )
         self.recorder.note(f"resumed from {path} at step {self.step} (attempt {self.attempt})")
-
-    def _set_aside_later(self, path: Path) -> list[str]:
-        """Checkpoints after the one taken would be in the way of the new ones: moved aside, never deleted."""
-        if self.grid.rank != 0:
-            return []
-        found = list_checkpoints(self.start.checkpoints)
-        later = found[found.index(path) + 1 :]
-        aside = self.start.checkpoints / f"set_aside_by_attempt_{self.attempt}"
-        for checkpoint in later:
-            aside.mkdir(exist_ok=True)
-            checkpoint.rename(aside / checkpoint.name)
-        return [checkpoint.name for checkpoint in later]
 
     def _start_anew(self, parent: Path | None) -> None:
         self.first_step = 1
@@ -371,18 +369,6 @@ class Trainer:
     def _adopt(self, adam_steps: int) -> None:
         self.engine.optimizer.adam_steps = int(adam_steps)
         self.engine.optimizer.publish()
-
-    def _announce(self) -> None:
-        layout, order = self.grid.layout, self.order
-        self.recorder.note(
-            f"{self.parameters:,} parameters; tensor {layout.tensor}, pipeline {layout.pipeline}, data {layout.data}, "
-            f"sequence parallel {'on' if self.engine.sequence else 'off'}, {self.config.parallel.schedule}, "
-            f"{self.engine.num_microbatches} micro-batches; {self.config.precision} on {self.grid.device.type}; "
-            f"kernels: {self.engine.kernels}"
-        )
-        self.recorder.note(
-            f"{len(order.names)} chunks, {order.total_steps} steps of {self.step_tokens:,} tokens; run in {self.start.directory}"
-        )
 
     def _peak_memory_bytes(self) -> int:
         """Of this rank: device memory on an accelerator, else the process's largest resident size."""

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from gloo import GlooPool
 from small import assemble, shapes_of, tiny_config, train_job
 

@@ -7,6 +7,9 @@
 
 `ckpt_NNN` has consumed NNN whole chunks of this stage; `ckpt_NNN_step_SSSSSS` is one saved on request in between. A
 directory still named `*.tmp` was never finished and is never read. There is no pickle anywhere.
+
+The manifest carries the hash of its own content too (`self_sha256`): a changed digit in it would be valid JSON, and
+would silently move the run to another step. A sidecar file with the hash was refused: it can be lost or swapped.
 """
 
 import json
@@ -36,6 +39,16 @@ _REQUIRED = {
 }
 
 
+def seal(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The manifest with `self_sha256`, the hash of everything else in it, as `read_manifest` asks for."""
+    return {**manifest, "self_sha256": _content_sha256(manifest)}
+
+
+def _content_sha256(manifest: dict[str, Any]) -> str:
+    content = {key: value for key, value in manifest.items() if key != "self_sha256"}
+    return sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
 def checkpoint_name(chunks_consumed: int, step: int | None = None) -> str:
     """`ckpt_007`, or `ckpt_007_step_000123` for one saved within a chunk at `step`."""
     return f"ckpt_{chunks_consumed:03d}" + ("" if step is None else f"_step_{step:06d}")
@@ -47,6 +60,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
         text = (path / MANIFEST).read_text(encoding="utf-8")
     except OSError as error:
         raise CheckpointError(f"{path}: {MANIFEST} cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise CheckpointError(
+            f"{path / MANIFEST}: not valid text ({error.reason}); it was changed or damaged"
+        ) from None
     try:
         manifest = json.loads(text)
     except ValueError as error:
@@ -60,6 +77,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path}: format {manifest['format']} is newer than this code reads ({FORMAT}); update k2train"
         )
+    if manifest.get("self_sha256") != _content_sha256(manifest):
+        raise CheckpointError(f"{path}: {MANIFEST} does not have its own hash; it was changed or damaged")
+    if NAME.fullmatch(path.name) and manifest["name"] != path.name:
+        raise CheckpointError(f"{path}: {MANIFEST} is that of {manifest['name']}; give the directory its name back")
     return manifest
 
 
@@ -89,7 +110,14 @@ def file_sha256(path: Path) -> str:
 
 
 def expected_files(path: Path, manifest: dict[str, Any]) -> list[str]:
-    """Files that must be there, in order; a thinned checkpoint needs no optimizer files."""
+    """Files that must be there, in order; a thinned checkpoint needs no optimizer files.
+
+    Raises CheckpointError for a shard that is there and not in the manifest: a reader would take its tensors too.
+    """
+    for folder in ("model", "optimizer"):
+        for file in sorted((path / folder).glob("*")):
+            if f"{folder}/{file.name}" not in manifest["files"]:
+                raise CheckpointError(f"{path}: {folder}/{file.name} is not in the manifest; remove it")
     skip = is_thinned(path)
     return sorted(name for name in manifest["files"] if not (skip and name.startswith("optimizer/")))
 
@@ -113,11 +141,5 @@ def verify_files(path: Path, manifest: dict[str, Any], names: Iterable[str]) -> 
 def verify_checkpoint(path: Path) -> dict[str, Any]:
     """Check a whole checkpoint: manifest, every file, no stray shard. Returns the manifest, raises CheckpointError."""
     manifest = read_manifest(path)
-    names = expected_files(path, manifest)
-    known = set(names)
-    for folder in ("model", "optimizer"):
-        for file in sorted((path / folder).glob("*")):
-            if f"{folder}/{file.name}" not in known:
-                raise CheckpointError(f"{path}: {folder}/{file.name} is not in the manifest")
-    verify_files(path, manifest, names)
+    verify_files(path, manifest, expected_files(path, manifest))
     return manifest

@@ -5,7 +5,8 @@ syncing of all files; rank 0 writes the manifest last and commits by one rename.
 directory of that name or a whole one.
 
 Asynchronous: training waits for the copy of the three optimizer lines only; one thread per rank does the rest over a gloo
-group of its own. A second save waits for the first, and so does the end of the run.
+group of its own. A second save waits for the first, and so does the end of the run. What the disk refuses on one rank is
+raised on all of them as the same SaveError: a rank that fails alone would leave the others waiting in a collective.
 """
 
 import json
@@ -16,20 +17,26 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
-from k2train.checkpoint.manifest import FORMAT, MANIFEST, NAME, THINNED, file_sha256, list_checkpoints
+from k2train.checkpoint.manifest import FORMAT, MANIFEST, NAME, THINNED, file_sha256, list_checkpoints, seal
 from k2train.checkpoint.tensors import STATES, describe, model_tensors, optimizer_tensors
 from k2train.errors import CheckpointError
 from k2train.parallel.gradients import SlotTable
 from k2train.parallel.grid import ProcessGrid
 
 Facts = dict[str, Any]
+T = TypeVar("T")
+
+
+class SaveError(RuntimeError):
+    """The disk refused a checkpoint; raised on every rank alike. Those saved before are untouched."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +78,11 @@ class CheckpointWriter:
         self._thread = Thread(target=work, name=f"save-{name}", daemon=True)
         self._thread.start()
 
+    @property
+    def failed(self) -> bool:
+        """Whether the save in the background has gone wrong; `wait` raises it."""
+        return self._error is not None
+
     def wait(self) -> None:
         """Until the save under way is committed; raises what went wrong in it."""
         if self._thread is not None:
@@ -82,18 +94,7 @@ class CheckpointWriter:
 
     def _write(self, name: str, state: Snapshot, facts: Facts, committed: Callable[[Path, Facts], None]) -> None:
         final, aside = self.directory / name, self.directory / f"{name}.tmp"
-        problem = ""
-        if self.grid.rank == 0:
-            if final.exists():
-                problem = f"{final} exists already; a checkpoint is never written over"
-            else:
-                shutil.rmtree(aside, ignore_errors=True)
-                (aside / "model").mkdir(parents=True)
-                (aside / "optimizer").mkdir()
-        told = [problem]
-        dist.broadcast_object_list(told, src=0, group=self.grid.background)
-        if told[0]:
-            raise CheckpointError(told[0])
+        self._together(name, lambda: self._make_room(final, aside))
         mesh = self.grid.host_mesh
         tensors = {
             "model": model_tensors(state.table, state.lines["master"].to(state.dtype), mesh),
@@ -101,11 +102,14 @@ class CheckpointWriter:
         }
         for folder, part in tensors.items():
             writer = dcp.HuggingFaceStorageWriter(str(aside / folder), save_distributed=True)
-            dcp.save(dict(part), storage_writer=writer, process_group=self.grid.background)
-        files = self._hash_and_sync(aside)
-        described = self._gather({folder: describe(part) for folder, part in tensors.items()})
-        if self.grid.rank == 0:
-            manifest = {
+            try:
+                dcp.save(dict(part), storage_writer=writer, process_group=self.grid.background)
+            except CheckpointException as error:
+                raise self._refused(name, _first_cause(error)) from None
+        files = self._together(name, lambda: self._hash_and_sync(aside))
+        described = self._together(name, lambda: {folder: describe(part) for folder, part in tensors.items()})
+        manifest = seal(
+            {
                 "format": FORMAT,
                 "name": name,
                 "saved": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -113,32 +117,65 @@ class CheckpointWriter:
                 "tensors": {
                     folder: {key: part[folder][key] for part in described for key in part[folder]} for folder in tensors
                 },
-                "files": files,
+                "files": {key: value for part in files for key, value in part.items()},
             }
-            write_synced(aside / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
-            for written in (aside / "model", aside / "optimizer", aside):
-                sync_directory(written)
-            aside.rename(final)
-            sync_directory(self.directory)
-            self._retire()
-            committed(final, manifest)
-        dist.barrier(group=self.grid.background)
+        )
+        self._together(name, lambda: self._commit(aside, final, manifest, committed))
+
+    def _make_room(self, final: Path, aside: Path) -> None:
+        if self.grid.rank != 0:
+            return
+        if final.exists():
+            raise CheckpointError(f"{final} exists already; a checkpoint is never written over")
+        shutil.rmtree(aside, ignore_errors=True)
+        (aside / "model").mkdir(parents=True)
+        (aside / "optimizer").mkdir()
 
     def _hash_and_sync(self, aside: Path) -> dict[str, dict[str, Any]]:
-        """Each rank hashes and syncs its share of all files; the union on every rank."""
-        dist.barrier(group=self.grid.background)
+        """Each rank hashes and syncs its share of all files."""
         paths = sorted(path for folder in ("model", "optimizer") for path in (aside / folder).iterdir())
         mine = {}
         for path in paths[self.grid.rank :: self.grid.layout.world_size]:
             with path.open("rb") as stream:
                 os.fsync(stream.fileno())
             mine[f"{path.parent.name}/{path.name}"] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-        return {name: facts for part in self._gather(mine) for name, facts in part.items()}
+        return mine
 
-    def _gather(self, mine: Any) -> list[Any]:
+    def _commit(self, aside: Path, final: Path, manifest: Facts, committed: Callable[[Path, Facts], None]) -> None:
+        if self.grid.rank != 0:
+            return
+        write_synced(aside / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+        for written in (aside / "model", aside / "optimizer", aside):
+            sync_directory(written)
+        aside.rename(final)
+        sync_directory(self.directory)
+        self._retire()
+        committed(final, manifest)
+
+    def _together(self, name: str, part: Callable[[], T]) -> list[T]:
+        """Do a part of the save on every rank; all results on every rank, or the first rank's error on every rank."""
+        mine: T | None = None
+        problem: OSError | CheckpointError | None = None
+        try:
+            mine = part()
+        except (OSError, CheckpointError) as error:
+            problem = error
         parts: list[Any] = [None] * self.grid.layout.world_size
-        dist.all_gather_object(parts, mine, group=self.grid.background)
-        return parts
+        dist.all_gather_object(parts, (mine, problem), group=self.grid.background)
+        for _, found in parts:
+            if isinstance(found, CheckpointError):
+                raise found
+            if found is not None:
+                raise self._refused(name, found)
+        return [value for value, _ in parts]
+
+    def _refused(self, name: str, error: BaseException) -> SaveError:
+        if not isinstance(error, OSError):
+            return SaveError(f"{name} could not be saved in {self.directory}: {error!r}")
+        return SaveError(
+            f"{name} could not be saved in {self.directory}: {error.strerror or error}; earlier checkpoints are "
+            "whole; make room or the directory writable, then start the same command again"
+        )
 
     def _retire(self) -> None:
         """Thin old numbered checkpoints to their weights and drop saves on request that a newer checkpoint replaces."""
@@ -159,6 +196,29 @@ class CheckpointWriter:
                     write_synced(path / THINNED, json.dumps({"removed": "optimizer"}) + "\n")
                     sync_directory(path)
                 shutil.rmtree(path / "optimizer", ignore_errors=True)
+
+
+def remove_unfinished(directory: Path) -> list[str]:
+    """Delete what a dead run never finished writing (the caller holds the run's lock); their names."""
+    found = sorted(directory.glob("ckpt_*.tmp"))
+    for path in found:
+        shutil.rmtree(path)
+    return [path.name for path in found]
+
+
+def set_aside_later(path: Path, attempt: int) -> list[str]:
+    """Checkpoints after `path` would be in the way of the new ones: moved aside, never deleted; their names."""
+    found = list_checkpoints(path.parent)
+    later = found[found.index(path) + 1 :]
+    aside = path.parent / f"set_aside_by_attempt_{attempt}"
+    for checkpoint in later:
+        aside.mkdir(exist_ok=True)
+        checkpoint.rename(aside / checkpoint.name)
+    return [checkpoint.name for checkpoint in later]
+
+
+def _first_cause(error: CheckpointException) -> BaseException:
+    return next((cause for _, (cause, _) in sorted(error.failures.items())), error)
 
 
 def write_synced(path: Path, text: str) -> None:

@@ -24,25 +24,16 @@ from k2train.model.recompute import run_block
 from k2train.parallel.grid import Axis
 from k2train.parallel.loss import IGNORE, vocab_parallel_cross_entropy
 from k2train.parallel.tensor import ColumnLinear, VocabEmbedding
+from k2train.plan.cost import ModelShape
 
 
 @dataclass(frozen=True)
-class Architecture:
+class Architecture(ModelShape):
     """The numbers of the model; the same for every layout."""
 
-    num_layers: int
-    hidden_size: int
-    ffn_hidden_size: int
-    num_heads: int
-    num_kv_heads: int
-    vocab_size: int
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
     init_std: float = 0.02
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_heads
 
     @property
     def output_std(self) -> float:

@@ -39,15 +39,17 @@ class StepSums:
 
 
 def square_sums(table: SlotTable, line: Tensor, names: Sequence[str], tp: Axis) -> Tensor:
-    """Square sum of this rank's rows of each global tensor, fp64 [len(names)]; 0 where it holds none or another counts it."""
+    """Square sum of this rank's rows of each global tensor, fp64 [len(names)]; 0 where it holds none or another counts it
+    (NaN where a copy that another counts is not finite here)."""
     index = {name: i for i, name in enumerate(names)}
     sums = torch.zeros(len(names), dtype=torch.float64, device=line.device)
     for slot in table.slots:
-        if slot.piece.dim is None and tp.rank != 0:
-            continue
         rows = table.local(line, slot)
         if rows.numel():
-            sums[index[slot.piece.name]] = torch.linalg.vector_norm(rows, dtype=torch.float64).square()
+            square = torch.linalg.vector_norm(rows, dtype=torch.float64).square()
+            counted = slot.piece.dim is not None or tp.rank == 0
+            # Times 0 and not skipped: a replica that is not finite must still stop the step, and 0 * inf is NaN.
+            sums[index[slot.piece.name]] = square if counted else square * 0.0
     return sums
 
 

@@ -55,7 +55,8 @@ class _CopyIn(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return all_reduce(grad.contiguous(), ctx.axis), None
+        # A copy: autograd may hand the same tensor to another node, and the sum is made in place.
+        return all_reduce(grad.clone(memory_format=torch.contiguous_format), ctx.axis), None
 
 
 class _ReduceOut(torch.autograd.Function):

@@ -25,12 +25,16 @@ class _VocabCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, start: int, vocab_size: int, tp: Axis) -> Tensor:
         x = logits.float()
-        stop = start + x.shape[-1]
+        ctx.width = x.shape[-1]
+        stop = start + ctx.width
+        if not ctx.width:
+            # A small vocabulary can leave the last ranks no id at all: one that is never likely keeps one path.
+            x = x.new_full((*x.shape[:-1], 1), float("-inf"))
         peak = all_reduce(x.amax(dim=-1), tp, dist.ReduceOp.MAX)
         x = x - peak.unsqueeze(-1)
         mine = (labels >= start) & (labels < stop)
         index = torch.where(mine, labels - start, 0).unsqueeze(-1)
-        label_logit = x.gather(-1, index).squeeze(-1) * mine
+        label_logit = torch.where(mine, x.gather(-1, index).squeeze(-1), 0.0)
         x = x.exp_()
         sums = all_reduce(torch.stack((x.sum(dim=-1), label_logit)), tp)
         counted = labels != IGNORE
@@ -46,7 +50,7 @@ class _VocabCrossEntropy(torch.autograd.Function):
         softmax, index, mine, counted = ctx.saved_tensors
         gradient = softmax.scatter_add(-1, index, -mine.unsqueeze(-1).to(softmax.dtype))
         gradient *= (grad * counted).unsqueeze(-1)
-        return gradient.to(ctx.dtype), None, None, None, None
+        return gradient[..., : ctx.width].to(ctx.dtype), None, None, None, None
 
 
 def vocab_parallel_cross_entropy(logits: Tensor, labels: Tensor, vocab_start: int, vocab_size: int, tp: Axis) -> Tensor:

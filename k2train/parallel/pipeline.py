@@ -95,6 +95,7 @@ class Executor:
         elif not last:
             self._y[key] = y
         if not last and (action.stage + 1) in self.stages:
+            self._check(action, y)
             self._x[(action.stage + 1, action.microbatch)] = y.detach()
             if not self._training:
                 del self._y[key]
@@ -130,9 +131,7 @@ class Executor:
         self._dy[(action.stage, action.microbatch)] = self._receive(action)
 
     def _send(self, action: Action, tensor: Tensor) -> None:
-        assert tensor.shape == self._shape and tensor.dtype == self._dtype, (
-            f"{action}: {tuple(tensor.shape)} {tensor.dtype} crosses a stage border, planned {self._shape} {self._dtype}"
-        )
+        self._check(action, tensor)
         tensor = tensor.contiguous()
         assert action.peer is not None, f"{action} names no peer"
         border = action.stage if action.op is Op.SEND_FORWARD else action.stage - 1
@@ -144,6 +143,11 @@ class Executor:
         )
         self._sending = [(w, t) for w, t in self._sending if not w.is_completed()]
         self._sending.append((work, tensor))
+
+    def _check(self, action: Action, tensor: Tensor) -> None:
+        assert tensor.shape == self._shape and tensor.dtype == self._dtype, (
+            f"{action}: {tuple(tensor.shape)} {tensor.dtype} crosses a stage border, planned {self._shape} {self._dtype}"
+        )
 
     def _receive(self, action: Action) -> Tensor:
         tensor = torch.empty(self._shape, dtype=self._dtype, device=self.device)

@@ -1,0 +1,98 @@
+#!/usr/bin/env bash
+# From a fresh clone to a trained model: set up, prepare real text, train both stages on 4 processes, show the result.
+#
+#     bash scripts/quickstart.sh [dotted.key=value ...]      arguments go to both trainings
+#
+# Each part finds out by itself what is already done, so started again it goes on, and when all is done it shows the
+# table again. Exit codes: 0 done; 75 stopped on request after saving, start it again; else that of the part that failed.
+set -euo pipefail
+
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
+cd "$root"
+python=.venv/bin/python
+begin=$SECONDS
+parts=()
+child=""
+signals=0
+
+# Four processes on one laptop: one thread each, and freed memory kept instead of given back and asked for every step.
+export OMP_NUM_THREADS=1 MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=536870912
+
+# torchrun itself, but ending with the exit code of its processes: its own is 1, under two screens of traceback, also when
+# all of them stopped on request and saved.
+launcher='
+import logging, sys
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import main
+logging.disable(logging.ERROR)
+try:
+    main(sys.argv[1:])
+except ChildFailedError as failed:
+    codes = {rank: failure.exitcode for rank, failure in sorted(failed.failures.items())}
+    # -15: ended by torchrun, because of one of the others.
+    first = {rank: code for rank, code in codes.items() if code != -15} or codes
+    for rank, code in first.items():
+        if code not in (2, 75):
+            print(f"process {rank} ended with", f"signal {-code}" if code < 0 else f"exit code {code}", file=sys.stderr)
+    sys.exit(max(first.values()) if set(first.values()) <= {2, 75} else 1)
+except SignalException:
+    sys.exit(75)
+'
+
+# A job in its own process group hears of Ctrl-C and kill from here only: once, and all of its processes.
+set -m
+on_signal() {
+    signals=$((signals + 1))
+    if [ "$signals" -eq 1 ] && [ -n "$child" ]; then
+        printf 'quickstart: asked to stop; a training finishes its step and saves\n' >&2
+        kill -TERM -- "-$child" 2>/dev/null || true
+    fi
+}
+trap on_signal INT TERM HUP
+
+# part NAME COMMAND...: run it, remember how long it took, end everything with one line if it fails.
+part() {
+    local name="$1" began=$SECONDS code=127 seen now
+    shift
+    if [ "$signals" -gt 0 ]; then stopped "before" "$name"; fi
+    printf '\n== %s\n' "$name"
+    "$@" &
+    child=$!
+    # A trapped signal ends the wait and not the part, which may be saving: wait again. 127: it was waited for already.
+    while :; do
+        seen=$signals now=0
+        wait "$child" || now=$?
+        if [ "$now" -ne 127 ]; then code=$now; fi
+        if [ "$signals" -eq "$seen" ]; then break; fi
+    done
+    child=""
+    parts+=("$(printf '%5d s  %s' $((SECONDS - began)) "$name")")
+    if [ "$code" -eq 75 ] || { [ "$code" -ne 0 ] && [ "$signals" -gt 0 ]; }; then stopped "in" "$name"; fi
+    if [ "$code" -ne 0 ]; then
+        printf 'quickstart: "%s" failed (exit code %s); its message is above\n' "$name" "$code" >&2
+        exit "$code"
+    fi
+}
+
+stopped() {
+    printf 'quickstart: stopped %s "%s"; to go on: bash scripts/quickstart.sh\n' "$1" "$2" >&2
+    exit 75
+}
+
+train() {
+    # exec: a signal to this job reaches torchrun, and no shell in front of it dies first.
+    exec "$python" -c "$launcher" --standalone --local-addr 127.0.0.1 --nproc-per-node 4 \
+        -m k2train.train "$@" parallel.tensor=2 parallel.pipeline=2
+}
+
+part "set up" bash scripts/setup.sh data
+part "prepare the text of stage 1" "$python" tools/prepare_data.py configs/demo/data_stage1.yaml
+part "prepare the text of stage 2" "$python" tools/prepare_data.py configs/demo/data_stage2.yaml
+part "train stage 1" train configs/demo/stage1.yaml "$@"
+part "train stage 2" train configs/demo/stage2.yaml "$@"
+part "show the result" "$python" tools/show_run.py runs/demo-stage1 runs/demo-stage2
+
+printf '\n== done\n'
+printf '%s\n' "${parts[@]}"
+printf '%5d s  in all\n' $((SECONDS - begin))

@@ -1,0 +1,145 @@
+"""Where two runs part: `python tools/compare_runs.py RUN_A RUN_B [--assert-equal]`.
+
+Compares bit for bit: the metrics step by step (of each step its last attempt), then every tensor of the newest checkpoint
+that both have. Without --assert-equal only steps and checkpoints that both runs have count; with it, both must also have
+the same steps and end at the same checkpoint. Exit code 0 equal, 1 different, 2 a mistake in usage or a damaged run.
+Tolerances are refused: two runs of one record are the same bits, and how far apart others are is printed.
+Reads the shards with NumPy alone; the header of each says where in the global tensor it lies.
+"""
+
+import argparse
+import json
+import struct
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from k2train.checkpoint.manifest import is_thinned, list_checkpoints, read_manifest
+from k2train.errors import EXIT_DONE, EXIT_USAGE, CheckpointError, RunError, UserError
+from k2train.record.metrics import latest
+
+Array = npt.NDArray[Any]
+EXIT_DIFFERENT = 1
+COMPARED = ("chunk", "consumed_tokens", "loss", "grad_norm", "lr", "applied")
+# NumPy has no bfloat16; its bits are compared as whole numbers.
+DTYPES = {"F32": "<f4", "BF16": "<u2", "F16": "<f2"}
+SHOWN = 5
+
+
+def shards_of(file: Path) -> Iterator[tuple[str, list[int], Array]]:
+    """(name, offsets in the global tensor, values) of every tensor in one safetensors shard."""
+    content = np.memmap(file, dtype=np.uint8, mode="r")
+    (length,) = struct.unpack("<Q", content[:8].tobytes())
+    header = json.loads(content[8 : 8 + length].tobytes())
+    offsets = json.loads(header.pop("__metadata__")["DCP_SHARDING_INFO"])
+    for name, facts in header.items():
+        start, stop = (8 + length + place for place in facts["data_offsets"])
+        values = content[start:stop].view(DTYPES[facts["dtype"]]).reshape(facts["shape"])
+        yield name, offsets[name]["saved_offsets"], values
+
+
+def tensors_of(checkpoint: Path, folder: str) -> dict[str, Array]:
+    """Whole tensors by global name, put together from all shards of `model` or `optimizer`.
+
+    Raises CheckpointError when the shards leave a part of a tensor out.
+    """
+    shapes = {name: facts["shape"] for name, facts in read_manifest(checkpoint)["tensors"][folder].items()}
+    whole: dict[str, Array] = {}
+    filled = dict.fromkeys(shapes, 0)
+    for file in sorted((checkpoint / folder).glob("*.safetensors")):
+        for name, offsets, values in shards_of(file):
+            into = whole.setdefault(name, np.zeros(shapes[name], dtype=values.dtype))
+            into[tuple(slice(o, o + n) for o, n in zip(offsets, values.shape, strict=True))] = values
+            filled[name] += values.size
+    for name, shape in shapes.items():
+        if filled[name] != int(np.prod(shape)):
+            raise CheckpointError(f"{checkpoint}: {name} has {filled[name]} of {int(np.prod(shape))} values")
+    return whole
+
+
+def metric_differences(a: Path, b: Path, strict: bool) -> list[str]:
+    """The first step at which a compared key of the metrics differs, and steps that only one run has."""
+    rows = [{row["step"]: row for row in latest(run / "metrics.jsonl")} for run in (a, b)]
+    found = []
+    for step in sorted(set(rows[0]) & set(rows[1])):
+        pairs = [(key, rows[0][step].get(key), rows[1][step].get(key)) for key in COMPARED]
+        different = [f"{key} {x!r} and {y!r}" for key, x, y in pairs if x != y and not (x != x and y != y)]
+        if different:
+            found.append(f"step {step} is the first that differs: {'; '.join(different)}")
+            break
+    only = sorted(set(rows[0]) ^ set(rows[1]))
+    if only and strict:
+        found.append(f"{len(only)} steps are in one run only, the first is {only[0]}")
+    if not set(rows[0]) & set(rows[1]):
+        raise RunError(f"{a} and {b} have no step in common")
+    return found
+
+
+def tensor_differences(a: Path, b: Path) -> list[str]:
+    """Every tensor of two checkpoints whose bits differ, with how many values and how far apart."""
+    folders = ["model"] if is_thinned(a) or is_thinned(b) else ["model", "optimizer"]
+    found = []
+    for folder in folders:
+        left, right = tensors_of(a, folder), tensors_of(b, folder)
+        found += [f"{name} is in one run only" for name in sorted(set(left) ^ set(right))]
+        for name in (name for name in left if name in right):
+            x, y = left[name], right[name]
+            if x.shape != y.shape or x.dtype != y.dtype:
+                found.append(f"{name}: {x.dtype} {list(x.shape)} and {y.dtype} {list(y.shape)}")
+            elif x.tobytes() != y.tobytes():
+                apart = (
+                    ""
+                    if x.dtype.kind == "u"
+                    else f", at most {np.abs(x.astype('f8') - y.astype('f8')).max():.3g} apart"
+                )
+                found.append(f"{name}: {int((x != y).sum())} of {x.size} values differ{apart}")
+    return found
+
+
+def differences(a: Path, b: Path, strict: bool) -> list[str]:
+    """All that differs between two runs, one line each; empty when they are equal.
+
+    Raises RunError or CheckpointError when a run cannot be read or both have nothing in common.
+    """
+    found = metric_differences(a, b, strict)
+    names = [[path.name for path in list_checkpoints(run / "checkpoints")] for run in (a, b)]
+    common = [name for name in names[0] if name in names[1]]
+    if not common:
+        raise RunError(f"{a} and {b} have no checkpoint in common")
+    if strict and names[0][-1] != names[1][-1]:
+        found.append(f"the newest checkpoints are {names[0][-1]} and {names[1][-1]}")
+    left, right = (run / "checkpoints" / common[-1] for run in (a, b))
+    steps = [(m["step"], m["adam_steps"]) for m in (read_manifest(left), read_manifest(right))]
+    if steps[0] != steps[1]:
+        found.append(f"{common[-1]}: (step, adam_steps) is {steps[0]} and {steps[1]}")
+    tensors = tensor_differences(left, right)
+    found += [f"{common[-1]}: {line}" for line in tensors[:SHOWN]]
+    if len(tensors) > SHOWN:
+        found.append(f"{common[-1]}: {len(tensors) - SHOWN} more tensors differ")
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit code."""
+    parser = argparse.ArgumentParser(prog="compare_runs.py", description="Where two runs part, bit for bit.")
+    parser.add_argument("a", type=Path, metavar="RUN_A")
+    parser.add_argument("b", type=Path, metavar="RUN_B")
+    parser.add_argument("--assert-equal", action="store_true", help="also ask for the same steps and last checkpoint")
+    options = parser.parse_args(arguments)
+    try:
+        found = differences(options.a, options.b, options.assert_equal)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return EXIT_USAGE
+    print("\n".join(found) if found else f"{options.a} and {options.b} are equal, bit for bit")
+    return EXIT_DIFFERENT if found else EXIT_DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,381 @@
+"""Break the code on purpose, one fault at a time, and see the test that names this fault go red.
+
+    python tools/mutation_check.py [--only TEXT] [--required] [--list]
+
+Each mutation replaces one exact text, which must stand in its file exactly once, in a copy of the repository; one test
+must then fail there. Prints a Markdown table with seconds. First all named tests must pass on an unbroken copy: a test
+that is red anyway proves nothing. A run that hangs, cannot be collected or fails to start counts as not caught. The
+faults are written by hand, each one that training code has shipped with or could; the alternative refused is mutating
+operators at random, which takes hours and leaves a list that nobody reads.
+
+Exit codes: 0 every mutation is caught; 1 one is not, or its text is not there once; 2 a mistake in usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SKIPPED = (".venv", ".git", "data", "runs", "wandb", "build", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis")
+LIMIT_SECONDS = 240.0
+PASSED, FAILED = 0, 1
+CLUMSY = re.compile(r"\b(NameError|ImportError|ModuleNotFoundError|SyntaxError)\b")
+"""A fault that breaks the program and not its numbers proves nothing about a test."""
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One fault: in `file` the text `old` becomes `new`; `test` (a pytest node id) must fail."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    test: str
+    required: bool = False
+    """One of the few that the fast list runs."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What happened to one mutation."""
+
+    mutation: Mutation
+    caught: bool
+    seconds: float
+    detail: str
+
+
+HUGGING_FACE = "tests/test_hugging_face.py::test_logits_loss_and_gradients"
+LOSS = "tests/test_loss.py::test_loss_and_gradient_equal_cross_entropy"
+NORM = "tests/test_clip.py::test_norm_is_that_of_the_whole_gradient"
+ADAMW = "tests/test_adamw.py::test_equals_torchs_adamw_on_any_number_of_ranks"
+
+MUTATIONS = (
+    Mutation(
+        "sequence parallelism: norm gradients not summed over tensor-parallel ranks",
+        "k2train/parallel/gradients.py",
+        "        self._sum_over_tensor()\n",
+        "",
+        "tests/test_gradients.py::test_sequence_parallel_parts_are_summed_over_tensor_ranks",
+        required=True,
+    ),
+    Mutation(
+        "loss not divided by the number of micro-batches",
+        "k2train/engine.py",
+        "* (1.0 / self.targets)",
+        "* (self.num_microbatches / self.targets)",
+        f"{HUGGING_FACE}[all-heads-one]",
+        required=True,
+    ),
+    Mutation(
+        "data-parallel average: divided by the targets of this rank only",
+        "k2train/engine.py",
+        "* (1.0 / self.targets)",
+        "* (self.grid.dp.size / self.targets)",
+        f"{HUGGING_FACE}[all-heads-dp2]",
+        required=True,
+    ),
+    Mutation(
+        "softmax over the vocabulary: maximum not shared between ranks",
+        "k2train/parallel/loss.py",
+        "peak = all_reduce(x.amax(dim=-1), tp, dist.ReduceOp.MAX)",
+        "peak = x.amax(dim=-1)",
+        f"{LOSS}[2-251]",
+        required=True,
+    ),
+    Mutation(
+        "softmax over the vocabulary: no maximum at all",
+        "k2train/parallel/loss.py",
+        "peak = all_reduce(x.amax(dim=-1), tp, dist.ReduceOp.MAX)",
+        "peak = torch.zeros_like(x[..., 0])",
+        f"{LOSS}[1-251]",
+        required=True,
+    ),
+    Mutation(
+        "global norm: not summed over the ranks of a stage",
+        "k2train/optim/clip.py",
+        "    all_reduce(table, stage)\n",
+        "",
+        f"{NORM}[1-1-2]",
+        required=True,
+    ),
+    Mutation(
+        "global norm: not summed over stages",
+        "k2train/optim/clip.py",
+        "    all_reduce(table, pp)\n",
+        "",
+        f"{NORM}[1-2-1]",
+        required=True,
+    ),
+    Mutation(
+        "global norm: a replicated tensor counted by every tensor-parallel rank",
+        "k2train/optim/clip.py",
+        "counted = slot.piece.dim is not None or tp.rank == 0",
+        "counted = True",
+        f"{NORM}[2-1-1]",
+    ),
+    Mutation(
+        "a replica that is not finite goes unseen",
+        "k2train/optim/clip.py",
+        "square * 0.0",
+        "torch.zeros_like(square)",
+        "tests/test_clip.py::test_one_value_that_is_not_finite_is_seen_everywhere",
+    ),
+    Mutation(
+        "clipping also scales small gradients up",
+        "k2train/optim/clip.py",
+        "return min(1.0, clip_norm / (grad_norm + 1e-6))",
+        "return clip_norm / (grad_norm + 1e-6)",
+        "tests/test_clip.py::test_clip_scale_is_torchs",
+    ),
+    Mutation(
+        "backward of copy_in without its all-reduce",
+        "k2train/parallel/collectives.py",
+        "return all_reduce(grad.clone(memory_format=torch.contiguous_format), ctx.axis), None",
+        "return grad, None",
+        "tests/test_collectives.py::test_forward_and_backward_by_definition[2]",
+    ),
+    Mutation(
+        "backward of gather_in takes its own block without the sum",
+        "k2train/parallel/collectives.py",
+        "return reduce_scatter(grad, ctx.axis), None",
+        "return grad.chunk(ctx.axis.size)[ctx.axis.rank], None",
+        "tests/test_collectives.py::test_forward_and_backward_by_definition[2]",
+    ),
+    Mutation(
+        "embedding without the mask of ids that other ranks hold",
+        "k2train/parallel/tensor.py",
+        "x = x * mine.unsqueeze(-1)",
+        "pass",
+        "tests/test_tensor.py::test_layers_equal_the_whole_product[2-False-251]",
+    ),
+    Mutation(
+        "embedding takes ids outside the vocabulary",
+        "k2train/parallel/tensor.py",
+        'if ids.device.type == "cpu" and bool(bad.any()):',
+        "if False:",
+        "tests/test_tensor.py::test_ids_outside_the_vocabulary_are_refused[1]",
+    ),
+    Mutation(
+        "labels not shifted by one",
+        "k2train/model/transformer.py",
+        "labels[:, :-1] = tokens[:, 1:]",
+        "labels[:, :-1] = tokens[:, :-1]",
+        f"{HUGGING_FACE}[all-heads-one]",
+    ),
+    Mutation(
+        "attention that sees the future",
+        "k2train/model/kernels.py",
+        "F.scaled_dot_product_attention(q, k, v, is_causal=True,",
+        "F.scaled_dot_product_attention(q, k, v, is_causal=False,",
+        f"{HUGGING_FACE}[all-heads-one]",
+    ),
+    Mutation(
+        "weight decay on norm weights",
+        "k2train/model/layers.py",
+        "decay=False, sum_over_tensor=sequence",
+        "decay=True, sum_over_tensor=sequence",
+        "tests/test_adamw.py::test_which_tensors_decay",
+    ),
+    Mutation(
+        "rotary tables in bf16",
+        "k2train/model/layers.py",
+        "angles.cos().float().to(device), angles.sin().float().to(device)",
+        "angles.cos().bfloat16().to(device), angles.sin().bfloat16().to(device)",
+        "tests/test_initialize.py::test_rotary_tables_survive_a_cast_of_the_model",
+    ),
+    Mutation(
+        "rotary angles computed in fp32",
+        "k2train/model/layers.py",
+        "torch.outer(torch.arange(sequence_length, dtype=torch.float64), frequencies)",
+        "torch.outer(torch.arange(sequence_length).float(), frequencies.float())",
+        "tests/test_initialize.py::test_rotary_tables_are_exact_far_out",
+    ),
+    Mutation(
+        "master weights drawn from bf16",
+        "k2train/model/initialize.py",
+        "also(piece, values)",
+        "also(piece, piece.of(parameter).float())",
+        "tests/test_initialize.py::test_bf16_weights_are_the_rounded_draw_and_the_optimizer_sees_it_whole",
+    ),
+    Mutation(
+        "AdamW: bias correction one step ahead",
+        "k2train/optim/adamw.py",
+        "torch.tensor(float(t - 1)",
+        "torch.tensor(float(t)",
+        f"{ADAMW}[1-fused]",
+    ),
+    Mutation(
+        "AdamW: decay not scaled by the rate",
+        "k2train/optim/adamw.py",
+        "p.mul_(1 - lr * decay)",
+        "p.mul_(1 - decay)",
+        f"{ADAMW}[1-reference]",
+    ),
+    Mutation(
+        "a step that is not finite is applied",
+        "k2train/engine.py",
+        "if agreed.finite:",
+        "if True:",
+        "tests/test_adamw.py::test_a_step_that_is_not_finite_changes_nothing[1-1-1-False]",
+    ),
+    Mutation(
+        "gradients accumulated in bf16",
+        "k2train/parallel/gradients.py",
+        "self.lines = torch.zeros(dp.size, self.table.elements, dtype=torch.float32, device=device)",
+        "self.lines = torch.zeros(dp.size, self.table.elements, dtype=torch.bfloat16, device=device)",
+        "tests/test_gradients.py::test_bf16_gradients_are_summed_in_fp32",
+    ),
+    Mutation(
+        "backwards in reversed order",
+        "k2train/plan/schedule.py",
+        "for op in (Op.FORWARD, Op.BACKWARD) for microbatch in range(num_microbatches))",
+        "for op in (Op.FORWARD, Op.BACKWARD) for microbatch in range(num_microbatches)[:: 1 if op == 'F' else -1])",
+        "tests/test_pipeline.py::test_every_schedule_gives_the_bits_of_a_plain_loop[1]",
+    ),
+    Mutation(
+        "every micro-batch is the first one",
+        "k2train/parallel/pipeline.py",
+        "x = self._inputs_of(action.microbatch)",
+        "x = self._inputs_of(0)",
+        "tests/test_pipeline.py::test_every_schedule_gives_the_bits_of_a_plain_loop[1]",
+    ),
+    Mutation(
+        "evaluation builds a graph",
+        "k2train/parallel/pipeline.py",
+        "torch.set_grad_enabled(self._training)",
+        "torch.set_grad_enabled(True)",
+        "tests/test_pipeline.py::test_every_schedule_gives_the_bits_of_a_plain_loop[1]",
+    ),
+    Mutation(
+        "positions without a label are counted",
+        "k2train/parallel/loss.py",
+        "counted = labels != IGNORE\n",
+        "counted = labels == labels\n",
+        f"{LOSS}[1-251]",
+    ),
+    Mutation(
+        "weights written back without the short last block of rows",
+        "k2train/parallel/gradients.py",
+        "        if rest:\n",
+        "        if rest and rows.requires_grad:\n",
+        "tests/test_gradients.py::test_reduce_and_publish_equal_no_sharding[3]",
+    ),
+    Mutation(
+        "the first step runs at rate 0",
+        "k2train/optim/lr.py",
+        "peak * step / warmup_steps",
+        "peak * (step - 1) / warmup_steps",
+        "tests/test_lr.py::test_cosine_of_the_first_stage",
+    ),
+)
+
+
+def apply(mutation: Mutation, root: Path) -> None:
+    """Write the fault into the copy at `root`. Raises ValueError unless the text stands there exactly once."""
+    path = root / mutation.file
+    source = path.read_text(encoding="utf-8")
+    count = source.count(mutation.old)
+    if count != 1:
+        raise ValueError(f"{mutation.name}: its text stands {count} times in {mutation.file}, must be once")
+    broken = source.replace(mutation.old, mutation.new)
+    compile(broken, mutation.file, "exec")
+    path.write_text(broken, encoding="utf-8")
+
+
+def copy_repository(root: Path, target: Path) -> Path:
+    """Copy what tests need; untracked files too, so that work in progress can be checked."""
+    shutil.copytree(root, target, ignore=shutil.ignore_patterns(*SKIPPED))
+    return target
+
+
+def run_pytest(root: Path, tests: Sequence[str], limit_seconds: float = LIMIT_SECONDS) -> tuple[int | None, str]:
+    """Exit code of pytest in a copy and its last line; None when it proves nothing (hung, or the fault is clumsy)."""
+    environment = {**os.environ, "PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
+    with subprocess.Popen(
+        command,
+        cwd=root,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            output, _ = process.communicate(timeout=limit_seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+            return None, f"hung for {limit_seconds:.0f} seconds"
+    lines = output.strip().splitlines()
+    clumsy = CLUMSY.search(output)
+    if process.returncode == FAILED and clumsy:
+        return None, f"failed of {clumsy[0]}, which any test would see"
+    return process.returncode, lines[-1] if lines else "no output"
+
+
+def check_mutation(mutation: Mutation, root: Path = ROOT, limit_seconds: float = LIMIT_SECONDS) -> Outcome:
+    """Break a fresh copy and run the test that must fail there."""
+    begun = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="mutation_") as directory:
+        copy = copy_repository(root, Path(directory) / "copy")
+        try:
+            apply(mutation, copy)
+        except (ValueError, SyntaxError, OSError) as error:
+            return Outcome(mutation, False, time.monotonic() - begun, str(error))
+        code, detail = run_pytest(copy, [mutation.test], limit_seconds)
+    return Outcome(mutation, code == FAILED, time.monotonic() - begun, detail)
+
+
+def check_unbroken(mutations: Sequence[Mutation], root: Path = ROOT) -> tuple[bool, str]:
+    """Whether all named tests pass on a copy as it is, and pytest's last line."""
+    with tempfile.TemporaryDirectory(prefix="mutation_") as directory:
+        copy = copy_repository(root, Path(directory) / "copy")
+        code, detail = run_pytest(copy, sorted({mutation.test for mutation in mutations}), 3 * LIMIT_SECONDS)
+    return code == PASSED, detail
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run what was asked for; the exit code."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--only", default="", metavar="TEXT", help="mutations whose name contains this")
+    parser.add_argument("--required", action="store_true", help="the short list that the test suite runs")
+    parser.add_argument("--list", action="store_true", help="print the table without running anything")
+    options = parser.parse_args(arguments)
+    chosen = [m for m in MUTATIONS if options.only in m.name and (m.required or not options.required)]
+    if not chosen:
+        parser.error(f"no mutation's name contains {options.only!r}")
+    if options.list:
+        print("\n".join(["| mutation | caught by |", "|---|---|", *(f"| {m.name} | `{m.test}` |" for m in chosen)]))
+        return 0
+    passed, detail = check_unbroken(chosen)
+    print(f"unbroken: {detail}\n", flush=True)
+    if not passed:
+        print("a named test does not pass as it is, so nothing can be shown", file=sys.stderr)
+        return 1
+    print("| mutation | test that must fail | caught | seconds |\n|---|---|---|---|", flush=True)
+    missed = 0
+    for mutation in chosen:
+        outcome = check_mutation(mutation)
+        missed += not outcome.caught
+        said = "yes" if outcome.caught else f"NO: {outcome.detail}"
+        print(f"| {mutation.name} | `{mutation.test}` | {said} | {outcome.seconds:.0f} |", flush=True)
+    print(f"\n{len(chosen) - missed} of {len(chosen)} caught")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
