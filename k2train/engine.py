@@ -137,9 +137,10 @@ class Engine:
             return last.loss(logits, microbatches[microbatch]) * (1.0 / self.targets)
 
         losses = self.executor.run(program, lambda m: microbatches[m], scaled_loss, self.shape, self.dtype)
-        if not losses or self.grid.tp.rank != 0:
+        if not losses:
             return torch.zeros((), device=self.grid.device)
-        return torch.stack(losses).sum()
+        # Times 0 and not left out: a copy that is not finite on another tensor-parallel rank must stop the step too.
+        return torch.stack(losses).sum() * float(self.grid.tp.rank == 0)
 
     def _agree(self, sums: Tensor, loss: Tensor, flags: Sequence[float]) -> StepSums:
         return agree(sums, self.names, loss, flags, self.grid.stage, self.grid.pp)

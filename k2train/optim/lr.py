@@ -21,7 +21,7 @@ def rate(
     """
     assert 1 <= step <= total_steps, f"step {step} is outside 1..{total_steps}"
     if step <= warmup_steps:
-        return peak * step / warmup_steps
+        return peak * (step / warmup_steps)
     if kind == "constant":
         return peak
     start = total_steps - decay_steps if kind == "wsd" and decay_steps else warmup_steps
