@@ -271,6 +271,16 @@ def test_three_in_a_row_stop_the_run(base: Path, pool: GlooPool) -> None:
     verify_checkpoint(run / "checkpoints" / "ckpt_001")
 
 
+def test_a_restart_does_not_forget_bad_steps(base: Path, pool: GlooPool) -> None:
+    """Two before the restart and one after it are three in a row: a crash loop must not train on damaged weights."""
+    settings = tree(base, "remembers", checkpoint__every_chunks=2)
+    assert pool.run(1, trainer_job, {**settings, "run": {**settings["run"], "stop_after_steps": 8}}, Planted(7, 8)) == [
+        75
+    ]
+    assert pool.run(1, trainer_job, settings, Planted(9)) == [1]
+    assert events(base / "runs" / "remembers")[-1]["step"] == 9
+
+
 def test_every_second_chunk(base: Path, pool: GlooPool) -> None:
     """Numbers count chunks, not saves; the last chunk is always saved."""
     make_corpus(base / "five", 5, seed=3)

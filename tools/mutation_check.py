@@ -276,7 +276,7 @@ MUTATIONS = (
     Mutation(
         "the first step runs at rate 0",
         "k2train/optim/lr.py",
-        "peak * step / warmup_steps",
+        "peak * (step / warmup_steps)",
         "peak * (step - 1) / warmup_steps",
         "tests/test_lr.py::test_cosine_of_the_first_stage",
     ),
