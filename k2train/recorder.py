@@ -13,6 +13,7 @@ from uuid import uuid4
 from k2train.checkpoint.manifest import MANIFEST
 from k2train.config import Config, to_yaml
 from k2train.engine import Engine
+from k2train.files import write_synced
 from k2train.preflight import Start, learning_rate
 from k2train.record.console import Console
 from k2train.record.environment import environment_facts
@@ -59,7 +60,7 @@ class RankZeroRecorder(Recorder):
         ends = [order.first_step(i) + order.steps_in(i) - 1 for i in range(len(order.names))]
         self.console = Console(sys.stderr, config.run.name, order.total_steps, len(order.names), ends)
         self._from_threads: deque[str] = deque()
-        write_config(directory / "config.yaml", to_yaml(config))
+        write_synced(directory / "config.yaml", to_yaml(config))
         started = self.ledger.last("started")
         self.run_id = str(started["run_id"]) if started else uuid4().hex
         self.wandb = WandbMirror(
@@ -121,13 +122,6 @@ class RankZeroRecorder(Recorder):
     def _drain(self) -> None:
         while self._from_threads:
             self.console.note(self._from_threads.popleft())
-
-
-def write_config(path: Path, text: str) -> None:
-    """Put the resolved config in place by rename; the ledger has told what changed since the last start."""
-    aside = path.with_name(f"{path.name}.tmp")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
 
 
 def stage_facts(config: Config, start: Start, step: int) -> Facts:

@@ -29,12 +29,13 @@ ASSEMBLY = {"engine", "preflight", "recorder", "trainer"}
 # What each part may import besides itself. Third-layer folders do not know each other, nor the config.
 ALLOWED = {
     "errors": set(),
-    **{name: {"errors", *CONFIG} for name in CONFIG},
+    "files": set(),
+    **{name: {"errors", "files", *CONFIG} for name in CONFIG},
     "plan": {"errors"},
     "parallel": {"errors", "plan"},
-    **{name: {"errors", "plan", "parallel"} for name in THIRD_LAYER},
-    **{name: {"errors", *CONFIG, "plan", "parallel", *THIRD_LAYER, *ASSEMBLY} for name in ASSEMBLY},
-    "train": {"errors", *CONFIG, "plan", "parallel", *THIRD_LAYER, *ASSEMBLY},
+    **{name: {"errors", "files", "plan", "parallel"} for name in THIRD_LAYER},
+    **{name: {"errors", "files", *CONFIG, "plan", "parallel", *THIRD_LAYER, *ASSEMBLY} for name in ASSEMBLY},
+    "train": {"errors", "files", *CONFIG, "plan", "parallel", *THIRD_LAYER, *ASSEMBLY},
 }
 # A reader of recipes has the strictness of the config and therefore its text and its messages.
 ALSO_ALLOWED = {"data/prepare/recipe.py": CONFIG}

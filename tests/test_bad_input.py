@@ -34,7 +34,8 @@ from corpus import (
 
 from gloo import GlooPool
 from k2train.data.chunk import write_chunk
-from k2train.data.manifest import ChunkInfo, sha256_file
+from k2train.data.manifest import ChunkInfo
+from k2train.files import sha256_file
 
 WITHOUT_TORCH = """
 import sys

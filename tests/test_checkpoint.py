@@ -333,10 +333,10 @@ def refusing_disk_job(launch: Launch, config: Any, directory: str, where: str, a
     def full(*_: Any, **__: Any) -> Any:
         raise OSError(28, "No space left on device")
 
-    kept = module.file_sha256, module.write_synced, module.dcp.HuggingFaceStorageWriter
+    kept = module.sha256_file, module.write_synced, module.dcp.HuggingFaceStorageWriter
     try:
         if where == "hash" and launch.rank == launch.world_size - 1:
-            module.file_sha256 = full
+            module.sha256_file = full
         if where == "manifest":
             module.write_synced = full
         if where == "shard" and launch.rank == launch.world_size - 1:
@@ -350,7 +350,7 @@ def refusing_disk_job(launch: Launch, config: Any, directory: str, where: str, a
     except SaveError as error:
         return str(error)
     finally:
-        module.file_sha256, module.write_synced, module.dcp.HuggingFaceStorageWriter = kept
+        module.sha256_file, module.write_synced, module.dcp.HuggingFaceStorageWriter = kept
     return "saved"
 
 

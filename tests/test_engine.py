@@ -5,9 +5,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gloo import GlooPool
-from small import assemble, grid_of, microbatches_of, shapes_of, tiny_config, train_job
 
+from gloo import GlooPool
 from k2train.engine import Engine
 from k2train.errors import ConfigError
 from k2train.model.kernels import choose_kernels
@@ -15,6 +14,7 @@ from k2train.parallel.environment import Launch
 from k2train.parallel.shard import named_pieces
 from k2train.plan.cost import rank_parameters, state_bytes
 from k2train.plan.layout import Layout
+from small import assemble, grid_of, microbatches_of, shapes_of, tiny_config, train_job
 
 STEPS = 2
 

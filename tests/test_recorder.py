@@ -10,10 +10,11 @@ from corpus import config_tree, make_corpus
 
 from k2train.config import Config, flat_values, load_config
 from k2train.errors import RunError
+from k2train.files import write_synced
 from k2train.preflight import Start, prepare_start
 from k2train.record.ledger import read_ledger
 from k2train.record.metrics import read_metrics
-from k2train.recorder import RankZeroRecorder, Recorder, write_config
+from k2train.recorder import RankZeroRecorder, Recorder
 
 ROW = {"step": 1, "loss": 5.0, "grad_norm": 1.0, "lr": 0.1, "tokens_per_second": 9.0, "seconds": 0.5}
 
@@ -84,7 +85,7 @@ def test_config_is_complete(prepared: tuple[Config, Start]) -> None:
     config, start = prepared
     RankZeroRecorder(config, start)
     assert flat_values(load_config(str(start.directory / "config.yaml"))) == flat_values(config)
-    write_config(start.directory / "config.yaml", "other: 1\n")
+    write_synced(start.directory / "config.yaml", "other: 1\n")
     assert (start.directory / "config.yaml").read_text() == "other: 1\n"
     assert not list(start.directory.glob("*.tmp"))
 

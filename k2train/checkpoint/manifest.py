@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from k2train.errors import CheckpointError
+from k2train.files import sha256_file
 
 FORMAT = 1
 NAME = re.compile(r"ckpt_(\d{3,})(?:_step_(\d{6,}))?")
@@ -101,14 +102,6 @@ def is_thinned(path: Path) -> bool:
     return (path / THINNED).exists()
 
 
-def file_sha256(path: Path) -> str:
-    digest = sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def expected_files(path: Path, manifest: dict[str, Any]) -> list[str]:
     """Files that must be there, in order; a thinned checkpoint needs no optimizer files.
 
@@ -134,7 +127,7 @@ def verify_files(path: Path, manifest: dict[str, Any], names: Iterable[str]) -> 
             raise CheckpointError(f"{path}: {name} is missing") from None
         if size != facts["bytes"]:
             raise CheckpointError(f"{path}: {name} has {size} bytes, the manifest says {facts['bytes']}")
-        if file_sha256(file) != facts["sha256"]:
+        if sha256_file(file) != facts["sha256"]:
             raise CheckpointError(f"{path}: {name} does not have the hash of the manifest; it was changed or damaged")
 
 

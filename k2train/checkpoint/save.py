@@ -10,7 +10,6 @@ raised on all of them as the same SaveError: a rank that fails alone would leave
 """
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -25,9 +24,10 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from k2train.checkpoint.manifest import FORMAT, MANIFEST, NAME, THINNED, file_sha256, list_checkpoints, seal
+from k2train.checkpoint.manifest import FORMAT, MANIFEST, NAME, THINNED, list_checkpoints, seal
 from k2train.checkpoint.tensors import STATES, describe, model_tensors, optimizer_tensors
 from k2train.errors import CheckpointError
+from k2train.files import sha256_file, sync_directory, sync_file, write_synced
 from k2train.parallel.gradients import SlotTable
 from k2train.parallel.grid import ProcessGrid
 
@@ -136,9 +136,8 @@ class CheckpointWriter:
         paths = sorted(path for folder in ("model", "optimizer") for path in (aside / folder).iterdir())
         mine = {}
         for path in paths[self.grid.rank :: self.grid.layout.world_size]:
-            with path.open("rb") as stream:
-                os.fsync(stream.fileno())
-            mine[f"{path.parent.name}/{path.name}"] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+            sync_file(path)
+            mine[f"{path.parent.name}/{path.name}"] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
         return mine
 
     def _commit(self, aside: Path, final: Path, manifest: Facts, committed: Callable[[Path, Facts], None]) -> None:
@@ -194,7 +193,6 @@ class CheckpointWriter:
             for path in numbered[: -self.keep_optimizer_states]:
                 if not (path / THINNED).exists():
                     write_synced(path / THINNED, json.dumps({"removed": "optimizer"}) + "\n")
-                    sync_directory(path)
                 shutil.rmtree(path / "optimizer", ignore_errors=True)
 
 
@@ -219,20 +217,3 @@ def set_aside_later(path: Path, attempt: int) -> list[str]:
 
 def _first_cause(error: CheckpointException) -> BaseException:
     return next((cause for _, (cause, _) in sorted(error.failures.items())), error)
-
-
-def write_synced(path: Path, text: str) -> None:
-    """Write a small file and wait until it is on the disk."""
-    with path.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def sync_directory(path: Path) -> None:
-    """Wait until the names in a directory are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -18,8 +18,9 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from k2train.data.manifest import AtomicFile, ChunkInfo, Manifest, chunk_dtype, read_manifest, write_manifest
+from k2train.data.manifest import ChunkInfo, Manifest, chunk_dtype, read_manifest, write_manifest
 from k2train.errors import DataError
+from k2train.files import AtomicFile
 
 __all__ = [
     "ChunkInfo",

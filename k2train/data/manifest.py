@@ -6,13 +6,13 @@ it, and finding out at the first batch, was refused: by then hundreds of devices
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from k2train.errors import DataError
+from k2train.files import AtomicFile, sha256_file
 
 FORMAT = "k2train-chunks-1"
 MANIFEST_NAME = "manifest.json"
@@ -75,12 +75,6 @@ def span(names: Iterable[str]) -> str:
 def chunk_dtype(vocab_size: int) -> str:
     """`uint16` when every id below `vocab_size` fits in it, else `uint32`."""
     return "uint16" if vocab_size <= UINT16_VOCAB else "uint32"
-
-
-def sha256_file(path: Path) -> str:
-    """Hash of a whole file, read in blocks."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def read_manifest(path: str | Path) -> Manifest:
@@ -241,37 +235,3 @@ def write_manifest(
 
 def _entry(info: ChunkInfo) -> dict[str, Any]:
     return {key: value for key, value in vars(info).items() if value is not None}
-
-
-class AtomicFile:
-    """A binary file that appears under its name whole and synced, or not at all."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.aside = path.with_name(path.name + ".tmp")
-
-    def __enter__(self) -> IO[bytes]:
-        self.stream = self.aside.open("wb")
-        return self.stream
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        try:
-            if kind is None:
-                self.stream.flush()
-                os.fsync(self.stream.fileno())
-        finally:
-            self.stream.close()
-        if kind is None:
-            os.replace(self.aside, self.path)
-            sync_folder(self.path.parent)
-        else:
-            self.aside.unlink(missing_ok=True)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from k2train.errors import RunError
+from k2train.files import sync_directory
 
 NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
@@ -70,15 +71,6 @@ def append_bytes(path: Path, data: bytes, sync: bool) -> None:
         os.close(descriptor)
     if sync and not existed:
         sync_directory(path.parent)
-
-
-def sync_directory(directory: Path) -> None:
-    """Make the names in a directory durable: without it a new file may be gone after a power cut, its data written."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def read_lines(path: Path) -> tuple[list[bytes], bytes]:

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import sentencepiece
 
-from k2train.data.manifest import AtomicFile
 from k2train.errors import DataError
+from k2train.files import AtomicFile
 
 UNK_ID, BOS_ID, EOS_ID = 0, 1, 2
 

@@ -20,17 +20,15 @@ from k2train.data.chunk import Tokens, write_chunk
 from k2train.data.manifest import (
     MANIFEST_NAME,
     SOURCES_NAME,
-    AtomicFile,
     ChunkInfo,
     Manifest,
     read_manifest,
-    sha256_file,
-    sync_folder,
     write_manifest,
 )
 from k2train.data.prepare.mix import keyed_permutation
 from k2train.data.prepare.pack import Packed
 from k2train.errors import DataError, UserError
+from k2train.files import AtomicFile, sha256_file, sync_directory
 
 try:
     import pyarrow as arrow
@@ -141,7 +139,7 @@ class FolderAside:
         if self.output.exists():
             os.replace(self.output, self.old)
         os.replace(self.aside, self.output)
-        sync_folder(self.output.parent)
+        sync_directory(self.output.parent)
         shutil.rmtree(self.old, ignore_errors=True)
 
 
