@@ -7,7 +7,7 @@ verified one chunk ahead while the run goes on.
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -133,12 +133,11 @@ def prepare_start(config: Config, world_size: int, verify: bool) -> Start:
     wanted, refused = _wanted_checkpoints(config, directory)
     if not wanted:
         return _fresh(config, base, refused)
-    for path in wanted[:1]:
-        _check_same_run(path, identity)
+    _check_same_run(wanted[0], identity)
     newest = read_manifest(wanted[0])
     if newest["step"] >= order.total_steps:
-        return Start(directory, layout, manifest, order, identity, finished=wanted[0])
-    return Start(directory, layout, manifest, order, identity, tuple(wanted), tuple(refused))
+        return replace(base, finished=wanted[0])
+    return replace(base, candidates=tuple(wanted), refused=tuple(refused))
 
 
 def _wanted_checkpoints(config: Config, directory: Path) -> tuple[list[Path], list[str]]:
@@ -194,19 +193,10 @@ def _check_same_run(path: Path, identity: Mapping[str, Any]) -> None:
 
 def _fresh(config: Config, base: Start, refused: list[str]) -> Start:
     if config.run.init_from is None:
-        return Start(base.directory, base.layout, base.manifest, base.order, base.identity, refused=tuple(refused))
+        return replace(base, refused=tuple(refused))
     parent = resolve_checkpoint(Path(config.run.init_from))
     seam = check_seam(config, parent, base.manifest, base.order)
-    return Start(
-        base.directory,
-        base.layout,
-        base.manifest,
-        base.order,
-        base.identity,
-        refused=tuple(refused),
-        parent=parent,
-        seam=seam,
-    )
+    return replace(base, refused=tuple(refused), parent=parent, seam=seam)
 
 
 def resolve_checkpoint(path: Path) -> Path:

@@ -1,7 +1,8 @@
 """Shared fixtures: one pool of gloo workers for the whole run, and small configs."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -22,3 +23,15 @@ def no_launcher_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         if name in os.environ:
             monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[[str], str]:
+    """Write a config text to `c.yaml` and give its path."""
+
+    def _write(text: str) -> str:
+        path = tmp_path / "c.yaml"
+        path.write_text(text, encoding="utf-8")
+        return str(path)
+
+    return _write

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from corpus import (
     ROOT,
     ROWS,
@@ -31,7 +32,6 @@ from corpus import (
     wait_for,
     write_yaml,
 )
-
 from gloo import GlooPool
 from k2train.data.chunk import write_chunk
 from k2train.data.manifest import ChunkInfo

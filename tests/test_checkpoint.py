@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from corpus import ROOT, config_tree, environment, make_corpus, manifest_of, trainer_job, tree_of
 
+from corpus import ROOT, config_tree, environment, make_corpus, manifest_of, trainer_job, tree_of
 from gloo import GlooPool
 from k2train.checkpoint.load import agree_on_checkpoint, load_states
 from k2train.checkpoint.manifest import (

@@ -4,12 +4,12 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 
+from config_case import MINIMAL, Write, mistakes, only
 from k2train.config import (
     check_world,
     config_differences,
@@ -24,52 +24,6 @@ from k2train.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = sorted((ROOT / "configs").rglob("stage*.yaml"))
-
-MINIMAL = """\
-run:
-  name: small
-  seed: 1
-model:
-  num_layers: 8
-  hidden_size: 128
-  ffn_hidden_size: 352
-  num_heads: 4
-  vocab_size: 4128
-data:
-  manifest: data/manifest.json
-  sequence_length: 256
-batch:
-  global_sequences: 32
-  micro_sequences: 4
-lr:
-  kind: cosine
-  peak: 3e-3
-"""
-
-Write = Callable[[str], str]
-
-
-@pytest.fixture
-def write(tmp_path: Path) -> Write:
-    def _write(text: str) -> str:
-        path = tmp_path / "c.yaml"
-        path.write_text(text, encoding="utf-8")
-        return str(path)
-
-    return _write
-
-
-def mistakes(path: str, *overrides: str) -> list[str]:
-    with pytest.raises(ConfigError) as caught:
-        load_config(path, overrides)
-    return str(caught.value).replace(path, "c.yaml").split("\n")
-
-
-def only(path: str, *overrides: str) -> str:
-    lines = mistakes(path, *overrides)
-    assert len(lines) == 1, lines
-    return lines[0]
-
 
 # --- shipped files -------------------------------------------------------------------------------------------------
 

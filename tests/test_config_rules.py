@@ -1,61 +1,14 @@
 """Rules between keys, and between keys and processes. Each test names the bug it would catch."""
 
 import re
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import yaml
 
+from config_case import MINIMAL, Write, mistakes, only
 from k2train.config import Config, check_world, data_parallel_size, load_config, num_microbatches
 from k2train.config_rules import nearest
 from k2train.errors import ConfigError
-
-MINIMAL = """\
-run:
-  name: small
-  seed: 1
-model:
-  num_layers: 8
-  hidden_size: 128
-  ffn_hidden_size: 352
-  num_heads: 4
-  vocab_size: 4128
-data:
-  manifest: data/manifest.json
-  sequence_length: 256
-batch:
-  global_sequences: 32
-  micro_sequences: 4
-lr:
-  kind: cosine
-  peak: 3e-3
-"""
-
-Write = Callable[[str], str]
-
-
-@pytest.fixture
-def write(tmp_path: Path) -> Write:
-    def _write(text: str) -> str:
-        path = tmp_path / "c.yaml"
-        path.write_text(text, encoding="utf-8")
-        return str(path)
-
-    return _write
-
-
-def mistakes(path: str, *overrides: str) -> list[str]:
-    with pytest.raises(ConfigError) as caught:
-        load_config(path, overrides)
-    return str(caught.value).replace(path, "c.yaml").split("\n")
-
-
-def only(path: str, *overrides: str) -> str:
-    lines = mistakes(path, *overrides)
-    assert len(lines) == 1, lines
-    return lines[0]
-
 
 # --- rules between keys --------------------------------------------------------------------------------------------
 

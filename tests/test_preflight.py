@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from corpus import GLOBAL, config_tree, make_corpus
 
 import k2train.preflight as preflight
+from corpus import GLOBAL, config_tree, make_corpus
 from k2train.checkpoint.manifest import MANIFEST, THINNED, checkpoint_name, seal
 from k2train.config import Config
 from k2train.errors import CheckpointError, ConfigError, DataError, RunError

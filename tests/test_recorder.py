@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from corpus import config_tree, make_corpus
 
+from corpus import config_tree, make_corpus
 from k2train.config import Config, flat_values, load_config
 from k2train.errors import RunError
 from k2train.files import write_synced

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from corpus import (
     STEPS_PER_CHUNK,
     config_tree,
@@ -27,7 +28,6 @@ from corpus import (
     wait_for,
     write_yaml,
 )
-
 from gloo import GlooPool
 from k2train.checkpoint.manifest import list_checkpoints, verify_checkpoint
 from k2train.record.ledger import read_ledger

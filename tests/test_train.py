@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
 from corpus import (
     GLOBAL,
     ROOT,
@@ -29,7 +30,6 @@ from corpus import (
     wait_for,
     write_yaml,
 )
-
 from gloo import GlooPool
 from k2train.checkpoint.load import load_states
 from k2train.checkpoint.manifest import list_checkpoints, verify_checkpoint
