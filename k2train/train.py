@@ -57,7 +57,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--explain", action="store_true", help="print every resolved value and where it came from, then end"
     )
-    return parser.parse_args(arguments)
+    return parser.parse_intermixed_args(arguments)
 
 
 def _train(path: str, overrides: Sequence[str], launch: Launch) -> int:

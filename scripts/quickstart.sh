@@ -18,28 +18,6 @@ signals=0
 # Four processes on one laptop: one thread each, and freed memory kept instead of given back and asked for every step.
 export OMP_NUM_THREADS=1 MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=536870912
 
-# torchrun itself, but ending with the exit code of its processes: its own is 1, under two screens of traceback, also when
-# all of them stopped on request and saved.
-launcher='
-import logging, sys
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.run import main
-logging.disable(logging.ERROR)
-try:
-    main(sys.argv[1:])
-except ChildFailedError as failed:
-    codes = {rank: failure.exitcode for rank, failure in sorted(failed.failures.items())}
-    # -15: ended by torchrun, because of one of the others.
-    first = {rank: code for rank, code in codes.items() if code != -15} or codes
-    for rank, code in first.items():
-        if code not in (2, 75):
-            print(f"process {rank} ended with", f"signal {-code}" if code < 0 else f"exit code {code}", file=sys.stderr)
-    sys.exit(max(first.values()) if set(first.values()) <= {2, 75} else 1)
-except SignalException:
-    sys.exit(75)
-'
-
 # A job in its own process group hears of Ctrl-C and kill from here only: once, and all of its processes.
 set -m
 on_signal() {
@@ -82,7 +60,7 @@ stopped() {
 
 train() {
     # exec: a signal to this job reaches torchrun, and no shell in front of it dies first.
-    exec "$python" -c "$launcher" --standalone --local-addr 127.0.0.1 --nproc-per-node 4 \
+    exec "$python" -m k2train.launch --standalone --local-addr 127.0.0.1 --nproc-per-node 4 \
         -m k2train.train "$@" parallel.tensor=2 parallel.pipeline=2
 }
 

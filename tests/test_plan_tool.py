@@ -74,7 +74,7 @@ def test_svg_is_written(tool: ModuleType, tmp_path: Path, capsys: pytest.Capture
     ("arguments", "told"),
     [
         ([DEMO, "--world", "3", "parallel.tensor=2"], "3"),
-        ([DEMO, "--world", "7"], "batch.global_sequences (32)"),
+        ([DEMO, "--world", "7"], "batch.global_sequences (16)"),
         ([DEMO, "model.num_head=4"], "num_heads"),
         (["no/such/file.yaml"], "no/such/file.yaml"),
     ],

@@ -164,7 +164,7 @@ def _table(rows: list[dict[str, str]]) -> list[str]:
 
 
 def _status(events: list[dict[str, Any]]) -> str:
-    attempts = sum(event["event"] == "started" for event in events)
+    attempts = sum(event["event"] in ("started", "resumed") for event in events)
     starts = f"{attempts} start{'' if attempts == 1 else 's'}"
     for event in reversed(events):
         if event["event"] == "finished":
