@@ -35,6 +35,7 @@ ALLOWED = {
     "parallel": {"errors", "plan"},
     **{name: {"errors", "files", "plan", "parallel"} for name in THIRD_LAYER},
     **{name: {"errors", "files", *CONFIG, "plan", "parallel", *THIRD_LAYER, *ASSEMBLY} for name in ASSEMBLY},
+    "launch": {"errors"},
     "train": {"errors", "files", *CONFIG, "plan", "parallel", *THIRD_LAYER, *ASSEMBLY},
 }
 # A reader of recipes has the strictness of the config and therefore its text and its messages.
@@ -53,7 +54,7 @@ INNER_IMPORTS = re.compile(r"k2train/(record/wandb_mirror|model/kernels|data/pre
 """Optional packages may be imported where they are used."""
 ENVIRONMENT = re.compile(r"k2train/(parallel/environment|record/\w+)\.py|tools/mutation_check\.py")
 """The last one only hands its environment on to the tests it starts."""
-PRINTS = re.compile(r"(k2train/train|tools/\w+)\.py|k2train/data/prepare/progress\.py")
+PRINTS = re.compile(r"(k2train/(train|launch)|tools/\w+)\.py|k2train/data/prepare/progress\.py")
 """Only command lines write to the terminal; `progress` is the stream of one of them."""
 
 

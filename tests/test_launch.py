@@ -36,6 +36,8 @@ def test_real_processes(tmp_path: Path) -> None:
     """Through the real torchrun: the processes' own code comes out, without a traceback."""
     (tmp_path / "leaves.py").write_text("import sys\nsys.exit(75)\n")
     options = ["--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "2", str(tmp_path / "leaves.py")]
-    done = subprocess.run([sys.executable, "-m", "k2train.launch", *options], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-m", "k2train.launch", *options], capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 75
     assert "Traceback" not in done.stderr

@@ -48,7 +48,7 @@ ON_THE_ROAD = [
 """(command, exit code, a word of what it prints), in the README's order, after the quickstart."""
 
 TWO_NODES = (
-    'torchrun --nnodes 60 --nproc-per-node 8 --rdzv-id k2 --rdzv-backend c10d --rdzv-endpoint "$HEAD:29500" '
+    'python -m k2train.launch --nnodes 60 --nproc-per-node 8 --rdzv-id k2 --rdzv-backend c10d --rdzv-endpoint "$HEAD:29500" '
     "-m k2train.train configs/k2_65b/stage1.yaml"
 )
 ELSEWHERE = {

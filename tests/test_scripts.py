@@ -26,6 +26,7 @@ case "$1 $2" in
     mkdir -p "${@: -1}/bin" && cp "$0" "${@: -1}/bin/python"
     exit 0 ;;
 "-m pip") exit "${PIP_CODE:-0}" ;;
+"-m k2train.launch") ;;
 "-m "*) eval "exit \\${CODE_${2//./_}:-0}" ;;
 "tools/"*)
     echo "ran $*"
