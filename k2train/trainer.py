@@ -19,7 +19,7 @@ from k2train.checkpoint.manifest import checkpoint_name, read_manifest
 from k2train.checkpoint.save import CheckpointWriter, SaveError, remove_unfinished, set_aside_later, snapshot
 from k2train.config import Config, config_differences
 from k2train.data.loader import Loader
-from k2train.engine import Engine, StepResult
+from k2train.engine import Engine, StepResult, architecture_of
 from k2train.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, CheckpointError, DataError, RunError, UserError
 from k2train.guard.finite import SkipCounter
 from k2train.guard.signals import StopRequest
@@ -27,7 +27,7 @@ from k2train.guard.spikes import SpikeAlert
 from k2train.optim.adamw import ShardedAdamW
 from k2train.parallel.environment import Launch
 from k2train.parallel.grid import ProcessGrid, choose_device, start_process_group, stop_process_group
-from k2train.plan.cost import ModelShape, flops_per_token, parameters, peak_flops
+from k2train.plan.cost import flops_per_token, parameters, peak_flops
 from k2train.preflight import Start, learning_rate
 from k2train.record.environment import environment_facts
 from k2train.record.jsonl import plain
@@ -80,10 +80,7 @@ class Trainer:
         )
         c = config.checkpoint
         self.writer = CheckpointWriter(start.checkpoints, grid, c.keep_optimizer_states, c.asynchronous)
-        m = config.model
-        shape = ModelShape(
-            m.num_layers, m.hidden_size, m.ffn_hidden_size, m.num_heads, m.num_kv_heads or m.num_heads, m.vocab_size
-        )
+        shape = architecture_of(config)
         self.parameters = parameters(shape)
         self.flops = flops_per_token(shape, config.data.sequence_length)
         peak = peak_flops(torch.cuda.get_device_name(grid.device)) if grid.device.type == "cuda" else None

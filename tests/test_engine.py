@@ -1,5 +1,7 @@
 """The engine and the kernels: what is built is what was planned, and every choice of kernel computes the same."""
 
+import gc
+import weakref
 from typing import Any
 
 import numpy as np
@@ -141,3 +143,18 @@ def rounded_job(launch: Launch, config: Any) -> bool:
         if not torch.equal(weights, engine.optimizer.view("master", slot).bfloat16()):
             return False
     return True
+
+
+def freed_job(launch: Launch, config: Any) -> bool:
+    grid = grid_of(launch, config)
+    engine = Engine(config, grid)
+    engine.train_step(microbatches_of(config, grid, 1), 1e-3)
+    gone = weakref.ref(grid), weakref.ref(engine.gradients), weakref.ref(engine.stages[0])
+    del engine, grid
+    gc.collect()
+    return all(reference() is None for reference in gone)
+
+
+def test_an_engine_can_be_freed(pool: GlooPool) -> None:
+    """A hook that holds its buffer for ever keeps the weights, and the process groups with their threads, for ever."""
+    assert pool.run(1, freed_job, tiny_config()) == [True]

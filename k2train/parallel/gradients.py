@@ -11,6 +11,7 @@ Pieces with weight decay come first, so each half is one contiguous tensor for t
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -98,8 +99,17 @@ class GradientBuffer:
         self._of: dict[int, list[Slot]] = {}
         for slot in self.table.slots:
             self._of.setdefault(id(slot.parameter), []).append(slot)
+        # A hook is held by the parameter from C++, where Python's collector does not look: with a plain reference to this
+        # buffer, which holds the parameters, neither would ever be freed, nor the process groups they refer to.
+        this = ref(self)
+
+        def collect(parameter: Tensor) -> None:
+            buffer = this()
+            assert buffer is not None, "a backward ran after its gradient buffer was gone"
+            buffer._collect(parameter)
+
         for slots in self._of.values():
-            slots[0].parameter.register_post_accumulate_grad_hook(self._collect)
+            slots[0].parameter.register_post_accumulate_grad_hook(collect)
 
     def _collect(self, parameter: Tensor) -> None:
         assert parameter.grad is not None, "a gradient hook without a gradient"
