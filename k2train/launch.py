@@ -7,12 +7,15 @@ or refused a config (2, told already): a batch script could not tell them apart.
 import logging
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
 
 from k2train.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USAGE
+from k2train.parallel.environment import offer_verdicts, read_verdicts
 
 ENDED_BY_TORCHRUN = -15
 """A process that torchrun ended because another one had."""
@@ -21,14 +24,25 @@ ENDED_BY_TORCHRUN = -15
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run torchrun and return the exit code that its processes agree on, else 1."""
     logging.disable(logging.ERROR)
-    try:
-        torchrun(list(sys.argv[1:] if arguments is None else arguments))
-    except ChildFailedError as failed:
-        codes = {rank: failure.exitcode for rank, failure in sorted(failed.failures.items())}
-        return verdict(codes)
-    except SignalException:
-        return EXIT_STOPPED
+    with TemporaryDirectory(prefix="k2train-launch-") as folder:
+        offer_verdicts(Path(folder))
+        try:
+            torchrun(list(sys.argv[1:] if arguments is None else arguments))
+        except ChildFailedError as failed:
+            return verdict({rank: failure.exitcode for rank, failure in sorted(failed.failures.items())})
+        except SignalException:
+            return signalled(read_verdicts(Path(folder)))
     return EXIT_DONE
+
+
+def signalled(codes: dict[int, int | None]) -> int:
+    """The exit code after torchrun was asked to stop: 75 only if every process that started has saved, or was done."""
+    unsaved = [rank for rank, code in codes.items() if code not in (EXIT_STOPPED, EXIT_DONE)]
+    if codes and not unsaved:
+        return EXIT_STOPPED if EXIT_STOPPED in codes.values() else EXIT_DONE
+    who = f"process {unsaved[0]} of {len(codes)}" if unsaved else "every process"
+    print(f"asked to stop, and {who} ended before it had saved", file=sys.stderr)
+    return EXIT_FAILED
 
 
 def verdict(codes: dict[int, int]) -> int:

@@ -21,6 +21,7 @@ from k2train.errors import CheckpointError, DataError, RunError
 from k2train.optim.lr import check_schedule, rate
 from k2train.plan.layout import Layout
 from k2train.plan.schedule import build_programs
+from k2train.record.ledger import read_ledger
 
 HASH_AT_START_BYTES = 1 << 30
 """Chunks hashed before the start: all when they are smaller than this together, else the next one to be read."""
@@ -42,8 +43,6 @@ class Start:
     parent: Path | None = None
     """Checkpoint of another run to take weights and moments from (fresh starts only)."""
     seam: dict[str, Any] = field(default_factory=dict)
-    finished: Path | None = None
-    """The last checkpoint, when there is nothing left to do."""
 
     @property
     def checkpoints(self) -> Path:
@@ -60,8 +59,8 @@ def run_directory(config: Config) -> Path:
     return Path(config.run.directory) / config.run.name
 
 
-def check_data(config: Config, verify: bool) -> tuple[Manifest, ChunkOrder]:
-    """Read the manifest, fix the order, check every file's size and header; with `verify` also hashes and ids.
+def check_data(config: Config) -> tuple[Manifest, ChunkOrder]:
+    """Read the manifest, fix the order, check every file's size and header.
 
     Raises DataError or ConfigError.
     """
@@ -72,15 +71,32 @@ def check_data(config: Config, verify: bool) -> tuple[Manifest, ChunkOrder]:
             f"model.vocab_size ({config.model.vocab_size}) must be at least that of the data "
             f"({manifest.vocab_size}, {manifest.path}): raise it"
         )
-    held_out = [manifest.held_out.name] if manifest.held_out else []
-    names = [*order.names, *held_out]
-    check_files(manifest, names)
+    if manifest.held_out and manifest.held_out.rows < config.batch.global_sequences:
+        raise DataError(
+            f"the held-out chunk of {manifest.path} has {manifest.held_out.rows} rows, fewer than one batch of "
+            f"batch.global_sequences ({config.batch.global_sequences}): lower it, or prepare more held-out rows"
+        )
+    check_files(manifest, _files_read(manifest, order))
     check_schedule(config.lr.kind, config.lr.warmup_steps, order.total_steps, config.lr.decay_steps)
-    if verify:
-        total_bytes = sum((manifest.folder / manifest.chunk(name).file).stat().st_size for name in names)
-        for name in names if total_bytes <= HASH_AT_START_BYTES else names[:1]:
-            verify_chunk(manifest, manifest.chunk(name))
     return manifest, order
+
+
+def _files_read(manifest: Manifest, order: ChunkOrder) -> list[str]:
+    return [*order.names, *([manifest.held_out.name] if manifest.held_out else [])]
+
+
+def verify_data(manifest: Manifest, order: ChunkOrder, step: int) -> None:
+    """Hashes and ids of what is read next after `step`: that chunk and the held-out one, and all if they are small.
+
+    Raises DataError.
+    """
+    names = _files_read(manifest, order)
+    total_bytes = sum((manifest.folder / manifest.chunk(name).file).stat().st_size for name in names)
+    if total_bytes > HASH_AT_START_BYTES:
+        following = [order.position(step + 1).name] if step < order.total_steps else []
+        names = following + names[len(order.names) :]
+    for name in names:
+        verify_chunk(manifest, manifest.chunk(name))
 
 
 def identity_of(config: Config, manifest: Manifest, order: ChunkOrder) -> dict[str, Any]:
@@ -93,6 +109,7 @@ def identity_of(config: Config, manifest: Manifest, order: ChunkOrder) -> dict[s
         "data": {
             "sequence_length": config.data.sequence_length,
             "tokenizer_sha256": manifest.tokenizer_sha256,
+            "held_out_sha256": manifest.held_out.sha256 if manifest.held_out else None,
             "order": [{"name": name, "sha256": manifest.chunk(name).sha256} for name in order.names],
         },
         "optimizer": tree["optimizer"],
@@ -126,18 +143,20 @@ def prepare_start(config: Config, world_size: int, verify: bool) -> Start:
     data = data_parallel_size(config, world_size)
     layout = Layout(parallel.tensor, parallel.pipeline, data, parallel.stages_per_rank)
     build_programs(parallel.schedule, parallel.pipeline, num_microbatches(config, world_size), parallel.stages_per_rank)
-    manifest, order = check_data(config, verify)
+    manifest, order = check_data(config)
     directory = run_directory(config)
     identity = identity_of(config, manifest, order)
     base = Start(directory, layout, manifest, order, identity)
     wanted, refused = _wanted_checkpoints(config, directory)
     if not wanted:
-        return _fresh(config, base, refused)
-    _check_same_run(wanted[0], identity)
-    newest = read_manifest(wanted[0])
-    if newest["step"] >= order.total_steps:
-        return replace(base, finished=wanted[0])
-    return replace(base, candidates=tuple(wanted), refused=tuple(refused))
+        start, step = _fresh(config, base, refused), 0
+    else:
+        _check_same_run(wanted[0], identity)
+        start = replace(base, candidates=tuple(wanted), refused=tuple(refused))
+        step = int(read_manifest(wanted[0])["step"])
+    if verify:
+        verify_data(manifest, order, step)
+    return start
 
 
 def _wanted_checkpoints(config: Config, directory: Path) -> tuple[list[Path], list[str]]:
@@ -157,7 +176,7 @@ def _wanted_checkpoints(config: Config, directory: Path) -> tuple[list[Path], li
                 f"run.resume is never, but {directory} holds a run; choose another run.name or run.resume=auto"
             )
         return [], []
-    if isinstance(resume, int):
+    if isinstance(resume, int) and not _went_back_to(directory, resume):
         named = [path for path in readable if path.name == f"ckpt_{resume:03d}"]
         if not named:
             there = ", ".join(path.name for path in reversed(readable)) or "none"
@@ -176,6 +195,13 @@ def _wanted_checkpoints(config: Config, directory: Path) -> tuple[list[Path], li
             "(run.init_from), not continue this one"
         )
     return usable, refused
+
+
+def _went_back_to(directory: Path, number: int) -> bool:
+    """Whether the last start already took this number: started again as it was, the run goes on instead of back again."""
+    ledger = directory / "ledger.jsonl"
+    starts = [e for e in (read_ledger(ledger) if ledger.exists() else []) if e["event"] in ("started", "resumed")]
+    return bool(starts) and starts[-1].get("requested") == number
 
 
 def _check_same_run(path: Path, identity: Mapping[str, Any]) -> None:
@@ -230,8 +256,10 @@ def check_seam(config: Config, parent: Path, manifest: Manifest, order: ChunkOrd
     shared = [f"{name} is {seen[manifest.chunk(name).sha256]} of the stage before" for name in mine]
     sources_compared = False
     try:
-        shared += common_data(read_data_manifest(before["data"]["manifest"]), manifest)
-        sources_compared = True
+        earlier = read_data_manifest(before["data"]["manifest"])
+        if earlier.sha256 == facts["data"].get("manifest_sha256"):
+            shared += common_data(earlier, manifest)
+            sources_compared = all("sources_sha256" in data.facts for data in (earlier, manifest))
     except DataError:
         # The earlier stage's files may be gone; their hashes are in its checkpoint, and were compared above.
         pass

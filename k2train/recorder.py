@@ -6,11 +6,13 @@ The other ranks hold a `Recorder` too, whose methods do nothing, so the training
 import hashlib
 import sys
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from k2train.checkpoint.manifest import MANIFEST
+from k2train.checkpoint.manifest import MANIFEST, read_manifest
+from k2train.checkpoint.save import SaveError
 from k2train.config import Config, to_yaml
 from k2train.engine import Engine
 from k2train.files import write_synced
@@ -28,6 +30,8 @@ class Recorder:
     """What the trainer tells; the silent form, for every rank but the first."""
 
     attempt = 0
+    problem = ""
+    """What kept a step out of the metrics; the trainer tells all ranks."""
     run_id = ""
     """Names the training run across restarts."""
 
@@ -42,6 +46,9 @@ class Recorder:
 
     def committed(self, path: Path, manifest: Facts, seconds: float) -> None:
         """A checkpoint is whole; may be called from the thread that saved it."""
+
+    def recover(self, checkpoints: Sequence[Path]) -> None:
+        """Note in the ledger the checkpoints that a kill kept out of it."""
 
     def close(self) -> None:
         """End the live line and the mirror."""
@@ -80,7 +87,13 @@ class RankZeroRecorder(Recorder):
         self.ledger.append(event, **facts)
 
     def step(self, row: Facts) -> None:
-        self.metrics.write(row)
+        try:
+            self.metrics.write(row)
+        except OSError as error:
+            self.problem = (
+                f"{self.metrics.path} cannot be written: {error.strerror or error}; "
+                "make room, then start the same command again"
+            )
         self.wandb.log(row)
         self._drain()
         self.console.step(row)
@@ -91,27 +104,23 @@ class RankZeroRecorder(Recorder):
 
     def committed(self, path: Path, manifest: Facts, seconds: float) -> None:
         self.metrics.sync()
-        total_bytes = sum(facts["bytes"] for facts in manifest["files"].values())
-        self.ledger.append(
-            "checkpoint_saved",
-            checkpoint=path.name,
-            attempt=manifest["attempt"],
-            step=manifest["step"],
-            chunks_consumed=manifest["chunks"]["consumed"],
-            consumed_tokens=manifest["consumed_tokens"],
-            loss=manifest["loss"],
-            held_out_loss=manifest["held_out_loss"],
-            seconds=round(seconds, 3),
-            bytes=total_bytes,
-            manifest_sha256=hashlib.sha256((path / MANIFEST).read_bytes()).hexdigest(),
-        )
-        held_out = manifest["held_out_loss"]
+        self.ledger.append("checkpoint_saved", **_saved(path, manifest), seconds=round(seconds, 3))
+        total_bytes, held_out = _bytes_of(manifest), manifest["held_out_loss"]
         told = "" if held_out is None else f", held-out loss {float(held_out):.4f}"
         # The console belongs to the main thread.
         self._from_threads.append(
             f"saved {path.name} at step {manifest['step']}{told} ({total_bytes / 1e6:.1f} MB in {seconds:.1f} s)"
         )
         self.wandb.event(f"saved {path.name}")
+        if self.problem:
+            # No step may follow that would tell the other ranks; the end of a save tells them too.
+            raise SaveError(self.problem)
+
+    def recover(self, checkpoints: Sequence[Path]) -> None:
+        told = {event["checkpoint"] for event in self.ledger.events if event["event"] == "checkpoint_saved"}
+        for path in checkpoints:
+            if path.name not in told:
+                self.ledger.append("checkpoint_saved", **_saved(path, read_manifest(path)), recovered=True)
 
     def close(self) -> None:
         self._drain()
@@ -122,6 +131,25 @@ class RankZeroRecorder(Recorder):
     def _drain(self) -> None:
         while self._from_threads:
             self.console.note(self._from_threads.popleft())
+
+
+def _bytes_of(manifest: Facts) -> int:
+    return sum(int(facts["bytes"]) for facts in manifest["files"].values())
+
+
+def _saved(path: Path, manifest: Facts) -> Facts:
+    """What the ledger says of a checkpoint."""
+    return {
+        "checkpoint": path.name,
+        "attempt": manifest["attempt"],
+        "step": manifest["step"],
+        "chunks_consumed": manifest["chunks"]["consumed"],
+        "consumed_tokens": manifest["consumed_tokens"],
+        "loss": manifest["loss"],
+        "held_out_loss": manifest["held_out_loss"],
+        "bytes": _bytes_of(manifest),
+        "manifest_sha256": hashlib.sha256((path / MANIFEST).read_bytes()).hexdigest(),
+    }
 
 
 def stage_facts(config: Config, start: Start, step: int) -> Facts:

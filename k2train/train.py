@@ -12,10 +12,10 @@ import time
 from collections.abc import Sequence
 
 from k2train.config import Config, explain, load_config
-from k2train.errors import EXIT_DONE, EXIT_USAGE, UserError
+from k2train.errors import EXIT_DONE, EXIT_FAILED, EXIT_USAGE, UserError
 from k2train.guard.lock import RunLock
 from k2train.guard.signals import StopRequest
-from k2train.parallel.environment import Launch, read_launch
+from k2train.parallel.environment import Launch, leave_verdict, read_launch
 from k2train.preflight import Start, prepare_start, run_directory
 
 OTHER_RANKS_WAIT_SECONDS = 5.0
@@ -25,14 +25,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     options = _parse(arguments)
     launch = Launch(0, 1, 0, launched=False)
+    code = EXIT_FAILED
     try:
         launch = read_launch()
+        leave_verdict(launch.rank, None)
         if options.explain:
             print(explain(options.config, options.overrides))
-            return EXIT_DONE
-        return _train(options.config, options.overrides, launch)
+            code = EXIT_DONE
+        else:
+            code = _train(options.config, options.overrides, launch)
     except UserError as error:
-        return tell(error, launch)
+        code = tell(error, launch)
+    finally:
+        leave_verdict(launch.rank, code)
+    return code
 
 
 def tell(error: UserError, launch: Launch) -> int:
@@ -75,10 +81,6 @@ def _train(path: str, overrides: Sequence[str], launch: Launch) -> int:
 
 
 def _run(config: Config, launch: Launch, start: Start) -> int:
-    if start.finished is not None:
-        if launch.rank == 0:
-            print(f"{start.finished} is the last checkpoint: this stage is finished, nothing to do")
-        return EXIT_DONE
     stop = StopRequest()
     try:
         if not launch.launched:

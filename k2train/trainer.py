@@ -7,7 +7,10 @@ at the same step. One path for every layout, a single process included.
 
 import contextlib
 import resource
+import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from k2train.checkpoint.load import agree_on_checkpoint, load_states
-from k2train.checkpoint.manifest import checkpoint_name, read_manifest
+from k2train.checkpoint.manifest import checkpoint_name, list_checkpoints, read_manifest
 from k2train.checkpoint.save import CheckpointWriter, SaveError, remove_unfinished, set_aside_later, snapshot
 from k2train.config import Config, config_differences
 from k2train.data.loader import Loader
@@ -47,7 +50,12 @@ def train(config: Config, launch: Launch, start: Start, stop: StopRequest) -> in
     trainer = Trainer(config, grid, start, stop, verify=launch.local_rank == 0)
     try:
         trainer.begin()
-        code = trainer.run()
+        if trainer.finished is not None:
+            code = EXIT_DONE
+            if launch.rank == 0:
+                sys.stdout.write(f"{trainer.finished} is the last checkpoint: this stage is finished, nothing to do\n")
+        else:
+            code = trainer.run()
     except SaveError as error:
         code = trainer.end_unsaved(error)
     finally:
@@ -68,6 +76,8 @@ class Trainer:
         self.parent: dict[str, Any] | None = None
         self.skips, self.spikes = SkipCounter(), SpikeAlert()
         self.recorder: Recorder = Recorder()
+        self.finished: Path | None = None
+        """The last checkpoint of the stage, found whole: there is nothing left to do."""
         self.attempt = 0
         self.loader = Loader(
             start.manifest,
@@ -97,6 +107,9 @@ class Trainer:
             parent, problems = agree_on_checkpoint([self.start.parent], self.grid)
             if parent is None:
                 raise CheckpointError(f"run.init_from: {problems[0]}")
+        if chosen is not None and int(read_manifest(chosen)["step"]) >= self.order.total_steps:
+            self.finished = chosen
+            return
         self._open_record()
         source = chosen or self.start.parent
         self.engine = Engine(self.config, self.grid, fill=source is None)
@@ -137,9 +150,12 @@ class Trainer:
                 return EXIT_FAILED
             if result.flags[FAILED] > 0:
                 self.writer.wait()
+                raise SaveError(
+                    self.recorder.problem or "rank 0 could not write the record of the run; see its message"
+                )
             reason = self._reason_to_stop(result)
             if self.order.is_chunk_end(self.step):
-                self._end_chunk(required=reason is not None)
+                self._end_chunk(required=reason is not None or result.flags[SAVE] > 0)
             elif reason is not None or result.flags[SAVE] > 0:
                 self._save(checkpoint_name(self.order.consumed_chunks(self.step), self.step), held_out=None)
             if reason is not None and self.step < self.order.total_steps:
@@ -171,7 +187,7 @@ class Trainer:
         began = time.monotonic()
         microbatches = self._read()
         lr = learning_rate(self.config, self.step, self.order.total_steps)
-        flags = [0.0, 0.0, float(self.writer.failed)]
+        flags = [0.0, 0.0, float(self.writer.failed or bool(self.recorder.problem))]
         flags[STOP] = float(self.stop.requested is not None)
         every = self.config.checkpoint.every_seconds
         flags[SAVE] = float(every > 0 and self.grid.rank == 0 and began - self.saved_at >= every)
@@ -179,6 +195,7 @@ class Trainer:
         seconds = time.monotonic() - began
         if result.applied:
             self.last_loss = result.loss
+        rows = self.order.rows_of(self.step)
         row = {
             "step": self.step,
             "attempt": self.attempt,
@@ -187,6 +204,7 @@ class Trainer:
             "loss": result.loss,
             "grad_norm": result.grad_norm,
             "lr": lr,
+            "rows": [rows.start, rows.stop],
             "applied": result.applied,
             "tokens_per_second": self.step_tokens / seconds,
             "mfu": None if self.peak_flops is None else self.step_tokens / seconds * self.flops / self.peak_flops,
@@ -203,13 +221,17 @@ class Trainer:
         return result
 
     def _read(self) -> list[torch.Tensor]:
-        """This rank's micro-batches; a damaged chunk stops all ranks alike, at the step that opens it."""
+        """This rank's micro-batches of the step."""
         opens = self.step == self.first_step or self.order.position(self.step).step_in_chunk == 0
+        return self._agreed(partial(self.loader.step, self.step), opens)
+
+    def _agreed(self, read: Callable[[], list[torch.Tensor]], opens: bool) -> list[torch.Tensor]:
+        """What `read` gives, on the device; where it opens a chunk, a damaged one stops all ranks alike."""
         problem, microbatches = "", []
         try:
             # Also where the tokens are not looked at: this rank may be the one that verifies for its machine.
             if opens or self.engine.needs_tokens:
-                microbatches = self.loader.step(self.step)
+                microbatches = read()
         except DataError as error:
             if not opens:
                 raise
@@ -255,7 +277,14 @@ class Trainer:
         consumed = self.order.consumed_chunks(self.step)
         last = consumed == len(self.order.names)
         if last or required or consumed % self.config.checkpoint.every_chunks == 0:
-            self._save(checkpoint_name(consumed), self._held_out_loss())
+            try:
+                held_out = self._held_out_loss()
+            except DataError:
+                # The chunk just trained must not be lost, and trained again at every start, for the sake of its score.
+                self._save(checkpoint_name(consumed), held_out=None)
+                self.writer.wait()
+                raise
+            self._save(checkpoint_name(consumed), held_out)
 
     def _held_out_loss(self) -> float | None:
         """Mean loss over the held-out chunk (nats a target); None when the data has none."""
@@ -266,8 +295,7 @@ class Trainer:
             return None
         losses = []
         for index in range(batches):
-            tokens = self.loader.held_out(index) if self.engine.needs_tokens else []
-            losses.append(self.engine.evaluate([part.to(self.grid.device) for part in tokens]))
+            losses.append(self.engine.evaluate(self._agreed(partial(self.loader.held_out, index), opens=index == 0)))
         return sum(losses) / batches
 
     def _save(self, name: str, held_out: float | None) -> None:
@@ -323,10 +351,12 @@ class Trainer:
         self.skips.load_state(facts["guard"]["finite"])
         self.spikes.load_state(facts["guard"]["spikes"])
         set_aside = set_aside_later(path, self.attempt) if self.grid.rank == 0 else []
+        self.recorder.recover(list_checkpoints(self.start.checkpoints))
         self.recorder.event(
             "resumed",
             attempt=self.attempt,
             checkpoint=path.name,
+            requested=self.config.run.resume,
             step=self.step,
             refused=refused,
             set_aside=set_aside,
@@ -360,7 +390,12 @@ class Trainer:
             self._adopt(facts["adam_steps"] if kept else 0)
             self.parent = {**self.start.seam, "moments_kept": kept}
             self.recorder.event("seam", attempt=self.attempt, **self.parent)
-            self.recorder.note(f"weights{' and moments' if kept else ''} from {parent}, step {facts['step']}")
+            told = (
+                "weights and moments"
+                if kept
+                else "weights alone (that checkpoint was thinned; moments start from zero)"
+            )
+            self.recorder.note(f"{told} from {parent}, step {facts['step']}")
         self._save(checkpoint_name(0), self._held_out_loss())
 
     def _adopt(self, adam_steps: int) -> None:

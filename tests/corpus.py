@@ -169,16 +169,16 @@ def nothing(trainer: Trainer) -> None:
 def trainer_job(launch: Launch, tree: dict[str, Any], change: Callable[[Trainer], None] = nothing) -> int | str:
     """A whole run in the pool, as `k2train.trainer.train` does it; `change` is done to the trainer before its first step.
 
-    Returns the exit code, or the one line of a user's mistake.
+    Returns the exit code, the one line of a user's mistake, or the name of the checkpoint that finished the stage.
     """
     try:
         config = Config.model_validate(tree)
         begun = prepare_start(config, launch.world_size, verify=launch.rank == 0)
-        if begun.finished is not None:
-            return f"finished: {begun.finished.name}"
         trainer = Trainer(config, grid_of(launch, config), begun, StopRequest(), verify=launch.rank == 0)
         try:
             trainer.begin()
+            if trainer.finished is not None:
+                return f"finished: {trainer.finished.name}"
             change(trainer)
             return trainer.run()
         except SaveError as error:

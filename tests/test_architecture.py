@@ -35,7 +35,7 @@ ALLOWED = {
     "parallel": {"errors", "plan"},
     **{name: {"errors", "files", "plan", "parallel"} for name in THIRD_LAYER},
     **{name: {"errors", "files", *CONFIG, "plan", "parallel", *THIRD_LAYER, *ASSEMBLY} for name in ASSEMBLY},
-    "launch": {"errors"},
+    "launch": {"errors", "parallel"},
     "train": {"errors", "files", *CONFIG, "plan", "parallel", *THIRD_LAYER, *ASSEMBLY},
 }
 # A reader of recipes has the strictness of the config and therefore its text and its messages.

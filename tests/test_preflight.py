@@ -11,8 +11,17 @@ import k2train.preflight as preflight
 from corpus import GLOBAL, config_tree, make_corpus
 from k2train.checkpoint.manifest import MANIFEST, THINNED, checkpoint_name, seal
 from k2train.config import Config
+from k2train.data.chunk import read_manifest, write_manifest
+from k2train.data.prepare.write import write_sources
 from k2train.errors import CheckpointError, ConfigError, DataError, RunError
-from k2train.preflight import check_data, identity_differences, identity_of, learning_rate, prepare_start
+from k2train.preflight import (
+    check_data,
+    identity_differences,
+    identity_of,
+    learning_rate,
+    prepare_start,
+    verify_data,
+)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +46,7 @@ class Run:
 
     def checkpoint(self, chunks: int, step: int, numbered: bool = True, **facts: Any) -> Path:
         config = self.config()
-        manifest, order = check_data(config, verify=False)
+        manifest, order = check_data(config)
         name = checkpoint_name(chunks, None if numbered else step)
         path = self.directory / "checkpoints" / name
         path.mkdir(parents=True)
@@ -52,7 +61,7 @@ class Run:
             "chunks": {"consumed": chunks, "order": identity["data"]["order"]},
             "config": config.model_dump(mode="json"),
             "identity": identity,
-            "data": {"tokenizer_sha256": manifest.tokenizer_sha256},
+            "data": {"tokenizer_sha256": manifest.tokenizer_sha256, "manifest_sha256": manifest.sha256},
             "lr": 0.25,
             "tensors": {},
             "files": {},
@@ -70,7 +79,7 @@ def run(tmp_path: Path, data: Path) -> Run:
 def test_a_fresh_start(run: Run) -> None:
     """Nothing to continue from, nothing written, the layout as the world gives it."""
     start = run.start(world=6, parallel__tensor=2)
-    assert (start.candidates, start.refused, start.parent, start.finished) == ((), (), None, None)
+    assert (start.candidates, start.refused, start.parent) == ((), (), None)
     assert (start.layout.tensor, start.layout.data) == (2, 3)
     assert start.order.total_steps == 15
     assert not run.folder.joinpath("runs").exists()
@@ -106,15 +115,6 @@ def test_a_thinned_one_is_passed_over(run: Run) -> None:
     (run.directory / "checkpoints" / "ckpt_000" / THINNED).write_text("{}")
     with pytest.raises(CheckpointError, match="thinned"):
         run.start()
-
-
-def test_finished(run: Run) -> None:
-    """At the last step, and only there."""
-    run.checkpoint(2, 14, numbered=False)
-    assert run.start().finished is None
-    run.checkpoint(3, 15)
-    finished = run.start().finished
-    assert finished is not None and finished.name == "ckpt_003"
 
 
 def test_never_means_never(run: Run) -> None:
@@ -167,7 +167,7 @@ def test_what_may_not_change(run: Run, changes: dict[str, Any], words: str) -> N
 def test_differences_of_nothing(run: Run, data: Path) -> None:
     """Equal identities, one of them read back from JSON, do not differ; an empty one differs in everything."""
     config = run.config()
-    identity = identity_of(config, *check_data(config, verify=False))
+    identity = identity_of(config, *check_data(config))
     assert identity_differences(json.loads(json.dumps(identity)), identity) == []
     assert len(identity_differences({}, identity)) > 20
 
@@ -175,17 +175,80 @@ def test_differences_of_nothing(run: Run, data: Path) -> None:
 def test_large_data_is_not_all_hashed_at_start(
     run: Run, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With terabytes of chunks a start must not read them all: the first only; and nobody hashes without `verify`."""
+    """With terabytes of chunks a start must not read them all: the next only; and nobody hashes without `verify`."""
     seen: list[str] = []
     monkeypatch.setattr(preflight, "verify_chunk", lambda manifest, info: seen.append(info.name))
-    check_data(run.config(), verify=False)
+    prepare_start(run.config(), 1, verify=False)
     assert seen == []
-    check_data(run.config(), verify=True)
+    run.start()
     assert seen == ["chunk_000", "chunk_001", "chunk_002", "held_out"]
     seen.clear()
     monkeypatch.setattr(preflight, "HASH_AT_START_BYTES", 1000)
-    check_data(run.config(data__order=[2, 0]), verify=True)
-    assert seen == ["chunk_002"]
+    manifest, order = check_data(run.config(data__order=[2, 0]))
+    for step, names in ((0, ["chunk_002"]), (4, ["chunk_002"]), (5, ["chunk_000"]), (10, [])):
+        seen.clear()
+        verify_data(manifest, order, step)
+        assert seen == [*names, "held_out"], step
+
+
+def damage(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-7] ^= 1
+    file.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize(
+    ("hurt", "chunks", "found"),
+    (
+        ("held_out", 0, True),
+        ("held_out", 2, True),
+        ("chunk_000", 0, True),
+        ("chunk_001", 0, False),
+        ("chunk_001", 1, True),
+        ("chunk_000", 1, False),
+    ),
+)
+def test_damage_in_what_is_read_next(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, hurt: str, chunks: int, found: bool
+) -> None:
+    """Large data too: the chunk that the step after the checkpoint opens and the held-out one are hashed at the start."""
+    monkeypatch.setattr(preflight, "HASH_AT_START_BYTES", 0)
+    shutil.copytree(data, tmp_path / "data")
+    run = Run(tmp_path, tmp_path / "data")
+    if chunks:
+        run.checkpoint(chunks, 5 * chunks)
+    damage(tmp_path / "data" / f"{hurt}.npy")
+    if found:
+        with pytest.raises(DataError, match=hurt):
+            run.start()
+    else:
+        run.start()
+
+
+def test_held_out_rows_that_make_no_batch(run: Run) -> None:
+    """Every held-out loss would be None, and nobody told."""
+    with pytest.raises(DataError, match=r"24 rows.*batch.global_sequences \(36\)"):
+        run.start(batch__global_sequences=3 * GLOBAL)
+
+
+def rewrite(folder: Path, **changes: Any) -> None:
+    """The manifest of a data folder, some of it changed."""
+    here = read_manifest(folder / "manifest.json")
+    kept = ("tokenizer_sha256", "sequence_length", "vocab_size", "chunks", "held_out", "facts")
+    write_manifest(folder, **({key: getattr(here, key) for key in kept} | changes))
+
+
+def test_another_held_out_chunk(run: Run, tmp_path: Path) -> None:
+    """Its losses could not be compared with those before: not the same run."""
+    run.checkpoint(1, 5)
+    other = make_corpus(tmp_path / "other", 1, seed=5).held_out
+    shutil.copytree(run.data, tmp_path / "data")
+    assert other is not None
+    shutil.copy(tmp_path / "other" / other.file, tmp_path / "data" / other.file)
+    rewrite(tmp_path / "data", held_out=other)
+    with pytest.raises(CheckpointError, match="held_out_sha256") as caught:
+        Run(tmp_path, tmp_path / "data").start()
+    assert "data order" not in str(caught.value)
 
 
 def test_the_rate_is_a_function_of_the_step(run: Run) -> None:
@@ -218,7 +281,24 @@ def test_the_seam(run: Run, tmp_path: Path) -> None:
     assert (seam["parent_step"], seam["rate_before"]) == (15, 0.25)
     assert seam["rate_after"] == 0.5 - 0.5 / 10
     assert seam["parent_manifest_sha256"] == preflight.hashlib.sha256((parent / MANIFEST).read_bytes()).hexdigest()
-    assert seam["sources_compared"] is True
+    assert seam["sources_compared"] is False, "neither folder records its sources"
+
+
+def test_sources_are_compared_where_both_are_recorded(tmp_path: Path) -> None:
+    """`sources_compared` is said only of a comparison that was made, with the very data the stage before read."""
+    for name, seed in (("first", 1), ("next", 9)):
+        make_corpus(tmp_path / name, 2, seed=seed)
+        used = {"training": {f"{name}.txt"}, "held_out": set()}
+        rewrite(tmp_path / name, facts={"sources_sha256": write_sources(tmp_path / name, used)})
+    parent = Run(tmp_path / "parent", tmp_path / "first").checkpoint(2, 10)
+    child = Run(tmp_path / "child", tmp_path / "next")
+    assert child.start(run__init_from=str(parent)).seam["sources_compared"] is True
+    shared = write_sources(tmp_path / "next", {"training": {"first.txt", "next.txt"}, "held_out": set()})
+    rewrite(tmp_path / "next", facts={"sources_sha256": shared})
+    with pytest.raises(DataError, match=r"shares data with the stage before: source first\.txt"):
+        child.start(run__init_from=str(parent))
+    rewrite(tmp_path / "first", facts={})
+    assert child.start(run__init_from=str(parent)).seam["sources_compared"] is False
 
 
 def test_the_seam_without_the_earlier_data(run: Run, tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ Through the real command line, with kill -9, signals and planned stops, on one p
 catch a restart that reads other rows, takes another rate, or loses a bit of weights, master weights or moments.
 """
 
+import hashlib
+import json
 import random
 import shutil
 import signal
@@ -68,6 +70,8 @@ def assert_same_run(run: Path, straight: Path) -> None:
     rows = latest(run / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, rows[-1]["step"] + 1))
     assert [row["chunk"] for row in rows] == [f"chunk_{(row['step'] - 1) // STEPS_PER_CHUNK:03d}" for row in rows]
+    samples = [[(row["chunk"], row["rows"]) for row in latest(r / "metrics.jsonl")] for r in (run, straight)]
+    assert samples[0] == samples[1]
     for checkpoint in list_checkpoints(run / "checkpoints"):
         verify_checkpoint(checkpoint)
     read_ledger(run / "ledger.jsonl")
@@ -198,6 +202,67 @@ def straight_bf16(base: Path, pool: GlooPool) -> Path:
     tree = config_tree(base / "data" / "manifest.json", base / "runs", "straight-bf16", precision="bf16")
     assert pool.run(1, trainer_job, tree) == [0]
     return base / "runs" / "straight-bf16"
+
+
+def copied(base: Path, source: Path, name: str, *without: str, **changes: Any) -> tuple[Path, dict[str, Any]]:
+    """A copy of the finished bf16 run without some of its checkpoints, and the config that goes on with it."""
+    run = base / "runs" / name
+    shutil.copytree(source, run)
+    for checkpoint in without:
+        shutil.rmtree(run / "checkpoints" / checkpoint)
+    return run, config_tree(base / "data" / "manifest.json", base / "runs", name, precision="bf16", **changes)
+
+
+def resumed_from(run: Path) -> list[str]:
+    return [event["checkpoint"] for event in read_ledger(run / "ledger.jsonl") if event["event"] == "resumed"]
+
+
+def test_finished_means_whole(base: Path, pool: GlooPool, straight_bf16: Path) -> None:
+    """A damaged last checkpoint is no result: its chunk is trained again from the one before, to the same bits."""
+    run, tree = copied(base, straight_bf16, "damaged-end")
+    assert pool.run(2, trainer_job, tree) == ["finished: ckpt_004"] * 2
+    assert read_ledger(run / "ledger.jsonl") == read_ledger(straight_bf16 / "ledger.jsonl")
+    file = next((run / "checkpoints" / "ckpt_004" / "optimizer").glob("*.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(bytes(content))
+    assert pool.run(1, trainer_job, tree) == [0]
+    assert resumed_from(run) == ["ckpt_003"]
+    assert_same_run(run, straight_bf16)
+    assert pool.run(1, trainer_job, tree) == ["finished: ckpt_004"]
+
+
+def test_going_back_by_number_goes_back_once(base: Path, pool: GlooPool, straight_bf16: Path) -> None:
+    """Queued again with the same command it must go on: a job that went back at every start would never end."""
+    run, tree = copied(base, straight_bf16, "back", run__resume=1, run__stop_after_steps=3)
+    assert pool.run(1, trainer_job, tree) == [75]
+    names = [path.name for path in list_checkpoints(run / "checkpoints")]
+    assert names == ["ckpt_000", "ckpt_001", "ckpt_001_step_000008"]
+    aside = run / "checkpoints" / "set_aside_by_attempt_2"
+    assert sorted(path.name for path in aside.iterdir()) == ["ckpt_002", "ckpt_003", "ckpt_004"]
+    verify_checkpoint(aside / "ckpt_004")
+    assert pool.run(1, trainer_job, tree) == [75]
+    assert resumed_from(run) == ["ckpt_001", "ckpt_001_step_000008"]
+    del tree["run"]["stop_after_steps"]
+    assert pool.run(1, trainer_job, tree) == [0]
+    assert resumed_from(run)[-1] == "ckpt_002_step_000011"
+    assert_same_run(run, straight_bf16)
+
+
+def test_a_checkpoint_that_the_ledger_missed(base: Path, pool: GlooPool, straight_bf16: Path) -> None:
+    """Killed between the rename and the ledger's line: told at the next start, once, with the hash of its manifest."""
+    run, tree = copied(base, straight_bf16, "untold", "ckpt_003", "ckpt_004", run__stop_after_steps=1)
+    lines = (run / "ledger.jsonl").read_text().splitlines(keepends=True)
+    at = next(i for i, line in enumerate(lines) if json.loads(line).get("checkpoint") == "ckpt_002")
+    (run / "ledger.jsonl").write_text("".join(lines[:at]))
+    for _ in range(2):
+        assert pool.run(1, trainer_job, tree) == [75]
+    saved = [event for event in read_ledger(run / "ledger.jsonl") if event["event"] == "checkpoint_saved"]
+    recovered = [event for event in saved if event.get("recovered")]
+    assert [event["checkpoint"] for event in recovered] == ["ckpt_002"]
+    content = (run / "checkpoints" / "ckpt_002" / "manifest.json").read_bytes()
+    assert recovered[0]["manifest_sha256"] == hashlib.sha256(content).hexdigest()
+    assert len({event["checkpoint"] for event in saved}) == len(saved)
 
 
 @pytest.mark.parametrize("forget", (nothing, rounded_master, no_first_moment, no_second_moment, no_adam_steps, no_step))

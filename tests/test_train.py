@@ -35,10 +35,12 @@ from k2train.checkpoint.load import load_states
 from k2train.checkpoint.manifest import list_checkpoints, verify_checkpoint
 from k2train.config import Config, flat_values, load_config
 from k2train.engine import Engine
+from k2train.errors import RunError
 from k2train.guard.lock import RunLock
 from k2train.parallel.environment import Launch
 from k2train.record.ledger import read_ledger
 from k2train.record.metrics import latest, read_metrics
+from k2train.recorder import RankZeroRecorder
 from k2train.trainer import Trainer, lines_of
 from small import grid_of
 
@@ -53,6 +55,7 @@ METRICS = {
     "loss",
     "grad_norm",
     "lr",
+    "rows",
     "applied",
     "tokens_per_second",
     "mfu",
@@ -91,6 +94,8 @@ def assert_record(run: Path, done: Any, path: Path, steps: int) -> None:
     assert [row["step"] for row in rows] == list(range(1, steps + 1))
     assert all(set(row) == METRICS for row in rows)
     assert [row["consumed_tokens"] for row in rows] == [row["step"] * GLOBAL * 16 for row in rows]
+    within = [(row["step"] - 1) % STEPS_PER_CHUNK * GLOBAL for row in rows]
+    assert [row["rows"] for row in rows] == [[first, first + GLOBAL] for first in within]
     shown = {int(m[1]): m.groups()[1:] for m in STEP_LINE.finditer(done.stderr)}
     assert 1 in shown, done.stderr
     for row in rows:
@@ -334,6 +339,114 @@ def test_a_disk_that_refuses(base: Path, pool: GlooPool, asynchronous: bool) -> 
     verify_checkpoint(run / "checkpoints" / "ckpt_000")
     assert pool.run(2, trainer_job, tree(base, name, **changes)) == [0, 0]
     assert not list((run / "checkpoints").glob("*.tmp"))
+
+
+def no_room_for_metrics(trainer: Trainer) -> None:
+    """Rank 0 cannot write a row any more from step 3 on."""
+    recorder = trainer.recorder
+    if isinstance(recorder, RankZeroRecorder):
+        write = recorder.metrics.write
+
+        def refused(row: dict[str, Any]) -> None:
+            if row["step"] >= 3:
+                raise OSError(28, "No space left on device")
+            write(row)
+
+        recorder.metrics.write = refused  # type: ignore[method-assign]
+
+
+def test_metrics_that_cannot_be_written(base: Path, pool: GlooPool) -> None:
+    """Every rank ends with 1 at the next step, not rank 0 alone with a traceback; the ledger says why in one line."""
+    assert pool.run(2, trainer_job, tree(base, "no-rows"), no_room_for_metrics, timeout_seconds=60) == [1, 1]
+    run = base / "runs" / "no-rows"
+    stopped = events(run)[-1]
+    assert (stopped["event"], stopped["reason"], stopped["step"]) == ("stopped", "save failed", 4)
+    assert "metrics.jsonl cannot be written: No space left on device" in stopped["problem"]
+    assert "\n" not in stopped["problem"]
+    assert [row["step"] for row in read_metrics(run / "metrics.jsonl")] == [1, 2]
+
+
+def no_room_for_the_last_row(trainer: Trainer) -> None:
+    """Only the row of the last step of a run of 10 is refused."""
+    recorder = trainer.recorder
+    if isinstance(recorder, RankZeroRecorder):
+        write = recorder.metrics.write
+
+        def refused(row: dict[str, Any]) -> None:
+            if row["step"] == 10:
+                raise OSError(28, "No space left on device")
+            write(row)
+
+        recorder.metrics.write = refused  # type: ignore[method-assign]
+
+
+def test_the_last_row_that_cannot_be_written(base: Path, pool: GlooPool) -> None:
+    """No step follows that would tell the others: the checkpoint of the step does, and the run is not called finished."""
+    assert pool.run(2, trainer_job, tree(base, "no-last"), no_room_for_the_last_row, timeout_seconds=60) == [1, 1]
+    run = base / "runs" / "no-last"
+    assert [event["event"] for event in events(run)][-2:] == ["checkpoint_saved", "stopped"]
+    verify_checkpoint(run / "checkpoints" / "ckpt_002")
+
+
+class Raises:
+    """Rank 0 raises at the end of the next save, in `committed` or where older checkpoints are thinned; picklable."""
+
+    def __init__(self, where: str, error: Exception):
+        self.where, self.error = where, error
+
+    def __call__(self, trainer: Trainer) -> None:
+        trainer.writer.wait()
+
+        def refused(*_: Any) -> None:
+            raise self.error
+
+        if trainer.grid.rank == 0:
+            setattr(trainer.recorder if self.where == "committed" else trainer.writer, self.where, refused)
+
+
+@pytest.mark.parametrize(
+    ("where", "error", "code", "words"),
+    (
+        ("committed", RunError("planted"), "RunError: planted", ""),
+        ("committed", KeyError("planted"), 1, "KeyError('planted')"),
+        ("_retire", PermissionError(13, "Permission denied"), 1, "ckpt_001 is saved, but older checkpoints"),
+    ),
+    ids=("user", "bug", "thinning"),
+)
+def test_an_error_at_the_end_of_a_save(
+    base: Path, pool: GlooPool, where: str, error: Exception, code: int | str, words: str
+) -> None:
+    """It is the same error on every rank: rank 0 alone would leave the others in the exchange that ends a save."""
+    name = f"raises-{where}-{type(error).__name__}"
+    assert pool.run(2, trainer_job, tree(base, name), Raises(where, error), timeout_seconds=60) == [code, code]
+    run = base / "runs" / name
+    verify_checkpoint(run / "checkpoints" / "ckpt_001")
+    if words:
+        assert words in events(run, "stopped")[-1]["problem"]
+    told = [event["checkpoint"] for event in events(run, "checkpoint_saved")]
+    assert told == (["ckpt_000", "ckpt_001"] if where == "_retire" else ["ckpt_000"])
+
+
+def damaged_held_out(trainer: Trainer) -> None:
+    """After the checks of the start."""
+    if trainer.grid.rank == 0:
+        file = trainer.start.manifest.folder / "held_out.npy"
+        content = bytearray(file.read_bytes())
+        content[-7] ^= 1
+        file.write_bytes(bytes(content))
+
+
+def test_a_held_out_chunk_damaged_in_the_middle_of_a_run(tmp_path: Path, pool: GlooPool) -> None:
+    """All ranks stop with the same line, and the chunk just trained is saved, without a score."""
+    make_corpus(tmp_path / "data", 2)
+    settings = config_tree(tmp_path / "data" / "manifest.json", tmp_path / "runs", "score")
+    assert pool.run(2, trainer_job, {**settings, "run": {**settings["run"], "stop_after_steps": 3}}) == [75, 75]
+    told = pool.run(2, trainer_job, settings, damaged_held_out, timeout_seconds=60)
+    assert told[0] == told[1] and told[0].startswith("DataError: ") and "held_out" in told[0]
+    saved = tmp_path / "runs" / "score" / "checkpoints" / "ckpt_001"
+    facts = verify_checkpoint(saved)
+    assert (facts["step"], facts["held_out_loss"]) == (5, None)
+    assert events(tmp_path / "runs" / "score")[-1]["checkpoint"] == "ckpt_001"
 
 
 def test_a_chunk_damaged_in_the_middle_of_a_run(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from k2train.checkpoint.manifest import FORMAT, MANIFEST, NAME, THINNED, list_checkpoints, seal
 from k2train.checkpoint.tensors import STATES, describe, model_tensors, optimizer_tensors
-from k2train.errors import CheckpointError
+from k2train.errors import CheckpointError, UserError
 from k2train.files import sha256_file, sync_directory, sync_file, write_synced
 from k2train.parallel.gradients import SlotTable
 from k2train.parallel.grid import ProcessGrid
@@ -148,21 +148,28 @@ class CheckpointWriter:
             sync_directory(written)
         aside.rename(final)
         sync_directory(self.directory)
-        self._retire()
         committed(final, manifest)
+        try:
+            self._retire()
+        except OSError as error:
+            raise SaveError(
+                f"{final.name} is saved, but older checkpoints in {self.directory} could not be thinned: "
+                f"{error.strerror or error}; make the directory writable, then start the same command again"
+            ) from None
 
     def _together(self, name: str, part: Callable[[], T]) -> list[T]:
         """Do a part of the save on every rank; all results on every rank, or the first rank's error on every rank."""
         mine: T | None = None
-        problem: OSError | CheckpointError | None = None
+        problem: Exception | None = None
         try:
             mine = part()
-        except (OSError, CheckpointError) as error:
-            problem = error
+        except Exception as error:
+            # Whatever it is: a rank that left here alone would keep the others in the exchange below.
+            problem = error if isinstance(error, (OSError, UserError, SaveError)) else RuntimeError(repr(error))
         parts: list[Any] = [None] * self.grid.layout.world_size
         dist.all_gather_object(parts, (mine, problem), group=self.grid.background)
         for _, found in parts:
-            if isinstance(found, CheckpointError):
+            if isinstance(found, (UserError, SaveError)):
                 raise found
             if found is not None:
                 raise self._refused(name, found)

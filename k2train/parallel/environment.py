@@ -1,10 +1,11 @@
-"""What the launcher says of this process: rank, world size, local rank. The one place that reads those variables.
+"""What the launcher says of this process, and what the process tells it at its end. The one place for those variables.
 
 Kept apart from `grid` because a config mistake must be told, once and not once a rank, before torch is imported.
 """
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 from k2train.errors import RunError
 
@@ -40,3 +41,25 @@ def read_launch() -> Launch:
     if not 0 <= rank < world_size:
         raise RunError(f"RANK ({rank}) must be in 0..WORLD_SIZE-1 (WORLD_SIZE is {world_size})")
     return Launch(rank, world_size, local_rank, launched=True)
+
+
+VERDICTS = "K2TRAIN_VERDICTS"
+"""Names the folder where each process of a machine leaves its exit code: torchrun hides them when a signal ended it."""
+
+
+def leave_verdict(rank: int, code: int | None) -> None:
+    """Tell a k2train launcher this process's exit code; None at the start: still running. Nothing under another one."""
+    folder = os.environ.get(VERDICTS)
+    if folder and Path(folder).is_dir():
+        (Path(folder) / f"rank_{rank}").write_text("running" if code is None else str(code))
+
+
+def offer_verdicts(folder: Path) -> None:
+    """Ask the processes started from here to leave their exit codes in `folder`."""
+    os.environ[VERDICTS] = str(folder)
+
+
+def read_verdicts(folder: Path) -> dict[int, int | None]:
+    """Rank -> exit code of the processes that started; None for one that was ended before it had one."""
+    texts = {int(path.name.removeprefix("rank_")): path.read_text() for path in folder.glob("rank_*")}
+    return {rank: int(text) if text.lstrip("-").isdigit() else None for rank, text in sorted(texts.items())}
