@@ -14,7 +14,7 @@ from typing import Any
 from k2train.checkpoint.manifest import MANIFEST, is_thinned, list_checkpoints, read_manifest
 from k2train.config import Config, check_world, config_differences, data_parallel_size, num_microbatches
 from k2train.data.chunk import check_files, verify_chunk
-from k2train.data.manifest import Manifest, common_data
+from k2train.data.manifest import Manifest, common_data, read_sources
 from k2train.data.manifest import read_manifest as read_data_manifest
 from k2train.data.order import ChunkOrder, make_order
 from k2train.errors import CheckpointError, DataError, RunError
@@ -254,6 +254,8 @@ def check_seam(config: Config, parent: Path, manifest: Manifest, order: ChunkOrd
     seen = {entry["sha256"]: entry["name"] for entry in facts["chunks"]["order"]}
     mine = [name for name in order.names if manifest.chunk(name).sha256 in seen]
     shared = [f"{name} is {seen[manifest.chunk(name).sha256]} of the stage before" for name in mine]
+    # Damage in this stage's own list is refused; only the earlier stage's may be gone.
+    read_sources(manifest)
     sources_compared = False
     try:
         earlier = read_data_manifest(before["data"]["manifest"])
