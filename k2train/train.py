@@ -81,7 +81,7 @@ def _train(path: str, overrides: Sequence[str], launch: Launch) -> int:
 
 
 def _run(config: Config, launch: Launch, start: Start) -> int:
-    stop = StopRequest()
+    stop = StopRequest(announce=launch.rank == 0)
     try:
         if not launch.launched:
             stop.install()

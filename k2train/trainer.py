@@ -352,6 +352,7 @@ class Trainer:
         self.spikes.load_state(facts["guard"]["spikes"])
         set_aside = set_aside_later(path, self.attempt) if self.grid.rank == 0 else []
         self.recorder.recover(list_checkpoints(self.start.checkpoints))
+        changes = config_differences(facts["config"], self.config.model_dump(mode="json"))
         self.recorder.event(
             "resumed",
             attempt=self.attempt,
@@ -362,9 +363,11 @@ class Trainer:
             set_aside=set_aside,
             layout=str(self.grid.layout),
             world_size=self.grid.layout.world_size,
-            config_changes=config_differences(facts["config"], self.config.model_dump(mode="json")),
+            config_changes=changes,
         )
         self.recorder.note(f"resumed from {path} at step {self.step} (attempt {self.attempt})")
+        if changes:
+            self.recorder.note(f"changed since that checkpoint: {'; '.join(changes)}")
 
     def _start_anew(self, parent: Path | None) -> None:
         self.first_step = 1

@@ -14,6 +14,14 @@ begin=$SECONDS
 parts=()
 child=""
 signals=0
+given="${*:+ $*}"
+for argument in "$@"; do
+    case "$argument" in
+    run.directory=* | run.name=* | run.init_from=* | data.manifest=*)
+        printf 'quickstart: %s: both stages take the arguments, and stage 2 looks for stage 1 under its own name; leave it out\n' "${argument%%=*}" >&2
+        exit 2 ;;
+    esac
+done
 
 # Four processes on one laptop: one thread each, and freed memory kept instead of given back and asked for every step.
 export OMP_NUM_THREADS=1 MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=536870912
@@ -54,7 +62,7 @@ part() {
 }
 
 stopped() {
-    printf 'quickstart: stopped %s "%s"; to go on: bash scripts/quickstart.sh\n' "$1" "$2" >&2
+    printf 'quickstart: stopped %s "%s"; to go on: bash scripts/quickstart.sh%s\n' "$1" "$2" "$given" >&2
     exit 75
 }
 

@@ -37,9 +37,9 @@ ON_THE_ROAD = [
         "stopped on request (run.stop_after_steps) at step 5",
     ),
     (
-        "torchrun --nproc-per-node 4 -m k2train.train configs/demo/stage1.yaml run.name=grid run.stop_after_steps=5 "
-        "parallel.tensor=2",
-        1,
+        "python -m k2train.launch --nproc-per-node 4 -m k2train.train configs/demo/stage1.yaml run.name=grid "
+        "run.stop_after_steps=5 parallel.tensor=2",
+        75,
         "stopped on request (run.stop_after_steps) at step 5",
     ),
     ("python tools/compare_runs.py runs/alone runs/grid", 1, ""),

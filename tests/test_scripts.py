@@ -294,3 +294,11 @@ def test_continuous_integration_runs_everything(copy: Copy) -> None:
     assert copy.run(".ci/run").returncode == 0
     assert copy.calls("-m ")[-1] == "-m pytest -q"
     assert copy.run(".ci/run", CODE_pytest="1").returncode == 1
+
+
+def test_quickstart_refuses_what_only_one_stage_can_take(copy: Copy) -> None:
+    """Both stages would write to one place, and stage 2 look for stage 1 in another."""
+    done = copy.run("scripts/quickstart.sh", "run.directory=elsewhere")
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1 and "run.directory" in done.stderr
+    assert copy.calls("") == []

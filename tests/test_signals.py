@@ -93,3 +93,11 @@ def test_a_process_finishes_its_step_after_sigterm() -> None:
     process.terminate()
     rest, _ = process.communicate(timeout=20)
     assert (process.returncode, rest) == (75, "saved SIGTERM\n")
+
+
+def test_the_request_is_answered_once(capfd: pytest.CaptureFixture[str]) -> None:
+    """Silence after Ctrl-C for as long as a step takes makes people press it again."""
+    with StopRequest(announce=True):
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert capfd.readouterr().err == "\nk2train: SIGTERM: finishing the step, then saving\n"

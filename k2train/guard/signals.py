@@ -6,6 +6,7 @@ A second Ctrl-C means "now" and raises KeyboardInterrupt. It counts only some ti
 SIGINT to every process of a launch and the launcher passes its own copy on, so one press of the keys arrives twice.
 """
 
+import os
 import signal
 import threading
 import time
@@ -19,11 +20,14 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 class StopRequest:
     """`requested` is the name of the first signal that asked to stop ("SIGTERM"), else None.
 
-    `echo_seconds`: a SIGINT sooner than this after the first one is taken for the launcher's copy of it.
+    `announce`: say on stderr that the request was heard. `echo_seconds`: a SIGINT sooner than this after the first one is taken for the launcher's copy of it.
     """
 
-    def __init__(self, echo_seconds: float = 2.0, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, echo_seconds: float = 2.0, clock: Callable[[], float] = time.monotonic, announce: bool = False
+    ) -> None:
         self.requested: str | None = None
+        self._announce = announce
         self._echo_seconds = echo_seconds
         self._clock = clock
         self._first_interrupt: float | None = None
@@ -53,6 +57,9 @@ class StopRequest:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested is None:
             self.requested = signal.Signals(number).name
+            if self._announce:
+                # Past all buffers: the handler may stand in the middle of a write to the same stream.
+                os.write(2, f"\nk2train: {self.requested}: finishing the step, then saving\n".encode())
         if number != signal.SIGINT:
             return
         now = self._clock()
