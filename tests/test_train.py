@@ -7,6 +7,7 @@ import json
 import re
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -341,23 +342,28 @@ def test_a_disk_that_refuses(base: Path, pool: GlooPool, asynchronous: bool) -> 
     assert not list((run / "checkpoints").glob("*.tmp"))
 
 
-def no_room_for_metrics(trainer: Trainer) -> None:
-    """Rank 0 cannot write a row any more from step 3 on."""
-    recorder = trainer.recorder
-    if isinstance(recorder, RankZeroRecorder):
-        write = recorder.metrics.write
+@dataclass(frozen=True)
+class NoRoomForRows:
+    """Rank 0 cannot write a row any more from step `first` on; picklable."""
 
-        def refused(row: dict[str, Any]) -> None:
-            if row["step"] >= 3:
-                raise OSError(28, "No space left on device")
-            write(row)
+    first: int
 
-        recorder.metrics.write = refused  # type: ignore[method-assign]
+    def __call__(self, trainer: Trainer) -> None:
+        recorder = trainer.recorder
+        if isinstance(recorder, RankZeroRecorder):
+            write = recorder.metrics.write
+
+            def refused(row: dict[str, Any]) -> None:
+                if row["step"] >= self.first:
+                    raise OSError(28, "No space left on device")
+                write(row)
+
+            recorder.metrics.write = refused  # type: ignore[method-assign]
 
 
 def test_metrics_that_cannot_be_written(base: Path, pool: GlooPool) -> None:
     """Every rank ends with 1 at the next step, not rank 0 alone with a traceback; the ledger says why in one line."""
-    assert pool.run(2, trainer_job, tree(base, "no-rows"), no_room_for_metrics, timeout_seconds=60) == [1, 1]
+    assert pool.run(2, trainer_job, tree(base, "no-rows"), NoRoomForRows(3), timeout_seconds=60) == [1, 1]
     run = base / "runs" / "no-rows"
     stopped = events(run)[-1]
     assert (stopped["event"], stopped["reason"], stopped["step"]) == ("stopped", "save failed", 4)
@@ -366,23 +372,9 @@ def test_metrics_that_cannot_be_written(base: Path, pool: GlooPool) -> None:
     assert [row["step"] for row in read_metrics(run / "metrics.jsonl")] == [1, 2]
 
 
-def no_room_for_the_last_row(trainer: Trainer) -> None:
-    """Only the row of the last step of a run of 10 is refused."""
-    recorder = trainer.recorder
-    if isinstance(recorder, RankZeroRecorder):
-        write = recorder.metrics.write
-
-        def refused(row: dict[str, Any]) -> None:
-            if row["step"] == 10:
-                raise OSError(28, "No space left on device")
-            write(row)
-
-        recorder.metrics.write = refused  # type: ignore[method-assign]
-
-
 def test_the_last_row_that_cannot_be_written(base: Path, pool: GlooPool) -> None:
-    """No step follows that would tell the others: the checkpoint of the step does, and the run is not called finished."""
-    assert pool.run(2, trainer_job, tree(base, "no-last"), no_room_for_the_last_row, timeout_seconds=60) == [1, 1]
+    """Of a run of 10 steps: no step follows that would tell the others: the checkpoint of the step does, and the run is not called finished."""
+    assert pool.run(2, trainer_job, tree(base, "no-last"), NoRoomForRows(10), timeout_seconds=60) == [1, 1]
     run = base / "runs" / "no-last"
     assert [event["event"] for event in events(run)][-2:] == ["checkpoint_saved", "stopped"]
     verify_checkpoint(run / "checkpoints" / "ckpt_002")
