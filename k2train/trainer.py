@@ -27,7 +27,6 @@ from k2train.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, CheckpointError
 from k2train.guard.finite import SkipCounter
 from k2train.guard.signals import StopRequest
 from k2train.guard.spikes import SpikeAlert
-from k2train.optim.adamw import ShardedAdamW
 from k2train.parallel.environment import Launch
 from k2train.parallel.grid import ProcessGrid, choose_device, start_process_group, stop_process_group
 from k2train.plan.cost import flops_per_token, parameters, peak_flops
@@ -301,7 +300,7 @@ class Trainer:
     def _save(self, name: str, held_out: float | None) -> None:
         optimizer = self.engine.optimizer
         began = time.monotonic()
-        frozen = snapshot(self.engine.gradients.table, lines_of(optimizer), self.engine.dtype)
+        frozen = snapshot(self.engine.gradients.table, optimizer.lines, self.engine.dtype)
         facts = {
             "step": self.step,
             "attempt": self.attempt,
@@ -343,7 +342,7 @@ class Trainer:
 
     def _resume(self, path: Path, refused: list[str]) -> None:
         facts = read_manifest(path)
-        load_states(path, self.engine.gradients.table, lines_of(self.engine.optimizer), self.grid, self.engine.dtype)
+        load_states(path, self.engine.gradients.table, self.engine.optimizer.lines, self.grid, self.engine.dtype)
         self._adopt(facts["adam_steps"])
         self.step = int(facts["step"])
         self.first_step = self.step + 1
@@ -388,7 +387,7 @@ class Trainer:
         if parent is not None:
             facts = read_manifest(parent)
             kept = load_states(
-                parent, self.engine.gradients.table, lines_of(self.engine.optimizer), self.grid, self.engine.dtype
+                parent, self.engine.gradients.table, self.engine.optimizer.lines, self.grid, self.engine.dtype
             )
             self._adopt(facts["adam_steps"] if kept else 0)
             self.parent = {**self.start.seam, "moments_kept": kept}
@@ -410,8 +409,3 @@ class Trainer:
         if self.grid.device.type == "cuda":
             return int(torch.cuda.max_memory_allocated(self.grid.device))
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def lines_of(optimizer: ShardedAdamW) -> dict[str, torch.Tensor]:
-    """The optimizer's flat lines by name."""
-    return {"master": optimizer.master, "exp_avg": optimizer.exp_avg, "exp_avg_sq": optimizer.exp_avg_sq}

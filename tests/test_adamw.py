@@ -169,7 +169,7 @@ def digest(engine: Engine) -> str:
     for stage in engine.stages.values():
         for parameter in stage.parameters():
             made.update(parameter.detach().numpy().tobytes())
-    for state in engine.optimizer.STATES:
+    for state in engine.optimizer.lines:
         made.update(getattr(engine.optimizer, state).numpy().tobytes())
     return made.hexdigest()
 

@@ -31,7 +31,6 @@ from k2train.checkpoint.save import CheckpointWriter, SaveError, snapshot
 from k2train.engine import Engine
 from k2train.errors import CheckpointError
 from k2train.parallel.environment import Launch
-from k2train.trainer import lines_of
 from small import assemble, grid_of, local_gradients, microbatches_of, shapes_of, tiny_config
 
 sys.path.insert(0, str(ROOT / "tools"))
@@ -64,7 +63,7 @@ def config_on(tensor: int, pipeline: int, stages_per_rank: int) -> Any:
 
 
 def values_of(engine: Engine) -> dict[str, Any]:
-    return {state: local_gradients(engine, line) for state, line in lines_of(engine.optimizer).items()}
+    return {state: local_gradients(engine, line) for state, line in engine.optimizer.lines.items()}
 
 
 def save_job(launch: Launch, config: Any, directory: str, asynchronous: bool = False) -> dict[str, Any]:
@@ -75,7 +74,7 @@ def save_job(launch: Launch, config: Any, directory: str, asynchronous: bool = F
         engine.train_step(microbatches_of(config, grid, step), 1e-2)
     saved = values_of(engine)
     writer = CheckpointWriter(Path(directory), grid, 0, asynchronous)
-    state = snapshot(engine.gradients.table, lines_of(engine.optimizer), engine.dtype)
+    state = snapshot(engine.gradients.table, engine.optimizer.lines, engine.dtype)
     facts = {**FACTS, "step": 2, "adam_steps": engine.optimizer.adam_steps}
     writer.save("ckpt_001", state, facts, lambda path, manifest: None)
     result = engine.train_step(microbatches_of(config, grid, 3), 1e-2)
@@ -89,7 +88,7 @@ def load_job(launch: Launch, config: Any, path: str) -> dict[str, Any]:
     chosen, refused = agree_on_checkpoint([Path(path)], grid)
     assert chosen is not None, refused
     engine = Engine(config, grid, fill=False)
-    kept = load_states(chosen, engine.gradients.table, lines_of(engine.optimizer), grid, engine.dtype)
+    kept = load_states(chosen, engine.gradients.table, engine.optimizer.lines, grid, engine.dtype)
     engine.optimizer.adam_steps = read_manifest(chosen)["adam_steps"]
     engine.optimizer.publish()
     loaded = values_of(engine)
@@ -302,7 +301,7 @@ def overwrite_job(launch: Launch, config: Any, directory: str) -> str:
     grid = grid_of(launch, config)
     engine = Engine(config, grid)
     writer = CheckpointWriter(Path(directory), grid, 0, asynchronous=False)
-    state = snapshot(engine.gradients.table, lines_of(engine.optimizer), engine.dtype)
+    state = snapshot(engine.gradients.table, engine.optimizer.lines, engine.dtype)
     try:
         writer.save("ckpt_001", state, {**FACTS, "step": 9, "adam_steps": 9}, lambda path, manifest: None)
     except CheckpointError as error:
@@ -324,7 +323,7 @@ def refusing_disk_job(launch: Launch, config: Any, directory: str, where: str, a
     grid = grid_of(launch, config)
     engine = Engine(config, grid)
     writer = CheckpointWriter(Path(directory), grid, 0, asynchronous)
-    state = snapshot(engine.gradients.table, lines_of(engine.optimizer), engine.dtype)
+    state = snapshot(engine.gradients.table, engine.optimizer.lines, engine.dtype)
     facts = {**FACTS, "step": 2, "adam_steps": 0}
     writer.save("ckpt_001", state, facts, lambda path, manifest: None)
     writer.wait()
@@ -376,7 +375,6 @@ from k2train.checkpoint.save import CheckpointWriter, snapshot
 from k2train.engine import Engine
 from k2train.parallel.environment import Launch
 from k2train.parallel.grid import start_process_group
-from k2train.trainer import lines_of
 import torch
 launch = Launch(0, 1, 0, launched=False)
 start_process_group(launch, torch.device("cpu"))
@@ -387,7 +385,7 @@ directory = Path(sys.argv[1])
 writer = CheckpointWriter(directory, grid, 2, asynchronous=False)
 for step in itertools.count(int(sys.argv[2])):
     engine.optimizer.master.fill_(float(step))
-    state = snapshot(engine.gradients.table, lines_of(engine.optimizer), engine.dtype)
+    state = snapshot(engine.gradients.table, engine.optimizer.lines, engine.dtype)
     facts = {{**FACTS, "step": step, "adam_steps": step}}
     name = f"ckpt_{{step // 2:03d}}" + (f"_step_{{step:06d}}" if step % 2 else "")
     writer.save(name, state, facts, lambda path, manifest: None)

@@ -42,7 +42,7 @@ from k2train.parallel.environment import Launch
 from k2train.record.ledger import read_ledger
 from k2train.record.metrics import latest, read_metrics
 from k2train.recorder import RankZeroRecorder
-from k2train.trainer import Trainer, lines_of
+from k2train.trainer import Trainer
 from small import grid_of
 
 sys.path.insert(0, str(ROOT / "tools"))
@@ -167,7 +167,7 @@ def held_out_job(launch: Launch, config: Config, path: str, held_out: str) -> fl
     """The loss of a checkpoint on rows read with NumPy, without the loader and without the trainer."""
     grid = grid_of(launch, config)
     engine = Engine(config, grid, fill=False)
-    load_states(Path(path), engine.gradients.table, lines_of(engine.optimizer), grid, engine.dtype)
+    load_states(Path(path), engine.gradients.table, engine.optimizer.lines, grid, engine.dtype)
     engine.optimizer.publish()
     rows = torch.from_numpy(np.load(held_out).astype(np.int64))
     losses = [engine.evaluate(list(batch.split(config.batch.micro_sequences))) for batch in rows.split(GLOBAL)]
@@ -237,7 +237,7 @@ class Planted:
             return line
 
         def observed(*arguments: Any) -> Any:
-            lines = lines_of(engine.optimizer)
+            lines = engine.optimizer.lines
             before = {k: v.clone() for k, v in lines.items()}, engine.optimizer.adam_steps
             result = train_step(*arguments)
             same = all(torch.equal(lines[k], v) for k, v in before[0].items())

@@ -14,7 +14,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from k2train.checkpoint.manifest import expected_files, is_thinned, read_manifest, verify_files
-from k2train.checkpoint.tensors import STATES, describe, model_tensors, optimizer_tensors
+from k2train.checkpoint.tensors import MASTER, describe, model_tensors, optimizer_tensors
 from k2train.errors import CheckpointError
 from k2train.parallel.gradients import SlotTable
 from k2train.parallel.grid import ProcessGrid
@@ -57,8 +57,8 @@ def load_states(path: Path, table: SlotTable, lines: dict[str, Tensor], grid: Pr
     Raises CheckpointError when its tensors are not those of this model.
     """
     manifest = read_manifest(path)
-    host = {state: torch.full_like(lines[state], float("nan"), device="cpu") for state in STATES}
-    weights = torch.full_like(host["master"], float("nan"), dtype=dtype)
+    host = {state: torch.full_like(line, float("nan"), device="cpu") for state, line in lines.items()}
+    weights = torch.full_like(host[MASTER], float("nan"), dtype=dtype)
     thinned = is_thinned(path)
     if thinned:
         folder, wanted = "model", model_tensors(table, weights, grid.host_mesh)
@@ -68,13 +68,14 @@ def load_states(path: Path, table: SlotTable, lines: dict[str, Tensor], grid: Pr
     reader = dcp.HuggingFaceStorageReader(str(path / folder))
     dcp.load(dict(wanted), storage_reader=reader, process_group=grid.host)
     for slot in table.slots:
-        for state in STATES[:1] if thinned else STATES:
+        for state in [MASTER] if thinned else lines:
             filled = table.local(weights.float() if thinned else host[state], slot)
             assert not bool(filled.isnan().any()), f"{path}: {slot.piece.name}.{state} was not filled"
             table.local(lines[state], slot).copy_(filled)
     if thinned:
-        lines["exp_avg"].zero_()
-        lines["exp_avg_sq"].zero_()
+        for state, line in lines.items():
+            if state != MASTER:
+                line.zero_()
     return not thinned
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from k2train.checkpoint.manifest import FORMAT, MANIFEST, NAME, THINNED, list_checkpoints, seal
-from k2train.checkpoint.tensors import STATES, describe, model_tensors, optimizer_tensors
+from k2train.checkpoint.tensors import MASTER, describe, model_tensors, optimizer_tensors
 from k2train.errors import CheckpointError, UserError
 from k2train.files import sha256_file, sync_directory, sync_file, write_synced
 from k2train.parallel.gradients import SlotTable
@@ -50,7 +50,7 @@ class Snapshot:
 
 def snapshot(table: SlotTable, lines: Mapping[str, Tensor], dtype: torch.dtype) -> Snapshot:
     """Copy the optimizer lines to host memory; `dtype` is that of the model's weights."""
-    return Snapshot(table, {state: lines[state].detach().to("cpu", copy=True) for state in STATES}, dtype)
+    return Snapshot(table, {state: line.detach().to("cpu", copy=True) for state, line in lines.items()}, dtype)
 
 
 class CheckpointWriter:
@@ -97,7 +97,7 @@ class CheckpointWriter:
         self._together(name, lambda: self._make_room(final, aside))
         mesh = self.grid.host_mesh
         tensors = {
-            "model": model_tensors(state.table, state.lines["master"].to(state.dtype), mesh),
+            "model": model_tensors(state.table, state.lines[MASTER].to(state.dtype), mesh),
             "optimizer": optimizer_tensors(state.table, dict(state.lines), mesh),
         }
         for folder, part in tensors.items():

@@ -11,7 +11,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from k2train.parallel.gradients import Slot, SlotTable
 
-STATES = ("master", "exp_avg", "exp_avg_sq")
+MASTER = "master"
+"""The state whose rounding is the model's weights; the optimizer's other states are its own affair."""
 
 
 def as_global(slot: Slot, local: Tensor, mesh: DeviceMesh) -> DTensor:
@@ -28,11 +29,11 @@ def model_tensors(table: SlotTable, weights: Tensor, mesh: DeviceMesh) -> dict[s
 
 
 def optimizer_tensors(table: SlotTable, lines: dict[str, Tensor], mesh: DeviceMesh) -> dict[str, DTensor]:
-    """{name.state: value} from fp32 lines [elements], one for each of STATES."""
+    """{name.state: value} from fp32 lines [elements], one for each state."""
     return {
         f"{slot.piece.name}.{state}": as_global(slot, table.local(lines[state], slot), mesh)
         for slot in table.slots
-        for state in STATES
+        for state in lines
     }
 
 

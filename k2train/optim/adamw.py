@@ -18,8 +18,6 @@ from k2train.parallel.shard import Piece
 class ShardedAdamW:
     """Optimizer of the pieces of one `SlotTable`; `kernel` is `fused` (torch's) or `reference` (written out here)."""
 
-    STATES = ("master", "exp_avg", "exp_avg_sq")
-
     def __init__(
         self,
         table: SlotTable,
@@ -44,6 +42,11 @@ class ShardedAdamW:
         slot = self._slot_of[piece.name]
         start, stop = slot.rows(self.table.dp)
         self.view("master", slot).copy_(values[start:stop])
+
+    @property
+    def lines(self) -> dict[str, Tensor]:
+        """The states by name, each a line [elements]: what a checkpoint saves and fills."""
+        return {"master": self.master, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
 
     def view(self, state: str, slot: Slot) -> Tensor:
         """This rank's rows of one state of a piece, in the piece's shape."""
