@@ -148,12 +148,18 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
-    """Chunks to read; `sequence_length` in tokens, `held_out_batches` in global batches (None is all of them)."""
+    """Chunks to read; `sequence_length` in tokens, `held_out_batches` in global batches (None is all of them).
+
+    `cross_documents`: whether attention crosses document borders (attend) or stops at them (block). `seen_before`: whether
+    data that the stage before was trained on is refused or allowed; allowed, it is recorded.
+    """
 
     manifest: Text
     sequence_length: Annotated[int, BeforeValidator(_whole), Field(ge=2)]
     order: tuple[Annotated[str | int, BeforeValidator(_chunk)], ...] | None = Field(default=None, min_length=1)
     held_out_batches: Positive | None = None
+    cross_documents: Literal["attend", "block"] = "attend"
+    seen_before: Literal["refuse", "allow"] = "refuse"
 
 
 class BatchConfig(Section):

@@ -1,12 +1,13 @@
 """One model on one grid: stages, executor, gradient buffer and optimizer put together, and the step they make.
 
 This is the part between a config and a training loop that has no files in it, so tests and tools can run steps of any
-layout directly. It takes micro-batches of token ids and a rate; what the step decides (apply or skip) is the same on
+layout directly. It takes micro-batches of token ids (with `data.cross_documents: block` the documents too) and a rate; what the step decides (apply or skip) is the same on
 every rank, because every rank decides from the same sums.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 
 import torch
 from torch import Tensor
@@ -60,6 +61,21 @@ def kernels_of(config: Config) -> Kernels:
     return choose_kernels(k.attention, k.norm, k.optimizer, k.compile, k.recompute)
 
 
+class StageInTurn:
+    """A stage as the executor calls it: with the documents of the micro-batch whose forward comes next in the program.
+
+    The executor hands a stage its input and nothing else. What is at hand on every rank needs no place in a transfer, and
+    a program fixes in which order a stage meets its micro-batches.
+    """
+
+    def __init__(self, stage: Stage):
+        self.stage = stage
+        self.documents: Iterator[Tensor | None] = repeat(None)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.stage(x, next(self.documents))
+
+
 class Engine:
     """Model and optimizer of this rank, with weights drawn from `run.seed`."""
 
@@ -92,23 +108,36 @@ class Engine:
         )
         self.program = programs[grid.coordinate.pp]
         self.forward_program = self._forward_only(programs)[grid.coordinate.pp]
-        self.executor = Executor(self.stages, layout.num_stages, grid.pp, grid.device)
+        self.turns = {stage: StageInTurn(module) for stage, module in self.stages.items()}
+        self.executor = Executor(self.turns, layout.num_stages, grid.pp, grid.device)
         self.shape = activation_shape(
             self.architecture, config.data.sequence_length, batch.micro_sequences, grid.tp, self.sequence
         )
 
     @property
-    def needs_tokens(self) -> bool:
-        """Whether this rank holds the first or the last stage; the others never look at a token."""
-        return 0 in self.stages or self.grid.layout.num_stages - 1 in self.stages
+    def block(self) -> bool:
+        """Whether attention stops at document borders."""
+        return self.config.data.cross_documents == "block"
 
-    def train_step(self, microbatches: Sequence[Tensor], lr: float, flags: Sequence[float] = ()) -> StepResult:
+    @property
+    def needs_batch(self) -> bool:
+        """Whether this rank looks at the batch: at tokens in the first and the last stage, at documents in every one."""
+        return self.block or 0 in self.stages or self.grid.layout.num_stages - 1 in self.stages
+
+    def train_step(
+        self,
+        microbatches: Sequence[Tensor],
+        lr: float,
+        flags: Sequence[float] = (),
+        documents: Sequence[Tensor] | None = None,
+    ) -> StepResult:
         """One optimizer step over this rank's micro-batches, each token ids [micro_sequences, sequence_length].
 
-        `flags` are summed over all ranks in the same exchange. Not finite: nothing is changed on any rank.
+        `documents` (with `data.cross_documents: block`, else None) has the same shapes: the index of each token's document
+        in its row. `flags` are summed over all ranks in the same exchange. Not finite: nothing is changed on any rank.
         """
         self.gradients.zero()
-        loss = self._run(self.program, microbatches)
+        loss = self._run(self.program, microbatches, documents)
         line = self.gradients.reduce()
         sums = square_sums(self.gradients.table, line, self.names, self.grid.tp)
         agreed = self._agree(sums, loss, flags)
@@ -119,18 +148,24 @@ class Engine:
             self.optimizer.step(line, lr)
         return StepResult(agreed.loss, agreed.grad_norm, agreed.norms, agreed.finite, agreed.flags)
 
-    def evaluate(self, microbatches: Sequence[Tensor]) -> float:
-        """Mean loss of one global batch (nats a target), nothing kept and nothing changed."""
-        loss = self._run(self.forward_program, microbatches)
+    def evaluate(self, microbatches: Sequence[Tensor], documents: Sequence[Tensor] | None = None) -> float:
+        """Mean loss of one global batch (nats a target), nothing kept and nothing changed; `documents` as in a step."""
+        loss = self._run(self.forward_program, microbatches, documents)
         return self._agree(torch.zeros(len(self.names), dtype=torch.float64, device=self.grid.device), loss, ()).loss
 
-    def _run(self, program: Sequence[Action], microbatches: Sequence[Tensor]) -> Tensor:
+    def _run(
+        self, program: Sequence[Action], microbatches: Sequence[Tensor], documents: Sequence[Tensor] | None
+    ) -> Tensor:
         """This rank's part of the mean loss: 0 where another rank counts it."""
         last = self.stages.get(self.grid.layout.num_stages - 1)
-        if self.needs_tokens:
-            assert len(microbatches) == self.num_microbatches, (
-                f"{len(microbatches)} micro-batches, planned {self.num_microbatches}"
+        for given, needed in ((microbatches, self.needs_batch), (documents or (), self.block)):
+            assert not needed or len(given) == self.num_microbatches, (
+                f"{len(given)} micro-batches, planned {self.num_microbatches}"
             )
+        assert self.block or documents is None, "documents were given, but data.cross_documents is attend"
+        for stage, turn in self.turns.items():
+            order = [a.microbatch for a in program if a.op is Op.FORWARD and a.stage == stage]
+            turn.documents = repeat(None) if documents is None else iter([documents[m] for m in order])
 
         def scaled_loss(logits: Tensor, microbatch: int) -> Tensor:
             assert last is not None, "only the last stage has a loss"

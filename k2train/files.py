@@ -32,11 +32,14 @@ def sync_file(path: Path) -> None:
 
 
 class AtomicFile:
-    """A binary file that appears under its name whole and synced, or not at all."""
+    """A binary file that appears under its name whole and synced, or not at all.
 
-    def __init__(self, path: Path) -> None:
+    `mark` keeps two processes that write the same file at once out of each other's unfinished one.
+    """
+
+    def __init__(self, path: Path, mark: str = "") -> None:
         self.path = path
-        self.aside = path.with_name(path.name + ".tmp")
+        self.aside = path.with_name(f"{path.name}{mark}.tmp")
 
     def __enter__(self) -> IO[bytes]:
         self.stream = self.aside.open("wb")

@@ -14,7 +14,7 @@ from typing import Any
 from k2train.checkpoint.manifest import MANIFEST, is_thinned, list_checkpoints, read_manifest
 from k2train.config import Config, check_world, config_differences, data_parallel_size, num_microbatches
 from k2train.data.chunk import check_files, verify_chunk
-from k2train.data.manifest import Manifest, common_data, read_sources
+from k2train.data.manifest import Manifest, common_data, read_sources, require_borders
 from k2train.data.manifest import read_manifest as read_data_manifest
 from k2train.data.order import ChunkOrder, make_order
 from k2train.errors import CheckpointError, DataError, RunError
@@ -60,7 +60,7 @@ def run_directory(config: Config) -> Path:
 
 
 def check_data(config: Config) -> tuple[Manifest, ChunkOrder]:
-    """Read the manifest, fix the order, check every file's size and header.
+    """Read the manifest, fix the order, check every file's size and header, and that there are borders where needed.
 
     Raises DataError or ConfigError.
     """
@@ -76,6 +76,8 @@ def check_data(config: Config) -> tuple[Manifest, ChunkOrder]:
             f"the held-out chunk of {manifest.path} has {manifest.held_out.rows} rows, fewer than one batch of "
             f"batch.global_sequences ({config.batch.global_sequences}): lower it, or prepare more held-out rows"
         )
+    if config.data.cross_documents == "block":
+        require_borders(manifest, _files_read(manifest, order))
     check_files(manifest, _files_read(manifest, order))
     check_schedule(config.lr.kind, config.lr.warmup_steps, order.total_steps, config.lr.decay_steps)
     return manifest, order
@@ -100,14 +102,20 @@ def verify_data(manifest: Manifest, order: ChunkOrder, step: int) -> None:
 
 
 def identity_of(config: Config, manifest: Manifest, order: ChunkOrder) -> dict[str, Any]:
-    """What makes two starts the same run: model, batch, seed, data in order, optimizer, schedule, precision."""
+    """What makes two starts the same run: model, batch, seed, data in order, optimizer, schedule, precision.
+
+    Document borders belong to it where attention stops at them, and nowhere else.
+    """
     tree = config.model_dump(mode="json")
+    block = config.data.cross_documents == "block"
     return {
         "model": tree["model"],
         "batch": {"global_sequences": config.batch.global_sequences},
         "run": {"seed": config.run.seed},
         "data": {
             "sequence_length": config.data.sequence_length,
+            "cross_documents": config.data.cross_documents,
+            **({"borders_sha256": _hash_of_borders(manifest, order)} if block else {}),
             "tokenizer_sha256": manifest.tokenizer_sha256,
             "held_out_sha256": manifest.held_out.sha256 if manifest.held_out else None,
             "order": [{"name": name, "sha256": manifest.chunk(name).sha256} for name in order.names],
@@ -118,13 +126,21 @@ def identity_of(config: Config, manifest: Manifest, order: ChunkOrder) -> dict[s
     }
 
 
+def _hash_of_borders(manifest: Manifest, order: ChunkOrder) -> str:
+    """One hash for the borders of all that is read, in the order of reading."""
+    hashes = [str(manifest.chunk(name).borders_sha256) for name in _files_read(manifest, order)]
+    return hashlib.sha256(" ".join(hashes).encode()).hexdigest()
+
+
 def identity_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """`batch.global_sequences: 32 -> 64` for each difference; of the data order only the first place."""
     before, now = dict(before), dict(now)
     old_order = list(before.get("data", {}).get("order", []))
     new_order = list(now.get("data", {}).get("order", []))
     for tree in (before, now):
-        tree["data"] = {key: value for key, value in tree.get("data", {}).items() if key != "order"}
+        # A checkpoint from before the key was there attended.
+        data = {"cross_documents": "attend", **tree.get("data", {})}
+        tree["data"] = {key: value for key, value in data.items() if key != "order"}
     differences = config_differences(before, now)
     if old_order != new_order:
         place = next((i for i, (a, b) in enumerate(zip(old_order, new_order, strict=False)) if a != b), None)
@@ -265,9 +281,11 @@ def check_seam(config: Config, parent: Path, manifest: Manifest, order: ChunkOrd
     except DataError:
         # The earlier stage's files may be gone; their hashes are in its checkpoint, and were compared above.
         pass
-    if shared:
+    if shared and config.data.seen_before == "refuse":
         raise DataError(
-            f"{manifest.path} shares data with the stage before: {'; '.join(shared[:3])}; prepare it disjoint"
+            f"{manifest.path} shares data with the stage before: {'; '.join(shared[:3])}"
+            f"{f' and {len(shared) - 3} more' if len(shared) > 3 else ''}; prepare it disjoint, or allow it with "
+            f"data.seen_before: allow"
         )
     last = facts.get("lr")
     return {
@@ -279,7 +297,7 @@ def check_seam(config: Config, parent: Path, manifest: Manifest, order: ChunkOrd
         "tokenizer_sha256": manifest.tokenizer_sha256,
         "same_model": True,
         "same_tokenizer": True,
-        "data_in_common": [],
+        "data_in_common": shared,
         "sources_compared": sources_compared,
         "rate_before": last,
         "rate_after": learning_rate(config, 1, order.total_steps),

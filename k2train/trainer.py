@@ -21,7 +21,7 @@ from k2train.checkpoint.load import agree_on_checkpoint, load_states
 from k2train.checkpoint.manifest import checkpoint_name, list_checkpoints, read_manifest
 from k2train.checkpoint.save import CheckpointWriter, SaveError, remove_unfinished, set_aside_later, snapshot
 from k2train.config import Config, config_differences
-from k2train.data.loader import Loader
+from k2train.data.loader import Batch, Loader
 from k2train.engine import Engine, StepResult, architecture_of
 from k2train.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, CheckpointError, DataError, RunError, UserError
 from k2train.guard.finite import SkipCounter
@@ -86,6 +86,7 @@ class Trainer:
             config.batch.micro_sequences,
             config.model.vocab_size,
             verify=verify,
+            documents=config.data.cross_documents == "block",
         )
         c = config.checkpoint
         self.writer = CheckpointWriter(start.checkpoints, grid, c.keep_optimizer_states, c.asynchronous)
@@ -184,13 +185,13 @@ class Trainer:
 
     def _one_step(self) -> StepResult:
         began = time.monotonic()
-        microbatches = self._read()
+        batch = self._read()
         lr = learning_rate(self.config, self.step, self.order.total_steps)
         flags = [0.0, 0.0, float(self.writer.failed or bool(self.recorder.problem))]
         flags[STOP] = float(self.stop.requested is not None)
         every = self.config.checkpoint.every_seconds
         flags[SAVE] = float(every > 0 and self.grid.rank == 0 and began - self.saved_at >= every)
-        result = self.engine.train_step(microbatches, lr, flags)
+        result = self.engine.train_step(batch.tokens, lr, flags, batch.documents)
         seconds = time.monotonic() - began
         if result.applied:
             self.last_loss = result.loss
@@ -219,18 +220,18 @@ class Trainer:
                 )
         return result
 
-    def _read(self) -> list[torch.Tensor]:
+    def _read(self) -> Batch:
         """This rank's micro-batches of the step."""
         opens = self.step == self.first_step or self.order.position(self.step).step_in_chunk == 0
         return self._agreed(partial(self.loader.step, self.step), opens)
 
-    def _agreed(self, read: Callable[[], list[torch.Tensor]], opens: bool) -> list[torch.Tensor]:
+    def _agreed(self, read: Callable[[], Batch], opens: bool) -> Batch:
         """What `read` gives, on the device; where it opens a chunk, a damaged one stops all ranks alike."""
-        problem, microbatches = "", []
+        problem, batch = "", Batch([])
         try:
-            # Also where the tokens are not looked at: this rank may be the one that verifies for its machine.
-            if opens or self.engine.needs_tokens:
-                microbatches = read()
+            # Also where the batch is not looked at: this rank may be the one that verifies for its machine.
+            if opens or self.engine.needs_batch:
+                batch = read()
         except DataError as error:
             if not opens:
                 raise
@@ -242,7 +243,7 @@ class Trainer:
                 # All ranks leave here together, so the checkpoint of the chunk before can still be finished.
                 self.writer.wait()
                 raise DataError(next(text for text in problems if text))
-        return [tokens.to(self.grid.device, non_blocking=True) for tokens in microbatches]
+        return batch.to(self.grid.device)
 
     def _reason_to_stop(self, result: StepResult) -> str | None:
         if result.flags[STOP] > 0:
@@ -294,7 +295,8 @@ class Trainer:
             return None
         losses = []
         for index in range(batches):
-            losses.append(self.engine.evaluate(self._agreed(partial(self.loader.held_out, index), opens=index == 0)))
+            batch = self._agreed(partial(self.loader.held_out, index), opens=index == 0)
+            losses.append(self.engine.evaluate(batch.tokens, batch.documents))
         return sum(losses) / batches
 
     def _save(self, name: str, held_out: float | None) -> None:

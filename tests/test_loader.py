@@ -43,7 +43,7 @@ def test_ranks_together_read_the_step(manifest: Manifest, order: ChunkOrder, dat
     """Catches a rank reading another's rows, micro-batches out of order, and a prefetched step handed out wrongly."""
     loaders = [Loader(manifest, order, dp, data, micro, VOCAB, verify=True) for dp in range(data)]
     for step in range(1, order.total_steps + 1):
-        batches = [loader.step(step) for loader in loaders]
+        batches = [loader.step(step).tokens for loader in loaders]
         assert all(part.shape == (micro, LENGTH) and part.dtype == torch.int64 for b in batches for part in b)
         expected = rows_of(manifest, order.position(step).name, order.rows_of(step))
         assert torch.equal(torch.cat([part for batch in batches for part in batch]), expected)
@@ -56,17 +56,17 @@ def test_any_step_may_be_asked_next(manifest: Manifest, order: ChunkOrder) -> No
     with Loader(manifest, order, 0, 1, BATCH, VOCAB) as loader:
         for step in (3, 1, 1, 4, 2, 3):
             expected = rows_of(manifest, order.position(step).name, order.rows_of(step))
-            assert torch.equal(loader.step(step)[0], expected), step
+            assert torch.equal(loader.step(step).tokens[0], expected), step
             assert len(loader._pending) <= 2
 
 
 def test_batches_are_copies(manifest: Manifest, order: ChunkOrder) -> None:
     """Catches a batch that is a view of the file: writing to it must not change what is read again."""
     with Loader(manifest, order, 0, 1, BATCH, VOCAB) as loader:
-        first = loader.step(1)[0]
+        first = loader.step(1).tokens[0]
         kept = first.clone()
         first.zero_()
-        assert torch.equal(loader.step(1)[0], kept)
+        assert torch.equal(loader.step(1).tokens[0], kept)
 
 
 def test_held_out_is_the_same_at_any_time(manifest: Manifest, order: ChunkOrder) -> None:
@@ -74,9 +74,9 @@ def test_held_out_is_the_same_at_any_time(manifest: Manifest, order: ChunkOrder)
     with Loader(manifest, order, 1, 2, 2, VOCAB) as loader:
         assert loader.num_held_out_batches() == 2
         assert loader.num_held_out_batches(3) == 3
-        before = loader.held_out(1)
+        before = loader.held_out(1).tokens
         loader.step(2)
-        after = loader.held_out(1)
+        after = loader.held_out(1).tokens
         assert torch.equal(before[0], rows_of(manifest, "held_out", range(6, 8)))
         assert torch.equal(before[0], after[0])
         with pytest.raises(DataError, match="held-out batch 2 of 4 rows: there are 2"):

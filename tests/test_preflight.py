@@ -12,8 +12,9 @@ from corpus import GLOBAL, config_tree, make_corpus
 from k2train.checkpoint.manifest import MANIFEST, THINNED, checkpoint_name, seal
 from k2train.config import Config
 from k2train.data.chunk import read_manifest, write_manifest
-from k2train.data.prepare.write import write_sources
+from k2train.data.manifest import common_data
 from k2train.errors import CheckpointError, ConfigError, DataError, RunError
+from k2train.files import sha256_file, write_synced
 from k2train.preflight import (
     check_data,
     identity_differences,
@@ -284,19 +285,49 @@ def test_the_seam(run: Run, tmp_path: Path) -> None:
     assert seam["sources_compared"] is False, "neither folder records its sources"
 
 
+def record_sources(folder: Path, **parts: Any) -> str:
+    """`sources.json` of a folder; its sha256."""
+    write_synced(folder / "sources.json", json.dumps({"training": [], "held_out": [], **parts}))
+    return sha256_file(folder / "sources.json")
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "shared"),
+    [
+        ({"training": ["a"]}, {"held_out": ["a"]}, ["source a"]),
+        ({"shares": {"a": [0.0, 0.8]}}, {"shares": {"a": [0.8, 1.0]}}, []),
+        ({"shares": {"a": [0.0, 0.8]}}, {"shares": {"a": [0.7, 1.0]}}, ["source a"]),
+        ({"shares": {"a": [0.0, 0.1]}}, {"training": ["a"]}, ["source a"]),
+        ({"training": ["a"]}, {"shares": {"a": [0.9, 1.0]}}, ["source a"]),
+    ],
+)
+def test_files_that_are_split_inside(
+    tmp_path: Path, first: dict[str, Any], second: dict[str, Any], shared: list[str]
+) -> None:
+    """Catches two stages that take the same documents of one file, and a refusal of two that take different ones."""
+    manifests = []
+    for name, parts in (("first", first), ("second", second)):
+        make_corpus(tmp_path / name, 1, seed=len(manifests))
+        rewrite(tmp_path / name, facts={"sources_sha256": record_sources(tmp_path / name, **parts)})
+        manifests.append(read_manifest(tmp_path / name))
+    assert common_data(*manifests) == shared
+
+
 def test_sources_are_compared_where_both_are_recorded(tmp_path: Path) -> None:
     """`sources_compared` is said only of a comparison that was made, with the very data the stage before read."""
     for name, seed in (("first", 1), ("next", 9)):
         make_corpus(tmp_path / name, 2, seed=seed)
-        used = {"training": {f"{name}.txt"}, "held_out": set()}
-        rewrite(tmp_path / name, facts={"sources_sha256": write_sources(tmp_path / name, used)})
+        used = {"training": [f"{name}.txt"]}
+        rewrite(tmp_path / name, facts={"sources_sha256": record_sources(tmp_path / name, **used)})
     parent = Run(tmp_path / "parent", tmp_path / "first").checkpoint(2, 10)
     child = Run(tmp_path / "child", tmp_path / "next")
     assert child.start(run__init_from=str(parent)).seam["sources_compared"] is True
-    shared = write_sources(tmp_path / "next", {"training": {"first.txt", "next.txt"}, "held_out": set()})
+    shared = record_sources(tmp_path / "next", training=["first.txt"], held_out=["next.txt"])
     rewrite(tmp_path / "next", facts={"sources_sha256": shared})
     with pytest.raises(DataError, match=r"shares data with the stage before: source first\.txt"):
         child.start(run__init_from=str(parent))
+    allowed = child.start(run__init_from=str(parent), data__seen_before="allow").seam
+    assert allowed["data_in_common"] == ["source first.txt"], "what is allowed is still recorded"
     rewrite(tmp_path / "first", facts={})
     assert child.start(run__init_from=str(parent)).seam["sources_compared"] is False
 

@@ -25,6 +25,7 @@ FAST = {
     "python -m k2train.train configs/demo/stage1.yaml lr.peak=1e-3 --explain": "lr.peak",
     "python tools/plan.py configs/demo/stage1.yaml --world 4 parallel.pipeline=4": "world 4 = pipeline 4",
     "python tools/plan.py configs/k2_65b/stage1.yaml --world 480": "65,286,184,960 parameters",
+    "python tools/prepare_data.py configs/k2_65b/data_stage1.yaml --estimate": "k2-65b-stage1: 1,295.7B tokens to encode",
 }
 """Commands that need no data: run here as they stand, with a word of what they print."""
 
@@ -44,6 +45,11 @@ ON_THE_ROAD = [
     ),
     ("python tools/compare_runs.py runs/alone runs/grid", 1, ""),
     ("python tools/prepare_data.py configs/demo/data_stage1.yaml", 0, "already prepared, all hashes checked"),
+    ("python tools/inspect_data.py data/demo/stage1", 0, "samples in a chunk"),
+    ("python tools/inspect_data.py data/demo/stage1 --chunk 0 --row 3", 0, "chunk_000 row 3"),
+    ("python tools/inspect_data.py --run runs/demo-stage1 --step 5", 0, "chunk_000"),
+    ("python tools/inspect_data.py data/demo/stage1 --document topics/lambda", 0, "lambda"),
+    ("python tools/verify_data.py data/demo/stage1", 0, "ok: 8 chunks"),
 ]
 """(command, exit code, a word of what it prints), in the README's order, after the quickstart."""
 

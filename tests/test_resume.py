@@ -135,8 +135,11 @@ def test_stops_on_request(base: Path, straight: Path) -> None:
         assert newest.name == (f"ckpt_{whole:03d}_step_{step:06d}" if rest else f"ckpt_{whole:03d}")
         assert stopped["step"] == step
         assert "Traceback" not in output
-    done = train(path)
+        told = "changed since that checkpoint: run.stop_after_steps: 7 -> null" in output
+        assert told == (attempt == 2), "a change is told once, and only where there is one"
+    done = train(path, "checkpoint.keep_optimizer_states=7")
     assert done.returncode == 0, done.stderr
+    assert "changed since that checkpoint: checkpoint.keep_optimizer_states" in done.stdout + done.stderr
     assert_same_run(run, straight)
     assert [p.name for p in list_checkpoints(run / "checkpoints")] == [f"ckpt_{n:03d}" for n in range(CHUNKS + 1)], (
         "saves on request are dropped once a newer checkpoint is there, numbered ones never"

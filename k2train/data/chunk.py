@@ -1,7 +1,8 @@
 """The chunk file format: plain NumPy arrays of token ids, and a manifest that says what must be in them.
 
 A data folder holds `chunk_000.npy` (`[rows, sequence_length]`, uint16 where the vocabulary fits, else uint32),
-`chunk_000.parquet` (where each piece of each row came from; never read here) and `manifest.json`, which is written last
+`chunk_000.parquet` (where each piece of each row came from; never read here), where it was asked for
+`chunk_000.borders.npy` (where documents begin; see `borders`), and `manifest.json`, which is written last
 and carries rows, tokens and sha256 of every chunk. A plain `.npy` was chosen so that anyone can open a chunk with
 `numpy.load(mmap_mode="r")`; a format of our own with an index was refused because fixed-length rows need no index.
 
@@ -13,11 +14,12 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from k2train.data.borders import check_borders, read_header, verify_borders
 from k2train.data.manifest import ChunkInfo, Manifest, chunk_dtype, read_manifest, write_manifest
 from k2train.errors import DataError
 from k2train.files import AtomicFile
@@ -42,12 +44,14 @@ Tokens = npt.NDArray[np.unsignedinteger[Any]]
 
 
 def check_files(manifest: Manifest, names: Iterable[str] | None = None) -> None:
-    """Existence, header and exact byte size of the named chunks (all, and the held-out one, when None).
+    """Existence, header and exact byte size of the named chunks (all, and the held-out one, when None) and borders.
 
-    Reads some 128 bytes a chunk. Raises DataError naming the chunk and the numbers.
+    Reads some 128 bytes a file. Raises DataError naming the chunk and the numbers.
     """
     for info in manifest.all_chunks() if names is None else [manifest.chunk(name) for name in names]:
         _data_offset(manifest, info)
+        if info.borders is not None:
+            check_borders(manifest.folder / info.borders, info.name)
 
 
 def _data_offset(manifest: Manifest, info: ChunkInfo) -> int:
@@ -57,7 +61,7 @@ def _data_offset(manifest: Manifest, info: ChunkInfo) -> int:
     try:
         with path.open("rb") as stream:
             actual_bytes = os.fstat(stream.fileno()).st_size
-            offset, shape, fortran, dtype = _read_header(stream)
+            offset, shape, fortran, dtype = read_header(stream)
     except OSError as error:
         raise DataError(f"{where}: cannot be read ({error.strerror}); fetch it again or prepare the data") from None
     except (ValueError, EOFError) as error:
@@ -77,16 +81,8 @@ def _data_offset(manifest: Manifest, info: ChunkInfo) -> int:
     return offset
 
 
-def _read_header(stream: IO[bytes]) -> tuple[int, tuple[int, ...], bool, np.dtype[Any]]:
-    version = np.lib.format.read_magic(stream)
-    if version != (1, 0):
-        raise ValueError(f"it is version {version[0]}.{version[1]}")
-    shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
-    return stream.tell(), shape, fortran, dtype
-
-
 def verify_chunk(manifest: Manifest, info: ChunkInfo, stopped: Callable[[], bool] | None = None) -> None:
-    """Read the whole chunk once, in blocks: its sha256 and every id against the vocabulary.
+    """Read the whole chunk once, in blocks: its sha256 and every id against the vocabulary; then its borders, if any.
 
     `stopped` is asked between blocks, and True ends the check early without a verdict. Raises DataError naming the
     chunk, and for an id: row, position, id and vocabulary size.
@@ -115,6 +111,10 @@ def verify_chunk(manifest: Manifest, info: ChunkInfo, stopped: Callable[[], bool
             f"{where}: sha256 is {digest.hexdigest()[:16]}, the manifest says {info.sha256[:16]}; "
             f"fetch the chunk again or prepare the data anew"
         )
+    if info.borders is not None:
+        assert info.borders_sha256 is not None, f"{info.name}: the manifest was read without the hash of its borders"
+        path = manifest.folder / info.borders
+        verify_borders(path, info.name, info.borders_sha256, info.rows, manifest.sequence_length, stopped)
 
 
 def bad_id(ids: Tokens, first_row: int, vocab_size: int) -> str:

@@ -7,12 +7,14 @@ kilobytes, and workers bring forks, shared memory and an order that depends on t
 
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Event, Lock
-from typing import Self
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
 
+from k2train.data.borders import Borders, documents_of, open_borders
 from k2train.data.chunk import ChunkInfo, Manifest, Tokens, bad_id, check_files, open_chunk, verify_chunk
+from k2train.data.manifest import require_borders
 from k2train.data.order import ChunkOrder, rank_rows
 from k2train.errors import DataError
 
@@ -20,8 +22,33 @@ from k2train.errors import DataError
 AHEAD_STEPS = 2
 
 
+class Batch(NamedTuple):
+    """This rank's micro-batches of one global batch, in order."""
+
+    tokens: list[torch.Tensor]
+    """int64 `[micro_sequences, sequence_length]` each."""
+    documents: list[torch.Tensor] | None = None
+    """int32 of the same shape: the index of each token's document in its row. None where nobody asked."""
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same on `device`; the copies may still be under way."""
+
+        def moved(parts: list[torch.Tensor]) -> list[torch.Tensor]:
+            return [part.to(device, non_blocking=True) for part in parts]
+
+        return Batch(moved(self.tokens), None if self.documents is None else moved(self.documents))
+
+
+class _Opened(NamedTuple):
+    """A chunk under its name, mapped."""
+
+    name: str
+    tokens: Tokens
+    borders: Borders | None
+
+
 class Loader:
-    """Micro-batches of data-parallel rank `dp` of `data`.
+    """Micro-batches of data-parallel rank `dp` of `data`, with `documents` also which document each token belongs to.
 
     Every id handed out is checked against the vocabulary; with `verify` a whole chunk is also hashed once, in the
     background, before its first row leaves. Raises DataError when the chunks do not fit the order or the model.
@@ -36,28 +63,32 @@ class Loader:
         micro_sequences: int,
         vocab_size: int,
         verify: bool = False,
+        documents: bool = False,
     ) -> None:
         if manifest.vocab_size > vocab_size:
             raise DataError(
                 f"model.vocab_size ({vocab_size}) must be at least that of the data ({manifest.vocab_size}, "
                 f"{manifest.path}): raise it"
             )
-        check_files(manifest, [*order.names, *([manifest.held_out.name] if manifest.held_out else [])])
+        names = [*order.names, *([manifest.held_out.name] if manifest.held_out else [])]
+        check_files(manifest, names)
+        if documents:
+            require_borders(manifest, names)
         rank_rows(range(order.global_sequences), dp, data, micro_sequences)
-        self.manifest, self.order, self.verify = manifest, order, verify
+        self.manifest, self.order, self.verify, self.documents = manifest, order, verify, documents
         self.dp, self.data, self.micro_sequences = dp, data, micro_sequences
-        self._open: tuple[str, Tokens] | None = None
-        self._held_out: Tokens | None = None
+        self._open: _Opened | None = None
+        self._held_out: _Opened | None = None
         self._verified: set[str] = set()
         self._verifying = Lock()
         self._ahead = -1
         self._stop = Event()
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="k2train-loader")
         self._verifier = ThreadPoolExecutor(max_workers=1, thread_name_prefix="k2train-verify")
-        self._pending: dict[int, Future[list[torch.Tensor]]] = {}
+        self._pending: dict[int, Future[Batch]] = {}
 
-    def step(self, step: int) -> list[torch.Tensor]:
-        """int64 `[micro_sequences, sequence_length]` for each micro-batch of this rank, in order.
+    def step(self, step: int) -> Batch:
+        """This rank's micro-batches of `step`, in order.
 
         Starts reading the steps after it. Raises DataError, also for a mistake found in the background.
         """
@@ -76,7 +107,7 @@ class Loader:
         held_out = self.manifest.held_out
         return held_out.rows // (global_sequences or self.order.global_sequences) if held_out else 0
 
-    def held_out(self, batch_index: int, global_sequences: int | None = None) -> list[torch.Tensor]:
+    def held_out(self, batch_index: int, global_sequences: int | None = None) -> Batch:
         """This rank's micro-batches of a held-out batch, counted from 0; the rows never depend on the step."""
         size = global_sequences or self.order.global_sequences
         batches = self.num_held_out_batches(size)
@@ -115,21 +146,25 @@ class Loader:
             self._ahead = following
             self.verify_ahead(self.order.names[following])
 
-    def _read(self, step: int) -> list[torch.Tensor]:
+    def _read(self, step: int) -> Batch:
         name = self.order.position(step).name
-        if self._open is None or self._open[0] != name:
-            info = self.manifest.chunk(name)
-            if self.verify:
-                self._verify(info)
-            self._open = (name, open_chunk(self.manifest, info))
-        return self._cut(name, self._open[1], self.order.rows_of(step))
+        if self._open is None or self._open.name != name:
+            self._open = self._opened(self.manifest.chunk(name))
+        return self._cut(self._open, self.order.rows_of(step))
 
-    def _read_held_out(self, info: ChunkInfo, batch_index: int, size: int) -> list[torch.Tensor]:
+    def _read_held_out(self, info: ChunkInfo, batch_index: int, size: int) -> Batch:
         if self._held_out is None:
-            if self.verify:
-                self._verify(info)
-            self._held_out = open_chunk(self.manifest, info)
-        return self._cut(info.name, self._held_out, range(batch_index * size, (batch_index + 1) * size))
+            self._held_out = self._opened(info)
+        return self._cut(self._held_out, range(batch_index * size, (batch_index + 1) * size))
+
+    def _opened(self, info: ChunkInfo) -> _Opened:
+        if self.verify:
+            self._verify(info)
+        tokens, borders = open_chunk(self.manifest, info), None
+        if self.documents:
+            assert info.borders is not None, f"{info.name}: its borders were required when the loader was made"
+            borders = open_borders(self.manifest.folder / info.borders, info.name)
+        return _Opened(info.name, tokens, borders)
 
     def _verify(self, info: ChunkInfo) -> None:
         with self._verifying:
@@ -137,11 +172,19 @@ class Loader:
                 verify_chunk(self.manifest, info, self._stop.is_set)
                 self._verified.add(info.name)
 
-    def _cut(self, name: str, tokens: Tokens, rows: range) -> list[torch.Tensor]:
-        return [self._tensor(name, tokens, part) for part in rank_rows(rows, self.dp, self.data, self.micro_sequences)]
+    def _cut(self, chunk: _Opened, rows: range) -> Batch:
+        parts = rank_rows(rows, self.dp, self.data, self.micro_sequences)
+        tokens = [self._tokens(chunk, part) for part in parts]
+        return Batch(tokens, None if chunk.borders is None else [self._documents(chunk, part) for part in parts])
 
-    def _tensor(self, name: str, tokens: Tokens, rows: range) -> torch.Tensor:
-        ids = tokens[rows.start : rows.stop]
+    def _tokens(self, chunk: _Opened, rows: range) -> torch.Tensor:
+        ids = chunk.tokens[rows.start : rows.stop]
         if bad := bad_id(ids, rows.start, self.manifest.vocab_size):
-            raise DataError(f"{name} ({self.manifest.folder / self.manifest.chunk(name).file}): {bad}")
+            raise DataError(f"{chunk.name} ({self.manifest.folder / self.manifest.chunk(chunk.name).file}): {bad}")
         return torch.from_numpy(np.asarray(ids, dtype=np.int64))
+
+    def _documents(self, chunk: _Opened, rows: range) -> torch.Tensor:
+        assert chunk.borders is not None, f"{chunk.name} was opened without its borders"
+        path = self.manifest.folder / str(self.manifest.chunk(chunk.name).borders)
+        where = f"{chunk.name} ({path})"
+        return torch.from_numpy(documents_of(chunk.borders, rows, self.manifest.sequence_length, where))

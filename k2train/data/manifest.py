@@ -22,7 +22,10 @@ UINT16_VOCAB = 65536
 
 @dataclass(frozen=True)
 class ChunkInfo:
-    """What the manifest promises about one chunk; `tokens` is rows times sequence length."""
+    """What the manifest promises about one chunk; `tokens` is rows times sequence length.
+
+    `borders` names the file of document borders, where the data was prepared with them.
+    """
 
     name: str
     file: str
@@ -32,6 +35,8 @@ class ChunkInfo:
     sha256: str
     provenance: str | None = None
     provenance_sha256: str | None = None
+    borders: str | None = None
+    borders_sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,16 @@ def span(names: Iterable[str]) -> str:
     """`chunk_000 to chunk_359 (360)`: a list of names short enough for one line."""
     listed = list(names)
     return ", ".join(listed) if len(listed) < 4 else f"{listed[0]} to {listed[-1]} ({len(listed)})"
+
+
+def require_borders(manifest: Manifest, names: Iterable[str]) -> None:
+    """Raise DataError unless all named chunks have document borders, as `data.cross_documents: block` needs them."""
+    without = [name for name in names if manifest.chunk(name).borders is None]
+    if without:
+        raise DataError(
+            f"data.cross_documents is block, but of {manifest.path} these have no document borders: {span(without)}; "
+            "set document_borders: true in the recipe and prepare the data again, or set data.cross_documents: attend"
+        )
 
 
 def chunk_dtype(vocab_size: int) -> str:
@@ -148,6 +163,8 @@ def _parse_chunk(raw: Any, where: str, sequence_length: int) -> ChunkInfo:
         sha256=_text(raw, "sha256", where),
         provenance=_text(raw, "provenance", where) if raw.get("provenance") is not None else None,
         provenance_sha256=_text(raw, "provenance_sha256", where) if raw.get("provenance") is not None else None,
+        borders=_text(raw, "borders", where) if raw.get("borders") is not None else None,
+        borders_sha256=_text(raw, "borders_sha256", where) if raw.get("borders") is not None else None,
     )
 
 
@@ -174,37 +191,54 @@ def _check_names(manifest: Manifest) -> None:
     seen: dict[str, str] = {}
     folder = manifest.folder.resolve()
     for info in manifest.all_chunks():
-        for label, name in (("name", info.name), ("file", info.file)):
+        for label, name in (("name", info.name), ("file", info.file), ("borders", info.borders)):
+            if name is None:
+                continue
             if (key := f"{label} {name}") in seen:
                 raise DataError(f"{manifest.path}: chunk {label} {name!r} appears twice")
             seen[key] = info.name
-        for file in filter(None, (info.file, info.provenance)):
+        for file in filter(None, (info.file, info.provenance, info.borders)):
             # A manifest from elsewhere must not make us read, or later delete, a file outside its own folder.
             inside = not Path(file).is_absolute() and ".." not in Path(file).parts
             if not inside or not (folder / file).resolve().is_relative_to(folder):
                 raise DataError(f"{manifest.path}: {info.name}: file {file!r} lies outside the folder of the manifest")
 
 
+@dataclass(frozen=True)
+class SourceNames:
+    """Sources of a data folder, held-out ones included: used whole, or by their documents within a share of [0, 1]."""
+
+    whole: frozenset[str]
+    shares: dict[str, tuple[float, float]]
+
+
 def common_data(first: Manifest, second: Manifest) -> list[str]:
     """What two data folders share: chunks with equal bytes, and source files where both recorded theirs.
 
-    Empty when they are disjoint. Made for the seam between two stages, where a shared source would be seen twice.
+    Empty when they are disjoint. Made for the seam between two stages, where a shared source would be seen twice. A file
+    that is split inside is shared when the two shares overlap.
     """
     hashes = {info.sha256: info.name for info in first.all_chunks()}
     shared = [f"{hashes[i.sha256]} and {i.name}: same bytes" for i in second.all_chunks() if i.sha256 in hashes]
-    sources = read_sources(second)
-    return shared + [f"source {name}" for name in sorted(read_sources(first) & sources)]
+    later, earlier = read_sources(second), read_sources(first)
+    mixed = (earlier.whole & later.shares.keys()) | (earlier.shares.keys() & later.whole)
+    for name in earlier.shares.keys() & later.shares.keys():
+        (a, b), (c, d) = earlier.shares[name], later.shares[name]
+        if max(a, c) < min(b, d):
+            mixed |= {name}
+    return shared + [f"source {name}" for name in sorted((earlier.whole & later.whole) | mixed)]
 
 
-def read_sources(manifest: Manifest) -> set[str]:
-    """Names of the source files in a data folder, held-out ones included; empty when the folder records none."""
+def read_sources(manifest: Manifest) -> SourceNames:
+    """Sources of a data folder; none when the folder does not record them. Raises DataError for a damaged record."""
     path = manifest.folder / SOURCES_NAME
     if "sources_sha256" not in manifest.facts:
-        return set()
+        return SourceNames(frozenset(), {})
     if not path.is_file() or sha256_file(path) != manifest.facts["sources_sha256"]:
         raise DataError(f"{path}: missing, or not the file {manifest.path} was written with; fetch it again")
-    content: dict[str, list[str]] = json.loads(path.read_text("utf-8"))
-    return {name for names in content.values() for name in names}
+    content = json.loads(path.read_text("utf-8"))
+    shares = {name: (low, high) for name, (low, high) in content.get("shares", {}).items()}
+    return SourceNames(frozenset([*content["training"], *content["held_out"]]), shares)
 
 
 def write_manifest(

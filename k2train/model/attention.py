@@ -1,6 +1,10 @@
 """Self-attention: one fused query/key/value product, rotary positions, causal attention, output product.
 
 Heads are split over tensor-parallel ranks; each rank sees the whole sequence here, also with sequence parallelism.
+
+Where attention stops at document borders, positions still count through the row: rotary makes a score depend on the
+distance of query and key only, so a document reads the same wherever it stands. Counting anew at every border was
+refused: it needs tables a row and changes nothing but rounding.
 """
 
 from torch import Tensor, nn
@@ -35,13 +39,13 @@ class Attention(nn.Module):
         self.qkv = ColumnLinear(hidden_size, names, tp, sequence, std)
         self.output = RowLinear(f"{prefix}.output.weight", hidden_size, hidden_size, tp, sequence, out_std)
 
-    def forward(self, x: Tensor, rotary: Rotary) -> Tensor:
+    def forward(self, x: Tensor, rotary: Rotary, mask: Tensor | None = None) -> Tensor:
         packed = self.qkv(x)
         s, b, _ = packed.shape
         packed = packed.view(s, b, self.heads + 2 * self.kv_heads, self.head_dim)
         q, k, v = packed.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
         q, k, v = (t.permute(1, 2, 0, 3) for t in (rotary(q), rotary(k), v))
-        mixed = self.kernel(q, k, v)
+        mixed = self.kernel(q, k, v, mask)
         return self.output(mixed.permute(2, 0, 1, 3).reshape(s, b, self.heads * self.head_dim))
 
     def extra_repr(self) -> str:

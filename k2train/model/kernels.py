@@ -13,22 +13,40 @@ from torch import Tensor
 
 from k2train.errors import ConfigError
 
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+Attention = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 Norm = Callable[[Tensor, Tensor, float], Tensor]
 
 
-def sdpa_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention by torch's scaled-dot-product kernel: q [b, n, s, d], k and v [b, n_kv, s, d] -> [b, n, s, d]."""
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+def document_mask(documents: Tensor) -> Tensor:
+    """Who may see whom when attention stops at document borders: documents [b, s] -> bool [b, 1, s, s].
+
+    True where the key is of the query's document and not after it. Built once a micro-batch and stage: at s = 8192 it is
+    64 MiB a sequence, kept until the backward of that micro-batch.
+    """
+    same = documents[:, None, :, None] == documents[:, None, None, :]
+    return same.tril_()
 
 
-def reference_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attention by torch's scaled-dot-product kernel: q [b, n, s, d], k and v [b, n_kv, s, d] -> [b, n, s, d].
+
+    Causal, or where `mask` is given by that alone: then torch takes a kernel that looks at every pair, since the one that
+    skips the future (flash) takes no mask.
+    """
+    grouped = q.shape[1] != k.shape[1]
+    if mask is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
+
+
+def reference_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """The same written out, softmax in fp32 (Vaswani et al. 2017, arXiv:1706.03762, equation 1)."""
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
-    future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
-    return scores.masked_fill(future, float("-inf")).softmax(dim=-1).to(v.dtype) @ v
+    if mask is None:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    return scores.masked_fill(~mask, float("-inf")).softmax(dim=-1).to(v.dtype) @ v
 
 
 def torch_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from k2train.model.attention import Attention
-from k2train.model.kernels import Kernels, Norm
+from k2train.model.kernels import Kernels, Norm, document_mask
 from k2train.model.layers import FeedForward, RMSNorm, Rotary
 from k2train.model.recompute import run_block
 from k2train.parallel.grid import Axis
@@ -73,8 +73,8 @@ class Block(nn.Module):
             f"{prefix}.mlp", a.hidden_size, a.ffn_hidden_size, tp, sequence, a.init_std, a.output_std
         )
 
-    def forward(self, x: Tensor, rotary: Rotary) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rotary)
+    def forward(self, x: Tensor, rotary: Rotary, mask: Tensor | None = None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rotary, mask)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -91,7 +91,11 @@ class Head(nn.Module):
 
 
 class Stage(nn.Module):
-    """One pipeline stage: tokens [b, s] or activations [s(/tp), b, h] in; activations or logits [s, b, v/tp] out."""
+    """One pipeline stage: tokens [b, s] or activations [s(/tp), b, h] in; activations or logits [s, b, v/tp] out.
+
+    With `documents` [b, s], the index of each token's document in its row, attention stops at document borders; without,
+    it is causal over the whole row.
+    """
 
     def __init__(
         self,
@@ -117,11 +121,12 @@ class Stage(nn.Module):
         """Give the stage its position tables; kept out of the module's state on purpose."""
         self.rotary = rotary
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, documents: Tensor | None = None) -> Tensor:
+        mask = None if documents is None else document_mask(documents)
         if self.embedding is not None:
             x = self.embedding(x)
         for block in self.blocks.values():
-            x = run_block(block, x, self.recompute, self.rotary)
+            x = run_block(block, x, self.recompute, self.rotary, mask)
         return x if self.head is None else self.head(x)
 
     def loss(self, logits: Tensor, tokens: Tensor) -> Tensor:
@@ -129,6 +134,10 @@ class Stage(nn.Module):
 
         Logits [s, b, v/tp]. A sum, not a mean: the caller divides once by the targets of the whole global batch, so that
         no split into micro-batches or ranks can change the weighting.
+
+        The first token of a document counts as a target of the </s> before it, also where attention stops at document
+        borders: so the number of targets is a fact of the config and not of the rows, and what is learned there is only
+        how documents begin. Leaving these targets out was refused.
         """
         assert self.head is not None, "only the last stage has a loss"
         labels = torch.full_like(tokens, IGNORE)

@@ -19,7 +19,18 @@ def keyed_permutation(n: int, seed: int, purpose: str) -> npt.NDArray[np.int64]:
     """A permutation of `range(n)` decided by (seed, purpose) and nothing else."""
     digest = hashlib.sha256(f"k2train permutation\0{seed}\0{purpose}".encode()).digest()
     words = np.random.Philox(key=int.from_bytes(digest[:16], "big")).random_raw(n)
-    return np.argsort(words, kind="stable").astype(np.int64)
+    return np.argsort(words, kind="stable").astype(np.int64, copy=False)
+
+
+def row_places(rows: int, seed: int, chunk: str) -> npt.NDArray[np.uint32]:
+    """`[rows]`: the row of the chunk at which each of its samples lies, these being counted subset after subset.
+
+    The rows are shuffled by (seed, chunk's name); while this is made it holds 16 bytes a row.
+    """
+    order = keyed_permutation(rows, seed, f"rows of {chunk}")
+    places = np.empty(rows, dtype=np.uint32)
+    places[order] = np.arange(rows, dtype=np.uint32)
+    return places
 
 
 def apportion(total: int, weights: Mapping[str, int]) -> dict[str, int]:
@@ -44,8 +55,8 @@ def allocate(available: Mapping[str, int], wanted: int | None, fill: str | None)
         return dict(available)
     if wanted > (total := sum(available.values())):
         raise DataError(
-            f"chunks x rows_per_chunk (with the held-out rows) needs {wanted} samples, the subsets hold {total}: lower "
-            f"one of them, or widen the shares"
+            f"chunks x rows_per_chunk needs {wanted} samples, the subsets hold {total} without what is held out: lower "
+            f"one of them, widen the shares, or raise a repeat"
         )
     others = {name: count for name, count in available.items() if name != fill}
     rest = wanted - sum(others.values())

@@ -3,20 +3,37 @@
 Raw text is data and never becomes a control token: `</s>` or `<fim_middle>` inside a document encodes as ordinary
 characters and decodes back exactly. Specials are inserted by id, by whoever builds a sample. Registering them with the
 model as user-defined symbols was refused, since then every document that quotes one would be parsed as one.
+
+Any model is read as one that leaves text alone: what it says of a leading space, of spaces to be merged and of
+characters to be replaced (LLaMA's says the first) is overruled in memory, while its bytes, and so its hash, stay. Telling
+the published models from ours and cutting their leading space off again was refused: pieces already merged with it.
+Decoding is a table of bytes, since sentencepiece's own drops a leading space and puts " \u2047 " for an unknown.
+
+Long texts are encoded in segments, cut where no piece of the model could reach across, so that the ids are those of the
+whole: sentencepiece slows down with the length of a text, to a third for a book, and its memory grows with it.
 """
 
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import sentencepiece
 
 from k2train.errors import DataError
 from k2train.files import AtomicFile
 
+Ids = npt.NDArray[np.int32]
+
 UNK_ID, BOS_ID, EOS_ID = 0, 1, 2
+
+LONGEST_LINE_BYTES = 2**16
+"""Training leaves longer lines out."""
 
 K2_SPECIAL_TOKENS = (
     "<fim_prefix>",
@@ -43,25 +60,83 @@ K2_SPECIAL_TOKENS = (
 # encoding and put in as its three UTF-8 bytes, which decode as what they are.
 _SPACE_MARK = "\u2581"
 
+# A serialized `ModelProto` that holds only `normalizer_spec {precompiled_charsmap: "" add_dummy_prefix: false
+# remove_extra_whitespaces: false}`. Protobuf reads two messages laid end to end as one in which the later value wins.
+_LEAVE_TEXT_ALONE = bytes([0x1A, 6, 0x12, 0, 0x18, 0, 0x20, 0])
+
+# What a model that changes text would change: spaces, line ends, characters that have another form, rare ones.
+_PROBE = "  a  b\t\r\n\n \0<s></s> \u00a0A\u030a\ufb01\uff21\ufeff\u200b\U0001d518\U0010fffd "
+
+_CONTROL, _USER_DEFINED, _BPE = 3, 4, 2
+_LIKE_A_CONTROL = re.compile(r"[<\[{|].*[>\]}|]", re.DOTALL)
+
+
+SEGMENT_CHARACTERS = 1024
+
+
+def is_encodable(text: str) -> bool:
+    """Whether text is Unicode: lone surrogates, which JSON can hold and UTF-8 cannot, have no ids."""
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
 
 class Tokenizer:
-    """A sentencepiece model of `base_size` pieces, and `specials` as ids `base_size ...` in their order."""
+    """A sentencepiece model of `base_size` pieces, and `specials` as ids `base_size ...` in their order.
+
+    Can be pickled: another process reads it from the model's bytes again. Raises DataError for bytes that are no
+    sentencepiece model, and for a model that would lose text or turn text into a control token.
+    """
 
     def __init__(self, model: bytes, specials: Sequence[str] = K2_SPECIAL_TOKENS) -> None:
         self.model = model
         self.specials = tuple(specials)
         try:
-            self._pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
-        except RuntimeError as error:
-            raise DataError(f"tokenizer.model: not a sentencepiece model ({error})") from None
+            # First, since a model cut off in the middle would swallow what is laid behind it.
+            kind, pieces = _content_of(model)
+            self._pieces = sentencepiece.SentencePieceProcessor(model_proto=model + _LEAVE_TEXT_ALONE)
+        except (RuntimeError, _CutOff) as error:
+            reason = str(error).strip().replace("\n", " ")
+            raise DataError(f"tokenizer.model: not a sentencepiece model ({reason})") from None
         self.base_size: int = self._pieces.get_piece_size()
-        ids = (self._pieces.unk_id(), self._pieces.bos_id(), self._pieces.eos_id())
-        if ids != (UNK_ID, BOS_ID, EOS_ID):
-            raise DataError(f"tokenizer.model: ids of <unk>, <s>, </s> are {ids}, must be {(UNK_ID, BOS_ID, EOS_ID)}")
+        self._check_pieces(pieces)
+        texts = [piece.replace(_SPACE_MARK, " ") for piece, _ in pieces]
+        # Merges of a BPE are local: without a piece that holds both sides, no merge reaches over the cut.
+        self._cut_after_line = kind == _BPE and not any("\n" in text[:-1] for text in texts)
+        self._cut_before_space = kind == _BPE and not any(map(re.compile("[^ ] ").search, texts))
         byte_ids = [self._pieces.piece_to_id(f"<0x{byte:02X}>") for byte in range(256)]
         if UNK_ID in byte_ids:
             raise DataError("tokenizer.model: has no byte fallback, so some text would be lost; train it with it")
-        self._space_mark_ids = [byte_ids[byte] for byte in _SPACE_MARK.encode()]
+        self._space_mark_ids = np.array([byte_ids[byte] for byte in _SPACE_MARK.encode()], dtype=np.int32)
+        if self.decode(self.encode(_PROBE)) != _PROBE:
+            raise DataError("tokenizer.model: does not give text back as it was; train it with byte fallback")
+
+    def _check_pieces(self, pieces: Sequence[tuple[str, int]]) -> None:
+        ids = (self._pieces.unk_id(), self._pieces.bos_id(), self._pieces.eos_id())
+        if ids != (UNK_ID, BOS_ID, EOS_ID):
+            raise DataError(f"tokenizer.model: ids of <unk>, <s>, </s> are {ids}, must be {(UNK_ID, BOS_ID, EOS_ID)}")
+        for piece, kind in pieces:
+            if kind not in (_CONTROL, _USER_DEFINED):
+                continue
+            text = piece.replace(_SPACE_MARK, " ").strip()
+            if text in self.specials:
+                raise DataError(
+                    f"tokenizer.model: {piece!r} is one of its user-defined or control pieces and a special token too, "
+                    f"so it would have two ids; leave it out of tokenizer.specials, or take a model without it"
+                )
+            # Runs of spaces and the like may be marked by hand: they are text, and decode as the text they came from.
+            if kind == _USER_DEFINED and _LIKE_A_CONTROL.fullmatch(text):
+                raise DataError(
+                    f"tokenizer.model: {piece!r} is a user-defined piece, so a document that quotes it would turn into "
+                    f"a control token; take a model without it, and name it in tokenizer.specials"
+                )
+
+    def __reduce__(self) -> tuple[type["Tokenizer"], tuple[bytes, tuple[str, ...]]]:
+        return Tokenizer, (self.model, self.specials)
 
     @property
     def vocab_size(self) -> int:
@@ -83,42 +158,79 @@ class Tokenizer:
 
         Raises DataError for text that is not Unicode (lone surrogates).
         """
-        return self.encode_all([text])[0]
+        return self.encode_arrays([text])[0].tolist()
 
     def encode_all(self, texts: Sequence[str], num_threads: int = 1) -> list[list[int]]:
         """`encode` of many texts; the number of threads changes the time, never the ids."""
+        return [ids.tolist() for ids in self.encode_arrays(texts, num_threads)]
+
+    def encode_arrays(self, texts: Sequence[str], num_threads: int = 1) -> list[Ids]:
+        """`encode` of many texts as int32 arrays, the fast road; do not write into them."""
         try:
-            parts = [part.encode() for text in texts for part in text.split(_SPACE_MARK)]
+            segments = [self._segments(text) for text in texts]
         except UnicodeEncodeError as error:
             raise DataError(f"text is not valid Unicode ({error.reason} at character {error.start})") from None
-        encoded: list[list[int]] = self._pieces.encode(parts, num_threads=num_threads) if parts else []
-        ids, done = [], 0
-        for text in texts:
-            document = list(encoded[done])
-            marks = text.count(_SPACE_MARK)
-            for part in encoded[done + 1 : done + 1 + marks]:
-                document += self._space_mark_ids + part
-            ids.append(document)
-            done += 1 + marks
+        parts = [segment for own in segments for segment in own if segment is not None]
+        encoded = iter(self._pieces.encode_as_numpy(parts, num_threads=num_threads) if parts else [])
+        ids: list[Ids] = []
+        for own in segments:
+            arrays = [self._space_mark_ids if segment is None else next(encoded) for segment in own]
+            ids.append(arrays[0] if len(arrays) == 1 else np.concatenate(arrays))
         return ids
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids; `</s>`, `<s>` and special tokens appear by name. Exact inverse of `encode` on its own output."""
-        text, run = [], []
-        for token in ids:
-            if token >= self.vocab_size or token < 0:
-                raise DataError(f"id {token} is not below the tokenizer's vocab_size ({self.vocab_size})")
-            if token < self.base_size and not self._pieces.is_control(int(token)):
-                run.append(int(token))
-                continue
-            text += [self._pieces.decode(run), self._name(token)]
-            run = []
-        return "".join([*text, self._pieces.decode(run)])
+    def _segments(self, text: str) -> list[bytes | None]:
+        """UTF-8 of the parts to be encoded each by itself; None stands for the space mark."""
+        if len(text) <= SEGMENT_CHARACTERS and _SPACE_MARK not in text:
+            return [text.encode()]
+        segments: list[bytes | None] = []
+        for number, part in enumerate(text.split(_SPACE_MARK)):
+            segments += [None] if number else []
+            start = 0
+            while start < len(part) or not segments:
+                end = self._cut(part, start)
+                segments.append(part[start:end].encode())
+                start = end
+        return segments
 
-    def _name(self, token: int) -> str:
-        if token >= self.base_size:
-            return self.specials[token - self.base_size]
-        return str(self._pieces.id_to_piece(int(token)))
+    def _cut(self, text: str, start: int) -> int:
+        """Where the segment that begins at `start` ends: at a line or a word near SEGMENT_CHARACTERS, or behind that."""
+        bound = start + SEGMENT_CHARACTERS
+        if bound >= len(text):
+            return len(text)
+        if self._cut_after_line and (found := text.rfind("\n", start, bound)) >= 0:
+            return found + 1
+        if self._cut_before_space:
+            found = text.rfind(" ", start, bound)
+            while found > start and text[found - 1] == " ":
+                found -= 1
+            if found > start:
+                return found
+        return (text.find("\n", bound) + 1 or len(text)) if self._cut_after_line else len(text)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of ids; `</s>`, `<s>` and special tokens appear by name. Exact inverse of `encode` on its own output.
+
+        Any slice of ids decodes: where it starts or ends inside a character, that comes as U+FFFD. Raises DataError
+        for an id that the tokenizer does not have.
+        """
+        return self.decode_bytes(ids).decode("utf-8", "replace")
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """UTF-8 of ids, each by itself: the bytes of slices laid end to end are the bytes of the whole."""
+        surfaces, found = self._surfaces, []
+        for token in ids.tolist() if isinstance(ids, np.ndarray) else ids:
+            if not 0 <= token < len(surfaces):
+                raise DataError(f"id {token} is not below the tokenizer's vocab_size ({self.vocab_size})")
+            found.append(surfaces[token])
+        return b"".join(found)
+
+    @cached_property
+    def _surfaces(self) -> list[bytes]:
+        names = [self._pieces.id_to_piece(token) for token in range(self.base_size)]
+        surfaces = [name.replace(_SPACE_MARK, " ").encode() for name in names]
+        for byte in range(256):
+            surfaces[self._pieces.piece_to_id(f"<0x{byte:02X}>")] = bytes([byte])
+        return surfaces + [name.encode() for name in self.specials]
 
     def save(self, path: Path) -> None:
         """Write the sentencepiece model, whole or not at all."""
@@ -136,13 +248,60 @@ class Tokenizer:
         return cls(model, specials)
 
 
+def _content_of(model: bytes) -> tuple[int, list[tuple[str, int]]]:
+    """Kind of a serialized model, and (piece, kind) of its pieces.
+
+    Sentencepiece does not tell user-defined pieces from ordinary ones, and its own reader of models needs protobuf.
+    """
+    model_kind, pieces = 1, []
+    for number, content in _fields(model):
+        facts = dict(_fields(content)) if number in (1, 2) and isinstance(content, bytes) else {}
+        third = facts.get(3, 1)
+        if number == 2 and isinstance(third, int):
+            model_kind = third
+        elif number == 1 and isinstance(third, int) and isinstance(piece := facts.get(1, b""), bytes):
+            pieces.append((piece.decode("utf-8", "replace"), third))
+    return model_kind, pieces
+
+
+class _CutOff(Exception):
+    pass
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """(field number, value) of a protobuf message. Raises _CutOff when it ends inside a field, or is no such message."""
+    at = 0
+    while at < len(message):
+        key, at = _varint(message, at)
+        kind = key & 7
+        if kind == 0:
+            value, at = _varint(message, at)
+            yield key >> 3, value
+            continue
+        size, at = _varint(message, at) if kind == 2 else ({1: 8, 5: 4}.get(kind, len(message)), at)
+        if at + size > len(message):
+            raise _CutOff("ends inside a field")
+        yield key >> 3, message[at : at + size]
+        at += size
+
+
+def _varint(message: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    for place in range(at, min(at + 10, len(message))):
+        value |= (message[place] & 0x7F) << shift
+        if message[place] < 0x80:
+            return value, place + 1
+        shift += 7
+    raise _CutOff("ends inside a number")
+
+
 def train_tokenizer(texts: Iterable[str], vocab_size: int, specials: Sequence[str] = K2_SPECIAL_TOKENS) -> Tokenizer:
     """Train a BPE of `vocab_size` pieces (specials not counted) on lines of `texts`; equal texts give equal bytes.
 
     Raises DataError when the texts are too few for the vocabulary.
     """
     model = io.BytesIO()
-    lines = (line for text in texts for line in text.split("\n") if line.strip())
+    lines = (line for text in texts for line in text.split("\n") if line.strip() and is_encodable(line))
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=lines,
@@ -159,12 +318,14 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, specials: Sequence[st
             bos_id=BOS_ID,
             eos_id=EOS_ID,
             pad_id=-1,
-            max_sentence_length=2**16,
+            max_sentence_length=LONGEST_LINE_BYTES,
             num_threads=1,  # with two threads the trainer finds other merges
             minloglevel=2,
         )
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1]
+        # Sentencepiece names its source file first; the bound it found, where it did, stands at the end.
+        bound = re.search(r"value <= (\d+)", str(error))
+        reason = f"the most is {bound[1]}" if bound else str(error).strip().splitlines()[-1]
         raise DataError(
             f"tokenizer.train.vocab_size ({vocab_size}) cannot be reached with this text: {reason}"
         ) from None

@@ -1,0 +1,158 @@
+"""Where documents begin inside the rows of a chunk: `chunk_000.borders.npy`, beside the chunk, only where it was asked for.
+
+A plain NumPy array, uint64 `[borders]`, ascending: the position row * sequence_length + start of each first token of a
+document that does not stand at the beginning of its row. The beginning of a row is always a border and is never listed,
+so what a row needs is in the file and not in the row before it. Positions were chosen over a document number a token,
+which is as large as the chunk: documents are hundreds of tokens long, and one range of rows is found by bisection.
+Reading them from the provenance parquet was refused: it needs a library that training does without.
+"""
+
+import hashlib
+import io
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from k2train.errors import DataError
+from k2train.files import AtomicFile
+
+DTYPE = np.dtype("<u8")
+BLOCK_BORDERS = 2**20
+"""Borders read at a time when a file is verified: 8 MiB."""
+
+Borders = npt.NDArray[np.uint64]
+Header = tuple[int, tuple[int, ...], bool, np.dtype[Any]]
+
+
+def read_header(stream: IO[bytes]) -> Header:
+    """Bytes before the data, shape, column order and dtype of a `.npy` of version 1.
+
+    Raises ValueError or EOFError where there is none.
+    """
+    version = np.lib.format.read_magic(stream)
+    if version != (1, 0):
+        raise ValueError(f"it is version {version[0]}.{version[1]}")
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+    return stream.tell(), shape, fortran, dtype
+
+
+def write_borders(path: Path, positions: npt.ArrayLike) -> str:
+    """Write ascending positions `[borders]` in tokens from the start of the chunk, row beginnings left out.
+
+    The file appears whole or not at all; returns its sha256, for the manifest.
+    """
+    values = np.ascontiguousarray(positions, dtype=DTYPE)
+    assert values.ndim == 1 and bool((values[1:] > values[:-1]).all()), f"{path}: positions do not ascend"
+    content = io.BytesIO()
+    np.lib.format.write_array(content, values, version=(1, 0))
+    with AtomicFile(path) as stream:
+        stream.write(content.getbuffer())
+    return hashlib.sha256(content.getbuffer()).hexdigest()
+
+
+def check_borders(path: Path, where: str) -> tuple[int, int]:
+    """Bytes before the first border, and how many there are, after header and file size were compared.
+
+    Raises DataError, `where` (the chunk's name) in front.
+    """
+    where = f"{where} ({path})"
+    try:
+        with path.open("rb") as stream:
+            actual_bytes = os.fstat(stream.fileno()).st_size
+            offset, shape, _, dtype = read_header(stream)
+    except OSError as error:
+        raise DataError(f"{where}: cannot be read ({error.strerror}); fetch it again or prepare the data") from None
+    except (ValueError, EOFError) as error:
+        raise DataError(f"{where}: no NumPy header of version 1 ({error}); fetch it again") from None
+    if dtype != DTYPE or len(shape) != 1:
+        raise DataError(f"{where}: holds {dtype} {list(shape)}, borders are uint64 of one dimension; fetch it again")
+    expected_bytes = offset + shape[0] * DTYPE.itemsize
+    if actual_bytes != expected_bytes:
+        what = "truncated" if actual_bytes < expected_bytes else "too long"
+        raise DataError(f"{where}: {what}: {actual_bytes} bytes, must be {expected_bytes}; fetch it again")
+    return offset, shape[0]
+
+
+def open_borders(path: Path, where: str) -> Borders:
+    """The borders of a chunk as a read-only memory map, after the cheap checks only. Raises DataError."""
+    check_borders(path, where)
+    mapped: Borders = np.load(path, mmap_mode="r")
+    return mapped
+
+
+def verify_borders(
+    path: Path,
+    where: str,
+    sha256: str,
+    rows: int,
+    sequence_length: int,
+    stopped: Callable[[], bool] | None = None,
+) -> None:
+    """Read the whole file once, in blocks: its sha256, and that every border is a place inside one of `rows` rows.
+
+    `stopped` is asked between blocks, and True ends the check early without a verdict. Raises DataError.
+    """
+    offset, _ = check_borders(path, where)
+    digest = hashlib.sha256()
+    bad, index, before = "", 0, -1
+    with path.open("rb") as stream:
+        digest.update(stream.read(offset))
+        while block := stream.read(BLOCK_BORDERS * DTYPE.itemsize):
+            if stopped is not None and stopped():
+                return
+            digest.update(block)
+            values = np.frombuffer(block, dtype=DTYPE)
+            bad = bad or bad_border(values, range(rows), sequence_length, index, before)
+            index, before = index + len(values), int(values[-1])
+    same = digest.hexdigest() == sha256
+    if bad:
+        raise DataError(
+            f"{where} ({path}): {bad}" + ("" if same else "; its sha256 is not the manifest's either; fetch it again")
+        )
+    if not same:
+        raise DataError(
+            f"{where} ({path}): sha256 is {digest.hexdigest()[:16]}, the manifest says {sha256[:16]}; "
+            f"fetch the file again or prepare the data anew"
+        )
+
+
+def bad_border(values: Borders, rows: range, sequence_length: int, index: int = 0, before: int = -1) -> str:
+    """Words about the first of `values` that is no border inside `rows`; empty when there is none.
+
+    `index` is that of the first value in its file, `before` the border in front of it.
+    """
+    low, high = rows.start * sequence_length, rows.stop * sequence_length
+    # A value beyond int64 turns negative here, and so falls outside the rows too.
+    places = values.astype(np.int64)
+    earlier = np.concatenate((np.array([before], dtype=np.int64), places[:-1]))
+    wrong = (places <= earlier) | (places < low) | (places >= high) | (places % sequence_length == 0)
+    if not wrong.any():
+        return ""
+    i = int(np.flatnonzero(wrong)[0])
+    place = int(values[i])
+    told = f"border {index + i} is position {place} (row {place // sequence_length}, token {place % sequence_length})"
+    if places[i] < low or places[i] >= high:
+        return f"{told}, outside rows {rows.start} to {rows.stop - 1} of {sequence_length} tokens"
+    if places[i] <= earlier[i]:
+        return f"{told}, not above the one before it, {int(earlier[i])}"
+    return f"{told}: a row's beginning is a border without being listed"
+
+
+def documents_of(borders: Borders, rows: range, sequence_length: int, where: str = "borders") -> npt.NDArray[np.int32]:
+    """int32 `[len(rows), sequence_length]`: for each token the index, from 0, of its document in its row.
+
+    Reads the borders of these rows only. Raises DataError naming `where` and the position for what is no border of them.
+    """
+    ends = np.array([rows.start * sequence_length, rows.stop * sequence_length], dtype=np.uint64)
+    # Of the file's own type: with a Python number NumPy would turn the whole mapped file into floats to compare them.
+    low, high = (int(i) for i in np.searchsorted(borders, ends))
+    here = borders[low:high]
+    if bad := bad_border(here, rows, sequence_length, low):
+        raise DataError(f"{where}: {bad}; fetch the file again or prepare the data anew")
+    begins = np.zeros(len(rows) * sequence_length, dtype=np.int32)
+    begins[here.astype(np.int64) - rows.start * sequence_length] = 1
+    return begins.reshape(len(rows), sequence_length).cumsum(axis=1, dtype=np.int32)

@@ -1,0 +1,54 @@
+"""Numbers, names and aligned columns as people read them; standard library only.
+
+Names come from documents that anyone may have written, so characters that would move a terminal's cursor or change its
+colours are shown as escapes. Printing them as they are was refused: a file name could then rewrite the table around it.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+LEFT = {"subset", "source", "document", "chunk", "state", "sha256", "fim"}
+"""Headings of the columns that hold words."""
+UNKNOWN = "-"
+_UNSAFE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Aligned columns under their headings, numbers to the right; a column with nothing known in it is left out."""
+    kept = [i for i in range(len(headings)) if not rows or any(cells[i] not in ("", UNKNOWN) for cells in rows)]
+    widths = {i: max(len(cells[i]) for cells in (headings, *rows)) for i in kept}
+    return [
+        "  ".join(cells[i].ljust(w) if headings[i] in LEFT else cells[i].rjust(w) for i, w in widths.items()).rstrip()
+        for cells in (headings, *rows)
+    ]
+
+
+def number(value: Any) -> str:
+    """`1,204`; `-` for what is not known."""
+    return UNKNOWN if value is None else f"{value:,}"
+
+
+def percent(part: int, whole: int) -> str:
+    """`54.54%`."""
+    return f"{100 * part / max(1, whole):.2f}%"
+
+
+def counted(count: int, what: str) -> str:
+    """`1 chunk`, `1,204 chunks`."""
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
+def span_text(first: int, last: int) -> str:
+    """`3` or `3 to 7`."""
+    return f"{first:,}" if first == last else f"{first:,} to {last:,}"
+
+
+def clean(text: Any) -> str:
+    """A name, safe to print; `-` for none."""
+    return UNKNOWN if text is None else safe(str(text)).replace("\n", "\\n").replace("\t", "\\t")
+
+
+def safe(text: str) -> str:
+    """Text with every control character but newline and tab as an escape."""
+    return _UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)

@@ -1,0 +1,231 @@
+"""K2's chunk files, `chunk_<i>.jsonl`, to a data folder and back: the same ids in the same order.
+
+A chunk is a task of its own and knows nothing of the others. Its `.npy` and `.parquet` are written under another name and
+renamed, and a record, written last, makes it done; so an import that was killed goes on where it was, with the same
+command. All lies in `<output>.work/` until the last chunk is there, then the folder is renamed to `output`.
+
+The chunk keeps K2's number and its lines their order. One big task, or all chunks through one reader, was refused: K2's
+stage 1 is 360 files of 20 GB. `sources.json` is left out on purpose: K2 names files of which each stage took other
+lines, so equal names do not mean equal data.
+"""
+
+import os
+import re
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
+from contextlib import suppress
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from k2train.data.chunk import ChunkInfo, Manifest, check_files, read_manifest, write_manifest
+from k2train.data.manifest import MANIFEST_NAME
+from k2train.data.prepare.k2_chunk import ROAD, ImportTask, export_chunk, finished, first_ids, import_chunk
+from k2train.data.prepare.k2_provenance import require_pyarrow
+from k2train.data.prepare.progress import Progress
+from k2train.data.prepare.tokenizer import Tokenizer
+from k2train.errors import DataError
+from k2train.files import sync_directory
+
+UNKNOWN_TOKENIZER = "unknown: imported without a tokenizer"
+"""Stands for the tokenizer's hash where none was given; two such folders are taken to have the same."""
+TOKENIZER_NAME = "tokenizer.model"
+
+
+def import_k2(
+    source: Path,
+    output: Path,
+    *,
+    vocab_size: int = 32032,
+    tokenizer: Path | None = None,
+    tokenizer_sha256: str | None = None,
+    workers: int = 1,
+    progress: Progress | None = None,
+    force: bool = False,
+) -> Manifest:
+    """Make the data folder `output` of the `chunk_<i>.jsonl` (or `.jsonl.zst`) in `source`, or find it made.
+
+    The length of the first line is that of all samples. Without `tokenizer`, which is copied, or its hash, the manifest
+    says that it is unknown. Files of the same names and sizes as an earlier import are taken for the same; `force`
+    imports them anew, and replaces a folder of other data. Raises DataError: file:line for a broken one.
+    """
+    require_pyarrow()
+    progress = progress or Progress(None)
+    files = find_chunks(source)
+    given = Tokenizer.load(tokenizer) if tokenizer is not None else None
+    if given is not None and given.vocab_size > vocab_size:
+        raise DataError(
+            f"vocab_size ({vocab_size}) must be at least that of {tokenizer} ({given.vocab_size}): raise it"
+        )
+    if given is not None and tokenizer_sha256 not in (None, given.sha256):
+        raise DataError(f"{tokenizer}: its hash is {given.sha256[:16]}, tokenizer_sha256 says {tokenizer_sha256!r:.18}")
+    meaning = given.sha256 if given is not None else tokenizer_sha256 or UNKNOWN_TOKENIZER
+    facts: dict[str, Any] = {
+        "name": output.name,
+        "imported": {
+            "road": ROAD,
+            "files": [{"file": path.name, "bytes": path.stat().st_size} for path in files.values()],
+        },
+    }
+    if given is not None:
+        facts["tokenizer"] = {"file": TOKENIZER_NAME, "specials": list(given.specials)}
+    work = output.with_name(output.name + ".work") / "k2_import"
+    if found := _found(output, facts["imported"], meaning, vocab_size, force):
+        _remove(work)
+        return found
+    records, target = work / "records", work / "data"
+    length = len(first_ids(next(iter(files.values()))))
+    tasks = [ImportTask(path, f"chunk_{i:03d}", target, records, length, vocab_size) for i, path in files.items()]
+    try:
+        for folder in (records, target):
+            folder.mkdir(parents=True, exist_ok=True)
+        infos = _run(tasks, workers, progress)
+    finally:
+        if records.is_dir() and not any(records.iterdir()):
+            _remove(work)
+    if given is not None:
+        given.save(target / TOKENIZER_NAME)
+    facts["account"] = _account(infos)
+    _sweep(target, infos)
+    write_manifest(
+        target,
+        tokenizer_sha256=meaning,
+        sequence_length=length,
+        vocab_size=vocab_size,
+        chunks=infos,
+        facts=facts,
+    )
+    _rename(target, output)
+    _remove(work)
+    return read_manifest(output)
+
+
+def find_chunks(source: Path) -> dict[int, Path]:
+    """The chunk files of a folder by ascending number. Raises DataError: none, one missing between two, one twice."""
+    files: dict[int, Path] = {}
+    if not source.is_dir():
+        raise DataError(f"{source}: is no folder; give the one that holds K2's chunk_<i>.jsonl")
+    for path in sorted(source.iterdir()):
+        if found := re.fullmatch(r"chunk_(\d+)\.jsonl(\.zst)?", path.name):
+            number = int(found[1])
+            if number in files:
+                raise DataError(f"{source}: {files[number].name} and {path.name} are the same chunk; remove one")
+            files[number] = path
+    if not files:
+        raise DataError(f"{source}: holds no chunk_<i>.jsonl and no chunk_<i>.jsonl.zst")
+    numbers = sorted(files)
+    if missing := sorted(set(range(numbers[0], numbers[-1])) - set(numbers)):
+        listed = ", ".join(f"chunk_{i}" for i in missing[:3]) + (", ..." if len(missing) > 3 else "")
+        raise DataError(
+            f"{source}: {len(missing)} of chunk_{numbers[0]} to chunk_{numbers[-1]} missing ({listed}); fetch them"
+        )
+    return {number: files[number] for number in numbers}
+
+
+def _found(output: Path, imported: Mapping[str, Any], meaning: str, vocab_size: int, force: bool) -> Manifest | None:
+    """The manifest of `output` when it is this import already. Raises DataError when it must not be replaced."""
+    if not output.exists():
+        return None
+    whole = (output / MANIFEST_NAME).is_file()
+    if not whole and (not output.is_dir() or any(output.iterdir())):
+        raise DataError(f"output: {output} exists and is no data folder; name another, or move it away")
+    if force or not whole:
+        return None
+    before = read_manifest(output)
+    same = (before.facts.get("imported"), before.tokenizer_sha256, before.vocab_size)
+    if same != (imported, meaning, vocab_size):
+        raise DataError(f"output: {output} holds other data: name another, or give --force to replace it")
+    check_files(before)
+    return before
+
+
+def _run(tasks: Sequence[ImportTask], workers: int, progress: Progress) -> list[ChunkInfo]:
+    done = {task.name: info for task in tasks if (info := finished(task))}
+    left = [task for task in tasks if task.name not in done]
+    if workers == 1 or len(left) == 1:
+        for task in progress.over("import", left, unit="chunks"):
+            done[task.name] = import_chunk(task)
+    elif left:
+        with ProcessPoolExecutor(min(workers, len(left)), get_context("spawn")) as pool:
+            futures = [pool.submit(import_chunk, task) for task in left]
+            for future in progress.over("import", _completed(pool, futures), total=len(left), unit="chunks"):
+                info = future.result()
+                done[info.name] = info
+    return [done[task.name] for task in tasks]
+
+
+def _completed(pool: Executor, futures: Sequence[Future[ChunkInfo]]) -> Iterator[Future[ChunkInfo]]:
+    for future in as_completed(futures):
+        if future.exception() is not None:
+            pool.shutdown(wait=False, cancel_futures=True)
+        yield future
+
+
+def _account(infos: Sequence[ChunkInfo]) -> dict[str, dict[str, int]]:
+    """Tokens and samples of each subset. K2 does not say what it left over, so nothing is."""
+    totals: Counter[str] = Counter()
+    for info in infos:
+        totals.update(info.tokens_per_subset)
+    length = infos[0].tokens // infos[0].rows
+    return {
+        name: {
+            "documents": tokens // length,
+            "tokens": tokens,
+            "used_samples": tokens // length,
+            "used_tokens": tokens,
+            "unused_tokens": 0,
+            "tail_tokens": 0,
+            "held_out_tokens": 0,
+            "held_out_unused_tokens": 0,
+        }
+        for name, tokens in sorted(totals.items())
+    }
+
+
+def _sweep(target: Path, infos: Sequence[ChunkInfo]) -> None:
+    # A killed attempt, or one over other files, may have left something beside the chunks of this one.
+    kept = {TOKENIZER_NAME, *(name for info in infos for name in (info.file, str(info.provenance)))}
+    for path in target.iterdir():
+        if path.name not in kept:
+            path.unlink()
+
+
+def _rename(target: Path, output: Path) -> None:
+    old = output.with_name(output.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if output.exists():
+        os.replace(output, old)
+    os.replace(target, output)
+    sync_directory(output.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _remove(work: Path) -> None:
+    shutil.rmtree(work, ignore_errors=True)
+    with suppress(OSError):
+        work.parent.rmdir()
+
+
+def export_k2(manifest: Manifest, destination: Path, progress: Progress | None = None) -> list[Path]:
+    """Write `chunk_<i>.jsonl` for each training chunk; an imported folder gives back the lines it was imported from.
+
+    Of a row of several documents the first one's source and name are told; see `ProvenanceReader`. Every chunk is
+    checked byte for byte before it is written, and each file appears whole. The held-out chunk stays: K2 has none.
+    Raises DataError: a damaged chunk, no provenance, a chunk without a number, a destination with other chunks in it.
+    """
+    require_pyarrow()
+    files: dict[str, ChunkInfo] = {}
+    for info in manifest.chunks:
+        found = re.fullmatch(r"chunk_(\d+)", info.name)
+        if found is None or info.provenance is None:
+            what = "its name has no number: chunk_<i>" if found is None else "it has no provenance"
+            raise DataError(f"{manifest.path}: {info.name} cannot be exported: {what}")
+        files[f"chunk_{int(found[1])}.jsonl"] = info
+    destination.mkdir(parents=True, exist_ok=True)
+    if others := sorted(path.name for path in destination.glob("chunk_*.jsonl*") if path.name not in files):
+        raise DataError(f"{destination}: holds {others[0]}, which is not of {manifest.path}; name another folder")
+    for name, info in (progress or Progress(None)).over("export", list(files.items()), unit="chunks"):
+        export_chunk(manifest, info, destination / name)
+    return [destination / name for name in files]

@@ -1,0 +1,130 @@
+"""What the plan decided, as the chunk tasks read it: which samples each chunk takes, and where their documents lie.
+
+Beside `plan.json` lie, for each pass of a subset, three plain files over its documents in the order of its runs:
+
+    0_000.masks    uint8 [documents]: 0 left out, 1 training, 2 held out
+    0_000.marks    uint64: a run's tokens before its documents 0, 256, 512, ...
+    0_000.buckets  int64 [4, buckets + 1]: training tokens, held-out tokens, training documents, held-out documents
+                   before each bucket, a bucket being the documents whose keys have the same leading bits
+
+One file a pass was chosen over one a run, of which a large preparation has tens of thousands.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from k2train.errors import DataError
+
+TRAINING, HELD_OUT_TEXT = 1, 2
+"""Values of a mask; 0 is left out."""
+MARK_DOCUMENTS = 256
+KEY_BITS = 64
+PLAN_NAME = "plan.json"
+
+Longs = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class RunPlace:
+    """A run: its file from the work folder, its size, and where it begins in the masks and marks of its pass."""
+
+    path: str
+    documents: int
+    tokens: int
+    first: int
+    mark: int
+
+
+@dataclass(frozen=True)
+class PassPlan:
+    """One pass of a subset. `files` is the name of its three files without the ending; keys are cut by `bits`."""
+
+    folder: Path
+    files: str
+    bits: int
+    runs: tuple[RunPlace, ...]
+
+    def path(self, kind: str) -> Path:
+        return self.folder / f"{self.files}.{kind}"
+
+    @cached_property
+    def buckets(self) -> Longs:
+        """int64 `[4, buckets + 1]`."""
+        return np.fromfile(self.path("buckets"), dtype=np.int64).reshape(4, -1)
+
+    def tokens_before(self, mask: int) -> Longs:
+        """Tokens with that mask in front of each bucket, and all of them at the end."""
+        return self.buckets[mask - 1]
+
+    def documents_before(self, mask: int) -> Longs:
+        return self.buckets[mask + 1]
+
+    def bucket_range(self, mask: int, start: int, stop: int) -> tuple[int, int]:
+        """The buckets that hold the tokens `start:stop` of the pass: first, and the one after the last."""
+        before = self.tokens_before(mask)
+        first = int(np.searchsorted(before, start, side="right")) - 1
+        return first, int(np.searchsorted(before, stop, side="left"))
+
+    @property
+    def entry(self) -> dict[str, Any]:
+        return {"files": self.files, "bits": self.bits, "runs": [list(asdict(run).values()) for run in self.runs]}
+
+
+@dataclass(frozen=True)
+class SubsetPlan:
+    """A subset's passes and how many training tokens one of them holds."""
+
+    name: str
+    training_tokens: int
+    passes: tuple[PassPlan, ...]
+
+    def parts(self, start: int, stop: int) -> list[tuple[int, int, int]]:
+        """The tokens `start:stop` of the stream as (pass, start in it, stop in it)."""
+        size = self.training_tokens
+        if start == stop:
+            return []
+        passes = range(start // size, (stop - 1) // size + 1)
+        return [(p, max(start - p * size, 0), min(stop - p * size, size)) for p in passes]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`chunks[name][subset]` is the range of samples, of the held-out stream where the name is `held_out`.
+
+    `sources` are the keys of all sources, ascending; `block_rows` is how many rows a row group of the provenance has.
+    """
+
+    sources: tuple[str, ...]
+    vocab_size: int
+    sequence_length: int
+    block_rows: int
+    subsets: tuple[SubsetPlan, ...]
+    chunks: dict[str, dict[str, range]]
+
+    @classmethod
+    def read(cls, folder: Path) -> "Plan":
+        """The plan of a work folder. Raises DataError when there is none yet."""
+        folder = folder / "plan"
+        try:
+            content = json.loads((folder / PLAN_NAME).read_text("utf-8"))
+        except OSError as error:
+            raise DataError(f"{folder / PLAN_NAME}: no plan ({error.strerror}); start the preparation again") from None
+        subsets = []
+        for entry in content["subsets"]:
+            passes = [
+                PassPlan(folder, item["files"], item["bits"], tuple(RunPlace(*run) for run in item["runs"]))
+                for item in entry["passes"]
+            ]
+            subsets.append(SubsetPlan(entry["name"], entry["training_tokens"], tuple(passes)))
+        chunks = {
+            name: {subset: range(*samples) for subset, samples in parts.items()}
+            for name, parts in content["chunks"].items()
+        }
+        facts = {key: content[key] for key in ("vocab_size", "sequence_length", "block_rows")}
+        return cls(tuple(content["sources"]), **facts, subsets=tuple(subsets), chunks=chunks)

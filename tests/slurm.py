@@ -1,0 +1,217 @@
+"""A private SLURM of several nodes on this machine: munge, one controller, and one slurmd a node, in a temporary folder.
+
+    with Cluster(["n1", "n2"]) as cluster:
+        cluster.run("sbatch", "--wrap", "hostname")
+
+`cluster.environment` is what a command needs to find it. The nodes share this machine's disk, as nodes of a cluster
+share theirs; each believes to have the processors and the memory it is given, whatever there is. Nothing is left when
+the with statement ends: jobs are cancelled, and every daemon and what it started is waited for.
+"""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+REQUIRED = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scontrol", "srun")
+DAEMON_PATH = "/usr/sbin:/sbin"
+START_SECONDS = 60
+FIRST_PORT = 17000
+
+
+def why_not() -> str | None:
+    """Why no cluster can be made here; None when one can."""
+    missing = [name for name in REQUIRED if find(name) is None]
+    if missing:
+        return f"SLURM is not installed ({', '.join(missing)}): apt-get install slurmctld slurmd slurm-client munge"
+    return None if os.geteuid() == 0 else "slurmd has to be started by root"
+
+
+def find(name: str) -> str | None:
+    return shutil.which(name, path=f"{os.environ['PATH']}:{DAEMON_PATH}")
+
+
+class Cluster:
+    """Nodes of `processors` and `memory_mb` each, in one partition `main`; `settings` are further lines of slurm.conf."""
+
+    def __init__(
+        self, nodes: Sequence[str] = ("n1", "n2"), processors: int = 2, memory_mb: int = 4000, settings: str = ""
+    ) -> None:
+        self.nodes, self.processors, self.memory_mb, self.settings = tuple(nodes), processors, memory_mb, settings
+        # munge's socket has to have a short name.
+        self.folder = Path(tempfile.mkdtemp(prefix="slurm-"))
+        self.environment = {**os.environ, "SLURM_CONF": str(self.folder / "slurm.conf")}
+        self.environment["PATH"] += f":{DAEMON_PATH}"
+        self.daemons: dict[str, subprocess.Popen[bytes]] = {}
+
+    def __enter__(self) -> "Cluster":
+        try:
+            self._configure()
+            self._start_munge()
+            self._start("slurmctld", "-D", "-i")
+            for node in self.nodes:
+                self._start("slurmd", "-D", "-N", node)
+            self._wait_until_idle()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with suppress(OSError, subprocess.SubprocessError):
+            self.run("scancel", f"--user={os.geteuid()}", check=False)
+            self._wait_until_idle(10)
+        children = descendants([process.pid for process in self.daemons.values()])
+        for process in reversed(self.daemons.values()):
+            process.terminate()
+        for process in reversed(self.daemons.values()):
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        for child in children | self.steps():
+            with suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def run(self, *command: str, check: bool = True, timeout: float = 60) -> str:
+        """What a command says on stdout, run against this cluster."""
+        done = subprocess.run(
+            command, env=self.environment, capture_output=True, text=True, timeout=timeout, check=False
+        )
+        assert not check or done.returncode == 0, f"{command}: {done.stderr}"
+        return done.stdout
+
+    def steps(self) -> set[int]:
+        """Daemons of job steps, which leave their slurmd's tree; they know the folder of this cluster."""
+        return {
+            int(entry.name)
+            for entry in Path("/proc").iterdir()
+            if entry.name.isdigit() and b"slurmstepd" in _read(entry / "cmdline") and self._is_ours(entry)
+        }
+
+    def logs(self) -> str:
+        """The end of every daemon's log, for a message."""
+        return "\n".join(
+            f"== {path.name}\n{path.read_text(errors='replace')[-2000:]}" for path in self.folder.glob("*.log")
+        )
+
+    def _is_ours(self, entry: Path) -> bool:
+        return str(self.folder).encode() in _read(entry / "environ") + _read(entry / "cmdline")
+
+    def _configure(self) -> None:
+        host = socket.gethostname().split(".")[0]
+        control, *ports = free_ports(1 + len(self.nodes))
+        for name in ("state", *self.nodes):
+            (self.folder / name).mkdir()
+        nodes = "\n".join(
+            f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={self.processors} "
+            f"RealMemory={self.memory_mb} State=UNKNOWN"
+            for node, port in zip(self.nodes, ports, strict=True)
+        )
+        at = self.folder
+        (at / "slurm.conf").write_text(
+            f"""ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={control}
+SlurmUser=root
+AuthType=auth/munge
+AuthInfo=socket={at}/munge.socket
+CredType=cred/munge
+StateSaveLocation={at}/state
+SlurmctldPidFile={at}/slurmctld.pid
+SlurmctldLogFile={at}/slurmctld.log
+SlurmdSpoolDir={at}/%n
+SlurmdPidFile={at}/slurmd.%n.pid
+SlurmdLogFile={at}/slurmd.%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU_Memory
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+MpiDefault=none
+SwitchType=switch/none
+SlurmdParameters=config_overrides
+ReturnToService=2
+KillWait=2
+MinJobAge=300
+SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1,sched_min_interval=0
+{self.settings}
+{nodes}
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+"""
+        )
+        (at / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
+
+    def _start(self, name: str, *arguments: str) -> None:
+        program = find(name)
+        assert program is not None, f"{name} is not installed"
+        # A node's own name tells one slurmd from the other.
+        label = f"{name}-{arguments[-1]}" if name == "slurmd" else name
+        with (self.folder / f"{label}.out.log").open("wb") as log:
+            self.daemons[label] = subprocess.Popen(
+                [program, *arguments], env=self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
+
+    def _start_munge(self) -> None:
+        key = self.folder / "munge.key"
+        key.write_bytes(os.urandom(1024))
+        key.chmod(0o600)
+        places = {"key-file": key.name, "socket": "munge.socket", "pid-file": "munge.pid", "seed-file": "munge.seed"}
+        options = [f"--{option}={self.folder / name}" for option, name in places.items()]
+        self._start("munged", "--foreground", "--force", f"--log-file={self.folder}/munged.log", *options)
+        self._await((self.folder / "munge.socket").exists, "munged made no socket", START_SECONDS)
+
+    def _wait_until_idle(self, seconds: float = START_SECONDS) -> None:
+        def idle() -> bool:
+            states = self.run("sinfo", "--noheader", "--Node", "--format=%N %t", check=False).split("\n")
+            return {f"{node} idle" for node in self.nodes} <= set(states)
+
+        self._await(idle, f"the nodes {', '.join(self.nodes)} are not idle", seconds)
+
+    def _await(self, arrived: Callable[[], bool], complaint: str, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while not arrived():
+            dead = [name for name, process in self.daemons.items() if process.poll() is not None]
+            if dead or time.monotonic() > deadline:
+                raise TimeoutError(f"{complaint}; ended: {dead or 'none'}\n{self.logs()}")
+            time.sleep(0.1)
+
+
+def free_ports(count: int) -> range:
+    """Ports in a row that nobody listens on."""
+    for first in range(FIRST_PORT, FIRST_PORT + 1000, count):
+        with suppress(OSError):
+            for port in range(first, first + count):
+                with socket.socket() as probe:
+                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                    probe.bind(("", port))
+            return range(first, first + count)
+    raise OSError("no free ports")
+
+
+def descendants(roots: Sequence[int]) -> set[int]:
+    """Processes under these, without them."""
+    parents = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and (stat := _read(entry / "stat")):
+            parents[int(entry.name)] = int(stat.rpartition(b")")[2].split()[1])
+    found: set[int] = set()
+    while new := {pid for pid, parent in parents.items() if parent in found | set(roots) and pid not in found}:
+        found |= new
+    return found
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""

@@ -1,0 +1,313 @@
+"""Figures of the data road, as ratios within one run: `bench_data.py [--quick] [--only NAME ...]`.
+
+Everything is measured side by side, in turns, and the median of the turns is shown: absolute rates belong to a machine,
+ratios mostly do not. The text is the standard library of the Python that runs this; the folders made are temporary.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+import torch
+
+from k2train.config import load_config
+from k2train.data.chunk import open_chunk, write_chunk, write_manifest
+from k2train.data.loader import Loader
+from k2train.data.manifest import Manifest
+from k2train.data.order import make_order
+from k2train.data.prepare.assemble import chunk_task
+from k2train.data.prepare.build import prepare
+from k2train.data.prepare.documents import encode_tasks, list_sources
+from k2train.data.prepare.encode import encode_task
+from k2train.data.prepare.k2_jsonl import export_k2, import_k2
+from k2train.data.prepare.layout import plan_task
+from k2train.data.prepare.library import stdlib_root
+from k2train.data.prepare.progress import Progress
+from k2train.data.prepare.recipe import Recipe
+from k2train.data.prepare.vocabulary import obtain_tokenizer
+from k2train.data.prepare.workplace import Workplace
+from k2train.engine import Engine
+from k2train.errors import EXIT_DONE, EXIT_USAGE, UserError
+from k2train.parallel.environment import read_launch
+from k2train.parallel.grid import ProcessGrid, start_process_group, stop_process_group
+from k2train.plan.layout import Layout
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A line of the table: what, against what, the two medians with their unit, and the aim where there is one."""
+
+    what: str
+    against: str
+    mine: float
+    theirs: float
+    unit: str
+    aim: str = "-"
+
+    @property
+    def ratio(self) -> float:
+        return self.mine / self.theirs
+
+
+def timed(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def in_turns(rounds: int, *works: Callable[[], object]) -> list[float]:
+    """Median seconds of each, measured in turns so that a busy moment hits all of them."""
+    seconds: list[list[float]] = [[] for _ in works]
+    for turn in range(rounds + 1):
+        for i, work in enumerate(works):
+            spent = timed(work)
+            if turn:  # the first turn warms caches
+                seconds[i].append(spent)
+    return [statistics.median(values) for values in seconds]
+
+
+def library_texts() -> list[str]:
+    """Python files of the standard library."""
+    paths = sorted(stdlib_root().glob("*.py")) + sorted(stdlib_root().glob("*/*.py"))
+    texts = (path.read_text("utf-8", errors="replace") for path in paths if "packages" not in str(path))
+    return [text for text in texts if text][:700]
+
+
+def write_corpus(path: Path, copies: int) -> int:
+    """A jsonl file of the standard library in pieces of some 3,000 characters, `copies` times; returns its bytes."""
+    with path.open("w", encoding="utf-8") as stream:
+        for copy in range(copies):
+            for number, text in enumerate(library_texts()):
+                for at in range(0, len(text), 3000):
+                    stream.write(json.dumps({"id": f"{copy}/{number}/{at}", "text": text[at : at + 3000]}) + "\n")
+    return path.stat().st_size
+
+
+def make_recipe(folder: Path, name: str, copies: int, **changes: object) -> Recipe:
+    """A recipe over `copies` of the standard library in one jsonl file, with one tokenizer for all of them."""
+    corpus = folder / f"corpus_{copies}"
+    corpus.mkdir(exist_ok=True)
+    if not (corpus / "part.jsonl").exists():
+        write_corpus(corpus / "part.jsonl", copies)
+    tree: dict[str, object] = {
+        "name": name,
+        "output": folder / name,
+        "seed": 1,
+        "sequence_length": 256,
+        "chunks": 2,
+        "tokenizer": {"model": folder / "tokenizer.model", "train": {"vocab_size": 4096, "max_bytes": 2**23}},
+        "subsets": {"code": {"kind": "jsonl", "paths": [str(corpus / "*.jsonl")], "origin": "bench", "id_key": "id"}},
+    }
+    return Recipe.model_validate(tree | changes)
+
+
+def place_of(recipe: Recipe, folder: Path) -> Workplace:
+    listing = list_sources(recipe)
+    tokenizer = obtain_tokenizer(recipe, listing, Progress(None))
+    return Workplace.create(folder, folder / "out.tmp", recipe, tokenizer, encode_tasks(recipe, listing))
+
+
+def bench_encode(folder: Path, rounds: int) -> Iterator[Figure]:
+    """Encoding against sentencepiece alone, one core."""
+    tokenizer = obtain_tokenizer(recipe := make_recipe(folder, "encode", 1), list_sources(recipe), Progress(None))
+    alone = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model)
+    pieces = [text[at : at + 3000] for text in library_texts() for at in range(0, len(text), 3000)]
+    megabytes = sum(len(piece.encode()) for piece in pieces) / 1e6
+    place = place_of(recipe, folder / "encode.work")
+    mine, one, many, task = in_turns(
+        rounds,
+        lambda: tokenizer.encode_arrays(pieces),
+        lambda: [alone.encode(piece) for piece in pieces],
+        lambda: alone.encode(pieces, num_threads=1),
+        lambda: encode_task(place, 0),
+    )
+    best = megabytes / min(one, many)
+    yield Figure("encode text", "sentencepiece alone", megabytes / mine, best, "MB/s", ">= 0.9")
+    yield Figure("encode task: read, encode, sort, write", "sentencepiece alone", megabytes / task, best, "MB/s")
+
+
+def bench_cores(folder: Path, rounds: int) -> Iterator[Figure]:
+    """The whole preparation with two workers against one."""
+
+    def run(workers: int) -> None:
+        recipe = make_recipe(folder, f"cores_{workers}", 4, executor={"workers": workers, "task_bytes": 2**22})
+        prepare(split(recipe), force=True)
+
+    def split(recipe: Recipe) -> Recipe:
+        parts = folder / "corpus_parts"
+        if not parts.exists():
+            parts.mkdir()
+            for number in range(8):
+                shutil.copy(folder / "corpus_4" / "part.jsonl", parts / f"part_{number}.jsonl")
+        subset = recipe.subsets["code"].model_copy(update={"paths": (str(parts / "*.jsonl"),)})
+        return recipe.model_copy(update={"subsets": {"code": subset}})
+
+    two, one = in_turns(max(1, rounds // 3), lambda: run(2), lambda: run(1))
+    yield Figure("prepare with 2 workers", "1 worker", 1 / two, 1 / one, "runs/s")
+
+
+def bench_chunk(folder: Path, rounds: int) -> Iterator[Figure]:
+    """Chunk writing against a plain copy of the same bytes, both synced."""
+    subset = {"kind": "jsonl", "paths": [str(folder / "corpus_4" / "*.jsonl")], "id_key": "id", "repeat": 8}
+    make_recipe(folder, "none", 4)
+    recipe = make_recipe(folder, "chunk", 4, chunks=1, sequence_length=2048, subsets={"code": subset})
+    place = place_of(recipe, folder / "chunk.work")
+    for number in range(len(place.tasks)):
+        encode_task(place, number)
+    plan_task(place)
+    chunk_task(place, 0)
+    npy = place.target / "chunk_000.npy"
+    size = npy.stat().st_size / 1e6
+
+    def copy() -> None:
+        with npy.open("rb") as source, (folder / "copy.npy").open("wb") as target:
+            shutil.copyfileobj(source, target, 2**23)
+            os.fsync(target.fileno())
+
+    mine, theirs = in_turns(rounds, lambda: chunk_task(place, 0), copy)
+    yield Figure(f"write a chunk of {size:.0f} MB", "copy of its .npy", size / mine, size / theirs, "MB/s", ">= 0.5")
+
+
+def bench_loader(folder: Path, rounds: int) -> Iterator[Figure]:
+    """Loading batches as the demo does, against its training step in one process."""
+    config = load_config(str(ROOT / "configs/demo/stage1.yaml"), ["parallel.tensor=1", "parallel.pipeline=1"])
+    manifest = random_folder(folder / "loader", 8, 256, config.data.sequence_length, 4114)
+    order = make_order(manifest, None, config.batch.global_sequences)
+    with Loader(manifest, order, 0, 1, config.batch.micro_sequences, config.model.vocab_size) as loader:
+        steps = range(1, order.total_steps + 1)
+        seconds = statistics.median(timed(lambda: [loader.step(s) for s in steps]) for _ in range(rounds)) / len(steps)
+        batch = loader.step(1).tokens
+    start_process_group(read_launch(), torch.device("cpu"))
+    try:
+        engine = Engine(config, ProcessGrid(Layout.for_world(1, 1, 1, 1), 0, torch.device("cpu")))
+        engine.train_step(batch, 1e-4)
+        step = statistics.median(timed(lambda: engine.train_step(batch, 1e-4)) for _ in range(max(3, rounds)))
+    finally:
+        stop_process_group()
+    tokens = config.batch.global_sequences * config.data.sequence_length
+    yield Figure("load a step", "seconds of a demo step", seconds * 1e3, step * 1e3, "ms", "< 0.01")
+    yield Figure("load batches", "training, 1 process", tokens / seconds, tokens / step, "tokens/s")
+
+
+def random_folder(folder: Path, chunks: int, rows: int, length: int, vocab: int) -> Manifest:
+    """A data folder of random ids."""
+    folder.mkdir(exist_ok=True)
+    rng = np.random.default_rng(0)
+    infos = [
+        write_chunk(
+            folder, f"chunk_{i:03d}", [rng.integers(0, vocab, (rows, length)).astype(np.uint32)], rows, vocab, {}
+        )
+        for i in range(chunks)
+    ]
+    return write_manifest(
+        folder, tokenizer_sha256="random", sequence_length=length, vocab_size=vocab, chunks=infos, facts={}
+    )
+
+
+def bench_import(folder: Path, rounds: int) -> Iterator[Figure]:
+    """K2's jsonl imported, against json.loads line by line."""
+    source = folder / "k2"
+    source.mkdir(exist_ok=True)
+    rng = np.random.default_rng(0)
+    with (source / "chunk_0.jsonl").open("w", encoding="utf-8") as stream:
+        for line in range(6000):
+            ids = rng.integers(0, 32000, 2048).tolist()
+            facts = {"source": "web", "subset_name": "refinedweb", "src_filename": "a.jsonl", "line_idx_in_src": line}
+            stream.write(json.dumps({"token_ids": ids, **facts}) + "\n")
+    size = (source / "chunk_0.jsonl").stat().st_size / 1e6
+    number = iter(range(1000))
+
+    def loads() -> None:
+        with (source / "chunk_0.jsonl").open("rb") as stream:
+            for line in stream:
+                json.loads(line)
+
+    def whole() -> Manifest:
+        return import_k2(source, folder / f"imported_{next(number)}")
+
+    mine, theirs = in_turns(rounds, whole, loads)
+    yield Figure(
+        "import K2's jsonl, files written and synced", "json.loads alone", size / mine, size / theirs, "MB/s", ">= 5"
+    )
+    manifest = whole()
+    there = in_turns(1, lambda: export_k2(manifest, folder / f"exported_{next(number)}"))[0]
+    yield Figure("export to K2's jsonl", "json.loads alone", size / there, size / theirs, "MB/s")
+    assert open_chunk(manifest, manifest.chunks[0]).shape == (6000, 2048), "the import is whole"
+
+
+MEMORY = """
+import resource, sys
+from k2train.data.prepare.assemble import chunk_task
+from k2train.data.prepare.encode import encode_task
+from k2train.data.prepare.layout import plan_task
+from k2train.data.prepare.workplace import Workplace
+from pathlib import Path
+place = Workplace.open(Path(sys.argv[1]))
+{"encode": lambda: [encode_task(place, n) for n in range(len(place.tasks))], "plan": lambda: plan_task(place),
+ "chunks": lambda: [chunk_task(place, n) for n in range(len(place.chunk_names))]}[sys.argv[2]]()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def bench_memory(folder: Path, rounds: int) -> Iterator[Figure]:
+    """Peak memory of each phase's process at 10 times the corpus against once, the run size held."""
+    peaks: dict[tuple[str, int], float] = {}
+    for copies in (4, 40):
+        recipe = make_recipe(folder, f"memory_{copies}", copies, executor={"run_tokens": 2**21})
+        place = place_of(recipe, folder / f"memory_{copies}.work")
+        for phase in ("encode", "plan", "chunks"):
+            command = [sys.executable, "-c", MEMORY, str(place.folder), phase]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            peaks[phase, copies] = int(done.stdout) / 1024
+        shutil.rmtree(place.folder)
+    for phase in ("encode", "plan", "chunks"):
+        yield Figure(f"peak memory of {phase}, 10x", "1x", peaks[phase, 40], peaks[phase, 4], "MiB", "= 1")
+
+
+BENCHES = {
+    "encode": bench_encode,
+    "cores": bench_cores,
+    "chunk": bench_chunk,
+    "loader": bench_loader,
+    "import": bench_import,
+    "memory": bench_memory,
+}
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="bench_data.py", description="Ratios of the data road, measured in one run.")
+    parser.add_argument("--only", nargs="+", choices=list(BENCHES), default=list(BENCHES), help="which of them")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each measurement (default 5)")
+    parser.add_argument("--folder", type=Path, help="where the temporary folders are made")
+    given = parser.parse_args(arguments)
+    print(f"{'what':45}  {'against':24}  {'mine':>10}  {'theirs':>10}  {'unit':8}  {'ratio':>6}  aim")
+    try:
+        for name in given.only:
+            with tempfile.TemporaryDirectory(prefix="k2train-bench-", dir=given.folder) as folder:
+                for figure in BENCHES[name](Path(folder), given.rounds):
+                    print(
+                        f"{figure.what:45}  {figure.against:24}  {figure.mine:10,.4g}  {figure.theirs:10,.4g}  "
+                        f"{figure.unit:8}  {figure.ratio:6.3f}  {figure.aim}",
+                        flush=True,
+                    )
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return EXIT_USAGE
+    return EXIT_DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,315 @@
+"""Show what a model saw, when, and where it came from: data folders, chunks, rows, steps, documents.
+
+    python tools/inspect_data.py DATA                               the token account against the recipe
+    python tools/inspect_data.py DATA --chunk 7 [--row 12 | --rows 12-20]
+    python tools/inspect_data.py DATA --document NAME [--subset X] [--source S]
+    python tools/inspect_data.py --run RUN                          the chunks in the order of the run
+    python tools/inspect_data.py --run RUN --step S [--row R | --sample I]
+    python tools/inspect_data.py --run RUN --checkpoint 3           what a checkpoint has consumed
+    python tools/inspect_data.py --run RUN --chunk ... or --document ...     the same, with the steps
+
+DATA is a manifest or its folder; with a run it is needed only where the data has moved. Of a run the ledger and the
+checkpoints are believed, and data that is not what they name is refused: an answer about other data would look as good.
+Needs no torch. Exit codes: 0 done; 2 a mistake in usage, data or run, one line on stderr.
+"""
+
+import argparse
+import io
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from k2train.checkpoint.manifest import list_checkpoints
+from k2train.checkpoint.manifest import read_manifest as read_checkpoint
+from k2train.data.document_keys import chunks_of_document
+from k2train.data.inspection import Facts, account_facts, add_text, find_tokenizer
+from k2train.data.inspection_text import View, render
+from k2train.data.manifest import SOURCES_NAME, ChunkInfo, Manifest, read_manifest, span
+from k2train.data.provenance import check_rows, chunk_facts, find_chunk, find_document, pieces_of
+from k2train.data.run_history import METRICS, TO_COME, Run, rows_of_step
+from k2train.errors import EXIT_DONE, EXIT_USAGE, CheckpointError, DataError, RunError, UserError
+from k2train.record.ledger import read_ledger
+
+
+class _Parser(argparse.ArgumentParser):
+    """Mistakes as one line, without the usage text in front."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_USAGE, f"{self.prog}: {message}; see --help\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    options = _options(arguments)
+    try:
+        facts = answer(options)
+    except UserError as error:
+        print(f"inspect_data: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    if options.json:
+        text = json.dumps(facts, ensure_ascii=False)
+    else:
+        lines = sys.maxsize if options.all else View.lines
+        text = "\n".join(render(facts, View(sys.stdout.isatty(), options.ids, options.chunks, lines)))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Documents hold any character; a terminal that cannot show one shows its number.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        # `inspect_data.py ... | head`; Python would flush once more at exit and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return EXIT_DONE
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = _Parser(
+        prog="inspect_data",
+        description="Show what a model saw, when, and where it came from.",
+        epilog="Without a question: the token account of DATA, or the order of RUN.",
+    )
+    add = parser.add_argument
+    add("data", nargs="?", type=Path, metavar="DATA", help="a manifest.json or its folder; of a run: where it lies now")
+    add("--run", type=Path, metavar="RUN", help="the directory of a run, such as runs/demo-stage1")
+    add("--chunk", metavar="C", help="a chunk by number or name, or held_out")
+    add("--step", type=_whole, metavar="S", help="a step of the run, from 1")
+    add("--checkpoint", metavar="N", help="a checkpoint of the run by number or name; with --step, by its record alone")
+    add("--document", metavar="NAME", help="every use of a document, `source:document`, or a source")
+    rows = parser.add_mutually_exclusive_group()
+    rows.add_argument("--row", type=_one_row, dest="rows", metavar="R", help="a row of the chunk, from 0")
+    rows.add_argument("--rows", type=_rows, dest="rows", metavar="A-B", help="rows of the chunk, the last included")
+    rows.add_argument("--sample", type=_whole, metavar="I", help="a sample of the step, from 0")
+    add("--subset", metavar="X", help="with --document: in this subset only")
+    add("--source", metavar="S", help="with --document: in this source only")
+    add("--tokenizer", type=Path, metavar="MODEL", help="the tokenizer.model, where the data has none beside it")
+    add("--ids", action="store_true", help="the token ids beside the text")
+    add("--chunks", action="store_true", help="with the account: a line for every chunk")
+    add("--all", action="store_true", help="all lines of long tables")
+    add("--json", action="store_true", help="the answer as one JSON object")
+    options = parser.parse_args(arguments)
+    if mistake := _mistake(options):
+        parser.error(mistake)
+    return options
+
+
+def _mistake(options: argparse.Namespace) -> str:
+    """What is wrong with a combination of options; empty when nothing is."""
+    if options.data is None and options.run is None:
+        return "give DATA (a manifest.json or its folder) or --run RUN"
+    given = [name for name in ("chunk", "step", "document") if getattr(options, name) is not None]
+    rules = (
+        (len(given) > 1, f"--{' and --'.join(given)} are different questions: ask one"),
+        (options.run is None and options.step is not None, "--step needs --run RUN: the order is the run's"),
+        (options.run is None and options.checkpoint is not None, "--checkpoint needs --run RUN"),
+        (options.checkpoint is not None and given not in ([], ["step"]), "--checkpoint goes with --step or alone"),
+        (options.rows is not None and given not in (["chunk"], ["step"]), "--row needs --chunk C or --step S"),
+        (options.sample is not None and given != ["step"], "--sample needs --step S"),
+        ((options.subset or options.source) and given != ["document"], "--subset and --source need --document NAME"),
+    )
+    return next((text for wrong, text in rules if wrong), "")
+
+
+def _whole(text: str) -> int:
+    if not text.isascii() or not text.isdigit():
+        raise argparse.ArgumentTypeError(f"must be a whole number, not {text!r}")
+    return int(text)
+
+
+def _one_row(text: str) -> range:
+    return range(_whole(text), _whole(text) + 1)
+
+
+def _rows(text: str) -> range:
+    first, _, last = text.partition("-")
+    rows = range(_whole(first), _whole(last or first) + 1)
+    if not rows:
+        raise argparse.ArgumentTypeError(f"must go upwards, as 12-20, not {text!r}")
+    return rows
+
+
+def answer(options: argparse.Namespace) -> Facts:
+    """The facts of the one question that the options ask. Raises a UserError."""
+    run = open_run(options) if options.run else None
+    manifest = run.manifest if run else read_manifest(options.data)
+    if options.document is not None:
+        return document_answer(manifest, run, options)
+    if options.chunk is not None:
+        info = find_chunk(manifest, options.chunk)
+        return rows_answer(manifest, run, info, options) if options.rows else chunk_answer(manifest, run, info)
+    if run is None:
+        return account_facts(manifest)
+    if options.step is not None:
+        return step_answer(run, options)
+    return run.facts() if run.checkpoint is None else run.checkpoint_facts()
+
+
+# The run
+
+
+def open_run(options: argparse.Namespace) -> Run:
+    """The run of the options, from its ledger and a checkpoint. Raises RunError, CheckpointError or DataError."""
+    directory = options.run
+    if not directory.is_dir():
+        raise RunError(f"{directory} is not a directory; give that of a run, such as runs/demo-stage1")
+    events = read_ledger(directory / "ledger.jsonl")
+    asked = _checkpoint(directory, options.checkpoint) if options.checkpoint is not None else None
+    return Run(directory, events, asked or _newest_checkpoint(directory), asked, options.data)
+
+
+def _newest_checkpoint(directory: Path) -> Facts | None:
+    for path in reversed(list_checkpoints(directory / "checkpoints")):
+        try:
+            return read_checkpoint(path)
+        except CheckpointError:
+            # All of a run hold the same order up to deferrals, which the ledger has too.
+            continue
+    return None
+
+
+def _checkpoint(directory: Path, wanted: str) -> Facts:
+    folder = directory / "checkpoints"
+    paths = {path.name: path for path in list_checkpoints(folder)}
+    name = f"ckpt_{int(wanted):03d}" if wanted.isascii() and wanted.isdigit() else wanted
+    if name not in paths:
+        raise CheckpointError(f"{folder} has no {name}: it has {span(paths) if paths else 'none'}")
+    return read_checkpoint(paths[name])
+
+
+# The questions
+
+
+def chunk_answer(manifest: Manifest, run: Run | None, info: ChunkInfo) -> Facts:
+    """A chunk as a whole."""
+    facts = chunk_facts(manifest, info)
+    return {**facts, "use": run.chunk_use(info)} if run else facts
+
+
+def rows_answer(manifest: Manifest, run: Run | None, info: ChunkInfo, options: argparse.Namespace) -> Facts:
+    """Rows of a chunk, with their text."""
+    pieces = pieces_of(manifest, info, options.rows)
+    tokenizer = find_tokenizer(manifest, options.tokenizer)
+    rows = []
+    for row, listed in pieces.items():
+        add_text(manifest, info, row, listed, tokenizer)
+        facts: Facts = {"chunk": info.name, "row": row, "pieces": listed}
+        if run:
+            step, state = run.history.use(info.name, row, info == manifest.held_out)
+            facts["use"] = {"step": step, "state": state}
+        rows.append(facts)
+    return {"form": "rows", "manifest": str(manifest.path), "rows": rows, "notes": _notes(manifest, tokenizer)}
+
+
+def step_answer(run: Run, options: argparse.Namespace) -> Facts:
+    """A step: its chunk and rows, the pieces of every sample, the text of one."""
+    manifest, order, step = run.manifest, run.order, options.step
+    position, rows = order.position(step), order.rows_of(step)
+    info = manifest.chunk(position.name)
+    attempts = _attempts(run, step, info.name, rows)
+    chosen = _chosen(options, info, rows, step)
+    pieces = pieces_of(manifest, info, rows)
+    tokenizer = find_tokenizer(manifest, options.tokenizer)
+    per_subset: dict[str, int] = {}
+    for piece in (piece for listed in pieces.values() for piece in listed):
+        per_subset[piece["subset"]] = per_subset.get(piece["subset"], 0) + piece["length"]
+    samples: list[Facts] = [
+        {"sample": row - rows.start, "row": row, "pieces": listed} for row, listed in pieces.items()
+    ]
+    for row in chosen:
+        add_text(manifest, info, row, pieces[row], tokenizer)
+        samples[row - rows.start]["text_shown"] = True
+    return {
+        "form": "step",
+        **run.names(),
+        "step": step,
+        "of_steps": order.total_steps,
+        "state": run.history.state(step),
+        "chunk": info.name,
+        "chunk_sha256": info.sha256,
+        "place": position.order_index,
+        "of_chunks": len(order.names),
+        "rows": [rows.start, rows.stop],
+        "tokens": run.step_tokens,
+        "attempts": attempts,
+        "tokens_per_subset": dict(sorted(per_subset.items())),
+        "samples": samples,
+        "notes": _notes(manifest, tokenizer),
+    }
+
+
+def _chosen(options: argparse.Namespace, info: ChunkInfo, rows: range, step: int) -> range:
+    """The rows whose text is shown: the first, or those asked for. Raises DataError for one outside the step."""
+    asked = range(rows.start, rows.start + 1)
+    if options.sample is not None:
+        if options.sample >= len(rows):
+            raise DataError(f"step {step} has no sample {options.sample}: it has samples 0 to {len(rows) - 1}")
+        asked = range(rows.start + options.sample, rows.start + options.sample + 1)
+    elif options.rows is not None:
+        asked = check_rows(info, options.rows)
+        if asked.start < rows.start or asked.stop > rows.stop:
+            raise DataError(
+                f"step {step} reads rows {rows.start} to {rows.stop - 1} of {info.name}; ask for one of them"
+            )
+    return asked
+
+
+def _attempts(run: Run, step: int, chunk: str, rows: range) -> list[Facts]:
+    """What the metrics say that each attempt read. Raises RunError when what counts is not what the order says."""
+    path = run.directory / METRICS
+    keys = ("attempt", "chunk", "rows", "applied")
+    told = [{key: row[key] for key in keys} for row in rows_of_step(path, step) if all(key in row for key in keys)]
+    counts = run.checkpoint is None and run.history.state(step) != TO_COME
+    if told and counts and (told[-1]["chunk"], told[-1]["rows"]) != (chunk, [rows.start, rows.stop]):
+        raise RunError(
+            f"{path} says that step {step} read {told[-1]['chunk']} rows {told[-1]['rows']}, the order of the run "
+            f"gives {chunk} rows {[rows.start, rows.stop]}: one of them is not that of this run any more"
+        )
+    return told
+
+
+def document_answer(manifest: Manifest, run: Run | None, options: argparse.Namespace) -> Facts:
+    """Every use of a document."""
+    chunks = _chunks_by_key(manifest, options)
+    places = find_document(manifest, options.document, options.subset, options.source, chunks)
+    facts: Facts = {"form": "document", "manifest": str(manifest.path), "document": options.document}
+    facts["of_chunks"] = len(manifest.all_chunks())
+    if run:
+        facts |= {**run.names(), "done_step": run.history.done_step, "of_steps": run.order.total_steps}
+        for place in places:
+            place["step"], place["state"] = run.history.use(place["chunk"], place["row"], place["held_out"])
+    return {**facts, "places": places}
+
+
+def _chunks_by_key(manifest: Manifest, options: argparse.Namespace) -> set[str] | None:
+    """Where the document can be, when its source is named and so its key is known; None: look into all chunks."""
+    path = manifest.folder / SOURCES_NAME
+    source, name = options.source, options.document
+    if source is None and path.is_file():
+        # A name may have colons of its own, so what stands in front of one counts only where it is a source.
+        known = json.loads(path.read_text("utf-8")).get("files", {})
+        cuts = [i for i, letter in enumerate(name) if letter == ":" and name[:i] in known]
+        source, name = (name[: cuts[0]], name[cuts[0] + 1 :]) if len(cuts) == 1 else (None, name)
+    elif source is not None:
+        name = name.removeprefix(f"{source}:")
+    if source is None:
+        return None
+    subsets = [options.subset] if options.subset else list(manifest.facts.get("account", {}))
+    found = [chunks_of_document(manifest, subset, source, name) for subset in subsets]
+    return set[str]().union(*(chunks for chunks in found if chunks)) if found and None not in found else None
+
+
+def _notes(manifest: Manifest, tokenizer: object) -> list[str]:
+    if tokenizer is not None:
+        return []
+    return [
+        f"no tokenizer.model with the hash of the data ({manifest.tokenizer_sha256[:12]}) lies beside it, so token ids "
+        "stand for the text; give one as --tokenizer MODEL"
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
