@@ -23,6 +23,7 @@ from k2train.data.chunk import ChunkInfo, check_files, verify_chunk, write_chunk
 from k2train.data.prepare import chunk_file, layout
 from k2train.data.prepare.assemble import chunk_task
 from k2train.data.prepare.layout import plan_task
+from k2train.data.prepare.mix import row_places
 from k2train.data.prepare.plan_file import Plan
 from k2train.data.prepare.provenance import Provenance
 from k2train.data.prepare.workplace import Workplace, read_json
@@ -279,12 +280,14 @@ def test_a_repeated_subset_is_packed_anew(texts: dict[str, list[Text]], tmp_path
     order: dict[int, list[str]] = {0: [], 1: []}
     info = read_json(workplace.chunk_record("chunk_000"))["info"]
     assert info["borders"] is None
-    for line in lines:
+    # Back from the shuffled rows to the samples as they were cut from the stream.
+    places = row_places(info["rows"], recipe.seed, "chunk_000").tolist()
+    sample = {row: number for number, row in enumerate(places)}
+    for line in sorted(lines, key=lambda line: (sample[line["row"]], line["start"])):
         if line["subset"] == "code" and line["offset"] == 0:
             order[line["repeat"]].append(line["source"] + line["document"])
     assert len(set(order[0])) == len(order[0]) == 240
     assert set(order[1]) <= set(order[0])
     assert len(order[1]) > 230
-    # Rows are shuffled, so the order of documents shows within a row only; two neighbours of one pass are none in the other.
     pairs = [set(itertools.pairwise(names)) for names in order.values()]
-    assert len(pairs[0] & pairs[1]) < 20
+    assert len(pairs[0] & pairs[1]) < 20, "neighbours of one pass are none in the other"

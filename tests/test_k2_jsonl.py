@@ -19,7 +19,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from k2train.data.chunk import Manifest, check_files, read_manifest, verify_chunk, write_chunk, write_manifest
+from k2train.data.chunk import (
+    ChunkInfo,
+    Manifest,
+    check_files,
+    read_manifest,
+    verify_chunk,
+    write_chunk,
+    write_manifest,
+)
 from k2train.data.loader import Loader
 from k2train.data.order import make_order
 from k2train.data.prepare import k2_chunk, k2_jsonl, k2_lines, k2_provenance
@@ -165,6 +173,7 @@ BROKEN: list[tuple[str, bytes, str]] = [
     ("a number missing", numbers("1, 2, 3, , 5, 6, 7, 8"), ":2: not valid JSON"),
     ("a comma missing", numbers("1, 2, 3, 4 4, 5, 6, 7, 8"), ":2: not valid JSON"),
     ("a comma too many", numbers("1, 2, 3, 4, 5, 6, 7, 8, "), ":2: not valid JSON"),
+    ("too deep", text_of([sample(1)]).replace(b'"source": ', b'"source": ' + b"[" * 10**5), ":2: not valid JSON"),
     ("after the end", text_of([sample(1)]).strip() + b" 1", ":2: not valid JSON"),
     ("twice on a line", text_of([sample(1)]).strip() * 2, ":2: not valid JSON"),
     ("no subset", json.dumps({k: v for k, v in sample(1).items() if k != "subset_name"}).encode(), "'subset_name' is mi"),
@@ -549,16 +558,15 @@ def test_our_own_rows_are_named_by_their_first_piece(tmp_path: Path) -> None:
 
 
 def test_export_refuses_what_it_cannot_vouch_for(tmp_path: Path) -> None:
-    """Catches a damaged chunk passed on, two folders mixed in one, and a half-written file left."""
+    """Catches a damaged chunk passed on, and a folder that is written into though it holds something."""
     manifest = ours(tmp_path / "ours")
     back = tmp_path / "back"
     back.mkdir()
-    (back / "chunk_3.jsonl").write_text("of others")
-    with pytest.raises(DataError, match=r"holds chunk_3\.jsonl, which is not of"):
+    (back / "chunk_12.jsonl").write_text("the only copy")
+    with pytest.raises(DataError, match="exists already, and an export replaces nothing"):
         export_k2(manifest, back)
-    (back / "chunk_3.jsonl").unlink()
-    content = json.loads(manifest.path.read_text())
-    content["chunks"][0].update(rows=1, tokens=LENGTH)
+    assert (back / "chunk_12.jsonl").read_text() == "the only copy"
+    (back / "chunk_12.jsonl").unlink()
     for file in ("chunk_012.parquet", "chunk_012.npy"):
         path = manifest.folder / file
         good = path.read_bytes()
@@ -573,3 +581,32 @@ def test_export_refuses_what_it_cannot_vouch_for(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=words):
             export_k2(read_manifest(manifest.folder / "other.json"), back)
     assert list(back.iterdir()) == []
+
+
+def test_a_stopped_export_goes_on(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches work done twice, a half-written file taken for whole, and files of two data sets in one folder."""
+    manifest, back = import_k2(source, tmp_path / "out"), tmp_path / "back"
+    usual = k2_jsonl.export_chunk
+    asked: list[str] = []
+
+    def stop_at_the_second(manifest: Manifest, info: ChunkInfo, path: Path) -> None:
+        asked.append(info.name)
+        if info.name == "chunk_001":
+            path.with_name(path.name + ".tmp").write_text("half")
+            raise KeyboardInterrupt
+        usual(manifest, info, path)
+
+    monkeypatch.setattr(k2_jsonl, "export_chunk", stop_at_the_second)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            export_k2(manifest, back)
+    assert asked == ["chunk_000", "chunk_001", "chunk_001"]
+    monkeypatch.undo()
+    assert not back.exists()
+    export_k2(manifest, back)
+    assert hashes(back) == hashes(source)
+    (tmp_path / "back.tmp").mkdir()
+    (tmp_path / "back.tmp" / "chunk_0.jsonl").write_text("of another data set")
+    back.rename(tmp_path / "first")
+    export_k2(manifest, back)
+    assert hashes(back) == hashes(source)

@@ -27,7 +27,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SKIPPED = (".venv", ".git", "data", "runs", "wandb", "build", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis")
+SKIPPED = (".venv", ".git", "wandb", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis")
+PRODUCTS = ("data", "runs", "build")
+"""What lies beside the code at the root, and may be large; below it these names are code."""
 LIMIT_SECONDS = 240.0
 PASSED, FAILED = 0, 1
 CLUMSY = re.compile(r"\b(NameError|ImportError|ModuleNotFoundError|SyntaxError)\b")
@@ -280,6 +282,62 @@ MUTATIONS = (
         "peak * (step - 1) / warmup_steps",
         "tests/test_lr.py::test_cosine_of_the_first_stage",
     ),
+    Mutation(
+        "documents of a run in the order of their files",
+        "k2train/data/prepare/runs.py",
+        'order = np.argsort(keys, kind="stable")',
+        "order = np.arange(len(keys))",
+        "tests/test_runs.py::test_every_pass_holds_every_document_in_its_order",
+    ),
+    Mutation(
+        "documents without the `</s>` that ends them",
+        "k2train/data/prepare/encode.py",
+        "(encoded[index], _EOS)",
+        "(encoded[index],)",
+        "tests/test_encode.py::test_documents_are_encoded_with_their_end",
+    ),
+    Mutation(
+        "every repeat lays the documents out alike",
+        "k2train/data/document_keys.py",
+        "str(seed), subset, str(pass_number), source_key",
+        'str(seed), subset, "0", source_key',
+        "tests/test_assemble.py::test_a_repeated_subset_is_packed_anew",
+    ),
+    Mutation(
+        "odd samples of every subset to the first chunks",
+        "k2train/data/prepare/mix.py",
+        "((chunk - turn) % chunks < count % chunks)",
+        "(chunk < count % chunks)",
+        "tests/test_data_layout.py::test_chunks_are_even",
+    ),
+    Mutation(
+        "text held out of one subset is trained on in another over the same files",
+        "k2train/data/prepare/held_out.py",
+        "return {name: lowest[recipe.origin_of(name)] for name in recipe.subsets}",
+        "return {name: max(lowest.values()) for name in recipe.subsets}",
+        "tests/test_data_layout.py::test_rows_are_held_out_at_the_upper_end",
+    ),
+    Mutation(
+        "fill-in-the-middle: the middle before the suffix",
+        "k2train/data/prepare/fill_in_middle.py",
+        '[prefix, suffix, middle] if kind == "psm"',
+        '[prefix, middle, suffix] if kind == "psm"',
+        "tests/test_fill_in_middle.py::test_the_document_comes_back[own]",
+    ),
+    Mutation(
+        "blocked attention looks across documents",
+        "k2train/model/kernels.py",
+        "attn_mask=mask, enable_gqa",
+        "is_causal=True, enable_gqa",
+        "tests/test_cross_documents.py::test_block_equals_separate_documents[sdpa-4]",
+    ),
+    Mutation(
+        "a document begins one token late",
+        "k2train/data/borders.py",
+        "begins[here.astype(np.int64) - rows.start",
+        "begins[here.astype(np.int64) - 1 - rows.start",
+        "tests/test_borders.py::test_documents_of_any_rows_equal_the_definition",
+    ),
 )
 
 
@@ -297,7 +355,12 @@ def apply(mutation: Mutation, root: Path) -> None:
 
 def copy_repository(root: Path, target: Path) -> Path:
     """Copy what tests need; untracked files too, so that work in progress can be checked."""
-    shutil.copytree(root, target, ignore=shutil.ignore_patterns(*SKIPPED))
+    anywhere = shutil.ignore_patterns(*SKIPPED)
+
+    def ignored(folder: str, names: list[str]) -> set[str]:
+        return anywhere(folder, names) | {name for name in names if Path(folder) == root and name in PRODUCTS}
+
+    shutil.copytree(root, target, ignore=ignored)
     return target
 
 

@@ -8,7 +8,7 @@ whole one to everything that lists files.
 import os
 import platform
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,8 @@ def finish(workplace: Workplace, inputs: str, road: int) -> Manifest:
         "account": plan["account"],
         "document_keys": plan["document_keys"],
     }
-    _sweep(target, [info for info in (*infos.values(), held_out) if info is not None])
+    chunks = [info for info in (*infos.values(), held_out) if info is not None]
+    sweep(target, chunks, {SOURCES_NAME, REJECTED_NAME, TOKENIZER_NAME})
     write_manifest(
         target,
         tokenizer_sha256=tokenizer.sha256,
@@ -59,7 +60,7 @@ def finish(workplace: Workplace, inputs: str, road: int) -> Manifest:
         held_out=held_out,
         facts=facts,
     )
-    _rename(target, recipe.output)
+    swap_in(target, recipe.output)
     return read_manifest(recipe.output)
 
 
@@ -104,20 +105,20 @@ def _write_rejected(workplace: Workplace) -> str:
     return sha256_file(workplace.target / REJECTED_NAME)
 
 
-def _sweep(target: Path, infos: Sequence[ChunkInfo]) -> None:
-    """Remove what killed attempts left beside the finished files."""
-    kept = {SOURCES_NAME, REJECTED_NAME, TOKENIZER_NAME}
+def sweep(target: Path, infos: Sequence[ChunkInfo], others: Collection[str]) -> None:
+    """Remove what killed attempts left beside the files of the chunks and the `others`."""
+    kept = {*others}
     for info in infos:
-        kept |= {name for name in (info.file, info.provenance, getattr(info, "borders", None)) if name}
+        kept |= {name for name in (info.file, info.provenance, info.borders) if name}
     for path in target.iterdir():
         if path.name not in kept:
             path.unlink()
 
 
-def _rename(target: Path, output: Path) -> None:
+def swap_in(target: Path, output: Path) -> None:
+    """Give a complete folder its name; the folder of that name is removed when the new one is in its place."""
     old = output.with_name(output.name + ".old")
-    if old.exists():
-        shutil.rmtree(old)
+    shutil.rmtree(old, ignore_errors=True)
     if output.exists():
         os.replace(output, old)
     os.replace(target, output)
@@ -137,8 +138,8 @@ def damaged(manifest: Manifest) -> list[str]:
         expected[info.file] = info.sha256
         if info.provenance:
             expected[info.provenance] = str(info.provenance_sha256)
-        if borders := getattr(info, "borders", None):
-            expected[borders] = str(getattr(info, "borders_sha256", None))
+        if info.borders:
+            expected[info.borders] = str(info.borders_sha256)
     for name, fact in ((SOURCES_NAME, "sources_sha256"), (REJECTED_NAME, "rejected_sha256")):
         if fact in manifest.facts:
             expected[name] = manifest.facts[fact]

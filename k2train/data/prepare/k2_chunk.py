@@ -116,7 +116,7 @@ def _write_header(stream: IO[bytes], rows: int, sequence_length: int, dtype: np.
 def read_pieces(path: Path) -> Iterator[bytes]:
     """A file in pieces of a bounded size, unpacked when its name ends in `.zst`.
 
-    Raises DataError for a damaged or truncated one, UserError-wise too when zstandard is missing.
+    Raises DataError for a damaged or truncated one, and when zstandard is needed and missing.
     """
     with path.open("rb", buffering=0) as stream:
         if path.suffix != ".zst":

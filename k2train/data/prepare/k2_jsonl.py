@@ -22,16 +22,16 @@ from typing import Any
 
 from k2train.data.chunk import ChunkInfo, Manifest, check_files, read_manifest, write_manifest
 from k2train.data.manifest import MANIFEST_NAME
+from k2train.data.prepare.finish import TOKENIZER_NAME, swap_in, sweep
 from k2train.data.prepare.k2_chunk import ROAD, ImportTask, export_chunk, finished, first_ids, import_chunk
-from k2train.data.prepare.k2_provenance import require_pyarrow
 from k2train.data.prepare.progress import Progress
+from k2train.data.prepare.provenance import require_pyarrow
 from k2train.data.prepare.tokenizer import Tokenizer
 from k2train.errors import DataError
-from k2train.files import sync_directory
+from k2train.files import sync_directory, write_synced
 
 UNKNOWN_TOKENIZER = "unknown: imported without a tokenizer"
 """Stands for the tokenizer's hash where none was given; two such folders are taken to have the same."""
-TOKENIZER_NAME = "tokenizer.model"
 
 
 def import_k2(
@@ -88,7 +88,7 @@ def import_k2(
     if given is not None:
         given.save(target / TOKENIZER_NAME)
     facts["account"] = _account(infos)
-    _sweep(target, infos)
+    sweep(target, infos, {TOKENIZER_NAME})
     write_manifest(
         target,
         tokenizer_sha256=meaning,
@@ -97,7 +97,7 @@ def import_k2(
         chunks=infos,
         facts=facts,
     )
-    _rename(target, output)
+    swap_in(target, output)
     _remove(work)
     return read_manifest(output)
 
@@ -171,8 +171,8 @@ def _account(infos: Sequence[ChunkInfo]) -> dict[str, dict[str, int]]:
     length = infos[0].tokens // infos[0].rows
     return {
         name: {
-            "documents": tokens // length,
-            "tokens": tokens,
+            "training_documents": tokens // length,
+            "training_tokens": tokens,
             "used_samples": tokens // length,
             "used_tokens": tokens,
             "unused_tokens": 0,
@@ -182,24 +182,6 @@ def _account(infos: Sequence[ChunkInfo]) -> dict[str, dict[str, int]]:
         }
         for name, tokens in sorted(totals.items())
     }
-
-
-def _sweep(target: Path, infos: Sequence[ChunkInfo]) -> None:
-    # A killed attempt, or one over other files, may have left something beside the chunks of this one.
-    kept = {TOKENIZER_NAME, *(name for info in infos for name in (info.file, str(info.provenance)))}
-    for path in target.iterdir():
-        if path.name not in kept:
-            path.unlink()
-
-
-def _rename(target: Path, output: Path) -> None:
-    old = output.with_name(output.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if output.exists():
-        os.replace(output, old)
-    os.replace(target, output)
-    sync_directory(output.parent)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _remove(work: Path) -> None:
@@ -212,8 +194,9 @@ def export_k2(manifest: Manifest, destination: Path, progress: Progress | None =
     """Write `chunk_<i>.jsonl` for each training chunk; an imported folder gives back the lines it was imported from.
 
     Of a row of several documents the first one's source and name are told; see `ProvenanceReader`. Every chunk is
-    checked byte for byte before it is written, and each file appears whole. The held-out chunk stays: K2 has none.
-    Raises DataError: a damaged chunk, no provenance, a chunk without a number, a destination with other chunks in it.
+    checked byte for byte before it is written. The folder appears whole; what a killed export finished beside it is
+    kept by the next one of the same data. The held-out chunk stays: K2 has none. Raises DataError: a damaged chunk, no
+    provenance, a chunk without a number, a destination that holds anything.
     """
     require_pyarrow()
     files: dict[str, ChunkInfo] = {}
@@ -223,9 +206,20 @@ def export_k2(manifest: Manifest, destination: Path, progress: Progress | None =
             what = "its name has no number: chunk_<i>" if found is None else "it has no provenance"
             raise DataError(f"{manifest.path}: {info.name} cannot be exported: {what}")
         files[f"chunk_{int(found[1])}.jsonl"] = info
-    destination.mkdir(parents=True, exist_ok=True)
-    if others := sorted(path.name for path in destination.glob("chunk_*.jsonl*") if path.name not in files):
-        raise DataError(f"{destination}: holds {others[0]}, which is not of {manifest.path}; name another folder")
-    for name, info in (progress or Progress(None)).over("export", list(files.items()), unit="chunks"):
-        export_chunk(manifest, info, destination / name)
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise DataError(f"{destination}: exists already, and an export replaces nothing; name another folder")
+    aside = destination.with_name(destination.name + ".tmp")
+    mark = aside / "of_manifest"
+    if aside.exists() and not (mark.is_file() and mark.read_text("ascii") == manifest.sha256):
+        shutil.rmtree(aside)
+    aside.mkdir(parents=True, exist_ok=True)
+    write_synced(mark, manifest.sha256)
+    left = [(name, info) for name, info in files.items() if not (aside / name).is_file()]
+    for name, info in (progress or Progress(None)).over("export", left, unit="chunks"):
+        export_chunk(manifest, info, aside / name)
+    for path in aside.iterdir():
+        if path.name not in files:
+            path.unlink()
+    os.replace(aside, destination)
+    sync_directory(destination.parent)
     return [destination / name for name in files]

@@ -123,7 +123,6 @@ def _fast(block: bytearray, sequence_length: int) -> tuple[Tokens, list[Fields]]
     saved: list[tuple[int, bytes]] = []
     fields: list[Fields] = []
     starts: list[int] = []
-    ends: list[int] = []
     start = gap = 0
     try:
         while start < len(block):
@@ -133,13 +132,12 @@ def _fast(block: bytearray, sequence_length: int) -> tuple[Tokens, list[Fields]]
             fields.append(_fields(block[line : numbers - 1] + b"null" + block[end + 1 : start - 1]))
             saved.append((gap, _cover(block, gap, numbers)))
             starts.append(numbers)
-            ends.append(end)
             gap = end
         saved.append((gap, _cover(block, gap, len(block))))
         # Each covered stretch but the first begins with a comma and a space, which are those of the number before it.
-        filled_bytes = sum(len(content) for _, content in saved) - 2 * len(ends)
-        return _numbers(block, starts, ends, sequence_length, filled_bytes), fields
-    except ValueError:
+        filled_bytes = sum(len(content) for _, content in saved) - 2 * len(starts)
+        return _numbers(block, starts, sequence_length, filled_bytes), fields
+    except (ValueError, RecursionError):
         for place, content in saved:
             block[place : place + len(content)] = content
         return None
@@ -169,20 +167,20 @@ def _cover(block: bytearray, start: int, stop: int) -> bytes:
     return content
 
 
-def _numbers(block: bytearray, starts: list[int], ends: list[int], sequence_length: int, filled_bytes: int) -> Tokens:
+def _numbers(block: bytearray, starts: list[int], sequence_length: int, filled_bytes: int) -> Tokens:
     """Ids `[lines, sequence_length]` of a covered block. Raises ValueError unless every byte is as it must be.
 
     Between start and end of a line there are numbers of 1 to 5 digits, none with a leading zero, and a comma and a space
     after each but the last, whose comma is that of `_cover`. As many bytes are no digits as there are commas and spaces
-    after them: so nothing else stands between two commas.
+    after them: so nothing else stands between two commas. An id too many or too few in a line puts the start of the next
+    line inside a number's length, which is then below 1, or above 5 since it spans what was covered.
     """
     text = np.frombuffer(block, dtype=np.uint8)
     places = np.flatnonzero(text == _COMMA)
     digit = text - _ZERO
     is_digit = digit < 10
     if (
-        len(places) != len(ends) * sequence_length
-        or not np.array_equal(places[sequence_length - 1 :: sequence_length], ends)
+        len(places) != len(starts) * sequence_length
         or int(np.count_nonzero(is_digit)) + 2 * len(places) + filled_bytes != len(text)
         or bool((text.take(places + 1) != _SPACE).any())
     ):
@@ -194,7 +192,7 @@ def _numbers(block: bytearray, starts: list[int], ends: list[int], sequence_leng
     if int(lengths.min()) < 1 or int(lengths.max()) > _DIGITS or bool((zeros & (lengths > 1)).any()):
         raise ValueError("not numbers of 1 to 5 digits")
     digit &= np.negative(is_digit.view(np.uint8))
-    return _values(digit, places, lengths).reshape(len(ends), sequence_length)
+    return _values(digit, places, lengths).reshape(len(starts), sequence_length)
 
 
 def _values(digit: npt.NDArray[np.uint8], places: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> Tokens:

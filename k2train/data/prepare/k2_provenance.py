@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from k2train.data.chunk import Tokens
 from k2train.data.prepare.k2_lines import KEYS, Fields
-from k2train.errors import DataError, UserError
+from k2train.errors import DataError
 
 try:
     import pyarrow as arrow
@@ -33,12 +33,6 @@ TEXTS = ("subset", "source", "document", "k2_source", "k2_line")
 DICTIONARIES = ("subset", "source", "k2_source")
 
 Texts = npt.NDArray[np.bytes_]
-
-
-def require_pyarrow() -> None:
-    """Raises UserError with the command to run when pyarrow is missing: better now than after the first block."""
-    if arrow is None:
-        raise UserError("provenance is kept as Parquet, which needs pyarrow: pip install 'k2train[data]'")
 
 
 class ProvenanceWriter:
