@@ -249,7 +249,7 @@ def bench_import(folder: Path, rounds: int) -> Iterator[Figure]:
 
 
 MEMORY = """
-import resource, sys
+import sys
 from k2train.data.prepare.assemble import chunk_task
 from k2train.data.prepare.encode import encode_task
 from k2train.data.prepare.layout import plan_task
@@ -258,7 +258,7 @@ from pathlib import Path
 place = Workplace.open(Path(sys.argv[1]))
 {"encode": lambda: [encode_task(place, n) for n in range(len(place.tasks))], "plan": lambda: plan_task(place),
  "chunks": lambda: [chunk_task(place, n) for n in range(len(place.chunk_names))]}[sys.argv[2]]()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print([line for line in open("/proc/self/status") if "VmHWM" in line][0].split()[1])
 """
 
 

@@ -68,7 +68,9 @@ class ChunkFile:
         self._thread = ThreadPoolExecutor(1, "chunk")
         self._writing: Future[None] | None = None
         try:
-            os.posix_fallocate(self._file, 0, size_bytes)
+            # Where the space cannot be set aside, as on macOS, a full disk is noticed while writing.
+            allocate = getattr(os, "posix_fallocate", lambda file, start, size: os.ftruncate(file, start + size))
+            allocate(self._file, 0, size_bytes)
             self._write(self.header, 0)
         except BaseException:
             self._leave()

@@ -80,7 +80,7 @@ def measure(recipe: Recipe, progress: Progress) -> Rates:
             chunk_tokens_per_second=made / chunk_seconds,
             run_bytes_per_token=_size(place.folder / "runs") / (PASSES * account["training_tokens"]),
             chunk_bytes_per_token=_size(place.target) / made,
-            peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            peak_memory_bytes=_peak_memory_bytes(),
             tokenizer=words,
         )
 
@@ -114,6 +114,14 @@ def _timed(task: Callable[[int], None], count: int) -> float:
     return time.process_time() - began
 
 
+def _peak_memory_bytes() -> int:
+    status = Path("/proc/self/status")
+    if status.exists():
+        # Rather than getrusage, whose figure for a child begins at its parent's.
+        return int(status.read_text("ascii").split("VmHWM:")[1].split()[0]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
 def _size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
@@ -140,7 +148,8 @@ def cost(recipe: Recipe, rates: Rates) -> Cost:
         chunk_core_hours=total / rates.chunk_tokens_per_second / 3600,
         work_bytes=laid_out * rates.run_bytes_per_token * width / 2,
         output_bytes=total * rates.chunk_bytes_per_token * width / 2,
-        task_memory_bytes=rates.peak_memory_bytes,
+        # The sample is too small to fill a run, which is held until it is written.
+        task_memory_bytes=rates.peak_memory_bytes + recipe.executor.run_tokens * width,
         from_files=tuple(from_files),
     )
 
@@ -186,7 +195,7 @@ def estimate_lines(recipe: Recipe, rates: Rates, needs: Cost) -> Sequence[str]:
         "",
         f"disk      {needs.work_bytes / 1e12:8.3f} TB of work, removed at the end, and {needs.output_bytes / 1e12:.3f} TB of "
         f"chunks and provenance",
-        f"memory    {needs.task_memory_bytes / 2**30:8.2f} GiB a worker (measured; executor.run_tokens "
+        f"memory    {needs.task_memory_bytes / 2**30:8.2f} GiB a worker (measured, and a run of executor.run_tokens "
         f"{recipe.executor.run_tokens:,})",
         "",
         f"rates of one core, measured now on the standard library with {rates.tokenizer}: encode "
