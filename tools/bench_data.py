@@ -30,7 +30,9 @@ from k2train.data.prepare.assemble import chunk_task
 from k2train.data.prepare.build import prepare
 from k2train.data.prepare.documents import encode_tasks, list_sources
 from k2train.data.prepare.encode import encode_task
+from k2train.data.prepare.k2_chunk import read_pieces
 from k2train.data.prepare.k2_jsonl import export_k2, import_k2
+from k2train.data.prepare.k2_lines import parse_lines
 from k2train.data.prepare.layout import plan_task
 from k2train.data.prepare.library import stdlib_root
 from k2train.data.prepare.progress import Progress
@@ -293,14 +295,14 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--rounds", type=int, default=5, help="turns of each measurement (default 5)")
     parser.add_argument("--folder", type=Path, help="where the temporary folders are made")
     given = parser.parse_args(arguments)
-    print(f"{'what':45}  {'against':24}  {'mine':>10}  {'theirs':>10}  {'unit':8}  {'ratio':>6}  aim")
+    print(f"{'what':45}  {'against':24}  {'mine':>10}  {'theirs':>10}  {'unit':8}  {'ratio':>8}  aim")
     try:
         for name in given.only:
             with tempfile.TemporaryDirectory(prefix="k2train-bench-", dir=given.folder) as folder:
                 for figure in BENCHES[name](Path(folder), given.rounds):
                     print(
                         f"{figure.what:45}  {figure.against:24}  {figure.mine:10,.4g}  {figure.theirs:10,.4g}  "
-                        f"{figure.unit:8}  {figure.ratio:6.3f}  {figure.aim}",
+                        f"{figure.unit:8}  {figure.ratio:8.4g}  {figure.aim}",
                         flush=True,
                     )
     except UserError as error:

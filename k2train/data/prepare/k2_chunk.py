@@ -6,7 +6,9 @@ one was refused: a file has the right size before it is known to be of the right
 """
 
 import json
+import os
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from itertools import islice
@@ -17,7 +19,7 @@ import numpy as np
 
 from k2train.data.chunk import ChunkInfo, Manifest, open_chunk, verify_chunk
 from k2train.data.manifest import chunk_dtype
-from k2train.data.prepare.k2_lines import MAX_LINE_BYTES, parse_line, parse_lines
+from k2train.data.prepare.k2_lines import MAX_LINE_BYTES, Lines, parse_line, parse_lines
 from k2train.data.prepare.k2_provenance import ProvenanceReader, ProvenanceWriter, format_lines, number_texts
 from k2train.errors import DataError
 from k2train.files import AtomicFile, sha256_file
@@ -32,6 +34,7 @@ ROAD = 1
 # The memory of the processor's own: a block is gone over some thirty times.
 PIECE_BYTES = 2**18
 EXPORT_ROWS = 512
+SYNC_BYTES = 2**25
 
 
 @dataclass(frozen=True)
@@ -93,10 +96,25 @@ def _write_chunk(task: ImportTask) -> ChunkInfo:
         ids, provenance = (files.enter_context(AtomicFile(task.target / name)) for name in names)
         _write_header(ids, rows, task.sequence_length, dtype)
         writer = files.enter_context(ProvenanceWriter(provenance, task.sequence_length))
-        for lines in parse_lines(read_pieces(task.file), task.file.name, task.sequence_length, task.vocab_size):
+
+        def write(lines: Lines) -> None:
             ids.write(lines.ids.astype(dtype).data)
             writer.add(lines.fields)
+            if ids.tell() // SYNC_BYTES > (ids.tell() - lines.ids.size * dtype.itemsize) // SYNC_BYTES:
+                # Bit by bit and not all at the end, when nothing else is left to do.
+                ids.flush()
+                os.fsync(ids.fileno())
+
+        # A block is written while the next one is read; the thread is joined before the files are closed.
+        pool = files.enter_context(ThreadPoolExecutor(1))
+        written: Future[None] | None = None
+        for lines in parse_lines(read_pieces(task.file), task.file.name, task.sequence_length, task.vocab_size):
+            if written is not None:
+                written.result()
+            written = pool.submit(write, lines)
             rows += len(lines.ids)
+        if written is not None:
+            written.result()
         if rows == 0:
             raise DataError(f"{task.file.name}: holds no line; fetch it again")
         # The number of rows is known at the end; counting lines first would read, and unpack, everything twice.
