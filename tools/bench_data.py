@@ -240,7 +240,13 @@ def bench_import(folder: Path, rounds: int) -> Iterator[Figure]:
     def whole() -> Manifest:
         return import_k2(source, folder / f"imported_{next(number)}")
 
-    mine, theirs = in_turns(rounds, whole, loads)
+    def parse() -> None:
+        path = source / "chunk_0.jsonl"
+        for _ in parse_lines(read_pieces(path), path.name, 2048, 32032):
+            pass
+
+    alone, mine, theirs = in_turns(rounds, parse, whole, loads)
+    yield Figure("read K2's jsonl to arrays of ids", "json.loads alone", size / alone, size / theirs, "MB/s", ">= 5")
     yield Figure(
         "import K2's jsonl, files written and synced", "json.loads alone", size / mine, size / theirs, "MB/s", ">= 5"
     )
