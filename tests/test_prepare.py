@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -216,6 +217,83 @@ def test_again_does_nothing(made: Manifest, corpus: Path) -> None:
     done = prepare(recipe)
     assert done.returncode == 2 and "chunk_001.npy missing or not as the manifest says; --force" in done.stderr
     chunk.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["chunk_001.npy", "chunk_002.parquet", "sources.json", "tokenizer.model"])
+def test_every_file_is_checked_before_it_is_called_prepared(made: Manifest, tmp_path: Path, name: str) -> None:
+    """Catches "all hashes checked" said of a folder with a damaged file."""
+    shutil.copytree(made.folder, tmp_path / "out")
+    path = tmp_path / "out" / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    done = prepare(made.folder.parent / "r.yaml", f"output={tmp_path / 'out'}")
+    assert done.returncode == 2 and f"{name} missing or not as the manifest says" in done.stderr
+
+
+def test_nothing_of_the_users_is_deleted(made: Manifest, corpus: Path, tmp_path: Path) -> None:
+    """Catches a work or output folder whose other content is taken for leftovers."""
+    recipe = made.folder.parent / "r.yaml"
+    for key, folder, output in (
+        ("work", tmp_path / "mine", tmp_path / "out"),
+        ("output", tmp_path / "o.tmp", tmp_path / "o"),
+        ("output", tmp_path / "p", tmp_path / "p"),
+    ):
+        folder.mkdir()
+        (folder / "precious.txt").write_text("years of work")
+        (folder / "deadbeefdeadbeef").mkdir()
+        (folder / "deadbeefdeadbeef" / "thesis.tex").write_text("more")
+        override = [f"work={folder}"] if key == "work" else []
+        done = prepare(recipe, f"output={output}", "--force", *override)
+        assert (done.returncode, len(done.stderr.strip().splitlines())) == (2, 1), done.stderr
+        assert done.stderr.startswith(f"{key}: {folder}")
+        assert (folder / "precious.txt").read_text() == "years of work"
+        assert (folder / "deadbeefdeadbeef" / "thesis.tex").exists()
+
+
+def test_one_work_folder_for_two_recipes(corpus: Path, tmp_path: Path) -> None:
+    """Catches what one preparation began being removed by another that shares the scratch disk."""
+    recipes = []
+    for name in ("a", "b"):
+        tree = recipe_tree(corpus, tmp_path / name)
+        tree["work"] = str(tmp_path / "scratch")
+        recipes.append(write_recipe(tmp_path / f"{name}.yaml", tree | {"seed": len(recipes)}))
+    killed_after_encoding(recipes[0], tmp_path / "scratch")
+    begun = {path for path in (tmp_path / "scratch").rglob("record.json")}
+    assert begun
+    assert prepare(recipes[1]).returncode == 0
+    assert begun <= set((tmp_path / "scratch").rglob("record.json"))
+    done = prepare(recipes[0])
+    assert done.returncode == 0 and "go on with the preparation" in done.stderr
+    assert not (tmp_path / "scratch").exists()
+
+
+def test_two_at_once_into_one_output(corpus: Path, tmp_path: Path) -> None:
+    """Catches a folder made of two recipes, when each has a work folder of its own."""
+    recipe = write_recipe(tmp_path / "r.yaml", recipe_tree(corpus, tmp_path / "out"))
+    command = [sys.executable, str(ROOT / "tools/prepare_data.py"), str(recipe)]
+    first = subprocess.Popen([*command, f"work={tmp_path / 'w1'}"], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 60
+        while not list((tmp_path / "w1").glob("*/runs/*")):
+            assert first.poll() is None and time.monotonic() < deadline, "ended before its first task"
+            time.sleep(0.002)
+        second = prepare(recipe, "seed=6", f"work={tmp_path / 'w2'}")
+    finally:
+        assert first.wait(timeout=60) == 0
+    assert second.returncode == 2, second.stderr
+    assert "under way already" in second.stderr or "another recipe" in second.stderr
+    manifest = read_manifest(tmp_path / "out")
+    for info in manifest.all_chunks():
+        verify_chunk(manifest, info)
+    assert manifest.facts["seed"] == 5
+
+
+def test_a_place_that_cannot_be_written_is_one_line(made: Manifest) -> None:
+    """Catches a traceback where a folder cannot be made."""
+    for output in ("/proc/nowhere/x", "/dev/null/x"):
+        done = prepare(made.folder.parent / "r.yaml", f"output={output}")
+        assert (done.returncode, len(done.stderr.strip().splitlines())) == (2, 1), done.stderr
 
 
 def test_workers_tasks_and_runs_change_no_byte(made: Manifest, corpus: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ block.
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,19 +17,34 @@ from typing import Any
 from k2train.data.manifest import MANIFEST_NAME, SOURCES_NAME, Manifest, read_manifest
 from k2train.data.prepare.documents import encode_tasks, list_sources
 from k2train.data.prepare.encode import changed_sources, sources_identity
-from k2train.data.prepare.executors import exclusive, run_phases
+from k2train.data.prepare.executors import LOCK_NAME, exclusive, run_phases
 from k2train.data.prepare.fill_in_middle import require_specials
-from k2train.data.prepare.finish import damaged, finish, is_data_folder
+from k2train.data.prepare.finish import TOKENIZER_NAME, damaged, finish, is_data_folder
 from k2train.data.prepare.progress import Progress
 from k2train.data.prepare.recipe import Recipe
+from k2train.data.prepare.rejected import REJECTED_NAME
 from k2train.data.prepare.source import Source
 from k2train.data.prepare.tokenizer import Tokenizer
 from k2train.data.prepare.vocabulary import obtain_tokenizer
-from k2train.data.prepare.workplace import Workplace, read_json
+from k2train.data.prepare.workplace import CONTEXT_NAME, Workplace, read_json
 from k2train.errors import DataError
 
 # Part of the identity of a preparation: raise it when the same recipe would give other bytes.
 ROAD = 2
+
+OTHER_FILES = {LOCK_NAME, MANIFEST_NAME, SOURCES_NAME, REJECTED_NAME, TOKENIZER_NAME}
+WORK_PARTS = {
+    REJECTED_NAME,
+    CONTEXT_NAME,
+    LOCK_NAME,
+    "sources.jsonl",
+    TOKENIZER_NAME,
+    "runs",
+    "plan",
+    "chunks",
+    "failures",
+    "logs",
+}
 
 Listing = dict[str, list[Source]]
 
@@ -40,30 +56,67 @@ def prepare(recipe: Recipe, force: bool = False, progress: Progress | None = Non
     read other documents (and `force` is not given), or the documents do not suffice.
     """
     progress = progress or Progress(None)
-    recipe.work_folder.mkdir(parents=True, exist_ok=True)
-    with exclusive(recipe.work_folder):
-        before = None if force else _existing(recipe.output)
-        if before is not None:
-            _refuse_other(before, {"recipe_sha256": recipe.sha256, "road": ROAD})
-        listing = list_sources(recipe)
-        if before is not None:
-            _check_made(before, recipe, listing)
-            return before, False
-        if recipe.output.exists() and not is_data_folder(recipe.output):
-            raise DataError(f"output: {recipe.output} exists and is no data folder; name another, or move it away")
-        tokenizer = obtain_tokenizer(recipe, listing, progress)
-        if any(s.fill_in_the_middle.psm or s.fill_in_the_middle.spm for s in recipe.subsets.values()):
-            require_specials(tokenizer)
-        workplace = _workplace(recipe, tokenizer, listing, force, progress)
+    before = None if force else _existing(recipe)
+    listing = list_sources(recipe)
+    if before is not None:
+        _check_made(before, recipe, listing)
+        return before, False
+    target = recipe.output.with_name(recipe.output.name + ".tmp")
+    _refuse_foreign(recipe, target)
+    tokenizer = obtain_tokenizer(recipe, listing, progress)
+    if any(s.fill_in_the_middle.psm or s.fill_in_the_middle.spm for s in recipe.subsets.values()):
+        require_specials(tokenizer)
+    for folder in (recipe.work_folder, target):
+        folder.mkdir(parents=True, exist_ok=True)
+    # Both, since two recipes may name one output and different folders for their work.
+    with exclusive(recipe.work_folder), exclusive(target):
+        if not force and _existing(recipe) is not None:
+            raise DataError(f"{recipe.output}: was prepared by another process just now; start again to check it")
+        workplace = _workplace(recipe, target, tokenizer, listing, force, progress)
         run_phases(workplace, recipe.executor, progress)
         records = [read_json(workplace.encode_record(number)) for number in range(len(workplace.tasks))]
         manifest = finish(workplace, sources_identity(records), ROAD)
-        shutil.rmtree(recipe.work_folder, ignore_errors=True)
+        shutil.rmtree(workplace.folder, ignore_errors=True)
+        if {path.name for path in recipe.work_folder.iterdir()} == {LOCK_NAME}:
+            shutil.rmtree(recipe.work_folder, ignore_errors=True)
     return manifest, True
 
 
-def _existing(output: Path) -> Manifest | None:
-    return read_manifest(output) if (output / MANIFEST_NAME).is_file() else None
+def _refuse_foreign(recipe: Recipe, target: Path) -> None:
+    """Raises DataError for a folder that holds what no preparation wrote: it would be in the way, or lost."""
+    if recipe.output.exists() and not is_data_folder(recipe.output):
+        raise DataError(f"output: {recipe.output} exists and is no data folder; name another, or move it away")
+    work = recipe.work_folder
+    if work.resolve() in (recipe.output.resolve(), target.resolve()):
+        raise DataError(f"work: {work} is the output's own folder; name another")
+    for key, folder, ours in (("work", work, _is_work), ("output", target, _is_ours)):
+        if folder.exists() and not folder.is_dir():
+            raise DataError(f"{key}: {folder} is no folder; move it away")
+        foreign = next((path for path in sorted(folder.iterdir()) if not ours(path)), None) if folder.exists() else None
+        if foreign is not None:
+            raise DataError(f"{key}: {foreign} was not written by a preparation; move it away, or name another {key}")
+
+
+def _is_work(path: Path) -> bool:
+    if path.name in (LOCK_NAME, "k2_import"):
+        return True
+    # By its name and parts, since one that was killed at its start has no context yet.
+    is_identity = re.fullmatch(r"[0-9a-f]{16}", path.name) is not None and path.is_dir()
+    return is_identity and all(part.name in WORK_PARTS or part.suffix == ".tmp" for part in path.iterdir())
+
+
+def _is_ours(path: Path) -> bool:
+    parts = r"(chunk_\d+|held_out)(\.borders)?\.(npy|parquet)"
+    return path.suffix == ".tmp" or path.name in OTHER_FILES or re.fullmatch(parts, path.name) is not None
+
+
+def _existing(recipe: Recipe) -> Manifest | None:
+    """The finished folder. Raises DataError when it is of another recipe."""
+    if not (recipe.output / MANIFEST_NAME).is_file():
+        return None
+    before = read_manifest(recipe.output)
+    _refuse_other(before, {"recipe_sha256": recipe.sha256, "road": ROAD})
+    return before
 
 
 def _check_made(before: Manifest, recipe: Recipe, listing: Listing) -> None:
@@ -106,18 +159,23 @@ def _refuse_other(before: Manifest, wanted: Mapping[str, Any]) -> None:
             )
 
 
-def _workplace(recipe: Recipe, tokenizer: Tokenizer, listing: Listing, force: bool, progress: Progress) -> Workplace:
-    """The folder of this preparation, as an earlier start left it or fresh; those of other recipes are removed."""
+def _workplace(
+    recipe: Recipe, target: Path, tokenizer: Tokenizer, listing: Listing, force: bool, progress: Progress
+) -> Workplace:
+    """The folder of this preparation, as an earlier start left it or fresh; what others began for this output is removed."""
     identity = hashlib.sha256(f"{recipe.sha256} {tokenizer.sha256} {ROAD}".encode()).hexdigest()[:16]
     folder = recipe.work_folder / identity
-    target = recipe.output.with_name(recipe.output.name + ".tmp")
-    begun = (folder / "context.json").is_file() and not force
-    for other in recipe.work_folder.iterdir():
-        if other.is_dir() and (other != folder or not begun):
+    begun = (folder / CONTEXT_NAME).is_file() and not force
+    for other in sorted(recipe.work_folder.iterdir()):
+        if (other / CONTEXT_NAME).is_file() and (other != folder or not begun):
+            if Workplace.open(other).target.resolve() != target.resolve():
+                continue
             progress.say(f"remove {other}: " + ("started over" if other == folder else "of another recipe"))
             shutil.rmtree(other)
     if not begun:
-        shutil.rmtree(target, ignore_errors=True)
+        for path in target.iterdir():
+            if path.name != LOCK_NAME:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         return Workplace.create(folder, target, recipe, tokenizer, encode_tasks(recipe, listing))
     workplace = Workplace.open(folder)
     _refuse_changed(workplace, listing)
@@ -138,6 +196,6 @@ def _refuse_changed(workplace: Workplace, listing: Listing) -> None:
         changed = changed_sources([source for source in _all_sources(listing) if source.key in known], known)
     if changed:
         raise DataError(
-            f"{_few(changed)}: missing, new or changed since this preparation began in {workplace.folder}; bring it "
-            f"back, or give --force to start over"
+            f"{_few(changed)}: missing, new or changed since this preparation began in {workplace.folder}; bring the "
+            f"files, or the recipe's paths, back, or give --force to start over"
         )

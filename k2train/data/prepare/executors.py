@@ -44,13 +44,16 @@ class Crew(Protocol):
         """A task of the phase has failed: the others need not go on."""
 
 
+LOCK_NAME = "lock"
+
+
 @contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
     """One driver at a time for a work folder. Raises DataError, at once, naming the process that is at it.
 
     The kernel frees the lock when its holder ends in whatever way; workers never inherit it.
     """
-    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    descriptor = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

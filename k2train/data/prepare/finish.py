@@ -17,7 +17,9 @@ import numpy as np
 from k2train.data.chunk import ChunkInfo, Manifest
 from k2train.data.manifest import MANIFEST_NAME, SOURCES_NAME, read_manifest, write_manifest
 from k2train.data.prepare.rejected import REJECTED_NAME, rejected_lines
+from k2train.data.prepare.tokenizer import Tokenizer
 from k2train.data.prepare.workplace import HELD_OUT, Workplace, read_json, write_json
+from k2train.errors import DataError
 from k2train.files import AtomicFile, sha256_file, sync_directory
 
 TOKENIZER_NAME = "tokenizer.model"
@@ -144,4 +146,16 @@ def damaged(manifest: Manifest) -> list[str]:
         if fact in manifest.facts:
             expected[name] = manifest.facts[fact]
     paths = {name: manifest.folder / name for name in expected}
-    return [name for name, path in paths.items() if not path.is_file() or sha256_file(path) != expected[name]]
+    broken = [name for name, path in paths.items() if not path.is_file() or sha256_file(path) != expected[name]]
+    return broken + _damaged_tokenizer(manifest)
+
+
+def _damaged_tokenizer(manifest: Manifest) -> list[str]:
+    told = manifest.facts.get("tokenizer")
+    if not isinstance(told, dict):
+        return []
+    try:
+        found = Tokenizer.load(manifest.folder / told["file"], told["specials"]).sha256
+    except DataError:
+        found = ""
+    return [] if found == manifest.tokenizer_sha256 else [told["file"]]

@@ -30,6 +30,7 @@ from k2train.errors import DataError
 from k2train.files import AtomicFile
 
 HELD_OUT = "held_out"
+CONTEXT_NAME = "context.json"
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Workplace:
             "target": str(target.resolve()),
             "tasks": [{"subsets": task.subsets, "sources": len(task.sources)} for task in tasks],
         }
-        with AtomicFile(folder / "context.json") as stream:
+        with AtomicFile(folder / CONTEXT_NAME) as stream:
             stream.write(json.dumps(context, indent=1).encode())
         return cls.open(folder)
 
@@ -75,7 +76,7 @@ class Workplace:
     def open(cls, folder: Path) -> "Workplace":
         """Read `context.json`. Raises DataError when the folder is gone."""
         try:
-            context = json.loads((folder / "context.json").read_text("utf-8"))
+            context = json.loads((folder / CONTEXT_NAME).read_text("utf-8"))
         except OSError as error:
             raise DataError(f"{folder}: no preparation is under way here ({error.strerror})") from None
         return cls(folder, Path(context["target"]), Recipe.model_validate(context["recipe"]))
@@ -83,7 +84,7 @@ class Workplace:
     @cached_property
     def tasks(self) -> tuple[EncodeTask, ...]:
         """The encode tasks; a task's number is its place."""
-        context = json.loads((self.folder / "context.json").read_text("utf-8"))
+        context = json.loads((self.folder / CONTEXT_NAME).read_text("utf-8"))
         lines = (self.folder / "sources.jsonl").read_text("utf-8").splitlines()
         sources = iter(Source(**json.loads(line)) for line in lines)
         return tuple(
