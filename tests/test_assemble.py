@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import shutil
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -131,6 +132,15 @@ def test_bytes_do_not_depend_on_runs_and_tasks(texts: dict[str, list[Text]], tmp
     assert found[0] == found[1] == found[2]
 
 
+def test_documents_longer_than_a_stretch(tmp_path: Path) -> None:
+    """Catches a stretch that holds nothing, between two documents that are longer than one, taken for an end."""
+    texts = {"books": texts_of("books", [4500 + n for n in range(400)], 200)}
+    recipe = recipe_of(tmp_path, {"books": {}}, document_borders=True, held_out={"share": 0.08})
+    workplace = workplace_of(tmp_path, recipe, texts, 1, 10**7)
+    run_all(workplace, 64)
+    check_chunk(workplace, texts, "held_out")
+
+
 @pytest.fixture
 def workplace(texts: dict[str, list[Text]], tmp_path: Path) -> Workplace:
     recipe = recipe_of(tmp_path, {"code": {}, "prose": {"repeat": 2}}, document_borders=True)
@@ -195,6 +205,27 @@ def test_rows_written_in_any_order(rows: int, tmp_path: Path) -> None:
 def left_in(workplace: Workplace) -> list[str]:
     found = [*workplace.target.iterdir(), *(workplace.folder / "chunks").iterdir()]
     return sorted(path.name for path in found)
+
+
+def test_rows_given_are_not_overwritten_while_they_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches rows filled anew by the caller before a slow disk has taken the last ones."""
+    real = os.pwrite
+
+    def slow(*arguments: Any) -> int:
+        time.sleep(0.002)
+        return real(*arguments)
+
+    monkeypatch.setattr(chunk_file.os, "pwrite", slow)
+    rows, at_once = 256, 16
+    places = np.random.default_rng(0).permutation(rows).astype(np.uint32)
+    buffers = [np.empty((at_once, 8), np.uint16) for _ in range(2)]
+    with chunk_file.ChunkFile(tmp_path / "c.npy", rows, 8, "uint16") as file:
+        for start in range(0, rows, at_once):
+            buffers[0][:] = np.arange(start, start + at_once)[:, None]
+            file.write(buffers[0], places[start : start + at_once])
+            buffers.reverse()
+        file.finish()
+    assert np.load(tmp_path / "c.npy")[places, 0].tolist() == list(range(rows))
 
 
 def test_no_space_is_told_before_and_while_writing(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:

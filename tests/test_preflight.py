@@ -299,6 +299,11 @@ def record_sources(folder: Path, **parts: Any) -> str:
         ({"shares": {"a": [0.0, 0.8]}}, {"shares": {"a": [0.7, 1.0]}}, ["source a"]),
         ({"shares": {"a": [0.0, 0.1]}}, {"training": ["a"]}, ["source a"]),
         ({"training": ["a"]}, {"shares": {"a": [0.9, 1.0]}}, ["source a"]),
+        (
+            {"training": ["a"], "files": {"a": {"sha256": "1"}, "unused": {"sha256": "2"}}},
+            {"training": ["b", "c"], "files": {"b": {"sha256": "1"}, "c": {"sha256": "2"}}},
+            ["source b is a of before"],
+        ),
     ],
 )
 def test_files_that_are_split_inside(

@@ -14,8 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from k2train.config_schema import sections
+from k2train.data.prepare.recipe import ExecutorRecipe, Recipe, SubsetRecipe
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -111,6 +113,19 @@ def test_every_section_of_the_config_is_named() -> None:
     assert set(re.findall(r"`(\w+)`", "\n".join(row.split("|")[1] for row in table.splitlines()[2:]))) == set(
         sections()
     )
+
+
+def test_every_key_of_a_recipe_is_named() -> None:
+    """Catches a key that nobody can find, and an example that does not load."""
+    example = re.search(r"^```yaml\n(name: mine\n.*?)^```", README, re.MULTILINE | re.DOTALL)
+    assert example is not None
+    recipe = Recipe.model_validate(yaml.safe_load(example[1]))
+    for section, head in ((SubsetRecipe, "| key of a subset | |"), (Recipe, "| key of a recipe | |")):
+        table = README.split(head)[1].split("\n\n")[0]
+        named = set(re.findall(r"`(\w+)`", table)) | (set(yaml.safe_load(example[1])) if section is Recipe else set())
+        assert set(section.model_fields) <= named
+    assert set(ExecutorRecipe.model_fields) <= named
+    assert recipe.chunks == 8
 
 
 def test_every_link_to_a_file_leads_somewhere() -> None:

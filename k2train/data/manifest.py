@@ -206,10 +206,14 @@ def _check_names(manifest: Manifest) -> None:
 
 @dataclass(frozen=True)
 class SourceNames:
-    """Sources of a data folder, held-out ones included: used whole, or by their documents within a share of [0, 1]."""
+    """Sources of a data folder, held-out ones included: used whole, or by their documents within a share of [0, 1].
+
+    `contents` are the hashes of those of either kind that recorded one.
+    """
 
     whole: frozenset[str]
     shares: dict[str, tuple[float, float]]
+    contents: dict[str, str]
 
 
 def common_data(first: Manifest, second: Manifest) -> list[str]:
@@ -226,19 +230,27 @@ def common_data(first: Manifest, second: Manifest) -> list[str]:
         (a, b), (c, d) = earlier.shares[name], later.shares[name]
         if max(a, c) < min(b, d):
             mixed |= {name}
-    return shared + [f"source {name}" for name in sorted((earlier.whole & later.whole) | mixed)]
+    found = [f"source {name}" for name in sorted((earlier.whole & later.whole) | mixed)]
+    # Under another name a file's shares are cut elsewhere, so that the same content in both is always shared.
+    by_content = {digest: name for name, digest in earlier.contents.items()}
+    same = [(by_content[d], name) for name, d in later.contents.items() if by_content.get(d, name) != name]
+    return shared + found + [f"source {name} is {other} of before" for other, name in sorted(same)]
 
 
 def read_sources(manifest: Manifest) -> SourceNames:
     """Sources of a data folder; none when the folder does not record them. Raises DataError for a damaged record."""
     path = manifest.folder / SOURCES_NAME
     if "sources_sha256" not in manifest.facts:
-        return SourceNames(frozenset(), {})
+        return SourceNames(frozenset(), {}, {})
     if not path.is_file() or sha256_file(path) != manifest.facts["sources_sha256"]:
         raise DataError(f"{path}: missing, or not the file {manifest.path} was written with; fetch it again")
     content = json.loads(path.read_text("utf-8"))
     shares = {name: (low, high) for name, (low, high) in content.get("shares", {}).items()}
-    return SourceNames(frozenset([*content["training"], *content["held_out"]]), shares)
+    whole = frozenset([*content["training"], *content["held_out"]])
+    files = content.get("files", {})
+    return SourceNames(
+        whole, shares, {name: files[name]["sha256"] for name in files if name in whole or name in shares}
+    )
 
 
 def write_manifest(

@@ -11,6 +11,7 @@ import json
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from k2train.data.prepare.rejected import REJECTED_NAME
 from k2train.data.prepare.source import Source
 from k2train.data.prepare.tokenizer import Tokenizer
 from k2train.data.prepare.vocabulary import obtain_tokenizer
-from k2train.data.prepare.workplace import CONTEXT_NAME, Workplace, read_json
+from k2train.data.prepare.workplace import CONTEXT_NAME, EncodeTask, Workplace, listing_sha256, read_json
 from k2train.errors import DataError
 
 # Part of the identity of a preparation: raise it when the same recipe would give other bytes.
@@ -60,8 +61,9 @@ def prepare(recipe: Recipe, force: bool = False, progress: Progress | None = Non
     listing = list_sources(recipe)
     if before is not None:
         _check_made(before, recipe, listing)
+        _remove_work(recipe)
         return before, False
-    target = recipe.output.with_name(recipe.output.name + ".tmp")
+    target = target_of(recipe)
     _refuse_foreign(recipe, target)
     tokenizer = obtain_tokenizer(recipe, listing, progress)
     if any(s.fill_in_the_middle.psm or s.fill_in_the_middle.spm for s in recipe.subsets.values()):
@@ -77,9 +79,29 @@ def prepare(recipe: Recipe, force: bool = False, progress: Progress | None = Non
         records = [read_json(workplace.encode_record(number)) for number in range(len(workplace.tasks))]
         manifest = finish(workplace, sources_identity(records), ROAD)
         shutil.rmtree(workplace.folder, ignore_errors=True)
-        if {path.name for path in recipe.work_folder.iterdir()} == {LOCK_NAME}:
-            shutil.rmtree(recipe.work_folder, ignore_errors=True)
+    _remove_work(recipe)
     return manifest, True
+
+
+def _remove_work(recipe: Recipe) -> None:
+    """What a start that was killed behind its last rename left of this output; the folder, when that was all."""
+    work, target = recipe.work_folder, target_of(recipe)
+    with suppress(OSError, DataError), exclusive(work):
+        for folder in _works(work):
+            if Workplace.open(folder).target.resolve() == target.resolve():
+                shutil.rmtree(folder, ignore_errors=True)
+        if {path.name for path in work.iterdir()} == {LOCK_NAME}:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def _works(work: Path) -> list[Path]:
+    """The folders of preparations under way."""
+    return [path for path in sorted(work.iterdir()) if (path / CONTEXT_NAME).is_file()]
+
+
+def target_of(recipe: Recipe) -> Path:
+    """The data folder while it is made."""
+    return recipe.output.with_name(recipe.output.name + ".tmp")
 
 
 def _refuse_foreign(recipe: Recipe, target: Path) -> None:
@@ -87,8 +109,9 @@ def _refuse_foreign(recipe: Recipe, target: Path) -> None:
     if recipe.output.exists() and not is_data_folder(recipe.output):
         raise DataError(f"output: {recipe.output} exists and is no data folder; name another, or move it away")
     work = recipe.work_folder
-    if work.resolve() in (recipe.output.resolve(), target.resolve()):
-        raise DataError(f"work: {work} is the output's own folder; name another")
+    for folder in (recipe.output.resolve(), target.resolve()):
+        if work.resolve().is_relative_to(folder) or folder.is_relative_to(work.resolve()):
+            raise DataError(f"work: {work} and output: {recipe.output} lie one inside the other; name another work")
     for key, folder, ours in (("work", work, _is_work), ("output", target, _is_ours)):
         if folder.exists() and not folder.is_dir():
             raise DataError(f"{key}: {folder} is no folder; move it away")
@@ -134,6 +157,11 @@ def _check_made(before: Manifest, recipe: Recipe, listing: Listing) -> None:
             f"{before.folder} was prepared from other documents (by Python {before.facts.get('python')}): {_few(changed)} "
             f"missing, new or changed since; name another output, or give --force to replace it"
         )
+    _refuse_other(before, {"listing_sha256": _listing_sha256(listing)})
+
+
+def _listing_sha256(listing: Listing) -> str:
+    return listing_sha256({(name, source.key) for name, sources in listing.items() for source in sources})
 
 
 def _all_sources(listing: Listing) -> list[Source]:
@@ -150,6 +178,7 @@ def _refuse_other(before: Manifest, wanted: Mapping[str, Any]) -> None:
         "recipe_sha256": "another recipe",
         "road": "another version of the preparation",
         "tokenizer_sha256": "another tokenizer",
+        "listing_sha256": "other files, or the same given to other subsets",
     }
     for key, value in wanted.items():
         if found.get(key) != value:
@@ -166,10 +195,9 @@ def _workplace(
     identity = hashlib.sha256(f"{recipe.sha256} {tokenizer.sha256} {ROAD}".encode()).hexdigest()[:16]
     folder = recipe.work_folder / identity
     begun = (folder / CONTEXT_NAME).is_file() and not force
-    for other in sorted(recipe.work_folder.iterdir()):
-        if (other / CONTEXT_NAME).is_file() and (other != folder or not begun):
-            if Workplace.open(other).target.resolve() != target.resolve():
-                continue
+    for other in _works(recipe.work_folder):
+        mine = Workplace.open(other).target.resolve() == target.resolve()
+        if mine and (other != folder or not begun):
             progress.say(f"remove {other}: " + ("started over" if other == folder else "of another recipe"))
             shutil.rmtree(other)
     if not begun:
@@ -180,8 +208,10 @@ def _workplace(
     workplace = Workplace.open(folder)
     _refuse_changed(workplace, listing)
     progress.say(f"go on with the preparation in {folder}")
-    # The tasks keep their numbers; what does not decide bytes, as who does them, may be another now.
-    return Workplace.create(folder, target, recipe, tokenizer, workplace.tasks)
+    # The tasks keep their numbers; what does not decide bytes, as who does them and where files lie, may be another now.
+    now = {source.key: source for source in _all_sources(listing)}
+    tasks = [EncodeTask(task.subsets, tuple(now[s.key] for s in task.sources)) for task in workplace.tasks]
+    return Workplace.create(folder, target, recipe, tokenizer, tasks)
 
 
 def _refuse_changed(workplace: Workplace, listing: Listing) -> None:
@@ -190,6 +220,11 @@ def _refuse_changed(workplace: Workplace, listing: Listing) -> None:
     then = {source.key: source.size_bytes for source in begun}
     now = {source.key: source.size_bytes for source in _all_sources(listing)}
     changed = sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key))
+    if not changed and workplace.listing_sha256 != _listing_sha256(listing):
+        raise DataError(
+            f"{workplace.folder}: was begun with the files of its subsets given out otherwise; bring the recipe's paths "
+            f"back, or give --force to start over"
+        )
     if not changed:
         read = [record for n in range(len(workplace.tasks)) if (record := read_json(workplace.encode_record(n)))]
         known = {source["key"]: source for record in read for source in record["sources"]}

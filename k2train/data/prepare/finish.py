@@ -41,6 +41,7 @@ def finish(workplace: Workplace, inputs: str, road: int) -> Manifest:
         "recipe_sha256": recipe.sha256,
         "recipe": recipe.identity,
         "inputs_sha256": inputs,
+        "listing_sha256": workplace.listing_sha256,
         "sources_sha256": sources,
         "rejected_sha256": rejected,
         "tokenizer": {"file": TOKENIZER_NAME, "specials": list(tokenizer.specials)},

@@ -14,6 +14,7 @@ looked into, and outlives the process.
     failures/...          one line for a task that stopped at a user's mistake
 """
 
+import hashlib
 import json
 import os
 import socket
@@ -92,6 +93,11 @@ class Workplace:
             for entry in context["tasks"]
         )
 
+    @property
+    def listing_sha256(self) -> str:
+        """Which subset reads which sources."""
+        return listing_sha256({(name, s.key) for task in self.tasks for name in task.subsets for s in task.sources})
+
     @cached_property
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.load(self.folder / "tokenizer.model", self.recipe.tokenizer.specials)
@@ -114,6 +120,11 @@ class Workplace:
 
     def failure(self, phase: str, task: int) -> Path:
         return self.folder / "failures" / f"{phase}_{task:05d}"
+
+
+def listing_sha256(pairs: set[tuple[str, str]]) -> str:
+    """Identity of (subset, source key) pairs: the documents' own does not say which subset took them."""
+    return hashlib.sha256(json.dumps(sorted(pairs)).encode()).hexdigest()
 
 
 def owner_mark() -> str:
