@@ -22,7 +22,7 @@ from k2train.errors import DataError, UserError
 
 
 def toy_workplace(folder: Path, **orders: Any) -> Workplace:
-    """`orders`: `seconds` a task takes, `fail`: {"phase/number": line}, `crash`, `kill` and `deny`: "phase/number"."""
+    """`orders`: `seconds` a task takes, `fail`: {"phase/number": line}, `crash`, `kill`, `full`, `deny`: "phase/number"."""
     recipe = Recipe.model_validate(
         {
             "name": "toy data",
@@ -56,6 +56,8 @@ def _work(phase: str, workplace: Workplace, number: int) -> None:
         raise DataError(orders["fail"][name])
     if name == orders.get("crash"):
         raise KeyError("a bug of ours")
+    if name == orders.get("full"):
+        raise OSError(28, "No space left on device")
     if name == orders.get("kill"):
         os.kill(os.getpid(), 9)
     time.sleep(orders.get("seconds", 0.0))

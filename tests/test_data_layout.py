@@ -23,7 +23,7 @@ from k2train.data.prepare.layout import plan_task, runs_of
 from k2train.data.prepare.mix import allocate, apportion, keyed_permutation, row_places, spread
 from k2train.data.prepare.plan_file import Plan
 from k2train.data.prepare.source import PLACES
-from k2train.data.prepare.workplace import Workplace, read_json
+from k2train.data.prepare.workplace import Workplace, read_json, write_json
 from k2train.errors import DataError
 
 LENGTHS = np.random.Generator(np.random.Philox(key=2)).integers(1, 50, 300).tolist()
@@ -189,8 +189,12 @@ def test_a_share_is_held_out_exactly(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("held_out", "words"),
     [
-        ({"rows": 9000}, r"subset code must give 9000 held-out rows of 8 = 72000 tokens and has \d{4} for it"),
-        ({"rows": 300, "share": 0.01}, r"subset code must give 300 .* lower held_out.rows, or raise held_out.share"),
+        (
+            {"rows": 9000},
+            r"code must give 9000 held-out rows of 8 = 72000 tokens and has \d{4} for it: lower held_out.rows to",
+        ),
+        ({"rows": 300, "share": 0.05}, r"code must give 300 .* lower held_out.rows to \d+, or raise held_out.share$"),
+        ({"rows": 300, "share": 0.0001}, r"subset code must give 300 .* and has 0 for it: raise held_out.share$"),
         ({"share": 1e-9}, r"held_out.share \(1e-09\) holds out 0 tokens, less than one row of 8"),
     ],
 )
@@ -199,6 +203,26 @@ def test_too_little_to_hold_out(held_out: dict[str, Any], words: str, tmp_path: 
     recipe = recipe_of(tmp_path, {"code": {}}, held_out=held_out)
     with pytest.raises(DataError, match=words):
         plan_task(workplace_of(tmp_path, recipe, {"code": texts_of("code", 300, 100)}))
+
+
+@pytest.mark.parametrize("held_out", [{"rows": 9000}, {"rows": 300, "share": 0.05}])
+def test_the_number_to_lower_to_will_do(held_out: dict[str, Any], tmp_path: Path) -> None:
+    """Catches advice that is refused again, and advice that asks for less than could be held out."""
+    texts = {"code": texts_of("code", 300, 300), "prose": texts_of("prose", 150, 150)}
+    subsets: dict[str, Any] = {"code": {"repeat": 2}, "prose": {}}
+    workplace = workplace_of(tmp_path, recipe_of(tmp_path, subsets, held_out=held_out), texts)
+    with pytest.raises(DataError, match=r"lower held_out.rows to (\d+)") as refused:
+        plan_task(workplace)
+    most = int(str(refused.value).split("held_out.rows to ")[1].split(",")[0])
+    (tmp_path / "again").mkdir()
+    for rows in (most, most + 1 + most // 5):
+        changed = recipe_of(tmp_path, subsets, held_out={**held_out, "rows": rows})
+        workplace = workplace_of(tmp_path / "again", changed, texts)
+        if rows == most:
+            assert sum(item["held_out_tokens"] for item in planned(workplace)["account"].values()) == 8 * most
+        else:
+            with pytest.raises(DataError):
+                plan_task(workplace)
 
 
 def test_histogram_by_place() -> None:
@@ -262,6 +286,20 @@ def test_account_adds_up(
         assert account["code"]["used_tokens"] <= limit
     if rows_per_chunk is not None:
         assert sum(item["used_samples"] for item in account.values()) == 24
+
+
+def test_shared_ids_are_told_beside_the_account(tmp_path: Path) -> None:
+    """Catches a count of the encode tasks that is lost, or that takes documents out of the sums."""
+    recipe = recipe_of(tmp_path, {"code": {}, "prose": {}})
+    texts = {name: texts_of(name, 100, 30) for name in ("code", "prose")}
+    workplace = workplace_of(tmp_path, recipe, texts, tasks=2)
+    for number, count in ((0, 3), (1, 4)):
+        record = read_json(workplace.encode_record(number))
+        record["subsets"]["code"]["repeated_ids"] = count
+        write_json(workplace.encode_record(number), record)
+    account = planned(workplace)["account"]
+    assert {name: item["repeated_id_documents"] for name, item in account.items()} == {"code": 7, "prose": 0}
+    assert account["code"]["training_documents"] == account["code"]["documents_read"] == 100
 
 
 def test_too_few_samples(tmp_path: Path) -> None:

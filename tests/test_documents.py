@@ -92,7 +92,7 @@ def test_names_of_files_follow_the_pattern(tmp_path: Path) -> None:
     found = list_sources(recipe_of(subsets))
     assert [item.key for item in found["web"]] == ["web/a.jsonl", "web/a/2.jsonl", "web/b.jsonl"]
     assert [item.key for item in found["one"]] == ["one/x.jsonl"]
-    assert [item.key for item in found["books"]] == ["library/books/a", "library/books/b/1"]
+    assert [item.key for item in found["books"]] == ["library/a", "library/b/1"]
     assert found["web"][0] == Source("web", "a.jsonl", str(tmp_path / "corpus/web/a.jsonl"), 3)
 
 
@@ -100,7 +100,10 @@ def test_names_of_files_follow_the_pattern(tmp_path: Path) -> None:
     ("subsets", "words"),
     [
         ({"a": {"paths": ["no/*.jsonl"]}}, r"subsets.a.paths: no/\*.jsonl matches no file"),
-        ({"a": {"paths": ["web"]}}, r"subsets.a.paths: web is a folder; name its files, as web/\*.jsonl"),
+        (
+            {"a": {"paths": ["web/"]}},
+            r"subsets.a.paths: web/ is a folder; name its files, as web/\*.jsonl or web/\*\*/\*.jsonl.zst$",
+        ),
         ({"a": {"paths": ["web/gone.jsonl"]}}, r"subsets.a.paths: web/gone.jsonl is missing, or cannot be read"),
         (
             {"a": {"paths": ["web/*.jsonl"]}, "b": {"paths": ["web/x.jsonl"], "origin": "other"}},
@@ -121,6 +124,42 @@ def test_files_that_cannot_be_named(subsets: dict[str, Any], words: str) -> None
     recipe = recipe_of({name: {"kind": "jsonl", **subset} for name, subset in subsets.items()})
     with pytest.raises(DataError, match=words):
         list_sources(recipe)
+
+
+def test_all_wrong_paths_are_told_at_once() -> None:
+    """Catches a recipe mended one path at a time, and a line that does not say of which subset it speaks."""
+    write_files("web/x.jsonl")
+    subsets = {
+        "good": {"paths": ["web/*.jsonl"]},
+        "two": {"paths": ["no/*.jsonl", "web/x.jsonl", "web"]},
+        "rows": {"kind": "parquet", "paths": ["web"]},
+    }
+    recipe = recipe_of({name: {"kind": "jsonl", **subset} for name, subset in subsets.items()})
+    with pytest.raises(DataError) as caught:
+        list_sources(recipe)
+    assert str(caught.value).splitlines() == [
+        f"subsets.two.paths: no/*.jsonl matches no file, seen from {Path.cwd()}",
+        "subsets.two.paths: web is a folder; name its files, as web/*.jsonl or web/**/*.jsonl.zst",
+        "subsets.rows.paths: web is a folder; name its files, as web/*.parquet or web/**/*.parquet",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("path", "keys"),
+    [
+        ("corpus/web", ["web/a", "web/b/c.txt"]),
+        ("corpus/web/", ["web/a", "web/b/c.txt"]),
+        ("corpus/web/b/c.txt", ["b/c.txt"]),
+        ("corpus/web/a", ["a/a"]),
+        ("corpus/v1.0/", ["v1.0/x"]),
+        ("corpus/*/a", ["corpus/web/a"]),
+    ],
+)
+def test_a_bare_path_names_its_folder(path: str, keys: list[str]) -> None:
+    """Catches folders beside each other that all get the name of the folder they are in, and a file without a name."""
+    write_files("corpus/web/a", "corpus/web/b/c.txt", "corpus/v1.0/x", content=b"text")
+    found = list_sources(recipe_of({"it": {"kind": "text", "paths": [path]}}))["it"]
+    assert [source.key for source in found] == keys
 
 
 def test_standard_library_without_tests_and_packages(tmp_path: Path) -> None:
@@ -252,7 +291,6 @@ def test_lines_whatever_the_blocks(tmp_path_factory: pytest.TempPathFactory, par
 
 BAD_LINES = {
     b"{": "not JSON",
-    b"": "empty line",
     b"[1]": "not an object, but list",
     b"7": "not an object, but int",
     b'{"id": 1}': "'text' is missing",
@@ -281,6 +319,17 @@ def test_broken_lines_are_told_and_the_rest_goes_on() -> None:
     for item, why in zip(rejected, BAD_LINES.values(), strict=True):
         assert item.why.startswith(why)
         assert len(item.why) < 200
+
+
+@pytest.mark.parametrize("path", PACKED)
+def test_blank_lines_are_passed_over(path: str) -> None:
+    """Catches a blank line told as broken, one that moves the numbers after it, and one that is taken for a document."""
+    good = b'{"text": "good"}'
+    lines = [b"", good, b"  \t", b"\r", good, b"{", b"", b""]
+    for content in (b"\n".join(lines), b"\xef\xbb\xbf" + b"\n".join(lines), b"\r\n".join(lines)):
+        found, rejected = read(path, PACKED[path](content))
+        assert [item.name for item in found] == ["2", "5"]
+        assert [item.line for item in rejected] == [6]
 
 
 # Parquet

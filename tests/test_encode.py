@@ -117,7 +117,7 @@ def test_documents_are_encoded_with_their_end(tokenizer: Tokenizer) -> None:
         "documents": 180,
         "documents_read": 180,
         "tokens": sum(len(entry[4]) for entry in found),
-    } | dict.fromkeys(("outside", "short", "not_chosen", "rejected"), 0)
+    } | dict.fromkeys(("outside", "short", "not_chosen", "rejected", "repeated_ids"), 0)
     (record,) = records(workplace)
     assert record["text_bytes"] == sum(len(text_of(i).encode()) for i in range(180))
     for file in record["files"]:
@@ -223,6 +223,27 @@ def test_duplicates_are_told_from_outside_the_share_too(tokenizer: Tokenizer) ->
     assert len(set(hashes.values())) == 180
     assert {entry[3] for entry in found if not entry[4]} == {entry[3] for entry in found if entry[5] >= PLACES // 2}
     assert 0 < counts(workplace, "web")["outside"] == sum(not entry[4] for entry in found)
+
+
+def test_documents_that_share_their_id_are_counted(tokenizer: Tokenizer) -> None:
+    """Catches ids that repeat unseen, passes counted as repeats, equal ids of two files, and those outside the share."""
+    with open("web/3.jsonl", "a") as stream:
+        for name in ("d90", "d91", "d91", "d0"):
+            stream.write(json.dumps({"id": name, "text": f"again {name}"}) + "\n")
+    subsets = {
+        "web": {**WEB, "repeat": 3},
+        "half": {**WEB, "documents": [0, 0.5]},
+        "none": {**WEB, "paths": ["web/0.jsonl"], "id_key": None},
+    }
+    workplace = encode_all(tokenizer, subsets)
+    chosen = [drawn_place(5, "web/3.jsonl", name) < PLACES // 2 for name in ("d90", "d91", "d91")]
+    expected = {"web": 3, "half": sum(chosen), "none": 0}
+    assert {name: counts(workplace, name)["repeated_ids"] for name in subsets} == expected
+    assert counts(workplace, "web")["documents"] == 184
+    texts = encode_all(tokenizer, {"texts": {**WEB, "drop_duplicates": True}}, "texts")
+    assert counts(texts, "texts")["repeated_ids"] == 3
+    outside = {"web": {**WEB, "split_by": "source", "drop_duplicates": True, "share": [0, 0.0001]}}
+    assert counts(encode_all(tokenizer, outside, "outside"), "web")["repeated_ids"] == 0
 
 
 # Broken documents

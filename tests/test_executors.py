@@ -4,6 +4,7 @@ terminal."""
 
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -144,9 +145,26 @@ def test_a_task_that_leaves_no_record_is_not_done(tmp_path: Path) -> None:
 
 def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
     """Catches a full disk shown as a bug of ours."""
-    line, mistake = tasks.explain(OSError(28, "No space left on device", "out/chunk_000.npy"))
-    assert mistake and line.startswith("out/chunk_000.npy: no space left on the disk") and "\n" not in line
+    full = OSError(28, "No space left on device")
+    free = r"\d[\d,]* bytes are free; make room there and start again: what is finished is kept, or name a folder on another"
+    line, mistake = tasks.explain(full, tmp_path)
+    assert mistake and re.fullmatch(rf"work: no space left in {tmp_path}, {free} disk", line)
+    runs, out = tmp_path / "runs", tmp_path.parent / "out"
+    line, mistake = tasks.explain(OSError(28, "No space left on device", str(runs / "x.tmp")), tmp_path)
+    assert mistake and line.startswith(f"work: no space left in {runs}; make room there")  # It is gone.
+    line, mistake = tasks.explain(OSError(122, "Disk quota exceeded", str(out / "chunk_000.npy")), tmp_path)
+    assert mistake and line.startswith(f"output: no space left in {out}")
+    assert tasks.explain(full)[1]
     assert tasks.explain(OSError(5, "Input/output error"))[1] is False
+
+
+def test_a_full_disk_in_a_task_names_the_folder_and_the_key(tmp_path: Path) -> None:
+    """Catches a full disk told without where it is full, how much is free there, and which key names another place."""
+    workplace = toy_workplace(tmp_path, full="one/2")
+    with pytest.raises(
+        DataError, match=rf"^work: no space left in {workplace.folder}, [\d,]+ bytes are free; make room"
+    ):
+        run(workplace)
 
 
 def test_a_deleted_or_shortened_output_is_made_again(tmp_path: Path) -> None:

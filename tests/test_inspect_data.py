@@ -24,8 +24,9 @@ from k2train.data.columns import clean, table
 from k2train.data.inspection import find_tokenizer, text_parts
 from k2train.data.manifest import ChunkInfo, Manifest, read_manifest
 from k2train.data.order import ChunkOrder
+from k2train.data.prepare.k2_jsonl import UNKNOWN_TOKENIZER
 from k2train.data.prepare.tokenizer import EOS_ID, Tokenizer, train_tokenizer
-from k2train.data.provenance import find_document, pieces_of
+from k2train.data.provenance import _nearest, find_document, pieces_of
 from k2train.data.run_history import History, steps_done, steps_skipped
 from k2train.files import sha256_file
 from k2train.record.ledger import Ledger
@@ -282,7 +283,15 @@ def test_without_a_tokenizer_there_are_ids_and_a_word_about_it(build: Build, sho
     other = train_tokenizer(["one two three four five six " * 30], 300)
     other.save(corpus.folder.parent / "other.model")
     assert "is not the tokenizer of" in refuse(*words, "--tokenizer", corpus.folder.parent / "other.model")
-    assert "cannot be read" in refuse(*words, "--tokenizer", corpus.folder / "none.model")
+    assert f"{corpus.folder / 'none.model'}: cannot be read" in refuse(
+        *words, "--tokenizer", corpus.folder / "none.model"
+    )
+    path = corpus.manifest.path
+    assert f"{path}: not a sentencepiece model" in refuse(*words, "--tokenizer", path)
+    content = json.loads(path.read_text())
+    assert f"with the hash of the data ({content['tokenizer_sha256'][:12]})" in shown
+    path.write_text(json.dumps({**content, "tokenizer_sha256": UNKNOWN_TOKENIZER}))
+    assert "of the data (unknown: imported without a tokenizer) lies beside it" in show(*words)
 
 
 def test_a_tokenizer_beside_the_folder_is_taken_by_its_hash(build: Build, tokenizer: Tokenizer) -> None:
@@ -405,6 +414,14 @@ def test_a_chunk_adds_up(build: Build, ask: Ask, show: Ask) -> None:
     assert info.sha256 in show(corpus.folder, "--chunk", "3")
 
 
+def test_the_nearest_chunk_is_that_of_the_same_number() -> None:
+    """Catches the first of many names that are equally like the one that was asked for."""
+    names = [f"chunk_{i:03d}" for i in range(360)] + ["held_out"]
+    for wanted, near in (("chunk_0", 0), ("chunk_10", 10), ("chunk_7", 7), ("chnk_359", 359), ("chunk_0012", 12)):
+        assert _nearest(wanted, names) == [f"chunk_{near:03d}"]
+    assert (_nearest("heldout", names), _nearest("zzz", names)) == (["held_out"], [])
+
+
 # Documents
 
 
@@ -475,6 +492,29 @@ def test_every_step_reads_the_rows_of_the_order(build: Build, ask: Ask, tmp_path
     assert [sample["row"] for sample in chosen if "text_shown" in sample] == [5]
     states = [(item["chunk"], item["state"]) for item in ask("--run", run)["order"]]
     assert states == [("chunk_002", "trained"), ("chunk_000", "under way"), ("chunk_003", "to come")]
+
+
+def test_only_the_sample_that_was_asked_for_is_shown(build: Build, ask: Ask, show: Ask, tmp_path: Path) -> None:
+    """Catches a sample that is buried under the tables of all the others, and a step made smaller than it is."""
+    corpus = build()
+    run = tmp_path / "runs" / "one"
+    _run(corpus, run)
+    step = ("--run", run, "--step", 2)
+    assert [sample["row"] for sample in ask(*step)["samples"]] == [3, 4, 5]
+
+    def rows_shown(*words: object) -> list[str]:
+        lines = show(*step, *words).split("\n\n")[1].splitlines()[1:]
+        # A sample's number and row stand in the line of its first piece only.
+        return [" ".join(line.split()[:2]) for line in lines if "-" not in line.split()[0]]
+
+    rest = ["... and"]
+    assert rows_shown() == rows_shown("--all") == rows_shown("--sample", 1, "--all") == ["0 3", "1 4", "2 5"]
+    assert rows_shown("--sample", 1) == rows_shown("--row", 4) == ["1 4", *rest]
+    assert rows_shown("--rows", "4-5") == ["1 4", "2 5", *rest]
+    shown = show(*step, "--sample", 1)
+    assert "rows 3 to 5 (3 samples" in shown and "... and 2 samples more; --all shows them" in shown
+    pieces = ask(*step, "--sample", 1)["samples"][1]["pieces"]
+    assert len(shown.split("\n\n")[1].splitlines()) == 1 + len(pieces) + 1
 
 
 def test_a_document_is_told_with_its_steps(build: Build, ask: Ask, show: Ask, tmp_path: Path) -> None:
@@ -678,6 +718,7 @@ def test_mistakes_are_one_line(build: Build, refuse: Ask, tmp_path: Path) -> Non
     data = corpus.folder
     assert "chunk_000 to chunk_003" in refuse(data, "--chunk", 4)
     assert "nearest is chunk_002" in refuse(data, "--chunk", "chunk_0002")
+    assert "nearest is chunk_000" in refuse(data, "--chunk", "chunk_0")
     assert "it has rows 0 to 6" in refuse(data, "--chunk", 0, "--row", 7)
     assert "rows 5 to 9" in refuse(data, "--chunk", 0, "--rows", "5-9")
     assert "steps 1 to 8" in refuse("--run", run, "--step", 9)

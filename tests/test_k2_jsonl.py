@@ -1,7 +1,9 @@
 """K2's chunk files in and out: the same ids in the same order, and nothing accepted that JSON would not."""
 
 import hashlib
+import io
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -19,6 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
+from k2train.data.borders import write_borders
 from k2train.data.chunk import (
     ChunkInfo,
     Manifest,
@@ -31,8 +34,10 @@ from k2train.data.chunk import (
 from k2train.data.loader import Loader
 from k2train.data.order import make_order
 from k2train.data.prepare import k2_chunk, k2_jsonl, k2_lines, k2_provenance
+from k2train.data.prepare.executors import exclusive
 from k2train.data.prepare.k2_jsonl import UNKNOWN_TOKENIZER, export_k2, import_k2
 from k2train.data.prepare.k2_lines import KEYS, parse_lines
+from k2train.data.prepare.progress import Progress
 from k2train.data.prepare.tokenizer import train_tokenizer
 from k2train.errors import DataError
 from k2train.files import sha256_file
@@ -522,7 +527,84 @@ def test_a_full_disk_is_one_line(source: Path, tmp_path: Path, monkeypatch: pyte
     assert [path.name for path in tmp_path.iterdir()] == ["k2"]
 
 
+def lines_of(progress: Progress) -> list[str]:
+    assert isinstance(progress.stream, io.StringIO)
+    return progress.stream.getvalue().splitlines()
+
+
+def test_what_is_there_already_is_said(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches `import: 0 chunks`, and a folder called imported that was only found."""
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    output = tmp_path / "out"
+    monkeypatch.setattr(k2_jsonl, "swap_in", killed)
+    with pytest.raises(KeyboardInterrupt):
+        import_k2(source, output)
+    monkeypatch.undo()
+    progress = Progress(io.StringIO())
+    import_k2(source, output, progress=progress)
+    assert lines_of(progress) == [], "all chunks were finished before"
+    import_k2(source, output, progress=progress)
+    assert lines_of(progress) == [f"{output}: holds this import already"]
+
+
+def test_a_failed_import_leaves_no_empty_folder(source: Path, tmp_path: Path) -> None:
+    """Catches a work folder of nothing but a lock or what a kill left, and the folders made on the way to it."""
+    break_line(source, b"{")
+    (source / "chunk_0.jsonl").write_bytes(b'{"token_ids": [1, 2], ')
+    work = tmp_path / "out.work/k2_import"
+    (work / "records").mkdir(parents=True)
+    (work / "records/chunk_000.json.tmp").write_text("left by a kill")
+    for output in (tmp_path / "out", tmp_path / "deep/er/out"):
+        for workers in (1, 2):
+            with pytest.raises(DataError, match="not valid JSON"):
+                import_k2(source, output, workers=workers)
+            assert [path.name for path in tmp_path.iterdir()] == ["k2"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=r"k2_import: cannot be made \(Not a directory\)"):
+        import_k2(source, tmp_path / "file" / "out")
+
+
+def test_two_imports_into_one_folder(source: Path, tmp_path: Path) -> None:
+    """Catches two that write, and at the end remove, the same work folder."""
+    output = tmp_path / "out"
+    work = tmp_path / "out.work/k2_import"
+    work.mkdir(parents=True)
+    with exclusive(work), pytest.raises(DataError, match=rf"under way already \(pid {os.getpid()}\)"):
+        import_k2(source, output)
+    assert work.is_dir() and not output.exists()
+    import_k2(source, output)
+    work.mkdir(parents=True)
+    with exclusive(work), pytest.raises(DataError, match="under way already"):
+        import_k2(source, output)
+    assert work.is_dir(), "that of the one that replaces the folder"
+    import_k2(source, output)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["k2", "out"]
+
+
 # Export of folders that were not imported
+
+
+def test_an_export_says_what_is_lost(source: Path, tmp_path: Path) -> None:
+    """Catches sources, a held-out chunk and borders that go missing without a word; and a word where nothing does."""
+    progress = Progress(io.StringIO())
+    export_k2(import_k2(source, tmp_path / "out"), tmp_path / "back", progress)
+    assert [line.split(":")[0] for line in lines_of(progress)] == ["export"]
+    manifest = ours(tmp_path / "ours")
+    export_k2(manifest, tmp_path / "second", progress)
+    first = "not in these files: the sources of 1 of 3 pieces (a line names the document its row begins with)"
+    assert lines_of(progress)[-1] == first
+    content = json.loads(manifest.path.read_text())
+    held = write_chunk(manifest.folder, "held_out", [np.ones((1, LENGTH), np.uint32)], 1, VOCAB, {"code": LENGTH})
+    content["held_out"] = {key: value for key, value in vars(held).items() if value is not None}
+    digest = write_borders(manifest.folder / "chunk_012.borders.npy", [3])
+    content["chunks"][0] |= {"borders": "chunk_012.borders.npy", "borders_sha256": digest}
+    manifest.path.write_text(json.dumps(content))
+    files = export_k2(read_manifest(manifest.path), tmp_path / "third", progress)
+    assert lines_of(progress)[-1] == f"{first}, held_out (1 row), the document borders"
+    assert [path.name for path in files] == ["chunk_12.jsonl"]
 
 
 def ours(folder: Path) -> Manifest:

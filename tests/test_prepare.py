@@ -24,6 +24,7 @@ from pyarrow import parquet
 
 from k2train.data.chunk import check_files, open_chunk, verify_chunk
 from k2train.data.manifest import Manifest, common_data, read_manifest
+from k2train.data.prepare.documents import list_sources
 from k2train.data.prepare.fill_in_middle import restore
 from k2train.data.prepare.recipe import Recipe, load_recipe
 from k2train.data.prepare.tokenizer import EOS_ID, K2_SPECIAL_TOKENS, Tokenizer, train_tokenizer
@@ -411,7 +412,7 @@ def test_broken_lines_are_listed_and_the_rest_goes_on(corpus: Path, tmp_path: Pa
     ("change", "words"),
     [
         (lambda t, f: t["subsets"]["web"].update(paths=[str(f / "nothing" / "*.jsonl")]), "subsets.web.paths"),
-        (lambda t, f: t.update(chunks=5000), "fewer than the 5000 chunks"),
+        (lambda t, f: t.update(chunks=5000), "fewer than the 5,000 chunks"),
         (lambda t, f: t["held_out"].update(rows=100000), "held"),
         (lambda t, f: t.update(rows_per_chunk=100000), "needs 400"),
         (lambda t, f: t["tokenizer"].update(model=str(f / "none.model")), "tokenizer.model"),
@@ -489,6 +490,72 @@ def test_identity_is_what_decides_bytes(corpus: Path, tmp_path: Path) -> None:
     assert Recipe.model_validate(moved).sha256 == plain
     other: list[dict[str, Any]] = [{"seed": 6}, {"chunks": 5}, {"document_borders": False}, {"held_out": {"rows": 13}}]
     assert plain not in {Recipe.model_validate(tree | change).sha256 for change in other}
+    turned = dict(reversed(tree["subsets"].items()))
+    assert Recipe.model_validate(tree | {"subsets": turned}).sha256 != plain, "rows follow the order of the subsets"
+
+
+def test_a_link_is_no_other_file(corpus: Path, tmp_path: Path) -> None:
+    """Catches documents that are read twice through a link, and an origin that depends on what a link leads to."""
+    (tmp_path / "web").symlink_to(corpus / "web")
+    (tmp_path / "latest").symlink_to(corpus / "web")
+    tree = recipe_tree(corpus, tmp_path / "out")
+    tree["subsets"] = {"web": {"kind": "jsonl", "paths": [str(tmp_path / "web" / "*"), str(tmp_path / "latest" / "*")]}}
+    recipe = Recipe.model_validate(tree)
+    assert [source.key for source in list_sources(recipe)["web"]] == ["web/a.jsonl", "web/b.jsonl.zst"]
+    tree["subsets"]["web"]["paths"] = [str(tmp_path / "latest" / "*")]
+    assert Recipe.model_validate(tree).origin_of("web") == "latest"
+
+
+def test_equal_texts_are_on_one_side(corpus: Path, tmp_path: Path) -> None:
+    """Catches a text that stands twice and is held out once, in another subset or at another share."""
+    (tmp_path / "web").mkdir()
+    texts = [text_of(n) + f" twin {n}" for n in range(150)]
+    lines = [json.dumps({"text": text}) for text in [*texts, *reversed(texts)]]
+    (tmp_path / "web" / "a.jsonl").write_text("\n".join(lines))
+    tree = recipe_tree(corpus, tmp_path / "out")
+    both = {"kind": "jsonl", "paths": [str(tmp_path / "web" / "*")], "drop_duplicates": True}
+    tree |= {"subsets": {"one": {**both, "documents": [0.0, 0.5]}, "two": {**both, "documents": [0.5, 1.0]}}}
+    tree |= {"chunks": 2, "held_out": {"share": 0.3}}
+    done = prepare(write_recipe(tmp_path / "r.yaml", json.loads(json.dumps(tree))))
+    assert done.returncode == 0, done.stderr
+    manifest = read_manifest(tmp_path / "out")
+    sides = []
+    for names in ([info.name for info in manifest.chunks], ["held_out"]):
+        numbers = {int(key[2]) - 1 for key in documents_in(manifest, names)}
+        sides.append({min(number, 299 - number) for number in numbers})
+    assert len(sides[0]) > 50 and len(sides[1]) > 15 and sides[0].isdisjoint(sides[1])
+    tree["subsets"]["two"]["drop_duplicates"] = False
+    with pytest.raises(ConfigError, match="could be held out, and trained on in the other"):
+        load_recipe(str(write_recipe(tmp_path / "r.yaml", json.loads(json.dumps(tree)))))
+
+
+def test_files_given_to_other_subsets(corpus: Path, tmp_path: Path) -> None:
+    """Catches two folders that are called the same though each subset had the other one's files."""
+    for name, words in (("en", "word"), ("de", "wort")):
+        (tmp_path / f"{name}.jsonl").write_text(
+            "\n".join(json.dumps({"text": f"{words} " * 20 + str(i)}) for i in range(80))
+        )
+    tree = recipe_tree(corpus, tmp_path / "out") | {"held_out": None, "chunks": 2}
+    for first, second in (("en", "de"), ("de", "en")):
+        tree["subsets"] = {
+            "en": {"kind": "jsonl", "origin": "c", "paths": [str(tmp_path / f"{first}.jsonl")]},
+            "de": {"kind": "jsonl", "origin": "c", "paths": [str(tmp_path / f"{second}.jsonl")]},
+        }
+        done = prepare(write_recipe(tmp_path / "r.yaml", tree))
+    assert done.returncode == 2 and "the same given to other subsets" in done.stderr, done.stdout + done.stderr
+
+
+def test_a_corpus_may_move_between_two_starts(made: Manifest, corpus: Path, tmp_path: Path) -> None:
+    """Catches tasks that look for files where an earlier start had them."""
+    shutil.copytree(corpus, tmp_path / "here")
+    tree = recipe_tree(tmp_path / "here", tmp_path / "out")
+    recipe = write_recipe(tmp_path / "r.yaml", tree)
+    killed_after_encoding(recipe, tmp_path / "out.work")
+    (tmp_path / "here").rename(tmp_path / "there")
+    write_recipe(recipe, recipe_tree(tmp_path / "there", tmp_path / "out"))
+    done = prepare(recipe)
+    assert done.returncode == 0 and "go on with" in done.stderr, done.stderr
+    assert hashes(tmp_path / "out") == hashes(made.folder)
 
 
 def test_demo_recipes_fit_each_other() -> None:

@@ -1,5 +1,6 @@
 """Text to ids and back, for models trained here and for models trained as LLaMA's was."""
 
+import gzip
 import hashlib
 import importlib.util
 import io
@@ -7,6 +8,7 @@ import json
 import pickle
 import random
 import re
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
@@ -216,10 +218,14 @@ def test_a_damaged_model_is_refused(own: Tokenizer, published: Tokenizer, tmp_pa
             with pytest.raises(DataError, match=r"tokenizer\.model: "):
                 Tokenizer(tokenizer.model[:length])
     (tmp_path / "t.model").write_bytes(b"nonsense")
-    with pytest.raises(DataError, match="not a sentencepiece model"):
+    with pytest.raises(DataError) as caught:
         Tokenizer.load(tmp_path / "t.model")
-    with pytest.raises(DataError, match="cannot be read"):
+    assert str(caught.value) == f"{tmp_path / 't.model'}: not a sentencepiece model, or only a part of one"
+    with pytest.raises(DataError, match=r"/none\.model: cannot be read as tokenizer\.model \(No such file"):
         Tokenizer.load(tmp_path / "none.model")
+    (tmp_path / "t.model").write_bytes(trained_elsewhere(byte_fallback=False, vocab_size=60))
+    with pytest.raises(DataError, match=r"/t\.model: has no byte fallback"):
+        Tokenizer.load(tmp_path / "t.model")
 
 
 def test_a_model_that_would_lose_text_is_refused() -> None:
@@ -272,8 +278,28 @@ def test_training_takes_what_it_can() -> None:
     assert train_tokenizer([*texts, "\ud800 broken\n"], VOCAB_SIZE).sha256 == clean.sha256
     with pytest.raises(DataError, match=r"vocab_size \(9000\) cannot be reached with this text: the most is \d+$"):
         train_tokenizer(texts, 9000)
-    with pytest.raises(DataError, match=r"vocab_size \(100\) cannot be reached"):
-        train_tokenizer(texts, 100)
+    # Of the rarest characters, here four of the digits, the trainer makes no pieces.
+    characters = len(set("".join(texts)) - {"\n"}) - 4
+    least = 256 + 3 + characters
+    for size in (4, 100, least - 1):
+        with pytest.raises(DataError) as caught:
+            train_tokenizer(texts, size)
+        assert str(caught.value) == (
+            f"tokenizer.train.vocab_size ({size}) cannot be reached with this text: the least is {least}: 256 bytes, "
+            f"3 control pieces, its {characters} commonest characters"
+        )
+    assert train_tokenizer(texts, least).base_size == least
+    for size in (-1, 0, 3):
+        with pytest.raises(DataError, match=rf"vocab_size \({size}\) must be above 259: 256 bytes, 3 control pieces"):
+            train_tokenizer(texts, size)
+    with pytest.raises(DataError, match=r"with this text: it has no line to train on$"):
+        train_tokenizer(["", " \n"], 300)
+
+
+def test_what_the_trainer_says_is_a_last_resort() -> None:
+    """Catches advice to set an option of sentencepiece's that nothing here takes."""
+    told = "INTERNAL: a.cc(1) [x] Too few. 3 vs 4. Increase it or decrease character_coverage with --character_coverage option."
+    assert module._bound(told) == "INTERNAL: a.cc(1) [x] Too few. 3 vs 4."
 
 
 # The command line
@@ -293,12 +319,17 @@ def corpus(tmp_path: Path) -> list[str]:
     """The same texts four times: plain text, jsonl, jsonl.zst and Parquet, each in a folder."""
     texts = [corpus_text(i, 200) + "\n" for i in range(20)]
     lines = "".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(texts)).encode()
-    for kind in ("txt", "jsonl", "zst", "parquet"):
+    for kind in ("txt", "jsonl", "zst", "gz", "parquet"):
         (tmp_path / kind).mkdir()
     for number, text in enumerate(texts):
         (tmp_path / "txt" / f"{number:02d}.txt").write_text(text)
     (tmp_path / "jsonl" / "a.jsonl").write_bytes(lines)
     (tmp_path / "zst" / "a.jsonl.zst").write_bytes(zstandard.compress(lines))
+    # A file of several members, as `cat a.gz b.gz` makes them, and one of plain text.
+    half = lines.index(b"\n", len(lines) // 2) + 1
+    cut = lines[:half].count(b"\n")
+    (tmp_path / "gz" / "a.jsonl.gz").write_bytes(gzip.compress(lines[:999]) + gzip.compress(lines[999:half]))
+    (tmp_path / "gz" / "b.txt.gz").write_bytes(gzip.compress("".join(texts[cut:]).encode()))
     parquet.write_table(pyarrow.table({"body": texts}), tmp_path / "parquet" / "a.parquet")
     return texts
 
@@ -308,7 +339,8 @@ def test_every_kind_of_file_trains_the_same(
 ) -> None:
     """Catches documents lost or joined in one of the readers, and a hash told that is not the model's."""
     expected = train_tokenizer(corpus, VOCAB_SIZE).sha256
-    for kind, options in (("txt", []), ("jsonl", []), ("zst", []), ("parquet", ["--text-key", "body"])):
+    body = ["--text-key", "content", "body"]
+    for kind, options in (("txt", []), ("jsonl", []), ("zst", []), ("gz", []), ("parquet", body)):
         output = tmp_path / f"{kind}.model"
         given_files = str(tmp_path / kind / "**" / "*")
         assert tool.main([str(output), given_files, "--vocab-size", str(VOCAB_SIZE), *options]) == 0
@@ -350,6 +382,8 @@ def test_a_sample_is_told(
     assert tool.main([*command, "--max-bytes", "6000"]) == 0
     told = capsys.readouterr().out
     assert f"read 20 files, {sum(map(len, corpus)):,} bytes" in told
+    assert tool.main([str(tmp_path / "u.model"), str(tmp_path / "txt" / "00.txt"), "--vocab-size", "290"]) == 0
+    assert re.search(r"^read 1 file, [\d,]+ bytes of text in 1 block\n", capsys.readouterr().out)
     blocks, size = re.search(r"trained on (\d+) blocks, ([\d,]+) bytes", told).groups()  # type: ignore[union-attr]
     assert int(blocks) < 20 and 4000 < int(size.replace(",", "")) <= 6000
 
@@ -358,16 +392,56 @@ def test_what_cannot_be_read_is_told_and_left_out(
     tool: ModuleType, corpus: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Catches one broken line that ends the training, or goes unnoticed."""
-    broken = b'{"text": \n[1]\n{"id": 1}\n{"text": 7}\n\n\xff\n{"text": "\\ud800"}\n'
+    broken = b'{"text": \n[1]\n{"id": 1}\n{"text": 7}\n\n\xff\n{"text": "\\ud800"}\n{"text": ""}\n{"text": " \\n"}'
+    (tmp_path / "jsonl" / "d.md").write_bytes(b"\n\n")
     (tmp_path / "jsonl" / "b.jsonl").write_bytes(broken)
     (tmp_path / "jsonl" / "c.txt").write_bytes(b"caf\xe9\n" + b"x" * 70_000)
     output = tmp_path / "t.model"
     assert tool.main([str(output), str(tmp_path / "jsonl" / "*"), "--vocab-size", str(VOCAB_SIZE)]) == 0
     assert (
-        "left out: 1 documents whose 'text' is no text, 2 documents without the key 'text', 1 lines above 65536 bytes, "
-        "1 lines that are not JSON, 2 lines that are not UTF-8\n"
+        "left out: 1 document whose 'text' is no text, 2 documents without the key 'text', 1 document without valid "
+        "Unicode, 2 empty documents, 1 empty file, 1 line above 65536 bytes, 1 line without valid JSON, 2 lines without "
+        "valid UTF-8\n"
     ) in capsys.readouterr().out
     assert Tokenizer.load(output).sha256 == train_tokenizer(corpus, VOCAB_SIZE).sha256
+
+
+def test_the_first_text_key_that_is_there(tool: ModuleType, tmp_path: Path) -> None:
+    """Catches the second key taken where the first is there, and files of other corpora left out."""
+    (tmp_path / "a.jsonl").write_text(
+        '{"content": "b", "text": "a"}\n{"content": "c"}\n{"other": "d"}\n{"text": null}\n'
+    )
+    parquet.write_table(pyarrow.table({"content": ["e"], "text": ["f"]}), tmp_path / "b.parquet")
+    left_out: Counter[tuple[str, str]] = Counter()
+    found = [list(tool.blocks_of(tmp_path / name, ["text", "content"], left_out)) for name in ("a.jsonl", "b.parquet")]
+    assert found == [["a", "c"], ["f"]]
+    assert tool.told(left_out) == (
+        "1 document whose 'text' or 'content' is no text, 1 document without the key 'text' or 'content'"
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["t.model"], "required: FILE_OR_GLOB, --vocab-size"),
+        (["t.model", "a.txt", "--vocab-size", "many"], "--vocab-size: invalid int value: 'many'"),
+        (["t.model", "a.txt", "--vocab-size", "0"], "--vocab-size (0) must be at least 1"),
+        (["t.model", "a.txt", "--vocab-size", "300", "--max-bytes", "-1"], "--max-bytes (-1) must be at least 1"),
+        (
+            ["t.model", "a.txt", "--vocab-size", "300", "--text-key", "body", str(TOOL)],
+            "name the files before --text-key",
+        ),
+    ],
+)
+def test_mistakes_of_usage_are_one_line(
+    tool: ModuleType, words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a screen of usage around the one thing that is wrong, and a file taken for the name of a key."""
+    with pytest.raises(SystemExit) as leaving:
+        tool.main(words)
+    out, err = capsys.readouterr()
+    assert (leaving.value.code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("train_tokenizer: ") and said in err
 
 
 def test_mistakes_cost_one_line(
@@ -378,14 +452,17 @@ def test_mistakes_cost_one_line(
     (tmp_path / "empty.jsonl").write_text('{"body": "x"}\n')
     (tmp_path / "bad.parquet").write_text("x" * 100)
     (tmp_path / "bad.jsonl.zst").write_text("x" * 100)
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"text": "x"}\n' * 9)[:-9])
     output = tmp_path / "t.model"
     cases = {
         "none*.txt": "no file",
         "txt": r"folder; give a pattern, as .*/txt/\*\*/\*\.txt",
         "a.csv": "none of the kinds",
-        "empty.jsonl": r"hold no text .* 1 documents without the key 'text'",
+        "empty.jsonl": r"no text to train on in 1 file; left out: 1 document without the key 'text'$",
         "bad.parquet": "cannot be read",
-        "bad.jsonl.zst": "cannot be read",
+        "bad.jsonl.zst": "bad.jsonl.zst: not a whole zstd file",
+        "cut.jsonl.gz": "cut.jsonl.gz: cut off after",
+        "txt/0*.txt": r"--vocab-size \(9000\) cannot be reached with this text: the most is",
         "parquet/a.parquet": "has no column 'text' but body",
         "txt/00.txt": r"--vocab-size \(9000\) cannot be reached with this text: the most is",
     }
@@ -395,6 +472,8 @@ def test_mistakes_cost_one_line(
         assert re.search(message, told[-1]), told
         assert not [line for line in told[:-1] if not line.startswith("read: ")]
         assert not output.exists()
+    assert tool.main([str(output), str(tmp_path / "txt/*.txt"), "--vocab-size", "300", "--max-bytes", "9"]) == 2
+    assert "--max-bytes (9) is less than any of 20 blocks of text: raise it" in capsys.readouterr().err
     output.write_text("mine")
     command = [str(output), str(tmp_path / "txt" / "*.txt"), "--vocab-size", "300"]
     assert tool.main(command) == 2

@@ -1,5 +1,6 @@
 """The check of a whole data folder: every kind of damage is found, named, and keeps nothing else from being read."""
 
+import hashlib
 import importlib.util
 import json
 import re
@@ -17,7 +18,8 @@ from pyarrow import parquet
 from k2train.data.borders import write_borders
 from k2train.data.chunk import ChunkInfo, Manifest, read_manifest, write_chunk, write_manifest
 from k2train.data.prepare.tokenizer import Tokenizer, train_tokenizer
-from k2train.data.verify import verify_chunks, verify_files, verify_folder
+from k2train.data.verify import verify_chunks, verify_files
+from k2train.data.verify_facts import differing, verify_folder
 from k2train.errors import UserError
 from k2train.files import sha256_file
 
@@ -324,6 +326,114 @@ def test_manifest_that_tells_another_story(manifest: Manifest, change: Callable[
         assert len(found) == len(words), found
 
 
+def prepared(manifest: Manifest) -> Manifest:
+    """The facts that a preparation records: the recipe, its hash, and an account whose sums are right."""
+
+    def change(content: dict[str, Any]) -> None:
+        facts, infos = content["facts"], content["chunks"]
+        wishes = {"code": 0.29, "text": 2.0}
+        for name, repeat in wishes.items():
+            used = sum(info["tokens_per_subset"][name] for info in infos)
+            # 0.29 of 5700 is 1653, and one less by way of the nearest binary fraction.
+            tokens = {"code": 5700, "text": 1001}[name]
+            asked = {"code": 1653, "text": 2002}[name]
+            facts["account"][name] = {
+                "documents_read": 21, "rejected_documents": 7, "short_documents": 1, "not_chosen_documents": 2,
+                "outside_documents": 3, "duplicate_documents": 4, "training_documents": 5, "held_out_documents": 6,
+                "training_tokens": tokens, "repeat": repeat, "passes": int(-(-repeat // 1)), "asked_tokens": asked,
+                "used_samples": used // LENGTH, "used_tokens": used, "tail_tokens": asked % LENGTH,
+                "unused_tokens": asked - asked % LENGTH - used, "left_by_repeat_tokens": int(-(-repeat // 1)) * tokens - asked,
+                "held_out_tokens": content["held_out"]["tokens_per_subset"][name], "held_out_unused_tokens": 0,
+            }  # fmt: skip
+        facts |= {"name": "données", "seed": 3}
+        facts["dropped_tail_tokens"] = {name: item["tail_tokens"] for name, item in facts["account"].items()}
+        facts["recipe"] = {
+            "subsets": {name: {"repeat": repeat} for name, repeat in wishes.items()},
+            "name": "données", "seed": 3, "sequence_length": LENGTH, "chunks": 3, "rows_per_chunk": ROWS,
+        }  # fmt: skip
+        facts["recipe_sha256"] = hash_of(facts["recipe"])
+
+    return edit(manifest, change)
+
+
+def hash_of(recipe: Any) -> str:
+    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
+
+
+def of_recipe(change: Callable[[dict[str, Any]], object]) -> Callable[[dict[str, Any]], None]:
+    """A change to the recipe after which its hash is right again."""
+
+    def changed(content: dict[str, Any]) -> None:
+        change(content["facts"]["recipe"])
+        content["facts"]["recipe_sha256"] = hash_of(content["facts"]["recipe"])
+
+    return changed
+
+
+def of_account(name: str, **values: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda content: content["facts"]["account"][name].update(values)
+
+
+FACTS: list[tuple[str, Callable[[dict[str, Any]], object], list[str]]] = [
+    ("recipe", lambda c: c["facts"]["recipe"].update(document_borders=True), ["facts.recipe has the hash .*recipe_sha256 is "]),
+    ("no recipe", lambda c: c["facts"].update(recipe=[]), ["facts.recipe must be an object"]),
+    ("seed", lambda c: c["facts"].update(seed=4), ["facts.seed is 4, facts.recipe has 3"]),
+    ("name", of_recipe(lambda r: r.update(name="x")), ["facts.name is 'données', facts.recipe has 'x'"]),
+    ("length", of_recipe(lambda r: r.update(sequence_length=8)), ["sequence_length 8, the manifest 16"]),
+    ("chunks", of_recipe(lambda r: r.update(chunks=4)), ["has chunks 4, the manifest 3"]),
+    ("rows", of_recipe(lambda r: r.update(rows_per_chunk=39)), [f"rows_per_chunk 39, chunk_00{i} has 40" for i in range(3)]),
+    ("subsets", of_recipe(lambda r: r["subsets"].update(new={})), ["the subsets code, text, facts.recipe code, new, text"]),
+    ("repeat", of_recipe(lambda r: r["subsets"]["text"].update(repeat=1.5)), ["text: repeat is 2.0, facts.recipe has 1.5"]),
+    ("asked", of_account("code", asked_tokens=1652), ["code: asked_tokens is 1652, 0.29 of 5700 tokens are 1653", "tail_tok"]),
+    ("passes", of_account("text", passes=3), ["text: passes is 3, repeat 2.0 makes 2", "are 2002, 3 x 1001 .* are 3003"]),
+    ("tail", of_account("text", tail_tokens=3), ["tail_tokens is 3, asked_tokens leave 2", "do not add up", "dropped_tail"]),
+    ("dropped", lambda c: c["facts"]["dropped_tail_tokens"].pop("text"), ["dropped_tail_tokens of subset text is None, .* 2"]),
+    ("dropped list", lambda c: c["facts"].update(dropped_tail_tokens=[]), ["of subset code is None", "of subset text is None"]),
+    ("unused", of_account("code", unused_tokens=0), ["code: tokens do not add up: .*, 1 x 5700 training_tokens are 5700"]),
+    ("left", of_account("text", left_by_repeat_tokens=1), ["text: tokens do not add up: used, unused, tail and left"]),
+    ("documents", of_account("code", short_documents=2), ["code: documents do not add up: documents_read is 21, .* are 22"]),
+    ("negative", of_account("code", unused_tokens=-5), ["code: unused_tokens is -5, must be a whole number from 0"]),
+    ("a truth", of_account("code", documents_read=True), ["code: documents_read is True, must be"]),
+    ("words", of_account("text", used_samples="9"), ["text: used_samples is '9', must be a whole number"]),
+    ("no number", of_account("text", repeat="2"), ["text: repeat is '2', must be a number above 0"]),
+    ("without end", of_account("text", repeat=float("inf")), ["text: repeat is inf, must be a number above 0"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "words"), [pytest.param(c, w, id=name) for name, c, w in FACTS])
+def test_facts_that_contradict_each_other(manifest: Manifest, change: Callable[..., object], words: list[str]) -> None:
+    """Catches facts of a manifest that nothing is held against, so that an edited one passes for the preparation's own."""
+    manifest = prepared(manifest)
+    assert problems_of(manifest) == []
+    found = problems_of(edit(manifest, change))
+    assert len(found) == len(words), found
+    assert not [word for word in words if not [line for line in found if re.search(word, line)]], found
+    assert all(str(manifest.path) in line for line in found)
+
+
+def test_other_files_that_look_like_chunks(manifest: Manifest) -> None:
+    """Catches chunks of other data in the folder, which all that lists files would take for chunks of this one."""
+    strangers = ["chunk_003.npy", "chunk_000.extra.npy", "chunk_1.parquet", "chunk_003.borders.npy", "held_out.bin"]
+    for name in (*strangers, "notes.npy", "README.md", "chunk_list.txt"):
+        (manifest.folder / name).write_text("")
+    found = problems_of(manifest)
+    assert [line.split(":")[0] for line in found] == sorted(str(manifest.folder / name) for name in strangers)
+    assert all("looks like a chunk's and is not in manifest.json" in line for line in found)
+
+
+@pytest.mark.parametrize("file", ["chunk_001.npy", "chunk_001.parquet", "chunk_001.borders.npy", "sources.json"])
+def test_hashes_are_shown_to_where_they_differ(manifest: Manifest, file: str) -> None:
+    """Catches a line that says two equal things differ."""
+    digest = sha256_file(manifest.folder / file)
+    other = digest[:40] + ("0" if digest[40] != "0" else "1") + digest[41:]
+    path = manifest.path
+    path.write_text(path.read_text().replace(digest, other))
+    (line,) = problems_of(read_manifest(path))
+    assert f"sha256 is {digest[:41]}, the manifest says {other[:41]}; fetch it again, or prepare the data anew" in line
+    assert differing("a" * 64, "b" * 64) == ("a" * 16, "b" * 16)
+    assert differing(digest, digest[:60]) == (digest[:61], digest[:60])
+
+
 def test_what_a_folder_does_not_have_is_not_missed(manifest: Manifest) -> None:
     """Catches an older or plainer folder called damaged."""
 
@@ -349,7 +459,10 @@ def test_only_the_named_chunks(manifest: Manifest, tool: Any, capsys: pytest.Cap
     assert tool.main([str(manifest.path), "--chunks", "chunk_009"]) == 2
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
-    assert "no chunk is named 'chunk_009'; there are chunk_000, chunk_001, chunk_002" in err
+    assert "there is no chunk 'chunk_009'; there are chunk_000, chunk_001, chunk_002 and held_out" in err
+    assert tool.main([str(manifest.path), "--chunks", "2", "chunk_002", "held_out"]) == 0
+    assert "ok: 2 chunks, one held out" in capsys.readouterr().out
+    assert tool.main([str(manifest.path), "--chunk", "1"]) == 2
 
 
 def test_a_manifest_that_cannot_be_read_is_one_line(manifest: Manifest) -> None:
@@ -364,6 +477,68 @@ def test_a_manifest_that_cannot_be_read_is_one_line(manifest: Manifest) -> None:
     )
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert "not valid JSON" in done.stderr
+
+
+def test_a_file_that_is_no_manifest(manifest: Manifest, tool: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches advice to prepare data again whose manifest was only not the file that was named."""
+    folder = manifest.folder
+    (folder / "recipe.yaml").write_text("name: x\n")
+    (folder / "flow.yaml").write_text("{name: x}\n")
+    for name in ("recipe.yaml", "flow.yaml", "chunk_000.npy", "sources.json", "rejected.jsonl"):
+        assert tool.main([str(folder / name)]) == 2
+        expected = f"{folder / name}: is no manifest; give the manifest.json of a data folder, or the folder itself\n"
+        assert capsys.readouterr() == ("", expected)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tool, "read_manifest", lambda path: pytest.fail("a chunk was read whole to learn that it is one"))
+        assert tool.main([str(folder / "chunk_000.npy")]) == 2
+    capsys.readouterr()
+    manifest.path.rename(folder / "copy.json")
+    assert tool.main([str(folder / "copy.json")]) == 0
+    capsys.readouterr()
+    (folder / "copy.json").write_bytes((folder / "copy.json").read_bytes()[:-20])
+    assert tool.main([str(folder / "copy.json")]) == 2
+    assert "not valid JSON" in capsys.readouterr().err
+    assert tool.main([str(folder)]) == 2
+    assert "cannot be read (No such file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["--workers", "0"], ["--workers", "x"], ["--chunks"], ["--unknown"], []])
+def test_mistakes_of_usage_are_one_line(
+    manifest: Manifest, tool: Any, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a screen of usage around the one thing that is wrong."""
+    with pytest.raises(SystemExit) as leaving:
+        tool.main([str(manifest.path), *words] if words else [])
+    out, err = capsys.readouterr()
+    assert (leaving.value.code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("verify_data: ") and err.endswith("; see --help\n")
+
+
+def test_rates_are_told_where_there_is_one(
+    manifest: Manifest, tool: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches `0.0 s` and a rate worked out from it."""
+    assert (tool.rate(10**9, 0.09), tool.rate(10**9, 0.5), tool.rate(10**4, 0.5)) == ("", ", 2,000 MB/s", "")
+    clock = iter((0.0, 0.0123))
+    monkeypatch.setattr(tool.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(tool, "verify_chunks", lambda *_: [])
+    assert tool.main([str(manifest.path)]) == 0
+    assert capsys.readouterr().out.endswith(" bytes in 12 ms\n")
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_nobody_listens_any_more(manifest: Manifest, damaged: bool) -> None:
+    """Catches a traceback behind `| head`, and a folder called whole because nobody heard that it is not."""
+    if damaged:
+        flip(manifest.folder / "chunk_002.npy", -1)
+    reader = subprocess.Popen(["true"], stdin=subprocess.PIPE)
+    assert reader.stdin is not None and reader.wait() == 0
+    command = [sys.executable, str(TOOL), str(manifest.path)]
+    done = subprocess.run(command, stdout=reader.stdin, stderr=subprocess.PIPE, text=True, check=False)
+    told = ["chunk_002", "1 problem,"] if damaged else []
+    assert (done.returncode, len(done.stderr.splitlines())) == (2 if damaged else 0, len(told)), done.stderr
+    done = subprocess.run(command, stdout=reader.stdin, stderr=reader.stdin, check=False)
+    assert done.returncode == (2 if damaged else 0)
 
 
 def test_many_batches(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:

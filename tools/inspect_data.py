@@ -17,6 +17,7 @@ import argparse
 import io
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,6 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         text = json.dumps(facts, ensure_ascii=False)
     else:
         lines = sys.maxsize if options.all else View.lines
+        if options.step is not None and (options.sample is not None or options.rows is not None) and not options.all:
+            facts, lines = _asked_first(facts)
         text = "\n".join(render(facts, View(sys.stdout.isatty(), options.ids, options.chunks, lines)))
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Documents hold any character; a terminal that cannot show one shows its number.
@@ -65,6 +68,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # `inspect_data.py ... | head`; Python would flush once more at exit and complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return EXIT_DONE
+
+
+def _asked_first(facts: Facts) -> tuple[Facts, int]:
+    """A step whose table begins with the samples asked for, and the number of lines that shows these alone."""
+    asked = [sample for sample in facts["samples"] if "text_shown" in sample]
+    others = [sample for sample in facts["samples"] if "text_shown" not in sample]
+    return {**facts, "samples": asked + others}, sum(len(sample["pieces"]) for sample in asked)
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -305,10 +315,11 @@ def _chunks_by_key(manifest: Manifest, options: argparse.Namespace) -> set[str] 
 def _notes(manifest: Manifest, tokenizer: object) -> list[str]:
     if tokenizer is not None:
         return []
-    return [
-        f"no tokenizer.model with the hash of the data ({manifest.tokenizer_sha256[:12]}) lies beside it, so token ids "
-        "stand for the text; give one as --tokenizer MODEL"
-    ]
+    named = manifest.tokenizer_sha256
+    # An import without a tokenizer says so in words where the hash stands otherwise.
+    hashed = re.fullmatch("[0-9a-f]{64}", named)
+    what = f"with the hash of the data ({named[:12]})" if hashed else f"of the data ({named})"
+    return [f"no tokenizer.model {what} lies beside it, so token ids stand for the text; give one as --tokenizer MODEL"]
 
 
 if __name__ == "__main__":

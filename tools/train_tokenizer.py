@@ -1,6 +1,7 @@
-"""Train a tokenizer on files: `train_tokenizer.py OUTPUT.model --vocab-size 32000 FILES_OR_GLOBS... [--text-key text]`.
+"""Train a tokenizer on files: `train_tokenizer.py OUTPUT.model --vocab-size 32000 FILES_OR_GLOBS... [--text-key text ...]`.
 
-Reads .txt, .md and .py, .jsonl, .jsonl.zst and .parquet as streams, and trains on at most --max-bytes of text: training
+Reads .txt, .md, .py and .jsonl, each also as .gz and .zst, and .parquet, as streams. Of several text keys the first that
+a document (of .parquet: a file) has is taken. It trains on at most --max-bytes of text: training
 holds its text in memory, about 13 times over. Of more, the blocks with the smallest hashes of their names are taken: an
 even sample that every machine takes again, in one pass of reading, whatever the order of the files. The first bytes of
 the input were refused as a sample: they would all be of one kind. What cannot be read is counted and left out.
@@ -10,7 +11,6 @@ import argparse
 import glob
 import hashlib
 import heapq
-import io
 import json
 import os
 import sys
@@ -18,12 +18,14 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from k2train.data.columns import counted
 from k2train.data.prepare.progress import Progress
-from k2train.data.prepare.tokenizer import LONGEST_LINE_BYTES, Tokenizer, train_tokenizer
+from k2train.data.prepare.source import Contents, Source
+from k2train.data.prepare.tokenizer import LONGEST_LINE_BYTES, Tokenizer, is_encodable, train_tokenizer
 from k2train.errors import EXIT_DONE, EXIT_USAGE, DataError, UserError
 
 try:
@@ -31,16 +33,17 @@ try:
 except ImportError:
     parquet, ArrowException = None, OSError
 
-try:
-    import zstandard
-except ImportError:
-    zstandard = None  # type: ignore[assignment]
-
-TEXT_SUFFIXES = (".txt", ".md", ".py")
-SUFFIXES = (*TEXT_SUFFIXES, ".jsonl", ".jsonl.zst", ".parquet")
+TEXT_KINDS = (".txt", ".md", ".py")
+PACKED = ("", ".gz", ".zst")
+TEXT_SUFFIXES = tuple(kind + packed for kind in TEXT_KINDS for packed in PACKED)
+SUFFIXES = (*TEXT_SUFFIXES, *(f".jsonl{packed}" for packed in PACKED), ".parquet")
+KINDS = f"{' '.join(TEXT_KINDS)} .jsonl (each also .gz or .zst), .parquet"
 DEFAULT_MAX_BYTES = 100_000_000
 BLOCK_CHARACTERS = 2**16
 READ_ROWS = 256
+
+LeftOut = Counter[tuple[str, str]]
+"""How many of what was not trained on: (what, in the singular; the rest of the words)."""
 
 
 def files_of(patterns: Sequence[str]) -> list[tuple[str, Path]]:
@@ -57,58 +60,78 @@ def files_of(patterns: Sequence[str]) -> list[tuple[str, Path]]:
             raise DataError(f"{pattern}: no file{hint}")
         for file in files:
             if not file.endswith(SUFFIXES):
-                raise DataError(f"{file}: is none of the kinds that are read: {' '.join(SUFFIXES)}")
+                raise DataError(f"{file}: is none of the kinds that are read: {KINDS}")
             found.add(os.path.realpath(file))
     common = os.path.commonpath([os.path.dirname(path) for path in found])
     return sorted((Path(path).relative_to(common).as_posix(), Path(path)) for path in found)
 
 
-def texts_of(path: Path, key: str, left_out: Counter[str]) -> Iterator[str]:
-    """Texts of one file: its lines, or what stands under `key` in each of its documents."""
+def texts_of(path: Path, keys: Sequence[str], left_out: LeftOut) -> Iterator[Any]:
+    """Texts of one file: its lines, or what stands under the first of `keys` that each of its documents has."""
     if path.name.endswith(".parquet"):
-        yield from _parquet_texts(path, key, left_out)
+        yield from _parquet_texts(path, keys, left_out)
         return
-    with path.open("rb") as file:
-        stream: Any = file
-        if path.name.endswith(".zst"):
-            if zstandard is None:
-                raise UserError(f"{path}: reading it needs zstandard: pip install 'k2train[data]'")
-            stream = io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True))
-        for line in stream:
+    lines = Contents(Source("", path.name, str(path), path.stat().st_size)).lines()
+    if path.name.endswith(TEXT_SUFFIXES):
+        for line in lines:
             try:
-                yield line.decode() if path.name.endswith(TEXT_SUFFIXES) else json.loads(line)[key]
+                yield line.decode() + "\n"
             except UnicodeDecodeError:
-                left_out["lines that are not UTF-8"] += 1
-            except (json.JSONDecodeError, RecursionError):
-                if line.strip():
-                    left_out["lines that are not JSON"] += 1
-            except (KeyError, TypeError):
-                left_out[f"documents without the key {key!r}"] += 1
+                left_out["line", " without valid UTF-8"] += 1
+        return
+    for line in lines:
+        try:
+            item = json.loads(line)
+            yield item[next(key for key in keys if key in item)]
+        except UnicodeDecodeError:
+            left_out["line", " without valid UTF-8"] += 1
+        except (json.JSONDecodeError, RecursionError):
+            if line.strip():
+                left_out["line", " without valid JSON"] += 1
+        except (StopIteration, TypeError):
+            left_out["document", f" without the key {named(keys)}"] += 1
 
 
-def _parquet_texts(path: Path, key: str, left_out: Counter[str]) -> Iterator[str]:
+def named(keys: Sequence[str]) -> str:
+    return " or ".join(map(repr, keys))
+
+
+def _parquet_texts(path: Path, keys: Sequence[str], left_out: LeftOut) -> Iterator[Any]:
     if parquet is None:
         raise UserError(f"{path}: reading it needs pyarrow: pip install 'k2train[data]'")
     with parquet.ParquetFile(path) as table:
-        if key not in table.schema_arrow.names:
-            raise DataError(f"{path}: has no column {key!r} but {', '.join(table.schema_arrow.names)}: set --text-key")
+        columns = table.schema_arrow.names
+        key = next((key for key in keys if key in columns), None)
+        if key is None:
+            raise DataError(f"{path}: has no column {named(keys)} but {', '.join(columns)}: set --text-key")
         for batch in table.iter_batches(READ_ROWS, columns=[key]):
             for text in batch.column(0).to_pylist():
                 if text is None:
-                    left_out[f"documents without the key {key!r}"] += 1
+                    left_out["document", f" without the key {named(keys)}"] += 1
                 else:
                     yield text
 
 
-def blocks_of(path: Path, key: str, left_out: Counter[str]) -> Iterator[str]:
+def documents_of(path: Path, keys: Sequence[str], left_out: LeftOut) -> Iterator[str]:
+    """The texts that can be trained on: not empty, and Unicode."""
+    for text in texts_of(path, keys, left_out):
+        if not isinstance(text, str):
+            left_out["document", f" whose {named(keys)} is no text"] += 1
+        elif not text.strip():
+            left_out["empty document", ""] += 1
+        elif not is_encodable(text):
+            left_out["document", " without valid Unicode"] += 1
+        else:
+            yield text
+
+
+def blocks_of(path: Path, keys: Sequence[str], left_out: LeftOut) -> Iterator[str]:
     """The file's text in blocks of whole lines, of about 64 Ki characters or a document: what is sampled."""
     lines_only = path.name.endswith(TEXT_SUFFIXES)
     block: list[str] = []
-    size = 0
-    for text in texts_of(path, key, left_out):
-        if not isinstance(text, str):
-            left_out[f"documents whose {key!r} is no text"] += 1
-            continue
+    size, empty = 0, True
+    for text in (texts_of if lines_only else documents_of)(path, keys, left_out):
+        empty = empty and not text.strip()
         for line in text.splitlines(keepends=True) if len(text) > BLOCK_CHARACTERS else (text,):
             block.append(line)
             size += len(line)
@@ -118,7 +141,9 @@ def blocks_of(path: Path, key: str, left_out: Counter[str]) -> Iterator[str]:
         if not lines_only and block:
             yield "".join(block)
             block, size = [], 0
-    if block:
+    if lines_only and empty:
+        left_out["empty file", ""] += 1
+    elif block:
         yield "".join(block)
 
 
@@ -151,24 +176,27 @@ class Sample:
         return [text for _, _, _, text in sorted(self._kept, key=lambda kept: kept[1:3])]
 
 
-def read_sample(files: Sequence[tuple[str, Path]], key: str, max_bytes: int, left_out: Counter[str]) -> Sample:
+def read_sample(files: Sequence[tuple[str, Path]], keys: Sequence[str], max_bytes: int, left_out: LeftOut) -> Sample:
     """Read every file once. Raises DataError for a file that cannot be read, and when no text is found."""
     sample = Sample(max_bytes)
-    unreadable = (OSError, ArrowException, *([zstandard.ZstdError] if zstandard else []))
-    for name, path in Progress().over("read", files, unit="files"):
+    for name, path in Progress().over("read", files, unit="files" if len(files) != 1 else "file"):
         try:
-            for number, block in enumerate(blocks_of(path, key, left_out)):
+            for number, block in enumerate(blocks_of(path, keys, left_out)):
                 sample.add(name, number, block)
-        except unreadable as error:
+        except (OSError, ArrowException) as error:
             raise DataError(f"{path}: cannot be read ({' '.join(str(error).split())})") from None
+    if sample.seen and not sample.kept_bytes:
+        raise DataError(
+            f"--max-bytes ({max_bytes}) is less than any of {counted(sample.seen, 'block')} of text: raise it"
+        )
     if not sample.kept_bytes:
         why = f"; left out: {told(left_out)}" if left_out else ""
-        raise DataError(f"{len(files)} files hold no text to train on within --max-bytes {max_bytes}{why}")
+        raise DataError(f"no text to train on in {counted(len(files), 'file')}{why}")
     return sample
 
 
-def told(left_out: Counter[str]) -> str:
-    return ", ".join(f"{count:,} {what}" for what, count in sorted(left_out.items()))
+def told(left_out: LeftOut) -> str:
+    return ", ".join(counted(count, what) + rest for (what, rest), count in sorted(left_out.items()))
 
 
 def bytes_per_token(tokenizer: Tokenizer, texts: Sequence[str], text_bytes: int) -> float:
@@ -184,18 +212,17 @@ def train(given: argparse.Namespace) -> None:
         )
     begun = time.monotonic()
     files = files_of(given.files)
-    left_out: Counter[str] = Counter()
+    left_out: LeftOut = Counter()
     sample = read_sample(files, given.text_key, given.max_bytes, left_out)
     texts = sample.texts()
     whole = len(texts) == sample.seen
-    print(f"read {len(files):,} files, {sample.seen_bytes:,} bytes of text in {sample.seen:,} blocks")
-    part = (
-        "all" if whole else f"{len(texts):,} blocks, {sample.kept_bytes:,} bytes, those of smallest hash by file name"
-    )
+    print(f"read {counted(len(files), 'file')}, {sample.seen_bytes:,} bytes of text in {counted(sample.seen, 'block')}")
+    kept = f"{counted(len(texts), 'block')}, {sample.kept_bytes:,} bytes"
+    part = "all" if whole else f"{kept}, those of smallest hash by file name"
     print(f"trained on {part} (--max-bytes {given.max_bytes:,})", flush=True)
     long = sum(len(line.encode("utf-8", "replace")) > LONGEST_LINE_BYTES for text in texts for line in text.split("\n"))
     if long:
-        left_out[f"lines above {LONGEST_LINE_BYTES} bytes"] = long
+        left_out["line", f" above {LONGEST_LINE_BYTES} bytes"] = long
     if left_out:
         print(f"left out: {told(left_out)}")
     try:
@@ -211,16 +238,36 @@ def train(given: argparse.Namespace) -> None:
     print(f"sha256 {tokenizer.sha256} (the pieces and the special tokens: the tokenizer_sha256 of a manifest)")
 
 
+class _Parser(argparse.ArgumentParser):
+    """Mistakes as one line, without the usage text in front."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_USAGE, f"{self.prog}: {message}; see --help\n")
+
+
+def options_of(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = _Parser(prog="train_tokenizer", description="Train a tokenizer on files.")
+    add = parser.add_argument
+    add("output", metavar="OUTPUT.model", type=Path)
+    add("files", nargs="+", metavar="FILE_OR_GLOB", help=f"kinds: {KINDS}; ** goes deep; before --text-key")
+    add("--vocab-size", type=int, required=True, help="pieces; the special tokens come on top")
+    add("--text-key", nargs="+", action="extend", help="keys or columns of the text, the first that is there (text)")
+    add("--max-bytes", type=int, default=DEFAULT_MAX_BYTES, help="text to train on; of more, a sample")
+    add("--force", action="store_true", help="replace OUTPUT.model")
+    given = parser.parse_args(arguments)
+    given.text_key = given.text_key or ["text"]
+    for name in ("vocab_size", "max_bytes"):
+        if getattr(given, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} ({getattr(given, name)}) must be at least 1")
+    if files := [key for key in given.text_key if os.path.exists(key) and key.endswith(SUFFIXES)]:
+        parser.error(f"--text-key: {files[0]} is a file; name the files before --text-key")
+    return given
+
+
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="train_tokenizer.py", description="Train a tokenizer on files.")
-    parser.add_argument("output", metavar="OUTPUT.model", type=Path)
-    parser.add_argument("files", nargs="+", metavar="FILE_OR_GLOB", help=f"kinds: {' '.join(SUFFIXES)}; ** goes deep")
-    parser.add_argument("--vocab-size", type=int, required=True, help="pieces; the special tokens come on top")
-    parser.add_argument("--text-key", default="text", help="key or column of the text in .jsonl and .parquet")
-    parser.add_argument("--max-bytes", type=int, default=DEFAULT_MAX_BYTES, help="text to train on; of more, a sample")
-    parser.add_argument("--force", action="store_true", help="replace OUTPUT.model")
+    given = options_of(arguments)
     try:
-        train(parser.parse_args(arguments))
+        train(given)
     except UserError as error:
         print(error, file=sys.stderr)
         return EXIT_USAGE

@@ -1,8 +1,9 @@
-"""Check a data folder byte for byte: `verify_data.py MANIFEST [--workers N] [--chunks chunk_003 ...]`.
+"""Check a data folder byte for byte: `verify_data.py MANIFEST [--workers N] [--chunks 3 chunk_007 held_out ...]`.
 
 MANIFEST is `manifest.json` or its folder. A line a chunk as it is done; every problem is told, on stderr, and the other
-chunks are still read. Exit code 0 when all is whole, 2 when anything is not. Memory does not grow with the data. Needs
-no torch, so it runs where data is stored. Stopping at the first problem is refused: who asks wants to know what to fetch.
+chunks are still read. Exit code 0 when all is whole, 2 when anything is not, also when nobody reads the lines any more
+(`| head`). Memory does not grow with the data. Needs no torch, so it runs where data is stored. Stopping at the first
+problem is refused: who asks wants to know what to fetch.
 """
 
 import argparse
@@ -11,16 +12,44 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn, TextIO
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from k2train.data.chunk import Manifest, read_manifest
 from k2train.data.columns import counted
-from k2train.data.verify import Report, verify_chunks, verify_folder
-from k2train.errors import EXIT_DONE, EXIT_USAGE, UserError
+from k2train.data.manifest import MANIFEST_NAME
+from k2train.data.provenance import find_chunk
+from k2train.data.verify import Report, verify_chunks
+from k2train.data.verify_facts import verify_folder
+from k2train.errors import EXIT_DONE, EXIT_USAGE, DataError, UserError
 
 MOST_WORKERS = 4
 """By default. More at once only help where the disk reads faster than that many cores can hash."""
+SHORTEST_SECONDS = 0.1
+"""Of less time a rate says nothing."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Mistakes as one line, without the usage text in front."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_USAGE, f"{self.prog}: {message}; see --help\n")
+
+
+def tell(line: str, stream: TextIO) -> None:
+    """Print a line; when its reader has gone, this one and all that follow go nowhere."""
+    try:
+        print(line, file=stream, flush=True)
+    except BrokenPipeError:
+        # The check itself goes on, since its exit code is still heard; Python would flush once more at exit and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def rate(read_bytes: int, seconds: float) -> str:
+    """`, 812 MB/s`; nothing where it would say nothing."""
+    speed = read_bytes / 1e6 / max(seconds, SHORTEST_SECONDS)
+    return f", {speed:,.0f} MB/s" if seconds >= SHORTEST_SECONDS and speed >= 1 else ""
 
 
 def line_of(report: Report, number: int, count: int) -> str:
@@ -32,51 +61,77 @@ def line_of(report: Report, number: int, count: int) -> str:
     parts.append(counted(report.pieces, "piece") if info.provenance else "no provenance")
     if info.borders:
         parts.append("borders")
-    speed = report.read_bytes / max(report.seconds, 1e-9) / 1e6
-    return f"{number}/{count}  {info.name}  ok  {', '.join(parts)}, {speed:,.0f} MB/s"
+    return f"{number}/{count}  {info.name}  ok  {', '.join(parts)}{rate(report.read_bytes, report.seconds)}"
 
 
 def run(manifest: Manifest, names: Sequence[str] | None, workers: int) -> int:
     """Check the named chunks, or all of them and what lies beside them; the exit code."""
-    infos = [manifest.chunk(name) for name in dict.fromkeys(names)] if names else list(manifest.all_chunks())
+    infos = list(manifest.all_chunks())
+    if names:
+        infos = list({info.name: info for info in (find_chunk(manifest, name) for name in names)}.values())
     begun = time.monotonic()
     problems = damaged = tokens = read_bytes = 0
     for number, report in enumerate(verify_chunks(manifest, infos, workers), 1):
-        print(line_of(report, number, len(infos)), flush=True)
+        tell(line_of(report, number, len(infos)), sys.stdout)
         for line in report.problems:
-            print(line, file=sys.stderr, flush=True)
+            tell(line, sys.stderr)
         problems += len(report.problems)
         damaged += bool(report.problems)
         tokens += report.info.tokens
         read_bytes += report.read_bytes
     for line in (beside := verify_folder(manifest)):
-        print(line, file=sys.stderr)
+        tell(line, sys.stderr)
     seconds = time.monotonic() - begun
     if problems or beside:
         total = counted(problems + len(beside), "problem")
-        print(f"{total}, {damaged} of {counted(len(infos), 'chunk')} damaged", file=sys.stderr)
+        tell(f"{total}, {damaged} of {counted(len(infos), 'chunk')} damaged", sys.stderr)
         return EXIT_USAGE
     held_out = ", one held out" if manifest.held_out in infos else ""
-    print(
-        f"ok: {counted(len(infos), 'chunk')}{held_out}, {tokens:,} tokens, {read_bytes:,} bytes in {seconds:.1f} s, "
-        f"{read_bytes / max(seconds, 1e-9) / 1e6:,.0f} MB/s"
+    took = f"{seconds:,.1f} s" if seconds >= SHORTEST_SECONDS else f"{1000 * seconds:.0f} ms"
+    tell(
+        f"ok: {counted(len(infos), 'chunk')}{held_out}, {counted(tokens, 'token')}, {read_bytes:,} bytes in {took}"
+        f"{rate(read_bytes, seconds)}",
+        sys.stdout,
     )
     return EXIT_DONE
 
 
+def open_manifest(path: Path) -> Manifest:
+    """The manifest of a command line. Raises DataError, which does not call another file a damaged manifest."""
+    other = DataError(f"{path}: is no manifest; give the {MANIFEST_NAME} of a data folder, or the folder itself")
+    named = path.name == MANIFEST_NAME or not path.is_file()
+    if not named and not _first_bytes(path).lstrip().startswith(b"{"):
+        # A chunk given by mistake is gigabytes, and would be read whole before it turned out to be no JSON.
+        raise other
+    try:
+        return read_manifest(path)
+    except DataError:
+        if not named and b'"chunks"' not in path.read_bytes():
+            raise other from None
+        raise
+
+
+def _first_bytes(path: Path) -> bytes:
+    try:
+        with path.open("rb") as stream:
+            return stream.read(256)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
-    parser = argparse.ArgumentParser(prog="verify_data.py", description="Check a data folder byte for byte.")
+    parser = _Parser(prog="verify_data", description="Check a data folder byte for byte.")
     parser.add_argument("manifest", type=Path, metavar="MANIFEST", help="manifest.json or its folder")
     parser.add_argument("--workers", type=int, default=min(MOST_WORKERS, os.cpu_count() or 1), help="chunks at once")
-    parser.add_argument("--chunks", nargs="+", metavar="CHUNK", help="only these, e.g. chunk_003 held_out")
+    parser.add_argument("--chunks", nargs="+", metavar="C", help="only these, by number or name: 3 chunk_007 held_out")
     given = parser.parse_args(arguments)
     if given.workers < 1:
         parser.error(f"--workers ({given.workers}) must be at least 1")
     try:
-        return run(read_manifest(given.manifest), given.chunks, given.workers)
+        return run(open_manifest(given.manifest), given.chunks, given.workers)
     except UserError as error:
-        print(error, file=sys.stderr)
+        tell(str(error), sys.stderr)
         return EXIT_USAGE
 
 

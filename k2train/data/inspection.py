@@ -19,6 +19,18 @@ from k2train.errors import DataError
 Facts = dict[str, Any]
 
 TOKENIZER_NAME = "tokenizer.model"
+DOCUMENTS = {
+    "read": "documents_read",
+    "used": "training_documents",
+    "held_out": "held_out_documents",
+    "outside": "outside_documents",
+    "not_chosen": "not_chosen_documents",
+    "short": "short_documents",
+    "duplicates": "duplicate_documents",
+    "rejected": "rejected_documents",
+    "shared_ids": "repeated_id_documents",
+}
+"""What became of a subset's documents, with the preparation's key for it."""
 
 
 def account_facts(manifest: Manifest) -> Facts:
@@ -37,7 +49,8 @@ def account_facts(manifest: Manifest) -> Facts:
     ]
     held = manifest.held_out
     subsets = [_subset_facts(manifest, name, _mapping(account.get(name)), recipe) for name in names]
-    _fit_to_chunks(subsets, recipe)
+    notes = _limit_notes(subsets, account)
+    notes += _fit_to_chunks(subsets, recipe)
     return {
         "form": "account",
         **folder_facts(manifest),
@@ -45,6 +58,7 @@ def account_facts(manifest: Manifest) -> Facts:
         "recipe_known": bool(recipe),
         "subsets": subsets,
         "chunks": per_chunk,
+        "notes": notes,
     }
 
 
@@ -76,7 +90,7 @@ def _subset_facts(manifest: Manifest, name: str, account: Mapping[str, Any], rec
         asked = min(asked, wish.get("limit_tokens") or sys.maxsize)
     return {
         "subset": name,
-        "documents": account.get("training_documents"),
+        "documents": {kind: account.get(key) for kind, key in DOCUMENTS.items()},
         "one_pass_tokens": one_pass,
         "repeat": repeat,
         "asked_tokens": asked,
@@ -90,13 +104,36 @@ def _subset_facts(manifest: Manifest, name: str, account: Mapping[str, Any], rec
     }
 
 
-def _fit_to_chunks(subsets: list[Facts], recipe: Mapping[str, Any]) -> None:
-    """A recipe with `rows_per_chunk` asks for so many tokens in all: the rest from `fill`, or all in proportion."""
+def _limit_notes(subsets: list[Facts], account: Mapping[str, Any]) -> list[str]:
+    notes = []
+    for item in subsets:
+        wished = _mapping(account.get(item["subset"])).get("asked_tokens")
+        if wished is not None and item["asked_tokens"] < wished:
+            part = _part(item["asked_tokens"], wished)
+            notes.append(f"limit_tokens of {item['subset']} takes {part} of what its repeat asks for")
+    return notes
+
+
+def _part(taken: int, whole: int) -> str:
+    """Of a whole that is larger, never told as all of it."""
+    return f"{100 * taken // whole}%" if 100 * taken >= whole else "less than 1%"
+
+
+def _fit_to_chunks(subsets: list[Facts], recipe: Mapping[str, Any]) -> list[str]:
+    """A recipe with `rows_per_chunk` asks for so many tokens in all: the rest from `fill`, or all in proportion.
+
+    Returns what there is to note about it.
+    """
+    notes = []
     rows, wishes = recipe.get("rows_per_chunk"), _mapping(recipe.get("subsets"))
     known = [item for item in subsets if item["asked_tokens"] is not None]
     total = (rows or 0) * recipe.get("chunks", 0) * recipe.get("sequence_length", 0)
     everything = sum(item["asked_tokens"] for item in known)
     if total and len(known) == len(subsets) and everything > total:
+        length = recipe["sequence_length"]
+        # Less than the tails of the subsets is no choice of rows.
+        if sum(item["asked_tokens"] // length for item in known) * length > total:
+            notes.append(f"rows_per_chunk takes {_part(total, everything)} of what the repeats ask for")
         fill = [item for item in known if _mapping(wishes.get(item["subset"])).get("fill")]
         rest = total - everything + sum(item["asked_tokens"] for item in fill)
         for item in known:
@@ -106,6 +143,7 @@ def _fit_to_chunks(subsets: list[Facts], recipe: Mapping[str, Any]) -> None:
                 item["asked_tokens"] = item["asked_tokens"] * total // everything
     for item in known:
         item["difference_tokens"] = item["made_tokens"] - item["asked_tokens"]
+    return notes
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

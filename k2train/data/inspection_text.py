@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from k2train.data.account_text import account_lines
 from k2train.data.columns import clean, counted, number, percent, safe, span_text, table
 
 Facts = Mapping[str, Any]
@@ -38,83 +39,7 @@ def render(facts: Facts, view: View) -> list[str]:
 
 
 def _account(facts: Facts, view: View) -> Iterator[str]:
-    yield (
-        f"{facts['manifest']}: {counted(facts['num_chunks'], 'chunk')}, {facts['rows']:,} rows of "
-        f"{facts['sequence_length']:,} = {facts['tokens']:,} tokens"
-    )
-    about = [f"recipe {clean(facts['name'])}"] if facts["name"] else []
-    about += [f"seed {facts['seed']}"] if facts["seed"] is not None else []
-    about += [f"vocabulary {facts['vocab_size']:,} ({facts['dtype']})", f"tokenizer {facts['tokenizer_sha256'][:12]}"]
-    yield "; ".join([*about, f"sha256 {facts['manifest_sha256'][:12]}"])
-    if held := facts["held_out"]:
-        yield f"held out: {counted(held['rows'], 'row')}, {held['tokens']:,} tokens"
-    yield ""
-    yield "tokens"
-    yield from table(*_account_rows(facts))
-    yield ""
-    yield "samples in a chunk"
-    yield from table(*_evenness(facts))
-    if view.chunks:
-        names = [item["subset"] for item in facts["subsets"]]
-        yield ""
-        rows = [
-            [item["chunk"], number(item["rows"]), *(number(item["samples"][name]) for name in names)]
-            for item in facts["chunks"]
-        ]
-        yield from table(["chunk", "rows", *map(clean, names)], rows)
-
-
-def _account_rows(facts: Facts) -> tuple[list[str], list[list[str]]]:
-    heads = [
-        "subset",
-        "documents",
-        "one pass",
-        "repeat",
-        "asked",
-        "made",
-        "difference",
-        "",
-        "of all",
-        "tail",
-        "held out",
-    ]
-    keys = ("documents", "one_pass_tokens", "asked_tokens", "made_tokens", "difference_tokens", "tail_tokens")
-
-    def cells(name: str, item: Facts, repeat: str) -> list[str]:
-        asked, difference = item["asked_tokens"], item["difference_tokens"]
-        part = f"{100 * difference / asked:+.2f}%" if asked and abs(difference) * 20000 >= asked else ""
-        return [
-            name,
-            number(item["documents"]),
-            number(item["one_pass_tokens"]),
-            repeat,
-            number(asked),
-            number(item["made_tokens"]),
-            "-" if difference is None else f"{difference:+,}",
-            part,
-            percent(item["made_tokens"], facts["tokens"]),
-            number(item["tail_tokens"]),
-            number(item["held_out_tokens"]),
-        ]
-
-    subsets = facts["subsets"]
-    rows = [cells(clean(s["subset"]), s, "-" if s["repeat"] is None else f"{s['repeat']:g}") for s in subsets]
-    total: dict[str, Any] = {}
-    for key in (*keys, "held_out_tokens"):
-        known = [s[key] for s in subsets]
-        total[key] = None if None in known else sum(known)
-    return heads, [*rows, cells("all", total, "")]
-
-
-def _evenness(facts: Facts) -> tuple[list[str], list[list[str]]]:
-    rows = [
-        (clean(item["subset"]), item["samples"], item["least_in_a_chunk"], item["most_in_a_chunk"])
-        for item in facts["subsets"]
-    ]
-    sizes = [item["rows"] for item in facts["chunks"][: facts["num_chunks"]]]
-    rows.append(("all", sum(sizes), min(sizes), max(sizes)))
-    cells = [[name, *(number(n) for n in (total, low, high, high - low))] for name, total, low, high in rows]
-    return ["subset", "in all", "least", "most", "apart"], cells
+    yield from account_lines(facts, view.chunks)
 
 
 def _chunk(facts: Facts, view: View) -> Iterator[str]:

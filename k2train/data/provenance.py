@@ -36,12 +36,19 @@ def find_chunk(manifest: Manifest, wanted: str) -> ChunkInfo:
               and int(end[1]) == int(wanted)]  # fmt: skip
     if wanted in names or digits:
         return manifest.chunk(wanted if wanted in names else digits[0])
-    near = difflib.get_close_matches(wanted, names, n=1, cutoff=0.6)
+    near = _nearest(wanted, names)
     raise DataError(
         f"{manifest.path}: there is no chunk {wanted!r}; there are {span(info.name for info in manifest.chunks)}"
         + (" and held_out" if manifest.held_out else "")
         + (f"; nearest is {near[0]}" if near else "")
     )
+
+
+def _nearest(wanted: str, names: list[str]) -> list[str]:
+    """The name most like `wanted`, if any is; one of the same number first, as chunk_000 for chunk_0."""
+    end = re.search(r"[0-9]+$", wanted)
+    same = [name for name in names if end and (own := re.search(r"[0-9]+$", name)) and int(own[0]) == int(end[0])]
+    return difflib.get_close_matches(wanted, same, 1, 0.6) or difflib.get_close_matches(wanted, names, 1, 0.6)
 
 
 def check_rows(info: ChunkInfo, rows: range) -> range:

@@ -1,15 +1,15 @@
-"""A data folder against its manifest, byte for byte: every chunk, its provenance and borders, and what lies beside them.
+"""The chunks of a data folder against its manifest, byte for byte: ids, provenance and borders; see also `verify_facts`.
 
 Everything is read in blocks, so memory does not grow with the chunks, and every problem is told, since whoever asks
 wants to know what to fetch again. Hashes come first: of a file that is not the one that was written nothing more is
 said. Then what a hash cannot know is checked, that the files agree with each other: the provenance covers every row from
-end to end, its tokens a subset are those of the manifest, the borders are the beginnings of its pieces, and the account
-is the sum over the chunks. Reading the provenance as one table was refused: for a chunk of K2's it is gigabytes.
+end to end, its tokens a subset are those of the manifest, and the borders are the beginnings of its pieces. Reading the
+provenance as one table was refused: for a chunk of K2's it is gigabytes.
 """
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,10 +20,8 @@ import numpy.typing as npt
 
 from k2train.data.borders import Borders, open_borders
 from k2train.data.chunk import ChunkInfo, Manifest, verify_chunk
-from k2train.data.manifest import SOURCES_NAME
-from k2train.data.prepare.tokenizer import Tokenizer
+from k2train.data.verify_facts import HASH_DIGITS, hash_problem
 from k2train.errors import DataError, UserError
-from k2train.files import sha256_file
 
 try:
     import pyarrow as arrow
@@ -32,7 +30,6 @@ except ImportError:
     arrow = parquet = None
 
 BATCH_PIECES = 65536
-REJECTED_NAME = "rejected.jsonl"
 
 Places = npt.NDArray[np.int64]
 
@@ -65,11 +62,11 @@ def verify_files(manifest: Manifest, info: ChunkInfo) -> Report:
         # The borders' own check comes after the chunk's, and is skipped when that fails: so each by itself.
         verify_chunk(manifest, _without_borders(info))
     except DataError as error:
-        report.problems.append(str(error))
+        report.problems.append(_told_apart(manifest, info, str(error)))
     borders = _borders(manifest, info, report)
     if info.provenance is not None:
         path = manifest.folder / info.provenance
-        if problem := _hash_problem(path, str(info.provenance_sha256)):
+        if problem := hash_problem(path, str(info.provenance_sha256)):
             report.problems.append(f"{info.name} {problem}")
         else:
             _check_provenance(manifest, path, borders, report)
@@ -83,26 +80,23 @@ def verify_files(manifest: Manifest, info: ChunkInfo) -> Report:
     return report
 
 
+def _told_apart(manifest: Manifest, info: ChunkInfo, problem: str) -> str:
+    """The problem, in other words where it shows two hashes only as far as they are equal."""
+    digits = info.sha256[:HASH_DIGITS]
+    if f"sha256 is {digits}, the manifest says {digits};" not in problem:
+        return problem
+    return f"{info.name} {hash_problem(manifest.folder / info.file, info.sha256)}"
+
+
 def _without_borders(info: ChunkInfo) -> ChunkInfo:
     return ChunkInfo(**{**vars(info), "borders": None, "borders_sha256": None})
-
-
-def _hash_problem(path: Path, expected: str) -> str:
-    """Words about a file that is not the one of that hash; empty when it is."""
-    try:
-        actual = sha256_file(path)
-    except OSError as error:
-        return f"({path}): cannot be read ({error.strerror}); fetch it again"
-    if actual == expected:
-        return ""
-    return f"({path}): sha256 is {actual[:16]}, the manifest says {expected[:16]}; fetch it again"
 
 
 def _borders(manifest: Manifest, info: ChunkInfo, report: Report) -> Borders | None:
     if info.borders is None:
         return None
     path = manifest.folder / info.borders
-    if problem := _hash_problem(path, str(info.borders_sha256)):
+    if problem := hash_problem(path, str(info.borders_sha256)):
         report.problems.append(f"{info.name} {problem}")
         return None
     try:
@@ -205,68 +199,3 @@ class _Pieces:
         if self.borders is not None and self._borders_seen != len(self.borders):
             return f"has {self._borders_seen} pieces that begin inside a row, the borders file has {len(self.borders)}"
         return ""
-
-
-def verify_folder(manifest: Manifest) -> list[str]:
-    """What is wrong beside the chunks: list of sources, rejected lines, tokenizer, account; a line a problem."""
-    problems = []
-    for name, fact in ((SOURCES_NAME, "sources_sha256"), (REJECTED_NAME, "rejected_sha256")):
-        if fact in manifest.facts and (problem := _hash_problem(manifest.folder / name, str(manifest.facts[fact]))):
-            problems.append(f"{name} {problem}")
-    return problems + _tokenizer_problems(manifest) + account_problems(manifest)
-
-
-def _tokenizer_problems(manifest: Manifest) -> list[str]:
-    facts = manifest.facts.get("tokenizer")
-    if facts is None:
-        return []
-    try:
-        file, specials = str(facts["file"]), [str(name) for name in facts["specials"]]
-    except (KeyError, TypeError) as error:
-        return [f"{manifest.path}: facts.tokenizer must have 'file' and 'specials', its {error} is wrong"]
-    path = manifest.folder / file
-    if Path(file).name != file:
-        return [f"{manifest.path}: facts.tokenizer: file {file!r} lies outside the folder of the manifest"]
-    try:
-        tokenizer = Tokenizer.load(path, specials)
-    except DataError as error:
-        return [f"{error}; fetch {path} again"]
-    problems = []
-    if tokenizer.sha256 != manifest.tokenizer_sha256:
-        problems.append(
-            f"{path}: model and specials have the hash {tokenizer.sha256[:16]}, the manifest says "
-            f"{manifest.tokenizer_sha256[:16]}; fetch it again"
-        )
-    if tokenizer.vocab_size > manifest.vocab_size:
-        problems.append(f"{path}: has {tokenizer.vocab_size} ids, vocab_size of the manifest is {manifest.vocab_size}")
-    return problems
-
-
-def account_problems(manifest: Manifest) -> list[str]:
-    """Where the account of the preparation is not the sum over the chunks, subset by subset."""
-    account: Any = manifest.facts.get("account")
-    if account is None:
-        return []
-    if not isinstance(account, dict) or not all(isinstance(item, dict) for item in account.values()):
-        return [f"{manifest.path}: facts.account must map subsets to numbers"]
-    sums: dict[str, Counter[str]] = {"used_tokens": Counter(), "held_out_tokens": Counter()}
-    for info in manifest.chunks:
-        sums["used_tokens"].update(info.tokens_per_subset)
-    if manifest.held_out is not None:
-        sums["held_out_tokens"].update(manifest.held_out.tokens_per_subset)
-    return [line for key, made in sums.items() for line in _account_lines(manifest, account, key, made)]
-
-
-def _account_lines(manifest: Manifest, account: Mapping[str, Any], key: str, made: Mapping[str, int]) -> Iterator[str]:
-    what = "the held-out chunk has" if key == "held_out_tokens" else "the chunks have"
-    for name in sorted({*account, *made}):
-        item = account.get(name, {})
-        told = item.get(key, 0 if name not in account else None)
-        if told is not None and told != made.get(name, 0):
-            yield f"{manifest.path}: account of subset {name}: {key} is {told}, {what} {made.get(name, 0)}"
-        samples = item.get("used_samples")
-        if key == "used_tokens" and samples is not None and samples * manifest.sequence_length != made.get(name, 0):
-            yield (
-                f"{manifest.path}: account of subset {name}: used_samples is {samples} of {manifest.sequence_length} "
-                f"tokens, {what} {made.get(name, 0)}"
-            )

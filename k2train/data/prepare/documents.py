@@ -5,9 +5,11 @@ and one block of the file, whatever the file's size. (Parquet cannot be read fro
 own.) What is broken inside a file is a `Rejection`, and reading goes on; a file that is itself broken, cut off or not
 what its name says raises DataError, since nobody knows what it should have held.
 
-An id that occurs twice in a file is kept: the ordinal breaks the tie, and finding it would take a table of all ids.
+An id that occurs twice in a file is kept: the ordinal breaks the tie, and finding all of them would take a table of ids
+(`runs` counts those that meet). A blank line is none, and no broken one: files end in them.
 """
 
+import codecs
 import glob
 import json
 import os
@@ -53,34 +55,49 @@ Read = Document | Rejection
 def list_sources(recipe: Recipe) -> dict[str, list[Source]]:
     """The sources of each subset, sorted by key. Patterns are relative to the working directory.
 
-    Raises DataError: a pattern that matches nothing, a file that cannot be read, a file under two names, two files
-    under one.
+    Raises DataError with a line for each pattern that matches nothing, or only a folder, and for each file that cannot
+    be read; else for a file under two names, or two files under one.
     """
     found: dict[str, list[Source]] = {}
+    wrong: list[str] = []
     for name, subset in recipe.subsets.items():
         if subset.kind in STDLIB_ORIGINS:
             listed = topic_sources() if subset.kind == "stdlib_topics" else stdlib_sources()
         else:
-            listed = _file_sources(name, subset, recipe.origin_of(name))
+            listed, mistakes = _file_sources(subset, recipe.origin_of(name))
+            wrong += [f"subsets.{name}.paths: {mistake}" for mistake in mistakes]
         found[name] = sorted(listed, key=lambda source: source.key)
+    if wrong:
+        raise DataError("\n".join(wrong))
     _refuse_two_names(found)
     return found
 
 
-def _file_sources(name: str, subset: SubsetRecipe, origin: str) -> list[Source]:
+def _file_sources(subset: SubsetRecipe, origin: str) -> tuple[list[Source], list[str]]:
+    """The files of a subset, and what is wrong with its patterns."""
     found: dict[tuple[str, str], Source] = {}
+    wrong: list[str] = []
     for pattern in subset.paths:
         folder = os.path.abspath(fixed_folder(pattern))
-        for path in _matches(name, subset, pattern):
+        paths, mistakes = _matches(subset, pattern)
+        wrong += mistakes
+        for path in paths:
+            whole = os.path.abspath(path)
             if not path.is_file() or not os.access(path, os.R_OK):
-                raise DataError(f"subsets.{name}.paths: {path} is missing, or cannot be read: mend it, or the pattern")
-            inside = Path(os.path.relpath(os.path.abspath(path), folder)).as_posix()
-            source = Source(origin, inside, os.path.abspath(path), path.stat().st_size)
-            found[source.key, source.path] = source
-    return list(found.values())
+                wrong.append(f"{path} is missing, or cannot be read: mend it, or the pattern")
+                continue
+            # A file whose name has no suffix stands where a folder's name was taken to be.
+            inside = path.name if whole == folder else Path(os.path.relpath(whole, folder)).as_posix()
+            if not is_encodable(inside):
+                wrong.append(f"{whole!r} has a name that is not UTF-8: rename it")
+                continue
+            source = Source(origin, inside, whole, path.stat().st_size)
+            # One file by two ways, as through a link, is one source.
+            found.setdefault((source.key, os.path.realpath(path)), source)
+    return list(found.values()), wrong
 
 
-def _matches(name: str, subset: SubsetRecipe, pattern: str) -> list[Path]:
+def _matches(subset: SubsetRecipe, pattern: str) -> tuple[list[Path], list[str]]:
     literal = Path(pattern)
     paths = [literal] if literal.exists() else [Path(path) for path in glob.glob(pattern, recursive=True)]
     found = [path for path in paths if not path.is_dir()]
@@ -90,12 +107,9 @@ def _matches(name: str, subset: SubsetRecipe, pattern: str) -> list[Path]:
             inside = (path for path in folder.rglob("*") if not path.is_dir())
             found += [p for p in inside if not any(part.startswith(".") for part in p.relative_to(folder).parts)]
         elif folder == literal:
-            raise DataError(
-                f"subsets.{name}.paths: {pattern} is a folder; name its files, as {pattern}/*.{subset.kind}"
-            )
-    if not found:
-        raise DataError(f"subsets.{name}.paths: {pattern} matches no file, seen from {Path.cwd()}")
-    return found
+            packed = f"{subset.kind}.zst" if subset.kind == "jsonl" else subset.kind
+            return [], [f"{pattern} is a folder; name its files, as {folder}/*.{subset.kind} or {folder}/**/*.{packed}"]
+    return found, [] if found else [f"{pattern} matches no file, seen from {Path.cwd()}"]
 
 
 def _refuse_two_names(listed: dict[str, list[Source]]) -> None:
@@ -185,16 +199,18 @@ class Reading:
 
     def json_lines(self) -> Iterator[_Item | Rejection]:
         for number, line in enumerate(self.contents.lines(), 1):
-            yield self._json_line(number, line)
+            if (item := self._json_line(number, line)) is not None:
+                yield item
 
-    def _json_line(self, number: int, line: bytes) -> _Item | Rejection:
+    def _json_line(self, number: int, line: bytes) -> _Item | Rejection | None:
         try:
             # A mark of the byte order in front of a file is no part of its first line.
             record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
         except UnicodeDecodeError as error:
             return Rejection(number, f"not UTF-8 ({error.reason} at byte {error.start})")
         except (ValueError, RecursionError) as error:
-            return Rejection(number, f"not JSON ({error})" if line.strip() else "empty line")
+            # Looked at here only: of a billion lines few are blank.
+            return Rejection(number, f"not JSON ({error})") if line.removeprefix(codecs.BOM_UTF8).strip() else None
         if not isinstance(record, dict):
             return Rejection(number, f"not an object, but {type(record).__name__}")
         key = self.subset.id_key

@@ -117,7 +117,8 @@ class _Taker:
         """Counts, tokens of one pass, and the runs of each pass."""
         tokens = sum(run["tokens"] for run in self.writer.runs[0])
         read = {"documents_read": encoding.documents_read, "rejected": encoding.rejected}
-        return {**self.counts, **read, "tokens": tokens, "passes": self.writer.runs}
+        again = {"repeated_ids": self.writer.repeated_ids}
+        return {**self.counts, **read, **again, "tokens": tokens, "passes": self.writer.runs}
 
 
 @dataclass
@@ -177,7 +178,8 @@ class _Encoding:
             verdict = taker.wants(document, drawn, place)
             taker.counts[verdict] += 1
             index = -1
-            if taker.subset.drop_duplicates and verdict in ("documents", "outside"):
+            if taker.subset.drop_duplicates:
+                # Whatever becomes of it: which of equal texts is the first must not depend on what else is chosen.
                 hashed = hashed or int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
             elif verdict != "documents":
                 continue

@@ -5,14 +5,14 @@ Choosing documents one by one until there are enough was refused: it needs all o
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 
 import numpy as np
 import numpy.typing as npt
 
 from k2train.data.prepare.mix import allocate, apportion
-from k2train.data.prepare.recipe import HeldOutRecipe, Recipe
+from k2train.data.prepare.recipe import Recipe
 from k2train.data.prepare.source import PLACES, border_of
 from k2train.errors import DataError
 
@@ -76,29 +76,59 @@ def first_places(recipe: Recipe, histograms: Mapping[str, Longs]) -> dict[str, i
         ends = {name: tuple(map(exact, subset.share)) for name, subset in recipe.subsets.items()}
         return {name: math.ceil((high - part * (high - low)) * PLACES) for name, (low, high) in ends.items()}
     assert held_out.rows is not None, "a recipe holds out rows or a share"
-    quotas = row_quotas(recipe, held_out.rows, {name: int(counts.sum()) for name, counts in histograms.items()})
+    length = recipe.sequence_length
+    tokens = {name: int(counts.sum()) for name, counts in histograms.items()}
+    # What is left must give every chunk a sample.
+    needed = {name: math.ceil(recipe.chunks * length / exact(s.repeat)) for name, s in recipe.subsets.items()}
+
+    def fits(rows: int) -> bool:
+        taken = _taken_buckets(recipe, histograms, row_quotas(recipe, rows, tokens))
+        return all(counts[: PLACE_BUCKETS - taken[name]].sum() >= needed[name] for name, counts in histograms.items())
+
+    quotas = row_quotas(recipe, held_out.rows, tokens)
+    _check_quotas(recipe, quotas, tokens, fits)
+    taken = _taken_buckets(recipe, histograms, quotas)
     lowest: dict[str, int] = {}
-    for name, counts in histograms.items():
-        wanted = quotas[name] * recipe.sequence_length
-        check_quota(held_out, name, quotas[name], recipe.sequence_length, int(counts.sum()))
-        from_end = np.cumsum(counts[::-1])
-        # The number of buckets at the upper end that hold enough: none when nothing is wanted.
-        taken = int(np.searchsorted(from_end, wanted, side="left")) + 1 if wanted else 0
+    for name in recipe.subsets:
         low, high = map(border_of, recipe.subsets[name].share)
-        border = low + -(-(PLACE_BUCKETS - taken) * (high - low) // PLACE_BUCKETS)
+        border = low + -(-(PLACE_BUCKETS - taken[name]) * (high - low) // PLACE_BUCKETS)
         origin = recipe.origin_of(name)
-        lowest[origin] = min(lowest.get(origin, PLACES), border if taken else PLACES)
+        lowest[origin] = min(lowest.get(origin, PLACES), border if taken[name] else PLACES)
     return {name: lowest[recipe.origin_of(name)] for name in recipe.subsets}
 
 
-def check_quota(held_out: HeldOutRecipe, name: str, rows: int, sequence_length: int, tokens: int) -> None:
-    """Raises DataError when `tokens` held-out tokens of a subset are too few for its rows."""
-    if rows * sequence_length > tokens:
-        knob = "held_out.rows" if held_out.share is None else "held_out.rows, or raise held_out.share"
-        raise DataError(
-            f"subset {name} must give {rows} held-out rows of {sequence_length} = {rows * sequence_length} tokens and "
-            f"has {tokens} for it: lower {knob}"
-        )
+def _taken_buckets(recipe: Recipe, histograms: Mapping[str, Longs], quotas: Mapping[str, int]) -> dict[str, int]:
+    """For each subset the buckets at the upper end of its share that the quotas of its origin need."""
+    most: dict[str, int] = {}
+    for name, counts in histograms.items():
+        wanted = quotas[name] * recipe.sequence_length
+        from_end = np.cumsum(counts[::-1])
+        # None when nothing is wanted, and all when there is too little.
+        taken = min(PLACE_BUCKETS, int(np.searchsorted(from_end, wanted, side="left")) + 1) if wanted else 0
+        origin = recipe.origin_of(name)
+        most[origin] = max(most.get(origin, 0), taken)
+    return {name: most[recipe.origin_of(name)] for name in recipe.subsets}
+
+
+def _check_quotas(
+    recipe: Recipe, quotas: Mapping[str, int], held: Mapping[str, int], fits: Callable[[int], bool]
+) -> None:
+    """Raises DataError when the `held` tokens of a subset are too few for its rows; `fits` tells of fewer rows."""
+    held_out, length = recipe.held_out, recipe.sequence_length
+    assert held_out is not None and held_out.rows is not None, "quotas are of rows"
+    name = next((name for name, rows in quotas.items() if rows * length > held[name]), None)
+    if name is None:
+        return
+    low, high = 0, held_out.rows
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    knobs = [f"lower held_out.rows to {low}"] if low else []
+    knobs += ["raise held_out.share"] if held_out.share is not None else []
+    raise DataError(
+        f"subset {name} must give {quotas[name]} held-out rows of {length} = {quotas[name] * length} tokens and has "
+        f"{held[name]} for it: {', or '.join(knobs) or 'not one row can be spared: add documents, or leave held_out out'}"
+    )
 
 
 def held_out_rows(recipe: Recipe, training: Mapping[str, int], held: Mapping[str, int]) -> dict[str, int]:
@@ -113,7 +143,11 @@ def held_out_rows(recipe: Recipe, training: Mapping[str, int], held: Mapping[str
                 f"in each subset: raise it"
             )
         return rows
-    rows = row_quotas(recipe, held_out.rows, {name: training[name] + held[name] for name in recipe.subsets})
-    for name, count in rows.items():
-        check_quota(held_out, name, count, length, held[name])
+    tokens = {name: training[name] + held[name] for name in recipe.subsets}
+    rows = row_quotas(recipe, held_out.rows, tokens)
+
+    def fits(fewer: int) -> bool:
+        return all(n * length <= held[name] for name, n in row_quotas(recipe, fewer, tokens).items())
+
+    _check_quotas(recipe, rows, held, fits)
     return rows

@@ -15,15 +15,18 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from k2train.data.chunk import ChunkInfo, Manifest, check_files, read_manifest, write_manifest
+from k2train.data.columns import counted
 from k2train.data.manifest import MANIFEST_NAME
+from k2train.data.prepare.executors import exclusive
 from k2train.data.prepare.finish import TOKENIZER_NAME, swap_in, sweep
 from k2train.data.prepare.k2_chunk import ROAD, ImportTask, export_chunk, finished, first_ids, import_chunk
+from k2train.data.prepare.k2_provenance import count_pieces
 from k2train.data.prepare.progress import Progress
 from k2train.data.prepare.provenance import require_pyarrow
 from k2train.data.prepare.tokenizer import Tokenizer
@@ -72,34 +75,66 @@ def import_k2(
     if given is not None:
         facts["tokenizer"] = {"file": TOKENIZER_NAME, "specials": list(given.specials)}
     work = output.with_name(output.name + ".work") / "k2_import"
-    if found := _found(output, facts["imported"], meaning, vocab_size, force):
-        _remove(work)
-        return found
-    records, target = work / "records", work / "data"
-    length = len(first_ids(next(iter(files.values()))))
-    tasks = [ImportTask(path, f"chunk_{i:03d}", target, records, length, vocab_size) for i, path in files.items()]
-    try:
-        for folder in (records, target):
-            folder.mkdir(parents=True, exist_ok=True)
-        infos = _run(tasks, workers, progress)
-    finally:
-        if records.is_dir() and not any(records.iterdir()):
+    found = _found(output, facts["imported"], meaning, vocab_size, force)
+    if found is None or work.exists():
+        with _alone(work, output):
+            # Asked again, since another import may have come to its end before this one was let in.
+            found = _found(output, facts["imported"], meaning, vocab_size, force)
+            if found is None:
+                infos = _run(_tasks(files, work, vocab_size), workers, progress)
+                if given is not None:
+                    given.save(work / "data" / TOKENIZER_NAME)
+                _complete(work / "data", output, infos, meaning, vocab_size, facts)
             _remove(work)
-    if given is not None:
-        given.save(target / TOKENIZER_NAME)
-    facts["account"] = _account(infos)
+    if found is not None:
+        progress.say(f"{output}: holds this import already")
+    return found or read_manifest(output)
+
+
+@contextmanager
+def _alone(work: Path, output: Path) -> Iterator[None]:
+    """Hold the work folder; it goes, with the folders made for it, when the import fails with nothing finished.
+
+    Raises DataError when another import holds it, or when it cannot be made.
+    """
+    made = [folder for folder in output.parents if not folder.exists()]
+    with ExitStack() as held:
+        try:
+            for name in ("records", "data"):
+                (work / name).mkdir(parents=True, exist_ok=True)
+            held.enter_context(exclusive(work))
+        except OSError as error:
+            raise DataError(f"{work}: cannot be made ({error.strerror}); see to it, and start again") from None
+        try:
+            yield
+        finally:
+            if not any(work.glob("records/*.json")):
+                _remove(work)
+                for folder in made:
+                    with suppress(OSError):
+                        folder.rmdir()
+
+
+def _tasks(files: Mapping[int, Path], work: Path, vocab_size: int) -> list[ImportTask]:
+    length = len(first_ids(next(iter(files.values()))))
+    folders = work / "data", work / "records"
+    return [ImportTask(path, f"chunk_{i:03d}", *folders, length, vocab_size) for i, path in files.items()]
+
+
+def _complete(
+    target: Path, output: Path, infos: Sequence[ChunkInfo], meaning: str, vocab_size: int, facts: dict[str, Any]
+) -> None:
+    """Make a data folder of what the tasks left, and give it its name."""
     sweep(target, infos, {TOKENIZER_NAME})
     write_manifest(
         target,
         tokenizer_sha256=meaning,
-        sequence_length=length,
+        sequence_length=infos[0].tokens // infos[0].rows,
         vocab_size=vocab_size,
         chunks=infos,
-        facts=facts,
+        facts={**facts, "account": _account(infos)},
     )
     swap_in(target, output)
-    _remove(work)
-    return read_manifest(output)
 
 
 def find_chunks(source: Path) -> dict[int, Path]:
@@ -144,7 +179,7 @@ def _found(output: Path, imported: Mapping[str, Any], meaning: str, vocab_size: 
 def _run(tasks: Sequence[ImportTask], workers: int, progress: Progress) -> list[ChunkInfo]:
     done = {task.name: info for task in tasks if (info := finished(task))}
     left = [task for task in tasks if task.name not in done]
-    if workers == 1 or len(left) == 1:
+    if left and (workers == 1 or len(left) == 1):
         for task in progress.over("import", left, unit="chunks"):
             done[task.name] = import_chunk(task)
     elif left:
@@ -195,10 +230,12 @@ def export_k2(manifest: Manifest, destination: Path, progress: Progress | None =
 
     Of a row of several documents the first one's source and name are told; see `ProvenanceReader`. Every chunk is
     checked byte for byte before it is written. The folder appears whole; what a killed export finished beside it is
-    kept by the next one of the same data. The held-out chunk stays: K2 has none. Raises DataError: a damaged chunk, no
-    provenance, a chunk without a number, a destination that holds anything.
+    kept by the next one of the same data. The held-out chunk stays: K2 has none. What such files cannot hold is told
+    to `progress` in a line. Raises DataError: a damaged chunk, no provenance, a chunk without a number, a destination
+    that holds anything.
     """
     require_pyarrow()
+    progress = progress or Progress(None)
     files: dict[str, ChunkInfo] = {}
     for info in manifest.chunks:
         found = re.fullmatch(r"chunk_(\d+)", info.name)
@@ -215,11 +252,27 @@ def export_k2(manifest: Manifest, destination: Path, progress: Progress | None =
     aside.mkdir(parents=True, exist_ok=True)
     write_synced(mark, manifest.sha256)
     left = [(name, info) for name, info in files.items() if not (aside / name).is_file()]
-    for name, info in (progress or Progress(None)).over("export", left, unit="chunks"):
+    for name, info in progress.over("export", left, unit="chunks"):
         export_chunk(manifest, info, aside / name)
     for path in aside.iterdir():
         if path.name not in files:
             path.unlink()
     os.replace(aside, destination)
     sync_directory(destination.parent)
+    if lost := _lost(manifest):
+        progress.say(f"not in these files: {', '.join(lost)}")
     return [destination / name for name in files]
+
+
+def _lost(manifest: Manifest) -> list[str]:
+    """What K2's files have no place for."""
+    pieces = sum(count_pieces(manifest.folder / str(info.provenance)) for info in manifest.chunks)
+    inside = pieces - sum(info.rows for info in manifest.chunks)
+    lost = []
+    if inside:
+        lost.append(f"the sources of {inside:,} of {pieces:,} pieces (a line names the document its row begins with)")
+    if manifest.held_out is not None:
+        lost.append(f"{manifest.held_out.name} ({counted(manifest.held_out.rows, 'row')})")
+    if any(info.borders is not None for info in manifest.chunks):
+        lost.append("the document borders")
+    return lost

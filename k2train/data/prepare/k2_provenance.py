@@ -148,6 +148,11 @@ class ProvenanceReader:
                     yield _fields_of(*found)
 
 
+def count_pieces(path: Path) -> int:
+    """Pieces of a chunk, of which `ProvenanceReader` tells one a row; read off the end of the file."""
+    return int(parquet.read_metadata(path).num_rows)
+
+
 def _fields_of(subset: str, file: str, document: str, source: str | None, line: str | None) -> Fields:
     if line is not None:
         fields: Fields = json.loads(line)

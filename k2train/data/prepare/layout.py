@@ -41,6 +41,7 @@ from k2train.data.prepare.plan_file import (
 )
 from k2train.data.prepare.rejected import check_rejected
 from k2train.data.prepare.runs import Run
+from k2train.data.prepare.shortage import check_samples
 from k2train.data.prepare.workplace import HELD_OUT, Workplace, owner_mark, read_json, write_json
 from k2train.files import AtomicFile
 
@@ -110,10 +111,11 @@ def _plan(workplace: Workplace, folder: Path, aside: Path) -> None:
     wanted = None if recipe.rows_per_chunk is None else recipe.chunks * recipe.rows_per_chunk
     samples = samples_of(recipe, training)
     used = allocate(samples, wanted, fill_of(recipe))
+    account = _account(workplace, counts, used, held_rows)
+    check_samples(recipe, account, samples, used)
     chunks = dict(zip(workplace.chunk_names, spread(used, recipe.chunks), strict=False))
     if recipe.held_out is not None:
         chunks[HELD_OUT] = {name: range(rows) for name, rows in held_rows.items()}
-    account = _account(workplace, counts, used, held_rows)
     files = [plan.path(kind) for p in plans.values() for plan in p.passes for kind in ("masks", "marks", "buckets")]
     content = {
         "files": [
@@ -264,13 +266,17 @@ def _account(
 
 
 def _read_counts(workplace: Workplace, name: str) -> dict[str, int]:
-    """What the encode tasks counted for a subset; `documents_read` and `rejected` are of its files."""
-    totals = dict.fromkeys(("documents_read", "rejected", "short", "not_chosen", "outside"), 0)
+    """What the encode tasks counted for a subset; `documents_read` and `rejected` are of its files.
+
+    Documents with the id of another one are told for the reader only: they are used like all others.
+    """
+    totals = dict.fromkeys(("documents_read", "rejected", "short", "not_chosen", "outside", "repeated_ids"), 0)
     for number in range(len(workplace.tasks)):
         counts = read_json(workplace.encode_record(number))["subsets"].get(name, {})
         for key in totals:
             totals[key] += counts.get(key, 0)
-    return {key if key == "documents_read" else f"{key}_documents": count for key, count in totals.items()}
+    names = {"documents_read": "documents_read", "repeated_ids": "repeated_id_documents"}
+    return {names.get(key, f"{key}_documents"): count for key, count in totals.items()}
 
 
 def check_account(name: str, item: Mapping[str, Any]) -> None:

@@ -60,7 +60,7 @@ def _run_phase(connection: Connection, workplace: Workplace, phase: Phase, execu
     try:
         _pipeline(workplace, phase, executor).run()
     except BaseException as error:
-        connection.send(explain(error))
+        connection.send(explain(error, workplace.folder))
         return 1
     return 0
 

@@ -5,16 +5,17 @@ in the manifest. Command-line flags for the same choices were refused: a flag is
 done (`executor`, `work`) and where things lie (`output`, `paths`) are keys too, but no part of the identity.
 """
 
-import difflib
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from k2train.config_text import Mistake, dotted, read_source
+from k2train.config_text import Mistake, Source, dotted, read_source
+from k2train.data.prepare.recipe_mistakes import Contradiction, Wrong, nearest, wrongs
 from k2train.data.prepare.tokenizer import K2_SPECIAL_TOKENS
 from k2train.errors import ConfigError
 
@@ -26,6 +27,7 @@ StdlibKind = Literal["stdlib_code", "stdlib_docstrings", "stdlib_topics"]
 FileKind = Literal["jsonl", "parquet", "text"]
 STDLIB_ORIGINS = {"stdlib_code": "stdlib", "stdlib_docstrings": "stdlib", "stdlib_topics": "topics"}
 WHOLE: Interval = (0.0, 1.0)
+MOST_REPEAT = 100
 
 
 class _Section(BaseModel):
@@ -55,7 +57,7 @@ class TokenizerRecipe(_Section):
     @model_validator(mode="after")
     def _distinct(self) -> "TokenizerRecipe":
         if len(set(self.specials)) != len(self.specials):
-            raise ValueError("specials names a token twice")
+            raise Contradiction("specials names a token twice", ("specials",))
         return self
 
 
@@ -68,7 +70,7 @@ class FillInTheMiddle(_Section):
     @model_validator(mode="after")
     def _at_most_all(self) -> "FillInTheMiddle":
         if self.psm + self.spm > 1:
-            raise ValueError(f"psm ({self.psm}) + spm ({self.spm}) must not be above 1")
+            raise Contradiction(f"psm ({self.psm}) + spm ({self.spm}) must not be above 1", ("psm",), ("spm",))
         return self
 
 
@@ -80,11 +82,11 @@ class SubsetRecipe(_Section):
     by the seed, so that subsets over the same files can take different ones. `repeat` is how often the documents are
     laid out, each time in another order; 0.5 is one half. `limit_tokens` caps what comes of it. `fill` marks the one
     subset that takes the rows which the others leave; the others are then used whole. `origin` names the files in every
-    stage; left out, it is the folder in front of the first wildcard. `expected_tokens` is what one pass is said to hold,
+    stage; left out, it is the folder that is named, or the one in front of the first wildcard. `expected_tokens` is what one pass is said to hold,
     for `--estimate`.
     """
 
-    kind: StdlibKind | FileKind
+    kind: Literal[FileKind, StdlibKind]
     paths: tuple[str, ...] = ()
     origin: str | None = None
     text_key: str = "text"
@@ -92,7 +94,7 @@ class SubsetRecipe(_Section):
     share: Interval = WHOLE
     documents: Interval = WHOLE
     split_by: Literal["source", "document"] = Field(default_factory=lambda data: _split_of(data.get("kind", "")))
-    repeat: Annotated[float, Field(gt=0, le=100)] = 1.0
+    repeat: Annotated[float, Field(gt=0, le=MOST_REPEAT)] = 1.0
     fill_in_the_middle: FillInTheMiddle = FillInTheMiddle()
     min_characters: Natural = 1
     drop_duplicates: bool = Field(default_factory=lambda data: str(data.get("kind", "")).startswith("stdlib"))
@@ -104,14 +106,20 @@ class SubsetRecipe(_Section):
     def _consistent(self) -> "SubsetRecipe":
         for name, (low, high) in (("share", self.share), ("documents", self.documents)):
             if not low < high:
-                raise ValueError(f"{name} {[low, high]} must go upwards, as [0.0, 0.8]")
+                raise Contradiction(f"{name} {[low, high]} must go upwards, as [0.0, 0.8]", (name,))
         if self.kind in STDLIB_ORIGINS:
             if self.paths or self.origin or self.id_key or self.split_by == "document":
-                raise ValueError(
-                    f"kind {self.kind} reads the standard library: paths, origin, id_key, split_by are not for it"
+                keys = ("paths", "origin", "id_key", "split_by", "kind")
+                raise Contradiction(
+                    f"kind {self.kind} reads the standard library: paths, origin, id_key, split_by are not for it",
+                    *((key,) for key in keys if key in self.model_fields_set),
                 )
         elif not self.paths:
-            raise ValueError(f"paths is missing: kind {self.kind} needs the files, as [corpus/web/*.jsonl.zst]")
+            raise Contradiction(
+                f"paths is missing: kind {self.kind} needs the files, as [corpus/web/*.jsonl.zst]",
+                ("paths",),
+                ("kind",),
+            )
         return self
 
     @property
@@ -136,7 +144,7 @@ class HeldOutRecipe(_Section):
     @model_validator(mode="after")
     def _one_of_them(self) -> "HeldOutRecipe":
         if self.rows is None and self.share is None:
-            raise ValueError("give rows, or a share, or both")
+            raise Contradiction("give rows, or a share, or both", ("rows",), ("share",))
         return self
 
 
@@ -161,7 +169,9 @@ class ExecutorRecipe(_Section):
     @model_validator(mode="after")
     def _slurm_has_a_partition(self) -> "ExecutorRecipe":
         if self.kind == "slurm" and self.partition is None:
-            raise ValueError("partition is missing: kind slurm needs one (sinfo lists them)")
+            raise Contradiction(
+                "partition is missing: kind slurm needs one (sinfo lists them)", ("partition",), ("kind",)
+            )
         return self
 
 
@@ -182,33 +192,63 @@ class Recipe(_Section):
     subsets: dict[str, SubsetRecipe] = Field(min_length=1)
     held_out: HeldOutRecipe | None = None
     document_borders: bool = False
-    max_rejected_share: Place = 0.001
+    max_rejected_share: Place = 0.01
     executor: ExecutorRecipe = ExecutorRecipe()
 
     @model_validator(mode="after")
     def _subsets_agree(self) -> "Recipe":
         fills = [name for name, subset in self.subsets.items() if subset.fill]
         if len(fills) > 1:
-            raise ValueError(f"only one subset may have fill: true, {', '.join(fills)} have it")
+            raise Contradiction(
+                f"only one subset may have fill: true, {', '.join(fills)} have it",
+                *(("subsets", name, "fill") for name in fills),
+            )
         if fills and self.rows_per_chunk is None:
-            raise ValueError(f"subsets.{fills[0]}.fill needs rows_per_chunk: without it every subset is used whole")
-        seen: dict[str, tuple[str, tuple[Interval, str]]] = {}
+            raise Contradiction(
+                f"subsets.{fills[0]}.fill needs rows_per_chunk: without it every subset is used whole",
+                ("rows_per_chunk",),
+                ("subsets", fills[0], "fill"),
+            )
+        first: dict[str, str] = {}
         for name, subset in self.subsets.items():
-            key = self.origin_of(name)
-            other, cut = seen.setdefault(key, (name, (subset.share, subset.split_by)))
-            if cut != (subset.share, subset.split_by):
-                raise ValueError(
-                    f"subsets.{name}.share {list(subset.share)} by {subset.split_by} must equal subsets.{other}.share "
-                    f"{list(cut[0])} by {cut[1]}: both read the same files, and a file must lie on one side"
+            other = first.setdefault(self.origin_of(name), name)
+            before = self.subsets[other]
+            if (before.share, before.split_by) != (subset.share, subset.split_by):
+                raise Contradiction(self._other_cut(name, other), *_cut_keys(name), *_cut_keys(other))
+            if before.drop_duplicates != subset.drop_duplicates:
+                raise Contradiction(
+                    f"subsets.{name}.drop_duplicates ({subset.drop_duplicates}) must equal that of subsets.{other} "
+                    f"({before.drop_duplicates}): both have the origin {self.origin_of(name)!r}, and a text that is left "
+                    f"out of one could be held out, and trained on in the other",
+                    *(("subsets", subset_name, "drop_duplicates") for subset_name in (name, other)),
                 )
         return self
+
+    def _other_cut(self, name: str, other: str) -> str:
+        """What is wrong with two subsets of one origin that split it in two ways."""
+        one, two = self.subsets[name], self.subsets[other]
+        cuts = (
+            f"subsets.{name}.share {list(one.share)} by {one.split_by} must equal subsets.{other}.share "
+            f"{list(two.share)} by {two.split_by}"
+        )
+        if one.paths == two.paths:
+            return f"{cuts}: both read the same files, and a file must lie on one side"
+        if one.origin or two.origin:
+            return (
+                f"{cuts}: both have the origin {self.origin_of(name)!r}; if their files are not the same, name another"
+            )
+        return (
+            f"{cuts}: both have the origin {self.origin_of(name)!r}, the folder in front of their files; if these are not "
+            f"the same, name another: subsets.{name}.origin"
+        )
 
     def origin_of(self, name: str) -> str:
         """What the files of a subset are called in every stage, wherever they lie."""
         subset = self.subsets[name]
         if subset.kind in STDLIB_ORIGINS:
             return STDLIB_ORIGINS[subset.kind]
-        return subset.origin or fixed_folder(subset.paths[0]).resolve().name or name
+        # Not resolved: a link's name is the same on every machine, what it leads to is not.
+        return subset.origin or Path(os.path.abspath(fixed_folder(subset.paths[0]))).name or name
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -219,6 +259,8 @@ class Recipe(_Section):
         for name, subset in content["subsets"].items():
             del subset["paths"], subset["expected_tokens"]
             subset["origin"] = self.origin_of(name)
+        # Rows are laid out, and odd samples given out, in the order of the subsets; the hash is one of sorted keys.
+        content["subset_order"] = list(self.subsets)
         return content
 
     @property
@@ -231,11 +273,21 @@ class Recipe(_Section):
         return self.work or self.output.with_name(self.output.name + ".work")
 
 
+def _cut_keys(name: str) -> tuple[tuple[str, ...], ...]:
+    return ("subsets", name, "share"), ("subsets", name, "split_by")
+
+
 def fixed_folder(pattern: str) -> Path:
-    """The folder of a pattern in front of its first wildcard."""
-    parts = Path(pattern).parts
-    fixed = next((i for i, part in enumerate(parts) if any(c in part for c in "*?[")), len(parts) - 1)
-    return Path(*parts[:fixed])
+    """The folder of a pattern in front of its first wildcard; without one the folder that it names.
+
+    Told by the name alone, since a file's name must not depend on what is on the disk: what ends in a suffix is a file,
+    unless a slash follows.
+    """
+    path = Path(pattern)
+    fixed = next((i for i, part in enumerate(path.parts) if any(c in part for c in "*?[")), None)
+    if fixed is not None:
+        return Path(*path.parts[:fixed])
+    return path if pattern.endswith("/") or not path.suffix else path.parent
 
 
 def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -246,37 +298,40 @@ def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
     try:
         recipe = Recipe.model_validate(source.tree)
     except ValidationError as error:
-        for item in error.errors():
-            # What follows from a broken value is no mistake of its own.
-            if item["loc"] not in source.broken and not item["type"].startswith("default_factory"):
-                where = f"{dotted(item['loc'])}: " if item["loc"] else ""
-                mistakes.append(Mistake(source.origin_of(item["loc"]), where + _explain(dict(item))))
+        unknown = _unknown_subsets(source)
+        mistakes += unknown.values()
+        for wrong in wrongs(error.errors(include_url=False), Recipe):
+            # What follows from a broken value, or from a subset that is none, is no mistake of its own.
+            if wrong.place not in source.broken and wrong.place[:2] not in unknown:
+                mistakes.append(_mistake(source, wrong))
     if mistakes or recipe is None:
-        raise ConfigError("\n".join(str(mistake) for mistake in mistakes))
+        raise ConfigError("\n".join(dict.fromkeys(map(str, mistakes))))
     return recipe
 
 
-def _explain(error: dict[str, Any]) -> str:
-    kind, where = error["type"], error["loc"]
-    if kind == "extra_forbidden":
-        legal = _keys_beside(where)
-        near = difflib.get_close_matches(str(where[-1]), legal, n=1, cutoff=0.5)
-        return f"unknown key; nearest is {near[0]}" if near else f"unknown key; legal are {', '.join(legal)}"
-    if kind == "missing":
-        return "missing; it has no default"
-    if kind == "value_error":
-        return str(error["ctx"]["error"])
-    return f"{error['msg'][:1].lower()}{error['msg'][1:]}, is {error['input']!r}"
+def _mistake(source: Source, wrong: Wrong) -> Mistake:
+    """Blamed on an override if one may have caused it, else on what the file says of it."""
+    written = [source.origins[place] for place in wrong.causes if place in source.origins]
+    overridden = [origin for origin in written if origin.override]
+    origin = (overridden or written or [source.origin_of(wrong.place)])[0]
+    where = f"{dotted(wrong.place)}: " if wrong.place else ""
+    return Mistake(origin, where + wrong.message)
 
 
-def _keys_beside(where: tuple[int | str, ...]) -> list[str]:
-    sections: dict[str, type[_Section]] = {
-        "tokenizer": TokenizerRecipe,
-        "subsets": SubsetRecipe,
-        "held_out": HeldOutRecipe,
-        "train": TrainTokenizer,
-        "fill_in_the_middle": FillInTheMiddle,
-        "executor": ExecutorRecipe,
+def _unknown_subsets(source: Source) -> dict[tuple[int | str, ...], Mistake]:
+    """Subsets that only an override names, and that lack a kind: a slip of the pen, and no new subset."""
+    subsets = source.tree.get("subsets")
+    subsets = subsets if isinstance(subsets, dict) else {}
+    places = {name: ("subsets", name) for name in subsets}
+    mistyped = {
+        name: origin
+        for name, place in places.items()
+        if (origin := source.origins.get(place)) and origin.override and (*place, "kind") not in source.origins
     }
-    parents = [part for part in where[:-1] if part in sections]
-    return list((sections[str(parents[-1])] if parents else Recipe).model_fields)
+    known = [name for name in subsets if name not in mistyped]
+    found: dict[tuple[int | str, ...], Mistake] = {}
+    for name, origin in mistyped.items():
+        near = nearest(name, known)
+        words = f"nearest is {near}" if near else f"the recipe has {', '.join(known) or 'none'}"
+        found[places[name]] = Mistake(origin, f"subsets.{name}: no such subset; {words}")
+    return found

@@ -45,6 +45,9 @@ class RunWriter:
     """Collects the documents of one subset, and writes them sorted as a run a pass whenever `capacity` is reached.
 
     Tokens are held once, whatever the number of passes. What the parts are cut into never shows in the chunks.
+
+    `repeated_ids` counts documents within the share that have source and name of another one before them. Equal names
+    have equal keys and so lie side by side, but only within a part: two in different parts are not found.
     """
 
     def __init__(self, folder: Path, prefix: str, subset: str, passes: int, seed: int, dtype: str, capacity: int):
@@ -55,6 +58,7 @@ class RunWriter:
         # Pages never written to cost no memory.
         self._tokens = np.empty(capacity, dtype=dtype)
         self._part = 0
+        self.repeated_ids = 0
         self._clear()
 
     def _clear(self) -> None:
@@ -130,6 +134,9 @@ class RunWriter:
         # Documents were added in the order of sources and ordinals, so a stable sort by key breaks ties as it should.
         order = np.argsort(keys, kind="stable")
         keys = keys[order]
+        if number == 0:
+            again = (keys[1:] == keys[:-1]) & (columns["lengths"][order[1:]] > 0)
+            self.repeated_ids += int(again.sum())
         name_starts = np.concatenate([np.zeros(1, np.uint64), columns["name_ends"][:-1]])
         name_lengths = (columns["name_ends"] - name_starts)[order]
         ends = np.cumsum(columns["lengths"], dtype=np.int64)

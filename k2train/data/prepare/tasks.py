@@ -8,6 +8,7 @@ one outlives the output that somebody deletes, and a crash may fall between outp
 
 import errno
 import os
+import shutil
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
@@ -150,14 +151,25 @@ def tail_of(log: Path, lines: int = 15) -> str:
         return f"({log} cannot be read: {error.strerror})"
 
 
-def explain(error: BaseException) -> tuple[str, bool]:
-    """(one line, whether it is the user's to mend) of what ended a task."""
+def explain(error: BaseException, work: Path | None = None) -> tuple[str, bool]:
+    """(one line, whether it is the user's to mend) of what ended a task; `work` is the work folder."""
     if isinstance(error, (UserError, TaskStopped)):
         return str(error), True
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        where = f"{error.filename}: " if error.filename else ""
-        return f"{where}no space left on the disk; free some and start again: what is finished is kept", True
+        return _no_space(error, work), True
     return "".join(traceback.format_exception_only(error)).strip().replace("\n", " "), False
+
+
+def _no_space(error: OSError, work: Path | None) -> str:
+    folder = Path(error.filename).parent if error.filename else work
+    again = "make room there and start again: what is finished is kept"
+    if folder is None:
+        return f"no space left on the disk; {again}"
+    knob = "work" if work is not None and folder.is_relative_to(work) else "output"
+    what = f"no space left in {folder}"
+    with suppress(OSError):
+        what += f", {shutil.disk_usage(folder).free:,} bytes are free"
+    return f"{knob}: {what}; {again}, or name a folder on another disk"
 
 
 def run_task(folder: Path, phase: Phase, number: int) -> None:
@@ -174,7 +186,7 @@ def run_task(folder: Path, phase: Phase, number: int) -> None:
         if not is_done(workplace, phase, number):
             raise RuntimeError(f"{phase.record(workplace, number)} is missing, or lists what is not there")
     except Exception as error:
-        line, mistake = explain(error)
+        line, mistake = explain(error, folder)
         # On a full disk the exception itself has to carry the line.
         with suppress(OSError):
             write_json(

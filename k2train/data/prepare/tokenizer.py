@@ -32,6 +32,7 @@ Ids = npt.NDArray[np.int32]
 
 UNK_ID, BOS_ID, EOS_ID = 0, 1, 2
 
+CONTROL_PIECES = 3
 LONGEST_LINE_BYTES = 2**16
 """Training leaves longer lines out."""
 
@@ -70,7 +71,6 @@ _PROBE = "  a  b\t\r\n\n \0<s></s> \u00a0A\u030a\ufb01\uff21\ufeff\u200b\U0001d5
 _CONTROL, _USER_DEFINED, _BPE = 3, 4, 2
 _LIKE_A_CONTROL = re.compile(r"[<\[{|].*[>\]}|]", re.DOTALL)
 
-
 SEGMENT_CHARACTERS = 1024
 
 
@@ -99,9 +99,8 @@ class Tokenizer:
             # First, since a model cut off in the middle would swallow what is laid behind it.
             kind, pieces = _content_of(model)
             self._pieces = sentencepiece.SentencePieceProcessor(model_proto=model + _LEAVE_TEXT_ALONE)
-        except (RuntimeError, _CutOff) as error:
-            reason = str(error).strip().replace("\n", " ")
-            raise DataError(f"tokenizer.model: not a sentencepiece model ({reason})") from None
+        except (RuntimeError, _CutOff):
+            raise DataError("tokenizer.model: not a sentencepiece model, or only a part of one") from None
         self.base_size: int = self._pieces.get_piece_size()
         self._check_pieces(pieces)
         texts = [piece.replace(_SPACE_MARK, " ") for piece, _ in pieces]
@@ -240,12 +239,15 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: Path, specials: Sequence[str] = K2_SPECIAL_TOKENS) -> "Tokenizer":
-        """Read a sentencepiece model. Raises DataError when it is missing or not one."""
+        """Read a sentencepiece model. Raises DataError that names the file when it is missing, not one, or not fit."""
         try:
             model = path.read_bytes()
         except OSError as error:
-            raise DataError(f"tokenizer.model: {path} cannot be read ({error.strerror})") from None
-        return cls(model, specials)
+            raise DataError(f"{path}: cannot be read as tokenizer.model ({error.strerror})") from None
+        try:
+            return cls(model, specials)
+        except DataError as error:
+            raise DataError(f"{path}{str(error).removeprefix('tokenizer.model')}") from None
 
 
 def _content_of(model: bytes) -> tuple[int, list[tuple[str, int]]]:
@@ -300,6 +302,12 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, specials: Sequence[st
 
     Raises DataError when the texts are too few for the vocabulary.
     """
+    if vocab_size <= CONTROL_PIECES:
+        # Of so few the trainer speaks in riddles; of more it says how many the text needs.
+        raise DataError(
+            f"tokenizer.train.vocab_size ({vocab_size}) must be above {256 + CONTROL_PIECES}: 256 bytes, "
+            f"{CONTROL_PIECES} control pieces and the characters of the text"
+        )
     model = io.BytesIO()
     lines = (line for text in texts for line in text.split("\n") if line.strip() and is_encodable(line))
     try:
@@ -323,10 +331,19 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, specials: Sequence[st
             minloglevel=2,
         )
     except RuntimeError as error:
-        # Sentencepiece names its source file first; the bound it found, where it did, stands at the end.
-        bound = re.search(r"value <= (\d+)", str(error))
-        reason = f"the most is {bound[1]}" if bound else str(error).strip().splitlines()[-1]
         raise DataError(
-            f"tokenizer.train.vocab_size ({vocab_size}) cannot be reached with this text: {reason}"
+            f"tokenizer.train.vocab_size ({vocab_size}) cannot be reached with this text: {_bound(str(error))}"
         ) from None
     return Tokenizer(model.getvalue(), specials)
+
+
+def _bound(told: str) -> str:
+    """What the trainer says of a size, in our own words: its own name source files, and options that nobody can set."""
+    if most := re.search(r"value <= (\d+)", told):
+        return f"the most is {most[1]}"
+    if least := re.search(r"required_chars\. -?\d+ vs (\d+)", told):
+        characters = int(least[1]) - 256 - CONTROL_PIECES
+        return f"the least is {least[1]}: 256 bytes, {CONTROL_PIECES} control pieces, its {characters} commonest characters"
+    if "sentences_.empty()" in told:
+        return "it has no line to train on"
+    return re.sub(r"[^.\]]*--\w+[^.]*\.?", "", " ".join(told.split()))
