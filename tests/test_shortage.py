@@ -54,7 +54,11 @@ def refused(tmp_path: Path, subset: dict[str, Any], **keys: Any) -> str:
             {"held_out": {"share": 0.99999}},
             "gives 0 samples .*: of its 60 documents 60 are held out: lower held_out",
         ),
-        ({"split_by": "document"}, {"held_out": {"share": 0.99999}}, r"documents 60 are held out: lower held_out( \(|$)"),
+        (
+            {"split_by": "document"},
+            {"held_out": {"share": 0.99999}},
+            r"documents 60 are held out: lower held_out( \(|$)",
+        ),
         (
             {},
             {"chunks": 50, "rows_per_chunk": 2},

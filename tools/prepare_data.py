@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from k2train.data.columns import counted
 from k2train.data.inspection import account_facts
 from k2train.data.inspection_text import View, render
 from k2train.data.manifest import Manifest, read_manifest
@@ -77,7 +78,7 @@ def summary(manifest: Manifest, what: str) -> list[str]:
     rows = sorted({info.rows for info in manifest.chunks})
     shown = f"{rows[0]:,}" if len(rows) == 1 else f"{rows[0]:,} to {rows[-1]:,}"
     return [
-        f"{what}: {len(manifest.chunks)} chunks of {shown} rows of {manifest.sequence_length} = {tokens:,} tokens"
+        f"{what}: {counted(len(manifest.chunks), 'chunk')} of {shown} rows of {manifest.sequence_length} = {tokens:,} tokens"
         f"{f', {manifest.held_out.rows:,} rows held out' if manifest.held_out else ''}, vocabulary {manifest.vocab_size}",
         f"in {manifest.path} (sha256 {manifest.sha256[:16]})",
     ]

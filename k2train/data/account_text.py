@@ -7,7 +7,7 @@ refused: the numbers are read where it is not at hand.
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from k2train.data.columns import clean, counted, number, percent, table
+from k2train.data.columns import brief, clean, counted, number, percent, table
 
 Facts = Mapping[str, Any]
 
@@ -49,7 +49,7 @@ def account_lines(facts: Facts, every_chunk: bool) -> Iterator[str]:
     )
     about = [f"recipe {clean(facts['name'])}"] if facts["name"] else []
     about += [f"seed {facts['seed']}"] if facts["seed"] is not None else []
-    about += [f"vocabulary {facts['vocab_size']:,} ({facts['dtype']})", f"tokenizer {facts['tokenizer_sha256'][:12]}"]
+    about += [f"vocabulary {facts['vocab_size']:,} ({facts['dtype']})", f"tokenizer {brief(facts['tokenizer_sha256'])}"]
     yield "; ".join([*about, f"sha256 {facts['manifest_sha256'][:12]}"])
     if held := facts["held_out"]:
         yield f"held out: {counted(held['rows'], 'row')}, {held['tokens']:,} tokens"

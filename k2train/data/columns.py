@@ -52,3 +52,8 @@ def clean(text: Any) -> str:
 def safe(text: str) -> str:
     """Text with every control character but newline and tab as an escape."""
     return _UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def brief(digest: str) -> str:
+    """A hash as its first digits; what is no hash, such as words that stand for one, is left whole."""
+    return digest[:12] if re.fullmatch(r"[0-9a-f]{64}", digest) else clean(digest)

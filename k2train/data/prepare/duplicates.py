@@ -65,7 +65,8 @@ def _deal(work: Path, place: RunPlace, ranks: Mapping[str, int], parts: Sequence
     for path, end in zip(parts, ends.tolist(), strict=True):
         if end > start:
             with path.open("ab") as stream:
-                records[start:end].tofile(stream)
+                # Not `tofile`, which says nothing of a full disk.
+                stream.write(records[start:end].tobytes())
         start = end
 
 

@@ -1,6 +1,6 @@
 """Documents that cannot be taken: counted, listed with file, line and reason, and only so many of them.
 
-A broken line in a corpus of a billion is normal and must not stop a cluster; a thousandth of them broken is a wrong key or
+A broken line in a corpus of a billion is normal and must not stop a cluster; a hundredth of them broken is a wrong key or
 a damaged download, and must. Skipping in silence was refused: nobody would know what the model did not see.
 """
 
