@@ -38,11 +38,17 @@ def run(workplace: Workplace, workers: int = 2) -> None:
     run_phases(workplace, ExecutorRecipe(workers=workers), Progress(None), PHASES)
 
 
+def hear_ctrl_c() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def driver(workplace: Workplace, *choices: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, str(HERE / "preparation.py"), str(workplace.folder), *choices],
         stderr=subprocess.PIPE,
         text=True,
+        # Whoever started the tests may have had Ctrl-C ignored, which children inherit.
+        preexec_fn=hear_ctrl_c,
     )
 
 

@@ -44,12 +44,18 @@ def cluster() -> Iterator[Cluster]:
         yield made
 
 
+def hear_ctrl_c() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def driver(cluster: Cluster, workplace: Workplace, *choices: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, str(HERE / "preparation.py"), str(workplace.folder), *CHOICES, *choices],
         env={**cluster.environment, "PYTHONPATH": f"{HERE}:{HERE.parent}"},
         stderr=subprocess.PIPE,
         text=True,
+        # Whoever started the tests may have had Ctrl-C ignored, which children inherit.
+        preexec_fn=hear_ctrl_c,
     )
 
 
