@@ -545,6 +545,17 @@ def test_files_given_to_other_subsets(corpus: Path, tmp_path: Path) -> None:
     assert done.returncode == 2 and "the same given to other subsets" in done.stderr, done.stdout + done.stderr
 
 
+def test_workers_take_the_drivers_own_code(made: Manifest, corpus: Path, tmp_path: Path) -> None:
+    """Catches workers that import whatever k2train lies in the working directory."""
+    (tmp_path / "k2train").mkdir()
+    (tmp_path / "k2train" / "__init__.py").write_text("raise SystemExit('another checkout')")
+    recipe = write_recipe(tmp_path / "r.yaml", recipe_tree(corpus, tmp_path / "out"))
+    command = [sys.executable, str(ROOT / "tools/prepare_data.py"), str(recipe)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert hashes(tmp_path / "out") == hashes(made.folder)
+
+
 def test_a_corpus_may_move_between_two_starts(made: Manifest, corpus: Path, tmp_path: Path) -> None:
     """Catches tasks that look for files where an earlier start had them."""
     shutil.copytree(corpus, tmp_path / "here")

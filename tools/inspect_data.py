@@ -303,6 +303,9 @@ def _chunks_by_key(manifest: Manifest, options: argparse.Namespace) -> set[str] 
         known = json.loads(path.read_text("utf-8")).get("files", {})
         cuts = [i for i, letter in enumerate(name) if letter == ":" and name[:i] in known]
         source, name = (name[: cuts[0]], name[cuts[0] + 1 :]) if len(cuts) == 1 else (None, name)
+    elif name == source:
+        # The source itself is meant, with all its documents.
+        return None
     elif source is not None:
         name = name.removeprefix(f"{source}:")
     if source is None:

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 from k2train.data.prepare.recipe import ExecutorRecipe
@@ -27,6 +28,11 @@ from k2train.errors import DataError
 CLUSTER_WORKERS = 64
 POLL_SECONDS = 0.05
 DOUBT_SECONDS = 2.0
+ROOT = Path(__file__).resolve().parents[3]
+# With -m the working directory would come first, and with it whatever k2train lies there instead of the driver's own.
+_SERVER = (
+    "import sys; sys.path.insert(0, sys.argv.pop(1)); from k2train.data.prepare.local import main; main(sys.argv[1:])"
+)
 
 
 def workers_of(executor: ExecutorRecipe) -> int:
@@ -123,7 +129,7 @@ class LocalCrew:
         self.connection, there = Pipe()
         with there, self.log.open("wb") as log:
             self.server = subprocess.Popen(
-                [sys.executable, "-m", __name__, str(there.fileno())],
+                [sys.executable, "-P", "-c", _SERVER, str(ROOT), str(there.fileno())],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -217,7 +223,3 @@ def main(arguments: Sequence[str]) -> None:
         serve(Connection(int(arguments[0])))
     except (EOFError, OSError):
         os.killpg(0, signal.SIGKILL)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
