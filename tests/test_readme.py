@@ -51,7 +51,7 @@ ON_THE_ROAD = [
     ("python tools/inspect_data.py data/demo/stage1 --chunk 0 --row 3", 0, "chunk_000 row 3"),
     ("python tools/inspect_data.py --run runs/demo-stage1 --step 5", 0, "chunk_000"),
     ("python tools/inspect_data.py data/demo/stage1 --document topics/lambda", 0, "lambda"),
-    ("python tools/verify_data.py data/demo/stage1", 0, "ok: 8 chunks"),
+    ("python tools/verify_data.py data/demo/stage1", 0, "ok: 9 chunks, one held out"),
 ]
 """(command, exit code, a word of what it prints), in the README's order, after the quickstart."""
 
