@@ -42,6 +42,11 @@ exec "$REAL_PYTHON" "$@"
 """
 
 
+def hear_signals() -> None:
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 class Copy:
     """The scripts in a folder whose name has a space, and the stand-in."""
 
@@ -73,6 +78,8 @@ class Copy:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
+            # A shell cannot trap what was ignored when it began, as whoever started the tests may have had it.
+            preexec_fn=hear_signals,
         )
 
     def run(self, script: str, *arguments: str, **variables: str) -> "subprocess.CompletedProcess[str]":
