@@ -9,12 +9,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import preparation
+from command_line import hear_signals, soon
 from k2train.data.prepare import executors, local, tasks
 from k2train.data.prepare.executors import exclusive, run_phases
 from k2train.data.prepare.progress import Progress
@@ -38,17 +38,12 @@ def run(workplace: Workplace, workers: int = 2) -> None:
     run_phases(workplace, ExecutorRecipe(workers=workers), Progress(None), PHASES)
 
 
-def hear_ctrl_c() -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
 def driver(workplace: Workplace, *choices: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, str(HERE / "preparation.py"), str(workplace.folder), *choices],
         stderr=subprocess.PIPE,
         text=True,
-        # Whoever started the tests may have had Ctrl-C ignored, which children inherit.
-        preexec_fn=hear_ctrl_c,
+        preexec_fn=hear_signals,
     )
 
 
@@ -63,15 +58,6 @@ def workers_of(workplace: Workplace) -> set[int]:
             except OSError:
                 continue
     return found
-
-
-def soon(condition: Callable[[], object], seconds: float = 20) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
-    return True
 
 
 @pytest.mark.parametrize("workers", [1, 3])

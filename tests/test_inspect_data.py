@@ -1,13 +1,11 @@
 """`tools/inspect_data.py`: what the model saw, when and from where, against data whose every token is known here."""
 
-import importlib.util
 import json
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -18,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
+from command_line import load_tool
 from k2train.checkpoint.manifest import seal
 from k2train.data.chunk import open_chunk, write_chunk, write_manifest
 from k2train.data.columns import clean, table
@@ -37,15 +36,7 @@ CHUNKS, ROWS, LENGTH, BATCH = 4, 7, 16, 3
 """Two steps a chunk, and one row beyond them."""
 
 
-def _load() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("inspect_data_tool", TOOL)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-tool = _load()
+tool = load_tool("inspect_data")
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,13 @@
 """`tools/plan.py`: what a user sees before a run, and the one line a mistake costs."""
 
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from command_line import load_tool
 
 ROOT = Path(__file__).resolve().parent.parent
 TOOL = ROOT / "tools" / "plan.py"
@@ -16,11 +17,7 @@ SMALL = ["batch.global_sequences=16", "batch.micro_sequences=4"]
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("plan_tool", TOOL)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("plan")
 
 
 def test_prints_grid_program_bubble_and_picture(tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:

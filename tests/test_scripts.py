@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from command_line import hear_signals
+
 ROOT = Path(__file__).resolve().parent.parent
 
 STAND_IN = """#!/usr/bin/env bash
@@ -40,11 +42,6 @@ if [ "$3" = --standalone ]; then
 fi
 exec "$REAL_PYTHON" "$@"
 """
-
-
-def hear_signals() -> None:
-    for number in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
 
 
 class Copy:
@@ -78,7 +75,6 @@ class Copy:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
-            # A shell cannot trap what was ignored when it began, as whoever started the tests may have had it.
             preexec_fn=hear_signals,
         )
 

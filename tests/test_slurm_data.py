@@ -8,12 +8,12 @@ import re
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from command_line import hear_signals, soon
 from k2train.data.prepare.workplace import Workplace
 from preparation import begun, finished, in_order, toy_phases, toy_workplace, whole
 from slurm import Cluster, why_not
@@ -44,18 +44,13 @@ def cluster() -> Iterator[Cluster]:
         yield made
 
 
-def hear_ctrl_c() -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
 def driver(cluster: Cluster, workplace: Workplace, *choices: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, str(HERE / "preparation.py"), str(workplace.folder), *CHOICES, *choices],
         env={**cluster.environment, "PYTHONPATH": f"{HERE}:{HERE.parent}"},
         stderr=subprocess.PIPE,
         text=True,
-        # Whoever started the tests may have had Ctrl-C ignored, which children inherit.
-        preexec_fn=hear_ctrl_c,
+        preexec_fn=hear_signals,
     )
 
 
@@ -74,15 +69,6 @@ def job_names(cluster: Cluster) -> list[str]:
     records = cluster.run("scontrol", "--oneliner", "show", "job").splitlines()
     facts = [dict(part.split("=", 1) for part in line.split() if "=" in part) for line in records]
     return sorted({f"{fact['JobName']} {fact.get('ArrayJobId', fact['JobId'])}" for fact in facts if "JobId" in fact})
-
-
-def soon(condition: Callable[[], object], seconds: float = 60) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.2)
-    return True
 
 
 def test_both_nodes_do_the_tasks_once(cluster: Cluster, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 import gzip
 import hashlib
-import importlib.util
 import io
 import json
 import pickle
@@ -23,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
+from command_line import load_tool
 from k2train.data.prepare import tokenizer as module
 from k2train.data.prepare.tokenizer import (
     EOS_ID,
@@ -110,7 +110,7 @@ def test_arrays_are_the_lists(tokenizer: Tokenizer) -> None:
     texts = ["a\u2581b", "", "\u2581", " the value", "\u2581\u2581x", "plain", "def \u2581 the"]
     alone = [tokenizer.encode(text) for text in texts]
     for threads in (1, 3):
-        assert tokenizer.encode_all(texts, threads) == alone
+        assert [ids.tolist() for ids in tokenizer.encode_arrays(texts, threads)] == alone
         arrays = tokenizer.encode_arrays(texts, threads)
         assert [ids.tolist() for ids in arrays] == alone
         assert {ids.dtype for ids in arrays} == {np.dtype(np.int32)}
@@ -307,11 +307,7 @@ def test_what_the_trainer_says_is_a_last_resort() -> None:
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("train_tokenizer_tool", TOOL)
-    assert spec is not None and spec.loader is not None
-    found = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(found)
-    return found
+    return load_tool("train_tokenizer")
 
 
 @pytest.fixture
@@ -348,7 +344,7 @@ def test_every_kind_of_file_trains_the_same(
         assert Tokenizer.load(output).sha256 == expected
         assert f"sha256 {expected}" in printed and "320 pieces and 18 special" in printed
         size = sum(map(len, corpus))
-        tokens = sum(map(len, Tokenizer.load(output).encode_all(corpus)))
+        tokens = sum(map(len, Tokenizer.load(output).encode_arrays(corpus)))
         assert f"{size:,} bytes of text" in printed and f"\n{size / tokens:.3f} bytes a token" in printed
 
 

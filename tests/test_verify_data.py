@@ -1,7 +1,6 @@
 """The check of a whole data folder: every kind of damage is found, named, and keeps nothing else from being read."""
 
 import hashlib
-import importlib.util
 import json
 import re
 import subprocess
@@ -15,6 +14,7 @@ import pyarrow as arrow
 import pytest
 from pyarrow import parquet
 
+from command_line import load_tool
 from k2train.data.borders import write_borders
 from k2train.data.chunk import ChunkInfo, Manifest, read_manifest, write_chunk, write_manifest
 from k2train.data.prepare.tokenizer import Tokenizer, train_tokenizer
@@ -31,11 +31,7 @@ Pieces = dict[str, list[Any]]
 
 @pytest.fixture(scope="module")
 def tool() -> Any:
-    spec = importlib.util.spec_from_file_location("verify_data", TOOL)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("verify_data")
 
 
 @pytest.fixture(scope="module")

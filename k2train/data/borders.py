@@ -8,15 +8,13 @@ Reading them from the provenance parquet was refused: it needs a library that tr
 """
 
 import hashlib
-import io
-import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from k2train.data.npy import check_size, header_bytes, read_header
 from k2train.errors import DataError
 from k2train.files import AtomicFile
 
@@ -25,19 +23,6 @@ BLOCK_BORDERS = 2**20
 """Borders read at a time when a file is verified: 8 MiB."""
 
 Borders = npt.NDArray[np.uint64]
-Header = tuple[int, tuple[int, ...], bool, np.dtype[Any]]
-
-
-def read_header(stream: IO[bytes]) -> Header:
-    """Bytes before the data, shape, column order and dtype of a `.npy` of version 1.
-
-    Raises ValueError or EOFError where there is none.
-    """
-    version = np.lib.format.read_magic(stream)
-    if version != (1, 0):
-        raise ValueError(f"it is version {version[0]}.{version[1]}")
-    shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
-    return stream.tell(), shape, fortran, dtype
 
 
 def write_borders(path: Path, positions: npt.ArrayLike) -> str:
@@ -47,11 +32,10 @@ def write_borders(path: Path, positions: npt.ArrayLike) -> str:
     """
     values = np.ascontiguousarray(positions, dtype=DTYPE)
     assert values.ndim == 1 and bool((values[1:] > values[:-1]).all()), f"{path}: positions do not ascend"
-    content = io.BytesIO()
-    np.lib.format.write_array(content, values, version=(1, 0))
+    content = header_bytes(values.shape, DTYPE) + values.tobytes()
     with AtomicFile(path) as stream:
-        stream.write(content.getbuffer())
-    return hashlib.sha256(content.getbuffer()).hexdigest()
+        stream.write(content)
+    return hashlib.sha256(content).hexdigest()
 
 
 def check_borders(path: Path, where: str) -> tuple[int, int]:
@@ -60,21 +44,13 @@ def check_borders(path: Path, where: str) -> tuple[int, int]:
     Raises DataError, `where` (the chunk's name) in front.
     """
     where = f"{where} ({path})"
-    try:
-        with path.open("rb") as stream:
-            actual_bytes = os.fstat(stream.fileno()).st_size
-            offset, shape, _, dtype = read_header(stream)
-    except OSError as error:
-        raise DataError(f"{where}: cannot be read ({error.strerror}); fetch it again or prepare the data") from None
-    except (ValueError, EOFError) as error:
-        raise DataError(f"{where}: no NumPy header of version 1 ({error}); fetch it again") from None
-    if dtype != DTYPE or len(shape) != 1:
-        raise DataError(f"{where}: holds {dtype} {list(shape)}, borders are uint64 of one dimension; fetch it again")
-    expected_bytes = offset + shape[0] * DTYPE.itemsize
-    if actual_bytes != expected_bytes:
-        what = "truncated" if actual_bytes < expected_bytes else "too long"
-        raise DataError(f"{where}: {what}: {actual_bytes} bytes, must be {expected_bytes}; fetch it again")
-    return offset, shape[0]
+    header = read_header(path, where)
+    if header.dtype != DTYPE or len(header.shape) != 1:
+        raise DataError(
+            f"{where}: holds {header.dtype} {list(header.shape)}, borders are uint64 of one dimension; fetch it again"
+        )
+    check_size(header, header.offset + header.shape[0] * DTYPE.itemsize, where)
+    return header.offset, header.shape[0]
 
 
 def open_borders(path: Path, where: str) -> Borders:

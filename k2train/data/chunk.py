@@ -11,7 +11,6 @@ Checks come at two prices. `check_files` reads headers only and is run for all c
 """
 
 import hashlib
-import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from k2train.data.borders import check_borders, read_header, verify_borders
+from k2train.data.borders import check_borders, verify_borders
 from k2train.data.manifest import ChunkInfo, Manifest, chunk_dtype, read_manifest, write_manifest
+from k2train.data.npy import check_size, header_bytes, read_header
 from k2train.errors import DataError
 from k2train.files import AtomicFile
 
@@ -58,27 +58,17 @@ def _data_offset(manifest: Manifest, info: ChunkInfo) -> int:
     """Bytes before the first id, after the header was compared with the manifest."""
     path = manifest.folder / info.file
     where = f"{info.name} ({path})"
-    try:
-        with path.open("rb") as stream:
-            actual_bytes = os.fstat(stream.fileno()).st_size
-            offset, shape, fortran, dtype = read_header(stream)
-    except OSError as error:
-        raise DataError(f"{where}: cannot be read ({error.strerror}); fetch it again or prepare the data") from None
-    except (ValueError, EOFError) as error:
-        raise DataError(f"{where}: no NumPy header of version 1 ({error}); fetch it again") from None
+    header = read_header(path, where)
     expected_shape = (info.rows, manifest.sequence_length)
     expected_dtype = np.dtype(manifest.dtype).newbyteorder("<")
-    if shape != expected_shape or fortran or dtype != expected_dtype:
-        layout = "column" if fortran else "row"
+    if header.shape != expected_shape or header.fortran or header.dtype != expected_dtype:
+        layout = "column" if header.fortran else "row"
         raise DataError(
-            f"{where}: holds {dtype} {list(shape)} in {layout} order, "
+            f"{where}: holds {header.dtype} {list(header.shape)} in {layout} order, "
             f"the manifest says {expected_dtype} {list(expected_shape)} in row order"
         )
-    expected_bytes = offset + info.tokens * expected_dtype.itemsize
-    if actual_bytes != expected_bytes:
-        what = "truncated" if actual_bytes < expected_bytes else "too long"
-        raise DataError(f"{where}: {what}: {actual_bytes} bytes, must be {expected_bytes}; fetch it again")
-    return offset
+    check_size(header, header.offset + info.tokens * expected_dtype.itemsize, where)
+    return header.offset
 
 
 def verify_chunk(manifest: Manifest, info: ChunkInfo, stopped: Callable[[], bool] | None = None) -> None:
@@ -149,10 +139,9 @@ def write_chunk(
     digest = hashlib.sha256()
     written = 0
     with AtomicFile(folder / f"{name}.npy") as stream:
-        header = {"descr": dtype.str, "fortran_order": False, "shape": (rows, sequence_length)}
-        np.lib.format.write_array_header_1_0(stream, header)
-        stream.flush()
-        digest.update(Path(stream.name).read_bytes())
+        header = header_bytes((rows, sequence_length), dtype)
+        digest.update(header)
+        stream.write(header)
         while True:
             if bad := bad_id(block, written, vocab_size):
                 raise DataError(f"{name}: {bad}; the tokenizer is not the one this vocab_size belongs to")

@@ -7,7 +7,6 @@ A thread does the writing, and later the waiting for the disk: the next rows are
 """
 
 import hashlib
-import io
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -17,19 +16,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from k2train.data.npy import header_bytes
 from k2train.data.prepare.workplace import owner_mark
 from k2train.errors import DataError
 from k2train.files import sync_directory
 
 HASH_BYTES = 2**20
-
-
-def header_of(rows: int, length: int, dtype: "np.dtype[Any]") -> bytes:
-    """The header of a `.npy` of that shape, the same that `write_chunk` gives it."""
-    content = io.BytesIO()
-    header = {"descr": dtype.str, "fortran_order": False, "shape": (rows, length)}
-    np.lib.format.write_array_header_1_0(content, header)
-    return content.getvalue()
 
 
 def free_bytes(folder: Path) -> int:
@@ -59,7 +51,7 @@ class ChunkFile:
         self.path, self.rows = path, rows
         self.dtype = np.dtype(dtype).newbyteorder("<")
         self.aside = path.with_name(f"{path.name}{owner_mark()}.tmp")
-        self.header = header_of(rows, length, self.dtype)
+        self.header = header_bytes((rows, length), self.dtype)
         self.row_bytes = length * self.dtype.itemsize
 
     def __enter__(self) -> "ChunkFile":

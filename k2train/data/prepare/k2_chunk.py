@@ -19,6 +19,7 @@ import numpy as np
 
 from k2train.data.chunk import ChunkInfo, Manifest, open_chunk, verify_chunk
 from k2train.data.manifest import chunk_dtype
+from k2train.data.npy import header_bytes
 from k2train.data.prepare.k2_lines import MAX_LINE_BYTES, Lines, parse_line, parse_lines
 from k2train.data.prepare.k2_provenance import ProvenanceReader, ProvenanceWriter, format_lines, number_texts
 from k2train.errors import DataError
@@ -126,8 +127,7 @@ def _write_chunk(task: ImportTask) -> ChunkInfo:
 
 
 def _write_header(stream: IO[bytes], rows: int, sequence_length: int, dtype: np.dtype[Any]) -> None:
-    header = {"descr": dtype.str, "fortran_order": False, "shape": (rows, sequence_length)}
-    np.lib.format.write_array_header_1_0(stream, header)
+    stream.write(header_bytes((rows, sequence_length), dtype))
     assert stream.tell() == 128, f"a header of {stream.tell()} bytes cannot be written over the one of no rows"
 
 

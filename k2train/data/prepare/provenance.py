@@ -12,6 +12,8 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
+from k2train.data.borders import DTYPE as BORDERS_DTYPE
+from k2train.data.npy import header_bytes
 from k2train.data.prepare.workplace import owner_mark
 from k2train.errors import UserError
 from k2train.files import AtomicFile, sha256_file
@@ -92,8 +94,7 @@ class Provenance:
                 self._write_table(stream, subsets, sources, None)
             return sha256_file(path), None
         with AtomicFile(path, owner_mark()) as stream, AtomicFile(borders, owner_mark()) as places:
-            header = {"descr": "<u8", "fortran_order": False, "shape": (self.borders,)}
-            np.lib.format.write_array_header_1_0(places, header)
+            places.write(header_bytes((self.borders,), BORDERS_DTYPE))
             self._write_table(stream, subsets, sources, places)
         return sha256_file(path), sha256_file(borders)
 
@@ -115,7 +116,7 @@ class Provenance:
                 if borders is not None:
                     pieces = pieces[order]
                     places = pieces["row"].astype(np.uint64) * np.uint64(self.sequence_length) + pieces["start"]
-                    borders.write(places[pieces["start"] > 0].astype("<u8").tobytes())
+                    borders.write(places[pieces["start"] > 0].astype(BORDERS_DTYPE).tobytes())
                 self._path(number, "pieces").unlink()
                 self._path(number, "names").unlink()
 

@@ -159,10 +159,6 @@ class Tokenizer:
         """
         return self.encode_arrays([text])[0].tolist()
 
-    def encode_all(self, texts: Sequence[str], num_threads: int = 1) -> list[list[int]]:
-        """`encode` of many texts; the number of threads changes the time, never the ids."""
-        return [ids.tolist() for ids in self.encode_arrays(texts, num_threads)]
-
     def encode_arrays(self, texts: Sequence[str], num_threads: int = 1) -> list[Ids]:
         """`encode` of many texts as int32 arrays, the fast road; do not write into them."""
         try:
