@@ -305,32 +305,40 @@ def test_workers_tasks_and_runs_change_no_byte(made: Manifest, corpus: Path, tmp
     assert hashes(tmp_path / "out") == hashes(made.folder)
 
 
+def tasks_done(work: Path) -> int:
+    """Records of finished tasks, of all three phases."""
+    return sum(len(list(work.glob(f"*/{part}"))) for part in ("runs/*/record.json", "plan/plan.json", "chunks/*.json"))
+
+
 @pytest.mark.slow
-def test_kill_9_at_ten_moments(made: Manifest, corpus: Path, tmp_path: Path) -> None:
-    """The same command again and again, each start killed with its workers or without; then the same bytes."""
-    recipe = write_recipe(tmp_path / "r.yaml", recipe_tree(corpus, tmp_path / "out"))
+def test_kill_9_at_ten_moments(corpus: Path, tmp_path: Path) -> None:
+    """Ten kills spread over all phases, of the driver alone or with its workers; then the bytes of a start left alone."""
+    tree = recipe_tree(corpus, tmp_path / "alone") | {"chunks": 24}
+    alone = prepare(write_recipe(tmp_path / "alone.yaml", tree))
+    assert alone.returncode == 0, alone.stderr
+    recipe = write_recipe(tmp_path / "r.yaml", tree | {"output": str(tmp_path / "out")})
+    work = tmp_path / "out.work"
     choose = random.Random(3)
-    killed = 0
-    for attempt in range(200):
-        command = [sys.executable, str(ROOT / "tools/prepare_data.py"), str(recipe), "executor.workers=2"]
+    for kill in range(10):
+        command = [sys.executable, str(ROOT / "tools/prepare_data.py"), str(recipe)]
         process = subprocess.Popen(
-            command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
+            command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
         )
-        try:
-            process.wait(timeout=choose.uniform(0.3, 1.5 + 0.3 * attempt))
-        except subprocess.TimeoutExpired:
-            if attempt % 2:
-                os.killpg(process.pid, signal.SIGKILL)
-            else:
-                process.kill()
-            killed += 1
-        assert process.wait() in (0, -signal.SIGKILL), process.stderr.read().decode() if process.stderr else ""
-        if process.returncode == 0:
-            break
+        # Of over 30 tasks the last kill waits for the first 18.
+        while tasks_done(work) < 2 * kill:
+            assert process.poll() is None, "ended before its moment"
+            time.sleep(0.002)
+        time.sleep(choose.uniform(0, 0.03))
+        if kill % 2:
+            os.killpg(process.pid, signal.SIGKILL)
+        else:
+            process.kill()
+        assert process.wait() == -signal.SIGKILL, "ended before it was killed"
         assert not (tmp_path / "out").exists()
-    assert killed >= 3, "finished too early to show anything"
-    assert hashes(tmp_path / "out") == hashes(made.folder)
-    assert not (tmp_path / "out.work").exists() and not (tmp_path / "out.tmp").exists()
+    done = prepare(recipe)
+    assert done.returncode == 0 and "go on with the preparation" in done.stderr, done.stderr
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "alone")
+    assert not work.exists() and not (tmp_path / "out.tmp").exists()
 
 
 def killed_after_encoding(recipe: Path, work: Path) -> None:
