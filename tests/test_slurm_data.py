@@ -116,7 +116,7 @@ def test_a_failing_task_is_its_line_and_the_rest_is_cancelled(cluster: Cluster, 
     toy_workplace(tmp_path)
     code, said = run(cluster, workplace)
     assert code == 0, said
-    assert whole(workplace, PHASES) and set(finished(workplace).values()) == {1}
+    assert whole(workplace, PHASES) and max(finished(workplace).values()) == 1
 
 
 def test_a_failure_without_a_driver_ends_the_phases_behind_it(cluster: Cluster, tmp_path: Path) -> None:
