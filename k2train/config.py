@@ -29,6 +29,7 @@ from k2train.config_schema import (
     RunConfig,
     SpikesConfig,
     WandbConfig,
+    fill_stages,
     flat_values,
     flatten,
     sections,
@@ -68,6 +69,7 @@ def _readable_values(tree: Mapping[str, Any], broken: set[Path]) -> Values:
         written = tree.get(section, {})
         if kind is None or not isinstance(written, dict) or (section,) in broken:
             continue
+        written = fill_stages(written) if section == "parallel" else written
         for name, info in kind.model_fields.items():
             key = f"{section}.{name}"
             if name in written:

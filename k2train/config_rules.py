@@ -61,10 +61,14 @@ def _fits_tensor(values: Values, tensor: int) -> bool:
 
 
 def _fits_stages(values: Values, pipeline: int, stages_per_rank: int) -> bool:
-    """Whether the layers divide; an interleaved schedule asks for at least 2 of both besides."""
-    smallest = 2 if values.get("parallel.schedule") == "interleaved" else 1
-    layers = values.get("model.num_layers", 0)
-    return min(pipeline, stages_per_rank) >= smallest and layers % (pipeline * stages_per_rank) == 0
+    """Whether the layers divide, or are dealt out by hand, and the schedule has as many stages a rank as it needs."""
+    schedule, layers = values.get("parallel.schedule"), values.get("model.num_layers", 0)
+    if schedule == "zb-v" and stages_per_rank != 2:
+        return False
+    smallest = 2 if schedule == "interleaved" else 1
+    by_hand = values.get("parallel.layers_per_stage")
+    fits = layers % (pipeline * stages_per_rank) == 0 if by_hand is None else len(by_hand) == pipeline * stages_per_rank
+    return min(pipeline, stages_per_rank) >= smallest and fits
 
 
 def _nearest_pipeline(values: Values) -> str:
@@ -169,8 +173,10 @@ def _vocabulary(values: Values) -> str | None:
     )
 
 
-@_rule("model.num_layers", "parallel.pipeline", "parallel.stages_per_rank")
+@_rule("model.num_layers", "parallel.pipeline", "parallel.stages_per_rank", "parallel.layers_per_stage")
 def _stages(values: Values) -> str | None:
+    if values["parallel.layers_per_stage"] is not None:
+        return None
     layers, pipeline = values["model.num_layers"], values["parallel.pipeline"]
     stages_per_rank = values["parallel.stages_per_rank"]
     stages = pipeline * stages_per_rank
@@ -180,9 +186,30 @@ def _stages(values: Values) -> str | None:
         f"model.num_layers ({layers}) must be divisible by parallel.pipeline ({pipeline})"
         f" * parallel.stages_per_rank ({stages_per_rank}) = {stages}"
         + _nearest_pipeline(values)
-        + (_nearest_stages_per_rank(values) if stages_per_rank > 1 else "")
+        + (
+            _nearest_stages_per_rank(values)
+            if stages_per_rank > 1 and values.get("parallel.schedule") != "zb-v"
+            else ""
+        )
         + _hint("model.num_layers", nearest(layers, lambda other: other % stages == 0))
     )
+
+
+@_rule("parallel.layers_per_stage", "parallel.pipeline", "parallel.stages_per_rank")
+def _uneven_stages(values: Values) -> str | None:
+    by_hand, pipeline = values["parallel.layers_per_stage"], values["parallel.pipeline"]
+    stages_per_rank, layers = values["parallel.stages_per_rank"], values.get("model.num_layers")
+    told = f"parallel.layers_per_stage ({', '.join(map(str, by_hand or ()))})"
+    if by_hand is not None and len(by_hand) != pipeline * stages_per_rank:
+        return (
+            f"{told} must have parallel.pipeline ({pipeline}) * parallel.stages_per_rank ({stages_per_rank}) = "
+            f"{pipeline * stages_per_rank} counts, has {len(by_hand)}"
+            + _nearest_pipeline(values)
+            + "; or null: as many layers on every stage"
+        )
+    if by_hand is not None and layers is not None and sum(by_hand) != layers:
+        return f"{told} must add up to model.num_layers ({layers}), is {sum(by_hand)}; nearest model.num_layers: {sum(by_hand)}"
+    return None
 
 
 @_rule("parallel.schedule", "parallel.stages_per_rank", "parallel.pipeline")
@@ -190,11 +217,14 @@ def _schedule(values: Values) -> str | None:
     schedule, pipeline = values["parallel.schedule"], values["parallel.pipeline"]
     stages_per_rank = values["parallel.stages_per_rank"]
     if schedule != "interleaved":
-        if stages_per_rank == 1:
+        wanted = 2 if schedule == "zb-v" else 1
+        if stages_per_rank == wanted:
             return None
+        other = {1: "1f1b", 2: "interleaved or zb-v"}.get(stages_per_rank, "interleaved")
         return (
-            f"parallel.schedule ({schedule}) runs 1 stage a rank, but parallel.stages_per_rank is {stages_per_rank}; "
-            "set parallel.stages_per_rank: 1 or parallel.schedule: interleaved"
+            f"parallel.schedule ({schedule}) runs {wanted} stage{'s' if wanted > 1 else ''} a rank, but "
+            f"parallel.stages_per_rank is {stages_per_rank}; "
+            f"set parallel.stages_per_rank: {wanted} or parallel.schedule: {other}"
         )
     if pipeline < 2:
         name, number, hint = "parallel.pipeline", pipeline, _nearest_pipeline(values)
@@ -235,6 +265,36 @@ def _decay_steps(values: Values) -> str | None:
     if kind != "wsd" and decay_steps is not None:
         return f"lr.decay_steps ({decay_steps}) has no effect with lr.kind {kind}; leave it out, or use wsd"
     return None
+
+
+@_rule("kernels.recompute", "kernels.recompute_layers")
+def _recompute(values: Values) -> str | None:
+    policy, count = values["kernels.recompute"], values["kernels.recompute_layers"]
+    if count is None or policy != "none":
+        return None
+    return (
+        f"kernels.recompute_layers ({count}) has no effect with kernels.recompute none; leave it out, or set "
+        "kernels.recompute: selective or full"
+    )
+
+
+@_rule(
+    "kernels.recompute_layers",
+    "model.num_layers",
+    "parallel.pipeline",
+    "parallel.stages_per_rank",
+    "parallel.layers_per_stage",
+)
+def _recompute_layers(values: Values) -> str | None:
+    count, uneven = values["kernels.recompute_layers"], values["parallel.layers_per_stage"]
+    stages = values["parallel.pipeline"] * values["parallel.stages_per_rank"]
+    largest = max(uneven) if uneven else values["model.num_layers"] // stages
+    if count is None or count <= largest:
+        return None
+    return (
+        f"kernels.recompute_layers ({count}) must be at most the layers of a pipeline stage ({largest}); "
+        "lower it, or leave it out for all of them"
+    )
 
 
 def world_mistakes(values: Values, world_size: int) -> list[str]:

@@ -169,6 +169,13 @@ class BatchConfig(Section):
     micro_sequences: Positive
 
 
+def fill_stages(written: dict[str, Any]) -> dict[str, Any]:
+    """The `parallel` section with the stages a rank that its schedule fixes, where it names none."""
+    if written.get("schedule") == "zb-v" and "stages_per_rank" not in written:
+        return {**written, "stages_per_rank": 2}
+    return written
+
+
 class ParallelConfig(Section):
     """Degrees of the grid; data parallelism is what is left of the world. `stages_per_rank` counts pipeline stages."""
 
@@ -176,9 +183,19 @@ class ParallelConfig(Section):
     pipeline: Positive = 1
     sequence: Flag = Field(default_factory=lambda data: data.get("tensor", 1) > 1)
     stages_per_rank: Positive = 1
-    schedule: Literal["1f1b", "gpipe", "interleaved"] = Field(
+    layers_per_stage: tuple[Positive, ...] | None = None
+    schedule: Literal["1f1b", "gpipe", "interleaved", "zb-h1", "zb-h2", "zb-v"] = Field(
         default_factory=lambda data: "interleaved" if data.get("stages_per_rank", 1) > 1 else "1f1b"
     )
+    overlap: Literal["auto", "on", "off"] = "auto"
+    gathered: Literal["auto", "keep", "again"] = "auto"
+    bucket_bytes: Positive | None = None
+    symmetric_memory: Flag = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _two_stages_of_a_v(cls, written: Any) -> Any:
+        return fill_stages(written) if isinstance(written, dict) else written
 
 
 class OptimizerConfig(Section):
@@ -203,11 +220,26 @@ class LrConfig(Section):
 class KernelsConfig(Section):
     """Which implementation computes what; `auto` takes the fastest that the device has."""
 
-    attention: Literal["auto", "sdpa", "reference"] = "auto"
-    norm: Literal["auto", "torch", "reference"] = "auto"
+    attention: Literal[
+        "auto",
+        "sdpa",
+        "plain",
+        "flash",
+        "cudnn",
+        "flash_attn_2",
+        "flash_attn_3",
+        "flash_attn_4",
+        "transformer_engine",
+        "reference",
+    ] = "auto"
+    norm: Literal["auto", "fused", "torch", "apex", "transformer_engine", "reference"] = "auto"
+    elementwise: Literal["auto", "fused", "reference"] = "auto"
+    loss: Literal["auto", "fused", "reference"] = "auto"
+    matmul: Literal["auto", "torch", "onednn", "fp8"] = "auto"
     optimizer: Literal["auto", "fused", "reference"] = "auto"
     compile: Literal["auto", "on", "off"] = "auto"
-    recompute: Literal["none", "full"] = "none"
+    recompute: Literal["none", "selective", "full"] = "none"
+    recompute_layers: Count | None = None
 
 
 class CheckpointConfig(Section):

@@ -6,7 +6,7 @@ every rank, because every rank decides from the same sums.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import repeat
 
 import torch
@@ -14,14 +14,14 @@ from torch import Tensor
 
 from k2train.config import Config
 from k2train.model.initialize import initialize, materialize, place_rotary
-from k2train.model.kernels import Kernels, choose_kernels
+from k2train.model.kernels import Kernels, Place, choose_kernels
 from k2train.model.transformer import Architecture, Stage, activation_shape
 from k2train.optim.adamw import ShardedAdamW
-from k2train.optim.clip import StepSums, agree, clip_scale, square_sums
+from k2train.optim.clip import SquareSums, Verdict, agree
 from k2train.parallel.gradients import GradientBuffer
-from k2train.parallel.grid import ProcessGrid
+from k2train.parallel.grid import Axis, ProcessGrid
 from k2train.parallel.pipeline import Executor
-from k2train.plan.schedule import Action, Op, build_programs, insert_transfers
+from k2train.plan.schedule import Action, Op, build_programs, insert_transfers, placement_of
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -55,10 +55,40 @@ def architecture_of(config: Config) -> Architecture:
     )
 
 
-def kernels_of(config: Config) -> Kernels:
-    """The kernels section, resolved."""
-    k = config.kernels
-    return choose_kernels(k.attention, k.norm, k.optimizer, k.compile, k.recompute)
+def kernels_of(config: Config, device: torch.device | None = None) -> Kernels:
+    """The kernels section, resolved for a device (None: a CPU)."""
+    k, m = config.kernels, config.model
+    return choose_kernels(
+        attention=k.attention,
+        norm=k.norm,
+        elementwise=k.elementwise,
+        loss=k.loss,
+        matmul=k.matmul,
+        optimizer=k.optimizer,
+        compile=k.compile,
+        recompute=k.recompute,
+        recompute_layers=k.recompute_layers,
+        place=Place(
+            device=device or torch.device("cpu"),
+            dtype=DTYPES[config.precision],
+            sequence_length=config.data.sequence_length,
+            head_dim=m.hidden_size // m.num_heads,
+            block=config.data.cross_documents == "block",
+        ),
+    )
+
+
+def axes_of(config: Config, grid: ProcessGrid) -> tuple[Axis, Axis]:
+    """(tensor-parallel, data-parallel) axis of this rank with the ways of communicating that the config asks for.
+
+    `auto` is for the device: on gloo a collective takes the core that would compute meanwhile, and a second gather costs
+    more than the memory it saves.
+    """
+    p, accelerator = config.parallel, grid.device.type != "cpu"
+    overlap = p.overlap == "on" or (p.overlap == "auto" and accelerator)
+    regather = p.gathered == "again" or (p.gathered == "auto" and accelerator)
+    tp = replace(grid.tp, overlap=overlap, regather=regather, symmetric=p.symmetric_memory)
+    return tp, replace(grid.dp, overlap=overlap)
 
 
 class StageInTurn:
@@ -82,34 +112,50 @@ class Engine:
     def __init__(self, config: Config, grid: ProcessGrid, fill: bool = True):
         """`fill=False` leaves all weights zero, for a checkpoint to fill."""
         self.config, self.grid = config, grid
-        self.architecture, self.kernels = architecture_of(config), kernels_of(config)
+        self.architecture, self.kernels = architecture_of(config), kernels_of(config, grid.device)
         self.names = self.architecture.tensor_names()
         self.dtype = DTYPES[config.precision]
         layout, batch = grid.layout, config.batch
+        assert layout.placement == placement_of(config.parallel.schedule), "the layout is of another schedule"
+        self.tp, self.dp = axes_of(config, grid)
         self.sequence = bool(config.parallel.sequence) and grid.tp.size > 1
         self.num_microbatches = batch.global_sequences // (grid.dp.size * batch.micro_sequences)
         self.targets = batch.global_sequences * (config.data.sequence_length - 1)
         """Positions with a label in a global batch; the loss is divided by it once, before backward."""
         self.stages = {stage: self._build_stage(stage) for stage in layout.stages_of(grid.coordinate.pp)}
         place_rotary(list(self.stages.values()), self.architecture, config.data.sequence_length, grid.device)
-        self.gradients = GradientBuffer(list(self.stages.values()), grid.dp, grid.tp, grid.device)
+        self.gradients = GradientBuffer(
+            list(self.stages.values()),
+            self.dp,
+            self.tp,
+            grid.device,
+            self.num_microbatches,
+            config.parallel.bucket_bytes,
+        )
+        self.square_sums = SquareSums(self.gradients.table, self.names, grid.tp, grid.device)
         o = config.optimizer
         self.optimizer = ShardedAdamW(
-            self.gradients.table, grid.device, (o.betas[0], o.betas[1]), o.eps, o.weight_decay, self.kernels.optimizer
+            self.gradients.table,
+            grid.device,
+            (o.betas[0], o.betas[1]),
+            o.eps,
+            o.weight_decay,
+            self.kernels.optimizer,
+            config.parallel.bucket_bytes,
         )
+        if self.dp.size > 1 and self.dp.overlap:
+            for module in self.stages.values():
+                module.first_use = self.optimizer.wait_for
         if fill:
             initialize(list(self.stages.values()), config.run.seed, self.optimizer.adopt)
-        if self.kernels.compile:
-            for stage in self.stages.values():
-                for block in stage.blocks.values():
-                    block.compile()
         programs = build_programs(
             config.parallel.schedule, layout.pipeline, self.num_microbatches, config.parallel.stages_per_rank
         )
         self.program = programs[grid.coordinate.pp]
         self.forward_program = self._forward_only(programs)[grid.coordinate.pp]
         self.turns = {stage: StageInTurn(module) for stage, module in self.stages.items()}
-        self.executor = Executor(self.turns, layout.num_stages, grid.pp, grid.device)
+        work = {stage: module.weight_work for stage, module in self.stages.items()}
+        self.executor = Executor(self.turns, layout.num_stages, grid.pp, grid.device, work)
         self.shape = activation_shape(
             self.architecture, config.data.sequence_length, batch.micro_sequences, grid.tp, self.sequence
         )
@@ -139,19 +185,18 @@ class Engine:
         self.gradients.zero()
         loss = self._run(self.program, microbatches, documents)
         line = self.gradients.reduce()
-        sums = square_sums(self.gradients.table, line, self.names, self.grid.tp)
-        agreed = self._agree(sums, loss, flags)
-        if agreed.finite:
-            scale = clip_scale(agreed.grad_norm, self.config.optimizer.clip_norm)
-            if scale < 1.0:
-                line.mul_(scale)
-            self.optimizer.step(line, lr)
+        verdict = self._agree(self.square_sums(line), loss, flags)
+        self.optimizer.step(line, lr, verdict.divisor, verdict.skip)
+        # The one place where the host waits for the device: all of the step is queued.
+        agreed = verdict.read()
+        self.optimizer.count(agreed.finite)
         return StepResult(agreed.loss, agreed.grad_norm, agreed.norms, agreed.finite, agreed.flags)
 
     def evaluate(self, microbatches: Sequence[Tensor], documents: Sequence[Tensor] | None = None) -> float:
         """Mean loss of one global batch (nats a target), nothing kept and nothing changed; `documents` as in a step."""
         loss = self._run(self.forward_program, microbatches, documents)
-        return self._agree(torch.zeros(len(self.names), dtype=torch.float64, device=self.grid.device), loss, ()).loss
+        nothing = torch.zeros(len(self.names), dtype=torch.float64, device=self.grid.device)
+        return self._agree(nothing, loss, ()).read().loss
 
     def _run(
         self, program: Sequence[Action], microbatches: Sequence[Tensor], documents: Sequence[Tensor] | None
@@ -167,9 +212,9 @@ class Engine:
             order = [a.microbatch for a in program if a.op is Op.FORWARD and a.stage == stage]
             turn.documents = repeat(None) if documents is None else iter([documents[m] for m in order])
 
-        def scaled_loss(logits: Tensor, microbatch: int) -> Tensor:
+        def scaled_loss(hidden: Tensor, microbatch: int) -> Tensor:
             assert last is not None, "only the last stage has a loss"
-            return last.loss(logits, microbatches[microbatch]) * (1.0 / self.targets)
+            return last.loss(hidden, microbatches[microbatch], 1.0 / self.targets)
 
         losses = self.executor.run(program, lambda m: microbatches[m], scaled_loss, self.shape, self.dtype)
         if not losses:
@@ -177,14 +222,15 @@ class Engine:
         # Times 0 and not left out: a copy that is not finite on another tensor-parallel rank must stop the step too.
         return torch.stack(losses).sum() * float(self.grid.tp.rank == 0)
 
-    def _agree(self, sums: Tensor, loss: Tensor, flags: Sequence[float]) -> StepSums:
-        return agree(sums, self.names, loss, flags, self.grid.stage, self.grid.pp)
+    def _agree(self, sums: Tensor, loss: Tensor, flags: Sequence[float]) -> Verdict:
+        clip_norm = self.config.optimizer.clip_norm
+        return agree(sums, self.names, loss, flags, self.grid.stage, self.grid.pp, clip_norm)
 
     def _build_stage(self, stage: int) -> Stage:
         layers = self.grid.layout.layers_of(stage, self.architecture.num_layers)
         first, last = stage == 0, stage == self.grid.layout.num_stages - 1
         module = materialize(
-            lambda: Stage(self.architecture, layers, first, last, self.grid.tp, self.sequence, self.kernels),
+            lambda: Stage(self.architecture, layers, first, last, self.tp, self.sequence, self.kernels),
             self.dtype,
             self.grid.device,
         )
@@ -193,4 +239,4 @@ class Engine:
 
     def _forward_only(self, programs: Sequence[Sequence[Action]]) -> tuple[tuple[Action, ...], ...]:
         forwards = tuple(tuple(a for a in program if a.op is Op.FORWARD) for program in programs)
-        return insert_transfers(forwards, self.grid.layout.pipeline, self.grid.layout.stages_per_rank)
+        return insert_transfers(forwards, self.grid.layout)

@@ -1,7 +1,8 @@
 """torchrun that ends with the exit code of its processes: python -m k2train.launch [torchrun options] -m k2train.train ...
 
 torchrun's own exit code is 1, under two screens of traceback, also when all processes stopped on request and saved (75)
-or refused a config (2, told already): a batch script could not tell them apart. Everything else is torchrun's.
+or refused a config (2, told already): a batch script could not tell them apart. Where there are CUDA devices, processes get
+CUDA_DEVICE_MAX_CONNECTIONS=1 (see `environment.order_kernels`). Everything else is torchrun's.
 """
 
 import logging
@@ -10,12 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import torch
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
 
 from k2train.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USAGE
-from k2train.parallel.environment import offer_verdicts, read_verdicts
+from k2train.parallel.environment import offer_verdicts, order_kernels, read_verdicts
 
 ENDED_BY_TORCHRUN = -15
 """A process that torchrun ended because another one had."""
@@ -26,6 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.disable(logging.ERROR)
     with TemporaryDirectory(prefix="k2train-launch-") as folder:
         offer_verdicts(Path(folder))
+        if torch.cuda.is_available():
+            order_kernels()
         try:
             torchrun(list(sys.argv[1:] if arguments is None else arguments))
         except ChildFailedError as failed:

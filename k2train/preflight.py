@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from k2train.checkpoint.manifest import MANIFEST, is_thinned, list_checkpoints, read_manifest
-from k2train.config import Config, check_world, config_differences, data_parallel_size, num_microbatches
+from k2train.config import Config, check_world, config_differences, num_microbatches
 from k2train.data.chunk import check_files, verify_chunk
 from k2train.data.manifest import Manifest, common_data, read_sources, require_borders
 from k2train.data.manifest import read_manifest as read_data_manifest
@@ -20,7 +20,7 @@ from k2train.data.order import ChunkOrder, make_order
 from k2train.errors import CheckpointError, DataError, RunError
 from k2train.optim.lr import check_schedule, rate
 from k2train.plan.layout import Layout
-from k2train.plan.schedule import build_programs
+from k2train.plan.schedule import build_programs, placement_of
 from k2train.record.ledger import read_ledger
 
 HASH_AT_START_BYTES = 1 << 30
@@ -152,12 +152,18 @@ def identity_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> l
     return differences
 
 
+def layout_of(config: Config, world_size: int) -> Layout:
+    """The grid of a config on so many processes, stages placed as its schedule wants; raises ConfigError."""
+    p = config.parallel
+    return Layout.for_world(
+        world_size, p.tensor, p.pipeline, p.stages_per_rank, placement_of(p.schedule), p.layers_per_stage
+    )
+
+
 def prepare_start(config: Config, world_size: int, verify: bool) -> Start:
     """Decide how the run begins. Raises a UserError for every mistake that can be seen from here."""
     check_world(config, world_size)
-    parallel = config.parallel
-    data = data_parallel_size(config, world_size)
-    layout = Layout(parallel.tensor, parallel.pipeline, data, parallel.stages_per_rank)
+    parallel, layout = config.parallel, layout_of(config, world_size)
     build_programs(parallel.schedule, parallel.pipeline, num_microbatches(config, world_size), parallel.stages_per_rank)
     manifest, order = check_data(config)
     directory = run_directory(config)

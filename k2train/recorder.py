@@ -16,6 +16,7 @@ from k2train.checkpoint.save import SaveError
 from k2train.config import Config, to_yaml
 from k2train.engine import Engine
 from k2train.files import write_synced
+from k2train.footprint import start_line, work_of
 from k2train.preflight import Start, learning_rate
 from k2train.record.console import Console
 from k2train.record.environment import environment_facts
@@ -168,6 +169,8 @@ def stage_facts(config: Config, start: Start, step: int) -> Facts:
             "pipeline": layout.pipeline,
             "data": layout.data,
             "stages_per_rank": layout.stages_per_rank,
+            "placement": layout.placement,
+            "layers_per_stage": layout.layers_per_stage,
         },
         "config": config.model_dump(mode="json"),
         "identity": start.identity,
@@ -185,12 +188,14 @@ def stage_facts(config: Config, start: Start, step: int) -> Facts:
 
 def announcement(config: Config, start: Start, engine: Engine, parameters: int) -> list[str]:
     """The first lines of a run, for people."""
-    layout, order = start.layout, start.order
+    layout, order, grid = start.layout, start.order, engine.grid
+    work = work_of(config, grid.device.type, engine.kernels.attention_name, engine.kernels.matmul)
     step_tokens = config.batch.global_sequences * config.data.sequence_length
     return [
         f"{parameters:,} parameters; tensor {layout.tensor}, pipeline {layout.pipeline}, data {layout.data}, "
         f"sequence parallel {'on' if engine.sequence else 'off'}, {config.parallel.schedule}, "
         f"{engine.num_microbatches} micro-batches; {config.precision} on {engine.grid.device.type}; "
         f"kernels: {engine.kernels}",
+        start_line(config, work, layout, engine.program, grid.coordinate.pp),
         f"{len(order.names)} chunks, {order.total_steps} steps of {step_tokens:,} tokens; run in {start.directory}",
     ]

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from k2train.allocator import keep_memory
 from k2train.checkpoint.load import agree_on_checkpoint, load_states
 from k2train.checkpoint.manifest import checkpoint_name, list_checkpoints, read_manifest
 from k2train.checkpoint.save import CheckpointWriter, SaveError, remove_unfinished, set_aside_later, snapshot
@@ -42,11 +43,12 @@ STOP, SAVE, FAILED = 0, 1, 2
 def train(config: Config, launch: Launch, start: Start, stop: StopRequest) -> int:
     """Run the stage on this rank and return the exit code."""
     device = choose_device(launch)
+    memory = keep_memory(device.type)
     start_process_group(launch, device)
     grid = ProcessGrid(start.layout, launch.rank, device)
     if launch.launched:
         stop.install()
-    trainer = Trainer(config, grid, start, stop, verify=launch.local_rank == 0)
+    trainer = Trainer(config, grid, start, stop, verify=launch.local_rank == 0, memory=memory)
     try:
         trainer.begin()
         if trainer.finished is not None:
@@ -55,6 +57,7 @@ def train(config: Config, launch: Launch, start: Start, stop: StopRequest) -> in
                 sys.stdout.write(f"{trainer.finished} is the last checkpoint: this stage is finished, nothing to do\n")
         else:
             code = trainer.run()
+            trainer.engine.optimizer.finish()
     except SaveError as error:
         code = trainer.end_unsaved(error)
     finally:
@@ -66,9 +69,19 @@ def train(config: Config, launch: Launch, start: Start, stop: StopRequest) -> in
 class Trainer:
     """One rank's part of a run; `begin`, `run`, `close`."""
 
-    def __init__(self, config: Config, grid: ProcessGrid, start: Start, stop: StopRequest, verify: bool):
+    def __init__(
+        self,
+        config: Config,
+        grid: ProcessGrid,
+        start: Start,
+        stop: StopRequest,
+        verify: bool,
+        memory: str = "malloc as it is",
+    ):
+        """`memory` says how the process keeps its host memory, for the first lines and the record."""
         self.config, self.grid, self.start, self.stop = config, grid, start, stop
         self.order = start.order
+        self.memory = memory
         self.step, self.first_step = 0, 0
         self.saved_at = time.monotonic()
         self.last_loss: float | None = None
@@ -115,6 +128,7 @@ class Trainer:
         self.engine = Engine(self.config, self.grid, fill=source is None)
         for line in announcement(self.config, self.start, self.engine, self.parameters):
             self.recorder.note(line)
+        self.recorder.note(self.memory)
         for problem in refused:
             self.recorder.note(f"refused: {problem}")
         if chosen is not None:
@@ -383,6 +397,7 @@ class Trainer:
             chunks=len(self.order.names),
             parameters=self.parameters,
             kernels=str(self.engine.kernels),
+            memory=self.memory,
             data_manifest_sha256=self.start.manifest.sha256,
             environment=environment_facts(),
         )

@@ -10,7 +10,7 @@ from k2train.config import Config
 from k2train.engine import Engine
 from k2train.parallel.environment import Launch
 from k2train.parallel.grid import ProcessGrid
-from k2train.plan.layout import Layout
+from k2train.preflight import layout_of
 
 TINY: dict[str, Any] = {
     "run": {"name": "tiny", "seed": 7},
@@ -47,9 +47,7 @@ def tiny_config(**changes: Any) -> Config:
 
 
 def grid_of(launch: Launch, config: Config) -> ProcessGrid:
-    p = config.parallel
-    layout = Layout.for_world(launch.world_size, p.tensor, p.pipeline, p.stages_per_rank)
-    return ProcessGrid(layout, launch.rank, torch.device("cpu"))
+    return ProcessGrid(layout_of(config, launch.world_size), launch.rank, torch.device("cpu"))
 
 
 def global_batch(config: Config, step: int) -> Tensor:

@@ -1,5 +1,6 @@
 """The sharded AdamW against torch.optim.AdamW, and the step that must change nothing."""
 
+import gc
 from hashlib import sha256
 from typing import Any
 
@@ -18,6 +19,7 @@ from k2train.parallel.environment import Launch
 from k2train.parallel.gradients import GradientBuffer
 from k2train.parallel.grid import SINGLE, Axis
 from k2train.parallel.shard import Piece, Sharded, named_pieces
+from k2train.parallel.weight_gradients import Sink, sink_of
 from small import grid_of, microbatches_of, tiny_config
 
 STEPS = 30
@@ -56,20 +58,24 @@ def rate_of(step: int) -> float:
     return 0.01 * (1 + step % 5)
 
 
-def adamw_job(launch: Launch, kernel: str) -> dict[str, np.ndarray]:
-    dp = Axis("dp", launch.world_size, launch.rank, dist.group.WORLD)
+def adamw_job(launch: Launch, kernel: str, overlap: bool) -> dict[str, np.ndarray]:
+    """Gradients come ten times too large, with the divisor that makes up for it."""
+    dp = Axis("dp", launch.world_size, launch.rank, dist.group.WORLD, overlap=overlap)
     toy = Toy()
     buffer = GradientBuffer([toy], dp, SINGLE["tp"], torch.device("cpu"))
-    optimizer = ShardedAdamW(buffer.table, torch.device("cpu"), BETAS, EPS, DECAY, kernel)
+    # Buckets of one parameter each.
+    optimizer = ShardedAdamW(buffer.table, torch.device("cpu"), BETAS, EPS, DECAY, kernel, bucket_bytes=1)
     for slot in buffer.table.slots:
         optimizer.adopt(slot.piece, start_of(slot.piece.name))
     for step in range(1, STEPS + 1):
         line = torch.zeros(buffer.table.elements)
         for slot in buffer.table.slots:
             start, stop = slot.rows(dp)
-            buffer.table.local(line, slot).copy_(gradient_of(step, slot.piece.name)[start:stop])
-        optimizer.step(line, rate_of(step))
+            buffer.table.local(line, slot).copy_(gradient_of(step, slot.piece.name)[start:stop] * 10)
+        optimizer.step(line, rate_of(step), torch.tensor(10.0), torch.tensor(0.0))
+        optimizer.count(applied=True)
     assert optimizer.adam_steps == STEPS
+    optimizer.wait_for(toy)
     return {name: getattr(toy, name.replace(".", "_")).detach().numpy() for name in TENSORS}
 
 
@@ -94,12 +100,29 @@ def torch_adamw() -> dict[str, np.ndarray]:
 def test_equals_torchs_adamw_on_any_number_of_ranks(pool: GlooPool, dp: int, kernel: str) -> None:
     """Catches a bias correction one step off, decay in the wrong group or not scaled by the rate, rows that stand still."""
     expected = torch_adamw()
-    for rank, part in enumerate(pool.run(dp, adamw_job, kernel)):
+    for rank, part in enumerate(pool.run(dp, adamw_job, kernel, dp == 3)):
         for name, value in expected.items():
             error = np.abs(part[name] - value).max()
             assert error <= 2e-6 * np.abs(value).max(), f"{name} on rank {rank}: {error}"
             moved = np.abs(value - start_of(name).numpy())
             assert moved.min() > 1e-3, "a value that does not move shows nothing"
+
+
+@pytest.mark.parametrize("kernel", ("fused", "reference"))
+def test_a_step_refused_on_the_device_touches_nothing(kernel: str) -> None:
+    """Catches an update that is multiplied by 0 instead of left out: 0 times what is not a number is none either."""
+    buffer = GradientBuffer([Toy()], SINGLE["dp"], SINGLE["tp"], torch.device("cpu"))
+    optimizer = ShardedAdamW(buffer.table, torch.device("cpu"), BETAS, EPS, DECAY, kernel)
+    for line in optimizer.lines.values():
+        line.copy_(torch.linspace(1.0, 2.0, buffer.table.elements))
+    before = {name: line.clone() for name, line in optimizer.lines.items()}
+    nan = torch.tensor(float("nan"))
+    optimizer.step(torch.full_like(optimizer.master, float("nan")), 0.1, divisor=nan, skip=torch.tensor(1.0))
+    optimizer.count(applied=False)
+    assert optimizer.adam_steps == 0
+    assert all(torch.equal(line, before[name]) for name, line in optimizer.lines.items())
+    optimizer.step(torch.ones_like(optimizer.master), 0.1, torch.tensor(2.0), skip=torch.tensor(0.0))
+    assert all(bool((line != before[name]).all()) for name, line in optimizer.lines.items())
 
 
 def test_which_tensors_decay() -> None:
@@ -185,26 +208,29 @@ PLANTED = (
 
 
 def plant(engine: Engine, name: str, microbatch: int, value: float) -> Any:
-    """Put one value into the gradient of a tensor in one micro-batch, if this rank holds it; the handle, or None."""
+    """Put one value into the gradient of a tensor in one micro-batch, if this rank holds it; how to end it, or None."""
     for stage in engine.stages.values():
         for parameter, piece in named_pieces(stage):
             if piece.name == name:
-                return parameter.register_hook(_planter(piece, microbatch, value))
+                sink = sink_of(parameter)
+                assert sink is not None, "no sink was attached"
+                kept = sink.arrived
+                sink.arrived = _planter(sink, piece, microbatch, value)
+                return lambda: setattr(sink, "arrived", kept)
     return None
 
 
-def _planter(piece: Piece, microbatch: int, value: float) -> Any:
-    seen = [0]
+def _planter(sink: Sink, piece: Piece, microbatch: int, value: float) -> Any:
+    arrived, seen = sink.arrived, [0]
 
-    def hook(grad: torch.Tensor) -> torch.Tensor:
+    def planted() -> None:
         seen[0] += 1
-        if seen[0] - 1 != microbatch:
-            return grad
-        grad = grad.clone()
-        piece.of(grad)[-1] = value
-        return grad
+        if seen[0] - 1 == microbatch:
+            piece.of(sink.total)[-1] = value
+        assert arrived is not None, "nobody counts"
+        arrived()
 
-    return hook
+    return planted
 
 
 def skip_job(launch: Launch, config: Any) -> tuple[list[str], int]:
@@ -220,17 +246,15 @@ def skip_job(launch: Launch, config: Any) -> tuple[list[str], int]:
     values = (float("nan"), float("inf"), float("-inf"))
     for rank in range(launch.world_size):
         for name in PLANTED:
-            handle = (
-                plant(engine, name, count % engine.num_microbatches, values[count % 3]) if rank == grid.rank else None
-            )
-            held = torch.tensor([float(handle is not None)])
+            end = plant(engine, name, count % engine.num_microbatches, values[count % 3]) if rank == grid.rank else None
+            held = torch.tensor([float(end is not None)])
             dist.all_reduce(held)
             if not held.item():
                 continue
             count += 1
             result = engine.train_step(microbatches_of(config, grid, 1), lr)
-            if handle is not None:
-                handle.remove()
+            if end is not None:
+                end()
             if result.applied or digest(engine) != before:
                 wrong.append(f"{name} on rank {rank}: applied {result.applied}")
     run = engine.executor.run
@@ -262,3 +286,58 @@ def test_a_step_that_is_not_finite_changes_nothing(pool: GlooPool, tp: int, pp: 
     for wrong, count in parts:
         assert wrong == []
         assert count == len(PLANTED) * tp * dp, "each tensor is held by the ranks of one stage"
+
+
+def overlap_job(launch: Launch, config: Any) -> tuple[list[Any], dict[str, Any], bool]:
+    """Three steps and an evaluation; results, masters, and whether a gather was still under way after the last step."""
+    grid = grid_of(launch, config)
+    engine = Engine(config, grid)
+    results = []
+    for step in (1, 2, 3):
+        result = engine.train_step(microbatches_of(config, grid, step), config.lr.peak)
+        results.append((result.loss, result.grad_norm, result.applied))
+    under_way = bool(engine.optimizer.publisher._under_way)
+    results.append(engine.evaluate(microbatches_of(config, grid, 99)))
+    return results, {name: line.numpy().copy() for name, line in engine.optimizer.lines.items()}, under_way
+
+
+@pytest.mark.parametrize(("pp", "dp", "precision"), ((1, 2, "fp32"), (2, 2, "bf16"), (1, 3, "fp32")))
+def test_overlap_and_buckets_change_no_bit(pool: GlooPool, pp: int, dp: int, precision: str) -> None:
+    """Catches weights read before they have come, a bucket that leaves before its last gradient, sums in another order."""
+    fixed = {"parallel__pipeline": pp, "precision": precision, "batch__global_sequences": 12, "lr__peak": 1e-2}
+    runs = {}
+    for overlap, size in (("off", None), ("on", None), ("on", 20_000), ("off", 20_000)):
+        config = tiny_config(**fixed, parallel__overlap=overlap, parallel__bucket_bytes=size)
+        runs[overlap, size] = pool.run(pp * dp, overlap_job, config)
+    base = runs["off", None]
+    for (overlap, size), parts in runs.items():
+        for rank, (results, lines, under_way) in enumerate(parts):
+            assert results == base[rank][0], (overlap, size, rank)
+            assert all(np.array_equal(line, base[rank][1][name]) for name, line in lines.items()), (overlap, size, rank)
+            assert under_way == (overlap == "on"), "nothing was under way, so nothing was waited for"
+
+
+def memory_job(launch: Launch, config: Any) -> list[int]:
+    """Bytes of all tensors alive in this process after steps 5, 10, 15 and 20."""
+    grid = grid_of(launch, config)
+    engine = Engine(config, grid)
+    batches, told = microbatches_of(config, grid, 1), []
+    for step in range(1, 21):
+        engine.train_step(batches, config.lr.peak)
+        if step % 5 == 0:
+            gc.collect()
+            storages = {
+                t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+                for t in gc.get_objects()
+                if type(t) in (torch.Tensor, nn.Parameter) and t.device.type == "cpu"
+            }
+            told.append(sum(storages.values()))
+    return told
+
+
+@pytest.mark.parametrize(("dp", "overlap"), ((1, "off"), (2, "off"), (2, "on")))
+def test_nothing_grows_from_step_to_step(pool: GlooPool, dp: int, overlap: str) -> None:
+    """Catches transfers, hooks or losses that are kept: a run of a million steps would end out of memory."""
+    config = tiny_config(model__num_layers=1, batch__global_sequences=4, parallel__overlap=overlap)
+    for told in pool.run(dp, memory_job, config):
+        assert len(set(told)) == 1 and told[0] > 0, told

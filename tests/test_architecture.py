@@ -25,7 +25,7 @@ SOURCE = [*PACKAGE, *TOOLS]
 
 CONFIG = {"config", "config_rules", "config_schema", "config_text"}
 THIRD_LAYER = {"model", "optim", "data", "checkpoint", "record", "guard"}
-ASSEMBLY = {"engine", "preflight", "recorder", "trainer"}
+ASSEMBLY = {"allocator", "engine", "footprint", "preflight", "recorder", "trainer"}
 # What each part may import besides itself. Third-layer folders do not know each other, nor the config.
 ALLOWED = {
     "errors": set(),
@@ -42,7 +42,7 @@ ALLOWED = {
 ALSO_ALLOWED = {"data/prepare/recipe.py": CONFIG}
 
 TORCH_FREE = [
-    *(ROOT / "k2train" / f"{name}.py" for name in [*sorted(CONFIG), "errors", "preflight", "train"]),
+    *(ROOT / "k2train" / f"{name}.py" for name in [*sorted(CONFIG), "errors", "footprint", "preflight", "train"]),
     *(path for name in ("plan", "record", "guard", "data") for path in (ROOT / "k2train" / name).rglob("*.py")),
     ROOT / "k2train/parallel/environment.py",
     ROOT / "k2train/checkpoint/manifest.py",
@@ -50,9 +50,9 @@ TORCH_FREE = [
 ]
 TORCH_ALLOWED = {"data/loader.py"}
 
-INNER_IMPORTS = re.compile(r"k2train/(record/wandb_mirror|model/kernels|data/prepare/\w+)\.py")
+INNER_IMPORTS = re.compile(r"k2train/(record/wandb_mirror|model/kernels\w*|data/prepare/\w+)\.py")
 """Optional packages may be imported where they are used."""
-ENVIRONMENT = re.compile(r"k2train/(parallel/environment|record/\w+)\.py|tools/mutation_check\.py")
+ENVIRONMENT = re.compile(r"k2train/(allocator|parallel/environment|record/\w+)\.py|tools/mutation_check\.py")
 """The last one only hands its environment on to the tests it starts."""
 PRINTS = re.compile(r"(k2train/(train|launch)|tools/\w+)\.py|k2train/data/prepare/progress\.py")
 """Only command lines write to the terminal; `progress` is the stream of one of them."""

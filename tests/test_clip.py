@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 
 from gloo import GlooPool
 from k2train.engine import Engine
-from k2train.optim.clip import StepSums, agree, clip_scale, square_sums
+from k2train.optim.clip import BLOCK, MANY_BLOCKS, SquareSums, StepSums, agree
 from k2train.parallel.environment import Launch
-from k2train.parallel.grid import ProcessGrid
+from k2train.parallel.gradients import SlotTable
+from k2train.parallel.grid import SINGLE, ProcessGrid
+from k2train.parallel.shard import Piece
 from small import grid_of, shapes_of, tiny_config
 
 GRIDS = ((1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (1, 1, 3), (2, 2, 1), (4, 1, 2), (1, 4, 2), (2, 2, 2), (2, 1, 4))
@@ -45,8 +47,7 @@ def plant(engine: Engine, gradients: dict[str, np.ndarray]) -> torch.Tensor:
 
 def sums_of(engine: Engine, grid: ProcessGrid, line: torch.Tensor) -> StepSums:
     loss = torch.tensor(0.25 if grid.rank == grid.layout.world_size - 1 else 0.0)
-    sums = square_sums(engine.gradients.table, line, engine.names, grid.tp)
-    return agree(sums, engine.names, loss, (1.0, float(grid.rank)), grid.stage, grid.pp)
+    return agree(engine.square_sums(line), engine.names, loss, (1.0, float(grid.rank)), grid.stage, grid.pp).read()
 
 
 def norm_job(launch: Launch, config: Any) -> tuple[float, dict[str, float], float, tuple[float, ...]]:
@@ -110,10 +111,44 @@ def test_one_value_that_is_not_finite_is_seen_everywhere(pool: GlooPool) -> None
 
 
 @given(st.floats(1e-6, 1e4), st.floats(1e-3, 1e3))
-def test_clip_scale_is_torchs(norm: float, clip: float) -> None:
+def test_the_divisor_is_torchs(norm: float, clip: float) -> None:
     """Catches a factor above 1 and a clip to another norm."""
     parameter = torch.nn.Parameter(torch.zeros(2, dtype=torch.float64))
     parameter.grad = torch.tensor([norm * 0.6, norm * 0.8], dtype=torch.float64)
     torch.nn.utils.clip_grad_norm_([parameter], clip)
-    assert clip_scale(norm, clip) * norm * 0.8 == pytest.approx(parameter.grad[1].item(), rel=1e-12)
-    assert clip_scale(norm, None) == 1.0
+    for clip_norm, expected in ((clip, parameter.grad[1].item()), (None, norm * 0.8)):
+        sums = torch.tensor([(norm * 0.6) ** 2, (norm * 0.8) ** 2], dtype=torch.float64)
+        verdict = agree(sums, ["a", "b"], torch.tensor(0.5), (), SINGLE["stage"], SINGLE["pp"], clip_norm)
+        assert norm * 0.8 / verdict.divisor.item() == pytest.approx(expected, rel=1e-7)
+        assert verdict.divisor.item() >= 1.0
+        assert verdict.skip.item() == 0.0
+
+
+@pytest.mark.parametrize(
+    ("loss", "square", "skipped"),
+    ((1.0, 4.0, False), (float("nan"), 4.0, True), (float("inf"), 4.0, True), (1.0, float("nan"), True)),
+)
+def test_what_is_not_finite_is_skipped(loss: float, square: float, skipped: bool) -> None:
+    """Catches a device that applies what the host calls skipped: weights and the count of updates would part."""
+    sums = torch.tensor([1.0, square], dtype=torch.float64)
+    verdict = agree(sums, ["a", "b"], torch.tensor(loss), (0.0, 2.0), SINGLE["stage"], SINGLE["pp"], 1.0)
+    assert bool(verdict.skip) == skipped == (not verdict.read().finite)
+    assert verdict.skip.dtype == verdict.divisor.dtype == torch.float32, "the fused kernel reads them as such"
+    assert verdict.read().flags == (0.0, 2.0)
+
+
+MANY = BLOCK * MANY_BLOCKS
+
+
+@pytest.mark.parametrize("elements", (1, BLOCK - 1, MANY - 1, MANY, MANY + 1, 3 * MANY + 77))
+def test_blocks_keep_the_accuracy_of_fp64(elements: int) -> None:
+    """Catches a tail that is left out, and a sum in fp32: a million squares then lose the seventh digit."""
+    values = torch.randn(elements, generator=torch.Generator().manual_seed(elements)) * 3
+    table = SlotTable(
+        [(torch.nn.Parameter(values), Piece("a", (elements,), None, 0, elements, 0, None, True))], SINGLE["dp"]
+    )
+    line = torch.zeros(table.elements)
+    table.local(line, table.slots[0]).copy_(values)
+    sums = SquareSums(table, ["other", "a"], SINGLE["tp"], torch.device("cpu"))(line)
+    assert sums[0] == 0.0
+    assert sums[1].item() == pytest.approx(values.double().square().sum().item(), rel=2e-8)

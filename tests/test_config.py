@@ -103,7 +103,10 @@ def test_number_spellings_reach_the_fields(write: Write) -> None:
         ("parallel.sequence=1", "parallel.sequence: must be true or false, is 1"),
         ("kernels.compile=true", "kernels.compile: true is not one of auto, on, off"),
         ("precision=fp16", "precision: fp16 is not one of bf16, fp32; nearest is bf16"),
-        ("parallel.schedule=1f1bb", "parallel.schedule: 1f1bb is not one of 1f1b, gpipe, interleaved; nearest is 1f1b"),
+        (
+            "parallel.schedule=1f1bb",
+            "parallel.schedule: 1f1bb is not one of 1f1b, gpipe, interleaved, zb-h1, zb-h2, zb-v; nearest is 1f1b",
+        ),
         ("run.name=a/b", "nearest is a-b"),
         ("run.name=..", "run.name: must be one path component"),
         ('run.name="a\\n"', "run.name: must be printable text on one line"),

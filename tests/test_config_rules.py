@@ -14,6 +14,20 @@ from k2train.errors import ConfigError
 
 RULES = [
     (
+        ["kernels.recompute_layers=2"],
+        (
+            "kernels.recompute_layers (2) has no effect with kernels.recompute none; leave it out, or set "
+            "kernels.recompute: selective or full"
+        ),
+    ),
+    (
+        ["kernels.recompute=full", "kernels.recompute_layers=5", "parallel.pipeline=2"],
+        (
+            "kernels.recompute_layers (5) must be at most the layers of a pipeline stage (4); "
+            "lower it, or leave it out for all of them"
+        ),
+    ),
+    (
         ["model.hidden_size=130"],
         (
             "model.hidden_size (130) must be divisible by model.num_heads (4); "
@@ -74,8 +88,33 @@ RULES = [
         ["parallel.pipeline=2", "parallel.stages_per_rank=2", "parallel.schedule=gpipe"],
         (
             "parallel.schedule (gpipe) runs 1 stage a rank, but parallel.stages_per_rank is 2; "
-            "set parallel.stages_per_rank: 1 or parallel.schedule: interleaved"
+            "set parallel.stages_per_rank: 1 or parallel.schedule: interleaved or zb-v"
         ),
+    ),
+    (
+        ["parallel.pipeline=2", "parallel.stages_per_rank=4", "parallel.schedule=zb-v"],
+        (
+            "parallel.schedule (zb-v) runs 2 stages a rank, but parallel.stages_per_rank is 4; "
+            "set parallel.stages_per_rank: 2 or parallel.schedule: interleaved"
+        ),
+    ),
+    (
+        ["parallel.pipeline=3", "parallel.schedule=zb-v"],
+        (
+            "model.num_layers (8) must be divisible by parallel.pipeline (3) * parallel.stages_per_rank (2) = 6; "
+            "nearest parallel.pipeline: 2, 4; nearest model.num_layers: 6, 12"
+        ),
+    ),
+    (
+        ["parallel.pipeline=2", "parallel.layers_per_stage=[3, 3, 2]"],
+        (
+            "parallel.layers_per_stage (3, 3, 2) must have parallel.pipeline (2) * parallel.stages_per_rank (1) = "
+            "2 counts, has 3; nearest parallel.pipeline: 3; or null: as many layers on every stage"
+        ),
+    ),
+    (
+        ["parallel.pipeline=2", "parallel.layers_per_stage=[3, 4]"],
+        "parallel.layers_per_stage (3, 4) must add up to model.num_layers (8), is 7; nearest model.num_layers: 7",
     ),
     (
         ["parallel.pipeline=2", "parallel.schedule=interleaved"],
@@ -131,6 +170,20 @@ def test_suggestions_pass_the_other_rules_of_the_same_knob(write: Write) -> None
     assert first.endswith("; nearest parallel.tensor: 4, 6")
     grid = ["model.num_layers=6", "parallel.pipeline=4", "parallel.schedule=interleaved"]
     assert any("= 4; nearest parallel.pipeline: 3; " in line for line in mistakes(write(MINIMAL), *grid))
+
+
+def test_a_v_brings_its_two_stages_a_rank(write: Write) -> None:
+    """A schedule that cannot be chosen by its own name, and a second complaint that follows from the first."""
+    assert load_config(write(MINIMAL), ["parallel.pipeline=2", "parallel.schedule=zb-v"]).parallel.stages_per_rank == 2
+    assert mistakes(write(MINIMAL), "parallel.pipeline=2", "parallel.schedule=zb-v", "model.num_layers=0") == [
+        "override 'model.num_layers=0': model.num_layers: must be at least 1, is 0"
+    ]
+
+
+def test_layers_dealt_by_hand_need_not_divide(write: Write) -> None:
+    """The rule for even stages held against uneven ones."""
+    overrides = ["parallel.pipeline=3", "parallel.layers_per_stage=[3, 3, 2]"]
+    assert load_config(write(MINIMAL), overrides).parallel.layers_per_stage == (3, 3, 2)
 
 
 def test_rules_hold_for_configs_made_in_python() -> None:

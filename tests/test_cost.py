@@ -55,16 +55,20 @@ def test_k2_flops_by_hand() -> None:
 
 
 def test_state_bytes_of_the_fullest_and_the_emptiest_rank() -> None:
-    """Catches optimizer states on every data-parallel rank, and gradients in bf16."""
+    """Catches optimizer states on every data-parallel rank, gradients in bf16, fp32 weights counted twice on one rank."""
     count = rank_parameters(K2, K2_GRID, 0)
     assert count == 20 * ((809_517_056 - 16384) // 8 + 16384) + 4004 * 8192
     state = state_bytes(K2, K2_GRID, "bf16")
-    assert (state.weights_bytes, state.gradients_bytes) == (2 * count, 4 * count)
-    assert state.optimizer_bytes == 12 * -(-count // 15)
+    share = -(-count // 15)
+    assert (state.weights_bytes, state.gradients_bytes) == (2 * count, 4 * count + 4 * share)
+    assert state.optimizer_bytes == 12 * share
     assert state.total_bytes == state.weights_bytes + state.gradients_bytes + state.optimizer_bytes
     assert state_bytes(K2, K2_GRID, "fp32").weights_bytes == 4 * count
     alone = state_bytes(K2, Layout(tensor=8, pipeline=4), "bf16", pp=1)
     assert alone.total_bytes == 18 * rank_parameters(K2, K2_GRID, 1)
+    assert state_bytes(K2, Layout(tensor=8, pipeline=4), "fp32", pp=1).total_bytes == 16 * rank_parameters(
+        K2, K2_GRID, 1
+    )
     assert rank_parameters(K2, K2_GRID, 1) < rank_parameters(K2, K2_GRID, 0) < rank_parameters(K2, K2_GRID, 3)
 
 

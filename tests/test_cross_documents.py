@@ -83,7 +83,7 @@ def one_by_one(engine: Engine, tokens: Tensor, documents: Tensor) -> Tensor:
     stage = engine.stages[0]
     rows = []
     for row, numbers in zip(tokens, documents, strict=True):
-        rows.append(torch.cat([stage(row[None, piece])[:, 0] for piece in pieces(numbers)]))
+        rows.append(torch.cat([stage.logits(stage(row[None, piece]))[:, 0] for piece in pieces(numbers)]))
     return torch.stack(rows)
 
 
@@ -91,6 +91,9 @@ def separate_job(launch: Launch, config: Config) -> dict[str, Any]:
     """What the definition gives on one process: logits of step 1, and its loss and gradients by plain autograd."""
     engine = Engine(config, grid_of(launch, config))
     tokens, documents = global_batch(config, 1), global_documents(config, 1)
+    # Without their sinks the matrices' gradients go to autograd.
+    for parameter in engine.stages[0].parameters():
+        vars(parameter).pop("sink", None)
     logits = one_by_one(engine, tokens, documents)
     loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
     names, parameters = zip(*engine.stages[0].named_parameters(), strict=True)
@@ -112,9 +115,10 @@ def grid_job(launch: Launch, config: Config) -> dict[str, Any]:
     if last := engine.stages.get(engine.grid.layout.num_stages - 1):
         loss = last.loss
 
-        def kept(output: Tensor, tokens: Tensor) -> Tensor:
-            logits.append(output.detach().permute(1, 0, 2).numpy().copy())
-            return loss(output, tokens)
+        def kept(hidden: Tensor, tokens: Tensor, scale: float) -> Tensor:
+            with torch.no_grad():
+                logits.append(last.logits(hidden).permute(1, 0, 2).numpy().copy())
+            return loss(hidden, tokens, scale)
 
         last.loss = kept  # type: ignore[method-assign]
     gradients, reduce = [], engine.gradients.reduce
@@ -194,7 +198,7 @@ def one_process(pool: GlooPool) -> Any:
 
 
 @pytest.mark.parametrize("kv_heads", (4, 2))
-@pytest.mark.parametrize("kernel", ("sdpa", "reference"))
+@pytest.mark.parametrize("kernel", ("sdpa", "plain", "reference"))
 def test_block_equals_separate_documents(separate: Any, one_process: Any, kernel: str, kv_heads: int) -> None:
     """Catches attention that crosses a border or sees the future, a mask off by a token, and another loss than stated."""
     expected, run = separate(kernel, kv_heads), one_process(kernel, kv_heads)
@@ -285,7 +289,7 @@ def watched_job(launch: Launch, config: Config) -> tuple[list[str], list[str], b
 
 def test_one_mask_a_micro_batch_and_none_without_documents(pool: GlooPool) -> None:
     """Catches a mask built by every layer, and the path of `attend` leaving the causal kernel."""
-    config = tiny_config(batch__global_sequences=12)
+    config = tiny_config(batch__global_sequences=12, kernels__attention="sdpa")
     ((made, given, same),) = pool.run(1, watched_job, config)
     assert made == ["mask"] and same
     layers = config.model.num_layers

@@ -52,6 +52,22 @@ def test_measured_spans_are_drawn_by_the_same_function() -> None:
     assert draw([Span(0, Action(Op.FORWARD, 0, 0), 1.0, 1.0)]) == "nothing to draw: the spans take no time"
 
 
+def test_the_halves_of_a_backward_are_told_apart() -> None:
+    """Catches an input gradient drawn as weight gradients, and a key that speaks of what is not in the picture."""
+    picture = draw(simulate(build_programs("zb-h1", 2, 2)), width=25, unit="forwards")
+    assert picture.splitlines() == [
+        "3- forward of micro-batch 3, 3~ input gradient, 3+ weight gradients, . idle; one column = 0.5 forwards",
+        "rank 0 0-1-..0~0+1~1+",
+        "rank 1 ..0-0~1-1~0+1+",
+    ]
+    root = ElementTree.fromstring(svg(simulate(build_programs("zb-v", 2, 3, 2))))
+    words = {text.text for text in root.iter(f"{SVG}text")}
+    assert {"forward", "input gradient", "weight gradients"} < words and "backward" not in words
+    style = str(next(root.iter(f"{SVG}style")).text)
+    patterns = {pattern.get("id") for pattern in root.iter(f"{SVG}pattern")}
+    assert patterns == {"I-lines", "W-lines"} and all(f"url(#{name})" in style for name in patterns)
+
+
 def test_svg_has_a_box_for_every_action_at_its_time() -> None:
     """Catches broken XML (a unit with a special character), lost boxes, and boxes whose length is not their time."""
     spans = simulate(build_programs("1f1b", 2, 3))

@@ -87,8 +87,9 @@ def logits_job(launch: Launch, config: Any) -> tuple[int, int, list[np.ndarray]]
     engine = Engine(config, grid)
     seen: list[np.ndarray] = []
 
-    def keep(logits: torch.Tensor, microbatch: int) -> torch.Tensor:
-        seen.append(logits.transpose(0, 1).float().numpy())
+    def keep(hidden: torch.Tensor, microbatch: int) -> torch.Tensor:
+        last = engine.stages[engine.grid.layout.num_stages - 1]
+        seen.append(last.logits(hidden).transpose(0, 1).float().numpy())
         return torch.zeros(())
 
     batches = microbatches_of(config, grid, 1)
@@ -121,7 +122,34 @@ def test_logits_loss_and_gradients(
     pool: GlooPool, changes: dict[str, Any], attention: str, world: int, layout: dict[str, Any]
 ) -> None:
     """Catches any difference in the architecture: rotary convention, head order, norm, scale, shift, loss weighting."""
-    config = config_for(layout, optimizer__clip_norm=None, **changes)
+    compare(pool, world, config_for(layout, optimizer__clip_norm=None, **changes), attention)
+
+
+KERNELS = (
+    {"attention": "sdpa", "norm": "torch"},
+    {"attention": "plain", "norm": "fused", "elementwise": "fused"},
+    {"attention": "flash", "elementwise": "reference"},
+    {"attention": "reference", "norm": "reference", "elementwise": "reference"},
+)
+
+
+@pytest.mark.parametrize("kernels", KERNELS, ids=lambda kernels: "-".join(kernels.values()))
+def test_with_every_kernel(pool: GlooPool, kernels: dict[str, str]) -> None:
+    """Catches a kernel that is right by our own reference only: each that runs here, longer than plain attention's block."""
+    chosen = {f"kernels__{key}": name for key, name in kernels.items()}
+    config = config_for(
+        ONE,
+        optimizer__clip_norm=None,
+        data__sequence_length=70,
+        batch__global_sequences=4,
+        model__num_kv_heads=2,
+        **chosen,
+    )
+    compare(pool, 1, config, "eager")
+
+
+def compare(pool: GlooPool, world: int, config: Any, attention: str) -> None:
+    """Logits, loss, every gradient and their norm, ours on `world` ranks against theirs."""
     parts = pool.run(world, train_job, config, 1)
     weights = assemble([part["start"] for part in parts], shapes_of(config))
     gradients = assemble([part["gradients"][0] for part in parts], shapes_of(config))

@@ -12,6 +12,7 @@ import pytest
 
 from corpus import ROOT, config_tree, environment, make_corpus, write_yaml
 from k2train.launch import signalled, verdict
+from k2train.parallel.environment import order_kernels
 
 OPTIONS = ["--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "2"]
 
@@ -46,6 +47,17 @@ def test_one_bad_process_is_named(capfd: pytest.CaptureFixture[str]) -> None:
 def test_verdict_after_a_signal(codes: dict[int, int | None], expected: int) -> None:
     """75 says that everything is saved: one process that was killed while saving makes it a lie."""
     assert signalled(codes) == expected
+
+
+def test_kernels_are_begun_in_order_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a setting of the user's that is overwritten, and a default that never reaches the processes."""
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "")
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS")
+    order_kernels()
+    assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "8")
+    order_kernels()
+    assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "8"
 
 
 def launch(*arguments: object) -> "subprocess.Popen[str]":

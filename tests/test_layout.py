@@ -8,7 +8,10 @@ from k2train.errors import ConfigError
 from k2train.plan.layout import AXES, Coordinate, Layout
 
 degrees = st.integers(1, 5)
-layouts = st.builds(Layout, tensor=degrees, pipeline=degrees, data=degrees, stages_per_rank=st.integers(1, 3))
+layouts = st.one_of(
+    st.builds(Layout, tensor=degrees, pipeline=degrees, data=degrees, stages_per_rank=st.integers(1, 3)),
+    st.builds(Layout, pipeline=degrees, stages_per_rank=st.just(2), placement=st.just("v")),
+)
 
 
 @given(layouts)
@@ -61,9 +64,37 @@ def test_interleaved_stages_are_dealt_round_robin() -> None:
     assert list(layout.layers_of(2, 8)) == [4, 5]
 
 
+def test_a_v_goes_down_the_ranks_and_back_up() -> None:
+    """Catches a loop where a V is meant: the last stage is on the first rank, and the turn within the last."""
+    layout = Layout(pipeline=3, stages_per_rank=2, placement="v")
+    assert [layout.stages_of(pp) for pp in range(3)] == [(0, 5), (1, 4), (2, 3)]
+    assert [layout.owner(stage) for stage in range(6)] == [0, 1, 2, 2, 1, 0]
+    with pytest.raises(AssertionError, match="a V has two stages a rank"):
+        Layout(pipeline=3, placement="v")
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=8))
+def test_uneven_stages_hold_the_layers_they_are_given(counts: list[int]) -> None:
+    """Catches a layer lost, doubled or on another stage when the split is not the even one."""
+    layout = Layout(pipeline=len(counts), layers_per_stage=tuple(counts))
+    held = [list(layout.layers_of(stage, sum(counts))) for stage in range(len(counts))]
+    assert [len(layers) for layers in held] == counts
+    assert [layer for layers in held for layer in layers] == list(range(sum(counts)))
+    with pytest.raises(AssertionError, match="is not a split of"):
+        layout.layers_of(0, sum(counts) + 1)
+
+
+@pytest.mark.parametrize("counts", [(1, 2, 3), (0, 4), ()])
+def test_a_split_over_other_stages_is_our_bug(counts: tuple[int, ...]) -> None:
+    """Catches a stage without layers and a count too many."""
+    with pytest.raises(AssertionError, match="must have 2 counts of at least 1"):
+        Layout(pipeline=2, layers_per_stage=counts)
+
+
 def test_for_world_leaves_the_rest_to_data() -> None:
     """Catches a data degree that is not what is left of the world."""
     assert Layout.for_world(480, tensor=8, pipeline=4) == Layout(tensor=8, pipeline=4, data=15)
+    assert Layout.for_world(4, 1, 2, 2, "v", (1, 2, 3, 4)) == Layout(1, 2, 2, 2, "v", (1, 2, 3, 4))
 
 
 @pytest.mark.parametrize(("world", "nearest"), [(10, "8, 16"), (3, "8"), (23, "16, 24")])

@@ -83,17 +83,36 @@ def test_grid_equals_one_process(
 @pytest.mark.parametrize(("tp", "dp", "precision"), ((1, 1, "fp32"), (2, 1, "fp32"), (1, 2, "fp32"), (2, 1, "bf16")))
 def test_pipelines_and_schedules_are_bit_equal(pool: GlooPool, tp: int, dp: int, precision: str) -> None:
     """No pipeline degree or schedule may change one bit of loss, norm, gradient or weight."""
-    choices = [(1, "1f1b", 1), (1, "gpipe", 1), (2, "1f1b", 1), (2, "gpipe", 1), (2, "interleaved", 2), (4, "1f1b", 1)]
-    runs = {
-        (pp, kind, v): Run(
-            pool,
-            tp * pp * dp,
-            config_for(tp, pp, tp > 1, 251, parallel__schedule=kind, parallel__stages_per_rank=v, precision=precision),
-        )
-        for pp, kind, v in choices
-        if tp * pp * dp <= 8
-    }
-    base = runs[(1, "1f1b", 1)]
+    choices: list[Choice] = [(1, "1f1b", 1), (1, "gpipe", 1), (1, "zb-h1", 1)]
+    choices += [(2, kind, 1) for kind in ("1f1b", "gpipe", "zb-h1", "zb-h2")]
+    choices += [(2, "interleaved", 2), (2, "zb-v", 2), (4, "1f1b", 1), (4, "zb-h2", 1)]
+    same_bits(pool, tp, dp, [(choice, None) for choice in choices] + [((2, "zb-h1", 1), (3, 1))], precision=precision)
+
+
+def test_uneven_stages_in_a_v_are_bit_equal(pool: GlooPool) -> None:
+    """Nor may the number of layers a stage, nor a V over 4 ranks, whose last stage is on the first of them."""
+    choices = [((1, "1f1b", 1), None), ((2, "zb-v", 2), (2, 1, 4, 1)), ((4, "zb-v", 2), None)]
+    same_bits(pool, 1, 1, choices, model__num_layers=8, **SHORT)
+    same_bits(pool, 2, 1, choices[:2], model__num_layers=8, kernels__recompute="full", **SHORT)
+
+
+Choice = tuple[int, str, int]
+"""(pipeline, schedule, stages a rank)."""
+
+
+def same_bits(
+    pool: GlooPool, tp: int, dp: int, choices: list[tuple[Choice, tuple[int, ...] | None]], **changes: Any
+) -> None:
+    """Runs every choice, with its layers a stage, and compares it with the first."""
+    runs = {}
+    for (pp, kind, v), layers in choices:
+        if tp * pp * dp <= 8:
+            chosen = {"schedule": kind, "stages_per_rank": v, "layers_per_stage": layers}
+            config = config_for(
+                tp, pp, tp > 1, 251, **{f"parallel__{key}": value for key, value in chosen.items()}, **changes
+            )
+            runs[(pp, kind, v, layers)] = Run(pool, tp * pp * dp, config)
+    base = next(iter(runs.values()))
     for choice, run in runs.items():
         assert run.results == base.results, choice
         assert run.held_out == base.held_out, choice

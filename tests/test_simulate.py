@@ -7,6 +7,7 @@ from k2train.plan.simulate import (
     Span,
     bubble_fraction,
     constant_seconds,
+    idle_seconds,
     peak_in_flight,
     simulate,
 )
@@ -34,6 +35,28 @@ def test_uniform_bubble_is_exactly_the_published_one() -> None:
         expected = (pipeline - 1) / (stages * count + pipeline - 1)
         assert bubble_fraction(spans) == pytest.approx(expected, abs=1e-12)
         assert bubble_fraction(simulate(computes)) == pytest.approx(expected, abs=1e-12)
+
+
+def test_split_backwards_have_durations_of_their_own() -> None:
+    """Catches halves as long as the whole, and weight gradients that somebody waits for: 2 + 3 + 3 by hand, then 4."""
+    programs = build_programs("zb-h1", 2, 1)
+    spans = simulate(programs, constant_seconds(backward_input=3.0, backward_weight=4.0))
+    times = {str(span.action): (span.start_seconds, span.end_seconds) for span in spans}
+    assert times["1I0"] == (2.0, 5.0) and times["1W0"] == (5.0, 9.0)
+    assert times["0I0"] == (5.0, 8.0) and times["0W0"] == (8.0, 12.0)
+    assert idle_seconds(spans) == (4.0, 0.0)
+    assert bubble_fraction(spans) == pytest.approx(1 - 16 / 24)
+
+
+def test_activations_are_held_until_their_weight_gradients() -> None:
+    """Catches memory that is freed on paper only: between I and W the inputs of the matrices stay."""
+    held = parse("0F0 0F1 0I0 0I1 0F2 0W0 0W1 0I2 0W2")
+    assert (peak_in_flight([held]), peak_in_flight([held], until_input=True)) == ((3,), (2,))
+
+
+def parse(words: str) -> Program:
+    """`0F1 0B1` -> compute actions; stages and micro-batches of one digit."""
+    return tuple(Action(Op(word[1]), int(word[0]), int(word[2])) for word in words.split())
 
 
 def test_most_activations_held() -> None:

@@ -23,10 +23,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from k2train.config import Config, load_config, num_microbatches
 from k2train.errors import EXIT_DONE, EXIT_USAGE, UserError
+from k2train.footprint import bytes_text, memory_lines
 from k2train.plan import cost
+from k2train.plan.action import Op
+from k2train.plan.balance import balanced_layers, rank_flops, with_layers
 from k2train.plan.draw import draw, svg
 from k2train.plan.layout import Layout
-from k2train.plan.schedule import Program, build_programs
+from k2train.plan.schedule import Program, build_programs, placement_of
 from k2train.plan.simulate import Span, bubble_fraction, peak_in_flight, simulate
 
 GRID_LINES = 16
@@ -88,7 +91,14 @@ def plan(config: Config, world_size: int, width: int = 100, full: bool = False) 
     # First, as it refuses a world or a batch that does not divide.
     count = num_microbatches(config, world_size)
     parallel = config.parallel
-    layout = Layout.for_world(world_size, parallel.tensor, parallel.pipeline, parallel.stages_per_rank)
+    layout = Layout.for_world(
+        world_size,
+        parallel.tensor,
+        parallel.pipeline,
+        parallel.stages_per_rank,
+        placement_of(parallel.schedule),
+        parallel.layers_per_stage,
+    )
     programs = build_programs(parallel.schedule, layout.pipeline, count, layout.stages_per_rank)
     spans = simulate(programs)
     shape = cost.ModelShape(
@@ -102,8 +112,9 @@ def plan(config: Config, world_size: int, width: int = 100, full: bool = False) 
     sections = (
         _grid_lines(layout, shape.num_layers, full),
         _model_lines(shape, layout, config.precision),
+        memory_lines(config, layout, programs),
         _step_lines(config, shape, layout, count),
-        _schedule_lines(parallel.schedule, programs, spans, width, full),
+        _schedule_lines(parallel.schedule, programs, spans, width, full) + _balance_lines(config, shape, layout),
         [draw(spans, width, UNIT)],
     )
     return "\n\n".join("\n".join(lines) for lines in sections), spans
@@ -148,27 +159,20 @@ def _group_text(group: Sequence[int]) -> str:
     return " ".join(shown if len(shown) <= 8 else [*shown[:4], "...", shown[-1]])
 
 
-def _bytes_text(count: int) -> str:
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if count >= size:
-            return f"{count / size:.2f} {unit}"
-    return f"{count} B"
-
-
 def _model_lines(shape: cost.ModelShape, layout: Layout, precision: str) -> list[str]:
     lines = [
         (
             f"model     {cost.parameters(shape):,} parameters: {cost.layer_parameters(shape):,} in each of "
             f"{shape.num_layers} layers, {cost.embedding_parameters(shape):,} in embedding and head"
         ),
-        f"memory    kept from step to step by one rank ({precision} weights; activations come on top)",
+        f"states    kept from step to step by one rank ({precision} weights)",
         "  pp     parameters      weights    gradients    optimizer        total",
     ]
     for pp in range(layout.pipeline):
         state = cost.state_bytes(shape, layout, precision, pp)
         sizes = (state.weights_bytes, state.gradients_bytes, state.optimizer_bytes, state.total_bytes)
         count = cost.rank_parameters(shape, layout, pp)
-        lines.append(f"  {pp:<2} {count:>14,} " + " ".join(f"{_bytes_text(size):>12}" for size in sizes))
+        lines.append(f"  {pp:<2} {count:>14,} " + " ".join(f"{bytes_text(size):>12}" for size in sizes))
     return lines
 
 
@@ -210,13 +214,39 @@ def _schedule_lines(kind: str, programs: Sequence[Program], spans: Sequence[Span
     bubble = bubble_fraction(spans)
     lines = [
         f"schedule  {kind}; bubble {bubble:.2%} of the step, {bubble / (1 - bubble):.2%} of the time without it",
-        "  (a backward as long as two forwards, transfers free)",
+        "  (a backward as long as two forwards, its halves I and W as long as one each, transfers free)",
         "  most activations held, in stages x micro-batches, by pipeline rank: "
         + " ".join(map(str, peak_in_flight(programs))),
-        "  program of each pipeline rank: stage, F forward B backward S send R receive, micro-batch, peer",
     ]
+    ops = {action.op for program in programs for action in program}
+    words = "F forward B backward"
+    if Op.BACKWARD_WEIGHT in ops:
+        words = "F forward I gradient of the input W gradients of the weights"
+        held = " ".join(map(str, peak_in_flight(programs, until_input=True)))
+        lines.append(f"  of these before their I, the others hold what W needs: {held}")
+    lines.append(f"  program of each pipeline rank: stage, {words} S send R receive, micro-batch, peer")
     for pp, program in enumerate(programs):
         lines += _program_lines(pp, program, width, full)
+    return lines
+
+
+def _balance_lines(config: Config, shape: cost.ModelShape, layout: Layout) -> list[str]:
+    """The share of the busiest rank, and the split of layers that would make it smaller; nothing for one rank."""
+    if layout.pipeline == 1:
+        return []
+    length = config.data.sequence_length
+
+    def slowest(layout: Layout) -> float:
+        flops = rank_flops(shape, layout, length)
+        return max(flops) * len(flops) / sum(flops)
+
+    lines = [f"  the busiest pipeline rank has {slowest(layout):.1%} of the average FLOPs, the head counted"]
+    better = balanced_layers(shape, layout, length)
+    if config.parallel.layers_per_stage is None and better is not None:
+        share = slowest(with_layers(layout, better))
+        if share < slowest(layout) - 0.001:
+            counts = ",".join(map(str, better))
+            lines.append(f"  hint: parallel.layers_per_stage=[{counts}] would make that {share:.1%}")
     return lines
 
 

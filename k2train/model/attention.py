@@ -9,7 +9,7 @@ refused: it needs tables a row and changes nothing but rounding.
 
 from torch import Tensor, nn
 
-from k2train.model.kernels import Attention as AttentionKernel
+from k2train.model.kernels import Kernels
 from k2train.model.layers import Rotary
 from k2train.parallel.grid import Axis
 from k2train.parallel.tensor import ColumnLinear, RowLinear
@@ -28,23 +28,23 @@ class Attention(nn.Module):
         sequence: bool,
         std: float,
         out_std: float,
-        kernel: AttentionKernel,
+        kernels: Kernels,
     ):
         super().__init__()
         self.head_dim = hidden_size // num_heads
         self.heads, self.kv_heads = num_heads // tp.size, num_kv_heads // tp.size
-        self.kernel = kernel
+        self.kernel, self.split = kernels.attention, kernels.split
         kv = num_kv_heads * self.head_dim
         names = {f"{prefix}.query.weight": hidden_size, f"{prefix}.key.weight": kv, f"{prefix}.value.weight": kv}
-        self.qkv = ColumnLinear(hidden_size, names, tp, sequence, std)
-        self.output = RowLinear(f"{prefix}.output.weight", hidden_size, hidden_size, tp, sequence, out_std)
+        self.qkv = ColumnLinear(hidden_size, names, tp, sequence, std, product=kernels.product)
+        self.output = RowLinear(
+            f"{prefix}.output.weight", hidden_size, hidden_size, tp, sequence, out_std, kernels.product
+        )
 
     def forward(self, x: Tensor, rotary: Rotary, mask: Tensor | None = None) -> Tensor:
         packed = self.qkv(x)
         s, b, _ = packed.shape
-        packed = packed.view(s, b, self.heads + 2 * self.kv_heads, self.head_dim)
-        q, k, v = packed.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
-        q, k, v = (t.permute(1, 2, 0, 3) for t in (rotary(q), rotary(k), v))
+        q, k, v = self.split(packed, rotary.cos, rotary.sin, self.heads, self.kv_heads)
         mixed = self.kernel(q, k, v, mask)
         return self.output(mixed.permute(2, 0, 1, 3).reshape(s, b, self.heads * self.head_dim))
 

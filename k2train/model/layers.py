@@ -5,10 +5,10 @@ which at position 2047 is an error of radians.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from k2train.model.kernels import Norm
+from k2train.model.kernels import Kernels, Norm
+from k2train.model.kernels_elementwise import reference_rotate
 from k2train.parallel.grid import Axis
 from k2train.parallel.shard import Piece, Sharded
 from k2train.parallel.tensor import ColumnLinear, RowLinear
@@ -51,24 +51,34 @@ class Rotary:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Rotate [s, b, n, d], computed in fp32, returned in the dtype of `x`."""
-        length = x.shape[0]
-        wide = x.float()
-        first, second = wide.chunk(2, dim=-1)
-        turned = torch.cat((-second, first), dim=-1)
-        return (wide * self.cos[:length] + turned * self.sin[:length]).to(x.dtype)
+        return reference_rotate(x, self.cos, self.sin)
 
 
 class FeedForward(nn.Module):
     """SwiGLU (Shazeer 2020, arXiv:2002.05202): down(silu(gate x) * up x). [s(/tp), b, h] -> the same shape."""
 
     def __init__(
-        self, prefix: str, hidden_size: int, ffn_hidden_size: int, tp: Axis, sequence: bool, std: float, out_std: float
+        self,
+        prefix: str,
+        hidden_size: int,
+        ffn_hidden_size: int,
+        tp: Axis,
+        sequence: bool,
+        std: float,
+        out_std: float,
+        kernels: Kernels,
     ):
         super().__init__()
+        self.swiglu = kernels.swiglu
         names = {f"{prefix}.gate.weight": ffn_hidden_size, f"{prefix}.up.weight": ffn_hidden_size}
-        self.gate_up = ColumnLinear(hidden_size, names, tp, sequence, std)
-        self.down = RowLinear(f"{prefix}.down.weight", ffn_hidden_size, hidden_size, tp, sequence, out_std)
+        self.gate_up = ColumnLinear(hidden_size, names, tp, sequence, std, product=kernels.product)
+        self.down = RowLinear(
+            f"{prefix}.down.weight", ffn_hidden_size, hidden_size, tp, sequence, out_std, kernels.product
+        )
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+        return self.down(self.activate(self.gate_up(x)))
+
+    def activate(self, x: Tensor) -> Tensor:
+        """silu(gate) * up: [s, b, 2f/tp] -> [s, b, f/tp]."""
+        return self.swiglu(x)

@@ -10,7 +10,7 @@ section 2.2). Stage 0 holds the embedding, the last stage the final norm and the
     norm.weight, head.weight
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import sqrt
 
@@ -20,10 +20,12 @@ from torch import Tensor, nn
 from k2train.model.attention import Attention
 from k2train.model.kernels import Kernels, Norm, document_mask
 from k2train.model.layers import FeedForward, RMSNorm, Rotary
-from k2train.model.recompute import run_block
+from k2train.model.recompute import Cheap, run_layer
 from k2train.parallel.grid import Axis
-from k2train.parallel.loss import IGNORE, vocab_parallel_cross_entropy
+from k2train.parallel.loss import IGNORE, Vocabulary, fused_cross_entropy, vocab_parallel_cross_entropy
+from k2train.parallel.shard import Sharded
 from k2train.parallel.tensor import ColumnLinear, VocabEmbedding
+from k2train.parallel.weight_gradients import WeightWork
 from k2train.plan.cost import ModelShape
 
 
@@ -51,8 +53,11 @@ class Architecture(ModelShape):
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)): [s(/tp), b, h] -> the same shape."""
 
-    def __init__(self, index: int, a: Architecture, tp: Axis, sequence: bool, kernels: Kernels):
+    def __init__(
+        self, index: int, a: Architecture, tp: Axis, sequence: bool, kernels: Kernels, recompute: str = "none"
+    ):
         super().__init__()
+        self.recompute = recompute
         prefix = f"layers.{index}"
         self.attention_norm = RMSNorm(
             f"{prefix}.attention_norm.weight", a.hidden_size, a.norm_eps, kernels.norm, sequence
@@ -66,20 +71,32 @@ class Block(nn.Module):
             sequence,
             a.init_std,
             a.output_std,
-            kernels.attention,
+            kernels,
         )
         self.mlp_norm = RMSNorm(f"{prefix}.mlp_norm.weight", a.hidden_size, a.norm_eps, kernels.norm, sequence)
         self.mlp = FeedForward(
-            f"{prefix}.mlp", a.hidden_size, a.ffn_hidden_size, tp, sequence, a.init_std, a.output_std
+            f"{prefix}.mlp", a.hidden_size, a.ffn_hidden_size, tp, sequence, a.init_std, a.output_std, kernels
         )
 
     def forward(self, x: Tensor, rotary: Rotary, mask: Tensor | None = None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rotary, mask)
-        return x + self.mlp(self.mlp_norm(x))
+        return run_layer(self, x, self.recompute, rotary, mask)
+
+    def inner(self, x: Tensor, cheap: Cheap, rotary: Rotary, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """All but the SwiGLU and its output product: what that is added to [s(/tp), b, h], and [s, b, 2f/tp]."""
+        x = x + cheap(self.attention_norm, x, lambda y: self.attention(y, rotary, mask))
+        return x, cheap(self.mlp_norm, x, self.mlp.gate_up)
+
+    def activate(self, x: Tensor) -> Tensor:
+        """The SwiGLU: [s, b, 2f/tp] -> [s, b, f/tp]."""
+        return self.mlp.activate(x)
+
+    def outer(self, residual: Tensor, x: Tensor) -> Tensor:
+        """The output product of the SwiGLU [s, b, f/tp], added: [s(/tp), b, h]."""
+        return residual + self.mlp.down(x)
 
 
 class Head(nn.Module):
-    """Final norm and output product: [s(/tp), b, h] -> logits [s, b, v/tp]."""
+    """Final norm, [s(/tp), b, h] -> the same shape, and the output product, which `Stage.logits` and the loss apply."""
 
     def __init__(self, a: Architecture, tp: Axis, sequence: bool, norm: Norm):
         super().__init__()
@@ -87,12 +104,13 @@ class Head(nn.Module):
         self.output = ColumnLinear(a.hidden_size, {"head.weight": a.vocab_size}, tp, sequence, a.init_std, pad=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.output(self.norm(x))
+        return self.norm(x)
 
 
 class Stage(nn.Module):
-    """One pipeline stage: tokens [b, s] or activations [s(/tp), b, h] in; activations or logits [s, b, v/tp] out.
+    """One pipeline stage: tokens [b, s] or activations [s(/tp), b, h] in, activations [s(/tp), b, h] out.
 
+    The last stage ends with the final norm: its output goes to `loss`, or to `logits` by whoever wants to see them.
     With `documents` [b, s], the index of each token's document in its row, attention stops at document borders; without,
     it is causal over the whole row.
     """
@@ -108,14 +126,25 @@ class Stage(nn.Module):
         kernels: Kernels,
     ):
         super().__init__()
-        self.architecture, self.tp, self.recompute = a, tp, kernels.recompute
-        sequence = sequence and tp.size > 1
+        self.architecture, self.tp, self.sequence = a, tp, sequence and tp.size > 1
+        self.fused_loss = kernels.loss == "fused"
+        self.product = kernels.product
+        sequence = self.sequence
         self.embedding = (
             VocabEmbedding("embedding.weight", a.vocab_size, a.hidden_size, tp, sequence, a.init_std) if first else None
         )
-        self.blocks = nn.ModuleDict({str(n): Block(n, a, tp, sequence, kernels) for n in layers})
+        policies = kernels.recompute_of(len(layers))
+        self.blocks = nn.ModuleDict(
+            {str(n): Block(n, a, tp, sequence, kernels, policy) for n, policy in zip(layers, policies, strict=True)}
+        )
         self.head = Head(a, tp, sequence, kernels.norm) if last else None
         self.rotary: Rotary | None = None
+        self.first_use: Callable[[nn.Module], None] | None = None
+        """Called with a part of the stage before its weights are read: they may still be on their way from other ranks."""
+        self.weight_work = WeightWork()
+        for child in self.modules():
+            if isinstance(child, Sharded):
+                child.weight_work = self.weight_work
 
     def set_rotary(self, rotary: Rotary) -> None:
         """Give the stage its position tables; kept out of the module's state on purpose."""
@@ -124,16 +153,31 @@ class Stage(nn.Module):
     def forward(self, x: Tensor, documents: Tensor | None = None) -> Tensor:
         mask = None if documents is None else document_mask(documents)
         if self.embedding is not None:
+            self._about_to_use(self.embedding)
             x = self.embedding(x)
         for block in self.blocks.values():
-            x = run_block(block, x, self.recompute, self.rotary, mask)
-        return x if self.head is None else self.head(x)
+            self._about_to_use(block)
+            x = block(x, self.rotary, mask)
+        if self.head is None:
+            return x
+        self._about_to_use(self.head)
+        return self.head(x)
 
-    def loss(self, logits: Tensor, tokens: Tensor) -> Tensor:
-        """Sum of the losses of a micro-batch, tokens [b, s]: position i predicts token i+1, the last has no label.
+    def _about_to_use(self, part: nn.Module) -> None:
+        if self.first_use is not None:
+            self.first_use(part)
 
-        Logits [s, b, v/tp]. A sum, not a mean: the caller divides once by the targets of the whole global batch, so that
-        no split into micro-batches or ranks can change the weighting.
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits of the last stage's output: [s(/tp), b, h] -> [s, b, v/tp]."""
+        assert self.head is not None, "only the last stage has logits"
+        return self.head.output(hidden)
+
+    def loss(self, hidden: Tensor, tokens: Tensor, scale: float = 1.0) -> Tensor:
+        """`scale` times the sum of the losses of a micro-batch, tokens [b, s]: position i predicts token i+1, the last
+        has no label.
+
+        `hidden` [s(/tp), b, h] is what the last stage gave. A sum, not a mean: the caller divides once by the targets of
+        the whole global batch, so that no split into micro-batches or ranks can change the weighting.
 
         The first token of a document counts as a target of the </s> before it, also where attention stops at document
         borders: so the number of targets is a fact of the config and not of the rows, and what is learned there is only
@@ -142,8 +186,12 @@ class Stage(nn.Module):
         assert self.head is not None, "only the last stage has a loss"
         labels = torch.full_like(tokens, IGNORE)
         labels[:, :-1] = tokens[:, 1:]
-        start = self.head.output.pieces["weight"][0].start
-        return vocab_parallel_cross_entropy(logits, labels.t(), start, self.architecture.vocab_size, self.tp).sum()
+        output, size = self.head.output, self.architecture.vocab_size
+        start = output.pieces["weight"][0].start
+        if self.fused_loss:
+            vocabulary = Vocabulary(start, output.rows, size, self.tp, self.sequence)
+            return fused_cross_entropy(hidden, output.weight, labels.t(), vocabulary, scale, product=self.product)
+        return vocab_parallel_cross_entropy(output(hidden), labels.t(), start, size, self.tp).sum() * scale
 
 
 def activation_shape(

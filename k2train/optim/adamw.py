@@ -1,18 +1,39 @@
 """AdamW with fp32 master weights and moments, each data-parallel rank holding a shard of the rows.
 
-State is three flat fp32 lines in the order of the gradient buffer, so a step is elementwise on two contiguous halves
-(with and without weight decay). `adam_steps` counts applied updates: it is the t of the bias correction and differs from
-the step of the run when a step was skipped or the moments came from an earlier stage.
+State is three flat fp32 lines in the order of the gradient buffer, so a step is elementwise on contiguous ranges: on one
+data-parallel rank the two halves (with and without weight decay), on more a bucket at a time, each sent to the other ranks
+while the next is updated. On one rank the parameters are views of one line too: in fp32 of the master weights themselves,
+which are then in memory once; in bf16 of their rounded copy, made in one go.
+
+Whether a step is applied, and the factor that clips it, are tensors on the device: the host need not know them to queue
+the update. `adam_steps` counts applied updates: it is the t of the bias correction and differs from the step of the run
+when a step was skipped or the moments came from an earlier stage.
 
 Formula: Loshchilov and Hutter 2019, arXiv:1711.05101, algorithm 2, as in torch.optim.AdamW (decay scaled by the rate).
 """
 
+from dataclasses import dataclass
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from k2train.parallel.gradients import Slot, SlotTable, publish
+from k2train.parallel.gradients import Bucket, Slot, SlotTable
+from k2train.parallel.publish import Publisher
 from k2train.parallel.shard import Piece
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """The numbers of one update."""
+
+    t: int
+    lr: float
+    betas: tuple[float, float]
+    eps: float
+    decay: float
+    divisor: Tensor | None
+    skip: Tensor | None
 
 
 class ShardedAdamW:
@@ -26,6 +47,7 @@ class ShardedAdamW:
         eps: float,
         weight_decay: float,
         kernel: str,
+        bucket_bytes: int | None = None,
     ):
         self.table, self.betas, self.eps, self.weight_decay, self.kernel = table, betas, eps, weight_decay, kernel
         self.master = torch.zeros(table.elements, device=device)
@@ -36,6 +58,21 @@ class ShardedAdamW:
         assert len(self._slot_of) == len(table.slots), "two pieces carry one name"
         covered = sum(slot.elements for slot in table.slots)
         assert covered <= table.elements, "pieces overlap"
+        self.publisher = Publisher(table)
+        self._buckets = _in_order_of_use(table, bucket_bytes)
+        self._weights = self._share_memory() if table.dp.size == 1 else None
+
+    @torch.no_grad()
+    def _share_memory(self) -> Tensor:
+        """Move all parameters into one line, in fp32 the master weights; returns that line."""
+        held = self.table.parameters()
+        dtype = held[0][0].dtype if held else self.master.dtype
+        line = self.master if dtype == self.master.dtype else torch.zeros_like(self.master, dtype=dtype)
+        for parameter, slots in held:
+            start = slots[0].offset - slots[0].piece.row * slots[0].width
+            view = line.narrow(0, start, parameter.numel()).view(parameter.shape)
+            parameter.data = view.copy_(parameter)
+        return line
 
     def adopt(self, piece: Piece, values: Tensor) -> None:
         """Take fp32 initial values [piece.shape] as master weights; keeps this rank's rows."""
@@ -53,61 +90,87 @@ class ShardedAdamW:
         return self.table.local(getattr(self, state), slot)
 
     @torch.no_grad()
-    def step(self, gradient: Tensor, lr: float) -> None:
-        """Apply one update with `gradient` [elements], already clipped, then write the weights back on every rank."""
-        self.adam_steps += 1
-        split = self.table.decayed
-        for part, decay in ((slice(0, split), self.weight_decay), (slice(split, None), 0.0)):
-            if self.master[part].numel():
-                update = _fused if self.kernel == "fused" else _reference
-                update(
-                    self.master[part],
-                    gradient[part],
-                    self.exp_avg[part],
-                    self.exp_avg_sq[part],
-                    self.adam_steps,
-                    lr,
-                    self.betas,
-                    self.eps,
-                    decay,
-                )
-        self.publish()
+    def step(self, gradient: Tensor, lr: float, divisor: Tensor | None = None, skip: Tensor | None = None) -> None:
+        """Queue one update with `gradient` [elements] / `divisor`, nothing where `skip` is 1, and the weights' way back.
 
-    @torch.no_grad()
+        Both are fp32 scalars on the device. The update is number `adam_steps` + 1; it is counted by `count`, when the host
+        knows whether it was applied. The gradient is used up.
+        """
+        update = _fused if self.kernel == "fused" else _reference
+        for bucket in self._buckets:
+            part = slice(bucket.start, bucket.stop)
+            decay = self.weight_decay if bucket.start < self.table.decayed else 0.0
+            rule = _Rule(self.adam_steps + 1, lr, self.betas, self.eps, decay, divisor, skip)
+            update(self.master[part], gradient[part], self.exp_avg[part], self.exp_avg_sq[part], rule)
+            self._send(bucket)
+
+    def count(self, applied: bool) -> None:
+        """Tell whether the last step was applied."""
+        self.adam_steps += int(applied)
+
     def publish(self) -> None:
         """Write the master weights, rounded to the parameters' dtype, into the parameters of every data-parallel rank."""
-        if self.table.slots:
-            publish(self.table, self.master.to(self.table.slots[0].parameter.dtype))
+        for bucket in self._buckets:
+            self._send(bucket)
+        self.publisher.finish()
+
+    @torch.no_grad()
+    def _send(self, bucket: Bucket) -> None:
+        part = slice(bucket.start, bucket.stop)
+        if self._weights is None:
+            self.publisher.put(bucket, self.master[part])
+        elif self._weights is not self.master:
+            self._weights[part].copy_(self.master[part])
+
+    def finish(self) -> None:
+        """Return when all parameters hold the last update: for whoever reads them other than in a forward pass, and for
+        the end of a run, which must not leave others waiting."""
+        self.publisher.finish()
+
+    def wait_for(self, module: nn.Module) -> None:
+        """Return when the parameters of `module` hold the last update."""
+        self.publisher.wait_for(module)
 
 
-def _fused(
-    p: Tensor, g: Tensor, m: Tensor, v: Tensor, t: int, lr: float, betas: tuple[float, float], eps: float, decay: float
-) -> None:
-    """torch's own fused kernel through its functional interface; its step counter is a tensor that it does not advance."""
+def _in_order_of_use(table: SlotTable, bucket_bytes: int | None) -> tuple[Bucket, ...]:
+    """The buckets as a forward pass meets them: what does not decay (norms) stands all over the model, so it is first.
+
+    On one rank nothing is sent, and each half is one.
+    """
+    buckets = table.buckets(bucket_bytes if table.dp.size > 1 else 4 * table.elements + 4)
+    return tuple(sorted(buckets, key=lambda bucket: (bucket.start < table.decayed, bucket.start)))
+
+
+def _fused(p: Tensor, g: Tensor, m: Tensor, v: Tensor, rule: _Rule) -> None:
+    """torch's own fused kernel through its functional interface; its step counter is a tensor that it does not keep."""
     adamw(
         [p],
         [g],
         [m],
         [v],
         [],
-        [torch.tensor(float(t - 1), device=p.device)],
+        [torch.full((), float(rule.t - 1), device=p.device)],
         fused=True,
         foreach=False,
         amsgrad=False,
-        beta1=betas[0],
-        beta2=betas[1],
-        lr=lr,
-        weight_decay=decay,
-        eps=eps,
+        grad_scale=rule.divisor,
+        found_inf=rule.skip,
+        beta1=rule.betas[0],
+        beta2=rule.betas[1],
+        lr=rule.lr,
+        weight_decay=rule.decay,
+        eps=rule.eps,
         maximize=False,
     )
 
 
-def _reference(
-    p: Tensor, g: Tensor, m: Tensor, v: Tensor, t: int, lr: float, betas: tuple[float, float], eps: float, decay: float
-) -> None:
-    p.mul_(1 - lr * decay)
-    m.lerp_(g, 1 - betas[0])
-    v.mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
-    denominator = (v.sqrt() / (1 - betas[1] ** t) ** 0.5).add_(eps)
-    p.addcdiv_(m, denominator, value=-lr / (1 - betas[0] ** t))
+def _reference(p: Tensor, g: Tensor, m: Tensor, v: Tensor, rule: _Rule) -> None:
+    g = g if rule.divisor is None else g / rule.divisor
+    b1, b2 = rule.betas
+    new_m = m.lerp(g, 1 - b1)
+    new_v = v.mul(b2).addcmul_(g, g, value=1 - b2)
+    denominator = (new_v.sqrt() / (1 - b2**rule.t) ** 0.5).add_(rule.eps)
+    new_p = p.mul(1 - rule.lr * rule.decay).addcdiv_(new_m, denominator, value=-rule.lr / (1 - b1**rule.t))
+    for old, new in ((p, new_p), (m, new_m), (v, new_v)):
+        # Chosen and not multiplied by 0: what must not be applied may not be a number.
+        old.copy_(new if rule.skip is None else torch.where(rule.skip > 0, old, new))

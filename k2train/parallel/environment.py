@@ -59,6 +59,21 @@ def offer_verdicts(folder: Path) -> None:
     os.environ[VERDICTS] = str(folder)
 
 
+CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
+
+
+def order_kernels() -> None:
+    """Ask CUDA, in the processes started from here, to begin kernels of all streams in the order they are queued.
+
+    A layer that overlaps queues a collective first and then the product that hides it. With CUDA's usual 8 hardware
+    queues, one a stream, the product may still be begun first and take all compute units, and the collective begins when
+    it is over: nothing was hidden. With one queue the collective gets the few units that it needs, and the product the
+    rest. A value that is set already stays: products fused over symmetric memory do better with several queues, since
+    there copies wait for other devices.
+    """
+    os.environ.setdefault(CONNECTIONS, "1")
+
+
 def read_verdicts(folder: Path) -> dict[int, int | None]:
     """Rank -> exit code of the processes that started; None for one that was ended before it had one."""
     texts = {int(path.name.removeprefix("rank_")): path.read_text() for path in folder.glob("rank_*")}

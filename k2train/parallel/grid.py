@@ -25,6 +25,12 @@ class Axis:
     size: int
     rank: int
     group: dist.ProcessGroup | None
+    overlap: bool = False
+    """Whether collectives along it are started ahead of their use, and computation goes on meanwhile."""
+    regather: bool = False
+    """tp with sequence parallelism: keep a part of a product's input and gather it again in the backward pass."""
+    symmetric: bool = False
+    """tp: products fused with their collectives over symmetric memory."""
 
     def __str__(self) -> str:
         return f"{self.name} {self.rank}/{self.size}"

@@ -3,6 +3,8 @@
 Receives are posted where they stand in the list and waited for at their use; sends are posted and waited for at the end
 (on gloo a send completes when the peer receives, so waiting earlier could lock two ranks). Between stages of the same
 rank the tensor is handed over as it is. Backward of a stage runs from its saved output; what a stage saved is dropped at once.
+A backward in two parts is one autograd pass, in which the stage's `WeightWork` keeps the weight gradients as work for
+later: nothing is computed twice, and in between only what that work holds stays in memory.
 A list without backward ops is an evaluation: nothing is saved.
 """
 
@@ -14,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from k2train.parallel.grid import Axis
+from k2train.parallel.weight_gradients import WeightWork
 from k2train.plan.schedule import Action, Op
 
 Key = tuple[int, int]
@@ -22,16 +25,25 @@ Key = tuple[int, int]
 class Executor:
     """Runs programs over the stages this rank holds.
 
-    `stages`: global stage -> module mapping its input to its output; `num_stages` over all ranks.
+    `stages`: global stage -> module mapping its input to its output; `num_stages` over all ranks. `weight_work`: global
+    stage -> where its modules hand over weight gradients; a stage left out computes them in I, and its W has nothing to do.
     """
 
     def __init__(
-        self, stages: Mapping[int, Callable[[Tensor], Tensor]], num_stages: int, pp: Axis, device: torch.device
+        self,
+        stages: Mapping[int, Callable[[Tensor], Tensor]],
+        num_stages: int,
+        pp: Axis,
+        device: torch.device,
+        weight_work: Mapping[int, WeightWork] | None = None,
     ):
         self.stages, self.num_stages, self.pp, self.device = dict(stages), num_stages, pp, device
+        self.weight_work = {stage: WeightWork() for stage in self.stages} | dict(weight_work or {})
         self._handlers: dict[Op, Callable[[Action], None]] = {
             Op.FORWARD: self._forward,
             Op.BACKWARD: self._backward,
+            Op.BACKWARD_INPUT: self._backward_input,
+            Op.BACKWARD_WEIGHT: self._backward_weight,
             Op.SEND_FORWARD: self._send_forward,
             Op.RECV_FORWARD: self._receive_forward,
             Op.SEND_BACKWARD: self._send_backward,
@@ -46,32 +58,37 @@ class Executor:
         shape: tuple[int, ...],
         dtype: torch.dtype,
         observe: Callable[[Action], None] | None = None,
+        before: Callable[[Action], None] | None = None,
     ) -> list[Tensor]:
         """Run one program; returns the loss of each micro-batch in order on the rank with the last stage, else nothing.
 
         `inputs(microbatch)` feeds stage 0; `loss(output, microbatch)` ends the last stage with a scalar, scaled as its
         gradient should be; `shape` and `dtype` are those of the activation that crosses a stage border. `observe` is
-        called after every action, for timing and tests.
+        called after every action, `before` before it when its input is there: for timing and tests.
         """
         self._inputs_of, self._loss_of, self._shape, self._dtype = inputs, loss, shape, dtype
-        self._training = any(action.op is Op.BACKWARD for action in program)
+        self._training = any(action.op.is_backward for action in program)
         self._x: dict[Key, Tensor] = {}
         self._y: dict[Key, Tensor] = {}
         self._dy: dict[Key, Tensor] = {}
         self._dx: dict[Key, Tensor] = {}
+        self._kept: dict[Key, list[Callable[[], None]]] = {}
         self._waiting: dict[tuple[Op, int, int], dist.Work] = {}
         self._sending: list[tuple[dist.Work, Tensor]] = []
         self._losses: dict[int, Tensor] = {}
         with torch.set_grad_enabled(self._training):
             for action in program:
+                self._await_input(action)
+                if before is not None:
+                    before(action)
                 self._handlers[action.op](action)
                 if observe is not None:
                     observe(action)
         for work, _ in self._sending:
             work.wait()
-        left = (
-            len(self._y) + len(self._dy) + len(self._dx) + len(self._waiting) if self._training else len(self._waiting)
-        )
+        left = len(self._waiting)
+        if self._training:
+            left += len(self._y) + len(self._dy) + len(self._dx) + len(self._kept)
         assert left == 0, f"the program left {left} tensors behind"
         self._sending = []
         return [self._losses[m] for m in sorted(self._losses)]
@@ -81,7 +98,6 @@ class Executor:
         if action.stage == 0:
             x = self._inputs_of(action.microbatch)
         else:
-            self._wait(Op.RECV_FORWARD, key)
             x = self._x.pop(key)
             if self._training:
                 x.requires_grad_()
@@ -106,7 +122,6 @@ class Executor:
         if action.stage == self.num_stages - 1:
             y.backward()
         else:
-            self._wait(Op.RECV_BACKWARD, key)
             torch.autograd.backward(y, self._dy.pop(key))
         x = self._x.pop(key)
         if action.stage > 0:
@@ -115,6 +130,18 @@ class Executor:
                 self._dy[(action.stage - 1, action.microbatch)] = x.grad
             else:
                 self._dx[key] = x.grad
+
+    def _backward_input(self, action: Action) -> None:
+        with self.weight_work[action.stage].keeping() as kept:
+            self._backward(action)
+        self._kept[(action.stage, action.microbatch)] = kept
+
+    def _backward_weight(self, action: Action) -> None:
+        kept = self._kept.pop((action.stage, action.microbatch))
+        # Each piece holds activations, and lets go of its own as soon as it is done.
+        kept.reverse()
+        while kept:
+            kept.pop()()
 
     def _send_forward(self, action: Action) -> None:
         key = (action.stage, action.microbatch)
@@ -166,7 +193,11 @@ class Executor:
         """The same number at both ends of a transfer: which stage border, which micro-batch, which way."""
         return (action.microbatch * self.num_stages + border) * 2 + int(forward)
 
-    def _wait(self, op: Op, key: Key) -> None:
-        work = self._waiting.pop((op, *key), None)
+    def _await_input(self, action: Action) -> None:
+        """Wait for what a compute action uses from another rank; for nothing where it has all it needs."""
+        if not action.op.is_compute:
+            return
+        op = Op.RECV_FORWARD if action.op is Op.FORWARD else Op.RECV_BACKWARD
+        work = self._waiting.pop((op, action.stage, action.microbatch), None)
         if work is not None:
             work.wait()

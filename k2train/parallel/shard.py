@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from k2train.parallel.weight_gradients import WeightWork
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -50,6 +52,11 @@ class Sharded(nn.Module):
     """A module that owns parameters; `pieces` says for each what it holds."""
 
     pieces: dict[str, tuple[Piece, ...]]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight_work = WeightWork()
+        """Who says when weight gradients are done; the modules of one pipeline stage share one."""
 
 
 def even_slice(size: int, parts: int, index: int) -> tuple[int, int]:

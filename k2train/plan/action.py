@@ -1,11 +1,16 @@
 """The words that programs are written in: one action of one pipeline rank, and what it needs and gives.
 
+A backward pass is one action (B), or two: the gradient of the stage's input (I), which the stage before waits for, and
+later the gradients of its weights (W), which nobody waits for before the optimizer (Qi et al. 2023, arXiv:2401.10241).
+To whoever waits, I is as good as B: both give the input gradient, and `result` is its one name.
+
 An action is a value that prints as it is spoken of (`0F3`, `1SF0>2`), so that a program can be read, compared, stored
 and drawn. The alternative refused is a callable or a handle to tensors: nothing could look at it before it runs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -21,6 +26,8 @@ class Op(StrEnum):
 
     FORWARD = "F"
     BACKWARD = "B"
+    BACKWARD_INPUT = "I"
+    BACKWARD_WEIGHT = "W"
     SEND_FORWARD = "SF"
     RECV_FORWARD = "RF"
     SEND_BACKWARD = "SB"
@@ -31,8 +38,13 @@ class Op(StrEnum):
 
     @property
     def is_compute(self) -> bool:
-        """Whether this is a forward or a backward, not a transfer."""
-        return self in (Op.FORWARD, Op.BACKWARD)
+        """Whether this is a forward, a backward or a part of one, not a transfer."""
+        return self in (Op.FORWARD, Op.BACKWARD, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT)
+
+    @property
+    def is_backward(self) -> bool:
+        """Whether this gives the gradient of a stage's input: a whole backward, or its first part."""
+        return self in (Op.BACKWARD, Op.BACKWARD_INPUT)
 
     @property
     def is_send(self) -> bool:
@@ -60,32 +72,43 @@ class Action:
 
 
 Program = tuple[Action, ...]
+Owner = Callable[[int], int]
+"""Stage -> the pipeline rank that holds it."""
+
+
+def result(action: Action) -> Action:
+    """The name of what a compute action gives: the action itself, and B for an I, whose input gradient is the same."""
+    return Action(Op.BACKWARD, action.stage, action.microbatch) if action.op is Op.BACKWARD_INPUT else action
 
 
 def dependencies(action: Action, num_stages: int) -> tuple[Action, ...]:
-    """The compute actions, wherever they run, whose results the compute action `action` uses."""
+    """The results (as `result` names them), wherever they are made, that the compute action `action` uses."""
     stage, microbatch = action.stage, action.microbatch
     if action.op is Op.FORWARD:
         return (Action(Op.FORWARD, stage - 1, microbatch),) if stage else ()
+    if action.op is Op.BACKWARD_WEIGHT:
+        return (Action(Op.BACKWARD, stage, microbatch),)
     own = (Action(Op.FORWARD, stage, microbatch),)
     return own if stage == num_stages - 1 else (*own, Action(Op.BACKWARD, stage + 1, microbatch))
 
 
-def transfer_after(action: Action, pipeline: int, num_stages: int) -> tuple[Action, int, Action] | None:
+def transfer_after(action: Action, owner: Owner, num_stages: int) -> tuple[Action, int, Action] | None:
     """(send, rank of the receiver, receive) that the result of a compute action needs, or None.
 
-    Neighbouring stages with the same owner, as with `pipeline=1`, need no transfer.
+    Neighbouring stages with the same owner, as with one pipeline rank or where a V turns, need no transfer; nor do
+    weight gradients, which stay where they are.
     """
+    if action.op is Op.BACKWARD_WEIGHT:
+        return None
     forward = action.op is Op.FORWARD
     target = action.stage + 1 if forward else action.stage - 1
-    source_rank, target_rank = action.stage % pipeline, target % pipeline
-    if not 0 <= target < num_stages or source_rank == target_rank:
+    if not 0 <= target < num_stages or owner(action.stage) == owner(target):
         return None
     send, receive = (Op.SEND_FORWARD, Op.RECV_FORWARD) if forward else (Op.SEND_BACKWARD, Op.RECV_BACKWARD)
     return (
-        Action(send, action.stage, action.microbatch, target_rank),
-        target_rank,
-        Action(receive, target, action.microbatch, source_rank),
+        Action(send, action.stage, action.microbatch, owner(target)),
+        owner(target),
+        Action(receive, target, action.microbatch, owner(action.stage)),
     )
 
 

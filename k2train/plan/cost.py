@@ -114,14 +114,18 @@ WEIGHT_BYTES = {"bf16": 2, "fp32": 4}
 
 
 def state_bytes(shape: ModelShape, layout: Layout, precision: str, pp: int = 0) -> StateBytes:
-    """Weights, fp32 gradient buffer and optimizer state of one rank of pipeline rank `pp`.
+    """Weights, fp32 gradient sums and optimizer state of one rank of pipeline rank `pp`.
 
     The optimizer's fp32 master weights and two moments (12 bytes a parameter, whatever `precision`) are shared out
-    over the data-parallel ranks; the largest share is given.
+    over the data-parallel ranks; the largest share is given. With several, the rank's share of the reduced gradients has
+    memory of its own; on one, fp32 weights are the master weights.
     """
     assert precision in WEIGHT_BYTES, f"precision must be one of {tuple(WEIGHT_BYTES)}, not {precision!r}"
     count = rank_parameters(shape, layout, pp)
-    return StateBytes(WEIGHT_BYTES[precision] * count, 4 * count, 12 * math.ceil(count / layout.data))
+    share = math.ceil(count / layout.data)
+    weights, alone = WEIGHT_BYTES[precision] * count, layout.data == 1
+    gradients = 4 * count + (0 if alone else 4 * share)
+    return StateBytes(weights, gradients, 8 * share if alone and precision == "fp32" else 12 * share)
 
 
 # (words that the device's name must hold, dense bf16 FLOP/s, source); the first match counts, so the special part

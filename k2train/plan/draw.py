@@ -1,7 +1,7 @@
 """Spans -> a picture of the pipeline, as text or as SVG; planned and measured spans by the same functions.
 
-A line a rank, time to the right. Forwards and backwards differ by sign (`3-` and `3=`) and by hatching, not by colour
-alone, so that the picture reads in a log and in grey. A step too long for the width goes on in a second panel instead
+A line a rank, time to the right. Forwards, backwards and the halves of a split backward differ by sign (`3-`, `3=`, `3~`
+and `3+`) and by hatching, not by colour alone, so that the picture reads in a log and in grey. A step too long for the width goes on in a second panel instead
 of being squeezed until nothing can be read. The alternative refused is a plotting library: this must work where only
 Python is.
 """
@@ -16,14 +16,20 @@ from k2train.plan.action import Op
 from k2train.plan.simulate import Span
 
 MAX_PANELS = 6
-FILL = {Op.FORWARD: "-", Op.BACKWARD: "="}
+FILL = {Op.FORWARD: "-", Op.BACKWARD: "=", Op.BACKWARD_INPUT: "~", Op.BACKWARD_WEIGHT: "+"}
+NAMES = {
+    Op.FORWARD: "forward",
+    Op.BACKWARD: "backward",
+    Op.BACKWARD_INPUT: "input gradient",
+    Op.BACKWARD_WEIGHT: "weight gradients",
+}
 
 
 def draw(spans: Sequence[Span], width: int = 100, unit: str = "s") -> str:
     """The computation of every rank in panels of `width` characters, under a key.
 
     `unit` names what the spans' times count. With several stages a rank a letter tells the rank's stages apart: small
-    for a forward, capital for a backward.
+    for a forward, capital for a backward and its halves.
     """
     computes = [span for span in spans if span.action.op.is_compute]
     if not computes:
@@ -41,7 +47,7 @@ def draw(spans: Sequence[Span], width: int = 100, unit: str = "s") -> str:
         first = round((span.start_seconds - start) / total * columns)
         last = round((span.end_seconds - start) / total * columns)
         rows[span.rank][first:last] = _cell(span, local, last - first)
-    lines = _key(local, total / columns, unit)
+    lines = _key(_ops(computes), local, total / columns, unit)
     for left in range(0, columns, panel_columns):
         if left:
             lines.append("")
@@ -101,15 +107,33 @@ def _cell(span: Span, local: dict[int, int], columns: int) -> list[str]:
     return list(label.ljust(columns, fill))
 
 
-def _key(local: dict[int, int], column: float, unit: str) -> list[str]:
-    key = [f"3- forward of micro-batch 3, 3= backward, . idle; one column = {column:.3g} {unit}"]
+def _ops(computes: Sequence[Span]) -> list[Op]:
+    """The ops that occur, forwards first."""
+    found = {span.action.op for span in computes}
+    return [op for op in FILL if op in found]
+
+
+def _key(ops: Sequence[Op], local: dict[int, int], column: float, unit: str) -> list[str]:
+    signs = [f"3{FILL[op]} {NAMES[op]}{' of micro-batch 3' if index == 0 else ''}" for index, op in enumerate(ops)]
+    key = [f"{', '.join(signs)}, . idle; one column = {column:.3g} {unit}"]
     if max(local.values()) > 0:
         key.append("a b ... the rank's stages in order, capital in backwards")
     return key
 
 
 ROW, GAP, LEFT, TOP = 28, 8, 64, 34
-FILLS = {Op.FORWARD: "#9ecae1", Op.BACKWARD: "#fdae6b"}
+# By lightness alone: forward light and plain, backwards darker with stripes, weight gradients dotted.
+FILLS = {
+    Op.FORWARD: "#9ecae1",
+    Op.BACKWARD: "#fdae6b",
+    Op.BACKWARD_INPUT: "#fdae6b",
+    Op.BACKWARD_WEIGHT: "#c7e9c0",
+}
+LINES = {
+    Op.BACKWARD: '<line x1="0" y1="0" x2="0" y2="6" style="stroke: #d9802f; stroke-width: 2"/>',
+    Op.BACKWARD_INPUT: '<line x1="0" y1="0" x2="0" y2="6" style="stroke: #d9802f; stroke-width: 2"/>',
+    Op.BACKWARD_WEIGHT: '<circle cx="3" cy="3" r="1.3" style="fill: #238b45; stroke: none"/>',
+}
 
 
 def svg(spans: Sequence[Span], width: int = 1200, unit: str = "s") -> str:
@@ -120,7 +144,7 @@ def svg(spans: Sequence[Span], width: int = 1200, unit: str = "s") -> str:
     scale = (width - LEFT - GAP) / total if total > 0 else 0.0
     height = TOP + len(ranks) * (ROW + GAP)
     local = _local_stages(computes)
-    body = [_svg_head(width, height, total, unit)]
+    body = [_svg_head(_ops(computes) or [Op.FORWARD], width, height, total, unit)]
     for index, rank in enumerate(ranks):
         top = TOP + index * (ROW + GAP)
         body.append(f'<text x="8" y="{top + 19}">rank {rank}</text>')
@@ -133,17 +157,28 @@ def svg(spans: Sequence[Span], width: int = 1200, unit: str = "s") -> str:
     return "\n".join([*body, "</svg>", ""])
 
 
-def _svg_head(width: int, height: int, total: float, unit: str) -> str:
+def _svg_head(ops: Sequence[Op], width: int, height: int, total: float, unit: str) -> str:
+    fills = {op: f"url(#{op.value}-lines)" if op in LINES else FILLS[op] for op in ops}
+    styles = " ".join(f".{op.value} {{ fill: {fill}; }}" for op, fill in fills.items())
+    patterns = "".join(
+        f'<pattern id="{op.value}-lines" width="6" height="6" patternUnits="userSpaceOnUse" '
+        f'patternTransform="rotate(45)"><rect width="6" height="6" style="fill: {FILLS[op]}; stroke: none"/>'
+        f"{LINES[op]}</pattern>"
+        for op in ops
+        if op in LINES
+    )
+    key, left = [], LEFT
+    for op in ops:
+        key.append(f'<rect class="{op.value}" x="{left}" y="8" width="16" height="14"/>')
+        key.append(f'<text x="{left + 22}" y="19">{NAMES[op]}</text>')
+        left += 40 + 7 * len(NAMES[op])
+    key.append(f'<text x="{left}" y="19">{total:.4g} {html.escape(unit)} in all; the number is the micro-batch</text>')
     return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">
 <style>text {{ font: 12px sans-serif; fill: #111; }} rect {{ stroke: #444; stroke-width: 0.5; }}
-.idle {{ fill: #f4f4f4; }} .F {{ fill: {FILLS[Op.FORWARD]}; }} .B {{ fill: url(#hatch); }}</style>
-<defs><pattern id="hatch" width="6" height="6" patternUnits="userSpaceOnUse" patternTransform="rotate(45)">
-<rect width="6" height="6" style="fill: {FILLS[Op.BACKWARD]}; stroke: none"/>
-<line x1="0" y1="0" x2="0" y2="6" style="stroke: #d9802f; stroke-width: 2"/></pattern></defs>
+.idle {{ fill: #f4f4f4; }} {styles}</style>
+<defs>{patterns}</defs>
 <rect width="{width}" height="{height}" style="fill: white; stroke: none"/>
-<rect class="F" x="{LEFT}" y="8" width="16" height="14"/><text x="{LEFT + 22}" y="19">forward</text>
-<rect class="B" x="{LEFT + 90}" y="8" width="16" height="14"/><text x="{LEFT + 112}" y="19">backward</text>
-<text x="{LEFT + 200}" y="19">{total:.4g} {html.escape(unit)} in all; the number is the micro-batch</text>"""
+""" + "\n".join(key)
 
 
 def _svg_box(span: Span, label: str, left: float, top: int, scale: float, unit: str) -> list[str]:

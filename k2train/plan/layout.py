@@ -4,17 +4,21 @@ One frozen value with plain arithmetic. `tp` is innermost, so that the group tha
 (one node); `pp` is outermost, so that the group that talks least crosses nodes. The alternative refused is a module of
 process-group globals: a layout that is a value can be printed, compared and tested for 480 ranks on one core.
 
-Stages are dealt round-robin (stage % pipeline is its owner), as the interleaved schedule needs; with one stage a rank
-this is the plain contiguous split.
+Stages are dealt in a loop (stage % pipeline is its owner), as the interleaved schedule needs; with one stage a rank
+this is the plain contiguous split. Or in a V: down the ranks and back up, so that rank r holds stages r and 2p-1-r, and
+the first rank both begins and ends (Qi et al. 2024, arXiv:2405.15362).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import Literal
 
 from k2train.errors import ConfigError
 
 AXES = ("pp", "dp", "tp")
+Placement = Literal["loop", "v"]
 
 
 @dataclass(frozen=True)
@@ -28,20 +32,39 @@ class Coordinate:
 
 @dataclass(frozen=True)
 class Layout:
-    """The degrees of parallelism. `stages_per_rank` is the number of pipeline stages that each pipeline rank holds."""
+    """The degrees of parallelism. `stages_per_rank` is the number of pipeline stages that each pipeline rank holds.
+
+    `placement` says which ones; `layers_per_stage` how many layers each holds, first to last, None as many on each.
+    """
 
     tensor: int = 1
     pipeline: int = 1
     data: int = 1
     stages_per_rank: int = 1
+    placement: Placement = "loop"
+    layers_per_stage: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         for name in ("tensor", "pipeline", "data", "stages_per_rank"):
             degree = getattr(self, name)
             assert degree >= 1, f"Layout.{name} must be at least 1, not {degree}"
+        assert self.placement in ("loop", "v"), f"Layout.placement must be loop or v, not {self.placement}"
+        assert self.placement == "loop" or self.stages_per_rank == 2, "a V has two stages a rank"
+        uneven = self.layers_per_stage
+        assert uneven is None or (len(uneven) == self.num_stages and min(uneven) >= 1), (
+            f"Layout.layers_per_stage must have {self.num_stages} counts of at least 1, not {uneven}"
+        )
 
     @classmethod
-    def for_world(cls, world_size: int, tensor: int = 1, pipeline: int = 1, stages_per_rank: int = 1) -> Layout:
+    def for_world(
+        cls,
+        world_size: int,
+        tensor: int = 1,
+        pipeline: int = 1,
+        stages_per_rank: int = 1,
+        placement: Placement = "loop",
+        layers_per_stage: tuple[int, ...] | None = None,
+    ) -> Layout:
         """The layout whose data parallelism is what `tensor` and `pipeline` leave of the world.
 
         Raises ConfigError when `tensor * pipeline` does not divide `world_size`.
@@ -54,7 +77,7 @@ class Layout:
                 f"the world ({world_size} processes) must be a multiple of parallel.tensor ({tensor}) x "
                 f"parallel.pipeline ({pipeline}) = {model_ranks}; nearest that are: {', '.join(map(str, nearest))}"
             )
-        return cls(tensor, pipeline, world_size // model_ranks, stages_per_rank)
+        return cls(tensor, pipeline, world_size // model_ranks, stages_per_rank, placement, layers_per_stage)
 
     @property
     def world_size(self) -> int:
@@ -98,16 +121,24 @@ class Layout:
     def stages_of(self, pp: int) -> tuple[int, ...]:
         """The global stages that pipeline rank `pp` holds, first to last."""
         assert 0 <= pp < self.pipeline, f"pp {pp} is outside {self.pipeline} pipeline ranks"
+        if self.placement == "v":
+            return (pp, self.num_stages - 1 - pp)
         return tuple(range(pp, self.num_stages, self.pipeline))
 
     def owner(self, stage: int) -> int:
         """The pipeline rank that holds `stage`."""
         assert 0 <= stage < self.num_stages, f"stage {stage} is outside {self.num_stages} stages"
+        if self.placement == "v":
+            return min(stage, self.num_stages - 1 - stage)
         return stage % self.pipeline
 
     def layers_of(self, stage: int, num_layers: int) -> range:
-        """The layers of `stage`: contiguous, and as many as on every other stage."""
+        """The layers of `stage`: contiguous, and as many as on every other stage unless `layers_per_stage` differs."""
         assert 0 <= stage < self.num_stages, f"stage {stage} is outside {self.num_stages} stages"
+        if self.layers_per_stage is not None:
+            ends = tuple(accumulate(self.layers_per_stage))
+            assert ends[-1] == num_layers, f"{self.layers_per_stage} is not a split of {num_layers} layers"
+            return range(ends[stage] - self.layers_per_stage[stage], ends[stage])
         assert num_layers % self.num_stages == 0, f"{num_layers} layers do not divide over {self.num_stages} stages"
         layers_per_stage = num_layers // self.num_stages
         return range(stage * layers_per_stage, (stage + 1) * layers_per_stage)

@@ -18,34 +18,48 @@ from k2train.plan.action import (
     ScheduleError,
     counterpart,
     dependencies,
+    result,
     transfer_after,
 )
+from k2train.plan.layout import Layout
 
 
-def check(programs: Sequence[Sequence[Action]], pipeline: int, num_microbatches: int, stages_per_rank: int = 1) -> None:
+def check(programs: Sequence[Sequence[Action]], layout: Layout, num_microbatches: int) -> None:
     """Refuse with ScheduleError programs that are incomplete, out of order or stuck; transfers are passed over.
 
-    Every forward and backward of every (stage, micro-batch) stands exactly once, on the rank that holds the stage; each
-    stage's are in micro-batch order; and all ranks together reach their ends.
+    Every (stage, micro-batch) has one forward and one backward, on the rank that holds the stage: a B, or an I and then
+    a W. Each stage's forwards are in micro-batch order, its B's and I's together, and whatever adds to its weight
+    gradients (its B's and W's together); and all ranks together reach their ends.
     """
-    if len(programs) != pipeline:
-        raise ScheduleError(f"there are {len(programs)} programs for {pipeline} pipeline ranks")
+    if len(programs) != layout.pipeline:
+        raise ScheduleError(f"there are {len(programs)} programs for {layout.pipeline} pipeline ranks")
     computes = [[action for action in program if action.op.is_compute] for program in programs]
     for pp, actions in enumerate(computes):
-        expected = range(num_microbatches)
         for action in actions:
-            if action.stage not in range(pp, pipeline * stages_per_rank, pipeline):
+            if action.stage not in layout.stages_of(pp):
                 raise ScheduleError(f"rank {pp} runs {action}, but does not hold stage {action.stage}")
-        for stage in range(pp, pipeline * stages_per_rank, pipeline):
-            for op in (Op.FORWARD, Op.BACKWARD):
-                found = [action.microbatch for action in actions if action.stage == stage and action.op is op]
-                if found != list(expected):
-                    raise ScheduleError(
-                        f"rank {pp} must run {stage}{op.value} of micro-batches 0 to {num_microbatches - 1} once each "
-                        f"and in order, not {found}"
-                    )
-    for _ in _lockstep(computes, pipeline * stages_per_rank):
+        for stage in layout.stages_of(pp):
+            _check_stage(pp, stage, [action for action in actions if action.stage == stage], num_microbatches)
+    for _ in _lockstep(computes, layout.num_stages):
         pass
+
+
+def _check_stage(pp: int, stage: int, actions: Sequence[Action], num_microbatches: int) -> None:
+    """One stage's compute actions: every micro-batch once, in order, in each of the three roles; W where there is an I."""
+    split = {action.microbatch for action in actions if action.op is Op.BACKWARD_INPUT}
+    roles = {"F": (Op.FORWARD,), "B": (Op.BACKWARD, Op.BACKWARD_INPUT)}
+    if split:
+        roles = {"F": (Op.FORWARD,), "I": (Op.BACKWARD, Op.BACKWARD_INPUT), "W": (Op.BACKWARD, Op.BACKWARD_WEIGHT)}
+    for role, ops in roles.items():
+        found = [action.microbatch for action in actions if action.op in ops]
+        if found != list(range(num_microbatches)):
+            raise ScheduleError(
+                f"rank {pp} must run {stage}{role} of micro-batches 0 to {num_microbatches - 1} once each "
+                f"and in order, not {found}"
+            )
+    for action in actions:
+        if action.op is Op.BACKWARD_WEIGHT and action.microbatch not in split:
+            raise ScheduleError(f"rank {pp} runs {action}, but no {stage}I{action.microbatch}")
 
 
 def _lockstep(programs: Sequence[Sequence[Action]], num_stages: int) -> Iterator[tuple[int, Action]]:
@@ -67,28 +81,32 @@ def _lockstep(programs: Sequence[Sequence[Action]], num_stages: int) -> Iterator
             }
             raise ScheduleError(
                 f"the schedule is stuck after {len(done)} actions: "
-                + "; ".join(f"rank {rank} waits at {head} for {missing[rank]}" for rank, head in heads)
+                + "; ".join(
+                    f"rank {rank} waits at {head} for {_made_by(missing[rank], programs)}" for rank, head in heads
+                )
             )
         ready.sort(key=lambda entry: (0, entry[0]) if entry[1].op is Op.FORWARD else (1, -entry[0]))
         for rank, head in ready:
             positions[rank] += 1
             yield rank, head
-        done.update(head for _, head in ready)
+        done.update(result(head) for _, head in ready)
 
 
-def insert_transfers(
-    programs: Sequence[Sequence[Action]], pipeline: int, stages_per_rank: int = 1
-) -> tuple[Program, ...]:
+def _made_by(need: Action, programs: Sequence[Sequence[Action]]) -> Action:
+    """The action of `programs` whose result is `need`; `need` itself where none is."""
+    return next((action for program in programs for action in program if result(action) == need), need)
+
+
+def insert_transfers(programs: Sequence[Sequence[Action]], layout: Layout) -> tuple[Program, ...]:
     """Compute-only programs -> complete ones: each send right after its compute, each receive posted before its use.
 
     A receive is appended to its rank at the moment of the send, wherever that rank stands; it cannot have used the
     tensor yet.
     """
-    num_stages = pipeline * stages_per_rank
     complete: list[list[Action]] = [[] for _ in programs]
-    for rank, action in _lockstep(programs, num_stages):
+    for rank, action in _lockstep(programs, layout.num_stages):
         complete[rank].append(action)
-        transfer = transfer_after(action, pipeline, num_stages)
+        transfer = transfer_after(action, layout.owner, layout.num_stages)
         if transfer:
             send, receiver, receive = transfer
             complete[rank].append(send)
@@ -96,15 +114,16 @@ def insert_transfers(
     return tuple(tuple(program) for program in complete)
 
 
-def check_transfers(programs: Sequence[Sequence[Action]], pipeline: int, stages_per_rank: int = 1) -> None:
+def check_transfers(programs: Sequence[Sequence[Action]], layout: Layout) -> None:
     """Refuse with ScheduleError complete programs whose transfers are missing, misplaced, or in different orders.
 
     Every compute action has what it needs posted before it and what it gives sent after it; the two ends of every pair
     of ranks see the same order (NCCL runs a pair's transfers in the order of issue, so a difference is a hang); and all
     ranks reach their ends even if every transfer blocks until both ends are there.
     """
-    num_stages = pipeline * stages_per_rank
+    num_stages = layout.num_stages
     places = [_places(rank, program) for rank, program in enumerate(programs)]
+    makers = [{result(action): action for action in program} for program in programs]
     expected: list[set[Action]] = [set() for _ in programs]
 
     def require_order(rank: int, first: Action, second: Action) -> None:
@@ -114,13 +133,14 @@ def check_transfers(programs: Sequence[Sequence[Action]], pipeline: int, stages_
 
     for rank, program in enumerate(programs):
         for action in program:
-            transfer = transfer_after(action, pipeline, num_stages) if action.op.is_compute else None
+            transfer = transfer_after(action, layout.owner, num_stages) if action.op.is_compute else None
             if transfer:
                 send, receiver, receive = transfer
                 expected[rank].add(send)
                 expected[receiver].add(receive)
                 require_order(rank, action, send)
-                require_order(receiver, receive, Action(action.op, receive.stage, receive.microbatch))
+                user = Action(result(action).op, receive.stage, receive.microbatch)
+                require_order(receiver, receive, makers[receiver].get(user, user))
     for rank, program in enumerate(programs):
         for action in program:
             if not action.op.is_compute and action not in expected[rank]:
@@ -166,7 +186,7 @@ def _check_blocking(programs: Sequence[Sequence[Action]], num_stages: int) -> No
         if action.op.is_compute:
             if not done.issuperset(dependencies(action, num_stages)):
                 return False
-            done.add(action)
+            done.add(result(action))
         else:
             assert action.peer is not None, f"the transfer {action} has no peer"
             if head(action.peer) != counterpart(rank, action):

@@ -5,11 +5,13 @@ executor runs a program, the simulator times it, the drawing shows it: no other 
 only in the function that makes the list, and `pipeline=1` is a list like any other. The alternative refused is a loop
 with warm-up, steady and cool-down parts for each schedule, whose order can only be seen by running it.
 
+Zero-bubble schedules, whose backward pass is two actions, are lists of the same kind (`zero_bubble`).
+
 Transfers are inserted afterwards (`lockstep`). A send stands right after its compute action. A receive is *posted*: it
 starts nothing that the rank waits for, so it may stand before its use; the rank waits where it uses the tensor.
 
-In every schedule a stage runs its forwards in micro-batch order, and its backwards too. Gradients are summed in that
-order, so equal bits across schedules rest on it; `check` refuses a list that breaks it.
+In every schedule a stage runs its forwards in micro-batch order, its backwards too, and what adds to its weight
+gradients. Gradients are summed in that order, so equal bits across schedules rest on it; `check` refuses a list that breaks it.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from k2train.plan.action import Action, Op, Program, ScheduleError
+from k2train.plan.layout import Layout, Placement
 from k2train.plan.lockstep import check, check_transfers, insert_transfers
+from k2train.plan.zero_bubble import zb_h1, zb_h2, zb_v
 
 __all__ = [
     "SCHEDULES",
@@ -32,6 +36,8 @@ __all__ = [
     "insert_transfers",
     "interleaved",
     "one_f_one_b",
+    "pipeline_layout",
+    "placement_of",
 ]
 
 
@@ -50,10 +56,21 @@ def build_programs(
             f"({stages_per_rank}) must each be at least 1"
         )
     programs = SCHEDULES[kind](pipeline, num_microbatches, stages_per_rank)
-    check(programs, pipeline, num_microbatches, stages_per_rank)
-    complete = insert_transfers(programs, pipeline, stages_per_rank)
-    check_transfers(complete, pipeline, stages_per_rank)
+    layout = pipeline_layout(kind, pipeline, stages_per_rank)
+    check(programs, layout, num_microbatches)
+    complete = insert_transfers(programs, layout)
+    check_transfers(complete, layout)
     return complete
+
+
+def placement_of(kind: str) -> Placement:
+    """How a schedule wants the stages laid out over the ranks."""
+    return "v" if kind == "zb-v" else "loop"
+
+
+def pipeline_layout(kind: str, pipeline: int, stages_per_rank: int = 1) -> Layout:
+    """The pipeline axis alone: which rank holds which stage under a schedule."""
+    return Layout(pipeline=pipeline, stages_per_rank=stages_per_rank, placement=placement_of(kind))
 
 
 def gpipe(pipeline: int, num_microbatches: int, stages_per_rank: int = 1) -> tuple[Program, ...]:
@@ -116,18 +133,38 @@ def interleaved(pipeline: int, num_microbatches: int, stages_per_rank: int) -> t
     return tuple(program(pp) for pp in range(pipeline))
 
 
+def _zb_h1(pipeline: int, num_microbatches: int, stages_per_rank: int = 1) -> tuple[Program, ...]:
+    _require_one_stage("zb-h1", stages_per_rank)
+    return zb_h1(pipeline, num_microbatches)
+
+
+def _zb_h2(pipeline: int, num_microbatches: int, stages_per_rank: int = 1) -> tuple[Program, ...]:
+    _require_one_stage("zb-h2", stages_per_rank)
+    return zb_h2(pipeline, num_microbatches)
+
+
+def _zb_v(pipeline: int, num_microbatches: int, stages_per_rank: int = 2) -> tuple[Program, ...]:
+    if stages_per_rank != 2:
+        raise ScheduleError(f"parallel.schedule (zb-v) needs parallel.stages_per_rank ({stages_per_rank}) to be 2")
+    return zb_v(pipeline, num_microbatches)
+
+
 SCHEDULES: dict[str, Callable[[int, int, int], tuple[Program, ...]]] = {
     "gpipe": gpipe,
     "1f1b": one_f_one_b,
     "interleaved": interleaved,
+    "zb-h1": _zb_h1,
+    "zb-h2": _zb_h2,
+    "zb-v": _zb_v,
 }
 
 
 def _require_one_stage(kind: str, stages_per_rank: int) -> None:
     if stages_per_rank != 1:
+        others = "interleaved" if stages_per_rank != 2 else "interleaved or zb-v"
         raise ScheduleError(
             f"parallel.schedule ({kind}) needs parallel.stages_per_rank ({stages_per_rank}) to be 1; "
-            "with more take parallel.schedule=interleaved"
+            f"with more take parallel.schedule={others}"
         )
 
 

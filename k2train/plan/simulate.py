@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from k2train.plan.action import Action, Op, ScheduleError, counterpart, dependencies
+from k2train.plan.action import Action, Op, ScheduleError, counterpart, dependencies, result
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,21 @@ class Span:
     end_seconds: float
 
 
-def constant_seconds(forward: float = 1.0, backward: float = 2.0, transfer: float = 0.0) -> Callable[[Action], float]:
+def constant_seconds(
+    forward: float = 1.0,
+    backward: float = 2.0,
+    transfer: float = 0.0,
+    backward_input: float = 1.0,
+    backward_weight: float = 1.0,
+) -> Callable[[Action], float]:
     """A duration for each kind of action, for `simulate`; the defaults count in forwards of one stage."""
-
-    def seconds(action: Action) -> float:
-        return {Op.FORWARD: forward, Op.BACKWARD: backward}.get(action.op, transfer)
-
-    return seconds
+    durations = {
+        Op.FORWARD: forward,
+        Op.BACKWARD: backward,
+        Op.BACKWARD_INPUT: backward_input,
+        Op.BACKWARD_WEIGHT: backward_weight,
+    }
+    return lambda action: durations.get(action.op, transfer)
 
 
 def simulate(
@@ -93,7 +101,7 @@ class _Walk:
             start = max(self.clocks[rank], *known) if known else self.clocks[rank]
             self.clocks[rank] = start + self.seconds(action)
             self.times[rank, action] = (start, self.clocks[rank])
-            self.finished[action] = (rank, self.clocks[rank])
+            self.finished[result(action)] = (rank, self.clocks[rank])
         self.positions[rank] += 1
         return True
 
@@ -138,16 +146,37 @@ def bubble_fraction(spans: Sequence[Span]) -> float:
     return 1.0 - busy / (num_ranks * total) if total > 0 else 0.0
 
 
-def peak_in_flight(programs: Sequence[Sequence[Action]]) -> tuple[int, ...]:
-    """For each rank, the most (stage, micro-batch) pairs whose forward has run and whose backward has not.
+def idle_seconds(spans: Sequence[Span]) -> tuple[float, ...]:
+    """For each rank, how long it computes nothing between the start of its own first action and the end of its last.
 
-    Counted in activations of one stage, so one of them is 1/v of the rank's layers with v stages a rank.
+    What `bubble_fraction` counts besides is the waiting for the ranks that started earlier or end later.
     """
+    by_rank: dict[int, list[Span]] = {}
+    for span in spans:
+        if span.action.op.is_compute:
+            by_rank.setdefault(span.rank, []).append(span)
+    return tuple(
+        max(span.end_seconds for span in own)
+        - min(span.start_seconds for span in own)
+        - sum(span.end_seconds - span.start_seconds for span in own)
+        for _, own in sorted(by_rank.items())
+    )
+
+
+def peak_in_flight(programs: Sequence[Sequence[Action]], until_input: bool = False) -> tuple[int, ...]:
+    """For each rank, the most (stage, micro-batch) pairs that hold activations at once.
+
+    A pair holds everything its forward kept until its B or I. Between I and W it still holds what the weight gradients
+    are made of: the input of every matrix, and the gradient of its output in the place of what only I needed. So a pair
+    counts from F to B or W; with `until_input` from F to B or I, which tells the two apart. Counted in activations of
+    one stage, so one of them is 1/v of the rank's layers with v stages a rank.
+    """
+    change = {Op.FORWARD: 1, Op.BACKWARD: -1, Op.BACKWARD_INPUT if until_input else Op.BACKWARD_WEIGHT: -1}
     peaks = []
     for program in programs:
         held = peak = 0
         for action in program:
-            held += {Op.FORWARD: 1, Op.BACKWARD: -1}.get(action.op, 0)
+            held += change.get(action.op, 0)
             peak = max(peak, held)
         peaks.append(peak)
     return tuple(peaks)

@@ -1,0 +1,157 @@
+"""Speed as ratios side by side in one run: k2train beside its peers on the same work.
+
+    python tools/bench.py cpu [--quick] [--precision fp32|bf16|both] [--json FILE] [--against BASE.json]
+    python tools/bench.py gpu ...                      (its own options: tools/bench.py gpu --help)
+
+Every contender is a set of processes that are started once and do a step when they are told to, in turns, so that what the
+machine does besides falls on all of them; ratios are what is shown, absolute rates belong to a machine. The driver imports
+no torch. Progress goes to standard error, the table comes last on standard output.
+
+Exit codes: 0 done; 1 the reference did not run, or a loss of more than 8 % with --against; 2 a mistake in usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import json
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from bench_peers import against, table
+from bench_peers.contenders import PRECISIONS, REFERENCE, Contender, choose, variant
+from bench_peers.machine import commit_of, machine_facts
+from bench_peers.results import Row, rows_of, verdicts_of
+from bench_peers.rounds import Plan, run_group
+from bench_peers.work import Work, parse_work
+from k2train.errors import EXIT_DONE, EXIT_FAILED, EXIT_USAGE, RunError, UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class _Parser(argparse.ArgumentParser):
+    """Mistakes as one line, without the usage text in front."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_USAGE, f"{self.prog}: {message}; see --help\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Dispatch; the exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == ["gpu"]:
+        # Its module imports torch; what `cpu` starts must not, and need not have it on a broken device.
+        return int(importlib.import_module("bench_gpu.main").main(given[1:]))
+    options = _parser().parse_args(given)
+    try:
+        return _cpu(options)
+    except UserError as mistake:
+        print(mistake, file=sys.stderr)
+        return EXIT_USAGE
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="bench", description="Speed as ratios side by side in one run.")
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="cpu|gpu")
+    kinds.add_parser("gpu", help="one GPU: layers of K2 and whole models (options of its own)")
+    cpu = kinds.add_parser("cpu", help="the layouts of two to four CPU processes beside their peers")
+    cpu.add_argument("--quick", action="store_true", help="under 2 minutes: a few contenders in one group, fp32")
+    cpu.add_argument("--precision", choices=[*PRECISIONS, "both"], help="default: both; with --quick fp32")
+    cpu.add_argument("--only", nargs="+", metavar="NAME", help="these contenders, and the reference")
+    cpu.add_argument(
+        "--variant",
+        action="append",
+        default=[],
+        metavar="'NAME: CONTENDER key=value ...'",
+        help="a k2train contender with other config keys beside the rest (again for more)",
+    )
+    cpu.add_argument("--rounds", type=_positive, metavar="N", default=Plan.rounds, help=f"default {Plan.rounds}")
+    cpu.add_argument("--steps", type=_positive, default=1, metavar="N", help="steps of a contender in a round")
+    cpu.add_argument(
+        "--cores", type=_positive, default=2, metavar="N", help="cores that all processes share, default 2"
+    )
+    cpu.add_argument("--size", nargs="+", default=[], metavar="name=value", help="another size of the work")
+    cpu.add_argument(
+        "--limit", type=_positive, default=120, metavar="SECONDS", help="longest step before it counts as hung"
+    )
+    cpu.add_argument("--json", type=Path, metavar="FILE", help="write the numbers too; --against takes such a file")
+    cpu.add_argument("--against", type=Path, metavar="BASE.json", help="run that record's commit beside this tree")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text!r}")
+    return int(text)
+
+
+def _cpu(options: argparse.Namespace) -> int:
+    work = parse_work(options.size)
+    precision = options.precision or ("fp32" if options.quick else "both")
+    precisions = PRECISIONS if precision == "both" else (precision,)
+    groups = choose(options.only, options.quick, precisions, [variant(text) for text in options.variant])
+    plan = Plan(
+        rounds=options.rounds,
+        steps=options.steps,
+        measure=not options.against,
+        cores=options.cores,
+        limit_seconds=float(options.limit),
+        start_limit_seconds=max(5.0 * options.limit, 60.0),
+    )
+    if options.json and not options.json.parent.is_dir():
+        raise RunError(f"--json {options.json}: there is no folder {options.json.parent}")
+    began = time.monotonic()
+    machine, commit = machine_facts(), commit_of(ROOT)
+    if options.against:
+        base = against.read_base(options.against)
+        with against.checkout(ROOT, base["commit"]) as tree:
+            rows = _measure(against.pairs(groups, tree), work, plan)
+    else:
+        base, rows = None, _measure(groups, work, plan)
+    facts = table.to_json(work, plan, machine, commit, time.monotonic() - began)
+    return _tell(facts, rows, base, options.json)
+
+
+def _measure(groups: Sequence[Sequence[Contender]], work: Work, plan: Plan) -> list[Row]:
+    rows: list[Row] = []
+    for group in groups:
+        began = time.monotonic()
+
+        def say(text: str, name: str = group[0].group, began: float = began) -> None:
+            print(f"{name}: {time.monotonic() - began:4.0f} s: {text}", file=sys.stderr, flush=True)
+
+        rows += rows_of(run_group(group, work, plan, say), work)
+    return rows
+
+
+def _tell(facts: dict[str, Any], rows: Sequence[Row], base: dict[str, Any] | None, path: Path | None) -> int:
+    verdicts = verdicts_of(rows)
+    comparisons = against.compare(rows) if base else []
+    facts |= table.rows_json(rows, verdicts)
+    if base:
+        facts["against"] = {"commit": base["commit"], "layouts": [dataclasses.asdict(c) for c in comparisons]}
+    if path:
+        path.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    print(table.report(facts, rows, verdicts))
+    if base:
+        print(f"\n{against.report(comparisons, base)}")
+        lost = [f"{c.name} ({c.precision})" for c in comparisons if c.lost]
+        if lost:
+            print(f"slower than the base, or no longer running: {', '.join(lost)}", file=sys.stderr)
+        return EXIT_FAILED if lost else EXIT_DONE
+    references = [row for row in rows if row.name == REFERENCE]
+    return EXIT_DONE if all(row.problem is None for row in references) else EXIT_FAILED
+
+
+if __name__ == "__main__":
+    # Ended as by Ctrl-C, so that what was started is ended too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_FAILED))
+    sys.exit(main())

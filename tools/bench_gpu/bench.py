@@ -1,0 +1,109 @@
+"""What every part works with: its device, its deadline, and rows that say what was measured or why it was not."""
+
+import gc
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TextIO
+
+import torch
+
+from k2train.errors import UserError
+
+
+class OutOfTimeError(Exception):
+    """What was asked for no longer fits before the deadline."""
+
+
+class UnavailableError(Exception):
+    """Something optional is not here: a package, an amount of memory."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error is a full device; libraries below torch wrap it in errors of their own."""
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower()
+
+
+def first_line(error: BaseException) -> str:
+    """An error on one line, for a row."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    text = lines[0].strip() if lines else "no message"
+    return f"{type(error).__name__}: {text}"[:240]
+
+
+@dataclass
+class Bench:
+    """One part at work. `deadline` is a reading of `time.monotonic`."""
+
+    part: str
+    device: torch.device
+    dry: bool
+    deadline: float
+    rows: TextIO
+
+    @property
+    def left_seconds(self) -> float:
+        """Until the deadline; negative behind it."""
+        return self.deadline - time.monotonic()
+
+    @property
+    def cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+    def emit(self, what: str, status: str = "ok", why: str = "", **figures: Any) -> None:
+        """Write one row; at once, so that it outlives this process."""
+        row = {"part": self.part, "what": what, "status": status, "why": why, **figures}
+        self.rows.write(json.dumps(row) + "\n")
+        self.rows.flush()
+
+    def attempt(
+        self, what: str, work: Callable[[], Mapping[str, Any]], needs_seconds: float = 0.0, **labels: Any
+    ) -> Mapping[str, Any] | None:
+        """Do `work` and write its figures as a row, or the row that says why there are none (then None is returned).
+
+        Whatever goes wrong is caught: the next row may still be measured.
+        """
+        if self.left_seconds < needs_seconds or self.left_seconds <= 0:
+            why = f"needs about {needs_seconds:.0f} s, {max(self.left_seconds, 0):.0f} s were left"
+            self.emit(what, "skipped", why, **labels)
+            return None
+        self.emit(what, "begun")
+        status, why, figures = "failed", "", None
+        try:
+            figures = work()
+        except (OutOfTimeError, UnavailableError, UserError) as error:
+            status, why = "skipped", str(error)
+        except Exception as error:
+            status = "out of memory" if is_out_of_memory(error) else "failed"
+            why = first_line(error)
+        self.free()
+        if figures is None:
+            self.emit(what, status, why, **labels)
+        else:
+            self.emit(what, **{**labels, **figures})
+        return figures
+
+    def free(self) -> None:
+        """Give back what the last work held; engines hold themselves in cycles of hooks."""
+        gc.collect()
+        if self.cuda:
+            torch.cuda.empty_cache()
+
+    def total_bytes(self) -> int | None:
+        """Memory of the device; None on the CPU."""
+        return torch.cuda.get_device_properties(self.device).total_memory if self.cuda else None
+
+    def forget_peak(self) -> None:
+        """Start the peak measurement anew."""
+        if self.cuda:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+
+    def peak_bytes(self) -> int | None:
+        """Most bytes of tensors at once since `forget_peak`; None on the CPU, where nobody counts."""
+        return torch.cuda.max_memory_allocated() if self.cuda else None
+
+    def held_bytes(self) -> int | None:
+        """Bytes of tensors now; None on the CPU."""
+        return torch.cuda.memory_allocated() if self.cuda else None

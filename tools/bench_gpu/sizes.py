@@ -1,0 +1,94 @@
+"""The work, by name: K2's layers, whole LLaMAs of 1.3B and 2.7B, a tensor-parallel rank's part of a layer; and tiny twins."""
+
+from dataclasses import dataclass
+
+from k2train.plan.cost import ModelShape
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch: `sequences` rows of `length_tokens`."""
+
+    length_tokens: int
+    sequences: int
+
+    @property
+    def tokens(self) -> int:
+        return self.length_tokens * self.sequences
+
+    def __str__(self) -> str:
+        return f"{self.length_tokens} x {self.sequences}"
+
+
+@dataclass(frozen=True)
+class RankPart:
+    """What a rank of tensor-parallel degree `degree` computes of one layer and of the head."""
+
+    degree: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_heads: int
+    vocab_rows: int
+    batch: Batch
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // (self.num_heads * self.degree)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Everything that differs between a measurement and its dry run."""
+
+    k2: ModelShape
+    k2_layers: tuple[int, ...]
+    """How many of K2's layers, most first: the first that fits is taken."""
+    k2_batches: tuple[Batch, ...]
+    models: tuple[tuple[str, ModelShape], ...]
+    model_batches: tuple[Batch, ...]
+    rank: RankPart
+    products: tuple[tuple[int, int, int], ...]
+    """(rows, inner, columns) of the products that the matmul rate is measured on."""
+    copy_bytes: int
+    rounds: int
+
+
+def sizes(dry: bool) -> Sizes:
+    """The work measured, or a tiny one of the same form."""
+    return TINY if dry else FULL
+
+
+FULL = Sizes(
+    k2=ModelShape(80, 8192, 22016, 64, 64, 32032),
+    k2_layers=(4, 3, 2),
+    k2_batches=(Batch(2048, 4), Batch(8192, 1)),
+    # Sheared-LLaMA's shapes (Xia et al. 2024, arXiv:2310.06694): whole heads as every peer has them, heads of 128.
+    models=(
+        ("LLaMA 1.3B", ModelShape(24, 2048, 5504, 16, 16, 32000)),
+        ("LLaMA 2.7B", ModelShape(32, 2560, 6912, 20, 20, 32000)),
+    ),
+    model_batches=(Batch(2048, 4), Batch(8192, 1)),
+    rank=RankPart(8, 8192, 2752, 8, 4004, Batch(2048, 4)),
+    products=(
+        (8192, 8192, 44032),
+        (8192, 22016, 8192),
+        (8192, 8192, 24576),
+        (8192, 8192, 8192),
+        (16384, 8192, 8192),
+        (16384, 16384, 16384),
+    ),
+    copy_bytes=4 * 2**30,
+    rounds=10,
+)
+
+TINY = Sizes(
+    k2=ModelShape(80, 64, 96, 4, 4, 131),
+    k2_layers=(2,),
+    k2_batches=(Batch(32, 2),),
+    models=(("LLaMA tiny", ModelShape(2, 32, 48, 4, 4, 131)),),
+    model_batches=(Batch(16, 2),),
+    rank=RankPart(2, 64, 48, 2, 33, Batch(32, 2)),
+    products=((64, 64, 96), (64, 96, 64)),
+    copy_bytes=2**16,
+    rounds=3,
+)

@@ -1,0 +1,263 @@
+"""Every pipeline schedule on real processes, planned and measured side by side: bubble, tokens a second, pictures.
+
+    python tools/bench_schedules.py [--processes N] [--svg DIR] [dotted.key=value ...]
+
+The processes (gloo, CPU) build every schedule once and do its steps in turns. Layers are dealt out so that the rank with
+the head has no more to do than the others (--even: as many on every stage). The planned bubble is given twice: for equal
+durations, and for the durations that were measured; what is left between the second and the measured one is waiting that
+the plan does not know of, transfers and other users of the cores. The driver imports no torch.
+
+Exit codes: 0 done; 1 a process failed; 2 a mistake in usage, one line each on stderr.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NoReturn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from k2train.config import Config, load_config, num_microbatches
+from k2train.errors import EXIT_DONE, EXIT_FAILED, EXIT_USAGE, ConfigError, UserError
+from k2train.plan.action import Action, Op
+from k2train.plan.balance import balanced_layers
+from k2train.plan.cost import ModelShape
+from k2train.plan.draw import draw, svg
+from k2train.plan.layout import Layout
+from k2train.plan.schedule import SCHEDULES, Program, build_programs, pipeline_layout, placement_of
+from k2train.plan.simulate import Span, bubble_fraction, peak_in_flight, simulate
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = ROOT / "configs" / "demo" / "stage1.yaml"
+WORKER = ROOT / "tools" / "bench_workers" / "schedules.py"
+WORK = (
+    "model.num_layers=8",
+    "model.hidden_size=256",
+    "model.ffn_hidden_size=688",
+    "model.num_heads=8",
+    "model.num_kv_heads=8",
+    "model.vocab_size=8192",
+    "data.sequence_length=256",
+    "batch.global_sequences=16",
+    "batch.micro_sequences=4",
+    "precision=fp32",
+    "kernels.compile=off",
+)
+Durations = dict[tuple[Op, int], float]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One schedule: what was planned, and what its steps were."""
+
+    kind: str
+    config: Config
+    programs: tuple[Program, ...]
+    seconds: float
+    """Median of a step, optimizer included."""
+    loss: float
+    measured: tuple[Span, ...]
+    """Of the step with the median bubble."""
+    bubble: float
+    durations: Durations
+
+    @property
+    def planned(self) -> tuple[Span, ...]:
+        """Equal durations, a backward twice a forward."""
+        return simulate(self.programs)
+
+    @property
+    def expected(self) -> tuple[Span, ...]:
+        """The measured durations, transfers free."""
+        return simulate(self.programs, lambda action: self.durations.get((action.op, action.stage), 0.0))
+
+
+class _Parser(argparse.ArgumentParser):
+    """Mistakes as one line, without the usage text in front."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_USAGE, f"{self.prog}: {message}; see --help\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run every schedule, print the table and the pictures; the exit code."""
+    options = _parser().parse_intermixed_args(arguments)
+    try:
+        runs = [_overrides(kind, options) for kind in options.schedules]
+        configs = [load_config(str(CONFIG), run) for run in runs]
+        programs = [_programs(config, options.processes) for config in configs]
+        if options.svg:
+            Path(options.svg).mkdir(parents=True, exist_ok=True)
+    except UserError as mistake:
+        print(mistake, file=sys.stderr)
+        return EXIT_USAGE
+    except OSError as problem:
+        print(f"--svg {options.svg} cannot be made: {problem.strerror}", file=sys.stderr)
+        return EXIT_USAGE
+    ranks = _run(runs, options)
+    if ranks is None:
+        return EXIT_FAILED
+    outcomes = [
+        _outcome(config, program, [rank[index] for rank in ranks], options)
+        for index, (config, program) in enumerate(zip(configs, programs, strict=True))
+    ]
+    print("\n".join(_report(outcomes, options)), flush=True)
+    return EXIT_DONE
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="bench_schedules", description="Every pipeline schedule, planned and measured side by side.")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="dotted.key=value", help="another model, batch or tensor degree"
+    )
+    parser.add_argument("--processes", type=_positive, default=2, metavar="N", help="default 2")
+    parser.add_argument("--schedules", nargs="+", choices=list(SCHEDULES), default=list(SCHEDULES), metavar="KIND")
+    parser.add_argument("--steps", type=_positive, default=7, metavar="N", help="measured steps of each; default 7")
+    parser.add_argument("--warmup", type=_positive, default=2, metavar="N", help="steps before; default 2")
+    parser.add_argument("--threads", type=_positive, default=1, metavar="N", help="of each process; default 1")
+    parser.add_argument("--even", action="store_true", help="as many layers on every stage")
+    parser.add_argument("--svg", metavar="DIR", help="write the pictures there, too")
+    parser.add_argument("--width", type=_positive, default=110, metavar="COLUMNS", help="width of the pictures")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text!r}")
+    return int(text)
+
+
+def _overrides(kind: str, options: argparse.Namespace) -> list[str]:
+    """What turns the shipped config into this run; raises ConfigError where the schedule cannot do it."""
+    base = load_config(str(CONFIG), [*WORK, *options.overrides])
+    tensor, layers = base.parallel.tensor, base.model.num_layers
+    pipeline, rest = divmod(options.processes, tensor)
+    if rest or pipeline < 2:
+        raise ConfigError(
+            f"--processes ({options.processes}) must be parallel.tensor ({tensor}) times at least 2; nearest: {2 * tensor}"
+        )
+    stages_per_rank = 2 if kind in ("interleaved", "zb-v") else 1
+    keys = [f"parallel.pipeline={pipeline}", f"parallel.schedule={kind}", f"parallel.stages_per_rank={stages_per_rank}"]
+    split = balanced_layers(_shape(base), pipeline_layout(kind, pipeline, stages_per_rank), base.data.sequence_length)
+    if split is None:
+        raise ConfigError(
+            f"model.num_layers ({layers}) must be at least {pipeline * stages_per_rank} for schedule {kind} on "
+            f"{pipeline} pipeline ranks; raise it, lower --processes, or leave it out of --schedules"
+        )
+    if not options.even:
+        keys.append(f"parallel.layers_per_stage=[{','.join(map(str, split))}]")
+    return [*WORK, *options.overrides, *keys]
+
+
+def _shape(config: Config) -> ModelShape:
+    m = config.model
+    return ModelShape(m.num_layers, m.hidden_size, m.ffn_hidden_size, m.num_heads, m.num_kv_heads, m.vocab_size)
+
+
+def _programs(config: Config, processes: int) -> tuple[Program, ...]:
+    p = config.parallel
+    return build_programs(p.schedule, p.pipeline, num_microbatches(config, processes), p.stages_per_rank)
+
+
+def _run(runs: list[list[str]], options: argparse.Namespace) -> list[Any] | None:
+    """What each rank measured, in rank order; None after telling what went wrong."""
+    with TemporaryDirectory(prefix="bench-schedules-") as name:
+        folder = Path(name)
+        task = {"config": str(CONFIG), "runs": runs, "world": options.processes, "store": str(folder / "store")}
+        task |= {"steps": options.steps, "warmup": options.warmup, "threads": options.threads}
+        (folder / "task.json").write_text(json.dumps(task), encoding="utf-8")
+        processes = [
+            subprocess.Popen([sys.executable, str(WORKER), str(folder / "task.json"), str(rank)])
+            for rank in range(options.processes)
+        ]
+        try:
+            codes = [process.wait() for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+        for rank, code in enumerate(codes):
+            if code:
+                print(f"process {rank} ended with exit code {code}", file=sys.stderr)
+                return None
+        return [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in range(options.processes)]
+
+
+def _outcome(
+    config: Config, programs: tuple[Program, ...], ranks: list[list[Any]], options: argparse.Namespace
+) -> Outcome:
+    """`ranks`: of each rank the steps of this schedule; of a pipeline rank the first one's spans are taken."""
+    p = config.parallel
+    layout = Layout.for_world(options.processes, p.tensor, p.pipeline, p.stages_per_rank, placement_of(p.schedule))
+    each = options.processes // layout.pipeline
+    steps = [
+        tuple(
+            Span(pp, Action(Op(op), stage, microbatch), start, end)
+            for pp in range(layout.pipeline)
+            for op, stage, microbatch, start, end in ranks[pp * each][index]["spans"]
+        )
+        for index in range(options.steps)
+    ]
+    found: dict[tuple[Op, int], list[float]] = {}
+    for step in steps:
+        for span in step:
+            key = (span.action.op, span.action.stage)
+            found.setdefault(key, []).append(span.end_seconds - span.start_seconds)
+    middle = sorted(steps, key=bubble_fraction)[len(steps) // 2]
+    return Outcome(
+        kind=p.schedule,
+        config=config,
+        programs=programs,
+        seconds=statistics.median(step["seconds"] for step in ranks[0]),
+        loss=ranks[0][-1]["loss"],
+        measured=middle,
+        bubble=bubble_fraction(middle),
+        durations={key: statistics.median(values) for key, values in found.items()},
+    )
+
+
+def _report(outcomes: Sequence[Outcome], options: argparse.Namespace) -> list[str]:
+    batch, length = outcomes[0].config.batch, outcomes[0].config.data.sequence_length
+    tokens = batch.global_sequences * length
+    lines = [
+        f"{options.processes} processes, {options.threads} thread(s) each; {tokens:,} tokens a step in micro-batches of "
+        f"{batch.micro_sequences} x {length}; medians of {options.steps} steps, schedules in turns",
+        "",
+        "| schedule | layers a stage | bubble planned | with measured durations | measured | tokens/s | to the first "
+        "| activations held | of these before I |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for one in outcomes:
+        bubbles = " | ".join(f"{bubble_fraction(spans):.1%}" for spans in (one.planned, one.expected))
+        split = one.config.parallel.layers_per_stage
+        held = (" ".join(map(str, peak_in_flight(one.programs, until))) for until in (False, True))
+        lines.append(
+            f"| {one.kind} | {'even' if split is None else ' '.join(map(str, split))} | {bubbles} | {one.bubble:.1%} | "
+            f"{tokens / one.seconds:,.0f} | {outcomes[0].seconds / one.seconds:.3f} | {' | '.join(held)} |"
+        )
+    lines += [
+        "",
+        "Activations in stages x micro-batches, by pipeline rank; a stage of interleaved and zb-v is half as large.",
+    ]
+    lines.append("Loss of the last step: " + ", ".join(sorted({f"{one.loss:.9g}" for one in outcomes})))
+    pictures: list[tuple[str, Callable[[Outcome], tuple[Span, ...]]]] = [
+        ("planned with the measured durations", lambda one: one.expected),
+        ("measured", lambda one: one.measured),
+    ]
+    for one in outcomes:
+        for name, spans_of in pictures:
+            lines += ["", f"{one.kind}, {name}:", draw(spans_of(one), options.width)]
+            if options.svg:
+                file = Path(options.svg) / f"{one.kind}_{name.split()[0]}.svg"
+                file.write_text(svg(spans_of(one)), encoding="utf-8")
+    return lines
+
+
+if __name__ == "__main__":
+    sys.exit(main())

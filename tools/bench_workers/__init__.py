@@ -1,0 +1,1 @@
+"""Processes that benchmarks of the tools start: the parts of them that need torch."""
