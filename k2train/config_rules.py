@@ -267,6 +267,17 @@ def _decay_steps(values: Values) -> str | None:
     return None
 
 
+@_rule("parallel.symmetric_memory", "parallel.tensor", "parallel.sequence")
+def _symmetric_memory(values: Values) -> str | None:
+    tensor, sequence = values["parallel.tensor"], values["parallel.sequence"]
+    if not values["parallel.symmetric_memory"] or (tensor > 1 and sequence):
+        return None
+    return (
+        f"parallel.symmetric_memory needs parallel.tensor ({tensor}) of 2 or more and parallel.sequence true "
+        f"(is {str(sequence).lower()}); or parallel.symmetric_memory: false"
+    )
+
+
 @_rule("kernels.recompute", "kernels.recompute_layers")
 def _recompute(values: Values) -> str | None:
     policy, count = values["kernels.recompute"], values["kernels.recompute_layers"]

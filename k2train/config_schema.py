@@ -239,7 +239,7 @@ class KernelsConfig(Section):
     optimizer: Literal["auto", "fused", "reference"] = "auto"
     compile: Literal["auto", "on", "off"] = "auto"
     recompute: Literal["none", "selective", "full"] = "none"
-    recompute_layers: Count | None = None
+    recompute_layers: Positive | None = None
 
 
 class CheckpointConfig(Section):

@@ -102,7 +102,7 @@ def verify_data(manifest: Manifest, order: ChunkOrder, step: int) -> None:
 
 
 def identity_of(config: Config, manifest: Manifest, order: ChunkOrder) -> dict[str, Any]:
-    """What makes two starts the same run: model, batch, seed, data in order, optimizer, schedule, precision.
+    """What makes two starts the same run: model, batch, seed, data in order, optimizer, schedule, precision (fp8 counts).
 
     Document borders belong to it where attention stops at them, and nowhere else.
     """
@@ -123,6 +123,8 @@ def identity_of(config: Config, manifest: Manifest, order: ChunkOrder) -> dict[s
         "optimizer": tree["optimizer"],
         "lr": tree["lr"],
         "precision": tree["precision"],
+        # Only where it is there: checkpoints from before the key had none.
+        **({"matmul": "fp8"} if config.kernels.matmul == "fp8" else {}),
     }
 
 

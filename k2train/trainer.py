@@ -378,6 +378,8 @@ class Trainer:
             set_aside=set_aside,
             layout=str(self.grid.layout),
             world_size=self.grid.layout.world_size,
+            kernels=str(self.engine.kernels),
+            memory=self.memory,
             config_changes=changes,
         )
         self.recorder.note(f"resumed from {path} at step {self.step} (attempt {self.attempt})")

@@ -301,10 +301,27 @@ def overlap_job(launch: Launch, config: Any) -> tuple[list[Any], dict[str, Any],
     return results, {name: line.numpy().copy() for name, line in engine.optimizer.lines.items()}, under_way
 
 
-@pytest.mark.parametrize(("pp", "dp", "precision"), ((1, 2, "fp32"), (2, 2, "bf16"), (1, 3, "fp32")))
-def test_overlap_and_buckets_change_no_bit(pool: GlooPool, pp: int, dp: int, precision: str) -> None:
-    """Catches weights read before they have come, a bucket that leaves before its last gradient, sums in another order."""
-    fixed = {"parallel__pipeline": pp, "precision": precision, "batch__global_sequences": 12, "lr__peak": 1e-2}
+@pytest.mark.parametrize(
+    ("pp", "dp", "precision", "stages"),
+    (
+        (1, 2, "fp32", {}),
+        (2, 2, "bf16", {}),
+        (1, 3, "fp32", {}),
+        (1, 2, "fp32", {"parallel__schedule": "zb-v", "parallel__stages_per_rank": 2}),
+    ),
+)
+def test_overlap_and_buckets_change_no_bit(
+    pool: GlooPool, pp: int, dp: int, precision: str, stages: dict[str, Any]
+) -> None:
+    """Catches weights read before they have come, in any stage of a rank, a bucket that leaves before its last gradient,
+    sums in another order."""
+    fixed = {
+        "parallel__pipeline": pp,
+        "precision": precision,
+        "batch__global_sequences": 12,
+        "lr__peak": 1e-2,
+        **stages,
+    }
     runs = {}
     for overlap, size in (("off", None), ("on", None), ("on", 20_000), ("off", 20_000)):
         config = tiny_config(**fixed, parallel__overlap=overlap, parallel__bucket_bytes=size)

@@ -106,6 +106,20 @@ RULES = [
         ),
     ),
     (
+        ["parallel.symmetric_memory=true"],
+        (
+            "parallel.symmetric_memory needs parallel.tensor (1) of 2 or more and parallel.sequence true (is false); "
+            "or parallel.symmetric_memory: false"
+        ),
+    ),
+    (
+        ["parallel.symmetric_memory=true", "parallel.tensor=2", "parallel.sequence=false"],
+        (
+            "parallel.symmetric_memory needs parallel.tensor (2) of 2 or more and parallel.sequence true (is false); "
+            "or parallel.symmetric_memory: false"
+        ),
+    ),
+    (
         ["parallel.pipeline=2", "parallel.layers_per_stage=[3, 3, 2]"],
         (
             "parallel.layers_per_stage (3, 3, 2) must have parallel.pipeline (2) * parallel.stages_per_rank (1) = "

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -9,10 +10,11 @@ import pytest
 import torch
 
 from gloo import GlooPool
-from k2train.engine import Engine
+from k2train.engine import Engine, axes_of
 from k2train.errors import ConfigError
 from k2train.model.kernels import choose_kernels
 from k2train.parallel.environment import Launch
+from k2train.parallel.grid import SINGLE
 from k2train.parallel.shard import named_pieces
 from k2train.parallel.weight_gradients import sink_of
 from k2train.plan.cost import rank_parameters, state_bytes
@@ -163,3 +165,49 @@ def freed_job(launch: Launch, config: Any) -> bool:
 def test_an_engine_can_be_freed(pool: GlooPool) -> None:
     """A hook that holds its buffer for ever keeps the weights, and the process groups with their threads, for ever."""
     assert pool.run(1, freed_job, tiny_config()) == [True]
+
+
+def split_job(launch: Launch, config: Any) -> dict[str, list[int]]:
+    """After each I and W of a step: how many matrices, of how many, have a gradient."""
+    engine = Engine(config, grid_of(launch, config))
+    batches = microbatches_of(config, engine.grid, 1)
+    matrices = [sink_of(p).total for p, _ in engine.gradients.table.parameters() if p.dim() == 2]
+    told: dict[str, list[int]] = {"I": [], "W": [], "of": [len(matrices)]}
+    run = engine.executor.run
+
+    def watched(*args: Any) -> Any:
+        def after(action: Any) -> None:
+            if action.op.value in told:
+                told[action.op.value].append(sum(bool(total.any()) for total in matrices))
+
+        return run(*args, observe=after)
+
+    engine.executor.run = watched  # type: ignore[method-assign]
+    engine.train_step(batches, 1e-3)
+    return told
+
+
+def test_a_split_backward_is_split(pool: GlooPool) -> None:
+    """Catches an engine whose zero-bubble schedules compute weight gradients with the input's: right, and no faster."""
+    (told,) = pool.run(1, split_job, tiny_config(parallel__schedule="zb-h1", batch__global_sequences=4))
+    matrices = told["of"][0]
+    # The head's is made with the loss.
+    assert told["I"][0] == 1 and told["W"][-1] == matrices > 1, told
+
+
+@pytest.mark.parametrize("device", ("cpu", "cuda"))
+@pytest.mark.parametrize("asked", ("auto", "on", "off"))
+def test_the_axes_communicate_as_asked(device: str, asked: str) -> None:
+    """Catches a key that never reaches the layers, and what suits an accelerator done on a CPU."""
+    gathered = {"auto": "auto", "on": "again", "off": "keep"}[asked]
+    config = tiny_config(
+        parallel__overlap=asked,
+        parallel__gathered=gathered,
+        parallel__tensor=2,
+        parallel__symmetric_memory=asked == "on",
+    )
+    grid: Any = SimpleNamespace(tp=SINGLE["tp"], dp=SINGLE["dp"], device=torch.device(device))
+    tp, dp = axes_of(config, grid)
+    expected = asked == "on" or (asked == "auto" and device == "cuda")
+    assert (tp.overlap, tp.regather, dp.overlap) == (expected, expected, expected)
+    assert (tp.symmetric, dp.regather, dp.symmetric) == (asked == "on", False, False)

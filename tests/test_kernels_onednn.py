@@ -85,8 +85,10 @@ def test_auto_is_by_the_processor(
 def test_what_cannot_be_had_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a silent fallback."""
     with pytest.raises(ConfigError, match=r"kernels\.matmul \(onednn\) is for a CPU, and this is cuda: choose auto"):
-        onednn_product(torch.device("cuda"))
+        onednn_product(torch.device("cuda"), torch.float32)
     monkeypatch.setattr(kernels_onednn, "available", lambda: False)
     with pytest.raises(ConfigError, match="needs a torch that was built with oneDNN: choose torch"):
-        onednn_product(CPU)
+        onednn_product(CPU, torch.float32)
+    with pytest.raises(ConfigError, match="is for precision fp32"):
+        choose_kernels(matmul="onednn", place=Place(CPU, torch.bfloat16))
     assert Product.exact and OneDnnProduct.exact

@@ -126,6 +126,9 @@ def test_what_a_run_leaves_behind(plain: dict[str, Any]) -> None:
     assert plain["done"].returncode == 0, plain["done"].stderr
     assert_record(plain["run"], plain["done"], plain["path"], 2 * STEPS_PER_CHUNK)
     assert plain["done"].stdout == ""
+    assert "malloc keeps memory" in plain["done"].stderr
+    started = json.loads((plain["run"] / "ledger.jsonl").read_text().splitlines()[0])
+    assert started["memory"] == "malloc keeps memory" and "matmul" in started["kernels"]
 
 
 def test_finished_is_finished(plain: dict[str, Any]) -> None:

@@ -60,10 +60,10 @@ ATTENTION: dict[str, Attention] = {
 NORM: dict[str, Norm] = {"fused": fused_norm, "torch": torch_norm, "reference": reference_norm}
 SPLIT: dict[str, Split] = {"fused": fused_split, "reference": reference_split}
 SWIGLU: dict[str, SwiGlu] = {"fused": fused_swiglu, "reference": reference_swiglu}
-PRODUCT: dict[str, Callable[[torch.device], Product | None]] = {
-    "torch": lambda device: None,
+PRODUCT: dict[str, Callable[[torch.device, torch.dtype], Product | None]] = {
+    "torch": lambda device, dtype: None,
     "onednn": onednn_product,
-    "fp8": fp8_product,
+    "fp8": lambda device, dtype: fp8_product(device),
 }
 
 TAKE_MASKS = ("sdpa", "plain", "reference")
@@ -178,7 +178,7 @@ def choose_kernels(
         norm=compiled_once(reference_norm) if compiled and norm_name == "fused" else choose_norm(norm_name, place),
         split=compiled_once(reference_split) if fused else SPLIT[elementwise],
         swiglu=compiled_once(reference_swiglu) if fused else SWIGLU[elementwise],
-        product=PRODUCT[matmul](place.device),
+        product=PRODUCT[matmul](place.device, place.dtype),
         versions=tuple(f"{name} {version_of(name)}" for name in packages),
     )
 

@@ -63,10 +63,14 @@ def _cpu_facts() -> list[str]:
     return Path("/proc/cpuinfo").read_text("utf-8", errors="replace").splitlines()
 
 
-def onednn_product(device: torch.device) -> OneDnnProduct:
-    """The products of `kernels.matmul: onednn`. Raises ConfigError where they cannot be had."""
+def onednn_product(device: torch.device, dtype: torch.dtype) -> OneDnnProduct:
+    """The products of `kernels.matmul: onednn`. Raises ConfigError where they cannot be had, or change nothing."""
     if device.type != "cpu":
         raise ConfigError(f"kernels.matmul (onednn) is for a CPU, and this is {device.type}: choose auto")
+    if dtype != torch.float32:
+        raise ConfigError(
+            "kernels.matmul (onednn) is for precision fp32, in bf16 torch goes that way itself: choose auto"
+        )
     if not available():
         raise ConfigError("kernels.matmul (onednn) needs a torch that was built with oneDNN: choose torch")
     return OneDnnProduct()
