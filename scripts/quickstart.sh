@@ -24,7 +24,7 @@ for argument in "$@"; do
 done
 
 # Four processes on one laptop: one thread each, and freed memory kept instead of given back and asked for every step.
-export OMP_NUM_THREADS=1 MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=536870912
+export OMP_NUM_THREADS=1
 
 # A job in its own process group hears of Ctrl-C and kill from here only: once, and all of its processes.
 set -m

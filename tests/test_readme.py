@@ -63,6 +63,12 @@ ELSEWHERE = {
     "bash scripts/quickstart.sh": "the fixture `road`, and test_scripts",
     "bash scripts/test.sh": "test_scripts; it is what runs this file",
     TWO_NODES: "test_two_nodes_meet, with two nodes",
+    "python tools/bench.py cpu --quick": "test_bench, at tiny sizes",
+    "python tools/bench.py cpu --json base.json": "test_bench, at tiny sizes",
+    "python tools/bench.py cpu --quick --against base.json": "test_bench, at tiny sizes",
+    "python tools/bench_schedules.py --svg pictures": "test_bench_schedules, at tiny sizes",
+    "python tools/bench_profile.py": "test_bench_profile, at tiny sizes",
+    "python tools/bench.py gpu": "test_bench_gpu, as a dry run",
 }
 
 
