@@ -23,7 +23,7 @@ for argument in "$@"; do
     esac
 done
 
-# Four processes on one laptop: one thread each, and freed memory kept instead of given back and asked for every step.
+# Four processes on one laptop: one thread each.
 export OMP_NUM_THREADS=1
 
 # A job in its own process group hears of Ctrl-C and kill from here only: once, and all of its processes.

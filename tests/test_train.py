@@ -4,6 +4,7 @@ Runs through the command line where the process is what is tested, in the pool w
 """
 
 import json
+import os
 import re
 import sys
 import time
