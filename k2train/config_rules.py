@@ -85,6 +85,16 @@ def _nearest_stages_per_rank(values: Values) -> str:
     return _hint("parallel.stages_per_rank", numbers)
 
 
+@_rule("checkpoint.keep_optimizer_states")
+def _two_states(values: Values) -> str | None:
+    if values["checkpoint.keep_optimizer_states"] != 1:
+        return None
+    return (
+        "checkpoint.keep_optimizer_states (1) must be 0 (all) or at least 2: with one, a damaged newest checkpoint would "
+        "leave none to go on from"
+    )
+
+
 @_rule("model.hidden_size", "model.num_heads")
 def _head_size(values: Values) -> str | None:
     hidden, heads, tensor = values["model.hidden_size"], values["model.num_heads"], values.get("parallel.tensor", 1)

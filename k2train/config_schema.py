@@ -123,7 +123,11 @@ class Section(BaseModel):
 
 
 class RunConfig(Section):
-    """Where a run lives, its seed, and how it starts; `resume` is auto, must, never or a checkpoint's number."""
+    """Where a run lives, its seed, and how it starts; `resume` is auto, must, never or a checkpoint's number.
+
+    `allow` names what may differ from the checkpoint at a resume although it makes another run of it (`lr.peak`, `data`);
+    `max_fruitless_starts` in a row that got no further than where they began are enough (0: never).
+    """
 
     name: Annotated[str, BeforeValidator(_run_name)]
     directory: Text = "runs"
@@ -131,6 +135,8 @@ class RunConfig(Section):
     resume: Annotated[Literal["auto", "must", "never"] | int, BeforeValidator(_resume)] = "auto"
     init_from: Text | None = None
     stop_after_steps: Positive | None = None
+    allow: tuple[Text, ...] = ()
+    max_fruitless_starts: Count = 3
 
 
 class ModelConfig(Section):
@@ -243,12 +249,35 @@ class KernelsConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """When to save, in chunks and seconds (0 s: by chunk only), and how many optimizer states to keep (0: all)."""
+    """When to save, in chunks and seconds (0 s: by chunk only), and how many optimizer states to keep (0: all; else two at
+    least). `retry_seconds`: how long a save is tried again that the disk has no room for; `verify_every_seconds`: how often
+    an older checkpoint is read and checked again (0 s: never).
+    """
 
     every_chunks: Positive = 1
     every_seconds: Amount = 0.0
     asynchronous: Flag = True
     keep_optimizer_states: Count = 5
+    retry_seconds: Amount = 600.0
+    verify_every_seconds: Amount = 3600.0
+
+
+class WatchConfig(Section):
+    """When a rank counts as stuck, in seconds for each phase (`step_seconds` 0: by what steps took, at least 10 s);
+    `heartbeat_seconds`: how often each rank says where it is (0: no watch)."""
+
+    heartbeat_seconds: Amount = 1.0
+    start_seconds: PositiveAmount = 600.0
+    step_seconds: Amount = 0.0
+    save_seconds: PositiveAmount = 1800.0
+    evaluate_seconds: PositiveAmount = 600.0
+
+
+class AuditConfig(Section):
+    """How often, in steps, copies of weights are compared and the root of the whole state is written (0: never)."""
+
+    replicas_every_steps: Count = 100
+    root_every_steps: Count = 100
 
 
 class SpikesConfig(Section):
@@ -277,6 +306,8 @@ class Config(Section):
     precision: Literal["bf16", "fp32"] = "bf16"
     kernels: KernelsConfig = Field(default_factory=KernelsConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    watch: WatchConfig = Field(default_factory=WatchConfig)
+    audit: AuditConfig = Field(default_factory=AuditConfig)
     spikes: SpikesConfig = Field(default_factory=SpikesConfig)
     wandb: WandbConfig = Field(default_factory=WandbConfig)
 

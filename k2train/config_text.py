@@ -19,6 +19,8 @@ from k2train.errors import ConfigError
 MAX_FILE_BYTES = 1_000_000
 MAX_DEPTH = 8
 MAX_NUMBER_CHARACTERS = 40
+MAX_VALUES = 20_000
+"""Keys and values of one file; each unknown key costs a search for the nearest name."""
 
 Path = tuple[str | int, ...]
 
@@ -125,22 +127,27 @@ def _refused(what: str, event: Any) -> yaml.ScalarNode:
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's composer, which marks aliases and tags for refusal and bounds the depth; it constructs no values."""
+    """PyYAML's composer, which marks aliases and tags for refusal, bounds depth and number; it constructs no values."""
 
     depth = 0
+    count = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent):
             self.get_event()
-            return _refused(f"alias *{event.anchor}", event)
+            return _refused(f"alias *{str(event.anchor)[:60]}", event)
         if self.depth >= MAX_DEPTH:
             raise yaml.MarkedYAMLError(problem=f"nested more than {MAX_DEPTH} deep", problem_mark=event.start_mark)
+        self.count += 1
+        if self.count > MAX_VALUES:
+            problem = f"more than {MAX_VALUES} keys and values; is it a config?"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
         self.depth += 1
         node = super().compose_node(parent, index)
         self.depth -= 1
         if event.tag is not None:
-            return _refused(f"tag {event.tag}", event)
+            return _refused(f"tag {str(event.tag)[:60]}", event)
         return node
 
 

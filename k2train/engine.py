@@ -5,7 +5,7 @@ layout directly. It takes micro-batches of token ids (with `data.cross_documents
 every rank, because every rank decides from the same sums.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import repeat
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from k2train.config import Config
+from k2train.damage import strike_gradient, strike_output, strike_state
 from k2train.model.initialize import initialize, materialize, place_rotary
 from k2train.model.kernels import Kernels, Place, choose_kernels
 from k2train.model.transformer import Architecture, Stage, activation_shape
@@ -21,6 +22,7 @@ from k2train.optim.clip import SquareSums, Verdict, agree
 from k2train.parallel.gradients import GradientBuffer
 from k2train.parallel.grid import Axis, ProcessGrid
 from k2train.parallel.pipeline import Executor
+from k2train.parallel.traffic import waiting
 from k2train.plan.schedule import Action, Op, build_programs, insert_transfers, placement_of
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -112,6 +114,8 @@ class Engine:
     def __init__(self, config: Config, grid: ProcessGrid, fill: bool = True):
         """`fill=False` leaves all weights zero, for a checkpoint to fill."""
         self.config, self.grid = config, grid
+        self.enter: Callable[[str], None] = lambda phase: None
+        """Called on entering a phase of a step: `forward`, `reduce`, `update`."""
         self.architecture, self.kernels = architecture_of(config), kernels_of(config, grid.device)
         self.names = self.architecture.tensor_names()
         self.dtype = DTYPES[config.precision]
@@ -182,13 +186,19 @@ class Engine:
         `documents` (with `data.cross_documents: block`, else None) has the same shapes: the index of each token's document
         in its row. `flags` are summed over all ranks in the same exchange. Not finite: nothing is changed on any rank.
         """
+        self.enter("forward")
+        strike_state(self.optimizer)
         self.gradients.zero()
         loss = self._run(self.program, microbatches, documents)
+        self.enter("reduce")
+        strike_gradient(self.gradients.table)
         line = self.gradients.reduce()
         verdict = self._agree(self.square_sums(line), loss, flags)
+        self.enter("update")
         self.optimizer.step(line, lr, verdict.divisor, verdict.skip)
         # The one place where the host waits for the device: all of the step is queued.
-        agreed = verdict.read()
+        with waiting(self.grid.traffic, "the device"):
+            agreed = verdict.read()
         self.optimizer.count(agreed.finite)
         return StepResult(agreed.loss, agreed.grad_norm, agreed.norms, agreed.finite, agreed.flags)
 
@@ -214,7 +224,7 @@ class Engine:
 
         def scaled_loss(hidden: Tensor, microbatch: int) -> Tensor:
             assert last is not None, "only the last stage has a loss"
-            return last.loss(hidden, microbatches[microbatch], 1.0 / self.targets)
+            return last.loss(strike_output(hidden), microbatches[microbatch], 1.0 / self.targets)
 
         losses = self.executor.run(program, lambda m: microbatches[m], scaled_loss, self.shape, self.dtype)
         if not losses:

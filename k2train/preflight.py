@@ -12,13 +12,20 @@ from pathlib import Path
 from typing import Any
 
 from k2train.checkpoint.manifest import MANIFEST, is_thinned, list_checkpoints, read_manifest
+from k2train.checkpoint.retire import on_demand
+from k2train.checkpoint.space import CheckpointBytes, check_plan
 from k2train.config import Config, check_world, config_differences, num_microbatches
 from k2train.data.chunk import check_files, verify_chunk
 from k2train.data.manifest import Manifest, common_data, read_sources, require_borders
 from k2train.data.manifest import read_manifest as read_data_manifest
 from k2train.data.order import ChunkOrder, make_order
 from k2train.errors import CheckpointError, DataError, RunError
+from k2train.footprint import work_of
+from k2train.guard.attempts import check_progress
+from k2train.guard.requests import RequestFiles
+from k2train.identity import check_same_run, files_read, identity_of
 from k2train.optim.lr import check_schedule, rate
+from k2train.plan.cost import parameters, tensor_count
 from k2train.plan.layout import Layout
 from k2train.plan.schedule import build_programs, placement_of
 from k2train.record.ledger import read_ledger
@@ -40,6 +47,8 @@ class Start:
     candidates: tuple[Path, ...] = ()
     """Checkpoints of this run to continue from, the wanted one first; empty: a fresh start."""
     refused: tuple[str, ...] = ()
+    allowed: tuple[str, ...] = ()
+    """Differences from the checkpoint that make another run of it and were asked for by name (`run.allow`)."""
     parent: Path | None = None
     """Checkpoint of another run to take weights and moments from (fresh starts only)."""
     seam: dict[str, Any] = field(default_factory=dict)
@@ -77,14 +86,10 @@ def check_data(config: Config) -> tuple[Manifest, ChunkOrder]:
             f"batch.global_sequences ({config.batch.global_sequences}): lower it, or prepare more held-out rows"
         )
     if config.data.cross_documents == "block":
-        require_borders(manifest, _files_read(manifest, order))
-    check_files(manifest, _files_read(manifest, order))
+        require_borders(manifest, files_read(manifest, order))
+    check_files(manifest, files_read(manifest, order))
     check_schedule(config.lr.kind, config.lr.warmup_steps, order.total_steps, config.lr.decay_steps)
     return manifest, order
-
-
-def _files_read(manifest: Manifest, order: ChunkOrder) -> list[str]:
-    return [*order.names, *([manifest.held_out.name] if manifest.held_out else [])]
 
 
 def verify_data(manifest: Manifest, order: ChunkOrder, step: int) -> None:
@@ -92,66 +97,13 @@ def verify_data(manifest: Manifest, order: ChunkOrder, step: int) -> None:
 
     Raises DataError.
     """
-    names = _files_read(manifest, order)
+    names = files_read(manifest, order)
     total_bytes = sum((manifest.folder / manifest.chunk(name).file).stat().st_size for name in names)
     if total_bytes > HASH_AT_START_BYTES:
         following = [order.position(step + 1).name] if step < order.total_steps else []
         names = following + names[len(order.names) :]
     for name in names:
         verify_chunk(manifest, manifest.chunk(name))
-
-
-def identity_of(config: Config, manifest: Manifest, order: ChunkOrder) -> dict[str, Any]:
-    """What makes two starts the same run: model, batch, seed, data in order, optimizer, schedule, precision (fp8 counts).
-
-    Document borders belong to it where attention stops at them, and nowhere else.
-    """
-    tree = config.model_dump(mode="json")
-    block = config.data.cross_documents == "block"
-    return {
-        "model": tree["model"],
-        "batch": {"global_sequences": config.batch.global_sequences},
-        "run": {"seed": config.run.seed},
-        "data": {
-            "sequence_length": config.data.sequence_length,
-            "cross_documents": config.data.cross_documents,
-            **({"borders_sha256": _hash_of_borders(manifest, order)} if block else {}),
-            "tokenizer_sha256": manifest.tokenizer_sha256,
-            "held_out_sha256": manifest.held_out.sha256 if manifest.held_out else None,
-            "order": [{"name": name, "sha256": manifest.chunk(name).sha256} for name in order.names],
-        },
-        "optimizer": tree["optimizer"],
-        "lr": tree["lr"],
-        "precision": tree["precision"],
-        # Only where it is there: checkpoints from before the key had none.
-        **({"matmul": "fp8"} if config.kernels.matmul == "fp8" else {}),
-    }
-
-
-def _hash_of_borders(manifest: Manifest, order: ChunkOrder) -> str:
-    """One hash for the borders of all that is read, in the order of reading."""
-    hashes = [str(manifest.chunk(name).borders_sha256) for name in _files_read(manifest, order)]
-    return hashlib.sha256(" ".join(hashes).encode()).hexdigest()
-
-
-def identity_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """`batch.global_sequences: 32 -> 64` for each difference; of the data order only the first place."""
-    before, now = dict(before), dict(now)
-    old_order = list(before.get("data", {}).get("order", []))
-    new_order = list(now.get("data", {}).get("order", []))
-    for tree in (before, now):
-        # A checkpoint from before the key was there attended.
-        data = {"cross_documents": "attend", **tree.get("data", {})}
-        tree["data"] = {key: value for key, value in data.items() if key != "order"}
-    differences = config_differences(before, now)
-    if old_order != new_order:
-        place = next((i for i, (a, b) in enumerate(zip(old_order, new_order, strict=False)) if a != b), None)
-        if place is None:
-            differences.append(f"data order: {len(old_order)} chunks -> {len(new_order)} chunks")
-        else:
-            told = [f"{entry['name']} ({str(entry['sha256'])[:12]})" for entry in (old_order[place], new_order[place])]
-            differences.append(f"data order at place {place}: {told[0]} -> {told[1]}")
-    return differences
 
 
 def layout_of(config: Config, world_size: int) -> Layout:
@@ -171,13 +123,16 @@ def prepare_start(config: Config, world_size: int, verify: bool) -> Start:
     directory = run_directory(config)
     identity = identity_of(config, manifest, order)
     base = Start(directory, layout, manifest, order, identity)
+    RequestFiles(directory).refuse_start()
+    check_progress(_events(directory), config.run.max_fruitless_starts, directory)
     wanted, refused = _wanted_checkpoints(config, directory)
     if not wanted:
         start, step = _fresh(config, base, refused), 0
     else:
-        _check_same_run(wanted[0], identity)
-        start = replace(base, candidates=tuple(wanted), refused=tuple(refused))
+        allowed = check_same_run(wanted[0], identity, config.run.allow)
+        start = replace(base, candidates=tuple(wanted), refused=tuple(refused), allowed=tuple(allowed))
         step = int(read_manifest(wanted[0])["step"])
+    _check_room(config, layout, order, base.checkpoints, step)
     if verify:
         verify_data(manifest, order, step)
     return start
@@ -190,7 +145,7 @@ def _wanted_checkpoints(config: Config, directory: Path) -> tuple[list[Path], li
     readable, refused = [], []
     for path in reversed(found):
         try:
-            read_manifest(path)
+            _check_resumable(path, read_manifest(path))
             readable.append(path)
         except CheckpointError as error:
             refused.append(str(error))
@@ -221,24 +176,37 @@ def _wanted_checkpoints(config: Config, directory: Path) -> tuple[list[Path], li
     return usable, refused
 
 
+def _check_resumable(path: Path, manifest: Mapping[str, Any]) -> None:
+    if not isinstance(manifest.get("identity"), dict):
+        raise CheckpointError(f"{path / MANIFEST}: identity is missing, the run cannot go on from there")
+
+
+def _check_room(config: Config, layout: Layout, order: ChunkOrder, checkpoints: Path, step: int) -> None:
+    """Raise RunError when the disk cannot hold the numbered checkpoints that follow `step`."""
+    shape = work_of(config, "cpu").shape
+    consumed, every = order.consumed_chunks(step), config.checkpoint.every_chunks
+    ends = [n for n in range(consumed + 1, len(order.names) + 1) if n % every == 0 or n == len(order.names)]
+    numbered = [path for path in list_checkpoints(checkpoints) if not on_demand(path)]
+    complete = sum(not is_thinned(path) for path in numbered)
+    one = CheckpointBytes(
+        parameters(shape),
+        weight_bytes=2 if config.precision == "bf16" else 4,
+        tensors=tensor_count(shape),
+        parts=layout.tensor * layout.data,
+    )
+    remaining = len(ends) + (step == 0 and not numbered)
+    check_plan(checkpoints, one, remaining, config.checkpoint.keep_optimizer_states, complete)
+
+
+def _events(directory: Path) -> list[dict[str, Any]]:
+    ledger = directory / "ledger.jsonl"
+    return read_ledger(ledger) if ledger.exists() else []
+
+
 def _went_back_to(directory: Path, number: int) -> bool:
     """Whether the last start already took this number: started again as it was, the run goes on instead of back again."""
-    ledger = directory / "ledger.jsonl"
-    starts = [e for e in (read_ledger(ledger) if ledger.exists() else []) if e["event"] in ("started", "resumed")]
+    starts = [event for event in _events(directory) if event["event"] in ("started", "resumed")]
     return bool(starts) and starts[-1].get("requested") == number
-
-
-def _check_same_run(path: Path, identity: Mapping[str, Any]) -> None:
-    if is_thinned(path):
-        raise CheckpointError(
-            f"{path} was thinned to its weights: it can start another run (run.init_from), not continue this one"
-        )
-    differences = identity_differences(read_manifest(path).get("identity", {}), identity)
-    if differences:
-        raise CheckpointError(
-            f"{path} belongs to another run than this config describes: {'; '.join(differences)}; "
-            "change the config back, or start anew under another run.name (run.init_from takes its weights)"
-        )
 
 
 def _fresh(config: Config, base: Start, refused: list[str]) -> Start:

@@ -16,12 +16,14 @@ from k2train.checkpoint.save import SaveError
 from k2train.config import Config, to_yaml
 from k2train.engine import Engine
 from k2train.files import write_synced
+from k2train.fingerprint import short_digests
 from k2train.footprint import start_line, work_of
+from k2train.parallel.state_digest import Root
 from k2train.preflight import Start, learning_rate
 from k2train.record.console import Console
 from k2train.record.environment import environment_facts
 from k2train.record.ledger import Ledger
-from k2train.record.metrics import MetricsWriter, last_attempt
+from k2train.record.metrics import MetricsWriter, damaged_rows, last_attempt
 from k2train.record.wandb_mirror import WandbMirror
 
 Facts = dict[str, Any]
@@ -33,6 +35,8 @@ class Recorder:
     attempt = 0
     problem = ""
     """What kept a step out of the metrics; the trainer tells all ranks."""
+    config_sha256 = ""
+    """Of `config.yaml` as this start wrote it."""
     run_id = ""
     """Names the training run across restarts."""
 
@@ -47,6 +51,21 @@ class Recorder:
 
     def committed(self, path: Path, manifest: Facts, seconds: float) -> None:
         """A checkpoint is whole; may be called from the thread that saved it."""
+
+    def verified(self, path: Path) -> None:
+        """A checkpoint was read back whole; from any thread."""
+
+    def damaged(self, path: Path, problem: str) -> None:
+        """A checkpoint was found damaged; from any thread."""
+
+    def from_thread(self, text: str) -> None:
+        """A line for people, from any thread."""
+
+    def drain(self) -> None:
+        """Show what other threads had to say; from the main thread."""
+
+    def root(self, step: int, root: Root) -> None:
+        """The root of the state after a step."""
 
     def recover(self, checkpoints: Sequence[Path]) -> None:
         """Note in the ledger the checkpoints that a kill kept out of it."""
@@ -68,7 +87,10 @@ class RankZeroRecorder(Recorder):
         ends = [order.first_step(i) + order.steps_in(i) - 1 for i in range(len(order.names))]
         self.console = Console(sys.stderr, config.run.name, order.total_steps, len(order.names), ends)
         self._from_threads: deque[str] = deque()
-        write_synced(directory / "config.yaml", to_yaml(config))
+        self.roots = MetricsWriter(directory / "state_roots.jsonl")
+        text = to_yaml(config)
+        write_synced(directory / "config.yaml", text)
+        self.config_sha256 = hashlib.sha256(text.encode()).hexdigest()
         started = self.ledger.last("started")
         self.run_id = str(started["run_id"]) if started else uuid4().hex
         self.wandb = WandbMirror(
@@ -80,9 +102,12 @@ class RankZeroRecorder(Recorder):
             config.model_dump(mode="json"),
             note=self._from_threads.append,
         )
-        for repaired in (self.ledger.repaired, self.metrics.repaired):
+        for repaired in (self.ledger.repaired, self.metrics.repaired, self.roots.repaired):
             if repaired:
                 self.note(repaired)
+        for path in (self.metrics.path, self.roots.path):
+            for line in damaged_rows(path) if path.exists() else []:
+                self.note(f"damaged: {line}")
 
     def event(self, event: str, **facts: Any) -> None:
         self.ledger.append(event, **facts)
@@ -96,26 +121,42 @@ class RankZeroRecorder(Recorder):
                 "make room, then start the same command again"
             )
         self.wandb.log(row)
-        self._drain()
+        self.drain()
         self.console.step(row)
 
     def note(self, text: str) -> None:
-        self._drain()
+        self.drain()
         self.console.note(text)
 
     def committed(self, path: Path, manifest: Facts, seconds: float) -> None:
         self.metrics.sync()
+        self.roots.sync()
         self.ledger.append("checkpoint_saved", **_saved(path, manifest), seconds=round(seconds, 3))
         total_bytes, held_out = _bytes_of(manifest), manifest["held_out_loss"]
         told = "" if held_out is None else f", held-out loss {float(held_out):.4f}"
-        # The console belongs to the main thread.
-        self._from_threads.append(
+        self.from_thread(
             f"saved {path.name} at step {manifest['step']}{told} ({total_bytes / 1e6:.1f} MB in {seconds:.1f} s)"
         )
         self.wandb.event(f"saved {path.name}")
         if self.problem:
             # No step may follow that would tell the other ranks; the end of a save tells them too.
             raise SaveError(self.problem)
+
+    def verified(self, path: Path) -> None:
+        self.ledger.append("checkpoint_verified", attempt=self.attempt, checkpoint=path.name)
+
+    def damaged(self, path: Path, problem: str) -> None:
+        self.ledger.append("checkpoint_damaged", attempt=self.attempt, checkpoint=path.name, problem=problem)
+        self.from_thread(f"damaged: {problem}")
+
+    def from_thread(self, text: str) -> None:
+        # The console belongs to the main thread.
+        self._from_threads.append(text)
+
+    def root(self, step: int, root: Root) -> None:
+        self.roots.write(
+            {"step": step, "attempt": self.attempt, "root": root.root, "tensors": short_digests(root.digests)}
+        )
 
     def recover(self, checkpoints: Sequence[Path]) -> None:
         told = {event["checkpoint"] for event in self.ledger.events if event["event"] == "checkpoint_saved"}
@@ -124,12 +165,12 @@ class RankZeroRecorder(Recorder):
                 self.ledger.append("checkpoint_saved", **_saved(path, read_manifest(path)), recovered=True)
 
     def close(self) -> None:
-        self._drain()
+        self.drain()
         self.console.close()
         self.wandb.close()
-        self._drain()
+        self.drain()
 
-    def _drain(self) -> None:
+    def drain(self) -> None:
         while self._from_threads:
             self.console.note(self._from_threads.popleft())
 

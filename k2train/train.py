@@ -11,12 +11,14 @@ import sys
 import time
 from collections.abc import Sequence
 
+from k2train import faults
 from k2train.config import Config, explain, load_config
 from k2train.errors import EXIT_DONE, EXIT_FAILED, EXIT_USAGE, UserError
 from k2train.guard.lock import RunLock
 from k2train.guard.signals import StopRequest
-from k2train.parallel.environment import Launch, leave_verdict, read_launch
+from k2train.parallel.environment import Launch, leave_verdict, read_faults, read_launch
 from k2train.preflight import Start, prepare_start, run_directory
+from k2train.record.environment import job_facts
 
 OTHER_RANKS_WAIT_SECONDS = 5.0
 
@@ -68,26 +70,28 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _train(path: str, overrides: Sequence[str], launch: Launch) -> int:
     config = load_config(path, overrides)
-    lock = RunLock(run_directory(config))
+    faults.arm(read_faults(), launch.rank)
+    lock = RunLock(run_directory(config), job_facts())
     if launch.rank != 0:
         start = prepare_start(config, launch.world_size, verify=launch.local_rank == 0)
-        return _run(config, launch, start)
+        return _run(config, launch, start, None)
     lock.acquire()
     try:
+        faults.point("start.locked")
         start = prepare_start(config, launch.world_size, verify=True)
-        return _run(config, launch, start)
+        return _run(config, launch, start, lock)
     finally:
         lock.release(discard_if_empty=True)
 
 
-def _run(config: Config, launch: Launch, start: Start) -> int:
+def _run(config: Config, launch: Launch, start: Start, lock: RunLock | None) -> int:
     stop = StopRequest(announce=launch.rank == 0)
     try:
         if not launch.launched:
             stop.install()
         # Under a launcher the handlers wait until the ranks have met: one that waits for a rank that never comes
         # must die of a signal, and there is nothing to save yet.
-        return int(importlib.import_module("k2train.trainer").train(config, launch, start, stop))
+        return int(importlib.import_module("k2train.trainer").train(config, launch, start, stop, lock))
     finally:
         stop.restore()
 

@@ -6,49 +6,51 @@ at the same step. One path for every layout, a single process included.
 """
 
 import contextlib
+import os
 import resource
 import sys
 import time
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 
+from k2train import faults
 from k2train.allocator import keep_memory
-from k2train.checkpoint.load import agree_on_checkpoint, load_states
 from k2train.checkpoint.manifest import checkpoint_name, list_checkpoints, read_manifest
-from k2train.checkpoint.save import CheckpointWriter, SaveError, remove_unfinished, set_aside_later, snapshot
+from k2train.checkpoint.save import SaveError, remove_unfinished, set_aside_later
 from k2train.config import Config, config_differences
-from k2train.data.loader import Batch, Loader
 from k2train.engine import Engine, StepResult, architecture_of
-from k2train.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, CheckpointError, DataError, RunError, UserError
+from k2train.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, DataError, RunError, UserError
+from k2train.feed import Feed
 from k2train.guard.finite import SkipCounter
+from k2train.guard.lock import RunLock
 from k2train.guard.signals import StopRequest
 from k2train.guard.spikes import SpikeAlert
+from k2train.keeper import Keeper
 from k2train.parallel.environment import Launch
 from k2train.parallel.grid import ProcessGrid, choose_device, start_process_group, stop_process_group
 from k2train.plan.cost import flops_per_token, parameters, peak_flops
 from k2train.preflight import Start, learning_rate
-from k2train.record.environment import environment_facts
-from k2train.record.jsonl import plain
+from k2train.record.environment import environment_facts, job_facts
 from k2train.recorder import RankZeroRecorder, Recorder, announcement, stage_facts
+from k2train.sentry import DamageError, Sentry
 
-STOP, SAVE, FAILED = 0, 1, 2
-"""Places of the flags in the step's exchange."""
+STOP, SAVE, FAILED, SECONDS = 0, 1, 2, 3
+"""Places of the flags in the step's exchange; from `SECONDS` on one for each rank."""
 
 
-def train(config: Config, launch: Launch, start: Start, stop: StopRequest) -> int:
-    """Run the stage on this rank and return the exit code."""
+def train(config: Config, launch: Launch, start: Start, stop: StopRequest, lock: RunLock | None) -> int:
+    """Run the stage on this rank and return the exit code; `lock` is the run directory's, held by rank 0."""
     device = choose_device(launch)
     memory = keep_memory(device.type)
     start_process_group(launch, device)
     grid = ProcessGrid(start.layout, launch.rank, device)
     if launch.launched:
         stop.install()
-    trainer = Trainer(config, grid, start, stop, verify=launch.local_rank == 0, memory=memory)
+    trainer = Trainer(config, grid, start, stop, verify=launch.local_rank == 0, memory=memory, lock=lock)
+    problem = ""
     try:
         trainer.begin()
         if trainer.finished is not None:
@@ -58,12 +60,28 @@ def train(config: Config, launch: Launch, start: Start, stop: StopRequest) -> in
         else:
             code = trainer.run()
             trainer.engine.optimizer.finish()
+        trainer.sentry.phase("done", trainer.step)
+        faults.point("end")
     except SaveError as error:
         code = trainer.end_unsaved(error)
+    except DamageError as error:
+        code = trainer.end_damaged(error)
+    except Exception as error:
+        if trainer.is_lost(error):
+            trainer.end_lost(error)
+        problem = str(error) or type(error).__name__
+        raise
     finally:
         trainer.close()
+        if problem:
+            trainer.sentry.close(problem)
     stop_process_group()
+    trainer.sentry.close()
     return code
+
+
+CONNECTION = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe")
+"""What the errors of a collective say whose other end is gone."""
 
 
 class Trainer:
@@ -77,13 +95,13 @@ class Trainer:
         stop: StopRequest,
         verify: bool,
         memory: str = "malloc as it is",
+        lock: RunLock | None = None,
     ):
         """`memory` says how the process keeps its host memory, for the first lines and the record."""
         self.config, self.grid, self.start, self.stop = config, grid, start, stop
         self.order = start.order
         self.memory = memory
         self.step, self.first_step = 0, 0
-        self.saved_at = time.monotonic()
         self.last_loss: float | None = None
         self.parent: dict[str, Any] | None = None
         self.skips, self.spikes = SkipCounter(), SpikeAlert()
@@ -91,18 +109,11 @@ class Trainer:
         self.finished: Path | None = None
         """The last checkpoint of the stage, found whole: there is nothing left to do."""
         self.attempt = 0
-        self.loader = Loader(
-            start.manifest,
-            start.order,
-            grid.dp.rank,
-            grid.dp.size,
-            config.batch.micro_sequences,
-            config.model.vocab_size,
-            verify=verify,
-            documents=config.data.cross_documents == "block",
-        )
-        c = config.checkpoint
-        self.writer = CheckpointWriter(start.checkpoints, grid, c.keep_optimizer_states, c.asynchronous)
+        self.earlier_end = ""
+        """How the start before this one ended, where it could not say so itself."""
+        self.keeper = Keeper(config, grid, start, lock, lambda: self.recorder)
+        self.sentry = Sentry(config, grid, start.directory, job_facts())
+        self.feed = Feed(config, grid, start, verify, before_leaving=self.keeper.writer.wait)
         shape = architecture_of(config)
         self.parameters = parameters(shape)
         self.flops = flops_per_token(shape, config.data.sequence_length)
@@ -112,23 +123,26 @@ class Trainer:
 
     def begin(self) -> None:
         """Choose the checkpoint together, open the record, build the engine, load or draw its state."""
-        chosen, refused = agree_on_checkpoint(self.start.candidates, self.grid)
-        refused = [*self.start.refused, *refused]
-        if self.start.candidates and chosen is None:
-            raise CheckpointError(f"no checkpoint in {self.start.checkpoints} is whole: {'; '.join(refused)}")
-        if self.start.parent is not None:
-            parent, problems = agree_on_checkpoint([self.start.parent], self.grid)
-            if parent is None:
-                raise CheckpointError(f"run.init_from: {problems[0]}")
+        if self.start.candidates:
+            self.earlier_end = self.sentry.begin()
+        chosen, refused = self.keeper.choose()
         if chosen is not None and int(read_manifest(chosen)["step"]) >= self.order.total_steps:
             self.finished = chosen
             return
         self._open_record()
+        self.earlier_end = self.sentry.begin() or self.earlier_end
+        if self.earlier_end:
+            self.recorder.event("failed", attempt=self.attempt - 1, problem=self.earlier_end)
         source = chosen or self.start.parent
         self.engine = Engine(self.config, self.grid, fill=source is None)
+        self.sentry.attach(self.engine, self.attempt)
         for line in announcement(self.config, self.start, self.engine, self.parameters):
             self.recorder.note(line)
         self.recorder.note(self.memory)
+        if self.start.candidates or refused:
+            searched = len(self.start.candidates) + len(self.start.refused)
+            taken = "none" if chosen is None else chosen.name
+            self.recorder.note(f"searched {self.start.checkpoints}: {searched} checkpoints, taken {taken}")
         for problem in refused:
             self.recorder.note(f"refused: {problem}")
         if chosen is not None:
@@ -138,7 +152,7 @@ class Trainer:
 
     def run(self) -> int:
         """Train to the end of the stage, or to a request to stop; returns the exit code."""
-        self.saved_at = time.monotonic()
+        self.keeper.saved_at = time.monotonic()
         while self.step < self.order.total_steps:
             self.step += 1
             position = self.order.position(self.step)
@@ -156,14 +170,14 @@ class Trainer:
             if decision != "apply":
                 self._tell_skipped(result, decision)
             if decision == "stop":
-                self.writer.wait()
+                self.keeper.writer.wait()
                 self.recorder.event("stopped", attempt=self.attempt, reason="non-finite", step=self.step)
                 self.recorder.note(
                     f"{self.skips.limit} steps in a row were not finite; stopped, nothing was applied since"
                 )
                 return EXIT_FAILED
             if result.flags[FAILED] > 0:
-                self.writer.wait()
+                self.keeper.writer.wait()
                 raise SaveError(
                     self.recorder.problem or "rank 0 could not write the record of the run; see its message"
                 )
@@ -173,13 +187,17 @@ class Trainer:
             elif reason is not None or result.flags[SAVE] > 0:
                 self._save(checkpoint_name(self.order.consumed_chunks(self.step), self.step), held_out=None)
             if reason is not None and self.step < self.order.total_steps:
-                self.writer.wait()
+                self.sentry.phase("save", self.step)
+                self.keeper.writer.wait()
+                self.sentry.stopped()
                 self.recorder.event("stopped", attempt=self.attempt, reason=reason, step=self.step)
                 self.recorder.note(
                     f"stopped on request ({reason}) at step {self.step}; start the same command to go on"
                 )
                 return EXIT_STOPPED
-        self.writer.wait()
+        self.sentry.phase("save", self.step)
+        self.keeper.writer.wait()
+        self.sentry.stopped()
         self.recorder.event("finished", attempt=self.attempt, step=self.step)
         return EXIT_DONE
 
@@ -192,21 +210,47 @@ class Trainer:
         self.recorder.note(str(error))
         return EXIT_FAILED
 
+    def end_damaged(self, error: DamageError) -> int:
+        """Every rank knows that copies which must be equal are not."""
+        self.keeper.writer.wait()
+        self.recorder.event("stopped", attempt=self.attempt, reason="damaged", step=self.step, problem=str(error))
+        self.recorder.note(
+            f"stopped at step {self.step}: {error}; the last checkpoint is from before, start again from it"
+        )
+        return EXIT_FAILED
+
+    def is_lost(self, error: Exception) -> bool:
+        """Whether a collective failed because another rank is gone."""
+        if self.grid.layout.world_size == 1 or isinstance(error, UserError):
+            return False
+        return bool(self.grid.traffic.broken) or any(word in str(error).lower() for word in CONNECTION)
+
+    def end_lost(self, error: Exception) -> NoReturn:
+        """Another rank is gone: one rank says which, and all leave at once; there is nobody to leave together with."""
+        line = self.sentry.lost(error)
+        if line:
+            sys.stderr.write(f"k2train: {line}\n")
+        with contextlib.suppress(Exception):
+            self.recorder.event("failed", attempt=self.attempt, step=self.step, problem=line or str(error))
+        sys.stderr.flush()
+        os._exit(EXIT_FAILED)
+
     def close(self) -> None:
-        """Stop the loader's threads and the record. A save under way ends with the process."""
-        self.loader.close()
+        """Stop the loader's threads and the record. A save under way ends with the process; the watch goes on."""
+        self.feed.close()
+        self.keeper.writer.close()
         self.recorder.close()
 
     def _one_step(self) -> StepResult:
         began = time.monotonic()
-        batch = self._read()
+        flags = self._flags(began)
+        faults.at_step(self.step)
+        faults.point("step.read")
+        batch = self.feed.step(self.step, self.step == self.first_step, self.engine.needs_batch)
         lr = learning_rate(self.config, self.step, self.order.total_steps)
-        flags = [0.0, 0.0, float(self.writer.failed or bool(self.recorder.problem))]
-        flags[STOP] = float(self.stop.requested is not None)
-        every = self.config.checkpoint.every_seconds
-        flags[SAVE] = float(every > 0 and self.grid.rank == 0 and began - self.saved_at >= every)
         result = self.engine.train_step(batch.tokens, lr, flags, batch.documents)
         seconds = time.monotonic() - began
+        slow = self.sentry.end_step(seconds, result.flags[SECONDS:])
         if result.applied:
             self.last_loss = result.loss
         rows = self.order.rows_of(self.step)
@@ -225,7 +269,14 @@ class Trainer:
             "seconds": seconds,
             "peak_memory_bytes": self._peak_memory_bytes(),
         }
+        if (root := self.sentry.root()) is not None:
+            row["state_root"] = root.root
+            self.recorder.root(self.step, root)
         self.recorder.step(row)
+        if slow is not None:
+            self.recorder.event("straggler", attempt=self.attempt, step=self.step, told=slow)
+            self.recorder.note(slow)
+        faults.point("step.done")
         if result.applied:
             for event in self.spikes.observe(self.step, result.loss, result.grad_norm):
                 self.recorder.event("spike", attempt=self.attempt, policy=self.config.spikes.policy, **event)
@@ -234,30 +285,16 @@ class Trainer:
                 )
         return result
 
-    def _read(self) -> Batch:
-        """This rank's micro-batches of the step."""
-        opens = self.step == self.first_step or self.order.position(self.step).step_in_chunk == 0
-        return self._agreed(partial(self.loader.step, self.step), opens)
-
-    def _agreed(self, read: Callable[[], Batch], opens: bool) -> Batch:
-        """What `read` gives, on the device; where it opens a chunk, a damaged one stops all ranks alike."""
-        problem, batch = "", Batch([])
-        try:
-            # Also where the batch is not looked at: this rank may be the one that verifies for its machine.
-            if opens or self.engine.needs_batch:
-                batch = read()
-        except DataError as error:
-            if not opens:
-                raise
-            problem = str(error)
-        if opens:
-            problems: list[str] = [""] * self.grid.layout.world_size
-            dist.all_gather_object(problems, problem, group=self.grid.host)
-            if any(problems):
-                # All ranks leave here together, so the checkpoint of the chunk before can still be finished.
-                self.writer.wait()
-                raise DataError(next(text for text in problems if text))
-        return batch.to(self.grid.device)
+    def _flags(self, now: float) -> list[float]:
+        """What this rank puts into the exchange of a step that begins at `now`, summed over ranks."""
+        flags = [0.0, 0.0, float(self.keeper.writer.failed or bool(self.recorder.problem))]
+        every, asked = self.config.checkpoint.every_seconds, self.sentry.request()
+        if asked == "STOP":
+            self.stop.requested = self.stop.requested or "STOP file"
+        flags[STOP] = float(self.stop.requested is not None)
+        due = every > 0 and self.grid.rank == 0 and now - self.keeper.saved_at >= every
+        flags[SAVE] = float(due or asked == "SAVE")
+        return [*flags, *self.sentry.begin_step(self.step, self.keeper.writer.active)]
 
     def _reason_to_stop(self, result: StepResult) -> str | None:
         if result.flags[STOP] > 0:
@@ -296,31 +333,21 @@ class Trainer:
             except DataError:
                 # The chunk just trained must not be lost, and trained again at every start, for the sake of its score.
                 self._save(checkpoint_name(consumed), held_out=None)
-                self.writer.wait()
+                self.keeper.writer.wait()
                 raise
             self._save(checkpoint_name(consumed), held_out)
 
     def _held_out_loss(self) -> float | None:
-        """Mean loss over the held-out chunk (nats a target); None when the data has none."""
-        batches = self.loader.num_held_out_batches()
-        if self.config.data.held_out_batches is not None:
-            batches = min(batches, self.config.data.held_out_batches)
-        if batches == 0:
-            return None
-        losses = []
-        for index in range(batches):
-            batch = self._agreed(partial(self.loader.held_out, index), opens=index == 0)
-            losses.append(self.engine.evaluate(batch.tokens, batch.documents))
-        return sum(losses) / batches
+        self.sentry.phase("evaluate", self.step)
+        faults.point("evaluate")
+        return self.feed.held_out_loss(self.engine)
 
     def _save(self, name: str, held_out: float | None) -> None:
-        optimizer = self.engine.optimizer
         began = time.monotonic()
-        frozen = snapshot(self.engine.gradients.table, optimizer.lines, self.engine.dtype)
+        self.sentry.phase("save", self.step)
         facts = {
             "step": self.step,
             "attempt": self.attempt,
-            "adam_steps": optimizer.adam_steps,
             "loss": self.last_loss,
             "held_out_loss": held_out,
             "guard": {"finite": self.skips.state(), "spikes": self.spikes.state()},
@@ -329,11 +356,10 @@ class Trainer:
         }
 
         def committed(path: Path, manifest: dict[str, Any]) -> None:
+            self.sentry.saved()
             self.recorder.committed(path, manifest, time.monotonic() - began)
 
-        # A loss that is not finite has no JSON form of its own.
-        self.writer.save(name, frozen, dict(plain(facts)), committed)
-        self.saved_at = time.monotonic()
+        self.keeper.save(self.engine, name, facts, committed)
 
     def _open_record(self) -> None:
         """Rank 0 opens ledger and metrics; what goes wrong there is every rank's error, so that none waits."""
@@ -348,18 +374,18 @@ class Trainer:
                 problem = str(error)
             except OSError as error:
                 problem = f"{error.filename or self.start.directory} cannot be written: {error.strerror}"
-        told: list[Any] = [self.recorder.attempt, problem]
+        told: list[Any] = [self.recorder.attempt, problem, self.keeper.token]
         dist.broadcast_object_list(told, src=0, group=self.grid.host)
         if told[1]:
             raise RunError(told[1])
-        self.attempt = told[0]
+        self.attempt, _, self.keeper.token = told
+        if self.keeper.lock is not None and self.keeper.lock.told:
+            self.recorder.note(self.keeper.lock.told)
         for name in leftovers:
             self.recorder.note(f"removed {name}, which was never finished")
 
     def _resume(self, path: Path, refused: list[str]) -> None:
-        facts = read_manifest(path)
-        load_states(path, self.engine.gradients.table, self.engine.optimizer.lines, self.grid, self.engine.dtype)
-        self._adopt(facts["adam_steps"])
+        facts, _ = self.keeper.load(self.engine, path)
         self.step = int(facts["step"])
         self.first_step = self.step + 1
         self.last_loss, self.parent = facts.get("loss"), facts.get("parent")
@@ -381,8 +407,13 @@ class Trainer:
             kernels=str(self.engine.kernels),
             memory=self.memory,
             config_changes=changes,
+            allowed=list(self.start.allowed),
+            config_sha256=self.recorder.config_sha256,
+            **self.keeper.lease_facts(),
         )
         self.recorder.note(f"resumed from {path} at step {self.step} (attempt {self.attempt})")
+        for text in self.start.allowed:
+            self.recorder.note(f"allowed by run.allow, although it makes another run: {text}")
         if changes:
             self.recorder.note(f"changed since that checkpoint: {'; '.join(changes)}")
 
@@ -402,13 +433,11 @@ class Trainer:
             memory=self.memory,
             data_manifest_sha256=self.start.manifest.sha256,
             environment=environment_facts(),
+            config_sha256=self.recorder.config_sha256,
+            **self.keeper.lease_facts(),
         )
         if parent is not None:
-            facts = read_manifest(parent)
-            kept = load_states(
-                parent, self.engine.gradients.table, self.engine.optimizer.lines, self.grid, self.engine.dtype
-            )
-            self._adopt(facts["adam_steps"] if kept else 0)
+            facts, kept = self.keeper.load(self.engine, parent)
             self.parent = {**self.start.seam, "moments_kept": kept}
             self.recorder.event("seam", attempt=self.attempt, **self.parent)
             told = (
@@ -418,10 +447,6 @@ class Trainer:
             )
             self.recorder.note(f"{told} from {parent}, step {facts['step']}")
         self._save(checkpoint_name(0), self._held_out_loss())
-
-    def _adopt(self, adam_steps: int) -> None:
-        self.engine.optimizer.adam_steps = int(adam_steps)
-        self.engine.optimizer.publish()
 
     def _peak_memory_bytes(self) -> int:
         """Of this rank: device memory on an accelerator, else the process's largest resident size."""

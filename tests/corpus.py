@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from k2train import faults
 from k2train.checkpoint.save import SaveError
 from k2train.config import Config
 from k2train.data.chunk import write_chunk, write_manifest
@@ -21,6 +22,7 @@ from k2train.errors import UserError
 from k2train.guard.signals import StopRequest
 from k2train.parallel.environment import Launch
 from k2train.preflight import prepare_start
+from k2train.sentry import DamageError
 from k2train.trainer import Trainer
 from small import TINY, grid_of
 
@@ -171,6 +173,7 @@ def trainer_job(launch: Launch, tree: dict[str, Any], change: Callable[[Trainer]
 
     Returns the exit code, the one line of a user's mistake, or the name of the checkpoint that finished the stage.
     """
+    faults.arm("", launch.rank)
     try:
         config = Config.model_validate(tree)
         begun = prepare_start(config, launch.world_size, verify=launch.rank == 0)
@@ -183,7 +186,10 @@ def trainer_job(launch: Launch, tree: dict[str, Any], change: Callable[[Trainer]
             return trainer.run()
         except SaveError as error:
             return trainer.end_unsaved(error)
+        except DamageError as error:
+            return trainer.end_damaged(error)
         finally:
             trainer.close()
+            trainer.sentry.close()
     except UserError as error:
         return f"{type(error).__name__}: {error}"

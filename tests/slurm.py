@@ -15,7 +15,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -38,11 +38,18 @@ def find(name: str) -> str | None:
 
 
 class Cluster:
-    """Nodes of `processors` and `memory_mb` each, in one partition `main`; `settings` are further lines of slurm.conf."""
+    """Nodes of `processors` and `memory_mb` each, in one partition `main`; `settings` are lines of slurm.conf, further ones
+    or in place of those below. A requeued job waits `requeue_seconds`, which is also how long a credential holds."""
 
     def __init__(
-        self, nodes: Sequence[str] = ("n1", "n2"), processors: int = 2, memory_mb: int = 4000, settings: str = ""
+        self,
+        nodes: Sequence[str] = ("n1", "n2"),
+        processors: int = 2,
+        memory_mb: int = 4000,
+        settings: str = "",
+        requeue_seconds: int = 120,
     ) -> None:
+        self.requeue_seconds = requeue_seconds
         self.nodes, self.processors, self.memory_mb, self.settings = tuple(nodes), processors, memory_mb, settings
         # munge's socket has to have a short name.
         self.folder = Path(tempfile.mkdtemp(prefix="slurm-"))
@@ -81,10 +88,18 @@ class Cluster:
                 os.kill(child, signal.SIGKILL)
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def run(self, *command: str, check: bool = True, timeout: float = 60) -> str:
-        """What a command says on stdout, run against this cluster."""
+    def run(
+        self,
+        *command: str,
+        check: bool = True,
+        timeout: float = 60,
+        at: Path | None = None,
+        variables: Mapping[str, str] | None = None,
+    ) -> str:
+        """What a command says on stdout, run against this cluster, in the folder `at` and with further variables."""
+        environment = {**self.environment, **(variables or {})}
         done = subprocess.run(
-            command, env=self.environment, capture_output=True, text=True, timeout=timeout, check=False
+            command, env=environment, cwd=at, capture_output=True, text=True, timeout=timeout, check=False
         )
         assert not check or done.returncode == 0, f"{command}: {done.stderr}"
         return done.stdout
@@ -94,8 +109,29 @@ class Cluster:
         return {
             int(entry.name)
             for entry in Path("/proc").iterdir()
-            if entry.name.isdigit() and b"slurmstepd" in _read(entry / "cmdline") and self._is_ours(entry)
+            if entry.name.isdigit() and b"slurmstepd" in content(entry / "cmdline") and self._is_ours(entry)
         }
+
+    def lose(self, node: str) -> None:
+        """What a power cut does: the node's slurmd, its job steps and all their processes are gone at once."""
+        label = f"slurmd-{node}"
+        tasks = {
+            int(entry.name)
+            for entry in Path("/proc").iterdir()
+            if entry.name.isdigit()
+            and f"SLURMD_NODENAME={node}\0".encode() in content(entry / "environ")
+            and self._is_ours(entry)
+        }
+        stepds = {stepd for stepd in self.steps() if tasks & descendants([stepd])}
+        self.daemons[label].kill()
+        self.daemons.pop(label).wait()
+        for pid in stepds | tasks:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def bring_back(self, node: str) -> None:
+        """Start a lost node's slurmd again."""
+        self._start("slurmd", "-D", "-N", node)
 
     def logs(self) -> str:
         """The end of every daemon's log, for a message."""
@@ -104,7 +140,7 @@ class Cluster:
         )
 
     def _is_ours(self, entry: Path) -> bool:
-        return str(self.folder).encode() in _read(entry / "environ") + _read(entry / "cmdline")
+        return str(self.folder).encode() in content(entry / "environ") + content(entry / "cmdline")
 
     def _configure(self) -> None:
         host = socket.gethostname().split(".")[0]
@@ -117,13 +153,12 @@ class Cluster:
             for node, port in zip(self.nodes, ports, strict=True)
         )
         at = self.folder
-        (at / "slurm.conf").write_text(
-            f"""ClusterName=test
+        usual = f"""ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={control}
 SlurmUser=root
 AuthType=auth/munge
-AuthInfo=socket={at}/munge.socket
+AuthInfo=socket={at}/munge.socket,cred_expire={self.requeue_seconds}
 CredType=cred/munge
 StateSaveLocation={at}/state
 SlurmctldPidFile={at}/slurmctld.pid
@@ -144,11 +179,11 @@ ReturnToService=2
 KillWait=2
 MinJobAge=300
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1,sched_min_interval=0
-{self.settings}
-{nodes}
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
-        )
+        given = {line.partition("=")[0] for line in self.settings.splitlines()}
+        kept = [line for line in usual.splitlines() if line.partition("=")[0] not in given]
+        partition = "PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP"
+        (at / "slurm.conf").write_text("\n".join([*kept, self.settings, nodes, partition, ""]))
         (at / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
 
     def _start(self, name: str, *arguments: str) -> None:
@@ -202,7 +237,7 @@ def descendants(roots: Sequence[int]) -> set[int]:
     """Processes under these, without them."""
     parents = {}
     for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and (stat := _read(entry / "stat")):
+        if entry.name.isdigit() and (stat := content(entry / "stat")):
             parents[int(entry.name)] = int(stat.rpartition(b")")[2].split()[1])
     found: set[int] = set()
     while new := {pid for pid, parent in parents.items() if parent in found | set(roots) and pid not in found}:
@@ -210,7 +245,8 @@ def descendants(roots: Sequence[int]) -> set[int]:
     return found
 
 
-def _read(path: Path) -> bytes:
+def content(path: Path) -> bytes:
+    """The bytes of a file of /proc, none when it is gone."""
     try:
         return path.read_bytes()
     except OSError:

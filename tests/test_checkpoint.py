@@ -18,11 +18,13 @@ import pytest
 
 from corpus import ROOT, config_tree, environment, make_corpus, manifest_of, trainer_job, tree_of
 from gloo import GlooPool
+from k2train import faults
 from k2train.checkpoint.load import agree_on_checkpoint, load_states
 from k2train.checkpoint.manifest import (
     MANIFEST,
     THINNED,
     list_checkpoints,
+    mark_thinned,
     read_manifest,
     seal,
     verify_checkpoint,
@@ -182,7 +184,7 @@ def test_thinned_loads_weights_only(pool: GlooPool, saved: dict[Any, Saved], tmp
     """Without its optimizer files a checkpoint still gives its weights; the moments start at zero, and it is said."""
     source = saved[(2, 1, 2, 1)]
     shutil.copytree(source.path, tmp_path / "ckpt_001")
-    (tmp_path / "ckpt_001" / THINNED).write_text("{}\n")
+    mark_thinned(tmp_path / "ckpt_001", manifest_of(source.path))
     shutil.rmtree(tmp_path / "ckpt_001" / "optimizer")
     verify_checkpoint(tmp_path / "ckpt_001")
     config = config_on(1, 2, 1)
@@ -327,34 +329,20 @@ def refusing_disk_job(launch: Launch, config: Any, directory: str, where: str, a
     facts = {**FACTS, "step": 2, "adam_steps": 0}
     writer.save("ckpt_001", state, facts, lambda path, manifest: None)
     writer.wait()
-    import k2train.checkpoint.save as module
-
-    def full(*_: Any, **__: Any) -> Any:
-        raise OSError(28, "No space left on device")
-
-    kept = module.sha256_file, module.write_synced, module.dcp.HuggingFaceStorageWriter
+    on = launch.world_size - 1 if where != "save.synced" else 0
+    faults.arm(f"{where}@rank={on}:error=ENOSPC", launch.rank)
     try:
-        if where == "hash" and launch.rank == launch.world_size - 1:
-            module.sha256_file = full
-        if where == "manifest":
-            module.write_synced = full
-        if where == "shard" and launch.rank == launch.world_size - 1:
-
-            class Full(module.dcp.HuggingFaceStorageWriter):  # type: ignore[misc,name-defined]
-                write_data = full
-
-            module.dcp.HuggingFaceStorageWriter = Full
         writer.save("ckpt_002", state, facts, lambda path, manifest: None)
         writer.wait()
     except SaveError as error:
         return str(error)
     finally:
-        module.sha256_file, module.write_synced, module.dcp.HuggingFaceStorageWriter = kept
+        faults.arm("", launch.rank)
     return "saved"
 
 
 @pytest.mark.parametrize("asynchronous", (False, True), ids=("waiting", "asynchronous"))
-@pytest.mark.parametrize("where", ("shard", "hash", "manifest"))
+@pytest.mark.parametrize("where", ("save.begin", "save.model", "save.optimizer", "save.hashed", "save.synced"))
 def test_a_full_disk_is_one_error_on_every_rank(pool: GlooPool, tmp_path: Path, where: str, asynchronous: bool) -> None:
     """No rank waits for one that failed, the message is one line, and the checkpoint before stays whole."""
     answers = pool.run(2, refusing_disk_job, config_on(1, 1, 1), str(tmp_path), where, asynchronous, timeout_seconds=40)
@@ -363,6 +351,7 @@ def test_a_full_disk_is_one_error_on_every_rank(pool: GlooPool, tmp_path: Path, 
     assert len(answers[0].splitlines()) == 1
     assert [path.name for path in list_checkpoints(tmp_path)] == ["ckpt_001"]
     verify_checkpoint(tmp_path / "ckpt_001")
+    assert not list(tmp_path.glob("*.tmp")), "what was begun is left behind"
 
 
 SAVING_LOOP = """

@@ -32,9 +32,10 @@ from k2train.data.borders import documents_of, write_borders
 from k2train.data.manifest import write_manifest
 from k2train.engine import Engine
 from k2train.errors import CheckpointError, DataError
+from k2train.identity import identity_differences, identity_of
 from k2train.model.kernels import ATTENTION, document_mask
 from k2train.parallel.environment import Launch
-from k2train.preflight import check_data, identity_differences, identity_of, prepare_start
+from k2train.preflight import check_data, prepare_start
 from small import assemble, global_batch, grid_of, local_gradients, shapes_of, tiny_config
 
 TOLERANCE = 1e-5

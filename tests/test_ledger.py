@@ -14,8 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from k2train import faults
 from k2train.errors import RunError
+from k2train.record.checks import TAIL, sealed
 from k2train.record.environment import environment_facts
+from k2train.record.jsonl import encode_line
 from k2train.record.ledger import Ledger, read_ledger
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -67,12 +70,88 @@ def test_own_keys_cannot_be_overwritten(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("opener", [Ledger, read_ledger])
-def test_a_changed_line_is_named(tmp_path: Path, opener: type) -> None:
+@pytest.mark.parametrize("step", [1, 3])
+def test_a_changed_line_is_named(tmp_path: Path, opener: type, step: int) -> None:
     path = tmp_path / "ledger.jsonl"
     _ledger(path, 4)
-    path.write_text(path.read_text().replace('"step": 1', '"step": 9'))
+    path.write_text(path.read_text().replace(f'"step": {step}', '"step": 9'))
+    with pytest.raises(RunError, match=f"line {step + 1} does not have the hash that it carries"):
+        opener(path)
+
+
+@pytest.mark.parametrize("opener", [Ledger, read_ledger])
+def test_a_changed_line_with_a_new_check_breaks_the_chain(tmp_path: Path, opener: type) -> None:
+    path = tmp_path / "ledger.jsonl"
+    _ledger(path, 4)
+    lines = [line[: -len(TAIL)] + b"}\n" for line in path.read_bytes().splitlines()]
+    path.write_bytes(b"".join(map(sealed, lines)))
+    opener(path)
+    lines[1] = lines[1].replace(b'"step": 1', b'"step": 9')
+    path.write_bytes(b"".join(map(sealed, lines)))
     with pytest.raises(RunError, match=r"line 3 does not continue line 2.*line 2 was changed"):
         opener(path)
+
+
+def _without_checks(path: Path) -> None:
+    """The ledger as it was written before lines carried a check."""
+    old, previous = b"", ""
+    for line in path.read_bytes().splitlines():
+        entry = {key: value for key, value in json.loads(line).items() if key != "check"} | {"previous": previous}
+        old += encode_line(entry)
+        previous = hashlib.sha256(encode_line(entry)[:-1]).hexdigest()
+    path.write_bytes(old)
+
+
+def test_a_ledger_from_before_there_were_checks_is_read_and_continued(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    _ledger(path, 3)
+    _without_checks(path)
+    assert b"check" not in path.read_bytes().replace(b"checkpoint", b"") and len(read_ledger(path)) == 3
+    Ledger(path).append("resumed", step=2)
+    assert [event["event"] for event in Ledger(path).events] == ["checkpoint_saved"] * 3 + ["resumed"]
+    Ledger(path).append("stopped", step=2)
+    lines = path.read_bytes().splitlines(keepends=True)
+    without = lines[-1][: -len(TAIL) - 1] + b"}\n"
+    path.write_bytes(b"".join([*lines[:-1], without]))
+    with pytest.raises(RunError, match="line 5 carries no check, lines before it do"):
+        read_ledger(path)
+
+
+@pytest.mark.parametrize("events", [1, 3])
+def test_every_single_bit_of_a_ledger_counts(tmp_path: Path, events: int) -> None:
+    """All bits of all lines, the newlines and the last line included; the line that is named is the one changed."""
+    path = tmp_path / "ledger.jsonl"
+    _ledger(path, events)
+    whole = path.read_bytes()
+    for place in range(0, 8 * len(whole), 1 if events == 1 else 3):
+        damaged = bytearray(whole)
+        damaged[place // 8] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        number = whole.count(b"\n", 0, place // 8) + 1
+        with pytest.raises(RunError, match=f"ledger.jsonl: line {number} "):
+            read_ledger(path)
+
+
+def test_nesting_without_end_and_what_is_not_json_are_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    for line in (b"[" * 200_000, b'{"a":' * 200_000, b'{"a": NaN}', b'{"a": 1' + b"0" * 5000 + b"}", b"\xff\xfe{}"):
+        path.write_bytes(line + b"\n")
+        with pytest.raises(RunError, match="line 1 is not JSON") as error:
+            read_ledger(path)
+        assert "\n" not in str(error.value) and len(str(error.value)) < 300
+
+
+def test_the_fault_point_strikes_before_anything_is_written(tmp_path: Path) -> None:
+    ledger = _ledger(tmp_path / "ledger.jsonl", 1)
+    before = ledger.path.read_bytes()
+    faults.arm("ledger.append:error=ENOSPC", 0)
+    try:
+        with pytest.raises(OSError, match="No space left"):
+            ledger.append("stopped")
+    finally:
+        faults.arm("", 0)
+    assert ledger.path.read_bytes() == before
+    assert ledger.append("stopped")["seq"] == 1
 
 
 def test_a_removed_line_and_a_damaged_line_are_named(tmp_path: Path) -> None:
@@ -92,7 +171,7 @@ def test_a_removed_line_and_a_damaged_line_are_named(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="line 2 holds list"):
         Ledger(path)
     path.write_bytes(lines[0] + b'{"event": "x"}\n')
-    with pytest.raises(RunError, match="line 2 has no seq"):
+    with pytest.raises(RunError, match="line 2 carries no check"):
         Ledger(path)
 
 

@@ -106,7 +106,8 @@ def test_two_locks_in_one_process_exclude_each_other(tmp_path: Path) -> None:
 def test_the_holder_is_described(tmp_path: Path) -> None:
     with RunLock(tmp_path):
         holder = json.loads((tmp_path / "run.lock").read_text())
-        assert set(holder) == {"pid", "host", "boot_id", "start_time"} and holder["pid"] == os.getpid()
+        assert set(holder) == {"pid", "host", "boot_id", "pid_space", "began_ticks", "start_time", "token"}
+        assert holder["token"] == 1 and holder["pid"] == os.getpid()
     assert (tmp_path / "run.lock").read_text() == "", "nobody is named once it is free"
 
 
@@ -144,19 +145,17 @@ def test_a_directory_that_cannot_be_made_is_one_line_and_leaves_nothing(tmp_path
 
 
 def test_a_lock_file_that_lost_its_name_is_not_taken_for_the_lock(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
-    flock = fcntl.flock
     removed: list[Path] = []
 
     def late(descriptor: int, operation: int) -> None:
         if not removed:
             removed.append(tmp_path / "run.lock")
             removed[0].unlink()
-        flock(descriptor, operation)
+        fcntl.flock(descriptor, operation)
 
-    monkeypatch.setattr(fcntl, "flock", late)
-    with RunLock(tmp_path), pytest.raises(RunError, match="held by a live run"):
+    with RunLock(tmp_path, flock=late), pytest.raises(RunError, match="held by a live run"):
         RunLock(tmp_path).acquire()
     assert removed
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from k2train.errors import RunError
 from k2train.record.jsonl import encode_line, plain
-from k2train.record.metrics import MetricsWriter, last_attempt, latest, read_metrics
+from k2train.record.metrics import MetricsWriter, damaged_rows, last_attempt, latest, read_metrics
 
 
 def test_non_finite_values_are_json_in_the_file_and_floats_when_read(tmp_path: Path) -> None:
@@ -21,6 +21,7 @@ def test_non_finite_values_are_json_in_the_file_and_floats_when_read(tmp_path: P
     assert not path.exists()
     writer.write({"step": 1, "loss": math.nan, "grad_norm": math.inf, "lr": -math.inf})
     raw = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert len(raw.pop("check")) == 16
     assert raw == {"step": 1, "loss": "nan", "grad_norm": "inf", "lr": "-inf"}
     (row,) = read_metrics(path)
     assert math.isnan(row["loss"]) and row["grad_norm"] == math.inf and row["lr"] == -math.inf
@@ -63,6 +64,44 @@ def test_a_damaged_line_is_named(tmp_path: Path) -> None:
         read_metrics(path)
     with pytest.raises(RunError, match="does not exist"):
         read_metrics(tmp_path / "none.jsonl")
+
+
+def test_every_changed_bit_is_named_and_ends_no_run(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    writer = MetricsWriter(path)
+    for step in range(1, 6):
+        writer.write({"step": step, "attempt": 1, "loss": 9.0 / step})
+    whole = path.read_bytes()
+    for place in range(8 * len(whole)):
+        damaged = bytearray(whole)
+        damaged[place // 8] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        number = whole.count(b"\n", 0, place // 8) + 1
+        with pytest.raises(RunError, match=f"metrics.jsonl: line {number} "):
+            read_metrics(path)
+        assert f"{path}: line {number} " in damaged_rows(path)[0]
+        assert last_attempt(path) == 1
+
+
+def test_a_damaged_last_newline_costs_no_row(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    MetricsWriter(path).write({"step": 1})
+    path.write_bytes(path.read_bytes()[:-1] + b"\x0b")
+    writer = MetricsWriter(path)
+    assert writer.repaired is not None and "newline" in writer.repaired
+    writer.write({"step": 2})
+    assert damaged_rows(path) == [f"{path}: line 1 is not JSON: the file was changed or damaged after it was written"]
+    assert b'"step": 1' in path.read_bytes()
+
+
+def test_rows_from_before_there_were_checks_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1, "loss": 2.5}\n{"step": 2, "loss": 2.25}\n')
+    MetricsWriter(path).write({"step": 3})
+    assert [row["step"] for row in read_metrics(path)] == [1, 2, 3] and damaged_rows(path) == []
+    with path.open("ab") as stream:
+        stream.write(b'{"step": 4}\n')
+    assert "line 4 carries no check" in damaged_rows(path)[0]
 
 
 def test_attempts_stay_and_latest_gives_each_step_once(tmp_path: Path) -> None:

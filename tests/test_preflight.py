@@ -15,10 +15,9 @@ from k2train.data.chunk import read_manifest, write_manifest
 from k2train.data.manifest import common_data
 from k2train.errors import CheckpointError, ConfigError, DataError, RunError
 from k2train.files import sha256_file, write_synced
+from k2train.identity import identity_differences, identity_of
 from k2train.preflight import (
     check_data,
-    identity_differences,
-    identity_of,
     learning_rate,
     prepare_start,
     verify_data,
@@ -152,8 +151,8 @@ def test_what_may_change(run: Run, changes: dict[str, Any]) -> None:
         ({"run__seed": 8}, "run.seed: 7 -> 8"),
         ({"model__init_std": 0.1}, "model.init_std: 0.2 -> 0.1"),
         ({"optimizer__weight_decay": 0.0}, "optimizer.weight_decay: 0.1 -> 0.0"),
-        ({"data__order": [0, 2, 1]}, "data order at place 1: chunk_001"),
-        ({"data__order": [0, 1]}, "data order: 3 chunks -> 2 chunks"),
+        ({"data__order": [0, 2, 1]}, "data.order at place 1: chunk_001"),
+        ({"data__order": [0, 1]}, "data.order: 3 chunks -> 2 chunks"),
     ),
     ids=str,
 )
@@ -249,7 +248,7 @@ def test_another_held_out_chunk(run: Run, tmp_path: Path) -> None:
     rewrite(tmp_path / "data", held_out=other)
     with pytest.raises(CheckpointError, match="held_out_sha256") as caught:
         Run(tmp_path, tmp_path / "data").start()
-    assert "data order" not in str(caught.value)
+    assert "data.order" not in str(caught.value)
 
 
 def test_the_rate_is_a_function_of_the_step(run: Run) -> None:

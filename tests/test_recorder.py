@@ -113,7 +113,7 @@ def test_a_changed_ledger_is_refused(prepared: tuple[Config, Start]) -> None:
     pen.event("stopped", attempt=1)
     path = start.directory / "ledger.jsonl"
     path.write_text(path.read_text().replace('"r"', '"q"'))
-    with pytest.raises(RunError, match="line 2 does not continue line 1"):
+    with pytest.raises(RunError, match="line 1 does not have the hash"):
         RankZeroRecorder(config, start)
 
 

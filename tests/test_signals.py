@@ -101,3 +101,14 @@ def test_the_request_is_answered_once(capfd: pytest.CaptureFixture[str]) -> None
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
     assert capfd.readouterr().err == "\nk2train: SIGTERM: finishing the step, then saving\n"
+
+
+def test_a_hang_up_that_was_ignored_stays_so() -> None:
+    """Catches nohup undone: a run that stops when its terminal is closed although it was told not to."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.requested is None and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        os.kill(os.getpid(), signal.SIGUSR2)
+        assert stop.requested == "SIGUSR2"
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN

@@ -1,8 +1,12 @@
-"""Where two runs part: `python tools/compare_runs.py RUN_A RUN_B [--assert-equal]`.
+"""Where two runs part: `python tools/compare_runs.py RUN_A RUN_B [--assert-equal] [--by-root]`.
 
-Compares bit for bit: the metrics step by step (of each step its last attempt), then every tensor of the newest checkpoint
-that both have. Without --assert-equal only steps and checkpoints that both runs have count; with it, both must also have
-the same steps and end at the same checkpoint. Exit code 0 equal, 1 different, 2 a mistake in usage or a damaged run.
+Compares bit for bit: the metrics step by step (of each step its last attempt), the root of the whole state at every step
+where both have one (metrics, `state_roots.jsonl` and the checkpoints' manifests, which also name the tensors), then every
+tensor of the newest checkpoint that both have. Without --assert-equal only steps and checkpoints that both runs have
+count; with it, both must also have the same steps and end at the same checkpoint. With --by-root the roots alone decide:
+neither losses nor tensors are read, so runs of different layouts and checkpoints of any size can be compared in a moment.
+
+Exit code 0 equal, 1 different, 2 a mistake in usage or a damaged run.
 Tolerances are refused: two runs of one record are the same bits, and how far apart others are is printed.
 Reads the shards with NumPy alone; the header of each says where in the global tensor it lies.
 """
@@ -11,7 +15,8 @@ import argparse
 import json
 import struct
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from k2train.checkpoint.manifest import is_thinned, list_checkpoints, read_manifest
 from k2train.errors import EXIT_DONE, EXIT_USAGE, CheckpointError, RunError, UserError
+from k2train.fingerprint import short_digests
 from k2train.record.metrics import latest
 
 Array = npt.NDArray[Any]
@@ -102,27 +108,111 @@ def tensor_differences(a: Path, b: Path) -> list[str]:
     return found
 
 
-def differences(a: Path, b: Path, strict: bool) -> list[str]:
-    """All that differs between two runs, one line each; empty when they are equal.
+@dataclass
+class State:
+    """What one run says of its whole state after one step: roots by who says it, and short digests of the tensors."""
 
-    Raises RunError or CheckpointError when a run cannot be read or both have nothing in common.
-    """
-    found = metric_differences(a, b, strict)
+    roots: dict[str, str] = field(default_factory=dict)
+    tensors: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def root(self) -> str:
+        return next(iter(self.roots.values()))
+
+
+def states_of(run: Path) -> dict[int, State]:
+    """{step: state} of a run from its metrics, its `state_roots.jsonl` and its checkpoints; older runs have none."""
+    found: dict[int, State] = {}
+
+    def add(step: int, source: str, root: str, tensors: Mapping[str, str] | None) -> None:
+        state = found.setdefault(step, State())
+        state.roots[source] = root
+        state.tensors = tensors or state.tensors
+
+    for file in ("metrics.jsonl", "state_roots.jsonl"):
+        for row in latest(run / file) if (run / file).exists() else []:
+            if root := row.get("state_root") or row.get("root"):
+                add(row["step"], file, root, row.get("tensors"))
+    for checkpoint in list_checkpoints(run / "checkpoints"):
+        try:
+            manifest = read_manifest(checkpoint)
+        except CheckpointError:
+            # It says nothing then. Where it is the one to be compared, its reader raises the same.
+            continue
+        if state := manifest.get("state"):
+            add(manifest["step"], checkpoint.name, state["root"], short_digests(state["digests"]))
+    return found
+
+
+def root_differences(a: Path, b: Path) -> tuple[list[str], int]:
+    """(the first step whose state differs, with the tensors, and roots of one run that contradict each other; how many
+    steps both runs have a root of)."""
+    states = [states_of(run) for run in (a, b)]
+    found = []
+    for run, of_run in zip((a, b), states, strict=True):
+        for step, state in sorted(of_run.items()):
+            if len(set(state.roots.values())) > 1:
+                said = " and ".join(f"{root[:16]} in {source}" for source, root in state.roots.items())
+                found.append(f"{run} contradicts itself: the root of step {step} is {said}")
+    common = sorted(set(states[0]) & set(states[1]))
+    different = [step for step in common if states[0][step].root != states[1][step].root]
+    if different:
+        first = different[0]
+        roots = " and ".join(of_run[first].root[:16] for of_run in states)
+        equal = [step for step in common if step < first]
+        since = f"last equal at step {equal[-1]}" if equal else "nothing earlier was recorded by both"
+        line = f"step {first} is the first whose state differs: root {roots}; {since}"
+        named = next((step for step in different if all(of_run[step].tensors for of_run in states)), None)
+        if named is not None:
+            where = "" if named == first else f"at step {named} "
+            line += f"; {where}{_tensors_apart(states[0][named].tensors, states[1][named].tensors)}"
+        found.append(line)
+    return found, len(common)
+
+
+def _tensors_apart(a: Mapping[str, str], b: Mapping[str, str]) -> str:
+    names = [name for name in a if name in b and a[name] != b[name]]
+    names += [f"{name} (in one run only)" for name in sorted(set(a) ^ set(b))]
+    if not names:
+        return "no tensor differs, so the number of updates applied does"
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return f"{len(names)} of {len(set(a) | set(b))} tensors differ: {', '.join(names[:SHOWN])}{more}"
+
+
+def checkpoint_differences(a: Path, b: Path, strict: bool, read: bool) -> tuple[list[str], int]:
+    """(what differs in the newest checkpoint that both runs have, its tensors only if `read`; how many both have)."""
     names = [[path.name for path in list_checkpoints(run / "checkpoints")] for run in (a, b)]
     common = [name for name in names[0] if name in names[1]]
+    found = []
+    if strict and names[0][-1:] != names[1][-1:]:
+        newest = [(of_run or ["none"])[-1] for of_run in names]
+        found.append(f"the newest checkpoints are {newest[0]} and {newest[1]}")
     if not common:
-        raise RunError(f"{a} and {b} have no checkpoint in common")
-    if strict and names[0][-1] != names[1][-1]:
-        found.append(f"the newest checkpoints are {names[0][-1]} and {names[1][-1]}")
+        return found, 0
     left, right = (run / "checkpoints" / common[-1] for run in (a, b))
     steps = [(m["step"], m["adam_steps"]) for m in (read_manifest(left), read_manifest(right))]
     if steps[0] != steps[1]:
         found.append(f"{common[-1]}: (step, adam_steps) is {steps[0]} and {steps[1]}")
-    tensors = tensor_differences(left, right)
+    tensors = tensor_differences(left, right) if read else []
     found += [f"{common[-1]}: {line}" for line in tensors[:SHOWN]]
     if len(tensors) > SHOWN:
         found.append(f"{common[-1]}: {len(tensors) - SHOWN} more tensors differ")
-    return found
+    return found, len(common)
+
+
+def differences(a: Path, b: Path, strict: bool, by_root: bool = False) -> list[str]:
+    """All that differs between two runs, one line each; empty when they are equal. `by_root`: see the module.
+
+    Raises RunError or CheckpointError when a run cannot be read or both have nothing in common.
+    """
+    found = [] if by_root else metric_differences(a, b, strict)
+    roots, common_roots = root_differences(a, b)
+    checkpoints, common_checkpoints = checkpoint_differences(a, b, strict, read=not by_root)
+    if by_root and not common_roots:
+        raise RunError(f"{a} and {b} have no step of which both recorded the root; see audit.root_every_steps")
+    if not common_checkpoints and not common_roots:
+        raise RunError(f"{a} and {b} have no checkpoint in common")
+    return found + roots + checkpoints
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -131,13 +221,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("a", type=Path, metavar="RUN_A")
     parser.add_argument("b", type=Path, metavar="RUN_B")
     parser.add_argument("--assert-equal", action="store_true", help="also ask for the same steps and last checkpoint")
+    parser.add_argument("--by-root", action="store_true", help="compare the roots of the state and nothing else")
     options = parser.parse_args(arguments)
     try:
-        found = differences(options.a, options.b, options.assert_equal)
+        found = differences(options.a, options.b, options.assert_equal, options.by_root)
     except UserError as error:
         print(error, file=sys.stderr)
         return EXIT_USAGE
-    print("\n".join(found) if found else f"{options.a} and {options.b} are equal, bit for bit")
+    how = "by the roots of their states" if options.by_root else "bit for bit"
+    print("\n".join(found) if found else f"{options.a} and {options.b} are equal, {how}")
     return EXIT_DIFFERENT if found else EXIT_DONE
 
 

@@ -1,26 +1,44 @@
 """Load a checkpoint of any layout into this one.
 
 All ranks share the hashing of the files and agree on the outcome before a single value is touched. The values then go
-straight into the optimizer's lines; the weights are made from the master weights, as after a step.
+straight into the optimizer's lines, whole rows by one read into their place: beside the state there is never more in
+memory than a block. The weights are made from the master weights, as after a step. What was read is then compared with
+the digests of the state that was saved: a hash of files cannot see a value that went to the wrong place.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
+from k2train.checkpoint.fill import Target, fill, plan_reads
 from k2train.checkpoint.manifest import expected_files, is_thinned, read_manifest, verify_files
-from k2train.checkpoint.tensors import MASTER, describe, model_tensors, optimizer_tensors
+from k2train.checkpoint.state_sums import state_sums
+from k2train.checkpoint.tensors import MASTER, boxes
 from k2train.errors import CheckpointError
 from k2train.parallel.gradients import SlotTable
 from k2train.parallel.grid import ProcessGrid
+from k2train.parallel.state_digest import StateDigest
 
 
-def agree_on_checkpoint(candidates: Sequence[Path], grid: ProcessGrid) -> tuple[Path | None, list[str]]:
+class Agreement(NamedTuple):
+    """What all ranks found when they looked for a checkpoint."""
+
+    taken: Path | None
+    """The first that every rank found whole."""
+    refused: list[str]
+    """What was wrong with those before it."""
+
+    def __str__(self) -> str:
+        searched = len(self.refused) + (self.taken is not None)
+        text = f"searched {searched} checkpoints, took {self.taken.name if self.taken else 'none'}"
+        return text + (f", refused {len(self.refused)}: {'; '.join(self.refused)}" if self.refused else "")
+
+
+def agree_on_checkpoint(candidates: Sequence[Path], grid: ProcessGrid) -> Agreement:
     """The first of `candidates` that every rank finds whole, and what was wrong with those before it.
 
     Rank 0's list is the one that counts; each rank hashes its share of the files.
@@ -30,13 +48,11 @@ def agree_on_checkpoint(candidates: Sequence[Path], grid: ProcessGrid) -> tuple[
     refused: list[str] = []
     for text in told[0]:
         path = Path(text)
-        answers: list[str] = [""] * grid.layout.world_size
-        dist.all_gather_object(answers, _problem(path, grid), group=grid.host)
-        wrong = [f"rank {rank}: {answer}" for rank, answer in enumerate(answers) if answer]
-        if not wrong:
-            return path, refused
-        refused.append(wrong[0])
-    return None, refused
+        problem = _first_problem(_problem(path, grid), grid)
+        if problem is None:
+            return Agreement(path, refused)
+        refused.append(problem)
+    return Agreement(None, refused)
 
 
 def _problem(path: Path, grid: ProcessGrid) -> str:
@@ -46,46 +62,84 @@ def _problem(path: Path, grid: ProcessGrid) -> str:
         verify_files(path, manifest, names[grid.rank :: grid.layout.world_size])
     except CheckpointError as error:
         return str(error)
+    except OSError as error:
+        return f"{path} cannot be read ({error.strerror or error})"
     return ""
+
+
+def _first_problem(mine: str, grid: ProcessGrid) -> str | None:
+    answers: list[str] = [""] * grid.layout.world_size
+    dist.all_gather_object(answers, mine, group=grid.host)
+    return next((f"rank {rank}: {answer}" for rank, answer in enumerate(answers) if answer), None)
 
 
 @torch.no_grad()
 def load_states(path: Path, table: SlotTable, lines: dict[str, Tensor], grid: ProcessGrid, dtype: torch.dtype) -> bool:
     """Fill the optimizer lines [elements] from checkpoint `path`; returns whether it had optimizer states.
 
-    From a checkpoint thinned to its weights only `master` is filled and the moments are zeroed.
-    Raises CheckpointError when its tensors are not those of this model.
+    From a checkpoint thinned to its weights only `master` is filled and the moments are zeroed. `dtype` is that of the
+    model's weights, into which those of a thinned checkpoint are rounded first. Collective.
+    Raises CheckpointError on every rank when its tensors are not those of this model, when it cannot be read, or when what
+    was read is not the state that was saved.
     """
     manifest = read_manifest(path)
-    host = {state: torch.full_like(line, float("nan"), device="cpu") for state, line in lines.items()}
-    weights = torch.full_like(host[MASTER], float("nan"), dtype=dtype)
     thinned = is_thinned(path)
-    if thinned:
-        folder, wanted = "model", model_tensors(table, weights, grid.host_mesh)
-    else:
-        folder, wanted = "optimizer", optimizer_tensors(table, host, grid.host_mesh)
-    _check_tensors(path, folder, manifest, describe(wanted), grid)
-    reader = dcp.HuggingFaceStorageReader(str(path / folder))
-    dcp.load(dict(wanted), storage_reader=reader, process_group=grid.host)
-    for slot in table.slots:
-        for state in [MASTER] if thinned else lines:
-            filled = table.local(weights.float() if thinned else host[state], slot)
-            assert not bool(filled.isnan().any()), f"{path}: {slot.piece.name}.{state} was not filled"
-            table.local(lines[state], slot).copy_(filled)
+    folder, states = ("model", [MASTER]) if thinned else ("optimizer", list(lines))
+    named = {f"{name}.{state}" if not thinned else name: (name, state) for name in _names(table) for state in states}
+    shapes = {slot.piece.name: list(slot.piece.global_shape) for slot in table.slots}
+    _check_tensors(path, folder, manifest, {key: shapes[name] for key, (name, _) in named.items()}, grid)
+    found = {box.name: box for box in boxes(table)}
+    targets = [
+        Target(key, found[name].offsets, found[name].shape, table.local(lines[state], found[name].slot))
+        for key, (name, state) in named.items()
+    ]
+    problem = ""
+    try:
+        fill(path, plan_reads(path, folder, manifest, targets), rounded=dtype if thinned else None)
+    except CheckpointError as error:
+        problem = str(error)
+    except (OSError, ValueError) as error:
+        problem = f"{path} cannot be read ({error})"
+    if (told := _first_problem(problem, grid)) is not None:
+        raise CheckpointError(told)
     if thinned:
         for state, line in lines.items():
             if state != MASTER:
                 line.zero_()
+    else:
+        _check_state(path, manifest, table, lines, grid)
     return not thinned
 
 
+def _names(table: SlotTable) -> list[str]:
+    return [slot.piece.name for slot in table.slots]
+
+
+def _check_state(
+    path: Path, manifest: dict[str, Any], table: SlotTable, lines: dict[str, Tensor], grid: ProcessGrid
+) -> None:
+    """The digests of what is now in the lines must be those of what was saved; format 1 has none."""
+    known = manifest.get("state", {}).get("digests")
+    if known is None:
+        return
+    digest = StateDigest(table, sorted(manifest["tensors"]["model"]), list(lines), grid.tp)
+    summed = state_sums(digest, lines)
+    dist.all_reduce(summed, group=grid.host)
+    wrong = [key for key, value in digest.digests(summed).items() if known.get(key) != value]
+    if wrong:
+        raise CheckpointError(
+            f"{path}: {wrong[0]} as loaded is not what was saved (digest {known.get(wrong[0])}, {len(wrong)} of "
+            f"{len(known)} tensors differ), although its files are whole; it was damaged in memory, load it again"
+        )
+
+
 def _check_tensors(
-    path: Path, folder: str, manifest: dict[str, Any], wanted: dict[str, Any], grid: ProcessGrid
+    path: Path, folder: str, manifest: dict[str, Any], wanted: dict[str, list[int]], grid: ProcessGrid
 ) -> None:
     """Same names and shapes over all ranks together; every rank raises alike."""
     parts: list[Any] = [None] * grid.layout.world_size
     dist.all_gather_object(parts, wanted, group=grid.host)
-    expected = {name: facts["shape"] for part in parts for name, facts in part.items()}
+    expected = {name: shape for part in parts for name, shape in part.items()}
     found = {name: facts["shape"] for name, facts in manifest["tensors"].get(folder, {}).items()}
     problems = [f"{name} is missing" for name in expected if name not in found]
     problems += [f"{name} is not in this model" for name in found if name not in expected]

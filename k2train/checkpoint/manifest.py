@@ -3,29 +3,35 @@
     ckpt_007/manifest.json      step, data position, layout, config, hashes of every other file; written last
     ckpt_007/model/             weights by global name, safetensors shards with their offsets
     ckpt_007/optimizer/         fp32 master weights and both moments, `NAME.master`, `NAME.exp_avg`, `NAME.exp_avg_sq`
-    ckpt_007/thinned.json       only when the optimizer directory was removed to save space
+    ckpt_007/thinned.json       only when the optimizer directory was removed to save space; names the manifest's hash
 
 `ckpt_NNN` has consumed NNN whole chunks of this stage; `ckpt_NNN_step_SSSSSS` is one saved on request in between. A
 directory still named `*.tmp` was never finished and is never read. There is no pickle anywhere.
 
 The manifest carries the hash of its own content too (`self_sha256`): a changed digit in it would be valid JSON, and
 would silently move the run to another step. A sidecar file with the hash was refused: it can be lost or swapped.
+
+Format 2 adds `shards` (of every file the hash of its header and of each tensor, taken from memory before it was written),
+so damage is named by tensor, and `state`, the root over the whole training state whatever its layout. Format 1 is read.
 """
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from hashlib import sha256
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+from k2train.checkpoint.shards import THREADS, first_problem
 from k2train.errors import CheckpointError
-from k2train.files import sha256_file
+from k2train.files import write_synced
+from k2train.strict_json import read_json, read_plain_file
 
-FORMAT = 1
+FORMAT = 2
 NAME = re.compile(r"ckpt_(\d{3,})(?:_step_(\d{6,}))?")
 MANIFEST = "manifest.json"
 THINNED = "thinned.json"
+FOLDERS = ("model", "optimizer")
 _REQUIRED = {
     "format": int,
     "name": str,
@@ -38,6 +44,7 @@ _REQUIRED = {
     "tensors": dict,
     "files": dict,
 }
+_COUNTS = ("format", "step", "adam_steps", "consumed_tokens")
 
 
 def seal(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -57,23 +64,22 @@ def checkpoint_name(chunks_consumed: int, step: int | None = None) -> str:
 
 def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of checkpoint directory `path`. Raises CheckpointError when it is missing, broken or too new."""
+    if NAME.fullmatch(path.name) and path.is_symlink():
+        raise CheckpointError(f"{path}: is a link; a checkpoint of a run must lie in it, move it there")
     try:
-        text = (path / MANIFEST).read_text(encoding="utf-8")
+        manifest = read_json(path / MANIFEST)
     except OSError as error:
         raise CheckpointError(f"{path}: {MANIFEST} cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise CheckpointError(
-            f"{path / MANIFEST}: not valid text ({error.reason}); it was changed or damaged"
-        ) from None
-    try:
-        manifest = json.loads(text)
     except ValueError as error:
-        raise CheckpointError(f"{path / MANIFEST}: not valid JSON ({error})") from None
+        raise CheckpointError(f"{path / MANIFEST}: not valid JSON ({error}); it was changed or damaged") from None
     if not isinstance(manifest, dict):
         raise CheckpointError(f"{path / MANIFEST}: not a JSON object")
     for key, kind in _REQUIRED.items():
         if not isinstance(manifest.get(key), kind):
             raise CheckpointError(f"{path / MANIFEST}: {key} is missing or not a {kind.__name__}")
+    for key in _COUNTS:
+        if isinstance(manifest[key], bool) or manifest[key] < 0:
+            raise CheckpointError(f"{path / MANIFEST}: {key} is {manifest[key]}, must be a whole number from 0")
     if manifest["format"] > FORMAT:
         raise CheckpointError(
             f"{path}: format {manifest['format']} is newer than this code reads ({FORMAT}); update k2train"
@@ -82,7 +88,40 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: {MANIFEST} does not have its own hash; it was changed or damaged")
     if NAME.fullmatch(path.name) and manifest["name"] != path.name:
         raise CheckpointError(f"{path}: {MANIFEST} is that of {manifest['name']}; give the directory its name back")
+    _check_names(path, manifest)
     return manifest
+
+
+def _check_names(path: Path, manifest: dict[str, Any]) -> None:
+    """Only files in the two folders may be named, and from format 2 on each with its tensors."""
+    for name, facts in manifest["files"].items():
+        parts = PurePosixPath(name).parts
+        if (
+            not name.isprintable()
+            or len(parts) != 2
+            or parts[0] not in FOLDERS
+            or ".." in parts
+            or "\0" in name
+            or name != "/".join(parts)
+        ):
+            raise CheckpointError(f"{path}: the manifest names {name[:100]!r}, outside the checkpoint's folders")
+        if not isinstance(facts, dict) or not isinstance(facts.get("bytes"), int) or "sha256" not in facts:
+            raise CheckpointError(f"{path}: the manifest does not say bytes and sha256 of {name}")
+    for part, tensors in manifest["tensors"].items():
+        known = tensors.values() if isinstance(tensors, dict) else [None]
+        if not all(isinstance(facts, dict) and isinstance(facts.get("shape"), list) for facts in known):
+            raise CheckpointError(f"{path}: the manifest does not say the shape of every tensor of {part[:100]!r}")
+    if manifest["format"] == 1:
+        return
+    shards = manifest.get("shards")
+    if not isinstance(shards, dict) or set(shards) != set(manifest["files"]):
+        raise CheckpointError(f"{path}: the manifest's shards are not its files")
+    for name, shard in shards.items():
+        if not isinstance(shard, dict) or "header_sha256" not in shard or not isinstance(shard.get("tensors"), dict):
+            raise CheckpointError(f"{path}: the manifest does not say header_sha256 and tensors of {name}")
+        for tensor, facts in shard["tensors"].items():
+            if not isinstance(facts, dict) or not {"offsets", "shape", "sha256"} <= set(facts):
+                raise CheckpointError(f"{path}: the manifest does not say offsets, shape and sha256 of {tensor}")
 
 
 def list_checkpoints(directory: Path) -> list[Path]:
@@ -102,37 +141,59 @@ def is_thinned(path: Path) -> bool:
     return (path / THINNED).exists()
 
 
+def mark_thinned(path: Path, manifest: Mapping[str, Any]) -> None:
+    """From here on the optimizer files of checkpoint `path` do not count; they may then be removed."""
+    write_synced(path / THINNED, _marker(manifest))
+
+
+def _marker(manifest: Mapping[str, Any]) -> str:
+    return json.dumps({"removed": "optimizer", "manifest_self_sha256": manifest["self_sha256"]}) + "\n"
+
+
+def _check_marker(path: Path, manifest: Mapping[str, Any]) -> None:
+    """A marker appears by a damaged directory too, and would make a whole checkpoint lose its moments."""
+    try:
+        text = read_plain_file(path / THINNED, max_bytes=4096)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: {THINNED} cannot be read ({getattr(error, 'strerror', None) or error})"
+        ) from None
+    # The second is what was written before format 2.
+    if text not in (_marker(manifest).encode(), b'{"removed": "optimizer"}\n'):
+        raise CheckpointError(f"{path}: {THINNED} is not the one of this checkpoint; it was changed or damaged")
+
+
 def expected_files(path: Path, manifest: dict[str, Any]) -> list[str]:
     """Files that must be there, in order; a thinned checkpoint needs no optimizer files.
 
-    Raises CheckpointError for a shard that is there and not in the manifest: a reader would take its tensors too.
+    Raises CheckpointError for a shard that is there and not in the manifest (a reader would take its tensors too), and
+    for a damaged marker.
     """
-    for folder in ("model", "optimizer"):
+    for folder in FOLDERS:
         for file in sorted((path / folder).glob("*")):
             if f"{folder}/{file.name}" not in manifest["files"]:
                 raise CheckpointError(f"{path}: {folder}/{file.name} is not in the manifest; remove it")
     skip = is_thinned(path)
+    if skip:
+        _check_marker(path, manifest)
     return sorted(name for name in manifest["files"] if not (skip and name.startswith("optimizer/")))
 
 
-def verify_files(path: Path, manifest: dict[str, Any], names: Iterable[str]) -> None:
-    """Check size and sha256 of `names`. Raises CheckpointError naming the first file that differs."""
+def verify_files(path: Path, manifest: dict[str, Any], names: Iterable[str], threads: int = THREADS) -> None:
+    """Check size, header and every tensor of `names`, by several threads. Raises CheckpointError naming the first file
+    and tensor that differ."""
+    names = list(names)
+    root = path.resolve()
     for name in names:
-        file, facts = path / name, manifest["files"][name]
-        if not file.resolve().is_relative_to(path.resolve()):
+        if not (path / name).resolve().is_relative_to(root):
             raise CheckpointError(f"{path}: the manifest names {name}, outside the checkpoint")
-        try:
-            size = file.stat().st_size
-        except OSError:
-            raise CheckpointError(f"{path}: {name} is missing") from None
-        if size != facts["bytes"]:
-            raise CheckpointError(f"{path}: {name} has {size} bytes, the manifest says {facts['bytes']}")
-        if sha256_file(file) != facts["sha256"]:
-            raise CheckpointError(f"{path}: {name} does not have the hash of the manifest; it was changed or damaged")
+    problem = first_problem(path, manifest["files"], manifest.get("shards", {}), names, threads)
+    if problem is not None:
+        raise CheckpointError(f"{path}: {problem}")
 
 
-def verify_checkpoint(path: Path) -> dict[str, Any]:
+def verify_checkpoint(path: Path, threads: int = THREADS) -> dict[str, Any]:
     """Check a whole checkpoint: manifest, every file, no stray shard. Returns the manifest, raises CheckpointError."""
     manifest = read_manifest(path)
-    verify_files(path, manifest, expected_files(path, manifest))
+    verify_files(path, manifest, expected_files(path, manifest), threads)
     return manifest

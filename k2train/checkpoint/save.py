@@ -1,77 +1,113 @@
-"""Write a numbered checkpoint: aside, hashed, synced, then renamed into place. Nothing is ever written over.
-
-Every rank writes its own safetensors shards through torch.distributed.checkpoint, then the ranks share the hashing and
-syncing of all files; rank 0 writes the manifest last and commits by one rename. A kill at any moment leaves either no
-directory of that name or a whole one.
+"""Save a checkpoint on all ranks, in the background if wished: written aside, hashed, committed, read back, then thinned.
 
 Asynchronous: training waits for the copy of the three optimizer lines only; one thread per rank does the rest over a gloo
-group of its own. A second save waits for the first, and so does the end of the run. What the disk refuses on one rank is
-raised on all of them as the same SaveError: a rank that fails alone would leave the others waiting in a collective.
+group of its own. A second save waits for the first, and so does the end of the run: it cannot overtake it. What the disk
+refuses on one rank is refused on all of them: what was written is removed, and the same snapshot is tried again every few
+seconds for `retry_seconds`, while training goes on; only then is it an error, the same on every rank.
+
+After the commit the ranks share reading all of it back from the disk. One that comes back damaged is written again from
+the snapshot, once. Reading it back before the commit was refused: that doubles the time in which a kill loses the save.
 """
 
-import json
 import shutil
+import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Thread
-from typing import Any, TypeVar
+from threading import Event, Thread
 
 import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
 
-from k2train.checkpoint.manifest import FORMAT, MANIFEST, NAME, THINNED, list_checkpoints, seal
-from k2train.checkpoint.tensors import MASTER, describe, model_tensors, optimizer_tensors
+from k2train.checkpoint.audit import Audit
+from k2train.checkpoint.manifest import expected_files, read_manifest, verify_files
+from k2train.checkpoint.retire import Retirement, Verified, remove_unfinished, set_aside_later
+from k2train.checkpoint.shards import drop_caches
+from k2train.checkpoint.snapshot import HostBuffers, Snapshot, snapshot
+from k2train.checkpoint.state_sums import state_sums
+from k2train.checkpoint.together import DiskRefused, SaveError, Together
+from k2train.checkpoint.write import Facts, Order, write_checkpoint
 from k2train.errors import CheckpointError, UserError
-from k2train.files import sha256_file, sync_directory, sync_file, write_synced
 from k2train.parallel.gradients import SlotTable
 from k2train.parallel.grid import ProcessGrid
+from k2train.parallel.state_digest import StateDigest
 
-Facts = dict[str, Any]
-T = TypeVar("T")
+__all__ = [
+    "CheckpointWriter",
+    "SaveError",
+    "Snapshot",
+    "remove_unfinished",
+    "set_aside_later",
+    "snapshot",
+]
 
-
-class SaveError(RuntimeError):
-    """The disk refused a checkpoint; raised on every rank alike. Those saved before are untouched."""
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """A frozen copy of this rank's state in host memory."""
-
-    table: SlotTable
-    lines: Mapping[str, Tensor]
-    dtype: torch.dtype
+RETRY_EVERY_SECONDS = 5.0
+IDLE_SECONDS = 0.5
+"""How often whoever waits for a save looks up meanwhile."""
 
 
-def snapshot(table: SlotTable, lines: Mapping[str, Tensor], dtype: torch.dtype) -> Snapshot:
-    """Copy the optimizer lines to host memory; `dtype` is that of the model's weights."""
-    return Snapshot(table, {state: line.detach().to("cpu", copy=True) for state, line in lines.items()}, dtype)
+def nothing(*_: object) -> None:
+    """Nobody asks."""
 
 
 class CheckpointWriter:
-    """Saves into `directory`; `keep_optimizer_states` newest numbered checkpoints keep theirs (0: all do)."""
+    """Saves into `directory`; `keep_optimizer_states` newest numbered checkpoints keep theirs (0: all do).
 
-    def __init__(self, directory: Path, grid: ProcessGrid, keep_optimizer_states: int, asynchronous: bool):
-        self.directory, self.grid = directory, grid
-        self.keep_optimizer_states, self.asynchronous = keep_optimizer_states, asynchronous
+    Called on rank 0, from the thread that saves: `told` with a line for people, `verified` when a checkpoint was read back
+    whole, `damaged` when one was not (also from the audit's thread, which checks an older one every `verify_every_seconds`),
+    `still_owner` before the rename; it raises RunError when the run is no longer ours.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        grid: ProcessGrid,
+        keep_optimizer_states: int,
+        asynchronous: bool,
+        *,
+        retry_seconds: float = 0.0,
+        verify_every_seconds: float = 0.0,
+        still_owner: Callable[[], None] = nothing,
+        told: Callable[[str], None] = nothing,
+        verified: Callable[[Path], None] = nothing,
+        damaged: Callable[[Path, str], None] = nothing,
+        idle: Callable[[], None] = nothing,
+    ):
+        self.directory, self.grid, self.asynchronous = directory, grid, asynchronous
+        self.retry_seconds, self.retry_every_seconds = retry_seconds, RETRY_EVERY_SECONDS
+        self.still_owner, self.told, self.verified, self.damaged = still_owner, told, verified, damaged
+        self.idle = idle
+        """Called now and then by the thread that waits for a save."""
+        self.known = Verified()
+        """Which checkpoints this process found whole."""
+        self.audit = Audit(directory, verify_every_seconds, self.known, damaged)
+        self._retirement = Retirement(directory, keep_optimizer_states, self.known)
+        self._together = Together(grid)
+        self._buffers = HostBuffers()
+        self._digests: dict[int, StateDigest] = {}
+        self._hurry = Event()
         self._thread: Thread | None = None
         self._error: BaseException | None = None
+
+    def found_whole(self, path: Path) -> None:
+        """Count `path` as verified: it was checked when it was chosen to be loaded."""
+        self.known.add(path.name)
+
+    def snapshot(self, table: SlotTable, lines: Mapping[str, Tensor], dtype: torch.dtype) -> Snapshot:
+        """A copy of the optimizer lines [elements] in kept host memory, for `save`; waits for the save under way."""
+        self.wait()
+        return self._buffers.snapshot(table, lines, dtype)
 
     def save(self, name: str, state: Snapshot, facts: Facts, committed: Callable[[Path, Facts], None]) -> None:
         """Save on all ranks. `facts` go into the manifest; rank 0 calls `committed(path, manifest)` after the rename."""
         self.wait()
         if not self.asynchronous:
-            self._write(name, state, facts, committed)
+            self._save(name, state, facts, committed)
             return
 
         def work() -> None:
             try:
-                self._write(name, state, facts, committed)
+                self._save(name, state, facts, committed)
             except BaseException as error:
                 self._error = error
 
@@ -83,144 +119,134 @@ class CheckpointWriter:
         """Whether the save in the background has gone wrong; `wait` raises it."""
         return self._error is not None
 
+    @property
+    def active(self) -> bool:
+        """Whether a save is under way in the background."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def hurry(self) -> None:
+        """The process is to end soon: from now on no save is tried again and none read back (rank 0's word counts)."""
+        self._hurry.set()
+
     def wait(self) -> None:
-        """Until the save under way is committed; raises what went wrong in it."""
+        """Until the save under way is committed and read back; raises what went wrong in it."""
         if self._thread is not None:
-            self._thread.join()
+            while self._thread.is_alive():
+                self._thread.join(IDLE_SECONDS)
+                self.idle()
             self._thread = None
         if self._error is not None:
             error, self._error = self._error, None
             raise error
 
-    def _write(self, name: str, state: Snapshot, facts: Facts, committed: Callable[[Path, Facts], None]) -> None:
-        final, aside = self.directory / name, self.directory / f"{name}.tmp"
-        self._together(name, lambda: self._make_room(final, aside))
-        mesh = self.grid.host_mesh
-        tensors = {
-            "model": model_tensors(state.table, state.lines[MASTER].to(state.dtype), mesh),
-            "optimizer": optimizer_tensors(state.table, dict(state.lines), mesh),
-        }
-        for folder, part in tensors.items():
-            writer = dcp.HuggingFaceStorageWriter(str(aside / folder), save_distributed=True)
+    def close(self) -> None:
+        """End the audit. A save under way ends with the process."""
+        self.audit.close()
+
+    def _save(self, name: str, state: Snapshot, facts: Facts, committed: Callable[[Path, Facts], None]) -> None:
+        self.known.begin(name)
+        if self.grid.rank == 0:
+            self.audit.start()
+        digest = self._digest_of(state)
+        # It is part of the name written under, which must be one on all ranks.
+        token = self._together.from_first(facts.get("fencing_token"))
+        facts = facts if token is None else {**facts, "fencing_token": token}
+        with ThreadPoolExecutor(1) as side:
+            sums = side.submit(state_sums, digest, state.lines)
+            order = Order(self.directory, name, state, facts, digest, sums, committed, self.still_owner)
+            self._write(order)
+        if (problem := self._read_back(order)) is not None:
+            self._again(order, problem)
+        self._together.do(self._retire, lambda error: self._not_thinned(name, error))
+
+    def _digest_of(self, state: Snapshot) -> StateDigest:
+        """Of the state's table, whose tensors' names all ranks gather once."""
+        found = self._digests.get(id(state.table))
+        if found is None:
+            mine = [slot.piece.name for slot in state.table.slots]
+            names = sorted({name for part in self._together.all(mine) for name in part})
+            found = self._digests[id(state.table)] = StateDigest(state.table, names, list(state.lines), self.grid.tp)
+        return found
+
+    def _write(self, order: Order) -> None:
+        """Until it is committed; DiskRefused after `retry_seconds`."""
+        began, told = time.monotonic(), ""
+        while True:
             try:
-                dcp.save(dict(part), storage_writer=writer, process_group=self.grid.background)
-            except CheckpointException as error:
-                raise self._refused(name, _first_cause(error)) from None
-        files = self._together(name, lambda: self._hash_and_sync(aside))
-        described = self._together(name, lambda: {folder: describe(part) for folder, part in tensors.items()})
-        manifest = seal(
-            {
-                "format": FORMAT,
-                "name": name,
-                "saved": datetime.now(UTC).isoformat(timespec="seconds"),
-                **facts,
-                "tensors": {
-                    folder: {key: part[folder][key] for part in described for key in part[folder]} for folder in tensors
-                },
-                "files": {key: value for part in files for key, value in part.items()},
-            }
-        )
-        self._together(name, lambda: self._commit(aside, final, manifest, committed))
+                write_checkpoint(order, self._together, self.grid.tp)
+                return
+            except DiskRefused as error:
+                self._clear(order)
+                again = self._together.from_first(self._may_retry(began))
+                if not again:
+                    raise
+                if str(error) != told:
+                    told = str(error)
+                    meanwhile = "goes on" if self.asynchronous else "waits"
+                    self._tell(f"{told} (tried again every {self.retry_every_seconds:g} s, training {meanwhile})")
+                if self.grid.rank == 0:
+                    self._hurry.wait(self.retry_every_seconds)
+            except (UserError, SaveError):
+                self._clear(order)
+                raise
 
-    def _make_room(self, final: Path, aside: Path) -> None:
-        if self.grid.rank != 0:
-            return
-        if final.exists():
-            raise CheckpointError(f"{final} exists already; a checkpoint is never written over")
-        shutil.rmtree(aside, ignore_errors=True)
-        (aside / "model").mkdir(parents=True)
-        (aside / "optimizer").mkdir()
+    def _may_retry(self, began: float) -> bool:
+        return not self._hurry.is_set() and time.monotonic() - began < self.retry_seconds
 
-    def _hash_and_sync(self, aside: Path) -> dict[str, dict[str, Any]]:
-        """Each rank hashes and syncs its share of all files."""
-        paths = sorted(path for folder in ("model", "optimizer") for path in (aside / folder).iterdir())
-        mine = {}
-        for path in paths[self.grid.rank :: self.grid.layout.world_size]:
-            sync_file(path)
-            mine[f"{path.parent.name}/{path.name}"] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-        return mine
+    def _clear(self, order: Order) -> None:
+        if self.grid.rank == 0:
+            shutil.rmtree(order.aside, ignore_errors=True)
 
-    def _commit(self, aside: Path, final: Path, manifest: Facts, committed: Callable[[Path, Facts], None]) -> None:
-        if self.grid.rank != 0:
-            return
-        write_synced(aside / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
-        for written in (aside / "model", aside / "optimizer", aside):
-            sync_directory(written)
-        aside.rename(final)
-        sync_directory(self.directory)
-        committed(final, manifest)
+    def _tell(self, text: str) -> None:
+        if self.grid.rank == 0:
+            self.told(text)
+
+    def _read_back(self, order: Order) -> str | None:
+        """What is wrong with it on the disk; None: it is whole, or nobody looked."""
+        if self._together.from_first(self._hurry.is_set()):
+            return None
+        problems = self._together.all(self._problem_of_share(order.final))
+        problem = next((text for text in problems if text), None)
+        if problem is None and self.grid.rank == 0:
+            self.known.add(order.name)
+            self.verified(order.final)
+        return problem
+
+    def _problem_of_share(self, path: Path) -> str | None:
+        """Each rank reads what its neighbour wrote: on a cluster its own may still lie in its node's memory."""
+        rank, world_size = self.grid.rank, self.grid.layout.world_size
+        drop_caches(path)
         try:
-            self._retire()
+            manifest = read_manifest(path)
+            names = expected_files(path, manifest)
+            verify_files(path, manifest, names[(rank + 1) % world_size :: world_size])
+        except CheckpointError as error:
+            return str(error)
         except OSError as error:
-            raise SaveError(
-                f"{final.name} is saved, but older checkpoints in {self.directory} could not be thinned: "
-                f"{error.strerror or error}; make the directory writable, then start the same command again"
-            ) from None
+            return f"{path} cannot be read back ({error.strerror or error})"
+        return None
 
-    def _together(self, name: str, part: Callable[[], T]) -> list[T]:
-        """Do a part of the save on every rank; all results on every rank, or the first rank's error on every rank."""
-        mine: T | None = None
-        problem: Exception | None = None
-        try:
-            mine = part()
-        except Exception as error:
-            # Whatever it is: a rank that left here alone would keep the others in the exchange below.
-            problem = error if isinstance(error, (OSError, UserError, SaveError)) else RuntimeError(repr(error))
-        parts: list[Any] = [None] * self.grid.layout.world_size
-        dist.all_gather_object(parts, (mine, problem), group=self.grid.background)
-        for _, found in parts:
-            if isinstance(found, (UserError, SaveError)):
-                raise found
-            if found is not None:
-                raise self._refused(name, found)
-        return [value for value, _ in parts]
+    def _again(self, order: Order, problem: str) -> None:
+        """Write a checkpoint that came back damaged once more, from the snapshot."""
+        self._tell(f"{order.name} came back damaged from the disk and is written again: {problem}")
+        self._together.do(lambda: self._invalidate(order), order.refused)
+        self._write(order)
+        problem_now = self._read_back(order)
+        if problem_now is not None and self.grid.rank == 0:
+            self.known.drop(order.name)
+            self.damaged(order.final, problem_now)
 
-    def _refused(self, name: str, error: BaseException) -> SaveError:
-        if not isinstance(error, OSError):
-            return SaveError(f"{name} could not be saved in {self.directory}: {error!r}")
-        return SaveError(
-            f"{name} could not be saved in {self.directory}: {error.strerror or error}; earlier checkpoints are "
-            "whole; make room or the directory writable, then start the same command again"
-        )
+    def _invalidate(self, order: Order) -> None:
+        if self.grid.rank == 0:
+            shutil.rmtree(order.aside, ignore_errors=True)
+            order.final.rename(order.aside)
 
     def _retire(self) -> None:
-        """Thin old numbered checkpoints to their weights and drop saves on request that a newer checkpoint replaces."""
-        paths = list_checkpoints(self.directory)
-        for path in paths[:-1]:
-            match = NAME.fullmatch(path.name)
-            if match and match[2]:
-                doomed = path.with_name(f"{path.name}.tmp")
-                shutil.rmtree(doomed, ignore_errors=True)
-                path.rename(doomed)
-                shutil.rmtree(doomed)
-        numbered = [
-            path for path in list_checkpoints(self.directory) if (match := NAME.fullmatch(path.name)) and not match[2]
-        ]
-        if self.keep_optimizer_states > 0:
-            for path in numbered[: -self.keep_optimizer_states]:
-                if not (path / THINNED).exists():
-                    write_synced(path / THINNED, json.dumps({"removed": "optimizer"}) + "\n")
-                shutil.rmtree(path / "optimizer", ignore_errors=True)
+        if self.grid.rank == 0:
+            self._retirement.retire()
 
-
-def remove_unfinished(directory: Path) -> list[str]:
-    """Delete what a dead run never finished writing (the caller holds the run's lock); their names."""
-    found = sorted(directory.glob("ckpt_*.tmp"))
-    for path in found:
-        shutil.rmtree(path)
-    return [path.name for path in found]
-
-
-def set_aside_later(path: Path, attempt: int) -> list[str]:
-    """Checkpoints after `path` would be in the way of the new ones: moved aside, never deleted; their names."""
-    found = list_checkpoints(path.parent)
-    later = found[found.index(path) + 1 :]
-    aside = path.parent / f"set_aside_by_attempt_{attempt}"
-    for checkpoint in later:
-        aside.mkdir(exist_ok=True)
-        checkpoint.rename(aside / checkpoint.name)
-    return [checkpoint.name for checkpoint in later]
-
-
-def _first_cause(error: CheckpointException) -> BaseException:
-    return next((cause for _, (cause, _) in sorted(error.failures.items())), error)
+    def _not_thinned(self, name: str, error: OSError) -> SaveError:
+        return SaveError(
+            f"{name} is saved, but older checkpoints in {self.directory} could not be thinned: "
+            f"{error.strerror or error}; make the directory writable, then start the same command again"
+        )

@@ -47,7 +47,7 @@ def check_borders(path: Path, where: str) -> tuple[int, int]:
     header = read_header(path, where)
     if header.dtype != DTYPE or len(header.shape) != 1:
         raise DataError(
-            f"{where}: holds {header.dtype} {list(header.shape)}, borders are uint64 of one dimension; fetch it again"
+            f"{where}: holds {str(header.dtype)[:60]} {str(list(header.shape))[:60]}, borders are uint64 of one dimension; fetch it again"
         )
     check_size(header, header.offset + header.shape[0] * DTYPE.itemsize, where)
     return header.offset, header.shape[0]
@@ -56,7 +56,7 @@ def check_borders(path: Path, where: str) -> tuple[int, int]:
 def open_borders(path: Path, where: str) -> Borders:
     """The borders of a chunk as a read-only memory map, after the cheap checks only. Raises DataError."""
     check_borders(path, where)
-    mapped: Borders = np.load(path, mmap_mode="r")
+    mapped: Borders = np.load(path, mmap_mode="r", allow_pickle=False)
     return mapped
 
 

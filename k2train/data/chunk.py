@@ -64,7 +64,7 @@ def _data_offset(manifest: Manifest, info: ChunkInfo) -> int:
     if header.shape != expected_shape or header.fortran or header.dtype != expected_dtype:
         layout = "column" if header.fortran else "row"
         raise DataError(
-            f"{where}: holds {header.dtype} {list(header.shape)} in {layout} order, "
+            f"{where}: holds {str(header.dtype)[:60]} {str(list(header.shape))[:60]} in {layout} order, "
             f"the manifest says {expected_dtype} {list(expected_shape)} in row order"
         )
     check_size(header, header.offset + info.tokens * expected_dtype.itemsize, where)

@@ -13,11 +13,15 @@ from typing import Any
 
 from k2train.errors import DataError
 from k2train.files import AtomicFile, sha256_file
+from k2train.strict_json import parse_json, read_json, read_plain_file
 
 FORMAT = "k2train-chunks-1"
 MANIFEST_NAME = "manifest.json"
 SOURCES_NAME = "sources.json"
 UINT16_VOCAB = 65536
+MAX_TEXT = 512
+MAX_MANIFEST_BYTES = 2**26
+"""A hundred times that of K2's 360 chunks."""
 
 
 @dataclass(frozen=True)
@@ -100,14 +104,13 @@ def read_manifest(path: str | Path) -> Manifest:
     path = Path(path)
     path = path / MANIFEST_NAME if path.is_dir() else path
     try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(
-            f"data.manifest: {path} cannot be read ({error.strerror}); tools/prepare_data.py makes it"
-        ) from None
+        content = read_plain_file(path, MAX_MANIFEST_BYTES)
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise DataError(f"data.manifest: {path} cannot be read ({why}); tools/prepare_data.py makes it") from None
     try:
-        raw = json.loads(content)
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raw = parse_json(content)
+    except ValueError as error:
         raise DataError(f"{path}: not valid JSON ({error}); prepare the data again") from None
     if not isinstance(raw, dict):
         raise DataError(f"{path}: must hold a JSON object, holds {type(raw).__name__}")
@@ -170,8 +173,10 @@ def _parse_chunk(raw: Any, where: str, sequence_length: int) -> ChunkInfo:
 
 def _text(raw: Mapping[str, Any], key: str, where: str) -> str:
     value = raw.get(key)
-    if not isinstance(value, str) or not value:
-        raise DataError(f"{where}: key '{key}' must be text, is {'missing' if key not in raw else repr(value)}")
+    # What cannot be printed on one line would break every message that names it.
+    if not isinstance(value, str) or not 0 < len(value) <= MAX_TEXT or not value.isprintable():
+        shown = "missing" if key not in raw else repr(value)[:60]
+        raise DataError(f"{where}: key '{key}' must be text, is {shown}")
     return value
 
 
@@ -182,7 +187,7 @@ def _is_count(value: Any) -> bool:
 def _positive(raw: Mapping[str, Any], key: str, where: str) -> int:
     value = raw.get(key)
     if not _is_count(value) or value == 0:
-        shown = "missing" if key not in raw else repr(value)
+        shown = "missing" if key not in raw else repr(value)[:60]
         raise DataError(f"{where}: key '{key}' must be a whole number above 0, is {shown}")
     return int(value)  # type: ignore[arg-type]
 
@@ -200,8 +205,16 @@ def _check_names(manifest: Manifest) -> None:
         for file in filter(None, (info.file, info.provenance, info.borders)):
             # A manifest from elsewhere must not make us read, or later delete, a file outside its own folder.
             inside = not Path(file).is_absolute() and ".." not in Path(file).parts
-            if not inside or not (folder / file).resolve().is_relative_to(folder):
+            if not inside or not _lies_in(folder, file):
                 raise DataError(f"{manifest.path}: {info.name}: file {file!r} lies outside the folder of the manifest")
+
+
+def _lies_in(folder: Path, file: str) -> bool:
+    try:
+        return (folder / file).resolve().is_relative_to(folder)
+    # A ring of links; which of the two depends on the version of Python.
+    except (OSError, RuntimeError):
+        return False
 
 
 @dataclass(frozen=True)
@@ -244,8 +257,14 @@ def read_sources(manifest: Manifest) -> SourceNames:
         return SourceNames(frozenset(), {}, {})
     if not path.is_file() or sha256_file(path) != manifest.facts["sources_sha256"]:
         raise DataError(f"{path}: missing, or not the file {manifest.path} was written with; fetch it again")
-    content = json.loads(path.read_text("utf-8"))
-    shares = {name: (low, high) for name, (low, high) in content.get("shares", {}).items()}
+    try:
+        return _parse_sources(read_json(path, MAX_MANIFEST_BYTES))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DataError(f"{path}: is no record of sources ({type(error).__name__}: {error}); fetch it again") from None
+
+
+def _parse_sources(content: Any) -> SourceNames:
+    shares = {name: (float(low), float(high)) for name, (low, high) in content.get("shares", {}).items()}
     whole = frozenset([*content["training"], *content["held_out"]])
     files = content.get("files", {})
     return SourceNames(

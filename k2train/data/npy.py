@@ -6,6 +6,8 @@ it; and a file from elsewhere must not be mapped before its header and its size 
 
 import io
 import os
+import stat
+import tokenize
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -35,12 +37,17 @@ def header_bytes(shape: tuple[int, ...], dtype: np.dtype[Any]) -> bytes:
 def read_header(path: Path, where: str) -> Header:
     """Reads some 128 bytes. Raises DataError, `where` in front, for a file that is missing or no `.npy` of version 1."""
     try:
-        with path.open("rb") as stream:
-            return Header(os.fstat(stream.fileno()).st_size, *_parse(stream))
+        # A pipe in the file's place would make a plain open wait for ever.
+        with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as stream:
+            facts = os.fstat(stream.fileno())
+            if not stat.S_ISREG(facts.st_mode):
+                raise ValueError("it is not a plain file")
+            return Header(facts.st_size, *_parse(stream))
     except OSError as error:
         raise DataError(f"{where}: cannot be read ({error.strerror}); fetch it again or prepare the data") from None
     except (ValueError, EOFError) as error:
-        raise DataError(f"{where}: no NumPy header of version 1 ({error}); fetch it again") from None
+        why = " ".join(str(error).split())[:200]
+        raise DataError(f"{where}: no NumPy header of version 1 ({why}); fetch it again") from None
 
 
 def check_size(header: Header, expected_bytes: int, where: str) -> None:
@@ -54,5 +61,17 @@ def _parse(stream: IO[bytes]) -> tuple[int, tuple[int, ...], bool, np.dtype[Any]
     version = np.lib.format.read_magic(stream)
     if version != (1, 0):
         raise ValueError(f"it is version {version[0]}.{version[1]}")
-    shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+    try:
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+    # NumPy evaluates the header as a Python literal; a hostile one ends that in ways of the parser's own.
+    except (
+        SyntaxError,
+        RecursionError,
+        MemoryError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        tokenize.TokenError,
+    ) as error:
+        raise ValueError(f"it cannot be understood: {type(error).__name__}") from None
     return stream.tell(), shape, fortran, dtype

@@ -19,9 +19,12 @@ from k2train.data.manifest import ChunkInfo, Manifest, read_manifest
 from k2train.data.order import ChunkOrder, make_order
 from k2train.errors import DataError, RunError
 from k2train.files import sha256_file
+from k2train.strict_json import read_plain_file
 
 Event = Mapping[str, Any]
 Facts = dict[str, Any]
+CONFIG_BYTES = 2**20
+"""More than any config.yaml has."""
 
 METRICS = "metrics.jsonl"
 TAIL_BYTES = 65536
@@ -271,13 +274,13 @@ class Run:
 def _config(path: Path) -> dict[str, Any]:
     """The resolved config that a start leaves behind: only its keys about data and batch are used."""
     try:
-        config = yaml.safe_load(path.read_bytes())
+        config = yaml.safe_load(read_plain_file(path, CONFIG_BYTES))
         config["data"]["manifest"], int(config["batch"]["global_sequences"])
     except OSError as error:
         raise RunError(
             f"{path} cannot be read ({error.strerror}), and there is no checkpoint to tell instead"
         ) from None
-    except (yaml.YAMLError, KeyError, TypeError, ValueError):
+    except (yaml.YAMLError, KeyError, TypeError, ValueError, RecursionError):
         raise RunError(f"{path} does not tell data.manifest and batch.global_sequences; it was changed") from None
     return dict(config)
 

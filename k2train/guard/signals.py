@@ -4,6 +4,8 @@ Saving inside the handler is refused: it may run in the middle of a collective o
 `requested`, agrees on it with the other ranks, saves and leaves.
 A second Ctrl-C means "now" and raises KeyboardInterrupt. It counts only some time after the first: a terminal sends
 SIGINT to every process of a launch and the launcher passes its own copy on, so one press of the keys arrives twice.
+USR1 and USR2 stop like SIGTERM: batch systems send them some minutes before a time limit, or on preemption. So does the
+SIGHUP of a terminal that is closed, save where it is ignored already: under nohup nobody wants to hear of it.
 """
 
 import os
@@ -14,7 +16,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any, Self
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class StopRequest:
@@ -34,10 +36,12 @@ class StopRequest:
         self._before: dict[signal.Signals, Any] = {}
 
     def install(self) -> Self:
-        """Take over SIGTERM, SIGINT, SIGUSR1 and SIGUSR2; only in the main thread, once."""
+        """Take over SIGTERM, SIGINT, SIGHUP, SIGUSR1 and SIGUSR2; only in the main thread, once."""
         assert threading.current_thread() is threading.main_thread(), "signal handlers belong to the main thread"
         assert not self._before, "the handlers are installed already"
         for number in SIGNALS:
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue
             self._before[number] = signal.signal(number, self._handle)
         return self
 

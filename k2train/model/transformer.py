@@ -21,6 +21,7 @@ from k2train.model.attention import Attention
 from k2train.model.kernels import Kernels, Norm, document_mask
 from k2train.model.layers import FeedForward, RMSNorm, Rotary
 from k2train.model.recompute import Cheap, run_layer
+from k2train.parallel.collectives import all_gather
 from k2train.parallel.grid import Axis
 from k2train.parallel.loss import IGNORE, Vocabulary, fused_cross_entropy, vocab_parallel_cross_entropy
 from k2train.parallel.shard import Sharded
@@ -171,6 +172,21 @@ class Stage(nn.Module):
         """Logits of the last stage's output: [s(/tp), b, h] -> [s, b, v/tp]."""
         assert self.head is not None, "only the last stage has logits"
         return self.head.output(hidden)
+
+    @torch.no_grad()
+    def logits_at(self, hidden: Tensor, positions: Sequence[int], sequence: int = 0) -> Tensor:
+        """fp32 logits [positions, vocab_size] of one sequence of the last stage's output [s(/tp), b, h], on every rank.
+
+        For whoever wants to see a few: those of all positions are gigabytes. Collective over tp.
+        """
+        assert self.head is not None, "only the last stage has logits"
+        rows = hidden[:, sequence].contiguous()
+        if self.sequence:
+            rows = all_gather(rows, self.tp)
+        mine = nn.functional.linear(rows[list(positions)], self.head.output.weight).float()
+        # As many rows on every rank, padding last: put together they begin with the whole vocabulary.
+        whole = all_gather(mine.t().contiguous(), self.tp)
+        return whole[: self.architecture.vocab_size].t().contiguous()
 
     def loss(self, hidden: Tensor, tokens: Tensor, scale: float = 1.0) -> Tensor:
         """`scale` times the sum of the losses of a micro-batch, tokens [b, s]: position i predicts token i+1, the last

@@ -9,6 +9,7 @@ Sources: Shoeybi et al. 2019 (arXiv:1909.08053) section 3; Korthikanti et al. 20
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,22 +17,34 @@ import torch.distributed as dist
 from torch import Tensor
 
 from k2train.parallel.grid import Axis
+from k2train.parallel.traffic import exchanging, waiting
 
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 class Pending:
-    """A collective that may still be on its way; its tensors must not be written until `wait` has returned."""
+    """A collective that may still be on its way; its tensors must not be written until `wait` has returned.
 
-    def __init__(self, out: Tensor, work: Any = None, finish: Callable[[], object] | None = None):
-        self._out, self._work, self._finish = out, work, finish
+    `axis` and `what` say to its traffic which one a wait is for.
+    """
+
+    def __init__(
+        self,
+        out: Tensor,
+        work: Any = None,
+        finish: Callable[[], object] | None = None,
+        axis: Axis | None = None,
+        what: str = "",
+    ):
+        self._out, self._work, self._finish, self._axis, self._what = out, work, finish, axis, what
 
     def wait(self) -> Tensor:
         """The result, complete (on an accelerator: for what is queued after this). May be asked again."""
         work, self._work = self._work, None
         if work is not None:
-            work.wait()
+            with waiting(None if self._axis is None else self._axis.traffic, self._what):
+                work.wait()
         finish, self._finish = self._finish, None
         if finish is not None:
             finish()
@@ -48,10 +61,13 @@ def _pair(x: Tensor, axis: Axis) -> bool:
     return axis.size == 2 and x.device.type == "cpu"
 
 
-def _swap(mine: Tensor, other: Tensor, axis: Axis, wait: bool) -> Any:
+def _swap(mine: Tensor, other: Tensor, axis: Axis, wait: bool, name: str) -> Any:
     """Send `mine` to the other of two ranks and begin to receive `other`, both contiguous and of one size."""
     splits = [0, mine.numel()] if axis.rank == 0 else [mine.numel(), 0]
-    return dist.all_to_all_single(other.view(-1), mine.view(-1), splits, splits, group=axis.group, async_op=not wait)
+    with exchanging(axis.traffic, name):
+        return dist.all_to_all_single(
+            other.view(-1), mine.view(-1), splits, splits, group=axis.group, async_op=not wait
+        )
 
 
 def _finished(pending: Pending, wait: bool) -> Pending:
@@ -64,12 +80,15 @@ def all_reduce_start(x: Tensor, axis: Axis, op: Any = dist.ReduceOp.SUM, wait: b
     """Begin to reduce `x` in place over an axis; with `wait` it is done on return."""
     if axis.size == 1:
         return Pending(x)
+    name = f"all-reduce {axis.name}"
     if _pair(x, axis) and op in _IN_PLACE:
         mine = x.contiguous()
         other = torch.empty_like(mine)
-        work = _swap(mine, other, axis, wait)
-        return _finished(Pending(x, work, lambda: _IN_PLACE[op](x, other, out=x)), wait)
-    return Pending(x, dist.all_reduce(x, op=op, group=axis.group, async_op=not wait))
+        work = _swap(mine, other, axis, wait, name)
+        return _finished(Pending(x, work, lambda: _IN_PLACE[op](x, other, out=x), axis, name), wait)
+    with exchanging(axis.traffic, name):
+        work = dist.all_reduce(x, op=op, group=axis.group, async_op=not wait)
+    return Pending(x, work, None, axis, name)
 
 
 _IN_PLACE: dict[Any, Callable[..., Tensor]] = {dist.ReduceOp.SUM: torch.add, dist.ReduceOp.MAX: torch.maximum}
@@ -79,14 +98,16 @@ def all_gather_start(x: Tensor, axis: Axis, wait: bool = False) -> Pending:
     """Begin [n, ...] -> [n * size, ...], blocks in rank order."""
     if axis.size == 1:
         return Pending(x)
-    x = x.contiguous()
+    x, name = x.contiguous(), f"all-gather {axis.name}"
     out = x.new_empty((x.shape[0] * axis.size, *x.shape[1:]))
     if not _pair(x, axis):
-        return Pending(out, _all_gather(out, x, group=axis.group, async_op=not wait))
+        with exchanging(axis.traffic, name):
+            work = _all_gather(out, x, group=axis.group, async_op=not wait)
+        return Pending(out, work, None, axis, name)
     blocks = out.view(2, *x.shape)
-    work = _swap(x, blocks[1 - axis.rank], axis, wait)
+    work = _swap(x, blocks[1 - axis.rank], axis, wait, name)
     blocks[axis.rank].copy_(x)
-    return Pending(out, work)
+    return Pending(out, work, None, axis, name)
 
 
 def reduce_scatter_start(x: Tensor, axis: Axis, wait: bool = False) -> Pending:
@@ -98,17 +119,21 @@ def reduce_scatter_start(x: Tensor, axis: Axis, wait: bool = False) -> Pending:
     if axis.size == 1:
         return Pending(x)
     assert x.shape[0] % axis.size == 0, f"dimension 0 ({x.shape[0]}) must be divisible by {axis}"
-    x = x.contiguous()
+    x, name = x.contiguous(), f"reduce-scatter {axis.name}"
     out = x.new_empty((x.shape[0] // axis.size, *x.shape[1:]))
     blocks = x.view(axis.size, *out.shape)
     if _pair(x, axis):
-        work = _swap(blocks[1 - axis.rank], out, axis, wait)
-        return _finished(Pending(out, work, lambda: out.add_(blocks[axis.rank])), wait)
+        work = _swap(blocks[1 - axis.rank], out, axis, wait, name)
+        return _finished(Pending(out, work, lambda: out.add_(blocks[axis.rank]), axis, name), wait)
     if x.device.type != "cpu":
-        return Pending(out, _reduce_scatter(out, x, group=axis.group, async_op=not wait))
+        with exchanging(axis.traffic, name):
+            work = _reduce_scatter(out, x, group=axis.group, async_op=not wait)
+        return Pending(out, work, None, axis, name)
     received = torch.empty_like(x)
-    work = dist.all_to_all_single(received, x, group=axis.group, async_op=not wait)
-    return _finished(Pending(out, work, lambda: _sum_blocks(received.view(axis.size, *out.shape), out)), wait)
+    with exchanging(axis.traffic, name):
+        work = dist.all_to_all_single(received, x, group=axis.group, async_op=not wait)
+    finish = partial(_sum_blocks, received.view(axis.size, *out.shape), out)
+    return _finished(Pending(out, work, finish, axis, name), wait)
 
 
 def _sum_blocks(blocks: Tensor, out: Tensor) -> None:

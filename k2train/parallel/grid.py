@@ -5,7 +5,7 @@ slice first, then rows over data-parallel ranks" in one DTensor. The numbering o
 A world of one gets a process group too: one path, and `size == 1` is what turns a collective into nothing.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from k2train.errors import ConfigError
 from k2train.parallel.environment import Launch
+from k2train.parallel.traffic import Traffic
 from k2train.plan.layout import Coordinate, Layout
 
 
@@ -31,6 +32,8 @@ class Axis:
     """tp with sequence parallelism: keep a part of a product's input and gather it again in the backward pass."""
     symmetric: bool = False
     """tp: products fused with their collectives over symmetric memory."""
+    traffic: Traffic | None = field(default=None, compare=False, repr=False)
+    """Where what crosses this axis is counted and named."""
 
     def __str__(self) -> str:
         return f"{self.name} {self.rank}/{self.size}"
@@ -42,13 +45,15 @@ SINGLE = {name: Axis(name, 1, 0, None) for name in ("pp", "dp", "tp", "stage")}
 class ProcessGrid:
     """Layout + DeviceMesh + device of this process. Axes: `tp`, `dp`, `pp`, and `stage` (tp x dp of one pipeline rank)."""
 
-    def __init__(self, layout: Layout, rank: int, device: torch.device):
+    def __init__(self, layout: Layout, rank: int, device: torch.device, traffic: Traffic | None = None):
         assert dist.is_initialized(), "the process group must exist before the grid"
         assert dist.get_world_size() == layout.world_size, "layout and world differ"
         self.layout = layout
         self.rank = rank
         self.device = device
         self.coordinate = layout.coordinate(rank)
+        self.traffic = traffic or Traffic()
+        """Of all axes; what goes over `host` is counted by whoever sends it, what the saving thread sends is not."""
         ranks = torch.empty(layout.pipeline, layout.tensor, layout.data, dtype=torch.int)
         for pp in range(layout.pipeline):
             for tp in range(layout.tensor):
@@ -65,14 +70,15 @@ class ProcessGrid:
         stage_size = layout.tensor * layout.data
         stage_rank = self.coordinate.tp * layout.data + self.coordinate.dp
         flat = self.stage_mesh._flatten("stage").get_group() if stage_size > 1 else None
-        self.stage = Axis("stage", stage_size, stage_rank, flat)
+        self.stage = Axis("stage", stage_size, stage_rank, flat, traffic=self.traffic)
         self.host = dist.new_group(backend="gloo", timeout=timedelta(minutes=60))
         """All ranks over gloo, for what is not a training collective."""
         self.background = dist.new_group(backend="gloo", timeout=timedelta(minutes=60))
         """The same for the thread that saves: two threads on one group would pair each other's collectives."""
 
     def _axis(self, name: str, size: int, rank: int) -> Axis:
-        return Axis(name, size, rank, self.mesh[name].get_group() if size > 1 else None)
+        group = self.mesh[name].get_group() if size > 1 else None
+        return Axis(name, size, rank, group, traffic=self.traffic)
 
     def __str__(self) -> str:
         c = self.coordinate

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from k2train.parallel.grid import Axis
+from k2train.parallel.traffic import exchanging, waiting
 from k2train.parallel.weight_gradients import WeightWork
 from k2train.plan.schedule import Action, Op
 
@@ -73,7 +74,7 @@ class Executor:
         self._dy: dict[Key, Tensor] = {}
         self._dx: dict[Key, Tensor] = {}
         self._kept: dict[Key, list[Callable[[], None]]] = {}
-        self._waiting: dict[tuple[Op, int, int], dist.Work] = {}
+        self._waiting: dict[tuple[Op, int, int], tuple[Action, dist.Work]] = {}
         self._sending: list[tuple[dist.Work, Tensor]] = []
         self._losses: dict[int, Tensor] = {}
         with torch.set_grad_enabled(self._training):
@@ -85,7 +86,8 @@ class Executor:
                 if observe is not None:
                     observe(action)
         for work, _ in self._sending:
-            work.wait()
+            with waiting(self.pp.traffic, "end of sends to other stages"):
+                work.wait()
         left = len(self._waiting)
         if self._training:
             left += len(self._y) + len(self._dy) + len(self._dx) + len(self._kept)
@@ -162,12 +164,13 @@ class Executor:
         tensor = tensor.contiguous()
         assert action.peer is not None, f"{action} names no peer"
         border = action.stage if action.op is Op.SEND_FORWARD else action.stage - 1
-        work: Any = dist.isend(
-            tensor,
-            group=self.pp.group,
-            group_dst=action.peer,
-            tag=self._tag(action.op is Op.SEND_FORWARD, border, action),
-        )
+        with exchanging(self.pp.traffic, _named(action)):
+            work: Any = dist.isend(
+                tensor,
+                group=self.pp.group,
+                group_dst=action.peer,
+                tag=self._tag(action.op is Op.SEND_FORWARD, border, action),
+            )
         self._sending = [(w, t) for w, t in self._sending if not w.is_completed()]
         self._sending.append((work, tensor))
 
@@ -180,13 +183,14 @@ class Executor:
         tensor = torch.empty(self._shape, dtype=self._dtype, device=self.device)
         assert action.peer is not None, f"{action} names no peer"
         border = action.stage - 1 if action.op is Op.RECV_FORWARD else action.stage
-        work: Any = dist.irecv(
-            tensor,
-            group=self.pp.group,
-            group_src=action.peer,
-            tag=self._tag(action.op is Op.RECV_FORWARD, border, action),
-        )
-        self._waiting[(action.op, action.stage, action.microbatch)] = work
+        with exchanging(self.pp.traffic, _named(action)):
+            work: Any = dist.irecv(
+                tensor,
+                group=self.pp.group,
+                group_src=action.peer,
+                tag=self._tag(action.op is Op.RECV_FORWARD, border, action),
+            )
+        self._waiting[(action.op, action.stage, action.microbatch)] = (action, work)
         return tensor
 
     def _tag(self, forward: bool, border: int, action: Action) -> int:
@@ -198,6 +202,21 @@ class Executor:
         if not action.op.is_compute:
             return
         op = Op.RECV_FORWARD if action.op is Op.FORWARD else Op.RECV_BACKWARD
-        work = self._waiting.pop((op, action.stage, action.microbatch), None)
-        if work is not None:
-            work.wait()
+        received = self._waiting.pop((op, action.stage, action.microbatch), None)
+        if received is not None:
+            receive, work = received
+            with waiting(self.pp.traffic, _named(receive)):
+                work.wait()
+
+
+_VERBS = {
+    Op.SEND_FORWARD: "send forward",
+    Op.RECV_FORWARD: "recv forward",
+    Op.SEND_BACKWARD: "send backward",
+    Op.RECV_BACKWARD: "recv backward",
+}
+
+
+def _named(action: Action) -> str:
+    """A transfer for people: `recv forward of micro-batch 3, stage 1`."""
+    return f"{_VERBS[action.op]} of micro-batch {action.microbatch}, stage {action.stage}"

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from k2train.parallel.collectives import Pending
 from k2train.parallel.gradients import Bucket, SlotTable
 from k2train.parallel.grid import Axis
+from k2train.parallel.traffic import AllOf, exchanging
 
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
@@ -27,15 +28,18 @@ def gather_lines(lines: Tensor, axis: Axis, wait: bool) -> Pending:
     """
     if axis.size == 1:
         return Pending(lines)
+    name = f"all-gather of weights {axis.name}"
     if lines.device.type != "cpu":
-        work = _all_gather(lines.view(-1), lines[axis.rank], group=axis.group, async_op=not wait)
-        return Pending(lines, work)
+        with exchanging(axis.traffic, name):
+            work = _all_gather(lines.view(-1), lines[axis.rank], group=axis.group, async_op=not wait)
+        return Pending(lines, work, None, axis, name)
     under_way: list[Any] = []
-    for step in range(1, axis.size):
-        there, here = (axis.rank + step) % axis.size, (axis.rank - step) % axis.size
-        under_way.append(dist.irecv(lines[here], group=axis.group, group_src=here))
-        under_way.append(dist.isend(lines[axis.rank], group=axis.group, group_dst=there))
-    pending = Pending(lines, finish=lambda: [work.wait() for work in under_way])
+    with exchanging(axis.traffic, name):
+        for step in range(1, axis.size):
+            there, here = (axis.rank + step) % axis.size, (axis.rank - step) % axis.size
+            under_way.append(dist.irecv(lines[here], group=axis.group, group_src=here))
+            under_way.append(dist.isend(lines[axis.rank], group=axis.group, group_dst=there))
+    pending = Pending(lines, AllOf([work.wait for work in under_way]), None, axis, name)
     if wait:
         pending.wait()
     return pending

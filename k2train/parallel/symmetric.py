@@ -17,19 +17,22 @@ from torch import Tensor
 
 from k2train.errors import ConfigError
 from k2train.parallel.grid import Axis
+from k2train.parallel.traffic import exchanging
 
 
 def gather_multiply(x: Tensor, matrix: Tensor, axis: Axis) -> tuple[Tensor, Tensor]:
     """x [n/tp, k], matrix [k, m] -> x of all ranks [n, k], and its product [n, m]."""
     assert axis.group is not None, "an axis of one exchanges nothing"
-    whole, (y,) = torch.ops.symm_mem.fused_all_gather_matmul(x, [matrix], 0, axis.group.group_name, return_A=True)
+    with exchanging(axis.traffic, "all-gather in a product tp"):
+        whole, (y,) = torch.ops.symm_mem.fused_all_gather_matmul(x, [matrix], 0, axis.group.group_name, return_A=True)
     return whole, y
 
 
 def multiply_scatter(x: Tensor, matrix: Tensor, axis: Axis) -> Tensor:
     """x [n, k], matrix [k, m] -> this rank's rows [n/tp, m] of the products' sum over ranks."""
     assert axis.group is not None, "an axis of one exchanges nothing"
-    return torch.ops.symm_mem.fused_matmul_reduce_scatter(x, matrix, "sum", 0, axis.group.group_name)
+    with exchanging(axis.traffic, "reduce-scatter in a product tp"):
+        return torch.ops.symm_mem.fused_matmul_reduce_scatter(x, matrix, "sum", 0, axis.group.group_name)
 
 
 @cache

@@ -55,6 +55,11 @@ def parameters(shape: ModelShape) -> int:
     return shape.num_layers * layer_parameters(shape) + embedding_parameters(shape) + shape.hidden_size
 
 
+def tensor_count(shape: ModelShape) -> int:
+    """Named tensors of the model: nine a layer, embedding, head and the last norm."""
+    return 9 * shape.num_layers + 3
+
+
 def stage_parameters(shape: ModelShape, layout: Layout, stage: int) -> int:
     """Parameters of one pipeline stage, all tensor-parallel ranks together, each counted once, without padding.
 

@@ -33,6 +33,16 @@ def environment_facts(package_directory: Path = PACKAGE_DIRECTORY) -> dict[str, 
     return facts
 
 
+def job_facts() -> dict[str, str]:
+    """What names the batch job of this process, for whoever meets its lease or its heartbeat; empty outside of one."""
+    names = {
+        "slurm_job_id": "SLURM_JOB_ID",
+        "slurm_step_id": "SLURM_STEP_ID",
+        "slurm_restart_count": "SLURM_RESTART_COUNT",
+    }
+    return {key: os.environ[name] for key, name in names.items() if name in os.environ}
+
+
 def _version(name: str) -> str | None:
     try:
         return metadata.version(name)

@@ -14,7 +14,10 @@ from typing import Any
 
 from k2train.errors import RunError
 from k2train.files import sync_directory
+from k2train.strict_json import read_plain_file
 
+MAX_FILE_BYTES = 2**36
+"""Of a file that is read whole: a hundred times the metrics of a long run."""
 NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
@@ -76,11 +79,11 @@ def append_bytes(path: Path, data: bytes, sync: bool) -> None:
 def read_lines(path: Path) -> tuple[list[bytes], bytes]:
     """(complete lines without newlines, the torn rest); raises RunError when the file is missing or unreadable."""
     try:
-        data = path.read_bytes()
+        data = read_plain_file(path, MAX_FILE_BYTES)
     except FileNotFoundError:
         raise RunError(f"{path} does not exist; is {path.parent} the directory of a run?") from None
-    except OSError as error:
-        raise RunError(f"{path} cannot be read: {error.strerror}") from None
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     *lines, rest = data.split(b"\n")
     return lines, rest
 
@@ -88,14 +91,19 @@ def read_lines(path: Path) -> tuple[list[bytes], bytes]:
 def parse_line(path: Path, number: int, line: bytes) -> dict[str, Any]:
     """The object in line `number` (from 1); raises RunError naming the line."""
     try:
-        row = json.loads(line)
-    except ValueError:
+        row = json.loads(line.decode("utf-8"), parse_constant=_no_json)
+    # Brackets nested by the thousand exhaust the parser's stack.
+    except (ValueError, RecursionError):
         raise RunError(
             f"{path}: line {number} is not JSON: the file was changed or damaged after it was written"
         ) from None
     if not isinstance(row, dict):
         raise RunError(f"{path}: line {number} holds {type(row).__name__}, expected an object")
     return row
+
+
+def _no_json(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
 
 
 def truncate(path: Path, size_bytes: int) -> None:

@@ -1,8 +1,9 @@
 """The ledger: every decision of a run, one fsynced JSON line each, chained by hash, never rewritten.
 
 A line carries `seq` (from 0), `time` (UTC), `event`, the facts, and `previous`: the sha256 of the line before it, as
-bytes without the newline. A changed, removed or reordered line therefore breaks the chain and is named. What a chain
-cannot see is that its end was cut off; for that a checkpoint keeps the ledger's `head`.
+bytes without the newline. A changed, removed or reordered line therefore breaks the chain and is named; the `check` in
+each line (see `checks`) finds damage in the last one, too. What neither can see is that the end was cut off; for that a
+checkpoint keeps the ledger's `head`.
 A database is refused: a text file can be read in twenty years, shipped with a release and diffed, and one write of one
 line is as atomic as a run needs. The only repair is of a last line without a newline, which a killed process leaves
 behind: it is moved to `ledger.torn`, never deleted, and said in `repaired`. Any other break stops the run.
@@ -15,9 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from k2train.errors import RunError
+from k2train.faults import point
+from k2train.record.checks import KEY, all_rows, sealed
 from k2train.record.jsonl import append_bytes, encode_line, parse_line, read_lines, truncate
 
-RESERVED = ("seq", "time", "event", "previous")
+REQUIRED = ("seq", "time", "event", "previous")
+RESERVED = (*REQUIRED, KEY)
 
 
 class Ledger:
@@ -35,7 +39,7 @@ class Ledger:
         self._events: list[dict[str, Any]] = []
         if self.path.exists():
             lines, rest = read_lines(self.path)
-            self._events = _verified(self.path, lines)
+            self._events = _verified(self.path, lines, rest)
             self._head = _sha256(lines[-1]) if lines else ""
             self._size_bytes = sum(len(line) + 1 for line in lines)
             if rest:
@@ -63,12 +67,14 @@ class Ledger:
         with self._lock:
             self._check_unchanged()
             entry = {"seq": len(self._events), "time": _now(), "event": event, **facts, "previous": self._head}
-            line = encode_line(entry)
+            line = sealed(encode_line(entry))
+            point("ledger.append")
             self.path.parent.mkdir(parents=True, exist_ok=True)
             append_bytes(self.path, line, sync=True)
             self._size_bytes += len(line)
             self._head = _sha256(line[:-1])
             stored = parse_line(self.path, len(self._events) + 1, line)
+            del stored[KEY]
             self._events.append(stored)
             return dict(stored)
 
@@ -102,15 +108,14 @@ def read_ledger(path: str | Path) -> list[dict[str, Any]]:
     Raises RunError naming the first line that does not fit.
     """
     path = Path(path)
-    return _verified(path, read_lines(path)[0])
+    return _verified(path, *read_lines(path))
 
 
-def _verified(path: Path, lines: list[bytes]) -> list[dict[str, Any]]:
-    events = []
+def _verified(path: Path, lines: list[bytes], rest: bytes) -> list[dict[str, Any]]:
+    events = all_rows(path, lines, rest)
     previous = ""
-    for index, line in enumerate(lines):
-        entry = parse_line(path, index + 1, line)
-        missing = [name for name in RESERVED if name not in entry]
+    for index, (entry, line) in enumerate(zip(events, lines, strict=True)):
+        missing = [name for name in REQUIRED if name not in entry]
         if missing:
             raise RunError(f"{path}: line {index + 1} has no {', '.join(missing)}; it is not a line of a ledger")
         if entry["previous"] != previous:
@@ -121,7 +126,6 @@ def _verified(path: Path, lines: list[bytes]) -> list[dict[str, Any]]:
             )
         if entry["seq"] != index:
             raise RunError(f"{path}: line {index + 1} says seq {entry['seq']}, expected {index}")
-        events.append(entry)
         previous = _sha256(line)
     return events
 

@@ -5,13 +5,17 @@ crash can still be seen, and `latest` gives the curve without repeats. Overwriti
 refused: it hides exactly the steps one wants to look at.
 Each row is one write to the kernel, so that kill -9 costs at most a part of the last line; only `sync` reaches the disk
 (a power cut may cost rows, which the ledger and the checkpoints, both fsynced, do not depend on).
+Each row carries a check (see `checks`). A damaged row is told, and ends no run: nothing in a run rests on its metrics.
+The same form serves any file of one row a step, such as `state_roots.jsonl`.
 """
 
 import threading
 from pathlib import Path
 from typing import Any
 
-from k2train.record.jsonl import NON_FINITE, append_bytes, encode_line, parse_line, read_lines, truncate
+from k2train.errors import RunError
+from k2train.record.checks import all_rows, checked_rows, ends_damaged, sealed
+from k2train.record.jsonl import NON_FINITE, append_bytes, encode_line, read_lines, truncate
 
 
 class MetricsWriter:
@@ -25,14 +29,11 @@ class MetricsWriter:
         self.repaired: str | None = None
         self._lock = threading.Lock()
         if self.path.exists():
-            torn_bytes, size_bytes = _torn_tail(self.path)
-            if torn_bytes:
-                truncate(self.path, size_bytes)
-                self.repaired = f"{self.path.name}: {torn_bytes} bytes of a torn last line were cut off"
+            self.repaired = _repair(self.path)
 
     def write(self, row: dict[str, Any]) -> None:
         """One line for one step; non-finite floats become "nan", "inf", "-inf" in the file. Raises OSError."""
-        line = encode_line(row)
+        line = sealed(encode_line(row))
         with self._lock:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             append_bytes(self.path, line, sync=False)
@@ -50,15 +51,22 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     Raises RunError when the file is missing or a line is damaged, naming it.
     """
     path = Path(path)
-    lines, _ = read_lines(path)
-    return [_revived(parse_line(path, index + 1, line)) for index, line in enumerate(lines)]
+    return [_revived(row) for row in all_rows(path, *read_lines(path))]
+
+
+def damaged_rows(path: str | Path) -> list[str]:
+    """A sentence for every damaged line, naming file and line. Raises RunError when the file cannot be read."""
+    path = Path(path)
+    return [str(row) for _, row in checked_rows(path, *read_lines(path)) if isinstance(row, RunError)]
 
 
 def last_attempt(path: str | Path) -> int:
-    """The highest `attempt` in the file; 0 if there is none. Raises RunError when a line is damaged."""
-    if not Path(path).exists():
+    """The highest `attempt` in the file, damaged lines left out; 0 if there is none."""
+    path = Path(path)
+    if not path.exists():
         return 0
-    return max((int(row.get("attempt", 0)) for row in read_metrics(path)), default=0)
+    rows = [row for _, row in checked_rows(path, *read_lines(path)) if not isinstance(row, RunError)]
+    return max((attempt for row in rows if isinstance(attempt := row.get("attempt"), int)), default=0)
 
 
 def latest(path: str | Path) -> list[dict[str, Any]]:
@@ -76,6 +84,21 @@ def latest(path: str | Path) -> list[dict[str, Any]]:
 
 def _revived(row: dict[str, Any]) -> dict[str, Any]:
     return {key: NON_FINITE.get(value, value) if isinstance(value, str) else value for key, value in row.items()}
+
+
+def _repair(path: Path) -> str | None:
+    torn_bytes, size_bytes = _torn_tail(path)
+    if not torn_bytes:
+        return None
+    with path.open("rb") as stream:
+        stream.seek(size_bytes)
+        rest = stream.read()
+    if ends_damaged(rest):
+        # Not torn: the newline itself was damaged. The line stays as it is, the next one begins after it.
+        append_bytes(path, b"\n", sync=False)
+        return f"{path.name}: the newline of the last line was damaged; the line is kept, and told as damaged"
+    truncate(path, size_bytes)
+    return f"{path.name}: {torn_bytes} bytes of a torn last line were cut off"
 
 
 def _torn_tail(path: Path, block_bytes: int = 65536) -> tuple[int, int]:

@@ -1,0 +1,271 @@
+"""One shard file of a checkpoint: written from memory and hashed at the same time, read back and checked tensor by tensor.
+
+The file is a safetensors file: 8 bytes of length, a JSON header, then the tensors' bytes without gaps. The header's
+metadata says where in the global tensor each block begins, in the form torch.distributed.checkpoint reads and writes.
+
+Every tensor is hashed from memory, not from the file: only so is damage found that happens on the way to the disk. Two
+threads hash (one each tensor, one the whole file) while a third writes. The writer of torch.distributed.checkpoint was
+refused: it joins all tensors to one string of bytes first, which costs their size in memory once more, and leaves
+nothing to hash but the file. Standard library only.
+"""
+
+import json
+import os
+import stat
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from hashlib import sha256
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from k2train.strict_json import parse_json
+
+Facts = dict[str, Any]
+
+DTYPES = {"float32": ("F32", 4), "bfloat16": ("BF16", 2), "float16": ("F16", 2)}
+"""{name of a dtype: (name in the file, bytes an element)}."""
+DTYPE_NAMES = {short: name for name, (short, _) in DTYPES.items()}
+PIECE_BYTES = 1 << 23
+"""Bytes written or read at once: small enough that writing back can begin early, large enough that calls cost nothing."""
+READ_BYTES = 1 << 20
+"""Bytes hashed at once: they are still in the core's cache after the read."""
+THREADS = 4
+LONGEST_HEADER = 1 << 28
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block of a global tensor as it goes into a file; `content` gives its bytes (little-endian, row-major)."""
+
+    name: str
+    offsets: tuple[int, ...]
+    shape: tuple[int, ...]
+    dtype: str
+    content: Callable[[], memoryview]
+
+    @property
+    def num_bytes(self) -> int:
+        return prod(self.shape) * DTYPES[self.dtype][1]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a block lies: bytes `start` to `stop` of a file."""
+
+    name: str
+    offsets: tuple[int, ...]
+    shape: tuple[int, ...]
+    dtype: str
+    start: int
+    stop: int
+
+
+def header_of(blocks: Sequence[Block]) -> bytes:
+    """Length and header of a file of `blocks`, in their order."""
+    content: Facts = {
+        "__metadata__": {
+            "DCP_SHARDING_INFO": json.dumps({b.name: {"saved_offsets": list(b.offsets)} for b in blocks}),
+            "DCP_VERSION": "1.0",
+            "format": "pt",
+        }
+    }
+    at = 0
+    for block in blocks:
+        end = at + block.num_bytes
+        content[block.name] = {"dtype": DTYPES[block.dtype][0], "shape": list(block.shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(content, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def write_shard(path: Path, blocks: Sequence[Block], reached: Callable[[], None] = lambda: None) -> tuple[Facts, Facts]:
+    """Write and sync a file of `blocks`; its facts for the manifest's `files` and `shards`.
+
+    `reached` is called when all is written and nothing synced yet. Raises OSError.
+    """
+    header = header_of(blocks)
+    whole = sha256(header)
+    tensors: dict[str, Future[str]] = {}
+    waiting: list[Future[Any]] = []
+    with ThreadPoolExecutor(1) as of_file, ThreadPoolExecutor(1) as of_tensors, path.open("xb", buffering=0) as stream:
+        descriptor, at = stream.fileno(), 0
+        at = _write(descriptor, memoryview(header), at)
+        for block in blocks:
+            content = block.content()
+            assert content.nbytes == block.num_bytes, f"{block.name}: {content.nbytes} bytes, not {block.num_bytes}"
+            tensors[block.name] = of_tensors.submit(_hash, content)
+            waiting += [tensors[block.name], of_file.submit(whole.update, content)]
+            at = _write(descriptor, content, at)
+            # A block made for the file (weights in their own dtype) is let go only when both hashes have read it.
+            while len(waiting) > 8:
+                waiting.pop(0).result()
+        reached()
+        os.fsync(descriptor)
+        hashes = {name: future.result() for name, future in tensors.items()}
+    shard = {
+        "header_sha256": sha256(header).hexdigest(),
+        "tensors": {
+            block.name: {"offsets": list(block.offsets), "shape": list(block.shape), "sha256": hashes[block.name]}
+            for block in blocks
+        },
+    }
+    return {"bytes": at, "sha256": whole.hexdigest()}, shard
+
+
+def _hash(content: memoryview) -> str:
+    return sha256(content).hexdigest()
+
+
+def _write(descriptor: int, content: memoryview, at: int) -> int:
+    """Write all of `content` at byte `at`; returns the byte after it."""
+    for start in range(0, content.nbytes, PIECE_BYTES):
+        piece = content[start : start + PIECE_BYTES]
+        while piece:
+            piece = piece[os.write(descriptor, piece) :]
+        # Begins to write back what lies there, so that the sync at the end does not begin with everything.
+        os.posix_fadvise(descriptor, at + start, PIECE_BYTES, os.POSIX_FADV_DONTNEED)
+    return at + content.nbytes
+
+
+def drop_caches(root: Path) -> None:
+    """Let the next read of the synced files of a checkpoint come from the disk, and keep memory for who needs it."""
+    for file in root.glob("*/*"):
+        with suppress(OSError), file.open("rb") as stream:
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def read_header(path: Path) -> tuple[bytes, list[Place]]:
+    """Length and header as they lie in the file, and the places of its blocks, in order of their bytes.
+
+    Raises OSError, and ValueError when it is not the header of such a file.
+    """
+    with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as stream:
+        facts = os.fstat(stream.fileno())
+        if not stat.S_ISREG(facts.st_mode):
+            raise ValueError("it is no plain file")
+        length = stream.read(8)
+        size = int.from_bytes(length, "little")
+        if size > min(LONGEST_HEADER, facts.st_size):
+            raise ValueError(f"the header would have {size} bytes")
+        text = stream.read(size)
+    places = _places(text, 8 + size)
+    for place in places:
+        # A manifest of format 1 says nothing of a file's tensors: a shape is then bound by the file alone.
+        wanted = prod(place.shape) * DTYPES[place.dtype][1]
+        if min(place.shape, default=0) < 0 or place.stop - place.start != wanted or place.stop > facts.st_size:
+            raise ValueError(
+                f"tensor {place.name[:100]!r} has bytes {place.start} to {place.stop}, shape {place.shape}"[:200]
+            )
+    return length + text, places
+
+
+def _places(text: bytes, begin: int) -> list[Place]:
+    try:
+        content = parse_json(text)
+        metadata = content.pop("__metadata__")
+        corners = parse_json(metadata["DCP_SHARDING_INFO"])
+        found = [
+            Place(
+                name,
+                tuple(map(int, corners[name]["saved_offsets"])),
+                tuple(map(int, facts["shape"])),
+                DTYPE_NAMES[facts["dtype"]],
+                begin + int(facts["data_offsets"][0]),
+                begin + int(facts["data_offsets"][1]),
+            )
+            for name, facts in content.items()
+        ]
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+        raise ValueError(f"the header is not one of a shard ({error!r:.200})") from None
+    return sorted(found, key=lambda place: (place.start, place.stop))
+
+
+def size_problem(path: Path, facts: Facts) -> str | None:
+    """What is wrong with the file's existence and size; None: nothing."""
+    try:
+        status = path.stat()
+    except OSError:
+        return "is missing"
+    if not stat.S_ISREG(status.st_mode):
+        return "is no plain file"
+    size = status.st_size
+    return None if size == facts["bytes"] else f"has {size} bytes, the manifest says {facts['bytes']}"
+
+
+def layout_problem(path: Path, shard: Facts, size: int) -> tuple[str | None, list[Place]]:
+    """What is wrong with a file's header, and where its tensors lie; every byte of the file is in one or the other."""
+    try:
+        header, places = read_header(path)
+    except (OSError, ValueError) as error:
+        return f"has a damaged header ({error})", []
+    if sha256(header).hexdigest() != shard["header_sha256"]:
+        return "does not have the header of the manifest; its header was changed or damaged", []
+    at = len(header)
+    for place in places:
+        known = shard["tensors"].get(place.name)
+        if known is None or known["offsets"] != list(place.offsets) or known["shape"] != list(place.shape):
+            return f"has a tensor {place.name} that is not the manifest's", []
+        if place.start != at or place.stop - place.start != prod(place.shape) * DTYPES[place.dtype][1]:
+            return f"has tensor {place.name} at bytes {place.start} to {place.stop}, it should begin at {at}", []
+        at = place.stop
+    if at != size:
+        return f"has {size - at} bytes after its last tensor", []
+    if missing := sorted(set(shard["tensors"]) - {place.name for place in places}):
+        return f"has no tensor {missing[0]}", []
+    return None, places
+
+
+def hash_range(path: Path, start: int, stop: int) -> str:
+    """sha256 of bytes `start` to `stop`. Raises OSError, also when the file ends before."""
+    found, buffer = sha256(), bytearray(min(READ_BYTES, max(stop - start, 1)))
+    view = memoryview(buffer)
+    with path.open("rb", buffering=0) as stream:
+        while start < stop:
+            count = os.preadv(stream.fileno(), [view[: stop - start]], start)
+            if count == 0:
+                raise OSError(5, f"the file ends at byte {start}")
+            found.update(view[:count])
+            start += count
+    return found.hexdigest()
+
+
+def first_problem(
+    root: Path,
+    files: Mapping[str, Facts],
+    shards: Mapping[str, Facts],
+    names: Iterable[str],
+    threads: int = THREADS,
+) -> str | None:
+    """What is wrong with the first bad file of `names` below `root`, naming file and tensor; None: all are whole.
+
+    `files` and `shards` are the manifest's; of a file that has no entry in `shards` only the whole is hashed.
+    """
+    tasks: list[tuple[str, str | None, int, int, str]] = []
+    for name in names:
+        path, facts, shard = root / name, files[name], shards.get(name)
+        problem = size_problem(path, facts)
+        if problem is None and shard is not None:
+            problem, places = layout_problem(path, shard, facts["bytes"])
+            tasks += [(name, p.name, p.start, p.stop, shard["tensors"][p.name]["sha256"]) for p in places]
+        if problem is not None:
+            return f"{name} {problem}"
+        if shard is None:
+            tasks.append((name, None, 0, facts["bytes"], facts["sha256"]))
+
+    def check(task: tuple[str, str | None, int, int, str]) -> str | None:
+        name, tensor, start, stop, expected = task
+        what = "" if tensor is None else f": tensor {tensor}"
+        try:
+            same = hash_range(root / name, start, stop) == expected
+        except OSError as error:
+            return f"{name}{what} cannot be read ({error.strerror or error})"
+        return None if same else f"{name}{what} does not have the hash of the manifest; it was changed or damaged"
+
+    if threads == 1:
+        return next((problem for problem in map(check, tasks) if problem), None)
+    with ThreadPoolExecutor(threads) as pool:
+        return next((problem for problem in pool.map(check, tasks) if problem), None)

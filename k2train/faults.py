@@ -1,0 +1,138 @@
+"""Named places where a run can be made to fail on purpose, so that what follows can be tested. Off, one costs a call.
+
+A fault is `POINT[@rank=R][@step=S][@nth=N]:ACTION`; several are separated by `;`, and each strikes once:
+
+    save.hashed@rank=1@step=10:kill      SIGKILL to this process when rank 1 comes to that point of the save of step 10
+    step.forward@nth=3:sleep=0.5         the third time any rank comes there
+    gradient@rank=0@step=4:nan           a value fault: the place asks with `find` and does the damage itself
+
+Actions of `point`: kill, stop (SIGSTOP), term, usr1, abort, segv, exit=CODE, sleep=SECONDS, error=ERRNO (an OSError such
+as ENOSPC). Faults are armed once, by a command line, from the variable K2TRAIN_FAULTS; a run in which none is armed
+has an empty list and nothing else. Patching functions from outside was refused: that reaches one process of several,
+and breaks with the next change of a name.
+"""
+
+import errno
+import os
+import signal
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from k2train.errors import RunError
+
+VARIABLE = "K2TRAIN_FAULTS"
+SIGNALS = {
+    "kill": signal.SIGKILL,
+    "stop": signal.SIGSTOP,
+    "term": signal.SIGTERM,
+    "usr1": signal.SIGUSR1,
+    "abort": signal.SIGABRT,
+    "segv": signal.SIGSEGV,
+}
+
+POINTS = (
+    "start.locked", "start.agreed", "start.loaded", "start.aside",
+    "step.read", "step.forward", "step.reduce", "step.update", "step.done", "evaluate",
+    "save.snapshot", "save.begin", "save.room", "save.model", "save.optimizer", "save.hashed", "save.manifest", "save.synced", "save.renamed", "save.committed",
+    "retire.expire", "retire.marked", "retire.done",
+    "ledger.append", "end",
+)  # fmt: skip
+"""Places that call `point`, in the order a run comes to them."""
+VALUES = ("gradient", "loss", "weight", "moment")
+"""Places that ask with `find`."""
+
+
+@dataclass
+class Fault:
+    """One fault; `rank`, `step`, `nth` None: any, any, the first time."""
+
+    point: str
+    action: str
+    argument: str = ""
+    rank: int | None = None
+    step: int | None = None
+    nth: int = 1
+    seen: int = field(default=0, compare=False)
+    struck: bool = field(default=False, compare=False)
+
+
+@dataclass
+class _State:
+    rank: int = 0
+    step: int = 0
+    armed: list[Fault] = field(default_factory=list)
+
+
+_state = _State()
+
+
+def parse(text: str) -> list[Fault]:
+    """Read the form above. Raises RunError naming the part that is not understood."""
+    found = []
+    for part in filter(None, (piece.strip() for piece in text.split(";"))):
+        place, colon, what = part.partition(":")
+        name, *conditions = place.split("@")
+        action, _, argument = what.partition("=")
+        fault = Fault(name, action, argument)
+        if not colon or name not in POINTS + VALUES:
+            raise RunError(f"{VARIABLE}: {part!r} names no fault point; they are {', '.join(POINTS + VALUES)}")
+        if name in POINTS and action not in (*SIGNALS, "exit", "sleep", "error"):
+            raise RunError(f"{VARIABLE}: {part!r} has no action; they are {', '.join(SIGNALS)}, exit=, sleep=, error=")
+        for condition in conditions:
+            key, _, value = condition.partition("=")
+            if key not in ("rank", "step", "nth") or not value.isdigit():
+                raise RunError(f"{VARIABLE}: {condition!r} in {part!r} must be rank=, step= or nth= and a number")
+            setattr(fault, key, int(value))
+        found.append(fault)
+    return found
+
+
+def arm(text: str, rank: int) -> None:
+    """Arm the faults of `text` in this process, in place of any before."""
+    _state.rank, _state.step, _state.armed = rank, 0, parse(text)
+
+
+def at_step(step: int) -> None:
+    """Say which step of the run follows."""
+    _state.step = step
+
+
+def find(name: str) -> Fault | None:
+    """The fault that strikes at this visit of `name`, if one does; it will not strike again."""
+    if not _state.armed:
+        return None
+    return _find(name, _state.armed)
+
+
+def _find(name: str, armed: Sequence[Fault]) -> Fault | None:
+    for fault in armed:
+        if fault.point != name or fault.struck or fault.rank not in (None, _state.rank):
+            continue
+        if fault.step not in (None, _state.step):
+            continue
+        fault.seen += 1
+        if fault.seen == fault.nth:
+            fault.struck = True
+            return fault
+    return None
+
+
+def point(name: str) -> None:
+    """A place where the process may be made to fail."""
+    if _state.armed and (fault := _find(name, _state.armed)) is not None:
+        _strike(fault)
+
+
+def _strike(fault: Fault) -> None:
+    if fault.action in SIGNALS:
+        os.kill(os.getpid(), SIGNALS[fault.action])
+        if fault.action == "kill":
+            time.sleep(60)
+    elif fault.action == "exit":
+        os._exit(int(fault.argument or 1))
+    elif fault.action == "sleep":
+        time.sleep(float(fault.argument))
+    else:
+        code = getattr(errno, fault.argument, errno.EIO)
+        raise OSError(code, os.strerror(code), f"fault {fault.point}")

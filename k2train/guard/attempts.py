@@ -1,0 +1,98 @@
+"""Starts that got nowhere: a run that dies at the same place again and again is stopped, and told, instead of repeated.
+
+The ledger is the memory, because it outlives the process, the job and the node. A start begins at a step (0, or that of
+the checkpoint it resumed from) and has got somewhere when a checkpoint of a later step stands behind it, also one that was
+made for a stop, or when the stage is finished. Steps without a checkpoint do not count: they will be done again. A stop on
+request that saved nothing newer neither counts nor excuses: somebody ended it, not the run itself. Counting restarts in
+the batch script was refused: it does not see how far they came.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from k2train.errors import RunError
+
+STARTS = ("started", "resumed")
+UNASKED = ("non-finite", "save failed")
+"""Reasons of a `stopped` event that nobody asked for."""
+
+
+@dataclass
+class Attempt:
+    """One start as the ledger tells it; `end` None: it says nothing of the end, the process was killed."""
+
+    number: int
+    began_at: int
+    reached: int
+    saved: int = field(default=-1)
+    end: Mapping[str, Any] | None = None
+
+    @property
+    def is_fruitless(self) -> bool:
+        """Whether it ended by itself with no checkpoint of a later step than the one it began at."""
+        return not self.was_asked and self.saved <= self.began_at
+
+    @property
+    def was_asked(self) -> bool:
+        """Whether its end was asked for, or it was finished."""
+        if self.end is None:
+            return False
+        return self.end["event"] == "finished" or (
+            self.end["event"] == "stopped" and self.end.get("reason") not in UNASKED
+        )
+
+
+def attempts_of(events: Sequence[Mapping[str, Any]]) -> list[Attempt]:
+    """The starts of a run, oldest first."""
+    found: list[Attempt] = []
+    for event in events:
+        kind, step = event["event"], int(event.get("step") or 0)
+        if kind in STARTS:
+            found.append(Attempt(int(event.get("attempt", len(found) + 1)), began_at=step, reached=step))
+            continue
+        if not found:
+            continue
+        now = found[-1]
+        now.reached = max(now.reached, step)
+        if kind == "checkpoint_saved":
+            # A checkpoint that a kill kept out of the ledger is told by the next start: it belongs to the one that made it.
+            maker = next((a for a in found if a.number == event.get("attempt")), now)
+            maker.saved = max(maker.saved, step)
+        elif kind in ("stopped", "failed", "finished"):
+            now.end = event
+    return found
+
+
+def fruitless_starts(events: Sequence[Mapping[str, Any]]) -> list[Attempt]:
+    """The starts in a row, up to the last one, that got no further than where they began; oldest first."""
+    row: list[Attempt] = []
+    for attempt in reversed(attempts_of(events)):
+        if attempt.is_fruitless:
+            row.append(attempt)
+        elif attempt.saved > attempt.began_at or (attempt.end is not None and attempt.end["event"] == "finished"):
+            break
+    return row[::-1]
+
+
+def check_progress(events: Sequence[Mapping[str, Any]], limit: int, directory: Path) -> None:
+    """Raise RunError when `limit` starts in a row (0: any number) got no further than where they began."""
+    row = fruitless_starts(events)
+    if limit == 0 or len(row) < limit:
+        return
+    starts = "1 start" if len(row) == 1 else f"{len(row)} starts in a row"
+    raise RunError(
+        f"{starts} got no further than step {max(a.began_at for a in row)} (last: {_end_of(row[-1])}); "
+        f"look at {directory}/ledger.jsonl and the output of the last start, then start with run.max_fruitless_starts=0"
+    )
+
+
+def _end_of(attempt: Attempt) -> str:
+    """How a start ended, in a few words."""
+    if attempt.end is None:
+        return f"killed after step {attempt.reached} without a word"
+    told = str(attempt.end.get("problem") or attempt.end.get("reason") or attempt.end["event"])
+    first, *more = told.splitlines() or [told]
+    step = attempt.end.get("step", attempt.reached)
+    return f"{first}{' ...' if more else ''}" if f"step {step}" in first else f"{first} at step {step}"

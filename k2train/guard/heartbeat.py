@@ -1,0 +1,230 @@
+"""Where each rank of a run is, in one small file a rank, `watch/rank_00003.json`: written often, read when something is wrong.
+
+A file has a fixed length and ends with a checksum: one write in place costs a shared file system no new name, needs no
+room on a full disk, and a reader that meets half of one knows and reads again. It is opened and closed each time, so that
+NFS sends it on. No reader looks at the wall clock in it: whether a rank lives is seen from its `beat` going up while the
+reader's own monotonic clock runs, or, on the same machine, from /proc. Refused: a server that ranks report to (one more
+process to lose, and nothing is left to read after it) and messages over the process group, which is what hangs.
+"""
+
+import dataclasses
+import json
+import os
+import socket
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+LENGTH_BYTES = 1536
+CHECK_BYTES = 23
+TEXT_LIMIT = 160
+OPEN_STATES = ("", "stalled")
+"""States of a rank that is still at work; the others have said that they leave."""
+PHASES = {"step": "forward/backward"}
+"""How a phase is told to people, where its name is not enough."""
+
+ProcessState = Literal["running", "stopped", "gone", ""]
+
+
+@dataclass(frozen=True)
+class Process:
+    """One process, without mistaking another with the same number for it, on this machine or elsewhere."""
+
+    pid: int
+    start_ticks: int
+    """Since the machine started, as the kernel counts: a process that got the number later has another one."""
+    boot_id: str
+    pid_namespace: str
+    """Containers on one machine have the same boot_id, and other numbers for the same process."""
+    host: str
+
+
+def this_process() -> Process:
+    """The process that calls."""
+    return Process(os.getpid(), _stat(os.getpid())[1], _boot_id(), _pid_namespace(), socket.gethostname())
+
+
+def state_of(process: Process, reader: Process) -> ProcessState:
+    """What became of `process`, as far as the process `reader`, which asks, can see it; "" on another machine."""
+    if not process.boot_id or (process.boot_id, process.pid_namespace) != (reader.boot_id, reader.pid_namespace):
+        return ""
+    letter, start_ticks = _stat(process.pid)
+    if letter in ("", "Z", "X") or start_ticks != process.start_ticks:
+        return "gone"
+    return "stopped" if letter in "Tt" else "running"
+
+
+def _stat(pid: int) -> tuple[str, int]:
+    """(state letter, start time) from /proc; ("", 0) when there is no such process."""
+    try:
+        # The name in parentheses may hold anything, spaces and parentheses too.
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b") ")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return "", 0
+    return fields[0].decode(), int(fields[19])
+
+
+def _boot_id() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+def _pid_namespace() -> str:
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a rank says of itself. `count`, `current`, `last`: of its collectives, see `parallel.traffic`.
+
+    `state`: "" at work, "stalled" over its limit, "leaving" after another was lost, "failed" by itself (`problem`), "closed".
+    `seconds`: since the step, save or evaluation it is in began, by its monotonic clock. `wall`: for people only.
+    """
+
+    rank: int
+    world_size: int
+    process: Process
+    beat: int
+    phase: str
+    step: int
+    seconds: float
+    count: int
+    current: str
+    last: str
+    state: str = ""
+    problem: str = ""
+    attempt: int = 0
+    live: int = -1
+    """Descriptor of its `live` integers in that process."""
+    facts: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    wall: str = ""
+
+    @property
+    def at_work(self) -> bool:
+        """Whether the rank has not said that it leaves."""
+        return self.state in OPEN_STATES
+
+    def who(self) -> str:
+        """`rank 2 (pid 123 on host n1)`."""
+        return f"rank {self.rank} (pid {self.process.pid} on host {self.process.host})"
+
+    def where(self) -> str:
+        """`step 41, forward/backward`."""
+        return f"step {self.step}, {PHASES.get(self.phase, self.phase)}"
+
+    def exchange(self) -> str:
+        """`in collective 1234 all-reduce tp`, or the last one there was."""
+        if self.current:
+            return f"in collective {self.count} {self.current}"
+        return f"last collective {self.count} {self.last}".strip() if self.count else "no collective so far"
+
+
+def heartbeat_path(directory: Path, rank: int) -> Path:
+    """The file of one rank."""
+    return directory / f"rank_{rank:05d}.json"
+
+
+def stacks_path(directory: Path, rank: int) -> Path:
+    """Where the Python stacks of one rank are written when it is stuck."""
+    return directory / f"stacks_rank_{rank:05d}.txt"
+
+
+def encode(record: Record) -> bytes:
+    """The LENGTH_BYTES of a file: one JSON object, filled up with spaces before its checksum."""
+    plain: dict[str, Any] = dataclasses.asdict(record)
+    plain["seconds"] = round(record.seconds, 3)
+    plain["facts"] = {str(key)[:40]: str(value)[:80] for key, value in list(record.facts.items())[:6]}
+    for key in ("current", "last", "problem", "phase"):
+        plain[key] = plain[key][:TEXT_LIMIT]
+    text = json.dumps(plain).encode()
+    if len(text) > LENGTH_BYTES - CHECK_BYTES:
+        text = json.dumps(plain | {"facts": {}, "problem": plain["problem"][:40], "wall": ""}).encode()
+    return text[:-1].ljust(LENGTH_BYTES - CHECK_BYTES) + _check(text)
+
+
+def _check(text: bytes) -> bytes:
+    return f', "check": "{zlib.crc32(text):08x}"}}\n'.encode()
+
+
+def decode(data: bytes) -> Record | None:
+    """The record in the bytes of a file; None where they are not a whole one."""
+    text = data[:-CHECK_BYTES].rstrip(b" ") + b"}"
+    if len(data) != LENGTH_BYTES or data[-CHECK_BYTES:] != _check(text):
+        return None
+    try:
+        plain = json.loads(text)
+        return Record(**{**plain, "process": Process(**plain["process"])})
+    except (ValueError, TypeError, KeyError):
+        return None
+
+
+def write_record(directory: Path, record: Record) -> None:
+    """Write a rank's file in place. Raises OSError."""
+    descriptor = os.open(heartbeat_path(directory, record.rank), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        os.pwrite(descriptor, encode(record), 0)
+    finally:
+        os.close(descriptor)
+
+
+def read_record(directory: Path, rank: int) -> Record | None:
+    """What a rank said last; None when it has said nothing, or is writing just now."""
+    try:
+        return decode(heartbeat_path(directory, rank).read_bytes())
+    except OSError:
+        return None
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One rank as an observer sees it."""
+
+    record: Record | None
+    silent_seconds: float
+    """For how long its beat has not changed while it was observed."""
+    process: ProcessState
+    moving: bool
+    """Whether it has begun a collective, or another phase, while it was observed."""
+
+
+class Observer:
+    """Watches the files of many ranks for a while; `sample` now and then, then ask `seen`."""
+
+    def __init__(self, directory: Path, ranks: int, reader: Process, clock: Callable[[], float]):
+        self.directory, self.ranks, self.reader, self.clock = directory, ranks, reader, clock
+        self._first: dict[int, Record] = {}
+        self._last: dict[int, Record] = {}
+        self._changed: dict[int, float] = {}
+        self.began = clock()
+
+    def sample(self) -> None:
+        """Read all files once."""
+        for rank in range(self.ranks):
+            record = read_record(self.directory, rank)
+            if record is None:
+                continue
+            self._first.setdefault(rank, record)
+            before = self._last.get(rank)
+            if before is None or (before.process, before.beat) != (record.process, record.beat):
+                self._changed[rank] = self.clock()
+            self._last[rank] = record
+
+    def seen(self) -> dict[int, Seen]:
+        """What is known of every rank by now."""
+        now, found = self.clock(), {}
+        for rank in range(self.ranks):
+            last = self._last.get(rank)
+            if last is None:
+                found[rank] = Seen(None, now - self.began, "", False)
+                continue
+            first = self._first[rank]
+            moving = (first.count, first.phase, first.step) != (last.count, last.phase, last.step)
+            found[rank] = Seen(last, now - self._changed[rank], state_of(last.process, self.reader), moving)
+        return found

@@ -1,0 +1,98 @@
+"""Who holds a run, and whether that process can be shown to be gone.
+
+A process is named by host, boot, process id space, process id and the moment it began (in ticks since the boot), so that
+neither a reboot nor a reused id can pass for it. On its own host the kernel is asked. From elsewhere nothing is proved by
+silence: only SLURM's word that the job has ended or was started again counts, and only while its beat stands still.
+A lease that runs out by the clock was refused: clocks differ, and a process that was only stopped comes back and writes.
+"""
+
+import os
+import socket
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+Holder = dict[str, Any]
+JobEnded = Callable[[str], bool | None]
+"""SLURM's word on a job id: ended, not ended, or None for not known."""
+
+GONE = ("Z", "X", "x")
+"""States in /proc/PID/stat of a process that runs no more and only waits to be collected."""
+
+
+def this_process(facts: Mapping[str, object]) -> Holder:
+    """What names this process, and `facts` (`slurm_job_id`, `slurm_restart_count`) about its job."""
+    return {
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "boot_id": boot_id(),
+        "pid_space": _pid_space(),
+        "began_ticks": began_ticks(os.getpid()),
+        "start_time": _now(),
+        **{key: str(value)[:100] for key, value in facts.items() if value is not None},
+    }
+
+
+def describe(holder: Mapping[str, Any]) -> str:
+    """`pid 12 on this host (node7), SLURM job 345, since 2031-...`."""
+    where = "this host" if holder.get("boot_id") == boot_id() else "another host"
+    job = f", SLURM job {holder['slurm_job_id']}" if holder.get("slurm_job_id") else ""
+    return f"pid {holder.get('pid')} on {where} ({holder.get('host')}){job} since {holder.get('start_time')}"
+
+
+def kernel_verdict(holder: Mapping[str, Any]) -> bool | None:
+    """True: alive, False: gone, None: this kernel cannot see that process."""
+    if holder.get("boot_id") != boot_id() or holder.get("pid_space") != _pid_space() or boot_id() is None:
+        return None
+    began = began_ticks(int(holder["pid"]))
+    return began is not None and began == holder.get("began_ticks")
+
+
+def ended_elsewhere(holder: Mapping[str, Any], here: Mapping[str, Any], job_ended: JobEnded | None) -> str:
+    """Why a holder that this kernel cannot see must be gone, if its beat stands still; "" when nothing shows it."""
+    if holder.get("host") == here["host"] and holder.get("boot_id") and here["boot_id"] != holder["boot_id"]:
+        return "its host was started again since"
+    job = holder.get("slurm_job_id")
+    if not job:
+        return ""
+    if job == here.get("slurm_job_id") and _restarts(here) > _restarts(holder):
+        return f"SLURM has started its job {job} again since"
+    if job != here.get("slurm_job_id") and job_ended is not None and job_ended(str(job)) is True:
+        return f"its SLURM job {job} has ended"
+    return ""
+
+
+def _restarts(holder: Mapping[str, Any]) -> int:
+    count = str(holder.get("slurm_restart_count", ""))
+    return int(count) if count.isdigit() else 0
+
+
+def began_ticks(pid: int) -> int | None:
+    """When a live process of this kernel began, in ticks since the boot; None when there is none of that id."""
+    try:
+        # The name in brackets may hold spaces and brackets of its own.
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in GONE else int(fields[19])
+
+
+def boot_id() -> str | None:
+    """Differs from boot to boot and from machine to machine; None where the kernel does not tell."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return None
+
+
+def _pid_space() -> str | None:
+    # In another container of the same machine an id names another process, or none.
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return None
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")

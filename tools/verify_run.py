@@ -1,0 +1,226 @@
+"""Check a whole run against itself: `python tools/verify_run.py RUN [--data [MANIFEST]]`.
+
+Ledger, metrics, roots and config are read to the last bit, every checkpoint is hashed, and what one file says of another
+is compared: the ledger's hashes of the manifests and of config.yaml, the order of the fencing tokens, the roots of saved
+states. With `--data` the data folder too (the one of config.yaml, or the one named). A line a problem, on stderr, with
+file and place; exit code 0 when there is none, 2 else. Needs no torch. Stopping at the first problem is refused: who asks
+wants to know all that is to be restored. What may still be true of a run that was killed is a note and no problem.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from k2train.checkpoint.manifest import MANIFEST, list_checkpoints, verify_checkpoint
+from k2train.config import load_config
+from k2train.data.manifest import MANIFEST_NAME, read_manifest
+from k2train.data.verify import verify_chunks
+from k2train.data.verify_facts import verify_folder
+from k2train.errors import EXIT_DONE, EXIT_USAGE, CheckpointError, RunError, UserError
+from k2train.files import sha256_file
+from k2train.record.checks import checked_rows
+from k2train.record.jsonl import read_lines
+from k2train.record.ledger import read_ledger
+
+LEDGER, METRICS, ROOTS, CONFIG = "ledger.jsonl", "metrics.jsonl", "state_roots.jsonl", "config.yaml"
+STARTS = ("started", "resumed")
+
+Event = Mapping[str, Any]
+
+
+class Problem(NamedTuple):
+    """One line: `note` for what a kill explains."""
+
+    text: str
+    note: bool = False
+
+
+def rows_of(path: Path) -> tuple[list[tuple[int, dict[str, Any]]], list[Problem]]:
+    """(line, row) of the readable lines of a record, and the problems of the others."""
+    found = list(checked_rows(path, *read_lines(path)))
+    problems = [Problem(str(row)) for _, row in found if isinstance(row, RunError)]
+    return [(line, row) for line, row in found if not isinstance(row, RunError)], problems
+
+
+def check_ledger(path: Path) -> tuple[list[tuple[int, dict[str, Any]]], list[Problem]]:
+    """The events that can be read, with their lines; damaged lines, and else the first break of the chain."""
+    rows, problems = rows_of(path)
+    if not problems:
+        try:
+            read_ledger(path)
+        except RunError as error:
+            problems = [Problem(str(error))]
+    return [(line, row) for line, row in rows if "event" in row], problems
+
+
+def check_config(directory: Path, events: Sequence[tuple[int, Event]]) -> Iterator[Problem]:
+    """config.yaml is the one of the last start."""
+    path = directory / CONFIG
+    starts = [(line, event) for line, event in events if event["event"] in STARTS and "config_sha256" in event]
+    if not path.is_file():
+        yield Problem(f"{path}: is missing")
+    elif not starts:
+        yield Problem(f"{path}: cannot be checked, the ledger was written before it kept its hash", note=True)
+    elif sha256_file(path) != starts[-1][1]["config_sha256"]:
+        yield Problem(
+            f"{path}: is not the config of the last start, whose hash is in {LEDGER}, line {starts[-1][0]}; "
+            "restore it, or start the run again, which writes it anew"
+        )
+
+
+def check_tokens(path: Path, events: Sequence[tuple[int, Event]]) -> Iterator[Problem]:
+    """Every start had a higher fencing token than the one before it."""
+    before, line_before = 0, 0
+    for line, event in events:
+        token = token_of(event)
+        if event["event"] not in STARTS or not token:
+            continue
+        if token <= before:
+            yield Problem(f"{path}: line {line} has fencing token {token}, line {line_before} had {before} before it")
+        before, line_before = token, line
+
+
+def token_of(facts: Event) -> int:
+    """The fencing token of an event or a manifest; 0 when there is none."""
+    token = facts.get("fencing_token")
+    return token if isinstance(token, int) else 0
+
+
+class Saves:
+    """What the ledger says was saved and should be there: by name, with the line that says it and the token then held."""
+
+    def __init__(self, events: Sequence[tuple[int, Event]]) -> None:
+        self.told: dict[str, tuple[int, Event, int]] = {}
+        self.aside: dict[str, tuple[int, Event, int]] = {}
+        token = 0
+        for line, event in events:
+            if event["event"] in STARTS:
+                token = token_of(event)
+                for name in map(str, event.get("set_aside") or ()):
+                    if name in self.told:
+                        self.aside[f"set_aside_by_attempt_{event.get('attempt')}/{name}"] = self.told.pop(name)
+            elif event["event"] == "checkpoint_saved":
+                self.told[str(event["checkpoint"])] = (line, event, token)
+
+    def all(self) -> dict[str, tuple[int, Event, int]]:
+        """Path below `checkpoints` -> what is told of it."""
+        return {**self.told, **self.aside}
+
+
+def check_checkpoints(directory: Path, events: Sequence[tuple[int, Event]], told: bool) -> Iterator[Problem]:
+    """Every checkpoint by itself, then against the ledger; with `told` False the ledger is too damaged for that."""
+    folder = directory / "checkpoints"
+    there = list_checkpoints(folder)
+    for aside in sorted(folder.glob("set_aside_by_attempt_*")) if folder.is_dir() else []:
+        there += list_checkpoints(aside)
+    saves = Saves(events).all()
+    roots = _roots(directory / ROOTS)
+    for path in there:
+        name = path.relative_to(folder).as_posix()
+        try:
+            manifest = verify_checkpoint(path)
+        except CheckpointError as error:
+            yield Problem(str(error))
+        else:
+            yield from _against_roots(path, manifest, roots)
+            if told and name in saves:
+                yield from _against_ledger(path, manifest, directory / LEDGER, *saves[name])
+        if told and name not in saves:
+            yield Problem(f"{path}: the ledger does not tell of it; the next start will note it", note=True)
+    missing = [name for name in saves if told and folder / name not in there]
+    for name in missing:
+        line = saves[name][0]
+        # One saved on request goes when a later one is whole, and no line tells of that.
+        yield Problem(f"{folder / name}: is missing, {LEDGER}, line {line} tells of it", note="_step_" in name)
+
+
+def _against_ledger(
+    path: Path, manifest: Event, ledger: Path, line: int, event: Event, token: int
+) -> Iterator[Problem]:
+    if sha256_file(path / MANIFEST) != event.get("manifest_sha256"):
+        yield Problem(f"{path / MANIFEST}: is not the one that {ledger}, line {line} tells of")
+    if manifest["step"] != event.get("step"):
+        yield Problem(f"{path}: is of step {manifest['step']}, {ledger}, line {line} says {event.get('step')}")
+    own = token_of(manifest)
+    # A save noted by a later start was made under the token of an earlier one.
+    wrong = own and token and (own > token if event.get("recovered") else own != token)
+    if wrong:
+        yield Problem(
+            f"{path}: was written under fencing token {own}, {ledger}, line {line} was under {token}: two runs wrote"
+        )
+
+
+def _roots(path: Path) -> dict[tuple[int, int], tuple[int, str]]:
+    """(attempt, step) -> (line, root)."""
+    rows = rows_of(path)[0] if path.is_file() else []
+    return {
+        (row["attempt"], row["step"]): (line, str(row["root"]))
+        for line, row in rows
+        if isinstance(row.get("attempt"), int) and isinstance(row.get("step"), int) and "root" in row
+    }
+
+
+def _against_roots(path: Path, manifest: Event, roots: Mapping[tuple[int, int], tuple[int, str]]) -> Iterator[Problem]:
+    state = manifest.get("state")
+    own = state.get("root") if isinstance(state, dict) else None
+    known = roots.get((manifest.get("attempt", 0), manifest["step"]))
+    if own is not None and known is not None and own != known[1]:
+        yield Problem(f"{path}: its state has root {str(own)[:16]}, {ROOTS}, line {known[0]} says {known[1][:16]}")
+
+
+def check_data(directory: Path, named: str, events: Sequence[tuple[int, Event]]) -> Iterator[Problem]:
+    """The data folder: that it is the run's, and whole. Raises UserError when it cannot be read."""
+    path = Path(named) if named else Path(load_config(str(directory / CONFIG)).data.manifest)
+    if not named and not path.is_absolute():
+        above = [base / path for base in directory.resolve().parents]
+        path = next((found for found in above if (found / MANIFEST_NAME).is_file() or found.is_file()), path)
+    manifest = read_manifest(path)
+    for line, event in events:
+        if event.get("data_manifest_sha256", manifest.sha256) != manifest.sha256:
+            yield Problem(f"{manifest.path}: is not the data that {directory / LEDGER}, line {line} began with")
+    for report in verify_chunks(manifest, manifest.all_chunks()):
+        yield from map(Problem, report.problems)
+    yield from map(Problem, verify_folder(manifest))
+
+
+def problems_of(directory: Path, data: str | None) -> Iterator[Problem]:
+    """Every problem and note of a run. Raises UserError when it is none, or its data cannot be found."""
+    events, problems = check_ledger(directory / LEDGER)
+    yield from problems
+    for name in (METRICS, ROOTS):
+        if (directory / name).exists():
+            yield from rows_of(directory / name)[1]
+    yield from check_config(directory, events)
+    if not problems:
+        yield from check_tokens(directory / LEDGER, events)
+    yield from check_checkpoints(directory, events, told=not problems)
+    if data is not None:
+        yield from check_data(directory, data, events)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit code."""
+    parser = argparse.ArgumentParser(prog="verify_run.py", description="Check a run against itself, to the last bit.")
+    parser.add_argument("run", type=Path, metavar="RUN", help="the directory of a run")
+    parser.add_argument(
+        "--data", nargs="?", const="", metavar="MANIFEST", help="read the data too: of config.yaml, or this one"
+    )
+    given = parser.parse_args(arguments)
+    count = 0
+    try:
+        for problem in problems_of(given.run, given.data):
+            print(f"note: {problem.text}" if problem.note else problem.text, file=None if problem.note else sys.stderr)
+            count += not problem.note
+    except UserError as error:
+        print("; ".join(str(error).splitlines()), file=sys.stderr)
+        return EXIT_USAGE
+    print(f"{given.run}: {f'{count} problems' if count else 'whole'}", file=sys.stderr if count else None)
+    return EXIT_USAGE if count else EXIT_DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())
