@@ -6,7 +6,7 @@ verified one chunk ahead while the run goes on.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,9 @@ from k2train.record.ledger import read_ledger
 
 HASH_AT_START_BYTES = 1 << 30
 """Chunks hashed before the start: all when they are smaller than this together, else the next one to be read."""
+
+CANDIDATES = 4
+"""Checkpoints looked at beforehand, from the newest: manifests of a large run are large, and older ones are not needed."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +135,8 @@ def prepare_start(config: Config, world_size: int, verify: bool) -> Start:
         allowed = check_same_run(wanted[0], identity, config.run.allow)
         start = replace(base, candidates=tuple(wanted), refused=tuple(refused), allowed=tuple(allowed))
         step = int(read_manifest(wanted[0])["step"])
-    _check_room(config, layout, order, base.checkpoints, step)
+    if "space" not in config.run.allow:
+        _check_room(config, start, step)
     if verify:
         verify_data(manifest, order, step)
     return start
@@ -142,13 +146,6 @@ def _wanted_checkpoints(config: Config, directory: Path) -> tuple[list[Path], li
     """Readable checkpoints to try, best first, and what was wrong with the others; none for a fresh start."""
     folder, resume = directory / "checkpoints", config.run.resume
     found = list_checkpoints(folder)
-    readable, refused = [], []
-    for path in reversed(found):
-        try:
-            _check_resumable(path, read_manifest(path))
-            readable.append(path)
-        except CheckpointError as error:
-            refused.append(str(error))
     if resume == "never":
         if found or (directory / "ledger.jsonl").exists():
             raise RunError(
@@ -156,24 +153,42 @@ def _wanted_checkpoints(config: Config, directory: Path) -> tuple[list[Path], li
             )
         return [], []
     if isinstance(resume, int) and not _went_back_to(directory, resume):
-        named = [path for path in readable if path.name == f"ckpt_{resume:03d}"]
-        if not named:
-            there = ", ".join(path.name for path in reversed(readable)) or "none"
-            raise CheckpointError(f"run.resume asks for ckpt_{resume:03d}, {folder} has: {there}")
-        return named, refused
-    if not readable and (resume == "must" or refused):
+        named = [path for path in found if path.name == f"ckpt_{resume:03d}"]
+        readable, refused = _readable(named)
+        if not readable:
+            there = ", ".join(path.name for path in found if path not in named) or "none"
+            why = f"; refused: {refused[0]}" if refused else ""
+            raise CheckpointError(f"run.resume asks for ckpt_{resume:03d}, {folder} has: {there}{why}")
+        return readable, refused
+    whole = [path for path in reversed(found) if not is_thinned(path)]
+    usable, refused = _readable(whole)
+    if (not found and resume == "must") or (refused and not usable):
         why = f"; refused: {'; '.join(refused)}" if refused else ""
         raise CheckpointError(
             f"run.resume is {resume}, but there is no checkpoint to continue from in {folder}{why}; "
             "choose another run.name to start anew"
         )
-    usable = [path for path in readable if not is_thinned(path)]
-    if readable and not usable:
+    if found and not usable:
         raise CheckpointError(
-            f"{readable[0]} and all before it were thinned to their weights: they can start another run "
+            f"{found[-1]} and all before it were thinned to their weights: they can start another run "
             "(run.init_from), not continue this one"
         )
     return usable, refused
+
+
+def _readable(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
+    """The first `CANDIDATES` whose manifests can be read, and what was wrong with those in between."""
+    readable: list[Path] = []
+    refused: list[str] = []
+    for path in paths:
+        if len(readable) == CANDIDATES:
+            break
+        try:
+            _check_resumable(path, read_manifest(path))
+            readable.append(path)
+        except CheckpointError as error:
+            refused.append(str(error))
+    return readable, refused
 
 
 def _check_resumable(path: Path, manifest: Mapping[str, Any]) -> None:
@@ -181,12 +196,16 @@ def _check_resumable(path: Path, manifest: Mapping[str, Any]) -> None:
         raise CheckpointError(f"{path / MANIFEST}: identity is missing, the run cannot go on from there")
 
 
-def _check_room(config: Config, layout: Layout, order: ChunkOrder, checkpoints: Path, step: int) -> None:
-    """Raise RunError when the disk cannot hold the numbered checkpoints that follow `step`."""
+def _check_room(config: Config, start: Start, step: int) -> None:
+    """Raise RunError when the disk cannot hold the checkpoints that follow `step`."""
+    order, layout, checkpoints = start.order, start.layout, start.checkpoints
     shape = work_of(config, "cpu").shape
     consumed, every = order.consumed_chunks(step), config.checkpoint.every_chunks
     ends = [n for n in range(consumed + 1, len(order.names) + 1) if n % every == 0 or n == len(order.names)]
-    numbered = [path for path in list_checkpoints(checkpoints) if not on_demand(path)]
+    found = list_checkpoints(checkpoints)
+    # What follows the one that is taken is set aside, and gives nothing back.
+    found = found[: found.index(start.candidates[0]) + 1] if start.candidates else found
+    numbered = [path for path in found if not on_demand(path)]
     complete = sum(not is_thinned(path) for path in numbered)
     one = CheckpointBytes(
         parameters(shape),

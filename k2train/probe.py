@@ -23,6 +23,7 @@ from torch import Tensor
 
 from k2train.engine import Engine
 from k2train.parallel.grid import ProcessGrid
+from k2train.parallel.traffic import exchanging
 from k2train.plan.schedule import Action, Op, Program, insert_transfers
 
 POSITIONS = 8
@@ -52,7 +53,8 @@ def make_probe(engine: Engine) -> dict[str, Any]:
     if answer is not None:
         mine = {**_facts(answer), "prompt": _prompt_facts(engine), "signature": _signature(engine)}
     told: list[Any] = [None] * engine.grid.layout.world_size
-    dist.all_gather_object(told, mine, group=engine.grid.host)
+    with exchanging(engine.grid.traffic, "all-gather of the probe's answers"):
+        dist.all_gather_object(told, mine, group=engine.grid.host)
     given = {rank: facts for rank, facts in enumerate(told) if facts is not None}
     return {**given[min(given)], "apart": _apart(given)}
 

@@ -3,11 +3,14 @@
 The other ranks hold a `Recorder` too, whose methods do nothing, so the training loop has no `if rank == 0` in it.
 """
 
+import contextlib
 import hashlib
 import sys
+import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from threading import RLock
 from typing import Any
 from uuid import uuid4
 
@@ -15,9 +18,10 @@ from k2train.checkpoint.manifest import MANIFEST, read_manifest
 from k2train.checkpoint.save import SaveError
 from k2train.config import Config, to_yaml
 from k2train.engine import Engine
-from k2train.files import write_synced
+from k2train.files import sha256_file, write_synced
 from k2train.fingerprint import short_digests
 from k2train.footprint import start_line, work_of
+from k2train.guard.attempts import STARTS
 from k2train.parallel.state_digest import Root
 from k2train.preflight import Start, learning_rate
 from k2train.record.console import Console
@@ -45,6 +49,10 @@ class Recorder:
 
     def step(self, row: Facts) -> None:
         """One finished step."""
+
+    def settled(self) -> bool:
+        """Whether all that was told is written."""
+        return True
 
     def note(self, text: str) -> None:
         """A line for people."""
@@ -81,12 +89,18 @@ class RankZeroRecorder(Recorder):
         directory = start.directory
         self.ledger = Ledger(directory / "ledger.jsonl")
         self.metrics = MetricsWriter(directory / "metrics.jsonl")
-        attempts = [int(e.get("attempt", 0)) for e in self.ledger.events if e["event"] in ("started", "resumed")]
+        attempts = [int(e.get("attempt", 0)) for e in self.ledger.events if e["event"] in STARTS]
         self.attempt = max([last_attempt(directory / "metrics.jsonl"), *attempts]) + 1
         order = start.order
         ends = [order.first_step(i) + order.steps_in(i) - 1 for i in range(len(order.names))]
         self.console = Console(sys.stderr, config.run.name, order.total_steps, len(order.names), ends)
         self._from_threads: deque[str] = deque()
+        self._writing = RLock()
+        self._unwritten: dict[Path, deque[Callable[[], object]]] = {}
+        """Of each file the lines that the disk has not taken, in their order."""
+        self._refusal = ""
+        self._refused_since: float | None = None
+        self._patience_seconds = config.checkpoint.retry_seconds
         self.roots = MetricsWriter(directory / "state_roots.jsonl")
         text = to_yaml(config)
         write_synced(directory / "config.yaml", text)
@@ -110,28 +124,57 @@ class RankZeroRecorder(Recorder):
                 self.note(f"damaged: {line}")
 
     def event(self, event: str, **facts: Any) -> None:
-        self.ledger.append(event, **facts)
+        self._put(self.ledger.path, lambda: self.ledger.append(event, **facts))
 
     def step(self, row: Facts) -> None:
-        try:
-            self.metrics.write(row)
-        except OSError as error:
-            self.problem = (
-                f"{self.metrics.path} cannot be written: {error.strerror or error}; "
-                "make room, then start the same command again"
-            )
+        self._put(self.metrics.path, lambda: self.metrics.write(row))
         self.wandb.log(row)
         self.drain()
         self.console.step(row)
+
+    def settled(self) -> bool:
+        with self._writing:
+            self._write()
+            if self._unwritten:
+                self.problem = f"{self._refusal}; make room, then start the same command again"
+            return not self._unwritten
+
+    def _put(self, path: Path, write: Callable[[], object]) -> None:
+        """Write a line of a file, after those that the disk has not taken yet; its turn may come later."""
+        with self._writing:
+            self._unwritten.setdefault(path, deque()).append(write)
+            self._write()
+
+    def _write(self) -> None:
+        for path, lines in list(self._unwritten.items()):
+            try:
+                while lines:
+                    lines[0]()
+                    lines.popleft()
+                del self._unwritten[path]
+            except OSError as error:
+                self._refused(path, error)
+        if not self._unwritten:
+            self._refused_since, self.problem = None, ""
+
+    def _refused(self, path: Path, error: OSError) -> None:
+        now = time.monotonic()
+        self._refusal = f"{path} cannot be written: {error.strerror or error}"
+        if self._refused_since is None:
+            self._refused_since = now
+            self.from_thread(f"{self._refusal} (kept in memory and tried again for {self._patience_seconds:g} s)")
+        if now - self._refused_since >= self._patience_seconds:
+            self.problem = f"{self._refusal}; make room, then start the same command again"
 
     def note(self, text: str) -> None:
         self.drain()
         self.console.note(text)
 
     def committed(self, path: Path, manifest: Facts, seconds: float) -> None:
-        self.metrics.sync()
-        self.roots.sync()
-        self.ledger.append("checkpoint_saved", **_saved(path, manifest), seconds=round(seconds, 3))
+        self.event("checkpoint_saved", **_saved(path, manifest), seconds=round(seconds, 3))
+        with contextlib.suppress(OSError):
+            self.metrics.sync()
+            self.roots.sync()
         total_bytes, held_out = _bytes_of(manifest), manifest["held_out_loss"]
         told = "" if held_out is None else f", held-out loss {float(held_out):.4f}"
         self.from_thread(
@@ -143,10 +186,10 @@ class RankZeroRecorder(Recorder):
             raise SaveError(self.problem)
 
     def verified(self, path: Path) -> None:
-        self.ledger.append("checkpoint_verified", attempt=self.attempt, checkpoint=path.name)
+        self.event("checkpoint_verified", attempt=self.attempt, checkpoint=path.name)
 
     def damaged(self, path: Path, problem: str) -> None:
-        self.ledger.append("checkpoint_damaged", attempt=self.attempt, checkpoint=path.name, problem=problem)
+        self.event("checkpoint_damaged", attempt=self.attempt, checkpoint=path.name, problem=problem)
         self.from_thread(f"damaged: {problem}")
 
     def from_thread(self, text: str) -> None:
@@ -154,15 +197,19 @@ class RankZeroRecorder(Recorder):
         self._from_threads.append(text)
 
     def root(self, step: int, root: Root) -> None:
-        self.roots.write(
-            {"step": step, "attempt": self.attempt, "root": root.root, "tensors": short_digests(root.digests)}
-        )
+        row = {"step": step, "attempt": self.attempt, "root": root.root, "tensors": short_digests(root.digests)}
+        self._put(self.roots.path, lambda: self.roots.write(row))
 
     def recover(self, checkpoints: Sequence[Path]) -> None:
-        told = {event["checkpoint"] for event in self.ledger.events if event["event"] == "checkpoint_saved"}
+        told = {
+            (event["checkpoint"], event.get("manifest_sha256"))
+            for event in self.ledger.events
+            if event["event"] == "checkpoint_saved"
+        }
         for path in checkpoints:
-            if path.name not in told:
-                self.ledger.append("checkpoint_saved", **_saved(path, read_manifest(path)), recovered=True)
+            # By content: a name may have been another checkpoint's, which was set aside since.
+            if (path.name, sha256_file(path / MANIFEST)) not in told:
+                self.event("checkpoint_saved", **_saved(path, read_manifest(path)), recovered=True)
 
     def close(self) -> None:
         self.drain()
@@ -190,7 +237,7 @@ def _saved(path: Path, manifest: Facts) -> Facts:
         "loss": manifest["loss"],
         "held_out_loss": manifest["held_out_loss"],
         "bytes": _bytes_of(manifest),
-        "manifest_sha256": hashlib.sha256((path / MANIFEST).read_bytes()).hexdigest(),
+        "manifest_sha256": sha256_file(path / MANIFEST),
     }
 
 

@@ -9,6 +9,7 @@ step's exchange.
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from k2train import faults
 from k2train.config import Config
@@ -22,11 +23,18 @@ from k2train.parallel.environment import leave_verdict
 from k2train.parallel.grid import ProcessGrid
 from k2train.parallel.replicas import ReplicaCheck
 from k2train.parallel.state_digest import Root, StateDigest, StateGuard, StateRoot
-from k2train.parallel.traffic import exchanging
 from k2train.plan.balance import rank_flops
 
 PHASES = {"forward": "step", "reduce": "reduce", "update": "update"}
 """What the engine calls its phases -> what the watch calls them."""
+
+
+class EarlierEnd(NamedTuple):
+    """How a start before this one ended."""
+
+    attempt: int
+    """Its number, 0 when it had none yet."""
+    line: str
 
 
 class DamageError(RuntimeError):
@@ -39,7 +47,9 @@ class Sentry:
     def __init__(self, config: Config, grid: ProcessGrid, directory: Path, facts: Mapping[str, str]):
         w, a = config.watch, config.audit
         self.grid, self.every_replicas, self.every_root = grid, a.replicas_every_steps, a.root_every_steps
-        limits = Limits(w.heartbeat_seconds, w.start_seconds, w.step_seconds, w.save_seconds, w.evaluate_seconds)
+        # A save that waits for room is not stuck.
+        save_seconds = w.save_seconds + config.checkpoint.retry_seconds
+        limits = Limits(w.heartbeat_seconds, w.start_seconds, w.step_seconds, save_seconds, w.evaluate_seconds)
         world_size = grid.layout.world_size
         self.watch = Watch(directory / "watch", grid.rank, world_size, limits, _say, grid.traffic.position, facts=facts)
         self.requests = RequestFiles(directory)
@@ -50,24 +60,27 @@ class Sentry:
         self._waits_for_save = False
         self._own_seconds = self._blocked_before = 0.0
 
-    def begin(self) -> str:
-        """Start the watch; the line of the verdict that an earlier start left, or ""."""
+    def begin(self) -> EarlierEnd | None:
+        """Start the watch; what the verdict of an earlier start says, on rank 0, the first time."""
         if self._begun:
-            return ""
+            return None
         self._begun = True
         earlier = read_verdict(self.watch.directory) if self.grid.rank == 0 else None
         self.watch.start()
         self.grid.traffic.cells = self.watch.cells
-        return "" if earlier is None else str(earlier.get("line", ""))
+        if earlier is None:
+            return None
+        return EarlierEnd(int(earlier.get("attempt", 0)), str(earlier.get("line", "")))
 
-    def attach(self, engine: Engine, attempt: int) -> None:
+    def attach(self, engine: Engine) -> None:
         """Look at this engine from now on."""
-        self.engine, self.watch.attempt = engine, attempt
+        self.engine = engine
         engine.enter = self._enter
         self._replicas = ReplicaCheck(engine.gradients.table, self.grid)
         states = list(engine.optimizer.lines)
         digest = StateDigest(engine.gradients.table, engine.names, states, self.grid.tp)
-        self._root, self._guard = StateRoot(digest), StateGuard(digest)
+        traffic = self.grid.traffic
+        self._root, self._guard = StateRoot(digest, traffic=traffic), StateGuard(digest, traffic=traffic)
 
     def phase(self, name: str, step: int) -> None:
         """The run goes on to a phase of the watch."""
@@ -95,8 +108,7 @@ class Sentry:
             return None
         optimizer = self.engine.optimizer
         optimizer.finish()
-        with exchanging(self.grid.traffic, "root of the state"):
-            found = self._root(optimizer.lines, self.step, optimizer.adam_steps)
+        found = self._root(optimizer.lines, self.step, optimizer.adam_steps)
         self._guard.keep(found.own)
         return found
 
@@ -144,9 +156,8 @@ class Sentry:
     def _damage(self) -> str | None:
         """What is wrong with copies and with the state; before the update, which writes all weights anew."""
         lines = self.engine.optimizer.lines
-        with exchanging(self.grid.traffic, "compare the state with its root"):
-            # Only in the step after one that recorded a root: the state must still be that one.
-            problem = self._guard.problem(lines)
+        # Only in the step after one that recorded a root: the state must still be that one.
+        problem = self._guard.problem(lines)
         if problem is None and self.every_replicas and self.step % self.every_replicas == 0:
             self.engine.optimizer.finish()
             problem = self._replicas.problem(lines)

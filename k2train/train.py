@@ -18,7 +18,7 @@ from k2train.guard.lock import RunLock
 from k2train.guard.signals import StopRequest
 from k2train.parallel.environment import Launch, leave_verdict, read_faults, read_launch
 from k2train.preflight import Start, prepare_start, run_directory
-from k2train.record.environment import job_facts
+from k2train.record.environment import job_facts, slurm_job_ended
 
 OTHER_RANKS_WAIT_SECONDS = 5.0
 
@@ -71,7 +71,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def _train(path: str, overrides: Sequence[str], launch: Launch) -> int:
     config = load_config(path, overrides)
     faults.arm(read_faults(), launch.rank)
-    lock = RunLock(run_directory(config), job_facts())
+    lock = RunLock(run_directory(config), job_facts(), slurm_job_ended)
     if launch.rank != 0:
         start = prepare_start(config, launch.world_size, verify=launch.local_rank == 0)
         return _run(config, launch, start, None)

@@ -5,13 +5,11 @@ Every decision (skip, save, stop) is taken from sums that all ranks share in the
 at the same step. One path for every layout, a single process included.
 """
 
-import contextlib
-import os
 import resource
 import sys
 import time
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,6 +19,7 @@ from k2train.allocator import keep_memory
 from k2train.checkpoint.manifest import checkpoint_name, list_checkpoints, read_manifest
 from k2train.checkpoint.save import SaveError, remove_unfinished, set_aside_later
 from k2train.config import Config, config_differences
+from k2train.ending import end_alone, end_together, is_lost
 from k2train.engine import Engine, StepResult, architecture_of
 from k2train.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, DataError, RunError, UserError
 from k2train.feed import Feed
@@ -28,17 +27,22 @@ from k2train.guard.finite import SkipCounter
 from k2train.guard.lock import RunLock
 from k2train.guard.signals import StopRequest
 from k2train.guard.spikes import SpikeAlert
+from k2train.identity import check_same_run
 from k2train.keeper import Keeper
 from k2train.parallel.environment import Launch
 from k2train.parallel.grid import ProcessGrid, choose_device, start_process_group, stop_process_group
+from k2train.parallel.traffic import exchanging
 from k2train.plan.cost import flops_per_token, parameters, peak_flops
 from k2train.preflight import Start, learning_rate
 from k2train.record.environment import environment_facts, job_facts
 from k2train.recorder import RankZeroRecorder, Recorder, announcement, stage_facts
-from k2train.sentry import DamageError, Sentry
+from k2train.sentry import DamageError, EarlierEnd, Sentry
 
 STOP, SAVE, FAILED, SECONDS = 0, 1, 2, 3
 """Places of the flags in the step's exchange; from `SECONDS` on one for each rank."""
+RECORD_REFUSED = "rank 0 could not write the record of the run; see its message"
+STOP_FILE = "STOP file"
+"""The reason of a stop that a file asked for; any other request is a signal, behind which a kill may follow."""
 
 
 def train(config: Config, launch: Launch, start: Start, stop: StopRequest, lock: RunLock | None) -> int:
@@ -62,26 +66,26 @@ def train(config: Config, launch: Launch, start: Start, stop: StopRequest, lock:
             trainer.engine.optimizer.finish()
         trainer.sentry.phase("done", trainer.step)
         faults.point("end")
-    except SaveError as error:
-        code = trainer.end_unsaved(error)
-    except DamageError as error:
-        code = trainer.end_damaged(error)
+    except (SaveError, DamageError) as error:
+        code = end_together(trainer, error)
     except Exception as error:
-        if trainer.is_lost(error):
-            trainer.end_lost(error)
+        if is_lost(error, grid):
+            end_alone(trainer, error)
         problem = str(error) or type(error).__name__
+        if isinstance(error, UserError):
+            trainer.recorder.event(
+                "stopped", attempt=trainer.attempt, reason="refused", step=trainer.step, problem=problem
+            )
         raise
     finally:
-        trainer.close()
+        trainer.sentry.phase("done", trainer.step)
         if problem:
+            # First, so that no watch takes this rank's leaving for its death.
             trainer.sentry.close(problem)
+        trainer.close()
     stop_process_group()
     trainer.sentry.close()
     return code
-
-
-CONNECTION = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe")
-"""What the errors of a collective say whose other end is gone."""
 
 
 class Trainer:
@@ -109,11 +113,14 @@ class Trainer:
         self.finished: Path | None = None
         """The last checkpoint of the stage, found whole: there is nothing left to do."""
         self.attempt = 0
-        self.earlier_end = ""
-        """How the start before this one ended, where it could not say so itself."""
+        self.allowed: list[str] = []
+        """Differences from the checkpoint that were asked for by name."""
+        self.earlier_end: EarlierEnd | None = None
+        """How a start before this one ended, where it could not say so itself."""
         self.keeper = Keeper(config, grid, start, lock, lambda: self.recorder)
+        self.writer = self.keeper.writer
         self.sentry = Sentry(config, grid, start.directory, job_facts())
-        self.feed = Feed(config, grid, start, verify, before_leaving=self.keeper.writer.wait)
+        self.feed = Feed(config, grid, start, verify, before_leaving=self._wait_for_save)
         shape = architecture_of(config)
         self.parameters = parameters(shape)
         self.flops = flops_per_token(shape, config.data.sequence_length)
@@ -125,17 +132,23 @@ class Trainer:
         """Choose the checkpoint together, open the record, build the engine, load or draw its state."""
         if self.start.candidates:
             self.earlier_end = self.sentry.begin()
+            self.sentry.phase("choose", 0)
         chosen, refused = self.keeper.choose()
+        self.allowed = [] if chosen is None else check_same_run(chosen, self.start.identity, self.config.run.allow)
         if chosen is not None and int(read_manifest(chosen)["step"]) >= self.order.total_steps:
             self.finished = chosen
             return
         self._open_record()
         self.earlier_end = self.sentry.begin() or self.earlier_end
-        if self.earlier_end:
-            self.recorder.event("failed", attempt=self.attempt - 1, problem=self.earlier_end)
+        if self.earlier_end is not None:
+            self.recorder.event("failed", attempt=self.earlier_end.attempt, problem=self.earlier_end.line)
+        begins_at = 0 if chosen is None else int(read_manifest(chosen)["step"])
+        # Before what may fail, so that a start that comes no further counts as one.
+        self.recorder.event("starting", attempt=self.attempt, step=begins_at)
+        self.sentry.phase("load", begins_at)
         source = chosen or self.start.parent
         self.engine = Engine(self.config, self.grid, fill=source is None)
-        self.sentry.attach(self.engine, self.attempt)
+        self.sentry.attach(self.engine)
         for line in announcement(self.config, self.start, self.engine, self.parameters):
             self.recorder.note(line)
         self.recorder.note(self.memory)
@@ -170,75 +183,41 @@ class Trainer:
             if decision != "apply":
                 self._tell_skipped(result, decision)
             if decision == "stop":
-                self.keeper.writer.wait()
+                self._wait_for_save()
                 self.recorder.event("stopped", attempt=self.attempt, reason="non-finite", step=self.step)
                 self.recorder.note(
                     f"{self.skips.limit} steps in a row were not finite; stopped, nothing was applied since"
                 )
                 return EXIT_FAILED
             if result.flags[FAILED] > 0:
-                self.keeper.writer.wait()
-                raise SaveError(
-                    self.recorder.problem or "rank 0 could not write the record of the run; see its message"
-                )
+                self._wait_for_save()
+                raise SaveError(self.recorder.problem or RECORD_REFUSED)
             reason = self._reason_to_stop(result)
             if self.order.is_chunk_end(self.step):
-                self._end_chunk(required=reason is not None or result.flags[SAVE] > 0)
+                asked = reason is not None or result.flags[SAVE] > 0
+                self._end_chunk(asked, scored=not result.flags[STOP] > 0)
             elif reason is not None or result.flags[SAVE] > 0:
                 self._save(checkpoint_name(self.order.consumed_chunks(self.step), self.step), held_out=None)
             if reason is not None and self.step < self.order.total_steps:
-                self.sentry.phase("save", self.step)
-                self.keeper.writer.wait()
+                self._wait_for_save(hurry=result.flags[STOP] > 0)
                 self.sentry.stopped()
                 self.recorder.event("stopped", attempt=self.attempt, reason=reason, step=self.step)
                 self.recorder.note(
                     f"stopped on request ({reason}) at step {self.step}; start the same command to go on"
                 )
+                self._settle_record()
                 return EXIT_STOPPED
-        self.sentry.phase("save", self.step)
-        self.keeper.writer.wait()
+        self._wait_for_save()
         self.sentry.stopped()
+        self._settle_record()
         self.recorder.event("finished", attempt=self.attempt, step=self.step)
+        self._settle_record()
         return EXIT_DONE
-
-    def end_unsaved(self, error: SaveError) -> int:
-        """Every rank knows that a checkpoint could not be written: say it, in the ledger too if that can be written."""
-        with contextlib.suppress(OSError):
-            self.recorder.event(
-                "stopped", attempt=self.attempt, reason="save failed", step=self.step, problem=str(error)
-            )
-        self.recorder.note(str(error))
-        return EXIT_FAILED
-
-    def end_damaged(self, error: DamageError) -> int:
-        """Every rank knows that copies which must be equal are not."""
-        self.keeper.writer.wait()
-        self.recorder.event("stopped", attempt=self.attempt, reason="damaged", step=self.step, problem=str(error))
-        self.recorder.note(
-            f"stopped at step {self.step}: {error}; the last checkpoint is from before, start again from it"
-        )
-        return EXIT_FAILED
-
-    def is_lost(self, error: Exception) -> bool:
-        """Whether a collective failed because another rank is gone."""
-        if self.grid.layout.world_size == 1 or isinstance(error, UserError):
-            return False
-        return bool(self.grid.traffic.broken) or any(word in str(error).lower() for word in CONNECTION)
-
-    def end_lost(self, error: Exception) -> NoReturn:
-        """Another rank is gone: one rank says which, and all leave at once; there is nobody to leave together with."""
-        line = self.sentry.lost(error)
-        if line:
-            sys.stderr.write(f"k2train: {line}\n")
-        with contextlib.suppress(Exception):
-            self.recorder.event("failed", attempt=self.attempt, step=self.step, problem=line or str(error))
-        sys.stderr.flush()
-        os._exit(EXIT_FAILED)
 
     def close(self) -> None:
         """Stop the loader's threads and the record. A save under way ends with the process; the watch goes on."""
         self.feed.close()
-        self.keeper.writer.close()
+        self.writer.close()
         self.recorder.close()
 
     def _one_step(self) -> StepResult:
@@ -285,16 +264,31 @@ class Trainer:
                 )
         return result
 
+    def _settle_record(self) -> None:
+        """Raise SaveError on every rank when the disk has not taken all of the record."""
+        told = [self.recorder.settled()]
+        with exchanging(self.grid.traffic, "settle the record"):
+            dist.broadcast_object_list(told, src=0, group=self.grid.host)
+        if not told[0]:
+            raise SaveError(self.recorder.problem or RECORD_REFUSED)
+
+    def _wait_for_save(self, hurry: bool = False) -> None:
+        """Until the save under way is whole; in a `hurry` it is neither tried again nor read back."""
+        self.sentry.phase("save", self.step)
+        if hurry and self.stop.requested != STOP_FILE:
+            self.writer.hurry()
+        self.writer.wait()
+
     def _flags(self, now: float) -> list[float]:
         """What this rank puts into the exchange of a step that begins at `now`, summed over ranks."""
-        flags = [0.0, 0.0, float(self.keeper.writer.failed or bool(self.recorder.problem))]
+        flags = [0.0, 0.0, float(self.writer.failed or bool(self.recorder.problem))]
         every, asked = self.config.checkpoint.every_seconds, self.sentry.request()
         if asked == "STOP":
-            self.stop.requested = self.stop.requested or "STOP file"
+            self.stop.requested = self.stop.requested or STOP_FILE
         flags[STOP] = float(self.stop.requested is not None)
         due = every > 0 and self.grid.rank == 0 and now - self.keeper.saved_at >= every
         flags[SAVE] = float(due or asked == "SAVE")
-        return [*flags, *self.sentry.begin_step(self.step, self.keeper.writer.active)]
+        return [*flags, *self.sentry.begin_step(self.step, self.writer.active)]
 
     def _reason_to_stop(self, result: StepResult) -> str | None:
         if result.flags[STOP] > 0:
@@ -324,16 +318,17 @@ class Trainer:
             f"({position.name} rows {rows.start}-{rows.stop - 1}; {self.skips.in_a_row} in a row)"
         )
 
-    def _end_chunk(self, required: bool) -> None:
+    def _end_chunk(self, required: bool, scored: bool) -> None:
+        """Save where it is due or `required`; `scored`: with the held-out loss, for which a signal leaves no time."""
         consumed = self.order.consumed_chunks(self.step)
         last = consumed == len(self.order.names)
         if last or required or consumed % self.config.checkpoint.every_chunks == 0:
             try:
-                held_out = self._held_out_loss()
+                held_out = self._held_out_loss() if scored else None
             except DataError:
                 # The chunk just trained must not be lost, and trained again at every start, for the sake of its score.
                 self._save(checkpoint_name(consumed), held_out=None)
-                self.keeper.writer.wait()
+                self._wait_for_save()
                 raise
             self._save(checkpoint_name(consumed), held_out)
 
@@ -360,6 +355,8 @@ class Trainer:
             self.recorder.committed(path, manifest, time.monotonic() - began)
 
         self.keeper.save(self.engine, name, facts, committed)
+        # Of a save that follows at once on another the clock begins anew.
+        self.sentry.saving(False)
 
     def _open_record(self) -> None:
         """Rank 0 opens ledger and metrics; what goes wrong there is every rank's error, so that none waits."""
@@ -375,10 +372,12 @@ class Trainer:
             except OSError as error:
                 problem = f"{error.filename or self.start.directory} cannot be written: {error.strerror}"
         told: list[Any] = [self.recorder.attempt, problem, self.keeper.token]
-        dist.broadcast_object_list(told, src=0, group=self.grid.host)
+        with exchanging(self.grid.traffic, "open the record"):
+            dist.broadcast_object_list(told, src=0, group=self.grid.host)
         if told[1]:
             raise RunError(told[1])
         self.attempt, _, self.keeper.token = told
+        self.sentry.watch.attempt = self.attempt
         if self.keeper.lock is not None and self.keeper.lock.told:
             self.recorder.note(self.keeper.lock.told)
         for name in leftovers:
@@ -407,12 +406,12 @@ class Trainer:
             kernels=str(self.engine.kernels),
             memory=self.memory,
             config_changes=changes,
-            allowed=list(self.start.allowed),
+            allowed=self.allowed,
             config_sha256=self.recorder.config_sha256,
             **self.keeper.lease_facts(),
         )
         self.recorder.note(f"resumed from {path} at step {self.step} (attempt {self.attempt})")
-        for text in self.start.allowed:
+        for text in self.allowed:
             self.recorder.note(f"allowed by run.allow, although it makes another run: {text}")
         if changes:
             self.recorder.note(f"changed since that checkpoint: {'; '.join(changes)}")

@@ -18,6 +18,7 @@ from k2train.checkpoint.save import SaveError
 from k2train.config import Config
 from k2train.data.chunk import write_chunk, write_manifest
 from k2train.data.manifest import Manifest
+from k2train.ending import end_together
 from k2train.errors import UserError
 from k2train.guard.signals import StopRequest
 from k2train.parallel.environment import Launch
@@ -159,6 +160,15 @@ def tree_of(directory: Path) -> dict[str, bytes]:
     return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
 
 
+def kept_of(directory: Path) -> dict[str, bytes]:
+    """The same without what only says who was there last: the lease, and the heartbeats of the watch."""
+    return {
+        name: content
+        for name, content in tree_of(directory).items()
+        if not any(part == "watch" or part.startswith("lease_") for part in Path(name).parts)
+    }
+
+
 def manifest_of(checkpoint: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((checkpoint / "manifest.json").read_text())
     return found
@@ -184,10 +194,8 @@ def trainer_job(launch: Launch, tree: dict[str, Any], change: Callable[[Trainer]
                 return f"finished: {trainer.finished.name}"
             change(trainer)
             return trainer.run()
-        except SaveError as error:
-            return trainer.end_unsaved(error)
-        except DamageError as error:
-            return trainer.end_damaged(error)
+        except (SaveError, DamageError) as error:
+            return end_together(trainer, error)
         finally:
             trainer.close()
             trainer.sentry.close()

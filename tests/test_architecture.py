@@ -29,6 +29,7 @@ THIRD_LAYER = {"model", "optim", "data", "checkpoint", "record", "guard"}
 ASSEMBLY = {
     "allocator",
     "damage",
+    "ending",
     "engine",
     "feed",
     "footprint",
@@ -160,7 +161,12 @@ def test_what_answers_before_the_devices_never_names_torch() -> None:
 
 
 @pytest.mark.parametrize(
-    "path", [ROOT / "k2train/train.py", *(t for t in TOOLS if t.name not in ("bench_data.py", "bench_checkpoint.py"))], ids=name_of
+    "path",
+    [
+        ROOT / "k2train/train.py",
+        *(t for t in TOOLS if t.name not in ("bench_data.py", "bench_checkpoint.py", "bench_watch.py")),
+    ],
+    ids=name_of,
 )
 def test_the_command_line_and_the_tools_load_no_torch(path: Path) -> None:
     """Catches what reading imports one file at a time cannot: torch that comes in through another package."""

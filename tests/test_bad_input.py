@@ -23,12 +23,12 @@ from corpus import (
     VOCAB,
     config_tree,
     environment,
+    kept_of,
     kill_all,
     make_corpus,
     start,
     train,
     trainer_job,
-    tree_of,
     wait_for,
     write_yaml,
 )
@@ -86,9 +86,9 @@ class Case:
 
     def refused(self, *overrides: str, **variables: str) -> list[str]:
         """Its lines; nothing may be there afterwards that was not before."""
-        before = tree_of(self.runs), self.runs.exists()
+        before = kept_of(self.runs), self.runs.exists()
         lines = lines_without_torch(self.path, *overrides, **variables)
-        assert (tree_of(self.runs), self.runs.exists()) == before, "something was written"
+        assert (kept_of(self.runs), self.runs.exists()) == before, "something was written"
         return lines
 
     def one_line(self, *overrides: str, **variables: str) -> str:
@@ -378,11 +378,11 @@ def test_damaged_shards_are_found_before_anything_is_written(tmp_path: Path, ear
     case = Earlier(tmp_path, earlier)
     for path in (case.runs / "bad" / "checkpoints").glob("*/model/*"):
         flipped(path)
-    before = tree_of(case.runs)
+    before = kept_of(case.runs)
     done = train(case.path)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
     assert "no checkpoint in" in done.stderr and "model/shard-" in done.stderr
-    assert tree_of(case.runs) == before
+    assert kept_of(case.runs) == before
 
 
 def test_a_run_directory_that_another_run_holds(tmp_path: Path, data: Path) -> None:

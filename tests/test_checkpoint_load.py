@@ -4,7 +4,9 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ import yaml
 
 from corpus import ROOT, environment, make_corpus, manifest_of, trainer_job
 from gloo import GlooPool
+from k2train.checkpoint import load as load_module
 from k2train.checkpoint.load import Agreement, agree_on_checkpoint, load_states
 from k2train.checkpoint.manifest import MANIFEST, THINNED, mark_thinned, read_manifest, seal, verify_checkpoint
 from k2train.checkpoint.save import CheckpointWriter, snapshot
@@ -132,6 +135,50 @@ def test_others_read_it_too(pool: GlooPool, saved: Path) -> None:
     wanted = {f"{name}.master": torch.zeros_like(values) for name, values in mine.items()}
     dcp.load(wanted, storage_reader=dcp.HuggingFaceStorageReader(str(saved / "optimizer")), no_dist=True)
     assert all(torch.equal(wanted[f"{name}.master"], values) for name, values in mine.items())
+
+
+def traffic_job(launch: Launch, path: str) -> list[str]:
+    """What this rank's traffic says while rank 1 hashes for a second, and how many exchanges a load was."""
+    config = config_of(2)
+    grid = grid_of(launch, config)
+    inside: list[str] = []
+    verify = load_module.verify_files
+
+    def slow(*given: Any) -> None:
+        if launch.rank == 1:
+            time.sleep(1.0)
+            inside.append(grid.traffic.current)
+        verify(*given)
+
+    load_module.verify_files = slow  # type: ignore[assignment]
+    ended = Event()
+
+    def look() -> None:
+        while not ended.wait(0.05):
+            seen.append(grid.traffic.current)
+
+    seen: list[str] = []
+    thread = Thread(target=look)
+    thread.start()
+    try:
+        before = grid.traffic.count
+        agreed = agree_on_checkpoint([Path(path)], grid)
+        counts = [grid.traffic.count - before]
+    finally:
+        load_module.verify_files = verify
+        ended.set()
+        thread.join()
+    assert agreed.taken is not None
+    engine = Engine(config, grid, fill=False)
+    before = grid.traffic.count
+    load_states(agreed.taken, engine.gradients.table, engine.optimizer.lines, grid, engine.dtype)
+    counts.append(grid.traffic.count - before)
+    return [*map(str, counts), *inside] if launch.rank == 1 else [*map(str, counts), max(seen, key=seen.count)]
+
+
+def test_a_rank_that_hashes_long_is_not_the_one_that_waits(pool: GlooPool, saved: Path) -> None:
+    """The watch reads who is inside an exchange: rank 0 waits in one with a name, rank 1, which is slow, is in none."""
+    assert pool.run(2, traffic_job, str(saved)) == [["2", "3", "agree on a checkpoint"], ["2", "3", ""]]
 
 
 def test_what_was_searched_is_told() -> None:

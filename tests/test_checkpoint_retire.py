@@ -1,14 +1,18 @@
 """What goes and what stays: at every moment two verified complete checkpoints, once there were two."""
 
+import os
 import random
 import shutil
+import time
 from pathlib import Path
 from threading import Event
+from typing import Any
 
 import pytest
 from test_checkpoint_shards import make_checkpoint, write_manifest
 
 from k2train import faults
+from k2train.checkpoint import audit as audit_module
 from k2train.checkpoint import retire as module
 from k2train.checkpoint.audit import Audit
 from k2train.checkpoint.manifest import (
@@ -20,7 +24,7 @@ from k2train.checkpoint.manifest import (
     verify_checkpoint,
 )
 from k2train.checkpoint.retire import Retirement, Verified, on_demand, remove_unfinished, set_aside_later
-from k2train.errors import CheckpointError
+from k2train.errors import CheckpointError, RunError
 
 
 def complete(directory: Path) -> list[Path]:
@@ -208,3 +212,107 @@ def test_the_audit_runs_by_itself(tmp_path: Path) -> None:
     audit.close()
     audit._thread.join(30)  # type: ignore[union-attr]
     assert not audit._thread.is_alive()  # type: ignore[union-attr]
+
+
+def test_one_that_cannot_be_marked_keeps_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No room for the marker of the oldest: it stays whole, the next is thinned, and the oldest has its turn later."""
+    directory = tmp_path / "checkpoints"
+    several(directory, [f"ckpt_{n:03d}" for n in range(1, 5)])
+    known = Verified()
+    for name in ("ckpt_003", "ckpt_004"):
+        known.add(name)
+
+    def full(path: Path, manifest: dict[str, Any]) -> None:
+        if path.name == "ckpt_001":
+            raise OSError(28, "No space left on device")
+        mark_thinned(path, manifest)
+
+    monkeypatch.setattr(module, "mark_thinned", full)
+    with pytest.raises(OSError, match="No space left"):
+        Retirement(directory, 2, known).retire()
+    assert states_of(directory) == {"ckpt_001": True, "ckpt_002": False, "ckpt_003": True, "ckpt_004": True}
+    assert (directory / "ckpt_001" / "optimizer").exists(), "removed without its marker"
+    verify_checkpoint(directory / "ckpt_001")
+    monkeypatch.undo()
+    Retirement(directory, 2, known).retire()
+    assert states_of(directory) == {"ckpt_001": False, "ckpt_002": False, "ckpt_003": True, "ckpt_004": True}
+
+
+def test_one_that_cannot_be_removed_whole_no_longer_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of it stays (a stale handle, say): no error, since it has lost its name; it goes at the next start."""
+    directory = tmp_path / "checkpoints"
+    several(directory, ["ckpt_001_step_000007", "ckpt_002", "ckpt_003"])
+    known = Verified()
+    for name in ("ckpt_002", "ckpt_003"):
+        known.add(name)
+    remove = os.unlink
+    monkeypatch.setattr(
+        os, "unlink", lambda name, **given: stale() if name == "manifest.json" else remove(name, **given)
+    )
+    Retirement(directory, 0, known).retire()
+    assert list(states_of(directory)) == ["ckpt_002", "ckpt_003"]
+    monkeypatch.undo()
+    assert remove_unfinished(directory) == ["ckpt_001_step_000007.tmp"]
+
+
+def stale() -> None:
+    raise OSError(116, "Stale file handle")
+
+
+@pytest.mark.parametrize("where", ("damaged", "listing", "told"))
+def test_an_error_does_not_end_the_audit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    """The ledger refuses, the directory cannot be listed for a while, nobody can be told: later rounds come all the same."""
+    directory = tmp_path / "checkpoints"
+    several(directory, ["ckpt_001", "ckpt_002"])
+    for name in ("ckpt_001", "ckpt_002"):
+        (directory / name / "model" / "x").write_text("stray")
+    found, both, lines, listed = [], Event(), [], []
+
+    def damaged(path: Path, problem: str) -> None:
+        found.append(path.name)
+        if len(found) == 2:
+            both.set()
+        if where == "damaged":
+            raise RunError("the ledger is another's")
+
+    def listing(path: Path) -> list[Path]:
+        listed.append(path)
+        if where != "damaged" and len(listed) <= 3:
+            raise OSError(5, "Input/output error")
+        return list_checkpoints(path)
+
+    def told(text: str) -> None:
+        lines.append(text)
+        if where == "told":
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(audit_module, "list_checkpoints", listing)
+    audit = Audit(directory, 0.01, Verified(), damaged, told)
+    audit.start()
+    try:
+        assert both.wait(30), "the thread is gone"
+        while where == "damaged" and len(lines) < 2:
+            time.sleep(0.01)
+    finally:
+        audit.close()
+    if where == "damaged":
+        assert len(lines) == 2 and all("is not in the manifest" in line and "ledger" in line for line in lines)
+    else:
+        assert len(lines) == 1 and "Input/output error" in lines[0], "told once, not at every round"
+
+
+def test_the_audit_and_one_that_goes_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Expired while it is read: no damage. One that cannot be read and is still there: damage."""
+    directory = tmp_path / "checkpoints"
+    several(directory, ["ckpt_001", "ckpt_002"])
+    told: list[str] = []
+    audit = Audit(directory, 3600.0, Verified(), lambda path, problem: told.append(f"{path.name} {problem}"))
+
+    def reading(path: Path, threads: int) -> None:
+        if path.name == "ckpt_001":
+            shutil.rmtree(path)
+        raise FileNotFoundError(2, "No such file or directory")
+
+    monkeypatch.setattr(audit_module, "verify_checkpoint", reading)
+    assert [audit.once(), audit.once(), audit.once()] == [directory / "ckpt_001", directory / "ckpt_002", None]
+    assert len(told) == 1 and told[0].startswith("ckpt_002")

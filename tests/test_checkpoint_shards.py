@@ -13,11 +13,13 @@ import pytest
 from safetensors import safe_open
 
 from corpus import ROOT
+from k2train import strict_json
 from k2train.checkpoint import shards as module
 from k2train.checkpoint.manifest import (
     FORMAT,
     MANIFEST,
     THINNED,
+    manifest_text,
     mark_thinned,
     read_manifest,
     seal,
@@ -257,3 +259,92 @@ def test_a_full_disk_while_writing(tmp_path: Path) -> None:
     with pytest.raises(OSError) as caught:
         write_shard(Full(tmp_path / "x"), [block("a", (0,), np.zeros(1 << 20, dtype="<f4"))])
     assert caught.value.errno == 28
+
+
+def slow_depth(text: str) -> int:
+    """Character by character, as anybody would write it."""
+    depth = deepest = 0
+    inside = escaped = False
+    for character in text:
+        if inside:
+            inside, escaped = escaped or character != '"', character == "\\" and not escaped
+        elif character == '"':
+            inside = True
+        else:
+            depth += (character in "[{") - (character in "]}")
+            deepest = max(deepest, depth)
+    return deepest
+
+
+def random_json(rng: random.Random, depth: int) -> Any:
+    if depth == 0 or rng.random() < 0.2:
+        return rng.choice([1, None, "[", "]}\\", '"[[', "\\\\", 'a"{\\"', "\u00e9[", ""])
+    if rng.random() < 0.5:
+        return [random_json(rng, depth - 1) for _ in range(rng.randrange(4))]
+    return {f'{n}"]{{\\': random_json(rng, depth - 1) for n in range(rng.randrange(4))}
+
+
+def test_how_deep_a_text_is() -> None:
+    """The same as counted by hand, brackets and quotes in strings and all; and refused one beyond the bound only."""
+    rng = random.Random(1)
+    seen = set()
+    for _ in range(500):
+        text = json.dumps(random_json(rng, 7), ensure_ascii=rng.random() < 0.5)
+        seen.add(slow_depth(text))
+        assert strict_json._depth(text.encode()) == slow_depth(text), text
+        assert strict_json.parse_json(text) == strict_json.parse_json(text.encode()) == json.loads(text)
+    assert len(seen) >= 6
+    most = strict_json.MAX_DEPTH
+    assert strict_json.parse_json("[" * most + "]" * most)
+    with pytest.raises(ValueError, match="nested more than"):
+        strict_json.parse_json("[" * (most + 1) + "]" * (most + 1))
+
+
+def test_the_depth_costs_no_step_for_each_character() -> None:
+    """A manifest of 60 MB is read at every start: the lines of Python run do not grow with it."""
+
+    def lines_run(text: bytes) -> int:
+        count = 0
+
+        def tracer(frame: Any, event: str, argument: Any) -> Any:
+            nonlocal count
+            count += event == "line"
+            return tracer
+
+        before = sys.gettrace()
+        sys.settrace(tracer)
+        try:
+            strict_json._depth(text)
+        finally:
+            sys.settrace(before)
+        return count
+
+    small, large = (json.dumps({str(k): {"a": [k]} for k in range(n)}).encode() for n in (2, 2000))
+    assert lines_run(small) == lines_run(large) > 0
+
+
+def test_a_manifest_has_a_line_for_each_key(tmp_path: Path) -> None:
+    """Readable by people and by any reader of JSON, without indenting a million lines of tensors."""
+    make_checkpoint(tmp_path / "ckpt_001")
+    manifest = read_manifest(tmp_path / "ckpt_001")
+    text = manifest_text(manifest)
+    assert json.loads(text) == manifest and len(text.splitlines()) == len(manifest) + 2
+    (tmp_path / "ckpt_001" / MANIFEST).write_text(text)
+    verify_checkpoint(tmp_path / "ckpt_001")
+
+
+def test_the_disk_is_asked_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While one piece is hashed the next are on their way; never beyond the end of the range."""
+    content = os.urandom(3 * module.READ_BYTES + 5)
+    (tmp_path / "x").write_bytes(content)
+    asked: list[tuple[int, int]] = []
+    advise = os.posix_fadvise
+
+    def noting(descriptor: int, start: int, count: int, how: int) -> None:
+        if how == os.POSIX_FADV_WILLNEED:
+            asked.append((start, start + count))
+        advise(descriptor, start, count, how)
+
+    monkeypatch.setattr(os, "posix_fadvise", noting)
+    assert module.hash_range(tmp_path / "x", 7, len(content)) == module.sha256(content[7:]).hexdigest()
+    assert asked[0] == (7, len(content)) and all(stop == len(content) for _, stop in asked)

@@ -14,7 +14,7 @@ from gloo import GlooPool
 from k2train import faults
 from k2train.checkpoint import space
 from k2train.checkpoint.load import agree_on_checkpoint, load_states
-from k2train.checkpoint.manifest import list_checkpoints, read_manifest, verify_checkpoint
+from k2train.checkpoint.manifest import MANIFEST, list_checkpoints, read_manifest, verify_checkpoint
 from k2train.checkpoint.root import verify_root
 from k2train.checkpoint.save import CheckpointWriter, SaveError, snapshot
 from k2train.checkpoint.state_sums import state_sums
@@ -41,10 +41,12 @@ class Told:
             self.grid,
             0,
             options.pop("asynchronous", True),
-            told=self.lines.append,
-            verified=lambda path: self.verified.append(path.name),
-            damaged=lambda path, problem: self.damaged.append(problem),
-            **options,
+            **{
+                "told": self.lines.append,
+                "verified": lambda path: self.verified.append(path.name),
+                "damaged": lambda path, problem: self.damaged.append(problem),
+                **options,
+            },
         )
         self.writer.retry_every_seconds = 0.1
 
@@ -192,9 +194,11 @@ def test_a_lost_lease_renames_nothing(pool: GlooPool, tmp_path: Path) -> None:
     assert (other / "mine").exists()
 
 
-def damaged_job(launch: Launch, directory: str, always: bool) -> dict[str, Any]:
+def damaged_job(launch: Launch, directory: str, always: bool, unrecorded: bool = False) -> dict[str, Any]:
     """What lies on the disk is changed after the commit and before it is read back, once or every time."""
-    told = Told(launch, directory)
+    told = Told(
+        launch, directory, **({"damaged": raising(OSError(28, "No space left on device"))} if unrecorded else {})
+    )
     flips: list[str] = []
 
     def committed(path: Path, manifest: dict[str, Any]) -> None:
@@ -208,8 +212,25 @@ def damaged_job(launch: Launch, directory: str, always: bool) -> dict[str, Any]:
     engine = told.engine
     state = told.writer.snapshot(engine.gradients.table, engine.optimizer.lines, engine.dtype)
     told.writer.save("ckpt_001", state, FACTS, committed)
-    told.end()
-    return {"told": told.lines, "verified": told.verified, "damaged": told.damaged, "flips": len(flips)}
+    ended = told.end()
+    counted = "ckpt_001" in told.writer.known
+    return {
+        "ended": ended,
+        "told": told.lines,
+        "verified": told.verified,
+        "damaged": told.damaged,
+        "flips": len(flips),
+        "counted": counted,
+    }
+
+
+def raising(error: Exception) -> Any:
+    """A callback that does nothing but raise."""
+
+    def callback(*_: Any) -> None:
+        raise error
+
+    return callback
 
 
 def test_one_that_comes_back_damaged_is_written_again(pool: GlooPool, tmp_path: Path) -> None:
@@ -217,13 +238,79 @@ def test_one_that_comes_back_damaged_is_written_again(pool: GlooPool, tmp_path: 
     assert first["flips"] == 1 and len(first["told"]) == 1 and second["told"] == []
     assert "came back damaged" in first["told"][0] and ": tensor " in first["told"][0]
     assert first["verified"] == ["ckpt_001"] and first["damaged"] == []
+    assert first["ended"] == second["ended"] == "" and first["counted"]
     verify_checkpoint(tmp_path / "ckpt_001")
 
 
-def test_one_that_stays_damaged_is_told_and_not_counted(pool: GlooPool, tmp_path: Path) -> None:
-    first, _ = pool.run(2, damaged_job, str(tmp_path), True)
-    assert first["flips"] == 2 and first["verified"] == [] and len(first["damaged"]) == 1
-    assert "optimizer/shard-00002" in first["damaged"][0]
+@pytest.mark.parametrize("unrecorded", (False, True))
+def test_one_that_stays_damaged_is_an_error_and_not_counted(pool: GlooPool, tmp_path: Path, unrecorded: bool) -> None:
+    """On every rank, naming file and tensor: a run whose newest state is not on the disk has not finished. Whether the
+    ledger could take it or not."""
+    first, second = pool.run(2, damaged_job, str(tmp_path), True, unrecorded, timeout_seconds=60)
+    assert first["flips"] == 2 and first["verified"] == [] and not first["counted"]
+    assert first["ended"] == second["ended"]
+    assert first["ended"].startswith("SaveError: ckpt_001 came back damaged from the disk twice: ")
+    assert "optimizer/shard-00002" in first["ended"] and ": tensor " in first["ended"]
+    if unrecorded:
+        assert first["told"][-1] == "ckpt_001 is damaged, which could not be recorded: No space left on device"
+    else:
+        assert len(first["damaged"]) == 1 and "optimizer/shard-00002" in first["damaged"][0]
+
+
+def callback_job(launch: Launch, directory: str, which: str, error: Exception, fault: str) -> dict[str, Any]:
+    """One of rank 0's callbacks raises in a save; a second save shows whether the ranks are still together."""
+    told = Told(launch, directory, retry_seconds=60.0, **{which: raising(error)})
+    faults.arm(fault, launch.rank)
+    told.save("ckpt_001")
+    ended = told.end()
+    told.save("ckpt_002")
+    told.end()
+    return {"ended": ended, "told": told.lines}
+
+
+@pytest.mark.parametrize(("which", "fault"), (("verified", ""), ("told", "save.model@rank=1:error=ENOSPC")))
+def test_a_callback_the_disk_refuses_ends_nothing(pool: GlooPool, tmp_path: Path, which: str, fault: str) -> None:
+    """The ledger's disk is full: the checkpoint is there and whole, and no rank waits for another."""
+    error = OSError(28, "No space left on device")
+    first, second = pool.run(2, callback_job, str(tmp_path), which, error, fault, timeout_seconds=60)
+    assert first["ended"] == second["ended"] == "" and second["told"] == []
+    if which == "verified":
+        assert first["told"][0] == "ckpt_001 is whole, which could not be recorded: No space left on device"
+    for name in ("ckpt_001", "ckpt_002"):
+        verify_checkpoint(tmp_path / name)
+
+
+@pytest.mark.parametrize("error", (RunError("the ledger is another's"), KeyError("a mistake")), ids=("user", "bug"))
+def test_any_other_error_of_a_callback_is_every_ranks(pool: GlooPool, tmp_path: Path, error: Exception) -> None:
+    first, second = pool.run(2, callback_job, str(tmp_path), "verified", error, "", timeout_seconds=60)
+    assert first["ended"] == second["ended"]
+    words = "RunError: the ledger is another's" if isinstance(error, RunError) else "SaveError: a checkpoint could not"
+    assert first["ended"].startswith(words)
+
+
+def thinning_job(launch: Launch, directory: str, fault: str) -> dict[str, Any]:
+    """Four saves; thinning begins with the third, and the fault is in it."""
+    told = Told(launch, directory)
+    told.writer._retirement.keep = 2
+    faults.arm(fault, launch.rank)
+    found = []
+    for number in range(1, 5):
+        told.save(f"ckpt_{number:03d}")
+        told.writer.wait()
+        found.append([path.name for path in list_checkpoints(Path(directory)) if not (path / "optimizer").exists()])
+    return {"ended": told.end(), "told": told.lines, "thinned": found}
+
+
+@pytest.mark.parametrize("fault", ("retire.marked@rank=0:error=ENOSPC", "retire.done@rank=0:error=EACCES"))
+def test_trouble_while_thinning_is_told_and_tried_again(pool: GlooPool, tmp_path: Path, fault: str) -> None:
+    """A disk that is full is where thinning would help; a healthy run is not ended for it."""
+    first, second = pool.run(2, thinning_job, str(tmp_path), fault, timeout_seconds=60)
+    assert first["ended"] == second["ended"] == "" and second["told"] == []
+    (line,) = first["told"]
+    assert "is saved, but older checkpoints in" in line and "tried again after the next save" in line
+    assert first["thinned"][3] == ["ckpt_001", "ckpt_002"], "it was not tried again"
+    for path in list_checkpoints(tmp_path):
+        verify_checkpoint(path)
 
 
 def order_job(launch: Launch, directory: str) -> dict[str, Any]:
@@ -247,6 +334,7 @@ def test_a_second_save_never_overtakes_the_first(pool: GlooPool, tmp_path: Path)
     roots = set()
     for path in list_checkpoints(tmp_path):
         manifest = verify_checkpoint(path)
+        assert len((path / MANIFEST).read_text().splitlines()) == len(manifest) + 2, "a line for each key"
         roots.add(manifest["state"]["digests"]["norm.weight.master"])
         assert manifest["step"] == int(path.name[-3:])
         assert verify_root(path, manifest) == manifest["state"]["root"], "the state changed while it was written"
@@ -329,7 +417,8 @@ def sums_job(launch: Launch, directory: str) -> bool:
         line.add_(0.01 * len(state))
     names = sorted(shapes_of(tiny_config(model__num_layers=2)))
     digest = StateDigest(engine.gradients.table, names, list(engine.optimizer.lines), told.grid.tp)
-    return torch.equal(state_sums(digest, engine.optimizer.lines), digest.sums(engine.optimizer.lines))
+    expected = digest.sums(engine.optimizer.lines)
+    return all(torch.equal(state_sums(digest, engine.optimizer.lines, threads=n), expected) for n in (1, 4))
 
 
 def test_sums_of_the_host_are_those_of_torch(pool: GlooPool, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -21,7 +22,8 @@ fault_run: ModuleType = importlib.import_module("fault_run")
 
 from fault_runs import damage, jobs, result, state  # noqa: E402, loading the tool makes it importable
 from fault_runs.campaign import Attempt, Campaign, undisturbed  # noqa: E402
-from fault_runs.endurance import KINDS, Endurance  # noqa: E402
+from fault_runs.endurance import Endurance  # noqa: E402
+from fault_runs.endurance_kinds import ENDING, HARMLESS, LATE, LIVED_WITH, Drawn  # noqa: E402
 from fault_runs.jobs import Crew, Job  # noqa: E402
 from fault_runs.page import page, section  # noqa: E402
 from fault_runs.result import Bench, Result  # noqa: E402
@@ -50,7 +52,7 @@ def test_every_row_is_there() -> None:
         ({"problems": ["lost"], "missing": ["no root"]}, "NOT HELD"),
     ],
 )
-def test_verdicts(given: dict[str, list[str]], verdict: str) -> None:
+def test_verdicts(given: dict[str, Any], verdict: str) -> None:
     """Catches a row that did not run, or did not hold, and looks as if it had."""
     assert Result(1, "fault", "target", "how", **given).verdict == verdict
 
@@ -96,6 +98,29 @@ def test_a_fault_that_struck_nobody_is_told() -> None:
     assert not_reached(attempts) == ["a:kill"]
 
 
+def test_a_fault_counts_when_it_was_seen_to_strike() -> None:
+    """Catches an endurance run that counts what it armed."""
+    armed = Drawn("gradient@rank=1@step=4:nan;save.model@rank=0@nth=1:error=EIO")
+    assert armed.struck({"save.model:error"}) and not armed.struck({"save.model:kill", "gradient:inf"})
+    assert Drawn(done=True).struck(set()) and not Drawn().struck({"step.read:kill"})
+    assert set(LATE) <= set(ENDING) and set(HARMLESS) <= set(LIVED_WITH)
+
+
+def test_points_and_strikes_are_told_apart(tmp_path: Path) -> None:
+    """Catches a strike taken for a visit, and half a line of a rank that was killed while it wrote."""
+    (tmp_path / "trace").write_text("1.0 0 step.read\n1.1 1 !step.read:kill\n1.2 0 st")
+    job = Job([1], 0, tmp_path, 0.0)
+    assert job.points()[:1] == [(1.0, 0, "step.read")] and job.strikes() == [(1.1, 1, "step.read:kill")]
+
+
+def test_list_names_every_row_and_point(capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a list from which a row or a point has fallen out."""
+    assert fault_run.main(["--list"]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert {int(line.split()[0]) for line in told if line[:4].strip().isdigit()} == set(ROWS)
+    assert set(POINTS) <= {line.strip() for line in told}
+
+
 @pytest.mark.parametrize("kind", sorted(damage.KINDS))
 def test_damage_changes_the_folder(kind: str, tmp_path: Path) -> None:
     """Catches harm that harms nothing, which every check would survive."""
@@ -106,7 +131,7 @@ def test_damage_changes_the_folder(kind: str, tmp_path: Path) -> None:
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} != before
 
 
-def row(step: int, attempt: int = 1, **changes: object) -> str:
+def row(step: int, attempt: int = 1, **changes: Any) -> str:
     start = (step - 1) % 2 * 4
     facts = {"step": step, "attempt": attempt, "chunk": f"chunk_{(step - 1) // 2:03d}", "rows": [start, start + 4]}
     facts |= {"loss": 1.0 / step, "grad_norm": 1.0, "lr": 0.1, "applied": True, "seconds": 0.1}
@@ -134,7 +159,12 @@ def test_samples_are_counted(change: str, tmp_path: Path) -> None:
     world, metrics = World(tmp_path, 2, 2), tmp_path / "metrics.jsonl"
     metrics.write_text("".join(row(step) for step in range(1, 5)))
     assert state.sample_problems(tmp_path, world) == []
-    changed = {"twice": {"rows": [0, 4]}, "left out": {"rows": [4, 7]}, "another chunk": {"chunk": "chunk_000"}}[change]
+    changes: dict[str, dict[str, Any]] = {
+        "twice": {"rows": [0, 4]},
+        "left out": {"rows": [4, 7]},
+        "another chunk": {"chunk": "chunk_000"},
+    }
+    changed = changes[change]
     metrics.write_text("".join(row(step, **(changed if step == 4 else {})) for step in range(1, 5)))
     assert state.sample_problems(tmp_path, world) != []
 
@@ -222,10 +252,9 @@ def test_endurance_is_the_same_for_the_same_seed(crew: Crew, tmp_path: Path) -> 
     """Catches a draw that depends on the time, so that a failure could not be run again."""
     drawn = []
     for name in ("a", "b"):
-        bench = Bench(crew, tmp_path / name, seed=4, endurance=4)
-        run = Endurance(bench, 4)
-        drawn.append([KINDS[run.draw.choice(sorted(KINDS))](run, 3)[0] for _ in range(12)])
-    assert drawn[0] == drawn[1] and len(set(drawn[0])) > 3
+        run = Endurance(Bench(crew, tmp_path / name, seed=4, endurance=4), 4)
+        drawn.append([[(kind, one.text) for kind, one in run.next_faults()] for _ in range(12)])
+    assert drawn[0] == drawn[1] and len({kind for faults in drawn[0] for kind, _ in faults}) > 6
 
 
 @pytest.mark.slow
@@ -233,6 +262,7 @@ def test_the_short_set_holds(tmp_path: Path) -> None:
     """Catches what no test of one module sees: a run under kills, a full disk, signals and harm that does not end alike."""
     page_file = tmp_path / "faults.md"
     command = [sys.executable, str(ROOT / "tools/fault_run.py"), "--short", "--page", str(page_file)]
+    command += ["--kills", "2", "--endurance", "6"]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )

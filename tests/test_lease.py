@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 from k2train.errors import RunError
-from k2train.guard import lease
+from k2train.guard import holder, lease
+from k2train.guard.holder import FIRST_PID_SPACE, machine_id
 from k2train.guard.lock import RunLock
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -89,6 +90,12 @@ def short_watch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "WATCH_SECONDS", 0.3)
 
 
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine-id, which not every test machine has."""
+    monkeypatch.setattr(holder, "machine_id", lambda: "ours")
+
+
 def test_a_hundred_races_have_one_owner_each(tmp_path: Path) -> None:
     """Without flock; of three kinds of directory: missing, released before, left behind by a dead process."""
     races, racers = 100, 4
@@ -144,9 +151,38 @@ def test_a_reused_process_id_is_not_the_holder(tmp_path: Path) -> None:
         assert lock.taken_over_from is not None
 
 
-@pytest.mark.usefixtures("short_watch")
+@pytest.mark.usefixtures("short_watch", "machine")
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"machine_id": "of another machine"},
+        {"machine_id": None},
+        {"host": "node7"},
+        {"pid_space": "pid:[4026532999]"},
+    ],
+)
+def test_a_silent_holder_on_a_machine_of_the_same_name_keeps_the_run(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """Two machines called localhost, two pods of one name: their boots differ, and none of them was started again."""
+    path = _left_by(tmp_path, **{"boot_id": "of another", "pid_space": FIRST_PID_SPACE} | changes)
+    with pytest.raises(RunError, match=r"no sign of life.*`mv .*\.ended`"):
+        RunLock(tmp_path).acquire()
+    assert path.exists()
+
+
+def test_the_machine_id_is_hashed_and_none_where_it_says_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "machine-id"
+    assert machine_id(path) is None
+    for text in ("", "uninitialized\n", "0" * 32):
+        path.write_text(text)
+        assert machine_id(path) is None
+    path.write_text("3d1219c7c4c5404aaa1f6d2a48adfda4\n")
+    found = machine_id(path)
+    assert found is not None and found != path.read_text().strip() and found == machine_id(path)
+
+
+@pytest.mark.usefixtures("short_watch", "machine")
 def test_a_reboot_frees_the_lease_unless_its_beat_still_moves(tmp_path: Path) -> None:
-    path = _left_by(tmp_path, boot_id="of yesterday")
+    path = _left_by(tmp_path, boot_id="of yesterday", pid_space=FIRST_PID_SPACE)
     with _beating(path), pytest.raises(RunError, match="held by a live run"):
         RunLock(tmp_path).acquire()
     with RunLock(tmp_path) as lock:
@@ -210,6 +246,18 @@ def test_slurm_is_asked_about_the_job(tmp_path: Path, answer: bool | None) -> No
         assert lock.acquire().taken_over_from == {"token": 1, "reason": "its SLURM job 88 has ended"}
         lock.release()
     assert asked == ["88"]
+
+
+@pytest.mark.usefixtures("short_watch")
+def test_a_job_of_another_cluster_is_not_asked_about(tmp_path: Path) -> None:
+    """Two clusters on one file system give the same numbers."""
+    _left_by(tmp_path, **ELSEWHERE, slurm_cluster="east", slurm_restart_count="0")
+    for facts in ({"slurm_job_id": 1}, {"slurm_job_id": 88, "slurm_restart_count": 3}):
+        lock = RunLock(tmp_path, facts | {"slurm_cluster": "west"}, job_ended=lambda job: True)
+        with pytest.raises(RunError, match="no sign of life"):
+            lock.acquire()
+    with RunLock(tmp_path, {"slurm_job_id": 1, "slurm_cluster": "east"}, job_ended=lambda job: True) as lock:
+        assert lock.token == 2
 
 
 @pytest.mark.usefixtures("short_watch")

@@ -16,6 +16,7 @@ import pytest
 
 from k2train.errors import RunError
 from k2train.guard.lock import RunLock
+from k2train.record.environment import slurm_job_ended
 
 ROOT = Path(__file__).resolve().parents[1]
 HOLDER = """
@@ -106,7 +107,8 @@ def test_two_locks_in_one_process_exclude_each_other(tmp_path: Path) -> None:
 def test_the_holder_is_described(tmp_path: Path) -> None:
     with RunLock(tmp_path):
         holder = json.loads((tmp_path / "run.lock").read_text())
-        assert set(holder) == {"pid", "host", "boot_id", "pid_space", "began_ticks", "start_time", "token"}
+        names = {"pid", "host", "boot_id", "machine_id", "pid_space", "began_ticks", "start_time", "token"}
+        assert set(holder) == names
         assert holder["token"] == 1 and holder["pid"] == os.getpid()
     assert (tmp_path / "run.lock").read_text() == "", "nobody is named once it is free"
 
@@ -188,3 +190,67 @@ def test_only_one_of_many_holds_it_while_others_discard(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert set(together) == {1} and gained[0] > 10
+
+
+def _squeue(folder: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> Path:
+    """A `squeue` that comes first on the PATH and notes how it was called."""
+    folder.mkdir(exist_ok=True)
+    calls = folder / "calls"
+    script = folder / "squeue"
+    script.write_text(f'#!/bin/sh\necho "$* ${{SQUEUE_STATES:-}}" >>{calls}\n{body}\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("body", "answer"),
+    [
+        ("echo RUNNING", False),
+        ("echo PENDING", False),
+        ("echo SUSPENDED", False),
+        ("echo COMPLETING", False),
+        ("echo COMPLETED; echo RUNNING", False),
+        ("echo COMPLETED", True),
+        ("echo TIMEOUT", True),
+        ("", True),
+        ("echo slurm_load_jobs error: Invalid job id specified >&2; exit 1", True),
+        ("echo slurm_load_jobs error: Unable to contact slurm controller >&2; exit 1", None),
+        ("exec sleep 30", None),
+    ],
+)
+def test_slurm_s_word_on_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, answer: bool | None) -> None:
+    monkeypatch.setenv("SQUEUE_STATES", "FAILED")
+    calls = _squeue(tmp_path, monkeypatch, body)
+    began = time.monotonic()
+    assert slurm_job_ended("88") is answer
+    assert time.monotonic() - began < 5
+    assert calls.read_text().strip() == "-h --all --states=all -j 88 -o %T"
+
+
+def test_without_slurm_and_of_a_strange_job_id_nothing_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = _squeue(tmp_path, monkeypatch, "echo COMPLETED")
+    assert [slurm_job_ended(job) for job in ("", "--help", "8 8", "8;ls", "8_", "8\n")] == [None] * 6
+    assert not calls.exists()
+    assert slurm_job_ended("8_3") is True
+    monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
+    assert slurm_job_ended("88") is None
+
+
+@pytest.mark.parametrize(("body", "free"), [("echo RUNNING", False), ("echo CANCELLED", True)])
+def test_a_lock_takes_slurm_s_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, free: bool) -> None:
+    monkeypatch.setattr("k2train.guard.lease.WATCH_SECONDS", 0.3)
+    run = tmp_path / "run"
+    with RunLock(run, {"slurm_job_id": "88"}):
+        held = json.loads((run / "lease_000001.json").read_text())
+    (run / "lease_000001.json").write_text(json.dumps(held | {"host": "node7", "boot_id": "another"}))
+    _squeue(tmp_path / "bin", monkeypatch, body)
+    lock = RunLock(run, job_ended=slurm_job_ended)
+    if free:
+        assert lock.acquire().taken_over_from == {"token": 1, "reason": "its SLURM job 88 has ended"}
+        lock.release()
+    else:
+        with pytest.raises(RunError, match="no sign of life"):
+            lock.acquire()

@@ -27,6 +27,9 @@ FAST = {
     "python -m k2train.train configs/demo/stage1.yaml lr.peak=1e-3 --explain": "lr.peak",
     "python tools/plan.py configs/demo/stage1.yaml --world 4 parallel.pipeline=4": "world 4 = pipeline 4",
     "python tools/plan.py configs/k2_65b/stage1.yaml --world 480": "65,286,184,960 parameters",
+    "python tools/fault_run.py --list": "save.renamed",
+    "python tools/bench_checkpoint.py --megabytes 50": "save",
+    "python tools/bench_watch.py --steps 5": "nothing watched",
     "python tools/prepare_data.py configs/k2_65b/data_stage1.yaml --estimate": "k2-65b-stage1: 1,295.7B tokens to encode",
 }
 """Commands that need no data: run here as they stand, with a word of what they print."""
@@ -34,6 +37,8 @@ FAST = {
 ON_THE_ROAD = [
     ("python tools/show_run.py runs/demo-stage1 runs/demo-stage2", 0, "demo-stage2: finished"),
     ("python tools/verify_checkpoint.py runs/demo-stage2", 0, "ckpt_001"),
+    ("python tools/verify_checkpoint.py --root runs/demo-stage2", 0, "state root"),
+    ("python tools/verify_run.py runs/demo-stage1", 0, "demo-stage1"),
     (
         "python -m k2train.train configs/demo/stage1.yaml run.name=alone run.stop_after_steps=5",
         75,
@@ -46,6 +51,7 @@ ON_THE_ROAD = [
         "stopped on request (run.stop_after_steps) at step 5",
     ),
     ("python tools/compare_runs.py runs/alone runs/grid", 1, ""),
+    ("python tools/who_is_stuck.py runs/demo-stage1", 0, ""),
     ("python tools/prepare_data.py configs/demo/data_stage1.yaml", 0, "already prepared, all hashes checked"),
     ("python tools/inspect_data.py data/demo/stage1", 0, "samples in a chunk"),
     ("python tools/inspect_data.py data/demo/stage1 --chunk 0 --row 3", 0, "chunk_000 row 3"),
@@ -63,6 +69,7 @@ ELSEWHERE = {
     "bash scripts/quickstart.sh": "the fixture `road`, and test_scripts",
     "bash scripts/test.sh": "test_scripts; it is what runs this file",
     TWO_NODES: "test_two_nodes_meet, with two nodes",
+    "sbatch --nodes=60 --gpus-per-node=8 scripts/pretrain.sbatch configs/k2_65b/stage1.yaml": "test_slurm_train, on two nodes",
     "python tools/bench.py cpu --quick": "test_bench, at tiny sizes",
     "python tools/bench.py cpu --json base.json": "test_bench, at tiny sizes",
     "python tools/bench.py cpu --quick --against base.json": "test_bench, at tiny sizes",

@@ -1,9 +1,13 @@
 """scripts/pretrain.sbatch on a real SLURM of two nodes: would catch a job that dies of the signal that should save it, that is
-not requeued, that trains on with fewer nodes, or that does not end at the bits of a run which nobody disturbed."""
+not requeued, that trains on with fewer nodes, or that does not end at the bits of a run which nobody disturbed; and, without a
+SLURM, one that is started again for ever."""
 
 import json
 import os
+import re
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,9 +17,9 @@ import pytest
 
 from command_line import load_tool, soon
 from corpus import ROOT, config_tree, make_corpus, write_yaml
+from k2train.record.environment import slurm_job_ended
 from slurm import Cluster, content, why_not
 
-pytestmark = pytest.mark.slow
 CHUNKS = 16
 STEPS = 5 * CHUNKS
 # A node that says nothing for 5 s is lost; a cancelled job has 20 s to save.
@@ -109,6 +113,7 @@ def same_end(run: Run, alone: Run) -> None:
     assert found == [], run.told()
 
 
+@pytest.mark.slow
 def test_a_time_limit_saves_requeues_and_goes_on(cluster: Cluster, alone: Run) -> None:
     run = Run(cluster, alone.folder, "limited")
     job = run.submit()
@@ -121,6 +126,7 @@ def test_a_time_limit_saves_requeues_and_goes_on(cluster: Cluster, alone: Run) -
     same_end(run, alone)
 
 
+@pytest.mark.slow
 def test_a_cancelled_job_has_saved_and_the_next_one_goes_on(cluster: Cluster, alone: Run) -> None:
     """Catches a SIGTERM of the whole job that the launcher dies of, and a cancelled job that comes back by itself."""
     run = Run(cluster, alone.folder, "cancelled")
@@ -138,6 +144,7 @@ def test_a_cancelled_job_has_saved_and_the_next_one_goes_on(cluster: Cluster, al
     same_end(run, alone)
 
 
+@pytest.mark.slow
 def test_a_lost_node_requeues_the_job(cluster: Cluster, alone: Run) -> None:
     """Catches a job that hangs on one node when the other is gone, or ends there for good."""
     run = Run(cluster, alone.folder, "lost")
@@ -155,6 +162,7 @@ def test_a_lost_node_requeues_the_job(cluster: Cluster, alone: Run) -> None:
     same_end(run, alone)
 
 
+@pytest.mark.slow
 def test_a_crash_is_started_again_in_place(cluster: Cluster, alone: Run) -> None:
     """Catches a process that dies and takes the job with it, or leaves the other node's processes behind."""
     run = Run(cluster, alone.folder, "crashed")
@@ -167,6 +175,7 @@ def test_a_crash_is_started_again_in_place(cluster: Cluster, alone: Run) -> None
     same_end(run, alone)
 
 
+@pytest.mark.slow
 def test_mistakes_are_told_at_once_and_not_tried_again(cluster: Cluster, alone: Run) -> None:
     """Catches a start that waits for ever for a node that has no address, and a wrong config that is tried again."""
     lines = []
@@ -184,3 +193,60 @@ def test_mistakes_are_told_at_once_and_not_tried_again(cluster: Cluster, alone: 
         assert "crash 1;" not in lines[-1]
     assert "no-such-host.invalid, does not resolve" in lines[0]
     assert lines[1].count("unknown key") == 1
+
+
+@pytest.mark.slow
+def test_slurm_tells_whether_a_job_has_ended(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The states and the message that `slurm_job_ended` goes by are those of the real squeue."""
+    for name, value in cluster.environment.items():
+        monkeypatch.setenv(name, value)
+    held = cluster.run("sbatch", "--parsable", "--hold", "--output=/dev/null", "--wrap", "true").strip()
+    job = cluster.run("sbatch", "--parsable", "--output=/dev/null", "--wrap", "sleep 300").strip()
+    assert soon(lambda: "JobState=RUNNING" in cluster.run("scontrol", "show", "job", job), PATIENCE, 0.1)
+    assert [slurm_job_ended(one) for one in (held, job)] == [False, False]
+    cluster.run("scontrol", "suspend", job)
+    assert slurm_job_ended(job) is False
+    cluster.run("scancel", held, job)
+    assert soon(lambda: slurm_job_ended(held) and slurm_job_ended(job), PATIENCE, 0.1)
+    assert slurm_job_ended("999999") is True
+
+
+# A start lasts as long as the test says: the script's clock is moved when it looks whether the step still runs.
+CLOCK = 'kill() { SECONDS=$((began + LASTS)); builtin kill "$@"; }'
+
+
+@pytest.mark.parametrize(("lasts", "starts"), [(5, 6), (3600, 6), (7 * 3600, 51)])
+def test_starts_that_crash_come_to_an_end(tmp_path: Path, lasts: int, starts: int) -> None:
+    """Also where each hangs for an hour before; a run that gets far each time is started again more often."""
+    (tmp_path / "clock").write_text(CLOCK)
+    for name, body in {
+        "srun": "exit 1",
+        "scontrol": 'if [ "$2" = hostnames ]; then echo n1; else echo "NodeName=n1 NodeAddr=127.0.0.1 State=UP"; fi',
+        "scancel": "exit 0",
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    given = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "BASH_ENV": str(tmp_path / "clock"),
+        "LASTS": str(lasts),
+        "SLURM_JOB_ID": "1",
+        "SLURM_JOB_NUM_NODES": "1",
+        "SLURM_JOB_NODELIST": "n1",
+        "SLURM_SUBMIT_DIR": str(ROOT),
+        "K2TRAIN_PYTHON": sys.executable,
+        "K2TRAIN_PROCESSES_PER_NODE": "1",
+        "K2TRAIN_HEAD": "127.0.0.1",
+        "K2TRAIN_BACKOFF": "0",
+    }
+    done = subprocess.run(
+        ["bash", str(ROOT / "scripts/pretrain.sbatch"), "pyproject.toml"],
+        env={**os.environ, **given},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr
+    assert len(re.findall(rf"ended with exit code 1 after {lasts} s", done.stderr)) == starts, done.stderr[-2000:]
+    assert done.stderr.count("submit again") == 1

@@ -9,14 +9,19 @@ import torch.distributed as dist
 from torch import nn
 
 from gloo import GlooPool
+from k2train.engine import Engine
 from k2train.parallel.collectives import all_gather, all_gather_start, all_reduce, all_reduce_start, reduce_scatter
 from k2train.parallel.environment import Launch
 from k2train.parallel.grid import Axis, ProcessGrid
 from k2train.parallel.pipeline import Executor
 from k2train.parallel.publish import gather_lines
+from k2train.parallel.replicas import replica_problem
+from k2train.parallel.state_digest import StateDigest, StateGuard, StateRoot
 from k2train.parallel.traffic import Traffic, exchanging, waiting
 from k2train.plan.layout import Layout
 from k2train.plan.schedule import build_programs
+from k2train.probe import make_probe
+from small import grid_of, microbatches_of, tiny_config
 
 CPU = torch.device("cpu")
 
@@ -121,6 +126,51 @@ def grid_job(launch: Launch) -> tuple[bool, bool]:
 
 def test_all_axes_of_a_grid_report_to_one_place(pool: GlooPool) -> None:
     assert pool.run(2, grid_job) == [(True, True)] * 2
+
+
+def checks_job(launch: Launch, config: Any) -> list[tuple[str, str, str]]:
+    """Of each plain collective that checks of the state make: what it is, and what the traffic said before and after it."""
+    grid = grid_of(launch, config)
+    engine = Engine(config, grid)
+    engine.train_step(microbatches_of(config, grid, 1), 1e-3)
+    engine.optimizer.finish()
+    lines, table = engine.optimizer.lines, engine.gradients.table
+    digest = StateDigest(table, engine.names, list(lines), grid.tp)
+    root, guard = StateRoot(digest, None, grid.traffic), StateGuard(digest, None, grid.traffic)
+    found: list[tuple[str, str, str]] = []
+    plain = {name: getattr(dist, name) for name in ("all_reduce", "all_gather_object")}
+
+    def seen_from(name: str) -> Any:
+        def call(*given: Any, **named: Any) -> Any:
+            before = grid.traffic.current
+            done = plain[name](*given, **named)
+            found.append((name, before, grid.traffic.current))
+            return done
+
+        return call
+
+    try:
+        for name in plain:
+            setattr(dist, name, seen_from(name))
+        guard.keep(root(lines, 1, 1).own)
+        assert guard.problem(lines) is None
+        make_probe(engine)
+        if launch.rank == 1:
+            table.slots[0].parameter.data.view(-1)[0] += 1.0
+        assert replica_problem(table, lines, grid) is not None
+    finally:
+        for name, function in plain.items():
+            setattr(dist, name, function)
+    assert grid.traffic.current == ""
+    return found
+
+
+def test_checks_of_the_state_name_their_exchanges(pool: GlooPool) -> None:
+    """Else a rank that hangs in one looks like one that is in no collective, and is ended for it."""
+    for found in pool.run(2, checks_job, tiny_config()):
+        assert [name for name, *_ in found].count("all_gather_object") == 3
+        assert [name for name, *_ in found].count("all_reduce") >= 3
+        assert all(before and before == after for _, before, after in found), found
 
 
 def test_an_exchange_that_raises_is_remembered() -> None:

@@ -29,7 +29,7 @@ from k2train.guard.heartbeat import (
 )
 from k2train.guard.limits import Limits
 from k2train.guard.suspects import suspects
-from k2train.guard.verdict import end_processes, mark_of, tell_once
+from k2train.guard.verdict import end_processes, mark_of, read_verdict, tell_once
 from k2train.guard.watch import Watch
 from watched_jobs import Job
 
@@ -264,6 +264,98 @@ def test_time_in_which_nothing_ran_is_given_back_to_the_place_it_was_lost_at() -
     assert clocks.over() == pytest.approx(3.0), "steps go on, and the save is over its limit"
     clocks.saving(False)
     assert clocks.over() == -10.0
+
+
+def steps_with_a_pause(clocks: Clocks, now: list[float], noticed: bool) -> None:
+    """Twenty steps of 1 s, in one of which nothing ran for an hour; the watch ticks."""
+    for step in range(1, 21):
+        clocks.enter("step", step)
+        began = now[0]
+        for _ in range(4):
+            now[0] += 0.25
+            clocks.tick()
+        if step == 7:
+            now[0] += 3600.0
+            if noticed:
+                assert clocks.tick()
+        clocks.step_done(now[0] - began)
+
+
+@pytest.mark.parametrize("noticed", [True, False])
+def test_a_step_is_not_measured_by_a_pause_of_the_whole_process(noticed: bool) -> None:
+    """Neither where the watch saw the pause before the step ended, nor where the step was quicker."""
+    now = [0.0]
+    clocks = Clocks(Limits(), lambda: now[0])
+    clocks.tick()
+    steps_with_a_pause(clocks, now, noticed)
+    assert clocks.limit() <= 30.0
+    clocks.enter("step", 21)
+    now[0] += 0.25
+    clocks.tick()
+    # A pause that is seen one place later is not that one's time.
+    assert clocks.elapsed() == pytest.approx(0.25)
+
+
+def test_each_phase_of_a_start_has_its_own_clock_which_progress_begins_again() -> None:
+    now = [0.0]
+    clocks = Clocks(Limits(start_seconds=600.0), lambda: now[0])
+    for phase in ("choose", "start", "load", "start"):
+        now[0] += 500.0
+        clocks.enter(phase, 0)
+        assert clocks.over() == -600.0, phase
+    clocks.enter("load", 0)
+    for count in range(1, 10):
+        now[0] += 500.0
+        assert clocks.over() == pytest.approx(-100.0)
+        clocks.progress()
+        assert (clocks.over(), clocks.progress_count) == (-600.0, count)
+    now[0] += 601.0
+    assert clocks.over() == pytest.approx(1.0)
+    clocks.excuse(600.0)
+    assert clocks.over() == pytest.approx(-599.0)
+    clocks.enter("step", 1)
+    assert (clocks.over(), clocks.progress_count) == (-600.0, 0)
+
+
+def test_ranks_wait_for_one_whose_work_gets_on_and_no_longer(tmp_path: Path) -> None:
+    """Rank 1 hashes for three times the limit, rank 0 waits for it in a collective; then rank 1 hangs."""
+    limits = Limits(heartbeat_seconds=0.1, start_seconds=2.0)
+    left: list[float] = []
+    said: list[str] = []
+    watches = [
+        Watch(tmp_path, rank, 2, limits, said.append, position, leave=lambda _: left.append(time.monotonic()))
+        for rank, position in enumerate([lambda: (1, "all-gather host", "", 0.0), lambda: (1, "", "x", 0.0)])
+    ]
+    for watch in watches:
+        watch.attempt, watch.cells[0] = 3, 1
+        watch.start()
+        watch.phase("choose", 0)
+    try:
+        until = time.monotonic() + 6.0
+        while time.monotonic() < until:
+            watches[1].progress()
+            time.sleep(0.2)
+        assert not left and not said
+        while not left and time.monotonic() < until + 30:
+            time.sleep(0.05)
+    finally:
+        for watch in watches:
+            watch._ended.set()
+    assert left and 1.5 < left[0] - until < 20
+    assert " is stuck: step 0, choosing a checkpoint" in said[0]
+    verdict = read_verdict(tmp_path)
+    assert verdict is not None and (verdict["attempt"], verdict["suspects"][0]["rank"]) == (3, 1)
+
+
+def test_a_verdict_stays_until_the_next_start_has_been_able_to_read_it(tmp_path: Path) -> None:
+    tell_once(tmp_path, {"line": "rank 1 died", "told_by": 0, "attempt": 4}, None)
+    watches = [Watch(tmp_path, rank, 2, Limits(), print, lambda: (0, "", "", 0.0)) for rank in (1, 0)]
+    watches[0].start()
+    assert read_verdict(tmp_path) == {"line": "rank 1 died", "told_by": 0, "attempt": 4}
+    watches[1].start()
+    assert read_verdict(tmp_path) is None and (tmp_path / "earlier_verdict.json").exists()
+    for watch in watches:
+        watch.close()
 
 
 def test_the_limit_of_a_step_is_learnt() -> None:

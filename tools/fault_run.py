@@ -1,6 +1,7 @@
 """Break a small run in every way of the table, and write down what it came to.
 
     python tools/fault_run.py [--rows 1 2 5-8] [--short] [--kills N] [--endurance N] [--seed S] [--page FILE] [--record FILE] [--keep DIR]
+    python tools/fault_run.py --list
 
 Each row is an experiment on this machine: real processes, real signals, real files; after each attempt the tool looks for
 processes, ports, locks and files left behind, verifies the checkpoints on the disk and compares every step with an
@@ -23,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from fault_runs.jobs import Crew
 from fault_runs.page import page, remember, table_line
 from fault_runs.result import MEDIUM, SHORT, Bench, Result
-from fault_runs.table import ROWS, run_row
+from fault_runs.table import ROWS, listing, run_row
 
 
 def rows_named(texts: Sequence[str]) -> list[int]:
@@ -42,9 +43,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     parser = argparse.ArgumentParser(prog="fault_run.py", description="Break a small run in every way of the table.")
     parser.add_argument("--rows", nargs="+", metavar="N", help="only these, `1 2 5-8`; all when left out")
+    parser.add_argument(
+        "--list", action="store_true", help="print the rows and the places where faults can be made, and end"
+    )
     parser.add_argument("--short", action="store_true", help="fewer faults of each kind, in about two minutes")
-    parser.add_argument("--kills", type=int, metavar="N", help="SIGKILLs at random times in row 2 (40; short: 6)")
-    parser.add_argument("--endurance", type=int, metavar="N", help="faults of the one run of row 30 (100; short: 12)")
+    parser.add_argument("--kills", type=int, metavar="N", help="SIGKILLs at random times in row 2 (40; short: 3)")
+    parser.add_argument("--endurance", type=int, metavar="N", help="faults of the one run of row 30 (100; short: 8)")
     parser.add_argument("--seed", type=int, default=1, help="of the random times and places (1)")
     parser.add_argument("--page", type=Path, metavar="FILE", help="write the results page there")
     parser.add_argument(
@@ -52,6 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--keep", type=Path, metavar="DIR", help="work in this new folder and keep it")
     options = parser.parse_args(arguments)
+    if options.list:
+        print(listing())
+        return 0
     try:
         rows = (
             rows_named(options.rows)
@@ -71,8 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             scratch.resolve(),
             SHORT if options.short else MEDIUM,
             options.seed,
-            options.kills if options.kills is not None else 6 if options.short else 40,
-            options.endurance if options.endurance is not None else 12 if options.short else 100,
+            options.kills if options.kills is not None else 3 if options.short else 40,
+            options.endurance if options.endurance is not None else 8 if options.short else 100,
             say=lambda text: print(f"[{time.monotonic() - began:6.0f} s] {text}", file=sys.stderr, flush=True),
         )
         for row in rows:

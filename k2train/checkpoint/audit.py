@@ -2,9 +2,11 @@
 
 One a period, the one whose last check lies longest ago, on rank 0 only and by one reading thread, so that a disk shared
 with training is hardly busier. Checking all at once was refused: a run of weeks has hundreds, of terabytes each.
+Nothing ends the thread but its owner: what goes wrong in a round is told, and the next round comes.
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from threading import Event, Thread
 
@@ -15,10 +17,25 @@ from k2train.errors import CheckpointError
 
 
 class Audit:
-    """Every `seconds` one checkpoint of `directory`; `damaged(path, problem)` is called from the audit's thread."""
+    """Every `seconds` one checkpoint of `directory`; `damaged(path, problem)` and `told(line)` are called from the audit's
+    thread."""
 
-    def __init__(self, directory: Path, seconds: float, verified: Verified, damaged: Callable[[Path, str], None]):
-        self.directory, self.seconds, self.verified, self.damaged = directory, seconds, verified, damaged
+    def __init__(
+        self,
+        directory: Path,
+        seconds: float,
+        verified: Verified,
+        damaged: Callable[[Path, str], None],
+        told: Callable[[str], None] = lambda text: None,
+    ):
+        self.directory, self.seconds, self.verified, self.damaged, self.told = (
+            directory,
+            seconds,
+            verified,
+            damaged,
+            told,
+        )
+        self._last_told = ""
         self._ended = Event()
         self._thread: Thread | None = None
 
@@ -43,16 +60,34 @@ class Audit:
         drop_caches(path)
         try:
             verify_checkpoint(path, threads=1)
-        except CheckpointError as error:
+        except (CheckpointError, OSError) as error:
             # It may have been thinned or dropped meanwhile, by the thread that saves.
             if path.exists() and is_thinned(path) == thinned:
                 self.verified.drop(path.name)
-                self.damaged(path, str(error))
+                self._damaged(path, str(error))
         else:
             self.verified.add(path.name)
         drop_caches(path)
         return path
 
+    def _damaged(self, path: Path, problem: str) -> None:
+        try:
+            self.damaged(path, problem)
+        except Exception as error:
+            # It is looked at no more, so this is the last chance to say it.
+            self.told(f"damaged: {problem} (this could not be recorded: {error})")
+
     def _run(self) -> None:
         while not self._ended.wait(self.seconds):
-            self.once()
+            try:
+                self.once()
+            except Exception as error:
+                self._tell_once(
+                    f"no older checkpoint could be checked (tried again every {self.seconds:g} s): {error!r}"
+                )
+
+    def _tell_once(self, text: str) -> None:
+        if text != self._last_told:
+            self._last_told = text
+            with suppress(Exception):
+                self.told(text)

@@ -16,12 +16,17 @@ from torch import Tensor
 
 from k2train.checkpoint.fill import Target, fill, plan_reads
 from k2train.checkpoint.manifest import expected_files, is_thinned, read_manifest, verify_files
+from k2train.checkpoint.shards import THREADS
 from k2train.checkpoint.state_sums import state_sums
 from k2train.checkpoint.tensors import MASTER, boxes
 from k2train.errors import CheckpointError
 from k2train.parallel.gradients import SlotTable
 from k2train.parallel.grid import ProcessGrid
 from k2train.parallel.state_digest import StateDigest
+from k2train.parallel.traffic import exchanging
+
+AGREE, LOAD = "agree on a checkpoint", "load a checkpoint"
+"""Exchanges that other ranks wait in while one hashes or reads: without a name the waiting ones would be taken for stuck."""
 
 
 class Agreement(NamedTuple):
@@ -44,11 +49,12 @@ def agree_on_checkpoint(candidates: Sequence[Path], grid: ProcessGrid) -> Agreem
     Rank 0's list is the one that counts; each rank hashes its share of the files.
     """
     told = [[str(path) for path in candidates]]
-    dist.broadcast_object_list(told, src=0, group=grid.host)
+    with exchanging(grid.traffic, AGREE):
+        dist.broadcast_object_list(told, src=0, group=grid.host)
     refused: list[str] = []
     for text in told[0]:
         path = Path(text)
-        problem = _first_problem(_problem(path, grid), grid)
+        problem = _first_problem(_problem(path, grid), grid, AGREE)
         if problem is None:
             return Agreement(path, refused)
         refused.append(problem)
@@ -67,9 +73,10 @@ def _problem(path: Path, grid: ProcessGrid) -> str:
     return ""
 
 
-def _first_problem(mine: str, grid: ProcessGrid) -> str | None:
+def _first_problem(mine: str, grid: ProcessGrid, what: str) -> str | None:
     answers: list[str] = [""] * grid.layout.world_size
-    dist.all_gather_object(answers, mine, group=grid.host)
+    with exchanging(grid.traffic, what):
+        dist.all_gather_object(answers, mine, group=grid.host)
     return next((f"rank {rank}: {answer}" for rank, answer in enumerate(answers) if answer), None)
 
 
@@ -100,7 +107,7 @@ def load_states(path: Path, table: SlotTable, lines: dict[str, Tensor], grid: Pr
         problem = str(error)
     except (OSError, ValueError) as error:
         problem = f"{path} cannot be read ({error})"
-    if (told := _first_problem(problem, grid)) is not None:
+    if (told := _first_problem(problem, grid, LOAD)) is not None:
         raise CheckpointError(told)
     if thinned:
         for state, line in lines.items():
@@ -123,8 +130,9 @@ def _check_state(
     if known is None:
         return
     digest = StateDigest(table, sorted(manifest["tensors"]["model"]), list(lines), grid.tp)
-    summed = state_sums(digest, lines)
-    dist.all_reduce(summed, group=grid.host)
+    summed = state_sums(digest, lines, threads=THREADS)
+    with exchanging(grid.traffic, LOAD):
+        dist.all_reduce(summed, group=grid.host)
     wrong = [key for key, value in digest.digests(summed).items() if known.get(key) != value]
     if wrong:
         raise CheckpointError(
@@ -138,7 +146,8 @@ def _check_tensors(
 ) -> None:
     """Same names and shapes over all ranks together; every rank raises alike."""
     parts: list[Any] = [None] * grid.layout.world_size
-    dist.all_gather_object(parts, wanted, group=grid.host)
+    with exchanging(grid.traffic, LOAD):
+        dist.all_gather_object(parts, wanted, group=grid.host)
     expected = {name: shape for part in parts for name, shape in part.items()}
     found = {name: facts["shape"] for name, facts in manifest["tensors"].get(folder, {}).items()}
     problems = [f"{name} is missing" for name in expected if name not in found]

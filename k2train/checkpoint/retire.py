@@ -72,17 +72,20 @@ class Retirement:
         self.directory, self.keep, self.verified = directory, keep_optimizer_states, verified
 
     def retire(self) -> None:
-        """Drop and thin what may go. Raises OSError."""
+        """Drop and thin what may go. Raises the first OSError when all was tried: one that cannot go keeps no other."""
         paths = list_checkpoints(self.directory)
-        for path in paths:
-            if on_demand(path) and self._replaced(path, paths):
-                _expire(path)
         numbered = [path for path in paths if not on_demand(path)]
-        for path in numbered[: -self.keep] if self.keep > 0 else []:
-            if is_thinned(path):
-                shutil.rmtree(path / "optimizer", ignore_errors=True)
-            elif self._replaced(path, paths):
-                _thin(path)
+        old = numbered[: -self.keep] if self.keep > 0 else []
+        parts = [(_expire, path) for path in paths if on_demand(path) and self._replaced(path, paths)]
+        parts += [(_thin, path) for path in old if is_thinned(path) or self._replaced(path, paths)]
+        problem: OSError | None = None
+        for part, path in parts:
+            try:
+                part(path)
+            except OSError as error:
+                problem = problem or error
+        if problem is not None:
+            raise problem
         faults.point("retire.done")
 
     def _replaced(self, path: Path, paths: list[Path]) -> bool:
@@ -95,10 +98,14 @@ def _expire(path: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
     faults.point("retire.expire")
     path.rename(doomed)
-    shutil.rmtree(doomed)
+    # It no longer counts; what cannot be removed now goes at the next start.
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _thin(path: Path) -> None:
+    if is_thinned(path):
+        shutil.rmtree(path / "optimizer", ignore_errors=True)
+        return
     try:
         manifest = read_manifest(path)
     except CheckpointError:

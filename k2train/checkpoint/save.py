@@ -6,13 +6,16 @@ refuses on one rank is refused on all of them: what was written is removed, and 
 seconds for `retry_seconds`, while training goes on; only then is it an error, the same on every rank.
 
 After the commit the ranks share reading all of it back from the disk. One that comes back damaged is written again from
-the snapshot, once. Reading it back before the commit was refused: that doubles the time in which a kill loses the save.
+the snapshot, once; damaged a second time it is an error, since that state is then nowhere but in memory. Reading it back
+before the commit was refused: that doubles the time in which a kill loses the save. What only keeps books (a line in the
+ledger, thinning what is old) is told when the disk refuses it, and ends no run that has its checkpoint.
 """
 
 import shutil
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from threading import Event, Thread
 
@@ -54,8 +57,9 @@ class CheckpointWriter:
     """Saves into `directory`; `keep_optimizer_states` newest numbered checkpoints keep theirs (0: all do).
 
     Called on rank 0, from the thread that saves: `told` with a line for people, `verified` when a checkpoint was read back
-    whole, `damaged` when one was not (also from the audit's thread, which checks an older one every `verify_every_seconds`),
-    `still_owner` before the rename; it raises RunError when the run is no longer ours.
+    whole, `damaged` when one was not (both also from the audit's thread, which checks an older one every
+    `verify_every_seconds`), `still_owner` before the rename; it raises RunError when the run is no longer ours. An OSError
+    of the first three is told and the save goes on; any other error of theirs is every rank's.
     """
 
     def __init__(
@@ -74,13 +78,13 @@ class CheckpointWriter:
         idle: Callable[[], None] = nothing,
     ):
         self.directory, self.grid, self.asynchronous = directory, grid, asynchronous
-        self.retry_seconds, self.retry_every_seconds = retry_seconds, RETRY_EVERY_SECONDS
+        self.retry_seconds, self.retry_every_seconds = retry_seconds, min(RETRY_EVERY_SECONDS, retry_seconds)
         self.still_owner, self.told, self.verified, self.damaged = still_owner, told, verified, damaged
         self.idle = idle
         """Called now and then by the thread that waits for a save."""
         self.known = Verified()
         """Which checkpoints this process found whole."""
-        self.audit = Audit(directory, verify_every_seconds, self.known, damaged)
+        self.audit = Audit(directory, verify_every_seconds, self.known, damaged, told)
         self._retirement = Retirement(directory, keep_optimizer_states, self.known)
         self._together = Together(grid)
         self._buffers = HostBuffers()
@@ -145,8 +149,7 @@ class CheckpointWriter:
 
     def _save(self, name: str, state: Snapshot, facts: Facts, committed: Callable[[Path, Facts], None]) -> None:
         self.known.begin(name)
-        if self.grid.rank == 0:
-            self.audit.start()
+        self._on_first(self.audit.start, "older checkpoints are not checked")
         digest = self._digest_of(state)
         # It is part of the name written under, which must be one on all ranks.
         token = self._together.from_first(facts.get("fencing_token"))
@@ -157,7 +160,11 @@ class CheckpointWriter:
             self._write(order)
         if (problem := self._read_back(order)) is not None:
             self._again(order, problem)
-        self._together.do(self._retire, lambda error: self._not_thinned(name, error))
+        self._on_first(
+            self._retire,
+            f"{name} is saved, but older checkpoints in {self.directory} could not be thinned (tried again after the "
+            "next save)",
+        )
 
     def _digest_of(self, state: Snapshot) -> StateDigest:
         """Of the state's table, whose tensors' names all ranks gather once."""
@@ -197,9 +204,22 @@ class CheckpointWriter:
         if self.grid.rank == 0:
             shutil.rmtree(order.aside, ignore_errors=True)
 
+    def _on_first(self, part: Callable[[], None], otherwise: str) -> None:
+        """Rank 0 alone does what no checkpoint depends on: an OSError in it is told, behind `otherwise`; collective."""
+
+        def mine() -> None:
+            if self.grid.rank != 0:
+                return
+            try:
+                part()
+            except OSError as error:
+                with suppress(OSError):
+                    self.told(f"{otherwise}: {error.strerror or error}")
+
+        self._together.do(mine, lambda error: SaveError(f"{otherwise}: {error}"))
+
     def _tell(self, text: str) -> None:
-        if self.grid.rank == 0:
-            self.told(text)
+        self._on_first(lambda: self.told(text), text)
 
     def _read_back(self, order: Order) -> str | None:
         """What is wrong with it on the disk; None: it is whole, or nobody looked."""
@@ -207,9 +227,9 @@ class CheckpointWriter:
             return None
         problems = self._together.all(self._problem_of_share(order.final))
         problem = next((text for text in problems if text), None)
-        if problem is None and self.grid.rank == 0:
+        if problem is None:
             self.known.add(order.name)
-            self.verified(order.final)
+            self._on_first(lambda: self.verified(order.final), f"{order.name} is whole, which could not be recorded")
         return problem
 
     def _problem_of_share(self, path: Path) -> str | None:
@@ -227,14 +247,21 @@ class CheckpointWriter:
         return None
 
     def _again(self, order: Order, problem: str) -> None:
-        """Write a checkpoint that came back damaged once more, from the snapshot."""
+        """Write a checkpoint that came back damaged once more, from the snapshot. Raises SaveError when it still is."""
         self._tell(f"{order.name} came back damaged from the disk and is written again: {problem}")
         self._together.do(lambda: self._invalidate(order), order.refused)
         self._write(order)
         problem_now = self._read_back(order)
-        if problem_now is not None and self.grid.rank == 0:
-            self.known.drop(order.name)
-            self.damaged(order.final, problem_now)
+        if problem_now is None:
+            return
+        self.known.drop(order.name)
+        self._on_first(
+            lambda: self.damaged(order.final, problem_now), f"{order.name} is damaged, which could not be recorded"
+        )
+        raise SaveError(
+            f"{order.name} came back damaged from the disk twice: {problem_now}; earlier checkpoints are untouched; see to "
+            f"the disk of {self.directory} or move run.directory, then start the same command again"
+        )
 
     def _invalidate(self, order: Order) -> None:
         if self.grid.rank == 0:
@@ -242,11 +269,4 @@ class CheckpointWriter:
             order.final.rename(order.aside)
 
     def _retire(self) -> None:
-        if self.grid.rank == 0:
-            self._retirement.retire()
-
-    def _not_thinned(self, name: str, error: OSError) -> SaveError:
-        return SaveError(
-            f"{name} is saved, but older checkpoints in {self.directory} could not be thinned: "
-            f"{error.strerror or error}; make the directory writable, then start the same command again"
-        )
+        self._retirement.retire()

@@ -32,6 +32,8 @@ PIECE_BYTES = 1 << 23
 """Bytes written or read at once: small enough that writing back can begin early, large enough that calls cost nothing."""
 READ_BYTES = 1 << 20
 """Bytes hashed at once: they are still in the core's cache after the read."""
+AHEAD_BYTES = 1 << 23
+"""Bytes the disk is asked for beyond those: it works while they are hashed."""
 THREADS = 4
 LONGEST_HEADER = 1 << 28
 
@@ -225,6 +227,7 @@ def hash_range(path: Path, start: int, stop: int) -> str:
     view = memoryview(buffer)
     with path.open("rb", buffering=0) as stream:
         while start < stop:
+            os.posix_fadvise(stream.fileno(), start, min(AHEAD_BYTES, stop - start), os.POSIX_FADV_WILLNEED)
             count = os.preadv(stream.fileno(), [view[: stop - start]], start)
             if count == 0:
                 raise OSError(5, f"the file ends at byte {start}")

@@ -80,7 +80,8 @@ def check_plan(
             f"no space for the {remaining} checkpoints of this run: they need {size_text(needed)} "
             f"({size_text(one.thinned)} each, with optimizer states {size_text(one.whole)}, kept for {kept}), "
             f"{size_text(free)} are free in {directory}; make room, raise checkpoint.every_chunks, lower "
-            "checkpoint.keep_optimizer_states (2 at least) or move run.directory"
+            "checkpoint.keep_optimizer_states (2 at least), move run.directory, or start all the same with "
+            "run.allow=[space]"
         )
 
 

@@ -5,7 +5,6 @@ by one rename. A kill at any moment leaves either no directory of that name or a
 the lease's token where there is one: a process that lost its lease must not clear away what the next one writes.
 """
 
-import json
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 
 from k2train import faults
-from k2train.checkpoint.manifest import FOLDERS, FORMAT, MANIFEST, seal
+from k2train.checkpoint.manifest import FOLDERS, FORMAT, MANIFEST, manifest_text, seal
 from k2train.checkpoint.shards import write_shard
 from k2train.checkpoint.snapshot import Snapshot
 from k2train.checkpoint.space import BLOCK_FACTS_BYTES, MANIFEST_BYTES, room_problem
@@ -134,7 +133,7 @@ def _commit(order: Order, parts: list[tuple[Facts, Facts, Facts]], digests: Mapp
             faults.point(point)
         return
     manifest = _manifest(order, parts, digests)
-    write_synced(order.aside / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+    write_synced(order.aside / MANIFEST, manifest_text(manifest))
     for written in (*(order.aside / folder for folder in FOLDERS), order.aside):
         sync_directory(written)
     faults.point("save.synced")

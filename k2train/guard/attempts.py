@@ -14,8 +14,9 @@ from typing import Any
 
 from k2train.errors import RunError
 
-STARTS = ("started", "resumed")
-UNASKED = ("non-finite", "save failed")
+STARTS = ("starting", "started", "resumed")
+"""The first begins an attempt, before anything can fail; the others follow it, or stand alone in older ledgers."""
+UNASKED = ("non-finite", "save failed", "damaged")
 """Reasons of a `stopped` event that nobody asked for."""
 
 
@@ -50,17 +51,25 @@ def attempts_of(events: Sequence[Mapping[str, Any]]) -> list[Attempt]:
     for event in events:
         kind, step = event["event"], int(event.get("step") or 0)
         if kind in STARTS:
-            found.append(Attempt(int(event.get("attempt", len(found) + 1)), began_at=step, reached=step))
+            number = int(event.get("attempt", len(found) + 1))
+            if not (found and found[-1].number == number and kind != "starting"):
+                found.append(Attempt(number, began_at=step, reached=step))
             continue
         if not found:
             continue
         now = found[-1]
+        if kind == "failed":
+            # Told by the next start where the one that failed could not: it belongs to the one that it names.
+            failed = next((a for a in found if a.number == event.get("attempt")), None)
+            if failed is not None and failed.end is None:
+                failed.end = event
+            continue
         now.reached = max(now.reached, step)
         if kind == "checkpoint_saved":
             # A checkpoint that a kill kept out of the ledger is told by the next start: it belongs to the one that made it.
             maker = next((a for a in found if a.number == event.get("attempt")), now)
             maker.saved = max(maker.saved, step)
-        elif kind in ("stopped", "failed", "finished"):
+        elif kind in ("stopped", "finished"):
             now.end = event
     return found
 

@@ -22,7 +22,7 @@ CHECK_BYTES = 23
 TEXT_LIMIT = 160
 OPEN_STATES = ("", "stalled")
 """States of a rank that is still at work; the others have said that they leave."""
-PHASES = {"step": "forward/backward"}
+PHASES = {"step": "forward/backward", "choose": "choosing a checkpoint", "load": "loading a checkpoint"}
 """How a phase is told to people, where its name is not enough."""
 
 ProcessState = Literal["running", "stopped", "gone", ""]
@@ -85,7 +85,7 @@ class Record:
     """What a rank says of itself. `count`, `current`, `last`: of its collectives, see `parallel.traffic`.
 
     `state`: "" at work, "stalled" over its limit, "leaving" after another was lost, "failed" by itself (`problem`), "closed".
-    `seconds`: since the step, save or evaluation it is in began, by its monotonic clock. `wall`: for people only.
+    `seconds`: since the step, save or evaluation it is in began, or got on, by its monotonic clock. `wall`: for people only.
     """
 
     rank: int
@@ -105,6 +105,8 @@ class Record:
     """Descriptor of its `live` integers in that process."""
     facts: Mapping[str, str] = dataclasses.field(default_factory=dict)
     wall: str = ""
+    progress: int = 0
+    """How often it said that it gets on, within the phase it is in; its `seconds` began again each time."""
 
     @property
     def at_work(self) -> bool:
@@ -182,6 +184,10 @@ def read_record(directory: Path, rank: int) -> Record | None:
         return None
 
 
+def _place(record: Record) -> tuple[int, str, int, int]:
+    return record.count, record.phase, record.step, record.progress
+
+
 @dataclass(frozen=True)
 class Seen:
     """One rank as an observer sees it."""
@@ -191,7 +197,7 @@ class Seen:
     """For how long its beat has not changed while it was observed."""
     process: ProcessState
     moving: bool
-    """Whether it has begun a collective, or another phase, while it was observed."""
+    """Whether it has begun a collective or another phase, or got on in one, while it was observed."""
 
 
 class Observer:
@@ -225,6 +231,6 @@ class Observer:
                 found[rank] = Seen(None, now - self.began, "", False)
                 continue
             first = self._first[rank]
-            moving = (first.count, first.phase, first.step) != (last.count, last.phase, last.step)
+            moving = _place(first) != _place(last)
             found[rank] = Seen(last, now - self._changed[rank], state_of(last.process, self.reader), moving)
         return found

@@ -2,7 +2,9 @@
 
 A process is named by host, boot, process id space, process id and the moment it began (in ticks since the boot), so that
 neither a reboot nor a reused id can pass for it. On its own host the kernel is asked. From elsewhere nothing is proved by
-silence: only SLURM's word that the job has ended or was started again counts, and only while its beat stands still.
+silence: only SLURM's word that the job has ended or was started again counts, or a reboot of that very machine, and only
+while its beat stands still. A host's name does not make it that machine (localhost, a pod's name): its machine-id must be
+ours, and the holder outside of containers, whose images bring a machine-id of their own.
 A lease that runs out by the clock was refused: clocks differ, and a process that was only stopped comes back and writes.
 """
 
@@ -10,6 +12,7 @@ import os
 import socket
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,8 @@ Holder = dict[str, Any]
 JobEnded = Callable[[str], bool | None]
 """SLURM's word on a job id: ended, not ended, or None for not known."""
 
+FIRST_PID_SPACE = "pid:[4026531836]"
+"""The process id space of a kernel itself, with a number fixed in the kernel; a container has another one."""
 GONE = ("Z", "X", "x")
 """States in /proc/PID/stat of a process that runs no more and only waits to be collected."""
 
@@ -27,6 +32,7 @@ def this_process(facts: Mapping[str, object]) -> Holder:
         "pid": os.getpid(),
         "host": socket.gethostname(),
         "boot_id": boot_id(),
+        "machine_id": machine_id(),
         "pid_space": _pid_space(),
         "began_ticks": began_ticks(os.getpid()),
         "start_time": _now(),
@@ -51,16 +57,28 @@ def kernel_verdict(holder: Mapping[str, Any]) -> bool | None:
 
 def ended_elsewhere(holder: Mapping[str, Any], here: Mapping[str, Any], job_ended: JobEnded | None) -> str:
     """Why a holder that this kernel cannot see must be gone, if its beat stands still; "" when nothing shows it."""
-    if holder.get("host") == here["host"] and holder.get("boot_id") and here["boot_id"] != holder["boot_id"]:
+    if _same_machine(holder, here) and holder.get("boot_id") and here["boot_id"] not in (None, holder["boot_id"]):
         return "its host was started again since"
     job = holder.get("slurm_job_id")
-    if not job:
+    if not job or _other_cluster(holder, here):
         return ""
     if job == here.get("slurm_job_id") and _restarts(here) > _restarts(holder):
         return f"SLURM has started its job {job} again since"
     if job != here.get("slurm_job_id") and job_ended is not None and job_ended(str(job)) is True:
         return f"its SLURM job {job} has ended"
     return ""
+
+
+def _same_machine(holder: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
+    machine = holder.get("machine_id")
+    same = bool(machine) and (machine, holder.get("host")) == (here["machine_id"], here["host"])
+    return same and holder.get("pid_space") == FIRST_PID_SPACE
+
+
+def _other_cluster(holder: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
+    # Two clusters count their jobs each for itself.
+    names = [one.get("slurm_cluster") for one in (holder, here)]
+    return None not in names and names[0] != names[1]
 
 
 def _restarts(holder: Mapping[str, Any]) -> int:
@@ -84,6 +102,17 @@ def boot_id() -> str | None:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         return None
+
+
+def machine_id(path: Path = Path("/etc/machine-id")) -> str | None:
+    """The same from boot to boot, another on each machine; None where the system has none. Hashed: the id itself is
+    not to be given away."""
+    try:
+        text = path.read_text().strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    known = len(text) == 32 and set(text) <= set("0123456789abcdef") and len(set(text)) > 1
+    return sha256(f"k2train {text}".encode()).hexdigest()[:32] if known else None
 
 
 def _pid_space() -> str | None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from k2train.guard.heartbeat import Observer, Process, Record, Seen, stacks_path, state_of
 from k2train.guard.limits import Limits
 from k2train.guard.live import Peers
-from k2train.guard.suspects import LOST, Suspect, lost_ranks, suspects
+from k2train.guard.suspects import LOST, Suspect, kind_of, lost_ranks, suspects
 from k2train.guard.verdict import end_processes, mark_of, tell_once, verdict_of
 
 LOST_SECONDS = 2.0
@@ -54,6 +54,17 @@ class Inquest:
         """Whether a rank of this start has given the verdict."""
         mark = mark_of(self.directory)
         return mark is not None and mark != self._stale
+
+    def getting_on(self, observer: Observer) -> bool:
+        """Whether a rank that runs says that its work gets on: it has its own clock, and others may wait for it."""
+        return any(
+            kind_of(one, self.limits.silent_after) is None
+            and (record := one.record) is not None
+            and record.at_work
+            and record.progress > 0
+            and record.seconds < self.limits.seconds(self.limits.clock_of(record.phase), ())
+            for one in observer.seen().values()
+        )
 
     def stalled(self, own: Record, observer: Observer, say: Callable[[str], object]) -> None:
         """This rank, `own`, is over its limit: say who is the cause, if it is this rank's turn, and end what hangs."""
@@ -110,7 +121,7 @@ class Inquest:
             if self.given():
                 return ""
             time.sleep(LOOK_SECONDS)
-        verdict = verdict_of(line, found, seen, own.rank, own.wall)
+        verdict = verdict_of(line, found, seen, own)
         return line if tell_once(self.directory, verdict, self._stale) else ""
 
     def _end(self, found: list[Suspect]) -> None:

@@ -57,7 +57,7 @@ class Lease:
         self._beat: _Beat | None = None
 
     def take(self) -> None:
-        """Become the holder. Raises RunError within two seconds, naming the holder, while another one may be alive.
+        """Become the holder. Raises RunError within two seconds (and what `job_ended` takes), naming the holder, while another one may be alive.
 
         Raises FileNotFoundError when the directory went away meanwhile, other OSErrors when the disk refuses.
         """

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 CLOCKS = {
     "start": "start",
+    "choose": "choose",
+    "load": "load",
     "read": "step",
     "step": "step",
     "reduce": "step",
@@ -18,7 +20,8 @@ CLOCKS = {
     "save": "save",
     "done": "start",
 }
-"""Phase -> the clock it runs on."""
+"""Phase -> the clock it runs on. Those of a start are limited alike and each by itself: hashing checkpoints (`choose`), reading
+one (`load`), the rest. How long these take depends on how much there is to read, so `Watch.progress` restarts them."""
 FIRST_STEPS = 5
 """Fewer say nothing yet: kernels are chosen and compiled in the first ones."""
 ENOUGH_STEPS = 20
@@ -27,7 +30,10 @@ FLOOR_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Limits:
-    """Seconds; `step_seconds` 0: from what steps took. `heartbeat_seconds` 0: no watch."""
+    """Seconds; `step_seconds` 0: from what steps took. `heartbeat_seconds` 0: no watch.
+
+    `start_seconds` is for each phase of a start. `save_seconds` must hold also how long a save may try again.
+    """
 
     heartbeat_seconds: float = 1.0
     start_seconds: float = 600.0
@@ -49,7 +55,7 @@ class Limits:
         """The limit on a clock, after steps that took so long."""
         if clock == "step":
             return self._step(steps)
-        return {"start": self.start_seconds, "evaluate": self.evaluate_seconds, "save": self.save_seconds}[clock]
+        return {"evaluate": self.evaluate_seconds, "save": self.save_seconds}.get(clock, self.start_seconds)
 
     def _step(self, steps: Sequence[float]) -> float:
         if self.step_seconds > 0:

@@ -79,7 +79,7 @@ class RunLock:
     def acquire(self) -> Self:
         """Take the lock without waiting, making the directory if it is missing.
 
-        Raises RunError, within two seconds, when another process holds it that lives or may live, naming it; or when
+        Raises RunError, within two seconds and the one and a half that SLURM may take to answer, when another process holds it that lives or may live, naming it; or when
         the directory cannot be made or written. In each case nothing new is left on the disk.
         """
         assert self._descriptor is None, f"{self.path} is held by this object already"

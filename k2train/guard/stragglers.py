@@ -1,6 +1,8 @@
 """A rank that is slow by itself, named while the run goes on: its own seconds of a step against those of its peers.
 
-Own seconds are those of a step without the ones blocked in exchanges, where every rank shows the slowness of one. Ranks of
+Own seconds are those of a step without the ones blocked in exchanges, where every rank shows the slowness of one. They are
+the host's: on CUDA, where kernels and collectives are only enqueued and the host waits at one place for all of it, a device
+that is slow by itself shows in every rank's time alike, and what is found is a slow host (data, Python, a busy core). Ranks of
 one pipeline stage do the same work, so they are compared as they are; a stage with one rank is compared with the others by
 its expected share, with more room, since a share is an estimate. A rank is slow when nearly all of its last steps are: the
 second shortest of twenty lies well above the third part of

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from k2train.guard.heartbeat import Process, Seen, state_of
+from k2train.guard.heartbeat import Process, Record, Seen, state_of
 from k2train.guard.suspects import Suspect
 
 VERDICT = "verdict.json"
@@ -36,7 +36,7 @@ def mark_of(directory: Path) -> Mark:
 
 
 def keep_earlier(directory: Path) -> None:
-    """Put a verdict of an earlier start out of the way, for people to find. Raises OSError."""
+    """Put a verdict of an earlier start out of the way, for people to find; after `read_verdict`. Raises OSError."""
     with contextlib.suppress(FileNotFoundError):
         os.replace(directory / VERDICT, directory / f"earlier_{VERDICT}")
 
@@ -50,10 +50,11 @@ def read_verdict(directory: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def verdict_of(
-    line: str, found: Iterable[Suspect], seen: Mapping[int, Seen], told_by: int, wall: str
-) -> dict[str, Any]:
-    """The content of the file: the line, the ranks it is about, and where every rank was."""
+def verdict_of(line: str, found: Iterable[Suspect], seen: Mapping[int, Seen], own: Record) -> dict[str, Any]:
+    """The content of the file: the line, the ranks it is about, and where every rank was; told by the rank of `own`.
+
+    `attempt`: the start that ended so, 0 where it had no number yet.
+    """
     ranks = []
     for rank, one in sorted(seen.items()):
         record = one.record
@@ -62,8 +63,9 @@ def verdict_of(
     return {
         "line": line,
         "suspects": [{"rank": one.rank, "kind": one.kind} for one in found],
-        "told_by": told_by,
-        "wall": wall,
+        "told_by": own.rank,
+        "attempt": own.attempt,
+        "wall": own.wall,
         "ranks": ranks,
     }
 

@@ -12,6 +12,7 @@ and the ones of the same machine end the process. A world of one has nobody to d
 
 import contextlib
 import faulthandler
+import math
 import os
 import sys
 import threading
@@ -21,7 +22,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from k2train.errors import EXIT_FAILED
-from k2train.guard.clocks import Clocks
+from k2train.guard.clocks import TICK_SECONDS, Clocks
 from k2train.guard.heartbeat import (
     Observer,
     Process,
@@ -37,9 +38,6 @@ from k2train.guard.limits import Limits
 from k2train.guard.live import Live, Peers
 from k2train.guard.verdict import STACKS_SIGNAL, keep_earlier
 
-TICK_SECONDS = 0.25
-PAUSE_SECONDS = 3.0
-"""A tick this late means that the process was not running, or its threads could not."""
 INQUEST_SECONDS = 8.0
 """How long may pass from then to the end of the process."""
 
@@ -48,6 +46,8 @@ Position = Callable[[], tuple[int, str, str, float]]
 
 class Watch:
     """`start`, then `phase` as the run goes on; `lost` when a collective raised; `close` at the end, whatever end.
+
+    `attempt` is to be set as soon as it is known: a verdict names it (0: the record of the run was not open yet).
 
     `say` writes a line to people from a thread while the main thread hangs: it must not take a lock that the main thread
     may hold (os.write does not). `position` gives (collectives begun, the one under way, the last one, blocked seconds).
@@ -80,6 +80,7 @@ class Watch:
         self._dead_since: float | None = None
         self._lost_since: float | None = None
         self._observer: Observer | None = None
+        self._others_went_on = -math.inf
         self._live, self._held = Live(), Peers(self._process)
         self._inquest = Inquest(directory, world_size, limits, self._process, self._held, clock)
         self._ended = threading.Event()
@@ -92,6 +93,7 @@ class Watch:
             return
         self.directory.mkdir(parents=True, exist_ok=True)
         if self.rank == 0:
+            # Whoever wants to know how the start before ended has read it by now.
             keep_earlier(self.directory)
         # Appended to: a run that starts again by itself must not take away what its end pointed to.
         self._stacks = stacks_path(self.directory, self.rank).open("a")
@@ -108,8 +110,13 @@ class Watch:
         self._clocks.enter(name, step)
         self._live.put(name, step)
 
+    def progress(self) -> None:
+        """The work of this phase gets on (a block was hashed, a file read): its clock begins again, and no rank counts as
+        stuck because it waits for this one. To be called at least once in the phase's limit; costs a microsecond."""
+        self._clocks.progress()
+
     def step_done(self, seconds: float) -> None:
-        """A step took so long: what the limit of the next ones is made of."""
+        """A step took so long: what the limit of the next ones is made of. Pauses of the whole process do not count."""
         self._clocks.step_done(seconds)
 
     def saving(self, active: bool) -> None:
@@ -172,6 +179,7 @@ class Watch:
             self._live.descriptor,
             self._facts,
             datetime.fromtimestamp(self._wall(), UTC).isoformat(timespec="seconds"),
+            self._clocks.progress_count,
         )
 
     def _set_state(self, state: str) -> None:
@@ -228,13 +236,11 @@ class Watch:
     # -- the thread that has the clock
 
     def _watch_clock(self) -> None:
-        before = self._clock()
+        self._clocks.tick()
         while not self._ended.wait(TICK_SECONDS):
-            now = self._clock()
-            if now - before > TICK_SECONDS + PAUSE_SECONDS:
-                self._clocks.excuse(now - before)
+            if self._clocks.tick():
                 self._observer = None
-            before = now
+            now = self._clock()
             if self._lost_since is not None:
                 if now - self._lost_since > INQUEST_SECONDS:
                     self._exit()
@@ -252,13 +258,20 @@ class Watch:
         elif self._observer is None:
             self._observer = observer = self._inquest.observer()
             threading.Thread(target=self._observe, args=(observer,), name="watch-look", daemon=True).start()
-        if over >= 0 and self._observer is not None and now - self._observer.began >= look:
+        if over < 0 or self._observer is None or now - self._observer.began < look:
+            return
+        if now - self._others_went_on < look:
+            # Looked at anew: what moved long ago says nothing of the moment when they no longer go on.
+            self._observer = None
+        else:
             self._end(self._on_stall)
 
     def _observe(self, observer: Observer) -> None:
         pause = max(TICK_SECONDS, self.world_size / RANKS_A_SECOND)
         while self._observer is observer and not self._ended.wait(pause):
             observer.sample()
+            if self._inquest.getting_on(observer):
+                self._others_went_on = self._clock()
 
     # -- the end
 

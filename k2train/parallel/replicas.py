@@ -26,6 +26,7 @@ from k2train.parallel.collectives import all_gather, all_reduce
 from k2train.parallel.gradients import Slot, SlotTable
 from k2train.parallel.grid import ProcessGrid
 from k2train.parallel.state_digest import Multipliers, tensor_sums
+from k2train.parallel.traffic import exchanging
 from k2train.plan.layout import Layout
 
 MASTER = "master"
@@ -69,11 +70,13 @@ class ReplicaCheck:
         named = {slot.piece.name for slot, bad in zip(self.table.slots, wrong.tolist(), strict=True) if bad}
         named |= {slot.piece.name for slot, same in zip(self._whole, equal.tolist(), strict=True) if not same}
         flag = torch.tensor([len(named)], dtype=torch.int64, device=self.grid.device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        with exchanging(self.grid.traffic, "all-reduce of differing copies"):
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         if not int(flag):
             return None
         told: list[set[str]] = [set() for _ in range(self.grid.layout.world_size)]
-        dist.all_gather_object(told, named, group=self.grid.host)
+        with exchanging(self.grid.traffic, "all-gather of differing tensors"):
+            dist.all_gather_object(told, named, group=self.grid.host)
         suspects = set().union(*told)
         mine = {}
         for number, slot in enumerate(self.table.slots):
@@ -86,7 +89,8 @@ class ReplicaCheck:
                     states.get(slot.piece.name),
                 )
         copies: list[dict[str, Copy]] = [{} for _ in told]
-        dist.all_gather_object(copies, mine, group=self.grid.host)
+        with exchanging(self.grid.traffic, "all-gather of digests of copies"):
+            dist.all_gather_object(copies, mine, group=self.grid.host)
         return conclusion(copies, self.grid.layout)
 
     def _weights(self, master: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from k2train.fingerprint import LANES, digest_text, multipliers, state_root
 from k2train.parallel.gradients import Slot, SlotTable
 from k2train.parallel.grid import Axis
+from k2train.parallel.traffic import Traffic, exchanging
 
 BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
 BLOCK = {"cpu": 2**15, "cuda": 2**21}
@@ -119,14 +120,17 @@ class Root:
 class StateRoot:
     """The root of the whole state with one all-reduce over `group` (None: all ranks); collective."""
 
-    def __init__(self, digest: StateDigest, group: dist.ProcessGroup | None = None):
-        self.digest, self.group = digest, group
+    def __init__(
+        self, digest: StateDigest, group: dist.ProcessGroup | None = None, traffic: Traffic | None = None
+    ) -> None:
+        self.digest, self.group, self.traffic = digest, group, traffic
 
     def __call__(self, lines: Mapping[str, Tensor], step: int, adam_steps: int) -> Root:
         """The root of fp32 `lines` by state, on every rank."""
         own = self.digest.sums(lines)
         summed = own.clone()
-        dist.all_reduce(summed, group=self.group)
+        with exchanging(self.traffic, "all-reduce of the root of the state"):
+            dist.all_reduce(summed, group=self.group)
         digests = self.digest.digests(summed)
         return Root(state_root(digests, step, adam_steps), digests, own)
 
@@ -138,8 +142,10 @@ class StateGuard:
     What several tensor-parallel ranks hold whole is looked at on the first of them; `replicas` compares the others with it.
     """
 
-    def __init__(self, digest: StateDigest, group: dist.ProcessGroup | None = None):
-        self.digest, self.group = digest, group
+    def __init__(
+        self, digest: StateDigest, group: dist.ProcessGroup | None = None, traffic: Traffic | None = None
+    ) -> None:
+        self.digest, self.group, self.traffic = digest, group, traffic
         self._kept: Tensor | None = None
 
     def keep(self, sums: Tensor) -> None:
@@ -160,7 +166,8 @@ class StateGuard:
             return None
         # Of each row the number of the rank that found it changed, counted from 1: the highest one is told.
         changed = (self.digest.sums(lines) != kept).any(dim=1).long() * (dist.get_rank() + 1)
-        dist.all_reduce(changed, op=dist.ReduceOp.MAX, group=self.group)
+        with exchanging(self.traffic, "all-reduce of changes of the state"):
+            dist.all_reduce(changed, op=dist.ReduceOp.MAX, group=self.group)
         found = [(key, rank - 1) for key, rank in zip(self.digest.keys, changed.tolist(), strict=True) if rank]
         if not found:
             return None

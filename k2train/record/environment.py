@@ -6,11 +6,18 @@ loads torch. The host's name is left out on purpose: a ledger is published, and 
 
 import os
 import platform
+import re
 import subprocess
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+ENDED_STATES = {
+    *("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"),
+    *("DEADLINE", "PREEMPTED", "BOOT_FAIL", "LAUNCH_FAILED", "REVOKED"),
+}
+"""In which a SLURM job has ended; in COMPLETING and SUSPENDED it still has processes, and from PENDING it comes back."""
+SQUEUE_SECONDS = 1.5
 PACKAGES = ("k2train", "torch", "numpy", "safetensors")
 PACKAGE_DIRECTORY = Path(__file__).resolve().parents[1]
 
@@ -39,8 +46,35 @@ def job_facts() -> dict[str, str]:
         "slurm_job_id": "SLURM_JOB_ID",
         "slurm_step_id": "SLURM_STEP_ID",
         "slurm_restart_count": "SLURM_RESTART_COUNT",
+        "slurm_cluster": "SLURM_CLUSTER_NAME",
     }
     return {key: os.environ[name] for key, name in names.items() if name in os.environ}
+
+
+def slurm_job_ended(job_id: str) -> bool | None:
+    """Whether SLURM says that a job has ended; None where it says nothing: no `squeue`, an error, no answer in 1.5 s.
+
+    A job that it has forgotten has ended. Not told apart from one that a site hides from this user (PrivateData).
+    """
+    if re.fullmatch(r"[0-9]+(_[0-9]+)?", job_id) is None:
+        return None
+    # SQUEUE_STATES and the like, a user's own filters, would hide a job that runs.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")}
+    try:
+        done = subprocess.run(
+            ["squeue", "-h", "--all", "--states=all", "-j", job_id, "-o", "%T"],
+            capture_output=True,
+            text=True,
+            timeout=SQUEUE_SECONDS,
+            check=False,
+            stdin=subprocess.DEVNULL,
+            env=environment,
+        )
+    except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
+        return None
+    if done.returncode != 0:
+        return True if "Invalid job id" in done.stderr else None
+    return set(done.stdout.split()) <= ENDED_STATES
 
 
 def _version(name: str) -> str | None:

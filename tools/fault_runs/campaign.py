@@ -172,7 +172,9 @@ class Campaign:
             found.append("the lock of the run is still held")
         disk = state.checkpoints_of(self.run, self.reference, self.verify_newest)
         found += disk.problems
-        if len(disk.whole) < (2 if self._had_two else 1) and made.after >= 0:
+        committed = sum(rank == 0 and name == "save.committed" for _, rank, name in made.job.points())
+        self._had_two |= committed >= 2
+        if len(disk.whole) < (2 if self._had_two else 1) and (committed or max(made.before, made.after) >= 0):
             found.append(f"only {len(disk.whole)} complete verified checkpoints are left: {disk.whole}")
         self._had_two |= len(disk.whole) >= 2
         if self._had_two:

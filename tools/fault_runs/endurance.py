@@ -21,7 +21,7 @@ from fault_runs.jobs import Job
 from fault_runs.result import Bench, Result
 
 STEPS_PER_CHUNK = 3
-STEPS_PER_FAULT = 1.8
+STEPS_PER_FAULT = 1.5
 LIVED_WITH_PER_ATTEMPT = (0, 1, 2, 3)
 FAULTS_PER_ATTEMPT = 2.2
 """What comes of it, as measured: not all that is drawn strikes."""

@@ -1,94 +1,16 @@
-"""Rows 21 to 29: bad data, two jobs at once, a stale lease, clocks, changed configs, crash loops, hostile files, secrets."""
+"""Rows 23 to 29: two jobs at once, a stale lease, clocks, changed configs, crash loops, hostile files, secrets."""
 
-import re
-import shutil
 import time
 from pathlib import Path
 
-from fault_runs import damage
-from fault_runs.campaign import Campaign
 from fault_runs.jobs import Job
 from fault_runs.result import Bench, Result, run_pytest
 from fault_runs.rows_kill import tail
-from fault_runs.world import GLOBAL, World
 from k2train.checkpoint.manifest import list_checkpoints, read_manifest
-from k2train.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USAGE
+from k2train.errors import EXIT_DONE, EXIT_STOPPED, EXIT_USAGE
 from k2train.record.ledger import read_ledger
-from k2train.record.metrics import latest, read_metrics
 
 SECRET = "canary-5d1f0c9e77"
-
-
-def row_21(bench: Bench) -> Result:
-    result = Result(
-        21,
-        "Ids beyond the vocabulary, wrong length, broken JSON and UTF-8 in the data",
-        "all refused before the first step, file and place named",
-        "the suite's tests of bad input, each with its own kind of bad file",
-    )
-    run_pytest(result, ["tests/test_bad_input.py"], bench.scratch, "bad input")
-    return result
-
-
-def row_22(bench: Bench) -> Result:
-    result = Result(
-        22,
-        "A chunk is missing, changed, cut, or another one's copy; restarts at any step",
-        "found at the start or before the first row of the chunk is read, named; each sample read exactly once after any number of restarts",
-        "harm to one chunk before the start, or to a later one while the run trains, then mended and the same command; and a run "
-        "killed ten times, whose rows are counted. Every chunk is hashed once a start; what changes a file after that is not seen",
-    )
-    kinds = ("flip", "cut", "lost", "swapped")
-    for kind, meanwhile in [(kind, later) for kind in kinds for later in (False, True)][:: 3 if bench.short else 1]:
-        _harmed_chunk(bench, result, kind, meanwhile)
-    campaign = bench.campaign(bench.world(12, 2), "row22")
-    for number in range(3 if bench.short else 10):
-        campaign.attempt(f"{('step.read', 'save.hashed', 'step.done')[number % 3]}@rank={number % 2}@nth=3:kill")
-        if campaign.done:
-            break
-    campaign.finish()
-    result.problems += campaign.problems
-    rows = latest(campaign.run / "metrics.jsonl")
-    read = sum(row["rows"][1] - row["rows"][0] for row in rows)
-    taken = len(read_metrics(campaign.run / "metrics.jsonl"))
-    result.measured.append(
-        f"{len(campaign.attempts)} starts, {taken} steps taken to make {len(rows)}: the steps that count read {read} rows, "
-        f"each of the {campaign.world.chunks * campaign.world.steps_per_chunk * GLOBAL} rows of the data exactly once"
-    )
-    return result
-
-
-def _harmed_chunk(bench: Bench, result: Result, kind: str, meanwhile: bool) -> None:
-    """Harm chunk 3 of 5 before the start or after its second step; the run must end and name it; mend it and go on."""
-    base = bench.world(5, 3)
-    reference = bench.reference(base)
-    world = World(bench.scratch / bench.name(f"data_{kind}"), 5, 3)
-    shutil.copytree(base.data, world.data)
-    world.config.write_text(base.config.read_text().replace(str(base.folder), str(world.folder)))
-    campaign = Campaign(bench.crew, world, "harmed", reference)
-    done: list[str] = []
-
-    def harm(job: Job | None = None) -> None:
-        until = time.monotonic() + 60
-        while job and not job.over and sum(n == "step.done" for _, _, n in job.points()) < 4 and time.monotonic() < until:
-            bench.crew.wait(job, 0.01)
-        done.append(damage.KINDS[kind](world.data / "chunk_003.npy", bench.random(22)))
-
-    if not meanwhile:
-        harm()
-    attempt = campaign.attempt("", harm if meanwhile else None, (EXIT_USAGE, EXIT_FAILED), 120)
-    names = {"chunk_003", *re.findall(r"chunk_\d+", done[0])}
-    line = next((x for x in attempt.text.splitlines() if x.startswith("k2train:") and any(n in x for n in names)), "")
-    when = "while it trains" if meanwhile else "before the start"
-    if EXIT_USAGE not in attempt.codes or not line:
-        result.problems.append(f"chunk {kind} {when}: ended with {attempt.codes}: {tail(attempt.text)}")
-    for path in base.data.iterdir():
-        shutil.copy(path, world.data / path.name)
-    campaign.finish()
-    result.problems += campaign.problems
-    result.measured.append(
-        f"chunk 3 {kind} {when}: ended with {attempt.codes} after step {max(attempt.after, 0)}, mended, ended alike; {line[:160]}"
-    )
 
 
 def row_23(bench: Bench) -> Result:
@@ -122,7 +44,37 @@ def row_23(bench: Bench) -> Result:
     result.measured.append(
         f"{races} races: {both} with two owners, {none} with none; the slowest refusal took {late:.2f} s"
     )
+    _second_while_one_trains(bench, result)
     return result
+
+
+def _second_while_one_trains(bench: Bench, result: Result) -> None:
+    """The second must be refused and leave no trace in the run of the first."""
+    campaign = bench.campaign(bench.world(6, 3), "row23")
+    told: list[str] = []
+
+    def second(first: Job) -> None:
+        until = time.monotonic() + 60
+        while not any(name == "step.done" for _, _, name in first.points()) and time.monotonic() < until:
+            bench.crew.wait(first, 0.01)
+        job = bench.crew.begin(campaign.world.arguments(campaign.name), campaign.world.ranks)
+        bench.crew.wait_as_launcher(job, 60, 0.0)
+        took = job.ends[0][1] - job.began
+        if job.ends[0][0] != EXIT_USAGE or f"pid {first.pids[0]}" not in job.text() or first.over or took > 2:
+            result.problems.append(
+                f"second job: {job.codes} after {took:.1f} s, first over: {first.over}: {tail(job.text())}"
+            )
+        told.append(f"{took:.2f} s")
+
+    campaign.attempt("step.done@step=2:sleep=1.5", second)
+    campaign.finish()
+    tokens = {read_manifest(path).get("fencing_token") for path in list_checkpoints(campaign.run / "checkpoints")}
+    if len(campaign.attempts) != 1 or tokens != {1}:
+        result.problems.append(f"the first was disturbed: {len(campaign.attempts)} starts, tokens {tokens}")
+    result.problems += campaign.problems
+    result.measured.append(
+        f"a second job while one trains: refused in {told[0]}, its process named; the first one undisturbed"
+    )
 
 
 def overlap(a: object, b: object) -> bool:
@@ -149,12 +101,14 @@ def row_24(bench: Bench) -> Result:
     campaign.finish()
     result.problems += campaign.problems
     events = [e for e in read_ledger(campaign.run / "ledger.jsonl") if e["event"] in ("started", "resumed")]
-    tokens = [event.get("fencing_token") for event in events]
+    tokens = [int(event.get("fencing_token", 0)) for event in events]
     reasons = [event["taken_over_from"]["reason"] for event in events if event.get("taken_over_from")]
-    saved = [read_manifest(path).get("fencing_token") for path in list_checkpoints(campaign.run / "checkpoints")]
-    if len(tokens) < 3 or None in tokens or tokens != sorted(set(tokens)):
+    saved = [
+        int(read_manifest(path).get("fencing_token", 0)) for path in list_checkpoints(campaign.run / "checkpoints")
+    ]
+    if len(tokens) < 3 or 0 in tokens or tokens != sorted(set(tokens)):
         result.problems.append(f"the tokens of {len(events)} starts do not grow: {tokens}")
-    if None in saved or saved != sorted(saved) or not set(saved) <= set(tokens):
+    if saved != sorted(saved) or not set(saved) <= set(tokens):
         result.problems.append(f"the tokens in the manifests {saved} are not those of the starts, {tokens}")
     if len(reasons) != 2:
         result.problems.append(f"taken over {len(reasons)} times after 2 deaths: {reasons}")

@@ -191,7 +191,7 @@ def row_3(bench: Bench) -> Result:
         "every retire point at its first to fourth visit; a rollback to a numbered checkpoint, killed while it sets aside",
     )
     points = [point for point in POINTS if point.startswith("retire.")]
-    world = bench.world(12, 2).changed(("checkpoint.keep_optimizer_states", 2), ("checkpoint.every_seconds", 0.02))
+    world = bench.world(12, 2).changed(("checkpoint.keep_optimizer_states", 2), ("checkpoint.every_seconds", 0.001))
     wanted = kills(points, world.ranks, (1, 2) if bench.short else (1, 2, 3, 4))
     campaigns = chain(bench, world, "row3", wanted)
     report(result, campaigns, wanted)
