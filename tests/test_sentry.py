@@ -91,6 +91,23 @@ def test_three_in_a_row_stop(base: Path, pool: GlooPool) -> None:
     assert [event["in_a_row"] for event in events(base, "three", "step_skipped")] == [1, 2, 3]
 
 
+def remembering(text: str, trainer: Trainer) -> None:
+    """The state of both guards is that of the checkpoint, before the first step of a restart."""
+    armed(text, trainer)
+    newest = list_checkpoints(trainer.start.checkpoints)[-1]
+    guards = json.loads(json.dumps({"finite": trainer.skips.state(), "spikes": trainer.spikes.state()}))
+    assert guards == manifest_of(newest)["guard"] and guards["finite"]["in_a_row"] == 2
+
+
+def test_bad_steps_are_counted_across_a_restart(base: Path, pool: GlooPool) -> None:
+    """Two before it and one after it are three in a row: a restart in between must not forget the first."""
+    tree = tree_of(base, "across", run__stop_after_steps=5)
+    assert run_with(pool, 1, tree, "gradient@step=4:nan;gradient@step=5:nan") == [75]
+    del tree["run"]["stop_after_steps"]
+    assert pool.run(1, trainer_job, tree, partial(remembering, "gradient@step=6:nan")) == [1]
+    assert events(base, "across", "stopped")[-1]["reason"] == "non-finite"
+
+
 @pytest.mark.parametrize(
     ("layout", "fault", "words"),
     (

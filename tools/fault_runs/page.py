@@ -85,7 +85,7 @@ def facts(bench: Bench, seconds: float) -> list[str]:
     packages = ", ".join(f"{name} {_version(name)}" for name in ("torch", "numpy", "safetensors", "pydantic"))
     return [
         f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {seconds:.0f} s, level {bench.level}, seed {bench.seed}",
-        f"{platform.system()} {platform.release()}, {_processor()}, {_cores()} cores, no accelerator used",
+        f"{platform.system()} {platform.release().split('-')[0]}, {_processor()}, {_cores()} cores, no accelerator used",
         f"Python {sys.version.split()[0]}, {packages}; gloo on the loopback, one thread a process",
         f"commit {commit}",
     ]
