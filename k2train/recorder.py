@@ -31,6 +31,7 @@ from k2train.record.metrics import MetricsWriter, damaged_rows, last_attempt
 from k2train.record.wandb_mirror import WandbMirror
 
 Facts = dict[str, Any]
+ENDS = ("failed", "stopped", "finished")
 
 
 class Recorder:
@@ -49,6 +50,10 @@ class Recorder:
 
     def step(self, row: Facts) -> None:
         """One finished step."""
+
+    def tells_end_of(self, attempt: int) -> bool:
+        """Whether the ledger says how a start ended."""
+        return False
 
     def settled(self) -> bool:
         """Whether all that was told is written."""
@@ -131,6 +136,9 @@ class RankZeroRecorder(Recorder):
         self.wandb.log(row)
         self.drain()
         self.console.step(row)
+
+    def tells_end_of(self, attempt: int) -> bool:
+        return any(e["event"] in ENDS and e.get("attempt") == attempt for e in self.ledger.events)
 
     def settled(self) -> bool:
         with self._writing:

@@ -140,7 +140,7 @@ class Trainer:
             return
         self._open_record()
         self.earlier_end = self.sentry.begin() or self.earlier_end
-        if self.earlier_end is not None:
+        if self.earlier_end is not None and not self.recorder.tells_end_of(self.earlier_end.attempt):
             self.recorder.event("failed", attempt=self.earlier_end.attempt, problem=self.earlier_end.line)
         begins_at = 0 if chosen is None else int(read_manifest(chosen)["step"])
         # Before what may fail, so that a start that comes no further counts as one.

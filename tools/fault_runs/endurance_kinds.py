@@ -148,11 +148,11 @@ def slow(scene: Scene) -> Drawn:
 def harm_newest(scene: Scene) -> Drawn:
     """Damage the newest complete checkpoint, where two others are left."""
     whole = damage.complete_checkpoints(scene.run) if scene.run.exists() else []
-    if len(whole) < 3:
+    if len(whole) < 3 or scene.campaign.harmed:
         return Drawn()
     path = scene.draw.choice(damage.shards_of(whole[-1]))
     damage.KINDS[scene.draw.choice(("flip", "cut", "empty", "lost", "swapped"))](path, scene.draw)
-    scene.campaign.expect_fewer()
+    scene.campaign.expect_fewer(whole[-1].name)
     return Drawn(done=True)
 
 
