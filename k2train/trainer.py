@@ -338,8 +338,10 @@ class Trainer:
         return self.feed.held_out_loss(self.engine)
 
     def _save(self, name: str, held_out: float | None) -> None:
+        # The save before may take long; what the ranks then do together (probe, copy) may not.
+        self._wait_for_save()
         began = time.monotonic()
-        self.sentry.phase("save", self.step)
+        self.sentry.phase("evaluate", self.step)
         facts = {
             "step": self.step,
             "attempt": self.attempt,

@@ -77,6 +77,17 @@ def test_a_rank_that_hangs_is_named_with_its_stacks_and_no_process_is_left(tmp_p
     assert (verdict["line"], verdict["suspects"][0]["rank"]) == (line, 1)
 
 
+@pytest.mark.slow
+def test_a_stopped_rank_is_found_wherever_the_others_wait(tmp_path: Path) -> None:
+    """A save may take half an hour, and so may the limit of where the others are: nobody is at work who is stopped."""
+    with Job(tmp_path, 2, 1800.0, ("stop", 1, 25)) as job:
+        ended = job.ended()
+    assert len(ended.lines) == 1 and "rank 1" in ended.lines[0] and "is stopped (SIGSTOP)" in ended.lines[0], (
+        ended.errors
+    )
+    assert 0 not in ended.codes and ended.seconds < 30
+
+
 @pytest.mark.parametrize("where", ["in a collective", pytest.param("outside", marks=pytest.mark.slow)])
 def test_ranks_are_gone_5_seconds_after_one_was_killed(tmp_path: Path, where: str) -> None:
     fault = ("kill", 2, 25) if where == "outside" else ()

@@ -38,6 +38,8 @@ from k2train.guard.limits import Limits
 from k2train.guard.live import Live, Peers
 from k2train.guard.verdict import STACKS_SIGNAL, keep_earlier
 
+STOPPED_SECONDS = 10.0
+"""How long a rank of this machine may be stopped (SIGSTOP) while this one runs."""
 INQUEST_SECONDS = 8.0
 """How long may pass from then to the end of the process."""
 
@@ -78,6 +80,7 @@ class Watch:
         self._peers: dict[int, Process] = {}
         self._unknown = set(range(world_size)) - {rank}
         self._dead_since: float | None = None
+        self._stopped_since: float | None = None
         self._lost_since: float | None = None
         self._observer: Observer | None = None
         self._others_went_on = -math.inf
@@ -216,8 +219,13 @@ class Watch:
         if self._lost_since is None and self._inquest.given():
             self._dump("another rank ended the run")
             self._exit()
-        for rank, process in self._peers.items():
-            if self._dead_since is None and state_of(process, self._process) == "gone":
+        states = {rank: state_of(process, self._process) for rank, process in self._peers.items()}
+        if "stopped" not in states.values():
+            self._stopped_since = None
+        elif self._stopped_since is None:
+            self._stopped_since = self._clock()
+        for rank, state in states.items():
+            if self._dead_since is None and state == "gone":
                 record = read_record(self.directory, rank)
                 if record is not None and (record.at_work or record.state == "failed"):
                     self._dead_since = self._clock()
@@ -239,7 +247,7 @@ class Watch:
         self._clocks.tick()
         while not self._ended.wait(TICK_SECONDS):
             if self._clocks.tick():
-                self._observer = None
+                self._observer = self._stopped_since = None
             now = self._clock()
             if self._lost_since is not None:
                 if now - self._lost_since > INQUEST_SECONDS:
@@ -252,6 +260,9 @@ class Watch:
 
     def _check_limits(self, now: float) -> None:
         over = self._clocks.over()
+        if (since := self._stopped_since) is not None:
+            # Wherever the others are: a save may take half an hour, and nobody saves who is stopped.
+            over = max(over, now - since - STOPPED_SECONDS)
         look = self.limits.silent_after + 2 * TICK_SECONDS
         if over < -look:
             self._observer = None
