@@ -196,6 +196,11 @@ def test_a_crash_is_started_again(tmp_path: Path) -> None:
     rest = (
         "mine = folder / f'starts_{rank}'\n"
         "mine.write_text((mine.read_text() if mine.exists() else '') + '.')\n"
+        # Not before the other has come as far: one that crashes takes the other with it.
+        "import time\n"
+        "other = folder / f'starts_{1 - rank}'\n"
+        "while not other.exists() or len(other.read_text()) < len(mine.read_text()):\n"
+        "    time.sleep(0.05)\n"
         "code = (1, 75)[len(mine.read_text()) - 1]\n"
         "leave_verdict(rank, code)\n"
         "sys.exit(code)"

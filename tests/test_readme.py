@@ -37,7 +37,7 @@ FAST = {
 ON_THE_ROAD = [
     ("python tools/show_run.py runs/demo-stage1 runs/demo-stage2", 0, "demo-stage2: finished"),
     ("python tools/verify_checkpoint.py runs/demo-stage2", 0, "ckpt_001"),
-    ("python tools/verify_checkpoint.py --root runs/demo-stage2", 0, "state root"),
+    ("python tools/verify_checkpoint.py --root runs/demo-stage2", 0, ", root "),
     ("python tools/verify_run.py runs/demo-stage1", 0, "demo-stage1"),
     (
         "python -m k2train.train configs/demo/stage1.yaml run.name=alone run.stop_after_steps=5",

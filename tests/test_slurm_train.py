@@ -101,8 +101,8 @@ def alone(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Run:
     run = Run(cluster, folder, "alone")
     job = run.ended(run.submit())
     assert (job["JobState"], job["ExitCode"]) == ("COMPLETED", "0:0"), run.told()
-    started = run.events()[0]
-    assert (started["event"], started["world_size"]) == ("started", 2)
+    (started,) = [event for event in run.events() if event["event"] == "started"]
+    assert started["world_size"] == 2
     assert run.steps() == STEPS
     return run
 

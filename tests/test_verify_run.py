@@ -138,7 +138,7 @@ CONTRADICTIONS: list[tuple[Callable[[Path], object], str]] = [
     (lambda run: edit_manifest(run, fencing_token=1), r"ckpt_001: was written under fencing token 1, .* was under 2"),
     (lambda run: shutil.rmtree(run / "checkpoints" / "ckpt_001"), r"ckpt_001: is missing, ledger.jsonl, line \d+"),
     (lambda run: (run / "config.yaml").unlink(), "config.yaml: is missing"),
-    (same_token, r"ledger.jsonl: line \d+ has fencing token 2, line 1 had 2"),
+    (same_token, r"ledger.jsonl: line \d+ has fencing token 2, line \d+ had 2"),
     (other_root, r"ckpt_00\d.*: its state has root \w{16}, state_roots.jsonl, line \d+ says 0000"),
     (lambda run: (run / "checkpoints" / "ckpt_001" / "model" / "extra.safetensors").touch(), "extra.safetensors"),
 ]  # fmt: skip
