@@ -316,3 +316,15 @@ def test_the_audit_and_one_that_goes_meanwhile(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(audit_module, "verify_checkpoint", reading)
     assert [audit.once(), audit.once(), audit.once()] == [directory / "ckpt_001", directory / "ckpt_002", None]
     assert len(told) == 1 and told[0].startswith("ckpt_002")
+
+
+def test_what_a_kill_left_half_named_goes_at_the_next_start(tmp_path: Path) -> None:
+    """A directory that was never finished, and a marker that never got its name; nothing else."""
+    whole = tmp_path / "ckpt_001"
+    (tmp_path / "ckpt_002.7.tmp" / "model").mkdir(parents=True)
+    whole.mkdir()
+    for name in ("manifest.json", "thinned.json.tmp"):
+        (whole / name).write_text("{}")
+    assert remove_unfinished(tmp_path) == ["ckpt_002.7.tmp"]
+    assert [path.name for path in tmp_path.iterdir()] == ["ckpt_001"]
+    assert [path.name for path in whole.iterdir()] == ["manifest.json"]

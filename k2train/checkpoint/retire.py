@@ -117,10 +117,13 @@ def _thin(path: Path) -> None:
 
 
 def remove_unfinished(directory: Path) -> list[str]:
-    """Delete what a dead run never finished writing (the caller holds the run's lock); their names."""
+    """Delete what a dead run never finished writing (the caller holds the run's lock); the names of whole directories."""
     found = sorted(directory.glob("ckpt_*.tmp"))
     for path in found:
         shutil.rmtree(path)
+    # A marker or a manifest that a kill kept from its name.
+    for path in directory.glob("ckpt_*/*.tmp"):
+        path.unlink(missing_ok=True)
     return [path.name for path in found]
 
 
