@@ -137,6 +137,8 @@ class Trainer:
         self.allowed = [] if chosen is None else check_same_run(chosen, self.start.identity, self.config.run.allow)
         if chosen is not None and int(read_manifest(chosen)["step"]) >= self.order.total_steps:
             self.finished = chosen
+            if self.grid.rank == 0:
+                remove_unfinished(self.start.checkpoints)
             return
         self._open_record()
         self.earlier_end = self.sentry.begin() or self.earlier_end
