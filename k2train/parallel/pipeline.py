@@ -162,15 +162,9 @@ class Executor:
     def _send(self, action: Action, tensor: Tensor) -> None:
         self._check(action, tensor)
         tensor = tensor.contiguous()
-        assert action.peer is not None, f"{action} names no peer"
-        border = action.stage if action.op is Op.SEND_FORWARD else action.stage - 1
+        peer, tag = self._other_end(action)
         with exchanging(self.pp.traffic, _named(action)):
-            work: Any = dist.isend(
-                tensor,
-                group=self.pp.group,
-                group_dst=action.peer,
-                tag=self._tag(action.op is Op.SEND_FORWARD, border, action),
-            )
+            work: Any = dist.isend(tensor, group=self.pp.group, group_dst=peer, tag=tag)
         self._sending = [(w, t) for w, t in self._sending if not w.is_completed()]
         self._sending.append((work, tensor))
 
@@ -181,21 +175,19 @@ class Executor:
 
     def _receive(self, action: Action) -> Tensor:
         tensor = torch.empty(self._shape, dtype=self._dtype, device=self.device)
-        assert action.peer is not None, f"{action} names no peer"
-        border = action.stage - 1 if action.op is Op.RECV_FORWARD else action.stage
+        peer, tag = self._other_end(action)
         with exchanging(self.pp.traffic, _named(action)):
-            work: Any = dist.irecv(
-                tensor,
-                group=self.pp.group,
-                group_src=action.peer,
-                tag=self._tag(action.op is Op.RECV_FORWARD, border, action),
-            )
+            work: Any = dist.irecv(tensor, group=self.pp.group, group_src=peer, tag=tag)
         self._waiting[(action.op, action.stage, action.microbatch)] = (action, work)
         return tensor
 
-    def _tag(self, forward: bool, border: int, action: Action) -> int:
-        """The same number at both ends of a transfer: which stage border, which micro-batch, which way."""
-        return (action.microbatch * self.num_stages + border) * 2 + int(forward)
+    def _other_end(self, action: Action) -> tuple[int, int]:
+        """The peer of a transfer, and its tag: the same number at both ends, of stage border, micro-batch and way."""
+        assert action.peer is not None, f"{action} names no peer"
+        forward = action.op in (Op.SEND_FORWARD, Op.RECV_FORWARD)
+        # A border has the number of the stage before it.
+        border = action.stage if action.op in (Op.SEND_FORWARD, Op.RECV_BACKWARD) else action.stage - 1
+        return action.peer, (action.microbatch * self.num_stages + border) * 2 + int(forward)
 
     def _await_input(self, action: Action) -> None:
         """Wait for what a compute action uses from another rank; for nothing where it has all it needs."""
