@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gloo import GlooPool
+from tests.support.gloo_pool import GlooPool
 
 
 @pytest.fixture(scope="session")

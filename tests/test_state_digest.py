@@ -1,225 +1,139 @@
-"""The state's digests on every grid are those of the whole tensors, and the root is the same on every rank and in every layout."""
+"""The digest: one number for a tensor however it is cut, and another for any tensor that differs in a single bit."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-from typing import Any
+import itertools
 
 import numpy as np
 import pytest
-import torch
 
-from gloo import GlooPool
-from k2train.checkpoint.load import load_states
-from k2train.checkpoint.manifest import read_manifest
-from k2train.checkpoint.save import CheckpointWriter, snapshot
-from k2train.engine import Engine
-from k2train.fingerprint import block_sums, digest_text, state_root
-from k2train.parallel.environment import Launch
-from k2train.parallel.grid import start_process_group
-from k2train.parallel.state_digest import Multipliers, StateDigest, StateGuard, StateRoot, tensor_sums
-from small import assemble, grid_of, local_gradients, microbatches_of, shapes_of, tiny_config
+from k2train.state_digest import block_sums, digest_text, multipliers, short_digests, state_root
 
-ROOT = Path(__file__).resolve().parents[1]
-STATES = ("master", "exp_avg", "exp_avg_sq")
+RNG = np.random.Generator(np.random.Philox(key=5))
 
 
-def digest_of(engine: Engine) -> StateDigest:
-    return StateDigest(engine.gradients.table, engine.names, STATES, engine.tp)
+def digest(values: np.ndarray) -> str:
+    return digest_text(block_sums(values, [0] * values.ndim, values.shape))
 
 
-def fill(engine: Engine, whole: dict[str, np.ndarray]) -> None:
-    """This rank's rows of whole tensors given by NAME.state."""
-    for slot in engine.gradients.table.slots:
-        piece, (low, high) = slot.piece, slot.rows(engine.grid.dp)
-        for state in STATES:
-            values = whole[f"{piece.name}.{state}"]
-            if piece.dim is not None:
-                values = values.take(range(piece.start, piece.stop), axis=piece.dim)
-            engine.optimizer.view(state, slot).copy_(torch.from_numpy(values[low:high]))
+def written_out(values: np.ndarray) -> str:
+    """The docstring's formula with Python's unbounded numbers."""
+    flat = values.reshape(values.shape[0], -1).view(np.int32)
+    a, b = (multipliers(axis, n) for axis, n in zip(("rows", "columns"), flat.shape, strict=True))
+    lanes = []
+    for lane in range(2):
+        terms = (int(flat[i, j]) * int(a[lane, i]) * int(b[lane, j]) for i, j in np.ndindex(flat.shape))
+        lanes.append(sum(terms))
+    return digest_text(lanes)
 
 
-def root_job(launch: Launch, config: Any, whole: dict[str, np.ndarray]) -> Any:
-    engine = Engine(config, grid_of(launch, config), fill=False)
-    fill(engine, whole)
-    root = StateRoot(digest_of(engine), engine.grid.host)(engine.optimizer.lines, 11, 9)
-    return root.root, dict(root.digests)
+@pytest.mark.parametrize("shape", ((1,), (37,), (5, 7), (3, 70000), (20000, 2), (4, 3, 5)))
+def test_the_formula(shape: tuple[int, ...]) -> None:
+    """Catches a block left out at any size, and a product that does not wrap modulo 2^64."""
+    values = RNG.standard_normal(shape).astype(np.float32)
+    assert digest(values) == written_out(values)
 
 
-GRIDS = (
-    ("one", 1, {}),
-    ("dp2", 2, {}),
-    ("dp3", 3, {}),
-    ("tp2", 2, {"parallel__tensor": 2}),
-    ("tp2-sequence-dp2", 4, {"parallel__tensor": 2, "parallel__sequence": True}),
-    ("pp2", 2, {"parallel__pipeline": 2}),
-    ("tp4", 4, {"parallel__tensor": 4}),
-    (
-        "interleaved-dp2",
-        4,
-        {"parallel__pipeline": 2, "parallel__schedule": "interleaved", "parallel__stages_per_rank": 2},
-    ),
-    ("zb-v", 2, {"parallel__pipeline": 2, "parallel__schedule": "zb-v", "parallel__stages_per_rank": 2}),
-    ("bf16-tp2", 2, {"parallel__tensor": 2, "precision": "bf16"}),
-)
+def test_it_stays_what_it_is() -> None:
+    """Digests lie in manifests and are compared years later: a change of any constant must be seen here."""
+    values = np.arange(12, dtype=np.float32).reshape(3, 4)
+    assert digest(values) == "d21ca21aa3800000eee07622d6200000"
+    assert state_root({"a.master": digest(values)}, 3, 2)[:16] == "9fab48a8c5b189dd"
 
 
-@pytest.fixture(scope="module")
-def whole() -> dict[str, np.ndarray]:
-    """Every state of every tensor, drawn without the framework."""
-    rng = np.random.Generator(np.random.Philox(key=3))
-    return {
-        f"{name}.{state}": rng.standard_normal(shape).astype(np.float32)
-        for name, shape in shapes_of(tiny_config()).items()
-        for state in STATES
+def test_blocks_add_up() -> None:
+    """Any cut in any dimension, empty blocks too."""
+    values = RNG.standard_normal((23, 17, 3)).astype(np.float32)
+    for cuts in ((0, 23), (0, 1, 23), (0, 9, 9, 20, 23)):
+        for across in ((0, 17), (0, 5, 17)):
+            total = [0, 0]
+            for (top, bottom), (left, right) in itertools.product(itertools.pairwise(cuts), itertools.pairwise(across)):
+                part = block_sums(values[top:bottom, left:right], (top, left, 0), values.shape)
+                total = [a + b for a, b in zip(total, part, strict=True)]
+            assert digest_text(total) == digest(values)
+
+
+def test_every_single_bit_counts() -> None:
+    """All 32 bits of an element, at 400 places: each flip changes each lane."""
+    values = RNG.standard_normal((40, 50)).astype(np.float32)
+    before = digest(values)
+    bits = values.view(np.uint32)
+    for place in RNG.choice(values.size, 400, replace=False):
+        for bit in range(32):
+            bits.flat[place] ^= np.uint32(1 << bit)
+            after = digest(values)
+            assert after[:16] != before[:16] and after[16:] != before[16:], (place, bit)
+            bits.flat[place] ^= np.uint32(1 << bit)
+    assert digest(values) == before
+
+
+def test_pairs_of_flips_count() -> None:
+    """Two flips, of the highest bits too, which are the ones that could cancel."""
+    values = RNG.standard_normal((16, 16)).astype(np.float32)
+    before, seen = digest(values), set()
+    bits = values.view(np.uint32)
+    for first, second in itertools.combinations(range(0, 256, 5), 2):
+        for bit in (31, 30, 0):
+            bits.flat[[first, second]] ^= np.uint32(1 << bit)
+            seen.add(digest(values))
+            bits.flat[[first, second]] ^= np.uint32(1 << bit)
+    assert len(seen) == 3 * 52 * 51 // 2 and before not in seen
+
+
+def test_what_equal_values_hide() -> None:
+    """The sign of a zero, the payload of a NaN, swapped elements, rows, columns, and a transposed square."""
+    zero, minus = np.zeros((2, 2), np.float32), np.zeros((2, 2), np.float32)
+    minus[1, 1] = -0.0
+    assert digest(zero) != digest(minus)
+    nan = np.full((1,), np.nan, np.float32)
+    other = (nan.view(np.uint32) ^ np.uint32(1)).view(np.float32)
+    assert np.isnan(other).all() and digest(nan) != digest(other)
+    values = RNG.standard_normal((9, 9)).astype(np.float32)
+    changed = [values.T, values[::-1], values[:, ::-1], values[[1, 0, *range(2, 9)]], np.roll(values, 1)]
+    swapped = values.copy()
+    swapped.flat[[3, 60]] = swapped.flat[[60, 3]]
+    digests = [digest(np.ascontiguousarray(x)) for x in (values, *changed, swapped)]
+    assert len(set(digests)) == len(digests)
+
+
+def test_random_factors_are_odd() -> None:
+    """The proof that one changed element is always seen rests on it."""
+    for axis in ("rows", "columns"):
+        table = multipliers(axis, 5000)
+        assert bool((table & 1).all()) and len(np.unique(table)) == table.size
+        assert np.array_equal(multipliers(axis, 10, 90), table[:, 90:100])
+
+
+def test_a_block_that_does_not_fit_is_refused() -> None:
+    values = np.zeros((3, 4), np.float32)
+    for offsets, shape in (((1, 0), (3, 4)), ((0, 0), (3, 3)), ((0, -1), (3, 4)), ((0,), (3,))):
+        with pytest.raises(ValueError, match="does not lie in"):
+            block_sums(values, offsets, shape)
+    with pytest.raises(ValueError, match="8 bytes"):
+        block_sums(values.astype(np.float64), (0, 0), (3, 4))
+
+
+def test_the_root_names_its_tensors() -> None:
+    """Two tensors of one size that changed places, another step and another count of updates are other states."""
+    one, two = "1" * 32, "2" * 32
+    roots = {
+        state_root(digests, step, updates)
+        for digests, step, updates in (
+            ({"a.master": one, "b.master": two}, 7, 7),
+            ({"a.master": two, "b.master": one}, 7, 7),
+            ({"a.master": one, "b.exp_avg": two}, 7, 7),
+            ({"a.master": one}, 7, 7),
+            ({"a.master": one, "b.master": two}, 8, 7),
+            ({"a.master": one, "b.master": two}, 7, 6),
+        )
     }
+    assert len(roots) == 6
+    assert state_root({"a": one, "b": two}, 1, 1) == state_root({"b": two, "a": one}, 1, 1)
 
 
-@pytest.mark.parametrize(("world", "changes"), [grid[1:] for grid in GRIDS], ids=[grid[0] for grid in GRIDS])
-def test_every_grid_gives_the_digests_of_the_whole(
-    pool: GlooPool, whole: dict[str, np.ndarray], world: int, changes: dict[str, Any]
-) -> None:
-    """Over cut rows and columns, copies counted once, an uneven vocabulary (251) and ranks with no row at all."""
-    expected = {name: digest_text(block_sums(v, [0] * v.ndim, v.shape)) for name, v in whole.items()}
-    for root, digests in pool.run(world, root_job, tiny_config(**changes), whole):
-        assert digests == expected
-        assert root == state_root(expected, 11, 9)
-
-
-def test_narrow_tensor_leaves_ranks_without_rows(pool: GlooPool) -> None:
-    """Five data-parallel ranks for a norm of four: the last has no row of it."""
-    changes = {"batch__global_sequences": 10, "model__hidden_size": 4, "model__num_heads": 1, "model__num_kv_heads": 1}
-    config = tiny_config(**changes)
-    rng = np.random.Generator(np.random.Philox(key=4))
-    whole = {
-        f"{name}.{state}": rng.standard_normal(shape).astype(np.float32)
-        for name, shape in shapes_of(config).items()
-        for state in STATES
-    }
-    expected = {name: digest_text(block_sums(v, [0] * v.ndim, v.shape)) for name, v in whole.items()}
-    assert [found[1] for found in pool.run(5, root_job, config, whole)] == [expected] * 5
-
-
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
-@pytest.mark.parametrize("shape", ((1,), (900,), (3, 40001), (30000, 3), (5, 3, 4)))
-def test_torch_equals_numpy(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Two implementations of one number: tools read files with the one what the other made in training."""
-    values = torch.randn(shape).to(dtype)
-    bits = values.view(torch.int16).numpy() if dtype is torch.bfloat16 else values.numpy()
-    factors = Multipliers(40000, 50000)
-    found = tensor_sums(values, 0, 0, factors)
-    assert digest_text(found.tolist()) == digest_text(block_sums(bits, [0] * len(shape), shape))
-
-
-def trained_job(launch: Launch, config: Any) -> Any:
-    grid = grid_of(launch, config)
-    engine = Engine(config, grid)
-    root = StateRoot(digest_of(engine), grid.host)
-    roots = [root(engine.optimizer.lines, 0, 0).root]
-    for step in (1, 2, 3):
-        engine.train_step(microbatches_of(config, grid, step), 1e-3)
-        roots.append(root(engine.optimizer.lines, step, engine.optimizer.adam_steps).root)
-    return roots, local_gradients(engine, engine.optimizer.master)
-
-
-def test_pipelines_train_to_the_same_roots(pool: GlooPool) -> None:
-    """The first law in one string a step: pipeline layouts change no bit of weights or moments."""
-    runs = [pool.run(n, trained_job, tiny_config(parallel__pipeline=n)) for n in (1, 2)]
-    assert runs[0][0][0] == runs[1][0][0] == runs[1][1][0]
-    assert len(set(runs[0][0][0])) == 4, "each step has a root of its own"
-    other = pool.run(1, trained_job, tiny_config(run__seed=8))[0][0]
-    assert not set(other) & set(runs[0][0][0])
-    weights = [assemble([part for _, part in run], shapes_of(tiny_config())) for run in runs]
-    assert all(np.array_equal(weights[0][name], weights[1][name]) for name in weights[0])
-
-
-def guard_job(launch: Launch, config: Any) -> Any:
-    """What the guard says untouched, not asked to look, and after damage on rank 1; then once more."""
-    grid = grid_of(launch, config)
-    engine = Engine(config, grid)
-    engine.train_step(microbatches_of(config, grid, 1), 1e-3)
-    digest, lines = digest_of(engine), engine.optimizer.lines
-    guard, root = StateGuard(digest), StateRoot(digest)
-    found = [guard.problem(lines)]
-    slot = engine.gradients.table.slots[2]
-    for damage in ("", "exp_avg", "master"):
-        guard.keep(root(lines, 1, 1).own)
-        engine.evaluate(microbatches_of(config, grid, 2))
-        engine.gradients.zero()
-        if damage and launch.rank == 1:
-            engine.optimizer.view(damage, slot).view(torch.int32).view(-1)[-1] ^= 1
-        found.append(guard.problem(lines))
-    found.append(guard.problem(lines))
-    return found, slot.piece.name
-
-
-@pytest.mark.parametrize(("world", "changes"), ((2, {}), (2, {"parallel__tensor": 2}), (2, {"parallel__pipeline": 2})))
-def test_a_line_that_changes_between_updates_is_seen(pool: GlooPool, world: int, changes: dict[str, Any]) -> None:
-    """The lowest bit of one moment or master weight on one rank: named on all; an untouched line never is."""
-    told = pool.run(world, guard_job, tiny_config(**changes))
-    text = f"{told[1][1]}.{{}} on rank 1 changed between two updates, when nothing writes it"
-    expected = [None, None, text.format("exp_avg"), text.format("master"), None]
-    assert [found for found, _ in told] == [expected] * world
-
-
-def save_job(launch: Launch, config: Any, directory: str) -> str:
-    """Two steps, a save; the root of what was saved."""
-    grid = grid_of(launch, config)
-    engine = Engine(config, grid)
-    for step in (1, 2):
-        engine.train_step(microbatches_of(config, grid, step), 1e-2)
-    lines, updates = engine.optimizer.lines, engine.optimizer.adam_steps
-    root = StateRoot(digest_of(engine), grid.host)(lines, 2, updates).root
-    facts = {"step": 2, "adam_steps": updates, "consumed_tokens": 0, "chunks": {}, "config": {}, "data": {}}
-    writer = CheckpointWriter(Path(directory), grid, 0, asynchronous=False)
-    state = snapshot(engine.gradients.table, lines, engine.dtype)
-    writer.save("ckpt_001", state, facts, lambda path, manifest: None)
-    return root
-
-
-def load_job(launch: Launch, config: Any, path: str) -> str:
-    """The root of what was loaded."""
-    grid = grid_of(launch, config)
-    engine = Engine(config, grid, fill=False)
-    manifest = read_manifest(Path(path))
-    load_states(Path(path), engine.gradients.table, engine.optimizer.lines, grid, engine.dtype)
-    return StateRoot(digest_of(engine), grid.host)(
-        engine.optimizer.lines, manifest["step"], manifest["adam_steps"]
-    ).root
-
-
-@pytest.mark.parametrize("source", (4, pytest.param(6, marks=pytest.mark.slow)), ids=("tp2-sequence-dp2", "tp4"))
-def test_a_root_survives_saving_and_loading_elsewhere(pool: GlooPool, tmp_path: Path, source: int) -> None:
-    """Saved on one grid and loaded on others: one root, and it is the manifest's."""
-    _, world, changes = GRIDS[source]
-    (root,) = set(pool.run(world, save_job, tiny_config(**changes), str(tmp_path)))
-    path = tmp_path / "ckpt_001"
-    assert read_manifest(path)["state"]["root"] == root
-    for _, others, layout in (GRIDS[0], GRIDS[2], GRIDS[8]):
-        assert set(pool.run(others, load_job, tiny_config(**layout), str(path))) == {root}
-
-
-def steps_main(steps: int, seed: int) -> None:
-    """A process of its own: some steps on one rank, then the root on its standard output."""
-    launch = Launch(0, 1, 0, launched=False)
-    start_process_group(launch, torch.device("cpu"))
-    config = tiny_config(run__seed=seed)
-    grid = grid_of(launch, config)
-    engine = Engine(config, grid)
-    for step in range(1, steps + 1):
-        engine.train_step(microbatches_of(config, grid, step), 1e-3)
-    root = StateRoot(digest_of(engine), grid.host)(engine.optimizer.lines, steps, engine.optimizer.adam_steps).root
-    print(root)
-
-
-@pytest.mark.slow
-def test_run_twice() -> None:
-    """200 steps in two processes that share nothing but the machine: the same root."""
-    paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
-    command = [sys.executable, "-c", "import test_state_digest as t; t.steps_main(200, 7)"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    begun = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) for _ in range(2)]
-    roots = [process.communicate(timeout=300)[0].split()[-1] for process in begun]
-    assert [process.returncode for process in begun] == [0, 0]
-    assert roots[0] == roots[1] and len(roots[0]) == 64
+def test_short_digests_tell_tensors_apart() -> None:
+    """One short digest a tensor, moved by each of its states and by no other tensor's."""
+    digests = {f"{t}.{s}": f"{n:032x}" for n, (t, s) in enumerate(itertools.product("ab", ("master", "exp_avg")))}
+    before = short_digests(digests)
+    assert set(before) == {"a", "b"} and all(len(text) == 16 for text in before.values())
+    for key in digests:
+        after = short_digests({**digests, key: "f" * 32})
+        assert [t for t in before if before[t] != after[t]] == [key[0]]

@@ -26,12 +26,12 @@ from typing import Any, NoReturn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from bench_peers import against, table
-from bench_peers.contenders import PRECISIONS, REFERENCE, Contender, choose, variant
-from bench_peers.machine import commit_of, machine_facts
-from bench_peers.results import Row, rows_of, verdicts_of
-from bench_peers.rounds import Plan, run_group
-from bench_peers.work import Work, parse_work
+from benchmarks.cpu import against, table
+from benchmarks.cpu.contenders import PRECISIONS, REFERENCE, Contender, choose, variant
+from benchmarks.cpu.machine import commit_of, machine_facts
+from benchmarks.cpu.results import Row, rows_of, verdicts_of
+from benchmarks.cpu.rounds import Plan, run_group
+from benchmarks.cpu.work import Work, parse_work
 from k2train.errors import EXIT_DONE, EXIT_FAILED, EXIT_USAGE, RunError, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given[:1] == ["gpu"]:
         # Its module imports torch; what `cpu` starts must not, and need not have it on a broken device.
-        return int(importlib.import_module("bench_gpu.main").main(given[1:]))
+        return int(importlib.import_module("benchmarks.gpu.main").main(given[1:]))
     options = _parser().parse_args(given)
     try:
         return _cpu(options)

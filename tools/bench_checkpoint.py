@@ -22,10 +22,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from k2train.checkpoint.load import agree_on_checkpoint, load_states
-from k2train.checkpoint.save import CheckpointWriter
 from k2train.checkpoint.shards import PIECE_BYTES, drop_caches
-from k2train.parallel.environment import Launch
-from k2train.parallel.gradients import SlotTable
+from k2train.checkpoint.writer import CheckpointWriter
+from k2train.launch.environment import Launch
+from k2train.parallel.grad_buffer import SlotTable
 from k2train.parallel.grid import SINGLE, ProcessGrid, start_process_group, stop_process_group
 from k2train.parallel.shard import Piece
 from k2train.plan.layout import Layout

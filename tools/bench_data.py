@@ -21,29 +21,29 @@ import numpy as np
 import sentencepiece
 import torch
 
-from k2train.config import load_config
+from k2train.config.load import load_config
 from k2train.data.chunk import open_chunk, write_chunk, write_manifest
 from k2train.data.loader import Loader
 from k2train.data.manifest import Manifest
 from k2train.data.order import make_order
-from k2train.data.prepare.assemble import chunk_task
-from k2train.data.prepare.build import prepare
-from k2train.data.prepare.documents import encode_tasks, list_sources
-from k2train.data.prepare.encode import encode_task
-from k2train.data.prepare.k2_chunk import read_pieces
-from k2train.data.prepare.k2_jsonl import export_k2, import_k2
-from k2train.data.prepare.k2_lines import parse_lines
-from k2train.data.prepare.layout import plan_task
-from k2train.data.prepare.library import stdlib_root
+from k2train.data.prepare.allocate.allocate import plan_task
+from k2train.data.prepare.encode.encode import encode_task
+from k2train.data.prepare.encode.vocabulary import obtain_tokenizer
+from k2train.data.prepare.k2_format.chunk import read_pieces
+from k2train.data.prepare.k2_format.convert import export_k2, import_k2
+from k2train.data.prepare.k2_format.lines import parse_lines
 from k2train.data.prepare.progress import Progress
 from k2train.data.prepare.recipe import Recipe
-from k2train.data.prepare.vocabulary import obtain_tokenizer
-from k2train.data.prepare.workplace import Workplace
-from k2train.engine import Engine
+from k2train.data.prepare.run.pipeline import prepare
+from k2train.data.prepare.sources.readers import encode_tasks, list_sources
+from k2train.data.prepare.sources.stdlib import stdlib_root
+from k2train.data.prepare.workspace import Workplace
+from k2train.data.prepare.write.write_chunk import chunk_task
 from k2train.errors import EXIT_DONE, EXIT_USAGE, UserError
-from k2train.parallel.environment import read_launch
+from k2train.launch.environment import read_launch
 from k2train.parallel.grid import ProcessGrid, start_process_group, stop_process_group
 from k2train.plan.layout import Layout
+from k2train.train.engine import Engine
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -258,10 +258,10 @@ def bench_import(folder: Path, rounds: int) -> Iterator[Figure]:
 
 MEMORY = """
 import sys
-from k2train.data.prepare.assemble import chunk_task
-from k2train.data.prepare.encode import encode_task
-from k2train.data.prepare.layout import plan_task
-from k2train.data.prepare.workplace import Workplace
+from k2train.data.prepare.write.write_chunk import chunk_task
+from k2train.data.prepare.encode.encode import encode_task
+from k2train.data.prepare.allocate.allocate import plan_task
+from k2train.data.prepare.workspace import Workplace
 from pathlib import Path
 place = Workplace.open(Path(sys.argv[1]))
 {"encode": lambda: [encode_task(place, n) for n in range(len(place.tasks))], "plan": lambda: plan_task(place),

@@ -23,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from pydantic import ValidationError
 
-from bench_gpu.processes import EXIT_DONE, EXIT_FAILED, Parser, command_of, last_line, run_to_end
-from k2train.config import Config
+from benchmarks.gpu.processes import EXIT_DONE, EXIT_FAILED, Parser, command_of, last_line, run_to_end
+from k2train.config.load import Config
 
 LIMIT_SECONDS = 600.0
 # The standard work of the CPU benchmark, and one where Python would show.
@@ -114,7 +114,7 @@ def profile_of(sizes: Mapping[str, int], given: argparse.Namespace, folder: Path
     source, target, log = folder / "work.json", folder / "out.json", folder / "log.txt"
     source.write_text(json.dumps(work))
     target.unlink(missing_ok=True)
-    command = command_of("bench_gpu.profile_work", [str(source), str(target)], processes=given.processes)
+    command = command_of("benchmarks.gpu.profile_work", [str(source), str(target)], processes=given.processes)
     code = run_to_end(command, log, LIMIT_SECONDS)
     if code != 0 or not target.exists():
         return {"why": f"exit code {code}: {last_line(log)}"}

@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from k2train.config import Config, load_config, num_microbatches
+from k2train.config.load import Config, load_config, num_microbatches
 from k2train.errors import EXIT_DONE, EXIT_FAILED, EXIT_USAGE, ConfigError, UserError
 from k2train.plan.action import Action, Op
 from k2train.plan.balance import balanced_layers
@@ -35,7 +35,7 @@ from k2train.plan.simulate import Span, bubble_fraction, peak_in_flight, simulat
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "demo" / "stage1.yaml"
-WORKER = ROOT / "tools" / "bench_workers" / "schedules.py"
+WORKER = ROOT / "tools" / "benchmarks" / "schedules.py"
 WORK = (
     "model.num_layers=8",
     "model.hidden_size=256",

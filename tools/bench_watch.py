@@ -22,13 +22,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from k2train.config import Config
+from k2train.config.load import Config
 from k2train.data.chunk import write_chunk, write_manifest
-from k2train.guard.signals import StopRequest
-from k2train.parallel.environment import Launch
+from k2train.guard.stop_signals import StopRequest
+from k2train.launch.environment import Launch
 from k2train.parallel.grid import ProcessGrid, start_process_group, stop_process_group
-from k2train.preflight import prepare_start
-from k2train.trainer import Trainer
+from k2train.train.preflight import prepare_start
+from k2train.train.trainer import Trainer
 
 VOCAB, SEQUENCE, BATCH = 8192, 256, 8
 OFF = {"watch": {"heartbeat_seconds": 0}, "audit": {"replicas_every_steps": 0, "root_every_steps": 0}}

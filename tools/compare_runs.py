@@ -27,8 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from k2train.checkpoint.manifest import is_thinned, list_checkpoints, read_manifest
 from k2train.errors import EXIT_DONE, EXIT_USAGE, CheckpointError, RunError, UserError
-from k2train.fingerprint import short_digests
 from k2train.record.metrics import latest
+from k2train.state_digest import short_digests
 
 Array = npt.NDArray[Any]
 EXIT_DIFFERENT = 1

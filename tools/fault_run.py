@@ -21,10 +21,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from fault_runs.jobs import Crew
-from fault_runs.page import page, remember, table_line
-from fault_runs.result import MEDIUM, SHORT, Bench, Result
-from fault_runs.table import ROWS, listing, run_row
+from fault_tests.cases import ROWS, listing, run_row
+from fault_tests.processes import Crew
+from fault_tests.report import page, remember, table_line
+from fault_tests.result import MEDIUM, SHORT, Bench, Result
 
 
 def rows_named(texts: Sequence[str]) -> list[int]:

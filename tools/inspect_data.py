@@ -28,11 +28,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from k2train.checkpoint.manifest import list_checkpoints
 from k2train.checkpoint.manifest import read_manifest as read_checkpoint
 from k2train.data.document_keys import chunks_of_document
-from k2train.data.inspection import Facts, account_facts, add_text, find_tokenizer
-from k2train.data.inspection_text import View, render
+from k2train.data.inspect.account import Facts, account_facts, add_text, find_tokenizer
+from k2train.data.inspect.provenance import check_rows, chunk_facts, find_chunk, find_document, pieces_of
+from k2train.data.inspect.run_usage import METRICS, TO_COME, Run, rows_of_step
+from k2train.data.inspect.text import View, render
 from k2train.data.manifest import SOURCES_NAME, ChunkInfo, Manifest, read_manifest, span
-from k2train.data.provenance import check_rows, chunk_facts, find_chunk, find_document, pieces_of
-from k2train.data.run_history import METRICS, TO_COME, Run, rows_of_step
 from k2train.errors import EXIT_DONE, EXIT_USAGE, CheckpointError, DataError, RunError, UserError
 from k2train.record.ledger import read_ledger
 

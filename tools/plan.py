@@ -21,9 +21,8 @@ from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from k2train.config import Config, load_config, num_microbatches
+from k2train.config.load import Config, load_config, num_microbatches
 from k2train.errors import EXIT_DONE, EXIT_USAGE, UserError
-from k2train.footprint import bytes_text, memory_lines
 from k2train.plan import cost
 from k2train.plan.action import Op
 from k2train.plan.balance import balanced_layers, rank_flops, with_layers
@@ -31,6 +30,7 @@ from k2train.plan.draw import draw, svg
 from k2train.plan.layout import Layout
 from k2train.plan.schedule import Program, build_programs, placement_of
 from k2train.plan.simulate import Span, bubble_fraction, peak_in_flight, simulate
+from k2train.train.memory_report import bytes_text, memory_lines
 
 GRID_LINES = 16
 PROGRAM_ACTIONS = 48

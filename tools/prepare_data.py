@@ -13,16 +13,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from k2train.data.columns import counted
-from k2train.data.inspection import account_facts
-from k2train.data.inspection_text import View, render
+from k2train.data.inspect.account import account_facts
+from k2train.data.inspect.text import View, render
 from k2train.data.manifest import Manifest, read_manifest
-from k2train.data.prepare.build import prepare
-from k2train.data.prepare.estimate import cost, estimate_lines, measure
-from k2train.data.prepare.k2_jsonl import export_k2, import_k2
+from k2train.data.prepare.k2_format.convert import export_k2, import_k2
 from k2train.data.prepare.progress import Progress
 from k2train.data.prepare.recipe import load_recipe
+from k2train.data.prepare.run.estimate import cost, estimate_lines, measure
+from k2train.data.prepare.run.pipeline import prepare
 from k2train.errors import EXIT_DONE, EXIT_USAGE, ConfigError, UserError
+from k2train.text import counted
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

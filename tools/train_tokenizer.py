@@ -22,11 +22,11 @@ from typing import Any, NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from k2train.data.columns import counted
 from k2train.data.prepare.progress import Progress
 from k2train.data.prepare.source import Contents, Source
-from k2train.data.prepare.tokenizer import LONGEST_LINE_BYTES, Tokenizer, is_encodable, train_tokenizer
+from k2train.data.tokenizer import LONGEST_LINE_BYTES, Tokenizer, is_encodable, train_tokenizer
 from k2train.errors import EXIT_DONE, EXIT_USAGE, DataError, UserError
+from k2train.text import counted
 
 try:
     from pyarrow import ArrowException, parquet

@@ -13,8 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from k2train.checkpoint.file_digest import verify_root
 from k2train.checkpoint.manifest import MANIFEST, is_thinned, list_checkpoints, verify_checkpoint
-from k2train.checkpoint.root import verify_root
 from k2train.errors import EXIT_DONE, EXIT_USAGE, CheckpointError
 
 

@@ -17,12 +17,12 @@ from typing import NoReturn, TextIO
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from k2train.data.chunk import Manifest, read_manifest
-from k2train.data.columns import counted
+from k2train.data.inspect.provenance import find_chunk
 from k2train.data.manifest import MANIFEST_NAME
-from k2train.data.provenance import find_chunk
-from k2train.data.verify import Report, verify_chunks
-from k2train.data.verify_facts import verify_folder
+from k2train.data.verify.chunks import Report, verify_chunks
+from k2train.data.verify.folder import verify_folder
 from k2train.errors import EXIT_DONE, EXIT_USAGE, DataError, UserError
+from k2train.text import counted
 
 MOST_WORKERS = 4
 """By default. More at once only help where the disk reads faster than that many cores can hash."""

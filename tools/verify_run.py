@@ -16,15 +16,15 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from k2train.checkpoint.manifest import MANIFEST, list_checkpoints, verify_checkpoint
-from k2train.config import load_config
+from k2train.config.load import load_config
 from k2train.data.manifest import MANIFEST_NAME, read_manifest
-from k2train.data.verify import verify_chunks
-from k2train.data.verify_facts import verify_folder
+from k2train.data.verify.chunks import verify_chunks
+from k2train.data.verify.folder import verify_folder
 from k2train.errors import EXIT_DONE, EXIT_USAGE, CheckpointError, RunError, UserError
 from k2train.files import sha256_file
-from k2train.record.checks import checked_rows
 from k2train.record.jsonl import read_lines
 from k2train.record.ledger import read_ledger
+from k2train.record.line_check import checked_rows
 
 LEDGER, METRICS, ROOTS, CONFIG = "ledger.jsonl", "metrics.jsonl", "state_roots.jsonl", "config.yaml"
 STARTS = ("started", "resumed")

@@ -15,9 +15,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from k2train.errors import EXIT_DONE, EXIT_FAILED, EXIT_USAGE
-from k2train.guard.heartbeat import Observer, Record, Seen, read_record, this_process
-from k2train.guard.suspects import DEAD, Suspect, kind_of, lost_ranks, suspects, suspicion
-from k2train.guard.verdict import read_verdict
+from k2train.watchdog.failure_report import read_verdict
+from k2train.watchdog.hang_analysis import DEAD, Suspect, kind_of, lost_ranks, suspects, suspicion
+from k2train.watchdog.heartbeat import Observer, Record, Seen, read_record, this_process
 
 WAIT_SECONDS = 3.0
 SLOW_SECONDS = 10.0

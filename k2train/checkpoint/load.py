@@ -14,16 +14,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from k2train.checkpoint.fill import Target, fill, plan_reads
+from k2train.checkpoint.blocks import MASTER, boxes
+from k2train.checkpoint.host_digest import state_sums
 from k2train.checkpoint.manifest import expected_files, is_thinned, read_manifest, verify_files
+from k2train.checkpoint.reshard_read import Target, fill, plan_reads
 from k2train.checkpoint.shards import THREADS
-from k2train.checkpoint.state_sums import state_sums
-from k2train.checkpoint.tensors import MASTER, boxes
 from k2train.errors import CheckpointError
-from k2train.parallel.gradients import SlotTable
+from k2train.parallel.comm_tracker import exchanging
+from k2train.parallel.device_digest import StateDigest
+from k2train.parallel.grad_buffer import SlotTable
 from k2train.parallel.grid import ProcessGrid
-from k2train.parallel.state_digest import StateDigest
-from k2train.parallel.traffic import exchanging
 
 AGREE, LOAD = "agree on a checkpoint", "load a checkpoint"
 """Exchanges that other ranks wait in while one hashes or reads: without a name the waiting ones would be taken for stuck."""

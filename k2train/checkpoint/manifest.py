@@ -25,7 +25,7 @@ from typing import Any
 from k2train.checkpoint.shards import THREADS, first_problem
 from k2train.errors import CheckpointError
 from k2train.files import write_synced
-from k2train.strict_json import read_json, read_plain_file
+from k2train.safe_json import read_json, read_plain_file
 
 FORMAT = 2
 NAME = re.compile(r"ckpt_(\d{3,})(?:_step_(\d{6,}))?")

@@ -21,7 +21,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from k2train.strict_json import parse_json
+from k2train.safe_json import parse_json
 
 Facts = dict[str, Any]
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from k2train import faults
-from k2train.parallel.gradients import SlotTable
+from k2train import fault_injection
+from k2train.parallel.grad_buffer import SlotTable
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class HostBuffers:
     @torch.no_grad()
     def snapshot(self, table: SlotTable, lines: Mapping[str, Tensor], dtype: torch.dtype) -> Snapshot:
         """Copy the optimizer lines [elements]; `dtype` is that of the model's weights."""
-        faults.point("save.snapshot")
+        fault_injection.point("save.snapshot")
         waiting = set()
         for state, line in lines.items():
             buffer = self.kept.get(state)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from k2train.data.borders import check_borders, verify_borders
+from k2train.data.document_boundaries import check_borders, verify_borders
 from k2train.data.manifest import ChunkInfo, Manifest, chunk_dtype, read_manifest, write_manifest
 from k2train.data.npy import check_size, header_bytes, read_header
 from k2train.errors import DataError

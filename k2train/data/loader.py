@@ -12,8 +12,8 @@ from typing import NamedTuple, Self
 import numpy as np
 import torch
 
-from k2train.data.borders import Borders, documents_of, open_borders
 from k2train.data.chunk import ChunkInfo, Manifest, Tokens, bad_id, check_files, open_chunk, verify_chunk
+from k2train.data.document_boundaries import Borders, documents_of, open_borders
 from k2train.data.manifest import require_borders
 from k2train.data.order import ChunkOrder, rank_rows
 from k2train.errors import DataError

@@ -13,7 +13,7 @@ from typing import Any
 
 from k2train.errors import DataError
 from k2train.files import AtomicFile, sha256_file
-from k2train.strict_json import parse_json, read_json, read_plain_file
+from k2train.safe_json import parse_json, read_json, read_plain_file
 
 FORMAT = "k2train-chunks-1"
 MANIFEST_NAME = "manifest.json"

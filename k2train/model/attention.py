@@ -9,10 +9,10 @@ refused: it needs tables a row and changes nothing but rounding.
 
 from torch import Tensor, nn
 
-from k2train.model.kernels import Kernels
+from k2train.model.kernels.select import Kernels
 from k2train.model.layers import Rotary
 from k2train.parallel.grid import Axis
-from k2train.parallel.tensor import ColumnLinear, RowLinear
+from k2train.parallel.tensor_parallel import ColumnLinear, RowLinear
 
 
 class Attention(nn.Module):

@@ -7,11 +7,11 @@ which at position 2047 is an error of radians.
 import torch
 from torch import Tensor, nn
 
-from k2train.model.kernels import Kernels, Norm
-from k2train.model.kernels_elementwise import reference_rotate
+from k2train.model.kernels.elementwise import reference_rotate
+from k2train.model.kernels.select import Kernels, Norm
 from k2train.parallel.grid import Axis
 from k2train.parallel.shard import Piece, Sharded
-from k2train.parallel.tensor import ColumnLinear, RowLinear
+from k2train.parallel.tensor_parallel import ColumnLinear, RowLinear
 
 
 class RMSNorm(Sharded):

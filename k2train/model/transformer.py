@@ -18,15 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from k2train.model.attention import Attention
-from k2train.model.kernels import Kernels, Norm, document_mask
+from k2train.model.kernels.select import Kernels, Norm, document_mask
 from k2train.model.layers import FeedForward, RMSNorm, Rotary
 from k2train.model.recompute import Cheap, run_layer
 from k2train.parallel.collectives import all_gather
+from k2train.parallel.cross_entropy import IGNORE, Vocabulary, fused_cross_entropy, vocab_parallel_cross_entropy
+from k2train.parallel.grad_accumulation import WeightWork
 from k2train.parallel.grid import Axis
-from k2train.parallel.loss import IGNORE, Vocabulary, fused_cross_entropy, vocab_parallel_cross_entropy
 from k2train.parallel.shard import Sharded
-from k2train.parallel.tensor import ColumnLinear, VocabEmbedding
-from k2train.parallel.weight_gradients import WeightWork
+from k2train.parallel.tensor_parallel import ColumnLinear, VocabEmbedding
 from k2train.plan.cost import ModelShape
 
 

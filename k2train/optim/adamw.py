@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from k2train.parallel.gradients import Bucket, Slot, SlotTable
-from k2train.parallel.publish import Publisher
+from k2train.parallel.grad_buffer import Bucket, Slot, SlotTable
+from k2train.parallel.param_gather import Publisher
 from k2train.parallel.shard import Piece
 
 

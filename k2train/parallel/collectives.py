@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from k2train.parallel.comm_tracker import exchanging, waiting
 from k2train.parallel.grid import Axis
-from k2train.parallel.traffic import exchanging, waiting
 
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

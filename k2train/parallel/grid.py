@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from k2train.errors import ConfigError
-from k2train.parallel.environment import Launch
-from k2train.parallel.traffic import Traffic
+from k2train.launch.environment import Launch
+from k2train.parallel.comm_tracker import Traffic
 from k2train.plan.layout import Coordinate, Layout
 
 

@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from k2train.parallel.comm_tracker import exchanging, waiting
+from k2train.parallel.grad_accumulation import WeightWork
 from k2train.parallel.grid import Axis
-from k2train.parallel.traffic import exchanging, waiting
-from k2train.parallel.weight_gradients import WeightWork
 from k2train.plan.schedule import Action, Op
 
 Key = tuple[int, int]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from k2train.parallel.weight_gradients import WeightWork
+from k2train.parallel.grad_accumulation import WeightWork
 
 
 @dataclass(frozen=True)

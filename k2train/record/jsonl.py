@@ -14,7 +14,7 @@ from typing import Any
 
 from k2train.errors import RunError
 from k2train.files import sync_directory
-from k2train.strict_json import read_plain_file
+from k2train.safe_json import read_plain_file
 
 MAX_FILE_BYTES = 2**36
 """Of a file that is read whole: a hundred times the metrics of a long run."""

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from k2train.errors import RunError
-from k2train.faults import point
-from k2train.record.checks import KEY, all_rows, sealed
+from k2train.fault_injection import point
 from k2train.record.jsonl import append_bytes, encode_line, parse_line, read_lines, truncate
+from k2train.record.line_check import KEY, all_rows, sealed
 
 REQUIRED = ("seq", "time", "event", "previous")
 RESERVED = (*REQUIRED, KEY)

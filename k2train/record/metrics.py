@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from k2train.errors import RunError
-from k2train.record.checks import all_rows, checked_rows, ends_damaged, sealed
 from k2train.record.jsonl import NON_FINITE, append_bytes, encode_line, read_lines, truncate
+from k2train.record.line_check import all_rows, checked_rows, ends_damaged, sealed
 
 
 class MetricsWriter:

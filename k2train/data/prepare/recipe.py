@@ -14,9 +14,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from k2train.config_text import Mistake, Source, dotted, read_source
-from k2train.data.prepare.recipe_mistakes import Contradiction, Wrong, nearest, wrongs
-from k2train.data.prepare.tokenizer import K2_SPECIAL_TOKENS
+from k2train.config.yaml_source import Mistake, Source, dotted, read_source
+from k2train.data.prepare.recipe_messages import Contradiction, Wrong, nearest, wrongs
+from k2train.data.tokenizer import K2_SPECIAL_TOKENS
 from k2train.errors import ConfigError
 
 Count = Annotated[int, Field(ge=1, strict=True)]

@@ -1,0 +1,151 @@
+"""One attempt to write a checkpoint on all ranks: room, shard files, manifest, one rename.
+
+Every rank writes and syncs its own shard files, hashed from memory meanwhile; rank 0 writes the manifest last and commits
+by one rename. A kill at any moment leaves either no directory of that name or a whole one. The name written under carries
+the lease's token where there is one: a process that lost its lease must not clear away what the next one writes.
+"""
+
+import shutil
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from k2train import fault_injection
+from k2train.checkpoint.blocks import MASTER, described, model_blocks, optimizer_blocks
+from k2train.checkpoint.disk_space import BLOCK_FACTS_BYTES, MANIFEST_BYTES, room_problem
+from k2train.checkpoint.manifest import FOLDERS, FORMAT, MANIFEST, manifest_text, seal
+from k2train.checkpoint.shards import write_shard
+from k2train.checkpoint.snapshot import Snapshot
+from k2train.errors import CheckpointError
+from k2train.files import sync_directory, write_synced
+from k2train.parallel.agreement import DiskRefused, SaveError, Together
+from k2train.parallel.device_digest import StateDigest
+from k2train.parallel.grid import Axis
+from k2train.state_digest import state_root
+
+Facts = dict[str, Any]
+
+
+@dataclass
+class Order:
+    """What is to be saved, where, and who must be asked or told on rank 0."""
+
+    directory: Path
+    name: str
+    state: Snapshot
+    facts: Facts
+    digest: StateDigest
+    sums: Future[torch.Tensor]
+    """This rank's part of the state's digest, made while files are written."""
+    committed: Callable[[Path, Facts], None]
+    still_owner: Callable[[], None]
+
+    @property
+    def final(self) -> Path:
+        return self.directory / self.name
+
+    @property
+    def aside(self) -> Path:
+        token = self.facts.get("fencing_token")
+        return self.directory / (f"{self.name}.tmp" if token is None else f"{self.name}.{token}.tmp")
+
+    def refused(self, error: OSError) -> SaveError:
+        return DiskRefused(
+            f"{self.name} could not be saved in {self.directory}: {error.strerror or error}; earlier checkpoints are "
+            "whole; make room or the directory writable, then start the same command again"
+        )
+
+
+def write_checkpoint(order: Order, together: Together, tp: Axis) -> None:
+    """Write and commit on all ranks. Raises DiskRefused where trying again may help, SaveError where not, UserError when
+    the name is taken or the run is no longer ours; the same on every rank."""
+    together.do(lambda: _begin(order, together.rank), order.refused)
+    blocks = {
+        "model": model_blocks(order.state.table, order.state.lines[MASTER], order.state.dtype, tp),
+        "optimizer": optimizer_blocks(order.state.table, order.state.lines, tp),
+    }
+    needed = sum(block.num_bytes + BLOCK_FACTS_BYTES for part in blocks.values() for block in part)
+    total = int(together.sum(torch.tensor([needed]))[0]) + MANIFEST_BYTES
+    together.do(lambda: _check_room(order, total, together.rank), order.refused)
+
+    def write() -> tuple[Facts, Facts, torch.Tensor]:
+        files, shards = {}, {}
+        for folder in FOLDERS:
+            if blocks[folder]:
+                name = f"{folder}/shard-{together.rank + 1:05d}-model-00001-of-00001.safetensors"
+                reached = partial(fault_injection.point, f"save.{folder}")
+                files[name], shards[name] = write_shard(order.aside / name, blocks[folder], reached)
+        fault_injection.point("save.hashed")
+        return files, shards, order.sums.result().clone()
+
+    files, shards, sums = together.do(write, order.refused)
+    parts = together.to_first((files, shards, described(order.state.table, order.state.dtype, order.state.lines)))
+    digests = order.digest.digests(together.sum(sums))
+    together.do(lambda: _commit(order, parts, digests, together.rank), order.refused)
+
+
+def _begin(order: Order, rank: int) -> None:
+    fault_injection.point("save.begin")
+    if rank != 0:
+        return
+    if order.final.exists():
+        raise CheckpointError(f"{order.final} exists already; a checkpoint is never written over")
+    shutil.rmtree(order.aside, ignore_errors=True)
+    for folder in FOLDERS:
+        (order.aside / folder).mkdir(parents=True)
+
+
+def _check_room(order: Order, needed: int, rank: int) -> None:
+    fault_injection.point("save.room")
+    if rank == 0 and (problem := room_problem(order.directory, order.name, needed)) is not None:
+        raise DiskRefused(problem)
+
+
+def _manifest(order: Order, parts: list[tuple[Facts, Facts, Facts]], digests: Mapping[str, str]) -> Facts:
+    tensors = {folder: {k: v for part in parts for k, v in part[2][folder].items()} for folder in FOLDERS}
+    return seal(
+        {
+            "format": FORMAT,
+            "name": order.name,
+            "saved": datetime.now(UTC).isoformat(timespec="seconds"),
+            **order.facts,
+            "tensors": tensors,
+            "files": {name: facts for part in parts for name, facts in part[0].items()},
+            "shards": {name: facts for part in parts for name, facts in part[1].items()},
+            "state": {
+                "root": state_root(digests, order.facts["step"], order.facts["adam_steps"]),
+                "digests": dict(digests),
+            },
+        }
+    )
+
+
+def _commit(order: Order, parts: list[tuple[Facts, Facts, Facts]], digests: Mapping[str, str], rank: int) -> None:
+    fault_injection.point("save.manifest")
+    if rank != 0:
+        for point in ("save.synced", "save.renamed", "save.committed"):
+            fault_injection.point(point)
+        return
+    manifest = _manifest(order, parts, digests)
+    write_synced(order.aside / MANIFEST, manifest_text(manifest))
+    for written in (*(order.aside / folder for folder in FOLDERS), order.aside):
+        sync_directory(written)
+    fault_injection.point("save.synced")
+    order.still_owner()
+    order.aside.rename(order.final)
+    try:
+        fault_injection.point("save.renamed")
+        sync_directory(order.directory)
+        order.committed(order.final, manifest)
+        fault_injection.point("save.committed")
+    except OSError as error:
+        raise SaveError(
+            f"{order.name} is in {order.directory}, but it could not be recorded: {error.strerror or error}; make room "
+            "or the directory writable, then start the same command again"
+        ) from None

@@ -1,0 +1,44 @@
+"""A rank's part of the state's digest from host memory, by NumPy on the calling thread.
+
+Torch would split each small step over its threads, which training uses at the same time: on shared cores the two then
+wait for each other thousands of times. On a device torch does it where the state lies. More threads only where nothing
+else computes: after a load.
+"""
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from k2train.checkpoint.blocks import Box, owned
+from k2train.parallel.device_digest import StateDigest
+from k2train.state_digest import LANES, block_sums
+
+
+def state_sums(digest: StateDigest, lines: Mapping[str, Tensor], threads: int = 1) -> Tensor:
+    """int64 [names * states, 2] in host memory from fp32 lines [elements] by state: what `digest.sums` gives."""
+    if lines[digest.states[0]].device.type != "cpu":
+        return digest.sums(lines).cpu()
+    place = {name: index for index, name in enumerate(digest.names)}
+    found = torch.zeros(len(digest.names), len(digest.states), LANES, dtype=torch.int64)
+
+    def add(task: tuple[Box, int, str]) -> None:
+        box, number, state = task
+        values = digest.table.local(lines[state], box.slot).detach().numpy()
+        sums = block_sums(values, box.offsets, box.slot.piece.global_shape)
+        found[place[box.name], number] = torch.tensor([_signed(lane) for lane in sums])
+
+    tasks = [(box, *state) for box in owned(digest.table, digest.tp) for state in enumerate(digest.states)]
+    if threads == 1:
+        for task in tasks:
+            add(task)
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            for _ in pool.map(add, tasks):
+                pass
+    return found.view(-1, LANES)
+
+
+def _signed(lane: int) -> int:
+    return lane - 2**64 if lane >= 2**63 else lane

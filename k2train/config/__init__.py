@@ -1,0 +1,1 @@
+"""The run config: schema, rules between keys, YAML with origins, loading."""

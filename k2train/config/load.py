@@ -1,0 +1,272 @@
+"""Loading, explaining, writing back and comparing configs, and fitting them to a number of processes.
+
+The choice taken: pydantic models with forbidden extras (`config_schema`) over our own YAML reading (`config_text`), and
+cross-field rules that also run on half-readable configs (`config_rules`), so that one attempt tells every mistake with
+its place. This module is the door: the rest of the project imports these names from here.
+The alternative refused: OmegaConf, jsonargparse, dacite and msgspec stop at the first mistake, and argparse cannot say
+where a value came from.
+"""
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from k2train.config.rules import Values, cross_field_mistakes, world_mistakes
+from k2train.config.schema import (
+    FOLLOWS,
+    BatchConfig,
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    KernelsConfig,
+    LrConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RunConfig,
+    SpikesConfig,
+    WandbConfig,
+    fill_stages,
+    flat_values,
+    flatten,
+    sections,
+    show,
+)
+from k2train.config.yaml_source import Mistake, Origin, Path, Source, dotted, format_value, read_source
+from k2train.errors import ConfigError
+
+__all__ = [
+    "BatchConfig",
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "KernelsConfig",
+    "LrConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "RunConfig",
+    "SpikesConfig",
+    "WandbConfig",
+    "check_world",
+    "config_differences",
+    "data_parallel_size",
+    "explain",
+    "flat_values",
+    "load_config",
+    "num_microbatches",
+    "to_yaml",
+]
+
+
+def _readable_values(tree: Mapping[str, Any], broken: set[Path]) -> Values:
+    """Dotted key -> value for every key of a faulty tree that is right by itself, defaults included."""
+    values: dict[str, Any] = {}
+    for section, kind in sections().items():
+        written = tree.get(section, {})
+        if kind is None or not isinstance(written, dict) or (section,) in broken:
+            continue
+        written = fill_stages(written) if section == "parallel" else written
+        for name, info in kind.model_fields.items():
+            key = f"{section}.{name}"
+            if name in written:
+                try:
+                    field_type: Any = Annotated[(info.annotation, *info.metadata)] if info.metadata else info.annotation
+                    values[key] = TypeAdapter(field_type).validate_python(written[name])
+                except ValidationError:
+                    continue
+            elif not info.is_required() and (section, name) not in broken and FOLLOWS.get(key, key) in {*values, key}:
+                validated = {
+                    inner: values[f"{section}.{inner}"] for inner in kind.model_fields if f"{section}.{inner}" in values
+                }
+                values[key] = info.get_default(call_default_factory=True, validated_data=validated)
+    return values
+
+
+def _nearest_key(path: Path) -> str | None:
+    """Dotted legal key closest to an unknown one: in its section first, then anywhere by its last name."""
+    known = sections()
+    parent, name = path[:-1], str(path[-1])
+    kind = known.get(str(parent[0])) if parent else None
+    names = list(kind.model_fields) if kind else list(known)
+    elsewhere = {inner: f"{section}.{inner}" for section, kind in known.items() if kind for inner in kind.model_fields}
+    if name not in elsewhere:
+        close = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.5)
+        if close:
+            return dotted((*parent, close[0]))
+    close = difflib.get_close_matches(name.lower(), elsewhere, n=1, cutoff=0.7)
+    return elsewhere[close[0]] if close else name if name in known else None
+
+
+def _unknown(path: Path) -> str:
+    near = _nearest_key(path)
+    if near:
+        return f"unknown key; nearest is {near}"
+    known = sections()
+    kind = known.get(str(path[0])) if len(path) > 1 else None
+    return f"unknown key; legal are {', '.join(kind.model_fields if kind else known)}"
+
+
+def _missing(path: Path) -> str:
+    kind = sections().get(str(path[0])) if len(path) == 1 else None
+    if kind is None:
+        return "missing; it has no default"
+    needed = [name for name, info in kind.model_fields.items() if info.is_required()]
+    return f"missing section; it needs {', '.join(needed)}"
+
+
+def _explain_error(error: Any, path: Path) -> str:
+    """One pydantic error as what is wrong and which value would be right."""
+    kind, context, value = error["type"], error.get("ctx", {}), show(error["input"])
+    if kind == "value_error":
+        return str(context["error"])
+    if kind == "extra_forbidden":
+        return _unknown(path)
+    if kind == "too_long":
+        return f"must have {context['max_length']} values, has {context['actual_length']}"
+    if kind == "too_short" or (kind == "missing" and isinstance(path[-1], int)):
+        return "missing; the list is too short"
+    if kind == "missing":
+        return _missing(path)
+    if kind == "literal_error":
+        legal = re.findall(r"'([^']*)'", context["expected"])
+        close = difflib.get_close_matches(str(error["input"]).lower(), legal, n=1, cutoff=0.4)
+        return f"{value} is not one of {', '.join(legal)}" + (f"; nearest is {close[0]}" if close else "")
+    for name, words in (("ge", "at least"), ("gt", "above"), ("le", "at most"), ("lt", "below")):
+        if name in context:
+            return f"must be {words} {context[name]:g}, is {value}"
+    if kind in ("model_type", "model_attributes_type"):
+        return f"must be a section with keys of its own, is {value}"
+    if kind in ("tuple_type", "list_type"):
+        return f"must be a list, written [a, b], is {value}"
+    return f"{error['msg'][:1].lower()}{error['msg'][1:]}, is {value}"
+
+
+def _origin_of_rule(source: Source, keys: Sequence[str]) -> Origin:
+    """Where to point for a rule over several keys: the override if one is involved, else the first key written."""
+    origins = [source.origins[path] for key in keys if (path := tuple(key.split("."))) in source.origins]
+    overridden = [origin for origin in origins if origin.override]
+    return (overridden or origins or [Origin(source.file, 1)])[0]
+
+
+def _field_mistakes(source: Source, error: ValidationError) -> list[Mistake]:
+    mistakes, missing = [], []
+    meant = set()
+    for item in error.errors(include_url=False):
+        path: Path = item["loc"]
+        # The other two are echoes: rules run below on what is readable, and a default follows a key that is wrong.
+        if item["type"] in ("cross_field", "default_factory_not_called") or path in source.broken:
+            continue
+        mistake = Mistake(source.origin_of(path), f"{dotted(path)}: {_explain_error(item, path)}")
+        if item["type"] == "extra_forbidden":
+            meant.add(_nearest_key(path))
+        if item["type"] == "missing":
+            missing.append((dotted(path), mistake))
+        else:
+            mistakes.append(mistake)
+    # A misspelled key is one mistake, not also the absence of the key that was meant.
+    return mistakes + [mistake for name, mistake in missing if name not in meant]
+
+
+def _load(path: str, overrides: Sequence[str]) -> tuple[Config, Source]:
+    source = read_source(path, overrides)
+    kinds = sections()
+    # A section whose keys are all commented out reads as null and means: every default.
+    source.tree = {
+        name: {} if value is None and kinds.get(name) is not None else value for name, value in source.tree.items()
+    }
+    mistakes = list(source.mistakes)
+    config = None
+    try:
+        config = Config.model_validate(source.tree)
+    except ValidationError as error:
+        mistakes += _field_mistakes(source, error)
+        for keys, message in cross_field_mistakes(_readable_values(source.tree, source.broken)):
+            mistakes.append(Mistake(_origin_of_rule(source, keys), message))
+    if mistakes or config is None:
+        given = ["", *overrides]
+        mistakes.sort(key=lambda mistake: (given.index(mistake.origin.override), mistake.origin.line))
+        raise ConfigError("\n".join(dict.fromkeys(map(str, mistakes))))
+    return config, source
+
+
+def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
+    """The config of a YAML file with `section.key=value` overrides laid over it, the last one winning.
+
+    Raises `ConfigError` with all mistakes, one a line: `FILE:LINE: dotted.path: what` or `override 'x.y=z': ...`;
+    a rule between keys names them in its text instead: `FILE:LINE: model.num_heads (64) must be divisible by ...`.
+    """
+    return _load(path, overrides)[0]
+
+
+def explain(path: str, overrides: Sequence[str] = ()) -> str:
+    """Every resolved value, one a line, aligned, and where it was written; raises `ConfigError` as `load_config`."""
+    config, source = _load(path, overrides)
+    rows = []
+    for key, value in flat_values(config).items():
+        origin = source.origins.get(tuple(key.split(".")))
+        if origin is None:
+            place = f"default, follows {FOLLOWS[key]}" if key in FOLLOWS else "default"
+        else:
+            place = "override" if origin.override else str(origin)
+        rows.append((key, format_value(value), place))
+    key_width, value_width = (max(len(row[column]) for row in rows) for column in (0, 1))
+    return "\n".join(f"{key:<{key_width}} = {text:<{value_width}}   # {place}" for key, text, place in rows)
+
+
+def to_yaml(config: Config) -> str:
+    """The complete resolved config as YAML; `load_config` reads it back equal."""
+    lines = []
+    for name, value in config.model_dump().items():
+        if isinstance(value, dict):
+            lines.append(f"{name}:")
+            lines += [f"  {key}: {format_value(inner)}" for key, inner in value.items()]
+        else:
+            lines.append(f"{name}: {format_value(value)}")
+    return "\n".join(lines) + "\n"
+
+
+def data_parallel_size(config: Config, world_size: int) -> int:
+    """How many data-parallel ranks `world_size` processes leave; raises `ConfigError` when the grid does not divide."""
+    model_ranks = config.parallel.tensor * config.parallel.pipeline
+    if world_size < 1 or world_size % model_ranks:
+        raise ConfigError("\n".join(world_mistakes(flat_values(config), world_size)))
+    return world_size // model_ranks
+
+
+def check_world(config: Config, world_size: int) -> None:
+    """Raise `ConfigError` unless `world_size` processes can share the grid and the batch of `config`."""
+    mistakes = world_mistakes(flat_values(config), world_size)
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
+
+
+def num_microbatches(config: Config, world_size: int) -> int:
+    """Micro-batches a step on each data-parallel rank; raises `ConfigError` as `check_world`."""
+    check_world(config, world_size)
+    return config.batch.global_sequences // (data_parallel_size(config, world_size) * config.batch.micro_sequences)
+
+
+def config_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+    """What changed from nested plain dict `a` to `b`, as `batch.global_sequences: 32 -> 64`; `absent` where not there.
+
+    Lists and tuples compare by their items, so that a config from memory equals its copy read back from JSON.
+    """
+    before, after = flatten(a), flatten(b)
+    absent = object()
+
+    def plain(value: Any) -> Any:
+        return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+    def told(value: Any) -> str:
+        return "absent" if value is absent else str(value) if isinstance(value, dict) else format_value(value)
+
+    differences = []
+    for key in dict.fromkeys([*before, *after]):
+        old, new = plain(before.get(key, absent)), plain(after.get(key, absent))
+        if old != new:
+            differences.append(f"{key}: {told(old)} -> {told(new)}")
+    return differences

@@ -1,0 +1,350 @@
+"""The sections and keys of a config as frozen, typed models: every default, every bound, and no other name.
+
+The choice taken: a value is checked by a function of ours before pydantic sees it, because pydantic alone takes `true`
+for 1, `.nan` for a number and refuses `1e12` for an integer, and because a message must say what to write instead.
+The alternative refused: standard-library dataclasses, which check nothing and drop unknown keys when read through an
+adapter. Nothing here imports torch or NumPy: a mistyped key must be answered in a fraction of a second.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from k2train.config.rules import cross_field_mistakes
+from k2train.config.yaml_source import format_value, parse_scalar
+
+# Above this a float no longer holds every whole number, so that `1e16` could mean its neighbour.
+MAX_WHOLE = 2**53
+PLANNED_POLICIES = ("skip_step", "rollback_and_defer", "stop")
+
+
+def show(value: Any) -> str:
+    """A value as a message names it: as YAML, on one line, cut when long."""
+    if isinstance(value, (dict, list, tuple)):
+        return "a section" if isinstance(value, dict) else "a list"
+    text = format_value(value) if isinstance(value, (type(None), bool, int, float, str)) else repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _wrong(wanted: str, value: Any, hint: str = "") -> ValueError:
+    return ValueError(f"must be {wanted}, is {show(value)}{hint}")
+
+
+def _number(value: Any) -> float:
+    number = parse_scalar(value) if isinstance(value, str) else value
+    if isinstance(number, bool) or not isinstance(number, (int, float)):
+        raise _wrong("a number", value)
+    if not math.isfinite(number) or abs(number) > 1e300:
+        raise _wrong("a finite number", value)
+    return float(number)
+
+
+def _whole(value: Any) -> int:
+    number = parse_scalar(value) if isinstance(value, str) else value
+    if isinstance(number, bool) or not isinstance(number, (int, float)) or number != number // 1:
+        raise _wrong("a whole number", value)
+    if abs(number) > MAX_WHOLE:
+        raise _wrong(f"at most {MAX_WHOLE}", value)
+    return int(number)
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise _wrong("true or false", value)
+    return value
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        hint = f'; quote it: "{value}"' if isinstance(value, (int, float)) else ""
+        raise _wrong("text", value, hint)
+    # Text ends up in paths, one-line messages and logs: a newline in it would break each of them.
+    if not value.strip() or not value.isprintable():
+        raise _wrong("printable text on one line", value)
+    return value
+
+
+def _run_name(value: Any) -> str:
+    name = _text(value)
+    if not re.fullmatch(r"[A-Za-z0-9._-]{1,128}", name) or name in (".", ".."):
+        near = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-")[:128]
+        raise ValueError(
+            f"must be one path component of letters, digits, '.', '_' and '-', is {show(value)}"
+            + (f"; nearest is {near}" if near else "")
+        )
+    return name
+
+
+def _resume(value: Any) -> str | int:
+    if value in ("auto", "must", "never"):
+        return str(value)
+    try:
+        number = _whole(value)
+    except ValueError:
+        number = -1
+    if number < 0:
+        raise _wrong("auto, must, never or a checkpoint's number from 0", value)
+    return number
+
+
+def _chunk(value: Any) -> str | int:
+    if isinstance(value, str):
+        return _text(value)
+    number = _whole(value)
+    if number < 0:
+        raise _wrong("a chunk's name or its number from 0", value)
+    return number
+
+
+def _policy(value: Any) -> Any:
+    if value in PLANNED_POLICIES:
+        raise ValueError(f"{value} is not available: this version only alerts; set alert")
+    return value
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
+Count = Annotated[int, BeforeValidator(_whole), Field(ge=0)]
+Positive = Annotated[int, BeforeValidator(_whole), Field(ge=1)]
+Amount = Annotated[float, BeforeValidator(_number), Field(ge=0)]
+PositiveAmount = Annotated[float, BeforeValidator(_number), Field(gt=0)]
+Beta = Annotated[float, BeforeValidator(_number), Field(ge=0, lt=1)]
+Flag = Annotated[bool, BeforeValidator(_flag)]
+Text = Annotated[str, BeforeValidator(_text)]
+
+
+class Section(BaseModel):
+    """What all sections share: no change after reading, no unknown key."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=False)
+
+
+class RunConfig(Section):
+    """Where a run lives, its seed, and how it starts; `resume` is auto, must, never or a checkpoint's number.
+
+    `allow` names what may differ from the checkpoint at a resume although it makes another run of it (`lr.peak`, `data`);
+    `max_fruitless_starts` in a row that got no further than where they began are enough (0: never).
+    """
+
+    name: Annotated[str, BeforeValidator(_run_name)]
+    directory: Text = "runs"
+    seed: Count
+    resume: Annotated[Literal["auto", "must", "never"] | int, BeforeValidator(_resume)] = "auto"
+    init_from: Text | None = None
+    stop_after_steps: Positive | None = None
+    allow: tuple[Text, ...] = ()
+    max_fruitless_starts: Count = 3
+
+
+class ModelConfig(Section):
+    """Shape of the transformer; sizes in elements, `rope_theta` the base of the rotary wavelengths."""
+
+    num_layers: Positive
+    hidden_size: Positive
+    ffn_hidden_size: Positive
+    num_heads: Positive
+    num_kv_heads: Positive = Field(default_factory=lambda data: data.get("num_heads", 1))
+    vocab_size: Positive
+    rope_theta: PositiveAmount = 10000.0
+    norm_eps: PositiveAmount = 1e-5
+    init_std: PositiveAmount = 0.02
+
+
+class DataConfig(Section):
+    """Chunks to read; `sequence_length` in tokens, `held_out_batches` in global batches (None is all of them).
+
+    `cross_documents`: whether attention crosses document borders (attend) or stops at them (block). `seen_before`: whether
+    data that the stage before was trained on is refused or allowed; allowed, it is recorded.
+    """
+
+    manifest: Text
+    sequence_length: Annotated[int, BeforeValidator(_whole), Field(ge=2)]
+    order: tuple[Annotated[str | int, BeforeValidator(_chunk)], ...] | None = Field(default=None, min_length=1)
+    held_out_batches: Positive | None = None
+    cross_documents: Literal["attend", "block"] = "attend"
+    seen_before: Literal["refuse", "allow"] = "refuse"
+
+
+class BatchConfig(Section):
+    """Sequences a step over the whole world, and sequences a micro-batch on one data-parallel rank."""
+
+    global_sequences: Positive
+    micro_sequences: Positive
+
+
+def fill_stages(written: dict[str, Any]) -> dict[str, Any]:
+    """The `parallel` section with the stages a rank that its schedule fixes, where it names none."""
+    if written.get("schedule") == "zb-v" and "stages_per_rank" not in written:
+        return {**written, "stages_per_rank": 2}
+    return written
+
+
+class ParallelConfig(Section):
+    """Degrees of the grid; data parallelism is what is left of the world. `stages_per_rank` counts pipeline stages."""
+
+    tensor: Positive = 1
+    pipeline: Positive = 1
+    sequence: Flag = Field(default_factory=lambda data: data.get("tensor", 1) > 1)
+    stages_per_rank: Positive = 1
+    layers_per_stage: tuple[Positive, ...] | None = None
+    schedule: Literal["1f1b", "gpipe", "interleaved", "zb-h1", "zb-h2", "zb-v"] = Field(
+        default_factory=lambda data: "interleaved" if data.get("stages_per_rank", 1) > 1 else "1f1b"
+    )
+    overlap: Literal["auto", "on", "off"] = "auto"
+    gathered: Literal["auto", "keep", "again"] = "auto"
+    bucket_bytes: Positive | None = None
+    symmetric_memory: Flag = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _two_stages_of_a_v(cls, written: Any) -> Any:
+        return fill_stages(written) if isinstance(written, dict) else written
+
+
+class OptimizerConfig(Section):
+    """AdamW; `clip_norm` bounds the global gradient norm, None leaves it alone."""
+
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    eps: PositiveAmount = 1e-8
+    weight_decay: Amount = 0.1
+    clip_norm: PositiveAmount | None = 1.0
+
+
+class LrConfig(Section):
+    """Learning rate by step; `warmup_steps` and `decay_steps` (wsd only: its final decay) in optimizer steps."""
+
+    kind: Literal["cosine", "linear", "constant", "wsd"]
+    peak: PositiveAmount
+    final: Amount = 0.0
+    warmup_steps: Count = 0
+    decay_steps: Positive | None = None
+
+
+class KernelsConfig(Section):
+    """Which implementation computes what; `auto` takes the fastest that the device has."""
+
+    attention: Literal[
+        "auto",
+        "sdpa",
+        "plain",
+        "flash",
+        "cudnn",
+        "flash_attn_2",
+        "flash_attn_3",
+        "flash_attn_4",
+        "transformer_engine",
+        "reference",
+    ] = "auto"
+    norm: Literal["auto", "fused", "torch", "apex", "transformer_engine", "reference"] = "auto"
+    elementwise: Literal["auto", "fused", "reference"] = "auto"
+    loss: Literal["auto", "fused", "reference"] = "auto"
+    matmul: Literal["auto", "torch", "onednn", "fp8"] = "auto"
+    optimizer: Literal["auto", "fused", "reference"] = "auto"
+    compile: Literal["auto", "on", "off"] = "auto"
+    recompute: Literal["none", "selective", "full"] = "none"
+    recompute_layers: Positive | None = None
+
+
+class CheckpointConfig(Section):
+    """When to save, in chunks and seconds (0 s: by chunk only), and how many optimizer states to keep (0: all; else two at
+    least). `retry_seconds`: how long a save is tried again that the disk has no room for; `verify_every_seconds`: how often
+    an older checkpoint is read and checked again (0 s: never).
+    """
+
+    every_chunks: Positive = 1
+    every_seconds: Amount = 0.0
+    asynchronous: Flag = True
+    keep_optimizer_states: Count = 5
+    retry_seconds: Amount = 600.0
+    verify_every_seconds: Amount = 3600.0
+
+
+class WatchConfig(Section):
+    """When a rank counts as stuck, in seconds for each phase (`step_seconds` 0: by what steps took, at least 10 s);
+    `heartbeat_seconds`: how often each rank says where it is (0: no watch)."""
+
+    heartbeat_seconds: Amount = 1.0
+    start_seconds: PositiveAmount = 600.0
+    step_seconds: Amount = 0.0
+    save_seconds: PositiveAmount = 1800.0
+    evaluate_seconds: PositiveAmount = 600.0
+
+
+class AuditConfig(Section):
+    """How often, in steps, copies of weights are compared and the root of the whole state is written (0: never)."""
+
+    replicas_every_steps: Count = 100
+    root_every_steps: Count = 100
+
+
+class SpikesConfig(Section):
+    """What to do about a jump of the loss."""
+
+    policy: Annotated[Literal["alert"], BeforeValidator(_policy)] = "alert"
+
+
+class WandbConfig(Section):
+    """Mirror of the metrics in Weights & Biases."""
+
+    mode: Literal["online", "offline", "disabled"] = "disabled"
+    project: Text = "k2train"
+
+
+class Config(Section):
+    """Everything that decides a run. Frozen; valid by itself (`check_world` adds what depends on the processes)."""
+
+    run: RunConfig
+    model: ModelConfig
+    data: DataConfig
+    batch: BatchConfig
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    lr: LrConfig
+    precision: Literal["bf16", "fp32"] = "bf16"
+    kernels: KernelsConfig = Field(default_factory=KernelsConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    watch: WatchConfig = Field(default_factory=WatchConfig)
+    audit: AuditConfig = Field(default_factory=AuditConfig)
+    spikes: SpikesConfig = Field(default_factory=SpikesConfig)
+    wandb: WandbConfig = Field(default_factory=WandbConfig)
+
+    @model_validator(mode="after")
+    def _rules(self) -> "Config":
+        mistakes = cross_field_mistakes(flat_values(self))
+        if mistakes:
+            raise PydanticCustomError("cross_field", "{text}", {"text": "\n".join(text for _, text in mistakes)})
+        return self
+
+
+# Keys whose default is read off another key of the same section.
+FOLLOWS = {
+    "model.num_kv_heads": "model.num_heads",
+    "parallel.sequence": "parallel.tensor",
+    "parallel.schedule": "parallel.stages_per_rank",
+}
+
+
+def sections() -> dict[str, type[Section] | None]:
+    """Section name -> its class; None for a key that has no section."""
+    kinds = {name: info.annotation for name, info in Config.model_fields.items()}
+    return {
+        name: kind if isinstance(kind, type) and issubclass(kind, Section) else None for name, kind in kinds.items()
+    }
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def flat_values(config: Config) -> dict[str, Any]:
+    """Dotted key -> value, every key, in the order of the sections."""
+    return flatten(config.model_dump())

@@ -1,0 +1,1 @@
+"""Inspection of a data folder: accounts, samples, provenance, use by runs."""

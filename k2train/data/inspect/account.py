@@ -1,0 +1,200 @@
+"""What a data folder holds, for people: its token account, and the text of its rows with control tokens apart.
+
+Every answer is plain facts (dicts of numbers and text) that a command line can show or hand on as JSON. The account is
+told from the manifest alone, with what was made counted over the chunks and not copied from the preparation's own
+account: an account that only repeats itself cannot be wrong.
+"""
+
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from k2train.data.chunk import open_chunk
+from k2train.data.manifest import ChunkInfo, Manifest
+from k2train.data.tokenizer import EOS_ID, K2_SPECIAL_TOKENS, Tokenizer
+from k2train.errors import DataError
+
+Facts = dict[str, Any]
+
+TOKENIZER_NAME = "tokenizer.model"
+DOCUMENTS = {
+    "read": "documents_read",
+    "used": "training_documents",
+    "held_out": "held_out_documents",
+    "outside": "outside_documents",
+    "not_chosen": "not_chosen_documents",
+    "short": "short_documents",
+    "duplicates": "duplicate_documents",
+    "rejected": "rejected_documents",
+    "shared_ids": "repeated_id_documents",
+}
+"""What became of a subset's documents, with the preparation's key for it."""
+
+
+def account_facts(manifest: Manifest) -> Facts:
+    """Tokens by subset, asked and made, and the samples a chunk got of each; from the manifest alone."""
+    account = _mapping(manifest.facts.get("account"))
+    recipe = _mapping(manifest.facts.get("recipe"))
+    names = list(dict.fromkeys([*account, *(name for info in manifest.chunks for name in info.tokens_per_subset)]))
+    length = manifest.sequence_length
+    per_chunk = [
+        {
+            "chunk": info.name,
+            "rows": info.rows,
+            "samples": {name: info.tokens_per_subset.get(name, 0) // length for name in names},
+        }
+        for info in manifest.all_chunks()
+    ]
+    held = manifest.held_out
+    subsets = [_subset_facts(manifest, name, _mapping(account.get(name)), recipe) for name in names]
+    notes = _limit_notes(subsets, account)
+    notes += _fit_to_chunks(subsets, recipe)
+    return {
+        "form": "account",
+        **folder_facts(manifest),
+        "held_out": {"rows": held.rows, "tokens": held.tokens} if held else None,
+        "recipe_known": bool(recipe),
+        "subsets": subsets,
+        "chunks": per_chunk,
+        "notes": notes,
+    }
+
+
+def folder_facts(manifest: Manifest) -> Facts:
+    """What names a data folder, and its size."""
+    facts = manifest.facts
+    return {
+        "manifest": str(manifest.path),
+        "manifest_sha256": manifest.sha256,
+        "name": facts.get("name"),
+        "seed": facts.get("seed"),
+        "tokenizer_sha256": manifest.tokenizer_sha256,
+        "num_chunks": len(manifest.chunks),
+        "rows": sum(info.rows for info in manifest.chunks),
+        "sequence_length": manifest.sequence_length,
+        "tokens": sum(info.tokens for info in manifest.chunks),
+        "vocab_size": manifest.vocab_size,
+        "dtype": manifest.dtype,
+    }
+
+
+def _subset_facts(manifest: Manifest, name: str, account: Mapping[str, Any], recipe: Mapping[str, Any]) -> Facts:
+    samples = [info.tokens_per_subset.get(name, 0) // manifest.sequence_length for info in manifest.chunks]
+    one_pass = account.get("training_tokens")
+    wish = _mapping(_mapping(recipe.get("subsets")).get(name))
+    repeat = wish.get("repeat", 1) if wish else None
+    asked = account.get("asked_tokens")
+    if asked is not None:
+        asked = min(asked, wish.get("limit_tokens") or sys.maxsize)
+    return {
+        "subset": name,
+        "documents": {kind: account.get(key) for kind, key in DOCUMENTS.items()},
+        "one_pass_tokens": one_pass,
+        "repeat": repeat,
+        "asked_tokens": asked,
+        "made_tokens": sum(info.tokens_per_subset.get(name, 0) for info in manifest.chunks),
+        "difference_tokens": None,
+        "tail_tokens": account.get("tail_tokens"),
+        "held_out_tokens": manifest.held_out.tokens_per_subset.get(name, 0) if manifest.held_out else 0,
+        "samples": sum(samples),
+        "least_in_a_chunk": min(samples),
+        "most_in_a_chunk": max(samples),
+    }
+
+
+def _limit_notes(subsets: list[Facts], account: Mapping[str, Any]) -> list[str]:
+    notes = []
+    for item in subsets:
+        wished = _mapping(account.get(item["subset"])).get("asked_tokens")
+        if wished is not None and item["asked_tokens"] < wished:
+            part = _part(item["asked_tokens"], wished)
+            notes.append(f"limit_tokens of {item['subset']} takes {part} of what its repeat asks for")
+    return notes
+
+
+def _part(taken: int, whole: int) -> str:
+    """Of a whole that is larger, never told as all of it."""
+    return f"{100 * taken // whole}%" if 100 * taken >= whole else "less than 1%"
+
+
+def _fit_to_chunks(subsets: list[Facts], recipe: Mapping[str, Any]) -> list[str]:
+    """A recipe with `rows_per_chunk` asks for so many tokens in all: the rest from `fill`, or all in proportion.
+
+    Returns what there is to note about it.
+    """
+    notes = []
+    rows, wishes = recipe.get("rows_per_chunk"), _mapping(recipe.get("subsets"))
+    known = [item for item in subsets if item["asked_tokens"] is not None]
+    total = (rows or 0) * recipe.get("chunks", 0) * recipe.get("sequence_length", 0)
+    everything = sum(item["asked_tokens"] for item in known)
+    if total and len(known) == len(subsets) and everything > total:
+        length = recipe["sequence_length"]
+        # Less than the tails of the subsets is no choice of rows.
+        if sum(item["asked_tokens"] // length for item in known) * length > total:
+            notes.append(f"rows_per_chunk takes {_part(total, everything)} of what the repeats ask for")
+        fill = [item for item in known if _mapping(wishes.get(item["subset"])).get("fill")]
+        rest = total - everything + sum(item["asked_tokens"] for item in fill)
+        for item in known:
+            if fill and rest >= 0:
+                item["asked_tokens"] = rest if item in fill else item["asked_tokens"]
+            else:
+                item["asked_tokens"] = item["asked_tokens"] * total // everything
+    for item in known:
+        item["difference_tokens"] = item["made_tokens"] - item["asked_tokens"]
+    return notes
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def find_tokenizer(manifest: Manifest, given: Path | None) -> Tokenizer | None:
+    """The data's own tokenizer, from `given` or from the folder and the one above it; None when there is none.
+
+    Only one with the manifest's hash is taken. Raises DataError when the given or recorded one has another.
+    """
+    recorded = _mapping(manifest.facts.get("tokenizer"))
+    specials = recorded.get("specials") or K2_SPECIAL_TOKENS
+    own = manifest.folder / Path(str(recorded.get("file", TOKENIZER_NAME))).name
+    if given is not None or (recorded and own.is_file()):
+        path = given or own
+        tokenizer = Tokenizer.load(path, specials)
+        hashed = re.fullmatch(r"[0-9a-f]{64}", manifest.tokenizer_sha256) is not None
+        # Imported data may name its tokenizer in words; then there is no hash to hold a given one against.
+        if tokenizer.sha256 != manifest.tokenizer_sha256 and (hashed or given is None):
+            raise DataError(
+                f"{path} is not the tokenizer of {manifest.path}: its sha256 is {tokenizer.sha256[:12]}, the data's "
+                f"{manifest.tokenizer_sha256[:12]}; give the right one as --tokenizer"
+            )
+        return tokenizer
+    for path in (own, manifest.folder.parent / own.name):
+        if path.is_file() and (found := Tokenizer.load(path, specials)).sha256 == manifest.tokenizer_sha256:
+            return found
+    return None
+
+
+def add_text(manifest: Manifest, info: ChunkInfo, row: int, pieces: list[Facts], tokenizer: Tokenizer | None) -> None:
+    """Give each piece of the row its `ids`, and `text` as parts `{text, control}`. Raises DataError."""
+    ids = open_chunk(manifest, info)[row].tolist()
+    for piece in pieces:
+        piece["ids"] = ids[piece["start"] : piece["start"] + piece["length"]]
+        piece["text"] = text_parts(tokenizer, piece["ids"]) if tokenizer else None
+
+
+def text_parts(tokenizer: Tokenizer, ids: Iterable[int]) -> list[Facts]:
+    """Text of ids, with each control token apart: raw text that spells one is not one, and must not look like it."""
+    parts: list[Facts] = []
+    run: list[int] = []
+    for token in [*ids, None]:
+        control = token is not None and (token <= EOS_ID or token >= tokenizer.base_size)
+        if token is not None and not control:
+            run.append(token)
+            continue
+        if run:
+            parts.append({"text": tokenizer.decode(run), "control": False})
+            run = []
+        if token is not None:
+            parts.append({"text": tokenizer.decode([token]), "control": True})
+    return parts

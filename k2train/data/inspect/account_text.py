@@ -1,0 +1,126 @@
+"""The account of a data folder as tables for people: tokens by subset, documents by subset, samples in a chunk.
+
+Every word that a heading uses in a sense of its own is explained in a line below its table. A page of documentation was
+refused: the numbers are read where it is not at hand.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from k2train.text import brief, clean, counted, number, percent, table
+
+Facts = Mapping[str, Any]
+
+_TOKENS = ("subset", "one pass", "repeat", "asked", "made", "difference", "", "of all", "tail", "held out")
+_DOCUMENTS = {
+    "read": "read",
+    "used": "used",
+    "held_out": "held out",
+    "outside": "outside share",
+    "not_chosen": "not chosen",
+    "short": "short",
+    "duplicates": "duplicates",
+    "rejected": "rejected",
+    "shared_ids": "shared ids",
+}
+"""Kinds of documents by their keys in the facts."""
+_ALWAYS = ("read", "used")
+_LEGEND = {
+    "one pass": "tokens of the used documents, each document once",
+    "asked": "one pass times repeat, as far as limit_tokens and rows_per_chunk let it",
+    "made": "tokens in the chunks, counted there",
+    "difference": "made less asked: the tail, and what rounding to whole samples leaves",
+    "tail": "tokens at the end of a subset that fill no sample, and are left out",
+    "read": "documents of the subset's files: used, held out, or not used for one of the reasons beside it",
+    "used": "what the chunks are made of, as far as limit_tokens and rows_per_chunk let it",
+    "not chosen": "outside the interval `documents` of the recipe",
+    "short": "below min_characters",
+    "rejected": "broken, not among those read; rejected.jsonl lists them",
+    "shared ids": "documents with the id of an earlier one of their file, as far as seen; used like all others",
+    "apart": "most less least: 1 at the most when all chunks are alike",
+}
+
+
+def account_lines(facts: Facts, every_chunk: bool) -> Iterator[str]:
+    """The account; with `every_chunk` a line for each chunk too."""
+    yield (
+        f"{facts['manifest']}: {counted(facts['num_chunks'], 'chunk')}, {facts['rows']:,} rows of "
+        f"{facts['sequence_length']:,} = {facts['tokens']:,} tokens"
+    )
+    about = [f"recipe {clean(facts['name'])}"] if facts["name"] else []
+    about += [f"seed {facts['seed']}"] if facts["seed"] is not None else []
+    about += [f"vocabulary {facts['vocab_size']:,} ({facts['dtype']})", f"tokenizer {brief(facts['tokenizer_sha256'])}"]
+    yield "; ".join([*about, f"sha256 {facts['manifest_sha256'][:12]}"])
+    if held := facts["held_out"]:
+        yield f"held out: {counted(held['rows'], 'row')}, {held['tokens']:,} tokens"
+    yield from _titled("tokens", _TOKENS, _token_rows(facts))
+    documents = _document_rows(facts["subsets"])
+    if documents[1]:
+        yield from _titled("documents", *documents)
+    yield from _titled("samples in a chunk", *_evenness(facts))
+    if every_chunk:
+        names = [item["subset"] for item in facts["subsets"]]
+        yield ""
+        rows = [
+            [item["chunk"], number(item["rows"]), *(number(item["samples"][name]) for name in names)]
+            for item in facts["chunks"]
+        ]
+        yield from table(["chunk", "rows", *map(clean, names)], rows)
+
+
+def _titled(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """A table under its title, and below it what the headings that are shown mean."""
+    lines = table(heads, rows)
+    yield from ("", title, *lines)
+    told = [head for head in heads if head in _LEGEND and head in lines[0]]
+    if told:
+        width = max(map(len, told))
+        yield ""
+        yield from (f"  {head.ljust(width)}  {_LEGEND[head]}" for head in told)
+
+
+def _token_rows(facts: Facts) -> list[list[str]]:
+    keys = ("one_pass_tokens", "asked_tokens", "made_tokens", "difference_tokens", "tail_tokens", "held_out_tokens")
+
+    def cells(name: str, item: Facts, repeat: str) -> list[str]:
+        asked, difference = item["asked_tokens"], item["difference_tokens"]
+        part = f"{100 * difference / asked:+.2f}%" if asked and abs(difference) * 20000 >= asked else ""
+        return [
+            name,
+            number(item["one_pass_tokens"]),
+            repeat,
+            number(asked),
+            number(item["made_tokens"]),
+            "-" if difference is None else f"{difference:+,}",
+            part,
+            percent(item["made_tokens"], facts["tokens"]),
+            number(item["tail_tokens"]),
+            number(item["held_out_tokens"]),
+        ]
+
+    subsets = facts["subsets"]
+    rows = [cells(clean(s["subset"]), s, "-" if s["repeat"] is None else f"{s['repeat']:g}") for s in subsets]
+    total: dict[str, Any] = {}
+    for key in keys:
+        known = [s[key] for s in subsets]
+        total[key] = None if None in known else sum(known)
+    return [*rows, cells("all", total, "")]
+
+
+def _document_rows(subsets: Sequence[Facts]) -> tuple[list[str], list[list[str]]]:
+    """Without a sum: subsets may read the same documents. A kind that no subset has is left out."""
+    known = [item for item in subsets if item["documents"]["read"] is not None]
+    kinds = [kind for kind in _DOCUMENTS if kind in _ALWAYS or any(item["documents"][kind] for item in known)]
+    rows = [[clean(item["subset"]), *(number(item["documents"][kind]) for kind in kinds)] for item in known]
+    return ["subset", *(_DOCUMENTS[kind] for kind in kinds)], rows
+
+
+def _evenness(facts: Facts) -> tuple[list[str], list[list[str]]]:
+    rows = [
+        (clean(item["subset"]), item["samples"], item["least_in_a_chunk"], item["most_in_a_chunk"])
+        for item in facts["subsets"]
+    ]
+    sizes = [item["rows"] for item in facts["chunks"][: facts["num_chunks"]]]
+    rows.append(("all", sum(sizes), min(sizes), max(sizes)))
+    cells = [[name, *(number(n) for n in (total, low, high, high - low))] for name, total, low, high in rows]
+    return ["subset", "in all", "least", "most", "apart"], cells

@@ -1,0 +1,330 @@
+"""What a run read, from its own record: the order of chunks it followed, and how far it came.
+
+The order is rebuilt as the run made it: the one it began with (or that of its newest checkpoint), then every deferral in
+its ledger, and the result is held against what the ledger says was begun. Reading it off the present config was refused:
+a config can be edited after the fact, a ledger cannot without it showing.
+"""
+
+import json
+import mmap
+import os
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from k2train.data.manifest import ChunkInfo, Manifest, read_manifest
+from k2train.data.order import ChunkOrder, make_order
+from k2train.errors import DataError, RunError
+from k2train.files import sha256_file
+from k2train.safe_json import read_plain_file
+
+Event = Mapping[str, Any]
+Facts = dict[str, Any]
+CONFIG_BYTES = 2**20
+"""More than any config.yaml has."""
+
+METRICS = "metrics.jsonl"
+TAIL_BYTES = 65536
+"""More than the longest line of the metrics."""
+TRAINED, SKIPPED, TO_COME = "trained", "skipped", "to come"
+NEVER, HELD_OUT, LEFT_OUT = "never read", "held out", "not in the order"
+
+
+@dataclass(frozen=True)
+class History:
+    """The order of a run, its last step done, and the steps among them whose update was not applied."""
+
+    order: ChunkOrder
+    done_step: int
+    skipped: frozenset[int] = frozenset()
+
+    def state(self, step: int) -> str:
+        """`trained`, `skipped` (read, but its update was not applied) or `to come`."""
+        return TO_COME if step > self.done_step else SKIPPED if step in self.skipped else TRAINED
+
+    def use(self, chunk: str, row: int, held_out: bool = False) -> tuple[int | None, str]:
+        """The step that reads a row, and its state; no step for a row that the run never trains on."""
+        if held_out:
+            return None, HELD_OUT
+        if chunk not in self.order.names:
+            return None, LEFT_OUT
+        place = self.order.names.index(chunk)
+        step_in_chunk = row // self.order.global_sequences
+        if step_in_chunk >= self.order.steps_in(place):
+            return None, NEVER
+        step = self.order.first_step(place) + step_in_chunk
+        return step, self.state(step)
+
+
+def order_of_checkpoint(manifest: Manifest, order: Sequence[Mapping[str, Any]], global_sequences: int) -> ChunkOrder:
+    """The order kept in a checkpoint, over these chunks. Raises DataError when a chunk is not the one it names."""
+    names, rows = [], []
+    for entry in order:
+        info = manifest.chunk(str(entry["name"]))
+        if info.sha256 != entry["sha256"]:
+            raise DataError(
+                f"{manifest.path}: {info.name} is not the chunk of that run: its sha256 is {info.sha256[:12]}, the "
+                f"checkpoint names {str(entry['sha256'])[:12]}; give the data folder of the run"
+            )
+        names.append(info.name)
+        rows.append(info.rows)
+    return ChunkOrder(tuple(names), tuple(rows), global_sequences)
+
+
+def replay(order: ChunkOrder, events: Iterable[Event], where: str) -> ChunkOrder:
+    """The order after the deferrals of `events`. Raises RunError for a chunk that it does not have."""
+    for event in events:
+        if event["event"] == "chunk_deferred":
+            if (chunk := event.get("chunk")) not in order.names:
+                raise RunError(f"{where}: line {event['seq'] + 1} defers {chunk!r}, which the order does not have")
+            order = order.deferred(order.names.index(chunk))
+    return order
+
+
+def check_begun(order: ChunkOrder, events: Sequence[Event], where: str) -> None:
+    """Hold the order against the chunks that the ledger says were begun. Raises RunError at the first that differs."""
+    # What was begun before a deferral may have been at another place.
+    since = max((i for i, event in enumerate(events) if event["event"] == "chunk_deferred"), default=-1) + 1
+    for event in events[since:]:
+        if event["event"] != "chunk_started":
+            continue
+        place, told = event["order_index"], f"{event['chunk']} from step {event['step']}"
+        known = place < len(order.names)
+        ours = f"{order.names[place]} from step {order.first_step(place)}" if known else "nothing"
+        if told != ours:
+            raise RunError(
+                f"{where}: line {event['seq'] + 1} says that place {place} of the order was {told}, config and data "
+                f"say {ours}: one of them is not that of this run any more"
+            )
+
+
+def steps_done(events: Iterable[Event], last_row: Mapping[str, Any] | None) -> int:
+    """The last step of the run as it stands: of the newest attempt, since what came after its start was undone."""
+    done = attempt = 0
+    for event in events:
+        name, step = event["event"], int(event.get("step", 0))
+        if name in ("started", "resumed"):
+            attempt = int(event.get("attempt", 0))
+            done = step if name == "resumed" else 0
+        elif name == "rolled_back":
+            # Rows of the attempt that it ended, whose steps are undone, must not count again.
+            done, attempt = step, int(event.get("attempt", attempt)) + 1
+        elif name == "chunk_started":
+            done = max(done, step - 1)
+        elif name in ("checkpoint_saved", "step_skipped", "stopped", "finished") and "recovered" not in event:
+            done = max(done, step)
+    if last_row is not None and int(last_row.get("attempt", 0)) >= attempt:
+        done = max(done, int(last_row["step"]))
+    return done
+
+
+def steps_skipped(events: Iterable[Event]) -> frozenset[int]:
+    """Steps that were read but not applied, save those undone by going back."""
+    skipped: set[int] = set()
+    for event in events:
+        name = event["event"]
+        if name in ("started", "resumed", "rolled_back"):
+            back_to = 0 if name == "started" else int(event.get("step", 0))
+            skipped = {step for step in skipped if step <= back_to}
+        elif name == "step_skipped":
+            skipped.add(int(event["step"]))
+    return frozenset(skipped)
+
+
+class Run:
+    """A run as its record tells it: the data it was started on, the order it follows, how far it came.
+
+    `events` is its ledger; `newest` its newest readable checkpoint's manifest, where one is left; `asked` that of the
+    checkpoint by whose record alone the question is answered. `data` says where the data lies now.
+    Raises RunError or DataError when record and data do not fit together.
+    """
+
+    def __init__(
+        self, directory: Path, events: list[Facts], newest: Facts | None, asked: Facts | None, data: Path | None
+    ) -> None:
+        ledger = str(directory / "ledger.jsonl")
+        if not events:
+            raise RunError(f"{ledger} holds no event: this run has not begun")
+        self.directory, self.name, self.events = directory, directory.resolve().name, events
+        self.checkpoint = asked
+        base = asked or newest
+        config = base["config"] if base else _config(directory / "config.yaml")
+        self.manifest = self._data(data, config, base)
+        batch = config["batch"]["global_sequences"]
+        if base is None:
+            order, later = make_order(self.manifest, config["data"].get("order"), batch), events
+        else:
+            order, later = order_of_checkpoint(self.manifest, base["chunks"]["order"], batch), self._since(base["name"])
+        self.deferred = sum(event["event"] == "chunk_deferred" for event in events)
+        if asked is not None:
+            done = int(asked["step"])
+        else:
+            order = replay(order, later, ledger)
+            check_begun(order, events, ledger)
+            done = steps_done(events, last_row(directory / METRICS))
+        self.history = History(order, done, steps_skipped(events))
+
+    @property
+    def order(self) -> ChunkOrder:
+        return self.history.order
+
+    def _since(self, checkpoint: str) -> list[dict[str, Any]]:
+        """The events after a checkpoint was saved; all of them when the ledger does not know it."""
+        saved = [i for i, event in enumerate(self.events) if event.get("checkpoint") == checkpoint
+                 and event["event"] == "checkpoint_saved"]  # fmt: skip
+        return self.events[saved[-1] + 1 :] if saved else self.events
+
+    def _data(self, given: Path | None, config: dict[str, Any], base: Facts | None) -> Manifest:
+        recorded = {event["data_manifest_sha256"] for event in self.events if event["event"] == "started"}
+        if base is not None:
+            recorded.add(base["data"]["manifest_sha256"])
+        manifest = read_manifest(given or _where_now(Path(config["data"]["manifest"]), self.directory, recorded))
+        if manifest.sha256 not in recorded:
+            raise DataError(
+                f"{manifest.path} is not the data of {self.name}: its sha256 is {manifest.sha256[:12]}, the run "
+                f"recorded {' and '.join(sorted(str(digest)[:12] for digest in recorded))}; give the right manifest "
+                f"before --run"
+            )
+        return manifest
+
+    def chunk_use(self, info: ChunkInfo) -> Facts:
+        """The chunk's place in the order, its steps, and whether they are done."""
+        use: Facts = {"run": self.name, "place": None, "of": len(self.order.names)}
+        if info.name not in self.order.names:
+            return {**use, "state": self.history.use(info.name, 0, info == self.manifest.held_out)[1]}
+        place = self.order.names.index(info.name)
+        first, last = self.order.first_step(place), self.order.first_step(place) + self.order.steps_in(place) - 1
+        done = self.history.done_step
+        state = "trained" if last <= done else "under way" if first <= done else "to come"
+        return {**use, "place": place, "first_step": first, "last_step": last, "state": state}
+
+    def order_facts(self) -> list[Facts]:
+        """A line for each chunk of the order."""
+        found = []
+        for place, name in enumerate(self.order.names):
+            info = self.manifest.chunk(name)
+            use = self.chunk_use(info)
+            steps = min(self.history.done_step, use["last_step"]) - use["first_step"] + 1
+            found.append(
+                {
+                    **{key: use[key] for key in ("place", "first_step", "last_step", "state")},
+                    "chunk": name,
+                    "rows": info.rows,
+                    "dropped_rows": self.order.dropped_rows(place),
+                    "tokens": max(0, steps) * self.step_tokens,
+                    "sha256": info.sha256,
+                }
+            )
+        return found
+
+    @property
+    def step_tokens(self) -> int:
+        return self.order.global_sequences * self.manifest.sequence_length
+
+    def facts(self) -> Facts:
+        """The whole order."""
+        return {
+            "form": "run",
+            **self.names(),
+            "done_step": self.history.done_step,
+            "of_steps": self.order.total_steps,
+            "done_tokens": self.history.done_step * self.step_tokens,
+            "of_tokens": self.order.total_steps * self.step_tokens,
+            "deferred": self.deferred,
+            "order": self.order_facts(),
+        }
+
+    def checkpoint_facts(self) -> Facts:
+        """What the checkpoint has consumed. Raises RunError when its own count is another."""
+        assert self.checkpoint is not None, "asked only where a checkpoint was named"
+        facts = self.checkpoint
+        step, told = int(facts["step"]), int(facts["consumed_tokens"])
+        if told != step * self.step_tokens:
+            raise RunError(
+                f"{facts['name']} says {told} tokens consumed at step {step}; steps of {self.step_tokens} make that "
+                f"{step * self.step_tokens}: its record does not fit these chunks"
+            )
+        begun = [item for item in self.order_facts() if item["first_step"] <= step]
+        whole = [self.manifest.chunk(item["chunk"]) for item in begun if item["last_step"] <= step]
+        subsets = dict.fromkeys(name for info in whole for name in info.tokens_per_subset)
+        return {
+            "form": "checkpoint",
+            **self.names(),
+            "checkpoint": facts["name"],
+            "step": step,
+            "consumed": self.order.consumed_chunks(step),
+            "step_in_chunk": step - sum(item["last_step"] - item["first_step"] + 1 for item in begun[: len(whole)]),
+            "consumed_tokens": told,
+            "whole_tokens": sum(info.tokens for info in whole),
+            "subsets": [
+                {"subset": name, "tokens": sum(info.tokens_per_subset.get(name, 0) for info in whole)}
+                for name in subsets
+            ],
+            "order": begun,
+        }
+
+    def names(self) -> Facts:
+        """What an answer about the run is about."""
+        return {"run": self.name, "manifest": str(self.manifest.path), "manifest_sha256": self.manifest.sha256}
+
+
+def _config(path: Path) -> dict[str, Any]:
+    """The resolved config that a start leaves behind: only its keys about data and batch are used."""
+    try:
+        config = yaml.safe_load(read_plain_file(path, CONFIG_BYTES))
+        config["data"]["manifest"], int(config["batch"]["global_sequences"])
+    except OSError as error:
+        raise RunError(
+            f"{path} cannot be read ({error.strerror}), and there is no checkpoint to tell instead"
+        ) from None
+    except (yaml.YAMLError, KeyError, TypeError, ValueError, RecursionError):
+        raise RunError(f"{path} does not tell data.manifest and batch.global_sequences; it was changed") from None
+    return dict(config)
+
+
+def _where_now(written: Path, directory: Path, recorded: Collection[str]) -> Path:
+    """The manifest of a config, whose path is relative to where the run was started: above the run, or here.
+
+    Of several the one that the run recorded, whichever comes first.
+    """
+    found = [base / written for base in (*directory.resolve().parents, Path()) if (base / written).is_file()]
+    right = (path for path in found if sha256_file(path) in recorded)
+    return next(right, found[0] if found else written)
+
+
+def last_row(path: Path) -> dict[str, Any] | None:
+    """The last whole line of the metrics, read from the end: a long run has a hundred megabytes of them."""
+    if not path.exists():
+        return None
+    with path.open("rb") as stream:
+        stream.seek(max(0, os.fstat(stream.fileno()).st_size - TAIL_BYTES))
+        lines = stream.read().split(b"\n")[:-1]
+    return _row(path, lines[-1]) if lines else None
+
+
+def rows_of_step(path: Path, step: int) -> list[dict[str, Any]]:
+    """The metrics of every attempt at a step, oldest first."""
+    if not path.exists() or path.stat().st_size == 0:
+        return []
+    found, start = [], b'{"step": %d,' % step
+    with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        at = content.find(start)
+        while at >= 0:
+            end = content.find(b"\n", at)
+            if end < 0:
+                break
+            found.append(_row(path, content[at:end]))
+            at = content.find(start, end)
+    return found
+
+
+def _row(path: Path, line: bytes) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+        int(row["step"])
+    except (ValueError, KeyError, TypeError):
+        raise RunError(f"{path}: a line is damaged ({line[:60]!r}); restore the file") from None
+    return dict(row)

@@ -1,0 +1,1 @@
+"""Phase two: which document goes to which sample and chunk."""

@@ -1,0 +1,77 @@
+"""Which documents repeat the text of an earlier one: over all runs of a pass, in memory that no corpus outgrows.
+
+Texts are told apart by the first 64 bits of their sha256. They are dealt into files by the leading bits, and each file
+is sorted alone. One table of all texts was refused, since it grows with the corpus; so was asking run by run, since the
+first of two equal texts is decided by the names of their sources and may lie in any run.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from k2train.data.prepare.allocate.plan_file import RunPlace
+from k2train.data.prepare.encode.sorted_runs import Run
+
+PART_DOCUMENTS = 2**20
+"""Documents sorted at a time: 24 bytes each, and as much again for the order."""
+MOST_PARTS = 1024
+RECORD = np.dtype([("text", "<u8"), ("order", "<u8"), ("position", "<u8")])
+
+
+def flag_duplicates(
+    folder: Path, work: Path, runs: Sequence[RunPlace], ranks: Mapping[str, int], part_documents: int = PART_DOCUMENTS
+) -> Path:
+    """A file of uint8 `[documents]`, in the order of `runs`: 1 where an equal text stands in front.
+
+    The first of equal texts by (source key, ordinal) stays; documents outside the share count too, so that shares of
+    two recipes never keep the same text. `ranks` orders the source keys, `work` is where the runs are; writes into
+    `folder`.
+    """
+    documents = sum(run.documents for run in runs)
+    flags = folder / "duplicates"
+    with flags.open("wb") as stream:
+        stream.truncate(documents)
+    bits = min(max(0, (documents // part_documents).bit_length()), MOST_PARTS.bit_length() - 1)
+    parts = [folder / f"texts_{number:04d}" for number in range(2**bits)]
+    for path in parts:
+        path.unlink(missing_ok=True)
+    for run in runs:
+        _deal(work, run, ranks, parts, bits)
+    with flags.open("r+b") as stream:
+        for path in parts:
+            if path.exists():
+                _flag(stream.fileno(), np.fromfile(path, dtype=RECORD))
+                path.unlink()
+    return flags
+
+
+def _deal(work: Path, place: RunPlace, ranks: Mapping[str, int], parts: Sequence[Path], bits: int) -> None:
+    run = Run(work / place.path)
+    records = np.empty(place.documents, dtype=RECORD)
+    rank = np.array([ranks[key] for key in run.source_keys], dtype=np.uint64)
+    records["text"] = run.read("texts")
+    records["order"] = (rank[run.read("sources")] << np.uint64(32)) | run.read("ordinals")
+    records["position"] = np.arange(place.first, place.first + place.documents, dtype=np.uint64)
+    if bits == 0:
+        order, ends = np.arange(place.documents), np.array([place.documents])
+    else:
+        part = records["text"] >> np.uint64(64 - bits)
+        order = np.argsort(part, kind="stable")
+        ends = np.cumsum(np.bincount(part.astype(np.int64), minlength=len(parts)))
+    records = records[order]
+    start = 0
+    for path, end in zip(parts, ends.tolist(), strict=True):
+        if end > start:
+            with path.open("ab") as stream:
+                # Not `tofile`, which says nothing of a full disk.
+                stream.write(records[start:end].tobytes())
+        start = end
+
+
+def _flag(descriptor: int, records: "np.ndarray[tuple[int], np.dtype[np.void]]") -> None:
+    records = records[np.lexsort((records["order"], records["text"]))]
+    again = records["position"][1:][records["text"][1:] == records["text"][:-1]]
+    for position in np.sort(again).tolist():
+        os.pwrite(descriptor, b"\1", position)

@@ -1,0 +1,1 @@
+"""Phase one: documents to sorted runs of token ids."""

@@ -1,0 +1,149 @@
+"""Fill-in-the-middle: a document's parts in another order, so that the model learns to write what stands between.
+
+    psm   <fim_prefix> prefix <fim_suffix> suffix <fim_middle> middle
+    spm   <fim_prefix> <fim_suffix> suffix <fim_middle> prefix middle
+
+Both are made of whole documents before packing, cut between two characters; nothing is cut off or padded. Which
+documents, and where, is decided by hashing (seed, source, document), so it depends on no other document, on no order of
+reading and on no clock. A draw from one running generator was refused: one document more would change all that follow.
+
+In `spm` prefix and middle are encoded as one text: the model reads them one behind the other, and a border of pieces at a
+random place inside a word would be a spelling that ordinary text does not have. In `psm` each part stands alone, since
+special tokens part them anyway. Cuts keep to characters, not to what looks like one on a screen: an editor's cursor may
+stand between a letter and its accent too.
+"""
+
+import hashlib
+import struct
+from collections.abc import Iterable, Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from k2train.data.tokenizer import EOS_ID, Ids, Tokenizer
+from k2train.errors import DataError
+
+Kind = Literal["none", "psm", "spm"]
+KINDS: tuple[Kind, ...] = ("none", "psm", "spm")
+"""Their places are the numbers that stand for them in files."""
+SPECIALS = ("<fim_prefix>", "<fim_suffix>", "<fim_middle>")
+SHORTEST_CHARACTERS = 2
+
+
+class Item(NamedTuple):
+    """A document as it is to be encoded; `a` and `b` end the prefix and the middle, counted in characters."""
+
+    text: str
+    kind: Kind = "none"
+    a: int = 0
+    b: int = 0
+
+
+def choose_fim(seed: int, source_key: str, document: str, psm: float, spm: float) -> Kind:
+    """Which kind a document becomes, drawn by its name alone; `psm` and `spm` are shares of the documents.
+
+    One draw decides among the three, so that raising one share leaves the documents of another where they were.
+    """
+    assert min(psm, spm) >= 0 and psm + spm <= 1, f"shares psm {psm} and spm {spm} must lie in [0, 1] together"
+    (word,) = _words("kind", seed, source_key, document, 1)
+    drawn = (word >> 11) * 2.0**-53
+    if drawn < psm:
+        return "psm"
+    return "spm" if drawn >= 1 - spm else "none"
+
+
+def cut_points(seed: int, source_key: str, document: str, n_characters: int) -> tuple[int, int]:
+    """Ends (a, b) of prefix and middle, 0 <= a <= b <= n_characters: two even draws, sorted; parts may be empty."""
+    first, second = _words("cuts", seed, source_key, document, 2)
+    # The upper half of a product: even to one part in 2**64 / n, for any n, without a second draw.
+    a, b = first * (n_characters + 1) >> 64, second * (n_characters + 1) >> 64
+    return min(a, b), max(a, b)
+
+
+def choose_item(seed: int, source_key: str, document: str, text: str, psm: float, spm: float) -> Item:
+    """The document as it is to be encoded. One of fewer than 2 characters has nothing between, and stays plain."""
+    kind = choose_fim(seed, source_key, document, psm, spm)
+    if kind == "none" or len(text) < SHORTEST_CHARACTERS:
+        return Item(text)
+    return Item(text, kind, *cut_points(seed, source_key, document, len(text)))
+
+
+def fim_parts(text: str, a: int, b: int) -> tuple[str, str, str]:
+    """Prefix, middle, suffix; laid end to end they are the text."""
+    assert 0 <= a <= b <= len(text), f"cuts {a} and {b} must lie in order in a text of {len(text)} characters"
+    return text[:a], text[a:b], text[b:]
+
+
+def fim_ids(tokenizer: Tokenizer, text: str, kind: Kind, a: int, b: int) -> Ids:
+    """Ids int32 [n] of one document, without `</s>`; see the head of this module for their order."""
+    return encode_documents(tokenizer, [Item(text, kind, a, b)])[0]
+
+
+def require_specials(tokenizer: Tokenizer) -> None:
+    """Raises DataError when the tokenizer lacks a special token that fill-in-the-middle needs."""
+    missing = [name for name in SPECIALS if name not in tokenizer.specials]
+    if missing:
+        raise DataError(
+            f"tokenizer.specials has no {', '.join(missing)}, which fill_in_the_middle needs; add it, or set psm and "
+            f"spm to 0"
+        )
+
+
+def encode_documents(
+    tokenizer: Tokenizer, items: Sequence[tuple[str, Kind, int, int]], num_threads: int = 1
+) -> list[Ids]:
+    """Ids int32 [n] of each document (text, kind, a, b), without `</s>`; all parts go through one call.
+
+    Raises DataError for text that is not Unicode, and for specials that the tokenizer does not have.
+    """
+    texts: list[str] = []
+    for text, kind, a, b in items:
+        if kind == "none":
+            texts.append(text)
+            continue
+        prefix, middle, suffix = fim_parts(text, a, b)
+        texts += [prefix, suffix, middle] if kind == "psm" else [suffix, prefix + middle]
+    encoded = tokenizer.encode_arrays(texts, num_threads)
+    if len(texts) == len(items):
+        return encoded
+    require_specials(tokenizer)
+    head, turn, last = (np.array([tokenizer.special_id(name)], dtype=np.int32) for name in SPECIALS)
+    ids, parts = [], iter(encoded)
+    for _, kind, _, _ in items:
+        if kind == "none":
+            ids.append(next(parts))
+        elif kind == "psm":
+            ids.append(np.concatenate([head, next(parts), turn, next(parts), last, next(parts)]))
+        else:
+            ids.append(np.concatenate([head, turn, next(parts), last, next(parts)]))
+    return ids
+
+
+def restore(tokenizer: Tokenizer, ids: Iterable[int] | npt.NDArray[np.integer]) -> str:
+    """The document again, from all its ids, plain or of either kind; one `</s>` at the end is left out.
+
+    `psm` with an empty prefix looks like `spm`, and both readings give the same text. Raises DataError for ids that
+    are no whole document, as those of a row that begins inside one.
+    """
+    numbers = [int(token) for token in ids]
+    if numbers and numbers[-1] == EOS_ID:
+        numbers.pop()
+    own = [tokenizer.special_id(name) if name in tokenizer.specials else -1 for name in SPECIALS]
+    found = [place for place, token in enumerate(numbers) if token in own]
+    if not found:
+        return tokenizer.decode(numbers)
+    if [numbers[place] for place in found] != own or found[0] != 0:
+        raise DataError("ids are not one whole fill-in-the-middle document: its three special tokens are not in order")
+    _, turn, last = found
+    prefix, suffix, middle = numbers[1:turn], numbers[turn + 1 : last], numbers[last + 1 :]
+    return b"".join(map(tokenizer.decode_bytes, (prefix, middle, suffix))).decode("utf-8", "replace")
+
+
+def _words(purpose: str, seed: int, source_key: str, document: str, count: int) -> tuple[int, ...]:
+    """`count` 64-bit numbers decided by the names. Each name's length goes along: names may hold any character."""
+    digest = hashlib.sha256(f"k2train fill in the middle: {purpose}\0{seed}".encode())
+    for name in (source_key, document):
+        content = name.encode("utf-8", "surrogatepass")
+        digest.update(len(content).to_bytes(8, "big") + content)
+    return struct.unpack(f">{count}Q", digest.digest()[: 8 * count])

@@ -1,0 +1,1 @@
+"""Import and export of K2's own chunk files."""

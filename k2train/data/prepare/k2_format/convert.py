@@ -1,0 +1,278 @@
+"""K2's chunk files, `chunk_<i>.jsonl`, to a data folder and back: the same ids in the same order.
+
+A chunk is a task of its own and knows nothing of the others. Its `.npy` and `.parquet` are written under another name and
+renamed, and a record, written last, makes it done; so an import that was killed goes on where it was, with the same
+command. All lies in `<output>.work/` until the last chunk is there, then the folder is renamed to `output`.
+
+The chunk keeps K2's number and its lines their order. One big task, or all chunks through one reader, was refused: K2's
+stage 1 is 360 files of 20 GB. `sources.json` is left out on purpose: K2 names files of which each stage took other
+lines, so equal names do not mean equal data.
+"""
+
+import os
+import re
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
+from contextlib import ExitStack, contextmanager, suppress
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from k2train.data.chunk import ChunkInfo, Manifest, check_files, read_manifest, write_manifest
+from k2train.data.manifest import MANIFEST_NAME
+from k2train.data.prepare.k2_format.chunk import ROAD, ImportTask, export_chunk, finished, first_ids, import_chunk
+from k2train.data.prepare.k2_format.provenance import count_pieces
+from k2train.data.prepare.progress import Progress
+from k2train.data.prepare.run.executor import exclusive
+from k2train.data.prepare.run.publish import TOKENIZER_NAME, swap_in, sweep
+from k2train.data.prepare.write.provenance import require_pyarrow
+from k2train.data.tokenizer import Tokenizer
+from k2train.errors import DataError
+from k2train.files import sync_directory, write_synced
+from k2train.text import counted
+
+UNKNOWN_TOKENIZER = "unknown: imported without a tokenizer"
+"""Stands for the tokenizer's hash where none was given; two such folders are taken to have the same."""
+
+
+def import_k2(
+    source: Path,
+    output: Path,
+    *,
+    vocab_size: int = 32032,
+    tokenizer: Path | None = None,
+    tokenizer_sha256: str | None = None,
+    workers: int = 1,
+    progress: Progress | None = None,
+    force: bool = False,
+) -> Manifest:
+    """Make the data folder `output` of the `chunk_<i>.jsonl` (or `.jsonl.zst`) in `source`, or find it made.
+
+    The length of the first line is that of all samples. Without `tokenizer`, which is copied, or its hash, the manifest
+    says that it is unknown. Files of the same names and sizes as an earlier import are taken for the same; `force`
+    imports them anew, and replaces a folder of other data. Raises DataError: file:line for a broken one.
+    """
+    require_pyarrow()
+    progress = progress or Progress(None)
+    files = find_chunks(source)
+    given = Tokenizer.load(tokenizer) if tokenizer is not None else None
+    if given is not None and given.vocab_size > vocab_size:
+        raise DataError(
+            f"vocab_size ({vocab_size}) must be at least that of {tokenizer} ({given.vocab_size}): raise it"
+        )
+    if given is not None and tokenizer_sha256 not in (None, given.sha256):
+        raise DataError(f"{tokenizer}: its hash is {given.sha256[:16]}, tokenizer_sha256 says {tokenizer_sha256!r:.18}")
+    meaning = given.sha256 if given is not None else tokenizer_sha256 or UNKNOWN_TOKENIZER
+    facts: dict[str, Any] = {
+        "name": output.name,
+        "imported": {
+            "road": ROAD,
+            "files": [{"file": path.name, "bytes": path.stat().st_size} for path in files.values()],
+        },
+    }
+    if given is not None:
+        facts["tokenizer"] = {"file": TOKENIZER_NAME, "specials": list(given.specials)}
+    work = output.with_name(output.name + ".work") / "k2_import"
+    found = _found(output, facts["imported"], meaning, vocab_size, force)
+    if found is None or work.exists():
+        with _alone(work, output):
+            # Asked again, since another import may have come to its end before this one was let in.
+            found = _found(output, facts["imported"], meaning, vocab_size, force)
+            if found is None:
+                infos = _run(_tasks(files, work, vocab_size), workers, progress)
+                if given is not None:
+                    given.save(work / "data" / TOKENIZER_NAME)
+                _complete(work / "data", output, infos, meaning, vocab_size, facts)
+            _remove(work)
+    if found is not None:
+        progress.say(f"{output}: holds this import already")
+    return found or read_manifest(output)
+
+
+@contextmanager
+def _alone(work: Path, output: Path) -> Iterator[None]:
+    """Hold the work folder; it goes, with the folders made for it, when the import fails with nothing finished.
+
+    Raises DataError when another import holds it, or when it cannot be made.
+    """
+    made = [folder for folder in output.parents if not folder.exists()]
+    with ExitStack() as held:
+        try:
+            for name in ("records", "data"):
+                (work / name).mkdir(parents=True, exist_ok=True)
+            held.enter_context(exclusive(work))
+        except OSError as error:
+            raise DataError(f"{work}: cannot be made ({error.strerror}); see to it, and start again") from None
+        try:
+            yield
+        finally:
+            if not any(work.glob("records/*.json")):
+                _remove(work)
+                for folder in made:
+                    with suppress(OSError):
+                        folder.rmdir()
+
+
+def _tasks(files: Mapping[int, Path], work: Path, vocab_size: int) -> list[ImportTask]:
+    length = len(first_ids(next(iter(files.values()))))
+    folders = work / "data", work / "records"
+    return [ImportTask(path, f"chunk_{i:03d}", *folders, length, vocab_size) for i, path in files.items()]
+
+
+def _complete(
+    target: Path, output: Path, infos: Sequence[ChunkInfo], meaning: str, vocab_size: int, facts: dict[str, Any]
+) -> None:
+    """Make a data folder of what the tasks left, and give it its name."""
+    sweep(target, infos, {TOKENIZER_NAME})
+    write_manifest(
+        target,
+        tokenizer_sha256=meaning,
+        sequence_length=infos[0].tokens // infos[0].rows,
+        vocab_size=vocab_size,
+        chunks=infos,
+        facts={**facts, "account": _account(infos)},
+    )
+    swap_in(target, output)
+
+
+def find_chunks(source: Path) -> dict[int, Path]:
+    """The chunk files of a folder by ascending number. Raises DataError: none, one missing between two, one twice."""
+    files: dict[int, Path] = {}
+    if not source.is_dir():
+        raise DataError(f"{source}: is no folder; give the one that holds K2's chunk_<i>.jsonl")
+    for path in sorted(source.iterdir()):
+        if found := re.fullmatch(r"chunk_(\d+)\.jsonl(\.zst)?", path.name):
+            number = int(found[1])
+            if number in files:
+                raise DataError(f"{source}: {files[number].name} and {path.name} are the same chunk; remove one")
+            files[number] = path
+    if not files:
+        raise DataError(f"{source}: holds no chunk_<i>.jsonl and no chunk_<i>.jsonl.zst")
+    numbers = sorted(files)
+    if missing := sorted(set(range(numbers[0], numbers[-1])) - set(numbers)):
+        listed = ", ".join(f"chunk_{i}" for i in missing[:3]) + (", ..." if len(missing) > 3 else "")
+        raise DataError(
+            f"{source}: {len(missing)} of chunk_{numbers[0]} to chunk_{numbers[-1]} missing ({listed}); fetch them"
+        )
+    return {number: files[number] for number in numbers}
+
+
+def _found(output: Path, imported: Mapping[str, Any], meaning: str, vocab_size: int, force: bool) -> Manifest | None:
+    """The manifest of `output` when it is this import already. Raises DataError when it must not be replaced."""
+    if not output.exists():
+        return None
+    whole = (output / MANIFEST_NAME).is_file()
+    if not whole and (not output.is_dir() or any(output.iterdir())):
+        raise DataError(f"output: {output} exists and is no data folder; name another, or move it away")
+    if force or not whole:
+        return None
+    before = read_manifest(output)
+    same = (before.facts.get("imported"), before.tokenizer_sha256, before.vocab_size)
+    if same != (imported, meaning, vocab_size):
+        raise DataError(f"output: {output} holds other data: name another, or give --force to replace it")
+    check_files(before)
+    return before
+
+
+def _run(tasks: Sequence[ImportTask], workers: int, progress: Progress) -> list[ChunkInfo]:
+    done = {task.name: info for task in tasks if (info := finished(task))}
+    left = [task for task in tasks if task.name not in done]
+    if left and (workers == 1 or len(left) == 1):
+        for task in progress.over("import", left, unit="chunks"):
+            done[task.name] = import_chunk(task)
+    elif left:
+        with ProcessPoolExecutor(min(workers, len(left)), get_context("spawn")) as pool:
+            futures = [pool.submit(import_chunk, task) for task in left]
+            for future in progress.over("import", _completed(pool, futures), total=len(left), unit="chunks"):
+                info = future.result()
+                done[info.name] = info
+    return [done[task.name] for task in tasks]
+
+
+def _completed(pool: Executor, futures: Sequence[Future[ChunkInfo]]) -> Iterator[Future[ChunkInfo]]:
+    for future in as_completed(futures):
+        if future.exception() is not None:
+            pool.shutdown(wait=False, cancel_futures=True)
+        yield future
+
+
+def _account(infos: Sequence[ChunkInfo]) -> dict[str, dict[str, int]]:
+    """Tokens and samples of each subset. K2 does not say what it left over, so nothing is."""
+    totals: Counter[str] = Counter()
+    for info in infos:
+        totals.update(info.tokens_per_subset)
+    length = infos[0].tokens // infos[0].rows
+    return {
+        name: {
+            "training_documents": tokens // length,
+            "training_tokens": tokens,
+            "used_samples": tokens // length,
+            "used_tokens": tokens,
+            "unused_tokens": 0,
+            "tail_tokens": 0,
+            "held_out_tokens": 0,
+            "held_out_unused_tokens": 0,
+        }
+        for name, tokens in sorted(totals.items())
+    }
+
+
+def _remove(work: Path) -> None:
+    shutil.rmtree(work, ignore_errors=True)
+    with suppress(OSError):
+        work.parent.rmdir()
+
+
+def export_k2(manifest: Manifest, destination: Path, progress: Progress | None = None) -> list[Path]:
+    """Write `chunk_<i>.jsonl` for each training chunk; an imported folder gives back the lines it was imported from.
+
+    Of a row of several documents the first one's source and name are told; see `ProvenanceReader`. Every chunk is
+    checked byte for byte before it is written. The folder appears whole; what a killed export finished beside it is
+    kept by the next one of the same data. The held-out chunk stays: K2 has none. What such files cannot hold is told
+    to `progress` in a line. Raises DataError: a damaged chunk, no provenance, a chunk without a number, a destination
+    that holds anything.
+    """
+    require_pyarrow()
+    progress = progress or Progress(None)
+    files: dict[str, ChunkInfo] = {}
+    for info in manifest.chunks:
+        found = re.fullmatch(r"chunk_(\d+)", info.name)
+        if found is None or info.provenance is None:
+            what = "its name has no number: chunk_<i>" if found is None else "it has no provenance"
+            raise DataError(f"{manifest.path}: {info.name} cannot be exported: {what}")
+        files[f"chunk_{int(found[1])}.jsonl"] = info
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise DataError(f"{destination}: exists already, and an export replaces nothing; name another folder")
+    aside = destination.with_name(destination.name + ".tmp")
+    mark = aside / "of_manifest"
+    if aside.exists() and not (mark.is_file() and mark.read_text("ascii") == manifest.sha256):
+        shutil.rmtree(aside)
+    aside.mkdir(parents=True, exist_ok=True)
+    write_synced(mark, manifest.sha256)
+    left = [(name, info) for name, info in files.items() if not (aside / name).is_file()]
+    for name, info in progress.over("export", left, unit="chunks"):
+        export_chunk(manifest, info, aside / name)
+    for path in aside.iterdir():
+        if path.name not in files:
+            path.unlink()
+    os.replace(aside, destination)
+    sync_directory(destination.parent)
+    if lost := _lost(manifest):
+        progress.say(f"not in these files: {', '.join(lost)}")
+    return [destination / name for name in files]
+
+
+def _lost(manifest: Manifest) -> list[str]:
+    """What K2's files have no place for."""
+    pieces = sum(count_pieces(manifest.folder / str(info.provenance)) for info in manifest.chunks)
+    inside = pieces - sum(info.rows for info in manifest.chunks)
+    lost = []
+    if inside:
+        lost.append(f"the sources of {inside:,} of {pieces:,} pieces (a line names the document its row begins with)")
+    if manifest.held_out is not None:
+        lost.append(f"{manifest.held_out.name} ({counted(manifest.held_out.rows, 'row')})")
+    if any(info.borders is not None for info in manifest.chunks):
+        lost.append("the document borders")
+    return lost

@@ -1,0 +1,1 @@
+"""Running the phases: tasks, executors, estimate, publishing."""

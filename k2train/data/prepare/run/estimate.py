@@ -1,0 +1,274 @@
+"""What a recipe costs before anything is bought for it: tasks, core-hours, disk and memory, from rates measured now.
+
+The rates come from a preparation of the standard library on this machine, done in one process by the very functions
+that do the tasks; the amounts from what the recipe says its documents hold, or from the files where they are. Rates from
+a table were refused: they would be another machine's.
+"""
+
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from k2train.data.manifest import chunk_dtype
+from k2train.data.prepare.allocate.allocate import plan_task
+from k2train.data.prepare.encode.encode import encode_task
+from k2train.data.prepare.encode.vocabulary import obtain_tokenizer
+from k2train.data.prepare.progress import Progress
+from k2train.data.prepare.recipe import Recipe, SubsetRecipe
+from k2train.data.prepare.run.local import workers_of
+from k2train.data.prepare.source import Source
+from k2train.data.prepare.sources.readers import encode_tasks, list_sources
+from k2train.data.prepare.workspace import Workplace, read_json
+from k2train.data.prepare.write.write_chunk import chunk_task
+from k2train.data.tokenizer import Tokenizer
+from k2train.errors import DataError
+from k2train.text import counted
+
+# Enough passes over the standard library that writing chunks takes seconds and not milliseconds.
+PASSES = 16
+CHUNKS = 2
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What one core of this machine did. `run_bytes` and `chunk_bytes` are on disk, for each token."""
+
+    encode_bytes_per_second: float
+    text_bytes_per_token: float
+    chunk_tokens_per_second: float
+    run_bytes_per_token: float
+    chunk_bytes_per_token: float
+    peak_memory_bytes: int
+    tokenizer: str
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a recipe takes; `made_tokens` over all chunks, `encoded_tokens` without repeats.
+
+    `encode_seconds` and `chunk_seconds` are of one core; the `longest_*` are those of one task.
+    """
+
+    encoded_tokens: int
+    made_tokens: int
+    encode_tasks: int
+    chunk_tasks: int
+    encode_seconds: float
+    chunk_seconds: float
+    longest_encode_seconds: float
+    longest_chunk_seconds: float
+    work_bytes: float
+    output_bytes: float
+    task_memory_bytes: int
+    from_files: tuple[str, ...]
+
+    def wall_seconds(self, workers: int) -> float:
+        """With so many tasks at once; a phase is never shorter than its longest task."""
+        encode = max(self.encode_seconds / workers, self.longest_encode_seconds)
+        return encode + max(self.chunk_seconds / workers, self.longest_chunk_seconds)
+
+
+def measure(recipe: Recipe, progress: Progress) -> Rates:
+    """Prepare the standard library in a temporary folder and time it; takes some 20 seconds."""
+    with tempfile.TemporaryDirectory(prefix="k2train-estimate-") as name:
+        sample, tokenizer, words = _sample(recipe, Path(name), progress)
+        listing = list_sources(sample)
+        tasks = encode_tasks(sample, listing)
+        place = Workplace.create(Path(name) / "work", Path(name) / "out.tmp", sample, tokenizer, tasks)
+        progress.say(f"measure: encode the standard library with {words}")
+        encode_seconds = _timed(lambda number: encode_task(place, number), len(tasks))
+        plan_task(place)
+        progress.say(f"measure: write {CHUNKS} chunks")
+        chunk_seconds = _timed(lambda number: chunk_task(place, number), CHUNKS)
+        text_bytes = sum(read_json(place.encode_record(n))["text_bytes"] for n in range(len(place.tasks)))
+        account = read_json(place.folder / "plan" / "plan.json")["account"]["code"]
+        made = account["used_tokens"]
+        return Rates(
+            encode_bytes_per_second=text_bytes / encode_seconds,
+            text_bytes_per_token=text_bytes / account["training_tokens"],
+            chunk_tokens_per_second=made / chunk_seconds,
+            run_bytes_per_token=_size(place.folder / "runs") / (PASSES * account["training_tokens"]),
+            chunk_bytes_per_token=_size(place.target) / made,
+            peak_memory_bytes=_peak_memory_bytes(),
+            tokenizer=words,
+        )
+
+
+def _sample(recipe: Recipe, folder: Path, progress: Progress) -> tuple[Recipe, Tokenizer, str]:
+    """The standard library under the recipe's length and tokenizer; a tokenizer of its size when its file is absent."""
+    tree = {
+        "name": "estimate",
+        "output": folder / "out",
+        "seed": recipe.seed,
+        "sequence_length": recipe.sequence_length,
+        "chunks": CHUNKS,
+        "tokenizer": {"model": folder / "tokenizer.model", "train": {"vocab_size": 16000}},
+        "subsets": {"code": SubsetRecipe(kind="stdlib_code", repeat=PASSES)},
+        "max_rejected_share": 1.0,
+        "executor": recipe.executor.model_dump(),
+    }
+    words = f"a tokenizer of 16,000 pieces trained on it ({recipe.tokenizer.model} is not there)"
+    if recipe.tokenizer.model.exists():
+        tree["tokenizer"] = {"model": recipe.tokenizer.model}
+        words = f"the recipe's tokenizer {recipe.tokenizer.model}"
+    sample = Recipe.model_validate(tree)
+    return sample, obtain_tokenizer(sample, list_sources(sample), progress), words
+
+
+def _timed(task: Callable[[int], None], count: int) -> float:
+    # Of the processor and not of the clock: core-hours must not grow with what else the machine does.
+    began = time.process_time()
+    for number in range(count):
+        task(number)
+    return time.process_time() - began
+
+
+def _peak_memory_bytes() -> int:
+    status = Path("/proc/self/status")
+    if status.exists():
+        # Rather than getrusage, whose figure for a child begins at its parent's.
+        return int(status.read_text("ascii").split("VmHWM:")[1].split()[0]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def cost(recipe: Recipe, rates: Rates) -> Cost:
+    """Raises DataError for subsets without `expected_tokens` whose files are not there, a line for each."""
+    sources = _sources(recipe)
+    one_pass = {name: _tokens_of_one_pass(subset, sources[name], rates) for name, subset in recipe.subsets.items()}
+    made = {
+        name: min(int(one_pass[name] * subset.repeat), subset.limit_tokens or sys.maxsize)
+        for name, subset in recipe.subsets.items()
+    }
+    laid_out = sum(one_pass[name] * subset.passes for name, subset in recipe.subsets.items())
+    wanted = recipe.chunks * (recipe.rows_per_chunk or 0) * recipe.sequence_length
+    total = min(wanted, sum(made.values())) if wanted else sum(made.values())
+    encoded = sum(one_pass.values())
+    encode_seconds = encoded * rates.text_bytes_per_token / rates.encode_bytes_per_second
+    tasks, longest_bytes = _encode_tasks(recipe, sources, one_pass, rates)
+    longest_encode = min(encode_seconds, longest_bytes / rates.encode_bytes_per_second)
+    width = 4 if chunk_dtype(_vocab(recipe)) == "uint32" else 2
+    # The sample is too small to fill a run, which is held until it is written.
+    held_tokens = min(recipe.executor.run_tokens, max(one_pass.values()))
+    return Cost(
+        encoded_tokens=encoded,
+        made_tokens=total,
+        encode_tasks=tasks,
+        chunk_tasks=recipe.chunks + (recipe.held_out is not None),
+        encode_seconds=encode_seconds,
+        chunk_seconds=total / rates.chunk_tokens_per_second,
+        longest_encode_seconds=longest_encode,
+        longest_chunk_seconds=total / recipe.chunks / rates.chunk_tokens_per_second,
+        work_bytes=laid_out * rates.run_bytes_per_token * width / 2,
+        output_bytes=total * rates.chunk_bytes_per_token * width / 2,
+        task_memory_bytes=rates.peak_memory_bytes + held_tokens * width,
+        from_files=tuple(name for name, subset in recipe.subsets.items() if subset.expected_tokens is None),
+    )
+
+
+def _sources(recipe: Recipe) -> dict[str, list[Source] | None]:
+    """The files of each subset; None where they are not there, and the recipe says what they hold."""
+    found: dict[str, list[Source] | None] = {}
+    wrong: list[str] = []
+    for name, subset in recipe.subsets.items():
+        try:
+            found[name] = list_sources(recipe.model_copy(update={"subsets": {name: subset}}))[name]
+        except DataError as error:
+            found[name] = None
+            if subset.expected_tokens is None:
+                words = f"for an estimate without the files give subsets.{name}.expected_tokens"
+                wrong += [f"{line}; {words}" for line in str(error).splitlines()]
+    if wrong:
+        raise DataError("\n".join(wrong))
+    return found
+
+
+def _tokens_of_one_pass(subset: SubsetRecipe, sources: Sequence[Source] | None, rates: Rates) -> int:
+    if subset.expected_tokens is not None or sources is None:
+        return subset.expected_tokens or 0
+    low, high = subset.share
+    part = (high - low) * (subset.documents[1] - subset.documents[0])
+    return int(part * sum(source.size_bytes for source in sources) / rates.text_bytes_per_token)
+
+
+def _encode_tasks(
+    recipe: Recipe, sources: Mapping[str, list[Source] | None], tokens: Mapping[str, int], rates: Rates
+) -> tuple[int, float]:
+    """How many encode tasks there are, and the bytes of the largest: counted where the files are, else by their size."""
+    there = {name: listed for name, listed in sources.items() if listed is not None}
+    subsets = {name: recipe.subsets[name] for name in there}
+    tasks = encode_tasks(recipe.model_copy(update={"subsets": subsets}), there) if there else []
+    sizes = [float(sum(source.size_bytes for source in task.sources)) for task in tasks]
+    most = float(recipe.executor.task_bytes)
+    text_bytes = sum(tokens[name] for name in sources if name not in there) * rates.text_bytes_per_token
+    count = round(text_bytes / most)
+    sizes += [most] if count else [text_bytes]
+    return len(tasks) + max(count, 0 if there else 1), max(sizes)
+
+
+def _vocab(recipe: Recipe) -> int:
+    if recipe.tokenizer.model.exists():
+        return Tokenizer.load(recipe.tokenizer.model, recipe.tokenizer.specials).vocab_size
+    return (recipe.tokenizer.train.vocab_size if recipe.tokenizer.train else 32000) + len(recipe.tokenizer.specials)
+
+
+def estimate_lines(recipe: Recipe, rates: Rates, needs: Cost) -> Sequence[str]:
+    """The estimate for people; times are of this machine's cores."""
+    workers = workers_of(recipe.executor)
+    told = "all cores of this machine; " if recipe.executor.workers is None and recipe.executor.kind == "local" else ""
+    encode, chunks = seconds_text(needs.encode_seconds), seconds_text(needs.chunk_seconds)
+    reads = min(recipe.executor.task_bytes, needs.encoded_tokens * rates.text_bytes_per_token / needs.encode_tasks)
+    lines = [
+        f"{recipe.name}: {tokens_text(needs.encoded_tokens)} tokens to encode once, {tokens_text(needs.made_tokens)} in "
+        f"{counted(recipe.chunks, 'chunk')} of {tokens_text(needs.made_tokens / recipe.chunks)}",
+        "",
+        f"{'':9}{'tasks':>9}  {'one core':>14}   what a task does",
+        f"{'encode':9}{needs.encode_tasks:9,}  {encode:>14}   reads about {bytes_text(reads)} of documents, writes sorted runs",
+        f"{'plan':9}{1:9,}  {'-':>14}   reads the runs' indexes",
+        f"{'chunks':9}{needs.chunk_tasks:9,}  {chunks:>14}   merges its part of the runs, writes one chunk",
+        f"{'together':18}  {seconds_text(needs.encode_seconds + needs.chunk_seconds):>14}   or "
+        f"{seconds_text(needs.wall_seconds(workers))} with {counted(workers, 'worker')} ({told}executor.workers)",
+        "",
+        f"disk      {bytes_text(needs.work_bytes)} of work, removed at the end, and {bytes_text(needs.output_bytes)} of "
+        f"chunks and provenance",
+        f"memory    {bytes_text(needs.task_memory_bytes)} a worker: measured, and what it holds of executor.run_tokens "
+        f"{recipe.executor.run_tokens:,}",
+        "",
+        f"rates of one core, measured now on the standard library with {rates.tokenizer}: encode "
+        f"{bytes_text(rates.encode_bytes_per_second)}/s at {rates.text_bytes_per_token:.2f} bytes a token, chunks "
+        f"{tokens_text(rates.chunk_tokens_per_second)} tokens/s",
+    ]
+    if needs.from_files:
+        lines.append(f"taken from file sizes, as if they were plain text: {', '.join(needs.from_files)}")
+    return lines
+
+
+def _scaled(value: float, units: Sequence[tuple[float, str]]) -> str:
+    """With one digit after the point, in the largest unit of which there is one."""
+    size, unit = next((unit for unit in units if value >= unit[0]), units[-1])
+    text = f"{value / size:,.1f}"
+    return f"{text.removesuffix('.0') if size == units[-1][0] else text}{unit}"
+
+
+def bytes_text(value: float) -> str:
+    """`20 bytes`, `1.5 MB`."""
+    return _scaled(round(value), ((1e12, " TB"), (1e9, " GB"), (1e6, " MB"), (1e3, " KB"), (1, " bytes")))
+
+
+def tokens_text(value: float) -> str:
+    """`812`, `40.3M`, `1,295.7B`."""
+    return _scaled(round(value), ((1e9, "B"), (1e6, "M"), (1e3, "K"), (1, "")))
+
+
+def seconds_text(value: float) -> str:
+    """`below 1 second`, `12 seconds`, `1.5 hours`."""
+    if value < 1:
+        return "below 1 second"
+    return _scaled(value, ((3600, " hours"), (60, " minutes"), (1, " seconds")))

@@ -1,0 +1,126 @@
+"""The phases of a preparation, one after the other, by whichever executor the recipe names.
+
+The driver only starts work, watches marks in the shared folder, and says how far it is. It can be killed at any moment
+and started again: all that it knows lies in that folder. Letting it carry results between phases was refused, since
+then a killed driver would be a lost preparation.
+"""
+
+import fcntl
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Protocol, Self
+
+from k2train.data.prepare.progress import Progress
+from k2train.data.prepare.recipe import ExecutorRecipe
+from k2train.data.prepare.run.local import LocalCrew
+from k2train.data.prepare.run.tasks import Phase, completed, first_failure, phases_of
+from k2train.data.prepare.workspace import Workplace
+from k2train.errors import ConfigError, DataError
+
+POLL_SECONDS = 0.2
+
+
+class Crew(Protocol):
+    """Those who do the tasks. Leaving the with statement ends what must not go on without the driver."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def start(self, phase: Phase) -> None:
+        """Begin what is left of a phase; the phases before it are complete."""
+
+    def poll(self, phase: Phase, seconds: float) -> Exception | None:
+        """Wait about so long; an exception when the phase will not be completed."""
+
+    def finish(self, phase: Phase) -> None:
+        """All tasks of the phase are done."""
+
+    def failed(self, phase: Phase) -> None:
+        """A task of the phase has failed: the others need not go on."""
+
+
+LOCK_NAME = "lock"
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """One driver at a time for a work folder. Raises DataError, at once, naming the process that is at it.
+
+    The kernel frees the lock when its holder ends in whatever way; workers never inherit it.
+    """
+    descriptor = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(descriptor, 64, 0).decode("ascii", "replace").strip() or "not named yet"
+            raise DataError(
+                f"{folder}: this preparation is under way already (pid {holder}); wait for it, or end it first"
+            ) from None
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def run_phases(
+    workplace: Workplace, executor: ExecutorRecipe, progress: Progress, phases: Sequence[Phase] | None = None
+) -> None:
+    """Do all tasks that are not done, holding the work folder; `phases` are those of a preparation when left out.
+
+    Raises the line of the first task that met a user's mistake (DataError), RuntimeError for one that met a bug of ours,
+    ConfigError when the executor cannot be had.
+    """
+    with exclusive(workplace.folder):
+        drive(workplace, executor, progress, phases)
+
+
+def drive(
+    workplace: Workplace, executor: ExecutorRecipe, progress: Progress, phases: Sequence[Phase] | None = None
+) -> None:
+    """`run_phases` for a caller that holds the folder itself."""
+    # Tasks on other machines, or in other working directories, find the folder by its whole name.
+    workplace = replace(workplace, folder=workplace.folder.resolve())
+    phases = phases_of(workplace) if phases is None else phases
+    with _crew(workplace, phases, executor, progress) as crew:
+        for phase in phases:
+            for _ in progress.over(phase.name, _watch(workplace, phase, crew), total=phase.tasks, unit="tasks"):
+                pass
+
+
+def _crew(workplace: Workplace, phases: Sequence[Phase], executor: ExecutorRecipe, progress: Progress) -> Crew:
+    if find_spec("datatrove") is None:
+        raise ConfigError("preparing data needs datatrove: pip install 'k2train[data]'")
+    if executor.kind == "slurm":
+        # Loads datatrove's SLURM executor into this process, which the local one does not need.
+        from k2train.data.prepare.run.slurm import SlurmCrew
+
+        return SlurmCrew(workplace, phases, executor, progress)
+    if executor.kind == "ray" and find_spec("ray") is None:
+        raise ConfigError("executor.kind ray needs ray: pip install ray")
+    return LocalCrew(workplace, phases, executor)
+
+
+def _watch(workplace: Workplace, phase: Phase, crew: Crew) -> Iterator[int]:
+    """The numbers of done tasks, as they get done; ends when all are."""
+    crew.start(phase)
+    shown: set[int] = set()
+    trouble: Exception | None = None
+    while True:
+        done = completed(workplace, phase)
+        yield from sorted(done - shown)
+        shown |= done
+        if len(done) == phase.tasks:
+            crew.finish(phase)
+            return
+        failure = first_failure(workplace, phase) or trouble
+        if failure is not None:
+            crew.failed(phase)
+            raise failure
+        trouble = crew.poll(phase, POLL_SECONDS)

@@ -1,0 +1,223 @@
+"""datatrove's local and Ray executors in a process of their own, so that they end when the driver does.
+
+`python -m k2train.data.prepare.run.local FD` is a small server: it loads datatrove once, and forks for every phase that the
+driver asks for over a socket. A fork starts in milliseconds, and when it ends all memory of the phase is given back.
+The server leads a process group that holds every worker. When the driver goes, however it goes, the kernel closes the
+socket, and the server kills the group: nobody has to be told, and no worker is left. Running datatrove in the driver
+was refused: its manager process outlives a killed parent, its pool cannot be ended from outside, and its log lines come
+to the terminal; here they go to a file.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from k2train.data.prepare.recipe import ExecutorRecipe
+from k2train.data.prepare.run.tasks import Phase, PhaseTask, explain, settle, tail_of
+from k2train.data.prepare.workspace import Workplace
+from k2train.errors import DataError
+
+CLUSTER_WORKERS = 64
+POLL_SECONDS = 0.05
+DOUBT_SECONDS = 2.0
+ROOT = Path(__file__).resolve().parents[4]
+# With -m the working directory would come first, and with it whatever k2train lies there instead of the driver's own.
+_SERVER = "import sys; sys.path.insert(0, sys.argv.pop(1)); from k2train.data.prepare.run.local import main; main(sys.argv[1:])"
+
+
+def workers_of(executor: ExecutorRecipe) -> int:
+    """Tasks at once: as the recipe says; else the cores that this process may use, or 64 on a cluster."""
+    if executor.workers is not None:
+        return executor.workers
+    if executor.kind != "local":
+        return CLUSTER_WORKERS
+    # A container may use fewer cores than the machine has; not every system can tell.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _pipeline(workplace: Workplace, phase: Phase, executor: ExecutorRecipe) -> Any:
+    common = {
+        "pipeline": [PhaseTask(workplace.folder, phase)],
+        "tasks": phase.tasks,
+        "workers": min(workers_of(executor), phase.tasks),
+        "logging_dir": str(phase.logs(workplace)),
+    }
+    if executor.kind == "ray":
+        from datatrove.executor.ray import RayPipelineExecutor
+
+        return RayPipelineExecutor(**common, mem_per_cpu_gb=executor.memory_gb)
+    from datatrove.executor.local import LocalPipelineExecutor
+
+    # The process that starts the workers has done nothing yet: a fork of it is small and holds no lock.
+    return LocalPipelineExecutor(**common, start_method="fork")
+
+
+def _run_phase(connection: Connection, workplace: Workplace, phase: Phase, executor: ExecutorRecipe) -> int:
+    try:
+        _pipeline(workplace, phase, executor).run()
+    except BaseException as error:
+        connection.send(explain(error, workplace.folder))
+        return 1
+    return 0
+
+
+def serve(connection: Connection) -> None:
+    """Run phases by their numbers until the driver closes its end."""
+    import datatrove.executor.local  # noqa: F401  (loaded once, for every fork)
+
+    folder, executor, phases = connection.recv()
+    workplace = Workplace.open(folder)
+    child = 0
+    while True:
+        if connection.poll(POLL_SECONDS if child else None):
+            phase = phases[connection.recv()]
+            assert child == 0, f"{phase.name} was asked for while another phase runs"
+            child = os.fork()
+            if child == 0:
+                code = 1
+                try:
+                    code = _run_phase(connection, workplace, phase, executor)
+                finally:
+                    sys.stderr.flush()
+                    os._exit(code)
+        if child:
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
+                child = 0
+                connection.send(os.waitstatus_to_exitcode(status))
+
+
+class LocalCrew:
+    """Workers on this machine, or the driver of a Ray cluster's; leave the with statement and they are gone."""
+
+    def __init__(self, workplace: Workplace, phases: Sequence[Phase], executor: ExecutorRecipe) -> None:
+        self.workplace, self.phases, self.executor = workplace, list(phases), executor
+        self.log = workplace.folder / "logs" / f"{executor.kind}.log"
+        self.server: subprocess.Popen[bytes] | None = None
+        self._running = False
+        self._said: tuple[str, bool] | None = None
+        self._doubt: float | None = None
+
+    def __enter__(self) -> "LocalCrew":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.server is None:
+            return
+        # The server's number stays its own until it is waited for, so this cannot meet another group.
+        with suppress(ProcessLookupError):
+            os.killpg(self.server.pid, signal.SIGKILL)
+        self.server.wait()
+        with suppress(ProcessLookupError):
+            # Their last writes are over when the group is gone; whoever does not bury its dead is not waited for.
+            for _attempt in range(100):
+                os.killpg(self.server.pid, 0)
+                time.sleep(0.01)
+        self.connection.close()
+
+    def _start_server(self) -> None:
+        self.connection, there = Pipe()
+        with there, self.log.open("wb") as log:
+            self.server = subprocess.Popen(
+                [sys.executable, "-P", "-c", _SERVER, str(ROOT), str(there.fileno())],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=[there.fileno()],
+                start_new_session=True,
+            )
+        with suppress(BrokenPipeError):
+            self.connection.send((self.workplace.folder, self.executor, self.phases))
+
+    def start(self, phase: Phase) -> None:
+        """Begin what is left of a phase."""
+        if settle(self.workplace, phase) == 0:
+            return
+        if self.server is None:
+            self._start_server()
+        with suppress(BrokenPipeError):
+            self.connection.send(self.phases.index(phase))
+        self._running, self._said = True, None
+
+    def poll(self, phase: Phase, seconds: float) -> Exception | None:
+        """Wait a moment; an exception when the phase cannot be completed any more."""
+        assert self.server is not None, "poll before start"
+        with suppress(EOFError, ConnectionError):
+            while self._running and self.connection.poll(seconds):
+                message = self.connection.recv()
+                if isinstance(message, tuple):
+                    self._said = message
+                else:
+                    self._running = False
+                    return self._ended(phase, message)
+        if self.server.poll() is not None:
+            return self._ended(phase, self.server.returncode)
+        killed = self._killed(phase)
+        if killed is None:
+            self._doubt = None
+        elif self._doubt is None:
+            # A pool that ends because a task failed kills its workers too, and says so a moment later.
+            self._doubt = time.monotonic()
+        elif time.monotonic() - self._doubt > DOUBT_SECONDS:
+            return killed
+        return None
+
+    def finish(self, phase: Phase) -> None:
+        """Wait for the phase's processes to end, when all its tasks are done."""
+        while self._running and self.poll(phase, 1.0) is None:
+            pass
+
+    def failed(self, phase: Phase) -> None:
+        """The other tasks end with the with statement."""
+
+    def _ended(self, phase: Phase, code: int) -> Exception | None:
+        if self._said is not None:
+            line, mistake = self._said
+            if mistake:
+                return DataError(line)
+            return RuntimeError(f"{phase.name} failed: {line}; the log is {self.log}, and ends:\n{tail_of(self.log)}")
+        if code < 0:
+            return self._killed(phase) or DataError(f"{phase.name}: the worker {_fate(code)}")
+        return RuntimeError(
+            f"{phase.name} ended with code {code}; the log is {self.log}, and ends:\n{tail_of(self.log)}"
+        )
+
+    def _killed(self, phase: Phase) -> Exception | None:
+        """A pool waits for ever for a worker that the system killed: its sign stands, and its process is gone."""
+        if self.executor.kind != "local":
+            return None
+        for sign in sorted((phase.logs(self.workplace) / "running").iterdir()):
+            with suppress(FileNotFoundError, ValueError):
+                if not _lives(int(sign.read_text("ascii"))) and sign.exists():
+                    return DataError(f"task {int(sign.name)} of {phase.name} {_fate(-9)}")
+        return None
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _fate(code: int) -> str:
+    return (
+        f"was killed (signal {-code}), most often for want of memory: start again with a smaller executor.workers "
+        "or executor.run_tokens; what is finished is kept"
+    )
+
+
+def main(arguments: Sequence[str]) -> None:
+    try:
+        serve(Connection(int(arguments[0])))
+    except (EOFError, OSError):
+        os.killpg(0, signal.SIGKILL)

@@ -1,0 +1,236 @@
+"""A recipe and its documents to a data folder: check, split into tasks, have them done, finish.
+
+Everything that is chosen is chosen by a key, so the same recipe over the same documents gives the same bytes, whoever
+does the tasks and however often they are killed; and doing it again finds that out from hashes and does nothing.
+Modification times were refused as the test of freshness: they change when nothing does, and do not when a disk loses a
+block.
+"""
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from k2train.data.manifest import MANIFEST_NAME, SOURCES_NAME, Manifest, read_manifest
+from k2train.data.prepare.encode.encode import changed_sources, sources_identity
+from k2train.data.prepare.encode.fill_in_middle import require_specials
+from k2train.data.prepare.encode.vocabulary import obtain_tokenizer
+from k2train.data.prepare.progress import Progress
+from k2train.data.prepare.recipe import Recipe
+from k2train.data.prepare.run.executor import LOCK_NAME, exclusive, run_phases
+from k2train.data.prepare.run.publish import TOKENIZER_NAME, damaged, finish, is_data_folder
+from k2train.data.prepare.source import Source
+from k2train.data.prepare.sources.readers import encode_tasks, list_sources
+from k2train.data.prepare.sources.rejected import REJECTED_NAME
+from k2train.data.prepare.workspace import CONTEXT_NAME, EncodeTask, Workplace, listing_sha256, read_json
+from k2train.data.tokenizer import Tokenizer
+from k2train.errors import DataError
+
+# Part of the identity of a preparation: raise it when the same recipe would give other bytes.
+ROAD = 2
+
+OTHER_FILES = {LOCK_NAME, MANIFEST_NAME, SOURCES_NAME, REJECTED_NAME, TOKENIZER_NAME}
+WORK_PARTS = {
+    REJECTED_NAME,
+    CONTEXT_NAME,
+    LOCK_NAME,
+    "sources.jsonl",
+    TOKENIZER_NAME,
+    "runs",
+    "plan",
+    "chunks",
+    "failures",
+    "logs",
+}
+
+Listing = dict[str, list[Source]]
+
+
+def prepare(recipe: Recipe, force: bool = False, progress: Progress | None = None) -> tuple[Manifest, bool]:
+    """Make the data folder, or find it made: its manifest, and whether it was made now.
+
+    A start that was killed is gone on with. Raises DataError when the folder holds something else or an earlier start
+    read other documents (and `force` is not given), or the documents do not suffice.
+    """
+    progress = progress or Progress(None)
+    before = None if force else _existing(recipe)
+    listing = list_sources(recipe)
+    if before is not None:
+        _check_made(before, recipe, listing)
+        _remove_work(recipe)
+        return before, False
+    target = target_of(recipe)
+    _refuse_foreign(recipe, target)
+    tokenizer = obtain_tokenizer(recipe, listing, progress)
+    if any(s.fill_in_the_middle.psm or s.fill_in_the_middle.spm for s in recipe.subsets.values()):
+        require_specials(tokenizer)
+    for folder in (recipe.work_folder, target):
+        folder.mkdir(parents=True, exist_ok=True)
+    # Both, since two recipes may name one output and different folders for their work.
+    with exclusive(recipe.work_folder), exclusive(target):
+        if not force and _existing(recipe) is not None:
+            raise DataError(f"{recipe.output}: was prepared by another process just now; start again to check it")
+        workplace = _workplace(recipe, target, tokenizer, listing, force, progress)
+        run_phases(workplace, recipe.executor, progress)
+        records = [read_json(workplace.encode_record(number)) for number in range(len(workplace.tasks))]
+        manifest = finish(workplace, sources_identity(records), ROAD)
+        shutil.rmtree(workplace.folder, ignore_errors=True)
+    _remove_work(recipe)
+    return manifest, True
+
+
+def _remove_work(recipe: Recipe) -> None:
+    """What a start that was killed behind its last rename left of this output; the folder, when that was all."""
+    work, target = recipe.work_folder, target_of(recipe)
+    with suppress(OSError, DataError), exclusive(work):
+        for folder in _works(work):
+            if Workplace.open(folder).target.resolve() == target.resolve():
+                shutil.rmtree(folder, ignore_errors=True)
+        if {path.name for path in work.iterdir()} == {LOCK_NAME}:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def _works(work: Path) -> list[Path]:
+    """The folders of preparations under way."""
+    return [path for path in sorted(work.iterdir()) if (path / CONTEXT_NAME).is_file()]
+
+
+def target_of(recipe: Recipe) -> Path:
+    """The data folder while it is made."""
+    return recipe.output.with_name(recipe.output.name + ".tmp")
+
+
+def _refuse_foreign(recipe: Recipe, target: Path) -> None:
+    """Raises DataError for a folder that holds what no preparation wrote: it would be in the way, or lost."""
+    if recipe.output.exists() and not is_data_folder(recipe.output):
+        raise DataError(f"output: {recipe.output} exists and is no data folder; name another, or move it away")
+    work = recipe.work_folder
+    for folder in (recipe.output.resolve(), target.resolve()):
+        if work.resolve().is_relative_to(folder) or folder.is_relative_to(work.resolve()):
+            raise DataError(f"work: {work} and output: {recipe.output} lie one inside the other; name another work")
+    for key, folder, ours in (("work", work, _is_work), ("output", target, _is_ours)):
+        if folder.exists() and not folder.is_dir():
+            raise DataError(f"{key}: {folder} is no folder; move it away")
+        foreign = next((path for path in sorted(folder.iterdir()) if not ours(path)), None) if folder.exists() else None
+        if foreign is not None:
+            raise DataError(f"{key}: {foreign} was not written by a preparation; move it away, or name another {key}")
+
+
+def _is_work(path: Path) -> bool:
+    if path.name in (LOCK_NAME, "k2_import"):
+        return True
+    # By its name and parts, since one that was killed at its start has no context yet.
+    is_identity = re.fullmatch(r"[0-9a-f]{16}", path.name) is not None and path.is_dir()
+    return is_identity and all(part.name in WORK_PARTS or part.suffix == ".tmp" for part in path.iterdir())
+
+
+def _is_ours(path: Path) -> bool:
+    parts = r"(chunk_\d+|held_out)(\.borders)?\.(npy|parquet)"
+    return path.suffix == ".tmp" or path.name in OTHER_FILES or re.fullmatch(parts, path.name) is not None
+
+
+def _existing(recipe: Recipe) -> Manifest | None:
+    """The finished folder. Raises DataError when it is of another recipe."""
+    if not (recipe.output / MANIFEST_NAME).is_file():
+        return None
+    before = read_manifest(recipe.output)
+    _refuse_other(before, {"recipe_sha256": recipe.sha256, "road": ROAD})
+    return before
+
+
+def _check_made(before: Manifest, recipe: Recipe, listing: Listing) -> None:
+    """Raises DataError unless the folder is what the recipe and the documents give, to the last byte of both."""
+    if recipe.tokenizer.model.exists():
+        tokenizer = Tokenizer.load(recipe.tokenizer.model, recipe.tokenizer.specials)
+        _refuse_other(before, {"tokenizer_sha256": tokenizer.sha256})
+    if broken := damaged(before):
+        raise DataError(
+            f"{before.folder}: {', '.join(broken)} missing or not as the manifest says; --force prepares it anew"
+        )
+    known = json.loads((before.folder / SOURCES_NAME).read_text("utf-8"))["files"]
+    if changed := changed_sources(_all_sources(listing), known):
+        raise DataError(
+            f"{before.folder} was prepared from other documents (by Python {before.facts.get('python')}): {_few(changed)} "
+            f"missing, new or changed since; name another output, or give --force to replace it"
+        )
+    _refuse_other(before, {"listing_sha256": _listing_sha256(listing)})
+
+
+def _listing_sha256(listing: Listing) -> str:
+    return listing_sha256({(name, source.key) for name, sources in listing.items() for source in sources})
+
+
+def _all_sources(listing: Listing) -> list[Source]:
+    return list({source.key: source for listed in listing.values() for source in listed}.values())
+
+
+def _few(names: Sequence[str]) -> str:
+    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+
+
+def _refuse_other(before: Manifest, wanted: Mapping[str, Any]) -> None:
+    found = {**before.facts, "tokenizer_sha256": before.tokenizer_sha256}
+    words = {
+        "recipe_sha256": "another recipe",
+        "road": "another version of the preparation",
+        "tokenizer_sha256": "another tokenizer",
+        "listing_sha256": "other files, or the same given to other subsets",
+    }
+    for key, value in wanted.items():
+        if found.get(key) != value:
+            raise DataError(
+                f"{before.folder} was prepared from {words[key]} ({key} {str(found.get(key))[:12]}, now "
+                f"{str(value)[:12]}): name another output, or give --force to replace it"
+            )
+
+
+def _workplace(
+    recipe: Recipe, target: Path, tokenizer: Tokenizer, listing: Listing, force: bool, progress: Progress
+) -> Workplace:
+    """The folder of this preparation, as an earlier start left it or fresh; what others began for this output is removed."""
+    identity = hashlib.sha256(f"{recipe.sha256} {tokenizer.sha256} {ROAD}".encode()).hexdigest()[:16]
+    folder = recipe.work_folder / identity
+    begun = (folder / CONTEXT_NAME).is_file() and not force
+    for other in _works(recipe.work_folder):
+        mine = Workplace.open(other).target.resolve() == target.resolve()
+        if mine and (other != folder or not begun):
+            progress.say(f"remove {other}: " + ("started over" if other == folder else "of another recipe"))
+            shutil.rmtree(other)
+    if not begun:
+        for path in target.iterdir():
+            if path.name != LOCK_NAME:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        return Workplace.create(folder, target, recipe, tokenizer, encode_tasks(recipe, listing))
+    workplace = Workplace.open(folder)
+    _refuse_changed(workplace, listing)
+    progress.say(f"go on with the preparation in {folder}")
+    # The tasks keep their numbers; what does not decide bytes, as who does them and where files lie, may be another now.
+    now = {source.key: source for source in _all_sources(listing)}
+    tasks = [EncodeTask(task.subsets, tuple(now[s.key] for s in task.sources)) for task in workplace.tasks]
+    return Workplace.create(folder, target, recipe, tokenizer, tasks)
+
+
+def _refuse_changed(workplace: Workplace, listing: Listing) -> None:
+    """Raises DataError when a source is not what the earlier start listed, or read."""
+    begun = [source for task in workplace.tasks for source in task.sources]
+    then = {source.key: source.size_bytes for source in begun}
+    now = {source.key: source.size_bytes for source in _all_sources(listing)}
+    changed = sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key))
+    if not changed and workplace.listing_sha256 != _listing_sha256(listing):
+        raise DataError(
+            f"{workplace.folder}: was begun with the files of its subsets given out otherwise; bring the recipe's paths "
+            f"back, or give --force to start over"
+        )
+    if not changed:
+        read = [record for n in range(len(workplace.tasks)) if (record := read_json(workplace.encode_record(n)))]
+        known = {source["key"]: source for record in read for source in record["sources"]}
+        changed = changed_sources([source for source in _all_sources(listing) if source.key in known], known)
+    if changed:
+        raise DataError(
+            f"{_few(changed)}: missing, new or changed since this preparation began in {workplace.folder}; bring the "
+            f"files, or the recipe's paths, back, or give --force to start over"
+        )

@@ -1,0 +1,162 @@
+"""The end of a preparation: what the tasks left becomes a data folder, all at once.
+
+The chunks lie in `<output>.tmp` already; the sources, the rejected lines and the tokenizer join them, the manifest comes
+last, and the folder is renamed. Writing into the final folder from the start was refused: half a folder looks like a
+whole one to everything that lists files.
+"""
+
+import os
+import platform
+import shutil
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from k2train.data.chunk import ChunkInfo, Manifest
+from k2train.data.manifest import MANIFEST_NAME, SOURCES_NAME, read_manifest, write_manifest
+from k2train.data.prepare.sources.rejected import REJECTED_NAME, rejected_lines
+from k2train.data.prepare.workspace import HELD_OUT, Workplace, read_json, write_json
+from k2train.data.tokenizer import Tokenizer
+from k2train.errors import DataError
+from k2train.files import AtomicFile, sha256_file, sync_directory
+
+TOKENIZER_NAME = "tokenizer.model"
+
+
+def finish(workplace: Workplace, inputs: str, road: int) -> Manifest:
+    """Complete the target folder and give it its name. `inputs` is the identity of the documents."""
+    recipe, target, plan = workplace.recipe, workplace.target, read_json(workplace.folder / "plan" / "plan.json")
+    records = {name: read_json(workplace.chunk_record(name)) for name in workplace.chunk_names}
+    infos = {name: ChunkInfo(**record["info"]) for name, record in records.items()}
+    held_out = infos.pop(HELD_OUT, None)
+    sources = _write_sources(workplace, plan["sources"], {name: r["sources"] for name, r in records.items()})
+    rejected = _write_rejected(workplace)
+    tokenizer = workplace.tokenizer
+    with AtomicFile(target / TOKENIZER_NAME) as stream:
+        stream.write(tokenizer.model)
+    facts: dict[str, Any] = {
+        "name": recipe.name,
+        "recipe_sha256": recipe.sha256,
+        "recipe": recipe.identity,
+        "inputs_sha256": inputs,
+        "listing_sha256": workplace.listing_sha256,
+        "sources_sha256": sources,
+        "rejected_sha256": rejected,
+        "tokenizer": {"file": TOKENIZER_NAME, "specials": list(tokenizer.specials)},
+        "road": road,
+        "python": platform.python_version(),
+        "seed": recipe.seed,
+        "dropped_tail_tokens": {name: entry["tail_tokens"] for name, entry in plan["account"].items()},
+        "account": plan["account"],
+        "document_keys": plan["document_keys"],
+    }
+    chunks = [info for info in (*infos.values(), held_out) if info is not None]
+    sweep(target, chunks, {SOURCES_NAME, REJECTED_NAME, TOKENIZER_NAME})
+    write_manifest(
+        target,
+        tokenizer_sha256=tokenizer.sha256,
+        sequence_length=recipe.sequence_length,
+        vocab_size=tokenizer.vocab_size,
+        chunks=list(infos.values()),
+        held_out=held_out,
+        facts=facts,
+    )
+    swap_in(target, recipe.output)
+    return read_manifest(recipe.output)
+
+
+def _write_sources(workplace: Workplace, keys: Sequence[str], used: Mapping[str, str]) -> str:
+    """`sources.json`: what was read, with size and hash; who was trained on or held out; shares of what is split inside."""
+    bits = {
+        name: np.unpackbits(np.frombuffer(bytes.fromhex(text), np.uint8))[: len(keys)] for name, text in used.items()
+    }
+    parts = {
+        "training": [name for name in bits if name != HELD_OUT],
+        HELD_OUT: [name for name in bits if name == HELD_OUT],
+    }
+    inside = _split_inside(workplace)
+    content: dict[str, Any] = {}
+    for part, names in parts.items():
+        taken = np.bitwise_or.reduce([bits[name] for name in names]) if names else np.zeros(len(keys), np.uint8)
+        content[part] = sorted(key for key, one in zip(keys, taken, strict=True) if one and key not in inside)
+    content["shares"] = inside
+    files: dict[str, dict[str, Any]] = {}
+    for number in range(len(workplace.tasks)):
+        for source in read_json(workplace.encode_record(number))["sources"]:
+            files[source["key"]] = {"bytes": source["bytes"], "sha256": source["sha256"]}
+    content["files"] = dict(sorted(files.items()))
+    write_json(workplace.target / SOURCES_NAME, content)
+    return sha256_file(workplace.target / SOURCES_NAME)
+
+
+def _split_inside(workplace: Workplace) -> dict[str, list[float]]:
+    """Sources of which only a share of the documents may be used: their names do not say what was seen."""
+    shares: dict[str, list[float]] = {}
+    for task in workplace.tasks:
+        subset = workplace.recipe.subsets[task.subsets[0]]
+        if subset.split_by == "document":
+            shares |= {source.key: list(subset.share) for source in task.sources}
+    return dict(sorted(shares.items()))
+
+
+def _write_rejected(workplace: Workplace) -> str:
+    with AtomicFile(workplace.target / REJECTED_NAME) as stream:
+        for line in rejected_lines(workplace):
+            stream.write(line)
+    return sha256_file(workplace.target / REJECTED_NAME)
+
+
+def sweep(target: Path, infos: Sequence[ChunkInfo], others: Collection[str]) -> None:
+    """Remove what killed attempts left beside the files of the chunks and the `others`."""
+    kept = {*others}
+    for info in infos:
+        kept |= {name for name in (info.file, info.provenance, info.borders) if name}
+    for path in target.iterdir():
+        if path.name not in kept:
+            path.unlink()
+
+
+def swap_in(target: Path, output: Path) -> None:
+    """Give a complete folder its name; the folder of that name is removed when the new one is in its place."""
+    old = output.with_name(output.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if output.exists():
+        os.replace(output, old)
+    os.replace(target, output)
+    sync_directory(output.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def is_data_folder(folder: Path) -> bool:
+    """Whether `folder` may be replaced: it is a data folder, or empty, and nothing else is ever deleted."""
+    return folder.is_dir() and ((folder / MANIFEST_NAME).is_file() or not any(folder.iterdir()))
+
+
+def damaged(manifest: Manifest) -> list[str]:
+    """Files of a data folder that are missing or do not have the hash of the manifest."""
+    expected: dict[str, str] = {}
+    for info in manifest.all_chunks():
+        expected[info.file] = info.sha256
+        if info.provenance:
+            expected[info.provenance] = str(info.provenance_sha256)
+        if info.borders:
+            expected[info.borders] = str(info.borders_sha256)
+    for name, fact in ((SOURCES_NAME, "sources_sha256"), (REJECTED_NAME, "rejected_sha256")):
+        if fact in manifest.facts:
+            expected[name] = manifest.facts[fact]
+    paths = {name: manifest.folder / name for name in expected}
+    broken = [name for name, path in paths.items() if not path.is_file() or sha256_file(path) != expected[name]]
+    return broken + _damaged_tokenizer(manifest)
+
+
+def _damaged_tokenizer(manifest: Manifest) -> list[str]:
+    told = manifest.facts.get("tokenizer")
+    if not isinstance(told, dict):
+        return []
+    try:
+        found = Tokenizer.load(manifest.folder / told["file"], told["specials"]).sha256
+    except DataError:
+        found = ""
+    return [] if found == manifest.tokenizer_sha256 else [told["file"]]

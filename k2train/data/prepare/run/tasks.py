@@ -1,0 +1,211 @@
+"""The phases of a preparation, and one task of a phase as datatrove runs it.
+
+Done is what the records say: a record is written last, and every file it lists must lie there in its size. datatrove
+keeps marks of its own (`completions/`), written after the record; before a phase starts they are made to agree with the
+records, so that a finished task is never redone and a half-done one always is. Trusting the marks alone was refused:
+one outlives the output that somebody deletes, and a crash may fall between output and mark.
+"""
+
+import errno
+import os
+import shutil
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from k2train.data.prepare.workspace import Workplace, read_json, write_json
+from k2train.errors import DataError, UserError
+
+
+class TaskStopped(RuntimeError):
+    """A task that met a user's mistake; the message is the line to show. Anything else that ends a task is our bug."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """`tasks` calls of `work(workplace, number)` that need nothing of each other; each leaves `record(workplace, number)`.
+
+    `work` and `record` are functions of a module, since other processes find them by their names.
+    """
+
+    name: str
+    tasks: int
+    work: Callable[[Workplace, int], object]
+    record: Callable[[Workplace, int], Path]
+
+    def logs(self, workplace: Workplace) -> Path:
+        """datatrove's folder: `completions/`, `logs/task_00000.log`, `stats/`; and `running/`."""
+        return workplace.folder / "logs" / self.name
+
+    def log(self, workplace: Workplace, number: int) -> Path:
+        return self.logs(workplace) / "logs" / f"task_{number:05d}.log"
+
+
+def _encode(workplace: Workplace, number: int) -> None:
+    # The phases import what they need where it runs: the driver of a cluster needs none of it.
+    from k2train.data.prepare.encode.encode import encode_task
+
+    encode_task(workplace, number)
+
+
+def _plan(workplace: Workplace, number: int) -> None:
+    from k2train.data.prepare.allocate.allocate import plan_task
+
+    plan_task(workplace)
+
+
+def _chunk(workplace: Workplace, number: int) -> None:
+    from k2train.data.prepare.write.write_chunk import chunk_task
+
+    chunk_task(workplace, number)
+
+
+def _encode_record(workplace: Workplace, number: int) -> Path:
+    return workplace.encode_record(number)
+
+
+def _plan_record(workplace: Workplace, number: int) -> Path:
+    return workplace.folder / "plan" / "plan.json"
+
+
+def _chunk_record(workplace: Workplace, number: int) -> Path:
+    return workplace.chunk_record(workplace.chunk_names[number])
+
+
+def phases_of(workplace: Workplace) -> list[Phase]:
+    """What a preparation does, in this order; each phase needs all of the one before."""
+    return [
+        Phase("encode", len(workplace.tasks), _encode, _encode_record),
+        Phase("plan", 1, _plan, _plan_record),
+        Phase("chunks", len(workplace.chunk_names), _chunk, _chunk_record),
+    ]
+
+
+def is_done(workplace: Workplace, phase: Phase, number: int) -> bool:
+    """Whether the task's record is there, and every file it lists, in its size.
+
+    A record holds `files`: [{`path`, `bytes`, `base`: `folder` (the work folder, when left out) or `target`}].
+    """
+    try:
+        record = read_json(phase.record(workplace, number))
+        if record is None:
+            return False
+        bases = {"folder": workplace.folder, "target": workplace.target}
+        default = record.get("base", "folder")
+        for file in record.get("files", []):
+            if os.stat(bases[file.get("base", default)] / file["path"]).st_size != file["bytes"]:
+                return False
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def settle(workplace: Workplace, phase: Phase) -> int:
+    """Make datatrove's marks agree with the records, forget old failures; returns the number of tasks left to do."""
+    completions, running = (phase.logs(workplace) / part for part in ("completions", "running"))
+    completions.mkdir(parents=True, exist_ok=True)
+    running.mkdir(parents=True, exist_ok=True)
+    marked = completed(workplace, phase)
+    for stale in running.iterdir():
+        stale.unlink(missing_ok=True)
+    left = 0
+    for number in range(phase.tasks):
+        workplace.failure(phase.name, number).unlink(missing_ok=True)
+        mark = completions / f"{number:05d}"
+        if not is_done(workplace, phase, number):
+            left += 1
+            if number in marked:
+                mark.unlink(missing_ok=True)
+        elif number not in marked:
+            mark.touch()
+    return left
+
+
+def completed(workplace: Workplace, phase: Phase) -> set[int]:
+    """Numbers of the tasks that are marked: one look at a folder, however many there are."""
+    with suppress(FileNotFoundError):
+        names = os.listdir(phase.logs(workplace) / "completions")
+        return {int(name) for name in names if name.isdigit() and int(name) < phase.tasks}
+    return set()
+
+
+def first_failure(workplace: Workplace, phase: Phase) -> Exception | None:
+    """What stopped the task of the lowest number, as the exception to raise."""
+    for path in sorted((workplace.folder / "failures").glob(f"{phase.name}_*")):
+        number = path.name.rpartition("_")[2]
+        if number.isdigit() and (failure := read_json(path)) is not None:
+            if failure["mistake"]:
+                return DataError(failure["line"])
+            line = f"task {int(number)} of {phase.name} failed: {failure['line']}"
+            return RuntimeError(f"{line}; its log is {phase.log(workplace, int(number))}\n{failure['traceback']}")
+    return None
+
+
+def tail_of(log: Path, lines: int = 15) -> str:
+    """The last lines of a log, for a message."""
+    try:
+        return "\n".join(log.read_text("utf-8", errors="replace").splitlines()[-lines:])
+    except OSError as error:
+        return f"({log} cannot be read: {error.strerror})"
+
+
+def explain(error: BaseException, work: Path | None = None) -> tuple[str, bool]:
+    """(one line, whether it is the user's to mend) of what ended a task; `work` is the work folder."""
+    if isinstance(error, (UserError, TaskStopped)):
+        return str(error), True
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return _no_space(error, work), True
+    return "".join(traceback.format_exception_only(error)).strip().replace("\n", " "), False
+
+
+def _no_space(error: OSError, work: Path | None) -> str:
+    folder = Path(error.filename).parent if error.filename else work
+    again = "make room there and start again: what is finished is kept"
+    if folder is None:
+        return f"no space left on the disk; {again}"
+    knob = "work" if work is not None and folder.is_relative_to(work) else "output"
+    what = f"no space left in {folder}"
+    with suppress(OSError):
+        what += f", {shutil.disk_usage(folder).free:,} bytes are free"
+    return f"{knob}: {what}; {again}, or name a folder on another disk"
+
+
+def run_task(folder: Path, phase: Phase, number: int) -> None:
+    """Do one task, unless it is done. Raises TaskStopped with the line of a user's mistake, which is also kept."""
+    workplace = Workplace.open(folder)
+    # A job that was killed after the record and before datatrove's mark comes here again.
+    if is_done(workplace, phase, number):
+        return
+    sign = phase.logs(workplace) / "running" / f"{number:05d}"
+    sign.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        sign.write_text(str(os.getpid()), "ascii")
+        phase.work(workplace, number)
+        if not is_done(workplace, phase, number):
+            raise RuntimeError(f"{phase.record(workplace, number)} is missing, or lists what is not there")
+    except Exception as error:
+        line, mistake = explain(error, folder)
+        # On a full disk the exception itself has to carry the line.
+        with suppress(OSError):
+            write_json(
+                workplace.failure(phase.name, number),
+                {"line": line, "mistake": mistake, "traceback": traceback.format_exc()},
+            )
+        # Plain exceptions with one argument: others may not survive the way back between processes, and stall it.
+        raise (TaskStopped if mistake else RuntimeError)(line) from error
+    finally:
+        sign.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class PhaseTask:
+    """A phase as the one step of a datatrove pipeline: rank is the task's number."""
+
+    folder: Path
+    phase: Phase
+
+    def __call__(self, data: object, rank: int, world_size: int) -> None:
+        assert world_size == self.phase.tasks, f"{world_size} tasks were started for {self.phase.tasks}"
+        run_task(self.folder, self.phase, rank)

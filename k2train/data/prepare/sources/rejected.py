@@ -1,0 +1,67 @@
+"""Documents that cannot be taken: counted, listed with file, line and reason, and only so many of them.
+
+A broken line in a corpus of a billion is normal and must not stop a cluster; a hundredth of them broken is a wrong key or
+a damaged download, and must. Skipping in silence was refused: nobody would know what the model did not see.
+"""
+
+import json
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+from k2train.data.prepare.workspace import Workplace, owner_mark, read_json
+from k2train.errors import DataError
+from k2train.files import AtomicFile
+
+REJECTED_NAME = "rejected.jsonl"
+
+
+def rejected_lines(workplace: Workplace) -> Iterator[bytes]:
+    """The lines of all encode tasks, in the order of their sources."""
+    for number in range(len(workplace.tasks)):
+        path = workplace.run_folder(number) / REJECTED_NAME
+        if path.is_file():
+            with path.open("rb") as stream:
+                yield from stream
+
+
+def check_rejected(workplace: Workplace) -> None:
+    """Called when all documents were read. Raises DataError for subsets of which too large a share was rejected.
+
+    The list of all that is rejected is then left in the work folder.
+    """
+    limit = workplace.recipe.max_rejected_share
+    read, rejected = dict.fromkeys(workplace.recipe.subsets, 0), dict.fromkeys(workplace.recipe.subsets, 0)
+    for number in range(len(workplace.tasks)):
+        for name, counts in read_json(workplace.encode_record(number))["subsets"].items():
+            read[name] += counts["documents_read"]
+            rejected[name] += counts["rejected"]
+    over = [name for name, count in rejected.items() if count > limit * (count + read[name])]
+    if not over:
+        return
+    path = workplace.folder / REJECTED_NAME
+    with AtomicFile(path, owner_mark()) as stream:
+        for line in rejected_lines(workplace):
+            stream.write(line)
+    first = _first_of_each(workplace, over)
+    raise DataError("\n".join(_words(name, rejected[name], read[name], limit, first[name], path) for name in over))
+
+
+def _first_of_each(workplace: Workplace, names: Collection[str]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for line in rejected_lines(workplace):
+        entry = json.loads(line)
+        for name in entry["subsets"]:
+            found.setdefault(name, f"{entry['file']}:{entry['line']}: {entry['why']}")
+        if found.keys() >= set(names):
+            break
+    return found
+
+
+def _words(name: str, rejected: int, good: int, limit: float, first: str, path: Path) -> str:
+    cure = f"mend the files, or raise the share (all are listed in {path})"
+    if good == 0:
+        cure = f"look at kind, text_key and id_key of subsets.{name} (all are listed in {path})"
+    return (
+        f"subsets.{name}: {rejected} of {rejected + good} documents are broken, a share of "
+        f"{rejected / (rejected + good):.4f}, above max_rejected_share ({limit}), the first at {first}; {cure}"
+    )

@@ -1,0 +1,143 @@
+"""Where a preparation is done: the folder that its tasks share, on one machine or over a shared file system.
+
+A task knows nothing but this folder and its own number, so it can run in any process on any machine, again after a
+kill, and twice at once. Everything a task leaves is renamed into place when it is whole, and a record, written last,
+says so; a record is what makes a task done. Handing tasks their inputs as pickled objects was refused: a folder can be
+looked into, and outlives the process.
+
+    context.json          recipe, target folder, and who reads what
+    sources.jsonl         one line a source, in the order of the encode tasks
+    tokenizer.model
+    runs/task_00000/...   sorted runs of encode task 0, and its record `record.json`
+    plan/...              what the plan decided
+    chunks/chunk_000.json the record of a chunk; the chunk itself lies in the target folder
+    failures/...          one line for a task that stopped at a user's mistake
+"""
+
+import hashlib
+import json
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from k2train.data.prepare.recipe import Recipe
+from k2train.data.prepare.source import Source
+from k2train.data.tokenizer import Tokenizer
+from k2train.errors import DataError
+from k2train.files import AtomicFile
+
+HELD_OUT = "held_out"
+CONTEXT_NAME = "context.json"
+
+
+@dataclass(frozen=True)
+class EncodeTask:
+    """Sources to read, and the subsets that all take their documents from them."""
+
+    subsets: tuple[str, ...]
+    sources: tuple[Source, ...]
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """`folder` holds the work of one identity; `target` is the data folder under its name of preparation."""
+
+    folder: Path
+    target: Path
+    recipe: Recipe
+
+    @classmethod
+    def create(
+        cls, folder: Path, target: Path, recipe: Recipe, tokenizer: Tokenizer, tasks: Sequence[EncodeTask]
+    ) -> "Workplace":
+        """Lay out the folder, or find it as an earlier start of the same preparation left it."""
+        for part in ("runs", "plan", "chunks", "failures", "logs"):
+            (folder / part).mkdir(parents=True, exist_ok=True)
+        target.mkdir(parents=True, exist_ok=True)
+        with AtomicFile(folder / "sources.jsonl") as stream:
+            for task in tasks:
+                for source in task.sources:
+                    stream.write((json.dumps(source.facts) + "\n").encode())
+        with AtomicFile(folder / "tokenizer.model") as stream:
+            stream.write(tokenizer.model)
+        context = {
+            "recipe": recipe.model_dump(mode="json"),
+            "target": str(target.resolve()),
+            "tasks": [{"subsets": task.subsets, "sources": len(task.sources)} for task in tasks],
+        }
+        with AtomicFile(folder / CONTEXT_NAME) as stream:
+            stream.write(json.dumps(context, indent=1).encode())
+        return cls.open(folder)
+
+    @classmethod
+    def open(cls, folder: Path) -> "Workplace":
+        """Read `context.json`. Raises DataError when the folder is gone."""
+        try:
+            context = json.loads((folder / CONTEXT_NAME).read_text("utf-8"))
+        except OSError as error:
+            raise DataError(f"{folder}: no preparation is under way here ({error.strerror})") from None
+        return cls(folder, Path(context["target"]), Recipe.model_validate(context["recipe"]))
+
+    @cached_property
+    def tasks(self) -> tuple[EncodeTask, ...]:
+        """The encode tasks; a task's number is its place."""
+        context = json.loads((self.folder / CONTEXT_NAME).read_text("utf-8"))
+        lines = (self.folder / "sources.jsonl").read_text("utf-8").splitlines()
+        sources = iter(Source(**json.loads(line)) for line in lines)
+        return tuple(
+            EncodeTask(tuple(entry["subsets"]), tuple(next(sources) for _ in range(entry["sources"])))
+            for entry in context["tasks"]
+        )
+
+    @property
+    def listing_sha256(self) -> str:
+        """Which subset reads which sources."""
+        return listing_sha256({(name, s.key) for task in self.tasks for name in task.subsets for s in task.sources})
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer.load(self.folder / "tokenizer.model", self.recipe.tokenizer.specials)
+
+    @property
+    def chunk_names(self) -> list[str]:
+        """`chunk_000` ..., then `held_out` when the recipe has one; a chunk task's number is its place."""
+        width = max(3, len(str(self.recipe.chunks - 1)))
+        names = [f"chunk_{i:0{width}d}" for i in range(self.recipe.chunks)]
+        return [*names, HELD_OUT] if self.recipe.held_out is not None else names
+
+    def run_folder(self, task: int) -> Path:
+        return self.folder / "runs" / f"task_{task:05d}"
+
+    def encode_record(self, task: int) -> Path:
+        return self.run_folder(task) / "record.json"
+
+    def chunk_record(self, name: str) -> Path:
+        return self.folder / "chunks" / f"{name}.json"
+
+    def failure(self, phase: str, task: int) -> Path:
+        return self.folder / "failures" / f"{phase}_{task:05d}"
+
+
+def listing_sha256(pairs: set[tuple[str, str]]) -> str:
+    """Identity of (subset, source key) pairs: the documents' own does not say which subset took them."""
+    return hashlib.sha256(json.dumps(sorted(pairs)).encode()).hexdigest()
+
+
+def owner_mark() -> str:
+    """Part of a name that no other process uses at the same time, on any machine that shares the folder."""
+    return f".{socket.gethostname()}.{os.getpid()}"
+
+
+def write_json(path: Path, content: Any) -> None:
+    """A JSON file, whole and on the disk on return; safe against another process writing the same one."""
+    with AtomicFile(path, owner_mark()) as stream:
+        stream.write((json.dumps(content, indent=1) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """Content of a JSON file that `write_json` left, or None when there is none."""
+    return json.loads(path.read_text("utf-8")) if path.is_file() else None

@@ -1,0 +1,1 @@
+"""Phase three: sorted runs to chunk files."""

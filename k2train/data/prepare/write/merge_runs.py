@@ -1,0 +1,170 @@
+"""The sorted runs of a pass as one stream: its documents in ascending order of (key, source, ordinal), a stretch at a time.
+
+A stretch is as many buckets of keys as hold a few million tokens; of each run it is one slice, read at once, and the
+documents of all slices are sorted together. So nothing depends on how the documents were cut into runs, and a stretch is
+all that is ever in memory. A heap over all runs, a document at a time, was refused: it costs a read and some
+comparisons in Python for each document.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import isqrt
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from k2train.data.prepare.allocate.plan_file import KEY_BITS, MARK_DOCUMENTS, Longs, PassPlan, RunPlace
+from k2train.data.prepare.encode.sorted_runs import Run
+
+LEAST_TOKENS, MOST_TOKENS = 2**22, 2**26
+RUN_TOKENS = 4096
+"""A stretch is at least that long for each run, so that reads stay worth their while when there are very many."""
+STRETCH_DOCUMENTS = 2**18
+
+Tokens = npt.NDArray[np.unsignedinteger[Any]]
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Documents `[n]` of a pass that follow each other, the first at token `start` of it.
+
+    `sources` are ranks among all sources of the preparation; names lie in `names` at `name_starts`.
+    """
+
+    start: int
+    tokens: list[Tokens]
+    lengths: Longs
+    sources: npt.NDArray[np.uint32]
+    fim: npt.NDArray[np.uint8]
+    names: npt.NDArray[np.uint8]
+    name_starts: Longs
+    name_lengths: Longs
+
+
+class PassReader:
+    """Reads the documents of one pass that have the mask `mask`; `ranks` orders the keys of all sources."""
+
+    def __init__(self, work: Path, plan: PassPlan, mask: int, ranks: Mapping[str, int], least_tokens: int) -> None:
+        self.plan, self.mask = plan, mask
+        self.runs = [Run(work / place.path) for place in plan.runs]
+        self.ranks = [np.array([ranks[key] for key in run.source_keys], dtype=np.uint32) for run in self.runs]
+        self.stretch_tokens = max(least_tokens, min(MOST_TOKENS, RUN_TOKENS * len(self.runs)))
+
+    def stretches(self, start: int, stop: int) -> Iterator[Stretch]:
+        """Stretches that hold the tokens `start:stop` of the pass, whole documents, and some before and after them."""
+        borders = self._borders(*self.plan.bucket_range(self.mask, start, stop))
+        keys = [border << (KEY_BITS - self.plan.bits) for border in borders]
+        cuts = np.array([find_keys(run, keys) for run in self.runs], dtype=np.int64)
+        # Where the next stretch begins in the tokens of each run.
+        at = [self._tokens_before(i, int(cut[0]), int(cut[-1])) for i, cut in enumerate(cuts)]
+        before = self.plan.tokens_before(self.mask)
+        masks = os.open(self.plan.path("masks"), os.O_RDONLY)
+        try:
+            for number, border in enumerate(borders[:-1]):
+                slices = []
+                for i in np.flatnonzero(cuts[:, number] < cuts[:, number + 1]).tolist():
+                    found, at[i] = self._slice(i, masks, int(cuts[i, number]), int(cuts[i, number + 1]), at[i])
+                    if found is not None:
+                        slices.append(found)
+                expected = int(before[borders[number + 1]] - before[border])
+                if not slices and expected == 0:
+                    # Between two long documents there may be buckets that hold nothing of this mask.
+                    continue
+                stretch = _merge(int(before[border]), slices)
+                told = int(stretch.lengths.sum())
+                assert told == expected, f"{self.plan.files}: {told} tokens in the runs, {expected} in the plan"
+                yield stretch
+        finally:
+            os.close(masks)
+
+    def _borders(self, first: int, end: int) -> list[int]:
+        tokens, documents = self.plan.tokens_before(self.mask), self.plan.documents_before(self.mask)
+        borders = [first]
+        while borders[-1] < end:
+            here = borders[-1]
+            by_tokens = np.searchsorted(tokens, tokens[here] + self.stretch_tokens, side="right")
+            by_documents = np.searchsorted(documents, documents[here] + STRETCH_DOCUMENTS, side="right")
+            borders.append(min(end, max(here + 1, int(min(by_tokens, by_documents)) - 1)))
+        return borders
+
+    def _tokens_before(self, i: int, document: int, last: int) -> int:
+        if document == last:
+            return 0
+        mark = document // MARK_DOCUMENTS
+        offset = (self.plan.runs[i].mark + mark) * 8
+        known = int(np.fromfile(self.plan.path("marks"), dtype=np.uint64, count=1, offset=offset)[0])
+        return known + int(self.runs[i].read("lengths", mark * MARK_DOCUMENTS, document).sum(dtype=np.int64))
+
+    def _slice(
+        self, i: int, masks: int, start: int, stop: int, at: int
+    ) -> tuple["tuple[list[Tokens], dict[str, Any]] | None", int]:
+        """The masked documents among `start:stop` of a run, whose tokens begin at `at`; and where these end."""
+        run, place = self.runs[i], self.plan.runs[i]
+        lengths = run.read("lengths", start, stop).astype(np.int64)
+        ends = at + np.cumsum(lengths)
+        kept = np.flatnonzero(_masks(masks, place, start, stop) == self.mask)
+        if len(kept) == 0:
+            return None, int(ends[-1])
+        taken = lengths[kept]
+        first = int(run.read("name_ends", start - 1, start)[0]) if start else 0
+        name_ends = run.read("name_ends", start, stop).astype(np.int64) - first
+        name_starts = np.concatenate([np.zeros(1, np.int64), name_ends[:-1]])
+        ranks = self.ranks[i][run.read("sources", start, stop)[kept]]
+        columns = {
+            "keys": run.read("keys", start, stop)[kept],
+            "order": (ranks.astype(np.uint64) << np.uint64(32)) | run.read("ordinals", start, stop)[kept],
+            "lengths": taken,
+            "sources": ranks,
+            "fim": run.read("fim", start, stop)[kept],
+            "names": run.read("names", first, first + int(name_ends[-1])),
+            "name_starts": name_starts[kept],
+            "name_lengths": (name_ends - name_starts)[kept],
+        }
+        return (_documents(run, at, ends[kept] - taken, ends[kept], int(ends[-1])), columns), int(ends[-1])
+
+
+def _masks(descriptor: int, place: RunPlace, start: int, stop: int) -> npt.NDArray[np.uint8]:
+    return np.frombuffer(os.pread(descriptor, stop - start, place.first + start), dtype=np.uint8)
+
+
+def _documents(run: Run, at: int, starts: Longs, ends: Longs, stop: int) -> list[Tokens]:
+    pairs = zip(starts.tolist(), ends.tolist(), strict=True)
+    if 4 * int((ends - starts).sum()) < stop - at:
+        # Few of them are wanted, as of what is held out: reading all would fetch the corpus for a small part of it.
+        return [run.read("tokens", start, end) for start, end in pairs]
+    tokens = run.read("tokens", at, stop)
+    return [tokens[start - at : end - at] for start, end in pairs]
+
+
+def _merge(start: int, slices: list[tuple[list[Tokens], dict[str, Any]]]) -> Stretch:
+    tokens = [document for found, _ in slices for document in found]
+    names_before = 0
+    for _, columns in slices:
+        columns["name_starts"] += names_before
+        names_before += len(columns["names"])
+    joined = {name: np.concatenate([columns[name] for _, columns in slices]) for name in slices[0][1]}
+    order = np.lexsort((joined.pop("order"), joined.pop("keys")))
+    names = joined.pop("names")
+    return Stretch(start, [tokens[i] for i in order.tolist()], names=names, **{k: v[order] for k, v in joined.items()})
+
+
+def find_keys(run: Run, keys: list[int]) -> list[int]:
+    """For each of the ascending `keys`, up to 2**64, the number of documents of the run with a smaller one.
+
+    Keys are evenly spread, so a window around where they must be is read instead of all.
+    """
+    documents = len(run)
+    slack = 8 * isqrt(documents) + 8
+    while True:
+        first = max(0, (documents * keys[0] >> KEY_BITS) - slack)
+        end = min(documents, (documents * keys[-1] >> KEY_BITS) + slack)
+        found = run.read("keys", first, end)
+        if (first == 0 or int(found[0]) < keys[0]) and (end == documents or int(found[-1]) >= keys[-1]):
+            break
+        slack *= 4
+    wanted = np.array([key for key in keys if key >> KEY_BITS == 0], dtype=np.uint64)
+    cuts: list[int] = (first + np.searchsorted(found, wanted)).tolist()
+    return cuts + [documents] * (len(keys) - len(cuts))

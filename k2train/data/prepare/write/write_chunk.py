@@ -1,0 +1,214 @@
+"""Sorted runs to a chunk: its rows, their provenance, and the borders of documents, each chunk a task of its own.
+
+A chunk takes a range of each subset's samples. They are read in the order of the stream and written to the rows that
+the keyed permutation gives them, into a file whose space was set aside before (see `chunk_file`). A chunk appears under
+its name whole, and its record comes last. Two processes that do the same chunk at once write different files with the
+same bytes; taking turns by a lock was refused, since locks of a dead machine stay.
+"""
+
+import errno
+import shutil
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from k2train.data.manifest import ChunkInfo, chunk_dtype
+from k2train.data.prepare.allocate.mixture import row_places
+from k2train.data.prepare.allocate.plan_file import HELD_OUT_TEXT, TRAINING, Plan, SubsetPlan
+from k2train.data.prepare.cleanup import remove_leftovers
+from k2train.data.prepare.workspace import HELD_OUT, Workplace, owner_mark, write_json
+from k2train.data.prepare.write.merge_runs import LEAST_TOKENS, PassReader, Stretch, Tokens
+from k2train.data.prepare.write.provenance import PIECE, Provenance, piece_bytes, require_pyarrow
+from k2train.data.prepare.write.row_file import ChunkFile, check_space, no_space
+from k2train.errors import DataError
+
+
+@dataclass(frozen=True)
+class Part:
+    """Tokens `start:stop` of a pass, which begin at token `at` of what the chunk takes of the subset."""
+
+    number: int
+    start: int
+    stop: int
+    at: int
+
+
+def parts_of(plan: Plan, subset: SubsetPlan, chunk: str) -> list[Part]:
+    """What a chunk takes of a subset, in order; what is held out comes from the first pass."""
+    samples = plan.chunks[chunk][subset.name]
+    start, stop = samples.start * plan.sequence_length, samples.stop * plan.sequence_length
+    if chunk == HELD_OUT:
+        return [Part(0, start, stop, 0)] if stop > start else []
+    parts: list[Part] = []
+    at = 0
+    for number, first, end in subset.parts(start, stop):
+        parts.append(Part(number, first, end, at))
+        at += end - first
+    return parts
+
+
+def mask_of(chunk: str) -> int:
+    """The mask of the documents that a chunk takes."""
+    return HELD_OUT_TEXT if chunk == HELD_OUT else TRAINING
+
+
+def chunk_task(workplace: Workplace, number: int, least_tokens: int = LEAST_TOKENS) -> None:
+    """Write the chunk of that number into the target folder, and its record when everything is on the disk.
+
+    `least_tokens` is how many tokens are merged at a time; nothing else depends on it. Raises DataError when there is no
+    space, and for ids that the vocabulary does not have.
+    """
+    require_pyarrow()
+    name = workplace.chunk_names[number]
+    target, records = workplace.target, workplace.folder / "chunks"
+    remove_leftovers(target, f"{name}.")
+    remove_leftovers(records, f"{name}.")
+    plan = Plan.read(workplace.folder)
+    check_space(target, name, _expected_bytes(plan, name))
+    aside = records / f"{name}{owner_mark()}.tmp"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    try:
+        info, sources = _assemble(workplace, plan, name, aside, least_tokens)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise no_space(target, name, _expected_bytes(plan, name)) from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    files = [file for file in (info.file, info.provenance, info.borders) if file is not None]
+    entries = [{"base": "target", "path": file, "bytes": (target / file).stat().st_size} for file in files]
+    write_json(workplace.chunk_record(name), {"files": entries, "info": asdict(info), "sources": sources})
+
+
+def _expected_bytes(plan: Plan, name: str) -> int:
+    rows = sum(len(samples) for samples in plan.chunks[name].values())
+    pieces = rows
+    for subset in plan.subsets:
+        for part in parts_of(plan, subset, name):
+            source = subset.passes[part.number]
+            first, end = source.bucket_range(mask_of(name), part.start, part.stop)
+            documents = source.documents_before(mask_of(name))
+            pieces += int(documents[end] - documents[first])
+    token_bytes = np.dtype(chunk_dtype(plan.vocab_size)).itemsize
+    return rows * plan.sequence_length * token_bytes + piece_bytes(pieces)
+
+
+def _assemble(workplace: Workplace, plan: Plan, name: str, aside: Path, least_tokens: int) -> tuple[ChunkInfo, str]:
+    samples, length, target = plan.chunks[name], plan.sequence_length, workplace.target
+    rows = sum(map(len, samples.values()))
+    places = row_places(rows, workplace.recipe.seed, name)
+    provenance = Provenance(aside, rows, plan.block_rows, length)
+    ranks = {key: rank for rank, key in enumerate(plan.sources)}
+    seen = np.zeros(len(plan.sources), dtype=bool)
+    base = 0
+    with ChunkFile(target / f"{name}.npy", rows, length, chunk_dtype(plan.vocab_size)) as file:
+        for index, subset in enumerate(plan.subsets):
+            count = len(samples[subset.name])
+            filler = Filler(file, provenance, places[base : base + count], length, index)
+            for part in parts_of(plan, subset, name):
+                source = subset.passes[part.number]
+                reader = PassReader(workplace.folder, source, mask_of(name), ranks, least_tokens)
+                for stretch in reader.stretches(part.start, part.stop):
+                    largest = filler.add(part, stretch, seen)
+                    _check_id(workplace, subset.name, largest, plan.vocab_size)
+            assert filler.rows == count, f"{name}: {filler.rows} rows of {subset.name}, {count} were planned"
+            base += count
+        sha256 = file.finish()
+    info = ChunkInfo(name, f"{name}.npy", rows, rows * length, {s: len(r) * length for s, r in samples.items()}, sha256)
+    return _write_provenance(workplace, plan, provenance, info), np.packbits(seen).tobytes().hex()
+
+
+def _write_provenance(workplace: Workplace, plan: Plan, provenance: Provenance, info: ChunkInfo) -> ChunkInfo:
+    file = f"{info.name}.parquet"
+    borders = f"{info.name}.borders.npy" if workplace.recipe.document_borders else None
+    borders_path = None if borders is None else workplace.target / borders
+    names = [subset.name for subset in plan.subsets]
+    sha256, borders_sha256 = provenance.write(workplace.target / file, names, plan.sources, borders_path)
+    return replace(info, provenance=file, provenance_sha256=sha256, borders=borders, borders_sha256=borders_sha256)
+
+
+def _check_id(workplace: Workplace, subset: str, largest: int, vocab_size: int) -> None:
+    if largest >= vocab_size:
+        raise DataError(
+            f"subset {subset}: its runs hold the id {largest}, which is not below the {vocab_size} of the tokenizer: "
+            f"delete {workplace.folder} and start again"
+        )
+
+
+class Filler:
+    """Lays the documents of a subset end to end into the rows `places` `[samples]` of a chunk."""
+
+    def __init__(
+        self, file: ChunkFile, provenance: Provenance, places: npt.NDArray[np.uint32], length: int, subset: int
+    ) -> None:
+        self.file, self.provenance, self.places, self.length, self.subset = file, provenance, places, length, subset
+        self.rows = 0
+        # The same two arrays for all stretches, since fresh memory costs as much as what is copied into it: one is
+        # filled while the other is being written.
+        self._tokens = [np.empty(0, dtype=file.dtype), np.empty(0, dtype=file.dtype)]
+        self._begun = 0
+
+    def add(self, part: Part, stretch: Stretch, seen: npt.NDArray[np.bool_]) -> int:
+        """Take what `part` has of a stretch, and mark its sources in `seen`; returns the largest id."""
+        ends = part.at + stretch.start - part.start + np.cumsum(stretch.lengths)
+        starts = ends - stretch.lengths
+        low, high = part.at, part.at + part.stop - part.start
+        first, last = int(np.searchsorted(ends, low, side="right")), int(np.searchsorted(starts, high))
+        starts, ends = starts[first:last], ends[first:last]
+        tokens = stretch.tokens[first:last]
+        tokens[-1] = tokens[-1][: high - int(starts[-1])]
+        tokens[0] = tokens[0][max(0, low - int(starts[0])) :]
+        filled = self.rows * self.length + self._begun
+        assert filled == max(low, int(starts[0])), f"{filled} tokens laid out, the next begins at {starts[0]}"
+        count = min(high, int(ends[-1])) - filled
+        laid = self._room(self._begun + count)
+        np.concatenate(tokens, out=laid[self._begun :])
+        largest = int(laid.max())
+        whole = len(laid) // self.length
+        rows = laid[: whole * self.length].reshape(whole, self.length)
+        self.file.write(rows, self.places[self.rows : self.rows + whole])
+        self._begun = len(laid) - rows.size
+        self.rows += whole
+        self._turn(laid[rows.size :])
+        self._tell(part, stretch, slice(first, last), starts, (low, high))
+        seen[stretch.sources[first:last]] = True
+        return largest
+
+    def _room(self, count: int) -> Tokens:
+        """The array in turn, of so many tokens; the begun row stands in it already."""
+        if count > len(self._tokens[0]):
+            larger = np.empty(count + count // 8, dtype=self.file.dtype)
+            larger[: self._begun] = self._tokens[0][: self._begun]
+            self._tokens[0] = larger
+        return self._tokens[0][:count]
+
+    def _turn(self, begun: Tokens) -> None:
+        if len(begun) > len(self._tokens[1]):
+            self._tokens[1] = np.empty_like(self._tokens[0])
+        self._tokens[1][: len(begun)] = begun
+        self._tokens.reverse()
+
+    def _tell(
+        self, part: Part, stretch: Stretch, which: slice, begins: npt.NDArray[np.int64], clip: tuple[int, int]
+    ) -> None:
+        """The provenance of documents that begin at tokens `begins`: a piece for each row that they touch."""
+        starts = np.maximum(begins, clip[0])
+        ends = np.minimum(begins + stretch.lengths[which], clip[1])
+        first_rows = starts // self.length
+        touched = (ends - 1) // self.length - first_rows + 1
+        document = np.repeat(np.arange(len(begins)), touched)
+        row = first_rows[document] + np.arange(len(document)) - np.repeat(np.cumsum(touched) - touched, touched)
+        start = np.maximum(starts[document], row * self.length)
+        pieces = np.empty(len(document), dtype=PIECE)
+        pieces["row"] = self.places[row]
+        pieces["start"] = start - row * self.length
+        pieces["length"] = np.minimum(ends[document], (row + 1) * self.length) - start
+        pieces["offset"] = start - begins[document]
+        pieces["source"] = stretch.sources[which][document]
+        pieces["fim"] = stretch.fim[which][document]
+        pieces["name_bytes"] = stretch.name_lengths[which][document]
+        pieces["subset"], pieces["repeat"] = self.subset, part.number
+        self.provenance.add(pieces, stretch.names, stretch.name_starts[which][document])

@@ -1,0 +1,201 @@
+"""The chunks of a data folder against its manifest, byte for byte: ids, provenance and borders; see also `verify_facts`.
+
+Everything is read in blocks, so memory does not grow with the chunks, and every problem is told, since whoever asks
+wants to know what to fetch again. Hashes come first: of a file that is not the one that was written nothing more is
+said. Then what a hash cannot know is checked, that the files agree with each other: the provenance covers every row from
+end to end, its tokens a subset are those of the manifest, and the borders are the beginnings of its pieces. Reading the
+provenance as one table was refused: for a chunk of K2's it is gigabytes.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from k2train.data.chunk import ChunkInfo, Manifest, verify_chunk
+from k2train.data.document_boundaries import Borders, open_borders
+from k2train.data.verify.folder import HASH_DIGITS, hash_problem
+from k2train.errors import DataError, UserError
+
+try:
+    import pyarrow as arrow
+    from pyarrow import parquet
+except ImportError:
+    arrow = parquet = None
+
+BATCH_PIECES = 65536
+
+Places = npt.NDArray[np.int64]
+
+
+@dataclass
+class Report:
+    """What was found in one chunk; whole when there are no problems."""
+
+    info: ChunkInfo
+    problems: list[str] = field(default_factory=list)
+    pieces: int = 0
+    read_bytes: int = 0
+    seconds: float = 0.0
+
+
+def verify_chunks(manifest: Manifest, infos: Sequence[ChunkInfo], workers: int = 1) -> Iterator[Report]:
+    """A report a chunk, in the order of `infos`, `workers` read at once. Raises UserError when pyarrow is missing."""
+    if parquet is None and any(info.provenance for info in infos):
+        raise UserError("reading provenance needs pyarrow: pip install 'k2train[data]'")
+    # Threads, since hashing and unpacking leave the interpreter free, and all share one memory.
+    with ThreadPoolExecutor(workers) as pool:
+        yield from pool.map(lambda info: verify_files(manifest, info), infos)
+
+
+def verify_files(manifest: Manifest, info: ChunkInfo) -> Report:
+    """Read every file of one chunk once, the provenance twice."""
+    report = Report(info)
+    begun = time.monotonic()
+    try:
+        # The borders' own check comes after the chunk's, and is skipped when that fails: so each by itself.
+        verify_chunk(manifest, _without_borders(info))
+    except DataError as error:
+        report.problems.append(_told_apart(manifest, info, str(error)))
+    borders = _borders(manifest, info, report)
+    if info.provenance is not None:
+        path = manifest.folder / info.provenance
+        if problem := hash_problem(path, str(info.provenance_sha256)):
+            report.problems.append(f"{info.name} {problem}")
+        else:
+            _check_provenance(manifest, path, borders, report)
+    if info.tokens_per_subset and (total := sum(info.tokens_per_subset.values())) != info.tokens:
+        report.problems.append(
+            f"{info.name} ({manifest.path}): tokens_per_subset add up to {total}, tokens is {info.tokens}"
+        )
+    files = (manifest.folder / name for name in (info.file, info.provenance, info.borders) if name)
+    report.read_bytes = sum(path.stat().st_size for path in files if path.is_file())
+    report.seconds = time.monotonic() - begun
+    return report
+
+
+def _told_apart(manifest: Manifest, info: ChunkInfo, problem: str) -> str:
+    """The problem, in other words where it shows two hashes only as far as they are equal."""
+    digits = info.sha256[:HASH_DIGITS]
+    if f"sha256 is {digits}, the manifest says {digits};" not in problem:
+        return problem
+    return f"{info.name} {hash_problem(manifest.folder / info.file, info.sha256)}"
+
+
+def _without_borders(info: ChunkInfo) -> ChunkInfo:
+    return ChunkInfo(**{**vars(info), "borders": None, "borders_sha256": None})
+
+
+def _borders(manifest: Manifest, info: ChunkInfo, report: Report) -> Borders | None:
+    if info.borders is None:
+        return None
+    path = manifest.folder / info.borders
+    if problem := hash_problem(path, str(info.borders_sha256)):
+        report.problems.append(f"{info.name} {problem}")
+        return None
+    try:
+        return open_borders(path, info.name)
+    except DataError as error:
+        report.problems.append(str(error))
+        return None
+
+
+def _check_provenance(manifest: Manifest, path: Path, borders: Borders | None, report: Report) -> None:
+    where = f"{report.info.name} ({path})"
+    pieces = _Pieces(report.info.rows, manifest.sequence_length, borders)
+    try:
+        # Without these two the columns of a whole row group are fetched at once.
+        with parquet.ParquetFile(path, pre_buffer=False, buffer_size=2**20) as file:
+            for batch in file.iter_batches(BATCH_PIECES, columns=["row", "start", "length", "subset"]):
+                pieces.add(batch)
+                if pieces.problem:
+                    break
+    except (OSError, KeyError, ValueError, arrow.ArrowException) as error:
+        report.problems.append(f"{where}: is no provenance of a chunk ({str(error).splitlines()[0]})")
+        return
+    report.pieces = pieces.count
+    if problem := pieces.problem or pieces.end():
+        report.problems.append(f"{where}: {problem}")
+        return
+    expected = report.info.tokens_per_subset
+    for name in sorted({*expected, *pieces.tokens}):
+        if (found := pieces.tokens[name]) != expected.get(name, 0):
+            report.problems.append(
+                f"{where}: has {found} tokens of subset {name}, the manifest says {expected.get(name, 0)}"
+            )
+
+
+class _Pieces:
+    """The pieces of a chunk, batch after batch: whether each begins where the one before it ended."""
+
+    def __init__(self, rows: int, sequence_length: int, borders: Borders | None) -> None:
+        self.rows, self.length, self.borders = rows, sequence_length, borders
+        self.tokens: Counter[str] = Counter()
+        self.count = 0
+        self.problem = ""
+        self._position = 0
+        self._borders_seen = 0
+
+    def add(self, batch: Any) -> None:
+        """`batch` has the columns row, start, length and subset."""
+        row, start, length = (
+            batch.column(name).to_numpy(zero_copy_only=False).astype(np.int64) for name in ("row", "start", "length")
+        )
+        begins = row * self.length + start
+        expected = self._position + np.cumsum(length) - length
+        bad = (begins != expected) | (length < 1) | (start < 0) | (start + length > self.length)
+        if bad.any():
+            i = int(np.flatnonzero(bad)[0])
+            at = divmod(int(expected[i]), self.length)
+            self.problem = (
+                f"piece {self.count + i} is row {row[i]}, start {start[i]}, length {length[i]}; "
+                f"row {at[0]}, start {at[1]} of {self.length} comes next: a row is not covered exactly"
+            )
+            return
+        self._position += int(length.sum())
+        self.count += len(row)
+        self._count_subsets(batch.column("subset"), length)
+        if self.borders is not None:
+            self._compare_borders(begins[start > 0])
+
+    def _count_subsets(self, column: Any, length: Places) -> None:
+        column = column if arrow.types.is_dictionary(column.type) else column.dictionary_encode()
+        if column.null_count:
+            self.problem = f"a piece before piece {self.count} has no subset"
+            return
+        names = column.dictionary.to_pylist()
+        counts = np.bincount(column.indices.to_numpy(), weights=length, minlength=len(names))
+        # Weights are doubles, which hold every count of a batch exactly; only what occurs is counted.
+        self.tokens.update({name: int(count) for name, count in zip(names, counts, strict=True) if count})
+
+    def _compare_borders(self, begins: Places) -> None:
+        assert self.borders is not None, "compared only where there are borders"
+        told = self.borders[self._borders_seen : self._borders_seen + len(begins)].astype(np.int64)
+        same = np.array_equal(told, begins)
+        if not same:
+            shared = min(len(told), len(begins))
+            differ = np.flatnonzero(told[:shared] != begins[:shared])
+            i = int(differ[0]) if len(differ) else shared
+            self.problem = (
+                f"a piece begins at {self._at(begins, i)}, border {self._borders_seen + i} is {self._at(told, i)}"
+            )
+        self._borders_seen += len(begins)
+
+    def _at(self, places: Places, i: int) -> str:
+        if i >= len(places):
+            return "missing"
+        return "row {}, token {}".format(*divmod(int(places[i]), self.length))
+
+    def end(self) -> str:
+        """Words about what is missing after the last piece; empty when all is covered."""
+        if self._position != self.rows * self.length:
+            return f"ends at row {self._position // self.length}, the chunk has {self.rows} rows"
+        if self.borders is not None and self._borders_seen != len(self.borders):
+            return f"has {self._borders_seen} pieces that begin inside a row, the borders file has {len(self.borders)}"
+        return ""

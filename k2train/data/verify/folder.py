@@ -1,0 +1,236 @@
+"""What a manifest says of itself, as far as it can be known: its recipe, its account, its tokenizer, its folder.
+
+A fact is checked only where it stands: older and imported folders say less, and are not wrong for it. The hash of the
+recipe and the sums of the account are worked out again from their definitions here; taking the preparation's own code
+for it was refused, since that needs all of its packages and could only ever agree with itself.
+"""
+
+import hashlib
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from fractions import Fraction
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from k2train.data.manifest import SOURCES_NAME, Manifest
+from k2train.data.tokenizer import Tokenizer
+from k2train.errors import DataError
+from k2train.files import sha256_file
+
+AGAIN = "fetch it again, or prepare the data anew"
+REJECTED_NAME = "rejected.jsonl"
+HASH_DIGITS = 16
+
+_CHUNK_FILE = re.compile(r"(chunk_.*|held_out)\.(borders\.npy|npy|parquet)|held_out\..*")
+_COUNTS = re.compile(r".*_(tokens|documents|samples)|documents_read|passes|rejected")
+_LAID_OUT = ("used_tokens", "unused_tokens", "tail_tokens")
+_DOCUMENTS = ("short", "not_chosen", "outside", "duplicate", "training", "held_out")
+
+
+def verify_folder(manifest: Manifest) -> list[str]:
+    """What is wrong beside the chunks: sources, rejected lines, tokenizer, facts, strangers; a line a problem."""
+    problems = []
+    for name, fact in ((SOURCES_NAME, "sources_sha256"), (REJECTED_NAME, "rejected_sha256")):
+        if fact in manifest.facts and (problem := hash_problem(manifest.folder / name, str(manifest.facts[fact]))):
+            problems.append(f"{name} {problem}")
+    parts: tuple[Callable[[Manifest], Iterable[str]], ...]
+    parts = (_tokenizer_problems, _recipe_problems, _account_problems, _strangers)
+    return [*problems, *(line for part in parts for line in part(manifest))]
+
+
+def hash_problem(path: Path, expected: str) -> str:
+    """Words about a file that is not the one of that hash; empty when it is."""
+    try:
+        actual = sha256_file(path)
+    except OSError as error:
+        return f"({path}): cannot be read ({error.strerror}); {AGAIN}"
+    if actual == expected:
+        return ""
+    return "({}): sha256 is {}, the manifest says {}; {}".format(path, *differing(actual, expected), AGAIN)
+
+
+def differing(first: str, second: str) -> tuple[str, str]:
+    """The beginnings of two hashes, 16 digits or as many as it takes to tell them apart."""
+    pairs = enumerate(zip_longest(first, second), 1)
+    count = max(HASH_DIGITS, next((number for number, (a, b) in pairs if a != b), 0))
+    return first[:count], second[:count]
+
+
+def _tokenizer_problems(manifest: Manifest) -> Iterable[str]:
+    facts = manifest.facts.get("tokenizer")
+    if facts is None:
+        return []
+    try:
+        file, specials = str(facts["file"]), [str(name) for name in facts["specials"]]
+    except (KeyError, TypeError) as error:
+        return [f"{manifest.path}: facts.tokenizer must have 'file' and 'specials', its {error} is wrong"]
+    path = manifest.folder / file
+    if Path(file).name != file:
+        return [f"{manifest.path}: facts.tokenizer: file {file!r} lies outside the folder of the manifest"]
+    try:
+        tokenizer = Tokenizer.load(path, specials)
+    except DataError as error:
+        return [f"{error}; {AGAIN}"]
+    problems = []
+    if tokenizer.sha256 != manifest.tokenizer_sha256:
+        here, told = differing(tokenizer.sha256, manifest.tokenizer_sha256)
+        problems.append(f"{path}: model and specials have the hash {here}, the manifest says {told}; {AGAIN}")
+    if tokenizer.vocab_size > manifest.vocab_size:
+        problems.append(f"{path}: has {tokenizer.vocab_size} ids, vocab_size of the manifest is {manifest.vocab_size}")
+    return problems
+
+
+# The recipe
+
+
+def _recipe_problems(manifest: Manifest) -> Iterator[str]:
+    """The recipe against its hash, and against what the manifest says of the same."""
+    recipe, digest = manifest.facts.get("recipe"), manifest.facts.get("recipe_sha256")
+    if recipe is None:
+        return
+    if not isinstance(recipe, dict):
+        yield f"{manifest.path}: facts.recipe must be an object"
+        return
+    actual = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
+    if digest is not None and actual != digest:
+        here, told = differing(actual, str(digest))
+        yield f"{manifest.path}: facts.recipe has the hash {here}, facts.recipe_sha256 is {told}; {AGAIN}"
+    for key in ("name", "seed"):
+        if key in recipe and manifest.facts.get(key, recipe[key]) != recipe[key]:
+            yield f"{manifest.path}: facts.{key} is {manifest.facts[key]!r}, facts.recipe has {recipe[key]!r}"
+    numbers = {"sequence_length": manifest.sequence_length, "chunks": len(manifest.chunks)}
+    for key, number in numbers.items():
+        if recipe.get(key, number) != number:
+            yield f"{manifest.path}: facts.recipe has {key} {recipe[key]!r}, the manifest {number}"
+    rows = recipe.get("rows_per_chunk")
+    for info in manifest.chunks:
+        if rows is not None and info.rows != rows:
+            yield f"{manifest.path}: facts.recipe has rows_per_chunk {rows!r}, {info.name} has {info.rows} rows"
+
+
+# The account
+
+
+def _account_problems(manifest: Manifest) -> Iterator[str]:
+    """Where the account of the preparation is not the sum over the chunks, nor of itself, subset by subset."""
+    account: Any = manifest.facts.get("account")
+    if account is None:
+        return
+    if not isinstance(account, dict) or not all(isinstance(item, dict) for item in account.values()):
+        yield f"{manifest.path}: facts.account must map subsets to numbers"
+        return
+    sums: dict[str, Counter[str]] = {"used_tokens": Counter(), "held_out_tokens": Counter()}
+    for info in manifest.chunks:
+        sums["used_tokens"].update(info.tokens_per_subset)
+    if manifest.held_out is not None:
+        sums["held_out_tokens"].update(manifest.held_out.tokens_per_subset)
+    for key, made in sums.items():
+        yield from _against_chunks(manifest, account, key, made)
+    wishes = _subsets_of_recipe(manifest)
+    if wishes is not None and set(wishes) != set(account):
+        yield (
+            f"{manifest.path}: facts.account has the subsets {', '.join(sorted(account))}, facts.recipe "
+            f"{', '.join(sorted(wishes))}"
+        )
+    for name, item in account.items():
+        for problem in _item_problems(item, (wishes or {}).get(name), manifest.sequence_length):
+            yield f"{manifest.path}: account of subset {name}: {problem}"
+    yield from _tail_problems(manifest, account)
+
+
+def _against_chunks(manifest: Manifest, account: Mapping[str, Any], key: str, made: Mapping[str, int]) -> Iterator[str]:
+    what = "the held-out chunk has" if key == "held_out_tokens" else "the chunks have"
+    for name in sorted({*account, *made}):
+        item = account.get(name, {})
+        told = item.get(key, 0 if name not in account else None)
+        if told is not None and told != made.get(name, 0):
+            yield f"{manifest.path}: account of subset {name}: {key} is {told}, {what} {made.get(name, 0)}"
+        samples = item.get("used_samples")
+        if key == "used_tokens" and _is_count(samples) and samples * manifest.sequence_length != made.get(name, 0):
+            yield (
+                f"{manifest.path}: account of subset {name}: used_samples is {samples} of {manifest.sequence_length} "
+                f"tokens, {what} {made.get(name, 0)}"
+            )
+
+
+def _subsets_of_recipe(manifest: Manifest) -> Mapping[str, Any] | None:
+    recipe = manifest.facts.get("recipe")
+    subsets = recipe.get("subsets") if isinstance(recipe, dict) else None
+    return subsets if isinstance(subsets, dict) else None
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _item_problems(item: Mapping[str, Any], wish: Any, sequence_length: int) -> Iterator[str]:
+    """Where the account of one subset contradicts itself, or its recipe; sums only of what is all there."""
+    wrong = [key for key, value in item.items() if _COUNTS.fullmatch(key) and not _is_count(value)]
+    repeat = item.get("repeat", 1)
+    if not isinstance(repeat, int | float) or isinstance(repeat, bool) or not math.isfinite(repeat) or repeat <= 0:
+        yield f"repeat is {repeat!r}, must be a number above 0"
+        return
+    if wrong:
+        yield f"{wrong[0]} is {item[wrong[0]]!r}, must be a whole number from 0"
+        return
+    if isinstance(wish, dict) and "repeat" in item and wish.get("repeat", repeat) != repeat:
+        yield f"repeat is {repeat}, facts.recipe has {wish['repeat']!r}"
+    # 0.7 is seven tenths, as it is written in the recipe, and not the nearest binary fraction.
+    exact = Fraction(repr(repeat))
+    if "repeat" in item and "passes" in item and item["passes"] != math.ceil(exact):
+        yield f"passes is {item['passes']}, repeat {repeat} makes {math.ceil(exact)}"
+    if {"asked_tokens", "training_tokens"} <= item.keys():
+        asked = math.floor(exact * item["training_tokens"])
+        if item["asked_tokens"] != asked:
+            yield f"asked_tokens is {item['asked_tokens']}, {repeat} of {item['training_tokens']} tokens are {asked}"
+        if "tail_tokens" in item and item["tail_tokens"] != item["asked_tokens"] % sequence_length:
+            rest = item["asked_tokens"] % sequence_length
+            yield f"tail_tokens is {item['tail_tokens']}, asked_tokens leave {rest} beside rows of {sequence_length}"
+    yield from _sums(item)
+
+
+def _sums(item: Mapping[str, Any]) -> Iterator[str]:
+    if {"training_tokens", *_LAID_OUT} <= item.keys():
+        laid_out = item.get("passes", 1) * item["training_tokens"]
+        total = sum(item[key] for key in _LAID_OUT) + item.get("left_by_repeat_tokens", 0)
+        if total != laid_out:
+            yield (
+                f"tokens do not add up: used, unused, tail and left_by_repeat are {total}, {item.get('passes', 1)} x "
+                f"{item['training_tokens']} training_tokens are {laid_out}"
+            )
+    kinds = [f"{kind}_documents" for kind in _DOCUMENTS]
+    if {"documents_read", *kinds} <= item.keys() and item["documents_read"] != sum(item[kind] for kind in kinds):
+        yield (
+            f"documents do not add up: documents_read is {item['documents_read']}, {', '.join(_DOCUMENTS)} are "
+            f"{sum(item[kind] for kind in kinds)}"
+        )
+
+
+def _tail_problems(manifest: Manifest, account: Mapping[str, Any]) -> Iterator[str]:
+    told: Any = manifest.facts.get("dropped_tail_tokens")
+    if told is None:
+        return
+    tails = {name: item["tail_tokens"] for name, item in account.items() if "tail_tokens" in item}
+    told = told if isinstance(told, dict) else {}
+    for name in sorted({*told, *tails}):
+        if told.get(name) != tails.get(name):
+            yield (
+                f"{manifest.path}: facts.dropped_tail_tokens of subset {name} is {told.get(name)}, its account has "
+                f"tail_tokens {tails.get(name)}"
+            )
+
+
+# The folder
+
+
+def _strangers(manifest: Manifest) -> Iterator[str]:
+    """Files that anyone who lists the folder would take for chunks of this data."""
+    infos = manifest.all_chunks()
+    known = {file for info in infos for file in (info.file, info.provenance, info.borders) if file}
+    for path in sorted(manifest.folder.iterdir()):
+        if _CHUNK_FILE.fullmatch(path.name) and path.name not in known:
+            yield f"{path}: looks like a chunk's and is not in {manifest.path.name}; move it out of the folder"

@@ -1,0 +1,1 @@
+"""Launching the processes of one machine and supervising them."""

@@ -1,0 +1,156 @@
+"""torchrun that ends with the exit code of its processes: python -m k2train.launch [torchrun options] -m k2train.train ...
+
+torchrun's own exit code is 1, under two screens of traceback, also when all processes stopped on request and saved (75)
+or refused a config (2, told already): a batch script could not tell them apart. Signals are handed on to the processes,
+which have all the time they need to save (`parallel/workers.py`). Where there are CUDA devices, processes get
+CUDA_DEVICE_MAX_CONNECTIONS=1 (see `environment.order_kernels`). One option is ours, everything else is torchrun's:
+
+    --restarts N    on one machine: after a crash (exit code 1) start again, at most N times, after 1, 2, 4 ... 60 s
+
+A mistake (2) and a stop on request (75) are never started again. A training that gets nowhere ends that by itself: it
+refuses with 2 (`run.max_fruitless_starts`). torchrun's own --max-restarts starts again whatever the exit code was.
+"""
+
+import contextlib
+import logging
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import main as torchrun
+
+from k2train.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USAGE
+from k2train.launch.environment import Note, offer_verdicts, order_kernels, read_verdicts
+from k2train.launch.supervisor import Overseer
+
+ENDED_BY_TORCHRUN = -15
+"""A process that was ended because another one had."""
+LONGEST_WAIT_SECONDS = 60.0
+LONG_ENOUGH_SECONDS = 600.0
+"""A start that lasted so long is no crash at once: the waiting begins anew."""
+LEFT_TO_TORCHRUN = ["--signals-to-handle", "SIGQUIT"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run torchrun, again after a crash if asked to, and return the exit code that its processes agree on, else 1."""
+    logging.disable(logging.ERROR)
+    try:
+        restarts, rest = take_restarts(list(sys.argv[1:] if arguments is None else arguments))
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return EXIT_USAGE
+    if torch.cuda.is_available():
+        order_kernels()
+    with Overseer(_say) as overseer:
+        return keep_starting(lambda: _start(rest, overseer), restarts, overseer)
+
+
+def keep_starting(start: Callable[[], int], restarts: int, overseer: Overseer) -> int:
+    """The exit code of the last start: of the first that is no crash, that a signal ended, or that was the last allowed."""
+    wait_seconds = 1.0
+    for number in range(1, restarts + 2):
+        began = time.monotonic()
+        code = start()
+        if code != EXIT_FAILED or overseer.asked or number > restarts:
+            break
+        if time.monotonic() - began > LONG_ENOUGH_SECONDS:
+            wait_seconds = 1.0
+        _say(f"start {number + 1} of {restarts + 1} follows in {wait_seconds:g} s")
+        if overseer.wait(wait_seconds):
+            _say(f"{overseer.asked}: not started again")
+            break
+        wait_seconds = min(2 * wait_seconds, LONGEST_WAIT_SECONDS)
+    return code
+
+
+def take_restarts(arguments: list[str]) -> tuple[int, list[str]]:
+    """`--restarts N` out of the launcher's options, and the rest; what follows the script's name is the script's.
+
+    Raises ValueError when N is no count, or when several nodes would each decide for themselves.
+    """
+    place = next((i for i, text in enumerate(arguments) if text.partition("=")[0] == "--restarts"), None)
+    script = next((i for i, text in enumerate(arguments) if text == "-m" or text.endswith(".py")), len(arguments))
+    if place is None or place > script:
+        return 0, arguments
+    value = _value_of(arguments, place)
+    rest = arguments[:place] + arguments[place + (1 if "=" in arguments[place] else 2) :]
+    if not value.isdigit():
+        raise ValueError(f"--restarts must be a count, got {value!r}")
+    nodes = [_value_of(rest, i) for i, text in enumerate(rest[:script]) if text.partition("=")[0] == "--nnodes"]
+    if nodes and nodes[-1] not in ("1", "1:1"):
+        raise ValueError(
+            f"--restarts is for one machine, --nnodes is {nodes[-1]}; leave it to the batch system to start all nodes again"
+        )
+    return int(value), rest
+
+
+def _value_of(arguments: list[str], place: int) -> str:
+    _, equals, value = arguments[place].partition("=")
+    return value if equals else "".join(arguments[place + 1 : place + 2])
+
+
+def _start(arguments: list[str], overseer: Overseer) -> int:
+    with TemporaryDirectory(prefix="k2train-launch-") as name, overseer.over(Path(name)):
+        folder = Path(name)
+        offer_verdicts(folder)
+        failures: dict[int, int] = {}
+        try:
+            torchrun([*LEFT_TO_TORCHRUN, *arguments])
+        except ChildFailedError as failed:
+            failures = {rank: failure.exitcode for rank, failure in sorted(failed.failures.items())}
+        except SignalException:
+            return signalled(read_verdicts(folder))
+        except Exception as error:
+            # The store of another node may be gone because that node is done: what counts is how ours have ended.
+            return lost(read_verdicts(folder), error)
+        if overseer.asked and not set(failures.values()) <= {EXIT_USAGE, EXIT_STOPPED}:
+            return signalled(read_verdicts(folder))
+        own = {rank: code for rank, code in failures.items() if rank not in overseer.ended} or failures
+        return verdict(own) if failures else EXIT_DONE
+
+
+def signalled(notes: dict[int, Note]) -> int:
+    """The exit code after a request to stop: 75 only if every process that started has saved, or was done."""
+    codes = {note.code for note in notes.values()}
+    unsaved = [rank for rank, note in notes.items() if note.code not in (EXIT_STOPPED, EXIT_DONE)]
+    if codes and not unsaved:
+        return EXIT_STOPPED if EXIT_STOPPED in codes else EXIT_DONE
+    who = f"process {unsaved[0]} of {len(notes)}" if unsaved else "every process"
+    _say(f"asked to stop, and {who} ended before it had saved")
+    return EXIT_FAILED
+
+
+def lost(notes: dict[int, Note], error: Exception) -> int:
+    """The exit code when torchrun itself failed: that of our processes where they all ended by themselves, else 1."""
+    codes = {note.code for note in notes.values()}
+    if codes and codes <= {EXIT_DONE, EXIT_STOPPED, EXIT_USAGE}:
+        return EXIT_USAGE if EXIT_USAGE in codes else max(code for code in codes if code is not None)
+    _say(f"the launcher failed: {type(error).__name__}: {' '.join(str(error).split())}")
+    return EXIT_FAILED
+
+
+def verdict(codes: dict[int, int]) -> int:
+    """The exit code of a job from those of its failed processes; says on stderr what is not a clean one."""
+    own = {rank: code for rank, code in codes.items() if code != ENDED_BY_TORCHRUN} or codes
+    if set(own.values()) <= {EXIT_USAGE, EXIT_STOPPED}:
+        # A mistake outweighs a stop: starting again would not help.
+        return min(own.values())
+    for rank, code in own.items():
+        if code not in (EXIT_USAGE, EXIT_STOPPED):
+            how = f"signal {-code}" if code < 0 else f"exit code {code}"
+            _say(f"process {rank} ended with {how}")
+    return EXIT_FAILED
+
+
+def _say(text: str) -> None:
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+"""`kernels.matmul: onednn`: fp32 products on a CPU by oneDNN, which torch carries but does not use for them.
+
+torch gives fp32 products to MKL, and MKL takes its fast paths on Intel's processors only: on an AMD EPYC (Zen 4, one
+thread, 1024 x 256 by 256 x 768) it needs 5.2 ms and oneDNN 2.0 to 2.7, both in plain IEEE fp32 (largest error against
+float64, by the largest value: 3.8e-7 and 6.2e-7). bf16 products go through oneDNN already. `auto` is onednn where the
+processor is not Intel's. Refused: choosing by a measurement at the start, which on a noisy machine would make a resumed
+run another run.
+
+The op is the one that torch's own compiler emits for a linear layer; it has no derivative, and needs none here.
+"""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from k2train.errors import ConfigError
+from k2train.parallel.collective_matmul import Product
+
+
+class OneDnnProduct(Product):
+    """Products in fp32 by oneDNN; those of other dtypes, and empty ones, by torch."""
+
+    writes_out = False
+
+    def multiply(self, a: Tensor, matrix: Tensor, gradient: bool, out: Tensor | None = None) -> Tensor:
+        if a.dtype != torch.float32 or not a.numel() or not matrix.numel():
+            return super().multiply(a, matrix, gradient, out)
+        y = _linear(a, matrix.t())
+        return y if out is None else out.copy_(y)
+
+    def add_weight_gradient(self, into: Tensor, dy: Tensor, x: Tensor) -> None:
+        if x.dtype != torch.float32 or not dy.numel() or not x.numel():
+            super().add_weight_gradient(into, dy, x)
+        else:
+            into.add_(_linear(dy.t(), x.t()))
+
+
+def _linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x [n, k], weight [m, k], each in any strides -> x weight^T [n, m]."""
+    y: Any = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return y
+
+
+def available() -> bool:
+    """Whether this torch has the op."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+@cache
+def preferred() -> bool:
+    """Whether `auto` takes it on a CPU in fp32: it is there, and the processor is known not to be Intel's."""
+    try:
+        vendors = {line.split(":")[1].strip() for line in _cpu_facts() if line.startswith("vendor_id")}
+    except (OSError, IndexError):
+        return False
+    return available() and bool(vendors) and "GenuineIntel" not in vendors
+
+
+def _cpu_facts() -> list[str]:
+    return Path("/proc/cpuinfo").read_text("utf-8", errors="replace").splitlines()
+
+
+def onednn_product(device: torch.device, dtype: torch.dtype) -> OneDnnProduct:
+    """The products of `kernels.matmul: onednn`. Raises ConfigError where they cannot be had, or change nothing."""
+    if device.type != "cpu":
+        raise ConfigError(f"kernels.matmul (onednn) is for a CPU, and this is {device.type}: choose auto")
+    if dtype != torch.float32:
+        raise ConfigError(
+            "kernels.matmul (onednn) is for precision fp32, in bf16 torch goes that way itself: choose auto"
+        )
+    if not available():
+        raise ConfigError("kernels.matmul (onednn) needs a torch that was built with oneDNN: choose torch")
+    return OneDnnProduct()

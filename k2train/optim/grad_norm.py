@@ -1,0 +1,141 @@
+"""The global gradient norm, each parameter counted once, and the sums that go with it: one exchange a step.
+
+Every rank adds the square sum of its own rows of each piece into a fp64 table with a line a global tensor. The table is
+summed over the ranks of a stage, then over stages, and added up in the order of the forward pass. Other stages contribute
+exact zeros, so the result does not depend on the pipeline degree in a single bit; data- and tensor-parallel ranks each
+hold different rows, and a tensor that all tensor-parallel ranks hold is counted by the first of them.
+
+The loss, the count of ranks asked to stop and the finite check ride in the same table: every rank decides from the same
+bytes, and decides on its device. The host reads the outcome when the whole step is queued; refused: a host that reads the
+norm first, which leaves the device without work while it thinks.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import isfinite, sqrt
+
+import torch
+from torch import Tensor
+
+from k2train.parallel.collectives import all_reduce
+from k2train.parallel.grad_buffer import SlotTable
+from k2train.parallel.grid import Axis
+
+BLOCK = 256
+"""Elements whose squares are added in fp32 on a CPU; the sums of blocks are added in fp64."""
+MANY_BLOCKS = 256
+"""From so many blocks on their rounding errors even out: 1e-8 of the sum at most (measured), in a quarter of the time."""
+
+
+@dataclass(frozen=True)
+class StepSums:
+    """What all ranks agree on after a step."""
+
+    loss: float
+    """Mean over all targets of the global batch (nats a token)."""
+    grad_norm: float
+    """Before clipping."""
+    norms: Mapping[str, float]
+    """Norm of each global tensor's gradient."""
+    flags: tuple[float, ...]
+    """Sums over all ranks of what each put in."""
+
+    @property
+    def finite(self) -> bool:
+        return isfinite(self.loss) and isfinite(self.grad_norm)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The same on the device, not yet read by the host: what the optimizer needs, and `read` for the rest."""
+
+    names: Sequence[str]
+    table: Tensor
+    """fp64 [names + loss + flags]."""
+    grad_norm: Tensor
+    """fp64 scalar."""
+    divisor: Tensor
+    """fp32 scalar: what the gradient is divided by to be clipped, 1 where it need not be."""
+    skip: Tensor
+    """fp32 scalar: 1 where loss or norm are not finite, else 0."""
+
+    def read(self) -> StepSums:
+        """Wait for the device, once."""
+        *values, norm = torch.cat((self.table, self.grad_norm.view(1))).tolist()
+        n = len(self.names)
+        norms = {
+            name: sqrt(value) if value >= 0 else float("nan")
+            for name, value in zip(self.names, values[:n], strict=True)
+        }
+        return StepSums(values[n], norm, norms, tuple(values[n + 1 :]))
+
+
+class SquareSums:
+    """Square sums of one rank's rows of each global tensor of `names`."""
+
+    def __init__(self, table: SlotTable, names: Sequence[str], tp: Axis, device: torch.device):
+        place = {name: i for i, name in enumerate(names)}
+        self.table, self.names = table, names
+        self._held = [slot for slot in table.slots if slot.rows(table.dp)[1] > slot.rows(table.dp)[0] and slot.width]
+        self._places = torch.tensor([place[slot.piece.name] for slot in self._held], dtype=torch.int64, device=device)
+        # Times 0 and not skipped: a replica that is not finite must still stop the step, and 0 * inf is NaN.
+        counted = [float(slot.piece.dim is not None or tp.rank == 0) for slot in self._held]
+        self._counted = torch.tensor(counted, dtype=torch.float64, device=device)
+        self._line: Tensor | None = None
+        self._rows: list[Tensor] = []
+
+    def __call__(self, line: Tensor) -> Tensor:
+        """fp64 [names] from a line [elements]; 0 where this rank holds nothing or another counts it (NaN where a copy that
+        another counts is not finite here)."""
+        sums = torch.zeros(len(self.names), dtype=torch.float64, device=line.device)
+        if self._held:
+            if line is not self._line:
+                # The gradient buffer gives the same line in every step, so its parts are looked up once.
+                self._line, self._rows = line, [self.table.local(line, slot).view(-1) for slot in self._held]
+            if line.device.type == "cpu":
+                squares = torch.stack([_square(part) for part in self._rows])
+            else:
+                squares = _squares(self._rows)
+            sums.index_copy_(0, self._places, squares * self._counted)
+        return sums
+
+
+def _square(rows: Tensor) -> Tensor:
+    """fp64 square sum of [n], on a CPU; its own conversion to fp64 writes every value once more before it reads it."""
+    whole = rows.numel() // BLOCK
+    if whole < MANY_BLOCKS:
+        return torch.linalg.vector_norm(rows, dtype=torch.float64).square()
+    blocks = torch.linalg.vector_norm(rows[: whole * BLOCK].view(whole, BLOCK), dim=1).double()
+    rest = torch.linalg.vector_norm(rows[whole * BLOCK :], dtype=torch.float64)
+    return blocks.dot(blocks) + rest.square()
+
+
+def _squares(rows: Sequence[Tensor]) -> Tensor:
+    """fp64 square sums [len(rows)], added in fp64 by a few kernels for all."""
+    return torch.stack(torch._foreach_norm(list(rows), 2.0, dtype=torch.float64)).square()
+
+
+def agree(
+    sums: Tensor,
+    names: Sequence[str],
+    loss: Tensor,
+    flags: Sequence[float],
+    stage: Axis,
+    pp: Axis,
+    clip_norm: float | None = None,
+) -> Verdict:
+    """Exchange square sums, this rank's part of the loss (already divided; 0 where another rank counts it) and flags.
+
+    The gradient is divided by max(1, (norm + 1e-6) / clip_norm), torch.nn.utils.clip_grad_norm_'s rule.
+    """
+    table = torch.cat((sums, loss.detach().double().view(1), sums.new_zeros(len(flags))))
+    for index, flag in enumerate(flags):
+        if flag:
+            table[len(names) + 1 + index].fill_(flag)
+    all_reduce(table, stage)
+    all_reduce(table, pp)
+    total = table[: len(names)].cumsum(0)[-1]
+    norm = total.sqrt()
+    skip = (~(torch.isfinite(norm) & torch.isfinite(table[len(names)]))).float()
+    divisor = torch.ones_like(norm) if clip_norm is None else ((norm + 1e-6) / clip_norm).clamp(min=1.0)
+    return Verdict(names, table, norm, divisor.float(), skip)

@@ -1,0 +1,176 @@
+"""The digest of `fingerprint` over this rank's rows of every tensor, by torch on the device where they lie.
+
+Each rank sums what it alone holds; one all-reduce of two whole numbers a tensor and state then gives every rank the digests
+of the whole state, the same in every layout. Whole-number products wrap modulo 2^64 on every device, so the digest of a
+device is that of a file. Refused: bringing the state to the host first, which takes as long as a checkpoint.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from k2train.parallel.comm_tracker import Traffic, exchanging
+from k2train.parallel.grad_buffer import Slot, SlotTable
+from k2train.parallel.grid import Axis
+from k2train.state_digest import LANES, digest_text, multipliers, state_root
+
+BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
+BLOCK = {"cpu": 2**15, "cuda": 2**21}
+"""Elements at a time: on a CPU what its cache holds as 64-bit values, on a device few launches and little memory."""
+
+
+class Multipliers:
+    """The factors of rows and columns as tensors, for tensors of up to `rows` x `columns`; copied to a device once."""
+
+    def __init__(self, rows: int, columns: int):
+        self.host = tuple(torch.from_numpy(multipliers(axis, n)) for axis, n in (("rows", rows), ("columns", columns)))
+        self._on: dict[torch.device, tuple[Tensor, ...]] = {torch.device("cpu"): self.host}
+
+    def on(self, device: torch.device) -> tuple[Tensor, ...]:
+        """(rows [2, n], columns [2, m]) int64 on a device."""
+        if device not in self._on:
+            self._on[device] = tuple(table.to(device) for table in self.host)
+        return self._on[device]
+
+
+@torch.no_grad()
+def tensor_sums(values: Tensor, row: int, column: int, factors: Multipliers) -> Tensor:
+    """int64 [2] of a block whose first element lies at (`row`, `column`) of its global tensor.
+
+    `values` [n] or [n, ...], contiguous, fp32 or bf16; `column` counts elements of the global row. A block must hold
+    whole rows or be cut in dimension 1 of two.
+    """
+    a, b = factors.on(values.device)
+    total = torch.zeros(LANES, dtype=torch.int64, device=values.device)
+    if values.numel() == 0:
+        return total
+    bits = values.detach().view(BITS[values.dtype]).reshape(values.shape[0], -1)
+    rows, width = bits.shape
+    block = BLOCK.get(values.device.type, BLOCK["cuda"])
+    across, down = min(width, block), max(1, block // width)
+    for top in range(0, rows, down):
+        height = min(down, rows - top)
+        for left in range(0, width, across):
+            wide = bits[top : top + height, left : left + across].long()
+            for lane in range(LANES):
+                sums = (wide * b[lane].narrow(0, column + left, wide.shape[1])).sum(dim=1)
+                total[lane] += (sums * a[lane].narrow(0, row + top, height)).sum()
+    return total
+
+
+class StateDigest:
+    """Digests of the pieces of one `SlotTable`: `names` are all global tensors of the model in one order, `states` those
+    of each; `tp` is the tensor-parallel axis, over which a whole tensor is counted once."""
+
+    def __init__(self, table: SlotTable, names: Sequence[str], states: Sequence[str], tp: Axis):
+        self.table, self.names, self.states, self.tp = table, tuple(names), tuple(states), tp
+        self.keys = [f"{name}.{state}" for name in self.names for state in self.states]
+        """NAME.state of each row of `sums`."""
+        self._place = {name: index for index, name in enumerate(self.names)}
+        shapes = [slot.piece.global_shape for slot in table.slots]
+        self._factors = Multipliers(
+            max((shape[0] for shape in shapes), default=1), max((prod(shape[1:]) for shape in shapes), default=1)
+        )
+
+    def sums(self, lines: Mapping[str, Tensor]) -> Tensor:
+        """This rank's part, int64 [names * states, 2] on the lines' device, from fp32 lines [elements] by state; rows as
+        in `keys`, a tensor that other ranks count is 0.
+
+        The sum of all ranks' (wrapping) is what `digests` takes.
+        """
+        device = lines[self.states[0]].device
+        found = torch.zeros(len(self.names), len(self.states), LANES, dtype=torch.int64, device=device)
+        for slot in self.table.slots:
+            if slot.piece.dim is None and self.tp.rank != 0:
+                continue
+            for number, state in enumerate(self.states):
+                row, column = self._corner(slot)
+                block = self.table.local(lines[state], slot)
+                found[self._place[slot.piece.name], number] = tensor_sums(block, row, column, self._factors)
+        return found.view(-1, LANES)
+
+    def _corner(self, slot: Slot) -> tuple[int, int]:
+        """Row and column of this rank's first element in the global tensor."""
+        piece, (first, _) = slot.piece, slot.rows(self.table.dp)
+        if piece.dim in (None, 0):
+            return (0 if piece.dim is None else piece.start) + first, 0
+        assert piece.dim == 1, f"{piece.name}: cut in dimension {piece.dim}"
+        return first, piece.start * prod(piece.global_shape[2:])
+
+    def digests(self, summed: Tensor) -> dict[str, str]:
+        """{NAME.state: 32 hexadecimal digits} from the sum over all ranks [names * states, 2]."""
+        return {key: digest_text(pair) for key, pair in zip(self.keys, summed.tolist(), strict=True)}
+
+
+@dataclass(frozen=True)
+class Root:
+    """The root of a state and what it is made of; the same on every rank."""
+
+    root: str
+    digests: Mapping[str, str]
+    """{NAME.state: digest}."""
+    own: Tensor
+    """This rank's part of the sums, int64 [names * states, 2]: what a `StateGuard` keeps."""
+
+
+class StateRoot:
+    """The root of the whole state with one all-reduce over `group` (None: all ranks); collective."""
+
+    def __init__(
+        self, digest: StateDigest, group: dist.ProcessGroup | None = None, traffic: Traffic | None = None
+    ) -> None:
+        self.digest, self.group, self.traffic = digest, group, traffic
+
+    def __call__(self, lines: Mapping[str, Tensor], step: int, adam_steps: int) -> Root:
+        """The root of fp32 `lines` by state, on every rank."""
+        own = self.digest.sums(lines)
+        summed = own.clone()
+        with exchanging(self.traffic, "all-reduce of the root of the state"):
+            dist.all_reduce(summed, group=self.group)
+        digests = self.digest.digests(summed)
+        return Root(state_root(digests, step, adam_steps), digests, own)
+
+
+class StateGuard:
+    """Whether each rank's lines still are what the last update left: they have no copy that they could be compared with.
+
+    Sums are kept after an update (`Root.own`: no second pass) and made again before the next; in between nobody writes.
+    What several tensor-parallel ranks hold whole is looked at on the first of them; `replicas` compares the others with it.
+    """
+
+    def __init__(
+        self, digest: StateDigest, group: dist.ProcessGroup | None = None, traffic: Traffic | None = None
+    ) -> None:
+        self.digest, self.group, self.traffic = digest, group, traffic
+        self._kept: Tensor | None = None
+
+    def keep(self, sums: Tensor) -> None:
+        """Remember `StateDigest.sums` of the lines as they are now; on all ranks or none."""
+        self._kept = sums
+
+    def forget(self) -> None:
+        """The lines will be written by right (a checkpoint is loaded)."""
+        self._kept = None
+
+    def problem(self, lines: Mapping[str, Tensor]) -> str | None:
+        """One line naming what changed on which rank since `keep`, None when nothing did; collective, the same on all.
+
+        None too, without communication, when nothing was kept. Forgets what was kept.
+        """
+        kept, self._kept = self._kept, None
+        if kept is None:
+            return None
+        # Of each row the number of the rank that found it changed, counted from 1: the highest one is told.
+        changed = (self.digest.sums(lines) != kept).any(dim=1).long() * (dist.get_rank() + 1)
+        with exchanging(self.traffic, "all-reduce of changes of the state"):
+            dist.all_reduce(changed, op=dist.ReduceOp.MAX, group=self.group)
+        found = [(key, rank - 1) for key, rank in zip(self.digest.keys, changed.tolist(), strict=True) if rank]
+        if not found:
+            return None
+        key, rank = found[0]
+        more = f"; {len(found) - 1} more changed" if len(found) > 1 else ""
+        return f"{key} on rank {rank} changed between two updates, when nothing writes it{more}"

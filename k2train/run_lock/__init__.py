@@ -1,0 +1,1 @@
+"""One live job per run directory: kernel lock, lease and fencing token."""

@@ -1,0 +1,240 @@
+"""One live process a run directory: `run.lock`, held with flock for as long as the process lives, and a lease beside it.
+
+The kernel frees the lock when the holder ends in whatever way, kill -9 included, so there is no stale lock and no
+"remove this file by hand". A file that merely exists, or a process id that is asked for, is refused as the lock: both lie
+after a crash, and an id may belong to another program by then. The JSON in the file is for people: who to look for.
+flock ends at the host on some file systems and is refused by others; there the lease decides (see `lease`), which also
+gives the fencing token. Both are always taken, the lock first: nobody has to know what his file system can do.
+Taking the lock may have to make the directory; a start that then fails on a mistake gives it back, so that bad input
+leaves nothing behind.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import weakref
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from k2train.errors import RunError
+from k2train.run_lock.lease import NAME, Lease, held_by, read_holder
+from k2train.run_lock.process_identity import Holder, JobEnded, this_process
+
+LOCK_NAME = "run.lock"
+NO_FLOCK = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL)
+"""What file systems say that have no flock."""
+
+
+class RunLock:
+    """The lock of one run directory; use `acquire` and `release`, or a with statement.
+
+    `facts` about the job (`slurm_job_id`, `slurm_restart_count`) are written down for others; `job_ended` asks SLURM
+    whether another job has ended; `flock` None: do without, as on a file system that has none.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        facts: Mapping[str, object] | None = None,
+        job_ended: JobEnded | None = None,
+        flock: Callable[[int, int], None] | None = fcntl.flock,
+    ) -> None:
+        self.directory = Path(directory)
+        self.path = self.directory / LOCK_NAME
+        self.facts = dict(facts or {})
+        self._flock = flock
+        self._lease = Lease(self.directory, self.facts, job_ended)
+        self._descriptor: int | None = None
+        self._made: list[Path] = []
+        self._made_file = False
+
+    @property
+    def held(self) -> bool:
+        """Whether this object holds the lock."""
+        return self._descriptor is not None
+
+    @property
+    def token(self) -> int:
+        """The fencing token: higher than that of every holder before. 0 while not held."""
+        return self._lease.token if self.held else 0
+
+    @property
+    def taken_over_from(self) -> dict[str, Any] | None:
+        """`{token, reason}` of a holder before that did not release the run; for the ledger, so no host is named."""
+        return self._lease.taken_over_from
+
+    @property
+    def told(self) -> str:
+        """The same for people, with host and pid; "" after a clean end."""
+        return self._lease.told
+
+    def check(self) -> None:
+        """To be called before what must not be done by two. Raises RunError when the run is another holder's by now."""
+        assert self.held, f"{self.path} is not held"
+        self._lease.check()
+
+    def acquire(self) -> Self:
+        """Take the lock without waiting, making the directory if it is missing.
+
+        Raises RunError, within two seconds and the one and a half that SLURM may take to answer, when another process holds it that lives or may live, naming it; or when
+        the directory cannot be made or written. In each case nothing new is left on the disk.
+        """
+        assert self._descriptor is None, f"{self.path} is held by this object already"
+        try:
+            while not self._taken():
+                pass
+            self._write_holder()
+        except RunError:
+            # The directory is the other holder's, whoever of us made it.
+            self._made, self._made_file = [], False
+            self._give_up()
+            raise
+        except BlockingIOError:
+            # Whatever we made on the way is the holder's directory now.
+            self._made = []
+            raise RunError(self._held_by_another()) from None
+        except OSError as error:
+            self._give_up()
+            raise RunError(
+                f"{self.path} cannot be locked: {error.strerror}; choose another run.directory, on a file system that "
+                "you may write to"
+            ) from None
+        _close_in_forked_children(self)
+        return self
+
+    def release(self, discard_if_empty: bool = False) -> None:
+        """Free the lock; harmless when not held.
+
+        With `discard_if_empty`, what `acquire` made is removed again: the lock file, and the directory and its parents
+        where nothing else lies in them.
+        """
+        if self._descriptor is None:
+            return
+        if discard_if_empty and self._lease.first and self._nothing_else():
+            self._lease.drop()
+        self._lease.release()
+        if discard_if_empty:
+            self._remove_made()
+        else:
+            os.ftruncate(self._descriptor, 0)
+        os.close(self._descriptor)
+        self._descriptor = None
+        self._made = []
+
+    def __enter__(self) -> Self:
+        return self.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def _taken(self) -> bool:
+        """Lock and lease; False when the directory went away in between, which is to be tried again."""
+        self._descriptor = self._open_locked()
+        try:
+            self._lease.take()
+        except FileNotFoundError:
+            os.close(self._descriptor)
+            self._descriptor = None
+            return False
+        return True
+
+    def _nothing_else(self) -> bool:
+        return all(path == self.path or NAME.fullmatch(path.name) for path in self.directory.iterdir())
+
+    def _open_locked(self) -> int:
+        while True:
+            self._make_directory()
+            self._made_file = not self.path.exists()
+            try:
+                descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            except FileNotFoundError:
+                continue
+            try:
+                self._lock(descriptor)
+                if _is_file(descriptor, self.path):
+                    return descriptor
+            except BaseException:
+                os.close(descriptor)
+                raise
+            # The holder discarded its directory between our open and our lock: what we locked has no name any more.
+            os.close(descriptor)
+
+    def _lock(self, descriptor: int) -> None:
+        if self._flock is None:
+            return
+        try:
+            self._flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in NO_FLOCK:
+                raise
+
+    def _make_directory(self) -> None:
+        missing = [path for path in (self.directory, *self.directory.parents) if not path.exists()]
+        for path in reversed(missing):
+            try:
+                path.mkdir()
+            except FileExistsError:
+                if not path.is_dir():
+                    raise
+            else:
+                self._made.append(path)
+
+    def _write_holder(self) -> None:
+        assert self._descriptor is not None, "nothing to write to"
+        holder = this_process(self.facts) | {"token": self._lease.token}
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, json.dumps(holder).encode() + b"\n", 0)
+
+    def _give_up(self) -> None:
+        if self._lease.first:
+            self._lease.drop()
+        self._lease.release()
+        self._remove_made()
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+        self._descriptor = None
+        self._made = []
+
+    def _remove_made(self) -> None:
+        # The name goes while the lock is still held, so that nobody can take a lock that is about to lose its name.
+        # What cannot be removed, because another run moved in or the disk refuses, stays: tidying must not raise.
+        with contextlib.suppress(OSError):
+            if self._made_file:
+                self.path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            for path in reversed(self._made):
+                path.rmdir()
+
+    def _held_by_another(self) -> str:
+        return held_by(self.directory, _holder_in(self.path))
+
+
+def _holder_in(path: Path) -> Holder | None:
+    try:
+        return read_holder(path)
+    except FileNotFoundError:
+        return None
+
+
+def _is_file(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _close_in_forked_children(lock: RunLock) -> None:
+    """A forked child shares the lock; if it outlived a killed parent, it would keep the run locked for nobody."""
+    reference = weakref.ref(lock)
+
+    def close() -> None:
+        held = reference()
+        if held is not None and held._descriptor is not None:
+            os.close(held._descriptor)
+            held._descriptor = None
+            held._lease.forget()
+
+    os.register_at_fork(after_in_child=close)

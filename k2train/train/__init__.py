@@ -1,0 +1,1 @@
+"""Training: the command line, the trainer and what it is built from."""

@@ -1,0 +1,81 @@
+"""This rank's batches, on the device: training steps and the held-out chunk, a damaged chunk told by all ranks alike.
+
+A rank that finds a chunk damaged must not leave alone, or the others wait in their next collective; so wherever a chunk is
+opened the ranks tell each other, and leave together or go on together. Asking at every step was refused: within a chunk
+that was verified there is nothing to agree on.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch.distributed as dist
+
+from k2train.config.load import Config
+from k2train.data.loader import Batch, Loader
+from k2train.errors import DataError
+from k2train.parallel.comm_tracker import exchanging
+from k2train.parallel.grid import ProcessGrid
+from k2train.train.engine import Engine
+from k2train.train.preflight import Start
+
+
+class Feed:
+    """Reads for one rank; `before_leaving` is called on every rank before a damaged chunk is raised."""
+
+    def __init__(
+        self, config: Config, grid: ProcessGrid, start: Start, verify: bool, before_leaving: Callable[[], None]
+    ):
+        self.grid, self.order, self._before_leaving = grid, start.order, before_leaving
+        self._limit = config.data.held_out_batches
+        self.loader = Loader(
+            start.manifest,
+            start.order,
+            grid.dp.rank,
+            grid.dp.size,
+            config.batch.micro_sequences,
+            config.model.vocab_size,
+            verify=verify,
+            documents=config.data.cross_documents == "block",
+        )
+
+    def step(self, step: int, first: bool, needed: bool) -> Batch:
+        """This rank's micro-batches of a step, the `first` of this start or not; empty where not `needed`.
+
+        Raises DataError, on every rank alike where a chunk is opened.
+        """
+        opens = first or self.order.position(step).step_in_chunk == 0
+        return self._agreed(partial(self.loader.step, step), opens, needed)
+
+    def held_out_loss(self, engine: Engine) -> float | None:
+        """Mean loss over the held-out chunk (nats a target); None when the data has none."""
+        batches = self.loader.num_held_out_batches()
+        batches = batches if self._limit is None else min(batches, self._limit)
+        losses = []
+        for index in range(batches):
+            batch = self._agreed(partial(self.loader.held_out, index), index == 0, engine.needs_batch)
+            losses.append(engine.evaluate(batch.tokens, batch.documents))
+        return sum(losses) / batches if batches else None
+
+    def close(self) -> None:
+        """Stop the loader's threads."""
+        self.loader.close()
+
+    def _agreed(self, read: Callable[[], Batch], opens: bool, needed: bool) -> Batch:
+        problem, batch = "", Batch([])
+        try:
+            # Also where the batch is not looked at: this rank may be the one that verifies for its machine.
+            if opens or needed:
+                batch = read()
+        except DataError as error:
+            if not opens:
+                raise
+            problem = str(error)
+        if opens:
+            problems: list[str] = [""] * self.grid.layout.world_size
+            with exchanging(self.grid.traffic, "agree on a chunk"):
+                dist.all_gather_object(problems, problem, group=self.grid.host)
+            if any(problems):
+                # All ranks leave here together, so the checkpoint of the chunk before can still be finished.
+                self._before_leaving()
+                raise DataError(next(text for text in problems if text))
+        return batch.to(self.grid.device)

@@ -1,0 +1,117 @@
+"""What a run keeps from one start to the next: which checkpoint it goes on from, how its state comes back, how it is saved.
+
+Between the training loop, which knows steps, and the checkpoint package, which knows files. The probe belongs here: it is
+made of the engine when a state is saved, and made again when it was loaded, so that a checkpoint whose every byte is right
+and which is not computed right is refused before the first step.
+"""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from k2train import fault_injection
+from k2train.checkpoint.load import agree_on_checkpoint, load_states
+from k2train.checkpoint.manifest import read_manifest
+from k2train.checkpoint.writer import CheckpointWriter, nothing
+from k2train.config.load import Config
+from k2train.errors import CheckpointError
+from k2train.parallel.grid import ProcessGrid
+from k2train.record.jsonl import plain
+from k2train.run_lock.lock import RunLock
+from k2train.train.engine import Engine
+from k2train.train.forward_check import make_probe, probe_problem
+from k2train.train.monitor import DamageError
+from k2train.train.preflight import Start
+from k2train.train.run_logger import Recorder
+
+Facts = dict[str, Any]
+
+
+class Keeper:
+    """One rank's; `recorder` is asked at each use, since it is opened after the checkpoint was chosen."""
+
+    def __init__(
+        self, config: Config, grid: ProcessGrid, start: Start, lock: RunLock | None, recorder: Callable[[], Recorder]
+    ):
+        self.config, self.grid, self.start, self.lock, self._recorder = config, grid, start, lock, recorder
+        c = config.checkpoint
+        self.writer = CheckpointWriter(
+            start.checkpoints,
+            grid,
+            c.keep_optimizer_states,
+            c.asynchronous,
+            retry_seconds=c.retry_seconds,
+            verify_every_seconds=c.verify_every_seconds,
+            still_owner=nothing if lock is None else lock.check,
+            told=lambda text: recorder().from_thread(text),
+            verified=lambda path: recorder().verified(path),
+            damaged=lambda path, problem: recorder().damaged(path, problem),
+            idle=lambda: recorder().drain(),
+        )
+        self.token = 0 if lock is None else lock.token
+        """The fencing token of this start; rank 0's, which tells the others."""
+        self.saved_at = time.monotonic()
+        """When the last save began, by the monotonic clock."""
+
+    def choose(self) -> tuple[Path | None, list[str]]:
+        """The checkpoint that all ranks take, None for a fresh start, and why others were refused; collective.
+
+        Raises CheckpointError when there are some and none is whole, or when that of `run.init_from` is not.
+        """
+        chosen, refused = agree_on_checkpoint(self.start.candidates, self.grid)
+        fault_injection.point("start.agreed")
+        refused = [*self.start.refused, *refused]
+        if self.start.candidates and chosen is None:
+            raise CheckpointError(f"no checkpoint in {self.start.checkpoints} is whole: {'; '.join(refused)}")
+        if self.start.parent is not None:
+            parent, problems = agree_on_checkpoint([self.start.parent], self.grid)
+            if parent is None:
+                raise CheckpointError(f"run.init_from: {problems[0]}")
+        if chosen is not None:
+            self.writer.found_whole(chosen)
+        return chosen, refused
+
+    def load(self, engine: Engine, path: Path) -> tuple[Facts, bool]:
+        """The state of checkpoint `path` into the engine; its manifest, and whether it had optimizer states; collective.
+
+        Raises CheckpointError when it is another model's, or the model does not compute what was saved.
+        """
+        facts, optimizer = read_manifest(path), engine.optimizer
+        if not isinstance(facts.get("guard"), dict):
+            raise CheckpointError(f"{path}: the manifest says nothing of the guard's state; it was changed or damaged")
+        kept = load_states(path, engine.gradients.table, optimizer.lines, self.grid, engine.dtype)
+        optimizer.adam_steps = int(facts["adam_steps"]) if kept else 0
+        optimizer.publish()
+        problem = probe_problem(facts.get("probe") or {}, make_probe(engine))
+        if problem is not None and "probe" not in self.config.run.allow:
+            raise CheckpointError(
+                f"{path} was loaded, but the model does not compute what was saved: {problem}; find out why, or go on "
+                "with run.allow=[probe]"
+            )
+        if problem is not None:
+            self._recorder().note(f"allowed by run.allow: {problem}")
+        fault_injection.point("start.loaded")
+        return facts, kept
+
+    def save(self, engine: Engine, name: str, facts: Facts, committed: Callable[[Path, Facts], None]) -> None:
+        """Begin to save (or save, where it is not asynchronous); rank 0 calls `committed(path, manifest)`; collective.
+
+        Raises DamageError when data-parallel replicas do not answer the probe alike, SaveError for the save before.
+        """
+        probe = make_probe(engine)
+        if probe["apart"]:
+            raise DamageError(str(probe["apart"]))
+        frozen = self.writer.snapshot(engine.gradients.table, engine.optimizer.lines, engine.dtype)
+        adam_steps = engine.optimizer.adam_steps
+        facts = {**facts, "adam_steps": adam_steps, "probe": probe, "fencing_token": self.token}
+        # A loss that is not finite has no JSON form of its own.
+        self.writer.save(name, frozen, dict(plain(facts)), committed)
+        self.saved_at = time.monotonic()
+
+    def lease_facts(self) -> Facts:
+        """Who holds the run directory, for the ledger."""
+        return {
+            "fencing_token": self.token,
+            "taken_over_from": None if self.lock is None else self.lock.taken_over_from,
+        }

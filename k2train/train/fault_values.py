@@ -1,0 +1,56 @@
+"""Value faults: what a broken memory or a broken product leaves in a gradient, a loss, a weight or a moment, on purpose.
+
+    gradient@rank=1@step=4:nan=layers.0.mlp.gate.weight     nan, inf or huge (1e30) in the first element on that rank
+    loss@step=4@nth=2:nan                                   of the second micro-batch of the step
+    weight@rank=1@step=5:flip=norm.weight                   one bit of a parameter as the forward pass reads it
+    moment@rank=0@step=5:flip=head.weight.exp_avg           one bit of a line of the optimizer (`.master` too)
+
+Without a tensor's name the first one of the rank is struck. See `k2train.fault_injection`; with none armed nothing here runs.
+"""
+
+import torch
+from torch import Tensor
+
+from k2train import fault_injection
+from k2train.optim.adamw import ShardedAdamW
+from k2train.parallel.grad_accumulation import sink_of
+from k2train.parallel.grad_buffer import Slot, SlotTable
+
+VALUES = {"nan": float("nan"), "inf": float("inf"), "huge": 1e30}
+
+
+@torch.no_grad()
+def strike_gradient(table: SlotTable) -> None:
+    """After the backward passes, before anything is reduced."""
+    if (fault := fault_injection.find("gradient")) is not None:
+        slot = _slot(table, fault.argument)
+        sink = sink_of(slot.parameter)
+        assert sink is not None, f"{slot.piece.name} has no sum"
+        slot.piece.of(sink.total).view(-1)[0] = VALUES[fault.action]
+
+
+@torch.no_grad()
+def strike_state(optimizer: ShardedAdamW) -> None:
+    """Between two steps."""
+    if (fault := fault_injection.find("weight")) is not None:
+        slot = _slot(optimizer.table, fault.argument)
+        _flip(slot.piece.of(slot.parameter.data))
+    if (fault := fault_injection.find("moment")) is not None:
+        name, _, state = fault.argument.rpartition(".")
+        _flip(optimizer.view(state or "exp_avg", _slot(optimizer.table, name)))
+
+
+def strike_output(hidden: Tensor) -> Tensor:
+    """What the last stage gives of one micro-batch, of which its loss is made."""
+    fault = fault_injection.find("loss")
+    return hidden if fault is None else hidden * VALUES[fault.action]
+
+
+def _slot(table: SlotTable, name: str) -> Slot:
+    return next((slot for slot in table.slots if slot.piece.name == name), table.slots[0])
+
+
+def _flip(values: Tensor) -> None:
+    """Flip a bit of the mantissa of the first element."""
+    dtype, bit = (torch.int16, 1 << 5) if values.element_size() == 2 else (torch.int32, 1 << 20)
+    values.view(-1)[:1].view(dtype).bitwise_xor_(bit)

@@ -1,0 +1,218 @@
+"""A fixed prompt through the model as it trains: are these the weights, and is this the machine, that they were saved on?
+
+A checkpoint's hashes say that its bytes are those written. They do not say that the model made of them computes what the
+saved one computed: a layer cut the wrong way, a changed constant, another kernel or a sick device leave every hash right.
+So the logits of a few positions go into the manifest, and are made again when the checkpoint has been loaded.
+
+The prompt is a formula, so it needs no data. It takes the stages, transfers and layouts of a step, without gradients, as
+one micro-batch; nothing of it is kept and nothing drawn at random. Bits must be equal where the signature is; elsewhere
+(other degrees, kernels, device) the distance is bounded by `ROUNDING`. Refused: the held-out loss for this, one mean in which
+small changes vanish, and which takes minutes.
+"""
+
+import platform
+from collections.abc import Mapping, Sequence
+from hashlib import sha256
+from itertools import repeat
+from math import sqrt
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from k2train.parallel.comm_tracker import exchanging
+from k2train.parallel.grid import ProcessGrid
+from k2train.plan.schedule import Action, Op, Program, insert_transfers
+from k2train.train.engine import Engine
+
+POSITIONS = 8
+"""Positions of the first sequence whose logits are looked at, spread evenly, the last one among them."""
+SAMPLES = 8
+"""Logits of each that the manifest shows."""
+ROUNDING = {"fp32": 32 * 2.0**-23, "bf16": 4 * 2.0**-8}
+"""How far a shown logit may move when the signature is another, as a part of the largest one, times sqrt(layers + 2): each
+layer adds roundings of its own to the residual stream, which add up like noise.
+
+Measured, initial weights with deviation 0.02 and 0.2, sequences of 64, one rank against tp 2, tp 4 with sequence parallelism
+and the written-out kernels: bf16 at most 0.014 of the largest with 4 layers, 0.023 with 16, 0.043 with 64, a third of what
+is allowed; fp32 at most 8e-7, 9e-7 and 1.3e-6, a tenth.
+"""
+
+
+def make_probe(engine: Engine) -> dict[str, Any]:
+    """What the model answers, for a manifest: equal on every rank; collective.
+
+    `sha256` of the fp32 logits at `POSITIONS` positions, some of them as `values` and the largest as `max_abs`;
+    `prompt` and `signature` say what it was asked and on what; `apart` names a data-parallel replica that answers
+    otherwise, or is empty.
+    """
+    engine.optimizer.finish()
+    answer = _run(engine)
+    mine = None
+    if answer is not None:
+        mine = {**_facts(answer), "prompt": _prompt_facts(engine), "signature": _signature(engine)}
+    told: list[Any] = [None] * engine.grid.layout.world_size
+    with exchanging(engine.grid.traffic, "all-gather of the probe's answers"):
+        dist.all_gather_object(told, mine, group=engine.grid.host)
+    given = {rank: facts for rank, facts in enumerate(told) if facts is not None}
+    return {**given[min(given)], "apart": _apart(given)}
+
+
+def probe_problem(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """One line that says how far apart two probes of the same weights are, None when they are as near as they must be.
+
+    None also when they were asked different things (another sequence length or vocabulary).
+    """
+    if now.get("apart"):
+        return str(now["apart"])
+    if not before or before.get("prompt") != now["prompt"]:
+        return None
+    distance, largest = _distance(before, now)
+    said = f"the logits of the fixed prompt are up to {distance:.3g} apart, of at most {largest:.3g}"
+    if before["signature"] == now["signature"]:
+        if before["sha256"] == now["sha256"]:
+            return None
+        return f"{said}, on the same layout, kernels and device, where every bit must be equal"
+    bound = max(_bound(before), _bound(now))
+    if distance < float("inf") and distance <= bound * largest:
+        return None
+    changed = [key for key in now["signature"] if not _same(before, now, key)]
+    return f"{said}; a change of {', '.join(changed)} explains no more than {bound * largest:.3g}"
+
+
+def _run(engine: Engine) -> Tensor | None:
+    """Logits [positions, vocab_size] on the ranks that hold the last stage."""
+    layout = engine.grid.layout
+    last = engine.stages.get(layout.num_stages - 1)
+    tokens, documents = _prompt(engine)
+    answer: list[Tensor] = []
+
+    def look(hidden: Tensor, microbatch: int) -> Tensor:
+        assert last is not None, "only the last stage has logits"
+        answer.append(last.logits_at(hidden, _positions(engine.config.data.sequence_length)))
+        return hidden.new_zeros(())
+
+    for turn in engine.turns.values():
+        turn.documents = iter([documents]) if engine.block else repeat(None)
+    engine.executor.run(_program(engine), lambda microbatch: tokens, look, engine.shape, engine.dtype)
+    return answer[0] if answer else None
+
+
+def _program(engine: Engine) -> Program:
+    """One micro-batch forward through all stages: no schedule has a say in that, the placement of stages only."""
+    layout = engine.grid.layout
+    forwards = [tuple(Action(Op.FORWARD, s, 0) for s in layout.stages_of(pp)) for pp in range(layout.pipeline)]
+    return insert_transfers(forwards, layout)[engine.grid.coordinate.pp]
+
+
+def _prompt(engine: Engine) -> tuple[Tensor, Tensor]:
+    """Token ids and the index of each token's document, both [micro_sequences, sequence_length]; three documents a row."""
+    config = engine.config
+    rows, length = config.batch.micro_sequences, config.data.sequence_length
+    place = torch.arange(length).expand(rows, length)
+    row = torch.arange(rows).unsqueeze(1)
+    ids = (place * 7919 + place * place * 31 + row * 104729 + 17) % config.model.vocab_size
+    documents = torch.div(place * 3, length, rounding_mode="floor")
+    return ids.to(engine.grid.device), documents.to(torch.int32).to(engine.grid.device)
+
+
+def _positions(length: int) -> list[int]:
+    return sorted({(n + 1) * length // POSITIONS - 1 for n in range(POSITIONS) if (n + 1) * length >= POSITIONS})
+
+
+def _prompt_facts(engine: Engine) -> dict[str, Any]:
+    """What the first sequence and its answer depend on besides the weights and the machine."""
+    config = engine.config
+    return {
+        "num_layers": config.model.num_layers,
+        "sequence_length": config.data.sequence_length,
+        "vocab_size": config.model.vocab_size,
+        "cross_documents": config.data.cross_documents,
+        "positions": _positions(config.data.sequence_length),
+    }
+
+
+def _facts(logits: Tensor) -> dict[str, Any]:
+    host = logits.cpu().contiguous()
+    step = max(1, host.shape[1] // SAMPLES)
+    return {
+        "sha256": sha256(host.numpy().tobytes()).hexdigest(),
+        "values": [[_plain(value) for value in row] for row in host[:, ::step][:, :SAMPLES].tolist()],
+        "max_abs": _plain(float(host.abs().max())),
+    }
+
+
+def _plain(value: float) -> float | None:
+    """JSON has no form for what is not finite."""
+    return value if abs(value) < float("inf") else None
+
+
+def _signature(engine: Engine) -> dict[str, Any]:
+    """What the bits of a forward pass may depend on. Pipeline and data parallelism are left out: they must not matter."""
+    grid, parallel = engine.grid, engine.config.parallel
+    return {
+        "tensor": grid.layout.tensor,
+        "sequence": engine.sequence,
+        "symmetric_memory": parallel.symmetric_memory,
+        "micro_sequences": engine.config.batch.micro_sequences,
+        "precision": engine.config.precision,
+        "kernels": str(engine.kernels),
+        "torch": torch.__version__,
+        "device": _device_name(grid),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _device_name(grid: ProcessGrid) -> str:
+    if grid.device.type == "cuda":
+        return torch.cuda.get_device_name(grid.device)
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {_processor()}".strip()
+
+
+def _processor() -> str:
+    """The model of the CPU, where the system tells: libraries choose their code by it. Never raises."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
+            return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    except OSError:
+        return ""
+
+
+def _distance(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[float, float]:
+    """(largest distance of two probes' shown logits, largest logit); infinite where one is not finite."""
+    pairs = [(x, y) for p, q in zip(a["values"], b["values"], strict=True) for x, y in zip(p, q, strict=True)]
+    largest = [probe["max_abs"] for probe in (a, b)]
+    if None in largest or any(x is None or y is None for x, y in pairs):
+        return float("inf"), float("inf") if None in largest else max(largest)
+    return max(abs(x - y) for x, y in pairs), max(largest)
+
+
+def _bound(probe: Mapping[str, Any]) -> float:
+    """What rounding alone may do, as a part of the largest logit."""
+    return float(ROUNDING[probe["signature"]["precision"]] * sqrt(probe["prompt"]["num_layers"] + 2))
+
+
+def _same(a: Mapping[str, Any], b: Mapping[str, Any], key: str) -> bool:
+    return bool(a["signature"].get(key) == b["signature"].get(key))
+
+
+def _apart(given: Mapping[int, Mapping[str, Any]]) -> str:
+    """Which of the ranks with the last stage answers otherwise than the most; the lower half of two is taken as right."""
+    answers = [facts["sha256"] for facts in given.values()]
+    right = max(answers, key=lambda answer: (answers.count(answer), -answers.index(answer)))
+    first = next(facts for facts in given.values() if facts["sha256"] == right)
+    for rank, facts in given.items():
+        if facts["sha256"] == right:
+            continue
+        distance, largest = _distance(first, facts)
+        if facts["signature"] == first["signature"] or not distance <= _bound(facts) * largest < float("inf"):
+            return _told(rank, answers, distance, largest, given)
+    return ""
+
+
+def _told(rank: int, answers: Sequence[str], distance: float, largest: float, given: Mapping[int, Any]) -> str:
+    """With two different answers and no more of one, nobody can say which is right."""
+    tie = 2 * answers.count(given[rank]["sha256"]) == len(answers)
+    who = f"the replica of rank {rank} or its counterpart" if tie else f"the replica of rank {rank}"
+    return f"{who} answers the fixed prompt otherwise than the others: logits up to {distance:.3g} apart, of at most {largest:.3g}"

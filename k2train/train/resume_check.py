@@ -1,0 +1,123 @@
+"""What makes two starts the same run, what may be changed at a resume when it is asked for by name, and what never may.
+
+A position in the data is computed from the step alone, so what that computation rests on (batch, sequence length, the
+chunks already read) cannot change under a checkpoint: another position would be read in silence. Everything else of the
+identity (rates, optimizer, precision, what follows in the order) may, if `run.allow` names it, and the ledger keeps it.
+Refused: a flag that allows whatever has changed, since it stays in the command line and allows the next change too.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from k2train.checkpoint.manifest import is_thinned, read_manifest
+from k2train.config.load import Config, config_differences
+from k2train.data.manifest import Manifest
+from k2train.data.order import ChunkOrder
+from k2train.errors import CheckpointError
+
+NEVER = ("model", "batch", "data.sequence_length", "data.tokenizer_sha256")
+"""Parts of the identity that no `run.allow` opens."""
+
+
+def files_read(manifest: Manifest, order: ChunkOrder) -> list[str]:
+    """Names of the chunks a run opens, the held-out one last."""
+    return [*order.names, *([manifest.held_out.name] if manifest.held_out else [])]
+
+
+def identity_of(config: Config, manifest: Manifest, order: ChunkOrder) -> dict[str, Any]:
+    """What makes two starts the same run: model, batch, seed, data in order, optimizer, schedule, precision (fp8 counts).
+
+    Document borders belong to it where attention stops at them, and nowhere else.
+    """
+    tree = config.model_dump(mode="json")
+    block = config.data.cross_documents == "block"
+    return {
+        "model": tree["model"],
+        "batch": {"global_sequences": config.batch.global_sequences},
+        "run": {"seed": config.run.seed},
+        "data": {
+            "sequence_length": config.data.sequence_length,
+            "cross_documents": config.data.cross_documents,
+            **({"borders_sha256": _hash_of_borders(manifest, order)} if block else {}),
+            "tokenizer_sha256": manifest.tokenizer_sha256,
+            "held_out_sha256": manifest.held_out.sha256 if manifest.held_out else None,
+            "order": [{"name": name, "sha256": manifest.chunk(name).sha256} for name in order.names],
+        },
+        "optimizer": tree["optimizer"],
+        "lr": tree["lr"],
+        "precision": tree["precision"],
+        # Only where it is there: checkpoints from before the key had none.
+        **({"matmul": "fp8"} if config.kernels.matmul == "fp8" else {}),
+    }
+
+
+def _hash_of_borders(manifest: Manifest, order: ChunkOrder) -> str:
+    """One hash for the borders of all that is read, in the order of reading."""
+    hashes = [str(manifest.chunk(name).borders_sha256) for name in files_read(manifest, order)]
+    return hashlib.sha256(" ".join(hashes).encode()).hexdigest()
+
+
+def identity_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """`batch.global_sequences: 32 -> 64` for each difference; of the data order only the first place."""
+    before, now = dict(before), dict(now)
+    old_order = list(before.get("data", {}).get("order", []))
+    new_order = list(now.get("data", {}).get("order", []))
+    for tree in (before, now):
+        # A checkpoint from before the key was there attended.
+        data = {"cross_documents": "attend", **tree.get("data", {})}
+        tree["data"] = {key: value for key, value in data.items() if key != "order"}
+    differences = config_differences(before, now)
+    if old_order != new_order:
+        place = next((i for i, (a, b) in enumerate(zip(old_order, new_order, strict=False)) if a != b), None)
+        if place is None:
+            differences.append(f"data.order: {len(old_order)} chunks -> {len(new_order)} chunks")
+        else:
+            told = [f"{entry['name']} ({str(entry['sha256'])[:12]})" for entry in (old_order[place], new_order[place])]
+            differences.append(f"data.order at place {place}: {told[0]} -> {told[1]}")
+    return differences
+
+
+def check_same_run(path: Path, identity: Mapping[str, Any], allow: Sequence[str]) -> list[str]:
+    """The differences between a checkpoint's run and this one, all of them named by `allow`; mostly none.
+
+    Raises CheckpointError for a thinned checkpoint, and for a difference that is not allowed or never can be.
+    """
+    if is_thinned(path):
+        raise CheckpointError(
+            f"{path} was thinned to its weights: it can start another run (run.init_from), not continue this one"
+        )
+    manifest = read_manifest(path)
+    differences = identity_differences(manifest.get("identity", {}), identity)
+    fixed = [text for text in differences if _named(text, NEVER) or _already_read(text, manifest, identity)]
+    asked = [text for text in differences if text not in fixed and not _named(text, allow)]
+    if not fixed and not asked:
+        return differences
+    way = "change the config back, "
+    if not fixed:
+        keys = ", ".join(dict.fromkeys(_key(text) for text in asked))
+        way += f"allow the change by name (run.allow=[{keys}]), "
+    raise CheckpointError(
+        f"{path} belongs to another run than this config describes: {'; '.join(differences)}; "
+        f"{way}or start anew under another run.name (run.init_from takes its weights)"
+    )
+
+
+def _key(difference: str) -> str:
+    """`lr.peak` of `lr.peak: 0.1 -> 0.2`."""
+    return difference.split(":")[0].split(" ")[0]
+
+
+def _named(difference: str, names: Sequence[str]) -> bool:
+    key = _key(difference)
+    return any(key == name or key.startswith(f"{name}.") for name in names)
+
+
+def _already_read(difference: str, manifest: Mapping[str, Any], identity: Mapping[str, Any]) -> bool:
+    """Whether the difference is in the order of chunks, at a place the checkpoint has passed or stands in."""
+    if _key(difference) != "data.order":
+        return False
+    begun = manifest["chunks"]["consumed"] + (manifest["chunks"].get("step_in_chunk", 0) > 0)
+    before, now = manifest["identity"]["data"]["order"], identity["data"]["order"]
+    return bool(list(before[:begun]) != list(now[:begun]))

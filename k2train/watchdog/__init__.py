@@ -1,0 +1,1 @@
+"""Hang detection: heartbeats, timeouts, diagnosis of dead and stuck ranks."""

@@ -1,0 +1,111 @@
+"""For how long a rank has been at one place, and how far that is over the limit; by a monotonic clock only.
+
+A place is one step, one evaluation, one save: going from reading to computing within a step does not start its clock again,
+or a step of many phases could hang many times as long. Where the work has no usual length (hashing, loading) whoever does it
+says that it gets on. Time in which the whole process did not run is given back, and no step is measured by it. Places
+are replaced whole, so the thread that asks never sees half of one and the training loop takes no lock.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from typing import NamedTuple
+
+from k2train.watchdog.timeouts import Limits
+
+TICK_SECONDS = 0.25
+PAUSE_SECONDS = 3.0
+"""A tick this late means that the process was not running, or its threads could not."""
+
+
+class Place(NamedTuple):
+    """`phase` of `step`; `clock` is shared by phases; `began`, `changed`: when the clock, and the phase, began.
+
+    `paused`: what had been excused when the clock began; `progress`: how often `progress` had been called.
+    """
+
+    phase: str
+    step: int
+    clock: str
+    began: float
+    changed: float
+    paused: float
+    progress: int
+
+
+class Clocks:
+    """`enter`, `progress`, `step_done` and `saving` from the training loop; `tick` and the rest from the watch."""
+
+    def __init__(self, limits: Limits, clock: Callable[[], float]):
+        self._limits, self._clock = limits, clock
+        self._steps: deque[float] = deque(maxlen=512)
+        self._paused = 0.0
+        self._ticked: float | None = None
+        self._saving: float | None = None
+        self._progress = 0
+        now = clock()
+        self._progressed = (now, 0.0)
+        """When, and what had been excused by then."""
+        self.place = Place("start", 0, "start", now, now, 0.0, 0)
+
+    def enter(self, phase: str, step: int) -> None:
+        """Go on to a phase."""
+        now, clock, before = self._clock(), self._limits.clock_of(phase), self.place
+        if (clock, step) == (before.clock, before.step):
+            self.place = before._replace(phase=phase, changed=now)
+        else:
+            self.place = Place(phase, step, clock, now, now, self._paused, self._progress)
+
+    def progress(self) -> None:
+        """The work of this phase gets on: its clock begins again."""
+        self._progressed = (self._clock(), self._paused)
+        self._progress += 1
+
+    @property
+    def progress_count(self) -> int:
+        """How often, at the present place."""
+        return self._progress - self.place.progress
+
+    def step_done(self, seconds: float) -> None:
+        """The step of the present place took so long, pauses included, which do not count."""
+        if self._ticked is not None and self._clock() - self._ticked > TICK_SECONDS + PAUSE_SECONDS:
+            # It ended before the watch came to see the pause it was in: how long it took nobody knows.
+            return
+        self._steps.append(max(0.0, seconds - (self._paused - self.place.paused)))
+
+    def saving(self, active: bool) -> None:
+        """A save in the background begins or ends."""
+        self._saving = self._clock() if active else None
+
+    def elapsed(self) -> float:
+        """Seconds at the present place, or since it last got on."""
+        place = self.place
+        began, paused = max((place.began, place.paused), self._progressed)
+        return self._clock() - began - (self._paused - paused)
+
+    def limit(self) -> float:
+        """The most they may become."""
+        return self._limits.seconds(self.place.clock, tuple(self._steps))
+
+    def over(self) -> float:
+        """Seconds beyond the limit, of the place or of the save in the background; negative: still within."""
+        over = self.elapsed() - self.limit()
+        saving = self._saving
+        return over if saving is None else max(over, self._clock() - saving - self._limits.save_seconds)
+
+    def tick(self) -> bool:
+        """To be called every TICK_SECONDS; True when the process did not run for some time before, which is excused."""
+        now, before = self._clock(), self._ticked
+        self._ticked = now
+        if before is None or now - before <= TICK_SECONDS + PAUSE_SECONDS:
+            return False
+        self.excuse(now - before)
+        return True
+
+    def excuse(self, seconds: float) -> None:
+        """The process did not run for so long, up to now."""
+        now = self._clock()
+        # A place that began in the meantime, or after it, has lost no more than its own time.
+        began, _ = max((self.place.began, self.place.paused), self._progressed)
+        self._paused += min(seconds, now - began)
+        if self._saving is not None:
+            self._saving = min(now, self._saving + seconds)

@@ -1,0 +1,1 @@
+"""Tests of k2train, in the folders of the package."""

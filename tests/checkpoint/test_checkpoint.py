@@ -1,0 +1,451 @@
+"""Checkpoints: any grid reads any grid's, damage is named and refused, a kill never leaves a half one to be taken."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from k2train import fault_injection
+from k2train.checkpoint.load import agree_on_checkpoint, load_states
+from k2train.checkpoint.manifest import (
+    MANIFEST,
+    THINNED,
+    list_checkpoints,
+    mark_thinned,
+    read_manifest,
+    seal,
+    verify_checkpoint,
+)
+from k2train.checkpoint.writer import CheckpointWriter, SaveError, snapshot
+from k2train.errors import CheckpointError
+from k2train.launch.environment import Launch
+from k2train.train.engine import Engine
+from tests.support.gloo_pool import GlooPool
+from tests.support.tiny_corpus import ROOT, config_tree, environment, make_corpus, manifest_of, trainer_job, tree_of
+from tests.support.tiny_model import assemble, grid_of, local_gradients, microbatches_of, shapes_of, tiny_config
+
+sys.path.insert(0, str(ROOT / "tools"))
+import compare_runs
+import verify_checkpoint as verify_tool
+
+FACTS = {"consumed_tokens": 0, "chunks": {}, "config": {}, "data": {}}
+# (tensor, pipeline, data, stages_per_rank)
+GRIDS = (
+    (1, 1, 1, 1),
+    (2, 1, 1, 1),
+    (1, 2, 1, 1),
+    (1, 1, 3, 1),
+    (2, 2, 1, 1),
+    (2, 1, 2, 1),
+    (1, 2, 2, 2),
+    (2, 2, 2, 1),
+)
+
+
+def config_on(tensor: int, pipeline: int, stages_per_rank: int) -> Any:
+    """24 sequences; vocabulary 251 is odd and the 48 and 63-row blocks are not whole multiples of 3 or 2."""
+    return tiny_config(
+        parallel__tensor=tensor,
+        parallel__pipeline=pipeline,
+        parallel__sequence=tensor > 1,
+        parallel__stages_per_rank=stages_per_rank,
+        parallel__schedule="interleaved" if stages_per_rank > 1 else "1f1b",
+    )
+
+
+def values_of(engine: Engine) -> dict[str, Any]:
+    return {state: local_gradients(engine, line) for state, line in engine.optimizer.lines.items()}
+
+
+def save_job(launch: Launch, config: Any, directory: str, asynchronous: bool = False) -> dict[str, Any]:
+    """Two steps, a save, one more step: the blocks as saved, and the loss and norm of the step after."""
+    grid = grid_of(launch, config)
+    engine = Engine(config, grid)
+    for step in (1, 2):
+        engine.train_step(microbatches_of(config, grid, step), 1e-2)
+    saved = values_of(engine)
+    writer = CheckpointWriter(Path(directory), grid, 0, asynchronous)
+    state = snapshot(engine.gradients.table, engine.optimizer.lines, engine.dtype)
+    facts = {**FACTS, "step": 2, "adam_steps": engine.optimizer.adam_steps}
+    writer.save("ckpt_001", state, facts, lambda path, manifest: None)
+    result = engine.train_step(microbatches_of(config, grid, 3), 1e-2)
+    writer.wait()
+    return {"saved": saved, "next": (result.loss, result.grad_norm)}
+
+
+def load_job(launch: Launch, config: Any, path: str) -> dict[str, Any]:
+    """Load, then one step."""
+    grid = grid_of(launch, config)
+    chosen, refused = agree_on_checkpoint([Path(path)], grid)
+    assert chosen is not None, refused
+    engine = Engine(config, grid, fill=False)
+    kept = load_states(chosen, engine.gradients.table, engine.optimizer.lines, grid, engine.dtype)
+    engine.optimizer.adam_steps = read_manifest(chosen)["adam_steps"]
+    engine.optimizer.publish()
+    loaded = values_of(engine)
+    result = engine.train_step(microbatches_of(config, grid, 3), 1e-2)
+    return {"loaded": loaded, "next": (result.loss, result.grad_norm), "kept": kept}
+
+
+def whole(parts: list[dict[str, Any]], key: str, config: Any) -> dict[str, np.ndarray]:
+    shapes = shapes_of(config)
+    return {
+        f"{name}.{state}": values
+        for state in ("master", "exp_avg", "exp_avg_sq")
+        for name, values in assemble([part[key][state] for part in parts], shapes).items()
+    }
+
+
+class Saved:
+    """A checkpoint on one grid with what was in it."""
+
+    def __init__(self, pool: GlooPool, directory: Path, grid: tuple[int, int, int, int]):
+        tensor, pipeline, data, stages = grid
+        self.config = config_on(tensor, pipeline, stages)
+        parts = pool.run(tensor * pipeline * data, save_job, self.config, str(directory))
+        self.path = directory / "ckpt_001"
+        self.values, self.next = whole(parts, "saved", self.config), parts[0]["next"]
+
+
+@pytest.fixture(scope="module")
+def saved(pool: GlooPool, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int, int, int], Saved]:
+    return {grid: Saved(pool, tmp_path_factory.mktemp("grid"), grid) for grid in GRIDS}
+
+
+@pytest.mark.parametrize("target", GRIDS, ids=str)
+def test_every_grid_loads_every_grids_checkpoint(pool: GlooPool, saved: dict[Any, Saved], target: Any) -> None:
+    """Weights and moments to the bit, the next loss within 1e-6: catches a wrong offset, padding that is saved, a
+    moment that stays behind. Vocabulary 251 and blocks that data parallelism does not divide are part of it."""
+    tensor, pipeline, data, stages = target
+    config = config_on(tensor, pipeline, stages)
+    for source, checkpoint in saved.items():
+        parts = pool.run(tensor * pipeline * data, load_job, config, str(checkpoint.path))
+        loaded = whole(parts, "loaded", config)
+        for name, values in checkpoint.values.items():
+            assert values.tobytes() == loaded[name].tobytes(), f"{source} -> {target}: {name}"
+        assert np.any(loaded["head.weight.exp_avg"]), "moments are zero, so they show nothing"
+        assert parts[0]["next"][0] == pytest.approx(checkpoint.next[0], rel=1e-6), (source, target)
+
+
+def test_forty_lines_rebuild_a_checkpoint(saved: dict[Any, Saved]) -> None:
+    """The format as documented is the format: safetensors shards whose header says where each block lies.
+
+    Everything below uses json, struct and NumPy only; it is what somebody without this project would write.
+    """
+    for grid in ((2, 2, 2, 1), (1, 1, 3, 1)):
+        checkpoint = saved[grid]
+        manifest = json.loads((checkpoint.path / "manifest.json").read_text())
+        rebuilt = {}
+        for folder in ("model", "optimizer"):
+            for name, facts in manifest["tensors"][folder].items():
+                assert facts["dtype"] == "float32"
+                rebuilt[name] = np.full(facts["shape"], np.nan, dtype="<f4")
+            for file in (checkpoint.path / folder).glob("*.safetensors"):
+                content = file.read_bytes()
+                (length,) = struct.unpack("<Q", content[:8])
+                header = json.loads(content[8 : 8 + length])
+                places = json.loads(header.pop("__metadata__")["DCP_SHARDING_INFO"])
+                for name, facts in header.items():
+                    start, stop = facts["data_offsets"]
+                    block = np.frombuffer(content[8 + length + start : 8 + length + stop], dtype="<f4")
+                    block = block.reshape(facts["shape"])
+                    corner = places[name]["saved_offsets"]
+                    rebuilt[name][tuple(slice(c, c + n) for c, n in zip(corner, block.shape, strict=True))] = block
+        for name, values in checkpoint.values.items():
+            assert rebuilt[name].tobytes() == values.tobytes(), (grid, name)
+            if name.endswith(".master"):
+                assert rebuilt[name.removesuffix(".master")].tobytes() == values.tobytes(), (grid, name)
+        assert not any(np.isnan(values).any() for values in rebuilt.values())
+
+
+def test_the_comparing_tool_reads_the_same(saved: dict[Any, Saved]) -> None:
+    """tools/compare_runs.py puts shards together right: two grids' checkpoints of one state are the same tensors."""
+    first, other = saved[(1, 1, 1, 1)], saved[(1, 2, 1, 1)]
+    for checkpoint in (first, other):
+        tensors = compare_runs.tensors_of(checkpoint.path, "optimizer")
+        assert all(tensors[name].tobytes() == values.tobytes() for name, values in checkpoint.values.items())
+    assert compare_runs.tensor_differences(first.path, other.path) == [], "pipelines are bit-equal"
+    found = compare_runs.tensor_differences(first.path, saved[(2, 1, 1, 1)].path)
+    assert found and all("values differ" in line for line in found), "tensor parallelism differs by rounding"
+
+
+def test_thinned_loads_weights_only(pool: GlooPool, saved: dict[Any, Saved], tmp_path: Path) -> None:
+    """Without its optimizer files a checkpoint still gives its weights; the moments start at zero, and it is said."""
+    source = saved[(2, 1, 2, 1)]
+    shutil.copytree(source.path, tmp_path / "ckpt_001")
+    mark_thinned(tmp_path / "ckpt_001", manifest_of(source.path))
+    shutil.rmtree(tmp_path / "ckpt_001" / "optimizer")
+    verify_checkpoint(tmp_path / "ckpt_001")
+    config = config_on(1, 2, 1)
+    parts = pool.run(2, load_job, config, str(tmp_path / "ckpt_001"))
+    assert not any(part["kept"] for part in parts)
+    loaded = whole(parts, "loaded", config)
+    for name, values in source.values.items():
+        assert np.array_equal(loaded[name], values if name.endswith("master") else np.zeros_like(values)), name
+
+
+def shard(path: Path, folder: str) -> Path:
+    return sorted((path / folder).iterdir())[0]
+
+
+def flip(file: Path, place: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[place] ^= 1
+    file.write_bytes(bytes(content))
+
+
+def swap(path: Path) -> None:
+    a, b = sorted((path / "optimizer").iterdir())[:2]
+    other = a.read_bytes()
+    a.write_bytes(b.read_bytes())
+    b.write_bytes(other)
+
+
+def older_manifest(path: Path) -> None:
+    manifest = {**read_manifest(path), "name": "ckpt_000"}
+    (path / MANIFEST).write_text(json.dumps(seal(manifest)))
+
+
+def changed_step(path: Path) -> None:
+    text = (path / MANIFEST).read_text()
+    (path / MANIFEST).write_text(text.replace('"step": 2', '"step": 3'))
+
+
+def stray(path: Path) -> None:
+    shutil.copy(shard(path, "model"), path / "model" / "shard-99999-model-00001-of-00001.safetensors")
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "weight flipped": (lambda p: flip(shard(p, "model"), -5), "model/shard-"),
+    "weight header flipped": (lambda p: flip(shard(p, "model"), 20), "model/shard-"),
+    "moment flipped": (lambda p: flip(shard(p, "optimizer"), -5), "optimizer/shard-"),
+    "weight cut by a byte": (lambda p: os.truncate(shard(p, "model"), shard(p, "model").stat().st_size - 1), "bytes"),
+    "moment empty": (lambda p: os.truncate(shard(p, "optimizer"), 0), "has 0 bytes"),
+    "shard missing": (lambda p: shard(p, "optimizer").unlink(), "is missing"),
+    "folder missing": (lambda p: shutil.rmtree(p / "model"), "is missing"),
+    "shards swapped": (swap, "optimizer/shard-"),
+    "shard too many": (stray, "is not in the manifest"),
+    "manifest missing": (lambda p: (p / MANIFEST).unlink(), "cannot be read"),
+    "manifest cut": (lambda p: os.truncate(p / MANIFEST, 700), "not valid JSON"),
+    "manifest empty": (lambda p: os.truncate(p / MANIFEST, 0), "not valid JSON"),
+    "step changed": (changed_step, "does not have its own hash"),
+    "manifest of another": (older_manifest, "is that of ckpt_000"),
+    "manifest not an object": (lambda p: (p / MANIFEST).write_text("[]"), "not a JSON object"),
+}
+
+
+def test_no_bit_of_a_manifest_can_flip_unseen(saved: dict[Any, Saved], tmp_path: Path) -> None:
+    """Valid JSON with another digit is the dangerous one: it would move the run to another step in silence."""
+    path = tmp_path / "ckpt_001"
+    path.mkdir()
+    content = (saved[(1, 1, 1, 1)].path / MANIFEST).read_bytes()
+    rng = random.Random(3)
+    for place in rng.sample(range(len(content)), 300):
+        flipped = bytearray(content)
+        flipped[place] ^= 1 << rng.randrange(8)
+        (path / MANIFEST).write_bytes(bytes(flipped))
+        with pytest.raises(CheckpointError):
+            read_manifest(path)
+    (path / MANIFEST).write_bytes(content)
+    assert read_manifest(path)["step"] == 2
+
+
+def agree_job(launch: Launch, config: Any, paths: list[str]) -> tuple[str | None, list[str]]:
+    chosen, refused = agree_on_checkpoint([Path(p) for p in paths], grid_of(launch, config))
+    return (None if chosen is None else chosen.name), refused
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_damage_is_named_and_refused(
+    pool: GlooPool, saved: dict[Any, Saved], tmp_path: Path, what: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every rank refuses alike, before a value is touched, and takes the one before; the tool says the same."""
+    damage, words = DAMAGE[what]
+    good, bad = tmp_path / "good" / "ckpt_001", tmp_path / "bad" / "ckpt_001"
+    for path in (good, bad):
+        shutil.copytree(saved[(2, 1, 2, 1)].path, path)
+    assert verify_tool.main([str(good)]) == 0
+    damage(bad)
+    with pytest.raises(CheckpointError, match=words):
+        verify_checkpoint(bad)
+    answers = pool.run(2, agree_job, config_on(1, 1, 1), [str(bad), str(good)])
+    for chosen, refused in answers:
+        assert chosen == "ckpt_001"
+        assert len(refused) == 1 and words in refused[0] and str(bad) in refused[0]
+    capsys.readouterr()
+    if (bad / MANIFEST).exists():
+        assert verify_tool.main([str(bad), str(good)]) == 2
+        told = capsys.readouterr()
+        assert words in told.err and len(told.err.splitlines()) == 1 and f"{good}: whole" in told.out
+
+
+def test_half_written_is_never_taken(saved: dict[Any, Saved], tmp_path: Path) -> None:
+    """Even a whole one, while it still has the name it is written under."""
+    shutil.copytree(saved[(1, 1, 1, 1)].path, tmp_path / "ckpt_001")
+    shutil.copytree(saved[(1, 1, 1, 1)].path, tmp_path / "ckpt_002.tmp")
+    (tmp_path / "ckpt_003").write_text("not a directory")
+    (tmp_path / "set_aside_by_attempt_2" / "ckpt_004").mkdir(parents=True)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["ckpt_001"]
+
+
+def overwrite_job(launch: Launch, config: Any, directory: str) -> str:
+    grid = grid_of(launch, config)
+    engine = Engine(config, grid)
+    writer = CheckpointWriter(Path(directory), grid, 0, asynchronous=False)
+    state = snapshot(engine.gradients.table, engine.optimizer.lines, engine.dtype)
+    try:
+        writer.save("ckpt_001", state, {**FACTS, "step": 9, "adam_steps": 9}, lambda path, manifest: None)
+    except CheckpointError as error:
+        return str(error)
+    return "written over"
+
+
+def test_nothing_is_written_over(pool: GlooPool, saved: dict[Any, Saved], tmp_path: Path) -> None:
+    """A second save under a name that exists is refused on every rank, and not a byte changes."""
+    shutil.copytree(saved[(1, 1, 1, 1)].path, tmp_path / "ckpt_001")
+    before = tree_of(tmp_path)
+    for answer in pool.run(2, overwrite_job, config_on(1, 1, 1), str(tmp_path)):
+        assert "exists already" in answer
+    assert tree_of(tmp_path) == before
+
+
+def refusing_disk_job(launch: Launch, config: Any, directory: str, where: str, asynchronous: bool) -> str:
+    """A disk that is full at one place of the save, on the last rank only (on rank 0 where only it writes)."""
+    grid = grid_of(launch, config)
+    engine = Engine(config, grid)
+    writer = CheckpointWriter(Path(directory), grid, 0, asynchronous)
+    state = snapshot(engine.gradients.table, engine.optimizer.lines, engine.dtype)
+    facts = {**FACTS, "step": 2, "adam_steps": 0}
+    writer.save("ckpt_001", state, facts, lambda path, manifest: None)
+    writer.wait()
+    on = launch.world_size - 1 if where != "save.synced" else 0
+    fault_injection.arm(f"{where}@rank={on}:error=ENOSPC", launch.rank)
+    try:
+        writer.save("ckpt_002", state, facts, lambda path, manifest: None)
+        writer.wait()
+    except SaveError as error:
+        return str(error)
+    finally:
+        fault_injection.arm("", launch.rank)
+    return "saved"
+
+
+@pytest.mark.parametrize("asynchronous", (False, True), ids=("waiting", "asynchronous"))
+@pytest.mark.parametrize("where", ("save.begin", "save.model", "save.optimizer", "save.hashed", "save.synced"))
+def test_a_full_disk_is_one_error_on_every_rank(pool: GlooPool, tmp_path: Path, where: str, asynchronous: bool) -> None:
+    """No rank waits for one that failed, the message is one line, and the checkpoint before stays whole."""
+    answers = pool.run(2, refusing_disk_job, config_on(1, 1, 1), str(tmp_path), where, asynchronous, timeout_seconds=40)
+    assert len(set(answers)) == 1
+    assert "ckpt_002 could not be saved" in answers[0] and "No space left on device" in answers[0]
+    assert len(answers[0].splitlines()) == 1
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["ckpt_001"]
+    verify_checkpoint(tmp_path / "ckpt_001")
+    assert not list(tmp_path.glob("*.tmp")), "what was begun is left behind"
+
+
+SAVING_LOOP = """
+import sys, itertools
+from pathlib import Path
+sys.path.insert(0, {root!r})
+from tests.support.tiny_model import grid_of, tiny_config
+from tests.checkpoint.test_checkpoint import FACTS
+from k2train.checkpoint.writer import CheckpointWriter, snapshot
+from k2train.train.engine import Engine
+from k2train.launch.environment import Launch
+from k2train.parallel.grid import start_process_group
+import torch
+launch = Launch(0, 1, 0, launched=False)
+start_process_group(launch, torch.device("cpu"))
+config = tiny_config()
+grid = grid_of(launch, config)
+engine = Engine(config, grid)
+directory = Path(sys.argv[1])
+writer = CheckpointWriter(directory, grid, 2, asynchronous=False)
+for step in itertools.count(int(sys.argv[2])):
+    engine.optimizer.master.fill_(float(step))
+    state = snapshot(engine.gradients.table, engine.optimizer.lines, engine.dtype)
+    facts = {{**FACTS, "step": step, "adam_steps": step}}
+    name = f"ckpt_{{step // 2:03d}}" + (f"_step_{{step:06d}}" if step % 2 else "")
+    writer.save(name, state, facts, lambda path, manifest: None)
+    print(step, flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_kill_9_while_saving(tmp_path: Path) -> None:
+    """15 kills at random moments of a process that does nothing but save, thin and drop: what counts as a checkpoint is
+    always whole, holds one step only, and is at most one behind what was told."""
+    script = tmp_path / "loop.py"
+    script.write_text(SAVING_LOOP.format(root=str(ROOT)))
+    runs = tmp_path / "checkpoints"
+    runs.mkdir()
+    step = 0
+    torn = 0
+    for _ in range(5):
+        process = subprocess.Popen(
+            [sys.executable, str(script), str(runs), str(step)],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment(),
+        )
+        assert process.stdout is not None
+        told = step - 1
+        # Three chances a start: a process is expensive, a copy of what lies on the disk is not.
+        for chance in range(3):
+            told = int(process.stdout.readline())
+            time.sleep(random.uniform(0.0, 0.12))
+            if chance < 2:
+                os.kill(process.pid, signal.SIGSTOP)
+                torn += assert_whole(runs, told)
+                os.kill(process.pid, signal.SIGCONT)
+        process.kill()
+        rest = process.stdout.read().split()
+        process.wait()
+        told = int(rest[-1]) if rest else told
+        torn += assert_whole(runs, told)
+        step = manifest_of(list_checkpoints(runs)[-1])["step"] + 1
+        for leftover in runs.glob("*.tmp"):
+            shutil.rmtree(leftover)
+    assert torn > 0, "no kill fell into a save, so this shows nothing"
+
+
+def assert_whole(runs: Path, told: int) -> bool:
+    """Every finished checkpoint verifies and holds its own step; returns whether a save was cut."""
+    found = list_checkpoints(runs)
+    assert manifest_of(found[-1])["step"] >= told, "what was told is gone"
+    for path in found[-2:]:
+        manifest = verify_checkpoint(path)
+        values = compare_runs.tensors_of(path, "model")["head.weight"]
+        assert (values == manifest["step"]).all(), f"{path} mixes steps"
+    return any(runs.glob("*.tmp"))
+
+
+def test_retention(pool: GlooPool, tmp_path: Path) -> None:
+    """Only optimizer files of old numbered checkpoints and replaced saves on request go; a foreign file stays."""
+    make_corpus(tmp_path / "data", 4)
+    tree = config_tree(tmp_path / "data" / "manifest.json", tmp_path / "runs", "kept", run__stop_after_steps=7)
+    tree["checkpoint"] = {"keep_optimizer_states": 2}
+    run = tmp_path / "runs" / "kept"
+    assert pool.run(1, trainer_job, tree) == [75]
+    assert [p.name for p in list_checkpoints(run / "checkpoints")] == ["ckpt_000", "ckpt_001", "ckpt_001_step_000007"]
+    (run / "checkpoints" / "notes.txt").write_text("mine")
+    del tree["run"]["stop_after_steps"]
+    assert pool.run(1, trainer_job, tree) == [0]
+    left = {p.name: (p / "optimizer").exists() for p in list_checkpoints(run / "checkpoints")}
+    assert left == {"ckpt_000": False, "ckpt_001": False, "ckpt_002": False, "ckpt_003": True, "ckpt_004": True}
+    for path in list_checkpoints(run / "checkpoints"):
+        assert (path / THINNED).exists() != left[path.name]
+        verify_checkpoint(path)
+    assert (run / "checkpoints" / "notes.txt").read_text() == "mine"
+    assert not list((run / "checkpoints").glob("*.tmp"))

@@ -1,0 +1,330 @@
+"""What goes and what stays: at every moment two verified complete checkpoints, once there were two."""
+
+import os
+import random
+import shutil
+import time
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import pytest
+
+from k2train import fault_injection
+from k2train.checkpoint import retention as module
+from k2train.checkpoint import scrub as audit_module
+from k2train.checkpoint.manifest import (
+    checkpoint_name,
+    is_thinned,
+    list_checkpoints,
+    mark_thinned,
+    read_manifest,
+    verify_checkpoint,
+)
+from k2train.checkpoint.retention import Retirement, Verified, on_demand, remove_unfinished, set_aside_later
+from k2train.checkpoint.scrub import Audit
+from k2train.errors import CheckpointError, RunError
+from tests.checkpoint.test_shards import make_checkpoint, write_manifest
+
+
+def complete(directory: Path) -> list[Path]:
+    """Those that are whole on the disk and have their states, wherever they lie in the run."""
+    found = []
+    for path in [*list_checkpoints(directory), *directory.glob("set_aside_*/ckpt_*")]:
+        try:
+            verify_checkpoint(path)
+        except CheckpointError:
+            continue
+        if not is_thinned(path):
+            found.append(path)
+    return found
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_two_remain_at_every_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """Random saves (numbered, on demand, some that were never read back, some damaged since), prunes and rollbacks; at
+    every fault point and after every step the whole ones on the disk are counted by reading them."""
+    template = tmp_path / "made"
+    make_checkpoint(template / "ckpt_000")
+    directory = tmp_path / "checkpoints"
+    directory.mkdir()
+    rng, known = random.Random(seed), Verified()
+    retirement = Retirement(directory, 2, known)
+    seen = set()
+    floor = 0
+
+    def look(name: str = "") -> None:
+        seen.add(name)
+        assert len(complete(directory)) >= floor, f"{name}: {[p.name for p in complete(directory)]}"
+
+    monkeypatch.setattr(fault_injection, "point", look)
+    consumed, attempt = 0, 1
+    numbered: set[str] = set()
+    for step in range(1, 41):
+        consumed += rng.random() < 0.6
+        name = checkpoint_name(consumed, step if checkpoint_name(consumed) in numbered else None)
+        copy_as(template / "ckpt_000", directory / name)
+        numbered |= set() if on_demand(directory / name) else {name}
+        known.begin(name)
+        if rng.random() < 0.8:
+            known.add(name)
+        floor = min(2, len([p for p in complete(directory) if p.name in known or p.parent != directory]))
+        retirement.retire()
+        look("retired")
+        if rng.random() < 0.15:
+            paths = [path for path in list_checkpoints(directory) if not is_thinned(path)]
+            back = rng.choice(paths)
+            set_aside_later(back, attempt)
+            attempt += 1
+            look("set aside")
+            consumed = int(back.name[5:8])
+            numbered = {path.name for path in list_checkpoints(directory)}
+    kept = {path.name for path in list_checkpoints(directory)}
+    kept |= {path.name for path in directory.glob("set_aside_*/*")}
+    assert {name for name in numbered if "step" not in name} <= kept, "weights of a numbered checkpoint went"
+    assert {"retire.expire", "retire.marked", "retire.done", "start.aside"} <= seen, "a path was not taken"
+
+
+def copy_as(source: Path, target: Path) -> None:
+    """The checkpoint under another name, with a manifest of that name."""
+    shutil.copytree(source, target)
+    manifest = read_manifest(source)
+    write_manifest(target, manifest | {"name": target.name})
+
+
+def several(directory: Path, names: list[str]) -> None:
+    make_checkpoint(directory.parent / "made" / "ckpt_000")
+    directory.mkdir()
+    for name in names:
+        copy_as(directory.parent / "made" / "ckpt_000", directory / name)
+
+
+def states_of(directory: Path) -> dict[str, bool]:
+    return {path.name: not is_thinned(path) for path in list_checkpoints(directory)}
+
+
+def test_only_verified_ones_make_another_go(tmp_path: Path) -> None:
+    """Five numbered, two to keep: nothing is thinned until two newer ones were read back."""
+    names = [f"ckpt_{n:03d}" for n in range(5)]
+    several(tmp_path / "checkpoints", names)
+    known = Verified()
+    retirement = Retirement(tmp_path / "checkpoints", 2, known)
+    retirement.retire()
+    assert all(states_of(tmp_path / "checkpoints").values())
+    known.add("ckpt_004")
+    retirement.retire()
+    assert all(states_of(tmp_path / "checkpoints").values())
+    known.add("ckpt_002")
+    retirement.retire()
+    left = {"ckpt_000": False, "ckpt_001": False, "ckpt_002": True, "ckpt_003": True, "ckpt_004": True}
+    assert states_of(tmp_path / "checkpoints") == left
+    known.add("ckpt_003")
+    known.drop("ckpt_004")
+    retirement.retire()
+    assert states_of(tmp_path / "checkpoints") == left, "a damaged one was counted"
+
+
+def test_a_save_on_demand_stays_until_two_newer_ones(tmp_path: Path) -> None:
+    several(tmp_path / "checkpoints", ["ckpt_001", "ckpt_001_step_000007", "ckpt_002", "ckpt_003"])
+    known = Verified()
+    retirement = Retirement(tmp_path / "checkpoints", 0, known)
+    known.add("ckpt_002")
+    retirement.retire()
+    assert len(states_of(tmp_path / "checkpoints")) == 4
+    known.add("ckpt_003")
+    retirement.retire()
+    assert list(states_of(tmp_path / "checkpoints")) == ["ckpt_001", "ckpt_002", "ckpt_003"]
+
+
+def test_a_kill_in_the_middle_of_thinning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed after the marker or between the files: it counts as thinned, and the next prune removes what is left."""
+    several(tmp_path / "checkpoints", ["ckpt_001", "ckpt_002", "ckpt_003"])
+    known = Verified()
+    for name in ("ckpt_002", "ckpt_003"):
+        known.add(name)
+
+    def killed(name: str) -> None:
+        if name == "retire.marked":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(fault_injection, "point", killed)
+    with pytest.raises(KeyboardInterrupt):
+        Retirement(tmp_path / "checkpoints", 2, known).retire()
+    path = tmp_path / "checkpoints" / "ckpt_001"
+    next(iter((path / "optimizer").iterdir())).unlink()
+    assert is_thinned(path)
+    verify_checkpoint(path)
+    monkeypatch.undo()
+    Retirement(tmp_path / "checkpoints", 2, Verified()).retire()
+    assert not (path / "optimizer").exists()
+
+
+def test_rolling_back_moves_the_newest_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill in between leaves a history without a gap; nothing is deleted."""
+    names = [f"ckpt_{n:03d}" for n in range(5)]
+    directory = tmp_path / "checkpoints"
+    several(directory, names)
+    moments = []
+    monkeypatch.setattr(
+        module.fault_injection, "point", lambda name: moments.append([p.name for p in list_checkpoints(directory)])
+    )
+    assert set_aside_later(directory / "ckpt_001", 3) == names[2:]
+    assert moments == [names, names[:4], names[:3]]
+    assert sorted(p.name for p in (directory / "set_aside_by_attempt_3").iterdir()) == names[2:]
+
+
+def test_unfinished_ones_are_removed_under_any_token(tmp_path: Path) -> None:
+    for name in ("ckpt_001.tmp", "ckpt_002.12.tmp", "ckpt_002"):
+        (tmp_path / name / "model").mkdir(parents=True)
+    assert remove_unfinished(tmp_path) == ["ckpt_001.tmp", "ckpt_002.12.tmp"]
+    assert [path.name for path in tmp_path.iterdir()] == ["ckpt_002"]
+
+
+def test_the_audit_takes_the_one_checked_longest_ago(tmp_path: Path) -> None:
+    """Never checked ones first; a damaged one is told once, with file and tensor, and no longer counts."""
+    directory = tmp_path / "checkpoints"
+    several(directory, ["ckpt_001", "ckpt_002", "ckpt_003"])
+    mark_thinned(directory / "ckpt_001", read_manifest(directory / "ckpt_001"))
+    known, told = Verified(), []
+    for name in ("ckpt_003", "ckpt_001"):
+        known.add(name)
+    audit = Audit(directory, 3600.0, known, lambda path, problem: told.append((path.name, problem)))
+    assert [audit.once().name for _ in range(4)] == ["ckpt_002", "ckpt_003", "ckpt_001", "ckpt_002"]  # type: ignore[union-attr]
+    assert not told and "ckpt_002" in known
+    file = sorted((directory / "ckpt_003" / "model").iterdir())[0]
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(bytes(content))
+    assert [audit.once().name for _ in range(4)] == ["ckpt_003", "ckpt_001", "ckpt_002", "ckpt_001"]  # type: ignore[union-attr]
+    assert [name for name, _ in told] == ["ckpt_003"] and "tensor norm.weight" in told[0][1]
+    assert "ckpt_003" not in known
+
+
+def test_the_audit_runs_by_itself(tmp_path: Path) -> None:
+    """In its thread, every period, until it is closed."""
+    directory = tmp_path / "checkpoints"
+    several(directory, ["ckpt_001"])
+    (directory / "ckpt_001" / "model" / "x").write_text("stray")
+    found = Event()
+    audit = Audit(directory, 0.01, Verified(), lambda path, problem: found.set())
+    audit.start()
+    assert found.wait(30)
+    audit.close()
+    audit._thread.join(30)  # type: ignore[union-attr]
+    assert not audit._thread.is_alive()  # type: ignore[union-attr]
+
+
+def test_one_that_cannot_be_marked_keeps_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No room for the marker of the oldest: it stays whole, the next is thinned, and the oldest has its turn later."""
+    directory = tmp_path / "checkpoints"
+    several(directory, [f"ckpt_{n:03d}" for n in range(1, 5)])
+    known = Verified()
+    for name in ("ckpt_003", "ckpt_004"):
+        known.add(name)
+
+    def full(path: Path, manifest: dict[str, Any]) -> None:
+        if path.name == "ckpt_001":
+            raise OSError(28, "No space left on device")
+        mark_thinned(path, manifest)
+
+    monkeypatch.setattr(module, "mark_thinned", full)
+    with pytest.raises(OSError, match="No space left"):
+        Retirement(directory, 2, known).retire()
+    assert states_of(directory) == {"ckpt_001": True, "ckpt_002": False, "ckpt_003": True, "ckpt_004": True}
+    assert (directory / "ckpt_001" / "optimizer").exists(), "removed without its marker"
+    verify_checkpoint(directory / "ckpt_001")
+    monkeypatch.undo()
+    Retirement(directory, 2, known).retire()
+    assert states_of(directory) == {"ckpt_001": False, "ckpt_002": False, "ckpt_003": True, "ckpt_004": True}
+
+
+def test_one_that_cannot_be_removed_whole_no_longer_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of it stays (a stale handle, say): no error, since it has lost its name; it goes at the next start."""
+    directory = tmp_path / "checkpoints"
+    several(directory, ["ckpt_001_step_000007", "ckpt_002", "ckpt_003"])
+    known = Verified()
+    for name in ("ckpt_002", "ckpt_003"):
+        known.add(name)
+    remove = os.unlink
+    monkeypatch.setattr(
+        os, "unlink", lambda name, **given: stale() if name == "manifest.json" else remove(name, **given)
+    )
+    Retirement(directory, 0, known).retire()
+    assert list(states_of(directory)) == ["ckpt_002", "ckpt_003"]
+    monkeypatch.undo()
+    assert remove_unfinished(directory) == ["ckpt_001_step_000007.tmp"]
+
+
+def stale() -> None:
+    raise OSError(116, "Stale file handle")
+
+
+@pytest.mark.parametrize("where", ("damaged", "listing", "told"))
+def test_an_error_does_not_end_the_audit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    """The ledger refuses, the directory cannot be listed for a while, nobody can be told: later rounds come all the same."""
+    directory = tmp_path / "checkpoints"
+    several(directory, ["ckpt_001", "ckpt_002"])
+    for name in ("ckpt_001", "ckpt_002"):
+        (directory / name / "model" / "x").write_text("stray")
+    found, both, lines, listed = [], Event(), [], []
+
+    def damaged(path: Path, problem: str) -> None:
+        found.append(path.name)
+        if len(found) == 2:
+            both.set()
+        if where == "damaged":
+            raise RunError("the ledger is another's")
+
+    def listing(path: Path) -> list[Path]:
+        listed.append(path)
+        if where != "damaged" and len(listed) <= 3:
+            raise OSError(5, "Input/output error")
+        return list_checkpoints(path)
+
+    def told(text: str) -> None:
+        lines.append(text)
+        if where == "told":
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(audit_module, "list_checkpoints", listing)
+    audit = Audit(directory, 0.01, Verified(), damaged, told)
+    audit.start()
+    try:
+        assert both.wait(30), "the thread is gone"
+        while where == "damaged" and len(lines) < 2:
+            time.sleep(0.01)
+    finally:
+        audit.close()
+    if where == "damaged":
+        assert len(lines) == 2 and all("is not in the manifest" in line and "ledger" in line for line in lines)
+    else:
+        assert len(lines) == 1 and "Input/output error" in lines[0], "told once, not at every round"
+
+
+def test_the_audit_and_one_that_goes_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Expired while it is read: no damage. One that cannot be read and is still there: damage."""
+    directory = tmp_path / "checkpoints"
+    several(directory, ["ckpt_001", "ckpt_002"])
+    told: list[str] = []
+    audit = Audit(directory, 3600.0, Verified(), lambda path, problem: told.append(f"{path.name} {problem}"))
+
+    def reading(path: Path, threads: int) -> None:
+        if path.name == "ckpt_001":
+            shutil.rmtree(path)
+        raise FileNotFoundError(2, "No such file or directory")
+
+    monkeypatch.setattr(audit_module, "verify_checkpoint", reading)
+    assert [audit.once(), audit.once(), audit.once()] == [directory / "ckpt_001", directory / "ckpt_002", None]
+    assert len(told) == 1 and told[0].startswith("ckpt_002")
+
+
+def test_what_a_kill_left_half_named_goes_at_the_next_start(tmp_path: Path) -> None:
+    """A directory that was never finished, and a marker that never got its name; nothing else."""
+    whole = tmp_path / "ckpt_001"
+    (tmp_path / "ckpt_002.7.tmp" / "model").mkdir(parents=True)
+    whole.mkdir()
+    for name in ("manifest.json", "thinned.json.tmp"):
+        (whole / name).write_text("{}")
+    assert remove_unfinished(tmp_path) == ["ckpt_002.7.tmp"]
+    assert [path.name for path in tmp_path.iterdir()] == ["ckpt_001"]
+    assert [path.name for path in whole.iterdir()] == ["manifest.json"]

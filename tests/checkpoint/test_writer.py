@@ -1,0 +1,425 @@
+"""The writer on several ranks: retries, room, lost leases, what comes back damaged, and that saves keep their order."""
+
+import os
+import re
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from k2train import fault_injection
+from k2train.checkpoint import disk_space
+from k2train.checkpoint.file_digest import verify_root
+from k2train.checkpoint.host_digest import state_sums
+from k2train.checkpoint.load import agree_on_checkpoint, load_states
+from k2train.checkpoint.manifest import MANIFEST, list_checkpoints, read_manifest, verify_checkpoint
+from k2train.checkpoint.writer import CheckpointWriter, SaveError, snapshot
+from k2train.errors import CheckpointError, RunError
+from k2train.launch.environment import Launch
+from k2train.parallel.device_digest import StateDigest
+from k2train.train.engine import Engine
+from tests.support.gloo_pool import GlooPool
+from tests.support.tiny_model import grid_of, shapes_of, tiny_config
+
+FACTS = {"step": 2, "adam_steps": 0, "consumed_tokens": 0, "chunks": {}, "config": {}, "data": {}}
+
+
+class Told:
+    """A writer on this rank's engine, with everything that rank 0 is told."""
+
+    def __init__(self, launch: Launch, directory: str, world: int = 2, **options: Any):
+        config = tiny_config(model__num_layers=2, parallel__tensor=world)
+        self.grid = grid_of(launch, config)
+        self.engine = Engine(config, self.grid)
+        self.lines, self.verified, self.damaged = [], [], []
+        self.committed: list[tuple[str, int]] = []
+        self.writer = CheckpointWriter(
+            Path(directory),
+            self.grid,
+            0,
+            options.pop("asynchronous", True),
+            **{
+                "told": self.lines.append,
+                "verified": lambda path: self.verified.append(path.name),
+                "damaged": lambda path, problem: self.damaged.append(problem),
+                **options,
+            },
+        )
+        self.writer.retry_every_seconds = 0.1
+
+    def save(self, name: str, step: int = 2, **facts: Any) -> None:
+        engine = self.engine
+        state = self.writer.snapshot(engine.gradients.table, engine.optimizer.lines, engine.dtype)
+        self.writer.save(name, state, {**FACTS, "step": step, **facts}, self._committed)
+
+    def _committed(self, path: Path, manifest: dict[str, Any]) -> None:
+        self.committed.append((path.name, manifest["step"]))
+
+    def end(self) -> str:
+        """What `wait` raises, or ""."""
+        try:
+            self.writer.wait()
+        except (SaveError, RunError, CheckpointError) as error:
+            return f"{type(error).__name__}: {error}"
+        finally:
+            fault_injection.arm("", self.grid.rank)
+        return ""
+
+
+def retry_job(launch: Launch, directory: str, fault: str) -> dict[str, Any]:
+    """The disk refuses the last rank once; training goes on, and changes the state, until it is tried again."""
+    told = Told(launch, directory, retry_seconds=60.0)
+    before = {state: line.clone() for state, line in told.engine.optimizer.lines.items()}
+    fault_injection.arm(fault, launch.rank)
+    told.save("ckpt_001")
+    told.engine.optimizer.master.add_(1.0)
+    ended = told.end()
+    path, _ = agree_on_checkpoint([Path(directory) / "ckpt_001"], told.grid)
+    assert path is not None
+    engine = told.engine
+    load_states(path, engine.gradients.table, engine.optimizer.lines, told.grid, engine.dtype)
+    same = all(
+        torch.equal(engine.gradients.table.local(line, slot), engine.gradients.table.local(before[state], slot))
+        for state, line in engine.optimizer.lines.items()
+        for slot in engine.gradients.table.slots
+    )
+    return {"ended": ended, "told": told.lines, "same": same, "verified": told.verified}
+
+
+@pytest.mark.parametrize(
+    "fault",
+    (
+        "save.optimizer@rank=1:error=ENOSPC",
+        "save.model@rank=0:error=EDQUOT",
+        "save.hashed@rank=1:error=EIO",
+        "save.synced@rank=0:error=EROFS",
+    ),
+)
+def test_a_save_the_disk_refuses_is_tried_again(pool: GlooPool, tmp_path: Path, fault: str) -> None:
+    """From the same snapshot: what is saved is the state of its step, not of the one at which there was room."""
+    first, second = pool.run(2, retry_job, str(tmp_path), fault)
+    assert first["ended"] == second["ended"] == "" and first["same"] and second["same"]
+    assert len(first["told"]) == 1 and "ckpt_001 could not be saved" in first["told"][0]
+    assert "tried again every 0.1 s" in first["told"][0] and second["told"] == []
+    assert first["verified"] == ["ckpt_001"]
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def no_room_job(launch: Launch, directory: str, retry_seconds: float, free_after: int | None) -> dict[str, Any]:
+    """Rank 0 sees a full disk; after `free_after` looks there is room (None: never). Rank 1 sees room all the time."""
+    told = Told(launch, directory, retry_seconds=retry_seconds)
+    told.save("ckpt_001")
+    assert told.end() == ""
+    looks = []
+
+    def free(path: Path) -> int:
+        looks.append(path)
+        return 1000 if launch.rank == 0 and (free_after is None or len(looks) <= free_after) else 10**12
+
+    kept, disk_space.free_bytes = disk_space.free_bytes, free  # type: ignore[assignment]
+    began = time.monotonic()
+    try:
+        told.save("ckpt_002")
+        waited = time.monotonic() - began
+        ended = told.end()
+    finally:
+        disk_space.free_bytes = kept
+    return {"ended": ended, "told": told.lines, "looks": len(looks), "waited": waited, "took": time.monotonic() - began}
+
+
+def test_no_room_for_a_while(pool: GlooPool, tmp_path: Path) -> None:
+    """Training is not held, the line names bytes and place, and the save goes well when there is room."""
+    first, second = pool.run(2, no_room_job, str(tmp_path), 60.0, 3)
+    assert first["ended"] == second["ended"] == "" and first["looks"] == 4
+    (line,) = first["told"]
+    assert re.match(
+        rf"no space for ckpt_002: needs \d+ bytes, 1000 bytes are free in {re.escape(str(tmp_path))}; ", line
+    )
+    assert first["waited"] < first["took"] / 2
+    verify_checkpoint(tmp_path / "ckpt_002")
+
+
+def test_no_room_at_all(pool: GlooPool, tmp_path: Path) -> None:
+    """After retry_seconds it is one error on every rank; what is there stays whole and nothing half is left."""
+    first, second = pool.run(2, no_room_job, str(tmp_path), 0.5, None)
+    assert first["ended"] == second["ended"] and first["ended"].startswith("DiskRefused: no space for ckpt_002: needs ")
+    assert 3 <= first["looks"] <= 7 and second["looks"] == 0, "rank 0's word counts"
+    assert [path.name for path in tmp_path.iterdir()] == ["ckpt_001"]
+    verify_checkpoint(tmp_path / "ckpt_001")
+
+
+def hurry_job(launch: Launch, directory: str) -> dict[str, Any]:
+    told = Told(launch, directory, retry_seconds=600.0)
+    fault_injection.arm(";".join(["save.model:error=ENOSPC"] * 300), launch.rank)
+    told.save("ckpt_001")
+    time.sleep(0.5)
+    if launch.rank == 0:
+        told.writer.hurry()
+    ended = told.end()
+    told.save("ckpt_002")
+    return {"ended": ended, "then": told.end(), "verified": told.verified}
+
+
+def test_a_process_that_must_end_gives_up(pool: GlooPool, tmp_path: Path) -> None:
+    """Rank 0 alone is told to hurry: every rank stops trying, and the next save is committed but not read back."""
+    first, second = pool.run(2, hurry_job, str(tmp_path), timeout_seconds=60)
+    assert first["ended"] == second["ended"] and "ckpt_001 could not be saved" in first["ended"]
+    assert first["then"] == second["then"] == "" and first["verified"] == []
+    verify_checkpoint(tmp_path / "ckpt_002")
+
+
+def lost_job(launch: Launch, directory: str) -> tuple[str, list[str]]:
+    def lost() -> None:
+        assert launch.rank == 0, "only rank 0 has the lease"
+        left = [path.name for path in Path(directory).iterdir()]
+        raise RunError(f"the lease of the run is another's; {left}")
+
+    told = Told(launch, directory, still_owner=lost, retry_seconds=60.0)
+    told.save("ckpt_001", fencing_token=12 + launch.rank)
+    return told.end(), [name for name, _ in told.committed]
+
+
+def test_a_lost_lease_renames_nothing(pool: GlooPool, tmp_path: Path) -> None:
+    """Another owner's unfinished checkpoint of the same name is not touched either."""
+    other = tmp_path / "ckpt_001.13.tmp"
+    other.mkdir()
+    (other / "mine").write_text("")
+    first, second = pool.run(2, lost_job, str(tmp_path))
+    assert first == second and first[0].startswith("RunError: the lease of the run is another's")
+    assert "ckpt_001.12.tmp" in first[0], "it was asked before anything was written"
+    assert first[1] == [] and [path.name for path in tmp_path.iterdir()] == [other.name]
+    assert (other / "mine").exists()
+
+
+def damaged_job(launch: Launch, directory: str, always: bool, unrecorded: bool = False) -> dict[str, Any]:
+    """What lies on the disk is changed after the commit and before it is read back, once or every time."""
+    told = Told(
+        launch, directory, **({"damaged": raising(OSError(28, "No space left on device"))} if unrecorded else {})
+    )
+    flips: list[str] = []
+
+    def committed(path: Path, manifest: dict[str, Any]) -> None:
+        if always or not flips:
+            file = sorted((path / "optimizer").iterdir())[1]
+            content = bytearray(file.read_bytes())
+            content[-3] ^= 64
+            file.write_bytes(bytes(content))
+            flips.append(file.name)
+
+    engine = told.engine
+    state = told.writer.snapshot(engine.gradients.table, engine.optimizer.lines, engine.dtype)
+    told.writer.save("ckpt_001", state, FACTS, committed)
+    ended = told.end()
+    counted = "ckpt_001" in told.writer.known
+    return {
+        "ended": ended,
+        "told": told.lines,
+        "verified": told.verified,
+        "damaged": told.damaged,
+        "flips": len(flips),
+        "counted": counted,
+    }
+
+
+def raising(error: Exception) -> Any:
+    """A callback that does nothing but raise."""
+
+    def callback(*_: Any) -> None:
+        raise error
+
+    return callback
+
+
+def test_one_that_comes_back_damaged_is_written_again(pool: GlooPool, tmp_path: Path) -> None:
+    first, second = pool.run(2, damaged_job, str(tmp_path), False)
+    assert first["flips"] == 1 and len(first["told"]) == 1 and second["told"] == []
+    assert "came back damaged" in first["told"][0] and ": tensor " in first["told"][0]
+    assert first["verified"] == ["ckpt_001"] and first["damaged"] == []
+    assert first["ended"] == second["ended"] == "" and first["counted"]
+    verify_checkpoint(tmp_path / "ckpt_001")
+
+
+@pytest.mark.parametrize("unrecorded", (False, True))
+def test_one_that_stays_damaged_is_an_error_and_not_counted(pool: GlooPool, tmp_path: Path, unrecorded: bool) -> None:
+    """On every rank, naming file and tensor: a run whose newest state is not on the disk has not finished. Whether the
+    ledger could take it or not."""
+    first, second = pool.run(2, damaged_job, str(tmp_path), True, unrecorded, timeout_seconds=60)
+    assert first["flips"] == 2 and first["verified"] == [] and not first["counted"]
+    assert first["ended"] == second["ended"]
+    assert first["ended"].startswith("SaveError: ckpt_001 came back damaged from the disk twice: ")
+    assert "optimizer/shard-00002" in first["ended"] and ": tensor " in first["ended"]
+    if unrecorded:
+        assert first["told"][-1] == "ckpt_001 is damaged, which could not be recorded: No space left on device"
+    else:
+        assert len(first["damaged"]) == 1 and "optimizer/shard-00002" in first["damaged"][0]
+
+
+def callback_job(launch: Launch, directory: str, which: str, error: Exception, fault: str) -> dict[str, Any]:
+    """One of rank 0's callbacks raises in a save; a second save shows whether the ranks are still together."""
+    told = Told(launch, directory, retry_seconds=60.0, **{which: raising(error)})
+    fault_injection.arm(fault, launch.rank)
+    told.save("ckpt_001")
+    ended = told.end()
+    told.save("ckpt_002")
+    told.end()
+    return {"ended": ended, "told": told.lines}
+
+
+@pytest.mark.parametrize(("which", "fault"), (("verified", ""), ("told", "save.model@rank=1:error=ENOSPC")))
+def test_a_callback_the_disk_refuses_ends_nothing(pool: GlooPool, tmp_path: Path, which: str, fault: str) -> None:
+    """The ledger's disk is full: the checkpoint is there and whole, and no rank waits for another."""
+    error = OSError(28, "No space left on device")
+    first, second = pool.run(2, callback_job, str(tmp_path), which, error, fault, timeout_seconds=60)
+    assert first["ended"] == second["ended"] == "" and second["told"] == []
+    if which == "verified":
+        assert first["told"][0] == "ckpt_001 is whole, which could not be recorded: No space left on device"
+    for name in ("ckpt_001", "ckpt_002"):
+        verify_checkpoint(tmp_path / name)
+
+
+@pytest.mark.parametrize("error", (RunError("the ledger is another's"), KeyError("a mistake")), ids=("user", "bug"))
+def test_any_other_error_of_a_callback_is_every_ranks(pool: GlooPool, tmp_path: Path, error: Exception) -> None:
+    first, second = pool.run(2, callback_job, str(tmp_path), "verified", error, "", timeout_seconds=60)
+    assert first["ended"] == second["ended"]
+    words = "RunError: the ledger is another's" if isinstance(error, RunError) else "SaveError: a checkpoint could not"
+    assert first["ended"].startswith(words)
+
+
+def thinning_job(launch: Launch, directory: str, fault: str) -> dict[str, Any]:
+    """Four saves; thinning begins with the third, and the fault is in it."""
+    told = Told(launch, directory)
+    told.writer._retirement.keep = 2
+    fault_injection.arm(fault, launch.rank)
+    found = []
+    for number in range(1, 5):
+        told.save(f"ckpt_{number:03d}")
+        told.writer.wait()
+        found.append([path.name for path in list_checkpoints(Path(directory)) if not (path / "optimizer").exists()])
+    return {"ended": told.end(), "told": told.lines, "thinned": found}
+
+
+@pytest.mark.parametrize("fault", ("retire.marked@rank=0:error=ENOSPC", "retire.done@rank=0:error=EACCES"))
+def test_trouble_while_thinning_is_told_and_tried_again(pool: GlooPool, tmp_path: Path, fault: str) -> None:
+    """A disk that is full is where thinning would help; a healthy run is not ended for it."""
+    first, second = pool.run(2, thinning_job, str(tmp_path), fault, timeout_seconds=60)
+    assert first["ended"] == second["ended"] == "" and second["told"] == []
+    (line,) = first["told"]
+    assert "is saved, but older checkpoints in" in line and "tried again after the next save" in line
+    assert first["thinned"][3] == ["ckpt_001", "ckpt_002"], "it was not tried again"
+    for path in list_checkpoints(tmp_path):
+        verify_checkpoint(path)
+
+
+def order_job(launch: Launch, directory: str) -> dict[str, Any]:
+    """The first save is slow on one rank; the second is asked for at once."""
+    told = Told(launch, directory)
+    fault_injection.arm("save.begin@rank=1:sleep=1", launch.rank)
+    buffers = []
+    for number in (1, 2, 3):
+        told.engine.optimizer.master.fill_(float(number))
+        told.save(f"ckpt_{number:03d}", step=number)
+        buffers.append({state: line.data_ptr() for state, line in told.writer._buffers.kept.items()})
+    ended = told.end()
+    return {"committed": told.committed, "ended": ended, "kept": buffers[0] == buffers[1] == buffers[2]}
+
+
+def test_a_second_save_never_overtakes_the_first(pool: GlooPool, tmp_path: Path) -> None:
+    """Committed in order, each with the values of its own step, although all share one kept buffer."""
+    first, second = pool.run(2, order_job, str(tmp_path))
+    assert first["ended"] == second["ended"] == "" and first["kept"] and second["kept"]
+    assert first["committed"] == [("ckpt_001", 1), ("ckpt_002", 2), ("ckpt_003", 3)]
+    roots = set()
+    for path in list_checkpoints(tmp_path):
+        manifest = verify_checkpoint(path)
+        assert len((path / MANIFEST).read_text().splitlines()) == len(manifest) + 2, "a line for each key"
+        roots.add(manifest["state"]["digests"]["norm.weight.master"])
+        assert manifest["step"] == int(path.name[-3:])
+        assert verify_root(path, manifest) == manifest["state"]["root"], "the state changed while it was written"
+    assert len(roots) == 3
+
+
+def unrecorded_job(launch: Launch, directory: str) -> str:
+    told = Told(launch, directory, retry_seconds=60.0)
+    fault_injection.arm("save.committed@rank=0:error=ENOSPC", launch.rank)
+    told.save("ckpt_001")
+    return told.end()
+
+
+def test_after_the_rename_nothing_is_tried_again(pool: GlooPool, tmp_path: Path) -> None:
+    """It is there and whole; what failed is its record, and that is said."""
+    first, second = pool.run(2, unrecorded_job, str(tmp_path), timeout_seconds=60)
+    assert first == second and first.startswith("SaveError: ckpt_001 is in ") and "could not be recorded" in first
+    verify_checkpoint(tmp_path / "ckpt_001")
+
+
+def small_disk_job(launch: Launch, directory: str) -> dict[str, Any]:
+    """The room check is told a lie, so that the disk fills up in the middle of a file."""
+    told = Told(launch, directory, world=1, retry_seconds=0.3)
+    kept, disk_space.free_bytes = disk_space.free_bytes, lambda path: 10**12
+    try:
+        told.save("ckpt_001")
+        return {"ended": told.end(), "told": told.lines, "left": os.listdir(directory)}
+    finally:
+        disk_space.free_bytes = kept
+
+
+def test_a_disk_that_is_really_full(pool: GlooPool, tmp_path: Path) -> None:
+    """On a file system of 200 kB: refused in the middle, what was written is removed, the words are the system's."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "none", str(disk)], capture_output=True)
+    if mounted.returncode != 0:
+        pytest.skip(f"no small disk can be mounted here: {mounted.stderr.decode().strip()}")
+    try:
+        (answer,) = pool.run(1, small_disk_job, str(disk))
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+    assert "No space left on device" in answer["ended"] and len(answer["told"]) == 1
+    assert answer["left"] == []
+
+
+def free_snapshot_job(launch: Launch, directory: str) -> bool:
+    told = Told(launch, directory, world=1)
+    lines = told.engine.optimizer.lines
+    frozen = snapshot(told.engine.gradients.table, lines, told.engine.dtype)
+    lines["master"].add_(1.0)
+    return not torch.equal(frozen.lines["master"], lines["master"])
+
+
+def test_a_snapshot_is_a_copy(pool: GlooPool, tmp_path: Path) -> None:
+    assert pool.run(1, free_snapshot_job, str(tmp_path)) == [True]
+
+
+def root_job(launch: Launch, directory: str, tensor: int) -> str:
+    told = Told(launch, directory, world=tensor)
+    told.save("ckpt_001")
+    assert told.end() == ""
+    root: str = read_manifest(Path(directory) / "ckpt_001")["state"]["root"]
+    return root
+
+
+def test_the_root_does_not_depend_on_the_layout(pool: GlooPool, tmp_path: Path) -> None:
+    """One process, two tensor-parallel ranks, two data-parallel ranks: the same state, the same root."""
+    roots = set()
+    for number, (world, tensor) in enumerate(((1, 1), (2, 2), (2, 1))):
+        (tmp_path / str(number)).mkdir()
+        roots |= set(pool.run(world, root_job, str(tmp_path / str(number)), tensor))
+    assert len(roots) == 1
+
+
+def sums_job(launch: Launch, directory: str) -> bool:
+    told = Told(launch, directory)
+    engine = told.engine
+    for state, line in engine.optimizer.lines.items():
+        line.add_(0.01 * len(state))
+    names = sorted(shapes_of(tiny_config(model__num_layers=2)))
+    digest = StateDigest(engine.gradients.table, names, list(engine.optimizer.lines), told.grid.tp)
+    expected = digest.sums(engine.optimizer.lines)
+    return all(torch.equal(state_sums(digest, engine.optimizer.lines, threads=n), expected) for n in (1, 4))
+
+
+def test_sums_of_the_host_are_those_of_torch(pool: GlooPool, tmp_path: Path) -> None:
+    assert pool.run(2, sums_job, str(tmp_path)) == [True, True]

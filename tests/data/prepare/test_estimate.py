@@ -1,0 +1,150 @@
+"""What a recipe costs: the arithmetic on rates that are set here, and lines that are right for small and large."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from k2train.data.prepare.recipe import Recipe
+from k2train.data.prepare.run.estimate import Cost, Rates, bytes_text, cost, estimate_lines, seconds_text, tokens_text
+from k2train.data.prepare.run.local import CLUSTER_WORKERS, workers_of
+from k2train.data.prepare.sources.readers import encode_tasks, list_sources
+from k2train.errors import DataError
+
+# 4 bytes a token; a core encodes 1000 bytes, and lays out 10,000 tokens, in a second.
+RATES = Rates(1000.0, 4.0, 10_000.0, 3.0, 2.5, 2**20, "a tokenizer")
+WEB = {"kind": "jsonl", "paths": ["web/*.jsonl"]}
+
+
+@pytest.fixture(autouse=True)
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """40 files of 10,000 bytes in the working directory: 100,000 tokens."""
+    monkeypatch.chdir(tmp_path)
+    Path("web").mkdir()
+    for i in range(40):
+        Path(f"web/{i:02d}.jsonl").write_bytes(b"x" * 10_000)
+
+
+def recipe_of(subsets: dict[str, Any], **keys: Any) -> Recipe:
+    content = {"name": "small", "output": "out", "seed": 1, "sequence_length": 10, "chunks": 4, "subsets": subsets}
+    return Recipe.model_validate({**content, "tokenizer": {"model": "none"}, **keys})
+
+
+def test_amounts_follow_the_recipe() -> None:
+    """Catches a repeat, a limit, a share or a draw left out of the cost, and text encoded once a repeat."""
+    subsets = {
+        "whole": {**WEB, "repeat": 2.5},
+        "part": {**WEB, "documents": [0, 0.5], "limit_tokens": 20_000},
+        "said": {**WEB, "expected_tokens": 1000, "repeat": 2},
+    }
+    needs = cost(recipe_of(subsets), RATES)
+    assert needs.encoded_tokens == 100_000 + 50_000 + 1000
+    assert needs.made_tokens == 250_000 + 20_000 + 2000
+    assert needs.encode_seconds == pytest.approx(151_000 * 4 / 1000)
+    assert needs.chunk_seconds == pytest.approx(27.2)
+    assert needs.work_bytes == pytest.approx((300_000 + 50_000 + 2000) * 3)
+    assert needs.output_bytes == pytest.approx(272_000 * 2.5)
+    assert needs.chunk_tasks == 4
+    assert cost(recipe_of(subsets, held_out={"rows": 1}), RATES).chunk_tasks == 5
+    assert needs.from_files == ("whole", "part")
+    assert cost(recipe_of(subsets, rows_per_chunk=100), RATES).made_tokens == 4 * 100 * 10
+    assert needs.task_memory_bytes == 2**20 + 2 * 100_000
+    small = recipe_of(subsets, executor={"run_tokens": 2000})
+    assert cost(small, RATES).task_memory_bytes == 2**20 + 2 * 2000
+
+
+@pytest.mark.parametrize("task_bytes", [2**28, 30_000, 1])
+def test_tasks_are_those_that_will_be(task_bytes: int) -> None:
+    """Catches a count of tasks that is not the preparation's, and one for files that are not there."""
+    subsets = {
+        "a": {**WEB, "documents": [0, 0.5]},
+        "b": {**WEB, "documents": [0.5, 1]},
+        "code": {"kind": "stdlib_code"},
+    }
+    recipe = recipe_of(subsets, executor={"task_bytes": task_bytes})
+    assert cost(recipe, RATES).encode_tasks == len(encode_tasks(recipe, list_sources(recipe)))
+    absent = {"kind": "jsonl", "paths": ["no/*.jsonl"], "expected_tokens": 30_000}
+    more = recipe_of({**subsets, "absent": absent}, executor={"task_bytes": task_bytes})
+    assert cost(more, RATES).encode_tasks == cost(recipe, RATES).encode_tasks + round(120_000 / task_bytes)
+    alone = recipe_of({"absent": absent}, executor={"task_bytes": task_bytes})
+    assert cost(alone, RATES).encode_tasks == max(1, 120_000 // task_bytes)
+
+
+def test_no_time_below_that_of_the_longest_task() -> None:
+    """Catches an hour promised with 1000 workers where one file alone takes a day."""
+    Path("web/99.jsonl").write_bytes(b"x" * 300_000)
+    needs = cost(recipe_of({"web": {**WEB}}, executor={"task_bytes": 10_000}), RATES)
+    assert needs.encode_seconds == pytest.approx(700)
+    assert needs.longest_encode_seconds == pytest.approx(300)
+    assert needs.wall_seconds(1) == pytest.approx(needs.encode_seconds + needs.chunk_seconds)
+    assert needs.wall_seconds(2) == pytest.approx(needs.wall_seconds(1) / 2)
+    assert needs.wall_seconds(1000) == pytest.approx(300 + needs.chunk_seconds / 4)
+    small = cost(recipe_of({"web": {**WEB, "share": [0, 0.0001]}}), RATES)
+    assert small.longest_encode_seconds <= small.encode_seconds
+
+
+def test_all_missing_files_are_told_at_once() -> None:
+    """Catches an estimate mended one subset at a time, and a line without the way out."""
+    missing = {"kind": "jsonl", "paths": ["no/*.jsonl", "nor/*.jsonl"]}
+    with pytest.raises(DataError) as caught:
+        cost(recipe_of({"a": missing, "web": WEB, "b": missing, "c": {**missing, "expected_tokens": 5}}), RATES)
+    lines = str(caught.value).splitlines()
+    assert [line.split(":")[0] for line in lines] == ["subsets.a.paths"] * 2 + ["subsets.b.paths"] * 2
+    assert lines[0].endswith("; for an estimate without the files give subsets.a.expected_tokens")
+
+
+def test_units_fit_the_size() -> None:
+    """Catches 0.000 TB and 0.0 hours for what is small, and seven digits for what is large."""
+    assert [bytes_text(n) for n in (0, 812, 1500, 2_340_000, 3e9, 2.9e12)] == [
+        "0 bytes",
+        "812 bytes",
+        "1.5 KB",
+        "2.3 MB",
+        "3.0 GB",
+        "2.9 TB",
+    ]
+    assert [tokens_text(n) for n in (0, 812, 65_536, 40_300_000, 1_295.7e9)] == [
+        "0",
+        "812",
+        "65.5K",
+        "40.3M",
+        "1,295.7B",
+    ]
+    assert [seconds_text(n) for n in (0.2, 12, 4.71, 90, 5400, 3.6e6)] == [
+        "below 1 second",
+        "12 seconds",
+        "4.7 seconds",
+        "1.5 minutes",
+        "1.5 hours",
+        "1,000.0 hours",
+    ]
+
+
+def test_lines_of_a_small_corpus() -> None:
+    """Catches zeros where something is, and a number of workers that is not the one to be started."""
+    recipe = recipe_of({"web": WEB}, executor={"workers": 3})
+    lines = estimate_lines(recipe, RATES, cost(recipe, RATES))
+    assert lines[0] == "small: 100.0K tokens to encode once, 100.0K in 4 chunks of 25.0K"
+    assert any("encode           2     6.7 minutes   reads about 200.0 KB of documents" in line for line in lines)
+    assert any("or 4.4 minutes with 3 workers (executor.workers)" in line for line in lines)
+    assert any("disk      300.0 KB of work, removed at the end, and 250.0 KB of chunks" in line for line in lines)
+    assert lines[-1] == "taken from file sizes, as if they were plain text: web"
+    assert not any(" 0." in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("executor", "words"),
+    [
+        ({}, f"with {workers_of(recipe_of({'a': {'kind': 'stdlib_code'}}).executor)} worker"),
+        ({}, "(all cores of this machine; executor.workers)"),
+        ({"kind": "ray"}, f"with {CLUSTER_WORKERS} workers (executor.workers)"),
+        ({"kind": "slurm", "partition": "main", "workers": 1}, "with 1 worker (executor.workers)"),
+    ],
+)
+def test_workers_are_those_that_will_work(executor: dict[str, Any], words: str) -> None:
+    """Catches 64 workers promised on a laptop."""
+    needs = Cost(10**9, 10**9, 9, 4, 9e9, 9e9, 1.0, 1.0, 1e9, 1e9, 10**9, ())
+    lines = estimate_lines(recipe_of({"web": WEB}, executor=executor), RATES, needs)
+    assert any(words in line for line in lines)
+    assert replace(needs, encode_seconds=10.0, chunk_seconds=10.0).wall_seconds(5) == pytest.approx(4.0)

@@ -1,0 +1,388 @@
+"""The launcher's exit code: what a batch script decides on."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from k2train.checkpoint.manifest import verify_checkpoint
+from k2train.errors import EXIT_FAILED, RunError
+from k2train.launch.__main__ import keep_starting, signalled, take_restarts, verdict
+from k2train.launch.environment import Note, began, leave_verdict, order_kernels, read_launch, read_verdicts
+from k2train.launch.supervisor import Overseer
+from tests.support.command_line import hear_signals, soon
+from tests.support.tiny_corpus import ROOT, config_tree, environment, kill_all, make_corpus, write_yaml
+
+STARTED: list["subprocess.Popen[str]"] = []
+"""What the tests have started: ended with them, also where they fail."""
+OPTIONS = ["--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "2"]
+
+
+@pytest.mark.parametrize(
+    ("codes", "expected"),
+    (
+        ({0: 75, 1: 75}, 75),
+        ({0: 75, 1: -15, 2: -15}, 75),
+        ({0: 2, 1: -15}, 2),
+        ({0: 2, 1: 75}, 2),
+        ({0: 1, 1: 2}, 1),
+        ({1: -9, 0: -15}, 1),
+        ({0: -15, 1: -15}, 1),
+        ({0: 75, 1: -9}, 1),
+    ),
+)
+def test_verdict(codes: dict[int, int], expected: int) -> None:
+    """A job that saved and stopped is started again, one with a mistake is not; a killed process is neither."""
+    assert verdict(codes) == expected
+
+
+def test_one_bad_process_is_named(capfd: pytest.CaptureFixture[str]) -> None:
+    verdict({0: -15, 3: -9})
+    assert capfd.readouterr().err == "process 3 ended with signal 9\n"
+
+
+@pytest.mark.parametrize(
+    ("codes", "expected"),
+    (({0: 75, 1: 75}, 75), ({0: 0, 1: 0}, 0), ({0: 75, 1: None}, 1), ({0: 75, 1: 1}, 1), ({}, 1)),
+)
+def test_verdict_after_a_signal(codes: dict[int, int | None], expected: int) -> None:
+    """75 says that everything is saved: one process that was killed while saving makes it a lie."""
+    assert signalled({rank: Note(code) for rank, code in codes.items()}) == expected
+
+
+def test_kernels_are_begun_in_order_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a setting of the user's that is overwritten, and a default that never reaches the processes."""
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "")
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS")
+    order_kernels()
+    assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "8")
+    order_kernels()
+    assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "8"
+
+
+def launch(*arguments: object, options: Sequence[str] = OPTIONS, **variables: str) -> "subprocess.Popen[str]":
+    process = subprocess.Popen(
+        [sys.executable, "-m", "k2train.launch", *options, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment(**variables),
+        cwd=ROOT,
+        preexec_fn=hear_signals,
+    )
+    STARTED.append(process)
+    return process
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left() -> Iterator[None]:
+    yield
+    for process in STARTED:
+        if process.poll() is None:
+            kill_all(process)
+    STARTED.clear()
+
+
+WORKER = """
+import os, pathlib, signal, sys, time
+from k2train.launch.environment import leave_verdict
+folder, rank = pathlib.Path(sys.argv[1]), int(os.environ["RANK"])
+heard = []
+def hear(number, frame):
+    heard.append(signal.Signals(number).name)
+    (folder / f"heard_{rank}").write_text(" ".join(heard))
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+    signal.signal(number, hear)
+leave_verdict(rank, None)
+(folder / f"pid_{rank}").write_text(str(os.getpid()))
+"""
+"""The begin of a process that notes what it hears; a test adds what it does then."""
+
+
+def worker(folder: Path, rest: str) -> Path:
+    path = folder / "worker.py"
+    path.write_text(WORKER + rest)
+    return path
+
+
+def pids(folder: Path, process: "subprocess.Popen[str]", count: int = 2) -> list[int]:
+    """The workers' ids, once all of them are there."""
+    files = [folder / f"pid_{rank}" for rank in range(count)]
+    assert soon(lambda: all(f.exists() and f.read_text() for f in files), 60), process.poll()
+    return [int(f.read_text()) for f in files]
+
+
+def gone(process_ids: Sequence[int], seconds: float = 20) -> bool:
+    return soon(lambda: not any(began(pid) for pid in process_ids), seconds)
+
+
+def test_every_signal_goes_to_every_process_as_often_as_it_comes(tmp_path: Path) -> None:
+    """Catches torchrun's own handling: dead of USR1, deaf to a second SIGTERM."""
+    sent = ["SIGUSR1", "SIGUSR2", "SIGHUP", "SIGINT", "SIGTERM", "SIGTERM"]
+    process = launch(worker(tmp_path, f"while len(heard) < {len(sent)}: time.sleep(0.01)\nsys.exit(75)"), tmp_path)
+    pids(tmp_path, process)
+    for count, name in enumerate(sent, 1):
+        process.send_signal(getattr(signal, name))
+        for rank in range(2):
+            note = tmp_path / f"heard_{rank}"
+            assert soon(lambda n=note, c=count: n.exists() and len(n.read_text().split()) == c), (name, rank)  # type: ignore[misc]
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, text
+    assert [(tmp_path / f"heard_{rank}").read_text().split() for rank in range(2)] == [sent, sent]
+
+
+def test_a_dead_process_takes_the_others_with_it_even_a_stopped_one(tmp_path: Path) -> None:
+    """Catches the 30 seconds of torchrun, and processes that stay behind because they hear no SIGTERM."""
+    process = launch(worker(tmp_path, "time.sleep(600)"), tmp_path)
+    first, second = pids(tmp_path, process)
+    os.kill(second, signal.SIGSTOP)
+    os.kill(first, signal.SIGKILL)
+    began_at = time.monotonic()
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == 1 and time.monotonic() - began_at < 20, text
+    assert "process 0 ended with signal 9" in text and "process 1" not in text
+    assert gone([first, second])
+
+
+def test_processes_end_when_their_launcher_is_killed(tmp_path: Path) -> None:
+    """Catches processes that train on with nobody to wait for them, and keep the lock of the run."""
+    process = launch(worker(tmp_path, "while not heard: time.sleep(0.01)"), tmp_path)
+    both = pids(tmp_path, process)
+    process.kill()
+    # Not communicate: processes that stay behind hold the pipe open.
+    process.wait()
+    try:
+        assert gone(both)
+    finally:
+        for pid in both:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    assert [(tmp_path / f"heard_{rank}").read_text() for rank in range(2)] == ["SIGTERM", "SIGTERM"]
+
+
+def test_asked_to_stop_while_it_waits_for_a_node_that_never_comes(tmp_path: Path) -> None:
+    """Catches a launcher that hears nothing because its main thread waits in C++ for a store."""
+    (closed := socket.socket()).bind(("127.0.0.1", 0))
+    options = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{closed.getsockname()[1]}"]
+    options += ["--rdzv-conf", "is_host=false,read_timeout=120"]
+    process = launch(worker(tmp_path, ""), tmp_path, options=options)
+    assert soon(lambda: b"SIGTERM" in handled(process.pid), 60)
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    text, _ = process.communicate(timeout=30)
+    closed.close()
+    assert process.returncode == 1
+    assert "SIGTERM: asked to stop before any process had started; nothing was begun\n" in text
+
+
+def handled(pid: int) -> bytes:
+    """Names of the signals that a process catches, by /proc."""
+    line = next(row for row in Path(f"/proc/{pid}/status").read_text().splitlines() if row.startswith("SigCgt"))
+    mask = int(line.split()[1], 16)
+    return b" ".join(s.name.encode() for s in signal.Signals if mask >> (s - 1) & 1)
+
+
+def test_a_crash_is_started_again(tmp_path: Path) -> None:
+    """Through the real torchrun, twice in one launcher: catches a second start that finds the remains of the first."""
+    rest = (
+        "mine = folder / f'starts_{rank}'\n"
+        "mine.write_text((mine.read_text() if mine.exists() else '') + '.')\n"
+        # Not before the other has come as far: one that crashes takes the other with it.
+        "import time\n"
+        "other = folder / f'starts_{1 - rank}'\n"
+        "while not other.exists() or len(other.read_text()) < len(mine.read_text()):\n"
+        "    time.sleep(0.05)\n"
+        "code = (1, 75)[len(mine.read_text()) - 1]\n"
+        "leave_verdict(rank, code)\n"
+        "sys.exit(code)"
+    )
+    process = launch("--restarts", "4", *OPTIONS, worker(tmp_path, rest), tmp_path, options=[])
+    text, _ = process.communicate(timeout=90)
+    assert process.returncode == 75, text
+    assert "start 2 of 5 follows in 1 s" in text and "follows in 2 s" not in text
+    assert [(tmp_path / f"starts_{rank}").read_text() for rank in range(2)] == ["..", ".."]
+
+
+class Waits(Overseer):
+    """An overseer that waits in no time, and remembers for how long."""
+
+    def __init__(self, signal_after: int = 99) -> None:
+        super().__init__(lambda text: None)
+        self.waited: list[float] = []
+        self.signal_after = signal_after
+
+    def wait(self, seconds: float) -> bool:
+        self.waited.append(seconds)
+        return len(self.waited) >= self.signal_after
+
+
+@pytest.mark.parametrize(
+    ("codes", "restarts", "expected", "waited"),
+    (
+        ([1, 1, 75], 3, 75, [1, 2]),
+        ([1, 0], 3, 0, [1]),
+        ([2], 3, 2, []),
+        ([75], 3, 75, []),
+        ([1], 0, 1, []),
+        ([1, 1, 1], 2, 1, [1, 2]),
+        ([1] * 9, 8, 1, [1, 2, 4, 8, 16, 32, 60, 60]),
+    ),
+)
+def test_what_is_started_again(codes: list[int], restarts: int, expected: int, waited: list[float]) -> None:
+    """Catches a mistake that is tried again, a stop that is undone, and more starts than were allowed."""
+    overseer, left = Waits(), list(codes)
+    assert keep_starting(lambda: left.pop(0), restarts, overseer) == expected
+    assert (left, overseer.waited) == ([], waited)
+
+
+def test_a_signal_ends_the_starting_again() -> None:
+    """Catches a launcher that cannot be stopped between two starts, or starts again what a signal has ended."""
+    between = Waits(signal_after=2)
+    assert keep_starting(lambda: 1, 9, between) == 1 and between.waited == [1, 2]
+    asked = Waits()
+    asked.asked = "SIGTERM"
+    assert keep_starting(lambda: 1, 9, asked) == 1 and asked.waited == []
+
+
+def test_a_long_start_is_no_crash_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a run of weeks that waits a minute after each of its rare crashes."""
+    now = [0.0]
+    monkeypatch.setattr("k2train.launch.__main__.time.monotonic", lambda: now[0])
+    lasts, overseer = [1, 1, 700, 1, 1], Waits()
+
+    def start() -> int:
+        now[0] += lasts.pop(0)
+        return EXIT_FAILED
+
+    assert keep_starting(start, 4, overseer) == EXIT_FAILED
+    assert overseer.waited == [1, 2, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    (
+        (["--nproc-per-node", "2", "-m", "x", "--restarts", "3"], 0),
+        (["--restarts", "3", "-m", "x"], 3),
+        (["--nproc-per-node=2", "--restarts=0", "x.py"], 0),
+        (["--nnodes=1", "--restarts=12", "x.py", "--nnodes=4"], 12),
+    ),
+)
+def test_restarts_are_ours_and_the_rest_is_torchruns(given: list[str], expected: int) -> None:
+    count, rest = take_restarts(given)
+    assert count == expected
+    assert rest == given or "--restarts" not in " ".join(rest)
+    assert rest[-1] == given[-1]
+
+
+@pytest.mark.parametrize(
+    ("given", "complaint"),
+    ((["--restarts", "many", "-m", "x"], "'many'"), (["--nnodes", "2", "--restarts=1", "-m", "x"], "--nnodes is 2")),
+)
+def test_restarts_that_cannot_be(given: list[str], complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        take_restarts(given)
+
+
+@pytest.mark.parametrize(("asked", "refused"), (("", False), ("4", False), ("8", True), ("2", True)))
+def test_a_world_that_was_not_asked_for(monkeypatch: pytest.MonkeyPatch, asked: str, refused: bool) -> None:
+    """Catches a run that goes on over fewer nodes than were paid for."""
+    for name, value in {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "K2TRAIN_WORLD_SIZE": asked}.items():
+        monkeypatch.setenv(name, value)
+    if not refused:
+        assert read_launch().world_size == 4
+        return
+    with pytest.raises(RunError, match=f"4 processes met where K2TRAIN_WORLD_SIZE asks for {asked}"):
+        read_launch()
+
+
+def test_a_note_tells_a_process_from_a_later_one_of_the_same_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a signal to a stranger that got the id of a process which is gone."""
+    monkeypatch.setenv("K2TRAIN_VERDICTS", str(tmp_path))
+    leave_verdict(3, None)
+    leave_verdict(5, None, saving=True)
+    notes = read_verdicts(tmp_path)
+    assert notes[3].is_alive and notes[3].pid == os.getpid() and not notes[3].saving and notes[5].saving
+    assert not Note(None, os.getpid(), "1").is_alive and not Note(None, 0).is_alive
+    leave_verdict(3, 75)
+    assert read_verdicts(tmp_path)[3] == Note(75)
+
+
+def test_real_processes(tmp_path: Path) -> None:
+    """Through the real torchrun: the processes' own code comes out, without a traceback."""
+    (tmp_path / "leaves.py").write_text("import sys\nsys.exit(75)\n")
+    process = launch(tmp_path / "leaves.py")
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert "Traceback" not in text
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    make_corpus(tmp_path / "data")
+    tree = config_tree(tmp_path / "data" / "manifest.json", tmp_path / "runs", "run", parallel__tensor=2)
+    return write_yaml(tmp_path / "run.yaml", tree)
+
+
+def test_a_mistake_is_told_once_and_ends_with_2(config: Path) -> None:
+    """A line a process, or a code that a batch script takes for a crash and tries again."""
+    process = launch("-m", "k2train.train", config, "modle.num_heads=3")
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert text.count("unknown key") == 1
+    assert "Traceback" not in text
+
+
+@pytest.mark.slow
+def test_asked_to_stop_all_processes_save_and_go_on(config: Path, tmp_path: Path) -> None:
+    """SIGTERM to the launcher alone: every process finishes the step, one checkpoint is written, the code is 75."""
+    run = tmp_path / "runs" / "run"
+    process = launch("-m", "k2train.train", config)
+    metrics = run / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not metrics.exists() or metrics.read_text().count("\n") < 2:
+        assert process.poll() is None and time.monotonic() < deadline, "the run did not begin"
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGTERM)
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, text
+    stopped = [json.loads(line) for line in (run / "ledger.jsonl").read_text().splitlines()]
+    assert stopped[-1]["event"] == "stopped" and stopped[-1]["reason"] == "SIGTERM"
+    done = stopped[-1]["step"]
+    assert metrics.read_text().count("\n") == done < 20
+    assert any(
+        json.loads((path / "manifest.json").read_text())["step"] == done for path in (run / "checkpoints").iterdir()
+    )
+    again = launch("-m", "k2train.train", config)
+    text, _ = again.communicate(timeout=90)
+    assert again.returncode == 0, text
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    assert steps == list(range(1, 21)), "a step was lost or done twice"
+
+
+@pytest.mark.slow
+def test_a_save_that_takes_longer_than_torchruns_patience_is_whole(config: Path, tmp_path: Path) -> None:
+    """Catches torchrun's 30 seconds, which cut a save short: this one needs 35, and a second SIGTERM comes meanwhile."""
+    run = tmp_path / "runs" / "run"
+    process = launch("-m", "k2train.train", config, K2TRAIN_FAULTS="step.done@step=2:term;save.room@nth=2:sleep=35")
+    saving = run / "checkpoints"
+    assert soon(lambda: list(saving.glob("ckpt_000_step_*.tmp")) or process.poll() is not None, 90)
+    began_at = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    time.sleep(3)
+    process.send_signal(signal.SIGTERM)
+    text, _ = process.communicate(timeout=120)
+    assert process.returncode == 75, text
+    assert time.monotonic() - began_at > 31, "the save was not slow"
+    (last,) = saving.glob("ckpt_000_step_*")
+    assert verify_checkpoint(last)["step"] in (2, 3)

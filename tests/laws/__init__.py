@@ -1,0 +1,1 @@
+"""The three laws, the architecture rules and the documents."""

@@ -1,0 +1,366 @@
+"""The house rules, read off the source: who may import whom, and what no file may hold.
+
+They are tests because a rule that only stands in a document is broken by the third change. Every rule lists the places
+it allows; loosening one means changing this file, in the open.
+"""
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from k2train.config.load import load_config
+from k2train.config.schema import sections
+from k2train.data.prepare.recipe import load_recipe
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = sorted((ROOT / "k2train").rglob("*.py"))
+TOOLS = sorted((ROOT / "tools").glob("*.py"))
+SOURCE = [*PACKAGE, *TOOLS]
+
+BASE = {"errors", "fault_injection", "files", "safe_json", "state_digest", "text"}
+"""Modules at the root: what every room may use."""
+THIRD_LAYER = {"model", "optim", "data", "checkpoint", "record", "guard", "watchdog", "run_lock"}
+"""Rooms that do not know each other, nor the config."""
+ALLOWED = {
+    **{name: set() for name in BASE},
+    "fault_injection": {"errors"},
+    "config": {"errors", "files"},
+    "plan": {"errors"},
+    "launch": {"errors"},
+    "parallel": {"errors", "launch", "plan", "state_digest"},
+    **{name: {*BASE, "plan", "parallel"} for name in THIRD_LAYER},
+    "train": {*BASE, "config", "launch", "plan", "parallel", *THIRD_LAYER},
+}
+"""What each room may import besides itself."""
+ALSO_ALLOWED = {"data/prepare/recipe.py": {"config"}}
+"""A reader of recipes has the strictness of the config and therefore its text and its messages."""
+PROGRAMS = ("k2train.train", "k2train.launch.__main__", "k2train.launch.supervisor")
+"""Only their own room imports them."""
+INNER_ROOMS = {
+    "data": ("", "verify", "inspect", "prepare"),
+    "data/prepare": ("", "sources", "encode", "allocate", "write", "run", "k2_format"),
+    "model": ("kernels", ""),
+}
+"""The rooms inside a room, lowest first; "" is the room's own modules. An import goes to a lower one."""
+
+TORCH_FREE = [
+    *(ROOT / "k2train" / f"{name}.py" for name in sorted(BASE)),
+    *(ROOT / f"k2train/train/{name}.py" for name in ("__main__", "memory_report", "preflight", "resume_check")),
+    *(
+        path
+        for name in ("config", "data", "guard", "launch", "plan", "record", "run_lock", "watchdog")
+        for path in (ROOT / "k2train" / name).rglob("*.py")
+        if path.relative_to(ROOT).as_posix() != "k2train/launch/__main__.py"
+    ),
+    *(
+        ROOT / f"k2train/checkpoint/{name}.py"
+        for name in ("disk_space", "file_digest", "manifest", "retention", "scrub", "shards")
+    ),
+    ROOT / "k2train/optim/lr_schedule.py",
+]
+TORCH_ALLOWED = {"data/loader.py"}
+"""`launch/__main__.py` is left out above: it is torchrun, with another end."""
+
+INNER_IMPORTS = re.compile(r"k2train/(record/wandb|model/kernels/\w+|data/prepare/[\w/]+|data/tokenizer)\.py")
+"""Optional packages may be imported where they are used."""
+ENVIRONMENT = re.compile(r"k2train/(train/host_memory|launch/environment|record/\w+)\.py|tools/mutation_check\.py")
+"""The last one only hands its environment on to the tests it starts."""
+PRINTS = re.compile(r"(k2train/(train|launch)/__main__|tools/\w+)\.py|k2train/data/prepare/progress\.py")
+"""Only command lines write to the terminal; `progress` is the stream of one of them."""
+
+
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def imports_of(path: Path) -> Iterator[tuple[int, str]]:
+    """(line, dotted module) of every import, wherever in the file; `from a import b` counts as `a` and as `a.b`."""
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name_of(path)}:{node.lineno}: imports are absolute"
+            module = str(node.module)
+            yield node.lineno, module
+            yield from ((node.lineno, f"{module}.{alias.name}") for alias in node.names)
+
+
+def part_of(path: Path) -> str:
+    first = path.relative_to(ROOT / "k2train").parts[0]
+    return first.removesuffix(".py")
+
+
+def wrong_direction(path: Path) -> list[str]:
+    part = part_of(path)
+    if part == "__init__":
+        return [f"{name_of(path)}:{line}: imports {module}" for line, module in imports_of(path)]
+    allowed = ALLOWED[part] | {part} | ALSO_ALLOWED.get(path.relative_to(ROOT / "k2train").as_posix(), set())
+    found = []
+    for line, module in imports_of(path):
+        if module.split(".")[0] != "k2train" or module == "k2train":
+            continue
+        target = module.split(".")[1]
+        if target not in allowed:
+            found.append(f"{name_of(path)}:{line}: k2train.{part} must not import {module}")
+    return found
+
+
+def test_every_part_is_known() -> None:
+    """Catches a new folder or module that no rule speaks of."""
+    assert {part_of(path) for path in PACKAGE} - {"__init__"} == set(ALLOWED)
+
+
+def test_imports_run_one_way() -> None:
+    """Catches a knot: a layer that imports one above it, a third-layer folder that knows another, a user of train."""
+    assert [line for path in PACKAGE for line in wrong_direction(path)] == []
+
+
+def inner_room_of(outer: str, dotted: str) -> str | None:
+    """The room inside `outer` that holds a module or name; None when it is not in `outer` at all."""
+    inside = f"k2train.{outer.replace('/', '.')}."
+    if not dotted.startswith(inside):
+        return None
+    first = dotted.removeprefix(inside).split(".")[0]
+    return first if first in INNER_ROOMS[outer] else ""
+
+
+@pytest.mark.parametrize("outer", INNER_ROOMS)
+def test_inner_rooms_import_downwards(outer: str) -> None:
+    """Catches a circle between the rooms of a room, which the rule above cannot see."""
+    order = INNER_ROOMS[outer]
+    folders = {p.name for p in (ROOT / "k2train" / outer).iterdir() if (p / "__init__.py").exists()}
+    assert folders == {name for name in order if name}, "a folder that the order does not name"
+    found = []
+    for path in sorted((ROOT / "k2train" / outer).rglob("*.py")):
+        dotted = path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".")
+        own = inner_room_of(outer, dotted)
+        for line, module in imports_of(path):
+            target = inner_room_of(outer, module)
+            if own is not None and target is not None and order.index(target) > order.index(own):
+                found.append(f"{name_of(path)}:{line}: {module}")
+    assert found == []
+
+
+def test_nothing_imports_a_program() -> None:
+    """Catches a room that imports the trainer or the launcher's supervisor, and with it all that these import."""
+    found = [
+        f"{name_of(path)}:{line}: {module}"
+        for path in PACKAGE
+        for line, module in imports_of(path)
+        for program in PROGRAMS
+        if (module == program or module.startswith(f"{program}.")) and part_of(path) != program.split(".")[1]
+    ]
+    assert found == []
+
+
+def test_nothing_imports_the_command_line() -> None:
+    """Catches a tool that grows on the command line, whose import would then have to stay as it is."""
+    found = [name_of(path) for path in SOURCE for _, module in imports_of(path) if module == "k2train.train.__main__"]
+    assert found == []
+
+
+def test_the_planner_needs_the_standard_library_only() -> None:
+    """Catches a planner that no longer runs on a login node."""
+    found = [
+        f"{name_of(path)}:{line}: {module}"
+        for path in sorted((ROOT / "k2train/plan").glob("*.py"))
+        for line, module in imports_of(path)
+        if module.split(".")[0] not in {*sys.stdlib_module_names, "k2train"}
+    ]
+    assert found == []
+
+
+def test_what_answers_before_the_devices_never_names_torch() -> None:
+    """Catches a config mistake that costs the seconds of `import torch`, on every rank."""
+    found = [
+        f"{name_of(path)}:{line}: {module}"
+        for path in TORCH_FREE
+        if path.relative_to(ROOT / "k2train").as_posix() not in TORCH_ALLOWED
+        for line, module in imports_of(path)
+        if module.split(".")[0] == "torch"
+    ]
+    assert found == []
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        ROOT / "k2train/train/__main__.py",
+        *(t for t in TOOLS if t.name not in ("bench_data.py", "bench_checkpoint.py", "bench_watch.py")),
+    ],
+    ids=name_of,
+)
+def test_the_command_line_and_the_tools_load_no_torch(path: Path) -> None:
+    """Catches what reading imports one file at a time cannot: torch that comes in through another package."""
+    program = (
+        f"import runpy, sys; runpy.run_path({str(path)!r}, run_name='imported'); assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def functions_of(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield node
+
+
+def test_no_import_inside_a_function() -> None:
+    """Catches a layering mistake that shows only when the function runs."""
+    found = [
+        f"{name_of(path)}:{node.lineno}"
+        for path in SOURCE
+        if not INNER_IMPORTS.fullmatch(name_of(path))
+        for function in functions_of(path)
+        for node in ast.walk(function)
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+    ]
+    assert found == []
+
+
+def test_the_deferred_import_is_one() -> None:
+    """Catches `importlib` as the way around the rules: the command line defers the trainer, and nothing else does."""
+    found = [
+        f"{name_of(path)}:{node.lineno}"
+        for path in PACKAGE
+        for node in ast.walk(tree_of(path))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("importlib.import_module", "__import__")
+    ]
+    assert len(found) == 1, found
+    assert found[0].startswith("k2train/train/__main__.py:"), found
+
+
+def test_no_global_statement() -> None:
+    """Catches a grid, a config or a counter that is looked up instead of passed."""
+    found = [
+        f"{name_of(path)}:{node.lineno}"
+        for path in SOURCE
+        for node in ast.walk(tree_of(path))
+        if isinstance(node, ast.Global)
+    ]
+    assert found == []
+
+
+def test_the_environment_is_read_in_one_place() -> None:
+    """Catches behaviour that depends on a variable no config and no ledger shows."""
+    found = [
+        f"{name_of(path)}:{node.lineno}: {ast.unparse(node)}"
+        for path in SOURCE
+        if not ENVIRONMENT.fullmatch(name_of(path))
+        for node in ast.walk(tree_of(path))
+        if isinstance(node, ast.Attribute) and ast.unparse(node) in ("os.environ", "os.getenv", "os.putenv")
+    ]
+    assert found == []
+
+
+def test_only_command_lines_print() -> None:
+    """Catches a line printed once a rank."""
+    found = [
+        f"{name_of(path)}:{node.lineno}"
+        for path in SOURCE
+        if not PRINTS.fullmatch(name_of(path))
+        for node in ast.walk(tree_of(path))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+    ]
+    assert found == []
+
+
+def test_every_module_says_what_it_is() -> None:
+    """Catches a file that has to be read to know what it is for, and an `__init__` that does something."""
+    assert [name_of(path) for path in SOURCE if not ast.get_docstring(tree_of(path))] == []
+    empty = [path for path in PACKAGE if path.name == "__init__.py"]
+    assert [name_of(path) for path in empty if len(tree_of(path).body) != 1] == []
+
+
+def test_every_assert_says_what_broke() -> None:
+    """Catches an AssertionError with nothing to go by, at step 200,000."""
+    found = [
+        f"{name_of(path)}:{node.lineno}"
+        for path in SOURCE
+        for node in ast.walk(tree_of(path))
+        if isinstance(node, ast.Assert) and node.msg is None
+    ]
+    assert found == []
+
+
+def text_files() -> list[Path]:
+    folders = ("k2train", "tools", "tests", "scripts", "configs", "constraints", "docs", ".ci")
+    found = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file()]
+    found += [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "pyproject.toml")]
+    return sorted(path for path in found if path.suffix not in (".pyc", ".safetensors"))
+
+
+def test_nothing_is_left_for_later_and_no_machine_is_named() -> None:
+    """Catches notes to oneself, and paths that exist on one machine only."""
+    later = re.compile(r"\b(" + "|".join(["TO" + "DO", "FIX" + "ME", "X" * 3]) + r")\b")
+    machine = re.compile(r"(?<![\w.])/(home|Users|root|work|mnt|data)/\w")
+    found = [
+        f"{name_of(path)}:{number}: {line.strip()}"
+        for path in text_files()
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if later.search(line) or machine.search(line)
+    ]
+    assert found == []
+
+
+def config_keys() -> list[str]:
+    keys = []
+    for section, kind in sections().items():
+        keys += [section] if kind is None else [f"{section}.{name}" for name in kind.model_fields]
+    return keys
+
+
+@cache
+def attributes_read() -> frozenset[str]:
+    """The last one and the last two names of every attribute access outside the config's own modules.
+
+    A section taken into a short name first (`m = config.model`; `m.num_layers`) is followed within its function.
+    """
+    found = set()
+    for path in PACKAGE:
+        if part_of(path) == "config":
+            continue
+        for scope in functions_of(path):
+            short = {}
+            for node in ast.walk(scope):
+                if isinstance(node, ast.Assign) and len(node.targets) == 1:
+                    pairs = [(node.targets[0], node.value)]
+                    if isinstance(node.targets[0], ast.Tuple) and isinstance(node.value, ast.Tuple):
+                        pairs = list(zip(node.targets[0].elts, node.value.elts, strict=True))
+                    for target, value in pairs:
+                        if isinstance(target, ast.Name) and isinstance(value, ast.Attribute):
+                            short[target.id] = value.attr
+            for node in ast.walk(scope):
+                if isinstance(node, ast.Attribute):
+                    owner = node.value
+                    before = owner.attr if isinstance(owner, ast.Attribute) else None
+                    if isinstance(owner, ast.Name):
+                        before = short.get(owner.id)
+                    found |= {f"{before}.{node.attr}"} if before else {node.attr}
+                    found.add(f".{node.attr}")
+    return frozenset(found)
+
+
+@pytest.mark.parametrize("key", config_keys())
+def test_every_config_key_is_read(key: str) -> None:
+    """Catches a knob that does nothing."""
+    wanted = key if "." in key else f".{key}"
+    assert wanted in attributes_read(), f"no module reads config.{key}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=name_of)
+def test_every_shipped_yaml_loads(path: Path) -> None:
+    """Catches a key renamed in the code and not in the files."""
+    load = load_recipe if path.name.startswith("data_") else load_config
+    load(str(path), [])

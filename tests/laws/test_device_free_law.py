@@ -1,0 +1,401 @@
+"""Bad input gets one clear line, exit code 2, and nothing is written: every case through the real command line.
+
+Each case would catch a traceback, a mistake told once a rank, a message without its numbers, or a run directory that is
+left behind. Those that need no process group must also be answered before torch is imported, which takes a second or more.
+"""
+
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from k2train.data.chunk import write_chunk
+from k2train.data.manifest import ChunkInfo
+from k2train.files import sha256_file
+from tests.support.gloo_pool import GlooPool
+from tests.support.tiny_corpus import (
+    ROOT,
+    ROWS,
+    SEQUENCE,
+    VOCAB,
+    config_tree,
+    environment,
+    kept_of,
+    kill_all,
+    make_corpus,
+    start,
+    train,
+    trainer_job,
+    wait_for,
+    write_yaml,
+)
+
+WITHOUT_TORCH = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "torch":
+            raise AssertionError("torch was imported")
+sys.meta_path.insert(0, Refuse())
+sys.argv[0] = "k2train.train"
+import runpy
+runpy.run_module("k2train.train", run_name="__main__")
+"""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bad") / "data"
+    make_corpus(folder, 2)
+    return folder
+
+
+def lines_without_torch(*arguments: Any, **variables: str) -> list[str]:
+    """The command line in a process in which importing torch is an error; its stderr, after the exit code is checked."""
+    import subprocess
+
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=environment(**variables),
+        cwd=ROOT,
+    )
+    assert done.returncode == 2, (done.returncode, done.stderr)
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    lines = done.stderr.splitlines()
+    assert all(line.startswith("k2train: ") for line in lines), done.stderr
+    return lines
+
+
+class Case:
+    """A config over the data in a folder of its own, where nothing may appear."""
+
+    def __init__(self, folder: Path, data: Path, **changes: Any):
+        self.runs = folder / "runs"
+        self.path = write_yaml(folder / "c.yaml", config_tree(data / "manifest.json", self.runs, "bad", **changes))
+
+    def refused(self, *overrides: str, **variables: str) -> list[str]:
+        """Its lines; nothing may be there afterwards that was not before."""
+        before = kept_of(self.runs), self.runs.exists()
+        lines = lines_without_torch(self.path, *overrides, **variables)
+        assert (kept_of(self.runs), self.runs.exists()) == before, "something was written"
+        return lines
+
+    def one_line(self, *overrides: str, **variables: str) -> str:
+        lines = self.refused(*overrides, **variables)
+        assert len(lines) == 1, lines
+        return lines[0]
+
+
+def test_config_mistakes_are_told_together(tmp_path: Path, data: Path) -> None:
+    """Unknown, misspelled, duplicate and mistyped keys: a line each, with its place and the nearest legal name."""
+    case = Case(tmp_path, data)
+    text = case.path.read_text()
+    text = text.replace("  num_layers: 4\n", "  num_layers: four\n").replace("  weight_decay", "  wait_decay")
+    text = text.replace("  hidden_size: 32\n", "  hidden_size: 32\n  hiden_size: 32\n")
+    text += "run:\n  name: again\nnonsense: {a: 1}\n"
+    case.path.write_text(text)
+    lines = case.refused("lr.peek=1e-4", "batch.micro_sequences=0.5")
+    told = "\n".join(lines)
+    for words in (
+        "model.num_layers: must be a whole number, is four",
+        "model.hiden_size: unknown key; nearest is model.hidden_size",
+        "nonsense: unknown key",
+        "'lr.peek=1e-4': lr.peek: unknown key; nearest is lr.peak",
+        "batch.micro_sequences: must be a whole number, is 0.5",
+    ):
+        assert words in told
+    assert sum("duplicate" in line or "twice" in line or "again" in line for line in lines) == 1, told
+    assert len(lines) == 6 and all(re.search(r"c\.yaml:\d+: |override '", line) for line in lines), told
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world", "words"),
+    (
+        (
+            ["model.num_heads=3", "model.num_kv_heads=3"],
+            1,
+            ("model.hidden_size (32)", "model.num_heads (3)", "nearest"),
+        ),
+        (
+            ["parallel.tensor=3", "parallel.sequence=false"],
+            3,
+            ("model.num_heads (4)", "parallel.tensor (3)", "nearest"),
+        ),
+        (["parallel.pipeline=3"], 3, ("model.num_layers (4)", "parallel.pipeline (3)", "nearest")),
+        (["parallel.tensor=2", "data.sequence_length=15"], 2, ("data.sequence_length (15)", "parallel.tensor (2)")),
+        (["batch.micro_sequences=5"], 1, ("batch.global_sequences (12)", "batch.micro_sequences (5)", "nearest")),
+        ([], 5, ("batch.global_sequences (12)", "data-parallel size (5)", "nearest")),
+        (
+            ["parallel.tensor=2", "parallel.pipeline=2"],
+            6,
+            ("world size (6)", "(2) * parallel.pipeline (2) = 4", "4, 8"),
+        ),
+        (["lr.warmup_steps=10"], 1, ("lr.warmup_steps (10)", "(10)", "lower it")),
+        (["batch.global_sequences=64"], 1, ("chunk_000 has 63 rows", "batch.global_sequences (64)", "lower it")),
+        (["data.order=[0, 7]"], 1, ("data.order names chunk_007",)),
+        (["data.order=[1, 1]"], 1, ("data.order names chunk_001 more than once",)),
+        (["model.vocab_size=250"], 1, ("model.vocab_size (250)", "(251", "raise it")),
+        (["data.sequence_length=32"], 1, ("data.sequence_length (32)", "(16)")),
+    ),
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_what_does_not_divide_or_fit(
+    tmp_path: Path, data: Path, overrides: list[str], world: int, words: tuple[str, ...]
+) -> None:
+    """The numbers, the knobs and the nearest values that pass."""
+    variables = {} if world == 1 else {"RANK": "0", "WORLD_SIZE": str(world), "LOCAL_RANK": "0"}
+    line = Case(tmp_path, data).one_line(*overrides, **variables)
+    for word in words:
+        assert word in line, line
+
+
+def test_half_a_launcher_is_no_launcher(tmp_path: Path, data: Path) -> None:
+    """Only RANK set would train a world of one in silence, in every process."""
+    assert "WORLD_SIZE, LOCAL_RANK not set" in Case(tmp_path, data).one_line(RANK="0")
+
+
+def test_no_config(tmp_path: Path, data: Path) -> None:
+    """A path that is not there, or is a folder."""
+    for path in (tmp_path / "none.yaml", tmp_path):
+        (line,) = lines_without_torch(path)
+        assert str(path) in line
+
+
+def rewritten(folder: Path, change: Callable[[np.ndarray], None]) -> None:
+    """chunk_001 with its ids changed in place and the manifest's hash corrected, as a careless preparation would."""
+    path = folder / "chunk_001.npy"
+    ids = np.load(path)
+    change(ids)
+    np.save(path, ids)
+    rehash(folder)
+
+
+def rehash(folder: Path) -> None:
+    manifest = (folder / "manifest.json").read_text()
+    old = re.findall(r'"chunk_001".*?"sha256": "(\w+)"', manifest, re.DOTALL)[0]
+    (folder / "manifest.json").write_text(manifest.replace(old, sha256_file(folder / "chunk_001.npy")))
+
+
+def beyond(ids: np.ndarray) -> None:
+    ids[41, 13] = VOCAB
+
+
+def other_length(folder: Path) -> None:
+    ids = np.zeros((ROWS, SEQUENCE + 1), dtype=np.uint16)
+    info = write_chunk(folder, "chunk_001", [ids], ROWS, VOCAB, {})
+    assert isinstance(info, ChunkInfo)
+
+
+def flipped(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-7] ^= 1
+    path.write_bytes(bytes(content))
+
+
+def edited_manifest(old: str, new: str) -> Callable[[Path], object]:
+    def edit(folder: Path) -> None:
+        text = (folder / "manifest.json").read_text()
+        assert old in text
+        (folder / "manifest.json").write_text(text.replace(old, new, 1))
+
+    return edit
+
+
+BAD_DATA: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
+    "folder missing": (shutil.rmtree, ("manifest.json cannot be read",)),
+    "manifest missing": (lambda f: (f / "manifest.json").unlink(), ("manifest.json cannot be read",)),
+    "manifest cut": (lambda f: os.truncate(f / "manifest.json", 300), ("manifest.json: not valid JSON",)),
+    "manifest empty": (lambda f: os.truncate(f / "manifest.json", 0), ("manifest.json: not valid JSON",)),
+    "manifest of another length": (
+        edited_manifest(f'"sequence_length": {SEQUENCE}', '"sequence_length": 8'),
+        ("tokens",),
+    ),
+    "manifest without a hash": (edited_manifest('"sha256"', '"sha1"'), ("chunks[0]", "'sha256'")),
+    "manifest that leaves its folder": (edited_manifest("chunk_001.npy", "../chunk.npy"), ("outside the folder",)),
+    "chunk missing": (lambda f: (f / "chunk_001.npy").unlink(), ("chunk_001", "No such file")),
+    "chunk cut": (lambda f: os.truncate(f / "chunk_001.npy", 1000), ("chunk_001", "truncated", "1000 bytes", "2144")),
+    "chunk empty": (lambda f: os.truncate(f / "chunk_001.npy", 0), ("chunk_001", "header")),
+    "chunk of another length": (other_length, ("chunk_001", "[63, 17]", "[63, 16]")),
+    "chunk with another hash": (lambda f: flipped(f / "chunk_001.npy"), ("chunk_001", "sha256")),
+    "id beyond the vocabulary": (
+        lambda f: rewritten(f, beyond),
+        ("chunk_001", "row 41, position 13", "id 251", "vocab_size 251"),
+    ),
+    "held-out chunk missing": (lambda f: (f / "held_out.npy").unlink(), ("held_out", "No such file")),
+    "held-out chunk with another hash": (lambda f: flipped(f / "held_out.npy"), ("held_out", "sha256")),
+}
+
+
+@pytest.mark.parametrize("what", BAD_DATA)
+def test_bad_data(tmp_path: Path, data: Path, what: str) -> None:
+    """A chunk is named with what is wrong, an id with chunk, row and position."""
+    damage, words = BAD_DATA[what]
+    shutil.copytree(data, tmp_path / "data")
+    damage(tmp_path / "data")
+    line = Case(tmp_path, tmp_path / "data").one_line()
+    for word in words:
+        assert word in line, line
+
+
+def test_answers_come_fast(tmp_path: Path, data: Path) -> None:
+    """Well under the time that importing torch takes; the best of three, because the machine may be busy."""
+    case = Case(tmp_path, data)
+    for overrides in (["model.num_heads=x"], ["parallel.tensor=2"], ["data.manifest=nowhere"]):
+        seconds = []
+        for _ in range(3):
+            began = time.monotonic()
+            case.one_line(*overrides)
+            seconds.append(time.monotonic() - began)
+        assert min(seconds) < 1.5, overrides
+
+
+@pytest.mark.slow
+def test_torchrun_tells_once(tmp_path: Path, data: Path) -> None:
+    """Four ranks that see the same mistake say it once, and so for one that a single rank sees."""
+    shutil.copytree(data, tmp_path / "data")
+    flipped(tmp_path / "data" / "chunk_001.npy")
+    case = Case(tmp_path, tmp_path / "data")
+    for overrides, words in ((["parallel.tensor=2", "parallel.pipeline=4"], "world size (4)"), ([], "chunk_001")):
+        done = train(case.path, *overrides, processes=4)
+        told = [line for line in done.stderr.splitlines() if "k2train:" in line]
+        assert len(told) == 1 and words in told[0], done.stderr
+        assert done.returncode != 0 and not case.runs.exists()
+        assert re.search(r"exitcode\s*: 2\b", done.stderr), done.stderr
+
+
+@pytest.fixture(scope="module")
+def earlier(tmp_path_factory: pytest.TempPathFactory, pool: GlooPool) -> Path:
+    """A folder with data and a run that was stopped at step 7 of 10."""
+    folder = tmp_path_factory.mktemp("earlier")
+    make_corpus(folder / "data", 2)
+    tree = config_tree(folder / "data" / "manifest.json", folder / "runs", "bad", run__stop_after_steps=7)
+    assert pool.run(1, trainer_job, tree) == [75]
+    return folder
+
+
+class Earlier(Case):
+    """The same config over a copy of an unfinished run."""
+
+    def __init__(self, folder: Path, earlier: Path):
+        super().__init__(folder, earlier / "data")
+        shutil.copytree(earlier / "runs", self.runs)
+
+
+@pytest.mark.parametrize("resume", ("must", "3"))
+def test_resume_where_nothing_is(tmp_path: Path, data: Path, resume: str) -> None:
+    """Asked for and not there is an error, never a fresh start."""
+    line = Case(tmp_path, data).one_line(f"run.resume={resume}")
+    assert "run.resume" in line and str(tmp_path / "runs" / "bad" / "checkpoints") in line
+
+
+def test_resume_of_a_number_that_is_not_there(tmp_path: Path, earlier: Path) -> None:
+    """What is there is listed."""
+    line = Earlier(tmp_path, earlier).one_line("run.resume=9")
+    assert "ckpt_009" in line and "ckpt_000, ckpt_001, ckpt_001_step_000007" in line
+
+
+def test_never_resume_does_not_touch_a_run(tmp_path: Path, earlier: Path) -> None:
+    """`never` where a run lies would write over its record."""
+    assert "run.resume is never" in Earlier(tmp_path, earlier).one_line("run.resume=never")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    (
+        (
+            ["model.num_layers=8", "model.rope_theta=5e5"],
+            ("model.num_layers: 4 -> 8", "model.rope_theta: 10000.0 -> 500000"),
+        ),
+        (["batch.global_sequences=6"], ("batch.global_sequences: 12 -> 6",)),
+        (["run.seed=8"], ("run.seed: 7 -> 8",)),
+        (["data.order=[1, 0]"], ("data.order at place 0: chunk_000", "-> chunk_001")),
+        (["data.order=[0]"], ("data.order: 2 chunks -> 1 chunks",)),
+        (["lr.peak=0.5", "optimizer.clip_norm=2"], ("lr.peak: 0.01 -> 0.5", "optimizer.clip_norm: 1.0 -> 2.0")),
+        (["precision=bf16"], ("precision: fp32 -> bf16",)),
+    ),
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_resume_as_another_run(tmp_path: Path, earlier: Path, overrides: list[str], words: tuple[str, ...]) -> None:
+    """All differences in one line, before and after; what may change (the micro-batch) is not among them."""
+    line = Earlier(tmp_path, earlier).one_line("batch.micro_sequences=2", *overrides)
+    for word in words:
+        assert word in line, line
+    assert "micro_sequences" not in line
+
+
+def test_resume_with_other_data(tmp_path: Path, earlier: Path) -> None:
+    """Chunks of the same names and other bytes are other data."""
+    case = Earlier(tmp_path, earlier)
+    make_corpus(tmp_path / "other", 2, seed=5)
+    assert "data.order at place 0" in case.one_line(f"data.manifest={tmp_path / 'other'}")
+    make_corpus(tmp_path / "tokenizer", 2, tokenizer="u" * 64)
+    assert "data.tokenizer_sha256" in case.one_line(f"data.manifest={tmp_path / 'tokenizer'}")
+
+
+def test_thinned_cannot_be_continued(tmp_path: Path, earlier: Path) -> None:
+    """Only weights are left: going on without moments would be another run under the same name."""
+    case = Earlier(tmp_path, earlier)
+    for path in (case.runs / "bad" / "checkpoints").iterdir():
+        (path / "thinned.json").write_text("{}\n")
+        shutil.rmtree(path / "optimizer")
+    assert "thinned" in case.one_line()
+    assert "thinned" in case.one_line("run.resume=1")
+
+
+def test_init_from_what_does_not_fit(tmp_path: Path, earlier: Path) -> None:
+    """Another model, another tokenizer, shared data, nothing there: each refused at the seam, with what differs."""
+    parent = f"run.init_from={earlier / 'runs' / 'bad'}"
+    make_corpus(tmp_path / "next", 2, seed=9)
+    make_corpus(tmp_path / "tokenizer", 2, seed=9, tokenizer="u" * 64)
+    case = Case(tmp_path, tmp_path / "next")
+    assert "model.ffn_hidden_size: 48 -> 64" in case.one_line(parent, "model.ffn_hidden_size=64")
+    assert "tokenizer" in case.one_line(parent, f"data.manifest={tmp_path / 'tokenizer'}")
+    assert "chunk_000 is chunk_000 of the stage before" in case.one_line(parent, f"data.manifest={earlier / 'data'}")
+    assert "neither a checkpoint nor a run directory" in case.one_line(f"run.init_from={tmp_path / 'next'}")
+
+
+def test_every_checkpoint_damaged(tmp_path: Path, earlier: Path) -> None:
+    """A run whose manifests are all broken is never started anew in silence."""
+    case = Earlier(tmp_path, earlier)
+    for path in (case.runs / "bad" / "checkpoints").glob("*/manifest.json"):
+        os.truncate(path, 40)
+    assert "no checkpoint to continue from" in case.one_line()
+
+
+def test_damaged_shards_are_found_before_anything_is_written(tmp_path: Path, earlier: Path) -> None:
+    """With torch, since the hashing is shared by the ranks; still one line and not a byte more on the disk."""
+    case = Earlier(tmp_path, earlier)
+    for path in (case.runs / "bad" / "checkpoints").glob("*/model/*"):
+        flipped(path)
+    before = kept_of(case.runs)
+    done = train(case.path)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert "no checkpoint in" in done.stderr and "model/shard-" in done.stderr
+    assert kept_of(case.runs) == before
+
+
+def test_a_run_directory_that_another_run_holds(tmp_path: Path, data: Path) -> None:
+    """The second one is told who holds it; the first goes on undisturbed."""
+    shutil.copytree(data, tmp_path / "data")
+    case = Case(tmp_path, tmp_path / "data")
+    process = start(case.path)
+    try:
+        wait_for(case.runs / "bad" / "run.lock", process)
+        lines = lines_without_torch(case.path)
+        assert len(lines) == 1 and f"held by a live run: pid {process.pid}" in lines[0]
+        assert process.poll() is None, "the first run ended too early to show anything"
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == 0, output
+    finally:
+        kill_all(process)

@@ -1,0 +1,288 @@
+"""The second law: stopped anywhere and started again, a run goes on bit for bit.
+
+Through the real command line, with kill -9, signals and planned stops, on one process and under torchrun. Each test would
+catch a restart that reads other rows, takes another rate, or loses a bit of weights, master weights or moments.
+"""
+
+import hashlib
+import json
+import random
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from k2train.checkpoint.manifest import list_checkpoints, verify_checkpoint
+from k2train.record.ledger import read_ledger
+from k2train.record.metrics import latest, read_metrics
+from k2train.train.trainer import Trainer
+from tests.support.gloo_pool import GlooPool
+from tests.support.tiny_corpus import (
+    STEPS_PER_CHUNK,
+    config_tree,
+    kill_all,
+    make_corpus,
+    manifest_of,
+    nothing,
+    start,
+    train,
+    trainer_job,
+    wait_for,
+    write_yaml,
+)
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
+import compare_runs
+
+CHUNKS = 4
+STEPS = CHUNKS * STEPS_PER_CHUNK
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the data, and the runs of this file in `runs`."""
+    folder = tmp_path_factory.mktemp("resume")
+    make_corpus(folder / "data", CHUNKS)
+    return folder
+
+
+def config(base: Path, name: str, **changes: Any) -> Path:
+    tree = config_tree(base / "data" / "manifest.json", base / "runs", name, **changes)
+    return write_yaml(base / f"{name}.yaml", tree)
+
+
+@pytest.fixture(scope="module")
+def straight(base: Path) -> Path:
+    """20 steps without a stop."""
+    done = train(config(base, "straight"))
+    assert done.returncode == 0, done.stderr
+    return base / "runs" / "straight"
+
+
+def assert_same_run(run: Path, straight: Path) -> None:
+    """Every loss, norm, rate and chunk of the last attempts, and every tensor of the last checkpoint."""
+    assert compare_runs.differences(straight, run, strict=True) == []
+    rows = latest(run / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, rows[-1]["step"] + 1))
+    assert [row["chunk"] for row in rows] == [f"chunk_{(row['step'] - 1) // STEPS_PER_CHUNK:03d}" for row in rows]
+    samples = [[(row["chunk"], row["rows"]) for row in latest(r / "metrics.jsonl")] for r in (run, straight)]
+    assert samples[0] == samples[1]
+    for checkpoint in list_checkpoints(run / "checkpoints"):
+        verify_checkpoint(checkpoint)
+    read_ledger(run / "ledger.jsonl")
+
+
+def wait_for_row(run: Path, attempt: int, process: Any) -> None:
+    """Until the run has finished a step of `attempt`."""
+    deadline = time.monotonic() + 60
+    while True:
+        if (run / "metrics.jsonl").exists() and any(
+            r["attempt"] == attempt for r in read_metrics(run / "metrics.jsonl")
+        ):
+            return
+        assert process.poll() is None and time.monotonic() < deadline, "ended before its first step"
+        time.sleep(0.002)
+
+
+def kill_after(base: Path, path: Path, name: str, checkpoint: str, chunks: int = CHUNKS, processes: int = 1) -> Path:
+    """Start, kill -9 at a random moment after `checkpoint` is there; the run must not have been finished."""
+    run = base / "runs" / name
+    process = start(path, processes=processes)
+    try:
+        wait_for(run / "checkpoints" / checkpoint, process)
+        time.sleep(random.uniform(0, 0.05))
+    finally:
+        code = kill_all(process)
+    assert code == -signal.SIGKILL
+    assert not (run / "checkpoints" / f"ckpt_{chunks:03d}").exists(), "killed too late to show anything"
+    return run
+
+
+def test_kill_9_and_go_on(base: Path, straight: Path) -> None:
+    """The law itself: 20 steps equal some, kill -9, the rest."""
+    path = config(base, "killed")
+    run = kill_after(base, path, "killed", "ckpt_001")
+    done = train(path)
+    assert done.returncode == 0, done.stderr
+    assert "resumed from" in done.stderr
+    assert_same_run(run, straight)
+    assert {row["attempt"] for row in read_metrics(run / "metrics.jsonl")} == {1, 2}
+
+
+def test_stops_on_request(base: Path, straight: Path) -> None:
+    """Exit 75, a checkpoint named after the step it was saved at, and not a bit lost; three ways in a row."""
+    path = config(base, "stopped")
+    run = base / "runs" / "stopped"
+    done = train(path, "run.stop_after_steps=7")
+    assert done.returncode == 75, done.stderr
+    assert (run / "checkpoints" / "ckpt_001_step_000007").is_dir()
+    for attempt, number in ((2, signal.SIGTERM), (3, signal.SIGINT)):
+        process = start(path)
+        wait_for_row(run, attempt, process)
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == 75, output
+        stopped = read_ledger(run / "ledger.jsonl")[-1]
+        assert (stopped["event"], stopped["reason"]) == ("stopped", number.name)
+        newest = list_checkpoints(run / "checkpoints")[-1]
+        step = manifest_of(newest)["step"]
+        whole, rest = divmod(step, STEPS_PER_CHUNK)
+        assert newest.name == (f"ckpt_{whole:03d}_step_{step:06d}" if rest else f"ckpt_{whole:03d}")
+        assert stopped["step"] == step
+        assert "Traceback" not in output
+        told = "changed since that checkpoint: run.stop_after_steps: 7 -> null" in output
+        assert told == (attempt == 2), "a change is told once, and only where there is one"
+    done = train(path, "checkpoint.keep_optimizer_states=7")
+    assert done.returncode == 0, done.stderr
+    assert "changed since that checkpoint: checkpoint.keep_optimizer_states" in done.stdout + done.stderr
+    assert_same_run(run, straight)
+    assert [p.name for p in list_checkpoints(run / "checkpoints")] == [f"ckpt_{n:03d}" for n in range(CHUNKS + 1)], (
+        "saves on request are dropped once a newer checkpoint is there, numbered ones never"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("processes", "layout"),
+    ((2, {}), (4, {"parallel__tensor": 2, "parallel__pipeline": 2})),
+    ids=("dp2", "tp2-pp2"),
+)
+def test_torchrun_kill_9_and_go_on(base: Path, processes: int, layout: dict[str, int]) -> None:
+    """The same with several processes: one run straight, one killed in all its processes at once."""
+    few = {"data__order": [0, 1], "batch__micro_sequences": 6, "data__held_out_batches": 1, **layout}
+    names = [f"{kind}-{processes}" for kind in ("straight", "killed")]
+    paths = [config(base, name, **few) for name in names]
+    done = train(paths[0], processes=processes)
+    assert done.returncode == 0, done.stderr
+    run = kill_after(base, paths[1], names[1], "ckpt_001", 2, processes)
+    done = train(paths[1], processes=processes)
+    assert done.returncode == 0, done.stderr
+    assert_same_run(run, base / "runs" / names[0])
+    assert list_checkpoints(run / "checkpoints")[-1].name == "ckpt_002"
+
+
+def test_planned_stop_at_a_chunk_end(base: Path, pool: GlooPool) -> None:
+    """A stop that falls on a chunk's end is the numbered checkpoint itself, also where every_chunks would pass it over."""
+    tree = config_tree(base / "data" / "manifest.json", base / "runs", "chunk-end", checkpoint__every_chunks=3)
+    run = base / "runs" / "chunk-end"
+    tree["run"]["stop_after_steps"] = 2 * STEPS_PER_CHUNK
+    assert pool.run(1, trainer_job, tree) == [75]
+    assert [p.name for p in list_checkpoints(run / "checkpoints")] == ["ckpt_000", "ckpt_002"]
+
+
+def rounded_master(trainer: Trainer) -> None:
+    optimizer = trainer.engine.optimizer
+    optimizer.master.copy_(optimizer.master.bfloat16().float())
+    optimizer.publish()
+
+
+def no_first_moment(trainer: Trainer) -> None:
+    trainer.engine.optimizer.exp_avg.zero_()
+
+
+def no_second_moment(trainer: Trainer) -> None:
+    trainer.engine.optimizer.exp_avg_sq.zero_()
+
+
+def no_adam_steps(trainer: Trainer) -> None:
+    trainer.engine.optimizer.adam_steps = 0
+
+
+def no_step(trainer: Trainer) -> None:
+    trainer.step, trainer.first_step = 0, 1
+    shutil.rmtree(trainer.start.checkpoints / "ckpt_001")
+    shutil.rmtree(trainer.start.checkpoints / "ckpt_002")
+
+
+@pytest.fixture(scope="module")
+def straight_bf16(base: Path, pool: GlooPool) -> Path:
+    """20 steps with bf16 weights, where the fp32 masters hold bits that the weights do not."""
+    tree = config_tree(base / "data" / "manifest.json", base / "runs", "straight-bf16", precision="bf16")
+    assert pool.run(1, trainer_job, tree) == [0]
+    return base / "runs" / "straight-bf16"
+
+
+def copied(base: Path, source: Path, name: str, *without: str, **changes: Any) -> tuple[Path, dict[str, Any]]:
+    """A copy of the finished bf16 run without some of its checkpoints, and the config that goes on with it."""
+    run = base / "runs" / name
+    shutil.copytree(source, run)
+    for checkpoint in without:
+        shutil.rmtree(run / "checkpoints" / checkpoint)
+    return run, config_tree(base / "data" / "manifest.json", base / "runs", name, precision="bf16", **changes)
+
+
+def resumed_from(run: Path) -> list[str]:
+    return [event["checkpoint"] for event in read_ledger(run / "ledger.jsonl") if event["event"] == "resumed"]
+
+
+def test_finished_means_whole(base: Path, pool: GlooPool, straight_bf16: Path) -> None:
+    """A damaged last checkpoint is no result: its chunk is trained again from the one before, to the same bits."""
+    run, tree = copied(base, straight_bf16, "damaged-end")
+    assert pool.run(2, trainer_job, tree) == ["finished: ckpt_004"] * 2
+    assert read_ledger(run / "ledger.jsonl") == read_ledger(straight_bf16 / "ledger.jsonl")
+    file = next((run / "checkpoints" / "ckpt_004" / "optimizer").glob("*.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(bytes(content))
+    assert pool.run(1, trainer_job, tree) == [0]
+    assert resumed_from(run) == ["ckpt_003"]
+    assert_same_run(run, straight_bf16)
+    assert pool.run(1, trainer_job, tree) == ["finished: ckpt_004"]
+
+
+def test_going_back_by_number_goes_back_once(base: Path, pool: GlooPool, straight_bf16: Path) -> None:
+    """Queued again with the same command it must go on: a job that went back at every start would never end."""
+    run, tree = copied(base, straight_bf16, "back", run__resume=1, run__stop_after_steps=3)
+    assert pool.run(1, trainer_job, tree) == [75]
+    names = [path.name for path in list_checkpoints(run / "checkpoints")]
+    assert names == ["ckpt_000", "ckpt_001", "ckpt_001_step_000008"]
+    aside = run / "checkpoints" / "set_aside_by_attempt_2"
+    assert sorted(path.name for path in aside.iterdir()) == ["ckpt_002", "ckpt_003", "ckpt_004"]
+    verify_checkpoint(aside / "ckpt_004")
+    assert pool.run(1, trainer_job, tree) == [75]
+    assert resumed_from(run) == ["ckpt_001", "ckpt_001_step_000008"]
+    del tree["run"]["stop_after_steps"]
+    assert pool.run(1, trainer_job, tree) == [0]
+    assert resumed_from(run)[-1] == "ckpt_002_step_000011"
+    assert_same_run(run, straight_bf16)
+
+
+def test_a_checkpoint_that_the_ledger_missed(base: Path, pool: GlooPool, straight_bf16: Path) -> None:
+    """Killed between the rename and the ledger's line: told at the next start, once, with the hash of its manifest."""
+    run, tree = copied(base, straight_bf16, "untold", "ckpt_003", "ckpt_004", run__stop_after_steps=1)
+    lines = (run / "ledger.jsonl").read_text().splitlines(keepends=True)
+    at = next(i for i, line in enumerate(lines) if json.loads(line).get("checkpoint") == "ckpt_002")
+    (run / "ledger.jsonl").write_text("".join(lines[:at]))
+    for _ in range(2):
+        assert pool.run(1, trainer_job, tree) == [75]
+    saved = [event for event in read_ledger(run / "ledger.jsonl") if event["event"] == "checkpoint_saved"]
+    recovered = [event for event in saved if event.get("recovered")]
+    assert [event["checkpoint"] for event in recovered] == ["ckpt_002"]
+    content = (run / "checkpoints" / "ckpt_002" / "manifest.json").read_bytes()
+    assert recovered[0]["manifest_sha256"] == hashlib.sha256(content).hexdigest()
+    assert len({event["checkpoint"] for event in saved}) == len(saved)
+
+
+@pytest.mark.parametrize("forget", (nothing, rounded_master, no_first_moment, no_second_moment, no_adam_steps, no_step))
+def test_every_item_of_state_matters(
+    base: Path, pool: GlooPool, straight_bf16: Path, forget: Callable[[Trainer], None]
+) -> None:
+    """Resume with one item left out and the comparison fails; with none left out it does not."""
+    name = f"forgets-{forget.__name__}"
+    run = base / "runs" / name
+    shutil.copytree(straight_bf16, run)
+    for later in ("ckpt_003", "ckpt_004"):
+        shutil.rmtree(run / "checkpoints" / later)
+    tree = config_tree(base / "data" / "manifest.json", base / "runs", name, precision="bf16")
+    assert pool.run(1, trainer_job, tree, forget) == [0]
+    found = compare_runs.differences(straight_bf16, run, strict=True)
+    if forget is nothing:
+        assert found == []
+    else:
+        assert any("is the first that differs" in line for line in found), found
+        assert any("values differ" in line for line in found), found

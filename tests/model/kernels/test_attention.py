@@ -1,0 +1,130 @@
+"""Attention kernels against the formula written out, in float64."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from k2train.model.kernels.attention import BLOCK, plain_attention, reference_attention
+from k2train.model.kernels.select import ATTENTION, Attention, document_mask
+
+# Relative to the largest value. In bf16 the scores and the probabilities are rounded as well, each by 2^-9.
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1.5e-2}
+DTYPES = tuple(TOLERANCE)
+HERE = ("sdpa", "plain", "flash", "reference")
+"""What can run on a CPU."""
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)), dtype=torch.float64)
+
+
+def inputs_of(b: int, n: int, kv: int, s: int, d: int) -> list[Tensor]:
+    """q, k, v as the model gives them: [b, heads, s, d] that lie in memory as [s, b, heads, d]."""
+    return [randn(s, b, heads, d, seed=i).permute(1, 2, 0, 3) for i, heads in enumerate((n, kv, kv))]
+
+
+def values(kernel: Attention, inputs: Sequence[Tensor], mask: Tensor | None, dtype: torch.dtype) -> list[Tensor]:
+    """The output and the gradients of q, k and v, in float64."""
+    leaves = [x.to(dtype).requires_grad_() for x in inputs]
+    out = kernel(*leaves, mask)
+    out.backward(randn(*out.shape, seed=9).to(dtype))
+    return [t.detach().double() for t in (out, *(leaf.grad for leaf in leaves))]
+
+
+def assert_equal(kernel: Attention, inputs: Sequence[Tensor], mask: Tensor | None, dtype: torch.dtype) -> None:
+    rounded = [x.to(dtype).double() for x in inputs]
+    found, expected = values(kernel, rounded, mask, dtype), values(reference_attention, rounded, mask, torch.float64)
+    for name, a, b in zip(("output", "dq", "dk", "dv"), found, expected, strict=True):
+        # Of a single position the gradients of query and key are 0.
+        error = (a - b).abs().max() / b.abs().max().clamp_min(1e-3)
+        assert error <= TOLERANCE[dtype], f"{name}: {error:.1e}"
+
+
+def documents_of(b: int, s: int) -> Tensor:
+    return torch.randint(0, 3, (b, s), generator=torch.Generator().manual_seed(s)).sort(dim=-1).values
+
+
+SHAPES = ((2, 4, 4, 2 * BLOCK, 16), (2, 6, 2, 2 * BLOCK + 5, 8), (1, 4, 1, 13, 32), (3, 2, 2, 1, 8))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", HERE)
+def test_causal(name: str, dtype: torch.dtype, shape: tuple[int, int, int, int, int]) -> None:
+    """Catches a look ahead at a block's border, grouped heads mixed up, a scale left out, a wrong backward."""
+    assert_equal(ATTENTION[name], inputs_of(*shape), None, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ("sdpa", "plain"))
+def test_within_documents(name: str, dtype: torch.dtype) -> None:
+    """Catches a mask cut at the wrong rows or given to the wrong sequence of the batch."""
+    for shape in SHAPES:
+        assert_equal(ATTENTION[name], inputs_of(*shape), document_mask(documents_of(shape[0], shape[3])), dtype)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    b=st.integers(1, 2),
+    kv=st.integers(1, 2),
+    group=st.integers(1, 3),
+    s=st.integers(1, 2 * BLOCK + 2),
+    masked=st.booleans(),
+)
+def test_plain_at_any_length(b: int, kv: int, group: int, s: int, masked: bool) -> None:
+    """Catches a last block of odd size."""
+    mask = document_mask(documents_of(b, s)) if masked else None
+    assert_equal(plain_attention, inputs_of(b, group * kv, kv, s, 4), mask, torch.float32)
+
+
+def test_plain_in_any_order_of_memory() -> None:
+    """Catches a kernel that reads memory instead of indices: forward and with gradients of other strides."""
+    inputs = inputs_of(2, 4, 2, BLOCK + 9, 8)
+    base = values(plain_attention, inputs, None, torch.float32)
+    for order in ((0, 1, 2, 3), (1, 0, 2, 3), (3, 0, 1, 2)):
+        back = [order.index(i) for i in range(4)]
+
+        def moved(
+            q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, order: tuple = order, back: list = back
+        ) -> Tensor:
+            q, k, v = (t.permute(order).contiguous().permute(back) for t in (q, k, v))
+            return plain_attention(q, k, v, mask).permute(order).contiguous().permute(back)
+
+        for a, b in zip(base, values(moved, inputs, None, torch.float32), strict=True):
+            assert (a - b).abs().max() <= 1e-6 * b.abs().max()
+
+
+def test_derivatives_are_exact() -> None:
+    """Catches a formula that is nearly right: numerical derivatives in float64."""
+    q, k, v = (t.detach().requires_grad_() for t in inputs_of(1, 2, 1, 5, 2))
+    assert torch.autograd.gradcheck(lambda q, k, v: plain_attention(q, k, v), (q, k, v))
+    mask = document_mask(documents_of(1, 5))
+    assert torch.autograd.gradcheck(lambda q, k, v: plain_attention(q, k, v, mask), (q, k, v))
+
+
+def test_what_plain_keeps() -> None:
+    """Catches scores kept in full or twice: of each block its queries times the keys that they may see."""
+    b, n, s, d = 2, 4, 2 * BLOCK + 8, 8
+    q, k, v = (t.bfloat16().requires_grad_() for t in inputs_of(b, n, n, s, d))
+    known = {t.untyped_storage().data_ptr() for t in (q, k, v)}
+    found: dict[int, int] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        if x.untyped_storage().data_ptr() not in known:
+            found[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        out = plain_attention(q, k, v)
+    expected = BLOCK * BLOCK + BLOCK * 2 * BLOCK + 8 * s
+    assert sum(found.values()) == 2 * b * n * expected
+    assert out.permute(2, 0, 1, 3).is_contiguous(), "the output needs a copy before the next product"
+
+
+def test_every_choice_is_known_here() -> None:
+    """Catches a kernel added to the table and to no test; cuDNN's needs its device."""
+    assert set(ATTENTION) == {*HERE, "cudnn"}

@@ -1,0 +1,128 @@
+"""The place where weight gradients are summed, and when: the sinks' arithmetic and the keeping of work."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from k2train.parallel.grad_accumulation import Sink, WeightWork, attach, sink_of
+from k2train.parallel.grid import SINGLE, Axis
+from k2train.parallel.tensor_parallel import ColumnLinear, RowLinear, VocabEmbedding
+
+
+def test_products_and_rows_add_up_in_fp32() -> None:
+    """Catches a sum that replaces, one at the wrong rows, and one that is rounded to the factors' dtype."""
+    total = torch.full((5, 3), 1024.0)
+    sink = Sink(total)
+    dy, x = torch.ones(2, 2, dtype=torch.bfloat16), torch.ones(2, 3, dtype=torch.bfloat16)
+    for _ in range(3):
+        sink.add_product(dy, x, first_row=1)
+    sink.add(torch.full((1, 3), 0.5), first_row=4)
+    assert total[:, 0].tolist() == [1024.0, 1030.0, 1030.0, 1024.0, 1024.5]
+    sink.add_product(dy.float(), x.float(), first_row=3)
+    assert total[:, 2].tolist() == [1024.0, 1030.0, 1030.0, 1026.0, 1026.5]
+
+
+def test_arrivals_are_told() -> None:
+    """Catches a sink that tells nobody, and one that needs somebody to tell."""
+    arrived: list[int] = []
+    Sink(torch.zeros(1)).complete()
+    Sink(torch.zeros(1), lambda: arrived.append(1)).complete()
+    assert arrived == [1]
+
+
+def test_a_sink_belongs_to_its_parameter() -> None:
+    """Catches a sink found on another parameter, and one that is invented."""
+    one, other = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
+    attach(one, Sink(torch.zeros(2)))
+    assert sink_of(one) is not None
+    assert sink_of(other) is None
+
+
+def test_work_is_done_at_once_or_kept() -> None:
+    """Catches work that is kept and done as well, lost when the pass ends, or recorded by autograd when it comes late."""
+    work, done = WeightWork(), []
+    work.do(lambda: done.append("at once"))
+    assert not work.is_keeping
+    with work.keeping() as kept:
+        assert work.is_keeping
+        work.do(lambda: done.append("first"))
+        work.do(lambda: done.append(torch.is_grad_enabled()))
+    assert done == ["at once"]
+    work.do(lambda: done.append("between"))
+    for late in kept:
+        late()
+    assert done == ["at once", "between", "first", False]
+
+
+def test_two_passes_do_not_share_a_list() -> None:
+    """Catches work of one micro-batch that ends up in another's list; a pass that failed must not keep on keeping."""
+    work = WeightWork()
+    with work.keeping() as one:
+        work.do(lambda: None)
+        with pytest.raises(AssertionError, match="inside another one"), work.keeping():
+            pass
+    assert len(one) == 1
+    with pytest.raises(ZeroDivisionError), work.keeping():
+        _ = 1 // 0
+    assert not work.is_keeping
+
+
+def test_an_embedding_adds_its_rows_in_order() -> None:
+    """Catches another order of sums (another bit), and ids that other ranks hold, added to some row of this one."""
+    embedding = VocabEmbedding("e", 10, 6, Axis("tp", 3, 1, None), False, 1.0)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 10, (9, 7), generator=generator)
+    dy = torch.randn(9, 7, 6, generator=generator)
+    start = torch.randn(embedding.weight.shape, generator=generator)
+    found, expected = start.clone(), start.clone()
+    embedding.add_rows(found, ids, dy)
+    for position in range(9):
+        for row in range(7):
+            here = int(ids[position, row]) - embedding.start
+            if 0 <= here < embedding.stop - embedding.start:
+                expected[here] += dy[position, row]
+    assert torch.equal(found, expected)
+    assert not torch.equal(found, start)
+
+
+def test_an_embedding_waits_until_it_is_asked() -> None:
+    """Catches an embedding that adds in the backward pass of a schedule that wants it later, or never."""
+    embedding = VocabEmbedding("e", 10, 6, SINGLE["tp"], False, 1.0)
+    torch.nn.init.normal_(embedding.weight)
+    attach(embedding.weight, Sink(torch.zeros(10, 6)))
+    with embedding.weight_work.keeping() as kept:
+        embedding(torch.tensor([[3, 3]])).sum().backward()
+    assert not embedding.weight.sink.total.any(), "added before its time"
+    for late in kept:
+        late()
+    assert embedding.weight.sink.total[3].tolist() == [2.0] * 6
+    assert embedding.weight.grad is None
+
+
+@pytest.mark.parametrize("with_sink", (True, False))
+def test_sums_over_micro_batches(with_sink: bool) -> None:
+    """Catches a layer whose gradient goes nowhere, to both places, or only once."""
+    single = SINGLE["tp"]
+    layers: list[Any] = [
+        VocabEmbedding("e", 7, 4, single, False, 1.0),
+        ColumnLinear(4, {"c": 6}, single, False, 1.0),
+        RowLinear("r", 6, 4, single, False, 1.0),
+    ]
+    for layer in layers:
+        torch.nn.init.normal_(layer.weight, generator=torch.Generator().manual_seed(1))
+        if with_sink:
+            attach(layer.weight, Sink(torch.zeros(layer.weight.shape)))
+    weights = [layer.weight.detach().clone().requires_grad_() for layer in layers]
+    for seed in (1, 2, 3):
+        tokens = torch.randint(0, 7, (2, 5), generator=torch.Generator().manual_seed(seed))
+        x: Any = tokens
+        for layer in layers:
+            x = layer(x)
+        x.square().sum().backward()
+        (weights[0][tokens.t()] @ weights[1].t() @ weights[2].t()).square().sum().backward()
+    for layer, weight in zip(layers, weights, strict=True):
+        found = layer.weight.sink.total if with_sink else layer.weight.grad
+        assert torch.allclose(found, weight.grad, rtol=1e-5, atol=1e-6)
+        assert (layer.weight.grad is None) == with_sink

@@ -1,0 +1,335 @@
+"""The gradient buffer: every row of every piece in exactly one place, and a reduction in buckets equal to no sharding at all."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from k2train.launch.environment import Launch
+from k2train.parallel import grad_buffer
+from k2train.parallel.grad_accumulation import sink_of
+from k2train.parallel.grad_buffer import ALIGN, GradientBuffer, SlotTable
+from k2train.parallel.grid import SINGLE, Axis
+from k2train.parallel.param_gather import Publisher
+from k2train.parallel.shard import Piece, Sharded
+from tests.support.gloo_pool import GlooPool
+
+CPU = torch.device("cpu")
+# name -> (shape, weight decay, gradient partial over tensor-parallel ranks); rows that no degree divides, and fewer rows
+# than ranks. `fused` holds two pieces and a padding row.
+TENSORS = {
+    "square": ((5, 3), True, False),
+    "norm": ((7,), False, True),
+    "one": ((1, 4), True, False),
+    "two": ((2, 2), True, False),
+    "bias": ((3,), False, False),
+}
+
+
+class Toy(Sharded):
+    """Parameters of odd shapes, and one stack of two pieces with a padding row."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.pieces = {}
+        for name, (shape, decay, partial) in TENSORS.items():
+            setattr(self, name, nn.Parameter(torch.zeros(shape, dtype=dtype)))
+            self.pieces[name] = (Piece(name, shape, None, 0, shape[0], 0, 1.0, decay, partial),)
+        self.fused = nn.Parameter(torch.zeros(8, 2, dtype=dtype))
+        self.pieces["fused"] = (
+            Piece("upper", (4, 2), None, 0, 4, 0, 1.0, True),
+            Piece("lower", (3, 2), None, 0, 3, 4, 1.0, True),
+        )
+
+
+pieces = st.builds(
+    lambda rows, width, decay: (rows, width, decay), st.integers(0, 9), st.sampled_from([(), (1,), (3,)]), st.booleans()
+)
+
+
+def table_of(specs: list[tuple[int, tuple[int, ...], bool]], dp: int, rank: int) -> SlotTable:
+    pairs = []
+    for n, (rows, width, decay) in enumerate(specs):
+        shape = (rows, *width)
+        pairs.append((nn.Parameter(torch.zeros(shape)), Piece(f"t{n}", shape, None, 0, rows, 0, 1.0, decay)))
+    return SlotTable(pairs, Axis("dp", dp, rank, None))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(pieces, min_size=1, max_size=6), st.integers(1, 5))
+def test_slots_cover_everything_once(specs: list[tuple[int, tuple[int, ...], bool]], dp: int) -> None:
+    """Catches rows lost or held twice when they do not divide, a short block misplaced, halves that mix or do not align."""
+    tables = [table_of(specs, dp, rank) for rank in range(dp)]
+    table = tables[0]
+    assert table.elements % ALIGN == 0 and table.decayed % ALIGN == 0
+    assert all(held[0].offset % ALIGN == 0 for _, held in table.parameters())
+    lines = torch.full((dp, table.elements), -1.0)
+    offset, values = 0, {}
+    for slot in table.slots:
+        rows = torch.arange(offset, offset + slot.parameter.numel(), dtype=torch.float32).view(slot.piece.shape)
+        offset, values[slot.piece.name] = offset + rows.numel(), rows
+        for held, given_rows in table.each_block(lines, slot, rows):
+            assert (held == -1).all(), f"{slot.piece.name} lies over another piece"
+            held.copy_(given_rows)
+        assert (slot.offset + slot.elements <= table.decayed) == slot.piece.decay or slot.elements == 0
+    assert int((lines >= 0).sum()) == offset, "values lost or written twice"
+    for slot_index, slot in enumerate(table.slots):
+        held = [t.local(lines[rank], t.slots[slot_index]) for rank, t in enumerate(tables)]
+        assert torch.equal(torch.cat(held), values[slot.piece.name]), "ranks' rows do not make the piece"
+        chunks = values[slot.piece.name].chunk(dp) if slot.piece.shape[0] else ()
+        for rank, chunk in enumerate(chunks):
+            assert torch.equal(held[rank], chunk), "not the rows of torch.chunk, which checkpoints rely on"
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(pieces, min_size=1, max_size=8), st.integers(1, 4), st.integers(1, 4000))
+def test_buckets_cut_the_line(specs: list[tuple[int, tuple[int, ...], bool]], dp: int, limit_bytes: int) -> None:
+    """Catches a gap or an overlap between transfers, a parameter in two of them, and a limit that is not looked at."""
+    table = table_of(specs, dp, 0)
+    buckets = table.buckets(limit_bytes)
+    assert [b.start for b in buckets[1:]] == [b.stop for b in buckets[:-1]]
+    assert sum(b.elements for b in buckets) == table.elements
+    filled = [slot for slot in table.slots if slot.elements]
+    assert [slot for b in buckets for slot in b.slots if slot.elements] == filled
+    for bucket in buckets:
+        held = [slot for slot in bucket.slots if slot.elements]
+        assert all(b.start <= slot.offset and slot.offset + slot.elements <= b.stop for b in [bucket] for slot in held)
+        assert len({slot.piece.decay for slot in held}) == 1, "norms wait for a sum that others need not wait for"
+        if bucket.start < table.decayed:
+            without_first = bucket.stop - min((slot.offset for slot in held[1:]), default=bucket.stop)
+            assert 4 * dp * without_first < limit_bytes, "a transfer larger than asked for"
+
+
+def gradient(name: str, shape: tuple[int, ...], rank: int, microbatch: int) -> torch.Tensor:
+    seed = sum(map(ord, name)) + 1000 * rank + 100 * microbatch
+    return torch.randint(-8, 9, shape, generator=torch.Generator().manual_seed(seed)).float()
+
+
+def accumulate(toy: Toy, rank: int, num_microbatches: int) -> None:
+    """Half of the parameters by autograd, half by layers that add to the sink themselves; each rank in another order."""
+    names = dict(toy.named_parameters())
+    turned = list(names)[rank:] + list(names)[:rank]
+    for microbatch in range(num_microbatches):
+        for name in turned:
+            weights = gradient(name, tuple(names[name].shape), rank, microbatch)
+            if name == "fused":
+                weights[7] = 0.0
+            if name in ("square", "fused", "norm"):
+                sink = sink_of(names[name])
+                assert sink is not None, "no sink was attached"
+                sink.add(weights[:2])
+                sink.add(weights[2:], first_row=2)
+                sink.complete()
+            else:
+                (names[name] * weights).sum().backward()
+
+
+COUNTS = {None: 2, 300: 3, 1: 5}
+"""Bytes a rank in a bucket (64 elements a parameter: 256 bytes) -> buckets, the one of what does not decay included."""
+CASES = [(m, size, overlap) for m in (1, 2) for size in COUNTS for overlap in (False, True)]
+
+
+def reduce_job(launch: Launch) -> list[dict[str, Any]]:
+    sizes = [None if size is None else size * launch.world_size for _, size, _ in CASES]
+    return [reduce_once(launch, m, size, overlap) for (m, _, overlap), size in zip(CASES, sizes, strict=True)]
+
+
+def reduce_once(launch: Launch, num_microbatches: int, bucket_bytes: int | None, overlap: bool) -> dict[str, Any]:
+    """Two steps, the second reduced; the sum published as if it were the new weights."""
+    toy = Toy()
+    dp = Axis("dp", launch.world_size, launch.rank, dist.group.WORLD, overlap=overlap)
+    buffer = GradientBuffer([toy], dp, SINGLE["tp"], CPU, num_microbatches, bucket_bytes)
+    left, begin = [], grad_buffer.reduce_scatter_start
+
+    def watched(transfer: torch.Tensor, axis: Axis, wait: bool = False) -> Any:
+        left.append((tuple(transfer.shape), sum(buffer._arrivals)))
+        return begin(transfer, axis, wait)
+
+    grad_buffer.reduce_scatter_start = watched
+    try:
+        accumulate(toy, launch.rank, num_microbatches)
+        buffer.reduce().add_(1.0)
+        buffer.zero()
+        left.clear()
+        accumulate(toy, launch.rank, num_microbatches)
+        assert all(parameter.grad is None for parameter in toy.parameters()), "gradients are kept twice"
+        alone = {slot.piece.name: buffer.full(slot).numpy() for slot in buffer.table.slots}
+        early = len(left)
+        line = buffer.reduce()
+    finally:
+        grad_buffer.reduce_scatter_start = begin
+    publisher = Publisher(buffer.table)
+    for bucket in buffer.table.buckets(bucket_bytes):
+        publisher.put(bucket, line[bucket.start : bucket.stop])
+    publisher.finish()
+    return {
+        "alone": alone,
+        "rows": {slot.piece.name: slot.rows(dp) for slot in buffer.table.slots},
+        "shards": {slot.piece.name: buffer.table.local(line, slot).clone().numpy() for slot in buffer.table.slots},
+        "published": {name: parameter.detach().numpy() for name, parameter in toy.named_parameters()},
+        "buckets": [shape for shape, _ in left],
+        "early": early,
+        "gaps": float(line.abs().sum() - sum(buffer.table.local(line, s).abs().sum() for s in buffer.table.slots)),
+    }
+
+
+def sums_over(ranks: int, num_microbatches: int = 2) -> dict[str, np.ndarray]:
+    total = {}
+    for name, parameter in Toy().named_parameters():
+        shape = tuple(parameter.shape)
+        total[name] = sum(
+            gradient(name, shape, rank, m) for rank in range(ranks) for m in range(num_microbatches)
+        ).numpy()
+    total["fused"][7] = 0.0
+    return total
+
+
+@pytest.mark.parametrize("dp", (1, 2, 3, 4))
+def test_reduce_and_publish_equal_no_sharding(pool: GlooPool, dp: int) -> None:
+    """Catches a rank that gets another's rows, a gradient averaged or counted twice, one left over from the step before,
+    buckets that leave as they come and so meet others, rows that publishing loses."""
+    found = pool.run(dp, reduce_job)
+    for case, (num_microbatches, size, overlap) in enumerate(CASES):
+        parts, total = [part[case] for part in found], sums_over(dp, num_microbatches)
+        by_piece = total | {"upper": total["fused"][:4], "lower": total["fused"][4:7]}
+        for rank, part in enumerate(parts):
+            for name, (start, stop) in part["rows"].items():
+                assert np.array_equal(part["shards"][name], by_piece[name][start:stop]), f"{name} on rank {rank}"
+            for name, value in total.items():
+                assert np.array_equal(part["published"][name], value), f"{name} published on rank {rank}"
+            assert part["gaps"] == 0.0, "what lies between pieces must stay 0, for the optimizer's sake"
+            assert part["buckets"] == parts[0]["buckets"]
+            assert len(part["buckets"]) == (0 if dp == 1 else COUNTS[size])
+            # All but the last, which waits for the sum over tensor-parallel ranks.
+            assert part["early"] == (len(part["buckets"]) - 1 if overlap and dp > 1 else 0)
+        for name in parts[0]["alone"]:
+            assert np.array_equal(sum(part["alone"][name] for part in parts), by_piece[name]), name
+
+
+def test_a_bucket_leaves_only_when_all_of_it_is_in(pool: GlooPool) -> None:
+    """Catches a reduction that starts one micro-batch early: what comes later would be lost without a word."""
+    assert pool.run(2, early_job) == [[0, 0, 1], [0, 0, 1]]
+
+
+def early_job(launch: Launch) -> list[int]:
+    """How many buckets have left after each micro-batch but the last, before and after its last parameter."""
+    toy, dp = Toy(), Axis("dp", 2, launch.rank, dist.group.WORLD, overlap=True)
+    buffer = GradientBuffer([toy], dp, SINGLE["tp"], CPU, 2)
+    told = []
+    for microbatch in range(2):
+        for name, parameter in toy.named_parameters():
+            if (microbatch, name) == (1, "fused"):
+                told.append(buffer._started)
+            (parameter * gradient(name, tuple(parameter.shape), 0, 0)).sum().backward()
+        told.append(buffer._started)
+    buffer.reduce()
+    return told
+
+
+@pytest.mark.parametrize(("times", "complaint"), ((1, "1 of one"), (3, "3 of one")))
+def test_a_gradient_that_is_missing_or_too_many_is_named(times: int, complaint: str) -> None:
+    """Catches a layer that forgets a micro-batch, or tells of one twice: the mean would be wrong and nothing would say so."""
+    toy = Toy()
+    buffer = GradientBuffer([toy], SINGLE["dp"], SINGLE["tp"], CPU, num_microbatches=2)
+    accumulate(toy, 0, 2)
+    sink = sink_of(toy.one)
+    assert sink is not None, "no sink was attached"
+    if times == 1:
+        buffer.zero()
+        accumulate(toy, 0, 1)
+        for name, parameter in toy.named_parameters():
+            if name != "one":
+                parameter.sum().backward()
+    else:
+        sink.complete()
+    with pytest.raises(AssertionError, match=f"other than 2 times: {complaint}"):
+        buffer.reduce()
+
+
+def publish_job(launch: Launch) -> dict[str, Any]:
+    """Overlapping gathers: what is seen of a module before and after it is waited for."""
+    first, second = Toy(), Toy()
+    rename(second)
+    dp = Axis("dp", launch.world_size, launch.rank, dist.group.WORLD, overlap=True)
+    buffer = GradientBuffer([first, second], dp, SINGLE["tp"], CPU)
+    publisher = Publisher(buffer.table)
+    line = torch.ones(buffer.table.elements)
+    for bucket in buffer.table.buckets(1):
+        publisher.put(bucket, line[bucket.start : bucket.stop])
+    told = {"before": seen(first) + seen(second)}
+    publisher.wait_for(first)
+    told["first"] = seen(first)
+    publisher.wait_for(first)
+    publisher.wait_for(second)
+    told["second"] = seen(second)
+    line.fill_(2.0)
+    for bucket in buffer.table.buckets(1):
+        publisher.put(bucket, line[bucket.start : bucket.stop])
+    publisher.finish()
+    told["finished"] = seen(first) + seen(second)
+    return told
+
+
+def rename(toy: Toy) -> None:
+    toy.pieces = {
+        key: tuple(replace(piece, name=f"second.{piece.name}") for piece in held) for key, held in toy.pieces.items()
+    }
+
+
+def seen(toy: Toy) -> list[float]:
+    """Every different value in the parameters, the padding row of `fused` left out."""
+    values = [
+        parameter.detach() if name != "fused" else parameter.detach()[:7] for name, parameter in toy.named_parameters()
+    ]
+    return sorted(set(torch.cat([value.reshape(-1) for value in values]).tolist()))
+
+
+@pytest.mark.parametrize("dp", (2, 3))
+def test_weights_are_waited_for_at_their_first_use(pool: GlooPool, dp: int) -> None:
+    """Catches a forward pass with the weights of the step before, and a gather whose rows never arrive."""
+    for part in pool.run(dp, publish_job):
+        assert part == {"before": [0.0, 0.0], "first": [1.0], "second": [1.0], "finished": [2.0, 2.0]}
+
+
+def tensor_sum_job(launch: Launch) -> dict[str, np.ndarray]:
+    toy, tp = Toy(), Axis("tp", launch.world_size, launch.rank, dist.group.WORLD)
+    buffer = GradientBuffer([toy], SINGLE["dp"], tp, CPU)
+    accumulate(toy, launch.rank, 2)
+    line = buffer.reduce()
+    return {slot.piece.name: buffer.table.local(line, slot).clone().numpy() for slot in buffer.table.slots}
+
+
+def test_sequence_parallel_parts_are_summed_over_tensor_ranks(pool: GlooPool) -> None:
+    """Catches a norm's gradient that stays a part of the sequence's, and a sum that takes others in with it."""
+    parts = pool.run(2, tensor_sum_job)
+    both = sums_over(2)
+    for rank, part in enumerate(parts):
+        assert np.array_equal(part["norm"], both["norm"])
+        own = sum(gradient("square", (5, 3), rank, m) for m in range(2)).numpy()
+        assert np.array_equal(part["square"], own), "what is whole on each rank must not be summed"
+
+
+def test_bf16_gradients_are_summed_in_fp32() -> None:
+    """Catches a bf16 accumulator: past 256 it swallows a 1 whole."""
+    toy = Toy(torch.bfloat16)
+    buffer = GradientBuffer([toy], SINGLE["dp"], SINGLE["tp"], CPU)
+    for _ in range(300):
+        toy.one.sum().backward()
+    line = buffer.reduce()
+    slot = next(slot for slot in buffer.table.slots if slot.piece.name == "one")
+    assert line.dtype == torch.float32
+    assert buffer.table.local(line, slot).tolist() == [[300.0] * 4]
+
+
+def test_a_parameter_that_does_not_say_what_it_holds_is_refused() -> None:
+    """Catches a parameter no optimizer or checkpoint would ever see."""
+    toy = Toy()
+    toy.stranger = nn.Parameter(torch.zeros(2))
+    with pytest.raises(AssertionError, match="stranger does not say what it holds"):
+        GradientBuffer([toy], SINGLE["dp"], SINGLE["tp"], CPU)

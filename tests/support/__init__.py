@@ -1,0 +1,1 @@
+"""What tests share: process pools, tiny models and corpora, a SLURM."""

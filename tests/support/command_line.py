@@ -1,0 +1,35 @@
+"""The tools as modules, and what tests of whole programs share: waiting for something, and being heard."""
+
+import importlib.util
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
+
+
+def load_tool(name: str) -> ModuleType:
+    """`tools/<name>.py`, imported under another name than a package of ours could have."""
+    spec = importlib.util.spec_from_file_location(f"{name}_tool", TOOLS / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def soon(condition: Callable[[], object], seconds: float = 20, every_seconds: float = 0.02) -> bool:
+    """Whether the condition comes true in time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(every_seconds)
+    return True
+
+
+def hear_signals() -> None:
+    """For `preexec_fn`: whoever started the tests may have had these ignored, which children inherit and shells keep."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)

@@ -1,0 +1,81 @@
+"""What is still in memory of all that a piece of code made: the truth that planned activation bytes are held against.
+
+Counted is memory and not what autograd says it saved: a tensor in a closure, in a list or in an attribute of a function's
+context is kept as well, and a view keeps the whole of what it looks at.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from k2train.config.load import Config
+from k2train.parallel.grad_accumulation import sink_of
+from k2train.plan.activations import Work
+from k2train.plan.cost import ModelShape
+from k2train.train.engine import Engine
+
+
+class Made(TorchDispatchMode):
+    """While entered, notes the memory of every result; memory that `known` tensors had before does not count."""
+
+    def __init__(self, known: Iterable[Tensor] = ()):
+        super().__init__()
+        self._known = {_address(tensor) for tensor in known}
+        self._made: dict[int, tuple[StorageWeakRef, int, str]] = {}
+        self.watch_peak = False
+        self.peak_bytes = 0
+        """The most that was held after any operation while `watch_peak` was set."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and (key := _address(tensor)) not in self._known:
+                found = self._made.get(key)
+                if found is None or found[0].expired():
+                    storage = tensor.untyped_storage()
+                    told = f"{storage.nbytes():>8} {tuple(tensor.shape)} {tensor.dtype} of {func}"
+                    self._made[key] = (StorageWeakRef(storage), storage.nbytes(), told)
+        if self.watch_peak:
+            self.peak_bytes = max(self.peak_bytes, self.still_bytes())
+        return out
+
+    def still_bytes(self) -> int:
+        """Bytes of what was made and is still held by anybody."""
+        return sum(size for storage, size, _ in self._made.values() if not storage.expired())
+
+    def still(self) -> str:
+        """The same item by item, for a message."""
+        return "\n".join(told for storage, _, told in self._made.values() if not storage.expired())
+
+
+def _address(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def work_of(config: Config, engine: Engine) -> Work:
+    """What the plan is asked, from what was built."""
+    return Work(
+        ModelShape(*(getattr(engine.architecture, name) for name in ModelShape.__dataclass_fields__)),
+        config.data.sequence_length,
+        config.batch.micro_sequences,
+        config.precision,
+        tensor=engine.grid.layout.tensor,
+        sequence=engine.sequence,
+        regather=engine.tp.regather,
+        device=engine.grid.device.type,
+        attention=engine.kernels.attention_name,
+        matmul=engine.kernels.matmul,
+        block=engine.block,
+        recompute=config.kernels.recompute,
+        recompute_layers=config.kernels.recompute_layers,
+    )
+
+
+def known_of(module: Any, *others: Tensor) -> list[Tensor]:
+    """What a stage has before it meets a micro-batch."""
+    tables = [value for value in vars(module.rotary).values() if isinstance(value, Tensor)]
+    return [*module.parameters(), *(sink.total for p in module.parameters() if (sink := sink_of(p))), *tables, *others]

@@ -1,0 +1,192 @@
+"""A small corpus as sorted runs, cut into tasks and runs as asked; and what the chunks of it must be, the slow way."""
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+
+from k2train.data.document_keys import document_key64
+from k2train.data.manifest import chunk_dtype
+from k2train.data.prepare.allocate.mixture import keyed_permutation
+from k2train.data.prepare.encode.sorted_runs import RunWriter
+from k2train.data.prepare.recipe import Recipe
+from k2train.data.prepare.source import Source, border_of, place_of
+from k2train.data.prepare.workspace import HELD_OUT, EncodeTask, Workplace, read_json, write_json
+from k2train.data.tokenizer import Tokenizer
+
+VOCAB = 300
+EOS = 2
+
+
+@dataclass(frozen=True)
+class Text:
+    """A document; its tokens, `</s>` at the end, are decided by `content`."""
+
+    origin: str
+    file: str
+    ordinal: int
+    length: int
+    content: int
+    fim: int = 0
+
+    @property
+    def source(self) -> str:
+        return f"{self.origin}/{self.file}"
+
+    @property
+    def name(self) -> str:
+        return f"d{self.ordinal}é"
+
+    @property
+    def place(self) -> int:
+        return place_of(self.source)
+
+    @property
+    def tokens(self) -> list[int]:
+        words = np.random.Philox(key=self.content).random_raw(self.length - 1)
+        return [*(3 + words % (VOCAB - 3)).tolist(), EOS]
+
+    @property
+    def text(self) -> int:
+        return int.from_bytes(hashlib.sha256(str((self.content, self.length)).encode()).digest()[:8], "big")
+
+
+def recipe_of(tmp_path: Path, subsets: Mapping[str, Mapping[str, Any]], **keys: Any) -> Recipe:
+    content = {
+        "name": "small",
+        "output": tmp_path / "out",
+        "seed": 5,
+        "sequence_length": 8,
+        "chunks": 2,
+        "tokenizer": {"model": tmp_path / "t.model"},
+        "subsets": {
+            name: {"kind": "jsonl", "split_by": "source", "origin": name, "paths": [f"{name}/*"], **subset}
+            for name, subset in subsets.items()
+        },
+    }
+    return Recipe.model_validate(content | keys)
+
+
+def workplace_of(
+    tmp_path: Path,
+    recipe: Recipe,
+    texts: Mapping[str, Sequence[Text]],
+    tasks: int = 1,
+    capacity: int = 10**6,
+    vocab: int = VOCAB,
+) -> Workplace:
+    """The folder as the encode tasks leave it: each subset's sources over `tasks` tasks, runs of `capacity` tokens."""
+    tokenizer = cast(Tokenizer, SimpleNamespace(model=b"none", vocab_size=vocab))
+    groups: list[tuple[EncodeTask, list[Text]]] = []
+    for name in recipe.subsets:
+        for number in range(tasks):
+            files = sorted({text.file for text in texts[name]})[number::tasks]
+            sources = tuple(Source(recipe.origin_of(name), file) for file in files)
+            inside = sorted((t for t in texts[name] if t.file in files), key=lambda t: (t.file, t.ordinal))
+            groups.append((EncodeTask((name,), sources), inside))
+    workplace = Workplace.create(
+        tmp_path / "out.work", tmp_path / "out.tmp", recipe, tokenizer, [task for task, _ in groups]
+    )
+    workplace.__dict__["tokenizer"] = tokenizer
+    for number, (task, inside) in enumerate(groups):
+        write_runs(workplace, number, task.subsets[0], inside, capacity, vocab)
+    return workplace
+
+
+def write_runs(
+    workplace: Workplace, number: int, name: str, texts: Iterable[Text], capacity: int, vocab: int = VOCAB
+) -> None:
+    subset = workplace.recipe.subsets[name]
+    folder = workplace.run_folder(number)
+    folder.mkdir(parents=True, exist_ok=True)
+    seed = workplace.recipe.seed
+    writer = RunWriter(folder, "000", name, subset.passes, seed, chunk_dtype(vocab), capacity)
+    counts = dict.fromkeys(("documents_read", "rejected", "documents", "outside", "short", "not_chosen"), 0)
+    for text in texts:
+        counts["documents_read"] += 1
+        outside = not is_inside(workplace.recipe, name, text)
+        counts["outside" if outside else "documents"] += 1
+        if outside and not subset.drop_duplicates:
+            continue
+        ids = [] if outside else [np.array(text.tokens, dtype=np.uint32)]
+        writer.add(text.source, text.ordinal, text.name.encode(), ids, text.place, text.text, text.fim)
+    writer.flush()
+    for run in (run for runs in writer.runs for run in runs):
+        run["path"] = (folder / run["path"]).relative_to(workplace.folder).as_posix()
+    write_json(workplace.encode_record(number), {"subsets": {name: {**counts, "passes": writer.runs}}})
+
+
+def is_inside(recipe: Recipe, name: str, text: Text) -> bool:
+    low, high = recipe.subsets[name].share
+    return border_of(low) <= text.place < border_of(high)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """A chunk: `rows` `[n, s]`, lines of its provenance, borders, and the sources that gave it tokens."""
+
+    rows: list[list[int]]
+    pieces: list[dict[str, Any]]
+    borders: list[int]
+    sources: set[str]
+
+
+def kept_texts(recipe: Recipe, name: str, texts: Iterable[Text]) -> list[Text]:
+    """In the share, each text once when the subset wants that."""
+    seen: set[int] = set()
+    kept = []
+    for text in sorted(texts, key=lambda t: (t.source, t.ordinal)):
+        again = recipe.subsets[name].drop_duplicates and text.text in seen
+        seen.add(text.text)
+        if not again and is_inside(recipe, name, text):
+            kept.append(text)
+    return kept
+
+
+def stream_of(recipe: Recipe, name: str, texts: Iterable[Text], passes: int) -> list[tuple[int, Text, int, int]]:
+    """Each token of the subset's stream as (pass, document, offset, id)."""
+    stream = []
+    for number in range(passes):
+        keyed = sorted(
+            texts,
+            key=lambda t: (document_key64(recipe.seed, name, number, t.source, t.name), t.source, t.ordinal),
+        )
+        for text in keyed:
+            stream += [(number, text, offset, token) for offset, token in enumerate(text.tokens)]
+    return stream
+
+
+def expected_chunk(workplace: Workplace, texts: Mapping[str, Sequence[Text]], chunk: str) -> Expected:
+    """All documents sorted in a list, laid end to end, and cut: after the plan's ranges of samples."""
+    recipe, plan = workplace.recipe, read_json(workplace.folder / "plan" / "plan.json")
+    length = recipe.sequence_length
+    samples: list[tuple[str, list[tuple[int, Text, int, int]]]] = []
+    for name, subset in recipe.subsets.items():
+        border = plan["held_out_places"][name]
+        side = [t for t in kept_texts(recipe, name, texts[name]) if (t.place >= border) == (chunk == HELD_OUT)]
+        stream = stream_of(recipe, name, side, 1 if chunk == HELD_OUT else subset.passes)
+        start, stop = plan["chunks"][chunk][name]
+        samples += [(name, stream[k * length : (k + 1) * length]) for k in range(start, stop)]
+    order = keyed_permutation(len(samples), recipe.seed, f"rows of {chunk}").tolist()
+    expected = Expected([], [], [], set())
+    for row, place in enumerate(order):
+        name, tokens = samples[place]
+        assert len(tokens) == length
+        expected.rows.append([token for *_, token in tokens])
+        before: tuple[int, Text] | None = None
+        for start, (number, text, offset, _) in enumerate(tokens):
+            expected.sources.add(text.source)
+            if (number, text) == before:
+                expected.pieces[-1]["length"] += 1
+                continue
+            before = (number, text)
+            if start:
+                expected.borders.append(row * length + start)
+            facts = {"row": row, "start": start, "length": 1, "subset": name, "source": text.source}
+            facts |= {"document": text.name, "offset": offset, "fim": ("none", "psm", "spm")[text.fim]}
+            expected.pieces.append(facts | {"repeat": number})
+    return expected

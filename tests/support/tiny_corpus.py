@@ -1,0 +1,203 @@
+"""A tiny data folder, a config over it, and the real command line: what the end-to-end tests share."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from k2train import fault_injection
+from k2train.checkpoint.writer import SaveError
+from k2train.config.load import Config
+from k2train.data.chunk import write_chunk, write_manifest
+from k2train.data.manifest import Manifest
+from k2train.errors import UserError
+from k2train.guard.stop_signals import StopRequest
+from k2train.launch.environment import Launch
+from k2train.train.monitor import DamageError
+from k2train.train.preflight import prepare_start
+from k2train.train.shutdown import end_together
+from k2train.train.trainer import Trainer
+from tests.support.tiny_model import TINY, grid_of
+
+ROOT = Path(__file__).resolve().parents[2]
+SEQUENCE = 16
+VOCAB = 251
+GLOBAL = 12
+STEPS_PER_CHUNK = 5
+# Three rows beyond the last full step, which nothing may ever read.
+ROWS = GLOBAL * STEPS_PER_CHUNK + 3
+
+
+def make_corpus(
+    folder: Path, chunks: int = 4, seed: int = 1, vocab: int = VOCAB, held_out: bool = True, tokenizer: str = "t" * 64
+) -> Manifest:
+    """A data folder of `chunks` chunks of random ids, 5 steps each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.Generator(np.random.Philox(key=seed))
+
+    def chunk(name: str, rows: int) -> Any:
+        ids = rng.integers(0, vocab, (rows, SEQUENCE))
+        return write_chunk(folder, name, [ids.astype(np.uint16)], rows, vocab, {"noise": rows * SEQUENCE})
+
+    infos = [chunk(f"chunk_{i:03d}", ROWS) for i in range(chunks)]
+    return write_manifest(
+        folder,
+        tokenizer_sha256=tokenizer,
+        sequence_length=SEQUENCE,
+        vocab_size=vocab,
+        chunks=infos,
+        held_out=chunk("held_out", 2 * GLOBAL) if held_out else None,
+    )
+
+
+def config_tree(manifest: Path, directory: Path, name: str, **changes: Any) -> dict[str, Any]:
+    """TINY over the corpus, cosine with warm-up; dotted keys changed, the dot written as two underscores."""
+    tree = {section: dict(value) if isinstance(value, dict) else value for section, value in TINY.items()}
+    tree["run"] |= {"name": name, "directory": str(directory)}
+    tree["data"] |= {"manifest": str(manifest), "sequence_length": SEQUENCE}
+    tree["batch"] = {"global_sequences": GLOBAL, "micro_sequences": 1}
+    tree["lr"] = {"kind": "cosine", "peak": 1e-2, "final": 1e-3, "warmup_steps": 3}
+    for key, value in changes.items():
+        section, _, inner = key.partition("__")
+        if inner:
+            tree.setdefault(section, {})[inner] = value
+        else:
+            tree[section] = value
+    return tree
+
+
+def write_yaml(path: Path, tree: dict[str, Any]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
+    return path
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """This process's, one thread a process and no launcher's variables unless given."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **variables}
+
+
+def command(arguments: Sequence[Any], processes: int = 1) -> list[str]:
+    """The command line of `k2train.train`, under torchrun when `processes` is more than 1."""
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return [*launcher, "-m", "k2train.train", *map(str, arguments)]
+
+
+def train(
+    *arguments: Any, processes: int = 1, timeout: float = 100, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Run the command line to its end."""
+    return subprocess.run(
+        command(arguments, processes),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=environment(**variables),
+        cwd=ROOT,
+    )
+
+
+def start(*arguments: Any, processes: int = 1) -> subprocess.Popen[str]:
+    """Start the command line; the caller ends it with `kill_all` or waits."""
+    return subprocess.Popen(
+        command(arguments, processes),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment(),
+        cwd=ROOT,
+    )
+
+
+def wait_for(path: Path, process: subprocess.Popen[str], timeout: float = 60) -> None:
+    """Until `path` exists; fails when the process ends first."""
+    deadline = time.monotonic() + timeout
+    while not path.exists():
+        assert process.poll() is None, f"ended with {process.returncode} before {path.name}: {process.stdout.read()}"  # type: ignore[union-attr]
+        assert time.monotonic() < deadline, f"no {path} after {timeout} s"
+        time.sleep(0.002)
+
+
+def family(pid: int) -> list[int]:
+    """The process and all that descend from it."""
+    children: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rsplit(")", 1)[1].split()
+        except OSError:
+            continue
+        children.setdefault(int(fields[1]), []).append(int(stat.parent.name))
+    found = [pid]
+    for parent in found:
+        found += children.get(parent, [])
+    return found
+
+
+def kill_all(process: subprocess.Popen[str]) -> int:
+    """`kill -9` the launcher and all workers at once; the launcher's return code."""
+    for pid in family(process.pid):
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    process.communicate(timeout=30)
+    return process.returncode
+
+
+def tree_of(directory: Path) -> dict[str, bytes]:
+    """Every file below a directory with its bytes; empty when there is no directory."""
+    return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
+
+
+def kept_of(directory: Path) -> dict[str, bytes]:
+    """The same without what only says who was there last: the lease, and the heartbeats of the watch."""
+    return {
+        name: content
+        for name, content in tree_of(directory).items()
+        if not any(part == "watch" or part.startswith("lease_") for part in Path(name).parts)
+    }
+
+
+def manifest_of(checkpoint: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((checkpoint / "manifest.json").read_text())
+    return found
+
+
+def nothing(trainer: Trainer) -> None:
+    """The change that changes nothing."""
+
+
+def trainer_job(launch: Launch, tree: dict[str, Any], change: Callable[[Trainer], None] = nothing) -> int | str:
+    """A whole run in the pool, as `k2train.train.trainer.train` does it; `change` is done to the trainer before its first step.
+
+    Returns the exit code, the one line of a user's mistake, or the name of the checkpoint that finished the stage.
+    """
+    fault_injection.arm("", launch.rank)
+    try:
+        config = Config.model_validate(tree)
+        begun = prepare_start(config, launch.world_size, verify=launch.rank == 0)
+        trainer = Trainer(config, grid_of(launch, config), begun, StopRequest(), verify=launch.rank == 0)
+        try:
+            trainer.begin()
+            if trainer.finished is not None:
+                return f"finished: {trainer.finished.name}"
+            change(trainer)
+            return trainer.run()
+        except (SaveError, DamageError) as error:
+            return end_together(trainer, error)
+        finally:
+            trainer.close()
+            trainer.sentry.close()
+    except UserError as error:
+        return f"{type(error).__name__}: {error}"

@@ -1,0 +1,144 @@
+"""Small configs and jobs that several test files share."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from k2train.config.load import Config
+from k2train.launch.environment import Launch
+from k2train.parallel.grid import ProcessGrid
+from k2train.train.engine import Engine
+from k2train.train.preflight import layout_of
+
+TINY: dict[str, Any] = {
+    "run": {"name": "tiny", "seed": 7},
+    "model": {
+        "num_layers": 4,
+        "hidden_size": 32,
+        "ffn_hidden_size": 48,
+        "num_heads": 4,
+        "num_kv_heads": 4,
+        "vocab_size": 251,
+        # Ten times K2's, so that every gradient is far above fp32 rounding at this size.
+        "init_std": 0.2,
+    },
+    "data": {"manifest": "unused/manifest.json", "sequence_length": 16},
+    "batch": {"global_sequences": 24, "micro_sequences": 2},
+    "parallel": {"tensor": 1, "pipeline": 1},
+    "lr": {"kind": "constant", "peak": 1e-3},
+    # Far above K2's 1e-8: with that, an entry whose gradient is mere rounding takes a full step of either sign.
+    "optimizer": {"eps": 1e-4},
+    "precision": "fp32",
+}
+
+
+def tiny_config(**changes: Any) -> Config:
+    """TINY with dotted keys changed, the dot written as two underscores: `parallel__tensor=2`."""
+    tree = {section: dict(value) if isinstance(value, dict) else value for section, value in TINY.items()}
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        if name:
+            tree.setdefault(section, {})[name] = value
+        else:
+            tree[section] = value
+    return Config.model_validate(tree)
+
+
+def grid_of(launch: Launch, config: Config) -> ProcessGrid:
+    return ProcessGrid(layout_of(config, launch.world_size), launch.rank, torch.device("cpu"))
+
+
+def global_batch(config: Config, step: int) -> Tensor:
+    """Token ids [global_sequences, sequence_length] of a step, the same on every rank."""
+    rng = np.random.Generator(np.random.Philox(key=1000 + step))
+    shape = (config.batch.global_sequences, config.data.sequence_length)
+    return torch.from_numpy(rng.integers(0, config.model.vocab_size, shape))
+
+
+def microbatches_of(config: Config, grid: ProcessGrid, step: int) -> list[Tensor]:
+    """This rank's micro-batches of a step: a contiguous slice of the global batch, cut in order."""
+    batch = global_batch(config, step)
+    mine = batch.shape[0] // grid.dp.size
+    return list(batch[grid.dp.rank * mine : (grid.dp.rank + 1) * mine].split(config.batch.micro_sequences))
+
+
+def local_gradients(engine: Engine, line: Tensor) -> dict[str, tuple[list[tuple[int, int]], np.ndarray]]:
+    """Of each global tensor the block this rank optimizes: ([(start, stop) by dimension], values)."""
+    found = {}
+    for slot in engine.gradients.table.slots:
+        piece, (low, high) = slot.piece, slot.rows(engine.grid.dp)
+        box = [(0, n) for n in piece.global_shape]
+        if piece.dim is not None:
+            box[piece.dim] = (piece.start, piece.stop)
+        box[0] = (box[0][0] + low, box[0][0] + high)
+        found[piece.name] = (box, engine.gradients.table.local(line, slot).clone().numpy())
+    return found
+
+
+def assemble(
+    parts: list[dict[str, tuple[list[tuple[int, int]], np.ndarray]]], names: dict[str, tuple[int, ...]]
+) -> dict[str, np.ndarray]:
+    """Whole tensors from the blocks of all ranks; blocks held twice must be bit-equal, and nothing may be left out."""
+    whole = {}
+    for name, shape in names.items():
+        out, seen = np.full(shape, np.nan, dtype=np.float32), np.zeros(shape, dtype=bool)
+        for part in parts:
+            if name not in part:
+                continue
+            box, values = part[name]
+            index = tuple(slice(a, b) for a, b in box)
+            assert not seen[index].any() or np.array_equal(out[index][seen[index]], values[seen[index]]), (
+                f"{name}: replicas differ"
+            )
+            out[index], seen[index] = values, True
+        assert seen.all(), f"{name}: {int((~seen).sum())} values held by no rank"
+        whole[name] = out
+    return whole
+
+
+def shapes_of(config: Config) -> dict[str, tuple[int, ...]]:
+    """Global shape of every tensor, written down independently of the layers."""
+    m = config.model
+    h, f, kv = m.hidden_size, m.ffn_hidden_size, m.hidden_size // m.num_heads * (m.num_kv_heads or m.num_heads)
+    shapes: dict[str, tuple[int, ...]] = {"embedding.weight": (m.vocab_size, h)}
+    for n in range(m.num_layers):
+        shapes |= {
+            f"layers.{n}.attention_norm.weight": (h,),
+            f"layers.{n}.attention.query.weight": (h, h),
+            f"layers.{n}.attention.key.weight": (kv, h),
+            f"layers.{n}.attention.value.weight": (kv, h),
+            f"layers.{n}.attention.output.weight": (h, h),
+            f"layers.{n}.mlp_norm.weight": (h,),
+            f"layers.{n}.mlp.gate.weight": (f, h),
+            f"layers.{n}.mlp.up.weight": (f, h),
+            f"layers.{n}.mlp.down.weight": (h, f),
+        }
+    return shapes | {"norm.weight": (h,), "head.weight": (m.vocab_size, h)}
+
+
+def train_job(launch: Launch, config: Config, steps: int) -> dict[str, Any]:
+    """Some steps on the grid of `config`: losses, norms, and this rank's blocks of weights and reduced gradients."""
+    grid = grid_of(launch, config)
+    engine = Engine(config, grid)
+    start = local_gradients(engine, engine.optimizer.master)
+    results, gradients = [], []
+    reduce = engine.gradients.reduce
+
+    def reduced() -> Tensor:
+        line = reduce()
+        gradients.append(local_gradients(engine, line))
+        return line
+
+    engine.gradients.reduce = reduced  # type: ignore[method-assign]
+    for step in range(1, steps + 1):
+        result = engine.train_step(microbatches_of(config, grid, step), config.lr.peak)
+        results.append((result.loss, result.grad_norm, result.applied))
+    return {
+        "start": start,
+        "results": results,
+        "gradients": gradients,
+        "weights": local_gradients(engine, engine.optimizer.master),
+        "held_out": engine.evaluate(microbatches_of(config, grid, 99)),
+    }

@@ -1,0 +1,1 @@
+"""Whole programs: scripts, SLURM, fault tests, mutations, hostile files."""

@@ -1,0 +1,270 @@
+"""The fault runner itself: its short set holds, and it complains when the code is broken on purpose."""
+
+import importlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tools"))
+
+fault_run: ModuleType = importlib.import_module("fault_run")
+
+from fault_tests import disk_state, file_damage, processes, result  # noqa: E402
+from fault_tests.cases import ROWS, run_row  # noqa: E402
+from fault_tests.cases_kill import kills, not_reached  # noqa: E402
+from fault_tests.disk_state import Reference  # noqa: E402
+from fault_tests.endurance import Endurance  # noqa: E402
+from fault_tests.endurance_faults import ENDING, HARMLESS, LATE, LIVED_WITH, Drawn  # noqa: E402
+from fault_tests.processes import Crew, Job  # noqa: E402
+from fault_tests.report import page, section  # noqa: E402
+from fault_tests.restarts import Attempt, Campaign, undisturbed  # noqa: E402
+from fault_tests.result import Bench, Result  # noqa: E402
+from fault_tests.tiny_run import World, make_world  # noqa: E402
+from k2train.fault_injection import POINTS, parse  # noqa: E402
+
+
+def test_every_row_is_there() -> None:
+    """Catches a row that falls out of the table: 13 to 16 are about spikes, everything else is this tool's."""
+    assert list(ROWS) == [*range(1, 13), *range(17, 31)]
+    assert fault_run.rows_named(["1", "3-5", "30"]) == [1, 3, 4, 5, 30]
+    with pytest.raises(ValueError, match="no row 14"):
+        fault_run.rows_named(["14"])
+
+
+@pytest.mark.parametrize(
+    ("given", "verdict"),
+    [
+        ({"measured": ["x"]}, "held"),
+        ({"measured": ["x"], "missing": ["no root"]}, "held in part"),
+        ({"missing": ["no root"]}, "not run"),
+        ({"measured": ["x"], "problems": ["lost"]}, "NOT HELD"),
+        ({"problems": ["lost"], "missing": ["no root"]}, "NOT HELD"),
+    ],
+)
+def test_verdicts(given: dict[str, Any], verdict: str) -> None:
+    """Catches a row that did not run, or did not hold, and looks as if it had."""
+    assert Result(1, "fault", "target", "how", **given).verdict == verdict
+
+
+def test_the_page_says_what_did_not_hold(tmp_path: Path) -> None:
+    """Catches a page that leaves out what failed or was not run, and a cell that breaks the table."""
+    bad = Result(7, "disk | full", "target", "how", ["1 of 2"], ["lost\na | b"], ["no root"], 3.0)
+    bench = Bench(crew=None, scratch=tmp_path)  # type: ignore[arg-type]
+    text = page([bad, Result(8, "asked to stop", "75", "signals", ["all"])], bench, 5.0)
+    rows = [line for line in text.splitlines() if line.startswith(("| 7 ", "| 8 "))]
+    assert [row.count("|") for row in rows] == [6, 6]
+    assert "**NOT HELD**" in rows[0] and "**held**" in rows[1]
+    lines = section(bad)
+    assert "- **Not held:** lost a / b" in lines and "- Not run: no root" in lines and "- 1 of 2" in lines
+
+
+def test_a_row_that_breaks_did_not_hold(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def broken(bench: Bench) -> Result:
+        raise RuntimeError("no crew")
+
+    monkeypatch.setitem(ROWS, 9, broken)
+    told = run_row(Bench(crew=None, scratch=tmp_path), 9)  # type: ignore[arg-type]
+    assert told.verdict == "NOT HELD" and "no crew" in told.problems[0]
+
+
+def test_kills_cover_every_point_and_are_understood() -> None:
+    """Catches a list of faults that the code would not take, and a place that no kill is meant for."""
+    texts = kills(list(POINTS), 2, (1, 2))
+    parsed = [parse(text)[0] for text in texts]
+    assert {fault.point for fault in parsed} == set(POINTS) and {fault.action for fault in parsed} == {"kill"}
+    assert {fault.rank for fault in parsed if fault.point == "save.hashed"} == {0, 1}
+
+
+def made_attempt(faults: str, codes: list[int]) -> Attempt:
+    job = Job([1] * len(codes), 0, Path("unused"), 0.0, {rank: (code, 1.0) for rank, code in enumerate(codes)})
+    return Attempt(faults, job, "", 0, 0)
+
+
+def test_a_fault_that_struck_nobody_is_told() -> None:
+    """Catches a table that counts kills which never came."""
+    attempts = [made_attempt("a:kill", [0, 0]), made_attempt("b:kill", [1, -9]), made_attempt("c:kill", [0, 0])]
+    attempts.append(made_attempt("c:kill", [-9, 1]))
+    assert not_reached(attempts) == ["a:kill"]
+
+
+def test_a_fault_counts_when_it_was_seen_to_strike() -> None:
+    """Catches an endurance run that counts what it armed."""
+    armed = Drawn("gradient@rank=1@step=4:nan;save.model@rank=0@nth=1:error=EIO")
+    assert armed.struck({"save.model:error"}) and not armed.struck({"save.model:kill", "gradient:inf"})
+    assert Drawn(done=True).struck(set()) and not Drawn().struck({"step.read:kill"})
+    assert set(LATE) <= set(ENDING) and set(HARMLESS) <= set(LIVED_WITH)
+
+
+def test_points_and_strikes_are_told_apart(tmp_path: Path) -> None:
+    """Catches a strike taken for a visit, and half a line of a rank that was killed while it wrote."""
+    (tmp_path / "trace").write_text("1.0 0 step.read\n1.1 1 !step.read:kill\n1.2 0 st")
+    job = Job([1], 0, tmp_path, 0.0)
+    assert job.points()[:1] == [(1.0, 0, "step.read")] and job.strikes() == [(1.1, 1, "step.read:kill")]
+
+
+def test_list_names_every_row_and_point(capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a list from which a row or a point has fallen out."""
+    assert fault_run.main(["--list"]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert {int(line.split()[0]) for line in told if line[:4].strip().isdigit()} == set(ROWS)
+    assert set(POINTS) <= {line.strip() for line in told}
+
+
+@pytest.mark.parametrize("kind", sorted(file_damage.KINDS))
+def test_damage_changes_the_folder(kind: str, tmp_path: Path) -> None:
+    """Catches harm that harms nothing, which every check would survive."""
+    for name, content in (("a", b"one" * 40), ("b", b"two" * 40)):
+        (tmp_path / name).write_bytes(content)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    file_damage.KINDS[kind](tmp_path / "a", random.Random(3))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} != before
+
+
+def row(step: int, attempt: int = 1, **changes: Any) -> str:
+    start = (step - 1) % 2 * 4
+    facts = {"step": step, "attempt": attempt, "chunk": f"chunk_{(step - 1) // 2:03d}", "rows": [start, start + 4]}
+    facts |= {"loss": 1.0 / step, "grad_norm": 1.0, "lr": 0.1, "applied": True, "seconds": 0.1}
+    return json.dumps({**facts, **changes}) + "\n"
+
+
+def reference(steps: int) -> Reference:
+    rows = {step: disk_state.values_of(json.loads(row(step))) for step in range(1, steps + 1)}
+    return Reference({}, rows, "ckpt_002", 0.1)
+
+
+def test_a_step_that_differs_is_told(tmp_path: Path) -> None:
+    """Catches a comparison that looks at the last attempt alone, or not at all."""
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text("".join(row(step) for step in range(1, 5)))
+    assert disk_state.row_problems(tmp_path, reference(4), done=True) == []
+    metrics.write_text(row(1) + row(2, loss=0.5000001) + row(2, 2) + row(3, 2))
+    told = disk_state.row_problems(tmp_path, reference(4), done=True)
+    assert "step 2 of attempt 1 differs" in told[0] and "1 steps have no row, the first is 4" in told[1]
+
+
+@pytest.mark.parametrize("change", ["twice", "left out", "another chunk"])
+def test_samples_are_counted(change: str, tmp_path: Path) -> None:
+    """Catches a row of a chunk that is read twice or never."""
+    world, metrics = World(tmp_path, 2, 2), tmp_path / "metrics.jsonl"
+    metrics.write_text("".join(row(step) for step in range(1, 5)))
+    assert disk_state.sample_problems(tmp_path, world) == []
+    changes: dict[str, dict[str, Any]] = {
+        "twice": {"rows": [0, 4]},
+        "left out": {"rows": [4, 7]},
+        "another chunk": {"chunk": "chunk_000"},
+    }
+    changed = changes[change]
+    metrics.write_text("".join(row(step, **(changed if step == 4 else {})) for step in range(1, 5)))
+    assert disk_state.sample_problems(tmp_path, world) != []
+
+
+def test_a_process_left_behind_is_found() -> None:
+    """Catches an orphan: alive in the group of the job, and no rank that is known."""
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], process_group=0)
+    try:
+        assert [pid for pid, _ in processes.processes_of(child.pid, -1, set())] == [child.pid]
+        assert processes.processes_of(child.pid, -1, {child.pid}) == []
+    finally:
+        child.kill()
+        child.wait()
+    assert processes.processes_of(child.pid, -1, set()) == []
+
+
+def test_names_of_ranks() -> None:
+    """Catches a message taken for one that names the rank."""
+    assert result.names_rank("k2train: rank 1 (pid 5 on n) died at step 7, forward\n", 1)
+    assert not result.names_rank("k2train: rank 11 died at step 7", 1)
+    assert not result.names_rank("rank 1 goes on\nrank 0 died", 1)
+
+
+# What follows starts real processes.
+
+
+@pytest.fixture(scope="module")
+def crew(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Crew]:
+    with Crew(tmp_path_factory.mktemp("crew")) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def judged(crew: Crew, tmp_path_factory: pytest.TempPathFactory) -> tuple[World, Reference]:
+    world = make_world(tmp_path_factory.mktemp("faults") / "world", 6, 2)
+    return world, undisturbed(crew, world)
+
+
+@pytest.mark.slow
+def test_a_kill_is_survived_and_leaves_nothing(crew: Crew, judged: tuple[World, Reference]) -> None:
+    """Catches a runner whose faults do not reach the ranks, or whose checks complain of a run that is well."""
+    campaign = Campaign(crew, *judged_as(judged, "sound"))
+    assert campaign.attempt("save.hashed@rank=1@nth=3:kill").codes[1] == -signal.SIGKILL
+    assert campaign.attempt("step.forward@rank=0@nth=3:kill").codes[0] == -signal.SIGKILL
+    campaign.finish()
+    assert campaign.problems == []
+    assert [name for _, _, name in campaign.attempts[0].job.points() if name.startswith("save.")]
+
+
+def judged_as(judged: tuple[World, Reference], name: str) -> tuple[World, str, Reference]:
+    return judged[0], name, judged[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("patch", "fault", "told"),
+    [
+        ("writes_in_place", "save.hashed@rank=0@nth=3:kill", "not whole"),
+        ("forgets_a_moment", "step.read@rank=0@nth=5:kill", "differs"),
+        ("keeps_none", "save.begin@rank=0@nth=4:kill", "complete verified checkpoints"),
+    ],
+)
+def test_the_runner_finds_broken_code(
+    patch: str, fault: str, told: str, crew: Crew, judged: tuple[World, Reference]
+) -> None:
+    """Catches a runner that cannot fail: each patch is a change that somebody could make."""
+    campaign = Campaign(crew, *judged_as(judged, patch), environments=[{"FAULT_RUN_PATCH": f"patches:{patch}"}] * 2)
+    campaign.attempt(fault, limit=60)
+    campaign.attempt("", None, (1, 2, 75, -9), 60)
+    assert [problem for problem in campaign.problems if told in problem], campaign.problems
+
+
+@pytest.mark.slow
+def test_a_hang_is_ended_and_told(crew: Crew, judged: tuple[World, Reference]) -> None:
+    """Catches a runner that waits for ever, or that takes a rank it had to kill for one that ended by itself."""
+    world, name, _ = judged_as(judged, "hangs")
+    job = crew.begin(world.arguments(name, "watch.heartbeat_seconds=0"), 2, "step.forward@rank=1@nth=2:stop")
+    began = time.monotonic()
+    assert crew.wait_as_launcher(job, 6, 2) != ""
+    assert time.monotonic() - began < 40 and job.over and crew.left_behind(job) == []
+
+
+@pytest.mark.slow
+def test_endurance_is_the_same_for_the_same_seed(crew: Crew, tmp_path: Path) -> None:
+    """Catches a draw that depends on the time, so that a failure could not be run again."""
+    drawn = []
+    for name in ("a", "b"):
+        run = Endurance(Bench(crew, tmp_path / name, seed=4, endurance=4), 4)
+        drawn.append([[(kind, one.text) for kind, one in run.next_faults()] for _ in range(12)])
+    assert drawn[0] == drawn[1] and len({kind for faults in drawn[0] for kind, _ in faults}) > 6
+
+
+@pytest.mark.slow
+def test_the_short_set_holds(tmp_path: Path) -> None:
+    """Catches what no test of one module sees: a run under kills, a full disk, signals and harm that does not end alike."""
+    page_file = tmp_path / "faults.md"
+    command = [sys.executable, str(ROOT / "tools/fault_run.py"), "--short", "--page", str(page_file)]
+    command += ["--kills", "2", "--endurance", "6"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+    assert "NOT HELD" not in page_file.read_text()

@@ -1,0 +1,307 @@
+"""The shell scripts, each in a copy of its own with an interpreter that only plays its part.
+
+The stand-in notes every call (spaces inside an argument as underscores), makes a virtual environment out of itself, and
+passes on to the real Python whatever the scripts ask of Python itself. So the order of things, the exit codes and the
+second start are tested in seconds and without a registry; that the parts really work together is tested, slowly, in
+test_readme.
+"""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.support.command_line import hear_signals
+
+ROOT = Path(__file__).resolve().parents[2]
+
+STAND_IN = """#!/usr/bin/env bash
+printf '%s ' "${@// /_}" | tr '\\n' ' ' | cut -c 1-2000 >>"$CALLS"
+case "$1 $2" in
+"-m venv")
+    mkdir -p "${@: -1}/bin" && cp "$0" "${@: -1}/bin/python"
+    exit 0 ;;
+"-m pip") exit "${PIP_CODE:-0}" ;;
+"-m k2train.launch") ;;
+"-m "*) eval "exit \\${CODE_${2//./_}:-0}" ;;
+"tools/"*)
+    echo "ran $*"
+    exit "${TOOL_CODE:-0}" ;;
+esac
+if [ "$3" = --standalone ]; then
+    trap 'sleep 0.5; touch "$CALLS.saved"; exit 75' TERM
+    echo "training ${*: -1}"
+    for ((i = 0; i < ${TRAIN_TENTHS:-0}; i++)); do sleep 0.1; done
+    exit "${TRAIN_CODE:-0}"
+fi
+exec "$REAL_PYTHON" "$@"
+"""
+
+
+class Copy:
+    """The scripts in a folder whose name has a space, and the stand-in."""
+
+    def __init__(self, folder: Path) -> None:
+        self.root = folder / "a clone"
+        shutil.copytree(ROOT / "scripts", self.root / "scripts")
+        shutil.copytree(ROOT / "constraints", self.root / "constraints")
+        shutil.copytree(ROOT / ".ci", self.root / ".ci")
+        shutil.copy(ROOT / "pyproject.toml", self.root)
+        self.elsewhere = folder / "elsewhere"
+        self.elsewhere.mkdir()
+        self.stand_in = folder / "stand-in"
+        self.stand_in.write_text(STAND_IN, encoding="utf-8")
+        self.stand_in.chmod(0o755)
+        self.calls_file = folder / "calls"
+        self.calls_file.touch()
+
+    def environment(self, **variables: str) -> dict[str, str]:
+        base = {name: value for name, value in os.environ.items() if name != "PYTHON"}
+        given = {"PYTHON": str(self.stand_in), "REAL_PYTHON": sys.executable, "CALLS": str(self.calls_file)}
+        return {**base, **given, **variables}
+
+    def start(self, script: str, *arguments: str, **variables: str) -> "subprocess.Popen[str]":
+        return subprocess.Popen(
+            ["bash", str(self.root / script), *arguments],
+            cwd=self.elsewhere,
+            env=self.environment(**variables),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            preexec_fn=hear_signals,
+        )
+
+    def run(self, script: str, *arguments: str, **variables: str) -> "subprocess.CompletedProcess[str]":
+        process = self.start(script, *arguments, **variables)
+        out, err = process.communicate(timeout=60)
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+    def calls(self, start: str) -> list[str]:
+        """What the stand-in was called with since the last time, of the calls that begin with `start`."""
+        lines = self.calls_file.read_text(encoding="utf-8").splitlines()
+        self.calls_file.write_text("", encoding="utf-8")
+        return [line.strip() for line in lines if line.startswith(start)]
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Copy:
+    return Copy(tmp_path)
+
+
+@pytest.mark.parametrize("path", [*sorted((ROOT / "scripts").glob("*.sh")), ROOT / ".ci/run"], ids=lambda p: p.name)
+def test_scripts_parse_and_stop_at_the_first_failure(path: Path) -> None:
+    """Catches a syntax error in a branch that is rarely taken, and a script that goes on after a failed command."""
+    assert subprocess.run(["bash", "-n", str(path)], check=False).returncode == 0
+    assert "set -euo pipefail" in path.read_text(encoding="utf-8")
+
+
+def test_setup_installs_once(copy: Copy) -> None:
+    """Catches an install at every start, an extra that is not asked for, and a path with a space."""
+    first = copy.run("scripts/setup.sh", "data", PATH=without_cuda(copy))
+    assert first.returncode == 0, first.stderr
+    assert copy.calls("-m pip") == ["-m pip install --disable-pip-version-check -c constraints/cpu.txt -e .[data]"]
+    again = copy.run("scripts/setup.sh", "data", PATH=without_cuda(copy))
+    assert (again.returncode, again.stdout, again.stderr) == (0, "", "")
+    assert copy.calls("-m pip") == []
+
+
+def without_cuda(copy: Copy) -> str:
+    return with_nvidia_smi(copy, 9)
+
+
+def with_nvidia_smi(copy: Copy, code: int) -> str:
+    folder = copy.elsewhere.parent / f"bin{code}"
+    folder.mkdir(exist_ok=True)
+    (folder / "nvidia-smi").write_text(f"#!/bin/sh\nexit {code}\n", encoding="utf-8")
+    (folder / "nvidia-smi").chmod(0o755)
+    return f"{folder}:{os.environ['PATH']}"
+
+
+def test_setup_takes_the_registry_s_torch_where_there_is_a_device(copy: Copy) -> None:
+    """Catches a CPU build on a machine with a CUDA device, and a stamp that does not see the device come."""
+    copy.run("scripts/setup.sh", PATH=without_cuda(copy))
+    copy.calls("-m pip")
+    assert copy.run("scripts/setup.sh", PATH=with_nvidia_smi(copy, 0)).returncode == 0
+    assert copy.calls("-m pip") == ["-m pip install --disable-pip-version-check -e ."]
+
+
+def test_setup_knows_what_an_extra_includes(copy: Copy) -> None:
+    """Catches a reinstall when the tests were set up first, and none when the quickstart was."""
+    copy.run("scripts/setup.sh", "dev")
+    copy.calls("-m pip")
+    copy.run("scripts/setup.sh", "data")
+    assert copy.calls("-m pip") == []
+    shutil.rmtree(copy.root / ".venv")
+    copy.run("scripts/setup.sh", "data")
+    copy.calls("-m pip")
+    copy.run("scripts/setup.sh", "dev")
+    assert len(copy.calls("-m pip")) == 1
+
+
+@pytest.mark.parametrize("name", ["pyproject.toml", "constraints/cpu.txt"])
+def test_setup_installs_again_when_the_requirements_change(copy: Copy, name: str) -> None:
+    """Catches a stale environment after a pull."""
+    path = without_cuda(copy)
+    copy.run("scripts/setup.sh", PATH=path)
+    copy.calls("-m pip")
+    with (copy.root / name).open("a", encoding="utf-8") as file:
+        file.write("\n# one line more\n")
+    copy.run("scripts/setup.sh", PATH=path)
+    assert len(copy.calls("-m pip")) == 1
+
+
+def test_setup_installs_again_after_the_folder_moved(copy: Copy) -> None:
+    """Catches an environment whose editable install points to where the folder was."""
+    copy.run("scripts/setup.sh")
+    copy.calls("-m pip")
+    copy.root = copy.root.rename(copy.root.with_name("another clone"))
+    copy.run("scripts/setup.sh")
+    assert len(copy.calls("-m pip")) == 1
+
+
+def test_setup_that_failed_or_was_killed_is_done_again(copy: Copy) -> None:
+    """Catches a stamp written before what it stands for."""
+    failed = copy.run("scripts/setup.sh", "data", PIP_CODE="7")
+    assert failed.returncode == 1
+    assert failed.stderr.splitlines()[-1].startswith("setup: pip could not install .[data]; the whole log is in ")
+    copy.calls("-m pip")
+    assert copy.run("scripts/setup.sh", "data").returncode == 0
+    assert len(copy.calls("-m pip")) == 1
+
+
+def test_setup_makes_half_an_environment_again(copy: Copy) -> None:
+    """Catches a `.venv` whose making was killed and that then stays without pip for ever."""
+    broken = copy.root / ".venv/bin/python"
+    broken.parent.mkdir(parents=True)
+    broken.write_text("#!/bin/sh\nexit 1\n", encoding="utf-8")
+    broken.chmod(0o755)
+    assert copy.run("scripts/setup.sh").returncode == 0
+    assert len(copy.calls("-m venv --clear")) == 1
+
+
+def test_setup_names_what_it_cannot_use(copy: Copy) -> None:
+    """Catches a page of pip's words for an old Python or a misspelled extra."""
+    old = copy.elsewhere / "old"
+    old.write_text("#!/bin/sh\nexit 1\n", encoding="utf-8")
+    old.chmod(0o755)
+    refused = copy.run("scripts/setup.sh", PYTHON=str(old))
+    assert refused.returncode == 1
+    assert refused.stderr == f"setup: PYTHON={old} is not Python 3.11 or newer; name another interpreter\n"
+    assert not (copy.root / ".venv").exists()
+    misspelled = copy.run("scripts/setup.sh", "dada")
+    assert misspelled.returncode == 1
+    assert misspelled.stderr.startswith("setup: no such extra: dada; there are: ")
+    assert misspelled.stderr.count("\n") == 1
+
+
+def test_setup_says_in_one_line_that_there_is_no_python(copy: Copy) -> None:
+    """Catches `command not found` as the first thing a stranger reads."""
+    tools = copy.elsewhere / "bin"
+    tools.mkdir()
+    for name in ("bash", "dirname", "cat"):
+        (tools / name).symlink_to(str(shutil.which(name)))
+    nothing = copy.run("scripts/setup.sh", PATH=str(tools), PYTHON="")
+    assert nothing.returncode == 1
+    assert nothing.stderr.startswith("setup: no Python 3.11 or newer found; ")
+    assert nothing.stderr.count("\n") == 1
+
+
+def test_quickstart_does_all_parts_in_order(copy: Copy) -> None:
+    """Catches a part left out or misplaced, and arguments that do not reach both trainings."""
+    done = copy.run("scripts/quickstart.sh", "run.seed=1", "data.order=[0, 1]")
+    assert done.returncode == 0, done.stderr
+    parts = [line[3:] for line in done.stdout.splitlines() if line.startswith("== ")]
+    assert parts == [
+        "set up",
+        "prepare the text of stage 1",
+        "prepare the text of stage 2",
+        "train stage 1",
+        "train stage 2",
+        "show the result",
+        "done",
+    ]
+    calls = copy.calls_file.read_text(encoding="utf-8")
+    trainings = re.findall(r"-m k2train\.train (.*?)\s*$", calls, re.MULTILINE)
+    told = "run.seed=1 data.order=[0,_1] parallel.tensor=2 parallel.pipeline=2"
+    assert trainings == [f"configs/demo/stage1.yaml {told}", f"configs/demo/stage2.yaml {told}"]
+    table = done.stdout.split("== done\n")[1].splitlines()
+    assert [line.split("  ")[-1] for line in table] == [*parts[:-1], "in all"]
+    assert all(re.match(r" *\d+ s  ", line) for line in table)
+
+
+@pytest.mark.parametrize(
+    ("variables", "code", "told"),
+    [
+        ({"PIP_CODE": "3"}, 1, 'quickstart: "set up" failed (exit code 1); its message is above'),
+        ({"TOOL_CODE": "2"}, 2, 'quickstart: "prepare the text of stage 1" failed (exit code 2); its message is above'),
+        ({"TRAIN_CODE": "1"}, 1, 'quickstart: "train stage 1" failed (exit code 1); its message is above'),
+        ({"TRAIN_CODE": "75"}, 75, 'quickstart: stopped in "train stage 1"; to go on: bash scripts/quickstart.sh'),
+    ],
+)
+def test_quickstart_ends_at_the_part_that_failed(copy: Copy, variables: dict[str, str], code: int, told: str) -> None:
+    """Catches a later part run on what an earlier one did not make, and a failure told as success."""
+    ended = copy.run("scripts/quickstart.sh", **variables)
+    assert ended.returncode == code
+    assert ended.stderr.splitlines()[-1] == told
+    assert "== show the result" not in ended.stdout
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_quickstart_passes_a_signal_on_and_waits_for_the_save(copy: Copy, number: signal.Signals) -> None:
+    """Catches a training left behind by Ctrl-C or kill, one that is not given the time to save, and a part started after."""
+    process = copy.start("scripts/quickstart.sh", TRAIN_TENTHS="300")
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("training"):
+            break
+    time.sleep(0.2)
+    process.send_signal(number)
+    process.wait(timeout=20)
+    assert copy.calls_file.with_suffix(".saved").exists(), "it ended before the training had saved"
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 75, err
+    assert err.splitlines()[-1] == 'quickstart: stopped in "train stage 1"; to go on: bash scripts/quickstart.sh'
+
+
+def test_test_script_runs_the_checks_and_then_pytest(copy: Copy) -> None:
+    """Catches a check left out, or pytest before it, whose summary would then not be the last line."""
+    assert copy.run("scripts/test.sh").returncode == 0
+    called = [line.split()[1] for line in copy.calls("-m ")]
+    assert called == ["venv", "pip", "ruff", "ruff", "mypy", "pytest"]
+
+
+def test_test_script_with_arguments_is_pytest(copy: Copy) -> None:
+    """Catches an argument with spaces torn apart or swallowed."""
+    assert copy.run("scripts/test.sh", "-m", "not slow").returncode == 0
+    assert copy.calls("-m ")[2:] == ["-m pytest -q -m not_slow"]
+
+
+@pytest.mark.parametrize(("module", "name"), [("ruff", "ruff check"), ("mypy", "mypy")])
+def test_test_script_fails_with_a_check(copy: Copy, module: str, name: str) -> None:
+    """Catches a broken check that continuous integration shows as green."""
+    failed = copy.run("scripts/test.sh", **{f"CODE_{module}": "4"})
+    assert failed.returncode == 4
+    assert failed.stderr == f"test: {name} failed (exit code 4)\n"
+    assert not any("pytest" in line for line in copy.calls("-m "))
+
+
+def test_continuous_integration_runs_everything(copy: Copy) -> None:
+    """Catches slow tests left out where nobody is in a hurry, and a failure that CI does not see."""
+    assert copy.run(".ci/run", K2TRAIN_REQUIRE_SLURM="0").returncode == 0
+    assert copy.calls("-m ")[-1] == "-m pytest -q"
+    assert copy.run(".ci/run", K2TRAIN_REQUIRE_SLURM="0", CODE_pytest="1").returncode == 1
+
+
+def test_quickstart_refuses_what_only_one_stage_can_take(copy: Copy) -> None:
+    """Both stages would write to one place, and stage 2 look for stage 1 in another."""
+    done = copy.run("scripts/quickstart.sh", "run.directory=elsewhere")
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1 and "run.directory" in done.stderr
+    assert copy.calls("") == []

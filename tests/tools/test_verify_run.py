@@ -1,0 +1,182 @@
+"""Checking a whole run: would catch a bit of any record that does not count, two files that contradict each other and
+pass, and a run that was stopped and started again, whole in every part, that is called damaged."""
+
+import json
+import random
+import re
+import runpy
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from k2train.checkpoint.manifest import MANIFEST, seal
+from k2train.config.load import Config
+from k2train.guard.stop_signals import StopRequest
+from k2train.launch.environment import Launch
+from k2train.record.ledger import Ledger, read_ledger
+from k2train.record.metrics import MetricsWriter, read_metrics
+from k2train.run_lock.lock import RunLock
+from k2train.train.preflight import prepare_start, run_directory
+from k2train.train.trainer import Trainer
+from tests.support.gloo_pool import GlooPool
+from tests.support.tiny_corpus import ROOT, config_tree, make_corpus
+from tests.support.tiny_model import grid_of
+
+TOOL = runpy.run_path(str(ROOT / "tools" / "verify_run.py"))
+verify: Callable[[list[str]], int] = TOOL["main"]
+FLIPS = 400
+
+
+def locked_job(launch: Launch, tree: dict[str, Any]) -> int:
+    """A start as the command line does it, lock included; the exit code."""
+    config = Config.model_validate(tree)
+    with RunLock(run_directory(config)) as lock:
+        start = prepare_start(config, launch.world_size, verify=True)
+        trainer = Trainer(config, grid_of(launch, config), start, StopRequest(), verify=True, lock=lock)
+        try:
+            trainer.begin()
+            return trainer.run()
+        finally:
+            trainer.close()
+
+
+@pytest.fixture(scope="module")
+def whole(pool: GlooPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was stopped after two steps and started again: two starts, two tokens."""
+    base = tmp_path_factory.mktemp("verify_run")
+    make_corpus(base / "data", chunks=1)
+    tree = config_tree(
+        base / "data" / "manifest.json",
+        base / "runs",
+        "whole",
+        audit={"root_every_steps": 1},
+        wandb={"mode": "disabled"},
+    )
+    assert pool.run(1, locked_job, tree | {"run": tree["run"] | {"stop_after_steps": 2}}) == [75]
+    assert pool.run(1, locked_job, tree) == [0]
+    return base / "runs" / "whole"
+
+
+@pytest.fixture
+def run(whole: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(whole, tmp_path / "whole"))
+
+
+def problems(run: Path, *arguments: str) -> list[str]:
+    return [problem.text for problem in TOOL["problems_of"](run, *(arguments or (None,))) if not problem.note]
+
+
+def test_a_whole_run_is_called_whole(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert verify([str(whole), "--data"]) == 0
+    said = capsys.readouterr()
+    assert said.err == "" and said.out.splitlines()[-1] == f"{whole}: whole"
+    assert len(read_metrics(whole / "state_roots.jsonl")) == 5
+    tokens = [event["fencing_token"] for event in read_ledger(whole / "ledger.jsonl") if "fencing_token" in event]
+    assert tokens[:1] == [1] and tokens[-1] == 2
+
+
+@pytest.mark.parametrize("name", ["ledger.jsonl", "metrics.jsonl", "state_roots.jsonl", "config.yaml"])
+def test_four_hundred_changed_bits_are_all_found_and_named(run: Path, name: str) -> None:
+    """A hundred in each of the four; the checkpoints are left out, they are hashed elsewhere."""
+    shutil.rmtree(run / "checkpoints")
+    before = set(problems(run))
+    path, draw = run / name, random.Random(name)
+    content = path.read_bytes()
+    for _ in range(FLIPS // 4):
+        place = draw.randrange(8 * len(content))
+        damaged = bytearray(content)
+        damaged[place // 8] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        found = [line for line in problems(run) if line not in before]
+        line = content.count(b"\n", 0, place // 8) + 1
+        named = f"{path}: is not the config" if name == "config.yaml" else f"{path}: line {line} "
+        assert found and found[0].startswith(named), (place, found)
+
+
+def test_a_changed_bit_of_a_checkpoint_is_named(run: Path) -> None:
+    shard = next((run / "checkpoints" / "ckpt_001" / "optimizer").iterdir())
+    content = bytearray(shard.read_bytes())
+    content[-5] ^= 4
+    shard.write_bytes(content)
+    (found,) = problems(run)
+    assert str(run / "checkpoints" / "ckpt_001") in found and shard.name in found
+
+
+def edit_manifest(run: Path, **changes: Any) -> None:
+    path = run / "checkpoints" / "ckpt_001" / MANIFEST
+    path.write_text(json.dumps(seal(json.loads(path.read_text()) | changes)))
+
+
+def edit_ledger(run: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """The same events, changed, in a chain of their own."""
+    events = read_ledger(run / "ledger.jsonl")
+    (run / "ledger.jsonl").unlink()
+    ledger = Ledger(run / "ledger.jsonl")
+    for event in events:
+        facts = {key: value for key, value in event.items() if key not in ("seq", "time", "event", "previous")}
+        change(facts)
+        ledger.append(event["event"], **facts)
+
+
+def same_token(run: Path) -> None:
+    edit_ledger(run, lambda facts: facts.update(fencing_token=2) if "fencing_token" in facts else None)
+
+
+def other_root(run: Path) -> None:
+    rows = read_metrics(run / "state_roots.jsonl")
+    (run / "state_roots.jsonl").unlink()
+    for row in rows:
+        MetricsWriter(run / "state_roots.jsonl").write(row | {"root": "0" * 64})
+
+
+CONTRADICTIONS: list[tuple[Callable[[Path], object], str]] = [
+    (lambda run: edit_manifest(run, loss=0.5), r"ckpt_001/manifest.json: is not the one that .*ledger.jsonl, line \d+"),
+    (lambda run: edit_manifest(run, step=4), r"ckpt_001: is of step 4, .*ledger.jsonl, line \d+ says 5"),
+    (lambda run: edit_manifest(run, fencing_token=1), r"ckpt_001: was written under fencing token 1, .* was under 2"),
+    (lambda run: shutil.rmtree(run / "checkpoints" / "ckpt_001"), r"ckpt_001: is missing, ledger.jsonl, line \d+"),
+    (lambda run: (run / "config.yaml").unlink(), "config.yaml: is missing"),
+    (same_token, r"ledger.jsonl: line \d+ has fencing token 2, line \d+ had 2"),
+    (other_root, r"ckpt_00\d.*: its state has root \w{16}, state_roots.jsonl, line \d+ says 0000"),
+    (lambda run: (run / "checkpoints" / "ckpt_001" / "model" / "extra.safetensors").touch(), "extra.safetensors"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "said"), CONTRADICTIONS)
+def test_files_that_contradict_each_other(run: Path, change: Callable[[Path], object], said: str) -> None:
+    change(run)
+    found = problems(run)
+    assert [line for line in found if re.search(said, line)], found
+    assert verify([str(run)]) == 2
+
+
+def test_what_a_kill_leaves_behind_is_a_note(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Killed between the rename of a checkpoint and its line, and in the middle of a metrics row."""
+    lines = (run / "ledger.jsonl").read_bytes().splitlines(keepends=True)
+    last = max(index for index, line in enumerate(lines) if b'"checkpoint_saved"' in line)
+    (run / "ledger.jsonl").write_bytes(b"".join(lines[:last]) + lines[last][:50])
+    with (run / "metrics.jsonl").open("ab") as stream:
+        stream.write(b'{"step": 6, "att')
+    assert verify([str(run)]) == 0
+    assert "note: " in (said := capsys.readouterr()).out and "ckpt_001: the ledger does not tell of it" in said.out
+
+
+def test_the_data_is_read_when_asked(run: Path, tmp_path: Path, whole: Path) -> None:
+    data = Path(shutil.copytree(whole.parents[1] / "data", tmp_path / "data"))
+    assert problems(run, str(data)) == []
+    content = bytearray((data / "chunk_000.npy").read_bytes())
+    content[200] ^= 1
+    (data / "chunk_000.npy").write_bytes(content)
+    assert problems(run) == []
+    assert "chunk_000" in problems(run, str(data))[0]
+    make_corpus(tmp_path / "other", chunks=1, seed=2)
+    assert "is not the data that" in problems(run, str(tmp_path / "other"))[0]
+
+
+@pytest.mark.parametrize("data", [[], ["--data"]])
+def test_what_is_no_run_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], data: list[str]) -> None:
+    assert verify([str(tmp_path / "none"), *data]) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and len(said.err.splitlines()) == 1 and "ledger.jsonl does not exist" in said.err

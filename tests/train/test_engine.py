@@ -1,0 +1,213 @@
+"""The engine and the kernels: what is built is what was planned, and every choice of kernel computes the same."""
+
+import gc
+import weakref
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from k2train.errors import ConfigError
+from k2train.launch.environment import Launch
+from k2train.model.kernels.select import choose_kernels
+from k2train.parallel.grad_accumulation import sink_of
+from k2train.parallel.grid import SINGLE
+from k2train.parallel.shard import named_pieces
+from k2train.plan.cost import rank_parameters, state_bytes
+from k2train.plan.layout import Layout
+from k2train.train.engine import Engine, axes_of
+from tests.support.gloo_pool import GlooPool
+from tests.support.tiny_model import assemble, grid_of, microbatches_of, shapes_of, tiny_config, train_job
+
+STEPS = 2
+
+
+def build_job(launch: Launch, config: Any) -> dict[str, Any]:
+    engine = Engine(config, grid_of(launch, config))
+    pieces = [piece for stage in engine.stages.values() for _, piece in named_pieces(stage)]
+    held = [engine.gradients.line, *engine.optimizer.lines.values()]
+    for parameter, _ in engine.gradients.table.parameters():
+        held += [parameter, sink_of(parameter).total]
+    memory = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in held}
+    return {
+        "parameters": sum(int(np.prod(piece.shape)) for piece in pieces),
+        "bytes": sum(memory.values()),
+        "text": str(engine.stages),
+        "architecture": engine.architecture,
+    }
+
+
+@pytest.mark.parametrize("precision", ("fp32", "bf16"))
+@pytest.mark.parametrize(("tp", "pp", "dp", "v"), ((1, 1, 1, 1), (2, 2, 1, 1), (2, 1, 2, 1), (1, 2, 1, 2)))
+def test_built_equals_planned(pool: GlooPool, tp: int, pp: int, dp: int, v: int, precision: str) -> None:
+    """The plan counts what is built: a second formula for a fact drifts unless the two are compared."""
+    config = tiny_config(
+        parallel__tensor=tp,
+        parallel__pipeline=pp,
+        parallel__stages_per_rank=v,
+        parallel__schedule="interleaved" if v > 1 else "1f1b",
+        model__vocab_size=256,
+        precision=precision,
+    )
+    built = pool.run(tp * pp * dp, build_job, config)
+    layout = Layout(tp, pp, dp, v)
+    for rank, found in enumerate(built):
+        stage = layout.coordinate(rank).pp
+        assert found["parameters"] == rank_parameters(found["architecture"], layout, stage)
+        planned = state_bytes(found["architecture"], layout, config.precision, stage).total_bytes
+        assert planned <= found["bytes"] <= planned * 1.05, "padding beyond 5%"
+
+
+def test_printed_model_shows_the_shard(pool: GlooPool) -> None:
+    """A reader of the log can see which part of each product a rank holds."""
+    config = tiny_config(parallel__tensor=2, parallel__sequence=True)
+    text = pool.run(2, build_job, config)[1]["text"]
+    assert "out=48 of 32+32+32, tp 1/2, sequence=True" in text
+    assert "ids=126..250 of 251" in text
+
+
+def run(pool: GlooPool, world: int, **changes: Any) -> Any:
+    config = tiny_config(**changes)
+    parts = pool.run(world, train_job, config, STEPS)
+    return parts[0]["results"], assemble([part["weights"] for part in parts], shapes_of(config))
+
+
+@pytest.mark.parametrize(
+    "kernel", [{f"kernels__{key}": "reference"} for key in ("attention", "norm", "elementwise", "loss", "optimizer")]
+)
+@pytest.mark.parametrize("kv_heads", (4, 2))
+def test_kernels_equal_their_reference(pool: GlooPool, kernel: dict[str, str], kv_heads: int) -> None:
+    """Each fast kernel against the same thing written out, grouped-query attention too."""
+    fast, written_out = (run(pool, 1, model__num_kv_heads=kv_heads, **changes) for changes in ({}, kernel))
+    assert np.allclose(fast[0], written_out[0], rtol=2e-6, atol=0)
+    for name, value in fast[1].items():
+        assert np.abs(value - written_out[1][name]).max() <= 1e-5 * np.abs(value).max(), name
+
+
+@pytest.mark.parametrize(("tp", "pp"), ((1, 1), (2, 2)))
+def test_recompute_changes_no_bit(pool: GlooPool, tp: int, pp: int) -> None:
+    """Computing a block again in the backward, collectives included, gives the same bits as keeping it."""
+    changes = {"parallel__tensor": tp, "parallel__pipeline": pp, "parallel__sequence": tp > 1}
+    kept, again = run(pool, tp * pp, **changes), run(pool, tp * pp, kernels__recompute="full", **changes)
+    assert kept[0] == again[0]
+    for name, value in kept[1].items():
+        assert np.array_equal(value, again[1][name]), name
+
+
+def saved_bytes_job(launch: Launch, config: Any) -> int:
+    """Bytes autograd keeps between forward and backward of one micro-batch, parameters not counted."""
+    engine = Engine(config, grid_of(launch, config))
+    owned = {p.data_ptr() for stage in engine.stages.values() for p in stage.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.data_ptr() not in owned:
+            kept[tensor.data_ptr()] = max(kept.get(tensor.data_ptr(), 0), tensor.numel() * tensor.element_size())
+        return tensor
+
+    tokens = microbatches_of(config, engine.grid, 1)[0]
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = engine.stages[0].loss(engine.stages[0](tokens), tokens)
+    assert loss.requires_grad
+    return sum(kept.values())
+
+
+def test_recompute_keeps_less(pool: GlooPool) -> None:
+    """`recompute: full` must save memory, or it is only slow."""
+    none, full = (pool.run(1, saved_bytes_job, tiny_config(kernels__recompute=kind))[0] for kind in ("none", "full"))
+    assert full < 0.5 * none
+
+
+@pytest.mark.slow
+def test_compiled_equals_plain(pool: GlooPool) -> None:
+    """`kernels.compile: on` computes the same within fp32 rounding."""
+    plain, compiled = run(pool, 1), run(pool, 1, kernels__compile="on")
+    assert np.allclose(plain[0], compiled[0], rtol=1e-5, atol=0)
+
+
+def test_unknown_kernel_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"kernels\.attention \(flash9\) is not one of auto, sdpa, plain, "):
+        choose_kernels(attention="flash9")
+
+
+def test_bf16_weights_are_the_rounded_masters(pool: GlooPool) -> None:
+    """In bf16 the weights in use are the fp32 masters rounded, after each step, on every rank."""
+    assert all(pool.run(2, rounded_job, tiny_config(parallel__tensor=1, precision="bf16")))
+
+
+def rounded_job(launch: Launch, config: Any) -> bool:
+    grid = grid_of(launch, config)
+    engine = Engine(config, grid)
+    before = engine.optimizer.master.clone()
+    engine.train_step(microbatches_of(config, grid, 1), 1e-3)
+    assert not torch.equal(before, engine.optimizer.master), "the step changed nothing"
+    for slot in engine.gradients.table.slots:
+        start, stop = slot.rows(grid.dp)
+        weights = slot.piece.of(slot.parameter.data)[start:stop]
+        assert weights.dtype == torch.bfloat16
+        if not torch.equal(weights, engine.optimizer.view("master", slot).bfloat16()):
+            return False
+    return True
+
+
+def freed_job(launch: Launch, config: Any) -> bool:
+    grid = grid_of(launch, config)
+    engine = Engine(config, grid)
+    engine.train_step(microbatches_of(config, grid, 1), 1e-3)
+    gone = weakref.ref(grid), weakref.ref(engine.gradients), weakref.ref(engine.stages[0])
+    del engine, grid
+    gc.collect()
+    return all(reference() is None for reference in gone)
+
+
+def test_an_engine_can_be_freed(pool: GlooPool) -> None:
+    """A hook that holds its buffer for ever keeps the weights, and the process groups with their threads, for ever."""
+    assert pool.run(1, freed_job, tiny_config()) == [True]
+
+
+def split_job(launch: Launch, config: Any) -> dict[str, list[int]]:
+    """After each I and W of a step: how many matrices, of how many, have a gradient."""
+    engine = Engine(config, grid_of(launch, config))
+    batches = microbatches_of(config, engine.grid, 1)
+    matrices = [sink_of(p).total for p, _ in engine.gradients.table.parameters() if p.dim() == 2]
+    told: dict[str, list[int]] = {"I": [], "W": [], "of": [len(matrices)]}
+    run = engine.executor.run
+
+    def watched(*args: Any) -> Any:
+        def after(action: Any) -> None:
+            if action.op.value in told:
+                told[action.op.value].append(sum(bool(total.any()) for total in matrices))
+
+        return run(*args, observe=after)
+
+    engine.executor.run = watched  # type: ignore[method-assign]
+    engine.train_step(batches, 1e-3)
+    return told
+
+
+def test_a_split_backward_is_split(pool: GlooPool) -> None:
+    """Catches an engine whose zero-bubble schedules compute weight gradients with the input's: right, and no faster."""
+    (told,) = pool.run(1, split_job, tiny_config(parallel__schedule="zb-h1", batch__global_sequences=4))
+    matrices = told["of"][0]
+    # The head's is made with the loss.
+    assert told["I"][0] == 1 and told["W"][-1] == matrices > 1, told
+
+
+@pytest.mark.parametrize("device", ("cpu", "cuda"))
+@pytest.mark.parametrize("asked", ("auto", "on", "off"))
+def test_the_axes_communicate_as_asked(device: str, asked: str) -> None:
+    """Catches a key that never reaches the layers, and what suits an accelerator done on a CPU."""
+    gathered = {"auto": "auto", "on": "again", "off": "keep"}[asked]
+    config = tiny_config(
+        parallel__overlap=asked,
+        parallel__gathered=gathered,
+        parallel__tensor=2,
+        parallel__symmetric_memory=asked == "on",
+    )
+    grid: Any = SimpleNamespace(tp=SINGLE["tp"], dp=SINGLE["dp"], device=torch.device(device))
+    tp, dp = axes_of(config, grid)
+    expected = asked == "on" or (asked == "auto" and device == "cuda")
+    assert (tp.overlap, tp.regather, dp.overlap) == (expected, expected, expected)
+    assert (tp.symmetric, dp.regather, dp.symmetric) == (asked == "on", False, False)

@@ -1,0 +1,362 @@
+"""What is decided before a device is touched: data, checkpoint to continue from, sameness of runs, the seam."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import k2train.train.preflight as preflight
+from k2train.checkpoint.manifest import MANIFEST, THINNED, checkpoint_name, seal
+from k2train.config.load import Config
+from k2train.data.chunk import read_manifest, write_manifest
+from k2train.data.manifest import common_data
+from k2train.errors import CheckpointError, ConfigError, DataError, RunError
+from k2train.files import sha256_file, write_synced
+from k2train.train.preflight import (
+    check_data,
+    learning_rate,
+    prepare_start,
+    verify_data,
+)
+from k2train.train.resume_check import identity_differences, identity_of
+from tests.support.tiny_corpus import GLOBAL, config_tree, make_corpus
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("preflight") / "data"
+    make_corpus(folder, 3)
+    return folder
+
+
+class Run:
+    """A config and, where asked, checkpoints that are nothing but their manifests."""
+
+    def __init__(self, folder: Path, data: Path):
+        self.folder, self.data = folder, data
+        self.directory = folder / "runs" / "r"
+
+    def config(self, **changes: Any) -> Config:
+        return Config.model_validate(config_tree(self.data / "manifest.json", self.folder / "runs", "r", **changes))
+
+    def start(self, world: int = 1, **changes: Any) -> preflight.Start:
+        return prepare_start(self.config(**changes), world, verify=True)
+
+    def checkpoint(self, chunks: int, step: int, numbered: bool = True, **facts: Any) -> Path:
+        config = self.config()
+        manifest, order = check_data(config)
+        name = checkpoint_name(chunks, None if numbered else step)
+        path = self.directory / "checkpoints" / name
+        path.mkdir(parents=True)
+        (path / "model").mkdir()
+        identity = identity_of(config, manifest, order)
+        content = {
+            "format": 1,
+            "name": name,
+            "step": step,
+            "adam_steps": step,
+            "consumed_tokens": step,
+            "chunks": {"consumed": chunks, "order": identity["data"]["order"]},
+            "config": config.model_dump(mode="json"),
+            "identity": identity,
+            "data": {"tokenizer_sha256": manifest.tokenizer_sha256, "manifest_sha256": manifest.sha256},
+            "lr": 0.25,
+            "tensors": {},
+            "files": {},
+            **facts,
+        }
+        (path / MANIFEST).write_text(json.dumps(seal(content)))
+        return path
+
+
+@pytest.fixture
+def run(tmp_path: Path, data: Path) -> Run:
+    return Run(tmp_path, data)
+
+
+def test_a_fresh_start(run: Run) -> None:
+    """Nothing to continue from, nothing written, the layout as the world gives it."""
+    start = run.start(world=6, parallel__tensor=2)
+    assert (start.candidates, start.refused, start.parent) == ((), (), None)
+    assert (start.layout.tensor, start.layout.data) == (2, 3)
+    assert start.order.total_steps == 15
+    assert not run.folder.joinpath("runs").exists()
+
+
+def test_the_newest_is_wanted_first(run: Run) -> None:
+    """A save on request lies between its chunk's number and the next; name order alone would do the same by luck only."""
+    for chunks, step, numbered in ((0, 0, True), (1, 5, True), (1, 7, False), (1, 9, False)):
+        run.checkpoint(chunks, step, numbered)
+    names = [path.name for path in run.start().candidates]
+    assert names == ["ckpt_001_step_000009", "ckpt_001_step_000007", "ckpt_001", "ckpt_000"]
+    run.checkpoint(2, 10)
+    assert run.start().candidates[0].name == "ckpt_002"
+    assert [path.name for path in run.start(run__resume=1).candidates] == ["ckpt_001"]
+    assert run.start(run__resume="must").candidates[0].name == "ckpt_002"
+
+
+def test_a_broken_manifest_is_passed_over_and_told(run: Run) -> None:
+    """The one before is taken, and why is kept for the ledger."""
+    run.checkpoint(0, 0)
+    (run.checkpoint(1, 5) / MANIFEST).write_text("{")
+    start = run.start()
+    assert [path.name for path in start.candidates] == ["ckpt_000"]
+    assert len(start.refused) == 1 and "ckpt_001" in start.refused[0]
+
+
+def test_a_thinned_one_is_passed_over(run: Run) -> None:
+    """Only weights: with a whole one beside it that one is taken, alone it is an error, never a fresh start."""
+    run.checkpoint(0, 0)
+    path = run.checkpoint(1, 5)
+    (path / THINNED).write_text("{}")
+    assert [path.name for path in run.start().candidates] == ["ckpt_000"]
+    (run.directory / "checkpoints" / "ckpt_000" / THINNED).write_text("{}")
+    with pytest.raises(CheckpointError, match="thinned"):
+        run.start()
+
+
+def test_never_means_never(run: Run) -> None:
+    """A directory with a ledger, even without a checkpoint, is somebody's run."""
+    assert run.start(run__resume="never").candidates == ()
+    run.directory.mkdir(parents=True)
+    (run.directory / "ledger.jsonl").write_text("")
+    with pytest.raises(RunError, match="never"):
+        run.start(run__resume="never")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    (
+        {"batch__micro_sequences": 3},
+        {"checkpoint__every_seconds": 5.0},
+        {"kernels__attention": "reference"},
+        {"run__stop_after_steps": 3},
+        {"wandb__mode": "offline"},
+        {"parallel__pipeline": 2},
+    ),
+    ids=str,
+)
+def test_what_may_change(run: Run, changes: dict[str, Any]) -> None:
+    """None of these decides a number of the run, so none may keep it from going on."""
+    run.checkpoint(1, 5)
+    assert run.start(world=2, **changes).candidates
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    (
+        ({"batch__global_sequences": 6}, "batch.global_sequences: 12 -> 6"),
+        ({"run__seed": 8}, "run.seed: 7 -> 8"),
+        ({"model__init_std": 0.1}, "model.init_std: 0.2 -> 0.1"),
+        ({"optimizer__weight_decay": 0.0}, "optimizer.weight_decay: 0.1 -> 0.0"),
+        ({"data__order": [0, 2, 1]}, "data.order at place 1: chunk_001"),
+        ({"data__order": [0, 1]}, "data.order: 3 chunks -> 2 chunks"),
+    ),
+    ids=str,
+)
+def test_what_may_not_change(run: Run, changes: dict[str, Any], words: str) -> None:
+    """Each of these would make another run under the same name."""
+    run.checkpoint(1, 5)
+    with pytest.raises(CheckpointError, match="belongs to another run") as caught:
+        run.start(**changes)
+    assert words in str(caught.value) and len(str(caught.value).splitlines()) == 1
+
+
+def test_differences_of_nothing(run: Run, data: Path) -> None:
+    """Equal identities, one of them read back from JSON, do not differ; an empty one differs in everything."""
+    config = run.config()
+    identity = identity_of(config, *check_data(config))
+    assert identity_differences(json.loads(json.dumps(identity)), identity) == []
+    assert len(identity_differences({}, identity)) > 20
+
+
+def test_large_data_is_not_all_hashed_at_start(
+    run: Run, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With terabytes of chunks a start must not read them all: the next only; and nobody hashes without `verify`."""
+    seen: list[str] = []
+    monkeypatch.setattr(preflight, "verify_chunk", lambda manifest, info: seen.append(info.name))
+    prepare_start(run.config(), 1, verify=False)
+    assert seen == []
+    run.start()
+    assert seen == ["chunk_000", "chunk_001", "chunk_002", "held_out"]
+    seen.clear()
+    monkeypatch.setattr(preflight, "HASH_AT_START_BYTES", 1000)
+    manifest, order = check_data(run.config(data__order=[2, 0]))
+    for step, names in ((0, ["chunk_002"]), (4, ["chunk_002"]), (5, ["chunk_000"]), (10, [])):
+        seen.clear()
+        verify_data(manifest, order, step)
+        assert seen == [*names, "held_out"], step
+
+
+def damage(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-7] ^= 1
+    file.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize(
+    ("hurt", "chunks", "found"),
+    (
+        ("held_out", 0, True),
+        ("held_out", 2, True),
+        ("chunk_000", 0, True),
+        ("chunk_001", 0, False),
+        ("chunk_001", 1, True),
+        ("chunk_000", 1, False),
+    ),
+)
+def test_damage_in_what_is_read_next(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, hurt: str, chunks: int, found: bool
+) -> None:
+    """Large data too: the chunk that the step after the checkpoint opens and the held-out one are hashed at the start."""
+    monkeypatch.setattr(preflight, "HASH_AT_START_BYTES", 0)
+    shutil.copytree(data, tmp_path / "data")
+    run = Run(tmp_path, tmp_path / "data")
+    if chunks:
+        run.checkpoint(chunks, 5 * chunks)
+    damage(tmp_path / "data" / f"{hurt}.npy")
+    if found:
+        with pytest.raises(DataError, match=hurt):
+            run.start()
+    else:
+        run.start()
+
+
+def test_held_out_rows_that_make_no_batch(run: Run) -> None:
+    """Every held-out loss would be None, and nobody told."""
+    with pytest.raises(DataError, match=r"24 rows.*batch.global_sequences \(36\)"):
+        run.start(batch__global_sequences=3 * GLOBAL)
+
+
+def rewrite(folder: Path, **changes: Any) -> None:
+    """The manifest of a data folder, some of it changed."""
+    here = read_manifest(folder / "manifest.json")
+    kept = ("tokenizer_sha256", "sequence_length", "vocab_size", "chunks", "held_out", "facts")
+    write_manifest(folder, **({key: getattr(here, key) for key in kept} | changes))
+
+
+def test_another_held_out_chunk(run: Run, tmp_path: Path) -> None:
+    """Its losses could not be compared with those before: not the same run."""
+    run.checkpoint(1, 5)
+    other = make_corpus(tmp_path / "other", 1, seed=5).held_out
+    shutil.copytree(run.data, tmp_path / "data")
+    assert other is not None
+    shutil.copy(tmp_path / "other" / other.file, tmp_path / "data" / other.file)
+    rewrite(tmp_path / "data", held_out=other)
+    with pytest.raises(CheckpointError, match="held_out_sha256") as caught:
+        Run(tmp_path, tmp_path / "data").start()
+    assert "data.order" not in str(caught.value)
+
+
+def test_the_rate_is_a_function_of_the_step(run: Run) -> None:
+    """Warm-up from the first step, `final` at the last; nothing else goes in."""
+    config = run.config(lr={"kind": "linear", "peak": 1.0, "final": 0.25, "warmup_steps": 4})
+    rates = [learning_rate(config, step, 10) for step in range(1, 11)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0] and rates[-1] == 0.25
+    assert rates[4] == pytest.approx(1 - 0.75 / 6)
+
+
+def test_a_schedule_that_does_not_fit(run: Run) -> None:
+    with pytest.raises(ConfigError, match=r"lr.warmup_steps \(15\)"):
+        run.start(lr__warmup_steps=15)
+
+
+def test_a_batch_no_chunk_holds(run: Run) -> None:
+    with pytest.raises(DataError, match="63 rows"):
+        run.start(batch__global_sequences=GLOBAL * 6)
+
+
+def test_the_seam(run: Run, tmp_path: Path) -> None:
+    """A run directory means its last checkpoint; the facts name it by hash; both rates are there."""
+    run.checkpoint(0, 0)
+    parent = run.checkpoint(3, 15)
+    make_corpus(tmp_path / "next", 2, seed=9)
+    child = Run(tmp_path / "child", tmp_path / "next")
+    start = child.start(run__init_from=str(run.directory), lr={"kind": "linear", "peak": 0.5, "warmup_steps": 0})
+    assert start.parent == parent
+    seam = start.seam
+    assert (seam["parent_step"], seam["rate_before"]) == (15, 0.25)
+    assert seam["rate_after"] == 0.5 - 0.5 / 10
+    assert seam["parent_manifest_sha256"] == preflight.hashlib.sha256((parent / MANIFEST).read_bytes()).hexdigest()
+    assert seam["sources_compared"] is False, "neither folder records its sources"
+
+
+def record_sources(folder: Path, **parts: Any) -> str:
+    """`sources.json` of a folder; its sha256."""
+    write_synced(folder / "sources.json", json.dumps({"training": [], "held_out": [], **parts}))
+    return sha256_file(folder / "sources.json")
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "shared"),
+    [
+        ({"training": ["a"]}, {"held_out": ["a"]}, ["source a"]),
+        ({"shares": {"a": [0.0, 0.8]}}, {"shares": {"a": [0.8, 1.0]}}, []),
+        ({"shares": {"a": [0.0, 0.8]}}, {"shares": {"a": [0.7, 1.0]}}, ["source a"]),
+        ({"shares": {"a": [0.0, 0.1]}}, {"training": ["a"]}, ["source a"]),
+        ({"training": ["a"]}, {"shares": {"a": [0.9, 1.0]}}, ["source a"]),
+        (
+            {"training": ["a"], "files": {"a": {"sha256": "1"}, "unused": {"sha256": "2"}}},
+            {"training": ["b", "c"], "files": {"b": {"sha256": "1"}, "c": {"sha256": "2"}}},
+            ["source b is a of before"],
+        ),
+    ],
+)
+def test_files_that_are_split_inside(
+    tmp_path: Path, first: dict[str, Any], second: dict[str, Any], shared: list[str]
+) -> None:
+    """Catches two stages that take the same documents of one file, and a refusal of two that take different ones."""
+    manifests = []
+    for name, parts in (("first", first), ("second", second)):
+        make_corpus(tmp_path / name, 1, seed=len(manifests))
+        rewrite(tmp_path / name, facts={"sources_sha256": record_sources(tmp_path / name, **parts)})
+        manifests.append(read_manifest(tmp_path / name))
+    assert common_data(*manifests) == shared
+
+
+def test_sources_are_compared_where_both_are_recorded(tmp_path: Path) -> None:
+    """`sources_compared` is said only of a comparison that was made, with the very data the stage before read."""
+    for name, seed in (("first", 1), ("next", 9)):
+        make_corpus(tmp_path / name, 2, seed=seed)
+        used = {"training": [f"{name}.txt"]}
+        rewrite(tmp_path / name, facts={"sources_sha256": record_sources(tmp_path / name, **used)})
+    parent = Run(tmp_path / "parent", tmp_path / "first").checkpoint(2, 10)
+    child = Run(tmp_path / "child", tmp_path / "next")
+    assert child.start(run__init_from=str(parent)).seam["sources_compared"] is True
+    shared = record_sources(tmp_path / "next", training=["first.txt"], held_out=["next.txt"])
+    rewrite(tmp_path / "next", facts={"sources_sha256": shared})
+    with pytest.raises(DataError, match=r"shares data with the stage before: source first\.txt"):
+        child.start(run__init_from=str(parent))
+    allowed = child.start(run__init_from=str(parent), data__seen_before="allow").seam
+    assert allowed["data_in_common"] == ["source first.txt"], "what is allowed is still recorded"
+    rewrite(tmp_path / "first", facts={})
+    assert child.start(run__init_from=str(parent)).seam["sources_compared"] is False
+
+
+def test_the_seam_without_the_earlier_data(run: Run, tmp_path: Path) -> None:
+    """The files of the stage before may be gone; the hashes in its checkpoint still tell a shared chunk."""
+    shutil.copytree(run.data, tmp_path / "gone")
+    earlier = Run(tmp_path / "earlier", tmp_path / "gone")
+    parent = earlier.checkpoint(3, 15)
+    shutil.rmtree(tmp_path / "gone")
+    with pytest.raises(DataError, match="shares data with the stage before: chunk_000 is chunk_000"):
+        run.start(run__init_from=str(parent))
+    make_corpus(tmp_path / "next", 2, seed=9)
+    seam = Run(tmp_path / "child", tmp_path / "next").start(run__init_from=str(parent)).seam
+    assert seam["sources_compared"] is False
+
+
+def test_a_data_folder_is_no_checkpoint(run: Run) -> None:
+    """It has a manifest.json as well."""
+    with pytest.raises(CheckpointError, match="neither a checkpoint nor a run directory"):
+        run.start(run__init_from=str(run.data))
+
+
+def test_init_from_is_for_fresh_starts(run: Run) -> None:
+    """A restart of stage 2 goes on with stage 2, whatever has become of its parent."""
+    run.checkpoint(1, 5)
+    start = run.start(run__init_from=str(run.folder / "gone"))
+    assert start.parent is None and start.candidates

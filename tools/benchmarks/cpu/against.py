@@ -1,0 +1,119 @@
+"""A record of speed: k2train as it is beside k2train at the commit of an earlier run, in one call.
+
+The earlier commit is taken out of git into a temporary folder and its own contender runs from there, interleaved with the
+present one: speeds written down on another day belong to that day's machine. BASE.json therefore gives the commit, and its
+numbers are not compared.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import re
+import subprocess
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from benchmarks.cpu.contenders import Contender
+from benchmarks.cpu.crew import worker_of
+from benchmarks.cpu.results import ESTABLISHED, Ratio, Row, ratio
+from benchmarks.cpu.table import FORMAT, ratio_text
+from k2train.errors import RunError
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One layout, now against then: `ratio` above 1 is faster now; None where one of them has no number."""
+
+    name: str
+    precision: str
+    now: float | None
+    then: float | None
+    ratio: Ratio | None
+    verdict: str
+    lost: bool
+
+
+def read_base(path: Path) -> dict[str, Any]:
+    """The record of an earlier run; raises RunError, one line, for what is none."""
+    try:
+        base = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as problem:
+        raise RunError(f"--against {path} cannot be read: {problem.strerror}") from None
+    except ValueError as problem:
+        raise RunError(f"--against {path} is no JSON: {problem}; give a file that --json wrote") from None
+    if not isinstance(base, dict) or base.get("format") != FORMAT or base.get("kind") != "cpu":
+        raise RunError(
+            f"--against {path} is no record of `bench.py cpu` in format {FORMAT}; give a file that --json wrote"
+        )
+    if not re.fullmatch(r"[0-9a-f]{40}", str(base.get("commit"))):
+        raise RunError(f"--against {path} names no commit ({base.get('commit')}); write it from a git checkout")
+    return base
+
+
+@contextlib.contextmanager
+def checkout(repository: Path, commit: str) -> Iterator[Path]:
+    """The tree of a commit in a temporary folder, removed at the end; raises RunError for an unknown one."""
+    git = ["git", "-C", str(repository)]
+    known = subprocess.run([*git, "cat-file", "-e", f"{commit}^{{commit}}"], capture_output=True, check=False)
+    if known.returncode != 0:
+        raise RunError(f"commit {commit} is not in {repository}; fetch it, or give a record made from one that is")
+    with TemporaryDirectory(prefix="k2train-base-") as name:
+        folder = Path(name) / "tree"
+        with subprocess.Popen([*git, "archive", "--format=tar", commit], stdout=subprocess.PIPE) as archive:
+            assert archive.stdout is not None, "started with a pipe"
+            with tarfile.open(fileobj=archive.stdout, mode="r|") as tar:
+                tar.extractall(folder, filter="data")
+        if worker_of(folder) is None:
+            raise RunError(f"commit {commit} has no tools/benchmarks/cpu to run; give a record made from a later one")
+        yield folder
+
+
+def pairs(groups: Sequence[Sequence[Contender]], base: Path) -> list[list[Contender]]:
+    """Of each group k2train's contenders, each followed by its own at the base."""
+    ours = [[c for c in group if c.ours] for group in groups]
+    return [[x for c in group for x in (c, dataclasses.replace(c, root=base))] for group in ours if group]
+
+
+def compare(rows: Sequence[Row]) -> list[Comparison]:
+    """Every layout's two rows as one line."""
+    then = {(row.name, row.precision): row for row in rows if row.base}
+    return [_compare(row, then[row.name, row.precision]) for row in rows if not row.base]
+
+
+def _compare(now: Row, then: Row) -> Comparison:
+    found = None if now.problem or then.problem else ratio(now.seconds, then.seconds)
+    if found is None:
+        lost = bool(now.problem) and not then.problem
+        told = f"now {now.problem}" if now.problem else f"then {then.problem}"
+    else:
+        lost = found.median < 1 - ESTABLISHED
+        told = "LOSS" if lost else "gain" if found.median > 1 + ESTABLISHED else "no established difference"
+    return Comparison(now.name, now.precision, now.tokens_per_second, then.tokens_per_second, found, told, lost)
+
+
+def report(comparisons: Sequence[Comparison], base: dict[str, Any]) -> str:
+    """A Markdown table, and what it rests on."""
+    head = f"Base: commit {base['commit']}, run beside this tree in this call."
+    if base.get("uncommitted_changes"):
+        head += " Its record was made with uncommitted changes on top, which are not part of what ran."
+    lines = [
+        head,
+        f"A loss is a median below {1 - ESTABLISHED:.2f}; differences under {ESTABLISHED:.0%} are not established.",
+        "",
+        "| layout | precision | now, tokens/s | then, tokens/s | now / then | |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for c in comparisons:
+        shown = "-" if c.ratio is None else ratio_text(c.ratio)
+        lines.append(f"| {c.name} | {c.precision} | {_rate(c.now)} | {_rate(c.then)} | {shown} | {c.verdict} |")
+    return "\n".join(lines)
+
+
+def _rate(rate: float | None) -> str:
+    return "-" if rate is None else f"{rate:,.0f}"

@@ -1,0 +1,50 @@
+"""torch's two ways of data parallelism over the reference model: option `kind` is `ddp` or `fsdp2`.
+
+Both as their guides say: DDP with buckets as gradients and no exchange before the last micro-batch; FSDP2 with every
+block and the root sharded, gradients exchanged after the last micro-batch only.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from benchmarks.cpu.contract import Built
+from benchmarks.cpu.llama import DTYPES, FusedAdamW, Llama, accumulate, batches, global_batch, size_of
+from benchmarks.cpu.work import Work
+
+
+def build(work: Work, precision: str, options: Mapping[str, Any], rank: int, world: int) -> Built:
+    """Each rank takes its share of the global batch, in micro-batches of the same size."""
+    torch.manual_seed(work.seed)
+    model = Llama(work, dtype=DTYPES[precision])
+    run, ahead = _ddp(model) if options["kind"] == "ddp" else _fsdp2(model, world)
+    batch, optimizer = batches(global_batch(work), rank, world), FusedAdamW(work, model.parameters())
+
+    def step() -> float:
+        loss = accumulate(run, batch, work, ahead)
+        optimizer.step()
+        return loss
+
+    return Built(step, size_of(model.parameters()))
+
+
+def _ddp(model: Llama) -> tuple[Callable[..., Any], Callable[[bool], None]]:
+    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+    def ahead(last: bool) -> None:
+        # What the context manager no_sync() does; a context manager cannot span a callback.
+        wrapped.require_backward_grad_sync = last
+
+    return wrapped, ahead
+
+
+def _fsdp2(model: Llama, world: int) -> tuple[Callable[..., Any], Callable[[bool], None]]:
+    mesh = init_device_mesh("cpu", (world,))
+    for block in model.blocks.values():
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model, model.set_requires_gradient_sync

@@ -1,0 +1,84 @@
+"""k2train itself, through its engine; the options are the config's sections with the keys that make the layout.
+
+It runs the k2train of the tree that this file stands in, also where another one is installed: an earlier commit is
+measured by its own file with its own package.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import k2train
+from benchmarks.cpu.contract import Built, UnavailableError
+from benchmarks.cpu.llama import batches, global_batch
+from benchmarks.cpu.work import Work
+from k2train.config.load import Config
+from k2train.errors import UserError
+from k2train.parallel.grid import ProcessGrid
+from k2train.plan import cost
+from k2train.train.engine import Engine
+from k2train.train.preflight import layout_of
+
+
+def build(work: Work, precision: str, options: Mapping[str, Any], rank: int, world: int) -> Built:
+    """An engine of the asked layout; a config that this version does not take makes the contender unavailable."""
+    root = Path(__file__).resolve().parents[3]
+    assert Path(str(k2train.__file__)).resolve().parents[1] == root, f"k2train came from {k2train.__file__}, not {root}"
+    try:
+        config = Config.model_validate(_tree(work, precision, options))
+        grid = ProcessGrid(layout_of(config, world), rank, torch.device("cpu"))
+        engine = Engine(config, grid)
+    except (UserError, ValueError, NotImplementedError) as problem:
+        raise UnavailableError(_first_line(problem)) from problem
+    microbatches = list(batches(global_batch(work), grid.dp.rank, grid.dp.size).split(work.micro_sequences))
+
+    def step() -> float:
+        return engine.train_step(microbatches, work.lr).loss
+
+    shape = cost.ModelShape(
+        num_layers=work.num_layers,
+        hidden_size=work.hidden_size,
+        ffn_hidden_size=work.ffn_hidden_size,
+        num_heads=work.num_heads,
+        num_kv_heads=work.num_heads,
+        vocab_size=work.vocab_size,
+    )
+    return Built(step, cost.parameters(shape), str(engine.kernels))
+
+
+def _tree(work: Work, precision: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {
+        "run": {"name": "bench", "seed": work.seed},
+        "model": {
+            "num_layers": work.num_layers,
+            "hidden_size": work.hidden_size,
+            "ffn_hidden_size": work.ffn_hidden_size,
+            "num_heads": work.num_heads,
+            "vocab_size": work.vocab_size,
+            "rope_theta": work.rope_theta,
+            "norm_eps": work.norm_eps,
+            "init_std": work.init_std,
+        },
+        "data": {"manifest": "unused/manifest.json", "sequence_length": work.sequence_length},
+        "batch": {"global_sequences": work.global_sequences, "micro_sequences": work.micro_sequences},
+        "optimizer": {
+            "betas": [work.beta1, work.beta2],
+            "eps": work.eps,
+            "weight_decay": work.weight_decay,
+            "clip_norm": None,
+        },
+        "lr": {"kind": "constant", "peak": work.lr},
+        "precision": precision,
+    }
+    for section, values in options.items():
+        tree[section] = {**tree.get(section, {}), **values}
+    return tree
+
+
+def _first_line(problem: Exception) -> str:
+    lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
+    # pydantic heads its report with a count and puts the message below the key.
+    told = ": ".join(lines[1:3]) if lines and "validation error" in lines[0] else "".join(lines[:1])
+    return told.partition(" [type=")[0]

@@ -1,0 +1,30 @@
+"""The hand-written LLaMA on plain torch in one process; option `compile`: the whole model compiled, loss apart.
+
+One graph of all layers is the most that torch's compiler is offered; block by block, as larger models are compiled, offers
+it less, and a yardstick should be no shorter than it can be.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from benchmarks.cpu.contract import Built
+from benchmarks.cpu.llama import DTYPES, FusedAdamW, Llama, accumulate, global_batch, size_of
+from benchmarks.cpu.work import Work
+
+
+def build(work: Work, precision: str, options: Mapping[str, Any], rank: int, world: int) -> Built:
+    """One process, all micro-batches of the global batch in turn."""
+    torch.manual_seed(work.seed)
+    model = Llama(work, dtype=DTYPES[precision])
+    if options.get("compile"):
+        model.compile()
+    batch, optimizer = global_batch(work), FusedAdamW(work, model.parameters())
+
+    def step() -> float:
+        loss = accumulate(model, batch, work)
+        optimizer.step()
+        return loss
+
+    return Built(step, size_of(model.parameters()))

@@ -1,0 +1,116 @@
+"""Groups of contenders, interleaved: one at a time does some steps, round after round, in alternating order.
+
+Every contender of a group is alive the whole time, waiting in a read; a slow moment of the machine falls on neighbours in a
+round and leaves their ratio. The alternative refused, one contender after the other, compares the machine with itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from benchmarks.cpu.contenders import Contender
+from benchmarks.cpu.crew import Crew
+from benchmarks.cpu.work import Work
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is measured, and how long an answer may take. `measure`: a last step under the memory profiler."""
+
+    rounds: int = 4
+    steps: int = 1
+    warmup_steps: int = 1
+    measure: bool = True
+    cores: int = 2
+    limit_seconds: float = 120.0
+    start_limit_seconds: float = 600.0
+    """For building and the first step, which may compile."""
+    extra_path: str = ""
+    """Added to the workers' module path: contenders of another folder."""
+
+
+@dataclass
+class Sample:
+    """What one contender showed. `seconds` are per step, one for each round; None where it no longer ran."""
+
+    contender: Contender
+    threads: int
+    seconds: list[float | None] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    parameters: int | None = None
+    note: str = ""
+    peak_resident_bytes: int | None = None
+    peak_step_bytes: int | None = None
+    problem: str | None = None
+    kind: str = ""
+
+
+def run_group(contenders: Sequence[Contender], work: Work, plan: Plan, say: Say) -> list[Sample]:
+    """Start, warm up, measure and end the contenders of one group; a problem ends in its contender's sample."""
+    with _crews(contenders, work, plan) as crews:
+        samples = [Sample(crew.contender, crew.threads) for crew in crews]
+        pairs = list(zip(crews, samples, strict=True))
+        for crew, sample in pairs:
+            say(f"starting {crew.contender.name}")
+            _started(crew, sample, plan)
+        for crew, sample in pairs:
+            say(f"warming up {crew.contender.name}")
+            for number in range(plan.warmup_steps):
+                _run(crew, sample, 1, plan.limit_seconds if number else plan.start_limit_seconds)
+        for number in range(plan.rounds):
+            say(f"round {number + 1} of {plan.rounds}")
+            for crew, sample in pairs if number % 2 == 0 else reversed(pairs):
+                sample.seconds.append(_run(crew, sample, plan.steps, plan.limit_seconds))
+        if plan.measure:
+            for crew, sample in pairs:
+                answers = crew.ask("measure", plan.limit_seconds) or []
+                sample.peak_step_bytes = max((int(a["peak_step_bytes"]) for a in answers), default=None)
+        for crew, sample in pairs:
+            sample.problem, sample.kind = crew.problem, crew.kind
+        return samples
+
+
+@contextlib.contextmanager
+def _crews(contenders: Sequence[Contender], work: Work, plan: Plan) -> Iterator[list[Crew]]:
+    crews: list[Crew] = []
+    with TemporaryDirectory(prefix="k2train-bench-") as name:
+        try:
+            for number, contender in zip(itertools.count(), contenders):
+                folder = Path(name) / str(number)
+                crews.append(Crew(contender, work, plan.cores, folder, plan.extra_path))
+            yield crews
+        finally:
+            for crew in crews:
+                crew.end()
+
+
+def _started(crew: Crew, sample: Sample, plan: Plan) -> None:
+    answers = crew.ask(None, plan.start_limit_seconds)
+    if answers:
+        sample.parameters, sample.note = int(answers[0]["parameters"]), str(answers[0]["note"])
+
+
+def _run(crew: Crew, sample: Sample, steps: int, limit_seconds: float) -> float | None:
+    """Seconds a step from the first rank's beginning to the last rank's end; None after a problem."""
+    answers = crew.ask(f"run {steps}", limit_seconds * steps)
+    if answers is None:
+        return None
+    sample.losses += _mean_losses(answers)
+    sample.peak_resident_bytes = sum(int(a["peak_resident_bytes"]) for a in answers)
+    began = min(float(a["began"]) for a in answers)
+    return (max(float(a["ended"]) for a in answers) - began) / steps
+
+
+def _mean_losses(answers: Sequence[dict[str, Any]]) -> list[float]:
+    """Of each step, over the ranks that know one: shares of a batch have one size."""
+    by_step = zip(*(a["losses"] for a in answers), strict=True)
+    known = [[float(x) for x in step if x is not None] for step in by_step]
+    return [sum(step) / len(step) for step in known if step]

@@ -1,0 +1,45 @@
+"""The part of a worker that needs torch: process group and contender, and what a line of the driver makes them do."""
+
+import importlib
+import os
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from benchmarks.cpu.contenders import find
+from benchmarks.cpu.contract import Built, UnavailableError
+from benchmarks.cpu.measure import peak_resident_bytes, peak_step_bytes
+from benchmarks.cpu.work import Work
+
+
+def build(spec: Mapping[str, Any]) -> Built:
+    """The contender of this rank, in its process group; `spec` as `worker.main` takes it."""
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: spec["cores"]])
+    torch.set_num_threads(spec["threads"])
+    module, options = spec["module"], spec["options"]
+    if module is None:
+        known = find(spec["name"])
+        if known is None:
+            raise UnavailableError(f"no contender named {spec['name']} at that commit")
+        module, options = known.module, known.options
+    contender = importlib.import_module(module)
+    store = f"file://{spec['store']}"
+    dist.init_process_group("gloo", init_method=store, rank=spec["rank"], world_size=spec["world"])
+    built = contender.build(Work(**spec["work"]), spec["precision"], options, spec["rank"], spec["world"])
+    assert isinstance(built, Built), f"{module}.build gave {built!r}"
+    return built
+
+
+def obey(built: Built, line: str) -> dict[str, Any]:
+    """Do what the line says; the facts to answer."""
+    command, _, count = line.strip().partition(" ")
+    if command == "measure":
+        return {"peak_step_bytes": peak_step_bytes(built.step)}
+    assert command == "run", f"unknown command {line!r}"
+    began = time.monotonic()
+    losses = [built.step() for _ in range(int(count))]
+    ended = time.monotonic()
+    return {"began": began, "ended": ended, "losses": losses, "peak_resident_bytes": peak_resident_bytes()}

@@ -1,0 +1,126 @@
+"""The report: Markdown with machine, work, every contender's line and the aims, and the same as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from benchmarks.cpu.contenders import PRECISIONS
+from benchmarks.cpu.results import ESTABLISHED, Ratio, Row, Verdict, joining_ratio
+from benchmarks.cpu.rounds import Plan
+from benchmarks.cpu.work import Work
+
+FORMAT = 1
+HEAD = (
+    "contender",
+    "precision",
+    "processes x threads",
+    "tokens/s",
+    "min .. max",
+    "x reference",
+    "x fp32 reference",
+    "loss",
+    "resident MiB",
+    "step MiB",
+    "aims and remarks",
+)
+MIB = 2**20
+
+
+def to_json(
+    work: Work, plan: Plan, machine: Mapping[str, Any], commit: tuple[str | None, bool], seconds: float
+) -> dict[str, Any]:
+    """Everything about a run that is no row; `rows`, `aims` and `against` are added to it."""
+    return {
+        "format": FORMAT,
+        "kind": "cpu",
+        "commit": commit[0],
+        "uncommitted_changes": commit[1],
+        "machine": dict(machine),
+        "work": dataclasses.asdict(work),
+        "rounds": plan.rounds,
+        "steps_a_round": plan.steps,
+        "cores": plan.cores,
+        "seconds": round(seconds, 1),
+    }
+
+
+def rows_json(rows: Sequence[Row], verdicts: Sequence[Verdict]) -> dict[str, Any]:
+    """Rows and aims as JSON takes them."""
+    aims = [{**dataclasses.asdict(v), "met": v.met} for v in verdicts]
+    return {"rows": [dataclasses.asdict(row) for row in rows], "aims": aims}
+
+
+def report(facts: Mapping[str, Any], rows: Sequence[Row], verdicts: Sequence[Verdict]) -> str:
+    """The whole text, the table last."""
+    return "\n".join([*_preamble(facts), "", *_table(rows, verdicts)])
+
+
+def _preamble(facts: Mapping[str, Any]) -> list[str]:
+    machine, work = facts["machine"], Work(**facts["work"])
+    versions = ", ".join(f"{name} {found or 'not installed'}" for name, found in machine["versions"].items())
+    commit = f"{facts['commit'] or 'unknown'}{' with uncommitted changes' if facts['uncommitted_changes'] else ''}"
+    return [
+        f"Machine: {machine['processor']}, {facts['cores']} of {machine['cores']} cores, "
+        f"{machine['memory_bytes'] / 2**30:.0f} GiB, {machine['system']}, load {machine['load']} at the start",
+        f"Versions: Python {machine['python']}, {versions}; k2train commit {commit}",
+        f"Work: {work.num_layers} layers, hidden {work.hidden_size}, ffn {work.ffn_hidden_size}, {work.num_heads} heads, "
+        f"vocabulary {work.vocab_size}: {work.parameters:,} parameters; sequence {work.sequence_length}, "
+        f"micro-batch {work.micro_sequences}, global batch {work.global_sequences}, AdamW",
+        f"Measured: {facts['rounds']} rounds of {facts['steps_a_round']} step(s) in turns, {facts['seconds']:.0f} s in all; "
+        "tokens/s is the median round, a ratio the median of the rounds' ratios within its group. "
+        f"Differences under {ESTABLISHED:.0%} are not established.",
+        "Memory: resident is the sum of the processes' peaks; step is the most one process allocates above what stands "
+        "between steps (activations, temporaries, gradients made anew).",
+    ]
+
+
+def _table(rows: Sequence[Row], verdicts: Sequence[Verdict]) -> list[str]:
+    lines = [_line(HEAD), _line(["---"] * len(HEAD))]
+    return lines + [_line(_cells(row, rows, verdicts)) for row in rows]
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |"
+
+
+def _cells(row: Row, rows: Sequence[Row], verdicts: Sequence[Verdict]) -> list[str]:
+    joining = joining_ratio(rows, row.precision) if row.precision != PRECISIONS[0] else None
+    wide = row.to_reference.median * joining if joining and row.to_reference else None
+    spread = "-" if row.low is None else f"{row.low:,.0f} .. {row.high:,.0f}"
+    loss = "-" if row.first_loss is None else f"{row.first_loss:.3f} -> {row.last_loss:.3f} in {row.steps}"
+    return [
+        row.name,
+        row.precision,
+        f"{row.world} x {row.threads}",
+        "-" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}",
+        spread,
+        "-" if row.to_reference is None else f"{row.to_reference.median:.2f}",
+        "-" if wide is None else f"{wide:.2f}",
+        loss,
+        _mebibytes(row.peak_resident_bytes),
+        _mebibytes(row.peak_step_bytes),
+        "; ".join(_remarks(row, verdicts)) or "-",
+    ]
+
+
+def _remarks(row: Row, verdicts: Sequence[Verdict]) -> list[str]:
+    if row.problem:
+        return [f"{row.kind}: {row.problem}"]
+    return [_aim(v) for v in verdicts if (v.ours, v.precision) == (row.name, row.precision)]
+
+
+def _aim(verdict: Verdict) -> str:
+    measured = ratio_text(verdict.measured)
+    word = "met" if verdict.met else "missed"
+    return f"{measured} of {verdict.theirs}, aim {verdict.wanted:g}: {word}"
+
+
+def ratio_text(ratio: Ratio) -> str:
+    """`1.12 (1.08..1.15)`."""
+    return f"{ratio.median:.2f} ({ratio.low:.2f}..{ratio.high:.2f})"
+
+
+def _mebibytes(count: int | None) -> str:
+    return "-" if count is None else f"{count / MIB:,.0f}"

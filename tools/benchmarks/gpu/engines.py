@@ -1,0 +1,88 @@
+"""k2train's engine for one process, built from a config made in code, and weights that do not take a minute to draw."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu.bench import Bench
+from benchmarks.gpu.sizes import Batch
+from k2train.config.load import Config
+from k2train.launch.environment import Launch
+from k2train.parallel.grid import ProcessGrid, start_process_group, stop_process_group
+from k2train.parallel.shard import named_pieces
+from k2train.plan.cost import ModelShape
+from k2train.plan.layout import Layout
+from k2train.train.engine import Engine
+
+LR = 1e-4
+
+
+@contextmanager
+def world_of_one(bench: Bench) -> Iterator[ProcessGrid]:
+    """The process group and the grid of a single process."""
+    start_process_group(Launch(rank=0, world_size=1, local_rank=0, launched=False), bench.device)
+    try:
+        yield ProcessGrid(Layout.for_world(1, 1, 1, 1), 0, bench.device)
+    finally:
+        stop_process_group()
+
+
+def config_of(shape: ModelShape, batch: Batch, microbatches: int, kernels: dict[str, Any], precision: str) -> Config:
+    """A config that names data nobody opens."""
+    return Config.model_validate(
+        {
+            "run": {"name": "bench", "seed": 7},
+            "model": {
+                "num_layers": shape.num_layers,
+                "hidden_size": shape.hidden_size,
+                "ffn_hidden_size": shape.ffn_hidden_size,
+                "num_heads": shape.num_heads,
+                "num_kv_heads": shape.num_kv_heads,
+                "vocab_size": shape.vocab_size,
+            },
+            "data": {"manifest": "unused/manifest.json", "sequence_length": batch.length_tokens},
+            "batch": {"global_sequences": batch.sequences * microbatches, "micro_sequences": batch.sequences},
+            "lr": {"kind": "constant", "peak": LR},
+            "kernels": kernels,
+            "precision": precision,
+        }
+    )
+
+
+def make_engine(
+    grid: ProcessGrid,
+    shape: ModelShape,
+    batch: Batch,
+    microbatches: int = 1,
+    kernels: dict[str, Any] | None = None,
+    precision: str = "bf16",
+) -> Engine:
+    """An engine with random weights, drawn on the device: the library's own way draws them on the host, by name."""
+    engine = Engine(config_of(shape, batch, microbatches, kernels or {}, precision), grid, fill=False)
+    generator = torch.Generator(grid.device).manual_seed(7)
+    with torch.no_grad():
+        for stage in engine.stages.values():
+            for parameter, piece in named_pieces(stage):
+                values = torch.ones(piece.shape, device=grid.device)
+                if piece.init_std is not None:
+                    values.normal_(0.0, piece.init_std, generator=generator)
+                piece.of(parameter).copy_(values)
+                engine.optimizer.adopt(piece, values)
+    return engine
+
+
+def token_ids(device: torch.device, shape: ModelShape, batch: Batch, microbatches: int = 1) -> list[Tensor]:
+    """Random ids, [sequences, length_tokens] for each micro-batch."""
+    generator = torch.Generator(device).manual_seed(11)
+    size = (batch.sequences, batch.length_tokens)
+    return [torch.randint(0, shape.vocab_size, size, device=device, generator=generator) for _ in range(microbatches)]
+
+
+def forward_backward(engine: Engine, microbatches: Sequence[Tensor]) -> None:
+    """A step without its optimizer: gradients set to zero, every micro-batch forward and backward, sums ready."""
+    engine.gradients.zero()
+    engine._run(engine.program, microbatches, None)
+    engine.gradients.reduce()

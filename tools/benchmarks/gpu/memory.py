@@ -1,0 +1,31 @@
+"""What the planner says a GPU will hold, to stand beside what it held."""
+
+from k2train.plan.activations import Work
+from k2train.plan.cost import ModelShape, state_bytes
+from k2train.plan.layout import Layout
+from k2train.plan.memory import RankMemory, rank_memory
+from k2train.train.engine import Engine
+
+ONE = Layout.for_world(1, 1, 1, 1)
+
+
+def states_bytes(shape: ModelShape, precision: str) -> int:
+    """Weights, gradients and optimizer of a world of one."""
+    return state_bytes(shape, ONE, precision).total_bytes
+
+
+def planned(engine: Engine) -> RankMemory:
+    """The fullest moment of a step of this engine, from its config alone."""
+    config, kernels = engine.config, engine.kernels
+    work = Work(
+        shape=engine.architecture,
+        sequence_length=config.data.sequence_length,
+        micro_sequences=config.batch.micro_sequences,
+        precision=config.precision,
+        regather=engine.tp.regather,
+        attention=kernels.attention_name,
+        block=engine.block,
+        recompute=kernels.recompute,
+        recompute_layers=kernels.recompute_layers,
+    )
+    return rank_memory(work, ONE, engine.program, 0, engine.dp.overlap)

@@ -1,0 +1,40 @@
+"""Part `host`: one step under torch's profiler. Is the device busy, and who makes it wait?"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from functools import partial
+from typing import Any
+
+from benchmarks.gpu.bench import Bench
+from benchmarks.gpu.engines import LR, make_engine, token_ids, world_of_one
+from benchmarks.gpu.profiling import engine_places, profile_step, scopes
+from benchmarks.gpu.sizes import Batch, sizes
+from k2train.parallel.grid import ProcessGrid
+from k2train.plan.cost import ModelShape
+
+MICROBATCHES = 4
+"""What is done once a micro-batch must be seen apart from what is done once a step."""
+
+
+def run(bench: Bench) -> None:
+    work = sizes(bench.dry)
+    name, small = work.models[0]
+    layers = replace(work.k2, num_layers=work.k2_layers[-1])
+    cases = [(f"K2's layers, {layers.num_layers}", layers, work.k2_batches[0]), (name, small, work.model_batches[0])]
+    with world_of_one(bench) as grid:
+        for what, shape, batch in cases:
+            for microbatches in (1, MICROBATCHES):
+                label = f"{what}, {batch}, {microbatches} micro-batch{'es' if microbatches > 1 else ''}"
+                bench.attempt(label, partial(profiled, bench, grid, shape, batch, microbatches))
+
+
+def profiled(bench: Bench, grid: ProcessGrid, shape: ModelShape, batch: Batch, microbatches: int) -> Mapping[str, Any]:
+    """The profile of one engine's step."""
+    engine = make_engine(grid, shape, batch, microbatches)
+    ids = token_ids(bench.device, shape, batch, microbatches)
+    with scopes(engine_places(engine)):
+        for _ in range(3):
+            engine.train_step(ids, LR)
+        found = profile_step(lambda: engine.train_step(ids, LR), bench.cuda)
+    busy = None if found.busy_seconds is None else found.busy_seconds / found.profiled_seconds
+    return {**asdict(found), "rest_seconds": found.rest_seconds, "busy_share": busy}

@@ -1,0 +1,62 @@
+"""Processes of our own modules, started so that they measure this checkout. Standard library only."""
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import NoReturn
+
+EXIT_DONE, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
+TOOLS = Path(__file__).resolve().parents[2]
+ROOT = TOOLS.parent
+
+
+class Parser(argparse.ArgumentParser):
+    """Mistakes as one line, without the usage text in front."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_USAGE, f"{self.prog}: {message}; see --help\n")
+
+
+def command_of(
+    module: str, arguments: Sequence[str], variables: Mapping[str, str] | None = None, processes: int = 1
+) -> list[str]:
+    """The command that runs a module, by torchrun where there are several processes.
+
+    The checkout stands first in the path, so that its package is taken whether or not one is installed; behind it all that
+    this process can import. `env` sets the variables: this process keeps what it was given.
+    """
+    path = os.pathsep.join(dict.fromkeys([str(ROOT), str(TOOLS), *filter(None, sys.path)]))
+    # All processes are on this machine: one whose name resolves to nothing must not matter.
+    given = {"PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", **(variables or {})}
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    start = launcher if processes > 1 else []
+    settings = [f"{name}={value}" for name, value in given.items()]
+    return ["env", *settings, sys.executable, *start, "-m", module, *arguments]
+
+
+def run_to_end(command: Sequence[str], log: Path, seconds: float) -> int | None:
+    """Run in a session of its own, output to `log`; the exit code, None when it was ended after `seconds`.
+
+    Whatever it started is ended with it: compilers start processes of their own.
+    """
+    with log.open("wb") as stream:
+        process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            return process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def last_line(log: Path) -> str:
+    """What a process said last, cut to a row's length."""
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1].strip()[:200] if lines else "no output"

@@ -1,0 +1,90 @@
+"""One process of `tools/bench_schedules.py`: steps of several schedules in turns, and when each action ran.
+
+    python tools/benchmarks/schedules.py TASK.json RANK
+
+All engines are built once and each does a step in its turn, so that what the machine does besides falls on all of them.
+An action's span begins when its input is there and ends when it returns: what a rank waits for is a gap between spans.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from k2train.config.load import load_config
+from k2train.parallel.grid import ProcessGrid, stop_process_group
+from k2train.plan.action import Action
+from k2train.train.engine import Engine
+from k2train.train.preflight import layout_of
+
+
+class Watched:
+    """An engine whose executor records the spans of its last step."""
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+        self.spans: list[list[Any]] = []
+        run: Callable[..., list[Tensor]] = engine.executor.run
+        engine.executor.run = lambda *given: run(*given, observe=self._after, before=self._before)  # type: ignore[method-assign]
+
+    def _before(self, action: Action) -> None:
+        self.start = time.monotonic()
+
+    def _after(self, action: Action) -> None:
+        if action.op.is_compute:
+            self.spans.append([action.op.value, action.stage, action.microbatch, self.start, time.monotonic()])
+
+    def step(self, batch: Tensor) -> dict[str, Any]:
+        """One optimizer step: its seconds, its loss and its spans."""
+        config, grid = self.engine.config, self.engine.grid
+        mine = batch.chunk(grid.dp.size)[grid.dp.rank]
+        self.spans = []
+        dist.barrier()
+        start = time.monotonic()
+        result = self.engine.train_step(list(mine.split(config.batch.micro_sequences)), config.lr.peak)
+        return {"seconds": time.monotonic() - start, "loss": result.loss, "spans": self.spans}
+
+
+def run(task: dict[str, Any], rank: int) -> list[list[dict[str, Any]]]:
+    """The steps of each schedule, those for warming up left out."""
+    torch.set_num_threads(task["threads"])
+    store = dist.FileStore(task["store"], task["world"])
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=task["world"])
+    engines = []
+    for overrides in task["runs"]:
+        config = load_config(task["config"], overrides)
+        grid = ProcessGrid(layout_of(config, task["world"]), rank, torch.device("cpu"))
+        engines.append(Watched(Engine(config, grid)))
+    steps: list[list[dict[str, Any]]] = [[] for _ in engines]
+    generator = torch.Generator().manual_seed(1)
+    for count in range(task["warmup"] + task["steps"]):
+        config = engines[0].engine.config
+        shape = (config.batch.global_sequences, config.data.sequence_length)
+        batch = torch.randint(config.model.vocab_size, shape, generator=generator)
+        for engine, done in zip(engines, steps, strict=True):
+            step = engine.step(batch)
+            if count >= task["warmup"]:
+                done.append(step)
+    stop_process_group()
+    return steps
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run, and leave the result beside the task."""
+    task, rank = Path(arguments[0]), int(arguments[1])
+    steps = run(json.loads(task.read_text(encoding="utf-8")), rank)
+    task.with_name(f"rank_{rank}.json").write_text(json.dumps(steps), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

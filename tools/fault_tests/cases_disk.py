@@ -1,0 +1,301 @@
+"""Rows 4 to 7: what lies on the disk is stale, flipped, cut, missing, exchanged; or the disk is full."""
+
+import contextlib
+import importlib
+import io
+import os
+import random
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from fault_tests import file_damage
+from fault_tests.processes import Job
+from fault_tests.restarts import Campaign
+from fault_tests.result import Bench, Result, run_pytest
+from fault_tests.tiny_run import World
+
+FLIPS = 400
+
+
+def row_4(bench: Bench) -> Result:
+    result = Result(
+        4,
+        "Stale, empty and foreign files beside the checkpoints",
+        "there is no pointer file that could lie: the folder is the truth; never exit code 0 on a failure",
+        "after a kill: empty and half-written `ckpt_*.tmp`, empty checkpoint folders newer than any, pointer files of other "
+        "frameworks that name a wrong step, a symbolic link to an old checkpoint under a new name; then the same command",
+    )
+    world = bench.world(6, 3)
+    campaign = bench.campaign(world, "row4")
+    campaign.attempt("step.read@step=14:kill")
+    folder = campaign.run / "checkpoints"
+    (folder / "ckpt_005.tmp" / "model").mkdir(parents=True)
+    (folder / "ckpt_005.tmp" / "model" / "half.safetensors").write_bytes(b"\x00" * 100)
+    (folder / "ckpt_006").mkdir()
+    (folder / "latest_checkpointed_iteration.txt").write_text("")
+    (folder / "latest").write_text("ckpt_999")
+    (folder / "ckpt_007_step_000021").symlink_to(folder / "ckpt_001", target_is_directory=True)
+    attempt = campaign.attempt()
+    result.problems += campaign.problems
+    if set(attempt.codes) == {2}:
+        result.problems.append(f"the start was refused: {attempt.text[-300:]}")
+    for path in (folder / "ckpt_007_step_000021", folder / "latest", folder / "latest_checkpointed_iteration.txt"):
+        path.unlink(missing_ok=True)
+    result.measured.append(f"the start took the newest whole checkpoint and ended with {attempt.codes}")
+    campaign.finish()
+    result.problems += [problem for problem in campaign.problems if problem not in result.problems]
+    return result
+
+
+def row_5(bench: Bench) -> Result:
+    result = Result(
+        5,
+        "One flipped bit in a file",
+        "every flip found, file named (and tensor, in a shard); a start falls back one checkpoint and comes to the same bits",
+        f"{FLIPS} random bits over ten classes of files of a finished run and its data, each found by the verify tools; "
+        "then starts over a flipped newest checkpoint",
+    )
+    world = bench.world(6, 3, held_out=True)
+    bench.reference(world)
+    run = next(path for path in sorted((world.folder / "runs").iterdir()) if path.name.startswith("undisturbed"))
+    count = 60 if bench.short else FLIPS
+    _flip_all(bench.random(5), run, world, count, result)
+    _fall_back(bench, result, ("flip",), 2 if bench.short else 6)
+    if not bench.short:
+        run_pytest(
+            result,
+            ["tests/data/test_document_boundaries.py", "tests/tools/test_verify_data.py"],
+            bench.scratch,
+            "borders and provenance files",
+        )
+    return result
+
+
+def classes_of(run: Path, world: World) -> dict[str, list[Path]]:
+    """The files a flip may hit, by class; what a run does not have is left out."""
+    newest = file_damage.complete_checkpoints(run)[-1]
+    every = sorted((run / "checkpoints").glob("ckpt_*"))
+    found = {
+        "model shard": sorted((newest / "model").iterdir()),
+        "optimizer shard": sorted((newest / "optimizer").iterdir()),
+        "checkpoint manifest": [path / "manifest.json" for path in every],
+        "thinned marker": [path / "thinned.json" for path in every if (path / "thinned.json").exists()],
+        "ledger": [run / "ledger.jsonl"],
+        "metrics": [run / "metrics.jsonl"],
+        "config.yaml": [run / "config.yaml"],
+        "state_roots.jsonl": [path for path in [run / "state_roots.jsonl"] if path.exists()],
+        "data chunk": sorted(world.data.glob("*.npy")),
+        "data manifest": [world.data / "manifest.json"],
+    }
+    return {name: files for name, files in found.items() if files}
+
+
+def _flip_all(draw: random.Random, run: Path, world: World, count: int, result: Result) -> None:
+    classes = classes_of(run, world)
+    tally = {name: [0, 0] for name in classes}
+    for number in range(count):
+        name = list(classes)[number % len(classes)]
+        path = draw.choice(classes[name])
+        kept = path.read_bytes()
+        where = file_damage.flip_bit(path, draw)
+        try:
+            found, said = verify(name, path, run, world)
+        finally:
+            path.write_bytes(kept)
+        tally[name][0] += 1
+        tally[name][1] += found
+        if not found:
+            result.problems.append(f"{name}: {path.name}, {where}: not found or not named: {said[-200:]}")
+    told = ", ".join(f"{name} {found}/{tried}" for name, (tried, found) in tally.items())
+    result.measured.append(f"found and named: {sum(f for _, f in tally.values())} of {count} ({told})")
+    sound = [name for name in classes if not _quiet(name, run, world)]
+    result.problems += [f"{name}: complained about although nothing is flipped" for name in sound]
+
+
+def _quiet(name: str, run: Path, world: World) -> bool:
+    return all(tool_says(*tool)[0] == 0 for tool in tools_for(name, run, world))
+
+
+def verify(name: str, path: Path, run: Path, world: World) -> tuple[bool, str]:
+    """Whether a tool for that class of file complains and names the file; and what was said."""
+    heard = []
+    for tool in tools_for(name, run, world):
+        code, said = tool_says(*tool)
+        named = path.name in said and (name not in ("model shard", "checkpoint manifest") or path.parent.name in said)
+        if code != 0 and named:
+            return True, said
+        heard.append(said or f"{tool[0]}: exit code {code}, nothing said")
+    return False, " | ".join(heard)
+
+
+def tools_for(name: str, run: Path, world: World) -> list[tuple[str, list[str]]]:
+    """The command lines that are meant to find harm to such a file; for data also the one that knows the run."""
+    if name.startswith("data"):
+        return [("verify_data", [str(world.data), "--workers", "1"]), ("verify_run", [str(run), "--data"])]
+    if name in ("model shard", "optimizer shard", "checkpoint manifest", "thinned marker"):
+        return [("verify_checkpoint", [str(run)])]
+    return [("verify_run", [str(run)])]
+
+
+def tool_says(module: str, arguments: list[str]) -> tuple[int, str]:
+    """Exit code and output of one of our command lines, run in this process."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(out):
+        try:
+            code = int(importlib.import_module(module).main(arguments))
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+    return code, out.getvalue()
+
+
+def _fall_back(bench: Bench, result: Result, kinds: tuple[str, ...], times: int) -> None:
+    """Harm the newest checkpoint of a killed run, start again: it must take the one before, say so, and end alike."""
+    draw, world = bench.random(6), bench.world(6, 3)
+    for kind in kinds:
+        for number in range(times):
+            campaign = bench.campaign(world, f"row{result.row}_{kind}")
+            campaign.attempt("step.read@step=14:kill")
+            whole = file_damage.complete_checkpoints(campaign.run)
+            if len(whole) < 2:
+                result.missing.append(f"{kind} {number}: only {len(whole)} checkpoints to choose from")
+                continue
+            files = file_damage.shards_of(whole[-1])
+            path = files[number % len(files)]
+            where = file_damage.KINDS[kind](path, draw)
+            told = harmed_start(campaign, path)
+            if told:
+                result.problems.append(f"{kind}: {path.parent.name}/{path.name} {where}: {told}")
+            campaign.finish()
+            result.problems += campaign.problems
+        result.measured.append(
+            f"{kind}: {times} starts over a harmed newest checkpoint fell back one, said so and ended alike"
+        )
+
+
+def harmed_start(campaign: Campaign, path: Path) -> str:
+    """Start over a harmed file; what is wrong with what it did, or ""."""
+    campaign.expect_fewer()
+    attempt = campaign.attempt()
+    lines = [line for line in attempt.text.splitlines() if path.parent.parent.name in line and "refused" in line]
+    if not lines:
+        return f"no line says that {path.parent.parent.name} was refused: {attempt.text[:300]}"
+    if path.name not in lines[0]:
+        return f"the file is not named: {lines[0]}"
+    return ""
+
+
+def row_6(bench: Bench) -> Result:
+    result = Result(
+        6,
+        "A shard is cut, empty, missing, exchanged with another, or there is one too many",
+        "found before any weight is touched; one line; fallback to the checkpoint before; all ranks agree; same bits",
+        "each kind over shards of both folders of the newest checkpoint of a killed run, then the same command",
+    )
+    kinds = ("cut", "swapped") if bench.short else ("cut", "empty", "lost", "swapped", "stray")
+    _fall_back(bench, result, kinds, 1 if bench.short else 2)
+    return result
+
+
+def row_7(bench: Bench) -> Result:
+    result = Result(
+        7,
+        "The disk is full, or fails, in the middle of a save",
+        "one line with bytes needed and free; what was written is removed; training goes on and the save is tried again; "
+        "same bits; a save that never finds room ends the run with 1 and earlier checkpoints whole",
+        "ENOSPC and EIO at save points; and a real file system of three megabytes that is filled up while the run trains",
+    )
+    world = bench.world(6, 3)
+    campaign = bench.campaign(world, "row7")
+    faults = [
+        f"{point}@rank={rank}@nth=2:error={code}"
+        for code in ("ENOSPC", "EIO")
+        for point, rank in (("save.model", 1), ("save.optimizer", 0), ("save.manifest", 0))
+    ]
+    for fault in faults[:: 3 if bench.short else 1]:
+        attempt = campaign.attempt(fault)
+        if not {0, 1} >= set(attempt.codes):
+            result.problems.append(f"{fault}: {attempt.codes}")
+        result.measured.append(
+            f"{fault}: ended with {attempt.codes}, at step {attempt.after}"
+            + (" (tried again and went on)" if attempt.codes[0] == 0 else "")
+        )
+        if campaign.done:
+            campaign.finish()
+            result.problems += campaign.problems
+            campaign = bench.campaign(world, "row7")
+    if campaign.attempts:
+        campaign.finish()
+        result.problems += campaign.problems
+    with small_disk(bench.scratch / "small", 3000) as problem:
+        if problem:
+            result.missing.append(f"a real full disk: {problem}")
+        else:
+            _full_disk(bench, world, result)
+    return result
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, kilobytes: int) -> Iterator[str]:
+    """A file system of that size at `folder`; yields why there is none, or ""."""
+    folder.mkdir()
+    options = ["-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs"]
+    made = (
+        subprocess.run(["mount", *options, str(folder)], capture_output=True, text=True) if os.geteuid() == 0 else None
+    )
+    problem = "mounting needs root" if made is None else made.stderr.strip() if made.returncode else ""
+    try:
+        yield problem
+    finally:
+        if not problem:
+            subprocess.run(["umount", str(folder)], check=True)
+
+
+def _full_disk(bench: Bench, world: World, result: Result) -> None:
+    """Fill it with ballast, start, take the ballast away while the save is tried again; then once without mercy."""
+    small = bench.scratch / "small"
+    for mercy in (True, False):
+        run = small / "runs" / f"full_{mercy}"
+        arguments = world.arguments(
+            run.name, f"run.directory={small / 'runs'}", "checkpoint.retry_seconds=" + ("60" if mercy else "1")
+        )
+        ballast = small / "ballast"
+        job = bench.crew.begin(arguments, world.ranks)
+        deadline = time.monotonic() + 60
+        while (
+            not (run / "checkpoints" / "ckpt_001" / "manifest.json").exists()
+            and time.monotonic() < deadline
+            and not job.over
+        ):
+            bench.crew.wait(job, 0.005)
+        free = shutil.disk_usage(small).free
+        ballast.write_bytes(b"\x01" * max(0, free - 20_000))
+        told = _wait_for_line(bench, job, "no space", 30)
+        if mercy:
+            ballast.unlink()
+        bench.crew.wait(job, 120)
+        bench.crew.end(job)
+        wanted = 0 if mercy else 1
+        line = next((line for line in job.text().splitlines() if "no space" in line.lower()), "")
+        if not told or set(job.codes) != {wanted}:
+            result.problems.append(
+                f"full disk, {'room made later' if mercy else 'no room made'}: codes {job.codes}, said {line or job.text()[-300:]}"
+            )
+        else:
+            result.measured.append(
+                f"real full disk, {'room made later' if mercy else 'no room made'}: ended with {job.codes}; {line[-160:]}"
+            )
+        ballast.unlink(missing_ok=True)
+        shutil.rmtree(run, ignore_errors=True)
+
+
+def _wait_for_line(bench: Bench, job: Job, text: str, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if text in job.text().lower():
+            return True
+        if bench.crew.wait(job, 0.05):
+            return text in job.text().lower()
+    return False

@@ -1,0 +1,240 @@
+"""Rows 12 and 17 to 20: numbers go wrong in one place; a run goes on, on another grid, or a second time."""
+
+import json
+import re
+from typing import Any
+
+from fault_tests import disk_state
+from fault_tests.cases_kill import tail
+from fault_tests.restarts import Campaign
+from fault_tests.result import Bench, Result, run_pytest
+from fault_tests.tiny_run import World
+from k2train.checkpoint.manifest import list_checkpoints, read_manifest
+from k2train.errors import EXIT_DONE, EXIT_FAILED
+from k2train.record.metrics import latest
+
+TENSORS = (
+    "embedding.weight",
+    "layers.0.attention.query.weight",
+    "layers.1.mlp.down.weight",
+    "norm.weight",
+    "head.weight",
+)
+STATES = (
+    (0, "embedding.weight", "exp_avg"),
+    (1, "layers.1.mlp.down.weight", "exp_avg_sq"),
+    (1, "head.weight", "master"),
+    (0, "layers.0.attention.query.weight", "exp_avg_sq"),
+)
+
+
+def row_12(bench: Bench) -> Result:
+    result = Result(
+        12,
+        "NaN or Inf in a gradient or a loss, on one rank",
+        "exactly that step is skipped on all ranks; weights and both moments keep every bit; batch logged; three in a row stop",
+        "each rank, several tensors, micro-batches and kinds of value, one run each; the step's own root against the one before",
+    )
+    world = bench.world(4, 3)
+    bench.reference(world)
+    cases = [
+        (f"gradient@rank={rank}@step=5:{value}={name}")
+        for rank in range(world.ranks)
+        for name in TENSORS
+        for value in ("nan", "inf")
+    ]
+    cases += [f"loss@rank={rank}@step=5@nth={nth}:nan" for rank in range(world.ranks) for nth in (1, 2)]
+    held = 0
+    for fault in cases[:: 6 if bench.short else 1]:
+        name = bench.name("row12")
+        job = bench.crew.begin(world.arguments(name), world.ranks, fault)
+        bench.crew.wait(job, 120)
+        bench.crew.end(job)
+        wrong = skipped_problem(world, name, job.codes, job.text())
+        held += not wrong
+        if wrong:
+            result.problems.append(f"{fault}: {wrong}")
+    result.measured.append(f"{held} runs skipped step 5 and nothing else, and left all state as step 4 had it")
+    job = bench.crew.begin(
+        world.arguments(bench.name("row12")), world.ranks, ";".join(f"gradient@rank=1@step={s}:nan" for s in (5, 6, 7))
+    )
+    bench.crew.wait(job, 120)
+    bench.crew.end(job)
+    if job.codes != [EXIT_FAILED] * world.ranks:
+        result.problems.append(f"three in a row: ended with {job.codes}")
+    else:
+        result.measured.append(f"three in a row: stopped with 1 on every rank; {tail(job.text())[-140:]}")
+    return result
+
+
+def skipped_problem(world: World, name: str, codes: list[int], text: str) -> str:
+    run = world.run(name)
+    if codes != [EXIT_DONE] * world.ranks:
+        return f"ended with {codes}: {tail(text)}"
+    skipped = [row["step"] for row in latest(run / "metrics.jsonl") if not row["applied"]]
+    if skipped != [5]:
+        return f"steps {skipped} were not applied"
+    roots = tensor_roots(run / "state_roots.jsonl")
+    if 4 in roots and 5 in roots:
+        changed = [tensor for tensor, digest in roots[5].items() if roots[4].get(tensor) != digest]
+        return f"changed in the skipped step: {changed[:3]}" if changed else ""
+    return "no roots of the state were written for steps 4 and 5"
+
+
+def tensor_roots(path: Any) -> dict[int, dict[str, str]]:
+    """Step -> tensor -> digest of its weights and moments."""
+    if not path.exists():
+        return {}
+    return {row["step"]: row["tensors"] for row in map(json.loads, path.read_text().splitlines())}
+
+
+def row_17(bench: Bench) -> Result:
+    result = Result(
+        17,
+        "A bit flips in memory: in one copy of the weights, or in a moment",
+        "found before the next update, rank and tensor named; the run ends, goes back to a checkpoint of before, and ends with the "
+        "same bits",
+        "one bit of a weight on each of two data-parallel ranks, several tensors, and one bit of each state of the optimizer (of which "
+        "there is no copy); copies compared and roots taken in every step; and one flip in a step in which nothing is compared",
+    )
+    world = bench.world(6, 3).changed(("audit.replicas_every_steps", 1))
+    weights = [(rank, "weight", name) for rank in range(world.ranks) for name in TENSORS][:: 5 if bench.short else 1]
+    states = [(rank, "moment", f"{name}.{state}") for rank, name, state in STATES][:: 2 if bench.short else 1]
+    for what, cases in (("copies of weights", weights), ("states of the optimizer", states)):
+        found = [line for case in cases if (line := _flipped(bench, result, world, *case))]
+        result.measured.append(
+            f"{what}: {len(found)} of {len(cases)} flips found and named"
+            + (f", e.g. {found[0][:200]}" if found else "")
+        )
+    _between(bench, result)
+    run_pytest(
+        result, ["tests/parallel/test_replica_check.py"], bench.scratch, "other layouts, drift by one unit, not finite"
+    )
+    return result
+
+
+def _flipped(bench: Bench, result: Result, world: World, rank: int, kind: str, name: str) -> str:
+    """One flip and what follows; the line that names it, or "" and a problem."""
+    campaign = bench.campaign(world, "row17")
+    attempt = campaign.attempt(f"{kind}@rank={rank}@step=7:flip={name}", None, (EXIT_FAILED,))
+    lines = [x for x in attempt.text.splitlines() if name in x and re.search(rf"rank {rank}\b", x)]
+    if set(attempt.codes) != {EXIT_FAILED} or not lines:
+        result.problems.append(f"{name} on rank {rank}: codes {attempt.codes}, not named: {tail(attempt.text)}")
+        return ""
+    campaign.finish()
+    result.problems += campaign.problems + latest_problems(campaign)
+    return lines[0]
+
+
+def _between(bench: Bench, result: Result) -> None:
+    """What is not found, so that the page says it: a published weight is written anew by the next update."""
+    world = bench.world(6, 3).changed(("audit.replicas_every_steps", 2), ("audit.root_every_steps", 0))
+    seen = []
+    for kind, name in (("weight", "norm.weight"), ("moment", "head.weight.exp_avg")):
+        fault = f"{kind}@rank=1@step=7:flip={name}"
+        job = bench.crew.begin(world.arguments(bench.name("between")), world.ranks, fault)
+        bench.crew.wait(job, 120)
+        bench.crew.end(job)
+        seen.append("found" if set(job.codes) == {EXIT_FAILED} else "not found")
+    result.measured += [
+        f"a flip of a weight in a step without a comparison (every 2 steps here): {seen[0]}; the next update writes the copy anew, so "
+        "comparing every N steps finds one such flip in N, and every difference that lasts: with the default of 100 one in a hundred",
+        f"a flip of a moment where no root is taken (audit.root_every_steps=0): {seen[1]}; with roots every N steps, one is found that "
+        "strikes between a root and the update after it: with the default, one in as many as that key says",
+    ]
+
+
+def latest_problems(campaign: Campaign) -> list[str]:
+    """Whether the steps that count are those of the undisturbed run, whatever earlier attempts wrote."""
+    rows = {row["step"]: disk_state.values_of(row) for row in latest(campaign.run / "metrics.jsonl")}
+    wrong = [step for step in campaign.reference.rows if rows.get(step) != campaign.reference.rows[step]]
+    return [f"{campaign.name}: step {wrong[0]} differs at the end, {len(wrong)} in all"] if wrong else []
+
+
+def row_18(bench: Bench) -> Result:
+    result = Result(
+        18,
+        "Going on with the same layout",
+        "at least 50 steps bit-equal in loss, gradient norm, weights, both moments and batch; leaving out any item of the state must show",
+        "a run of 60 steps killed after every 7 or so, each step's root against the undisturbed run; and the test that drops each item",
+    )
+    world = bench.world(20, 3)
+    for grid in (world,) if bench.short else (world, world.on(4, tensor=2, pipeline=2), world.on(1)):
+        campaign = bench.campaign(grid, "row18")
+        while not campaign.done and len(campaign.attempts) < 25:
+            campaign.attempt("step.update@rank=0@nth=8:kill")
+        campaign.finish()
+        result.problems += campaign.problems
+        roots = sum(row[-1] != "null" for row in campaign.reference.rows.values())
+        result.measured.append(
+            f"{grid.ranks} ranks {dict(grid.layout) or 'data-parallel'}: {grid.steps} steps over {len(campaign.attempts)} starts, "
+            f"equal in loss, norm, rows, rate{' and root of the state' if roots else ''} ({roots} roots)"
+        )
+    if not bench.short:
+        node = "tests/laws/test_record_law.py::test_every_item_of_state_matters"
+        run_pytest(result, [node], bench.scratch, "each item of the state left out or changed, and seen")
+    return result
+
+
+def row_19(bench: Bench) -> Result:
+    result = Result(
+        19,
+        "Going on with another layout",
+        "weights and moments bit-equal after the reshard; the same rows in every step; loss within rounding, and to the bit where "
+        "the order of sums is the same",
+        "one run stopped and started on 1, 2 and 4 ranks in turn; roots of what was loaded; losses against the undisturbed run",
+    )
+    world = bench.world(8, 3)
+    reference = bench.reference(world)
+    grids = [world, world.on(4, tensor=2, pipeline=2), world.on(1), world.on(2, tensor=2), world.on(2, pipeline=2)]
+    name, apart, said = bench.name("row19"), 0.0, []
+    for index in range(20):
+        grid = grids[index % len(grids)]
+        job = bench.crew.begin(grid.arguments(name, "run.stop_after_steps=5"), grid.ranks)
+        bench.crew.wait(job, 120)
+        bench.crew.end(job)
+        said.append(job.codes)
+        if not set(job.codes) <= {0, 75}:
+            result.problems.append(f"{dict(grid.layout)} on {grid.ranks}: ended with {job.codes}: {tail(job.text())}")
+            return result
+        if set(job.codes) == {EXIT_DONE}:
+            break
+    rows = {row["step"]: row for row in latest(world.run(name) / "metrics.jsonl")}
+    for step, wanted in reference.rows.items():
+        values = disk_state.values_of(rows[step])
+        if values[:2] != wanted[:2]:
+            result.problems.append(f"step {step} read {values[:2]}, undisturbed {wanted[:2]}")
+        apart = max(apart, abs(float(rows[step]["loss"]) - float(json.loads(wanted[2]))))
+    if apart > 1e-3:
+        result.problems.append(f"losses are up to {apart:.2g} apart")
+    result.problems += disk_state.sample_problems(world.run(name), world)
+    result.measured.append(
+        f"{len(said)} starts on {len(grids)} layouts in turn; same rows in every step; losses at most {apart:.2g} apart"
+    )
+    if not bench.short:
+        run_pytest(
+            result,
+            ["tests/laws/test_layout_law.py", "tests/parallel/test_device_digest.py"],
+            bench.scratch,
+            "parity of layouts, and roots after a load on another",
+        )
+    return result
+
+
+def row_20(bench: Bench) -> Result:
+    result = Result(
+        20,
+        "The same run twice",
+        "200 steps in other processes: the same root at every step",
+        "200 steps run twice in processes of their own; every loss, norm and root compared",
+    )
+    world = bench.world(40, 5)
+    reference = bench.reference(world)
+    campaign = bench.campaign(world, "again")
+    campaign.finish(1)
+    result.problems += campaign.problems
+    newest = read_manifest(list_checkpoints(campaign.run / "checkpoints")[-1])
+    result.measured.append(
+        f"{len(reference.rows)} steps equal in every value; root at the end {disk_state.root_of(newest)[:16]} in both"
+    )
+    return result

@@ -1,0 +1,70 @@
+"""Ways to break the code on purpose in a rank (`FAULT_RUN_PATCH`): clocks that jump, and faults the runner must find.
+
+The last ones are what a careless change would make of the code; a runner that does not complain of them is worth nothing.
+"""
+
+import datetime
+import importlib
+import itertools
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+JUMP_SECONDS = 3600.0
+
+
+def jumping_clock() -> None:
+    """Let the time of day jump by an hour to and fro, ten times a second."""
+    real = time.time
+
+    def jumped() -> float:
+        return real() + JUMP_SECONDS * (int(real() * 10) % 3 - 1)
+
+    class Jumping(datetime.datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> "Jumping":
+            return cls.fromtimestamp(jumped(), tz)
+
+    time.time = jumped
+    for module in list(sys.modules.values()):
+        if (
+            getattr(module, "__name__", "").startswith("k2train")
+            and getattr(module, "datetime", None) is datetime.datetime
+        ):
+            module.datetime = Jumping  # type: ignore[attr-defined]
+
+
+def writes_in_place() -> None:
+    """A save that writes under the final name at once: a kill leaves half a checkpoint that looks like one."""
+    importlib.import_module("k2train.checkpoint.commit").Order.aside = property(lambda order: order.final)
+
+
+def forgets_a_moment() -> None:
+    """A resume that starts the second moments from zero: the curve looks alike, the run is another."""
+    keeper: Any = importlib.import_module("k2train.train.checkpointing")
+    load = keeper.load_states
+
+    def forgetful(path: Path, table: Any, lines: Any, *arguments: Any) -> Any:
+        kept = load(path, table, lines, *arguments)
+        lines["exp_avg_sq"].zero_()
+        return kept
+
+    keeper.load_states = forgetful
+
+
+def keeps_none() -> None:
+    """A save that throws all older checkpoints away first."""
+    writer = importlib.import_module("k2train.checkpoint.writer").CheckpointWriter
+    save = writer.save
+    counter = itertools.count()
+
+    def careless(self: Any, *arguments: Any, **options: Any) -> Any:
+        if next(counter) > 1 and self.grid.rank == 0:
+            self.wait()
+            for path in Path(self.directory).glob("ckpt_???"):
+                shutil.rmtree(path)
+        return save(self, *arguments, **options)
+
+    writer.save = careless

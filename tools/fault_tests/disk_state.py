@@ -1,0 +1,157 @@
+"""What lies on the disk between two attempts: which checkpoints are whole, what is left over, what the rows say.
+
+Everything is read with the library that verifies a run, never with the code that wrote it.
+"""
+
+import fcntl
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fault_tests.tiny_run import GLOBAL, World
+from k2train.checkpoint.manifest import is_thinned, list_checkpoints, read_manifest, verify_checkpoint
+from k2train.errors import CheckpointError
+from k2train.record.metrics import latest, read_metrics
+
+Values = tuple[Any, ...]
+
+
+def root_of(manifest: dict[str, Any]) -> str:
+    """The root of the whole state; of a checkpoint that carries none, the hash over the hashes of its files."""
+    state = manifest.get("state")
+    if isinstance(state, dict) and "root" in state:
+        return str(state["root"])
+    lines = "\n".join(f"{name} {facts['sha256']}" for name, facts in sorted(manifest["files"].items()))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The undisturbed run: what every other must come to."""
+
+    roots: dict[str, str]
+    """Checkpoint name -> root of the state."""
+    rows: dict[int, Values]
+    """Step -> (chunk, rows, loss, gradient norm, rate, applied, root of the state where a row has it)."""
+    final: str
+    step_seconds: float
+    """Median of its steps."""
+
+
+def values_of(row: dict[str, Any]) -> Values:
+    keys = ("chunk", "rows", "loss", "grad_norm", "lr", "applied", "state_root")
+    return tuple(json.dumps(row.get(key)) for key in keys)
+
+
+def reference_of(run: Path) -> Reference:
+    """Read an undisturbed run. Raises CheckpointError when it is not whole."""
+    paths = list_checkpoints(run / "checkpoints")
+    roots = {path.name: root_of(verify_checkpoint(path)) for path in paths}
+    rows = latest(run / "metrics.jsonl")
+    seconds = sorted(float(row["seconds"]) for row in rows)
+    return Reference(roots, {row["step"]: values_of(row) for row in rows}, paths[-1].name, seconds[len(seconds) // 2])
+
+
+@dataclass
+class Disk:
+    """The checkpoints of a run as they lie there now."""
+
+    whole: list[str]
+    """Complete (weights and optimizer states) and verified byte for byte, oldest first."""
+    problems: list[str]
+
+
+def checkpoints_of(run: Path, reference: Reference, newest: int = 0) -> Disk:
+    """Verify the `newest` checkpoints (0: all) that are not thinned, and compare their state with the reference."""
+    disk = Disk([], [])
+    paths = [path for path in list_checkpoints(run / "checkpoints") if not is_thinned(path)]
+    for path in paths[-newest:]:
+        try:
+            root = root_of(verify_checkpoint(path))
+        except CheckpointError as error:
+            disk.problems.append(f"not whole: {error}")
+            continue
+        disk.whole.append(path.name)
+        wanted = reference.roots.get(path.name)
+        if wanted is not None and wanted != root:
+            disk.problems.append(
+                f"{path.name} holds another state than the undisturbed run ({root[:12]}, not {wanted[:12]})"
+            )
+    return disk
+
+
+def row_problems(run: Path, reference: Reference, done: bool = False) -> list[str]:
+    """Steps of any attempt whose values are not those of the undisturbed run; with `done`, steps that are missing too.
+
+    A step that was not applied has changed nothing; it counts only where no later attempt took it again.
+    """
+    path = run / "metrics.jsonl"
+    if not path.exists():
+        return [f"{path} is missing"] if done else []
+    rows = read_metrics(path)
+    found = []
+    last = {row["step"]: index for index, row in enumerate(rows)}
+    for index, row in enumerate(rows):
+        values = values_of(row)
+        if not row["applied"] and not (done and last[row["step"]] == index):
+            continue
+        if values != reference.rows.get(row["step"]):
+            found.append(
+                f"step {row['step']} of attempt {row['attempt']} differs: {values}, undisturbed {reference.rows.get(row['step'])}"
+            )
+            break
+    missing = sorted(set(reference.rows) - {row["step"] for row in rows})
+    if done and missing:
+        found.append(f"{len(missing)} steps have no row, the first is {missing[0]}")
+    return found
+
+
+def sample_problems(run: Path, world: World) -> list[str]:
+    """Whether the steps that count have read every row of every chunk exactly once."""
+    spans: dict[str, list[tuple[int, int]]] = {}
+    for row in latest(run / "metrics.jsonl"):
+        spans.setdefault(row["chunk"], []).append((row["rows"][0], row["rows"][1]))
+    found = [] if len(spans) == world.chunks else [f"{len(spans)} of {world.chunks} chunks were read"]
+    for chunk, pieces in spans.items():
+        seen = [row for start, stop in sorted(pieces) for row in range(start, stop)]
+        if seen != list(range(world.steps_per_chunk * GLOBAL)):
+            found.append(f"{chunk}: rows were not read exactly once each ({len(seen)} reads, {len(set(seen))} rows)")
+    return found
+
+
+def leftovers(run: Path) -> list[str]:
+    """Names that only an unfinished write leaves."""
+    return sorted(str(path.relative_to(run)) for path in run.rglob("*") if ".tmp" in path.name)
+
+
+def lock_held(run: Path) -> bool:
+    """Whether a live process holds the lock of the run."""
+    path = run / "run.lock"
+    if not path.exists():
+        return False
+    with path.open("rb") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        fcntl.flock(stream, fcntl.LOCK_UN)
+    return False
+
+
+def newest_step(run: Path) -> int:
+    """Step of the newest checkpoint that has a manifest of its own; -1 where there is none."""
+    for path in reversed(list_checkpoints(run / "checkpoints")):
+        try:
+            return int(read_manifest(path)["step"])
+        except CheckpointError:
+            continue
+    return -1
+
+
+def complaints(text: str) -> Sequence[str]:
+    """The lines on stderr that are neither progress nor notes: what a person must read after a failure."""
+    progress = (" chunk ", " saved ckpt_", " resumed from ", " parameters;", " steps of ")
+    return [line for line in text.splitlines() if line.strip() and not any(mark in line for mark in progress)]

@@ -1,0 +1,224 @@
+"""The crew: a warm process that forks the ranks of a run, each a real process that a real SIGKILL ends.
+
+    python tools/fault_tests/forkserver.py        orders on stdin, news on stdout, one JSON object a line
+
+Importing torch and the trainer takes seconds, a fork of what is imported milliseconds: a thousand restarts become a
+matter of minutes. The fork is safe because nothing here has started a thread, opened a socket or drawn a number: the
+crew refuses to serve otherwise. A child that ends by itself joins its threads, runs its exit functions and leaves; it does
+not take down all modules one by one, which would copy the whole heap of the parent (0.5 to 3 s); the rows that go through
+the launcher do. Pools of workers that live on after a job were refused: what a kill leaves behind in a process cannot be
+seen in one that is never killed.
+
+Order: {"job", "ranks": [{"arguments", "environment", "stdout", "stderr", "rank"}], "folder"}. News: {"job",
+"pids"}, then for each rank {"job", "rank", "status", "at"}: the wait status and CLOCK_MONOTONIC at its end.
+"""
+
+import atexit
+import contextlib
+import ctypes
+import importlib
+import json
+import os
+import selectors
+import signal
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+PR_SET_CHILD_SUBREAPER, PR_SET_PDEATHSIG = 36, 1
+MODULES = (
+    "k2train.train.trainer", "k2train.train.__main__", "k2train.fault_injection",
+    "torch._dynamo", "torch._inductor.utils", "safetensors.torch", "numpy.random", "numpy.fft", "ctypes.util",
+)  # fmt: skip
+"""What a rank imports, and what it imports later on its way."""
+TRACE, PATCH, NETWORK = "FAULT_RUN_TRACE", "FAULT_RUN_PATCH", "FAULT_RUN_NETNS"
+CLONE_NEWNET = 0x40000000
+MEET_SECONDS = 1.0
+"""Not more: a rank 0 that refuses to start never listens, and one in another network is not seen."""
+
+
+def warm() -> None:
+    """Import all that a rank needs, and see that it can be forked."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    for name in MODULES:
+        importlib.import_module(name)
+    threads = len(list(Path("/proc/self/task").iterdir()))
+    if threads != 1 or threading.active_count() != 1:
+        raise SystemExit(f"the imports have started {threads - 1} threads: a fork would lose them")
+    # Orphans of a rank come to us, so that none can hide.
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def serve() -> dict[str, Any] | None:
+    """Fork and reap until stdin ends; returns the order of a rank in the forked child, None in the crew."""
+    news = os.dup(1)
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+    selector = selectors.DefaultSelector()
+    selector.register(0, selectors.EVENT_READ)
+    selector.register(read_end, selectors.EVENT_READ)
+    alive: dict[int, tuple[int, int]] = {}
+    rest = b""
+    say(news, {"ready": os.getpid()})
+    while True:
+        for key, _ in selector.select():
+            if key.fd == read_end:
+                os.read(read_end, 4096)
+                reap(alive, news)
+                continue
+            piece = os.read(0, 1 << 20)
+            if not piece:
+                return None
+            *lines, rest = (rest + piece).split(b"\n")
+            for line in lines:
+                mine = fork_ranks(json.loads(line), alive, news)
+                if mine is not None:
+                    selector.close()
+                    for descriptor in (news, read_end, write_end):
+                        os.close(descriptor)
+                    return mine
+
+
+def fork_ranks(order: dict[str, Any], alive: dict[int, tuple[int, int]], news: int) -> dict[str, Any] | None:
+    """One process a rank, all in one process group of their own; in a child, its order."""
+    crew, pids = os.getpid(), list[int]()
+    for rank in order["ranks"]:
+        pid = os.fork()
+        if pid == 0:
+            os.setpgid(0, pids[0] if pids else 0)
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+            if os.getppid() != crew:
+                os._exit(1)
+            return {**rank, "folder": order["folder"]}
+        # Both sides set it: whoever comes first, it is set before either goes on.
+        with contextlib.suppress(PermissionError, ProcessLookupError):
+            os.setpgid(pid, pids[0] if pids else pid)
+        pids.append(pid)
+        alive[pid] = (order["job"], rank["rank"])
+    say(news, {"job": order["job"], "pids": pids, "at": time.monotonic()})
+    return None
+
+
+def reap(alive: dict[int, tuple[int, int]], news: int) -> None:
+    while True:
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return
+        if pid == 0:
+            return
+        job, rank = alive.pop(pid, (-1, -1))
+        say(news, {"job": job, "rank": rank, "pid": pid, "status": status, "at": time.monotonic()})
+
+
+def say(news: int, fact: dict[str, Any]) -> None:
+    os.write(news, json.dumps(fact).encode() + b"\n")
+
+
+def become(order: dict[str, Any]) -> int:
+    """In the child: the descriptors, the environment and the command line of a rank; its exit code."""
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for descriptor, path in ((0, os.devnull), (1, order["stdout"]), (2, order["stderr"])):
+        opened = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(opened, descriptor)
+        os.close(opened)
+    os.environ.update(order["environment"])
+    os.chdir(order["folder"])
+    if network := order["environment"].get(NETWORK):
+        with open(network) as opened_network:
+            if ctypes.CDLL(None, use_errno=True).setns(opened_network.fileno(), CLONE_NEWNET) != 0:
+                raise OSError(ctypes.get_errno(), "setns")
+    patch(order["environment"].get(PATCH, ""))
+    trace(order["environment"].get(TRACE, ""), order["rank"])
+    if order["rank"] > 0:
+        meet(int(order["environment"]["MASTER_PORT"]))
+    return int(importlib.import_module("k2train.train.__main__").main(order["arguments"]))
+
+
+def leave(code: int) -> None:
+    """End this process with `code`, without taking down what was there before the fork."""
+    # The interpreter's own first steps at its end, in its order.
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)
+
+
+def patch(name: str) -> None:
+    """Break the code on purpose (`module:function` of a file beside this one), so that the runner can be seen to fail."""
+    if name:
+        module, _, function = name.partition(":")
+        getattr(importlib.import_module(module), function)()
+
+
+def trace(path: str, rank: int) -> None:
+    """Write each fault point this rank comes to into the file at `path`, one write each: what a kill cannot take back.
+
+    A fault that strikes is a line of its own, `!POINT:ACTION`, written before it does.
+    """
+    if not path:
+        return
+    faults: Any = importlib.import_module("k2train.fault_injection")
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    point, find = faults.point, faults._find
+
+    def write(name: str) -> None:
+        os.write(descriptor, f"{time.monotonic():.6f} {rank} {name}\n".encode())
+
+    def traced(name: str) -> None:
+        write(name)
+        point(name)
+
+    def found(name: str, armed: Any) -> Any:
+        fault = find(name, armed)
+        if fault is not None:
+            write(f"!{fault.point}:{fault.action}")
+        return fault
+
+    faults.point, faults._find = traced, found
+
+
+def meet(port: int) -> None:
+    """Let this rank look for rank 0 when it listens: torch, when it comes first, waits for up to a second to ask again."""
+    trainer: Any = importlib.import_module("k2train.train.trainer")
+    start = trainer.start_process_group
+
+    def started(*arguments: Any) -> Any:
+        deadline = time.monotonic() + MEET_SECONDS
+        while not listened(port) and time.monotonic() < deadline:
+            time.sleep(0.003)
+        return start(*arguments)
+
+    trainer.start_process_group = started
+
+
+def listened(port: int) -> bool:
+    ending = f":{port:04X}"
+    for table in ("/proc/self/net/tcp", "/proc/self/net/tcp6"):
+        for line in Path(table).read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and fields[1].endswith(ending):
+                return True
+    return False
+
+
+if __name__ == "__main__":
+    warm()
+    mine = serve()
+    if mine is not None:
+        try:
+            ended = become(mine)
+        except SystemExit as end:
+            ended = end.code if isinstance(end.code, int) else 1
+        except BaseException:
+            traceback.print_exc()
+            ended = 1
+        leave(ended)

@@ -1,0 +1,272 @@
+"""Jobs of the crew, seen from the tool: start ranks, wait with a bound, signal them, look for what they left behind.
+
+No torch here: the tool that judges must not share a fault with what it judges.
+"""
+
+import itertools
+import json
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+CREW = Path(__file__).with_name("forkserver.py")
+ROOT = CREW.parents[2]
+START_SECONDS = 120.0
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass
+class Job:
+    """The processes of one attempt."""
+
+    pids: list[int]
+    port: int
+    folder: Path
+    began: float
+    """CLOCK_MONOTONIC at the fork."""
+    ends: dict[int, tuple[int, float]] = field(default_factory=dict)
+    """rank -> (exit code, minus the number of the signal that ended it; CLOCK_MONOTONIC)."""
+
+    @property
+    def over(self) -> bool:
+        return len(self.ends) == len(self.pids)
+
+    @property
+    def codes(self) -> list[int]:
+        return [self.ends[rank][0] for rank in sorted(self.ends)]
+
+    @property
+    def spread_seconds(self) -> float:
+        """From the first end of a rank to the last."""
+        times = [at for _, at in self.ends.values()]
+        return max(times) - min(times)
+
+    def text(self, stream: str = "err") -> str:
+        """What all ranks wrote, in rank order."""
+        return "".join(
+            path.read_text(errors="replace")
+            for rank in range(len(self.pids))
+            if (path := self.folder / f"rank_{rank}.{stream}").exists()
+        )
+
+    def points(self) -> list[tuple[float, int, str]]:
+        """(CLOCK_MONOTONIC, rank, fault point) of every place the ranks have come to, in order."""
+        return [(at, rank, name) for at, rank, name in self._traced() if not name.startswith("!")]
+
+    def strikes(self) -> list[tuple[float, int, str]]:
+        """(CLOCK_MONOTONIC, rank, `POINT:ACTION`) of every armed fault that has struck, in order."""
+        return [(at, rank, name[1:]) for at, rank, name in self._traced() if name.startswith("!")]
+
+    def _traced(self) -> list[tuple[float, int, str]]:
+        path = self.folder / "trace"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [
+            (float(at), int(rank), name) for at, rank, name in (line.split() for line in lines if line.count(" ") == 2)
+        ]
+
+    def send(self, rank: int, number: int) -> bool:
+        """Signal a rank that has not been reaped; whether it was there."""
+        if rank in self.ends:
+            return False
+        try:
+            os.kill(self.pids[rank], number)
+        except ProcessLookupError:
+            return False
+        return True
+
+
+class Crew:
+    """A context manager around the warm process; `begin` a job, `wait` for it."""
+
+    def __init__(self, scratch: Path):
+        self.scratch = scratch
+        self.ids = itertools.count()
+        self.jobs: dict[int, Job] = {}
+        self._rest = b""
+
+    def __enter__(self) -> Self:
+        self.scratch.mkdir(parents=True, exist_ok=True)
+        quiet = {
+            k: v for k, v in os.environ.items() if not k.startswith(("RANK", "WORLD_SIZE", "LOCAL_RANK", "K2TRAIN"))
+        }
+        settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", "USE_LIBUV": "1"}
+        self._errors = (self.scratch / "crew.err").open("wb")
+        self.process = subprocess.Popen(
+            [sys.executable, str(CREW)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            env={**quiet, **settings},
+            cwd=ROOT,
+        )
+        assert self.process.stdout is not None, "a pipe was asked for"
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self.process.stdout, selectors.EVENT_READ)
+        if not self._news(START_SECONDS):
+            raise RuntimeError(f"the crew did not start; see {self._errors.name}")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for job in self.jobs.values():
+            self.end(job)
+        self.process.communicate(timeout=30)
+        self._selector.close()
+        self._errors.close()
+
+    def begin(
+        self,
+        arguments: Sequence[object],
+        ranks: int = 1,
+        faults: str = "",
+        environments: Sequence[Mapping[str, str]] = (),
+    ) -> Job:
+        """Fork the ranks of one attempt; returns when their pids are known."""
+        number, port = next(self.ids), free_port()
+        folder = self.scratch / f"job_{number:05d}"
+        folder.mkdir(parents=True)
+        traced = {"FAULT_RUN_TRACE": str(folder / "trace")}
+        shared = {
+            **traced,
+            "WORLD_SIZE": str(ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "K2TRAIN_FAULTS": faults,
+        }
+        orders = [
+            {
+                "rank": rank,
+                "arguments": [str(argument) for argument in arguments],
+                "environment": {
+                    **shared,
+                    "RANK": str(rank),
+                    "LOCAL_RANK": str(rank),
+                    **(environments[rank] if environments else {}),
+                },
+                "stdout": str(folder / f"rank_{rank}.out"),
+                "stderr": str(folder / f"rank_{rank}.err"),
+            }
+            for rank in range(ranks)
+        ]
+        job = self.jobs[number] = Job([], port, folder, time.monotonic())
+        self._order({"job": number, "ranks": orders, "folder": str(ROOT)})
+        deadline = time.monotonic() + 30
+        while not job.pids:
+            if time.monotonic() > deadline:
+                raise RuntimeError("the crew has not forked the ranks in 30 s")
+            self._news(1.0)
+        return job
+
+    def wait(self, job: Job, seconds: float) -> bool:
+        """Until every rank has ended, at most so long; whether they have."""
+        deadline = time.monotonic() + seconds
+        while not job.over and (left := deadline - time.monotonic()) > 0:
+            self._news(left)
+        return job.over
+
+    def wait_as_launcher(self, job: Job, seconds: float, grace: float) -> str:
+        """Wait; when a rank has ended badly and others have not within `grace`, end those as a launcher does.
+
+        Returns what had to be done: "" when all ended by themselves.
+        """
+        deadline = time.monotonic() + seconds
+        while not job.over:
+            bad = [at for code, at in job.ends.values() if code != 0]
+            until = min(deadline, min(bad) + grace) if bad else deadline
+            if (left := until - time.monotonic()) > 0:
+                self._news(left)
+                continue
+            late = [rank for rank in range(len(job.pids)) if rank not in job.ends]
+            for rank in late:
+                job.send(rank, signal.SIGTERM)
+            if not self.wait(job, grace):
+                self.end(job)
+                return f"ranks {late} had to be killed"
+            return f"ranks {late} had to be asked to end"
+        return ""
+
+    def poll(self) -> None:
+        """Take in what has happened since."""
+        while self._news(0.0):
+            pass
+
+    def end(self, job: Job) -> None:
+        """Kill what still lives of a job."""
+        for rank in range(len(job.pids)):
+            job.send(rank, signal.SIGKILL)
+        self.wait(job, 30)
+
+    def left_behind(self, job: Job) -> list[str]:
+        """Processes of the job's group or below the crew that live after it, and its port if it is still listened to."""
+        found = [
+            f"process {pid} ({what}) lives on"
+            for pid, what in processes_of(job.pids[0], self.process.pid, self._live())
+        ]
+        if job.port in listening():
+            found.append(f"port {job.port} is still listened to")
+        return found
+
+    def _live(self) -> set[int]:
+        return {pid for job in self.jobs.values() for rank, pid in enumerate(job.pids) if rank not in job.ends}
+
+    def _order(self, order: dict[str, Any]) -> None:
+        assert self.process.stdin is not None, "a pipe was asked for"
+        self.process.stdin.write(json.dumps(order).encode() + b"\n")
+        self.process.stdin.flush()
+
+    def _news(self, seconds: float) -> bool:
+        """Take in one batch of news; False when none came in time."""
+        if not self._selector.select(seconds):
+            return False
+        assert self.process.stdout is not None, "a pipe was asked for"
+        piece = os.read(self.process.stdout.fileno(), 1 << 16)
+        if not piece:
+            raise RuntimeError(f"the crew has ended; see {self._errors.name}")
+        *lines, self._rest = (self._rest + piece).split(b"\n")
+        for line in lines:
+            fact = json.loads(line)
+            if "pids" in fact:
+                self.jobs[fact["job"]].pids = fact["pids"]
+                self.jobs[fact["job"]].began = fact["at"]
+            elif fact.get("job", -1) >= 0:
+                code = os.waitstatus_to_exitcode(fact["status"])
+                self.jobs[fact["job"]].ends[fact["rank"]] = (code, fact["at"])
+        return True
+
+
+def processes_of(group: int, crew: int, known: set[int]) -> list[tuple[int, str]]:
+    """Live processes of a process group, and children of the crew that are no rank we know of."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            head, tail = stat.read_text().rsplit(")", 1)
+        except OSError:
+            continue
+        state, parent, pgrp = tail.split()[:3]
+        pid = int(stat.parent.name)
+        if state not in "ZX" and pid not in known and (int(pgrp) == group or int(parent) == crew):
+            found.append((pid, head.partition("(")[2]))
+    return found
+
+
+def listening() -> set[int]:
+    """TCP ports of this machine that someone listens to."""
+    found = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        for line in Path(table).read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A":
+                found.add(int(fields[1].rpartition(":")[2], 16))
+    return found

@@ -1,0 +1,118 @@
+"""The results page: a table in Markdown, then for each row what was measured, how, and what could not be run.
+
+Written by the tool from what it has just seen, so that the page cannot say more than the run did.
+"""
+
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from fault_tests.processes import ROOT
+from fault_tests.result import Bench, Result
+
+LIMITS = """Nothing here was seen on a GPU or over a network of several machines: an NCCL hang, a device that falls off its bus,
+damage done by the silicon itself and a switch that loses packets are not in these figures. The runs are tiny and the
+processes share two cores; seconds say how the mechanism behaves, not how long a large run takes."""
+
+
+def remember(record: Path, result: Result, bench: Bench) -> list[Result]:
+    """Add a row to the record of earlier runs of the tool (JSON, one row a line); the newest of each row, in order.
+
+    Rows that take long can so be run one by one, and the page still says of each when and on which commit it was seen.
+    """
+    seen = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, commit {_commit()}, level {bench.level}, seed {bench.seed}"
+    record.parent.mkdir(parents=True, exist_ok=True)
+    with record.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps({**asdict(result), "seen": seen}) + "\n")
+    rows = [json.loads(line) for line in record.read_text(encoding="utf-8").splitlines()]
+    newest = {row["row"]: Result(**row) for row in rows}
+    return [newest[row] for row in sorted(newest)]
+
+
+def table_line(result: Result) -> str:
+    return f"row {result.row:2d}  {result.verdict:12s} {result.seconds:6.1f} s  {result.fault}"
+
+
+def page(results: Sequence[Result], bench: Bench, seconds: float) -> str:
+    """The whole page."""
+    lines = [
+        "# What was broken, and what the run came to",
+        "",
+        "Written by `python tools/fault_run.py --page docs/faults.md`; run it again to check it.",
+        "",
+        *(f"- {fact}" for fact in facts(bench, seconds)),
+        "",
+        LIMITS,
+        "",
+        "| # | Fault | Target | Verdict | Seconds |",
+        "|---|---|---|---|---|",
+        *(f"| {r.row} | {cell(r.fault)} | {cell(r.target)} | **{r.verdict}** | {r.seconds:.0f} |" for r in results),
+        "",
+    ]
+    for result in results:
+        lines += section(result)
+    return "\n".join(lines)
+
+
+def section(result: Result) -> list[str]:
+    lines = [
+        f"## {result.row}. {result.fault}: {result.verdict}",
+        "",
+        f"How: {result.how}." + (f" Seen {result.seen}." if result.seen else ""),
+        "",
+    ]
+    lines += [f"- {measured}" for measured in result.measured]
+    lines += [f"- **Not held:** {cell(problem)[:400]}" for problem in result.problems[:8]]
+    if len(result.problems) > 8:
+        lines.append(f"- and {len(result.problems) - 8} more of these")
+    lines += [f"- Not run: {missing}" for missing in result.missing]
+    return [*lines, ""]
+
+
+def cell(text: str) -> str:
+    return text.replace("|", "/").replace("\n", " ")
+
+
+def facts(bench: Bench, seconds: float) -> list[str]:
+    """Date, machine, versions, commit, and the size of the run of the tool."""
+    commit = _commit()
+    packages = ", ".join(f"{name} {_version(name)}" for name in ("torch", "numpy", "safetensors", "pydantic"))
+    return [
+        f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {seconds:.0f} s, level {bench.level}, seed {bench.seed}",
+        f"{platform.system()} {platform.release().split('-')[0]}, {_processor()}, {_cores()} cores, no accelerator used",
+        f"Python {sys.version.split()[0]}, {packages}; gloo on the loopback, one thread a process",
+        f"commit {commit}",
+    ]
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _commit() -> str:
+    asked = [("git", "rev-parse", "--short=12", "HEAD"), ("git", "status", "--porcelain", "--untracked-files=no")]
+    said = [
+        subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+        for command in asked
+    ]
+    return (said[0] or "unknown") + (" with changes not committed" if said[1] else "")
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def _cores() -> int:
+    return Path("/proc/cpuinfo").read_text().count("processor\t")

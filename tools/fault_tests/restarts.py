@@ -1,0 +1,208 @@
+"""One run, attempt after attempt, each with faults of its own; after each, everything that must hold is looked at.
+
+A chain of attempts on one run was chosen over a run a fault: the states that faults leave on the disk meet each other,
+as they do in a long job. What goes wrong is still pinned to its attempt, since after each the newest checkpoints and
+every row of the metrics are compared with the undisturbed run, and not only the end.
+"""
+
+import shutil
+import signal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fault_tests import disk_state
+from fault_tests.disk_state import Reference
+from fault_tests.processes import Crew, Job
+from fault_tests.tiny_run import World
+from k2train.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USAGE
+
+LIMIT_SECONDS = 240.0
+GRACE_SECONDS = 15.0
+"""How long ranks have to end by themselves after one of them has died, before the launcher's turn."""
+GOING_ON = (
+    EXIT_FAILED,
+    EXIT_STOPPED,
+    -int(signal.SIGKILL),
+    -int(signal.SIGTERM),
+    -int(signal.SIGABRT),
+    -int(signal.SIGSEGV),
+)
+
+
+@dataclass
+class Attempt:
+    """What one attempt came to."""
+
+    faults: str
+    job: Job
+    text: str
+    before: int
+    """Step of the newest checkpoint before it, and after; -1 for none."""
+    after: int
+    helped: str = ""
+    """What its launcher had to do to end it."""
+
+    @property
+    def codes(self) -> list[int]:
+        return self.job.codes
+
+    @property
+    def struck(self) -> bool:
+        """Whether any process died of a signal of its own."""
+        return any(code < 0 for code in self.codes)
+
+    @property
+    def seconds(self) -> float:
+        return max(at for _, at in self.job.ends.values()) - self.job.began
+
+    @property
+    def refused(self) -> bool:
+        """Whether the start was refused as a mistake; a launcher may have ended a rank that had not yet said so."""
+        return EXIT_USAGE in self.codes and set(self.codes) <= {EXIT_USAGE, -int(signal.SIGTERM)}
+
+    @property
+    def gone_seconds(self) -> float:
+        """From the first end of a rank to the last."""
+        return self.job.spread_seconds
+
+    @property
+    def first_step_seconds(self) -> float | None:
+        """From the start to the end of the first step."""
+        return self.first_point_seconds("step.done")
+
+    def first_point_seconds(self, point: str) -> float | None:
+        """From the start until a rank first came to a fault point; None when none has."""
+        return next((at - self.job.began for at, _, name in self.job.points() if name == point), None)
+
+
+@dataclass
+class Campaign:
+    """A run under faults. `problems` holds what must not be; empty at the end: the run survived."""
+
+    crew: Crew
+    world: World
+    name: str
+    reference: Reference
+    attempts: list[Attempt] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    fewest_whole: int | None = None
+    """The fewest complete verified checkpoints seen between two attempts, once there were two."""
+    verify_newest: int = 0
+    environments: Sequence[Mapping[str, str]] = ()
+    """What each rank gets besides; empty: nothing."""
+    harmed: set[str] = field(default_factory=set)
+    """Checkpoints harmed from outside that no start has set aside yet."""
+    _had_two: bool = False
+
+    @property
+    def run(self) -> Path:
+        return self.world.run(self.name)
+
+    @property
+    def done(self) -> bool:
+        return bool(self.attempts) and set(self.attempts[-1].codes) == {EXIT_DONE}
+
+    def attempt(
+        self,
+        faults: str = "",
+        during: Callable[[Job], object] | None = None,
+        allowed: tuple[int, ...] = GOING_ON,
+        limit: float = LIMIT_SECONDS,
+        *more: str,
+    ) -> Attempt:
+        """Start the same command, let `during` do its harm meanwhile, wait for the end, look at everything."""
+        before = max(disk_state.newest_step(self.run), -1)
+        job = self.crew.begin(self.world.arguments(self.name, *more), self.world.ranks, faults, self.environments)
+        if during is not None:
+            during(job)
+        place = f"{self.name}, attempt {len(self.attempts) + 1} ({faults or 'no fault'})"
+        helped = self.crew.wait_as_launcher(job, limit, GRACE_SECONDS)
+        met = {rank for _, rank, name in job.points() if name == "start.agreed"}
+        if helped and len(met) == len(job.pids):
+            self.problems.append(f"{place}: {helped}; {job.text()[-300:]}")
+        made = Attempt(faults, job, job.text(), before, disk_state.newest_step(self.run), helped)
+        self.attempts.append(made)
+        self.problems += [f"{place}: {what}" for what in self._look(made, allowed)]
+        return made
+
+    def attempt_with(
+        self, environments: Sequence[Mapping[str, str]], during: Callable[[Job], object] | None = None
+    ) -> Attempt:
+        """An attempt whose ranks get variables of their own."""
+        kept, self.environments = self.environments, environments
+        try:
+            return self.attempt("", during)
+        finally:
+            self.environments = kept
+
+    def expect_fewer(self, harmed: str = "") -> None:
+        """A checkpoint was harmed from outside: there may be one fewer after the next attempt.
+
+        It is no problem that `harmed` is not whole until a start has come so far as to set it aside.
+        """
+        self._had_two = False
+        if harmed:
+            self.harmed.add(harmed)
+
+    def finish(self, tries: int = 5) -> None:
+        """Start again without faults until the run is done, then compare its whole record."""
+        for _ in range(tries):
+            if self.done:
+                break
+            self.attempt()
+        if not self.done:
+            self.problems.append(
+                f"{self.name}: not done after {tries} undisturbed starts; last said: {self.attempts[-1].text[-300:]}"
+            )
+            return
+        self.problems += [f"{self.name}: {what}" for what in self.end_problems()]
+
+    def end_problems(self) -> list[str]:
+        """What is wrong with a finished run."""
+        disk = disk_state.checkpoints_of(self.run, self.reference)
+        found = [*disk.problems, *disk_state.row_problems(self.run, self.reference, done=True)]
+        found += disk_state.sample_problems(self.run, self.world)
+        if not disk.whole or disk.whole[-1] != self.reference.final:
+            found.append(f"the newest whole checkpoint is {disk.whole[-1:]}, undisturbed {self.reference.final}")
+        found += [f"{name} was left over" for name in disk_state.leftovers(self.run)]
+        return found
+
+    def _look(self, made: Attempt, allowed: tuple[int, ...]) -> list[str]:
+        found = self.crew.left_behind(made.job)
+        asked = (-int(signal.SIGTERM),) if made.helped else ()
+        wrong = [code for code in made.codes if code not in (EXIT_DONE, *allowed, *asked)]
+        if wrong:
+            lines = [line for line in made.text.splitlines() if "chunk" not in line]
+            found.append(f"exit codes {made.codes}; said: {' | '.join(lines[-3:])[-400:]}")
+        if disk_state.lock_held(self.run):
+            found.append("the lock of the run is still held")
+        disk = disk_state.checkpoints_of(self.run, self.reference, self.verify_newest)
+        if any(name == "step.read" for _, _, name in made.job.points()):
+            # Past the place where what is damaged is set aside.
+            self.harmed.clear()
+        found += [text for text in disk.problems if not any(f"{name}: " in text for name in self.harmed)]
+        committed = sum(rank == 0 and name == "save.committed" for _, rank, name in made.job.points())
+        self._had_two |= committed >= 2
+        if len(disk.whole) < (2 if self._had_two else 1) and (committed or max(made.before, made.after) >= 0):
+            found.append(f"only {len(disk.whole)} complete verified checkpoints are left: {disk.whole}")
+        self._had_two |= len(disk.whole) >= 2
+        if self._had_two:
+            self.fewest_whole = min(len(disk.whole), self.fewest_whole or len(disk.whole))
+        return found + disk_state.row_problems(self.run, self.reference)
+
+
+def undisturbed(crew: Crew, world: World, name: str = "undisturbed") -> Reference:
+    """Run the world without faults. Raises RuntimeError when that fails: then nothing else can be judged."""
+    job = crew.begin(world.arguments(name), world.ranks)
+    crew.wait(job, LIMIT_SECONDS * 4)
+    if job.codes != [EXIT_DONE] * world.ranks:
+        crew.end(job)
+        raise RuntimeError(f"the undisturbed run ended with {job.codes}: {job.text()[-1500:]}")
+    return disk_state.reference_of(world.run(name))
+
+
+def forget(campaign: Campaign) -> None:
+    """Remove the files of a campaign that went well."""
+    if not campaign.problems:
+        shutil.rmtree(campaign.run, ignore_errors=True)
