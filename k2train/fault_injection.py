@@ -76,13 +76,19 @@ def parse(text: str) -> list[Fault]:
         action, _, argument = what.partition("=")
         fault = Fault(name, action, argument)
         if not colon or name not in POINTS + VALUES:
-            raise RunError(f"{VARIABLE}: {part!r} names no fault point; they are {', '.join(POINTS + VALUES)}")
+            raise RunError(
+                f"{VARIABLE}: {part!r} names no fault point; they are {', '.join(POINTS + VALUES)}"
+            )
         if name in POINTS and action not in (*SIGNALS, "exit", "sleep", "error"):
-            raise RunError(f"{VARIABLE}: {part!r} has no action; they are {', '.join(SIGNALS)}, exit=, sleep=, error=")
+            raise RunError(
+                f"{VARIABLE}: {part!r} has no action; they are {', '.join(SIGNALS)}, exit=, sleep=, error="
+            )
         for condition in conditions:
             key, _, value = condition.partition("=")
             if key not in ("rank", "step", "nth") or not value.isdigit():
-                raise RunError(f"{VARIABLE}: {condition!r} in {part!r} must be rank=, step= or nth= and a number")
+                raise RunError(
+                    f"{VARIABLE}: {condition!r} in {part!r} must be rank=, step= or nth= and a number"
+                )
             setattr(fault, key, int(value))
         found.append(fault)
     return found

@@ -40,7 +40,10 @@ def read_plain_file(path: Path, max_bytes: int = MAX_FILE_BYTES) -> bytes:
 def parse_json(content: bytes | str) -> Any:
     """The value of a JSON text in UTF-8. Raises ValueError."""
     text = content.decode("utf-8") if isinstance(content, bytes) else content
-    if _depth(text.encode("utf-8", "surrogatepass") if isinstance(content, str) else content) > MAX_DEPTH:
+    if (
+        _depth(text.encode("utf-8", "surrogatepass") if isinstance(content, str) else content)
+        > MAX_DEPTH
+    ):
         raise ValueError(f"nested more than {MAX_DEPTH} deep")
     return json.loads(text, object_pairs_hook=_object, parse_constant=_refused, parse_float=_finite)
 

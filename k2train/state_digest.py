@@ -41,7 +41,9 @@ def multipliers(axis: str, count: int, start: int = 0) -> npt.NDArray[np.int64]:
     return ((z ^ (z >> np.uint64(31))) | np.uint64(1)).view(np.int64)
 
 
-def block_sums(values: npt.NDArray[np.generic], offsets: Sequence[int], shape: Sequence[int]) -> tuple[int, int]:
+def block_sums(
+    values: npt.NDArray[np.generic], offsets: Sequence[int], shape: Sequence[int]
+) -> tuple[int, int]:
     """What a block adds to the digest of its tensor: `values` lie at `offsets` in the global `shape`.
 
     Elements of 4 bytes (fp32) or 2 (bf16 as whole numbers). Sums of blocks that cover a tensor once add up modulo 2^64.
@@ -50,7 +52,9 @@ def block_sums(values: npt.NDArray[np.generic], offsets: Sequence[int], shape: S
     if values.ndim != len(shape) or any(
         o < 0 or o + n > s for o, n, s in zip(offsets, values.shape, shape, strict=True)
     ):
-        raise ValueError(f"a block {values.shape} at {tuple(offsets)} does not lie in {tuple(shape)}")
+        raise ValueError(
+            f"a block {values.shape} at {tuple(offsets)} does not lie in {tuple(shape)}"
+        )
     if values.dtype.itemsize not in _BITS:
         raise ValueError(f"elements of {values.dtype.itemsize} bytes have no digest; 2 and 4 have")
     if values.size == 0:
@@ -58,7 +62,9 @@ def block_sums(values: npt.NDArray[np.generic], offsets: Sequence[int], shape: S
     rows = values.shape[0] if values.ndim else 1
     bits = np.ascontiguousarray(values).view(_BITS[values.dtype.itemsize]).reshape(rows, -1)
     a = multipliers("rows", rows, offsets[0] if values.ndim else 0)
-    b = multipliers("columns", prod(shape[1:]))[:, _columns(values.shape[1:], offsets[1:], shape[1:])]
+    b = multipliers("columns", prod(shape[1:]))[
+        :, _columns(values.shape[1:], offsets[1:], shape[1:])
+    ]
     sums = np.zeros((LANES, rows), dtype=np.int64)
     width = bits.shape[1]
     across, down = min(width, _BLOCK), max(1, _BLOCK // width)
@@ -66,12 +72,16 @@ def block_sums(values: npt.NDArray[np.generic], offsets: Sequence[int], shape: S
         for column in range(0, width, across):
             wide = bits[row : row + down, column : column + across].astype(np.int64)
             for lane in range(LANES):
-                sums[lane, row : row + down] += np.einsum("ij,j->i", wide, b[lane, column : column + across])
+                sums[lane, row : row + down] += np.einsum(
+                    "ij,j->i", wide, b[lane, column : column + across]
+                )
     first, second = ((sums * a).sum(axis=1)).view(np.uint64)
     return int(first), int(second)
 
 
-def _columns(block: Sequence[int], offsets: Sequence[int], shape: Sequence[int]) -> npt.NDArray[np.int64]:
+def _columns(
+    block: Sequence[int], offsets: Sequence[int], shape: Sequence[int]
+) -> npt.NDArray[np.int64]:
     """Index in the global row of each element of a block's row, flat."""
     index = np.zeros(1, dtype=np.int64)
     for size, offset, whole in zip(block, offsets, shape, strict=True):
@@ -87,7 +97,11 @@ def digest_text(sums: Sequence[int]) -> str:
 
 def state_root(digests: Mapping[str, str], step: int, adam_steps: int) -> str:
     """sha256 in hexadecimal over {NAME.state: digest}, the step and the updates applied, in the order of the names."""
-    lines = [f"step {step}", f"adam_steps {adam_steps}", *(f"{name} {digests[name]}" for name in sorted(digests))]
+    lines = [
+        f"step {step}",
+        f"adam_steps {adam_steps}",
+        *(f"{name} {digests[name]}" for name in sorted(digests)),
+    ]
     return sha256("\n".join(lines).encode()).hexdigest()
 
 
@@ -97,4 +111,6 @@ def short_digests(digests: Mapping[str, str]) -> dict[str, str]:
     for name in sorted(digests):
         tensor, _, state = name.rpartition(".")
         lines.setdefault(tensor, []).append(f"{state} {digests[name]}")
-    return {tensor: sha256("\n".join(held).encode()).hexdigest()[:16] for tensor, held in lines.items()}
+    return {
+        tensor: sha256("\n".join(held).encode()).hexdigest()[:16] for tensor, held in lines.items()
+    }

@@ -16,10 +16,17 @@ _UNSAFE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Aligned columns under their headings, numbers to the right; a column with nothing known in it is left out."""
-    kept = [i for i in range(len(headings)) if not rows or any(cells[i] not in ("", UNKNOWN) for cells in rows)]
+    kept = [
+        i
+        for i in range(len(headings))
+        if not rows or any(cells[i] not in ("", UNKNOWN) for cells in rows)
+    ]
     widths = {i: max(len(cells[i]) for cells in (headings, *rows)) for i in kept}
     return [
-        "  ".join(cells[i].ljust(w) if headings[i] in LEFT else cells[i].rjust(w) for i, w in widths.items()).rstrip()
+        "  ".join(
+            cells[i].ljust(w) if headings[i] in LEFT else cells[i].rjust(w)
+            for i, w in widths.items()
+        ).rstrip()
         for cells in (headings, *rows)
     ]
 

@@ -26,7 +26,9 @@ def disarmed() -> Iterator[None]:
 
 def test_parse() -> None:
     """Catches a condition that is dropped, and faults that run into each other."""
-    found = parse(" save.hashed@rank=1@nth=2:kill ; gradient@step=4:nan=head.weight;step.read:error=ENOSPC;")
+    found = parse(
+        " save.hashed@rank=1@nth=2:kill ; gradient@step=4:nan=head.weight;step.read:error=ENOSPC;"
+    )
     assert found == [
         Fault("save.hashed", "kill", rank=1, nth=2),
         Fault("gradient", "nan", "head.weight", step=4),
@@ -106,22 +108,33 @@ def test_two_faults_of_one_place() -> None:
 def test_what_a_strike_does(action: str, code: int) -> None:
     """Catches an action that is accepted and does nothing."""
     program = f"from k2train import fault_injection; fault_injection.arm('end:{action}', 0); fault_injection.point('end')"
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
     assert done.returncode == code
 
 
 def test_every_point_is_a_place_in_the_code() -> None:
     """Catches a name in the table that nothing calls any more, and a place that the table does not know."""
     source = "\n".join(
-        path.read_text(encoding="utf-8") for path in (ROOT / "k2train").rglob("*.py") if path.name != "fault_injection.py"
+        path.read_text(encoding="utf-8")
+        for path in (ROOT / "k2train").rglob("*.py")
+        if path.name != "fault_injection.py"
     )
-    called = set(re.findall(r"fault_injection\.(?:point|find)(?:\(|,)\s*f?[\"']([\w.{}]+)[\"']", source))
-    plain, made = {name for name in called if "{" not in name}, [name for name in called if "{" in name]
+    called = set(
+        re.findall(r"fault_injection\.(?:point|find)(?:\(|,)\s*f?[\"']([\w.{}]+)[\"']", source)
+    )
+    plain, made = (
+        {name for name in called if "{" not in name},
+        [name for name in called if "{" in name],
+    )
     assert plain - {*POINTS, *VALUES} == set()
 
     def is_called(name: str) -> bool:
         looped = f'"{name}"' in source
-        return name in plain or looped or any(name.startswith(text.partition("{")[0]) for text in made)
+        return (
+            name in plain or looped or any(name.startswith(text.partition("{")[0]) for text in made)
+        )
 
     assert [name for name in (*POINTS, *VALUES) if not is_called(name)] == []
 

@@ -20,7 +20,9 @@ def written_out(values: np.ndarray) -> str:
     a, b = (multipliers(axis, n) for axis, n in zip(("rows", "columns"), flat.shape, strict=True))
     lanes = []
     for lane in range(2):
-        terms = (int(flat[i, j]) * int(a[lane, i]) * int(b[lane, j]) for i, j in np.ndindex(flat.shape))
+        terms = (
+            int(flat[i, j]) * int(a[lane, i]) * int(b[lane, j]) for i, j in np.ndindex(flat.shape)
+        )
         lanes.append(sum(terms))
     return digest_text(lanes)
 
@@ -45,7 +47,9 @@ def test_blocks_add_up() -> None:
     for cuts in ((0, 23), (0, 1, 23), (0, 9, 9, 20, 23)):
         for across in ((0, 17), (0, 5, 17)):
             total = [0, 0]
-            for (top, bottom), (left, right) in itertools.product(itertools.pairwise(cuts), itertools.pairwise(across)):
+            for (top, bottom), (left, right) in itertools.product(
+                itertools.pairwise(cuts), itertools.pairwise(across)
+            ):
                 part = block_sums(values[top:bottom, left:right], (top, left, 0), values.shape)
                 total = [a + b for a, b in zip(total, part, strict=True)]
             assert digest_text(total) == digest(values)
@@ -87,7 +91,13 @@ def test_what_equal_values_hide() -> None:
     other = (nan.view(np.uint32) ^ np.uint32(1)).view(np.float32)
     assert np.isnan(other).all() and digest(nan) != digest(other)
     values = RNG.standard_normal((9, 9)).astype(np.float32)
-    changed = [values.T, values[::-1], values[:, ::-1], values[[1, 0, *range(2, 9)]], np.roll(values, 1)]
+    changed = [
+        values.T,
+        values[::-1],
+        values[:, ::-1],
+        values[[1, 0, *range(2, 9)]],
+        np.roll(values, 1),
+    ]
     swapped = values.copy()
     swapped.flat[[3, 60]] = swapped.flat[[60, 3]]
     digests = [digest(np.ascontiguousarray(x)) for x in (values, *changed, swapped)]
@@ -131,7 +141,10 @@ def test_the_root_names_its_tensors() -> None:
 
 def test_short_digests_tell_tensors_apart() -> None:
     """One short digest a tensor, moved by each of its states and by no other tensor's."""
-    digests = {f"{t}.{s}": f"{n:032x}" for n, (t, s) in enumerate(itertools.product("ab", ("master", "exp_avg")))}
+    digests = {
+        f"{t}.{s}": f"{n:032x}"
+        for n, (t, s) in enumerate(itertools.product("ab", ("master", "exp_avg")))
+    }
     before = short_digests(digests)
     assert set(before) == {"a", "b"} and all(len(text) == 16 for text in before.values())
     for key in digests:

@@ -62,10 +62,18 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="bench", description="Speed as ratios side by side in one run.")
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="cpu|gpu")
     kinds.add_parser("gpu", help="one GPU: layers of K2 and whole models (options of its own)")
-    cpu = kinds.add_parser("cpu", help="the layouts of two to four CPU processes beside their peers")
-    cpu.add_argument("--quick", action="store_true", help="under 2 minutes: a few contenders in one group, fp32")
-    cpu.add_argument("--precision", choices=[*PRECISIONS, "both"], help="default: both; with --quick fp32")
-    cpu.add_argument("--only", nargs="+", metavar="NAME", help="these contenders, and the reference")
+    cpu = kinds.add_parser(
+        "cpu", help="the layouts of two to four CPU processes beside their peers"
+    )
+    cpu.add_argument(
+        "--quick", action="store_true", help="under 2 minutes: a few contenders in one group, fp32"
+    )
+    cpu.add_argument(
+        "--precision", choices=[*PRECISIONS, "both"], help="default: both; with --quick fp32"
+    )
+    cpu.add_argument(
+        "--only", nargs="+", metavar="NAME", help="these contenders, and the reference"
+    )
     cpu.add_argument(
         "--variant",
         action="append",
@@ -73,17 +81,41 @@ def _parser() -> argparse.ArgumentParser:
         metavar="'NAME: CONTENDER key=value ...'",
         help="a k2train contender with other config keys beside the rest (again for more)",
     )
-    cpu.add_argument("--rounds", type=_positive, metavar="N", default=Plan.rounds, help=f"default {Plan.rounds}")
-    cpu.add_argument("--steps", type=_positive, default=1, metavar="N", help="steps of a contender in a round")
     cpu.add_argument(
-        "--cores", type=_positive, default=2, metavar="N", help="cores that all processes share, default 2"
+        "--rounds", type=_positive, metavar="N", default=Plan.rounds, help=f"default {Plan.rounds}"
     )
-    cpu.add_argument("--size", nargs="+", default=[], metavar="name=value", help="another size of the work")
     cpu.add_argument(
-        "--limit", type=_positive, default=120, metavar="SECONDS", help="longest step before it counts as hung"
+        "--steps", type=_positive, default=1, metavar="N", help="steps of a contender in a round"
     )
-    cpu.add_argument("--json", type=Path, metavar="FILE", help="write the numbers too; --against takes such a file")
-    cpu.add_argument("--against", type=Path, metavar="BASE.json", help="run that record's commit beside this tree")
+    cpu.add_argument(
+        "--cores",
+        type=_positive,
+        default=2,
+        metavar="N",
+        help="cores that all processes share, default 2",
+    )
+    cpu.add_argument(
+        "--size", nargs="+", default=[], metavar="name=value", help="another size of the work"
+    )
+    cpu.add_argument(
+        "--limit",
+        type=_positive,
+        default=120,
+        metavar="SECONDS",
+        help="longest step before it counts as hung",
+    )
+    cpu.add_argument(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="write the numbers too; --against takes such a file",
+    )
+    cpu.add_argument(
+        "--against",
+        type=Path,
+        metavar="BASE.json",
+        help="run that record's commit beside this tree",
+    )
     return parser
 
 
@@ -97,7 +129,9 @@ def _cpu(options: argparse.Namespace) -> int:
     work = parse_work(options.size)
     precision = options.precision or ("fp32" if options.quick else "both")
     precisions = PRECISIONS if precision == "both" else (precision,)
-    groups = choose(options.only, options.quick, precisions, [variant(text) for text in options.variant])
+    groups = choose(
+        options.only, options.quick, precisions, [variant(text) for text in options.variant]
+    )
     plan = Plan(
         rounds=options.rounds,
         steps=options.steps,
@@ -132,12 +166,17 @@ def _measure(groups: Sequence[Sequence[Contender]], work: Work, plan: Plan) -> l
     return rows
 
 
-def _tell(facts: dict[str, Any], rows: Sequence[Row], base: dict[str, Any] | None, path: Path | None) -> int:
+def _tell(
+    facts: dict[str, Any], rows: Sequence[Row], base: dict[str, Any] | None, path: Path | None
+) -> int:
     verdicts = verdicts_of(rows)
     comparisons = against.compare(rows) if base else []
     facts |= table.rows_json(rows, verdicts)
     if base:
-        facts["against"] = {"commit": base["commit"], "layouts": [dataclasses.asdict(c) for c in comparisons]}
+        facts["against"] = {
+            "commit": base["commit"],
+            "layouts": [dataclasses.asdict(c) for c in comparisons],
+        }
     if path:
         path.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     print(table.report(facts, rows, verdicts))

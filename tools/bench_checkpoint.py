@@ -25,9 +25,9 @@ from k2train.checkpoint.load import agree_on_checkpoint, load_states
 from k2train.checkpoint.shards import PIECE_BYTES, drop_caches
 from k2train.checkpoint.writer import CheckpointWriter
 from k2train.launch.environment import Launch
-from k2train.parallel.grad_buffer import SlotTable
+from k2train.parallel.grad_buffer import ShardLayout
 from k2train.parallel.grid import SINGLE, ProcessGrid, start_process_group, stop_process_group
-from k2train.parallel.shard import Piece
+from k2train.parallel.shard import ParamSlice
 from k2train.plan.layout import Layout
 
 FACTS = {"step": 1, "adam_steps": 1, "consumed_tokens": 0, "chunks": {}, "config": {}, "data": {}}
@@ -35,18 +35,18 @@ STATES = ("master", "exp_avg", "exp_avg_sq")
 WIDTH = 2048
 
 
-def table_of(elements: int, tensors: int) -> SlotTable:
+def table_of(elements: int, tensors: int) -> ShardLayout:
     """`tensors` matrices of WIDTH columns, `elements` values together (rounded down)."""
     rows = elements // tensors // WIDTH
     shape = (rows, WIDTH)
     pieces = [
         (
             torch.nn.Parameter(torch.empty(shape, device="meta")),
-            Piece(f"layers.{n}.weight", shape, 0, 0, rows, 0, 0.02, True),
+            ParamSlice(f"layers.{n}.weight", shape, 0, 0, rows, 0, 0.02, True),
         )
         for n in range(tensors)
     ]
-    return SlotTable(pieces, SINGLE["dp"])
+    return ShardLayout(pieces, SINGLE["dp"])
 
 
 def seconds_of(part: Callable[[], object]) -> float:
@@ -132,7 +132,10 @@ class Bench:
             assert taken is not None, refused
             load_states(path, self.table, self.lines, self.grid, self.dtype)
 
-        for name, part in ((f"plain read {what}", lambda: plain_read(path)), (f"load {what}", whole)):
+        for name, part in (
+            (f"plain read {what}", lambda: plain_read(path)),
+            (f"load {what}", whole),
+        ):
             if cold:
                 drop_caches(path)
             else:
@@ -164,21 +167,31 @@ def report(bench: Bench) -> list[str]:
         ratio = f"{medians[BESIDE[what]] / seconds:14.2f}" if what in BESIDE else ""
         lines.append(f"{what:<42}{seconds:9.3f}{bench.bytes / seconds / 1e9:7.2f}{ratio}")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    lines.append(f"{bench.bytes / 1e6:.0f} MB a checkpoint; peak of resident memory {peak / 1e6:.0f} MB")
+    lines.append(
+        f"{bench.bytes / 1e6:.0f} MB a checkpoint; peak of resident memory {peak / 1e6:.0f} MB"
+    )
     return lines
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
-    parser = argparse.ArgumentParser(prog="bench_checkpoint.py", description="Time saving and loading.")
+    parser = argparse.ArgumentParser(
+        prog="bench_checkpoint.py", description="Time saving and loading."
+    )
     parser.add_argument("--megabytes", type=int, default=1000, help="size of a checkpoint (1000)")
     parser.add_argument("--rounds", type=int, default=5, help="times each is done (5)")
-    parser.add_argument("--weights", choices=("fp32", "bf16"), default="bf16", help="dtype of the weights (bf16)")
+    parser.add_argument(
+        "--weights", choices=("fp32", "bf16"), default="bf16", help="dtype of the weights (bf16)"
+    )
     parser.add_argument("--folder", type=Path, default=None, help="a folder on the disk to measure")
     given = parser.parse_args(arguments)
     start_process_group(Launch(0, 1, 0, launched=False), torch.device("cpu"))
     with tempfile.TemporaryDirectory(dir=given.folder) as folder:
-        bench = Bench(Path(folder), given.megabytes, torch.float32 if given.weights == "fp32" else torch.bfloat16)
+        bench = Bench(
+            Path(folder),
+            given.megabytes,
+            torch.float32 if given.weights == "fp32" else torch.bfloat16,
+        )
         for number in range(1, given.rounds + 1):
             bench.round(number)
         print("\n".join(report(bench)))

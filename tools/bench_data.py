@@ -37,7 +37,7 @@ from k2train.data.prepare.recipe import Recipe
 from k2train.data.prepare.run.pipeline import prepare
 from k2train.data.prepare.sources.readers import encode_tasks, list_sources
 from k2train.data.prepare.sources.stdlib import stdlib_root
-from k2train.data.prepare.workspace import Workplace
+from k2train.data.prepare.workspace import Workspace
 from k2train.data.prepare.write.write_chunk import chunk_task
 from k2train.errors import EXIT_DONE, EXIT_USAGE, UserError
 from k2train.launch.environment import read_launch
@@ -84,7 +84,9 @@ def in_turns(rounds: int, *works: Callable[[], object]) -> list[float]:
 def library_texts() -> list[str]:
     """Python files of the standard library."""
     paths = sorted(stdlib_root().glob("*.py")) + sorted(stdlib_root().glob("*/*.py"))
-    texts = (path.read_text("utf-8", errors="replace") for path in paths if "packages" not in str(path))
+    texts = (
+        path.read_text("utf-8", errors="replace") for path in paths if "packages" not in str(path)
+    )
     return [text for text in texts if text][:700]
 
 
@@ -94,7 +96,10 @@ def write_corpus(path: Path, copies: int) -> int:
         for copy in range(copies):
             for number, text in enumerate(library_texts()):
                 for at in range(0, len(text), 3000):
-                    stream.write(json.dumps({"id": f"{copy}/{number}/{at}", "text": text[at : at + 3000]}) + "\n")
+                    stream.write(
+                        json.dumps({"id": f"{copy}/{number}/{at}", "text": text[at : at + 3000]})
+                        + "\n"
+                    )
     return path.stat().st_size
 
 
@@ -110,21 +115,35 @@ def make_recipe(folder: Path, name: str, copies: int, **changes: object) -> Reci
         "seed": 1,
         "sequence_length": 256,
         "chunks": 2,
-        "tokenizer": {"model": folder / "tokenizer.model", "train": {"vocab_size": 4096, "max_bytes": 2**23}},
-        "subsets": {"code": {"kind": "jsonl", "paths": [str(corpus / "*.jsonl")], "origin": "bench", "id_key": "id"}},
+        "tokenizer": {
+            "model": folder / "tokenizer.model",
+            "train": {"vocab_size": 4096, "max_bytes": 2**23},
+        },
+        "subsets": {
+            "code": {
+                "kind": "jsonl",
+                "paths": [str(corpus / "*.jsonl")],
+                "origin": "bench",
+                "id_key": "id",
+            }
+        },
     }
     return Recipe.model_validate(tree | changes)
 
 
-def place_of(recipe: Recipe, folder: Path) -> Workplace:
+def place_of(recipe: Recipe, folder: Path) -> Workspace:
     listing = list_sources(recipe)
     tokenizer = obtain_tokenizer(recipe, listing, Progress(None))
-    return Workplace.create(folder, folder / "out.tmp", recipe, tokenizer, encode_tasks(recipe, listing))
+    return Workspace.create(
+        folder, folder / "out.tmp", recipe, tokenizer, encode_tasks(recipe, listing)
+    )
 
 
 def bench_encode(folder: Path, rounds: int) -> Iterator[Figure]:
     """Encoding against sentencepiece alone, one core."""
-    tokenizer = obtain_tokenizer(recipe := make_recipe(folder, "encode", 1), list_sources(recipe), Progress(None))
+    tokenizer = obtain_tokenizer(
+        recipe := make_recipe(folder, "encode", 1), list_sources(recipe), Progress(None)
+    )
     alone = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model)
     pieces = [text[at : at + 3000] for text in library_texts() for at in range(0, len(text), 3000)]
     megabytes = sum(len(piece.encode()) for piece in pieces) / 1e6
@@ -138,14 +157,22 @@ def bench_encode(folder: Path, rounds: int) -> Iterator[Figure]:
     )
     best = megabytes / min(one, many)
     yield Figure("encode text", "sentencepiece alone", megabytes / mine, best, "MB/s", ">= 0.9")
-    yield Figure("encode task: read, encode, sort, write", "sentencepiece alone", megabytes / task, best, "MB/s")
+    yield Figure(
+        "encode task: read, encode, sort, write",
+        "sentencepiece alone",
+        megabytes / task,
+        best,
+        "MB/s",
+    )
 
 
 def bench_cores(folder: Path, rounds: int) -> Iterator[Figure]:
     """The whole preparation with two workers against one."""
 
     def run(workers: int) -> None:
-        recipe = make_recipe(folder, f"cores_{workers}", 4, executor={"workers": workers, "task_bytes": 2**22})
+        recipe = make_recipe(
+            folder, f"cores_{workers}", 4, executor={"workers": workers, "task_bytes": 2**22}
+        )
         prepare(split(recipe), force=True)
 
     def split(recipe: Recipe) -> Recipe:
@@ -163,9 +190,16 @@ def bench_cores(folder: Path, rounds: int) -> Iterator[Figure]:
 
 def bench_chunk(folder: Path, rounds: int) -> Iterator[Figure]:
     """Chunk writing against a plain copy of the same bytes, both synced."""
-    subset = {"kind": "jsonl", "paths": [str(folder / "corpus_4" / "*.jsonl")], "id_key": "id", "repeat": 8}
+    subset = {
+        "kind": "jsonl",
+        "paths": [str(folder / "corpus_4" / "*.jsonl")],
+        "id_key": "id",
+        "repeat": 8,
+    }
     make_recipe(folder, "none", 4)
-    recipe = make_recipe(folder, "chunk", 4, chunks=1, sequence_length=2048, subsets={"code": subset})
+    recipe = make_recipe(
+        folder, "chunk", 4, chunks=1, sequence_length=2048, subsets={"code": subset}
+    )
     place = place_of(recipe, folder / "chunk.work")
     for number in range(len(place.tasks)):
         encode_task(place, number)
@@ -180,23 +214,38 @@ def bench_chunk(folder: Path, rounds: int) -> Iterator[Figure]:
             os.fsync(target.fileno())
 
     mine, theirs = in_turns(rounds, lambda: chunk_task(place, 0), copy)
-    yield Figure(f"write a chunk of {size:.0f} MB", "copy of its .npy", size / mine, size / theirs, "MB/s", ">= 0.5")
+    yield Figure(
+        f"write a chunk of {size:.0f} MB",
+        "copy of its .npy",
+        size / mine,
+        size / theirs,
+        "MB/s",
+        ">= 0.5",
+    )
 
 
 def bench_loader(folder: Path, rounds: int) -> Iterator[Figure]:
     """Loading batches as the demo does, against its training step in one process."""
-    config = load_config(str(ROOT / "configs/demo/stage1.yaml"), ["parallel.tensor=1", "parallel.pipeline=1"])
+    config = load_config(
+        str(ROOT / "configs/demo/stage1.yaml"), ["parallel.tensor=1", "parallel.pipeline=1"]
+    )
     manifest = random_folder(folder / "loader", 8, 256, config.data.sequence_length, 4114)
     order = make_order(manifest, None, config.batch.global_sequences)
-    with Loader(manifest, order, 0, 1, config.batch.micro_sequences, config.model.vocab_size) as loader:
+    with Loader(
+        manifest, order, 0, 1, config.batch.micro_sequences, config.model.vocab_size
+    ) as loader:
         steps = range(1, order.total_steps + 1)
-        seconds = statistics.median(timed(lambda: [loader.step(s) for s in steps]) for _ in range(rounds)) / len(steps)
+        seconds = statistics.median(
+            timed(lambda: [loader.step(s) for s in steps]) for _ in range(rounds)
+        ) / len(steps)
         batch = loader.step(1).tokens
     start_process_group(read_launch(), torch.device("cpu"))
     try:
         engine = Engine(config, ProcessGrid(Layout.for_world(1, 1, 1, 1), 0, torch.device("cpu")))
         engine.train_step(batch, 1e-4)
-        step = statistics.median(timed(lambda: engine.train_step(batch, 1e-4)) for _ in range(max(3, rounds)))
+        step = statistics.median(
+            timed(lambda: engine.train_step(batch, 1e-4)) for _ in range(max(3, rounds))
+        )
     finally:
         stop_process_group()
     tokens = config.batch.global_sequences * config.data.sequence_length
@@ -210,12 +259,22 @@ def random_folder(folder: Path, chunks: int, rows: int, length: int, vocab: int)
     rng = np.random.default_rng(0)
     infos = [
         write_chunk(
-            folder, f"chunk_{i:03d}", [rng.integers(0, vocab, (rows, length)).astype(np.uint32)], rows, vocab, {}
+            folder,
+            f"chunk_{i:03d}",
+            [rng.integers(0, vocab, (rows, length)).astype(np.uint32)],
+            rows,
+            vocab,
+            {},
         )
         for i in range(chunks)
     ]
     return write_manifest(
-        folder, tokenizer_sha256="random", sequence_length=length, vocab_size=vocab, chunks=infos, facts={}
+        folder,
+        tokenizer_sha256="random",
+        sequence_length=length,
+        vocab_size=vocab,
+        chunks=infos,
+        facts={},
     )
 
 
@@ -227,7 +286,12 @@ def bench_import(folder: Path, rounds: int) -> Iterator[Figure]:
     with (source / "chunk_0.jsonl").open("w", encoding="utf-8") as stream:
         for line in range(6000):
             ids = rng.integers(0, 32000, 2048).tolist()
-            facts = {"source": "web", "subset_name": "refinedweb", "src_filename": "a.jsonl", "line_idx_in_src": line}
+            facts = {
+                "source": "web",
+                "subset_name": "refinedweb",
+                "src_filename": "a.jsonl",
+                "line_idx_in_src": line,
+            }
             stream.write(json.dumps({"token_ids": ids, **facts}) + "\n")
     size = (source / "chunk_0.jsonl").stat().st_size / 1e6
     number = iter(range(1000))
@@ -246,9 +310,21 @@ def bench_import(folder: Path, rounds: int) -> Iterator[Figure]:
             pass
 
     alone, mine, theirs = in_turns(rounds, parse, whole, loads)
-    yield Figure("read K2's jsonl to arrays of ids", "json.loads alone", size / alone, size / theirs, "MB/s", ">= 5")
     yield Figure(
-        "import K2's jsonl, files written and synced", "json.loads alone", size / mine, size / theirs, "MB/s", ">= 5"
+        "read K2's jsonl to arrays of ids",
+        "json.loads alone",
+        size / alone,
+        size / theirs,
+        "MB/s",
+        ">= 5",
+    )
+    yield Figure(
+        "import K2's jsonl, files written and synced",
+        "json.loads alone",
+        size / mine,
+        size / theirs,
+        "MB/s",
+        ">= 5",
     )
     manifest = whole()
     there = in_turns(1, lambda: export_k2(manifest, folder / f"exported_{next(number)}"))[0]
@@ -261,9 +337,9 @@ import sys
 from k2train.data.prepare.write.write_chunk import chunk_task
 from k2train.data.prepare.encode.encode import encode_task
 from k2train.data.prepare.allocate.allocate import plan_task
-from k2train.data.prepare.workspace import Workplace
+from k2train.data.prepare.workspace import Workspace
 from pathlib import Path
-place = Workplace.open(Path(sys.argv[1]))
+place = Workspace.open(Path(sys.argv[1]))
 {"encode": lambda: [encode_task(place, n) for n in range(len(place.tasks))], "plan": lambda: plan_task(place),
  "chunks": lambda: [chunk_task(place, n) for n in range(len(place.chunk_names))]}[sys.argv[2]]()
 print([line for line in open("/proc/self/status") if "VmHWM" in line][0].split()[1])
@@ -282,7 +358,9 @@ def bench_memory(folder: Path, rounds: int) -> Iterator[Figure]:
             peaks[phase, copies] = int(done.stdout) / 1024
         shutil.rmtree(place.folder)
     for phase in ("encode", "plan", "chunks"):
-        yield Figure(f"peak memory of {phase}, 10x", "1x", peaks[phase, 40], peaks[phase, 4], "MiB", "= 1")
+        yield Figure(
+            f"peak memory of {phase}, 10x", "1x", peaks[phase, 40], peaks[phase, 4], "MiB", "= 1"
+        )
 
 
 BENCHES = {
@@ -296,12 +374,20 @@ BENCHES = {
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="bench_data.py", description="Ratios of the data road, measured in one run.")
-    parser.add_argument("--only", nargs="+", choices=list(BENCHES), default=list(BENCHES), help="which of them")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each measurement (default 5)")
+    parser = argparse.ArgumentParser(
+        prog="bench_data.py", description="Ratios of the data road, measured in one run."
+    )
+    parser.add_argument(
+        "--only", nargs="+", choices=list(BENCHES), default=list(BENCHES), help="which of them"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="turns of each measurement (default 5)"
+    )
     parser.add_argument("--folder", type=Path, help="where the temporary folders are made")
     given = parser.parse_args(arguments)
-    print(f"{'what':45}  {'against':24}  {'mine':>10}  {'theirs':>10}  {'unit':8}  {'ratio':>8}  aim")
+    print(
+        f"{'what':45}  {'against':24}  {'mine':>10}  {'theirs':>10}  {'unit':8}  {'ratio':>8}  aim"
+    )
     try:
         for name in given.only:
             with tempfile.TemporaryDirectory(prefix="k2train-bench-", dir=given.folder) as folder:

@@ -23,7 +23,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from pydantic import ValidationError
 
-from benchmarks.gpu.processes import EXIT_DONE, EXIT_FAILED, Parser, command_of, last_line, run_to_end
+from benchmarks.gpu.processes import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    Parser,
+    command_of,
+    last_line,
+    run_to_end,
+)
 from k2train.config.load import Config
 
 LIMIT_SECONDS = 600.0
@@ -38,20 +45,43 @@ STANDARD = {
     "micro": 4,
     "sequences": 16,
 }
-SMALL = {"hidden": 64, "ffn": 172, "layers": 4, "heads": 4, "vocab": 512, "length": 32, "micro": 4, "sequences": 16}
+SMALL = {
+    "hidden": 64,
+    "ffn": 172,
+    "layers": 4,
+    "heads": 4,
+    "vocab": 512,
+    "length": 32,
+    "micro": 4,
+    "sequences": 16,
+}
 
 
 def read_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser = Parser(prog="bench_profile.py", description="Where the time of a training step goes.")
     for name, value in STANDARD.items():
         parser.add_argument(
-            f"--{name}", type=int, help=f"{name} of the work (default {value}); any of these: that work alone"
+            f"--{name}",
+            type=int,
+            help=f"{name} of the work (default {value}); any of these: that work alone",
         )
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--threads", type=int, default=1, help="threads of each process (default 1)")
-    parser.add_argument("--processes", type=int, choices=(1, 2), default=1, help="2: tensor and sequence parallelism")
     parser.add_argument(
-        "--kernel", action="append", default=[], metavar="KEY=VALUE", help="a key of the config's kernels"
+        "--threads", type=int, default=1, help="threads of each process (default 1)"
+    )
+    parser.add_argument(
+        "--processes",
+        type=int,
+        choices=(1, 2),
+        default=1,
+        help="2: tensor and sequence parallelism",
+    )
+    parser.add_argument(
+        "--kernel",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a key of the config's kernels",
     )
     parser.add_argument("--steps", type=int, default=3, help="steps under the profiler (default 3)")
     parser.add_argument("--cuda", action="store_true", help="on a GPU")
@@ -110,11 +140,18 @@ def mistake_in(tree: dict[str, Any]) -> str | None:
 
 def profile_of(sizes: Mapping[str, int], given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Run one work; its figures, or `why` there are none."""
-    work = {"config": config_of(sizes, given), "threads": given.threads, "steps": given.steps, "cuda": given.cuda}
+    work = {
+        "config": config_of(sizes, given),
+        "threads": given.threads,
+        "steps": given.steps,
+        "cuda": given.cuda,
+    }
     source, target, log = folder / "work.json", folder / "out.json", folder / "log.txt"
     source.write_text(json.dumps(work))
     target.unlink(missing_ok=True)
-    command = command_of("benchmarks.gpu.profile_work", [str(source), str(target)], processes=given.processes)
+    command = command_of(
+        "benchmarks.gpu.profile_work", [str(source), str(target)], processes=given.processes
+    )
     code = run_to_end(command, log, LIMIT_SECONDS)
     if code != 0 or not target.exists():
         return {"why": f"exit code {code}: {last_line(log)}"}
@@ -133,12 +170,27 @@ def table(profiles: Mapping[str, Mapping[str, Any]]) -> str:
 
     for name in names:
         lines.append([name, *(cell(found["seconds"][name], found) for found in good.values())])
-    lines.append(["Python, host, profiler", *(cell(found["rest_seconds"], found) for found in good.values())])
-    lines.append(["a profiled step", *(f"{1e3 * found['profiled_seconds']:.1f} ms" for found in good.values())])
     lines.append(
-        ["**a step without the profiler**", *(f"**{1e3 * f['plain_seconds']:.1f} ms**" for f in good.values())]
+        ["Python, host, profiler", *(cell(found["rest_seconds"], found) for found in good.values())]
     )
-    lines.append(["operations a step, nested ones too", *(str(found["operations"]) for found in good.values())])
+    lines.append(
+        [
+            "a profiled step",
+            *(f"{1e3 * found['profiled_seconds']:.1f} ms" for found in good.values()),
+        ]
+    )
+    lines.append(
+        [
+            "**a step without the profiler**",
+            *(f"**{1e3 * f['plain_seconds']:.1f} ms**" for f in good.values()),
+        ]
+    )
+    lines.append(
+        [
+            "operations a step, nested ones too",
+            *(str(found["operations"]) for found in good.values()),
+        ]
+    )
     if any(found["busy_seconds"] is not None for found in good.values()):
         lines.append(["GPU busy", *(cell(found["busy_seconds"], found) for found in good.values())])
         for key in ("kernels", "synchronisations", "to_host"):
@@ -149,7 +201,10 @@ def table(profiles: Mapping[str, Mapping[str, Any]]) -> str:
 def main(arguments: Sequence[str]) -> int:
     given = read_arguments(arguments)
     with tempfile.TemporaryDirectory(prefix="k2train-profile-") as folder:
-        profiles = {title: profile_of(sizes, given, Path(folder)) for title, sizes in works_of(given).items()}
+        profiles = {
+            title: profile_of(sizes, given, Path(folder))
+            for title, sizes in works_of(given).items()
+        }
     if given.json is not None:
         given.json.write_text(json.dumps(profiles, indent=1) + "\n")
     bad = [f"{title}: {found['why']}" for title, found in profiles.items() if "why" in found]

@@ -75,7 +75,9 @@ class Outcome:
     @property
     def expected(self) -> tuple[Span, ...]:
         """The measured durations, transfers free."""
-        return simulate(self.programs, lambda action: self.durations.get((action.op, action.stage), 0.0))
+        return simulate(
+            self.programs, lambda action: self.durations.get((action.op, action.stage), 0.0)
+        )
 
 
 class _Parser(argparse.ArgumentParser):
@@ -112,18 +114,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="bench_schedules", description="Every pipeline schedule, planned and measured side by side.")
+    parser = _Parser(
+        prog="bench_schedules",
+        description="Every pipeline schedule, planned and measured side by side.",
+    )
     parser.add_argument(
-        "overrides", nargs="*", metavar="dotted.key=value", help="another model, batch or tensor degree"
+        "overrides",
+        nargs="*",
+        metavar="dotted.key=value",
+        help="another model, batch or tensor degree",
     )
     parser.add_argument("--processes", type=_positive, default=2, metavar="N", help="default 2")
-    parser.add_argument("--schedules", nargs="+", choices=list(SCHEDULES), default=list(SCHEDULES), metavar="KIND")
-    parser.add_argument("--steps", type=_positive, default=7, metavar="N", help="measured steps of each; default 7")
-    parser.add_argument("--warmup", type=_positive, default=2, metavar="N", help="steps before; default 2")
-    parser.add_argument("--threads", type=_positive, default=1, metavar="N", help="of each process; default 1")
+    parser.add_argument(
+        "--schedules", nargs="+", choices=list(SCHEDULES), default=list(SCHEDULES), metavar="KIND"
+    )
+    parser.add_argument(
+        "--steps", type=_positive, default=7, metavar="N", help="measured steps of each; default 7"
+    )
+    parser.add_argument(
+        "--warmup", type=_positive, default=2, metavar="N", help="steps before; default 2"
+    )
+    parser.add_argument(
+        "--threads", type=_positive, default=1, metavar="N", help="of each process; default 1"
+    )
     parser.add_argument("--even", action="store_true", help="as many layers on every stage")
     parser.add_argument("--svg", metavar="DIR", help="write the pictures there, too")
-    parser.add_argument("--width", type=_positive, default=110, metavar="COLUMNS", help="width of the pictures")
+    parser.add_argument(
+        "--width", type=_positive, default=110, metavar="COLUMNS", help="width of the pictures"
+    )
     return parser
 
 
@@ -143,8 +161,14 @@ def _overrides(kind: str, options: argparse.Namespace) -> list[str]:
             f"--processes ({options.processes}) must be parallel.tensor ({tensor}) times at least 2; nearest: {2 * tensor}"
         )
     stages_per_rank = 2 if kind in ("interleaved", "zb-v") else 1
-    keys = [f"parallel.pipeline={pipeline}", f"parallel.schedule={kind}", f"parallel.stages_per_rank={stages_per_rank}"]
-    split = balanced_layers(_shape(base), pipeline_layout(kind, pipeline, stages_per_rank), base.data.sequence_length)
+    keys = [
+        f"parallel.pipeline={pipeline}",
+        f"parallel.schedule={kind}",
+        f"parallel.stages_per_rank={stages_per_rank}",
+    ]
+    split = balanced_layers(
+        _shape(base), pipeline_layout(kind, pipeline, stages_per_rank), base.data.sequence_length
+    )
     if split is None:
         raise ConfigError(
             f"model.num_layers ({layers}) must be at least {pipeline * stages_per_rank} for schedule {kind} on "
@@ -157,19 +181,28 @@ def _overrides(kind: str, options: argparse.Namespace) -> list[str]:
 
 def _shape(config: Config) -> ModelShape:
     m = config.model
-    return ModelShape(m.num_layers, m.hidden_size, m.ffn_hidden_size, m.num_heads, m.num_kv_heads, m.vocab_size)
+    return ModelShape(
+        m.num_layers, m.hidden_size, m.ffn_hidden_size, m.num_heads, m.num_kv_heads, m.vocab_size
+    )
 
 
 def _programs(config: Config, processes: int) -> tuple[Program, ...]:
     p = config.parallel
-    return build_programs(p.schedule, p.pipeline, num_microbatches(config, processes), p.stages_per_rank)
+    return build_programs(
+        p.schedule, p.pipeline, num_microbatches(config, processes), p.stages_per_rank
+    )
 
 
 def _run(runs: list[list[str]], options: argparse.Namespace) -> list[Any] | None:
     """What each rank measured, in rank order; None after telling what went wrong."""
     with TemporaryDirectory(prefix="bench-schedules-") as name:
         folder = Path(name)
-        task = {"config": str(CONFIG), "runs": runs, "world": options.processes, "store": str(folder / "store")}
+        task = {
+            "config": str(CONFIG),
+            "runs": runs,
+            "world": options.processes,
+            "store": str(folder / "store"),
+        }
         task |= {"steps": options.steps, "warmup": options.warmup, "threads": options.threads}
         (folder / "task.json").write_text(json.dumps(task), encoding="utf-8")
         processes = [
@@ -186,15 +219,23 @@ def _run(runs: list[list[str]], options: argparse.Namespace) -> list[Any] | None
             if code:
                 print(f"process {rank} ended with exit code {code}", file=sys.stderr)
                 return None
-        return [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in range(options.processes)]
+        return [
+            json.loads((folder / f"rank_{rank}.json").read_text())
+            for rank in range(options.processes)
+        ]
 
 
 def _outcome(
-    config: Config, programs: tuple[Program, ...], ranks: list[list[Any]], options: argparse.Namespace
+    config: Config,
+    programs: tuple[Program, ...],
+    ranks: list[list[Any]],
+    options: argparse.Namespace,
 ) -> Outcome:
     """`ranks`: of each rank the steps of this schedule; of a pipeline rank the first one's spans are taken."""
     p = config.parallel
-    layout = Layout.for_world(options.processes, p.tensor, p.pipeline, p.stages_per_rank, placement_of(p.schedule))
+    layout = Layout.for_world(
+        options.processes, p.tensor, p.pipeline, p.stages_per_rank, placement_of(p.schedule)
+    )
     each = options.processes // layout.pipeline
     steps = [
         tuple(
@@ -234,7 +275,9 @@ def _report(outcomes: Sequence[Outcome], options: argparse.Namespace) -> list[st
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for one in outcomes:
-        bubbles = " | ".join(f"{bubble_fraction(spans):.1%}" for spans in (one.planned, one.expected))
+        bubbles = " | ".join(
+            f"{bubble_fraction(spans):.1%}" for spans in (one.planned, one.expected)
+        )
         split = one.config.parallel.layers_per_stage
         held = (" ".join(map(str, peak_in_flight(one.programs, until))) for until in (False, True))
         lines.append(
@@ -245,7 +288,9 @@ def _report(outcomes: Sequence[Outcome], options: argparse.Namespace) -> list[st
         "",
         "Activations in stages x micro-batches, by pipeline rank; a stage of interleaved and zb-v is half as large.",
     ]
-    lines.append("Loss of the last step: " + ", ".join(sorted({f"{one.loss:.9g}" for one in outcomes})))
+    lines.append(
+        "Loss of the last step: " + ", ".join(sorted({f"{one.loss:.9g}" for one in outcomes}))
+    )
     pictures: list[tuple[str, Callable[[Outcome], tuple[Span, ...]]]] = [
         ("planned with the measured durations", lambda one: one.expected),
         ("measured", lambda one: one.measured),

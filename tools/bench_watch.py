@@ -31,7 +31,10 @@ from k2train.train.preflight import prepare_start
 from k2train.train.trainer import Trainer
 
 VOCAB, SEQUENCE, BATCH = 8192, 256, 8
-OFF = {"watch": {"heartbeat_seconds": 0}, "audit": {"replicas_every_steps": 0, "root_every_steps": 0}}
+OFF = {
+    "watch": {"heartbeat_seconds": 0},
+    "audit": {"replicas_every_steps": 0, "root_every_steps": 0},
+}
 EVERY = 100
 """Steps between two audits, as configs have it."""
 
@@ -49,7 +52,10 @@ def config_of(folder: Path, name: str, hidden: int, sections: dict[str, Any]) ->
                 "num_kv_heads": 8,
                 "vocab_size": VOCAB,
             },
-            "data": {"manifest": str(folder / "data" / "manifest.json"), "sequence_length": SEQUENCE},
+            "data": {
+                "manifest": str(folder / "data" / "manifest.json"),
+                "sequence_length": SEQUENCE,
+            },
             "batch": {"global_sequences": BATCH, "micro_sequences": 4},
             "lr": {"kind": "constant", "peak": 1e-4},
             "precision": "fp32",
@@ -61,9 +67,11 @@ def config_of(folder: Path, name: str, hidden: int, sections: dict[str, Any]) ->
 def trainer_of(config: Config) -> Trainer:
     """A run that has begun, in this process."""
     start = prepare_start(config, 1, verify=True)
-    trainer = Trainer(config, ProcessGrid(start.layout, 0, torch.device("cpu")), start, StopRequest(), verify=True)
+    trainer = Trainer(
+        config, ProcessGrid(start.layout, 0, torch.device("cpu")), start, StopRequest(), verify=True
+    )
     trainer.begin()
-    trainer.keeper.writer.wait()
+    trainer.checkpoints.writer.wait()
     return trainer
 
 
@@ -79,14 +87,21 @@ def measure(folder: Path, steps: int, hidden: int) -> dict[str, float]:
     """Median seconds: `on`, `off`, `audited` (a step with both audits); checks that all end alike."""
     rows = (3 * steps + 2) * BATCH
     (folder / "data").mkdir()
-    ids = np.random.Generator(np.random.Philox(key=1)).integers(0, VOCAB, (rows, SEQUENCE)).astype(np.uint16)
+    ids = (
+        np.random.Generator(np.random.Philox(key=1))
+        .integers(0, VOCAB, (rows, SEQUENCE))
+        .astype(np.uint16)
+    )
     info = write_chunk(folder / "data", "chunk_000", [ids], rows, VOCAB, {"noise": rows * SEQUENCE})
     write_manifest(
         folder / "data", tokenizer_sha256="0" * 64, sequence_length=SEQUENCE, vocab_size=VOCAB, chunks=[info], held_out=None
     )  # fmt: skip
     each = {"audit": {"replicas_every_steps": 1, "root_every_steps": 1}}
     kinds: dict[str, dict[str, Any]] = {"on": {}, "off": OFF, "audited": each}
-    runs = {name: trainer_of(config_of(folder, name, hidden, sections)) for name, sections in kinds.items()}
+    runs = {
+        name: trainer_of(config_of(folder, name, hidden, sections))
+        for name, sections in kinds.items()
+    }
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(steps + 2):
         # In turns, and each kind first as often as the others: what comes first finds another cache.
@@ -94,16 +109,20 @@ def measure(folder: Path, steps: int, hidden: int) -> dict[str, float]:
         for name in names:
             seconds[name].append(step_of(runs[name]))
     masters = [run.engine.optimizer.master for run in runs.values()]
-    assert all(torch.equal(masters[0], other) for other in masters), "watching changed what was trained"
+    assert all(torch.equal(masters[0], other) for other in masters), (
+        "watching changed what was trained"
+    )
     for run in runs.values():
         run.close()
-        run.sentry.close()
+        run.monitor.close()
     return {name: statistics.median(taken[2:]) for name, taken in seconds.items()}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
-    parser = argparse.ArgumentParser(prog="bench_watch.py", description="What being watched costs, as a ratio.")
+    parser = argparse.ArgumentParser(
+        prog="bench_watch.py", description="What being watched costs, as a ratio."
+    )
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--hidden", type=int, default=256)
     options = parser.parse_args(arguments)
@@ -120,7 +139,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(
         f"| watched, and audited every {EVERY} steps | {found['on'] + audit:.4f} | {(found['on'] + audit) / off:.4f} |"
     )
-    print(f"| with both audits in the step | {found['audited']:.4f} | {found['audited'] / off:.4f} |")
+    print(
+        f"| with both audits in the step | {found['audited']:.4f} | {found['audited'] / off:.4f} |"
+    )
     return 0
 
 

@@ -55,17 +55,23 @@ def tensors_of(checkpoint: Path, folder: str) -> dict[str, Array]:
 
     Raises CheckpointError when the shards leave a part of a tensor out.
     """
-    shapes = {name: facts["shape"] for name, facts in read_manifest(checkpoint)["tensors"][folder].items()}
+    shapes = {
+        name: facts["shape"] for name, facts in read_manifest(checkpoint)["tensors"][folder].items()
+    }
     whole: dict[str, Array] = {}
     filled = dict.fromkeys(shapes, 0)
     for file in sorted((checkpoint / folder).glob("*.safetensors")):
         for name, offsets, values in shards_of(file):
             into = whole.setdefault(name, np.zeros(shapes[name], dtype=values.dtype))
-            into[tuple(slice(o, o + n) for o, n in zip(offsets, values.shape, strict=True))] = values
+            into[tuple(slice(o, o + n) for o, n in zip(offsets, values.shape, strict=True))] = (
+                values
+            )
             filled[name] += values.size
     for name, shape in shapes.items():
         if filled[name] != int(np.prod(shape)):
-            raise CheckpointError(f"{checkpoint}: {name} has {filled[name]} of {int(np.prod(shape))} values")
+            raise CheckpointError(
+                f"{checkpoint}: {name} has {filled[name]} of {int(np.prod(shape))} values"
+            )
     return whole
 
 
@@ -75,7 +81,9 @@ def metric_differences(a: Path, b: Path, strict: bool) -> list[str]:
     found = []
     for step in sorted(set(rows[0]) & set(rows[1])):
         pairs = [(key, rows[0][step].get(key), rows[1][step].get(key)) for key in COMPARED]
-        different = [f"{key} {x!r} and {y!r}" for key, x, y in pairs if x != y and not (x != x and y != y)]
+        different = [
+            f"{key} {x!r} and {y!r}" for key, x, y in pairs if x != y and not (x != x and y != y)
+        ]
         if different:
             found.append(f"step {step} is the first that differs: {'; '.join(different)}")
             break
@@ -152,7 +160,9 @@ def root_differences(a: Path, b: Path) -> tuple[list[str], int]:
     for run, of_run in zip((a, b), states, strict=True):
         for step, state in sorted(of_run.items()):
             if len(set(state.roots.values())) > 1:
-                said = " and ".join(f"{root[:16]} in {source}" for source, root in state.roots.items())
+                said = " and ".join(
+                    f"{root[:16]} in {source}" for source, root in state.roots.items()
+                )
                 found.append(f"{run} contradicts itself: the root of step {step} is {said}")
     common = sorted(set(states[0]) & set(states[1]))
     different = [step for step in common if states[0][step].root != states[1][step].root]
@@ -160,9 +170,13 @@ def root_differences(a: Path, b: Path) -> tuple[list[str], int]:
         first = different[0]
         roots = " and ".join(of_run[first].root[:16] for of_run in states)
         equal = [step for step in common if step < first]
-        since = f"last equal at step {equal[-1]}" if equal else "nothing earlier was recorded by both"
+        since = (
+            f"last equal at step {equal[-1]}" if equal else "nothing earlier was recorded by both"
+        )
         line = f"step {first} is the first whose state differs: root {roots}; {since}"
-        named = next((step for step in different if all(of_run[step].tensors for of_run in states)), None)
+        named = next(
+            (step for step in different if all(of_run[step].tensors for of_run in states)), None
+        )
         if named is not None:
             where = "" if named == first else f"at step {named} "
             line += f"; {where}{_tensors_apart(states[0][named].tensors, states[1][named].tensors)}"
@@ -176,7 +190,9 @@ def _tensors_apart(a: Mapping[str, str], b: Mapping[str, str]) -> str:
     if not names:
         return "no tensor differs, so the number of updates applied does"
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return f"{len(names)} of {len(set(a) | set(b))} tensors differ: {', '.join(names[:SHOWN])}{more}"
+    return (
+        f"{len(names)} of {len(set(a) | set(b))} tensors differ: {', '.join(names[:SHOWN])}{more}"
+    )
 
 
 def checkpoint_differences(a: Path, b: Path, strict: bool, read: bool) -> tuple[list[str], int]:
@@ -209,7 +225,9 @@ def differences(a: Path, b: Path, strict: bool, by_root: bool = False) -> list[s
     roots, common_roots = root_differences(a, b)
     checkpoints, common_checkpoints = checkpoint_differences(a, b, strict, read=not by_root)
     if by_root and not common_roots:
-        raise RunError(f"{a} and {b} have no step of which both recorded the root; see audit.root_every_steps")
+        raise RunError(
+            f"{a} and {b} have no step of which both recorded the root; see audit.root_every_steps"
+        )
     if not common_checkpoints and not common_roots:
         raise RunError(f"{a} and {b} have no checkpoint in common")
     return found + roots + checkpoints
@@ -217,11 +235,19 @@ def differences(a: Path, b: Path, strict: bool, by_root: bool = False) -> list[s
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
-    parser = argparse.ArgumentParser(prog="compare_runs.py", description="Where two runs part, bit for bit.")
+    parser = argparse.ArgumentParser(
+        prog="compare_runs.py", description="Where two runs part, bit for bit."
+    )
     parser.add_argument("a", type=Path, metavar="RUN_A")
     parser.add_argument("b", type=Path, metavar="RUN_B")
-    parser.add_argument("--assert-equal", action="store_true", help="also ask for the same steps and last checkpoint")
-    parser.add_argument("--by-root", action="store_true", help="compare the roots of the state and nothing else")
+    parser.add_argument(
+        "--assert-equal",
+        action="store_true",
+        help="also ask for the same steps and last checkpoint",
+    )
+    parser.add_argument(
+        "--by-root", action="store_true", help="compare the roots of the state and nothing else"
+    )
     options = parser.parse_args(arguments)
     try:
         found = differences(options.a, options.b, options.assert_equal, options.by_root)

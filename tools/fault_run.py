@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from fault_tests.cases import ROWS, listing, run_row
-from fault_tests.processes import Crew
+from fault_tests.processes import ForkServer
 from fault_tests.report import page, remember, table_line
 from fault_tests.result import MEDIUM, SHORT, Bench, Result
 
@@ -35,26 +35,45 @@ def rows_named(texts: Sequence[str]) -> list[int]:
         found += range(int(first), int(last or first) + 1)
     wrong = sorted(set(found) - set(ROWS))
     if wrong and not any("-" in text for text in texts):
-        raise ValueError(f"no row {', '.join(map(str, wrong))}; there are {', '.join(map(str, ROWS))}")
+        raise ValueError(
+            f"no row {', '.join(map(str, wrong))}; there are {', '.join(map(str, ROWS))}"
+        )
     return [row for row in ROWS if row in found]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
-    parser = argparse.ArgumentParser(prog="fault_run.py", description="Break a small run in every way of the table.")
-    parser.add_argument("--rows", nargs="+", metavar="N", help="only these, `1 2 5-8`; all when left out")
-    parser.add_argument(
-        "--list", action="store_true", help="print the rows and the places where faults can be made, and end"
+    parser = argparse.ArgumentParser(
+        prog="fault_run.py", description="Break a small run in every way of the table."
     )
-    parser.add_argument("--short", action="store_true", help="fewer faults of each kind, in about two minutes")
-    parser.add_argument("--kills", type=int, metavar="N", help="SIGKILLs at random times in row 2 (40; short: 3)")
-    parser.add_argument("--endurance", type=int, metavar="N", help="faults of the one run of row 30 (100; short: 8)")
+    parser.add_argument(
+        "--rows", nargs="+", metavar="N", help="only these, `1 2 5-8`; all when left out"
+    )
+    parser.add_argument(
+        "--list",
+        action="store_true",
+        help="print the rows and the places where faults can be made, and end",
+    )
+    parser.add_argument(
+        "--short", action="store_true", help="fewer faults of each kind, in about two minutes"
+    )
+    parser.add_argument(
+        "--kills", type=int, metavar="N", help="SIGKILLs at random times in row 2 (40; short: 3)"
+    )
+    parser.add_argument(
+        "--endurance", type=int, metavar="N", help="faults of the one run of row 30 (100; short: 8)"
+    )
     parser.add_argument("--seed", type=int, default=1, help="of the random times and places (1)")
     parser.add_argument("--page", type=Path, metavar="FILE", help="write the results page there")
     parser.add_argument(
-        "--record", type=Path, metavar="FILE", help="add rows to it; the page shows the newest of each row"
+        "--record",
+        type=Path,
+        metavar="FILE",
+        help="add rows to it; the page shows the newest of each row",
     )
-    parser.add_argument("--keep", type=Path, metavar="DIR", help="work in this new folder and keep it")
+    parser.add_argument(
+        "--keep", type=Path, metavar="DIR", help="work in this new folder and keep it"
+    )
     options = parser.parse_args(arguments)
     if options.list:
         print(listing())
@@ -72,26 +91,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     scratch = options.keep or Path(tempfile.mkdtemp(prefix="k2train-faults-"))
     began = time.monotonic()
     results: list[Result] = []
-    with Crew(scratch.resolve() / "crew") as crew:
+    with ForkServer(scratch.resolve() / "server") as server:
         bench = Bench(
-            crew,
+            server,
             scratch.resolve(),
             SHORT if options.short else MEDIUM,
             options.seed,
             options.kills if options.kills is not None else 3 if options.short else 40,
             options.endurance if options.endurance is not None else 8 if options.short else 100,
-            say=lambda text: print(f"[{time.monotonic() - began:6.0f} s] {text}", file=sys.stderr, flush=True),
+            say=lambda text: print(
+                f"[{time.monotonic() - began:6.0f} s] {text}", file=sys.stderr, flush=True
+            ),
         )
         for row in rows:
             results.append(run_row(bench, row))
             print(table_line(results[-1]), flush=True)
-            shown = results if options.record is None else remember(options.record, results[-1], bench)
+            shown = (
+                results if options.record is None else remember(options.record, results[-1], bench)
+            )
             if options.page is not None:
                 options.page.parent.mkdir(parents=True, exist_ok=True)
-                options.page.write_text(page(shown, bench, time.monotonic() - began), encoding="utf-8")
+                options.page.write_text(
+                    page(shown, bench, time.monotonic() - began), encoding="utf-8"
+                )
     failed = [result for result in results if result.problems]
     for result in failed:
-        print("\n".join(f"row {result.row}: {problem}" for problem in result.problems), file=sys.stderr)
+        print(
+            "\n".join(f"row {result.row}: {problem}" for problem in result.problems),
+            file=sys.stderr,
+        )
     if options.keep is None and not failed:
         shutil.rmtree(scratch)
     elif failed:

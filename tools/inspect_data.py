@@ -29,7 +29,13 @@ from k2train.checkpoint.manifest import list_checkpoints
 from k2train.checkpoint.manifest import read_manifest as read_checkpoint
 from k2train.data.document_keys import chunks_of_document
 from k2train.data.inspect.account import Facts, account_facts, add_text, find_tokenizer
-from k2train.data.inspect.provenance import check_rows, chunk_facts, find_chunk, find_document, pieces_of
+from k2train.data.inspect.provenance import (
+    check_rows,
+    chunk_facts,
+    find_chunk,
+    find_document,
+    pieces_of,
+)
 from k2train.data.inspect.run_usage import METRICS, TO_COME, Run, rows_of_step
 from k2train.data.inspect.text import View, render
 from k2train.data.manifest import SOURCES_NAME, ChunkInfo, Manifest, read_manifest, span
@@ -56,9 +62,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         text = json.dumps(facts, ensure_ascii=False)
     else:
         lines = sys.maxsize if options.all else View.lines
-        if options.step is not None and (options.sample is not None or options.rows is not None) and not options.all:
+        if (
+            options.step is not None
+            and (options.sample is not None or options.rows is not None)
+            and not options.all
+        ):
             facts, lines = _asked_first(facts)
-        text = "\n".join(render(facts, View(sys.stdout.isatty(), options.ids, options.chunks, lines)))
+        text = "\n".join(
+            render(facts, View(sys.stdout.isatty(), options.ids, options.chunks, lines))
+        )
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Documents hold any character; a terminal that cannot show one shows its number.
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -84,19 +96,44 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         epilog="Without a question: the token account of DATA, or the order of RUN.",
     )
     add = parser.add_argument
-    add("data", nargs="?", type=Path, metavar="DATA", help="a manifest.json or its folder; of a run: where it lies now")
+    add(
+        "data",
+        nargs="?",
+        type=Path,
+        metavar="DATA",
+        help="a manifest.json or its folder; of a run: where it lies now",
+    )
     add("--run", type=Path, metavar="RUN", help="the directory of a run, such as runs/demo-stage1")
     add("--chunk", metavar="C", help="a chunk by number or name, or held_out")
     add("--step", type=_whole, metavar="S", help="a step of the run, from 1")
-    add("--checkpoint", metavar="N", help="a checkpoint of the run by number or name; with --step, by its record alone")
-    add("--document", metavar="NAME", help="every use of a document, `source:document`, or a source")
+    add(
+        "--checkpoint",
+        metavar="N",
+        help="a checkpoint of the run by number or name; with --step, by its record alone",
+    )
+    add(
+        "--document", metavar="NAME", help="every use of a document, `source:document`, or a source"
+    )
     rows = parser.add_mutually_exclusive_group()
-    rows.add_argument("--row", type=_one_row, dest="rows", metavar="R", help="a row of the chunk, from 0")
-    rows.add_argument("--rows", type=_rows, dest="rows", metavar="A-B", help="rows of the chunk, the last included")
+    rows.add_argument(
+        "--row", type=_one_row, dest="rows", metavar="R", help="a row of the chunk, from 0"
+    )
+    rows.add_argument(
+        "--rows",
+        type=_rows,
+        dest="rows",
+        metavar="A-B",
+        help="rows of the chunk, the last included",
+    )
     rows.add_argument("--sample", type=_whole, metavar="I", help="a sample of the step, from 0")
     add("--subset", metavar="X", help="with --document: in this subset only")
     add("--source", metavar="S", help="with --document: in this source only")
-    add("--tokenizer", type=Path, metavar="MODEL", help="the tokenizer.model, where the data has none beside it")
+    add(
+        "--tokenizer",
+        type=Path,
+        metavar="MODEL",
+        help="the tokenizer.model, where the data has none beside it",
+    )
     add("--ids", action="store_true", help="the token ids beside the text")
     add("--chunks", action="store_true", help="with the account: a line for every chunk")
     add("--all", action="store_true", help="all lines of long tables")
@@ -114,12 +151,24 @@ def _mistake(options: argparse.Namespace) -> str:
     given = [name for name in ("chunk", "step", "document") if getattr(options, name) is not None]
     rules = (
         (len(given) > 1, f"--{' and --'.join(given)} are different questions: ask one"),
-        (options.run is None and options.step is not None, "--step needs --run RUN: the order is the run's"),
+        (
+            options.run is None and options.step is not None,
+            "--step needs --run RUN: the order is the run's",
+        ),
         (options.run is None and options.checkpoint is not None, "--checkpoint needs --run RUN"),
-        (options.checkpoint is not None and given not in ([], ["step"]), "--checkpoint goes with --step or alone"),
-        (options.rows is not None and given not in (["chunk"], ["step"]), "--row needs --chunk C or --step S"),
+        (
+            options.checkpoint is not None and given not in ([], ["step"]),
+            "--checkpoint goes with --step or alone",
+        ),
+        (
+            options.rows is not None and given not in (["chunk"], ["step"]),
+            "--row needs --chunk C or --step S",
+        ),
         (options.sample is not None and given != ["step"], "--sample needs --step S"),
-        ((options.subset or options.source) and given != ["document"], "--subset and --source need --document NAME"),
+        (
+            (options.subset or options.source) and given != ["document"],
+            "--subset and --source need --document NAME",
+        ),
     )
     return next((text for wrong, text in rules if wrong), "")
 
@@ -150,7 +199,11 @@ def answer(options: argparse.Namespace) -> Facts:
         return document_answer(manifest, run, options)
     if options.chunk is not None:
         info = find_chunk(manifest, options.chunk)
-        return rows_answer(manifest, run, info, options) if options.rows else chunk_answer(manifest, run, info)
+        return (
+            rows_answer(manifest, run, info, options)
+            if options.rows
+            else chunk_answer(manifest, run, info)
+        )
     if run is None:
         return account_facts(manifest)
     if options.step is not None:
@@ -165,7 +218,9 @@ def open_run(options: argparse.Namespace) -> Run:
     """The run of the options, from its ledger and a checkpoint. Raises RunError, CheckpointError or DataError."""
     directory = options.run
     if not directory.is_dir():
-        raise RunError(f"{directory} is not a directory; give that of a run, such as runs/demo-stage1")
+        raise RunError(
+            f"{directory} is not a directory; give that of a run, such as runs/demo-stage1"
+        )
     events = read_ledger(directory / "ledger.jsonl")
     asked = _checkpoint(directory, options.checkpoint) if options.checkpoint is not None else None
     return Run(directory, events, asked or _newest_checkpoint(directory), asked, options.data)
@@ -199,7 +254,9 @@ def chunk_answer(manifest: Manifest, run: Run | None, info: ChunkInfo) -> Facts:
     return {**facts, "use": run.chunk_use(info)} if run else facts
 
 
-def rows_answer(manifest: Manifest, run: Run | None, info: ChunkInfo, options: argparse.Namespace) -> Facts:
+def rows_answer(
+    manifest: Manifest, run: Run | None, info: ChunkInfo, options: argparse.Namespace
+) -> Facts:
     """Rows of a chunk, with their text."""
     pieces = pieces_of(manifest, info, options.rows)
     tokenizer = find_tokenizer(manifest, options.tokenizer)
@@ -211,7 +268,12 @@ def rows_answer(manifest: Manifest, run: Run | None, info: ChunkInfo, options: a
             step, state = run.history.use(info.name, row, info == manifest.held_out)
             facts["use"] = {"step": step, "state": state}
         rows.append(facts)
-    return {"form": "rows", "manifest": str(manifest.path), "rows": rows, "notes": _notes(manifest, tokenizer)}
+    return {
+        "form": "rows",
+        "manifest": str(manifest.path),
+        "rows": rows,
+        "notes": _notes(manifest, tokenizer),
+    }
 
 
 def step_answer(run: Run, options: argparse.Namespace) -> Facts:
@@ -256,7 +318,9 @@ def _chosen(options: argparse.Namespace, info: ChunkInfo, rows: range, step: int
     asked = range(rows.start, rows.start + 1)
     if options.sample is not None:
         if options.sample >= len(rows):
-            raise DataError(f"step {step} has no sample {options.sample}: it has samples 0 to {len(rows) - 1}")
+            raise DataError(
+                f"step {step} has no sample {options.sample}: it has samples 0 to {len(rows) - 1}"
+            )
         asked = range(rows.start + options.sample, rows.start + options.sample + 1)
     elif options.rows is not None:
         asked = check_rows(info, options.rows)
@@ -271,9 +335,17 @@ def _attempts(run: Run, step: int, chunk: str, rows: range) -> list[Facts]:
     """What the metrics say that each attempt read. Raises RunError when what counts is not what the order says."""
     path = run.directory / METRICS
     keys = ("attempt", "chunk", "rows", "applied")
-    told = [{key: row[key] for key in keys} for row in rows_of_step(path, step) if all(key in row for key in keys)]
+    told = [
+        {key: row[key] for key in keys}
+        for row in rows_of_step(path, step)
+        if all(key in row for key in keys)
+    ]
     counts = run.checkpoint is None and run.history.state(step) != TO_COME
-    if told and counts and (told[-1]["chunk"], told[-1]["rows"]) != (chunk, [rows.start, rows.stop]):
+    if (
+        told
+        and counts
+        and (told[-1]["chunk"], told[-1]["rows"]) != (chunk, [rows.start, rows.stop])
+    ):
         raise RunError(
             f"{path} says that step {step} read {told[-1]['chunk']} rows {told[-1]['rows']}, the order of the run "
             f"gives {chunk} rows {[rows.start, rows.stop]}: one of them is not that of this run any more"
@@ -285,12 +357,22 @@ def document_answer(manifest: Manifest, run: Run | None, options: argparse.Names
     """Every use of a document."""
     chunks = _chunks_by_key(manifest, options)
     places = find_document(manifest, options.document, options.subset, options.source, chunks)
-    facts: Facts = {"form": "document", "manifest": str(manifest.path), "document": options.document}
+    facts: Facts = {
+        "form": "document",
+        "manifest": str(manifest.path),
+        "document": options.document,
+    }
     facts["of_chunks"] = len(manifest.all_chunks())
     if run:
-        facts |= {**run.names(), "done_step": run.history.done_step, "of_steps": run.order.total_steps}
+        facts |= {
+            **run.names(),
+            "done_step": run.history.done_step,
+            "of_steps": run.order.total_steps,
+        }
         for place in places:
-            place["step"], place["state"] = run.history.use(place["chunk"], place["row"], place["held_out"])
+            place["step"], place["state"] = run.history.use(
+                place["chunk"], place["row"], place["held_out"]
+            )
     return {**facts, "places": places}
 
 
@@ -312,7 +394,11 @@ def _chunks_by_key(manifest: Manifest, options: argparse.Namespace) -> set[str] 
         return None
     subsets = [options.subset] if options.subset else list(manifest.facts.get("account", {}))
     found = [chunks_of_document(manifest, subset, source, name) for subset in subsets]
-    return set[str]().union(*(chunks for chunks in found if chunks)) if found and None not in found else None
+    return (
+        set[str]().union(*(chunks for chunks in found if chunks))
+        if found and None not in found
+        else None
+    )
 
 
 def _notes(manifest: Manifest, tokenizer: object) -> list[str]:
@@ -322,7 +408,9 @@ def _notes(manifest: Manifest, tokenizer: object) -> list[str]:
     # An import without a tokenizer says so in words where the hash stands otherwise.
     hashed = re.fullmatch("[0-9a-f]{64}", named)
     what = f"with the hash of the data ({named[:12]})" if hashed else f"of the data ({named})"
-    return [f"no tokenizer.model {what} lies beside it, so token ids stand for the text; give one as --tokenizer MODEL"]
+    return [
+        f"no tokenizer.model {what} lies beside it, so token ids stand for the text; give one as --tokenizer MODEL"
+    ]
 
 
 if __name__ == "__main__":

@@ -56,7 +56,9 @@ def apply(mutation: Mutation, root: Path) -> None:
     source = path.read_text(encoding="utf-8")
     count = source.count(mutation.old)
     if count != 1:
-        raise ValueError(f"{mutation.name}: its text stands {count} times in {mutation.file}, must be once")
+        raise ValueError(
+            f"{mutation.name}: its text stands {count} times in {mutation.file}, must be once"
+        )
     broken = source.replace(mutation.old, mutation.new)
     compile(broken, mutation.file, "exec")
     path.write_text(broken, encoding="utf-8")
@@ -67,13 +69,17 @@ def copy_repository(root: Path, target: Path) -> Path:
     anywhere = shutil.ignore_patterns(*SKIPPED)
 
     def ignored(folder: str, names: list[str]) -> set[str]:
-        return anywhere(folder, names) | {name for name in names if Path(folder) == root and name in PRODUCTS}
+        return anywhere(folder, names) | {
+            name for name in names if Path(folder) == root and name in PRODUCTS
+        }
 
     shutil.copytree(root, target, ignore=ignored)
     return target
 
 
-def run_pytest(root: Path, tests: Sequence[str], limit_seconds: float = LIMIT_SECONDS) -> tuple[int | None, str]:
+def run_pytest(
+    root: Path, tests: Sequence[str], limit_seconds: float = LIMIT_SECONDS
+) -> tuple[int | None, str]:
     """Exit code of pytest in a copy and its last line; None when it proves nothing (hung, or the fault is clumsy)."""
     environment = {**os.environ, "PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
@@ -99,7 +105,9 @@ def run_pytest(root: Path, tests: Sequence[str], limit_seconds: float = LIMIT_SE
     return process.returncode, lines[-1] if lines else "no output"
 
 
-def check_mutation(mutation: Mutation, root: Path = ROOT, limit_seconds: float = LIMIT_SECONDS) -> Outcome:
+def check_mutation(
+    mutation: Mutation, root: Path = ROOT, limit_seconds: float = LIMIT_SECONDS
+) -> Outcome:
     """Break a fresh copy and run the test that must fail there."""
     begun = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="mutation_") as directory:
@@ -116,22 +124,40 @@ def check_unbroken(mutations: Sequence[Mutation], root: Path = ROOT) -> tuple[bo
     """Whether all named tests pass on a copy as it is, and pytest's last line."""
     with tempfile.TemporaryDirectory(prefix="mutation_") as directory:
         copy = copy_repository(root, Path(directory) / "copy")
-        code, detail = run_pytest(copy, sorted({mutation.test for mutation in mutations}), 3 * LIMIT_SECONDS)
+        code, detail = run_pytest(
+            copy, sorted({mutation.test for mutation in mutations}), 3 * LIMIT_SECONDS
+        )
     return code == PASSED, detail
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what was asked for; the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--only", default="", metavar="TEXT", help="mutations whose name contains this")
-    parser.add_argument("--required", action="store_true", help="the short list that the test suite runs")
-    parser.add_argument("--list", action="store_true", help="print the table without running anything")
+    parser.add_argument(
+        "--only", default="", metavar="TEXT", help="mutations whose name contains this"
+    )
+    parser.add_argument(
+        "--required", action="store_true", help="the short list that the test suite runs"
+    )
+    parser.add_argument(
+        "--list", action="store_true", help="print the table without running anything"
+    )
     options = parser.parse_args(arguments)
-    chosen = [m for m in MUTATIONS if options.only in m.name and (m.required or not options.required)]
+    chosen = [
+        m for m in MUTATIONS if options.only in m.name and (m.required or not options.required)
+    ]
     if not chosen:
         parser.error(f"no mutation's name contains {options.only!r}")
     if options.list:
-        print("\n".join(["| mutation | caught by |", "|---|---|", *(f"| {m.name} | `{m.test}` |" for m in chosen)]))
+        print(
+            "\n".join(
+                [
+                    "| mutation | caught by |",
+                    "|---|---|",
+                    *(f"| {m.name} | `{m.test}` |" for m in chosen),
+                ]
+            )
+        )
         return 0
     passed, detail = check_unbroken(chosen)
     print(f"unbroken: {detail}\n", flush=True)
@@ -144,7 +170,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         outcome = check_mutation(mutation)
         missed += not outcome.caught
         said = "yes" if outcome.caught else f"NO: {outcome.detail}"
-        print(f"| {mutation.name} | `{mutation.test}` | {said} | {outcome.seconds:.0f} |", flush=True)
+        print(
+            f"| {mutation.name} | `{mutation.test}` | {said} | {outcome.seconds:.0f} |", flush=True
+        )
     print(f"\n{len(chosen) - missed} of {len(chosen)} caught")
     return 1 if missed else 0
 

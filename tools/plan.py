@@ -69,14 +69,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="plan", description="Show what a config means on a world of processes. Needs no device.")
+    parser = _Parser(
+        prog="plan",
+        description="Show what a config means on a world of processes. Needs no device.",
+    )
     parser.add_argument("config", metavar="CONFIG.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="values that replace the file's")
-    parser.add_argument("--world", type=_positive, metavar="N", help="processes (default: tensor x pipeline)")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="dotted.key=value", help="values that replace the file's"
+    )
+    parser.add_argument(
+        "--world", type=_positive, metavar="N", help="processes (default: tensor x pipeline)"
+    )
     parser.add_argument("--svg", metavar="FILE", help="write the picture as SVG, too")
-    parser.add_argument("--full", action="store_true", help="every rank and every action, however many")
+    parser.add_argument(
+        "--full", action="store_true", help="every rank and every action, however many"
+    )
     terminal = shutil.get_terminal_size((100, 24)).columns
-    parser.add_argument("--width", type=_positive, default=terminal, metavar="COLUMNS", help="width of the picture")
+    parser.add_argument(
+        "--width", type=_positive, default=terminal, metavar="COLUMNS", help="width of the picture"
+    )
     return parser
 
 
@@ -86,7 +97,9 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def plan(config: Config, world_size: int, width: int = 100, full: bool = False) -> tuple[str, tuple[Span, ...]]:
+def plan(
+    config: Config, world_size: int, width: int = 100, full: bool = False
+) -> tuple[str, tuple[Span, ...]]:
     """(the whole report, the planned spans) of a config that fits the world; raises UserError where it does not."""
     # First, as it refuses a world or a batch that does not divide.
     count = num_microbatches(config, world_size)
@@ -114,7 +127,8 @@ def plan(config: Config, world_size: int, width: int = 100, full: bool = False) 
         _model_lines(shape, layout, config.precision),
         memory_lines(config, layout, programs),
         _step_lines(config, shape, layout, count),
-        _schedule_lines(parallel.schedule, programs, spans, width, full) + _balance_lines(config, shape, layout),
+        _schedule_lines(parallel.schedule, programs, spans, width, full)
+        + _balance_lines(config, shape, layout),
         [draw(spans, width, UNIT)],
     )
     return "\n\n".join("\n".join(lines) for lines in sections), spans
@@ -147,10 +161,14 @@ def _grid_lines(layout: Layout, num_layers: int, full: bool) -> list[str]:
     per_pipeline_rank = layout.data * layout.tensor
     for pp in range(layout.pipeline):
         ranks = range(pp * per_pipeline_rank, (pp + 1) * per_pipeline_rank)
-        lines.append(f"  pp {pp}  ranks {_span_text(ranks):<11} {_stages_text(layout, pp, num_layers)}")
+        lines.append(
+            f"  pp {pp}  ranks {_span_text(ranks):<11} {_stages_text(layout, pp, num_layers)}"
+        )
     for axis in ("tp", "dp", "pp"):
         groups = layout.groups(axis)
-        lines.append(f"  {axis} groups: {len(groups)} of {len(groups[0])}, the first {_group_text(groups[0])}")
+        lines.append(
+            f"  {axis} groups: {len(groups)} of {len(groups[0])}, the first {_group_text(groups[0])}"
+        )
     return lines
 
 
@@ -170,9 +188,16 @@ def _model_lines(shape: cost.ModelShape, layout: Layout, precision: str) -> list
     ]
     for pp in range(layout.pipeline):
         state = cost.state_bytes(shape, layout, precision, pp)
-        sizes = (state.weights_bytes, state.gradients_bytes, state.optimizer_bytes, state.total_bytes)
+        sizes = (
+            state.weights_bytes,
+            state.gradients_bytes,
+            state.optimizer_bytes,
+            state.total_bytes,
+        )
         count = cost.rank_parameters(shape, layout, pp)
-        lines.append(f"  {pp:<2} {count:>14,} " + " ".join(f"{bytes_text(size):>12}" for size in sizes))
+        lines.append(
+            f"  {pp:<2} {count:>14,} " + " ".join(f"{bytes_text(size):>12}" for size in sizes)
+        )
     return lines
 
 
@@ -210,7 +235,9 @@ def _program_lines(pp: int, program: Program, width: int, full: bool) -> list[st
     )
 
 
-def _schedule_lines(kind: str, programs: Sequence[Program], spans: Sequence[Span], width: int, full: bool) -> list[str]:
+def _schedule_lines(
+    kind: str, programs: Sequence[Program], spans: Sequence[Span], width: int, full: bool
+) -> list[str]:
     bubble = bubble_fraction(spans)
     lines = [
         f"schedule  {kind}; bubble {bubble:.2%} of the step, {bubble / (1 - bubble):.2%} of the time without it",
@@ -224,7 +251,9 @@ def _schedule_lines(kind: str, programs: Sequence[Program], spans: Sequence[Span
         words = "F forward I gradient of the input W gradients of the weights"
         held = " ".join(map(str, peak_in_flight(programs, until_input=True)))
         lines.append(f"  of these before their I, the others hold what W needs: {held}")
-    lines.append(f"  program of each pipeline rank: stage, {words} S send R receive, micro-batch, peer")
+    lines.append(
+        f"  program of each pipeline rank: stage, {words} S send R receive, micro-batch, peer"
+    )
     for pp, program in enumerate(programs):
         lines += _program_lines(pp, program, width, full)
     return lines
@@ -240,13 +269,17 @@ def _balance_lines(config: Config, shape: cost.ModelShape, layout: Layout) -> li
         flops = rank_flops(shape, layout, length)
         return max(flops) * len(flops) / sum(flops)
 
-    lines = [f"  the busiest pipeline rank has {slowest(layout):.1%} of the average FLOPs, the head counted"]
+    lines = [
+        f"  the busiest pipeline rank has {slowest(layout):.1%} of the average FLOPs, the head counted"
+    ]
     better = balanced_layers(shape, layout, length)
     if config.parallel.layers_per_stage is None and better is not None:
         share = slowest(with_layers(layout, better))
         if share < slowest(layout) - 0.001:
             counts = ",".join(map(str, better))
-            lines.append(f"  hint: parallel.layers_per_stage=[{counts}] would make that {share:.1%}")
+            lines.append(
+                f"  hint: parallel.layers_per_stage=[{counts}] would make that {share:.1%}"
+            )
     return lines
 
 

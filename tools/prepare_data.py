@@ -26,22 +26,46 @@ from k2train.text import counted
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="prepare_data.py", description="Make a data folder of chunks.")
-    parser.add_argument("recipe", nargs="?", metavar="RECIPE.yaml", help="with --to-k2: the manifest to give back")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys of the recipe, e.g. seed=7")
-    parser.add_argument("--force", action="store_true", help="start over, and replace a folder made of something else")
-    parser.add_argument("--estimate", action="store_true", help="say what the recipe costs, from rates measured now")
-    parser.add_argument("--from-k2", type=Path, metavar="FOLDER", help="import chunk_<i>.jsonl files")
-    parser.add_argument("--to-k2", type=Path, metavar="FOLDER", help="write a data folder as chunk_<i>.jsonl files")
+    parser = argparse.ArgumentParser(
+        prog="prepare_data.py", description="Make a data folder of chunks."
+    )
+    parser.add_argument(
+        "recipe", nargs="?", metavar="RECIPE.yaml", help="with --to-k2: the manifest to give back"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="dotted keys of the recipe, e.g. seed=7"
+    )
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="start over, and replace a folder made of something else",
+    )
+    parser.add_argument(
+        "--estimate", action="store_true", help="say what the recipe costs, from rates measured now"
+    )
+    parser.add_argument(
+        "--from-k2", type=Path, metavar="FOLDER", help="import chunk_<i>.jsonl files"
+    )
+    parser.add_argument(
+        "--to-k2", type=Path, metavar="FOLDER", help="write a data folder as chunk_<i>.jsonl files"
+    )
     parser.add_argument("--output", type=Path, help="with --from-k2: the data folder to make")
-    parser.add_argument("--tokenizer", type=Path, help="with --from-k2: the model the ids belong to")
-    parser.add_argument("--vocab-size", type=int, default=32032, help="with --from-k2: ids are below it (32032)")
-    parser.add_argument("--workers", type=int, default=1, help="with --from-k2: files imported at once (1)")
+    parser.add_argument(
+        "--tokenizer", type=Path, help="with --from-k2: the model the ids belong to"
+    )
+    parser.add_argument(
+        "--vocab-size", type=int, default=32032, help="with --from-k2: ids are below it (32032)"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=1, help="with --from-k2: files imported at once (1)"
+    )
     given = parser.parse_intermixed_args(arguments)
     if given.from_k2 is not None and (given.output is None or given.recipe is not None):
         raise ConfigError("--from-k2 FOLDER takes --output FOLDER, and no recipe")
     if given.from_k2 is None and given.recipe is None:
-        raise ConfigError("give a recipe, or --from-k2 FOLDER --output FOLDER, or --to-k2 FOLDER MANIFEST (--help)")
+        raise ConfigError(
+            "give a recipe, or --from-k2 FOLDER --output FOLDER, or --to-k2 FOLDER MANIFEST (--help)"
+        )
     return given
 
 
@@ -68,7 +92,11 @@ def run(given: argparse.Namespace, progress: Progress) -> None:
         recipe = load_recipe(given.recipe, given.overrides)
         manifest, made = prepare(recipe, given.force, progress)
         print("\n".join(render(account_facts(manifest), View())))
-        print("\n".join(summary(manifest, "prepared" if made else "already prepared, all hashes checked")))
+        print(
+            "\n".join(
+                summary(manifest, "prepared" if made else "already prepared, all hashes checked")
+            )
+        )
         print(f"tokenizer {recipe.tokenizer.model}")
 
 
@@ -92,7 +120,10 @@ def main(arguments: Sequence[str]) -> int:
         return EXIT_USAGE
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        print(f"{where}{error.strerror or error}; make it writable, or name another output or work", file=sys.stderr)
+        print(
+            f"{where}{error.strerror or error}; make it writable, or name another output or work",
+            file=sys.stderr,
+        )
         return EXIT_USAGE
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)

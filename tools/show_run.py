@@ -23,7 +23,18 @@ from k2train.errors import EXIT_DONE, EXIT_USAGE, RunError, UserError
 from k2train.record.ledger import read_ledger
 from k2train.record.metrics import latest
 
-HEADINGS = ("checkpoint", "chunks", "chunk", "step", "tokens", "loss", "held-out", "train s", "save s", "path")
+HEADINGS = (
+    "checkpoint",
+    "chunks",
+    "chunk",
+    "step",
+    "tokens",
+    "loss",
+    "held-out",
+    "train s",
+    "save s",
+    "path",
+)
 LEFT_ALIGNED = ("checkpoint", "chunk", "path")
 
 
@@ -44,12 +55,18 @@ def checkpoint_rows(directory: Path) -> list[dict[str, str]]:
         if event["event"] == "checkpoint_saved":
             # Of a checkpoint saved twice the newer one is on the disk.
             saved[event["checkpoint"]] = {**saved.get(event["checkpoint"], {}), **event}
-    chunks = {event["order_index"]: event["chunk"] for event in events if event["event"] == "chunk_started"}
+    chunks = {
+        event["order_index"]: event["chunk"]
+        for event in events
+        if event["event"] == "chunk_started"
+    }
     rows = []
     step_before = 0
     for name, facts in sorted(saved.items()):
         step = facts.get("step")
-        rows.append(_cells(directory, name, facts, chunks, by_step, range(step_before + 1, (step or 0) + 1)))
+        rows.append(
+            _cells(directory, name, facts, chunks, by_step, range(step_before + 1, (step or 0) + 1))
+        )
         step_before = step or step_before
     return rows
 
@@ -68,7 +85,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="show_run.py", description="Show the checkpoints of runs, and where all lies."
     )
-    parser.add_argument("runs", nargs="+", metavar="RUN_DIRECTORY", help="for example runs/demo-stage1")
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN_DIRECTORY", help="for example runs/demo-stage1"
+    )
     try:
         # Everything is read before anything is shown: a mistake is one line, not half a table and a line.
         shown = ["\n".join(lines_of_run(Path(run))) for run in parser.parse_args(arguments).runs]
@@ -85,7 +104,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _events(directory: Path) -> list[dict[str, Any]]:
     if not directory.is_dir():
-        raise RunError(f"{directory} is not a directory; give the directory of a run, such as runs/demo-stage1")
+        raise RunError(
+            f"{directory} is not a directory; give the directory of a run, such as runs/demo-stage1"
+        )
     events = read_ledger(directory / "ledger.jsonl")
     if not events:
         raise RunError(f"{directory / 'ledger.jsonl'} holds no event: this run has not begun")
@@ -99,7 +120,9 @@ def _manifest(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise RunError(f"{path} cannot be read ({error}); the checkpoint is damaged") from None
     if not isinstance(facts, dict):
-        raise RunError(f"{path} holds {type(facts).__name__}, expected an object; the checkpoint is damaged")
+        raise RunError(
+            f"{path} holds {type(facts).__name__}, expected an object; the checkpoint is damaged"
+        )
     return {**facts, "sha256_found": hashlib.sha256(data).hexdigest()}
 
 
@@ -113,11 +136,15 @@ def _cells(
 ) -> dict[str, str]:
     consumed = facts.get("chunks_consumed")
     metrics = by_step.get(facts.get("step", -1), {})
-    trained = [float(by_step[step]["seconds"]) for step in steps if "seconds" in by_step.get(step, {})]
+    trained = [
+        float(by_step[step]["seconds"]) for step in steps if "seconds" in by_step.get(step, {})
+    ]
     return {
         "checkpoint": name,
         "chunks": _integer(consumed),
-        "chunk": str(chunks.get(consumed - 1, "-")) if isinstance(consumed, int) and consumed > 0 else "-",
+        "chunk": str(chunks.get(consumed - 1, "-"))
+        if isinstance(consumed, int) and consumed > 0
+        else "-",
         "step": _integer(facts.get("step")),
         "tokens": _integer(facts.get("consumed_tokens", metrics.get("consumed_tokens"))),
         "loss": _loss(facts.get("loss", metrics.get("loss"))),
@@ -134,7 +161,9 @@ def _mark(facts: dict[str, Any]) -> str:
     expected = facts.get("manifest_sha256")
     if "event" not in facts:
         return "  (not in the ledger)"
-    return "  (MANIFEST CHANGED)" if expected is not None and expected != facts["sha256_found"] else ""
+    return (
+        "  (MANIFEST CHANGED)" if expected is not None and expected != facts["sha256_found"] else ""
+    )
 
 
 def _integer(value: Any) -> str:
@@ -143,7 +172,9 @@ def _integer(value: Any) -> str:
 
 def _loss(value: Any) -> str:
     # The ledger holds a non-finite loss as a word.
-    return f"{value:.4f}" if isinstance(value, (int, float)) else "-" if value is None else str(value)
+    return (
+        f"{value:.4f}" if isinstance(value, (int, float)) else "-" if value is None else str(value)
+    )
 
 
 def _seconds(value: Any) -> str:
@@ -151,7 +182,9 @@ def _seconds(value: Any) -> str:
 
 
 def _table(rows: list[dict[str, str]]) -> list[str]:
-    widths = {heading: max(len(heading), *(len(row[heading]) for row in rows)) for heading in HEADINGS}
+    widths = {
+        heading: max(len(heading), *(len(row[heading]) for row in rows)) for heading in HEADINGS
+    }
 
     def line(cells: dict[str, str]) -> str:
         padded = [

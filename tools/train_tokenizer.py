@@ -56,7 +56,11 @@ def files_of(patterns: Sequence[str]) -> list[tuple[str, Path]]:
         matches = [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)
         files = [match for match in matches if os.path.isfile(match)]
         if not files:
-            hint = f" but a folder; give a pattern, as {pattern.rstrip('/')}/**/*.txt" if matches else ""
+            hint = (
+                f" but a folder; give a pattern, as {pattern.rstrip('/')}/**/*.txt"
+                if matches
+                else ""
+            )
             raise DataError(f"{pattern}: no file{hint}")
         for file in files:
             if not file.endswith(SUFFIXES):
@@ -103,7 +107,9 @@ def _parquet_texts(path: Path, keys: Sequence[str], left_out: LeftOut) -> Iterat
         columns = table.schema_arrow.names
         key = next((key for key in keys if key in columns), None)
         if key is None:
-            raise DataError(f"{path}: has no column {named(keys)} but {', '.join(columns)}: set --text-key")
+            raise DataError(
+                f"{path}: has no column {named(keys)} but {', '.join(columns)}: set --text-key"
+            )
         for batch in table.iter_batches(READ_ROWS, columns=[key]):
             for text in batch.column(0).to_pylist():
                 if text is None:
@@ -160,7 +166,9 @@ class Sample:
         size = len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
         self.seen += 1
         self.seen_bytes += size
-        digest = hashlib.sha256(f"k2train tokenizer sample\0{name}\0{number}".encode("utf-8", "surrogatepass"))
+        digest = hashlib.sha256(
+            f"k2train tokenizer sample\0{name}\0{number}".encode("utf-8", "surrogatepass")
+        )
         rank = int.from_bytes(digest.digest()[:8], "big")
         if rank >= self._limit:
             return
@@ -176,7 +184,9 @@ class Sample:
         return [text for _, _, _, text in sorted(self._kept, key=lambda kept: kept[1:3])]
 
 
-def read_sample(files: Sequence[tuple[str, Path]], keys: Sequence[str], max_bytes: int, left_out: LeftOut) -> Sample:
+def read_sample(
+    files: Sequence[tuple[str, Path]], keys: Sequence[str], max_bytes: int, left_out: LeftOut
+) -> Sample:
     """Read every file once. Raises DataError for a file that cannot be read, and when no text is found."""
     sample = Sample(max_bytes)
     for name, path in Progress().over("read", files, unit="files" if len(files) != 1 else "file"):
@@ -196,7 +206,9 @@ def read_sample(files: Sequence[tuple[str, Path]], keys: Sequence[str], max_byte
 
 
 def told(left_out: LeftOut) -> str:
-    return ", ".join(counted(count, what) + rest for (what, rest), count in sorted(left_out.items()))
+    return ", ".join(
+        counted(count, what) + rest for (what, rest), count in sorted(left_out.items())
+    )
 
 
 def bytes_per_token(tokenizer: Tokenizer, texts: Sequence[str], text_bytes: int) -> float:
@@ -216,11 +228,17 @@ def train(given: argparse.Namespace) -> None:
     sample = read_sample(files, given.text_key, given.max_bytes, left_out)
     texts = sample.texts()
     whole = len(texts) == sample.seen
-    print(f"read {counted(len(files), 'file')}, {sample.seen_bytes:,} bytes of text in {counted(sample.seen, 'block')}")
+    print(
+        f"read {counted(len(files), 'file')}, {sample.seen_bytes:,} bytes of text in {counted(sample.seen, 'block')}"
+    )
     kept = f"{counted(len(texts), 'block')}, {sample.kept_bytes:,} bytes"
     part = "all" if whole else f"{kept}, those of smallest hash by file name"
     print(f"trained on {part} (--max-bytes {given.max_bytes:,})", flush=True)
-    long = sum(len(line.encode("utf-8", "replace")) > LONGEST_LINE_BYTES for text in texts for line in text.split("\n"))
+    long = sum(
+        len(line.encode("utf-8", "replace")) > LONGEST_LINE_BYTES
+        for text in texts
+        for line in text.split("\n")
+    )
     if long:
         left_out["line", f" above {LONGEST_LINE_BYTES} bytes"] = long
     if left_out:
@@ -232,10 +250,18 @@ def train(given: argparse.Namespace) -> None:
         raise DataError(str(error).replace("tokenizer.train.vocab_size", "--vocab-size")) from None
     except OSError as error:
         raise UserError(f"{output}: cannot be written ({error.strerror})") from None
-    ratio = bytes_per_token(tokenizer, [text.encode("utf-8", "ignore").decode() for text in texts], sample.kept_bytes)
-    print(f"{output}: {tokenizer.base_size:,} pieces and {len(tokenizer.specials)} special tokens behind them")
-    print(f"{ratio:.3f} bytes a token on the text it was trained on, {time.monotonic() - begun:.1f} s in all")
-    print(f"sha256 {tokenizer.sha256} (the pieces and the special tokens: the tokenizer_sha256 of a manifest)")
+    ratio = bytes_per_token(
+        tokenizer, [text.encode("utf-8", "ignore").decode() for text in texts], sample.kept_bytes
+    )
+    print(
+        f"{output}: {tokenizer.base_size:,} pieces and {len(tokenizer.specials)} special tokens behind them"
+    )
+    print(
+        f"{ratio:.3f} bytes a token on the text it was trained on, {time.monotonic() - begun:.1f} s in all"
+    )
+    print(
+        f"sha256 {tokenizer.sha256} (the pieces and the special tokens: the tokenizer_sha256 of a manifest)"
+    )
 
 
 class _Parser(argparse.ArgumentParser):
@@ -249,10 +275,25 @@ def options_of(arguments: Sequence[str]) -> argparse.Namespace:
     parser = _Parser(prog="train_tokenizer", description="Train a tokenizer on files.")
     add = parser.add_argument
     add("output", metavar="OUTPUT.model", type=Path)
-    add("files", nargs="+", metavar="FILE_OR_GLOB", help=f"kinds: {KINDS}; ** goes deep; before --text-key")
+    add(
+        "files",
+        nargs="+",
+        metavar="FILE_OR_GLOB",
+        help=f"kinds: {KINDS}; ** goes deep; before --text-key",
+    )
     add("--vocab-size", type=int, required=True, help="pieces; the special tokens come on top")
-    add("--text-key", nargs="+", action="extend", help="keys or columns of the text, the first that is there (text)")
-    add("--max-bytes", type=int, default=DEFAULT_MAX_BYTES, help="text to train on; of more, a sample")
+    add(
+        "--text-key",
+        nargs="+",
+        action="extend",
+        help="keys or columns of the text, the first that is there (text)",
+    )
+    add(
+        "--max-bytes",
+        type=int,
+        default=DEFAULT_MAX_BYTES,
+        help="text to train on; of more, a sample",
+    )
     add("--force", action="store_true", help="replace OUTPUT.model")
     given = parser.parse_args(arguments)
     given.text_key = given.text_key or ["text"]

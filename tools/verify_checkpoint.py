@@ -44,9 +44,13 @@ def line_of(path: Path, with_root: bool = False) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
-    parser = argparse.ArgumentParser(prog="verify_checkpoint.py", description="Check checkpoints byte for byte.")
+    parser = argparse.ArgumentParser(
+        prog="verify_checkpoint.py", description="Check checkpoints byte for byte."
+    )
     parser.add_argument("paths", nargs="+", type=Path, metavar="CKPT|RUN")
-    parser.add_argument("--root", action="store_true", help="make the root of the state again from the files")
+    parser.add_argument(
+        "--root", action="store_true", help="make the root of the state again from the files"
+    )
     options = parser.parse_args(arguments)
     code = EXIT_DONE
     for given in options.paths:

@@ -57,7 +57,11 @@ def line_of(report: Report, number: int, count: int) -> str:
     info = report.info
     if report.problems:
         return f"{number}/{count}  {info.name}  {counted(len(report.problems), 'problem')}"
-    parts = [counted(info.rows, "row"), counted(info.tokens, "token"), counted(len(info.tokens_per_subset), "subset")]
+    parts = [
+        counted(info.rows, "row"),
+        counted(info.tokens, "token"),
+        counted(len(info.tokens_per_subset), "subset"),
+    ]
     parts.append(counted(report.pieces, "piece") if info.provenance else "no provenance")
     if info.borders:
         parts.append("borders")
@@ -68,7 +72,9 @@ def run(manifest: Manifest, names: Sequence[str] | None, workers: int) -> int:
     """Check the named chunks, or all of them and what lies beside them; the exit code."""
     infos = list(manifest.all_chunks())
     if names:
-        infos = list({info.name: info for info in (find_chunk(manifest, name) for name in names)}.values())
+        infos = list(
+            {info.name: info for info in (find_chunk(manifest, name) for name in names)}.values()
+        )
     begun = time.monotonic()
     problems = damaged = tokens = read_bytes = 0
     for number, report in enumerate(verify_chunks(manifest, infos, workers), 1):
@@ -98,7 +104,9 @@ def run(manifest: Manifest, names: Sequence[str] | None, workers: int) -> int:
 
 def open_manifest(path: Path) -> Manifest:
     """The manifest of a command line. Raises DataError, which does not call another file a damaged manifest."""
-    other = DataError(f"{path}: is no manifest; give the {MANIFEST_NAME} of a data folder, or the folder itself")
+    other = DataError(
+        f"{path}: is no manifest; give the {MANIFEST_NAME} of a data folder, or the folder itself"
+    )
     named = path.name == MANIFEST_NAME or not path.is_file()
     if not named and not _first_bytes(path).lstrip().startswith(b"{"):
         # A chunk given by mistake is gigabytes, and would be read whole before it turned out to be no JSON.
@@ -122,9 +130,18 @@ def _first_bytes(path: Path) -> bytes:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     parser = _Parser(prog="verify_data", description="Check a data folder byte for byte.")
-    parser.add_argument("manifest", type=Path, metavar="MANIFEST", help="manifest.json or its folder")
-    parser.add_argument("--workers", type=int, default=min(MOST_WORKERS, os.cpu_count() or 1), help="chunks at once")
-    parser.add_argument("--chunks", nargs="+", metavar="C", help="only these, by number or name: 3 chunk_007 held_out")
+    parser.add_argument(
+        "manifest", type=Path, metavar="MANIFEST", help="manifest.json or its folder"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=min(MOST_WORKERS, os.cpu_count() or 1), help="chunks at once"
+    )
+    parser.add_argument(
+        "--chunks",
+        nargs="+",
+        metavar="C",
+        help="only these, by number or name: 3 chunk_007 held_out",
+    )
     given = parser.parse_args(arguments)
     if given.workers < 1:
         parser.error(f"--workers ({given.workers}) must be at least 1")

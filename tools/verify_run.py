@@ -60,11 +60,17 @@ def check_ledger(path: Path) -> tuple[list[tuple[int, dict[str, Any]]], list[Pro
 def check_config(directory: Path, events: Sequence[tuple[int, Event]]) -> Iterator[Problem]:
     """config.yaml is the one of the last start."""
     path = directory / CONFIG
-    starts = [(line, event) for line, event in events if event["event"] in STARTS and "config_sha256" in event]
+    starts = [
+        (line, event)
+        for line, event in events
+        if event["event"] in STARTS and "config_sha256" in event
+    ]
     if not path.is_file():
         yield Problem(f"{path}: is missing")
     elif not starts:
-        yield Problem(f"{path}: cannot be checked, the ledger was written before it kept its hash", note=True)
+        yield Problem(
+            f"{path}: cannot be checked, the ledger was written before it kept its hash", note=True
+        )
     elif sha256_file(path) != starts[-1][1]["config_sha256"]:
         yield Problem(
             f"{path}: is not the config of the last start, whose hash is in {LEDGER}, line {starts[-1][0]}; "
@@ -80,7 +86,9 @@ def check_tokens(path: Path, events: Sequence[tuple[int, Event]]) -> Iterator[Pr
         if event["event"] not in STARTS or not token:
             continue
         if token <= before:
-            yield Problem(f"{path}: line {line} has fencing token {token}, line {line_before} had {before} before it")
+            yield Problem(
+                f"{path}: line {line} has fencing token {token}, line {line_before} had {before} before it"
+            )
         before, line_before = token, line
 
 
@@ -102,7 +110,9 @@ class Saves:
                 token = token_of(event)
                 for name in map(str, event.get("set_aside") or ()):
                     if name in self.told:
-                        self.aside[f"set_aside_by_attempt_{event.get('attempt')}/{name}"] = self.told.pop(name)
+                        self.aside[f"set_aside_by_attempt_{event.get('attempt')}/{name}"] = (
+                            self.told.pop(name)
+                        )
             elif event["event"] == "checkpoint_saved":
                 self.told[str(event["checkpoint"])] = (line, event, token)
 
@@ -111,7 +121,9 @@ class Saves:
         return {**self.told, **self.aside}
 
 
-def check_checkpoints(directory: Path, events: Sequence[tuple[int, Event]], told: bool) -> Iterator[Problem]:
+def check_checkpoints(
+    directory: Path, events: Sequence[tuple[int, Event]], told: bool
+) -> Iterator[Problem]:
     """Every checkpoint by itself, then against the ledger; with `told` False the ledger is too damaged for that."""
     folder = directory / "checkpoints"
     there = list_checkpoints(folder)
@@ -130,12 +142,16 @@ def check_checkpoints(directory: Path, events: Sequence[tuple[int, Event]], told
             if told and name in saves:
                 yield from _against_ledger(path, manifest, directory / LEDGER, *saves[name])
         if told and name not in saves:
-            yield Problem(f"{path}: the ledger does not tell of it; the next start will note it", note=True)
+            yield Problem(
+                f"{path}: the ledger does not tell of it; the next start will note it", note=True
+            )
     missing = [name for name in saves if told and folder / name not in there]
     for name in missing:
         line = saves[name][0]
         # One saved on request goes when a later one is whole, and no line tells of that.
-        yield Problem(f"{folder / name}: is missing, {LEDGER}, line {line} tells of it", note="_step_" in name)
+        yield Problem(
+            f"{folder / name}: is missing, {LEDGER}, line {line} tells of it", note="_step_" in name
+        )
 
 
 def _against_ledger(
@@ -144,7 +160,9 @@ def _against_ledger(
     if sha256_file(path / MANIFEST) != event.get("manifest_sha256"):
         yield Problem(f"{path / MANIFEST}: is not the one that {ledger}, line {line} tells of")
     if manifest["step"] != event.get("step"):
-        yield Problem(f"{path}: is of step {manifest['step']}, {ledger}, line {line} says {event.get('step')}")
+        yield Problem(
+            f"{path}: is of step {manifest['step']}, {ledger}, line {line} says {event.get('step')}"
+        )
     own = token_of(manifest)
     # A save noted by a later start was made under the token of an earlier one.
     wrong = own and token and (own > token if event.get("recovered") else own != token)
@@ -160,28 +178,40 @@ def _roots(path: Path) -> dict[tuple[int, int], tuple[int, str]]:
     return {
         (row["attempt"], row["step"]): (line, str(row["root"]))
         for line, row in rows
-        if isinstance(row.get("attempt"), int) and isinstance(row.get("step"), int) and "root" in row
+        if isinstance(row.get("attempt"), int)
+        and isinstance(row.get("step"), int)
+        and "root" in row
     }
 
 
-def _against_roots(path: Path, manifest: Event, roots: Mapping[tuple[int, int], tuple[int, str]]) -> Iterator[Problem]:
+def _against_roots(
+    path: Path, manifest: Event, roots: Mapping[tuple[int, int], tuple[int, str]]
+) -> Iterator[Problem]:
     state = manifest.get("state")
     own = state.get("root") if isinstance(state, dict) else None
     known = roots.get((manifest.get("attempt", 0), manifest["step"]))
     if own is not None and known is not None and own != known[1]:
-        yield Problem(f"{path}: its state has root {str(own)[:16]}, {ROOTS}, line {known[0]} says {known[1][:16]}")
+        yield Problem(
+            f"{path}: its state has root {str(own)[:16]}, {ROOTS}, line {known[0]} says {known[1][:16]}"
+        )
 
 
-def check_data(directory: Path, named: str, events: Sequence[tuple[int, Event]]) -> Iterator[Problem]:
+def check_data(
+    directory: Path, named: str, events: Sequence[tuple[int, Event]]
+) -> Iterator[Problem]:
     """The data folder: that it is the run's, and whole. Raises UserError when it cannot be read."""
     path = Path(named) if named else Path(load_config(str(directory / CONFIG)).data.manifest)
     if not named and not path.is_absolute():
         above = [base / path for base in directory.resolve().parents]
-        path = next((found for found in above if (found / MANIFEST_NAME).is_file() or found.is_file()), path)
+        path = next(
+            (found for found in above if (found / MANIFEST_NAME).is_file() or found.is_file()), path
+        )
     manifest = read_manifest(path)
     for line, event in events:
         if event.get("data_manifest_sha256", manifest.sha256) != manifest.sha256:
-            yield Problem(f"{manifest.path}: is not the data that {directory / LEDGER}, line {line} began with")
+            yield Problem(
+                f"{manifest.path}: is not the data that {directory / LEDGER}, line {line} began with"
+            )
     for report in verify_chunks(manifest, manifest.all_chunks()):
         yield from map(Problem, report.problems)
     yield from map(Problem, verify_folder(manifest))
@@ -204,21 +234,33 @@ def problems_of(directory: Path, data: str | None) -> Iterator[Problem]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
-    parser = argparse.ArgumentParser(prog="verify_run.py", description="Check a run against itself, to the last bit.")
+    parser = argparse.ArgumentParser(
+        prog="verify_run.py", description="Check a run against itself, to the last bit."
+    )
     parser.add_argument("run", type=Path, metavar="RUN", help="the directory of a run")
     parser.add_argument(
-        "--data", nargs="?", const="", metavar="MANIFEST", help="read the data too: of config.yaml, or this one"
+        "--data",
+        nargs="?",
+        const="",
+        metavar="MANIFEST",
+        help="read the data too: of config.yaml, or this one",
     )
     given = parser.parse_args(arguments)
     count = 0
     try:
         for problem in problems_of(given.run, given.data):
-            print(f"note: {problem.text}" if problem.note else problem.text, file=None if problem.note else sys.stderr)
+            print(
+                f"note: {problem.text}" if problem.note else problem.text,
+                file=None if problem.note else sys.stderr,
+            )
             count += not problem.note
     except UserError as error:
         print("; ".join(str(error).splitlines()), file=sys.stderr)
         return EXIT_USAGE
-    print(f"{given.run}: {f'{count} problems' if count else 'whole'}", file=sys.stderr if count else None)
+    print(
+        f"{given.run}: {f'{count} problems' if count else 'whole'}",
+        file=sys.stderr if count else None,
+    )
     return EXIT_USAGE if count else EXIT_DONE
 
 

@@ -104,10 +104,20 @@ def headline(found: list[Suspect], seen: dict[int, Seen], verdict: dict[str, obj
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
-    parser = argparse.ArgumentParser(prog="who_is_stuck.py", description="Which rank holds a run up.")
+    parser = argparse.ArgumentParser(
+        prog="who_is_stuck.py", description="Which rank holds a run up."
+    )
     parser.add_argument("run", type=Path, metavar="RUN", help="the run's directory")
-    parser.add_argument("--wait", type=float, default=WAIT_SECONDS, metavar="S", help="seconds to watch (default: 3)")
-    parser.add_argument("--rows", type=int, default=20, metavar="N", help="rows of the table (default: 20; 0: all)")
+    parser.add_argument(
+        "--wait",
+        type=float,
+        default=WAIT_SECONDS,
+        metavar="S",
+        help="seconds to watch (default: 3)",
+    )
+    parser.add_argument(
+        "--rows", type=int, default=20, metavar="N", help="rows of the table (default: 20; 0: all)"
+    )
     options = parser.parse_args(arguments)
     directory = options.run / "watch"
     try:

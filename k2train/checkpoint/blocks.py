@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from k2train.checkpoint.shards import Block
-from k2train.parallel.grad_buffer import Slot, SlotTable
+from k2train.parallel.grad_buffer import BufferSlot, ShardLayout
 from k2train.parallel.grid import Axis
 
 MASTER = "master"
@@ -27,7 +27,7 @@ class Box:
     """This rank's rows of a piece within its global tensor."""
 
     name: str
-    slot: Slot
+    slot: BufferSlot
     offsets: tuple[int, ...]
     shape: tuple[int, ...]
 
@@ -36,7 +36,7 @@ class Box:
         return 0 in self.shape
 
 
-def boxes(table: SlotTable) -> Iterator[Box]:
+def boxes(table: ShardLayout) -> Iterator[Box]:
     """The box of every slot; some may be empty."""
     for slot in table.slots:
         piece, (low, high) = slot.piece, slot.rows(table.dp)
@@ -45,9 +45,13 @@ def boxes(table: SlotTable) -> Iterator[Box]:
         yield Box(piece.name, slot, tuple(offsets), (high - low, *piece.shape[1:]))
 
 
-def owned(table: SlotTable, tp: Axis) -> list[Box]:
+def owned(table: ShardLayout, tp: Axis) -> list[Box]:
     """The boxes that this rank writes: none empty, and each value of the model by one rank."""
-    return [box for box in boxes(table) if not box.empty and (box.slot.piece.dim is not None or tp.rank == 0)]
+    return [
+        box
+        for box in boxes(table)
+        if not box.empty and (box.slot.piece.dim is not None or tp.rank == 0)
+    ]
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
@@ -59,17 +63,19 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def model_blocks(table: SlotTable, master: Tensor, dtype: torch.dtype, tp: Axis) -> list[Block]:
+def model_blocks(table: ShardLayout, master: Tensor, dtype: torch.dtype, tp: Axis) -> list[Block]:
     """{name: weight} rounded from the fp32 master line [elements] when its bytes are asked for."""
 
     def block(box: Box) -> Block:
         view = table.local(master, box.slot)
-        return Block(box.name, box.offsets, box.shape, dtype_name(dtype), lambda: bytes_of(view.to(dtype)))
+        return Block(
+            box.name, box.offsets, box.shape, dtype_name(dtype), lambda: bytes_of(view.to(dtype))
+        )
 
     return [block(box) for box in owned(table, tp)]
 
 
-def optimizer_blocks(table: SlotTable, lines: Mapping[str, Tensor], tp: Axis) -> list[Block]:
+def optimizer_blocks(table: ShardLayout, lines: Mapping[str, Tensor], tp: Axis) -> list[Block]:
     """{name.state: value} from fp32 host lines [elements], one for each state."""
 
     def block(box: Box, state: str) -> Block:
@@ -80,7 +86,9 @@ def optimizer_blocks(table: SlotTable, lines: Mapping[str, Tensor], tp: Axis) ->
     return [block(box, state) for box in owned(table, tp) for state in lines]
 
 
-def described(table: SlotTable, dtype: torch.dtype, states: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
+def described(
+    table: ShardLayout, dtype: torch.dtype, states: Mapping[str, Tensor]
+) -> dict[str, dict[str, Any]]:
     """Shapes and dtypes of this rank's tensors for the manifest, by folder."""
     shapes = {slot.piece.name: list(slot.piece.global_shape) for slot in table.slots}
     weights = {name: {"shape": shape, "dtype": dtype_name(dtype)} for name, shape in shapes.items()}

@@ -24,7 +24,7 @@ from k2train.checkpoint.shards import write_shard
 from k2train.checkpoint.snapshot import Snapshot
 from k2train.errors import CheckpointError
 from k2train.files import sync_directory, write_synced
-from k2train.parallel.agreement import DiskRefused, SaveError, Together
+from k2train.parallel.agreement import Agreement, DiskRefused, SaveError
 from k2train.parallel.device_digest import StateDigest
 from k2train.parallel.grid import Axis
 from k2train.state_digest import state_root
@@ -33,7 +33,7 @@ Facts = dict[str, Any]
 
 
 @dataclass
-class Order:
+class SaveJob:
     """What is to be saved, where, and who must be asked or told on rank 0."""
 
     directory: Path
@@ -53,7 +53,9 @@ class Order:
     @property
     def aside(self) -> Path:
         token = self.facts.get("fencing_token")
-        return self.directory / (f"{self.name}.tmp" if token is None else f"{self.name}.{token}.tmp")
+        return self.directory / (
+            f"{self.name}.tmp" if token is None else f"{self.name}.{token}.tmp"
+        )
 
     def refused(self, error: OSError) -> SaveError:
         return DiskRefused(
@@ -62,90 +64,98 @@ class Order:
         )
 
 
-def write_checkpoint(order: Order, together: Together, tp: Axis) -> None:
+def write_checkpoint(job: SaveJob, agreement: Agreement, tp: Axis) -> None:
     """Write and commit on all ranks. Raises DiskRefused where trying again may help, SaveError where not, UserError when
     the name is taken or the run is no longer ours; the same on every rank."""
-    together.do(lambda: _begin(order, together.rank), order.refused)
+    agreement.do(lambda: _begin(job, agreement.rank), job.refused)
     blocks = {
-        "model": model_blocks(order.state.table, order.state.lines[MASTER], order.state.dtype, tp),
-        "optimizer": optimizer_blocks(order.state.table, order.state.lines, tp),
+        "model": model_blocks(job.state.table, job.state.lines[MASTER], job.state.dtype, tp),
+        "optimizer": optimizer_blocks(job.state.table, job.state.lines, tp),
     }
     needed = sum(block.num_bytes + BLOCK_FACTS_BYTES for part in blocks.values() for block in part)
-    total = int(together.sum(torch.tensor([needed]))[0]) + MANIFEST_BYTES
-    together.do(lambda: _check_room(order, total, together.rank), order.refused)
+    total = int(agreement.sum(torch.tensor([needed]))[0]) + MANIFEST_BYTES
+    agreement.do(lambda: _check_room(job, total, agreement.rank), job.refused)
 
     def write() -> tuple[Facts, Facts, torch.Tensor]:
         files, shards = {}, {}
         for folder in FOLDERS:
             if blocks[folder]:
-                name = f"{folder}/shard-{together.rank + 1:05d}-model-00001-of-00001.safetensors"
+                name = f"{folder}/shard-{agreement.rank + 1:05d}-model-00001-of-00001.safetensors"
                 reached = partial(fault_injection.point, f"save.{folder}")
-                files[name], shards[name] = write_shard(order.aside / name, blocks[folder], reached)
+                files[name], shards[name] = write_shard(job.aside / name, blocks[folder], reached)
         fault_injection.point("save.hashed")
-        return files, shards, order.sums.result().clone()
+        return files, shards, job.sums.result().clone()
 
-    files, shards, sums = together.do(write, order.refused)
-    parts = together.to_first((files, shards, described(order.state.table, order.state.dtype, order.state.lines)))
-    digests = order.digest.digests(together.sum(sums))
-    together.do(lambda: _commit(order, parts, digests, together.rank), order.refused)
+    files, shards, sums = agreement.do(write, job.refused)
+    parts = agreement.to_first(
+        (files, shards, described(job.state.table, job.state.dtype, job.state.lines))
+    )
+    digests = job.digest.digests(agreement.sum(sums))
+    agreement.do(lambda: _commit(job, parts, digests, agreement.rank), job.refused)
 
 
-def _begin(order: Order, rank: int) -> None:
+def _begin(job: SaveJob, rank: int) -> None:
     fault_injection.point("save.begin")
     if rank != 0:
         return
-    if order.final.exists():
-        raise CheckpointError(f"{order.final} exists already; a checkpoint is never written over")
-    shutil.rmtree(order.aside, ignore_errors=True)
+    if job.final.exists():
+        raise CheckpointError(f"{job.final} exists already; a checkpoint is never written over")
+    shutil.rmtree(job.aside, ignore_errors=True)
     for folder in FOLDERS:
-        (order.aside / folder).mkdir(parents=True)
+        (job.aside / folder).mkdir(parents=True)
 
 
-def _check_room(order: Order, needed: int, rank: int) -> None:
+def _check_room(job: SaveJob, needed: int, rank: int) -> None:
     fault_injection.point("save.room")
-    if rank == 0 and (problem := room_problem(order.directory, order.name, needed)) is not None:
+    if rank == 0 and (problem := room_problem(job.directory, job.name, needed)) is not None:
         raise DiskRefused(problem)
 
 
-def _manifest(order: Order, parts: list[tuple[Facts, Facts, Facts]], digests: Mapping[str, str]) -> Facts:
-    tensors = {folder: {k: v for part in parts for k, v in part[2][folder].items()} for folder in FOLDERS}
+def _manifest(
+    job: SaveJob, parts: list[tuple[Facts, Facts, Facts]], digests: Mapping[str, str]
+) -> Facts:
+    tensors = {
+        folder: {k: v for part in parts for k, v in part[2][folder].items()} for folder in FOLDERS
+    }
     return seal(
         {
             "format": FORMAT,
-            "name": order.name,
+            "name": job.name,
             "saved": datetime.now(UTC).isoformat(timespec="seconds"),
-            **order.facts,
+            **job.facts,
             "tensors": tensors,
             "files": {name: facts for part in parts for name, facts in part[0].items()},
             "shards": {name: facts for part in parts for name, facts in part[1].items()},
             "state": {
-                "root": state_root(digests, order.facts["step"], order.facts["adam_steps"]),
+                "root": state_root(digests, job.facts["step"], job.facts["adam_steps"]),
                 "digests": dict(digests),
             },
         }
     )
 
 
-def _commit(order: Order, parts: list[tuple[Facts, Facts, Facts]], digests: Mapping[str, str], rank: int) -> None:
+def _commit(
+    job: SaveJob, parts: list[tuple[Facts, Facts, Facts]], digests: Mapping[str, str], rank: int
+) -> None:
     fault_injection.point("save.manifest")
     if rank != 0:
         for point in ("save.synced", "save.renamed", "save.committed"):
             fault_injection.point(point)
         return
-    manifest = _manifest(order, parts, digests)
-    write_synced(order.aside / MANIFEST, manifest_text(manifest))
-    for written in (*(order.aside / folder for folder in FOLDERS), order.aside):
+    manifest = _manifest(job, parts, digests)
+    write_synced(job.aside / MANIFEST, manifest_text(manifest))
+    for written in (*(job.aside / folder for folder in FOLDERS), job.aside):
         sync_directory(written)
     fault_injection.point("save.synced")
-    order.still_owner()
-    order.aside.rename(order.final)
+    job.still_owner()
+    job.aside.rename(job.final)
     try:
         fault_injection.point("save.renamed")
-        sync_directory(order.directory)
-        order.committed(order.final, manifest)
+        sync_directory(job.directory)
+        job.committed(job.final, manifest)
         fault_injection.point("save.committed")
     except OSError as error:
         raise SaveError(
-            f"{order.name} is in {order.directory}, but it could not be recorded: {error.strerror or error}; make room "
+            f"{job.name} is in {job.directory}, but it could not be recorded: {error.strerror or error}; make room "
             "or the directory writable, then start the same command again"
         ) from None

@@ -59,7 +59,9 @@ class CheckpointBytes:
         return self.thinned + self.states
 
 
-def plan_bytes(one: CheckpointBytes, remaining: int, keep_optimizer_states: int, complete_now: int) -> int:
+def plan_bytes(
+    one: CheckpointBytes, remaining: int, keep_optimizer_states: int, complete_now: int
+) -> int:
     """Bytes that the `remaining` numbered checkpoints add at the highest: weights for all, optimizer states for those kept
     and for the one in flight. `complete_now` of those on the disk have their states still; thinning gives them back.
     """
@@ -70,10 +72,17 @@ def plan_bytes(one: CheckpointBytes, remaining: int, keep_optimizer_states: int,
 
 
 def check_plan(
-    directory: Path, one: CheckpointBytes, remaining: int, keep_optimizer_states: int, complete_now: int = 0
+    directory: Path,
+    one: CheckpointBytes,
+    remaining: int,
+    keep_optimizer_states: int,
+    complete_now: int = 0,
 ) -> None:
     """Raises RunError when the disk of `directory` has no room for the numbered checkpoints still to come."""
-    needed, free = plan_bytes(one, remaining, keep_optimizer_states, complete_now), free_bytes(directory)
+    needed, free = (
+        plan_bytes(one, remaining, keep_optimizer_states, complete_now),
+        free_bytes(directory),
+    )
     if needed > free:
         kept = "all" if keep_optimizer_states == 0 else str(keep_optimizer_states)
         raise RunError(

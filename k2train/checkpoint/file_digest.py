@@ -26,9 +26,13 @@ def digests_of_files(path: Path, manifest: dict[str, Any]) -> dict[str, str]:
             for place in read_header(path / file)[1]:
                 kind = _ELEMENTS[DTYPES[place.dtype][1]]
                 count = (place.stop - place.start) // kind.itemsize
-                values = np.fromfile(path / file, dtype=kind, count=count, offset=place.start).reshape(place.shape)
+                values = np.fromfile(
+                    path / file, dtype=kind, count=count, offset=place.start
+                ).reshape(place.shape)
                 added = block_sums(values, place.offsets, shapes[place.name])
-                sums[place.name] = [(a + b) & MASK for a, b in zip(sums[place.name], added, strict=True)]
+                sums[place.name] = [
+                    (a + b) & MASK for a, b in zip(sums[place.name], added, strict=True)
+                ]
         except (OSError, ValueError, KeyError) as error:
             raise CheckpointError(f"{path}: {file} cannot be read as a shard ({error})") from None
     return {name: digest_text(lanes) for name, lanes in sums.items()}
@@ -50,5 +54,7 @@ def verify_root(path: Path, manifest: dict[str, Any]) -> str:
             )
     root = state_root(digests, int(manifest["step"]), int(manifest["adam_steps"]))
     if root != known["root"]:
-        raise CheckpointError(f"{path}: the state's root is {root}, the manifest's is {known['root']}")
+        raise CheckpointError(
+            f"{path}: the state's root is {root}, the manifest's is {known['root']}"
+        )
     return root

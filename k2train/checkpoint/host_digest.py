@@ -29,7 +29,11 @@ def state_sums(digest: StateDigest, lines: Mapping[str, Tensor], threads: int = 
         sums = block_sums(values, box.offsets, box.slot.piece.global_shape)
         found[place[box.name], number] = torch.tensor([_signed(lane) for lane in sums])
 
-    tasks = [(box, *state) for box in owned(digest.table, digest.tp) for state in enumerate(digest.states)]
+    tasks = [
+        (box, *state)
+        for box in owned(digest.table, digest.tp)
+        for state in enumerate(digest.states)
+    ]
     if threads == 1:
         for task in tasks:
             add(task)

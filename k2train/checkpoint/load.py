@@ -20,16 +20,16 @@ from k2train.checkpoint.manifest import expected_files, is_thinned, read_manifes
 from k2train.checkpoint.reshard_read import Target, fill, plan_reads
 from k2train.checkpoint.shards import THREADS
 from k2train.errors import CheckpointError
-from k2train.parallel.comm_tracker import exchanging
+from k2train.parallel.comm_tracker import collective_scope
 from k2train.parallel.device_digest import StateDigest
-from k2train.parallel.grad_buffer import SlotTable
+from k2train.parallel.grad_buffer import ShardLayout
 from k2train.parallel.grid import ProcessGrid
 
 AGREE, LOAD = "agree on a checkpoint", "load a checkpoint"
 """Exchanges that other ranks wait in while one hashes or reads: without a name the waiting ones would be taken for stuck."""
 
 
-class Agreement(NamedTuple):
+class ChosenCheckpoint(NamedTuple):
     """What all ranks found when they looked for a checkpoint."""
 
     taken: Path | None
@@ -40,25 +40,27 @@ class Agreement(NamedTuple):
     def __str__(self) -> str:
         searched = len(self.refused) + (self.taken is not None)
         text = f"searched {searched} checkpoints, took {self.taken.name if self.taken else 'none'}"
-        return text + (f", refused {len(self.refused)}: {'; '.join(self.refused)}" if self.refused else "")
+        return text + (
+            f", refused {len(self.refused)}: {'; '.join(self.refused)}" if self.refused else ""
+        )
 
 
-def agree_on_checkpoint(candidates: Sequence[Path], grid: ProcessGrid) -> Agreement:
+def agree_on_checkpoint(candidates: Sequence[Path], grid: ProcessGrid) -> ChosenCheckpoint:
     """The first of `candidates` that every rank finds whole, and what was wrong with those before it.
 
     Rank 0's list is the one that counts; each rank hashes its share of the files.
     """
     told = [[str(path) for path in candidates]]
-    with exchanging(grid.traffic, AGREE):
+    with collective_scope(grid.comm, AGREE):
         dist.broadcast_object_list(told, src=0, group=grid.host)
     refused: list[str] = []
     for text in told[0]:
         path = Path(text)
         problem = _first_problem(_problem(path, grid), grid, AGREE)
         if problem is None:
-            return Agreement(path, refused)
+            return ChosenCheckpoint(path, refused)
         refused.append(problem)
-    return Agreement(None, refused)
+    return ChosenCheckpoint(None, refused)
 
 
 def _problem(path: Path, grid: ProcessGrid) -> str:
@@ -75,13 +77,15 @@ def _problem(path: Path, grid: ProcessGrid) -> str:
 
 def _first_problem(mine: str, grid: ProcessGrid, what: str) -> str | None:
     answers: list[str] = [""] * grid.layout.world_size
-    with exchanging(grid.traffic, what):
+    with collective_scope(grid.comm, what):
         dist.all_gather_object(answers, mine, group=grid.host)
     return next((f"rank {rank}: {answer}" for rank, answer in enumerate(answers) if answer), None)
 
 
 @torch.no_grad()
-def load_states(path: Path, table: SlotTable, lines: dict[str, Tensor], grid: ProcessGrid, dtype: torch.dtype) -> bool:
+def load_states(
+    path: Path, table: ShardLayout, lines: dict[str, Tensor], grid: ProcessGrid, dtype: torch.dtype
+) -> bool:
     """Fill the optimizer lines [elements] from checkpoint `path`; returns whether it had optimizer states.
 
     From a checkpoint thinned to its weights only `master` is filled and the moments are zeroed. `dtype` is that of the
@@ -92,12 +96,20 @@ def load_states(path: Path, table: SlotTable, lines: dict[str, Tensor], grid: Pr
     manifest = read_manifest(path)
     thinned = is_thinned(path)
     folder, states = ("model", [MASTER]) if thinned else ("optimizer", list(lines))
-    named = {f"{name}.{state}" if not thinned else name: (name, state) for name in _names(table) for state in states}
+    named = {
+        f"{name}.{state}" if not thinned else name: (name, state)
+        for name in _names(table)
+        for state in states
+    }
     shapes = {slot.piece.name: list(slot.piece.global_shape) for slot in table.slots}
-    _check_tensors(path, folder, manifest, {key: shapes[name] for key, (name, _) in named.items()}, grid)
+    _check_tensors(
+        path, folder, manifest, {key: shapes[name] for key, (name, _) in named.items()}, grid
+    )
     found = {box.name: box for box in boxes(table)}
     targets = [
-        Target(key, found[name].offsets, found[name].shape, table.local(lines[state], found[name].slot))
+        Target(
+            key, found[name].offsets, found[name].shape, table.local(lines[state], found[name].slot)
+        )
         for key, (name, state) in named.items()
     ]
     problem = ""
@@ -118,12 +130,16 @@ def load_states(path: Path, table: SlotTable, lines: dict[str, Tensor], grid: Pr
     return not thinned
 
 
-def _names(table: SlotTable) -> list[str]:
+def _names(table: ShardLayout) -> list[str]:
     return [slot.piece.name for slot in table.slots]
 
 
 def _check_state(
-    path: Path, manifest: dict[str, Any], table: SlotTable, lines: dict[str, Tensor], grid: ProcessGrid
+    path: Path,
+    manifest: dict[str, Any],
+    table: ShardLayout,
+    lines: dict[str, Tensor],
+    grid: ProcessGrid,
 ) -> None:
     """The digests of what is now in the lines must be those of what was saved; format 1 has none."""
     known = manifest.get("state", {}).get("digests")
@@ -131,7 +147,7 @@ def _check_state(
         return
     digest = StateDigest(table, sorted(manifest["tensors"]["model"]), list(lines), grid.tp)
     summed = state_sums(digest, lines, threads=THREADS)
-    with exchanging(grid.traffic, LOAD):
+    with collective_scope(grid.comm, LOAD):
         dist.all_reduce(summed, group=grid.host)
     wrong = [key for key, value in digest.digests(summed).items() if known.get(key) != value]
     if wrong:
@@ -142,11 +158,15 @@ def _check_state(
 
 
 def _check_tensors(
-    path: Path, folder: str, manifest: dict[str, Any], wanted: dict[str, list[int]], grid: ProcessGrid
+    path: Path,
+    folder: str,
+    manifest: dict[str, Any],
+    wanted: dict[str, list[int]],
+    grid: ProcessGrid,
 ) -> None:
     """Same names and shapes over all ranks together; every rank raises alike."""
     parts: list[Any] = [None] * grid.layout.world_size
-    with exchanging(grid.traffic, LOAD):
+    with collective_scope(grid.comm, LOAD):
         dist.all_gather_object(parts, wanted, group=grid.host)
     expected = {name: shape for part in parts for name, shape in part.items()}
     found = {name: facts["shape"] for name, facts in manifest["tensors"].get(folder, {}).items()}
@@ -159,5 +179,6 @@ def _check_tensors(
     ]
     if problems:
         raise CheckpointError(
-            f"{path}: {'; '.join(problems[:3])}" + (f" and {len(problems) - 3} more" if len(problems) > 3 else "")
+            f"{path}: {'; '.join(problems[:3])}"
+            + (f" and {len(problems) - 3} more" if len(problems) > 3 else "")
         )

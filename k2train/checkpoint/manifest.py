@@ -59,7 +59,10 @@ def _content_sha256(manifest: dict[str, Any]) -> str:
 
 def manifest_text(manifest: Mapping[str, Any]) -> str:
     """What is written of a manifest: a line for each key, since indenting all of a large one takes five times as long."""
-    lines = (f" {json.dumps(key)}: {json.dumps(manifest[key], sort_keys=True)}" for key in sorted(manifest))
+    lines = (
+        f" {json.dumps(key)}: {json.dumps(manifest[key], sort_keys=True)}"
+        for key in sorted(manifest)
+    )
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
@@ -71,13 +74,17 @@ def checkpoint_name(chunks_consumed: int, step: int | None = None) -> str:
 def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of checkpoint directory `path`. Raises CheckpointError when it is missing, broken or too new."""
     if NAME.fullmatch(path.name) and path.is_symlink():
-        raise CheckpointError(f"{path}: is a link; a checkpoint of a run must lie in it, move it there")
+        raise CheckpointError(
+            f"{path}: is a link; a checkpoint of a run must lie in it, move it there"
+        )
     try:
         manifest = read_json(path / MANIFEST)
     except OSError as error:
         raise CheckpointError(f"{path}: {MANIFEST} cannot be read ({error.strerror})") from None
     except ValueError as error:
-        raise CheckpointError(f"{path / MANIFEST}: not valid JSON ({error}); it was changed or damaged") from None
+        raise CheckpointError(
+            f"{path / MANIFEST}: not valid JSON ({error}); it was changed or damaged"
+        ) from None
     if not isinstance(manifest, dict):
         raise CheckpointError(f"{path / MANIFEST}: not a JSON object")
     for key, kind in _REQUIRED.items():
@@ -85,15 +92,21 @@ def read_manifest(path: Path) -> dict[str, Any]:
             raise CheckpointError(f"{path / MANIFEST}: {key} is missing or not a {kind.__name__}")
     for key in _COUNTS:
         if isinstance(manifest[key], bool) or manifest[key] < 0:
-            raise CheckpointError(f"{path / MANIFEST}: {key} is {manifest[key]}, must be a whole number from 0")
+            raise CheckpointError(
+                f"{path / MANIFEST}: {key} is {manifest[key]}, must be a whole number from 0"
+            )
     if manifest["format"] > FORMAT:
         raise CheckpointError(
             f"{path}: format {manifest['format']} is newer than this code reads ({FORMAT}); update k2train"
         )
     if manifest.get("self_sha256") != _content_sha256(manifest):
-        raise CheckpointError(f"{path}: {MANIFEST} does not have its own hash; it was changed or damaged")
+        raise CheckpointError(
+            f"{path}: {MANIFEST} does not have its own hash; it was changed or damaged"
+        )
     if NAME.fullmatch(path.name) and manifest["name"] != path.name:
-        raise CheckpointError(f"{path}: {MANIFEST} is that of {manifest['name']}; give the directory its name back")
+        raise CheckpointError(
+            f"{path}: {MANIFEST} is that of {manifest['name']}; give the directory its name back"
+        )
     _check_names(path, manifest)
     return manifest
 
@@ -110,24 +123,42 @@ def _check_names(path: Path, manifest: dict[str, Any]) -> None:
             or "\0" in name
             or name != "/".join(parts)
         ):
-            raise CheckpointError(f"{path}: the manifest names {name[:100]!r}, outside the checkpoint's folders")
-        if not isinstance(facts, dict) or not isinstance(facts.get("bytes"), int) or "sha256" not in facts:
+            raise CheckpointError(
+                f"{path}: the manifest names {name[:100]!r}, outside the checkpoint's folders"
+            )
+        if (
+            not isinstance(facts, dict)
+            or not isinstance(facts.get("bytes"), int)
+            or "sha256" not in facts
+        ):
             raise CheckpointError(f"{path}: the manifest does not say bytes and sha256 of {name}")
     for part, tensors in manifest["tensors"].items():
         known = tensors.values() if isinstance(tensors, dict) else [None]
-        if not all(isinstance(facts, dict) and isinstance(facts.get("shape"), list) for facts in known):
-            raise CheckpointError(f"{path}: the manifest does not say the shape of every tensor of {part[:100]!r}")
+        if not all(
+            isinstance(facts, dict) and isinstance(facts.get("shape"), list) for facts in known
+        ):
+            raise CheckpointError(
+                f"{path}: the manifest does not say the shape of every tensor of {part[:100]!r}"
+            )
     if manifest["format"] == 1:
         return
     shards = manifest.get("shards")
     if not isinstance(shards, dict) or set(shards) != set(manifest["files"]):
         raise CheckpointError(f"{path}: the manifest's shards are not its files")
     for name, shard in shards.items():
-        if not isinstance(shard, dict) or "header_sha256" not in shard or not isinstance(shard.get("tensors"), dict):
-            raise CheckpointError(f"{path}: the manifest does not say header_sha256 and tensors of {name}")
+        if (
+            not isinstance(shard, dict)
+            or "header_sha256" not in shard
+            or not isinstance(shard.get("tensors"), dict)
+        ):
+            raise CheckpointError(
+                f"{path}: the manifest does not say header_sha256 and tensors of {name}"
+            )
         for tensor, facts in shard["tensors"].items():
             if not isinstance(facts, dict) or not {"offsets", "shape", "sha256"} <= set(facts):
-                raise CheckpointError(f"{path}: the manifest does not say offsets, shape and sha256 of {tensor}")
+                raise CheckpointError(
+                    f"{path}: the manifest does not say offsets, shape and sha256 of {tensor}"
+                )
 
 
 def list_checkpoints(directory: Path) -> list[Path]:
@@ -153,7 +184,9 @@ def mark_thinned(path: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def _marker(manifest: Mapping[str, Any]) -> str:
-    return json.dumps({"removed": "optimizer", "manifest_self_sha256": manifest["self_sha256"]}) + "\n"
+    return (
+        json.dumps({"removed": "optimizer", "manifest_self_sha256": manifest["self_sha256"]}) + "\n"
+    )
 
 
 def _check_marker(path: Path, manifest: Mapping[str, Any]) -> None:
@@ -166,7 +199,9 @@ def _check_marker(path: Path, manifest: Mapping[str, Any]) -> None:
         ) from None
     # The second is what was written before format 2.
     if text not in (_marker(manifest).encode(), b'{"removed": "optimizer"}\n'):
-        raise CheckpointError(f"{path}: {THINNED} is not the one of this checkpoint; it was changed or damaged")
+        raise CheckpointError(
+            f"{path}: {THINNED} is not the one of this checkpoint; it was changed or damaged"
+        )
 
 
 def expected_files(path: Path, manifest: dict[str, Any]) -> list[str]:
@@ -178,14 +213,20 @@ def expected_files(path: Path, manifest: dict[str, Any]) -> list[str]:
     for folder in FOLDERS:
         for file in sorted((path / folder).glob("*")):
             if f"{folder}/{file.name}" not in manifest["files"]:
-                raise CheckpointError(f"{path}: {folder}/{file.name} is not in the manifest; remove it")
+                raise CheckpointError(
+                    f"{path}: {folder}/{file.name} is not in the manifest; remove it"
+                )
     skip = is_thinned(path)
     if skip:
         _check_marker(path, manifest)
-    return sorted(name for name in manifest["files"] if not (skip and name.startswith("optimizer/")))
+    return sorted(
+        name for name in manifest["files"] if not (skip and name.startswith("optimizer/"))
+    )
 
 
-def verify_files(path: Path, manifest: dict[str, Any], names: Iterable[str], threads: int = THREADS) -> None:
+def verify_files(
+    path: Path, manifest: dict[str, Any], names: Iterable[str], threads: int = THREADS
+) -> None:
     """Check size, header and every tensor of `names`, by several threads. Raises CheckpointError naming the first file
     and tensor that differ."""
     names = list(names)

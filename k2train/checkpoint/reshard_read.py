@@ -43,7 +43,9 @@ class Read:
     """The overlap, in indices of the global tensor."""
 
 
-def plan_reads(path: Path, folder: str, manifest: dict[str, Any], targets: Sequence[Target]) -> list[Read]:
+def plan_reads(
+    path: Path, folder: str, manifest: dict[str, Any], targets: Sequence[Target]
+) -> list[Read]:
     """What to read from where. Raises CheckpointError when the files do not hold every value of a target once, OSError and
     ValueError when a header cannot be read."""
     by_name = {target.name: target for target in targets}
@@ -51,7 +53,9 @@ def plan_reads(path: Path, folder: str, manifest: dict[str, Any], targets: Seque
     reads: list[Read] = []
     for file in sorted(name for name in manifest["files"] if name.startswith(f"{folder}/")):
         known = manifest.get("shards", {}).get(file, {}).get("tensors")
-        if known is not None and not any(_meets(facts, by_name.get(name)) for name, facts in known.items()):
+        if known is not None and not any(
+            _meets(facts, by_name.get(name)) for name, facts in known.items()
+        ):
             continue
         for place in read_header(path / file)[1]:
             target = by_name.get(place.name)
@@ -62,7 +66,9 @@ def plan_reads(path: Path, folder: str, manifest: dict[str, Any], targets: Seque
             reads.append(Read(path / file, place, target, low, high))
     for name, count in missing.items():
         if count != 0:
-            raise CheckpointError(f"{path}: {abs(count)} values of {name} are {'twice' if count < 0 else 'not'} there")
+            raise CheckpointError(
+                f"{path}: {abs(count)} values of {name} are {'twice' if count < 0 else 'not'} there"
+            )
     return reads
 
 
@@ -99,8 +105,16 @@ def _do(read: Read, rounded: torch.dtype | None) -> None:
     into = target.values
     for dim in range(into.dim()):
         into = into.narrow(dim, read.low[dim] - target.offsets[dim], read.high[dim] - read.low[dim])
-    whole_rows = tuple(b - a for a, b in zip(read.low[1:], read.high[1:], strict=True)) == place.shape[1:]
-    if whole_rows and into.is_contiguous() and into.device.type == "cpu" and into.dtype == dtype and rounded is None:
+    whole_rows = (
+        tuple(b - a for a, b in zip(read.low[1:], read.high[1:], strict=True)) == place.shape[1:]
+    )
+    if (
+        whole_rows
+        and into.is_contiguous()
+        and into.device.type == "cpu"
+        and into.dtype == dtype
+        and rounded is None
+    ):
         _read(read.file, bytes_of(into), first)
         return
     values = torch.empty((rows, *place.shape[1:]), dtype=dtype)

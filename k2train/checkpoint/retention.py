@@ -13,7 +13,13 @@ from pathlib import Path
 from threading import Lock
 
 from k2train import fault_injection
-from k2train.checkpoint.manifest import NAME, is_thinned, list_checkpoints, mark_thinned, read_manifest
+from k2train.checkpoint.manifest import (
+    NAME,
+    is_thinned,
+    list_checkpoints,
+    mark_thinned,
+    read_manifest,
+)
 from k2train.errors import CheckpointError
 
 REMAIN = 2
@@ -65,7 +71,7 @@ class Verified:
             return self._when.get(name, float("-inf"))
 
 
-class Retirement:
+class Retention:
     """Retires checkpoints of `directory`; the newest `keep_optimizer_states` numbered ones keep theirs (0: all do)."""
 
     def __init__(self, directory: Path, keep_optimizer_states: int, verified: Verified):
@@ -76,7 +82,9 @@ class Retirement:
         paths = list_checkpoints(self.directory)
         numbered = [path for path in paths if not on_demand(path)]
         old = numbered[: -self.keep] if self.keep > 0 else []
-        parts = [(_expire, path) for path in paths if on_demand(path) and self._replaced(path, paths)]
+        parts = [
+            (_expire, path) for path in paths if on_demand(path) and self._replaced(path, paths)
+        ]
         parts += [(_thin, path) for path in old if is_thinned(path) or self._replaced(path, paths)]
         problem: OSError | None = None
         for part, path in parts:
@@ -90,7 +98,9 @@ class Retirement:
 
     def _replaced(self, path: Path, paths: list[Path]) -> bool:
         newer = paths[paths.index(path) + 1 :]
-        return sum(other.name in self.verified and not is_thinned(other) for other in newer) >= REMAIN
+        return (
+            sum(other.name in self.verified and not is_thinned(other) for other in newer) >= REMAIN
+        )
 
 
 def _expire(path: Path) -> None:

@@ -16,7 +16,7 @@ from k2train.checkpoint.shards import drop_caches
 from k2train.errors import CheckpointError
 
 
-class Audit:
+class Scrubber:
     """Every `seconds` one checkpoint of `directory`; `damaged(path, problem)` and `told(line)` are called from the audit's
     thread."""
 
@@ -51,7 +51,11 @@ class Audit:
 
     def once(self) -> Path | None:
         """Check the one whose turn it is; which that was."""
-        paths = [path for path in list_checkpoints(self.directory) if not self.verified.damaged(path.name)]
+        paths = [
+            path
+            for path in list_checkpoints(self.directory)
+            if not self.verified.damaged(path.name)
+        ]
         if not paths:
             return None
         path = unverified_first(paths, self.verified)[0]

@@ -69,7 +69,9 @@ def header_of(blocks: Sequence[Block]) -> bytes:
     """Length and header of a file of `blocks`, in their order."""
     content: Facts = {
         "__metadata__": {
-            "DCP_SHARDING_INFO": json.dumps({b.name: {"saved_offsets": list(b.offsets)} for b in blocks}),
+            "DCP_SHARDING_INFO": json.dumps(
+                {b.name: {"saved_offsets": list(b.offsets)} for b in blocks}
+            ),
             "DCP_VERSION": "1.0",
             "format": "pt",
         }
@@ -77,14 +79,20 @@ def header_of(blocks: Sequence[Block]) -> bytes:
     at = 0
     for block in blocks:
         end = at + block.num_bytes
-        content[block.name] = {"dtype": DTYPES[block.dtype][0], "shape": list(block.shape), "data_offsets": [at, end]}
+        content[block.name] = {
+            "dtype": DTYPES[block.dtype][0],
+            "shape": list(block.shape),
+            "data_offsets": [at, end],
+        }
         at = end
     text = json.dumps(content, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 
 
-def write_shard(path: Path, blocks: Sequence[Block], reached: Callable[[], None] = lambda: None) -> tuple[Facts, Facts]:
+def write_shard(
+    path: Path, blocks: Sequence[Block], reached: Callable[[], None] = lambda: None
+) -> tuple[Facts, Facts]:
     """Write and sync a file of `blocks`; its facts for the manifest's `files` and `shards`.
 
     `reached` is called when all is written and nothing synced yet. Raises OSError.
@@ -93,12 +101,18 @@ def write_shard(path: Path, blocks: Sequence[Block], reached: Callable[[], None]
     whole = sha256(header)
     tensors: dict[str, Future[str]] = {}
     waiting: list[Future[Any]] = []
-    with ThreadPoolExecutor(1) as of_file, ThreadPoolExecutor(1) as of_tensors, path.open("xb", buffering=0) as stream:
+    with (
+        ThreadPoolExecutor(1) as of_file,
+        ThreadPoolExecutor(1) as of_tensors,
+        path.open("xb", buffering=0) as stream,
+    ):
         descriptor, at = stream.fileno(), 0
         at = _write(descriptor, memoryview(header), at)
         for block in blocks:
             content = block.content()
-            assert content.nbytes == block.num_bytes, f"{block.name}: {content.nbytes} bytes, not {block.num_bytes}"
+            assert content.nbytes == block.num_bytes, (
+                f"{block.name}: {content.nbytes} bytes, not {block.num_bytes}"
+            )
             tensors[block.name] = of_tensors.submit(_hash, content)
             waiting += [tensors[block.name], of_file.submit(whole.update, content)]
             at = _write(descriptor, content, at)
@@ -111,7 +125,11 @@ def write_shard(path: Path, blocks: Sequence[Block], reached: Callable[[], None]
     shard = {
         "header_sha256": sha256(header).hexdigest(),
         "tensors": {
-            block.name: {"offsets": list(block.offsets), "shape": list(block.shape), "sha256": hashes[block.name]}
+            block.name: {
+                "offsets": list(block.offsets),
+                "shape": list(block.shape),
+                "sha256": hashes[block.name],
+            }
             for block in blocks
         },
     }
@@ -158,9 +176,15 @@ def read_header(path: Path) -> tuple[bytes, list[Place]]:
     for place in places:
         # A manifest of format 1 says nothing of a file's tensors: a shape is then bound by the file alone.
         wanted = prod(place.shape) * DTYPES[place.dtype][1]
-        if min(place.shape, default=0) < 0 or place.stop - place.start != wanted or place.stop > facts.st_size:
+        if (
+            min(place.shape, default=0) < 0
+            or place.stop - place.start != wanted
+            or place.stop > facts.st_size
+        ):
             raise ValueError(
-                f"tensor {place.name[:100]!r} has bytes {place.start} to {place.stop}, shape {place.shape}"[:200]
+                f"tensor {place.name[:100]!r} has bytes {place.start} to {place.stop}, shape {place.shape}"[
+                    :200
+                ]
             )
     return length + text, places
 
@@ -195,7 +219,9 @@ def size_problem(path: Path, facts: Facts) -> str | None:
     if not stat.S_ISREG(status.st_mode):
         return "is no plain file"
     size = status.st_size
-    return None if size == facts["bytes"] else f"has {size} bytes, the manifest says {facts['bytes']}"
+    return (
+        None if size == facts["bytes"] else f"has {size} bytes, the manifest says {facts['bytes']}"
+    )
 
 
 def layout_problem(path: Path, shard: Facts, size: int) -> tuple[str | None, list[Place]]:
@@ -209,10 +235,20 @@ def layout_problem(path: Path, shard: Facts, size: int) -> tuple[str | None, lis
     at = len(header)
     for place in places:
         known = shard["tensors"].get(place.name)
-        if known is None or known["offsets"] != list(place.offsets) or known["shape"] != list(place.shape):
+        if (
+            known is None
+            or known["offsets"] != list(place.offsets)
+            or known["shape"] != list(place.shape)
+        ):
             return f"has a tensor {place.name} that is not the manifest's", []
-        if place.start != at or place.stop - place.start != prod(place.shape) * DTYPES[place.dtype][1]:
-            return f"has tensor {place.name} at bytes {place.start} to {place.stop}, it should begin at {at}", []
+        if (
+            place.start != at
+            or place.stop - place.start != prod(place.shape) * DTYPES[place.dtype][1]
+        ):
+            return (
+                f"has tensor {place.name} at bytes {place.start} to {place.stop}, it should begin at {at}",
+                [],
+            )
         at = place.stop
     if at != size:
         return f"has {size - at} bytes after its last tensor", []
@@ -227,7 +263,9 @@ def hash_range(path: Path, start: int, stop: int) -> str:
     view = memoryview(buffer)
     with path.open("rb", buffering=0) as stream:
         while start < stop:
-            os.posix_fadvise(stream.fileno(), start, min(AHEAD_BYTES, stop - start), os.POSIX_FADV_WILLNEED)
+            os.posix_fadvise(
+                stream.fileno(), start, min(AHEAD_BYTES, stop - start), os.POSIX_FADV_WILLNEED
+            )
             count = os.preadv(stream.fileno(), [view[: stop - start]], start)
             if count == 0:
                 raise OSError(5, f"the file ends at byte {start}")
@@ -253,7 +291,9 @@ def first_problem(
         problem = size_problem(path, facts)
         if problem is None and shard is not None:
             problem, places = layout_problem(path, shard, facts["bytes"])
-            tasks += [(name, p.name, p.start, p.stop, shard["tensors"][p.name]["sha256"]) for p in places]
+            tasks += [
+                (name, p.name, p.start, p.stop, shard["tensors"][p.name]["sha256"]) for p in places
+            ]
         if problem is not None:
             return f"{name} {problem}"
         if shard is None:
@@ -266,7 +306,11 @@ def first_problem(
             same = hash_range(root / name, start, stop) == expected
         except OSError as error:
             return f"{name}{what} cannot be read ({error.strerror or error})"
-        return None if same else f"{name}{what} does not have the hash of the manifest; it was changed or damaged"
+        return (
+            None
+            if same
+            else f"{name}{what} does not have the hash of the manifest; it was changed or damaged"
+        )
 
     if threads == 1:
         return next((problem for problem in map(check, tasks) if problem), None)

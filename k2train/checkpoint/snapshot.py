@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from k2train import fault_injection
-from k2train.parallel.grad_buffer import SlotTable
+from k2train.parallel.grad_buffer import ShardLayout
 
 
 @dataclass(frozen=True)
 class Snapshot:
     """A frozen copy of this rank's state in host memory."""
 
-    table: SlotTable
+    table: ShardLayout
     lines: Mapping[str, Tensor]
     dtype: torch.dtype
 
@@ -30,14 +30,18 @@ class HostBuffers:
     kept: dict[str, Tensor] = field(default_factory=dict)
 
     @torch.no_grad()
-    def snapshot(self, table: SlotTable, lines: Mapping[str, Tensor], dtype: torch.dtype) -> Snapshot:
+    def snapshot(
+        self, table: ShardLayout, lines: Mapping[str, Tensor], dtype: torch.dtype
+    ) -> Snapshot:
         """Copy the optimizer lines [elements]; `dtype` is that of the model's weights."""
         fault_injection.point("save.snapshot")
         waiting = set()
         for state, line in lines.items():
             buffer = self.kept.get(state)
             if buffer is None or buffer.shape != line.shape or buffer.dtype != line.dtype:
-                buffer = torch.empty(line.shape, dtype=line.dtype, pin_memory=line.device.type == "cuda")
+                buffer = torch.empty(
+                    line.shape, dtype=line.dtype, pin_memory=line.device.type == "cuda"
+                )
                 self.kept[state] = buffer
             buffer.copy_(line.detach(), non_blocking=True)
             if line.device.type == "cuda":
@@ -47,6 +51,6 @@ class HostBuffers:
         return Snapshot(table, {state: self.kept[state] for state in lines}, dtype)
 
 
-def snapshot(table: SlotTable, lines: Mapping[str, Tensor], dtype: torch.dtype) -> Snapshot:
+def snapshot(table: ShardLayout, lines: Mapping[str, Tensor], dtype: torch.dtype) -> Snapshot:
     """A snapshot in memory of its own."""
     return HostBuffers().snapshot(table, lines, dtype)

@@ -22,17 +22,17 @@ from threading import Event, Thread
 import torch
 from torch import Tensor
 
-from k2train.checkpoint.commit import Facts, Order, write_checkpoint
+from k2train.checkpoint.commit import Facts, SaveJob, write_checkpoint
 from k2train.checkpoint.host_digest import state_sums
 from k2train.checkpoint.manifest import expected_files, read_manifest, verify_files
-from k2train.checkpoint.retention import Retirement, Verified, remove_unfinished, set_aside_later
-from k2train.checkpoint.scrub import Audit
+from k2train.checkpoint.retention import Retention, Verified, remove_unfinished, set_aside_later
+from k2train.checkpoint.scrub import Scrubber
 from k2train.checkpoint.shards import drop_caches
 from k2train.checkpoint.snapshot import HostBuffers, Snapshot, snapshot
 from k2train.errors import CheckpointError, UserError
-from k2train.parallel.agreement import DiskRefused, SaveError, Together
+from k2train.parallel.agreement import Agreement, DiskRefused, SaveError
 from k2train.parallel.device_digest import StateDigest
-from k2train.parallel.grad_buffer import SlotTable
+from k2train.parallel.grad_buffer import ShardLayout
 from k2train.parallel.grid import ProcessGrid
 
 __all__ = [
@@ -78,15 +78,23 @@ class CheckpointWriter:
         idle: Callable[[], None] = nothing,
     ):
         self.directory, self.grid, self.asynchronous = directory, grid, asynchronous
-        self.retry_seconds, self.retry_every_seconds = retry_seconds, min(RETRY_EVERY_SECONDS, retry_seconds)
-        self.still_owner, self.told, self.verified, self.damaged = still_owner, told, verified, damaged
+        self.retry_seconds, self.retry_every_seconds = (
+            retry_seconds,
+            min(RETRY_EVERY_SECONDS, retry_seconds),
+        )
+        self.still_owner, self.told, self.verified, self.damaged = (
+            still_owner,
+            told,
+            verified,
+            damaged,
+        )
         self.idle = idle
         """Called now and then by the thread that waits for a save."""
         self.known = Verified()
         """Which checkpoints this process found whole."""
-        self.audit = Audit(directory, verify_every_seconds, self.known, damaged, told)
-        self._retirement = Retirement(directory, keep_optimizer_states, self.known)
-        self._together = Together(grid)
+        self.audit = Scrubber(directory, verify_every_seconds, self.known, damaged, told)
+        self._retirement = Retention(directory, keep_optimizer_states, self.known)
+        self._agreement = Agreement(grid)
         self._buffers = HostBuffers()
         self._digests: dict[int, StateDigest] = {}
         self._hurry = Event()
@@ -97,12 +105,16 @@ class CheckpointWriter:
         """Count `path` as verified: it was checked when it was chosen to be loaded."""
         self.known.add(path.name)
 
-    def snapshot(self, table: SlotTable, lines: Mapping[str, Tensor], dtype: torch.dtype) -> Snapshot:
+    def snapshot(
+        self, table: ShardLayout, lines: Mapping[str, Tensor], dtype: torch.dtype
+    ) -> Snapshot:
         """A copy of the optimizer lines [elements] in kept host memory, for `save`; waits for the save under way."""
         self.wait()
         return self._buffers.snapshot(table, lines, dtype)
 
-    def save(self, name: str, state: Snapshot, facts: Facts, committed: Callable[[Path, Facts], None]) -> None:
+    def save(
+        self, name: str, state: Snapshot, facts: Facts, committed: Callable[[Path, Facts], None]
+    ) -> None:
         """Save on all ranks. `facts` go into the manifest; rank 0 calls `committed(path, manifest)` after the rename."""
         self.wait()
         if not self.asynchronous:
@@ -128,7 +140,7 @@ class CheckpointWriter:
         """Whether a save is under way in the background."""
         return self._thread is not None and self._thread.is_alive()
 
-    def hurry(self) -> None:
+    def skip_verification(self) -> None:
         """The process is to end soon: from now on no save is tried again and none read back (rank 0's word counts)."""
         self._hurry.set()
 
@@ -147,19 +159,23 @@ class CheckpointWriter:
         """End the audit. A save under way ends with the process."""
         self.audit.close()
 
-    def _save(self, name: str, state: Snapshot, facts: Facts, committed: Callable[[Path, Facts], None]) -> None:
+    def _save(
+        self, name: str, state: Snapshot, facts: Facts, committed: Callable[[Path, Facts], None]
+    ) -> None:
         self.known.begin(name)
         self._on_first(self.audit.start, "older checkpoints are not checked")
         digest = self._digest_of(state)
         # It is part of the name written under, which must be one on all ranks.
-        token = self._together.from_first(facts.get("fencing_token"))
+        token = self._agreement.from_first(facts.get("fencing_token"))
         facts = facts if token is None else {**facts, "fencing_token": token}
         with ThreadPoolExecutor(1) as side:
             sums = side.submit(state_sums, digest, state.lines)
-            order = Order(self.directory, name, state, facts, digest, sums, committed, self.still_owner)
-            self._write(order)
-        if (problem := self._read_back(order)) is not None:
-            self._again(order, problem)
+            job = SaveJob(
+                self.directory, name, state, facts, digest, sums, committed, self.still_owner
+            )
+            self._write(job)
+        if (problem := self._read_back(job)) is not None:
+            self._again(job, problem)
         self._on_first(
             self._retire,
             f"{name} is saved, but older checkpoints in {self.directory} could not be thinned (tried again after the "
@@ -171,38 +187,42 @@ class CheckpointWriter:
         found = self._digests.get(id(state.table))
         if found is None:
             mine = [slot.piece.name for slot in state.table.slots]
-            names = sorted({name for part in self._together.all(mine) for name in part})
-            found = self._digests[id(state.table)] = StateDigest(state.table, names, list(state.lines), self.grid.tp)
+            names = sorted({name for part in self._agreement.all(mine) for name in part})
+            found = self._digests[id(state.table)] = StateDigest(
+                state.table, names, list(state.lines), self.grid.tp
+            )
         return found
 
-    def _write(self, order: Order) -> None:
+    def _write(self, job: SaveJob) -> None:
         """Until it is committed; DiskRefused after `retry_seconds`."""
         began, told = time.monotonic(), ""
         while True:
             try:
-                write_checkpoint(order, self._together, self.grid.tp)
+                write_checkpoint(job, self._agreement, self.grid.tp)
                 return
             except DiskRefused as error:
-                self._clear(order)
-                again = self._together.from_first(self._may_retry(began))
+                self._clear(job)
+                again = self._agreement.from_first(self._may_retry(began))
                 if not again:
                     raise
                 if str(error) != told:
                     told = str(error)
                     meanwhile = "goes on" if self.asynchronous else "waits"
-                    self._tell(f"{told} (tried again every {self.retry_every_seconds:g} s, training {meanwhile})")
+                    self._tell(
+                        f"{told} (tried again every {self.retry_every_seconds:g} s, training {meanwhile})"
+                    )
                 if self.grid.rank == 0:
                     self._hurry.wait(self.retry_every_seconds)
             except (UserError, SaveError):
-                self._clear(order)
+                self._clear(job)
                 raise
 
     def _may_retry(self, began: float) -> bool:
         return not self._hurry.is_set() and time.monotonic() - began < self.retry_seconds
 
-    def _clear(self, order: Order) -> None:
+    def _clear(self, job: SaveJob) -> None:
         if self.grid.rank == 0:
-            shutil.rmtree(order.aside, ignore_errors=True)
+            shutil.rmtree(job.aside, ignore_errors=True)
 
     def _on_first(self, part: Callable[[], None], otherwise: str) -> None:
         """Rank 0 alone does what no checkpoint depends on: an OSError in it is told, behind `otherwise`; collective."""
@@ -216,20 +236,23 @@ class CheckpointWriter:
                 with suppress(OSError):
                     self.told(f"{otherwise}: {error.strerror or error}")
 
-        self._together.do(mine, lambda error: SaveError(f"{otherwise}: {error}"))
+        self._agreement.do(mine, lambda error: SaveError(f"{otherwise}: {error}"))
 
     def _tell(self, text: str) -> None:
         self._on_first(lambda: self.told(text), text)
 
-    def _read_back(self, order: Order) -> str | None:
+    def _read_back(self, job: SaveJob) -> str | None:
         """What is wrong with it on the disk; None: it is whole, or nobody looked."""
-        if self._together.from_first(self._hurry.is_set()):
+        if self._agreement.from_first(self._hurry.is_set()):
             return None
-        problems = self._together.all(self._problem_of_share(order.final))
+        problems = self._agreement.all(self._problem_of_share(job.final))
         problem = next((text for text in problems if text), None)
         if problem is None:
-            self.known.add(order.name)
-            self._on_first(lambda: self.verified(order.final), f"{order.name} is whole, which could not be recorded")
+            self.known.add(job.name)
+            self._on_first(
+                lambda: self.verified(job.final),
+                f"{job.name} is whole, which could not be recorded",
+            )
         return problem
 
     def _problem_of_share(self, path: Path) -> str | None:
@@ -246,27 +269,28 @@ class CheckpointWriter:
             return f"{path} cannot be read back ({error.strerror or error})"
         return None
 
-    def _again(self, order: Order, problem: str) -> None:
+    def _again(self, job: SaveJob, problem: str) -> None:
         """Write a checkpoint that came back damaged once more, from the snapshot. Raises SaveError when it still is."""
-        self._tell(f"{order.name} came back damaged from the disk and is written again: {problem}")
-        self._together.do(lambda: self._invalidate(order), order.refused)
-        self._write(order)
-        problem_now = self._read_back(order)
+        self._tell(f"{job.name} came back damaged from the disk and is written again: {problem}")
+        self._agreement.do(lambda: self._invalidate(job), job.refused)
+        self._write(job)
+        problem_now = self._read_back(job)
         if problem_now is None:
             return
-        self.known.drop(order.name)
+        self.known.drop(job.name)
         self._on_first(
-            lambda: self.damaged(order.final, problem_now), f"{order.name} is damaged, which could not be recorded"
+            lambda: self.damaged(job.final, problem_now),
+            f"{job.name} is damaged, which could not be recorded",
         )
         raise SaveError(
-            f"{order.name} came back damaged from the disk twice: {problem_now}; earlier checkpoints are untouched; see to "
+            f"{job.name} came back damaged from the disk twice: {problem_now}; earlier checkpoints are untouched; see to "
             f"the disk of {self.directory} or move run.directory, then start the same command again"
         )
 
-    def _invalidate(self, order: Order) -> None:
+    def _invalidate(self, job: SaveJob) -> None:
         if self.grid.rank == 0:
-            shutil.rmtree(order.aside, ignore_errors=True)
-            order.final.rename(order.aside)
+            shutil.rmtree(job.aside, ignore_errors=True)
+            job.final.rename(job.aside)
 
     def _retire(self) -> None:
         self._retirement.retire()

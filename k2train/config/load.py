@@ -35,7 +35,15 @@ from k2train.config.schema import (
     sections,
     show,
 )
-from k2train.config.yaml_source import Mistake, Origin, Path, Source, dotted, format_value, read_source
+from k2train.config.yaml_source import (
+    Mistake,
+    Origin,
+    Path,
+    Source,
+    dotted,
+    format_value,
+    read_source,
+)
 from k2train.errors import ConfigError
 
 __all__ = [
@@ -74,13 +82,23 @@ def _readable_values(tree: Mapping[str, Any], broken: set[Path]) -> Values:
             key = f"{section}.{name}"
             if name in written:
                 try:
-                    field_type: Any = Annotated[(info.annotation, *info.metadata)] if info.metadata else info.annotation
+                    field_type: Any = (
+                        Annotated[(info.annotation, *info.metadata)]
+                        if info.metadata
+                        else info.annotation
+                    )
                     values[key] = TypeAdapter(field_type).validate_python(written[name])
                 except ValidationError:
                     continue
-            elif not info.is_required() and (section, name) not in broken and FOLLOWS.get(key, key) in {*values, key}:
+            elif (
+                not info.is_required()
+                and (section, name) not in broken
+                and FOLLOWS.get(key, key) in {*values, key}
+            ):
                 validated = {
-                    inner: values[f"{section}.{inner}"] for inner in kind.model_fields if f"{section}.{inner}" in values
+                    inner: values[f"{section}.{inner}"]
+                    for inner in kind.model_fields
+                    if f"{section}.{inner}" in values
                 }
                 values[key] = info.get_default(call_default_factory=True, validated_data=validated)
     return values
@@ -92,7 +110,12 @@ def _nearest_key(path: Path) -> str | None:
     parent, name = path[:-1], str(path[-1])
     kind = known.get(str(parent[0])) if parent else None
     names = list(kind.model_fields) if kind else list(known)
-    elsewhere = {inner: f"{section}.{inner}" for section, kind in known.items() if kind for inner in kind.model_fields}
+    elsewhere = {
+        inner: f"{section}.{inner}"
+        for section, kind in known.items()
+        if kind
+        for inner in kind.model_fields
+    }
     if name not in elsewhere:
         close = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.5)
         if close:
@@ -134,7 +157,9 @@ def _explain_error(error: Any, path: Path) -> str:
     if kind == "literal_error":
         legal = re.findall(r"'([^']*)'", context["expected"])
         close = difflib.get_close_matches(str(error["input"]).lower(), legal, n=1, cutoff=0.4)
-        return f"{value} is not one of {', '.join(legal)}" + (f"; nearest is {close[0]}" if close else "")
+        return f"{value} is not one of {', '.join(legal)}" + (
+            f"; nearest is {close[0]}" if close else ""
+        )
     for name, words in (("ge", "at least"), ("gt", "above"), ("le", "at most"), ("lt", "below")):
         if name in context:
             return f"must be {words} {context[name]:g}, is {value}"
@@ -147,7 +172,9 @@ def _explain_error(error: Any, path: Path) -> str:
 
 def _origin_of_rule(source: Source, keys: Sequence[str]) -> Origin:
     """Where to point for a rule over several keys: the override if one is involved, else the first key written."""
-    origins = [source.origins[path] for key in keys if (path := tuple(key.split("."))) in source.origins]
+    origins = [
+        source.origins[path] for key in keys if (path := tuple(key.split("."))) in source.origins
+    ]
     overridden = [origin for origin in origins if origin.override]
     return (overridden or origins or [Origin(source.file, 1)])[0]
 
@@ -176,7 +203,8 @@ def _load(path: str, overrides: Sequence[str]) -> tuple[Config, Source]:
     kinds = sections()
     # A section whose keys are all commented out reads as null and means: every default.
     source.tree = {
-        name: {} if value is None and kinds.get(name) is not None else value for name, value in source.tree.items()
+        name: {} if value is None and kinds.get(name) is not None else value
+        for name, value in source.tree.items()
     }
     mistakes = list(source.mistakes)
     config = None
@@ -188,7 +216,9 @@ def _load(path: str, overrides: Sequence[str]) -> tuple[Config, Source]:
             mistakes.append(Mistake(_origin_of_rule(source, keys), message))
     if mistakes or config is None:
         given = ["", *overrides]
-        mistakes.sort(key=lambda mistake: (given.index(mistake.origin.override), mistake.origin.line))
+        mistakes.sort(
+            key=lambda mistake: (given.index(mistake.origin.override), mistake.origin.line)
+        )
         raise ConfigError("\n".join(dict.fromkeys(map(str, mistakes))))
     return config, source
 
@@ -214,7 +244,9 @@ def explain(path: str, overrides: Sequence[str] = ()) -> str:
             place = "override" if origin.override else str(origin)
         rows.append((key, format_value(value), place))
     key_width, value_width = (max(len(row[column]) for row in rows) for column in (0, 1))
-    return "\n".join(f"{key:<{key_width}} = {text:<{value_width}}   # {place}" for key, text, place in rows)
+    return "\n".join(
+        f"{key:<{key_width}} = {text:<{value_width}}   # {place}" for key, text, place in rows
+    )
 
 
 def to_yaml(config: Config) -> str:
@@ -247,7 +279,9 @@ def check_world(config: Config, world_size: int) -> None:
 def num_microbatches(config: Config, world_size: int) -> int:
     """Micro-batches a step on each data-parallel rank; raises `ConfigError` as `check_world`."""
     check_world(config, world_size)
-    return config.batch.global_sequences // (data_parallel_size(config, world_size) * config.batch.micro_sequences)
+    return config.batch.global_sequences // (
+        data_parallel_size(config, world_size) * config.batch.micro_sequences
+    )
 
 
 def config_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
@@ -262,7 +296,13 @@ def config_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
         return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
     def told(value: Any) -> str:
-        return "absent" if value is absent else str(value) if isinstance(value, dict) else format_value(value)
+        return (
+            "absent"
+            if value is absent
+            else str(value)
+            if isinstance(value, dict)
+            else format_value(value)
+        )
 
     differences = []
     for key in dict.fromkeys([*before, *after]):

@@ -22,7 +22,11 @@ def nearest(value: int, legal: Callable[[int], bool], minimum: int = 1) -> list[
     """The closest legal number below `value` and the closest above it; each may be missing."""
     below = range(value - 1, max(minimum, value - SEARCH_LIMIT) - 1, -1)
     above = range(max(value + 1, minimum), value + SEARCH_LIMIT)
-    return [found for numbers in (below, above) if (found := next(filter(legal, numbers), None)) is not None]
+    return [
+        found
+        for numbers in (below, above)
+        if (found := next(filter(legal, numbers), None)) is not None
+    ]
 
 
 def cross_field_mistakes(values: Values) -> list[tuple[tuple[str, ...], str]]:
@@ -48,7 +52,9 @@ def _rule(*keys: str) -> Callable[[Check], Check]:
 
 
 def _hint(key: str, numbers: list[int], when_none: str = "; no {key} fits") -> str:
-    return f"; nearest {key}: {', '.join(map(str, numbers))}" if numbers else when_none.format(key=key)
+    return (
+        f"; nearest {key}: {', '.join(map(str, numbers))}" if numbers else when_none.format(key=key)
+    )
 
 
 def _fits_tensor(values: Values, tensor: int) -> bool:
@@ -67,7 +73,11 @@ def _fits_stages(values: Values, pipeline: int, stages_per_rank: int) -> bool:
         return False
     smallest = 2 if schedule == "interleaved" else 1
     by_hand = values.get("parallel.layers_per_stage")
-    fits = layers % (pipeline * stages_per_rank) == 0 if by_hand is None else len(by_hand) == pipeline * stages_per_rank
+    fits = (
+        layers % (pipeline * stages_per_rank) == 0
+        if by_hand is None
+        else len(by_hand) == pipeline * stages_per_rank
+    )
     return min(pipeline, stages_per_rank) >= smallest and fits
 
 
@@ -97,7 +107,11 @@ def _two_states(values: Values) -> str | None:
 
 @_rule("model.hidden_size", "model.num_heads")
 def _head_size(values: Values) -> str | None:
-    hidden, heads, tensor = values["model.hidden_size"], values["model.num_heads"], values.get("parallel.tensor", 1)
+    hidden, heads, tensor = (
+        values["model.hidden_size"],
+        values["model.num_heads"],
+        values.get("parallel.tensor", 1),
+    )
     kv_heads = values.get("model.num_kv_heads", 1)
     # Left out, num_kv_heads follows num_heads, so it must not hold back the search for another num_heads.
     kv_heads = 1 if kv_heads == heads else kv_heads
@@ -115,7 +129,10 @@ def _head_size(values: Values) -> str | None:
         + _hint("model.hidden_size", nearest(hidden, lambda number: number % (2 * heads) == 0))
         + _hint(
             "model.num_heads",
-            nearest(heads, lambda number: not (hidden % (2 * number) or number % tensor or number % kv_heads)),
+            nearest(
+                heads,
+                lambda number: not (hidden % (2 * number) or number % tensor or number % kv_heads),
+            ),
             when_none="",
         )
     )
@@ -123,16 +140,26 @@ def _head_size(values: Values) -> str | None:
 
 @_rule("model.num_heads", "model.num_kv_heads")
 def _grouped_heads(values: Values) -> str | None:
-    heads, kv_heads, tensor = values["model.num_heads"], values["model.num_kv_heads"], values.get("parallel.tensor", 1)
+    heads, kv_heads, tensor = (
+        values["model.num_heads"],
+        values["model.num_kv_heads"],
+        values.get("parallel.tensor", 1),
+    )
     if heads % kv_heads == 0:
         return None
     hidden = values.get("model.hidden_size", 0)
     return (
         f"model.num_heads ({heads}) must be divisible by model.num_kv_heads ({kv_heads})"
-        + _hint("model.num_kv_heads", nearest(kv_heads, lambda number: not (heads % number or number % tensor)))
+        + _hint(
+            "model.num_kv_heads",
+            nearest(kv_heads, lambda number: not (heads % number or number % tensor)),
+        )
         + _hint(
             "model.num_heads",
-            nearest(heads, lambda number: not (number % kv_heads or number % tensor or hidden % (2 * number))),
+            nearest(
+                heads,
+                lambda number: not (number % kv_heads or number % tensor or hidden % (2 * number)),
+            ),
             when_none="",
         )
     )
@@ -150,7 +177,11 @@ def _tensor_rule(key: str) -> None:
         return (
             f"{key} ({number}) must be divisible by parallel.tensor ({tensor})"
             + _hint("parallel.tensor", nearest(tensor, lambda other: _fits_tensor(values, other)))
-            + _hint(key, nearest(number, lambda other: not (other % tensor or hidden % (2 * other))), when_none="")
+            + _hint(
+                key,
+                nearest(number, lambda other: not (other % tensor or hidden % (2 * other))),
+                when_none="",
+            )
         )
 
 
@@ -166,7 +197,9 @@ def _sequence(values: Values) -> str | None:
     return (
         f"data.sequence_length ({length}) must be divisible by parallel.tensor ({tensor}) with parallel.sequence true"
         + _hint("parallel.tensor", nearest(tensor, lambda other: _fits_tensor(values, other)))
-        + _hint("data.sequence_length", nearest(length, lambda other: other % tensor == 0, minimum=2))
+        + _hint(
+            "data.sequence_length", nearest(length, lambda other: other % tensor == 0, minimum=2)
+        )
         + "; or parallel.sequence: false"
     )
 
@@ -183,7 +216,9 @@ def _vocabulary(values: Values) -> str | None:
     )
 
 
-@_rule("model.num_layers", "parallel.pipeline", "parallel.stages_per_rank", "parallel.layers_per_stage")
+@_rule(
+    "model.num_layers", "parallel.pipeline", "parallel.stages_per_rank", "parallel.layers_per_stage"
+)
 def _stages(values: Values) -> str | None:
     if values["parallel.layers_per_stage"] is not None:
         return None
@@ -239,7 +274,11 @@ def _schedule(values: Values) -> str | None:
     if pipeline < 2:
         name, number, hint = "parallel.pipeline", pipeline, _nearest_pipeline(values)
     elif stages_per_rank < 2:
-        name, number, hint = "parallel.stages_per_rank", stages_per_rank, _nearest_stages_per_rank(values)
+        name, number, hint = (
+            "parallel.stages_per_rank",
+            stages_per_rank,
+            _nearest_stages_per_rank(values),
+        )
     else:
         return None
     return f"parallel.schedule (interleaved) needs a {name} of 2 or more, is {number}{hint}; or parallel.schedule: 1f1b"
@@ -261,7 +300,9 @@ def _micro_batches(values: Values) -> str | None:
 def _final_rate(values: Values) -> str | None:
     kind, peak, final = values["lr.kind"], values["lr.peak"], values["lr.final"]
     if final > peak:
-        return f"lr.final ({final:g}) must not be above lr.peak ({peak:g}); nearest lr.final: {peak:g}"
+        return (
+            f"lr.final ({final:g}) must not be above lr.peak ({peak:g}); nearest lr.final: {peak:g}"
+        )
     if kind == "constant" and final not in (0.0, peak):
         return f"lr.final ({final:g}) has no effect with lr.kind constant; leave it out, or use cosine, linear or wsd"
     return None

@@ -26,7 +26,11 @@ def show(value: Any) -> str:
     """A value as a message names it: as YAML, on one line, cut when long."""
     if isinstance(value, (dict, list, tuple)):
         return "a section" if isinstance(value, dict) else "a list"
-    text = format_value(value) if isinstance(value, (type(None), bool, int, float, str)) else repr(value)
+    text = (
+        format_value(value)
+        if isinstance(value, (type(None), bool, int, float, str))
+        else repr(value)
+    )
     return text if len(text) <= 80 else text[:77] + "..."
 
 
@@ -162,7 +166,9 @@ class DataConfig(Section):
 
     manifest: Text
     sequence_length: Annotated[int, BeforeValidator(_whole), Field(ge=2)]
-    order: tuple[Annotated[str | int, BeforeValidator(_chunk)], ...] | None = Field(default=None, min_length=1)
+    order: tuple[Annotated[str | int, BeforeValidator(_chunk)], ...] | None = Field(
+        default=None, min_length=1
+    )
     held_out_batches: Positive | None = None
     cross_documents: Literal["attend", "block"] = "attend"
     seen_before: Literal["refuse", "allow"] = "refuse"
@@ -315,7 +321,9 @@ class Config(Section):
     def _rules(self) -> "Config":
         mistakes = cross_field_mistakes(flat_values(self))
         if mistakes:
-            raise PydanticCustomError("cross_field", "{text}", {"text": "\n".join(text for _, text in mistakes)})
+            raise PydanticCustomError(
+                "cross_field", "{text}", {"text": "\n".join(text for _, text in mistakes)}
+            )
         return self
 
 
@@ -331,7 +339,8 @@ def sections() -> dict[str, type[Section] | None]:
     """Section name -> its class; None for a key that has no section."""
     kinds = {name: info.annotation for name, info in Config.model_fields.items()}
     return {
-        name: kind if isinstance(kind, type) and issubclass(kind, Section) else None for name, kind in kinds.items()
+        name: kind if isinstance(kind, type) and issubclass(kind, Section) else None
+        for name, kind in kinds.items()
     }
 
 

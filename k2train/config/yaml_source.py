@@ -25,7 +25,9 @@ MAX_VALUES = 20_000
 Path = tuple[str | int, ...]
 
 _INTEGER = re.compile(r"[-+]?(?:0|[1-9][0-9]*(?:_[0-9]+)*)")
-_FLOAT = re.compile(r"[-+]?(?:(?:0|[1-9][0-9]*(?:_[0-9]+)*)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
+_FLOAT = re.compile(
+    r"[-+]?(?:(?:0|[1-9][0-9]*(?:_[0-9]+)*)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?"
+)
 _PLAIN_TEXT = re.compile(r"[A-Za-z0-9_./][A-Za-z0-9_./-]*")
 _CONSTANTS = {"": None, "~": None, "null": None, "Null": None, "NULL": None} | {
     spelling: value
@@ -138,7 +140,9 @@ class _Loader(yaml.SafeLoader):
             self.get_event()
             return _refused(f"alias *{str(event.anchor)[:60]}", event)
         if self.depth >= MAX_DEPTH:
-            raise yaml.MarkedYAMLError(problem=f"nested more than {MAX_DEPTH} deep", problem_mark=event.start_mark)
+            raise yaml.MarkedYAMLError(
+                problem=f"nested more than {MAX_DEPTH} deep", problem_mark=event.start_mark
+            )
         self.count += 1
         if self.count > MAX_VALUES:
             problem = f"more than {MAX_VALUES} keys and values; is it a config?"
@@ -174,10 +178,16 @@ class _Reader:
         self.override = override
 
     def origin(self, node: Any) -> Origin:
-        return Origin(override=self.override) if self.override else Origin(self.source.file, node.start_mark.line + 1)
+        return (
+            Origin(override=self.override)
+            if self.override
+            else Origin(self.source.file, node.start_mark.line + 1)
+        )
 
     def mistake(self, node: Any, path: Path, message: str) -> None:
-        self.source.mistakes.append(Mistake(self.origin(node), f"{dotted(path)}: {message}" if path else message))
+        self.source.mistakes.append(
+            Mistake(self.origin(node), f"{dotted(path)}: {message}" if path else message)
+        )
 
     def value(self, node: Any, path: Path) -> Any:
         """Plain value of `node`, or `_BROKEN` after noting the mistake."""
@@ -209,7 +219,11 @@ class _Reader:
                 continue
             key = key_node.value
             if key in first_lines:
-                self.mistake(key_node, (*path, key), f"duplicate key; it is already set on line {first_lines[key]}")
+                self.mistake(
+                    key_node,
+                    (*path, key),
+                    f"duplicate key; it is already set on line {first_lines[key]}",
+                )
                 continue
             first_lines[key] = line
             self.source.origins[(*path, key)] = self.origin(key_node)
@@ -224,7 +238,9 @@ def _read_text(path: str) -> str:
         with open(path, "rb") as stream:
             content = stream.read(MAX_FILE_BYTES + 1)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        raise ConfigError(
+            f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}"
+        ) from error
     if len(content) > MAX_FILE_BYTES:
         raise ConfigError(f"{path}: larger than {MAX_FILE_BYTES} bytes; is it a config?")
     try:
@@ -240,10 +256,14 @@ def _apply_override(source: Source, override: str) -> None:
     key, equals, text = override.partition("=")
     key = key.strip()
     if not equals or not key or any(not part for part in key.split(".")):
-        source.mistakes.append(Mistake(origin, "an override is written section.key=value, e.g. parallel.tensor=2"))
+        source.mistakes.append(
+            Mistake(origin, "an override is written section.key=value, e.g. parallel.tensor=2")
+        )
         return
     if key.startswith("-"):
-        source.mistakes.append(Mistake(origin, f"overrides take no dashes; write {key.lstrip('-')}={text}"))
+        source.mistakes.append(
+            Mistake(origin, f"overrides take no dashes; write {key.lstrip('-')}={text}")
+        )
         return
     path: Path = tuple(key.split("."))
     for known in [known for known in source.origins if known[: len(path)] == path]:
@@ -253,10 +273,14 @@ def _apply_override(source: Source, override: str) -> None:
         node = _compose(text)
         value = None if node is None else _Reader(source, override).value(node, path)
     except yaml.YAMLError as error:
-        source.mistakes.append(Mistake(origin, f"{key}: the value is not YAML: {_yaml_problem(error)[1]}; quote it"))
+        source.mistakes.append(
+            Mistake(origin, f"{key}: the value is not YAML: {_yaml_problem(error)[1]}; quote it")
+        )
         value = _BROKEN
     if isinstance(value, dict):
-        source.mistakes.append(Mistake(origin, f"{key}: an override sets one value; write {key}.<key>=<value>"))
+        source.mistakes.append(
+            Mistake(origin, f"{key}: an override sets one value; write {key}.<key>=<value>")
+        )
         return
     parent: Any = source.tree
     for length in range(1, len(path)):
@@ -266,7 +290,9 @@ def _apply_override(source: Source, override: str) -> None:
         parent = parent[path[length - 1]]
         if not isinstance(parent, dict):
             name = dotted(path[:length])
-            source.mistakes.append(Mistake(origin, f"{key}: {name} is one value and has no keys below it"))
+            source.mistakes.append(
+                Mistake(origin, f"{key}: {name} is one value and has no keys below it")
+            )
             return
     parent.pop(path[-1], None)
     if value is _BROKEN:
@@ -289,7 +315,9 @@ def read_source(path: str, overrides: Sequence[str] = ()) -> Source:
         line, problem = _yaml_problem(error)
         raise ConfigError(f"{Origin(path, line)}: not YAML: {problem}") from error
     if node is not None and not isinstance(node, yaml.MappingNode):
-        raise ConfigError(f"{path}:{node.start_mark.line + 1}: a config is a mapping of sections, such as `model:`")
+        raise ConfigError(
+            f"{path}:{node.start_mark.line + 1}: a config is a mapping of sections, such as `model:`"
+        )
     if node is not None:
         source.tree = _Reader(source).mapping(node, ())
     for override in overrides:

@@ -48,7 +48,9 @@ def check_files(manifest: Manifest, names: Iterable[str] | None = None) -> None:
 
     Reads some 128 bytes a file. Raises DataError naming the chunk and the numbers.
     """
-    for info in manifest.all_chunks() if names is None else [manifest.chunk(name) for name in names]:
+    for info in (
+        manifest.all_chunks() if names is None else [manifest.chunk(name) for name in names]
+    ):
         _data_offset(manifest, info)
         if info.borders is not None:
             check_borders(manifest.folder / info.borders, info.name)
@@ -71,7 +73,9 @@ def _data_offset(manifest: Manifest, info: ChunkInfo) -> int:
     return header.offset
 
 
-def verify_chunk(manifest: Manifest, info: ChunkInfo, stopped: Callable[[], bool] | None = None) -> None:
+def verify_chunk(
+    manifest: Manifest, info: ChunkInfo, stopped: Callable[[], bool] | None = None
+) -> None:
     """Read the whole chunk once, in blocks: its sha256 and every id against the vocabulary; then its borders, if any.
 
     `stopped` is asked between blocks, and True ends the check early without a verdict. Raises DataError naming the
@@ -95,16 +99,22 @@ def verify_chunk(manifest: Manifest, info: ChunkInfo, stopped: Callable[[], bool
     same = digest.hexdigest() == info.sha256
     where = f"{info.name} ({manifest.folder / info.file})"
     if bad:
-        raise DataError(f"{where}: {bad}" + ("" if same else "; its sha256 is not the manifest's either"))
+        raise DataError(
+            f"{where}: {bad}" + ("" if same else "; its sha256 is not the manifest's either")
+        )
     if not same:
         raise DataError(
             f"{where}: sha256 is {digest.hexdigest()[:16]}, the manifest says {info.sha256[:16]}; "
             f"fetch the chunk again or prepare the data anew"
         )
     if info.borders is not None:
-        assert info.borders_sha256 is not None, f"{info.name}: the manifest was read without the hash of its borders"
+        assert info.borders_sha256 is not None, (
+            f"{info.name}: the manifest was read without the hash of its borders"
+        )
         path = manifest.folder / info.borders
-        verify_borders(path, info.name, info.borders_sha256, info.rows, manifest.sequence_length, stopped)
+        verify_borders(
+            path, info.name, info.borders_sha256, info.rows, manifest.sequence_length, stopped
+        )
 
 
 def bad_id(ids: Tokens, first_row: int, vocab_size: int) -> str:
@@ -112,9 +122,7 @@ def bad_id(ids: Tokens, first_row: int, vocab_size: int) -> str:
     if ids.size == 0 or int(ids.max()) < vocab_size:
         return ""
     row, position = (int(i) for i in np.argwhere(ids >= vocab_size)[0])
-    return (
-        f"row {first_row + row}, position {position}: id {int(ids[row, position])} is not below vocab_size {vocab_size}"
-    )
+    return f"row {first_row + row}, position {position}: id {int(ids[row, position])} is not below vocab_size {vocab_size}"
 
 
 def open_chunk(manifest: Manifest, info: ChunkInfo) -> Tokens:
@@ -126,7 +134,12 @@ def open_chunk(manifest: Manifest, info: ChunkInfo) -> Tokens:
 
 
 def write_chunk(
-    folder: Path, name: str, blocks: Iterable[Tokens], rows: int, vocab_size: int, tokens_per_subset: dict[str, int]
+    folder: Path,
+    name: str,
+    blocks: Iterable[Tokens],
+    rows: int,
+    vocab_size: int,
+    tokens_per_subset: dict[str, int],
 ) -> ChunkInfo:
     """Write `<name>.npy` from blocks `[n, sequence_length]` adding up to `rows` rows; aside, synced, renamed.
 
@@ -144,7 +157,9 @@ def write_chunk(
         stream.write(header)
         while True:
             if bad := bad_id(block, written, vocab_size):
-                raise DataError(f"{name}: {bad}; the tokenizer is not the one this vocab_size belongs to")
+                raise DataError(
+                    f"{name}: {bad}; the tokenizer is not the one this vocab_size belongs to"
+                )
             content = np.ascontiguousarray(block, dtype=dtype).tobytes()
             digest.update(content)
             stream.write(content)
@@ -152,4 +167,6 @@ def write_chunk(
             if (block := next(pending, None)) is None:  # type: ignore[arg-type]
                 break
         assert written == rows, f"{name}: {written} rows were given, {rows} announced"
-    return ChunkInfo(name, f"{name}.npy", rows, rows * sequence_length, tokens_per_subset, digest.hexdigest())
+    return ChunkInfo(
+        name, f"{name}.npy", rows, rows * sequence_length, tokens_per_subset, digest.hexdigest()
+    )

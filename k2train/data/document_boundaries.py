@@ -31,7 +31,9 @@ def write_borders(path: Path, positions: npt.ArrayLike) -> str:
     The file appears whole or not at all; returns its sha256, for the manifest.
     """
     values = np.ascontiguousarray(positions, dtype=DTYPE)
-    assert values.ndim == 1 and bool((values[1:] > values[:-1]).all()), f"{path}: positions do not ascend"
+    assert values.ndim == 1 and bool((values[1:] > values[:-1]).all()), (
+        f"{path}: positions do not ascend"
+    )
     content = header_bytes(values.shape, DTYPE) + values.tobytes()
     with AtomicFile(path) as stream:
         stream.write(content)
@@ -87,7 +89,8 @@ def verify_borders(
     same = digest.hexdigest() == sha256
     if bad:
         raise DataError(
-            f"{where} ({path}): {bad}" + ("" if same else "; its sha256 is not the manifest's either; fetch it again")
+            f"{where} ({path}): {bad}"
+            + ("" if same else "; its sha256 is not the manifest's either; fetch it again")
         )
     if not same:
         raise DataError(
@@ -96,7 +99,9 @@ def verify_borders(
         )
 
 
-def bad_border(values: Borders, rows: range, sequence_length: int, index: int = 0, before: int = -1) -> str:
+def bad_border(
+    values: Borders, rows: range, sequence_length: int, index: int = 0, before: int = -1
+) -> str:
     """Words about the first of `values` that is no border inside `rows`; empty when there is none.
 
     `index` is that of the first value in its file, `before` the border in front of it.
@@ -105,7 +110,9 @@ def bad_border(values: Borders, rows: range, sequence_length: int, index: int = 
     # A value beyond int64 turns negative here, and so falls outside the rows too.
     places = values.astype(np.int64)
     earlier = np.concatenate((np.array([before], dtype=np.int64), places[:-1]))
-    wrong = (places <= earlier) | (places < low) | (places >= high) | (places % sequence_length == 0)
+    wrong = (
+        (places <= earlier) | (places < low) | (places >= high) | (places % sequence_length == 0)
+    )
     if not wrong.any():
         return ""
     i = int(np.flatnonzero(wrong)[0])
@@ -118,7 +125,9 @@ def bad_border(values: Borders, rows: range, sequence_length: int, index: int = 
     return f"{told}: a row's beginning is a border without being listed"
 
 
-def documents_of(borders: Borders, rows: range, sequence_length: int, where: str = "borders") -> npt.NDArray[np.int32]:
+def documents_of(
+    borders: Borders, rows: range, sequence_length: int, where: str = "borders"
+) -> npt.NDArray[np.int32]:
     """int32 `[len(rows), sequence_length]`: for each token the index, from 0, of its document in its row.
 
     Reads the borders of these rows only. Raises DataError naming `where` and the position for what is no border of them.

@@ -16,7 +16,9 @@ KEY_BITS = 64
 
 def key_base(seed: int, subset: str, pass_number: int, source_key: str) -> "hashlib.blake2b":
     """What is the same for all documents of a source; `key_of` copies it."""
-    head = "\0".join(("k2train document order", str(seed), subset, str(pass_number), source_key, ""))
+    head = "\0".join(
+        ("k2train document order", str(seed), subset, str(pass_number), source_key, "")
+    )
     return hashlib.blake2b(head.encode(), digest_size=8)
 
 
@@ -29,16 +31,24 @@ def key_of(base: "hashlib.blake2b", name: bytes) -> bytes:
 
 def document_key64(seed: int, subset: str, pass_number: int, source_key: str, name: str) -> int:
     """Where a document lies in one pass of a subset's stream, below 2**64: decided by names, whatever else there is."""
-    return int.from_bytes(key_of(key_base(seed, subset, pass_number, source_key), name.encode()), "big")
+    return int.from_bytes(
+        key_of(key_base(seed, subset, pass_number, source_key), name.encode()), "big"
+    )
 
 
-def chunks_of_document(manifest: Manifest, subset: str, source_key: str, name: str) -> set[str] | None:
+def chunks_of_document(
+    manifest: Manifest, subset: str, source_key: str, name: str
+) -> set[str] | None:
     """Names of the chunks in which the document can be, the held-out one included; in no other it is.
 
     None when the folder does not tell, or has another way of ordering documents.
     """
     facts = manifest.facts.get("document_keys")
-    if not isinstance(facts, dict) or facts.get("scheme") != SCHEME or subset not in facts["subsets"]:
+    if (
+        not isinstance(facts, dict)
+        or facts.get("scheme") != SCHEME
+        or subset not in facts["subsets"]
+    ):
         return None
     entry: dict[str, Any] = facts["subsets"][subset]
     buckets = [

@@ -12,7 +12,15 @@ from typing import NamedTuple, Self
 import numpy as np
 import torch
 
-from k2train.data.chunk import ChunkInfo, Manifest, Tokens, bad_id, check_files, open_chunk, verify_chunk
+from k2train.data.chunk import (
+    ChunkInfo,
+    Manifest,
+    Tokens,
+    bad_id,
+    check_files,
+    open_chunk,
+    verify_chunk,
+)
 from k2train.data.document_boundaries import Borders, documents_of, open_borders
 from k2train.data.manifest import require_borders
 from k2train.data.order import ChunkOrder, rank_rows
@@ -92,7 +100,9 @@ class Loader:
 
         Starts reading the steps after it. Raises DataError, also for a mistake found in the background.
         """
-        wanted = [s for s in range(step, step + 1 + AHEAD_STEPS) if s <= self.order.total_steps] or [step]
+        wanted = [
+            s for s in range(step, step + 1 + AHEAD_STEPS) if s <= self.order.total_steps
+        ] or [step]
         for stale in set(self._pending) - set(wanted):
             self._pending.pop(stale).cancel()
         for s in wanted[:AHEAD_STEPS]:
@@ -113,7 +123,9 @@ class Loader:
         batches = self.num_held_out_batches(size)
         info = self.manifest.held_out
         if info is None or not 0 <= batch_index < batches:
-            raise DataError(f"{self.manifest.path}: held-out batch {batch_index} of {size} rows: there are {batches}")
+            raise DataError(
+                f"{self.manifest.path}: held-out batch {batch_index} of {size} rows: there are {batches}"
+            )
         return self._reader.submit(self._read_held_out, info, batch_index, size).result()
 
     def verify_ahead(self, name: str) -> "Future[None]":
@@ -162,7 +174,9 @@ class Loader:
             self._verify(info)
         tokens, borders = open_chunk(self.manifest, info), None
         if self.documents:
-            assert info.borders is not None, f"{info.name}: its borders were required when the loader was made"
+            assert info.borders is not None, (
+                f"{info.name}: its borders were required when the loader was made"
+            )
             borders = open_borders(self.manifest.folder / info.borders, info.name)
         return _Opened(info.name, tokens, borders)
 
@@ -175,16 +189,23 @@ class Loader:
     def _cut(self, chunk: _Opened, rows: range) -> Batch:
         parts = rank_rows(rows, self.dp, self.data, self.micro_sequences)
         tokens = [self._tokens(chunk, part) for part in parts]
-        return Batch(tokens, None if chunk.borders is None else [self._documents(chunk, part) for part in parts])
+        return Batch(
+            tokens,
+            None if chunk.borders is None else [self._documents(chunk, part) for part in parts],
+        )
 
     def _tokens(self, chunk: _Opened, rows: range) -> torch.Tensor:
         ids = chunk.tokens[rows.start : rows.stop]
         if bad := bad_id(ids, rows.start, self.manifest.vocab_size):
-            raise DataError(f"{chunk.name} ({self.manifest.folder / self.manifest.chunk(chunk.name).file}): {bad}")
+            raise DataError(
+                f"{chunk.name} ({self.manifest.folder / self.manifest.chunk(chunk.name).file}): {bad}"
+            )
         return torch.from_numpy(np.asarray(ids, dtype=np.int64))
 
     def _documents(self, chunk: _Opened, rows: range) -> torch.Tensor:
         assert chunk.borders is not None, f"{chunk.name} was opened without its borders"
         path = self.manifest.folder / str(self.manifest.chunk(chunk.name).borders)
         where = f"{chunk.name} ({path})"
-        return torch.from_numpy(documents_of(chunk.borders, rows, self.manifest.sequence_length, where))
+        return torch.from_numpy(
+            documents_of(chunk.borders, rows, self.manifest.sequence_length, where)
+        )

@@ -69,7 +69,9 @@ class Manifest:
         for info in self.all_chunks():
             if info.name == name:
                 return info
-        raise DataError(f"{self.path}: no chunk is named {name!r}; there are {span(c.name for c in self.chunks)}")
+        raise DataError(
+            f"{self.path}: no chunk is named {name!r}; there are {span(c.name for c in self.chunks)}"
+        )
 
     def all_chunks(self) -> tuple[ChunkInfo, ...]:
         return self.chunks + ((self.held_out,) if self.held_out else ())
@@ -107,7 +109,9 @@ def read_manifest(path: str | Path) -> Manifest:
         content = read_plain_file(path, MAX_MANIFEST_BYTES)
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or error
-        raise DataError(f"data.manifest: {path} cannot be read ({why}); tools/prepare_data.py makes it") from None
+        raise DataError(
+            f"data.manifest: {path} cannot be read ({why}); tools/prepare_data.py makes it"
+        ) from None
     try:
         raw = parse_json(content)
     except ValueError as error:
@@ -126,7 +130,9 @@ def _parse_manifest(path: Path, raw: dict[str, Any], digest: str) -> Manifest:
     vocab_size = _positive(raw, "vocab_size", where)
     dtype = _text(raw, "dtype", where)
     if dtype != chunk_dtype(vocab_size):
-        raise DataError(f"{path}: dtype is {dtype!r}, vocab_size {vocab_size} needs {chunk_dtype(vocab_size)!r}")
+        raise DataError(
+            f"{path}: dtype is {dtype!r}, vocab_size {vocab_size} needs {chunk_dtype(vocab_size)!r}"
+        )
     sequence_length = _positive(raw, "sequence_length", where)
     entries = raw.get("chunks")
     if not isinstance(entries, list) or not entries:
@@ -142,8 +148,12 @@ def _parse_manifest(path: Path, raw: dict[str, Any], digest: str) -> Manifest:
         sequence_length=sequence_length,
         vocab_size=vocab_size,
         dtype=dtype,
-        chunks=tuple(_parse_chunk(e, f"{path}: chunks[{i}]", sequence_length) for i, e in enumerate(entries)),
-        held_out=_parse_chunk(held_out, f"{path}: held_out", sequence_length) if held_out is not None else None,
+        chunks=tuple(
+            _parse_chunk(e, f"{path}: chunks[{i}]", sequence_length) for i, e in enumerate(entries)
+        ),
+        held_out=_parse_chunk(held_out, f"{path}: held_out", sequence_length)
+        if held_out is not None
+        else None,
         facts=facts,
     )
 
@@ -153,7 +163,9 @@ def _parse_chunk(raw: Any, where: str, sequence_length: int) -> ChunkInfo:
         raise DataError(f"{where}: must be an object, is {type(raw).__name__}")
     rows, tokens = _positive(raw, "rows", where), _positive(raw, "tokens", where)
     if tokens != rows * sequence_length:
-        raise DataError(f"{where}: tokens is {tokens}, {rows} rows of {sequence_length} are {rows * sequence_length}")
+        raise DataError(
+            f"{where}: tokens is {tokens}, {rows} rows of {sequence_length} are {rows * sequence_length}"
+        )
     subsets = raw.get("tokens_per_subset", {})
     if not isinstance(subsets, dict) or not all(_is_count(v) for v in subsets.values()):
         raise DataError(f"{where}: key 'tokens_per_subset' must map subsets to numbers of tokens")
@@ -165,9 +177,13 @@ def _parse_chunk(raw: Any, where: str, sequence_length: int) -> ChunkInfo:
         tokens_per_subset=dict(subsets),
         sha256=_text(raw, "sha256", where),
         provenance=_text(raw, "provenance", where) if raw.get("provenance") is not None else None,
-        provenance_sha256=_text(raw, "provenance_sha256", where) if raw.get("provenance") is not None else None,
+        provenance_sha256=_text(raw, "provenance_sha256", where)
+        if raw.get("provenance") is not None
+        else None,
         borders=_text(raw, "borders", where) if raw.get("borders") is not None else None,
-        borders_sha256=_text(raw, "borders_sha256", where) if raw.get("borders") is not None else None,
+        borders_sha256=_text(raw, "borders_sha256", where)
+        if raw.get("borders") is not None
+        else None,
     )
 
 
@@ -206,7 +222,9 @@ def _check_names(manifest: Manifest) -> None:
             # A manifest from elsewhere must not make us read, or later delete, a file outside its own folder.
             inside = not Path(file).is_absolute() and ".." not in Path(file).parts
             if not inside or not _lies_in(folder, file):
-                raise DataError(f"{manifest.path}: {info.name}: file {file!r} lies outside the folder of the manifest")
+                raise DataError(
+                    f"{manifest.path}: {info.name}: file {file!r} lies outside the folder of the manifest"
+                )
 
 
 def _lies_in(folder: Path, file: str) -> bool:
@@ -236,7 +254,11 @@ def common_data(first: Manifest, second: Manifest) -> list[str]:
     that is split inside is shared when the two shares overlap.
     """
     hashes = {info.sha256: info.name for info in first.all_chunks()}
-    shared = [f"{hashes[i.sha256]} and {i.name}: same bytes" for i in second.all_chunks() if i.sha256 in hashes]
+    shared = [
+        f"{hashes[i.sha256]} and {i.name}: same bytes"
+        for i in second.all_chunks()
+        if i.sha256 in hashes
+    ]
     later, earlier = read_sources(second), read_sources(first)
     mixed = (earlier.whole & later.shares.keys()) | (earlier.shares.keys() & later.whole)
     for name in earlier.shares.keys() & later.shares.keys():
@@ -246,7 +268,11 @@ def common_data(first: Manifest, second: Manifest) -> list[str]:
     found = [f"source {name}" for name in sorted((earlier.whole & later.whole) | mixed)]
     # Under another name a file's shares are cut elsewhere, so that the same content in both is always shared.
     by_content = {digest: name for name, digest in earlier.contents.items()}
-    same = [(by_content[d], name) for name, d in later.contents.items() if by_content.get(d, name) != name]
+    same = [
+        (by_content[d], name)
+        for name, d in later.contents.items()
+        if by_content.get(d, name) != name
+    ]
     return shared + found + [f"source {name} is {other} of before" for other, name in sorted(same)]
 
 
@@ -256,19 +282,27 @@ def read_sources(manifest: Manifest) -> SourceNames:
     if "sources_sha256" not in manifest.facts:
         return SourceNames(frozenset(), {}, {})
     if not path.is_file() or sha256_file(path) != manifest.facts["sources_sha256"]:
-        raise DataError(f"{path}: missing, or not the file {manifest.path} was written with; fetch it again")
+        raise DataError(
+            f"{path}: missing, or not the file {manifest.path} was written with; fetch it again"
+        )
     try:
         return _parse_sources(read_json(path, MAX_MANIFEST_BYTES))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise DataError(f"{path}: is no record of sources ({type(error).__name__}: {error}); fetch it again") from None
+        raise DataError(
+            f"{path}: is no record of sources ({type(error).__name__}: {error}); fetch it again"
+        ) from None
 
 
 def _parse_sources(content: Any) -> SourceNames:
-    shares = {name: (float(low), float(high)) for name, (low, high) in content.get("shares", {}).items()}
+    shares = {
+        name: (float(low), float(high)) for name, (low, high) in content.get("shares", {}).items()
+    }
     whole = frozenset([*content["training"], *content["held_out"]])
     files = content.get("files", {})
     return SourceNames(
-        whole, shares, {name: files[name]["sha256"] for name in files if name in whole or name in shares}
+        whole,
+        shares,
+        {name: files[name]["sha256"] for name in files if name in whole or name in shares},
     )
 
 

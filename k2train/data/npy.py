@@ -44,7 +44,9 @@ def read_header(path: Path, where: str) -> Header:
                 raise ValueError("it is not a plain file")
             return Header(facts.st_size, *_parse(stream))
     except OSError as error:
-        raise DataError(f"{where}: cannot be read ({error.strerror}); fetch it again or prepare the data") from None
+        raise DataError(
+            f"{where}: cannot be read ({error.strerror}); fetch it again or prepare the data"
+        ) from None
     except (ValueError, EOFError) as error:
         why = " ".join(str(error).split())[:200]
         raise DataError(f"{where}: no NumPy header of version 1 ({why}); fetch it again") from None
@@ -54,7 +56,9 @@ def check_size(header: Header, expected_bytes: int, where: str) -> None:
     """Raises DataError for a file that is cut off or too long."""
     if header.file_bytes != expected_bytes:
         what = "truncated" if header.file_bytes < expected_bytes else "too long"
-        raise DataError(f"{where}: {what}: {header.file_bytes} bytes, must be {expected_bytes}; fetch it again")
+        raise DataError(
+            f"{where}: {what}: {header.file_bytes} bytes, must be {expected_bytes}; fetch it again"
+        )
 
 
 def _parse(stream: IO[bytes]) -> tuple[int, tuple[int, ...], bool, np.dtype[Any]]:

@@ -90,7 +90,11 @@ class ChunkOrder:
     def deferred(self, i: int) -> "ChunkOrder":
         """The order with its i-th chunk moved to the end; steps before that chunk keep their rows."""
         kept = [k for k in range(len(self.names)) if k != i] + [i]
-        return ChunkOrder(tuple(self.names[k] for k in kept), tuple(self.rows[k] for k in kept), self.global_sequences)
+        return ChunkOrder(
+            tuple(self.names[k] for k in kept),
+            tuple(self.rows[k] for k in kept),
+            self.global_sequences,
+        )
 
 
 def sample_ids(name: str, rows: range) -> list[str]:
@@ -117,11 +121,19 @@ def make_order(
             f"({manifest.sequence_length}): set it so, or prepare the data with another length"
         )
     rows = {info.name: info.rows for info in manifest.chunks}
-    names = sorted(rows, key=_ascending) if order is None else [_resolve(item, rows, manifest) for item in order]
+    names = (
+        sorted(rows, key=_ascending)
+        if order is None
+        else [_resolve(item, rows, manifest) for item in order]
+    )
     if not names:
-        raise DataError("data.order is empty: list at least one chunk, or leave the key out to read all")
+        raise DataError(
+            "data.order is empty: list at least one chunk, or leave the key out to read all"
+        )
     if repeated := sorted({name for name in names if names.count(name) > 1}, key=_ascending):
-        raise DataError(f"data.order names {', '.join(repeated)} more than once: each chunk is read once a stage")
+        raise DataError(
+            f"data.order names {', '.join(repeated)} more than once: each chunk is read once a stage"
+        )
     for name in names:
         if rows[name] < global_sequences:
             raise DataError(

@@ -98,9 +98,13 @@ class Tokenizer:
         try:
             # First, since a model cut off in the middle would swallow what is laid behind it.
             kind, pieces = _content_of(model)
-            self._pieces = sentencepiece.SentencePieceProcessor(model_proto=model + _LEAVE_TEXT_ALONE)
+            self._pieces = sentencepiece.SentencePieceProcessor(
+                model_proto=model + _LEAVE_TEXT_ALONE
+            )
         except (RuntimeError, _CutOff):
-            raise DataError("tokenizer.model: not a sentencepiece model, or only a part of one") from None
+            raise DataError(
+                "tokenizer.model: not a sentencepiece model, or only a part of one"
+            ) from None
         self.base_size: int = self._pieces.get_piece_size()
         self._check_pieces(pieces)
         texts = [piece.replace(_SPACE_MARK, " ") for piece, _ in pieces]
@@ -109,15 +113,23 @@ class Tokenizer:
         self._cut_before_space = kind == _BPE and not any(map(re.compile("[^ ] ").search, texts))
         byte_ids = [self._pieces.piece_to_id(f"<0x{byte:02X}>") for byte in range(256)]
         if UNK_ID in byte_ids:
-            raise DataError("tokenizer.model: has no byte fallback, so some text would be lost; train it with it")
-        self._space_mark_ids = np.array([byte_ids[byte] for byte in _SPACE_MARK.encode()], dtype=np.int32)
+            raise DataError(
+                "tokenizer.model: has no byte fallback, so some text would be lost; train it with it"
+            )
+        self._space_mark_ids = np.array(
+            [byte_ids[byte] for byte in _SPACE_MARK.encode()], dtype=np.int32
+        )
         if self.decode(self.encode(_PROBE)) != _PROBE:
-            raise DataError("tokenizer.model: does not give text back as it was; train it with byte fallback")
+            raise DataError(
+                "tokenizer.model: does not give text back as it was; train it with byte fallback"
+            )
 
     def _check_pieces(self, pieces: Sequence[tuple[str, int]]) -> None:
         ids = (self._pieces.unk_id(), self._pieces.bos_id(), self._pieces.eos_id())
         if ids != (UNK_ID, BOS_ID, EOS_ID):
-            raise DataError(f"tokenizer.model: ids of <unk>, <s>, </s> are {ids}, must be {(UNK_ID, BOS_ID, EOS_ID)}")
+            raise DataError(
+                f"tokenizer.model: ids of <unk>, <s>, </s> are {ids}, must be {(UNK_ID, BOS_ID, EOS_ID)}"
+            )
         for piece, kind in pieces:
             if kind not in (_CONTROL, _USER_DEFINED):
                 continue
@@ -164,9 +176,13 @@ class Tokenizer:
         try:
             segments = [self._segments(text) for text in texts]
         except UnicodeEncodeError as error:
-            raise DataError(f"text is not valid Unicode ({error.reason} at character {error.start})") from None
+            raise DataError(
+                f"text is not valid Unicode ({error.reason} at character {error.start})"
+            ) from None
         parts = [segment for own in segments for segment in own if segment is not None]
-        encoded = iter(self._pieces.encode_as_numpy(parts, num_threads=num_threads) if parts else [])
+        encoded = iter(
+            self._pieces.encode_as_numpy(parts, num_threads=num_threads) if parts else []
+        )
         ids: list[Ids] = []
         for own in segments:
             arrays = [self._space_mark_ids if segment is None else next(encoded) for segment in own]
@@ -215,7 +231,9 @@ class Tokenizer:
         surfaces, found = self._surfaces, []
         for token in ids.tolist() if isinstance(ids, np.ndarray) else ids:
             if not 0 <= token < len(surfaces):
-                raise DataError(f"id {token} is not below the tokenizer's vocab_size ({self.vocab_size})")
+                raise DataError(
+                    f"id {token} is not below the tokenizer's vocab_size ({self.vocab_size})"
+                )
             found.append(surfaces[token])
         return b"".join(found)
 
@@ -239,7 +257,9 @@ class Tokenizer:
         try:
             model = path.read_bytes()
         except OSError as error:
-            raise DataError(f"{path}: cannot be read as tokenizer.model ({error.strerror})") from None
+            raise DataError(
+                f"{path}: cannot be read as tokenizer.model ({error.strerror})"
+            ) from None
         try:
             return cls(model, specials)
         except DataError as error:
@@ -257,7 +277,9 @@ def _content_of(model: bytes) -> tuple[int, list[tuple[str, int]]]:
         third = facts.get(3, 1)
         if number == 2 and isinstance(third, int):
             model_kind = third
-        elif number == 1 and isinstance(third, int) and isinstance(piece := facts.get(1, b""), bytes):
+        elif (
+            number == 1 and isinstance(third, int) and isinstance(piece := facts.get(1, b""), bytes)
+        ):
             pieces.append((piece.decode("utf-8", "replace"), third))
     return model_kind, pieces
 
@@ -293,7 +315,9 @@ def _varint(message: bytes, at: int) -> tuple[int, int]:
     raise _CutOff("ends inside a number")
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, specials: Sequence[str] = K2_SPECIAL_TOKENS) -> Tokenizer:
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, specials: Sequence[str] = K2_SPECIAL_TOKENS
+) -> Tokenizer:
     """Train a BPE of `vocab_size` pieces (specials not counted) on lines of `texts`; equal texts give equal bytes.
 
     Raises DataError when the texts are too few for the vocabulary.
@@ -305,7 +329,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, specials: Sequence[st
             f"{CONTROL_PIECES} control pieces and the characters of the text"
         )
     model = io.BytesIO()
-    lines = (line for text in texts for line in text.split("\n") if line.strip() and is_encodable(line))
+    lines = (
+        line for text in texts for line in text.split("\n") if line.strip() and is_encodable(line)
+    )
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=lines,

@@ -16,7 +16,7 @@ from k2train.errors import RunError
 Name = Literal["STOP", "SAVE"]
 
 
-class RequestFiles:
+class ControlFiles:
     """The requests in one run directory."""
 
     def __init__(self, directory: Path) -> None:

@@ -80,7 +80,9 @@ def fruitless_starts(events: Sequence[Mapping[str, Any]]) -> list[Attempt]:
     for attempt in reversed(attempts_of(events)):
         if attempt.is_fruitless:
             row.append(attempt)
-        elif attempt.saved > attempt.began_at or (attempt.end is not None and attempt.end["event"] == "finished"):
+        elif attempt.saved > attempt.began_at or (
+            attempt.end is not None and attempt.end["event"] == "finished"
+        ):
             break
     return row[::-1]
 
@@ -104,4 +106,6 @@ def _end_of(attempt: Attempt) -> str:
     told = str(attempt.end.get("problem") or attempt.end.get("reason") or attempt.end["event"])
     first, *more = told.splitlines() or [told]
     step = attempt.end.get("step", attempt.reached)
-    return f"{first}{' ...' if more else ''}" if f"step {step}" in first else f"{first} at step {step}"
+    return (
+        f"{first}{' ...' if more else ''}" if f"step {step}" in first else f"{first} at step {step}"
+    )

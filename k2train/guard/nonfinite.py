@@ -10,7 +10,7 @@ from typing import Literal
 Decision = Literal["apply", "skip", "stop"]
 
 
-class SkipCounter:
+class NonFiniteCounter:
     """Counts non-finite steps; `limit` in a row stop the run."""
 
     def __init__(self, limit: int = 3) -> None:

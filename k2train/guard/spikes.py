@@ -30,7 +30,7 @@ MAD_TO_SD = 1.4826
 
 
 class SpikeAlert:
-    """Feed it each applied step; it answers with the events that the step opened or closed."""
+    """BatchSource it each applied step; it answers with the events that the step opened or closed."""
 
     def __init__(self) -> None:
         self._losses: list[float] = []
@@ -59,8 +59,20 @@ class SpikeAlert:
             loss_z = (loss - loss_median) / loss_sd
             grad_z = (log_grad - grad_median) / grad_sd
             if loss_z > LOSS_Z or grad_z > GRAD_Z:
-                center = {"loss": loss_median, "loss_sd": loss_sd, "log_grad": grad_median, "log_grad_sd": grad_sd}
-                self._open = {"onset": step, "center": center, "losses": [], "log_grads": [], "count": 0, "quiet": 0}
+                center = {
+                    "loss": loss_median,
+                    "loss_sd": loss_sd,
+                    "log_grad": grad_median,
+                    "log_grad_sd": grad_sd,
+                }
+                self._open = {
+                    "onset": step,
+                    "center": center,
+                    "losses": [],
+                    "log_grads": [],
+                    "count": 0,
+                    "quiet": 0,
+                }
                 self._open |= {"peak_loss": loss, "peak_log_grad": log_grad}
                 self._enter(loss, log_grad)
                 return [self._opened(step, loss, log_grad, loss_z, grad_z)]
@@ -110,7 +122,9 @@ class SpikeAlert:
         self._losses, self._log_grads = list(losses), list(event["log_grads"])
         return closed
 
-    def _opened(self, step: int, loss: float, log_grad: float, loss_z: float, grad_z: float) -> dict[str, Any]:
+    def _opened(
+        self, step: int, loss: float, log_grad: float, loss_z: float, grad_z: float
+    ) -> dict[str, Any]:
         assert self._open is not None, "no event is open"
         center = self._open["center"]
         return {
@@ -145,7 +159,9 @@ class SpikeAlert:
 
 
 def _copied(event: dict[str, Any]) -> dict[str, Any]:
-    copied = {key: list(value) if isinstance(value, list) else value for key, value in event.items()}
+    copied = {
+        key: list(value) if isinstance(value, list) else value for key, value in event.items()
+    }
     return copied | {"center": dict(event["center"])}
 
 

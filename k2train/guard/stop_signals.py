@@ -26,7 +26,10 @@ class StopRequest:
     """
 
     def __init__(
-        self, echo_seconds: float = 2.0, clock: Callable[[], float] = time.monotonic, announce: bool = False
+        self,
+        echo_seconds: float = 2.0,
+        clock: Callable[[], float] = time.monotonic,
+        announce: bool = False,
     ) -> None:
         self.requested: str | None = None
         self._announce = announce
@@ -37,7 +40,9 @@ class StopRequest:
 
     def install(self) -> Self:
         """Take over SIGTERM, SIGINT, SIGHUP, SIGUSR1 and SIGUSR2; only in the main thread, once."""
-        assert threading.current_thread() is threading.main_thread(), "signal handlers belong to the main thread"
+        assert threading.current_thread() is threading.main_thread(), (
+            "signal handlers belong to the main thread"
+        )
         assert not self._before, "the handlers are installed already"
         for number in SIGNALS:
             if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
@@ -63,7 +68,9 @@ class StopRequest:
             self.requested = signal.Signals(number).name
             if self._announce:
                 # Past all buffers: the handler may stand in the middle of a write to the same stream.
-                os.write(2, f"\nk2train: {self.requested}: finishing the step, then saving\n".encode())
+                os.write(
+                    2, f"\nk2train: {self.requested}: finishing the step, then saving\n".encode()
+                )
         if number != signal.SIGINT:
             return
         now = self._clock()

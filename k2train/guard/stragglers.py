@@ -51,12 +51,17 @@ class _Rank:
 
 
 class Stragglers:
-    """Feed every step's own seconds of all ranks; answers with a line when a rank becomes slow, or is no longer.
+    """BatchSource every step's own seconds of all ranks; answers with a line when a rank becomes slow, or is no longer.
 
     `weights`: of each rank the part of the work expected of it, in any unit (None: all alike); `hosts`: for the line.
     """
 
-    def __init__(self, layout: Layout, weights: Sequence[float] | None = None, hosts: Sequence[str] | None = None):
+    def __init__(
+        self,
+        layout: Layout,
+        weights: Sequence[float] | None = None,
+        hosts: Sequence[str] | None = None,
+    ):
         world = layout.world_size
         weights = [1.0] * world if weights is None else weights
         assert len(weights) == world, f"{len(weights)} weights for {world} ranks"
@@ -73,7 +78,9 @@ class Stragglers:
 
     def observe(self, step: int, seconds: Sequence[float]) -> str | None:
         """Own seconds of each rank in `step`; a line for people, or None as nearly always."""
-        assert len(seconds) == len(self._ranks), f"{len(seconds)} times for {len(self._ranks)} ranks"
+        assert len(seconds) == len(self._ranks), (
+            f"{len(seconds)} times for {len(self._ranks)} ranks"
+        )
         told = []
         for group in self._groups:
             if len(group) < 2:
@@ -131,4 +138,6 @@ def _others(values: dict[int, float]) -> dict[int, float]:
     """For each rank of a group the median of the others' values; in a large group that of all, which is the same."""
     if len(values) > LARGE:
         return dict.fromkeys(values, median(values.values()))
-    return {rank: median(value for other, value in values.items() if other != rank) for rank in values}
+    return {
+        rank: median(value for other, value in values.items() if other != rank) for rank in values
+    }

@@ -26,7 +26,7 @@ from torch.distributed.run import main as torchrun
 
 from k2train.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USAGE
 from k2train.launch.environment import Note, offer_verdicts, order_kernels, read_verdicts
-from k2train.launch.supervisor import Overseer
+from k2train.launch.supervisor import Supervisor
 
 ENDED_BY_TORCHRUN = -15
 """A process that was ended because another one had."""
@@ -46,23 +46,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_USAGE
     if torch.cuda.is_available():
         order_kernels()
-    with Overseer(_say) as overseer:
-        return keep_starting(lambda: _start(rest, overseer), restarts, overseer)
+    with Supervisor(_say) as supervisor:
+        return keep_starting(lambda: _start(rest, supervisor), restarts, supervisor)
 
 
-def keep_starting(start: Callable[[], int], restarts: int, overseer: Overseer) -> int:
+def keep_starting(start: Callable[[], int], restarts: int, supervisor: Supervisor) -> int:
     """The exit code of the last start: of the first that is no crash, that a signal ended, or that was the last allowed."""
     wait_seconds = 1.0
     for number in range(1, restarts + 2):
         began = time.monotonic()
         code = start()
-        if code != EXIT_FAILED or overseer.asked or number > restarts:
+        if code != EXIT_FAILED or supervisor.asked or number > restarts:
             break
         if time.monotonic() - began > LONG_ENOUGH_SECONDS:
             wait_seconds = 1.0
         _say(f"start {number + 1} of {restarts + 1} follows in {wait_seconds:g} s")
-        if overseer.wait(wait_seconds):
-            _say(f"{overseer.asked}: not started again")
+        if supervisor.wait(wait_seconds):
+            _say(f"{supervisor.asked}: not started again")
             break
         wait_seconds = min(2 * wait_seconds, LONGEST_WAIT_SECONDS)
     return code
@@ -73,15 +73,24 @@ def take_restarts(arguments: list[str]) -> tuple[int, list[str]]:
 
     Raises ValueError when N is no count, or when several nodes would each decide for themselves.
     """
-    place = next((i for i, text in enumerate(arguments) if text.partition("=")[0] == "--restarts"), None)
-    script = next((i for i, text in enumerate(arguments) if text == "-m" or text.endswith(".py")), len(arguments))
+    place = next(
+        (i for i, text in enumerate(arguments) if text.partition("=")[0] == "--restarts"), None
+    )
+    script = next(
+        (i for i, text in enumerate(arguments) if text == "-m" or text.endswith(".py")),
+        len(arguments),
+    )
     if place is None or place > script:
         return 0, arguments
     value = _value_of(arguments, place)
     rest = arguments[:place] + arguments[place + (1 if "=" in arguments[place] else 2) :]
     if not value.isdigit():
         raise ValueError(f"--restarts must be a count, got {value!r}")
-    nodes = [_value_of(rest, i) for i, text in enumerate(rest[:script]) if text.partition("=")[0] == "--nnodes"]
+    nodes = [
+        _value_of(rest, i)
+        for i, text in enumerate(rest[:script])
+        if text.partition("=")[0] == "--nnodes"
+    ]
     if nodes and nodes[-1] not in ("1", "1:1"):
         raise ValueError(
             f"--restarts is for one machine, --nnodes is {nodes[-1]}; leave it to the batch system to start all nodes again"
@@ -94,8 +103,8 @@ def _value_of(arguments: list[str], place: int) -> str:
     return value if equals else "".join(arguments[place + 1 : place + 2])
 
 
-def _start(arguments: list[str], overseer: Overseer) -> int:
-    with TemporaryDirectory(prefix="k2train-launch-") as name, overseer.over(Path(name)):
+def _start(arguments: list[str], supervisor: Supervisor) -> int:
+    with TemporaryDirectory(prefix="k2train-launch-") as name, supervisor.over(Path(name)):
         folder = Path(name)
         offer_verdicts(folder)
         failures: dict[int, int] = {}
@@ -108,9 +117,11 @@ def _start(arguments: list[str], overseer: Overseer) -> int:
         except Exception as error:
             # The store of another node may be gone because that node is done: what counts is how ours have ended.
             return lost(read_verdicts(folder), error)
-        if overseer.asked and not set(failures.values()) <= {EXIT_USAGE, EXIT_STOPPED}:
+        if supervisor.asked and not set(failures.values()) <= {EXIT_USAGE, EXIT_STOPPED}:
             return signalled(read_verdicts(folder))
-        own = {rank: code for rank, code in failures.items() if rank not in overseer.ended} or failures
+        own = {
+            rank: code for rank, code in failures.items() if rank not in supervisor.ended
+        } or failures
         return verdict(own) if failures else EXIT_DONE
 
 
@@ -129,7 +140,9 @@ def lost(notes: dict[int, Note], error: Exception) -> int:
     """The exit code when torchrun itself failed: that of our processes where they all ended by themselves, else 1."""
     codes = {note.code for note in notes.values()}
     if codes and codes <= {EXIT_DONE, EXIT_STOPPED, EXIT_USAGE}:
-        return EXIT_USAGE if EXIT_USAGE in codes else max(code for code in codes if code is not None)
+        return (
+            EXIT_USAGE if EXIT_USAGE in codes else max(code for code in codes if code is not None)
+        )
     _say(f"the launcher failed: {type(error).__name__}: {' '.join(str(error).split())}")
     return EXIT_FAILED
 

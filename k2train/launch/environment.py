@@ -44,7 +44,9 @@ def read_launch() -> Launch:
     try:
         rank, world_size, local_rank = (int(str(value)) for value in values)
     except ValueError:
-        raise RunError(f"RANK, WORLD_SIZE and LOCAL_RANK must be integers, got {', '.join(map(str, values))}") from None
+        raise RunError(
+            f"RANK, WORLD_SIZE and LOCAL_RANK must be integers, got {', '.join(map(str, values))}"
+        ) from None
     if not 0 <= rank < world_size:
         raise RunError(f"RANK ({rank}) must be in 0..WORLD_SIZE-1 (WORLD_SIZE is {world_size})")
     _check_world(world_size)
@@ -136,7 +138,9 @@ def read_verdicts(folder: Path) -> dict[int, Note]:
         code, *more = path.read_text().split()
         rank = int(path.name.removeprefix("rank_"))
         if code == "running":
-            found[rank] = Note(None, int(more[0]), more[1] if len(more) > 1 else "", "saving" in more)
+            found[rank] = Note(
+                None, int(more[0]), more[1] if len(more) > 1 else "", "saving" in more
+            )
         else:
             found[rank] = Note(int(code))
     return dict(sorted(found.items()))

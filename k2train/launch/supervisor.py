@@ -29,10 +29,10 @@ GRACE_SECONDS = 5.0
 LOOK_SECONDS = 0.1
 
 
-class Overseer:
+class Supervisor:
     """Hands signals on and ends what is left of a failed start; `say` writes one line for people.
 
-        with Overseer(say) as overseer, overseer.over(folder):
+        with Supervisor(say) as supervisor, supervisor.over(folder):
             ...                     # processes start, and leave their notes in `folder`
 
     `asked` is the name of the first signal, or None; `ended` the ranks that were killed because another one had failed.
@@ -50,7 +50,7 @@ class Overseer:
         self._sent: dict[int, int] = {}
         self._failed_at: float | None = None
         self._before: dict[signal.Signals, Any] = {}
-        self._thread = threading.Thread(target=self._watch, name="overseer", daemon=True)
+        self._thread = threading.Thread(target=self._watch, name="supervisor", daemon=True)
 
     def __enter__(self) -> Self:
         self._read_end, self._write_end = os.pipe()

@@ -35,10 +35,20 @@ class Attention(nn.Module):
         self.heads, self.kv_heads = num_heads // tp.size, num_kv_heads // tp.size
         self.kernel, self.split = kernels.attention, kernels.split
         kv = num_kv_heads * self.head_dim
-        names = {f"{prefix}.query.weight": hidden_size, f"{prefix}.key.weight": kv, f"{prefix}.value.weight": kv}
+        names = {
+            f"{prefix}.query.weight": hidden_size,
+            f"{prefix}.key.weight": kv,
+            f"{prefix}.value.weight": kv,
+        }
         self.qkv = ColumnLinear(hidden_size, names, tp, sequence, std, product=kernels.product)
         self.output = RowLinear(
-            f"{prefix}.output.weight", hidden_size, hidden_size, tp, sequence, out_std, kernels.product
+            f"{prefix}.output.weight",
+            hidden_size,
+            hidden_size,
+            tp,
+            sequence,
+            out_std,
+            kernels.product,
         )
 
     def forward(self, x: Tensor, rotary: Rotary, mask: Tensor | None = None) -> Tensor:

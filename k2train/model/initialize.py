@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from k2train.model.layers import Rotary
 from k2train.model.transformer import Architecture, Stage
-from k2train.parallel.shard import Piece, Sharded, named_pieces
+from k2train.parallel.shard import ParamSlice, Sharded, named_slices
 
 BLOCK_ROWS = 256
 
@@ -23,50 +23,68 @@ def draw_rows(seed: int, name: str, columns: int, std: float, start: int, stop: 
     """Rows start..stop of the initial tensor `name`: normal(0, std), float32 [stop - start, columns]."""
     out = np.empty((stop - start, columns), dtype=np.float32)
     for block in range(start // BLOCK_ROWS, -(-stop // BLOCK_ROWS)):
-        key = int.from_bytes(sha256(f"k2train/initialize/{seed}/{name}/{block}".encode()).digest()[:16], "little")
+        key = int.from_bytes(
+            sha256(f"k2train/initialize/{seed}/{name}/{block}".encode()).digest()[:16], "little"
+        )
         first = block * BLOCK_ROWS
-        rows = np.random.Generator(np.random.Philox(key=key)).standard_normal((BLOCK_ROWS, columns), dtype=np.float32)
+        rows = np.random.Generator(np.random.Philox(key=key)).standard_normal(
+            (BLOCK_ROWS, columns), dtype=np.float32
+        )
         low, high = max(first, start), min(first + BLOCK_ROWS, stop)
         out[low - start : high - start] = rows[low - first : high - first]
     return out * np.float32(std)
 
 
-def initial_piece(seed: int, piece: Piece) -> Tensor:
+def initial_piece(seed: int, piece: ParamSlice) -> Tensor:
     """The initial values of a piece, fp32, in its local shape."""
     if piece.init_std is None:
         return torch.ones(piece.shape)
     rows, columns = piece.global_shape
     if piece.dim == 0:
-        return torch.from_numpy(draw_rows(seed, piece.name, columns, piece.init_std, piece.start, piece.stop))
+        return torch.from_numpy(
+            draw_rows(seed, piece.name, columns, piece.init_std, piece.start, piece.stop)
+        )
     whole = draw_rows(seed, piece.name, columns, piece.init_std, 0, rows)
     if piece.dim is None:
         return torch.from_numpy(whole)
     return torch.from_numpy(np.ascontiguousarray(whole[:, piece.start : piece.stop]))
 
 
-def materialize(build: Callable[[], nn.Module], dtype: torch.dtype, device: torch.device) -> nn.Module:
+def materialize(
+    build: Callable[[], nn.Module], dtype: torch.dtype, device: torch.device
+) -> nn.Module:
     """Build a module on the meta device, then give its parameters memory in `dtype`, all zero (padding stays so)."""
     with torch.device("meta"):
         module = build()
     for child in module.modules():
         if isinstance(child, Sharded):
             for name, parameter in list(child.named_parameters(recurse=False)):
-                setattr(child, name, nn.Parameter(torch.zeros(parameter.shape, dtype=dtype, device=device)))
+                setattr(
+                    child,
+                    name,
+                    nn.Parameter(torch.zeros(parameter.shape, dtype=dtype, device=device)),
+                )
     return module
 
 
-def initialize(modules: Sequence[nn.Module], seed: int, also: Callable[[Piece, Tensor], None] | None = None) -> None:
+def initialize(
+    modules: Sequence[nn.Module],
+    seed: int,
+    also: Callable[[ParamSlice, Tensor], None] | None = None,
+) -> None:
     """Fill every piece. `also(piece, fp32 values)` sees them before rounding (for the optimizer's master weights)."""
     with torch.no_grad():
         for module in modules:
-            for parameter, piece in named_pieces(module):
+            for parameter, piece in named_slices(module):
                 values = initial_piece(seed, piece)
                 piece.of(parameter).copy_(values)
                 if also is not None:
                     also(piece, values)
 
 
-def place_rotary(stages: Sequence[Stage], a: Architecture, sequence_length: int, device: torch.device) -> None:
+def place_rotary(
+    stages: Sequence[Stage], a: Architecture, sequence_length: int, device: torch.device
+) -> None:
     """One set of position tables, shared by all stages of this rank."""
     rotary = Rotary(a.head_dim, sequence_length, a.rope_theta, device)
     for stage in stages:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from k2train.model.kernels.elementwise import reference_rotate
 from k2train.model.kernels.select import Kernels, Norm
 from k2train.parallel.grid import Axis
-from k2train.parallel.shard import Piece, Sharded
+from k2train.parallel.shard import ParamSlice, Sharded
 from k2train.parallel.tensor_parallel import ColumnLinear, RowLinear
 
 
@@ -26,7 +26,17 @@ class RMSNorm(Sharded):
         self.weight = nn.Parameter(torch.empty(hidden_size))
         self.pieces = {
             "weight": (
-                Piece(name, (hidden_size,), None, 0, hidden_size, 0, None, decay=False, sum_over_tensor=sequence),
+                ParamSlice(
+                    name,
+                    (hidden_size,),
+                    None,
+                    0,
+                    hidden_size,
+                    0,
+                    None,
+                    decay=False,
+                    sum_over_tensor=sequence,
+                ),
             )
         }
 
@@ -73,7 +83,13 @@ class FeedForward(nn.Module):
         names = {f"{prefix}.gate.weight": ffn_hidden_size, f"{prefix}.up.weight": ffn_hidden_size}
         self.gate_up = ColumnLinear(hidden_size, names, tp, sequence, std, product=kernels.product)
         self.down = RowLinear(
-            f"{prefix}.down.weight", ffn_hidden_size, hidden_size, tp, sequence, out_std, kernels.product
+            f"{prefix}.down.weight",
+            ffn_hidden_size,
+            hidden_size,
+            tp,
+            sequence,
+            out_std,
+            kernels.product,
         )
 
     def forward(self, x: Tensor) -> Tensor:

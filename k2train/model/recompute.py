@@ -62,11 +62,15 @@ def run_layer(layer: Layer, x: Tensor, policy: str, *args: Any) -> Tensor:
         return layer.outer(residual, active)
 
 
-def _kept(function: Callable[[Tensor], Tensor], x: Tensor, use: Callable[[Tensor], Tensor]) -> Tensor:
+def _kept(
+    function: Callable[[Tensor], Tensor], x: Tensor, use: Callable[[Tensor], Tensor]
+) -> Tensor:
     return use(function(x))
 
 
-def _cheap(function: Callable[[Tensor], Tensor], x: Tensor, use: Callable[[Tensor], Tensor]) -> Tensor:
+def _cheap(
+    function: Callable[[Tensor], Tensor], x: Tensor, use: Callable[[Tensor], Tensor]
+) -> Tensor:
     y, source = function(x), x.detach().requires_grad_(x.requires_grad)
 
     def make() -> Tensor:
@@ -82,7 +86,12 @@ class _Later:
     """Stands for a saved tensor; `make` gives the memory that it was a view of, with the bits it had."""
 
     def __init__(self, saved: Tensor, make: Callable[[], Tensor]):
-        self._make, self._shape, self._stride, self._offset = make, saved.shape, saved.stride(), saved.storage_offset()
+        self._make, self._shape, self._stride, self._offset = (
+            make,
+            saved.shape,
+            saved.stride(),
+            saved.storage_offset(),
+        )
 
     def get(self) -> Tensor:
         return self._make().detach().as_strided(self._shape, self._stride, self._offset)
@@ -151,9 +160,14 @@ class _Again:
             return
         saved: list[Tensor] = []
         x = self._x.detach().requires_grad_(self._x.requires_grad)
-        with torch.enable_grad(), saved_tensors_hooks(lambda tensor: saved.append(tensor.detach()), _never):
+        with (
+            torch.enable_grad(),
+            saved_tensors_hooks(lambda tensor: saved.append(tensor.detach()), _never),
+        ):
             self._last = self._function(x)[1].detach()
-        assert len(saved) == len(self._places), f"{len(self._places)} tensors were saved, then {len(saved)}"
+        assert len(saved) == len(self._places), (
+            f"{len(self._places)} tensors were saved, then {len(saved)}"
+        )
         for place, value in zip(self._places, saved, strict=True):
             known = place()
             if known is not None:

@@ -22,7 +22,12 @@ from k2train.model.kernels.select import Kernels, Norm, document_mask
 from k2train.model.layers import FeedForward, RMSNorm, Rotary
 from k2train.model.recompute import Cheap, run_layer
 from k2train.parallel.collectives import all_gather
-from k2train.parallel.cross_entropy import IGNORE, Vocabulary, fused_cross_entropy, vocab_parallel_cross_entropy
+from k2train.parallel.cross_entropy import (
+    IGNORE,
+    Vocabulary,
+    fused_cross_entropy,
+    vocab_parallel_cross_entropy,
+)
 from k2train.parallel.grad_accumulation import WeightWork
 from k2train.parallel.grid import Axis
 from k2train.parallel.shard import Sharded
@@ -45,7 +50,13 @@ class Architecture(ModelShape):
 
     def tensor_names(self) -> list[str]:
         """Every global tensor, in the order of the forward pass."""
-        inner = ["attention_norm", "attention.query", "attention.key", "attention.value", "attention.output"]
+        inner = [
+            "attention_norm",
+            "attention.query",
+            "attention.key",
+            "attention.value",
+            "attention.output",
+        ]
         inner += ["mlp_norm", "mlp.gate", "mlp.up", "mlp.down"]
         layers = [f"layers.{n}.{part}.weight" for n in range(self.num_layers) for part in inner]
         return ["embedding.weight", *layers, "norm.weight", "head.weight"]
@@ -55,7 +66,13 @@ class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)): [s(/tp), b, h] -> the same shape."""
 
     def __init__(
-        self, index: int, a: Architecture, tp: Axis, sequence: bool, kernels: Kernels, recompute: str = "none"
+        self,
+        index: int,
+        a: Architecture,
+        tp: Axis,
+        sequence: bool,
+        kernels: Kernels,
+        recompute: str = "none",
     ):
         super().__init__()
         self.recompute = recompute
@@ -74,15 +91,26 @@ class Block(nn.Module):
             a.output_std,
             kernels,
         )
-        self.mlp_norm = RMSNorm(f"{prefix}.mlp_norm.weight", a.hidden_size, a.norm_eps, kernels.norm, sequence)
+        self.mlp_norm = RMSNorm(
+            f"{prefix}.mlp_norm.weight", a.hidden_size, a.norm_eps, kernels.norm, sequence
+        )
         self.mlp = FeedForward(
-            f"{prefix}.mlp", a.hidden_size, a.ffn_hidden_size, tp, sequence, a.init_std, a.output_std, kernels
+            f"{prefix}.mlp",
+            a.hidden_size,
+            a.ffn_hidden_size,
+            tp,
+            sequence,
+            a.init_std,
+            a.output_std,
+            kernels,
         )
 
     def forward(self, x: Tensor, rotary: Rotary, mask: Tensor | None = None) -> Tensor:
         return run_layer(self, x, self.recompute, rotary, mask)
 
-    def inner(self, x: Tensor, cheap: Cheap, rotary: Rotary, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    def inner(
+        self, x: Tensor, cheap: Cheap, rotary: Rotary, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """All but the SwiGLU and its output product: what that is added to [s(/tp), b, h], and [s, b, 2f/tp]."""
         x = x + cheap(self.attention_norm, x, lambda y: self.attention(y, rotary, mask))
         return x, cheap(self.mlp_norm, x, self.mlp.gate_up)
@@ -102,7 +130,9 @@ class Head(nn.Module):
     def __init__(self, a: Architecture, tp: Axis, sequence: bool, norm: Norm):
         super().__init__()
         self.norm = RMSNorm("norm.weight", a.hidden_size, a.norm_eps, norm, sequence)
-        self.output = ColumnLinear(a.hidden_size, {"head.weight": a.vocab_size}, tp, sequence, a.init_std, pad=True)
+        self.output = ColumnLinear(
+            a.hidden_size, {"head.weight": a.vocab_size}, tp, sequence, a.init_std, pad=True
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(x)
@@ -132,11 +162,18 @@ class Stage(nn.Module):
         self.product = kernels.product
         sequence = self.sequence
         self.embedding = (
-            VocabEmbedding("embedding.weight", a.vocab_size, a.hidden_size, tp, sequence, a.init_std) if first else None
+            VocabEmbedding(
+                "embedding.weight", a.vocab_size, a.hidden_size, tp, sequence, a.init_std
+            )
+            if first
+            else None
         )
         policies = kernels.recompute_of(len(layers))
         self.blocks = nn.ModuleDict(
-            {str(n): Block(n, a, tp, sequence, kernels, policy) for n, policy in zip(layers, policies, strict=True)}
+            {
+                str(n): Block(n, a, tp, sequence, kernels, policy)
+                for n, policy in zip(layers, policies, strict=True)
+            }
         )
         self.head = Head(a, tp, sequence, kernels.norm) if last else None
         self.rotary: Rotary | None = None
@@ -206,8 +243,13 @@ class Stage(nn.Module):
         start = output.pieces["weight"][0].start
         if self.fused_loss:
             vocabulary = Vocabulary(start, output.rows, size, self.tp, self.sequence)
-            return fused_cross_entropy(hidden, output.weight, labels.t(), vocabulary, scale, product=self.product)
-        return vocab_parallel_cross_entropy(output(hidden), labels.t(), start, size, self.tp).sum() * scale
+            return fused_cross_entropy(
+                hidden, output.weight, labels.t(), vocabulary, scale, product=self.product
+            )
+        return (
+            vocab_parallel_cross_entropy(output(hidden), labels.t(), start, size, self.tp).sum()
+            * scale
+        )
 
 
 def activation_shape(

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from k2train.parallel.grad_buffer import Bucket, Slot, SlotTable
-from k2train.parallel.param_gather import Publisher
-from k2train.parallel.shard import Piece
+from k2train.parallel.grad_buffer import Bucket, BufferSlot, ShardLayout
+from k2train.parallel.param_gather import ParamGather
+from k2train.parallel.shard import ParamSlice
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,11 @@ class _Rule:
 
 
 class ShardedAdamW:
-    """Optimizer of the pieces of one `SlotTable`; `kernel` is `fused` (torch's) or `reference` (written out here)."""
+    """Optimizer of the pieces of one `ShardLayout`; `kernel` is `fused` (torch's) or `reference` (written out here)."""
 
     def __init__(
         self,
-        table: SlotTable,
+        table: ShardLayout,
         device: torch.device,
         betas: tuple[float, float],
         eps: float,
@@ -49,7 +49,13 @@ class ShardedAdamW:
         kernel: str,
         bucket_bytes: int | None = None,
     ):
-        self.table, self.betas, self.eps, self.weight_decay, self.kernel = table, betas, eps, weight_decay, kernel
+        self.table, self.betas, self.eps, self.weight_decay, self.kernel = (
+            table,
+            betas,
+            eps,
+            weight_decay,
+            kernel,
+        )
         self.master = torch.zeros(table.elements, device=device)
         self.exp_avg = torch.zeros_like(self.master)
         self.exp_avg_sq = torch.zeros_like(self.master)
@@ -58,7 +64,7 @@ class ShardedAdamW:
         assert len(self._slot_of) == len(table.slots), "two pieces carry one name"
         covered = sum(slot.elements for slot in table.slots)
         assert covered <= table.elements, "pieces overlap"
-        self.publisher = Publisher(table)
+        self.publisher = ParamGather(table)
         self._buckets = _in_order_of_use(table, bucket_bytes)
         self._weights = self._share_memory() if table.dp.size == 1 else None
 
@@ -67,30 +73,36 @@ class ShardedAdamW:
         """Move all parameters into one line, in fp32 the master weights; returns that line."""
         held = self.table.parameters()
         dtype = held[0][0].dtype if held else self.master.dtype
-        line = self.master if dtype == self.master.dtype else torch.zeros_like(self.master, dtype=dtype)
+        line = (
+            self.master
+            if dtype == self.master.dtype
+            else torch.zeros_like(self.master, dtype=dtype)
+        )
         for parameter, slots in held:
             start = slots[0].offset - slots[0].piece.row * slots[0].width
             view = line.narrow(0, start, parameter.numel()).view(parameter.shape)
             parameter.data = view.copy_(parameter)
         return line
 
-    def adopt(self, piece: Piece, values: Tensor) -> None:
+    def adopt(self, piece: ParamSlice, values: Tensor) -> None:
         """Take fp32 initial values [piece.shape] as master weights; keeps this rank's rows."""
         slot = self._slot_of[piece.name]
         start, stop = slot.rows(self.table.dp)
         self.view("master", slot).copy_(values[start:stop])
 
     @property
-    def lines(self) -> dict[str, Tensor]:
+    def flat_shards(self) -> dict[str, Tensor]:
         """The states by name, each a line [elements]: what a checkpoint saves and fills."""
         return {"master": self.master, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
 
-    def view(self, state: str, slot: Slot) -> Tensor:
+    def view(self, state: str, slot: BufferSlot) -> Tensor:
         """This rank's rows of one state of a piece, in the piece's shape."""
         return self.table.local(getattr(self, state), slot)
 
     @torch.no_grad()
-    def step(self, gradient: Tensor, lr: float, divisor: Tensor | None = None, skip: Tensor | None = None) -> None:
+    def step(
+        self, gradient: Tensor, lr: float, divisor: Tensor | None = None, skip: Tensor | None = None
+    ) -> None:
         """Queue one update with `gradient` [elements] / `divisor`, nothing where `skip` is 1, and the weights' way back.
 
         Both are fp32 scalars on the device. The update is number `adam_steps` + 1; it is counted by `count`, when the host
@@ -101,7 +113,9 @@ class ShardedAdamW:
             part = slice(bucket.start, bucket.stop)
             decay = self.weight_decay if bucket.start < self.table.decayed else 0.0
             rule = _Rule(self.adam_steps + 1, lr, self.betas, self.eps, decay, divisor, skip)
-            update(self.master[part], gradient[part], self.exp_avg[part], self.exp_avg_sq[part], rule)
+            update(
+                self.master[part], gradient[part], self.exp_avg[part], self.exp_avg_sq[part], rule
+            )
             self._send(bucket)
 
     def count(self, applied: bool) -> None:
@@ -132,7 +146,7 @@ class ShardedAdamW:
         self.publisher.wait_for(module)
 
 
-def _in_order_of_use(table: SlotTable, bucket_bytes: int | None) -> tuple[Bucket, ...]:
+def _in_order_of_use(table: ShardLayout, bucket_bytes: int | None) -> tuple[Bucket, ...]:
     """The buckets as a forward pass meets them: what does not decay (norms) stands all over the model, so it is first.
 
     On one rank nothing is sent, and each half is one.
@@ -170,7 +184,9 @@ def _reference(p: Tensor, g: Tensor, m: Tensor, v: Tensor, rule: _Rule) -> None:
     new_m = m.lerp(g, 1 - b1)
     new_v = v.mul(b2).addcmul_(g, g, value=1 - b2)
     denominator = (new_v.sqrt() / (1 - b2**rule.t) ** 0.5).add_(rule.eps)
-    new_p = p.mul(1 - rule.lr * rule.decay).addcdiv_(new_m, denominator, value=-rule.lr / (1 - b1**rule.t))
+    new_p = p.mul(1 - rule.lr * rule.decay).addcdiv_(
+        new_m, denominator, value=-rule.lr / (1 - b1**rule.t)
+    )
     for old, new in ((p, new_p), (m, new_m), (v, new_v)):
         # Chosen and not multiplied by 0: what must not be applied may not be a number.
         old.copy_(new if rule.skip is None else torch.where(rule.skip > 0, old, new))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from k2train.parallel.collectives import all_reduce
-from k2train.parallel.grad_buffer import SlotTable
+from k2train.parallel.grad_buffer import ShardLayout
 from k2train.parallel.grid import Axis
 
 BLOCK = 256
@@ -73,11 +73,17 @@ class Verdict:
 class SquareSums:
     """Square sums of one rank's rows of each global tensor of `names`."""
 
-    def __init__(self, table: SlotTable, names: Sequence[str], tp: Axis, device: torch.device):
+    def __init__(self, table: ShardLayout, names: Sequence[str], tp: Axis, device: torch.device):
         place = {name: i for i, name in enumerate(names)}
         self.table, self.names = table, names
-        self._held = [slot for slot in table.slots if slot.rows(table.dp)[1] > slot.rows(table.dp)[0] and slot.width]
-        self._places = torch.tensor([place[slot.piece.name] for slot in self._held], dtype=torch.int64, device=device)
+        self._held = [
+            slot
+            for slot in table.slots
+            if slot.rows(table.dp)[1] > slot.rows(table.dp)[0] and slot.width
+        ]
+        self._places = torch.tensor(
+            [place[slot.piece.name] for slot in self._held], dtype=torch.int64, device=device
+        )
         # Times 0 and not skipped: a replica that is not finite must still stop the step, and 0 * inf is NaN.
         counted = [float(slot.piece.dim is not None or tp.rank == 0) for slot in self._held]
         self._counted = torch.tensor(counted, dtype=torch.float64, device=device)
@@ -91,7 +97,10 @@ class SquareSums:
         if self._held:
             if line is not self._line:
                 # The gradient buffer gives the same line in every step, so its parts are looked up once.
-                self._line, self._rows = line, [self.table.local(line, slot).view(-1) for slot in self._held]
+                self._line, self._rows = (
+                    line,
+                    [self.table.local(line, slot).view(-1) for slot in self._held],
+                )
             if line.device.type == "cpu":
                 squares = torch.stack([_square(part) for part in self._rows])
             else:
@@ -137,5 +146,7 @@ def agree(
     total = table[: len(names)].cumsum(0)[-1]
     norm = total.sqrt()
     skip = (~(torch.isfinite(norm) & torch.isfinite(table[len(names)]))).float()
-    divisor = torch.ones_like(norm) if clip_norm is None else ((norm + 1e-6) / clip_norm).clamp(min=1.0)
+    divisor = (
+        torch.ones_like(norm) if clip_norm is None else ((norm + 1e-6) / clip_norm).clamp(min=1.0)
+    )
     return Verdict(names, table, norm, divisor.float(), skip)

@@ -11,7 +11,13 @@ from k2train.errors import ConfigError
 
 
 def rate(
-    step: int, kind: str, peak: float, final: float, warmup_steps: int, total_steps: int, decay_steps: int | None = None
+    step: int,
+    kind: str,
+    peak: float,
+    final: float,
+    warmup_steps: int,
+    total_steps: int,
+    decay_steps: int | None = None,
 ) -> float:
     """The rate of step 1..total_steps.
 
@@ -37,7 +43,11 @@ def _linear(peak: float, final: float, done: float) -> float:
     return peak + (final - peak) * done
 
 
-_DECAY: dict[str, Callable[[float, float, float], float]] = {"cosine": _cosine, "linear": _linear, "wsd": _linear}
+_DECAY: dict[str, Callable[[float, float, float], float]] = {
+    "cosine": _cosine,
+    "linear": _linear,
+    "wsd": _linear,
+}
 
 
 def check_schedule(kind: str, warmup_steps: int, total_steps: int, decay_steps: int | None) -> None:

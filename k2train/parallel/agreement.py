@@ -23,7 +23,7 @@ class DiskRefused(SaveError):
     """The disk refused it: what was written is of no use, but the same save may go well later."""
 
 
-class Together:
+class Agreement:
     """Exchanges over the group of the thread that saves. Every method is collective."""
 
     def __init__(self, grid: ProcessGrid):

@@ -27,7 +27,11 @@ from k2train.parallel.collectives import (
 )
 from k2train.parallel.grad_accumulation import add_product
 from k2train.parallel.grid import Axis
-from k2train.parallel.symmetric_memory import gather_multiply, multiply_scatter, require_symmetric_memory
+from k2train.parallel.symmetric_memory import (
+    gather_multiply,
+    multiply_scatter,
+    require_symmetric_memory,
+)
 
 
 class Product:
@@ -38,7 +42,9 @@ class Product:
     exact = True
     """Whether it is fit for the head, whose logits must not be rounded further."""
 
-    def multiply(self, a: Tensor, matrix: Tensor, gradient: bool, out: Tensor | None = None) -> Tensor:
+    def multiply(
+        self, a: Tensor, matrix: Tensor, gradient: bool, out: Tensor | None = None
+    ) -> Tensor:
         """a [n, k] times matrix [k, m], a weight or its transpose -> [n, m], in `out` where given.
 
         `gradient`: `a` is one, and wants range more than digits.
@@ -53,7 +59,7 @@ class Product:
         """Raise ConfigError where a weight of this local shape cannot be multiplied so."""
 
 
-class Exchange:
+class CollectiveMatmul:
     """One rank, and what the others share: nothing is sent."""
 
     def __init__(self, axis: Axis, product: Product):
@@ -74,14 +80,16 @@ class Exchange:
         return Pending(self.product.multiply(x, matrix, gradient))
 
 
-class Replicated(Exchange):
+class Replicated(CollectiveMatmul):
     """Every rank holds all rows: sums are all-reduced."""
 
     def multiply_scatter(self, x: Tensor, matrix: Tensor, gradient: bool) -> Pending:
-        return all_reduce_start(self.product.multiply(x, matrix, gradient), self.axis, wait=not self.axis.overlap)
+        return all_reduce_start(
+            self.product.multiply(x, matrix, gradient), self.axis, wait=not self.axis.overlap
+        )
 
 
-class Split(Exchange):
+class Split(CollectiveMatmul):
     """Every rank holds its rows (sequence parallelism): gathered before a product, reduce-scattered after it."""
 
     def __init__(self, axis: Axis, product: Product):
@@ -107,7 +115,9 @@ class Split(Exchange):
         return whole, y
 
     def multiply_scatter(self, x: Tensor, matrix: Tensor, gradient: bool) -> Pending:
-        return reduce_scatter_start(self.product.multiply(x, matrix, gradient), self.axis, wait=not self.axis.overlap)
+        return reduce_scatter_start(
+            self.product.multiply(x, matrix, gradient), self.axis, wait=not self.axis.overlap
+        )
 
 
 class Symmetric(Split):
@@ -120,14 +130,16 @@ class Symmetric(Split):
         return Pending(multiply_scatter(x, matrix, self.axis))
 
 
-def choose_exchange(axis: Axis, sequence: bool, product: Product | None) -> Exchange:
+def choose_collective_matmul(
+    axis: Axis, sequence: bool, product: Product | None
+) -> CollectiveMatmul:
     """How the layers of one tensor-parallel axis exchange: decided once, when a layer is built.
 
     Raises ConfigError where `parallel.symmetric_memory` is asked for and cannot be had.
     """
     product = product or Product()
     if axis.size == 1:
-        return Exchange(axis, product)
+        return CollectiveMatmul(axis, product)
     if axis.symmetric:
         require_symmetric_memory(axis.size, sequence, type(product) is Product)
         return Symmetric(axis, product)

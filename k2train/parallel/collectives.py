@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from k2train.parallel.comm_tracker import exchanging, waiting
+from k2train.parallel.comm_tracker import collective_scope, wait_scope
 from k2train.parallel.grid import Axis
 
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -43,7 +43,7 @@ class Pending:
         """The result, complete (on an accelerator: for what is queued after this). May be asked again."""
         work, self._work = self._work, None
         if work is not None:
-            with waiting(None if self._axis is None else self._axis.traffic, self._what):
+            with wait_scope(None if self._axis is None else self._axis.comm, self._what):
                 work.wait()
         finish, self._finish = self._finish, None
         if finish is not None:
@@ -64,7 +64,7 @@ def _pair(x: Tensor, axis: Axis) -> bool:
 def _swap(mine: Tensor, other: Tensor, axis: Axis, wait: bool, name: str) -> Any:
     """Send `mine` to the other of two ranks and begin to receive `other`, both contiguous and of one size."""
     splits = [0, mine.numel()] if axis.rank == 0 else [mine.numel(), 0]
-    with exchanging(axis.traffic, name):
+    with collective_scope(axis.comm, name):
         return dist.all_to_all_single(
             other.view(-1), mine.view(-1), splits, splits, group=axis.group, async_op=not wait
         )
@@ -76,7 +76,9 @@ def _finished(pending: Pending, wait: bool) -> Pending:
     return pending
 
 
-def all_reduce_start(x: Tensor, axis: Axis, op: Any = dist.ReduceOp.SUM, wait: bool = False) -> Pending:
+def all_reduce_start(
+    x: Tensor, axis: Axis, op: Any = dist.ReduceOp.SUM, wait: bool = False
+) -> Pending:
     """Begin to reduce `x` in place over an axis; with `wait` it is done on return."""
     if axis.size == 1:
         return Pending(x)
@@ -86,12 +88,15 @@ def all_reduce_start(x: Tensor, axis: Axis, op: Any = dist.ReduceOp.SUM, wait: b
         other = torch.empty_like(mine)
         work = _swap(mine, other, axis, wait, name)
         return _finished(Pending(x, work, lambda: _IN_PLACE[op](x, other, out=x), axis, name), wait)
-    with exchanging(axis.traffic, name):
+    with collective_scope(axis.comm, name):
         work = dist.all_reduce(x, op=op, group=axis.group, async_op=not wait)
     return Pending(x, work, None, axis, name)
 
 
-_IN_PLACE: dict[Any, Callable[..., Tensor]] = {dist.ReduceOp.SUM: torch.add, dist.ReduceOp.MAX: torch.maximum}
+_IN_PLACE: dict[Any, Callable[..., Tensor]] = {
+    dist.ReduceOp.SUM: torch.add,
+    dist.ReduceOp.MAX: torch.maximum,
+}
 
 
 def all_gather_start(x: Tensor, axis: Axis, wait: bool = False) -> Pending:
@@ -101,7 +106,7 @@ def all_gather_start(x: Tensor, axis: Axis, wait: bool = False) -> Pending:
     x, name = x.contiguous(), f"all-gather {axis.name}"
     out = x.new_empty((x.shape[0] * axis.size, *x.shape[1:]))
     if not _pair(x, axis):
-        with exchanging(axis.traffic, name):
+        with collective_scope(axis.comm, name):
             work = _all_gather(out, x, group=axis.group, async_op=not wait)
         return Pending(out, work, None, axis, name)
     blocks = out.view(2, *x.shape)
@@ -126,11 +131,11 @@ def reduce_scatter_start(x: Tensor, axis: Axis, wait: bool = False) -> Pending:
         work = _swap(blocks[1 - axis.rank], out, axis, wait, name)
         return _finished(Pending(out, work, lambda: out.add_(blocks[axis.rank]), axis, name), wait)
     if x.device.type != "cpu":
-        with exchanging(axis.traffic, name):
+        with collective_scope(axis.comm, name):
             work = _reduce_scatter(out, x, group=axis.group, async_op=not wait)
         return Pending(out, work, None, axis, name)
     received = torch.empty_like(x)
-    with exchanging(axis.traffic, name):
+    with collective_scope(axis.comm, name):
         work = dist.all_to_all_single(received, x, group=axis.group, async_op=not wait)
     finish = partial(_sum_blocks, received.view(axis.size, *out.shape), out)
     return _finished(Pending(out, work, finish, axis, name), wait)

@@ -1,6 +1,6 @@
 """What this rank exchanges with others: how many collectives and transfers, which one is under way, how long the host waited.
 
-Every collective, send and receive of the package goes through `exchanging` of its axis. The watch of a run reads the numbers
+Every collective, send and receive of the package goes through `collective_scope` of its axis. The watch of a run reads the numbers
 from another thread, so each is one attribute that is written whole; the rank's own thread never waits for a reader.
 Refused: the flight recorder of the process group (NCCL only, and read after the end), and patching torch.distributed from
 outside (it cannot say which micro-batch, and sees the checkpoint thread's exchanges as the trainer's).
@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 
 
-class Traffic:
+class CommTracker:
     """Collectives and transfers of one rank; written by the thread that trains, read by any.
 
     `count`: begun so far; `current`: name of the one under way or waited for, "" outside; `last`: name of the last one
@@ -29,14 +29,14 @@ class Traffic:
         self.blocked_seconds = self._began = 0.0
         self.cells: list[int] | memoryview[int] = [0]
 
-    def exchange(self, name: str) -> "Traffic":
+    def exchange(self, name: str) -> "CommTracker":
         """Context of a collective or transfer that begins, e.g. `all-reduce tp`. Not to be nested."""
         self.count += 1
         self.cells[0] = self.count
         self.current = self.last = name
         return self
 
-    def wait(self, name: str) -> "Traffic":
+    def wait(self, name: str) -> "CommTracker":
         """Context of a wait for one that was begun before, or for the device."""
         self.current = name
         return self
@@ -44,7 +44,12 @@ class Traffic:
     def __enter__(self) -> None:
         self._began = time.perf_counter()
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
         self.blocked_seconds += time.perf_counter() - self._began
         if kind is not None:
             self.broken = self.broken or self.current
@@ -59,14 +64,14 @@ Context = AbstractContextManager[None]
 _NOTHING: Context = nullcontext()
 
 
-def exchanging(traffic: Traffic | None, name: str) -> Context:
-    """`traffic.exchange(name)`, or nothing without a traffic."""
-    return _NOTHING if traffic is None else traffic.exchange(name)
+def collective_scope(comm: CommTracker | None, name: str) -> Context:
+    """`comm.exchange(name)`, or nothing without a comm."""
+    return _NOTHING if comm is None else comm.exchange(name)
 
 
-def waiting(traffic: Traffic | None, name: str) -> Context:
-    """`traffic.wait(name)`, or nothing without a traffic."""
-    return _NOTHING if traffic is None else traffic.wait(name)
+def wait_scope(comm: CommTracker | None, name: str) -> Context:
+    """`comm.wait(name)`, or nothing without a comm."""
+    return _NOTHING if comm is None else comm.wait(name)
 
 
 class AllOf:

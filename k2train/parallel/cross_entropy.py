@@ -28,8 +28,14 @@ from torch import Tensor
 
 from k2train.errors import DataError
 from k2train.parallel.collective_matmul import Product
-from k2train.parallel.collectives import Pending, all_gather, all_reduce, all_reduce_start, reduce_scatter_start
-from k2train.parallel.grad_accumulation import Sink, sink_of
+from k2train.parallel.collectives import (
+    Pending,
+    all_gather,
+    all_reduce,
+    all_reduce_start,
+    reduce_scatter_start,
+)
+from k2train.parallel.grad_accumulation import GradAccumulator, accumulator_of
 from k2train.parallel.grid import Axis
 from k2train.plan.memory import STRIP_BYTES, STRIP_ROWS
 
@@ -44,7 +50,9 @@ SMALLEST_SHARE = 1e-20
 
 class _VocabCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, start: int, vocab_size: int, tp: Axis) -> Tensor:
+    def forward(
+        ctx: Any, logits: Tensor, labels: Tensor, start: int, vocab_size: int, tp: Axis
+    ) -> Tensor:
         x = logits.float()
         ctx.width = x.shape[-1]
         stop = start + ctx.width
@@ -74,7 +82,9 @@ class _VocabCrossEntropy(torch.autograd.Function):
         return gradient[..., : ctx.width].to(ctx.dtype), None, None, None, None
 
 
-def vocab_parallel_cross_entropy(logits: Tensor, labels: Tensor, vocab_start: int, vocab_size: int, tp: Axis) -> Tensor:
+def vocab_parallel_cross_entropy(
+    logits: Tensor, labels: Tensor, vocab_start: int, vocab_size: int, tp: Axis
+) -> Tensor:
     """Loss of each position: logits [s, b, v/tp] (this rank's ids from `vocab_start`), labels [s, b] -> [s, b] in fp32.
 
     Positions labelled IGNORE give 0. Raises DataError for a label outside 0..vocab_size-1 (CPU; see the module docstring).
@@ -130,7 +140,11 @@ def _probabilities_(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         return facts[:3], facts[3]
     narrow = logits.dtype != torch.float32
     band = max(1, BAND_BYTES // (4 * width)) if narrow and logits.device.type == "cpu" else rows
-    wide = torch.empty(min(band, rows), width, dtype=torch.float32, device=logits.device) if narrow else logits
+    wide = (
+        torch.empty(min(band, rows), width, dtype=torch.float32, device=logits.device)
+        if narrow
+        else logits
+    )
     for begin in range(0, rows, band):
         part = slice(begin, min(begin + band, rows))
         x = wide[: part.stop - begin].copy_(logits[part]) if narrow else logits
@@ -138,7 +152,10 @@ def _probabilities_(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         torch.softmax(x, dim=-1, out=x)
         # The largest probability is 1 / sum: at least 1 / width, so its logarithm is exact where a label's may be log 0.
         facts[0, part], facts[1, part] = peak, -x.amax(dim=-1).log()
-        facts[2, part], facts[3, part] = label_logit.squeeze(-1), x.gather(-1, index[part]).squeeze(-1)
+        facts[2, part], facts[3, part] = (
+            label_logit.squeeze(-1),
+            x.gather(-1, index[part]).squeeze(-1),
+        )
         if narrow:
             logits[part].copy_(x)
     return facts[:3], facts[3]
@@ -175,7 +192,15 @@ class _FusedCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         x = all_gather(hidden, v.tp) if v.sequence else hidden
         work = _Strips(
-            x, weight, labels, v, scale, strip, product, learn and hidden.requires_grad, learn and weight.requires_grad
+            x,
+            weight,
+            labels,
+            v,
+            scale,
+            strip,
+            product,
+            learn and hidden.requires_grad,
+            learn and weight.requires_grad,
         )
         losses = work.run()
         ctx.save_for_backward(*work.gradients())
@@ -185,7 +210,9 @@ class _FusedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if grad.device.type == "cpu":
-            assert float(grad) == 1.0, "the gradient of the fused loss is made in the forward pass, for an incoming 1"
+            assert float(grad) == 1.0, (
+                "the gradient of the fused loss is made in the forward pass, for an incoming 1"
+            )
         else:
             torch._assert_async(grad == 1.0)
         saved = iter(ctx.saved_tensors)
@@ -218,17 +245,23 @@ class _Strips:
         self.factor = self.counted.float() * scale
         self.dx = torch.empty_like(self.x) if wants_x else None
         self.pending: Pending | None = None
-        self.sink = sink_of(weight) if wants_weight else None
-        self.own: Sink | None = None
+        self.accumulator = accumulator_of(weight) if wants_weight else None
+        self.own: GradAccumulator | None = None
         """Where the matrix's gradient goes when nobody gave it a place; autograd takes it from there."""
-        if wants_weight and self.sink is None:
-            self.sink = self.own = Sink(torch.zeros_like(weight, dtype=torch.float32))
+        if wants_weight and self.accumulator is None:
+            self.accumulator = self.own = GradAccumulator(
+                torch.zeros_like(weight, dtype=torch.float32)
+            )
         self.dtype = weight.dtype
 
     def run(self) -> Tensor:
         """The loss of each row, fp32 [n]; what was wanted of the gradients is made on the way."""
         rows = self.x.shape[0]
-        room = self.x.new_empty(min(self.strip, rows), self.v.width) if self.product.writes_out else None
+        room = (
+            self.x.new_empty(min(self.strip, rows), self.v.width)
+            if self.product.writes_out
+            else None
+        )
         losses = torch.empty(rows, dtype=torch.float32, device=self.x.device)
         for begin in range(0, rows, self.strip):
             part = slice(begin, min(begin + self.strip, rows))
@@ -236,27 +269,31 @@ class _Strips:
             strip = self.product.multiply(self.x[part], self.weight.t(), gradient=False, out=out)
             facts, label_probability = _probabilities_(strip, self.index[part])
             losses[part], share = _over_ranks(facts, self.mine[part], self.v.tp)
-            if self.dx is not None or self.sink is not None:
+            if self.dx is not None or self.accumulator is not None:
                 self._learn(strip, label_probability, share, part)
             # Before the next one is made: a product that brings its own memory would else have two of them alive.
             del strip
-        if self.sink is not None:
-            self.sink.complete()
+        if self.accumulator is not None:
+            self.accumulator.complete()
         return (losses * self.counted).masked_fill_(self.bad, float("nan"))
 
-    def _learn(self, strip: Tensor, label_probability: Tensor, share: Tensor | None, part: slice) -> None:
+    def _learn(
+        self, strip: Tensor, label_probability: Tensor, share: Tensor | None, part: slice
+    ) -> None:
         factor, taken = self.factor[part], self.mine[part].float()
         if share is not None:
             factor, taken = factor * share, taken / share
         if self.v.width:
-            strip.scatter_(-1, self.index[part], (label_probability - taken).to(strip.dtype).unsqueeze(-1))
+            strip.scatter_(
+                -1, self.index[part], (label_probability - taken).to(strip.dtype).unsqueeze(-1)
+            )
         factor = factor.unsqueeze(-1)
         if self.dx is not None:
             self.product.multiply(strip, self.weight, gradient=True, out=self.dx[part]).mul_(factor)
             if part.stop == self.x.shape[0]:
                 self.pending = self._leave(self.dx.view(self.shape))
-        if self.sink is not None and self.v.width:
-            into = self.sink.total.narrow(0, 0, self.v.width)
+        if self.accumulator is not None and self.v.width:
+            into = self.accumulator.total.narrow(0, 0, self.v.width)
             self.product.add_weight_gradient(into, strip, (self.x[part] * factor).to(strip.dtype))
 
     def _leave(self, dx: Tensor) -> Pending:
@@ -284,7 +321,7 @@ def fused_cross_entropy(
     """`scale` times the summed loss of labels [s, b] under logits = hidden weight^T; a scalar in fp32.
 
     `hidden` [s(/tp), b, h] is the head's input, `weight` [>= width, h] its matrix. The gradient of the matrix goes to its
-    sink in this call (to autograd in the backward where it has none); backward must start with 1. `strip` is the number
+    accumulator in this call (to autograd in the backward where it has none); backward must start with 1. `strip` is the number
     of rows at a time, by default `strip_rows`: the same in every pipeline layout, so that no bit depends on it. `product`
     multiplies where it is exact; None: torch does.
 
@@ -299,4 +336,6 @@ def fused_cross_entropy(
     if product is None or not product.exact:
         product = Product()
     learn = torch.is_grad_enabled()
-    return _FusedCrossEntropy.apply(hidden, weight, labels, vocabulary, scale, strip, product, learn)
+    return _FusedCrossEntropy.apply(
+        hidden, weight, labels, vocabulary, scale, strip, product, learn
+    )

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from k2train.parallel.comm_tracker import Traffic, exchanging
-from k2train.parallel.grad_buffer import Slot, SlotTable
+from k2train.parallel.comm_tracker import CommTracker, collective_scope
+from k2train.parallel.grad_buffer import BufferSlot, ShardLayout
 from k2train.parallel.grid import Axis
 from k2train.state_digest import LANES, digest_text, multipliers, state_root
 
@@ -27,7 +27,10 @@ class Multipliers:
     """The factors of rows and columns as tensors, for tensors of up to `rows` x `columns`; copied to a device once."""
 
     def __init__(self, rows: int, columns: int):
-        self.host = tuple(torch.from_numpy(multipliers(axis, n)) for axis, n in (("rows", rows), ("columns", columns)))
+        self.host = tuple(
+            torch.from_numpy(multipliers(axis, n))
+            for axis, n in (("rows", rows), ("columns", columns))
+        )
         self._on: dict[torch.device, tuple[Tensor, ...]] = {torch.device("cpu"): self.host}
 
     def on(self, device: torch.device) -> tuple[Tensor, ...]:
@@ -63,17 +66,18 @@ def tensor_sums(values: Tensor, row: int, column: int, factors: Multipliers) -> 
 
 
 class StateDigest:
-    """Digests of the pieces of one `SlotTable`: `names` are all global tensors of the model in one order, `states` those
+    """Digests of the pieces of one `ShardLayout`: `names` are all global tensors of the model in one order, `states` those
     of each; `tp` is the tensor-parallel axis, over which a whole tensor is counted once."""
 
-    def __init__(self, table: SlotTable, names: Sequence[str], states: Sequence[str], tp: Axis):
+    def __init__(self, table: ShardLayout, names: Sequence[str], states: Sequence[str], tp: Axis):
         self.table, self.names, self.states, self.tp = table, tuple(names), tuple(states), tp
         self.keys = [f"{name}.{state}" for name in self.names for state in self.states]
         """NAME.state of each row of `sums`."""
         self._place = {name: index for index, name in enumerate(self.names)}
         shapes = [slot.piece.global_shape for slot in table.slots]
         self._factors = Multipliers(
-            max((shape[0] for shape in shapes), default=1), max((prod(shape[1:]) for shape in shapes), default=1)
+            max((shape[0] for shape in shapes), default=1),
+            max((prod(shape[1:]) for shape in shapes), default=1),
         )
 
     def sums(self, lines: Mapping[str, Tensor]) -> Tensor:
@@ -83,17 +87,21 @@ class StateDigest:
         The sum of all ranks' (wrapping) is what `digests` takes.
         """
         device = lines[self.states[0]].device
-        found = torch.zeros(len(self.names), len(self.states), LANES, dtype=torch.int64, device=device)
+        found = torch.zeros(
+            len(self.names), len(self.states), LANES, dtype=torch.int64, device=device
+        )
         for slot in self.table.slots:
             if slot.piece.dim is None and self.tp.rank != 0:
                 continue
             for number, state in enumerate(self.states):
                 row, column = self._corner(slot)
                 block = self.table.local(lines[state], slot)
-                found[self._place[slot.piece.name], number] = tensor_sums(block, row, column, self._factors)
+                found[self._place[slot.piece.name], number] = tensor_sums(
+                    block, row, column, self._factors
+                )
         return found.view(-1, LANES)
 
-    def _corner(self, slot: Slot) -> tuple[int, int]:
+    def _corner(self, slot: BufferSlot) -> tuple[int, int]:
         """Row and column of this rank's first element in the global tensor."""
         piece, (first, _) = slot.piece, slot.rows(self.table.dp)
         if piece.dim in (None, 0):
@@ -103,7 +111,9 @@ class StateDigest:
 
     def digests(self, summed: Tensor) -> dict[str, str]:
         """{NAME.state: 32 hexadecimal digits} from the sum over all ranks [names * states, 2]."""
-        return {key: digest_text(pair) for key, pair in zip(self.keys, summed.tolist(), strict=True)}
+        return {
+            key: digest_text(pair) for key, pair in zip(self.keys, summed.tolist(), strict=True)
+        }
 
 
 @dataclass(frozen=True)
@@ -121,15 +131,18 @@ class StateRoot:
     """The root of the whole state with one all-reduce over `group` (None: all ranks); collective."""
 
     def __init__(
-        self, digest: StateDigest, group: dist.ProcessGroup | None = None, traffic: Traffic | None = None
+        self,
+        digest: StateDigest,
+        group: dist.ProcessGroup | None = None,
+        comm: CommTracker | None = None,
     ) -> None:
-        self.digest, self.group, self.traffic = digest, group, traffic
+        self.digest, self.group, self.comm = digest, group, comm
 
     def __call__(self, lines: Mapping[str, Tensor], step: int, adam_steps: int) -> Root:
         """The root of fp32 `lines` by state, on every rank."""
         own = self.digest.sums(lines)
         summed = own.clone()
-        with exchanging(self.traffic, "all-reduce of the root of the state"):
+        with collective_scope(self.comm, "all-reduce of the root of the state"):
             dist.all_reduce(summed, group=self.group)
         digests = self.digest.digests(summed)
         return Root(state_root(digests, step, adam_steps), digests, own)
@@ -143,9 +156,12 @@ class StateGuard:
     """
 
     def __init__(
-        self, digest: StateDigest, group: dist.ProcessGroup | None = None, traffic: Traffic | None = None
+        self,
+        digest: StateDigest,
+        group: dist.ProcessGroup | None = None,
+        comm: CommTracker | None = None,
     ) -> None:
-        self.digest, self.group, self.traffic = digest, group, traffic
+        self.digest, self.group, self.comm = digest, group, comm
         self._kept: Tensor | None = None
 
     def keep(self, sums: Tensor) -> None:
@@ -166,9 +182,13 @@ class StateGuard:
             return None
         # Of each row the number of the rank that found it changed, counted from 1: the highest one is told.
         changed = (self.digest.sums(lines) != kept).any(dim=1).long() * (dist.get_rank() + 1)
-        with exchanging(self.traffic, "all-reduce of changes of the state"):
+        with collective_scope(self.comm, "all-reduce of changes of the state"):
             dist.all_reduce(changed, op=dist.ReduceOp.MAX, group=self.group)
-        found = [(key, rank - 1) for key, rank in zip(self.digest.keys, changed.tolist(), strict=True) if rank]
+        found = [
+            (key, rank - 1)
+            for key, rank in zip(self.digest.keys, changed.tolist(), strict=True)
+            if rank
+        ]
         if not found:
             return None
         key, rank = found[0]

@@ -1,7 +1,7 @@
 """Where weight gradients go: summed straight into fp32, at once or when the schedule asks for them.
 
 A matrix's gradient is a product of what came in and what came back, so it needs no tensor of its own: the product is
-added into the parameter's fp32 sum (`Sink`), and autograd hears of no weight gradient. Whether it is done inside the
+added into the parameter's fp32 sum (`GradAccumulator`), and autograd hears of no weight gradient. Whether it is done inside the
 backward pass or kept for a later action of a zero-bubble schedule is the stage's `WeightWork` to say; a layer only hands
 over what there is to do. Refused: autograd's own accumulation (a tensor in the weights' dtype a micro-batch, then an
 addition), and two backward passes over one graph (everything up to the matrices would be computed twice).
@@ -33,7 +33,10 @@ def _adds_into_fp32(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether torch multiplies factors of this dtype into an fp32 sum on this device; older versions want one dtype."""
     if device.type == "cpu":
         return False
-    total, factor = torch.ones(16, 16, device=device), torch.ones(16, 16, dtype=dtype, device=device)
+    total, factor = (
+        torch.ones(16, 16, device=device),
+        torch.ones(16, 16, dtype=dtype, device=device),
+    )
     try:
         torch.addmm(total, factor, factor, out_dtype=torch.float32, out=total)
     except (RuntimeError, TypeError):
@@ -41,7 +44,7 @@ def _adds_into_fp32(device: torch.device, dtype: torch.dtype) -> bool:
     return True
 
 
-class Sink:
+class GradAccumulator:
     """The running sum of one parameter's gradient over the micro-batches of a step.
 
     `total` has the parameter's shape, fp32, contiguous. `arrived` is called once a micro-batch, when all of it is in.
@@ -64,12 +67,12 @@ class Sink:
             self.arrived()
 
 
-def attach(parameter: nn.Parameter, sink: Sink) -> None:
-    """Make `sink` the place where this parameter's gradient is summed."""
-    parameter.sink = sink
+def attach(parameter: nn.Parameter, accumulator: GradAccumulator) -> None:
+    """Make `accumulator` the place where this parameter's gradient is summed."""
+    parameter.accumulator = accumulator
 
 
-def sink_of(parameter: Tensor) -> Sink | None:
+def accumulator_of(parameter: Tensor) -> GradAccumulator | None:
     """The parameter's sink; None where none is attached, and its gradient goes to autograd."""
     return getattr(parameter, "sink", None)
 

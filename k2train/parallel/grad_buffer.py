@@ -5,7 +5,7 @@ of ceil(rows/dp), the rule of DTensor's Shard(0), so a shard can be written to a
 most dp-1 rows of padding a piece. Refused: cutting the buffer anywhere (no padding, but a rank then holds pieces of rows
 that no checkpoint format describes).
 
-Each parameter has one contiguous sum (`Sink.total`), so that a weight gradient is a product added in place. On one
+Each parameter has one contiguous sum (`GradAccumulator.total`), so that a weight gradient is a product added in place. On one
 data-parallel rank these sums are the line itself. On more, a bucket's sums are copied into a transfer `[dp, n]` whose line
 r holds the rows of rank r, and reduce-scattered. Refused: sums that lie in the transfer's order from the start; products
 could then not be added in place, which costs a tensor of the parameter's size in every micro-batch instead of one copy a
@@ -26,9 +26,9 @@ import torch
 from torch import Tensor, nn
 
 from k2train.parallel.collectives import Pending, all_reduce, reduce_scatter_start
-from k2train.parallel.grad_accumulation import Sink, attach
+from k2train.parallel.grad_accumulation import GradAccumulator, attach
 from k2train.parallel.grid import Axis
-from k2train.parallel.shard import Piece, even_slice, named_pieces
+from k2train.parallel.shard import ParamSlice, even_slice, named_slices
 from k2train.plan.memory import BUCKET_BYTES
 
 ALIGN = 64
@@ -37,11 +37,11 @@ alignment, so a value's rounding does not depend on where in the line it lies (a
 
 
 @dataclass(frozen=True)
-class Slot:
+class BufferSlot:
     """Where one piece lies in a line."""
 
     parameter: nn.Parameter
-    piece: Piece
+    piece: ParamSlice
     block: int
     """Rows a data-parallel rank holds (the last ranks may hold fewer, or none)."""
     width: int
@@ -63,49 +63,57 @@ class Bucket:
 
     start: int
     stop: int
-    slots: tuple[Slot, ...]
+    slots: tuple[BufferSlot, ...]
 
     @property
     def elements(self) -> int:
         return self.stop - self.start
 
 
-class SlotTable:
+class ShardLayout:
     """The order and offsets of all pieces of this rank in one line."""
 
-    def __init__(self, pieces: Iterable[tuple[nn.Parameter, Piece]], dp: Axis):
+    def __init__(self, pieces: Iterable[tuple[nn.Parameter, ParamSlice]], dp: Axis):
         self.dp = dp
-        grouped: dict[int, tuple[nn.Parameter, list[Piece]]] = {}
+        grouped: dict[int, tuple[nn.Parameter, list[ParamSlice]]] = {}
         for parameter, piece in pieces:
             grouped.setdefault(id(parameter), (parameter, []))[1].append(piece)
         for _, held in grouped.values():
-            assert len({piece.decay for piece in held}) == 1, f"{held[0].name}: one parameter decays in part"
-        slots: list[Slot] = []
+            assert len({piece.decay for piece in held}) == 1, (
+                f"{held[0].name}: one parameter decays in part"
+            )
+        slots: list[BufferSlot] = []
         offset = self.decayed = 0
         for decay in (True, False):
             for parameter, held in grouped.values():
                 if held[0].decay == decay:
                     offset = self._place(parameter, held, offset, slots)
             self.decayed = offset if decay else self.decayed
-        self.slots: tuple[Slot, ...] = tuple(slots)
+        self.slots: tuple[BufferSlot, ...] = tuple(slots)
         self.elements = offset
 
-    def _place(self, parameter: nn.Parameter, held: Sequence[Piece], offset: int, slots: list[Slot]) -> int:
+    def _place(
+        self,
+        parameter: nn.Parameter,
+        held: Sequence[ParamSlice],
+        offset: int,
+        slots: list[BufferSlot],
+    ) -> int:
         """Append a parameter's slots from `offset` on; returns where the next parameter begins."""
         width = prod(parameter.shape[1:])
         first = offset
         for piece in held:
             block = -(-piece.shape[0] // self.dp.size)
             at = first + piece.row * width if self.dp.size == 1 else offset
-            slots.append(Slot(parameter, piece, block, width, at))
+            slots.append(BufferSlot(parameter, piece, block, width, at))
             offset = at + block * width
         # With one rank the padding rows of a parameter lie in the line too: its sum is then one view of it.
         offset = first + parameter.numel() if self.dp.size == 1 else offset
         return -(-offset // ALIGN) * ALIGN
 
-    def parameters(self) -> list[tuple[nn.Parameter, list[Slot]]]:
+    def parameters(self) -> list[tuple[nn.Parameter, list[BufferSlot]]]:
         """Every parameter with its slots, in the order of the line."""
-        found: dict[int, tuple[nn.Parameter, list[Slot]]] = {}
+        found: dict[int, tuple[nn.Parameter, list[BufferSlot]]] = {}
         for slot in self.slots:
             found.setdefault(id(slot.parameter), (slot.parameter, []))[1].append(slot)
         return list(found.values())
@@ -128,19 +136,25 @@ class SlotTable:
                 found.append(Bucket(start, stop, inside))
         return tuple(found)
 
-    def local(self, line: Tensor, slot: Slot) -> Tensor:
+    def local(self, line: Tensor, slot: BufferSlot) -> Tensor:
         """The view of `line` [elements] that holds this rank's rows of a piece, in the piece's shape."""
         start, stop = slot.rows(self.dp)
-        return line.narrow(0, slot.offset, (stop - start) * slot.width).view(stop - start, *slot.piece.shape[1:])
+        return line.narrow(0, slot.offset, (stop - start) * slot.width).view(
+            stop - start, *slot.piece.shape[1:]
+        )
 
-    def each_block(self, lines: Tensor, slot: Slot, rows: Tensor, first: int = 0) -> list[tuple[Tensor, Tensor]]:
+    def each_block(
+        self, lines: Tensor, slot: BufferSlot, rows: Tensor, first: int = 0
+    ) -> list[tuple[Tensor, Tensor]]:
         """Pairs (view of lines, rows of a piece-shaped tensor) that cover the piece: whole blocks, then the short one.
 
         `lines` [dp, n] are all ranks' lines from element `first` on.
         """
         if slot.block == 0:
             return []
-        blocks = lines.narrow(1, slot.offset - first, slot.elements).view(self.dp.size, slot.block, slot.width)
+        blocks = lines.narrow(1, slot.offset - first, slot.elements).view(
+            self.dp.size, slot.block, slot.width
+        )
         flat = rows.reshape(rows.shape[0], slot.width)
         whole, rest = divmod(rows.shape[0], slot.block)
         pairs = [(blocks[:whole], flat[: whole * slot.block].view(whole, slot.block, slot.width))]
@@ -165,7 +179,7 @@ class GradientBuffer:
         num_microbatches: int | None = None,
         bucket_bytes: int | None = None,
     ):
-        self.table = SlotTable([pair for module in modules for pair in named_pieces(module)], dp)
+        self.table = ShardLayout([pair for module in modules for pair in named_slices(module)], dp)
         self.dp, self.tp, self.num_microbatches = dp, tp, num_microbatches
         self.line = torch.zeros(self.table.elements, dtype=torch.float32, device=device)
         """This rank's line; what `reduce` returns."""
@@ -185,11 +199,13 @@ class GradientBuffer:
         for index, (parameter, _) in enumerate(held):
             self._listen(index, parameter)
 
-    def _own_sums(self, held: Sequence[tuple[nn.Parameter, list[Slot]]], device: torch.device) -> Tensor:
+    def _own_sums(
+        self, held: Sequence[tuple[nn.Parameter, list[BufferSlot]]], device: torch.device
+    ) -> Tensor:
         size = sum(-(-parameter.numel() // ALIGN) * ALIGN for parameter, _ in held)
         return torch.zeros(size, dtype=torch.float32, device=device)
 
-    def _cut(self, held: Sequence[tuple[nn.Parameter, list[Slot]]]) -> list[Tensor]:
+    def _cut(self, held: Sequence[tuple[nn.Parameter, list[BufferSlot]]]) -> list[Tensor]:
         """Each parameter's sum, a view of all sums in its shape."""
         totals, offset = [], 0
         for parameter, _ in held:
@@ -217,21 +233,23 @@ class GradientBuffer:
             assert buffer is not None, "a backward ran after its gradient buffer was gone"
             buffer._arrived(index)
 
-        sink = Sink(self._totals[index], arrived)
+        accumulator = GradAccumulator(self._totals[index], arrived)
 
         def collect(parameter: Tensor) -> None:
             # None: the layer adds to the sink itself, and autograd has nothing to hand over.
             if parameter.grad is not None:
-                sink.add(parameter.grad)
+                accumulator.add(parameter.grad)
                 parameter.grad = None
-                sink.complete()
+                accumulator.complete()
 
-        attach(parameter, sink)
+        attach(parameter, accumulator)
         parameter.register_post_accumulate_grad_hook(collect)
 
     def zero(self) -> None:
         """Begin a step."""
-        assert not self._under_way, "a step began while gradients of the one before were on their way"
+        assert not self._under_way, (
+            "a step began while gradients of the one before were on their way"
+        )
         self._sums.zero_()
         self._started = 0
         self._arrivals = [0] * len(self._totals)
@@ -256,9 +274,13 @@ class GradientBuffer:
         if sum(slot.piece.shape[0] * slot.width for slot in bucket.slots) < transfer.numel():
             transfer.zero_()
         for slot in bucket.slots:
-            for into, rows in self.table.each_block(transfer, slot, self._total(slot), bucket.start):
+            for into, rows in self.table.each_block(
+                transfer, slot, self._total(slot), bucket.start
+            ):
                 into.copy_(rows)
-        self._under_way.append((bucket, reduce_scatter_start(transfer, self.dp, wait=not self.dp.overlap)))
+        self._under_way.append(
+            (bucket, reduce_scatter_start(transfer, self.dp, wait=not self.dp.overlap))
+        )
         self._started += 1
 
     def _settle(self) -> None:
@@ -275,7 +297,9 @@ class GradientBuffer:
                 for n, name in zip(self._arrivals, self._names, strict=True)
                 if n != self.num_microbatches
             ]
-            assert not wrong, f"gradients came in other than {self.num_microbatches} times: {', '.join(wrong[:3])}"
+            assert not wrong, (
+                f"gradients came in other than {self.num_microbatches} times: {', '.join(wrong[:3])}"
+            )
         self._sum_over_tensor()
         if self.dp.size == 1:
             return self.line
@@ -286,7 +310,7 @@ class GradientBuffer:
         self._settle()
         return self.line
 
-    def _total(self, slot: Slot) -> Tensor:
+    def _total(self, slot: BufferSlot) -> Tensor:
         """The rows of a piece in its parameter's sum (a view)."""
         return slot.piece.of(self._totals[self._of[id(slot.parameter)]])
 
@@ -298,6 +322,6 @@ class GradientBuffer:
         for view, part in zip(views, flat.split([view.numel() for view in views]), strict=True):
             view.copy_(part.view(view.shape))
 
-    def full(self, slot: Slot) -> Tensor:
+    def full(self, slot: BufferSlot) -> Tensor:
         """The whole local gradient of a piece as accumulated here, before any reduction (for tests and tools)."""
         return self._total(slot).clone()

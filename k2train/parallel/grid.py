@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from k2train.errors import ConfigError
 from k2train.launch.environment import Launch
-from k2train.parallel.comm_tracker import Traffic
+from k2train.parallel.comm_tracker import CommTracker
 from k2train.plan.layout import Coordinate, Layout
 
 
@@ -32,7 +32,7 @@ class Axis:
     """tp with sequence parallelism: keep a part of a product's input and gather it again in the backward pass."""
     symmetric: bool = False
     """tp: products fused with their collectives over symmetric memory."""
-    traffic: Traffic | None = field(default=None, compare=False, repr=False)
+    comm: CommTracker | None = field(default=None, compare=False, repr=False)
     """Where what crosses this axis is counted and named."""
 
     def __str__(self) -> str:
@@ -45,14 +45,16 @@ SINGLE = {name: Axis(name, 1, 0, None) for name in ("pp", "dp", "tp", "stage")}
 class ProcessGrid:
     """Layout + DeviceMesh + device of this process. Axes: `tp`, `dp`, `pp`, and `stage` (tp x dp of one pipeline rank)."""
 
-    def __init__(self, layout: Layout, rank: int, device: torch.device, traffic: Traffic | None = None):
+    def __init__(
+        self, layout: Layout, rank: int, device: torch.device, comm: CommTracker | None = None
+    ):
         assert dist.is_initialized(), "the process group must exist before the grid"
         assert dist.get_world_size() == layout.world_size, "layout and world differ"
         self.layout = layout
         self.rank = rank
         self.device = device
         self.coordinate = layout.coordinate(rank)
-        self.traffic = traffic or Traffic()
+        self.comm = comm or CommTracker()
         """Of all axes; what goes over `host` is counted by whoever sends it, what the saving thread sends is not."""
         ranks = torch.empty(layout.pipeline, layout.tensor, layout.data, dtype=torch.int)
         for pp in range(layout.pipeline):
@@ -61,7 +63,11 @@ class ProcessGrid:
                     ranks[pp, tp, dp] = layout.rank(Coordinate(pp=pp, dp=dp, tp=tp))
         self.mesh = DeviceMesh(device.type, ranks, mesh_dim_names=("pp", "tp", "dp"))
         self.stage_mesh = self.mesh["tp", "dp"]
-        host = self.mesh if device.type == "cpu" else DeviceMesh("cpu", ranks, mesh_dim_names=("pp", "tp", "dp"))
+        host = (
+            self.mesh
+            if device.type == "cpu"
+            else DeviceMesh("cpu", ranks, mesh_dim_names=("pp", "tp", "dp"))
+        )
         self.host_mesh = host["tp", "dp"]
         """(tp, dp) of this pipeline rank for tensors in host memory."""
         self.tp = self._axis("tp", layout.tensor, self.coordinate.tp)
@@ -70,7 +76,7 @@ class ProcessGrid:
         stage_size = layout.tensor * layout.data
         stage_rank = self.coordinate.tp * layout.data + self.coordinate.dp
         flat = self.stage_mesh._flatten("stage").get_group() if stage_size > 1 else None
-        self.stage = Axis("stage", stage_size, stage_rank, flat, traffic=self.traffic)
+        self.stage = Axis("stage", stage_size, stage_rank, flat, comm=self.comm)
         self.host = dist.new_group(backend="gloo", timeout=timedelta(minutes=60))
         """All ranks over gloo, for what is not a training collective."""
         self.background = dist.new_group(backend="gloo", timeout=timedelta(minutes=60))
@@ -78,7 +84,7 @@ class ProcessGrid:
 
     def _axis(self, name: str, size: int, rank: int) -> Axis:
         group = self.mesh[name].get_group() if size > 1 else None
-        return Axis(name, size, rank, group, traffic=self.traffic)
+        return Axis(name, size, rank, group, comm=self.comm)
 
     def __str__(self) -> str:
         c = self.coordinate
@@ -96,7 +102,9 @@ def choose_device(launch: Launch) -> torch.device:
     return torch.device("cuda", launch.local_rank)
 
 
-def start_process_group(launch: Launch, device: torch.device, timeout_seconds: float = 600.0) -> None:
+def start_process_group(
+    launch: Launch, device: torch.device, timeout_seconds: float = 600.0
+) -> None:
     """Create the default process group: gloo on CPU, NCCL on CUDA with gloo beside it for host tensors."""
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
     timeout = timedelta(seconds=timeout_seconds)
@@ -105,7 +113,9 @@ def start_process_group(launch: Launch, device: torch.device, timeout_seconds: f
     if launch.launched:
         dist.init_process_group(backend, timeout=timeout)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(
+            backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
+        )
 
 
 def stop_process_group() -> None:

@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from k2train.parallel.collectives import Pending
-from k2train.parallel.comm_tracker import AllOf, exchanging
-from k2train.parallel.grad_buffer import Bucket, SlotTable
+from k2train.parallel.comm_tracker import AllOf, collective_scope
+from k2train.parallel.grad_buffer import Bucket, ShardLayout
 from k2train.parallel.grid import Axis
 
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -30,11 +30,13 @@ def gather_lines(lines: Tensor, axis: Axis, wait: bool) -> Pending:
         return Pending(lines)
     name = f"all-gather of weights {axis.name}"
     if lines.device.type != "cpu":
-        with exchanging(axis.traffic, name):
-            work = _all_gather(lines.view(-1), lines[axis.rank], group=axis.group, async_op=not wait)
+        with collective_scope(axis.comm, name):
+            work = _all_gather(
+                lines.view(-1), lines[axis.rank], group=axis.group, async_op=not wait
+            )
         return Pending(lines, work, None, axis, name)
     under_way: list[Any] = []
-    with exchanging(axis.traffic, name):
+    with collective_scope(axis.comm, name):
         for step in range(1, axis.size):
             there, here = (axis.rank + step) % axis.size, (axis.rank - step) % axis.size
             under_way.append(dist.irecv(lines[here], group=axis.group, group_src=here))
@@ -45,10 +47,10 @@ def gather_lines(lines: Tensor, axis: Axis, wait: bool) -> Pending:
     return pending
 
 
-class Publisher:
-    """Writes buckets of values into the parameters of a `SlotTable`."""
+class ParamGather:
+    """Writes buckets of values into the parameters of a `ShardLayout`."""
 
-    def __init__(self, table: SlotTable):
+    def __init__(self, table: ShardLayout):
         self.table, self.dp = table, table.dp
         self._under_way: list[tuple[Bucket, Pending]] = []
 
@@ -84,6 +86,8 @@ class Publisher:
         for bucket, pending in self._under_way[:count]:
             lines = pending.wait()
             for slot in bucket.slots:
-                for held, out in self.table.each_block(lines, slot, slot.piece.of(slot.parameter.data), bucket.start):
+                for held, out in self.table.each_block(
+                    lines, slot, slot.piece.of(slot.parameter.data), bucket.start
+                ):
                     out.copy_(held)
         self._under_way = self._under_way[count:]

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from k2train.parallel.comm_tracker import exchanging, waiting
+from k2train.parallel.comm_tracker import collective_scope, wait_scope
 from k2train.parallel.grad_accumulation import WeightWork
 from k2train.parallel.grid import Axis
 from k2train.plan.schedule import Action, Op
@@ -86,7 +86,7 @@ class Executor:
                 if observe is not None:
                     observe(action)
         for work, _ in self._sending:
-            with waiting(self.pp.traffic, "end of sends to other stages"):
+            with wait_scope(self.pp.comm, "end of sends to other stages"):
                 work.wait()
         left = len(self._waiting)
         if self._training:
@@ -163,7 +163,7 @@ class Executor:
         self._check(action, tensor)
         tensor = tensor.contiguous()
         peer, tag = self._other_end(action)
-        with exchanging(self.pp.traffic, _named(action)):
+        with collective_scope(self.pp.comm, _named(action)):
             work: Any = dist.isend(tensor, group=self.pp.group, group_dst=peer, tag=tag)
         self._sending = [(w, t) for w, t in self._sending if not w.is_completed()]
         self._sending.append((work, tensor))
@@ -176,7 +176,7 @@ class Executor:
     def _receive(self, action: Action) -> Tensor:
         tensor = torch.empty(self._shape, dtype=self._dtype, device=self.device)
         peer, tag = self._other_end(action)
-        with exchanging(self.pp.traffic, _named(action)):
+        with collective_scope(self.pp.comm, _named(action)):
             work: Any = dist.irecv(tensor, group=self.pp.group, group_src=peer, tag=tag)
         self._waiting[(action.op, action.stage, action.microbatch)] = (action, work)
         return tensor
@@ -186,7 +186,9 @@ class Executor:
         assert action.peer is not None, f"{action} names no peer"
         forward = action.op in (Op.SEND_FORWARD, Op.RECV_FORWARD)
         # A border has the number of the stage before it.
-        border = action.stage if action.op in (Op.SEND_FORWARD, Op.RECV_BACKWARD) else action.stage - 1
+        border = (
+            action.stage if action.op in (Op.SEND_FORWARD, Op.RECV_BACKWARD) else action.stage - 1
+        )
         return action.peer, (action.microbatch * self.num_stages + border) * 2 + int(forward)
 
     def _await_input(self, action: Action) -> None:
@@ -197,7 +199,7 @@ class Executor:
         received = self._waiting.pop((op, action.stage, action.microbatch), None)
         if received is not None:
             receive, work = received
-            with waiting(self.pp.traffic, _named(receive)):
+            with wait_scope(self.pp.comm, _named(receive)):
                 work.wait()
 
 

@@ -22,9 +22,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from k2train.parallel.collectives import all_gather, all_reduce
-from k2train.parallel.comm_tracker import exchanging
+from k2train.parallel.comm_tracker import collective_scope
 from k2train.parallel.device_digest import Multipliers, tensor_sums
-from k2train.parallel.grad_buffer import Slot, SlotTable
+from k2train.parallel.grad_buffer import BufferSlot, ShardLayout
 from k2train.parallel.grid import ProcessGrid
 from k2train.plan.layout import Layout
 from k2train.state_digest import digest_text
@@ -49,9 +49,9 @@ class Copy:
 
 
 class ReplicaCheck:
-    """The comparison for the parameters of one `SlotTable`."""
+    """The comparison for the parameters of one `ShardLayout`."""
 
-    def __init__(self, table: SlotTable, grid: ProcessGrid):
+    def __init__(self, table: ShardLayout, grid: ProcessGrid):
         self.table, self.grid = table, grid
         shapes = [slot.piece.shape for slot in table.slots]
         rows, columns = (max((n for n in sizes), default=1) for sizes in _sizes(shapes))
@@ -67,15 +67,23 @@ class ReplicaCheck:
         used, finite, wanted = self._weights(lines[MASTER])
         states, equal = self._states(lines)
         wrong = (used != wanted).any(dim=1) | ~finite
-        named = {slot.piece.name for slot, bad in zip(self.table.slots, wrong.tolist(), strict=True) if bad}
-        named |= {slot.piece.name for slot, same in zip(self._whole, equal.tolist(), strict=True) if not same}
+        named = {
+            slot.piece.name
+            for slot, bad in zip(self.table.slots, wrong.tolist(), strict=True)
+            if bad
+        }
+        named |= {
+            slot.piece.name
+            for slot, same in zip(self._whole, equal.tolist(), strict=True)
+            if not same
+        }
         flag = torch.tensor([len(named)], dtype=torch.int64, device=self.grid.device)
-        with exchanging(self.grid.traffic, "all-reduce of differing copies"):
+        with collective_scope(self.grid.comm, "all-reduce of differing copies"):
             dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         if not int(flag):
             return None
         told: list[set[str]] = [set() for _ in range(self.grid.layout.world_size)]
-        with exchanging(self.grid.traffic, "all-gather of differing tensors"):
+        with collective_scope(self.grid.comm, "all-gather of differing tensors"):
             dist.all_gather_object(told, named, group=self.grid.host)
         suspects = set().union(*told)
         mine = {}
@@ -89,7 +97,7 @@ class ReplicaCheck:
                     states.get(slot.piece.name),
                 )
         copies: list[dict[str, Copy]] = [{} for _ in told]
-        with exchanging(self.grid.traffic, "all-gather of digests of copies"):
+        with collective_scope(self.grid.comm, "all-gather of digests of copies"):
             dist.all_gather_object(copies, mine, group=self.grid.host)
         return conclusion(copies, self.grid.layout)
 
@@ -110,20 +118,26 @@ class ReplicaCheck:
 
     def _states(self, lines: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, str]], Tensor]:
         """Of what tensor-parallel ranks hold whole: {NAME: {state: digest}}, and whether all of them agree [tensors]."""
-        found = torch.zeros(len(self._whole), len(lines), 2, dtype=torch.int64, device=self.grid.device)
+        found = torch.zeros(
+            len(self._whole), len(lines), 2, dtype=torch.int64, device=self.grid.device
+        )
         for number, slot in enumerate(self._whole):
             for place, line in enumerate(lines.values()):
-                found[number, place] = tensor_sums(self.table.local(line, slot), 0, 0, self._factors)
+                found[number, place] = tensor_sums(
+                    self.table.local(line, slot), 0, 0, self._factors
+                )
         if not self._whole:
             return {}, torch.ones(0, dtype=torch.bool)
         everyone = all_gather(found, self.grid.tp).view(self.grid.tp.size, *found.shape)
         texts = {
-            slot.piece.name: {state: digest_text(pair) for state, pair in zip(lines, pairs, strict=True)}
+            slot.piece.name: {
+                state: digest_text(pair) for state, pair in zip(lines, pairs, strict=True)
+            }
             for slot, pairs in zip(self._whole, found.tolist(), strict=True)
         }
         return texts, (everyone == found).all(dim=0).flatten(1).all(dim=1)
 
-    def _own_rows(self, slot: Slot, master: Tensor) -> bool:
+    def _own_rows(self, slot: BufferSlot, master: Tensor) -> bool:
         start, stop = slot.rows(self.table.dp)
         weights = slot.piece.of(slot.parameter.data)[start:stop]
         rounded = self.table.local(master, slot).to(weights.dtype)
@@ -131,7 +145,9 @@ class ReplicaCheck:
         return bool((pair[0] == pair[1]).all())
 
 
-def replica_problem(table: SlotTable, lines: Mapping[str, Tensor], grid: ProcessGrid) -> str | None:
+def replica_problem(
+    table: ShardLayout, lines: Mapping[str, Tensor], grid: ProcessGrid
+) -> str | None:
     """One line naming the first tensors and ranks whose copies differ, None when all agree; see `ReplicaCheck`."""
     return ReplicaCheck(table, grid).problem(lines)
 
@@ -165,8 +181,16 @@ def _weights_apart(name: str, said: Mapping[int, Copy], accused: list[int]) -> l
         accused += broken
         found.append(f"weights of {name} are not finite on {_ranks(broken)}")
     good = [rank for rank, copy in said.items() if copy.used == copy.wanted]
-    odd = [rank for rank in said if rank not in good] if good else _odd({r: copy.used for r, copy in said.items()})
-    rotten = [] if good else [rank for rank, copy in said.items() if not copy.own_rows and rank not in odd]
+    odd = (
+        [rank for rank in said if rank not in good]
+        if good
+        else _odd({r: copy.used for r, copy in said.items()})
+    )
+    rotten = (
+        []
+        if good
+        else [rank for rank, copy in said.items() if not copy.own_rows and rank not in odd]
+    )
     if not (good or odd or rotten):
         odd = list(said)
     for ranks, text in (
@@ -196,7 +220,11 @@ def _states_apart(name: str, said: Mapping[int, Copy]) -> list[str]:
 def _odd(digests: Mapping[int, str]) -> list[int]:
     """The ranks that differ from more than half of all; none where there is no such half."""
     (most, count), *_ = Counter(digests.values()).most_common(1)
-    return [rank for rank, digest in digests.items() if digest != most] if 2 * count > len(digests) else []
+    return (
+        [rank for rank, digest in digests.items() if digest != most]
+        if 2 * count > len(digests)
+        else []
+    )
 
 
 def _ranks(ranks: Sequence[int]) -> str:

@@ -18,7 +18,7 @@ from k2train.parallel.grad_accumulation import WeightWork
 
 
 @dataclass(frozen=True)
-class Piece:
+class ParamSlice:
     """A slice of one named global tensor inside a local parameter."""
 
     name: str
@@ -41,7 +41,9 @@ class Piece:
         """Local shape, without padding."""
         if self.dim is None:
             return self.global_shape
-        return tuple(self.stop - self.start if d == self.dim else n for d, n in enumerate(self.global_shape))
+        return tuple(
+            self.stop - self.start if d == self.dim else n for d, n in enumerate(self.global_shape)
+        )
 
     def of(self, local: torch.Tensor) -> torch.Tensor:
         """The rows of a local parameter-shaped tensor that hold this piece (a view)."""
@@ -51,7 +53,7 @@ class Piece:
 class Sharded(nn.Module):
     """A module that owns parameters; `pieces` says for each what it holds."""
 
-    pieces: dict[str, tuple[Piece, ...]]
+    pieces: dict[str, tuple[ParamSlice, ...]]
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,12 +71,14 @@ def even_slice(size: int, parts: int, index: int) -> tuple[int, int]:
     return start, min(start + block, size)
 
 
-def named_pieces(module: nn.Module) -> Iterator[tuple[nn.Parameter, Piece]]:
+def named_slices(module: nn.Module) -> Iterator[tuple[nn.Parameter, ParamSlice]]:
     """Every (local parameter, piece) of a module tree, in definition order; each parameter must be covered."""
     seen: set[int] = set()
     for path, child in module.named_modules():
         for name, parameter in child.named_parameters(recurse=False):
-            assert isinstance(child, Sharded) and name in child.pieces, f"{path}.{name} does not say what it holds"
+            assert isinstance(child, Sharded) and name in child.pieces, (
+                f"{path}.{name} does not say what it holds"
+            )
             assert id(parameter) not in seen, f"{path}.{name} is shared"
             seen.add(id(parameter))
             for piece in child.pieces[name]:

@@ -16,23 +16,27 @@ import torch.distributed._symmetric_memory
 from torch import Tensor
 
 from k2train.errors import ConfigError
-from k2train.parallel.comm_tracker import exchanging
+from k2train.parallel.comm_tracker import collective_scope
 from k2train.parallel.grid import Axis
 
 
 def gather_multiply(x: Tensor, matrix: Tensor, axis: Axis) -> tuple[Tensor, Tensor]:
     """x [n/tp, k], matrix [k, m] -> x of all ranks [n, k], and its product [n, m]."""
     assert axis.group is not None, "an axis of one exchanges nothing"
-    with exchanging(axis.traffic, "all-gather in a product tp"):
-        whole, (y,) = torch.ops.symm_mem.fused_all_gather_matmul(x, [matrix], 0, axis.group.group_name, return_A=True)
+    with collective_scope(axis.comm, "all-gather in a product tp"):
+        whole, (y,) = torch.ops.symm_mem.fused_all_gather_matmul(
+            x, [matrix], 0, axis.group.group_name, return_A=True
+        )
     return whole, y
 
 
 def multiply_scatter(x: Tensor, matrix: Tensor, axis: Axis) -> Tensor:
     """x [n, k], matrix [k, m] -> this rank's rows [n/tp, m] of the products' sum over ranks."""
     assert axis.group is not None, "an axis of one exchanges nothing"
-    with exchanging(axis.traffic, "reduce-scatter in a product tp"):
-        return torch.ops.symm_mem.fused_matmul_reduce_scatter(x, matrix, "sum", 0, axis.group.group_name)
+    with collective_scope(axis.comm, "reduce-scatter in a product tp"):
+        return torch.ops.symm_mem.fused_matmul_reduce_scatter(
+            x, matrix, "sum", 0, axis.group.group_name
+        )
 
 
 @cache
@@ -44,9 +48,13 @@ def require_symmetric_memory(ranks: int, sequence: bool, plain_product: bool) ->
             f"{needs} parallel.sequence: true: a replicated activation has no blocks to fuse a product with"
         )
     if not plain_product:
-        raise ConfigError(f"{needs} kernels.matmul: torch: the fused products multiply in the dtype of their factors")
+        raise ConfigError(
+            f"{needs} kernels.matmul: torch: the fused products multiply in the dtype of their factors"
+        )
     if not hasattr(torch.ops.symm_mem, "fused_matmul_reduce_scatter"):
-        raise ConfigError(f"{needs} torch.distributed._symmetric_memory, torch {torch.__version__} is without it")
+        raise ConfigError(
+            f"{needs} torch.distributed._symmetric_memory, torch {torch.__version__} is without it"
+        )
     devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if devices < ranks:
         raise ConfigError(

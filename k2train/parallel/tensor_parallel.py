@@ -5,7 +5,7 @@
     VocabEmbedding, and ColumnLinear as the head, hold ceil(vocabulary/tp) rows each; rows past the vocabulary are padding
 
 What crosses ranks, and when, is the layer's `exchange`. Each layer is one autograd function, so that the weight gradient
-can go straight to its sink, behind a transfer or at a later time: autograd sees only x and its gradient. Refused: a
+can go straight to its accumulator, behind a transfer or at a later time: autograd sees only x and its gradient. Refused: a
 collective and a product as two functions, between which autograd leaves nothing to hide the one behind the other.
 
 Source: Shoeybi et al. 2019 (arXiv:1909.08053) section 3. There are no biases in this architecture, so there are none here.
@@ -19,11 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from k2train.errors import DataError
-from k2train.parallel.collective_matmul import Product, choose_exchange
+from k2train.parallel.collective_matmul import Product, choose_collective_matmul
 from k2train.parallel.collectives import Pending, leave_parallel
-from k2train.parallel.grad_accumulation import sink_of
+from k2train.parallel.grad_accumulation import accumulator_of
 from k2train.parallel.grid import Axis
-from k2train.parallel.shard import Piece, Sharded, even_slice
+from k2train.parallel.shard import ParamSlice, Sharded, even_slice
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -44,14 +44,18 @@ def _hand_over(
     `used` are the rows of the weight that took part. A weight without a sink gets its gradient returned, for autograd.
     """
     weight, product = layer.weight, layer.exchange.product
-    sink = sink_of(weight)
-    if sink is None:
+    accumulator = accumulator_of(weight)
+    if accumulator is None:
         gradient = dy.t() @ gather()
-        return gradient if used.shape == weight.shape else F.pad(gradient, (0, 0, 0, weight.shape[0] - used.shape[0]))
+        return (
+            gradient
+            if used.shape == weight.shape
+            else F.pad(gradient, (0, 0, 0, weight.shape[0] - used.shape[0]))
+        )
 
     def work() -> None:
-        product.add_weight_gradient(sink.total.narrow(0, 0, used.shape[0]), dy, gather())
-        sink.complete()
+        product.add_weight_gradient(accumulator.total.narrow(0, 0, used.shape[0]), dy, gather())
+        accumulator.complete()
 
     layer.weight_work.do(work)
     return None
@@ -82,7 +86,9 @@ class _Column(torch.autograd.Function):
         gradient = None
         if wants_weight:
             later = exchange.regather and layer.weight_work.is_keeping
-            gradient = _hand_over(layer, used, dy, (lambda: exchange.gather(kept).wait()) if later else x.wait)
+            gradient = _hand_over(
+                layer, used, dy, (lambda: exchange.gather(kept).wait()) if later else x.wait
+            )
         return None if dx is None else dx.wait().view(ctx.shape), gradient, None
 
 
@@ -127,19 +133,26 @@ class ColumnLinear(Sharded):
         product: Product | None = None,
     ):
         super().__init__()
-        self.tp, self.sequence, self.outputs, self.in_features = tp, sequence, dict(outputs), in_features
+        self.tp, self.sequence, self.outputs, self.in_features = (
+            tp,
+            sequence,
+            dict(outputs),
+            in_features,
+        )
         pieces, row, padded = [], 0, 0
         for name, size in outputs.items():
             assert pad or size % tp.size == 0, f"{name}: {size} rows do not divide over {tp}"
             start, stop = even_slice(size, tp.size, tp.rank)
-            pieces.append(Piece(name, (size, in_features), 0, start, stop, row, init_std, decay=True))
+            pieces.append(
+                ParamSlice(name, (size, in_features), 0, start, stop, row, init_std, decay=True)
+            )
             row += stop - start
             padded += -(-size // tp.size)
         assert not pad or len(pieces) == 1, "padding stands behind the one piece"
         self.rows = row
         self.weight = nn.Parameter(torch.empty(padded, in_features))
         self.pieces = {"weight": tuple(pieces)}
-        self.exchange = choose_exchange(tp, sequence, product)
+        self.exchange = choose_collective_matmul(tp, sequence, product)
         self.exchange.product.check(" + ".join(outputs), self.rows, in_features)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -165,11 +178,22 @@ class RowLinear(Sharded):
     ):
         super().__init__()
         assert in_features % tp.size == 0, f"{name}: {in_features} columns do not divide over {tp}"
-        self.tp, self.sequence, self.in_features, self.out_features = tp, sequence, in_features, out_features
+        self.tp, self.sequence, self.in_features, self.out_features = (
+            tp,
+            sequence,
+            in_features,
+            out_features,
+        )
         start, stop = even_slice(in_features, tp.size, tp.rank)
         self.weight = nn.Parameter(torch.empty(out_features, stop - start))
-        self.pieces = {"weight": (Piece(name, (out_features, in_features), 1, start, stop, 0, init_std, decay=True),)}
-        self.exchange = choose_exchange(tp, sequence, product)
+        self.pieces = {
+            "weight": (
+                ParamSlice(
+                    name, (out_features, in_features), 1, start, stop, 0, init_std, decay=True
+                ),
+            )
+        }
+        self.exchange = choose_collective_matmul(tp, sequence, product)
         self.exchange.product.check(name, out_features, stop - start)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -197,15 +221,15 @@ class _Lookup(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[None, Tensor | None, None]:
         layer, (ids,) = ctx.layer, ctx.saved_tensors
-        sink = sink_of(layer.weight)
-        if sink is None:
+        accumulator = accumulator_of(layer.weight)
+        if accumulator is None:
             gradient = torch.zeros_like(layer.weight)
             layer.add_rows(gradient, ids, dy)
             return None, gradient, None
 
         def work() -> None:
-            layer.add_rows(sink.total, ids, dy)
-            sink.complete()
+            layer.add_rows(accumulator.total, ids, dy)
+            accumulator.complete()
 
         layer.weight_work.do(work)
         return None, None, None
@@ -218,13 +242,37 @@ class VocabEmbedding(Sharded):
     result is NaN, which the finite check refuses): a plain masked lookup would give zeros and say nothing.
     """
 
-    def __init__(self, name: str, vocab_size: int, hidden_size: int, tp: Axis, sequence: bool, init_std: float):
+    def __init__(
+        self,
+        name: str,
+        vocab_size: int,
+        hidden_size: int,
+        tp: Axis,
+        sequence: bool,
+        init_std: float,
+    ):
         super().__init__()
-        self.tp, self.sequence, self.vocab_size, self.hidden_size = tp, sequence, vocab_size, hidden_size
+        self.tp, self.sequence, self.vocab_size, self.hidden_size = (
+            tp,
+            sequence,
+            vocab_size,
+            hidden_size,
+        )
         self.start, self.stop = even_slice(vocab_size, tp.size, tp.rank)
         self.weight = nn.Parameter(torch.empty(-(-vocab_size // tp.size), hidden_size))
         self.pieces = {
-            "weight": (Piece(name, (vocab_size, hidden_size), 0, self.start, self.stop, 0, init_std, decay=True),)
+            "weight": (
+                ParamSlice(
+                    name,
+                    (vocab_size, hidden_size),
+                    0,
+                    self.start,
+                    self.stop,
+                    0,
+                    init_std,
+                    decay=True,
+                ),
+            )
         }
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -244,7 +292,9 @@ class VocabEmbedding(Sharded):
         """Ids [s, b] -> rows of the weight [s, b], and which of the ids are held here (None: all)."""
         if self.tp.size == 1:
             return ids.clamp(0, self.vocab_size - 1), None
-        return (ids - self.start).remainder(self.weight.shape[0]), (ids >= self.start) & (ids < self.stop)
+        return (ids - self.start).remainder(self.weight.shape[0]), (ids >= self.start) & (
+            ids < self.stop
+        )
 
     def add_rows(self, into: Tensor, ids: Tensor, dy: Tensor) -> None:
         """Add dy [s, b, h] to the rows of `into` [v/tp, h] that ids [s, b] name, in the order of the positions.

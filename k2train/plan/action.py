@@ -78,7 +78,11 @@ Owner = Callable[[int], int]
 
 def result(action: Action) -> Action:
     """The name of what a compute action gives: the action itself, and B for an I, whose input gradient is the same."""
-    return Action(Op.BACKWARD, action.stage, action.microbatch) if action.op is Op.BACKWARD_INPUT else action
+    return (
+        Action(Op.BACKWARD, action.stage, action.microbatch)
+        if action.op is Op.BACKWARD_INPUT
+        else action
+    )
 
 
 def dependencies(action: Action, num_stages: int) -> tuple[Action, ...]:
@@ -92,7 +96,9 @@ def dependencies(action: Action, num_stages: int) -> tuple[Action, ...]:
     return own if stage == num_stages - 1 else (*own, Action(Op.BACKWARD, stage + 1, microbatch))
 
 
-def transfer_after(action: Action, owner: Owner, num_stages: int) -> tuple[Action, int, Action] | None:
+def transfer_after(
+    action: Action, owner: Owner, num_stages: int
+) -> tuple[Action, int, Action] | None:
     """(send, rank of the receiver, receive) that the result of a compute action needs, or None.
 
     Neighbouring stages with the same owner, as with one pipeline rank or where a V turns, need no transfer; nor do
@@ -104,7 +110,9 @@ def transfer_after(action: Action, owner: Owner, num_stages: int) -> tuple[Actio
     target = action.stage + 1 if forward else action.stage - 1
     if not 0 <= target < num_stages or owner(action.stage) == owner(target):
         return None
-    send, receive = (Op.SEND_FORWARD, Op.RECV_FORWARD) if forward else (Op.SEND_BACKWARD, Op.RECV_BACKWARD)
+    send, receive = (
+        (Op.SEND_FORWARD, Op.RECV_FORWARD) if forward else (Op.SEND_BACKWARD, Op.RECV_BACKWARD)
+    )
     return (
         Action(send, action.stage, action.microbatch, owner(target)),
         owner(target),

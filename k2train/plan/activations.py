@@ -90,7 +90,9 @@ class Work:
 
     def policies(self, num_layers: int) -> list[str]:
         """The policy of each layer of a stage."""
-        count = num_layers if self.recompute_layers is None else min(self.recompute_layers, num_layers)
+        count = (
+            num_layers if self.recompute_layers is None else min(self.recompute_layers, num_layers)
+        )
         return [self.recompute] * count + ["none"] * (num_layers - count)
 
 
@@ -172,7 +174,10 @@ def layer_waiting_bytes(work: Work) -> int:
     shape = work.shape
     inputs = 2 * (work.residual_bytes if not work.gathers or work.regather else work.gathered_bytes)
     inputs += work.split_bytes(shape.hidden_size + shape.ffn_hidden_size)
-    gradients = work.split_bytes(query_key_value_width(shape) + 2 * shape.ffn_hidden_size) + 2 * work.gathered_bytes
+    gradients = (
+        work.split_bytes(query_key_value_width(shape) + 2 * shape.ffn_hidden_size)
+        + 2 * work.gathered_bytes
+    )
     return inputs + gradients
 
 
@@ -186,7 +191,9 @@ def stage_waiting_bytes(work: Work, layout: Layout, stage: int) -> int:
     return total + work.gathered_bytes if stage == 0 else total
 
 
-def peak_bytes(program: Sequence[Action], forward: Callable[[int], int], waiting: Callable[[int], int]) -> int:
+def peak_bytes(
+    program: Sequence[Action], forward: Callable[[int], int], waiting: Callable[[int], int]
+) -> int:
     """The most that a rank's program holds at once: `forward(stage)` bytes from a stage's forward to its backward, and
     `waiting(stage)` from a backward for the input to that for the weights, which is a later action."""
     held = peak = 0

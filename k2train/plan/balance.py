@@ -38,7 +38,9 @@ def rank_flops(shape: ModelShape, layout: Layout, sequence_length: int) -> tuple
     )
 
 
-def balanced_layers(shape: ModelShape, layout: Layout, sequence_length: int) -> tuple[int, ...] | None:
+def balanced_layers(
+    shape: ModelShape, layout: Layout, sequence_length: int
+) -> tuple[int, ...] | None:
     """The layers of each stage that make the slowest rank fastest, and then the slowest stage; None with too few layers.
 
     Layers are dealt one at a time to the rank with the least to do, and on it to its stage with the least: since all
@@ -51,7 +53,10 @@ def balanced_layers(shape: ModelShape, layout: Layout, sequence_length: int) -> 
     cost = [layer] * layout.num_stages
     cost[-1] += head_flops(shape)
     for _ in range(shape.num_layers - layout.num_stages):
-        pp = min(range(layout.pipeline), key=lambda pp: sum(cost[stage] for stage in layout.stages_of(pp)))
+        pp = min(
+            range(layout.pipeline),
+            key=lambda pp: sum(cost[stage] for stage in layout.stages_of(pp)),
+        )
         stage = min(layout.stages_of(pp), key=lambda stage: cost[stage])
         counts[stage] += 1
         cost[stage] += layer

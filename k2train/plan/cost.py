@@ -36,7 +36,9 @@ class ModelShape:
 
 def layer_matrix_parameters(shape: ModelShape) -> int:
     """Parameters in the matrices of one layer: query and output, key and value, gate, up and down."""
-    attention = 2 * shape.hidden_size**2 + 2 * shape.hidden_size * shape.num_kv_heads * shape.head_dim
+    attention = (
+        2 * shape.hidden_size**2 + 2 * shape.hidden_size * shape.num_kv_heads * shape.head_dim
+    )
     return attention + 3 * shape.hidden_size * shape.ffn_hidden_size
 
 
@@ -52,7 +54,9 @@ def embedding_parameters(shape: ModelShape) -> int:
 
 def parameters(shape: ModelShape) -> int:
     """Parameters in all; no layout changes this number."""
-    return shape.num_layers * layer_parameters(shape) + embedding_parameters(shape) + shape.hidden_size
+    return (
+        shape.num_layers * layer_parameters(shape) + embedding_parameters(shape) + shape.hidden_size
+    )
 
 
 def tensor_count(shape: ModelShape) -> int:
@@ -83,7 +87,9 @@ def rank_parameters(shape: ModelShape, layout: Layout, pp: int) -> int:
     total = 0
     for stage in layout.stages_of(pp):
         num_layers = len(layout.layers_of(stage, shape.num_layers))
-        total += num_layers * (layer_matrix_parameters(shape) // layout.tensor + 2 * shape.hidden_size)
+        total += num_layers * (
+            layer_matrix_parameters(shape) // layout.tensor + 2 * shape.hidden_size
+        )
         if stage == 0:
             total += embedding
         if stage == layout.num_stages - 1:
@@ -97,7 +103,9 @@ def flops_per_token(shape: ModelShape, sequence_length: int) -> int:
     6 x the parameters in matrices (head included, input embedding not: it is a look-up) + 12 x layers x sequence x
     hidden for the scores and their use (Chowdhery et al. 2022, PaLM, appendix B). The layout does not enter.
     """
-    matmul_parameters = shape.num_layers * layer_matrix_parameters(shape) + shape.vocab_size * shape.hidden_size
+    matmul_parameters = (
+        shape.num_layers * layer_matrix_parameters(shape) + shape.vocab_size * shape.hidden_size
+    )
     return 6 * matmul_parameters + 12 * shape.num_layers * sequence_length * shape.hidden_size
 
 
@@ -125,12 +133,16 @@ def state_bytes(shape: ModelShape, layout: Layout, precision: str, pp: int = 0) 
     over the data-parallel ranks; the largest share is given. With several, the rank's share of the reduced gradients has
     memory of its own; on one, fp32 weights are the master weights.
     """
-    assert precision in WEIGHT_BYTES, f"precision must be one of {tuple(WEIGHT_BYTES)}, not {precision!r}"
+    assert precision in WEIGHT_BYTES, (
+        f"precision must be one of {tuple(WEIGHT_BYTES)}, not {precision!r}"
+    )
     count = rank_parameters(shape, layout, pp)
     share = math.ceil(count / layout.data)
     weights, alone = WEIGHT_BYTES[precision] * count, layout.data == 1
     gradients = 4 * count + (0 if alone else 4 * share)
-    return StateBytes(weights, gradients, 8 * share if alone and precision == "fp32" else 12 * share)
+    return StateBytes(
+        weights, gradients, 8 * share if alone and precision == "fp32" else 12 * share
+    )
 
 
 # (words that the device's name must hold, dense bf16 FLOP/s, source); the first match counts, so the special part
@@ -152,7 +164,11 @@ PEAK_FLOPS: tuple[tuple[tuple[str, ...], float, str], ...] = (
     (("A40",), 149.7e12, "NVIDIA A40 data sheet"),
     (("L4",), 121e12, "NVIDIA L4 data sheet: 242 with sparsity"),
     (("A10",), 125e12, "NVIDIA A10 data sheet"),
-    (("MI250X",), 191.5e12, "AMD Instinct MI250X data sheet: 383 for the two dies, of which each is a device"),
+    (
+        ("MI250X",),
+        191.5e12,
+        "AMD Instinct MI250X data sheet: 383 for the two dies, of which each is a device",
+    ),
     (("MI300X",), 1307.4e12, "AMD Instinct MI300X data sheet"),
 )
 

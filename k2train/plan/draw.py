@@ -52,7 +52,8 @@ def draw(spans: Sequence[Span], width: int = 100, unit: str = "s") -> str:
         if left:
             lines.append("")
         lines += [
-            f"rank {rank}".ljust(gutter) + "".join(rows[rank][left : left + panel_columns]).rstrip() for rank in ranks
+            f"rank {rank}".ljust(gutter) + "".join(rows[rank][left : left + panel_columns]).rstrip()
+            for rank in ranks
         ]
     return "\n".join(lines)
 
@@ -76,7 +77,9 @@ def _label(span: Span, local: dict[int, int]) -> str:
     if max(local.values()) == 0:
         return str(span.action.microbatch)
     letter = chr(ord("a") + local[span.action.stage] % 26)
-    return (letter if span.action.op is Op.FORWARD else letter.upper()) + str(span.action.microbatch)
+    return (letter if span.action.op is Op.FORWARD else letter.upper()) + str(
+        span.action.microbatch
+    )
 
 
 def _label_width(computes: Sequence[Span], local: dict[int, int]) -> int:
@@ -90,7 +93,8 @@ def _columns(computes: Sequence[Span], total: float, panel_columns: int, label_w
     A whole number of columns for a usual forward, so that equal spans are drawn equal.
     """
     usual = statistics.median(
-        [span.end_seconds - span.start_seconds for span in computes if span.action.op is Op.FORWARD] or [total]
+        [span.end_seconds - span.start_seconds for span in computes if span.action.op is Op.FORWARD]
+        or [total]
     )
     length = total / usual if usual > 0 else 1.0
     columns_per_forward = max(label_width, int(panel_columns / length))
@@ -114,7 +118,10 @@ def _ops(computes: Sequence[Span]) -> list[Op]:
 
 
 def _key(ops: Sequence[Op], local: dict[int, int], column: float, unit: str) -> list[str]:
-    signs = [f"3{FILL[op]} {NAMES[op]}{' of micro-batch 3' if index == 0 else ''}" for index, op in enumerate(ops)]
+    signs = [
+        f"3{FILL[op]} {NAMES[op]}{' of micro-batch 3' if index == 0 else ''}"
+        for index, op in enumerate(ops)
+    ]
     key = [f"{', '.join(signs)}, . idle; one column = {column:.3g} {unit}"]
     if max(local.values()) > 0:
         key.append("a b ... the rank's stages in order, capital in backwards")
@@ -148,11 +155,18 @@ def svg(spans: Sequence[Span], width: int = 1200, unit: str = "s") -> str:
     for index, rank in enumerate(ranks):
         top = TOP + index * (ROW + GAP)
         body.append(f'<text x="8" y="{top + 19}">rank {rank}</text>')
-        body.append(f'<rect class="idle" x="{LEFT}" y="{top}" width="{total * scale:.2f}" height="{ROW}"/>')
+        body.append(
+            f'<rect class="idle" x="{LEFT}" y="{top}" width="{total * scale:.2f}" height="{ROW}"/>'
+        )
         for span in computes:
             if span.rank == rank:
                 body += _svg_box(
-                    span, _label(span, local), LEFT + (span.start_seconds - start) * scale, top, scale, unit
+                    span,
+                    _label(span, local),
+                    LEFT + (span.start_seconds - start) * scale,
+                    top,
+                    scale,
+                    unit,
                 )
     return "\n".join([*body, "</svg>", ""])
 
@@ -172,7 +186,9 @@ def _svg_head(ops: Sequence[Op], width: int, height: int, total: float, unit: st
         key.append(f'<rect class="{op.value}" x="{left}" y="8" width="16" height="14"/>')
         key.append(f'<text x="{left + 22}" y="19">{NAMES[op]}</text>')
         left += 40 + 7 * len(NAMES[op])
-    key.append(f'<text x="{left}" y="19">{total:.4g} {html.escape(unit)} in all; the number is the micro-batch</text>')
+    key.append(
+        f'<text x="{left}" y="19">{total:.4g} {html.escape(unit)} in all; the number is the micro-batch</text>'
+    )
     return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">
 <style>text {{ font: 12px sans-serif; fill: #111; }} rect {{ stroke: #444; stroke-width: 0.5; }}
 .idle {{ fill: #f4f4f4; }} {styles}</style>
@@ -187,5 +203,7 @@ def _svg_box(span: Span, label: str, left: float, top: int, scale: float, unit: 
     place = f'x="{left:.2f}" y="{top}" width="{width:.2f}" height="{ROW}"'
     box = [f'<rect class="{span.action.op.value}" {place}><title>{told}</title></rect>']
     if width >= 8 * len(label):
-        box.append(f'<text x="{left + width / 2:.2f}" y="{top + 19}" text-anchor="middle">{label}</text>')
+        box.append(
+            f'<text x="{left + width / 2:.2f}" y="{top + 19}" text-anchor="middle">{label}</text>'
+        )
     return box

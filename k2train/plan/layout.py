@@ -48,7 +48,9 @@ class Layout:
         for name in ("tensor", "pipeline", "data", "stages_per_rank"):
             degree = getattr(self, name)
             assert degree >= 1, f"Layout.{name} must be at least 1, not {degree}"
-        assert self.placement in ("loop", "v"), f"Layout.placement must be loop or v, not {self.placement}"
+        assert self.placement in ("loop", "v"), (
+            f"Layout.placement must be loop or v, not {self.placement}"
+        )
         assert self.placement == "loop" or self.stages_per_rank == 2, "a V has two stages a rank"
         uneven = self.layers_per_stage
         assert uneven is None or (len(uneven) == self.num_stages and min(uneven) >= 1), (
@@ -77,7 +79,14 @@ class Layout:
                 f"the world ({world_size} processes) must be a multiple of parallel.tensor ({tensor}) x "
                 f"parallel.pipeline ({pipeline}) = {model_ranks}; nearest that are: {', '.join(map(str, nearest))}"
             )
-        return cls(tensor, pipeline, world_size // model_ranks, stages_per_rank, placement, layers_per_stage)
+        return cls(
+            tensor,
+            pipeline,
+            world_size // model_ranks,
+            stages_per_rank,
+            placement,
+            layers_per_stage,
+        )
 
     @property
     def world_size(self) -> int:
@@ -105,7 +114,9 @@ class Layout:
         """Coordinate -> world rank; the inverse of `coordinate`."""
         for axis in AXES:
             index = getattr(coordinate, axis)
-            assert 0 <= index < self.degree(axis), f"{axis} {index} is outside its degree {self.degree(axis)}"
+            assert 0 <= index < self.degree(axis), (
+                f"{axis} {index} is outside its degree {self.degree(axis)}"
+            )
         return (coordinate.pp * self.data + coordinate.dp) * self.tensor + coordinate.tp
 
     def groups(self, axis: str) -> list[tuple[int, ...]]:
@@ -137,8 +148,12 @@ class Layout:
         assert 0 <= stage < self.num_stages, f"stage {stage} is outside {self.num_stages} stages"
         if self.layers_per_stage is not None:
             ends = tuple(accumulate(self.layers_per_stage))
-            assert ends[-1] == num_layers, f"{self.layers_per_stage} is not a split of {num_layers} layers"
+            assert ends[-1] == num_layers, (
+                f"{self.layers_per_stage} is not a split of {num_layers} layers"
+            )
             return range(ends[stage] - self.layers_per_stage[stage], ends[stage])
-        assert num_layers % self.num_stages == 0, f"{num_layers} layers do not divide over {self.num_stages} stages"
+        assert num_layers % self.num_stages == 0, (
+            f"{num_layers} layers do not divide over {self.num_stages} stages"
+        )
         layers_per_stage = num_layers // self.num_stages
         return range(stage * layers_per_stage, (stage + 1) * layers_per_stage)

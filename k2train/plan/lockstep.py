@@ -32,14 +32,20 @@ def check(programs: Sequence[Sequence[Action]], layout: Layout, num_microbatches
     gradients (its B's and W's together); and all ranks together reach their ends.
     """
     if len(programs) != layout.pipeline:
-        raise ScheduleError(f"there are {len(programs)} programs for {layout.pipeline} pipeline ranks")
+        raise ScheduleError(
+            f"there are {len(programs)} programs for {layout.pipeline} pipeline ranks"
+        )
     computes = [[action for action in program if action.op.is_compute] for program in programs]
     for pp, actions in enumerate(computes):
         for action in actions:
             if action.stage not in layout.stages_of(pp):
-                raise ScheduleError(f"rank {pp} runs {action}, but does not hold stage {action.stage}")
+                raise ScheduleError(
+                    f"rank {pp} runs {action}, but does not hold stage {action.stage}"
+                )
         for stage in layout.stages_of(pp):
-            _check_stage(pp, stage, [action for action in actions if action.stage == stage], num_microbatches)
+            _check_stage(
+                pp, stage, [action for action in actions if action.stage == stage], num_microbatches
+            )
     for _ in _lockstep(computes, layout.num_stages):
         pass
 
@@ -49,7 +55,11 @@ def _check_stage(pp: int, stage: int, actions: Sequence[Action], num_microbatche
     split = {action.microbatch for action in actions if action.op is Op.BACKWARD_INPUT}
     roles = {"F": (Op.FORWARD,), "B": (Op.BACKWARD, Op.BACKWARD_INPUT)}
     if split:
-        roles = {"F": (Op.FORWARD,), "I": (Op.BACKWARD, Op.BACKWARD_INPUT), "W": (Op.BACKWARD, Op.BACKWARD_WEIGHT)}
+        roles = {
+            "F": (Op.FORWARD,),
+            "I": (Op.BACKWARD, Op.BACKWARD_INPUT),
+            "W": (Op.BACKWARD, Op.BACKWARD_WEIGHT),
+        }
     for role, ops in roles.items():
         found = [action.microbatch for action in actions if action.op in ops]
         if found != list(range(num_microbatches)):
@@ -62,7 +72,9 @@ def _check_stage(pp: int, stage: int, actions: Sequence[Action], num_microbatche
             raise ScheduleError(f"rank {pp} runs {action}, but no {stage}I{action.microbatch}")
 
 
-def _lockstep(programs: Sequence[Sequence[Action]], num_stages: int) -> Iterator[tuple[int, Action]]:
+def _lockstep(
+    programs: Sequence[Sequence[Action]], num_stages: int
+) -> Iterator[tuple[int, Action]]:
     """(rank, compute action) in an order that all ranks can run: each tick, each rank that can takes one action.
 
     Within a tick a producer comes before its consumer where it can (forwards from the first rank on, backwards from the
@@ -70,19 +82,27 @@ def _lockstep(programs: Sequence[Sequence[Action]], num_stages: int) -> Iterator
     """
     positions = [0] * len(programs)
     done: set[Action] = set()
-    while any(position < len(program) for position, program in zip(positions, programs, strict=True)):
+    while any(
+        position < len(program) for position, program in zip(positions, programs, strict=True)
+    ):
         heads = [
-            (rank, program[positions[rank]]) for rank, program in enumerate(programs) if positions[rank] < len(program)
+            (rank, program[positions[rank]])
+            for rank, program in enumerate(programs)
+            if positions[rank] < len(program)
         ]
-        ready = [(rank, head) for rank, head in heads if done.issuperset(dependencies(head, num_stages))]
+        ready = [
+            (rank, head) for rank, head in heads if done.issuperset(dependencies(head, num_stages))
+        ]
         if not ready:
             missing = {
-                rank: next(need for need in dependencies(head, num_stages) if need not in done) for rank, head in heads
+                rank: next(need for need in dependencies(head, num_stages) if need not in done)
+                for rank, head in heads
             }
             raise ScheduleError(
                 f"the schedule is stuck after {len(done)} actions: "
                 + "; ".join(
-                    f"rank {rank} waits at {head} for {_made_by(missing[rank], programs)}" for rank, head in heads
+                    f"rank {rank} waits at {head} for {_made_by(missing[rank], programs)}"
+                    for rank, head in heads
                 )
             )
         ready.sort(key=lambda entry: (0, entry[0]) if entry[1].op is Op.FORWARD else (1, -entry[0]))
@@ -94,7 +114,9 @@ def _lockstep(programs: Sequence[Sequence[Action]], num_stages: int) -> Iterator
 
 def _made_by(need: Action, programs: Sequence[Sequence[Action]]) -> Action:
     """The action of `programs` whose result is `need`; `need` itself where none is."""
-    return next((action for program in programs for action in program if result(action) == need), need)
+    return next(
+        (action for program in programs for action in program if result(action) == need), need
+    )
 
 
 def insert_transfers(programs: Sequence[Sequence[Action]], layout: Layout) -> tuple[Program, ...]:
@@ -133,7 +155,9 @@ def check_transfers(programs: Sequence[Sequence[Action]], layout: Layout) -> Non
 
     for rank, program in enumerate(programs):
         for action in program:
-            transfer = transfer_after(action, layout.owner, num_stages) if action.op.is_compute else None
+            transfer = (
+                transfer_after(action, layout.owner, num_stages) if action.op.is_compute else None
+            )
             if transfer:
                 send, receiver, receive = transfer
                 expected[rank].add(send)
@@ -144,7 +168,9 @@ def check_transfers(programs: Sequence[Sequence[Action]], layout: Layout) -> Non
     for rank, program in enumerate(programs):
         for action in program:
             if not action.op.is_compute and action not in expected[rank]:
-                raise ScheduleError(f"rank {rank} has the transfer {action}, which no compute action calls for")
+                raise ScheduleError(
+                    f"rank {rank} has the transfer {action}, which no compute action calls for"
+                )
     _check_pair_orders(programs)
     _check_blocking(programs, num_stages)
 

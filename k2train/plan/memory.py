@@ -13,7 +13,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from k2train.plan.action import Action
-from k2train.plan.activations import FP32, Work, layer_bytes, peak_bytes, stage_bytes, stage_waiting_bytes
+from k2train.plan.activations import (
+    FP32,
+    Work,
+    layer_bytes,
+    peak_bytes,
+    stage_bytes,
+    stage_waiting_bytes,
+)
 from k2train.plan.cost import WEIGHT_BYTES, StateBytes, rank_parameters, state_bytes
 from k2train.plan.layout import Layout
 
@@ -42,11 +49,18 @@ class RankMemory:
     @property
     def total_bytes(self) -> int:
         """At the fullest moment."""
-        return self.state.total_bytes + max(self.activations_bytes + self.working_bytes, self.transfer_bytes)
+        return self.state.total_bytes + max(
+            self.activations_bytes + self.working_bytes, self.transfer_bytes
+        )
 
 
 def rank_memory(
-    work: Work, layout: Layout, program: Sequence[Action], pp: int, overlap: bool, bucket_bytes: int | None = None
+    work: Work,
+    layout: Layout,
+    program: Sequence[Action],
+    pp: int,
+    overlap: bool,
+    bucket_bytes: int | None = None,
 ) -> RankMemory:
     """Memory of a rank of pipeline rank `pp` that runs `program`; `overlap` is that of the transfers."""
     peak = peak_bytes(
@@ -85,7 +99,10 @@ def layer_working_bytes(work: Work) -> int:
     down = gathered + ffn + active + _matrix_bytes(work, shape.ffn_hidden_size)
     swiglu = 4 * ffn - (ffn - active)
     gate_up = (
-        active + work.gathered_bytes + gathered * (1 + work.regather) + _matrix_bytes(work, 2 * shape.ffn_hidden_size)
+        active
+        + work.gathered_bytes
+        + gathered * (1 + work.regather)
+        + _matrix_bytes(work, 2 * shape.ffn_hidden_size)
     )
     return work.residual_bytes + max(remade) + max(down, swiglu, gate_up - ffn)
 
@@ -94,7 +111,11 @@ def _remade_bytes(work: Work, policy: str) -> int:
     """Of a layer that runs again all that it would have kept, but for what it did, and the input of its last product."""
     if policy != "full":
         return 0
-    return layer_bytes(work, "none") - layer_bytes(work, "full") - work.split_bytes(work.shape.ffn_hidden_size)
+    return (
+        layer_bytes(work, "none")
+        - layer_bytes(work, "full")
+        - work.split_bytes(work.shape.ffn_hidden_size)
+    )
 
 
 def _matrix_bytes(work: Work, width: int) -> int:
@@ -110,13 +131,17 @@ def loss_working_bytes(work: Work) -> int:
     most = max(STRIP_ROWS[work.device], STRIP_BYTES[work.device] // (FP32 * width))
     rows = -(-work.tokens // -(-work.tokens // most))
     both = FP32 if work.precision == "fp32" else FP32 + work.element_bytes
-    learning = rows * (width * work.element_bytes + hidden * both) + _matrix_bytes(work, work.shape.vocab_size)
+    learning = rows * (width * work.element_bytes + hidden * both) + _matrix_bytes(
+        work, work.shape.vocab_size
+    )
     # Split over the sequence, the loss has its input whole and in part, and so the gradient of it.
     split = work.gathered_bytes if work.gathers else 0
     return work.residual_bytes + 2 * split + max(rows * width * both, learning)
 
 
-def transfer_bytes(work: Work, layout: Layout, pp: int, overlap: bool, bucket_bytes: int | None = None) -> int:
+def transfer_bytes(
+    work: Work, layout: Layout, pp: int, overlap: bool, bucket_bytes: int | None = None
+) -> int:
     """Gradients (fp32) or weights on their way: a bucket, or with `overlap` up to all of them."""
     if layout.data == 1:
         return 0

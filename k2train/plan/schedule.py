@@ -77,12 +77,18 @@ def gpipe(pipeline: int, num_microbatches: int, stages_per_rank: int = 1) -> tup
     """All forwards, then all backwards (Huang et al. 2019); compute only. Holds every micro-batch's activations."""
     _require_one_stage("gpipe", stages_per_rank)
     return tuple(
-        tuple(Action(op, pp, microbatch) for op in (Op.FORWARD, Op.BACKWARD) for microbatch in range(num_microbatches))
+        tuple(
+            Action(op, pp, microbatch)
+            for op in (Op.FORWARD, Op.BACKWARD)
+            for microbatch in range(num_microbatches)
+        )
         for pp in range(pipeline)
     )
 
 
-def one_f_one_b(pipeline: int, num_microbatches: int, stages_per_rank: int = 1) -> tuple[Program, ...]:
+def one_f_one_b(
+    pipeline: int, num_microbatches: int, stages_per_rank: int = 1
+) -> tuple[Program, ...]:
     """One forward, one backward (Narayanan et al. 2019, PipeDream-Flush); compute only.
 
     Rank `pp` holds the activations of at most `pipeline - pp` micro-batches.
@@ -127,8 +133,12 @@ def interleaved(pipeline: int, num_microbatches: int, stages_per_rank: int) -> t
     def program(pp: int) -> Program:
         count = num_microbatches * stages_per_rank
         forwards = [Action(Op.FORWARD, *place(pp, index, backward=False)) for index in range(count)]
-        backwards = [Action(Op.BACKWARD, *place(pp, index, backward=True)) for index in range(count)]
-        return _alternate(forwards, backwards, warmup=2 * (pipeline - pp - 1) + (stages_per_rank - 1) * pipeline)
+        backwards = [
+            Action(Op.BACKWARD, *place(pp, index, backward=True)) for index in range(count)
+        ]
+        return _alternate(
+            forwards, backwards, warmup=2 * (pipeline - pp - 1) + (stages_per_rank - 1) * pipeline
+        )
 
     return tuple(program(pp) for pp in range(pipeline))
 
@@ -145,7 +155,9 @@ def _zb_h2(pipeline: int, num_microbatches: int, stages_per_rank: int = 1) -> tu
 
 def _zb_v(pipeline: int, num_microbatches: int, stages_per_rank: int = 2) -> tuple[Program, ...]:
     if stages_per_rank != 2:
-        raise ScheduleError(f"parallel.schedule (zb-v) needs parallel.stages_per_rank ({stages_per_rank}) to be 2")
+        raise ScheduleError(
+            f"parallel.schedule (zb-v) needs parallel.stages_per_rank ({stages_per_rank}) to be 2"
+        )
     return zb_v(pipeline, num_microbatches)
 
 

@@ -56,24 +56,35 @@ def simulate(
     walk = _Walk(programs, seconds or constant_seconds())
     while any(walk.advance(rank) for rank in range(len(programs))):
         pass
-    waiting = [(rank, walk.head(rank)) for rank in range(len(programs)) if walk.head(rank) is not None]
+    waiting = [
+        (rank, walk.head(rank)) for rank in range(len(programs)) if walk.head(rank) is not None
+    ]
     if waiting:
         raise ScheduleError(
-            "the simulated schedule is stuck: " + "; ".join(f"rank {rank} waits at {head}" for rank, head in waiting)
+            "the simulated schedule is stuck: "
+            + "; ".join(f"rank {rank} waits at {head}" for rank, head in waiting)
         )
     return tuple(
-        Span(rank, action, *walk.times[rank, action]) for rank, program in enumerate(programs) for action in program
+        Span(rank, action, *walk.times[rank, action])
+        for rank, program in enumerate(programs)
+        for action in program
     )
 
 
 class _Walk:
     """The state of one simulation: where each rank stands, and when what has happened happened."""
 
-    def __init__(self, programs: Sequence[Sequence[Action]], seconds: Callable[[Action], float]) -> None:
+    def __init__(
+        self, programs: Sequence[Sequence[Action]], seconds: Callable[[Action], float]
+    ) -> None:
         self.programs = programs
         self.seconds = seconds
-        self.with_transfers = any(not action.op.is_compute for program in programs for action in program)
-        self.num_stages = 1 + max((action.stage for program in programs for action in program), default=0)
+        self.with_transfers = any(
+            not action.op.is_compute for program in programs for action in program
+        )
+        self.num_stages = 1 + max(
+            (action.stage for program in programs for action in program), default=0
+        )
         self.positions = [0] * len(programs)
         self.clocks = [0.0] * len(programs)
         self.finished: dict[Action, tuple[int, float]] = {}
@@ -140,7 +151,9 @@ def bubble_fraction(spans: Sequence[Span]) -> float:
     computes = [span for span in spans if span.action.op.is_compute]
     if not computes:
         return 0.0
-    total = max(span.end_seconds for span in computes) - min(span.start_seconds for span in computes)
+    total = max(span.end_seconds for span in computes) - min(
+        span.start_seconds for span in computes
+    )
     busy = sum(span.end_seconds - span.start_seconds for span in computes)
     num_ranks = len({span.rank for span in computes})
     return 1.0 - busy / (num_ranks * total) if total > 0 else 0.0
@@ -163,7 +176,9 @@ def idle_seconds(spans: Sequence[Span]) -> tuple[float, ...]:
     )
 
 
-def peak_in_flight(programs: Sequence[Sequence[Action]], until_input: bool = False) -> tuple[int, ...]:
+def peak_in_flight(
+    programs: Sequence[Sequence[Action]], until_input: bool = False
+) -> tuple[int, ...]:
     """For each rank, the most (stage, micro-batch) pairs that hold activations at once.
 
     A pair holds everything its forward kept until its B or I. Between I and W it still holds what the weight gradients
@@ -171,7 +186,11 @@ def peak_in_flight(programs: Sequence[Sequence[Action]], until_input: bool = Fal
     counts from F to B or W; with `until_input` from F to B or I, which tells the two apart. Counted in activations of
     one stage, so one of them is 1/v of the rank's layers with v stages a rank.
     """
-    change = {Op.FORWARD: 1, Op.BACKWARD: -1, Op.BACKWARD_INPUT if until_input else Op.BACKWARD_WEIGHT: -1}
+    change = {
+        Op.FORWARD: 1,
+        Op.BACKWARD: -1,
+        Op.BACKWARD_INPUT if until_input else Op.BACKWARD_WEIGHT: -1,
+    }
     peaks = []
     for program in programs:
         held = peak = 0

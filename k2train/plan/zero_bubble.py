@@ -49,7 +49,9 @@ class _List:
 
 def zb_h1(pipeline: int, num_microbatches: int) -> tuple[Program, ...]:
     """1F1B with weight gradients moved back by as many micro-batches as the rank stands from the first; compute only."""
-    return tuple(_straight(pp, num_microbatches, warmup=pipeline - pp, lag=pp) for pp in range(pipeline))
+    return tuple(
+        _straight(pp, num_microbatches, warmup=pipeline - pp, lag=pp) for pp in range(pipeline)
+    )
 
 
 def zb_h2(pipeline: int, num_microbatches: int) -> tuple[Program, ...]:
@@ -59,7 +61,10 @@ def zb_h2(pipeline: int, num_microbatches: int) -> tuple[Program, ...]:
     """
     if num_microbatches < 2 * pipeline - 1:
         return zb_h1(pipeline, num_microbatches)
-    return tuple(_straight(pp, num_microbatches, warmup=2 * (pipeline - pp) - 1, lag=2 * pp) for pp in range(pipeline))
+    return tuple(
+        _straight(pp, num_microbatches, warmup=2 * (pipeline - pp) - 1, lag=2 * pp)
+        for pp in range(pipeline)
+    )
 
 
 def _straight(pp: int, num_microbatches: int, warmup: int, lag: int) -> Program:

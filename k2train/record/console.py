@@ -40,8 +40,12 @@ class Console:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if chunk_ends is None:
-            chunk_ends = [-(-total_steps * (index + 1) // total_chunks) for index in range(total_chunks)]
-        assert len(chunk_ends) == total_chunks, f"{len(chunk_ends)} chunk ends for {total_chunks} chunks"
+            chunk_ends = [
+                -(-total_steps * (index + 1) // total_chunks) for index in range(total_chunks)
+            ]
+        assert len(chunk_ends) == total_chunks, (
+            f"{len(chunk_ends)} chunk ends for {total_chunks} chunks"
+        )
         self._stream = stream
         self._name = name
         self._total_steps = total_steps
@@ -66,7 +70,7 @@ class Console:
             self._last_line = now
             self._write(self._text(row) + "\n")
 
-    def note(self, text: str) -> None:
+    def info(self, text: str) -> None:
         """A line that stays: above the bar on a terminal, in its place in a log."""
         if not self._live:
             self._write(f"{self._name} {text}\n")

@@ -32,7 +32,9 @@ def plain(value: Any) -> Any:
         return int(value)
     if isinstance(value, float):
         return (
-            float(value) if math.isfinite(value) else ("nan" if math.isnan(value) else "inf" if value > 0 else "-inf")
+            float(value)
+            if math.isfinite(value)
+            else ("nan" if math.isnan(value) else "inf" if value > 0 else "-inf")
         )
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
@@ -64,7 +66,9 @@ def append_bytes(path: Path, data: bytes, sync: bool) -> None:
         try:
             written = os.write(descriptor, data)
             if written != len(data):
-                raise OSError(f"{path}: only {written} of {len(data)} bytes could be written; is the disk full?")
+                raise OSError(
+                    f"{path}: only {written} of {len(data)} bytes could be written; is the disk full?"
+                )
             if sync:
                 os.fsync(descriptor)
         except OSError:
@@ -83,7 +87,9 @@ def read_lines(path: Path) -> tuple[list[bytes], bytes]:
     except FileNotFoundError:
         raise RunError(f"{path} does not exist; is {path.parent} the directory of a run?") from None
     except (OSError, ValueError) as error:
-        raise RunError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        raise RunError(
+            f"{path} cannot be read: {getattr(error, 'strerror', None) or error}"
+        ) from None
     *lines, rest = data.split(b"\n")
     return lines, rest
 

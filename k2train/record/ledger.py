@@ -66,7 +66,13 @@ class Ledger:
         assert not wrong, f"the ledger writes {wrong} itself"
         with self._lock:
             self._check_unchanged()
-            entry = {"seq": len(self._events), "time": _now(), "event": event, **facts, "previous": self._head}
+            entry = {
+                "seq": len(self._events),
+                "time": _now(),
+                "event": event,
+                **facts,
+                "previous": self._head,
+            }
             line = sealed(encode_line(entry))
             point("ledger.append")
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -81,7 +87,9 @@ class Ledger:
     def last(self, event: str) -> dict[str, Any] | None:
         """The newest event of that name, or None."""
         with self._lock:
-            return next((dict(entry) for entry in reversed(self._events) if entry["event"] == event), None)
+            return next(
+                (dict(entry) for entry in reversed(self._events) if entry["event"] == event), None
+            )
 
     def _check_unchanged(self) -> None:
         size_bytes = self.path.stat().st_size if self.path.exists() else 0
@@ -117,7 +125,9 @@ def _verified(path: Path, lines: list[bytes], rest: bytes) -> list[dict[str, Any
     for index, (entry, line) in enumerate(zip(events, lines, strict=True)):
         missing = [name for name in REQUIRED if name not in entry]
         if missing:
-            raise RunError(f"{path}: line {index + 1} has no {', '.join(missing)}; it is not a line of a ledger")
+            raise RunError(
+                f"{path}: line {index + 1} has no {', '.join(missing)}; it is not a line of a ledger"
+            )
         if entry["previous"] != previous:
             raise RunError(
                 f"{path}: line {index + 1} does not continue line {index}: it expects the hash "

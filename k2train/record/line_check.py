@@ -35,9 +35,16 @@ def problem_of(line: bytes, checks_before: bool) -> str:
     """Words about what is wrong with a line, without its newline, as far as its check tells; "" when nothing is."""
     tail = _TAIL.fullmatch(line, max(0, len(line) - len(TAIL)))
     if tail is not None:
-        return "" if _digits(line[: -len(TAIL)] + b"}") == tail[1] else "does not have the hash that it carries"
+        return (
+            ""
+            if _digits(line[: -len(TAIL)] + b"}") == tail[1]
+            else "does not have the hash that it carries"
+        )
     end = line[-len(TAIL) :]
-    if len(end) == len(TAIL) and sum(a != b for a, b in zip(end, TAIL, strict=True) if b != ord(".")) <= DAMAGED_BYTES:
+    if (
+        len(end) == len(TAIL)
+        and sum(a != b for a, b in zip(end, TAIL, strict=True) if b != ord(".")) <= DAMAGED_BYTES
+    ):
         return "carries a damaged check"
     return "carries no check, lines before it do" if checks_before else ""
 
@@ -56,7 +63,9 @@ def ends_damaged(rest: bytes) -> bool:
     return True
 
 
-def checked_rows(path: Path, lines: list[bytes], rest: bytes = b"") -> Iterator[tuple[int, Row | RunError]]:
+def checked_rows(
+    path: Path, lines: list[bytes], rest: bytes = b""
+) -> Iterator[tuple[int, Row | RunError]]:
     """(line number from 1, the row without its check) for every line, a RunError naming file and line for a bad one."""
     seen = False
     for number, line in enumerate(lines, 1):
@@ -65,7 +74,9 @@ def checked_rows(path: Path, lines: list[bytes], rest: bytes = b"") -> Iterator[
         try:
             row = parse_line(path, number, line)
             if problem:
-                raise RunError(f"{path}: line {number} {problem}: it was changed or damaged after it was written")
+                raise RunError(
+                    f"{path}: line {number} {problem}: it was changed or damaged after it was written"
+                )
         except RunError as error:
             yield number, error
             continue
@@ -76,7 +87,9 @@ def checked_rows(path: Path, lines: list[bytes], rest: bytes = b"") -> Iterator[
         number = len(lines) + 1
         yield (
             number,
-            RunError(f"{path}: line {number} has lost its end: it was changed or damaged after it was written"),
+            RunError(
+                f"{path}: line {number} has lost its end: it was changed or damaged after it was written"
+            ),
         )
 
 

@@ -57,7 +57,9 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 def damaged_rows(path: str | Path) -> list[str]:
     """A sentence for every damaged line, naming file and line. Raises RunError when the file cannot be read."""
     path = Path(path)
-    return [str(row) for _, row in checked_rows(path, *read_lines(path)) if isinstance(row, RunError)]
+    return [
+        str(row) for _, row in checked_rows(path, *read_lines(path)) if isinstance(row, RunError)
+    ]
 
 
 def last_attempt(path: str | Path) -> int:
@@ -65,8 +67,12 @@ def last_attempt(path: str | Path) -> int:
     path = Path(path)
     if not path.exists():
         return 0
-    rows = [row for _, row in checked_rows(path, *read_lines(path)) if not isinstance(row, RunError)]
-    return max((attempt for row in rows if isinstance(attempt := row.get("attempt"), int)), default=0)
+    rows = [
+        row for _, row in checked_rows(path, *read_lines(path)) if not isinstance(row, RunError)
+    ]
+    return max(
+        (attempt for row in rows if isinstance(attempt := row.get("attempt"), int)), default=0
+    )
 
 
 def latest(path: str | Path) -> list[dict[str, Any]]:
@@ -83,7 +89,10 @@ def latest(path: str | Path) -> list[dict[str, Any]]:
 
 
 def _revived(row: dict[str, Any]) -> dict[str, Any]:
-    return {key: NON_FINITE.get(value, value) if isinstance(value, str) else value for key, value in row.items()}
+    return {
+        key: NON_FINITE.get(value, value) if isinstance(value, str) else value
+        for key, value in row.items()
+    }
 
 
 def _repair(path: Path) -> str | None:

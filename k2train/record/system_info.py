@@ -59,7 +59,9 @@ def slurm_job_ended(job_id: str) -> bool | None:
     if re.fullmatch(r"[0-9]+(_[0-9]+)?", job_id) is None:
         return None
     # SQUEUE_STATES and the like, a user's own filters, would hide a job that runs.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")}
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")
+    }
     try:
         done = subprocess.run(
             ["squeue", "-h", "--all", "--states=all", "-j", job_id, "-o", "%T"],
@@ -91,7 +93,11 @@ def _code(package_directory: Path) -> dict[str, Any] | None:
         return None
     commit = _git(package_directory, "rev-parse", "HEAD")
     changes = _git(package_directory, "status", "--porcelain", "--", ":(top)k2train")
-    return None if commit is None else {"commit": commit, "dirty": None if changes is None else bool(changes)}
+    return (
+        None
+        if commit is None
+        else {"commit": commit, "dirty": None if changes is None else bool(changes)}
+    )
 
 
 def _git(directory: Path, *arguments: str) -> str | None:

@@ -52,7 +52,13 @@ class WandbMirror:
         self._thread: threading.Thread | None = None
         if mode == "disabled":
             return
-        settings = {"mode": mode, "project": project, "name": name, "id": wandb_run_id(run_id), "config": config}
+        settings = {
+            "mode": mode,
+            "project": project,
+            "name": name,
+            "id": wandb_run_id(run_id),
+            "config": config,
+        }
         self._thread = threading.Thread(
             target=self._work, args=(settings, Path(directory)), name="wandb-mirror", daemon=True
         )
@@ -112,7 +118,9 @@ class WandbMirror:
         try:
             import wandb
         except ImportError:
-            self._fail("the package wandb is not installed (pip install 'k2train[tracking]', or wandb.mode=disabled)")
+            self._fail(
+                "the package wandb is not installed (pip install 'k2train[tracking]', or wandb.mode=disabled)"
+            )
             return None
         quiet = wandb.Settings(
             silent=True,

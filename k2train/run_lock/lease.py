@@ -20,7 +20,14 @@ from uuid import uuid4
 
 from k2train.errors import RunError
 from k2train.files import sync_directory
-from k2train.run_lock.process_identity import Holder, JobEnded, describe, ended_elsewhere, kernel_verdict, this_process
+from k2train.run_lock.process_identity import (
+    Holder,
+    JobEnded,
+    describe,
+    ended_elsewhere,
+    kernel_verdict,
+    this_process,
+)
 
 NAME = re.compile(r"lease_(\d{6,12})\.(json|ended)")
 BEAT_SECONDS = 0.5

@@ -142,7 +142,9 @@ class RunLock:
         return True
 
     def _nothing_else(self) -> bool:
-        return all(path == self.path or NAME.fullmatch(path.name) for path in self.directory.iterdir())
+        return all(
+            path == self.path or NAME.fullmatch(path.name) for path in self.directory.iterdir()
+        )
 
     def _open_locked(self) -> int:
         while True:

@@ -49,15 +49,25 @@ def describe(holder: Mapping[str, Any]) -> str:
 
 def kernel_verdict(holder: Mapping[str, Any]) -> bool | None:
     """True: alive, False: gone, None: this kernel cannot see that process."""
-    if holder.get("boot_id") != boot_id() or holder.get("pid_space") != _pid_space() or boot_id() is None:
+    if (
+        holder.get("boot_id") != boot_id()
+        or holder.get("pid_space") != _pid_space()
+        or boot_id() is None
+    ):
         return None
     began = began_ticks(int(holder["pid"]))
     return began is not None and began == holder.get("began_ticks")
 
 
-def ended_elsewhere(holder: Mapping[str, Any], here: Mapping[str, Any], job_ended: JobEnded | None) -> str:
+def ended_elsewhere(
+    holder: Mapping[str, Any], here: Mapping[str, Any], job_ended: JobEnded | None
+) -> str:
     """Why a holder that this kernel cannot see must be gone, if its beat stands still; "" when nothing shows it."""
-    if _same_machine(holder, here) and holder.get("boot_id") and here["boot_id"] not in (None, holder["boot_id"]):
+    if (
+        _same_machine(holder, here)
+        and holder.get("boot_id")
+        and here["boot_id"] not in (None, holder["boot_id"])
+    ):
         return "its host was started again since"
     job = holder.get("slurm_job_id")
     if not job or _other_cluster(holder, here):

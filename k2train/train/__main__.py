@@ -48,7 +48,11 @@ def tell(error: UserError, launch: Launch) -> int:
     if launch.rank != 0:
         time.sleep(OTHER_RANKS_WAIT_SECONDS)
     prefix = f"rank {launch.rank}: " if launch.rank else ""
-    print("\n".join(f"k2train: {prefix}{line}" for line in str(error).splitlines()), file=sys.stderr, flush=True)
+    print(
+        "\n".join(f"k2train: {prefix}{line}" for line in str(error).splitlines()),
+        file=sys.stderr,
+        flush=True,
+    )
     return EXIT_USAGE
 
 
@@ -60,10 +64,15 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("config", metavar="CONFIG.yaml")
     parser.add_argument(
-        "overrides", nargs="*", metavar="dotted.key=value", help="laid over the file, the last one wins"
+        "overrides",
+        nargs="*",
+        metavar="dotted.key=value",
+        help="laid over the file, the last one wins",
     )
     parser.add_argument(
-        "--explain", action="store_true", help="print every resolved value and where it came from, then end"
+        "--explain",
+        action="store_true",
+        help="print every resolved value and where it came from, then end",
     )
     return parser.parse_intermixed_args(arguments)
 
@@ -91,7 +100,11 @@ def _run(config: Config, launch: Launch, start: Start, lock: RunLock | None) -> 
             stop.install()
         # Under a launcher the handlers wait until the ranks have met: one that waits for a rank that never comes
         # must die of a signal, and there is nothing to save yet.
-        return int(importlib.import_module("k2train.train.trainer").train(config, launch, start, stop, lock))
+        return int(
+            importlib.import_module("k2train.train.trainer").train(
+                config, launch, start, stop, lock
+            )
+        )
     finally:
         stop.restore()
 

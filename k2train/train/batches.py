@@ -13,17 +13,22 @@ import torch.distributed as dist
 from k2train.config.load import Config
 from k2train.data.loader import Batch, Loader
 from k2train.errors import DataError
-from k2train.parallel.comm_tracker import exchanging
+from k2train.parallel.comm_tracker import collective_scope
 from k2train.parallel.grid import ProcessGrid
 from k2train.train.engine import Engine
 from k2train.train.preflight import Start
 
 
-class Feed:
+class BatchSource:
     """Reads for one rank; `before_leaving` is called on every rank before a damaged chunk is raised."""
 
     def __init__(
-        self, config: Config, grid: ProcessGrid, start: Start, verify: bool, before_leaving: Callable[[], None]
+        self,
+        config: Config,
+        grid: ProcessGrid,
+        start: Start,
+        verify: bool,
+        before_leaving: Callable[[], None],
     ):
         self.grid, self.order, self._before_leaving = grid, start.order, before_leaving
         self._limit = config.data.held_out_batches
@@ -52,7 +57,9 @@ class Feed:
         batches = batches if self._limit is None else min(batches, self._limit)
         losses = []
         for index in range(batches):
-            batch = self._agreed(partial(self.loader.held_out, index), index == 0, engine.needs_batch)
+            batch = self._agreed(
+                partial(self.loader.held_out, index), index == 0, engine.needs_batch
+            )
             losses.append(engine.evaluate(batch.tokens, batch.documents))
         return sum(losses) / batches if batches else None
 
@@ -72,7 +79,7 @@ class Feed:
             problem = str(error)
         if opens:
             problems: list[str] = [""] * self.grid.layout.world_size
-            with exchanging(self.grid.traffic, "agree on a chunk"):
+            with collective_scope(self.grid.comm, "agree on a chunk"):
                 dist.all_gather_object(problems, problem, group=self.grid.host)
             if any(problems):
                 # All ranks leave here together, so the checkpoint of the chunk before can still be finished.

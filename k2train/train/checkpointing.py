@@ -23,18 +23,29 @@ from k2train.train.engine import Engine
 from k2train.train.forward_check import make_probe, probe_problem
 from k2train.train.monitor import DamageError
 from k2train.train.preflight import Start
-from k2train.train.run_logger import Recorder
+from k2train.train.run_logger import RunLogger
 
 Facts = dict[str, Any]
 
 
-class Keeper:
-    """One rank's; `recorder` is asked at each use, since it is opened after the checkpoint was chosen."""
+class CheckpointManager:
+    """One rank's; `logger` is asked at each use, since it is opened after the checkpoint was chosen."""
 
     def __init__(
-        self, config: Config, grid: ProcessGrid, start: Start, lock: RunLock | None, recorder: Callable[[], Recorder]
+        self,
+        config: Config,
+        grid: ProcessGrid,
+        start: Start,
+        lock: RunLock | None,
+        logger: Callable[[], RunLogger],
     ):
-        self.config, self.grid, self.start, self.lock, self._recorder = config, grid, start, lock, recorder
+        self.config, self.grid, self.start, self.lock, self._logger = (
+            config,
+            grid,
+            start,
+            lock,
+            logger,
+        )
         c = config.checkpoint
         self.writer = CheckpointWriter(
             start.checkpoints,
@@ -44,10 +55,10 @@ class Keeper:
             retry_seconds=c.retry_seconds,
             verify_every_seconds=c.verify_every_seconds,
             still_owner=nothing if lock is None else lock.check,
-            told=lambda text: recorder().from_thread(text),
-            verified=lambda path: recorder().verified(path),
-            damaged=lambda path, problem: recorder().damaged(path, problem),
-            idle=lambda: recorder().drain(),
+            told=lambda text: logger().from_thread(text),
+            verified=lambda path: logger().verified(path),
+            damaged=lambda path, problem: logger().damaged(path, problem),
+            idle=lambda: logger().flush_messages(),
         )
         self.token = 0 if lock is None else lock.token
         """The fencing token of this start; rank 0's, which tells the others."""
@@ -63,7 +74,9 @@ class Keeper:
         fault_injection.point("start.agreed")
         refused = [*self.start.refused, *refused]
         if self.start.candidates and chosen is None:
-            raise CheckpointError(f"no checkpoint in {self.start.checkpoints} is whole: {'; '.join(refused)}")
+            raise CheckpointError(
+                f"no checkpoint in {self.start.checkpoints} is whole: {'; '.join(refused)}"
+            )
         if self.start.parent is not None:
             parent, problems = agree_on_checkpoint([self.start.parent], self.grid)
             if parent is None:
@@ -79,8 +92,12 @@ class Keeper:
         """
         facts, optimizer = read_manifest(path), engine.optimizer
         if not isinstance(facts.get("guard"), dict):
-            raise CheckpointError(f"{path}: the manifest says nothing of the guard's state; it was changed or damaged")
-        kept = load_states(path, engine.gradients.table, optimizer.lines, self.grid, engine.dtype)
+            raise CheckpointError(
+                f"{path}: the manifest says nothing of the guard's state; it was changed or damaged"
+            )
+        kept = load_states(
+            path, engine.gradients.table, optimizer.flat_shards, self.grid, engine.dtype
+        )
         optimizer.adam_steps = int(facts["adam_steps"]) if kept else 0
         optimizer.publish()
         problem = probe_problem(facts.get("probe") or {}, make_probe(engine))
@@ -90,11 +107,13 @@ class Keeper:
                 "with run.allow=[probe]"
             )
         if problem is not None:
-            self._recorder().note(f"allowed by run.allow: {problem}")
+            self._logger().info(f"allowed by run.allow: {problem}")
         fault_injection.point("start.loaded")
         return facts, kept
 
-    def save(self, engine: Engine, name: str, facts: Facts, committed: Callable[[Path, Facts], None]) -> None:
+    def save(
+        self, engine: Engine, name: str, facts: Facts, committed: Callable[[Path, Facts], None]
+    ) -> None:
         """Begin to save (or save, where it is not asynchronous); rank 0 calls `committed(path, manifest)`; collective.
 
         Raises DamageError when data-parallel replicas do not answer the probe alike, SaveError for the save before.
@@ -102,7 +121,9 @@ class Keeper:
         probe = make_probe(engine)
         if probe["apart"]:
             raise DamageError(str(probe["apart"]))
-        frozen = self.writer.snapshot(engine.gradients.table, engine.optimizer.lines, engine.dtype)
+        frozen = self.writer.snapshot(
+            engine.gradients.table, engine.optimizer.flat_shards, engine.dtype
+        )
         adam_steps = engine.optimizer.adam_steps
         facts = {**facts, "adam_steps": adam_steps, "probe": probe, "fencing_token": self.token}
         # A loss that is not finite has no JSON form of its own.

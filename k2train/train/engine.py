@@ -18,7 +18,7 @@ from k2train.model.kernels.select import Kernels, Place, choose_kernels
 from k2train.model.transformer import Architecture, Stage, activation_shape
 from k2train.optim.adamw import ShardedAdamW
 from k2train.optim.grad_norm import SquareSums, Verdict, agree
-from k2train.parallel.comm_tracker import waiting
+from k2train.parallel.comm_tracker import wait_scope
 from k2train.parallel.grad_buffer import GradientBuffer
 from k2train.parallel.grid import Axis, ProcessGrid
 from k2train.parallel.pipeline import Executor
@@ -120,14 +120,20 @@ class Engine:
         self.names = self.architecture.tensor_names()
         self.dtype = DTYPES[config.precision]
         layout, batch = grid.layout, config.batch
-        assert layout.placement == placement_of(config.parallel.schedule), "the layout is of another schedule"
+        assert layout.placement == placement_of(config.parallel.schedule), (
+            "the layout is of another schedule"
+        )
         self.tp, self.dp = axes_of(config, grid)
         self.sequence = bool(config.parallel.sequence) and grid.tp.size > 1
         self.num_microbatches = batch.global_sequences // (grid.dp.size * batch.micro_sequences)
         self.targets = batch.global_sequences * (config.data.sequence_length - 1)
         """Positions with a label in a global batch; the loss is divided by it once, before backward."""
-        self.stages = {stage: self._build_stage(stage) for stage in layout.stages_of(grid.coordinate.pp)}
-        place_rotary(list(self.stages.values()), self.architecture, config.data.sequence_length, grid.device)
+        self.stages = {
+            stage: self._build_stage(stage) for stage in layout.stages_of(grid.coordinate.pp)
+        }
+        place_rotary(
+            list(self.stages.values()), self.architecture, config.data.sequence_length, grid.device
+        )
         self.gradients = GradientBuffer(
             list(self.stages.values()),
             self.dp,
@@ -153,7 +159,10 @@ class Engine:
         if fill:
             initialize(list(self.stages.values()), config.run.seed, self.optimizer.adopt)
         programs = build_programs(
-            config.parallel.schedule, layout.pipeline, self.num_microbatches, config.parallel.stages_per_rank
+            config.parallel.schedule,
+            layout.pipeline,
+            self.num_microbatches,
+            config.parallel.stages_per_rank,
         )
         self.program = programs[grid.coordinate.pp]
         self.forward_program = self._forward_only(programs)[grid.coordinate.pp]
@@ -161,7 +170,11 @@ class Engine:
         work = {stage: module.weight_work for stage, module in self.stages.items()}
         self.executor = Executor(self.turns, layout.num_stages, grid.pp, grid.device, work)
         self.shape = activation_shape(
-            self.architecture, config.data.sequence_length, batch.micro_sequences, grid.tp, self.sequence
+            self.architecture,
+            config.data.sequence_length,
+            batch.micro_sequences,
+            grid.tp,
+            self.sequence,
         )
 
     @property
@@ -197,19 +210,24 @@ class Engine:
         self.enter("update")
         self.optimizer.step(line, lr, verdict.divisor, verdict.skip)
         # The one place where the host waits for the device: all of the step is queued.
-        with waiting(self.grid.traffic, "the device"):
+        with wait_scope(self.grid.comm, "the device"):
             agreed = verdict.read()
         self.optimizer.count(agreed.finite)
         return StepResult(agreed.loss, agreed.grad_norm, agreed.norms, agreed.finite, agreed.flags)
 
-    def evaluate(self, microbatches: Sequence[Tensor], documents: Sequence[Tensor] | None = None) -> float:
+    def evaluate(
+        self, microbatches: Sequence[Tensor], documents: Sequence[Tensor] | None = None
+    ) -> float:
         """Mean loss of one global batch (nats a target), nothing kept and nothing changed; `documents` as in a step."""
         loss = self._run(self.forward_program, microbatches, documents)
         nothing = torch.zeros(len(self.names), dtype=torch.float64, device=self.grid.device)
         return self._agree(nothing, loss, ()).read().loss
 
     def _run(
-        self, program: Sequence[Action], microbatches: Sequence[Tensor], documents: Sequence[Tensor] | None
+        self,
+        program: Sequence[Action],
+        microbatches: Sequence[Tensor],
+        documents: Sequence[Tensor] | None,
     ) -> Tensor:
         """This rank's part of the mean loss: 0 where another rank counts it."""
         last = self.stages.get(self.grid.layout.num_stages - 1)
@@ -217,16 +235,22 @@ class Engine:
             assert not needed or len(given) == self.num_microbatches, (
                 f"{len(given)} micro-batches, planned {self.num_microbatches}"
             )
-        assert self.block or documents is None, "documents were given, but data.cross_documents is attend"
+        assert self.block or documents is None, (
+            "documents were given, but data.cross_documents is attend"
+        )
         for stage, turn in self.turns.items():
             order = [a.microbatch for a in program if a.op is Op.FORWARD and a.stage == stage]
-            turn.documents = repeat(None) if documents is None else iter([documents[m] for m in order])
+            turn.documents = (
+                repeat(None) if documents is None else iter([documents[m] for m in order])
+            )
 
         def scaled_loss(hidden: Tensor, microbatch: int) -> Tensor:
             assert last is not None, "only the last stage has a loss"
             return last.loss(strike_output(hidden), microbatches[microbatch], 1.0 / self.targets)
 
-        losses = self.executor.run(program, lambda m: microbatches[m], scaled_loss, self.shape, self.dtype)
+        losses = self.executor.run(
+            program, lambda m: microbatches[m], scaled_loss, self.shape, self.dtype
+        )
         if not losses:
             return torch.zeros((), device=self.grid.device)
         # Times 0 and not left out: a copy that is not finite on another tensor-parallel rank must stop the step too.
@@ -240,7 +264,9 @@ class Engine:
         layers = self.grid.layout.layers_of(stage, self.architecture.num_layers)
         first, last = stage == 0, stage == self.grid.layout.num_stages - 1
         module = materialize(
-            lambda: Stage(self.architecture, layers, first, last, self.tp, self.sequence, self.kernels),
+            lambda: Stage(
+                self.architecture, layers, first, last, self.tp, self.sequence, self.kernels
+            ),
             self.dtype,
             self.grid.device,
         )

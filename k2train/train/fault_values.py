@@ -13,20 +13,20 @@ from torch import Tensor
 
 from k2train import fault_injection
 from k2train.optim.adamw import ShardedAdamW
-from k2train.parallel.grad_accumulation import sink_of
-from k2train.parallel.grad_buffer import Slot, SlotTable
+from k2train.parallel.grad_accumulation import accumulator_of
+from k2train.parallel.grad_buffer import BufferSlot, ShardLayout
 
 VALUES = {"nan": float("nan"), "inf": float("inf"), "huge": 1e30}
 
 
 @torch.no_grad()
-def strike_gradient(table: SlotTable) -> None:
+def strike_gradient(table: ShardLayout) -> None:
     """After the backward passes, before anything is reduced."""
     if (fault := fault_injection.find("gradient")) is not None:
         slot = _slot(table, fault.argument)
-        sink = sink_of(slot.parameter)
-        assert sink is not None, f"{slot.piece.name} has no sum"
-        slot.piece.of(sink.total).view(-1)[0] = VALUES[fault.action]
+        accumulator = accumulator_of(slot.parameter)
+        assert accumulator is not None, f"{slot.piece.name} has no sum"
+        slot.piece.of(accumulator.total).view(-1)[0] = VALUES[fault.action]
 
 
 @torch.no_grad()
@@ -46,7 +46,7 @@ def strike_output(hidden: Tensor) -> Tensor:
     return hidden if fault is None else hidden * VALUES[fault.action]
 
 
-def _slot(table: SlotTable, name: str) -> Slot:
+def _slot(table: ShardLayout, name: str) -> BufferSlot:
     return next((slot for slot in table.slots if slot.piece.name == name), table.slots[0])
 
 

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from k2train.parallel.comm_tracker import exchanging
+from k2train.parallel.comm_tracker import collective_scope
 from k2train.parallel.grid import ProcessGrid
 from k2train.plan.schedule import Action, Op, Program, insert_transfers
 from k2train.train.engine import Engine
@@ -53,7 +53,7 @@ def make_probe(engine: Engine) -> dict[str, Any]:
     if answer is not None:
         mine = {**_facts(answer), "prompt": _prompt_facts(engine), "signature": _signature(engine)}
     told: list[Any] = [None] * engine.grid.layout.world_size
-    with exchanging(engine.grid.traffic, "all-gather of the probe's answers"):
+    with collective_scope(engine.grid.comm, "all-gather of the probe's answers"):
         dist.all_gather_object(told, mine, group=engine.grid.host)
     given = {rank: facts for rank, facts in enumerate(told) if facts is not None}
     return {**given[min(given)], "apart": _apart(given)}
@@ -69,7 +69,9 @@ def probe_problem(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | No
     if not before or before.get("prompt") != now["prompt"]:
         return None
     distance, largest = _distance(before, now)
-    said = f"the logits of the fixed prompt are up to {distance:.3g} apart, of at most {largest:.3g}"
+    said = (
+        f"the logits of the fixed prompt are up to {distance:.3g} apart, of at most {largest:.3g}"
+    )
     if before["signature"] == now["signature"]:
         if before["sha256"] == now["sha256"]:
             return None
@@ -95,14 +97,19 @@ def _run(engine: Engine) -> Tensor | None:
 
     for turn in engine.turns.values():
         turn.documents = iter([documents]) if engine.block else repeat(None)
-    engine.executor.run(_program(engine), lambda microbatch: tokens, look, engine.shape, engine.dtype)
+    engine.executor.run(
+        _program(engine), lambda microbatch: tokens, look, engine.shape, engine.dtype
+    )
     return answer[0] if answer else None
 
 
 def _program(engine: Engine) -> Program:
     """One micro-batch forward through all stages: no schedule has a say in that, the placement of stages only."""
     layout = engine.grid.layout
-    forwards = [tuple(Action(Op.FORWARD, s, 0) for s in layout.stages_of(pp)) for pp in range(layout.pipeline)]
+    forwards = [
+        tuple(Action(Op.FORWARD, s, 0) for s in layout.stages_of(pp))
+        for pp in range(layout.pipeline)
+    ]
     return insert_transfers(forwards, layout)[engine.grid.coordinate.pp]
 
 
@@ -118,7 +125,13 @@ def _prompt(engine: Engine) -> tuple[Tensor, Tensor]:
 
 
 def _positions(length: int) -> list[int]:
-    return sorted({(n + 1) * length // POSITIONS - 1 for n in range(POSITIONS) if (n + 1) * length >= POSITIONS})
+    return sorted(
+        {
+            (n + 1) * length // POSITIONS - 1
+            for n in range(POSITIONS)
+            if (n + 1) * length >= POSITIONS
+        }
+    )
 
 
 def _prompt_facts(engine: Engine) -> dict[str, Any]:
@@ -138,7 +151,9 @@ def _facts(logits: Tensor) -> dict[str, Any]:
     step = max(1, host.shape[1] // SAMPLES)
     return {
         "sha256": sha256(host.numpy().tobytes()).hexdigest(),
-        "values": [[_plain(value) for value in row] for row in host[:, ::step][:, :SAMPLES].tolist()],
+        "values": [
+            [_plain(value) for value in row] for row in host[:, ::step][:, :SAMPLES].tolist()
+        ],
         "max_abs": _plain(float(host.abs().max())),
     }
 
@@ -174,14 +189,21 @@ def _processor() -> str:
     """The model of the CPU, where the system tells: libraries choose their code by it. Never raises."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
-            return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+            return next(
+                (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+                "",
+            )
     except OSError:
         return ""
 
 
 def _distance(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[float, float]:
     """(largest distance of two probes' shown logits, largest logit); infinite where one is not finite."""
-    pairs = [(x, y) for p, q in zip(a["values"], b["values"], strict=True) for x, y in zip(p, q, strict=True)]
+    pairs = [
+        (x, y)
+        for p, q in zip(a["values"], b["values"], strict=True)
+        for x, y in zip(p, q, strict=True)
+    ]
     largest = [probe["max_abs"] for probe in (a, b)]
     if None in largest or any(x is None or y is None for x, y in pairs):
         return float("inf"), float("inf") if None in largest else max(largest)
@@ -190,7 +212,9 @@ def _distance(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[float, float]
 
 def _bound(probe: Mapping[str, Any]) -> float:
     """What rounding alone may do, as a part of the largest logit."""
-    return float(ROUNDING[probe["signature"]["precision"]] * sqrt(probe["prompt"]["num_layers"] + 2))
+    return float(
+        ROUNDING[probe["signature"]["precision"]] * sqrt(probe["prompt"]["num_layers"] + 2)
+    )
 
 
 def _same(a: Mapping[str, Any], b: Mapping[str, Any], key: str) -> bool:
@@ -206,12 +230,16 @@ def _apart(given: Mapping[int, Mapping[str, Any]]) -> str:
         if facts["sha256"] == right:
             continue
         distance, largest = _distance(first, facts)
-        if facts["signature"] == first["signature"] or not distance <= _bound(facts) * largest < float("inf"):
+        if facts["signature"] == first["signature"] or not distance <= _bound(
+            facts
+        ) * largest < float("inf"):
             return _told(rank, answers, distance, largest, given)
     return ""
 
 
-def _told(rank: int, answers: Sequence[str], distance: float, largest: float, given: Mapping[int, Any]) -> str:
+def _told(
+    rank: int, answers: Sequence[str], distance: float, largest: float, given: Mapping[int, Any]
+) -> str:
     """With two different answers and no more of one, nobody can say which is right."""
     tie = 2 * answers.count(given[rank]["sha256"]) == len(answers)
     who = f"the replica of rank {rank} or its counterpart" if tie else f"the replica of rank {rank}"

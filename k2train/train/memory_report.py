@@ -23,13 +23,20 @@ def bytes_text(count: int) -> str:
     return f"{count} B"
 
 
-def work_of(config: Config, device: str = "cuda", attention: str | None = None, matmul: str = "torch") -> Work:
+def work_of(
+    config: Config, device: str = "cuda", attention: str | None = None, matmul: str = "torch"
+) -> Work:
     """A micro-batch of `config` on a `device`; `attention` and `matmul` are the kernels in use, where they are known."""
     m, p = config.model, config.parallel
     auto = "flash" if config.kernels.attention == "auto" else config.kernels.attention
     return Work(
         ModelShape(
-            m.num_layers, m.hidden_size, m.ffn_hidden_size, m.num_heads, m.num_kv_heads or m.num_heads, m.vocab_size
+            m.num_layers,
+            m.hidden_size,
+            m.ffn_hidden_size,
+            m.num_heads,
+            m.num_kv_heads or m.num_heads,
+            m.vocab_size,
         ),
         config.data.sequence_length,
         config.batch.micro_sequences,
@@ -55,7 +62,11 @@ def memory_of(config: Config, work: Work, layout: Layout, program: Program, pp: 
 
 def policies_text(work: Work) -> str:
     """`257.26 MiB of a micro-batch with recompute none (selective 182.26 MiB, full 16.00 MiB)`."""
-    others = [f"{policy} {bytes_text(layer_bytes(work, policy))}" for policy in RECOMPUTE if policy != work.recompute]
+    others = [
+        f"{policy} {bytes_text(layer_bytes(work, policy))}"
+        for policy in RECOMPUTE
+        if policy != work.recompute
+    ]
     kept = bytes_text(layer_bytes(work, work.recompute))
     some = "" if work.recompute_layers is None else f" in {work.recompute_layers} layers a stage"
     return f"{kept} of a micro-batch with recompute {work.recompute}{some} ({', '.join(others)})"
@@ -82,14 +93,23 @@ def memory_lines(config: Config, layout: Layout, programs: Sequence[Program]) ->
     ]
     for pp in range(layout.pipeline):
         found = memory_of(config, work, layout, programs[pp], pp)
-        sizes = (found.activations_bytes, found.working_bytes, found.transfer_bytes, found.total_bytes)
+        sizes = (
+            found.activations_bytes,
+            found.working_bytes,
+            found.transfer_bytes,
+            found.total_bytes,
+        )
         lines.append(
-            f"  {pp:<3} {bytes_text(found.state.total_bytes):>17} " + " ".join(f"{bytes_text(n):>12}" for n in sizes)
+            f"  {pp:<3} {bytes_text(found.state.total_bytes):>17} "
+            + " ".join(f"{bytes_text(n):>12}" for n in sizes)
         )
     lines.append("  activations / total of a rank, by pipeline rank and recompute")
     lines.append("  pp  " + "".join(f"{policy:>25}" for policy in RECOMPUTE))
     for pp in range(layout.pipeline):
-        each = [memory_of(config, replace(work, recompute=p), layout, programs[pp], pp) for p in RECOMPUTE]
+        each = [
+            memory_of(config, replace(work, recompute=p), layout, programs[pp], pp)
+            for p in RECOMPUTE
+        ]
         shown = [f"{bytes_text(m.activations_bytes)} / {bytes_text(m.total_bytes)}" for m in each]
         lines.append(f"  {pp:<3} " + "".join(f"{text:>25}" for text in shown))
     return lines

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from k2train import fault_injection
 from k2train.config.load import Config
-from k2train.guard.control_files import RequestFiles
+from k2train.guard.control_files import ControlFiles
 from k2train.guard.stragglers import Stragglers
 from k2train.launch.environment import leave_verdict
 from k2train.parallel.device_digest import Root, StateDigest, StateGuard, StateRoot
@@ -22,14 +22,14 @@ from k2train.parallel.replica_check import ReplicaCheck
 from k2train.plan.balance import rank_flops
 from k2train.train.engine import Engine, architecture_of
 from k2train.watchdog.failure_report import read_verdict
-from k2train.watchdog.timeouts import Limits
-from k2train.watchdog.watchdog import Watch
+from k2train.watchdog.timeouts import Timeouts
+from k2train.watchdog.watchdog import Watchdog
 
 PHASES = {"forward": "step", "reduce": "reduce", "update": "update"}
 """What the engine calls its phases -> what the watch calls them."""
 
 
-class EarlierEnd(NamedTuple):
+class PreviousEnd(NamedTuple):
     """How a start before this one ended."""
 
     attempt: int
@@ -41,18 +41,34 @@ class DamageError(RuntimeError):
     """Copies that must be equal are not; raised on every rank alike."""
 
 
-class Sentry:
+class RunMonitor:
     """One rank's; `begin` when the run directory is ours, `attach` when the engine is built, `close` at the end."""
 
-    def __init__(self, config: Config, grid: ProcessGrid, directory: Path, facts: Mapping[str, str]):
+    def __init__(
+        self, config: Config, grid: ProcessGrid, directory: Path, facts: Mapping[str, str]
+    ):
         w, a = config.watch, config.audit
-        self.grid, self.every_replicas, self.every_root = grid, a.replicas_every_steps, a.root_every_steps
+        self.grid, self.every_replicas, self.every_root = (
+            grid,
+            a.replicas_every_steps,
+            a.root_every_steps,
+        )
         # A save that waits for room is not stuck.
         save_seconds = w.save_seconds + config.checkpoint.retry_seconds
-        limits = Limits(w.heartbeat_seconds, w.start_seconds, w.step_seconds, save_seconds, w.evaluate_seconds)
+        limits = Timeouts(
+            w.heartbeat_seconds, w.start_seconds, w.step_seconds, save_seconds, w.evaluate_seconds
+        )
         world_size = grid.layout.world_size
-        self.watch = Watch(directory / "watch", grid.rank, world_size, limits, _say, grid.traffic.position, facts=facts)
-        self.requests = RequestFiles(directory)
+        self.watchdog = Watchdog(
+            directory / "watch",
+            grid.rank,
+            world_size,
+            limits,
+            _say,
+            grid.comm.position,
+            facts=facts,
+        )
+        self.requests = ControlFiles(directory)
         self.stragglers = Stragglers(grid.layout, _shares(config, grid))
         self.step = 0
         self._begun = False
@@ -60,46 +76,48 @@ class Sentry:
         self._waits_for_save = False
         self._own_seconds = self._blocked_before = 0.0
 
-    def begin(self) -> EarlierEnd | None:
+    def begin(self) -> PreviousEnd | None:
         """Start the watch; what the verdict of an earlier start says, on rank 0, the first time."""
         if self._begun:
             return None
         self._begun = True
-        earlier = read_verdict(self.watch.directory) if self.grid.rank == 0 else None
-        self.watch.start()
-        self.grid.traffic.cells = self.watch.cells
+        earlier = read_verdict(self.watchdog.directory) if self.grid.rank == 0 else None
+        self.watchdog.start()
+        self.grid.comm.cells = self.watchdog.cells
         if earlier is None:
             return None
-        return EarlierEnd(int(earlier.get("attempt", 0)), str(earlier.get("line", "")))
+        return PreviousEnd(int(earlier.get("attempt", 0)), str(earlier.get("line", "")))
 
     def attach(self, engine: Engine) -> None:
         """Look at this engine from now on."""
         self.engine = engine
         engine.enter = self._enter
         self._replicas = ReplicaCheck(engine.gradients.table, self.grid)
-        states = list(engine.optimizer.lines)
+        states = list(engine.optimizer.flat_shards)
         digest = StateDigest(engine.gradients.table, engine.names, states, self.grid.tp)
-        traffic = self.grid.traffic
-        self._root, self._guard = StateRoot(digest, traffic=traffic), StateGuard(digest, traffic=traffic)
+        comm = self.grid.comm
+        self._root, self._guard = StateRoot(digest, comm=comm), StateGuard(digest, comm=comm)
 
     def phase(self, name: str, step: int) -> None:
         """The run goes on to a phase of the watch."""
         self.step = step
-        self.watch.phase(name, step)
+        self.watchdog.phase(name, step)
 
     def begin_step(self, step: int, saving: bool) -> list[float]:
         """A step begins, while a save is under way or not; what it exchanges: each rank's own seconds of the last one."""
         self.saving(saving)
         self.phase("read", step)
-        self._blocked_before = self.grid.traffic.blocked_seconds
+        self._blocked_before = self.grid.comm.blocked_seconds
         mine = [0.0] * self.grid.layout.world_size
         mine[self.grid.rank] = self._own_seconds
         return mine
 
     def end_step(self, seconds: float, own_seconds: Sequence[float]) -> str | None:
         """A step took so long; a line when a rank has become slow, or is no longer."""
-        self._own_seconds = max(0.0, seconds - (self.grid.traffic.blocked_seconds - self._blocked_before))
-        self.watch.step_done(seconds)
+        self._own_seconds = max(
+            0.0, seconds - (self.grid.comm.blocked_seconds - self._blocked_before)
+        )
+        self.watchdog.step_done(seconds)
         return self.stragglers.observe(self.step, own_seconds) if any(own_seconds) else None
 
     def root(self) -> Root | None:
@@ -108,7 +126,7 @@ class Sentry:
             return None
         optimizer = self.engine.optimizer
         optimizer.finish()
-        found = self._root(optimizer.lines, self.step, optimizer.adam_steps)
+        found = self._root(optimizer.flat_shards, self.step, optimizer.adam_steps)
         self._guard.keep(found.own)
         return found
 
@@ -136,26 +154,26 @@ class Sentry:
         """Whether a save is under way in the background: it has a limit of its own, and a launcher gives it time."""
         if active != self._saving:
             self._saving = active
-            self.watch.saving(active)
+            self.watchdog.saving(active)
             leave_verdict(self.grid.rank, None, saving=active)
 
     def lost(self, error: BaseException) -> str:
         """A collective raised `error`: the line that says who is gone, "" where another rank says it."""
-        return self.watch.lost(error)
+        return self.watchdog.lost(error)
 
     def close(self, problem: str = "") -> None:
         """End the watch; `problem`: because of this the rank leaves by itself."""
-        self.watch.close(problem)
+        self.watchdog.close(problem)
 
     def _enter(self, phase: str) -> None:
-        self.watch.phase(PHASES[phase], self.step)
+        self.watchdog.phase(PHASES[phase], self.step)
         fault_injection.point(f"step.{phase}")
         if phase == "reduce" and (problem := self._damage()) is not None:
             raise DamageError(problem)
 
     def _damage(self) -> str | None:
         """What is wrong with copies and with the state; before the update, which writes all weights anew."""
-        lines = self.engine.optimizer.lines
+        lines = self.engine.optimizer.flat_shards
         # Only in the step after one that recorded a root: the state must still be that one.
         problem = self._guard.problem(lines)
         if problem is None and self.every_replicas and self.step % self.every_replicas == 0:
@@ -167,7 +185,9 @@ class Sentry:
 def _shares(config: Config, grid: ProcessGrid) -> list[float]:
     """The work of each rank in a step, by the plan; only their ratios count."""
     weights = rank_flops(architecture_of(config), grid.layout, config.data.sequence_length)
-    return [float(weights[grid.layout.coordinate(rank).pp]) for rank in range(grid.layout.world_size)]
+    return [
+        float(weights[grid.layout.coordinate(rank).pp]) for rank in range(grid.layout.world_size)
+    ]
 
 
 def _say(text: str) -> None:

@@ -20,7 +20,7 @@ from k2train.data.manifest import Manifest, common_data, read_sources, require_b
 from k2train.data.manifest import read_manifest as read_data_manifest
 from k2train.data.order import ChunkOrder, make_order
 from k2train.errors import CheckpointError, DataError, RunError
-from k2train.guard.control_files import RequestFiles
+from k2train.guard.control_files import ControlFiles
 from k2train.guard.crash_loop import check_progress
 from k2train.optim.lr_schedule import check_schedule, rate
 from k2train.plan.cost import parameters, tensor_count
@@ -77,7 +77,9 @@ def check_data(config: Config) -> tuple[Manifest, ChunkOrder]:
     Raises DataError or ConfigError.
     """
     manifest = read_data_manifest(config.data.manifest)
-    order = make_order(manifest, config.data.order, config.batch.global_sequences, config.data.sequence_length)
+    order = make_order(
+        manifest, config.data.order, config.batch.global_sequences, config.data.sequence_length
+    )
     if manifest.vocab_size > config.model.vocab_size:
         raise DataError(
             f"model.vocab_size ({config.model.vocab_size}) must be at least that of the data "
@@ -101,7 +103,9 @@ def verify_data(manifest: Manifest, order: ChunkOrder, step: int) -> None:
     Raises DataError.
     """
     names = files_read(manifest, order)
-    total_bytes = sum((manifest.folder / manifest.chunk(name).file).stat().st_size for name in names)
+    total_bytes = sum(
+        (manifest.folder / manifest.chunk(name).file).stat().st_size for name in names
+    )
     if total_bytes > HASH_AT_START_BYTES:
         following = [order.position(step + 1).name] if step < order.total_steps else []
         names = following + names[len(order.names) :]
@@ -113,7 +117,12 @@ def layout_of(config: Config, world_size: int) -> Layout:
     """The grid of a config on so many processes, stages placed as its schedule wants; raises ConfigError."""
     p = config.parallel
     return Layout.for_world(
-        world_size, p.tensor, p.pipeline, p.stages_per_rank, placement_of(p.schedule), p.layers_per_stage
+        world_size,
+        p.tensor,
+        p.pipeline,
+        p.stages_per_rank,
+        placement_of(p.schedule),
+        p.layers_per_stage,
     )
 
 
@@ -121,19 +130,26 @@ def prepare_start(config: Config, world_size: int, verify: bool) -> Start:
     """Decide how the run begins. Raises a UserError for every mistake that can be seen from here."""
     check_world(config, world_size)
     parallel, layout = config.parallel, layout_of(config, world_size)
-    build_programs(parallel.schedule, parallel.pipeline, num_microbatches(config, world_size), parallel.stages_per_rank)
+    build_programs(
+        parallel.schedule,
+        parallel.pipeline,
+        num_microbatches(config, world_size),
+        parallel.stages_per_rank,
+    )
     manifest, order = check_data(config)
     directory = run_directory(config)
     identity = identity_of(config, manifest, order)
     base = Start(directory, layout, manifest, order, identity)
-    RequestFiles(directory).refuse_start()
+    ControlFiles(directory).refuse_start()
     check_progress(_events(directory), config.run.max_fruitless_starts, directory)
     wanted, refused = _wanted_checkpoints(config, directory)
     if not wanted:
         start, step = _fresh(config, base, refused), 0
     else:
         allowed = check_same_run(wanted[0], identity, config.run.allow)
-        start = replace(base, candidates=tuple(wanted), refused=tuple(refused), allowed=tuple(allowed))
+        start = replace(
+            base, candidates=tuple(wanted), refused=tuple(refused), allowed=tuple(allowed)
+        )
         step = int(read_manifest(wanted[0])["step"])
     if "space" not in config.run.allow:
         _check_room(config, start, step)
@@ -158,7 +174,9 @@ def _wanted_checkpoints(config: Config, directory: Path) -> tuple[list[Path], li
         if not readable:
             there = ", ".join(path.name for path in found if path not in named) or "none"
             why = f"; refused: {refused[0]}" if refused else ""
-            raise CheckpointError(f"run.resume asks for ckpt_{resume:03d}, {folder} has: {there}{why}")
+            raise CheckpointError(
+                f"run.resume asks for ckpt_{resume:03d}, {folder} has: {there}{why}"
+            )
         return readable, refused
     whole = [path for path in reversed(found) if not is_thinned(path)]
     usable, refused = _readable(whole)
@@ -193,7 +211,9 @@ def _readable(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
 
 def _check_resumable(path: Path, manifest: Mapping[str, Any]) -> None:
     if not isinstance(manifest.get("identity"), dict):
-        raise CheckpointError(f"{path / MANIFEST}: identity is missing, the run cannot go on from there")
+        raise CheckpointError(
+            f"{path / MANIFEST}: identity is missing, the run cannot go on from there"
+        )
 
 
 def _check_room(config: Config, start: Start, step: int) -> None:
@@ -201,7 +221,11 @@ def _check_room(config: Config, start: Start, step: int) -> None:
     order, layout, checkpoints = start.order, start.layout, start.checkpoints
     shape = work_of(config, "cpu").shape
     consumed, every = order.consumed_chunks(step), config.checkpoint.every_chunks
-    ends = [n for n in range(consumed + 1, len(order.names) + 1) if n % every == 0 or n == len(order.names)]
+    ends = [
+        n
+        for n in range(consumed + 1, len(order.names) + 1)
+        if n % every == 0 or n == len(order.names)
+    ]
     found = list_checkpoints(checkpoints)
     # What follows the one that is taken is set aside, and gives nothing back.
     found = found[: found.index(start.candidates[0]) + 1] if start.candidates else found
@@ -243,11 +267,15 @@ def resolve_checkpoint(path: Path) -> Path:
         return path
     found = list_checkpoints(path / "checkpoints")
     if not found:
-        raise CheckpointError(f"run.init_from ({path}) is neither a checkpoint nor a run directory with one")
+        raise CheckpointError(
+            f"run.init_from ({path}) is neither a checkpoint nor a run directory with one"
+        )
     return found[-1]
 
 
-def check_seam(config: Config, parent: Path, manifest: Manifest, order: ChunkOrder) -> dict[str, Any]:
+def check_seam(
+    config: Config, parent: Path, manifest: Manifest, order: ChunkOrder
+) -> dict[str, Any]:
     """Check and describe the border between two stages: same model, same tokenizer, no data in common, the rates.
 
     Raises CheckpointError or DataError.
@@ -255,7 +283,9 @@ def check_seam(config: Config, parent: Path, manifest: Manifest, order: ChunkOrd
     facts = read_manifest(parent)
     before, now = facts["config"], config.model_dump(mode="json")
     if differences := config_differences({"model": before["model"]}, {"model": now["model"]}):
-        raise CheckpointError(f"run.init_from ({parent}) holds another model: {'; '.join(differences)}")
+        raise CheckpointError(
+            f"run.init_from ({parent}) holds another model: {'; '.join(differences)}"
+        )
     tokenizer = facts["data"].get("tokenizer_sha256")
     if tokenizer != manifest.tokenizer_sha256:
         raise DataError(

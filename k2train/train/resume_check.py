@@ -43,7 +43,9 @@ def identity_of(config: Config, manifest: Manifest, order: ChunkOrder) -> dict[s
             **({"borders_sha256": _hash_of_borders(manifest, order)} if block else {}),
             "tokenizer_sha256": manifest.tokenizer_sha256,
             "held_out_sha256": manifest.held_out.sha256 if manifest.held_out else None,
-            "order": [{"name": name, "sha256": manifest.chunk(name).sha256} for name in order.names],
+            "order": [
+                {"name": name, "sha256": manifest.chunk(name).sha256} for name in order.names
+            ],
         },
         "optimizer": tree["optimizer"],
         "lr": tree["lr"],
@@ -70,11 +72,16 @@ def identity_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> l
         tree["data"] = {key: value for key, value in data.items() if key != "order"}
     differences = config_differences(before, now)
     if old_order != new_order:
-        place = next((i for i, (a, b) in enumerate(zip(old_order, new_order, strict=False)) if a != b), None)
+        place = next(
+            (i for i, (a, b) in enumerate(zip(old_order, new_order, strict=False)) if a != b), None
+        )
         if place is None:
             differences.append(f"data.order: {len(old_order)} chunks -> {len(new_order)} chunks")
         else:
-            told = [f"{entry['name']} ({str(entry['sha256'])[:12]})" for entry in (old_order[place], new_order[place])]
+            told = [
+                f"{entry['name']} ({str(entry['sha256'])[:12]})"
+                for entry in (old_order[place], new_order[place])
+            ]
             differences.append(f"data.order at place {place}: {told[0]} -> {told[1]}")
     return differences
 
@@ -90,7 +97,11 @@ def check_same_run(path: Path, identity: Mapping[str, Any], allow: Sequence[str]
         )
     manifest = read_manifest(path)
     differences = identity_differences(manifest.get("identity", {}), identity)
-    fixed = [text for text in differences if _named(text, NEVER) or _already_read(text, manifest, identity)]
+    fixed = [
+        text
+        for text in differences
+        if _named(text, NEVER) or _already_read(text, manifest, identity)
+    ]
     asked = [text for text in differences if text not in fixed and not _named(text, allow)]
     if not fixed and not asked:
         return differences
@@ -114,7 +125,9 @@ def _named(difference: str, names: Sequence[str]) -> bool:
     return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
-def _already_read(difference: str, manifest: Mapping[str, Any], identity: Mapping[str, Any]) -> bool:
+def _already_read(
+    difference: str, manifest: Mapping[str, Any], identity: Mapping[str, Any]
+) -> bool:
     """Whether the difference is in the order of chunks, at a place the checkpoint has passed or stands in."""
     if _key(difference) != "data.order":
         return False

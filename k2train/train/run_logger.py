@@ -1,6 +1,6 @@
 """Rank 0's pen: one object that writes ledger, metrics, console and W&B from the trainer's facts; nothing elsewhere.
 
-The other ranks hold a `Recorder` too, whose methods do nothing, so the training loop has no `if rank == 0` in it.
+The other ranks hold a `RunLogger` too, whose methods do nothing, so the training loop has no `if rank == 0` in it.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ Facts = dict[str, Any]
 ENDS = ("failed", "stopped", "finished")
 
 
-class Recorder:
+class RunLogger:
     """What the trainer tells; the silent form, for every rank but the first."""
 
     attempt = 0
@@ -51,7 +51,7 @@ class Recorder:
     def step(self, row: Facts) -> None:
         """One finished step."""
 
-    def tells_end_of(self, attempt: int) -> bool:
+    def has_end_of(self, attempt: int) -> bool:
         """Whether the ledger says how a start ended."""
         return False
 
@@ -59,7 +59,7 @@ class Recorder:
         """Whether all that was told is written."""
         return True
 
-    def note(self, text: str) -> None:
+    def info(self, text: str) -> None:
         """A line for people."""
 
     def committed(self, path: Path, manifest: Facts, seconds: float) -> None:
@@ -74,7 +74,7 @@ class Recorder:
     def from_thread(self, text: str) -> None:
         """A line for people, from any thread."""
 
-    def drain(self) -> None:
+    def flush_messages(self) -> None:
         """Show what other threads had to say; from the main thread."""
 
     def root(self, step: int, root: Root) -> None:
@@ -87,7 +87,7 @@ class Recorder:
         """End the live line and the mirror."""
 
 
-class RankZeroRecorder(Recorder):
+class RankZeroRunLogger(RunLogger):
     """Writes into the run directory."""
 
     def __init__(self, config: Config, start: Start):
@@ -98,7 +98,9 @@ class RankZeroRecorder(Recorder):
         self.attempt = max([last_attempt(directory / "metrics.jsonl"), *attempts]) + 1
         order = start.order
         ends = [order.first_step(i) + order.steps_in(i) - 1 for i in range(len(order.names))]
-        self.console = Console(sys.stderr, config.run.name, order.total_steps, len(order.names), ends)
+        self.console = Console(
+            sys.stderr, config.run.name, order.total_steps, len(order.names), ends
+        )
         self._from_threads: deque[str] = deque()
         self._writing = RLock()
         self._unwritten: dict[Path, deque[Callable[[], object]]] = {}
@@ -123,10 +125,10 @@ class RankZeroRecorder(Recorder):
         )
         for repaired in (self.ledger.repaired, self.metrics.repaired, self.roots.repaired):
             if repaired:
-                self.note(repaired)
+                self.info(repaired)
         for path in (self.metrics.path, self.roots.path):
             for line in damaged_rows(path) if path.exists() else []:
-                self.note(f"damaged: {line}")
+                self.info(f"damaged: {line}")
 
     def event(self, event: str, **facts: Any) -> None:
         self._put(self.ledger.path, lambda: self.ledger.append(event, **facts))
@@ -134,10 +136,10 @@ class RankZeroRecorder(Recorder):
     def step(self, row: Facts) -> None:
         self._put(self.metrics.path, lambda: self.metrics.write(row))
         self.wandb.log(row)
-        self.drain()
+        self.flush_messages()
         self.console.step(row)
 
-    def tells_end_of(self, attempt: int) -> bool:
+    def has_end_of(self, attempt: int) -> bool:
         return any(e["event"] in ENDS and e.get("attempt") == attempt for e in self.ledger.events)
 
     def settled(self) -> bool:
@@ -170,13 +172,15 @@ class RankZeroRecorder(Recorder):
         self._refusal = f"{path} cannot be written: {error.strerror or error}"
         if self._refused_since is None:
             self._refused_since = now
-            self.from_thread(f"{self._refusal} (kept in memory and tried again for {self._patience_seconds:g} s)")
+            self.from_thread(
+                f"{self._refusal} (kept in memory and tried again for {self._patience_seconds:g} s)"
+            )
         if now - self._refused_since >= self._patience_seconds:
             self.problem = f"{self._refusal}; make room, then start the same command again"
 
-    def note(self, text: str) -> None:
-        self.drain()
-        self.console.note(text)
+    def info(self, text: str) -> None:
+        self.flush_messages()
+        self.console.info(text)
 
     def committed(self, path: Path, manifest: Facts, seconds: float) -> None:
         self.event("checkpoint_saved", **_saved(path, manifest), seconds=round(seconds, 3))
@@ -197,7 +201,9 @@ class RankZeroRecorder(Recorder):
         self.event("checkpoint_verified", attempt=self.attempt, checkpoint=path.name)
 
     def damaged(self, path: Path, problem: str) -> None:
-        self.event("checkpoint_damaged", attempt=self.attempt, checkpoint=path.name, problem=problem)
+        self.event(
+            "checkpoint_damaged", attempt=self.attempt, checkpoint=path.name, problem=problem
+        )
         self.from_thread(f"damaged: {problem}")
 
     def from_thread(self, text: str) -> None:
@@ -205,7 +211,12 @@ class RankZeroRecorder(Recorder):
         self._from_threads.append(text)
 
     def root(self, step: int, root: Root) -> None:
-        row = {"step": step, "attempt": self.attempt, "root": root.root, "tensors": short_digests(root.digests)}
+        row = {
+            "step": step,
+            "attempt": self.attempt,
+            "root": root.root,
+            "tensors": short_digests(root.digests),
+        }
         self._put(self.roots.path, lambda: self.roots.write(row))
 
     def recover(self, checkpoints: Sequence[Path]) -> None:
@@ -220,14 +231,14 @@ class RankZeroRecorder(Recorder):
                 self.event("checkpoint_saved", **_saved(path, read_manifest(path)), recovered=True)
 
     def close(self) -> None:
-        self.drain()
+        self.flush_messages()
         self.console.close()
         self.wandb.close()
-        self.drain()
+        self.flush_messages()
 
-    def drain(self) -> None:
+    def flush_messages(self) -> None:
         while self._from_threads:
-            self.console.note(self._from_threads.popleft())
+            self.console.info(self._from_threads.popleft())
 
 
 def _bytes_of(manifest: Facts) -> int:
@@ -257,7 +268,9 @@ def stage_facts(config: Config, start: Start, step: int) -> Facts:
         "consumed_tokens": step * config.batch.global_sequences * config.data.sequence_length,
         "chunks": {
             "consumed": consumed,
-            "step_in_chunk": step - (order.first_step(consumed) - 1) if consumed < len(order.names) else 0,
+            "step_in_chunk": step - (order.first_step(consumed) - 1)
+            if consumed < len(order.names)
+            else 0,
             "order": start.identity["data"]["order"],
         },
         "layout": {

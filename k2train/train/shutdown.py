@@ -14,8 +14,8 @@ from typing import NoReturn, Protocol
 from k2train.checkpoint.writer import CheckpointWriter, SaveError
 from k2train.errors import EXIT_FAILED, UserError
 from k2train.parallel.grid import ProcessGrid
-from k2train.train.monitor import DamageError, Sentry
-from k2train.train.run_logger import Recorder
+from k2train.train.monitor import DamageError, RunMonitor
+from k2train.train.run_logger import RunLogger
 
 CONNECTION = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe")
 """What the errors of a collective say whose other end is gone."""
@@ -30,8 +30,8 @@ class Run(Protocol):
 
     step: int
     attempt: int
-    recorder: Recorder
-    sentry: Sentry
+    logger: RunLogger
+    monitor: RunMonitor
 
     @property
     def writer(self) -> CheckpointWriter:
@@ -46,9 +46,11 @@ def end_together(run: Run, error: SaveError | DamageError) -> int:
         run.writer.wait()
     with contextlib.suppress(OSError):
         reason = "damaged" if damaged else "save failed"
-        run.recorder.event("stopped", attempt=run.attempt, reason=reason, step=run.step, problem=str(error))
+        run.logger.event(
+            "stopped", attempt=run.attempt, reason=reason, step=run.step, problem=str(error)
+        )
     after = "; the last checkpoint is from before, start again from it" if damaged else ""
-    run.recorder.note(f"stopped at step {run.step}: {error}{after}" if damaged else str(error))
+    run.logger.info(f"stopped at step {run.step}: {error}{after}" if damaged else str(error))
     return EXIT_FAILED
 
 
@@ -56,17 +58,17 @@ def is_lost(error: Exception, grid: ProcessGrid) -> bool:
     """Whether `error` is that of a collective whose other end is gone."""
     if grid.layout.world_size == 1 or isinstance(error, UserError):
         return False
-    return bool(grid.traffic.broken) or any(word in str(error).lower() for word in CONNECTION)
+    return bool(grid.comm.broken) or any(word in str(error).lower() for word in CONNECTION)
 
 
 def end_alone(run: Run, error: Exception) -> NoReturn:
     """Another rank is gone: one rank says which, rank 0 writes it down, and this process ends."""
-    line = run.sentry.lost(error)
+    line = run.monitor.lost(error)
     if NOBODY_GONE in line:
         traceback.print_exc(file=sys.stderr)
     if line:
         sys.stderr.write(f"k2train: {line}\n")
     with contextlib.suppress(Exception):
-        run.recorder.event("failed", attempt=run.attempt, step=run.step, problem=line or str(error))
+        run.logger.event("failed", attempt=run.attempt, step=run.step, problem=line or str(error))
     sys.stderr.flush()
     os._exit(EXIT_FAILED)

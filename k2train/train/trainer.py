@@ -19,23 +19,28 @@ from k2train.checkpoint.manifest import checkpoint_name, list_checkpoints, read_
 from k2train.checkpoint.writer import SaveError, remove_unfinished, set_aside_later
 from k2train.config.load import Config, config_differences
 from k2train.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, DataError, RunError, UserError
-from k2train.guard.nonfinite import SkipCounter
+from k2train.guard.nonfinite import NonFiniteCounter
 from k2train.guard.spikes import SpikeAlert
 from k2train.guard.stop_signals import StopRequest
 from k2train.launch.environment import Launch
-from k2train.parallel.comm_tracker import exchanging
-from k2train.parallel.grid import ProcessGrid, choose_device, start_process_group, stop_process_group
+from k2train.parallel.comm_tracker import collective_scope
+from k2train.parallel.grid import (
+    ProcessGrid,
+    choose_device,
+    start_process_group,
+    stop_process_group,
+)
 from k2train.plan.cost import flops_per_token, parameters, peak_flops
 from k2train.record.system_info import environment_facts, job_facts
 from k2train.run_lock.lock import RunLock
-from k2train.train.batches import Feed
-from k2train.train.checkpointing import Keeper
+from k2train.train.batches import BatchSource
+from k2train.train.checkpointing import CheckpointManager
 from k2train.train.engine import Engine, StepResult, architecture_of
 from k2train.train.host_memory import keep_memory
-from k2train.train.monitor import DamageError, EarlierEnd, Sentry
+from k2train.train.monitor import DamageError, PreviousEnd, RunMonitor
 from k2train.train.preflight import Start, learning_rate
 from k2train.train.resume_check import check_same_run
-from k2train.train.run_logger import RankZeroRecorder, Recorder, announcement, stage_facts
+from k2train.train.run_logger import RankZeroRunLogger, RunLogger, announcement, stage_facts
 from k2train.train.shutdown import end_alone, end_together, is_lost
 
 STOP, SAVE, FAILED, SECONDS = 0, 1, 2, 3
@@ -45,7 +50,9 @@ STOP_FILE = "STOP file"
 """The reason of a stop that a file asked for; any other request is a signal, behind which a kill may follow."""
 
 
-def train(config: Config, launch: Launch, start: Start, stop: StopRequest, lock: RunLock | None) -> int:
+def train(
+    config: Config, launch: Launch, start: Start, stop: StopRequest, lock: RunLock | None
+) -> int:
     """Run the stage on this rank and return the exit code; `lock` is the run directory's, held by rank 0."""
     device = choose_device(launch)
     memory = keep_memory(device.type)
@@ -53,18 +60,22 @@ def train(config: Config, launch: Launch, start: Start, stop: StopRequest, lock:
     grid = ProcessGrid(start.layout, launch.rank, device)
     if launch.launched:
         stop.install()
-    trainer = Trainer(config, grid, start, stop, verify=launch.local_rank == 0, memory=memory, lock=lock)
+    trainer = Trainer(
+        config, grid, start, stop, verify=launch.local_rank == 0, memory=memory, lock=lock
+    )
     problem = ""
     try:
         trainer.begin()
         if trainer.finished is not None:
             code = EXIT_DONE
             if launch.rank == 0:
-                sys.stdout.write(f"{trainer.finished} is the last checkpoint: this stage is finished, nothing to do\n")
+                sys.stdout.write(
+                    f"{trainer.finished} is the last checkpoint: this stage is finished, nothing to do\n"
+                )
         else:
             code = trainer.run()
             trainer.engine.optimizer.finish()
-        trainer.sentry.phase("done", trainer.step)
+        trainer.monitor.phase("done", trainer.step)
         fault_injection.point("end")
     except (SaveError, DamageError) as error:
         code = end_together(trainer, error)
@@ -73,18 +84,22 @@ def train(config: Config, launch: Launch, start: Start, stop: StopRequest, lock:
             end_alone(trainer, error)
         problem = str(error) or type(error).__name__
         if isinstance(error, UserError):
-            trainer.recorder.event(
-                "stopped", attempt=trainer.attempt, reason="refused", step=trainer.step, problem=problem
+            trainer.logger.event(
+                "stopped",
+                attempt=trainer.attempt,
+                reason="refused",
+                step=trainer.step,
+                problem=problem,
             )
         raise
     finally:
-        trainer.sentry.phase("done", trainer.step)
+        trainer.monitor.phase("done", trainer.step)
         if problem:
             # First, so that no watch takes this rank's leaving for its death.
-            trainer.sentry.close(problem)
+            trainer.monitor.close(problem)
         trainer.close()
     stop_process_group()
-    trainer.sentry.close()
+    trainer.monitor.close()
     return code
 
 
@@ -108,58 +123,70 @@ class Trainer:
         self.step, self.first_step = 0, 0
         self.last_loss: float | None = None
         self.parent: dict[str, Any] | None = None
-        self.skips, self.spikes = SkipCounter(), SpikeAlert()
-        self.recorder: Recorder = Recorder()
+        self.skips, self.spikes = NonFiniteCounter(), SpikeAlert()
+        self.logger: RunLogger = RunLogger()
         self.finished: Path | None = None
         """The last checkpoint of the stage, found whole: there is nothing left to do."""
         self.attempt = 0
         self.allowed: list[str] = []
         """Differences from the checkpoint that were asked for by name."""
-        self.earlier_end: EarlierEnd | None = None
+        self.previous_end: PreviousEnd | None = None
         """How a start before this one ended, where it could not say so itself."""
-        self.keeper = Keeper(config, grid, start, lock, lambda: self.recorder)
-        self.writer = self.keeper.writer
-        self.sentry = Sentry(config, grid, start.directory, job_facts())
-        self.feed = Feed(config, grid, start, verify, before_leaving=self._wait_for_save)
+        self.checkpoints = CheckpointManager(config, grid, start, lock, lambda: self.logger)
+        self.writer = self.checkpoints.writer
+        self.monitor = RunMonitor(config, grid, start.directory, job_facts())
+        self.batches = BatchSource(config, grid, start, verify, before_leaving=self._wait_for_save)
         shape = architecture_of(config)
         self.parameters = parameters(shape)
         self.flops = flops_per_token(shape, config.data.sequence_length)
-        peak = peak_flops(torch.cuda.get_device_name(grid.device)) if grid.device.type == "cuda" else None
+        peak = (
+            peak_flops(torch.cuda.get_device_name(grid.device))
+            if grid.device.type == "cuda"
+            else None
+        )
         self.peak_flops = None if peak is None else peak * grid.layout.world_size
         self.step_tokens = config.batch.global_sequences * config.data.sequence_length
 
     def begin(self) -> None:
         """Choose the checkpoint together, open the record, build the engine, load or draw its state."""
         if self.start.candidates:
-            self.earlier_end = self.sentry.begin()
-            self.sentry.phase("choose", 0)
-        chosen, refused = self.keeper.choose()
-        self.allowed = [] if chosen is None else check_same_run(chosen, self.start.identity, self.config.run.allow)
+            self.previous_end = self.monitor.begin()
+            self.monitor.phase("choose", 0)
+        chosen, refused = self.checkpoints.choose()
+        self.allowed = (
+            []
+            if chosen is None
+            else check_same_run(chosen, self.start.identity, self.config.run.allow)
+        )
         if chosen is not None and int(read_manifest(chosen)["step"]) >= self.order.total_steps:
             self.finished = chosen
             if self.grid.rank == 0:
                 remove_unfinished(self.start.checkpoints)
             return
         self._open_record()
-        self.earlier_end = self.sentry.begin() or self.earlier_end
-        if self.earlier_end is not None and not self.recorder.tells_end_of(self.earlier_end.attempt):
-            self.recorder.event("failed", attempt=self.earlier_end.attempt, problem=self.earlier_end.line)
+        self.previous_end = self.monitor.begin() or self.previous_end
+        if self.previous_end is not None and not self.logger.has_end_of(self.previous_end.attempt):
+            self.logger.event(
+                "failed", attempt=self.previous_end.attempt, problem=self.previous_end.line
+            )
         begins_at = 0 if chosen is None else int(read_manifest(chosen)["step"])
         # Before what may fail, so that a start that comes no further counts as one.
-        self.recorder.event("starting", attempt=self.attempt, step=begins_at)
-        self.sentry.phase("load", begins_at)
+        self.logger.event("starting", attempt=self.attempt, step=begins_at)
+        self.monitor.phase("load", begins_at)
         source = chosen or self.start.parent
         self.engine = Engine(self.config, self.grid, fill=source is None)
-        self.sentry.attach(self.engine)
+        self.monitor.attach(self.engine)
         for line in announcement(self.config, self.start, self.engine, self.parameters):
-            self.recorder.note(line)
-        self.recorder.note(self.memory)
+            self.logger.info(line)
+        self.logger.info(self.memory)
         if self.start.candidates or refused:
             searched = len(self.start.candidates) + len(self.start.refused)
             taken = "none" if chosen is None else chosen.name
-            self.recorder.note(f"searched {self.start.checkpoints}: {searched} checkpoints, taken {taken}")
+            self.logger.info(
+                f"searched {self.start.checkpoints}: {searched} checkpoints, taken {taken}"
+            )
         for problem in refused:
-            self.recorder.note(f"refused: {problem}")
+            self.logger.info(f"refused: {problem}")
         if chosen is not None:
             self._resume(chosen, refused)
         else:
@@ -167,12 +194,12 @@ class Trainer:
 
     def run(self) -> int:
         """Train to the end of the stage, or to a request to stop; returns the exit code."""
-        self.keeper.saved_at = time.monotonic()
+        self.checkpoints.saved_at = time.monotonic()
         while self.step < self.order.total_steps:
             self.step += 1
             position = self.order.position(self.step)
             if position.step_in_chunk == 0:
-                self.recorder.event(
+                self.logger.event(
                     "chunk_started",
                     attempt=self.attempt,
                     chunk=position.name,
@@ -186,52 +213,56 @@ class Trainer:
                 self._tell_skipped(result, decision)
             if decision == "stop":
                 self._wait_for_save()
-                self.recorder.event("stopped", attempt=self.attempt, reason="non-finite", step=self.step)
-                self.recorder.note(
+                self.logger.event(
+                    "stopped", attempt=self.attempt, reason="non-finite", step=self.step
+                )
+                self.logger.info(
                     f"{self.skips.limit} steps in a row were not finite; stopped, nothing was applied since"
                 )
                 return EXIT_FAILED
             if result.flags[FAILED] > 0:
                 self._wait_for_save()
-                raise SaveError(self.recorder.problem or RECORD_REFUSED)
+                raise SaveError(self.logger.problem or RECORD_REFUSED)
             reason = self._reason_to_stop(result)
             if self.order.is_chunk_end(self.step):
                 asked = reason is not None or result.flags[SAVE] > 0
                 self._end_chunk(asked, scored=not result.flags[STOP] > 0)
             elif reason is not None or result.flags[SAVE] > 0:
-                self._save(checkpoint_name(self.order.consumed_chunks(self.step), self.step), held_out=None)
+                self._save(
+                    checkpoint_name(self.order.consumed_chunks(self.step), self.step), held_out=None
+                )
             if reason is not None and self.step < self.order.total_steps:
-                self._wait_for_save(hurry=result.flags[STOP] > 0)
-                self.sentry.stopped()
-                self.recorder.event("stopped", attempt=self.attempt, reason=reason, step=self.step)
-                self.recorder.note(
+                self._wait_for_save(skip_verification=result.flags[STOP] > 0)
+                self.monitor.stopped()
+                self.logger.event("stopped", attempt=self.attempt, reason=reason, step=self.step)
+                self.logger.info(
                     f"stopped on request ({reason}) at step {self.step}; start the same command to go on"
                 )
                 self._settle_record()
                 return EXIT_STOPPED
         self._wait_for_save()
-        self.sentry.stopped()
+        self.monitor.stopped()
         self._settle_record()
-        self.recorder.event("finished", attempt=self.attempt, step=self.step)
+        self.logger.event("finished", attempt=self.attempt, step=self.step)
         self._settle_record()
         return EXIT_DONE
 
     def close(self) -> None:
         """Stop the loader's threads and the record. A save under way ends with the process; the watch goes on."""
-        self.feed.close()
+        self.batches.close()
         self.writer.close()
-        self.recorder.close()
+        self.logger.close()
 
     def _one_step(self) -> StepResult:
         began = time.monotonic()
         flags = self._flags(began)
         fault_injection.at_step(self.step)
         fault_injection.point("step.read")
-        batch = self.feed.step(self.step, self.step == self.first_step, self.engine.needs_batch)
+        batch = self.batches.step(self.step, self.step == self.first_step, self.engine.needs_batch)
         lr = learning_rate(self.config, self.step, self.order.total_steps)
         result = self.engine.train_step(batch.tokens, lr, flags, batch.documents)
         seconds = time.monotonic() - began
-        slow = self.sentry.end_step(seconds, result.flags[SECONDS:])
+        slow = self.monitor.end_step(seconds, result.flags[SECONDS:])
         if result.applied:
             self.last_loss = result.loss
         rows = self.order.rows_of(self.step)
@@ -246,51 +277,55 @@ class Trainer:
             "rows": [rows.start, rows.stop],
             "applied": result.applied,
             "tokens_per_second": self.step_tokens / seconds,
-            "mfu": None if self.peak_flops is None else self.step_tokens / seconds * self.flops / self.peak_flops,
+            "mfu": None
+            if self.peak_flops is None
+            else self.step_tokens / seconds * self.flops / self.peak_flops,
             "seconds": seconds,
             "peak_memory_bytes": self._peak_memory_bytes(),
         }
-        if (root := self.sentry.root()) is not None:
+        if (root := self.monitor.root()) is not None:
             row["state_root"] = root.root
-            self.recorder.root(self.step, root)
-        self.recorder.step(row)
+            self.logger.root(self.step, root)
+        self.logger.step(row)
         if slow is not None:
-            self.recorder.event("straggler", attempt=self.attempt, step=self.step, told=slow)
-            self.recorder.note(slow)
+            self.logger.event("straggler", attempt=self.attempt, step=self.step, told=slow)
+            self.logger.info(slow)
         fault_injection.point("step.done")
         if result.applied:
             for event in self.spikes.observe(self.step, result.loss, result.grad_norm):
-                self.recorder.event("spike", attempt=self.attempt, policy=self.config.spikes.policy, **event)
-                self.recorder.note(
+                self.logger.event(
+                    "spike", attempt=self.attempt, policy=self.config.spikes.policy, **event
+                )
+                self.logger.info(
                     f"spike {event['kind']} at step {self.step}: loss {result.loss:.4f}, grad_norm {result.grad_norm:.3g}"
                 )
         return result
 
     def _settle_record(self) -> None:
         """Raise SaveError on every rank when the disk has not taken all of the record."""
-        told = [self.recorder.settled()]
-        with exchanging(self.grid.traffic, "settle the record"):
+        told = [self.logger.settled()]
+        with collective_scope(self.grid.comm, "settle the record"):
             dist.broadcast_object_list(told, src=0, group=self.grid.host)
         if not told[0]:
-            raise SaveError(self.recorder.problem or RECORD_REFUSED)
+            raise SaveError(self.logger.problem or RECORD_REFUSED)
 
-    def _wait_for_save(self, hurry: bool = False) -> None:
-        """Until the save under way is whole; in a `hurry` it is neither tried again nor read back."""
-        self.sentry.phase("save", self.step)
-        if hurry and self.stop.requested != STOP_FILE:
-            self.writer.hurry()
+    def _wait_for_save(self, skip_verification: bool = False) -> None:
+        """Until the save under way is whole; in a `skip_verification` it is neither tried again nor read back."""
+        self.monitor.phase("save", self.step)
+        if skip_verification and self.stop.requested != STOP_FILE:
+            self.writer.skip_verification()
         self.writer.wait()
 
     def _flags(self, now: float) -> list[float]:
         """What this rank puts into the exchange of a step that begins at `now`, summed over ranks."""
-        flags = [0.0, 0.0, float(self.writer.failed or bool(self.recorder.problem))]
-        every, asked = self.config.checkpoint.every_seconds, self.sentry.request()
+        flags = [0.0, 0.0, float(self.writer.failed or bool(self.logger.problem))]
+        every, asked = self.config.checkpoint.every_seconds, self.monitor.request()
         if asked == "STOP":
             self.stop.requested = self.stop.requested or STOP_FILE
         flags[STOP] = float(self.stop.requested is not None)
-        due = every > 0 and self.grid.rank == 0 and now - self.keeper.saved_at >= every
+        due = every > 0 and self.grid.rank == 0 and now - self.checkpoints.saved_at >= every
         flags[SAVE] = float(due or asked == "SAVE")
-        return [*flags, *self.sentry.begin_step(self.step, self.writer.active)]
+        return [*flags, *self.monitor.begin_step(self.step, self.writer.active)]
 
     def _reason_to_stop(self, result: StepResult) -> str | None:
         if result.flags[STOP] > 0:
@@ -304,7 +339,7 @@ class Trainer:
         position = self.order.position(self.step)
         rows = self.order.rows_of(self.step)
         bad = [name for name, norm in result.norms.items() if norm != norm or norm == float("inf")]
-        self.recorder.event(
+        self.logger.event(
             "step_skipped",
             attempt=self.attempt,
             step=self.step,
@@ -315,7 +350,7 @@ class Trainer:
             tensors=bad[:8],
             in_a_row=self.skips.in_a_row,
         )
-        self.recorder.note(
+        self.logger.info(
             f"step {self.step} skipped, {'loss' if not bad else 'gradient of ' + bad[0]} not finite "
             f"({position.name} rows {rows.start}-{rows.stop - 1}; {self.skips.in_a_row} in a row)"
         )
@@ -335,15 +370,15 @@ class Trainer:
             self._save(checkpoint_name(consumed), held_out)
 
     def _held_out_loss(self) -> float | None:
-        self.sentry.phase("evaluate", self.step)
+        self.monitor.phase("evaluate", self.step)
         fault_injection.point("evaluate")
-        return self.feed.held_out_loss(self.engine)
+        return self.batches.held_out_loss(self.engine)
 
     def _save(self, name: str, held_out: float | None) -> None:
         # The save before may take long; what the ranks then do together (probe, copy) may not.
         self._wait_for_save()
         began = time.monotonic()
-        self.sentry.phase("evaluate", self.step)
+        self.monitor.phase("evaluate", self.step)
         facts = {
             "step": self.step,
             "attempt": self.attempt,
@@ -355,12 +390,12 @@ class Trainer:
         }
 
         def committed(path: Path, manifest: dict[str, Any]) -> None:
-            self.sentry.saved()
-            self.recorder.committed(path, manifest, time.monotonic() - began)
+            self.monitor.saved()
+            self.logger.committed(path, manifest, time.monotonic() - began)
 
-        self.keeper.save(self.engine, name, facts, committed)
+        self.checkpoints.save(self.engine, name, facts, committed)
         # Of a save that follows at once on another the clock begins anew.
-        self.sentry.saving(False)
+        self.monitor.saving(False)
 
     def _open_record(self) -> None:
         """Rank 0 opens ledger and metrics; what goes wrong there is every rank's error, so that none waits."""
@@ -370,34 +405,36 @@ class Trainer:
             try:
                 self.start.checkpoints.mkdir(parents=True, exist_ok=True)
                 leftovers = remove_unfinished(self.start.checkpoints)
-                self.recorder = RankZeroRecorder(self.config, self.start)
+                self.logger = RankZeroRunLogger(self.config, self.start)
             except UserError as error:
                 problem = str(error)
             except OSError as error:
-                problem = f"{error.filename or self.start.directory} cannot be written: {error.strerror}"
-        told: list[Any] = [self.recorder.attempt, problem, self.keeper.token]
-        with exchanging(self.grid.traffic, "open the record"):
+                problem = (
+                    f"{error.filename or self.start.directory} cannot be written: {error.strerror}"
+                )
+        told: list[Any] = [self.logger.attempt, problem, self.checkpoints.token]
+        with collective_scope(self.grid.comm, "open the record"):
             dist.broadcast_object_list(told, src=0, group=self.grid.host)
         if told[1]:
             raise RunError(told[1])
-        self.attempt, _, self.keeper.token = told
-        self.sentry.watch.attempt = self.attempt
-        if self.keeper.lock is not None and self.keeper.lock.told:
-            self.recorder.note(self.keeper.lock.told)
+        self.attempt, _, self.checkpoints.token = told
+        self.monitor.watchdog.attempt = self.attempt
+        if self.checkpoints.lock is not None and self.checkpoints.lock.told:
+            self.logger.info(self.checkpoints.lock.told)
         for name in leftovers:
-            self.recorder.note(f"removed {name}, which was never finished")
+            self.logger.info(f"removed {name}, which was never finished")
 
     def _resume(self, path: Path, refused: list[str]) -> None:
-        facts, _ = self.keeper.load(self.engine, path)
+        facts, _ = self.checkpoints.load(self.engine, path)
         self.step = int(facts["step"])
         self.first_step = self.step + 1
         self.last_loss, self.parent = facts.get("loss"), facts.get("parent")
         self.skips.load_state(facts["guard"]["finite"])
         self.spikes.load_state(facts["guard"]["spikes"])
         set_aside = set_aside_later(path, self.attempt) if self.grid.rank == 0 else []
-        self.recorder.recover(list_checkpoints(self.start.checkpoints))
+        self.logger.recover(list_checkpoints(self.start.checkpoints))
         changes = config_differences(facts["config"], self.config.model_dump(mode="json"))
-        self.recorder.event(
+        self.logger.event(
             "resumed",
             attempt=self.attempt,
             checkpoint=path.name,
@@ -411,22 +448,22 @@ class Trainer:
             memory=self.memory,
             config_changes=changes,
             allowed=self.allowed,
-            config_sha256=self.recorder.config_sha256,
-            **self.keeper.lease_facts(),
+            config_sha256=self.logger.config_sha256,
+            **self.checkpoints.lease_facts(),
         )
-        self.recorder.note(f"resumed from {path} at step {self.step} (attempt {self.attempt})")
+        self.logger.info(f"resumed from {path} at step {self.step} (attempt {self.attempt})")
         for text in self.allowed:
-            self.recorder.note(f"allowed by run.allow, although it makes another run: {text}")
+            self.logger.info(f"allowed by run.allow, although it makes another run: {text}")
         if changes:
-            self.recorder.note(f"changed since that checkpoint: {'; '.join(changes)}")
+            self.logger.info(f"changed since that checkpoint: {'; '.join(changes)}")
 
     def _start_anew(self, parent: Path | None) -> None:
         self.first_step = 1
-        self.recorder.event(
+        self.logger.event(
             "started",
             attempt=self.attempt,
             run=self.config.run.name,
-            run_id=self.recorder.run_id,
+            run_id=self.logger.run_id,
             world_size=self.grid.layout.world_size,
             layout=str(self.grid.layout),
             total_steps=self.order.total_steps,
@@ -436,19 +473,19 @@ class Trainer:
             memory=self.memory,
             data_manifest_sha256=self.start.manifest.sha256,
             environment=environment_facts(),
-            config_sha256=self.recorder.config_sha256,
-            **self.keeper.lease_facts(),
+            config_sha256=self.logger.config_sha256,
+            **self.checkpoints.lease_facts(),
         )
         if parent is not None:
-            facts, kept = self.keeper.load(self.engine, parent)
+            facts, kept = self.checkpoints.load(self.engine, parent)
             self.parent = {**self.start.seam, "moments_kept": kept}
-            self.recorder.event("seam", attempt=self.attempt, **self.parent)
+            self.logger.event("seam", attempt=self.attempt, **self.parent)
             told = (
                 "weights and moments"
                 if kept
                 else "weights alone (that checkpoint was thinned; moments start from zero)"
             )
-            self.recorder.note(f"{told} from {parent}, step {facts['step']}")
+            self.logger.info(f"{told} from {parent}, step {facts['step']}")
         self._save(checkpoint_name(0), self._held_out_loss())
 
     def _peak_memory_bytes(self) -> int:

@@ -12,8 +12,8 @@ from pathlib import Path
 from k2train.watchdog.failure_report import end_processes, mark_of, tell_once, verdict_of
 from k2train.watchdog.hang_analysis import LOST, Suspect, kind_of, lost_ranks, suspects
 from k2train.watchdog.heartbeat import Observer, Process, Record, Seen, stacks_path, state_of
-from k2train.watchdog.shared_progress import Peers
-from k2train.watchdog.timeouts import Limits
+from k2train.watchdog.shared_progress import PeerProgress
+from k2train.watchdog.timeouts import Timeouts
 
 LOST_SECONDS = 2.0
 """How long a lost rank is looked for."""
@@ -27,7 +27,7 @@ LEAVING = ("failed", "stuck", "behind")
 """Kinds of ranks that end by themselves, given a moment."""
 
 
-class Inquest:
+class Diagnosis:
     """Of one rank (`process`) of a run of `world_size` ranks whose heartbeats lie in `directory`.
 
     A verdict that lies there when this is made belongs to an earlier start. `peers`: ranks whose last moment is known.
@@ -37,9 +37,9 @@ class Inquest:
         self,
         directory: Path,
         world_size: int,
-        limits: Limits,
+        limits: Timeouts,
         process: Process,
-        peers: Peers,
+        peers: PeerProgress,
         clock: Callable[[], float],
     ) -> None:
         self.directory, self.world_size, self.limits = directory, world_size, limits
@@ -70,7 +70,9 @@ class Inquest:
         """This rank, `own`, is over its limit: say who is the cause, if it is this rank's turn, and end what hangs."""
         seen = self._fresh(observer)
         found = suspects(seen, self.limits.silent_after)
-        told = self._tell(own, found, seen, f"{own.who()} is stuck: {own.where()}; {own.exchange()}")
+        told = self._tell(
+            own, found, seen, f"{own.who()} is stuck: {own.where()}; {own.exchange()}"
+        )
         if told:
             say(told)
         self._end(found)
@@ -105,7 +107,9 @@ class Inquest:
             for rank, one in seen.items()
         }
 
-    def _tell(self, own: Record, found: list[Suspect], seen: Mapping[int, Seen], otherwise: str) -> str:
+    def _tell(
+        self, own: Record, found: list[Suspect], seen: Mapping[int, Seen], otherwise: str
+    ) -> str:
         """The line, when this rank is the one to say it: the lowest live one, or whoever comes first after a while."""
         line = otherwise
         if found:
@@ -115,7 +119,9 @@ class Inquest:
             others = ", ".join(str(one.rank) for one in found[1:9])
             line += f" (so it is with rank{'s' * (len(found) > 2)} {others})" if others else ""
         culprits = {one.rank for one in found}
-        live = [rank for rank, one in seen.items() if rank not in culprits and one.record is not None]
+        live = [
+            rank for rank, one in seen.items() if rank not in culprits and one.record is not None
+        ]
         until = self._clock() + (TURN_SECONDS if live and own.rank > min(live) else 0.0)
         while self._clock() < until:
             if self.given():
@@ -125,12 +131,15 @@ class Inquest:
         return line if tell_once(self.directory, verdict, self._stale) else ""
 
     def _end(self, found: list[Suspect]) -> None:
-        processes = {one.seen.record.process: one.kind for one in found if one.seen.record is not None}
+        processes = {
+            one.seen.record.process: one.kind for one in found if one.seen.record is not None
+        }
         processes.pop(self._process, None)
         # One that failed is at its own message, and one that lives has a watch, which writes its stacks and ends it.
         until = self._clock() + LEAVE_SECONDS
         while self._clock() < until and any(
-            kind in LEAVING and state_of(process, self._process) == "running" for process, kind in processes.items()
+            kind in LEAVING and state_of(process, self._process) == "running"
+            for process, kind in processes.items()
         ):
             time.sleep(LOOK_SECONDS)
         end_processes(processes, self._process)

@@ -50,7 +50,9 @@ def read_verdict(directory: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def verdict_of(line: str, found: Iterable[Suspect], seen: Mapping[int, Seen], own: Record) -> dict[str, Any]:
+def verdict_of(
+    line: str, found: Iterable[Suspect], seen: Mapping[int, Seen], own: Record
+) -> dict[str, Any]:
     """The content of the file: the line, the ranks it is about, and where every rank was; told by the rank of `own`.
 
     `attempt`: the start that ended so, 0 where it had no number yet.
@@ -58,7 +60,11 @@ def verdict_of(line: str, found: Iterable[Suspect], seen: Mapping[int, Seen], ow
     ranks = []
     for rank, one in sorted(seen.items()):
         record = one.record
-        place = None if record is None else [record.phase, record.step, record.count, record.current or record.last]
+        place = (
+            None
+            if record is None
+            else [record.phase, record.step, record.count, record.current or record.last]
+        )
         ranks.append([rank, place, one.process, round(one.silent_seconds, 1)])
     return {
         "line": line,

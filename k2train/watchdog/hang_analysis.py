@@ -35,7 +35,9 @@ class Suspect:
         if self.kind == "died":
             return f"{record.who()} died at {record.where()}; {record.exchange()}"
         # The last heartbeat of one that does not run says only how long it was there before.
-        seconds = max(seconds, record.seconds + (self.seen.silent_seconds if self.kind in DEAD else 0.0))
+        seconds = max(
+            seconds, record.seconds + (self.seen.silent_seconds if self.kind in DEAD else 0.0)
+        )
         what = {
             "stopped": "is stopped (SIGSTOP)",
             "silent": f"gives no sign of life for {self.seen.silent_seconds:.0f} s",

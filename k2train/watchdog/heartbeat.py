@@ -22,7 +22,11 @@ CHECK_BYTES = 23
 TEXT_LIMIT = 160
 OPEN_STATES = ("", "stalled")
 """States of a rank that is still at work; the others have said that they leave."""
-PHASES = {"step": "forward/backward", "choose": "choosing a checkpoint", "load": "loading a checkpoint"}
+PHASES = {
+    "step": "forward/backward",
+    "choose": "choosing a checkpoint",
+    "load": "loading a checkpoint",
+}
 """How a phase is told to people, where its name is not enough."""
 
 ProcessState = Literal["running", "stopped", "gone", ""]
@@ -43,12 +47,17 @@ class Process:
 
 def this_process() -> Process:
     """The process that calls."""
-    return Process(os.getpid(), _stat(os.getpid())[1], _boot_id(), _pid_namespace(), socket.gethostname())
+    return Process(
+        os.getpid(), _stat(os.getpid())[1], _boot_id(), _pid_namespace(), socket.gethostname()
+    )
 
 
 def state_of(process: Process, reader: Process) -> ProcessState:
     """What became of `process`, as far as the process `reader`, which asks, can see it; "" on another machine."""
-    if not process.boot_id or (process.boot_id, process.pid_namespace) != (reader.boot_id, reader.pid_namespace):
+    if not process.boot_id or (process.boot_id, process.pid_namespace) != (
+        reader.boot_id,
+        reader.pid_namespace,
+    ):
         return ""
     letter, start_ticks = _stat(process.pid)
     if letter in ("", "Z", "X") or start_ticks != process.start_ticks:
@@ -82,7 +91,7 @@ def _pid_namespace() -> str:
 
 @dataclass(frozen=True)
 class Record:
-    """What a rank says of itself. `count`, `current`, `last`: of its collectives, see `parallel.traffic`.
+    """What a rank says of itself. `count`, `current`, `last`: of its collectives, see `parallel.comm`.
 
     `state`: "" at work, "stalled" over its limit, "leaving" after another was lost, "failed" by itself (`problem`), "closed".
     `seconds`: since the step, save or evaluation it is in began, or got on, by its monotonic clock. `wall`: for people only.
@@ -125,7 +134,11 @@ class Record:
         """`in collective 1234 all-reduce tp`, or the last one there was."""
         if self.current:
             return f"in collective {self.count} {self.current}"
-        return f"last collective {self.count} {self.last}".strip() if self.count else "no collective so far"
+        return (
+            f"last collective {self.count} {self.last}".strip()
+            if self.count
+            else "no collective so far"
+        )
 
 
 def heartbeat_path(directory: Path, rank: int) -> Path:
@@ -142,12 +155,16 @@ def encode(record: Record) -> bytes:
     """The LENGTH_BYTES of a file: one JSON object, filled up with spaces before its checksum."""
     plain: dict[str, Any] = dataclasses.asdict(record)
     plain["seconds"] = round(record.seconds, 3)
-    plain["facts"] = {str(key)[:40]: str(value)[:80] for key, value in list(record.facts.items())[:6]}
+    plain["facts"] = {
+        str(key)[:40]: str(value)[:80] for key, value in list(record.facts.items())[:6]
+    }
     for key in ("current", "last", "problem", "phase"):
         plain[key] = plain[key][:TEXT_LIMIT]
     text = json.dumps(plain).encode()
     if len(text) > LENGTH_BYTES - CHECK_BYTES:
-        text = json.dumps(plain | {"facts": {}, "problem": plain["problem"][:40], "wall": ""}).encode()
+        text = json.dumps(
+            plain | {"facts": {}, "problem": plain["problem"][:40], "wall": ""}
+        ).encode()
     return text[:-1].ljust(LENGTH_BYTES - CHECK_BYTES) + _check(text)
 
 
@@ -169,7 +186,9 @@ def decode(data: bytes) -> Record | None:
 
 def write_record(directory: Path, record: Record) -> None:
     """Write a rank's file in place. Raises OSError."""
-    descriptor = os.open(heartbeat_path(directory, record.rank), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    descriptor = os.open(
+        heartbeat_path(directory, record.rank), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644
+    )
     try:
         os.pwrite(descriptor, encode(record), 0)
     finally:
@@ -232,5 +251,7 @@ class Observer:
                 continue
             first = self._first[rank]
             moving = _place(first) != _place(last)
-            found[rank] = Seen(last, now - self._changed[rank], state_of(last.process, self.reader), moving)
+            found[rank] = Seen(
+                last, now - self._changed[rank], state_of(last.process, self.reader), moving
+            )
         return found

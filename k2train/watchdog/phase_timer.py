@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
 
-from k2train.watchdog.timeouts import Limits
+from k2train.watchdog.timeouts import Timeouts
 
 TICK_SECONDS = 0.25
 PAUSE_SECONDS = 3.0
@@ -32,10 +32,10 @@ class Place(NamedTuple):
     progress: int
 
 
-class Clocks:
+class PhaseTimer:
     """`enter`, `progress`, `step_done` and `saving` from the training loop; `tick` and the rest from the watch."""
 
-    def __init__(self, limits: Limits, clock: Callable[[], float]):
+    def __init__(self, limits: Timeouts, clock: Callable[[], float]):
         self._limits, self._clock = limits, clock
         self._steps: deque[float] = deque(maxlen=512)
         self._paused = 0.0
@@ -90,7 +90,11 @@ class Clocks:
         """Seconds beyond the limit, of the place or of the save in the background; negative: still within."""
         over = self.elapsed() - self.limit()
         saving = self._saving
-        return over if saving is None else max(over, self._clock() - saving - self._limits.save_seconds)
+        return (
+            over
+            if saving is None
+            else max(over, self._clock() - saving - self._limits.save_seconds)
+        )
 
     def tick(self) -> bool:
         """To be called every TICK_SECONDS; True when the process did not run for some time before, which is excused."""

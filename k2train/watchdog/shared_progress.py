@@ -14,19 +14,21 @@ from k2train.watchdog.heartbeat import Process, Record, state_of
 from k2train.watchdog.timeouts import CLOCKS
 
 COUNT, STEP, PHASE = 0, 1, 2
-"""Places of the integers; the first is written by `parallel.traffic`."""
+"""Places of the integers; the first is written by `parallel.comm`."""
 CELLS = 8
 SIZE = CELLS * 8
 PHASES = tuple(CLOCKS)
 
 
-class Live:
+class SharedProgress:
     """The integers of this rank; `descriptor` is what others open."""
 
     def __init__(self) -> None:
         self.descriptor = os.memfd_create("k2train-live", os.MFD_CLOEXEC)
         os.ftruncate(self.descriptor, SIZE)
-        self.cells: list[int] | memoryview[int] = memoryview(mmap.mmap(self.descriptor, SIZE)).cast("q")
+        self.cells: list[int] | memoryview[int] = memoryview(mmap.mmap(self.descriptor, SIZE)).cast(
+            "q"
+        )
 
     def put(self, phase: str, step: int) -> None:
         """Say where the rank is."""
@@ -40,7 +42,7 @@ class Live:
         self.descriptor = -1
 
 
-class Peers:
+class PeerProgress:
     """The integers of other ranks of this machine, held from the first time each is looked for."""
 
     def __init__(self, reader: Process):
@@ -50,10 +52,16 @@ class Peers:
     def hold(self, record: Record) -> None:
         """Map those of the rank of `record`, if it runs here and has not been mapped."""
         process = record.process
-        if process in self._mapped or record.live < 0 or state_of(process, self._reader) not in ("running", "stopped"):
+        if (
+            process in self._mapped
+            or record.live < 0
+            or state_of(process, self._reader) not in ("running", "stopped")
+        ):
             return
         with contextlib.suppress(OSError, ValueError):
-            descriptor = os.open(f"/proc/{process.pid}/fd/{record.live}", os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = os.open(
+                f"/proc/{process.pid}/fd/{record.live}", os.O_RDONLY | os.O_CLOEXEC
+            )
             try:
                 self._mapped[process] = mmap.mmap(descriptor, SIZE, access=mmap.ACCESS_READ)
             finally:

@@ -21,7 +21,7 @@ CLOCKS = {
     "done": "start",
 }
 """Phase -> the clock it runs on. Those of a start are limited alike and each by itself: hashing checkpoints (`choose`), reading
-one (`load`), the rest. How long these take depends on how much there is to read, so `Watch.progress` restarts them."""
+one (`load`), the rest. How long these take depends on how much there is to read, so `Watchdog.progress` restarts them."""
 FIRST_STEPS = 5
 """Fewer say nothing yet: kernels are chosen and compiled in the first ones."""
 ENOUGH_STEPS = 20
@@ -29,7 +29,7 @@ FLOOR_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
-class Limits:
+class Timeouts:
     """Seconds; `step_seconds` 0: from what steps took. `heartbeat_seconds` 0: no watch.
 
     `start_seconds` is for each phase of a start. `save_seconds` must hold also how long a save may try again.
@@ -55,7 +55,9 @@ class Limits:
         """The limit on a clock, after steps that took so long."""
         if clock == "step":
             return self._step(steps)
-        return {"evaluate": self.evaluate_seconds, "save": self.save_seconds}.get(clock, self.start_seconds)
+        return {"evaluate": self.evaluate_seconds, "save": self.save_seconds}.get(
+            clock, self.start_seconds
+        )
 
     def _step(self, steps: Sequence[float]) -> float:
         if self.step_seconds > 0:

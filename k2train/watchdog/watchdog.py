@@ -22,7 +22,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from k2train.errors import EXIT_FAILED
-from k2train.watchdog.diagnosis import RANKS_A_SECOND, TURN_SECONDS, Inquest
+from k2train.watchdog.diagnosis import RANKS_A_SECOND, TURN_SECONDS, Diagnosis
 from k2train.watchdog.failure_report import STACKS_SIGNAL, keep_earlier
 from k2train.watchdog.heartbeat import (
     Observer,
@@ -34,19 +34,19 @@ from k2train.watchdog.heartbeat import (
     this_process,
     write_record,
 )
-from k2train.watchdog.phase_timer import TICK_SECONDS, Clocks
-from k2train.watchdog.shared_progress import Live, Peers
-from k2train.watchdog.timeouts import Limits
+from k2train.watchdog.phase_timer import TICK_SECONDS, PhaseTimer
+from k2train.watchdog.shared_progress import PeerProgress, SharedProgress
+from k2train.watchdog.timeouts import Timeouts
 
 STOPPED_SECONDS = 10.0
 """How long a rank of this machine may be stopped (SIGSTOP) while this one runs."""
-INQUEST_SECONDS = 8.0
+DIAGNOSIS_SECONDS = 8.0
 """How long may pass from then to the end of the process."""
 
 Position = Callable[[], tuple[int, str, str, float]]
 
 
-class Watch:
+class Watchdog:
     """`start`, then `phase` as the run goes on; `lost` when a collective raised; `close` at the end, whatever end.
 
     `attempt` is to be set as soon as it is known: a verdict names it (0: the record of the run was not open yet).
@@ -61,7 +61,7 @@ class Watch:
         directory: Path,
         rank: int,
         world_size: int,
-        limits: Limits,
+        limits: Timeouts,
         say: Callable[[str], None],
         position: Position,
         *,
@@ -70,12 +70,22 @@ class Watch:
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
     ):
-        self.directory, self.rank, self.world_size, self.limits = directory, rank, world_size, limits
+        self.directory, self.rank, self.world_size, self.limits = (
+            directory,
+            rank,
+            world_size,
+            limits,
+        )
         self.attempt = 0
-        self._say, self._position, self._facts, self._leave = say, position, dict(facts or {}), leave
+        self._say, self._position, self._facts, self._leave = (
+            say,
+            position,
+            dict(facts or {}),
+            leave,
+        )
         self._clock, self._wall = clock, wall
         self._process = this_process()
-        self._clocks = Clocks(limits, clock)
+        self._clocks = PhaseTimer(limits, clock)
         self._beat, self._state, self._problem = 0, "", ""
         self._peers: dict[int, Process] = {}
         self._unknown = set(range(world_size)) - {rank}
@@ -84,8 +94,8 @@ class Watch:
         self._lost_since: float | None = None
         self._observer: Observer | None = None
         self._others_went_on = -math.inf
-        self._live, self._held = Live(), Peers(self._process)
-        self._inquest = Inquest(directory, world_size, limits, self._process, self._held, clock)
+        self._live, self._held = SharedProgress(), PeerProgress(self._process)
+        self._inquest = Diagnosis(directory, world_size, limits, self._process, self._held, clock)
         self._ended = threading.Event()
         self._writing = threading.Lock()
         self._threads: list[threading.Thread] = []
@@ -135,7 +145,7 @@ class Watch:
             return f"rank {self.rank} lost its connection: {_first_line(error)}"
         if self._lost_since is not None:
             # The watch is at it already, and ends the process.
-            time.sleep(2 * INQUEST_SECONDS)
+            time.sleep(2 * DIAGNOSIS_SECONDS)
             return ""
         self._lost_since = self._clock()
         self._set_state("leaving")
@@ -159,7 +169,7 @@ class Watch:
 
     @property
     def cells(self) -> "list[int] | memoryview[int]":
-        """Where `Traffic.cells` is to point, so that others know the number of the last collective of a killed rank."""
+        """Where `CommTracker.cells` is to point, so that others know the number of the last collective of a killed rank."""
         return self._live.cells
 
     def record(self) -> Record:
@@ -201,7 +211,9 @@ class Watch:
         written, place = self._clock(), self._clocks.place
         while not self._ended.wait(min(TICK_SECONDS, self.limits.heartbeat_seconds)):
             now = self._clock()
-            lasting = self._clocks.place != place and now - self._clocks.place.changed >= TICK_SECONDS
+            lasting = (
+                self._clocks.place != place and now - self._clocks.place.changed >= TICK_SECONDS
+            )
             if self._unknown and self._lost_since is None:
                 with contextlib.suppress(OSError):
                     self._meet()
@@ -235,7 +247,11 @@ class Watch:
         for rank in sorted(self._unknown):
             record = read_record(self.directory, rank)
             # A closed record is of an earlier start: the rank has not come up in this one.
-            if record is not None and record.at_work and state_of(record.process, self._process) != "gone":
+            if (
+                record is not None
+                and record.at_work
+                and state_of(record.process, self._process) != "gone"
+            ):
                 self._unknown.discard(rank)
                 if state_of(record.process, self._process):
                     self._peers[rank] = record.process
@@ -250,7 +266,7 @@ class Watch:
                 self._observer = self._stopped_since = None
             now = self._clock()
             if self._lost_since is not None:
-                if now - self._lost_since > INQUEST_SECONDS:
+                if now - self._lost_since > DIAGNOSIS_SECONDS:
                     self._exit()
             elif self._dead_since is not None:
                 if now - self._dead_since > TURN_SECONDS:
@@ -268,7 +284,9 @@ class Watch:
             self._observer = None
         elif self._observer is None:
             self._observer = observer = self._inquest.observer()
-            threading.Thread(target=self._observe, args=(observer,), name="watch-look", daemon=True).start()
+            threading.Thread(
+                target=self._observe, args=(observer,), name="watch-look", daemon=True
+            ).start()
         if over < 0 or self._observer is None or now - self._observer.began < look:
             return
         if now - self._others_went_on < look:
@@ -291,9 +309,11 @@ class Watch:
         self._lost_since = self._clock()
         holding = threading.Thread(target=inquest, name="watch-inquest", daemon=True)
         holding.start()
-        holding.join(INQUEST_SECONDS)
+        holding.join(DIAGNOSIS_SECONDS)
         if holding.is_alive():
-            self._say(f"{self.record().who()} is stuck: {self.record().where()}; {self.directory} does not answer")
+            self._say(
+                f"{self.record().who()} is stuck: {self.record().where()}; {self.directory} does not answer"
+            )
         self._exit()
 
     def _on_stall(self) -> None:
@@ -314,7 +334,10 @@ class Watch:
 
     def _dump(self, why: str) -> None:
         with contextlib.suppress(OSError, ValueError):
-            os.write(self._stacks.fileno(), f"{self.record().who()}, {self.record().where()}: {why}\n".encode())
+            os.write(
+                self._stacks.fileno(),
+                f"{self.record().who()}, {self.record().where()}: {why}\n".encode(),
+            )
             faulthandler.dump_traceback(self._stacks, all_threads=True)
 
     def _exit(self) -> None:

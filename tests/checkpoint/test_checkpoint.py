@@ -32,8 +32,23 @@ from k2train.errors import CheckpointError
 from k2train.launch.environment import Launch
 from k2train.train.engine import Engine
 from tests.support.gloo_pool import GlooPool
-from tests.support.tiny_corpus import ROOT, config_tree, environment, make_corpus, manifest_of, trainer_job, tree_of
-from tests.support.tiny_model import assemble, grid_of, local_gradients, microbatches_of, shapes_of, tiny_config
+from tests.support.tiny_corpus import (
+    ROOT,
+    config_tree,
+    environment,
+    make_corpus,
+    manifest_of,
+    trainer_job,
+    tree_of,
+)
+from tests.support.tiny_model import (
+    assemble,
+    grid_of,
+    local_gradients,
+    microbatches_of,
+    shapes_of,
+    tiny_config,
+)
 
 sys.path.insert(0, str(ROOT / "tools"))
 import compare_runs
@@ -65,10 +80,14 @@ def config_on(tensor: int, pipeline: int, stages_per_rank: int) -> Any:
 
 
 def values_of(engine: Engine) -> dict[str, Any]:
-    return {state: local_gradients(engine, line) for state, line in engine.optimizer.lines.items()}
+    return {
+        state: local_gradients(engine, line) for state, line in engine.optimizer.flat_shards.items()
+    }
 
 
-def save_job(launch: Launch, config: Any, directory: str, asynchronous: bool = False) -> dict[str, Any]:
+def save_job(
+    launch: Launch, config: Any, directory: str, asynchronous: bool = False
+) -> dict[str, Any]:
     """Two steps, a save, one more step: the blocks as saved, and the loss and norm of the step after."""
     grid = grid_of(launch, config)
     engine = Engine(config, grid)
@@ -76,7 +95,7 @@ def save_job(launch: Launch, config: Any, directory: str, asynchronous: bool = F
         engine.train_step(microbatches_of(config, grid, step), 1e-2)
     saved = values_of(engine)
     writer = CheckpointWriter(Path(directory), grid, 0, asynchronous)
-    state = snapshot(engine.gradients.table, engine.optimizer.lines, engine.dtype)
+    state = snapshot(engine.gradients.table, engine.optimizer.flat_shards, engine.dtype)
     facts = {**FACTS, "step": 2, "adam_steps": engine.optimizer.adam_steps}
     writer.save("ckpt_001", state, facts, lambda path, manifest: None)
     result = engine.train_step(microbatches_of(config, grid, 3), 1e-2)
@@ -90,7 +109,9 @@ def load_job(launch: Launch, config: Any, path: str) -> dict[str, Any]:
     chosen, refused = agree_on_checkpoint([Path(path)], grid)
     assert chosen is not None, refused
     engine = Engine(config, grid, fill=False)
-    kept = load_states(chosen, engine.gradients.table, engine.optimizer.lines, grid, engine.dtype)
+    kept = load_states(
+        chosen, engine.gradients.table, engine.optimizer.flat_shards, grid, engine.dtype
+    )
     engine.optimizer.adam_steps = read_manifest(chosen)["adam_steps"]
     engine.optimizer.publish()
     loaded = values_of(engine)
@@ -119,12 +140,16 @@ class Saved:
 
 
 @pytest.fixture(scope="module")
-def saved(pool: GlooPool, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int, int, int], Saved]:
+def saved(
+    pool: GlooPool, tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[int, int, int, int], Saved]:
     return {grid: Saved(pool, tmp_path_factory.mktemp("grid"), grid) for grid in GRIDS}
 
 
 @pytest.mark.parametrize("target", GRIDS, ids=str)
-def test_every_grid_loads_every_grids_checkpoint(pool: GlooPool, saved: dict[Any, Saved], target: Any) -> None:
+def test_every_grid_loads_every_grids_checkpoint(
+    pool: GlooPool, saved: dict[Any, Saved], target: Any
+) -> None:
     """Weights and moments to the bit, the next loss within 1e-6: catches a wrong offset, padding that is saved, a
     moment that stays behind. Vocabulary 251 and blocks that data parallelism does not divide are part of it."""
     tensor, pipeline, data, stages = target
@@ -158,14 +183,21 @@ def test_forty_lines_rebuild_a_checkpoint(saved: dict[Any, Saved]) -> None:
                 places = json.loads(header.pop("__metadata__")["DCP_SHARDING_INFO"])
                 for name, facts in header.items():
                     start, stop = facts["data_offsets"]
-                    block = np.frombuffer(content[8 + length + start : 8 + length + stop], dtype="<f4")
+                    block = np.frombuffer(
+                        content[8 + length + start : 8 + length + stop], dtype="<f4"
+                    )
                     block = block.reshape(facts["shape"])
                     corner = places[name]["saved_offsets"]
-                    rebuilt[name][tuple(slice(c, c + n) for c, n in zip(corner, block.shape, strict=True))] = block
+                    rebuilt[name][
+                        tuple(slice(c, c + n) for c, n in zip(corner, block.shape, strict=True))
+                    ] = block
         for name, values in checkpoint.values.items():
             assert rebuilt[name].tobytes() == values.tobytes(), (grid, name)
             if name.endswith(".master"):
-                assert rebuilt[name.removesuffix(".master")].tobytes() == values.tobytes(), (grid, name)
+                assert rebuilt[name.removesuffix(".master")].tobytes() == values.tobytes(), (
+                    grid,
+                    name,
+                )
         assert not any(np.isnan(values).any() for values in rebuilt.values())
 
 
@@ -174,13 +206,20 @@ def test_the_comparing_tool_reads_the_same(saved: dict[Any, Saved]) -> None:
     first, other = saved[(1, 1, 1, 1)], saved[(1, 2, 1, 1)]
     for checkpoint in (first, other):
         tensors = compare_runs.tensors_of(checkpoint.path, "optimizer")
-        assert all(tensors[name].tobytes() == values.tobytes() for name, values in checkpoint.values.items())
+        assert all(
+            tensors[name].tobytes() == values.tobytes()
+            for name, values in checkpoint.values.items()
+        )
     assert compare_runs.tensor_differences(first.path, other.path) == [], "pipelines are bit-equal"
     found = compare_runs.tensor_differences(first.path, saved[(2, 1, 1, 1)].path)
-    assert found and all("values differ" in line for line in found), "tensor parallelism differs by rounding"
+    assert found and all("values differ" in line for line in found), (
+        "tensor parallelism differs by rounding"
+    )
 
 
-def test_thinned_loads_weights_only(pool: GlooPool, saved: dict[Any, Saved], tmp_path: Path) -> None:
+def test_thinned_loads_weights_only(
+    pool: GlooPool, saved: dict[Any, Saved], tmp_path: Path
+) -> None:
     """Without its optimizer files a checkpoint still gives its weights; the moments start at zero, and it is said."""
     source = saved[(2, 1, 2, 1)]
     shutil.copytree(source.path, tmp_path / "ckpt_001")
@@ -192,7 +231,9 @@ def test_thinned_loads_weights_only(pool: GlooPool, saved: dict[Any, Saved], tmp
     assert not any(part["kept"] for part in parts)
     loaded = whole(parts, "loaded", config)
     for name, values in source.values.items():
-        assert np.array_equal(loaded[name], values if name.endswith("master") else np.zeros_like(values)), name
+        assert np.array_equal(
+            loaded[name], values if name.endswith("master") else np.zeros_like(values)
+        ), name
 
 
 def shard(path: Path, folder: str) -> Path:
@@ -223,14 +264,19 @@ def changed_step(path: Path) -> None:
 
 
 def stray(path: Path) -> None:
-    shutil.copy(shard(path, "model"), path / "model" / "shard-99999-model-00001-of-00001.safetensors")
+    shutil.copy(
+        shard(path, "model"), path / "model" / "shard-99999-model-00001-of-00001.safetensors"
+    )
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "weight flipped": (lambda p: flip(shard(p, "model"), -5), "model/shard-"),
     "weight header flipped": (lambda p: flip(shard(p, "model"), 20), "model/shard-"),
     "moment flipped": (lambda p: flip(shard(p, "optimizer"), -5), "optimizer/shard-"),
-    "weight cut by a byte": (lambda p: os.truncate(shard(p, "model"), shard(p, "model").stat().st_size - 1), "bytes"),
+    "weight cut by a byte": (
+        lambda p: os.truncate(shard(p, "model"), shard(p, "model").stat().st_size - 1),
+        "bytes",
+    ),
     "moment empty": (lambda p: os.truncate(shard(p, "optimizer"), 0), "has 0 bytes"),
     "shard missing": (lambda p: shard(p, "optimizer").unlink(), "is missing"),
     "folder missing": (lambda p: shutil.rmtree(p / "model"), "is missing"),
@@ -268,7 +314,11 @@ def agree_job(launch: Launch, config: Any, paths: list[str]) -> tuple[str | None
 
 @pytest.mark.parametrize("what", DAMAGE)
 def test_damage_is_named_and_refused(
-    pool: GlooPool, saved: dict[Any, Saved], tmp_path: Path, what: str, capsys: pytest.CaptureFixture[str]
+    pool: GlooPool,
+    saved: dict[Any, Saved],
+    tmp_path: Path,
+    what: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Every rank refuses alike, before a value is touched, and takes the one before; the tool says the same."""
     damage, words = DAMAGE[what]
@@ -287,7 +337,9 @@ def test_damage_is_named_and_refused(
     if (bad / MANIFEST).exists():
         assert verify_tool.main([str(bad), str(good)]) == 2
         told = capsys.readouterr()
-        assert words in told.err and len(told.err.splitlines()) == 1 and f"{good}: whole" in told.out
+        assert (
+            words in told.err and len(told.err.splitlines()) == 1 and f"{good}: whole" in told.out
+        )
 
 
 def test_half_written_is_never_taken(saved: dict[Any, Saved], tmp_path: Path) -> None:
@@ -303,9 +355,11 @@ def overwrite_job(launch: Launch, config: Any, directory: str) -> str:
     grid = grid_of(launch, config)
     engine = Engine(config, grid)
     writer = CheckpointWriter(Path(directory), grid, 0, asynchronous=False)
-    state = snapshot(engine.gradients.table, engine.optimizer.lines, engine.dtype)
+    state = snapshot(engine.gradients.table, engine.optimizer.flat_shards, engine.dtype)
     try:
-        writer.save("ckpt_001", state, {**FACTS, "step": 9, "adam_steps": 9}, lambda path, manifest: None)
+        writer.save(
+            "ckpt_001", state, {**FACTS, "step": 9, "adam_steps": 9}, lambda path, manifest: None
+        )
     except CheckpointError as error:
         return str(error)
     return "written over"
@@ -320,12 +374,14 @@ def test_nothing_is_written_over(pool: GlooPool, saved: dict[Any, Saved], tmp_pa
     assert tree_of(tmp_path) == before
 
 
-def refusing_disk_job(launch: Launch, config: Any, directory: str, where: str, asynchronous: bool) -> str:
+def refusing_disk_job(
+    launch: Launch, config: Any, directory: str, where: str, asynchronous: bool
+) -> str:
     """A disk that is full at one place of the save, on the last rank only (on rank 0 where only it writes)."""
     grid = grid_of(launch, config)
     engine = Engine(config, grid)
     writer = CheckpointWriter(Path(directory), grid, 0, asynchronous)
-    state = snapshot(engine.gradients.table, engine.optimizer.lines, engine.dtype)
+    state = snapshot(engine.gradients.table, engine.optimizer.flat_shards, engine.dtype)
     facts = {**FACTS, "step": 2, "adam_steps": 0}
     writer.save("ckpt_001", state, facts, lambda path, manifest: None)
     writer.wait()
@@ -342,10 +398,22 @@ def refusing_disk_job(launch: Launch, config: Any, directory: str, where: str, a
 
 
 @pytest.mark.parametrize("asynchronous", (False, True), ids=("waiting", "asynchronous"))
-@pytest.mark.parametrize("where", ("save.begin", "save.model", "save.optimizer", "save.hashed", "save.synced"))
-def test_a_full_disk_is_one_error_on_every_rank(pool: GlooPool, tmp_path: Path, where: str, asynchronous: bool) -> None:
+@pytest.mark.parametrize(
+    "where", ("save.begin", "save.model", "save.optimizer", "save.hashed", "save.synced")
+)
+def test_a_full_disk_is_one_error_on_every_rank(
+    pool: GlooPool, tmp_path: Path, where: str, asynchronous: bool
+) -> None:
     """No rank waits for one that failed, the message is one line, and the checkpoint before stays whole."""
-    answers = pool.run(2, refusing_disk_job, config_on(1, 1, 1), str(tmp_path), where, asynchronous, timeout_seconds=40)
+    answers = pool.run(
+        2,
+        refusing_disk_job,
+        config_on(1, 1, 1),
+        str(tmp_path),
+        where,
+        asynchronous,
+        timeout_seconds=40,
+    )
     assert len(set(answers)) == 1
     assert "ckpt_002 could not be saved" in answers[0] and "No space left on device" in answers[0]
     assert len(answers[0].splitlines()) == 1
@@ -374,7 +442,7 @@ directory = Path(sys.argv[1])
 writer = CheckpointWriter(directory, grid, 2, asynchronous=False)
 for step in itertools.count(int(sys.argv[2])):
     engine.optimizer.master.fill_(float(step))
-    state = snapshot(engine.gradients.table, engine.optimizer.lines, engine.dtype)
+    state = snapshot(engine.gradients.table, engine.optimizer.flat_shards, engine.dtype)
     facts = {{**FACTS, "step": step, "adam_steps": step}}
     name = f"ckpt_{{step // 2:03d}}" + (f"_step_{{step:06d}}" if step % 2 else "")
     writer.save(name, state, facts, lambda path, manifest: None)
@@ -434,16 +502,28 @@ def assert_whole(runs: Path, told: int) -> bool:
 def test_retention(pool: GlooPool, tmp_path: Path) -> None:
     """Only optimizer files of old numbered checkpoints and replaced saves on request go; a foreign file stays."""
     make_corpus(tmp_path / "data", 4)
-    tree = config_tree(tmp_path / "data" / "manifest.json", tmp_path / "runs", "kept", run__stop_after_steps=7)
+    tree = config_tree(
+        tmp_path / "data" / "manifest.json", tmp_path / "runs", "kept", run__stop_after_steps=7
+    )
     tree["checkpoint"] = {"keep_optimizer_states": 2}
     run = tmp_path / "runs" / "kept"
     assert pool.run(1, trainer_job, tree) == [75]
-    assert [p.name for p in list_checkpoints(run / "checkpoints")] == ["ckpt_000", "ckpt_001", "ckpt_001_step_000007"]
+    assert [p.name for p in list_checkpoints(run / "checkpoints")] == [
+        "ckpt_000",
+        "ckpt_001",
+        "ckpt_001_step_000007",
+    ]
     (run / "checkpoints" / "notes.txt").write_text("mine")
     del tree["run"]["stop_after_steps"]
     assert pool.run(1, trainer_job, tree) == [0]
     left = {p.name: (p / "optimizer").exists() for p in list_checkpoints(run / "checkpoints")}
-    assert left == {"ckpt_000": False, "ckpt_001": False, "ckpt_002": False, "ckpt_003": True, "ckpt_004": True}
+    assert left == {
+        "ckpt_000": False,
+        "ckpt_001": False,
+        "ckpt_002": False,
+        "ckpt_003": True,
+        "ckpt_004": True,
+    }
     for path in list_checkpoints(run / "checkpoints"):
         assert (path / THINNED).exists() != left[path.name]
         verify_checkpoint(path)

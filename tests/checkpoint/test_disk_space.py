@@ -8,7 +8,14 @@ from typing import Any
 import pytest
 
 from k2train.checkpoint import disk_space
-from k2train.checkpoint.disk_space import CheckpointBytes, check_plan, free_bytes, plan_bytes, room_problem, size_text
+from k2train.checkpoint.disk_space import (
+    CheckpointBytes,
+    check_plan,
+    free_bytes,
+    plan_bytes,
+    room_problem,
+    size_text,
+)
 from k2train.checkpoint.writer import CheckpointWriter, snapshot
 from k2train.config.load import Config
 from k2train.errors import RunError
@@ -21,17 +28,29 @@ from tests.support.tiny_model import grid_of, shapes_of, tiny_config
 def save_job(launch: Launch, config: Config, directory: str) -> None:
     grid = grid_of(launch, config)
     engine = Engine(config, grid)
-    facts = {"step": 1, "adam_steps": 0, "consumed_tokens": 0, "chunks": {}, "config": {}, "data": {}}
+    facts = {
+        "step": 1,
+        "adam_steps": 0,
+        "consumed_tokens": 0,
+        "chunks": {},
+        "config": {},
+        "data": {},
+    }
     writer = CheckpointWriter(Path(directory), grid, 0, asynchronous=False)
-    state = snapshot(engine.gradients.table, engine.optimizer.lines, engine.dtype)
+    state = snapshot(engine.gradients.table, engine.optimizer.flat_shards, engine.dtype)
     writer.save("ckpt_001", state, facts, lambda path, manifest: None)
 
 
 @pytest.mark.parametrize(("world", "precision"), ((1, "fp32"), (2, "bf16")))
-def test_within_two_percent_of_the_real_bytes(pool: GlooPool, tmp_path: Path, world: int, precision: str) -> None:
+def test_within_two_percent_of_the_real_bytes(
+    pool: GlooPool, tmp_path: Path, world: int, precision: str
+) -> None:
     """A model of two million parameters, as one rank and as two data-parallel ranks write it."""
     config = tiny_config(
-        model__hidden_size=256, model__ffn_hidden_size=256, model__vocab_size=1000, precision=precision
+        model__hidden_size=256,
+        model__ffn_hidden_size=256,
+        model__vocab_size=1000,
+        precision=precision,
     )
     pool.run(world, save_job, config, str(tmp_path))
     real = sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file())
@@ -48,14 +67,26 @@ ONE = CheckpointBytes(1000, 4)
 
 @pytest.mark.parametrize(
     ("remaining", "keep", "complete", "states"),
-    ((10, 0, 0, 10), (10, 2, 0, 3), (10, 2, 2, 1), (10, 2, 5, 0), (1, 5, 0, 1), (0, 2, 2, 0), (3, 0, 4, 3)),
+    (
+        (10, 0, 0, 10),
+        (10, 2, 0, 3),
+        (10, 2, 2, 1),
+        (10, 2, 5, 0),
+        (1, 5, 0, 1),
+        (0, 2, 2, 0),
+        (3, 0, 4, 3),
+    ),
 )
-def test_states_of_the_kept_and_one_in_flight(remaining: int, keep: int, complete: int, states: int) -> None:
+def test_states_of_the_kept_and_one_in_flight(
+    remaining: int, keep: int, complete: int, states: int
+) -> None:
     expected = remaining * ONE.thinned + states * 12000
     assert plan_bytes(ONE, remaining, keep, complete) == expected
 
 
-def test_a_plan_that_does_not_fit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_that_does_not_fit_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One line, before a directory is made: what it needs, what is free, which knobs."""
     one = CheckpointBytes(65_000_000_000, 2, 723, 120)
     monkeypatch.setattr(disk_space, "free_bytes", lambda path: 4 * 10**12)
@@ -63,7 +94,10 @@ def test_a_plan_that_does_not_fit_is_refused(tmp_path: Path, monkeypatch: pytest
         check_plan(tmp_path / "runs" / "x", one, 360, 5)
     told = str(caught.value)
     assert len(told.splitlines()) == 1 and "need 51" in told and "4.0 TB are free" in told
-    assert all(knob in told for knob in ("checkpoint.every_chunks", "keep_optimizer_states", "run.directory"))
+    assert all(
+        knob in told
+        for knob in ("checkpoint.every_chunks", "keep_optimizer_states", "run.directory")
+    )
     assert not (tmp_path / "runs").exists()
     monkeypatch.setattr(disk_space, "free_bytes", lambda path: 60 * 10**12)
     check_plan(tmp_path, one, 360, 5)
@@ -79,8 +113,15 @@ def test_a_save_that_has_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(disk_space, "free_bytes", lambda path: 4_100_000_000)
     assert room_problem(tmp_path, "ckpt_007", 4_100_000_000) is None
     told: Any = room_problem(tmp_path, "ckpt_007", 12_300_000_000)
-    assert told.startswith(f"no space for ckpt_007: needs 12.3 GB, 4.1 GB are free in {tmp_path}; make room")
+    assert told.startswith(
+        f"no space for ckpt_007: needs 12.3 GB, 4.1 GB are free in {tmp_path}; make room"
+    )
 
 
 def test_sizes_for_people() -> None:
-    assert [size_text(n) for n in (900, 4.1e6, 12.3e9, 7e12)] == ["900 bytes", "4.1 MB", "12.3 GB", "7.0 TB"]
+    assert [size_text(n) for n in (900, 4.1e6, 12.3e9, 7e12)] == [
+        "900 bytes",
+        "4.1 MB",
+        "12.3 GB",
+        "7.0 TB",
+    ]

@@ -15,8 +15,15 @@ import torch.distributed.checkpoint as dcp
 import yaml
 
 from k2train.checkpoint import load as load_module
-from k2train.checkpoint.load import Agreement, agree_on_checkpoint, load_states
-from k2train.checkpoint.manifest import MANIFEST, THINNED, mark_thinned, read_manifest, seal, verify_checkpoint
+from k2train.checkpoint.load import ChosenCheckpoint, agree_on_checkpoint, load_states
+from k2train.checkpoint.manifest import (
+    MANIFEST,
+    THINNED,
+    mark_thinned,
+    read_manifest,
+    seal,
+    verify_checkpoint,
+)
 from k2train.checkpoint.writer import CheckpointWriter, snapshot
 from k2train.errors import CheckpointError
 from k2train.launch.environment import Launch
@@ -36,16 +43,21 @@ def config_of(tensor: int, precision: str = "fp32") -> Any:
     return tiny_config(model__num_layers=2, parallel__tensor=tensor, precision=precision)
 
 
-def save_job(launch: Launch, directory: str, tensor: int, precision: str = "fp32") -> dict[str, torch.Tensor]:
+def save_job(
+    launch: Launch, directory: str, tensor: int, precision: str = "fp32"
+) -> dict[str, torch.Tensor]:
     config = config_of(tensor, precision)
     grid = grid_of(launch, config)
     engine = Engine(config, grid)
-    for state, line in engine.optimizer.lines.items():
+    for state, line in engine.optimizer.flat_shards.items():
         line.add_(0.1 * len(state))
     writer = CheckpointWriter(Path(directory), grid, 0, asynchronous=False)
-    state = snapshot(engine.gradients.table, engine.optimizer.lines, engine.dtype)
+    state = snapshot(engine.gradients.table, engine.optimizer.flat_shards, engine.dtype)
     writer.save("ckpt_001", state, FACTS, lambda path, manifest: None)
-    return {slot.piece.name: engine.optimizer.view("master", slot).clone() for slot in engine.gradients.table.slots}
+    return {
+        slot.piece.name: engine.optimizer.view("master", slot).clone()
+        for slot in engine.gradients.table.slots
+    }
 
 
 @pytest.fixture(scope="module")
@@ -65,21 +77,30 @@ def load_job(launch: Launch, path: str, tensor: int, precision: str = "fp32") ->
         return str(agreed)
     engine = Engine(config, grid, fill=False)
     try:
-        load_states(agreed.taken, engine.gradients.table, engine.optimizer.lines, grid, engine.dtype)
+        load_states(
+            agreed.taken, engine.gradients.table, engine.optimizer.flat_shards, grid, engine.dtype
+        )
     except CheckpointError as error:
         return str(error)
-    return {slot.piece.name: engine.optimizer.view("master", slot).clone() for slot in engine.gradients.table.slots}
+    return {
+        slot.piece.name: engine.optimizer.view("master", slot).clone()
+        for slot in engine.gradients.table.slots
+    }
 
 
 def change(path: Path, to: Path, changed: dict[str, Any]) -> Path:
     """A copy whose manifest says something else, sealed again."""
     shutil.copytree(path, to)
-    manifest = {key: value for key, value in (manifest_of(path) | changed).items() if key != "self_sha256"}
+    manifest = {
+        key: value for key, value in (manifest_of(path) | changed).items() if key != "self_sha256"
+    }
     (to / MANIFEST).write_text(json.dumps(seal(manifest)))
     return to
 
 
-def test_another_state_than_was_saved_is_refused(pool: GlooPool, saved: Path, tmp_path: Path) -> None:
+def test_another_state_than_was_saved_is_refused(
+    pool: GlooPool, saved: Path, tmp_path: Path
+) -> None:
     """Files whole, names and shapes right, one digest another: every rank refuses and names the tensor."""
     state = manifest_of(saved)["state"]
     name = "layers.1.mlp.up.weight.exp_avg"
@@ -91,11 +112,15 @@ def test_another_state_than_was_saved_is_refused(pool: GlooPool, saved: Path, tm
     assert verify_tool.main(["--root", str(path)]) == 2
 
 
-def test_a_tensor_that_is_not_all_there_is_refused(pool: GlooPool, saved: Path, tmp_path: Path) -> None:
+def test_a_tensor_that_is_not_all_there_is_refused(
+    pool: GlooPool, saved: Path, tmp_path: Path
+) -> None:
     """A shard left out of the manifest together with its file: whole by every hash, refused all the same."""
     manifest = manifest_of(saved)
     gone = "optimizer/shard-00002-model-00001-of-00001.safetensors"
-    parts = {key: {n: f for n, f in manifest[key].items() if n != gone} for key in ("files", "shards")}
+    parts = {
+        key: {n: f for n, f in manifest[key].items() if n != gone} for key in ("files", "shards")
+    }
     path = change(saved, tmp_path / "ckpt_001", parts)
     (path / gone).unlink()
     verify_checkpoint(path)
@@ -133,7 +158,9 @@ def test_others_read_it_too(pool: GlooPool, saved: Path) -> None:
     """torch.distributed.checkpoint's reader finds the same weights: the format stays theirs."""
     (mine,) = pool.run(1, load_job, str(saved), 1)
     wanted = {f"{name}.master": torch.zeros_like(values) for name, values in mine.items()}
-    dcp.load(wanted, storage_reader=dcp.HuggingFaceStorageReader(str(saved / "optimizer")), no_dist=True)
+    dcp.load(
+        wanted, storage_reader=dcp.HuggingFaceStorageReader(str(saved / "optimizer")), no_dist=True
+    )
     assert all(torch.equal(wanted[f"{name}.master"], values) for name, values in mine.items())
 
 
@@ -147,7 +174,7 @@ def traffic_job(launch: Launch, path: str) -> list[str]:
     def slow(*given: Any) -> None:
         if launch.rank == 1:
             time.sleep(1.0)
-            inside.append(grid.traffic.current)
+            inside.append(grid.comm.current)
         verify(*given)
 
     load_module.verify_files = slow  # type: ignore[assignment]
@@ -155,37 +182,46 @@ def traffic_job(launch: Launch, path: str) -> list[str]:
 
     def look() -> None:
         while not ended.wait(0.05):
-            seen.append(grid.traffic.current)
+            seen.append(grid.comm.current)
 
     seen: list[str] = []
     thread = Thread(target=look)
     thread.start()
     try:
-        before = grid.traffic.count
+        before = grid.comm.count
         agreed = agree_on_checkpoint([Path(path)], grid)
-        counts = [grid.traffic.count - before]
+        counts = [grid.comm.count - before]
     finally:
         load_module.verify_files = verify
         ended.set()
         thread.join()
     assert agreed.taken is not None
     engine = Engine(config, grid, fill=False)
-    before = grid.traffic.count
-    load_states(agreed.taken, engine.gradients.table, engine.optimizer.lines, grid, engine.dtype)
-    counts.append(grid.traffic.count - before)
-    return [*map(str, counts), *inside] if launch.rank == 1 else [*map(str, counts), max(seen, key=seen.count)]
+    before = grid.comm.count
+    load_states(
+        agreed.taken, engine.gradients.table, engine.optimizer.flat_shards, grid, engine.dtype
+    )
+    counts.append(grid.comm.count - before)
+    return (
+        [*map(str, counts), *inside]
+        if launch.rank == 1
+        else [*map(str, counts), max(seen, key=seen.count)]
+    )
 
 
 def test_a_rank_that_hashes_long_is_not_the_one_that_waits(pool: GlooPool, saved: Path) -> None:
     """The watch reads who is inside an exchange: rank 0 waits in one with a name, rank 1, which is slow, is in none."""
-    assert pool.run(2, traffic_job, str(saved)) == [["2", "3", "agree on a checkpoint"], ["2", "3", ""]]
+    assert pool.run(2, traffic_job, str(saved)) == [
+        ["2", "3", "agree on a checkpoint"],
+        ["2", "3", ""],
+    ]
 
 
 def test_what_was_searched_is_told() -> None:
-    assert str(Agreement(Path("a/ckpt_002"), ["rank 1: bad"])) == (
+    assert str(ChosenCheckpoint(Path("a/ckpt_002"), ["rank 1: bad"])) == (
         "searched 2 checkpoints, took ckpt_002, refused 1: rank 1: bad"
     )
-    assert str(Agreement(None, [])) == "searched 0 checkpoints, took none"
+    assert str(ChosenCheckpoint(None, [])) == "searched 0 checkpoints, took none"
 
 
 MEMORY = """
@@ -230,7 +266,9 @@ def test_loading_takes_no_copy_of_the_state(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("version", (1, 2))
-def test_a_run_from_before_goes_on(pool: GlooPool, tmp_path: Path, version: int, capsys: Any) -> None:
+def test_a_run_from_before_goes_on(
+    pool: GlooPool, tmp_path: Path, version: int, capsys: Any
+) -> None:
     """A checkpoint kept since its format was made verifies, loads and continues to the losses of its own run."""
     golden = GOLDEN / f"format_{version}"
     make_corpus(tmp_path / "data", 2, vocab=23)
@@ -256,4 +294,6 @@ def test_the_kept_ones_name_no_machine() -> None:
     """Nothing of where they were made is in them."""
     for path in (GOLDEN / "format_2").rglob("*.json"):
         text = path.read_text()
-        assert not any(word in text for word in ('"/', "Linux", "linux", "x86", "/home", "/tmp", "hostname")), path
+        assert not any(
+            word in text for word in ('"/', "Linux", "linux", "x86", "/home", "/tmp", "hostname")
+        ), path

@@ -21,8 +21,14 @@ from k2train.checkpoint.manifest import (
     read_manifest,
     verify_checkpoint,
 )
-from k2train.checkpoint.retention import Retirement, Verified, on_demand, remove_unfinished, set_aside_later
-from k2train.checkpoint.scrub import Audit
+from k2train.checkpoint.retention import (
+    Retention,
+    Verified,
+    on_demand,
+    remove_unfinished,
+    set_aside_later,
+)
+from k2train.checkpoint.scrub import Scrubber
 from k2train.errors import CheckpointError, RunError
 from tests.checkpoint.test_shards import make_checkpoint, write_manifest
 
@@ -41,7 +47,9 @@ def complete(directory: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_two_remain_at_every_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+def test_two_remain_at_every_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
     """Random saves (numbered, on demand, some that were never read back, some damaged since), prunes and rollbacks; at
     every fault point and after every step the whole ones on the disk are counted by reading them."""
     template = tmp_path / "made"
@@ -49,7 +57,7 @@ def test_two_remain_at_every_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     directory = tmp_path / "checkpoints"
     directory.mkdir()
     rng, known = random.Random(seed), Verified()
-    retirement = Retirement(directory, 2, known)
+    retirement = Retention(directory, 2, known)
     seen = set()
     floor = 0
 
@@ -68,7 +76,9 @@ def test_two_remain_at_every_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         known.begin(name)
         if rng.random() < 0.8:
             known.add(name)
-        floor = min(2, len([p for p in complete(directory) if p.name in known or p.parent != directory]))
+        floor = min(
+            2, len([p for p in complete(directory) if p.name in known or p.parent != directory])
+        )
         retirement.retire()
         look("retired")
         if rng.random() < 0.15:
@@ -81,8 +91,12 @@ def test_two_remain_at_every_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             numbered = {path.name for path in list_checkpoints(directory)}
     kept = {path.name for path in list_checkpoints(directory)}
     kept |= {path.name for path in directory.glob("set_aside_*/*")}
-    assert {name for name in numbered if "step" not in name} <= kept, "weights of a numbered checkpoint went"
-    assert {"retire.expire", "retire.marked", "retire.done", "start.aside"} <= seen, "a path was not taken"
+    assert {name for name in numbered if "step" not in name} <= kept, (
+        "weights of a numbered checkpoint went"
+    )
+    assert {"retire.expire", "retire.marked", "retire.done", "start.aside"} <= seen, (
+        "a path was not taken"
+    )
 
 
 def copy_as(source: Path, target: Path) -> None:
@@ -108,7 +122,7 @@ def test_only_verified_ones_make_another_go(tmp_path: Path) -> None:
     names = [f"ckpt_{n:03d}" for n in range(5)]
     several(tmp_path / "checkpoints", names)
     known = Verified()
-    retirement = Retirement(tmp_path / "checkpoints", 2, known)
+    retirement = Retention(tmp_path / "checkpoints", 2, known)
     retirement.retire()
     assert all(states_of(tmp_path / "checkpoints").values())
     known.add("ckpt_004")
@@ -116,7 +130,13 @@ def test_only_verified_ones_make_another_go(tmp_path: Path) -> None:
     assert all(states_of(tmp_path / "checkpoints").values())
     known.add("ckpt_002")
     retirement.retire()
-    left = {"ckpt_000": False, "ckpt_001": False, "ckpt_002": True, "ckpt_003": True, "ckpt_004": True}
+    left = {
+        "ckpt_000": False,
+        "ckpt_001": False,
+        "ckpt_002": True,
+        "ckpt_003": True,
+        "ckpt_004": True,
+    }
     assert states_of(tmp_path / "checkpoints") == left
     known.add("ckpt_003")
     known.drop("ckpt_004")
@@ -127,7 +147,7 @@ def test_only_verified_ones_make_another_go(tmp_path: Path) -> None:
 def test_a_save_on_demand_stays_until_two_newer_ones(tmp_path: Path) -> None:
     several(tmp_path / "checkpoints", ["ckpt_001", "ckpt_001_step_000007", "ckpt_002", "ckpt_003"])
     known = Verified()
-    retirement = Retirement(tmp_path / "checkpoints", 0, known)
+    retirement = Retention(tmp_path / "checkpoints", 0, known)
     known.add("ckpt_002")
     retirement.retire()
     assert len(states_of(tmp_path / "checkpoints")) == 4
@@ -149,24 +169,28 @@ def test_a_kill_in_the_middle_of_thinning(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(fault_injection, "point", killed)
     with pytest.raises(KeyboardInterrupt):
-        Retirement(tmp_path / "checkpoints", 2, known).retire()
+        Retention(tmp_path / "checkpoints", 2, known).retire()
     path = tmp_path / "checkpoints" / "ckpt_001"
     next(iter((path / "optimizer").iterdir())).unlink()
     assert is_thinned(path)
     verify_checkpoint(path)
     monkeypatch.undo()
-    Retirement(tmp_path / "checkpoints", 2, Verified()).retire()
+    Retention(tmp_path / "checkpoints", 2, Verified()).retire()
     assert not (path / "optimizer").exists()
 
 
-def test_rolling_back_moves_the_newest_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rolling_back_moves_the_newest_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A kill in between leaves a history without a gap; nothing is deleted."""
     names = [f"ckpt_{n:03d}" for n in range(5)]
     directory = tmp_path / "checkpoints"
     several(directory, names)
     moments = []
     monkeypatch.setattr(
-        module.fault_injection, "point", lambda name: moments.append([p.name for p in list_checkpoints(directory)])
+        module.fault_injection,
+        "point",
+        lambda name: moments.append([p.name for p in list_checkpoints(directory)]),
     )
     assert set_aside_later(directory / "ckpt_001", 3) == names[2:]
     assert moments == [names, names[:4], names[:3]]
@@ -188,7 +212,9 @@ def test_the_audit_takes_the_one_checked_longest_ago(tmp_path: Path) -> None:
     known, told = Verified(), []
     for name in ("ckpt_003", "ckpt_001"):
         known.add(name)
-    audit = Audit(directory, 3600.0, known, lambda path, problem: told.append((path.name, problem)))
+    audit = Scrubber(
+        directory, 3600.0, known, lambda path, problem: told.append((path.name, problem))
+    )
     assert [audit.once().name for _ in range(4)] == ["ckpt_002", "ckpt_003", "ckpt_001", "ckpt_002"]  # type: ignore[union-attr]
     assert not told and "ckpt_002" in known
     file = sorted((directory / "ckpt_003" / "model").iterdir())[0]
@@ -206,7 +232,7 @@ def test_the_audit_runs_by_itself(tmp_path: Path) -> None:
     several(directory, ["ckpt_001"])
     (directory / "ckpt_001" / "model" / "x").write_text("stray")
     found = Event()
-    audit = Audit(directory, 0.01, Verified(), lambda path, problem: found.set())
+    audit = Scrubber(directory, 0.01, Verified(), lambda path, problem: found.set())
     audit.start()
     assert found.wait(30)
     audit.close()
@@ -214,7 +240,9 @@ def test_the_audit_runs_by_itself(tmp_path: Path) -> None:
     assert not audit._thread.is_alive()  # type: ignore[union-attr]
 
 
-def test_one_that_cannot_be_marked_keeps_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_that_cannot_be_marked_keeps_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """No room for the marker of the oldest: it stays whole, the next is thinned, and the oldest has its turn later."""
     directory = tmp_path / "checkpoints"
     several(directory, [f"ckpt_{n:03d}" for n in range(1, 5)])
@@ -229,16 +257,28 @@ def test_one_that_cannot_be_marked_keeps_no_other(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(module, "mark_thinned", full)
     with pytest.raises(OSError, match="No space left"):
-        Retirement(directory, 2, known).retire()
-    assert states_of(directory) == {"ckpt_001": True, "ckpt_002": False, "ckpt_003": True, "ckpt_004": True}
+        Retention(directory, 2, known).retire()
+    assert states_of(directory) == {
+        "ckpt_001": True,
+        "ckpt_002": False,
+        "ckpt_003": True,
+        "ckpt_004": True,
+    }
     assert (directory / "ckpt_001" / "optimizer").exists(), "removed without its marker"
     verify_checkpoint(directory / "ckpt_001")
     monkeypatch.undo()
-    Retirement(directory, 2, known).retire()
-    assert states_of(directory) == {"ckpt_001": False, "ckpt_002": False, "ckpt_003": True, "ckpt_004": True}
+    Retention(directory, 2, known).retire()
+    assert states_of(directory) == {
+        "ckpt_001": False,
+        "ckpt_002": False,
+        "ckpt_003": True,
+        "ckpt_004": True,
+    }
 
 
-def test_one_that_cannot_be_removed_whole_no_longer_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_that_cannot_be_removed_whole_no_longer_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A file of it stays (a stale handle, say): no error, since it has lost its name; it goes at the next start."""
     directory = tmp_path / "checkpoints"
     several(directory, ["ckpt_001_step_000007", "ckpt_002", "ckpt_003"])
@@ -247,9 +287,11 @@ def test_one_that_cannot_be_removed_whole_no_longer_counts(tmp_path: Path, monke
         known.add(name)
     remove = os.unlink
     monkeypatch.setattr(
-        os, "unlink", lambda name, **given: stale() if name == "manifest.json" else remove(name, **given)
+        os,
+        "unlink",
+        lambda name, **given: stale() if name == "manifest.json" else remove(name, **given),
     )
-    Retirement(directory, 0, known).retire()
+    Retention(directory, 0, known).retire()
     assert list(states_of(directory)) == ["ckpt_002", "ckpt_003"]
     monkeypatch.undo()
     assert remove_unfinished(directory) == ["ckpt_001_step_000007.tmp"]
@@ -260,7 +302,9 @@ def stale() -> None:
 
 
 @pytest.mark.parametrize("where", ("damaged", "listing", "told"))
-def test_an_error_does_not_end_the_audit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+def test_an_error_does_not_end_the_audit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
     """The ledger refuses, the directory cannot be listed for a while, nobody can be told: later rounds come all the same."""
     directory = tmp_path / "checkpoints"
     several(directory, ["ckpt_001", "ckpt_002"])
@@ -287,7 +331,7 @@ def test_an_error_does_not_end_the_audit(tmp_path: Path, monkeypatch: pytest.Mon
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(audit_module, "list_checkpoints", listing)
-    audit = Audit(directory, 0.01, Verified(), damaged, told)
+    audit = Scrubber(directory, 0.01, Verified(), damaged, told)
     audit.start()
     try:
         assert both.wait(30), "the thread is gone"
@@ -296,17 +340,23 @@ def test_an_error_does_not_end_the_audit(tmp_path: Path, monkeypatch: pytest.Mon
     finally:
         audit.close()
     if where == "damaged":
-        assert len(lines) == 2 and all("is not in the manifest" in line and "ledger" in line for line in lines)
+        assert len(lines) == 2 and all(
+            "is not in the manifest" in line and "ledger" in line for line in lines
+        )
     else:
         assert len(lines) == 1 and "Input/output error" in lines[0], "told once, not at every round"
 
 
-def test_the_audit_and_one_that_goes_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_audit_and_one_that_goes_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Expired while it is read: no damage. One that cannot be read and is still there: damage."""
     directory = tmp_path / "checkpoints"
     several(directory, ["ckpt_001", "ckpt_002"])
     told: list[str] = []
-    audit = Audit(directory, 3600.0, Verified(), lambda path, problem: told.append(f"{path.name} {problem}"))
+    audit = Scrubber(
+        directory, 3600.0, Verified(), lambda path, problem: told.append(f"{path.name} {problem}")
+    )
 
     def reading(path: Path, threads: int) -> None:
         if path.name == "ckpt_001":
@@ -314,7 +364,11 @@ def test_the_audit_and_one_that_goes_meanwhile(tmp_path: Path, monkeypatch: pyte
         raise FileNotFoundError(2, "No such file or directory")
 
     monkeypatch.setattr(audit_module, "verify_checkpoint", reading)
-    assert [audit.once(), audit.once(), audit.once()] == [directory / "ckpt_001", directory / "ckpt_002", None]
+    assert [audit.once(), audit.once(), audit.once()] == [
+        directory / "ckpt_001",
+        directory / "ckpt_002",
+        None,
+    ]
     assert len(told) == 1 and told[0].startswith("ckpt_002")
 
 

@@ -37,14 +37,24 @@ STATES = ("master", "exp_avg", "exp_avg_sq")
 
 def block(name: str, offsets: tuple[int, ...], values: np.ndarray) -> Block:
     values = np.ascontiguousarray(values)
-    return Block(name, offsets, values.shape, "float32", lambda: memoryview(values.reshape(-1).view(np.uint8)))
+    return Block(
+        name,
+        offsets,
+        values.shape,
+        "float32",
+        lambda: memoryview(values.reshape(-1).view(np.uint8)),
+    )
 
 
 def make_checkpoint(path: Path, seed: int = 0) -> dict[str, np.ndarray]:
     """A checkpoint of two ranks, two tensors cut by rows, by NumPy alone; its optimizer's tensors."""
     rng = np.random.default_rng(seed)
     shapes = {"embedding.weight": (5, 4), "norm.weight": (4,)}
-    values = {f"{n}.{s}": rng.normal(size=shape).astype("<f4") for n, shape in shapes.items() for s in STATES}
+    values = {
+        f"{n}.{s}": rng.normal(size=shape).astype("<f4")
+        for n, shape in shapes.items()
+        for s in STATES
+    }
     weights = {name: values[f"{name}.master"] for name in shapes}
     files: dict[str, Any] = {}
     shards: dict[str, Any] = {}
@@ -57,7 +67,9 @@ def make_checkpoint(path: Path, seed: int = 0) -> dict[str, np.ndarray]:
                 blocks.append(block(name, (low, *(0,) * (whole.ndim - 1)), whole[low:high]))
             file = f"{folder}/shard-{rank + 1:05d}-model-00001-of-00001.safetensors"
             files[file], shards[file] = write_shard(path / file, blocks)
-    digests = {name: digest_text(block_sums(v, (0,) * v.ndim, v.shape)) for name, v in values.items()}
+    digests = {
+        name: digest_text(block_sums(v, (0,) * v.ndim, v.shape)) for name, v in values.items()
+    }
     described = {
         folder: {name: {"shape": list(v.shape), "dtype": "float32"} for name, v in tensors.items()}
         for folder, tensors in (("model", weights), ("optimizer", values))
@@ -88,16 +100,25 @@ def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
 def test_the_file_is_a_safetensors_file(tmp_path: Path) -> None:
     """Anybody's reader finds the values, and file and header hashes are those of the file."""
     values = np.arange(24, dtype="<f4").reshape(6, 4)
-    facts, shard = write_shard(tmp_path / "x.safetensors", [block("a", (0, 0), values), block("b", (2, 0), values[2:])])
+    facts, shard = write_shard(
+        tmp_path / "x.safetensors", [block("a", (0, 0), values), block("b", (2, 0), values[2:])]
+    )
     with safe_open(tmp_path / "x.safetensors", framework="np") as stream:
-        assert np.array_equal(stream.get_tensor("a"), values) and np.array_equal(stream.get_tensor("b"), values[2:])
+        assert np.array_equal(stream.get_tensor("a"), values) and np.array_equal(
+            stream.get_tensor("b"), values[2:]
+        )
     content = (tmp_path / "x.safetensors").read_bytes()
     assert facts["bytes"] == len(content) and facts["sha256"] == module.sha256(content).hexdigest()
     assert shard["tensors"]["b"]["sha256"] == module.sha256(values[2:].tobytes()).hexdigest()
-    assert [place.offsets for place in read_header(tmp_path / "x.safetensors")[1]] == [(0, 0), (2, 0)]
+    assert [place.offsets for place in read_header(tmp_path / "x.safetensors")[1]] == [
+        (0, 0),
+        (2, 0),
+    ]
 
 
-def test_damage_between_memory_and_the_file_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damage_between_memory_and_the_file_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One bit changes on the way to the disk; a hash made of the file would call it right."""
     write = module._write
 
@@ -145,7 +166,11 @@ def test_400_flipped_bits_are_found_and_named(tmp_path: Path, thinned: bool) -> 
     by_file: dict[Path, list[int]] = {}
     for file, place in every:
         by_file.setdefault(file, []).append(place)
-    chosen = [(file, place) for file, places in by_file.items() for place in rng.sample(places, min(90, len(places)))]
+    chosen = [
+        (file, place)
+        for file, places in by_file.items()
+        for place in rng.sample(places, min(90, len(places)))
+    ]
     assert len(chosen) >= (300 if thinned else 400), "too few to say anything"
     for file, place in chosen:
         content = file.read_bytes()
@@ -165,13 +190,18 @@ def test_400_flipped_bits_are_found_and_named(tmp_path: Path, thinned: bool) -> 
 
 def bad_name(path: Path, name: str) -> None:
     manifest = read_manifest(path)
-    manifest["files"][name] = manifest["files"]["model/shard-00001-model-00001-of-00001.safetensors"]
-    manifest["shards"][name] = manifest["shards"]["model/shard-00001-model-00001-of-00001.safetensors"]
+    manifest["files"][name] = manifest["files"][
+        "model/shard-00001-model-00001-of-00001.safetensors"
+    ]
+    manifest["shards"][name] = manifest["shards"][
+        "model/shard-00001-model-00001-of-00001.safetensors"
+    ]
     write_manifest(path, manifest)
 
 
 @pytest.mark.parametrize(
-    "name", ("../x", "model/../../x", "/etc/passwd", "model//x", "a/x", "x", "model/..", "model/a/b")
+    "name",
+    ("../x", "model/../../x", "/etc/passwd", "model//x", "a/x", "x", "model/..", "model/a/b"),
 )
 def test_names_outside_the_folders_are_refused(tmp_path: Path, name: str) -> None:
     make_checkpoint(tmp_path / "ckpt_001")
@@ -217,7 +247,9 @@ def test_tensors_that_share_bytes_are_refused(tmp_path: Path) -> None:
     assert moved != content[8 : 8 + size]
     file.write_bytes(content[:8] + moved + content[8 + size :])
     manifest = read_manifest(path)
-    manifest["shards"][f"model/{file.name}"]["header_sha256"] = module.sha256(content[:8] + moved).hexdigest()
+    manifest["shards"][f"model/{file.name}"]["header_sha256"] = module.sha256(
+        content[:8] + moved
+    ).hexdigest()
     write_manifest(path, manifest)
     with pytest.raises(CheckpointError, match="it should begin at"):
         verify_checkpoint(path)
@@ -346,5 +378,7 @@ def test_the_disk_is_asked_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         advise(descriptor, start, count, how)
 
     monkeypatch.setattr(os, "posix_fadvise", noting)
-    assert module.hash_range(tmp_path / "x", 7, len(content)) == module.sha256(content[7:]).hexdigest()
+    assert (
+        module.hash_range(tmp_path / "x", 7, len(content)) == module.sha256(content[7:]).hexdigest()
+    )
     assert asked[0] == (7, len(content)) and all(stop == len(content) for _, stop in asked)

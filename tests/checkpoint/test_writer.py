@@ -52,7 +52,9 @@ class Told:
 
     def save(self, name: str, step: int = 2, **facts: Any) -> None:
         engine = self.engine
-        state = self.writer.snapshot(engine.gradients.table, engine.optimizer.lines, engine.dtype)
+        state = self.writer.snapshot(
+            engine.gradients.table, engine.optimizer.flat_shards, engine.dtype
+        )
         self.writer.save(name, state, {**FACTS, "step": step, **facts}, self._committed)
 
     def _committed(self, path: Path, manifest: dict[str, Any]) -> None:
@@ -72,7 +74,7 @@ class Told:
 def retry_job(launch: Launch, directory: str, fault: str) -> dict[str, Any]:
     """The disk refuses the last rank once; training goes on, and changes the state, until it is tried again."""
     told = Told(launch, directory, retry_seconds=60.0)
-    before = {state: line.clone() for state, line in told.engine.optimizer.lines.items()}
+    before = {state: line.clone() for state, line in told.engine.optimizer.flat_shards.items()}
     fault_injection.arm(fault, launch.rank)
     told.save("ckpt_001")
     told.engine.optimizer.master.add_(1.0)
@@ -80,10 +82,13 @@ def retry_job(launch: Launch, directory: str, fault: str) -> dict[str, Any]:
     path, _ = agree_on_checkpoint([Path(directory) / "ckpt_001"], told.grid)
     assert path is not None
     engine = told.engine
-    load_states(path, engine.gradients.table, engine.optimizer.lines, told.grid, engine.dtype)
+    load_states(path, engine.gradients.table, engine.optimizer.flat_shards, told.grid, engine.dtype)
     same = all(
-        torch.equal(engine.gradients.table.local(line, slot), engine.gradients.table.local(before[state], slot))
-        for state, line in engine.optimizer.lines.items()
+        torch.equal(
+            engine.gradients.table.local(line, slot),
+            engine.gradients.table.local(before[state], slot),
+        )
+        for state, line in engine.optimizer.flat_shards.items()
         for slot in engine.gradients.table.slots
     )
     return {"ended": ended, "told": told.lines, "same": same, "verified": told.verified}
@@ -108,7 +113,9 @@ def test_a_save_the_disk_refuses_is_tried_again(pool: GlooPool, tmp_path: Path, 
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def no_room_job(launch: Launch, directory: str, retry_seconds: float, free_after: int | None) -> dict[str, Any]:
+def no_room_job(
+    launch: Launch, directory: str, retry_seconds: float, free_after: int | None
+) -> dict[str, Any]:
     """Rank 0 sees a full disk; after `free_after` looks there is room (None: never). Rank 1 sees room all the time."""
     told = Told(launch, directory, retry_seconds=retry_seconds)
     told.save("ckpt_001")
@@ -117,7 +124,11 @@ def no_room_job(launch: Launch, directory: str, retry_seconds: float, free_after
 
     def free(path: Path) -> int:
         looks.append(path)
-        return 1000 if launch.rank == 0 and (free_after is None or len(looks) <= free_after) else 10**12
+        return (
+            1000
+            if launch.rank == 0 and (free_after is None or len(looks) <= free_after)
+            else 10**12
+        )
 
     kept, disk_space.free_bytes = disk_space.free_bytes, free  # type: ignore[assignment]
     began = time.monotonic()
@@ -127,7 +138,13 @@ def no_room_job(launch: Launch, directory: str, retry_seconds: float, free_after
         ended = told.end()
     finally:
         disk_space.free_bytes = kept
-    return {"ended": ended, "told": told.lines, "looks": len(looks), "waited": waited, "took": time.monotonic() - began}
+    return {
+        "ended": ended,
+        "told": told.lines,
+        "looks": len(looks),
+        "waited": waited,
+        "took": time.monotonic() - began,
+    }
 
 
 def test_no_room_for_a_while(pool: GlooPool, tmp_path: Path) -> None:
@@ -136,7 +153,8 @@ def test_no_room_for_a_while(pool: GlooPool, tmp_path: Path) -> None:
     assert first["ended"] == second["ended"] == "" and first["looks"] == 4
     (line,) = first["told"]
     assert re.match(
-        rf"no space for ckpt_002: needs \d+ bytes, 1000 bytes are free in {re.escape(str(tmp_path))}; ", line
+        rf"no space for ckpt_002: needs \d+ bytes, 1000 bytes are free in {re.escape(str(tmp_path))}; ",
+        line,
     )
     assert first["waited"] < first["took"] / 2
     verify_checkpoint(tmp_path / "ckpt_002")
@@ -145,7 +163,9 @@ def test_no_room_for_a_while(pool: GlooPool, tmp_path: Path) -> None:
 def test_no_room_at_all(pool: GlooPool, tmp_path: Path) -> None:
     """After retry_seconds it is one error on every rank; what is there stays whole and nothing half is left."""
     first, second = pool.run(2, no_room_job, str(tmp_path), 0.5, None)
-    assert first["ended"] == second["ended"] and first["ended"].startswith("DiskRefused: no space for ckpt_002: needs ")
+    assert first["ended"] == second["ended"] and first["ended"].startswith(
+        "DiskRefused: no space for ckpt_002: needs "
+    )
     assert 3 <= first["looks"] <= 7 and second["looks"] == 0, "rank 0's word counts"
     assert [path.name for path in tmp_path.iterdir()] == ["ckpt_001"]
     verify_checkpoint(tmp_path / "ckpt_001")
@@ -157,7 +177,7 @@ def hurry_job(launch: Launch, directory: str) -> dict[str, Any]:
     told.save("ckpt_001")
     time.sleep(0.5)
     if launch.rank == 0:
-        told.writer.hurry()
+        told.writer.skip_verification()
     ended = told.end()
     told.save("ckpt_002")
     return {"ended": ended, "then": told.end(), "verified": told.verified}
@@ -194,10 +214,14 @@ def test_a_lost_lease_renames_nothing(pool: GlooPool, tmp_path: Path) -> None:
     assert (other / "mine").exists()
 
 
-def damaged_job(launch: Launch, directory: str, always: bool, unrecorded: bool = False) -> dict[str, Any]:
+def damaged_job(
+    launch: Launch, directory: str, always: bool, unrecorded: bool = False
+) -> dict[str, Any]:
     """What lies on the disk is changed after the commit and before it is read back, once or every time."""
     told = Told(
-        launch, directory, **({"damaged": raising(OSError(28, "No space left on device"))} if unrecorded else {})
+        launch,
+        directory,
+        **({"damaged": raising(OSError(28, "No space left on device"))} if unrecorded else {}),
     )
     flips: list[str] = []
 
@@ -210,7 +234,7 @@ def damaged_job(launch: Launch, directory: str, always: bool, unrecorded: bool =
             flips.append(file.name)
 
     engine = told.engine
-    state = told.writer.snapshot(engine.gradients.table, engine.optimizer.lines, engine.dtype)
+    state = told.writer.snapshot(engine.gradients.table, engine.optimizer.flat_shards, engine.dtype)
     told.writer.save("ckpt_001", state, FACTS, committed)
     ended = told.end()
     counted = "ckpt_001" in told.writer.known
@@ -243,7 +267,9 @@ def test_one_that_comes_back_damaged_is_written_again(pool: GlooPool, tmp_path: 
 
 
 @pytest.mark.parametrize("unrecorded", (False, True))
-def test_one_that_stays_damaged_is_an_error_and_not_counted(pool: GlooPool, tmp_path: Path, unrecorded: bool) -> None:
+def test_one_that_stays_damaged_is_an_error_and_not_counted(
+    pool: GlooPool, tmp_path: Path, unrecorded: bool
+) -> None:
     """On every rank, naming file and tensor: a run whose newest state is not on the disk has not finished. Whether the
     ledger could take it or not."""
     first, second = pool.run(2, damaged_job, str(tmp_path), True, unrecorded, timeout_seconds=60)
@@ -252,12 +278,17 @@ def test_one_that_stays_damaged_is_an_error_and_not_counted(pool: GlooPool, tmp_
     assert first["ended"].startswith("SaveError: ckpt_001 came back damaged from the disk twice: ")
     assert "optimizer/shard-00002" in first["ended"] and ": tensor " in first["ended"]
     if unrecorded:
-        assert first["told"][-1] == "ckpt_001 is damaged, which could not be recorded: No space left on device"
+        assert (
+            first["told"][-1]
+            == "ckpt_001 is damaged, which could not be recorded: No space left on device"
+        )
     else:
         assert len(first["damaged"]) == 1 and "optimizer/shard-00002" in first["damaged"][0]
 
 
-def callback_job(launch: Launch, directory: str, which: str, error: Exception, fault: str) -> dict[str, Any]:
+def callback_job(
+    launch: Launch, directory: str, which: str, error: Exception, fault: str
+) -> dict[str, Any]:
     """One of rank 0's callbacks raises in a save; a second save shows whether the ranks are still together."""
     told = Told(launch, directory, retry_seconds=60.0, **{which: raising(error)})
     fault_injection.arm(fault, launch.rank)
@@ -268,23 +299,42 @@ def callback_job(launch: Launch, directory: str, which: str, error: Exception, f
     return {"ended": ended, "told": told.lines}
 
 
-@pytest.mark.parametrize(("which", "fault"), (("verified", ""), ("told", "save.model@rank=1:error=ENOSPC")))
-def test_a_callback_the_disk_refuses_ends_nothing(pool: GlooPool, tmp_path: Path, which: str, fault: str) -> None:
+@pytest.mark.parametrize(
+    ("which", "fault"), (("verified", ""), ("told", "save.model@rank=1:error=ENOSPC"))
+)
+def test_a_callback_the_disk_refuses_ends_nothing(
+    pool: GlooPool, tmp_path: Path, which: str, fault: str
+) -> None:
     """The ledger's disk is full: the checkpoint is there and whole, and no rank waits for another."""
     error = OSError(28, "No space left on device")
-    first, second = pool.run(2, callback_job, str(tmp_path), which, error, fault, timeout_seconds=60)
+    first, second = pool.run(
+        2, callback_job, str(tmp_path), which, error, fault, timeout_seconds=60
+    )
     assert first["ended"] == second["ended"] == "" and second["told"] == []
     if which == "verified":
-        assert first["told"][0] == "ckpt_001 is whole, which could not be recorded: No space left on device"
+        assert (
+            first["told"][0]
+            == "ckpt_001 is whole, which could not be recorded: No space left on device"
+        )
     for name in ("ckpt_001", "ckpt_002"):
         verify_checkpoint(tmp_path / name)
 
 
-@pytest.mark.parametrize("error", (RunError("the ledger is another's"), KeyError("a mistake")), ids=("user", "bug"))
-def test_any_other_error_of_a_callback_is_every_ranks(pool: GlooPool, tmp_path: Path, error: Exception) -> None:
-    first, second = pool.run(2, callback_job, str(tmp_path), "verified", error, "", timeout_seconds=60)
+@pytest.mark.parametrize(
+    "error", (RunError("the ledger is another's"), KeyError("a mistake")), ids=("user", "bug")
+)
+def test_any_other_error_of_a_callback_is_every_ranks(
+    pool: GlooPool, tmp_path: Path, error: Exception
+) -> None:
+    first, second = pool.run(
+        2, callback_job, str(tmp_path), "verified", error, "", timeout_seconds=60
+    )
     assert first["ended"] == second["ended"]
-    words = "RunError: the ledger is another's" if isinstance(error, RunError) else "SaveError: a checkpoint could not"
+    words = (
+        "RunError: the ledger is another's"
+        if isinstance(error, RunError)
+        else "SaveError: a checkpoint could not"
+    )
     assert first["ended"].startswith(words)
 
 
@@ -297,17 +347,29 @@ def thinning_job(launch: Launch, directory: str, fault: str) -> dict[str, Any]:
     for number in range(1, 5):
         told.save(f"ckpt_{number:03d}")
         told.writer.wait()
-        found.append([path.name for path in list_checkpoints(Path(directory)) if not (path / "optimizer").exists()])
+        found.append(
+            [
+                path.name
+                for path in list_checkpoints(Path(directory))
+                if not (path / "optimizer").exists()
+            ]
+        )
     return {"ended": told.end(), "told": told.lines, "thinned": found}
 
 
-@pytest.mark.parametrize("fault", ("retire.marked@rank=0:error=ENOSPC", "retire.done@rank=0:error=EACCES"))
-def test_trouble_while_thinning_is_told_and_tried_again(pool: GlooPool, tmp_path: Path, fault: str) -> None:
+@pytest.mark.parametrize(
+    "fault", ("retire.marked@rank=0:error=ENOSPC", "retire.done@rank=0:error=EACCES")
+)
+def test_trouble_while_thinning_is_told_and_tried_again(
+    pool: GlooPool, tmp_path: Path, fault: str
+) -> None:
     """A disk that is full is where thinning would help; a healthy run is not ended for it."""
     first, second = pool.run(2, thinning_job, str(tmp_path), fault, timeout_seconds=60)
     assert first["ended"] == second["ended"] == "" and second["told"] == []
     (line,) = first["told"]
-    assert "is saved, but older checkpoints in" in line and "tried again after the next save" in line
+    assert (
+        "is saved, but older checkpoints in" in line and "tried again after the next save" in line
+    )
     assert first["thinned"][3] == ["ckpt_001", "ckpt_002"], "it was not tried again"
     for path in list_checkpoints(tmp_path):
         verify_checkpoint(path)
@@ -321,9 +383,15 @@ def order_job(launch: Launch, directory: str) -> dict[str, Any]:
     for number in (1, 2, 3):
         told.engine.optimizer.master.fill_(float(number))
         told.save(f"ckpt_{number:03d}", step=number)
-        buffers.append({state: line.data_ptr() for state, line in told.writer._buffers.kept.items()})
+        buffers.append(
+            {state: line.data_ptr() for state, line in told.writer._buffers.kept.items()}
+        )
     ended = told.end()
-    return {"committed": told.committed, "ended": ended, "kept": buffers[0] == buffers[1] == buffers[2]}
+    return {
+        "committed": told.committed,
+        "ended": ended,
+        "kept": buffers[0] == buffers[1] == buffers[2],
+    }
 
 
 def test_a_second_save_never_overtakes_the_first(pool: GlooPool, tmp_path: Path) -> None:
@@ -334,10 +402,14 @@ def test_a_second_save_never_overtakes_the_first(pool: GlooPool, tmp_path: Path)
     roots = set()
     for path in list_checkpoints(tmp_path):
         manifest = verify_checkpoint(path)
-        assert len((path / MANIFEST).read_text().splitlines()) == len(manifest) + 2, "a line for each key"
+        assert len((path / MANIFEST).read_text().splitlines()) == len(manifest) + 2, (
+            "a line for each key"
+        )
         roots.add(manifest["state"]["digests"]["norm.weight.master"])
         assert manifest["step"] == int(path.name[-3:])
-        assert verify_root(path, manifest) == manifest["state"]["root"], "the state changed while it was written"
+        assert verify_root(path, manifest) == manifest["state"]["root"], (
+            "the state changed while it was written"
+        )
     assert len(roots) == 3
 
 
@@ -351,7 +423,11 @@ def unrecorded_job(launch: Launch, directory: str) -> str:
 def test_after_the_rename_nothing_is_tried_again(pool: GlooPool, tmp_path: Path) -> None:
     """It is there and whole; what failed is its record, and that is said."""
     first, second = pool.run(2, unrecorded_job, str(tmp_path), timeout_seconds=60)
-    assert first == second and first.startswith("SaveError: ckpt_001 is in ") and "could not be recorded" in first
+    assert (
+        first == second
+        and first.startswith("SaveError: ckpt_001 is in ")
+        and "could not be recorded" in first
+    )
     verify_checkpoint(tmp_path / "ckpt_001")
 
 
@@ -370,7 +446,9 @@ def test_a_disk_that_is_really_full(pool: GlooPool, tmp_path: Path) -> None:
     """On a file system of 200 kB: refused in the middle, what was written is removed, the words are the system's."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "none", str(disk)], capture_output=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=200k", "none", str(disk)], capture_output=True
+    )
     if mounted.returncode != 0:
         pytest.skip(f"no small disk can be mounted here: {mounted.stderr.decode().strip()}")
     try:
@@ -383,7 +461,7 @@ def test_a_disk_that_is_really_full(pool: GlooPool, tmp_path: Path) -> None:
 
 def free_snapshot_job(launch: Launch, directory: str) -> bool:
     told = Told(launch, directory, world=1)
-    lines = told.engine.optimizer.lines
+    lines = told.engine.optimizer.flat_shards
     frozen = snapshot(told.engine.gradients.table, lines, told.engine.dtype)
     lines["master"].add_(1.0)
     return not torch.equal(frozen.lines["master"], lines["master"])
@@ -413,12 +491,17 @@ def test_the_root_does_not_depend_on_the_layout(pool: GlooPool, tmp_path: Path) 
 def sums_job(launch: Launch, directory: str) -> bool:
     told = Told(launch, directory)
     engine = told.engine
-    for state, line in engine.optimizer.lines.items():
+    for state, line in engine.optimizer.flat_shards.items():
         line.add_(0.01 * len(state))
     names = sorted(shapes_of(tiny_config(model__num_layers=2)))
-    digest = StateDigest(engine.gradients.table, names, list(engine.optimizer.lines), told.grid.tp)
-    expected = digest.sums(engine.optimizer.lines)
-    return all(torch.equal(state_sums(digest, engine.optimizer.lines, threads=n), expected) for n in (1, 4))
+    digest = StateDigest(
+        engine.gradients.table, names, list(engine.optimizer.flat_shards), told.grid.tp
+    )
+    expected = digest.sums(engine.optimizer.flat_shards)
+    return all(
+        torch.equal(state_sums(digest, engine.optimizer.flat_shards, threads=n), expected)
+        for n in (1, 4)
+    )
 
 
 def test_sums_of_the_host_are_those_of_torch(pool: GlooPool, tmp_path: Path) -> None:

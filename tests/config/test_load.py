@@ -41,13 +41,20 @@ def test_shipped_configs_load_and_are_complete(path: Path) -> None:
 def test_all_four_recipes_are_shipped() -> None:
     """A recipe lost or moved, which would empty the test above."""
     names = {"/".join(path.parts[-2:]) for path in SHIPPED}
-    assert {"demo/stage1.yaml", "demo/stage2.yaml", "k2_65b/stage1.yaml", "k2_65b/stage2.yaml"} <= names
+    assert {
+        "demo/stage1.yaml",
+        "demo/stage2.yaml",
+        "k2_65b/stage1.yaml",
+        "k2_65b/stage2.yaml",
+    } <= names
 
 
 def test_k2_numbers() -> None:
     """A slip in the recipe's numbers: batch tokens, schedule, and the grid of 480 GPUs with 34 micro-batches."""
     stages = [load_config(str(ROOT / f"configs/k2_65b/stage{number}.yaml")) for number in (1, 2)]
-    assert [stage.batch.global_sequences * stage.data.sequence_length for stage in stages] == [4_177_920] * 2
+    assert [stage.batch.global_sequences * stage.data.sequence_length for stage in stages] == [
+        4_177_920
+    ] * 2
     assert [(stage.lr.kind, stage.lr.peak, stage.lr.final) for stage in stages] == [
         ("cosine", 1.5e-4, 1.5e-5),
         ("linear", 1e-4, 0.0),
@@ -72,17 +79,32 @@ def test_demo_runs_on_the_grids_of_the_quickstart() -> None:
 def test_defaults_that_follow_other_keys(write: Write) -> None:
     """A default frozen at one value: key-value heads, sequence parallelism and schedule follow their leader."""
     config = load_config(write(MINIMAL))
-    assert (config.model.num_kv_heads, config.parallel.sequence, config.parallel.schedule) == (4, False, "1f1b")
+    assert (config.model.num_kv_heads, config.parallel.sequence, config.parallel.schedule) == (
+        4,
+        False,
+        "1f1b",
+    )
     config = load_config(
         write(MINIMAL),
-        ["parallel.tensor=2", "parallel.pipeline=2", "parallel.stages_per_rank=2", "model.num_heads=8"],
+        [
+            "parallel.tensor=2",
+            "parallel.pipeline=2",
+            "parallel.stages_per_rank=2",
+            "model.num_heads=8",
+        ],
     )
-    assert (config.model.num_kv_heads, config.parallel.sequence, config.parallel.schedule) == (8, True, "interleaved")
+    assert (config.model.num_kv_heads, config.parallel.sequence, config.parallel.schedule) == (
+        8,
+        True,
+        "interleaved",
+    )
 
 
 def test_number_spellings_reach_the_fields(write: Write) -> None:
     """`1e12` refused for an integer, or `1e-4` left as text."""
-    config = load_config(write(MINIMAL), ["run.seed=1e12", "lr.warmup_steps=1_000", "lr.peak='1e-4'"])
+    config = load_config(
+        write(MINIMAL), ["run.seed=1e12", "lr.warmup_steps=1_000", "lr.peak='1e-4'"]
+    )
     assert config.run.seed == 10**12
     assert isinstance(config.run.seed, int)
     assert (config.lr.warmup_steps, config.lr.peak) == (1000, 1e-4)
@@ -111,10 +133,19 @@ def test_number_spellings_reach_the_fields(write: Write) -> None:
         ("run.name=..", "run.name: must be one path component"),
         ('run.name="a\\n"', "run.name: must be printable text on one line"),
         ("run.name=7", 'run.name: must be text, is 7; quote it: "7"'),
-        ("run.resume=sometimes", "run.resume: must be auto, must, never or a checkpoint's number from 0, is sometimes"),
-        ("run.resume=-1", "run.resume: must be auto, must, never or a checkpoint's number from 0, is -1"),
+        (
+            "run.resume=sometimes",
+            "run.resume: must be auto, must, never or a checkpoint's number from 0, is sometimes",
+        ),
+        (
+            "run.resume=-1",
+            "run.resume: must be auto, must, never or a checkpoint's number from 0, is -1",
+        ),
         ("run.stop_after_steps=0", "run.stop_after_steps: must be at least 1, is 0"),
-        ("spikes.policy=stop", "spikes.policy: stop is not available: this version only alerts; set alert"),
+        (
+            "spikes.policy=stop",
+            "spikes.policy: stop is not available: this version only alerts; set alert",
+        ),
         ("optimizer.betas=[0.9, 0.95, 0.99]", "optimizer.betas: must have 2 values, has 3"),
         ("optimizer.betas=[0.9]", "optimizer.betas[1]: missing; the list is too short"),
         ("optimizer.betas=[0.9, 1.0]", "optimizer.betas[1]: must be below 1, is 1.0"),
@@ -144,7 +175,12 @@ def test_bad_value_gets_one_line(write: Write, override: str, message: str) -> N
 def test_accepted_special_values(write: Write) -> None:
     """`null`, numbers and names refused where they mean something."""
     path = write(MINIMAL)
-    overrides = ["optimizer.clip_norm=null", "run.resume=12", "data.order=[chunk_003, 1]", "kernels.compile=off"]
+    overrides = [
+        "optimizer.clip_norm=null",
+        "run.resume=12",
+        "data.order=[chunk_003, 1]",
+        "kernels.compile=off",
+    ]
     config = load_config(path, overrides)
     assert config.optimizer.clip_norm is None
     assert config.run.resume == 12
@@ -217,7 +253,9 @@ def test_every_planted_mistake_is_told_in_one_go(write: Write) -> None:
 
 def test_mistakes_of_overrides_come_along(write: Write) -> None:
     """Overrides checked only once the file is clean."""
-    lines = mistakes(write(MINIMAL.replace("seed: 1", "sed: 1")), "parallel.tensr=2", "parallel.pipeline=3")
+    lines = mistakes(
+        write(MINIMAL.replace("seed: 1", "sed: 1")), "parallel.tensr=2", "parallel.pipeline=3"
+    )
     assert lines == [
         "c.yaml:3: run.sed: unknown key; nearest is run.seed",
         "override 'parallel.tensr=2': parallel.tensr: unknown key; nearest is parallel.tensor",
@@ -230,7 +268,10 @@ def test_mistakes_of_overrides_come_along(write: Write) -> None:
 
 def test_missing_keys_and_sections(write: Write) -> None:
     """A required key or section that silently gets a value."""
-    assert only(write(MINIMAL.replace("  seed: 1\n", ""))) == "c.yaml:1: run.seed: missing; it has no default"
+    assert (
+        only(write(MINIMAL.replace("  seed: 1\n", "")))
+        == "c.yaml:1: run.seed: missing; it has no default"
+    )
     without = MINIMAL[: MINIMAL.index("lr:")]
     assert only(write(without)) == "c.yaml:1: lr: missing section; it needs kind, peak"
     assert len(mistakes(write(""))) == 5
@@ -273,8 +314,18 @@ def test_to_yaml_reads_back_equal(write: Write, path: Path) -> None:
 
 def test_config_differences() -> None:
     """A changed, added or removed key that is not told, or equal configs told apart by list and tuple."""
-    a = {"batch": {"global_sequences": 32, "micro_sequences": 4}, "order": (1, 2), "old": {"x": None}, "empty": {}}
-    b = {"batch": {"global_sequences": 64, "micro_sequences": 4}, "order": [1, 2], "new": "yes", "empty": {}}
+    a = {
+        "batch": {"global_sequences": 32, "micro_sequences": 4},
+        "order": (1, 2),
+        "old": {"x": None},
+        "empty": {},
+    }
+    b = {
+        "batch": {"global_sequences": 64, "micro_sequences": 4},
+        "order": [1, 2],
+        "new": "yes",
+        "empty": {},
+    }
     assert config_differences(a, b) == [
         "batch.global_sequences: 32 -> 64",
         "old.x: null -> absent",
@@ -295,7 +346,9 @@ def test_loading_is_quick_and_needs_no_torch() -> None:
         f"load_config({str(SHIPPED[0])!r})\n"
         "print(time.process_time(), *(name for name in ('torch', 'numpy') if name in sys.modules))"
     )
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     seconds, *heavy = run.stdout.split()
     assert heavy == []
     assert float(seconds) < 0.5

@@ -5,7 +5,13 @@ import re
 import pytest
 import yaml
 
-from k2train.config.load import Config, check_world, data_parallel_size, load_config, num_microbatches
+from k2train.config.load import (
+    Config,
+    check_world,
+    data_parallel_size,
+    load_config,
+    num_microbatches,
+)
 from k2train.config.rules import nearest
 from k2train.errors import ConfigError
 from tests.support.config_case import MINIMAL, Write, mistakes, only
@@ -157,18 +163,27 @@ RULES = [
         "lr.final (0.0001) has no effect with lr.kind constant; leave it out, or use cosine, linear or wsd",
     ),
     (["lr.kind=wsd"], "lr.decay_steps: lr.kind wsd needs the length of its final decay, in steps"),
-    (["lr.decay_steps=9"], "lr.decay_steps (9) has no effect with lr.kind cosine; leave it out, or use wsd"),
+    (
+        ["lr.decay_steps=9"],
+        "lr.decay_steps (9) has no effect with lr.kind cosine; leave it out, or use wsd",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("overrides", "message"), RULES, ids=[rule[1].partition(" ")[0] for rule in RULES])
+@pytest.mark.parametrize(
+    ("overrides", "message"), RULES, ids=[rule[1].partition(" ")[0] for rule in RULES]
+)
 def test_rules_between_keys(write: Write, overrides: list[str], message: str) -> None:
     """A rule that is not checked, or one told without its numbers, its knobs and the nearest values that pass."""
     assert re.sub(r"^override '[^']*': ", "", only(write(MINIMAL), *overrides)) == message
 
 
-@pytest.mark.parametrize(("overrides", "message"), RULES, ids=[rule[1].partition(" ")[0] for rule in RULES])
-def test_a_suggested_value_cures_the_mistake(write: Write, overrides: list[str], message: str) -> None:
+@pytest.mark.parametrize(
+    ("overrides", "message"), RULES, ids=[rule[1].partition(" ")[0] for rule in RULES]
+)
+def test_a_suggested_value_cures_the_mistake(
+    write: Write, overrides: list[str], message: str
+) -> None:
     """A suggestion that leads straight to the next error."""
     for key, numbers in re.findall(r"nearest ([a-z_.]+): ([\d., ]+?)(?:;|$)", message):
         for number in numbers.split(", "):
@@ -179,19 +194,28 @@ def test_suggestions_pass_the_other_rules_of_the_same_knob(write: Write) -> None
     """A tensor degree that heads allow and the sequence does not; a pipeline degree that interleaving cannot use."""
     shape = ["model.num_heads=12", "model.hidden_size=144", "model.ffn_hidden_size=360"]
     first = mistakes(write(MINIMAL), *shape, "parallel.tensor=5")[0]
-    assert first.endswith("model.num_heads (12) must be divisible by parallel.tensor (5); nearest parallel.tensor: 4")
+    assert first.endswith(
+        "model.num_heads (12) must be divisible by parallel.tensor (5); nearest parallel.tensor: 4"
+    )
     first = mistakes(write(MINIMAL), *shape, "parallel.tensor=5", "parallel.sequence=false")[0]
     assert first.endswith("; nearest parallel.tensor: 4, 6")
     grid = ["model.num_layers=6", "parallel.pipeline=4", "parallel.schedule=interleaved"]
-    assert any("= 4; nearest parallel.pipeline: 3; " in line for line in mistakes(write(MINIMAL), *grid))
+    assert any(
+        "= 4; nearest parallel.pipeline: 3; " in line for line in mistakes(write(MINIMAL), *grid)
+    )
 
 
 def test_a_v_brings_its_two_stages_a_rank(write: Write) -> None:
     """A schedule that cannot be chosen by its own name, and a second complaint that follows from the first."""
-    assert load_config(write(MINIMAL), ["parallel.pipeline=2", "parallel.schedule=zb-v"]).parallel.stages_per_rank == 2
-    assert mistakes(write(MINIMAL), "parallel.pipeline=2", "parallel.schedule=zb-v", "model.num_layers=0") == [
-        "override 'model.num_layers=0': model.num_layers: must be at least 1, is 0"
-    ]
+    assert (
+        load_config(
+            write(MINIMAL), ["parallel.pipeline=2", "parallel.schedule=zb-v"]
+        ).parallel.stages_per_rank
+        == 2
+    )
+    assert mistakes(
+        write(MINIMAL), "parallel.pipeline=2", "parallel.schedule=zb-v", "model.num_layers=0"
+    ) == ["override 'model.num_layers=0': model.num_layers: must be at least 1, is 0"]
 
 
 def test_layers_dealt_by_hand_need_not_divide(write: Write) -> None:
@@ -204,7 +228,9 @@ def test_rules_hold_for_configs_made_in_python() -> None:
     """A config built without a file that escapes the rules."""
     tree = yaml.safe_load(MINIMAL)
     tree["model"]["num_heads"] = 3
-    with pytest.raises(ValueError, match=r"model.hidden_size \(128\) must be divisible by model.num_heads \(3\)"):
+    with pytest.raises(
+        ValueError, match=r"model.hidden_size \(128\) must be divisible by model.num_heads \(3\)"
+    ):
         Config.model_validate(tree)
 
 

@@ -87,7 +87,10 @@ def test_aliases_are_refused(tmp_path: Path) -> None:
     assert time.process_time() - start < 2
     assert source.tree == {"l0": ["x"]}
     assert len(source.mistakes) == 8 * 9
-    assert str(source.mistakes[-1]) == f"{path}:9: l8[8]: YAML alias *l7 is not accepted; write the value out"
+    assert (
+        str(source.mistakes[-1])
+        == f"{path}:9: l8[8]: YAML alias *l7 is not accepted; write the value out"
+    )
 
 
 SCALARS = st.one_of(
@@ -97,7 +100,24 @@ SCALARS = st.one_of(
     st.floats(allow_nan=False, allow_infinity=False),
     st.text(max_size=20).filter(str.isprintable),
     st.sampled_from(
-        ["no", "on", "1e6", "1_000", "null", "~", "-", "a: b", "#x", "012", "'", '"', "*a", "é", "🙂", "a b"]
+        [
+            "no",
+            "on",
+            "1e6",
+            "1_000",
+            "null",
+            "~",
+            "-",
+            "a: b",
+            "#x",
+            "012",
+            "'",
+            '"',
+            "*a",
+            "é",
+            "🙂",
+            "a b",
+        ]
     ),
 )
 

@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 
 from k2train.data import chunk
-from k2train.data.chunk import ChunkInfo, Manifest, check_files, open_chunk, read_manifest, verify_chunk, write_chunk
+from k2train.data.chunk import (
+    ChunkInfo,
+    Manifest,
+    check_files,
+    open_chunk,
+    read_manifest,
+    verify_chunk,
+    write_chunk,
+)
 from k2train.data.manifest import common_data, write_manifest
 from k2train.errors import DataError
 
@@ -22,11 +30,22 @@ def make(folder: Path, vocab: int = VOCAB, chunks: int = 2) -> Manifest:
     folder.mkdir(parents=True, exist_ok=True)
     ids = np.random.default_rng(0).integers(0, vocab, (chunks, ROWS, LENGTH)).astype(np.uint32)
     infos = [
-        write_chunk(folder, f"chunk_{i:03d}", iter([ids[i, :4], ids[i, 4:]]), ROWS, vocab, {"code": ROWS * LENGTH})
+        write_chunk(
+            folder,
+            f"chunk_{i:03d}",
+            iter([ids[i, :4], ids[i, 4:]]),
+            ROWS,
+            vocab,
+            {"code": ROWS * LENGTH},
+        )
         for i in range(chunks)
     ]
     held = write_chunk(folder, "held_out", [ids[0] // 2], ROWS, vocab, {"code": ROWS * LENGTH})
-    keys: dict[str, Any] = {"tokenizer_sha256": "t" * 64, "sequence_length": LENGTH, "vocab_size": vocab}
+    keys: dict[str, Any] = {
+        "tokenizer_sha256": "t" * 64,
+        "sequence_length": LENGTH,
+        "vocab_size": vocab,
+    }
     return write_manifest(folder, chunks=infos, held_out=held, **keys)
 
 
@@ -47,7 +66,9 @@ def rehash(manifest: Manifest) -> Manifest:
 
     def change(content: dict[str, Any]) -> None:
         for entry in content["chunks"]:
-            entry["sha256"] = hashlib.sha256((manifest.folder / entry["file"]).read_bytes()).hexdigest()
+            entry["sha256"] = hashlib.sha256(
+                (manifest.folder / entry["file"]).read_bytes()
+            ).hexdigest()
 
     return read_manifest(edit(manifest, change))
 
@@ -78,7 +99,9 @@ def test_manifest_hash_names_the_data(manifest: Manifest) -> None:
 def test_write_refuses_bad_id_and_leaves_nothing(tmp_path: Path) -> None:
     """Catches a preparation with another tokenizer, and a half-written file under the final name."""
     blocks = [np.zeros((2, 4), np.uint32), np.full((1, 4), 7, np.uint32)]
-    with pytest.raises(DataError, match=r"chunk_000: row 2, position 0: id 7 is not below vocab_size 7"):
+    with pytest.raises(
+        DataError, match=r"chunk_000: row 2, position 0: id 7 is not below vocab_size 7"
+    ):
         write_chunk(tmp_path, "chunk_000", blocks, 3, 7, {})
     assert list(tmp_path.iterdir()) == []
 
@@ -86,22 +109,46 @@ def test_write_refuses_bad_id_and_leaves_nothing(tmp_path: Path) -> None:
 BROKEN: list[tuple[str, Callable[[dict[str, Any]], object], str]] = [
     ("no chunks", lambda c: c.update(chunks=[]), "'chunks' must be a list"),
     ("missing key", lambda c: c.pop("sequence_length"), "'sequence_length' must be .* is missing"),
-    ("missing in chunk", lambda c: c["chunks"][1].pop("sha256"), r"chunks\[1\]: key 'sha256' .* missing"),
-    ("mistyped", lambda c: c["chunks"][0].update(rows="10"), "'rows' must be a whole number above 0, is '10'"),
+    (
+        "missing in chunk",
+        lambda c: c["chunks"][1].pop("sha256"),
+        r"chunks\[1\]: key 'sha256' .* missing",
+    ),
+    (
+        "mistyped",
+        lambda c: c["chunks"][0].update(rows="10"),
+        "'rows' must be a whole number above 0, is '10'",
+    ),
     ("a boolean", lambda c: c.update(vocab_size=True), "'vocab_size' must be"),
-    ("duplicate", lambda c: c["chunks"][1].update(name="chunk_000"), "name 'chunk_000' appears twice"),
-    ("same file", lambda c: c["chunks"][1].update(file="chunk_000.npy"), "file 'chunk_000.npy' appears twice"),
+    (
+        "duplicate",
+        lambda c: c["chunks"][1].update(name="chunk_000"),
+        "name 'chunk_000' appears twice",
+    ),
+    (
+        "same file",
+        lambda c: c["chunks"][1].update(file="chunk_000.npy"),
+        "file 'chunk_000.npy' appears twice",
+    ),
     ("absolute", lambda c: c["chunks"][0].update(file="/etc/passwd"), "'/etc/passwd' lies outside"),
     ("upwards", lambda c: c["chunks"][0].update(file="../chunk_000.npy"), "lies outside"),
-    ("held out outside", lambda c: c["held_out"].update(file="../x.npy"), "held_out: file '../x.npy' lies outside"),
+    (
+        "held out outside",
+        lambda c: c["held_out"].update(file="../x.npy"),
+        "held_out: file '../x.npy' lies outside",
+    ),
     ("wrong dtype", lambda c: c.update(dtype="uint32"), "vocab_size 500 needs 'uint16'"),
     ("wrong tokens", lambda c: c["chunks"][0].update(tokens=1), "10 rows of 16 are 160"),
     ("later format", lambda c: c.update(format="k2train-chunks-2"), "this version reads"),
 ]
 
 
-@pytest.mark.parametrize(("change", "words"), [pytest.param(c, w, id=name) for name, c, w in BROKEN])
-def test_broken_manifest_is_one_line(manifest: Manifest, change: Callable[..., object], words: str) -> None:
+@pytest.mark.parametrize(
+    ("change", "words"), [pytest.param(c, w, id=name) for name, c, w in BROKEN]
+)
+def test_broken_manifest_is_one_line(
+    manifest: Manifest, change: Callable[..., object], words: str
+) -> None:
     """Catches a manifest that is believed without being looked at."""
     path = edit(manifest, change)
     with pytest.raises(DataError, match=words) as caught:
@@ -134,7 +181,9 @@ def test_cheap_checks_name_chunk_and_numbers(manifest: Manifest) -> None:
     whole = file.read_bytes()
     check_files(manifest)
     file.write_bytes(whole[:-2])
-    with pytest.raises(DataError, match=rf"chunk_001 .* truncated: {len(whole) - 2} bytes, must be {len(whole)}"):
+    with pytest.raises(
+        DataError, match=rf"chunk_001 .* truncated: {len(whole) - 2} bytes, must be {len(whole)}"
+    ):
         check_files(manifest)
     check_files(manifest, ["chunk_000"])
     file.write_bytes(whole + b"\0")
@@ -195,4 +244,7 @@ def test_common_data_finds_the_shared_chunk(tmp_path: Path) -> None:
     first, second = make(tmp_path / "a"), make(tmp_path / "b", vocab=400)
     assert common_data(first, second) == []
     shared = common_data(first, make(tmp_path / "c", chunks=1))
-    assert [line.split(":")[0] for line in shared] == ["chunk_000 and chunk_000", "held_out and held_out"]
+    assert [line.split(":")[0] for line in shared] == [
+        "chunk_000 and chunk_000",
+        "held_out and held_out",
+    ]

@@ -16,8 +16,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from k2train.data import document_boundaries as module
-from k2train.data.chunk import Manifest, check_files, read_manifest, verify_chunk, write_chunk, write_manifest
-from k2train.data.document_boundaries import check_borders, documents_of, open_borders, verify_borders, write_borders
+from k2train.data.chunk import (
+    Manifest,
+    check_files,
+    read_manifest,
+    verify_chunk,
+    write_chunk,
+    write_manifest,
+)
+from k2train.data.document_boundaries import (
+    check_borders,
+    documents_of,
+    open_borders,
+    verify_borders,
+    write_borders,
+)
 from k2train.data.loader import Batch, Loader
 from k2train.data.manifest import require_borders
 from k2train.data.order import make_order
@@ -75,9 +88,15 @@ def test_plain_numpy_reads_what_was_written(tmp_path: Path) -> None:
 BAD_VALUES = [
     ([3, 8, 8], "border 2 is position 8 (row 1, token 2), not above the one before it, 8"),
     ([3, 9, 8], "border 2 is position 8 (row 1, token 2), not above the one before it, 9"),
-    ([3, 12], "border 1 is position 12 (row 2, token 0): a row's beginning is a border without being listed"),
+    (
+        [3, 12],
+        "border 1 is position 12 (row 2, token 0): a row's beginning is a border without being listed",
+    ),
     ([3, 49], "border 1 is position 49 (row 8, token 1), outside rows 0 to 7 of 6 tokens"),
-    ([2**64 - 1], "border 0 is position 18446744073709551615 (row 3074457345618258602, token 3), outside rows 0 to 7"),
+    (
+        [2**64 - 1],
+        "border 0 is position 18446744073709551615 (row 3074457345618258602, token 3), outside rows 0 to 7",
+    ),
 ]
 
 
@@ -88,10 +107,15 @@ def test_verify_names_the_bad_border(tmp_path: Path, values: list[int], words: s
     np.save(path, np.array(values, dtype=np.uint64))
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     for block in (1, 2, 100):
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(DataError, match=re.escape(words)) as caught:
+        with (
+            pytest.MonkeyPatch.context() as patch,
+            pytest.raises(DataError, match=re.escape(words)) as caught,
+        ):
             patch.setattr(module, "BLOCK_BORDERS", block)
             verify_borders(path, "chunk_003", digest, ROWS, LENGTH)
-        assert str(caught.value).startswith(f"chunk_003 ({path})") and "sha256" not in str(caught.value)
+        assert str(caught.value).startswith(f"chunk_003 ({path})") and "sha256" not in str(
+            caught.value
+        )
     with pytest.raises(DataError, match="its sha256 is not the manifest's either"):
         verify_borders(path, "chunk_003", "0" * 64, ROWS, LENGTH)
 
@@ -100,7 +124,9 @@ def test_verify_names_the_bad_border(tmp_path: Path, values: list[int], words: s
 def test_a_step_refuses_the_bad_border_of_its_rows(values: list[int]) -> None:
     """Catches documents made up from a file that was not verified on this rank."""
     positions = np.array([1, *values], dtype=np.uint64)
-    with pytest.raises(DataError, match=rf"chunk_003: border \d is position {values[1]} ") as caught:
+    with pytest.raises(
+        DataError, match=rf"chunk_003: border \d is position {values[1]} "
+    ) as caught:
         documents_of(positions, range(2, 6), LENGTH, "chunk_003")
     assert "\n" not in str(caught.value)
 
@@ -120,7 +146,9 @@ def test_reading_some_rows_reads_only_their_borders(tmp_path: Path) -> None:
     assert peak < 500_000, "16 MB is the whole file"
 
 
-def make(folder: Path, with_borders: tuple[str, ...] = NAMES) -> tuple[Manifest, dict[str, list[int]]]:
+def make(
+    folder: Path, with_borders: tuple[str, ...] = NAMES
+) -> tuple[Manifest, dict[str, list[int]]]:
     """A data folder, and the positions of its borders by chunk."""
     rng, positions, infos = np.random.default_rng(3), {}, []
     for name in NAMES:
@@ -143,20 +171,47 @@ def test_the_manifest_keeps_the_borders(tmp_path: Path) -> None:
     assert again == manifest
     assert [info.borders for info in again.all_chunks()] == [None, "chunk_001.borders.npy", None]
     entries = json.loads(manifest.path.read_text())["chunks"]
-    assert "borders" not in entries[0] and entries[1]["borders_sha256"] == again.chunks[1].borders_sha256
+    assert (
+        "borders" not in entries[0]
+        and entries[1]["borders_sha256"] == again.chunks[1].borders_sha256
+    )
 
 
 BROKEN: list[tuple[str, Callable[[dict[str, Any]], object], str]] = [
-    ("upwards", lambda c: c["chunks"][0].update(borders="../b.npy"), "chunk_000: file '../b.npy' lies outside"),
-    ("absolute", lambda c: c["held_out"].update(borders="/b.npy"), "held_out: file '/b.npy' lies outside"),
-    ("shared", lambda c: c["chunks"][0].update(borders="chunk_001.borders.npy"), "'chunk_001.borders.npy' appears twi"),
-    ("no hash", lambda c: c["chunks"][1].pop("borders_sha256"), r"chunks\[1\]: key 'borders_sha256' .* missing"),
-    ("mistyped", lambda c: c["chunks"][1].update(borders=7), r"chunks\[1\]: key 'borders' must be text, is 7"),
+    (
+        "upwards",
+        lambda c: c["chunks"][0].update(borders="../b.npy"),
+        "chunk_000: file '../b.npy' lies outside",
+    ),
+    (
+        "absolute",
+        lambda c: c["held_out"].update(borders="/b.npy"),
+        "held_out: file '/b.npy' lies outside",
+    ),
+    (
+        "shared",
+        lambda c: c["chunks"][0].update(borders="chunk_001.borders.npy"),
+        "'chunk_001.borders.npy' appears twi",
+    ),
+    (
+        "no hash",
+        lambda c: c["chunks"][1].pop("borders_sha256"),
+        r"chunks\[1\]: key 'borders_sha256' .* missing",
+    ),
+    (
+        "mistyped",
+        lambda c: c["chunks"][1].update(borders=7),
+        r"chunks\[1\]: key 'borders' must be text, is 7",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("change", "words"), [pytest.param(c, w, id=name) for name, c, w in BROKEN])
-def test_a_manifest_is_not_believed(tmp_path: Path, change: Callable[..., object], words: str) -> None:
+@pytest.mark.parametrize(
+    ("change", "words"), [pytest.param(c, w, id=name) for name, c, w in BROKEN]
+)
+def test_a_manifest_is_not_believed(
+    tmp_path: Path, change: Callable[..., object], words: str
+) -> None:
     """Catches a borders file read, or later deleted, outside the folder, or read without its hash."""
     manifest, _ = make(tmp_path)
     content = json.loads(manifest.path.read_text())
@@ -195,7 +250,9 @@ def test_verifying_a_chunk_verifies_its_borders(tmp_path: Path) -> None:
     manifest, positions = make(tmp_path)
     for info in manifest.all_chunks():
         verify_chunk(manifest, info)
-    moved = next(p for p in range(1, ROWS * LENGTH) if p % LENGTH and p not in positions["chunk_001"])
+    moved = next(
+        p for p in range(1, ROWS * LENGTH) if p % LENGTH and p not in positions["chunk_001"]
+    )
     changed = sorted([moved, *positions["chunk_001"][1:]])
     np.save(tmp_path / "chunk_001.borders.npy", np.array(changed, dtype=np.uint64))
     verify_chunk(manifest, manifest.chunks[0])
@@ -209,7 +266,10 @@ def test_the_loader_gives_documents_beside_tokens(tmp_path: Path, data: int, mic
     """Catches documents of another rank, step or chunk than the tokens they stand beside; held-out batches too."""
     manifest, positions = make(tmp_path)
     order = make_order(manifest, [1, 0], 4)
-    loaders = [Loader(manifest, order, dp, data, micro, VOCAB, verify=True, documents=True) for dp in range(data)]
+    loaders = [
+        Loader(manifest, order, dp, data, micro, VOCAB, verify=True, documents=True)
+        for dp in range(data)
+    ]
 
     def check(batches: list[Batch], name: str, rows: range) -> None:
         plain = torch.from_numpy(np.load(tmp_path / f"{name}.npy")[rows].astype(np.int64))

@@ -20,7 +20,10 @@ def corpus_with(folder: Path, account: dict[str, Any] | None, **recipe: Any) -> 
     content = json.loads(manifest.path.read_text())
     facts: dict[str, Any] = {"name": "small", "seed": 3}
     if account is not None:
-        facts |= {"account": {"noise": account}, "recipe": {"subsets": {"noise": {"repeat": 1}}, **recipe}}
+        facts |= {
+            "account": {"noise": account},
+            "recipe": {"subsets": {"noise": {"repeat": 1}}, **recipe},
+        }
     manifest.path.write_text(json.dumps({**content, "facts": facts}))
     return read_manifest(folder)
 
@@ -40,7 +43,9 @@ def section(lines: list[str], title: str) -> list[str]:
 def cells(lines: list[str], title: str) -> dict[str, str]:
     """The one row of a table by its headings; columns are apart by two blanks."""
     head, row, *_ = section(lines, title)
-    names, values = ([part.strip() for part in line.split("  ") if part.strip()] for line in (head, row))
+    names, values = (
+        [part.strip() for part in line.split("  ") if part.strip()] for line in (head, row)
+    )
     return dict(zip(names, values, strict=True))
 
 
@@ -60,8 +65,15 @@ def test_documents_by_what_became_of_them(tmp_path: Path) -> None:
         "rejected": "17",
         "shared ids": "18",
     }
-    lines = render(account_facts(corpus_with(tmp_path / "b", account_of(short_documents=4))), View())
-    assert cells(lines, "documents") == {"subset": "noise", "read": "70", "used": "70", "short": "4"}
+    lines = render(
+        account_facts(corpus_with(tmp_path / "b", account_of(short_documents=4))), View()
+    )
+    assert cells(lines, "documents") == {
+        "subset": "noise",
+        "read": "70",
+        "used": "70",
+        "short": "4",
+    }
 
 
 def test_a_folder_without_an_account(tmp_path: Path) -> None:
@@ -74,12 +86,16 @@ def test_a_folder_without_an_account(tmp_path: Path) -> None:
     assert not any(line.startswith("note:") for line in lines)
     old = account_of()
     del old["repeated_id_documents"], old["rejected_documents"]
-    assert "shared ids" not in cells(render(account_facts(corpus_with(tmp_path / "b", old)), View()), "documents")
+    assert "shared ids" not in cells(
+        render(account_facts(corpus_with(tmp_path / "b", old)), View()), "documents"
+    )
 
 
 def test_words_are_explained_where_they_stand(tmp_path: Path) -> None:
     """Catches a heading with a sense of its own that nobody explains, and an explanation far from it."""
-    lines = render(account_facts(corpus_with(tmp_path / "a", account_of(rejected_documents=1))), View())
+    lines = render(
+        account_facts(corpus_with(tmp_path / "a", account_of(rejected_documents=1))), View()
+    )
     below: dict[str, list[str]] = {}
     title = ""
     for before, line in zip(["", *lines], lines, strict=False):
@@ -98,10 +114,26 @@ def test_words_are_explained_where_they_stand(tmp_path: Path) -> None:
     [
         (MADE + 5, {}, []),
         (MADE + 5, {"rows_per_chunk": 63}, []),
-        (MADE * 4, {"rows_per_chunk": 63}, ["rows_per_chunk takes 25% of what the repeats ask for"]),
-        (MADE + SEQUENCE, {"rows_per_chunk": 63}, ["rows_per_chunk takes 99% of what the repeats ask for"]),
-        (MADE * 400, {"rows_per_chunk": 63}, ["rows_per_chunk takes less than 1% of what the repeats ask for"]),
-        (MADE * 3, {"limit_tokens": MADE}, ["limit_tokens of noise takes 33% of what its repeat asks for"]),
+        (
+            MADE * 4,
+            {"rows_per_chunk": 63},
+            ["rows_per_chunk takes 25% of what the repeats ask for"],
+        ),
+        (
+            MADE + SEQUENCE,
+            {"rows_per_chunk": 63},
+            ["rows_per_chunk takes 99% of what the repeats ask for"],
+        ),
+        (
+            MADE * 400,
+            {"rows_per_chunk": 63},
+            ["rows_per_chunk takes less than 1% of what the repeats ask for"],
+        ),
+        (
+            MADE * 3,
+            {"limit_tokens": MADE},
+            ["limit_tokens of noise takes 33% of what its repeat asks for"],
+        ),
         (MADE * 3, {"limit_tokens": MADE * 3}, []),
         (
             MADE * 4,
@@ -113,9 +145,13 @@ def test_words_are_explained_where_they_stand(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_a_limit_leaves_is_noted(tmp_path: Path, asked: int, recipe: dict[str, int], notes: list[str]) -> None:
+def test_what_a_limit_leaves_is_noted(
+    tmp_path: Path, asked: int, recipe: dict[str, int], notes: list[str]
+) -> None:
     """Catches a corpus of which a quarter is used without a word, and a word about nothing but the tail."""
-    manifest = corpus_with(tmp_path / "a", account_of(asked_tokens=asked), chunks=2, sequence_length=SEQUENCE)
+    manifest = corpus_with(
+        tmp_path / "a", account_of(asked_tokens=asked), chunks=2, sequence_length=SEQUENCE
+    )
     content = json.loads(manifest.path.read_text())
     wished = content["facts"]["recipe"]
     wished["subsets"]["noise"]["limit_tokens"] = recipe.get("limit_tokens")
@@ -123,4 +159,6 @@ def test_what_a_limit_leaves_is_noted(tmp_path: Path, asked: int, recipe: dict[s
     manifest.path.write_text(json.dumps(content))
     facts = account_facts(read_manifest(manifest.path.parent))
     assert facts["notes"] == notes
-    assert [line.removeprefix("note: ") for line in render(facts, View()) if line.startswith("note: ")] == notes
+    assert [
+        line.removeprefix("note: ") for line in render(facts, View()) if line.startswith("note: ")
+    ] == notes

@@ -39,12 +39,18 @@ def rows_of(manifest: Manifest, name: str, rows: range) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("data", "micro"), [(1, 1), (1, 4), (2, 1), (2, 2), (4, 1)])
-def test_ranks_together_read_the_step(manifest: Manifest, order: ChunkOrder, data: int, micro: int) -> None:
+def test_ranks_together_read_the_step(
+    manifest: Manifest, order: ChunkOrder, data: int, micro: int
+) -> None:
     """Catches a rank reading another's rows, micro-batches out of order, and a prefetched step handed out wrongly."""
     loaders = [Loader(manifest, order, dp, data, micro, VOCAB, verify=True) for dp in range(data)]
     for step in range(1, order.total_steps + 1):
         batches = [loader.step(step).tokens for loader in loaders]
-        assert all(part.shape == (micro, LENGTH) and part.dtype == torch.int64 for b in batches for part in b)
+        assert all(
+            part.shape == (micro, LENGTH) and part.dtype == torch.int64
+            for b in batches
+            for part in b
+        )
         expected = rows_of(manifest, order.position(step).name, order.rows_of(step))
         assert torch.equal(torch.cat([part for batch in batches for part in batch]), expected)
     for loader in loaders:
@@ -95,9 +101,14 @@ def test_bad_id_is_raised_where_it_is_used(manifest: Manifest, order: ChunkOrder
     corrupt(manifest, "chunk_001", VOCAB)
     with Loader(manifest, order, 0, 1, BATCH, VOCAB) as loader:
         loader.step(1)
-        with pytest.raises(DataError, match=r"chunk_001 .*row 5, position 3: id 1000 is not below vocab_size 1000"):
+        with pytest.raises(
+            DataError, match=r"chunk_001 .*row 5, position 3: id 1000 is not below vocab_size 1000"
+        ):
             loader.step(2)
-    with Loader(manifest, order, 0, 2, 2, VOCAB) as other, pytest.raises(DataError, match="row 5, position 3"):
+    with (
+        Loader(manifest, order, 0, 2, 2, VOCAB) as other,
+        pytest.raises(DataError, match="row 5, position 3"),
+    ):
         other.step(2)
 
 
@@ -116,10 +127,14 @@ def test_verify_stops_before_the_first_row(manifest: Manifest, order: ChunkOrder
         unverified.step(1)
 
 
-def test_each_chunk_is_verified_once(manifest: Manifest, order: ChunkOrder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_chunk_is_verified_once(
+    manifest: Manifest, order: ChunkOrder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Catches hashing a chunk again at every step, or twice when it was verified ahead."""
     seen: list[str] = []
-    monkeypatch.setattr("k2train.data.loader.verify_chunk", lambda manifest, info, stopped: seen.append(info.name))
+    monkeypatch.setattr(
+        "k2train.data.loader.verify_chunk", lambda manifest, info, stopped: seen.append(info.name)
+    )
     with Loader(manifest, order, 0, 1, BATCH, VOCAB, verify=True) as loader:
         for step in range(1, order.total_steps + 1):
             loader.step(step)

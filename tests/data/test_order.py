@@ -18,7 +18,9 @@ def manifest_of(rows: dict[str, int], sequence_length: int = 8) -> Manifest:
 
 orders = st.integers(1, 12).flatmap(
     lambda size: st.lists(st.integers(size, 5 * size), min_size=1, max_size=8).map(
-        lambda rows: ChunkOrder(tuple(f"chunk_{i:03d}" for i in range(len(rows))), tuple(rows), size)
+        lambda rows: ChunkOrder(
+            tuple(f"chunk_{i:03d}" for i in range(len(rows))), tuple(rows), size
+        )
     )
 )
 
@@ -51,7 +53,9 @@ def test_chunk_ends_are_the_numbered_checkpoints(order: ChunkOrder) -> None:
 
 
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 5), st.integers(0, 7))
-def test_the_step_does_not_know_the_layout(micro: int, data: int, num_microbatches: int, step: int) -> None:
+def test_the_step_does_not_know_the_layout(
+    micro: int, data: int, num_microbatches: int, step: int
+) -> None:
     """Catches rows that depend on dp or the micro-batch: joined over ranks they are the step's rows, in order."""
     size = micro * data * num_microbatches
     rows = range(step * size, (step + 1) * size)
@@ -74,7 +78,9 @@ def test_deferred_chunk_leaves_the_past_alone(order: ChunkOrder, data: st.DataOb
 
 def test_indivisible_batch_tells_the_nearest() -> None:
     """Catches rows dropped in silence where the batch does not divide."""
-    with pytest.raises(DataError, match=r"\(10\) must be divisible .*\(2 x 3 = 6\); nearest that are: 6, 12"):
+    with pytest.raises(
+        DataError, match=r"\(10\) must be divisible .*\(2 x 3 = 6\); nearest that are: 6, 12"
+    ):
         rank_rows(range(10), 0, 2, 3)
 
 
@@ -100,12 +106,19 @@ def test_explicit_order_by_name_or_number() -> None:
         (["chunk_009"], 2, None, "names chunk_009, which .* 2 chunks, chunk_001 to chunk_002"),
         ([-1], 2, None, "does not have"),
         ([], 2, None, "is empty"),
-        (None, 5, None, r"chunk_002 has 4 rows, fewer than one step of batch.global_sequences \(5\)"),
+        (
+            None,
+            5,
+            None,
+            r"chunk_002 has 4 rows, fewer than one step of batch.global_sequences \(5\)",
+        ),
         (None, 2, 16, r"data.sequence_length \(16\) must be .* \(8\)"),
         (None, 0, None, "at least 1"),
     ],
 )
-def test_impossible_orders(asked: list[str | int] | None, size: int, length: int | None, words: str) -> None:
+def test_impossible_orders(
+    asked: list[str | int] | None, size: int, length: int | None, words: str
+) -> None:
     """Catches an order that would read a chunk twice, none, or another length of sequence."""
     with pytest.raises(DataError, match=words):
         make_order(manifest_of({"chunk_001": 8, "chunk_002": 4}), asked, size, length)

@@ -35,16 +35,54 @@ from k2train.errors import DataError
 from tests.support.command_line import load_tool
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "train_tokenizer.py"
-CONTROL_TEXTS = ["<s>", "</s>", "<unk>", "<0x0A>", "<0xE2>", "\u2581", " \u2047 ", *K2_SPECIAL_TOKENS]
-ALTERED = [" ", "  ", "\n", "\r\n", "\t", "\0", "é", "e\u0301", "\ufb01", "\uff21", "\u00a0", "\u200b", "\ufeff"]
-PIECES = st.sampled_from([*CONTROL_TEXTS, *ALTERED, "\U0001d518", "\U0010fffd", "a", "the value", "def"])
+CONTROL_TEXTS = [
+    "<s>",
+    "</s>",
+    "<unk>",
+    "<0x0A>",
+    "<0xE2>",
+    "\u2581",
+    " \u2047 ",
+    *K2_SPECIAL_TOKENS,
+]
+ALTERED = [
+    " ",
+    "  ",
+    "\n",
+    "\r\n",
+    "\t",
+    "\0",
+    "é",
+    "e\u0301",
+    "\ufb01",
+    "\uff21",
+    "\u00a0",
+    "\u200b",
+    "\ufeff",
+]
+PIECES = st.sampled_from(
+    [*CONTROL_TEXTS, *ALTERED, "\U0001d518", "\U0010fffd", "a", "the value", "def"]
+)
 TEXTS = st.lists(PIECES | st.text(), max_size=8).map("".join)
 VOCAB_SIZE = 320
 
 
 def corpus_text(seed: int, words: int) -> str:
     choose = random.Random(seed)
-    vocabulary = ["def", "return", "the", "value", "of", "a list", "self", "number", "\n    ", "file", "x = 1", "\n"]
+    vocabulary = [
+        "def",
+        "return",
+        "the",
+        "value",
+        "of",
+        "a list",
+        "self",
+        "number",
+        "\n    ",
+        "file",
+        "x = 1",
+        "\n",
+    ]
     return " ".join(choose.choice(vocabulary) for _ in range(words)) + f" {seed}"
 
 
@@ -52,8 +90,16 @@ def trained_elsewhere(**options: Any) -> bytes:
     """A model with sentencepiece's own habits: a space before the text, spaces merged, characters replaced."""
     model = io.BytesIO()
     lines = [line for i in range(20) for line in corpus_text(i, 200).split("\n") if line.strip()]
-    keys = {"model_type": "bpe", "vocab_size": VOCAB_SIZE, "byte_fallback": True, "minloglevel": 2, "num_threads": 1}
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=model, **{**keys, **options})
+    keys = {
+        "model_type": "bpe",
+        "vocab_size": VOCAB_SIZE,
+        "byte_fallback": True,
+        "minloglevel": 2,
+        "num_threads": 1,
+    }
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_writer=model, **{**keys, **options}
+    )
     return model.getvalue()
 
 
@@ -71,7 +117,11 @@ def published() -> Tokenizer:
 def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
     if request.param == "llama":
         # What its trainer was told of text: nothing replaced, nothing merged, but a space put before.
-        told = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "split_digits": True}
+        told = {
+            "normalization_rule_name": "identity",
+            "remove_extra_whitespaces": False,
+            "split_digits": True,
+        }
         return Tokenizer(trained_elsewhere(**told, allow_whitespace_only_pieces=True))
     found: Tokenizer = request.getfixturevalue(request.param)
     return found
@@ -88,7 +138,9 @@ def test_text_stays_text(tokenizer: Tokenizer, text: str) -> None:
 
 @given(TEXTS, st.sampled_from(CONTROL_TEXTS), st.integers(0, 30))
 @settings(deadline=None, max_examples=150)
-def test_quoted_specials_stay_text(tokenizer: Tokenizer, text: str, quoted: str, place: int) -> None:
+def test_quoted_specials_stay_text(
+    tokenizer: Tokenizer, text: str, quoted: str, place: int
+) -> None:
     """Catches a special token's string inside a document that comes out as the token."""
     text = text[:place] + quoted + text[place:]
     ids = tokenizer.encode(text)
@@ -119,7 +171,9 @@ def test_arrays_are_the_lists(tokenizer: Tokenizer) -> None:
 
 
 @given(
-    TEXTS | st.text(" a\nb", max_size=60) | st.integers(0, 99).map(lambda seed: corpus_text(seed, 30)),
+    TEXTS
+    | st.text(" a\nb", max_size=60)
+    | st.integers(0, 99).map(lambda seed: corpus_text(seed, 30)),
     st.integers(1, 9),
 )
 @settings(deadline=None, max_examples=200)
@@ -173,9 +227,14 @@ def test_a_row_may_begin_and_end_anywhere(tokenizer: Tokenizer) -> None:
     assert tokenizer.decode(the) == " the value"
     three = tokenizer.encode("\u4e2d")
     assert len(three) == 3
-    assert tokenizer.decode([*three[1:], *tokenizer.encode("a"), *three[:1]]) == "\ufffd\ufffda\ufffd"
+    assert (
+        tokenizer.decode([*three[1:], *tokenizer.encode("a"), *three[:1]]) == "\ufffd\ufffda\ufffd"
+    )
     assert tokenizer.decode([]) == ""
-    assert tokenizer.decode(np.array([*the, EOS_ID, 1, 0], dtype=np.uint16)) == " the value</s><s><unk>"
+    assert (
+        tokenizer.decode(np.array([*the, EOS_ID, 1, 0], dtype=np.uint16))
+        == " the value</s><s><unk>"
+    )
 
 
 def test_specials_are_ids_after_the_pieces(own: Tokenizer) -> None:
@@ -206,22 +265,40 @@ def test_saved_and_pickled(tokenizer: Tokenizer, tmp_path: Path) -> None:
     few = Tokenizer(tokenizer.model, ("<one>", "<two>"))
     few.save(tmp_path / "new" / "t.model")
     text = " the value \u2581 <one>\n"
-    for copy in (pickle.loads(pickle.dumps(few)), Tokenizer.load(tmp_path / "new" / "t.model", few.specials)):
-        assert (copy.sha256, copy.specials, copy.vocab_size) == (few.sha256, few.specials, few.vocab_size)
+    for copy in (
+        pickle.loads(pickle.dumps(few)),
+        Tokenizer.load(tmp_path / "new" / "t.model", few.specials),
+    ):
+        assert (copy.sha256, copy.specials, copy.vocab_size) == (
+            few.sha256,
+            few.specials,
+            few.vocab_size,
+        )
         assert copy.encode(text) == few.encode(text)
 
 
 def test_a_damaged_model_is_refused(own: Tokenizer, published: Tokenizer, tmp_path: Path) -> None:
     """Catches a copy that broke off, and whose end then hides that the model has to leave text alone."""
     for tokenizer in (own, published):
-        for length in (0, 1, 1000, len(tokenizer.model) // 2, *range(len(tokenizer.model) - 9, len(tokenizer.model))):
+        for length in (
+            0,
+            1,
+            1000,
+            len(tokenizer.model) // 2,
+            *range(len(tokenizer.model) - 9, len(tokenizer.model)),
+        ):
             with pytest.raises(DataError, match=r"tokenizer\.model: "):
                 Tokenizer(tokenizer.model[:length])
     (tmp_path / "t.model").write_bytes(b"nonsense")
     with pytest.raises(DataError) as caught:
         Tokenizer.load(tmp_path / "t.model")
-    assert str(caught.value) == f"{tmp_path / 't.model'}: not a sentencepiece model, or only a part of one"
-    with pytest.raises(DataError, match=r"/none\.model: cannot be read as tokenizer\.model \(No such file"):
+    assert (
+        str(caught.value)
+        == f"{tmp_path / 't.model'}: not a sentencepiece model, or only a part of one"
+    )
+    with pytest.raises(
+        DataError, match=r"/none\.model: cannot be read as tokenizer\.model \(No such file"
+    ):
         Tokenizer.load(tmp_path / "none.model")
     (tmp_path / "t.model").write_bytes(trained_elsewhere(byte_fallback=False, vocab_size=60))
     with pytest.raises(DataError, match=r"/t\.model: has no byte fallback"):
@@ -240,7 +317,9 @@ def test_a_model_that_would_lose_text_is_refused() -> None:
 def test_a_model_that_turns_text_into_a_control_token_is_refused(piece: str) -> None:
     """Catches a user-defined piece that a document only has to quote."""
     model = trained_elsewhere(user_defined_symbols=[piece])
-    quoted = sentencepiece.SentencePieceProcessor(model_proto=model).encode(f"a{piece}b", out_type=str)
+    quoted = sentencepiece.SentencePieceProcessor(model_proto=model).encode(
+        f"a{piece}b", out_type=str
+    )
     assert piece in quoted
     with pytest.raises(DataError) as error:
         Tokenizer(model)
@@ -276,7 +355,9 @@ def test_training_takes_what_it_can() -> None:
     texts = [corpus_text(i, 200) for i in range(20)]
     clean = train_tokenizer(texts, VOCAB_SIZE)
     assert train_tokenizer([*texts, "\ud800 broken\n"], VOCAB_SIZE).sha256 == clean.sha256
-    with pytest.raises(DataError, match=r"vocab_size \(9000\) cannot be reached with this text: the most is \d+$"):
+    with pytest.raises(
+        DataError, match=r"vocab_size \(9000\) cannot be reached with this text: the most is \d+$"
+    ):
         train_tokenizer(texts, 9000)
     # Of the rarest characters, here four of the digits, the trainer makes no pieces.
     characters = len(set("".join(texts)) - {"\n"}) - 4
@@ -290,7 +371,10 @@ def test_training_takes_what_it_can() -> None:
         )
     assert train_tokenizer(texts, least).base_size == least
     for size in (-1, 0, 3):
-        with pytest.raises(DataError, match=rf"vocab_size \({size}\) must be above 259: 256 bytes, 3 control pieces"):
+        with pytest.raises(
+            DataError,
+            match=rf"vocab_size \({size}\) must be above 259: 256 bytes, 3 control pieces",
+        ):
             train_tokenizer(texts, size)
     with pytest.raises(DataError, match=r"with this text: it has no line to train on$"):
         train_tokenizer(["", " \n"], 300)
@@ -314,7 +398,9 @@ def tool() -> ModuleType:
 def corpus(tmp_path: Path) -> list[str]:
     """The same texts four times: plain text, jsonl, jsonl.zst and Parquet, each in a folder."""
     texts = [corpus_text(i, 200) + "\n" for i in range(20)]
-    lines = "".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(texts)).encode()
+    lines = "".join(
+        json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(texts)
+    ).encode()
     for kind in ("txt", "jsonl", "zst", "gz", "parquet"):
         (tmp_path / kind).mkdir()
     for number, text in enumerate(texts):
@@ -324,7 +410,9 @@ def corpus(tmp_path: Path) -> list[str]:
     # A file of several members, as `cat a.gz b.gz` makes them, and one of plain text.
     half = lines.index(b"\n", len(lines) // 2) + 1
     cut = lines[:half].count(b"\n")
-    (tmp_path / "gz" / "a.jsonl.gz").write_bytes(gzip.compress(lines[:999]) + gzip.compress(lines[999:half]))
+    (tmp_path / "gz" / "a.jsonl.gz").write_bytes(
+        gzip.compress(lines[:999]) + gzip.compress(lines[999:half])
+    )
     (tmp_path / "gz" / "b.txt.gz").write_bytes(gzip.compress("".join(texts[cut:]).encode()))
     parquet.write_table(pyarrow.table({"body": texts}), tmp_path / "parquet" / "a.parquet")
     return texts
@@ -345,7 +433,10 @@ def test_every_kind_of_file_trains_the_same(
         assert f"sha256 {expected}" in printed and "320 pieces and 18 special" in printed
         size = sum(map(len, corpus))
         tokens = sum(map(len, Tokenizer.load(output).encode_arrays(corpus)))
-        assert f"{size:,} bytes of text" in printed and f"\n{size / tokens:.3f} bytes a token" in printed
+        assert (
+            f"{size:,} bytes of text" in printed
+            and f"\n{size / tokens:.3f} bytes a token" in printed
+        )
 
 
 @given(st.lists(st.integers(1, 30), max_size=20), st.integers(1, 200), st.randoms())
@@ -353,7 +444,9 @@ def test_the_sample_is_the_same_in_any_order(
     tool: ModuleType, sizes: list[int], max_bytes: int, choose: random.Random
 ) -> None:
     """Catches a sample above its bound, one that depends on the order of reading, or one that is smaller than need be."""
-    blocks = [(f"f{i % 3}", i, "é" * (size // 2) + "x" * (size % 2)) for i, size in enumerate(sizes)]
+    blocks = [
+        (f"f{i % 3}", i, "é" * (size // 2) + "x" * (size % 2)) for i, size in enumerate(sizes)
+    ]
     sample = tool.Sample(max_bytes)
     for block in blocks:
         sample.add(*block)
@@ -378,7 +471,12 @@ def test_a_sample_is_told(
     assert tool.main([*command, "--max-bytes", "6000"]) == 0
     told = capsys.readouterr().out
     assert f"read 20 files, {sum(map(len, corpus)):,} bytes" in told
-    assert tool.main([str(tmp_path / "u.model"), str(tmp_path / "txt" / "00.txt"), "--vocab-size", "290"]) == 0
+    assert (
+        tool.main(
+            [str(tmp_path / "u.model"), str(tmp_path / "txt" / "00.txt"), "--vocab-size", "290"]
+        )
+        == 0
+    )
     assert re.search(r"^read 1 file, [\d,]+ bytes of text in 1 block\n", capsys.readouterr().out)
     blocks, size = re.search(r"trained on (\d+) blocks, ([\d,]+) bytes", told).groups()  # type: ignore[union-attr]
     assert int(blocks) < 20 and 4000 < int(size.replace(",", "")) <= 6000
@@ -393,7 +491,10 @@ def test_what_cannot_be_read_is_told_and_left_out(
     (tmp_path / "jsonl" / "b.jsonl").write_bytes(broken)
     (tmp_path / "jsonl" / "c.txt").write_bytes(b"caf\xe9\n" + b"x" * 70_000)
     output = tmp_path / "t.model"
-    assert tool.main([str(output), str(tmp_path / "jsonl" / "*"), "--vocab-size", str(VOCAB_SIZE)]) == 0
+    assert (
+        tool.main([str(output), str(tmp_path / "jsonl" / "*"), "--vocab-size", str(VOCAB_SIZE)])
+        == 0
+    )
     assert (
         "left out: 1 document whose 'text' is no text, 2 documents without the key 'text', 1 document without valid "
         "Unicode, 2 empty documents, 1 empty file, 1 line above 65536 bytes, 1 line without valid JSON, 2 lines without "
@@ -409,7 +510,10 @@ def test_the_first_text_key_that_is_there(tool: ModuleType, tmp_path: Path) -> N
     )
     parquet.write_table(pyarrow.table({"content": ["e"], "text": ["f"]}), tmp_path / "b.parquet")
     left_out: Counter[tuple[str, str]] = Counter()
-    found = [list(tool.blocks_of(tmp_path / name, ["text", "content"], left_out)) for name in ("a.jsonl", "b.parquet")]
+    found = [
+        list(tool.blocks_of(tmp_path / name, ["text", "content"], left_out))
+        for name in ("a.jsonl", "b.parquet")
+    ]
     assert found == [["a", "c"], ["f"]]
     assert tool.told(left_out) == (
         "1 document whose 'text' or 'content' is no text, 1 document without the key 'text' or 'content'"
@@ -422,7 +526,10 @@ def test_the_first_text_key_that_is_there(tool: ModuleType, tmp_path: Path) -> N
         (["t.model"], "required: FILE_OR_GLOB, --vocab-size"),
         (["t.model", "a.txt", "--vocab-size", "many"], "--vocab-size: invalid int value: 'many'"),
         (["t.model", "a.txt", "--vocab-size", "0"], "--vocab-size (0) must be at least 1"),
-        (["t.model", "a.txt", "--vocab-size", "300", "--max-bytes", "-1"], "--max-bytes (-1) must be at least 1"),
+        (
+            ["t.model", "a.txt", "--vocab-size", "300", "--max-bytes", "-1"],
+            "--max-bytes (-1) must be at least 1",
+        ),
         (
             ["t.model", "a.txt", "--vocab-size", "300", "--text-key", "body", str(TOOL)],
             "name the files before --text-key",
@@ -468,8 +575,15 @@ def test_mistakes_cost_one_line(
         assert re.search(message, told[-1]), told
         assert not [line for line in told[:-1] if not line.startswith("read: ")]
         assert not output.exists()
-    assert tool.main([str(output), str(tmp_path / "txt/*.txt"), "--vocab-size", "300", "--max-bytes", "9"]) == 2
-    assert "--max-bytes (9) is less than any of 20 blocks of text: raise it" in capsys.readouterr().err
+    assert (
+        tool.main(
+            [str(output), str(tmp_path / "txt/*.txt"), "--vocab-size", "300", "--max-bytes", "9"]
+        )
+        == 2
+    )
+    assert (
+        "--max-bytes (9) is less than any of 20 blocks of text: raise it" in capsys.readouterr().err
+    )
     output.write_text("mine")
     command = [str(output), str(tmp_path / "txt" / "*.txt"), "--vocab-size", "300"]
     assert tool.main(command) == 2

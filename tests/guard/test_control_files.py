@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from k2train.errors import RunError
-from k2train.guard.control_files import RequestFiles
+from k2train.guard.control_files import ControlFiles
 
 
 def test_a_request_stands_until_it_is_met(tmp_path: Path) -> None:
-    requests = RequestFiles(tmp_path)
+    requests = ControlFiles(tmp_path)
     assert requests.poll() is None
     (tmp_path / "SAVE").touch()
     assert [requests.poll(), requests.poll()] == ["SAVE", "SAVE"]
@@ -20,7 +20,7 @@ def test_a_request_stands_until_it_is_met(tmp_path: Path) -> None:
 
 def test_stop_comes_before_save_and_meets_both(tmp_path: Path) -> None:
     """Catches a SAVE that is left behind by a stop, and done again by the next start."""
-    requests = RequestFiles(tmp_path)
+    requests = ControlFiles(tmp_path)
     (tmp_path / "SAVE").touch()
     (tmp_path / "STOP").write_text("whatever somebody wrote into it")
     assert requests.poll() == "STOP"
@@ -29,7 +29,7 @@ def test_stop_comes_before_save_and_meets_both(tmp_path: Path) -> None:
 
 
 def test_a_save_that_was_met_leaves_a_later_stop(tmp_path: Path) -> None:
-    requests = RequestFiles(tmp_path)
+    requests = ControlFiles(tmp_path)
     (tmp_path / "SAVE").touch()
     assert requests.poll() == "SAVE"
     (tmp_path / "STOP").touch()
@@ -40,24 +40,26 @@ def test_a_save_that_was_met_leaves_a_later_stop(tmp_path: Path) -> None:
 def test_what_cannot_be_read_or_removed_does_not_stop_the_run(tmp_path: Path) -> None:
     """Catches a run of weeks that ends because somebody made a folder of that name, or a mount was away for a moment."""
     (tmp_path / "file").touch()
-    away = RequestFiles(tmp_path / "file" / "run")
+    away = ControlFiles(tmp_path / "file" / "run")
     assert away.poll() is None
     away.done("STOP")
     (tmp_path / "STOP").mkdir()
-    requests = RequestFiles(tmp_path)
+    requests = ControlFiles(tmp_path)
     assert requests.poll() == "STOP"
     requests.done("STOP")
     requests.done("STOP")
-    RequestFiles(tmp_path / "not there").done("SAVE")
+    ControlFiles(tmp_path / "not there").done("SAVE")
 
 
 def test_a_stop_that_stands_before_the_start(tmp_path: Path) -> None:
-    requests = RequestFiles(tmp_path)
+    requests = ControlFiles(tmp_path)
     requests.refuse_start()
     (tmp_path / "SAVE").touch()
     requests.refuse_start()
     (tmp_path / "STOP").touch()
-    with pytest.raises(RunError, match=r"/STOP asks this run not to start; remove it, then start again$"):
+    with pytest.raises(
+        RunError, match=r"/STOP asks this run not to start; remove it, then start again$"
+    ):
         requests.refuse_start()
     assert (tmp_path / "STOP").exists()
 
@@ -66,5 +68,5 @@ def test_a_poll_costs_nothing_beside_a_step(tmp_path: Path) -> None:
     """Catches a poll that lists the directory or reads something: two stats take 4 us."""
     for number in range(1000):
         (tmp_path / f"other_{number}").touch()
-    requests = RequestFiles(tmp_path)
+    requests = ControlFiles(tmp_path)
     assert min(timeit.repeat(requests.poll, number=100, repeat=5)) / 100 < 1e-3

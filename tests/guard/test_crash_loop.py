@@ -74,12 +74,17 @@ def test_the_limit(limit: int, stops: bool, tmp_path: Path) -> None:
     ("last", "told"),
     (
         ([], "killed after step 41 without a word"),
-        ([ended("failed", 4, 44, problem="rank 2 died at step 44\ndetails")], r"rank 2 died at step 44 \.\.\."),
+        (
+            [ended("failed", 4, 44, problem="rank 2 died at step 44\ndetails")],
+            r"rank 2 died at step 44 \.\.\.",
+        ),
         ([ended("stopped", 4, 43, reason="non-finite")], "non-finite at step 43"),
         ([ended("chunk_started", 4, 46)], "killed after step 46 without a word"),
     ),
 )
-def test_the_line_says_how_the_last_one_ended_and_what_to_do(last: list[Event], told: str, tmp_path: Path) -> None:
+def test_the_line_says_how_the_last_one_ended_and_what_to_do(
+    last: list[Event], told: str, tmp_path: Path
+) -> None:
     with pytest.raises(RunError) as raised:
         check_progress([*CRASHES, *last], 3, tmp_path)
     raised.match(
@@ -94,6 +99,8 @@ def test_one_start_is_not_a_row(tmp_path: Path) -> None:
 
 
 def test_an_attempt_knows_where_it_came(tmp_path: Path) -> None:
-    one, two = attempts_of([start(1), saved(1, 5), ended("spike", 1, 8), start(2, 5), saved(1, 8, recovered=True)])
+    one, two = attempts_of(
+        [start(1), saved(1, 5), ended("spike", 1, 8), start(2, 5), saved(1, 8, recovered=True)]
+    )
     assert (one.began_at, one.reached, one.saved) == (0, 8, 8)
     assert (two.began_at, two.saved, two.is_fruitless) == (5, -1, True)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from k2train.guard.nonfinite import SkipCounter
+from k2train.guard.nonfinite import NonFiniteCounter
 from k2train.guard.spikes import SpikeAlert
 
 Series = list[tuple[float, float]]
@@ -18,7 +18,8 @@ Series = list[tuple[float, float]]
 def _clean(steps: int, seed: int = 0, level: float = 3.0) -> Series:
     noise = random.Random(seed)
     return [
-        (level - 0.3 * step / 10_000 + noise.gauss(0, 0.02), math.exp(noise.gauss(-1.0, 0.12))) for step in range(steps)
+        (level - 0.3 * step / 10_000 + noise.gauss(0, 0.02), math.exp(noise.gauss(-1.0, 0.12)))
+        for step in range(steps)
     ]
 
 
@@ -27,7 +28,11 @@ def _raised(series: Series, by: float, norm: float) -> Series:
 
 
 def _events(alert: SpikeAlert, series: Series, first_step: int = 1) -> list[dict[str, object]]:
-    return [event for offset, row in enumerate(series) for event in alert.observe(first_step + offset, *row)]
+    return [
+        event
+        for offset, row in enumerate(series)
+        for event in alert.observe(first_step + offset, *row)
+    ]
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -46,13 +51,18 @@ def test_a_lasting_spike_opens_at_its_onset_and_is_malignant_within_100_steps(se
     clean = _clean(1000, seed)
     alert = SpikeAlert()
     events = _events(alert, clean[:400] + _raised(clean[400:500], 0.5, 1.3))
-    assert [(event["kind"], event["step"]) for event in events] == [("opened", 401), ("malignant", 500)]
+    assert [(event["kind"], event["step"]) for event in events] == [
+        ("opened", 401),
+        ("malignant", 500),
+    ]
     opened, verdict = events
     assert float(str(opened["loss_z"])) > 7 and verdict["onset"] == 401 and verdict["steps"] == 100
     assert float(str(verdict["peak_loss"])) > 3.4 and float(str(verdict["quiet_share"])) > 0.1
     assert json.loads(json.dumps(events)) == events
     # The run goes on up there, and the next spike on top of it is seen again.
-    events = _events(alert, _raised(clean[500:600], 0.5, 1.3) + _raised(clean[600:601], 2.0, 1.0), 501)
+    events = _events(
+        alert, _raised(clean[500:600], 0.5, 1.3) + _raised(clean[600:601], 2.0, 1.0), 501
+    )
     assert [(event["kind"], event["step"]) for event in events] == [("opened", 601)]
 
 
@@ -75,7 +85,9 @@ def test_a_jump_of_the_gradient_norm_alone_opens() -> None:
     clean = _clean(101)
     alert = SpikeAlert()
     (event,) = _events(alert, clean[:100] + _raised(clean[100:], 0.0, 30.0))
-    assert event["kind"] == "opened" and float(str(event["grad_norm_z"])) > 8 > float(str(event["loss_z"]))
+    assert event["kind"] == "opened" and float(str(event["grad_norm_z"])) > 8 > float(
+        str(event["loss_z"])
+    )
     assert alert.open_since == 101
 
 
@@ -84,7 +96,9 @@ def test_a_small_lasting_shift_is_a_level_and_becomes_the_baseline() -> None:
     # neither back nor broken.
     even = [(2.98 + 0.04 * (step * 0.6180339887 % 1), 1.0) for step in range(900)]
     alert = SpikeAlert()
-    events = _events(alert, even[:300] + _raised(even[300:301], 1.0, 1.0) + _raised(even[301:], 0.037, 1.0))
+    events = _events(
+        alert, even[:300] + _raised(even[300:301], 1.0, 1.0) + _raised(even[301:], 0.037, 1.0)
+    )
     assert [event["kind"] for event in events] == ["opened", "level"] and events[1]["step"] == 400
     assert alert.open_since is None
 
@@ -102,7 +116,9 @@ def test_a_flat_curve_has_a_floor_under_its_deviation() -> None:
     assert [event["kind"] for event in _events(SpikeAlert(), [*flat, (2.008, 1.0)])] == ["opened"]
 
 
-@pytest.mark.parametrize("bad", [(math.nan, 1.0), (1.0, math.nan), (math.inf, 1.0), (3.0, -math.inf)])
+@pytest.mark.parametrize(
+    "bad", [(math.nan, 1.0), (1.0, math.nan), (math.inf, 1.0), (3.0, -math.inf)]
+)
 def test_values_that_are_not_finite_are_ignored(bad: tuple[float, float]) -> None:
     clean = _clean(200)
     with_bad, without = SpikeAlert(), SpikeAlert()
@@ -137,14 +153,16 @@ def test_state_is_a_copy() -> None:
 
 
 def test_three_non_finite_steps_in_a_row_stop() -> None:
-    counter = SkipCounter(limit=3)
-    answers = [counter.observe(finite) for finite in (True, False, False, True, False, False, False, False)]
+    counter = NonFiniteCounter(limit=3)
+    answers = [
+        counter.observe(finite) for finite in (True, False, False, True, False, False, False, False)
+    ]
     assert answers == ["apply", "skip", "skip", "apply", "skip", "skip", "stop", "stop"]
     assert counter.total == 6
 
 
 def test_a_restart_does_not_forget_the_steps_before_it() -> None:
-    counter, again = SkipCounter(), SkipCounter()
+    counter, again = NonFiniteCounter(), NonFiniteCounter()
     counter.observe(False)
     counter.observe(False)
     again.load_state(json.loads(json.dumps(counter.state())))

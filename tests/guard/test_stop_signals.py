@@ -88,7 +88,9 @@ def test_a_process_finishes_its_step_after_sigterm() -> None:
         "while not stop.requested: time.sleep(0.01)\n"
         "print('saved', stop.requested); raise SystemExit(75)"
     )
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None and process.stdout.readline() == "in\n"
     process.terminate()
     rest, _ = process.communicate(timeout=20)

@@ -37,10 +37,14 @@ def busy_machine(seed: int, world: int, usual: float, steps: int) -> Iterator[li
         yield row
 
 
-def told(watch: Stragglers, rows: Iterator[Sequence[float]], weights: Sequence[float] | None) -> list[tuple[int, str]]:
+def told(
+    watch: Stragglers, rows: Iterator[Sequence[float]], weights: Sequence[float] | None
+) -> list[tuple[int, str]]:
     found = []
     for step, row in enumerate(rows, 1):
-        line = watch.observe(step, [s * w for s, w in zip(row, weights or [1.0] * len(row), strict=True)])
+        line = watch.observe(
+            step, [s * w for s, w in zip(row, weights or [1.0] * len(row), strict=True)]
+        )
         if line:
             found.append((step, line))
     return found
@@ -57,7 +61,9 @@ def test_nobody_is_named_in_clean_steps(layout: Layout, weights: Any, usual: flo
 @pytest.mark.parametrize(("layout", "weights"), LAYOUTS)
 @pytest.mark.parametrize("begins", [0, 300])
 @pytest.mark.parametrize("damage", ["a sleep of 50 ms", "ten times as slow"])
-def test_a_slow_rank_is_named_within_20_steps(layout: Layout, weights: Any, begins: int, damage: str) -> None:
+def test_a_slow_rank_is_named_within_20_steps(
+    layout: Layout, weights: Any, begins: int, damage: str
+) -> None:
     slow = layout.world_size - 1
     for seed in range(2):
         rows = []
@@ -75,7 +81,9 @@ def test_the_line_has_host_and_both_times() -> None:
     watch = Stragglers(Layout(data=3), hosts=["n1", "n2", "n3"])
     lines = [watch.observe(step, [0.011, 0.011, 0.061]) for step in range(1, 21)]
     assert lines[:-1] == [None] * 19
-    assert lines[-1] == ("rank 2 (n3) is slow: 61 ms of its own a step where the others take 11 ms (last 20 steps)")
+    assert lines[-1] == (
+        "rank 2 (n3) is slow: 61 ms of its own a step where the others take 11 ms (last 20 steps)"
+    )
 
 
 def test_a_spell_is_told_once_and_its_end_once_and_the_next_again() -> None:
@@ -108,7 +116,9 @@ def test_expected_shares_are_taken_into_account() -> None:
     assert [fair.observe(step, [0.02, 0.08]) for step in range(50)] == [None] * 50
     unfair = Stragglers(Layout(pipeline=2), weights)
     lines = [line for step in range(50) if (line := unfair.observe(step, [0.08, 0.08]))]
-    assert lines == ["rank 0 is slow: 80 ms of its own a step where the others take 20 ms (last 20 steps)"]
+    assert lines == [
+        "rank 0 is slow: 80 ms of its own a step where the others take 20 ms (last 20 steps)"
+    ]
 
 
 def test_480_ranks_cost_little_and_one_is_found() -> None:

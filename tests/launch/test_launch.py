@@ -16,10 +16,24 @@ import pytest
 from k2train.checkpoint.manifest import verify_checkpoint
 from k2train.errors import EXIT_FAILED, RunError
 from k2train.launch.__main__ import keep_starting, signalled, take_restarts, verdict
-from k2train.launch.environment import Note, began, leave_verdict, order_kernels, read_launch, read_verdicts
-from k2train.launch.supervisor import Overseer
+from k2train.launch.environment import (
+    Note,
+    began,
+    leave_verdict,
+    order_kernels,
+    read_launch,
+    read_verdicts,
+)
+from k2train.launch.supervisor import Supervisor
 from tests.support.command_line import hear_signals, soon
-from tests.support.tiny_corpus import ROOT, config_tree, environment, kill_all, make_corpus, write_yaml
+from tests.support.tiny_corpus import (
+    ROOT,
+    config_tree,
+    environment,
+    kill_all,
+    make_corpus,
+    write_yaml,
+)
 
 STARTED: list["subprocess.Popen[str]"] = []
 """What the tests have started: ended with them, also where they fail."""
@@ -69,7 +83,9 @@ def test_kernels_are_begun_in_order_unless_told_otherwise(monkeypatch: pytest.Mo
     assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "8"
 
 
-def launch(*arguments: object, options: Sequence[str] = OPTIONS, **variables: str) -> "subprocess.Popen[str]":
+def launch(
+    *arguments: object, options: Sequence[str] = OPTIONS, **variables: str
+) -> "subprocess.Popen[str]":
     process = subprocess.Popen(
         [sys.executable, "-m", "k2train.launch", *options, *map(str, arguments)],
         stdout=subprocess.PIPE,
@@ -128,13 +144,19 @@ def gone(process_ids: Sequence[int], seconds: float = 20) -> bool:
 def test_every_signal_goes_to_every_process_as_often_as_it_comes(tmp_path: Path) -> None:
     """Catches torchrun's own handling: dead of USR1, deaf to a second SIGTERM."""
     sent = ["SIGUSR1", "SIGUSR2", "SIGHUP", "SIGINT", "SIGTERM", "SIGTERM"]
-    process = launch(worker(tmp_path, f"while len(heard) < {len(sent)}: time.sleep(0.01)\nsys.exit(75)"), tmp_path)
+    process = launch(
+        worker(tmp_path, f"while len(heard) < {len(sent)}: time.sleep(0.01)\nsys.exit(75)"),
+        tmp_path,
+    )
     pids(tmp_path, process)
     for count, name in enumerate(sent, 1):
         process.send_signal(getattr(signal, name))
         for rank in range(2):
             note = tmp_path / f"heard_{rank}"
-            assert soon(lambda n=note, c=count: n.exists() and len(n.read_text().split()) == c), (name, rank)  # type: ignore[misc]
+            assert soon(lambda n=note, c=count: n.exists() and len(n.read_text().split()) == c), (
+                name,
+                rank,
+            )  # type: ignore[misc]
     text, _ = process.communicate(timeout=60)
     assert process.returncode == 75, text
     assert [(tmp_path / f"heard_{rank}").read_text().split() for rank in range(2)] == [sent, sent]
@@ -172,7 +194,14 @@ def test_processes_end_when_their_launcher_is_killed(tmp_path: Path) -> None:
 def test_asked_to_stop_while_it_waits_for_a_node_that_never_comes(tmp_path: Path) -> None:
     """Catches a launcher that hears nothing because its main thread waits in C++ for a store."""
     (closed := socket.socket()).bind(("127.0.0.1", 0))
-    options = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{closed.getsockname()[1]}"]
+    options = [
+        "--nnodes",
+        "2",
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        f"127.0.0.1:{closed.getsockname()[1]}",
+    ]
     options += ["--rdzv-conf", "is_host=false,read_timeout=120"]
     process = launch(worker(tmp_path, ""), tmp_path, options=options)
     assert soon(lambda: b"SIGTERM" in handled(process.pid), 60)
@@ -186,7 +215,11 @@ def test_asked_to_stop_while_it_waits_for_a_node_that_never_comes(tmp_path: Path
 
 def handled(pid: int) -> bytes:
     """Names of the signals that a process catches, by /proc."""
-    line = next(row for row in Path(f"/proc/{pid}/status").read_text().splitlines() if row.startswith("SigCgt"))
+    line = next(
+        row
+        for row in Path(f"/proc/{pid}/status").read_text().splitlines()
+        if row.startswith("SigCgt")
+    )
     mask = int(line.split()[1], 16)
     return b" ".join(s.name.encode() for s in signal.Signals if mask >> (s - 1) & 1)
 
@@ -212,8 +245,8 @@ def test_a_crash_is_started_again(tmp_path: Path) -> None:
     assert [(tmp_path / f"starts_{rank}").read_text() for rank in range(2)] == ["..", ".."]
 
 
-class Waits(Overseer):
-    """An overseer that waits in no time, and remembers for how long."""
+class Waits(Supervisor):
+    """An supervisor that waits in no time, and remembers for how long."""
 
     def __init__(self, signal_after: int = 99) -> None:
         super().__init__(lambda text: None)
@@ -237,11 +270,13 @@ class Waits(Overseer):
         ([1] * 9, 8, 1, [1, 2, 4, 8, 16, 32, 60, 60]),
     ),
 )
-def test_what_is_started_again(codes: list[int], restarts: int, expected: int, waited: list[float]) -> None:
+def test_what_is_started_again(
+    codes: list[int], restarts: int, expected: int, waited: list[float]
+) -> None:
     """Catches a mistake that is tried again, a stop that is undone, and more starts than were allowed."""
-    overseer, left = Waits(), list(codes)
-    assert keep_starting(lambda: left.pop(0), restarts, overseer) == expected
-    assert (left, overseer.waited) == ([], waited)
+    supervisor, left = Waits(), list(codes)
+    assert keep_starting(lambda: left.pop(0), restarts, supervisor) == expected
+    assert (left, supervisor.waited) == ([], waited)
 
 
 def test_a_signal_ends_the_starting_again() -> None:
@@ -257,14 +292,14 @@ def test_a_long_start_is_no_crash_at_once(monkeypatch: pytest.MonkeyPatch) -> No
     """Catches a run of weeks that waits a minute after each of its rare crashes."""
     now = [0.0]
     monkeypatch.setattr("k2train.launch.__main__.time.monotonic", lambda: now[0])
-    lasts, overseer = [1, 1, 700, 1, 1], Waits()
+    lasts, supervisor = [1, 1, 700, 1, 1], Waits()
 
     def start() -> int:
         now[0] += lasts.pop(0)
         return EXIT_FAILED
 
-    assert keep_starting(start, 4, overseer) == EXIT_FAILED
-    assert overseer.waited == [1, 2, 1, 2]
+    assert keep_starting(start, 4, supervisor) == EXIT_FAILED
+    assert supervisor.waited == [1, 2, 1, 2]
 
 
 @pytest.mark.parametrize(
@@ -285,22 +320,36 @@ def test_restarts_are_ours_and_the_rest_is_torchruns(given: list[str], expected:
 
 @pytest.mark.parametrize(
     ("given", "complaint"),
-    ((["--restarts", "many", "-m", "x"], "'many'"), (["--nnodes", "2", "--restarts=1", "-m", "x"], "--nnodes is 2")),
+    (
+        (["--restarts", "many", "-m", "x"], "'many'"),
+        (["--nnodes", "2", "--restarts=1", "-m", "x"], "--nnodes is 2"),
+    ),
 )
 def test_restarts_that_cannot_be(given: list[str], complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
         take_restarts(given)
 
 
-@pytest.mark.parametrize(("asked", "refused"), (("", False), ("4", False), ("8", True), ("2", True)))
-def test_a_world_that_was_not_asked_for(monkeypatch: pytest.MonkeyPatch, asked: str, refused: bool) -> None:
+@pytest.mark.parametrize(
+    ("asked", "refused"), (("", False), ("4", False), ("8", True), ("2", True))
+)
+def test_a_world_that_was_not_asked_for(
+    monkeypatch: pytest.MonkeyPatch, asked: str, refused: bool
+) -> None:
     """Catches a run that goes on over fewer nodes than were paid for."""
-    for name, value in {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "K2TRAIN_WORLD_SIZE": asked}.items():
+    for name, value in {
+        "RANK": "1",
+        "WORLD_SIZE": "4",
+        "LOCAL_RANK": "1",
+        "K2TRAIN_WORLD_SIZE": asked,
+    }.items():
         monkeypatch.setenv(name, value)
     if not refused:
         assert read_launch().world_size == 4
         return
-    with pytest.raises(RunError, match=f"4 processes met where K2TRAIN_WORLD_SIZE asks for {asked}"):
+    with pytest.raises(
+        RunError, match=f"4 processes met where K2TRAIN_WORLD_SIZE asks for {asked}"
+    ):
         read_launch()
 
 
@@ -312,7 +361,12 @@ def test_a_note_tells_a_process_from_a_later_one_of_the_same_id(
     leave_verdict(3, None)
     leave_verdict(5, None, saving=True)
     notes = read_verdicts(tmp_path)
-    assert notes[3].is_alive and notes[3].pid == os.getpid() and not notes[3].saving and notes[5].saving
+    assert (
+        notes[3].is_alive
+        and notes[3].pid == os.getpid()
+        and not notes[3].saving
+        and notes[5].saving
+    )
     assert not Note(None, os.getpid(), "1").is_alive and not Note(None, 0).is_alive
     leave_verdict(3, 75)
     assert read_verdicts(tmp_path)[3] == Note(75)
@@ -330,7 +384,9 @@ def test_real_processes(tmp_path: Path) -> None:
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
     make_corpus(tmp_path / "data")
-    tree = config_tree(tmp_path / "data" / "manifest.json", tmp_path / "runs", "run", parallel__tensor=2)
+    tree = config_tree(
+        tmp_path / "data" / "manifest.json", tmp_path / "runs", "run", parallel__tensor=2
+    )
     return write_yaml(tmp_path / "run.yaml", tree)
 
 
@@ -361,7 +417,8 @@ def test_asked_to_stop_all_processes_save_and_go_on(config: Path, tmp_path: Path
     done = stopped[-1]["step"]
     assert metrics.read_text().count("\n") == done < 20
     assert any(
-        json.loads((path / "manifest.json").read_text())["step"] == done for path in (run / "checkpoints").iterdir()
+        json.loads((path / "manifest.json").read_text())["step"] == done
+        for path in (run / "checkpoints").iterdir()
     )
     again = launch("-m", "k2train.train", config)
     text, _ = again.communicate(timeout=90)
@@ -371,10 +428,17 @@ def test_asked_to_stop_all_processes_save_and_go_on(config: Path, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_a_save_that_takes_longer_than_torchruns_patience_is_whole(config: Path, tmp_path: Path) -> None:
+def test_a_save_that_takes_longer_than_torchruns_patience_is_whole(
+    config: Path, tmp_path: Path
+) -> None:
     """Catches torchrun's 30 seconds, which cut a save short: this one needs 35, and a second SIGTERM comes meanwhile."""
     run = tmp_path / "runs" / "run"
-    process = launch("-m", "k2train.train", config, K2TRAIN_FAULTS="step.done@step=2:term;save.room@nth=2:sleep=35")
+    process = launch(
+        "-m",
+        "k2train.train",
+        config,
+        K2TRAIN_FAULTS="step.done@step=2:term;save.room@nth=2:sleep=35",
+    )
     saving = run / "checkpoints"
     assert soon(lambda: list(saving.glob("ckpt_000_step_*.tmp")) or process.poll() is not None, 90)
     began_at = time.monotonic()

@@ -51,7 +51,10 @@ INNER_ROOMS = {
 
 TORCH_FREE = [
     *(ROOT / "k2train" / f"{name}.py" for name in sorted(BASE)),
-    *(ROOT / f"k2train/train/{name}.py" for name in ("__main__", "memory_report", "preflight", "resume_check")),
+    *(
+        ROOT / f"k2train/train/{name}.py"
+        for name in ("__main__", "memory_report", "preflight", "resume_check")
+    ),
     *(
         path
         for name in ("config", "data", "guard", "launch", "plan", "record", "run_lock", "watchdog")
@@ -67,11 +70,17 @@ TORCH_FREE = [
 TORCH_ALLOWED = {"data/loader.py"}
 """`launch/__main__.py` is left out above: it is torchrun, with another end."""
 
-INNER_IMPORTS = re.compile(r"k2train/(record/wandb|model/kernels/\w+|data/prepare/[\w/]+|data/tokenizer)\.py")
+INNER_IMPORTS = re.compile(
+    r"k2train/(record/wandb|model/kernels/\w+|data/prepare/[\w/]+|data/tokenizer)\.py"
+)
 """Optional packages may be imported where they are used."""
-ENVIRONMENT = re.compile(r"k2train/(train/host_memory|launch/environment|record/\w+)\.py|tools/mutation_check\.py")
+ENVIRONMENT = re.compile(
+    r"k2train/(train/host_memory|launch/environment|record/\w+)\.py|tools/mutation_check\.py"
+)
 """The last one only hands its environment on to the tests it starts."""
-PRINTS = re.compile(r"(k2train/(train|launch)/__main__|tools/\w+)\.py|k2train/data/prepare/progress\.py")
+PRINTS = re.compile(
+    r"(k2train/(train|launch)/__main__|tools/\w+)\.py|k2train/data/prepare/progress\.py"
+)
 """Only command lines write to the terminal; `progress` is the stream of one of them."""
 
 
@@ -105,7 +114,11 @@ def wrong_direction(path: Path) -> list[str]:
     part = part_of(path)
     if part == "__init__":
         return [f"{name_of(path)}:{line}: imports {module}" for line, module in imports_of(path)]
-    allowed = ALLOWED[part] | {part} | ALSO_ALLOWED.get(path.relative_to(ROOT / "k2train").as_posix(), set())
+    allowed = (
+        ALLOWED[part]
+        | {part}
+        | ALSO_ALLOWED.get(path.relative_to(ROOT / "k2train").as_posix(), set())
+    )
     found = []
     for line, module in imports_of(path):
         if module.split(".")[0] != "k2train" or module == "k2train":
@@ -159,14 +172,20 @@ def test_nothing_imports_a_program() -> None:
         for path in PACKAGE
         for line, module in imports_of(path)
         for program in PROGRAMS
-        if (module == program or module.startswith(f"{program}.")) and part_of(path) != program.split(".")[1]
+        if (module == program or module.startswith(f"{program}."))
+        and part_of(path) != program.split(".")[1]
     ]
     assert found == []
 
 
 def test_nothing_imports_the_command_line() -> None:
     """Catches a tool that grows on the command line, whose import would then have to stay as it is."""
-    found = [name_of(path) for path in SOURCE for _, module in imports_of(path) if module == "k2train.train.__main__"]
+    found = [
+        name_of(path)
+        for path in SOURCE
+        for _, module in imports_of(path)
+        if module == "k2train.train.__main__"
+    ]
     assert found == []
 
 
@@ -197,16 +216,20 @@ def test_what_answers_before_the_devices_never_names_torch() -> None:
     "path",
     [
         ROOT / "k2train/train/__main__.py",
-        *(t for t in TOOLS if t.name not in ("bench_data.py", "bench_checkpoint.py", "bench_watch.py")),
+        *(
+            t
+            for t in TOOLS
+            if t.name not in ("bench_data.py", "bench_checkpoint.py", "bench_watch.py")
+        ),
     ],
     ids=name_of,
 )
 def test_the_command_line_and_the_tools_load_no_torch(path: Path) -> None:
     """Catches what reading imports one file at a time cannot: torch that comes in through another package."""
-    program = (
-        f"import runpy, sys; runpy.run_path({str(path)!r}, run_name='imported'); assert 'torch' not in sys.modules"
+    program = f"import runpy, sys; runpy.run_path({str(path)!r}, run_name='imported'); assert 'torch' not in sys.modules"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
     )
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
@@ -235,7 +258,8 @@ def test_the_deferred_import_is_one() -> None:
         f"{name_of(path)}:{node.lineno}"
         for path in PACKAGE
         for node in ast.walk(tree_of(path))
-        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("importlib.import_module", "__import__")
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func) in ("importlib.import_module", "__import__")
     ]
     assert len(found) == 1, found
     assert found[0].startswith("k2train/train/__main__.py:"), found
@@ -259,7 +283,8 @@ def test_the_environment_is_read_in_one_place() -> None:
         for path in SOURCE
         if not ENVIRONMENT.fullmatch(name_of(path))
         for node in ast.walk(tree_of(path))
-        if isinstance(node, ast.Attribute) and ast.unparse(node) in ("os.environ", "os.getenv", "os.putenv")
+        if isinstance(node, ast.Attribute)
+        and ast.unparse(node) in ("os.environ", "os.getenv", "os.putenv")
     ]
     assert found == []
 
@@ -271,7 +296,9 @@ def test_only_command_lines_print() -> None:
         for path in SOURCE
         if not PRINTS.fullmatch(name_of(path))
         for node in ast.walk(tree_of(path))
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id == "print"
     ]
     assert found == []
 

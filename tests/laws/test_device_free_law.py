@@ -82,7 +82,9 @@ class Case:
 
     def __init__(self, folder: Path, data: Path, **changes: Any):
         self.runs = folder / "runs"
-        self.path = write_yaml(folder / "c.yaml", config_tree(data / "manifest.json", self.runs, "bad", **changes))
+        self.path = write_yaml(
+            folder / "c.yaml", config_tree(data / "manifest.json", self.runs, "bad", **changes)
+        )
 
     def refused(self, *overrides: str, **variables: str) -> list[str]:
         """Its lines; nothing may be there afterwards that was not before."""
@@ -101,7 +103,9 @@ def test_config_mistakes_are_told_together(tmp_path: Path, data: Path) -> None:
     """Unknown, misspelled, duplicate and mistyped keys: a line each, with its place and the nearest legal name."""
     case = Case(tmp_path, data)
     text = case.path.read_text()
-    text = text.replace("  num_layers: 4\n", "  num_layers: four\n").replace("  weight_decay", "  wait_decay")
+    text = text.replace("  num_layers: 4\n", "  num_layers: four\n").replace(
+        "  weight_decay", "  wait_decay"
+    )
     text = text.replace("  hidden_size: 32\n", "  hidden_size: 32\n  hiden_size: 32\n")
     text += "run:\n  name: again\nnonsense: {a: 1}\n"
     case.path.write_text(text)
@@ -115,8 +119,12 @@ def test_config_mistakes_are_told_together(tmp_path: Path, data: Path) -> None:
         "batch.micro_sequences: must be a whole number, is 0.5",
     ):
         assert words in told
-    assert sum("duplicate" in line or "twice" in line or "again" in line for line in lines) == 1, told
-    assert len(lines) == 6 and all(re.search(r"c\.yaml:\d+: |override '", line) for line in lines), told
+    assert sum("duplicate" in line or "twice" in line or "again" in line for line in lines) == 1, (
+        told
+    )
+    assert len(lines) == 6 and all(
+        re.search(r"c\.yaml:\d+: |override '", line) for line in lines
+    ), told
 
 
 @pytest.mark.parametrize(
@@ -133,8 +141,16 @@ def test_config_mistakes_are_told_together(tmp_path: Path, data: Path) -> None:
             ("model.num_heads (4)", "parallel.tensor (3)", "nearest"),
         ),
         (["parallel.pipeline=3"], 3, ("model.num_layers (4)", "parallel.pipeline (3)", "nearest")),
-        (["parallel.tensor=2", "data.sequence_length=15"], 2, ("data.sequence_length (15)", "parallel.tensor (2)")),
-        (["batch.micro_sequences=5"], 1, ("batch.global_sequences (12)", "batch.micro_sequences (5)", "nearest")),
+        (
+            ["parallel.tensor=2", "data.sequence_length=15"],
+            2,
+            ("data.sequence_length (15)", "parallel.tensor (2)"),
+        ),
+        (
+            ["batch.micro_sequences=5"],
+            1,
+            ("batch.global_sequences (12)", "batch.micro_sequences (5)", "nearest"),
+        ),
         ([], 5, ("batch.global_sequences (12)", "data-parallel size (5)", "nearest")),
         (
             ["parallel.tensor=2", "parallel.pipeline=2"],
@@ -142,7 +158,11 @@ def test_config_mistakes_are_told_together(tmp_path: Path, data: Path) -> None:
             ("world size (6)", "(2) * parallel.pipeline (2) = 4", "4, 8"),
         ),
         (["lr.warmup_steps=10"], 1, ("lr.warmup_steps (10)", "(10)", "lower it")),
-        (["batch.global_sequences=64"], 1, ("chunk_000 has 63 rows", "batch.global_sequences (64)", "lower it")),
+        (
+            ["batch.global_sequences=64"],
+            1,
+            ("chunk_000 has 63 rows", "batch.global_sequences (64)", "lower it"),
+        ),
         (["data.order=[0, 7]"], 1, ("data.order names chunk_007",)),
         (["data.order=[1, 1]"], 1, ("data.order names chunk_001 more than once",)),
         (["model.vocab_size=250"], 1, ("model.vocab_size (250)", "(251", "raise it")),
@@ -184,7 +204,9 @@ def rewritten(folder: Path, change: Callable[[np.ndarray], None]) -> None:
 def rehash(folder: Path) -> None:
     manifest = (folder / "manifest.json").read_text()
     old = re.findall(r'"chunk_001".*?"sha256": "(\w+)"', manifest, re.DOTALL)[0]
-    (folder / "manifest.json").write_text(manifest.replace(old, sha256_file(folder / "chunk_001.npy")))
+    (folder / "manifest.json").write_text(
+        manifest.replace(old, sha256_file(folder / "chunk_001.npy"))
+    )
 
 
 def beyond(ids: np.ndarray) -> None:
@@ -214,17 +236,32 @@ def edited_manifest(old: str, new: str) -> Callable[[Path], object]:
 
 BAD_DATA: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "folder missing": (shutil.rmtree, ("manifest.json cannot be read",)),
-    "manifest missing": (lambda f: (f / "manifest.json").unlink(), ("manifest.json cannot be read",)),
-    "manifest cut": (lambda f: os.truncate(f / "manifest.json", 300), ("manifest.json: not valid JSON",)),
-    "manifest empty": (lambda f: os.truncate(f / "manifest.json", 0), ("manifest.json: not valid JSON",)),
+    "manifest missing": (
+        lambda f: (f / "manifest.json").unlink(),
+        ("manifest.json cannot be read",),
+    ),
+    "manifest cut": (
+        lambda f: os.truncate(f / "manifest.json", 300),
+        ("manifest.json: not valid JSON",),
+    ),
+    "manifest empty": (
+        lambda f: os.truncate(f / "manifest.json", 0),
+        ("manifest.json: not valid JSON",),
+    ),
     "manifest of another length": (
         edited_manifest(f'"sequence_length": {SEQUENCE}', '"sequence_length": 8'),
         ("tokens",),
     ),
     "manifest without a hash": (edited_manifest('"sha256"', '"sha1"'), ("chunks[0]", "'sha256'")),
-    "manifest that leaves its folder": (edited_manifest("chunk_001.npy", "../chunk.npy"), ("outside the folder",)),
+    "manifest that leaves its folder": (
+        edited_manifest("chunk_001.npy", "../chunk.npy"),
+        ("outside the folder",),
+    ),
     "chunk missing": (lambda f: (f / "chunk_001.npy").unlink(), ("chunk_001", "No such file")),
-    "chunk cut": (lambda f: os.truncate(f / "chunk_001.npy", 1000), ("chunk_001", "truncated", "1000 bytes", "2144")),
+    "chunk cut": (
+        lambda f: os.truncate(f / "chunk_001.npy", 1000),
+        ("chunk_001", "truncated", "1000 bytes", "2144"),
+    ),
     "chunk empty": (lambda f: os.truncate(f / "chunk_001.npy", 0), ("chunk_001", "header")),
     "chunk of another length": (other_length, ("chunk_001", "[63, 17]", "[63, 16]")),
     "chunk with another hash": (lambda f: flipped(f / "chunk_001.npy"), ("chunk_001", "sha256")),
@@ -232,8 +269,14 @@ BAD_DATA: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
         lambda f: rewritten(f, beyond),
         ("chunk_001", "row 41, position 13", "id 251", "vocab_size 251"),
     ),
-    "held-out chunk missing": (lambda f: (f / "held_out.npy").unlink(), ("held_out", "No such file")),
-    "held-out chunk with another hash": (lambda f: flipped(f / "held_out.npy"), ("held_out", "sha256")),
+    "held-out chunk missing": (
+        lambda f: (f / "held_out.npy").unlink(),
+        ("held_out", "No such file"),
+    ),
+    "held-out chunk with another hash": (
+        lambda f: flipped(f / "held_out.npy"),
+        ("held_out", "sha256"),
+    ),
 }
 
 
@@ -266,7 +309,10 @@ def test_torchrun_tells_once(tmp_path: Path, data: Path) -> None:
     shutil.copytree(data, tmp_path / "data")
     flipped(tmp_path / "data" / "chunk_001.npy")
     case = Case(tmp_path, tmp_path / "data")
-    for overrides, words in ((["parallel.tensor=2", "parallel.pipeline=4"], "world size (4)"), ([], "chunk_001")):
+    for overrides, words in (
+        (["parallel.tensor=2", "parallel.pipeline=4"], "world size (4)"),
+        ([], "chunk_001"),
+    ):
         done = train(case.path, *overrides, processes=4)
         told = [line for line in done.stderr.splitlines() if "k2train:" in line]
         assert len(told) == 1 and words in told[0], done.stderr
@@ -279,7 +325,9 @@ def earlier(tmp_path_factory: pytest.TempPathFactory, pool: GlooPool) -> Path:
     """A folder with data and a run that was stopped at step 7 of 10."""
     folder = tmp_path_factory.mktemp("earlier")
     make_corpus(folder / "data", 2)
-    tree = config_tree(folder / "data" / "manifest.json", folder / "runs", "bad", run__stop_after_steps=7)
+    tree = config_tree(
+        folder / "data" / "manifest.json", folder / "runs", "bad", run__stop_after_steps=7
+    )
     assert pool.run(1, trainer_job, tree) == [75]
     return folder
 
@@ -321,12 +369,17 @@ def test_never_resume_does_not_touch_a_run(tmp_path: Path, earlier: Path) -> Non
         (["run.seed=8"], ("run.seed: 7 -> 8",)),
         (["data.order=[1, 0]"], ("data.order at place 0: chunk_000", "-> chunk_001")),
         (["data.order=[0]"], ("data.order: 2 chunks -> 1 chunks",)),
-        (["lr.peak=0.5", "optimizer.clip_norm=2"], ("lr.peak: 0.01 -> 0.5", "optimizer.clip_norm: 1.0 -> 2.0")),
+        (
+            ["lr.peak=0.5", "optimizer.clip_norm=2"],
+            ("lr.peak: 0.01 -> 0.5", "optimizer.clip_norm: 1.0 -> 2.0"),
+        ),
         (["precision=bf16"], ("precision: fp32 -> bf16",)),
     ),
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
-def test_resume_as_another_run(tmp_path: Path, earlier: Path, overrides: list[str], words: tuple[str, ...]) -> None:
+def test_resume_as_another_run(
+    tmp_path: Path, earlier: Path, overrides: list[str], words: tuple[str, ...]
+) -> None:
     """All differences in one line, before and after; what may change (the micro-batch) is not among them."""
     line = Earlier(tmp_path, earlier).one_line("batch.micro_sequences=2", *overrides)
     for word in words:
@@ -361,8 +414,12 @@ def test_init_from_what_does_not_fit(tmp_path: Path, earlier: Path) -> None:
     case = Case(tmp_path, tmp_path / "next")
     assert "model.ffn_hidden_size: 48 -> 64" in case.one_line(parent, "model.ffn_hidden_size=64")
     assert "tokenizer" in case.one_line(parent, f"data.manifest={tmp_path / 'tokenizer'}")
-    assert "chunk_000 is chunk_000 of the stage before" in case.one_line(parent, f"data.manifest={earlier / 'data'}")
-    assert "neither a checkpoint nor a run directory" in case.one_line(f"run.init_from={tmp_path / 'next'}")
+    assert "chunk_000 is chunk_000 of the stage before" in case.one_line(
+        parent, f"data.manifest={earlier / 'data'}"
+    )
+    assert "neither a checkpoint nor a run directory" in case.one_line(
+        f"run.init_from={tmp_path / 'next'}"
+    )
 
 
 def test_every_checkpoint_damaged(tmp_path: Path, earlier: Path) -> None:

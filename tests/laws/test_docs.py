@@ -52,7 +52,11 @@ ON_THE_ROAD = [
     ),
     ("python tools/compare_runs.py runs/alone runs/grid", 1, ""),
     ("python tools/who_is_stuck.py runs/demo-stage1", 0, ""),
-    ("python tools/prepare_data.py configs/demo/data_stage1.yaml", 0, "already prepared, all hashes checked"),
+    (
+        "python tools/prepare_data.py configs/demo/data_stage1.yaml",
+        0,
+        "already prepared, all hashes checked",
+    ),
     ("python tools/inspect_data.py data/demo/stage1", 0, "samples in a chunk"),
     ("python tools/inspect_data.py data/demo/stage1 --chunk 0 --row 3", 0, "chunk_000 row 3"),
     ("python tools/inspect_data.py --run runs/demo-stage1 --step 5", 0, "chunk_000"),
@@ -82,7 +86,9 @@ ELSEWHERE = {
 def commands() -> list[str]:
     """Every command line of the README's bash blocks, without its comment."""
     blocks = re.findall(r"^```bash\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-    lines = [re.sub(r"\s+# .*", "", line).strip() for block in blocks for line in block.splitlines()]
+    lines = [
+        re.sub(r"\s+# .*", "", line).strip() for block in blocks for line in block.splitlines()
+    ]
     return [line for line in lines if line]
 
 
@@ -123,9 +129,9 @@ def test_every_command_is_run_by_a_test() -> None:
 def test_every_section_of_the_config_is_named() -> None:
     """Catches a section of the config that the table forgot."""
     table = README.split("| section | what it decides |")[1].split("\n\n")[0]
-    assert set(re.findall(r"`(\w+)`", "\n".join(row.split("|")[1] for row in table.splitlines()[2:]))) == set(
-        sections()
-    )
+    assert set(
+        re.findall(r"`(\w+)`", "\n".join(row.split("|")[1] for row in table.splitlines()[2:]))
+    ) == set(sections())
 
 
 def test_every_key_of_a_recipe_is_named() -> None:
@@ -133,9 +139,14 @@ def test_every_key_of_a_recipe_is_named() -> None:
     example = re.search(r"^```yaml\n(name: mine\n.*?)^```", README, re.MULTILINE | re.DOTALL)
     assert example is not None
     recipe = Recipe.model_validate(yaml.safe_load(example[1]))
-    for section, head in ((SubsetRecipe, "| key of a subset | |"), (Recipe, "| key of a recipe | |")):
+    for section, head in (
+        (SubsetRecipe, "| key of a subset | |"),
+        (Recipe, "| key of a recipe | |"),
+    ):
         table = README.split(head)[1].split("\n\n")[0]
-        named = set(re.findall(r"`(\w+)`", table)) | (set(yaml.safe_load(example[1])) if section is Recipe else set())
+        named = set(re.findall(r"`(\w+)`", table)) | (
+            set(yaml.safe_load(example[1])) if section is Recipe else set()
+        )
         assert set(section.model_fields) <= named
     assert set(ExecutorRecipe.model_fields) <= named
     assert recipe.chunks == 8
@@ -155,13 +166,23 @@ def test_contributing_lists_the_mutations() -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     missing = [line for line in listed.stdout.splitlines() if line not in text]
     assert missing == [], "paste the output of tools/mutation_check.py --list into CONTRIBUTING.md"
-    assert text.count("::test_") == listed.stdout.count("::test_"), "CONTRIBUTING.md lists a fault that is gone"
+    assert text.count("::test_") == listed.stdout.count("::test_"), (
+        "CONTRIBUTING.md lists a fault that is gone"
+    )
 
 
-def shell(command: str, folder: Path, seconds: float = 120, **variables: str) -> "subprocess.CompletedProcess[str]":
+def shell(
+    command: str, folder: Path, seconds: float = 120, **variables: str
+) -> "subprocess.CompletedProcess[str]":
     """Run a command of the README as a user would, with this interpreter as the activated one."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", **variables}
+    environment = {
+        **os.environ,
+        "PATH": path,
+        "PYTHONPATH": str(folder),
+        "OMP_NUM_THREADS": "1",
+        **variables,
+    }
     return subprocess.run(
         ["bash", "-c", command],
         cwd=folder,
@@ -197,7 +218,9 @@ class Road:
     def __init__(self, folder: Path) -> None:
         self.root = folder / "a clone"
         for name in ("k2train", "tools", "scripts", "configs", "constraints"):
-            shutil.copytree(ROOT / name, self.root / name, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(
+                ROOT / name, self.root / name, ignore=shutil.ignore_patterns("__pycache__")
+            )
         shutil.copy(ROOT / "pyproject.toml", self.root)
         stand_in = folder / "python"
         stand_in.write_text(STAND_IN, encoding="utf-8")
@@ -232,7 +255,9 @@ def test_quickstart_again_shows_the_table(road: Road) -> None:
     assert again.returncode == 0, again.stderr[-2000:]
     assert again.stdout.count("this stage is finished, nothing to do") == 2
     assert "demo-stage1: finished" in again.stdout
-    assert {path: path.stat().st_mtime_ns for path in (road.root / "runs").rglob("*.safetensors")} == before
+    assert {
+        path: path.stat().st_mtime_ns for path in (road.root / "runs").rglob("*.safetensors")
+    } == before
     assert again.stderr == ""
 
 
@@ -263,8 +288,12 @@ def test_two_nodes_meet(road: Road) -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = TWO_NODES.replace("--nnodes 60 --nproc-per-node 8", "--nnodes 2 --nproc-per-node 2")
-    command = command.replace("configs/k2_65b/stage1.yaml", "configs/demo/stage1.yaml").replace(":29500", f":{port}")
-    overrides = " ".join(f"'{part}'" for part in [*SMALL, "run.name=nodes", "run.stop_after_steps=1"])
+    command = command.replace("configs/k2_65b/stage1.yaml", "configs/demo/stage1.yaml").replace(
+        ":29500", f":{port}"
+    )
+    overrides = " ".join(
+        f"'{part}'" for part in [*SMALL, "run.name=nodes", "run.stop_after_steps=1"]
+    )
     one = f"{command} {overrides} parallel.tensor=2 parallel.pipeline=2"
     shell(f"{one} & {one} & wait", road.root, 200, HEAD="127.0.0.1")
     ledger = (road.root / "runs/nodes/ledger.jsonl").read_text(encoding="utf-8")

@@ -23,13 +23,20 @@ def grids() -> list[tuple[int, int, bool, int]]:
         for pp in (1, 2, 4):
             for dp in (1, 2, 3):
                 if tp * pp * dp <= 8:
-                    found += [(tp, pp, sequence, dp) for sequence in ((False, True) if tp > 1 else (False,))]
+                    found += [
+                        (tp, pp, sequence, dp)
+                        for sequence in ((False, True) if tp > 1 else (False,))
+                    ]
     return found
 
 
 def config_for(tp: int, pp: int, sequence: bool, vocab: int, **changes: Any) -> Any:
     return tiny_config(
-        parallel__tensor=tp, parallel__pipeline=pp, parallel__sequence=sequence, model__vocab_size=vocab, **changes
+        parallel__tensor=tp,
+        parallel__pipeline=pp,
+        parallel__sequence=sequence,
+        model__vocab_size=vocab,
+        **changes,
     )
 
 
@@ -40,11 +47,15 @@ class Run:
         parts = pool.run(world, train_job, config, steps)
         shapes = shapes_of(config)
         self.results = parts[0]["results"]
-        assert all(part["results"] == self.results for part in parts), "ranks disagree on loss, norm or decision"
+        assert all(part["results"] == self.results for part in parts), (
+            "ranks disagree on loss, norm or decision"
+        )
         self.held_out = parts[0]["held_out"]
         self.start = assemble([part["start"] for part in parts], shapes)
         self.weights = assemble([part["weights"] for part in parts], shapes)
-        self.gradients = [assemble([part["gradients"][n] for part in parts], shapes) for n in range(steps)]
+        self.gradients = [
+            assemble([part["gradients"][n] for part in parts], shapes) for n in range(steps)
+        ]
 
 
 @pytest.fixture(scope="module")
@@ -68,9 +79,14 @@ def test_grid_equals_one_process(
     pool: GlooPool, one_process: Any, tp: int, pp: int, sequence: bool, dp: int, vocab: int
 ) -> None:
     """Initial weights to the bit; loss, norm before clipping and every whole gradient within 1e-5 for 3 steps."""
-    run, base = Run(pool, tp * pp * dp, config_for(tp, pp, sequence, vocab, **SHORT)), one_process(vocab)
+    run, base = (
+        Run(pool, tp * pp * dp, config_for(tp, pp, sequence, vocab, **SHORT)),
+        one_process(vocab),
+    )
     for name in base.start:
-        assert np.array_equal(run.start[name], base.start[name]), f"initial {name} depends on the layout"
+        assert np.array_equal(run.start[name], base.start[name]), (
+            f"initial {name} depends on the layout"
+        )
     for step in range(STEPS):
         (loss, norm, applied), (loss0, norm0, _) = run.results[step], base.results[step]
         assert applied
@@ -80,13 +96,23 @@ def test_grid_equals_one_process(
     assert run.held_out == pytest.approx(base.held_out, rel=TOLERANCE)
 
 
-@pytest.mark.parametrize(("tp", "dp", "precision"), ((1, 1, "fp32"), (2, 1, "fp32"), (1, 2, "fp32"), (2, 1, "bf16")))
-def test_pipelines_and_schedules_are_bit_equal(pool: GlooPool, tp: int, dp: int, precision: str) -> None:
+@pytest.mark.parametrize(
+    ("tp", "dp", "precision"), ((1, 1, "fp32"), (2, 1, "fp32"), (1, 2, "fp32"), (2, 1, "bf16"))
+)
+def test_pipelines_and_schedules_are_bit_equal(
+    pool: GlooPool, tp: int, dp: int, precision: str
+) -> None:
     """No pipeline degree or schedule may change one bit of loss, norm, gradient or weight."""
     choices: list[Choice] = [(1, "1f1b", 1), (1, "gpipe", 1), (1, "zb-h1", 1)]
     choices += [(2, kind, 1) for kind in ("1f1b", "gpipe", "zb-h1", "zb-h2")]
     choices += [(2, "interleaved", 2), (2, "zb-v", 2), (4, "1f1b", 1), (4, "zb-h2", 1)]
-    same_bits(pool, tp, dp, [(choice, None) for choice in choices] + [((2, "zb-h1", 1), (3, 1))], precision=precision)
+    same_bits(
+        pool,
+        tp,
+        dp,
+        [(choice, None) for choice in choices] + [((2, "zb-h1", 1), (3, 1))],
+        precision=precision,
+    )
 
 
 def test_uneven_stages_in_a_v_are_bit_equal(pool: GlooPool) -> None:
@@ -101,7 +127,11 @@ Choice = tuple[int, str, int]
 
 
 def same_bits(
-    pool: GlooPool, tp: int, dp: int, choices: list[tuple[Choice, tuple[int, ...] | None]], **changes: Any
+    pool: GlooPool,
+    tp: int,
+    dp: int,
+    choices: list[tuple[Choice, tuple[int, ...] | None]],
+    **changes: Any,
 ) -> None:
     """Runs every choice, with its layers a stage, and compares it with the first."""
     runs = {}
@@ -109,7 +139,12 @@ def same_bits(
         if tp * pp * dp <= 8:
             chosen = {"schedule": kind, "stages_per_rank": v, "layers_per_stage": layers}
             config = config_for(
-                tp, pp, tp > 1, 251, **{f"parallel__{key}": value for key, value in chosen.items()}, **changes
+                tp,
+                pp,
+                tp > 1,
+                251,
+                **{f"parallel__{key}": value for key, value in chosen.items()},
+                **changes,
             )
             runs[(pp, kind, v, layers)] = Run(pool, tp * pp * dp, config)
     base = next(iter(runs.values()))
@@ -122,12 +157,20 @@ def same_bits(
 
 
 @pytest.mark.parametrize(("tp", "pp", "sequence", "dp"), ((1, 1, False, 1), (2, 2, True, 1)))
-def test_micro_batches_do_not_matter(pool: GlooPool, tp: int, pp: int, sequence: bool, dp: int) -> None:
+def test_micro_batches_do_not_matter(
+    pool: GlooPool, tp: int, pp: int, sequence: bool, dp: int
+) -> None:
     """Micro-batch 1, 2, 4, 8: the same curve over 12 steps."""
     curves = {}
     for micro in (1, 2, 4, 8):
         config = config_for(
-            tp, pp, sequence, 251, batch__global_sequences=8, batch__micro_sequences=micro, lr__peak=1e-2
+            tp,
+            pp,
+            sequence,
+            251,
+            batch__global_sequences=8,
+            batch__micro_sequences=micro,
+            lr__peak=1e-2,
         )
         curves[micro] = [loss for loss, _, _ in Run(pool, tp * pp * dp, config, steps=12).results]
     assert curves[1][0] - curves[1][-1] > 0.05, "the curve does not move, so it shows nothing"

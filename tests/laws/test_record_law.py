@@ -69,8 +69,13 @@ def assert_same_run(run: Path, straight: Path) -> None:
     assert compare_runs.differences(straight, run, strict=True) == []
     rows = latest(run / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, rows[-1]["step"] + 1))
-    assert [row["chunk"] for row in rows] == [f"chunk_{(row['step'] - 1) // STEPS_PER_CHUNK:03d}" for row in rows]
-    samples = [[(row["chunk"], row["rows"]) for row in latest(r / "metrics.jsonl")] for r in (run, straight)]
+    assert [row["chunk"] for row in rows] == [
+        f"chunk_{(row['step'] - 1) // STEPS_PER_CHUNK:03d}" for row in rows
+    ]
+    samples = [
+        [(row["chunk"], row["rows"]) for row in latest(r / "metrics.jsonl")]
+        for r in (run, straight)
+    ]
     assert samples[0] == samples[1]
     for checkpoint in list_checkpoints(run / "checkpoints"):
         verify_checkpoint(checkpoint)
@@ -89,7 +94,9 @@ def wait_for_row(run: Path, attempt: int, process: Any) -> None:
         time.sleep(0.002)
 
 
-def kill_after(base: Path, path: Path, name: str, checkpoint: str, chunks: int = CHUNKS, processes: int = 1) -> Path:
+def kill_after(
+    base: Path, path: Path, name: str, checkpoint: str, chunks: int = CHUNKS, processes: int = 1
+) -> Path:
     """Start, kill -9 at a random moment after `checkpoint` is there; the run must not have been finished."""
     run = base / "runs" / name
     process = start(path, processes=processes)
@@ -99,7 +106,9 @@ def kill_after(base: Path, path: Path, name: str, checkpoint: str, chunks: int =
     finally:
         code = kill_all(process)
     assert code == -signal.SIGKILL
-    assert not (run / "checkpoints" / f"ckpt_{chunks:03d}").exists(), "killed too late to show anything"
+    assert not (run / "checkpoints" / f"ckpt_{chunks:03d}").exists(), (
+        "killed too late to show anything"
+    )
     return run
 
 
@@ -139,11 +148,14 @@ def test_stops_on_request(base: Path, straight: Path) -> None:
         assert told == (attempt == 2), "a change is told once, and only where there is one"
     done = train(path, "checkpoint.keep_optimizer_states=7")
     assert done.returncode == 0, done.stderr
-    assert "changed since that checkpoint: checkpoint.keep_optimizer_states" in done.stdout + done.stderr
-    assert_same_run(run, straight)
-    assert [p.name for p in list_checkpoints(run / "checkpoints")] == [f"ckpt_{n:03d}" for n in range(CHUNKS + 1)], (
-        "saves on request are dropped once a newer checkpoint is there, numbered ones never"
+    assert (
+        "changed since that checkpoint: checkpoint.keep_optimizer_states"
+        in done.stdout + done.stderr
     )
+    assert_same_run(run, straight)
+    assert [p.name for p in list_checkpoints(run / "checkpoints")] == [
+        f"ckpt_{n:03d}" for n in range(CHUNKS + 1)
+    ], "saves on request are dropped once a newer checkpoint is there, numbered ones never"
 
 
 @pytest.mark.slow
@@ -154,7 +166,12 @@ def test_stops_on_request(base: Path, straight: Path) -> None:
 )
 def test_torchrun_kill_9_and_go_on(base: Path, processes: int, layout: dict[str, int]) -> None:
     """The same with several processes: one run straight, one killed in all its processes at once."""
-    few = {"data__order": [0, 1], "batch__micro_sequences": 6, "data__held_out_batches": 1, **layout}
+    few = {
+        "data__order": [0, 1],
+        "batch__micro_sequences": 6,
+        "data__held_out_batches": 1,
+        **layout,
+    }
     names = [f"{kind}-{processes}" for kind in ("straight", "killed")]
     paths = [config(base, name, **few) for name in names]
     done = train(paths[0], processes=processes)
@@ -168,7 +185,9 @@ def test_torchrun_kill_9_and_go_on(base: Path, processes: int, layout: dict[str,
 
 def test_planned_stop_at_a_chunk_end(base: Path, pool: GlooPool) -> None:
     """A stop that falls on a chunk's end is the numbered checkpoint itself, also where every_chunks would pass it over."""
-    tree = config_tree(base / "data" / "manifest.json", base / "runs", "chunk-end", checkpoint__every_chunks=3)
+    tree = config_tree(
+        base / "data" / "manifest.json", base / "runs", "chunk-end", checkpoint__every_chunks=3
+    )
     run = base / "runs" / "chunk-end"
     tree["run"]["stop_after_steps"] = 2 * STEPS_PER_CHUNK
     assert pool.run(1, trainer_job, tree) == [75]
@@ -202,22 +221,32 @@ def no_step(trainer: Trainer) -> None:
 @pytest.fixture(scope="module")
 def straight_bf16(base: Path, pool: GlooPool) -> Path:
     """20 steps with bf16 weights, where the fp32 masters hold bits that the weights do not."""
-    tree = config_tree(base / "data" / "manifest.json", base / "runs", "straight-bf16", precision="bf16")
+    tree = config_tree(
+        base / "data" / "manifest.json", base / "runs", "straight-bf16", precision="bf16"
+    )
     assert pool.run(1, trainer_job, tree) == [0]
     return base / "runs" / "straight-bf16"
 
 
-def copied(base: Path, source: Path, name: str, *without: str, **changes: Any) -> tuple[Path, dict[str, Any]]:
+def copied(
+    base: Path, source: Path, name: str, *without: str, **changes: Any
+) -> tuple[Path, dict[str, Any]]:
     """A copy of the finished bf16 run without some of its checkpoints, and the config that goes on with it."""
     run = base / "runs" / name
     shutil.copytree(source, run)
     for checkpoint in without:
         shutil.rmtree(run / "checkpoints" / checkpoint)
-    return run, config_tree(base / "data" / "manifest.json", base / "runs", name, precision="bf16", **changes)
+    return run, config_tree(
+        base / "data" / "manifest.json", base / "runs", name, precision="bf16", **changes
+    )
 
 
 def resumed_from(run: Path) -> list[str]:
-    return [event["checkpoint"] for event in read_ledger(run / "ledger.jsonl") if event["event"] == "resumed"]
+    return [
+        event["checkpoint"]
+        for event in read_ledger(run / "ledger.jsonl")
+        if event["event"] == "resumed"
+    ]
 
 
 def test_finished_means_whole(base: Path, pool: GlooPool, straight_bf16: Path) -> None:
@@ -235,7 +264,9 @@ def test_finished_means_whole(base: Path, pool: GlooPool, straight_bf16: Path) -
     assert pool.run(1, trainer_job, tree) == ["finished: ckpt_004"]
 
 
-def test_going_back_by_number_goes_back_once(base: Path, pool: GlooPool, straight_bf16: Path) -> None:
+def test_going_back_by_number_goes_back_once(
+    base: Path, pool: GlooPool, straight_bf16: Path
+) -> None:
     """Queued again with the same command it must go on: a job that went back at every start would never end."""
     run, tree = copied(base, straight_bf16, "back", run__resume=1, run__stop_after_steps=3)
     assert pool.run(1, trainer_job, tree) == [75]
@@ -252,15 +283,21 @@ def test_going_back_by_number_goes_back_once(base: Path, pool: GlooPool, straigh
     assert_same_run(run, straight_bf16)
 
 
-def test_a_checkpoint_that_the_ledger_missed(base: Path, pool: GlooPool, straight_bf16: Path) -> None:
+def test_a_checkpoint_that_the_ledger_missed(
+    base: Path, pool: GlooPool, straight_bf16: Path
+) -> None:
     """Killed between the rename and the ledger's line: told at the next start, once, with the hash of its manifest."""
-    run, tree = copied(base, straight_bf16, "untold", "ckpt_003", "ckpt_004", run__stop_after_steps=1)
+    run, tree = copied(
+        base, straight_bf16, "untold", "ckpt_003", "ckpt_004", run__stop_after_steps=1
+    )
     lines = (run / "ledger.jsonl").read_text().splitlines(keepends=True)
     at = next(i for i, line in enumerate(lines) if json.loads(line).get("checkpoint") == "ckpt_002")
     (run / "ledger.jsonl").write_text("".join(lines[:at]))
     for _ in range(2):
         assert pool.run(1, trainer_job, tree) == [75]
-    saved = [event for event in read_ledger(run / "ledger.jsonl") if event["event"] == "checkpoint_saved"]
+    saved = [
+        event for event in read_ledger(run / "ledger.jsonl") if event["event"] == "checkpoint_saved"
+    ]
     recovered = [event for event in saved if event.get("recovered")]
     assert [event["checkpoint"] for event in recovered] == ["ckpt_002"]
     content = (run / "checkpoints" / "ckpt_002" / "manifest.json").read_bytes()
@@ -268,7 +305,9 @@ def test_a_checkpoint_that_the_ledger_missed(base: Path, pool: GlooPool, straigh
     assert len({event["checkpoint"] for event in saved}) == len(saved)
 
 
-@pytest.mark.parametrize("forget", (nothing, rounded_master, no_first_moment, no_second_moment, no_adam_steps, no_step))
+@pytest.mark.parametrize(
+    "forget", (nothing, rounded_master, no_first_moment, no_second_moment, no_adam_steps, no_step)
+)
 def test_every_item_of_state_matters(
     base: Path, pool: GlooPool, straight_bf16: Path, forget: Callable[[Trainer], None]
 ) -> None:

@@ -38,11 +38,15 @@ def head_by_head(made: Attention, x: Tensor, allowed: Tensor, theta: float) -> T
     """The same in float64, one head of one sequence at a time; allowed [b, s, s]."""
     qkv, output = (w.detach().double() for w in (made.qkv.weight, made.output.weight))
     q, k, v = qkv.split((HIDDEN, KV_HEADS * WIDTH, KV_HEADS * WIDTH))
-    angles = torch.outer(torch.arange(LENGTH).double(), theta ** (-torch.arange(0, WIDTH, 2).double() / WIDTH))
+    angles = torch.outer(
+        torch.arange(LENGTH).double(), theta ** (-torch.arange(0, WIDTH, 2).double() / WIDTH)
+    )
 
     def turned(y: Tensor) -> Tensor:
         a, b = y[:, : WIDTH // 2], y[:, WIDTH // 2 :]
-        return torch.cat((a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()), dim=1)
+        return torch.cat(
+            (a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()), dim=1
+        )
 
     out = torch.empty(LENGTH, BATCH, HIDDEN, dtype=torch.float64)
     for row in range(BATCH):
@@ -50,7 +54,11 @@ def head_by_head(made: Attention, x: Tensor, allowed: Tensor, theta: float) -> T
             mine = slice(head * WIDTH, (head + 1) * WIDTH)
             group = head // (HEADS // KV_HEADS)
             theirs = slice(group * WIDTH, (group + 1) * WIDTH)
-            query, key, value = x[:, row] @ q[mine].t(), x[:, row] @ k[theirs].t(), x[:, row] @ v[theirs].t()
+            query, key, value = (
+                x[:, row] @ q[mine].t(),
+                x[:, row] @ k[theirs].t(),
+                x[:, row] @ v[theirs].t(),
+            )
             scores = turned(query) @ turned(key).t() / WIDTH**0.5
             scores[~allowed[row]] = float("-inf")
             out[:, row, mine] = scores.softmax(dim=-1) @ value
@@ -69,7 +77,10 @@ def test_every_choice_is_attention(choice: dict[str, str]) -> None:
     """Catches heads given to the wrong group, positions counted from elsewhere, a mask for the wrong row."""
     made, rotary = module(**choice), Rotary(WIDTH, LENGTH + 5, 100.0, CPU)
     x = torch.randn(LENGTH, BATCH, HIDDEN, generator=torch.Generator().manual_seed(4))
-    documents = torch.arange(LENGTH).div(17, rounding_mode="floor").expand(BATCH, LENGTH) + torch.arange(BATCH)[:, None]
+    documents = (
+        torch.arange(LENGTH).div(17, rounding_mode="floor").expand(BATCH, LENGTH)
+        + torch.arange(BATCH)[:, None]
+    )
     documents = documents.clone()
     documents[1] = 0
     for mask in (None, document_mask(documents)):

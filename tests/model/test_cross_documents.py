@@ -36,7 +36,14 @@ from tests.support.tiny_corpus import (
     trainer_job,
     write_yaml,
 )
-from tests.support.tiny_model import assemble, global_batch, grid_of, local_gradients, shapes_of, tiny_config
+from tests.support.tiny_model import (
+    assemble,
+    global_batch,
+    grid_of,
+    local_gradients,
+    shapes_of,
+    tiny_config,
+)
 
 TOLERANCE = 1e-5
 STEPS = 2
@@ -84,7 +91,9 @@ def one_by_one(engine: Engine, tokens: Tensor, documents: Tensor) -> Tensor:
     stage = engine.stages[0]
     rows = []
     for row, numbers in zip(tokens, documents, strict=True):
-        rows.append(torch.cat([stage.logits(stage(row[None, piece]))[:, 0] for piece in pieces(numbers)]))
+        rows.append(
+            torch.cat([stage.logits(stage(row[None, piece]))[:, 0] for piece in pieces(numbers)])
+        )
     return torch.stack(rows)
 
 
@@ -157,11 +166,20 @@ class Run:
     def __init__(self, pool: GlooPool, config: Config, tp: int, pp: int, dp: int):
         parts = pool.run(tp * pp * dp, grid_job, config)
         self.results, self.held_out = parts[0]["results"], parts[0]["held_out"]
-        assert all(part["results"] == self.results and part["held_out"] == self.held_out for part in parts)
-        self.gradients = [assemble([part["gradients"][n] for part in parts], shapes_of(config)) for n in range(STEPS)]
-        by_place = {(part["place"].dp, part["place"].tp): part["logits"] for part in parts if part["logits"]}
+        assert all(
+            part["results"] == self.results and part["held_out"] == self.held_out for part in parts
+        )
+        self.gradients = [
+            assemble([part["gradients"][n] for part in parts], shapes_of(config))
+            for n in range(STEPS)
+        ]
+        by_place = {
+            (part["place"].dp, part["place"].tp): part["logits"] for part in parts if part["logits"]
+        }
         rows = [
-            np.concatenate([np.concatenate(by_place[d, t]) for t in range(tp)], axis=2)[..., : config.model.vocab_size]
+            np.concatenate([np.concatenate(by_place[d, t]) for t in range(tp)], axis=2)[
+                ..., : config.model.vocab_size
+            ]
             for d in range(dp)
         ]
         self.logits = np.concatenate(rows)
@@ -192,7 +210,9 @@ def separate(pool: GlooPool) -> Any:
 def one_process(pool: GlooPool) -> Any:
     @cache
     def run(kernel: str = "auto", kv_heads: int = 4, **changes: Any) -> Run:
-        config = config_for(1, 1, 1, kernels__attention=kernel, model__num_kv_heads=kv_heads, **changes)
+        config = config_for(
+            1, 1, 1, kernels__attention=kernel, model__num_kv_heads=kv_heads, **changes
+        )
         return Run(pool, config, 1, 1, 1)
 
     return run
@@ -200,7 +220,9 @@ def one_process(pool: GlooPool) -> Any:
 
 @pytest.mark.parametrize("kv_heads", (4, 2))
 @pytest.mark.parametrize("kernel", ("sdpa", "plain", "reference"))
-def test_block_equals_separate_documents(separate: Any, one_process: Any, kernel: str, kv_heads: int) -> None:
+def test_block_equals_separate_documents(
+    separate: Any, one_process: Any, kernel: str, kv_heads: int
+) -> None:
     """Catches attention that crosses a border or sees the future, a mask off by a token, and another loss than stated."""
     expected, run = separate(kernel, kv_heads), one_process(kernel, kv_heads)
     assert_close(run.logits, expected["logits"], "logits")
@@ -215,15 +237,22 @@ def test_a_grid_equals_separate_documents_and_one_process(
     pool: GlooPool, separate: Any, one_process: Any, tp: int, pp: int, dp: int, v: int
 ) -> None:
     """Catches a rank with the documents of another rank or micro-batch, and a stage that never got them."""
-    run, base = Run(pool, config_for(tp, pp, v, model__num_kv_heads=2), tp, pp, dp), one_process(kv_heads=2)
+    run, base = (
+        Run(pool, config_for(tp, pp, v, model__num_kv_heads=2), tp, pp, dp),
+        one_process(kv_heads=2),
+    )
     assert_close(run.logits, separate("sdpa", 2)["logits"], "logits")
     for step in range(STEPS):
-        assert run.results[step] == pytest.approx(base.results[step], rel=TOLERANCE), f"step {step + 1}"
+        assert run.results[step] == pytest.approx(base.results[step], rel=TOLERANCE), (
+            f"step {step + 1}"
+        )
         for name, value in base.gradients[step].items():
             assert_close(run.gradients[step][name], value, f"step {step + 1} gradient of {name}")
     assert run.held_out == pytest.approx(base.held_out, rel=TOLERANCE)
     if tp == dp == 1:
-        assert (run.results, run.held_out) == (base.results, base.held_out), "a pipeline changed a bit"
+        assert (run.results, run.held_out) == (base.results, base.held_out), (
+            "a pipeline changed a bit"
+        )
 
 
 def test_it_matters(one_process: Any) -> None:
@@ -235,8 +264,12 @@ def test_it_matters(one_process: Any) -> None:
     assert np.array_equal(block.logits[0].argmax(-1), attend.logits[0].argmax(-1))
 
 
-@pytest.mark.parametrize("change", ({"kernels__recompute": "full"}, {"batch__micro_sequences": 6}), ids=str)
-def test_recompute_and_micro_batches_do_not_matter(one_process: Any, change: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "change", ({"kernels__recompute": "full"}, {"batch__micro_sequences": 6}), ids=str
+)
+def test_recompute_and_micro_batches_do_not_matter(
+    one_process: Any, change: dict[str, Any]
+) -> None:
     """Catches a block computed again without its mask, and documents cut otherwise than tokens."""
     run, base = one_process(**change), one_process()
     if "kernels__recompute" in change:
@@ -300,7 +333,10 @@ def test_one_mask_a_micro_batch_and_none_without_documents(pool: GlooPool) -> No
 def misused_job(launch: Launch, config: Config) -> str:
     """What an engine says that is given documents when it attends, and none when it blocks."""
     engine = Engine(config, grid_of(launch, config))
-    tokens, documents = share(global_batch(config, 1), engine), share(global_documents(config, 1), engine)
+    tokens, documents = (
+        share(global_batch(config, 1), engine),
+        share(global_documents(config, 1), engine),
+    )
     try:
         engine.evaluate(tokens, None if config.data.cross_documents == "block" else documents)
     except AssertionError as error:
@@ -309,7 +345,8 @@ def misused_job(launch: Launch, config: Config) -> str:
 
 
 @pytest.mark.parametrize(
-    ("choice", "words"), (("attend", "documents were given"), ("block", "0 micro-batches, planned 6"))
+    ("choice", "words"),
+    (("attend", "documents were given"), ("block", "0 micro-batches, planned 6")),
 )
 def test_the_engine_is_given_what_its_config_says(pool: GlooPool, choice: str, words: str) -> None:
     """Catches a caller that forgets the documents: the run would attend, and nothing would show it."""
@@ -346,13 +383,17 @@ def plain_loop(launch: Launch, tree: dict[str, Any], folder: str) -> list[float]
         tokens = np.load(Path(folder) / f"{name}.npy")[rows.start : rows.stop].astype(np.int64)
         documents = documents_of(np.load(Path(folder) / f"{name}.borders.npy"), rows, SEQUENCE)
         micro = config.batch.micro_sequences
-        return list(torch.from_numpy(tokens).split(micro)), list(torch.from_numpy(documents).split(micro))
+        return list(torch.from_numpy(tokens).split(micro)), list(
+            torch.from_numpy(documents).split(micro)
+        )
 
     losses = []
     for step in range(STEPS_PER_CHUNK):
         tokens, documents = given("chunk_000", range(step * GLOBAL, (step + 1) * GLOBAL))
         losses.append(engine.train_step(tokens, config.lr.peak, (), documents).loss)
-    held_out = [engine.evaluate(*given("held_out", range(i * GLOBAL, (i + 1) * GLOBAL))) for i in range(2)]
+    held_out = [
+        engine.evaluate(*given("held_out", range(i * GLOBAL, (i + 1) * GLOBAL))) for i in range(2)
+    ]
     return [*losses, sum(held_out) / 2]
 
 
@@ -365,7 +406,11 @@ def losses_of(run: Path) -> list[float]:
 def test_a_run_blocks_from_file_to_loss(tmp_path: Path, pool: GlooPool) -> None:
     """Catches documents lost or moved between the borders file and the kernel; with four stages, two of them inner."""
     manifest = corpus_with_borders(tmp_path / "data")
-    changes = {"data__order": [0], "data__cross_documents": "block", "lr": {"kind": "constant", "peak": 1e-2}}
+    changes = {
+        "data__order": [0],
+        "data__cross_documents": "block",
+        "lr": {"kind": "constant", "peak": 1e-2},
+    }
     tree = config_tree(manifest, tmp_path / "runs", "one", **changes)
     assert pool.run(1, trainer_job, tree) == [0]
     (expected,) = pool.run(1, plain_loop, tree, str(tmp_path / "data"))
@@ -373,9 +418,13 @@ def test_a_run_blocks_from_file_to_loss(tmp_path: Path, pool: GlooPool) -> None:
     piped = config_tree(manifest, tmp_path / "runs", "piped", parallel__pipeline=4, **changes)
     assert pool.run(4, trainer_job, piped) == [0] * 4
     assert losses_of(tmp_path / "runs" / "piped") == expected
-    attends = config_tree(manifest, tmp_path / "runs", "attends", **{**changes, "data__cross_documents": "attend"})
+    attends = config_tree(
+        manifest, tmp_path / "runs", "attends", **{**changes, "data__cross_documents": "attend"}
+    )
     assert pool.run(1, trainer_job, attends) == [0]
-    assert all(a != b for a, b in zip(losses_of(tmp_path / "runs" / "attends"), expected, strict=True))
+    assert all(
+        a != b for a, b in zip(losses_of(tmp_path / "runs" / "attends"), expected, strict=True)
+    )
 
 
 def config_over(manifest: Path, folder: Path, **changes: Any) -> Config:
@@ -390,19 +439,32 @@ def test_data_without_borders_is_one_line_before_any_process(tmp_path: Path) -> 
         (tmp_path / "plain" / "manifest.json", "chunk_000, chunk_001, held_out"),
         (half, "held_out"),
     ):
-        with pytest.raises(DataError, match=f"have no document borders: {names}; set document_borders: true"):
-            prepare_start(config_over(manifest, tmp_path, data__cross_documents="block"), 1, verify=False)
+        with pytest.raises(
+            DataError, match=f"have no document borders: {names}; set document_borders: true"
+        ):
+            prepare_start(
+                config_over(manifest, tmp_path, data__cross_documents="block"), 1, verify=False
+            )
         prepare_start(config_over(manifest, tmp_path), 1, verify=False)
-    path = write_yaml(tmp_path / "c.yaml", config_tree(half, tmp_path / "runs", "r", data__cross_documents="block"))
+    path = write_yaml(
+        tmp_path / "c.yaml",
+        config_tree(half, tmp_path / "runs", "r", data__cross_documents="block"),
+    )
     done = train(path)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "document_borders: true" in done.stderr
+    assert (
+        done.returncode == 2
+        and done.stderr.count("\n") == 1
+        and "document_borders: true" in done.stderr
+    )
     assert not (tmp_path / "runs").exists()
 
 
 def test_it_belongs_to_the_identity_of_a_run(tmp_path: Path) -> None:
     """Catches a restart that goes on with other attention, or over other borders, as if it were the same run."""
     manifest = corpus_with_borders(tmp_path / "data")
-    attend, block = (config_over(manifest, tmp_path, data__cross_documents=kind) for kind in ("attend", "block"))
+    attend, block = (
+        config_over(manifest, tmp_path, data__cross_documents=kind) for kind in ("attend", "block")
+    )
     identities = [identity_of(config, *check_data(config)) for config in (attend, block)]
     path = tmp_path / "runs" / "r" / "checkpoints" / checkpoint_name(0)
     path.mkdir(parents=True)
@@ -424,7 +486,9 @@ def test_it_belongs_to_the_identity_of_a_run(tmp_path: Path) -> None:
         prepare_start(block, 1, verify=True)
     corpus_with_borders(tmp_path / "data", shift=1)
     moved = identity_of(block, *check_data(block))
-    assert [line.split(":")[0] for line in identity_differences(identities[1], moved)] == ["data.borders_sha256"]
+    assert [line.split(":")[0] for line in identity_differences(identities[1], moved)] == [
+        "data.borders_sha256"
+    ]
     # Where attention crosses borders they change no number; and before the key there was nothing else.
     assert identity_differences(identities[0], identity_of(attend, *check_data(attend))) == []
     del identities[0]["data"]["cross_documents"]
@@ -436,5 +500,8 @@ def test_rows_beyond_the_last_step_have_borders_too(tmp_path: Path) -> None:
     corpus_with_borders(tmp_path)
     borders = np.load(tmp_path / "chunk_000.borders.npy")
     whole = documents_of(borders, range(ROWS), SEQUENCE)
-    cut = [documents_of(borders, range(start, min(start + 5, ROWS)), SEQUENCE) for start in range(0, ROWS, 5)]
+    cut = [
+        documents_of(borders, range(start, min(start + 5, ROWS)), SEQUENCE)
+        for start in range(0, ROWS, 5)
+    ]
     assert np.array_equal(np.concatenate(cut), whole) and whole.max() > 1

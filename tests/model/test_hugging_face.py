@@ -102,14 +102,19 @@ def logits_job(launch: Launch, config: Any) -> tuple[int, int, list[np.ndarray]]
         return torch.zeros(())
 
     batches = microbatches_of(config, grid, 1)
-    engine.executor.run(engine.forward_program, lambda m: batches[m], keep, engine.shape, engine.dtype)
+    engine.executor.run(
+        engine.forward_program, lambda m: batches[m], keep, engine.shape, engine.dtype
+    )
     return grid.dp.rank, grid.tp.rank, seen
 
 
 def logits_of(pool: GlooPool, world: int, config: Any) -> np.ndarray:
     parts = [part for part in pool.run(world, logits_job, config) if part[2]]
     by_data = [
-        np.concatenate([np.concatenate(seen) for d, _, seen in sorted(parts, key=lambda p: p[1]) if d == dp], axis=-1)
+        np.concatenate(
+            [np.concatenate(seen) for d, _, seen in sorted(parts, key=lambda p: p[1]) if d == dp],
+            axis=-1,
+        )
         for dp in sorted({d for d, _, _ in parts})
     ]
     return np.concatenate(by_data)
@@ -165,7 +170,9 @@ def compare(pool: GlooPool, world: int, config: Any, attention: str) -> None:
     model, tokens = hugging_face(config, weights, attention), global_batch(config, 1)
     theirs = model(input_ids=tokens, labels=tokens)
     theirs.loss.backward()
-    assert largest_error(logits_of(pool, world, config), theirs.logits.detach().numpy()) <= TOLERANCE
+    assert (
+        largest_error(logits_of(pool, world, config), theirs.logits.detach().numpy()) <= TOLERANCE
+    )
     loss, norm, applied = parts[0]["results"][0]
     assert applied and loss == pytest.approx(theirs.loss.item(), rel=TOLERANCE)
     named = dict(model.named_parameters())
@@ -178,7 +185,10 @@ def compare(pool: GlooPool, world: int, config: Any, attention: str) -> None:
 
 
 def rates(config: Any) -> list[float]:
-    return [rate(step, "cosine", config.lr.peak, 0.1 * config.lr.peak, 5, STEPS) for step in range(1, STEPS + 1)]
+    return [
+        rate(step, "cosine", config.lr.peak, 0.1 * config.lr.peak, 5, STEPS)
+        for step in range(1, STEPS + 1)
+    ]
 
 
 def batch_number(step: int) -> int:
@@ -196,7 +206,9 @@ def loop_job(launch: Launch, config: Any) -> tuple[list[tuple[float, float, bool
     return results, start, local_gradients(engine, engine.optimizer.master)
 
 
-def plain_loop(config: Any, weights: dict[str, np.ndarray]) -> tuple[list[float], list[float], dict[str, np.ndarray]]:
+def plain_loop(
+    config: Any, weights: dict[str, np.ndarray]
+) -> tuple[list[float], list[float], dict[str, np.ndarray]]:
     model = hugging_face(config, weights, "sdpa")
     named = dict(model.named_parameters())
     o = config.optimizer
@@ -223,14 +235,18 @@ CLIP = 3.2
 
 
 @pytest.mark.parametrize(("world", "layout"), LAYOUTS)
-def test_twenty_steps_equal_a_plain_loop(pool: GlooPool, world: int, layout: dict[str, Any]) -> None:
+def test_twenty_steps_equal_a_plain_loop(
+    pool: GlooPool, world: int, layout: dict[str, Any]
+) -> None:
     """Catches what one step cannot show: moments, decay, clipping and rates applied otherwise than torch applies them."""
     config = config_for(layout, optimizer__clip_norm=CLIP, lr__peak=1e-2)
     parts = pool.run(world, loop_job, config)
     results, shapes = parts[0][0], shapes_of(config)
     weights = assemble([part[1] for part in parts], shapes)
     losses, norms, final = plain_loop(config, weights)
-    assert min(norms) < CLIP < max(norms), f"clipping must be active in some steps only, norms are {norms}"
+    assert min(norms) < CLIP < max(norms), (
+        f"clipping must be active in some steps only, norms are {norms}"
+    )
     assert losses[0] - losses[-1] > 0.3, "the loss does not move, so it shows nothing"
     for step, (loss, norm, applied) in enumerate(results):
         assert applied
@@ -238,13 +254,17 @@ def test_twenty_steps_equal_a_plain_loop(pool: GlooPool, world: int, layout: dic
         assert norm == pytest.approx(norms[step], rel=1e-3), f"norm of step {step + 1}"
     ours = assemble([part[2] for part in parts], shapes)
     for name, value in final.items():
-        assert largest_error(ours[name] - weights[name], value - weights[name]) < 1e-2, f"what {name} learned"
+        assert largest_error(ours[name] - weights[name], value - weights[name]) < 1e-2, (
+            f"what {name} learned"
+        )
 
 
 def bf16_job(launch: Launch, config: Any) -> tuple[float, float, bool]:
     grid = grid_of(launch, config)
     engine = Engine(config, grid)
-    whole = all(p.dtype == torch.bfloat16 for stage in engine.stages.values() for p in stage.parameters())
+    whole = all(
+        p.dtype == torch.bfloat16 for stage in engine.stages.values() for p in stage.parameters()
+    )
     result = engine.train_step(microbatches_of(config, grid, 1), 1e-3)
     return result.loss, result.grad_norm, whole
 
@@ -262,4 +282,6 @@ def test_bf16_stays_near_fp32_and_near_itself(pool: GlooPool) -> None:
     assert one[2] and all(part[2] for part in two) and not full[2]
     assert one[0] == pytest.approx(full[0], rel=1e-2) and one[1] == pytest.approx(full[1], rel=5e-2)
     assert two[0][:2] == two[1][:2], "ranks disagree"
-    assert two[0][0] == pytest.approx(one[0], rel=5e-3) and two[0][1] == pytest.approx(one[1], rel=5e-2)
+    assert two[0][0] == pytest.approx(one[0], rel=5e-3) and two[0][1] == pytest.approx(
+        one[1], rel=5e-2
+    )

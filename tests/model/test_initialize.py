@@ -8,23 +8,35 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from k2train.model.initialize import BLOCK_ROWS, draw_rows, initial_piece, initialize, materialize, place_rotary
+from k2train.model.initialize import (
+    BLOCK_ROWS,
+    draw_rows,
+    initial_piece,
+    initialize,
+    materialize,
+    place_rotary,
+)
 from k2train.model.layers import Rotary
 from k2train.model.transformer import Stage
 from k2train.parallel.grid import SINGLE, Axis
-from k2train.parallel.shard import Piece, named_pieces
+from k2train.parallel.shard import ParamSlice, named_slices
 from k2train.train.engine import architecture_of, kernels_of
 from tests.support.tiny_model import shapes_of, tiny_config
 
 CPU = torch.device("cpu")
-GOLDEN = [[0.014021443203091621, -0.012393678538501263], [0.012719263322651386, -0.031077498570084572]]
+GOLDEN = [
+    [0.014021443203091621, -0.012393678538501263],
+    [0.012719263322651386, -0.031077498570084572],
+]
 POSITIONS = 8192
 
 
 def stage_of(config: Any, tp: Axis, dtype: torch.dtype = torch.float32) -> Any:
     a = architecture_of(config)
     return materialize(
-        lambda: Stage(a, range(a.num_layers), True, True, tp, tp.size > 1, kernels_of(config)), dtype, CPU
+        lambda: Stage(a, range(a.num_layers), True, True, tp, tp.size > 1, kernels_of(config)),
+        dtype,
+        CPU,
     )
 
 
@@ -39,7 +51,11 @@ def test_a_slice_is_the_slice_of_the_whole(one: int, other: int) -> None:
 
 def test_seed_name_and_block_each_matter() -> None:
     """Catches two tensors, two seeds or two blocks of rows that start the same."""
-    draws = [draw_rows(seed, name, 4, 1.0, 0, 2 * BLOCK_ROWS) for seed in (1, 2) for name in ("a.weight", "b.weight")]
+    draws = [
+        draw_rows(seed, name, 4, 1.0, 0, 2 * BLOCK_ROWS)
+        for seed in (1, 2)
+        for name in ("a.weight", "b.weight")
+    ]
     blocks = [half for draw in draws for half in np.split(draw, 2)]
     for n, block in enumerate(blocks):
         for other in blocks[n + 1 :]:
@@ -57,12 +73,12 @@ def test_tensor_parallel_slices_make_the_whole(size: int) -> None:
     config = tiny_config(model__num_heads=12, model__num_kv_heads=12, model__hidden_size=48)
     one = stage_of(config, SINGLE["tp"])
     initialize([one], 7)
-    whole = {piece.name: piece.of(parameter).detach() for parameter, piece in named_pieces(one)}
+    whole = {piece.name: piece.of(parameter).detach() for parameter, piece in named_slices(one)}
     assert {name: tuple(value.shape) for name, value in whole.items()} == shapes_of(config)
     for rank in range(size):
         part = stage_of(config, Axis("tp", size, rank, None))
         initialize([part], 7)
-        for parameter, piece in named_pieces(part):
+        for parameter, piece in named_slices(part):
             expected = whole[piece.name]
             if piece.dim is not None:
                 expected = expected.narrow(piece.dim, piece.start, piece.stop - piece.start)
@@ -76,7 +92,7 @@ def test_deviations_and_ones() -> None:
     config = tiny_config(model__hidden_size=64, model__ffn_hidden_size=96, model__init_std=0.02)
     model = stage_of(config, SINGLE["tp"])
     initialize([model], 3)
-    for parameter, piece in named_pieces(model):
+    for parameter, piece in named_slices(model):
         values = piece.of(parameter).detach()
         if piece.name.endswith("norm.weight"):
             assert torch.equal(values, torch.ones_like(values)), piece.name
@@ -92,15 +108,17 @@ def test_bf16_weights_are_the_rounded_draw_and_the_optimizer_sees_it_whole() -> 
     config, seen = tiny_config(), {}
     model = stage_of(config, SINGLE["tp"], torch.bfloat16)
     initialize([model], 7, lambda piece, values: seen.update({piece.name: values}))
-    for parameter, piece in named_pieces(model):
+    for parameter, piece in named_slices(model):
         assert parameter.dtype == torch.bfloat16 and seen[piece.name].dtype == torch.float32
         assert torch.equal(piece.of(parameter), seen[piece.name].bfloat16())
-        assert piece.init_std is None or not torch.equal(seen[piece.name], seen[piece.name].bfloat16().float())
+        assert piece.init_std is None or not torch.equal(
+            seen[piece.name], seen[piece.name].bfloat16().float()
+        )
 
 
 def test_a_piece_split_by_columns_is_contiguous() -> None:
     """Catches a view into the whole draw, which would keep the whole tensor in memory."""
-    piece = Piece("w", (8, 6), 1, 2, 4, 0, 1.0, True)
+    piece = ParamSlice("w", (8, 6), 1, 2, 4, 0, 1.0, True)
     values = initial_piece(1, piece)
     assert values.is_contiguous() and values.untyped_storage().nbytes() == 8 * 2 * 4
 
@@ -127,10 +145,16 @@ def test_rotary_tables_survive_a_cast_of_the_model() -> None:
     assert not [name for name in model.state_dict() if "rotary" in name]
     # What is turned in bf16 is turned by fp32 angles: its error is the rounding of its own two values, no more.
     x = torch.randn(POSITIONS, 1, 1, 8, generator=torch.Generator().manual_seed(1)).bfloat16()
-    angles = torch.outer(torch.arange(POSITIONS).double(), 10000.0 ** (-torch.arange(0, 8, 2).double() / 8))
+    angles = torch.outer(
+        torch.arange(POSITIONS).double(), 10000.0 ** (-torch.arange(0, 8, 2).double() / 8)
+    )
     first, second = x.double()[:, 0, 0].chunk(2, dim=-1)
     turned = torch.cat(
-        (first * angles.cos() - second * angles.sin(), second * angles.cos() + first * angles.sin()), dim=-1
+        (
+            first * angles.cos() - second * angles.sin(),
+            second * angles.cos() + first * angles.sin(),
+        ),
+        dim=-1,
     )
     found = model.rotary(x)
     assert found.dtype == torch.bfloat16

@@ -14,7 +14,14 @@ from k2train.model.recompute import Cheap, run_layer
 from k2train.train.engine import Engine
 from tests.support.gloo_pool import GlooPool
 from tests.support.kept_memory import Made
-from tests.support.tiny_model import assemble, grid_of, microbatches_of, shapes_of, tiny_config, train_job
+from tests.support.tiny_model import (
+    assemble,
+    grid_of,
+    microbatches_of,
+    shapes_of,
+    tiny_config,
+    train_job,
+)
 
 STEPS = 2
 POLICIES = ("none", "selective", "full")
@@ -77,7 +84,9 @@ def through_toy(policy: str) -> tuple[dict[str, int], list[Tensor], int, int, in
         ("full", {"norm": 4, "product": 4, "activate": 2, "last": 1}, 0),
     ],
 )
-def test_each_policy_keeps_and_repeats_what_it_says(policy: str, calls: dict[str, int], tensors: int) -> None:
+def test_each_policy_keeps_and_repeats_what_it_says(
+    policy: str, calls: dict[str, int], tensors: int
+) -> None:
     """Catches a last product computed again for nothing, a cheap part kept, other gradients, memory that stays."""
     _, wanted, _, half, _ = through_toy("none")
     made, gradients, kept, midway, left = through_toy(policy)
@@ -108,10 +117,16 @@ def test_an_unknown_policy_is_our_own_bug() -> None:
 
 def test_the_first_layers_of_a_stage_recompute() -> None:
     """Catches an off-by-one, a null that means none, and a count that is lost on the way from the config."""
-    assert choose_kernels(recompute="full", recompute_layers=2).recompute_of(3) == ["full", "full", "none"]
+    assert choose_kernels(recompute="full", recompute_layers=2).recompute_of(3) == [
+        "full",
+        "full",
+        "none",
+    ]
     assert choose_kernels(recompute="selective").recompute_of(2) == ["selective", "selective"]
     assert choose_kernels(recompute="full", recompute_layers=0).recompute_of(2) == ["none", "none"]
-    assert "recompute full in 2 layers a stage" in str(choose_kernels(recompute="full", recompute_layers=2))
+    assert "recompute full in 2 layers a stage" in str(
+        choose_kernels(recompute="full", recompute_layers=2)
+    )
 
 
 def run(pool: GlooPool, world: int, **changes: Any) -> Any:
@@ -130,7 +145,15 @@ GRIDS: list[tuple[int, dict[str, Any]]] = [
     (1, {}),
     (1, {"precision": "bf16"}),
     (2, {"parallel__tensor": 2, "parallel__sequence": True, "parallel__gathered": "keep"}),
-    (2, {"parallel__tensor": 2, "parallel__sequence": True, "parallel__gathered": "again", "parallel__overlap": "on"}),
+    (
+        2,
+        {
+            "parallel__tensor": 2,
+            "parallel__sequence": True,
+            "parallel__gathered": "again",
+            "parallel__overlap": "on",
+        },
+    ),
     (2, {"parallel__tensor": 2, "parallel__sequence": False, "parallel__overlap": "on"}),
     (4, {"parallel__tensor": 2, "parallel__sequence": True, "parallel__pipeline": 2}),
     (2, {"parallel__pipeline": 2, "parallel__schedule": "gpipe", "precision": "bf16"}),
@@ -155,7 +178,9 @@ def test_no_policy_changes_a_bit(pool: GlooPool, world: int, changes: dict[str, 
     # A stage of a V has one layer.
     some = [] if "parallel__stages_per_rank" in changes else [("full", 1)]
     for policy, layers in [("selective", None), ("full", None), *some]:
-        found = run(pool, world, kernels__recompute=policy, kernels__recompute_layers=layers, **changes)
+        found = run(
+            pool, world, kernels__recompute=policy, kernels__recompute_layers=layers, **changes
+        )
         assert found[0] == base[0], (policy, layers)
         assert found[1] == base[1], (policy, layers)
         for kind in (2, 3):
@@ -178,7 +203,11 @@ def documents_job(launch: Launch, configs: list[Any]) -> list[tuple[float, float
 def test_document_borders_are_seen_again(pool: GlooPool) -> None:
     """Catches a mask that does not reach what is computed again: it would attend across borders there."""
     none, *others = [
-        pool.run(1, documents_job, [tiny_config(**SMALL, kernels__recompute=policy, data__cross_documents="block")])
+        pool.run(
+            1,
+            documents_job,
+            [tiny_config(**SMALL, kernels__recompute=policy, data__cross_documents="block")],
+        )
         for policy in POLICIES
     ]
     assert others == [none, none]

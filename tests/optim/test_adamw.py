@@ -14,10 +14,10 @@ from k2train.launch.environment import Launch
 from k2train.model.initialize import initial_piece
 from k2train.model.transformer import Stage
 from k2train.optim.adamw import ShardedAdamW
-from k2train.parallel.grad_accumulation import Sink, sink_of
+from k2train.parallel.grad_accumulation import GradAccumulator, accumulator_of
 from k2train.parallel.grad_buffer import GradientBuffer
 from k2train.parallel.grid import SINGLE, Axis
-from k2train.parallel.shard import Piece, Sharded, named_pieces
+from k2train.parallel.shard import ParamSlice, Sharded, named_slices
 from k2train.train.engine import Engine, architecture_of, kernels_of
 from tests.support.gloo_pool import GlooPool
 from tests.support.tiny_model import grid_of, microbatches_of, tiny_config
@@ -25,7 +25,11 @@ from tests.support.tiny_model import grid_of, microbatches_of, tiny_config
 STEPS = 30
 BETAS, EPS, DECAY = (0.9, 0.95), 1e-8, 0.1
 # Rows that do not divide, and fewer rows than ranks; a large decayed tensor so that vector loops run.
-TENSORS = {"big.weight": ((37, 9), True), "norm.weight": ((7,), False), "one.weight": ((1, 4), True)}
+TENSORS = {
+    "big.weight": ((37, 9), True),
+    "norm.weight": ((7,), False),
+    "one.weight": ((1, 4), True),
+}
 
 
 class Toy(Sharded):
@@ -37,7 +41,7 @@ class Toy(Sharded):
         for name, (shape, decay) in TENSORS.items():
             key = name.replace(".", "_")
             setattr(self, key, nn.Parameter(start_of(name)))
-            self.pieces[key] = (Piece(name, shape, None, 0, shape[0], 0, 1.0, decay),)
+            self.pieces[key] = (ParamSlice(name, shape, None, 0, shape[0], 0, 1.0, decay),)
 
 
 def drawn(seed: int, name: str) -> torch.Tensor:
@@ -64,14 +68,18 @@ def adamw_job(launch: Launch, kernel: str, overlap: bool) -> dict[str, np.ndarra
     toy = Toy()
     buffer = GradientBuffer([toy], dp, SINGLE["tp"], torch.device("cpu"))
     # Buckets of one parameter each.
-    optimizer = ShardedAdamW(buffer.table, torch.device("cpu"), BETAS, EPS, DECAY, kernel, bucket_bytes=1)
+    optimizer = ShardedAdamW(
+        buffer.table, torch.device("cpu"), BETAS, EPS, DECAY, kernel, bucket_bytes=1
+    )
     for slot in buffer.table.slots:
         optimizer.adopt(slot.piece, start_of(slot.piece.name))
     for step in range(1, STEPS + 1):
         line = torch.zeros(buffer.table.elements)
         for slot in buffer.table.slots:
             start, stop = slot.rows(dp)
-            buffer.table.local(line, slot).copy_(gradient_of(step, slot.piece.name)[start:stop] * 10)
+            buffer.table.local(line, slot).copy_(
+                gradient_of(step, slot.piece.name)[start:stop] * 10
+            )
         optimizer.step(line, rate_of(step), torch.tensor(10.0), torch.tensor(0.0))
         optimizer.count(applied=True)
     assert optimizer.adam_steps == STEPS
@@ -113,16 +121,20 @@ def test_a_step_refused_on_the_device_touches_nothing(kernel: str) -> None:
     """Catches an update that is multiplied by 0 instead of left out: 0 times what is not a number is none either."""
     buffer = GradientBuffer([Toy()], SINGLE["dp"], SINGLE["tp"], torch.device("cpu"))
     optimizer = ShardedAdamW(buffer.table, torch.device("cpu"), BETAS, EPS, DECAY, kernel)
-    for line in optimizer.lines.values():
+    for line in optimizer.flat_shards.values():
         line.copy_(torch.linspace(1.0, 2.0, buffer.table.elements))
-    before = {name: line.clone() for name, line in optimizer.lines.items()}
+    before = {name: line.clone() for name, line in optimizer.flat_shards.items()}
     nan = torch.tensor(float("nan"))
-    optimizer.step(torch.full_like(optimizer.master, float("nan")), 0.1, divisor=nan, skip=torch.tensor(1.0))
+    optimizer.step(
+        torch.full_like(optimizer.master, float("nan")), 0.1, divisor=nan, skip=torch.tensor(1.0)
+    )
     optimizer.count(applied=False)
     assert optimizer.adam_steps == 0
-    assert all(torch.equal(line, before[name]) for name, line in optimizer.lines.items())
-    optimizer.step(torch.ones_like(optimizer.master), 0.1, torch.tensor(2.0), skip=torch.tensor(0.0))
-    assert all(bool((line != before[name]).all()) for name, line in optimizer.lines.items())
+    assert all(torch.equal(line, before[name]) for name, line in optimizer.flat_shards.items())
+    optimizer.step(
+        torch.ones_like(optimizer.master), 0.1, torch.tensor(2.0), skip=torch.tensor(0.0)
+    )
+    assert all(bool((line != before[name]).all()) for name, line in optimizer.flat_shards.items())
 
 
 def test_which_tensors_decay() -> None:
@@ -131,7 +143,7 @@ def test_which_tensors_decay() -> None:
     a = architecture_of(config)
     with torch.device("meta"):
         stage = Stage(a, range(1), True, True, SINGLE["tp"], False, kernels_of(config))
-    assert {piece.name: piece.decay for _, piece in named_pieces(stage)} == {
+    assert {piece.name: piece.decay for _, piece in named_slices(stage)} == {
         "embedding.weight": True,
         "layers.0.attention_norm.weight": False,
         "layers.0.attention.query.weight": True,
@@ -182,7 +194,9 @@ def weights_are_masters(engine: Engine) -> bool:
 @pytest.mark.parametrize(("world", "tensor"), ((1, 1), (2, 1), (3, 1), (2, 2)))
 def test_bf16_weights_are_the_rounded_masters(pool: GlooPool, world: int, tensor: int) -> None:
     """Catches masters drawn from rounded weights, and a rank whose weights are not what the optimizer holds."""
-    config = tiny_config(precision="bf16", parallel__tensor=tensor, batch__global_sequences=12, model__num_layers=2)
+    config = tiny_config(
+        precision="bf16", parallel__tensor=tensor, batch__global_sequences=12, model__num_layers=2
+    )
     assert pool.run(world, bf16_job, config) == [[True] * 4] * world
 
 
@@ -192,7 +206,7 @@ def digest(engine: Engine) -> str:
     for stage in engine.stages.values():
         for parameter in stage.parameters():
             made.update(parameter.detach().numpy().tobytes())
-    for state in engine.optimizer.lines:
+    for state in engine.optimizer.flat_shards:
         made.update(getattr(engine.optimizer, state).numpy().tobytes())
     return made.hexdigest()
 
@@ -210,9 +224,9 @@ PLANTED = (
 def plant(engine: Engine, name: str, microbatch: int, value: float) -> Any:
     """Put one value into the gradient of a tensor in one micro-batch, if this rank holds it; how to end it, or None."""
     for stage in engine.stages.values():
-        for parameter, piece in named_pieces(stage):
+        for parameter, piece in named_slices(stage):
             if piece.name == name:
-                sink = sink_of(parameter)
+                sink = accumulator_of(parameter)
                 assert sink is not None, "no sink was attached"
                 kept = sink.arrived
                 sink.arrived = _planter(sink, piece, microbatch, value)
@@ -220,7 +234,7 @@ def plant(engine: Engine, name: str, microbatch: int, value: float) -> Any:
     return None
 
 
-def _planter(sink: Sink, piece: Piece, microbatch: int, value: float) -> Any:
+def _planter(sink: GradAccumulator, piece: ParamSlice, microbatch: int, value: float) -> Any:
     arrived, seen = sink.arrived, [0]
 
     def planted() -> None:
@@ -246,7 +260,11 @@ def skip_job(launch: Launch, config: Any) -> tuple[list[str], int]:
     values = (float("nan"), float("inf"), float("-inf"))
     for rank in range(launch.world_size):
         for name in PLANTED:
-            end = plant(engine, name, count % engine.num_microbatches, values[count % 3]) if rank == grid.rank else None
+            end = (
+                plant(engine, name, count % engine.num_microbatches, values[count % 3])
+                if rank == grid.rank
+                else None
+            )
             held = torch.tensor([float(end is not None)])
             dist.all_reduce(held)
             if not held.item():
@@ -260,7 +278,12 @@ def skip_job(launch: Launch, config: Any) -> tuple[list[str], int]:
     run = engine.executor.run
     engine.executor.run = lambda *args: [loss * float("nan") for loss in run(*args)]  # type: ignore[method-assign]
     result = engine.train_step(microbatches_of(config, grid, 1), lr)
-    if result.applied or digest(engine) != before or np.isfinite(result.loss) or not np.isfinite(result.grad_norm):
+    if (
+        result.applied
+        or digest(engine) != before
+        or np.isfinite(result.loss)
+        or not np.isfinite(result.grad_norm)
+    ):
         wrong.append("a loss that is not a number")
     engine.executor.run = run  # type: ignore[method-assign]
     engine.train_step(microbatches_of(config, grid, 2), lr)
@@ -273,7 +296,9 @@ def skip_job(launch: Launch, config: Any) -> tuple[list[str], int]:
     ("tp", "pp", "dp", "sequence"),
     ((1, 1, 1, False), (2, 1, 1, False), (1, 2, 3, False), (2, 2, 2, True), (2, 2, 2, False)),
 )
-def test_a_step_that_is_not_finite_changes_nothing(pool: GlooPool, tp: int, pp: int, dp: int, sequence: bool) -> None:
+def test_a_step_that_is_not_finite_changes_nothing(
+    pool: GlooPool, tp: int, pp: int, dp: int, sequence: bool
+) -> None:
     """Catches a rank that steps while others skip, moments touched before the check, and a replica nobody looks at."""
     config = tiny_config(
         model__num_layers=2,
@@ -298,7 +323,11 @@ def overlap_job(launch: Launch, config: Any) -> tuple[list[Any], dict[str, Any],
         results.append((result.loss, result.grad_norm, result.applied))
     under_way = bool(engine.optimizer.publisher._under_way)
     results.append(engine.evaluate(microbatches_of(config, grid, 99)))
-    return results, {name: line.numpy().copy() for name, line in engine.optimizer.lines.items()}, under_way
+    return (
+        results,
+        {name: line.numpy().copy() for name, line in engine.optimizer.flat_shards.items()},
+        under_way,
+    )
 
 
 @pytest.mark.parametrize(
@@ -330,8 +359,14 @@ def test_overlap_and_buckets_change_no_bit(
     for (overlap, size), parts in runs.items():
         for rank, (results, lines, under_way) in enumerate(parts):
             assert results == base[rank][0], (overlap, size, rank)
-            assert all(np.array_equal(line, base[rank][1][name]) for name, line in lines.items()), (overlap, size, rank)
-            assert under_way == (overlap == "on"), "nothing was under way, so nothing was waited for"
+            assert all(np.array_equal(line, base[rank][1][name]) for name, line in lines.items()), (
+                overlap,
+                size,
+                rank,
+            )
+            assert under_way == (overlap == "on"), (
+                "nothing was under way, so nothing was waited for"
+            )
 
 
 def memory_job(launch: Launch, config: Any) -> list[int]:

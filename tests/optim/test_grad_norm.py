@@ -11,14 +11,25 @@ from hypothesis import strategies as st
 
 from k2train.launch.environment import Launch
 from k2train.optim.grad_norm import BLOCK, MANY_BLOCKS, SquareSums, StepSums, agree
-from k2train.parallel.grad_buffer import SlotTable
+from k2train.parallel.grad_buffer import ShardLayout
 from k2train.parallel.grid import SINGLE, ProcessGrid
-from k2train.parallel.shard import Piece
+from k2train.parallel.shard import ParamSlice
 from k2train.train.engine import Engine
 from tests.support.gloo_pool import GlooPool
 from tests.support.tiny_model import grid_of, shapes_of, tiny_config
 
-GRIDS = ((1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (1, 1, 3), (2, 2, 1), (4, 1, 2), (1, 4, 2), (2, 2, 2), (2, 1, 4))
+GRIDS = (
+    (1, 1, 1),
+    (2, 1, 1),
+    (1, 2, 1),
+    (1, 1, 2),
+    (1, 1, 3),
+    (2, 2, 1),
+    (4, 1, 2),
+    (1, 4, 2),
+    (2, 2, 2),
+    (2, 1, 4),
+)
 NORMS = ("norm.weight", "layers.0.attention_norm.weight", "layers.3.mlp_norm.weight")
 
 
@@ -27,7 +38,9 @@ def planted(config: Any) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(11)
     shapes = shapes_of(config)
     return {
-        name: (rng.standard_normal(shape) * (50.0 if name in NORMS else 1 + n % 7)).astype(np.float32)
+        name: (rng.standard_normal(shape) * (50.0 if name in NORMS else 1 + n % 7)).astype(
+            np.float32
+        )
         for n, (name, shape) in enumerate(shapes.items())
     }
 
@@ -39,7 +52,9 @@ def plant(engine: Engine, gradients: dict[str, np.ndarray]) -> torch.Tensor:
     for slot in table.slots:
         value = torch.from_numpy(gradients[slot.piece.name])
         if slot.piece.dim is not None:
-            value = value.narrow(slot.piece.dim, slot.piece.start, slot.piece.stop - slot.piece.start)
+            value = value.narrow(
+                slot.piece.dim, slot.piece.start, slot.piece.stop - slot.piece.start
+            )
         start, stop = slot.rows(engine.grid.dp)
         table.local(line, slot).copy_(value[start:stop])
     return line
@@ -47,10 +62,14 @@ def plant(engine: Engine, gradients: dict[str, np.ndarray]) -> torch.Tensor:
 
 def sums_of(engine: Engine, grid: ProcessGrid, line: torch.Tensor) -> StepSums:
     loss = torch.tensor(0.25 if grid.rank == grid.layout.world_size - 1 else 0.0)
-    return agree(engine.square_sums(line), engine.names, loss, (1.0, float(grid.rank)), grid.stage, grid.pp).read()
+    return agree(
+        engine.square_sums(line), engine.names, loss, (1.0, float(grid.rank)), grid.stage, grid.pp
+    ).read()
 
 
-def norm_job(launch: Launch, config: Any) -> tuple[float, dict[str, float], float, tuple[float, ...]]:
+def norm_job(
+    launch: Launch, config: Any
+) -> tuple[float, dict[str, float], float, tuple[float, ...]]:
     grid = grid_of(launch, config)
     engine = Engine(config, grid, fill=False)
     sums = sums_of(engine, grid, plant(engine, planted(config)))
@@ -66,7 +85,10 @@ def test_norm_is_that_of_the_whole_gradient(pool: GlooPool, tp: int, pp: int, dp
     """Catches a missing sum over stages or over a stage's ranks, replicas counted twice, a norm divided by micro-batches."""
     config, world = config_for(tp, pp), tp * pp * dp
     found = pool.run(world, norm_job, config)
-    squares = {name: float(np.square(value, dtype=np.float64).sum()) for name, value in planted(config).items()}
+    squares = {
+        name: float(np.square(value, dtype=np.float64).sum())
+        for name, value in planted(config).items()
+    }
     assert all(part == found[0] for part in found), "ranks disagree"
     norm, norms, loss, flags = found[0]
     assert norm == pytest.approx(sqrt(sum(squares.values())), rel=1e-12)
@@ -118,7 +140,9 @@ def test_the_divisor_is_torchs(norm: float, clip: float) -> None:
     torch.nn.utils.clip_grad_norm_([parameter], clip)
     for clip_norm, expected in ((clip, parameter.grad[1].item()), (None, norm * 0.8)):
         sums = torch.tensor([(norm * 0.6) ** 2, (norm * 0.8) ** 2], dtype=torch.float64)
-        verdict = agree(sums, ["a", "b"], torch.tensor(0.5), (), SINGLE["stage"], SINGLE["pp"], clip_norm)
+        verdict = agree(
+            sums, ["a", "b"], torch.tensor(0.5), (), SINGLE["stage"], SINGLE["pp"], clip_norm
+        )
         assert norm * 0.8 / verdict.divisor.item() == pytest.approx(expected, rel=1e-7)
         assert verdict.divisor.item() >= 1.0
         assert verdict.skip.item() == 0.0
@@ -126,14 +150,23 @@ def test_the_divisor_is_torchs(norm: float, clip: float) -> None:
 
 @pytest.mark.parametrize(
     ("loss", "square", "skipped"),
-    ((1.0, 4.0, False), (float("nan"), 4.0, True), (float("inf"), 4.0, True), (1.0, float("nan"), True)),
+    (
+        (1.0, 4.0, False),
+        (float("nan"), 4.0, True),
+        (float("inf"), 4.0, True),
+        (1.0, float("nan"), True),
+    ),
 )
 def test_what_is_not_finite_is_skipped(loss: float, square: float, skipped: bool) -> None:
     """Catches a device that applies what the host calls skipped: weights and the count of updates would part."""
     sums = torch.tensor([1.0, square], dtype=torch.float64)
-    verdict = agree(sums, ["a", "b"], torch.tensor(loss), (0.0, 2.0), SINGLE["stage"], SINGLE["pp"], 1.0)
+    verdict = agree(
+        sums, ["a", "b"], torch.tensor(loss), (0.0, 2.0), SINGLE["stage"], SINGLE["pp"], 1.0
+    )
     assert bool(verdict.skip) == skipped == (not verdict.read().finite)
-    assert verdict.skip.dtype == verdict.divisor.dtype == torch.float32, "the fused kernel reads them as such"
+    assert verdict.skip.dtype == verdict.divisor.dtype == torch.float32, (
+        "the fused kernel reads them as such"
+    )
     assert verdict.read().flags == (0.0, 2.0)
 
 
@@ -144,8 +177,14 @@ MANY = BLOCK * MANY_BLOCKS
 def test_blocks_keep_the_accuracy_of_fp64(elements: int) -> None:
     """Catches a tail that is left out, and a sum in fp32: a million squares then lose the seventh digit."""
     values = torch.randn(elements, generator=torch.Generator().manual_seed(elements)) * 3
-    table = SlotTable(
-        [(torch.nn.Parameter(values), Piece("a", (elements,), None, 0, elements, 0, None, True))], SINGLE["dp"]
+    table = ShardLayout(
+        [
+            (
+                torch.nn.Parameter(values),
+                ParamSlice("a", (elements,), None, 0, elements, 0, None, True),
+            )
+        ],
+        SINGLE["dp"],
     )
     line = torch.zeros(table.elements)
     table.local(line, table.slots[0]).copy_(values)

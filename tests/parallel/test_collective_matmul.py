@@ -20,8 +20,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from k2train.errors import ConfigError
 from k2train.launch.environment import Launch
 from k2train.parallel import collective_matmul, collectives
-from k2train.parallel.collective_matmul import Exchange, Product, Replicated, Split, choose_exchange
-from k2train.parallel.grad_accumulation import Sink, WeightWork, attach
+from k2train.parallel.collective_matmul import (
+    CollectiveMatmul,
+    Product,
+    Replicated,
+    Split,
+    choose_collective_matmul,
+)
+from k2train.parallel.grad_accumulation import GradAccumulator, WeightWork, attach
 from k2train.parallel.grid import SINGLE, Axis
 from k2train.parallel.tensor_parallel import ColumnLinear, RowLinear
 from tests.support.gloo_pool import GlooPool
@@ -103,19 +109,29 @@ def build(axis: Axis, sequence: bool) -> tuple[ColumnLinear, RowLinear, dict[str
         layer.weight_work = work
         for piece in layer.pieces["weight"]:
             whole = drawn(piece.name, *piece.global_shape).float()
-            piece.of(layer.weight.data).copy_(whole.narrow(piece.dim or 0, piece.start, piece.stop - piece.start))
-        attach(layer.weight, Sink(torch.zeros(layer.weight.shape), lambda n=name: arrived[n].append(1)))
+            piece.of(layer.weight.data).copy_(
+                whole.narrow(piece.dim or 0, piece.start, piece.stop - piece.start)
+            )
+        attach(
+            layer.weight,
+            GradAccumulator(torch.zeros(layer.weight.shape), lambda n=name: arrived[n].append(1)),
+        )
     return column, row, arrived
 
 
 def case_job(launch: Launch, cases: Any, late: bool) -> list[dict[str, Any]]:
-    return [run_case(Axis("tp", launch.world_size, launch.rank, dist.group.WORLD), *case, late) for case in cases]
+    return [
+        run_case(Axis("tp", launch.world_size, launch.rank, dist.group.WORLD), *case, late)
+        for case in cases
+    ]
 
 
-def run_case(axis: Axis, sequence: bool, overlap: bool, regather: bool, later: bool, late: bool) -> dict[str, Any]:
+def run_case(
+    axis: Axis, sequence: bool, overlap: bool, regather: bool, later: bool, late: bool
+) -> dict[str, Any]:
     axis = replace(axis, overlap=overlap, regather=regather)
     column, row, arrived = build(axis, sequence)
-    sinks = {"column": column.weight.sink, "row": row.weight.sink}
+    sinks = {"column": column.weight.accumulator, "row": row.weight.accumulator}
     counter, found = Counter(late), {"y": [], "dx": [], "early": [], "arrived": []}
 
     def mine(x: Tensor) -> Tensor:
@@ -125,11 +141,14 @@ def run_case(axis: Axis, sequence: bool, overlap: bool, regather: bool, later: b
         for m in range(MICROBATCHES):
             x = mine(drawn(f"x{m}", SEQUENCE, ROWS, HIDDEN)).requires_grad_()
             y = step(column, row, x)
-            before = [sink.total.clone() for sink in sinks.values()]
+            before = [accumulator.total.clone() for accumulator in sinks.values()]
             if later:
                 with column.weight_work.keeping() as kept:
                     y.backward(mine(drawn(f"dy{m}", SEQUENCE, ROWS, HIDDEN)))
-                unmoved = all(torch.equal(a, sink.total) for a, sink in zip(before, sinks.values(), strict=True))
+                unmoved = all(
+                    torch.equal(a, accumulator.total)
+                    for a, accumulator in zip(before, sinks.values(), strict=True)
+                )
                 found["early"].append((unmoved, len(kept), len(arrived["column"])))
                 for work in kept:
                     work()
@@ -150,7 +169,9 @@ def run_case(axis: Axis, sequence: bool, overlap: bool, regather: bool, later: b
 
 def close(found: Any, expected: Tensor) -> bool:
     wanted = expected.detach().numpy()
-    return found.shape == wanted.shape and bool(np.abs(found - wanted).max() <= 1e-6 * np.abs(wanted).max())
+    return found.shape == wanted.shape and bool(
+        np.abs(found - wanted).max() <= 1e-6 * np.abs(wanted).max()
+    )
 
 
 def expected_begun(tp: int, sequence: bool, regather: bool) -> dict[str, int]:
@@ -161,7 +182,9 @@ def expected_begun(tp: int, sequence: bool, regather: bool) -> dict[str, int]:
     elif tp > 1:
         begun["all_reduce"] = 2 * MICROBATCHES
     # Two ranks exchange everything by one kind of call.
-    return begun if tp != 2 else {**dict.fromkeys(COLLECTIVES, 0), "all_to_all": sum(begun.values())}
+    return (
+        begun if tp != 2 else {**dict.fromkeys(COLLECTIVES, 0), "all_to_all": sum(begun.values())}
+    )
 
 
 @pytest.mark.parametrize("late", (False, True))
@@ -178,10 +201,14 @@ def test_every_exchange_equals_the_plain_product(pool: GlooPool, tp: int, late: 
                     assert close(rank[key][m], block), f"{key} of micro-batch {m}, {say}"
         for rank in ranks:
             for name, (dim, start, grad) in rank["grads"].items():
-                assert close(grad, whole["grads"][name].narrow(dim, start, grad.shape[dim])), f"{name}, {say}"
+                assert close(grad, whole["grads"][name].narrow(dim, start, grad.shape[dim])), (
+                    f"{name}, {say}"
+                )
             assert rank["autograd"] == [True, True], f"a gradient went to autograd too, {say}"
             assert rank["arrived"] == [(m + 1, m + 1) for m in range(MICROBATCHES)], say
-            assert rank["early"] == ([(True, 2, m) for m in range(MICROBATCHES)] if later else []), say
+            assert rank["early"] == (
+                [(True, 2, m) for m in range(MICROBATCHES)] if later else []
+            ), say
             assert rank["begun"] == expected_begun(tp, sequence, regather), say
 
 
@@ -195,7 +222,9 @@ def test_when_changes_no_bit(pool: GlooPool) -> None:
             plain = found[sequence, overlap and sequence, False, False]
             this = found[sequence, overlap, regather, later]
             for key in ("y", "dx"):
-                assert all(np.array_equal(a, b) for a, b in zip(plain[key], this[key], strict=True)), key
+                assert all(
+                    np.array_equal(a, b) for a, b in zip(plain[key], this[key], strict=True)
+                ), key
             for name, (_, _, grad) in plain["grads"].items():
                 assert np.array_equal(grad, this["grads"][name][2]), name
 
@@ -221,7 +250,18 @@ def test_a_product_copies_nothing() -> None:
         with Operators() as operators:
             y = layer(given)
             y.backward(torch.ones_like(y))
-        views = {"view", "t", "transpose", "detach", "narrow", "slice", "ones_like", "_unsafe_view", "alias", "reshape"}
+        views = {
+            "view",
+            "t",
+            "transpose",
+            "detach",
+            "narrow",
+            "slice",
+            "ones_like",
+            "_unsafe_view",
+            "alias",
+            "reshape",
+        }
         assert sorted(set(operators.names) - views) == ["addmm_", "mm"], operators.names
         assert operators.names.count("mm") == 2, operators.names
 
@@ -229,11 +269,15 @@ def test_a_product_copies_nothing() -> None:
 def test_padding_rows_take_no_gradient() -> None:
     """Catches a weight gradient that is written past the rows that took part."""
     head = ColumnLinear(HIDDEN, {"head": 5}, Axis("tp", 2, 1, None), False, 1.0, pad=True)
-    head.exchange = Exchange(head.tp, Product())
+    head.exchange = CollectiveMatmul(head.tp, Product())
     torch.nn.init.ones_(head.weight)
-    attach(head.weight, Sink(torch.zeros(3, HIDDEN)))
+    attach(head.weight, GradAccumulator(torch.zeros(3, HIDDEN)))
     head(torch.ones(2, 1, HIDDEN)).sum().backward()
-    assert head.weight.sink.total.tolist() == [[2.0] * HIDDEN, [2.0] * HIDDEN, [0.0] * HIDDEN]
+    assert head.weight.accumulator.total.tolist() == [
+        [2.0] * HIDDEN,
+        [2.0] * HIDDEN,
+        [0.0] * HIDDEN,
+    ]
 
 
 def test_a_frozen_weight_asks_for_nothing(pool: GlooPool) -> None:
@@ -249,19 +293,19 @@ def frozen_job(launch: Launch) -> dict[str, int]:
     counter = Counter(late=False)
     with counter.counting():
         step(column, row, torch.ones(4, 1, HIDDEN, requires_grad=True)).sum().backward()
-    assert not column.weight.sink.total.any(), "a frozen weight got a gradient"
+    assert not column.weight.accumulator.total.any(), "a frozen weight got a gradient"
     return counter.begun
 
 
 def test_the_choice_is_by_the_axis() -> None:
     """Catches a switch that chooses nothing, and symmetric memory that is missing and not refused."""
     two = Axis("tp", 2, 0, None)
-    assert type(choose_exchange(SINGLE["tp"], True, None)) is Exchange
-    assert type(choose_exchange(two, False, None)) is Replicated
-    assert type(choose_exchange(two, True, None)) is Split
-    assert choose_exchange(replace(two, regather=True), True, None).regather
+    assert type(choose_collective_matmul(SINGLE["tp"], True, None)) is CollectiveMatmul
+    assert type(choose_collective_matmul(two, False, None)) is Replicated
+    assert type(choose_collective_matmul(two, True, None)) is Split
+    assert choose_collective_matmul(replace(two, regather=True), True, None).regather
     with pytest.raises(ConfigError, match=r"parallel\.symmetric_memory needs"):
-        choose_exchange(replace(two, symmetric=True), True, None)
+        choose_collective_matmul(replace(two, symmetric=True), True, None)
 
 
 def test_a_product_can_be_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,7 +313,9 @@ def test_a_product_can_be_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[Any] = []
 
     class Noting(Product):
-        def multiply(self, a: Tensor, matrix: Tensor, gradient: bool, out: Tensor | None = None) -> Tensor:
+        def multiply(
+            self, a: Tensor, matrix: Tensor, gradient: bool, out: Tensor | None = None
+        ) -> Tensor:
             said.append("gradient" if gradient else "value")
             return super().multiply(a, matrix, gradient, out)
 
@@ -286,7 +332,7 @@ def test_a_product_can_be_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     for layer, width in zip(layers, (4, 8), strict=True):
         said.clear()
         torch.nn.init.ones_(layer.weight)
-        attach(layer.weight, Sink(torch.zeros(layer.weight.shape)))
+        attach(layer.weight, GradAccumulator(torch.zeros(layer.weight.shape)))
         layer(torch.ones(2, 1, width, requires_grad=True)).sum().backward()
         assert said == ["value", "gradient", "weight"]
     assert collective_matmul.Product is Product

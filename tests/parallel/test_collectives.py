@@ -51,7 +51,9 @@ def pairs_job(launch: Launch) -> dict[str, Any]:
         found[pair] = (y.detach().numpy(), leaf.grad.numpy())
     peak = all_reduce(torch.tensor([float(axis.rank)]), axis, dist.ReduceOp.MAX)
     found["max"] = peak.item()
-    found["again"] = reduce_scatter(all_gather(torch.full((2, 3), float(axis.rank)), axis), axis).numpy()
+    found["again"] = reduce_scatter(
+        all_gather(torch.full((2, 3), float(axis.rank)), axis), axis
+    ).numpy()
     try:
         reduce_scatter(torch.zeros(axis.size + 1, 2), axis)
     except AssertionError as error:
@@ -72,11 +74,17 @@ def test_forward_and_backward_by_definition(pool: GlooPool, size: int) -> None:
     found = pool.run(size, pairs_job)
     for pair in PAIRS:
         for rank, (y, grad) in enumerate(expected(pair, size)):
-            assert torch.equal(torch.from_numpy(found[rank][pair][0]), y), f"{pair} forward on rank {rank}"
-            assert torch.equal(torch.from_numpy(found[rank][pair][1]), grad), f"{pair} backward on rank {rank}"
+            assert torch.equal(torch.from_numpy(found[rank][pair][0]), y), (
+                f"{pair} forward on rank {rank}"
+            )
+            assert torch.equal(torch.from_numpy(found[rank][pair][1]), grad), (
+                f"{pair} backward on rank {rank}"
+            )
     assert [part["max"] for part in found] == [size - 1.0] * size
     for rank, part in enumerate(found):
-        assert (part["again"] == rank * size).all(), "all_gather then reduce_scatter is times the number of ranks"
+        assert (part["again"] == rank * size).all(), (
+            "all_gather then reduce_scatter is times the number of ranks"
+        )
         assert f"must be divisible by tp {rank}/{size}" in part["uneven"]
 
 
@@ -106,7 +114,9 @@ def started_job(launch: Launch, dtype: torch.dtype) -> list[Any]:
         ]
         found.append([p.wait().double().tolist() for p in pending])
         assert pending[0].wait() is summed, "an all-reduce is in place"
-        assert [p.wait().double().tolist() for p in pending] == found[-1], "waiting again did something again"
+        assert [p.wait().double().tolist() for p in pending] == found[-1], (
+            "waiting again did something again"
+        )
     return found
 
 
@@ -118,7 +128,13 @@ def test_begun_ahead_or_at_once(pool: GlooPool, size: int, dtype: torch.dtype) -
     gaps = [whole_numbers(rank, 4, 6)[:, ::2] for rank in range(size)]
     whole = torch.stack(xs).sum(0)
     for rank, found in enumerate(pool.run(size, started_job, dtype)):
-        wanted = [whole, torch.cat(gaps), whole.chunk(size)[rank], torch.stack(gaps).amax(0), whole.sum().to(dtype)]
+        wanted = [
+            whole,
+            torch.cat(gaps),
+            whole.chunk(size)[rank],
+            torch.stack(gaps).amax(0),
+            whole.sum().to(dtype),
+        ]
         for at_once_or_ahead in found:
             for values, want in zip(at_once_or_ahead[:4], wanted[:4], strict=True):
                 assert values == want.tolist()

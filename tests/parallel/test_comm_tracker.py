@@ -9,8 +9,14 @@ import torch.distributed as dist
 from torch import nn
 
 from k2train.launch.environment import Launch
-from k2train.parallel.collectives import all_gather, all_gather_start, all_reduce, all_reduce_start, reduce_scatter
-from k2train.parallel.comm_tracker import Traffic, exchanging, waiting
+from k2train.parallel.collectives import (
+    all_gather,
+    all_gather_start,
+    all_reduce,
+    all_reduce_start,
+    reduce_scatter,
+)
+from k2train.parallel.comm_tracker import CommTracker, collective_scope, wait_scope
 from k2train.parallel.device_digest import StateDigest, StateGuard, StateRoot
 from k2train.parallel.grid import Axis, ProcessGrid
 from k2train.parallel.param_gather import gather_lines
@@ -26,25 +32,25 @@ from tests.support.tiny_model import grid_of, microbatches_of, tiny_config
 CPU = torch.device("cpu")
 
 
-class Listening(Traffic):
+class Listening(CommTracker):
     """Keeps the names of all exchanges and waits."""
 
     def __init__(self) -> None:
         super().__init__()
         self.names: list[str] = []
 
-    def exchange(self, name: str) -> Traffic:
+    def exchange(self, name: str) -> CommTracker:
         self.names.append(name)
         return super().exchange(name)
 
-    def wait(self, name: str) -> Traffic:
+    def wait(self, name: str) -> CommTracker:
         self.names.append(f"wait {name}")
         return super().wait(name)
 
 
 def collectives_job(launch: Launch, overlap: bool) -> dict[str, Any]:
-    traffic = Listening()
-    axis = Axis("dp", launch.world_size, launch.rank, dist.group.WORLD, traffic=traffic)
+    comm = Listening()
+    axis = Axis("dp", launch.world_size, launch.rank, dist.group.WORLD, comm=comm)
     quiet = Axis("dp", launch.world_size, launch.rank, dist.group.WORLD)
     x = torch.randn(12, 3, generator=torch.Generator().manual_seed(launch.rank))
     values = []
@@ -64,20 +70,22 @@ def collectives_job(launch: Launch, overlap: bool) -> dict[str, Any]:
     equal = all(torch.equal(a, b) for a, b in zip(*values, strict=True))
     if launch.rank == 0:
         time.sleep(0.3)
-    before = traffic.blocked_seconds
+    before = comm.blocked_seconds
     all_reduce(x, axis)
     return {
         "equal": equal,
-        "names": traffic.names,
-        "count": traffic.count,
-        "current": traffic.current,
-        "cell": traffic.cells[0],
-        "waited": traffic.blocked_seconds - before,
+        "names": comm.names,
+        "count": comm.count,
+        "current": comm.current,
+        "cell": comm.cells[0],
+        "waited": comm.blocked_seconds - before,
     }
 
 
 @pytest.mark.parametrize(("world", "overlap"), [(2, False), (2, True), (4, True)])
-def test_collectives_are_counted_named_and_unchanged(pool: GlooPool, world: int, overlap: bool) -> None:
+def test_collectives_are_counted_named_and_unchanged(
+    pool: GlooPool, world: int, overlap: bool
+) -> None:
     for rank, found in enumerate(pool.run(world, collectives_job, overlap)):
         assert found["equal"]
         begun = [name for name in found["names"] if not name.startswith("wait ")]
@@ -99,13 +107,19 @@ def test_collectives_are_counted_named_and_unchanged(pool: GlooPool, world: int,
 
 
 def pipeline_job(launch: Launch) -> list[str]:
-    traffic = Listening()
-    pp = Axis("pp", launch.world_size, launch.rank, dist.group.WORLD, traffic=traffic)
+    comm = Listening()
+    pp = Axis("pp", launch.world_size, launch.rank, dist.group.WORLD, comm=comm)
     programs = build_programs("gpipe", launch.world_size, 2, 1)
     layer = nn.Linear(3, 3)
     executor = Executor({launch.rank: layer}, launch.world_size, pp, CPU)
-    executor.run(programs[launch.rank], lambda m: torch.ones(2, 3), lambda y, m: y.sum(), (2, 3), torch.float32)
-    return traffic.names
+    executor.run(
+        programs[launch.rank],
+        lambda m: torch.ones(2, 3),
+        lambda y, m: y.sum(),
+        (2, 3),
+        torch.float32,
+    )
+    return comm.names
 
 
 def test_transfers_of_a_pipeline_are_named(pool: GlooPool) -> None:
@@ -118,10 +132,10 @@ def test_transfers_of_a_pipeline_are_named(pool: GlooPool) -> None:
 
 def grid_job(launch: Launch) -> tuple[bool, bool]:
     grid = ProcessGrid(Layout(data=2, tensor=1, pipeline=1), launch.rank, CPU)
-    own = Traffic()
+    own = CommTracker()
     given = ProcessGrid(Layout(data=2, tensor=1, pipeline=1), launch.rank, CPU, own)
-    one = all(axis.traffic is grid.traffic for axis in (grid.tp, grid.dp, grid.pp, grid.stage))
-    return one, given.dp.traffic is own
+    one = all(axis.comm is grid.comm for axis in (grid.tp, grid.dp, grid.pp, grid.stage))
+    return one, given.dp.comm is own
 
 
 def test_all_axes_of_a_grid_report_to_one_place(pool: GlooPool) -> None:
@@ -134,17 +148,17 @@ def checks_job(launch: Launch, config: Any) -> list[tuple[str, str, str]]:
     engine = Engine(config, grid)
     engine.train_step(microbatches_of(config, grid, 1), 1e-3)
     engine.optimizer.finish()
-    lines, table = engine.optimizer.lines, engine.gradients.table
+    lines, table = engine.optimizer.flat_shards, engine.gradients.table
     digest = StateDigest(table, engine.names, list(lines), grid.tp)
-    root, guard = StateRoot(digest, None, grid.traffic), StateGuard(digest, None, grid.traffic)
+    root, guard = StateRoot(digest, None, grid.comm), StateGuard(digest, None, grid.comm)
     found: list[tuple[str, str, str]] = []
     plain = {name: getattr(dist, name) for name in ("all_reduce", "all_gather_object")}
 
     def seen_from(name: str) -> Any:
         def call(*given: Any, **named: Any) -> Any:
-            before = grid.traffic.current
+            before = grid.comm.current
             done = plain[name](*given, **named)
-            found.append((name, before, grid.traffic.current))
+            found.append((name, before, grid.comm.current))
             return done
 
         return call
@@ -161,7 +175,7 @@ def checks_job(launch: Launch, config: Any) -> list[tuple[str, str, str]]:
     finally:
         for name, function in plain.items():
             setattr(dist, name, function)
-    assert grid.traffic.current == ""
+    assert grid.comm.current == ""
     return found
 
 
@@ -174,32 +188,32 @@ def test_checks_of_the_state_name_their_exchanges(pool: GlooPool) -> None:
 
 
 def test_an_exchange_that_raises_is_remembered() -> None:
-    traffic = Traffic()
-    with pytest.raises(RuntimeError), exchanging(traffic, "all-reduce tp"):
+    comm = CommTracker()
+    with pytest.raises(RuntimeError), collective_scope(comm, "all-reduce tp"):
         raise RuntimeError("connection closed")
-    with pytest.raises(RuntimeError), waiting(traffic, "another"):
+    with pytest.raises(RuntimeError), wait_scope(comm, "another"):
         raise RuntimeError("after that")
-    assert (traffic.broken, traffic.current, traffic.last) == ("all-reduce tp", "", "all-reduce tp")
+    assert (comm.broken, comm.current, comm.last) == ("all-reduce tp", "", "all-reduce tp")
 
 
 def test_a_wait_shows_its_name_and_is_no_new_exchange() -> None:
-    traffic = Traffic()
-    with exchanging(traffic, "one"):
-        assert traffic.position()[:3] == (1, "one", "one")
-    with waiting(traffic, "two"):
-        assert traffic.position()[:3] == (1, "two", "one")
-    with exchanging(None, "nothing"), waiting(None, "nothing"):
+    comm = CommTracker()
+    with collective_scope(comm, "one"):
+        assert comm.position()[:3] == (1, "one", "one")
+    with wait_scope(comm, "two"):
+        assert comm.position()[:3] == (1, "two", "one")
+    with collective_scope(None, "nothing"), wait_scope(None, "nothing"):
         pass
-    assert traffic.position()[1] == ""
+    assert comm.position()[1] == ""
 
 
 def test_counting_costs_little() -> None:
-    traffic = Traffic()
+    comm = CommTracker()
     best = float("inf")
     for _ in range(20):
         began = time.perf_counter()
         for _ in range(1000):
-            with exchanging(traffic, "all-reduce tp"):
+            with collective_scope(comm, "all-reduce tp"):
                 pass
         best = min(best, (time.perf_counter() - began) / 1000)
     # Measured 0.4 us; the bound leaves room for a slower machine, not for a lock or a system call.

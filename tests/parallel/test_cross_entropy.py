@@ -24,7 +24,7 @@ from k2train.parallel.cross_entropy import (
     strip_rows,
     vocab_parallel_cross_entropy,
 )
-from k2train.parallel.grad_accumulation import Sink, attach
+from k2train.parallel.grad_accumulation import GradAccumulator, attach
 from k2train.parallel.grid import SINGLE, Axis
 from k2train.parallel.shard import even_slice
 from k2train.plan.memory import MIB
@@ -73,7 +73,9 @@ def loss_job(launch: Launch, vocab: int) -> dict[str, Any]:
         labels = labels_of(vocab)
         labels[4, 1] = bad
         try:
-            vocab_parallel_cross_entropy(logits_of("plain", vocab)[..., start:stop], labels, start, vocab, tp)
+            vocab_parallel_cross_entropy(
+                logits_of("plain", vocab)[..., start:stop], labels, start, vocab, tp
+            )
             said.append("taken")
         except DataError as error:
             said.append(str(error))
@@ -107,10 +109,12 @@ def test_labels_outside_the_vocabulary_are_refused(pool: GlooPool, tp: int, voca
     """Catches a label that is nobody's: its logit would count as zero and the loss could fall in silence."""
     for part in pool.run(tp, loss_job, vocab):
         for bad, text in zip((vocab, vocab + 1, -1, -99, 2**31), part["said"], strict=True):
-            assert text.startswith(f"label id {bad} at row 1, position 4 of a micro-batch is outside the vocabulary")
+            assert text.startswith(
+                f"label id {bad} at row 1, position 4 of a micro-batch is outside the vocabulary"
+            )
 
 
-class Counted(Sink):
+class Counted(GradAccumulator):
     """A sink that counts how often it was told that a micro-batch is in."""
 
     def __init__(self, total: torch.Tensor):
@@ -124,7 +128,10 @@ class Counted(Sink):
 def head_of(vocab: int, kind: str = "plain") -> tuple[torch.Tensor, torch.Tensor]:
     """Input [s, b, h] and matrix [v, h] of a head; fp32."""
     g = torch.Generator().manual_seed(5)
-    hidden, weight = torch.randn(SEQUENCE, ROWS, HIDDEN, generator=g), torch.randn(vocab, HIDDEN, generator=g) * 0.3
+    hidden, weight = (
+        torch.randn(SEQUENCE, ROWS, HIDDEN, generator=g),
+        torch.randn(vocab, HIDDEN, generator=g) * 0.3,
+    )
     if kind == "large":
         hidden = hidden * 60
     if kind == "spread":
@@ -140,9 +147,14 @@ def padded(weight: torch.Tensor, rows: int) -> torch.nn.Parameter:
 
 
 def run_fused(
-    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, v: Vocabulary, strip: int | None, rows: int
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    v: Vocabulary,
+    strip: int | None,
+    rows: int,
 ) -> dict[str, Any]:
-    """Loss and gradients of this rank, with a sink and without, from whole tensors."""
+    """Loss and gradients of this rank, with a accumulator and without, from whole tensors."""
     start, stop = v.start, v.start + v.width
     part = slice(None)
     if v.sequence:
@@ -150,25 +162,37 @@ def run_fused(
     results = []
     for given_sink in (True, False):
         w = padded(weight[start:stop], rows)
-        sink = Counted(torch.full(w.shape, 2.0))
+        accumulator = Counted(torch.full(w.shape, 2.0))
         if given_sink:
-            attach(w, sink)
+            attach(w, accumulator)
         x = hidden[part].clone().requires_grad_()
         loss = fused_cross_entropy(x, w, labels, v, SCALE, strip)
-        assert loss.dtype == torch.float32 and sink.times == int(given_sink)
-        made = sink.total - 2.0
+        assert loss.dtype == torch.float32 and accumulator.times == int(given_sink)
+        made = accumulator.total - 2.0
         loss.backward()
         assert (w.grad is None) == given_sink, "the gradient of the matrix went two ways, or none"
-        assert sink.times == int(given_sink) and torch.equal(made, sink.total - 2.0), "backward added to the sink"
+        assert accumulator.times == int(given_sink) and torch.equal(
+            made, accumulator.total - 2.0
+        ), "backward added to the sink"
         dw = made if w.grad is None else w.grad
-        assert x.grad is not None and x.grad.dtype == hidden.dtype and (given_sink or dw.dtype == weight.dtype)
+        assert (
+            x.grad is not None
+            and x.grad.dtype == hidden.dtype
+            and (given_sink or dw.dtype == weight.dtype)
+        )
         assert not dw[v.width :].any(), "padding has a gradient"
         with torch.no_grad():
             silent = fused_cross_entropy(x, w, labels, v, SCALE, strip)
-        assert torch.equal(silent, loss) and sink.times == int(given_sink), "an evaluation differs or leaves a trace"
-        results.append((float(loss.detach()), x.grad.float().numpy(), dw[: v.width].float().numpy()))
+        assert torch.equal(silent, loss) and accumulator.times == int(given_sink), (
+            "an evaluation differs or leaves a trace"
+        )
+        results.append(
+            (float(loss.detach()), x.grad.float().numpy(), dw[: v.width].float().numpy())
+        )
     assert results[0][0] == results[1][0] and np.array_equal(results[0][1], results[1][1])
-    assert np.abs(results[0][2] - results[1][2]).max(initial=0) < (0.05 if weight.dtype == torch.bfloat16 else 1e-5)
+    assert np.abs(results[0][2] - results[1][2]).max(initial=0) < (
+        0.05 if weight.dtype == torch.bfloat16 else 1e-5
+    )
     return {"loss": results[0][0], "dx": results[0][1], "dw": results[0][2]}
 
 
@@ -177,15 +201,25 @@ FUSED += [("large", None), ("spread", 5), ("bf16", 7), ("overlap", 7)]
 
 
 def fused_job(launch: Launch, vocab: int, sequence: bool) -> dict[Any, dict[str, Any]]:
-    tp = Axis("tp", launch.world_size, launch.rank, dist.group.WORLD if launch.world_size > 1 else None)
+    tp = Axis(
+        "tp", launch.world_size, launch.rank, dist.group.WORLD if launch.world_size > 1 else None
+    )
     start, stop = even_slice(vocab, tp.size, tp.rank)
     found = {}
     for kind, strip in FUSED:
-        v = Vocabulary(start, stop - start, vocab, replace(tp, overlap=kind == "overlap"), sequence and tp.size > 1)
+        v = Vocabulary(
+            start,
+            stop - start,
+            vocab,
+            replace(tp, overlap=kind == "overlap"),
+            sequence and tp.size > 1,
+        )
         hidden, weight = head_of(vocab, kind)
         if kind == "bf16":
             hidden, weight = hidden.bfloat16(), weight.bfloat16()
-        found[kind, strip] = run_fused(hidden, weight, labels_of(vocab), v, strip, -(-vocab // tp.size))
+        found[kind, strip] = run_fused(
+            hidden, weight, labels_of(vocab), v, strip, -(-vocab // tp.size)
+        )
     return found
 
 
@@ -196,7 +230,9 @@ def whole_head(vocab: int, kind: str) -> tuple[float, np.ndarray, np.ndarray]:
         hidden, weight = hidden.bfloat16(), weight.bfloat16()
     x, w = hidden.double().requires_grad_(), weight.double().requires_grad_()
     logits = (x @ w.t()).flatten(0, 1)
-    loss = SCALE * F.cross_entropy(logits, labels_of(vocab).flatten(), ignore_index=IGNORE, reduction="sum")
+    loss = SCALE * F.cross_entropy(
+        logits, labels_of(vocab).flatten(), ignore_index=IGNORE, reduction="sum"
+    )
     loss.backward()
     assert x.grad is not None and w.grad is not None
     return loss.item(), x.grad.numpy(), w.grad.numpy()
@@ -204,9 +240,19 @@ def whole_head(vocab: int, kind: str) -> tuple[float, np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize(
     ("tp", "sequence", "vocab"),
-    ((1, False, 251), (1, False, 8192), (2, False, 251), (2, True, 251), (4, True, 32003), (4, False, 5), (4, True, 5)),
+    (
+        (1, False, 251),
+        (1, False, 8192),
+        (2, False, 251),
+        (2, True, 251),
+        (4, True, 32003),
+        (4, False, 5),
+        (4, True, 5),
+    ),
 )
-def test_fused_equals_cross_entropy_and_autograd(pool: GlooPool, tp: int, sequence: bool, vocab: int) -> None:
+def test_fused_equals_cross_entropy_and_autograd(
+    pool: GlooPool, tp: int, sequence: bool, vocab: int
+) -> None:
     """Catches a factor, a mask or a strip left out, a share of probability taken for the whole, a sum left on one rank."""
     parts = pool.run(tp, fused_job, vocab, sequence)
     for kind, strip in FUSED:
@@ -217,7 +263,10 @@ def test_fused_equals_cross_entropy_and_autograd(pool: GlooPool, tp: int, sequen
         tolerance = 2e-2 if kind == "bf16" else 1e-5
         for part in got:
             assert part["loss"] == got[0]["loss"], "ranks disagree"
-            assert part["loss"] == pytest.approx(loss, rel=1e-3 if kind == "bf16" else 1e-6), (kind, strip)
+            assert part["loss"] == pytest.approx(loss, rel=1e-3 if kind == "bf16" else 1e-6), (
+                kind,
+                strip,
+            )
             assert sequence or np.array_equal(part["dx"], got[0]["dx"]), "ranks disagree"
         assert np.abs(found_dx - dx).max() <= tolerance * np.abs(dx).max(), (kind, strip)
         assert np.abs(found_dw - dw).max() <= tolerance * np.abs(dw).max(), (kind, strip)
@@ -232,7 +281,14 @@ def uneven_job(launch: Launch) -> dict[str, Any]:
         tp = Axis("tp", launch.world_size, launch.rank, dist.group.WORLD)
         start, stop = even_slice(251, tp.size, tp.rank)
         hidden, weight = head_of(251)
-        return run_fused(hidden, weight, labels_of(251), Vocabulary(start, stop - start, 251, tp, False), None, 126)
+        return run_fused(
+            hidden,
+            weight,
+            labels_of(251),
+            Vocabulary(start, stop - start, 251, tp, False),
+            None,
+            126,
+        )
     finally:
         STRIP_BYTES.update(kept[0])
         STRIP_ROWS.update(kept[1])
@@ -267,7 +323,9 @@ def counting_job(launch: Launch, strip: int, sequence: bool) -> list[str]:
 
 @pytest.mark.parametrize("sequence", (False, True))
 @pytest.mark.parametrize(("strip", "strips"), ((24, 1), (9, 3)))
-def test_one_collective_a_strip_and_one_for_the_input(pool: GlooPool, strip: int, strips: int, sequence: bool) -> None:
+def test_one_collective_a_strip_and_one_for_the_input(
+    pool: GlooPool, strip: int, strips: int, sequence: bool
+) -> None:
     """Catches one more exchange a strip: on a small micro-batch each costs as much as a product."""
     for made in pool.run(2, counting_job, strip, sequence):
         assert len(made) == strips + 1 + sequence, made
@@ -299,19 +357,28 @@ def test_logits_of_a_whole_microbatch_never_exist(
     monkeypatch.setitem(STRIP_BYTES, "cpu", 4 * 10 * 500)
     monkeypatch.setitem(STRIP_ROWS, "cpu", 10)
     monkeypatch.setattr(loss_module, "BAND_BYTES", 4 * 4 * 500)
-    x, w = torch.randn(40, 3, 2, dtype=dtype).requires_grad_(learn), torch.randn(500, 2, dtype=dtype)
+    x, w = (
+        torch.randn(40, 3, 2, dtype=dtype).requires_grad_(learn),
+        torch.randn(500, 2, dtype=dtype),
+    )
     weight = torch.nn.Parameter(w, requires_grad=learn)
-    attach(weight, Sink(torch.zeros(500, 2)))
+    attach(weight, GradAccumulator(torch.zeros(500, 2)))
     labels = torch.randint(0, 500, (40, 3))
     with Largest() as largest:
-        loss = fused_cross_entropy(x, weight, labels, Vocabulary(0, 500, 500, SINGLE["tp"], False), 1.0)
+        loss = fused_cross_entropy(
+            x, weight, labels, Vocabulary(0, 500, 500, SINGLE["tp"], False), 1.0
+        )
         if learn:
             loss.backward()
     assert largest.elements == 10 * 500
     assert largest.wide_elements == (10 if dtype == torch.float32 else 4) * 500
 
 
-@given(rows=st.integers(1, 1 << 17), width=st.integers(0, 1 << 18), device=st.sampled_from(("cpu", "cuda")))
+@given(
+    rows=st.integers(1, 1 << 17),
+    width=st.integers(0, 1 << 18),
+    device=st.sampled_from(("cpu", "cuda")),
+)
 def test_strips_are_bounded_and_even(rows: int, width: int, device: str) -> None:
     """Catches a strip beyond its bound, and a last one of a few rows, whose product runs at a fraction of the rate."""
     strip = strip_rows(rows, width, device)
@@ -327,17 +394,21 @@ def test_a_bad_label_in_a_later_strip_adds_nothing() -> None:
     """Catches a micro-batch refused when a part of it is already in the gradient."""
     hidden, weight = head_of(251)
     parameter, labels = padded(weight, 251), labels_of(251)
-    sink = Counted(torch.zeros(251, HIDDEN))
-    attach(parameter, sink)
+    accumulator = Counted(torch.zeros(251, HIDDEN))
+    attach(parameter, accumulator)
     labels[5, 2] = 251
     v = Vocabulary(0, 251, 251, SINGLE["tp"], False)
-    with pytest.raises(DataError, match=r"label id 251 at row 2, position 5 of a micro-batch is outside"):
+    with pytest.raises(
+        DataError, match=r"label id 251 at row 2, position 5 of a micro-batch is outside"
+    ):
         fused_cross_entropy(hidden.requires_grad_(), parameter, labels, v, 1.0, 4)
-    assert not sink.total.any() and sink.times == 0
+    assert not accumulator.total.any() and accumulator.times == 0
 
 
 @pytest.mark.parametrize("bad", (251, 300, -1, 2**31))
-def test_where_asking_would_stall_a_bad_label_makes_the_loss_nan(monkeypatch: pytest.MonkeyPatch, bad: int) -> None:
+def test_where_asking_would_stall_a_bad_label_makes_the_loss_nan(
+    monkeypatch: pytest.MonkeyPatch, bad: int
+) -> None:
     """Catches an accelerator that trains on a corrupt file: there the label is not looked at before the loss."""
     monkeypatch.setattr(loss_module, "_refuse_bad_labels", lambda labels, vocab_size: None)
     hidden, weight = head_of(251)
@@ -373,8 +444,13 @@ def test_backward_takes_a_gradient_of_one_only() -> None:
 def test_only_what_is_asked_for_is_made(frozen: str) -> None:
     """Catches a gradient made for a frozen tensor, and a frozen one that stops the other's."""
     hidden, weight = head_of(251)
-    x, w = hidden.requires_grad_(frozen != "hidden"), padded(weight, 251).requires_grad_(frozen != "weight")
-    fused_cross_entropy(x, w, labels_of(251), Vocabulary(0, 251, 251, SINGLE["tp"], False), SCALE).backward()
+    x, w = (
+        hidden.requires_grad_(frozen != "hidden"),
+        padded(weight, 251).requires_grad_(frozen != "weight"),
+    )
+    fused_cross_entropy(
+        x, w, labels_of(251), Vocabulary(0, 251, 251, SINGLE["tp"], False), SCALE
+    ).backward()
     _, dx, dw = whole_head(251, "plain")
     for name, tensor, expected in (("hidden", x, dx), ("weight", w, dw)):
         assert (tensor.grad is None) == (name == frozen)

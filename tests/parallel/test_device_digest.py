@@ -14,12 +14,25 @@ from k2train.checkpoint.load import load_states
 from k2train.checkpoint.manifest import read_manifest
 from k2train.checkpoint.writer import CheckpointWriter, snapshot
 from k2train.launch.environment import Launch
-from k2train.parallel.device_digest import Multipliers, StateDigest, StateGuard, StateRoot, tensor_sums
+from k2train.parallel.device_digest import (
+    Multipliers,
+    StateDigest,
+    StateGuard,
+    StateRoot,
+    tensor_sums,
+)
 from k2train.parallel.grid import start_process_group
 from k2train.state_digest import block_sums, digest_text, state_root
 from k2train.train.engine import Engine
 from tests.support.gloo_pool import GlooPool
-from tests.support.tiny_model import assemble, grid_of, local_gradients, microbatches_of, shapes_of, tiny_config
+from tests.support.tiny_model import (
+    assemble,
+    grid_of,
+    local_gradients,
+    microbatches_of,
+    shapes_of,
+    tiny_config,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 STATES = ("master", "exp_avg", "exp_avg_sq")
@@ -43,7 +56,7 @@ def fill(engine: Engine, whole: dict[str, np.ndarray]) -> None:
 def root_job(launch: Launch, config: Any, whole: dict[str, np.ndarray]) -> Any:
     engine = Engine(config, grid_of(launch, config), fill=False)
     fill(engine, whole)
-    root = StateRoot(digest_of(engine), engine.grid.host)(engine.optimizer.lines, 11, 9)
+    root = StateRoot(digest_of(engine), engine.grid.host)(engine.optimizer.flat_shards, 11, 9)
     return root.root, dict(root.digests)
 
 
@@ -58,9 +71,17 @@ GRIDS = (
     (
         "interleaved-dp2",
         4,
-        {"parallel__pipeline": 2, "parallel__schedule": "interleaved", "parallel__stages_per_rank": 2},
+        {
+            "parallel__pipeline": 2,
+            "parallel__schedule": "interleaved",
+            "parallel__stages_per_rank": 2,
+        },
     ),
-    ("zb-v", 2, {"parallel__pipeline": 2, "parallel__schedule": "zb-v", "parallel__stages_per_rank": 2}),
+    (
+        "zb-v",
+        2,
+        {"parallel__pipeline": 2, "parallel__schedule": "zb-v", "parallel__stages_per_rank": 2},
+    ),
     ("bf16-tp2", 2, {"parallel__tensor": 2, "precision": "bf16"}),
 )
 
@@ -76,12 +97,16 @@ def whole() -> dict[str, np.ndarray]:
     }
 
 
-@pytest.mark.parametrize(("world", "changes"), [grid[1:] for grid in GRIDS], ids=[grid[0] for grid in GRIDS])
+@pytest.mark.parametrize(
+    ("world", "changes"), [grid[1:] for grid in GRIDS], ids=[grid[0] for grid in GRIDS]
+)
 def test_every_grid_gives_the_digests_of_the_whole(
     pool: GlooPool, whole: dict[str, np.ndarray], world: int, changes: dict[str, Any]
 ) -> None:
     """Over cut rows and columns, copies counted once, an uneven vocabulary (251) and ranks with no row at all."""
-    expected = {name: digest_text(block_sums(v, [0] * v.ndim, v.shape)) for name, v in whole.items()}
+    expected = {
+        name: digest_text(block_sums(v, [0] * v.ndim, v.shape)) for name, v in whole.items()
+    }
     for root, digests in pool.run(world, root_job, tiny_config(**changes), whole):
         assert digests == expected
         assert root == state_root(expected, 11, 9)
@@ -89,7 +114,12 @@ def test_every_grid_gives_the_digests_of_the_whole(
 
 def test_narrow_tensor_leaves_ranks_without_rows(pool: GlooPool) -> None:
     """Five data-parallel ranks for a norm of four: the last has no row of it."""
-    changes = {"batch__global_sequences": 10, "model__hidden_size": 4, "model__num_heads": 1, "model__num_kv_heads": 1}
+    changes = {
+        "batch__global_sequences": 10,
+        "model__hidden_size": 4,
+        "model__num_heads": 1,
+        "model__num_kv_heads": 1,
+    }
     config = tiny_config(**changes)
     rng = np.random.Generator(np.random.Philox(key=4))
     whole = {
@@ -97,7 +127,9 @@ def test_narrow_tensor_leaves_ranks_without_rows(pool: GlooPool) -> None:
         for name, shape in shapes_of(config).items()
         for state in STATES
     }
-    expected = {name: digest_text(block_sums(v, [0] * v.ndim, v.shape)) for name, v in whole.items()}
+    expected = {
+        name: digest_text(block_sums(v, [0] * v.ndim, v.shape)) for name, v in whole.items()
+    }
     assert [found[1] for found in pool.run(5, root_job, config, whole)] == [expected] * 5
 
 
@@ -116,10 +148,10 @@ def trained_job(launch: Launch, config: Any) -> Any:
     grid = grid_of(launch, config)
     engine = Engine(config, grid)
     root = StateRoot(digest_of(engine), grid.host)
-    roots = [root(engine.optimizer.lines, 0, 0).root]
+    roots = [root(engine.optimizer.flat_shards, 0, 0).root]
     for step in (1, 2, 3):
         engine.train_step(microbatches_of(config, grid, step), 1e-3)
-        roots.append(root(engine.optimizer.lines, step, engine.optimizer.adam_steps).root)
+        roots.append(root(engine.optimizer.flat_shards, step, engine.optimizer.adam_steps).root)
     return roots, local_gradients(engine, engine.optimizer.master)
 
 
@@ -139,7 +171,7 @@ def guard_job(launch: Launch, config: Any) -> Any:
     grid = grid_of(launch, config)
     engine = Engine(config, grid)
     engine.train_step(microbatches_of(config, grid, 1), 1e-3)
-    digest, lines = digest_of(engine), engine.optimizer.lines
+    digest, lines = digest_of(engine), engine.optimizer.flat_shards
     guard, root = StateGuard(digest), StateRoot(digest)
     found = [guard.problem(lines)]
     slot = engine.gradients.table.slots[2]
@@ -154,8 +186,12 @@ def guard_job(launch: Launch, config: Any) -> Any:
     return found, slot.piece.name
 
 
-@pytest.mark.parametrize(("world", "changes"), ((2, {}), (2, {"parallel__tensor": 2}), (2, {"parallel__pipeline": 2})))
-def test_a_line_that_changes_between_updates_is_seen(pool: GlooPool, world: int, changes: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("world", "changes"), ((2, {}), (2, {"parallel__tensor": 2}), (2, {"parallel__pipeline": 2}))
+)
+def test_a_line_that_changes_between_updates_is_seen(
+    pool: GlooPool, world: int, changes: dict[str, Any]
+) -> None:
     """The lowest bit of one moment or master weight on one rank: named on all; an untouched line never is."""
     told = pool.run(world, guard_job, tiny_config(**changes))
     text = f"{told[1][1]}.{{}} on rank 1 changed between two updates, when nothing writes it"
@@ -169,9 +205,16 @@ def save_job(launch: Launch, config: Any, directory: str) -> str:
     engine = Engine(config, grid)
     for step in (1, 2):
         engine.train_step(microbatches_of(config, grid, step), 1e-2)
-    lines, updates = engine.optimizer.lines, engine.optimizer.adam_steps
+    lines, updates = engine.optimizer.flat_shards, engine.optimizer.adam_steps
     root = StateRoot(digest_of(engine), grid.host)(lines, 2, updates).root
-    facts = {"step": 2, "adam_steps": updates, "consumed_tokens": 0, "chunks": {}, "config": {}, "data": {}}
+    facts = {
+        "step": 2,
+        "adam_steps": updates,
+        "consumed_tokens": 0,
+        "chunks": {},
+        "config": {},
+        "data": {},
+    }
     writer = CheckpointWriter(Path(directory), grid, 0, asynchronous=False)
     state = snapshot(engine.gradients.table, lines, engine.dtype)
     writer.save("ckpt_001", state, facts, lambda path, manifest: None)
@@ -183,14 +226,20 @@ def load_job(launch: Launch, config: Any, path: str) -> str:
     grid = grid_of(launch, config)
     engine = Engine(config, grid, fill=False)
     manifest = read_manifest(Path(path))
-    load_states(Path(path), engine.gradients.table, engine.optimizer.lines, grid, engine.dtype)
+    load_states(
+        Path(path), engine.gradients.table, engine.optimizer.flat_shards, grid, engine.dtype
+    )
     return StateRoot(digest_of(engine), grid.host)(
-        engine.optimizer.lines, manifest["step"], manifest["adam_steps"]
+        engine.optimizer.flat_shards, manifest["step"], manifest["adam_steps"]
     ).root
 
 
-@pytest.mark.parametrize("source", (4, pytest.param(6, marks=pytest.mark.slow)), ids=("tp2-sequence-dp2", "tp4"))
-def test_a_root_survives_saving_and_loading_elsewhere(pool: GlooPool, tmp_path: Path, source: int) -> None:
+@pytest.mark.parametrize(
+    "source", (4, pytest.param(6, marks=pytest.mark.slow)), ids=("tp2-sequence-dp2", "tp4")
+)
+def test_a_root_survives_saving_and_loading_elsewhere(
+    pool: GlooPool, tmp_path: Path, source: int
+) -> None:
     """Saved on one grid and loaded on others: one root, and it is the manifest's."""
     _, world, changes = GRIDS[source]
     (root,) = set(pool.run(world, save_job, tiny_config(**changes), str(tmp_path)))
@@ -209,7 +258,9 @@ def steps_main(steps: int, seed: int) -> None:
     engine = Engine(config, grid)
     for step in range(1, steps + 1):
         engine.train_step(microbatches_of(config, grid, step), 1e-3)
-    root = StateRoot(digest_of(engine), grid.host)(engine.optimizer.lines, steps, engine.optimizer.adam_steps).root
+    root = StateRoot(digest_of(engine), grid.host)(
+        engine.optimizer.flat_shards, steps, engine.optimizer.adam_steps
+    ).root
     print(root)
 
 
@@ -219,7 +270,10 @@ def test_run_twice() -> None:
     paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
     command = [sys.executable, "-c", "import test_state_digest as t; t.steps_main(200, 7)"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    begun = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) for _ in range(2)]
+    begun = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+        for _ in range(2)
+    ]
     roots = [process.communicate(timeout=300)[0].split()[-1] for process in begun]
     assert [process.returncode for process in begun] == [0, 0]
     assert roots[0] == roots[1] and len(roots[0]) == 64

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from k2train.parallel.grad_accumulation import Sink, WeightWork, attach, sink_of
+from k2train.parallel.grad_accumulation import GradAccumulator, WeightWork, accumulator_of, attach
 from k2train.parallel.grid import SINGLE, Axis
 from k2train.parallel.tensor_parallel import ColumnLinear, RowLinear, VocabEmbedding
 
@@ -14,30 +14,30 @@ from k2train.parallel.tensor_parallel import ColumnLinear, RowLinear, VocabEmbed
 def test_products_and_rows_add_up_in_fp32() -> None:
     """Catches a sum that replaces, one at the wrong rows, and one that is rounded to the factors' dtype."""
     total = torch.full((5, 3), 1024.0)
-    sink = Sink(total)
+    accumulator = GradAccumulator(total)
     dy, x = torch.ones(2, 2, dtype=torch.bfloat16), torch.ones(2, 3, dtype=torch.bfloat16)
     for _ in range(3):
-        sink.add_product(dy, x, first_row=1)
-    sink.add(torch.full((1, 3), 0.5), first_row=4)
+        accumulator.add_product(dy, x, first_row=1)
+    accumulator.add(torch.full((1, 3), 0.5), first_row=4)
     assert total[:, 0].tolist() == [1024.0, 1030.0, 1030.0, 1024.0, 1024.5]
-    sink.add_product(dy.float(), x.float(), first_row=3)
+    accumulator.add_product(dy.float(), x.float(), first_row=3)
     assert total[:, 2].tolist() == [1024.0, 1030.0, 1030.0, 1026.0, 1026.5]
 
 
 def test_arrivals_are_told() -> None:
     """Catches a sink that tells nobody, and one that needs somebody to tell."""
     arrived: list[int] = []
-    Sink(torch.zeros(1)).complete()
-    Sink(torch.zeros(1), lambda: arrived.append(1)).complete()
+    GradAccumulator(torch.zeros(1)).complete()
+    GradAccumulator(torch.zeros(1), lambda: arrived.append(1)).complete()
     assert arrived == [1]
 
 
 def test_a_sink_belongs_to_its_parameter() -> None:
     """Catches a sink found on another parameter, and one that is invented."""
     one, other = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
-    attach(one, Sink(torch.zeros(2)))
-    assert sink_of(one) is not None
-    assert sink_of(other) is None
+    attach(one, GradAccumulator(torch.zeros(2)))
+    assert accumulator_of(one) is not None
+    assert accumulator_of(other) is None
 
 
 def test_work_is_done_at_once_or_kept() -> None:
@@ -91,13 +91,13 @@ def test_an_embedding_waits_until_it_is_asked() -> None:
     """Catches an embedding that adds in the backward pass of a schedule that wants it later, or never."""
     embedding = VocabEmbedding("e", 10, 6, SINGLE["tp"], False, 1.0)
     torch.nn.init.normal_(embedding.weight)
-    attach(embedding.weight, Sink(torch.zeros(10, 6)))
+    attach(embedding.weight, GradAccumulator(torch.zeros(10, 6)))
     with embedding.weight_work.keeping() as kept:
         embedding(torch.tensor([[3, 3]])).sum().backward()
-    assert not embedding.weight.sink.total.any(), "added before its time"
+    assert not embedding.weight.accumulator.total.any(), "added before its time"
     for late in kept:
         late()
-    assert embedding.weight.sink.total[3].tolist() == [2.0] * 6
+    assert embedding.weight.accumulator.total[3].tolist() == [2.0] * 6
     assert embedding.weight.grad is None
 
 
@@ -113,7 +113,7 @@ def test_sums_over_micro_batches(with_sink: bool) -> None:
     for layer in layers:
         torch.nn.init.normal_(layer.weight, generator=torch.Generator().manual_seed(1))
         if with_sink:
-            attach(layer.weight, Sink(torch.zeros(layer.weight.shape)))
+            attach(layer.weight, GradAccumulator(torch.zeros(layer.weight.shape)))
     weights = [layer.weight.detach().clone().requires_grad_() for layer in layers]
     for seed in (1, 2, 3):
         tokens = torch.randint(0, 7, (2, 5), generator=torch.Generator().manual_seed(seed))
@@ -123,6 +123,6 @@ def test_sums_over_micro_batches(with_sink: bool) -> None:
         x.square().sum().backward()
         (weights[0][tokens.t()] @ weights[1].t() @ weights[2].t()).square().sum().backward()
     for layer, weight in zip(layers, weights, strict=True):
-        found = layer.weight.sink.total if with_sink else layer.weight.grad
+        found = layer.weight.accumulator.total if with_sink else layer.weight.grad
         assert torch.allclose(found, weight.grad, rtol=1e-5, atol=1e-6)
         assert (layer.weight.grad is None) == with_sink

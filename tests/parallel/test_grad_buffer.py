@@ -13,11 +13,11 @@ from torch import nn
 
 from k2train.launch.environment import Launch
 from k2train.parallel import grad_buffer
-from k2train.parallel.grad_accumulation import sink_of
-from k2train.parallel.grad_buffer import ALIGN, GradientBuffer, SlotTable
+from k2train.parallel.grad_accumulation import accumulator_of
+from k2train.parallel.grad_buffer import ALIGN, GradientBuffer, ShardLayout
 from k2train.parallel.grid import SINGLE, Axis
-from k2train.parallel.param_gather import Publisher
-from k2train.parallel.shard import Piece, Sharded
+from k2train.parallel.param_gather import ParamGather
+from k2train.parallel.shard import ParamSlice, Sharded
 from tests.support.gloo_pool import GlooPool
 
 CPU = torch.device("cpu")
@@ -40,30 +40,42 @@ class Toy(Sharded):
         self.pieces = {}
         for name, (shape, decay, partial) in TENSORS.items():
             setattr(self, name, nn.Parameter(torch.zeros(shape, dtype=dtype)))
-            self.pieces[name] = (Piece(name, shape, None, 0, shape[0], 0, 1.0, decay, partial),)
+            self.pieces[name] = (
+                ParamSlice(name, shape, None, 0, shape[0], 0, 1.0, decay, partial),
+            )
         self.fused = nn.Parameter(torch.zeros(8, 2, dtype=dtype))
         self.pieces["fused"] = (
-            Piece("upper", (4, 2), None, 0, 4, 0, 1.0, True),
-            Piece("lower", (3, 2), None, 0, 3, 4, 1.0, True),
+            ParamSlice("upper", (4, 2), None, 0, 4, 0, 1.0, True),
+            ParamSlice("lower", (3, 2), None, 0, 3, 4, 1.0, True),
         )
 
 
 pieces = st.builds(
-    lambda rows, width, decay: (rows, width, decay), st.integers(0, 9), st.sampled_from([(), (1,), (3,)]), st.booleans()
+    lambda rows, width, decay: (rows, width, decay),
+    st.integers(0, 9),
+    st.sampled_from([(), (1,), (3,)]),
+    st.booleans(),
 )
 
 
-def table_of(specs: list[tuple[int, tuple[int, ...], bool]], dp: int, rank: int) -> SlotTable:
+def table_of(specs: list[tuple[int, tuple[int, ...], bool]], dp: int, rank: int) -> ShardLayout:
     pairs = []
     for n, (rows, width, decay) in enumerate(specs):
         shape = (rows, *width)
-        pairs.append((nn.Parameter(torch.zeros(shape)), Piece(f"t{n}", shape, None, 0, rows, 0, 1.0, decay)))
-    return SlotTable(pairs, Axis("dp", dp, rank, None))
+        pairs.append(
+            (
+                nn.Parameter(torch.zeros(shape)),
+                ParamSlice(f"t{n}", shape, None, 0, rows, 0, 1.0, decay),
+            )
+        )
+    return ShardLayout(pairs, Axis("dp", dp, rank, None))
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(pieces, min_size=1, max_size=6), st.integers(1, 5))
-def test_slots_cover_everything_once(specs: list[tuple[int, tuple[int, ...], bool]], dp: int) -> None:
+def test_slots_cover_everything_once(
+    specs: list[tuple[int, tuple[int, ...], bool]], dp: int
+) -> None:
     """Catches rows lost or held twice when they do not divide, a short block misplaced, halves that mix or do not align."""
     tables = [table_of(specs, dp, rank) for rank in range(dp)]
     table = tables[0]
@@ -72,24 +84,34 @@ def test_slots_cover_everything_once(specs: list[tuple[int, tuple[int, ...], boo
     lines = torch.full((dp, table.elements), -1.0)
     offset, values = 0, {}
     for slot in table.slots:
-        rows = torch.arange(offset, offset + slot.parameter.numel(), dtype=torch.float32).view(slot.piece.shape)
+        rows = torch.arange(offset, offset + slot.parameter.numel(), dtype=torch.float32).view(
+            slot.piece.shape
+        )
         offset, values[slot.piece.name] = offset + rows.numel(), rows
         for held, given_rows in table.each_block(lines, slot, rows):
             assert (held == -1).all(), f"{slot.piece.name} lies over another piece"
             held.copy_(given_rows)
-        assert (slot.offset + slot.elements <= table.decayed) == slot.piece.decay or slot.elements == 0
+        assert (
+            slot.offset + slot.elements <= table.decayed
+        ) == slot.piece.decay or slot.elements == 0
     assert int((lines >= 0).sum()) == offset, "values lost or written twice"
     for slot_index, slot in enumerate(table.slots):
         held = [t.local(lines[rank], t.slots[slot_index]) for rank, t in enumerate(tables)]
-        assert torch.equal(torch.cat(held), values[slot.piece.name]), "ranks' rows do not make the piece"
+        assert torch.equal(torch.cat(held), values[slot.piece.name]), (
+            "ranks' rows do not make the piece"
+        )
         chunks = values[slot.piece.name].chunk(dp) if slot.piece.shape[0] else ()
         for rank, chunk in enumerate(chunks):
-            assert torch.equal(held[rank], chunk), "not the rows of torch.chunk, which checkpoints rely on"
+            assert torch.equal(held[rank], chunk), (
+                "not the rows of torch.chunk, which checkpoints rely on"
+            )
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(pieces, min_size=1, max_size=8), st.integers(1, 4), st.integers(1, 4000))
-def test_buckets_cut_the_line(specs: list[tuple[int, tuple[int, ...], bool]], dp: int, limit_bytes: int) -> None:
+def test_buckets_cut_the_line(
+    specs: list[tuple[int, tuple[int, ...], bool]], dp: int, limit_bytes: int
+) -> None:
     """Catches a gap or an overlap between transfers, a parameter in two of them, and a limit that is not looked at."""
     table = table_of(specs, dp, 0)
     buckets = table.buckets(limit_bytes)
@@ -99,10 +121,18 @@ def test_buckets_cut_the_line(specs: list[tuple[int, tuple[int, ...], bool]], dp
     assert [slot for b in buckets for slot in b.slots if slot.elements] == filled
     for bucket in buckets:
         held = [slot for slot in bucket.slots if slot.elements]
-        assert all(b.start <= slot.offset and slot.offset + slot.elements <= b.stop for b in [bucket] for slot in held)
-        assert len({slot.piece.decay for slot in held}) == 1, "norms wait for a sum that others need not wait for"
+        assert all(
+            b.start <= slot.offset and slot.offset + slot.elements <= b.stop
+            for b in [bucket]
+            for slot in held
+        )
+        assert len({slot.piece.decay for slot in held}) == 1, (
+            "norms wait for a sum that others need not wait for"
+        )
         if bucket.start < table.decayed:
-            without_first = bucket.stop - min((slot.offset for slot in held[1:]), default=bucket.stop)
+            without_first = bucket.stop - min(
+                (slot.offset for slot in held[1:]), default=bucket.stop
+            )
             assert 4 * dp * without_first < limit_bytes, "a transfer larger than asked for"
 
 
@@ -121,11 +151,11 @@ def accumulate(toy: Toy, rank: int, num_microbatches: int) -> None:
             if name == "fused":
                 weights[7] = 0.0
             if name in ("square", "fused", "norm"):
-                sink = sink_of(names[name])
-                assert sink is not None, "no sink was attached"
-                sink.add(weights[:2])
-                sink.add(weights[2:], first_row=2)
-                sink.complete()
+                accumulator = accumulator_of(names[name])
+                assert accumulator is not None, "no sink was attached"
+                accumulator.add(weights[:2])
+                accumulator.add(weights[2:], first_row=2)
+                accumulator.complete()
             else:
                 (names[name] * weights).sum().backward()
 
@@ -137,10 +167,15 @@ CASES = [(m, size, overlap) for m in (1, 2) for size in COUNTS for overlap in (F
 
 def reduce_job(launch: Launch) -> list[dict[str, Any]]:
     sizes = [None if size is None else size * launch.world_size for _, size, _ in CASES]
-    return [reduce_once(launch, m, size, overlap) for (m, _, overlap), size in zip(CASES, sizes, strict=True)]
+    return [
+        reduce_once(launch, m, size, overlap)
+        for (m, _, overlap), size in zip(CASES, sizes, strict=True)
+    ]
 
 
-def reduce_once(launch: Launch, num_microbatches: int, bucket_bytes: int | None, overlap: bool) -> dict[str, Any]:
+def reduce_once(
+    launch: Launch, num_microbatches: int, bucket_bytes: int | None, overlap: bool
+) -> dict[str, Any]:
     """Two steps, the second reduced; the sum published as if it were the new weights."""
     toy = Toy()
     dp = Axis("dp", launch.world_size, launch.rank, dist.group.WORLD, overlap=overlap)
@@ -158,24 +193,34 @@ def reduce_once(launch: Launch, num_microbatches: int, bucket_bytes: int | None,
         buffer.zero()
         left.clear()
         accumulate(toy, launch.rank, num_microbatches)
-        assert all(parameter.grad is None for parameter in toy.parameters()), "gradients are kept twice"
+        assert all(parameter.grad is None for parameter in toy.parameters()), (
+            "gradients are kept twice"
+        )
         alone = {slot.piece.name: buffer.full(slot).numpy() for slot in buffer.table.slots}
         early = len(left)
         line = buffer.reduce()
     finally:
         grad_buffer.reduce_scatter_start = begin
-    publisher = Publisher(buffer.table)
+    publisher = ParamGather(buffer.table)
     for bucket in buffer.table.buckets(bucket_bytes):
         publisher.put(bucket, line[bucket.start : bucket.stop])
     publisher.finish()
     return {
         "alone": alone,
         "rows": {slot.piece.name: slot.rows(dp) for slot in buffer.table.slots},
-        "shards": {slot.piece.name: buffer.table.local(line, slot).clone().numpy() for slot in buffer.table.slots},
-        "published": {name: parameter.detach().numpy() for name, parameter in toy.named_parameters()},
+        "shards": {
+            slot.piece.name: buffer.table.local(line, slot).clone().numpy()
+            for slot in buffer.table.slots
+        },
+        "published": {
+            name: parameter.detach().numpy() for name, parameter in toy.named_parameters()
+        },
         "buckets": [shape for shape, _ in left],
         "early": early,
-        "gaps": float(line.abs().sum() - sum(buffer.table.local(line, s).abs().sum() for s in buffer.table.slots)),
+        "gaps": float(
+            line.abs().sum()
+            - sum(buffer.table.local(line, s).abs().sum() for s in buffer.table.slots)
+        ),
     }
 
 
@@ -200,10 +245,16 @@ def test_reduce_and_publish_equal_no_sharding(pool: GlooPool, dp: int) -> None:
         by_piece = total | {"upper": total["fused"][:4], "lower": total["fused"][4:7]}
         for rank, part in enumerate(parts):
             for name, (start, stop) in part["rows"].items():
-                assert np.array_equal(part["shards"][name], by_piece[name][start:stop]), f"{name} on rank {rank}"
+                assert np.array_equal(part["shards"][name], by_piece[name][start:stop]), (
+                    f"{name} on rank {rank}"
+                )
             for name, value in total.items():
-                assert np.array_equal(part["published"][name], value), f"{name} published on rank {rank}"
-            assert part["gaps"] == 0.0, "what lies between pieces must stay 0, for the optimizer's sake"
+                assert np.array_equal(part["published"][name], value), (
+                    f"{name} published on rank {rank}"
+                )
+            assert part["gaps"] == 0.0, (
+                "what lies between pieces must stay 0, for the optimizer's sake"
+            )
             assert part["buckets"] == parts[0]["buckets"]
             assert len(part["buckets"]) == (0 if dp == 1 else COUNTS[size])
             # All but the last, which waits for the sum over tensor-parallel ranks.
@@ -238,8 +289,8 @@ def test_a_gradient_that_is_missing_or_too_many_is_named(times: int, complaint: 
     toy = Toy()
     buffer = GradientBuffer([toy], SINGLE["dp"], SINGLE["tp"], CPU, num_microbatches=2)
     accumulate(toy, 0, 2)
-    sink = sink_of(toy.one)
-    assert sink is not None, "no sink was attached"
+    accumulator = accumulator_of(toy.one)
+    assert accumulator is not None, "no sink was attached"
     if times == 1:
         buffer.zero()
         accumulate(toy, 0, 1)
@@ -247,7 +298,7 @@ def test_a_gradient_that_is_missing_or_too_many_is_named(times: int, complaint: 
             if name != "one":
                 parameter.sum().backward()
     else:
-        sink.complete()
+        accumulator.complete()
     with pytest.raises(AssertionError, match=f"other than 2 times: {complaint}"):
         buffer.reduce()
 
@@ -258,7 +309,7 @@ def publish_job(launch: Launch) -> dict[str, Any]:
     rename(second)
     dp = Axis("dp", launch.world_size, launch.rank, dist.group.WORLD, overlap=True)
     buffer = GradientBuffer([first, second], dp, SINGLE["tp"], CPU)
-    publisher = Publisher(buffer.table)
+    publisher = ParamGather(buffer.table)
     line = torch.ones(buffer.table.elements)
     for bucket in buffer.table.buckets(1):
         publisher.put(bucket, line[bucket.start : bucket.stop])
@@ -278,14 +329,16 @@ def publish_job(launch: Launch) -> dict[str, Any]:
 
 def rename(toy: Toy) -> None:
     toy.pieces = {
-        key: tuple(replace(piece, name=f"second.{piece.name}") for piece in held) for key, held in toy.pieces.items()
+        key: tuple(replace(piece, name=f"second.{piece.name}") for piece in held)
+        for key, held in toy.pieces.items()
     }
 
 
 def seen(toy: Toy) -> list[float]:
     """Every different value in the parameters, the padding row of `fused` left out."""
     values = [
-        parameter.detach() if name != "fused" else parameter.detach()[:7] for name, parameter in toy.named_parameters()
+        parameter.detach() if name != "fused" else parameter.detach()[:7]
+        for name, parameter in toy.named_parameters()
     ]
     return sorted(set(torch.cat([value.reshape(-1) for value in values]).tolist()))
 
@@ -294,7 +347,12 @@ def seen(toy: Toy) -> list[float]:
 def test_weights_are_waited_for_at_their_first_use(pool: GlooPool, dp: int) -> None:
     """Catches a forward pass with the weights of the step before, and a gather whose rows never arrive."""
     for part in pool.run(dp, publish_job):
-        assert part == {"before": [0.0, 0.0], "first": [1.0], "second": [1.0], "finished": [2.0, 2.0]}
+        assert part == {
+            "before": [0.0, 0.0],
+            "first": [1.0],
+            "second": [1.0],
+            "finished": [2.0, 2.0],
+        }
 
 
 def tensor_sum_job(launch: Launch) -> dict[str, np.ndarray]:
@@ -302,7 +360,10 @@ def tensor_sum_job(launch: Launch) -> dict[str, np.ndarray]:
     buffer = GradientBuffer([toy], SINGLE["dp"], tp, CPU)
     accumulate(toy, launch.rank, 2)
     line = buffer.reduce()
-    return {slot.piece.name: buffer.table.local(line, slot).clone().numpy() for slot in buffer.table.slots}
+    return {
+        slot.piece.name: buffer.table.local(line, slot).clone().numpy()
+        for slot in buffer.table.slots
+    }
 
 
 def test_sequence_parallel_parts_are_summed_over_tensor_ranks(pool: GlooPool) -> None:

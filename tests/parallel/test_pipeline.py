@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from k2train.launch.environment import Launch
-from k2train.parallel.grad_accumulation import Sink, WeightWork, attach
+from k2train.parallel.grad_accumulation import GradAccumulator, WeightWork, attach
 from k2train.parallel.grid import SINGLE, Axis
 from k2train.parallel.pipeline import Executor
 from k2train.parallel.tensor_parallel import ColumnLinear
@@ -106,7 +106,10 @@ def pipeline_job(launch: Launch, cases: list[tuple[str, int, int]]) -> list[dict
 def run_case(pp: Axis, kind: str, stages_per_rank: int, num_microbatches: int) -> dict[str, Any]:
     num_stages = pp.size * stages_per_rank
     layout = Layout(1, pp.size, 1, stages_per_rank, placement_of(kind), UNEVEN.get(num_stages))
-    mine = {stage: [layers()[n] for n in layout.layers_of(stage, LAYERS)] for stage in layout.stages_of(pp.rank)}
+    mine = {
+        stage: [layers()[n] for n in layout.layers_of(stage, LAYERS)]
+        for stage in layout.stages_of(pp.rank)
+    }
     work = {stage: WeightWork() for stage in mine}
     for stage, held_layers in mine.items():
         for layer in held_layers:
@@ -115,7 +118,9 @@ def run_case(pp: Axis, kind: str, stages_per_rank: int, num_microbatches: int) -
     programs = build_programs(kind, pp.size, num_microbatches, stages_per_rank)
     executor = Executor(stages, num_stages, pp, CPU, work)
     seen: list[Action] = []
-    losses = executor.run(programs[pp.rank], batch, loss_of, (ROWS, WIDTH), torch.float32, seen.append)
+    losses = executor.run(
+        programs[pp.rank], batch, loss_of, (ROWS, WIDTH), torch.float32, seen.append
+    )
     left = left_behind(executor)
     gradients = {
         n: layer.total.numpy()
@@ -138,7 +143,9 @@ def run_case(pp: Axis, kind: str, stages_per_rank: int, num_microbatches: int) -
         "left": left,
         "evaluated": [loss.item() for loss in evaluated],
         "ends": num_stages - 1 in stages,
-        "history": any(layer.total.requires_grad for held_layers in mine.values() for layer in held_layers),
+        "history": any(
+            layer.total.requires_grad for held_layers in mine.values() for layer in held_layers
+        ),
         "graph": any(held),
         "left_by_evaluation": left_behind(executor),
     }
@@ -153,7 +160,9 @@ def test_every_schedule_gives_the_bits_of_a_plain_loop(pool: GlooPool, pipeline:
         losses, gradients = plain(case[2])
         found: dict[int, np.ndarray] = {}
         for part in parts:
-            assert part[n]["in_order"] and part[n]["left"] == 0 and part[n]["left_by_evaluation"] == 0, case
+            assert (
+                part[n]["in_order"] and part[n]["left"] == 0 and part[n]["left_by_evaluation"] == 0
+            ), case
             assert not part[n]["graph"], f"{case}: evaluation built a graph"
             found |= part[n]["gradients"]
         assert sorted(found) == list(range(len(gradients)))
@@ -161,16 +170,23 @@ def test_every_schedule_gives_the_bits_of_a_plain_loop(pool: GlooPool, pipeline:
             assert np.array_equal(found[index], gradient), f"{case}: gradient of parameter {index}"
         for part in parts:
             wanted = losses if part[n]["ends"] else []
-            assert part[n]["losses"] == wanted and part[n]["evaluated"] == wanted, f"{case}: losses where the end is"
+            assert part[n]["losses"] == wanted and part[n]["evaluated"] == wanted, (
+                f"{case}: losses where the end is"
+            )
             assert not part[n]["history"], f"{case}: weight gradients with a graph behind them"
-        assert [part[n]["ends"] for part in parts].index(True) == (0 if case[0] == "zb-v" else pipeline - 1)
+        assert [part[n]["ends"] for part in parts].index(True) == (
+            0 if case[0] == "zb-v" else pipeline - 1
+        )
 
 
 def test_weight_gradients_wait_for_their_action() -> None:
     """Catches an I that does the weights' work too (no time is won), and a W that does nothing or another one's."""
-    layer, sink_total = ColumnLinear(WIDTH, {"w": WIDTH}, SINGLE["tp"], False, 1.0), torch.zeros(WIDTH, WIDTH)
+    layer, sink_total = (
+        ColumnLinear(WIDTH, {"w": WIDTH}, SINGLE["tp"], False, 1.0),
+        torch.zeros(WIDTH, WIDTH),
+    )
     arrived: list[int] = []
-    attach(layer.weight, Sink(sink_total, lambda: arrived.append(1)))
+    attach(layer.weight, GradAccumulator(sink_total, lambda: arrived.append(1)))
     nn.init.normal_(layer.weight)
     x, seen = torch.randn(2, 1, ROWS, WIDTH), {}
 
@@ -179,7 +195,14 @@ def test_weight_gradients_wait_for_their_action() -> None:
 
     executor = Executor({0: layer}, 1, SINGLE["pp"], CPU, {0: layer.weight_work})
     program = [Action(op, 0, m) for op, m in ((F, 0), (F, 1), (I, 0), (I, 1), (W, 0), (W, 1))]
-    executor.run(program, lambda m: x[m].clone(), lambda y, m: y.sum(), (1, ROWS, WIDTH), torch.float32, watch)
+    executor.run(
+        program,
+        lambda m: x[m].clone(),
+        lambda y, m: y.sum(),
+        (1, ROWS, WIDTH),
+        torch.float32,
+        watch,
+    )
     assert not seen["0I1"][0].any() and seen["0I1"][1] == 0
     each = [x[m].sum((0, 1)).expand(WIDTH, WIDTH) for m in (0, 1)]
     torch.testing.assert_close(seen["0W0"][0], each[0])
@@ -217,13 +240,16 @@ def halved(x: Tensor) -> Tensor:
     return x.half()
 
 
-@pytest.mark.parametrize(("wrong", "what"), ((narrow, r"\(3, 5\) torch.float32"), (halved, r"\(3, 6\) torch.float16")))
+@pytest.mark.parametrize(
+    ("wrong", "what"), ((narrow, r"\(3, 5\) torch.float32"), (halved, r"\(3, 6\) torch.float16"))
+)
 def test_a_wrong_tensor_at_a_stage_border_names_the_action(wrong: Any, what: str) -> None:
     """Catches a shape or dtype the other end did not plan for: gloo would wait, or fill half a buffer, and say nothing."""
     sending = build_programs("1f1b", 2, 2, 1)[0]
     executor = Executor({0: wrong}, 2, Axis("pp", 2, 0, None), CPU)
     with pytest.raises(
-        AssertionError, match=rf"^0SF0>1: {what} crosses a stage border, planned \(3, 6\) torch.float32"
+        AssertionError,
+        match=rf"^0SF0>1: {what} crosses a stage border, planned \(3, 6\) torch.float32",
     ):
         executor.run(sending, batch, loss_of, (ROWS, WIDTH), torch.float32)
     handing_over = build_programs("interleaved", 1, 1, 2)[0]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from k2train.launch.environment import Launch
-from k2train.parallel.grad_buffer import Slot
+from k2train.parallel.grad_buffer import BufferSlot
 from k2train.parallel.replica_check import Copy, conclusion, replica_problem
 from k2train.plan.layout import Layout
 from k2train.train.engine import Engine
@@ -19,10 +19,12 @@ EMBEDDING, DOWN, LAST_NORM, NORM = (
 )  # fmt: skip
 
 
-def plant(engine: Engine, slot: Slot, kind: str, place: int) -> None:
+def plant(engine: Engine, slot: BufferSlot, kind: str, place: int) -> None:
     """Damage one element of this rank's copy: of the weights in use, or of a line of the optimizer."""
-    line = kind in engine.optimizer.lines
-    flat = (engine.optimizer.view(kind, slot) if line else slot.piece.of(slot.parameter.data)).view(-1)
+    line = kind in engine.optimizer.flat_shards
+    flat = (engine.optimizer.view(kind, slot) if line else slot.piece.of(slot.parameter.data)).view(
+        -1
+    )
     if kind == "nan":
         flat[place] = float("nan")
         return
@@ -31,13 +33,15 @@ def plant(engine: Engine, slot: Slot, kind: str, place: int) -> None:
     bits[place] ^= {"ulp": 1, "exponent": 1 << 10}.get(kind, 1 << 20)
 
 
-def damage_job(launch: Launch, config: Any, plants: list[tuple[int, str, str, int]]) -> list[str | None]:
+def damage_job(
+    launch: Launch, config: Any, plants: list[tuple[int, str, str, int]]
+) -> list[str | None]:
     """After a step, one answer without damage, then one for each planted and undone."""
     grid = grid_of(launch, config)
     engine = Engine(config, grid)
     engine.train_step(microbatches_of(config, grid, 1), 1e-3)
     engine.optimizer.finish()
-    table, lines = engine.gradients.table, engine.optimizer.lines
+    table, lines = engine.gradients.table, engine.optimizer.flat_shards
     answers = [replica_problem(table, lines, grid)]
     kept = {id(slot.parameter): slot.parameter.data.clone() for slot in table.slots}
     lines_kept = {state: line.clone() for state, line in lines.items()}
@@ -54,7 +58,9 @@ def damage_job(launch: Launch, config: Any, plants: list[tuple[int, str, str, in
     return answers
 
 
-def check(pool: GlooPool, world: int, expected: list[tuple[int, str, str, int, str]], **changes: Any) -> None:
+def check(
+    pool: GlooPool, world: int, expected: list[tuple[int, str, str, int, str]], **changes: Any
+) -> None:
     """Every rank gets the expected line for each plant, and None before and after."""
     plants = [row[:4] for row in expected]
     for answers in pool.run(world, damage_job, tiny_config(**changes), plants):
@@ -85,7 +91,9 @@ def test_two_copies_are_told_apart(pool: GlooPool, precision: str, overlap: str)
 
 def test_three_copies(pool: GlooPool) -> None:
     """The damaged one is named, be it the first, the middle or the last; rows of 251 do not divide by three."""
-    expected = [(rank, EMBEDDING, "ulp", 5000, used(EMBEDDING, f"rank {rank}")) for rank in range(3)]
+    expected = [
+        (rank, EMBEDDING, "ulp", 5000, used(EMBEDDING, f"rank {rank}")) for rank in range(3)
+    ]
     check(pool, 3, [*expected, (2, EMBEDDING, "master", 7, rotten(EMBEDDING, 2))], precision="bf16")
 
 
@@ -94,8 +102,20 @@ def test_whole_tensors_over_tensor_ranks(pool: GlooPool, sequence: bool) -> None
     """Norms that drift apart between two tensor-parallel ranks (BLOOM's, for weeks): either may be wrong, both are named."""
     expected = [
         (1, NORM, "master", 3, f"{NORM}.master on one of ranks 0, 1 differs from the other copies"),
-        (0, LAST_NORM, "exp_avg", 0, f"{LAST_NORM}.exp_avg on one of ranks 0, 1 differs from the other copies"),
-        (1, NORM, "exp_avg_sq", 31, f"{NORM}.exp_avg_sq on one of ranks 0, 1 differs from the other copies"),
+        (
+            0,
+            LAST_NORM,
+            "exp_avg",
+            0,
+            f"{LAST_NORM}.exp_avg on one of ranks 0, 1 differs from the other copies",
+        ),
+        (
+            1,
+            NORM,
+            "exp_avg_sq",
+            31,
+            f"{NORM}.exp_avg_sq on one of ranks 0, 1 differs from the other copies",
+        ),
     ]
     check(pool, 2, expected, parallel__tensor=2, parallel__sequence=sequence)
 
@@ -106,7 +126,13 @@ def test_tensor_and_data_parallel(pool: GlooPool) -> None:
         (3, DOWN, "ulp", 1, used(DOWN, "rank 3")),
         (2, NORM, "ulp", 1, used(NORM, "rank 2")),
         (1, NORM, "master", 1, rotten(NORM, 1)),
-        (2, NORM, "exp_avg", 1, f"{NORM}.exp_avg on one of ranks 2, 3 differs from the other copies"),
+        (
+            2,
+            NORM,
+            "exp_avg",
+            1,
+            f"{NORM}.exp_avg on one of ranks 2, 3 differs from the other copies",
+        ),
     ]
     check(pool, 4, expected, precision="bf16", parallel__tensor=2, parallel__sequence=True)
 
@@ -126,7 +152,12 @@ def test_each_pipeline_rank_has_its_own_tensors(pool: GlooPool) -> None:
 
 def test_ranks_without_rows(pool: GlooPool) -> None:
     """Five ranks for a norm of four: the last owns no row of it, and its copy counts like any other."""
-    changes = {"batch__global_sequences": 10, "model__hidden_size": 4, "model__num_heads": 1, "model__num_kv_heads": 1}
+    changes = {
+        "batch__global_sequences": 10,
+        "model__hidden_size": 4,
+        "model__num_heads": 1,
+        "model__num_kv_heads": 1,
+    }
     check(pool, 5, [(4, NORM, "ulp", 2, used(NORM, "rank 4"))], **changes)
 
 
@@ -153,9 +184,9 @@ def test_conclusions() -> None:
     assert conclusion([{"w": SOUND}] * 3, layout) is None
     assert conclusion([{"w": SOUND}, {"w": one}, {"w": one}], layout) == used("w", "ranks 1, 2")
     stale = replace(SOUND, wanted="d")
-    assert conclusion([{"w": replace(stale, own_rows=False)}, {"w": odd}, {"w": stale}], layout) == (
-        f"{used('w', 'rank 1')}; {rotten('w', 0)}"
-    )
+    assert conclusion(
+        [{"w": replace(stale, own_rows=False)}, {"w": odd}, {"w": stale}], layout
+    ) == (f"{used('w', 'rank 1')}; {rotten('w', 0)}")
     both = [{"w": replace(stale, used=text)} for text in "xy"]
     assert conclusion(both, Layout(data=2)) == used("w", "ranks 0, 1")
     many = [{name: SOUND for name in "pqrst"}, {name: one for name in "pqrst"}]

@@ -13,7 +13,11 @@ from k2train.launch.environment import Launch
 from k2train.parallel import collective_matmul
 from k2train.parallel.collective_matmul import Product, Split, Symmetric
 from k2train.parallel.grid import Axis
-from k2train.parallel.symmetric_memory import gather_multiply, multiply_scatter, require_symmetric_memory
+from k2train.parallel.symmetric_memory import (
+    gather_multiply,
+    multiply_scatter,
+    require_symmetric_memory,
+)
 from tests.support.gloo_pool import GlooPool
 
 UNFUSED = {
@@ -40,10 +44,19 @@ def symmetric_job(launch: Launch) -> list[bool]:
     try:
         mine = x.chunk(axis.size)[axis.rank]
         pairs = list(
-            zip(plain.gather_multiply(mine, matrix, False), fused.gather_multiply(mine, matrix, False), strict=True)
+            zip(
+                plain.gather_multiply(mine, matrix, False),
+                fused.gather_multiply(mine, matrix, False),
+                strict=True,
+            )
         )
         own = x * (axis.rank + 1)
-        pairs += [(plain.multiply_scatter(own, matrix, True).wait(), fused.multiply_scatter(own, matrix, True).wait())]
+        pairs += [
+            (
+                plain.multiply_scatter(own, matrix, True).wait(),
+                fused.multiply_scatter(own, matrix, True).wait(),
+            )
+        ]
         pairs += [(plain.gather(mine).wait(), fused.gather(mine).wait())]
     finally:
         torch.ops.symm_mem = kept
@@ -60,8 +73,14 @@ def test_the_operators_take_what_we_give_them() -> None:
     """Catches a torch whose operators have other names or arguments: shapes only, on no device."""
     matrix = torch.empty(5, 6, device="meta").t()
     for name, given in (
-        ("fused_all_gather_matmul", "Tensor A, Tensor[] Bs, int gather_dim, str group_name, *, bool return_A"),
-        ("fused_matmul_reduce_scatter", "Tensor A, Tensor B, str reduce_op, int scatter_dim, str group_name"),
+        (
+            "fused_all_gather_matmul",
+            "Tensor A, Tensor[] Bs, int gather_dim, str group_name, *, bool return_A",
+        ),
+        (
+            "fused_matmul_reduce_scatter",
+            "Tensor A, Tensor B, str reduce_op, int scatter_dim, str group_name",
+        ),
     ):
         assert given in str(getattr(torch.ops.symm_mem, name).default._schema)
     assert matrix.shape == (6, 5)
@@ -74,7 +93,12 @@ def test_the_operators_take_what_we_give_them() -> None:
     (
         (2, False, True, "parallel.sequence: true"),
         (2, True, False, "kernels.matmul: torch"),
-        (8, True, True, "the 8 ranks of parallel.tensor on CUDA devices of one machine, 0 are visible"),
+        (
+            8,
+            True,
+            True,
+            "the 8 ranks of parallel.tensor on CUDA devices of one machine, 0 are visible",
+        ),
     ),
 )
 def test_what_is_missing_is_said(
@@ -94,7 +118,9 @@ def test_devices_must_read_each_other(monkeypatch: pytest.MonkeyPatch, reachable
     """Catches devices of one machine that do not reach each other, which would fail in the first product."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda a, b: reachable or (a, b) != (1, 0))
+    monkeypatch.setattr(
+        torch.cuda, "can_device_access_peer", lambda a, b: reachable or (a, b) != (1, 0)
+    )
     require_symmetric_memory.cache_clear()
     if reachable:
         require_symmetric_memory(2, True, True)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from k2train.errors import DataError
 from k2train.launch.environment import Launch
 from k2train.parallel.grid import SINGLE, Axis
-from k2train.parallel.shard import named_pieces
+from k2train.parallel.shard import named_slices
 from k2train.parallel.tensor_parallel import ColumnLinear, RowLinear, VocabEmbedding
 from k2train.train.engine import Engine
 from tests.support.gloo_pool import GlooPool
@@ -38,11 +38,16 @@ def tokens_of(vocab: int) -> torch.Tensor:
 
 def mixing(vocab: int) -> torch.Tensor:
     """Weights that make a scalar of the output; not symmetric in anything."""
-    return torch.linspace(-1, 2, SEQUENCE * ROWS * vocab, dtype=torch.float64).view(SEQUENCE, ROWS, vocab)
+    return torch.linspace(-1, 2, SEQUENCE * ROWS * vocab, dtype=torch.float64).view(
+        SEQUENCE, ROWS, vocab
+    )
 
 
 def dense(vocab: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    weights = {name: whole(name, vocab).requires_grad_() for name in ("embedding", "gate", "up", "down", "head")}
+    weights = {
+        name: whole(name, vocab).requires_grad_()
+        for name in ("embedding", "gate", "up", "down", "head")
+    }
     x = F.embedding(tokens_of(vocab).t(), weights["embedding"])
     gate, up = F.linear(x, weights["gate"]), F.linear(x, weights["up"])
     x = x + F.linear(torch.tanh(gate) * up[..., ::2], weights["down"])
@@ -65,7 +70,7 @@ def layers_job(launch: Launch, sequence: bool, vocab: int) -> dict[str, Any]:
         for parameter in model.parameters():
             # Padding starts at a value that would show in any product it takes part in.
             parameter.fill_(1e6)
-        for parameter, piece in named_pieces(model):
+        for parameter, piece in named_slices(model):
             value = whole(piece.name, vocab)
             piece.of(parameter).copy_(
                 value if piece.dim is None else value.narrow(piece.dim, piece.start, len_of(piece))
@@ -77,7 +82,7 @@ def layers_job(launch: Launch, sequence: bool, vocab: int) -> dict[str, Any]:
     piece = layers["head"].pieces["weight"][0]
     (y * mixing(vocab)[..., piece.start : piece.stop]).sum().backward()
     grads, padding = {}, []
-    for parameter, piece in named_pieces(model):
+    for parameter, piece in named_slices(model):
         grads[piece.name] = (piece.dim, piece.start, piece.of(parameter.grad).numpy())
         if piece.name in ("embedding", "head"):
             padding.append(parameter.grad[piece.shape[0] :].numpy())
@@ -90,17 +95,23 @@ def len_of(piece: Any) -> int:
 
 @pytest.mark.parametrize("vocab", VOCABULARIES)
 @pytest.mark.parametrize(("tp", "sequence"), LAYOUTS)
-def test_layers_equal_the_whole_product(pool: GlooPool, tp: int, sequence: bool, vocab: int) -> None:
+def test_layers_equal_the_whole_product(
+    pool: GlooPool, tp: int, sequence: bool, vocab: int
+) -> None:
     """Catches a wrong slice, a lost or doubled gradient sum, a mask that lets another rank's ids in, padding in a product."""
     parts = pool.run(tp, layers_job, sequence, vocab)
     y, grads = dense(vocab)
-    assert np.allclose(np.concatenate([part["y"] for part in parts], axis=-1), y.numpy(), rtol=1e-12, atol=1e-10)
+    assert np.allclose(
+        np.concatenate([part["y"] for part in parts], axis=-1), y.numpy(), rtol=1e-12, atol=1e-10
+    )
     for name, grad in grads.items():
         for rank, part in enumerate(parts):
             dim, start, found = part["grads"][name]
             expected = grad.narrow(dim, start, found.shape[dim]).numpy()
             assert np.allclose(found, expected, rtol=1e-11, atol=1e-9), f"{name} on rank {rank}"
-        assert sum(part["grads"][name][2].size for part in parts) == grad.numel(), f"{name} is not held exactly once"
+        assert sum(part["grads"][name][2].size for part in parts) == grad.numel(), (
+            f"{name} is not held exactly once"
+        )
     for part in parts:
         assert part["x_rows"] == (SEQUENCE // tp if sequence else SEQUENCE)
         for rows in part["padding"]:
@@ -112,13 +123,19 @@ def padding_job(launch: Launch, config: Any) -> tuple[list[float], list[float], 
     """Largest absolute value of the rows beyond the vocabulary after three steps, the losses, and how many such rows."""
     grid = grid_of(launch, config)
     engine = Engine(config, grid)
-    losses = [engine.train_step(microbatches_of(config, grid, step), 0.1).loss for step in (1, 2, 3)]
+    losses = [
+        engine.train_step(microbatches_of(config, grid, step), 0.1).loss for step in (1, 2, 3)
+    ]
     beyond = []
     for stage in engine.stages.values():
-        for parameter, piece in named_pieces(stage):
+        for parameter, piece in named_slices(stage):
             if piece.name in ("embedding.weight", "head.weight"):
                 beyond.append(parameter.detach()[piece.shape[0] :])
-    return [float(rows.abs().max()) if rows.numel() else 0.0 for rows in beyond], losses, sum(map(len, beyond))
+    return (
+        [float(rows.abs().max()) if rows.numel() else 0.0 for rows in beyond],
+        losses,
+        sum(map(len, beyond)),
+    )
 
 
 @pytest.mark.parametrize("vocab", (251, 5))
@@ -154,7 +171,9 @@ def test_ids_outside_the_vocabulary_are_refused(pool: GlooPool, tp: int) -> None
     bad = [251, 252, 300, -1, -100, 2**31, -(2**40)]
     for said in pool.run(tp, refused_job, 251, bad):
         for value, text in zip(bad, said, strict=True):
-            assert text.startswith(f"token id {value} at row 2, position 5 of a micro-batch is outside the vocabulary")
+            assert text.startswith(
+                f"token id {value} at row 2, position 5 of a micro-batch is outside the vocabulary"
+            )
 
 
 def test_a_stage_refuses_a_bad_token_before_it_trains(pool: GlooPool) -> None:

@@ -46,10 +46,19 @@ def kept_job(launch: Launch, configs: list[Any]) -> list[str]:
         engine = Engine(config, grid_of(launch, config))
         work, layout = work_of(config, engine), engine.grid.layout
         tokens = microbatches_of(config, engine.grid, 1)[0]
-        documents = torch.arange(tokens.shape[1]).div(7, rounding_mode="floor").expand_as(tokens).contiguous()
+        documents = (
+            torch.arange(tokens.shape[1])
+            .div(7, rounding_mode="floor")
+            .expand_as(tokens)
+            .contiguous()
+        )
         for stage, module in engine.stages.items():
             with Made(known_of(module, tokens, documents)) as made:
-                x = tokens if stage == 0 else torch.randn(engine.shape).to(engine.dtype).requires_grad_()
+                x = (
+                    tokens
+                    if stage == 0
+                    else torch.randn(engine.shape).to(engine.dtype).requires_grad_()
+                )
                 y = module(x, documents if engine.block else None)
                 if stage == layout.num_stages - 1:
                     y = module.loss(y, tokens, 1.0 / engine.targets)
@@ -58,14 +67,18 @@ def kept_job(launch: Launch, configs: list[Any]) -> list[str]:
             planned = stage_bytes(work, layout, stage)
             held = held_bytes(made, planned + number) - number
             if held != planned:
-                wrong.append(f"{config.kernels} stage {stage}: {held} bytes held, {planned} planned\n{made.still()}")
+                wrong.append(
+                    f"{config.kernels} stage {stage}: {held} bytes held, {planned} planned\n{made.still()}"
+                )
             with made, module.weight_work.keeping() as waiting:
                 y.backward(torch.ones_like(y))
             del x, y
             planned = stage_waiting_bytes(work, layout, stage)
             held = held_bytes(made, planned)
             if held != planned:
-                wrong.append(f"{config.kernels} stage {stage}: {held} bytes wait, {planned} planned\n{made.still()}")
+                wrong.append(
+                    f"{config.kernels} stage {stage}: {held} bytes wait, {planned} planned\n{made.still()}"
+                )
             while waiting:
                 waiting.pop()()
             if held_bytes(made, 0):
@@ -83,13 +96,25 @@ SPLITS: list[dict[str, Any]] = [
 CHOICES: list[dict[str, Any]] = [
     {"kernels__attention": "sdpa", "model__num_kv_heads": 4, "precision": "fp32"},
     {"kernels__attention": "plain", "model__num_kv_heads": 2, "precision": "fp32"},
-    {"kernels__attention": "sdpa", "model__num_kv_heads": 2, "precision": "bf16", "data__cross_documents": "block"},
-    {"kernels__attention": "plain", "model__num_kv_heads": 4, "precision": "bf16", "data__cross_documents": "block"},
+    {
+        "kernels__attention": "sdpa",
+        "model__num_kv_heads": 2,
+        "precision": "bf16",
+        "data__cross_documents": "block",
+    },
+    {
+        "kernels__attention": "plain",
+        "model__num_kv_heads": 4,
+        "precision": "bf16",
+        "data__cross_documents": "block",
+    },
 ]
 
 
 @pytest.mark.parametrize("policy", ["none", "selective", "full"])
-@pytest.mark.parametrize("split", SPLITS, ids=lambda split: "-".join(str(value) for value in split.values()) or "one")
+@pytest.mark.parametrize(
+    "split", SPLITS, ids=lambda split: "-".join(str(value) for value in split.values()) or "one"
+)
 def test_held_is_planned(pool: GlooPool, split: dict[str, Any], policy: str) -> None:
     """Catches a tensor kept without a use, a copy, a forgotten part: the plan and the layers count the same bytes."""
     # Longer than a block of plain attention, and no power of two that would hide a swapped size.
@@ -132,7 +157,10 @@ def test_k2_by_hand() -> None:
 
 def test_a_stage_counts_its_own_layers_and_policies() -> None:
     """Catches a count for the whole model, layers of another stage, and the loss on every one."""
-    assert stage_bytes(K2_WORK, K2_GRID, 1) == 20 * layer_bytes(K2_WORK, "none") + K2_WORK.residual_bytes
+    assert (
+        stage_bytes(K2_WORK, K2_GRID, 1)
+        == 20 * layer_bytes(K2_WORK, "none") + K2_WORK.residual_bytes
+    )
     some = replace(K2_WORK, recompute="full", recompute_layers=3)
     uneven = replace(K2_GRID, layers_per_stage=(2, 28, 30, 20))
     assert stage_bytes(some, uneven, 0) == 2 * layer_bytes(some, "full") + some.residual_bytes
@@ -140,7 +168,9 @@ def test_a_stage_counts_its_own_layers_and_policies() -> None:
     assert stage_bytes(some, uneven, 3) == mixed + 2 * some.residual_bytes + 4 * some.local_tokens
 
 
-@pytest.mark.parametrize(("kind", "in_flight"), [("gpipe", [12] * 4), ("1f1b", [4, 3, 2, 1]), ("zb-h1", None)])
+@pytest.mark.parametrize(
+    ("kind", "in_flight"), [("gpipe", [12] * 4), ("1f1b", [4, 3, 2, 1]), ("zb-h1", None)]
+)
 def test_peaks_of_schedules(kind: str, in_flight: list[int] | None) -> None:
     """Catches a backward that frees nothing, and a W that still holds what its I has given back."""
     programs = build_programs(kind, 4, 12)

@@ -21,7 +21,9 @@ def test_stages_add_up_to_the_model() -> None:
         each = [stage_flops(SMALL, layout, stage, 256) for stage in range(layout.num_stages)]
         assert sum(each) == sum(rank_flops(SMALL, layout, 256)) == flops_per_token(SMALL, 256)
         assert each[-1] - each[0] == head_flops(SMALL)
-    assert rank_flops(SMALL, pipeline_layout("zb-v", 2, 2), 256)[0] > rank_flops(SMALL, layout, 256)[1]
+    assert (
+        rank_flops(SMALL, pipeline_layout("zb-v", 2, 2), 256)[0] > rank_flops(SMALL, layout, 256)[1]
+    )
 
 
 @given(
@@ -31,7 +33,9 @@ def test_stages_add_up_to_the_model() -> None:
     st.sampled_from((32, 8192, 40000)),
 )
 @settings(max_examples=60, deadline=None)
-def test_no_other_split_has_a_faster_slowest_rank(pipeline: int, kind: str, num_layers: int, vocab_size: int) -> None:
+def test_no_other_split_has_a_faster_slowest_rank(
+    pipeline: int, kind: str, num_layers: int, vocab_size: int
+) -> None:
     """Catches a hint that makes the pipeline slower, or that leaves a stage empty or a layer out."""
     shape = ModelShape(num_layers, 256, 688, 8, 8, vocab_size)
     layout = pipeline_layout(kind, pipeline, 1 if kind == "1f1b" else 2)
@@ -41,7 +45,8 @@ def test_no_other_split_has_a_faster_slowest_rank(pipeline: int, kind: str, num_
         return
     assert found is not None and min(found) >= 1 and sum(found) == num_layers
     best = min(
-        max(rank_flops(shape, with_layers(layout, split), 256)) for split in splits(num_layers, layout.num_stages)
+        max(rank_flops(shape, with_layers(layout, split), 256))
+        for split in splits(num_layers, layout.num_stages)
     )
     assert max(rank_flops(shape, with_layers(layout, found), 256)) == best
 
@@ -56,4 +61,9 @@ def test_the_stage_with_the_head_gets_fewer_layers() -> None:
     """Catches a deal that looks at ranks only: in a V the head's rank has another stage to give layers to."""
     assert balanced_layers(SMALL, Layout(pipeline=2), 256) == (5, 3)
     assert balanced_layers(SMALL, pipeline_layout("zb-v", 2, 2), 256) == (2, 3, 2, 1)
-    assert balanced_layers(replace(SMALL, num_layers=16), pipeline_layout("zb-v", 2, 2), 256) == (5, 5, 4, 2)
+    assert balanced_layers(replace(SMALL, num_layers=16), pipeline_layout("zb-v", 2, 2), 256) == (
+        5,
+        5,
+        4,
+        2,
+    )

@@ -34,8 +34,15 @@ def test_grouped_queries_and_small_shapes_by_hand() -> None:
     assert parameters(ModelShape(32, 4096, 14336, 32, 8, 128256)) == 8_030_261_248
 
 
-@given(st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 5]), st.integers(30, 70))
-def test_stages_and_ranks_sum_to_the_whole(tensor: int, pipeline: int, stages_per_rank: int, vocab_size: int) -> None:
+@given(
+    st.sampled_from([1, 2, 4]),
+    st.sampled_from([1, 2, 4]),
+    st.sampled_from([1, 2, 5]),
+    st.integers(30, 70),
+)
+def test_stages_and_ranks_sum_to_the_whole(
+    tensor: int, pipeline: int, stages_per_rank: int, vocab_size: int
+) -> None:
     """Catches an embedding on every stage, norms split over tensor ranks, and padding that is lost."""
     shape = ModelShape(40, 16, 48, 8, 4, vocab_size)
     layout = Layout(tensor, pipeline, 1, stages_per_rank)
@@ -66,10 +73,14 @@ def test_state_bytes_of_the_fullest_and_the_emptiest_rank() -> None:
     assert state_bytes(K2, K2_GRID, "fp32").weights_bytes == 4 * count
     alone = state_bytes(K2, Layout(tensor=8, pipeline=4), "bf16", pp=1)
     assert alone.total_bytes == 18 * rank_parameters(K2, K2_GRID, 1)
-    assert state_bytes(K2, Layout(tensor=8, pipeline=4), "fp32", pp=1).total_bytes == 16 * rank_parameters(
-        K2, K2_GRID, 1
+    assert state_bytes(
+        K2, Layout(tensor=8, pipeline=4), "fp32", pp=1
+    ).total_bytes == 16 * rank_parameters(K2, K2_GRID, 1)
+    assert (
+        rank_parameters(K2, K2_GRID, 1)
+        < rank_parameters(K2, K2_GRID, 0)
+        < rank_parameters(K2, K2_GRID, 3)
     )
-    assert rank_parameters(K2, K2_GRID, 1) < rank_parameters(K2, K2_GRID, 0) < rank_parameters(K2, K2_GRID, 3)
 
 
 @pytest.mark.parametrize(

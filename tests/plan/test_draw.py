@@ -40,16 +40,25 @@ def test_a_long_step_goes_on_in_panels_within_the_width() -> None:
 
 def test_where_there_is_no_room_a_backward_keeps_its_mark() -> None:
     """Catches a squeezed backward that reads as a forward: here it has 2 columns for the label 10."""
-    spans = [Span(0, Action(Op.FORWARD, 0, 10), 0.0, 3.0), Span(0, Action(Op.BACKWARD, 0, 10), 3.0, 5.0)]
+    spans = [
+        Span(0, Action(Op.FORWARD, 0, 10), 0.0, 3.0),
+        Span(0, Action(Op.BACKWARD, 0, 10), 3.0, 5.0),
+    ]
     assert draw(spans, width=12).splitlines()[1] == "rank 0 10-0="
 
 
 def test_measured_spans_are_drawn_by_the_same_function() -> None:
     """Catches a picture that starts at time 0 or wants whole numbers."""
-    spans = [Span(0, Action(Op.FORWARD, 0, 0), 50.25, 50.5), Span(0, Action(Op.BACKWARD, 0, 0), 50.75, 51.25)]
+    spans = [
+        Span(0, Action(Op.FORWARD, 0, 0), 50.25, 50.5),
+        Span(0, Action(Op.BACKWARD, 0, 0), 50.75, 51.25),
+    ]
     assert draw(spans, width=15).splitlines()[1] == "rank 0 0-..0==="
     assert draw([]) == "nothing to draw"
-    assert draw([Span(0, Action(Op.FORWARD, 0, 0), 1.0, 1.0)]) == "nothing to draw: the spans take no time"
+    assert (
+        draw([Span(0, Action(Op.FORWARD, 0, 0), 1.0, 1.0)])
+        == "nothing to draw: the spans take no time"
+    )
 
 
 def test_the_halves_of_a_backward_are_told_apart() -> None:
@@ -75,11 +84,23 @@ def test_svg_has_a_box_for_every_action_at_its_time() -> None:
     boxes = {str(box[0].text).split(":")[0]: box for box in root.iter(f"{SVG}rect") if len(box)}
     computes = [span for span in spans if span.action.op.is_compute]
     assert set(boxes) == {str(span.action) for span in computes}
-    assert {boxes[str(span.action)].get("class") for span in computes if span.action.op is Op.BACKWARD} == {"B"}
+    assert {
+        boxes[str(span.action)].get("class") for span in computes if span.action.op is Op.BACKWARD
+    } == {"B"}
     scale = float(boxes["0F0"].get("width", "nan"))
     for span in computes:
         box = boxes[str(span.action)]
-        assert abs(float(box.get("width", "nan")) - scale * (span.end_seconds - span.start_seconds)) < 0.05
-        assert abs(float(box.get("x", "nan")) - float(boxes["0F0"].get("x", "nan")) - scale * span.start_seconds) < 0.1
+        assert (
+            abs(float(box.get("width", "nan")) - scale * (span.end_seconds - span.start_seconds))
+            < 0.05
+        )
+        assert (
+            abs(
+                float(box.get("x", "nan"))
+                - float(boxes["0F0"].get("x", "nan"))
+                - scale * span.start_seconds
+            )
+            < 0.1
+        )
     assert len({boxes[str(span.action)].get("y") for span in computes}) == 2
     assert ElementTree.fromstring(svg([])).tag == f"{SVG}svg"

@@ -9,7 +9,9 @@ from k2train.plan.layout import AXES, Coordinate, Layout
 
 degrees = st.integers(1, 5)
 layouts = st.one_of(
-    st.builds(Layout, tensor=degrees, pipeline=degrees, data=degrees, stages_per_rank=st.integers(1, 3)),
+    st.builds(
+        Layout, tensor=degrees, pipeline=degrees, data=degrees, stages_per_rank=st.integers(1, 3)
+    ),
     st.builds(Layout, pipeline=degrees, stages_per_rank=st.just(2), placement=st.just("v")),
 )
 
@@ -48,10 +50,14 @@ def test_tensor_is_innermost_and_pipeline_outermost() -> None:
 
 
 @given(layouts, st.integers(1, 4))
-def test_every_layer_has_one_home_and_stages_follow_each_other(layout: Layout, layers_per_stage: int) -> None:
+def test_every_layer_has_one_home_and_stages_follow_each_other(
+    layout: Layout, layers_per_stage: int
+) -> None:
     """Catches a layer lost or doubled at a stage border, and an owner that does not hold its stage."""
     num_layers = layers_per_stage * layout.num_stages
-    layers = [layer for stage in range(layout.num_stages) for layer in layout.layers_of(stage, num_layers)]
+    layers = [
+        layer for stage in range(layout.num_stages) for layer in layout.layers_of(stage, num_layers)
+    ]
     assert layers == list(range(num_layers))
     held = sorted((stage, pp) for pp in range(layout.pipeline) for stage in layout.stages_of(pp))
     assert held == [(stage, layout.owner(stage)) for stage in range(layout.num_stages)]
@@ -100,7 +106,10 @@ def test_for_world_leaves_the_rest_to_data() -> None:
 @pytest.mark.parametrize(("world", "nearest"), [(10, "8, 16"), (3, "8"), (23, "16, 24")])
 def test_a_world_that_does_not_divide_is_refused_with_the_nearest(world: int, nearest: str) -> None:
     """Catches ranks left out of the grid in silence, and a suggestion that is not legal either."""
-    with pytest.raises(ConfigError, match=rf"{world} processes.*tensor \(4\).*pipeline \(2\) = 8; .*are: {nearest}$"):
+    with pytest.raises(
+        ConfigError,
+        match=rf"{world} processes.*tensor \(4\).*pipeline \(2\) = 8; .*are: {nearest}$",
+    ):
         Layout.for_world(world, tensor=4, pipeline=2)
 
 

@@ -44,7 +44,9 @@ def peaks_job(launch: Launch, configs: list[Config]) -> list[tuple[str, float]]:
         work, layout, pp = work_of(config, engine), engine.grid.layout, engine.grid.coordinate.pp
         # The transport's thread may hold on to what it sent for a moment, which only adds.
         peak = min(peak_of(engine, config) for _ in range(3 if layout.tensor > 1 else 1))
-        planned = stage_bytes(work, layout, layout.stages_of(pp)[0]) + working_bytes(work, layout, pp)
+        planned = stage_bytes(work, layout, layout.stages_of(pp)[0]) + working_bytes(
+            work, layout, pp
+        )
         found.append((f"{config.kernels.recompute} {config.precision} pp {pp}", peak / planned))
     return found
 
@@ -98,7 +100,9 @@ def test_k2_fits_its_devices() -> None:
     """Catches a plan that is off by a factor: 80 GiB hold the model with every policy, and the first rank is the fullest."""
     programs = build_programs("1f1b", 4, 34)
     ranks = [rank_memory(K2_WORK, K2_GRID, programs[pp], pp, overlap=True) for pp in range(4)]
-    assert [rank.activations_bytes for rank in ranks[:3]] == [n * stage_bytes(K2_WORK, K2_GRID, 1) for n in (4, 3, 2)]
+    assert [rank.activations_bytes for rank in ranks[:3]] == [
+        n * stage_bytes(K2_WORK, K2_GRID, 1) for n in (4, 3, 2)
+    ]
     totals = [rank.total_bytes / 2**30 for rank in ranks]
     assert totals == sorted(totals, reverse=True)
     assert 30 < totals[0] < 40

@@ -54,11 +54,19 @@ def test_every_stage_runs_every_micro_batch_in_order(numbers: Numbers) -> None:
     programs = build_programs(*numbers)
     assert len(programs) == pipeline
     for pp, program in enumerate(programs):
-        mine = (pp, 2 * pipeline - 1 - pp) if kind == "zb-v" else range(pp, pipeline * stages_per_rank, pipeline)
+        mine = (
+            (pp, 2 * pipeline - 1 - pp)
+            if kind == "zb-v"
+            else range(pp, pipeline * stages_per_rank, pipeline)
+        )
         ops = (F, I, W) if kind.startswith("zb") else (F, B)
         for stage in mine:
             for op in ops:
-                order = [action.microbatch for action in program if (action.op, action.stage) == (op, stage)]
+                order = [
+                    action.microbatch
+                    for action in program
+                    if (action.op, action.stage) == (op, stage)
+                ]
                 assert order == list(range(num_microbatches)), (kind, pp, stage)
         computes = [action for action in program if action.op.is_compute]
         assert len(computes) == len(ops) * num_microbatches * stages_per_rank
@@ -93,7 +101,9 @@ def test_transfers_pair_up_in_one_order_and_stand_where_they_must(numbers: Numbe
                 assert made.op in ((F,) if action.op is Op.SEND_FORWARD else (B, I))
             elif action.op in (F, B, I) and numbers[1] > 1:
                 forward = action.op is F
-                turns = numbers[0] == "zb-v" and action.stage == (numbers[1] if forward else numbers[1] - 1)
+                turns = numbers[0] == "zb-v" and action.stage == (
+                    numbers[1] if forward else numbers[1] - 1
+                )
                 if action.stage != (0 if forward else last) and not turns:
                     wanted = Op.RECV_FORWARD if forward else Op.RECV_BACKWARD
                     assert any(
@@ -112,7 +122,9 @@ def test_transfers_pair_up_in_one_order_and_stand_where_they_must(numbers: Numbe
 def test_orders_by_hand(kind: str, expected: list[str]) -> None:
     """Catches a warm-up of the wrong length: legal, but with another memory or bubble."""
     programs = build_programs(kind, 2, 3)
-    assert [text(tuple(action for action in program if action.op.is_compute)) for program in programs] == expected
+    assert [
+        text(tuple(action for action in program if action.op.is_compute)) for program in programs
+    ] == expected
 
 
 def test_interleaved_order_by_hand() -> None:
@@ -141,14 +153,23 @@ def test_transfers_by_hand_and_how_actions_print() -> None:
 @pytest.mark.parametrize(
     ("numbers", "message"),
     [
-        (("interleaved", 4, 6, 2), r"micro-batches \(6\) divisible by parallel.pipeline \(4\); nearest that are: 4, 8"),
+        (
+            ("interleaved", 4, 6, 2),
+            r"micro-batches \(6\) divisible by parallel.pipeline \(4\); nearest that are: 4, 8",
+        ),
         (("interleaved", 4, 3, 2), r"micro-batches \(3\).*nearest that are: 4 "),
         (("interleaved", 4, 8, 1), r"stages_per_rank \(1\) of at least 2.*schedule=1f1b"),
         (("1f1b", 4, 8, 2), r"stages_per_rank \(2\) to be 1.*schedule=interleaved"),
         (("1f1p", 4, 8, 1), r"\(1f1p\) must be one of: gpipe, 1f1b, interleaved"),
         (("gpipe", 2, 0, 1), r"micro-batches \(0\)"),
-        (("zb-h1", 2, 4, 2), r"\(zb-h1\) needs .*stages_per_rank \(2\) to be 1; .*schedule=interleaved or zb-v$"),
-        (("zb-h2", 2, 4, 3), r"\(zb-h2\) needs .*stages_per_rank \(3\) to be 1; .*schedule=interleaved$"),
+        (
+            ("zb-h1", 2, 4, 2),
+            r"\(zb-h1\) needs .*stages_per_rank \(2\) to be 1; .*schedule=interleaved or zb-v$",
+        ),
+        (
+            ("zb-h2", 2, 4, 3),
+            r"\(zb-h2\) needs .*stages_per_rank \(3\) to be 1; .*schedule=interleaved$",
+        ),
         (("zb-v", 2, 4, 1), r"\(zb-v\) needs parallel.stages_per_rank \(1\) to be 2$"),
     ],
 )
@@ -165,7 +186,10 @@ def test_impossible_numbers_are_named(numbers: Numbers, message: str) -> None:
     [
         (["0F0 0B0 0F1 0B1", "1F1 1B1 1F0 1B0"], r"rank 1 must run 1F .* in order, not \[1, 0\]"),
         (["0F0 0F1 0B1 0B0", "1F0 1F1 1B0 1B1"], r"rank 0 must run 0B .* in order, not \[1, 0\]"),
-        (["0F0 0F1 0B0 0B1", "1F0 1B0 1F1"], r"rank 1 must run 1B of micro-batches 0 to 1 .* not \[0\]"),
+        (
+            ["0F0 0F1 0B0 0B1", "1F0 1B0 1F1"],
+            r"rank 1 must run 1B of micro-batches 0 to 1 .* not \[0\]",
+        ),
         (["0F0 0F1 0F1 0B0 0B1", "1F0 1B0 1F1 1B1"], r"rank 0 must run 0F .* not \[0, 1, 1\]"),
         (["0F0 0F1 0B0 0B1", "0F0 1F0 1B0 1F1 1B1"], r"rank 1 runs 0F0, but does not hold stage 0"),
         (
@@ -173,9 +197,18 @@ def test_impossible_numbers_are_named(numbers: Numbers, message: str) -> None:
             r"stuck after 2 actions: rank 0 waits at 0B0 for 1B0; rank 1 waits at 1F1 for 0F1$",
         ),
         (["0F0 0F1 0I0 0W0 0I1", "1F0 1B0 1F1 1B1"], r"rank 0 must run 0W .* not \[0\]"),
-        (["0F0 0F1 0I0 0I1 0W1 0W0", "1F0 1B0 1F1 1B1"], r"rank 0 must run 0W .* in order, not \[1, 0\]"),
-        (["0F0 0F1 0I0 0B1 0W0", "1F0 1B0 1F1 1B1"], r"rank 0 must run 0W .* in order, not \[1, 0\]"),
-        (["0F0 0F1 0I1 0W1 0I0 0W0", "1F0 1B0 1F1 1B1"], r"rank 0 must run 0I .* in order, not \[1, 0\]"),
+        (
+            ["0F0 0F1 0I0 0I1 0W1 0W0", "1F0 1B0 1F1 1B1"],
+            r"rank 0 must run 0W .* in order, not \[1, 0\]",
+        ),
+        (
+            ["0F0 0F1 0I0 0B1 0W0", "1F0 1B0 1F1 1B1"],
+            r"rank 0 must run 0W .* in order, not \[1, 0\]",
+        ),
+        (
+            ["0F0 0F1 0I1 0W1 0I0 0W0", "1F0 1B0 1F1 1B1"],
+            r"rank 0 must run 0I .* in order, not \[1, 0\]",
+        ),
         (["0F0 0F1 0I0 0W0 0W0 0I1", "1F0 1B0 1F1 1B1"], r"rank 0 must run 0W .* not \[0, 0\]"),
         (["0F0 0F1 0B0 0W0 0B1", "1F0 1B0 1F1 1B1"], r"rank 0 runs 0W0, but no 0I0"),
         (["0F0 0F1 0B0 0I1", "1F0 1B0 1F1 1B1"], r"rank 0 must run 0W .* not \[0\]"),
@@ -183,7 +216,10 @@ def test_impossible_numbers_are_named(numbers: Numbers, message: str) -> None:
             ["0F0 0F1 0W0 0I0 0I1 0W1", "1F0 1B0 1F1 1B1"],
             r"rank 0 waits at 0W0 for 0I0; rank 1 waits at 1F1|waits at 0W0 for 0I0$",
         ),
-        (["0F0 0I0 0F1 0I1 0W0 0W1", "1F0 1F1 1I0 1I1 1W0 1W1"], r"rank 0 waits at 0I0 for 1I0; rank 1"),
+        (
+            ["0F0 0I0 0F1 0I1 0W0 0W1", "1F0 1F1 1I0 1I1 1W0 1W1"],
+            r"rank 0 waits at 0I0 for 1I0; rank 1",
+        ),
         (["0F0 0F1 0B0 0B1", "1B0 1F0 1F1 1B1"], r"stuck after 2 .*rank 1 waits at 1B0 for 1F0"),
     ],
 )
@@ -226,7 +262,9 @@ def test_planted_transfer_faults_are_named() -> None:
         programs[1].append(receive)
 
     def swap(programs: list[list[Action]]) -> None:
-        first, second = (programs[1].index(Action(Op.RECV_FORWARD, 1, microbatch, 0)) for microbatch in (0, 1))
+        first, second = (
+            programs[1].index(Action(Op.RECV_FORWARD, 1, microbatch, 0)) for microbatch in (0, 1)
+        )
         programs[1][first], programs[1][second] = programs[1][second], programs[1][first]
 
     def twice(programs: list[list[Action]]) -> None:
@@ -252,20 +290,31 @@ def test_a_circle_of_blocking_transfers_is_named() -> None:
     receive = Action(Op.RECV_FORWARD, 3, 0, 2)
     programs[0].remove(receive)
     programs[0].insert(0, receive)
-    with pytest.raises(ScheduleError, match="stuck after 0 actions: rank 0 waits at 3RF0<2; rank 1 waits at 1RF0<0"):
+    with pytest.raises(
+        ScheduleError, match="stuck after 0 actions: rank 0 waits at 3RF0<2; rank 1 waits at 1RF0<0"
+    ):
         check_transfers(programs, pipeline_layout("interleaved", 3, 2))
 
 
 def test_transfers_of_forwards_alone() -> None:
     """Catches an evaluation step that cannot be made: the forwards of a schedule are a list like any other."""
-    for numbers in (("1f1b", 3, 2, 1), ("interleaved", 2, 4, 2), ("gpipe", 1, 2, 1), ("zb-h2", 2, 4, 1)):
+    for numbers in (
+        ("1f1b", 3, 2, 1),
+        ("interleaved", 2, 4, 2),
+        ("gpipe", 1, 2, 1),
+        ("zb-h2", 2, 4, 1),
+    ):
         pipeline, stages_per_rank = numbers[1], numbers[3]
         layout = pipeline_layout(numbers[0], pipeline, stages_per_rank)
-        forwards = [[a for a in program if a.op is Op.FORWARD] for program in build_programs(*numbers)]
+        forwards = [
+            [a for a in program if a.op is Op.FORWARD] for program in build_programs(*numbers)
+        ]
         programs = insert_transfers(forwards, layout)
         check_transfers(programs, layout)
         assert not any(
-            a.op in (Op.BACKWARD, Op.SEND_BACKWARD, Op.RECV_BACKWARD) for program in programs for a in program
+            a.op in (Op.BACKWARD, Op.SEND_BACKWARD, Op.RECV_BACKWARD)
+            for program in programs
+            for a in program
         )
         sends = sum(a.op is Op.SEND_FORWARD for program in programs for a in program)
         assert sends == (0 if pipeline == 1 else numbers[2] * (pipeline * stages_per_rank - 1))

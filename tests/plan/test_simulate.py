@@ -28,7 +28,9 @@ def test_uniform_bubble_is_exactly_the_published_one() -> None:
     """Catches an order that is legal but slow, and a simulator that waits where nobody waits."""
     for kind, pipeline, count, stages in UNIFORM:
         programs = build_programs(kind, pipeline, count, stages)
-        computes = [tuple(action for action in program if action.op.is_compute) for program in programs]
+        computes = [
+            tuple(action for action in program if action.op.is_compute) for program in programs
+        ]
         spans = simulate(programs)
         total = max(span.end_seconds for span in spans)
         assert total == 3 * (stages * count + pipeline - 1), (kind, pipeline, count, stages)
@@ -72,7 +74,10 @@ def test_most_activations_held() -> None:
 def test_transfers_take_time_on_the_way_there_and_back() -> None:
     """Catches a transfer that is free, or that counts as computation: 1 + 5 + 1 + 2 + 5 + 2 by hand."""
     programs = build_programs("1f1b", 2, 1)
-    spans = {(span.rank, str(span.action)): (span.start_seconds, span.end_seconds) for span in _timed(programs, 5.0)}
+    spans = {
+        (span.rank, str(span.action)): (span.start_seconds, span.end_seconds)
+        for span in _timed(programs, 5.0)
+    }
     assert spans[0, "0F0"] == (0.0, 1.0)
     assert spans[0, "0SF0>1"] == spans[1, "1RF0<0"] == (1.0, 6.0)
     assert spans[1, "1F0"] == (6.0, 7.0)
@@ -102,14 +107,18 @@ def test_computation_goes_on_beside_a_transfer() -> None:
 def test_uneven_durations_are_asked_of_each_action() -> None:
     """Catches one duration for all stages: a last stage twice as slow sets the pace."""
     spans = simulate(
-        build_programs("1f1b", 2, 4), lambda action: 0.0 if action.peer is not None else 1.0 + action.stage
+        build_programs("1f1b", 2, 4),
+        lambda action: 0.0 if action.peer is not None else 1.0 + action.stage,
     )
     assert max(span.end_seconds for span in spans) == 1 + 8 * 2 + 1
 
 
 def test_measured_spans_may_start_anywhere() -> None:
     """Catches a bubble measured from time 0: clocks of real spans start where they like."""
-    spans = [Span(0, Action(Op.FORWARD, 0, 0), 100.0, 101.0), Span(1, Action(Op.FORWARD, 1, 0), 101.0, 102.0)]
+    spans = [
+        Span(0, Action(Op.FORWARD, 0, 0), 100.0, 101.0),
+        Span(1, Action(Op.FORWARD, 1, 0), 101.0, 102.0),
+    ]
     assert bubble_fraction(spans) == pytest.approx(0.5)
     assert bubble_fraction([]) == 0.0
 
@@ -117,4 +126,6 @@ def test_measured_spans_may_start_anywhere() -> None:
 def test_a_stuck_program_is_named() -> None:
     """Catches a walk for ever, or spans of half a step."""
     with pytest.raises(ScheduleError, match="stuck: rank 0 waits at 0B0; rank 1 waits at 1B0"):
-        simulate([[Action(Op.BACKWARD, 0, 0), Action(Op.FORWARD, 0, 0)], [Action(Op.BACKWARD, 1, 0)]])
+        simulate(
+            [[Action(Op.BACKWARD, 0, 0), Action(Op.FORWARD, 0, 0)], [Action(Op.BACKWARD, 1, 0)]]
+        )

@@ -39,7 +39,9 @@ def _row(step: int, seconds: float = 1.0, loss: float = 5.12341) -> dict[str, An
     }
 
 
-def _run(console: Console, clock: Clock, steps: range, seconds: float, pause_after: tuple[int, ...] = ()) -> None:
+def _run(
+    console: Console, clock: Clock, steps: range, seconds: float, pause_after: tuple[int, ...] = ()
+) -> None:
     for step in steps:
         clock.now += seconds
         console.step(_row(step, seconds))
@@ -120,7 +122,7 @@ def test_a_closed_stream_does_not_end_the_run() -> None:
     console = Console(stream, "s", 10, 1)
     stream.close()
     console.step(_row(1))
-    console.note("x")
+    console.info("x")
     console.close()
     reader, writer = os.pipe()
     os.close(reader)
@@ -157,7 +159,7 @@ def test_a_terminal_gets_one_line_redrawn_in_place(terminal: tuple[TextIO, int])
     clock = Clock()
     console = Console(stream, "stage1", 96, 8, clock=clock)
     _run(console, clock, range(33, 35), 1.0)
-    console.note("ckpt_003 saved")
+    console.info("ckpt_003 saved")
     console.close()
     console.close()
     shown = _shown(outside)
@@ -171,7 +173,9 @@ def test_a_terminal_gets_one_line_redrawn_in_place(terminal: tuple[TextIO, int])
     assert all(len(line) < 80 for line in drawn)
 
 
-def test_a_wide_terminal_shows_all_and_a_narrow_one_never_wraps(terminal: tuple[TextIO, int]) -> None:
+def test_a_wide_terminal_shows_all_and_a_narrow_one_never_wraps(
+    terminal: tuple[TextIO, int],
+) -> None:
     stream, outside = terminal
     console = Console(stream, "stage1", 96, 8)
     for columns in (200, 60, 20):
@@ -184,15 +188,23 @@ def test_a_wide_terminal_shows_all_and_a_narrow_one_never_wraps(terminal: tuple[
             assert "grad_norm 1.25 lr 0.00015 1234 tok/s 1.00 s left" in text
 
 
-def test_a_dumb_terminal_gets_plain_lines(terminal: tuple[TextIO, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dumb_terminal_gets_plain_lines(
+    terminal: tuple[TextIO, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     stream, outside = terminal
     monkeypatch.setenv("TERM", "dumb")
     console = Console(stream, "s", 10, 1)
     console.step(_row(1))
-    console.note("saved")
+    console.info("saved")
     shown = _shown(outside)
     assert "\x1b" not in shown and shown.endswith("\ns saved\n")
 
 
 def test_durations_read_well() -> None:
-    assert [duration(seconds) for seconds in (0.2, 59, 80, 7500, 273600)] == ["1s", "59s", "1m20s", "2h05m", "3d04h"]
+    assert [duration(seconds) for seconds in (0.2, 59, 80, 7500, 273600)] == [
+        "1s",
+        "59s",
+        "1m20s",
+        "2h05m",
+        "3d04h",
+    ]

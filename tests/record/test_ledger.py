@@ -96,7 +96,9 @@ def _without_checks(path: Path) -> None:
     """The ledger as it was written before lines carried a check."""
     old, previous = b"", ""
     for line in path.read_bytes().splitlines():
-        entry = {key: value for key, value in json.loads(line).items() if key != "check"} | {"previous": previous}
+        entry = {key: value for key, value in json.loads(line).items() if key != "check"} | {
+            "previous": previous
+        }
         old += encode_line(entry)
         previous = hashlib.sha256(encode_line(entry)[:-1]).hexdigest()
     path.write_bytes(old)
@@ -106,9 +108,14 @@ def test_a_ledger_from_before_there_were_checks_is_read_and_continued(tmp_path: 
     path = tmp_path / "ledger.jsonl"
     _ledger(path, 3)
     _without_checks(path)
-    assert b"check" not in path.read_bytes().replace(b"checkpoint", b"") and len(read_ledger(path)) == 3
+    assert (
+        b"check" not in path.read_bytes().replace(b"checkpoint", b"")
+        and len(read_ledger(path)) == 3
+    )
     Ledger(path).append("resumed", step=2)
-    assert [event["event"] for event in Ledger(path).events] == ["checkpoint_saved"] * 3 + ["resumed"]
+    assert [event["event"] for event in Ledger(path).events] == ["checkpoint_saved"] * 3 + [
+        "resumed"
+    ]
     Ledger(path).append("stopped", step=2)
     lines = path.read_bytes().splitlines(keepends=True)
     without = lines[-1][: -len(TAIL) - 1] + b"}\n"
@@ -134,7 +141,13 @@ def test_every_single_bit_of_a_ledger_counts(tmp_path: Path, events: int) -> Non
 
 def test_nesting_without_end_and_what_is_not_json_are_one_line(tmp_path: Path) -> None:
     path = tmp_path / "ledger.jsonl"
-    for line in (b"[" * 200_000, b'{"a":' * 200_000, b'{"a": NaN}', b'{"a": 1' + b"0" * 5000 + b"}", b"\xff\xfe{}"):
+    for line in (
+        b"[" * 200_000,
+        b'{"a":' * 200_000,
+        b'{"a": NaN}',
+        b'{"a": 1' + b"0" * 5000 + b"}",
+        b"\xff\xfe{}",
+    ):
         path.write_bytes(line + b"\n")
         with pytest.raises(RunError, match="line 1 is not JSON") as error:
             read_ledger(path)
@@ -183,7 +196,11 @@ def test_a_torn_last_line_is_moved_aside_and_said(tmp_path: Path) -> None:
     assert len(read_ledger(path)) == 2, "a reader leaves the torn line out"
     assert path.read_bytes() != whole, "and does not touch the file"
     ledger = Ledger(path)
-    assert ledger.repaired is not None and "15 bytes" in ledger.repaired and "ledger.torn" in ledger.repaired
+    assert (
+        ledger.repaired is not None
+        and "15 bytes" in ledger.repaired
+        and "ledger.torn" in ledger.repaired
+    )
     assert path.read_bytes() == whole
     assert (tmp_path / "ledger.torn").read_bytes() == b'{"seq": 2, "eve\n'
     assert ledger.append("resumed")["seq"] == 2
@@ -199,7 +216,9 @@ def test_a_file_changed_by_another_process_is_not_written_to(tmp_path: Path) -> 
     assert len(read_ledger(path)) == 2
 
 
-def test_a_full_disk_leaves_the_ledger_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_the_ledger_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "ledger.jsonl"
     ledger = _ledger(path, 1)
     write = os.write
@@ -267,7 +286,12 @@ def test_environment_facts_name_versions_but_not_the_host(monkeypatch: pytest.Mo
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
     facts = environment_facts()
     assert facts["python"] == platform.python_version()
-    assert facts["packages"]["numpy"] and set(facts["packages"]) == {"k2train", "torch", "numpy", "safetensors"}
+    assert facts["packages"]["numpy"] and set(facts["packages"]) == {
+        "k2train",
+        "torch",
+        "numpy",
+        "safetensors",
+    }
     assert facts["slurm_job_id"] == "4711"
     values = json.dumps([facts["platform"], facts["machine"], facts["packages"], facts["code"]])
     assert platform.node() not in values
@@ -284,10 +308,14 @@ def test_the_commit_is_the_packages_own(tmp_path: Path) -> None:
     subprocess.run([*git, "init", "-q"], check=True)
     subprocess.run([*git, "add", "."], check=True)
     subprocess.run([*git, "commit", "-qm", "x"], check=True)
-    head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    head = subprocess.run(
+        [*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True
+    ).stdout.strip()
     assert environment_facts(package)["code"] == {"commit": head, "dirty": False}
     (package / "a.py").write_text("2\n")
     assert environment_facts(package)["code"] == {"commit": head, "dirty": True}
     installed = tmp_path / ".venv" / "lib" / "k2train"
     installed.mkdir(parents=True)
-    assert environment_facts(installed)["code"] is None, "another project's commit was taken for ours"
+    assert environment_facts(installed)["code"] is None, (
+        "another project's commit was taken for ours"
+    )

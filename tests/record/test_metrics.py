@@ -20,7 +20,9 @@ def test_non_finite_values_are_json_in_the_file_and_floats_when_read(tmp_path: P
     writer = MetricsWriter(path)
     assert not path.exists()
     writer.write({"step": 1, "loss": math.nan, "grad_norm": math.inf, "lr": -math.inf})
-    raw = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    raw = json.loads(
+        path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON")
+    )
     assert len(raw.pop("check")) == 16
     assert raw == {"step": 1, "loss": "nan", "grad_norm": "inf", "lr": "-inf"}
     (row,) = read_metrics(path)
@@ -90,7 +92,9 @@ def test_a_damaged_last_newline_costs_no_row(tmp_path: Path) -> None:
     writer = MetricsWriter(path)
     assert writer.repaired is not None and "newline" in writer.repaired
     writer.write({"step": 2})
-    assert damaged_rows(path) == [f"{path}: line 1 is not JSON: the file was changed or damaged after it was written"]
+    assert damaged_rows(path) == [
+        f"{path}: line 1 is not JSON: the file was changed or damaged after it was written"
+    ]
     assert b'"step": 1' in path.read_bytes()
 
 
@@ -113,7 +117,12 @@ def test_attempts_stay_and_latest_gives_each_step_once(tmp_path: Path) -> None:
             writer.write({"step": step, "attempt": attempt, "loss": attempt + step / 10})
     assert len(read_metrics(path)) == 5
     assert last_attempt(path) == 2
-    assert [(row["step"], row["attempt"]) for row in latest(path)] == [(1, 1), (2, 1), (3, 2), (4, 1)]
+    assert [(row["step"], row["attempt"]) for row in latest(path)] == [
+        (1, 1),
+        (2, 1),
+        (3, 2),
+        (4, 1),
+    ]
 
 
 def test_sync_reaches_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,7 +154,13 @@ def test_any_row_is_one_line_that_reads_back(row: dict[str, object]) -> None:
 
 def test_numbers_of_array_libraries_and_paths_are_taken() -> None:
     numpy = pytest.importorskip("numpy")
-    row = {"a": numpy.float32(0.5), "b": numpy.int64(3), "c": numpy.bool_(True), "d": Path("x/y"), "e": (1, 2)}
+    row = {
+        "a": numpy.float32(0.5),
+        "b": numpy.int64(3),
+        "c": numpy.bool_(True),
+        "d": Path("x/y"),
+        "e": (1, 2),
+    }
     assert json.loads(encode_line(row)) == {"a": 0.5, "b": 3, "c": True, "d": "x/y", "e": [1, 2]}
     with pytest.raises(TypeError, match="ndarray"):
         encode_line({"a": numpy.zeros(2)})

@@ -46,11 +46,17 @@ def _fake(monkeypatch: pytest.MonkeyPatch, **replaced: Callable[..., Any]) -> li
     return calls
 
 
-def _mirror(tmp_path: Path, notes: list[str], mode: Any = "offline", close_seconds: float = 10.0) -> WandbMirror:
-    return WandbMirror(mode, "k2train", "demo", "runs/demo#1", tmp_path, {"a": 1}, notes.append, close_seconds)
+def _mirror(
+    tmp_path: Path, notes: list[str], mode: Any = "offline", close_seconds: float = 10.0
+) -> WandbMirror:
+    return WandbMirror(
+        mode, "k2train", "demo", "runs/demo#1", tmp_path, {"a": 1}, notes.append, close_seconds
+    )
 
 
-def test_rows_go_in_order_with_their_own_step_axis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_go_in_order_with_their_own_step_axis(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls, notes = _fake(monkeypatch), []  # type: ignore[var-annotated]
     mirror = _mirror(tmp_path, notes)
     for step, attempt in ((1, 1), (2, 1), (2, 2)):
@@ -122,7 +128,9 @@ def test_a_stuck_wandb_never_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     go_on.set()
 
 
-def test_a_queue_that_overflows_is_one_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_queue_that_overflows_is_one_note(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     go_on = threading.Event()
     _fake(monkeypatch, init=go_on.wait)
     monkeypatch.setattr("k2train.record.wandb.MAX_WAITING", 5)
@@ -135,7 +143,9 @@ def test_a_queue_that_overflows_is_one_note(tmp_path: Path, monkeypatch: pytest.
     go_on.set()
 
 
-def test_online_without_credentials_does_not_ask_for_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_online_without_credentials_does_not_ask_for_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls = _fake(monkeypatch, login=lambda: False)
     notes: list[str] = []
     mirror = _mirror(tmp_path, notes, mode="online")
@@ -153,7 +163,9 @@ def test_disabled_imports_nothing_and_starts_nothing(tmp_path: Path) -> None:
         f"m = WandbMirror('disabled', 'p', 'n', 'id', {str(tmp_path / 'w')!r}, {{}}); m.log({{'step': 1}});"
         "m.event('x'); m.close(); print('wandb' in sys.modules, threading.active_count())"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert done.stdout.split() == ["False", "1"] and not (tmp_path / "w").exists()
 
 
@@ -175,7 +187,9 @@ def test_wandb_itself_offline_across_a_restart(tmp_path: Path) -> None:
     )
     for attempt in ("1", "2"):
         command = [sys.executable, "-c", code, str(tmp_path), attempt]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+        )
         assert done.returncode == 0 and done.stdout == "closed\n", done.stdout + done.stderr
         assert done.stderr == "", "it must not write into the progress line"
         time.sleep(1.1 if attempt == "1" else 0)

@@ -82,7 +82,12 @@ def _left_by(directory: Path, **changes: Any) -> Path:
     return path
 
 
-ELSEWHERE: dict[str, Any] = {"host": "node7", "boot_id": "another", "pid": 4711, "slurm_job_id": "88"}
+ELSEWHERE: dict[str, Any] = {
+    "host": "node7",
+    "boot_id": "another",
+    "pid": 4711,
+    "slurm_job_id": "88",
+}
 
 
 @pytest.fixture
@@ -108,7 +113,9 @@ def test_a_hundred_races_have_one_owner_each(tmp_path: Path) -> None:
                 path.write_text('{"token": 1, "released": true}')
     command = [sys.executable, "-c", RACER, str(tmp_path)]
     running = [
-        subprocess.Popen([*command, str(i), str(racers), str(races)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [*command, str(i), str(racers), str(races)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        )
         for i in range(racers)
     ]
     said = [process.communicate(timeout=120)[0] for process in running]
@@ -137,7 +144,10 @@ def test_kill_9_frees_the_lease_at_once_and_the_token_rises(tmp_path: Path) -> N
     while Path(f"/proc/{holder.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
         assert time.monotonic() < until
     with _without_flock(tmp_path) as lock:
-        assert lock.token == 2 and lock.taken_over_from == {"token": 1, "reason": "that process is gone"}
+        assert lock.token == 2 and lock.taken_over_from == {
+            "token": 1,
+            "reason": "that process is gone",
+        }
         assert f"pid {holder.pid}" in lock.told and "token 1" in lock.told
         assert [path.name for path in tmp_path.glob("lease*")] == ["lease_000002.json"]
     _end(holder)
@@ -161,7 +171,9 @@ def test_a_reused_process_id_is_not_the_holder(tmp_path: Path) -> None:
         {"pid_space": "pid:[4026532999]"},
     ],
 )
-def test_a_silent_holder_on_a_machine_of_the_same_name_keeps_the_run(tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_a_silent_holder_on_a_machine_of_the_same_name_keeps_the_run(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
     """Two machines called localhost, two pods of one name: their boots differ, and none of them was started again."""
     path = _left_by(tmp_path, **{"boot_id": "of another", "pid_space": FIRST_PID_SPACE} | changes)
     with pytest.raises(RunError, match=r"no sign of life.*`mv .*\.ended`"):
@@ -211,7 +223,9 @@ class _beating:
             os.replace(self.path.with_suffix(".aside"), self.path)
 
 
-def test_a_silent_holder_on_another_host_keeps_the_run_and_the_line_says_what_to_do(tmp_path: Path) -> None:
+def test_a_silent_holder_on_another_host_keeps_the_run_and_the_line_says_what_to_do(
+    tmp_path: Path,
+) -> None:
     path = _left_by(tmp_path, **ELSEWHERE)
     began = time.monotonic()
     with pytest.raises(RunError) as refused:
@@ -223,7 +237,10 @@ def test_a_silent_holder_on_another_host_keeps_the_run_and_the_line_says_what_to
     assert f"`{command}`" in message and "\n" not in message
     subprocess.run(command.split(), check=True)
     with RunLock(tmp_path) as lock:
-        assert lock.token == 2 and lock.taken_over_from == {"token": 1, "reason": "a person declared it ended"}
+        assert lock.token == 2 and lock.taken_over_from == {
+            "token": 1,
+            "reason": "a person declared it ended",
+        }
 
 
 @pytest.mark.usefixtures("short_watch")
@@ -243,7 +260,10 @@ def test_slurm_is_asked_about_the_job(tmp_path: Path, answer: bool | None) -> No
         with pytest.raises(RunError, match="no sign of life"):
             lock.acquire()
     else:
-        assert lock.acquire().taken_over_from == {"token": 1, "reason": "its SLURM job 88 has ended"}
+        assert lock.acquire().taken_over_from == {
+            "token": 1,
+            "reason": "its SLURM job 88 has ended",
+        }
         lock.release()
     assert asked == ["88"]
 
@@ -256,15 +276,21 @@ def test_a_job_of_another_cluster_is_not_asked_about(tmp_path: Path) -> None:
         lock = RunLock(tmp_path, facts | {"slurm_cluster": "west"}, job_ended=lambda job: True)
         with pytest.raises(RunError, match="no sign of life"):
             lock.acquire()
-    with RunLock(tmp_path, {"slurm_job_id": 1, "slurm_cluster": "east"}, job_ended=lambda job: True) as lock:
+    with RunLock(
+        tmp_path, {"slurm_job_id": 1, "slurm_cluster": "east"}, job_ended=lambda job: True
+    ) as lock:
         assert lock.token == 2
 
 
 @pytest.mark.usefixtures("short_watch")
 @pytest.mark.parametrize(("count", "free"), [(1, False), (2, True)])
-def test_a_job_that_slurm_started_again_takes_over_from_itself(tmp_path: Path, count: int, free: bool) -> None:
+def test_a_job_that_slurm_started_again_takes_over_from_itself(
+    tmp_path: Path, count: int, free: bool
+) -> None:
     _left_by(tmp_path, **ELSEWHERE, slurm_restart_count="1")
-    lock = RunLock(tmp_path, {"slurm_job_id": 88, "slurm_restart_count": count}, job_ended=lambda job: False)
+    lock = RunLock(
+        tmp_path, {"slurm_job_id": 88, "slurm_restart_count": count}, job_ended=lambda job: False
+    )
     if free:
         assert lock.acquire().token == 2
         lock.release()
@@ -280,7 +306,9 @@ def test_a_file_system_without_flock_is_enough(tmp_path: Path, number: int) -> N
 
     with RunLock(tmp_path, flock=refused) as lock:
         lock.check()
-        with pytest.raises(RunError, match=f"pid {os.getpid()} on this host \\({socket.gethostname()}\\)"):
+        with pytest.raises(
+            RunError, match=f"pid {os.getpid()} on this host \\({socket.gethostname()}\\)"
+        ):
             RunLock(tmp_path, flock=refused).acquire()
 
 
@@ -297,12 +325,22 @@ def _taken_by_force(directory: Path) -> None:
     ("how", "said"),
     [
         (_taken_by_force, r"taken over by pid \d+ on this host.*token 2"),
-        (lambda directory: (directory / "lease_000001.json").unlink(), "renamed or removed by hand"),
-        (lambda directory: (directory / "lease_000001.json").rename(directory / "lease_000001.ended"), "by hand"),
+        (
+            lambda directory: (directory / "lease_000001.json").unlink(),
+            "renamed or removed by hand",
+        ),
+        (
+            lambda directory: (directory / "lease_000001.json").rename(
+                directory / "lease_000001.ended"
+            ),
+            "by hand",
+        ),
         (lambda directory: (directory / "lease_000009.json").write_text("{"), "a later run"),
     ],
 )
-def test_a_holder_that_lost_the_run_is_told(tmp_path: Path, how: Callable[[Path], object], said: str) -> None:
+def test_a_holder_that_lost_the_run_is_told(
+    tmp_path: Path, how: Callable[[Path], object], said: str
+) -> None:
     lock = _without_flock(tmp_path).acquire()
     lock.check()
     how(tmp_path)
@@ -311,14 +349,18 @@ def test_a_holder_that_lost_the_run_is_told(tmp_path: Path, how: Callable[[Path]
     assert "\n" not in str(error.value)
     left = {path.name for path in tmp_path.iterdir()}
     lock.release()
-    assert {path.name for path in tmp_path.iterdir()} == left, "the other's files are not the loser's to change"
+    assert {path.name for path in tmp_path.iterdir()} == left, (
+        "the other's files are not the loser's to change"
+    )
     for other in HELD:
         other.check()
         other.release()
     HELD.clear()
 
 
-def test_the_beat_moves_and_ends_with_the_holder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_beat_moves_and_ends_with_the_holder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(lease, "BEAT_SECONDS", 0.02)
     path = tmp_path / "lease_000001.json"
     with RunLock(tmp_path):
@@ -331,13 +373,17 @@ def test_the_beat_moves_and_ends_with_the_holder(tmp_path: Path, monkeypatch: py
     assert not [thread for thread in threading.enumerate() if thread.name == "lease"]
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"pid": "x"}', b"[" * 1900, b"\xff" * 9, b"{}"])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b'{"pid": "x"}', b"[" * 1900, b"\xff" * 9, b"{}"]
+)
 def test_a_damaged_lease_is_one_line_with_the_way_out(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "lease_000004.json").write_bytes(content)
     with pytest.raises(RunError, match=r"lease_000004\.json is damaged.*`mv .*ended`") as error:
         RunLock(tmp_path).acquire()
     assert "\n" not in str(error.value)
-    assert [path.name for path in tmp_path.iterdir() if path.name != "run.lock"] == ["lease_000004.json"]
+    assert [path.name for path in tmp_path.iterdir() if path.name != "run.lock"] == [
+        "lease_000004.json"
+    ]
 
 
 def test_a_number_that_was_given_out_and_taken_away_again_does_not_count(
@@ -346,7 +392,9 @@ def test_a_number_that_was_given_out_and_taken_away_again_does_not_count(
     """One who looked long ago and only now makes the next file, which others have made and left behind meanwhile."""
     (tmp_path / "lease_000003.json").write_text('{"token": 3, "released": true}')
     newest, looked = lease.newest, [lease.Place(1, tmp_path / "lease_000001.json", ended=False)]
-    monkeypatch.setattr(lease, "newest", lambda directory: looked.pop() if looked else newest(directory))
+    monkeypatch.setattr(
+        lease, "newest", lambda directory: looked.pop() if looked else newest(directory)
+    )
     with RunLock(tmp_path) as lock:
         assert not looked and lock.token == 4
         assert [path.name for path in tmp_path.glob("*lease*")] == ["lease_000004.json"]

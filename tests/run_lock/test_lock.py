@@ -36,7 +36,10 @@ time.sleep(60)
 
 def _holder(directory: Path, *arguments: str) -> tuple[subprocess.Popen[str], str]:
     holder = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(directory), *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", HOLDER, str(directory), *arguments],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert holder.stdout is not None
     return holder, holder.stdout.readline().strip()
@@ -60,7 +63,11 @@ def test_a_live_process_is_named_at_once_and_kill_9_frees_the_lock(tmp_path: Pat
             RunLock(directory).acquire()
         assert time.monotonic() - began < 1.0
         message = str(refused.value)
-        assert f"pid {holder.pid} " in message and socket.gethostname() in message and str(directory) in message
+        assert (
+            f"pid {holder.pid} " in message
+            and socket.gethostname() in message
+            and str(directory) in message
+        )
         assert "since 20" in message and "kill -TERM" in message and "\n" not in message
         assert sorted(os.listdir(directory)) == before
     finally:
@@ -107,7 +114,16 @@ def test_two_locks_in_one_process_exclude_each_other(tmp_path: Path) -> None:
 def test_the_holder_is_described(tmp_path: Path) -> None:
     with RunLock(tmp_path):
         holder = json.loads((tmp_path / "run.lock").read_text())
-        names = {"pid", "host", "boot_id", "machine_id", "pid_space", "began_ticks", "start_time", "token"}
+        names = {
+            "pid",
+            "host",
+            "boot_id",
+            "machine_id",
+            "pid_space",
+            "began_ticks",
+            "start_time",
+            "token",
+        }
         assert set(holder) == names
         assert holder["token"] == 1 and holder["pid"] == os.getpid()
     assert (tmp_path / "run.lock").read_text() == "", "nobody is named once it is free"
@@ -126,7 +142,9 @@ def test_discarding_spares_what_others_made(tmp_path: Path) -> None:
     assert (tmp_path / "demo" / "ledger.jsonl").exists()
     (tmp_path / "own").mkdir()
     RunLock(tmp_path / "own").acquire().release(discard_if_empty=True)
-    assert os.listdir(tmp_path / "own") == [], "a directory that was there before is not ours to remove"
+    assert os.listdir(tmp_path / "own") == [], (
+        "a directory that was there before is not ours to remove"
+    )
     (tmp_path / "own" / "run.lock").touch()
     RunLock(tmp_path / "own").acquire().release(discard_if_empty=True)
     assert os.listdir(tmp_path / "own") == ["run.lock"]
@@ -219,7 +237,9 @@ def _squeue(folder: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> Path:
         ("exec sleep 30", None),
     ],
 )
-def test_slurm_s_word_on_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, answer: bool | None) -> None:
+def test_slurm_s_word_on_a_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, answer: bool | None
+) -> None:
     monkeypatch.setenv("SQUEUE_STATES", "FAILED")
     calls = _squeue(tmp_path, monkeypatch, body)
     began = time.monotonic()
@@ -232,7 +252,9 @@ def test_without_slurm_and_of_a_strange_job_id_nothing_is_known(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = _squeue(tmp_path, monkeypatch, "echo COMPLETED")
-    assert [slurm_job_ended(job) for job in ("", "--help", "8 8", "8;ls", "8_", "8\n")] == [None] * 6
+    assert [slurm_job_ended(job) for job in ("", "--help", "8 8", "8;ls", "8_", "8\n")] == [
+        None
+    ] * 6
     assert not calls.exists()
     assert slurm_job_ended("8_3") is True
     monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
@@ -240,16 +262,23 @@ def test_without_slurm_and_of_a_strange_job_id_nothing_is_known(
 
 
 @pytest.mark.parametrize(("body", "free"), [("echo RUNNING", False), ("echo CANCELLED", True)])
-def test_a_lock_takes_slurm_s_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, free: bool) -> None:
+def test_a_lock_takes_slurm_s_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, free: bool
+) -> None:
     monkeypatch.setattr("k2train.run_lock.lease.WATCH_SECONDS", 0.3)
     run = tmp_path / "run"
     with RunLock(run, {"slurm_job_id": "88"}):
         held = json.loads((run / "lease_000001.json").read_text())
-    (run / "lease_000001.json").write_text(json.dumps(held | {"host": "node7", "boot_id": "another"}))
+    (run / "lease_000001.json").write_text(
+        json.dumps(held | {"host": "node7", "boot_id": "another"})
+    )
     _squeue(tmp_path / "bin", monkeypatch, body)
     lock = RunLock(run, job_ended=slurm_job_ended)
     if free:
-        assert lock.acquire().taken_over_from == {"token": 1, "reason": "its SLURM job 88 has ended"}
+        assert lock.acquire().taken_over_from == {
+            "token": 1,
+            "reason": "its SLURM job 88 has ended",
+        }
         lock.release()
     else:
         with pytest.raises(RunError, match="no sign of life"):

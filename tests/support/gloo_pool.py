@@ -29,7 +29,9 @@ def _serve(connection: Any, index: int) -> None:
             return
         module, name, rank, world, store, args = message
         try:
-            dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+            dist.init_process_group(
+                "gloo", init_method=f"file://{store}", rank=rank, world_size=world
+            )
             function = getattr(importlib.import_module(module), name)
             result = ("ok", function(Launch(rank, world, rank, launched=True), *args))
             dist.barrier()

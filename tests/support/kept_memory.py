@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from k2train.config.load import Config
-from k2train.parallel.grad_accumulation import sink_of
+from k2train.parallel.grad_accumulation import accumulator_of
 from k2train.plan.activations import Work
 from k2train.plan.cost import ModelShape
 from k2train.train.engine import Engine
@@ -59,7 +59,9 @@ def _address(tensor: Tensor) -> int:
 def work_of(config: Config, engine: Engine) -> Work:
     """What the plan is asked, from what was built."""
     return Work(
-        ModelShape(*(getattr(engine.architecture, name) for name in ModelShape.__dataclass_fields__)),
+        ModelShape(
+            *(getattr(engine.architecture, name) for name in ModelShape.__dataclass_fields__)
+        ),
         config.data.sequence_length,
         config.batch.micro_sequences,
         config.precision,
@@ -78,4 +80,9 @@ def work_of(config: Config, engine: Engine) -> Work:
 def known_of(module: Any, *others: Tensor) -> list[Tensor]:
     """What a stage has before it meets a micro-batch."""
     tables = [value for value in vars(module.rotary).values() if isinstance(value, Tensor)]
-    return [*module.parameters(), *(sink.total for p in module.parameters() if (sink := sink_of(p))), *tables, *others]
+    return [
+        *module.parameters(),
+        *(accumulator.total for p in module.parameters() if (accumulator := accumulator_of(p))),
+        *tables,
+        *others,
+    ]

@@ -17,11 +17,11 @@ from k2train.data.prepare.progress import Progress
 from k2train.data.prepare.recipe import ExecutorRecipe, Recipe
 from k2train.data.prepare.run.executor import run_phases
 from k2train.data.prepare.run.tasks import Phase
-from k2train.data.prepare.workspace import EncodeTask, Workplace, write_json
+from k2train.data.prepare.workspace import EncodeTask, Workspace, write_json
 from k2train.errors import DataError, UserError
 
 
-def toy_workplace(folder: Path, **orders: Any) -> Workplace:
+def toy_workspace(folder: Path, **orders: Any) -> Workspace:
     """`orders`: `seconds` a task takes, `fail`: {"phase/number": line}, `crash`, `kill`, `full`, `deny`: "phase/number"."""
     recipe = Recipe.model_validate(
         {
@@ -35,22 +35,22 @@ def toy_workplace(folder: Path, **orders: Any) -> Workplace:
         }
     )
     tasks: list[EncodeTask] = []
-    workplace = Workplace.create(
+    workspace = Workspace.create(
         folder / "work",
         folder / "out",
         recipe,
         SimpleNamespace(model=b""),
         tasks,  # type: ignore[arg-type]
     )
-    (workplace.folder / "orders.json").write_text(json.dumps(orders))
-    (workplace.folder / "begun").mkdir(exist_ok=True)
-    return workplace
+    (workspace.folder / "orders.json").write_text(json.dumps(orders))
+    (workspace.folder / "begun").mkdir(exist_ok=True)
+    return workspace
 
 
-def _work(phase: str, workplace: Workplace, number: int) -> None:
-    orders, name = json.loads((workplace.folder / "orders.json").read_text()), f"{phase}/{number}"
-    with (workplace.folder / "begun" / f"{phase}_{number}").open("a") as stream:
-        before = len(list(workplace.target.iterdir()))
+def _work(phase: str, workspace: Workspace, number: int) -> None:
+    orders, name = json.loads((workspace.folder / "orders.json").read_text()), f"{phase}/{number}"
+    with (workspace.folder / "begun" / f"{phase}_{number}").open("a") as stream:
+        before = len(list(workspace.target.iterdir()))
         stream.write(f"{os.environ.get('SLURMD_NODENAME', '-')} {before}\n")
     if name in orders.get("fail", {}):
         raise DataError(orders["fail"][name])
@@ -62,41 +62,41 @@ def _work(phase: str, workplace: Workplace, number: int) -> None:
         os.kill(os.getpid(), 9)
     time.sleep(orders.get("seconds", 0.0))
     content = hashlib.sha256(name.encode()).hexdigest() * 10
-    made = workplace.target / f"{phase}_{number}.txt"
+    made = workspace.target / f"{phase}_{number}.txt"
     made.write_text(content)
     listed = [{"base": "target", "path": made.name, "bytes": len(content)}]
     if name != orders.get("deny"):
-        write_json(_record(phase, workplace, number), {"files": listed})
-    with (workplace.folder / "begun" / f"{phase}_{number}").open("a") as stream:
+        write_json(_record(phase, workspace, number), {"files": listed})
+    with (workspace.folder / "begun" / f"{phase}_{number}").open("a") as stream:
         stream.write("done\n")
 
 
-def _record(phase: str, workplace: Workplace, number: int) -> Path:
-    return workplace.folder / "chunks" / f"{phase}_{number}.json"
+def _record(phase: str, workspace: Workspace, number: int) -> Path:
+    return workspace.folder / "chunks" / f"{phase}_{number}.json"
 
 
-def work_one(workplace: Workplace, number: int) -> None:
-    _work("one", workplace, number)
+def work_one(workspace: Workspace, number: int) -> None:
+    _work("one", workspace, number)
 
 
-def work_two(workplace: Workplace, number: int) -> None:
-    _work("two", workplace, number)
+def work_two(workspace: Workspace, number: int) -> None:
+    _work("two", workspace, number)
 
 
-def work_three(workplace: Workplace, number: int) -> None:
-    _work("three", workplace, number)
+def work_three(workspace: Workspace, number: int) -> None:
+    _work("three", workspace, number)
 
 
-def record_one(workplace: Workplace, number: int) -> Path:
-    return _record("one", workplace, number)
+def record_one(workspace: Workspace, number: int) -> Path:
+    return _record("one", workspace, number)
 
 
-def record_two(workplace: Workplace, number: int) -> Path:
-    return _record("two", workplace, number)
+def record_two(workspace: Workspace, number: int) -> Path:
+    return _record("two", workspace, number)
 
 
-def record_three(workplace: Workplace, number: int) -> Path:
-    return _record("three", workplace, number)
+def record_three(workspace: Workspace, number: int) -> Path:
+    return _record("three", workspace, number)
 
 
 def toy_phases(first: int = 6, last: int = 4) -> list[Phase]:
@@ -107,48 +107,57 @@ def toy_phases(first: int = 6, last: int = 4) -> list[Phase]:
     ]
 
 
-def begun(workplace: Workplace) -> dict[str, int]:
+def begun(workspace: Workspace) -> dict[str, int]:
     """How often each task was begun."""
     return {
-        path.name: sum("done" not in line for line in path.open()) for path in (workplace.folder / "begun").iterdir()
+        path.name: sum("done" not in line for line in path.open())
+        for path in (workspace.folder / "begun").iterdir()
     }
 
 
-def finished(workplace: Workplace) -> dict[str, int]:
+def finished(workspace: Workspace) -> dict[str, int]:
     """How often each task came to its end."""
-    return {path.name: sum("done" in line for line in path.open()) for path in (workplace.folder / "begun").iterdir()}
+    return {
+        path.name: sum("done" in line for line in path.open())
+        for path in (workspace.folder / "begun").iterdir()
+    }
 
 
-def in_order(workplace: Workplace, phases: list[Phase]) -> bool:
+def in_order(workspace: Workspace, phases: list[Phase]) -> bool:
     """No task was begun before all of the phases before it had left their files."""
     needed = 0
     for phase in phases:
         for number in range(phase.tasks):
-            first = (workplace.folder / "begun" / f"{phase.name}_{number}").read_text().split()
+            first = (workspace.folder / "begun" / f"{phase.name}_{number}").read_text().split()
             if int(first[1]) < needed:
                 return False
         needed += phase.tasks
     return True
 
 
-def whole(workplace: Workplace, phases: list[Phase]) -> bool:
+def whole(workspace: Workspace, phases: list[Phase]) -> bool:
     """Every task's file is there with its content."""
     for phase in phases:
         for number in range(phase.tasks):
-            path = workplace.target / f"{phase.name}_{number}.txt"
+            path = workspace.target / f"{phase.name}_{number}.txt"
             name = f"{phase.name}/{number}"
-            if not path.is_file() or path.read_text() != hashlib.sha256(name.encode()).hexdigest() * 10:
+            if (
+                not path.is_file()
+                or path.read_text() != hashlib.sha256(name.encode()).hexdigest() * 10
+            ):
                 return False
     return True
 
 
 def main(arguments: list[str]) -> int:
-    workplace = Workplace.open(Path(arguments[0]))
+    workspace = Workspace.open(Path(arguments[0]))
     choices = dict(argument.split("=", 1) for argument in arguments[1:])
     phases = toy_phases(int(choices.pop("first", 6)), int(choices.pop("last", 4)))
-    executor = ExecutorRecipe.model_validate({key: json.loads(value) for key, value in choices.items()})
+    executor = ExecutorRecipe.model_validate(
+        {key: json.loads(value) for key, value in choices.items()}
+    )
     try:
-        run_phases(workplace, executor, Progress(), phases)
+        run_phases(workspace, executor, Progress(), phases)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2

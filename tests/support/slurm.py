@@ -50,7 +50,12 @@ class Cluster:
         requeue_seconds: int = 120,
     ) -> None:
         self.requeue_seconds = requeue_seconds
-        self.nodes, self.processors, self.memory_mb, self.settings = tuple(nodes), processors, memory_mb, settings
+        self.nodes, self.processors, self.memory_mb, self.settings = (
+            tuple(nodes),
+            processors,
+            memory_mb,
+            settings,
+        )
         # munge's socket has to have a short name.
         self.folder = Path(tempfile.mkdtemp(prefix="slurm-"))
         self.environment = {**os.environ, "SLURM_CONF": str(self.folder / "slurm.conf")}
@@ -99,7 +104,13 @@ class Cluster:
         """What a command says on stdout, run against this cluster, in the folder `at` and with further variables."""
         environment = {**self.environment, **(variables or {})}
         done = subprocess.run(
-            command, env=environment, cwd=at, capture_output=True, text=True, timeout=timeout, check=False
+            command,
+            env=environment,
+            cwd=at,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
         )
         assert not check or done.returncode == 0, f"{command}: {done.stderr}"
         return done.stdout
@@ -109,7 +120,9 @@ class Cluster:
         return {
             int(entry.name)
             for entry in Path("/proc").iterdir()
-            if entry.name.isdigit() and b"slurmstepd" in content(entry / "cmdline") and self._is_ours(entry)
+            if entry.name.isdigit()
+            and b"slurmstepd" in content(entry / "cmdline")
+            and self._is_ours(entry)
         }
 
     def lose(self, node: str) -> None:
@@ -136,7 +149,8 @@ class Cluster:
     def logs(self) -> str:
         """The end of every daemon's log, for a message."""
         return "\n".join(
-            f"== {path.name}\n{path.read_text(errors='replace')[-2000:]}" for path in self.folder.glob("*.log")
+            f"== {path.name}\n{path.read_text(errors='replace')[-2000:]}"
+            for path in self.folder.glob("*.log")
         )
 
     def _is_ours(self, entry: Path) -> bool:
@@ -193,21 +207,34 @@ SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1,sched_min
         label = f"{name}-{arguments[-1]}" if name == "slurmd" else name
         with (self.folder / f"{label}.out.log").open("wb") as log:
             self.daemons[label] = subprocess.Popen(
-                [program, *arguments], env=self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                [program, *arguments],
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
             )
 
     def _start_munge(self) -> None:
         key = self.folder / "munge.key"
         key.write_bytes(os.urandom(1024))
         key.chmod(0o600)
-        places = {"key-file": key.name, "socket": "munge.socket", "pid-file": "munge.pid", "seed-file": "munge.seed"}
+        places = {
+            "key-file": key.name,
+            "socket": "munge.socket",
+            "pid-file": "munge.pid",
+            "seed-file": "munge.seed",
+        }
         options = [f"--{option}={self.folder / name}" for option, name in places.items()]
-        self._start("munged", "--foreground", "--force", f"--log-file={self.folder}/munged.log", *options)
+        self._start(
+            "munged", "--foreground", "--force", f"--log-file={self.folder}/munged.log", *options
+        )
         self._await((self.folder / "munge.socket").exists, "munged made no socket", START_SECONDS)
 
     def _wait_until_idle(self, seconds: float = START_SECONDS) -> None:
         def idle() -> bool:
-            states = self.run("sinfo", "--noheader", "--Node", "--format=%N %t", check=False).split("\n")
+            states = self.run("sinfo", "--noheader", "--Node", "--format=%N %t", check=False).split(
+                "\n"
+            )
             return {f"{node} idle" for node in self.nodes} <= set(states)
 
         self._await(idle, f"the nodes {', '.join(self.nodes)} are not idle", seconds)
@@ -240,7 +267,9 @@ def descendants(roots: Sequence[int]) -> set[int]:
         if entry.name.isdigit() and (stat := content(entry / "stat")):
             parents[int(entry.name)] = int(stat.rpartition(b")")[2].split()[1])
     found: set[int] = set()
-    while new := {pid for pid, parent in parents.items() if parent in found | set(roots) and pid not in found}:
+    while new := {
+        pid for pid, parent in parents.items() if parent in found | set(roots) and pid not in found
+    }:
         found |= new
     return found
 

@@ -15,7 +15,7 @@ from k2train.data.prepare.allocate.mixture import keyed_permutation
 from k2train.data.prepare.encode.sorted_runs import RunWriter
 from k2train.data.prepare.recipe import Recipe
 from k2train.data.prepare.source import Source, border_of, place_of
-from k2train.data.prepare.workspace import HELD_OUT, EncodeTask, Workplace, read_json, write_json
+from k2train.data.prepare.workspace import HELD_OUT, EncodeTask, Workspace, read_json, write_json
 from k2train.data.tokenizer import Tokenizer
 
 VOCAB = 300
@@ -52,7 +52,9 @@ class Text:
 
     @property
     def text(self) -> int:
-        return int.from_bytes(hashlib.sha256(str((self.content, self.length)).encode()).digest()[:8], "big")
+        return int.from_bytes(
+            hashlib.sha256(str((self.content, self.length)).encode()).digest()[:8], "big"
+        )
 
 
 def recipe_of(tmp_path: Path, subsets: Mapping[str, Mapping[str, Any]], **keys: Any) -> Recipe:
@@ -64,21 +66,27 @@ def recipe_of(tmp_path: Path, subsets: Mapping[str, Mapping[str, Any]], **keys: 
         "chunks": 2,
         "tokenizer": {"model": tmp_path / "t.model"},
         "subsets": {
-            name: {"kind": "jsonl", "split_by": "source", "origin": name, "paths": [f"{name}/*"], **subset}
+            name: {
+                "kind": "jsonl",
+                "split_by": "source",
+                "origin": name,
+                "paths": [f"{name}/*"],
+                **subset,
+            }
             for name, subset in subsets.items()
         },
     }
     return Recipe.model_validate(content | keys)
 
 
-def workplace_of(
+def workspace_of(
     tmp_path: Path,
     recipe: Recipe,
     texts: Mapping[str, Sequence[Text]],
     tasks: int = 1,
     capacity: int = 10**6,
     vocab: int = VOCAB,
-) -> Workplace:
+) -> Workspace:
     """The folder as the encode tasks leave it: each subset's sources over `tasks` tasks, runs of `capacity` tokens."""
     tokenizer = cast(Tokenizer, SimpleNamespace(model=b"none", vocab_size=vocab))
     groups: list[tuple[EncodeTask, list[Text]]] = []
@@ -86,38 +94,51 @@ def workplace_of(
         for number in range(tasks):
             files = sorted({text.file for text in texts[name]})[number::tasks]
             sources = tuple(Source(recipe.origin_of(name), file) for file in files)
-            inside = sorted((t for t in texts[name] if t.file in files), key=lambda t: (t.file, t.ordinal))
+            inside = sorted(
+                (t for t in texts[name] if t.file in files), key=lambda t: (t.file, t.ordinal)
+            )
             groups.append((EncodeTask((name,), sources), inside))
-    workplace = Workplace.create(
+    workspace = Workspace.create(
         tmp_path / "out.work", tmp_path / "out.tmp", recipe, tokenizer, [task for task, _ in groups]
     )
-    workplace.__dict__["tokenizer"] = tokenizer
+    workspace.__dict__["tokenizer"] = tokenizer
     for number, (task, inside) in enumerate(groups):
-        write_runs(workplace, number, task.subsets[0], inside, capacity, vocab)
-    return workplace
+        write_runs(workspace, number, task.subsets[0], inside, capacity, vocab)
+    return workspace
 
 
 def write_runs(
-    workplace: Workplace, number: int, name: str, texts: Iterable[Text], capacity: int, vocab: int = VOCAB
+    workspace: Workspace,
+    number: int,
+    name: str,
+    texts: Iterable[Text],
+    capacity: int,
+    vocab: int = VOCAB,
 ) -> None:
-    subset = workplace.recipe.subsets[name]
-    folder = workplace.run_folder(number)
+    subset = workspace.recipe.subsets[name]
+    folder = workspace.run_folder(number)
     folder.mkdir(parents=True, exist_ok=True)
-    seed = workplace.recipe.seed
+    seed = workspace.recipe.seed
     writer = RunWriter(folder, "000", name, subset.passes, seed, chunk_dtype(vocab), capacity)
-    counts = dict.fromkeys(("documents_read", "rejected", "documents", "outside", "short", "not_chosen"), 0)
+    counts = dict.fromkeys(
+        ("documents_read", "rejected", "documents", "outside", "short", "not_chosen"), 0
+    )
     for text in texts:
         counts["documents_read"] += 1
-        outside = not is_inside(workplace.recipe, name, text)
+        outside = not is_inside(workspace.recipe, name, text)
         counts["outside" if outside else "documents"] += 1
         if outside and not subset.drop_duplicates:
             continue
         ids = [] if outside else [np.array(text.tokens, dtype=np.uint32)]
-        writer.add(text.source, text.ordinal, text.name.encode(), ids, text.place, text.text, text.fim)
+        writer.add(
+            text.source, text.ordinal, text.name.encode(), ids, text.place, text.text, text.fim
+        )
     writer.flush()
     for run in (run for runs in writer.runs for run in runs):
-        run["path"] = (folder / run["path"]).relative_to(workplace.folder).as_posix()
-    write_json(workplace.encode_record(number), {"subsets": {name: {**counts, "passes": writer.runs}}})
+        run["path"] = (folder / run["path"]).relative_to(workspace.folder).as_posix()
+    write_json(
+        workspace.encode_record(number), {"subsets": {name: {**counts, "passes": writer.runs}}}
+    )
 
 
 def is_inside(recipe: Recipe, name: str, text: Text) -> bool:
@@ -147,27 +168,39 @@ def kept_texts(recipe: Recipe, name: str, texts: Iterable[Text]) -> list[Text]:
     return kept
 
 
-def stream_of(recipe: Recipe, name: str, texts: Iterable[Text], passes: int) -> list[tuple[int, Text, int, int]]:
+def stream_of(
+    recipe: Recipe, name: str, texts: Iterable[Text], passes: int
+) -> list[tuple[int, Text, int, int]]:
     """Each token of the subset's stream as (pass, document, offset, id)."""
     stream = []
     for number in range(passes):
         keyed = sorted(
             texts,
-            key=lambda t: (document_key64(recipe.seed, name, number, t.source, t.name), t.source, t.ordinal),
+            key=lambda t: (
+                document_key64(recipe.seed, name, number, t.source, t.name),
+                t.source,
+                t.ordinal,
+            ),
         )
         for text in keyed:
             stream += [(number, text, offset, token) for offset, token in enumerate(text.tokens)]
     return stream
 
 
-def expected_chunk(workplace: Workplace, texts: Mapping[str, Sequence[Text]], chunk: str) -> Expected:
+def expected_chunk(
+    workspace: Workspace, texts: Mapping[str, Sequence[Text]], chunk: str
+) -> Expected:
     """All documents sorted in a list, laid end to end, and cut: after the plan's ranges of samples."""
-    recipe, plan = workplace.recipe, read_json(workplace.folder / "plan" / "plan.json")
+    recipe, plan = workspace.recipe, read_json(workspace.folder / "plan" / "plan.json")
     length = recipe.sequence_length
     samples: list[tuple[str, list[tuple[int, Text, int, int]]]] = []
     for name, subset in recipe.subsets.items():
         border = plan["held_out_places"][name]
-        side = [t for t in kept_texts(recipe, name, texts[name]) if (t.place >= border) == (chunk == HELD_OUT)]
+        side = [
+            t
+            for t in kept_texts(recipe, name, texts[name])
+            if (t.place >= border) == (chunk == HELD_OUT)
+        ]
         stream = stream_of(recipe, name, side, 1 if chunk == HELD_OUT else subset.passes)
         start, stop = plan["chunks"][chunk][name]
         samples += [(name, stream[k * length : (k + 1) * length]) for k in range(start, stop)]
@@ -187,6 +220,10 @@ def expected_chunk(workplace: Workplace, texts: Mapping[str, Sequence[Text]], ch
             if start:
                 expected.borders.append(row * length + start)
             facts = {"row": row, "start": start, "length": 1, "subset": name, "source": text.source}
-            facts |= {"document": text.name, "offset": offset, "fim": ("none", "psm", "spm")[text.fim]}
+            facts |= {
+                "document": text.name,
+                "offset": offset,
+                "fim": ("none", "psm", "spm")[text.fim],
+            }
             expected.pieces.append(facts | {"repeat": number})
     return expected

@@ -37,7 +37,12 @@ ROWS = GLOBAL * STEPS_PER_CHUNK + 3
 
 
 def make_corpus(
-    folder: Path, chunks: int = 4, seed: int = 1, vocab: int = VOCAB, held_out: bool = True, tokenizer: str = "t" * 64
+    folder: Path,
+    chunks: int = 4,
+    seed: int = 1,
+    vocab: int = VOCAB,
+    held_out: bool = True,
+    tokenizer: str = "t" * 64,
 ) -> Manifest:
     """A data folder of `chunks` chunks of random ids, 5 steps each."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -45,7 +50,9 @@ def make_corpus(
 
     def chunk(name: str, rows: int) -> Any:
         ids = rng.integers(0, vocab, (rows, SEQUENCE))
-        return write_chunk(folder, name, [ids.astype(np.uint16)], rows, vocab, {"noise": rows * SEQUENCE})
+        return write_chunk(
+            folder, name, [ids.astype(np.uint16)], rows, vocab, {"noise": rows * SEQUENCE}
+        )
 
     infos = [chunk(f"chunk_{i:03d}", ROWS) for i in range(chunks)]
     return write_manifest(
@@ -60,7 +67,10 @@ def make_corpus(
 
 def config_tree(manifest: Path, directory: Path, name: str, **changes: Any) -> dict[str, Any]:
     """TINY over the corpus, cosine with warm-up; dotted keys changed, the dot written as two underscores."""
-    tree = {section: dict(value) if isinstance(value, dict) else value for section, value in TINY.items()}
+    tree = {
+        section: dict(value) if isinstance(value, dict) else value
+        for section, value in TINY.items()
+    }
     tree["run"] |= {"name": name, "directory": str(directory)}
     tree["data"] |= {"manifest": str(manifest), "sequence_length": SEQUENCE}
     tree["batch"] = {"global_sequences": GLOBAL, "micro_sequences": 1}
@@ -90,7 +100,13 @@ def command(arguments: Sequence[Any], processes: int = 1) -> list[str]:
     """The command line of `k2train.train`, under torchrun when `processes` is more than 1."""
     launcher = [sys.executable]
     if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        launcher += [
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(processes),
+        ]
     return [*launcher, "-m", "k2train.train", *map(str, arguments)]
 
 
@@ -124,7 +140,9 @@ def wait_for(path: Path, process: subprocess.Popen[str], timeout: float = 60) ->
     """Until `path` exists; fails when the process ends first."""
     deadline = time.monotonic() + timeout
     while not path.exists():
-        assert process.poll() is None, f"ended with {process.returncode} before {path.name}: {process.stdout.read()}"  # type: ignore[union-attr]
+        assert process.poll() is None, (
+            f"ended with {process.returncode} before {path.name}: {process.stdout.read()}"
+        )  # type: ignore[union-attr]
         assert time.monotonic() < deadline, f"no {path} after {timeout} s"
         time.sleep(0.002)
 
@@ -157,7 +175,11 @@ def kill_all(process: subprocess.Popen[str]) -> int:
 
 def tree_of(directory: Path) -> dict[str, bytes]:
     """Every file below a directory with its bytes; empty when there is no directory."""
-    return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(directory)): p.read_bytes()
+        for p in sorted(directory.rglob("*"))
+        if p.is_file()
+    }
 
 
 def kept_of(directory: Path) -> dict[str, bytes]:
@@ -178,7 +200,9 @@ def nothing(trainer: Trainer) -> None:
     """The change that changes nothing."""
 
 
-def trainer_job(launch: Launch, tree: dict[str, Any], change: Callable[[Trainer], None] = nothing) -> int | str:
+def trainer_job(
+    launch: Launch, tree: dict[str, Any], change: Callable[[Trainer], None] = nothing
+) -> int | str:
     """A whole run in the pool, as `k2train.train.trainer.train` does it; `change` is done to the trainer before its first step.
 
     Returns the exit code, the one line of a user's mistake, or the name of the checkpoint that finished the stage.
@@ -187,7 +211,9 @@ def trainer_job(launch: Launch, tree: dict[str, Any], change: Callable[[Trainer]
     try:
         config = Config.model_validate(tree)
         begun = prepare_start(config, launch.world_size, verify=launch.rank == 0)
-        trainer = Trainer(config, grid_of(launch, config), begun, StopRequest(), verify=launch.rank == 0)
+        trainer = Trainer(
+            config, grid_of(launch, config), begun, StopRequest(), verify=launch.rank == 0
+        )
         try:
             trainer.begin()
             if trainer.finished is not None:
@@ -198,6 +224,6 @@ def trainer_job(launch: Launch, tree: dict[str, Any], change: Callable[[Trainer]
             return end_together(trainer, error)
         finally:
             trainer.close()
-            trainer.sentry.close()
+            trainer.monitor.close()
     except UserError as error:
         return f"{type(error).__name__}: {error}"

@@ -36,7 +36,10 @@ TINY: dict[str, Any] = {
 
 def tiny_config(**changes: Any) -> Config:
     """TINY with dotted keys changed, the dot written as two underscores: `parallel__tensor=2`."""
-    tree = {section: dict(value) if isinstance(value, dict) else value for section, value in TINY.items()}
+    tree = {
+        section: dict(value) if isinstance(value, dict) else value
+        for section, value in TINY.items()
+    }
     for key, value in changes.items():
         section, _, name = key.partition("__")
         if name:
@@ -61,10 +64,14 @@ def microbatches_of(config: Config, grid: ProcessGrid, step: int) -> list[Tensor
     """This rank's micro-batches of a step: a contiguous slice of the global batch, cut in order."""
     batch = global_batch(config, step)
     mine = batch.shape[0] // grid.dp.size
-    return list(batch[grid.dp.rank * mine : (grid.dp.rank + 1) * mine].split(config.batch.micro_sequences))
+    return list(
+        batch[grid.dp.rank * mine : (grid.dp.rank + 1) * mine].split(config.batch.micro_sequences)
+    )
 
 
-def local_gradients(engine: Engine, line: Tensor) -> dict[str, tuple[list[tuple[int, int]], np.ndarray]]:
+def local_gradients(
+    engine: Engine, line: Tensor
+) -> dict[str, tuple[list[tuple[int, int]], np.ndarray]]:
     """Of each global tensor the block this rank optimizes: ([(start, stop) by dimension], values)."""
     found = {}
     for slot in engine.gradients.table.slots:
@@ -78,7 +85,8 @@ def local_gradients(engine: Engine, line: Tensor) -> dict[str, tuple[list[tuple[
 
 
 def assemble(
-    parts: list[dict[str, tuple[list[tuple[int, int]], np.ndarray]]], names: dict[str, tuple[int, ...]]
+    parts: list[dict[str, tuple[list[tuple[int, int]], np.ndarray]]],
+    names: dict[str, tuple[int, ...]],
 ) -> dict[str, np.ndarray]:
     """Whole tensors from the blocks of all ranks; blocks held twice must be bit-equal, and nothing may be left out."""
     whole = {}
@@ -89,9 +97,9 @@ def assemble(
                 continue
             box, values = part[name]
             index = tuple(slice(a, b) for a, b in box)
-            assert not seen[index].any() or np.array_equal(out[index][seen[index]], values[seen[index]]), (
-                f"{name}: replicas differ"
-            )
+            assert not seen[index].any() or np.array_equal(
+                out[index][seen[index]], values[seen[index]]
+            ), f"{name}: replicas differ"
             out[index], seen[index] = values, True
         assert seen.all(), f"{name}: {int((~seen).sum())} values held by no rank"
         whole[name] = out
@@ -101,7 +109,11 @@ def assemble(
 def shapes_of(config: Config) -> dict[str, tuple[int, ...]]:
     """Global shape of every tensor, written down independently of the layers."""
     m = config.model
-    h, f, kv = m.hidden_size, m.ffn_hidden_size, m.hidden_size // m.num_heads * (m.num_kv_heads or m.num_heads)
+    h, f, kv = (
+        m.hidden_size,
+        m.ffn_hidden_size,
+        m.hidden_size // m.num_heads * (m.num_kv_heads or m.num_heads),
+    )
     shapes: dict[str, tuple[int, ...]] = {"embedding.weight": (m.vocab_size, h)}
     for n in range(m.num_layers):
         shapes |= {

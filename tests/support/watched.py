@@ -18,10 +18,10 @@ import torch
 import torch.distributed as dist
 
 from k2train.parallel.collectives import all_gather, all_reduce
-from k2train.parallel.comm_tracker import Traffic
+from k2train.parallel.comm_tracker import CommTracker
 from k2train.parallel.grid import Axis
-from k2train.watchdog.timeouts import Limits
-from k2train.watchdog.watchdog import Watch
+from k2train.watchdog.timeouts import Timeouts
+from k2train.watchdog.watchdog import Watchdog
 
 STEPS = int(os.environ.get("WATCHED_STEPS", "100000"))
 HEARTBEAT = float(os.environ.get("WATCHED_HEARTBEAT", "0.5"))
@@ -56,31 +56,40 @@ def do(fault: str) -> None:
 
 def main() -> int:
     """Run the steps."""
-    rank, world, directory, limit = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), float(sys.argv[4])
-    fault, where, when = (sys.argv[5], int(sys.argv[6]), int(sys.argv[7])) if len(sys.argv) > 5 else ("", -1, -1)
+    rank, world, directory, limit = (
+        int(sys.argv[1]),
+        int(sys.argv[2]),
+        Path(sys.argv[3]),
+        float(sys.argv[4]),
+    )
+    fault, where, when = (
+        (sys.argv[5], int(sys.argv[6]), int(sys.argv[7])) if len(sys.argv) > 5 else ("", -1, -1)
+    )
     torch.set_num_threads(1)
-    traffic = Traffic()
-    limits = Limits(heartbeat_seconds=HEARTBEAT, start_seconds=60.0, step_seconds=limit)
+    comm = CommTracker()
+    limits = Timeouts(heartbeat_seconds=HEARTBEAT, start_seconds=60.0, step_seconds=limit)
     began = time.monotonic()
-    watch = Watch(
+    watch = Watchdog(
         directory / "watch",
         rank,
         world,
         limits,
         lambda line: os.write(2, f"{line}\n".encode()) and None,
-        traffic.position,
-        wall=lambda: time.time() + CLOCK_JUMP * (1 if int((time.monotonic() - began) * 2) % 2 else -1),
+        comm.position,
+        wall=lambda: (
+            time.time() + CLOCK_JUMP * (1 if int((time.monotonic() - began) * 2) % 2 else -1)
+        ),
     )
     store = os.environ.get("WATCHED_STORE", f"file://{directory}/store")
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
     watch.start()
-    traffic.cells = watch.cells
-    axis = Axis("dp", world, rank, dist.group.WORLD, traffic=traffic)
+    comm.cells = watch.cells
+    axis = Axis("dp", world, rank, dist.group.WORLD, comm=comm)
     problem = ""
     try:
         for step in range(1, STEPS + 1):
             watch.phase("step", step)
-            before, blocked = time.monotonic(), traffic.blocked_seconds
+            before, blocked = time.monotonic(), comm.blocked_seconds
             all_gather(torch.ones(4), axis)
             if (rank, step) == (where, when):
                 do(fault)
@@ -88,10 +97,10 @@ def main() -> int:
             all_reduce(torch.ones(1000), axis)
             seconds = time.monotonic() - before
             watch.step_done(seconds)
-            own = seconds - (traffic.blocked_seconds - blocked)
+            own = seconds - (comm.blocked_seconds - blocked)
             os.write(1, f"step {step} {own:.6f}\n".encode())
     except RuntimeError as error:
-        if not traffic.broken:
+        if not comm.broken:
             raise
         line = watch.lost(error)
         if line:

@@ -23,7 +23,9 @@ class Ended:
     @property
     def lines(self) -> list[str]:
         """What the watches of all ranks said."""
-        return [line for text in self.errors for line in text.splitlines() if line.startswith("rank ")]
+        return [
+            line for text in self.errors for line in text.splitlines() if line.startswith("rank ")
+        ]
 
 
 class Job:
@@ -42,10 +44,23 @@ class Job:
         self.processes = []
         variables: Mapping[str, str] = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
         for rank in range(world):
-            command = [sys.executable, str(SCRIPT), str(rank), str(world), str(directory), str(limit), *map(str, fault)]
-            with (directory / f"out{rank}").open("w") as out, (directory / f"err{rank}").open("w") as err:
+            command = [
+                sys.executable,
+                str(SCRIPT),
+                str(rank),
+                str(world),
+                str(directory),
+                str(limit),
+                *map(str, fault),
+            ]
+            with (
+                (directory / f"out{rank}").open("w") as out,
+                (directory / f"err{rank}").open("w") as err,
+            ):
                 prefix = list(prefixes[rank]) if prefixes else []
-                self.processes.append(subprocess.Popen(prefix + command, stdout=out, stderr=err, env=variables))
+                self.processes.append(
+                    subprocess.Popen(prefix + command, stdout=out, stderr=err, env=variables)
+                )
 
     def __enter__(self) -> "Job":
         return self
@@ -65,8 +80,12 @@ class Job:
         """Return when every rank has finished it."""
         until = time.monotonic() + timeout_seconds
         while min(self.step(rank) for rank in range(len(self.processes))) < step:
-            assert time.monotonic() < until, f"no step {step}: {[path.read_text() for path in self._errors()]}"
-            assert any(process.poll() is None for process in self.processes), [p.read_text() for p in self._errors()]
+            assert time.monotonic() < until, (
+                f"no step {step}: {[path.read_text() for path in self._errors()]}"
+            )
+            assert any(process.poll() is None for process in self.processes), [
+                p.read_text() for p in self._errors()
+            ]
             time.sleep(0.05)
 
     def send(self, number: signal.Signals, *ranks: int) -> None:
@@ -78,8 +97,13 @@ class Job:
         """Wait for all ranks."""
         until, sizes, moved = time.monotonic() + timeout_seconds, [-1], time.monotonic()
         while any(process.poll() is None for process in self.processes):
-            assert time.monotonic() < until, f"ranks are left: {[process.poll() for process in self.processes]}"
-            now = [(self.directory / f"out{rank}").stat().st_size for rank in range(len(self.processes))]
+            assert time.monotonic() < until, (
+                f"ranks are left: {[process.poll() for process in self.processes]}"
+            )
+            now = [
+                (self.directory / f"out{rank}").stat().st_size
+                for rank in range(len(self.processes))
+            ]
             if now != sizes:
                 sizes, moved = now, time.monotonic()
             time.sleep(0.05)

@@ -26,11 +26,11 @@ from fault_tests.cases_kill import kills, not_reached  # noqa: E402
 from fault_tests.disk_state import Reference  # noqa: E402
 from fault_tests.endurance import Endurance  # noqa: E402
 from fault_tests.endurance_faults import ENDING, HARMLESS, LATE, LIVED_WITH, Drawn  # noqa: E402
-from fault_tests.processes import Crew, Job  # noqa: E402
+from fault_tests.processes import ForkServer, Job  # noqa: E402
 from fault_tests.report import page, section  # noqa: E402
-from fault_tests.restarts import Attempt, Campaign, undisturbed  # noqa: E402
+from fault_tests.restarts import Attempt, Restarts, undisturbed  # noqa: E402
 from fault_tests.result import Bench, Result  # noqa: E402
-from fault_tests.tiny_run import World, make_world  # noqa: E402
+from fault_tests.tiny_run import TinyRun, make_tiny_run  # noqa: E402
 from k2train.fault_injection import POINTS, parse  # noqa: E402
 
 
@@ -60,40 +60,56 @@ def test_verdicts(given: dict[str, Any], verdict: str) -> None:
 def test_the_page_says_what_did_not_hold(tmp_path: Path) -> None:
     """Catches a page that leaves out what failed or was not run, and a cell that breaks the table."""
     bad = Result(7, "disk | full", "target", "how", ["1 of 2"], ["lost\na | b"], ["no root"], 3.0)
-    bench = Bench(crew=None, scratch=tmp_path)  # type: ignore[arg-type]
+    bench = Bench(server=None, scratch=tmp_path)  # type: ignore[arg-type]
     text = page([bad, Result(8, "asked to stop", "75", "signals", ["all"])], bench, 5.0)
     rows = [line for line in text.splitlines() if line.startswith(("| 7 ", "| 8 "))]
     assert [row.count("|") for row in rows] == [6, 6]
     assert "**NOT HELD**" in rows[0] and "**held**" in rows[1]
     lines = section(bad)
-    assert "- **Not held:** lost a / b" in lines and "- Not run: no root" in lines and "- 1 of 2" in lines
+    assert (
+        "- **Not held:** lost a / b" in lines
+        and "- Not run: no root" in lines
+        and "- 1 of 2" in lines
+    )
 
 
 def test_a_row_that_breaks_did_not_hold(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def broken(bench: Bench) -> Result:
-        raise RuntimeError("no crew")
+        raise RuntimeError("no server")
 
     monkeypatch.setitem(ROWS, 9, broken)
-    told = run_row(Bench(crew=None, scratch=tmp_path), 9)  # type: ignore[arg-type]
-    assert told.verdict == "NOT HELD" and "no crew" in told.problems[0]
+    told = run_row(Bench(server=None, scratch=tmp_path), 9)  # type: ignore[arg-type]
+    assert told.verdict == "NOT HELD" and "no server" in told.problems[0]
 
 
 def test_kills_cover_every_point_and_are_understood() -> None:
     """Catches a list of faults that the code would not take, and a place that no kill is meant for."""
     texts = kills(list(POINTS), 2, (1, 2))
     parsed = [parse(text)[0] for text in texts]
-    assert {fault.point for fault in parsed} == set(POINTS) and {fault.action for fault in parsed} == {"kill"}
+    assert {fault.point for fault in parsed} == set(POINTS) and {
+        fault.action for fault in parsed
+    } == {"kill"}
     assert {fault.rank for fault in parsed if fault.point == "save.hashed"} == {0, 1}
 
 
 def made_attempt(faults: str, codes: list[int]) -> Attempt:
-    job = Job([1] * len(codes), 0, Path("unused"), 0.0, {rank: (code, 1.0) for rank, code in enumerate(codes)})
+    job = Job(
+        [1] * len(codes),
+        0,
+        Path("unused"),
+        0.0,
+        {rank: (code, 1.0) for rank, code in enumerate(codes)},
+    )
     return Attempt(faults, job, "", 0, 0)
 
 
 def test_a_fault_that_struck_nobody_is_told() -> None:
     """Catches a table that counts kills which never came."""
-    attempts = [made_attempt("a:kill", [0, 0]), made_attempt("b:kill", [1, -9]), made_attempt("c:kill", [0, 0])]
+    attempts = [
+        made_attempt("a:kill", [0, 0]),
+        made_attempt("b:kill", [1, -9]),
+        made_attempt("c:kill", [0, 0]),
+    ]
     attempts.append(made_attempt("c:kill", [-9, 1]))
     assert not_reached(attempts) == ["a:kill"]
 
@@ -101,7 +117,9 @@ def test_a_fault_that_struck_nobody_is_told() -> None:
 def test_a_fault_counts_when_it_was_seen_to_strike() -> None:
     """Catches an endurance run that counts what it armed."""
     armed = Drawn("gradient@rank=1@step=4:nan;save.model@rank=0@nth=1:error=EIO")
-    assert armed.struck({"save.model:error"}) and not armed.struck({"save.model:kill", "gradient:inf"})
+    assert armed.struck({"save.model:error"}) and not armed.struck(
+        {"save.model:kill", "gradient:inf"}
+    )
     assert Drawn(done=True).struck(set()) and not Drawn().struck({"step.read:kill"})
     assert set(LATE) <= set(ENDING) and set(HARMLESS) <= set(LIVED_WITH)
 
@@ -110,7 +128,9 @@ def test_points_and_strikes_are_told_apart(tmp_path: Path) -> None:
     """Catches a strike taken for a visit, and half a line of a rank that was killed while it wrote."""
     (tmp_path / "trace").write_text("1.0 0 step.read\n1.1 1 !step.read:kill\n1.2 0 st")
     job = Job([1], 0, tmp_path, 0.0)
-    assert job.points()[:1] == [(1.0, 0, "step.read")] and job.strikes() == [(1.1, 1, "step.read:kill")]
+    assert job.points()[:1] == [(1.0, 0, "step.read")] and job.strikes() == [
+        (1.1, 1, "step.read:kill")
+    ]
 
 
 def test_list_names_every_row_and_point(capsys: pytest.CaptureFixture[str]) -> None:
@@ -133,7 +153,12 @@ def test_damage_changes_the_folder(kind: str, tmp_path: Path) -> None:
 
 def row(step: int, attempt: int = 1, **changes: Any) -> str:
     start = (step - 1) % 2 * 4
-    facts = {"step": step, "attempt": attempt, "chunk": f"chunk_{(step - 1) // 2:03d}", "rows": [start, start + 4]}
+    facts = {
+        "step": step,
+        "attempt": attempt,
+        "chunk": f"chunk_{(step - 1) // 2:03d}",
+        "rows": [start, start + 4],
+    }
     facts |= {"loss": 1.0 / step, "grad_norm": 1.0, "lr": 0.1, "applied": True, "seconds": 0.1}
     return json.dumps({**facts, **changes}) + "\n"
 
@@ -150,13 +175,16 @@ def test_a_step_that_differs_is_told(tmp_path: Path) -> None:
     assert disk_state.row_problems(tmp_path, reference(4), done=True) == []
     metrics.write_text(row(1) + row(2, loss=0.5000001) + row(2, 2) + row(3, 2))
     told = disk_state.row_problems(tmp_path, reference(4), done=True)
-    assert "step 2 of attempt 1 differs" in told[0] and "1 steps have no row, the first is 4" in told[1]
+    assert (
+        "step 2 of attempt 1 differs" in told[0]
+        and "1 steps have no row, the first is 4" in told[1]
+    )
 
 
 @pytest.mark.parametrize("change", ["twice", "left out", "another chunk"])
 def test_samples_are_counted(change: str, tmp_path: Path) -> None:
     """Catches a row of a chunk that is read twice or never."""
-    world, metrics = World(tmp_path, 2, 2), tmp_path / "metrics.jsonl"
+    world, metrics = TinyRun(tmp_path, 2, 2), tmp_path / "metrics.jsonl"
     metrics.write_text("".join(row(step) for step in range(1, 5)))
     assert disk_state.sample_problems(tmp_path, world) == []
     changes: dict[str, dict[str, Any]] = {
@@ -192,29 +220,33 @@ def test_names_of_ranks() -> None:
 
 
 @pytest.fixture(scope="module")
-def crew(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Crew]:
-    with Crew(tmp_path_factory.mktemp("crew")) as made:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
+    with ForkServer(tmp_path_factory.mktemp("server")) as made:
         yield made
 
 
 @pytest.fixture(scope="module")
-def judged(crew: Crew, tmp_path_factory: pytest.TempPathFactory) -> tuple[World, Reference]:
-    world = make_world(tmp_path_factory.mktemp("faults") / "world", 6, 2)
-    return world, undisturbed(crew, world)
+def judged(
+    server: ForkServer, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[TinyRun, Reference]:
+    world = make_tiny_run(tmp_path_factory.mktemp("faults") / "world", 6, 2)
+    return world, undisturbed(server, world)
 
 
 @pytest.mark.slow
-def test_a_kill_is_survived_and_leaves_nothing(crew: Crew, judged: tuple[World, Reference]) -> None:
+def test_a_kill_is_survived_and_leaves_nothing(
+    server: ForkServer, judged: tuple[TinyRun, Reference]
+) -> None:
     """Catches a runner whose faults do not reach the ranks, or whose checks complain of a run that is well."""
-    campaign = Campaign(crew, *judged_as(judged, "sound"))
-    assert campaign.attempt("save.hashed@rank=1@nth=3:kill").codes[1] == -signal.SIGKILL
-    assert campaign.attempt("step.forward@rank=0@nth=3:kill").codes[0] == -signal.SIGKILL
-    campaign.finish()
-    assert campaign.problems == []
-    assert [name for _, _, name in campaign.attempts[0].job.points() if name.startswith("save.")]
+    restarts = Restarts(server, *judged_as(judged, "sound"))
+    assert restarts.attempt("save.hashed@rank=1@nth=3:kill").codes[1] == -signal.SIGKILL
+    assert restarts.attempt("step.forward@rank=0@nth=3:kill").codes[0] == -signal.SIGKILL
+    restarts.finish()
+    assert restarts.problems == []
+    assert [name for _, _, name in restarts.attempts[0].job.points() if name.startswith("save.")]
 
 
-def judged_as(judged: tuple[World, Reference], name: str) -> tuple[World, str, Reference]:
+def judged_as(judged: tuple[TinyRun, Reference], name: str) -> tuple[TinyRun, str, Reference]:
     return judged[0], name, judged[1]
 
 
@@ -228,31 +260,37 @@ def judged_as(judged: tuple[World, Reference], name: str) -> tuple[World, str, R
     ],
 )
 def test_the_runner_finds_broken_code(
-    patch: str, fault: str, told: str, crew: Crew, judged: tuple[World, Reference]
+    patch: str, fault: str, told: str, server: ForkServer, judged: tuple[TinyRun, Reference]
 ) -> None:
     """Catches a runner that cannot fail: each patch is a change that somebody could make."""
-    campaign = Campaign(crew, *judged_as(judged, patch), environments=[{"FAULT_RUN_PATCH": f"patches:{patch}"}] * 2)
-    campaign.attempt(fault, limit=60)
-    campaign.attempt("", None, (1, 2, 75, -9), 60)
-    assert [problem for problem in campaign.problems if told in problem], campaign.problems
+    restarts = Restarts(
+        server,
+        *judged_as(judged, patch),
+        environments=[{"FAULT_RUN_PATCH": f"patches:{patch}"}] * 2,
+    )
+    restarts.attempt(fault, limit=60)
+    restarts.attempt("", None, (1, 2, 75, -9), 60)
+    assert [problem for problem in restarts.problems if told in problem], restarts.problems
 
 
 @pytest.mark.slow
-def test_a_hang_is_ended_and_told(crew: Crew, judged: tuple[World, Reference]) -> None:
+def test_a_hang_is_ended_and_told(server: ForkServer, judged: tuple[TinyRun, Reference]) -> None:
     """Catches a runner that waits for ever, or that takes a rank it had to kill for one that ended by itself."""
     world, name, _ = judged_as(judged, "hangs")
-    job = crew.begin(world.arguments(name, "watch.heartbeat_seconds=0"), 2, "step.forward@rank=1@nth=2:stop")
+    job = server.begin(
+        world.arguments(name, "watch.heartbeat_seconds=0"), 2, "step.forward@rank=1@nth=2:stop"
+    )
     began = time.monotonic()
-    assert crew.wait_as_launcher(job, 6, 2) != ""
-    assert time.monotonic() - began < 40 and job.over and crew.left_behind(job) == []
+    assert server.wait_as_launcher(job, 6, 2) != ""
+    assert time.monotonic() - began < 40 and job.over and server.left_behind(job) == []
 
 
 @pytest.mark.slow
-def test_endurance_is_the_same_for_the_same_seed(crew: Crew, tmp_path: Path) -> None:
+def test_endurance_is_the_same_for_the_same_seed(server: ForkServer, tmp_path: Path) -> None:
     """Catches a draw that depends on the time, so that a failure could not be run again."""
     drawn = []
     for name in ("a", "b"):
-        run = Endurance(Bench(crew, tmp_path / name, seed=4, endurance=4), 4)
+        run = Endurance(Bench(server, tmp_path / name, seed=4, endurance=4), 4)
         drawn.append([[(kind, one.text) for kind, one in run.next_faults()] for _ in range(12)])
     assert drawn[0] == drawn[1] and len({kind for faults in drawn[0] for kind, _ in faults}) > 6
 
@@ -261,10 +299,20 @@ def test_endurance_is_the_same_for_the_same_seed(crew: Crew, tmp_path: Path) -> 
 def test_the_short_set_holds(tmp_path: Path) -> None:
     """Catches what no test of one module sees: a run under kills, a full disk, signals and harm that does not end alike."""
     page_file = tmp_path / "faults.md"
-    command = [sys.executable, str(ROOT / "tools/fault_run.py"), "--short", "--page", str(page_file)]
+    command = [
+        sys.executable,
+        str(ROOT / "tools/fault_run.py"),
+        "--short",
+        "--page",
+        str(page_file),
+    ]
     command += ["--kills", "2", "--endurance", "6"]
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        command,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
     assert "NOT HELD" not in page_file.read_text()

@@ -32,10 +32,16 @@ REQUIRED = [mutation for mutation in tool.MUTATIONS if mutation.required]
 def test_each_mutation_can_be_made(mutation: Any) -> None:
     """Catches a table left behind by the code: a text that is gone or doubled, a test that was renamed."""
     source = (ROOT / mutation.file).read_text(encoding="utf-8")
-    assert source.count(mutation.old) == 1, f"{mutation.file} has it {source.count(mutation.old)} times"
+    assert source.count(mutation.old) == 1, (
+        f"{mutation.file} has it {source.count(mutation.old)} times"
+    )
     compile(source.replace(mutation.old, mutation.new), mutation.file, "exec")
     path, _, name = mutation.test.partition("::")
-    defined = [node.name for node in ast.parse((ROOT / path).read_text()).body if isinstance(node, ast.FunctionDef)]
+    defined = [
+        node.name
+        for node in ast.parse((ROOT / path).read_text()).body
+        if isinstance(node, ast.FunctionDef)
+    ]
     assert name.split("[")[0] in defined, f"{path} has no {name}"
 
 
@@ -44,7 +50,13 @@ def test_names_are_unique_and_the_short_list_is_whole() -> None:
     names = [mutation.name for mutation in tool.MUTATIONS]
     assert len(set(names)) == len(names)
     text = " ".join(mutation.name for mutation in REQUIRED)
-    for kind in ("norm gradients", "micro-batches", "data-parallel average", "maximum", "global norm"):
+    for kind in (
+        "norm gradients",
+        "micro-batches",
+        "data-parallel average",
+        "maximum",
+        "global norm",
+    ):
         assert kind in text
 
 
@@ -53,7 +65,9 @@ def repository(tmp_path: Path) -> Path:
     """A repository of one function and its tests, so that the tool's own answers are quick."""
     root = tmp_path / "repository"
     (root / "tests").mkdir(parents=True)
-    (root / "toy.py").write_text("def add(a, b):\n    return a + b\n\n\ndef twice(a):\n    return 2 * a  # 2 * a\n")
+    (root / "toy.py").write_text(
+        "def add(a, b):\n    return a + b\n\n\ndef twice(a):\n    return 2 * a  # 2 * a\n"
+    )
     (root / "tests" / "test_toy.py").write_text(
         "import time\nfrom toy import add, twice\n\ndef test_add():\n    assert add(1, 2) == 3\n\n"
         "def test_weak():\n    assert twice(0) == 0\n\ndef test_slow():\n    time.sleep(add(2, -2) * 10)\n"
@@ -78,14 +92,26 @@ def mutation_of(old: str, new: str, test: str = "tests/test_toy.py::test_add") -
         ("a + b", "a - b", "test_gone", False, "no match in any of"),
         ("a + b", "a - b", "test_slow", False, "hung for 6 seconds"),
     ),
-    ids=("caught", "survived", "gone", "doubled", "syntax", "collection", "clumsy", "no-such-test", "hung"),
+    ids=(
+        "caught",
+        "survived",
+        "gone",
+        "doubled",
+        "syntax",
+        "collection",
+        "clumsy",
+        "no-such-test",
+        "hung",
+    ),
 )
 def test_only_a_failing_test_is_a_catch(
     repository: Path, old: str, new: str, test: str, caught: bool, detail: str
 ) -> None:
     """Catches a tool that takes any non-zero exit for success: then a typo in the table would pass for proof."""
     before = (repository / "toy.py").read_text()
-    outcome = tool.check_mutation(mutation_of(old, new, f"tests/test_toy.py::{test}"), repository, 6.0)
+    outcome = tool.check_mutation(
+        mutation_of(old, new, f"tests/test_toy.py::{test}"), repository, 6.0
+    )
     assert outcome.caught is caught and detail in outcome.detail, outcome
     assert (repository / "toy.py").read_text() == before, "the repository itself was broken"
 
@@ -93,15 +119,21 @@ def test_only_a_failing_test_is_a_catch(
 def test_a_test_that_is_red_anyway_is_no_proof(repository: Path) -> None:
     """Catches a baseline that is not looked at."""
     assert tool.check_unbroken([mutation_of("a + b", "a - b")], repository)[0]
-    (repository / "toy.py").write_text("def add(a, b):\n    return 7\n\n\ndef twice(a):\n    return a\n")
+    (repository / "toy.py").write_text(
+        "def add(a, b):\n    return 7\n\n\ndef twice(a):\n    return a\n"
+    )
     assert not tool.check_unbroken([mutation_of("7", "8")], repository)[0]
 
 
 def test_list_and_usage() -> None:
     """Catches a list that runs tests, and a name that matches nothing taken for success."""
-    listed = subprocess.run([sys.executable, str(TOOL), "--list"], capture_output=True, text=True, timeout=30)
+    listed = subprocess.run(
+        [sys.executable, str(TOOL), "--list"], capture_output=True, text=True, timeout=30
+    )
     assert listed.returncode == 0 and len(listed.stdout.splitlines()) == len(tool.MUTATIONS) + 2
-    nothing = subprocess.run([sys.executable, str(TOOL), "--only", "zzz"], capture_output=True, text=True, timeout=30)
+    nothing = subprocess.run(
+        [sys.executable, str(TOOL), "--only", "zzz"], capture_output=True, text=True, timeout=30
+    )
     assert nothing.returncode == 2 and "no mutation's name contains 'zzz'" in nothing.stderr
 
 

@@ -63,7 +63,11 @@ class Copy:
 
     def environment(self, **variables: str) -> dict[str, str]:
         base = {name: value for name, value in os.environ.items() if name != "PYTHON"}
-        given = {"PYTHON": str(self.stand_in), "REAL_PYTHON": sys.executable, "CALLS": str(self.calls_file)}
+        given = {
+            "PYTHON": str(self.stand_in),
+            "REAL_PYTHON": sys.executable,
+            "CALLS": str(self.calls_file),
+        }
         return {**base, **given, **variables}
 
     def start(self, script: str, *arguments: str, **variables: str) -> "subprocess.Popen[str]":
@@ -78,7 +82,9 @@ class Copy:
             preexec_fn=hear_signals,
         )
 
-    def run(self, script: str, *arguments: str, **variables: str) -> "subprocess.CompletedProcess[str]":
+    def run(
+        self, script: str, *arguments: str, **variables: str
+    ) -> "subprocess.CompletedProcess[str]":
         process = self.start(script, *arguments, **variables)
         out, err = process.communicate(timeout=60)
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
@@ -95,7 +101,9 @@ def copy(tmp_path: Path) -> Copy:
     return Copy(tmp_path)
 
 
-@pytest.mark.parametrize("path", [*sorted((ROOT / "scripts").glob("*.sh")), ROOT / ".ci/run"], ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "path", [*sorted((ROOT / "scripts").glob("*.sh")), ROOT / ".ci/run"], ids=lambda p: p.name
+)
 def test_scripts_parse_and_stop_at_the_first_failure(path: Path) -> None:
     """Catches a syntax error in a branch that is rarely taken, and a script that goes on after a failed command."""
     assert subprocess.run(["bash", "-n", str(path)], check=False).returncode == 0
@@ -106,7 +114,9 @@ def test_setup_installs_once(copy: Copy) -> None:
     """Catches an install at every start, an extra that is not asked for, and a path with a space."""
     first = copy.run("scripts/setup.sh", "data", PATH=without_cuda(copy))
     assert first.returncode == 0, first.stderr
-    assert copy.calls("-m pip") == ["-m pip install --disable-pip-version-check -c constraints/cpu.txt -e .[data]"]
+    assert copy.calls("-m pip") == [
+        "-m pip install --disable-pip-version-check -c constraints/cpu.txt -e .[data]"
+    ]
     again = copy.run("scripts/setup.sh", "data", PATH=without_cuda(copy))
     assert (again.returncode, again.stdout, again.stderr) == (0, "", "")
     assert copy.calls("-m pip") == []
@@ -170,7 +180,9 @@ def test_setup_that_failed_or_was_killed_is_done_again(copy: Copy) -> None:
     """Catches a stamp written before what it stands for."""
     failed = copy.run("scripts/setup.sh", "data", PIP_CODE="7")
     assert failed.returncode == 1
-    assert failed.stderr.splitlines()[-1].startswith("setup: pip could not install .[data]; the whole log is in ")
+    assert failed.stderr.splitlines()[-1].startswith(
+        "setup: pip could not install .[data]; the whole log is in "
+    )
     copy.calls("-m pip")
     assert copy.run("scripts/setup.sh", "data").returncode == 0
     assert len(copy.calls("-m pip")) == 1
@@ -193,7 +205,10 @@ def test_setup_names_what_it_cannot_use(copy: Copy) -> None:
     old.chmod(0o755)
     refused = copy.run("scripts/setup.sh", PYTHON=str(old))
     assert refused.returncode == 1
-    assert refused.stderr == f"setup: PYTHON={old} is not Python 3.11 or newer; name another interpreter\n"
+    assert (
+        refused.stderr
+        == f"setup: PYTHON={old} is not Python 3.11 or newer; name another interpreter\n"
+    )
     assert not (copy.root / ".venv").exists()
     misspelled = copy.run("scripts/setup.sh", "dada")
     assert misspelled.returncode == 1
@@ -240,12 +255,26 @@ def test_quickstart_does_all_parts_in_order(copy: Copy) -> None:
     ("variables", "code", "told"),
     [
         ({"PIP_CODE": "3"}, 1, 'quickstart: "set up" failed (exit code 1); its message is above'),
-        ({"TOOL_CODE": "2"}, 2, 'quickstart: "prepare the text of stage 1" failed (exit code 2); its message is above'),
-        ({"TRAIN_CODE": "1"}, 1, 'quickstart: "train stage 1" failed (exit code 1); its message is above'),
-        ({"TRAIN_CODE": "75"}, 75, 'quickstart: stopped in "train stage 1"; to go on: bash scripts/quickstart.sh'),
+        (
+            {"TOOL_CODE": "2"},
+            2,
+            'quickstart: "prepare the text of stage 1" failed (exit code 2); its message is above',
+        ),
+        (
+            {"TRAIN_CODE": "1"},
+            1,
+            'quickstart: "train stage 1" failed (exit code 1); its message is above',
+        ),
+        (
+            {"TRAIN_CODE": "75"},
+            75,
+            'quickstart: stopped in "train stage 1"; to go on: bash scripts/quickstart.sh',
+        ),
     ],
 )
-def test_quickstart_ends_at_the_part_that_failed(copy: Copy, variables: dict[str, str], code: int, told: str) -> None:
+def test_quickstart_ends_at_the_part_that_failed(
+    copy: Copy, variables: dict[str, str], code: int, told: str
+) -> None:
     """Catches a later part run on what an earlier one did not make, and a failure told as success."""
     ended = copy.run("scripts/quickstart.sh", **variables)
     assert ended.returncode == code
@@ -254,7 +283,9 @@ def test_quickstart_ends_at_the_part_that_failed(copy: Copy, variables: dict[str
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_quickstart_passes_a_signal_on_and_waits_for_the_save(copy: Copy, number: signal.Signals) -> None:
+def test_quickstart_passes_a_signal_on_and_waits_for_the_save(
+    copy: Copy, number: signal.Signals
+) -> None:
     """Catches a training left behind by Ctrl-C or kill, one that is not given the time to save, and a part started after."""
     process = copy.start("scripts/quickstart.sh", TRAIN_TENTHS="300")
     assert process.stdout is not None
@@ -267,7 +298,10 @@ def test_quickstart_passes_a_signal_on_and_waits_for_the_save(copy: Copy, number
     assert copy.calls_file.with_suffix(".saved").exists(), "it ended before the training had saved"
     _, err = process.communicate(timeout=20)
     assert process.returncode == 75, err
-    assert err.splitlines()[-1] == 'quickstart: stopped in "train stage 1"; to go on: bash scripts/quickstart.sh'
+    assert (
+        err.splitlines()[-1]
+        == 'quickstart: stopped in "train stage 1"; to go on: bash scripts/quickstart.sh'
+    )
 
 
 def test_test_script_runs_the_checks_and_then_pytest(copy: Copy) -> None:

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from k2train.data.prepare.workspace import Workplace
+from k2train.data.prepare.workspace import Workspace
 from tests.support.command_line import hear_signals, soon
-from tests.support.preparation import begun, finished, in_order, toy_phases, toy_workplace, whole
+from tests.support.preparation import begun, finished, in_order, toy_phases, toy_workspace, whole
 from tests.support.slurm import Cluster, why_not
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,9 +44,15 @@ def cluster() -> Iterator[Cluster]:
         yield made
 
 
-def driver(cluster: Cluster, workplace: Workplace, *choices: str) -> subprocess.Popen[str]:
+def driver(cluster: Cluster, workspace: Workspace, *choices: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, str(ROOT / "tests/support/preparation.py"), str(workplace.folder), *CHOICES, *choices],
+        [
+            sys.executable,
+            str(ROOT / "tests/support/preparation.py"),
+            str(workspace.folder),
+            *CHOICES,
+            *choices,
+        ],
         env={**cluster.environment, "PYTHONPATH": str(ROOT)},
         stderr=subprocess.PIPE,
         text=True,
@@ -54,8 +60,8 @@ def driver(cluster: Cluster, workplace: Workplace, *choices: str) -> subprocess.
     )
 
 
-def run(cluster: Cluster, workplace: Workplace, *choices: str) -> tuple[int, str]:
-    process = driver(cluster, workplace, *choices)
+def run(cluster: Cluster, workspace: Workspace, *choices: str) -> tuple[int, str]:
+    process = driver(cluster, workspace, *choices)
     _, said = process.communicate(timeout=180)
     return process.returncode, said
 
@@ -68,89 +74,104 @@ def job_names(cluster: Cluster) -> list[str]:
     """Names of all jobs since the cluster's start, one for each submission."""
     records = cluster.run("scontrol", "--oneliner", "show", "job").splitlines()
     facts = [dict(part.split("=", 1) for part in line.split() if "=" in part) for line in records]
-    return sorted({f"{fact['JobName']} {fact.get('ArrayJobId', fact['JobId'])}" for fact in facts if "JobId" in fact})
+    return sorted(
+        {
+            f"{fact['JobName']} {fact.get('ArrayJobId', fact['JobId'])}"
+            for fact in facts
+            if "JobId" in fact
+        }
+    )
 
 
 def test_both_nodes_do_the_tasks_once(cluster: Cluster, tmp_path: Path) -> None:
     """Catches jobs that are refused, do not find their Python, or run before the phase they need is complete."""
-    workplace = toy_workplace(tmp_path, seconds=1.0)
-    code, said = run(cluster, workplace)
+    workspace = toy_workspace(tmp_path, seconds=1.0)
+    code, said = run(cluster, workspace)
     assert code == 0, said + cluster.logs()
-    assert whole(workplace, PHASES) and begun(workplace) == dict.fromkeys(ALL, 1)
-    assert in_order(workplace, PHASES)
-    nodes = {path.read_text().split()[0] for path in (workplace.folder / "begun").iterdir()}
+    assert whole(workspace, PHASES) and begun(workspace) == dict.fromkeys(ALL, 1)
+    assert in_order(workspace, PHASES)
+    nodes = {path.read_text().split()[0] for path in (workspace.folder / "begun").iterdir()}
     assert nodes == {"n1", "n2"}
     assert re.search(r"^one: SLURM job \d+, its output in .*/logs/one/slurm$", said, re.MULTILINE)
     assert said.splitlines()[-1].startswith("three: 2 tasks in ")
     before = job_names(cluster)
-    assert run(cluster, workplace)[0] == 0
+    assert run(cluster, workspace)[0] == 0
     assert job_names(cluster) == before
 
 
 def test_a_killed_driver_finds_its_jobs_again(cluster: Cluster, tmp_path: Path) -> None:
     """Catches a second submission of jobs that wait or run, and a job that ends with the driver."""
-    workplace = toy_workplace(tmp_path, seconds=3.0)
+    workspace = toy_workspace(tmp_path, seconds=3.0)
     before = set(job_names(cluster))
-    process = driver(cluster, workplace)
-    assert soon(lambda: len(begun(workplace)) >= 2)
+    process = driver(cluster, workspace)
+    assert soon(lambda: len(begun(workspace)) >= 2)
     process.kill()
     process.communicate()
     submitted = set(job_names(cluster)) - before
     assert len(submitted) == 3
-    for note in (workplace.folder / "logs").glob("*.jobs"):
+    for note in (workspace.folder / "logs").glob("*.jobs"):
         note.unlink()
-    code, said = run(cluster, workplace)
+    code, said = run(cluster, workspace)
     assert code == 0, said
     assert said.count("submitted before") == 3
     assert set(job_names(cluster)) - before == submitted
-    assert whole(workplace, PHASES) and set(begun(workplace).values()) == set(finished(workplace).values()) == {1}
+    assert whole(workspace, PHASES) and set(begun(workspace).values()) == set(
+        finished(workspace).values()
+    ) == {1}
 
 
-def test_a_failing_task_is_its_line_and_the_rest_is_cancelled(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_failing_task_is_its_line_and_the_rest_is_cancelled(
+    cluster: Cluster, tmp_path: Path
+) -> None:
     """Catches a failure that is told as an exit code, and phases that stay queued behind it."""
-    workplace = toy_workplace(tmp_path, seconds=2.0, fail={"one/3": "web.jsonl: gone; put it back"})
-    code, said = run(cluster, workplace)
+    workspace = toy_workspace(tmp_path, seconds=2.0, fail={"one/3": "web.jsonl: gone; put it back"})
+    code, said = run(cluster, workspace)
     assert code == 2, said
     assert said.splitlines()[-1] == "web.jsonl: gone; put it back"
-    assert queue(cluster) == [] and "two_0" not in begun(workplace)
-    toy_workplace(tmp_path)
-    code, said = run(cluster, workplace)
+    assert queue(cluster) == [] and "two_0" not in begun(workspace)
+    toy_workspace(tmp_path)
+    code, said = run(cluster, workspace)
     assert code == 0, said
-    assert whole(workplace, PHASES) and max(finished(workplace).values()) == 1
+    assert whole(workspace, PHASES) and max(finished(workspace).values()) == 1
 
 
-def test_a_failure_without_a_driver_ends_the_phases_behind_it(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_failure_without_a_driver_ends_the_phases_behind_it(
+    cluster: Cluster, tmp_path: Path
+) -> None:
     """Catches phases that wait for ever for one that failed, and a start that takes them for its own."""
-    workplace = toy_workplace(tmp_path, seconds=1.0, fail={"one/0": "gone"})
-    process = driver(cluster, workplace)
+    workspace = toy_workspace(tmp_path, seconds=1.0, fail={"one/0": "gone"})
+    process = driver(cluster, workspace)
     assert soon(lambda: "two:" in (process.stderr.readline() if process.stderr else ""))
     process.kill()
     process.communicate()
     assert soon(lambda: queue(cluster) == []), queue(cluster)
-    toy_workplace(tmp_path)
-    code, said = run(cluster, workplace)
+    toy_workspace(tmp_path)
+    code, said = run(cluster, workspace)
     assert code == 0, said
-    assert whole(workplace, PHASES)
+    assert whole(workspace, PHASES)
 
 
 def test_a_vanished_job_is_told_with_its_state(cluster: Cluster, tmp_path: Path) -> None:
     """Catches a driver that waits for ever for a job that somebody cancelled."""
-    workplace = toy_workplace(tmp_path, seconds=60.0)
-    process = driver(cluster, workplace)
-    assert soon(lambda: begun(workplace))
-    job = (workplace.folder / "logs" / "one.jobs").read_text().split()[0]
+    workspace = toy_workspace(tmp_path, seconds=60.0)
+    process = driver(cluster, workspace)
+    assert soon(lambda: begun(workspace))
+    job = (workspace.folder / "logs" / "one.jobs").read_text().split()[0]
     cluster.run("scancel", job)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 2
     line = said.splitlines()[-1]
-    assert re.match(rf"one: SLURM job {job}\S* ended as CANCELLED .*with 4 of 4 tasks undone; see .*\.out; start", line)
+    assert re.match(
+        rf"one: SLURM job {job}\S* ended as CANCELLED .*with 4 of 4 tasks undone; see .*\.out; start",
+        line,
+    )
 
 
 def test_ctrl_c_leaves_the_jobs_and_says_how_to_end_them(cluster: Cluster, tmp_path: Path) -> None:
     """Catches a Ctrl-C that throws away hours of queueing, or leaves jobs that nobody knows of."""
-    workplace = toy_workplace(tmp_path, seconds=30.0)
-    process = driver(cluster, workplace)
-    assert soon(lambda: begun(workplace))
+    workspace = toy_workspace(tmp_path, seconds=30.0)
+    process = driver(cluster, workspace)
+    assert soon(lambda: begun(workspace))
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
     found = re.search(r"the same command waits for them again, `(scancel [\d ]+)` ends them", said)
@@ -162,13 +183,20 @@ def test_ctrl_c_leaves_the_jobs_and_says_how_to_end_them(cluster: Cluster, tmp_p
 
 @pytest.mark.parametrize(
     ("choice", "complaint"),
-    [('partition="nowhere"', "Invalid partition name"), ('arguments={"nodelist": "n9"}', "Invalid node name")],
+    [
+        ('partition="nowhere"', "Invalid partition name"),
+        ('arguments={"nodelist": "n9"}', "Invalid node name"),
+    ],
 )
-def test_what_slurm_refuses_is_one_line(cluster: Cluster, tmp_path: Path, choice: str, complaint: str) -> None:
+def test_what_slurm_refuses_is_one_line(
+    cluster: Cluster, tmp_path: Path, choice: str, complaint: str
+) -> None:
     """Catches a traceback of the submission in place of what sbatch said."""
-    code, said = run(cluster, toy_workplace(tmp_path), choice)
+    code, said = run(cluster, toy_workspace(tmp_path), choice)
     assert code == 2, said
-    assert complaint in said and "SLURM refused the job of one" in said and len(said.splitlines()) == 1
+    assert (
+        complaint in said and "SLURM refused the job of one" in said and len(said.splitlines()) == 1
+    )
 
 
 def test_an_array_larger_than_the_cluster_allows_is_cut(tmp_path: Path) -> None:
@@ -176,34 +204,58 @@ def test_an_array_larger_than_the_cluster_allows_is_cut(tmp_path: Path) -> None:
     lacking = why_not()
     if lacking:
         pytest.skip(lacking)
-    workplace = toy_workplace(tmp_path, seconds=1.0)
+    workspace = toy_workspace(tmp_path, seconds=1.0)
     with Cluster(["n1", "n2"], settings="MaxArraySize=3") as small:
-        code, said = run(small, workplace, 'arguments={"qos": "normal"}')
+        code, said = run(small, workspace, 'arguments={"qos": "normal"}')
         assert code == 0, said + small.logs()
-        assert len((workplace.folder / "logs" / "one.jobs").read_text().split()) == 2
-    assert whole(workplace, PHASES) and begun(workplace) == dict.fromkeys(ALL, 1)
-    assert in_order(workplace, PHASES)
+        assert len((workspace.folder / "logs" / "one.jobs").read_text().split()) == 2
+    assert whole(workspace, PHASES) and begun(workspace) == dict.fromkeys(ALL, 1)
+    assert in_order(workspace, PHASES)
 
 
-def test_the_demo_recipe_on_two_nodes_gives_the_bytes_of_one_process(cluster: Cluster, tmp_path: Path) -> None:
+def test_the_demo_recipe_on_two_nodes_gives_the_bytes_of_one_process(
+    cluster: Cluster, tmp_path: Path
+) -> None:
     """The real preparation, on SLURM by one key of the recipe, killed once on its way: the same sha256 of every file."""
-    recipe = ["configs/demo/data_stage2.yaml", f"tokenizer.model={tmp_path / 't.model'}", "executor.task_bytes=1000000"]
+    recipe = [
+        "configs/demo/data_stage2.yaml",
+        f"tokenizer.model={tmp_path / 't.model'}",
+        "executor.task_bytes=1000000",
+    ]
     command = [sys.executable, "tools/prepare_data.py", *recipe]
-    alone = subprocess.run([*command, f"output={tmp_path / 'alone'}", "executor.workers=1"], cwd=ROOT, check=False)
+    alone = subprocess.run(
+        [*command, f"output={tmp_path / 'alone'}", "executor.workers=1"], cwd=ROOT, check=False
+    )
     assert alone.returncode == 0
-    both = [*command, f"output={tmp_path / 'both'}", "executor.kind=slurm", "executor.partition=main"]
+    both = [
+        *command,
+        f"output={tmp_path / 'both'}",
+        "executor.kind=slurm",
+        "executor.partition=main",
+    ]
     both += ["executor.memory_gb=1", "executor.workers=4"]
-    process = subprocess.Popen(both, cwd=ROOT, env=cluster.environment, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        both, cwd=ROOT, env=cluster.environment, stderr=subprocess.PIPE, text=True
+    )
     assert soon(lambda: list((tmp_path / "both.work").glob("*/runs/*/record.json"))), cluster.logs()
     process.kill()
     process.communicate()
     done = subprocess.run(
-        both, cwd=ROOT, env=cluster.environment, capture_output=True, text=True, check=False, timeout=300
+        both,
+        cwd=ROOT,
+        env=cluster.environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr + cluster.logs()
     assert "submitted before" in done.stderr
     hashes = [
-        {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (tmp_path / name).iterdir()}
+        {
+            path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in (tmp_path / name).iterdir()
+        }
         for name in ("alone", "both")
     ]
     assert len(hashes[0]) > 10 and hashes[0] == hashes[1]

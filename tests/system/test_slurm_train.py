@@ -45,16 +45,33 @@ class Run:
         self.cluster, self.folder, self.name = cluster, folder, name
         self.directory = folder / "runs" / name
         tree = config_tree(
-            folder / "data" / "manifest.json", folder / "runs", name, checkpoint__every_chunks=4, **changes
+            folder / "data" / "manifest.json",
+            folder / "runs",
+            name,
+            checkpoint__every_chunks=4,
+            **changes,
         )
         self.config = write_yaml(folder / f"{name}.yaml", tree)
 
     def submit(self, *options: str, overrides: tuple[str, ...] = (), **variables: str) -> str:
         """The id of a job of both nodes."""
-        given = {"K2TRAIN_PYTHON": str(ROOT / ".venv/bin/python"), "OMP_NUM_THREADS": "1", "K2TRAIN_BACKOFF": "1"}
+        given = {
+            "K2TRAIN_PYTHON": str(ROOT / ".venv/bin/python"),
+            "OMP_NUM_THREADS": "1",
+            "K2TRAIN_BACKOFF": "1",
+        }
         given |= {"K2TRAIN_PROCESSES_PER_NODE": "1"} | variables
-        command = ["sbatch", "--parsable", "--nodes=2", f"--output={self.output}", *options, "scripts/pretrain.sbatch"]
-        return self.cluster.run(*command, str(self.config), *overrides, at=ROOT, variables=given).strip()
+        command = [
+            "sbatch",
+            "--parsable",
+            "--nodes=2",
+            f"--output={self.output}",
+            *options,
+            "scripts/pretrain.sbatch",
+        ]
+        return self.cluster.run(
+            *command, str(self.config), *overrides, at=ROOT, variables=given
+        ).strip()
 
     @property
     def output(self) -> Path:
@@ -86,11 +103,19 @@ class Run:
     def workers(self) -> list[int]:
         """The training processes of this run, in no order."""
         mark = f"k2train.train\0{self.config}".encode()
-        found = [path.parent for path in Path("/proc").glob("[0-9]*/cmdline") if mark in content(path)]
-        return [int(entry.name) for entry in found if b"k2train.launch" not in content(entry / "cmdline")]
+        found = [
+            path.parent for path in Path("/proc").glob("[0-9]*/cmdline") if mark in content(path)
+        ]
+        return [
+            int(entry.name)
+            for entry in found
+            if b"k2train.launch" not in content(entry / "cmdline")
+        ]
 
     def events(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.directory / "ledger.jsonl").read_text().splitlines()]
+        return [
+            json.loads(line) for line in (self.directory / "ledger.jsonl").read_text().splitlines()
+        ]
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +212,11 @@ def test_mistakes_are_told_at_once_and_not_tried_again(cluster: Cluster, alone: 
         began = time.monotonic()
         job = run.submit(overrides=overrides, **variables)
         facts = run.ended(job)
-        assert (facts["JobState"], facts["ExitCode"], facts["Restarts"]) == ("FAILED", "2:0", "0"), run.told()
+        assert (facts["JobState"], facts["ExitCode"], facts["Restarts"]) == (
+            "FAILED",
+            "2:0",
+            "0",
+        ), run.told()
         assert name != "homeless" or time.monotonic() - began < 30
         lines.append(run.output.read_text())
         assert "crash 1;" not in lines[-1]
@@ -196,13 +225,19 @@ def test_mistakes_are_told_at_once_and_not_tried_again(cluster: Cluster, alone: 
 
 
 @pytest.mark.slow
-def test_slurm_tells_whether_a_job_has_ended(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slurm_tells_whether_a_job_has_ended(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The states and the message that `slurm_job_ended` goes by are those of the real squeue."""
     for name, value in cluster.environment.items():
         monkeypatch.setenv(name, value)
-    held = cluster.run("sbatch", "--parsable", "--hold", "--output=/dev/null", "--wrap", "true").strip()
+    held = cluster.run(
+        "sbatch", "--parsable", "--hold", "--output=/dev/null", "--wrap", "true"
+    ).strip()
     job = cluster.run("sbatch", "--parsable", "--output=/dev/null", "--wrap", "sleep 300").strip()
-    assert soon(lambda: "JobState=RUNNING" in cluster.run("scontrol", "show", "job", job), PATIENCE, 0.1)
+    assert soon(
+        lambda: "JobState=RUNNING" in cluster.run("scontrol", "show", "job", job), PATIENCE, 0.1
+    )
     assert [slurm_job_ended(one) for one in (held, job)] == [False, False]
     cluster.run("scontrol", "suspend", job)
     assert slurm_job_ended(job) is False
@@ -248,5 +283,7 @@ def test_starts_that_crash_come_to_an_end(tmp_path: Path, lasts: int, starts: in
         check=False,
     )
     assert done.returncode == 1, done.stderr
-    assert len(re.findall(rf"ended with exit code 1 after {lasts} s", done.stderr)) == starts, done.stderr[-2000:]
+    assert len(re.findall(rf"ended with exit code 1 after {lasts} s", done.stderr)) == starts, (
+        done.stderr[-2000:]
+    )
     assert done.stderr.count("submit again") == 1

@@ -30,7 +30,15 @@ from k2train.launch.environment import Launch
 from k2train.record.ledger import read_ledger
 from k2train.record.metrics import read_metrics
 from tests.support.gloo_pool import GlooPool
-from tests.support.tiny_corpus import ROOT, config_tree, make_corpus, manifest_of, trainer_job, tree_of, write_yaml
+from tests.support.tiny_corpus import (
+    ROOT,
+    config_tree,
+    make_corpus,
+    manifest_of,
+    trainer_job,
+    tree_of,
+    write_yaml,
+)
 
 Hostile = Callable[[Path, Path], object]
 """Damages the thing at the first path; the second is a folder outside, with a file of somebody else's."""
@@ -125,8 +133,12 @@ def test_no_way_in_unpickles_or_runs_what_it_reads() -> None:
         name = path.relative_to(ROOT).as_posix()
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, (ast.Import, ast.ImportFrom)):
-                modules = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
-                found += [f"{name}:{node.lineno}: {m}" for m in modules if m.split(".")[0] in FORBIDDEN]
+                modules = [alias.name for alias in node.names] + [
+                    getattr(node, "module", None) or ""
+                ]
+                found += [
+                    f"{name}:{node.lineno}: {m}" for m in modules if m.split(".")[0] in FORBIDDEN
+                ]
             if not isinstance(node, ast.Call):
                 continue
             called = ast.unparse(node.func)
@@ -155,7 +167,9 @@ def stopped(pool: GlooPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tree_in(base: Path, run: dict[str, Any] | None = None) -> dict[str, Any]:
-    tree = config_tree(base / "data" / "manifest.json", base / "runs", "run", wandb={"mode": "disabled"})
+    tree = config_tree(
+        base / "data" / "manifest.json", base / "runs", "run", wandb={"mode": "disabled"}
+    )
     return tree | {"run": tree["run"] | (run or {})}
 
 
@@ -243,7 +257,9 @@ def link_out(which: Callable[[Path], Path]) -> Hostile:
     return change
 
 
-def replaced(which: Callable[[Path], Path], by: Callable[[Path], object], sealed: bool = False) -> Hostile:
+def replaced(
+    which: Callable[[Path], Path], by: Callable[[Path], object], sealed: bool = False
+) -> Hostile:
     def change(checkpoint: Path, outside: Path) -> None:
         path = which(checkpoint)
         path.unlink(missing_ok=True)
@@ -324,7 +340,9 @@ def bounded_job(launch: Launch, tree: dict[str, Any]) -> int | str:
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
-def test_a_hostile_checkpoint(pool: GlooPool, stopped: Path, tmp_path: Path, outside: Path, name: str) -> None:
+def test_a_hostile_checkpoint(
+    pool: GlooPool, stopped: Path, tmp_path: Path, outside: Path, name: str
+) -> None:
     base = Path(shutil.copytree(stopped, tmp_path / "base"))
     (base / "outside").symlink_to(outside)
     checkpoint = base / "runs" / "run" / "checkpoints" / "ckpt_001"
@@ -354,7 +372,9 @@ def object_array(outside: Path) -> bytes:
     return stream.getvalue()
 
 
-def chunk(content: Callable[[Path], bytes], file: str = "chunk_000.npy", key: str = "sha256") -> Hostile:
+def chunk(
+    content: Callable[[Path], bytes], file: str = "chunk_000.npy", key: str = "sha256"
+) -> Hostile:
     """A file of the first chunk replaced, its hash in the manifest made right."""
 
     def change(data: Path, outside: Path) -> None:
@@ -442,11 +462,21 @@ def test_a_hostile_data_folder(tmp_path: Path, outside: Path, name: str) -> None
 def test_hostile_provenance(tmp_path: Path, outside: Path) -> None:
     data = tmp_path / "data"
     make_corpus(data, chunks=1, held_out=False)
-    for content in (payload(outside), b"PAR1" + b"\xff" * 200 + b"PAR1", b"PAR1" + struct.pack("<I", 2**31) + b"PAR1"):
-        chunk(lambda outside, content=content: content, "chunk_000.parquet", "provenance_sha256")(data, outside)  # type: ignore[misc]
+    for content in (
+        payload(outside),
+        b"PAR1" + b"\xff" * 200 + b"PAR1",
+        b"PAR1" + struct.pack("<I", 2**31) + b"PAR1",
+    ):
+        chunk(lambda outside, content=content: content, "chunk_000.parquet", "provenance_sha256")(
+            data, outside
+        )  # type: ignore[misc]
         manifest = read_manifest(data)
         (report,) = bounded(lambda: list(verify_chunks(manifest, manifest.chunks)))  # noqa: B023
-        assert "is no provenance" in report.problems[0] and "\n" not in report.problems[0] and untouched(outside)
+        assert (
+            "is no provenance" in report.problems[0]
+            and "\n" not in report.problems[0]
+            and untouched(outside)
+        )
 
 
 # ---- configs
@@ -476,14 +506,19 @@ def test_a_hostile_config(tmp_path: Path, outside: Path, name: str) -> None:
     with pytest.raises(ConfigError) as error:
         bounded(lambda: load_config(str(path)))
     # One line a mistake, each with its place.
-    assert all(line.startswith(f"{path}") and len(line) < 500 for line in str(error.value).splitlines())
+    assert all(
+        line.startswith(f"{path}") and len(line) < 500 for line in str(error.value).splitlines()
+    )
     assert untouched(outside)
 
 
 @pytest.mark.parametrize(
-    "name", ["../outside", "/etc/k2train", "..", "a/../../outside", "a\0b", "~root", "$HOME", "a\nb"]
+    "name",
+    ["../outside", "/etc/k2train", "..", "a/../../outside", "a\0b", "~root", "$HOME", "a\nb"],
 )
-def test_a_run_cannot_be_named_out_of_its_directory(tmp_path: Path, outside: Path, name: str) -> None:
+def test_a_run_cannot_be_named_out_of_its_directory(
+    tmp_path: Path, outside: Path, name: str
+) -> None:
     path = write_yaml(tmp_path / "c.yaml", config_tree(tmp_path / "data", tmp_path / "runs", "x"))
     tree = path.read_text().replace("name: x\n", f"name: {json.dumps(name)}\n")
     assert tree != path.read_text()
@@ -497,7 +532,9 @@ def test_a_run_cannot_be_named_out_of_its_directory(tmp_path: Path, outside: Pat
 
 @pytest.mark.parametrize("read", [read_ledger, read_metrics])
 @pytest.mark.parametrize("kind", ["deep", "pipe", "device", "pickle", "wide number"])
-def test_a_hostile_record(tmp_path: Path, outside: Path, read: Callable[[Path], Any], kind: str) -> None:
+def test_a_hostile_record(
+    tmp_path: Path, outside: Path, read: Callable[[Path], Any], kind: str
+) -> None:
     path = tmp_path / "record.jsonl"
     contents = {
         "deep": b'{"a": ' + b"[" * 10**6 + b"\n",

@@ -84,8 +84,12 @@ def build(work, precision, options, rank, world):
 """
 
 
-def sample(seconds: list[float | None], name: str = "k2train", precision: str = "fp32", **changes: Any) -> Sample:
-    contender = dataclasses.replace(find(name) or Contender(name, "x"), precision=precision, group=f"g, {precision}")
+def sample(
+    seconds: list[float | None], name: str = "k2train", precision: str = "fp32", **changes: Any
+) -> Sample:
+    contender = dataclasses.replace(
+        find(name) or Contender(name, "x"), precision=precision, group=f"g, {precision}"
+    )
     made = Sample(contender, 2, list(seconds), list(GOOD_LOSSES), TINY.parameters)
     return dataclasses.replace(made, **changes)
 
@@ -105,7 +109,11 @@ def test_every_name_is_one_contender_and_every_aim_names_contenders() -> None:
     for aim in contenders.AIMS:
         assert aim.ours and aim.theirs
         assert {*aim.ours, *aim.theirs} <= set(names)
-        groups = {c.group for c in contenders.CONTENDERS if c.name in {*aim.ours, *aim.theirs} - {"reference"}}
+        groups = {
+            c.group
+            for c in contenders.CONTENDERS
+            if c.name in {*aim.ours, *aim.theirs} - {"reference"}
+        }
         assert len(groups) == 1, f"{aim}: never measured in turns"
 
 
@@ -133,7 +141,9 @@ def test_quick_is_one_group_of_few() -> None:
 
 def test_a_variant_is_its_contender_with_other_keys() -> None:
     """Catches a variant that loses the layout it varies, or text where a list was meant."""
-    made = contenders.variant("uneven: k2train-pp2-1f1b parallel.layers_per_stage=[5,3] kernels.norm=torch")
+    made = contenders.variant(
+        "uneven: k2train-pp2-1f1b parallel.layers_per_stage=[5,3] kernels.norm=torch"
+    )
     assert made.options["parallel"] == {
         "pipeline": 2,
         "schedule": "1f1b",
@@ -148,7 +158,10 @@ def test_a_variant_is_its_contender_with_other_keys() -> None:
 
 def test_a_ratio_is_of_the_same_round() -> None:
     """Catches a ratio of two medians, where the machine was slower in some rounds, and a mean that one round decides."""
-    ours, reference = sample([1.0, 1.0, 3.0, 3.0, None]), sample([2.0, 2.0, 24.0, 6.0, 1.0], "reference")
+    ours, reference = (
+        sample([1.0, 1.0, 3.0, 3.0, None]),
+        sample([2.0, 2.0, 24.0, 6.0, 1.0], "reference"),
+    )
     found = {row.name: row for row in rows(reference, ours)}
     ratio = found["k2train"].to_reference
     assert ratio is not None
@@ -331,8 +344,17 @@ def test_ranks_inside_a_step_end_with_a_killed_driver(tmp_path: Path) -> None:
 @pytest.mark.parametrize("after_seconds", [0, 3])
 def test_a_stopped_bench_leaves_nothing(after_seconds: int) -> None:
     """Catches processes that outlive a bench that is asked to stop, whatever they do at that moment."""
-    command = [sys.executable, str(ROOT / "tools/bench.py"), "cpu", "--only", "ddp2", *SIZE_ARGUMENTS]
-    driver = subprocess.Popen([*command, "--rounds", "10000"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = [
+        sys.executable,
+        str(ROOT / "tools/bench.py"),
+        "cpu",
+        "--only",
+        "ddp2",
+        *SIZE_ARGUMENTS,
+    ]
+    driver = subprocess.Popen(
+        [*command, "--rounds", "10000"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     children = Path(f"/proc/{driver.pid}/task/{driver.pid}/children")
     try:
         assert soon(lambda: len(children.read_text().split()) == 3, 60)
@@ -346,13 +368,31 @@ def test_a_stopped_bench_leaves_nothing(after_seconds: int) -> None:
         driver.wait()
 
 
-def test_one_and_two_processes_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_and_two_processes_end_to_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Catches what only real contenders show: same model, same losses, numbers in table and JSON alike."""
     path = tmp_path / "now.json"
-    arguments = ["cpu", "--only", "k2train", "ddp2", "--quick", "--rounds", "2", "--cores", "1", "--json", str(path)]
+    arguments = [
+        "cpu",
+        "--only",
+        "k2train",
+        "ddp2",
+        "--quick",
+        "--rounds",
+        "2",
+        "--cores",
+        "1",
+        "--json",
+        str(path),
+    ]
     assert tool.main([*arguments, *SIZE_ARGUMENTS]) == 0
     text, record = capsys.readouterr().out, json.loads(path.read_text())
-    assert {row["name"]: row["problem"] for row in record["rows"]} == {"reference": None, "k2train": None, "ddp2": None}
+    assert {row["name"]: row["problem"] for row in record["rows"]} == {
+        "reference": None,
+        "k2train": None,
+        "ddp2": None,
+    }
     for row in record["rows"]:
         assert row["parameters"] == TINY.parameters
         assert row["steps"] == 3 and len(row["seconds"]) == 2
@@ -360,8 +400,12 @@ def test_one_and_two_processes_end_to_end(tmp_path: Path, capsys: pytest.Capture
         assert f"{row['tokens_per_second']:,.0f}" in text
     by_name = {row["name"]: row for row in record["rows"]}
     # One model with one seed on one batch, whole or in halves: the sums differ by rounding.
-    assert by_name["ddp2"]["last_loss"] == pytest.approx(by_name["reference"]["last_loss"], rel=1e-4)
-    assert by_name["k2train"]["last_loss"] == pytest.approx(by_name["reference"]["last_loss"], rel=0.02)
+    assert by_name["ddp2"]["last_loss"] == pytest.approx(
+        by_name["reference"]["last_loss"], rel=1e-4
+    )
+    assert by_name["k2train"]["last_loss"] == pytest.approx(
+        by_name["reference"]["last_loss"], rel=0.02
+    )
     assert [by_name[n]["world"] for n in ("reference", "ddp2")] == [1, 2]
     assert record["machine"]["versions"]["torch"] and record["format"] == 1
     lines = [line for line in text.splitlines() if line.startswith("|")]
@@ -387,11 +431,17 @@ def repository(tmp_path: Path) -> tuple[Path, str]:
 
 
 def commit_all(folder: Path) -> str:
-    quiet = {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_SYSTEM": os.devnull, "PATH": os.environ["PATH"]}
+    quiet = {
+        "GIT_CONFIG_GLOBAL": os.devnull,
+        "GIT_CONFIG_SYSTEM": os.devnull,
+        "PATH": os.environ["PATH"],
+    }
     who = ["-c", "user.name=x", "-c", "user.email=x@x"]
     for command in (["init", "-q"], ["add", "-A"], [*who, "commit", "-q", "-m", "x"]):
         subprocess.run(["git", *command], cwd=folder, env=quiet, check=True)
-    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True
+    )
     return done.stdout.strip()
 
 
@@ -401,7 +451,10 @@ def record_of(path: Path, **changes: Any) -> Path:
 
 
 def test_the_base_runs_its_own_code_beside_ours(
-    repository: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    repository: tuple[Path, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Catches a comparison of the present tree with itself, and a checkout that stays."""
     folder, commit = repository
@@ -410,7 +463,18 @@ def test_the_base_runs_its_own_code_beside_ours(
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(temporary))
-    arguments = ["cpu", "--only", "k2train", "--quick", "--cores", "1", "--rounds", "3", "--json", str(written)]
+    arguments = [
+        "cpu",
+        "--only",
+        "k2train",
+        "--quick",
+        "--cores",
+        "1",
+        "--rounds",
+        "3",
+        "--json",
+        str(written),
+    ]
     assert tool.main([*arguments, "--against", str(base), *SIZE_ARGUMENTS]) in (0, 1)
     record, text = json.loads(written.read_text()), capsys.readouterr().out
     assert [(row["name"], row["base"], row["problem"]) for row in record["rows"]] == [
@@ -420,7 +484,10 @@ def test_the_base_runs_its_own_code_beside_ours(
     assert [row["note"] == "of the base" for row in record["rows"]] == [False, True]
     (layout,) = record["against"]["layouts"]
     assert record["against"]["commit"] == commit and layout["name"] == "k2train"
-    assert text.splitlines()[-1].startswith("| k2train | fp32 |") and f"{layout['ratio']['median']:.2f}" in text
+    assert (
+        text.splitlines()[-1].startswith("| k2train | fp32 |")
+        and f"{layout['ratio']['median']:.2f}" in text
+    )
     assert list(temporary.iterdir()) == []
 
 
@@ -452,7 +519,9 @@ def test_a_loss_is_named(
 ) -> None:
     """Catches a loss that passes, noise called a loss, a ratio upside down, and a layout that no longer runs."""
     if not measured[1].seconds:
-        measured[1] = dataclasses.replace(measured[1], problem="it was not there", kind="unavailable")
+        measured[1] = dataclasses.replace(
+            measured[1], problem="it was not there", kind="unavailable"
+        )
         verdict = "then it was not there"
     (found,) = against.compare(measured)
     assert (found.verdict, found.lost) == (verdict, lost)
@@ -490,14 +559,19 @@ def test_a_base_that_cannot_be_costs_one_line(
     assert told in captured.err and captured.err.count("\n") == 1 and captured.out == ""
 
 
-def test_a_commit_without_the_bench_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_commit_without_the_bench_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Catches a worker that does not exist, started and waited for."""
     folder = tmp_path / "old"
     folder.mkdir()
     (folder / "a").write_text("a")
     commit = commit_all(folder)
     monkeypatch.setattr(tool, "ROOT", folder)
-    with pytest.raises(against.RunError, match="has no tools/benchmarks/cpu"), against.checkout(folder, commit):
+    with (
+        pytest.raises(against.RunError, match="has no tools/benchmarks/cpu"),
+        against.checkout(folder, commit),
+    ):
         pass
 
 
@@ -520,7 +594,10 @@ def test_a_commit_without_the_bench_is_refused(tmp_path: Path, monkeypatch: pyte
     ],
 )
 def test_a_mistake_costs_one_line(
-    arguments: list[str], told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    told: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Catches tracebacks, and processes started for a command line that cannot be."""
     monkeypatch.setattr(tool, "_measure", lambda *given: pytest.fail("it measures"))

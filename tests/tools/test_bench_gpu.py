@@ -66,9 +66,16 @@ def test_a_dry_run_goes_through_every_part(dry: tuple[Path, str]) -> None:
     """Catches a part that no longer fits the library: it would be a failed row on a GPU that is paid by the minute."""
     rows = json.loads((dry[0] / "result.json").read_text())["rows"]
     assert [row for row in rows if row["status"] not in ("ok", "skipped")] == []
-    done = {row["part"]: [r["what"] for r in rows if r["part"] == row["part"] and r["status"] == "ok"] for row in rows}
+    done = {
+        row["part"]: [r["what"] for r in rows if r["part"] == row["part"] and r["status"] == "ok"]
+        for row in rows
+    }
     assert list(done) == list(main_module.PARTS)
-    assert {name.split(": ", 1)[1] for name in done["layers"]} >= {"auto", "recompute: full", "loss: reference"}
+    assert {name.split(": ", 1)[1] for name in done["layers"]} >= {
+        "auto",
+        "recompute: full",
+        "loss: reference",
+    }
     assert len([name for name in done["host"] if "micro-batch" in name]) == 4
     assert set(report.LAYER) | {report.HEAD} <= set(done["tp8"])
 
@@ -81,7 +88,9 @@ def test_whole_models_are_compared_in_turns(dry: tuple[Path, str]) -> None:
     names = ["k2train", "transformers", "transformers compiled", "reference", "reference compiled"]
     assert [row["contender"] for row in measured] == names
     assert {row["in_turns"] for row in measured} == {5}
-    assert all(4.5 < row["losses"][0] < 5.3 and row["losses"][-1] < row["losses"][0] for row in measured)
+    assert all(
+        4.5 < row["losses"][0] < 5.3 and row["losses"][-1] < row["losses"][0] for row in measured
+    )
 
 
 @pytest.mark.slow
@@ -90,11 +99,19 @@ def test_the_folder_holds_the_results_and_no_caches(dry: tuple[Path, str]) -> No
     folder, printed = dry
     assert (folder / "table.md").read_text() == printed
     assert not (folder / "cache").exists()
-    assert printed.index("### Device") < printed.index("### K2's layers") < printed.index("### Aims")
+    assert (
+        printed.index("### Device") < printed.index("### K2's layers") < printed.index("### Aims")
+    )
     planner = json.loads((folder / "planner.json").read_text())
-    assert set(planner["layer"]) == {"forward_seconds", "input_gradient_seconds", "weight_gradient_seconds"}
+    assert set(planner["layer"]) == {
+        "forward_seconds",
+        "input_gradient_seconds",
+        "weight_gradient_seconds",
+    }
     products = [planner["pieces"][name] for name in ("qkv product", "down product")]
-    assert planner["layer"]["weight_gradient_seconds"] > sum(p["weight_gradient_seconds"] for p in products)
+    assert planner["layer"]["weight_gradient_seconds"] > sum(
+        p["weight_gradient_seconds"] for p in products
+    )
     assert planner["rank"]["degree"] == 2
     assert planner["head"]["forward_backward_seconds"] > 0
 
@@ -120,7 +137,9 @@ def test_no_device_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]
         (AssertionError("2 parameters"), "failed"),
     ],
 )
-def test_what_goes_wrong_is_a_row_and_the_next_one_is_measured(error: Exception, status: str) -> None:
+def test_what_goes_wrong_is_a_row_and_the_next_one_is_measured(
+    error: Exception, status: str
+) -> None:
     """Catches one failure that takes the rows after it along, or that hides why."""
     stream = io.StringIO()
     bench = bench_of(stream)
@@ -152,12 +171,19 @@ def given_of(folder: Path, seconds: float = 100.0) -> Given:
     return Given(folder, tuple(main_module.PARTS), seconds, True)
 
 
-def test_a_part_that_hangs_is_ended_and_leaves_what_it_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_part_that_hangs_is_ended_and_leaves_what_it_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Catches a compiler that hangs and takes the ten minutes, and rows lost with the process that wrote them."""
     rows = tmp_path / "rows_layers.jsonl"
-    lines = [{"part": "layers", "what": "one", "status": "ok"}, {"part": "layers", "what": "two", "status": "begun"}]
+    lines = [
+        {"part": "layers", "what": "one", "status": "ok"},
+        {"part": "layers", "what": "two", "status": "begun"},
+    ]
     text = "".join(json.dumps(line) + "\n" for line in lines) + '{"part": "layers", "wh'
-    program = f"import pathlib, time; pathlib.Path({str(rows)!r}).write_text({text!r}); time.sleep(60)"
+    program = (
+        f"import pathlib, time; pathlib.Path({str(rows)!r}).write_text({text!r}); time.sleep(60)"
+    )
     monkeypatch.setattr(main_module, "part_command", lambda *_: [sys.executable, "-c", program])
     monkeypatch.setattr(main_module, "GRACE_SECONDS", 0.5)
     began = time.monotonic()
@@ -167,15 +193,23 @@ def test_a_part_that_hangs_is_ended_and_leaves_what_it_had(tmp_path: Path, monke
     assert "ended after 2 s" in found[1]["why"]
 
 
-def test_a_part_that_dies_says_its_last_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_part_that_dies_says_its_last_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Catches a dead part whose reason stands in a log that nobody opens."""
     program = "import sys; sys.exit('libcuda is too old')"
     monkeypatch.setattr(main_module, "part_command", lambda *_: [sys.executable, "-c", program])
     (row,) = run_part("device", given_of(tmp_path), 30)
-    assert (row["status"], row["what"], row["why"]) == ("failed", "(start)", "exit code 1: libcuda is too old")
+    assert (row["status"], row["what"], row["why"]) == (
+        "failed",
+        "(start)",
+        "exit code 1: libcuda is too old",
+    )
 
 
-def test_time_left_over_goes_to_the_parts_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_left_over_goes_to_the_parts_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Catches shares fixed ahead: what the first part did not need must reach the last."""
     clock, asked = [0.0], {}
 
@@ -197,16 +231,37 @@ def test_time_left_over_goes_to_the_parts_behind(tmp_path: Path, monkeypatch: py
 def test_rows_cut_in_the_middle_are_left_out(tmp_path: Path) -> None:
     """Catches a report that fails because a process was ended while it wrote."""
     path = tmp_path / "rows"
-    path.write_text('{"status": "begun", "what": "a"}\n{"status": "ok", "what": "a"}\n{"status": "beg')
+    path.write_text(
+        '{"status": "begun", "what": "a"}\n{"status": "ok", "what": "a"}\n{"status": "beg'
+    )
     assert read_rows(path) == ([{"status": "ok", "what": "a"}], "")
 
 
 def layers_row(what: str, batch: str, flops: float, peak: int) -> Row:
     row = dict.fromkeys(
-        ("forward_backward_seconds", "step_seconds", "tokens_per_second", "flops_per_second_causal"), None
+        (
+            "forward_backward_seconds",
+            "step_seconds",
+            "tokens_per_second",
+            "flops_per_second_causal",
+        ),
+        None,
     )
-    figures = {"flops_per_second": flops, "step_flops_per_second": None, "spread": 0.01, "kernels": "k"}
-    return {"part": "layers", "what": what, "batch": batch, "status": "ok", "why": "", **row, **figures} | {
+    figures = {
+        "flops_per_second": flops,
+        "step_flops_per_second": None,
+        "spread": 0.01,
+        "kernels": "k",
+    }
+    return {
+        "part": "layers",
+        "what": what,
+        "batch": batch,
+        "status": "ok",
+        "why": "",
+        **row,
+        **figures,
+    } | {
         "peak_bytes": peak,
         "planned_bytes": 100,
     }
@@ -215,11 +270,29 @@ def layers_row(what: str, batch: str, flops: float, peak: int) -> Row:
 def test_aims_are_judged_by_the_rate_of_the_same_call() -> None:
     """Catches a share of a data sheet, or of another call's rate, and a missed aim that is called met."""
     rows: list[Row] = [
-        {"part": "device", "what": "small", "status": "ok", "flops_per_second": 50.0, "spread": 0.0},
-        {"part": "device", "what": "large", "status": "ok", "flops_per_second": 100.0, "spread": 0.0},
+        {
+            "part": "device",
+            "what": "small",
+            "status": "ok",
+            "flops_per_second": 50.0,
+            "spread": 0.0,
+        },
+        {
+            "part": "device",
+            "what": "large",
+            "status": "ok",
+            "flops_per_second": 100.0,
+            "spread": 0.0,
+        },
         layers_row("auto", "2048 x 4", 70.0, 102),
         layers_row("compile: off", "2048 x 4", 80.0, 104),
-        {"part": "layers", "what": "bad", "status": "out of memory", "why": "full", "batch": "2048 x 4"},
+        {
+            "part": "layers",
+            "what": "bad",
+            "status": "out of memory",
+            "why": "full",
+            "batch": "2048 x 4",
+        },
     ]
     text = report.aims_text(rows)
     assert "auto: share of the matmul rate | 0.700 | >= 0.75 | missed" in text
@@ -233,10 +306,19 @@ def test_models_are_compared_at_the_same_work_only() -> None:
     """Catches a ratio against a peer's time at another length."""
 
     def row(name: str, batch: str, rate: float) -> Row:
-        figures = {"tokens_per_second": rate, "step_seconds": 1.0, "model": "m", "what": f"{batch} {name}"}
+        figures = {
+            "tokens_per_second": rate,
+            "step_seconds": 1.0,
+            "model": "m",
+            "what": f"{batch} {name}",
+        }
         return {"part": "models", "contender": name, "batch": batch, "status": "ok", **figures}
 
-    rows = [row("k2train", "a", 12.0), row("transformers compiled", "a", 10.0), row("transformers compiled", "b", 1.0)]
+    rows = [
+        row("k2train", "a", 12.0),
+        row("transformers compiled", "a", 10.0),
+        row("transformers compiled", "b", 1.0),
+    ]
     assert "a k2train / transformers compiled | 1.200 | >= 1.15 | met" in report.aims_text(rows)
     assert report.against(rows[2], rows[2:], "reference compiled") is None
 
@@ -244,12 +326,22 @@ def test_models_are_compared_at_the_same_work_only() -> None:
 def test_the_planner_gets_each_piece_as_often_as_a_layer_has_it() -> None:
     """Catches a layer with one norm, or a sum over pieces of which some are missing."""
     rows = [
-        {"part": "tp8", "what": name, "status": "ok", "forward_seconds": 1.0, "input_gradient_seconds": 2.0}
+        {
+            "part": "tp8",
+            "what": name,
+            "status": "ok",
+            "forward_seconds": 1.0,
+            "input_gradient_seconds": 2.0,
+        }
         for name in report.LAYER
     ]
     facts = report.planner_facts(rows)
     assert facts is not None
-    assert facts["layer"] == {"forward_seconds": 11, "input_gradient_seconds": 22, "weight_gradient_seconds": 0}
+    assert facts["layer"] == {
+        "forward_seconds": 11,
+        "input_gradient_seconds": 22,
+        "weight_gradient_seconds": 0,
+    }
     assert facts["head"] is None
     missing = report.planner_facts(rows[1:])
     assert missing is not None and missing["layer"] is None
@@ -271,10 +363,18 @@ def test_rates_count_all_micro_batches_and_half_of_the_scores() -> None:
 def test_the_work_is_the_work() -> None:
     """Catches a model or a rank's part that is not the one it is named after."""
     full = sizes(False)
-    assert (full.k2.hidden_size, full.k2.ffn_hidden_size, full.k2.vocab_size) == (8192, 22016, 32032)
+    assert (full.k2.hidden_size, full.k2.ffn_hidden_size, full.k2.vocab_size) == (
+        8192,
+        22016,
+        32032,
+    )
     assert [parameters(shape) // 10**7 for _, shape in full.models] == [134, 270]
     rank = full.rank
-    assert (rank.head_dim, rank.num_heads * rank.degree, rank.ffn_hidden_size * rank.degree) == (128, 64, 22016)
+    assert (rank.head_dim, rank.num_heads * rank.degree, rank.ffn_hidden_size * rank.degree) == (
+        128,
+        64,
+        22016,
+    )
     assert rank.vocab_rows * rank.degree == 32032
     assert full.rounds >= 10
 
@@ -311,7 +411,10 @@ def test_a_backward_operation_is_in_the_scope_of_its_forward() -> None:
     engine = Small()
     x = torch.randn(128, 128, requires_grad=True)
     activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities) as recorded, scopes([("attention", engine, "attend")]):
+    with (
+        torch.profiler.profile(activities=activities) as recorded,
+        scopes([("attention", engine, "attend")]),
+    ):
         engine.step(x)
     assert "attend" not in vars(engine)
     host = list(recorded.events())
@@ -347,12 +450,17 @@ class Held(TorchDispatchMode):
         self.alive: dict[int, int] = {}
         self.now = self.peak = 0
 
-    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, arguments: Any = (), keywords: Any = None
+    ) -> Any:
         if function is torch.ops.aten._local_scalar_dense.default:
             return 1.0 if arguments[0].is_floating_point() else 0
         out = function(*arguments, **(keywords or {}))
         for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.alive:
+            if (
+                isinstance(tensor, torch.Tensor)
+                and tensor.untyped_storage()._cdata not in self.alive
+            ):
                 storage = tensor.untyped_storage()
                 self.alive[storage._cdata] = storage.nbytes()
                 self.now += storage.nbytes()
@@ -374,7 +482,9 @@ def test_a_step_of_k2s_layers_takes_what_is_planned(recompute: str) -> None:
         engine = Engine(config_of(shape, batch, 1, kernels, "bf16"), grid, fill=False)
         states, plan = held.now, planned(engine)
         held.peak = 0  # what building took for a moment is no step's
-        engine.train_step([torch.zeros(batch.sequences, batch.length_tokens, dtype=torch.long)], 1e-4)
+        engine.train_step(
+            [torch.zeros(batch.sequences, batch.length_tokens, dtype=torch.long)], 1e-4
+        )
     assert states == pytest.approx(plan.state.total_bytes, rel=0.001)
     assert held.peak == pytest.approx(plan.total_bytes, rel=0.01)
     assert plan.total_bytes - plan.state.total_bytes > 2**31

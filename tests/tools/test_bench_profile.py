@@ -9,12 +9,27 @@ from tests.support.command_line import load_tool
 
 tool = load_tool("bench_profile")
 
-TINY = ["--hidden", "32", "--ffn", "48", "--layers", "2", "--heads", "4", "--vocab", "64", "--length", "16"]
+TINY = [
+    "--hidden",
+    "32",
+    "--ffn",
+    "48",
+    "--layers",
+    "2",
+    "--heads",
+    "4",
+    "--vocab",
+    "64",
+    "--length",
+    "16",
+]
 TINY += ["--micro", "2", "--sequences", "4", "--steps", "1"]
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_profile_of_a_tiny_work(processes: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_profile_of_a_tiny_work(
+    processes: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Catches a scope that no longer fits the engine, and waiting for others that is called Python."""
     out = tmp_path / "out.json"
     assert tool.main([*TINY, "--processes", str(processes), "--json", str(out)]) == 0
@@ -37,7 +52,9 @@ def test_a_profile_of_a_tiny_work(processes: int, tmp_path: Path, capsys: pytest
         (["--threads", "many"], "--threads"),
     ],
 )
-def test_a_mistake_is_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_mistake_is_one_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Catches a traceback of a process for a mistake that is known before."""
     with pytest.raises(SystemExit) as left:
         tool.main(arguments)
@@ -50,6 +67,8 @@ def test_a_process_that_fails_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Catches an empty table and exit code 0."""
-    monkeypatch.setattr(tool, "command_of", lambda *_, **__: ["sh", "-c", "echo no such thing; exit 3"])
+    monkeypatch.setattr(
+        tool, "command_of", lambda *_, **__: ["sh", "-c", "echo no such thing; exit 3"]
+    )
     assert tool.main(TINY) == 1
     assert "exit code 3: no such thing" in capsys.readouterr().err

@@ -27,21 +27,36 @@ def tool() -> ModuleType:
     return load_tool("bench_schedules")
 
 
-def test_every_schedule_runs_and_is_drawn(tool: ModuleType, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_every_schedule_runs_and_is_drawn(
+    tool: ModuleType, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """Catches a schedule left out, spans of the wrong rank or action, a loss that a schedule changes, a lost picture."""
-    assert tool.main(["--steps", "3", "--warmup", "1", "--svg", str(tmp_path / "pictures"), *TINY]) == 0
+    assert (
+        tool.main(["--steps", "3", "--warmup", "1", "--svg", str(tmp_path / "pictures"), *TINY])
+        == 0
+    )
     printed = capfd.readouterr().out
-    rows = {row.split("|")[1].strip(): row.split("|") for row in printed.splitlines() if re.match(r"\| [1giz]", row)}
+    rows = {
+        row.split("|")[1].strip(): row.split("|")
+        for row in printed.splitlines()
+        if re.match(r"\| [1giz]", row)
+    }
     assert list(rows) == list(SCHEDULES)
     for kind, row in rows.items():
         assert all(0 <= float(bubble.strip(" %")) < 100 for bubble in row[3:6]), kind
         assert float(row[6].replace(",", "")) > 0
         for name in ("planned", "measured"):
             picture = (tmp_path / "pictures" / f"{kind}_{name}.svg").read_text()
-            actions = 4 * (3 if kind.startswith("zb") else 2) * (4 if kind in ("interleaved", "zb-v") else 2)
+            actions = (
+                4
+                * (3 if kind.startswith("zb") else 2)
+                * (4 if kind in ("interleaved", "zb-v") else 2)
+            )
             assert len(re.findall("<title>", picture)) == actions, (kind, name)
     assert rows["zb-v"][8].split() == ["4", "4"] and rows["zb-h1"][9].split() == ["2", "1"]
-    assert re.search(r"^Loss of the last step: \d+\.\d+$", printed, re.MULTILINE), "schedules disagree on the loss"
+    assert re.search(r"^Loss of the last step: \d+\.\d+$", printed, re.MULTILINE), (
+        "schedules disagree on the loss"
+    )
 
 
 @pytest.mark.parametrize(
@@ -49,7 +64,10 @@ def test_every_schedule_runs_and_is_drawn(tool: ModuleType, tmp_path: Path, capf
     [
         (["--processes", "1"], "--processes (1) must be parallel.tensor (1) times at least 2"),
         (["--processes", "3", "parallel.tensor=2"], "--processes (3) must be"),
-        (["model.num_layers=3"], "model.num_layers (3) must be at least 4 for schedule interleaved on 2"),
+        (
+            ["model.num_layers=3"],
+            "model.num_layers (3) must be at least 4 for schedule interleaved on 2",
+        ),
         (["batch.global_sequences=5"], "interleaved"),
         (["model.num_layer=3"], "num_layers"),
         (["--svg", __file__], "cannot be made"),

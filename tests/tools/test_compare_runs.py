@@ -21,7 +21,9 @@ STATES = ("master", "exp_avg", "exp_avg_sq")
 def digests(step: int, changed: str = "") -> dict[str, str]:
     """Of a state after `step`; the key `changed` has another digest."""
     keys = [f"{name}.{state}" for name in NAMES for state in STATES]
-    return {key: f"{step:016x}{number + 100 * (key == changed):016x}" for number, key in enumerate(keys)}
+    return {
+        key: f"{step:016x}{number + 100 * (key == changed):016x}" for number, key in enumerate(keys)
+    }
 
 
 def write_lines(file: Path, rows: list[dict[str, Any]]) -> None:
@@ -48,11 +50,18 @@ def make_run(
 
     rows, roots = [], []
     for step in range(1, steps + 1):
-        row = {"step": step, "attempt": 1, "chunk": "chunk_000", "loss": 5.0 / step + (step >= loss_from) * 1e-6}
+        row = {
+            "step": step,
+            "attempt": 1,
+            "chunk": "chunk_000",
+            "loss": 5.0 / step + (step >= loss_from) * 1e-6,
+        }
         if every and step % every == 0:
             root, found = state(step)
             row["state_root"] = root
-            roots.append({"step": step, "attempt": 1, "root": root, "tensors": short_digests(found)})
+            roots.append(
+                {"step": step, "attempt": 1, "root": root, "tensors": short_digests(found)}
+            )
         rows.append(row)
     write_lines(run / "metrics.jsonl", rows)
     if tensors and roots:
@@ -116,14 +125,19 @@ def test_roots_alone_name_no_tensor_until_a_checkpoint_does(tmp_path: Path) -> N
     (line,) = found(tmp_path, state_from=1, tensors=False)
     assert "step 2 is the first" in line and "nothing earlier" in line
     assert line.endswith(f"; at step 4 1 of 3 tensors differ: {NAMES[1]}")
-    short = [make_run(tmp_path / name, state_from=n, tensors=False, checkpoints=()) for name, n in (("c", 3), ("d", 9))]
+    short = [
+        make_run(tmp_path / name, state_from=n, tensors=False, checkpoints=())
+        for name, n in (("c", 3), ("d", 9))
+    ]
     (line,) = compare_runs.differences(*short, strict=True)
     assert line.endswith("; last equal at step 2")
 
 
 def test_moments_of_thinned_checkpoints(tmp_path: Path) -> None:
     """Their files are gone, their digests are not."""
-    runs = [make_run(tmp_path / name, state_from=n, tensors=False) for name, n in (("a", 9), ("b", 3))]
+    runs = [
+        make_run(tmp_path / name, state_from=n, tensors=False) for name, n in (("a", 9), ("b", 3))
+    ]
     for run in runs:
         (run / "checkpoints" / "ckpt_000" / "thinned.json").write_text("{}")
     (line,) = compare_runs.differences(*runs, strict=True)
@@ -161,7 +175,10 @@ def test_a_run_that_contradicts_itself(tmp_path: Path) -> None:
     rows[3]["state_root"] = "0" * 64
     write_lines(a / "metrics.jsonl", rows)
     lines = compare_runs.differences(a, make_run(tmp_path / "b"), strict=True)
-    assert any("contradicts itself: the root of step 4 is 0000000000000000 in metrics.jsonl and " in x for x in lines)
+    assert any(
+        "contradicts itself: the root of step 4 is 0000000000000000 in metrics.jsonl and " in x
+        for x in lines
+    )
 
 
 def test_only_the_last_attempt_of_a_step_counts(tmp_path: Path) -> None:
@@ -169,7 +186,10 @@ def test_only_the_last_attempt_of_a_step_counts(tmp_path: Path) -> None:
     a, b = make_run(tmp_path / "a", checkpoints=()), make_run(tmp_path / "b", checkpoints=())
     for file, key in (("metrics.jsonl", "state_root"), ("state_roots.jsonl", "root")):
         rows = [json.loads(line) for line in (b / file).read_text().splitlines()]
-        write_lines(b / file, [*({**row, key: "f" * 64} for row in rows), *({**row, "attempt": 2} for row in rows)])
+        write_lines(
+            b / file,
+            [*({**row, key: "f" * 64} for row in rows), *({**row, "attempt": 2} for row in rows)],
+        )
     assert compare_runs.differences(a, b, strict=True) == []
 
 

@@ -53,8 +53,22 @@ class Corpus:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    words = ["def", "return", "value", "the", "of", "list", "\n    ", "x = 1", "</s>", "naïve", "<fim_middle>"]
-    return train_tokenizer([" ".join(words[(i * k) % 11] for i in range(60)) for k in range(1, 40)], 300)
+    words = [
+        "def",
+        "return",
+        "value",
+        "the",
+        "of",
+        "list",
+        "\n    ",
+        "x = 1",
+        "</s>",
+        "naïve",
+        "<fim_middle>",
+    ]
+    return train_tokenizer(
+        [" ".join(words[(i * k) % 11] for i in range(60)) for k in range(1, 40)], 300
+    )
 
 
 Build = Callable[..., Corpus]
@@ -74,7 +88,9 @@ def _texts() -> dict[tuple[str, str, str], str]:
     return texts | {("prose", "web/p.jsonl", f"line-{i}"): f"list {i}" for i in range(30)}
 
 
-def _build(folder: Path, tokenizer: Tokenizer, columns: bool = True, copy: bool = True, **facts: Any) -> Corpus:
+def _build(
+    folder: Path, tokenizer: Tokenizer, columns: bool = True, copy: bool = True, **facts: Any
+) -> Corpus:
     """Documents laid end to end over the chunks, twice where needed; `columns`: with fim and repeat."""
     folder.mkdir()
     documents = {key: (text, [*tokenizer.encode(text), EOS_ID]) for key, text in _texts().items()}
@@ -90,7 +106,10 @@ def _build(folder: Path, tokenizer: Tokenizer, columns: bool = True, copy: bool 
         name = f"chunk_{c:03d}"
         lines = _pieces(part)
         _write_provenance(folder / f"{name}.parquet", lines, columns)
-        per_subset = {s: sum(line["length"] for line in lines if line["subset"] == s) for s in ("code", "prose")}
+        per_subset = {
+            s: sum(line["length"] for line in lines if line["subset"] == s)
+            for s in ("code", "prose")
+        }
         info = write_chunk(folder, name, [ids], ROWS, tokenizer.vocab_size, per_subset)
         digest = sha256_file(folder / f"{name}.parquet")
         infos.append(replace(info, provenance=f"{name}.parquet", provenance_sha256=digest))
@@ -114,20 +133,37 @@ def _pieces(part: list[tuple[int, tuple[str, str, str], int, int]]) -> list[dict
     for i, (_, key, offset, repeat) in enumerate(part):
         row, start = divmod(i, LENGTH)
         if (row, key, repeat) != before:
-            place = {"row": row, "start": start, "length": 0, "offset": offset, "fim": "none", "repeat": repeat}
+            place = {
+                "row": row,
+                "start": start,
+                "length": 0,
+                "offset": offset,
+                "fim": "none",
+                "repeat": repeat,
+            }
             found.append({**place, **dict(zip(("subset", "source", "document"), key, strict=True))})
             before = (row, key, repeat)
         found[-1]["length"] += 1
     return found
 
 
-def _write_provenance(path: Path, lines: list[dict[str, Any]], columns: bool = True, group: int = 3) -> None:
+def _write_provenance(
+    path: Path, lines: list[dict[str, Any]], columns: bool = True, group: int = 3
+) -> None:
     words = pyarrow.dictionary(pyarrow.int32(), pyarrow.string())
-    kinds = {"row": pyarrow.int32(), "start": pyarrow.int32(), "length": pyarrow.int32(), "subset": words}
+    kinds = {
+        "row": pyarrow.int32(),
+        "start": pyarrow.int32(),
+        "length": pyarrow.int32(),
+        "subset": words,
+    }
     kinds |= {"source": words, "document": pyarrow.string(), "offset": pyarrow.int64()}
     if columns:
         kinds |= {"fim": words, "repeat": pyarrow.int16()}
-    data = {name: pyarrow.array([line[name] for line in lines]).cast(kind) for name, kind in kinds.items()}
+    data = {
+        name: pyarrow.array([line[name] for line in lines]).cast(kind)
+        for name, kind in kinds.items()
+    }
     parquet.write_table(pyarrow.table(data), path, compression="zstd", row_group_size=group)
 
 
@@ -144,8 +180,17 @@ def _run(corpus: Corpus, folder: Path, order: list[str] | None = None) -> Ledger
     return ledger
 
 
-def _metrics(run: Path, attempt: int, step: int, chunk: str, rows: list[int], applied: bool = True) -> None:
-    row = {"step": step, "attempt": attempt, "chunk": chunk, "loss": 1.0, "rows": rows, "applied": applied}
+def _metrics(
+    run: Path, attempt: int, step: int, chunk: str, rows: list[int], applied: bool = True
+) -> None:
+    row = {
+        "step": step,
+        "attempt": attempt,
+        "chunk": chunk,
+        "loss": 1.0,
+        "rows": rows,
+        "applied": applied,
+    }
     with (run / "metrics.jsonl").open("a") as stream:
         stream.write(json.dumps(row) + "\n")
 
@@ -223,7 +268,9 @@ def test_every_row_tells_its_own_tokens(build: Build, ask: Ask, tokenizer: Token
         rows = ask(corpus.folder, "--chunk", info.name, "--rows", f"0-{ROWS - 1}")["rows"]
         assert [row["row"] for row in rows] == list(range(ROWS))
         for row in rows:
-            assert [token for piece in row["pieces"] for token in piece["ids"]] == ids[row["row"]].tolist()
+            assert [token for piece in row["pieces"] for token in piece["ids"]] == ids[
+                row["row"]
+            ].tolist()
             for piece in row["pieces"]:
                 key = (piece["subset"], piece["source"], piece["document"], piece["repeat"])
                 told.setdefault(key, {})[piece["offset"]] = piece["ids"]
@@ -241,7 +288,12 @@ def test_every_row_tells_its_own_tokens(build: Build, ask: Ask, tokenizer: Token
 def test_control_tokens_are_told_from_text_that_spells_them(tokenizer: Tokenizer) -> None:
     """Catches text shown as a control token, or one shown as text, in either direction."""
     text = "a </s> b <fim_middle>"
-    ids = [*tokenizer.encode(text), tokenizer.special_id("<fim_middle>"), EOS_ID, *tokenizer.encode(" c")]
+    ids = [
+        *tokenizer.encode(text),
+        tokenizer.special_id("<fim_middle>"),
+        EOS_ID,
+        *tokenizer.encode(" c"),
+    ]
     parts = text_parts(tokenizer, ids)
     assert [part for part in parts if part["control"]] == [
         {"text": "<fim_middle>", "control": True},
@@ -250,7 +302,9 @@ def test_control_tokens_are_told_from_text_that_spells_them(tokenizer: Tokenizer
     assert [part["text"] for part in parts if not part["control"]] == [text, " c"]
 
 
-def test_a_row_is_shown_with_marks(build: Build, show: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_is_shown_with_marks(
+    build: Build, show: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Catches a control token that looks like text, and marks of a terminal in a file."""
     corpus = build()
     found = [p for p in find_document(corpus.manifest, "a.py:f") if p["repeat"] == 0][-1]
@@ -262,7 +316,9 @@ def test_a_row_is_shown_with_marks(build: Build, show: Ask, monkeypatch: pytest.
     assert "\x1b[1m⟦</s>⟧\x1b[0m" in show(*words)
 
 
-def test_without_a_tokenizer_there_are_ids_and_a_word_about_it(build: Build, show: Ask, ask: Ask, refuse: Ask) -> None:
+def test_without_a_tokenizer_there_are_ids_and_a_word_about_it(
+    build: Build, show: Ask, ask: Ask, refuse: Ask
+) -> None:
     """Catches an empty text in place of what cannot be decoded, and another tokenizer's text."""
     corpus = build(copy=False)
     words = (corpus.folder, "--chunk", 0, "--row", 1)
@@ -273,7 +329,9 @@ def test_without_a_tokenizer_there_are_ids_and_a_word_about_it(build: Build, sho
     assert facts["rows"][0]["pieces"][0]["text"] is None and facts["notes"]
     other = train_tokenizer(["one two three four five six " * 30], 300)
     other.save(corpus.folder.parent / "other.model")
-    assert "is not the tokenizer of" in refuse(*words, "--tokenizer", corpus.folder.parent / "other.model")
+    assert "is not the tokenizer of" in refuse(
+        *words, "--tokenizer", corpus.folder.parent / "other.model"
+    )
     assert f"{corpus.folder / 'none.model'}: cannot be read" in refuse(
         *words, "--tokenizer", corpus.folder / "none.model"
     )
@@ -285,7 +343,9 @@ def test_without_a_tokenizer_there_are_ids_and_a_word_about_it(build: Build, sho
     assert "of the data (unknown: imported without a tokenizer) lies beside it" in show(*words)
 
 
-def test_a_tokenizer_beside_the_folder_is_taken_by_its_hash(build: Build, tokenizer: Tokenizer) -> None:
+def test_a_tokenizer_beside_the_folder_is_taken_by_its_hash(
+    build: Build, tokenizer: Tokenizer
+) -> None:
     """Catches an older folder shown as ids though its tokenizer lies there, and a wrong one taken for it."""
     corpus = build(copy=False)
     beside = corpus.folder.parent / "tokenizer.model"
@@ -338,14 +398,18 @@ def test_only_the_row_groups_of_the_row_are_read(build: Build) -> None:
 
 
 def _account(corpus: Corpus) -> dict[str, dict[str, int]]:
-    made = {s: sum(i.tokens_per_subset[s] for i in corpus.manifest.chunks) for s in ("code", "prose")}
+    made = {
+        s: sum(i.tokens_per_subset[s] for i in corpus.manifest.chunks) for s in ("code", "prose")
+    }
     return {
         "code": {"training_documents": 2, "training_tokens": made["code"] + 20},
         "prose": {"training_documents": 35, "training_tokens": made["prose"]},
     }
 
 
-def test_the_account_is_counted_and_not_copied(build: Build, ask: Ask, show: Ask, tmp_path: Path) -> None:
+def test_the_account_is_counted_and_not_copied(
+    build: Build, ask: Ask, show: Ask, tmp_path: Path
+) -> None:
     """Catches a difference that is not made minus asked, and a limit left out of what was asked."""
     plain = build()
     account = _account(plain)
@@ -361,7 +425,11 @@ def test_the_account_is_counted_and_not_copied(build: Build, ask: Ask, show: Ask
     for name, asked in wanted.items():
         item = by_name[name]
         made = sum(info.tokens_per_subset[name] for info in plain.manifest.chunks)
-        assert (item["asked_tokens"], item["made_tokens"], item["difference_tokens"]) == (asked, made, made - asked)
+        assert (item["asked_tokens"], item["made_tokens"], item["difference_tokens"]) == (
+            asked,
+            made,
+            made - asked,
+        )
         samples = [info.tokens_per_subset[name] // LENGTH for info in plain.manifest.chunks]
         assert (item["least_in_a_chunk"], item["most_in_a_chunk"]) == (min(samples), max(samples))
     assert answer["tokens"] == CHUNKS * ROWS * LENGTH
@@ -384,7 +452,9 @@ def test_rows_per_chunk_bound_what_is_asked(build: Build, ask: Ask) -> None:
         }
         account = {"code": {"asked_tokens": 10 * total}, "prose": {"asked_tokens": 200}}
         content = json.loads(corpus.manifest.path.read_text())
-        corpus.manifest.path.write_text(json.dumps({**content, "facts": {"account": account, "recipe": recipe}}))
+        corpus.manifest.path.write_text(
+            json.dumps({**content, "facts": {"account": account, "recipe": recipe}})
+        )
         asked = {item["subset"]: item["asked_tokens"] for item in ask(corpus.folder)["subsets"]}
         if fill:
             assert asked == {"code": total - 200, "prose": 200}
@@ -400,7 +470,11 @@ def test_a_chunk_adds_up(build: Build, ask: Ask, show: Ask) -> None:
     for name, tokens in info.tokens_per_subset.items():
         assert sum(part["tokens"] for part in facts["parts"] if part["subset"] == name) == tokens
     assert {part["fim"] for part in facts["parts"]} == {"none"}
-    passes = [part["repeat"] for chunk in range(CHUNKS) for part in ask(corpus.folder, "--chunk", chunk)["parts"]]
+    passes = [
+        part["repeat"]
+        for chunk in range(CHUNKS)
+        for part in ask(corpus.folder, "--chunk", chunk)["parts"]
+    ]
     assert set(passes) == {0, 1}
     assert info.sha256 in show(corpus.folder, "--chunk", "3")
 
@@ -408,7 +482,13 @@ def test_a_chunk_adds_up(build: Build, ask: Ask, show: Ask) -> None:
 def test_the_nearest_chunk_is_that_of_the_same_number() -> None:
     """Catches the first of many names that are equally like the one that was asked for."""
     names = [f"chunk_{i:03d}" for i in range(360)] + ["held_out"]
-    for wanted, near in (("chunk_0", 0), ("chunk_10", 10), ("chunk_7", 7), ("chnk_359", 359), ("chunk_0012", 12)):
+    for wanted, near in (
+        ("chunk_0", 0),
+        ("chunk_10", 10),
+        ("chunk_7", 7),
+        ("chnk_359", 359),
+        ("chunk_0012", 12),
+    ):
         assert _nearest(wanted, names) == [f"chunk_{near:03d}"]
     assert (_nearest("heldout", names), _nearest("zzz", names)) == (["held_out"], [])
 
@@ -427,8 +507,13 @@ def test_a_document_is_found_by_each_of_its_names(build: Build, ask: Ask) -> Non
     ]
 
     def expected(**wanted: str) -> list[Any]:
-        found = [item for item in everything if all(item[key] == value for key, value in wanted.items())]
-        return sorted((item["chunk"], item["row"], item["start"], item["length"], item["repeat"]) for item in found)
+        found = [
+            item for item in everything if all(item[key] == value for key, value in wanted.items())
+        ]
+        return sorted(
+            (item["chunk"], item["row"], item["start"], item["length"], item["repeat"])
+            for item in found
+        )
 
     for words, wanted in (
         (["a.py:f"], {"document": "a.py:f"}),
@@ -464,28 +549,50 @@ def test_every_step_reads_the_rows_of_the_order(build: Build, ask: Ask, tmp_path
     ledger = _run(corpus, run, names)
     ledger.append("chunk_started", attempt=1, chunk="chunk_002", order_index=0, step=1)
     for step in (1, 2, 3):
-        _metrics(run, 1, step, names[(step - 1) // 2], [(step - 1) % 2 * BATCH, (step - 1) % 2 * BATCH + BATCH])
+        _metrics(
+            run,
+            1,
+            step,
+            names[(step - 1) // 2],
+            [(step - 1) % 2 * BATCH, (step - 1) % 2 * BATCH + BATCH],
+        )
     order = ChunkOrder(tuple(names), (ROWS,) * 3, BATCH)
     for step in range(1, 7):
         facts = ask("--run", run, "--step", step)
         rows = order.rows_of(step)
-        assert (facts["chunk"], facts["rows"]) == (order.position(step).name, [rows.start, rows.stop])
+        assert (facts["chunk"], facts["rows"]) == (
+            order.position(step).name,
+            [rows.start, rows.stop],
+        )
         assert facts["state"] == ("trained" if step <= 3 else "to come")
         assert [sample["row"] for sample in facts["samples"]] == list(rows)
         info = corpus.manifest.chunk(facts["chunk"])
         for sample in facts["samples"]:
-            pieces = [{k: v for k, v in p.items() if k not in ("ids", "text")} for p in sample["pieces"]]
-            assert pieces == pieces_of(corpus.manifest, info, range(sample["row"], sample["row"] + 1))[sample["row"]]
+            pieces = [
+                {k: v for k, v in p.items() if k not in ("ids", "text")} for p in sample["pieces"]
+            ]
+            assert (
+                pieces
+                == pieces_of(corpus.manifest, info, range(sample["row"], sample["row"] + 1))[
+                    sample["row"]
+                ]
+            )
         assert [i for i, sample in enumerate(facts["samples"]) if "text_shown" in sample] == [0]
         assert sum(facts["tokens_per_subset"].values()) == BATCH * LENGTH
     chosen = ask("--run", run, "--step", 4, "--row", 5)["samples"]
     assert chosen == ask("--run", run, "--step", 4, "--sample", 2)["samples"]
     assert [sample["row"] for sample in chosen if "text_shown" in sample] == [5]
     states = [(item["chunk"], item["state"]) for item in ask("--run", run)["order"]]
-    assert states == [("chunk_002", "trained"), ("chunk_000", "under way"), ("chunk_003", "to come")]
+    assert states == [
+        ("chunk_002", "trained"),
+        ("chunk_000", "under way"),
+        ("chunk_003", "to come"),
+    ]
 
 
-def test_only_the_sample_that_was_asked_for_is_shown(build: Build, ask: Ask, show: Ask, tmp_path: Path) -> None:
+def test_only_the_sample_that_was_asked_for_is_shown(
+    build: Build, ask: Ask, show: Ask, tmp_path: Path
+) -> None:
     """Catches a sample that is buried under the tables of all the others, and a step made smaller than it is."""
     corpus = build()
     run = tmp_path / "runs" / "one"
@@ -499,7 +606,12 @@ def test_only_the_sample_that_was_asked_for_is_shown(build: Build, ask: Ask, sho
         return [" ".join(line.split()[:2]) for line in lines if "-" not in line.split()[0]]
 
     rest = ["... and"]
-    assert rows_shown() == rows_shown("--all") == rows_shown("--sample", 1, "--all") == ["0 3", "1 4", "2 5"]
+    assert (
+        rows_shown()
+        == rows_shown("--all")
+        == rows_shown("--sample", 1, "--all")
+        == ["0 3", "1 4", "2 5"]
+    )
     assert rows_shown("--sample", 1) == rows_shown("--row", 4) == ["1 4", *rest]
     assert rows_shown("--rows", "4-5") == ["1 4", "2 5", *rest]
     shown = show(*step, "--sample", 1)
@@ -508,7 +620,9 @@ def test_only_the_sample_that_was_asked_for_is_shown(build: Build, ask: Ask, sho
     assert len(shown.split("\n\n")[1].splitlines()) == 1 + len(pieces) + 1
 
 
-def test_a_document_is_told_with_its_steps(build: Build, ask: Ask, show: Ask, tmp_path: Path) -> None:
+def test_a_document_is_told_with_its_steps(
+    build: Build, ask: Ask, show: Ask, tmp_path: Path
+) -> None:
     """Catches a use called trained that was never read: to come, beyond the last full step, outside the order."""
     corpus = build()
     run = tmp_path / "runs" / "partial"
@@ -529,10 +643,15 @@ def test_a_document_is_told_with_its_steps(build: Build, ask: Ask, show: Ask, tm
         seen.add(expected[1])
     assert seen == {"not in the order", "never read", "trained", "to come"}
     assert "1 of 4 steps done" in show("--run", run, "--document", "web/p.jsonl")
-    assert ask("--run", run, "--chunk", 1, "--row", 0)["rows"][0]["use"] == {"step": 1, "state": "trained"}
+    assert ask("--run", run, "--chunk", 1, "--row", 0)["rows"][0]["use"] == {
+        "step": 1,
+        "state": "trained",
+    }
 
 
-def test_held_out_rows_are_never_called_trained(build: Build, ask: Ask, show: Ask, refuse: Ask, tmp_path: Path) -> None:
+def test_held_out_rows_are_never_called_trained(
+    build: Build, ask: Ask, show: Ask, refuse: Ask, tmp_path: Path
+) -> None:
     """Catches validation data told as training data, and counted as such."""
     corpus = build()
     content = json.loads(corpus.manifest.path.read_text())
@@ -545,7 +664,10 @@ def test_held_out_rows_are_never_called_trained(build: Build, ask: Ask, show: As
     places = ask("--run", run, "--document", "web/p.jsonl")["places"]
     assert {place["state"] for place in places if place["chunk"] == "held_out"} == {"held out"}
     assert all(place["held_out"] == (place["chunk"] == "held_out") for place in places)
-    assert ask("--run", run, "--chunk", "held_out", "--row", 0)["rows"][0]["use"] == {"step": None, "state": "held out"}
+    assert ask("--run", run, "--chunk", "held_out", "--row", 0)["rows"][0]["use"] == {
+        "step": None,
+        "state": "held out",
+    }
     assert "never trained on" in show(corpus.folder, "--chunk", "held_out")
     account = ask(corpus.folder)
     assert account["tokens"] == (CHUNKS - 1) * ROWS * LENGTH and account["held_out"]["rows"] == ROWS
@@ -574,7 +696,10 @@ def test_a_deferred_chunk_is_read_last(build: Build, ask: Ask, show: Ask, tmp_pa
     _metrics(run, 2, 3, "chunk_002", [0, 3])
     now = ask("--run", run, "--step", 3)
     assert (now["chunk"], now["state"]) == ("chunk_002", "trained")
-    assert [(a["attempt"], a["chunk"]) for a in now["attempts"]] == [(1, "chunk_001"), (2, "chunk_002")]
+    assert [(a["attempt"], a["chunk"]) for a in now["attempts"]] == [
+        (1, "chunk_001"),
+        (2, "chunk_002"),
+    ]
     assert "attempt 1 read chunk_001" in show("--run", run, "--step", 3)
     assert ask("--run", run, "--step", 4)["state"] == "to come"
     assert [item["chunk"] for item in ask("--run", run)["order"]] == [
@@ -585,10 +710,14 @@ def test_a_deferred_chunk_is_read_last(build: Build, ask: Ask, show: Ask, tmp_pa
     ]
     assert ask("--run", run, "--chunk", 1)["use"]["first_step"] == 7
     alone = ask("--run", run, "--checkpoint", 1, "--step", 3)
-    assert (alone["chunk"], alone["state"]) == ("chunk_001", "to come"), "by that checkpoint's record alone"
+    assert (alone["chunk"], alone["state"]) == ("chunk_001", "to come"), (
+        "by that checkpoint's record alone"
+    )
 
 
-def test_a_checkpoint_tells_what_it_consumed(build: Build, ask: Ask, refuse: Ask, tmp_path: Path) -> None:
+def test_a_checkpoint_tells_what_it_consumed(
+    build: Build, ask: Ask, refuse: Ask, tmp_path: Path
+) -> None:
     """Catches chunks counted that came later, and a record that does not fit the data."""
     corpus = build()
     run = tmp_path / "runs" / "saved"
@@ -602,7 +731,9 @@ def test_a_checkpoint_tells_what_it_consumed(build: Build, ask: Ask, refuse: Ask
     ]
     assert (facts["consumed"], facts["consumed_tokens"]) == (2, 4 * BATCH * LENGTH)
     for item in facts["subsets"]:
-        assert item["tokens"] == sum(corpus.manifest.chunk(n).tokens_per_subset[item["subset"]] for n in order[:2])
+        assert item["tokens"] == sum(
+            corpus.manifest.chunk(n).tokens_per_subset[item["subset"]] for n in order[:2]
+        )
     assert ask("--run", run, "--checkpoint", "ckpt_000")["order"] == []
     assert "it has ckpt_000, ckpt_001, ckpt_002" in refuse("--run", run, "--checkpoint", 7)
     path = run / "checkpoints" / "ckpt_001" / "manifest.json"
@@ -614,7 +745,9 @@ def test_a_checkpoint_tells_what_it_consumed(build: Build, ask: Ask, refuse: Ask
     assert "chunk_003 is not the chunk of that run" in refuse("--run", run, "--checkpoint", 1)
 
 
-def test_the_record_is_believed_over_an_edited_config(build: Build, ask: Ask, refuse: Ask, tmp_path: Path) -> None:
+def test_the_record_is_believed_over_an_edited_config(
+    build: Build, ask: Ask, refuse: Ask, tmp_path: Path
+) -> None:
     """Catches an answer from a config that was changed after the run."""
     corpus = build()
     run = tmp_path / "runs" / "edited"
@@ -631,10 +764,14 @@ def test_the_record_is_believed_over_an_edited_config(build: Build, ask: Ask, re
     (run / "config.yaml").write_text(config)
     _checkpoint(corpus, run, ["chunk_001", "chunk_000"], 0)
     (run / "config.yaml").unlink()
-    assert ask("--run", run, "--step", 1)["chunk"] == "chunk_001", "a checkpoint holds the order too"
+    assert ask("--run", run, "--step", 1)["chunk"] == "chunk_001", (
+        "a checkpoint holds the order too"
+    )
 
 
-def test_other_data_than_the_run_recorded_is_refused(build: Build, ask: Ask, refuse: Ask, tmp_path: Path) -> None:
+def test_other_data_than_the_run_recorded_is_refused(
+    build: Build, ask: Ask, refuse: Ask, tmp_path: Path
+) -> None:
     """Catches the most convincing wrong answer: the right question to another data set."""
     corpus = build()
     run = tmp_path / "runs" / "moved"
@@ -648,7 +785,9 @@ def test_other_data_than_the_run_recorded_is_refused(build: Build, ask: Ask, ref
     assert f"{corpus.manifest.sha256[:12]}" in refuse(moved, "--run", run, "--step", 1)
 
 
-def test_a_relative_manifest_is_looked_for_above_the_run(build: Build, ask: Ask, tmp_path: Path) -> None:
+def test_a_relative_manifest_is_looked_for_above_the_run(
+    build: Build, ask: Ask, tmp_path: Path
+) -> None:
     """Catches a run that can be asked from one directory only."""
     corpus = build()
     run = tmp_path / "runs" / "relative"
@@ -665,12 +804,22 @@ def test_use_is_the_inverse_of_the_order(rows: list[int], batch: int, data: st.D
     rows = [max(n, batch) for n in rows]
     order = ChunkOrder(tuple(f"chunk_{i:03d}" for i in range(len(rows))), tuple(rows), batch)
     history = History(order, data.draw(st.integers(0, order.total_steps)))
-    reads = {(order.position(s).name, r): s for s in range(1, order.total_steps + 1) for r in order.rows_of(s)}
+    reads = {
+        (order.position(s).name, r): s
+        for s in range(1, order.total_steps + 1)
+        for r in order.rows_of(s)
+    }
     for name, count in zip(order.names, rows, strict=True):
         for row in range(count):
             step, state = history.use(name, row)
             assert step == reads.get((name, row))
-            assert state == ("never read" if step is None else "trained" if step <= history.done_step else "to come")
+            assert state == (
+                "never read"
+                if step is None
+                else "trained"
+                if step <= history.done_step
+                else "to come"
+            )
 
 
 def test_how_far_a_run_came_is_that_of_its_newest_attempt() -> None:
@@ -680,14 +829,19 @@ def test_how_far_a_run_came_is_that_of_its_newest_attempt() -> None:
     assert steps_done(events, {"step": 7, "attempt": 1}) == 7
     events += [{"event": "step_skipped", "step": 6}, {"event": "step_skipped", "step": 3}]
     assert steps_skipped(events) == {3, 6}
-    events += [{"event": "checkpoint_saved", "step": 9}, {"event": "resumed", "attempt": 2, "step": 4}]
+    events += [
+        {"event": "checkpoint_saved", "step": 9},
+        {"event": "resumed", "attempt": 2, "step": 4},
+    ]
     assert steps_done(events, {"step": 9, "attempt": 1}) == 4
     assert steps_skipped(events) == {3}
     assert steps_done([*events, {"event": "chunk_started", "step": 6}], None) == 5
     assert steps_done(events, {"step": 5, "attempt": 2}) == 5
 
 
-def test_a_skipped_step_is_not_called_trained(build: Build, ask: Ask, show: Ask, tmp_path: Path) -> None:
+def test_a_skipped_step_is_not_called_trained(
+    build: Build, ask: Ask, show: Ask, tmp_path: Path
+) -> None:
     """Catches data said to have trained the model when its update was thrown away."""
     corpus = build()
     run = tmp_path / "runs" / "skipped"
@@ -695,7 +849,10 @@ def test_a_skipped_step_is_not_called_trained(build: Build, ask: Ask, show: Ask,
     ledger.append("step_skipped", attempt=1, step=2)
     _metrics(run, 1, 2, "chunk_000", [3, 6], applied=False)
     assert ask("--run", run, "--step", 2)["state"] == "skipped"
-    assert ask("--run", run, "--chunk", 0, "--row", 4)["rows"][0]["use"] == {"step": 2, "state": "skipped"}
+    assert ask("--run", run, "--chunk", 0, "--row", 4)["rows"][0]["use"] == {
+        "step": 2,
+        "state": "skipped",
+    }
 
 
 # Mistakes
@@ -750,7 +907,9 @@ def test_damaged_provenance_is_one_line(build: Build, refuse: Ask, fault: str) -
             parquet.write_table(pyarrow.table({"x": [1]}), path)
         case "gap":
             lines = parquet.read_table(path).to_pylist()
-            _write_provenance(path, [line for line in lines if line["row"] != 3 or line["start"] == 0])
+            _write_provenance(
+                path, [line for line in lines if line["row"] != 3 or line["start"] == 0]
+            )
         case "none":
             content = json.loads(corpus.manifest.path.read_text())
             del content["chunks"][1]["provenance"]
@@ -770,7 +929,11 @@ def test_damaged_records_are_one_line(build: Build, refuse: Ask, tmp_path: Path)
     assert "metrics.jsonl: a line is damaged" in refuse("--run", run)
     (run / "metrics.jsonl").write_text('{"step": 1, "attempt"')
     config = (run / "config.yaml").read_text()
-    for content, said in (("data: [", "does not tell"), ("data: {}", "does not tell"), ("", "does not tell")):
+    for content, said in (
+        ("data: [", "does not tell"),
+        ("data: {}", "does not tell"),
+        ("", "does not tell"),
+    ):
         (run / "config.yaml").write_text(content)
         assert said in refuse("--run", run)
     (run / "config.yaml").unlink()
@@ -795,12 +958,17 @@ def test_it_loads_no_torch_and_ends_quietly_in_a_pipe(build: Build) -> None:
         "except SystemExit as done: sys.stderr.write(f'left {done.code} {\"torch\" in sys.modules}')"
     )
     words = [str(TOOL), str(corpus.folder), "--chunk", "0", "--row", "0"]
-    done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", program, *words], capture_output=True, text=True, check=False
+    )
     assert done.stderr == "left 0 False"
     reader = subprocess.Popen(["true"], stdin=subprocess.PIPE)
     assert reader.stdin is not None and reader.wait() == 0
     piped = subprocess.run(
-        [sys.executable, str(TOOL), str(corpus.folder)], stdout=reader.stdin, stderr=subprocess.PIPE, check=False
+        [sys.executable, str(TOOL), str(corpus.folder)],
+        stdout=reader.stdin,
+        stderr=subprocess.PIPE,
+        check=False,
     )
     assert (piped.returncode, piped.stderr) == (0, b"")
     latin = subprocess.run(
@@ -822,7 +990,9 @@ def test_names_cannot_move_the_cursor() -> None:
     ]
 
 
-def test_long_answers_are_cut_unless_all_is_asked(build: Build, show: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_answers_are_cut_unless_all_is_asked(
+    build: Build, show: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Catches lines that silently go missing."""
     corpus = build()
     words = (corpus.folder, "--document", "web/p.jsonl")

@@ -20,7 +20,9 @@ def tool() -> ModuleType:
     return load_tool("plan")
 
 
-def test_prints_grid_program_bubble_and_picture(tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prints_grid_program_bubble_and_picture(
+    tool: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Catches numbers that are not the layout's: the grid, the micro-batches, the bubble 1/5, every rank's program."""
     overrides = [*SMALL, "parallel.tensor=2", "parallel.pipeline=2"]
     assert tool.main([DEMO, "--world", "4", "--width", "100", *overrides]) == 0
@@ -35,15 +37,25 @@ def test_prints_grid_program_bubble_and_picture(tool: ModuleType, capsys: pytest
     assert printed.splitlines()[-2].startswith("rank 0 0-")
 
 
-def test_overrides_may_stand_before_and_after_options(tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_overrides_may_stand_before_and_after_options(
+    tool: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Catches an override swallowed by an option, and a default world other than tensor x pipeline."""
     assert tool.main([DEMO, "parallel.tensor=2", "--full", "parallel.pipeline=2"]) == 0
     assert "world 4 = pipeline 2 x data 1 x tensor 2" in capsys.readouterr().out
 
 
-def test_large_worlds_and_long_programs_are_abbreviated(tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_large_worlds_and_long_programs_are_abbreviated(
+    tool: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Catches 480 lines of grid, and --full that leaves something out."""
-    arguments = [str(ROOT / "configs" / "k2_65b" / "stage1.yaml"), "--world", "480", "--width", "100"]
+    arguments = [
+        str(ROOT / "configs" / "k2_65b" / "stage1.yaml"),
+        "--world",
+        "480",
+        "--width",
+        "100",
+    ]
     assert tool.main(arguments) == 0
     short = capsys.readouterr().out
     assert "65,286,184,960 parameters" in short
@@ -58,7 +70,9 @@ def test_large_worlds_and_long_programs_are_abbreviated(tool: ModuleType, capsys
     assert all(f" 0B{microbatch}" in full for microbatch in range(34))
 
 
-def test_svg_is_written(tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_svg_is_written(
+    tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Catches a picture that is not there, and a traceback for a folder that is not there."""
     target = tmp_path / "step.svg"
     assert tool.main([DEMO, "--svg", str(target)]) == 0
@@ -88,7 +102,9 @@ def test_a_mistake_costs_one_line_and_exit_code_2(
 
 
 @pytest.mark.parametrize("world", ["0", "-4", "four", "4.0"])
-def test_a_world_that_is_no_count_is_refused(tool: ModuleType, world: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_world_that_is_no_count_is_refused(
+    tool: ModuleType, world: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Catches argparse's page of usage in front of the one line that matters."""
     with pytest.raises(SystemExit) as stopped:
         tool.main([DEMO, "--world", world])
@@ -105,7 +121,11 @@ def test_runs_from_anywhere_without_torch_or_an_installed_package(tmp_path: Path
         "heavy = {'torch', 'numpy'} & set(sys.modules); assert not heavy, heavy\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program, DEMO], cwd=tmp_path, capture_output=True, text=True, check=False
+        [sys.executable, "-c", program, DEMO],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert "schedule" in done.stdout
@@ -114,6 +134,8 @@ def test_runs_from_anywhere_without_torch_or_an_installed_package(tmp_path: Path
 def test_a_reader_that_leaves_early_is_no_failure() -> None:
     """Catches the BrokenPipeError of `plan.py CONFIG | head -1`."""
     command = f"'{sys.executable}' '{TOOL}' '{DEMO}' --full --world 2000 batch.global_sequences=8000 | head -1"
-    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""

@@ -34,10 +34,22 @@ def _run(directory: Path, finished: bool = True) -> Path:
     ledger.append("started", run="demo", attempt=1, world_size=4)
     _manifest(directory, "ckpt_000", {"step": 0, "chunks_consumed": 0})
     for number, chunk in ((1, "chunk_004"), (2, "chunk_000")):
-        ledger.append("chunk_started", chunk=chunk, order_index=number - 1, step=3 * number - 3, dropped_rows=0)
+        ledger.append(
+            "chunk_started",
+            chunk=chunk,
+            order_index=number - 1,
+            step=3 * number - 3,
+            dropped_rows=0,
+        )
         for step in range(3 * number - 2, 3 * number + 1):
             metrics.write(
-                {"step": step, "attempt": 1, "loss": 9.0 - step, "seconds": 0.5, "consumed_tokens": 1000 * step}
+                {
+                    "step": step,
+                    "attempt": 1,
+                    "loss": 9.0 - step,
+                    "seconds": 0.5,
+                    "consumed_tokens": 1000 * step,
+                }
             )
         name = f"ckpt_{number:03d}"
         ledger.append(
@@ -68,10 +80,25 @@ def test_each_checkpoint_is_a_row_with_its_numbers(tmp_path: Path) -> None:
     folder = run / "checkpoints"
     assert done.stdout.startswith("demo: finished, 1 start\n")
     assert _cells(done.stdout, "ckpt_000")[:4] == ["ckpt_000", "0", "-", "0"]
-    expected = ["ckpt_001", "1", "chunk_004", "3", "3,000", "6.0000", "6.2500", "1.5", "0.2", f"{folder}/ckpt_001"]
+    expected = [
+        "ckpt_001",
+        "1",
+        "chunk_004",
+        "3",
+        "3,000",
+        "6.0000",
+        "6.2500",
+        "1.5",
+        "0.2",
+        f"{folder}/ckpt_001",
+    ]
     assert _cells(done.stdout, "ckpt_001") == expected
     assert _cells(done.stdout, "ckpt_002")[2:7] == ["chunk_000", "6", "6,000", "3.0000", "nan"]
-    assert "8 events" not in done.stdout and f"{run}/ledger.jsonl" in done.stdout and "6 events, hash" in done.stdout
+    assert (
+        "8 events" not in done.stdout
+        and f"{run}/ledger.jsonl" in done.stdout
+        and "6 events, hash" in done.stdout
+    )
     assert "wandb" not in done.stdout
 
 
@@ -96,7 +123,11 @@ def test_missing_changed_and_unrecorded_checkpoints_are_marked(tmp_path: Path) -
     (run / "checkpoints" / "ckpt_002" / "manifest.json").write_text("{}")
     _manifest(run, "ckpt_003", {"step": 9})
     _manifest(run, "ckpt_004.tmp", {"step": 12})
-    marks = {line.split()[0]: line for line in _show(str(run)).stdout.splitlines() if line.startswith("ckpt_")}
+    marks = {
+        line.split()[0]: line
+        for line in _show(str(run)).stdout.splitlines()
+        if line.startswith("ckpt_")
+    }
     assert marks["ckpt_001"].endswith("(not on the disk)")
     assert marks["ckpt_002"].endswith("(MANIFEST CHANGED)")
     assert marks["ckpt_003"].endswith("(not in the ledger)") and marks["ckpt_003"].split()[3] == "9"
@@ -134,7 +165,11 @@ def test_a_missing_or_broken_run_is_one_line_and_exit_2(tmp_path: Path, fault: s
             run.touch()
     done = _show(str(good), str(run))
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("show_run: ") and done.stderr.count("\n") == 1 and str(run) in done.stderr
+    assert (
+        done.stderr.startswith("show_run: ")
+        and done.stderr.count("\n") == 1
+        and str(run) in done.stderr
+    )
 
 
 def test_it_needs_neither_torch_nor_an_installed_package(tmp_path: Path) -> None:

@@ -57,20 +57,27 @@ def make_pieces(seed: int) -> Pieces:
 def write_pieces(path: Path, pieces: Pieces, group_rows: int = 50) -> str:
     kinds = {"row": arrow.int32(), "start": arrow.int32(), "length": arrow.int32()}
     kinds["subset"] = arrow.dictionary(arrow.int32(), arrow.string())
-    table = arrow.table({key: arrow.array(values).cast(kinds[key]) for key, values in pieces.items()})
+    table = arrow.table(
+        {key: arrow.array(values).cast(kinds[key]) for key, values in pieces.items()}
+    )
     parquet.write_table(table, path, row_group_size=group_rows)
     return sha256_file(path)
 
 
 def starts_of(pieces: Pieces) -> list[int]:
-    return [row * LENGTH + start for row, start in zip(pieces["row"], pieces["start"], strict=True) if start]
+    return [
+        row * LENGTH + start
+        for row, start in zip(pieces["row"], pieces["start"], strict=True)
+        if start
+    ]
 
 
 def make_chunk(folder: Path, name: str, seed: int, vocab: int) -> ChunkInfo:
     ids = np.random.default_rng(seed).integers(0, vocab, (ROWS, LENGTH)).astype(np.uint32)
     pieces = make_pieces(seed)
     counts = {
-        key: LENGTH * sum(1 for row in range(ROWS) if bool(row % 3) == (key == "code")) for key in ("code", "text")
+        key: LENGTH * sum(1 for row in range(ROWS) if bool(row % 3) == (key == "code"))
+        for key in ("code", "text")
     }
     info = write_chunk(folder, name, [ids], ROWS, vocab, counts)
     files = {"provenance": f"{name}.parquet", "borders": f"{name}.borders.npy"}
@@ -88,7 +95,8 @@ def manifest(tmp_path: Path, tokenizer: Tokenizer) -> Manifest:
     folder.mkdir()
     vocab = tokenizer.vocab_size
     infos = [
-        make_chunk(folder, name, i, vocab) for i, name in enumerate(("chunk_000", "chunk_001", "chunk_002", "held_out"))
+        make_chunk(folder, name, i, vocab)
+        for i, name in enumerate(("chunk_000", "chunk_001", "chunk_002", "held_out"))
     ]
     tokenizer.save(folder / "tokenizer.model")
     (folder / "sources.json").write_text('{"training": ["a"], "held_out": ["b"]}')
@@ -99,11 +107,20 @@ def manifest(tmp_path: Path, tokenizer: Tokenizer) -> Manifest:
         "rejected_sha256": sha256_file(folder / "rejected.jsonl"),
         "tokenizer": {"file": "tokenizer.model", "specials": list(tokenizer.specials)},
         "account": {
-            name: {"used_tokens": 3 * n, "used_samples": 3 * n // LENGTH, "held_out_tokens": n, "documents": 9}
+            name: {
+                "used_tokens": 3 * n,
+                "used_samples": 3 * n // LENGTH,
+                "held_out_tokens": n,
+                "documents": 9,
+            }
             for name, n in counts.items()
         },
     }
-    keys: dict[str, Any] = {"tokenizer_sha256": tokenizer.sha256, "sequence_length": LENGTH, "vocab_size": vocab}
+    keys: dict[str, Any] = {
+        "tokenizer_sha256": tokenizer.sha256,
+        "sequence_length": LENGTH,
+        "vocab_size": vocab,
+    }
     return write_manifest(folder, chunks=infos[:3], held_out=infos[3], facts=facts, **keys)
 
 
@@ -119,14 +136,22 @@ def rehash(manifest: Manifest) -> Manifest:
 
     def change(content: dict[str, Any]) -> None:
         for entry in [*content["chunks"], content["held_out"]]:
-            for key, digest in (("file", "sha256"), ("provenance", "provenance_sha256"), ("borders", "borders_sha256")):
+            for key, digest in (
+                ("file", "sha256"),
+                ("provenance", "provenance_sha256"),
+                ("borders", "borders_sha256"),
+            ):
                 entry[digest] = sha256_file(manifest.folder / entry[key])
 
     return edit(manifest, change)
 
 
 def problems_of(manifest: Manifest) -> list[str]:
-    found = [line for report in verify_chunks(manifest, manifest.all_chunks(), 2) for line in report.problems]
+    found = [
+        line
+        for report in verify_chunks(manifest, manifest.all_chunks(), 2)
+        for line in report.problems
+    ]
     assert not [line for line in found if "\n" in line]
     return found + verify_folder(manifest)
 
@@ -137,13 +162,17 @@ def flip(path: Path, place: int) -> None:
     path.write_bytes(content)
 
 
-def test_a_whole_folder_is_whole(manifest: Manifest, tool: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_whole_folder_is_whole(
+    manifest: Manifest, tool: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Catches a check that finds fault with what is right, and a last line whose numbers are not the folder's."""
     assert problems_of(manifest) == []
     assert tool.main([str(manifest.folder), "--workers", "2"]) == 0
     out, err = capsys.readouterr()
     lines = out.splitlines()
-    assert [line.split()[1:3] for line in lines[:4]] == [[info.name, "ok"] for info in manifest.all_chunks()]
+    assert [line.split()[1:3] for line in lines[:4]] == [
+        [info.name, "ok"] for info in manifest.all_chunks()
+    ]
     assert lines[4].startswith(f"ok: 4 chunks, one held out, {4 * ROWS * LENGTH:,} tokens, ")
     assert (len(lines), err) == (5, "")
     pieces = parquet.read_metadata(manifest.folder / "chunk_001.parquet").num_rows
@@ -172,7 +201,9 @@ def test_one_flipped_bit_is_found(manifest: Manifest, file: str, place: int) -> 
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_a_missing_file_is_named(manifest: Manifest, file: str, tool: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_file_is_named(
+    manifest: Manifest, file: str, tool: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Catches a check that ends at the first thing missing: the other chunks are still wanted."""
     (manifest.folder / file).unlink()
     flip(manifest.folder / "chunk_002.npy", -1)
@@ -180,7 +211,9 @@ def test_a_missing_file_is_named(manifest: Manifest, file: str, tool: Any, capsy
     out, err = capsys.readouterr()
     lines = err.splitlines()
     assert len(lines) == 3, lines
-    assert [line for line in lines if str(manifest.folder / file) in line and "No such file" in line]
+    assert [
+        line for line in lines if str(manifest.folder / file) in line and "No such file" in line
+    ]
     assert [line for line in lines if line.startswith("chunk_002 (") and "sha256 is" in line]
     assert lines[-1].startswith("2 problems, ")
     assert "ok:" not in out
@@ -235,28 +268,52 @@ def from_next_row(pieces: Pieces) -> None:
 WRONG: list[tuple[str, Callable[[Pieces], object], str]] = [
     ("two pieces swapped", lambda p: swap(p, 60, 61), "piece 60 is row"),
     ("one dropped", lambda p: drop(p, slice(70, 71)), "piece 70 is row"),
-    ("the last one dropped", lambda p: drop(p, slice(-1, None)), f"ends at row {ROWS - 1}, the chunk has {ROWS} rows"),
+    (
+        "the last one dropped",
+        lambda p: drop(p, slice(-1, None)),
+        f"ends at row {ROWS - 1}, the chunk has {ROWS} rows",
+    ),
     ("all dropped", lambda p: drop(p, slice(None)), f"ends at row 0, the chunk has {ROWS} rows"),
     ("one twice", lambda p: repeat(p, 5), "piece 6 is row"),
-    ("too long", lambda p: put(p, "length", 50, lambda n: n + 1), "comes next: a row is not covered exactly"),
-    ("over the row's end", lambda p: put(p, "length", -1, lambda n: n + 1), "a row is not covered exactly"),
+    (
+        "too long",
+        lambda p: put(p, "length", 50, lambda n: n + 1),
+        "comes next: a row is not covered exactly",
+    ),
+    (
+        "over the row's end",
+        lambda p: put(p, "length", -1, lambda n: n + 1),
+        "a row is not covered exactly",
+    ),
     ("empty", lambda p: put(p, "length", 9, lambda _: 0), "piece 9 is row .*, length 0"),
     ("another row", lambda p: put(p, "row", 30, lambda n: n + 1), "piece 30 is row"),
     ("told from the next row", lambda p: from_next_row(p), "a row is not covered exactly"),
-    ("another subset", lambda p: put(p, "subset", 0, lambda _: "code"), "tokens of subset code, the manifest says"),
-    ("unknown subset", lambda p: put(p, "subset", 0, lambda _: "new"), "tokens of subset new, the manifest says 0"),
+    (
+        "another subset",
+        lambda p: put(p, "subset", 0, lambda _: "code"),
+        "tokens of subset code, the manifest says",
+    ),
+    (
+        "unknown subset",
+        lambda p: put(p, "subset", 0, lambda _: "new"),
+        "tokens of subset new, the manifest says 0",
+    ),
     ("no subset", lambda p: put(p, "subset", 0, lambda _: None), "has no subset"),
 ]
 
 
 @pytest.mark.parametrize(("change", "words"), [pytest.param(c, w, id=name) for name, c, w in WRONG])
-def test_provenance_that_is_not_of_the_chunk(manifest: Manifest, change: Callable[..., object], words: str) -> None:
+def test_provenance_that_is_not_of_the_chunk(
+    manifest: Manifest, change: Callable[..., object], words: str
+) -> None:
     """Catches provenance believed because it has its hash: a wrong preparation hashes what it wrote."""
     pieces = make_pieces(1)
     change(pieces)
     write_pieces(manifest.folder / "chunk_001.parquet", pieces)
     found = problems_of(rehash(manifest))
-    assert [line for line in found if line.startswith("chunk_001 (") and "chunk_001.parquet" in line]
+    assert [
+        line for line in found if line.startswith("chunk_001 (") and "chunk_001.parquet" in line
+    ]
     assert re.search(words, " ".join(found)), found
 
 
@@ -271,16 +328,22 @@ def test_provenance_that_is_no_parquet(manifest: Manifest) -> None:
     assert line.startswith(f"chunk_001 ({path}): is no provenance of a chunk")
 
 
-@pytest.mark.parametrize("change", ["one more", "one behind", "one less", "moved", "the first less"])
+@pytest.mark.parametrize(
+    "change", ["one more", "one behind", "one less", "moved", "the first less"]
+)
 def test_borders_are_the_beginnings_of_pieces(manifest: Manifest, change: str) -> None:
     """Catches borders that are well formed and stand where no document begins."""
     places = starts_of(make_pieces(1))
     if change == "one more":
-        places = sorted({*places, next(i for i in range(200, 999) if i not in places and i % LENGTH)})
+        places = sorted(
+            {*places, next(i for i in range(200, 999) if i not in places and i % LENGTH)}
+        )
     elif change == "one behind":
         places.append(places[-1] + 1)
     elif change == "moved":
-        i = next(i for i in range(9, 99) if places[i] + 1 not in places and (places[i] + 1) % LENGTH)
+        i = next(
+            i for i in range(9, 99) if places[i] + 1 not in places and (places[i] + 1) % LENGTH
+        )
         places[i] += 1
     else:
         del places[-1 if change == "one less" else 0]
@@ -312,8 +375,12 @@ MANIFEST_MISTAKES: list[tuple[str, Callable[[dict[str, Any]], object], list[str]
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("change", "words"), [pytest.param(c, w, id=name) for name, c, w in MANIFEST_MISTAKES])
-def test_manifest_that_tells_another_story(manifest: Manifest, change: Callable[..., object], words: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("change", "words"), [pytest.param(c, w, id=name) for name, c, w in MANIFEST_MISTAKES]
+)
+def test_manifest_that_tells_another_story(
+    manifest: Manifest, change: Callable[..., object], words: list[str]
+) -> None:
     """Catches numbers that are written in the manifest and looked at by nobody."""
     found = problems_of(edit(manifest, change))
     missing = [word for word in words if not [line for line in found if word in line]]
@@ -342,7 +409,9 @@ def prepared(manifest: Manifest) -> Manifest:
                 "held_out_tokens": content["held_out"]["tokens_per_subset"][name], "held_out_unused_tokens": 0,
             }  # fmt: skip
         facts |= {"name": "données", "seed": 3}
-        facts["dropped_tail_tokens"] = {name: item["tail_tokens"] for name, item in facts["account"].items()}
+        facts["dropped_tail_tokens"] = {
+            name: item["tail_tokens"] for name, item in facts["account"].items()
+        }
         facts["recipe"] = {
             "subsets": {name: {"repeat": repeat} for name, repeat in wishes.items()},
             "name": "données", "seed": 3, "sequence_length": LENGTH, "chunks": 3, "rows_per_chunk": ROWS,
@@ -396,27 +465,41 @@ FACTS: list[tuple[str, Callable[[dict[str, Any]], object], list[str]]] = [
 
 
 @pytest.mark.parametrize(("change", "words"), [pytest.param(c, w, id=name) for name, c, w in FACTS])
-def test_facts_that_contradict_each_other(manifest: Manifest, change: Callable[..., object], words: list[str]) -> None:
+def test_facts_that_contradict_each_other(
+    manifest: Manifest, change: Callable[..., object], words: list[str]
+) -> None:
     """Catches facts of a manifest that nothing is held against, so that an edited one passes for the preparation's own."""
     manifest = prepared(manifest)
     assert problems_of(manifest) == []
     found = problems_of(edit(manifest, change))
     assert len(found) == len(words), found
-    assert not [word for word in words if not [line for line in found if re.search(word, line)]], found
+    assert not [word for word in words if not [line for line in found if re.search(word, line)]], (
+        found
+    )
     assert all(str(manifest.path) in line for line in found)
 
 
 def test_other_files_that_look_like_chunks(manifest: Manifest) -> None:
     """Catches chunks of other data in the folder, which all that lists files would take for chunks of this one."""
-    strangers = ["chunk_003.npy", "chunk_000.extra.npy", "chunk_1.parquet", "chunk_003.borders.npy", "held_out.bin"]
+    strangers = [
+        "chunk_003.npy",
+        "chunk_000.extra.npy",
+        "chunk_1.parquet",
+        "chunk_003.borders.npy",
+        "held_out.bin",
+    ]
     for name in (*strangers, "notes.npy", "README.md", "chunk_list.txt"):
         (manifest.folder / name).write_text("")
     found = problems_of(manifest)
-    assert [line.split(":")[0] for line in found] == sorted(str(manifest.folder / name) for name in strangers)
+    assert [line.split(":")[0] for line in found] == sorted(
+        str(manifest.folder / name) for name in strangers
+    )
     assert all("looks like a chunk's and is not in manifest.json" in line for line in found)
 
 
-@pytest.mark.parametrize("file", ["chunk_001.npy", "chunk_001.parquet", "chunk_001.borders.npy", "sources.json"])
+@pytest.mark.parametrize(
+    "file", ["chunk_001.npy", "chunk_001.parquet", "chunk_001.borders.npy", "sources.json"]
+)
 def test_hashes_are_shown_to_where_they_differ(manifest: Manifest, file: str) -> None:
     """Catches a line that says two equal things differ."""
     digest = sha256_file(manifest.folder / file)
@@ -424,7 +507,10 @@ def test_hashes_are_shown_to_where_they_differ(manifest: Manifest, file: str) ->
     path = manifest.path
     path.write_text(path.read_text().replace(digest, other))
     (line,) = problems_of(read_manifest(path))
-    assert f"sha256 is {digest[:41]}, the manifest says {other[:41]}; fetch it again, or prepare the data anew" in line
+    assert (
+        f"sha256 is {digest[:41]}, the manifest says {other[:41]}; fetch it again, or prepare the data anew"
+        in line
+    )
     assert differing("a" * 64, "b" * 64) == ("a" * 16, "b" * 16)
     assert differing(digest, digest[:60]) == (digest[:61], digest[:60])
 
@@ -439,12 +525,17 @@ def test_what_a_folder_does_not_have_is_not_missed(manifest: Manifest) -> None:
                 del entry[key]
 
     for path in manifest.folder.iterdir():
-        if path.name.endswith((".parquet", ".borders.npy", ".model", ".jsonl")) or path.name == "sources.json":
+        if (
+            path.name.endswith((".parquet", ".borders.npy", ".model", ".jsonl"))
+            or path.name == "sources.json"
+        ):
             path.unlink()
     assert problems_of(edit(manifest, change)) == []
 
 
-def test_only_the_named_chunks(manifest: Manifest, tool: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_the_named_chunks(
+    manifest: Manifest, tool: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Catches a quick look at one chunk that reads them all, and a name that is silently not there."""
     flip(manifest.folder / "chunk_001.npy", -1)
     assert tool.main([str(manifest.path), "--chunks", "chunk_002", "held_out"]) == 0
@@ -454,7 +545,10 @@ def test_only_the_named_chunks(manifest: Manifest, tool: Any, capsys: pytest.Cap
     assert tool.main([str(manifest.path), "--chunks", "chunk_009"]) == 2
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
-    assert "there is no chunk 'chunk_009'; there are chunk_000, chunk_001, chunk_002 and held_out" in err
+    assert (
+        "there is no chunk 'chunk_009'; there are chunk_000, chunk_001, chunk_002 and held_out"
+        in err
+    )
     assert tool.main([str(manifest.path), "--chunks", "2", "chunk_002", "held_out"]) == 0
     assert "ok: 2 chunks, one held out" in capsys.readouterr().out
     assert tool.main([str(manifest.path), "--chunk", "1"]) == 2
@@ -474,7 +568,9 @@ def test_a_manifest_that_cannot_be_read_is_one_line(manifest: Manifest) -> None:
     assert "not valid JSON" in done.stderr
 
 
-def test_a_file_that_is_no_manifest(manifest: Manifest, tool: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_that_is_no_manifest(
+    manifest: Manifest, tool: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Catches advice to prepare data again whose manifest was only not the file that was named."""
     folder = manifest.folder
     (folder / "recipe.yaml").write_text("name: x\n")
@@ -484,7 +580,11 @@ def test_a_file_that_is_no_manifest(manifest: Manifest, tool: Any, capsys: pytes
         expected = f"{folder / name}: is no manifest; give the manifest.json of a data folder, or the folder itself\n"
         assert capsys.readouterr() == ("", expected)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tool, "read_manifest", lambda path: pytest.fail("a chunk was read whole to learn that it is one"))
+        patch.setattr(
+            tool,
+            "read_manifest",
+            lambda path: pytest.fail("a chunk was read whole to learn that it is one"),
+        )
         assert tool.main([str(folder / "chunk_000.npy")]) == 2
     capsys.readouterr()
     manifest.path.rename(folder / "copy.json")
@@ -497,7 +597,9 @@ def test_a_file_that_is_no_manifest(manifest: Manifest, tool: Any, capsys: pytes
     assert "cannot be read (No such file" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", [["--workers", "0"], ["--workers", "x"], ["--chunks"], ["--unknown"], []])
+@pytest.mark.parametrize(
+    "words", [["--workers", "0"], ["--workers", "x"], ["--chunks"], ["--unknown"], []]
+)
 def test_mistakes_of_usage_are_one_line(
     manifest: Manifest, tool: Any, words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -510,10 +612,17 @@ def test_mistakes_of_usage_are_one_line(
 
 
 def test_rates_are_told_where_there_is_one(
-    manifest: Manifest, tool: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    manifest: Manifest,
+    tool: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Catches `0.0 s` and a rate worked out from it."""
-    assert (tool.rate(10**9, 0.09), tool.rate(10**9, 0.5), tool.rate(10**4, 0.5)) == ("", ", 2,000 MB/s", "")
+    assert (tool.rate(10**9, 0.09), tool.rate(10**9, 0.5), tool.rate(10**4, 0.5)) == (
+        "",
+        ", 2,000 MB/s",
+        "",
+    )
     clock = iter((0.0, 0.0123))
     monkeypatch.setattr(tool.time, "monotonic", lambda: next(clock))
     monkeypatch.setattr(tool, "verify_chunks", lambda *_: [])
@@ -529,9 +638,13 @@ def test_nobody_listens_any_more(manifest: Manifest, damaged: bool) -> None:
     reader = subprocess.Popen(["true"], stdin=subprocess.PIPE)
     assert reader.stdin is not None and reader.wait() == 0
     command = [sys.executable, str(TOOL), str(manifest.path)]
-    done = subprocess.run(command, stdout=reader.stdin, stderr=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(
+        command, stdout=reader.stdin, stderr=subprocess.PIPE, text=True, check=False
+    )
     told = ["chunk_002", "1 problem,"] if damaged else []
-    assert (done.returncode, len(done.stderr.splitlines())) == (2 if damaged else 0, len(told)), done.stderr
+    assert (done.returncode, len(done.stderr.splitlines())) == (2 if damaged else 0, len(told)), (
+        done.stderr
+    )
     done = subprocess.run(command, stdout=reader.stdin, stderr=reader.stdin, check=False)
     assert done.returncode == (2 if damaged else 0)
 
@@ -549,7 +662,9 @@ def test_many_batches(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> No
     assert "piece 80 is row" in line
 
 
-def test_a_problem_of_ours_is_not_told_as_damage(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_problem_of_ours_is_not_told_as_damage(
+    manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Catches an except that takes every mistake for a broken file."""
 
     def broken(*_: object) -> None:
@@ -564,15 +679,26 @@ def test_memory_is_that_of_a_block(tmp_path: Path) -> None:
     """Catches a chunk, or its provenance, taken into memory whole: 120 MB of ids and a million pieces in one group."""
     rows, length, per_row = 30000, 2000, 40
     block = np.arange(1000 * length, dtype=np.uint32).reshape(1000, length) % 500
-    info = write_chunk(tmp_path, "chunk_000", (block for _ in range(rows // 1000)), rows, 500, {"code": rows * length})
+    info = write_chunk(
+        tmp_path,
+        "chunk_000",
+        (block for _ in range(rows // 1000)),
+        rows,
+        500,
+        {"code": rows * length},
+    )
     start = np.tile(np.arange(per_row, dtype=np.int32) * (length // per_row), rows)
     columns = {
         "row": np.repeat(np.arange(rows, dtype=np.int32), per_row),
         "start": start,
         "length": np.full(rows * per_row, length // per_row, dtype=np.int32),
-        "subset": arrow.DictionaryArray.from_arrays(arrow.array(np.zeros(rows * per_row, np.int32)), ["code"]),
+        "subset": arrow.DictionaryArray.from_arrays(
+            arrow.array(np.zeros(rows * per_row, np.int32)), ["code"]
+        ),
     }
-    parquet.write_table(arrow.table(columns), tmp_path / "chunk_000.parquet", row_group_size=rows * per_row)
+    parquet.write_table(
+        arrow.table(columns), tmp_path / "chunk_000.parquet", row_group_size=rows * per_row
+    )
     places = (columns["row"].astype(np.uint64) * length + start)[start > 0]
     files = {"provenance": "chunk_000.parquet", "borders": "chunk_000.borders.npy"}
     files |= {"provenance_sha256": sha256_file(tmp_path / files["provenance"])}
@@ -586,11 +712,15 @@ def test_memory_is_that_of_a_block(tmp_path: Path) -> None:
         f"except SystemExit as end: code = end.code\n"
         f"print([line for line in open('/proc/self/status') if 'VmHWM' in line][0].split()[1]); sys.exit(code)"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
     assert int(done.stdout.splitlines()[-1]) * 1024 < 400 * 2**20
 
 
-def test_without_pyarrow_nothing_is_called_whole(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_pyarrow_nothing_is_called_whole(
+    manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Catches an installation without pyarrow that passes every folder as whole."""
     monkeypatch.setattr("k2train.data.verify.chunks.parquet", None)
     with pytest.raises(UserError, match="pip install"):

@@ -35,7 +35,9 @@ def locked_job(launch: Launch, tree: dict[str, Any]) -> int:
     config = Config.model_validate(tree)
     with RunLock(run_directory(config)) as lock:
         start = prepare_start(config, launch.world_size, verify=True)
-        trainer = Trainer(config, grid_of(launch, config), start, StopRequest(), verify=True, lock=lock)
+        trainer = Trainer(
+            config, grid_of(launch, config), start, StopRequest(), verify=True, lock=lock
+        )
         try:
             trainer.begin()
             return trainer.run()
@@ -66,7 +68,11 @@ def run(whole: Path, tmp_path: Path) -> Path:
 
 
 def problems(run: Path, *arguments: str) -> list[str]:
-    return [problem.text for problem in TOOL["problems_of"](run, *(arguments or (None,))) if not problem.note]
+    return [
+        problem.text
+        for problem in TOOL["problems_of"](run, *(arguments or (None,)))
+        if not problem.note
+    ]
 
 
 def test_a_whole_run_is_called_whole(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -74,11 +80,17 @@ def test_a_whole_run_is_called_whole(whole: Path, capsys: pytest.CaptureFixture[
     said = capsys.readouterr()
     assert said.err == "" and said.out.splitlines()[-1] == f"{whole}: whole"
     assert len(read_metrics(whole / "state_roots.jsonl")) == 5
-    tokens = [event["fencing_token"] for event in read_ledger(whole / "ledger.jsonl") if "fencing_token" in event]
+    tokens = [
+        event["fencing_token"]
+        for event in read_ledger(whole / "ledger.jsonl")
+        if "fencing_token" in event
+    ]
     assert tokens[:1] == [1] and tokens[-1] == 2
 
 
-@pytest.mark.parametrize("name", ["ledger.jsonl", "metrics.jsonl", "state_roots.jsonl", "config.yaml"])
+@pytest.mark.parametrize(
+    "name", ["ledger.jsonl", "metrics.jsonl", "state_roots.jsonl", "config.yaml"]
+)
 def test_four_hundred_changed_bits_are_all_found_and_named(run: Path, name: str) -> None:
     """A hundred in each of the four; the checkpoints are left out, they are hashed elsewhere."""
     shutil.rmtree(run / "checkpoints")
@@ -116,13 +128,19 @@ def edit_ledger(run: Path, change: Callable[[dict[str, Any]], None]) -> None:
     (run / "ledger.jsonl").unlink()
     ledger = Ledger(run / "ledger.jsonl")
     for event in events:
-        facts = {key: value for key, value in event.items() if key not in ("seq", "time", "event", "previous")}
+        facts = {
+            key: value
+            for key, value in event.items()
+            if key not in ("seq", "time", "event", "previous")
+        }
         change(facts)
         ledger.append(event["event"], **facts)
 
 
 def same_token(run: Path) -> None:
-    edit_ledger(run, lambda facts: facts.update(fencing_token=2) if "fencing_token" in facts else None)
+    edit_ledger(
+        run, lambda facts: facts.update(fencing_token=2) if "fencing_token" in facts else None
+    )
 
 
 def other_root(run: Path) -> None:
@@ -145,7 +163,9 @@ CONTRADICTIONS: list[tuple[Callable[[Path], object], str]] = [
 
 
 @pytest.mark.parametrize(("change", "said"), CONTRADICTIONS)
-def test_files_that_contradict_each_other(run: Path, change: Callable[[Path], object], said: str) -> None:
+def test_files_that_contradict_each_other(
+    run: Path, change: Callable[[Path], object], said: str
+) -> None:
     change(run)
     found = problems(run)
     assert [line for line in found if re.search(said, line)], found
@@ -160,7 +180,10 @@ def test_what_a_kill_leaves_behind_is_a_note(run: Path, capsys: pytest.CaptureFi
     with (run / "metrics.jsonl").open("ab") as stream:
         stream.write(b'{"step": 6, "att')
     assert verify([str(run)]) == 0
-    assert "note: " in (said := capsys.readouterr()).out and "ckpt_001: the ledger does not tell of it" in said.out
+    assert (
+        "note: " in (said := capsys.readouterr()).out
+        and "ckpt_001: the ledger does not tell of it" in said.out
+    )
 
 
 def test_the_data_is_read_when_asked(run: Path, tmp_path: Path, whole: Path) -> None:
@@ -176,7 +199,13 @@ def test_the_data_is_read_when_asked(run: Path, tmp_path: Path, whole: Path) -> 
 
 
 @pytest.mark.parametrize("data", [[], ["--data"]])
-def test_what_is_no_run_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], data: list[str]) -> None:
+def test_what_is_no_run_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], data: list[str]
+) -> None:
     assert verify([str(tmp_path / "none"), *data]) == 2
     said = capsys.readouterr()
-    assert said.out == "" and len(said.err.splitlines()) == 1 and "ledger.jsonl does not exist" in said.err
+    assert (
+        said.out == ""
+        and len(said.err.splitlines()) == 1
+        and "ledger.jsonl does not exist" in said.err
+    )

@@ -26,7 +26,9 @@ def record(rank: int, world: int) -> Record:
 
 
 @contextmanager
-def running(directory: Path, world: int, change: Callable[[Record], Record | None]) -> Iterator[None]:
+def running(
+    directory: Path, world: int, change: Callable[[Record], Record | None]
+) -> Iterator[None]:
     """Heartbeats of ranks on other machines; `change` says what is special, None: this one does not write."""
     directory.mkdir()
     records = [record(rank, world) for rank in range(world)]
@@ -57,17 +59,25 @@ def ask(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, li
     return code, capsys.readouterr().out.splitlines()
 
 
-def test_a_silent_rank_comes_first_of_480(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_silent_rank_comes_first_of_480(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with running(tmp_path / "watch", 480, lambda one: None if one.rank == 77 else one):
         code, lines = ask(capsys, tmp_path)
     assert code == 1
-    assert lines[0].startswith("rank 77 (pid 1077 on host node9) gives no sign of life for"), lines[0]
+    assert lines[0].startswith("rank 77 (pid 1077 on host node9) gives no sign of life for"), lines[
+        0
+    ]
     assert lines[2].split()[:2] == ["77", "node9"]
     assert len(lines) == 23 and "460 more" in lines[-1]
 
 
-def test_a_rank_in_no_collective_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with running(tmp_path / "watch", 4, lambda one: replace(one, current="") if one.rank == 2 else one):
+def test_a_rank_in_no_collective_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with running(
+        tmp_path / "watch", 4, lambda one: replace(one, current="") if one.rank == 2 else one
+    ):
         code, lines = ask(capsys, tmp_path)
     assert code == 1
     assert lines[0] == (
@@ -76,25 +86,33 @@ def test_a_rank_in_no_collective_is_named(tmp_path: Path, capsys: pytest.Capture
     assert [line.split()[0] for line in lines[2:]] == ["2", "0", "1", "3"]
 
 
-def test_a_run_that_goes_on_has_nobody_stuck(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_that_goes_on_has_nobody_stuck(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with running(tmp_path / "watch", 4, lambda one: replace(one, count=1234 + one.beat)):
         code, lines = ask(capsys, tmp_path)
     assert (code, lines[0]) == (0, "nobody is stuck: 4 ranks at step 41")
 
 
-def test_a_long_wait_that_has_just_begun_is_nobody_s_fault(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_long_wait_that_has_just_begun_is_nobody_s_fault(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with running(tmp_path / "watch", 4, lambda one: replace(one, seconds=2.0)):
         assert ask(capsys, tmp_path)[0] == 0
 
 
-def test_a_rank_that_has_not_come_up_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_rank_that_has_not_come_up_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with running(tmp_path / "watch", 4, lambda one: None if one.rank == 3 else one):
         (tmp_path / "watch/rank_00003.json").unlink()
         code, lines = ask(capsys, tmp_path)
     assert (code, lines[0]) == (1, "rank 3 has not come up: it has written no heartbeat")
 
 
-def test_of_a_run_that_has_ended_it_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_of_a_run_that_has_ended_it_says_why(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     directory = tmp_path / "watch"
     directory.mkdir()
     for rank in range(2):
@@ -104,7 +122,9 @@ def test_of_a_run_that_has_ended_it_says_why(tmp_path: Path, capsys: pytest.Capt
     assert (code, lines[0]) == (1, "the run has ended: rank 1 died at step 7")
 
 
-def test_of_a_run_that_ended_well_nobody_is_stuck(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_of_a_run_that_ended_well_nobody_is_stuck(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     directory = tmp_path / "watch"
     directory.mkdir()
     for rank in range(2):
@@ -128,7 +148,10 @@ def test_it_needs_no_torch_and_writes_nothing(tmp_path: Path) -> None:
         f"try:\n    runpy.run_path({str(TOOL)!r}, run_name='__main__')\n"
         "except SystemExit as left:\n    sys.exit(9 if 'torch' in sys.modules else left.code)"
     )
-    assert subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode == 0
+    assert (
+        subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode
+        == 0
+    )
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
@@ -138,7 +161,9 @@ def test_a_stopped_rank_of_a_real_run_is_found(tmp_path: Path) -> None:
         job.until_step(20)
         job.send(signal.SIGSTOP, 1)
         time.sleep(1)
-        done = subprocess.run([sys.executable, TOOL, tmp_path], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [sys.executable, TOOL, tmp_path], capture_output=True, text=True, check=False
+        )
     assert done.returncode == 1
     assert done.stdout.startswith(f"rank 1 (pid {job.processes[1].pid} on host "), done.stdout
     assert "is stopped (SIGSTOP)" in done.stdout.splitlines()[0]

@@ -12,25 +12,34 @@ import torch
 from k2train.errors import ConfigError
 from k2train.launch.environment import Launch
 from k2train.model.kernels.select import choose_kernels
-from k2train.parallel.grad_accumulation import sink_of
+from k2train.parallel.grad_accumulation import accumulator_of
 from k2train.parallel.grid import SINGLE
-from k2train.parallel.shard import named_pieces
+from k2train.parallel.shard import named_slices
 from k2train.plan.cost import rank_parameters, state_bytes
 from k2train.plan.layout import Layout
 from k2train.train.engine import Engine, axes_of
 from tests.support.gloo_pool import GlooPool
-from tests.support.tiny_model import assemble, grid_of, microbatches_of, shapes_of, tiny_config, train_job
+from tests.support.tiny_model import (
+    assemble,
+    grid_of,
+    microbatches_of,
+    shapes_of,
+    tiny_config,
+    train_job,
+)
 
 STEPS = 2
 
 
 def build_job(launch: Launch, config: Any) -> dict[str, Any]:
     engine = Engine(config, grid_of(launch, config))
-    pieces = [piece for stage in engine.stages.values() for _, piece in named_pieces(stage)]
-    held = [engine.gradients.line, *engine.optimizer.lines.values()]
+    pieces = [piece for stage in engine.stages.values() for _, piece in named_slices(stage)]
+    held = [engine.gradients.line, *engine.optimizer.flat_shards.values()]
     for parameter, _ in engine.gradients.table.parameters():
-        held += [parameter, sink_of(parameter).total]
-    memory = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in held}
+        held += [parameter, accumulator_of(parameter).total]
+    memory = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in held
+    }
     return {
         "parameters": sum(int(np.prod(piece.shape)) for piece in pieces),
         "bytes": sum(memory.values()),
@@ -40,8 +49,12 @@ def build_job(launch: Launch, config: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("precision", ("fp32", "bf16"))
-@pytest.mark.parametrize(("tp", "pp", "dp", "v"), ((1, 1, 1, 1), (2, 2, 1, 1), (2, 1, 2, 1), (1, 2, 1, 2)))
-def test_built_equals_planned(pool: GlooPool, tp: int, pp: int, dp: int, v: int, precision: str) -> None:
+@pytest.mark.parametrize(
+    ("tp", "pp", "dp", "v"), ((1, 1, 1, 1), (2, 2, 1, 1), (2, 1, 2, 1), (1, 2, 1, 2))
+)
+def test_built_equals_planned(
+    pool: GlooPool, tp: int, pp: int, dp: int, v: int, precision: str
+) -> None:
     """The plan counts what is built: a second formula for a fact drifts unless the two are compared."""
     config = tiny_config(
         parallel__tensor=tp,
@@ -75,12 +88,20 @@ def run(pool: GlooPool, world: int, **changes: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    "kernel", [{f"kernels__{key}": "reference"} for key in ("attention", "norm", "elementwise", "loss", "optimizer")]
+    "kernel",
+    [
+        {f"kernels__{key}": "reference"}
+        for key in ("attention", "norm", "elementwise", "loss", "optimizer")
+    ],
 )
 @pytest.mark.parametrize("kv_heads", (4, 2))
-def test_kernels_equal_their_reference(pool: GlooPool, kernel: dict[str, str], kv_heads: int) -> None:
+def test_kernels_equal_their_reference(
+    pool: GlooPool, kernel: dict[str, str], kv_heads: int
+) -> None:
     """Each fast kernel against the same thing written out, grouped-query attention too."""
-    fast, written_out = (run(pool, 1, model__num_kv_heads=kv_heads, **changes) for changes in ({}, kernel))
+    fast, written_out = (
+        run(pool, 1, model__num_kv_heads=kv_heads, **changes) for changes in ({}, kernel)
+    )
     assert np.allclose(fast[0], written_out[0], rtol=2e-6, atol=0)
     for name, value in fast[1].items():
         assert np.abs(value - written_out[1][name]).max() <= 1e-5 * np.abs(value).max(), name
@@ -90,7 +111,10 @@ def test_kernels_equal_their_reference(pool: GlooPool, kernel: dict[str, str], k
 def test_recompute_changes_no_bit(pool: GlooPool, tp: int, pp: int) -> None:
     """Computing a block again in the backward, collectives included, gives the same bits as keeping it."""
     changes = {"parallel__tensor": tp, "parallel__pipeline": pp, "parallel__sequence": tp > 1}
-    kept, again = run(pool, tp * pp, **changes), run(pool, tp * pp, kernels__recompute="full", **changes)
+    kept, again = (
+        run(pool, tp * pp, **changes),
+        run(pool, tp * pp, kernels__recompute="full", **changes),
+    )
     assert kept[0] == again[0]
     for name, value in kept[1].items():
         assert np.array_equal(value, again[1][name]), name
@@ -104,7 +128,9 @@ def saved_bytes_job(launch: Launch, config: Any) -> int:
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.data_ptr() not in owned:
-            kept[tensor.data_ptr()] = max(kept.get(tensor.data_ptr(), 0), tensor.numel() * tensor.element_size())
+            kept[tensor.data_ptr()] = max(
+                kept.get(tensor.data_ptr(), 0), tensor.numel() * tensor.element_size()
+            )
         return tensor
 
     tokens = microbatches_of(config, engine.grid, 1)[0]
@@ -116,7 +142,10 @@ def saved_bytes_job(launch: Launch, config: Any) -> int:
 
 def test_recompute_keeps_less(pool: GlooPool) -> None:
     """`recompute: full` must save memory, or it is only slow."""
-    none, full = (pool.run(1, saved_bytes_job, tiny_config(kernels__recompute=kind))[0] for kind in ("none", "full"))
+    none, full = (
+        pool.run(1, saved_bytes_job, tiny_config(kernels__recompute=kind))[0]
+        for kind in ("none", "full")
+    )
     assert full < 0.5 * none
 
 
@@ -128,7 +157,9 @@ def test_compiled_equals_plain(pool: GlooPool) -> None:
 
 
 def test_unknown_kernel_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"kernels\.attention \(flash9\) is not one of auto, sdpa, plain, "):
+    with pytest.raises(
+        ConfigError, match=r"kernels\.attention \(flash9\) is not one of auto, sdpa, plain, "
+    ):
         choose_kernels(attention="flash9")
 
 
@@ -171,7 +202,9 @@ def split_job(launch: Launch, config: Any) -> dict[str, list[int]]:
     """After each I and W of a step: how many matrices, of how many, have a gradient."""
     engine = Engine(config, grid_of(launch, config))
     batches = microbatches_of(config, engine.grid, 1)
-    matrices = [sink_of(p).total for p, _ in engine.gradients.table.parameters() if p.dim() == 2]
+    matrices = [
+        accumulator_of(p).total for p, _ in engine.gradients.table.parameters() if p.dim() == 2
+    ]
     told: dict[str, list[int]] = {"I": [], "W": [], "of": [len(matrices)]}
     run = engine.executor.run
 
@@ -189,7 +222,9 @@ def split_job(launch: Launch, config: Any) -> dict[str, list[int]]:
 
 def test_a_split_backward_is_split(pool: GlooPool) -> None:
     """Catches an engine whose zero-bubble schedules compute weight gradients with the input's: right, and no faster."""
-    (told,) = pool.run(1, split_job, tiny_config(parallel__schedule="zb-h1", batch__global_sequences=4))
+    (told,) = pool.run(
+        1, split_job, tiny_config(parallel__schedule="zb-h1", batch__global_sequences=4)
+    )
     matrices = told["of"][0]
     # The head's is made with the loss.
     assert told["I"][0] == 1 and told["W"][-1] == matrices > 1, told

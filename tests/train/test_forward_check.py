@@ -14,7 +14,11 @@ from tests.support.gloo_pool import GlooPool
 from tests.support.tiny_model import grid_of, local_gradients, microbatches_of, tiny_config
 
 TP = {"parallel__tensor": 2, "parallel__sequence": True}
-INTERLEAVED = {"parallel__pipeline": 2, "parallel__schedule": "interleaved", "parallel__stages_per_rank": 2}
+INTERLEAVED = {
+    "parallel__pipeline": 2,
+    "parallel__schedule": "interleaved",
+    "parallel__stages_per_rank": 2,
+}
 ZB_V = {"parallel__pipeline": 2, "parallel__schedule": "zb-v", "parallel__stages_per_rank": 2}
 
 
@@ -26,7 +30,9 @@ def probe_job(launch: Launch, config: Any, change: Any = None) -> dict[str, Any]
         rank, name, bit = change
         for slot in engine.gradients.table.slots:
             if slot.piece.name == name and grid.rank == rank:
-                slot.piece.of(slot.parameter.data).view(-1)[:1].view(torch.int32).bitwise_xor_(1 << bit)
+                slot.piece.of(slot.parameter.data).view(-1)[:1].view(torch.int32).bitwise_xor_(
+                    1 << bit
+                )
     return make_probe(engine)
 
 
@@ -63,16 +69,22 @@ def test_every_layout_answers_the_same(pool: GlooPool, precision: str) -> None:
 
 def test_block_attention_is_asked_with_documents(pool: GlooPool) -> None:
     """Also on two stages of one rank, which see the documents one after the other."""
-    blocked = [probe(pool, n, data__cross_documents="block", **c) for n, c in ((1, {}), (2, {}), (2, ZB_V))]
+    blocked = [
+        probe(pool, n, data__cross_documents="block", **c) for n, c in ((1, {}), (2, {}), (2, ZB_V))
+    ]
     assert len({found["sha256"] for found in blocked}) == 1
     attending = probe(pool, 1)
     assert attending["sha256"] != blocked[0]["sha256"]
-    assert probe_problem(attending, blocked[0]) is None, "what was asked differs, so nothing follows"
+    assert probe_problem(attending, blocked[0]) is None, (
+        "what was asked differs, so nothing follows"
+    )
 
 
 def test_one_bit_of_one_weight_is_seen(pool: GlooPool) -> None:
     """A middle bit of one weight of millions moves bits of the answer; on the same signature that is enough."""
-    sound, damaged = (probe(pool, 1, change) for change in (None, (0, "layers.2.mlp.up.weight", 12)))
+    sound, damaged = (
+        probe(pool, 1, change) for change in (None, (0, "layers.2.mlp.up.weight", 12))
+    )
     problem = probe_problem(sound, damaged)
     assert problem is not None and "every bit must be equal" in problem
 
@@ -93,7 +105,9 @@ def test_another_model_is_seen_over_another_layout(pool: GlooPool) -> None:
 def test_a_replica_that_answers_otherwise_is_named(pool: GlooPool) -> None:
     """Of three replicas the odd one; of two, both, since nobody can say which; a whole pipeline is one replica."""
     name = "layers.0.mlp.down.weight"
-    assert probe(pool, 3, (2, name, 18))["apart"].startswith("the replica of rank 2 answers the fixed prompt otherwise")
+    assert probe(pool, 3, (2, name, 18))["apart"].startswith(
+        "the replica of rank 2 answers the fixed prompt otherwise"
+    )
     two = probe(pool, 4, (1, name, 18), parallel__pipeline=2)
     assert two["apart"].startswith("the replica of rank 3 or its counterpart answers")
     assert probe_problem(probe(pool, 1), two) == two["apart"]
@@ -110,27 +124,37 @@ def trained_job(launch: Launch, config: Any, probing: bool) -> Any:
         if probing:
             # Twice: right after a step, when with overlap weights are still on their way, and once they are there.
             assert make_probe(engine) == make_probe(engine)
-            assert all(p.grad is None for stage in engine.stages.values() for p in stage.parameters())
+            assert all(
+                p.grad is None for stage in engine.stages.values() for p in stage.parameters()
+            )
     held_out = engine.evaluate(microbatches_of(config, grid, 9))
-    lines = [local_gradients(engine, line) for line in engine.optimizer.lines.values()]
+    lines = [local_gradients(engine, line) for line in engine.optimizer.flat_shards.values()]
     return [(r.loss, r.grad_norm) for r in results], held_out, lines, torch.random.get_rng_state()
 
 
 @pytest.mark.parametrize(
     ("world", "changes"),
-    ((2, {"parallel__overlap": "on"}), (4, {**TP, "precision": "bf16", "parallel__overlap": "on"}), (2, INTERLEAVED)),
+    (
+        (2, {"parallel__overlap": "on"}),
+        (4, {**TP, "precision": "bf16", "parallel__overlap": "on"}),
+        (2, INTERLEAVED),
+    ),
     ids=("dp2-overlap", "tp2-dp2-bf16", "interleaved"),
 )
 def test_probing_changes_nothing(pool: GlooPool, world: int, changes: dict[str, Any]) -> None:
     """Losses, norms, weights, moments and the generator of random numbers, bit for bit."""
-    runs = [pool.run(world, trained_job, tiny_config(**changes), probing) for probing in (False, True)]
+    runs = [
+        pool.run(world, trained_job, tiny_config(**changes), probing) for probing in (False, True)
+    ]
     for without, probed in zip(*runs, strict=True):
         assert without[:2] == probed[:2] and torch.equal(without[3], probed[3])
         for a, b in zip(without[2], probed[2], strict=True):
             assert all(np.array_equal(a[name][1], b[name][1]) for name in a)
 
 
-def answer(values: list[list[float | None]], precision: str = "fp32", tensor: int = 1) -> dict[str, Any]:
+def answer(
+    values: list[list[float | None]], precision: str = "fp32", tensor: int = 1
+) -> dict[str, Any]:
     known = [value for row in values for value in row if value is not None]
     return {
         "sha256": str(values),
@@ -149,7 +173,9 @@ def test_the_bound() -> None:
     for moved, fine in ((0.9 * bound, True), (1.1 * bound, False)):
         problem = probe_problem(base, answer([[1.0, 0.5 + moved]], tensor=2))
         assert (problem is None) == fine
-    assert probe_problem(base, answer([[1.0, 0.51]], "bf16")) is None, "rounding weights to bf16 is a rounding too"
+    assert probe_problem(base, answer([[1.0, 0.51]], "bf16")) is None, (
+        "rounding weights to bf16 is a rounding too"
+    )
     for broken in ([[1.0, None]], [[None, None]]):
         problem = probe_problem(base, answer(broken, tensor=2))
         assert problem is not None and "up to inf apart" in problem

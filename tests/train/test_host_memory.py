@@ -32,7 +32,9 @@ print(sum(faults[1:]))
 
 def faults(device_type: str, **variables: str) -> tuple[str, int]:
     """What `keep_memory` says in a new process, and the page faults after the first block."""
-    clean = {name: value for name, value in os.environ.items() if name not in settings_of(os.environ)}
+    clean = {
+        name: value for name, value in os.environ.items() if name not in settings_of(os.environ)
+    }
     done = subprocess.run(
         [sys.executable, "-c", FAULTS, device_type],
         env=clean | variables,
@@ -55,7 +57,8 @@ def test_memory_is_kept_on_a_cpu_only() -> None:
 
 @pytest.mark.skipif(not GLIBC, reason="asks glibc")
 @pytest.mark.parametrize(
-    ("name", "value"), (("MALLOC_ARENA_MAX", "2"), ("GLIBC_TUNABLES", "glibc.malloc.arena_max=2:glibc.rtld.nns=4"))
+    ("name", "value"),
+    (("MALLOC_ARENA_MAX", "2"), ("GLIBC_TUNABLES", "glibc.malloc.arena_max=2:glibc.rtld.nns=4")),
 )
 def test_what_the_user_set_stays(name: str, value: str) -> None:
     """Catches a setting made by hand, for a measurement perhaps, that is overruled in silence."""
@@ -66,7 +69,9 @@ def test_what_the_user_set_stays(name: str, value: str) -> None:
 
 def test_other_tunables_are_not_mallocs() -> None:
     """Catches a variable of another part of glibc that is taken for the user's wish."""
-    assert settings_of({"GLIBC_TUNABLES": "glibc.rtld.nns=4", "PATH": "/bin", "MALLOCATE": "1"}) == []
+    assert (
+        settings_of({"GLIBC_TUNABLES": "glibc.rtld.nns=4", "PATH": "/bin", "MALLOCATE": "1"}) == []
+    )
 
 
 def test_another_libc_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

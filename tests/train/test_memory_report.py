@@ -10,7 +10,14 @@ from k2train.config.load import Config, load_config, num_microbatches
 from k2train.plan.activations import RECOMPUTE, layer_bytes
 from k2train.plan.layout import Layout
 from k2train.plan.schedule import build_programs
-from k2train.train.memory_report import bytes_text, memory_lines, memory_of, policies_text, start_line, work_of
+from k2train.train.memory_report import (
+    bytes_text,
+    memory_lines,
+    memory_of,
+    policies_text,
+    start_line,
+    work_of,
+)
 
 K2 = Path(__file__).resolve().parents[2] / "configs/k2_65b/stage1.yaml"
 
@@ -18,14 +25,20 @@ K2 = Path(__file__).resolve().parents[2] / "configs/k2_65b/stage1.yaml"
 def planned(*overrides: str) -> tuple[Config, Layout, Any]:
     config = load_config(str(K2), overrides)
     p = config.parallel
-    return config, Layout(8, 4, 15), build_programs(p.schedule, p.pipeline, num_microbatches(config, 480))
+    return (
+        config,
+        Layout(8, 4, 15),
+        build_programs(p.schedule, p.pipeline, num_microbatches(config, 480)),
+    )
 
 
 def test_every_policy_and_every_rank_is_told() -> None:
     """Catches a table of another layout's numbers, a policy left out, and sizes that are not the plan's."""
     config, layout, programs = planned()
     lines = memory_lines(config, layout, programs)
-    assert lines[1].endswith("257.26 MiB of a micro-batch with recompute none (selective 182.26 MiB, full 16.00 MiB)")
+    assert lines[1].endswith(
+        "257.26 MiB of a micro-batch with recompute none (selective 182.26 MiB, full 16.00 MiB)"
+    )
     assert lines[-5].split() == ["pp", *RECOMPUTE]
     for pp in range(4):
         found = [
@@ -44,11 +57,19 @@ def test_a_start_tells_this_rank() -> None:
     work = work_of(config)
     line = start_line(config, work, layout, programs[1], 1)
     found = memory_of(config, work, layout, programs[1], 1)
-    assert "16.00 MiB of a micro-batch with recompute full in 5 layers a stage (none 257.26 MiB" in line
-    assert f"{bytes_text(found.activations_bytes)} of activations, {bytes_text(found.total_bytes)} in all" in line
+    assert (
+        "16.00 MiB of a micro-batch with recompute full in 5 layers a stage (none 257.26 MiB"
+        in line
+    )
+    assert (
+        f"{bytes_text(found.activations_bytes)} of activations, {bytes_text(found.total_bytes)} in all"
+        in line
+    )
     assert "reference" not in line
     config, *_ = planned("kernels.loss=reference")
-    assert start_line(config, work, layout, programs[1], 1).endswith("more with the reference kernels asked for")
+    assert start_line(config, work, layout, programs[1], 1).endswith(
+        "more with the reference kernels asked for"
+    )
 
 
 @pytest.mark.parametrize(
@@ -60,7 +81,9 @@ def test_a_start_tells_this_rank() -> None:
         (["parallel.gathered=again", "kernels.attention=plain"], "cpu", True, "plain"),
     ],
 )
-def test_what_is_left_to_the_device(overrides: list[str], device: str, regather: bool, attention: str) -> None:
+def test_what_is_left_to_the_device(
+    overrides: list[str], device: str, regather: bool, attention: str
+) -> None:
     """Catches a plan for a choice that the engine does not make."""
     work = work_of(planned(*overrides)[0], device)
     assert (work.regather, work.attention) == (regather, attention)
@@ -69,5 +92,12 @@ def test_what_is_left_to_the_device(overrides: list[str], device: str, regather:
 
 def test_sizes_in_words() -> None:
     """Catches a unit that is a thousand times off."""
-    assert [bytes_text(n) for n in (17, 2048, 3 * 2**20, 5 * 2**29)] == ["17 B", "2.00 KiB", "3.00 MiB", "2.50 GiB"]
-    assert policies_text(work_of(planned()[0])).startswith("257.26 MiB of a micro-batch with recompute none (selective")
+    assert [bytes_text(n) for n in (17, 2048, 3 * 2**20, 5 * 2**29)] == [
+        "17 B",
+        "2.00 KiB",
+        "3.00 MiB",
+        "2.50 GiB",
+    ]
+    assert policies_text(work_of(planned()[0])).startswith(
+        "257.26 MiB of a micro-batch with recompute none (selective"
+    )

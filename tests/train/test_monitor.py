@@ -17,14 +17,20 @@ from k2train.record.metrics import read_metrics
 from k2train.train.forward_check import make_probe
 from k2train.train.trainer import Trainer
 from tests.support.gloo_pool import GlooPool
-from tests.support.tiny_corpus import STEPS_PER_CHUNK, config_tree, make_corpus, manifest_of, trainer_job
+from tests.support.tiny_corpus import (
+    STEPS_PER_CHUNK,
+    config_tree,
+    make_corpus,
+    manifest_of,
+    trainer_job,
+)
 
 STEPS = 2 * STEPS_PER_CHUNK
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sentry")
+    folder = tmp_path_factory.mktemp("monitor")
     make_corpus(folder / "data", 2, held_out=False)
     return folder
 
@@ -46,7 +52,11 @@ def run_with(pool: GlooPool, world: int, tree: dict[str, Any], text: str) -> lis
 
 
 def events(base: Path, name: str, kind: str) -> list[dict[str, Any]]:
-    return [event for event in read_ledger(base / "runs" / name / "ledger.jsonl") if event["event"] == kind]
+    return [
+        event
+        for event in read_ledger(base / "runs" / name / "ledger.jsonl")
+        if event["event"] == kind
+    ]
 
 
 def tensors(base: Path, name: str) -> dict[int, dict[str, str]]:
@@ -74,14 +84,21 @@ def test_what_is_not_finite_costs_one_step_on_every_rank(
     rows it read. The next step is applied."""
     name = fault.replace(":", "-").replace("@", "-").replace("=", "") + "".join(layout)
     assert run_with(pool, 2, tree_of(base, name, **layout), fault) == [0, 0]
-    applied = {row["step"]: row["applied"] for row in read_metrics(base / "runs" / name / "metrics.jsonl")}
+    applied = {
+        row["step"]: row["applied"] for row in read_metrics(base / "runs" / name / "metrics.jsonl")
+    }
     assert applied == {step: step != 4 for step in range(1, STEPS + 1)}
     states = tensors(base, name)
-    assert states[4] == states[3] and all(states[5][key] != value for key, value in states[4].items())
+    assert states[4] == states[3] and all(
+        states[5][key] != value for key, value in states[4].items()
+    )
     (skipped,) = events(base, name, "step_skipped")
     assert skipped["step"] == 4 and len(skipped["rows"]) == 2 and skipped["chunk"] == "chunk_000"
     assert tensor is None or tensor in skipped["tensors"]
-    assert manifest_of(list_checkpoints(base / "runs" / name / "checkpoints")[-1])["adam_steps"] == STEPS - 1
+    assert (
+        manifest_of(list_checkpoints(base / "runs" / name / "checkpoints")[-1])["adam_steps"]
+        == STEPS - 1
+    )
 
 
 def test_three_in_a_row_stop(base: Path, pool: GlooPool) -> None:
@@ -95,7 +112,9 @@ def remembering(text: str, trainer: Trainer) -> None:
     """The state of both guards is that of the checkpoint, before the first step of a restart."""
     armed(text, trainer)
     newest = list_checkpoints(trainer.start.checkpoints)[-1]
-    guards = json.loads(json.dumps({"finite": trainer.skips.state(), "spikes": trainer.spikes.state()}))
+    guards = json.loads(
+        json.dumps({"finite": trainer.skips.state(), "spikes": trainer.spikes.state()})
+    )
     assert guards == manifest_of(newest)["guard"] and guards["finite"]["in_a_row"] == 2
 
 
@@ -111,11 +130,23 @@ def test_bad_steps_are_counted_across_a_restart(base: Path, pool: GlooPool) -> N
 @pytest.mark.parametrize(
     ("layout", "fault", "words"),
     (
-        ({}, "weight@rank=1@step=6:flip=layers.1.mlp.up.weight", "weights of layers.1.mlp.up.weight on rank 1"),
+        (
+            {},
+            "weight@rank=1@step=6:flip=layers.1.mlp.up.weight",
+            "weights of layers.1.mlp.up.weight on rank 1",
+        ),
         ({}, "weight@rank=0@step=6:flip=norm.weight", "weights of norm.weight on rank 0"),
         ({"parallel__tensor": 2}, "moment@rank=1@step=6:flip=norm.weight.master", "norm.weight"),
-        ({}, "moment@rank=1@step=6:flip=head.weight.exp_avg_sq", "head.weight.exp_avg_sq on rank 1 changed"),
-        ({"parallel__pipeline": 2}, "moment@rank=1@step=6:flip=head.weight.exp_avg", "head.weight.exp_avg on rank 1"),
+        (
+            {},
+            "moment@rank=1@step=6:flip=head.weight.exp_avg_sq",
+            "head.weight.exp_avg_sq on rank 1 changed",
+        ),
+        (
+            {"parallel__pipeline": 2},
+            "moment@rank=1@step=6:flip=head.weight.exp_avg",
+            "head.weight.exp_avg on rank 1",
+        ),
     ),
 )
 def test_a_bit_that_flips_stops_the_run(
@@ -130,7 +161,10 @@ def test_a_bit_that_flips_stops_the_run(
     alone = "alone" + "".join(layout)
     if not (base / "runs" / alone).exists():
         assert pool.run(2, trainer_job, tree_of(base, alone, **layout)) == [0, 0]
-    roots = [manifest_of(base / "runs" / each / "checkpoints" / "ckpt_002")["state"]["root"] for each in (name, alone)]
+    roots = [
+        manifest_of(base / "runs" / each / "checkpoints" / "ckpt_002")["state"]["root"]
+        for each in (name, alone)
+    ]
     assert roots[0] == roots[1]
 
 
@@ -146,7 +180,9 @@ def test_request_files(base: Path, pool: GlooPool, name: str, code: int) -> None
     assert pool.run(2, trainer_job, tree, partial(touching, name)) == [code, code]
     run = base / "runs" / name
     assert not (run / name).exists()
-    on_demand = [event for event in events(base, name, "checkpoint_saved") if "step" in event["checkpoint"]]
+    on_demand = [
+        event for event in events(base, name, "checkpoint_saved") if "step" in event["checkpoint"]
+    ]
     assert [event["step"] for event in on_demand] == [1]
     if name == "STOP":
         assert events(base, name, "stopped")[-1]["reason"] == "STOP file"
@@ -169,18 +205,22 @@ def test_a_model_that_computes_something_else_is_refused(base: Path, pool: GlooP
 
 
 def probing(trainer: Trainer) -> None:
-    original: Callable[[], Any] = trainer.sentry.root
+    original: Callable[[], Any] = trainer.monitor.root
 
     def root() -> Any:
         make_probe(trainer.engine)
         return original()
 
-    trainer.sentry.root = root  # type: ignore[method-assign]
+    trainer.monitor.root = root  # type: ignore[method-assign]
 
 
 def test_looking_changes_nothing(base: Path, pool: GlooPool) -> None:
     """With everything on at every step, and a probe in each, or with everything off: the same state to the bit."""
-    off = {"audit__root_every_steps": 0, "audit__replicas_every_steps": 0, "watch__heartbeat_seconds": 0}
+    off = {
+        "audit__root_every_steps": 0,
+        "audit__replicas_every_steps": 0,
+        "watch__heartbeat_seconds": 0,
+    }
     assert pool.run(2, trainer_job, tree_of(base, "looked-at"), probing) == [0, 0]
     assert pool.run(2, trainer_job, tree_of(base, "left", **off)) == [0, 0]
     roots = [

@@ -39,7 +39,9 @@ class Run:
         self.directory = folder / "runs" / "r"
 
     def config(self, **changes: Any) -> Config:
-        return Config.model_validate(config_tree(self.data / "manifest.json", self.folder / "runs", "r", **changes))
+        return Config.model_validate(
+            config_tree(self.data / "manifest.json", self.folder / "runs", "r", **changes)
+        )
 
     def start(self, world: int = 1, **changes: Any) -> preflight.Start:
         return prepare_start(self.config(**changes), world, verify=True)
@@ -61,7 +63,10 @@ class Run:
             "chunks": {"consumed": chunks, "order": identity["data"]["order"]},
             "config": config.model_dump(mode="json"),
             "identity": identity,
-            "data": {"tokenizer_sha256": manifest.tokenizer_sha256, "manifest_sha256": manifest.sha256},
+            "data": {
+                "tokenizer_sha256": manifest.tokenizer_sha256,
+                "manifest_sha256": manifest.sha256,
+            },
             "lr": 0.25,
             "tensors": {},
             "files": {},
@@ -275,12 +280,17 @@ def test_the_seam(run: Run, tmp_path: Path) -> None:
     parent = run.checkpoint(3, 15)
     make_corpus(tmp_path / "next", 2, seed=9)
     child = Run(tmp_path / "child", tmp_path / "next")
-    start = child.start(run__init_from=str(run.directory), lr={"kind": "linear", "peak": 0.5, "warmup_steps": 0})
+    start = child.start(
+        run__init_from=str(run.directory), lr={"kind": "linear", "peak": 0.5, "warmup_steps": 0}
+    )
     assert start.parent == parent
     seam = start.seam
     assert (seam["parent_step"], seam["rate_before"]) == (15, 0.25)
     assert seam["rate_after"] == 0.5 - 0.5 / 10
-    assert seam["parent_manifest_sha256"] == preflight.hashlib.sha256((parent / MANIFEST).read_bytes()).hexdigest()
+    assert (
+        seam["parent_manifest_sha256"]
+        == preflight.hashlib.sha256((parent / MANIFEST).read_bytes()).hexdigest()
+    )
     assert seam["sources_compared"] is False, "neither folder records its sources"
 
 
@@ -342,7 +352,9 @@ def test_the_seam_without_the_earlier_data(run: Run, tmp_path: Path) -> None:
     earlier = Run(tmp_path / "earlier", tmp_path / "gone")
     parent = earlier.checkpoint(3, 15)
     shutil.rmtree(tmp_path / "gone")
-    with pytest.raises(DataError, match="shares data with the stage before: chunk_000 is chunk_000"):
+    with pytest.raises(
+        DataError, match="shares data with the stage before: chunk_000 is chunk_000"
+    ):
         run.start(run__init_from=str(parent))
     make_corpus(tmp_path / "next", 2, seed=9)
     seam = Run(tmp_path / "child", tmp_path / "next").start(run__init_from=str(parent)).seam

@@ -26,7 +26,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def identity(folder: Path, **changes: Any) -> dict[str, Any]:
-    config = Config.model_validate(config_tree(folder / "data" / "manifest.json", folder / "runs", "r", **changes))
+    config = Config.model_validate(
+        config_tree(folder / "data" / "manifest.json", folder / "runs", "r", **changes)
+    )
     return identity_of(config, *check_data(config))
 
 
@@ -60,7 +62,9 @@ def saved(folder: Path, tmp_path: Path, consumed: int, step_in_chunk: int = 0) -
         ({"data__order": [0, 1, 3, 2]}, ("data.order",), "data.order"),
     ),
 )
-def test_what_is_named_may_change(folder: Path, tmp_path: Path, change: dict[str, Any], allow: Any, key: str) -> None:
+def test_what_is_named_may_change(
+    folder: Path, tmp_path: Path, change: dict[str, Any], allow: Any, key: str
+) -> None:
     """And without the name it is refused, with the name to write; a name of another key opens nothing."""
     path, now = saved(folder, tmp_path, 2), identity(folder, **change)
     told = check_same_run(path, now, allow)
@@ -80,7 +84,9 @@ def test_what_is_named_may_change(folder: Path, tmp_path: Path, change: dict[str
         {"data__order": [0, 1, 3]},
     ),
 )
-def test_what_moves_the_position_can_never_be_allowed(folder: Path, tmp_path: Path, change: dict[str, Any]) -> None:
+def test_what_moves_the_position_can_never_be_allowed(
+    folder: Path, tmp_path: Path, change: dict[str, Any]
+) -> None:
     """The step says where a run stands in the data; the third chunk is begun, so it cannot be another one."""
     path, now = saved(folder, tmp_path, 2, step_in_chunk=3), identity(folder, **change)
     everything = ("batch", "model", "data", "data.order", "lr", "run")
@@ -95,13 +101,19 @@ def test_nothing_changed_needs_no_name(folder: Path, tmp_path: Path) -> None:
 
 def test_an_allowed_change_is_kept_in_the_ledger(folder: Path, pool: GlooPool) -> None:
     """And from the next checkpoint on it is the run's own: no name is needed any more."""
-    tree = config_tree(folder / "data" / "manifest.json", folder / "runs", "allowed", run__stop_after_steps=5)
+    tree = config_tree(
+        folder / "data" / "manifest.json", folder / "runs", "allowed", run__stop_after_steps=5
+    )
     assert pool.run(1, trainer_job, tree) == [75]
     tree["lr"]["peak"] = 0.02
     assert "run.allow=[lr.peak]" in pool.run(1, trainer_job, tree)[0]
     tree["run"]["allow"] = ["lr.peak"]
     assert pool.run(1, trainer_job, tree) == [75]
-    resumed = [e for e in read_ledger(folder / "runs" / "allowed" / "ledger.jsonl") if e["event"] == "resumed"]
+    resumed = [
+        e
+        for e in read_ledger(folder / "runs" / "allowed" / "ledger.jsonl")
+        if e["event"] == "resumed"
+    ]
     assert resumed[-1]["allowed"] == ["lr.peak: 0.01 -> 0.02"]
     tree["run"]["allow"] = []
     assert pool.run(1, trainer_job, tree) == [75]

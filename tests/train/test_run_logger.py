@@ -13,16 +13,25 @@ from k2train.files import write_synced
 from k2train.record.ledger import read_ledger
 from k2train.record.metrics import read_metrics
 from k2train.train.preflight import Start, prepare_start
-from k2train.train.run_logger import RankZeroRecorder, Recorder
+from k2train.train.run_logger import RankZeroRunLogger, RunLogger
 from tests.support.tiny_corpus import config_tree, make_corpus
 
-ROW = {"step": 1, "loss": 5.0, "grad_norm": 1.0, "lr": 0.1, "tokens_per_second": 9.0, "seconds": 0.5}
+ROW = {
+    "step": 1,
+    "loss": 5.0,
+    "grad_norm": 1.0,
+    "lr": 0.1,
+    "tokens_per_second": 9.0,
+    "seconds": 0.5,
+}
 
 
 @pytest.fixture
 def prepared(tmp_path: Path) -> tuple[Config, Start]:
     make_corpus(tmp_path / "data", 2)
-    config = Config.model_validate(config_tree(tmp_path / "data" / "manifest.json", tmp_path / "runs", "pen"))
+    config = Config.model_validate(
+        config_tree(tmp_path / "data" / "manifest.json", tmp_path / "runs", "pen")
+    )
     start = prepare_start(config, 1, verify=False)
     start.checkpoints.mkdir(parents=True)
     return config, start
@@ -32,30 +41,30 @@ def test_attempts_count_restarts(prepared: tuple[Config, Start]) -> None:
     """One more each start: from the metrics, and from the ledger where a start died before its first step."""
     config, start = prepared
     for attempt in (1, 2):
-        pen = RankZeroRecorder(config, start)
+        pen = RankZeroRunLogger(config, start)
         assert pen.attempt == attempt
         pen.step({**ROW, "attempt": pen.attempt})
         pen.close()
-    pen = RankZeroRecorder(config, start)
+    pen = RankZeroRunLogger(config, start)
     pen.event("resumed", attempt=3)
     pen.close()
-    assert RankZeroRecorder(config, start).attempt == 4
+    assert RankZeroRunLogger(config, start).attempt == 4
     assert [row["attempt"] for row in read_metrics(start.directory / "metrics.jsonl")] == [1, 2]
 
 
 def test_one_run_id_across_restarts(prepared: tuple[Config, Start]) -> None:
     """W&B continues one curve only if the id is that of the first start, also after a second `started`."""
     config, start = prepared
-    first = RankZeroRecorder(config, start)
+    first = RankZeroRunLogger(config, start)
     first.event("started", attempt=1, run_id=first.run_id)
-    again = RankZeroRecorder(config, start)
+    again = RankZeroRunLogger(config, start)
     assert again.run_id == first.run_id and len(first.run_id) == 32
 
 
 def test_committed(prepared: tuple[Config, Start], capsys: pytest.CaptureFixture[str]) -> None:
     """The ledger gets the manifest's facts and the hash of its bytes; a held-out loss that is not finite is told too."""
     config, start = prepared
-    pen = RankZeroRecorder(config, start)
+    pen = RankZeroRunLogger(config, start)
     for name, held_out in (("ckpt_000", None), ("ckpt_001", 5.25), ("ckpt_002", "nan")):
         path = start.checkpoints / name
         path.mkdir()
@@ -71,8 +80,15 @@ def test_committed(prepared: tuple[Config, Start], capsys: pytest.CaptureFixture
         (path / "manifest.json").write_text(json.dumps(manifest))
         pen.committed(path, manifest, 0.25)
         event = read_ledger(start.directory / "ledger.jsonl")[-1]
-        assert (event["event"], event["checkpoint"], event["bytes"]) == ("checkpoint_saved", name, 7)
-        assert event["manifest_sha256"] == hashlib.sha256((path / "manifest.json").read_bytes()).hexdigest()
+        assert (event["event"], event["checkpoint"], event["bytes"]) == (
+            "checkpoint_saved",
+            name,
+            7,
+        )
+        assert (
+            event["manifest_sha256"]
+            == hashlib.sha256((path / "manifest.json").read_bytes()).hexdigest()
+        )
     assert capsys.readouterr().err == "", "the console belongs to the main thread"
     pen.step({**ROW, "attempt": 1})
     told = capsys.readouterr().err
@@ -83,49 +99,56 @@ def test_committed(prepared: tuple[Config, Start], capsys: pytest.CaptureFixture
 def test_config_is_complete(prepared: tuple[Config, Start]) -> None:
     """What lies in the run directory loads back to the same values, written by rename."""
     config, start = prepared
-    RankZeroRecorder(config, start)
+    RankZeroRunLogger(config, start)
     assert flat_values(load_config(str(start.directory / "config.yaml"))) == flat_values(config)
     write_synced(start.directory / "config.yaml", "other: 1\n")
     assert (start.directory / "config.yaml").read_text() == "other: 1\n"
     assert not list(start.directory.glob("*.tmp"))
 
 
-def test_torn_lines_are_told(prepared: tuple[Config, Start], capsys: pytest.CaptureFixture[str]) -> None:
+def test_torn_lines_are_told(
+    prepared: tuple[Config, Start], capsys: pytest.CaptureFixture[str]
+) -> None:
     """A killed writer's half line is repaired and said, never met in silence."""
     config, start = prepared
-    pen = RankZeroRecorder(config, start)
+    pen = RankZeroRunLogger(config, start)
     pen.event("started", attempt=1, run_id="r")
     pen.step({**ROW, "attempt": 1})
     for name in ("ledger.jsonl", "metrics.jsonl"):
         with (start.directory / name).open("ab") as stream:
             stream.write(b'{"half')
     capsys.readouterr()
-    RankZeroRecorder(config, start)
+    RankZeroRunLogger(config, start)
     told = capsys.readouterr().err
-    assert "ledger.jsonl: the last line was cut off" in told and "metrics.jsonl: 6 bytes of a torn last line" in told
+    assert (
+        "ledger.jsonl: the last line was cut off" in told
+        and "metrics.jsonl: 6 bytes of a torn last line" in told
+    )
 
 
 def test_a_changed_ledger_is_refused(prepared: tuple[Config, Start]) -> None:
     """A start on a record that was edited would go on from a false one."""
     config, start = prepared
-    pen = RankZeroRecorder(config, start)
+    pen = RankZeroRunLogger(config, start)
     pen.event("started", attempt=1, run_id="r")
     pen.event("stopped", attempt=1)
     path = start.directory / "ledger.jsonl"
     path.write_text(path.read_text().replace('"r"', '"q"'))
     with pytest.raises(RunError, match="line 1 does not have the hash"):
-        RankZeroRecorder(config, start)
+        RankZeroRunLogger(config, start)
 
 
-def test_the_silent_form_has_every_method(prepared: tuple[Config, Start], capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_silent_form_has_every_method(
+    prepared: tuple[Config, Start], capsys: pytest.CaptureFixture[str]
+) -> None:
     """The trainer of any rank calls the same methods; off rank 0 they write nothing."""
     _, start = prepared
-    public = {name for name in vars(RankZeroRecorder) if not name.startswith("_")}
-    assert public <= set(dir(Recorder))
-    silent = Recorder()
+    public = {name for name in vars(RankZeroRunLogger) if not name.startswith("_")}
+    assert public <= set(dir(RunLogger))
+    silent = RunLogger()
     silent.event("started", attempt=1)
     silent.step(ROW)
-    silent.note("text")
+    silent.info("text")
     silent.committed(start.checkpoints, {}, 0.0)
     silent.close()
     assert [path.name for path in start.directory.iterdir()] == ["checkpoints"]

@@ -27,7 +27,7 @@ from k2train.record.metrics import latest, read_metrics
 from k2train.run_lock.lock import RunLock
 from k2train.train.engine import Engine
 from k2train.train.host_memory import settings_of
-from k2train.train.run_logger import RankZeroRecorder
+from k2train.train.run_logger import RankZeroRunLogger
 from k2train.train.trainer import Trainer
 from tests.support.gloo_pool import GlooPool
 from tests.support.tiny_corpus import (
@@ -82,7 +82,9 @@ def tree(base: Path, name: str, data: str = "data", **changes: Any) -> dict[str,
 
 
 def events(run: Path, *names: str) -> list[dict[str, Any]]:
-    return [event for event in read_ledger(run / "ledger.jsonl") if not names or event["event"] in names]
+    return [
+        event for event in read_ledger(run / "ledger.jsonl") if not names or event["event"] in names
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -152,23 +154,35 @@ def test_torchrun_leaves_the_same_record(base: Path, plain: dict[str, Any]) -> N
     done = train(path, "batch.micro_sequences=1", processes=2)
     assert done.returncode == 0, done.stderr
     assert_record(base / "runs" / "pipeline", done, path, 2 * STEPS_PER_CHUNK)
-    losses = [[r["loss"] for r in latest(run / "metrics.jsonl")] for run in (plain["run"], base / "runs" / "pipeline")]
+    losses = [
+        [r["loss"] for r in latest(run / "metrics.jsonl")]
+        for run in (plain["run"], base / "runs" / "pipeline")
+    ]
     assert losses[0] == losses[1]
 
 
-@pytest.mark.parametrize(("world", "layout"), ((4, {"parallel__tensor": 2, "parallel__pipeline": 2}), (3, {})))
+@pytest.mark.parametrize(
+    ("world", "layout"), ((4, {"parallel__tensor": 2, "parallel__pipeline": 2}), (3, {}))
+)
 def test_any_layout_leaves_the_same_record(
     base: Path, pool: GlooPool, plain: dict[str, Any], world: int, layout: dict[str, int]
 ) -> None:
     """Losses, held-out losses and rates within rounding of one process."""
     name = f"layout-{world}"
-    assert pool.run(world, trainer_job, tree(base, name, batch__micro_sequences=2, **layout)) == [0] * world
+    assert (
+        pool.run(world, trainer_job, tree(base, name, batch__micro_sequences=2, **layout))
+        == [0] * world
+    )
     run = base / "runs" / name
-    for mine, other in zip(latest(run / "metrics.jsonl"), latest(plain["run"] / "metrics.jsonl"), strict=True):
+    for mine, other in zip(
+        latest(run / "metrics.jsonl"), latest(plain["run"] / "metrics.jsonl"), strict=True
+    ):
         assert mine["loss"] == pytest.approx(other["loss"], rel=1e-5)
         assert mine["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
         assert (mine["lr"], mine["chunk"]) == (other["lr"], other["chunk"])
-    for mine, other in zip(events(run, "checkpoint_saved"), events(plain["run"], "checkpoint_saved"), strict=True):
+    for mine, other in zip(
+        events(run, "checkpoint_saved"), events(plain["run"], "checkpoint_saved"), strict=True
+    ):
         assert mine["held_out_loss"] == pytest.approx(other["held_out_loss"], rel=1e-5)
 
 
@@ -176,26 +190,38 @@ def held_out_job(launch: Launch, config: Config, path: str, held_out: str) -> fl
     """The loss of a checkpoint on rows read with NumPy, without the loader and without the trainer."""
     grid = grid_of(launch, config)
     engine = Engine(config, grid, fill=False)
-    load_states(Path(path), engine.gradients.table, engine.optimizer.lines, grid, engine.dtype)
+    load_states(
+        Path(path), engine.gradients.table, engine.optimizer.flat_shards, grid, engine.dtype
+    )
     engine.optimizer.publish()
     rows = torch.from_numpy(np.load(held_out).astype(np.int64))
-    losses = [engine.evaluate(list(batch.split(config.batch.micro_sequences))) for batch in rows.split(GLOBAL)]
+    losses = [
+        engine.evaluate(list(batch.split(config.batch.micro_sequences)))
+        for batch in rows.split(GLOBAL)
+    ]
     return sum(losses) / len(losses)
 
 
-def test_held_out_loss_is_a_direct_evaluation(base: Path, pool: GlooPool, plain: dict[str, Any]) -> None:
+def test_held_out_loss_is_a_direct_evaluation(
+    base: Path, pool: GlooPool, plain: dict[str, Any]
+) -> None:
     """Catches an evaluation of other weights (before the step, or while they change) or of other rows."""
     config = load_config(str(plain["path"]))
     saved = events(plain["run"], "checkpoint_saved")
     assert len({event["held_out_loss"] for event in saved}) == 3
     for event in saved:
         path = plain["run"] / "checkpoints" / event["checkpoint"]
-        (direct,) = pool.run(1, held_out_job, config, str(path), str(base / "data" / "held_out.npy"))
+        (direct,) = pool.run(
+            1, held_out_job, config, str(path), str(base / "data" / "held_out.npy")
+        )
         assert direct == event["held_out_loss"]
 
 
 def optimizer_of(checkpoint: Path) -> dict[str, bytes]:
-    return {name: values.tobytes() for name, values in compare_runs.tensors_of(checkpoint, "optimizer").items()}
+    return {
+        name: values.tobytes()
+        for name, values in compare_runs.tensors_of(checkpoint, "optimizer").items()
+    }
 
 
 def test_the_seam_between_stages(base: Path, pool: GlooPool, plain: dict[str, Any]) -> None:
@@ -207,10 +233,14 @@ def test_the_seam_between_stages(base: Path, pool: GlooPool, plain: dict[str, An
         "run__init_from": str(plain["run"]),
         "parallel__pipeline": 2,
     }
-    assert pool.run(4, trainer_job, tree(base, "stage2", "data2", batch__micro_sequences=2, **changes)) == [0] * 4
+    assert (
+        pool.run(4, trainer_job, tree(base, "stage2", "data2", batch__micro_sequences=2, **changes))
+        == [0] * 4
+    )
     run = base / "runs" / "stage2"
     before, first, last = (
-        optimizer_of(p) for p in (parent, run / "checkpoints" / "ckpt_000", run / "checkpoints" / "ckpt_001")
+        optimizer_of(p)
+        for p in (parent, run / "checkpoints" / "ckpt_000", run / "checkpoints" / "ckpt_001")
     )
     assert first == before
     assert {n: v for n, v in last.items() if n.endswith(".master")} == {
@@ -220,13 +250,23 @@ def test_the_seam_between_stages(base: Path, pool: GlooPool, plain: dict[str, An
     assert [manifest_of(p)["adam_steps"] for p in list_checkpoints(run / "checkpoints")] == [10, 15]
     (seam,) = events(run, "seam")
     parent_manifest = manifest_of(parent)
-    (saved,) = [e for e in events(plain["run"], "checkpoint_saved") if e["checkpoint"] == "ckpt_002"]
+    (saved,) = [
+        e for e in events(plain["run"], "checkpoint_saved") if e["checkpoint"] == "ckpt_002"
+    ]
     assert seam["parent_manifest_sha256"] == saved["manifest_sha256"]
     assert (seam["parent_step"], seam["parent_adam_steps"]) == (10, 10)
     assert (seam["rate_before"], seam["rate_after"]) == (parent_manifest["lr"], 1e-30)
-    assert seam["same_model"] and seam["same_tokenizer"] and seam["moments_kept"] and seam["data_in_common"] == []
+    assert (
+        seam["same_model"]
+        and seam["same_tokenizer"]
+        and seam["moments_kept"]
+        and seam["data_in_common"] == []
+    )
     assert all(row["lr"] == 1e-30 for row in read_metrics(run / "metrics.jsonl"))
-    assert manifest_of(run / "checkpoints" / "ckpt_001")["parent"]["parent_manifest_sha256"] == saved["manifest_sha256"]
+    assert (
+        manifest_of(run / "checkpoints" / "ckpt_001")["parent"]["parent_manifest_sha256"]
+        == saved["manifest_sha256"]
+    )
 
 
 class Planted:
@@ -241,12 +281,15 @@ class Planted:
 
         def planted() -> torch.Tensor:
             line = reduce()
-            if trainer.step in self.steps and trainer.grid.rank == trainer.grid.layout.world_size - 1:
+            if (
+                trainer.step in self.steps
+                and trainer.grid.rank == trainer.grid.layout.world_size - 1
+            ):
                 line[3] = float("nan")
             return line
 
         def observed(*arguments: Any) -> Any:
-            lines = engine.optimizer.lines
+            lines = engine.optimizer.flat_shards
             before = {k: v.clone() for k, v in lines.items()}, engine.optimizer.adam_steps
             result = train_step(*arguments)
             same = all(torch.equal(lines[k], v) for k, v in before[0].items())
@@ -265,7 +308,11 @@ def test_a_step_that_is_not_finite_changes_nothing(base: Path, pool: GlooPool) -
     skipped = events(run, "step_skipped")
     assert [event["step"] for event in skipped] == [5, 7, 8]
     assert [event["in_a_row"] for event in skipped] == [1, 1, 2]
-    assert skipped[1]["chunk"] == "chunk_001" and skipped[1]["rows"] == [12, 24] and skipped[1]["tensors"]
+    assert (
+        skipped[1]["chunk"] == "chunk_001"
+        and skipped[1]["rows"] == [12, 24]
+        and skipped[1]["tensors"]
+    )
     rows = latest(run / "metrics.jsonl")
     assert [row["step"] for row in rows if not row["applied"]] == [5, 7, 8]
     assert rows[6]["grad_norm"] != rows[6]["grad_norm"]
@@ -273,7 +320,10 @@ def test_a_step_that_is_not_finite_changes_nothing(base: Path, pool: GlooPool) -
     assert (first["step"], first["adam_steps"], first["loss"]) == (5, 4, rows[3]["loss"])
     assert (last["step"], last["adam_steps"]) == (10, 7)
     for path in list_checkpoints(run / "checkpoints"):
-        json.loads((path / "manifest.json").read_text(), parse_constant=lambda text: pytest.fail(f"{text} is not JSON"))
+        json.loads(
+            (path / "manifest.json").read_text(),
+            parse_constant=lambda text: pytest.fail(f"{text} is not JSON"),
+        )
 
 
 def test_three_in_a_row_stop_the_run(base: Path, pool: GlooPool) -> None:
@@ -289,9 +339,12 @@ def test_three_in_a_row_stop_the_run(base: Path, pool: GlooPool) -> None:
 def test_a_restart_does_not_forget_bad_steps(base: Path, pool: GlooPool) -> None:
     """Two before the restart and one after it are three in a row: a crash loop must not train on damaged weights."""
     settings = tree(base, "remembers", checkpoint__every_chunks=2)
-    assert pool.run(1, trainer_job, {**settings, "run": {**settings["run"], "stop_after_steps": 8}}, Planted(7, 8)) == [
-        75
-    ]
+    assert pool.run(
+        1,
+        trainer_job,
+        {**settings, "run": {**settings["run"], "stop_after_steps": 8}},
+        Planted(7, 8),
+    ) == [75]
     assert pool.run(1, trainer_job, settings, Planted(9)) == [1]
     assert events(base / "runs" / "remembers")[-1]["step"] == 9
 
@@ -310,7 +363,9 @@ def test_saves_by_the_clock(base: Path, pool: GlooPool) -> None:
     assert pool.run(2, trainer_job, tree(base, "no-clock")) == [0, 0]
     runs = [base / "runs" / name for name in ("clock", "no-clock")]
     names = [event["checkpoint"] for event in events(runs[0], "checkpoint_saved")]
-    assert "ckpt_000_step_000001" in names and any(name.startswith("ckpt_001_step_") for name in names)
+    assert "ckpt_000_step_000001" in names and any(
+        name.startswith("ckpt_001_step_") for name in names
+    )
     assert compare_runs.differences(*runs, strict=True) == []
 
 
@@ -334,9 +389,15 @@ def full_disk(trainer: Trainer) -> None:
 def test_a_disk_that_refuses(base: Path, pool: GlooPool, asynchronous: bool) -> None:
     """Every rank ends with 1, promptly, the ledger says why, the checkpoint before is whole, and the run can go on."""
     name = f"full-{asynchronous}"
-    changes: dict[str, Any] = {"checkpoint__asynchronous": asynchronous, "checkpoint__retry_seconds": 0}
+    changes: dict[str, Any] = {
+        "checkpoint__asynchronous": asynchronous,
+        "checkpoint__retry_seconds": 0,
+    }
     began = time.monotonic()
-    assert pool.run(2, trainer_job, tree(base, name, **changes), full_disk, timeout_seconds=60) == [1, 1]
+    assert pool.run(2, trainer_job, tree(base, name, **changes), full_disk, timeout_seconds=60) == [
+        1,
+        1,
+    ]
     assert time.monotonic() - began < 60
     run = base / "runs" / name
     stopped = events(run)[-1]
@@ -354,22 +415,26 @@ class NoRoomForRows:
     first: int
 
     def __call__(self, trainer: Trainer) -> None:
-        recorder = trainer.recorder
-        if isinstance(recorder, RankZeroRecorder):
-            write = recorder.metrics.write
+        logger = trainer.logger
+        if isinstance(logger, RankZeroRunLogger):
+            write = logger.metrics.write
 
             def refused(row: dict[str, Any]) -> None:
                 if row["step"] >= self.first:
                     raise OSError(28, "No space left on device")
                 write(row)
 
-            recorder.metrics.write = refused  # type: ignore[method-assign]
+            logger.metrics.write = refused  # type: ignore[method-assign]
 
 
 def test_metrics_that_cannot_be_written(base: Path, pool: GlooPool) -> None:
     """Every rank ends with 1 at the next step, not rank 0 alone with a traceback; the ledger says why in one line."""
     assert pool.run(
-        2, trainer_job, tree(base, "no-rows", checkpoint__retry_seconds=0), NoRoomForRows(3), timeout_seconds=60
+        2,
+        trainer_job,
+        tree(base, "no-rows", checkpoint__retry_seconds=0),
+        NoRoomForRows(3),
+        timeout_seconds=60,
     ) == [1, 1]
     run = base / "runs" / "no-rows"
     stopped = events(run)[-1]
@@ -382,7 +447,11 @@ def test_metrics_that_cannot_be_written(base: Path, pool: GlooPool) -> None:
 def test_the_last_row_that_cannot_be_written(base: Path, pool: GlooPool) -> None:
     """Of a run of 10 steps: no step follows that would tell the others: the checkpoint of the step does, and the run is not called finished."""
     assert pool.run(
-        2, trainer_job, tree(base, "no-last", checkpoint__retry_seconds=0), NoRoomForRows(10), timeout_seconds=60
+        2,
+        trainer_job,
+        tree(base, "no-last", checkpoint__retry_seconds=0),
+        NoRoomForRows(10),
+        timeout_seconds=60,
     ) == [1, 1]
     run = base / "runs" / "no-last"
     assert [event["event"] for event in events(run)][-2:] == ["checkpoint_saved", "stopped"]
@@ -402,7 +471,9 @@ class Raises:
             raise self.error
 
         if trainer.grid.rank == 0:
-            setattr(trainer.recorder if self.where == "committed" else trainer.writer, self.where, refused)
+            setattr(
+                trainer.logger if self.where == "committed" else trainer.writer, self.where, refused
+            )
 
 
 @pytest.mark.parametrize(
@@ -419,7 +490,10 @@ def test_an_error_at_the_end_of_a_save(
 ) -> None:
     """It is the same error on every rank: rank 0 alone would leave the others in the exchange that ends a save."""
     name = f"raises-{where}-{type(error).__name__}"
-    assert pool.run(2, trainer_job, tree(base, name), Raises(where, error), timeout_seconds=60) == [code, code]
+    assert pool.run(2, trainer_job, tree(base, name), Raises(where, error), timeout_seconds=60) == [
+        code,
+        code,
+    ]
     run = base / "runs" / name
     verify_checkpoint(run / "checkpoints" / "ckpt_001")
     if words:
@@ -442,7 +516,9 @@ def test_a_held_out_chunk_damaged_in_the_middle_of_a_run(tmp_path: Path, pool: G
     """All ranks stop with the same line, and the chunk just trained is saved, without a score."""
     make_corpus(tmp_path / "data", 2)
     settings = config_tree(tmp_path / "data" / "manifest.json", tmp_path / "runs", "score")
-    assert pool.run(2, trainer_job, {**settings, "run": {**settings["run"], "stop_after_steps": 3}}) == [75, 75]
+    assert pool.run(
+        2, trainer_job, {**settings, "run": {**settings["run"], "stop_after_steps": 3}}
+    ) == [75, 75]
     told = pool.run(2, trainer_job, settings, damaged_held_out, timeout_seconds=60)
     assert told[0] == told[1] and told[0].startswith("DataError: ") and "held_out" in told[0]
     saved = tmp_path / "runs" / "score" / "checkpoints" / "ckpt_001"
@@ -454,7 +530,10 @@ def test_a_held_out_chunk_damaged_in_the_middle_of_a_run(tmp_path: Path, pool: G
 def test_a_chunk_damaged_in_the_middle_of_a_run(tmp_path: Path) -> None:
     """Found before its first row is used: all ranks stop, one line, exit code 2, and the chunk before is saved."""
     make_corpus(tmp_path / "data", 4)
-    path = write_yaml(tmp_path / "c.yaml", config_tree(tmp_path / "data" / "manifest.json", tmp_path / "runs", "hurt"))
+    path = write_yaml(
+        tmp_path / "c.yaml",
+        config_tree(tmp_path / "data" / "manifest.json", tmp_path / "runs", "hurt"),
+    )
     process = start(path, "batch.micro_sequences=6", processes=2)
     try:
         wait_for(tmp_path / "runs" / "hurt" / "checkpoints" / "ckpt_000", process)
@@ -477,7 +556,10 @@ def test_a_chunk_damaged_in_the_middle_of_a_run(tmp_path: Path) -> None:
 def test_a_held_directory_ends_all_ranks_at_once(tmp_path: Path) -> None:
     """Rank 0 is refused while the others already wait for it; they must not wait for the launcher's 30 s patience."""
     make_corpus(tmp_path / "data", 1)
-    path = write_yaml(tmp_path / "c.yaml", config_tree(tmp_path / "data" / "manifest.json", tmp_path / "runs", "held"))
+    path = write_yaml(
+        tmp_path / "c.yaml",
+        config_tree(tmp_path / "data" / "manifest.json", tmp_path / "runs", "held"),
+    )
     with RunLock(tmp_path / "runs" / "held"):
         began = time.monotonic()
         done = train(path, processes=2)
@@ -511,11 +593,21 @@ def test_one_rank_that_raises_ends_all(tmp_path: Path) -> None:
     import subprocess
 
     make_corpus(tmp_path / "data", 2)
-    path = write_yaml(tmp_path / "c.yaml", config_tree(tmp_path / "data" / "manifest.json", tmp_path / "runs", "bug"))
+    path = write_yaml(
+        tmp_path / "c.yaml",
+        config_tree(tmp_path / "data" / "manifest.json", tmp_path / "runs", "bug"),
+    )
     script = tmp_path / "faulty.py"
     script.write_text(FAULTY.format(root=str(ROOT)))
     began = time.monotonic()
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
     done = subprocess.run(
         [*launcher, str(script), str(path), "batch.micro_sequences=6"],
         capture_output=True,

@@ -43,19 +43,26 @@ def plain_loop(
             result = engine.train_step(list(rows.split(config.batch.micro_sequences)), lr)
             results.append((result.loss, result.grad_norm))
     slots = engine.gradients.table.slots
-    return results, {slot.piece.name: engine.optimizer.view("master", slot).numpy().copy() for slot in slots}
+    return results, {
+        slot.piece.name: engine.optimizer.view("master", slot).numpy().copy() for slot in slots
+    }
 
 
 def test_trainer_equals_a_plain_loop(pool: GlooPool, tmp_path: Path) -> None:
     """The rows of each step, the rate logged and the rate used: a run compared with itself would miss all three."""
     make_corpus(tmp_path / "data", chunks=CHUNKS)
-    tree = config_tree(tmp_path / "data" / "manifest.json", tmp_path / "runs", "run", lr__warmup_steps=WARMUP)
+    tree = config_tree(
+        tmp_path / "data" / "manifest.json", tmp_path / "runs", "run", lr__warmup_steps=WARMUP
+    )
     assert pool.run(1, trainer_job, tree) == [0]
     ((results, masters),) = pool.run(1, plain_loop, tree, str(tmp_path / "data"))
     run = tmp_path / "runs" / "run"
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [(row["loss"], row["grad_norm"]) for row in rows] == results
-    expected = [rate_by_hand(step, tree["lr"]["peak"], tree["lr"]["final"]) for step in range(1, len(rows) + 1)]
+    expected = [
+        rate_by_hand(step, tree["lr"]["peak"], tree["lr"]["final"])
+        for step in range(1, len(rows) + 1)
+    ]
     assert [row["lr"] for row in rows] == expected
     (shard,) = (run / "checkpoints" / f"ckpt_{CHUNKS:03d}" / "optimizer").iterdir()
     saved = load_file(shard)

@@ -28,16 +28,18 @@ from k2train.watchdog.heartbeat import (
     this_process,
     write_record,
 )
-from k2train.watchdog.phase_timer import Clocks
-from k2train.watchdog.timeouts import Limits
-from k2train.watchdog.watchdog import Watch
+from k2train.watchdog.phase_timer import PhaseTimer
+from k2train.watchdog.timeouts import Timeouts
+from k2train.watchdog.watchdog import Watchdog
 from tests.support.watched_jobs import Job
 
 ELSEWHERE = Process(1, 1, "another boot", "pid:[1]", "n2")
 
 
 def record(rank: int, **changes: Any) -> Record:
-    made = Record(rank, 4, this_process(), 1, "step", 41, 12.0, 1234, "all-reduce tp", "all-reduce tp")
+    made = Record(
+        rank, 4, this_process(), 1, "step", 41, 12.0, 1234, "all-reduce tp", "all-reduce tp"
+    )
     return replace(made, **changes)
 
 
@@ -58,9 +60,12 @@ NAMES = {
 
 
 @pytest.mark.parametrize(
-    "fault", ["stop", *(pytest.param(name, marks=pytest.mark.slow) for name in ("hold", "loop", "sleep"))]
+    "fault",
+    ["stop", *(pytest.param(name, marks=pytest.mark.slow) for name in ("hold", "loop", "sleep"))],
 )
-def test_a_rank_that_hangs_is_named_with_its_stacks_and_no_process_is_left(tmp_path: Path, fault: str) -> None:
+def test_a_rank_that_hangs_is_named_with_its_stacks_and_no_process_is_left(
+    tmp_path: Path, fault: str
+) -> None:
     with Job(tmp_path, 3, LIMIT, (fault, 1, 25)) as job:
         pid = job.processes[1].pid
         ended = job.ended()
@@ -82,13 +87,17 @@ def test_a_stopped_rank_is_found_wherever_the_others_wait(tmp_path: Path) -> Non
     """A save may take half an hour, and so may the limit of where the others are: nobody is at work who is stopped."""
     with Job(tmp_path, 2, 1800.0, ("stop", 1, 25)) as job:
         ended = job.ended()
-    assert len(ended.lines) == 1 and "rank 1" in ended.lines[0] and "is stopped (SIGSTOP)" in ended.lines[0], (
-        ended.errors
-    )
+    assert (
+        len(ended.lines) == 1
+        and "rank 1" in ended.lines[0]
+        and "is stopped (SIGSTOP)" in ended.lines[0]
+    ), ended.errors
     assert 0 not in ended.codes and ended.seconds < 30
 
 
-@pytest.mark.parametrize("where", ["in a collective", pytest.param("outside", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "where", ["in a collective", pytest.param("outside", marks=pytest.mark.slow)]
+)
 def test_ranks_are_gone_5_seconds_after_one_was_killed(tmp_path: Path, where: str) -> None:
     fault = ("kill", 2, 25) if where == "outside" else ()
     with Job(tmp_path, 3, 60.0, fault, WATCHED_WORK="0.05") as job:
@@ -113,7 +122,9 @@ def test_ranks_are_gone_5_seconds_after_one_was_killed(tmp_path: Path, where: st
 def wait_for_phase(directory: Path, world: int, phase: str) -> None:
     """Return when the heartbeats of all ranks say that they are in a phase."""
     until = time.monotonic() + 120
-    while any((one := read_record(directory, rank)) is None or one.phase != phase for rank in range(world)):
+    while any(
+        (one := read_record(directory, rank)) is None or one.phase != phase for rank in range(world)
+    ):
         assert time.monotonic() < until, f"not all ranks came to {phase}"
         time.sleep(0.1)
 
@@ -144,8 +155,12 @@ def test_a_rank_that_raises_is_named_with_its_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_job_whose_ranks_are_all_stopped_for_a_while_goes_on_though_clocks_jump(tmp_path: Path) -> None:
-    with Job(tmp_path, 2, LIMIT, WATCHED_CLOCK_JUMP="3600", WATCHED_WORK="0.1", WATCHED_STEPS="60") as job:
+def test_a_job_whose_ranks_are_all_stopped_for_a_while_goes_on_though_clocks_jump(
+    tmp_path: Path,
+) -> None:
+    with Job(
+        tmp_path, 2, LIMIT, WATCHED_CLOCK_JUMP="3600", WATCHED_WORK="0.1", WATCHED_STEPS="60"
+    ) as job:
         job.until_step(10)
         job.send(signal.SIGSTOP, 0, 1)
         time.sleep(2 * LIMIT)
@@ -184,7 +199,19 @@ class Network:
         self._ip("-n", middle, "link", "add", "br0", "type", "bridge")
         self._ip("-n", middle, "link", "set", "br0", "up")
         for number, name in enumerate((first, second)):
-            self._ip("-n", name, "link", "add", "eth0", "type", "veth", "peer", f"port{number}", "netns", middle)
+            self._ip(
+                "-n",
+                name,
+                "link",
+                "add",
+                "eth0",
+                "type",
+                "veth",
+                "peer",
+                f"port{number}",
+                "netns",
+                middle,
+            )
             self._ip("-n", name, "address", "add", f"10.77.0.{number + 1}/24", "dev", "eth0")
             for device in ("lo", "eth0"):
                 self._ip("-n", name, "link", "set", device, "up")
@@ -224,12 +251,17 @@ def test_a_partition_for_good_ends_the_run_in_time(tmp_path: Path, network: Netw
         ended = job.ended()
     assert ended.codes == [1, 1]
     assert len(ended.lines) == 1, ended.errors
-    assert re.search(r"rank [01] .*: step \d+, forward/backward, for 10 s; in collective \d+ all-", ended.lines[0])
+    assert re.search(
+        r"rank [01] .*: step \d+, forward/backward, for 10 s; in collective \d+ all-",
+        ended.lines[0],
+    )
     assert ended.seconds < 20.0
 
 
 @pytest.mark.slow
-def test_a_flap_of_30_seconds_within_the_limit_is_survived(tmp_path: Path, network: Network) -> None:
+def test_a_flap_of_30_seconds_within_the_limit_is_survived(
+    tmp_path: Path, network: Network
+) -> None:
     steps = {"WATCHED_STEPS": "150", "WATCHED_WORK": "0.1", "GLOO_SOCKET_IFNAME": "eth0"}
     with Job(tmp_path, 2, 120.0, prefixes=two_hosts(network), **steps) as job:
         job.until_step(20)
@@ -245,7 +277,7 @@ def test_a_flap_of_30_seconds_within_the_limit_is_survived(tmp_path: Path, netwo
 
 def test_a_clock_runs_through_the_phases_of_a_step_and_begins_again_with_the_next() -> None:
     now = [0.0]
-    clocks = Clocks(Limits(step_seconds=10.0, evaluate_seconds=50.0), lambda: now[0])
+    clocks = PhaseTimer(Timeouts(step_seconds=10.0, evaluate_seconds=50.0), lambda: now[0])
     clocks.enter("read", 1)
     now[0] = 6.0
     clocks.enter("step", 1)
@@ -260,7 +292,7 @@ def test_a_clock_runs_through_the_phases_of_a_step_and_begins_again_with_the_nex
 
 def test_time_in_which_nothing_ran_is_given_back_to_the_place_it_was_lost_at() -> None:
     now = [0.0]
-    clocks = Clocks(Limits(step_seconds=10.0, save_seconds=20.0), lambda: now[0])
+    clocks = PhaseTimer(Timeouts(step_seconds=10.0, save_seconds=20.0), lambda: now[0])
     clocks.enter("step", 1)
     clocks.saving(True)
     now[0] = 3600.0
@@ -277,7 +309,7 @@ def test_time_in_which_nothing_ran_is_given_back_to_the_place_it_was_lost_at() -
     assert clocks.over() == -10.0
 
 
-def steps_with_a_pause(clocks: Clocks, now: list[float], noticed: bool) -> None:
+def steps_with_a_pause(clocks: PhaseTimer, now: list[float], noticed: bool) -> None:
     """Twenty steps of 1 s, in one of which nothing ran for an hour; the watch ticks."""
     for step in range(1, 21):
         clocks.enter("step", step)
@@ -296,7 +328,7 @@ def steps_with_a_pause(clocks: Clocks, now: list[float], noticed: bool) -> None:
 def test_a_step_is_not_measured_by_a_pause_of_the_whole_process(noticed: bool) -> None:
     """Neither where the watch saw the pause before the step ended, nor where the step was quicker."""
     now = [0.0]
-    clocks = Clocks(Limits(), lambda: now[0])
+    clocks = PhaseTimer(Timeouts(), lambda: now[0])
     clocks.tick()
     steps_with_a_pause(clocks, now, noticed)
     assert clocks.limit() <= 30.0
@@ -309,7 +341,7 @@ def test_a_step_is_not_measured_by_a_pause_of_the_whole_process(noticed: bool) -
 
 def test_each_phase_of_a_start_has_its_own_clock_which_progress_begins_again() -> None:
     now = [0.0]
-    clocks = Clocks(Limits(start_seconds=600.0), lambda: now[0])
+    clocks = PhaseTimer(Timeouts(start_seconds=600.0), lambda: now[0])
     for phase in ("choose", "start", "load", "start"):
         now[0] += 500.0
         clocks.enter(phase, 0)
@@ -330,12 +362,22 @@ def test_each_phase_of_a_start_has_its_own_clock_which_progress_begins_again() -
 
 def test_ranks_wait_for_one_whose_work_gets_on_and_no_longer(tmp_path: Path) -> None:
     """Rank 1 hashes for three times the limit, rank 0 waits for it in a collective; then rank 1 hangs."""
-    limits = Limits(heartbeat_seconds=0.1, start_seconds=2.0)
+    limits = Timeouts(heartbeat_seconds=0.1, start_seconds=2.0)
     left: list[float] = []
     said: list[str] = []
     watches = [
-        Watch(tmp_path, rank, 2, limits, said.append, position, leave=lambda _: left.append(time.monotonic()))
-        for rank, position in enumerate([lambda: (1, "all-gather host", "", 0.0), lambda: (1, "", "x", 0.0)])
+        Watchdog(
+            tmp_path,
+            rank,
+            2,
+            limits,
+            said.append,
+            position,
+            leave=lambda _: left.append(time.monotonic()),
+        )
+        for rank, position in enumerate(
+            [lambda: (1, "all-gather host", "", 0.0), lambda: (1, "", "x", 0.0)]
+        )
     ]
     for watch in watches:
         watch.attempt, watch.cells[0] = 3, 1
@@ -360,7 +402,9 @@ def test_ranks_wait_for_one_whose_work_gets_on_and_no_longer(tmp_path: Path) -> 
 
 def test_a_verdict_stays_until_the_next_start_has_been_able_to_read_it(tmp_path: Path) -> None:
     tell_once(tmp_path, {"line": "rank 1 died", "told_by": 0, "attempt": 4}, None)
-    watches = [Watch(tmp_path, rank, 2, Limits(), print, lambda: (0, "", "", 0.0)) for rank in (1, 0)]
+    watches = [
+        Watchdog(tmp_path, rank, 2, Timeouts(), print, lambda: (0, "", "", 0.0)) for rank in (1, 0)
+    ]
     watches[0].start()
     assert read_verdict(tmp_path) == {"line": "rank 1 died", "told_by": 0, "attempt": 4}
     watches[1].start()
@@ -370,7 +414,7 @@ def test_a_verdict_stays_until_the_next_start_has_been_able_to_read_it(tmp_path:
 
 
 def test_the_limit_of_a_step_is_learnt() -> None:
-    limits = Limits(start_seconds=600.0)
+    limits = Timeouts(start_seconds=600.0)
     assert limits.seconds("step", [0.1] * 4) == 600.0
     assert limits.seconds("step", [0.1] * 19) == 30.0
     assert limits.seconds("step", [9.0] * 5) == 45.0
@@ -403,7 +447,11 @@ def test_processes_are_told_apart() -> None:
     assert state_of(ELSEWHERE, me) == ""
     assert state_of(replace(me, pid_namespace="pid:[1]"), me) == ""
     with subprocess.Popen(["sleep", "60"]) as child:
-        other = replace(me, pid=child.pid, start_ticks=int(Path(f"/proc/{child.pid}/stat").read_text().split()[21]))
+        other = replace(
+            me,
+            pid=child.pid,
+            start_ticks=int(Path(f"/proc/{child.pid}/stat").read_text().split()[21]),
+        )
         end_processes([replace(other, start_ticks=1), ELSEWHERE], me)
         assert child.poll() is None, "another process with the same number was ended"
         child.send_signal(signal.SIGSTOP)
@@ -425,7 +473,11 @@ def test_beats_are_judged_by_the_readers_own_clock(tmp_path: Path) -> None:
         now[0] += 1.0
     found = suspects(observer.seen(), 2.5)
     assert [(one.rank, one.kind) for one in found] == [(1, "silent")]
-    assert found[0].line().startswith("rank 1 (pid 1 on host n2) gives no sign of life for 8 s: step 41")
+    assert (
+        found[0]
+        .line()
+        .startswith("rank 1 (pid 1 on host n2) gives no sign of life for 8 s: step 41")
+    )
 
 
 @pytest.mark.parametrize(
@@ -462,8 +514,14 @@ def test_exactly_one_rank_speaks_and_an_earlier_verdict_does_not_silence_it(tmp_
 
 def test_a_watch_that_was_closed_is_nobody_s_suspect_and_leaves_no_thread(tmp_path: Path) -> None:
     left: list[int] = []
-    watch = Watch(
-        tmp_path / "watch", 0, 1, Limits(heartbeat_seconds=0.05), print, lambda: (7, "", "x", 0.0), leave=left.append
+    watch = Watchdog(
+        tmp_path / "watch",
+        0,
+        1,
+        Timeouts(heartbeat_seconds=0.05),
+        print,
+        lambda: (7, "", "x", 0.0),
+        leave=left.append,
     )
     watch.start()
     watch.phase("evaluate", 3)
@@ -477,15 +535,23 @@ def test_a_watch_that_was_closed_is_nobody_s_suspect_and_leaves_no_thread(tmp_pa
     watch.close()
 
 
-def test_a_file_system_that_does_not_answer_does_not_stop_the_clock(tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_file_system_that_does_not_answer_does_not_stop_the_clock(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
     left: list[float] = []
     said: list[str] = []
     began = time.monotonic()
-    limits = Limits(heartbeat_seconds=0.1, start_seconds=1.5)
-    watch = Watch(
-        tmp_path, 0, 1, limits, said.append, lambda: (7, "", "x", 0.0), leave=lambda _: left.append(time.monotonic())
+    limits = Timeouts(heartbeat_seconds=0.1, start_seconds=1.5)
+    watch = Watchdog(
+        tmp_path,
+        0,
+        1,
+        limits,
+        said.append,
+        lambda: (7, "", "x", 0.0),
+        leave=lambda _: left.append(time.monotonic()),
     )
-    monkeypatch.setattr("k2train.watchdog.watchdog.INQUEST_SECONDS", 1.0)
+    monkeypatch.setattr("k2train.watchdog.watchdog.DIAGNOSIS_SECONDS", 1.0)
     watch.start()
     monkeypatch.setattr("k2train.watchdog.watchdog.write_record", lambda *_: time.sleep(8))
     while not left and time.monotonic() - began < 20:
@@ -496,7 +562,9 @@ def test_a_file_system_that_does_not_answer_does_not_stop_the_clock(tmp_path: Pa
 
 
 def test_without_a_heartbeat_there_is_no_watch(tmp_path: Path) -> None:
-    watch = Watch(tmp_path / "watch", 0, 1, Limits(heartbeat_seconds=0), print, lambda: (0, "", "", 0.0))
+    watch = Watchdog(
+        tmp_path / "watch", 0, 1, Timeouts(heartbeat_seconds=0), print, lambda: (0, "", "", 0.0)
+    )
     watch.start()
     watch.phase("step", 1)
     assert "rank 0" in watch.lost(RuntimeError("gone"))

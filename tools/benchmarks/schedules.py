@@ -42,7 +42,9 @@ class Watched:
 
     def _after(self, action: Action) -> None:
         if action.op.is_compute:
-            self.spans.append([action.op.value, action.stage, action.microbatch, self.start, time.monotonic()])
+            self.spans.append(
+                [action.op.value, action.stage, action.microbatch, self.start, time.monotonic()]
+            )
 
     def step(self, batch: Tensor) -> dict[str, Any]:
         """One optimizer step: its seconds, its loss and its spans."""
@@ -51,7 +53,9 @@ class Watched:
         self.spans = []
         dist.barrier()
         start = time.monotonic()
-        result = self.engine.train_step(list(mine.split(config.batch.micro_sequences)), config.lr.peak)
+        result = self.engine.train_step(
+            list(mine.split(config.batch.micro_sequences)), config.lr.peak
+        )
         return {"seconds": time.monotonic() - start, "loss": result.loss, "spans": self.spans}
 
 

@@ -4,7 +4,15 @@ import time
 import traceback
 from collections.abc import Callable
 
-from fault_tests import cases_data, cases_disk, cases_host, cases_kill, cases_signal, cases_value, endurance
+from fault_tests import (
+    cases_data,
+    cases_disk,
+    cases_host,
+    cases_kill,
+    cases_signal,
+    cases_value,
+    endurance,
+)
 from fault_tests.result import Bench, Result
 from k2train.fault_injection import POINTS, SIGNALS, VARIABLE
 
@@ -78,7 +86,10 @@ def listing() -> str:
         "Points, in order:",
     ]
     lines += [f"  {point}" for point in POINTS]
-    lines += [f"with actions {', '.join(SIGNALS)}, exit=CODE, sleep=SECONDS, error=ERRNO (such as ENOSPC)", "Values:"]
+    lines += [
+        f"with actions {', '.join(SIGNALS)}, exit=CODE, sleep=SECONDS, error=ERRNO (such as ENOSPC)",
+        "Values:",
+    ]
     lines += [f"  {line}" for line in VALUE_LINES]
     return "\n".join(lines)
 

@@ -7,9 +7,9 @@ import time
 from fault_tests import file_damage
 from fault_tests.cases_kill import tail
 from fault_tests.processes import Job
-from fault_tests.restarts import Campaign
+from fault_tests.restarts import Restarts
 from fault_tests.result import Bench, Result, run_pytest
-from fault_tests.tiny_run import GLOBAL, World
+from fault_tests.tiny_run import GLOBAL, TinyRun
 from k2train.errors import EXIT_FAILED, EXIT_USAGE
 from k2train.record.metrics import latest, read_metrics
 
@@ -34,21 +34,25 @@ def row_22(bench: Bench) -> Result:
         "killed ten times, whose rows are counted. Every chunk is hashed once a start; what changes a file after that is not seen",
     )
     kinds = ("flip", "cut", "lost", "swapped")
-    for kind, meanwhile in [(kind, later) for kind in kinds for later in (False, True)][:: 3 if bench.short else 1]:
+    for kind, meanwhile in [(kind, later) for kind in kinds for later in (False, True)][
+        :: 3 if bench.short else 1
+    ]:
         _harmed_chunk(bench, result, kind, meanwhile)
-    campaign = bench.campaign(bench.world(12, 2), "row22")
+    restarts = bench.restarts(bench.world(12, 2), "row22")
     for number in range(3 if bench.short else 10):
-        campaign.attempt(f"{('step.read', 'save.hashed', 'step.done')[number % 3]}@rank={number % 2}@nth=3:kill")
-        if campaign.done:
+        restarts.attempt(
+            f"{('step.read', 'save.hashed', 'step.done')[number % 3]}@rank={number % 2}@nth=3:kill"
+        )
+        if restarts.done:
             break
-    campaign.finish()
-    result.problems += campaign.problems
-    rows = latest(campaign.run / "metrics.jsonl")
+    restarts.finish()
+    result.problems += restarts.problems
+    rows = latest(restarts.run / "metrics.jsonl")
     read = sum(row["rows"][1] - row["rows"][0] for row in rows)
-    taken = len(read_metrics(campaign.run / "metrics.jsonl"))
+    taken = len(read_metrics(restarts.run / "metrics.jsonl"))
     result.measured.append(
-        f"{len(campaign.attempts)} starts, {taken} steps taken to make {len(rows)}: the steps that count read {read} rows, "
-        f"each of the {campaign.world.chunks * campaign.world.steps_per_chunk * GLOBAL} rows of the data exactly once"
+        f"{len(restarts.attempts)} starts, {taken} steps taken to make {len(rows)}: the steps that count read {read} rows, "
+        f"each of the {restarts.world.chunks * restarts.world.steps_per_chunk * GLOBAL} rows of the data exactly once"
     )
     return result
 
@@ -57,32 +61,44 @@ def _harmed_chunk(bench: Bench, result: Result, kind: str, meanwhile: bool) -> N
     """Harm chunk 3 of 5 before the start or after its second step; the run must end and name it; mend it and go on."""
     base = bench.world(5, 3)
     reference = bench.reference(base)
-    world = World(bench.scratch / bench.name(f"data_{kind}"), 5, 3)
+    world = TinyRun(bench.scratch / bench.name(f"data_{kind}"), 5, 3)
     shutil.copytree(base.data, world.data)
     world.config.write_text(base.config.read_text().replace(str(base.folder), str(world.folder)))
-    campaign = Campaign(bench.crew, world, "harmed", reference)
+    restarts = Restarts(bench.server, world, "harmed", reference)
     done: list[str] = []
 
     def harm(job: Job | None = None) -> None:
         until = time.monotonic() + 60
         while (
-            job and not job.over and sum(n == "step.done" for _, _, n in job.points()) < 4 and time.monotonic() < until
+            job
+            and not job.over
+            and sum(n == "step.done" for _, _, n in job.points()) < 4
+            and time.monotonic() < until
         ):
-            bench.crew.wait(job, 0.01)
+            bench.server.wait(job, 0.01)
         done.append(file_damage.KINDS[kind](world.data / "chunk_003.npy", bench.random(22)))
 
     if not meanwhile:
         harm()
-    attempt = campaign.attempt("", harm if meanwhile else None, (EXIT_USAGE, EXIT_FAILED), 120)
+    attempt = restarts.attempt("", harm if meanwhile else None, (EXIT_USAGE, EXIT_FAILED), 120)
     names = {"chunk_003", *re.findall(r"chunk_\d+", done[0])}
-    line = next((x for x in attempt.text.splitlines() if x.startswith("k2train:") and any(n in x for n in names)), "")
+    line = next(
+        (
+            x
+            for x in attempt.text.splitlines()
+            if x.startswith("k2train:") and any(n in x for n in names)
+        ),
+        "",
+    )
     when = "while it trains" if meanwhile else "before the start"
     if EXIT_USAGE not in attempt.codes or not line:
-        result.problems.append(f"chunk {kind} {when}: ended with {attempt.codes}: {tail(attempt.text)}")
+        result.problems.append(
+            f"chunk {kind} {when}: ended with {attempt.codes}: {tail(attempt.text)}"
+        )
     for path in base.data.iterdir():
         shutil.copy(path, world.data / path.name)
-    campaign.finish()
-    result.problems += campaign.problems
+    restarts.finish()
+    result.problems += restarts.problems
     result.measured.append(
         f"chunk 3 {kind} {when}: ended with {attempt.codes} after step {max(attempt.after, 0)}, mended, ended alike; {line[:160]}"
     )

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from fault_tests import file_damage
 from fault_tests.processes import Job
-from fault_tests.restarts import Campaign
+from fault_tests.restarts import Restarts
 from fault_tests.result import Bench, Result, run_pytest
-from fault_tests.tiny_run import World
+from fault_tests.tiny_run import TinyRun
 
 FLIPS = 400
 
@@ -29,24 +29,30 @@ def row_4(bench: Bench) -> Result:
         "frameworks that name a wrong step, a symbolic link to an old checkpoint under a new name; then the same command",
     )
     world = bench.world(6, 3)
-    campaign = bench.campaign(world, "row4")
-    campaign.attempt("step.read@step=14:kill")
-    folder = campaign.run / "checkpoints"
+    restarts = bench.restarts(world, "row4")
+    restarts.attempt("step.read@step=14:kill")
+    folder = restarts.run / "checkpoints"
     (folder / "ckpt_005.tmp" / "model").mkdir(parents=True)
     (folder / "ckpt_005.tmp" / "model" / "half.safetensors").write_bytes(b"\x00" * 100)
     (folder / "ckpt_006").mkdir()
     (folder / "latest_checkpointed_iteration.txt").write_text("")
     (folder / "latest").write_text("ckpt_999")
     (folder / "ckpt_007_step_000021").symlink_to(folder / "ckpt_001", target_is_directory=True)
-    attempt = campaign.attempt()
-    result.problems += campaign.problems
+    attempt = restarts.attempt()
+    result.problems += restarts.problems
     if set(attempt.codes) == {2}:
         result.problems.append(f"the start was refused: {attempt.text[-300:]}")
-    for path in (folder / "ckpt_007_step_000021", folder / "latest", folder / "latest_checkpointed_iteration.txt"):
+    for path in (
+        folder / "ckpt_007_step_000021",
+        folder / "latest",
+        folder / "latest_checkpointed_iteration.txt",
+    ):
         path.unlink(missing_ok=True)
-    result.measured.append(f"the start took the newest whole checkpoint and ended with {attempt.codes}")
-    campaign.finish()
-    result.problems += [problem for problem in campaign.problems if problem not in result.problems]
+    result.measured.append(
+        f"the start took the newest whole checkpoint and ended with {attempt.codes}"
+    )
+    restarts.finish()
+    result.problems += [problem for problem in restarts.problems if problem not in result.problems]
     return result
 
 
@@ -60,7 +66,11 @@ def row_5(bench: Bench) -> Result:
     )
     world = bench.world(6, 3, held_out=True)
     bench.reference(world)
-    run = next(path for path in sorted((world.folder / "runs").iterdir()) if path.name.startswith("undisturbed"))
+    run = next(
+        path
+        for path in sorted((world.folder / "runs").iterdir())
+        if path.name.startswith("undisturbed")
+    )
     count = 60 if bench.short else FLIPS
     _flip_all(bench.random(5), run, world, count, result)
     _fall_back(bench, result, ("flip",), 2 if bench.short else 6)
@@ -74,7 +84,7 @@ def row_5(bench: Bench) -> Result:
     return result
 
 
-def classes_of(run: Path, world: World) -> dict[str, list[Path]]:
+def classes_of(run: Path, world: TinyRun) -> dict[str, list[Path]]:
     """The files a flip may hit, by class; what a run does not have is left out."""
     newest = file_damage.complete_checkpoints(run)[-1]
     every = sorted((run / "checkpoints").glob("ckpt_*"))
@@ -82,7 +92,9 @@ def classes_of(run: Path, world: World) -> dict[str, list[Path]]:
         "model shard": sorted((newest / "model").iterdir()),
         "optimizer shard": sorted((newest / "optimizer").iterdir()),
         "checkpoint manifest": [path / "manifest.json" for path in every],
-        "thinned marker": [path / "thinned.json" for path in every if (path / "thinned.json").exists()],
+        "thinned marker": [
+            path / "thinned.json" for path in every if (path / "thinned.json").exists()
+        ],
         "ledger": [run / "ledger.jsonl"],
         "metrics": [run / "metrics.jsonl"],
         "config.yaml": [run / "config.yaml"],
@@ -93,7 +105,7 @@ def classes_of(run: Path, world: World) -> dict[str, list[Path]]:
     return {name: files for name, files in found.items() if files}
 
 
-def _flip_all(draw: random.Random, run: Path, world: World, count: int, result: Result) -> None:
+def _flip_all(draw: random.Random, run: Path, world: TinyRun, count: int, result: Result) -> None:
     classes = classes_of(run, world)
     tally = {name: [0, 0] for name in classes}
     for number in range(count):
@@ -108,33 +120,42 @@ def _flip_all(draw: random.Random, run: Path, world: World, count: int, result: 
         tally[name][0] += 1
         tally[name][1] += found
         if not found:
-            result.problems.append(f"{name}: {path.name}, {where}: not found or not named: {said[-200:]}")
+            result.problems.append(
+                f"{name}: {path.name}, {where}: not found or not named: {said[-200:]}"
+            )
     told = ", ".join(f"{name} {found}/{tried}" for name, (tried, found) in tally.items())
-    result.measured.append(f"found and named: {sum(f for _, f in tally.values())} of {count} ({told})")
+    result.measured.append(
+        f"found and named: {sum(f for _, f in tally.values())} of {count} ({told})"
+    )
     sound = [name for name in classes if not _quiet(name, run, world)]
     result.problems += [f"{name}: complained about although nothing is flipped" for name in sound]
 
 
-def _quiet(name: str, run: Path, world: World) -> bool:
+def _quiet(name: str, run: Path, world: TinyRun) -> bool:
     return all(tool_says(*tool)[0] == 0 for tool in tools_for(name, run, world))
 
 
-def verify(name: str, path: Path, run: Path, world: World) -> tuple[bool, str]:
+def verify(name: str, path: Path, run: Path, world: TinyRun) -> tuple[bool, str]:
     """Whether a tool for that class of file complains and names the file; and what was said."""
     heard = []
     for tool in tools_for(name, run, world):
         code, said = tool_says(*tool)
-        named = path.name in said and (name not in ("model shard", "checkpoint manifest") or path.parent.name in said)
+        named = path.name in said and (
+            name not in ("model shard", "checkpoint manifest") or path.parent.name in said
+        )
         if code != 0 and named:
             return True, said
         heard.append(said or f"{tool[0]}: exit code {code}, nothing said")
     return False, " | ".join(heard)
 
 
-def tools_for(name: str, run: Path, world: World) -> list[tuple[str, list[str]]]:
+def tools_for(name: str, run: Path, world: TinyRun) -> list[tuple[str, list[str]]]:
     """The command lines that are meant to find harm to such a file; for data also the one that knows the run."""
     if name.startswith("data"):
-        return [("verify_data", [str(world.data), "--workers", "1"]), ("verify_run", [str(run), "--data"])]
+        return [
+            ("verify_data", [str(world.data), "--workers", "1"]),
+            ("verify_run", [str(run), "--data"]),
+        ]
     if name in ("model shard", "optimizer shard", "checkpoint manifest", "thinned marker"):
         return [("verify_checkpoint", [str(run)])]
     return [("verify_run", [str(run)])]
@@ -156,30 +177,36 @@ def _fall_back(bench: Bench, result: Result, kinds: tuple[str, ...], times: int)
     draw, world = bench.random(6), bench.world(6, 3)
     for kind in kinds:
         for number in range(times):
-            campaign = bench.campaign(world, f"row{result.row}_{kind}")
-            campaign.attempt("step.read@step=14:kill")
-            whole = file_damage.complete_checkpoints(campaign.run)
+            restarts = bench.restarts(world, f"row{result.row}_{kind}")
+            restarts.attempt("step.read@step=14:kill")
+            whole = file_damage.complete_checkpoints(restarts.run)
             if len(whole) < 2:
-                result.missing.append(f"{kind} {number}: only {len(whole)} checkpoints to choose from")
+                result.missing.append(
+                    f"{kind} {number}: only {len(whole)} checkpoints to choose from"
+                )
                 continue
             files = file_damage.shards_of(whole[-1])
             path = files[number % len(files)]
             where = file_damage.KINDS[kind](path, draw)
-            told = harmed_start(campaign, path)
+            told = harmed_start(restarts, path)
             if told:
                 result.problems.append(f"{kind}: {path.parent.name}/{path.name} {where}: {told}")
-            campaign.finish()
-            result.problems += campaign.problems
+            restarts.finish()
+            result.problems += restarts.problems
         result.measured.append(
             f"{kind}: {times} starts over a harmed newest checkpoint fell back one, said so and ended alike"
         )
 
 
-def harmed_start(campaign: Campaign, path: Path) -> str:
+def harmed_start(restarts: Restarts, path: Path) -> str:
     """Start over a harmed file; what is wrong with what it did, or ""."""
-    campaign.expect_fewer()
-    attempt = campaign.attempt()
-    lines = [line for line in attempt.text.splitlines() if path.parent.parent.name in line and "refused" in line]
+    restarts.expect_fewer()
+    attempt = restarts.attempt()
+    lines = [
+        line
+        for line in attempt.text.splitlines()
+        if path.parent.parent.name in line and "refused" in line
+    ]
     if not lines:
         return f"no line says that {path.parent.parent.name} was refused: {attempt.text[:300]}"
     if path.name not in lines[0]:
@@ -208,27 +235,27 @@ def row_7(bench: Bench) -> Result:
         "ENOSPC and EIO at save points; and a real file system of three megabytes that is filled up while the run trains",
     )
     world = bench.world(6, 3)
-    campaign = bench.campaign(world, "row7")
+    restarts = bench.restarts(world, "row7")
     faults = [
         f"{point}@rank={rank}@nth=2:error={code}"
         for code in ("ENOSPC", "EIO")
         for point, rank in (("save.model", 1), ("save.optimizer", 0), ("save.manifest", 0))
     ]
     for fault in faults[:: 3 if bench.short else 1]:
-        attempt = campaign.attempt(fault)
+        attempt = restarts.attempt(fault)
         if not {0, 1} >= set(attempt.codes):
             result.problems.append(f"{fault}: {attempt.codes}")
         result.measured.append(
             f"{fault}: ended with {attempt.codes}, at step {attempt.after}"
             + (" (tried again and went on)" if attempt.codes[0] == 0 else "")
         )
-        if campaign.done:
-            campaign.finish()
-            result.problems += campaign.problems
-            campaign = bench.campaign(world, "row7")
-    if campaign.attempts:
-        campaign.finish()
-        result.problems += campaign.problems
+        if restarts.done:
+            restarts.finish()
+            result.problems += restarts.problems
+            restarts = bench.restarts(world, "row7")
+    if restarts.attempts:
+        restarts.finish()
+        result.problems += restarts.problems
     with small_disk(bench.scratch / "small", 3000) as problem:
         if problem:
             result.missing.append(f"a real full disk: {problem}")
@@ -243,9 +270,13 @@ def small_disk(folder: Path, kilobytes: int) -> Iterator[str]:
     folder.mkdir()
     options = ["-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs"]
     made = (
-        subprocess.run(["mount", *options, str(folder)], capture_output=True, text=True) if os.geteuid() == 0 else None
+        subprocess.run(["mount", *options, str(folder)], capture_output=True, text=True)
+        if os.geteuid() == 0
+        else None
     )
-    problem = "mounting needs root" if made is None else made.stderr.strip() if made.returncode else ""
+    problem = (
+        "mounting needs root" if made is None else made.stderr.strip() if made.returncode else ""
+    )
     try:
         yield problem
     finally:
@@ -253,30 +284,32 @@ def small_disk(folder: Path, kilobytes: int) -> Iterator[str]:
             subprocess.run(["umount", str(folder)], check=True)
 
 
-def _full_disk(bench: Bench, world: World, result: Result) -> None:
+def _full_disk(bench: Bench, world: TinyRun, result: Result) -> None:
     """Fill it with ballast, start, take the ballast away while the save is tried again; then once without mercy."""
     small = bench.scratch / "small"
     for mercy in (True, False):
         run = small / "runs" / f"full_{mercy}"
         arguments = world.arguments(
-            run.name, f"run.directory={small / 'runs'}", "checkpoint.retry_seconds=" + ("60" if mercy else "1")
+            run.name,
+            f"run.directory={small / 'runs'}",
+            "checkpoint.retry_seconds=" + ("60" if mercy else "1"),
         )
         ballast = small / "ballast"
-        job = bench.crew.begin(arguments, world.ranks)
+        job = bench.server.begin(arguments, world.ranks)
         deadline = time.monotonic() + 60
         while (
             not (run / "checkpoints" / "ckpt_001" / "manifest.json").exists()
             and time.monotonic() < deadline
             and not job.over
         ):
-            bench.crew.wait(job, 0.005)
+            bench.server.wait(job, 0.005)
         free = shutil.disk_usage(small).free
         ballast.write_bytes(b"\x01" * max(0, free - 20_000))
         told = _wait_for_line(bench, job, "no space", 30)
         if mercy:
             ballast.unlink()
-        bench.crew.wait(job, 120)
-        bench.crew.end(job)
+        bench.server.wait(job, 120)
+        bench.server.end(job)
         wanted = 0 if mercy else 1
         line = next((line for line in job.text().splitlines() if "no space" in line.lower()), "")
         if not told or set(job.codes) != {wanted}:
@@ -296,6 +329,6 @@ def _wait_for_line(bench: Bench, job: Job, text: str, seconds: float) -> bool:
     while time.monotonic() < deadline:
         if text in job.text().lower():
             return True
-        if bench.crew.wait(job, 0.05):
+        if bench.server.wait(job, 0.05):
             return text in job.text().lower()
     return False

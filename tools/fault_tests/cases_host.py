@@ -23,10 +23,12 @@ def row_23(bench: Bench) -> Result:
     races, both, none, late = 10 if bench.short else 100, 0, 0, 0.0
     world = bench.world(2, 2).on(1)
     for _ in range(races):
-        arguments = world.arguments(bench.name("race"), "run.stop_after_steps=1", "kernels.attention=plain")
-        pair = [bench.crew.begin(arguments, 1) for _ in range(2)]
+        arguments = world.arguments(
+            bench.name("race"), "run.stop_after_steps=1", "kernels.attention=plain"
+        )
+        pair = [bench.server.begin(arguments, 1) for _ in range(2)]
         for job in pair:
-            bench.crew.wait(job, 120)
+            bench.server.wait(job, 120)
         codes = sorted(job.codes[0] for job in pair)
         refused = [job for job in pair if job.codes == [EXIT_USAGE]]
         # The loser may also come when the winner is done, and then goes on after it.
@@ -50,28 +52,41 @@ def row_23(bench: Bench) -> Result:
 
 def _second_while_one_trains(bench: Bench, result: Result) -> None:
     """The second must be refused and leave no trace in the run of the first."""
-    campaign = bench.campaign(bench.world(6, 3), "row23")
+    restarts = bench.restarts(bench.world(6, 3), "row23")
     told: list[str] = []
 
     def second(first: Job) -> None:
         until = time.monotonic() + 60
-        while not any(name == "step.done" for _, _, name in first.points()) and time.monotonic() < until:
-            bench.crew.wait(first, 0.01)
-        job = bench.crew.begin(campaign.world.arguments(campaign.name), campaign.world.ranks)
-        bench.crew.wait_as_launcher(job, 60, 0.0)
+        while (
+            not any(name == "step.done" for _, _, name in first.points())
+            and time.monotonic() < until
+        ):
+            bench.server.wait(first, 0.01)
+        job = bench.server.begin(restarts.world.arguments(restarts.name), restarts.world.ranks)
+        bench.server.wait_as_launcher(job, 60, 0.0)
         took = job.ends[0][1] - job.began
-        if job.ends[0][0] != EXIT_USAGE or f"pid {first.pids[0]}" not in job.text() or first.over or took > 2:
+        if (
+            job.ends[0][0] != EXIT_USAGE
+            or f"pid {first.pids[0]}" not in job.text()
+            or first.over
+            or took > 2
+        ):
             result.problems.append(
                 f"second job: {job.codes} after {took:.1f} s, first over: {first.over}: {tail(job.text())}"
             )
         told.append(f"{took:.2f} s")
 
-    campaign.attempt("step.done@step=2:sleep=1.5", second)
-    campaign.finish()
-    tokens = {read_manifest(path).get("fencing_token") for path in list_checkpoints(campaign.run / "checkpoints")}
-    if len(campaign.attempts) != 1 or tokens != {1}:
-        result.problems.append(f"the first was disturbed: {len(campaign.attempts)} starts, tokens {tokens}")
-    result.problems += campaign.problems
+    restarts.attempt("step.done@step=2:sleep=1.5", second)
+    restarts.finish()
+    tokens = {
+        read_manifest(path).get("fencing_token")
+        for path in list_checkpoints(restarts.run / "checkpoints")
+    }
+    if len(restarts.attempts) != 1 or tokens != {1}:
+        result.problems.append(
+            f"the first was disturbed: {len(restarts.attempts)} starts, tokens {tokens}"
+        )
+    result.problems += restarts.problems
     result.measured.append(
         f"a second job while one trains: refused in {told[0]}, its process named; the first one undisturbed"
     )
@@ -95,24 +110,33 @@ def row_24(bench: Bench) -> Result:
         "taken over by itself when the owner is provably dead; else refused with the command to run; the token grows",
         "SIGKILL to all ranks at once, then the same command; and the tests of the lease with other hosts and boots",
     )
-    campaign = bench.campaign(bench.world(6, 3), "row24")
+    restarts = bench.restarts(bench.world(6, 3), "row24")
     for nth in (2, 3):
-        campaign.attempt(f"step.read@nth={nth}:kill")
-    campaign.finish()
-    result.problems += campaign.problems
-    events = [e for e in read_ledger(campaign.run / "ledger.jsonl") if e["event"] in ("started", "resumed")]
+        restarts.attempt(f"step.read@nth={nth}:kill")
+    restarts.finish()
+    result.problems += restarts.problems
+    events = [
+        e
+        for e in read_ledger(restarts.run / "ledger.jsonl")
+        if e["event"] in ("started", "resumed")
+    ]
     tokens = [int(event.get("fencing_token", 0)) for event in events]
-    reasons = [event["taken_over_from"]["reason"] for event in events if event.get("taken_over_from")]
+    reasons = [
+        event["taken_over_from"]["reason"] for event in events if event.get("taken_over_from")
+    ]
     saved = [
-        int(read_manifest(path).get("fencing_token", 0)) for path in list_checkpoints(campaign.run / "checkpoints")
+        int(read_manifest(path).get("fencing_token", 0))
+        for path in list_checkpoints(restarts.run / "checkpoints")
     ]
     if len(tokens) < 3 or 0 in tokens or tokens != sorted(set(tokens)):
         result.problems.append(f"the tokens of {len(events)} starts do not grow: {tokens}")
     if saved != sorted(saved) or not set(saved) <= set(tokens):
-        result.problems.append(f"the tokens in the manifests {saved} are not those of the starts, {tokens}")
+        result.problems.append(
+            f"the tokens in the manifests {saved} are not those of the starts, {tokens}"
+        )
     if len(reasons) != 2:
         result.problems.append(f"taken over {len(reasons)} times after 2 deaths: {reasons}")
-    waits = [a.first_point_seconds("start.locked") for a in campaign.attempts[1:]]
+    waits = [a.first_point_seconds("start.locked") for a in restarts.attempts[1:]]
     result.measured.append(
         f"SIGKILL to all twice, the same command each time: tokens of the starts {tokens}, in the manifests {saved}; reason given: "
         f"{', '.join(sorted(set(reasons)))}; from a start to its lease at most {max(w for w in waits if w is not None):.2f} s"
@@ -133,13 +157,13 @@ def row_25(bench: Bench) -> Result:
         "no order, timeout or decision depends on the time of day; same bits",
         "time.time and datetime.now of every rank jump by an hour, to and fro, every tenth of a second; one kill and restart under it",
     )
-    campaign = bench.campaign(bench.world(8, 3), "row25")
-    campaign.environments = [{"FAULT_RUN_PATCH": "patches:jumping_clock"}] * 2
-    campaign.attempt("step.forward@rank=1@nth=7:kill")
-    campaign.finish()
-    result.problems += campaign.problems
+    restarts = bench.restarts(bench.world(8, 3), "row25")
+    restarts.environments = [{"FAULT_RUN_PATCH": "patches:jumping_clock"}] * 2
+    restarts.attempt("step.forward@rank=1@nth=7:kill")
+    restarts.finish()
+    result.problems += restarts.problems
     result.measured.append(
-        f"{campaign.world.steps} steps, {len(campaign.attempts)} starts, a jump every 0.1 s: ended alike"
+        f"{restarts.world.steps} steps, {len(restarts.attempts)} starts, a jump every 0.1 s: ended alike"
     )
     return result
 
@@ -151,27 +175,37 @@ def row_26(bench: Bench) -> Result:
         "the difference is shown; what makes another run of it is refused unless named in run.allow, and then it stands in the ledger",
         "lr.peak changed after a kill: once as it is, once allowed; a harmless key changed",
     )
-    campaign = bench.campaign(bench.world(6, 3), "row26")
-    campaign.attempt("step.read@rank=0@step=9:kill")
-    refused = campaign.attempt("", None, (2,), 240.0, "lr.peak=0.02")
+    restarts = bench.restarts(bench.world(6, 3), "row26")
+    restarts.attempt("step.read@rank=0@step=9:kill")
+    refused = restarts.attempt("", None, (2,), 240.0, "lr.peak=0.02")
     if not refused.refused or "lr.peak" not in refused.text:
         result.problems.append(f"lr.peak changed: {refused.codes}: {tail(refused.text)}")
     else:
-        result.measured.append(f"lr.peak changed: refused with 2; {refused.text.splitlines()[0][-200:]}")
-    harmless = campaign.attempt("", None, (75,), 240.0, "checkpoint.keep_optimizer_states=4", "run.stop_after_steps=1")
+        result.measured.append(
+            f"lr.peak changed: refused with 2; {refused.text.splitlines()[0][-200:]}"
+        )
+    harmless = restarts.attempt(
+        "", None, (75,), 240.0, "checkpoint.keep_optimizer_states=4", "run.stop_after_steps=1"
+    )
     if set(harmless.codes) != {EXIT_STOPPED}:
         result.problems.append(f"a harmless key: {harmless.codes}: {tail(harmless.text)}")
-    result.problems += campaign.problems
-    allowed = bench.crew.begin(campaign.world.arguments(campaign.name, "lr.peak=0.02", "run.allow=[lr.peak]"), 2)
-    bench.crew.wait(allowed, 120)
-    bench.crew.end(allowed)
-    events = read_ledger(campaign.run / "ledger.jsonl")
+    result.problems += restarts.problems
+    allowed = bench.server.begin(
+        restarts.world.arguments(restarts.name, "lr.peak=0.02", "run.allow=[lr.peak]"), 2
+    )
+    bench.server.wait(allowed, 120)
+    bench.server.end(allowed)
+    events = read_ledger(restarts.run / "ledger.jsonl")
     if allowed.codes != [0, 0] or not any(
         "lr.peak" in str(event) for event in events if event["event"] != "checkpoint_saved"
     ):
-        result.problems.append(f"allowed by name: {allowed.codes}, in the ledger: no; {tail(allowed.text())}")
+        result.problems.append(
+            f"allowed by name: {allowed.codes}, in the ledger: no; {tail(allowed.text())}"
+        )
     else:
-        result.measured.append("allowed by name: went on to the end, and the change stands in the ledger")
+        result.measured.append(
+            "allowed by name: went on to the end, and the change stands in the ledger"
+        )
     return result
 
 
@@ -183,19 +217,23 @@ def row_27(bench: Bench) -> Result:
         "SIGKILL before the first save of every start, the same command until it refuses",
     )
     world = bench.world(6, 3).changed(("run.max_fruitless_starts", 3))
-    campaign = bench.campaign(world, "row27")
-    campaign.attempt("step.done@rank=0@step=5:kill")
+    restarts = bench.restarts(world, "row27")
+    restarts.attempt("step.done@rank=0@step=5:kill")
     starts = 0
     for _ in range(6):
-        attempt = campaign.attempt("step.forward@rank=1@nth=2:kill", None, (1, 2, -9))
+        attempt = restarts.attempt("step.forward@rank=1@nth=2:kill", None, (1, 2, -9))
         starts += 1
         if attempt.refused:
             break
     if not attempt.refused:
-        result.problems.append(f"still started after {starts} starts that got nowhere: {attempt.codes}")
+        result.problems.append(
+            f"still started after {starts} starts that got nowhere: {attempt.codes}"
+        )
     else:
-        result.measured.append(f"refused at start {starts} in a row: {attempt.text.splitlines()[0][-250:]}")
-    result.problems += campaign.problems
+        result.measured.append(
+            f"refused at start {starts} in a row: {attempt.text.splitlines()[0][-250:]}"
+        )
+    result.problems += restarts.problems
     return result
 
 
@@ -223,12 +261,14 @@ def row_29(bench: Bench) -> Result:
     run = world.run(bench.name("row29"))
     environment = {name: f"{SECRET}-{name.lower()}" for name in names}
     environment |= {"WANDB_DIR": str(run), "WANDB_SILENT": "true"}
-    job = bench.crew.begin(world.arguments(run.name, "wandb.mode=offline"), 2, "", [environment] * 2)
+    job = bench.server.begin(
+        world.arguments(run.name, "wandb.mode=offline"), 2, "", [environment] * 2
+    )
     seen: set[str] = set()
     deadline = time.monotonic() + 120
-    while not bench.crew.wait(job, 0.02) and time.monotonic() < deadline:
+    while not bench.server.wait(job, 0.02) and time.monotonic() < deadline:
         seen |= {path.parent.name for path in Path("/proc").glob("[0-9]*/cmdline") if holds(path)}
-    bench.crew.end(job)
+    bench.server.end(job)
     files = [path for folder in (run, job.folder) for path in folder.rglob("*") if path.is_file()]
     leaks = [str(path.relative_to(bench.scratch)) for path in files if holds(path)]
     result.problems += [f"found in {place}" for place in leaks] + [

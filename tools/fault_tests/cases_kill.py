@@ -5,10 +5,10 @@ import signal
 import time
 from collections import Counter
 
-from fault_tests.processes import Crew, Job
-from fault_tests.restarts import Attempt, Campaign
+from fault_tests.processes import ForkServer, Job
+from fault_tests.restarts import Attempt, Restarts
 from fault_tests.result import Bench, Result, attempts_of, chain, names_rank, problems_of, spread
-from fault_tests.tiny_run import World
+from fault_tests.tiny_run import TinyRun
 from k2train.fault_injection import POINTS
 
 GONE_SECONDS = 5.0
@@ -21,7 +21,9 @@ def ranks_at(point: str, ranks: int) -> list[int]:
     return [0] if alone else list(range(ranks))
 
 
-def kills(points: list[str], ranks: int, times: tuple[int, ...], every_rank: bool = True) -> list[str]:
+def kills(
+    points: list[str], ranks: int, times: tuple[int, ...], every_rank: bool = True
+) -> list[str]:
     """One SIGKILL for each point, rank that comes there (else: ranks in turn) and visit."""
     found = []
     for nth in times:
@@ -38,22 +40,26 @@ def not_reached(attempts: list[Attempt]) -> list[str]:
     return sorted({attempt.faults for attempt in attempts if attempt.faults} - struck)
 
 
-def report(result: Result, campaigns: list[Campaign], expected: list[str]) -> list[Attempt]:
+def report(result: Result, campaigns: list[Restarts], expected: list[str]) -> list[Attempt]:
     """What rows of kills have in common; returns the attempts that were struck."""
     attempts = attempts_of(campaigns)
     struck = [attempt for attempt in attempts if attempt.struck and attempt.faults]
     result.problems += problems_of(campaigns)
     missed = [fault for fault in not_reached(attempts) if fault in expected]
     if missed:
-        result.missing.append(f"{len(missed)} of {len(expected)} places were not come to: {', '.join(missed)}")
-    runs = [campaign for campaign in campaigns if campaign.done]
-    fewest = [campaign.fewest_whole for campaign in campaigns if campaign.fewest_whole is not None]
+        result.missing.append(
+            f"{len(missed)} of {len(expected)} places were not come to: {', '.join(missed)}"
+        )
+    runs = [restarts for restarts in campaigns if restarts.done]
+    fewest = [restarts.fewest_whole for restarts in campaigns if restarts.fewest_whole is not None]
     result.measured.append(
         f"{len(struck)} kills in {len(campaigns)} runs; {len(runs)} runs ended with every loss, gradient norm and state "
         f"root equal to the undisturbed run's"
     )
     if fewest:
-        result.measured.append(f"fewest complete verified checkpoints after a kill, once there were two: {min(fewest)}")
+        result.measured.append(
+            f"fewest complete verified checkpoints after a kill, once there were two: {min(fewest)}"
+        )
     return struck
 
 
@@ -77,7 +83,7 @@ def row_1(bench: Bench) -> Result:
     return result
 
 
-def grids(bench: Bench, chunks: int, steps_per_chunk: int) -> list[World]:
+def grids(bench: Bench, chunks: int, steps_per_chunk: int) -> list[TinyRun]:
     world = bench.world(chunks, steps_per_chunk)
     return [world] if bench.short else [world, world.on(4, tensor=2, pipeline=2)]
 
@@ -88,16 +94,26 @@ def judge_ends(result: Result, struck: list[Attempt]) -> None:
     gone = [attempt.gone_seconds for attempt in ended]
     result.measured.append(f"from the kill to the last rank's end: {spread(gone)}")
     late = [attempt for attempt in ended if attempt.gone_seconds > GONE_SECONDS]
-    result.problems += [f"{a.faults}: the last rank ended {a.gone_seconds:.1f} s after the kill" for a in late]
-    named = sum(names_rank(a.text, a.codes.index(-signal.SIGKILL)) for a in struck if -signal.SIGKILL in a.codes)
-    result.measured.append(f"the survivors' message named the dead rank in {named} of {len(struck)}")
+    result.problems += [
+        f"{a.faults}: the last rank ended {a.gone_seconds:.1f} s after the kill" for a in late
+    ]
+    named = sum(
+        names_rank(a.text, a.codes.index(-signal.SIGKILL))
+        for a in struck
+        if -signal.SIGKILL in a.codes
+    )
+    result.measured.append(
+        f"the survivors' message named the dead rank in {named} of {len(struck)}"
+    )
     if named < len(struck):
         unnamed = next(a for a in struck if not names_rank(a.text, a.codes.index(-signal.SIGKILL)))
         result.problems.append(
             f"dead rank not named in {len(struck) - named} of {len(struck)}, e.g. {unnamed.faults}: {tail(unnamed.text)}"
         )
     starts = [seconds for a in struck if (seconds := a.first_step_seconds) is not None]
-    result.measured.append(f"from the start of an attempt to its first finished step: {spread(starts)}")
+    result.measured.append(
+        f"from the start of an attempt to its first finished step: {spread(starts)}"
+    )
 
 
 def tail(text: str) -> str:
@@ -128,12 +144,12 @@ def random_kills(bench: Bench, result: Result) -> None:
     world = bench.world(12, 2)
     bench.reference(world)
     where: Counter[str] = Counter()
-    campaigns = [bench.campaign(world, "random")]
+    campaigns = [bench.restarts(world, "random")]
     for number in range(bench.kills):
         if campaigns[-1].done:
             campaigns[-1].finish()
-            campaigns.append(bench.campaign(world, "random"))
-        strike = RandomKill(bench.crew, draw)
+            campaigns.append(bench.restarts(world, "random"))
+        strike = RandomKill(bench.server, draw)
         attempt = campaigns[-1].attempt("", strike)
         if attempt.struck:
             where[strike.place(attempt.job)] += 1
@@ -151,8 +167,8 @@ def random_kills(bench: Bench, result: Result) -> None:
 class RandomKill:
     """Waits for a save of the run to begin, then for a random part of the time a save takes, and kills."""
 
-    def __init__(self, crew: Crew, draw: random.Random):
-        self.crew = crew
+    def __init__(self, server: ForkServer, draw: random.Random):
+        self.server = server
         self.save = draw.choice((1, 2, 3))
         self.part = draw.random()
         self.victims = draw.choice(((0,), (1,), (0, 1)))
@@ -170,17 +186,24 @@ class RandomKill:
     def _begun(self, job: Job) -> float | None:
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline and not job.over:
-            times = [at for at, rank, name in job.points() if name in ("save.begin", "save.snapshot") and rank == 0]
+            times = [
+                at
+                for at, rank, name in job.points()
+                if name in ("save.begin", "save.snapshot") and rank == 0
+            ]
             if len(times) >= self.save:
                 return times[-1]
-            self.crew.poll()
+            self.server.poll()
             time.sleep(0.003)
         return None
 
     def place(self, job: Job) -> str:
         """The last point of saving or recording that a victim came to, of both its threads."""
         mine = [name for _, rank, name in job.points() if rank in self.victims]
-        return next((name for name in reversed(mine) if name.startswith(("save.", "retire.", "ledger."))), "nowhere")
+        return next(
+            (name for name in reversed(mine) if name.startswith(("save.", "retire.", "ledger."))),
+            "nowhere",
+        )
 
 
 def row_3(bench: Bench) -> Result:
@@ -191,7 +214,9 @@ def row_3(bench: Bench) -> Result:
         "every retire point at its first to fourth visit; a rollback to a numbered checkpoint, killed while it sets aside",
     )
     points = [point for point in POINTS if point.startswith("retire.")]
-    world = bench.world(12, 2).changed(("checkpoint.keep_optimizer_states", 2), ("checkpoint.every_seconds", 0.001))
+    world = bench.world(12, 2).changed(
+        ("checkpoint.keep_optimizer_states", 2), ("checkpoint.every_seconds", 0.001)
+    )
     wanted = kills(points, world.ranks, (1, 2) if bench.short else (1, 2, 3, 4))
     campaigns = chain(bench, world, "row3", wanted)
     report(result, campaigns, wanted)
@@ -199,28 +224,30 @@ def row_3(bench: Bench) -> Result:
     return result
 
 
-def rollback(bench: Bench, result: Result, world: World) -> None:
+def rollback(bench: Bench, result: Result, world: TinyRun) -> None:
     """Go back to the last checkpoint but one, killed at `start.aside`; then go back for good and to the end."""
-    campaign = bench.campaign(world, "rollback")
-    campaign.attempt("step.read@step=13:kill")
-    whole = [int(name.rpartition("_")[2]) for name in _complete(campaign)]
+    restarts = bench.restarts(world, "rollback")
+    restarts.attempt("step.read@step=13:kill")
+    whole = [int(name.rpartition("_")[2]) for name in _complete(restarts)]
     if len(whole) < 2:
         result.missing.append("a rollback: fewer than two checkpoints were there to go back to")
         return
     back = f"run.resume={whole[-2]}"
-    killed = campaign.attempt("start.aside@nth=1:kill", None, (1, 75, -9), 240.0, back)
+    killed = restarts.attempt("start.aside@nth=1:kill", None, (1, 75, -9), 240.0, back)
     if not killed.struck:
         result.missing.append("the kill at start.aside struck nobody")
-    campaign.attempt("", None, (1, 75), 240.0, back)
-    campaign.finish()
-    result.problems += campaign.problems
+    restarts.attempt("", None, (1, 75), 240.0, back)
+    restarts.finish()
+    result.problems += restarts.problems
     result.measured.append(
-        f"rollback from checkpoint {whole[-1]} to {whole[-2]}, killed while setting aside, then done: {len(campaign.attempts)} attempts"
+        f"rollback from checkpoint {whole[-1]} to {whole[-2]}, killed while setting aside, then done: {len(restarts.attempts)} attempts"
     )
 
 
-def _complete(campaign: Campaign) -> list[str]:
-    folder = campaign.run / "checkpoints"
+def _complete(restarts: Restarts) -> list[str]:
+    folder = restarts.run / "checkpoints"
     return sorted(
-        p.name for p in folder.glob("ckpt_???") if (p / "optimizer").is_dir() and not (p / "thinned.json").exists()
+        p.name
+        for p in folder.glob("ckpt_???")
+        if (p / "optimizer").is_dir() and not (p / "thinned.json").exists()
     )

@@ -13,7 +13,7 @@ from fault_tests.cases_kill import tail
 from fault_tests.processes import ROOT, Job, free_port
 from fault_tests.restarts import Attempt
 from fault_tests.result import Bench, Result, chain, names_rank, problems_of, run_pytest, spread
-from fault_tests.tiny_run import World
+from fault_tests.tiny_run import TinyRun
 from k2train.errors import EXIT_DONE, EXIT_STOPPED
 from k2train.record.ledger import read_ledger
 
@@ -30,7 +30,15 @@ def row_8(bench: Bench) -> Result:
         "the signal at step and save points, to one rank alone or all; then through the launcher; then SIGKILL during the save",
     )
     world = bench.world(8, 3)
-    points = ("step.read", "start.loaded", "step.forward", "step.reduce", "step.done", "save.model", "save.renamed")
+    points = (
+        "step.read",
+        "start.loaded",
+        "step.forward",
+        "step.reduce",
+        "step.done",
+        "save.model",
+        "save.renamed",
+    )
     faults = [f"{point}@rank=0@nth=1:{what}" for what in ("term", "usr1") for point in points]
     campaigns = chain(bench, world, "row8", faults[:: 4 if bench.short else 1])
     attempts = [a for c in campaigns for a in c.attempts if a.faults]
@@ -49,7 +57,7 @@ def row_8(bench: Bench) -> Result:
     return result
 
 
-def _through_launcher(bench: Bench, world: World, result: Result) -> None:
+def _through_launcher(bench: Bench, world: TinyRun, result: Result) -> None:
     """The real command line: SIGTERM to the launcher alone, then the same command to the end."""
     name, seconds = bench.name("launched"), []
     launch = [
@@ -62,9 +70,20 @@ def _through_launcher(bench: Bench, world: World, result: Result) -> None:
         str(free_port()),
     ]
     command = [*launch, "-m", "k2train.train", *world.arguments(name)]
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("RANK", "WORLD_SIZE", "LOCAL_RANK", "K2TRAIN"))}
-    environment = {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "K2TRAIN_FAULTS": "step.done@nth=5:sleep=1"}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    kept = {
+        k: v
+        for k, v in os.environ.items()
+        if not k.startswith(("RANK", "WORLD_SIZE", "LOCAL_RANK", "K2TRAIN"))
+    }
+    environment = {
+        **kept,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        "K2TRAIN_FAULTS": "step.done@nth=5:sleep=1",
+    }
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
+    )
     wanted = world.run(name) / "checkpoints" / "ckpt_001" / "manifest.json"
     deadline = time.monotonic() + 90
     while not wanted.exists() and process.poll() is None and time.monotonic() < deadline:
@@ -74,13 +93,15 @@ def _through_launcher(bench: Bench, world: World, result: Result) -> None:
     _, said = process.communicate(timeout=120)
     seconds.append(time.monotonic() - began)
     if process.returncode != EXIT_STOPPED:
-        result.problems.append(f"the launcher ended with {process.returncode} after SIGTERM: {said[-300:]}")
+        result.problems.append(
+            f"the launcher ended with {process.returncode} after SIGTERM: {said[-300:]}"
+        )
         return
     result.measured.append(f"launcher: SIGTERM to 75 in {seconds[0]:.1f} s")
-    campaign = bench.campaign(world, "launched")
-    campaign.name = name
-    campaign.finish()
-    result.problems += campaign.problems
+    restarts = bench.restarts(world, "launched")
+    restarts.name = name
+    restarts.finish()
+    result.problems += restarts.problems
 
 
 def row_9(bench: Bench) -> Result:
@@ -101,7 +122,9 @@ def row_9(bench: Bench) -> Result:
             for point in ("step.forward", "step.update")
             for rank in range(world.ranks)
         ]
-        campaigns = chain(bench, world, "row9", faults[:: 3 if bench.short else 1 if world.ranks == 2 else 3])
+        campaigns = chain(
+            bench, world, "row9", faults[:: 3 if bench.short else 1 if world.ranks == 2 else 3]
+        )
         made += [a for c in campaigns for a in c.attempts if a.faults]
         result.problems += problems_of(campaigns)
     seconds, named = [], 0
@@ -111,8 +134,12 @@ def row_9(bench: Bench) -> Result:
         named += names_rank(attempt.text, rank)
         if not names_rank(attempt.text, rank):
             result.problems.append(f"{attempt.faults}: not named: {tail(attempt.text)}")
-    result.measured.append(f"from SIGSTOP to the last rank's end: {spread(seconds)}; named in {named} of {len(made)}")
-    result.problems += [f"{a.faults}: {s:.0f} s" for a, s in zip(made, seconds, strict=True) if s > HANG_SECONDS]
+    result.measured.append(
+        f"from SIGSTOP to the last rank's end: {spread(seconds)}; named in {named} of {len(made)}"
+    )
+    result.problems += [
+        f"{a.faults}: {s:.0f} s" for a, s in zip(made, seconds, strict=True) if s > HANG_SECONDS
+    ]
     return result
 
 
@@ -135,19 +162,27 @@ def row_10(bench: Bench) -> Result:
             return result
         world = bench.world(8, 3).changed(("watch.step_seconds", 10))
         for down in (None, 3.0):
-            campaign = bench.campaign(world, "row10")
-            attempt = campaign.attempt_with(Cable.environments(), partial(Cable.cut, seconds=down))
+            restarts = bench.restarts(world, "row10")
+            attempt = restarts.attempt_with(Cable.environments(), partial(Cable.cut, seconds=down))
             told = "for good" if down is None else f"for {down:.0f} s"
             since = max(at for _, at in attempt.job.ends.values()) - Cable.cut_at
-            told_by = [x for x in attempt.text.splitlines() if re.search(r"rank \d+.*(stuck|died|lost|behind)", x)]
+            told_by = [
+                x
+                for x in attempt.text.splitlines()
+                if re.search(r"rank \d+.*(stuck|died|lost|behind)", x)
+            ]
             line = told_by[0] if told_by else ""
             if down is None and (set(attempt.codes) == {EXIT_DONE} or since > HANG_SECONDS):
-                result.problems.append(f"cut {told}: codes {attempt.codes}, {since:.0f} s: {tail(attempt.text)}")
+                result.problems.append(
+                    f"cut {told}: codes {attempt.codes}, {since:.0f} s: {tail(attempt.text)}"
+                )
             if down is None and not line:
                 result.problems.append(f"cut {told}: no line names a rank: {tail(attempt.text)}")
-            result.measured.append(f"cut {told}: ended with {attempt.codes} {since:.1f} s after; {line[:300]}")
-            campaign.finish()
-            result.problems += campaign.problems
+            result.measured.append(
+                f"cut {told}: ended with {attempt.codes} {since:.1f} s after; {line[:300]}"
+            )
+            restarts.finish()
+            result.problems += restarts.problems
     return result
 
 
@@ -184,7 +219,11 @@ class Cable:
     def environments(cls) -> list[dict[str, str]]:
         """What each of two ranks gets."""
         return [
-            {"FAULT_RUN_NETNS": f"/run/netns/{name}", "MASTER_ADDR": "10.213.0.1", "GLOO_SOCKET_IFNAME": name}
+            {
+                "FAULT_RUN_NETNS": f"/run/netns/{name}",
+                "MASTER_ADDR": "10.213.0.1",
+                "GLOO_SOCKET_IFNAME": name,
+            }
             for name in cls.names
         ]
 
@@ -192,7 +231,10 @@ class Cable:
     def cut(cls, job: Job, seconds: float | None) -> None:
         """Take the cable down once four steps are done, and up again after `seconds`."""
         deadline = time.monotonic() + 60
-        while sum(name == "step.done" for _, _, name in job.points()) < 8 and time.monotonic() < deadline:
+        while (
+            sum(name == "step.done" for _, _, name in job.points()) < 8
+            and time.monotonic() < deadline
+        ):
             time.sleep(0.01)
         a = cls.names[0]
         subprocess.run(["ip", "-n", a, "link", "set", a, "down"], check=True)
@@ -212,30 +254,42 @@ def row_11(bench: Bench) -> Result:
     world = bench.world(40, 5)
     first, delays = 30, []
     for rank in range(world.ranks)[: 1 if bench.short else None]:
-        faults = ";".join(f"step.forward@rank={rank}@step={step}:sleep=0.05" for step in range(first, first + 60))
+        faults = ";".join(
+            f"step.forward@rank={rank}@step={step}:sleep=0.05" for step in range(first, first + 60)
+        )
         name = bench.name("row11")
-        job = bench.crew.begin(world.arguments(name, f"run.stop_after_steps={first + 60}"), world.ranks, faults)
-        bench.crew.wait(job, 240)
-        bench.crew.end(job)
+        job = bench.server.begin(
+            world.arguments(name, f"run.stop_after_steps={first + 60}"), world.ranks, faults
+        )
+        bench.server.wait(job, 240)
+        bench.server.end(job)
         named = [(step, told) for step, told in stragglers(world.run(name)) if SLOW.search(told)]
         wrong = [told for step, told in named if f"rank {rank} " not in told or step < first]
         result.problems += [f"rank {rank} slow from step {first}: {told}" for told in wrong]
         right = [step for step, told in named if told not in wrong]
         if not right or right[0] > first + NAMED_STEPS:
-            result.problems.append(f"rank {rank} was not named within {NAMED_STEPS} steps: {named} {tail(job.text())}")
+            result.problems.append(
+                f"rank {rank} was not named within {NAMED_STEPS} steps: {named} {tail(job.text())}"
+            )
             continue
         # A step tells the times of the one before.
         delays.append(right[0] - first)
     if delays:
-        result.measured.append(f"named {max(delays)} steps after the first slow one at the latest ({len(delays)} runs)")
+        result.measured.append(
+            f"named {max(delays)} steps after the first slow one at the latest ({len(delays)} runs)"
+        )
     clean = bench.name("clean")
-    job = bench.crew.begin(world.arguments(clean), world.ranks)
-    bench.crew.wait(job, 240)
-    bench.crew.end(job)
+    job = bench.server.begin(world.arguments(clean), world.ranks)
+    bench.server.wait(job, 240)
+    bench.server.end(job)
     false = [told for _, told in stragglers(world.run(clean))]
-    result.measured.append(f"clean run of {world.steps} steps on cores shared with other programs: {len(false)} names")
+    result.measured.append(
+        f"clean run of {world.steps} steps on cores shared with other programs: {len(false)} names"
+    )
     result.problems += [f"clean run: {line}" for line in false]
-    run_pytest(result, ["tests/guard/test_stragglers.py"], bench.scratch, "simulated noise and slow ranks")
+    run_pytest(
+        result, ["tests/guard/test_stragglers.py"], bench.scratch, "simulated noise and slow ranks"
+    )
     return result
 
 

@@ -6,9 +6,9 @@ from typing import Any
 
 from fault_tests import disk_state
 from fault_tests.cases_kill import tail
-from fault_tests.restarts import Campaign
+from fault_tests.restarts import Restarts
 from fault_tests.result import Bench, Result, run_pytest
-from fault_tests.tiny_run import World
+from fault_tests.tiny_run import TinyRun
 from k2train.checkpoint.manifest import list_checkpoints, read_manifest
 from k2train.errors import EXIT_DONE, EXIT_FAILED
 from k2train.record.metrics import latest
@@ -43,31 +43,39 @@ def row_12(bench: Bench) -> Result:
         for name in TENSORS
         for value in ("nan", "inf")
     ]
-    cases += [f"loss@rank={rank}@step=5@nth={nth}:nan" for rank in range(world.ranks) for nth in (1, 2)]
+    cases += [
+        f"loss@rank={rank}@step=5@nth={nth}:nan" for rank in range(world.ranks) for nth in (1, 2)
+    ]
     held = 0
     for fault in cases[:: 6 if bench.short else 1]:
         name = bench.name("row12")
-        job = bench.crew.begin(world.arguments(name), world.ranks, fault)
-        bench.crew.wait(job, 120)
-        bench.crew.end(job)
+        job = bench.server.begin(world.arguments(name), world.ranks, fault)
+        bench.server.wait(job, 120)
+        bench.server.end(job)
         wrong = skipped_problem(world, name, job.codes, job.text())
         held += not wrong
         if wrong:
             result.problems.append(f"{fault}: {wrong}")
-    result.measured.append(f"{held} runs skipped step 5 and nothing else, and left all state as step 4 had it")
-    job = bench.crew.begin(
-        world.arguments(bench.name("row12")), world.ranks, ";".join(f"gradient@rank=1@step={s}:nan" for s in (5, 6, 7))
+    result.measured.append(
+        f"{held} runs skipped step 5 and nothing else, and left all state as step 4 had it"
     )
-    bench.crew.wait(job, 120)
-    bench.crew.end(job)
+    job = bench.server.begin(
+        world.arguments(bench.name("row12")),
+        world.ranks,
+        ";".join(f"gradient@rank=1@step={s}:nan" for s in (5, 6, 7)),
+    )
+    bench.server.wait(job, 120)
+    bench.server.end(job)
     if job.codes != [EXIT_FAILED] * world.ranks:
         result.problems.append(f"three in a row: ended with {job.codes}")
     else:
-        result.measured.append(f"three in a row: stopped with 1 on every rank; {tail(job.text())[-140:]}")
+        result.measured.append(
+            f"three in a row: stopped with 1 on every rank; {tail(job.text())[-140:]}"
+        )
     return result
 
 
-def skipped_problem(world: World, name: str, codes: list[int], text: str) -> str:
+def skipped_problem(world: TinyRun, name: str, codes: list[int], text: str) -> str:
     run = world.run(name)
     if codes != [EXIT_DONE] * world.ranks:
         return f"ended with {codes}: {tail(text)}"
@@ -98,8 +106,12 @@ def row_17(bench: Bench) -> Result:
         "there is no copy); copies compared and roots taken in every step; and one flip in a step in which nothing is compared",
     )
     world = bench.world(6, 3).changed(("audit.replicas_every_steps", 1))
-    weights = [(rank, "weight", name) for rank in range(world.ranks) for name in TENSORS][:: 5 if bench.short else 1]
-    states = [(rank, "moment", f"{name}.{state}") for rank, name, state in STATES][:: 2 if bench.short else 1]
+    weights = [(rank, "weight", name) for rank in range(world.ranks) for name in TENSORS][
+        :: 5 if bench.short else 1
+    ]
+    states = [(rank, "moment", f"{name}.{state}") for rank, name, state in STATES][
+        :: 2 if bench.short else 1
+    ]
     for what, cases in (("copies of weights", weights), ("states of the optimizer", states)):
         found = [line for case in cases if (line := _flipped(bench, result, world, *case))]
         result.measured.append(
@@ -108,33 +120,40 @@ def row_17(bench: Bench) -> Result:
         )
     _between(bench, result)
     run_pytest(
-        result, ["tests/parallel/test_replica_check.py"], bench.scratch, "other layouts, drift by one unit, not finite"
+        result,
+        ["tests/parallel/test_replica_check.py"],
+        bench.scratch,
+        "other layouts, drift by one unit, not finite",
     )
     return result
 
 
-def _flipped(bench: Bench, result: Result, world: World, rank: int, kind: str, name: str) -> str:
+def _flipped(bench: Bench, result: Result, world: TinyRun, rank: int, kind: str, name: str) -> str:
     """One flip and what follows; the line that names it, or "" and a problem."""
-    campaign = bench.campaign(world, "row17")
-    attempt = campaign.attempt(f"{kind}@rank={rank}@step=7:flip={name}", None, (EXIT_FAILED,))
+    restarts = bench.restarts(world, "row17")
+    attempt = restarts.attempt(f"{kind}@rank={rank}@step=7:flip={name}", None, (EXIT_FAILED,))
     lines = [x for x in attempt.text.splitlines() if name in x and re.search(rf"rank {rank}\b", x)]
     if set(attempt.codes) != {EXIT_FAILED} or not lines:
-        result.problems.append(f"{name} on rank {rank}: codes {attempt.codes}, not named: {tail(attempt.text)}")
+        result.problems.append(
+            f"{name} on rank {rank}: codes {attempt.codes}, not named: {tail(attempt.text)}"
+        )
         return ""
-    campaign.finish()
-    result.problems += campaign.problems + latest_problems(campaign)
+    restarts.finish()
+    result.problems += restarts.problems + latest_problems(restarts)
     return lines[0]
 
 
 def _between(bench: Bench, result: Result) -> None:
     """What is not found, so that the page says it: a published weight is written anew by the next update."""
-    world = bench.world(6, 3).changed(("audit.replicas_every_steps", 2), ("audit.root_every_steps", 0))
+    world = bench.world(6, 3).changed(
+        ("audit.replicas_every_steps", 2), ("audit.root_every_steps", 0)
+    )
     seen = []
     for kind, name in (("weight", "norm.weight"), ("moment", "head.weight.exp_avg")):
         fault = f"{kind}@rank=1@step=7:flip={name}"
-        job = bench.crew.begin(world.arguments(bench.name("between")), world.ranks, fault)
-        bench.crew.wait(job, 120)
-        bench.crew.end(job)
+        job = bench.server.begin(world.arguments(bench.name("between")), world.ranks, fault)
+        bench.server.wait(job, 120)
+        bench.server.end(job)
         seen.append("found" if set(job.codes) == {EXIT_FAILED} else "not found")
     result.measured += [
         f"a flip of a weight in a step without a comparison (every 2 steps here): {seen[0]}; the next update writes the copy anew, so "
@@ -144,11 +163,19 @@ def _between(bench: Bench, result: Result) -> None:
     ]
 
 
-def latest_problems(campaign: Campaign) -> list[str]:
+def latest_problems(restarts: Restarts) -> list[str]:
     """Whether the steps that count are those of the undisturbed run, whatever earlier attempts wrote."""
-    rows = {row["step"]: disk_state.values_of(row) for row in latest(campaign.run / "metrics.jsonl")}
-    wrong = [step for step in campaign.reference.rows if rows.get(step) != campaign.reference.rows[step]]
-    return [f"{campaign.name}: step {wrong[0]} differs at the end, {len(wrong)} in all"] if wrong else []
+    rows = {
+        row["step"]: disk_state.values_of(row) for row in latest(restarts.run / "metrics.jsonl")
+    }
+    wrong = [
+        step for step in restarts.reference.rows if rows.get(step) != restarts.reference.rows[step]
+    ]
+    return (
+        [f"{restarts.name}: step {wrong[0]} differs at the end, {len(wrong)} in all"]
+        if wrong
+        else []
+    )
 
 
 def row_18(bench: Bench) -> Result:
@@ -159,20 +186,24 @@ def row_18(bench: Bench) -> Result:
         "a run of 60 steps killed after every 7 or so, each step's root against the undisturbed run; and the test that drops each item",
     )
     world = bench.world(20, 3)
-    for grid in (world,) if bench.short else (world, world.on(4, tensor=2, pipeline=2), world.on(1)):
-        campaign = bench.campaign(grid, "row18")
-        while not campaign.done and len(campaign.attempts) < 25:
-            campaign.attempt("step.update@rank=0@nth=8:kill")
-        campaign.finish()
-        result.problems += campaign.problems
-        roots = sum(row[-1] != "null" for row in campaign.reference.rows.values())
+    for grid in (
+        (world,) if bench.short else (world, world.on(4, tensor=2, pipeline=2), world.on(1))
+    ):
+        restarts = bench.restarts(grid, "row18")
+        while not restarts.done and len(restarts.attempts) < 25:
+            restarts.attempt("step.update@rank=0@nth=8:kill")
+        restarts.finish()
+        result.problems += restarts.problems
+        roots = sum(row[-1] != "null" for row in restarts.reference.rows.values())
         result.measured.append(
-            f"{grid.ranks} ranks {dict(grid.layout) or 'data-parallel'}: {grid.steps} steps over {len(campaign.attempts)} starts, "
+            f"{grid.ranks} ranks {dict(grid.layout) or 'data-parallel'}: {grid.steps} steps over {len(restarts.attempts)} starts, "
             f"equal in loss, norm, rows, rate{' and root of the state' if roots else ''} ({roots} roots)"
         )
     if not bench.short:
         node = "tests/laws/test_record_law.py::test_every_item_of_state_matters"
-        run_pytest(result, [node], bench.scratch, "each item of the state left out or changed, and seen")
+        run_pytest(
+            result, [node], bench.scratch, "each item of the state left out or changed, and seen"
+        )
     return result
 
 
@@ -186,16 +217,24 @@ def row_19(bench: Bench) -> Result:
     )
     world = bench.world(8, 3)
     reference = bench.reference(world)
-    grids = [world, world.on(4, tensor=2, pipeline=2), world.on(1), world.on(2, tensor=2), world.on(2, pipeline=2)]
+    grids = [
+        world,
+        world.on(4, tensor=2, pipeline=2),
+        world.on(1),
+        world.on(2, tensor=2),
+        world.on(2, pipeline=2),
+    ]
     name, apart, said = bench.name("row19"), 0.0, []
     for index in range(20):
         grid = grids[index % len(grids)]
-        job = bench.crew.begin(grid.arguments(name, "run.stop_after_steps=5"), grid.ranks)
-        bench.crew.wait(job, 120)
-        bench.crew.end(job)
+        job = bench.server.begin(grid.arguments(name, "run.stop_after_steps=5"), grid.ranks)
+        bench.server.wait(job, 120)
+        bench.server.end(job)
         said.append(job.codes)
         if not set(job.codes) <= {0, 75}:
-            result.problems.append(f"{dict(grid.layout)} on {grid.ranks}: ended with {job.codes}: {tail(job.text())}")
+            result.problems.append(
+                f"{dict(grid.layout)} on {grid.ranks}: ended with {job.codes}: {tail(job.text())}"
+            )
             return result
         if set(job.codes) == {EXIT_DONE}:
             break
@@ -230,10 +269,10 @@ def row_20(bench: Bench) -> Result:
     )
     world = bench.world(40, 5)
     reference = bench.reference(world)
-    campaign = bench.campaign(world, "again")
-    campaign.finish(1)
-    result.problems += campaign.problems
-    newest = read_manifest(list_checkpoints(campaign.run / "checkpoints")[-1])
+    restarts = bench.restarts(world, "again")
+    restarts.finish(1)
+    result.problems += restarts.problems
+    newest = read_manifest(list_checkpoints(restarts.run / "checkpoints")[-1])
     result.measured.append(
         f"{len(reference.rows)} steps equal in every value; root at the end {disk_state.root_of(newest)[:16]} in both"
     )

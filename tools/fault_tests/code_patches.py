@@ -38,20 +38,22 @@ def jumping_clock() -> None:
 
 def writes_in_place() -> None:
     """A save that writes under the final name at once: a kill leaves half a checkpoint that looks like one."""
-    importlib.import_module("k2train.checkpoint.commit").Order.aside = property(lambda order: order.final)
+    importlib.import_module("k2train.checkpoint.commit").Order.aside = property(
+        lambda order: order.final
+    )
 
 
 def forgets_a_moment() -> None:
     """A resume that starts the second moments from zero: the curve looks alike, the run is another."""
-    keeper: Any = importlib.import_module("k2train.train.checkpointing")
-    load = keeper.load_states
+    checkpointing: Any = importlib.import_module("k2train.train.checkpointing")
+    load = checkpointing.load_states
 
     def forgetful(path: Path, table: Any, lines: Any, *arguments: Any) -> Any:
         kept = load(path, table, lines, *arguments)
         lines["exp_avg_sq"].zero_()
         return kept
 
-    keeper.load_states = forgetful
+    checkpointing.load_states = forgetful
 
 
 def keeps_none() -> None:

@@ -11,8 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fault_tests.tiny_run import GLOBAL, World
-from k2train.checkpoint.manifest import is_thinned, list_checkpoints, read_manifest, verify_checkpoint
+from fault_tests.tiny_run import GLOBAL, TinyRun
+from k2train.checkpoint.manifest import (
+    is_thinned,
+    list_checkpoints,
+    read_manifest,
+    verify_checkpoint,
+)
 from k2train.errors import CheckpointError
 from k2train.record.metrics import latest, read_metrics
 
@@ -24,7 +29,9 @@ def root_of(manifest: dict[str, Any]) -> str:
     state = manifest.get("state")
     if isinstance(state, dict) and "root" in state:
         return str(state["root"])
-    lines = "\n".join(f"{name} {facts['sha256']}" for name, facts in sorted(manifest["files"].items()))
+    lines = "\n".join(
+        f"{name} {facts['sha256']}" for name, facts in sorted(manifest["files"].items())
+    )
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
@@ -52,7 +59,12 @@ def reference_of(run: Path) -> Reference:
     roots = {path.name: root_of(verify_checkpoint(path)) for path in paths}
     rows = latest(run / "metrics.jsonl")
     seconds = sorted(float(row["seconds"]) for row in rows)
-    return Reference(roots, {row["step"]: values_of(row) for row in rows}, paths[-1].name, seconds[len(seconds) // 2])
+    return Reference(
+        roots,
+        {row["step"]: values_of(row) for row in rows},
+        paths[-1].name,
+        seconds[len(seconds) // 2],
+    )
 
 
 @dataclass
@@ -109,16 +121,20 @@ def row_problems(run: Path, reference: Reference, done: bool = False) -> list[st
     return found
 
 
-def sample_problems(run: Path, world: World) -> list[str]:
+def sample_problems(run: Path, world: TinyRun) -> list[str]:
     """Whether the steps that count have read every row of every chunk exactly once."""
     spans: dict[str, list[tuple[int, int]]] = {}
     for row in latest(run / "metrics.jsonl"):
         spans.setdefault(row["chunk"], []).append((row["rows"][0], row["rows"][1]))
-    found = [] if len(spans) == world.chunks else [f"{len(spans)} of {world.chunks} chunks were read"]
+    found = (
+        [] if len(spans) == world.chunks else [f"{len(spans)} of {world.chunks} chunks were read"]
+    )
     for chunk, pieces in spans.items():
         seen = [row for start, stop in sorted(pieces) for row in range(start, stop)]
         if seen != list(range(world.steps_per_chunk * GLOBAL)):
-            found.append(f"{chunk}: rows were not read exactly once each ({len(seen)} reads, {len(set(seen))} rows)")
+            found.append(
+                f"{chunk}: rows were not read exactly once each ({len(seen)} reads, {len(set(seen))} rows)"
+            )
     return found
 
 
@@ -154,4 +170,8 @@ def newest_step(run: Path) -> int:
 def complaints(text: str) -> Sequence[str]:
     """The lines on stderr that are neither progress nor notes: what a person must read after a failure."""
     progress = (" chunk ", " saved ckpt_", " resumed from ", " parameters;", " steps of ")
-    return [line for line in text.splitlines() if line.strip() and not any(mark in line for mark in progress)]
+    return [
+        line
+        for line in text.splitlines()
+        if line.strip() and not any(mark in line for mark in progress)
+    ]

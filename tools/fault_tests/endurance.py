@@ -15,9 +15,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fault_tests import disk_state
-from fault_tests.endurance_faults import ENDING, HARMLESS, LATE, LIVED_WITH, Drawn, Kind, Scene, backstop
+from fault_tests.endurance_faults import (
+    ENDING,
+    HARMLESS,
+    LATE,
+    LIVED_WITH,
+    Drawn,
+    Kind,
+    Scene,
+    backstop,
+)
 from fault_tests.processes import Job
-from fault_tests.restarts import Attempt, Campaign
+from fault_tests.restarts import Attempt, Restarts
 from fault_tests.result import Bench, Result
 
 STEPS_PER_CHUNK = 3
@@ -35,7 +44,7 @@ QUICK = (
     ("watch.step_seconds", 5.0),
     ("watch.heartbeat_seconds", 0.1),
 )
-"""Limits in proportion to a step of some hundredths of a second."""
+"""Timeouts in proportion to a step of some hundredths of a second."""
 
 
 class Endurance:
@@ -45,8 +54,10 @@ class Endurance:
         self.bench, self.faults = bench, faults
         self.draw = bench.random(30)
         chunks = max(8, round(faults * STEPS_PER_FAULT / STEPS_PER_CHUNK))
-        self.campaign: Campaign = bench.campaign(bench.world(chunks, STEPS_PER_CHUNK).changed(*QUICK), "endurance")
-        self.campaign.verify_newest = 4
+        self.restarts: Restarts = bench.restarts(
+            bench.world(chunks, STEPS_PER_CHUNK).changed(*QUICK), "endurance"
+        )
+        self.restarts.verify_newest = 4
         self.kinds: Counter[str] = Counter()
         self.recoveries: list[float] = []
         self.fruitless = 0
@@ -57,38 +68,40 @@ class Endurance:
 
     @property
     def run(self) -> Path:
-        return self.campaign.run
+        return self.restarts.run
 
     def go(self) -> None:
         """To the end, or to the first thing that a person would have to look at."""
         told = 0
-        while not self.campaign.done and len(self.campaign.attempts) < 4 * self.faults + 20:
-            attempt = self._attempt() if self.done_faults < self.faults else self.campaign.attempt()
+        while not self.restarts.done and len(self.restarts.attempts) < 4 * self.faults + 20:
+            attempt = self._attempt() if self.done_faults < self.faults else self.restarts.attempt()
             self.fruitless = self.fruitless + 1 if attempt.after <= max(attempt.before, 0) else 0
             if (first := attempt.first_step_seconds) is not None:
                 self.recoveries.append(first)
-            if 2 in attempt.codes or len(self.campaign.problems) > 20:
-                self.campaign.problems.append(f"a person was needed: {attempt.codes}: {attempt.text[-400:]}")
+            if 2 in attempt.codes or len(self.restarts.problems) > 20:
+                self.restarts.problems.append(
+                    f"a person was needed: {attempt.codes}: {attempt.text[-400:]}"
+                )
                 return
             if self.done_faults >= told + 20:
                 told = self.done_faults
                 self.bench.say(
-                    f"endurance: {told} faults, step {attempt.after} of {self.campaign.world.steps}, {len(self.campaign.attempts)} starts"
+                    f"endurance: {told} faults, step {attempt.after} of {self.restarts.world.steps}, {len(self.restarts.attempts)} starts"
                 )
-        self.campaign.finish()
+        self.restarts.finish()
 
     def _attempt(self) -> Attempt:
         drawn = self.next_faults()
         environment = {key: value for _, one in drawn for key, value in one.environment.items()}
-        self.campaign.environments = [environment] * self.campaign.world.ranks
+        self.restarts.environments = [environment] * self.restarts.world.ranks
 
         def during(job: Job) -> None:
             for _, one in drawn:
                 if one.during is not None:
                     one.during(job)
 
-        attempt = self.campaign.attempt(";".join(one.text for _, one in drawn if one.text), during)
-        self.campaign.environments = ()
+        attempt = self.restarts.attempt(";".join(one.text for _, one in drawn if one.text), during)
+        self.restarts.environments = ()
         # A STOP laid down in the moment in which the run ended by itself was for a start that is over.
         (self.run / "STOP").unlink(missing_ok=True)
         strikes = {name for _, _, name in attempt.job.strikes()}
@@ -98,8 +111,8 @@ class Endurance:
 
     def next_faults(self) -> list[tuple[str, Drawn]]:
         """What the next attempt must live with, and how it ends; does at once what is done to files."""
-        newest = max(self.campaign.attempts[-1].after if self.campaign.attempts else 0, 0)
-        left_steps, left_faults = self.campaign.world.steps - newest, self.faults - self.done_faults
+        newest = max(self.restarts.attempts[-1].after if self.restarts.attempts else 0, 0)
+        left_steps, left_faults = self.restarts.world.steps - newest, self.faults - self.done_faults
         reach = max(2, round(1.5 * left_steps * FAULTS_PER_ATTEMPT / max(1, left_faults)))
         step = newest + self.draw.randint(1, reach)
         # A third start that gets nowhere is refused, rightly; a person would have looked by then: so nothing strikes early.
@@ -108,22 +121,29 @@ class Endurance:
             step = newest + 2 * STEPS_PER_CHUNK + 1
         scene = Scene(
             self.draw,
-            self.campaign,
-            self.bench.crew,
-            min(step, self.campaign.world.steps - 1),
+            self.restarts,
+            self.bench.server,
+            min(step, self.restarts.world.steps - 1),
             newest,
             STEPS_PER_CHUNK,
         )
         (ending,) = self._names(ENDING, LATE if tired else (), 1)
-        lived = self._names(LIVED_WITH, HARMLESS if tired else (), self.draw.choice(LIVED_WITH_PER_ATTEMPT))
+        lived = self._names(
+            LIVED_WITH, HARMLESS if tired else (), self.draw.choice(LIVED_WITH_PER_ATTEMPT)
+        )
         if ending.startswith("NaN"):
             # Saved between two steps that were skipped, they would stay so.
             lived = [name for name in lived if name != "SAVE file"]
         # Each kind once; one that waits for a step goes before the one that ends the attempt by hand.
         names = [*dict.fromkeys(lived), ending]
-        return [*((name, {**ENDING, **LIVED_WITH}[name][0](scene)) for name in names), (BACKSTOP, backstop(scene))]
+        return [
+            *((name, {**ENDING, **LIVED_WITH}[name][0](scene)) for name in names),
+            (BACKSTOP, backstop(scene)),
+        ]
 
-    def _names(self, kinds: Mapping[str, tuple[Kind, float]], only: Sequence[str], count: int) -> list[str]:
+    def _names(
+        self, kinds: Mapping[str, tuple[Kind, float]], only: Sequence[str], count: int
+    ) -> list[str]:
         names = sorted(only or kinds)
         return self.draw.choices(names, [kinds[name][1] for name in names], k=count)
 
@@ -145,22 +165,24 @@ def row_30(bench: Bench) -> Result:
 
 def report(result: Result, run: Endurance, seconds: float) -> None:
     """What a run of so many seconds came to."""
-    campaign, wanted = run.campaign, run.faults
-    result.problems += campaign.problems
+    restarts, wanted = run.restarts, run.faults
+    result.problems += restarts.problems
     if run.done_faults < wanted:
-        result.missing.append(f"{wanted - run.done_faults} of {wanted} faults: the run was over before")
+        result.missing.append(
+            f"{wanted - run.done_faults} of {wanted} faults: the run was over before"
+        )
     if run.done_faults < 1000:
         result.missing.append(f"1,000 faults: this was a run of {run.done_faults}")
-    steps, step = campaign.world.steps, campaign.reference.step_seconds
-    judged = seconds - sum(attempt.seconds for attempt in campaign.attempts)
+    steps, step = restarts.world.steps, restarts.reference.step_seconds
+    judged = seconds - sum(attempt.seconds for attempt in restarts.attempts)
     result.measured += [
-        f"{run.done_faults} faults, {len(campaign.attempts)} starts, {steps} steps, {seconds:.0f} s: a fault every "
-        f"{seconds / max(1, run.done_faults):.2f} s, a start every {seconds / len(campaign.attempts):.2f} s; "
-        f"hands needed: {sum(2 in a.codes for a in campaign.attempts)}",
+        f"{run.done_faults} faults, {len(restarts.attempts)} starts, {steps} steps, {seconds:.0f} s: a fault every "
+        f"{seconds / max(1, run.done_faults):.2f} s, a start every {seconds / len(restarts.attempts):.2f} s; "
+        f"hands needed: {sum(2 in a.codes for a in restarts.attempts)}",
         ", ".join(f"{kind}: {count}" for kind, count in sorted(run.kinds.items())),
     ]
-    if campaign.done:
-        rows = len(disk_state.read_metrics(campaign.run / "metrics.jsonl"))
+    if restarts.done:
+        rows = len(disk_state.read_metrics(restarts.run / "metrics.jsonl"))
         result.measured.append(
             f"effective time (steps x median step {step * 1000:.0f} ms / all time): {steps * step / seconds:.1%}; of all time "
             f"{judged:.0f} s went into looking at what was left; {rows} steps were taken to make {steps}"
@@ -172,5 +194,5 @@ def report(result: Result, run: Endurance, seconds: float) -> None:
             f"{recovery / FAILURE_SECONDS:.3%} (arithmetic for this tiny model, not a measurement)"
         )
     result.measured.append(
-        f"fewest complete verified checkpoints after any attempt, once there were two: {campaign.fewest_whole}"
+        f"fewest complete verified checkpoints after any attempt, once there were two: {restarts.fewest_whole}"
     )

@@ -12,11 +12,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fault_tests import file_damage
-from fault_tests.processes import Crew, Job
-from fault_tests.restarts import Campaign
+from fault_tests.processes import ForkServer, Job
+from fault_tests.restarts import Restarts
 
 KILLS = ("step.read", "step.forward", "step.reduce", "step.update", "step.done")
-SAVES = ("save.snapshot", "save.begin", "save.model", "save.optimizer", "save.hashed", "ledger.append")
+SAVES = (
+    "save.snapshot",
+    "save.begin",
+    "save.model",
+    "save.optimizer",
+    "save.hashed",
+    "ledger.append",
+)
 
 
 @dataclass
@@ -24,15 +31,15 @@ class Scene:
     """What a kind is drawn from; `step`: where it is to strike, `newest`: the last step on the disk before the attempt."""
 
     draw: random.Random
-    campaign: Campaign
-    crew: Crew
+    restarts: Restarts
+    server: ForkServer
     step: int
     newest: int
     steps_per_chunk: int
 
     @property
     def run(self) -> Path:
-        return self.campaign.run
+        return self.restarts.run
 
 
 @dataclass
@@ -66,7 +73,7 @@ def when_at(scene: Scene, harm: Callable[[Job], object]) -> Drawn:
             if metrics.exists() and f'"step":{scene.step},' in _after(metrics, size):
                 drawn.done = bool(harm(job))
                 return
-            scene.crew.wait(job, 0.005)
+            scene.server.wait(job, 0.005)
 
     drawn.during = wait
     return drawn
@@ -79,7 +86,9 @@ def _after(path: Path, place: int) -> str:
 
 
 def kill_in_step(scene: Scene) -> Drawn:
-    return Drawn(f"{scene.draw.choice(KILLS)}@rank={scene.draw.randrange(2)}@step={scene.step}:kill")
+    return Drawn(
+        f"{scene.draw.choice(KILLS)}@rank={scene.draw.randrange(2)}@step={scene.step}:kill"
+    )
 
 
 def kill_in_save(scene: Scene) -> Drawn:
@@ -90,7 +99,7 @@ def kill_in_save(scene: Scene) -> Drawn:
 
 def backstop(scene: Scene) -> Drawn:
     """A kill some steps on, for an attempt that should have ended before: else it goes on to the end of the run."""
-    step = min(scene.step + scene.steps_per_chunk + 2, scene.campaign.world.steps - 1)
+    step = min(scene.step + scene.steps_per_chunk + 2, scene.restarts.world.steps - 1)
     return Drawn(f"step.read@rank={scene.draw.randrange(2)}@step={step}:kill")
 
 
@@ -101,7 +110,9 @@ def crash(scene: Scene) -> Drawn:
 
 def terminate(scene: Scene) -> Drawn:
     how = scene.draw.choice(("term", "usr1"))
-    return Drawn(f"{scene.draw.choice(KILLS)}@rank={scene.draw.randrange(2)}@step={scene.step}:{how}")
+    return Drawn(
+        f"{scene.draw.choice(KILLS)}@rank={scene.draw.randrange(2)}@step={scene.step}:{how}"
+    )
 
 
 def stop_file(scene: Scene) -> Drawn:
@@ -119,7 +130,12 @@ def _touch(path: Path, job: Job) -> bool:
 
 
 def kill_all(scene: Scene) -> Drawn:
-    return when_at(scene, lambda job: [job.send(rank, signal.SIGKILL) for rank in range(len(job.pids))] == [True, True])
+    return when_at(
+        scene,
+        lambda job: (
+            [job.send(rank, signal.SIGKILL) for rank in range(len(job.pids))] == [True, True]
+        ),
+    )
 
 
 def not_finite(scene: Scene) -> Drawn:
@@ -127,11 +143,15 @@ def not_finite(scene: Scene) -> Drawn:
     size = scene.steps_per_chunk
     first = -(-scene.newest // size) * size + 1
     rank, value = scene.draw.randrange(2), scene.draw.choice(("nan", "inf"))
-    return Drawn(";".join(f"gradient@rank={rank}@step={step}:{value}" for step in range(first, first + size)))
+    return Drawn(
+        ";".join(f"gradient@rank={rank}@step={step}:{value}" for step in range(first, first + size))
+    )
 
 
 def hang(scene: Scene) -> Drawn:
-    return Drawn(f"{scene.draw.choice(KILLS)}@rank={scene.draw.randrange(2)}@step={scene.step}:stop")
+    return Drawn(
+        f"{scene.draw.choice(KILLS)}@rank={scene.draw.randrange(2)}@step={scene.step}:stop"
+    )
 
 
 def full_disk(scene: Scene) -> Drawn:
@@ -148,11 +168,13 @@ def slow(scene: Scene) -> Drawn:
 def harm_newest(scene: Scene) -> Drawn:
     """Damage the newest complete checkpoint, where two others are left."""
     whole = file_damage.complete_checkpoints(scene.run) if scene.run.exists() else []
-    if len(whole) < 3 or scene.campaign.harmed:
+    if len(whole) < 3 or scene.restarts.harmed:
         return Drawn()
     path = scene.draw.choice(file_damage.shards_of(whole[-1]))
-    file_damage.KINDS[scene.draw.choice(("flip", "cut", "empty", "lost", "swapped"))](path, scene.draw)
-    scene.campaign.expect_fewer(whole[-1].name)
+    file_damage.KINDS[scene.draw.choice(("flip", "cut", "empty", "lost", "swapped"))](
+        path, scene.draw
+    )
+    scene.restarts.expect_fewer(whole[-1].name)
     return Drawn(done=True)
 
 
@@ -161,7 +183,9 @@ def stale_files(scene: Scene) -> Drawn:
     if not folder.exists():
         return Drawn()
     (folder / "ckpt_998.tmp" / "model").mkdir(parents=True, exist_ok=True)
-    (folder / "latest_checkpointed_iteration.txt").write_text(scene.draw.choice(("", "12", "999999")))
+    (folder / "latest_checkpointed_iteration.txt").write_text(
+        scene.draw.choice(("", "12", "999999"))
+    )
     return Drawn(done=True)
 
 

@@ -50,7 +50,14 @@ def extra(path: Path, draw: random.Random) -> str:
     return "copied beside itself"
 
 
-KINDS = {"flip": flip_bit, "cut": truncate, "empty": empty, "lost": remove, "swapped": swap, "stray": extra}
+KINDS = {
+    "flip": flip_bit,
+    "cut": truncate,
+    "empty": empty,
+    "lost": remove,
+    "swapped": swap,
+    "stray": extra,
+}
 
 
 def complete_checkpoints(run: Path) -> list[Path]:
@@ -59,7 +66,9 @@ def complete_checkpoints(run: Path) -> list[Path]:
     return sorted(
         path
         for path in found
-        if (path / "optimizer").is_dir() and not (path / "thinned.json").exists() and ".tmp" not in path.name
+        if (path / "optimizer").is_dir()
+        and not (path / "thinned.json").exists()
+        and ".tmp" not in path.name
     )
 
 

@@ -1,10 +1,10 @@
-"""The crew: a warm process that forks the ranks of a run, each a real process that a real SIGKILL ends.
+"""The server: a warm process that forks the ranks of a run, each a real process that a real SIGKILL ends.
 
     python tools/fault_tests/forkserver.py        orders on stdin, news on stdout, one JSON object a line
 
 Importing torch and the trainer takes seconds, a fork of what is imported milliseconds: a thousand restarts become a
 matter of minutes. The fork is safe because nothing here has started a thread, opened a socket or drawn a number: the
-crew refuses to serve otherwise. A child that ends by itself joins its threads, runs its exit functions and leaves; it does
+server refuses to serve otherwise. A child that ends by itself joins its threads, runs its exit functions and leaves; it does
 not take down all modules one by one, which would copy the whole heap of the parent (0.5 to 3 s); the rows that go through
 the launcher do. Pools of workers that live on after a job were refused: what a kill leaves behind in a process cannot be
 seen in one that is never killed.
@@ -53,7 +53,7 @@ def warm() -> None:
 
 
 def serve() -> dict[str, Any] | None:
-    """Fork and reap until stdin ends; returns the order of a rank in the forked child, None in the crew."""
+    """Fork and reap until stdin ends; returns the order of a rank in the forked child, None in the server."""
     news = os.dup(1)
     read_end, write_end = os.pipe()
     os.set_blocking(write_end, False)
@@ -84,15 +84,17 @@ def serve() -> dict[str, Any] | None:
                     return mine
 
 
-def fork_ranks(order: dict[str, Any], alive: dict[int, tuple[int, int]], news: int) -> dict[str, Any] | None:
+def fork_ranks(
+    order: dict[str, Any], alive: dict[int, tuple[int, int]], news: int
+) -> dict[str, Any] | None:
     """One process a rank, all in one process group of their own; in a child, its order."""
-    crew, pids = os.getpid(), list[int]()
+    server, pids = os.getpid(), list[int]()
     for rank in order["ranks"]:
         pid = os.fork()
         if pid == 0:
             os.setpgid(0, pids[0] if pids else 0)
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-            if os.getppid() != crew:
+            if os.getppid() != server:
                 os._exit(1)
             return {**rank, "folder": order["folder"]}
         # Both sides set it: whoever comes first, it is set before either goes on.

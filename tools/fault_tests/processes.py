@@ -1,4 +1,4 @@
-"""Jobs of the crew, seen from the tool: start ranks, wait with a bound, signal them, look for what they left behind.
+"""Jobs of the server, seen from the tool: start ranks, wait with a bound, signal them, look for what they left behind.
 
 No torch here: the tool that judges must not share a fault with what it judges.
 """
@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-CREW = Path(__file__).with_name("forkserver.py")
-ROOT = CREW.parents[2]
+SERVER = Path(__file__).with_name("forkserver.py")
+ROOT = SERVER.parents[2]
 START_SECONDS = 120.0
 
 
@@ -74,7 +74,8 @@ class Job:
         path = self.folder / "trace"
         lines = path.read_text().splitlines() if path.exists() else []
         return [
-            (float(at), int(rank), name) for at, rank, name in (line.split() for line in lines if line.count(" ") == 2)
+            (float(at), int(rank), name)
+            for at, rank, name in (line.split() for line in lines if line.count(" ") == 2)
         ]
 
     def send(self, rank: int, number: int) -> bool:
@@ -88,7 +89,7 @@ class Job:
         return True
 
 
-class Crew:
+class ForkServer:
     """A context manager around the warm process; `begin` a job, `wait` for it."""
 
     def __init__(self, scratch: Path):
@@ -100,12 +101,19 @@ class Crew:
     def __enter__(self) -> Self:
         self.scratch.mkdir(parents=True, exist_ok=True)
         quiet = {
-            k: v for k, v in os.environ.items() if not k.startswith(("RANK", "WORLD_SIZE", "LOCAL_RANK", "K2TRAIN"))
+            k: v
+            for k, v in os.environ.items()
+            if not k.startswith(("RANK", "WORLD_SIZE", "LOCAL_RANK", "K2TRAIN"))
         }
-        settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", "USE_LIBUV": "1"}
-        self._errors = (self.scratch / "crew.err").open("wb")
+        settings = {
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(ROOT),
+            "GLOO_SOCKET_IFNAME": "lo",
+            "USE_LIBUV": "1",
+        }
+        self._errors = (self.scratch / "server.err").open("wb")
         self.process = subprocess.Popen(
-            [sys.executable, str(CREW)],
+            [sys.executable, str(SERVER)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -116,7 +124,7 @@ class Crew:
         self._selector = selectors.DefaultSelector()
         self._selector.register(self.process.stdout, selectors.EVENT_READ)
         if not self._news(START_SECONDS):
-            raise RuntimeError(f"the crew did not start; see {self._errors.name}")
+            raise RuntimeError(f"the server did not start; see {self._errors.name}")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -165,7 +173,7 @@ class Crew:
         deadline = time.monotonic() + 30
         while not job.pids:
             if time.monotonic() > deadline:
-                raise RuntimeError("the crew has not forked the ranks in 30 s")
+                raise RuntimeError("the server has not forked the ranks in 30 s")
             self._news(1.0)
         return job
 
@@ -209,7 +217,7 @@ class Crew:
         self.wait(job, 30)
 
     def left_behind(self, job: Job) -> list[str]:
-        """Processes of the job's group or below the crew that live after it, and its port if it is still listened to."""
+        """Processes of the job's group or below the server that live after it, and its port if it is still listened to."""
         found = [
             f"process {pid} ({what}) lives on"
             for pid, what in processes_of(job.pids[0], self.process.pid, self._live())
@@ -219,7 +227,12 @@ class Crew:
         return found
 
     def _live(self) -> set[int]:
-        return {pid for job in self.jobs.values() for rank, pid in enumerate(job.pids) if rank not in job.ends}
+        return {
+            pid
+            for job in self.jobs.values()
+            for rank, pid in enumerate(job.pids)
+            if rank not in job.ends
+        }
 
     def _order(self, order: dict[str, Any]) -> None:
         assert self.process.stdin is not None, "a pipe was asked for"
@@ -233,7 +246,7 @@ class Crew:
         assert self.process.stdout is not None, "a pipe was asked for"
         piece = os.read(self.process.stdout.fileno(), 1 << 16)
         if not piece:
-            raise RuntimeError(f"the crew has ended; see {self._errors.name}")
+            raise RuntimeError(f"the server has ended; see {self._errors.name}")
         *lines, self._rest = (self._rest + piece).split(b"\n")
         for line in lines:
             fact = json.loads(line)
@@ -246,8 +259,8 @@ class Crew:
         return True
 
 
-def processes_of(group: int, crew: int, known: set[int]) -> list[tuple[int, str]]:
-    """Live processes of a process group, and children of the crew that are no rank we know of."""
+def processes_of(group: int, server: int, known: set[int]) -> list[tuple[int, str]]:
+    """Live processes of a process group, and children of the server that are no rank we know of."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -256,7 +269,7 @@ def processes_of(group: int, crew: int, known: set[int]) -> list[tuple[int, str]
             continue
         state, parent, pgrp = tail.split()[:3]
         pid = int(stat.parent.name)
-        if state not in "ZX" and pid not in known and (int(pgrp) == group or int(parent) == crew):
+        if state not in "ZX" and pid not in known and (int(pgrp) == group or int(parent) == server):
             found.append((pid, head.partition("(")[2]))
     return found
 

@@ -52,7 +52,10 @@ def page(results: Sequence[Result], bench: Bench, seconds: float) -> str:
         "",
         "| # | Fault | Target | Verdict | Seconds |",
         "|---|---|---|---|---|",
-        *(f"| {r.row} | {cell(r.fault)} | {cell(r.target)} | **{r.verdict}** | {r.seconds:.0f} |" for r in results),
+        *(
+            f"| {r.row} | {cell(r.fault)} | {cell(r.target)} | **{r.verdict}** | {r.seconds:.0f} |"
+            for r in results
+        ),
         "",
     ]
     for result in results:
@@ -82,7 +85,9 @@ def cell(text: str) -> str:
 def facts(bench: Bench, seconds: float) -> list[str]:
     """Date, machine, versions, commit, and the size of the run of the tool."""
     commit = _commit()
-    packages = ", ".join(f"{name} {_version(name)}" for name in ("torch", "numpy", "safetensors", "pydantic"))
+    packages = ", ".join(
+        f"{name} {_version(name)}" for name in ("torch", "numpy", "safetensors", "pydantic")
+    )
     return [
         f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {seconds:.0f} s, level {bench.level}, seed {bench.seed}",
         f"{platform.system()} {platform.release().split('-')[0]}, {_processor()}, {_cores()} cores, no accelerator used",
@@ -99,9 +104,14 @@ def _version(name: str) -> str:
 
 
 def _commit() -> str:
-    asked = [("git", "rev-parse", "--short=12", "HEAD"), ("git", "status", "--porcelain", "--untracked-files=no")]
+    asked = [
+        ("git", "rev-parse", "--short=12", "HEAD"),
+        ("git", "status", "--porcelain", "--untracked-files=no"),
+    ]
     said = [
-        subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+        subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, check=False
+        ).stdout.strip()
         for command in asked
     ]
     return (said[0] or "unknown") + (" with changes not committed" if said[1] else "")

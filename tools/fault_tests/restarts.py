@@ -13,8 +13,8 @@ from pathlib import Path
 
 from fault_tests import disk_state
 from fault_tests.disk_state import Reference
-from fault_tests.processes import Crew, Job
-from fault_tests.tiny_run import World
+from fault_tests.processes import ForkServer, Job
+from fault_tests.tiny_run import TinyRun
 from k2train.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USAGE
 
 LIMIT_SECONDS = 240.0
@@ -73,15 +73,17 @@ class Attempt:
 
     def first_point_seconds(self, point: str) -> float | None:
         """From the start until a rank first came to a fault point; None when none has."""
-        return next((at - self.job.began for at, _, name in self.job.points() if name == point), None)
+        return next(
+            (at - self.job.began for at, _, name in self.job.points() if name == point), None
+        )
 
 
 @dataclass
-class Campaign:
+class Restarts:
     """A run under faults. `problems` holds what must not be; empty at the end: the run survived."""
 
-    crew: Crew
-    world: World
+    server: ForkServer
+    world: TinyRun
     name: str
     reference: Reference
     attempts: list[Attempt] = field(default_factory=list)
@@ -113,11 +115,13 @@ class Campaign:
     ) -> Attempt:
         """Start the same command, let `during` do its harm meanwhile, wait for the end, look at everything."""
         before = max(disk_state.newest_step(self.run), -1)
-        job = self.crew.begin(self.world.arguments(self.name, *more), self.world.ranks, faults, self.environments)
+        job = self.server.begin(
+            self.world.arguments(self.name, *more), self.world.ranks, faults, self.environments
+        )
         if during is not None:
             during(job)
         place = f"{self.name}, attempt {len(self.attempts) + 1} ({faults or 'no fault'})"
-        helped = self.crew.wait_as_launcher(job, limit, GRACE_SECONDS)
+        helped = self.server.wait_as_launcher(job, limit, GRACE_SECONDS)
         met = {rank for _, rank, name in job.points() if name == "start.agreed"}
         if helped and len(met) == len(job.pids):
             self.problems.append(f"{place}: {helped}; {job.text()[-300:]}")
@@ -127,7 +131,9 @@ class Campaign:
         return made
 
     def attempt_with(
-        self, environments: Sequence[Mapping[str, str]], during: Callable[[Job], object] | None = None
+        self,
+        environments: Sequence[Mapping[str, str]],
+        during: Callable[[Job], object] | None = None,
     ) -> Attempt:
         """An attempt whose ranks get variables of their own."""
         kept, self.environments = self.environments, environments
@@ -164,12 +170,14 @@ class Campaign:
         found = [*disk.problems, *disk_state.row_problems(self.run, self.reference, done=True)]
         found += disk_state.sample_problems(self.run, self.world)
         if not disk.whole or disk.whole[-1] != self.reference.final:
-            found.append(f"the newest whole checkpoint is {disk.whole[-1:]}, undisturbed {self.reference.final}")
+            found.append(
+                f"the newest whole checkpoint is {disk.whole[-1:]}, undisturbed {self.reference.final}"
+            )
         found += [f"{name} was left over" for name in disk_state.leftovers(self.run)]
         return found
 
     def _look(self, made: Attempt, allowed: tuple[int, ...]) -> list[str]:
-        found = self.crew.left_behind(made.job)
+        found = self.server.left_behind(made.job)
         asked = (-int(signal.SIGTERM),) if made.helped else ()
         wrong = [code for code in made.codes if code not in (EXIT_DONE, *allowed, *asked)]
         if wrong:
@@ -181,28 +189,36 @@ class Campaign:
         if any(name == "step.read" for _, _, name in made.job.points()):
             # Past the place where what is damaged is set aside.
             self.harmed.clear()
-        found += [text for text in disk.problems if not any(f"{name}: " in text for name in self.harmed)]
-        committed = sum(rank == 0 and name == "save.committed" for _, rank, name in made.job.points())
+        found += [
+            text for text in disk.problems if not any(f"{name}: " in text for name in self.harmed)
+        ]
+        committed = sum(
+            rank == 0 and name == "save.committed" for _, rank, name in made.job.points()
+        )
         self._had_two |= committed >= 2
-        if len(disk.whole) < (2 if self._had_two else 1) and (committed or max(made.before, made.after) >= 0):
-            found.append(f"only {len(disk.whole)} complete verified checkpoints are left: {disk.whole}")
+        if len(disk.whole) < (2 if self._had_two else 1) and (
+            committed or max(made.before, made.after) >= 0
+        ):
+            found.append(
+                f"only {len(disk.whole)} complete verified checkpoints are left: {disk.whole}"
+            )
         self._had_two |= len(disk.whole) >= 2
         if self._had_two:
             self.fewest_whole = min(len(disk.whole), self.fewest_whole or len(disk.whole))
         return found + disk_state.row_problems(self.run, self.reference)
 
 
-def undisturbed(crew: Crew, world: World, name: str = "undisturbed") -> Reference:
+def undisturbed(server: ForkServer, world: TinyRun, name: str = "undisturbed") -> Reference:
     """Run the world without faults. Raises RuntimeError when that fails: then nothing else can be judged."""
-    job = crew.begin(world.arguments(name), world.ranks)
-    crew.wait(job, LIMIT_SECONDS * 4)
+    job = server.begin(world.arguments(name), world.ranks)
+    server.wait(job, LIMIT_SECONDS * 4)
     if job.codes != [EXIT_DONE] * world.ranks:
-        crew.end(job)
+        server.end(job)
         raise RuntimeError(f"the undisturbed run ended with {job.codes}: {job.text()[-1500:]}")
     return disk_state.reference_of(world.run(name))
 
 
-def forget(campaign: Campaign) -> None:
-    """Remove the files of a campaign that went well."""
-    if not campaign.problems:
-        shutil.rmtree(campaign.run, ignore_errors=True)
+def forget(restarts: Restarts) -> None:
+    """Remove the files of a restarts that went well."""
+    if not restarts.problems:
+        shutil.rmtree(restarts.run, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""What a row of the table came to, and what all rows share: the crew, the scratch folder, how much is asked for."""
+"""What a row of the table came to, and what all rows share: the server, the scratch folder, how much is asked for."""
 
 import random
 import re
@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fault_tests.disk_state import Reference
-from fault_tests.processes import ROOT, Crew
-from fault_tests.restarts import Attempt, Campaign, undisturbed
-from fault_tests.tiny_run import World, make_world
+from fault_tests.processes import ROOT, ForkServer
+from fault_tests.restarts import Attempt, Restarts, undisturbed
+from fault_tests.tiny_run import TinyRun, make_tiny_run
 
 SHORT, MEDIUM = "short", "medium"
 
@@ -47,15 +47,15 @@ class Result:
 class Bench:
     """What a row works with."""
 
-    crew: Crew
+    server: ForkServer
     scratch: Path
     level: str = MEDIUM
     seed: int = 1
     kills: int = 40
     endurance: int = 100
     say: Callable[[str], None] = lambda text: None
-    _worlds: dict[tuple[int, ...], World] = field(default_factory=dict)
-    _references: dict[World, Reference] = field(default_factory=dict)
+    _worlds: dict[tuple[int, ...], TinyRun] = field(default_factory=dict)
+    _references: dict[TinyRun, Reference] = field(default_factory=dict)
     _names: int = 0
 
     @property
@@ -66,39 +66,41 @@ class Bench:
         """Numbers that follow from the seed and the row alone, whichever rows are run."""
         return random.Random(self.seed * 1000 + row)
 
-    def world(self, chunks: int, steps_per_chunk: int, held_out: bool = False) -> World:
+    def world(self, chunks: int, steps_per_chunk: int, held_out: bool = False) -> TinyRun:
         """A world of that size, made once."""
         key = (chunks, steps_per_chunk, int(held_out))
         if key not in self._worlds:
             folder = self.scratch / f"world_{chunks}_{steps_per_chunk}_{int(held_out)}"
-            self._worlds[key] = make_world(folder, chunks, steps_per_chunk, held_out=held_out)
+            self._worlds[key] = make_tiny_run(folder, chunks, steps_per_chunk, held_out=held_out)
         return self._worlds[key]
 
     def name(self, stem: str) -> str:
         self._names += 1
         return f"{stem}_{self._names}"
 
-    def reference(self, world: World) -> Reference:
+    def reference(self, world: TinyRun) -> Reference:
         """The undisturbed run of a world on its grid, done once."""
         if world not in self._references:
-            self._references[world] = undisturbed(self.crew, world, self.name("undisturbed"))
+            self._references[world] = undisturbed(self.server, world, self.name("undisturbed"))
         return self._references[world]
 
-    def campaign(self, world: World, stem: str) -> Campaign:
-        return Campaign(self.crew, world, self.name(stem), self.reference(world))
+    def restarts(self, world: TinyRun, stem: str) -> Restarts:
+        return Restarts(self.server, world, self.name(stem), self.reference(world))
 
 
-def chain(bench: Bench, world: World, stem: str, faults: Iterable[str], again: int = 2) -> list[Campaign]:
+def chain(
+    bench: Bench, world: TinyRun, stem: str, faults: Iterable[str], again: int = 2
+) -> list[Restarts]:
     """One attempt a fault, one run after the other as they are done; the last one is finished without faults.
 
     A fault whose place the attempt never came to, because the run was done before, is tried once more on a new run.
     """
-    made = [bench.campaign(world, stem)]
+    made = [bench.restarts(world, stem)]
     for fault in faults:
         for _ in range(again):
             if made[-1].done:
                 made[-1].finish()
-                made.append(bench.campaign(world, stem))
+                made.append(bench.restarts(world, stem))
             attempt = made[-1].attempt(fault)
             if attempt.struck or not made[-1].done:
                 break
@@ -107,12 +109,12 @@ def chain(bench: Bench, world: World, stem: str, faults: Iterable[str], again: i
     return made
 
 
-def attempts_of(campaigns: Sequence[Campaign]) -> list[Attempt]:
-    return [attempt for campaign in campaigns for attempt in campaign.attempts]
+def attempts_of(campaigns: Sequence[Restarts]) -> list[Attempt]:
+    return [attempt for restarts in campaigns for attempt in restarts.attempts]
 
 
-def problems_of(campaigns: Sequence[Campaign]) -> list[str]:
-    return [problem for campaign in campaigns for problem in campaign.problems]
+def problems_of(campaigns: Sequence[Restarts]) -> list[str]:
+    return [problem for restarts in campaigns for problem in restarts.problems]
 
 
 def spread(values: Sequence[float], unit: str = "s") -> str:
@@ -122,7 +124,9 @@ def spread(values: Sequence[float], unit: str = "s") -> str:
     return f"median {statistics.median(values):.2f} {unit}, at most {max(values):.2f} {unit} ({len(values)})"
 
 
-def run_pytest(result: Result, nodes: Sequence[str], scratch: Path, what: str, limit: float = 900) -> None:
+def run_pytest(
+    result: Result, nodes: Sequence[str], scratch: Path, what: str, limit: float = 900
+) -> None:
     """Prove a row by tests of the suite: their outcome and seconds go into the result."""
     absent = [node for node in nodes if not (ROOT / node.partition("::")[0]).exists()]
     if absent:
@@ -131,7 +135,16 @@ def run_pytest(result: Result, nodes: Sequence[str], scratch: Path, what: str, l
     if not present:
         return
     report = scratch / f"row_{result.row}.xml"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *present]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        f"--junitxml={report}",
+        *present,
+    ]
     began = time.monotonic()
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit)
@@ -139,11 +152,15 @@ def run_pytest(result: Result, nodes: Sequence[str], scratch: Path, what: str, l
         result.problems.append(f"{' '.join(present)} was not done after {limit:.0f} s")
         return
     if not report.exists():
-        result.problems.append(f"pytest {' '.join(present)} ended with {done.returncode}: {done.stdout[-300:]}")
+        result.problems.append(
+            f"pytest {' '.join(present)} ended with {done.returncode}: {done.stdout[-300:]}"
+        )
         return
     suite = next(xml.parse(report).getroot().iter("testsuite"))
     count = {key: int(suite.get(key, "0")) for key in ("tests", "failures", "errors", "skipped")}
-    bad = [case.get("name", "") for case in suite.iter("testcase") if case.find("failure") is not None]
+    bad = [
+        case.get("name", "") for case in suite.iter("testcase") if case.find("failure") is not None
+    ]
     passed = count["tests"] - count["failures"] - count["errors"] - count["skipped"]
     if count["failures"] or count["errors"] or not passed:
         result.problems.append(f"{what}: {count} {', '.join(bad[:5])}")
@@ -157,4 +174,6 @@ def run_pytest(result: Result, nodes: Sequence[str], scratch: Path, what: str, l
 
 def names_rank(text: str, rank: int) -> bool:
     """Whether a message names that rank and a step or phase."""
-    return re.search(rf"\brank {rank}\b[^\n]*\b(died|stuck|stopped|slow|damaged)\b", text) is not None
+    return (
+        re.search(rf"\brank {rank}\b[^\n]*\b(died|stuck|stopped|slow|damaged)\b", text) is not None
+    )

@@ -28,7 +28,7 @@ MODEL = {
 
 
 @dataclass(frozen=True)
-class World:
+class TinyRun:
     """One corpus and one way to train on it; `run(name)` is where a run of that name lies."""
 
     folder: Path
@@ -58,19 +58,28 @@ class World:
         settings = [f"{key}={value}" for key, value in (*self.layout, *self.changes)]
         return [str(self.config), f"run.name={name}", *settings, *more]
 
-    def on(self, ranks: int, **layout: int) -> "World":
+    def on(self, ranks: int, **layout: int) -> "TinyRun":
         """The same world on another grid: `on(4, tensor=2, pipeline=2)`."""
-        return replace(self, ranks=ranks, layout=tuple((f"parallel.{axis}", size) for axis, size in layout.items()))
+        return replace(
+            self,
+            ranks=ranks,
+            layout=tuple((f"parallel.{axis}", size) for axis, size in layout.items()),
+        )
 
-    def changed(self, *settings: tuple[str, Any]) -> "World":
+    def changed(self, *settings: tuple[str, Any]) -> "TinyRun":
         return replace(self, changes=(*self.changes, *settings))
 
 
-def make_world(
-    folder: Path, chunks: int, steps_per_chunk: int, ranks: int = 2, held_out: bool = False, seed: int = 5
-) -> World:
+def make_tiny_run(
+    folder: Path,
+    chunks: int,
+    steps_per_chunk: int,
+    ranks: int = 2,
+    held_out: bool = False,
+    seed: int = 5,
+) -> TinyRun:
     """Write corpus and config below `folder`; both follow from the numbers given."""
-    world = World(folder, chunks, steps_per_chunk, ranks)
+    world = TinyRun(folder, chunks, steps_per_chunk, ranks)
     world.data.mkdir(parents=True)
     rng = np.random.Generator(np.random.Philox(key=seed))
     rows = GLOBAL * steps_per_chunk
@@ -92,9 +101,14 @@ def make_world(
     return world
 
 
-def tree_of(world: World) -> dict[str, Any]:
+def tree_of(world: TinyRun) -> dict[str, Any]:
     return {
-        "run": {"name": "undisturbed", "directory": str(world.folder / "runs"), "seed": 11, "max_fruitless_starts": 0},
+        "run": {
+            "name": "undisturbed",
+            "directory": str(world.folder / "runs"),
+            "seed": 11,
+            "max_fruitless_starts": 0,
+        },
         "model": MODEL,
         "data": {"manifest": str(world.data / "manifest.json"), "sequence_length": SEQUENCE},
         "batch": {"global_sequences": GLOBAL, "micro_sequences": 1},
@@ -102,7 +116,11 @@ def tree_of(world: World) -> dict[str, Any]:
         "optimizer": {"eps": 1e-4},
         "precision": "fp32",
         "kernels": {"compile": "off"},
-        "checkpoint": {"keep_optimizer_states": 3, "retry_seconds": 2.0, "verify_every_seconds": 0.0},
+        "checkpoint": {
+            "keep_optimizer_states": 3,
+            "retry_seconds": 2.0,
+            "verify_every_seconds": 0.0,
+        },
         "watch": {"heartbeat_seconds": 0.2, "start_seconds": 60.0},
         "audit": {"replicas_every_steps": 2, "root_every_steps": 1},
     }

@@ -37,7 +37,11 @@ def account_facts(manifest: Manifest) -> Facts:
     """Tokens by subset, asked and made, and the samples a chunk got of each; from the manifest alone."""
     account = _mapping(manifest.facts.get("account"))
     recipe = _mapping(manifest.facts.get("recipe"))
-    names = list(dict.fromkeys([*account, *(name for info in manifest.chunks for name in info.tokens_per_subset)]))
+    names = list(
+        dict.fromkeys(
+            [*account, *(name for info in manifest.chunks for name in info.tokens_per_subset)]
+        )
+    )
     length = manifest.sequence_length
     per_chunk = [
         {
@@ -80,8 +84,12 @@ def folder_facts(manifest: Manifest) -> Facts:
     }
 
 
-def _subset_facts(manifest: Manifest, name: str, account: Mapping[str, Any], recipe: Mapping[str, Any]) -> Facts:
-    samples = [info.tokens_per_subset.get(name, 0) // manifest.sequence_length for info in manifest.chunks]
+def _subset_facts(
+    manifest: Manifest, name: str, account: Mapping[str, Any], recipe: Mapping[str, Any]
+) -> Facts:
+    samples = [
+        info.tokens_per_subset.get(name, 0) // manifest.sequence_length for info in manifest.chunks
+    ]
     one_pass = account.get("training_tokens")
     wish = _mapping(_mapping(recipe.get("subsets")).get(name))
     repeat = wish.get("repeat", 1) if wish else None
@@ -97,7 +105,9 @@ def _subset_facts(manifest: Manifest, name: str, account: Mapping[str, Any], rec
         "made_tokens": sum(info.tokens_per_subset.get(name, 0) for info in manifest.chunks),
         "difference_tokens": None,
         "tail_tokens": account.get("tail_tokens"),
-        "held_out_tokens": manifest.held_out.tokens_per_subset.get(name, 0) if manifest.held_out else 0,
+        "held_out_tokens": manifest.held_out.tokens_per_subset.get(name, 0)
+        if manifest.held_out
+        else 0,
         "samples": sum(samples),
         "least_in_a_chunk": min(samples),
         "most_in_a_chunk": max(samples),
@@ -110,7 +120,9 @@ def _limit_notes(subsets: list[Facts], account: Mapping[str, Any]) -> list[str]:
         wished = _mapping(account.get(item["subset"])).get("asked_tokens")
         if wished is not None and item["asked_tokens"] < wished:
             part = _part(item["asked_tokens"], wished)
-            notes.append(f"limit_tokens of {item['subset']} takes {part} of what its repeat asks for")
+            notes.append(
+                f"limit_tokens of {item['subset']} takes {part} of what its repeat asks for"
+            )
     return notes
 
 
@@ -133,7 +145,9 @@ def _fit_to_chunks(subsets: list[Facts], recipe: Mapping[str, Any]) -> list[str]
         length = recipe["sequence_length"]
         # Less than the tails of the subsets is no choice of rows.
         if sum(item["asked_tokens"] // length for item in known) * length > total:
-            notes.append(f"rows_per_chunk takes {_part(total, everything)} of what the repeats ask for")
+            notes.append(
+                f"rows_per_chunk takes {_part(total, everything)} of what the repeats ask for"
+            )
         fill = [item for item in known if _mapping(wishes.get(item["subset"])).get("fill")]
         rest = total - everything + sum(item["asked_tokens"] for item in fill)
         for item in known:
@@ -170,12 +184,17 @@ def find_tokenizer(manifest: Manifest, given: Path | None) -> Tokenizer | None:
             )
         return tokenizer
     for path in (own, manifest.folder.parent / own.name):
-        if path.is_file() and (found := Tokenizer.load(path, specials)).sha256 == manifest.tokenizer_sha256:
+        if (
+            path.is_file()
+            and (found := Tokenizer.load(path, specials)).sha256 == manifest.tokenizer_sha256
+        ):
             return found
     return None
 
 
-def add_text(manifest: Manifest, info: ChunkInfo, row: int, pieces: list[Facts], tokenizer: Tokenizer | None) -> None:
+def add_text(
+    manifest: Manifest, info: ChunkInfo, row: int, pieces: list[Facts], tokenizer: Tokenizer | None
+) -> None:
     """Give each piece of the row its `ids`, and `text` as parts `{text, control}`. Raises DataError."""
     ids = open_chunk(manifest, info)[row].tolist()
     for piece in pieces:

@@ -11,7 +11,18 @@ from k2train.text import brief, clean, counted, number, percent, table
 
 Facts = Mapping[str, Any]
 
-_TOKENS = ("subset", "one pass", "repeat", "asked", "made", "difference", "", "of all", "tail", "held out")
+_TOKENS = (
+    "subset",
+    "one pass",
+    "repeat",
+    "asked",
+    "made",
+    "difference",
+    "",
+    "of all",
+    "tail",
+    "held out",
+)
 _DOCUMENTS = {
     "read": "read",
     "used": "used",
@@ -49,7 +60,10 @@ def account_lines(facts: Facts, every_chunk: bool) -> Iterator[str]:
     )
     about = [f"recipe {clean(facts['name'])}"] if facts["name"] else []
     about += [f"seed {facts['seed']}"] if facts["seed"] is not None else []
-    about += [f"vocabulary {facts['vocab_size']:,} ({facts['dtype']})", f"tokenizer {brief(facts['tokenizer_sha256'])}"]
+    about += [
+        f"vocabulary {facts['vocab_size']:,} ({facts['dtype']})",
+        f"tokenizer {brief(facts['tokenizer_sha256'])}",
+    ]
     yield "; ".join([*about, f"sha256 {facts['manifest_sha256'][:12]}"])
     if held := facts["held_out"]:
         yield f"held out: {counted(held['rows'], 'row')}, {held['tokens']:,} tokens"
@@ -62,7 +76,11 @@ def account_lines(facts: Facts, every_chunk: bool) -> Iterator[str]:
         names = [item["subset"] for item in facts["subsets"]]
         yield ""
         rows = [
-            [item["chunk"], number(item["rows"]), *(number(item["samples"][name]) for name in names)]
+            [
+                item["chunk"],
+                number(item["rows"]),
+                *(number(item["samples"][name]) for name in names),
+            ]
             for item in facts["chunks"]
         ]
         yield from table(["chunk", "rows", *map(clean, names)], rows)
@@ -80,11 +98,22 @@ def _titled(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> 
 
 
 def _token_rows(facts: Facts) -> list[list[str]]:
-    keys = ("one_pass_tokens", "asked_tokens", "made_tokens", "difference_tokens", "tail_tokens", "held_out_tokens")
+    keys = (
+        "one_pass_tokens",
+        "asked_tokens",
+        "made_tokens",
+        "difference_tokens",
+        "tail_tokens",
+        "held_out_tokens",
+    )
 
     def cells(name: str, item: Facts, repeat: str) -> list[str]:
         asked, difference = item["asked_tokens"], item["difference_tokens"]
-        part = f"{100 * difference / asked:+.2f}%" if asked and abs(difference) * 20000 >= asked else ""
+        part = (
+            f"{100 * difference / asked:+.2f}%"
+            if asked and abs(difference) * 20000 >= asked
+            else ""
+        )
         return [
             name,
             number(item["one_pass_tokens"]),
@@ -99,7 +128,10 @@ def _token_rows(facts: Facts) -> list[list[str]]:
         ]
 
     subsets = facts["subsets"]
-    rows = [cells(clean(s["subset"]), s, "-" if s["repeat"] is None else f"{s['repeat']:g}") for s in subsets]
+    rows = [
+        cells(clean(s["subset"]), s, "-" if s["repeat"] is None else f"{s['repeat']:g}")
+        for s in subsets
+    ]
     total: dict[str, Any] = {}
     for key in keys:
         known = [s[key] for s in subsets]
@@ -110,8 +142,15 @@ def _token_rows(facts: Facts) -> list[list[str]]:
 def _document_rows(subsets: Sequence[Facts]) -> tuple[list[str], list[list[str]]]:
     """Without a sum: subsets may read the same documents. A kind that no subset has is left out."""
     known = [item for item in subsets if item["documents"]["read"] is not None]
-    kinds = [kind for kind in _DOCUMENTS if kind in _ALWAYS or any(item["documents"][kind] for item in known)]
-    rows = [[clean(item["subset"]), *(number(item["documents"][kind]) for kind in kinds)] for item in known]
+    kinds = [
+        kind
+        for kind in _DOCUMENTS
+        if kind in _ALWAYS or any(item["documents"][kind] for item in known)
+    ]
+    rows = [
+        [clean(item["subset"]), *(number(item["documents"][kind]) for kind in kinds)]
+        for item in known
+    ]
     return ["subset", *(_DOCUMENTS[kind] for kind in kinds)], rows
 
 
@@ -122,5 +161,8 @@ def _evenness(facts: Facts) -> tuple[list[str], list[list[str]]]:
     ]
     sizes = [item["rows"] for item in facts["chunks"][: facts["num_chunks"]]]
     rows.append(("all", sum(sizes), min(sizes), max(sizes)))
-    cells = [[name, *(number(n) for n in (total, low, high, high - low))] for name, total, low, high in rows]
+    cells = [
+        [name, *(number(n) for n in (total, low, high, high - low))]
+        for name, total, low, high in rows
+    ]
     return ["subset", "in all", "least", "most", "apart"], cells

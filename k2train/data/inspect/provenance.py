@@ -47,8 +47,14 @@ def find_chunk(manifest: Manifest, wanted: str) -> ChunkInfo:
 def _nearest(wanted: str, names: list[str]) -> list[str]:
     """The name most like `wanted`, if any is; one of the same number first, as chunk_000 for chunk_0."""
     end = re.search(r"[0-9]+$", wanted)
-    same = [name for name in names if end and (own := re.search(r"[0-9]+$", name)) and int(own[0]) == int(end[0])]
-    return difflib.get_close_matches(wanted, same, 1, 0.6) or difflib.get_close_matches(wanted, names, 1, 0.6)
+    same = [
+        name
+        for name in names
+        if end and (own := re.search(r"[0-9]+$", name)) and int(own[0]) == int(end[0])
+    ]
+    return difflib.get_close_matches(wanted, same, 1, 0.6) or difflib.get_close_matches(
+        wanted, names, 1, 0.6
+    )
 
 
 def check_rows(info: ChunkInfo, rows: range) -> range:
@@ -65,7 +71,9 @@ def chunk_facts(manifest: Manifest, info: ChunkInfo) -> Facts:
         keys = [name for name in ("subset", "fim", "repeat") if name in file.names]
         table = file.read([*keys, "source", "length"]).unify_dictionaries()
         sources = len(compute.unique(table["source"]))
-        groups = table.group_by(keys).aggregate([("length", "sum"), ("length", "count")]).to_pylist()
+        groups = (
+            table.group_by(keys).aggregate([("length", "sum"), ("length", "count")]).to_pylist()
+        )
     parts = [
         {
             **{key: group.get(key) for key in ("subset", "fim", "repeat")},
@@ -76,7 +84,12 @@ def chunk_facts(manifest: Manifest, info: ChunkInfo) -> Facts:
     ]
     names = list(info.tokens_per_subset)
     parts.sort(
-        key=lambda part: (_place(names, part["subset"]), str(part["subset"]), part["repeat"] or 0, str(part["fim"]))
+        key=lambda part: (
+            _place(names, part["subset"]),
+            str(part["subset"]),
+            part["repeat"] or 0,
+            str(part["fim"]),
+        )
     )
     return {
         "form": "chunk",
@@ -106,7 +119,9 @@ def pieces_of(manifest: Manifest, info: ChunkInfo, rows: range) -> dict[int, lis
         found = table.filter(keep).to_pylist()
     pieces: dict[int, list[Facts]] = {row: [] for row in rows}
     for item in found:
-        pieces[item["row"]].append({name: item.get(name) for name in (*ALWAYS, *LATER) if name != "row"})
+        pieces[item["row"]].append(
+            {name: item.get(name) for name in (*ALWAYS, *LATER) if name != "row"}
+        )
     for row, listed in pieces.items():
         listed.sort(key=lambda piece: piece["start"])
         position = 0
@@ -160,7 +175,9 @@ class _Provenance:
 
 def _check_columns(path: Path, names: Collection[str]) -> None:
     if lacking := [name for name in ALWAYS if name not in names]:
-        raise DataError(f"{path}: has no column {', '.join(lacking)}; it is not the provenance of a chunk")
+        raise DataError(
+            f"{path}: has no column {', '.join(lacking)}; it is not the provenance of a chunk"
+        )
 
 
 def provenance_path(manifest: Manifest, info: ChunkInfo) -> Path:
@@ -177,7 +194,9 @@ def provenance_path(manifest: Manifest, info: ChunkInfo) -> Path:
 
 def _damaged(path: Path, error: BaseException) -> DataError:
     reason = " ".join(str(error).split())
-    return DataError(f"{path}: cannot be read as Parquet ({reason[:160]}); fetch it again or prepare the data anew")
+    return DataError(
+        f"{path}: cannot be read as Parquet ({reason[:160]}); fetch it again or prepare the data anew"
+    )
 
 
 def find_document(
@@ -236,7 +255,11 @@ def _scan(files: Mapping[str, ChunkInfo], condition: Any) -> list[Facts]:
         if holding := compute.unique(names).to_pylist():
             columns = [name for name in (*ALWAYS, *LATER) if name in data.schema.names]
             some = dataset.dataset(holding, format="parquet", schema=data.schema)
-            items = some.scanner(columns=[*columns, "__filename"], filter=condition).to_table().to_pylist()
+            items = (
+                some.scanner(columns=[*columns, "__filename"], filter=condition)
+                .to_table()
+                .to_pylist()
+            )
         else:
             items = []
     except (OSError, arrow.ArrowException) as error:
@@ -248,14 +271,21 @@ def _scan(files: Mapping[str, ChunkInfo], condition: Any) -> list[Facts]:
                 raise _damaged(Path(path), reason) from None
         raise _damaged(Path(next(iter(files))).parent, error) from None
     keys = (*ALWAYS, *LATER)
-    return [{"chunk": files[item["__filename"]].name, **{key: item.get(key) for key in keys}} for item in items]
+    return [
+        {"chunk": files[item["__filename"]].name, **{key: item.get(key) for key in keys}}
+        for item in items
+    ]
 
 
 def _not_found(manifest: Manifest, name: str, subset: str | None, source: str | None) -> str:
     known = {key for info in manifest.all_chunks() for key in info.tokens_per_subset}
     if subset is not None and known and subset not in known:
-        return f"{manifest.path}: there is no subset {subset!r}; there are {', '.join(sorted(known))}"
-    within = "".join(f" in {kind} {value}" for kind, value in (("subset", subset), ("source", source)) if value)
+        return (
+            f"{manifest.path}: there is no subset {subset!r}; there are {', '.join(sorted(known))}"
+        )
+    within = "".join(
+        f" in {kind} {value}" for kind, value in (("subset", subset), ("source", source)) if value
+    )
     infos = manifest.all_chunks()[:HINT_CHUNKS]
     names: set[str] = set()
     for info in infos:
@@ -266,5 +296,7 @@ def _not_found(manifest: Manifest, name: str, subset: str | None, source: str | 
     near = difflib.get_close_matches(name, sorted(names)[:20000], n=3, cutoff=0.6)
     near = near or [other for other in sorted(names) if name.lower() in other.lower()][:3]
     return f"{manifest.path}: no document or source is named {name!r}{within}" + (
-        f"; near it are {', '.join(near)}" if near else "; names are those of the provenance, see --chunk 0 --row 0"
+        f"; near it are {', '.join(near)}"
+        if near
+        else "; names are those of the provenance, see --chunk 0 --row 0"
     )

@@ -59,7 +59,9 @@ class History:
         return step, self.state(step)
 
 
-def order_of_checkpoint(manifest: Manifest, order: Sequence[Mapping[str, Any]], global_sequences: int) -> ChunkOrder:
+def order_of_checkpoint(
+    manifest: Manifest, order: Sequence[Mapping[str, Any]], global_sequences: int
+) -> ChunkOrder:
     """The order kept in a checkpoint, over these chunks. Raises DataError when a chunk is not the one it names."""
     names, rows = [], []
     for entry in order:
@@ -79,7 +81,9 @@ def replay(order: ChunkOrder, events: Iterable[Event], where: str) -> ChunkOrder
     for event in events:
         if event["event"] == "chunk_deferred":
             if (chunk := event.get("chunk")) not in order.names:
-                raise RunError(f"{where}: line {event['seq'] + 1} defers {chunk!r}, which the order does not have")
+                raise RunError(
+                    f"{where}: line {event['seq'] + 1} defers {chunk!r}, which the order does not have"
+                )
             order = order.deferred(order.names.index(chunk))
     return order
 
@@ -87,7 +91,10 @@ def replay(order: ChunkOrder, events: Iterable[Event], where: str) -> ChunkOrder
 def check_begun(order: ChunkOrder, events: Sequence[Event], where: str) -> None:
     """Hold the order against the chunks that the ledger says were begun. Raises RunError at the first that differs."""
     # What was begun before a deferral may have been at another place.
-    since = max((i for i, event in enumerate(events) if event["event"] == "chunk_deferred"), default=-1) + 1
+    since = (
+        max((i for i, event in enumerate(events) if event["event"] == "chunk_deferred"), default=-1)
+        + 1
+    )
     for event in events[since:]:
         if event["event"] != "chunk_started":
             continue
@@ -114,7 +121,10 @@ def steps_done(events: Iterable[Event], last_row: Mapping[str, Any] | None) -> i
             done, attempt = step, int(event.get("attempt", attempt)) + 1
         elif name == "chunk_started":
             done = max(done, step - 1)
-        elif name in ("checkpoint_saved", "step_skipped", "stopped", "finished") and "recovered" not in event:
+        elif (
+            name in ("checkpoint_saved", "step_skipped", "stopped", "finished")
+            and "recovered" not in event
+        ):
             done = max(done, step)
     if last_row is not None and int(last_row.get("attempt", 0)) >= attempt:
         done = max(done, int(last_row["step"]))
@@ -143,7 +153,12 @@ class Run:
     """
 
     def __init__(
-        self, directory: Path, events: list[Facts], newest: Facts | None, asked: Facts | None, data: Path | None
+        self,
+        directory: Path,
+        events: list[Facts],
+        newest: Facts | None,
+        asked: Facts | None,
+        data: Path | None,
     ) -> None:
         ledger = str(directory / "ledger.jsonl")
         if not events:
@@ -157,7 +172,10 @@ class Run:
         if base is None:
             order, later = make_order(self.manifest, config["data"].get("order"), batch), events
         else:
-            order, later = order_of_checkpoint(self.manifest, base["chunks"]["order"], batch), self._since(base["name"])
+            order, later = (
+                order_of_checkpoint(self.manifest, base["chunks"]["order"], batch),
+                self._since(base["name"]),
+            )
         self.deferred = sum(event["event"] == "chunk_deferred" for event in events)
         if asked is not None:
             done = int(asked["step"])
@@ -178,10 +196,14 @@ class Run:
         return self.events[saved[-1] + 1 :] if saved else self.events
 
     def _data(self, given: Path | None, config: dict[str, Any], base: Facts | None) -> Manifest:
-        recorded = {event["data_manifest_sha256"] for event in self.events if event["event"] == "started"}
+        recorded = {
+            event["data_manifest_sha256"] for event in self.events if event["event"] == "started"
+        }
         if base is not None:
             recorded.add(base["data"]["manifest_sha256"])
-        manifest = read_manifest(given or _where_now(Path(config["data"]["manifest"]), self.directory, recorded))
+        manifest = read_manifest(
+            given or _where_now(Path(config["data"]["manifest"]), self.directory, recorded)
+        )
         if manifest.sha256 not in recorded:
             raise DataError(
                 f"{manifest.path} is not the data of {self.name}: its sha256 is {manifest.sha256[:12]}, the run "
@@ -194,9 +216,15 @@ class Run:
         """The chunk's place in the order, its steps, and whether they are done."""
         use: Facts = {"run": self.name, "place": None, "of": len(self.order.names)}
         if info.name not in self.order.names:
-            return {**use, "state": self.history.use(info.name, 0, info == self.manifest.held_out)[1]}
+            return {
+                **use,
+                "state": self.history.use(info.name, 0, info == self.manifest.held_out)[1],
+            }
         place = self.order.names.index(info.name)
-        first, last = self.order.first_step(place), self.order.first_step(place) + self.order.steps_in(place) - 1
+        first, last = (
+            self.order.first_step(place),
+            self.order.first_step(place) + self.order.steps_in(place) - 1,
+        )
         done = self.history.done_step
         state = "trained" if last <= done else "under way" if first <= done else "to come"
         return {**use, "place": place, "first_step": first, "last_step": last, "state": state}
@@ -256,11 +284,15 @@ class Run:
             "checkpoint": facts["name"],
             "step": step,
             "consumed": self.order.consumed_chunks(step),
-            "step_in_chunk": step - sum(item["last_step"] - item["first_step"] + 1 for item in begun[: len(whole)]),
+            "step_in_chunk": step
+            - sum(item["last_step"] - item["first_step"] + 1 for item in begun[: len(whole)]),
             "consumed_tokens": told,
             "whole_tokens": sum(info.tokens for info in whole),
             "subsets": [
-                {"subset": name, "tokens": sum(info.tokens_per_subset.get(name, 0) for info in whole)}
+                {
+                    "subset": name,
+                    "tokens": sum(info.tokens_per_subset.get(name, 0) for info in whole),
+                }
                 for name in subsets
             ],
             "order": begun,
@@ -268,7 +300,11 @@ class Run:
 
     def names(self) -> Facts:
         """What an answer about the run is about."""
-        return {"run": self.name, "manifest": str(self.manifest.path), "manifest_sha256": self.manifest.sha256}
+        return {
+            "run": self.name,
+            "manifest": str(self.manifest.path),
+            "manifest_sha256": self.manifest.sha256,
+        }
 
 
 def _config(path: Path) -> dict[str, Any]:
@@ -281,7 +317,9 @@ def _config(path: Path) -> dict[str, Any]:
             f"{path} cannot be read ({error.strerror}), and there is no checkpoint to tell instead"
         ) from None
     except (yaml.YAMLError, KeyError, TypeError, ValueError, RecursionError):
-        raise RunError(f"{path} does not tell data.manifest and batch.global_sequences; it was changed") from None
+        raise RunError(
+            f"{path} does not tell data.manifest and batch.global_sequences; it was changed"
+        ) from None
     return dict(config)
 
 
@@ -290,7 +328,11 @@ def _where_now(written: Path, directory: Path, recorded: Collection[str]) -> Pat
 
     Of several the one that the run recorded, whichever comes first.
     """
-    found = [base / written for base in (*directory.resolve().parents, Path()) if (base / written).is_file()]
+    found = [
+        base / written
+        for base in (*directory.resolve().parents, Path())
+        if (base / written).is_file()
+    ]
     right = (path for path in found if sha256_file(path) in recorded)
     return next(right, found[0] if found else written)
 
@@ -310,7 +352,10 @@ def rows_of_step(path: Path, step: int) -> list[dict[str, Any]]:
     if not path.exists() or path.stat().st_size == 0:
         return []
     found, start = [], b'{"step": %d,' % step
-    with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+    with (
+        path.open("rb") as stream,
+        mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content,
+    ):
         at = content.find(start)
         while at >= 0:
             end = content.find(b"\n", at)

@@ -32,7 +32,10 @@ class View:
 def render(facts: Facts, view: View) -> list[str]:
     """The lines for one answer."""
     lines = list(_FORMS[facts["form"]](facts, view))
-    return [*lines, *(["", *(f"note: {note}" for note in facts["notes"])] if facts.get("notes") else [])]
+    return [
+        *lines,
+        *(["", *(f"note: {note}" for note in facts["notes"])] if facts.get("notes") else []),
+    ]
 
 
 # The data folder
@@ -66,7 +69,9 @@ def _chunk(facts: Facts, view: View) -> Iterator[str]:
     ]
     yield from table(["subset", "fim", "repeat", "pieces", "tokens", "of all"], rows)
     yield ""
-    files = [(facts[key], facts[f"{key}_sha256"]) for key in ("provenance", "borders") if facts.get(key)]
+    files = [
+        (facts[key], facts[f"{key}_sha256"]) for key in ("provenance", "borders") if facts.get(key)
+    ]
     for file, digest in [(facts["file"], facts["sha256"]), *files]:
         yield f"{file}  sha256 {digest}"
 
@@ -200,7 +205,9 @@ def _document(facts: Facts, view: View) -> Iterator[str]:
             before = key
         cells = [number(place[name]) for name in ("repeat", "offset", "length")]
         cells += [place["chunk"], number(place["row"]), number(place["start"]), clean(place["fim"])]
-        groups[-1][1].append(cells + ([number(place["step"]), place["state"]] if "run" in facts else []))
+        groups[-1][1].append(
+            cells + ([number(place["step"]), place["state"]] if "run" in facts else [])
+        )
     lines = iter(table(heads, [cells for _, rows in groups for cells in rows]))
     head = next(lines)
     for (subset, source, document), rows in groups:
@@ -224,13 +231,21 @@ def _run(facts: Facts, view: View) -> Iterator[str]:
 def _checkpoint(facts: Facts, view: View) -> Iterator[str]:
     yield (
         f"{facts['checkpoint']} of {facts['run']}: step {facts['step']:,}, {counted(facts['consumed'], 'whole chunk')}"
-        + (f" and {counted(facts['step_in_chunk'], 'step')} of the next" if facts["step_in_chunk"] else "")
+        + (
+            f" and {counted(facts['step_in_chunk'], 'step')} of the next"
+            if facts["step_in_chunk"]
+            else ""
+        )
         + f", {facts['consumed_tokens']:,} tokens"
     )
     yield f"{facts['manifest']}, sha256 {facts['manifest_sha256'][:12]} as recorded"
     yield ""
     rows = [
-        [clean(item["subset"]), number(item["tokens"]), percent(item["tokens"], facts["whole_tokens"])]
+        [
+            clean(item["subset"]),
+            number(item["tokens"]),
+            percent(item["tokens"], facts["whole_tokens"]),
+        ]
         for item in facts["subsets"]
     ]
     if rows:
@@ -259,7 +274,9 @@ def _order_table(facts: Facts, view: View) -> Iterator[str]:
         for item in order[:most]
     ]
     yield ""
-    yield from table(["place", "chunk", "steps", "rows", "dropped", "tokens read", "sha256", "state"], rows)
+    yield from table(
+        ["place", "chunk", "steps", "rows", "dropped", "tokens read", "sha256", "state"], rows
+    )
     if len(order) > most:
         yield f"... and {counted(len(order) - most, 'chunk')} more; --all shows them"
 

@@ -25,18 +25,24 @@ class Progress:
         if self.stream is not None:
             print(line, file=self.stream, flush=True)
 
-    def over(self, label: str, items: Iterable[Item], total: int | None = None, unit: str = "") -> Iterator[Item]:
+    def over(
+        self, label: str, items: Iterable[Item], total: int | None = None, unit: str = ""
+    ) -> Iterator[Item]:
         """Yield the items; a bar on a terminal, otherwise a line at the end and one every few seconds before it."""
         if total is None and isinstance(items, Sized):
             total = len(items)
         if self.stream is None:
             yield from items
         elif self.stream.isatty():
-            yield from tqdm(items, desc=label, total=total, unit=f" {unit}", file=self.stream, ncols=100)
+            yield from tqdm(
+                items, desc=label, total=total, unit=f" {unit}", file=self.stream, ncols=100
+            )
         else:
             yield from self._lines(label, items, total, unit)
 
-    def _lines(self, label: str, items: Iterable[Item], total: int | None, unit: str) -> Iterator[Item]:
+    def _lines(
+        self, label: str, items: Iterable[Item], total: int | None, unit: str
+    ) -> Iterator[Item]:
         begun = shown = time.monotonic()
         done = 0
         for item in items:

@@ -70,7 +70,9 @@ class FillInTheMiddle(_Section):
     @model_validator(mode="after")
     def _at_most_all(self) -> "FillInTheMiddle":
         if self.psm + self.spm > 1:
-            raise Contradiction(f"psm ({self.psm}) + spm ({self.spm}) must not be above 1", ("psm",), ("spm",))
+            raise Contradiction(
+                f"psm ({self.psm}) + spm ({self.spm}) must not be above 1", ("psm",), ("spm",)
+            )
         return self
 
 
@@ -93,11 +95,15 @@ class SubsetRecipe(_Section):
     id_key: str | None = None
     share: Interval = WHOLE
     documents: Interval = WHOLE
-    split_by: Literal["source", "document"] = Field(default_factory=lambda data: _split_of(data.get("kind", "")))
+    split_by: Literal["source", "document"] = Field(
+        default_factory=lambda data: _split_of(data.get("kind", ""))
+    )
     repeat: Annotated[float, Field(gt=0, le=MOST_REPEAT)] = 1.0
     fill_in_the_middle: FillInTheMiddle = FillInTheMiddle()
     min_characters: Natural = 1
-    drop_duplicates: bool = Field(default_factory=lambda data: str(data.get("kind", "")).startswith("stdlib"))
+    drop_duplicates: bool = Field(
+        default_factory=lambda data: str(data.get("kind", "")).startswith("stdlib")
+    )
     limit_tokens: Count | None = None
     fill: bool = False
     expected_tokens: Count | None = None
@@ -170,7 +176,9 @@ class ExecutorRecipe(_Section):
     def _slurm_has_a_partition(self) -> "ExecutorRecipe":
         if self.kind == "slurm" and self.partition is None:
             raise Contradiction(
-                "partition is missing: kind slurm needs one (sinfo lists them)", ("partition",), ("kind",)
+                "partition is missing: kind slurm needs one (sinfo lists them)",
+                ("partition",),
+                ("kind",),
             )
         return self
 
@@ -214,7 +222,9 @@ class Recipe(_Section):
             other = first.setdefault(self.origin_of(name), name)
             before = self.subsets[other]
             if (before.share, before.split_by) != (subset.share, subset.split_by):
-                raise Contradiction(self._other_cut(name, other), *_cut_keys(name), *_cut_keys(other))
+                raise Contradiction(
+                    self._other_cut(name, other), *_cut_keys(name), *_cut_keys(other)
+                )
             if before.drop_duplicates != subset.drop_duplicates:
                 raise Contradiction(
                     f"subsets.{name}.drop_duplicates ({subset.drop_duplicates}) must equal that of subsets.{other} "
@@ -234,9 +244,7 @@ class Recipe(_Section):
         if one.paths == two.paths:
             return f"{cuts}: both read the same files, and a file must lie on one side"
         if one.origin or two.origin:
-            return (
-                f"{cuts}: both have the origin {self.origin_of(name)!r}; if their files are not the same, name another"
-            )
+            return f"{cuts}: both have the origin {self.origin_of(name)!r}; if their files are not the same, name another"
         return (
             f"{cuts}: both have the origin {self.origin_of(name)!r}, the folder in front of their files; if these are not "
             f"the same, name another: subsets.{name}.origin"
@@ -326,7 +334,9 @@ def _unknown_subsets(source: Source) -> dict[tuple[int | str, ...], Mistake]:
     mistyped = {
         name: origin
         for name, place in places.items()
-        if (origin := source.origins.get(place)) and origin.override and (*place, "kind") not in source.origins
+        if (origin := source.origins.get(place))
+        and origin.override
+        and (*place, "kind") not in source.origins
     }
     known = [name for name in subsets if name not in mistyped]
     found: dict[tuple[int | str, ...], Mistake] = {}

@@ -68,15 +68,25 @@ def _explain(error: Mapping[str, Any], root: type[BaseModel]) -> str:
     if kind == "extra_forbidden":
         legal = keys_at(root, place[:-1])
         near = nearest(str(place[-1]), legal)
-        return f"unknown key; nearest is {near}" if near else f"unknown key; legal are {', '.join(legal)}"
+        return (
+            f"unknown key; nearest is {near}"
+            if near
+            else f"unknown key; legal are {', '.join(legal)}"
+        )
     if kind == "missing":
-        return "missing; the list is too short" if isinstance(place[-1], int) else "missing; it has no default"
+        return (
+            "missing; the list is too short"
+            if isinstance(place[-1], int)
+            else "missing; it has no default"
+        )
     if kind == "value_error":
         return str(context["error"])
     if kind == "literal_error":
         legal = re.findall(r"'([^']*)'", context["expected"])
         near = nearest(str(error["input"]), legal)
-        return f"{value} is not one of {', '.join(legal)}" + (f"; nearest is {near}" if near else "")
+        return f"{value} is not one of {', '.join(legal)}" + (
+            f"; nearest is {near}" if near else ""
+        )
     if kind == "too_long":
         return f"must have {context['max_length']} values, has {context['actual_length']}"
     if kind in ("too_short", "string_too_short"):

@@ -91,7 +91,9 @@ class Contents:
                 f"{path}: cannot be read ({error.strerror}); it was there when sources were listed"
             ) from None
         if (self._size_bytes, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
-            raise DataError(f"{path}: changed while it was read; let it come to rest and start again")
+            raise DataError(
+                f"{path}: changed while it was read; let it come to rest and start again"
+            )
         self._mtime_ns, self._ended = after.st_mtime_ns, True
 
     def whole(self) -> bytes:
@@ -132,7 +134,9 @@ class Contents:
                     yield inflate.decompress(block, MOST_INFLATED_BYTES)
                     block = inflate.unused_data if inflate.eof else inflate.unconsumed_tail
         except zlib.error as error:
-            raise DataError(f"{self.source.path}: not a whole gzip file ({error}); fetch it again") from None
+            raise DataError(
+                f"{self.source.path}: not a whole gzip file ({error}); fetch it again"
+            ) from None
         self._refuse_cut_off(inflate.eof)
 
     def _zstd_blocks(self) -> Iterator[bytes]:
@@ -150,16 +154,24 @@ class Contents:
                     yield inflate.decompress(block)
                     block = inflate.unused_data if inflate.eof else b""
         except zstandard.ZstdError as error:
-            raise DataError(f"{self.source.path}: not a whole zstd file ({error}); fetch it again") from None
+            raise DataError(
+                f"{self.source.path}: not a whole zstd file ({error}); fetch it again"
+            ) from None
         self._refuse_cut_off(inflate.eof)
 
     def _refuse_cut_off(self, ended: bool) -> None:
         if not ended and self._size_bytes:
-            raise DataError(f"{self.source.path}: cut off after {self._size_bytes} bytes; fetch it again")
+            raise DataError(
+                f"{self.source.path}: cut off after {self._size_bytes} bytes; fetch it again"
+            )
 
     @property
     def facts(self) -> dict[str, Any]:
         """`key`, `bytes`, `sha256` and `mtime_ns` (0 for what is no file)."""
         assert self._ended, f"{self.source.key} was not read to its end"
-        facts = {"bytes": self._size_bytes, "sha256": self._digest.hexdigest(), "mtime_ns": self._mtime_ns}
+        facts = {
+            "bytes": self._size_bytes,
+            "sha256": self._digest.hexdigest(),
+            "mtime_ns": self._mtime_ns,
+        }
         return {"key": self.source.key, **facts}

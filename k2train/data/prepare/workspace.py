@@ -43,7 +43,7 @@ class EncodeTask:
 
 
 @dataclass(frozen=True)
-class Workplace:
+class Workspace:
     """`folder` holds the work of one identity; `target` is the data folder under its name of preparation."""
 
     folder: Path
@@ -52,8 +52,13 @@ class Workplace:
 
     @classmethod
     def create(
-        cls, folder: Path, target: Path, recipe: Recipe, tokenizer: Tokenizer, tasks: Sequence[EncodeTask]
-    ) -> "Workplace":
+        cls,
+        folder: Path,
+        target: Path,
+        recipe: Recipe,
+        tokenizer: Tokenizer,
+        tasks: Sequence[EncodeTask],
+    ) -> "Workspace":
         """Lay out the folder, or find it as an earlier start of the same preparation left it."""
         for part in ("runs", "plan", "chunks", "failures", "logs"):
             (folder / part).mkdir(parents=True, exist_ok=True)
@@ -74,12 +79,14 @@ class Workplace:
         return cls.open(folder)
 
     @classmethod
-    def open(cls, folder: Path) -> "Workplace":
+    def open(cls, folder: Path) -> "Workspace":
         """Read `context.json`. Raises DataError when the folder is gone."""
         try:
             context = json.loads((folder / CONTEXT_NAME).read_text("utf-8"))
         except OSError as error:
-            raise DataError(f"{folder}: no preparation is under way here ({error.strerror})") from None
+            raise DataError(
+                f"{folder}: no preparation is under way here ({error.strerror})"
+            ) from None
         return cls(folder, Path(context["target"]), Recipe.model_validate(context["recipe"]))
 
     @cached_property
@@ -89,14 +96,18 @@ class Workplace:
         lines = (self.folder / "sources.jsonl").read_text("utf-8").splitlines()
         sources = iter(Source(**json.loads(line)) for line in lines)
         return tuple(
-            EncodeTask(tuple(entry["subsets"]), tuple(next(sources) for _ in range(entry["sources"])))
+            EncodeTask(
+                tuple(entry["subsets"]), tuple(next(sources) for _ in range(entry["sources"]))
+            )
             for entry in context["tasks"]
         )
 
     @property
     def listing_sha256(self) -> str:
         """Which subset reads which sources."""
-        return listing_sha256({(name, s.key) for task in self.tasks for name in task.subsets for s in task.sources})
+        return listing_sha256(
+            {(name, s.key) for task in self.tasks for name in task.subsets for s in task.sources}
+        )
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

@@ -45,7 +45,9 @@ class Report:
     seconds: float = 0.0
 
 
-def verify_chunks(manifest: Manifest, infos: Sequence[ChunkInfo], workers: int = 1) -> Iterator[Report]:
+def verify_chunks(
+    manifest: Manifest, infos: Sequence[ChunkInfo], workers: int = 1
+) -> Iterator[Report]:
     """A report a chunk, in the order of `infos`, `workers` read at once. Raises UserError when pyarrow is missing."""
     if parquet is None and any(info.provenance for info in infos):
         raise UserError("reading provenance needs pyarrow: pip install 'k2train[data]'")
@@ -106,18 +108,24 @@ def _borders(manifest: Manifest, info: ChunkInfo, report: Report) -> Borders | N
         return None
 
 
-def _check_provenance(manifest: Manifest, path: Path, borders: Borders | None, report: Report) -> None:
+def _check_provenance(
+    manifest: Manifest, path: Path, borders: Borders | None, report: Report
+) -> None:
     where = f"{report.info.name} ({path})"
     pieces = _Pieces(report.info.rows, manifest.sequence_length, borders)
     try:
         # Without these two the columns of a whole row group are fetched at once.
         with parquet.ParquetFile(path, pre_buffer=False, buffer_size=2**20) as file:
-            for batch in file.iter_batches(BATCH_PIECES, columns=["row", "start", "length", "subset"]):
+            for batch in file.iter_batches(
+                BATCH_PIECES, columns=["row", "start", "length", "subset"]
+            ):
                 pieces.add(batch)
                 if pieces.problem:
                     break
     except (OSError, KeyError, ValueError, arrow.ArrowException) as error:
-        report.problems.append(f"{where}: is no provenance of a chunk ({str(error).splitlines()[0]})")
+        report.problems.append(
+            f"{where}: is no provenance of a chunk ({str(error).splitlines()[0]})"
+        )
         return
     report.pieces = pieces.count
     if problem := pieces.problem or pieces.end():
@@ -145,7 +153,8 @@ class _Pieces:
     def add(self, batch: Any) -> None:
         """`batch` has the columns row, start, length and subset."""
         row, start, length = (
-            batch.column(name).to_numpy(zero_copy_only=False).astype(np.int64) for name in ("row", "start", "length")
+            batch.column(name).to_numpy(zero_copy_only=False).astype(np.int64)
+            for name in ("row", "start", "length")
         )
         begins = row * self.length + start
         expected = self._position + np.cumsum(length) - length
@@ -172,7 +181,9 @@ class _Pieces:
         names = column.dictionary.to_pylist()
         counts = np.bincount(column.indices.to_numpy(), weights=length, minlength=len(names))
         # Weights are doubles, which hold every count of a batch exactly; only what occurs is counted.
-        self.tokens.update({name: int(count) for name, count in zip(names, counts, strict=True) if count})
+        self.tokens.update(
+            {name: int(count) for name, count in zip(names, counts, strict=True) if count}
+        )
 
     def _compare_borders(self, begins: Places) -> None:
         assert self.borders is not None, "compared only where there are borders"
@@ -182,9 +193,7 @@ class _Pieces:
             shared = min(len(told), len(begins))
             differ = np.flatnonzero(told[:shared] != begins[:shared])
             i = int(differ[0]) if len(differ) else shared
-            self.problem = (
-                f"a piece begins at {self._at(begins, i)}, border {self._borders_seen + i} is {self._at(told, i)}"
-            )
+            self.problem = f"a piece begins at {self._at(begins, i)}, border {self._borders_seen + i} is {self._at(told, i)}"
         self._borders_seen += len(begins)
 
     def _at(self, places: Places, i: int) -> str:

@@ -35,7 +35,9 @@ def verify_folder(manifest: Manifest) -> list[str]:
     """What is wrong beside the chunks: sources, rejected lines, tokenizer, facts, strangers; a line a problem."""
     problems = []
     for name, fact in ((SOURCES_NAME, "sources_sha256"), (REJECTED_NAME, "rejected_sha256")):
-        if fact in manifest.facts and (problem := hash_problem(manifest.folder / name, str(manifest.facts[fact]))):
+        if fact in manifest.facts and (
+            problem := hash_problem(manifest.folder / name, str(manifest.facts[fact]))
+        ):
             problems.append(f"{name} {problem}")
     parts: tuple[Callable[[Manifest], Iterable[str]], ...]
     parts = (_tokenizer_problems, _recipe_problems, _account_problems, _strangers)
@@ -50,7 +52,9 @@ def hash_problem(path: Path, expected: str) -> str:
         return f"({path}): cannot be read ({error.strerror}); {AGAIN}"
     if actual == expected:
         return ""
-    return "({}): sha256 is {}, the manifest says {}; {}".format(path, *differing(actual, expected), AGAIN)
+    return "({}): sha256 is {}, the manifest says {}; {}".format(
+        path, *differing(actual, expected), AGAIN
+    )
 
 
 def differing(first: str, second: str) -> tuple[str, str]:
@@ -67,10 +71,14 @@ def _tokenizer_problems(manifest: Manifest) -> Iterable[str]:
     try:
         file, specials = str(facts["file"]), [str(name) for name in facts["specials"]]
     except (KeyError, TypeError) as error:
-        return [f"{manifest.path}: facts.tokenizer must have 'file' and 'specials', its {error} is wrong"]
+        return [
+            f"{manifest.path}: facts.tokenizer must have 'file' and 'specials', its {error} is wrong"
+        ]
     path = manifest.folder / file
     if Path(file).name != file:
-        return [f"{manifest.path}: facts.tokenizer: file {file!r} lies outside the folder of the manifest"]
+        return [
+            f"{manifest.path}: facts.tokenizer: file {file!r} lies outside the folder of the manifest"
+        ]
     try:
         tokenizer = Tokenizer.load(path, specials)
     except DataError as error:
@@ -78,9 +86,13 @@ def _tokenizer_problems(manifest: Manifest) -> Iterable[str]:
     problems = []
     if tokenizer.sha256 != manifest.tokenizer_sha256:
         here, told = differing(tokenizer.sha256, manifest.tokenizer_sha256)
-        problems.append(f"{path}: model and specials have the hash {here}, the manifest says {told}; {AGAIN}")
+        problems.append(
+            f"{path}: model and specials have the hash {here}, the manifest says {told}; {AGAIN}"
+        )
     if tokenizer.vocab_size > manifest.vocab_size:
-        problems.append(f"{path}: has {tokenizer.vocab_size} ids, vocab_size of the manifest is {manifest.vocab_size}")
+        problems.append(
+            f"{path}: has {tokenizer.vocab_size} ids, vocab_size of the manifest is {manifest.vocab_size}"
+        )
     return problems
 
 
@@ -120,7 +132,9 @@ def _account_problems(manifest: Manifest) -> Iterator[str]:
     account: Any = manifest.facts.get("account")
     if account is None:
         return
-    if not isinstance(account, dict) or not all(isinstance(item, dict) for item in account.values()):
+    if not isinstance(account, dict) or not all(
+        isinstance(item, dict) for item in account.values()
+    ):
         yield f"{manifest.path}: facts.account must map subsets to numbers"
         return
     sums: dict[str, Counter[str]] = {"used_tokens": Counter(), "held_out_tokens": Counter()}
@@ -142,7 +156,9 @@ def _account_problems(manifest: Manifest) -> Iterator[str]:
     yield from _tail_problems(manifest, account)
 
 
-def _against_chunks(manifest: Manifest, account: Mapping[str, Any], key: str, made: Mapping[str, int]) -> Iterator[str]:
+def _against_chunks(
+    manifest: Manifest, account: Mapping[str, Any], key: str, made: Mapping[str, int]
+) -> Iterator[str]:
     what = "the held-out chunk has" if key == "held_out_tokens" else "the chunks have"
     for name in sorted({*account, *made}):
         item = account.get(name, {})
@@ -150,7 +166,11 @@ def _against_chunks(manifest: Manifest, account: Mapping[str, Any], key: str, ma
         if told is not None and told != made.get(name, 0):
             yield f"{manifest.path}: account of subset {name}: {key} is {told}, {what} {made.get(name, 0)}"
         samples = item.get("used_samples")
-        if key == "used_tokens" and _is_count(samples) and samples * manifest.sequence_length != made.get(name, 0):
+        if (
+            key == "used_tokens"
+            and _is_count(samples)
+            and samples * manifest.sequence_length != made.get(name, 0)
+        ):
             yield (
                 f"{manifest.path}: account of subset {name}: used_samples is {samples} of {manifest.sequence_length} "
                 f"tokens, {what} {made.get(name, 0)}"
@@ -171,7 +191,12 @@ def _item_problems(item: Mapping[str, Any], wish: Any, sequence_length: int) -> 
     """Where the account of one subset contradicts itself, or its recipe; sums only of what is all there."""
     wrong = [key for key, value in item.items() if _COUNTS.fullmatch(key) and not _is_count(value)]
     repeat = item.get("repeat", 1)
-    if not isinstance(repeat, int | float) or isinstance(repeat, bool) or not math.isfinite(repeat) or repeat <= 0:
+    if (
+        not isinstance(repeat, int | float)
+        or isinstance(repeat, bool)
+        or not math.isfinite(repeat)
+        or repeat <= 0
+    ):
         yield f"repeat is {repeat!r}, must be a number above 0"
         return
     if wrong:
@@ -203,7 +228,9 @@ def _sums(item: Mapping[str, Any]) -> Iterator[str]:
                 f"{item['training_tokens']} training_tokens are {laid_out}"
             )
     kinds = [f"{kind}_documents" for kind in _DOCUMENTS]
-    if {"documents_read", *kinds} <= item.keys() and item["documents_read"] != sum(item[kind] for kind in kinds):
+    if {"documents_read", *kinds} <= item.keys() and item["documents_read"] != sum(
+        item[kind] for kind in kinds
+    ):
         yield (
             f"documents do not add up: documents_read is {item['documents_read']}, {', '.join(_DOCUMENTS)} are "
             f"{sum(item[kind] for kind in kinds)}"

@@ -95,9 +95,13 @@ class _Plain(torch.autograd.Function):
             hidden = _future(stop - start, stop, rows).repeat(n // kv_heads, 1)
             scores = torch.baddbmm(hidden, rows, keys[:, :stop].transpose(1, 2), alpha=scale)
             if mask is not None:
-                scores.view(b, n, -1, stop).masked_fill_(~mask[:, :, start:stop, :stop], float("-inf"))
+                scores.view(b, n, -1, stop).masked_fill_(
+                    ~mask[:, :, start:stop, :stop], float("-inf")
+                )
             probabilities = torch.softmax(scores, dim=-1)
-            out[:, :, start:stop] = torch.bmm(probabilities, values[:, :stop]).view(b, n, stop - start, d)
+            out[:, :, start:stop] = torch.bmm(probabilities, values[:, :stop]).view(
+                b, n, stop - start, d
+            )
             kept.append(probabilities)
         ctx.save_for_backward(q, k, v, *kept)
         return out
@@ -118,7 +122,11 @@ class _Plain(torch.autograd.Function):
             dv[:, :stop] += torch.bmm(probabilities.transpose(1, 2), gradient)
             dscores = torch.bmm(gradient, values[:, :stop].transpose(1, 2))
             dscores = torch._softmax_backward_data(dscores, probabilities, -1, q.dtype)
-            torch.mul(torch.bmm(dscores, keys[:, :stop]).view(b, n, -1, d), scale, out=dq[:, :, start:stop])
+            torch.mul(
+                torch.bmm(dscores, keys[:, :stop]).view(b, n, -1, d),
+                scale,
+                out=dq[:, :, start:stop],
+            )
             dk[:, :stop] += torch.bmm(dscores.transpose(1, 2), _rows(q, kv_heads, start, stop))
         return dq, dk.mul_(scale).to(k.dtype).view_as(k), dv.to(v.dtype).view_as(v), None
 

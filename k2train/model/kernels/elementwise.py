@@ -60,8 +60,17 @@ class _Norm(torch.autograd.Function):
         product = torch.mul(gradient, value).view(-1, features)
         rows = scale.view(-1)
         dweight = torch.mv(product.t(), rows)
-        pull = torch.mv(product, factor).mul_(rows).mul_(rows).mul_(rows).mul_(-1.0 / features).view_as(scale)
-        dx = torch.mul(gradient, factor, out=product.view(x.shape)).mul_(scale).addcmul_(value, pull)
+        pull = (
+            torch.mv(product, factor)
+            .mul_(rows)
+            .mul_(rows)
+            .mul_(rows)
+            .mul_(-1.0 / features)
+            .view_as(scale)
+        )
+        dx = (
+            torch.mul(gradient, factor, out=product.view(x.shape)).mul_(scale).addcmul_(value, pull)
+        )
         return dx.to(x.dtype), dweight.to(weight.dtype), None
 
 
@@ -108,7 +117,11 @@ def reference_split(
     """[s, b, (n + 2 n_kv) d] -> rotated q [b, n, s, d], rotated k and plain v [b, n_kv, s, d], with memory of their own."""
     q, k, v = _heads(packed, heads, kv_heads)
     q, k = reference_rotate(q, cos, sin), reference_rotate(k, cos, sin)
-    return _to_attention(q), _to_attention(k), _to_attention(v.clone(memory_format=torch.contiguous_format))
+    return (
+        _to_attention(q),
+        _to_attention(k),
+        _to_attention(v.clone(memory_format=torch.contiguous_format)),
+    )
 
 
 class _Split(torch.autograd.Function):
@@ -122,7 +135,11 @@ class _Split(torch.autograd.Function):
         q, k, v = _heads(packed, heads, kv_heads)
         q, k = (rotate(part, cos, sin).to(packed.dtype) for part in (q, k))
         # Own memory for v: a view would keep the whole packed tensor until the backward pass.
-        return _to_attention(q), _to_attention(k), _to_attention(v.clone(memory_format=torch.contiguous_format))
+        return (
+            _to_attention(q),
+            _to_attention(k),
+            _to_attention(v.clone(memory_format=torch.contiguous_format)),
+        )
 
     @staticmethod
     @once_differentiable
@@ -136,7 +153,9 @@ class _Split(torch.autograd.Function):
         return dpacked, None, None, None, None
 
 
-def fused_split(packed: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+def fused_split(
+    packed: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """As `reference_split`, in fewer passes."""
     return _Split.apply(packed, cos, sin, heads, kv_heads)
 

@@ -31,7 +31,13 @@ class Fp8Product(Product):
 
     exact = False
 
-    def __init__(self, gemm: Callable[..., Any], quantizer: Callable[..., Any], types: Any, device: torch.device):
+    def __init__(
+        self,
+        gemm: Callable[..., Any],
+        quantizer: Callable[..., Any],
+        types: Any,
+        device: torch.device,
+    ):
         self._gemm = gemm
         # A factor is read by rows in y and (a gradient) in dx, by columns in a weight gradient and (a weight) in dx.
         self._quantizers = {
@@ -43,10 +49,14 @@ class Fp8Product(Product):
         }
         takes_workspace = "workspace" in inspect.signature(self._gemm).parameters
         self._workspace = (
-            {"workspace": torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device)} if takes_workspace else {}
+            {"workspace": torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device)}
+            if takes_workspace
+            else {}
         )
 
-    def multiply(self, a: Tensor, matrix: Tensor, gradient: bool, out: Tensor | None = None) -> Tensor:
+    def multiply(
+        self, a: Tensor, matrix: Tensor, gradient: bool, out: Tensor | None = None
+    ) -> Tensor:
         # A weight [out, in] comes as it is, to give dx, or transposed, to give y: either way its memory is the weight's.
         transposed = not matrix.is_contiguous()
         weight = matrix.t() if transposed else matrix

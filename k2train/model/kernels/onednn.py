@@ -25,7 +25,9 @@ class OneDnnProduct(Product):
 
     writes_out = False
 
-    def multiply(self, a: Tensor, matrix: Tensor, gradient: bool, out: Tensor | None = None) -> Tensor:
+    def multiply(
+        self, a: Tensor, matrix: Tensor, gradient: bool, out: Tensor | None = None
+    ) -> Tensor:
         if a.dtype != torch.float32 or not a.numel() or not matrix.numel():
             return super().multiply(a, matrix, gradient, out)
         y = _linear(a, matrix.t())
@@ -53,7 +55,9 @@ def available() -> bool:
 def preferred() -> bool:
     """Whether `auto` takes it on a CPU in fp32: it is there, and the processor is known not to be Intel's."""
     try:
-        vendors = {line.split(":")[1].strip() for line in _cpu_facts() if line.startswith("vendor_id")}
+        vendors = {
+            line.split(":")[1].strip() for line in _cpu_facts() if line.startswith("vendor_id")
+        }
     except (OSError, IndexError):
         return False
     return available() and bool(vendors) and "GenuineIntel" not in vendors
@@ -66,11 +70,15 @@ def _cpu_facts() -> list[str]:
 def onednn_product(device: torch.device, dtype: torch.dtype) -> OneDnnProduct:
     """The products of `kernels.matmul: onednn`. Raises ConfigError where they cannot be had, or change nothing."""
     if device.type != "cpu":
-        raise ConfigError(f"kernels.matmul (onednn) is for a CPU, and this is {device.type}: choose auto")
+        raise ConfigError(
+            f"kernels.matmul (onednn) is for a CPU, and this is {device.type}: choose auto"
+        )
     if dtype != torch.float32:
         raise ConfigError(
             "kernels.matmul (onednn) is for precision fp32, in bf16 torch goes that way itself: choose auto"
         )
     if not available():
-        raise ConfigError("kernels.matmul (onednn) needs a torch that was built with oneDNN: choose torch")
+        raise ConfigError(
+            "kernels.matmul (onednn) needs a torch that was built with oneDNN: choose torch"
+        )
     return OneDnnProduct()

@@ -18,9 +18,15 @@ from k2train.model.kernels.elementwise import Norm
 
 INSTALL = {
     "flash_attn_2": ("flash-attn", "pip install flash-attn --no-build-isolation"),
-    "flash_attn_3": ("flash_attn_3", "build it from the folder hopper of github.com/Dao-AILab/flash-attention"),
+    "flash_attn_3": (
+        "flash_attn_3",
+        "build it from the folder hopper of github.com/Dao-AILab/flash-attention",
+    ),
     "flash_attn_4": ("flash-attn-4", "pip install flash-attn-4"),
-    "transformer_engine": ("transformer_engine", "pip install transformer-engine[pytorch] --no-build-isolation"),
+    "transformer_engine": (
+        "transformer_engine",
+        "pip install transformer-engine[pytorch] --no-build-isolation",
+    ),
     "apex": ("apex", "build it from github.com/NVIDIA/apex with its CUDA extensions"),
 }
 """Optional packages: the distribution, and how to get it."""
@@ -37,7 +43,9 @@ def version_of(distribution: str) -> str:
 def missing(key: str, name: str, error: ImportError) -> ConfigError:
     """The one line for a package that cannot be imported."""
     distribution, install = INSTALL[name]
-    return ConfigError(f"kernels.{key} ({name}) needs the package {distribution}: {install} ({error})")
+    return ConfigError(
+        f"kernels.{key} ({name}) needs the package {distribution}: {install} ({error})"
+    )
 
 
 def positions_second(function: Callable[..., Any]) -> Attention:
@@ -88,7 +96,12 @@ def load_engine_attention() -> Attention:
     @cache
     def module(heads: int, kv_heads: int, head_dim: int) -> nn.Module:
         return DotProductAttention(
-            heads, head_dim, num_gqa_groups=kv_heads, attention_dropout=0.0, qkv_format="sbhd", attn_mask_type="causal"
+            heads,
+            head_dim,
+            num_gqa_groups=kv_heads,
+            attention_dropout=0.0,
+            qkv_format="sbhd",
+            attn_mask_type="causal",
         )
 
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -125,7 +138,9 @@ def load_engine_norm() -> Norm:
         return RMSNorm(features, eps=eps, dtype=dtype, device=device)
 
     def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        return torch.func.functional_call(module(x.shape[-1], eps, x.dtype, x.device), {"weight": weight}, (x,))
+        return torch.func.functional_call(
+            module(x.shape[-1], eps, x.dtype, x.device), {"weight": weight}, (x,)
+        )
 
     return norm
 
@@ -136,4 +151,7 @@ OPTIONAL_ATTENTION: dict[str, Callable[[], Attention]] = {
     "flash_attn_4": load_flash_attn_4,
     "transformer_engine": load_engine_attention,
 }
-OPTIONAL_NORM: dict[str, Callable[[], Norm]] = {"apex": load_apex_norm, "transformer_engine": load_engine_norm}
+OPTIONAL_NORM: dict[str, Callable[[], Norm]] = {
+    "apex": load_apex_norm,
+    "transformer_engine": load_engine_norm,
+}

@@ -45,7 +45,16 @@ from k2train.model.kernels.onednn import preferred as onednn_preferred
 from k2train.model.kernels.optional import INSTALL, OPTIONAL_ATTENTION, OPTIONAL_NORM, version_of
 from k2train.parallel.collective_matmul import Product
 
-__all__ = ["ATTENTION", "NORM", "Attention", "Kernels", "Norm", "Place", "choose_kernels", "document_mask"]
+__all__ = [
+    "ATTENTION",
+    "NORM",
+    "Attention",
+    "Kernels",
+    "Norm",
+    "Place",
+    "choose_kernels",
+    "document_mask",
+]
 
 Split = Callable[[Tensor, Tensor, Tensor, int, int], tuple[Tensor, Tensor, Tensor]]
 SwiGlu = Callable[[Tensor], Tensor]
@@ -120,7 +129,9 @@ class Kernels:
 
     def recompute_of(self, num_layers: int) -> list[str]:
         """The recompute policy of each layer of a stage that has `num_layers`."""
-        count = num_layers if self.recompute_layers is None else min(self.recompute_layers, num_layers)
+        count = (
+            num_layers if self.recompute_layers is None else min(self.recompute_layers, num_layers)
+        )
         return [self.recompute] * count + ["none"] * (num_layers - count)
 
     def __str__(self) -> str:
@@ -133,7 +144,11 @@ class Kernels:
             f"optimizer {self.optimizer}",
             f"compile {'on' if self.compile else 'off'}",
             f"recompute {self.recompute}"
-            + ("" if self.recompute_layers is None else f" in {self.recompute_layers} layers a stage"),
+            + (
+                ""
+                if self.recompute_layers is None
+                else f" in {self.recompute_layers} layers a stage"
+            ),
             *self.versions,
         ]
         return ", ".join(parts)
@@ -157,7 +172,9 @@ def choose_kernels(
     """
     place = place or Place(torch.device("cpu"))
     compiled = choose_compile(compile, place)
-    attention_name = pick("attention", attention, (*ATTENTION, *OPTIONAL_ATTENTION), place_attention(place))
+    attention_name = pick(
+        "attention", attention, (*ATTENTION, *OPTIONAL_ATTENTION), place_attention(place)
+    )
     norm_name = pick("norm", norm, (*NORM, *OPTIONAL_NORM), "fused")
     elementwise = pick("elementwise", elementwise, tuple(SPLIT), "fused")
     matmul = pick("matmul", matmul, tuple(PRODUCT), place_matmul(place))
@@ -175,7 +192,9 @@ def choose_kernels(
         recompute=pick("recompute", recompute, ("none", "selective", "full"), "none"),
         recompute_layers=recompute_layers,
         attention=choose_attention(attention_name, place),
-        norm=compiled_once(reference_norm) if compiled and norm_name == "fused" else choose_norm(norm_name, place),
+        norm=compiled_once(reference_norm)
+        if compiled and norm_name == "fused"
+        else choose_norm(norm_name, place),
         split=compiled_once(reference_split) if fused else SPLIT[elementwise],
         swiglu=compiled_once(reference_swiglu) if fused else SWIGLU[elementwise],
         product=PRODUCT[matmul](place.device, place.dtype),
@@ -195,7 +214,9 @@ def pick(key: str, value: str, legal: tuple[str, ...], automatic: str) -> str:
 def place_attention(place: Place) -> str:
     """The attention that `auto` stands for at a place."""
     if place.device.type != "cuda":
-        known = place.sequence_length is not None and place.sequence_length <= PLAIN_UP_TO.get(place.dtype, 0)
+        known = place.sequence_length is not None and place.sequence_length <= PLAIN_UP_TO.get(
+            place.dtype, 0
+        )
         return "plain" if known else "sdpa"
     if place.block or place.dtype.itemsize != 2:
         return "sdpa"
@@ -208,7 +229,11 @@ def place_attention(place: Place) -> str:
 
 def place_matmul(place: Place) -> str:
     """The product that `auto` stands for at a place."""
-    return "onednn" if place.device.type == "cpu" and place.dtype == torch.float32 and onednn_preferred() else "torch"
+    return (
+        "onednn"
+        if place.device.type == "cpu" and place.dtype == torch.float32 and onednn_preferred()
+        else "torch"
+    )
 
 
 def choose_attention(name: str, place: Place) -> Attention:
@@ -223,7 +248,9 @@ def choose_attention(name: str, place: Place) -> Attention:
     if name == "cudnn" or optional:
         needs_cuda(where, place)
     if place.dtype.itemsize != 2 and place.device.type == "cuda" and name not in TAKE_MASKS:
-        raise ConfigError(f"{where} computes in bf16 only, precision is fp32: set precision to bf16, or choose sdpa")
+        raise ConfigError(
+            f"{where} computes in bf16 only, precision is fp32: set precision to bf16, or choose sdpa"
+        )
     return function
 
 
@@ -239,7 +266,9 @@ def choose_norm(name: str, place: Place) -> Norm:
 def needs_cuda(where: str, place: Place) -> None:
     """Raises ConfigError anywhere but on a CUDA device."""
     if place.device.type != "cuda":
-        raise ConfigError(f"{where} needs a CUDA device, and this is {place.device.type}: choose auto")
+        raise ConfigError(
+            f"{where} needs a CUDA device, and this is {place.device.type}: choose auto"
+        )
 
 
 def choose_compile(value: str, place: Place) -> bool:
@@ -247,9 +276,13 @@ def choose_compile(value: str, place: Place) -> bool:
     cuda = place.device.type == "cuda"
     value = pick("compile", value, ("on", "off"), "on" if cuda and has_triton() else "off")
     if value == "on" and cuda and not has_triton():
-        raise ConfigError("kernels.compile (on) needs the package triton on a CUDA device: pip install triton, or off")
+        raise ConfigError(
+            "kernels.compile (on) needs the package triton on a CUDA device: pip install triton, or off"
+        )
     if value == "on" and not cuda and not any(shutil.which(name) for name in ("g++", "clang++")):
-        raise ConfigError("kernels.compile (on) needs a C++ compiler on a CPU: install g++ or clang++, or choose off")
+        raise ConfigError(
+            "kernels.compile (on) needs a C++ compiler on a CPU: install g++ or clang++, or choose off"
+        )
     return value == "on"
 
 

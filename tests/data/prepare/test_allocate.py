@@ -17,27 +17,39 @@ from k2train.data.document_keys import chunks_of_document
 from k2train.data.prepare.allocate.allocate import plan_task, runs_of
 from k2train.data.prepare.allocate.deduplicate import flag_duplicates
 from k2train.data.prepare.allocate.held_out import exact, first_places, place_histogram, samples_of
-from k2train.data.prepare.allocate.mixture import allocate, apportion, keyed_permutation, row_places, spread
+from k2train.data.prepare.allocate.mixture import (
+    allocate,
+    apportion,
+    keyed_permutation,
+    row_places,
+    spread,
+)
 from k2train.data.prepare.allocate.plan_file import Plan
 from k2train.data.prepare.encode import sorted_runs
 from k2train.data.prepare.source import PLACES
-from k2train.data.prepare.workspace import Workplace, read_json, write_json
+from k2train.data.prepare.workspace import Workspace, read_json, write_json
 from k2train.data.prepare.write.write_chunk import chunk_task
 from k2train.errors import DataError
-from tests.support.sorted_runs import Text, is_inside, kept_texts, recipe_of, workplace_of
+from tests.support.sorted_runs import Text, is_inside, kept_texts, recipe_of, workspace_of
 
 LENGTHS = np.random.Generator(np.random.Philox(key=2)).integers(1, 50, 300).tolist()
 
 
 def texts_of(origin: str, count: int, files: int, copies: int = 0) -> list[Text]:
     """`copies` of them repeat the text of another one."""
-    found = [Text(origin, f"f{i % files:03d}", i // files, LENGTHS[i % 300], 1000 + i) for i in range(count)]
-    return found + [Text(origin, f"f{i % files:03d}", 10**6 + i, LENGTHS[i % 300], 1000 + i) for i in range(copies)]
+    found = [
+        Text(origin, f"f{i % files:03d}", i // files, LENGTHS[i % 300], 1000 + i)
+        for i in range(count)
+    ]
+    return found + [
+        Text(origin, f"f{i % files:03d}", 10**6 + i, LENGTHS[i % 300], 1000 + i)
+        for i in range(copies)
+    ]
 
 
-def planned(workplace: Workplace) -> dict[str, Any]:
-    plan_task(workplace)
-    content: dict[str, Any] = read_json(workplace.folder / "plan" / "plan.json")
+def planned(workspace: Workspace) -> dict[str, Any]:
+    plan_task(workspace)
+    content: dict[str, Any] = read_json(workspace.folder / "plan" / "plan.json")
     return content
 
 
@@ -70,7 +82,9 @@ def test_apportion_adds_up(weights: dict[str, int], part: float) -> None:
     assert sum(parts.values()) == total
     assert all(parts[name] <= weights[name] for name in weights)
     assert all(
-        abs(parts[n] * sum(weights.values()) - total * w) < sum(weights.values()) for n, w in weights.items() if w
+        abs(parts[n] * sum(weights.values()) - total * w) < sum(weights.values())
+        for n, w in weights.items()
+        if w
     )
 
 
@@ -87,7 +101,18 @@ def test_allocation() -> None:
 
 def test_permutation_is_fixed_for_ever() -> None:
     """Catches a change of the generator, of its key, or of the sort: old folders could not be made again."""
-    assert keyed_permutation(10, 22238, "rows of chunk_000").tolist() == [5, 8, 0, 6, 2, 7, 1, 3, 4, 9]
+    assert keyed_permutation(10, 22238, "rows of chunk_000").tolist() == [
+        5,
+        8,
+        0,
+        6,
+        2,
+        7,
+        1,
+        3,
+        4,
+        9,
+    ]
     assert row_places(10, 22238, "chunk_000").tolist() == [2, 6, 4, 7, 8, 0, 3, 5, 1, 9]
     assert sorted(keyed_permutation(1000, 1, "x")) == list(range(1000))
     assert keyed_permutation(50, 1, "x").tolist() != keyed_permutation(50, 2, "x").tolist()
@@ -96,21 +121,31 @@ def test_permutation_is_fixed_for_ever() -> None:
 # Duplicates
 
 
-@given(st.lists(st.integers(0, 12), min_size=1, max_size=40), st.integers(1, 3), st.sampled_from([1, 4, 2**20]))
+@given(
+    st.lists(st.integers(0, 12), min_size=1, max_size=40),
+    st.integers(1, 3),
+    st.sampled_from([1, 4, 2**20]),
+)
 @settings(deadline=None, max_examples=25)
 def test_the_first_of_equal_texts_stays(contents: list[int], tasks: int, part: int) -> None:
     """Catches a text kept twice or not at all, one kept that is not the first by name, and parts that are not searched."""
     texts = [Text("code", f"f{i * 7 % 5}", i, 3, content) for i, content in enumerate(contents)]
     with tempfile.TemporaryDirectory() as folder, mock.patch("os.fsync"):
         recipe = recipe_of(Path(folder), {"code": {"drop_duplicates": True, "share": [0.0, 0.6]}})
-        workplace = workplace_of(Path(folder), recipe, {"code": texts}, tasks, capacity=12)
-        places = runs_of(workplace)["code"][0]
+        workspace = workspace_of(Path(folder), recipe, {"code": texts}, tasks, capacity=12)
+        places = runs_of(workspace)["code"][0]
         ranks = {f"code/f{i}": i for i in range(5)}
         aside = Path(folder) / "aside"
         aside.mkdir()
-        flags = np.fromfile(flag_duplicates(aside, workplace.folder, places, ranks, part), dtype=bool)
+        flags = np.fromfile(
+            flag_duplicates(aside, workspace.folder, places, ranks, part), dtype=bool
+        )
         assert [path.name for path in aside.iterdir()] == ["duplicates"]
-        found = [entry for place in places for entry in sorted_runs.Run(workplace.folder / place.path).documents()]
+        found = [
+            entry
+            for place in places
+            for entry in sorted_runs.Run(workspace.folder / place.path).documents()
+        ]
     first: dict[int, Text] = {}
     for text in sorted(texts, key=lambda t: (t.source, t.ordinal)):
         first.setdefault(text.content, text)
@@ -125,13 +160,15 @@ def test_the_first_of_equal_texts_stays(contents: list[int], tasks: int, part: i
 def test_rows_are_held_out_at_the_upper_end(tmp_path: Path) -> None:
     """Catches more text held out than the rows need, and a border that differs between subsets of the same files."""
     shared = {"origin": "files", "share": [0.0, 0.7]}
-    recipe = recipe_of(tmp_path, {"code": shared, "docs": shared, "prose": {}}, held_out={"rows": 30})
+    recipe = recipe_of(
+        tmp_path, {"code": shared, "docs": shared, "prose": {}}, held_out={"rows": 30}
+    )
     texts = {
         "code": texts_of("files", 300, 100),
         "docs": [t for t in texts_of("files", 300, 100) if t.ordinal == 1],
         "prose": texts_of("prose", 200, 50),
     }
-    content = planned(workplace_of(tmp_path, recipe, texts, 2, 700))
+    content = planned(workspace_of(tmp_path, recipe, texts, 2, 700))
     borders, account = content["held_out_places"], content["account"]
     assert borders["code"] == borders["docs"] != borders["prose"]
     quota = {name: item["held_out_tokens"] for name, item in account.items()}
@@ -145,7 +182,9 @@ def test_rows_are_held_out_at_the_upper_end(tmp_path: Path) -> None:
         tokens = sum(text.length for text in held)
         assert account[name]["held_out_unused_tokens"] == tokens - quota[name] >= 0
         lowest = min(text.place for text in held)
-        slack.append(tokens - sum(text.length for text in held if text.place == lowest) < quota[name])
+        slack.append(
+            tokens - sum(text.length for text in held if text.place == lowest) < quota[name]
+        )
     # Without its lowest file one of the subsets of each origin would have too little.
     assert slack[0] or slack[1]
     assert slack[2]
@@ -166,7 +205,7 @@ def test_quotas_follow_what_is_trained_on(tmp_path: Path) -> None:
     subsets = {"a": {"repeat": 3}, "b": {}, "c": {"limit_tokens": 800}}
     recipe = recipe_of(tmp_path, subsets, held_out={"rows": 40})
     texts = {name: texts_of(name, 200, 60) for name in subsets}
-    account = planned(workplace_of(tmp_path, recipe, texts))["account"]
+    account = planned(workspace_of(tmp_path, recipe, texts))["account"]
     tokens = sum(text.length for text in texts["a"])
     samples = {"a": 3 * tokens // 8, "b": tokens // 8, "c": 100}
     expected = apportion(40, samples)
@@ -178,12 +217,15 @@ def test_a_share_is_held_out_exactly(tmp_path: Path) -> None:
     """Catches a border rounded the other way, and rows of a share that are not all of it."""
     recipe = recipe_of(tmp_path, {"code": {"share": [0.2, 0.7]}}, held_out={"share": 0.1})
     texts = {"code": texts_of("code", 300, 100)}
-    content = planned(workplace_of(tmp_path, recipe, texts))
+    content = planned(workspace_of(tmp_path, recipe, texts))
     border = content["held_out_places"]["code"]
     assert border - 1 < Fraction("0.65") * PLACES <= border
     tokens = sum(t.length for t in texts["code"] if border <= t.place < 0.7 * PLACES)
     item = content["account"]["code"]
-    assert (item["held_out_tokens"], item["held_out_unused_tokens"]) == (tokens // 8 * 8, tokens % 8)
+    assert (item["held_out_tokens"], item["held_out_unused_tokens"]) == (
+        tokens // 8 * 8,
+        tokens % 8,
+    )
 
 
 @pytest.mark.parametrize(
@@ -193,8 +235,14 @@ def test_a_share_is_held_out_exactly(tmp_path: Path) -> None:
             {"rows": 9000},
             r"code must give 9000 held-out rows of 8 = 72000 tokens and has \d{4} for it: lower held_out.rows to",
         ),
-        ({"rows": 300, "share": 0.05}, r"code must give 300 .* lower held_out.rows to \d+, or raise held_out.share$"),
-        ({"rows": 300, "share": 0.0001}, r"subset code must give 300 .* and has 0 for it: raise held_out.share$"),
+        (
+            {"rows": 300, "share": 0.05},
+            r"code must give 300 .* lower held_out.rows to \d+, or raise held_out.share$",
+        ),
+        (
+            {"rows": 300, "share": 0.0001},
+            r"subset code must give 300 .* and has 0 for it: raise held_out.share$",
+        ),
         ({"share": 1e-9}, r"held_out.share \(1e-09\) holds out 0 tokens, less than one row of 8"),
     ],
 )
@@ -202,7 +250,7 @@ def test_too_little_to_hold_out(held_out: dict[str, Any], words: str, tmp_path: 
     """Catches a held-out chunk that is smaller than asked, or empty, without a word."""
     recipe = recipe_of(tmp_path, {"code": {}}, held_out=held_out)
     with pytest.raises(DataError, match=words):
-        plan_task(workplace_of(tmp_path, recipe, {"code": texts_of("code", 300, 100)}))
+        plan_task(workspace_of(tmp_path, recipe, {"code": texts_of("code", 300, 100)}))
 
 
 @pytest.mark.parametrize("held_out", [{"rows": 9000}, {"rows": 300, "share": 0.05}])
@@ -210,19 +258,22 @@ def test_the_number_to_lower_to_will_do(held_out: dict[str, Any], tmp_path: Path
     """Catches advice that is refused again, and advice that asks for less than could be held out."""
     texts = {"code": texts_of("code", 300, 300), "prose": texts_of("prose", 150, 150)}
     subsets: dict[str, Any] = {"code": {"repeat": 2}, "prose": {}}
-    workplace = workplace_of(tmp_path, recipe_of(tmp_path, subsets, held_out=held_out), texts)
+    workspace = workspace_of(tmp_path, recipe_of(tmp_path, subsets, held_out=held_out), texts)
     with pytest.raises(DataError, match=r"lower held_out.rows to (\d+)") as refused:
-        plan_task(workplace)
+        plan_task(workspace)
     most = int(str(refused.value).split("held_out.rows to ")[1].split(",")[0])
     (tmp_path / "again").mkdir()
     for rows in (most, most + 1 + most // 5):
         changed = recipe_of(tmp_path, subsets, held_out={**held_out, "rows": rows})
-        workplace = workplace_of(tmp_path / "again", changed, texts)
+        workspace = workspace_of(tmp_path / "again", changed, texts)
         if rows == most:
-            assert sum(item["held_out_tokens"] for item in planned(workplace)["account"].values()) == 8 * most
+            assert (
+                sum(item["held_out_tokens"] for item in planned(workspace)["account"].values())
+                == 8 * most
+            )
         else:
             with pytest.raises(DataError):
-                plan_task(workplace)
+                plan_task(workspace)
 
 
 def test_histogram_by_place() -> None:
@@ -232,7 +283,9 @@ def test_histogram_by_place() -> None:
     counts = place_histogram((0.25, 0.75), places, np.array([1, 2, 4]))
     assert np.flatnonzero(counts).tolist() == [0, 2**15, 2**16 - 1]
     assert counts[counts > 0].tolist() == [1, 2, 4]
-    whole = place_histogram((0.0, 1.0), np.array([0, PLACES - 1], dtype=np.uint64), np.array([1, 2]))
+    whole = place_histogram(
+        (0.0, 1.0), np.array([0, PLACES - 1], dtype=np.uint64), np.array([1, 2])
+    )
     assert (whole[0], whole[-1]) == (1, 2)
 
 
@@ -260,16 +313,28 @@ def test_account_adds_up(
     """Catches documents or tokens that are nowhere, or twice, in the account."""
     texts = {"code": texts_of("code", 120, 40, copies=20), "prose": texts_of("prose", 100, 30)}
     with tempfile.TemporaryDirectory() as folder, mock.patch("os.fsync"):
-        code = {"repeat": repeat, "drop_duplicates": True, "share": [0.0, 0.8], "limit_tokens": limit}
-        recipe = recipe_of(Path(folder), {"code": code, "prose": {}}, held_out=held_out, rows_per_chunk=rows_per_chunk)
-        account = planned(workplace_of(Path(folder), recipe, texts, 3, 200))["account"]
+        code = {
+            "repeat": repeat,
+            "drop_duplicates": True,
+            "share": [0.0, 0.8],
+            "limit_tokens": limit,
+        }
+        recipe = recipe_of(
+            Path(folder),
+            {"code": code, "prose": {}},
+            held_out=held_out,
+            rows_per_chunk=rows_per_chunk,
+        )
+        account = planned(workspace_of(Path(folder), recipe, texts, 3, 200))["account"]
     for name, item in account.items():
         inside = [text for text in texts[name] if is_inside(recipe, name, text)]
         kept = kept_texts(recipe, name, texts[name])
         assert item["documents_read"] == len(texts[name])
         assert item["outside_documents"] == len(texts[name]) - len(inside)
         assert item["duplicate_documents"] == len(inside) - len(kept)
-        assert item["duplicate_tokens"] == sum(t.length for t in inside) - sum(t.length for t in kept)
+        assert item["duplicate_tokens"] == sum(t.length for t in inside) - sum(
+            t.length for t in kept
+        )
         assert item["training_documents"] + item["held_out_documents"] == len(kept)
         tokens = item["training_tokens"]
         held = item["held_out_tokens"] + item["held_out_unused_tokens"]
@@ -292,21 +357,26 @@ def test_shared_ids_are_told_beside_the_account(tmp_path: Path) -> None:
     """Catches a count of the encode tasks that is lost, or that takes documents out of the sums."""
     recipe = recipe_of(tmp_path, {"code": {}, "prose": {}})
     texts = {name: texts_of(name, 100, 30) for name in ("code", "prose")}
-    workplace = workplace_of(tmp_path, recipe, texts, tasks=2)
+    workspace = workspace_of(tmp_path, recipe, texts, tasks=2)
     for number, count in ((0, 3), (1, 4)):
-        record = read_json(workplace.encode_record(number))
+        record = read_json(workspace.encode_record(number))
         record["subsets"]["code"]["repeated_ids"] = count
-        write_json(workplace.encode_record(number), record)
-    account = planned(workplace)["account"]
-    assert {name: item["repeated_id_documents"] for name, item in account.items()} == {"code": 7, "prose": 0}
+        write_json(workspace.encode_record(number), record)
+    account = planned(workspace)["account"]
+    assert {name: item["repeated_id_documents"] for name, item in account.items()} == {
+        "code": 7,
+        "prose": 0,
+    }
     assert account["code"]["training_documents"] == account["code"]["documents_read"] == 100
 
 
 def test_too_few_samples(tmp_path: Path) -> None:
     """Catches chunks that come out smaller than the recipe says."""
     recipe = recipe_of(tmp_path, {"code": {}}, rows_per_chunk=5000)
-    with pytest.raises(DataError, match=r"needs 10000 samples, the subsets hold \d+ without what is held out"):
-        plan_task(workplace_of(tmp_path, recipe, {"code": texts_of("code", 100, 10)}))
+    with pytest.raises(
+        DataError, match=r"needs 10000 samples, the subsets hold \d+ without what is held out"
+    ):
+        plan_task(workspace_of(tmp_path, recipe, {"code": texts_of("code", 100, 10)}))
 
 
 def test_plan_does_not_depend_on_runs(tmp_path: Path) -> None:
@@ -318,29 +388,35 @@ def test_plan_does_not_depend_on_runs(tmp_path: Path) -> None:
         folder.mkdir()
         code = {"drop_duplicates": True, "share": [0.1, 0.9]}
         recipe = recipe_of(folder, {"code": code, "prose": {"repeat": 1.5}}, held_out={"rows": 5})
-        content = planned(workplace_of(folder, recipe, texts, tasks, capacity))
-        found.append({key: value for key, value in content.items() if key not in ("files", "subsets")})
+        content = planned(workspace_of(folder, recipe, texts, tasks, capacity))
+        found.append(
+            {key: value for key, value in content.items() if key not in ("files", "subsets")}
+        )
     assert found[0] == found[1]
 
 
 def test_plan_twice_and_after_a_kill(tmp_path: Path) -> None:
     """Catches a plan that is not the same the second time, and one taken for whole without its files."""
     recipe = recipe_of(tmp_path, {"code": {"drop_duplicates": True}})
-    workplace = workplace_of(tmp_path, recipe, {"code": texts_of("code", 100, 10, copies=5)})
+    workspace = workspace_of(tmp_path, recipe, {"code": texts_of("code", 100, 10, copies=5)})
     with (
-        mock.patch("k2train.data.prepare.allocate.allocate.write_json", side_effect=KeyboardInterrupt),
+        mock.patch(
+            "k2train.data.prepare.allocate.allocate.write_json", side_effect=KeyboardInterrupt
+        ),
         pytest.raises(KeyboardInterrupt),
     ):
-        plan_task(workplace)
+        plan_task(workspace)
     with pytest.raises(DataError, match=r"plan.json: no plan"):
-        Plan.read(workplace.folder)
-    content = planned(workplace)
-    before = {path.name: path.read_bytes() for path in (workplace.folder / "plan").iterdir()}
+        Plan.read(workspace.folder)
+    content = planned(workspace)
+    before = {path.name: path.read_bytes() for path in (workspace.folder / "plan").iterdir()}
     assert sorted(before) == ["0_000.buckets", "0_000.marks", "0_000.masks", "plan.json"]
     for entry in content["files"]:
-        assert (workplace.folder / entry["path"]).stat().st_size == entry["bytes"]
-    plan_task(workplace)
-    assert {path.name: path.read_bytes() for path in (workplace.folder / "plan").iterdir()} == before
+        assert (workspace.folder / entry["path"]).stat().st_size == entry["bytes"]
+    plan_task(workspace)
+    assert {
+        path.name: path.read_bytes() for path in (workspace.folder / "plan").iterdir()
+    } == before
 
 
 # Finding a document
@@ -349,15 +425,17 @@ def test_plan_twice_and_after_a_kill(tmp_path: Path) -> None:
 def test_document_is_looked_for_where_it_is(tmp_path: Path) -> None:
     """Catches a chunk that holds a document and is not told, and a table that tells every chunk."""
     texts = {"code": texts_of("code", 300, 40), "prose": texts_of("prose", 300, 30)}
-    recipe = recipe_of(tmp_path, {"code": {"repeat": 1.5}, "prose": {}}, held_out={"rows": 20}, chunks=6)
-    workplace = workplace_of(tmp_path, recipe, texts, 2, 900)
-    facts = {"document_keys": planned(workplace)["document_keys"]}
+    recipe = recipe_of(
+        tmp_path, {"code": {"repeat": 1.5}, "prose": {}}, held_out={"rows": 20}, chunks=6
+    )
+    workspace = workspace_of(tmp_path, recipe, texts, 2, 900)
+    facts = {"document_keys": planned(workspace)["document_keys"]}
     infos = []
     where: dict[tuple[str, str, str], set[str]] = {}
-    for number, name in enumerate(workplace.chunk_names):
-        chunk_task(workplace, number)
-        infos.append(ChunkInfo(**read_json(workplace.chunk_record(name))["info"]))
-        for line in parquet.read_table(workplace.target / f"{name}.parquet").to_pylist():
+    for number, name in enumerate(workspace.chunk_names):
+        chunk_task(workspace, number)
+        infos.append(ChunkInfo(**read_json(workspace.chunk_record(name))["info"]))
+        for line in parquet.read_table(workspace.target / f"{name}.parquet").to_pylist():
             where.setdefault((line["subset"], line["source"], line["document"]), set()).add(name)
     manifest = Manifest(tmp_path, "", "", 8, 300, "uint16", tuple(infos), None, facts)
     told = 0
@@ -368,4 +446,9 @@ def test_document_is_looked_for_where_it_is(tmp_path: Path) -> None:
         told += len(found)
     assert told < 2 * sum(map(len, where.values()))
     assert chunks_of_document(manifest, "other", "code/f000", "d0é") is None
-    assert chunks_of_document(Manifest(tmp_path, "", "", 8, 300, "uint16", ()), "code", "code/f000", "d0é") is None
+    assert (
+        chunks_of_document(
+            Manifest(tmp_path, "", "", 8, 300, "uint16", ()), "code", "code/f000", "d0é"
+        )
+        is None
+    )

@@ -15,7 +15,12 @@ import pytest
 
 from k2train.data.document_keys import document_key64
 from k2train.data.prepare.encode import encode
-from k2train.data.prepare.encode.encode import changed_sources, drawn_place, encode_task, sources_identity
+from k2train.data.prepare.encode.encode import (
+    changed_sources,
+    drawn_place,
+    encode_task,
+    sources_identity,
+)
 from k2train.data.prepare.encode.fill_in_middle import choose_fim, restore
 from k2train.data.prepare.encode.sorted_runs import Run
 from k2train.data.prepare.recipe import Recipe
@@ -23,7 +28,7 @@ from k2train.data.prepare.source import PLACES, place_of
 from k2train.data.prepare.sources import stdlib
 from k2train.data.prepare.sources.readers import encode_tasks, list_sources
 from k2train.data.prepare.sources.rejected import REJECTED_NAME
-from k2train.data.prepare.workspace import Workplace, read_json
+from k2train.data.prepare.workspace import Workspace, read_json
 from k2train.data.tokenizer import EOS_ID, Tokenizer, train_tokenizer
 from k2train.errors import DataError
 
@@ -32,7 +37,20 @@ WEB = {"kind": "jsonl", "paths": ["web/*.jsonl"], "id_key": "id"}
 
 def text_of(number: int) -> str:
     choose = random.Random(number)
-    words = ["def", "return", "the", "value", "of", "a list", "self", "</s>", "\n    ", "\u00e4", "\u2581", "x = 1"]
+    words = [
+        "def",
+        "return",
+        "the",
+        "value",
+        "of",
+        "a list",
+        "self",
+        "</s>",
+        "\n    ",
+        "\u00e4",
+        "\u2581",
+        "x = 1",
+    ]
     return " ".join(choose.choice(words) for _ in range(choose.randrange(1, 40))) + f" {number}"
 
 
@@ -51,7 +69,9 @@ def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         Path(f"web/{file}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def place(tokenizer: Tokenizer, subsets: dict[str, Any], folder: str = "work", **executor: Any) -> Workplace:
+def place(
+    tokenizer: Tokenizer, subsets: dict[str, Any], folder: str = "work", **executor: Any
+) -> Workspace:
     recipe = Recipe.model_validate(
         {
             "name": "small",
@@ -65,37 +85,43 @@ def place(tokenizer: Tokenizer, subsets: dict[str, Any], folder: str = "work", *
         }
     )
     tasks = encode_tasks(recipe, list_sources(recipe))
-    return Workplace.create(Path(folder).resolve(), Path("out.tmp"), recipe, tokenizer, tasks)
+    return Workspace.create(Path(folder).resolve(), Path("out.tmp"), recipe, tokenizer, tasks)
 
 
-def encode_all(tokenizer: Tokenizer, subsets: dict[str, Any], folder: str = "work", **executor: Any) -> Workplace:
-    workplace = place(tokenizer, subsets, folder, **executor)
-    for number in range(len(workplace.tasks)):
-        encode_task(workplace, number)
-    return workplace
+def encode_all(
+    tokenizer: Tokenizer, subsets: dict[str, Any], folder: str = "work", **executor: Any
+) -> Workspace:
+    workspace = place(tokenizer, subsets, folder, **executor)
+    for number in range(len(workspace.tasks)):
+        encode_task(workspace, number)
+    return workspace
 
 
-def records(workplace: Workplace) -> list[dict[str, Any]]:
-    return [read_json(workplace.encode_record(number)) for number in range(len(workplace.tasks))]
+def records(workspace: Workspace) -> list[dict[str, Any]]:
+    return [read_json(workspace.encode_record(number)) for number in range(len(workspace.tasks))]
 
 
-def counts(workplace: Workplace, subset: str) -> Counter[str]:
+def counts(workspace: Workspace, subset: str) -> Counter[str]:
     total: Counter[str] = Counter()
-    for record in records(workplace):
-        total.update({key: n for key, n in record["subsets"].get(subset, {}).items() if isinstance(n, int)})
+    for record in records(workspace):
+        total.update(
+            {key: n for key, n in record["subsets"].get(subset, {}).items() if isinstance(n, int)}
+        )
     return total
 
 
 Entry = tuple[int, str, int, str, tuple[int, ...], int, int, int]
 
 
-def entries(workplace: Workplace, subset: str, number: int = 0) -> list[Entry]:
+def entries(workspace: Workspace, subset: str, number: int = 0) -> list[Entry]:
     """All that the runs of a pass say of each document, sorted."""
     found: list[Entry] = []
-    for record in records(workplace):
+    for record in records(workspace):
         for told in record["subsets"].get(subset, {"passes": [[]] * 9})["passes"][number]:
-            run = Run(workplace.folder / told["path"])
-            more = zip(*(run.read(name).tolist() for name in ("places", "texts", "fim")), strict=True)
+            run = Run(workspace.folder / told["path"])
+            more = zip(
+                *(run.read(name).tolist() for name in ("places", "texts", "fim")), strict=True
+            )
             for (key, source, ordinal, name, ids), rest in zip(run.documents(), more, strict=True):
                 found.append((key, source, ordinal, name, tuple(ids), *rest))
     return sorted(found)
@@ -103,9 +129,9 @@ def entries(workplace: Workplace, subset: str, number: int = 0) -> list[Entry]:
 
 def test_documents_are_encoded_with_their_end(tokenizer: Tokenizer) -> None:
     """Catches ids of another document, a missing </s>, and keys, places or counts that are not the document's."""
-    workplace = encode_all(tokenizer, {"web": {**WEB, "repeat": 1.5}})
+    workspace = encode_all(tokenizer, {"web": {**WEB, "repeat": 1.5}})
     for number in (0, 1):
-        found = entries(workplace, "web", number)
+        found = entries(workspace, "web", number)
         assert len(found) == 180
         for key, source, ordinal, name, ids, unit, text, fim in found:
             index = int(name[1:])
@@ -113,37 +139,46 @@ def test_documents_are_encoded_with_their_end(tokenizer: Tokenizer) -> None:
             assert key == document_key64(5, "web", number, source, name)
             assert (source, ordinal) == (f"web/{index // 30}.jsonl", index % 30)
             assert (unit, text, fim) == (place_of(f"{source}\0{name}"), 0, 0)
-    told = counts(workplace, "web")
+    told = counts(workspace, "web")
     assert told == {
         "documents": 180,
         "documents_read": 180,
         "tokens": sum(len(entry[4]) for entry in found),
     } | dict.fromkeys(("outside", "short", "not_chosen", "rejected", "repeated_ids"), 0)
-    (record,) = records(workplace)
+    (record,) = records(workspace)
     assert record["text_bytes"] == sum(len(text_of(i).encode()) for i in range(180))
     for file in record["files"]:
-        assert (workplace.folder / file["path"]).stat().st_size == file["bytes"]
+        assert (workspace.folder / file["path"]).stat().st_size == file["bytes"]
     assert sum(run["documents"] for run in record["subsets"]["web"]["passes"][1]) == 180
 
 
 @pytest.mark.parametrize(
     "executor", [{"task_bytes": 1}, {"run_tokens": 1024}, {"task_bytes": 9000, "run_tokens": 2000}]
 )
-def test_the_cut_does_not_show(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, executor: dict[str, int]) -> None:
+def test_the_cut_does_not_show(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, executor: dict[str, int]
+) -> None:
     """Catches what depends on how sources were cut into tasks, runs or batches."""
-    subsets = {"web": {**WEB, "repeat": 2, "share": [0, 0.7]}, "fim": {**WEB, "fill_in_the_middle": {"psm": 0.5}}}
+    subsets = {
+        "web": {**WEB, "repeat": 2, "share": [0, 0.7]},
+        "fim": {**WEB, "fill_in_the_middle": {"psm": 0.5}},
+    }
     subsets["fim"]["share"] = [0, 0.7]
     whole = encode_all(tokenizer, subsets)
     monkeypatch.setattr(encode, "BATCH_CHARACTERS", 300)
     cut = encode_all(tokenizer, subsets, "cut", **executor)
-    assert len([run for record in records(cut) for run in record["subsets"]["web"]["passes"][0]]) > 3
+    assert (
+        len([run for record in records(cut) for run in record["subsets"]["web"]["passes"][0]]) > 3
+    )
     for name, number in (("web", 0), ("web", 1), ("fim", 0)):
         assert entries(cut, name, number) == entries(whole, name, number)
         assert counts(cut, name) == counts(whole, name)
     assert sources_identity(records(cut)) == sources_identity(records(whole))
 
 
-def test_subsets_of_the_same_files_are_read_once(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_subsets_of_the_same_files_are_read_once(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Catches files read or encoded once a subset, and draws that give a document to two subsets or to none."""
     subsets = {
         "plain": {**WEB, "documents": [0, 0.5]},
@@ -154,51 +189,64 @@ def test_subsets_of_the_same_files_are_read_once(tokenizer: Tokenizer, monkeypat
     opened: list[Any] = []
     encoded: list[Any] = []
     read_documents, encode_documents = encode.read_documents, encode.encode_documents
-    monkeypatch.setattr(encode, "read_documents", lambda s, source: opened.append(source) or read_documents(s, source))
     monkeypatch.setattr(
-        encode, "encode_documents", lambda t, items: encoded.extend(items) or encode_documents(t, items)
+        encode,
+        "read_documents",
+        lambda s, source: opened.append(source) or read_documents(s, source),
     )
-    workplace = encode_all(tokenizer, subsets)
+    monkeypatch.setattr(
+        encode,
+        "encode_documents",
+        lambda t, items: encoded.extend(items) or encode_documents(t, items),
+    )
+    workspace = encode_all(tokenizer, subsets)
     assert len(opened) == 6
     assert len(encoded) == 180
-    names = {name: {entry[3] for entry in entries(workplace, name)} for name in subsets}
-    assert sorted(names["plain"] | names["psm"] | names["spm"]) == sorted(f"d{i}" for i in range(180))
+    names = {name: {entry[3] for entry in entries(workspace, name)} for name in subsets}
+    assert sorted(names["plain"] | names["psm"] | names["spm"]) == sorted(
+        f"d{i}" for i in range(180)
+    )
     assert sum(len(names[name]) for name in ("plain", "psm", "spm")) == 180
     assert names["again"] == names["plain"]
     drawn = {f"d{i}": drawn_place(5, f"web/{i // 30}.jsonl", f"d{i}") for i in range(180)}
     assert names["plain"] == {name for name, at in drawn.items() if at < PLACES // 2}
-    assert counts(workplace, "psm")["not_chosen"] == 180 - len(names["psm"])
+    assert counts(workspace, "psm")["not_chosen"] == 180 - len(names["psm"])
     for kind, name in ((0, "plain"), (1, "psm"), (2, "spm")):
-        found = entries(workplace, name)
+        found = entries(workspace, name)
         assert {entry[7] for entry in found} == {kind}
-        assert all(restore(tokenizer, list(entry[4])) == text_of(int(entry[3][1:])) for entry in found)
+        assert all(
+            restore(tokenizer, list(entry[4])) == text_of(int(entry[3][1:])) for entry in found
+        )
 
 
 def test_draws_are_fixed_for_ever() -> None:
     """Catches a change of the draw, and one that is the place in a share under another name."""
     assert drawn_place(22238, "web/a.jsonl", "17") == 222220859278162
-    assert len({drawn_place(1, "web/a.jsonl", "17"), place_of("web/a.jsonl\00017"), 222220859278162}) == 3
+    assert (
+        len({drawn_place(1, "web/a.jsonl", "17"), place_of("web/a.jsonl\00017"), 222220859278162})
+        == 3
+    )
 
 
 def test_fill_in_the_middle_of_some(tokenizer: Tokenizer) -> None:
     """Catches rates that are applied to all or none, kinds written down wrongly, and another subset's kind."""
     rates = {"psm": 0.4, "spm": 0.3}
-    workplace = encode_all(tokenizer, {"web": {**WEB, "fill_in_the_middle": rates}, "plain": WEB})
-    found = entries(workplace, "web")
+    workspace = encode_all(tokenizer, {"web": {**WEB, "fill_in_the_middle": rates}, "plain": WEB})
+    found = entries(workspace, "web")
     kinds = ("none", "psm", "spm")
     assert {kinds[fim] for *_, fim in found} == set(kinds)
     for _, source, _, name, ids, _, _, fim in found:
         assert kinds[fim] == choose_fim(5, source, name, **rates)
         assert restore(tokenizer, list(ids)) == text_of(int(name[1:]))
-    assert {entry[7] for entry in entries(workplace, "plain")} == {0}
+    assert {entry[7] for entry in entries(workspace, "plain")} == {0}
 
 
 @pytest.mark.parametrize("split_by", ["source", "document"])
 def test_only_the_share_is_taken(tokenizer: Tokenizer, split_by: str) -> None:
     """Catches documents from outside the share, and short ones, among those to be trained on."""
     web = {**WEB, "share": [0.25, 0.75], "split_by": split_by, "min_characters": 60}
-    workplace = encode_all(tokenizer, {"web": web})
-    found = entries(workplace, "web")
+    workspace = encode_all(tokenizer, {"web": web})
+    found = entries(workspace, "web")
     wanted = set()
     for i in range(180):
         source = f"web/{i // 30}.jsonl"
@@ -206,7 +254,7 @@ def test_only_the_share_is_taken(tokenizer: Tokenizer, split_by: str) -> None:
         if PLACES // 4 <= unit < 3 * PLACES // 4 and len(text_of(i)) >= 60:
             wanted.add((f"d{i}", unit))
     assert {(entry[3], entry[5]) for entry in found} == wanted
-    told = counts(workplace, "web")
+    told = counts(workspace, "web")
     assert told["short"] == sum(len(text_of(i)) < 60 for i in range(180))
     assert told["documents"] == len(wanted) > 0
     assert told["documents"] + told["short"] + told["outside"] == told["documents_read"] == 180
@@ -216,14 +264,16 @@ def test_duplicates_are_told_from_outside_the_share_too(tokenizer: Tokenizer) ->
     """Catches a text that is held apart in one file and trained on in another, for want of its hash."""
     with open("web/3.jsonl", "a") as stream:
         stream.write(json.dumps({"id": "copy", "text": text_of(7)}) + "\n")
-    workplace = encode_all(tokenizer, {"web": {**WEB, "share": [0, 0.5], "drop_duplicates": True}})
-    found = entries(workplace, "web")
+    workspace = encode_all(tokenizer, {"web": {**WEB, "share": [0, 0.5], "drop_duplicates": True}})
+    found = entries(workspace, "web")
     assert len(found) == 181
     hashes = {entry[3]: entry[6] for entry in found}
     assert hashes["copy"] == hashes["d7"]
     assert len(set(hashes.values())) == 180
-    assert {entry[3] for entry in found if not entry[4]} == {entry[3] for entry in found if entry[5] >= PLACES // 2}
-    assert 0 < counts(workplace, "web")["outside"] == sum(not entry[4] for entry in found)
+    assert {entry[3] for entry in found if not entry[4]} == {
+        entry[3] for entry in found if entry[5] >= PLACES // 2
+    }
+    assert 0 < counts(workspace, "web")["outside"] == sum(not entry[4] for entry in found)
 
 
 def test_documents_that_share_their_id_are_counted(tokenizer: Tokenizer) -> None:
@@ -236,11 +286,11 @@ def test_documents_that_share_their_id_are_counted(tokenizer: Tokenizer) -> None
         "half": {**WEB, "documents": [0, 0.5]},
         "none": {**WEB, "paths": ["web/0.jsonl"], "id_key": None},
     }
-    workplace = encode_all(tokenizer, subsets)
+    workspace = encode_all(tokenizer, subsets)
     chosen = [drawn_place(5, "web/3.jsonl", name) < PLACES // 2 for name in ("d90", "d91", "d91")]
     expected = {"web": 3, "half": sum(chosen), "none": 0}
-    assert {name: counts(workplace, name)["repeated_ids"] for name in subsets} == expected
-    assert counts(workplace, "web")["documents"] == 184
+    assert {name: counts(workspace, name)["repeated_ids"] for name in subsets} == expected
+    assert counts(workspace, "web")["documents"] == 184
     texts = encode_all(tokenizer, {"texts": {**WEB, "drop_duplicates": True}}, "texts")
     assert counts(texts, "texts")["repeated_ids"] == 3
     outside = {"web": {**WEB, "split_by": "source", "drop_duplicates": True, "share": [0, 0.0001]}}
@@ -254,8 +304,8 @@ def test_rejected_lines_are_listed(tokenizer: Tokenizer) -> None:
     """Catches rejections without file, line or reason, and good documents lost beside them."""
     with open("web/2.jsonl", "a") as stream:
         stream.write('{"id": "x"}\n{\n')
-    workplace = encode_all(tokenizer, {"web": WEB, "also": {**WEB, "documents": [0, 0.5]}})
-    lines = (workplace.run_folder(0) / REJECTED_NAME).read_text().splitlines()
+    workspace = encode_all(tokenizer, {"web": WEB, "also": {**WEB, "documents": [0, 0.5]}})
+    lines = (workspace.run_folder(0) / REJECTED_NAME).read_text().splitlines()
     assert [json.loads(line) for line in lines] == [
         {"file": "web/2.jsonl", "line": 31, "subsets": ["web", "also"], "why": "'text' is missing"},
         {
@@ -266,21 +316,21 @@ def test_rejected_lines_are_listed(tokenizer: Tokenizer) -> None:
         },
     ]
     for name in ("web", "also"):
-        assert counts(workplace, name)["rejected"] == 2
-        assert counts(workplace, name)["documents_read"] == 180
+        assert counts(workspace, name)["rejected"] == 2
+        assert counts(workspace, name)["documents_read"] == 180
 
 
 def test_a_wrong_recipe_stops_soon(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a misspelt key that is told after a terabyte was read; and files left by the stop."""
     monkeypatch.setattr(encode, "MANY_REJECTED", 40)
-    workplace = place(tokenizer, {"web": {**WEB, "text_key": "body"}})
+    workspace = place(tokenizer, {"web": {**WEB, "text_key": "body"}})
     words = r"subsets.web: 41 of the first 41 documents are broken, lastly .*web/1.jsonl:11: 'body' is missing; look at"
     with pytest.raises(DataError, match=words):
-        encode_task(workplace, 0)
-    assert list(workplace.run_folder(0).iterdir()) == []
+        encode_task(workspace, 0)
+    assert list(workspace.run_folder(0).iterdir()) == []
     monkeypatch.setattr(encode, "MANY_REJECTED", 180)
-    encode_task(workplace, 0)
-    assert counts(workplace, "web")["rejected"] == 180
+    encode_task(workspace, 0)
+    assert counts(workspace, "web")["rejected"] == 180
 
 
 # Kills
@@ -290,7 +340,7 @@ KILLED = """
 import os, sys
 from pathlib import Path
 from k2train.data.prepare.encode import encode, sorted_runs
-from k2train.data.prepare.workspace import Workplace
+from k2train.data.prepare.workspace import Workspace
 where, after = sys.argv[2], int(sys.argv[3])
 done = []
 def die(function):
@@ -302,11 +352,13 @@ def die(function):
     return dying
 module = {"write_json": encode, "_write_gathered": sorted_runs}[where]
 setattr(module, where, die(getattr(module, where)))
-encode.encode_task(Workplace.open(Path(sys.argv[1])), 0)
+encode.encode_task(Workspace.open(Path(sys.argv[1])), 0)
 """
 
 
-@pytest.mark.parametrize(("where", "after"), [("_write_gathered", 0), ("_write_gathered", 5), ("write_json", 0)])
+@pytest.mark.parametrize(
+    ("where", "after"), [("_write_gathered", 0), ("_write_gathered", 5), ("write_json", 0)]
+)
 def test_killed_anywhere_and_done_again(tokenizer: Tokenizer, where: str, after: int) -> None:
     """Catches half a run that counts as whole, a task that counts as done, and other bytes at the second start."""
     whole = encode_all(tokenizer, {"web": WEB}, run_tokens=1024)
@@ -318,16 +370,22 @@ def test_killed_anywhere_and_done_again(tokenizer: Tokenizer, where: str, after:
     left = [path.name for path in other.run_folder(0).iterdir()]
     assert any(name.endswith(".tmp") for name in left) or where == "write_json"
     encode_task(other, 0)
-    files = {path.name: path.read_bytes() for path in other.run_folder(0).iterdir() if path.name != "record.json"}
-    assert files == {p.name: p.read_bytes() for p in whole.run_folder(0).iterdir() if p.name != "record.json"}
+    files = {
+        path.name: path.read_bytes()
+        for path in other.run_folder(0).iterdir()
+        if path.name != "record.json"
+    }
+    assert files == {
+        p.name: p.read_bytes() for p in whole.run_folder(0).iterdir() if p.name != "record.json"
+    }
     (again,), (first,) = records(other), records(whole)
     assert again | {"seconds": 0} == first | {"seconds": 0}
 
 
 def test_what_another_attempt_left(tokenizer: Tokenizer) -> None:
     """Catches runs of an attempt with other sizes that stay for good, and a living process's file that is taken away."""
-    workplace = place(tokenizer, {"web": WEB})
-    folder = workplace.run_folder(0)
+    workspace = place(tokenizer, {"web": WEB})
+    folder = workspace.run_folder(0)
     folder.mkdir(parents=True)
     dead = subprocess.Popen(["true"])
     dead.wait()
@@ -339,7 +397,7 @@ def test_what_another_attempt_left(tokenizer: Tokenizer) -> None:
     }
     for name in names:
         (folder / name).write_bytes(b"half")
-    encode_task(workplace, 0)
+    encode_task(workspace, 0)
     assert {name: (folder / name).exists() for name in names} == names
 
 
@@ -354,7 +412,11 @@ def test_identity_is_names_and_contents(tokenizer: Tokenizer) -> None:
     moved = {"web": {**WEB, "paths": ["moved/web/*.jsonl"]}}
     assert sources_identity(records(encode_all(tokenizer, moved, "b"))) == before
     assert (
-        sources_identity(records(encode_all(tokenizer, {"a": moved["web"], "b": {**moved["web"], "repeat": 3}}, "c")))
+        sources_identity(
+            records(
+                encode_all(tokenizer, {"a": moved["web"], "b": {**moved["web"], "repeat": 3}}, "c")
+            )
+        )
         == before
     )
     with open("moved/web/1.jsonl", "a") as stream:
@@ -368,9 +430,9 @@ def test_identity_is_names_and_contents(tokenizer: Tokenizer) -> None:
 def test_changed_sources_are_found(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a change of equal size, a touched file told as changed, and files that came or went."""
     monkeypatch.setattr(stdlib, "topics", {"a": "page a", "b": "page b"})
-    workplace = encode_all(tokenizer, {"web": WEB, "prose": {"kind": "stdlib_topics"}})
-    known = {source["key"]: source for record in records(workplace) for source in record["sources"]}
-    listed = [source for sources in list_sources(workplace.recipe).values() for source in sources]
+    workspace = encode_all(tokenizer, {"web": WEB, "prose": {"kind": "stdlib_topics"}})
+    known = {source["key"]: source for record in records(workspace) for source in record["sources"]}
+    listed = [source for sources in list_sources(workspace.recipe).values() for source in sources]
     assert changed_sources(listed, known) == []
     os.utime("web/0.jsonl", ns=(1, 1))
     content = Path("web/1.jsonl").read_bytes()
@@ -380,24 +442,36 @@ def test_changed_sources_are_found(tokenizer: Tokenizer, monkeypatch: pytest.Mon
     Path("web/3.jsonl").unlink()
     Path("web/new.jsonl").write_bytes(content)
     monkeypatch.setattr(stdlib, "topics", {"a": "page A", "b": "page b"})
-    assert changed_sources(listed, known) == ["topics/a", "web/1.jsonl", "web/2.jsonl", "web/3.jsonl"]
-    listed = [source for sources in list_sources(workplace.recipe).values() for source in sources]
+    assert changed_sources(listed, known) == [
+        "topics/a",
+        "web/1.jsonl",
+        "web/2.jsonl",
+        "web/3.jsonl",
+    ]
+    listed = [source for sources in list_sources(workspace.recipe).values() for source in sources]
     assert "web/new.jsonl" in changed_sources(listed, known)
     assert "web/3.jsonl" in changed_sources(listed, known)
 
 
-def test_memory_does_not_grow_with_the_corpus(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_does_not_grow_with_the_corpus(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Catches documents, ids or rejections that pile up over a task."""
     monkeypatch.setattr(encode, "BATCH_CHARACTERS", 20_000)
     peaks = []
     for size in (10, 100):
-        lines = [json.dumps({"id": f"{i}", "text": text_of(i % 50) * 8}) + "\n{\n" for i in range(60 * size)]
+        lines = [
+            json.dumps({"id": f"{i}", "text": text_of(i % 50) * 8}) + "\n{\n"
+            for i in range(60 * size)
+        ]
         Path("web/0.jsonl").write_text("".join(lines))
-        workplace = place(tokenizer, {"web": {**WEB, "paths": ["web/0.jsonl"]}}, f"work{size}", run_tokens=20_000)
-        assert workplace.tokenizer.vocab_size == 338
+        workspace = place(
+            tokenizer, {"web": {**WEB, "paths": ["web/0.jsonl"]}}, f"work{size}", run_tokens=20_000
+        )
+        assert workspace.tokenizer.vocab_size == 338
         del lines
         tracemalloc.start()
-        encode_task(workplace, 0)
+        encode_task(workspace, 0)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < 1.1 * peaks[0], peaks

@@ -7,7 +7,15 @@ from typing import Any
 import pytest
 
 from k2train.data.prepare.recipe import Recipe
-from k2train.data.prepare.run.estimate import Cost, Rates, bytes_text, cost, estimate_lines, seconds_text, tokens_text
+from k2train.data.prepare.run.estimate import (
+    Cost,
+    Rates,
+    bytes_text,
+    cost,
+    estimate_lines,
+    seconds_text,
+    tokens_text,
+)
 from k2train.data.prepare.run.local import CLUSTER_WORKERS, workers_of
 from k2train.data.prepare.sources.readers import encode_tasks, list_sources
 from k2train.errors import DataError
@@ -27,7 +35,14 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def recipe_of(subsets: dict[str, Any], **keys: Any) -> Recipe:
-    content = {"name": "small", "output": "out", "seed": 1, "sequence_length": 10, "chunks": 4, "subsets": subsets}
+    content = {
+        "name": "small",
+        "output": "out",
+        "seed": 1,
+        "sequence_length": 10,
+        "chunks": 4,
+        "subsets": subsets,
+    }
     return Recipe.model_validate({**content, "tokenizer": {"model": "none"}, **keys})
 
 
@@ -66,7 +81,9 @@ def test_tasks_are_those_that_will_be(task_bytes: int) -> None:
     assert cost(recipe, RATES).encode_tasks == len(encode_tasks(recipe, list_sources(recipe)))
     absent = {"kind": "jsonl", "paths": ["no/*.jsonl"], "expected_tokens": 30_000}
     more = recipe_of({**subsets, "absent": absent}, executor={"task_bytes": task_bytes})
-    assert cost(more, RATES).encode_tasks == cost(recipe, RATES).encode_tasks + round(120_000 / task_bytes)
+    assert cost(more, RATES).encode_tasks == cost(recipe, RATES).encode_tasks + round(
+        120_000 / task_bytes
+    )
     alone = recipe_of({"absent": absent}, executor={"task_bytes": task_bytes})
     assert cost(alone, RATES).encode_tasks == max(1, 120_000 // task_bytes)
 
@@ -88,9 +105,16 @@ def test_all_missing_files_are_told_at_once() -> None:
     """Catches an estimate mended one subset at a time, and a line without the way out."""
     missing = {"kind": "jsonl", "paths": ["no/*.jsonl", "nor/*.jsonl"]}
     with pytest.raises(DataError) as caught:
-        cost(recipe_of({"a": missing, "web": WEB, "b": missing, "c": {**missing, "expected_tokens": 5}}), RATES)
+        cost(
+            recipe_of(
+                {"a": missing, "web": WEB, "b": missing, "c": {**missing, "expected_tokens": 5}}
+            ),
+            RATES,
+        )
     lines = str(caught.value).splitlines()
-    assert [line.split(":")[0] for line in lines] == ["subsets.a.paths"] * 2 + ["subsets.b.paths"] * 2
+    assert [line.split(":")[0] for line in lines] == ["subsets.a.paths"] * 2 + [
+        "subsets.b.paths"
+    ] * 2
     assert lines[0].endswith("; for an estimate without the files give subsets.a.expected_tokens")
 
 
@@ -126,9 +150,15 @@ def test_lines_of_a_small_corpus() -> None:
     recipe = recipe_of({"web": WEB}, executor={"workers": 3})
     lines = estimate_lines(recipe, RATES, cost(recipe, RATES))
     assert lines[0] == "small: 100.0K tokens to encode once, 100.0K in 4 chunks of 25.0K"
-    assert any("encode           2     6.7 minutes   reads about 200.0 KB of documents" in line for line in lines)
+    assert any(
+        "encode           2     6.7 minutes   reads about 200.0 KB of documents" in line
+        for line in lines
+    )
     assert any("or 4.4 minutes with 3 workers (executor.workers)" in line for line in lines)
-    assert any("disk      300.0 KB of work, removed at the end, and 250.0 KB of chunks" in line for line in lines)
+    assert any(
+        "disk      300.0 KB of work, removed at the end, and 250.0 KB of chunks" in line
+        for line in lines
+    )
     assert lines[-1] == "taken from file sizes, as if they were plain text: web"
     assert not any(" 0." in line for line in lines)
 
@@ -147,4 +177,6 @@ def test_workers_are_those_that_will_work(executor: dict[str, Any], words: str) 
     needs = Cost(10**9, 10**9, 9, 4, 9e9, 9e9, 1.0, 1.0, 1e9, 1e9, 10**9, ())
     lines = estimate_lines(recipe_of({"web": WEB}, executor=executor), RATES, needs)
     assert any(words in line for line in lines)
-    assert replace(needs, encode_seconds=10.0, chunk_seconds=10.0).wall_seconds(5) == pytest.approx(4.0)
+    assert replace(needs, encode_seconds=10.0, chunk_seconds=10.0).wall_seconds(5) == pytest.approx(
+        4.0
+    )

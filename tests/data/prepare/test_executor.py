@@ -18,11 +18,11 @@ from k2train.data.prepare.recipe import ExecutorRecipe
 from k2train.data.prepare.run import executor, local, tasks
 from k2train.data.prepare.run.executor import exclusive, run_phases
 from k2train.data.prepare.run.tasks import completed, is_done, settle
-from k2train.data.prepare.workspace import Workplace
+from k2train.data.prepare.workspace import Workspace
 from k2train.errors import ConfigError, DataError
 from tests.support import preparation
 from tests.support.command_line import hear_signals, soon
-from tests.support.preparation import begun, in_order, toy_phases, toy_workplace, whole
+from tests.support.preparation import begun, in_order, toy_phases, toy_workspace, whole
 
 ROOT = Path(__file__).resolve().parents[3]
 PHASES = toy_phases()
@@ -34,111 +34,132 @@ def workers_find_the_toys(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
 
 
-def run(workplace: Workplace, workers: int = 2) -> None:
-    run_phases(workplace, ExecutorRecipe(workers=workers), Progress(None), PHASES)
+def run(workspace: Workspace, workers: int = 2) -> None:
+    run_phases(workspace, ExecutorRecipe(workers=workers), Progress(None), PHASES)
 
 
-def driver(workplace: Workplace, *choices: str) -> subprocess.Popen[str]:
+def driver(workspace: Workspace, *choices: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, str(ROOT / "tests/support/preparation.py"), str(workplace.folder), *choices],
+        [
+            sys.executable,
+            str(ROOT / "tests/support/preparation.py"),
+            str(workspace.folder),
+            *choices,
+        ],
         stderr=subprocess.PIPE,
         text=True,
         preexec_fn=hear_signals,
     )
 
 
-def workers_of(workplace: Workplace) -> set[int]:
+def workers_of(workspace: Workspace) -> set[int]:
     """Processes that have this work folder's log for their stderr: the server and all it forked."""
     found = set()
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                if os.readlink(entry / "fd" / "2") == str(workplace.folder / "logs" / "local.log"):
+                if os.readlink(entry / "fd" / "2") == str(workspace.folder / "logs" / "local.log"):
                     found.add(int(entry.name))
             except OSError:
                 continue
     return found
 
 
-def begun_and_done(workplace: Workplace) -> dict[str, int]:
+def begun_and_done(workspace: Workspace) -> dict[str, int]:
     """How often each task was begun whose record is there. A kill may fall after the record and before anything else."""
-    done = {f"{p.name}_{number}" for p in PHASES for number in range(p.tasks) if is_done(workplace, p, number)}
-    return {name: times for name, times in begun(workplace).items() if name in done}
+    done = {
+        f"{p.name}_{number}"
+        for p in PHASES
+        for number in range(p.tasks)
+        if is_done(workspace, p, number)
+    }
+    return {name: times for name, times in begun(workspace).items() if name in done}
 
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_every_task_is_done_once_and_nothing_is_done_again(tmp_path: Path, workers: int) -> None:
     """Catches a task left out, done twice, or done again by a second start; and processes left behind."""
-    workplace = toy_workplace(tmp_path)
-    run(workplace, workers)
-    assert begun(workplace) == dict.fromkeys(ALL, 1) and whole(workplace, PHASES)
-    assert in_order(workplace, PHASES)
-    run(workplace, workers)
-    assert begun(workplace) == dict.fromkeys(ALL, 1)
-    assert workers_of(workplace) == set()
+    workspace = toy_workspace(tmp_path)
+    run(workspace, workers)
+    assert begun(workspace) == dict.fromkeys(ALL, 1) and whole(workspace, PHASES)
+    assert in_order(workspace, PHASES)
+    run(workspace, workers)
+    assert begun(workspace) == dict.fromkeys(ALL, 1)
+    assert workers_of(workspace) == set()
 
 
-def test_the_terminal_shows_our_lines_only(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_terminal_shows_our_lines_only(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """Catches datatrove's own log lines on the user's terminal, and a count that is not the tasks'."""
-    workplace = toy_workplace(tmp_path)
-    run_phases(workplace, ExecutorRecipe(workers=2), Progress(sys.stderr), PHASES)
+    workspace = toy_workspace(tmp_path)
+    run_phases(workspace, ExecutorRecipe(workers=2), Progress(sys.stderr), PHASES)
     said = capfd.readouterr()
     assert said.out == ""
     lines = said.err.splitlines()
     assert [line.partition(" tasks in ")[0] for line in lines] == ["one: 6", "two: 1", "three: 4"]
-    assert "Processing done" in (workplace.folder / "logs" / "one" / "logs" / "task_00003.log").read_text()
+    assert (
+        "Processing done"
+        in (workspace.folder / "logs" / "one" / "logs" / "task_00003.log").read_text()
+    )
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_users_mistake_in_a_task_is_its_line(tmp_path: Path, workers: int) -> None:
     """Catches a line wrapped in a traceback, and a failed task that datatrove holds for complete."""
     line = "web/a.jsonl: 31 of 100 documents are broken; raise max_rejected_share"
-    workplace = toy_workplace(tmp_path, fail={"one/1": line})
+    workspace = toy_workspace(tmp_path, fail={"one/1": line})
     with pytest.raises(DataError) as refused:
-        run(workplace, workers)
+        run(workspace, workers)
     assert str(refused.value) == line
-    assert "two_0" not in begun(workplace) and workers_of(workplace) == set()
-    toy_workplace(tmp_path)
-    before = begun_and_done(workplace)
-    run(workplace, workers)
-    after = begun_and_done(workplace)
-    assert whole(workplace, PHASES) and set(after) == ALL and before.items() <= after.items()
+    assert "two_0" not in begun(workspace) and workers_of(workspace) == set()
+    toy_workspace(tmp_path)
+    before = begun_and_done(workspace)
+    run(workspace, workers)
+    after = begun_and_done(workspace)
+    assert whole(workspace, PHASES) and set(after) == ALL and before.items() <= after.items()
 
 
 def test_of_many_mistakes_the_first_task_s_is_shown(tmp_path: Path) -> None:
     """Catches a message that depends on which worker was faster."""
-    workplace = toy_workplace(tmp_path)
+    workspace = toy_workspace(tmp_path)
     for number in (4, 2, 3):
-        name = workplace.failure("one", number)
+        name = workspace.failure("one", number)
         tasks.write_json(name, {"line": f"line {number}", "mistake": True, "traceback": ""})
-    failure = tasks.first_failure(workplace, PHASES[0])
+    failure = tasks.first_failure(workspace, PHASES[0])
     assert isinstance(failure, DataError) and str(failure) == "line 2"
 
 
 def test_a_bug_names_the_task_and_its_log(tmp_path: Path) -> None:
     """Catches a bug of ours shown as the user's mistake, or without a way to its traceback."""
-    workplace = toy_workplace(tmp_path, crash="one/2")
-    with pytest.raises(RuntimeError, match=r"task 2 of one failed: KeyError: 'a bug of ours'") as failed:
-        run(workplace)
-    assert str(workplace.folder / "logs" / "one" / "logs" / "task_00002.log") in str(failed.value)
+    workspace = toy_workspace(tmp_path, crash="one/2")
+    with pytest.raises(
+        RuntimeError, match=r"task 2 of one failed: KeyError: 'a bug of ours'"
+    ) as failed:
+        run(workspace)
+    assert str(workspace.folder / "logs" / "one" / "logs" / "task_00002.log") in str(failed.value)
     assert 'raise KeyError("a bug of ours")' in str(failed.value)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_killed_worker_is_told_and_not_waited_for(tmp_path: Path, workers: int) -> None:
     """Catches the pool that waits for ever for a worker that the system killed for want of memory."""
-    workplace = toy_workplace(tmp_path, kill="one/2")
-    with pytest.raises(DataError, match=r"task 2 of one was killed \(signal 9\).*executor\.workers"):
-        run(workplace, workers)
-    assert workers_of(workplace) == set()
+    workspace = toy_workspace(tmp_path, kill="one/2")
+    with pytest.raises(
+        DataError, match=r"task 2 of one was killed \(signal 9\).*executor\.workers"
+    ):
+        run(workspace, workers)
+    assert workers_of(workspace) == set()
 
 
 def test_a_task_that_leaves_no_record_is_not_done(tmp_path: Path) -> None:
     """Catches a work function that returns without its output being taken for complete."""
-    workplace = toy_workplace(tmp_path, deny="one/2")
-    with pytest.raises(RuntimeError, match=r"task 2 of one failed: RuntimeError: .*one_2.json is missing"):
-        run(workplace)
-    assert 2 not in completed(workplace, PHASES[0])
+    workspace = toy_workspace(tmp_path, deny="one/2")
+    with pytest.raises(
+        RuntimeError, match=r"task 2 of one failed: RuntimeError: .*one_2.json is missing"
+    ):
+        run(workspace)
+    assert 2 not in completed(workspace, PHASES[0])
 
 
 def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
@@ -148,9 +169,15 @@ def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
     line, mistake = tasks.explain(full, tmp_path)
     assert mistake and re.fullmatch(rf"work: no space left in {tmp_path}, {free} disk", line)
     runs, out = tmp_path / "runs", tmp_path.parent / "out"
-    line, mistake = tasks.explain(OSError(28, "No space left on device", str(runs / "x.tmp")), tmp_path)
-    assert mistake and line.startswith(f"work: no space left in {runs}; make room there")  # It is gone.
-    line, mistake = tasks.explain(OSError(122, "Disk quota exceeded", str(out / "chunk_000.npy")), tmp_path)
+    line, mistake = tasks.explain(
+        OSError(28, "No space left on device", str(runs / "x.tmp")), tmp_path
+    )
+    assert mistake and line.startswith(
+        f"work: no space left in {runs}; make room there"
+    )  # It is gone.
+    line, mistake = tasks.explain(
+        OSError(122, "Disk quota exceeded", str(out / "chunk_000.npy")), tmp_path
+    )
     assert mistake and line.startswith(f"output: no space left in {out}")
     assert tasks.explain(full)[1]
     assert tasks.explain(OSError(5, "Input/output error"))[1] is False
@@ -158,80 +185,81 @@ def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
 
 def test_a_full_disk_in_a_task_names_the_folder_and_the_key(tmp_path: Path) -> None:
     """Catches a full disk told without where it is full, how much is free there, and which key names another place."""
-    workplace = toy_workplace(tmp_path, full="one/2")
+    workspace = toy_workspace(tmp_path, full="one/2")
     with pytest.raises(
-        DataError, match=rf"^work: no space left in {workplace.folder}, [\d,]+ bytes are free; make room"
+        DataError,
+        match=rf"^work: no space left in {workspace.folder}, [\d,]+ bytes are free; make room",
     ):
-        run(workplace)
+        run(workspace)
 
 
 def test_a_deleted_or_shortened_output_is_made_again(tmp_path: Path) -> None:
     """Catches trust in datatrove's marks, which outlive the output; and redoing more than what is gone."""
-    workplace = toy_workplace(tmp_path)
-    run(workplace)
-    (workplace.target / "one_3.txt").unlink()
-    (workplace.target / "three_0.txt").write_text("half")
-    (workplace.folder / "chunks" / "three_1.json").write_text('{"files": [')
-    run(workplace)
-    again = {name for name, times in begun(workplace).items() if times == 2}
-    assert again == {"one_3", "three_0", "three_1"} and whole(workplace, PHASES)
+    workspace = toy_workspace(tmp_path)
+    run(workspace)
+    (workspace.target / "one_3.txt").unlink()
+    (workspace.target / "three_0.txt").write_text("half")
+    (workspace.folder / "chunks" / "three_1.json").write_text('{"files": [')
+    run(workspace)
+    again = {name for name, times in begun(workspace).items() if times == 2}
+    assert again == {"one_3", "three_0", "three_1"} and whole(workspace, PHASES)
 
 
 def test_settling_follows_the_records(tmp_path: Path) -> None:
     """Catches a mark without an output that is believed, and an output without a mark that is made again."""
-    workplace = toy_workplace(tmp_path)
-    preparation.work_one(workplace, 4)
-    marks = PHASES[0].logs(workplace) / "completions"
+    workspace = toy_workspace(tmp_path)
+    preparation.work_one(workspace, 4)
+    marks = PHASES[0].logs(workspace) / "completions"
     marks.mkdir(parents=True)
     (marks / "00001").touch()
-    assert is_done(workplace, PHASES[0], 4) and not is_done(workplace, PHASES[0], 1)
-    assert settle(workplace, PHASES[0]) == 5
-    assert completed(workplace, PHASES[0]) == {4}
-    tasks.run_task(workplace.folder, PHASES[0], 4)
-    assert begun(workplace)["one_4"] == 1
+    assert is_done(workspace, PHASES[0], 4) and not is_done(workspace, PHASES[0], 1)
+    assert settle(workspace, PHASES[0]) == 5
+    assert completed(workspace, PHASES[0]) == {4}
+    tasks.run_task(workspace.folder, PHASES[0], 4)
+    assert begun(workspace)["one_4"] == 1
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_kill_9_at_any_moment_then_again(tmp_path: Path, workers: int) -> None:
     """Catches a finished task that is done again, a half-done one that is not, and workers that go on alone."""
-    workplace = toy_workplace(tmp_path, seconds=0.15)
+    workspace = toy_workspace(tmp_path, seconds=0.15)
     moments, before = random.Random(workers), {}
     for _ in range(4):
-        process = driver(workplace, f"workers={workers}")
+        process = driver(workspace, f"workers={workers}")
         time.sleep(moments.uniform(0.6, 1.6))
         process.kill()
         process.communicate()
-        assert soon(lambda: not workers_of(workplace), 5), "workers outlived their driver"
-        after = begun_and_done(workplace)
+        assert soon(lambda: not workers_of(workspace), 5), "workers outlived their driver"
+        after = begun_and_done(workspace)
         assert before.items() <= after.items()
         before = after
-    process = driver(workplace, f"workers={workers}")
+    process = driver(workspace, f"workers={workers}")
     _, said = process.communicate(timeout=60)
     assert process.returncode == 0, said
-    after = begun_and_done(workplace)
-    assert whole(workplace, PHASES) and set(after) == ALL and before.items() <= after.items()
+    after = begun_and_done(workspace)
+    assert whole(workspace, PHASES) and set(after) == ALL and before.items() <= after.items()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_workers_end_with_their_driver(tmp_path: Path, number: signal.Signals) -> None:
     """Catches workers, or datatrove's manager process, that outlive a driver that is ended in whatever way."""
-    workplace = toy_workplace(tmp_path, seconds=60)
-    process = driver(workplace, "workers=2")
-    assert soon(lambda: len(begun(workplace)) == 2)
-    assert len(workers_of(workplace)) >= 4
+    workspace = toy_workspace(tmp_path, seconds=60)
+    process = driver(workspace, "workers=2")
+    assert soon(lambda: len(begun(workspace)) == 2)
+    assert len(workers_of(workspace)) >= 4
     process.send_signal(number)
     process.communicate(timeout=20)
     assert process.returncode != 0
-    assert soon(lambda: not workers_of(workplace), 5)
+    assert soon(lambda: not workers_of(workspace), 5)
 
 
 def test_a_second_driver_is_refused_and_the_lock_dies_with_its_holder(tmp_path: Path) -> None:
     """Catches two drivers that do the same tasks, and a lock that has to be removed by hand."""
-    workplace = toy_workplace(tmp_path, seconds=60)
-    process = driver(workplace, "workers=1")
+    workspace = toy_workspace(tmp_path, seconds=60)
+    process = driver(workspace, "workers=1")
     try:
-        assert soon(lambda: begun(workplace))
-        second = driver(workplace, "workers=1")
+        assert soon(lambda: begun(workspace))
+        second = driver(workspace, "workers=1")
         try:
             _, said = second.communicate(timeout=20)
         finally:
@@ -241,30 +269,39 @@ def test_a_second_driver_is_refused_and_the_lock_dies_with_its_holder(tmp_path: 
     finally:
         process.kill()
         process.communicate()
-    with exclusive(workplace.folder):
+    with exclusive(workspace.folder):
         pass
-    assert soon(lambda: not workers_of(workplace), 5)
+    assert soon(lambda: not workers_of(workspace), 5)
 
 
-def test_ray_is_asked_for_when_it_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ray_is_asked_for_when_it_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Catches an ImportError in place of a line that says what to install."""
     monkeypatch.setattr(executor, "find_spec", lambda name: None if name == "ray" else object())
     with pytest.raises(ConfigError, match=r"executor\.kind ray needs ray: pip install ray"):
-        run_phases(toy_workplace(tmp_path), ExecutorRecipe(kind="ray"), Progress(None), PHASES)
+        run_phases(toy_workspace(tmp_path), ExecutorRecipe(kind="ray"), Progress(None), PHASES)
 
 
 def test_ray_gets_the_recipe_s_wishes(tmp_path: Path) -> None:
     """Catches a knob of the recipe that does not reach Ray, where a run of it is seldom tried."""
-    workplace = toy_workplace(tmp_path)
-    made = local._pipeline(workplace, PHASES[0], ExecutorRecipe(kind="ray", workers=3, memory_gb=8))
+    workspace = toy_workspace(tmp_path)
+    made = local._pipeline(workspace, PHASES[0], ExecutorRecipe(kind="ray", workers=3, memory_gb=8))
     assert (made.tasks, made.workers, made.mem_per_cpu_gb) == (6, 3, 8)
-    assert Path(made.logging_dir.path) == PHASES[0].logs(workplace)
+    assert Path(made.logging_dir.path) == PHASES[0].logs(workspace)
     assert local.workers_of(ExecutorRecipe(kind="ray")) == 64
     assert local.workers_of(ExecutorRecipe()) == len(os.sched_getaffinity(0))
 
 
-def test_slurm_is_asked_for_when_it_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slurm_is_asked_for_when_it_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Catches a traceback on a machine that submits no jobs."""
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ConfigError, match="needs sbatch and squeue on the PATH"):
-        run_phases(toy_workplace(tmp_path), ExecutorRecipe(kind="slurm", partition="main"), Progress(None), PHASES)
+        run_phases(
+            toy_workspace(tmp_path),
+            ExecutorRecipe(kind="slurm", partition="main"),
+            Progress(None),
+            PHASES,
+        )

@@ -25,7 +25,10 @@ from k2train.errors import DataError
 from tests.data.test_tokenizer import CONTROL_TEXTS, corpus_text, trained_elsewhere
 
 TEXTS = st.lists(
-    st.sampled_from([*CONTROL_TEXTS, "\U0001d518\U0001d518", "é", "e\u0301", "\r\n", " ", "the value"]) | st.text(),
+    st.sampled_from(
+        [*CONTROL_TEXTS, "\U0001d518\U0001d518", "é", "e\u0301", "\r\n", " ", "the value"]
+    )
+    | st.text(),
     max_size=8,
 ).map("".join)
 NAMES = [(f"origin/file{i % 50}.py", f"file{i % 50}.py:{i}") for i in range(4000)]
@@ -48,7 +51,9 @@ def test_parts_stand_as_k2_has_them(tokenizer: Tokenizer) -> None:
     """Catches parts or special tokens in another order, a space before a part, and a missing or doubled part."""
     prefix, middle, suffix = "def the ", "value\n", " x = 1"
     text = prefix + middle + suffix
-    head, turn, last = (tokenizer.special_id(f"<fim_{name}>") for name in ("prefix", "suffix", "middle"))
+    head, turn, last = (
+        tokenizer.special_id(f"<fim_{name}>") for name in ("prefix", "suffix", "middle")
+    )
     p, m, s, pm = (tokenizer.encode(part) for part in (prefix, middle, suffix, prefix + middle))
     assert fim_ids(tokenizer, text, "psm", 8, 14).tolist() == [head, *p, turn, *s, last, *m]
     assert fim_ids(tokenizer, text, "spm", 8, 14).tolist() == [head, turn, *s, last, *pm]
@@ -62,15 +67,19 @@ def test_parts_stand_as_k2_has_them(tokenizer: Tokenizer) -> None:
 def test_prefix_and_middle_are_one_text_in_spm(tokenizer: Tokenizer) -> None:
     """Catches a border of pieces where prefix and middle meet, which ordinary text would not have."""
     text = "return return"
-    assert len(tokenizer.encode("return")) < len(tokenizer.encode("ret")) + len(tokenizer.encode("urn"))
-    assert fim_ids(tokenizer, text, "spm", 3, 6).tolist()[-len(tokenizer.encode("return")) :] == tokenizer.encode(
-        "return"
+    assert len(tokenizer.encode("return")) < len(tokenizer.encode("ret")) + len(
+        tokenizer.encode("urn")
     )
+    assert fim_ids(tokenizer, text, "spm", 3, 6).tolist()[
+        -len(tokenizer.encode("return")) :
+    ] == tokenizer.encode("return")
 
 
 @given(TEXTS, st.sampled_from(KINDS), st.integers(0, 40), st.integers(0, 40))
 @settings(deadline=None, max_examples=200)
-def test_the_document_comes_back(tokenizer: Tokenizer, text: str, kind: Kind, first: int, second: int) -> None:
+def test_the_document_comes_back(
+    tokenizer: Tokenizer, text: str, kind: Kind, first: int, second: int
+) -> None:
     """Catches a part lost or doubled, a cut inside a character, and text that is taken for a special token."""
     a, b = sorted((min(first, len(text)), min(second, len(text))))
     assert "".join(fim_parts(text, a, b)) == text
@@ -79,12 +88,20 @@ def test_the_document_comes_back(tokenizer: Tokenizer, text: str, kind: Kind, fi
     assert restore(tokenizer, ids) == text
     assert restore(tokenizer, [*ids.tolist(), EOS_ID]) == text
     controls = [token for token in ids.tolist() if token >= tokenizer.base_size or token <= EOS_ID]
-    assert sorted(controls) == ([] if kind == "none" else sorted(map(tokenizer.special_id, SPECIALS)))
+    assert sorted(controls) == (
+        [] if kind == "none" else sorted(map(tokenizer.special_id, SPECIALS))
+    )
 
 
-@given(st.lists(st.tuples(TEXTS, st.sampled_from(KINDS), st.integers(0, 9), st.integers(0, 9)), max_size=6))
+@given(
+    st.lists(
+        st.tuples(TEXTS, st.sampled_from(KINDS), st.integers(0, 9), st.integers(0, 9)), max_size=6
+    )
+)
 @settings(deadline=None)
-def test_many_documents_encode_as_each_alone(own: Tokenizer, drawn: list[tuple[str, Kind, int, int]]) -> None:
+def test_many_documents_encode_as_each_alone(
+    own: Tokenizer, drawn: list[tuple[str, Kind, int, int]]
+) -> None:
     """Catches parts that slip to the neighbour in the one call that encodes them all."""
     items = [Item(t, kind, *sorted((min(a, len(t)), min(b, len(t))))) for t, kind, a, b in drawn]
     together = encode_documents(own, items, num_threads=2)
@@ -119,19 +136,27 @@ def test_choices_are_fixed_for_ever() -> None:
     assert cuts == [(161, 522), (134, 962), (143, 397), (697, 911)]
 
 
-@pytest.mark.parametrize("psm, spm", [(0.25, 0.25), (0.5, 0.5), (0.1, 0.0), (0.0, 0.7), (0.0, 0.0), (1.0, 0.0)])
+@pytest.mark.parametrize(
+    "psm, spm", [(0.25, 0.25), (0.5, 0.5), (0.1, 0.0), (0.0, 0.7), (0.0, 0.0), (1.0, 0.0)]
+)
 def test_shares_are_kept(psm: float, spm: float) -> None:
     """Catches shares swapped or scaled: counts over 4000 names lie within 4 deviations of their share."""
     kinds = [choose_fim(1, source, name, psm, spm) for source, name in NAMES]
     for kind, share in (("psm", psm), ("spm", spm), ("none", 1 - psm - spm)):
-        assert abs(kinds.count(kind) - share * len(NAMES)) <= 4 * sqrt(len(NAMES) * share * (1 - share))
+        assert abs(kinds.count(kind) - share * len(NAMES)) <= 4 * sqrt(
+            len(NAMES) * share * (1 - share)
+        )
 
 
 def test_one_share_leaves_the_other_alone() -> None:
     """Catches documents of one kind that move when the share of the other changes."""
 
     def chosen(kind: Kind, psm: float, spm: float) -> set[tuple[str, str]]:
-        return {(source, name) for source, name in NAMES if choose_fim(1, source, name, psm, spm) == kind}
+        return {
+            (source, name)
+            for source, name in NAMES
+            if choose_fim(1, source, name, psm, spm) == kind
+        }
 
     assert chosen("psm", 0.3, 0.1) == chosen("psm", 0.3, 0.5) > chosen("psm", 0.2, 0.5)
     assert chosen("spm", 0.0, 0.4) == chosen("spm", 0.6, 0.4) > chosen("spm", 0.6, 0.1)
@@ -139,7 +164,15 @@ def test_one_share_leaves_the_other_alone() -> None:
 
 def test_the_choice_hangs_on_every_part_of_the_name() -> None:
     """Catches a key that forgets the seed, the source or the document, or runs two names into one."""
-    keys = [(1, "a", "b"), (2, "a", "b"), (1, "c", "b"), (1, "a", "d"), (1, "ab", ""), (1, "", "ab"), (1, "b", "a")]
+    keys = [
+        (1, "a", "b"),
+        (2, "a", "b"),
+        (1, "c", "b"),
+        (1, "a", "d"),
+        (1, "ab", ""),
+        (1, "", "ab"),
+        (1, "b", "a"),
+    ]
     keys += [(1, "a\0b", "c"), (1, "a", "b\0c"), (1, "\udcff", "b")]
     assert len({cut_points(*key, 10**9) for key in keys}) == len(keys)
     for seed in (1, 2):
@@ -151,7 +184,9 @@ def test_the_choice_hangs_on_every_part_of_the_name() -> None:
 
 
 @given(st.integers(0, 2**64), st.text(), st.text(), st.integers(0, 2**40))
-def test_cuts_lie_in_order_inside_the_text(seed: int, source: str, name: str, n_characters: int) -> None:
+def test_cuts_lie_in_order_inside_the_text(
+    seed: int, source: str, name: str, n_characters: int
+) -> None:
     """Catches a cut behind the end, and a prefix that ends behind the middle."""
     a, b = cut_points(seed, source, name, n_characters)
     assert 0 <= a <= b <= n_characters
@@ -166,7 +201,9 @@ def test_cuts_are_even() -> None:
     for a in range(4):
         for b in range(4):
             share = 0.0 if a > b else (1 if a == b else 2) / 16
-            assert abs(counts[a, b] - share * len(NAMES)) <= 4 * sqrt(len(NAMES) * share * (1 - share)), (a, b)
+            assert abs(counts[a, b] - share * len(NAMES)) <= 4 * sqrt(
+                len(NAMES) * share * (1 - share)
+            ), (a, b)
 
 
 def test_the_shortest_documents_stay_plain() -> None:

@@ -72,14 +72,22 @@ def write_source(folder: Path, chunks: dict[int, list[Sample]]) -> Path:
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    return write_source(tmp_path / "k2", {i: [sample(10 * i + k) for k in range(4 + i)] for i in range(2)})
+    return write_source(
+        tmp_path / "k2", {i: [sample(10 * i + k) for k in range(4 + i)] for i in range(2)}
+    )
 
 
-def parse(content: bytes, piece_bytes: int = 100, length: int = LENGTH) -> tuple[list[list[int]], list[Sample]]:
+def parse(
+    content: bytes, piece_bytes: int = 100, length: int = LENGTH
+) -> tuple[list[list[int]], list[Sample]]:
     pieces = (content[i : i + piece_bytes] for i in range(0, len(content), piece_bytes))
     blocks = list(parse_lines(pieces, "chunk_0.jsonl", length, VOCAB))
-    assert [block.first for block in blocks] == np.cumsum([1, *(len(b.ids) for b in blocks)])[:-1].tolist()
-    return [row for block in blocks for row in block.ids.tolist()], [item for b in blocks for item in b.fields]
+    assert [block.first for block in blocks] == np.cumsum([1, *(len(b.ids) for b in blocks)])[
+        :-1
+    ].tolist()
+    return [row for block in blocks for row in block.ids.tolist()], [
+        item for b in blocks for item in b.fields
+    ]
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -91,7 +99,9 @@ def hashes(folder: Path) -> dict[str, str]:
 
 @given(st.integers(1, 12), st.integers(1, 3000), st.booleans(), st.integers(1, 40))
 @settings(deadline=None, max_examples=60)
-def test_lines_come_out_as_json_reads_them(count: int, piece_bytes: int, ended: bool, length: int) -> None:
+def test_lines_come_out_as_json_reads_them(
+    count: int, piece_bytes: int, ended: bool, length: int
+) -> None:
     """Catches a number cut at the border of a block, digits of a neighbour, and a last line that is lost."""
     rng = np.random.default_rng(count * piece_bytes)
     expected = [(VOCAB ** rng.random(length)).astype(int).tolist() for _ in range(count)]
@@ -125,14 +135,19 @@ def test_plain_lines_take_the_fast_road(monkeypatch: pytest.MonkeyPatch) -> None
         parse(content.replace(b", ", b",", 1))
 
 
-BYTES = st.sampled_from([bytes([b]) for b in b'0123456789,, []{}":/-.eE\\\nnult\x00\xff'] + [b"", b", ", b"00", b"],"])
+BYTES = st.sampled_from(
+    [bytes([b]) for b in b'0123456789,, []{}":/-.eE\\\nnult\x00\xff'] + [b"", b", ", b"00", b"],"]
+)
 
 
 @given(
-    st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 2), BYTES), min_size=1, max_size=3), st.integers(1, 900)
+    st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 2), BYTES), min_size=1, max_size=3),
+    st.integers(1, 900),
 )
 @settings(deadline=None, max_examples=500)
-def test_nothing_is_accepted_that_json_refuses(edits: list[tuple[int, int, bytes]], piece_bytes: int) -> None:
+def test_nothing_is_accepted_that_json_refuses(
+    edits: list[tuple[int, int, bytes]], piece_bytes: int
+) -> None:
     """Catches a fast road that reads numbers out of what is no valid line, or reads a valid line otherwise."""
     content = bytearray(text_of(sample(i) for i in range(3)))
     for place, removed, put in edits:
@@ -197,7 +212,9 @@ def break_line(source: Path, line: bytes) -> None:
     (source / "chunk_1.jsonl").write_bytes(b"\n".join(lines))
 
 
-@pytest.mark.parametrize(("line", "words"), [pytest.param(line, words, id=name) for name, line, words in BROKEN])
+@pytest.mark.parametrize(
+    ("line", "words"), [pytest.param(line, words, id=name) for name, line, words in BROKEN]
+)
 def test_broken_line_is_named(source: Path, tmp_path: Path, line: bytes, words: str) -> None:
     """Catches a broken sample that is trained on, a message without the place, and half a folder left."""
     break_line(source, line)
@@ -222,9 +239,14 @@ def test_broken_line_is_named_by_a_worker(source: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "content",
     [
-        pytest.param(text_of(sample(0, token_ids=[5] * n) for n in (7, 9)), id="ids of a line counted for the next"),
+        pytest.param(
+            text_of(sample(0, token_ids=[5] * n) for n in (7, 9)),
+            id="ids of a line counted for the next",
+        ),
         pytest.param(text_of([sample(0)]).replace(b"{", b"{\n"), id="a line end at the beginning"),
-        pytest.param(text_of([sample(0)]).replace(b'"source"', b'\n"source"'), id="a line end at the end"),
+        pytest.param(
+            text_of([sample(0)]).replace(b'"source"', b'\n"source"'), id="a line end at the end"
+        ),
         pytest.param(text_of([sample(0)]).replace(b", ", b",\n", 1), id="a line end between ids"),
     ],
 )
@@ -249,13 +271,21 @@ def test_import_keeps_ids_order_and_origin(source: Path, tmp_path: Path) -> None
     manifest = import_k2(source, tmp_path / "out")
     check_files(manifest)
     assert [info.name for info in manifest.chunks] == ["chunk_000", "chunk_001"]
-    assert (manifest.sequence_length, manifest.vocab_size, manifest.dtype) == (LENGTH, VOCAB, "uint16")
+    assert (manifest.sequence_length, manifest.vocab_size, manifest.dtype) == (
+        LENGTH,
+        VOCAB,
+        "uint16",
+    )
     assert manifest.tokenizer_sha256 == UNKNOWN_TOKENIZER
     totals = dict.fromkeys(manifest.facts["account"], 0)
     for number, info in enumerate(manifest.chunks):
         verify_chunk(manifest, info)
-        samples = [json.loads(line) for line in (source / f"chunk_{number}.jsonl").read_text().splitlines()]
-        assert np.load(manifest.folder / info.file).tolist() == [item["token_ids"] for item in samples]
+        samples = [
+            json.loads(line) for line in (source / f"chunk_{number}.jsonl").read_text().splitlines()
+        ]
+        assert np.load(manifest.folder / info.file).tolist() == [
+            item["token_ids"] for item in samples
+        ]
         table = parquet.read_table(manifest.folder / str(info.provenance)).to_pydict()
         assert table["row"] == list(range(len(samples)))
         assert set(table["start"]) == set(table["offset"]) == set(table["repeat"]) == {0}
@@ -273,7 +303,9 @@ def test_import_keeps_ids_order_and_origin(source: Path, tmp_path: Path) -> None
 
 def test_chunks_are_trained_on_as_they_stand_in_the_files(tmp_path: Path) -> None:
     """Catches chunk_10 before chunk_2, and rows that reach the model in another order than K2's lines."""
-    source = write_source(tmp_path / "k2", {i: [sample(10 * i + k) for k in range(4)] for i in range(12)})
+    source = write_source(
+        tmp_path / "k2", {i: [sample(10 * i + k) for k in range(4)] for i in range(12)}
+    )
     manifest = import_k2(source, tmp_path / "out")
     assert [info.name for info in manifest.chunks] == [f"chunk_{i:03d}" for i in range(12)]
     expected = [sample(10 * i + k)["token_ids"] for i in range(12) for k in range(4)]
@@ -315,7 +347,9 @@ def test_what_no_column_holds_comes_back_exactly(tmp_path: Path, item: Sample) -
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text(), lambda x: st.lists(x, max_size=2), max_leaves=3
+    st.none() | st.booleans() | st.integers() | st.text(),
+    lambda x: st.lists(x, max_size=2),
+    max_leaves=3,
 )
 
 
@@ -328,8 +362,12 @@ JSON = st.recursive(
         min_size=1, max_size=6,
     )
 )  # fmt: skip
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_export_gives_back_what_was_imported(tmp_path_factory: pytest.TempPathFactory, rows: list[Any]) -> None:
+@settings(
+    deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_export_gives_back_what_was_imported(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[Any]
+) -> None:
     """Catches any line that does not survive the way in and out, byte for byte; and a second import that differs."""
     folder = tmp_path_factory.mktemp("property")
     samples = [dict(zip(KEYS, row, strict=True)) for row in rows]
@@ -368,8 +406,13 @@ def test_zst_is_the_same(source: Path, tmp_path: Path, frames: int) -> None:
         parts = [zstandard.compress(content[a:b]) for a, b in pairwise(cuts)]
         (packed / f"{path.name}.zst").write_bytes(b"".join(parts))
     assert import_k2(packed, tmp_path / "out").chunks == plain.chunks
-    for damage, words in ((lambda b: b[:-5], "truncated"), (lambda b: b"\0" * 20, "cannot be unpacked")):
-        (packed / "chunk_1.jsonl.zst").write_bytes(damage((packed / "chunk_1.jsonl.zst").read_bytes()))
+    for damage, words in (
+        (lambda b: b[:-5], "truncated"),
+        (lambda b: b"\0" * 20, "cannot be unpacked"),
+    ):
+        (packed / "chunk_1.jsonl.zst").write_bytes(
+            damage((packed / "chunk_1.jsonl.zst").read_bytes())
+        )
         with pytest.raises(DataError, match=rf"chunk_1.jsonl.zst: {words}"):
             import_k2(packed, tmp_path / "out2")
 
@@ -399,7 +442,9 @@ def test_the_files_must_be_a_row_of_chunks(source: Path, tmp_path: Path) -> None
     assert not (tmp_path / "out").exists()
 
 
-def test_finished_chunks_are_not_read_again(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finished_chunks_are_not_read_again(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Catches work done twice after a stop, and a file of another size or source taken for finished."""
     good = (source / "chunk_1.jsonl").read_bytes()
     (source / "chunk_1.jsonl").write_bytes(b"{\n")
@@ -471,7 +516,9 @@ def test_workers_change_no_byte(source: Path, tmp_path: Path) -> None:
     assert hashes(import_k2(source, tmp_path / "2/out", workers=2).folder) == alone
 
 
-def test_what_is_there_is_kept(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_there_is_kept(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Catches a folder replaced without being asked, and an import done twice."""
     output = tmp_path / "out"
     manifest = import_k2(source, output)
@@ -502,9 +549,14 @@ def test_the_tokenizer_travels_along(source: Path, tmp_path: Path) -> None:
     tokenizer.save(model)
     manifest = import_k2(source, tmp_path / "out", tokenizer=model)
     assert manifest.tokenizer_sha256 == tokenizer.sha256
-    assert (manifest.folder / manifest.facts["tokenizer"]["file"]).read_bytes() == model.read_bytes()
+    assert (
+        manifest.folder / manifest.facts["tokenizer"]["file"]
+    ).read_bytes() == model.read_bytes()
     assert manifest.facts["tokenizer"]["specials"] == list(tokenizer.specials)
-    assert import_k2(source, tmp_path / "named", tokenizer_sha256="a" * 64).tokenizer_sha256 == "a" * 64
+    assert (
+        import_k2(source, tmp_path / "named", tokenizer_sha256="a" * 64).tokenizer_sha256
+        == "a" * 64
+    )
     with pytest.raises(DataError, match="its hash is"):
         import_k2(source, tmp_path / "other", tokenizer=model, tokenizer_sha256="a" * 64)
     with pytest.raises(DataError, match=r"vocab_size \(317\) must be at least that of .*\(318\)"):
@@ -514,11 +566,17 @@ def test_the_tokenizer_travels_along(source: Path, tmp_path: Path) -> None:
 def test_a_large_vocabulary(tmp_path: Path) -> None:
     """Catches ids wrapped at 65536, and numbers of six digits read as five."""
     samples = [sample(0, token_ids=[0, 65535, 65536, 99999, 100000, 123456, 7, 149999])] * 3
-    manifest = import_k2(write_source(tmp_path / "k2", {0: samples}), tmp_path / "out", vocab_size=150000)
-    assert np.load(manifest.folder / "chunk_000.npy").tolist() == [item["token_ids"] for item in samples]
+    manifest = import_k2(
+        write_source(tmp_path / "k2", {0: samples}), tmp_path / "out", vocab_size=150000
+    )
+    assert np.load(manifest.folder / "chunk_000.npy").tolist() == [
+        item["token_ids"] for item in samples
+    ]
 
 
-def test_a_full_disk_is_one_line(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_one_line(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Catches a traceback, and a half-written chunk, where the disk is full."""
 
     def full(*_: object) -> None:
@@ -535,7 +593,9 @@ def lines_of(progress: Progress) -> list[str]:
     return progress.stream.getvalue().splitlines()
 
 
-def test_what_is_there_already_is_said(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_there_already_is_said(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Catches `import: 0 chunks`, and a folder called imported that was only found."""
 
     def killed(*_: object) -> None:
@@ -575,7 +635,10 @@ def test_two_imports_into_one_folder(source: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     work = tmp_path / "out.work/k2_import"
     work.mkdir(parents=True)
-    with exclusive(work), pytest.raises(DataError, match=rf"under way already \(pid {os.getpid()}\)"):
+    with (
+        exclusive(work),
+        pytest.raises(DataError, match=rf"under way already \(pid {os.getpid()}\)"),
+    ):
         import_k2(source, output)
     assert work.is_dir() and not output.exists()
     import_k2(source, output)
@@ -600,7 +663,9 @@ def test_an_export_says_what_is_lost(source: Path, tmp_path: Path) -> None:
     first = "not in these files: the sources of 1 of 3 pieces (a line names the document its row begins with)"
     assert lines_of(progress)[-1] == first
     content = json.loads(manifest.path.read_text())
-    held = write_chunk(manifest.folder, "held_out", [np.ones((1, LENGTH), np.uint32)], 1, VOCAB, {"code": LENGTH})
+    held = write_chunk(
+        manifest.folder, "held_out", [np.ones((1, LENGTH), np.uint32)], 1, VOCAB, {"code": LENGTH}
+    )
     content["held_out"] = {key: value for key, value in vars(held).items() if value is not None}
     digest = write_borders(manifest.folder / "chunk_012.borders.npy", [3])
     content["chunks"][0] |= {"borders": "chunk_012.borders.npy", "borders_sha256": digest}
@@ -615,11 +680,18 @@ def ours(folder: Path) -> Manifest:
     folder.mkdir()
     ids = np.arange(2 * LENGTH, dtype=np.uint32).reshape(2, LENGTH)
     info = write_chunk(folder, "chunk_012", [ids], 2, VOCAB, {"code": 2 * LENGTH})
-    columns = {"row": [0, 0, 1], "start": [0, 3, 0], "length": [3, LENGTH - 3, LENGTH], "subset": ["code"] * 3}
+    columns = {
+        "row": [0, 0, 1],
+        "start": [0, 3, 0],
+        "length": [3, LENGTH - 3, LENGTH],
+        "subset": ["code"] * 3,
+    }
     columns |= {"source": ["a.py", "b.jsonl", "b.jsonl"], "document": ["a.py:f", "007", "42"]}
     parquet.write_table(arrow.table(columns), folder / "chunk_012.parquet")
     digest = hashlib.sha256((folder / "chunk_012.parquet").read_bytes()).hexdigest()
-    info = type(info)(**{**vars(info), "provenance": "chunk_012.parquet", "provenance_sha256": digest})
+    info = type(info)(
+        **{**vars(info), "provenance": "chunk_012.parquet", "provenance_sha256": digest}
+    )
     keys: dict[str, Any] = {"tokenizer_sha256": "t", "sequence_length": LENGTH, "vocab_size": VOCAB}
     return write_manifest(folder, chunks=[info], held_out=None, **keys)
 
@@ -631,7 +703,9 @@ def test_our_own_rows_are_named_by_their_first_piece(tmp_path: Path) -> None:
     assert path.name == "chunk_12.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [tuple(line) for line in lines] == [KEYS, KEYS]
-    assert [line["token_ids"] for line in lines] == np.arange(2 * LENGTH).reshape(2, LENGTH).tolist()
+    assert [line["token_ids"] for line in lines] == np.arange(2 * LENGTH).reshape(
+        2, LENGTH
+    ).tolist()
     assert [list(line.values())[1:] for line in lines] == [
         ["code", "code", "a.py", "a.py:f"],
         ["code", "code", "b.jsonl", 42],
@@ -659,7 +733,10 @@ def test_export_refuses_what_it_cannot_vouch_for(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=file):
             export_k2(manifest, back)
         path.write_bytes(good)
-    for change, words in (({"provenance": None}, "no provenance"), ({"name": "extra"}, "its name has no number")):
+    for change, words in (
+        ({"provenance": None}, "no provenance"),
+        ({"name": "extra"}, "its name has no number"),
+    ):
         content = json.loads(manifest.path.read_text())
         content["chunks"][0].update(change)
         (manifest.folder / "other.json").write_text(json.dumps(content))
@@ -668,7 +745,9 @@ def test_export_refuses_what_it_cannot_vouch_for(tmp_path: Path) -> None:
     assert list(back.iterdir()) == []
 
 
-def test_a_stopped_export_goes_on(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_export_goes_on(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Catches work done twice, a half-written file taken for whole, and files of two data sets in one folder."""
     manifest, back = import_k2(source, tmp_path / "out"), tmp_path / "back"
     usual = k2_jsonl.export_chunk

@@ -36,7 +36,19 @@ LENGTH = 16
 
 def text_of(seed: int) -> str:
     choose = random.Random(seed)
-    words = ["def", "return", "the", "value", "of", "a list", "\n    ", "é", "x = 1", *K2_SPECIAL_TOKENS[:3], "</s>"]
+    words = [
+        "def",
+        "return",
+        "the",
+        "value",
+        "of",
+        "a list",
+        "\n    ",
+        "é",
+        "x = 1",
+        *K2_SPECIAL_TOKENS[:3],
+        "</s>",
+    ]
     return " ".join(choose.choice(words) for _ in range(choose.randint(3, 60))) + f" {seed}"
 
 
@@ -54,7 +66,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "web" / "a.jsonl").write_text("\n".join(lines[:50]) + "\n")
     (folder / "web" / "b.jsonl.zst").write_bytes(zstandard.compress("\n".join(lines[50:]).encode()))
     (folder / "books").mkdir()
-    table = arrow.table({"name": list(BOOKS), "body": list(BOOKS.values()), "other": [1] * len(BOOKS)})
+    table = arrow.table(
+        {"name": list(BOOKS), "body": list(BOOKS.values()), "other": [1] * len(BOOKS)}
+    )
     parquet.write_table(table, folder / "books" / "books.parquet", row_group_size=25)
     for name, text in NOTES.items():
         (folder / "notes" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -83,7 +97,11 @@ def recipe_tree(corpus: Path, output: Path) -> dict[str, Any]:
                 "repeat": 2,
                 "fill_in_the_middle": {"psm": 0.4, "spm": 0.4},
             },
-            "notes": {"kind": "text", "paths": [str(corpus / "notes" / "**" / "*.txt")], "repeat": 0.5},
+            "notes": {
+                "kind": "text",
+                "paths": [str(corpus / "notes" / "**" / "*.txt")],
+                "repeat": 0.5,
+            },
         },
         "executor": {"workers": 1, "task_bytes": 4096, "run_tokens": 1024},
     }
@@ -101,7 +119,10 @@ def prepare(*arguments: object, **options: Any) -> subprocess.CompletedProcess[s
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.iterdir())
+    }
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +166,9 @@ def test_every_token_is_that_of_the_document_named_for_it(made: Manifest) -> Non
     texts |= {(f"notes/{name}", name): text for name, text in NOTES.items()}
     kinds: Counter[str] = Counter()
     whole = 0
-    for (_, source, document, _), pieces in documents_in(made, [info.name for info in made.all_chunks()]).items():
+    for (_, source, document, _), pieces in documents_in(
+        made, [info.name for info in made.all_chunks()]
+    ).items():
         at, ids = 0, []
         for offset, (part, _) in sorted(pieces.items()):
             if offset != at:
@@ -156,7 +179,9 @@ def test_every_token_is_that_of_the_document_named_for_it(made: Manifest) -> Non
             whole += 1
             kinds[pieces[0][1]] += 1
             assert restore(tokenizer, np.array(ids[:-1])) == texts[source, document]
-            assert (pieces[0][1] == "none") == (not any(token >= tokenizer.base_size for token in ids))
+            assert (pieces[0][1] == "none") == (
+                not any(token >= tokenizer.base_size for token in ids)
+            )
     assert whole > 150
     assert kinds["psm"] > 10 and kinds["spm"] > 10
 
@@ -172,9 +197,9 @@ def test_the_account_is_that_of_the_files(made: Manifest) -> None:
         assert item["tail_tokens"] == int(item["training_tokens"] * repeat) % LENGTH
     rows = [info.rows for info in made.chunks]
     assert max(rows) - min(rows) <= 1
-    assert account["web"]["outside_documents"] + account["web"]["training_documents"] + account["web"][
-        "held_out_documents"
-    ] == len(WEB)
+    assert account["web"]["outside_documents"] + account["web"]["training_documents"] + account[
+        "web"
+    ]["held_out_documents"] == len(WEB)
     assert 10 < account["web"]["outside_documents"] < 40
     counted: Counter[tuple[str, str]] = Counter()
     for info in made.all_chunks():
@@ -216,12 +241,19 @@ def test_again_does_nothing(made: Manifest, corpus: Path) -> None:
     content = chunk.read_bytes()
     chunk.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     done = prepare(recipe)
-    assert done.returncode == 2 and "chunk_001.npy missing or not as the manifest says; --force" in done.stderr
+    assert (
+        done.returncode == 2
+        and "chunk_001.npy missing or not as the manifest says; --force" in done.stderr
+    )
     chunk.write_bytes(content)
 
 
-@pytest.mark.parametrize("name", ["chunk_001.npy", "chunk_002.parquet", "sources.json", "tokenizer.model"])
-def test_every_file_is_checked_before_it_is_called_prepared(made: Manifest, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    "name", ["chunk_001.npy", "chunk_002.parquet", "sources.json", "tokenizer.model"]
+)
+def test_every_file_is_checked_before_it_is_called_prepared(
+    made: Manifest, tmp_path: Path, name: str
+) -> None:
     """Catches "all hashes checked" said of a folder with a damaged file."""
     shutil.copytree(made.folder, tmp_path / "out")
     path = tmp_path / "out" / name
@@ -273,11 +305,15 @@ def test_two_at_once_into_one_output(corpus: Path, tmp_path: Path) -> None:
     """Catches a folder made of two recipes, when each has a work folder of its own."""
     recipe = write_recipe(tmp_path / "r.yaml", recipe_tree(corpus, tmp_path / "out"))
     command = [sys.executable, str(ROOT / "tools/prepare_data.py"), str(recipe)]
-    first = subprocess.Popen([*command, f"work={tmp_path / 'w1'}"], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    first = subprocess.Popen(
+        [*command, f"work={tmp_path / 'w1'}"], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
     try:
         deadline = time.monotonic() + 60
         while not list((tmp_path / "w1").glob("*/runs/*")):
-            assert first.poll() is None and time.monotonic() < deadline, "ended before its first task"
+            assert first.poll() is None and time.monotonic() < deadline, (
+                "ended before its first task"
+            )
             time.sleep(0.002)
         second = prepare(recipe, "seed=6", f"work={tmp_path / 'w2'}")
     finally:
@@ -297,17 +333,24 @@ def test_a_place_that_cannot_be_written_is_one_line(made: Manifest) -> None:
         assert (done.returncode, len(done.stderr.strip().splitlines())) == (2, 1), done.stderr
 
 
-def test_workers_tasks_and_runs_change_no_byte(made: Manifest, corpus: Path, tmp_path: Path) -> None:
+def test_workers_tasks_and_runs_change_no_byte(
+    made: Manifest, corpus: Path, tmp_path: Path
+) -> None:
     """Catches an order that depends on who did what, or on how much was held in memory."""
     recipe = write_recipe(tmp_path / "r.yaml", recipe_tree(corpus, tmp_path / "out"))
-    done = prepare(recipe, "executor.workers=4", "executor.task_bytes=1000000", "executor.run_tokens=100000")
+    done = prepare(
+        recipe, "executor.workers=4", "executor.task_bytes=1000000", "executor.run_tokens=100000"
+    )
     assert done.returncode == 0, done.stderr
     assert hashes(tmp_path / "out") == hashes(made.folder)
 
 
 def tasks_done(work: Path) -> int:
     """Records of finished tasks, of all three phases."""
-    return sum(len(list(work.glob(f"*/{part}"))) for part in ("runs/*/record.json", "plan/plan.json", "chunks/*.json"))
+    return sum(
+        len(list(work.glob(f"*/{part}")))
+        for part in ("runs/*/record.json", "plan/plan.json", "chunks/*.json")
+    )
 
 
 @pytest.mark.slow
@@ -322,7 +365,11 @@ def test_kill_9_at_ten_moments(corpus: Path, tmp_path: Path) -> None:
     for kill in range(10):
         command = [sys.executable, str(ROOT / "tools/prepare_data.py"), str(recipe)]
         process = subprocess.Popen(
-            command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+            command,
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
         )
         # Of over 30 tasks the last kill waits for the first 18.
         while tasks_done(work) < 2 * kill:
@@ -344,7 +391,9 @@ def test_kill_9_at_ten_moments(corpus: Path, tmp_path: Path) -> None:
 def killed_after_encoding(recipe: Path, work: Path) -> None:
     """Leave a preparation with at least one finished task."""
     command = [sys.executable, str(ROOT / "tools/prepare_data.py"), str(recipe)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + 60
     while not list(work.glob("*/runs/*/record.json")):
         assert process.poll() is None and time.monotonic() < deadline, "ended before its first task"
@@ -367,7 +416,10 @@ def test_a_source_that_changes_between_two_starts(corpus: Path, tmp_path: Path) 
     path.write_bytes(content + b'{"text": "more"}\n')
     done = prepare(recipe)
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) <= 2, done.stderr
-    assert "web/a.jsonl: missing, new or changed since this preparation began" in done.stderr.splitlines()[-1]
+    assert (
+        "web/a.jsonl: missing, new or changed since this preparation began"
+        in done.stderr.splitlines()[-1]
+    )
     path.unlink()
     assert prepare(recipe).returncode == 2
     path.write_bytes(content)
@@ -375,7 +427,9 @@ def test_a_source_that_changes_between_two_starts(corpus: Path, tmp_path: Path) 
     assert done.returncode == 0, done.stderr
     path.write_bytes(content[:-20] + content[-20:].upper())
     done = prepare(recipe)
-    assert done.returncode == 2 and "other documents" in done.stderr and "web/a.jsonl" in done.stderr
+    assert (
+        done.returncode == 2 and "other documents" in done.stderr and "web/a.jsonl" in done.stderr
+    )
     path.write_bytes(content + b'{"text": "more"}\n')
     done = prepare(recipe, "--force")
     assert done.returncode == 0 and "prepared: " in done.stdout, done.stderr
@@ -403,23 +457,35 @@ def test_broken_lines_are_listed_and_the_rest_goes_on(corpus: Path, tmp_path: Pa
     recipe = write_recipe(tmp_path / "r.yaml", tree)
     done = prepare(recipe)
     assert (done.returncode, len(done.stderr.strip().splitlines())) == (2, 2), done.stderr
-    assert "subsets.web: 7 of 127 documents are broken" in done.stderr and "max_rejected_share" in done.stderr
+    assert (
+        "subsets.web: 7 of 127 documents are broken" in done.stderr
+        and "max_rejected_share" in done.stderr
+    )
     done = prepare(recipe, "max_rejected_share=0.06")
     assert done.returncode == 0, done.stderr
-    listed = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
-    assert [(entry["file"], entry["line"]) for entry in listed] == [("web/a.jsonl", 61 + i) for i in range(7)]
+    listed = [
+        json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()
+    ]
+    assert [(entry["file"], entry["line"]) for entry in listed] == [
+        ("web/a.jsonl", 61 + i) for i in range(7)
+    ]
     for entry, (_, word) in zip(listed, BROKEN, strict=True):
         assert word.lower() in entry["why"].lower(), entry
     manifest = read_manifest(tmp_path / "out")
     assert manifest.facts["account"]["web"]["rejected_documents"] == 7
-    names = {key[2] for key in documents_in(manifest, [info.name for info in manifest.all_chunks()])}
+    names = {
+        key[2] for key in documents_in(manifest, [info.name for info in manifest.all_chunks()])
+    }
     assert "68" in names and "61" not in names
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda t, f: t["subsets"]["web"].update(paths=[str(f / "nothing" / "*.jsonl")]), "subsets.web.paths"),
+        (
+            lambda t, f: t["subsets"]["web"].update(paths=[str(f / "nothing" / "*.jsonl")]),
+            "subsets.web.paths",
+        ),
         (lambda t, f: t.update(chunks=5000), "fewer than the 5,000 chunks"),
         (lambda t, f: t["held_out"].update(rows=100000), "held"),
         (lambda t, f: t.update(rows_per_chunk=100000), "needs 400"),
@@ -429,7 +495,17 @@ def test_broken_lines_are_listed_and_the_rest_goes_on(corpus: Path, tmp_path: Pa
         (lambda t, f: t["executor"].update(kind="slurm", partition="main"), "sbatch"),
         (lambda t, f: t["executor"].update(kind="ray"), "pip install ray"),
     ],
-    ids=["no-files", "too-many-chunks", "held-out", "rows", "tokenizer", "not-ours", "kind", "no-slurm", "no-ray"],
+    ids=[
+        "no-files",
+        "too-many-chunks",
+        "held-out",
+        "rows",
+        "tokenizer",
+        "not-ours",
+        "kind",
+        "no-slurm",
+        "no-ray",
+    ],
 )
 def test_mistakes_are_one_line(
     corpus: Path, tmp_path: Path, change: Callable[[dict[str, Any], Path], None], words: str
@@ -476,7 +552,10 @@ def test_recipe_mistakes_come_all_at_once(tmp_path: Path) -> None:
         ("subsets.prose.share=[0.5, 0.2]", "must go upwards"),
         ("subsets.prose.documents=[0.5, 0.5]", "must go upwards"),
         ("subsets.prose.paths=[a]", "paths, origin, id_key, split_by are not for it"),
-        ("subsets.prose.fill_in_the_middle.psm=0.6 subsets.prose.fill_in_the_middle.spm=0.6", "must not be above 1"),
+        (
+            "subsets.prose.fill_in_the_middle.psm=0.6 subsets.prose.fill_in_the_middle.spm=0.6",
+            "must not be above 1",
+        ),
         ("rows_per_chunk=null", "fill needs rows_per_chunk"),
         ("held_out.rows=null", "give rows, or a share, or both"),
         ("tokenizer.specials=[a, a]", "names a token twice"),
@@ -485,7 +564,9 @@ def test_recipe_mistakes_come_all_at_once(tmp_path: Path) -> None:
 def test_recipes_that_contradict_themselves(override: str, words: str) -> None:
     """Catches a recipe under which one file would be trained on and held out, or two subsets fill one gap."""
     with pytest.raises(ConfigError, match=words):
-        load_recipe(str(ROOT / "configs/demo/data_stage1.yaml"), re.split(r" (?=subsets)", override))
+        load_recipe(
+            str(ROOT / "configs/demo/data_stage1.yaml"), re.split(r" (?=subsets)", override)
+        )
 
 
 def test_identity_is_what_decides_bytes(corpus: Path, tmp_path: Path) -> None:
@@ -496,10 +577,17 @@ def test_identity_is_what_decides_bytes(corpus: Path, tmp_path: Path) -> None:
     assert {Recipe.model_validate(tree | change).sha256 for change in same} == {plain}
     moved = json.loads(json.dumps(tree).replace(str(corpus), "elsewhere"))
     assert Recipe.model_validate(moved).sha256 == plain
-    other: list[dict[str, Any]] = [{"seed": 6}, {"chunks": 5}, {"document_borders": False}, {"held_out": {"rows": 13}}]
+    other: list[dict[str, Any]] = [
+        {"seed": 6},
+        {"chunks": 5},
+        {"document_borders": False},
+        {"held_out": {"rows": 13}},
+    ]
     assert plain not in {Recipe.model_validate(tree | change).sha256 for change in other}
     turned = dict(reversed(tree["subsets"].items()))
-    assert Recipe.model_validate(tree | {"subsets": turned}).sha256 != plain, "rows follow the order of the subsets"
+    assert Recipe.model_validate(tree | {"subsets": turned}).sha256 != plain, (
+        "rows follow the order of the subsets"
+    )
 
 
 def test_a_link_is_no_other_file(corpus: Path, tmp_path: Path) -> None:
@@ -507,9 +595,17 @@ def test_a_link_is_no_other_file(corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "web").symlink_to(corpus / "web")
     (tmp_path / "latest").symlink_to(corpus / "web")
     tree = recipe_tree(corpus, tmp_path / "out")
-    tree["subsets"] = {"web": {"kind": "jsonl", "paths": [str(tmp_path / "web" / "*"), str(tmp_path / "latest" / "*")]}}
+    tree["subsets"] = {
+        "web": {
+            "kind": "jsonl",
+            "paths": [str(tmp_path / "web" / "*"), str(tmp_path / "latest" / "*")],
+        }
+    }
     recipe = Recipe.model_validate(tree)
-    assert [source.key for source in list_sources(recipe)["web"]] == ["web/a.jsonl", "web/b.jsonl.zst"]
+    assert [source.key for source in list_sources(recipe)["web"]] == [
+        "web/a.jsonl",
+        "web/b.jsonl.zst",
+    ]
     tree["subsets"]["web"]["paths"] = [str(tmp_path / "latest" / "*")]
     assert Recipe.model_validate(tree).origin_of("web") == "latest"
 
@@ -522,7 +618,12 @@ def test_equal_texts_are_on_one_side(corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "web" / "a.jsonl").write_text("\n".join(lines))
     tree = recipe_tree(corpus, tmp_path / "out")
     both = {"kind": "jsonl", "paths": [str(tmp_path / "web" / "*")], "drop_duplicates": True}
-    tree |= {"subsets": {"one": {**both, "documents": [0.0, 0.5]}, "two": {**both, "documents": [0.5, 1.0]}}}
+    tree |= {
+        "subsets": {
+            "one": {**both, "documents": [0.0, 0.5]},
+            "two": {**both, "documents": [0.5, 1.0]},
+        }
+    }
     tree |= {"chunks": 2, "held_out": {"share": 0.3}}
     done = prepare(write_recipe(tmp_path / "r.yaml", json.loads(json.dumps(tree))))
     assert done.returncode == 0, done.stderr
@@ -550,7 +651,9 @@ def test_files_given_to_other_subsets(corpus: Path, tmp_path: Path) -> None:
             "de": {"kind": "jsonl", "origin": "c", "paths": [str(tmp_path / f"{second}.jsonl")]},
         }
         done = prepare(write_recipe(tmp_path / "r.yaml", tree))
-    assert done.returncode == 2 and "the same given to other subsets" in done.stderr, done.stdout + done.stderr
+    assert done.returncode == 2 and "the same given to other subsets" in done.stderr, (
+        done.stdout + done.stderr
+    )
 
 
 def test_workers_take_the_drivers_own_code(made: Manifest, corpus: Path, tmp_path: Path) -> None:
@@ -582,8 +685,12 @@ def test_demo_recipes_fit_each_other() -> None:
     first, second = (load_recipe(str(ROOT / f"configs/demo/data_stage{i}.yaml")) for i in (1, 2))
     assert second.sequence_length == 4 * first.sequence_length
     assert second.tokenizer == first.tokenizer
-    assert {n: s.kind for n, s in second.subsets.items()} == {n: s.kind for n, s in first.subsets.items()}
-    assert all(first.subsets[name].share[1] <= second.subsets[name].share[0] for name in first.subsets)
+    assert {n: s.kind for n, s in second.subsets.items()} == {
+        n: s.kind for n, s in first.subsets.items()
+    }
+    assert all(
+        first.subsets[name].share[1] <= second.subsets[name].share[0] for name in first.subsets
+    )
     assert first.sha256 != second.sha256
 
 
@@ -593,11 +700,17 @@ def test_k2_recipes_are_the_card() -> None:
     totals = []
     for recipe in (first, second):
         made = [
-            min(s.limit_tokens or 10**18, int((s.expected_tokens or 0) * s.repeat)) for s in recipe.subsets.values()
+            min(s.limit_tokens or 10**18, int((s.expected_tokens or 0) * s.repeat))
+            for s in recipe.subsets.values()
         ]
         totals.append(sum(made) / 1e9)
     assert totals == [pytest.approx(1300.01), pytest.approx(69.3)]
-    assert (first.chunks, first.sequence_length, second.chunks, second.sequence_length) == (360, 2048, 20, 8192)
+    assert (first.chunks, first.sequence_length, second.chunks, second.sequence_length) == (
+        360,
+        2048,
+        20,
+        8192,
+    )
     assert int(69.3e9 / 20 / 8192) // 510 == 829, "the steps a chunk of stage 2"
 
 
@@ -612,7 +725,9 @@ def test_stages_share_nothing(corpus: Path, tmp_path: Path) -> None:
         done = prepare(write_recipe(tmp_path / f"{number}.yaml", tree))
         assert done.returncode == 0, done.stderr
         manifests.append(read_manifest(tmp_path / f"stage{number}"))
-    first, second = ({key[:3] for key in documents_in(m, [i.name for i in m.all_chunks()])} for m in manifests)
+    first, second = (
+        {key[:3] for key in documents_in(m, [i.name for i in m.all_chunks()])} for m in manifests
+    )
     assert first and second and first.isdisjoint(second)
     assert common_data(*manifests) == []
     assert common_data(manifests[0], manifests[0])

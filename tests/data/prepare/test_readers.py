@@ -56,7 +56,9 @@ def write_files(*names: str, content: bytes = b"{}\n") -> None:
         Path(name).write_bytes(content)
 
 
-def read(path: str, content: bytes | None = None, **subset: Any) -> tuple[list[Document], list[Rejection]]:
+def read(
+    path: str, content: bytes | None = None, **subset: Any
+) -> tuple[list[Document], list[Rejection]]:
     """Documents and rejections of a file; its hash is checked on the way."""
     if content is not None:
         write_files(path, content=content)
@@ -82,7 +84,11 @@ def read(path: str, content: bytes | None = None, **subset: Any) -> tuple[list[D
 def test_names_of_files_follow_the_pattern(tmp_path: Path) -> None:
     """Catches names that depend on where the corpus lies, files of no subset, and an order of the disk's."""
     write_files(
-        "corpus/web/b.jsonl", "corpus/web/a/2.jsonl", "corpus/web/a.jsonl", "corpus/web/.hidden.jsonl", "x.jsonl"
+        "corpus/web/b.jsonl",
+        "corpus/web/a/2.jsonl",
+        "corpus/web/a.jsonl",
+        "corpus/web/.hidden.jsonl",
+        "x.jsonl",
     )
     write_files("books/b/1", "books/a", "books/.git/x", content=b"text")
     subsets = {
@@ -105,7 +111,10 @@ def test_names_of_files_follow_the_pattern(tmp_path: Path) -> None:
             {"a": {"paths": ["web/"]}},
             r"subsets.a.paths: web/ is a folder; name its files, as web/\*.jsonl or web/\*\*/\*.jsonl.zst$",
         ),
-        ({"a": {"paths": ["web/gone.jsonl"]}}, r"subsets.a.paths: web/gone.jsonl is missing, or cannot be read"),
+        (
+            {"a": {"paths": ["web/gone.jsonl"]}},
+            r"subsets.a.paths: web/gone.jsonl is missing, or cannot be read",
+        ),
         (
             {"a": {"paths": ["web/*.jsonl"]}, "b": {"paths": ["web/x.jsonl"], "origin": "other"}},
             r"subsets.b.paths: .*web/x.jsonl is other/x.jsonl here and web/x.jsonl in subsets.a: one file must have one",
@@ -166,7 +175,13 @@ def test_a_bare_path_names_its_folder(path: str, keys: list[str]) -> None:
 def test_standard_library_without_tests_and_packages(tmp_path: Path) -> None:
     """Catches installed packages, tests, links and generated files in the corpus, and an order of the disk's."""
     kept = ["a.py", "json/decoder.py", "Z.py"]
-    dropped = ["site-packages/x.py", "test/t.py", "idlelib/idle_test/t.py", "__pycache__/c.py", "pydoc_data/topics.py"]
+    dropped = [
+        "site-packages/x.py",
+        "test/t.py",
+        "idlelib/idle_test/t.py",
+        "__pycache__/c.py",
+        "pydoc_data/topics.py",
+    ]
     write_files(*kept, *dropped, "_sysconfigdata_x.py", "note.txt", content=b"x = 1\n")
     (tmp_path / "link.py").symlink_to(tmp_path / "a.py")
     found = stdlib_sources(tmp_path)
@@ -213,7 +228,11 @@ def test_tasks_hold_every_source_once() -> None:
         size_bytes = sum(item.size_bytes for item in task.sources)
         assert task.sources
         assert size_bytes <= 100_000 or len(task.sources) == 1
-    assert read_by == {("low", "high"): sources["low"], ("wiki",): sources["wiki"], ("titles",): sources["low"]}
+    assert read_by == {
+        ("low", "high"): sources["low"],
+        ("wiki",): sources["wiki"],
+        ("titles",): sources["low"],
+    }
     assert len(tasks) > 10
     assert tasks == encode_tasks(recipe_of(subsets, executor={"task_bytes": 100_000}), sources)
 
@@ -259,7 +278,11 @@ def test_lines_of_every_packing(path: str) -> None:
 @pytest.mark.parametrize("path", ["x.jsonl.gz", "x.jsonl.zst"])
 def test_files_packed_in_parts(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a second part that is left out, and a border of parts or blocks that loses a byte."""
-    both = PACKED[path](JSONL[:40]) + PACKED[path](JSONL[40:]) + (b"\0" * 9 if path.endswith("gz") else b"")
+    both = (
+        PACKED[path](JSONL[:40])
+        + PACKED[path](JSONL[40:])
+        + (b"\0" * 9 if path.endswith("gz") else b"")
+    )
     for block_bytes in (1, 7, 2**18):
         monkeypatch.setattr(source, "BLOCK_BYTES", block_bytes)
         found, rejected = read(path, both)
@@ -271,14 +294,24 @@ def test_files_packed_in_parts(path: str, monkeypatch: pytest.MonkeyPatch) -> No
 def test_packed_files_that_are_broken(path: str) -> None:
     """Catches a download that broke off and is taken for a shorter corpus: a broken file is not a broken line."""
     packed = PACKED[path](JSONL * 50)
-    for content in (packed[:-1], packed[: len(packed) // 2], packed[:3], b"no such thing", packed + packed[:9]):
+    for content in (
+        packed[:-1],
+        packed[: len(packed) // 2],
+        packed[:3],
+        b"no such thing",
+        packed + packed[:9],
+    ):
         with pytest.raises(DataError, match=rf"{path}: (not a whole|cut off)"):
             read(path, content)
 
 
-@given(st.lists(st.sampled_from([b"a", b"bc", b"\n", b"\r", b"\n\n"]), max_size=30), st.integers(1, 9))
+@given(
+    st.lists(st.sampled_from([b"a", b"bc", b"\n", b"\r", b"\n\n"]), max_size=30), st.integers(1, 9)
+)
 @settings(deadline=None)
-def test_lines_whatever_the_blocks(tmp_path_factory: pytest.TempPathFactory, parts: list[bytes], size: int) -> None:
+def test_lines_whatever_the_blocks(
+    tmp_path_factory: pytest.TempPathFactory, parts: list[bytes], size: int
+) -> None:
     """Catches a line cut where a block of the file ends."""
     content = b"".join(parts)
     path = tmp_path_factory.getbasetemp() / "lines.jsonl"
@@ -314,7 +347,9 @@ BAD_LINES = {
 def test_broken_lines_are_told_and_the_rest_goes_on() -> None:
     """Catches a broken line that stops the corpus, is taken for text, or is told with the wrong number."""
     good = b'{"id": 1, "text": "good"}\n'
-    found, rejected = read("x.jsonl", good + b"".join(line + b"\n" + good for line in BAD_LINES), id_key="id")
+    found, rejected = read(
+        "x.jsonl", good + b"".join(line + b"\n" + good for line in BAD_LINES), id_key="id"
+    )
     assert [item.text for item in found] == ["good"] * (len(BAD_LINES) + 1)
     assert [item.line for item in rejected] == [2 * (i + 1) for i in range(len(BAD_LINES))]
     for item, why in zip(rejected, BAD_LINES.values(), strict=True):
@@ -346,11 +381,20 @@ def write_parquet(path: str, **columns: Any) -> None:
 def test_rows_of_parquet(kind: Any) -> None:
     """Catches rows lost at a border of row groups, a column of the neighbour, and kinds of text that are not read."""
     texts = [f"text {i} ä</s>" for i in range(8)]
-    write_parquet("x.parquet", other=list(range(8)), text=arrow.array(texts).cast(kind), id=list(range(10, 18)))
+    write_parquet(
+        "x.parquet",
+        other=list(range(8)),
+        text=arrow.array(texts).cast(kind),
+        id=list(range(10, 18)),
+    )
     found, rejected = read("x.parquet")
-    assert [(item.name, item.text) for item in found] == [(str(i + 1), text) for i, text in enumerate(texts)]
+    assert [(item.name, item.text) for item in found] == [
+        (str(i + 1), text) for i, text in enumerate(texts)
+    ]
     assert rejected == []
-    assert [item.name for item in read("x.parquet", id_key="id")[0]] == [str(i) for i in range(10, 18)]
+    assert [item.name for item in read("x.parquet", id_key="id")[0]] == [
+        str(i) for i in range(10, 18)
+    ]
 
 
 def test_broken_rows_and_files_of_parquet(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -400,7 +444,9 @@ def test_a_text_file_is_one_document() -> None:
     """Catches line ends or a mark of the byte order that are changed, and bad text that is replaced."""
     found, _ = read("a/x.txt", "\ufeffä\r\nb\r".encode())
     assert found == [Document("a/x.txt", "\ufeffä\r\nb\r", 0)]
-    assert read("x.txt", b"a\xff")[1] == [Rejection(None, "not UTF-8 (invalid start byte at byte 1)")]
+    assert read("x.txt", b"a\xff")[1] == [
+        Rejection(None, "not UTF-8 (invalid start byte at byte 1)")
+    ]
     assert read("x.txt", b" \n")[1] == [Rejection(None, "'text' is empty")]
 
 
@@ -415,7 +461,12 @@ def test_docstrings_are_named_by_what_they_document() -> None:
     code = f'"""{long}m"""\nclass A:\n    """short"""\n    def f(self):\n        """{long}f"""\n'
     code += f'    def f(self, x):\n        """{long}again"""\nif 1:\n    async def g():\n        """{long}g"""\n'
     found = {title: text for _, title, text in docstrings("m.py", code)}
-    assert found == {"m.py:": f"{long}m", "m.py:A.f": f"{long}f", "m.py:A.f#2": f"{long}again", "m.py:g": f"{long}g"}
+    assert found == {
+        "m.py:": f"{long}m",
+        "m.py:A.f": f"{long}f",
+        "m.py:A.f#2": f"{long}again",
+        "m.py:g": f"{long}g",
+    }
     items = library_items("stdlib_docstrings", code.encode())
     assert {item.name: item.text for item in items} == found
 
@@ -424,14 +475,19 @@ def test_code_that_cannot_be_read() -> None:
     """Catches a broken file of the library that stops the corpus, and an empty one that counts as broken."""
     assert library_items("stdlib_code", b"x = 1\n") == [Document("m.py", "x = 1\n", 0)]
     assert library_items("stdlib_code", b" \n") == []
-    assert library_items("stdlib_code", b"# coding: latin-1\nx = '\xe4'\n")[0].text.endswith("'ä'\n")
+    assert library_items("stdlib_code", b"# coding: latin-1\nx = '\xe4'\n")[0].text.endswith(
+        "'ä'\n"
+    )
     for content in (b"x = '\xff'\n", b"# coding: nonsense\n"):
         (item,) = library_items("stdlib_code", content)
         assert item.why.startswith("not in the encoding that it declares")
     (item,) = library_items("stdlib_docstrings", b"x = 1\ndef (\n")
     assert (item.line, item.why[:15]) == (2, "does not parse ")
     surrogate = b'"""' + b"word " * 20 + b'\\ud800"""\n'
-    assert library_items("stdlib_docstrings", surrogate)[0].why == "'text' has a lone surrogate, which is no character"
+    assert (
+        library_items("stdlib_docstrings", surrogate)[0].why
+        == "'text' has a lone surrogate, which is no character"
+    )
 
 
 def test_pages_of_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -459,7 +515,11 @@ def test_a_file_that_is_gone_or_changes(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(AssertionError, match="not read to its end"):
         _ = reading.facts
     with pytest.raises(DataError, match=r"gone.jsonl: cannot be read \(No such file"):
-        list(read_documents(SubsetRecipe(kind="jsonl", paths=("x",)), Source("web", "gone.jsonl", "gone.jsonl")))
+        list(
+            read_documents(
+                SubsetRecipe(kind="jsonl", paths=("x",)), Source("web", "gone.jsonl", "gone.jsonl")
+            )
+        )
 
 
 def test_reading_holds_one_document(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -474,5 +534,11 @@ def test_reading_holds_one_document(monkeypatch: pytest.MonkeyPatch) -> None:
             yield block
 
     monkeypatch.setattr(Contents, "blocks", counted)
-    next(iter(read_documents(SubsetRecipe(kind="jsonl", paths=("x",)), Source("web", "x.jsonl", "x.jsonl"))))
+    next(
+        iter(
+            read_documents(
+                SubsetRecipe(kind="jsonl", paths=("x",)), Source("web", "x.jsonl", "x.jsonl")
+            )
+        )
+    )
     assert len(taken.getvalue()) == 1

@@ -37,7 +37,9 @@ def mistakes(tmp_path: Path, *overrides: str, text: str = GOOD) -> list[str]:
 def test_the_good_one_is_good(tmp_path: Path) -> None:
     """Catches tests of mistakes that find others than they think."""
     (tmp_path / "r.yaml").write_text(GOOD)
-    recipe = load_recipe(str(tmp_path / "r.yaml"), ["subsets.new.kind=text", "subsets.new.paths=[corpus/new]"])
+    recipe = load_recipe(
+        str(tmp_path / "r.yaml"), ["subsets.new.kind=text", "subsets.new.paths=[corpus/new]"]
+    )
     assert list(recipe.subsets) == ["web", "books", "new"]
     assert recipe.max_rejected_share == 0.01
     assert [recipe.origin_of(name) for name in recipe.subsets] == ["web", "books", "new"]
@@ -49,7 +51,10 @@ KINDS = "jsonl, parquet, text, stdlib_code, stdlib_docstrings, stdlib_topics"
 @pytest.mark.parametrize(
     ("override", "line"),
     [
-        ("subsets.web.kind=json", f"subsets.web.kind: 'json' is not one of {KINDS}; nearest is jsonl"),
+        (
+            "subsets.web.kind=json",
+            f"subsets.web.kind: 'json' is not one of {KINDS}; nearest is jsonl",
+        ),
         ("subsets.web.kind=7", f"subsets.web.kind: 7 is not one of {KINDS}"),
         ("subsets.web.paths=web", "subsets.web.paths: must be a list, as [x], is 'web'"),
         ("subsets.web.paths=[null]", "subsets.web.paths[0]: must be text, is null"),
@@ -57,11 +62,17 @@ KINDS = "jsonl, parquet, text, stdlib_code, stdlib_docstrings, stdlib_topics"
         ("subsets.web.share=[0.5]", "subsets.web.share[1]: missing; the list is too short"),
         ("subsets.web.share=[0, 0.5, 1]", "subsets.web.share: must have 2 values, has 3"),
         ("subsets.web.share=[0, 1.5]", "subsets.web.share[1]: must be at most 1, is 1.5"),
-        ("subsets.web.share=[0.8, 0.2]", "subsets.web: share [0.8, 0.2] must go upwards, as [0.0, 0.8]"),
+        (
+            "subsets.web.share=[0.8, 0.2]",
+            "subsets.web: share [0.8, 0.2] must go upwards, as [0.0, 0.8]",
+        ),
         ("subsets.web.repeat=0", "subsets.web.repeat: must be above 0, is 0"),
         ("subsets.web.fill=1.5", "subsets.web.fill: must be true or false, is 1.5"),
         ("subsets.web.repeats=2", "subsets.web.repeats: unknown key; nearest is repeat"),
-        ("subsets.web.fill_in_the_middle.psn=1", "subsets.web.fill_in_the_middle.psn: unknown key; nearest is psm"),
+        (
+            "subsets.web.fill_in_the_middle.psn=1",
+            "subsets.web.fill_in_the_middle.psn: unknown key; nearest is psm",
+        ),
         ("executor.kind=ssh", "executor.kind: 'ssh' is not one of local, slurm, ray"),
         ("chunks=0", "chunks: must be at least 1, is 0"),
         ("chunks=two", "chunks: must be a whole number, is 'two'"),
@@ -106,10 +117,14 @@ def test_the_file_is_blamed_for_what_it_says(tmp_path: Path) -> None:
         ":9: subsets.web: paths is missing: kind jsonl needs the files, as [corpus/web/*.jsonl.zst]"
     ]
     filled = GOOD.replace("share: [0.0, 0.8]", "fill: true")
-    assert mistakes(tmp_path, text=filled)[0].startswith(":11: subsets.web.fill needs rows_per_chunk")
+    assert mistakes(tmp_path, text=filled)[0].startswith(
+        ":11: subsets.web.fill needs rows_per_chunk"
+    )
     # Each of two places may be the cause; the override came last.
     (found,) = mistakes(tmp_path, "subsets.books.fill=true", text=filled)
-    assert found.startswith("override 'subsets.books.fill=true': only one subset may have fill: true")
+    assert found.startswith(
+        "override 'subsets.books.fill=true': only one subset may have fill: true"
+    )
 
 
 # Origins
@@ -137,8 +152,17 @@ def test_the_folder_of_a_pattern(pattern: str, folder: str) -> None:
 
 
 def recipe_of(**subsets: dict[str, Any]) -> Recipe:
-    content = {"name": "x", "output": "o", "seed": 1, "sequence_length": 8, "chunks": 1, "tokenizer": {"model": "t"}}
-    return Recipe.model_validate({**content, "subsets": {n: {"kind": "jsonl", **s} for n, s in subsets.items()}})
+    content = {
+        "name": "x",
+        "output": "o",
+        "seed": 1,
+        "sequence_length": 8,
+        "chunks": 1,
+        "tokenizer": {"model": "t"},
+    }
+    return Recipe.model_validate(
+        {**content, "subsets": {n: {"kind": "jsonl", **s} for n, s in subsets.items()}}
+    )
 
 
 def test_two_cuts_of_one_origin_are_explained() -> None:
@@ -151,11 +175,15 @@ def test_two_cuts_of_one_origin_are_explained() -> None:
     ):
         recipe_of(a=same, b={**same, **half})
     with pytest.raises(
-        ValueError, match=r"both have the origin 'web', the folder in front of their files; .*: subsets.b.origin"
+        ValueError,
+        match=r"both have the origin 'web', the folder in front of their files; .*: subsets.b.origin",
     ) as refused:
         recipe_of(a=same, b={"paths": ["b/web/*.jsonl"], **half})
     assert "same files" not in str(refused.value)
-    with pytest.raises(ValueError, match="both have the origin 'web'; if their files are not the same, name another"):
+    with pytest.raises(
+        ValueError,
+        match="both have the origin 'web'; if their files are not the same, name another",
+    ):
         recipe_of(a=same, b={"paths": ["b/*.jsonl"], "origin": "web", "split_by": "source"})
     recipe_of(a=same, b={"paths": ["b/web/*.jsonl"], "origin": "web2", **half})
     recipe_of(a={"paths": ["d/web"]}, b={"paths": ["d/books"], **half})

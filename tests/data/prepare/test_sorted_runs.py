@@ -19,12 +19,18 @@ from k2train.errors import DataError
 GOLDEN = 6519934819017967463
 Documents = Sequence[tuple[str, str, list[int]]]
 entries = st.lists(
-    st.tuples(st.sampled_from(["a/1", "a/2", "b/1"]), st.text(max_size=5), st.lists(st.integers(0, 999), max_size=9)),
+    st.tuples(
+        st.sampled_from(["a/1", "a/2", "b/1"]),
+        st.text(max_size=5),
+        st.lists(st.integers(0, 999), max_size=9),
+    ),
     max_size=20,
 ).map(lambda found: sorted(found, key=lambda entry: entry[0]))
 
 
-def write(folder: Path, documents: Documents, passes: int = 1, capacity: int = 64, dtype: str = "uint16") -> RunWriter:
+def write(
+    folder: Path, documents: Documents, passes: int = 1, capacity: int = 64, dtype: str = "uint16"
+) -> RunWriter:
     folder.mkdir(parents=True, exist_ok=True)
     writer = RunWriter(folder, "000", "web", passes, 5, dtype, capacity)
     counts: dict[str, int] = {}
@@ -37,7 +43,11 @@ def write(folder: Path, documents: Documents, passes: int = 1, capacity: int = 6
 
 
 def read(writer: RunWriter, number: int) -> list[tuple[int, str, int, str, list[int]]]:
-    return [entry for run in writer.runs[number] for entry in Run(writer.folder / run["path"]).documents()]
+    return [
+        entry
+        for run in writer.runs[number]
+        for entry in Run(writer.folder / run["path"]).documents()
+    ]
 
 
 @given(entries, st.integers(1, 3), st.sampled_from([1, 7, 64, 10_000]))
@@ -60,7 +70,9 @@ def test_every_pass_holds_every_document_in_its_order(
             order = [entry[:3] for entry in Run(writer.folder / run["path"]).documents()]
             assert order == sorted(order)
             assert (run["first_key"], run["last_key"]) == (order[0][0], order[-1][0])
-        assert sum(run["tokens"] for run in writer.runs[number]) == sum(len(t) + 1 for _, _, t in documents if t)
+        assert sum(run["tokens"] for run in writer.runs[number]) == sum(
+            len(t) + 1 for _, _, t in documents if t
+        )
 
 
 def test_columns_stay_with_their_document(tmp_path: Path) -> None:
@@ -91,7 +103,18 @@ def test_the_library_reads_a_run(tmp_path: Path, dtype: str) -> None:
     run = Run(tmp_path / entry["path"])
     with safe_open(run.path, "numpy") as file:
         assert set(file.keys()) == {
-            *("keys", "places", "texts", "name_ends", "lengths", "sources", "ordinals", "tokens", "fim", "names")
+            *(
+                "keys",
+                "places",
+                "texts",
+                "name_ends",
+                "lengths",
+                "sources",
+                "ordinals",
+                "tokens",
+                "fim",
+                "names",
+            )
         }
         for name in file.keys():  # noqa: SIM118
             assert file.get_tensor(name).dtype == run.read(name).dtype
@@ -117,7 +140,11 @@ def test_keys_are_fixed_for_ever() -> None:
 def test_a_long_document_and_a_full_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a document longer than a run, memory that stays at its size, and an index without bound."""
     monkeypatch.setattr(sorted_runs, "MOST_DOCUMENTS", 5)
-    documents = [("s", "0", [1]), ("s", "1", [2] * 100), *(("s", str(i), [3]) for i in range(2, 20))]
+    documents = [
+        ("s", "0", [1]),
+        ("s", "1", [2] * 100),
+        *(("s", str(i), [3]) for i in range(2, 20)),
+    ]
     writer = write(tmp_path, documents, capacity=20)
     assert len(writer._tokens) == 20
     assert max(run["documents"] for run in writer.runs[0]) == 5

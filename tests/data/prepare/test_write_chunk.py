@@ -24,66 +24,79 @@ from k2train.data.prepare.allocate import allocate
 from k2train.data.prepare.allocate.allocate import plan_task
 from k2train.data.prepare.allocate.mixture import row_places
 from k2train.data.prepare.allocate.plan_file import Plan
-from k2train.data.prepare.workspace import Workplace, read_json
+from k2train.data.prepare.workspace import Workspace, read_json
 from k2train.data.prepare.write import row_file
 from k2train.data.prepare.write.provenance import Provenance
 from k2train.data.prepare.write.write_chunk import chunk_task
 from k2train.errors import DataError
-from tests.support.sorted_runs import VOCAB, Text, expected_chunk, recipe_of, workplace_of
+from tests.support.sorted_runs import VOCAB, Text, expected_chunk, recipe_of, workspace_of
 
 
 def texts_of(origin: str, lengths: list[int], files: int = 3) -> list[Text]:
-    return [Text(origin, f"f{i % files}", i // files, n, 1000 + i, i % 3) for i, n in enumerate(lengths)]
+    return [
+        Text(origin, f"f{i % files}", i // files, n, 1000 + i, i % 3) for i, n in enumerate(lengths)
+    ]
 
 
-def run_all(workplace: Workplace, least_tokens: int = 16) -> None:
-    plan_task(workplace)
-    for number in range(len(workplace.chunk_names)):
-        chunk_task(workplace, number, least_tokens)
+def run_all(workspace: Workspace, least_tokens: int = 16) -> None:
+    plan_task(workspace)
+    for number in range(len(workspace.chunk_names)):
+        chunk_task(workspace, number, least_tokens)
 
 
-def hashes(workplace: Workplace) -> dict[str, str]:
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(workplace.target.iterdir())}
+def hashes(workspace: Workspace) -> dict[str, str]:
+    return {
+        p.name: hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(workspace.target.iterdir())
+    }
 
 
-def sources_in(workplace: Workplace, record: dict[str, Any]) -> set[str]:
-    sources = Plan.read(workplace.folder).sources
+def sources_in(workspace: Workspace, record: dict[str, Any]) -> set[str]:
+    sources = Plan.read(workspace.folder).sources
     bits = np.unpackbits(np.frombuffer(bytes.fromhex(record["sources"]), np.uint8))
     return {key for key, bit in zip(sources, bits.tolist(), strict=False) if bit}
 
 
-def check_chunk(workplace: Workplace, texts: dict[str, list[Text]], name: str) -> None:
-    expected = expected_chunk(workplace, texts, name)
-    record = read_json(workplace.chunk_record(name))
+def check_chunk(workspace: Workspace, texts: dict[str, list[Text]], name: str) -> None:
+    expected = expected_chunk(workspace, texts, name)
+    record = read_json(workspace.chunk_record(name))
     info = ChunkInfo(**record["info"])
-    rows = np.load(workplace.target / info.file)
+    rows = np.load(workspace.target / info.file)
     assert rows.dtype == np.uint16
     assert rows.tolist() == expected.rows
     assert (info.rows, info.tokens) == (len(expected.rows), rows.size)
     assert info.provenance is not None
-    file = parquet.ParquetFile(workplace.target / info.provenance)
+    file = parquet.ParquetFile(workspace.target / info.provenance)
     assert file.read().to_pylist() == expected.pieces
     assert info.borders is not None
-    assert np.load(workplace.target / info.borders).tolist() == expected.borders
+    assert np.load(workspace.target / info.borders).tolist() == expected.borders
     counted = dict.fromkeys(texts, 0)
     for piece in expected.pieces:
         counted[piece["subset"]] += piece["length"]
     assert info.tokens_per_subset == counted
-    assert sources_in(workplace, record) == expected.sources
+    assert sources_in(workspace, record) == expected.sources
     for entry in record["files"]:
-        path = workplace.target / entry["path"]
+        path = workspace.target / entry["path"]
         assert entry == {"base": "target", "path": path.name, "bytes": path.stat().st_size}
 
 
 corpora = st.fixed_dictionaries(
     {
-        "code": st.lists(st.one_of(st.integers(1, 12), st.just(1), st.integers(40, 90)), min_size=8, max_size=20),
+        "code": st.lists(
+            st.one_of(st.integers(1, 12), st.just(1), st.integers(40, 90)), min_size=8, max_size=20
+        ),
         "prose": st.lists(st.integers(8, 30), min_size=8, max_size=12),
     }
 )
 
 
-@given(corpora, st.sampled_from([0.5, 1, 2, 2.5]), st.integers(1, 3), st.sampled_from([1, 30, 10**6]), st.booleans())
+@given(
+    corpora,
+    st.sampled_from([0.5, 1, 2, 2.5]),
+    st.integers(1, 3),
+    st.sampled_from([1, 30, 10**6]),
+    st.booleans(),
+)
 @settings(deadline=None, max_examples=30)
 def test_chunks_are_the_stream_cut(
     lengths: dict[str, list[int]], repeat: float, tasks: int, capacity: int, dropped: bool
@@ -94,16 +107,17 @@ def test_chunks_are_the_stream_cut(
         subsets = {"code": {"repeat": repeat, "drop_duplicates": dropped}, "prose": {"repeat": 2}}
         recipe = recipe_of(tmp_path, subsets, sequence_length=6, document_borders=True)
         texts = {
-            name: texts_of(name, [max(n, 2) if i < 8 else n for i, n in enumerate(ns)]) for name, ns in lengths.items()
+            name: texts_of(name, [max(n, 2) if i < 8 else n for i, n in enumerate(ns)])
+            for name, ns in lengths.items()
         }
-        workplace = workplace_of(tmp_path, recipe, texts, tasks, capacity)
+        workspace = workspace_of(tmp_path, recipe, texts, tasks, capacity)
         try:
-            run_all(workplace)
+            run_all(workspace)
         except DataError as error:
             assert "fewer than the 2 chunks" in str(error)
             return
-        for name in workplace.chunk_names:
-            check_chunk(workplace, texts, name)
+        for name in workspace.chunk_names:
+            check_chunk(workspace, texts, name)
 
 
 @pytest.fixture
@@ -112,10 +126,16 @@ def texts() -> dict[str, list[Text]]:
     return {"code": texts_of("code", lengths, 20), "prose": texts_of("prose", lengths[:90], 15)}
 
 
-def test_bytes_do_not_depend_on_runs_and_tasks(texts: dict[str, list[Text]], tmp_path: Path) -> None:
+def test_bytes_do_not_depend_on_runs_and_tasks(
+    texts: dict[str, list[Text]], tmp_path: Path
+) -> None:
     """Catches an order, a dictionary or a row group that follows the runs, the tasks or the size of a stretch."""
     found = []
-    for name, tasks, capacity, least in (("a", 1, 10**6, 2**22), ("b", 5, 400, 100), ("c", 17, 150, 2**22)):
+    for name, tasks, capacity, least in (
+        ("a", 1, 10**6, 2**22),
+        ("b", 5, 400, 100),
+        ("c", 17, 150, 2**22),
+    ):
         recipe = recipe_of(
             tmp_path / name,
             {"code": {"repeat": 2.5, "drop_duplicates": True}, "prose": {"repeat": 0.5}},
@@ -124,11 +144,11 @@ def test_bytes_do_not_depend_on_runs_and_tasks(texts: dict[str, list[Text]], tmp
             chunks=3,
         )
         (tmp_path / name).mkdir()
-        workplace = workplace_of(tmp_path / name, recipe, texts, tasks, capacity)
-        run_all(workplace, least)
-        found.append(hashes(workplace))
-        for chunk in workplace.chunk_names:
-            check_chunk(workplace, texts, chunk)
+        workspace = workspace_of(tmp_path / name, recipe, texts, tasks, capacity)
+        run_all(workspace, least)
+        found.append(hashes(workspace))
+        for chunk in workspace.chunk_names:
+            check_chunk(workspace, texts, chunk)
     assert len(found[0]) == 4 * 3
     assert found[0] == found[1] == found[2]
 
@@ -137,43 +157,48 @@ def test_documents_longer_than_a_stretch(tmp_path: Path) -> None:
     """Catches a stretch that holds nothing, between two documents that are longer than one, taken for an end."""
     texts = {"books": texts_of("books", [4500 + n for n in range(400)], 200)}
     recipe = recipe_of(tmp_path, {"books": {}}, document_borders=True, held_out={"share": 0.08})
-    workplace = workplace_of(tmp_path, recipe, texts, 1, 10**7)
-    run_all(workplace, 64)
-    check_chunk(workplace, texts, "held_out")
+    workspace = workspace_of(tmp_path, recipe, texts, 1, 10**7)
+    run_all(workspace, 64)
+    check_chunk(workspace, texts, "held_out")
 
 
 @pytest.fixture
-def workplace(texts: dict[str, list[Text]], tmp_path: Path) -> Workplace:
+def workspace(texts: dict[str, list[Text]], tmp_path: Path) -> Workspace:
     recipe = recipe_of(tmp_path, {"code": {}, "prose": {"repeat": 2}}, document_borders=True)
-    return workplace_of(tmp_path, recipe, texts, 2, 500)
+    return workspace_of(tmp_path, recipe, texts, 2, 500)
 
 
-def test_files_are_those_of_the_chunk_format(workplace: Workplace, tmp_path: Path) -> None:
+def test_files_are_those_of_the_chunk_format(workspace: Workspace, tmp_path: Path) -> None:
     """Catches a header or an order of bytes that is not `write_chunk`'s, and files that the manifest's checks refuse."""
-    run_all(workplace)
-    infos = [ChunkInfo(**read_json(workplace.chunk_record(name))["info"]) for name in workplace.chunk_names]
+    run_all(workspace)
+    infos = [
+        ChunkInfo(**read_json(workspace.chunk_record(name))["info"])
+        for name in workspace.chunk_names
+    ]
     facts = {"tokenizer_sha256": "x", "sequence_length": 8, "vocab_size": VOCAB}
-    manifest = write_manifest(workplace.target, chunks=infos, **facts)
+    manifest = write_manifest(workspace.target, chunks=infos, **facts)
     check_files(manifest)
     for info in infos:
         verify_chunk(manifest, info)
         assert info.provenance is not None
-        assert hashes(workplace)[info.provenance] == info.provenance_sha256
-        again = write_chunk(tmp_path, info.name, [np.load(workplace.target / info.file)], info.rows, VOCAB, {})
+        assert hashes(workspace)[info.provenance] == info.provenance_sha256
+        again = write_chunk(
+            tmp_path, info.name, [np.load(workspace.target / info.file)], info.rows, VOCAB, {}
+        )
         assert again.sha256 == info.sha256
         assert info.borders is not None
-        values = np.load(workplace.target / info.borders)
+        values = np.load(workspace.target / info.borders)
         assert write_borders(tmp_path / "b.npy", values) == info.borders_sha256
 
 
 def test_provenance_comes_in_blocks(
-    texts: dict[str, list[Text]], workplace: Workplace, monkeypatch: pytest.MonkeyPatch
+    texts: dict[str, list[Text]], workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches row groups of more rows than a reader expects, and rows that lie in another group than their place."""
     monkeypatch.setattr(allocate, "BLOCK_ROWS", 16)
-    run_all(workplace, 64)
-    check_chunk(workplace, texts, "chunk_001")
-    file = parquet.ParquetFile(workplace.target / "chunk_001.parquet")
+    run_all(workspace, 64)
+    check_chunk(workspace, texts, "chunk_001")
+    file = parquet.ParquetFile(workspace.target / "chunk_001.parquet")
     rows = [file.read_row_group(i)["row"].to_numpy() for i in range(file.num_row_groups)]
     assert len(rows) > 3
     assert all((group // 16 == number).all() for number, group in enumerate(rows))
@@ -203,12 +228,14 @@ def test_rows_written_in_any_order(rows: int, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["c.npy"]
 
 
-def left_in(workplace: Workplace) -> list[str]:
-    found = [*workplace.target.iterdir(), *(workplace.folder / "chunks").iterdir()]
+def left_in(workspace: Workspace) -> list[str]:
+    found = [*workspace.target.iterdir(), *(workspace.folder / "chunks").iterdir()]
     return sorted(path.name for path in found)
 
 
-def test_rows_given_are_not_overwritten_while_they_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_given_are_not_overwritten_while_they_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Catches rows filled anew by the caller before a slow disk has taken the last ones."""
     real = os.pwrite
 
@@ -229,37 +256,48 @@ def test_rows_given_are_not_overwritten_while_they_are_written(tmp_path: Path, m
     assert np.load(tmp_path / "c.npy")[places, 0].tolist() == list(range(rows))
 
 
-def test_no_space_is_told_before_and_while_writing(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_space_is_told_before_and_while_writing(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Catches a traceback of a full disk, and what it leaves there."""
-    plan_task(workplace)
+    plan_task(workspace)
     with monkeypatch.context() as patch:
         patch.setattr(row_file, "free_bytes", lambda _: 1000)
-        with pytest.raises(DataError, match=r"chunk_000 needs [\d,]{5,} bytes in .* 1,000 are free"):
-            chunk_task(workplace, 0)
+        with pytest.raises(
+            DataError, match=r"chunk_000 needs [\d,]{5,} bytes in .* 1,000 are free"
+        ):
+            chunk_task(workspace, 0)
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     for place in ("posix_fallocate", "pwrite", "fsync"):
         with monkeypatch.context() as patch:
             patch.setattr(os, place, mock.Mock(side_effect=full))
             with pytest.raises(DataError, match=r"chunk_000 needs .* are free: make room there"):
-                chunk_task(workplace, 0)
-        assert left_in(workplace) == []
-    chunk_task(workplace, 0)
-    assert left_in(workplace) == ["chunk_000.borders.npy", "chunk_000.json", "chunk_000.npy", "chunk_000.parquet"]
+                chunk_task(workspace, 0)
+        assert left_in(workspace) == []
+    chunk_task(workspace, 0)
+    assert left_in(workspace) == [
+        "chunk_000.borders.npy",
+        "chunk_000.json",
+        "chunk_000.npy",
+        "chunk_000.parquet",
+    ]
 
 
-def test_a_chunk_that_stops_has_no_record(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_chunk_that_stops_has_no_record(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Catches a record written before the last file is on the disk."""
-    plan_task(workplace)
+    plan_task(workspace)
     with monkeypatch.context() as patch:
         patch.setattr(Provenance, "write", mock.Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            chunk_task(workplace, 0)
-    assert left_in(workplace) == ["chunk_000.npy"]
+            chunk_task(workspace, 0)
+    assert left_in(workspace) == ["chunk_000.npy"]
 
 
-def test_leftovers_of_the_dead_go_and_of_the_living_stay(workplace: Workplace) -> None:
+def test_leftovers_of_the_dead_go_and_of_the_living_stay(workspace: Workspace) -> None:
     """Catches a disk that fills with every kill, and a file taken from under another process."""
-    plan_task(workplace)
+    plan_task(workspace)
     child = multiprocessing.get_context("fork").Process(target=int)
     child.start()
     child.join()
@@ -267,50 +305,52 @@ def test_leftovers_of_the_dead_go_and_of_the_living_stay(workplace: Workplace) -
     dead, living = (f"chunk_000.npy.{host}.{pid}.tmp" for pid in (child.pid, os.getppid()))
     elsewhere = f"chunk_000.npy.elsewhere.{child.pid}.tmp"
     for name in (dead, living, elsewhere):
-        (workplace.target / name).write_bytes(b"half")
-    folder = workplace.folder / "chunks" / f"chunk_000.{host}.{child.pid}.tmp"
+        (workspace.target / name).write_bytes(b"half")
+    folder = workspace.folder / "chunks" / f"chunk_000.{host}.{child.pid}.tmp"
     folder.mkdir()
-    chunk_task(workplace, 0)
-    left = left_in(workplace)
+    chunk_task(workspace, 0)
+    left = left_in(workspace)
     assert dead not in left
     assert folder.name not in left
     assert {living, elsewhere} <= set(left)
 
 
-def test_two_processes_do_one_chunk(workplace: Workplace) -> None:
+def test_two_processes_do_one_chunk(workspace: Workspace) -> None:
     """Catches two that write one file, or remove each other's."""
-    run_all(workplace)
-    before = hashes(workplace)
-    shutil.rmtree(workplace.target)
-    workplace.target.mkdir()
+    run_all(workspace)
+    before = hashes(workspace)
+    shutil.rmtree(workspace.target)
+    workspace.target.mkdir()
     fork = multiprocessing.get_context("fork")
-    pair = [fork.Process(target=chunk_task, args=(workplace, number, 64)) for number in (0, 0, 1, 1)]
+    pair = [
+        fork.Process(target=chunk_task, args=(workspace, number, 64)) for number in (0, 0, 1, 1)
+    ]
     for process in pair:
         process.start()
     for process in pair:
         process.join(60)
         assert process.exitcode == 0
-    assert hashes(workplace) == before
+    assert hashes(workspace) == before
 
 
 def test_ids_of_another_tokenizer(texts: dict[str, list[Text]], tmp_path: Path) -> None:
     """Catches ids that the model has no row for, written all the same."""
     recipe = recipe_of(tmp_path, {"code": {}, "prose": {}})
-    workplace = workplace_of(tmp_path, recipe, texts, vocab=VOCAB // 2)
-    plan_task(workplace)
+    workspace = workspace_of(tmp_path, recipe, texts, vocab=VOCAB // 2)
+    plan_task(workspace)
     with pytest.raises(DataError, match=r"subset code: .* the id \d+, which is not below the 150"):
-        chunk_task(workplace, 0)
-    assert left_in(workplace) == []
+        chunk_task(workspace, 0)
+    assert left_in(workspace) == []
 
 
 def test_a_repeated_subset_is_packed_anew(texts: dict[str, list[Text]], tmp_path: Path) -> None:
     """Catches a second pass in the order of the first."""
     recipe = recipe_of(tmp_path, {"code": {"repeat": 2}, "prose": {}}, chunks=1)
-    workplace = workplace_of(tmp_path, recipe, texts)
-    run_all(workplace)
-    lines = parquet.read_table(workplace.target / "chunk_000.parquet").to_pylist()
+    workspace = workspace_of(tmp_path, recipe, texts)
+    run_all(workspace)
+    lines = parquet.read_table(workspace.target / "chunk_000.parquet").to_pylist()
     order: dict[int, list[str]] = {0: [], 1: []}
-    info = read_json(workplace.chunk_record("chunk_000"))["info"]
+    info = read_json(workspace.chunk_record("chunk_000"))["info"]
     assert info["borders"] is None
     # Back from the shuffled rows to the samples as they were cut from the stream.
     places = row_places(info["rows"], recipe.seed, "chunk_000").tolist()

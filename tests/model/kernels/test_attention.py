@@ -19,15 +19,21 @@ HERE = ("sdpa", "plain", "flash", "reference")
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)), dtype=torch.float64)
+    return torch.randn(
+        shape, generator=torch.Generator().manual_seed(seed + sum(shape)), dtype=torch.float64
+    )
 
 
 def inputs_of(b: int, n: int, kv: int, s: int, d: int) -> list[Tensor]:
     """q, k, v as the model gives them: [b, heads, s, d] that lie in memory as [s, b, heads, d]."""
-    return [randn(s, b, heads, d, seed=i).permute(1, 2, 0, 3) for i, heads in enumerate((n, kv, kv))]
+    return [
+        randn(s, b, heads, d, seed=i).permute(1, 2, 0, 3) for i, heads in enumerate((n, kv, kv))
+    ]
 
 
-def values(kernel: Attention, inputs: Sequence[Tensor], mask: Tensor | None, dtype: torch.dtype) -> list[Tensor]:
+def values(
+    kernel: Attention, inputs: Sequence[Tensor], mask: Tensor | None, dtype: torch.dtype
+) -> list[Tensor]:
     """The output and the gradients of q, k and v, in float64."""
     leaves = [x.to(dtype).requires_grad_() for x in inputs]
     out = kernel(*leaves, mask)
@@ -35,9 +41,14 @@ def values(kernel: Attention, inputs: Sequence[Tensor], mask: Tensor | None, dty
     return [t.detach().double() for t in (out, *(leaf.grad for leaf in leaves))]
 
 
-def assert_equal(kernel: Attention, inputs: Sequence[Tensor], mask: Tensor | None, dtype: torch.dtype) -> None:
+def assert_equal(
+    kernel: Attention, inputs: Sequence[Tensor], mask: Tensor | None, dtype: torch.dtype
+) -> None:
     rounded = [x.to(dtype).double() for x in inputs]
-    found, expected = values(kernel, rounded, mask, dtype), values(reference_attention, rounded, mask, torch.float64)
+    found, expected = (
+        values(kernel, rounded, mask, dtype),
+        values(reference_attention, rounded, mask, torch.float64),
+    )
     for name, a, b in zip(("output", "dq", "dk", "dv"), found, expected, strict=True):
         # Of a single position the gradients of query and key are 0.
         error = (a - b).abs().max() / b.abs().max().clamp_min(1e-3)
@@ -45,7 +56,9 @@ def assert_equal(kernel: Attention, inputs: Sequence[Tensor], mask: Tensor | Non
 
 
 def documents_of(b: int, s: int) -> Tensor:
-    return torch.randint(0, 3, (b, s), generator=torch.Generator().manual_seed(s)).sort(dim=-1).values
+    return (
+        torch.randint(0, 3, (b, s), generator=torch.Generator().manual_seed(s)).sort(dim=-1).values
+    )
 
 
 SHAPES = ((2, 4, 4, 2 * BLOCK, 16), (2, 6, 2, 2 * BLOCK + 5, 8), (1, 4, 1, 13, 32), (3, 2, 2, 1, 8))
@@ -64,7 +77,12 @@ def test_causal(name: str, dtype: torch.dtype, shape: tuple[int, int, int, int, 
 def test_within_documents(name: str, dtype: torch.dtype) -> None:
     """Catches a mask cut at the wrong rows or given to the wrong sequence of the batch."""
     for shape in SHAPES:
-        assert_equal(ATTENTION[name], inputs_of(*shape), document_mask(documents_of(shape[0], shape[3])), dtype)
+        assert_equal(
+            ATTENTION[name],
+            inputs_of(*shape),
+            document_mask(documents_of(shape[0], shape[3])),
+            dtype,
+        )
 
 
 @settings(max_examples=20, deadline=None)
@@ -89,7 +107,12 @@ def test_plain_in_any_order_of_memory() -> None:
         back = [order.index(i) for i in range(4)]
 
         def moved(
-            q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, order: tuple = order, back: list = back
+            q: Tensor,
+            k: Tensor,
+            v: Tensor,
+            mask: Tensor | None,
+            order: tuple = order,
+            back: list = back,
         ) -> Tensor:
             q, k, v = (t.permute(order).contiguous().permute(back) for t in (q, k, v))
             return plain_attention(q, k, v, mask).permute(order).contiguous().permute(back)
@@ -122,7 +145,9 @@ def test_what_plain_keeps() -> None:
         out = plain_attention(q, k, v)
     expected = BLOCK * BLOCK + BLOCK * 2 * BLOCK + 8 * s
     assert sum(found.values()) == 2 * b * n * expected
-    assert out.permute(2, 0, 1, 3).is_contiguous(), "the output needs a copy before the next product"
+    assert out.permute(2, 0, 1, 3).is_contiguous(), (
+        "the output needs a copy before the next product"
+    )
 
 
 def test_every_choice_is_known_here() -> None:

@@ -25,10 +25,14 @@ DTYPES = tuple(TOLERANCE)
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)), dtype=torch.float64)
+    return torch.randn(
+        shape, generator=torch.Generator().manual_seed(seed + sum(shape)), dtype=torch.float64
+    )
 
 
-def values(function: Callable[..., object], inputs: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+def values(
+    function: Callable[..., object], inputs: Sequence[Tensor], dtype: torch.dtype
+) -> list[Tensor]:
     """Outputs, then gradients of the inputs for fixed gradients of the outputs, all in float64."""
     leaves = [x.to(dtype).requires_grad_() for x in inputs]
     out = function(*leaves)
@@ -38,7 +42,10 @@ def values(function: Callable[..., object], inputs: Sequence[Tensor], dtype: tor
 
 
 def assert_equal(
-    fast: Callable[..., object], plain: Callable[..., object], inputs: Sequence[Tensor], dtype: torch.dtype
+    fast: Callable[..., object],
+    plain: Callable[..., object],
+    inputs: Sequence[Tensor],
+    dtype: torch.dtype,
 ) -> None:
     """`fast` in `dtype` against `plain` in float64 on the same rounded numbers."""
     rounded = [x.to(dtype).double() for x in inputs]
@@ -61,12 +68,21 @@ def test_norms(name: str, dtype: torch.dtype) -> None:
     """Catches a wrong backward of the norm, a missing epsilon, and sums left in bf16."""
     small = 0.03 * randn(9, 3, 48)
     assert_equal(
-        lambda x, w: NORM[name](x, w, 1e-3), lambda x, w: reference_norm(x, w, 1e-3), (small, 1 + randn(48)), dtype
+        lambda x, w: NORM[name](x, w, 1e-3),
+        lambda x, w: reference_norm(x, w, 1e-3),
+        (small, 1 + randn(48)),
+        dtype,
     )
 
 
 @settings(max_examples=25, deadline=None)
-@given(s=st.integers(1, 7), b=st.integers(1, 3), kv=st.integers(1, 3), group=st.integers(1, 3), half=st.integers(1, 5))
+@given(
+    s=st.integers(1, 7),
+    b=st.integers(1, 3),
+    kv=st.integers(1, 3),
+    group=st.integers(1, 3),
+    half=st.integers(1, 5),
+)
 def test_splits(s: int, b: int, kv: int, group: int, half: int) -> None:
     """Catches heads mixed up, grouped heads, a rotation the wrong way in the backward, odd lengths, long tables."""
     cos, sin = tables(s + 2, 2 * half)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from k2train.errors import ConfigError
 from k2train.model.kernels.fp8 import Fp8Product, fp8_product
-from k2train.parallel.grad_accumulation import Sink, attach
+from k2train.parallel.grad_accumulation import GradAccumulator, attach
 from k2train.parallel.grid import SINGLE
 from k2train.parallel.tensor_parallel import ColumnLinear, RowLinear
 
@@ -72,7 +72,7 @@ def test_layers_multiply_through_it(workspace: bool) -> None:
     weights = []
     for layer in (column, row):
         torch.nn.init.normal_(layer.weight)
-        attach(layer.weight, Sink(torch.ones(layer.weight.shape)))
+        attach(layer.weight, GradAccumulator(torch.ones(layer.weight.shape)))
         weights.append(layer.weight.detach().clone().requires_grad_())
     x = torch.randn(4, 2, 16, requires_grad=True)
     plain = x.detach().clone().requires_grad_()
@@ -83,7 +83,7 @@ def test_layers_multiply_through_it(workspace: bool) -> None:
     assert torch.allclose(y, expected, atol=1e-4)
     assert torch.allclose(x.grad, plain.grad, rtol=1e-4, atol=1e-3)
     for layer, weight in zip((column, row), weights, strict=True):
-        assert torch.allclose(layer.weight.sink.total, weight.grad + 1, rtol=1e-4, atol=1e-3)
+        assert torch.allclose(layer.weight.accumulator.total, weight.grad + 1, rtol=1e-4, atol=1e-3)
     assert said == [
         *["TN e4m3 e4m3 torch.float32 False"] * 2,
         *["NN e4m3 e5m2 torch.float32 True", "NT e4m3 e5m2 torch.float32 True"] * 2,
@@ -94,13 +94,17 @@ def test_a_dimension_that_does_not_fit_is_refused() -> None:
     """Catches a shape that the tensor cores refuse in the first product, after minutes of starting."""
     product = Fp8Product(gemm_of([]), quantizer, Types, torch.device("cpu"))
     ColumnLinear(16, {"a": 32, "b": 16}, SINGLE["tp"], False, 1.0, product=product)
-    with pytest.raises(ConfigError, match="divisible by 16, a is 24 x 16 on a rank; lower parallel"):
+    with pytest.raises(
+        ConfigError, match="divisible by 16, a is 24 x 16 on a rank; lower parallel"
+    ):
         ColumnLinear(16, {"a": 24}, SINGLE["tp"], False, 1.0, product=product)
 
 
 def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a silent fall back to other products, and a refusal that does not say what to install."""
-    with pytest.raises(ConfigError, match=r"kernels.matmul \(fp8\) needs a CUDA device .* 8.9 or more, this is cpu"):
+    with pytest.raises(
+        ConfigError, match=r"kernels.matmul \(fp8\) needs a CUDA device .* 8.9 or more, this is cpu"
+    ):
         fp8_product(torch.device("cpu"))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A100")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))

@@ -27,7 +27,9 @@ def test_this_torch_has_it() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("n", "k", "m"), [(96, 64, 160), (1, 7, 3), (33, 1, 5), (0, 4, 3), (4, 3, 0)])
+@pytest.mark.parametrize(
+    ("n", "k", "m"), [(96, 64, 160), (1, 7, 3), (33, 1, 5), (0, 4, 3), (4, 3, 0)]
+)
 def test_products_equal_torchs(dtype: torch.dtype, n: int, k: int, m: int) -> None:
     """Catches a transposed factor, a lost `out`, an empty vocabulary, and fp32 rounded to less."""
     torch.manual_seed(0)
@@ -37,7 +39,11 @@ def test_products_equal_torchs(dtype: torch.dtype, n: int, k: int, m: int) -> No
     def same(found: torch.Tensor, expected: torch.Tensor) -> None:
         assert found.shape == expected.shape
         scale = expected.double().abs().max().item() if expected.numel() else 1.0
-        assert (found.double() - expected.double()).abs().max().item() <= close * scale if expected.numel() else True
+        assert (
+            (found.double() - expected.double()).abs().max().item() <= close * scale
+            if expected.numel()
+            else True
+        )
 
     exact = a.double() @ weight.double().t()
     same(ours.multiply(a, weight.t(), gradient=False), exact)
@@ -45,7 +51,10 @@ def test_products_equal_torchs(dtype: torch.dtype, n: int, k: int, m: int) -> No
     assert ours.multiply(a, weight.t(), gradient=False, out=room[1 : n + 1]).shape == (n, m)
     same(room[1 : n + 1], exact)
     assert (room[0] == 7.0).all() and (room[-1] == 7.0).all()
-    same(ours.multiply(a @ weight.t(), weight, gradient=True), (a @ weight.t()).double() @ weight.double())
+    same(
+        ours.multiply(a @ weight.t(), weight, gradient=True),
+        (a @ weight.t()).double() @ weight.double(),
+    )
     total = torch.ones(m, k)
     ours.add_weight_gradient(total, a @ weight.t(), a)
     same(total, 1.0 + (a @ weight.t()).double().t() @ a.double())
@@ -84,7 +93,9 @@ def test_auto_is_by_the_processor(
 
 def test_what_cannot_be_had_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a silent fallback."""
-    with pytest.raises(ConfigError, match=r"kernels\.matmul \(onednn\) is for a CPU, and this is cuda: choose auto"):
+    with pytest.raises(
+        ConfigError, match=r"kernels\.matmul \(onednn\) is for a CPU, and this is cuda: choose auto"
+    ):
         onednn_product(torch.device("cuda"), torch.float32)
     monkeypatch.setattr(kernels_onednn, "available", lambda: False)
     with pytest.raises(ConfigError, match="needs a torch that was built with oneDNN: choose torch"):

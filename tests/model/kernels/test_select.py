@@ -40,8 +40,17 @@ def test_auto_on_a_cpu() -> None:
         assert choose_kernels(place=Place(CPU, dtype, limit)).attention_name == "plain"
         assert choose_kernels(place=Place(CPU, dtype, limit + 1)).attention_name == "sdpa"
     chosen = choose_kernels()
-    assert (chosen.attention_name, chosen.norm_name, chosen.elementwise) == ("sdpa", "fused", "fused")
-    assert (chosen.loss, chosen.matmul, chosen.optimizer, chosen.compile) == ("fused", chosen.matmul, "fused", False)
+    assert (chosen.attention_name, chosen.norm_name, chosen.elementwise) == (
+        "sdpa",
+        "fused",
+        "fused",
+    )
+    assert (chosen.loss, chosen.matmul, chosen.optimizer, chosen.compile) == (
+        "fused",
+        chosen.matmul,
+        "fused",
+        False,
+    )
 
 
 def test_the_config_says_where() -> None:
@@ -67,7 +76,9 @@ def test_the_config_says_where() -> None:
     ),
     ids=str,
 )
-def test_auto_on_a_gpu(monkeypatch: pytest.MonkeyPatch, generation: int, place: Place, expected: str) -> None:
+def test_auto_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, generation: int, place: Place, expected: str
+) -> None:
     """Catches a kernel chosen that the generation, the precision, the width or the mask forbids."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (generation, 0))
     for triton in (True, False):
@@ -86,7 +97,11 @@ def test_auto_on_a_gpu(monkeypatch: pytest.MonkeyPatch, generation: int, place: 
         ),
         ({"matmul": "fp8"}, None, r"kernels\.matmul \(fp8\) needs a CUDA device "),
         ({"norm": "rms"}, None, r"kernels\.norm \(rms\) is not one of auto, fused, torch, "),
-        ({"elementwise": "fast"}, None, r"kernels\.elementwise \(fast\) is not one of auto, fused, reference"),
+        (
+            {"elementwise": "fast"},
+            None,
+            r"kernels\.elementwise \(fast\) is not one of auto, fused, reference",
+        ),
         (
             {"attention": "cudnn"},
             Place(CPU, HALF),
@@ -97,11 +112,17 @@ def test_auto_on_a_gpu(monkeypatch: pytest.MonkeyPatch, generation: int, place: 
             Place(CPU, block=True),
             r"\(flash\) takes no mask, which data\.cross_documents \(block\)",
         ),
-        ({"attention": "cudnn"}, Place(CUDA), r"kernels\.attention \(cudnn\) computes in bf16 only, precision is fp32"),
+        (
+            {"attention": "cudnn"},
+            Place(CUDA),
+            r"kernels\.attention \(cudnn\) computes in bf16 only, precision is fp32",
+        ),
     ),
     ids=str,
 )
-def test_refusals(monkeypatch: pytest.MonkeyPatch, choice: dict[str, str], place: Place | None, line: str) -> None:
+def test_refusals(
+    monkeypatch: pytest.MonkeyPatch, choice: dict[str, str], place: Place | None, line: str
+) -> None:
     """Catches a kernel that fails at the first step, or quietly does another's work."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     with pytest.raises(ConfigError, match=line) as caught:
@@ -120,9 +141,17 @@ OPTIONAL = (
 
 
 @pytest.mark.parametrize(("key", "name"), OPTIONAL)
-def test_a_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch, key: str, name: str) -> None:
+def test_a_missing_package_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, key: str, name: str
+) -> None:
     """Catches a traceback, or silence, where an optional package was asked for that is not there."""
-    for module in ("flash_attn", "flash_attn.cute", "flash_attn_interface", "apex", "transformer_engine"):
+    for module in (
+        "flash_attn",
+        "flash_attn.cute",
+        "flash_attn_interface",
+        "apex",
+        "transformer_engine",
+    ):
         monkeypatch.setitem(sys.modules, module, None)
     line = rf"kernels\.{key} \({name}\) needs the package {INSTALL[name][0]}: "
     with pytest.raises(ConfigError, match=line) as caught:
@@ -150,7 +179,9 @@ def inputs() -> list[Tensor]:
 def positions_second(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     """What flash-attn computes, in its layout."""
     assert q.shape == (3, 5, 4, 8) and k.shape == v.shape == (3, 5, 2, 8) and causal
-    return reference_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+    return reference_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(
+        1, 2
+    )
 
 
 def positions_second_and_sums(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, None]:
@@ -182,11 +213,19 @@ class EngineAttention(nn.Module):
     def __init__(self, heads: int, head_dim: int, num_gqa_groups: int, **choices: Any):
         super().__init__()
         assert (heads, head_dim, num_gqa_groups) == (4, 8, 2)
-        assert choices == {"attention_dropout": 0.0, "qkv_format": "sbhd", "attn_mask_type": "causal"}
+        assert choices == {
+            "attention_dropout": 0.0,
+            "qkv_format": "sbhd",
+            "attn_mask_type": "causal",
+        }
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         assert q.is_contiguous() and q.shape == (5, 3, 4, 8)
-        return reference_attention(*(t.permute(1, 2, 0, 3) for t in (q, k, v))).permute(2, 0, 1, 3).reshape(5, 3, 32)
+        return (
+            reference_attention(*(t.permute(1, 2, 0, 3) for t in (q, k, v)))
+            .permute(2, 0, 1, 3)
+            .reshape(5, 3, 32)
+        )
 
 
 class EngineNorm(nn.Module):
@@ -202,11 +241,18 @@ class EngineNorm(nn.Module):
 
 def test_transformer_engine_and_apex(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches their layouts mixed up, an epsilon lost, and a norm by a weight that is not ours."""
-    install(monkeypatch, "transformer_engine.pytorch", DotProductAttention=EngineAttention, RMSNorm=EngineNorm)
+    install(
+        monkeypatch,
+        "transformer_engine.pytorch",
+        DotProductAttention=EngineAttention,
+        RMSNorm=EngineNorm,
+    )
     install(
         monkeypatch,
         "apex.normalization.fused_layer_norm",
-        fused_rms_norm_affine=lambda x, w, shape, eps: reference_norm(x, w, eps) if shape == w.shape else None,
+        fused_rms_norm_affine=lambda x, w, shape, eps: (
+            reference_norm(x, w, eps) if shape == w.shape else None
+        ),
     )
     assert_is_attention(load_engine_attention())
     x, w = torch.randn(4, 2, 6), torch.randn(6, requires_grad=True)
@@ -224,14 +270,18 @@ def test_versions_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, "flash_attn_interface", flash_attn_func=positions_second)
     monkeypatch.setattr(kernels_optional.metadata, "version", lambda name: f"3.0 of {name}")
     text = str(choose_kernels(attention="flash_attn_3", place=Place(CUDA, HALF)))
-    assert text.startswith("attention flash_attn_3, norm fused, elementwise fused, loss fused, matmul torch, ")
+    assert text.startswith(
+        "attention flash_attn_3, norm fused, elementwise fused, loss fused, matmul torch, "
+    )
     assert text.endswith(", flash_attn_3 3.0 of flash_attn_3")
 
 
 def test_no_compiler_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a compiler missed at the first step instead of at build."""
     monkeypatch.setattr(kernels.shutil, "which", lambda name: None)
-    with pytest.raises(ConfigError, match=r"kernels\.compile \(on\) needs a C\+\+ compiler on a CPU"):
+    with pytest.raises(
+        ConfigError, match=r"kernels\.compile \(on\) needs a C\+\+ compiler on a CPU"
+    ):
         choose_kernels(compile="on")
     monkeypatch.setattr(kernels, "has_triton", lambda: False)
     with pytest.raises(ConfigError, match=r"kernels\.compile \(on\) needs the package triton"):
@@ -239,7 +289,13 @@ def test_no_compiler_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 SMALL = Architecture(
-    num_layers=3, hidden_size=16, ffn_hidden_size=24, num_heads=2, num_kv_heads=1, vocab_size=32, norm_eps=1e-3
+    num_layers=3,
+    hidden_size=16,
+    ffn_hidden_size=24,
+    num_heads=2,
+    num_kv_heads=1,
+    vocab_size=32,
+    norm_eps=1e-3,
 )
 
 
@@ -247,15 +303,22 @@ def stage_values(compile: str) -> list[Tensor]:
     """Output and gradients of a model of three layers, the same weights every time, in float64: rounding hides nothing."""
     chosen = choose_kernels(compile=compile)
     axis = Axis("tp", 1, 0, None)
-    stage = materialize(lambda: Stage(SMALL, range(3), True, True, axis, False, chosen), torch.float64, CPU)
+    stage = materialize(
+        lambda: Stage(SMALL, range(3), True, True, axis, False, chosen), torch.float64, CPU
+    )
     place_rotary([stage], SMALL, 6, CPU)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in stage.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3 + (parameter.dim() == 1))
+            parameter.copy_(
+                torch.randn(parameter.shape, generator=generator) * 0.3 + (parameter.dim() == 1)
+            )
     out = stage(torch.arange(12).view(2, 6))
     out.backward(torch.randn(out.shape, generator=generator, dtype=torch.float64))
-    return [out.detach(), *(p.grad for name, p in stage.named_parameters() if "head.output" not in name)]
+    return [
+        out.detach(),
+        *(p.grad for name, p in stage.named_parameters() if "head.output" not in name),
+    ]
 
 
 @pytest.mark.slow
@@ -268,6 +331,8 @@ def test_compiled_regions() -> None:
     torch.compiler.reset()
     counters.clear()
     compiled = stage_values("on")
-    assert counters["stats"]["unique_graphs"] == 3, "norm, split and SwiGLU, each once for all layers"
+    assert counters["stats"]["unique_graphs"] == 3, (
+        "norm, split and SwiGLU, each once for all layers"
+    )
     for index, (a, b) in enumerate(zip(compiled, plain, strict=True)):
         assert (a - b).abs().max() <= 1e-12 * b.abs().max(), index

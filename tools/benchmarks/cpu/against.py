@@ -20,7 +20,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmarks.cpu.contenders import Contender
-from benchmarks.cpu.crew import worker_of
+from benchmarks.cpu.processes import worker_of
 from benchmarks.cpu.results import ESTABLISHED, Ratio, Row, ratio
 from benchmarks.cpu.table import FORMAT, ratio_text
 from k2train.errors import RunError
@@ -46,13 +46,17 @@ def read_base(path: Path) -> dict[str, Any]:
     except OSError as problem:
         raise RunError(f"--against {path} cannot be read: {problem.strerror}") from None
     except ValueError as problem:
-        raise RunError(f"--against {path} is no JSON: {problem}; give a file that --json wrote") from None
+        raise RunError(
+            f"--against {path} is no JSON: {problem}; give a file that --json wrote"
+        ) from None
     if not isinstance(base, dict) or base.get("format") != FORMAT or base.get("kind") != "cpu":
         raise RunError(
             f"--against {path} is no record of `bench.py cpu` in format {FORMAT}; give a file that --json wrote"
         )
     if not re.fullmatch(r"[0-9a-f]{40}", str(base.get("commit"))):
-        raise RunError(f"--against {path} names no commit ({base.get('commit')}); write it from a git checkout")
+        raise RunError(
+            f"--against {path} names no commit ({base.get('commit')}); write it from a git checkout"
+        )
     return base
 
 
@@ -60,24 +64,36 @@ def read_base(path: Path) -> dict[str, Any]:
 def checkout(repository: Path, commit: str) -> Iterator[Path]:
     """The tree of a commit in a temporary folder, removed at the end; raises RunError for an unknown one."""
     git = ["git", "-C", str(repository)]
-    known = subprocess.run([*git, "cat-file", "-e", f"{commit}^{{commit}}"], capture_output=True, check=False)
+    known = subprocess.run(
+        [*git, "cat-file", "-e", f"{commit}^{{commit}}"], capture_output=True, check=False
+    )
     if known.returncode != 0:
-        raise RunError(f"commit {commit} is not in {repository}; fetch it, or give a record made from one that is")
+        raise RunError(
+            f"commit {commit} is not in {repository}; fetch it, or give a record made from one that is"
+        )
     with TemporaryDirectory(prefix="k2train-base-") as name:
         folder = Path(name) / "tree"
-        with subprocess.Popen([*git, "archive", "--format=tar", commit], stdout=subprocess.PIPE) as archive:
+        with subprocess.Popen(
+            [*git, "archive", "--format=tar", commit], stdout=subprocess.PIPE
+        ) as archive:
             assert archive.stdout is not None, "started with a pipe"
             with tarfile.open(fileobj=archive.stdout, mode="r|") as tar:
                 tar.extractall(folder, filter="data")
         if worker_of(folder) is None:
-            raise RunError(f"commit {commit} has no tools/benchmarks/cpu to run; give a record made from a later one")
+            raise RunError(
+                f"commit {commit} has no tools/benchmarks/cpu to run; give a record made from a later one"
+            )
         yield folder
 
 
 def pairs(groups: Sequence[Sequence[Contender]], base: Path) -> list[list[Contender]]:
     """Of each group k2train's contenders, each followed by its own at the base."""
     ours = [[c for c in group if c.ours] for group in groups]
-    return [[x for c in group for x in (c, dataclasses.replace(c, root=base))] for group in ours if group]
+    return [
+        [x for c in group for x in (c, dataclasses.replace(c, root=base))]
+        for group in ours
+        if group
+    ]
 
 
 def compare(rows: Sequence[Row]) -> list[Comparison]:
@@ -93,15 +109,25 @@ def _compare(now: Row, then: Row) -> Comparison:
         told = f"now {now.problem}" if now.problem else f"then {then.problem}"
     else:
         lost = found.median < 1 - ESTABLISHED
-        told = "LOSS" if lost else "gain" if found.median > 1 + ESTABLISHED else "no established difference"
-    return Comparison(now.name, now.precision, now.tokens_per_second, then.tokens_per_second, found, told, lost)
+        told = (
+            "LOSS"
+            if lost
+            else "gain"
+            if found.median > 1 + ESTABLISHED
+            else "no established difference"
+        )
+    return Comparison(
+        now.name, now.precision, now.tokens_per_second, then.tokens_per_second, found, told, lost
+    )
 
 
 def report(comparisons: Sequence[Comparison], base: dict[str, Any]) -> str:
     """A Markdown table, and what it rests on."""
     head = f"Base: commit {base['commit']}, run beside this tree in this call."
     if base.get("uncommitted_changes"):
-        head += " Its record was made with uncommitted changes on top, which are not part of what ran."
+        head += (
+            " Its record was made with uncommitted changes on top, which are not part of what ran."
+        )
     lines = [
         head,
         f"A loss is a median below {1 - ESTABLISHED:.2f}; differences under {ESTABLISHED:.0%} are not established.",
@@ -111,7 +137,9 @@ def report(comparisons: Sequence[Comparison], base: dict[str, Any]) -> str:
     ]
     for c in comparisons:
         shown = "-" if c.ratio is None else ratio_text(c.ratio)
-        lines.append(f"| {c.name} | {c.precision} | {_rate(c.now)} | {_rate(c.then)} | {shown} | {c.verdict} |")
+        lines.append(
+            f"| {c.name} | {c.precision} | {_rate(c.now)} | {_rate(c.then)} | {shown} | {c.verdict} |"
+        )
     return "\n".join(lines)
 
 

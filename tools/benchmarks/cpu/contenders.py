@@ -115,7 +115,10 @@ def find(name: str) -> Contender | None:
 
 
 def choose(
-    only: Sequence[str] | None, quick: bool, precisions: Sequence[str], more: Sequence[Contender] = ()
+    only: Sequence[str] | None,
+    quick: bool,
+    precisions: Sequence[str],
+    more: Sequence[Contender] = (),
 ) -> list[list[Contender]]:
     """Groups of contenders that run interleaved, the reference first in each; raises ConfigError for an unknown name.
 
@@ -123,7 +126,9 @@ def choose(
     """
     unknown = [name for name in only or () if find(name) is None]
     if unknown:
-        raise ConfigError(f"--only {unknown[0]}: not one of {', '.join(c.name for c in CONTENDERS)}")
+        raise ConfigError(
+            f"--only {unknown[0]}: not one of {', '.join(c.name for c in CONTENDERS)}"
+        )
     names = set(only) if only else set(QUICK) if quick else {c.name for c in CONTENDERS}
     chosen = [*(c for c in CONTENDERS if c.name in names - {REFERENCE}), *more]
     reference = CONTENDERS[0]
@@ -134,7 +139,9 @@ def choose(
             members = [c for c in chosen if quick or c.group == group]
             joining = [reference] if precision != PRECISIONS[0] and group == groups[0] else []
             same = [dataclasses.replace(c, precision=precision) for c in (reference, *members)]
-            found.append([dataclasses.replace(c, group=f"{group}, {precision}") for c in (*joining, *same)])
+            found.append(
+                [dataclasses.replace(c, group=f"{group}, {precision}") for c in (*joining, *same)]
+            )
     return found
 
 
@@ -148,7 +155,9 @@ def variant(text: str) -> Contender:
             f"--variant {text!r}: must be NAME: CONTENDER section.key=value ..., with a k2train contender"
         )
     if find(name.strip()) is not None:
-        raise ConfigError(f"--variant {text!r}: {name.strip()} is a contender already; give it another name")
+        raise ConfigError(
+            f"--variant {text!r}: {name.strip()} is a contender already; give it another name"
+        )
     sections = {section: dict(values) for section, values in known.options.items()}
     for change in changes:
         key, _, value = change.partition("=")

@@ -13,7 +13,15 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.cpu.contract import Built
-from benchmarks.cpu.llama import DTYPES, FusedAdamW, Llama, accumulate, batches, global_batch, size_of
+from benchmarks.cpu.llama import (
+    DTYPES,
+    FusedAdamW,
+    Llama,
+    accumulate,
+    batches,
+    global_batch,
+    size_of,
+)
 from benchmarks.cpu.work import Work
 
 
@@ -22,7 +30,10 @@ def build(work: Work, precision: str, options: Mapping[str, Any], rank: int, wor
     torch.manual_seed(work.seed)
     model = Llama(work, dtype=DTYPES[precision])
     run, ahead = _ddp(model) if options["kind"] == "ddp" else _fsdp2(model, world)
-    batch, optimizer = batches(global_batch(work), rank, world), FusedAdamW(work, model.parameters())
+    batch, optimizer = (
+        batches(global_batch(work), rank, world),
+        FusedAdamW(work, model.parameters()),
+    )
 
     def step() -> float:
         loss = accumulate(run, batch, work, ahead)

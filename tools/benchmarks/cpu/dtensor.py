@@ -21,7 +21,15 @@ from torch.distributed.tensor.parallel import (
 )
 
 from benchmarks.cpu.contract import Built
-from benchmarks.cpu.llama import DTYPES, FusedAdamW, Llama, accumulate, global_batch, mean_loss, size_of
+from benchmarks.cpu.llama import (
+    DTYPES,
+    FusedAdamW,
+    Llama,
+    accumulate,
+    global_batch,
+    mean_loss,
+    size_of,
+)
 from benchmarks.cpu.work import Work
 
 
@@ -29,7 +37,9 @@ def build(work: Work, precision: str, options: Mapping[str, Any], rank: int, wor
     """All ranks share every matrix; each sees the whole batch."""
     torch.manual_seed(work.seed)
     model = Llama(work, dtype=DTYPES[precision])
-    shard(model, init_device_mesh("cpu", (world,)), bool(options.get("sequence")), local_logits=False)
+    shard(
+        model, init_device_mesh("cpu", (world,)), bool(options.get("sequence")), local_logits=False
+    )
     batch, optimizer = global_batch(work), FusedAdamW(work, model.parameters())
 
     def step() -> float:
@@ -50,15 +60,22 @@ def shard(model: Llama, mesh: DeviceMesh, sequence: bool, local_logits: bool) ->
     for number in model.blocks:
         block = f"blocks.{number}"
         if sequence:
-            plan |= {f"{block}.attention_norm": SequenceParallel(), f"{block}.mlp_norm": SequenceParallel()}
+            plan |= {
+                f"{block}.attention_norm": SequenceParallel(),
+                f"{block}.mlp_norm": SequenceParallel(),
+            }
             plan[f"{block}.attention"] = PrepareModuleInput(
-                input_layouts=(Shard(1), None, None), desired_input_layouts=(Replicate(), None, None)
+                input_layouts=(Shard(1), None, None),
+                desired_input_layouts=(Replicate(), None, None),
             )
-            plan[f"{block}.mlp"] = PrepareModuleInput(input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),))
+            plan[f"{block}.mlp"] = PrepareModuleInput(
+                input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),)
+            )
         columns = ("attention.query", "attention.key", "attention.value", "mlp.gate", "mlp.up")
         plan |= {f"{block}.{name}": ColwiseParallel() for name in columns}
         plan |= {
-            f"{block}.{name}": RowwiseParallel(output_layouts=between) for name in ("attention.output", "mlp.down")
+            f"{block}.{name}": RowwiseParallel(output_layouts=between)
+            for name in ("attention.output", "mlp.down")
         }
     if model.head is not None:
         if sequence:

@@ -25,14 +25,18 @@ from k2train.train.preflight import layout_of
 def build(work: Work, precision: str, options: Mapping[str, Any], rank: int, world: int) -> Built:
     """An engine of the asked layout; a config that this version does not take makes the contender unavailable."""
     root = Path(__file__).resolve().parents[3]
-    assert Path(str(k2train.__file__)).resolve().parents[1] == root, f"k2train came from {k2train.__file__}, not {root}"
+    assert Path(str(k2train.__file__)).resolve().parents[1] == root, (
+        f"k2train came from {k2train.__file__}, not {root}"
+    )
     try:
         config = Config.model_validate(_tree(work, precision, options))
         grid = ProcessGrid(layout_of(config, world), rank, torch.device("cpu"))
         engine = Engine(config, grid)
     except (UserError, ValueError, NotImplementedError) as problem:
         raise UnavailableError(_first_line(problem)) from problem
-    microbatches = list(batches(global_batch(work), grid.dp.rank, grid.dp.size).split(work.micro_sequences))
+    microbatches = list(
+        batches(global_batch(work), grid.dp.rank, grid.dp.size).split(work.micro_sequences)
+    )
 
     def step() -> float:
         return engine.train_step(microbatches, work.lr).loss
@@ -62,7 +66,10 @@ def _tree(work: Work, precision: str, options: Mapping[str, Any]) -> dict[str, A
             "init_std": work.init_std,
         },
         "data": {"manifest": "unused/manifest.json", "sequence_length": work.sequence_length},
-        "batch": {"global_sequences": work.global_sequences, "micro_sequences": work.micro_sequences},
+        "batch": {
+            "global_sequences": work.global_sequences,
+            "micro_sequences": work.micro_sequences,
+        },
         "optimizer": {
             "betas": [work.beta1, work.beta2],
             "eps": work.eps,

@@ -21,7 +21,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 def rotary_tables(work: Work, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(cos, sin), each [s, head_dim]."""
     exponents = torch.arange(0, work.head_dim, 2, dtype=torch.float64) / work.head_dim
-    angles = torch.outer(torch.arange(work.sequence_length, dtype=torch.float64), work.rope_theta**-exponents)
+    angles = torch.outer(
+        torch.arange(work.sequence_length, dtype=torch.float64), work.rope_theta**-exponents
+    )
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
@@ -50,12 +52,19 @@ class Attention(nn.Module):
     def __init__(self, work: Work):
         super().__init__()
         h = work.hidden_size
-        self.query, self.key, self.value, self.output = (nn.Linear(h, h, bias=False) for _ in range(4))
+        self.query, self.key, self.value, self.output = (
+            nn.Linear(h, h, bias=False) for _ in range(4)
+        )
         self.head_dim = work.head_dim
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for p in (self.query, self.key, self.value))
-        y = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True)
+        q, k, v = (
+            p(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for p in (self.query, self.key, self.value)
+        )
+        y = F.scaled_dot_product_attention(
+            rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True
+        )
         return self.output(y.transpose(1, 2).flatten(2))
 
 
@@ -88,7 +97,9 @@ class Block(nn.Module):
 class Llama(nn.Module):
     """Some consecutive layers, with the embedding in front of the first and norm and head after the last."""
 
-    def __init__(self, work: Work, layers: Iterable[int] | None = None, dtype: torch.dtype = torch.float32):
+    def __init__(
+        self, work: Work, layers: Iterable[int] | None = None, dtype: torch.dtype = torch.float32
+    ):
         super().__init__()
         chosen = list(range(work.num_layers) if layers is None else layers)
         first, last = 0 in chosen, work.num_layers - 1 in chosen
@@ -126,7 +137,9 @@ def mean_loss(logits: Tensor, labels: Tensor) -> Tensor:
 def global_batch(work: Work) -> Tensor:
     """The token ids [global_sequences, sequence_length] of every step, the same for every contender and rank."""
     generator = torch.Generator().manual_seed(work.seed)
-    return torch.randint(work.vocab_size, (work.global_sequences, work.sequence_length), generator=generator)
+    return torch.randint(
+        work.vocab_size, (work.global_sequences, work.sequence_length), generator=generator
+    )
 
 
 class FusedAdamW:
@@ -137,7 +150,9 @@ class FusedAdamW:
         for parameter in parameters:
             kinds.setdefault(isinstance(parameter, DTensor), []).append(parameter)
         self.optimizers = [
-            torch.optim.AdamW(some, work.lr, (work.beta1, work.beta2), work.eps, work.weight_decay, fused=True)
+            torch.optim.AdamW(
+                some, work.lr, (work.beta1, work.beta2), work.eps, work.weight_decay, fused=True
+            )
             for some in kinds.values()
         ]
 
@@ -149,7 +164,10 @@ class FusedAdamW:
 
 
 def accumulate(
-    model: Callable[[Tensor], Tensor], batch: Tensor, work: Work, ahead: Callable[[bool], None] | None = None
+    model: Callable[[Tensor], Tensor],
+    batch: Tensor,
+    work: Work,
+    ahead: Callable[[bool], None] | None = None,
 ) -> float:
     """Forward and backward of this rank's sequences in micro-batches; the mean loss.
 

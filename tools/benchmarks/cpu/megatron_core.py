@@ -144,7 +144,9 @@ def _forward_step(work: Work) -> Callable[..., Any]:
 
 def _parameters(model: torch.nn.Module) -> int:
     first = parallel_state.get_tensor_model_parallel_rank() == 0
-    count = sum(p.numel() for p in model.parameters() if first or getattr(p, "tensor_model_parallel", False))
+    count = sum(
+        p.numel() for p in model.parameters() if first or getattr(p, "tensor_model_parallel", False)
+    )
     total = torch.tensor(count)
     dist.all_reduce(total)
     return int(total)

@@ -18,13 +18,24 @@ from torch.distributed.tensor.parallel import loss_parallel
 
 from benchmarks.cpu.contract import Built
 from benchmarks.cpu.dtensor import shard, sharded_loss
-from benchmarks.cpu.llama import DTYPES, FusedAdamW, Llama, global_batch, labels_of, mean_loss, size_of
+from benchmarks.cpu.llama import (
+    DTYPES,
+    FusedAdamW,
+    Llama,
+    global_batch,
+    labels_of,
+    mean_loss,
+    size_of,
+)
 from benchmarks.cpu.work import Work
 
 
 def build(work: Work, precision: str, options: Mapping[str, Any], rank: int, world: int) -> Built:
     """Ranks are pipeline x tensor, tensor innermost."""
-    kind, tensor = getattr(pipelining, f"Schedule{options['schedule']}"), int(options.get("tensor", 1))
+    kind, tensor = (
+        getattr(pipelining, f"Schedule{options['schedule']}"),
+        int(options.get("tensor", 1)),
+    )
     mesh = init_device_mesh("cpu", (world // tensor, tensor), mesh_dim_names=("pp", "tp"))
     pp_group, pp, degree = mesh["pp"].get_group(), mesh["pp"].get_local_rank(), world // tensor
     mine = _stages(options["schedule"], issubclass(kind, PipelineScheduleMulti), pp, degree)
@@ -35,10 +46,14 @@ def build(work: Work, precision: str, options: Mapping[str, Any], rank: int, wor
         for model in models:
             shard(model, mesh["tp"], sequence=True, local_logits=True)
     cpu = torch.device("cpu")
-    stages = [PipelineStage(m, s, count, cpu, group=pp_group) for m, s in zip(models, mine, strict=True)]
+    stages = [
+        PipelineStage(m, s, count, cpu, group=pp_group) for m, s in zip(models, mine, strict=True)
+    ]
     loss = sharded_loss(mesh["tp"]) if tensor > 1 else mean_loss
     microbatches = work.global_sequences // work.micro_sequences
-    schedule = kind(stages if issubclass(kind, PipelineScheduleMulti) else stages[0], microbatches, loss_fn=loss)
+    schedule = kind(
+        stages if issubclass(kind, PipelineScheduleMulti) else stages[0], microbatches, loss_fn=loss
+    )
     batch = global_batch(work)
     labels = labels_of(batch)
     optimizer = FusedAdamW(work, [p for model in models for p in model.parameters()])
@@ -46,14 +61,24 @@ def build(work: Work, precision: str, options: Mapping[str, Any], rank: int, wor
     def step() -> float | None:
         losses: list[torch.Tensor] = []
         with loss_parallel() if tensor > 1 else contextlib.nullcontext():
-            _run(schedule, batch if 0 in mine else None, labels if count - 1 in mine else None, losses)
+            _run(
+                schedule,
+                batch if 0 in mine else None,
+                labels if count - 1 in mine else None,
+                losses,
+            )
         optimizer.step()
         return float(torch.stack([x.detach() for x in losses]).mean()) if losses else None
 
     return Built(step, _parameters(models, pp_group))
 
 
-def _run(schedule: Any, batch: torch.Tensor | None, labels: torch.Tensor | None, losses: list[torch.Tensor]) -> None:
+def _run(
+    schedule: Any,
+    batch: torch.Tensor | None,
+    labels: torch.Tensor | None,
+    losses: list[torch.Tensor],
+) -> None:
     given = () if batch is None else (batch,)
     wanted = {} if labels is None else {"target": labels, "losses": losses}
     schedule.step(*given, **wanted, return_outputs=False)

@@ -137,7 +137,11 @@ def verdicts_of(rows: Sequence[Row]) -> list[Verdict]:
 
 
 def _verdict(rows: Sequence[Row], aim: Aim, precision: str) -> Verdict | None:
-    usable = [r for r in rows if r.precision == precision and r.tokens_per_second and not r.problem and not r.base]
+    usable = [
+        r
+        for r in rows
+        if r.precision == precision and r.tokens_per_second and not r.problem and not r.base
+    ]
     ours = _fastest([r for r in usable if r.name in aim.ours])
     if ours is None:
         return None
@@ -157,7 +161,11 @@ def joining_ratio(rows: Sequence[Row], precision: str) -> float | None:
     references = [r for r in rows if r.name == REFERENCE]
     for row in references:
         for other in references:
-            if row.precision == precision and other.precision == PRECISIONS[0] and row.group == other.group:
+            if (
+                row.precision == precision
+                and other.precision == PRECISIONS[0]
+                and row.group == other.group
+            ):
                 found = ratio(row.seconds, other.seconds)
                 return found.median if found else None
     return None

@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmarks.cpu.contenders import Contender
-from benchmarks.cpu.crew import Crew
+from benchmarks.cpu.processes import ContenderProcesses
 from benchmarks.cpu.work import Work
 
 Say = Callable[[str], None]
@@ -72,33 +72,41 @@ def run_group(contenders: Sequence[Contender], work: Work, plan: Plan, say: Say)
         if plan.measure:
             for crew, sample in pairs:
                 answers = crew.ask("measure", plan.limit_seconds) or []
-                sample.peak_step_bytes = max((int(a["peak_step_bytes"]) for a in answers), default=None)
+                sample.peak_step_bytes = max(
+                    (int(a["peak_step_bytes"]) for a in answers), default=None
+                )
         for crew, sample in pairs:
             sample.problem, sample.kind = crew.problem, crew.kind
         return samples
 
 
 @contextlib.contextmanager
-def _crews(contenders: Sequence[Contender], work: Work, plan: Plan) -> Iterator[list[Crew]]:
-    crews: list[Crew] = []
+def _crews(
+    contenders: Sequence[Contender], work: Work, plan: Plan
+) -> Iterator[list[ContenderProcesses]]:
+    crews: list[ContenderProcesses] = []
     with TemporaryDirectory(prefix="k2train-bench-") as name:
         try:
             for number, contender in zip(itertools.count(), contenders):
                 folder = Path(name) / str(number)
-                crews.append(Crew(contender, work, plan.cores, folder, plan.extra_path))
+                crews.append(
+                    ContenderProcesses(contender, work, plan.cores, folder, plan.extra_path)
+                )
             yield crews
         finally:
             for crew in crews:
                 crew.end()
 
 
-def _started(crew: Crew, sample: Sample, plan: Plan) -> None:
+def _started(crew: ContenderProcesses, sample: Sample, plan: Plan) -> None:
     answers = crew.ask(None, plan.start_limit_seconds)
     if answers:
         sample.parameters, sample.note = int(answers[0]["parameters"]), str(answers[0]["note"])
 
 
-def _run(crew: Crew, sample: Sample, steps: int, limit_seconds: float) -> float | None:
+def _run(
+    crew: ContenderProcesses, sample: Sample, steps: int, limit_seconds: float
+) -> float | None:
     """Seconds a step from the first rank's beginning to the last rank's end; None after a problem."""
     answers = crew.ask(f"run {steps}", limit_seconds * steps)
     if answers is None:

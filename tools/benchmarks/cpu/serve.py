@@ -28,7 +28,9 @@ def build(spec: Mapping[str, Any]) -> Built:
     contender = importlib.import_module(module)
     store = f"file://{spec['store']}"
     dist.init_process_group("gloo", init_method=store, rank=spec["rank"], world_size=spec["world"])
-    built = contender.build(Work(**spec["work"]), spec["precision"], options, spec["rank"], spec["world"])
+    built = contender.build(
+        Work(**spec["work"]), spec["precision"], options, spec["rank"], spec["world"]
+    )
     assert isinstance(built, Built), f"{module}.build gave {built!r}"
     return built
 
@@ -42,4 +44,9 @@ def obey(built: Built, line: str) -> dict[str, Any]:
     began = time.monotonic()
     losses = [built.step() for _ in range(int(count))]
     ended = time.monotonic()
-    return {"began": began, "ended": ended, "losses": losses, "peak_resident_bytes": peak_resident_bytes()}
+    return {
+        "began": began,
+        "ended": ended,
+        "losses": losses,
+        "peak_resident_bytes": peak_resident_bytes(),
+    }

@@ -29,7 +29,11 @@ MIB = 2**20
 
 
 def to_json(
-    work: Work, plan: Plan, machine: Mapping[str, Any], commit: tuple[str | None, bool], seconds: float
+    work: Work,
+    plan: Plan,
+    machine: Mapping[str, Any],
+    commit: tuple[str | None, bool],
+    seconds: float,
 ) -> dict[str, Any]:
     """Everything about a run that is no row; `rows`, `aims` and `against` are added to it."""
     return {
@@ -59,7 +63,9 @@ def report(facts: Mapping[str, Any], rows: Sequence[Row], verdicts: Sequence[Ver
 
 def _preamble(facts: Mapping[str, Any]) -> list[str]:
     machine, work = facts["machine"], Work(**facts["work"])
-    versions = ", ".join(f"{name} {found or 'not installed'}" for name, found in machine["versions"].items())
+    versions = ", ".join(
+        f"{name} {found or 'not installed'}" for name, found in machine["versions"].items()
+    )
     commit = f"{facts['commit'] or 'unknown'}{' with uncommitted changes' if facts['uncommitted_changes'] else ''}"
     return [
         f"Machine: {machine['processor']}, {facts['cores']} of {machine['cores']} cores, "
@@ -89,7 +95,11 @@ def _cells(row: Row, rows: Sequence[Row], verdicts: Sequence[Verdict]) -> list[s
     joining = joining_ratio(rows, row.precision) if row.precision != PRECISIONS[0] else None
     wide = row.to_reference.median * joining if joining and row.to_reference else None
     spread = "-" if row.low is None else f"{row.low:,.0f} .. {row.high:,.0f}"
-    loss = "-" if row.first_loss is None else f"{row.first_loss:.3f} -> {row.last_loss:.3f} in {row.steps}"
+    loss = (
+        "-"
+        if row.first_loss is None
+        else f"{row.first_loss:.3f} -> {row.last_loss:.3f} in {row.steps}"
+    )
     return [
         row.name,
         row.precision,

@@ -49,7 +49,11 @@ class Work:
     @property
     def parameters(self) -> int:
         """Parameters of the model: untied embeddings, no biases, two norms a layer and one before the head."""
-        layer = 4 * self.hidden_size**2 + 3 * self.hidden_size * self.ffn_hidden_size + 2 * self.hidden_size
+        layer = (
+            4 * self.hidden_size**2
+            + 3 * self.hidden_size * self.ffn_hidden_size
+            + 2 * self.hidden_size
+        )
         return self.num_layers * layer + 2 * self.vocab_size * self.hidden_size + self.hidden_size
 
 
@@ -69,7 +73,9 @@ def parse_work(changes: Sequence[str]) -> Work:
             raise ConfigError(f"--size {change}: must be above 0")
     work = dataclasses.replace(Work(), **values)  # type: ignore[arg-type]
     if work.hidden_size % work.num_heads:
-        raise ConfigError(f"--size hidden_size ({work.hidden_size}) must be divisible by num_heads ({work.num_heads})")
+        raise ConfigError(
+            f"--size hidden_size ({work.hidden_size}) must be divisible by num_heads ({work.num_heads})"
+        )
     if work.global_sequences % work.micro_sequences:
         raise ConfigError(
             f"--size global_sequences ({work.global_sequences}) must be divisible by micro_sequences ({work.micro_sequences})"

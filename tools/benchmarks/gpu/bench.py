@@ -58,7 +58,11 @@ class Bench:
         self.rows.flush()
 
     def attempt(
-        self, what: str, work: Callable[[], Mapping[str, Any]], needs_seconds: float = 0.0, **labels: Any
+        self,
+        what: str,
+        work: Callable[[], Mapping[str, Any]],
+        needs_seconds: float = 0.0,
+        **labels: Any,
     ) -> Mapping[str, Any] | None:
         """Do `work` and write its figures as a row, or the row that says why there are none (then None is returned).
 

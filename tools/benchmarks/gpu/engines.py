@@ -12,7 +12,7 @@ from benchmarks.gpu.sizes import Batch
 from k2train.config.load import Config
 from k2train.launch.environment import Launch
 from k2train.parallel.grid import ProcessGrid, start_process_group, stop_process_group
-from k2train.parallel.shard import named_pieces
+from k2train.parallel.shard import named_slices
 from k2train.plan.cost import ModelShape
 from k2train.plan.layout import Layout
 from k2train.train.engine import Engine
@@ -30,7 +30,9 @@ def world_of_one(bench: Bench) -> Iterator[ProcessGrid]:
         stop_process_group()
 
 
-def config_of(shape: ModelShape, batch: Batch, microbatches: int, kernels: dict[str, Any], precision: str) -> Config:
+def config_of(
+    shape: ModelShape, batch: Batch, microbatches: int, kernels: dict[str, Any], precision: str
+) -> Config:
     """A config that names data nobody opens."""
     return Config.model_validate(
         {
@@ -44,7 +46,10 @@ def config_of(shape: ModelShape, batch: Batch, microbatches: int, kernels: dict[
                 "vocab_size": shape.vocab_size,
             },
             "data": {"manifest": "unused/manifest.json", "sequence_length": batch.length_tokens},
-            "batch": {"global_sequences": batch.sequences * microbatches, "micro_sequences": batch.sequences},
+            "batch": {
+                "global_sequences": batch.sequences * microbatches,
+                "micro_sequences": batch.sequences,
+            },
             "lr": {"kind": "constant", "peak": LR},
             "kernels": kernels,
             "precision": precision,
@@ -61,11 +66,13 @@ def make_engine(
     precision: str = "bf16",
 ) -> Engine:
     """An engine with random weights, drawn on the device: the library's own way draws them on the host, by name."""
-    engine = Engine(config_of(shape, batch, microbatches, kernels or {}, precision), grid, fill=False)
+    engine = Engine(
+        config_of(shape, batch, microbatches, kernels or {}, precision), grid, fill=False
+    )
     generator = torch.Generator(grid.device).manual_seed(7)
     with torch.no_grad():
         for stage in engine.stages.values():
-            for parameter, piece in named_pieces(stage):
+            for parameter, piece in named_slices(stage):
                 values = torch.ones(piece.shape, device=grid.device)
                 if piece.init_std is not None:
                     values.normal_(0.0, piece.init_std, generator=generator)
@@ -74,11 +81,16 @@ def make_engine(
     return engine
 
 
-def token_ids(device: torch.device, shape: ModelShape, batch: Batch, microbatches: int = 1) -> list[Tensor]:
+def token_ids(
+    device: torch.device, shape: ModelShape, batch: Batch, microbatches: int = 1
+) -> list[Tensor]:
     """Random ids, [sequences, length_tokens] for each micro-batch."""
     generator = torch.Generator(device).manual_seed(11)
     size = (batch.sequences, batch.length_tokens)
-    return [torch.randint(0, shape.vocab_size, size, device=device, generator=generator) for _ in range(microbatches)]
+    return [
+        torch.randint(0, shape.vocab_size, size, device=device, generator=generator)
+        for _ in range(microbatches)
+    ]
 
 
 def forward_backward(engine: Engine, microbatches: Sequence[Tensor]) -> None:

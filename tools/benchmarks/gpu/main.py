@@ -17,7 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.processes import EXIT_DONE, EXIT_USAGE, Parser, command_of, last_line, run_to_end
+from benchmarks.gpu.processes import (
+    EXIT_DONE,
+    EXIT_USAGE,
+    Parser,
+    command_of,
+    last_line,
+    run_to_end,
+)
 from benchmarks.gpu.report import Row, markdown, planner_facts
 
 GRACE_SECONDS = 8.0
@@ -38,12 +45,23 @@ class Given:
 
 
 def read_arguments(arguments: Sequence[str]) -> Given:
-    parser = Parser(prog="bench.py gpu", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=10.0, help="time for all of it (default 10)")
-    parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS), help="which parts")
-    parser.add_argument("--dry-run", action="store_true", help="the same code on the CPU with tiny sizes")
+    parser = Parser(
+        prog="bench.py gpu", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument(
-        "--folder", type=Path, default=Path("runs/bench_gpu"), help="where results go (default runs/bench_gpu)"
+        "--minutes", type=float, default=10.0, help="time for all of it (default 10)"
+    )
+    parser.add_argument(
+        "--only", nargs="+", choices=list(PARTS), default=list(PARTS), help="which parts"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="the same code on the CPU with tiny sizes"
+    )
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=Path("runs/bench_gpu"),
+        help="where results go (default runs/bench_gpu)",
     )
     given = parser.parse_args(list(arguments))
     if given.minutes <= 0:
@@ -60,8 +78,17 @@ def part_command(part: str, given: Given, seconds: float) -> list[str]:
         "TRITON_CACHE_DIR": str(cache / "triton"),
         "TOKENIZERS_PARALLELISM": "false",
     }
-    arguments = ["--part", part, "--rows", str(rows_file(given, part)), "--seconds", f"{seconds:.1f}"]
-    return command_of("benchmarks.gpu.part", [*arguments, *(["--dry-run"] if given.dry_run else [])], variables)
+    arguments = [
+        "--part",
+        part,
+        "--rows",
+        str(rows_file(given, part)),
+        "--seconds",
+        f"{seconds:.1f}",
+    ]
+    return command_of(
+        "benchmarks.gpu.part", [*arguments, *(["--dry-run"] if given.dry_run else [])], variables
+    )
 
 
 def rows_file(given: Given, part: str) -> Path:
@@ -110,7 +137,14 @@ def run_parts(given: Given) -> list[Row]:
         weights = [PARTS[name] for name in given.parts[number:]]
         seconds = left * weights[0] / sum(weights) - GRACE_SECONDS
         if seconds < min(5.0, given.budget_seconds / 2):
-            rows.append({"part": part, "what": "(all)", "status": "skipped", "why": f"{max(left, 0):.0f} s were left"})
+            rows.append(
+                {
+                    "part": part,
+                    "what": "(all)",
+                    "status": "skipped",
+                    "why": f"{max(left, 0):.0f} s were left",
+                }
+            )
             continue
         print(f"{part}: up to {seconds:.0f} s", file=sys.stderr, flush=True)
         found = run_part(part, given, seconds)
@@ -122,7 +156,11 @@ def run_parts(given: Given) -> list[Row]:
 
 def write_results(given: Given, rows: Sequence[Row], seconds: float) -> str:
     """`result.json`, `planner.json` and `table.md` in the folder; returns the table."""
-    facts: Mapping[str, Any] = {"dry_run": given.dry_run, "seconds": round(seconds, 1), "rows": list(rows)}
+    facts: Mapping[str, Any] = {
+        "dry_run": given.dry_run,
+        "seconds": round(seconds, 1),
+        "rows": list(rows),
+    }
     (given.folder / "result.json").write_text(json.dumps(facts, indent=1) + "\n")
     planner = planner_facts(rows)
     if planner is not None:

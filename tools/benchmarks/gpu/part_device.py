@@ -20,7 +20,15 @@ from benchmarks.gpu.sizes import Sizes, sizes
 from benchmarks.gpu.timing import Timer
 from k2train.plan.cost import peak_flops
 
-PACKAGES = ("transformers", "triton", "flash-attn", "flash-attn-3", "transformer-engine", "apex", "numpy")
+PACKAGES = (
+    "transformers",
+    "triton",
+    "flash-attn",
+    "flash-attn-3",
+    "transformer-engine",
+    "apex",
+    "numpy",
+)
 CLOCKS = "clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit,temperature.gpu"
 REPEATS = 4
 """Products a sample: long enough to be sustained, short enough for ten samples of each shape."""
@@ -32,7 +40,9 @@ def run(bench: Bench) -> None:
     timer = Timer(bench)
     for rows, inner, columns in work.products:
         what = f"[{rows} x {inner}] x [{inner} x {columns}]"
-        bench.attempt(what, partial(product, bench, timer, work, rows, inner, columns), kind="product")
+        bench.attempt(
+            what, partial(product, bench, timer, work, rows, inner, columns), kind="product"
+        )
     bench.attempt("copy on the device", lambda: copy(bench, timer, work), kind="copy")
     bench.attempt("clocks after", lambda: {"facts": clocks()})
 
@@ -56,7 +66,10 @@ def facts(bench: Bench) -> Mapping[str, Any]:
         }
         found |= clocks()
     found |= {name: version(name) for name in PACKAGES}
-    return {"facts": found | {"commit": commit()}, "data_sheet_flops": peak_flops(str(found["device"]))}
+    return {
+        "facts": found | {"commit": commit()},
+        "data_sheet_flops": peak_flops(str(found["device"])),
+    }
 
 
 def sheet(name: str) -> str:
@@ -65,7 +78,11 @@ def sheet(name: str) -> str:
 
 
 def device_name(bench: Bench) -> str:
-    return torch.cuda.get_device_name(bench.device) if bench.cuda else f"CPU, {torch.get_num_threads()} threads"
+    return (
+        torch.cuda.get_device_name(bench.device)
+        if bench.cuda
+        else f"CPU, {torch.get_num_threads()} threads"
+    )
 
 
 def version(package: str) -> str:
@@ -93,11 +110,15 @@ def commit() -> str:
         return "unknown"
     here = Path(__file__).resolve().parent
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    done = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=20, check=False)
+    done = subprocess.run(
+        command, cwd=here, capture_output=True, text=True, timeout=20, check=False
+    )
     return done.stdout.strip() or "unknown"
 
 
-def product(bench: Bench, timer: Timer, work: Sizes, rows: int, inner: int, columns: int) -> Mapping[str, Any]:
+def product(
+    bench: Bench, timer: Timer, work: Sizes, rows: int, inner: int, columns: int
+) -> Mapping[str, Any]:
     """x W^T as a linear layer does it, bf16."""
     x = torch.randn(rows, inner, device=bench.device, dtype=torch.bfloat16)
     weight = torch.randn(columns, inner, device=bench.device, dtype=torch.bfloat16)
@@ -109,7 +130,11 @@ def product(bench: Bench, timer: Timer, work: Sizes, rows: int, inner: int, colu
 
     took = timer.alone(several, work.rounds)
     flops = 2 * rows * inner * columns * REPEATS
-    return {"flops_per_second": flops / took.median, "seconds": took.median / REPEATS, "spread": took.spread}
+    return {
+        "flops_per_second": flops / took.median,
+        "seconds": took.median / REPEATS,
+        "spread": took.spread,
+    }
 
 
 def copy(bench: Bench, timer: Timer, work: Sizes) -> Mapping[str, Any]:

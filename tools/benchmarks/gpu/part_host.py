@@ -20,15 +20,22 @@ def run(bench: Bench) -> None:
     work = sizes(bench.dry)
     name, small = work.models[0]
     layers = replace(work.k2, num_layers=work.k2_layers[-1])
-    cases = [(f"K2's layers, {layers.num_layers}", layers, work.k2_batches[0]), (name, small, work.model_batches[0])]
+    cases = [
+        (f"K2's layers, {layers.num_layers}", layers, work.k2_batches[0]),
+        (name, small, work.model_batches[0]),
+    ]
     with world_of_one(bench) as grid:
         for what, shape, batch in cases:
             for microbatches in (1, MICROBATCHES):
-                label = f"{what}, {batch}, {microbatches} micro-batch{'es' if microbatches > 1 else ''}"
+                label = (
+                    f"{what}, {batch}, {microbatches} micro-batch{'es' if microbatches > 1 else ''}"
+                )
                 bench.attempt(label, partial(profiled, bench, grid, shape, batch, microbatches))
 
 
-def profiled(bench: Bench, grid: ProcessGrid, shape: ModelShape, batch: Batch, microbatches: int) -> Mapping[str, Any]:
+def profiled(
+    bench: Bench, grid: ProcessGrid, shape: ModelShape, batch: Batch, microbatches: int
+) -> Mapping[str, Any]:
     """The profile of one engine's step."""
     engine = make_engine(grid, shape, batch, microbatches)
     ids = token_ids(bench.device, shape, batch, microbatches)

@@ -55,20 +55,33 @@ class Case:
 def run(bench: Bench) -> None:
     work = sizes(bench.dry)
     with world_of_one(bench) as grid:
-        fitting = [case for batch in work.k2_batches if (case := most_layers(bench, grid, work, batch)) is not None]
+        fitting = [
+            case
+            for batch in work.k2_batches
+            if (case := most_layers(bench, grid, work, batch)) is not None
+        ]
         for case in fitting:
             what = f"auto, {MICROBATCHES} micro-batches"
-            attempt(bench, grid, work, replace(case, what=what, timed=("step",), microbatches=MICROBATCHES))
+            attempt(
+                bench,
+                grid,
+                work,
+                replace(case, what=what, timed=("step",), microbatches=MICROBATCHES),
+            )
         for key, value in VARIANTS:
             for case in fitting:
-                changed = replace(case, what=f"{key}: {value}", timed=("forward_backward",), kernels={key: value})
+                changed = replace(
+                    case, what=f"{key}: {value}", timed=("forward_backward",), kernels={key: value}
+                )
                 attempt(bench, grid, work, changed)
 
 
 def most_layers(bench: Bench, grid: ProcessGrid, work: Sizes, batch: Batch) -> Case | None:
     """The `auto` choices with the most layers that fit, measured; None when none did."""
     for layers in work.k2_layers:
-        case = Case("auto", replace(work.k2, num_layers=layers), batch, ("step", "forward_backward"))
+        case = Case(
+            "auto", replace(work.k2, num_layers=layers), batch, ("step", "forward_backward")
+        )
         if attempt(bench, grid, work, case):
             return case
     return None
@@ -76,17 +89,26 @@ def most_layers(bench: Bench, grid: ProcessGrid, work: Sizes, batch: Batch) -> C
 
 def attempt(bench: Bench, grid: ProcessGrid, work: Sizes, case: Case) -> bool:
     """One row; whether it could be measured."""
-    labels = {"batch": str(case.batch), "layers": case.shape.num_layers, "shape": asdict(case.shape)}
+    labels = {
+        "batch": str(case.batch),
+        "layers": case.shape.num_layers,
+        "shape": asdict(case.shape),
+    }
     name = f"{case.shape.num_layers} layers, {case.batch}: {case.what}"
     needs = 0.0 if bench.dry else NEEDS_SECONDS
-    return bench.attempt(name, lambda: measure(bench, grid, case, work.rounds), needs, **labels) is not None
+    return (
+        bench.attempt(name, lambda: measure(bench, grid, case, work.rounds), needs, **labels)
+        is not None
+    )
 
 
 def measure(bench: Bench, grid: ProcessGrid, case: Case, rounds: int) -> Mapping[str, Any]:
     """Seconds, model FLOP/s and peak memory of one engine."""
     total, states = bench.total_bytes(), states_bytes(case.shape, "bf16")
     if total is not None and states > SPARE * total:
-        raise UnavailableError(f"states alone need {states / 2**30:.1f} GiB of {total / 2**30:.1f} GiB")
+        raise UnavailableError(
+            f"states alone need {states / 2**30:.1f} GiB of {total / 2**30:.1f} GiB"
+        )
     before = bench.held_bytes()
     engine = make_engine(grid, case.shape, case.batch, case.microbatches, case.kernels)
     held = bench.held_bytes()
@@ -97,7 +119,10 @@ def measure(bench: Bench, grid: ProcessGrid, case: Case, rounds: int) -> Mapping
     engine.train_step(ids, LR)
     last = engine.train_step(ids, LR)
     peak, plan = bench.peak_bytes(), planned(engine)
-    works = {"step": lambda: engine.train_step(ids, LR), "forward_backward": lambda: forward_backward(engine, ids)}
+    works = {
+        "step": lambda: engine.train_step(ids, LR),
+        "forward_backward": lambda: forward_backward(engine, ids),
+    }
     took = Timer(bench).in_turns([works[key] for key in case.timed], rounds, warm_up=1)
     seconds = {key: timing.median for key, timing in zip(case.timed, took, strict=True)}
     return {
@@ -115,7 +140,11 @@ def measure(bench: Bench, grid: ProcessGrid, case: Case, rounds: int) -> Mapping
 
 def rates(case: Case, step: float | None, inner: float | None) -> dict[str, float | None]:
     """Tokens and model FLOPs a second of what was timed; with `causal`, pairs that causality leaves out do not count."""
-    tokens, shape, length = case.batch.tokens * case.microbatches, case.shape, case.batch.length_tokens
+    tokens, shape, length = (
+        case.batch.tokens * case.microbatches,
+        case.shape,
+        case.batch.length_tokens,
+    )
     flops = tokens * flops_per_token(shape, length)
     left_out = 6 * tokens * shape.num_layers * length * shape.hidden_size
     return {

@@ -16,7 +16,13 @@ import torch
 
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.engines import world_of_one
-from benchmarks.gpu.peers import OUR_BYTES, PEER_BYTES, Contender, k2train_contender, peer_contenders
+from benchmarks.gpu.peers import (
+    OUR_BYTES,
+    PEER_BYTES,
+    Contender,
+    k2train_contender,
+    peer_contenders,
+)
 from benchmarks.gpu.sizes import Batch, sizes
 from benchmarks.gpu.timing import Timer, Timing
 from k2train.parallel.grid import ProcessGrid
@@ -77,7 +83,9 @@ class Comparison:
     def run(self) -> None:
         builds: dict[str, Build] = {
             "k2train": self.ours,
-            "transformers": partial(peer_contenders, self.bench, "transformers", self.shape, self.batch),
+            "transformers": partial(
+                peer_contenders, self.bench, "transformers", self.shape, self.batch
+            ),
             "reference": partial(peer_contenders, self.bench, "reference", self.shape, self.batch),
         }
         # Nothing timed although something was built: together they were too many after all.
@@ -86,7 +94,9 @@ class Comparison:
         for key, build in builds.items():
             outcome = self.group({key: build})
             if key == "k2train" and outcome is not Outcome.TIMED:
-                self.group({"k2train, recompute selective": partial(self.ours, {"recompute": "selective"})})
+                self.group(
+                    {"k2train, recompute selective": partial(self.ours, {"recompute": "selective"})}
+                )
 
     def ours(self, kernels: dict[str, Any] | None = None) -> list[Contender]:
         return [k2train_contender(self.bench, self.grid, self.shape, self.batch, kernels)]
@@ -95,7 +105,9 @@ class Comparison:
         """Whether all contenders' states and one step's activations fit at once."""
         total = self.bench.total_bytes()
         states = parameters(self.shape) * (OUR_BYTES + 2 * PEER_BYTES)
-        activations = ACTIVATION_BYTES * self.batch.tokens * self.shape.num_layers * self.shape.hidden_size
+        activations = (
+            ACTIVATION_BYTES * self.batch.tokens * self.shape.num_layers * self.shape.hidden_size
+        )
         logits = 16 * self.batch.tokens * self.shape.vocab_size
         return total is None or states + activations + logits < 0.9 * total
 

@@ -19,7 +19,7 @@ from benchmarks.gpu.engines import world_of_one
 from benchmarks.gpu.rank_modules import RankModules, rank_modules
 from benchmarks.gpu.sizes import RankPart, sizes
 from benchmarks.gpu.timing import Timer, Work, captured
-from k2train.parallel.grad_accumulation import Sink
+from k2train.parallel.grad_accumulation import GradAccumulator
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,11 @@ def timed(bench: Bench, timer: Timer, make: Callable[[], Piece], rounds: int) ->
     ready = {key: captured(bench, work) for key, work in works.items()}
     took = timer.in_turns(list(ready.values()), rounds=max(rounds, 20) if bench.cuda else rounds)
     figures: dict[str, Any] = {"graph": all(ready[key] is not works[key] for key in works)}
-    flops = {"forward": piece.flops, "input_gradient": piece.backward_flops, "weight_gradient": piece.flops}
+    flops = {
+        "forward": piece.flops,
+        "input_gradient": piece.backward_flops,
+        "weight_gradient": piece.flops,
+    }
     for key, timing in zip(ready, took, strict=True):
         figures[f"{key}_seconds"] = timing.median
         figures[f"{key}_flops_per_second"] = flops[key] / timing.median if flops[key] else None
@@ -86,12 +90,12 @@ def product(bench: Bench, rank: RankPart, inner: int, columns: int) -> Piece:
     tokens = rank.batch.tokens
     x, weight, dy = drawn(tokens, inner), drawn(columns, inner), drawn(tokens, columns)
     y, dx = torch.empty_like(dy), torch.empty_like(x)
-    sink = Sink(torch.zeros(columns, inner, device=bench.device))
+    accumulator = GradAccumulator(torch.zeros(columns, inner, device=bench.device))
     flops = 2 * tokens * inner * columns
     return Piece(
         lambda: torch.mm(x, weight.t(), out=y),
         lambda: torch.mm(dy, weight, out=dx),
-        lambda: sink.add_product(dy, x),
+        lambda: accumulator.add_product(dy, x),
         flops,
         flops,
     )
@@ -116,7 +120,9 @@ def differentiated(
     )
 
 
-def pieces(bench: Bench, rank: RankPart, modules: list[RankModules]) -> dict[str, Callable[[], Piece]]:
+def pieces(
+    bench: Bench, rank: RankPart, modules: list[RankModules]
+) -> dict[str, Callable[[], Piece]]:
     """Name -> maker, made one at a time so that one that cannot be made costs its own row only."""
     h, f, tokens = rank.hidden_size, rank.ffn_hidden_size, rank.batch.tokens
     s, b, n, d = rank.batch.length_tokens, rank.batch.sequences, rank.num_heads, rank.head_dim

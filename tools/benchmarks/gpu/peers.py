@@ -44,15 +44,25 @@ def optional(name: str) -> Any:
 
 
 def k2train_contender(
-    bench: Bench, grid: ProcessGrid, shape: ModelShape, batch: Batch, kernels: dict[str, Any] | None = None
+    bench: Bench,
+    grid: ProcessGrid,
+    shape: ModelShape,
+    batch: Batch,
+    kernels: dict[str, Any] | None = None,
 ) -> Contender:
     engine = make_engine(grid, shape, batch, 1, kernels)
     ids = token_ids(bench.device, shape, batch)
-    name = "k2train" if not kernels else "k2train, " + ", ".join(f"{k} {v}" for k, v in kernels.items())
+    name = (
+        "k2train"
+        if not kernels
+        else "k2train, " + ", ".join(f"{k} {v}" for k, v in kernels.items())
+    )
     return Contender(name, lambda: engine.train_step(ids, LR).loss)
 
 
-def transformers_model(bench: Bench, shape: ModelShape, batch: Batch) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+def transformers_model(
+    bench: Bench, shape: ModelShape, batch: Batch
+) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
     """LlamaForCausalLM with SDPA, and its loss of ids [sequences, length]."""
     package = optional("transformers")
     settings = package.LlamaConfig(
@@ -73,7 +83,9 @@ def transformers_model(bench: Bench, shape: ModelShape, batch: Batch) -> tuple[n
     return model, lambda ids: model(input_ids=ids, labels=ids).loss
 
 
-def reference_model(bench: Bench, shape: ModelShape, batch: Batch) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+def reference_model(
+    bench: Bench, shape: ModelShape, batch: Batch
+) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
     """The hand-written LLaMA, and its loss."""
     llama, works = optional("benchmarks.cpu.llama"), optional("benchmarks.cpu.work")
     work = works.Work(
@@ -99,8 +111,12 @@ def peer_contenders(bench: Bench, name: str, shape: ModelShape, batch: Batch) ->
     """A peer and the same peer compiled: one set of weights and one optimizer for both, so that both fit at once."""
     model, loss_of = MODELS[name](bench, shape, batch)
     found = sum(p.numel() for p in model.parameters())
-    assert found == parameters(shape), f"{name} has {found} parameters, the shape {parameters(shape)}"
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    assert found == parameters(shape), (
+        f"{name} has {found} parameters, the shape {parameters(shape)}"
+    )
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+    )
     ids = token_ids(bench.device, shape, batch)[0]
 
     def stepper(loss_of: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
@@ -116,4 +132,7 @@ def peer_contenders(bench: Bench, name: str, shape: ModelShape, batch: Batch) ->
     # A dry run traces and splits the same, but waits for no compiler.
     backend = "aot_eager" if bench.dry else "inductor"
     compiled = torch.compile(loss_of, dynamic=False, backend=backend)
-    return [Contender(name, stepper(loss_of)), Contender(f"{name} compiled", stepper(compiled), True)]
+    return [
+        Contender(name, stepper(loss_of)),
+        Contender(f"{name} compiled", stepper(compiled), True),
+    ]

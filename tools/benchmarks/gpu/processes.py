@@ -23,7 +23,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def command_of(
-    module: str, arguments: Sequence[str], variables: Mapping[str, str] | None = None, processes: int = 1
+    module: str,
+    arguments: Sequence[str],
+    variables: Mapping[str, str] | None = None,
+    processes: int = 1,
 ) -> list[str]:
     """The command that runs a module, by torchrun where there are several processes.
 
@@ -32,7 +35,12 @@ def command_of(
     """
     path = os.pathsep.join(dict.fromkeys([str(ROOT), str(TOOLS), *filter(None, sys.path)]))
     # All processes are on this machine: one whose name resolves to nothing must not matter.
-    given = {"PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", **(variables or {})}
+    given = {
+        "PYTHONPATH": path,
+        "GLOO_SOCKET_IFNAME": "lo",
+        "NCCL_SOCKET_IFNAME": "lo",
+        **(variables or {}),
+    }
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     start = launcher if processes > 1 else []
     settings = [f"{name}={value}" for name, value in given.items()]
@@ -45,7 +53,9 @@ def run_to_end(command: Sequence[str], log: Path, seconds: float) -> int | None:
     Whatever it started is ended with it: compilers start processes of their own.
     """
     with log.open("wb") as stream:
-        process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            command, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
+        )
         try:
             return process.wait(timeout=seconds)
         except subprocess.TimeoutExpired:

@@ -33,12 +33,20 @@ def profiled(work: dict[str, Any]) -> dict[str, Any]:
         engine = Engine(config, ProcessGrid(layout, launch.rank, device))
         generator = torch.Generator(device).manual_seed(5)
         size = (engine.num_microbatches, batch.micro_sequences, config.data.sequence_length)
-        ids = list(torch.randint(0, config.model.vocab_size, size, device=device, generator=generator))
+        ids = list(
+            torch.randint(0, config.model.vocab_size, size, device=device, generator=generator)
+        )
         with scopes(engine_places(engine)):
             for _ in range(WARM_UP_STEPS):
                 engine.train_step(ids, config.lr.peak)
-            found = profile_step(lambda: engine.train_step(ids, config.lr.peak), work["cuda"], work["steps"])
-        facts = {"rank": launch.rank, "kernels_chosen": str(engine.kernels), "torch": torch.__version__}
+            found = profile_step(
+                lambda: engine.train_step(ids, config.lr.peak), work["cuda"], work["steps"]
+            )
+        facts = {
+            "rank": launch.rank,
+            "kernels_chosen": str(engine.kernels),
+            "torch": torch.__version__,
+        }
         return {**asdict(found), **facts, "rest_seconds": found.rest_seconds}
     finally:
         stop_process_group()

@@ -34,7 +34,14 @@ COPIES = (
     "Memcpy",
     "aten::_foreach_copy_",
 )
-FILLS = ("aten::zero_", "aten::fill_", "aten::empty", "aten::resize_", "Memset", "aten::_foreach_zero_")
+FILLS = (
+    "aten::zero_",
+    "aten::fill_",
+    "aten::empty",
+    "aten::resize_",
+    "Memset",
+    "aten::_foreach_zero_",
+)
 COMMUNICATION = ("c10d::", "gloo:", "nccl:", "record_param_comms", "_c10d_functional")
 OPTIMIZER = ("aten::_fused_adamw_", "aten::_foreach_norm", "aten::linalg_vector_norm")
 CATEGORIES = (
@@ -109,7 +116,11 @@ def engine_places(engine: Any) -> list[tuple[str, Any, str]]:
     places += [("gradients", engine.gradients, name) for name in ("zero", "reduce")]
     for stage in engine.stages.values():
         places.append(("loss", stage, "loss"))
-        places += [("attention", module, "kernel") for module in stage.modules() if hasattr(module, "kernel")]
+        places += [
+            ("attention", module, "kernel")
+            for module in stage.modules()
+            if hasattr(module, "kernel")
+        ]
     return places
 
 
@@ -120,7 +131,10 @@ def scope_of(name: str) -> str | None:
     lower = name.lower()
     if any(word in lower for word in ("attention", "flash", "fmha")):
         return "attention"
-    if any(word in lower for word in ("cross_entropy", "crossentropy", "headloss", "fusedloss", "nll_loss")):
+    if any(
+        word in lower
+        for word in ("cross_entropy", "crossentropy", "headloss", "fusedloss", "nll_loss")
+    ):
         return "loss"
     if name.startswith(COMMUNICATION):
         return "communication"
@@ -182,7 +196,8 @@ def profile_step(step: Callable[[], Any], cuda: bool, steps: int = 2) -> Profile
     device = [
         event
         for event in events
-        if event.device_type == torch.autograd.DeviceType.CUDA and not event.name.startswith(("scope::", STEP))
+        if event.device_type == torch.autograd.DeviceType.CUDA
+        and not event.name.startswith(("scope::", STEP))
     ]
     asked = [event.name for event in host if event.name.startswith("cu")]
     intervals = [(event.time_range.start, event.time_range.end) for event in device]
@@ -208,8 +223,12 @@ def by_category(host: Sequence[Any], cuda: bool) -> dict[str, float]:
     seconds = dict.fromkeys(CATEGORIES, 0.0)
     for event in host:
         # The own time of a scope, of a function of ours or of autograd's machinery is Python; that of waiting is not.
-        python = event.name.startswith((STEP, "scope::", "autograd::")) or (not cuda and "::" not in event.name)
-        if (python and event.name != "scope::communication") or (not cuda and event.thread not in threads):
+        python = event.name.startswith((STEP, "scope::", "autograd::")) or (
+            not cuda and "::" not in event.name
+        )
+        if (python and event.name != "scope::communication") or (
+            not cuda and event.thread not in threads
+        ):
             continue
         spent = event.self_device_time_total if cuda else event.self_cpu_time_total
         seconds[sorter.category(event)] += spent / 1e6

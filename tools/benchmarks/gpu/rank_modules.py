@@ -14,7 +14,7 @@ from benchmarks.gpu.engines import make_engine
 from benchmarks.gpu.sizes import RankPart
 from k2train.model.layers import RMSNorm
 from k2train.model.transformer import Stage
-from k2train.parallel.grad_accumulation import Sink, attach
+from k2train.parallel.grad_accumulation import GradAccumulator, attach
 from k2train.parallel.grid import ProcessGrid
 from k2train.plan.cost import ModelShape
 
@@ -40,7 +40,7 @@ def rank_modules(grid: ProcessGrid, rank: RankPart) -> RankModules:
     stage = engine.stages[0]
     for parameter in stage.parameters():
         # Sums that nobody counts: the engine's own expect each micro-batch once.
-        attach(parameter, Sink(torch.zeros(parameter.shape, device=grid.device)))
+        attach(parameter, GradAccumulator(torch.zeros(parameter.shape, device=grid.device)))
     block = stage.blocks["0"]
     rotary, kernels = stage.rotary, engine.kernels
     assert stage.embedding is not None and rotary is not None, "one stage is the first and the last"

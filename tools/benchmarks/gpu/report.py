@@ -44,7 +44,9 @@ def fine(rows: Sequence[Row], part: str, key: str) -> list[Row]:
 
 def matmul_rate(rows: Sequence[Row]) -> float | None:
     """The best sustained rate of this call, FLOP/s."""
-    return max((row["flops_per_second"] for row in fine(rows, "device", "flops_per_second")), default=None)
+    return max(
+        (row["flops_per_second"] for row in fine(rows, "device", "flops_per_second")), default=None
+    )
 
 
 def data_sheet(rows: Sequence[Row]) -> float | None:
@@ -55,7 +57,8 @@ def planner_facts(rows: Sequence[Row]) -> dict[str, Any] | None:
     """What `planner.json` holds; None where no piece was measured."""
     pieces = {
         row["what"]: {
-            f"{key}_seconds": row.get(f"{key}_seconds") for key in ("forward", "input_gradient", "weight_gradient")
+            f"{key}_seconds": row.get(f"{key}_seconds")
+            for key in ("forward", "input_gradient", "weight_gradient")
         }
         for row in fine(rows, "tp8", "forward_seconds")
     }
@@ -67,7 +70,11 @@ def planner_facts(rows: Sequence[Row]) -> dict[str, Any] | None:
         if all(name in pieces for name in LAYER)
     }
     head = pieces.get(HEAD)
-    both = None if head is None else (head["forward_seconds"] or 0.0) + (head["input_gradient_seconds"] or 0.0)
+    both = (
+        None
+        if head is None
+        else (head["forward_seconds"] or 0.0) + (head["input_gradient_seconds"] or 0.0)
+    )
     return {
         "format": FORMAT,
         "device": next((row["facts"]["device"] for row in fine(rows, "device", "facts")), None),
@@ -98,24 +105,42 @@ def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 def failures(rows: Sequence[Row]) -> str:
     """What was not measured, and why."""
-    lines = [[row["part"], row["what"], row["status"], row["why"]] for row in rows if row["status"] != "ok"]
-    return "\n### Not measured\n\n" + table(("part", "what", "status", "why"), lines) if lines else ""
+    lines = [
+        [row["part"], row["what"], row["status"], row["why"]]
+        for row in rows
+        if row["status"] != "ok"
+    ]
+    return (
+        "\n### Not measured\n\n" + table(("part", "what", "status", "why"), lines) if lines else ""
+    )
 
 
 def device_text(rows: Sequence[Row]) -> str:
     facts: dict[str, Any] = {}
     for row in fine(rows, "device", "facts"):
-        facts |= row["facts"] if not facts else {f"{key}, after": value for key, value in row["facts"].items()}
+        facts |= (
+            row["facts"]
+            if not facts
+            else {f"{key}, after": value for key, value in row["facts"].items()}
+        )
     products = fine(rows, "device", "flops_per_second")
-    lines = [[row["what"], number(row["flops_per_second"], 1e-12), share(row["spread"], 1.0)] for row in products]
-    text = table(("device", ""), [[key, str(value)] for key, value in facts.items()]) if facts else ""
+    lines = [
+        [row["what"], number(row["flops_per_second"], 1e-12), share(row["spread"], 1.0)]
+        for row in products
+    ]
+    text = (
+        table(("device", ""), [[key, str(value)] for key, value in facts.items()]) if facts else ""
+    )
     if lines:
         best = number(matmul_rate(rows), 1e-12)
         text += "\n" + table(
-            ("bf16 product", "TFLOP/s", "spread"), [*lines, ["**the matmul rate**", f"**{best}**", ""]]
+            ("bf16 product", "TFLOP/s", "spread"),
+            [*lines, ["**the matmul rate**", f"**{best}**", ""]],
         )
     copies = fine(rows, "device", "bytes_per_second")
-    return text + "".join(f"\nCopy on the device: {row['bytes_per_second'] / 1e12:.2f} TB/s.\n" for row in copies)
+    return text + "".join(
+        f"\nCopy on the device: {row['bytes_per_second'] / 1e12:.2f} TB/s.\n" for row in copies
+    )
 
 
 def layers_text(rows: Sequence[Row]) -> str:
@@ -154,7 +179,11 @@ def models_text(rows: Sequence[Row]) -> str:
     measured = fine(rows, "models", "step_seconds")
     lines = []
     for row in measured:
-        same = [other for other in measured if (other["model"], other["batch"]) == (row["model"], row["batch"])]
+        same = [
+            other
+            for other in measured
+            if (other["model"], other["batch"]) == (row["model"], row["batch"])
+        ]
         lines.append(
             [
                 f"{row['model']}, {row['batch']}",
@@ -163,7 +192,10 @@ def models_text(rows: Sequence[Row]) -> str:
                 share(row["spread"], 1.0),
                 number(row["tokens_per_second"], 1, 0),
                 share(row["step_flops_per_second"], matmul_rate(rows)),
-                *(number(against(row, same, name), 1, 2) for name in ("transformers compiled", "reference compiled")),
+                *(
+                    number(against(row, same, name), 1, 2)
+                    for name in ("transformers compiled", "reference compiled")
+                ),
                 number(row["above_held_bytes"], 2**-30, 2),
                 " ".join(f"{loss:.2f}" for loss in (row["losses"][0], row["losses"][-1])),
                 "in turns" if row["in_turns"] > 1 else "alone",
@@ -187,9 +219,21 @@ def tp8_text(rows: Sequence[Row]) -> str:
     for row in fine(rows, "tp8", "forward_seconds"):
         line = [row["what"]]
         for key in ("forward", "input_gradient", "weight_gradient"):
-            line += [number(row.get(f"{key}_seconds"), 1e6, 0), number(row.get(f"{key}_flops_per_second"), 1e-12)]
+            line += [
+                number(row.get(f"{key}_seconds"), 1e6, 0),
+                number(row.get(f"{key}_flops_per_second"), 1e-12),
+            ]
         lines.append([*line, "graph" if row["graph"] else "eager"])
-    header = ("a rank of eight, us (TFLOP/s)", "forward", "", "input gradient", "", "weight gradient", "", "launched")
+    header = (
+        "a rank of eight, us (TFLOP/s)",
+        "forward",
+        "",
+        "input gradient",
+        "",
+        "weight gradient",
+        "",
+        "launched",
+    )
     return table(header, lines) if lines else ""
 
 
@@ -209,7 +253,16 @@ def host_text(rows: Sequence[Row]) -> str:
         ]
         for row in measured
     ]
-    header = ("a step", "ms", "busy", "launches", "synchronisations", "copies to host", *categories, "rest")
+    header = (
+        "a step",
+        "ms",
+        "busy",
+        "launches",
+        "synchronisations",
+        "copies to host",
+        *categories,
+        "rest",
+    )
     return table(header, lines) if lines else ""
 
 
@@ -226,13 +279,27 @@ def aims_text(rows: Sequence[Row]) -> str:
         best = max(same, key=lambda row: row["flops_per_second"] or 0.0)
         for row in [same[0], *([best] if best is not same[0] else [])]:
             found = ratio(row["flops_per_second"], rate)
-            add(f"K2's layers, {row['what']}: share of the matmul rate", found, ">= 0.75", lambda x: x >= 0.75)
+            add(
+                f"K2's layers, {row['what']}: share of the matmul rate",
+                found,
+                ">= 0.75",
+                lambda x: x >= 0.75,
+            )
         for row in same:
             found = ratio(row["peak_bytes"], row["planned_bytes"])
-            add(f"K2's layers, {row['what']}: peak / plan", found, "0.97 to 1.03", lambda x: 0.97 <= x <= 1.03)
+            add(
+                f"K2's layers, {row['what']}: peak / plan",
+                found,
+                "0.97 to 1.03",
+                lambda x: 0.97 <= x <= 1.03,
+            )
     measured = fine(rows, "models", "step_seconds")
     for row in measured:
-        same = [other for other in measured if (other["model"], other["batch"]) == (row["model"], row["batch"])]
+        same = [
+            other
+            for other in measured
+            if (other["model"], other["batch"]) == (row["model"], row["batch"])
+        ]
         if row["contender"].startswith("k2train"):
             found = against(row, same, "transformers compiled")
             add(f"{row['what']} / transformers compiled", found, ">= 1.15", lambda x: x >= 1.15)

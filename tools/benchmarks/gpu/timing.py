@@ -43,7 +43,9 @@ class Timer:
 
     def __init__(self, bench: Bench):
         self.bench = bench
-        self._flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=bench.device) if bench.cuda else None
+        self._flush = (
+            torch.empty(FLUSH_BYTES, dtype=torch.int8, device=bench.device) if bench.cuda else None
+        )
 
     def once(self, work: Work) -> float:
         """Seconds of `work`, once."""

@@ -42,7 +42,7 @@ from k2train.data.prepare.allocate.shortage import check_samples
 from k2train.data.prepare.cleanup import remove_leftovers
 from k2train.data.prepare.encode.sorted_runs import Run
 from k2train.data.prepare.sources.rejected import check_rejected
-from k2train.data.prepare.workspace import HELD_OUT, Workplace, owner_mark, read_json, write_json
+from k2train.data.prepare.workspace import HELD_OUT, Workspace, owner_mark, read_json, write_json
 from k2train.files import AtomicFile
 
 BUCKET_DOCUMENTS = 16
@@ -67,70 +67,95 @@ class Counts:
         return int(self.buckets[mask + 1].sum())
 
 
-def plan_task(workplace: Workplace) -> None:
+def plan_task(workspace: Workspace) -> None:
     """Decide everything that the chunk tasks need, and write it to the work folder, `plan.json` last.
 
     Raises DataError when the documents do not suffice: for a chunk, for the rows asked for, or for what is held out; and
     when too many of them are broken.
     """
-    check_rejected(workplace)
-    folder = workplace.folder / "plan"
+    check_rejected(workspace)
+    folder = workspace.folder / "plan"
     remove_leftovers(folder)
     aside = folder / f"aside{owner_mark()}.tmp"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
     try:
-        _plan(workplace, folder, aside)
+        _plan(workspace, folder, aside)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _plan(workplace: Workplace, folder: Path, aside: Path) -> None:
-    recipe = workplace.recipe
+def _plan(workspace: Workspace, folder: Path, aside: Path) -> None:
+    recipe = workspace.recipe
     names = list(recipe.subsets)
-    runs = runs_of(workplace)
-    sources = sorted({source.key for task in workplace.tasks for source in task.sources})
-    flags = _flags(workplace, aside, runs, sources)
+    runs = runs_of(workspace)
+    sources = sorted({source.key for task in workspace.tasks for source in task.sources})
+    flags = _flags(workspace, aside, runs, sources)
     histograms: dict[str, Longs] = {}
     if recipe.held_out is not None and recipe.held_out.share is None:
-        histograms = {name: _histogram(workplace, name, runs[name][0], flags[name, 0]) for name in names}
+        histograms = {
+            name: _histogram(workspace, name, runs[name][0], flags[name, 0]) for name in names
+        }
     borders = first_places(recipe, histograms)
     plans, counts = {}, {}
     for index, name in enumerate(names):
         passes = [
-            _plan_pass(workplace, f"{index}_{number:03d}", places, flags[name, number], borders[name])
+            _plan_pass(
+                workspace, f"{index}_{number:03d}", places, flags[name, number], borders[name]
+            )
             for number, places in enumerate(runs[name])
         ]
-        plans[name] = SubsetPlan(name, passes[0][1].tokens(TRAINING), tuple(plan for plan, _ in passes))
+        plans[name] = SubsetPlan(
+            name, passes[0][1].tokens(TRAINING), tuple(plan for plan, _ in passes)
+        )
         counts[name] = passes[0][1]
         sizes = {(c.tokens(TRAINING), c.tokens(HELD_OUT_TEXT)) for _, c in passes}
         assert len(sizes) == 1, f"{name}: its passes hold different documents: {sizes}"
     training = {name: counts[name].tokens(TRAINING) for name in names}
     held = {name: counts[name].tokens(HELD_OUT_TEXT) for name in names}
-    held_rows = held_out_rows(recipe, training, held) if recipe.held_out is not None else dict.fromkeys(names, 0)
+    held_rows = (
+        held_out_rows(recipe, training, held)
+        if recipe.held_out is not None
+        else dict.fromkeys(names, 0)
+    )
     wanted = None if recipe.rows_per_chunk is None else recipe.chunks * recipe.rows_per_chunk
     samples = samples_of(recipe, training)
     used = allocate(samples, wanted, fill_of(recipe))
-    account = _account(workplace, counts, used, held_rows)
+    account = _account(workspace, counts, used, held_rows)
     check_samples(recipe, account, samples, used)
-    chunks = dict(zip(workplace.chunk_names, spread(used, recipe.chunks), strict=False))
+    chunks = dict(zip(workspace.chunk_names, spread(used, recipe.chunks), strict=False))
     if recipe.held_out is not None:
         chunks[HELD_OUT] = {name: range(rows) for name, rows in held_rows.items()}
-    files = [plan.path(kind) for p in plans.values() for plan in p.passes for kind in ("masks", "marks", "buckets")]
+    files = [
+        plan.path(kind)
+        for p in plans.values()
+        for plan in p.passes
+        for kind in ("masks", "marks", "buckets")
+    ]
     content = {
         "files": [
-            {"base": "folder", "path": path.relative_to(workplace.folder).as_posix(), "bytes": path.stat().st_size}
+            {
+                "base": "folder",
+                "path": path.relative_to(workspace.folder).as_posix(),
+                "bytes": path.stat().st_size,
+            }
             for path in files
         ],
-        "vocab_size": workplace.tokenizer.vocab_size,
+        "vocab_size": workspace.tokenizer.vocab_size,
         "sequence_length": recipe.sequence_length,
         "block_rows": _block_rows(recipe.sequence_length, counts, used),
         "account": account,
         "held_out_places": borders,
         "document_keys": _document_keys(recipe.seed, recipe.sequence_length, plans, chunks),
-        "chunks": {name: {s: [r.start, r.stop] for s, r in parts.items()} for name, parts in chunks.items()},
+        "chunks": {
+            name: {s: [r.start, r.stop] for s, r in parts.items()} for name, parts in chunks.items()
+        },
         "subsets": [
-            {"name": p.name, "training_tokens": p.training_tokens, "passes": [item.entry for item in p.passes]}
+            {
+                "name": p.name,
+                "training_tokens": p.training_tokens,
+                "passes": [item.entry for item in p.passes],
+            }
             for p in plans.values()
         ],
         "sources": sources,
@@ -138,13 +163,14 @@ def _plan(workplace: Workplace, folder: Path, aside: Path) -> None:
     write_json(folder / PLAN_NAME, content)
 
 
-def runs_of(workplace: Workplace) -> dict[str, list[list[RunPlace]]]:
+def runs_of(workspace: Workspace) -> dict[str, list[list[RunPlace]]]:
     """The runs of each subset by pass, in the order of the tasks that wrote them."""
     found: dict[str, list[list[RunPlace]]] = {
-        name: [[] for _ in range(subset.passes)] for name, subset in workplace.recipe.subsets.items()
+        name: [[] for _ in range(subset.passes)]
+        for name, subset in workspace.recipe.subsets.items()
     }
-    for number in range(len(workplace.tasks)):
-        record = read_json(workplace.encode_record(number))
+    for number in range(len(workspace.tasks)):
+        record = read_json(workspace.encode_record(number))
         assert record is not None, f"encode task {number} has left no record"
         for name, counts in record["subsets"].items():
             for places, written in zip(found[name], counts["passes"], strict=True):
@@ -152,20 +178,25 @@ def runs_of(workplace: Workplace) -> dict[str, list[list[RunPlace]]]:
                     last = places[-1] if places else RunPlace("", 0, 0, 0, 0)
                     first = last.first + last.documents
                     mark = last.mark + -(-last.documents // MARK_DOCUMENTS)
-                    places.append(RunPlace(run["path"], run["documents"], run["tokens"], first, mark))
+                    places.append(
+                        RunPlace(run["path"], run["documents"], run["tokens"], first, mark)
+                    )
     return found
 
 
 def _flags(
-    workplace: Workplace, aside: Path, runs: Mapping[str, Sequence[Sequence[RunPlace]]], sources: Sequence[str]
+    workspace: Workspace,
+    aside: Path,
+    runs: Mapping[str, Sequence[Sequence[RunPlace]]],
+    sources: Sequence[str],
 ) -> dict[tuple[str, int], Path | None]:
     ranks = {key: rank for rank, key in enumerate(sources)}
     flags: dict[tuple[str, int], Path | None] = {}
-    for name, subset in workplace.recipe.subsets.items():
+    for name, subset in workspace.recipe.subsets.items():
         for number, places in enumerate(runs[name]):
             flags[name, number] = None
             if subset.drop_duplicates:
-                path = flag_duplicates(aside, workplace.folder, places, ranks)
+                path = flag_duplicates(aside, workspace.folder, places, ranks)
                 flags[name, number] = path.rename(aside / f"{len(flags)}_flags")
     return flags
 
@@ -176,11 +207,13 @@ def _flags_of(path: Path | None, place: RunPlace) -> "np.ndarray[tuple[int], np.
     return np.fromfile(path, dtype=bool, count=place.documents, offset=place.first)
 
 
-def _histogram(workplace: Workplace, name: str, runs: Iterable[RunPlace], flags: Path | None) -> Longs:
-    share = workplace.recipe.subsets[name].share
+def _histogram(
+    workspace: Workspace, name: str, runs: Iterable[RunPlace], flags: Path | None
+) -> Longs:
+    share = workspace.recipe.subsets[name].share
     total = place_histogram(share, np.zeros(0, np.uint64), np.zeros(0, np.int64))
     for place in runs:
-        run = Run(workplace.folder / place.path)
+        run = Run(workspace.folder / place.path)
         lengths = run.read("lengths").astype(np.int64)
         kept = (lengths > 0) & ~_flags_of(flags, place)
         total += place_histogram(share, run.read("places")[kept], lengths[kept])
@@ -188,26 +221,30 @@ def _histogram(workplace: Workplace, name: str, runs: Iterable[RunPlace], flags:
 
 
 def _plan_pass(
-    workplace: Workplace, files: str, runs: Sequence[RunPlace], flags: Path | None, border: int
+    workspace: Workspace, files: str, runs: Sequence[RunPlace], flags: Path | None, border: int
 ) -> tuple[PassPlan, Counts]:
     """Write the three files of a pass; everything from the place `border` on is held out."""
     documents = sum(run.documents for run in runs)
     bits = min(MOST_BUCKET_BITS, (documents // BUCKET_DOCUMENTS).bit_length())
-    plan = PassPlan(workplace.folder / "plan", files, bits, tuple(runs))
+    plan = PassPlan(workspace.folder / "plan", files, bits, tuple(runs))
     counts = Counts(np.zeros((4, 2**bits), dtype=np.int64))
     with (
         AtomicFile(plan.path("masks"), owner_mark()) as masks,
         AtomicFile(plan.path("marks"), owner_mark()) as marks,
     ):
         for place in runs:
-            run = Run(workplace.folder / place.path)
+            run = Run(workspace.folder / place.path)
             lengths = run.read("lengths").astype(np.int64)
             again = _flags_of(flags, place)
             inside = lengths > 0
-            mask = np.where(run.read("places") >= np.uint64(border), HELD_OUT_TEXT, TRAINING).astype(np.uint8)
+            mask = np.where(
+                run.read("places") >= np.uint64(border), HELD_OUT_TEXT, TRAINING
+            ).astype(np.uint8)
             mask[again | ~inside] = 0
             masks.write(mask.tobytes())
-            marks.write((np.cumsum(lengths) - lengths)[::MARK_DOCUMENTS].astype(np.uint64).tobytes())
+            marks.write(
+                (np.cumsum(lengths) - lengths)[::MARK_DOCUMENTS].astype(np.uint64).tobytes()
+            )
             _count(counts, run.read("keys"), lengths, mask, bits)
             counts.duplicates[0] += int((again & inside).sum())
             counts.duplicates[1] += int(lengths[again].sum())
@@ -219,7 +256,11 @@ def _plan_pass(
 
 
 def _count(counts: Counts, keys: Any, lengths: Longs, mask: Any, bits: int) -> None:
-    bucket = (keys >> np.uint64(KEY_BITS - bits)).astype(np.int64) if bits else np.zeros(len(keys), np.int64)
+    bucket = (
+        (keys >> np.uint64(KEY_BITS - bits)).astype(np.int64)
+        if bits
+        else np.zeros(len(keys), np.int64)
+    )
     for kind in (TRAINING, HELD_OUT_TEXT):
         taken = mask == kind
         # Sums of a run are far below 2**53, up to which floating point counts exactly.
@@ -229,17 +270,20 @@ def _count(counts: Counts, keys: Any, lengths: Longs, mask: Any, bits: int) -> N
 
 
 def _account(
-    workplace: Workplace, counts: Mapping[str, Counts], used: Mapping[str, int], held_rows: Mapping[str, int]
+    workspace: Workspace,
+    counts: Mapping[str, Counts],
+    used: Mapping[str, int],
+    held_rows: Mapping[str, int],
 ) -> dict[str, dict[str, Any]]:
     """Where every document and every token of a subset went.
 
     `training_tokens` are those of one pass; laid out `passes` times they are used + unused + tail + left by repeat.
     """
-    length = workplace.recipe.sequence_length
-    read = {name: _read_counts(workplace, name) for name in counts}
+    length = workspace.recipe.sequence_length
+    read = {name: _read_counts(workspace, name) for name in counts}
     account = {}
     for name, count in counts.items():
-        subset = workplace.recipe.subsets[name]
+        subset = workspace.recipe.subsets[name]
         tokens, held = count.tokens(TRAINING), count.tokens(HELD_OUT_TEXT)
         asked = int(exact(subset.repeat) * tokens)
         tail = asked % length
@@ -265,14 +309,16 @@ def _account(
     return account
 
 
-def _read_counts(workplace: Workplace, name: str) -> dict[str, int]:
+def _read_counts(workspace: Workspace, name: str) -> dict[str, int]:
     """What the encode tasks counted for a subset; `documents_read` and `rejected` are of its files.
 
     Documents with the id of another one are told for the reader only: they are used like all others.
     """
-    totals = dict.fromkeys(("documents_read", "rejected", "short", "not_chosen", "outside", "repeated_ids"), 0)
-    for number in range(len(workplace.tasks)):
-        counts = read_json(workplace.encode_record(number))["subsets"].get(name, {})
+    totals = dict.fromkeys(
+        ("documents_read", "rejected", "short", "not_chosen", "outside", "repeated_ids"), 0
+    )
+    for number in range(len(workspace.tasks)):
+        counts = read_json(workspace.encode_record(number))["subsets"].get(name, {})
         for key in totals:
             totals[key] += counts.get(key, 0)
     names = {"documents_read": "documents_read", "repeated_ids": "repeated_id_documents"}
@@ -285,9 +331,13 @@ def check_account(name: str, item: Mapping[str, Any]) -> None:
     documents = sum(item[f"{kind}_documents"] for kind in kinds)
     assert item["documents_read"] == documents, f"{name}: documents do not add up: {item}"
     laid_out = sum(item[f"{part}_tokens"] for part in ("used", "unused", "tail", "left_by_repeat"))
-    assert item["passes"] * item["training_tokens"] == laid_out, f"{name}: tokens do not add up: {item}"
+    assert item["passes"] * item["training_tokens"] == laid_out, (
+        f"{name}: tokens do not add up: {item}"
+    )
     parts = ("held_out_unused", "unused", "tail", "left_by_repeat")
-    assert all(item[f"{part}_tokens"] >= 0 for part in parts), f"{name}: less than nothing is left: {item}"
+    assert all(item[f"{part}_tokens"] >= 0 for part in parts), (
+        f"{name}: less than nothing is left: {item}"
+    )
 
 
 def _block_rows(length: int, counts: Mapping[str, Counts], used: Mapping[str, int]) -> int:
@@ -302,7 +352,10 @@ def _block_rows(length: int, counts: Mapping[str, Counts], used: Mapping[str, in
 
 
 def _document_keys(
-    seed: int, length: int, plans: Mapping[str, SubsetPlan], chunks: Mapping[str, Mapping[str, range]]
+    seed: int,
+    length: int,
+    plans: Mapping[str, SubsetPlan],
+    chunks: Mapping[str, Mapping[str, range]],
 ) -> dict[str, Any]:
     """For each subset and chunk, the buckets of keys whose documents it takes tokens from, as [pass, first, last]."""
     subsets: dict[str, Any] = {}
@@ -311,8 +364,14 @@ def _document_keys(
         for name, parts in chunks.items():
             mask = HELD_OUT_TEXT if name == HELD_OUT else TRAINING
             start, stop = parts[subset].start * length, parts[subset].stop * length
-            pieces = ([(0, start, stop)] if stop > start else []) if name == HELD_OUT else plan.parts(start, stop)
-            ranges = [(number, *plan.passes[number].bucket_range(mask, a, b)) for number, a, b in pieces]
+            pieces = (
+                ([(0, start, stop)] if stop > start else [])
+                if name == HELD_OUT
+                else plan.parts(start, stop)
+            )
+            ranges = [
+                (number, *plan.passes[number].bucket_range(mask, a, b)) for number, a, b in pieces
+            ]
             found[name] = [[number, first, end - 1] for number, first, end in ranges]
         subsets[subset] = {"bits": [p.bits for p in plan.passes], "chunks": found}
     return {"scheme": SCHEME, "seed": seed, "subsets": subsets}

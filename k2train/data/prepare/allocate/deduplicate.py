@@ -21,7 +21,11 @@ RECORD = np.dtype([("text", "<u8"), ("order", "<u8"), ("position", "<u8")])
 
 
 def flag_duplicates(
-    folder: Path, work: Path, runs: Sequence[RunPlace], ranks: Mapping[str, int], part_documents: int = PART_DOCUMENTS
+    folder: Path,
+    work: Path,
+    runs: Sequence[RunPlace],
+    ranks: Mapping[str, int],
+    part_documents: int = PART_DOCUMENTS,
 ) -> Path:
     """A file of uint8 `[documents]`, in the order of `runs`: 1 where an equal text stands in front.
 
@@ -47,7 +51,9 @@ def flag_duplicates(
     return flags
 
 
-def _deal(work: Path, place: RunPlace, ranks: Mapping[str, int], parts: Sequence[Path], bits: int) -> None:
+def _deal(
+    work: Path, place: RunPlace, ranks: Mapping[str, int], parts: Sequence[Path], bits: int
+) -> None:
     run = Run(work / place.path)
     records = np.empty(place.documents, dtype=RECORD)
     rank = np.array([ranks[key] for key in run.source_keys], dtype=np.uint64)

@@ -26,12 +26,16 @@ def exact(value: float) -> Fraction:
     return Fraction(repr(value))
 
 
-def place_histogram(share: tuple[float, float], places: npt.NDArray[np.uint64], tokens: Longs) -> Longs:
+def place_histogram(
+    share: tuple[float, float], places: npt.NDArray[np.uint64], tokens: Longs
+) -> Longs:
     """int64 `[PLACE_BUCKETS]`: tokens of the documents at `places`, all within the share, by place."""
     low, high = map(border_of, share)
     # A place is below 2**48, so the product stays below 2**64.
     bucket = (places - np.uint64(low)) * np.uint64(PLACE_BUCKETS) // np.uint64(high - low)
-    return np.bincount(bucket.astype(np.int64), weights=tokens, minlength=PLACE_BUCKETS).astype(np.int64)
+    return np.bincount(bucket.astype(np.int64), weights=tokens, minlength=PLACE_BUCKETS).astype(
+        np.int64
+    )
 
 
 def samples_of(recipe: Recipe, tokens: Mapping[str, int]) -> dict[str, int]:
@@ -74,16 +78,25 @@ def first_places(recipe: Recipe, histograms: Mapping[str, Longs]) -> dict[str, i
     if held_out.share is not None:
         part = exact(held_out.share)
         ends = {name: tuple(map(exact, subset.share)) for name, subset in recipe.subsets.items()}
-        return {name: math.ceil((high - part * (high - low)) * PLACES) for name, (low, high) in ends.items()}
+        return {
+            name: math.ceil((high - part * (high - low)) * PLACES)
+            for name, (low, high) in ends.items()
+        }
     assert held_out.rows is not None, "a recipe holds out rows or a share"
     length = recipe.sequence_length
     tokens = {name: int(counts.sum()) for name, counts in histograms.items()}
     # What is left must give every chunk a sample.
-    needed = {name: math.ceil(recipe.chunks * length / exact(s.repeat)) for name, s in recipe.subsets.items()}
+    needed = {
+        name: math.ceil(recipe.chunks * length / exact(s.repeat))
+        for name, s in recipe.subsets.items()
+    }
 
     def fits(rows: int) -> bool:
         taken = _taken_buckets(recipe, histograms, row_quotas(recipe, rows, tokens))
-        return all(counts[: PLACE_BUCKETS - taken[name]].sum() >= needed[name] for name, counts in histograms.items())
+        return all(
+            counts[: PLACE_BUCKETS - taken[name]].sum() >= needed[name]
+            for name, counts in histograms.items()
+        )
 
     quotas = row_quotas(recipe, held_out.rows, tokens)
     _check_quotas(recipe, quotas, tokens, fits)
@@ -97,14 +110,20 @@ def first_places(recipe: Recipe, histograms: Mapping[str, Longs]) -> dict[str, i
     return {name: lowest[recipe.origin_of(name)] for name in recipe.subsets}
 
 
-def _taken_buckets(recipe: Recipe, histograms: Mapping[str, Longs], quotas: Mapping[str, int]) -> dict[str, int]:
+def _taken_buckets(
+    recipe: Recipe, histograms: Mapping[str, Longs], quotas: Mapping[str, int]
+) -> dict[str, int]:
     """For each subset the buckets at the upper end of its share that the quotas of its origin need."""
     most: dict[str, int] = {}
     for name, counts in histograms.items():
         wanted = quotas[name] * recipe.sequence_length
         from_end = np.cumsum(counts[::-1])
         # None when nothing is wanted, and all when there is too little.
-        taken = min(PLACE_BUCKETS, int(np.searchsorted(from_end, wanted, side="left")) + 1) if wanted else 0
+        taken = (
+            min(PLACE_BUCKETS, int(np.searchsorted(from_end, wanted, side="left")) + 1)
+            if wanted
+            else 0
+        )
         origin = recipe.origin_of(name)
         most[origin] = max(most.get(origin, 0), taken)
     return {name: most[recipe.origin_of(name)] for name in recipe.subsets}
@@ -131,7 +150,9 @@ def _check_quotas(
     )
 
 
-def held_out_rows(recipe: Recipe, training: Mapping[str, int], held: Mapping[str, int]) -> dict[str, int]:
+def held_out_rows(
+    recipe: Recipe, training: Mapping[str, int], held: Mapping[str, int]
+) -> dict[str, int]:
     """Rows of each subset in the held-out chunk, from the tokens of one pass on either side. Raises DataError."""
     held_out, length = recipe.held_out, recipe.sequence_length
     assert held_out is not None, "asked for held-out rows of a recipe without"
@@ -147,7 +168,9 @@ def held_out_rows(recipe: Recipe, training: Mapping[str, int], held: Mapping[str
     rows = row_quotas(recipe, held_out.rows, tokens)
 
     def fits(fewer: int) -> bool:
-        return all(n * length <= held[name] for name, n in row_quotas(recipe, fewer, tokens).items())
+        return all(
+            n * length <= held[name] for name, n in row_quotas(recipe, fewer, tokens).items()
+        )
 
     _check_quotas(recipe, rows, held, fits)
     return rows

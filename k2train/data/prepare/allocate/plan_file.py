@@ -73,7 +73,11 @@ class PassPlan:
 
     @property
     def entry(self) -> dict[str, Any]:
-        return {"files": self.files, "bits": self.bits, "runs": [list(asdict(run).values()) for run in self.runs]}
+        return {
+            "files": self.files,
+            "bits": self.bits,
+            "runs": [list(asdict(run).values()) for run in self.runs],
+        }
 
 
 @dataclass(frozen=True)
@@ -114,11 +118,18 @@ class Plan:
         try:
             content = json.loads((folder / PLAN_NAME).read_text("utf-8"))
         except OSError as error:
-            raise DataError(f"{folder / PLAN_NAME}: no plan ({error.strerror}); start the preparation again") from None
+            raise DataError(
+                f"{folder / PLAN_NAME}: no plan ({error.strerror}); start the preparation again"
+            ) from None
         subsets = []
         for entry in content["subsets"]:
             passes = [
-                PassPlan(folder, item["files"], item["bits"], tuple(RunPlace(*run) for run in item["runs"]))
+                PassPlan(
+                    folder,
+                    item["files"],
+                    item["bits"],
+                    tuple(RunPlace(*run) for run in item["runs"]),
+                )
                 for item in entry["passes"]
             ]
             subsets.append(SubsetPlan(entry["name"], entry["training_tokens"], tuple(passes)))

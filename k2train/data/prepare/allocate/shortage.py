@@ -14,7 +14,10 @@ from k2train.errors import DataError
 from k2train.text import counted
 
 _REASONS = (
-    ("rejected_documents", "broken: look at text_key and id_key, and at rejected.jsonl of the work folder"),
+    (
+        "rejected_documents",
+        "broken: look at text_key and id_key, and at rejected.jsonl of the work folder",
+    ),
     ("short_documents", "shorter than min_characters: lower it"),
     ("not_chosen_documents", "outside the interval `documents`: widen it"),
     ("outside_documents", "outside its share: widen it"),
@@ -24,7 +27,10 @@ _REASONS = (
 
 
 def check_samples(
-    recipe: Recipe, account: Mapping[str, Mapping[str, Any]], samples: Mapping[str, int], used: Mapping[str, int]
+    recipe: Recipe,
+    account: Mapping[str, Mapping[str, Any]],
+    samples: Mapping[str, int],
+    used: Mapping[str, int],
 ) -> None:
     """Raises DataError when some chunk would get nothing of a subset; speaks of the one with the fewest samples.
 

@@ -26,7 +26,7 @@ from k2train.data.prepare.source import Contents, Source, border_of, place_of
 from k2train.data.prepare.sources.readers import Document, Rejection, read_documents
 from k2train.data.prepare.sources.rejected import REJECTED_NAME
 from k2train.data.prepare.sources.stdlib import page
-from k2train.data.prepare.workspace import EncodeTask, Workplace, owner_mark, write_json
+from k2train.data.prepare.workspace import EncodeTask, Workspace, owner_mark, write_json
 from k2train.data.tokenizer import EOS_ID
 from k2train.errors import DataError
 from k2train.files import AtomicFile
@@ -42,25 +42,27 @@ _EOS = np.array([EOS_ID], dtype=np.int32)
 
 def drawn_place(seed: int, source_key: str, name: str) -> int:
     """Where a document lies for `documents`, out of PLACES: by the seed, and apart from its place for `share`."""
-    digest = hashlib.sha256("\0".join(("k2train documents", str(seed), source_key, name)).encode()).digest()
+    digest = hashlib.sha256(
+        "\0".join(("k2train documents", str(seed), source_key, name)).encode()
+    ).digest()
     return int.from_bytes(digest[:6], "big")
 
 
-def encode_task(workplace: Workplace, number: int) -> None:
+def encode_task(workspace: Workspace, number: int) -> None:
     """Leave the runs, the rejected lines and, last, the record of encode task `number`.
 
     A task that is done or under way elsewhere may be done again: it leaves the same files. Raises DataError for a file
     that is broken, and when more than half of over 1000 documents are.
     """
     began = time.monotonic()
-    task, folder = workplace.tasks[number], workplace.run_folder(number)
+    task, folder = workspace.tasks[number], workspace.run_folder(number)
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
     with AtomicFile(folder / REJECTED_NAME, owner_mark()) as rejected:
-        encoding = _Encoding(workplace, task, folder, rejected)
+        encoding = _Encoding(workspace, task, folder, rejected)
         sources = [encoding.read(source) for source in task.sources]
         encoding.finish()
-    base = folder.relative_to(workplace.folder).as_posix()
+    base = folder.relative_to(workspace.folder).as_posix()
     for run in (run for taker in encoding.takers for runs in taker.writer.runs for run in runs):
         run["path"] = f"{base}/{run['path']}"
     subsets = {taker.name: taker.record(encoding) for taker in encoding.takers}
@@ -72,16 +74,23 @@ def encode_task(workplace: Workplace, number: int) -> None:
     ]
     rejected_bytes = (folder / REJECTED_NAME).stat().st_size
     files.append({"base": "folder", "path": f"{base}/{REJECTED_NAME}", "bytes": rejected_bytes})
-    _remove_others(workplace.folder, folder, {file["path"] for file in files})
-    record = {"files": files, "subsets": subsets, "sources": sources, "text_bytes": encoding.text_bytes}
-    write_json(workplace.encode_record(number), record | {"seconds": round(time.monotonic() - began, 3)})
+    _remove_others(workspace.folder, folder, {file["path"] for file in files})
+    record = {
+        "files": files,
+        "subsets": subsets,
+        "sources": sources,
+        "text_bytes": encoding.text_bytes,
+    }
+    write_json(
+        workspace.encode_record(number), record | {"seconds": round(time.monotonic() - began, 3)}
+    )
 
 
 class _Taker:
     """A subset among those that read the same documents: what it takes of them, and what it counts."""
 
-    def __init__(self, workplace: Workplace, task: EncodeTask, name: str, folder: Path) -> None:
-        recipe = workplace.recipe
+    def __init__(self, workspace: Workspace, task: EncodeTask, name: str, folder: Path) -> None:
+        recipe = workspace.recipe
         self.name, self.subset, self.seed = name, recipe.subsets[name], recipe.seed
         self.first, self.end = (border_of(part) for part in self.subset.share)
         self.first_drawn, self.end_drawn = (border_of(part) for part in self.subset.documents)
@@ -94,7 +103,7 @@ class _Taker:
             name,
             self.subset.passes,
             recipe.seed,
-            chunk_dtype(workplace.tokenizer.vocab_size),
+            chunk_dtype(workspace.tokenizer.vocab_size),
             max(1, recipe.executor.run_tokens // len(task.subsets)),
         )
         self.counts = dict.fromkeys(("documents", "outside", "short", "not_chosen"), 0)
@@ -133,9 +142,11 @@ class _Batch:
 class _Encoding:
     """One run through the sources of a task."""
 
-    def __init__(self, workplace: Workplace, task: EncodeTask, folder: Path, rejected: IO[bytes]) -> None:
-        self.seed, self.tokenizer, self.task = workplace.recipe.seed, workplace.tokenizer, task
-        self.takers = [_Taker(workplace, task, name, folder) for name in task.subsets]
+    def __init__(
+        self, workspace: Workspace, task: EncodeTask, folder: Path, rejected: IO[bytes]
+    ) -> None:
+        self.seed, self.tokenizer, self.task = workspace.recipe.seed, workspace.tokenizer, task
+        self.takers = [_Taker(workspace, task, name, folder) for name in task.subsets]
         self.draws = any(taker.draws for taker in self.takers)
         # Subsets that read the same files split them alike; the recipe sees to it.
         self.by_document = self.takers[0].subset.split_by == "document"
@@ -155,7 +166,12 @@ class _Encoding:
         return reading.facts
 
     def _reject(self, source: Source, item: Rejection) -> None:
-        entry = {"file": source.key, "line": item.line, "subsets": self.task.subsets, "why": item.why}
+        entry = {
+            "file": source.key,
+            "line": item.line,
+            "subsets": self.task.subsets,
+            "why": item.why,
+        }
         self.stream.write((json.dumps(entry) + "\n").encode())
         self.rejected += 1
         seen = self.documents_read + self.rejected
@@ -186,7 +202,9 @@ class _Encoding:
             if verdict == "documents":
                 index = self._place_item(taker.item(key, document), first)
             kept = hashed if taker.subset.drop_duplicates else 0
-            self.batch.entries.append((taker, index, key, document.ordinal, name.encode(), place, kept))
+            self.batch.entries.append(
+                (taker, index, key, document.ordinal, name.encode(), place, kept)
+            )
         if self.batch.characters >= BATCH_CHARACTERS or len(self.batch.entries) >= BATCH_DOCUMENTS:
             self._encode()
 
@@ -204,7 +222,11 @@ class _Encoding:
         batch, self.batch = self.batch, _Batch()
         encoded = encode_documents(self.tokenizer, batch.items)
         for taker, index, key, ordinal, name, place, text in batch.entries:
-            ids, fim = ((encoded[index], _EOS), KINDS.index(batch.items[index].kind)) if index >= 0 else ((), 0)
+            ids, fim = (
+                ((encoded[index], _EOS), KINDS.index(batch.items[index].kind))
+                if index >= 0
+                else ((), 0)
+            )
             taker.writer.add(key, ordinal, name, ids, place, text, fim)
 
     def finish(self) -> None:
@@ -229,7 +251,9 @@ def sources_identity(records: Iterable[Mapping[str, Any]]) -> str:
     hashes: dict[str, str] = {}
     for source in (source for record in records for source in record["sources"]):
         if hashes.setdefault(source["key"], source["sha256"]) != source["sha256"]:
-            raise DataError(f"{source['key']}: changed while it was prepared; let it come to rest and start again")
+            raise DataError(
+                f"{source['key']}: changed while it was prepared; let it come to rest and start again"
+            )
     digest = hashlib.sha256()
     for key in sorted(hashes):
         digest.update(f"{key}\0{hashes[key]}\n".encode())

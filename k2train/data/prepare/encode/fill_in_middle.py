@@ -45,7 +45,9 @@ def choose_fim(seed: int, source_key: str, document: str, psm: float, spm: float
 
     One draw decides among the three, so that raising one share leaves the documents of another where they were.
     """
-    assert min(psm, spm) >= 0 and psm + spm <= 1, f"shares psm {psm} and spm {spm} must lie in [0, 1] together"
+    assert min(psm, spm) >= 0 and psm + spm <= 1, (
+        f"shares psm {psm} and spm {spm} must lie in [0, 1] together"
+    )
     (word,) = _words("kind", seed, source_key, document, 1)
     drawn = (word >> 11) * 2.0**-53
     if drawn < psm:
@@ -61,7 +63,9 @@ def cut_points(seed: int, source_key: str, document: str, n_characters: int) -> 
     return min(a, b), max(a, b)
 
 
-def choose_item(seed: int, source_key: str, document: str, text: str, psm: float, spm: float) -> Item:
+def choose_item(
+    seed: int, source_key: str, document: str, text: str, psm: float, spm: float
+) -> Item:
     """The document as it is to be encoded. One of fewer than 2 characters has nothing between, and stays plain."""
     kind = choose_fim(seed, source_key, document, psm, spm)
     if kind == "none" or len(text) < SHORTEST_CHARACTERS:
@@ -71,7 +75,9 @@ def choose_item(seed: int, source_key: str, document: str, text: str, psm: float
 
 def fim_parts(text: str, a: int, b: int) -> tuple[str, str, str]:
     """Prefix, middle, suffix; laid end to end they are the text."""
-    assert 0 <= a <= b <= len(text), f"cuts {a} and {b} must lie in order in a text of {len(text)} characters"
+    assert 0 <= a <= b <= len(text), (
+        f"cuts {a} and {b} must lie in order in a text of {len(text)} characters"
+    )
     return text[:a], text[a:b], text[b:]
 
 
@@ -134,10 +140,14 @@ def restore(tokenizer: Tokenizer, ids: Iterable[int] | npt.NDArray[np.integer]) 
     if not found:
         return tokenizer.decode(numbers)
     if [numbers[place] for place in found] != own or found[0] != 0:
-        raise DataError("ids are not one whole fill-in-the-middle document: its three special tokens are not in order")
+        raise DataError(
+            "ids are not one whole fill-in-the-middle document: its three special tokens are not in order"
+        )
     _, turn, last = found
     prefix, suffix, middle = numbers[1:turn], numbers[turn + 1 : last], numbers[last + 1 :]
-    return b"".join(map(tokenizer.decode_bytes, (prefix, middle, suffix))).decode("utf-8", "replace")
+    return b"".join(map(tokenizer.decode_bytes, (prefix, middle, suffix))).decode(
+        "utf-8", "replace"
+    )
 
 
 def _words(purpose: str, seed: int, source_key: str, document: str, count: int) -> tuple[int, ...]:

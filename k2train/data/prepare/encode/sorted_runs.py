@@ -50,9 +50,24 @@ class RunWriter:
     have equal keys and so lie side by side, but only within a part: two in different parts are not found.
     """
 
-    def __init__(self, folder: Path, prefix: str, subset: str, passes: int, seed: int, dtype: str, capacity: int):
+    def __init__(
+        self,
+        folder: Path,
+        prefix: str,
+        subset: str,
+        passes: int,
+        seed: int,
+        dtype: str,
+        capacity: int,
+    ):
         """`prefix` begins the file names; `capacity` is in tokens. Runs go to `folder`."""
-        self.folder, self.prefix, self.subset, self.passes, self.seed = folder, prefix, subset, passes, seed
+        self.folder, self.prefix, self.subset, self.passes, self.seed = (
+            folder,
+            prefix,
+            subset,
+            passes,
+            seed,
+        )
         self.capacity = capacity
         self.runs: list[list[dict[str, Any]]] = [[] for _ in range(passes)]
         # Pages never written to cost no memory.
@@ -65,7 +80,12 @@ class RunWriter:
         self._used = 0
         self._names = bytearray()
         self._columns = {"places": array("Q"), "texts": array("Q"), "name_ends": array("Q")}
-        self._columns |= {"lengths": array("I"), "sources": array("I"), "ordinals": array("I"), "fim": array("B")}
+        self._columns |= {
+            "lengths": array("I"),
+            "sources": array("I"),
+            "ordinals": array("I"),
+            "fim": array("B"),
+        }
         self._keys = [bytearray() for _ in range(self.passes)]
         self._source_keys: list[str] = []
         self._bases: list[Any] = []
@@ -92,7 +112,9 @@ class RunWriter:
             self._begin(source_key)
         if length:
             # Ids fit: the dtype is chosen by the vocabulary.
-            np.concatenate(ids, out=self._tokens[self._used : self._used + length], casting="unsafe")
+            np.concatenate(
+                ids, out=self._tokens[self._used : self._used + length], casting="unsafe"
+            )
             self._used += length
         for keys, base in zip(self._keys, self._bases, strict=True):
             keys += key_of(base, name)
@@ -109,7 +131,9 @@ class RunWriter:
             self.flush()
 
     def _begin(self, source_key: str) -> None:
-        assert not self._source_keys or source_key > self._source_keys[-1], f"{source_key} does not ascend"
+        assert not self._source_keys or source_key > self._source_keys[-1], (
+            f"{source_key} does not ascend"
+        )
         self._source_keys.append(source_key)
         self._bases = [key_base(self.seed, self.subset, i, source_key) for i in range(self.passes)]
 
@@ -130,7 +154,10 @@ class RunWriter:
 
     def _write(self, path: Path, number: int) -> dict[str, Any]:
         keys = np.frombuffer(self._keys[number], dtype=">u8").astype(np.uint64)
-        columns = {name: np.frombuffer(values, dtype=values_dtype(values)) for name, values in self._columns.items()}
+        columns = {
+            name: np.frombuffer(values, dtype=values_dtype(values))
+            for name, values in self._columns.items()
+        }
         # Documents were added in the order of sources and ordinals, so a stable sort by key breaks ties as it should.
         order = np.argsort(keys, kind="stable")
         keys = keys[order]
@@ -155,7 +182,10 @@ class RunWriter:
         ]
         gathered = {
             "tokens": (starts, ends[order]),
-            "names": (name_starts[order].astype(np.int64), columns["name_ends"][order].astype(np.int64)),
+            "names": (
+                name_starts[order].astype(np.int64),
+                columns["name_ends"][order].astype(np.int64),
+            ),
         }
         facts = {"format": FORMAT, "subset": self.subset, "pass": str(number)}
         header, size_bytes = run_header(arrays, facts | {"sources": json.dumps(self._source_keys)})
@@ -166,7 +196,12 @@ class RunWriter:
                     _write_gathered(stream, values, *gathered[name])
                 else:
                     stream.write(values.data)
-        entry = {"path": path.name, "documents": len(keys), "tokens": self._used, "bytes": size_bytes}
+        entry = {
+            "path": path.name,
+            "documents": len(keys),
+            "tokens": self._used,
+            "bytes": size_bytes,
+        }
         return entry | {"first_key": int(keys[0]), "last_key": int(keys[-1])}
 
 
@@ -181,7 +216,11 @@ def run_header(arrays: Sequence[tuple[str, Numbers]], facts: dict[str, str]) -> 
     at = 0
     for name, values in arrays:
         offsets = [at, at + values.nbytes]
-        tensors[name] = {"dtype": _NAMES[values.dtype.name], "shape": list(values.shape), "data_offsets": offsets}
+        tensors[name] = {
+            "dtype": _NAMES[values.dtype.name],
+            "shape": list(values.shape),
+            "data_offsets": offsets,
+        }
         at += values.nbytes
     content = json.dumps(tensors, separators=(",", ":")).encode()
     content += b" " * (-len(content) % 8)
@@ -221,13 +260,18 @@ class Run:
             self._tensors: dict[str, dict[str, Any]] = header
             if (
                 self.facts["format"] != FORMAT
-                or max(t["data_offsets"][1] for t in header.values()) + self._data_bytes != size_bytes
+                or max(t["data_offsets"][1] for t in header.values()) + self._data_bytes
+                != size_bytes
             ):
                 raise ValueError("it is of another version, or cut off")
         except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error.strerror}); start the preparation again") from None
+            raise DataError(
+                f"{path}: cannot be read ({error.strerror}); start the preparation again"
+            ) from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{path}: not a run ({error}); delete it and start the preparation again") from None
+            raise DataError(
+                f"{path}: not a run ({error}); delete it and start the preparation again"
+            ) from None
 
     def __len__(self) -> int:
         return int(self._tensors["keys"]["shape"][0])
@@ -254,7 +298,9 @@ class Run:
         """Items `start:stop` of an array; `tokens` and `names` count in their own items, all others in documents."""
         entry = self._tensors[name]
         stop = entry["shape"][0] if stop is None else stop
-        assert 0 <= start <= stop <= entry["shape"][0], f"{self.path}: {name}[{start}:{stop}] of {entry['shape'][0]}"
+        assert 0 <= start <= stop <= entry["shape"][0], (
+            f"{self.path}: {name}[{start}:{stop}] of {entry['shape'][0]}"
+        )
         dtype = _DTYPES[entry["dtype"]]
         offset = self._data_bytes + entry["data_offsets"][0] + start * dtype.itemsize
         found = np.fromfile(self.path, dtype=dtype, count=stop - start, offset=offset)
@@ -274,7 +320,16 @@ class Run:
     def documents(self) -> Iterator[tuple[int, str, int, str, list[int]]]:
         """(key, source key, ordinal, name, tokens) one by one, the slow and simple way."""
         at = 0
-        columns = zip(*(self.read(c).tolist() for c in ("keys", "sources", "ordinals", "lengths")), strict=True)
+        columns = zip(
+            *(self.read(c).tolist() for c in ("keys", "sources", "ordinals", "lengths")),
+            strict=True,
+        )
         for name, (key, source, ordinal, length) in zip(self.names(), columns, strict=True):
-            yield key, self.source_keys[source], ordinal, name, self.read("tokens", at, at + length).tolist()
+            yield (
+                key,
+                self.source_keys[source],
+                ordinal,
+                name,
+                self.read("tokens", at, at + length).tolist(),
+            )
             at += length

@@ -16,7 +16,9 @@ from k2train.data.tokenizer import Tokenizer, train_tokenizer
 from k2train.errors import DataError
 
 
-def obtain_tokenizer(recipe: Recipe, sources: Mapping[str, Sequence[Source]], progress: Progress) -> Tokenizer:
+def obtain_tokenizer(
+    recipe: Recipe, sources: Mapping[str, Sequence[Source]], progress: Progress
+) -> Tokenizer:
     """Load `tokenizer.model`, or train and save it when the file is absent and the recipe says how.
 
     Raises DataError: no model and no way to train one, too little text, or a model of another size than is asked for.
@@ -35,7 +37,9 @@ def obtain_tokenizer(recipe: Recipe, sources: Mapping[str, Sequence[Source]], pr
     return tokenizer
 
 
-def training_texts(recipe: Recipe, sources: Mapping[str, Sequence[Source]], max_bytes: int) -> Iterator[str]:
+def training_texts(
+    recipe: Recipe, sources: Mapping[str, Sequence[Source]], max_bytes: int
+) -> Iterator[str]:
     """Each text once, by kind and not by the recipe's order; of a larger corpus a sample by document, about `max_bytes`."""
     names = sorted(recipe.subsets, key=lambda name: (recipe.subsets[name].kind, name))
     total_bytes = sum(source.size_bytes for name in names for source in sources[name])

@@ -21,7 +21,12 @@ from k2train.data.chunk import ChunkInfo, Manifest, open_chunk, verify_chunk
 from k2train.data.manifest import chunk_dtype
 from k2train.data.npy import header_bytes
 from k2train.data.prepare.k2_format.lines import MAX_LINE_BYTES, Lines, parse_line, parse_lines
-from k2train.data.prepare.k2_format.provenance import ProvenanceReader, ProvenanceWriter, format_lines, number_texts
+from k2train.data.prepare.k2_format.provenance import (
+    ProvenanceReader,
+    ProvenanceWriter,
+    format_lines,
+    number_texts,
+)
 from k2train.errors import DataError
 from k2train.files import AtomicFile, sha256_file
 
@@ -78,9 +83,13 @@ def import_chunk(task: ImportTask) -> ChunkInfo:
     try:
         identity = task.identity
         info = _write_chunk(task)
-        sizes = {name: (task.target / name).stat().st_size for name in (info.file, str(info.provenance))}
+        sizes = {
+            name: (task.target / name).stat().st_size for name in (info.file, str(info.provenance))
+        }
         with AtomicFile(task.record) as stream:
-            stream.write(json.dumps({"identity": identity, "bytes": sizes, "info": vars(info)}).encode())
+            stream.write(
+                json.dumps({"identity": identity, "bytes": sizes, "info": vars(info)}).encode()
+            )
     except OSError as error:
         where = error.filename or task.target
         raise DataError(
@@ -101,7 +110,10 @@ def _write_chunk(task: ImportTask) -> ChunkInfo:
         def write(lines: Lines) -> None:
             ids.write(lines.ids.astype(dtype).data)
             writer.add(lines.fields)
-            if ids.tell() // SYNC_BYTES > (ids.tell() - lines.ids.size * dtype.itemsize) // SYNC_BYTES:
+            if (
+                ids.tell() // SYNC_BYTES
+                > (ids.tell() - lines.ids.size * dtype.itemsize) // SYNC_BYTES
+            ):
                 # Bit by bit and not all at the end, when nothing else is left to do.
                 ids.flush()
                 os.fsync(ids.fileno())
@@ -109,7 +121,9 @@ def _write_chunk(task: ImportTask) -> ChunkInfo:
         # A block is written while the next one is read; the thread is joined before the files are closed.
         pool = files.enter_context(ThreadPoolExecutor(1))
         written: Future[None] | None = None
-        for lines in parse_lines(read_pieces(task.file), task.file.name, task.sequence_length, task.vocab_size):
+        for lines in parse_lines(
+            read_pieces(task.file), task.file.name, task.sequence_length, task.vocab_size
+        ):
             if written is not None:
                 written.result()
             written = pool.submit(write, lines)
@@ -121,14 +135,27 @@ def _write_chunk(task: ImportTask) -> ChunkInfo:
         # The number of rows is known at the end; counting lines first would read, and unpack, everything twice.
         ids.seek(0)
         _write_header(ids, rows, task.sequence_length, dtype)
-    per_subset = {name: count * task.sequence_length for name, count in sorted(writer.rows_per_subset.items())}
+    per_subset = {
+        name: count * task.sequence_length for name, count in sorted(writer.rows_per_subset.items())
+    }
     hashes = [sha256_file(task.target / name) for name in names]
-    return ChunkInfo(task.name, names[0], rows, rows * task.sequence_length, per_subset, hashes[0], names[1], hashes[1])
+    return ChunkInfo(
+        task.name,
+        names[0],
+        rows,
+        rows * task.sequence_length,
+        per_subset,
+        hashes[0],
+        names[1],
+        hashes[1],
+    )
 
 
 def _write_header(stream: IO[bytes], rows: int, sequence_length: int, dtype: np.dtype[Any]) -> None:
     stream.write(header_bytes((rows, sequence_length), dtype))
-    assert stream.tell() == 128, f"a header of {stream.tell()} bytes cannot be written over the one of no rows"
+    assert stream.tell() == 128, (
+        f"a header of {stream.tell()} bytes cannot be written over the one of no rows"
+    )
 
 
 def read_pieces(path: Path) -> Iterator[bytes]:
@@ -142,7 +169,9 @@ def read_pieces(path: Path) -> Iterator[bytes]:
                 yield piece
             return
         if zstandard is None:
-            raise DataError(f"{path.name}: reading .zst needs zstandard: pip install 'k2train[data]'")
+            raise DataError(
+                f"{path.name}: reading .zst needs zstandard: pip install 'k2train[data]'"
+            )
         yield from _unpack(path, stream)
 
 
@@ -185,5 +214,7 @@ def export_chunk(manifest: Manifest, info: ChunkInfo, path: Path) -> None:
             ids = rows[start : start + EXPORT_ROWS]
             part = list(islice(fields, len(ids)))
             if len(part) != len(ids):
-                raise DataError(f"{provenance}: ends before row {start + len(part)} of {info.rows}; fetch it again")
+                raise DataError(
+                    f"{provenance}: ends before row {start + len(part)} of {info.rows}; fetch it again"
+                )
             stream.write(format_lines(ids, part, texts))

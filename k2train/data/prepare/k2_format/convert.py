@@ -22,7 +22,14 @@ from typing import Any
 
 from k2train.data.chunk import ChunkInfo, Manifest, check_files, read_manifest, write_manifest
 from k2train.data.manifest import MANIFEST_NAME
-from k2train.data.prepare.k2_format.chunk import ROAD, ImportTask, export_chunk, finished, first_ids, import_chunk
+from k2train.data.prepare.k2_format.chunk import (
+    ROAD,
+    ImportTask,
+    export_chunk,
+    finished,
+    first_ids,
+    import_chunk,
+)
 from k2train.data.prepare.k2_format.provenance import count_pieces
 from k2train.data.prepare.progress import Progress
 from k2train.data.prepare.run.executor import exclusive
@@ -63,7 +70,9 @@ def import_k2(
             f"vocab_size ({vocab_size}) must be at least that of {tokenizer} ({given.vocab_size}): raise it"
         )
     if given is not None and tokenizer_sha256 not in (None, given.sha256):
-        raise DataError(f"{tokenizer}: its hash is {given.sha256[:16]}, tokenizer_sha256 says {tokenizer_sha256!r:.18}")
+        raise DataError(
+            f"{tokenizer}: its hash is {given.sha256[:16]}, tokenizer_sha256 says {tokenizer_sha256!r:.18}"
+        )
     meaning = given.sha256 if given is not None else tokenizer_sha256 or UNKNOWN_TOKENIZER
     facts: dict[str, Any] = {
         "name": output.name,
@@ -104,7 +113,9 @@ def _alone(work: Path, output: Path) -> Iterator[None]:
                 (work / name).mkdir(parents=True, exist_ok=True)
             held.enter_context(exclusive(work))
         except OSError as error:
-            raise DataError(f"{work}: cannot be made ({error.strerror}); see to it, and start again") from None
+            raise DataError(
+                f"{work}: cannot be made ({error.strerror}); see to it, and start again"
+            ) from None
         try:
             yield
         finally:
@@ -118,11 +129,19 @@ def _alone(work: Path, output: Path) -> Iterator[None]:
 def _tasks(files: Mapping[int, Path], work: Path, vocab_size: int) -> list[ImportTask]:
     length = len(first_ids(next(iter(files.values()))))
     folders = work / "data", work / "records"
-    return [ImportTask(path, f"chunk_{i:03d}", *folders, length, vocab_size) for i, path in files.items()]
+    return [
+        ImportTask(path, f"chunk_{i:03d}", *folders, length, vocab_size)
+        for i, path in files.items()
+    ]
 
 
 def _complete(
-    target: Path, output: Path, infos: Sequence[ChunkInfo], meaning: str, vocab_size: int, facts: dict[str, Any]
+    target: Path,
+    output: Path,
+    infos: Sequence[ChunkInfo],
+    meaning: str,
+    vocab_size: int,
+    facts: dict[str, Any],
 ) -> None:
     """Make a data folder of what the tasks left, and give it its name."""
     sweep(target, infos, {TOKENIZER_NAME})
@@ -146,32 +165,42 @@ def find_chunks(source: Path) -> dict[int, Path]:
         if found := re.fullmatch(r"chunk_(\d+)\.jsonl(\.zst)?", path.name):
             number = int(found[1])
             if number in files:
-                raise DataError(f"{source}: {files[number].name} and {path.name} are the same chunk; remove one")
+                raise DataError(
+                    f"{source}: {files[number].name} and {path.name} are the same chunk; remove one"
+                )
             files[number] = path
     if not files:
         raise DataError(f"{source}: holds no chunk_<i>.jsonl and no chunk_<i>.jsonl.zst")
     numbers = sorted(files)
     if missing := sorted(set(range(numbers[0], numbers[-1])) - set(numbers)):
-        listed = ", ".join(f"chunk_{i}" for i in missing[:3]) + (", ..." if len(missing) > 3 else "")
+        listed = ", ".join(f"chunk_{i}" for i in missing[:3]) + (
+            ", ..." if len(missing) > 3 else ""
+        )
         raise DataError(
             f"{source}: {len(missing)} of chunk_{numbers[0]} to chunk_{numbers[-1]} missing ({listed}); fetch them"
         )
     return {number: files[number] for number in numbers}
 
 
-def _found(output: Path, imported: Mapping[str, Any], meaning: str, vocab_size: int, force: bool) -> Manifest | None:
+def _found(
+    output: Path, imported: Mapping[str, Any], meaning: str, vocab_size: int, force: bool
+) -> Manifest | None:
     """The manifest of `output` when it is this import already. Raises DataError when it must not be replaced."""
     if not output.exists():
         return None
     whole = (output / MANIFEST_NAME).is_file()
     if not whole and (not output.is_dir() or any(output.iterdir())):
-        raise DataError(f"output: {output} exists and is no data folder; name another, or move it away")
+        raise DataError(
+            f"output: {output} exists and is no data folder; name another, or move it away"
+        )
     if force or not whole:
         return None
     before = read_manifest(output)
     same = (before.facts.get("imported"), before.tokenizer_sha256, before.vocab_size)
     if same != (imported, meaning, vocab_size):
-        raise DataError(f"output: {output} holds other data: name another, or give --force to replace it")
+        raise DataError(
+            f"output: {output} holds other data: name another, or give --force to replace it"
+        )
     check_files(before)
     return before
 
@@ -185,7 +214,9 @@ def _run(tasks: Sequence[ImportTask], workers: int, progress: Progress) -> list[
     elif left:
         with ProcessPoolExecutor(min(workers, len(left)), get_context("spawn")) as pool:
             futures = [pool.submit(import_chunk, task) for task in left]
-            for future in progress.over("import", _completed(pool, futures), total=len(left), unit="chunks"):
+            for future in progress.over(
+                "import", _completed(pool, futures), total=len(left), unit="chunks"
+            ):
                 info = future.result()
                 done[info.name] = info
     return [done[task.name] for task in tasks]
@@ -225,7 +256,9 @@ def _remove(work: Path) -> None:
         work.parent.rmdir()
 
 
-def export_k2(manifest: Manifest, destination: Path, progress: Progress | None = None) -> list[Path]:
+def export_k2(
+    manifest: Manifest, destination: Path, progress: Progress | None = None
+) -> list[Path]:
     """Write `chunk_<i>.jsonl` for each training chunk; an imported folder gives back the lines it was imported from.
 
     Of a row of several documents the first one's source and name are told; see `ProvenanceReader`. Every chunk is
@@ -244,7 +277,9 @@ def export_k2(manifest: Manifest, destination: Path, progress: Progress | None =
             raise DataError(f"{manifest.path}: {info.name} cannot be exported: {what}")
         files[f"chunk_{int(found[1])}.jsonl"] = info
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        raise DataError(f"{destination}: exists already, and an export replaces nothing; name another folder")
+        raise DataError(
+            f"{destination}: exists already, and an export replaces nothing; name another folder"
+        )
     aside = destination.with_name(destination.name + ".tmp")
     mark = aside / "of_manifest"
     if aside.exists() and not (mark.is_file() and mark.read_text("ascii") == manifest.sha256):
@@ -270,7 +305,9 @@ def _lost(manifest: Manifest) -> list[str]:
     inside = pieces - sum(info.rows for info in manifest.chunks)
     lost = []
     if inside:
-        lost.append(f"the sources of {inside:,} of {pieces:,} pieces (a line names the document its row begins with)")
+        lost.append(
+            f"the sources of {inside:,} of {pieces:,} pieces (a line names the document its row begins with)"
+        )
     if manifest.held_out is not None:
         lost.append(f"{manifest.held_out.name} ({counted(manifest.held_out.rows, 'row')})")
     if any(info.borders is not None for info in manifest.chunks):

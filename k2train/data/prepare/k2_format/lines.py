@@ -42,7 +42,9 @@ class Lines(NamedTuple):
     fields: list[Fields]
 
 
-def parse_lines(pieces: Iterable[bytes], where: str, sequence_length: int, vocab_size: int) -> Iterator[Lines]:
+def parse_lines(
+    pieces: Iterable[bytes], where: str, sequence_length: int, vocab_size: int
+) -> Iterator[Lines]:
     """The lines of a file that comes in pieces; a piece that ends inside a line is continued by the next.
 
     Raises DataError, with `where`:line, for a line that is no sample of `sequence_length` ids below `vocab_size`.
@@ -56,7 +58,9 @@ def parse_lines(pieces: Iterable[bytes], where: str, sequence_length: int, vocab
         end = block.rfind(b"\n") + 1
         left = bytes(block[end:])
         if len(left) > MAX_LINE_BYTES:
-            raise DataError(f"{where}:{line}: longer than {MAX_LINE_BYTES} bytes; this is no chunk of K2's")
+            raise DataError(
+                f"{where}:{line}: longer than {MAX_LINE_BYTES} bytes; this is no chunk of K2's"
+            )
         if end:
             del block[end:]
             yield (lines := _parse_block(block, where, line, sequence_length, vocab_size))
@@ -71,7 +75,9 @@ def _keep_freed_memory() -> None:
     np.empty(2**24, dtype=np.uint8)
 
 
-def _parse_block(block: bytearray, where: str, first: int, sequence_length: int, vocab_size: int) -> Lines:
+def _parse_block(
+    block: bytearray, where: str, first: int, sequence_length: int, vocab_size: int
+) -> Lines:
     """`block` holds whole lines, each with its line end; it is overwritten."""
     found = _fast(block, sequence_length)
     if found is None:
@@ -109,12 +115,20 @@ def parse_line(line: bytes, where: str, sequence_length: int | None) -> tuple[li
         raise DataError(f"{where}: subset_name must be text, is {fields['subset_name']!r}")
     ids, fields["token_ids"] = fields["token_ids"], None
     if not isinstance(ids, list) or not ids:
-        raise DataError(f"{where}: token_ids must be a list of ids, is {type(ids).__name__ if ids else 'empty'}")
+        raise DataError(
+            f"{where}: token_ids must be a list of ids, is {type(ids).__name__ if ids else 'empty'}"
+        )
     # Not isinstance: True is an int, and so would a line of truths be a sample. The bound is that of uint32.
-    if wrong := [i for i, token in enumerate(ids) if type(token) is not int or not 0 <= token < 2**32]:
-        raise DataError(f"{where}: token_ids[{wrong[0]}] must be a whole number from 0, is {ids[wrong[0]]!r:.40}")
+    if wrong := [
+        i for i, token in enumerate(ids) if type(token) is not int or not 0 <= token < 2**32
+    ]:
+        raise DataError(
+            f"{where}: token_ids[{wrong[0]}] must be a whole number from 0, is {ids[wrong[0]]!r:.40}"
+        )
     if sequence_length is not None and len(ids) != sequence_length:
-        raise DataError(f"{where}: token_ids has {len(ids)} ids, all samples must have {sequence_length}")
+        raise DataError(
+            f"{where}: token_ids has {len(ids)} ids, all samples must have {sequence_length}"
+        )
     return ids, fields
 
 
@@ -167,7 +181,9 @@ def _cover(block: bytearray, start: int, stop: int) -> bytes:
     return content
 
 
-def _numbers(block: bytearray, starts: list[int], sequence_length: int, filled_bytes: int) -> Tokens:
+def _numbers(
+    block: bytearray, starts: list[int], sequence_length: int, filled_bytes: int
+) -> Tokens:
     """Ids `[lines, sequence_length]` of a covered block. Raises ValueError unless every byte is as it must be.
 
     Between start and end of a line there are numbers of 1 to 5 digits, none with a leading zero, and a comma and a space
@@ -189,13 +205,19 @@ def _numbers(block: bytearray, starts: list[int], sequence_length: int, filled_b
     np.subtract(places[1:], places[:-1] + 2, out=lengths[1:])
     lengths[::sequence_length] = places[::sequence_length] - starts
     zeros = text.take(places - lengths) == _ZERO
-    if int(lengths.min()) < 1 or int(lengths.max()) > _DIGITS or bool((zeros & (lengths > 1)).any()):
+    if (
+        int(lengths.min()) < 1
+        or int(lengths.max()) > _DIGITS
+        or bool((zeros & (lengths > 1)).any())
+    ):
         raise ValueError("not numbers of 1 to 5 digits")
     digit &= np.negative(is_digit.view(np.uint8))
     return _values(digit, places, lengths).reshape(len(starts), sequence_length)
 
 
-def _values(digit: npt.NDArray[np.uint8], places: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> Tokens:
+def _values(
+    digit: npt.NDArray[np.uint8], places: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]
+) -> Tokens:
     """uint32 value of the number of `lengths` digits before each of `places`; what is no digit is 0 in `digit`.
 
     A number is the two digits before its comma, the two before these, and the one before them. The comma and space

@@ -40,8 +40,18 @@ class ProvenanceWriter:
 
     def __init__(self, stream: IO[bytes], sequence_length: int) -> None:
         names = arrow.dictionary(arrow.int32(), arrow.string())
-        kinds = {"row": arrow.int32(), "start": arrow.int32(), "length": arrow.int32(), "subset": names}
-        kinds |= {"source": names, "document": arrow.string(), "offset": arrow.int64(), "fim": names}
+        kinds = {
+            "row": arrow.int32(),
+            "start": arrow.int32(),
+            "length": arrow.int32(),
+            "subset": names,
+        }
+        kinds |= {
+            "source": names,
+            "document": arrow.string(),
+            "offset": arrow.int64(),
+            "fim": names,
+        }
         kinds |= {"repeat": arrow.int16(), "k2_source": names, "k2_line": arrow.string()}
         self.schema = arrow.schema(list(kinds.items()))
         self.sequence_length = sequence_length
@@ -60,7 +70,9 @@ class ProvenanceWriter:
 
     def add(self, fields: Sequence[Fields]) -> None:
         """The rows after those that were added before."""
-        for values, column in zip(self._texts.values(), zip(*map(_texts_of, fields), strict=True), strict=True):
+        for values, column in zip(
+            self._texts.values(), zip(*map(_texts_of, fields), strict=True), strict=True
+        ):
             values.extend(column)
         self._write_groups(GROUP_ROWS)
 
@@ -104,7 +116,9 @@ def _texts_of(fields: Fields) -> tuple[str | None, ...]:
         and tuple(fields) == KEYS
     ):
         return subset, file, str(number), source, None
-    name, document = (value if isinstance(value, str) else json.dumps(value) for value in (file, number))
+    name, document = (
+        value if isinstance(value, str) else json.dumps(value) for value in (file, number)
+    )
     return _unicode(subset), _unicode(name), _unicode(document), None, json.dumps(fields)
 
 
@@ -124,7 +138,9 @@ class ProvenanceReader:
         try:
             self.file = parquet.ParquetFile(path)
         except (OSError, arrow.ArrowException) as error:
-            raise DataError(f"{path}: cannot be read as Parquet ({error}); fetch it again") from None
+            raise DataError(
+                f"{path}: cannot be read as Parquet ({error}); fetch it again"
+            ) from None
 
     def __enter__(self) -> "ProvenanceReader":
         return self
@@ -143,7 +159,9 @@ class ProvenanceReader:
             for row, start, found in zip(listed["row"], listed["start"], texts, strict=True):
                 if start == 0:
                     if row != expected:
-                        raise DataError(f"{self.path}: row {expected} is missing before row {row}; fetch it again")
+                        raise DataError(
+                            f"{self.path}: row {expected} is missing before row {row}; fetch it again"
+                        )
                     expected += 1
                     yield _fields_of(*found)
 
@@ -153,13 +171,21 @@ def count_pieces(path: Path) -> int:
     return int(parquet.read_metadata(path).num_rows)
 
 
-def _fields_of(subset: str, file: str, document: str, source: str | None, line: str | None) -> Fields:
+def _fields_of(
+    subset: str, file: str, document: str, source: str | None, line: str | None
+) -> Fields:
     if line is not None:
         fields: Fields = json.loads(line)
         return fields
     number = int(document) if document.isascii() and document.removeprefix("-").isdigit() else None
     exact = number is not None and str(number) == document
-    values = (None, subset if source is None else source, subset, file, number if exact else document)
+    values = (
+        None,
+        subset if source is None else source,
+        subset,
+        file,
+        number if exact else document,
+    )
     return dict(zip(KEYS, values, strict=True))
 
 

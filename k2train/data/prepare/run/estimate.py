@@ -22,7 +22,7 @@ from k2train.data.prepare.recipe import Recipe, SubsetRecipe
 from k2train.data.prepare.run.local import workers_of
 from k2train.data.prepare.source import Source
 from k2train.data.prepare.sources.readers import encode_tasks, list_sources
-from k2train.data.prepare.workspace import Workplace, read_json
+from k2train.data.prepare.workspace import Workspace, read_json
 from k2train.data.prepare.write.write_chunk import chunk_task
 from k2train.data.tokenizer import Tokenizer
 from k2train.errors import DataError
@@ -78,20 +78,25 @@ def measure(recipe: Recipe, progress: Progress) -> Rates:
         sample, tokenizer, words = _sample(recipe, Path(name), progress)
         listing = list_sources(sample)
         tasks = encode_tasks(sample, listing)
-        place = Workplace.create(Path(name) / "work", Path(name) / "out.tmp", sample, tokenizer, tasks)
+        place = Workspace.create(
+            Path(name) / "work", Path(name) / "out.tmp", sample, tokenizer, tasks
+        )
         progress.say(f"measure: encode the standard library with {words}")
         encode_seconds = _timed(lambda number: encode_task(place, number), len(tasks))
         plan_task(place)
         progress.say(f"measure: write {CHUNKS} chunks")
         chunk_seconds = _timed(lambda number: chunk_task(place, number), CHUNKS)
-        text_bytes = sum(read_json(place.encode_record(n))["text_bytes"] for n in range(len(place.tasks)))
+        text_bytes = sum(
+            read_json(place.encode_record(n))["text_bytes"] for n in range(len(place.tasks))
+        )
         account = read_json(place.folder / "plan" / "plan.json")["account"]["code"]
         made = account["used_tokens"]
         return Rates(
             encode_bytes_per_second=text_bytes / encode_seconds,
             text_bytes_per_token=text_bytes / account["training_tokens"],
             chunk_tokens_per_second=made / chunk_seconds,
-            run_bytes_per_token=_size(place.folder / "runs") / (PASSES * account["training_tokens"]),
+            run_bytes_per_token=_size(place.folder / "runs")
+            / (PASSES * account["training_tokens"]),
             chunk_bytes_per_token=_size(place.target) / made,
             peak_memory_bytes=_peak_memory_bytes(),
             tokenizer=words,
@@ -142,7 +147,10 @@ def _size(folder: Path) -> int:
 def cost(recipe: Recipe, rates: Rates) -> Cost:
     """Raises DataError for subsets without `expected_tokens` whose files are not there, a line for each."""
     sources = _sources(recipe)
-    one_pass = {name: _tokens_of_one_pass(subset, sources[name], rates) for name, subset in recipe.subsets.items()}
+    one_pass = {
+        name: _tokens_of_one_pass(subset, sources[name], rates)
+        for name, subset in recipe.subsets.items()
+    }
     made = {
         name: min(int(one_pass[name] * subset.repeat), subset.limit_tokens or sys.maxsize)
         for name, subset in recipe.subsets.items()
@@ -169,7 +177,9 @@ def cost(recipe: Recipe, rates: Rates) -> Cost:
         work_bytes=laid_out * rates.run_bytes_per_token * width / 2,
         output_bytes=total * rates.chunk_bytes_per_token * width / 2,
         task_memory_bytes=rates.peak_memory_bytes + held_tokens * width,
-        from_files=tuple(name for name, subset in recipe.subsets.items() if subset.expected_tokens is None),
+        from_files=tuple(
+            name for name, subset in recipe.subsets.items() if subset.expected_tokens is None
+        ),
     )
 
 
@@ -190,7 +200,9 @@ def _sources(recipe: Recipe) -> dict[str, list[Source] | None]:
     return found
 
 
-def _tokens_of_one_pass(subset: SubsetRecipe, sources: Sequence[Source] | None, rates: Rates) -> int:
+def _tokens_of_one_pass(
+    subset: SubsetRecipe, sources: Sequence[Source] | None, rates: Rates
+) -> int:
     if subset.expected_tokens is not None or sources is None:
         return subset.expected_tokens or 0
     low, high = subset.share
@@ -199,7 +211,10 @@ def _tokens_of_one_pass(subset: SubsetRecipe, sources: Sequence[Source] | None, 
 
 
 def _encode_tasks(
-    recipe: Recipe, sources: Mapping[str, list[Source] | None], tokens: Mapping[str, int], rates: Rates
+    recipe: Recipe,
+    sources: Mapping[str, list[Source] | None],
+    tokens: Mapping[str, int],
+    rates: Rates,
 ) -> tuple[int, float]:
     """How many encode tasks there are, and the bytes of the largest: counted where the files are, else by their size."""
     there = {name: listed for name, listed in sources.items() if listed is not None}
@@ -207,7 +222,9 @@ def _encode_tasks(
     tasks = encode_tasks(recipe.model_copy(update={"subsets": subsets}), there) if there else []
     sizes = [float(sum(source.size_bytes for source in task.sources)) for task in tasks]
     most = float(recipe.executor.task_bytes)
-    text_bytes = sum(tokens[name] for name in sources if name not in there) * rates.text_bytes_per_token
+    text_bytes = (
+        sum(tokens[name] for name in sources if name not in there) * rates.text_bytes_per_token
+    )
     count = round(text_bytes / most)
     sizes += [most] if count else [text_bytes]
     return len(tasks) + max(count, 0 if there else 1), max(sizes)
@@ -216,15 +233,24 @@ def _encode_tasks(
 def _vocab(recipe: Recipe) -> int:
     if recipe.tokenizer.model.exists():
         return Tokenizer.load(recipe.tokenizer.model, recipe.tokenizer.specials).vocab_size
-    return (recipe.tokenizer.train.vocab_size if recipe.tokenizer.train else 32000) + len(recipe.tokenizer.specials)
+    return (recipe.tokenizer.train.vocab_size if recipe.tokenizer.train else 32000) + len(
+        recipe.tokenizer.specials
+    )
 
 
 def estimate_lines(recipe: Recipe, rates: Rates, needs: Cost) -> Sequence[str]:
     """The estimate for people; times are of this machine's cores."""
     workers = workers_of(recipe.executor)
-    told = "all cores of this machine; " if recipe.executor.workers is None and recipe.executor.kind == "local" else ""
+    told = (
+        "all cores of this machine; "
+        if recipe.executor.workers is None and recipe.executor.kind == "local"
+        else ""
+    )
     encode, chunks = seconds_text(needs.encode_seconds), seconds_text(needs.chunk_seconds)
-    reads = min(recipe.executor.task_bytes, needs.encoded_tokens * rates.text_bytes_per_token / needs.encode_tasks)
+    reads = min(
+        recipe.executor.task_bytes,
+        needs.encoded_tokens * rates.text_bytes_per_token / needs.encode_tasks,
+    )
     lines = [
         f"{recipe.name}: {tokens_text(needs.encoded_tokens)} tokens to encode once, {tokens_text(needs.made_tokens)} in "
         f"{counted(recipe.chunks, 'chunk')} of {tokens_text(needs.made_tokens / recipe.chunks)}",
@@ -246,7 +272,9 @@ def estimate_lines(recipe: Recipe, rates: Rates, needs: Cost) -> Sequence[str]:
         f"{tokens_text(rates.chunk_tokens_per_second)} tokens/s",
     ]
     if needs.from_files:
-        lines.append(f"taken from file sizes, as if they were plain text: {', '.join(needs.from_files)}")
+        lines.append(
+            f"taken from file sizes, as if they were plain text: {', '.join(needs.from_files)}"
+        )
     return lines
 
 
@@ -259,7 +287,9 @@ def _scaled(value: float, units: Sequence[tuple[float, str]]) -> str:
 
 def bytes_text(value: float) -> str:
     """`20 bytes`, `1.5 MB`."""
-    return _scaled(round(value), ((1e12, " TB"), (1e9, " GB"), (1e6, " MB"), (1e3, " KB"), (1, " bytes")))
+    return _scaled(
+        round(value), ((1e12, " TB"), (1e9, " GB"), (1e6, " MB"), (1e3, " KB"), (1, " bytes"))
+    )
 
 
 def tokens_text(value: float) -> str:

@@ -16,15 +16,15 @@ from typing import Protocol, Self
 
 from k2train.data.prepare.progress import Progress
 from k2train.data.prepare.recipe import ExecutorRecipe
-from k2train.data.prepare.run.local import LocalCrew
+from k2train.data.prepare.run.local import LocalExecutor
 from k2train.data.prepare.run.tasks import Phase, completed, first_failure, phases_of
-from k2train.data.prepare.workspace import Workplace
+from k2train.data.prepare.workspace import Workspace
 from k2train.errors import ConfigError, DataError
 
 POLL_SECONDS = 0.2
 
 
-class Crew(Protocol):
+class TaskExecutor(Protocol):
     """Those who do the tasks. Leaving the with statement ends what must not go on without the driver."""
 
     def __enter__(self) -> Self: ...
@@ -58,7 +58,9 @@ def exclusive(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder = os.pread(descriptor, 64, 0).decode("ascii", "replace").strip() or "not named yet"
+            holder = (
+                os.pread(descriptor, 64, 0).decode("ascii", "replace").strip() or "not named yet"
+            )
             raise DataError(
                 f"{folder}: this preparation is under way already (pid {holder}); wait for it, or end it first"
             ) from None
@@ -70,57 +72,67 @@ def exclusive(folder: Path) -> Iterator[None]:
 
 
 def run_phases(
-    workplace: Workplace, executor: ExecutorRecipe, progress: Progress, phases: Sequence[Phase] | None = None
+    workspace: Workspace,
+    executor: ExecutorRecipe,
+    progress: Progress,
+    phases: Sequence[Phase] | None = None,
 ) -> None:
     """Do all tasks that are not done, holding the work folder; `phases` are those of a preparation when left out.
 
     Raises the line of the first task that met a user's mistake (DataError), RuntimeError for one that met a bug of ours,
     ConfigError when the executor cannot be had.
     """
-    with exclusive(workplace.folder):
-        drive(workplace, executor, progress, phases)
+    with exclusive(workspace.folder):
+        drive(workspace, executor, progress, phases)
 
 
 def drive(
-    workplace: Workplace, executor: ExecutorRecipe, progress: Progress, phases: Sequence[Phase] | None = None
+    workspace: Workspace,
+    recipe: ExecutorRecipe,
+    progress: Progress,
+    phases: Sequence[Phase] | None = None,
 ) -> None:
     """`run_phases` for a caller that holds the folder itself."""
     # Tasks on other machines, or in other working directories, find the folder by its whole name.
-    workplace = replace(workplace, folder=workplace.folder.resolve())
-    phases = phases_of(workplace) if phases is None else phases
-    with _crew(workplace, phases, executor, progress) as crew:
+    workspace = replace(workspace, folder=workspace.folder.resolve())
+    phases = phases_of(workspace) if phases is None else phases
+    with _executor(workspace, phases, recipe, progress) as executor:
         for phase in phases:
-            for _ in progress.over(phase.name, _watch(workplace, phase, crew), total=phase.tasks, unit="tasks"):
+            for _ in progress.over(
+                phase.name, _watch(workspace, phase, executor), total=phase.tasks, unit="tasks"
+            ):
                 pass
 
 
-def _crew(workplace: Workplace, phases: Sequence[Phase], executor: ExecutorRecipe, progress: Progress) -> Crew:
+def _executor(
+    workspace: Workspace, phases: Sequence[Phase], recipe: ExecutorRecipe, progress: Progress
+) -> TaskExecutor:
     if find_spec("datatrove") is None:
         raise ConfigError("preparing data needs datatrove: pip install 'k2train[data]'")
-    if executor.kind == "slurm":
+    if recipe.kind == "slurm":
         # Loads datatrove's SLURM executor into this process, which the local one does not need.
-        from k2train.data.prepare.run.slurm import SlurmCrew
+        from k2train.data.prepare.run.slurm import SlurmExecutor
 
-        return SlurmCrew(workplace, phases, executor, progress)
-    if executor.kind == "ray" and find_spec("ray") is None:
+        return SlurmExecutor(workspace, phases, recipe, progress)
+    if recipe.kind == "ray" and find_spec("ray") is None:
         raise ConfigError("executor.kind ray needs ray: pip install ray")
-    return LocalCrew(workplace, phases, executor)
+    return LocalExecutor(workspace, phases, recipe)
 
 
-def _watch(workplace: Workplace, phase: Phase, crew: Crew) -> Iterator[int]:
+def _watch(workspace: Workspace, phase: Phase, executor: TaskExecutor) -> Iterator[int]:
     """The numbers of done tasks, as they get done; ends when all are."""
-    crew.start(phase)
+    executor.start(phase)
     shown: set[int] = set()
     trouble: Exception | None = None
     while True:
-        done = completed(workplace, phase)
+        done = completed(workspace, phase)
         yield from sorted(done - shown)
         shown |= done
         if len(done) == phase.tasks:
-            crew.finish(phase)
+            executor.finish(phase)
             return
-        failure = first_failure(workplace, phase) or trouble
+        failure = first_failure(workspace, phase) or trouble
         if failure is not None:
-            crew.failed(phase)
+            executor.failed(phase)
             raise failure
-        trouble = crew.poll(phase, POLL_SECONDS)
+        trouble = executor.poll(phase, POLL_SECONDS)

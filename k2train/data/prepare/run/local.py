@@ -22,7 +22,7 @@ from typing import Any
 
 from k2train.data.prepare.recipe import ExecutorRecipe
 from k2train.data.prepare.run.tasks import Phase, PhaseTask, explain, settle, tail_of
-from k2train.data.prepare.workspace import Workplace
+from k2train.data.prepare.workspace import Workspace
 from k2train.errors import DataError
 
 CLUSTER_WORKERS = 64
@@ -43,12 +43,12 @@ def workers_of(executor: ExecutorRecipe) -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _pipeline(workplace: Workplace, phase: Phase, executor: ExecutorRecipe) -> Any:
+def _pipeline(workspace: Workspace, phase: Phase, executor: ExecutorRecipe) -> Any:
     common = {
-        "pipeline": [PhaseTask(workplace.folder, phase)],
+        "pipeline": [PhaseTask(workspace.folder, phase)],
         "tasks": phase.tasks,
         "workers": min(workers_of(executor), phase.tasks),
-        "logging_dir": str(phase.logs(workplace)),
+        "logging_dir": str(phase.logs(workspace)),
     }
     if executor.kind == "ray":
         from datatrove.executor.ray import RayPipelineExecutor
@@ -60,11 +60,13 @@ def _pipeline(workplace: Workplace, phase: Phase, executor: ExecutorRecipe) -> A
     return LocalPipelineExecutor(**common, start_method="fork")
 
 
-def _run_phase(connection: Connection, workplace: Workplace, phase: Phase, executor: ExecutorRecipe) -> int:
+def _run_phase(
+    connection: Connection, workspace: Workspace, phase: Phase, executor: ExecutorRecipe
+) -> int:
     try:
-        _pipeline(workplace, phase, executor).run()
+        _pipeline(workspace, phase, executor).run()
     except BaseException as error:
-        connection.send(explain(error, workplace.folder))
+        connection.send(explain(error, workspace.folder))
         return 1
     return 0
 
@@ -74,7 +76,7 @@ def serve(connection: Connection) -> None:
     import datatrove.executor.local  # noqa: F401  (loaded once, for every fork)
 
     folder, executor, phases = connection.recv()
-    workplace = Workplace.open(folder)
+    workspace = Workspace.open(folder)
     child = 0
     while True:
         if connection.poll(POLL_SECONDS if child else None):
@@ -84,7 +86,7 @@ def serve(connection: Connection) -> None:
             if child == 0:
                 code = 1
                 try:
-                    code = _run_phase(connection, workplace, phase, executor)
+                    code = _run_phase(connection, workspace, phase, executor)
                 finally:
                     sys.stderr.flush()
                     os._exit(code)
@@ -95,18 +97,20 @@ def serve(connection: Connection) -> None:
                 connection.send(os.waitstatus_to_exitcode(status))
 
 
-class LocalCrew:
+class LocalExecutor:
     """Workers on this machine, or the driver of a Ray cluster's; leave the with statement and they are gone."""
 
-    def __init__(self, workplace: Workplace, phases: Sequence[Phase], executor: ExecutorRecipe) -> None:
-        self.workplace, self.phases, self.executor = workplace, list(phases), executor
-        self.log = workplace.folder / "logs" / f"{executor.kind}.log"
+    def __init__(
+        self, workspace: Workspace, phases: Sequence[Phase], executor: ExecutorRecipe
+    ) -> None:
+        self.workspace, self.phases, self.executor = workspace, list(phases), executor
+        self.log = workspace.folder / "logs" / f"{executor.kind}.log"
         self.server: subprocess.Popen[bytes] | None = None
         self._running = False
         self._said: tuple[str, bool] | None = None
         self._doubt: float | None = None
 
-    def __enter__(self) -> "LocalCrew":
+    def __enter__(self) -> "LocalExecutor":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -135,11 +139,11 @@ class LocalCrew:
                 start_new_session=True,
             )
         with suppress(BrokenPipeError):
-            self.connection.send((self.workplace.folder, self.executor, self.phases))
+            self.connection.send((self.workspace.folder, self.executor, self.phases))
 
     def start(self, phase: Phase) -> None:
         """Begin what is left of a phase."""
-        if settle(self.workplace, phase) == 0:
+        if settle(self.workspace, phase) == 0:
             return
         if self.server is None:
             self._start_server()
@@ -183,7 +187,9 @@ class LocalCrew:
             line, mistake = self._said
             if mistake:
                 return DataError(line)
-            return RuntimeError(f"{phase.name} failed: {line}; the log is {self.log}, and ends:\n{tail_of(self.log)}")
+            return RuntimeError(
+                f"{phase.name} failed: {line}; the log is {self.log}, and ends:\n{tail_of(self.log)}"
+            )
         if code < 0:
             return self._killed(phase) or DataError(f"{phase.name}: the worker {_fate(code)}")
         return RuntimeError(
@@ -194,7 +200,7 @@ class LocalCrew:
         """A pool waits for ever for a worker that the system killed: its sign stands, and its process is gone."""
         if self.executor.kind != "local":
             return None
-        for sign in sorted((phase.logs(self.workplace) / "running").iterdir()):
+        for sign in sorted((phase.logs(self.workspace) / "running").iterdir()):
             with suppress(FileNotFoundError, ValueError):
                 if not _lives(int(sign.read_text("ascii"))) and sign.exists():
                     return DataError(f"task {int(sign.name)} of {phase.name} {_fate(-9)}")

@@ -26,7 +26,13 @@ from k2train.data.prepare.run.publish import TOKENIZER_NAME, damaged, finish, is
 from k2train.data.prepare.source import Source
 from k2train.data.prepare.sources.readers import encode_tasks, list_sources
 from k2train.data.prepare.sources.rejected import REJECTED_NAME
-from k2train.data.prepare.workspace import CONTEXT_NAME, EncodeTask, Workplace, listing_sha256, read_json
+from k2train.data.prepare.workspace import (
+    CONTEXT_NAME,
+    EncodeTask,
+    Workspace,
+    listing_sha256,
+    read_json,
+)
 from k2train.data.tokenizer import Tokenizer
 from k2train.errors import DataError
 
@@ -50,7 +56,9 @@ WORK_PARTS = {
 Listing = dict[str, list[Source]]
 
 
-def prepare(recipe: Recipe, force: bool = False, progress: Progress | None = None) -> tuple[Manifest, bool]:
+def prepare(
+    recipe: Recipe, force: bool = False, progress: Progress | None = None
+) -> tuple[Manifest, bool]:
     """Make the data folder, or find it made: its manifest, and whether it was made now.
 
     A start that was killed is gone on with. Raises DataError when the folder holds something else or an earlier start
@@ -73,12 +81,16 @@ def prepare(recipe: Recipe, force: bool = False, progress: Progress | None = Non
     # Both, since two recipes may name one output and different folders for their work.
     with exclusive(recipe.work_folder), exclusive(target):
         if not force and _existing(recipe) is not None:
-            raise DataError(f"{recipe.output}: was prepared by another process just now; start again to check it")
-        workplace = _workplace(recipe, target, tokenizer, listing, force, progress)
-        run_phases(workplace, recipe.executor, progress)
-        records = [read_json(workplace.encode_record(number)) for number in range(len(workplace.tasks))]
-        manifest = finish(workplace, sources_identity(records), ROAD)
-        shutil.rmtree(workplace.folder, ignore_errors=True)
+            raise DataError(
+                f"{recipe.output}: was prepared by another process just now; start again to check it"
+            )
+        workspace = _workspace(recipe, target, tokenizer, listing, force, progress)
+        run_phases(workspace, recipe.executor, progress)
+        records = [
+            read_json(workspace.encode_record(number)) for number in range(len(workspace.tasks))
+        ]
+        manifest = finish(workspace, sources_identity(records), ROAD)
+        shutil.rmtree(workspace.folder, ignore_errors=True)
     _remove_work(recipe)
     return manifest, True
 
@@ -88,7 +100,7 @@ def _remove_work(recipe: Recipe) -> None:
     work, target = recipe.work_folder, target_of(recipe)
     with suppress(OSError, DataError), exclusive(work):
         for folder in _works(work):
-            if Workplace.open(folder).target.resolve() == target.resolve():
+            if Workspace.open(folder).target.resolve() == target.resolve():
                 shutil.rmtree(folder, ignore_errors=True)
         if {path.name for path in work.iterdir()} == {LOCK_NAME}:
             shutil.rmtree(work, ignore_errors=True)
@@ -107,17 +119,27 @@ def target_of(recipe: Recipe) -> Path:
 def _refuse_foreign(recipe: Recipe, target: Path) -> None:
     """Raises DataError for a folder that holds what no preparation wrote: it would be in the way, or lost."""
     if recipe.output.exists() and not is_data_folder(recipe.output):
-        raise DataError(f"output: {recipe.output} exists and is no data folder; name another, or move it away")
+        raise DataError(
+            f"output: {recipe.output} exists and is no data folder; name another, or move it away"
+        )
     work = recipe.work_folder
     for folder in (recipe.output.resolve(), target.resolve()):
         if work.resolve().is_relative_to(folder) or folder.is_relative_to(work.resolve()):
-            raise DataError(f"work: {work} and output: {recipe.output} lie one inside the other; name another work")
+            raise DataError(
+                f"work: {work} and output: {recipe.output} lie one inside the other; name another work"
+            )
     for key, folder, ours in (("work", work, _is_work), ("output", target, _is_ours)):
         if folder.exists() and not folder.is_dir():
             raise DataError(f"{key}: {folder} is no folder; move it away")
-        foreign = next((path for path in sorted(folder.iterdir()) if not ours(path)), None) if folder.exists() else None
+        foreign = (
+            next((path for path in sorted(folder.iterdir()) if not ours(path)), None)
+            if folder.exists()
+            else None
+        )
         if foreign is not None:
-            raise DataError(f"{key}: {foreign} was not written by a preparation; move it away, or name another {key}")
+            raise DataError(
+                f"{key}: {foreign} was not written by a preparation; move it away, or name another {key}"
+            )
 
 
 def _is_work(path: Path) -> bool:
@@ -125,12 +147,18 @@ def _is_work(path: Path) -> bool:
         return True
     # By its name and parts, since one that was killed at its start has no context yet.
     is_identity = re.fullmatch(r"[0-9a-f]{16}", path.name) is not None and path.is_dir()
-    return is_identity and all(part.name in WORK_PARTS or part.suffix == ".tmp" for part in path.iterdir())
+    return is_identity and all(
+        part.name in WORK_PARTS or part.suffix == ".tmp" for part in path.iterdir()
+    )
 
 
 def _is_ours(path: Path) -> bool:
     parts = r"(chunk_\d+|held_out)(\.borders)?\.(npy|parquet)"
-    return path.suffix == ".tmp" or path.name in OTHER_FILES or re.fullmatch(parts, path.name) is not None
+    return (
+        path.suffix == ".tmp"
+        or path.name in OTHER_FILES
+        or re.fullmatch(parts, path.name) is not None
+    )
 
 
 def _existing(recipe: Recipe) -> Manifest | None:
@@ -161,7 +189,9 @@ def _check_made(before: Manifest, recipe: Recipe, listing: Listing) -> None:
 
 
 def _listing_sha256(listing: Listing) -> str:
-    return listing_sha256({(name, source.key) for name, sources in listing.items() for source in sources})
+    return listing_sha256(
+        {(name, source.key) for name, sources in listing.items() for source in sources}
+    )
 
 
 def _all_sources(listing: Listing) -> list[Source]:
@@ -188,49 +218,67 @@ def _refuse_other(before: Manifest, wanted: Mapping[str, Any]) -> None:
             )
 
 
-def _workplace(
-    recipe: Recipe, target: Path, tokenizer: Tokenizer, listing: Listing, force: bool, progress: Progress
-) -> Workplace:
+def _workspace(
+    recipe: Recipe,
+    target: Path,
+    tokenizer: Tokenizer,
+    listing: Listing,
+    force: bool,
+    progress: Progress,
+) -> Workspace:
     """The folder of this preparation, as an earlier start left it or fresh; what others began for this output is removed."""
-    identity = hashlib.sha256(f"{recipe.sha256} {tokenizer.sha256} {ROAD}".encode()).hexdigest()[:16]
+    identity = hashlib.sha256(f"{recipe.sha256} {tokenizer.sha256} {ROAD}".encode()).hexdigest()[
+        :16
+    ]
     folder = recipe.work_folder / identity
     begun = (folder / CONTEXT_NAME).is_file() and not force
     for other in _works(recipe.work_folder):
-        mine = Workplace.open(other).target.resolve() == target.resolve()
+        mine = Workspace.open(other).target.resolve() == target.resolve()
         if mine and (other != folder or not begun):
-            progress.say(f"remove {other}: " + ("started over" if other == folder else "of another recipe"))
+            progress.say(
+                f"remove {other}: " + ("started over" if other == folder else "of another recipe")
+            )
             shutil.rmtree(other)
     if not begun:
         for path in target.iterdir():
             if path.name != LOCK_NAME:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-        return Workplace.create(folder, target, recipe, tokenizer, encode_tasks(recipe, listing))
-    workplace = Workplace.open(folder)
-    _refuse_changed(workplace, listing)
+        return Workspace.create(folder, target, recipe, tokenizer, encode_tasks(recipe, listing))
+    workspace = Workspace.open(folder)
+    _refuse_changed(workspace, listing)
     progress.say(f"go on with the preparation in {folder}")
     # The tasks keep their numbers; what does not decide bytes, as who does them and where files lie, may be another now.
     now = {source.key: source for source in _all_sources(listing)}
-    tasks = [EncodeTask(task.subsets, tuple(now[s.key] for s in task.sources)) for task in workplace.tasks]
-    return Workplace.create(folder, target, recipe, tokenizer, tasks)
+    tasks = [
+        EncodeTask(task.subsets, tuple(now[s.key] for s in task.sources))
+        for task in workspace.tasks
+    ]
+    return Workspace.create(folder, target, recipe, tokenizer, tasks)
 
 
-def _refuse_changed(workplace: Workplace, listing: Listing) -> None:
+def _refuse_changed(workspace: Workspace, listing: Listing) -> None:
     """Raises DataError when a source is not what the earlier start listed, or read."""
-    begun = [source for task in workplace.tasks for source in task.sources]
+    begun = [source for task in workspace.tasks for source in task.sources]
     then = {source.key: source.size_bytes for source in begun}
     now = {source.key: source.size_bytes for source in _all_sources(listing)}
     changed = sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key))
-    if not changed and workplace.listing_sha256 != _listing_sha256(listing):
+    if not changed and workspace.listing_sha256 != _listing_sha256(listing):
         raise DataError(
-            f"{workplace.folder}: was begun with the files of its subsets given out otherwise; bring the recipe's paths "
+            f"{workspace.folder}: was begun with the files of its subsets given out otherwise; bring the recipe's paths "
             f"back, or give --force to start over"
         )
     if not changed:
-        read = [record for n in range(len(workplace.tasks)) if (record := read_json(workplace.encode_record(n)))]
+        read = [
+            record
+            for n in range(len(workspace.tasks))
+            if (record := read_json(workspace.encode_record(n)))
+        ]
         known = {source["key"]: source for record in read for source in record["sources"]}
-        changed = changed_sources([source for source in _all_sources(listing) if source.key in known], known)
+        changed = changed_sources(
+            [source for source in _all_sources(listing) if source.key in known], known
+        )
     if changed:
         raise DataError(
-            f"{_few(changed)}: missing, new or changed since this preparation began in {workplace.folder}; bring the "
+            f"{_few(changed)}: missing, new or changed since this preparation began in {workspace.folder}; bring the "
             f"files, or the recipe's paths, back, or give --force to start over"
         )

@@ -17,7 +17,7 @@ import numpy as np
 from k2train.data.chunk import ChunkInfo, Manifest
 from k2train.data.manifest import MANIFEST_NAME, SOURCES_NAME, read_manifest, write_manifest
 from k2train.data.prepare.sources.rejected import REJECTED_NAME, rejected_lines
-from k2train.data.prepare.workspace import HELD_OUT, Workplace, read_json, write_json
+from k2train.data.prepare.workspace import HELD_OUT, Workspace, read_json, write_json
 from k2train.data.tokenizer import Tokenizer
 from k2train.errors import DataError
 from k2train.files import AtomicFile, sha256_file, sync_directory
@@ -25,15 +25,21 @@ from k2train.files import AtomicFile, sha256_file, sync_directory
 TOKENIZER_NAME = "tokenizer.model"
 
 
-def finish(workplace: Workplace, inputs: str, road: int) -> Manifest:
+def finish(workspace: Workspace, inputs: str, road: int) -> Manifest:
     """Complete the target folder and give it its name. `inputs` is the identity of the documents."""
-    recipe, target, plan = workplace.recipe, workplace.target, read_json(workplace.folder / "plan" / "plan.json")
-    records = {name: read_json(workplace.chunk_record(name)) for name in workplace.chunk_names}
+    recipe, target, plan = (
+        workspace.recipe,
+        workspace.target,
+        read_json(workspace.folder / "plan" / "plan.json"),
+    )
+    records = {name: read_json(workspace.chunk_record(name)) for name in workspace.chunk_names}
     infos = {name: ChunkInfo(**record["info"]) for name, record in records.items()}
     held_out = infos.pop(HELD_OUT, None)
-    sources = _write_sources(workplace, plan["sources"], {name: r["sources"] for name, r in records.items()})
-    rejected = _write_rejected(workplace)
-    tokenizer = workplace.tokenizer
+    sources = _write_sources(
+        workspace, plan["sources"], {name: r["sources"] for name, r in records.items()}
+    )
+    rejected = _write_rejected(workspace)
+    tokenizer = workspace.tokenizer
     with AtomicFile(target / TOKENIZER_NAME) as stream:
         stream.write(tokenizer.model)
     facts: dict[str, Any] = {
@@ -41,14 +47,16 @@ def finish(workplace: Workplace, inputs: str, road: int) -> Manifest:
         "recipe_sha256": recipe.sha256,
         "recipe": recipe.identity,
         "inputs_sha256": inputs,
-        "listing_sha256": workplace.listing_sha256,
+        "listing_sha256": workspace.listing_sha256,
         "sources_sha256": sources,
         "rejected_sha256": rejected,
         "tokenizer": {"file": TOKENIZER_NAME, "specials": list(tokenizer.specials)},
         "road": road,
         "python": platform.python_version(),
         "seed": recipe.seed,
-        "dropped_tail_tokens": {name: entry["tail_tokens"] for name, entry in plan["account"].items()},
+        "dropped_tail_tokens": {
+            name: entry["tail_tokens"] for name, entry in plan["account"].items()
+        },
         "account": plan["account"],
         "document_keys": plan["document_keys"],
     }
@@ -67,45 +75,52 @@ def finish(workplace: Workplace, inputs: str, road: int) -> Manifest:
     return read_manifest(recipe.output)
 
 
-def _write_sources(workplace: Workplace, keys: Sequence[str], used: Mapping[str, str]) -> str:
+def _write_sources(workspace: Workspace, keys: Sequence[str], used: Mapping[str, str]) -> str:
     """`sources.json`: what was read, with size and hash; who was trained on or held out; shares of what is split inside."""
     bits = {
-        name: np.unpackbits(np.frombuffer(bytes.fromhex(text), np.uint8))[: len(keys)] for name, text in used.items()
+        name: np.unpackbits(np.frombuffer(bytes.fromhex(text), np.uint8))[: len(keys)]
+        for name, text in used.items()
     }
     parts = {
         "training": [name for name in bits if name != HELD_OUT],
         HELD_OUT: [name for name in bits if name == HELD_OUT],
     }
-    inside = _split_inside(workplace)
+    inside = _split_inside(workspace)
     content: dict[str, Any] = {}
     for part, names in parts.items():
-        taken = np.bitwise_or.reduce([bits[name] for name in names]) if names else np.zeros(len(keys), np.uint8)
-        content[part] = sorted(key for key, one in zip(keys, taken, strict=True) if one and key not in inside)
+        taken = (
+            np.bitwise_or.reduce([bits[name] for name in names])
+            if names
+            else np.zeros(len(keys), np.uint8)
+        )
+        content[part] = sorted(
+            key for key, one in zip(keys, taken, strict=True) if one and key not in inside
+        )
     content["shares"] = inside
     files: dict[str, dict[str, Any]] = {}
-    for number in range(len(workplace.tasks)):
-        for source in read_json(workplace.encode_record(number))["sources"]:
+    for number in range(len(workspace.tasks)):
+        for source in read_json(workspace.encode_record(number))["sources"]:
             files[source["key"]] = {"bytes": source["bytes"], "sha256": source["sha256"]}
     content["files"] = dict(sorted(files.items()))
-    write_json(workplace.target / SOURCES_NAME, content)
-    return sha256_file(workplace.target / SOURCES_NAME)
+    write_json(workspace.target / SOURCES_NAME, content)
+    return sha256_file(workspace.target / SOURCES_NAME)
 
 
-def _split_inside(workplace: Workplace) -> dict[str, list[float]]:
+def _split_inside(workspace: Workspace) -> dict[str, list[float]]:
     """Sources of which only a share of the documents may be used: their names do not say what was seen."""
     shares: dict[str, list[float]] = {}
-    for task in workplace.tasks:
-        subset = workplace.recipe.subsets[task.subsets[0]]
+    for task in workspace.tasks:
+        subset = workspace.recipe.subsets[task.subsets[0]]
         if subset.split_by == "document":
             shares |= {source.key: list(subset.share) for source in task.sources}
     return dict(sorted(shares.items()))
 
 
-def _write_rejected(workplace: Workplace) -> str:
-    with AtomicFile(workplace.target / REJECTED_NAME) as stream:
-        for line in rejected_lines(workplace):
+def _write_rejected(workspace: Workspace) -> str:
+    with AtomicFile(workspace.target / REJECTED_NAME) as stream:
+        for line in rejected_lines(workspace):
             stream.write(line)
-    return sha256_file(workplace.target / REJECTED_NAME)
+    return sha256_file(workspace.target / REJECTED_NAME)
 
 
 def sweep(target: Path, infos: Sequence[ChunkInfo], others: Collection[str]) -> None:
@@ -147,7 +162,11 @@ def damaged(manifest: Manifest) -> list[str]:
         if fact in manifest.facts:
             expected[name] = manifest.facts[fact]
     paths = {name: manifest.folder / name for name in expected}
-    broken = [name for name, path in paths.items() if not path.is_file() or sha256_file(path) != expected[name]]
+    broken = [
+        name
+        for name, path in paths.items()
+        if not path.is_file() or sha256_file(path) != expected[name]
+    ]
     return broken + _damaged_tokenizer(manifest)
 
 

@@ -24,14 +24,22 @@ from k2train.data.prepare.progress import Progress
 from k2train.data.prepare.recipe import ExecutorRecipe
 from k2train.data.prepare.run.local import workers_of
 from k2train.data.prepare.run.tasks import Phase, PhaseTask, completed, settle, tail_of
-from k2train.data.prepare.workspace import Workplace
+from k2train.data.prepare.workspace import Workspace
 from k2train.errors import ConfigError, DataError
 
 QUEUE_SECONDS = 10.0
 """Between two questions to SLURM; done tasks are seen in the shared folder, sooner."""
 LIVE_STATES = "PENDING,CONFIGURING,RUNNING,SUSPENDED,STOPPED,REQUEUED,REQUEUE_HOLD,RESIZING,SIGNALING,STAGE_OUT"
 """A job in state COMPLETING is not among them: its script has ended."""
-ORDINARY_REASONS = {"None", "Resources", "Priority", "Dependency", "JobArrayTaskLimit", "BeginTime", "Cleaning"}
+ORDINARY_REASONS = {
+    "None",
+    "Resources",
+    "Priority",
+    "Dependency",
+    "JobArrayTaskLimit",
+    "BeginTime",
+    "Cleaning",
+}
 KNOBS = {"TIMEOUT": "executor.time", "OUT_OF_MEMORY": "executor.memory_gb"}
 
 
@@ -53,34 +61,51 @@ class _Executor(SlurmPipelineExecutor):
         """A job of its own to add up statistics that nobody reads, and that stays queued when a task fails."""
 
 
-class SlurmCrew:
+class SlurmExecutor:
     """The jobs of one preparation. They outlive the driver on purpose; a failed task ends them."""
 
     def __init__(
-        self, workplace: Workplace, phases: Sequence[Phase], executor: ExecutorRecipe, progress: Progress
+        self,
+        workspace: Workspace,
+        phases: Sequence[Phase],
+        executor: ExecutorRecipe,
+        progress: Progress,
     ) -> None:
-        self.workplace, self.phases, self.executor, self.progress = workplace, list(phases), executor, progress
+        self.workspace, self.phases, self.executor, self.progress = (
+            workspace,
+            list(phases),
+            executor,
+            progress,
+        )
         self._asked, self._missing, self._told = 0.0, 0, ""
 
-    def __enter__(self) -> "SlurmCrew":
+    def __enter__(self) -> "SlurmExecutor":
         if shutil.which("sbatch") is None or shutil.which("squeue") is None:
-            raise ConfigError("executor.kind slurm needs sbatch and squeue on the PATH: start it on a login node")
+            raise ConfigError(
+                "executor.kind slurm needs sbatch and squeue on the PATH: start it on a login node"
+            )
         live = self._live()
         before: list[str] = []
         for phase in self.phases:
             jobs = live.get(self._job_name(phase), [])
             if jobs:
-                self.progress.say(f"{phase.name}: waits for SLURM job {', '.join(jobs)}, submitted before")
-            elif settle(self.workplace, phase):
+                self.progress.say(
+                    f"{phase.name}: waits for SLURM job {', '.join(jobs)}, submitted before"
+                )
+            elif settle(self.workspace, phase):
                 jobs = self._submit(phase, before)
-                self.progress.say(f"{phase.name}: SLURM job {', '.join(jobs)}, its output in {self._output(phase)}")
+                self.progress.say(
+                    f"{phase.name}: SLURM job {', '.join(jobs)}, its output in {self._output(phase)}"
+                )
             before = jobs
         self._asked = time.monotonic()
         return self
 
     def __exit__(self, *raised: object) -> None:
         if isinstance(raised[1], KeyboardInterrupt):
-            jobs = " ".join(sorted({job for jobs in self._live().values() for job in jobs}, key=int))
+            jobs = " ".join(
+                sorted({job for jobs in self._live().values() for job in jobs}, key=int)
+            )
             if jobs:
                 self.progress.say(
                     f"the SLURM jobs go on: the same command waits for them again, `scancel {jobs}` ends them"
@@ -122,7 +147,7 @@ class SlurmCrew:
         notes.unlink(missing_ok=True)
         path = f"export PATH={quote(str(Path(executable).parent))}:$PATH"
         job = _Executor(
-            pipeline=[PhaseTask(self.workplace.folder, phase)],
+            pipeline=[PhaseTask(self.workspace.folder, phase)],
             tasks=phase.tasks,
             workers=workers_of(self.executor),
             time=self.executor.time,
@@ -130,34 +155,38 @@ class SlurmCrew:
             mem_per_cpu_gb=self.executor.memory_gb,
             job_name=self._job_name(phase),
             qos=None,
-            env_command="\n".join([path, *([self.executor.environment] if self.executor.environment else [])]),
+            env_command="\n".join(
+                [path, *([self.executor.environment] if self.executor.environment else [])]
+            ),
             sbatch_args={"kill-on-invalid-dep": "yes", **self.executor.arguments},
             max_array_size=_max_array_size(),
             depends_job_id=":".join(after) or None,
             job_id_retriever=KeepJob(notes),
-            logging_dir=str(phase.logs(self.workplace)),
+            logging_dir=str(phase.logs(self.workspace)),
             slurm_logs_folder=str(self._output(phase)),
         )
-        log = self.workplace.folder / "logs" / "submit.log"
+        log = self.workspace.folder / "logs" / "submit.log"
         try:
             with _stderr_into(log):
                 job.run()
         except (subprocess.CalledProcessError, OSError):
-            said = [line for line in tail_of(log).splitlines() if "sbatch: error:" in line] or [tail_of(log, 1)]
+            said = [line for line in tail_of(log).splitlines() if "sbatch: error:" in line] or [
+                tail_of(log, 1)
+            ]
             raise ConfigError(
                 f"SLURM refused the job of {phase.name}: {said[-1].strip()}; see executor.* of the recipe"
             ) from None
         return notes.read_text("ascii").split()
 
     def _job_name(self, phase: Phase) -> str:
-        place = hashlib.sha256(str(self.workplace.folder).encode()).hexdigest()[:8]
-        return f"{re.sub(r'[^A-Za-z0-9_.-]', '_', self.workplace.recipe.name)}.{phase.name}.{place}"
+        place = hashlib.sha256(str(self.workspace.folder).encode()).hexdigest()[:8]
+        return f"{re.sub(r'[^A-Za-z0-9_.-]', '_', self.workspace.recipe.name)}.{phase.name}.{place}"
 
     def _notes(self, phase: Phase) -> Path:
-        return self.workplace.folder / "logs" / f"{phase.name}.jobs"
+        return self.workspace.folder / "logs" / f"{phase.name}.jobs"
 
     def _output(self, phase: Phase) -> Path:
-        return phase.logs(self.workplace) / "slurm"
+        return phase.logs(self.workspace) / "slurm"
 
     def _log(self, phase: Phase, job: str) -> Path | None:
         """What a task's job wrote, if it ran."""
@@ -167,26 +196,49 @@ class SlurmCrew:
     def _live(self, tell: Progress | None = None) -> dict[str, list[str]]:
         """Numbers of the jobs that wait or run, by job name."""
         names = ",".join(self._job_name(phase) for phase in self.phases)
-        answer = _ask("squeue", "--noheader", f"--name={names}", f"--states={LIVE_STATES}", "--format=%F|%r|%j")
+        answer = _ask(
+            "squeue",
+            "--noheader",
+            f"--name={names}",
+            f"--states={LIVE_STATES}",
+            "--format=%F|%r|%j",
+        )
         live: dict[str, list[str]] = {}
         for line in answer.splitlines():
             job, reason, name = line.split("|")
             jobs = live.setdefault(name, [])
             if job not in jobs:
                 jobs.append(job)
-            if tell is not None and reason not in ORDINARY_REASONS and (said := f"{job} waits: {reason}") != self._told:
+            if (
+                tell is not None
+                and reason not in ORDINARY_REASONS
+                and (said := f"{job} waits: {reason}") != self._told
+            ):
                 self._told = said
                 tell.say(f"SLURM job {said}")
         return live
 
     def _vanished(self, phase: Phase) -> Exception:
         """What SLURM says of a phase whose jobs are gone before its tasks are done."""
-        left = phase.tasks - len(completed(self.workplace, phase))
+        left = phase.tasks - len(completed(self.workspace, phase))
         jobs = self._notes(phase).read_text("ascii").split() if self._notes(phase).is_file() else []
-        ended = [state for job in jobs for state in _states(job) if state[1] not in ("COMPLETED", "PENDING", "RUNNING")]
+        ended = [
+            state
+            for job in jobs
+            for state in _states(job)
+            if state[1] not in ("COMPLETED", "PENDING", "RUNNING")
+        ]
         # Of those that ran and of those cancelled in their wake, the first kind says more.
-        ended.sort(key=lambda state: (state[1] not in KNOBS, state[1] == "CANCELLED", not self._log(phase, state[0])))
-        job, state, reason = ended[0] if ended else (", ".join(jobs) or "unknown", "not known to SLURM any more", "")
+        ended.sort(
+            key=lambda state: (
+                state[1] not in KNOBS,
+                state[1] == "CANCELLED",
+                not self._log(phase, state[0]),
+            )
+        )
+        job, state, reason = (
+            ended[0] if ended else (", ".join(jobs) or "unknown", "not known to SLURM any more", "")
+        )
         log = self._log(phase, job) or self._output(phase)
         knob = f"; raise {KNOBS[state]}" if state in KNOBS else ""
         return DataError(
@@ -219,7 +271,9 @@ def _ask(*command: str) -> str:
 
 def _max_array_size() -> int:
     with suppress(DataError):
-        found = re.search(r"^MaxArraySize\s*=\s*(\d+)", _ask("scontrol", "show", "config"), re.MULTILINE)
+        found = re.search(
+            r"^MaxArraySize\s*=\s*(\d+)", _ask("scontrol", "show", "config"), re.MULTILINE
+        )
         if found:
             return int(found[1])
     return 1001
@@ -232,9 +286,15 @@ def _states(job: str) -> Iterator[tuple[str, str, str]]:
         for line in _ask("scontrol", "--oneliner", "show", "job", job).splitlines():
             facts = dict(part.split("=", 1) for part in line.split() if "=" in part)
             index = facts.get("ArrayTaskId")
-            yield f"{job}_{index}" if index else job, facts.get("JobState", "?"), facts.get("Reason", "")
+            yield (
+                f"{job}_{index}" if index else job,
+                facts.get("JobState", "?"),
+                facts.get("Reason", ""),
+            )
         return
     with suppress(DataError, OSError):
-        for line in _ask("sacct", "-X", "-n", "-P", "-j", job, "-o", "JobID,State,Reason").splitlines():
+        for line in _ask(
+            "sacct", "-X", "-n", "-P", "-j", job, "-o", "JobID,State,Reason"
+        ).splitlines():
             number, state, reason = line.split("|")
             yield number, state.split()[0], reason

@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from k2train.data.prepare.workspace import Workplace, read_json, write_json
+from k2train.data.prepare.workspace import Workspace, read_json, write_json
 from k2train.errors import DataError, UserError
 
 
@@ -25,74 +25,74 @@ class TaskStopped(RuntimeError):
 
 @dataclass(frozen=True)
 class Phase:
-    """`tasks` calls of `work(workplace, number)` that need nothing of each other; each leaves `record(workplace, number)`.
+    """`tasks` calls of `work(workspace, number)` that need nothing of each other; each leaves `record(workspace, number)`.
 
     `work` and `record` are functions of a module, since other processes find them by their names.
     """
 
     name: str
     tasks: int
-    work: Callable[[Workplace, int], object]
-    record: Callable[[Workplace, int], Path]
+    work: Callable[[Workspace, int], object]
+    record: Callable[[Workspace, int], Path]
 
-    def logs(self, workplace: Workplace) -> Path:
+    def logs(self, workspace: Workspace) -> Path:
         """datatrove's folder: `completions/`, `logs/task_00000.log`, `stats/`; and `running/`."""
-        return workplace.folder / "logs" / self.name
+        return workspace.folder / "logs" / self.name
 
-    def log(self, workplace: Workplace, number: int) -> Path:
-        return self.logs(workplace) / "logs" / f"task_{number:05d}.log"
+    def log(self, workspace: Workspace, number: int) -> Path:
+        return self.logs(workspace) / "logs" / f"task_{number:05d}.log"
 
 
-def _encode(workplace: Workplace, number: int) -> None:
+def _encode(workspace: Workspace, number: int) -> None:
     # The phases import what they need where it runs: the driver of a cluster needs none of it.
     from k2train.data.prepare.encode.encode import encode_task
 
-    encode_task(workplace, number)
+    encode_task(workspace, number)
 
 
-def _plan(workplace: Workplace, number: int) -> None:
+def _plan(workspace: Workspace, number: int) -> None:
     from k2train.data.prepare.allocate.allocate import plan_task
 
-    plan_task(workplace)
+    plan_task(workspace)
 
 
-def _chunk(workplace: Workplace, number: int) -> None:
+def _chunk(workspace: Workspace, number: int) -> None:
     from k2train.data.prepare.write.write_chunk import chunk_task
 
-    chunk_task(workplace, number)
+    chunk_task(workspace, number)
 
 
-def _encode_record(workplace: Workplace, number: int) -> Path:
-    return workplace.encode_record(number)
+def _encode_record(workspace: Workspace, number: int) -> Path:
+    return workspace.encode_record(number)
 
 
-def _plan_record(workplace: Workplace, number: int) -> Path:
-    return workplace.folder / "plan" / "plan.json"
+def _plan_record(workspace: Workspace, number: int) -> Path:
+    return workspace.folder / "plan" / "plan.json"
 
 
-def _chunk_record(workplace: Workplace, number: int) -> Path:
-    return workplace.chunk_record(workplace.chunk_names[number])
+def _chunk_record(workspace: Workspace, number: int) -> Path:
+    return workspace.chunk_record(workspace.chunk_names[number])
 
 
-def phases_of(workplace: Workplace) -> list[Phase]:
+def phases_of(workspace: Workspace) -> list[Phase]:
     """What a preparation does, in this order; each phase needs all of the one before."""
     return [
-        Phase("encode", len(workplace.tasks), _encode, _encode_record),
+        Phase("encode", len(workspace.tasks), _encode, _encode_record),
         Phase("plan", 1, _plan, _plan_record),
-        Phase("chunks", len(workplace.chunk_names), _chunk, _chunk_record),
+        Phase("chunks", len(workspace.chunk_names), _chunk, _chunk_record),
     ]
 
 
-def is_done(workplace: Workplace, phase: Phase, number: int) -> bool:
+def is_done(workspace: Workspace, phase: Phase, number: int) -> bool:
     """Whether the task's record is there, and every file it lists, in its size.
 
     A record holds `files`: [{`path`, `bytes`, `base`: `folder` (the work folder, when left out) or `target`}].
     """
     try:
-        record = read_json(phase.record(workplace, number))
+        record = read_json(phase.record(workspace, number))
         if record is None:
             return False
-        bases = {"folder": workplace.folder, "target": workplace.target}
+        bases = {"folder": workspace.folder, "target": workspace.target}
         default = record.get("base", "folder")
         for file in record.get("files", []):
             if os.stat(bases[file.get("base", default)] / file["path"]).st_size != file["bytes"]:
@@ -102,19 +102,19 @@ def is_done(workplace: Workplace, phase: Phase, number: int) -> bool:
     return True
 
 
-def settle(workplace: Workplace, phase: Phase) -> int:
+def settle(workspace: Workspace, phase: Phase) -> int:
     """Make datatrove's marks agree with the records, forget old failures; returns the number of tasks left to do."""
-    completions, running = (phase.logs(workplace) / part for part in ("completions", "running"))
+    completions, running = (phase.logs(workspace) / part for part in ("completions", "running"))
     completions.mkdir(parents=True, exist_ok=True)
     running.mkdir(parents=True, exist_ok=True)
-    marked = completed(workplace, phase)
+    marked = completed(workspace, phase)
     for stale in running.iterdir():
         stale.unlink(missing_ok=True)
     left = 0
     for number in range(phase.tasks):
-        workplace.failure(phase.name, number).unlink(missing_ok=True)
+        workspace.failure(phase.name, number).unlink(missing_ok=True)
         mark = completions / f"{number:05d}"
-        if not is_done(workplace, phase, number):
+        if not is_done(workspace, phase, number):
             left += 1
             if number in marked:
                 mark.unlink(missing_ok=True)
@@ -123,23 +123,25 @@ def settle(workplace: Workplace, phase: Phase) -> int:
     return left
 
 
-def completed(workplace: Workplace, phase: Phase) -> set[int]:
+def completed(workspace: Workspace, phase: Phase) -> set[int]:
     """Numbers of the tasks that are marked: one look at a folder, however many there are."""
     with suppress(FileNotFoundError):
-        names = os.listdir(phase.logs(workplace) / "completions")
+        names = os.listdir(phase.logs(workspace) / "completions")
         return {int(name) for name in names if name.isdigit() and int(name) < phase.tasks}
     return set()
 
 
-def first_failure(workplace: Workplace, phase: Phase) -> Exception | None:
+def first_failure(workspace: Workspace, phase: Phase) -> Exception | None:
     """What stopped the task of the lowest number, as the exception to raise."""
-    for path in sorted((workplace.folder / "failures").glob(f"{phase.name}_*")):
+    for path in sorted((workspace.folder / "failures").glob(f"{phase.name}_*")):
         number = path.name.rpartition("_")[2]
         if number.isdigit() and (failure := read_json(path)) is not None:
             if failure["mistake"]:
                 return DataError(failure["line"])
             line = f"task {int(number)} of {phase.name} failed: {failure['line']}"
-            return RuntimeError(f"{line}; its log is {phase.log(workplace, int(number))}\n{failure['traceback']}")
+            return RuntimeError(
+                f"{line}; its log is {phase.log(workspace, int(number))}\n{failure['traceback']}"
+            )
     return None
 
 
@@ -174,23 +176,25 @@ def _no_space(error: OSError, work: Path | None) -> str:
 
 def run_task(folder: Path, phase: Phase, number: int) -> None:
     """Do one task, unless it is done. Raises TaskStopped with the line of a user's mistake, which is also kept."""
-    workplace = Workplace.open(folder)
+    workspace = Workspace.open(folder)
     # A job that was killed after the record and before datatrove's mark comes here again.
-    if is_done(workplace, phase, number):
+    if is_done(workspace, phase, number):
         return
-    sign = phase.logs(workplace) / "running" / f"{number:05d}"
+    sign = phase.logs(workspace) / "running" / f"{number:05d}"
     sign.parent.mkdir(parents=True, exist_ok=True)
     try:
         sign.write_text(str(os.getpid()), "ascii")
-        phase.work(workplace, number)
-        if not is_done(workplace, phase, number):
-            raise RuntimeError(f"{phase.record(workplace, number)} is missing, or lists what is not there")
+        phase.work(workspace, number)
+        if not is_done(workspace, phase, number):
+            raise RuntimeError(
+                f"{phase.record(workspace, number)} is missing, or lists what is not there"
+            )
     except Exception as error:
         line, mistake = explain(error, folder)
         # On a full disk the exception itself has to carry the line.
         with suppress(OSError):
             write_json(
-                workplace.failure(phase.name, number),
+                workspace.failure(phase.name, number),
                 {"line": line, "mistake": mistake, "traceback": traceback.format_exc()},
             )
         # Plain exceptions with one argument: others may not survive the way back between processes, and stall it.
@@ -207,5 +211,7 @@ class PhaseTask:
     phase: Phase
 
     def __call__(self, data: object, rank: int, world_size: int) -> None:
-        assert world_size == self.phase.tasks, f"{world_size} tasks were started for {self.phase.tasks}"
+        assert world_size == self.phase.tasks, (
+            f"{world_size} tasks were started for {self.phase.tasks}"
+        )
         run_task(self.folder, self.phase, rank)

@@ -19,7 +19,13 @@ from typing import Any, NamedTuple
 
 from k2train.data.prepare.recipe import STDLIB_ORIGINS, Recipe, SubsetRecipe, fixed_folder
 from k2train.data.prepare.source import Contents, Source
-from k2train.data.prepare.sources.stdlib import decode, docstrings, page, stdlib_sources, topic_sources
+from k2train.data.prepare.sources.stdlib import (
+    decode,
+    docstrings,
+    page,
+    stdlib_sources,
+    topic_sources,
+)
 from k2train.data.prepare.workspace import EncodeTask
 from k2train.data.tokenizer import is_encodable
 from k2train.errors import DataError, UserError
@@ -87,7 +93,9 @@ def _file_sources(subset: SubsetRecipe, origin: str) -> tuple[list[Source], list
                 wrong.append(f"{path} is missing, or cannot be read: mend it, or the pattern")
                 continue
             # A file whose name has no suffix stands where a folder's name was taken to be.
-            inside = path.name if whole == folder else Path(os.path.relpath(whole, folder)).as_posix()
+            inside = (
+                path.name if whole == folder else Path(os.path.relpath(whole, folder)).as_posix()
+            )
             if not is_encodable(inside):
                 wrong.append(f"{whole!r} has a name that is not UTF-8: rename it")
                 continue
@@ -99,16 +107,26 @@ def _file_sources(subset: SubsetRecipe, origin: str) -> tuple[list[Source], list
 
 def _matches(subset: SubsetRecipe, pattern: str) -> tuple[list[Path], list[str]]:
     literal = Path(pattern)
-    paths = [literal] if literal.exists() else [Path(path) for path in glob.glob(pattern, recursive=True)]
+    paths = (
+        [literal]
+        if literal.exists()
+        else [Path(path) for path in glob.glob(pattern, recursive=True)]
+    )
     found = [path for path in paths if not path.is_dir()]
     for folder in (path for path in paths if path.is_dir()):
         if subset.kind == "text":
             # As a pattern does, leave out what is hidden.
             inside = (path for path in folder.rglob("*") if not path.is_dir())
-            found += [p for p in inside if not any(part.startswith(".") for part in p.relative_to(folder).parts)]
+            found += [
+                p
+                for p in inside
+                if not any(part.startswith(".") for part in p.relative_to(folder).parts)
+            ]
         elif folder == literal:
             packed = f"{subset.kind}.zst" if subset.kind == "jsonl" else subset.kind
-            return [], [f"{pattern} is a folder; name its files, as {folder}/*.{subset.kind} or {folder}/**/*.{packed}"]
+            return [], [
+                f"{pattern} is a folder; name its files, as {folder}/*.{subset.kind} or {folder}/**/*.{packed}"
+            ]
     return found, [] if found else [f"{pattern} matches no file, seen from {Path.cwd()}"]
 
 
@@ -141,8 +159,12 @@ def encode_tasks(recipe: Recipe, sources: dict[str, list[Source]]) -> list[Encod
     for name, subset in recipe.subsets.items():
         same = (subset.kind, recipe.origin_of(name), subset.paths, subset.text_key, subset.id_key)
         groups.setdefault(same, []).append(name)
-    total_bytes = sum(source.size_bytes for names in groups.values() for source in sources[names[0]])
-    wanted_bytes = min(recipe.executor.task_bytes, max(SMALLEST_TASK_BYTES, total_bytes // FEWEST_TASKS))
+    total_bytes = sum(
+        source.size_bytes for names in groups.values() for source in sources[names[0]]
+    )
+    wanted_bytes = min(
+        recipe.executor.task_bytes, max(SMALLEST_TASK_BYTES, total_bytes // FEWEST_TASKS)
+    )
     tasks = []
     for names in groups.values():
         tasks += [EncodeTask(tuple(names), part) for part in _cut(sources[names[0]], wanted_bytes)]
@@ -178,7 +200,9 @@ class Reading:
 
     def __init__(self, subset: SubsetRecipe, source: Source) -> None:
         self.subset, self.source = subset, source
-        self.contents = Contents(source, page(source.name) if subset.kind == "stdlib_topics" else None)
+        self.contents = Contents(
+            source, page(source.name) if subset.kind == "stdlib_topics" else None
+        )
 
     def __iter__(self) -> Iterator[Read]:
         """Documents and rejections, in the order of the file. Raises DataError for a file that is broken."""
@@ -210,11 +234,17 @@ class Reading:
             return Rejection(number, f"not UTF-8 ({error.reason} at byte {error.start})")
         except (ValueError, RecursionError) as error:
             # Looked at here only: of a billion lines few are blank.
-            return Rejection(number, f"not JSON ({error})") if line.removeprefix(codecs.BOM_UTF8).strip() else None
+            return (
+                Rejection(number, f"not JSON ({error})")
+                if line.removeprefix(codecs.BOM_UTF8).strip()
+                else None
+            )
         if not isinstance(record, dict):
             return Rejection(number, f"not an object, but {type(record).__name__}")
         key = self.subset.id_key
-        return _Item(number, number if key is None else record.get(key), record.get(self.subset.text_key))
+        return _Item(
+            number, number if key is None else record.get(key), record.get(self.subset.text_key)
+        )
 
     def parquet_rows(self) -> Iterator[_Item | Rejection]:
         try:
@@ -235,14 +265,21 @@ class Reading:
                     for text, *ids in zip(*values, strict=True):
                         number += 1
                         try:
-                            cells = [cell.decode() if isinstance(cell, bytes) else cell for cell in (text, *ids)]
+                            cells = [
+                                cell.decode() if isinstance(cell, bytes) else cell
+                                for cell in (text, *ids)
+                            ]
                         except UnicodeDecodeError as error:
-                            yield Rejection(number, f"not UTF-8 ({error.reason} at byte {error.start})")
+                            yield Rejection(
+                                number, f"not UTF-8 ({error.reason} at byte {error.start})"
+                            )
                         else:
                             yield _Item(number, cells[1] if ids else number, cells[0])
         except (arrow.ArrowException, OSError) as error:
             reason = str(error).splitlines()[0]
-            raise DataError(f"{self.source.path}: not a whole Parquet file ({reason}); fetch it again") from None
+            raise DataError(
+                f"{self.source.path}: not a whole Parquet file ({reason}); fetch it again"
+            ) from None
 
     def _check_columns(self, present: Sequence[str], wanted: Sequence[str]) -> None:
         for column in wanted:
@@ -311,7 +348,9 @@ def _unfit(item: _Item, subset: SubsetRecipe) -> str:
     """Why a document cannot be used; "" when it can."""
     if isinstance(item.text, str):
         numbered = isinstance(item.name, int) and not isinstance(item.name, bool)
-        return _not_text(subset.text_key, item.text) or ("" if numbered else _not_text(str(subset.id_key), item.name))
+        return _not_text(subset.text_key, item.text) or (
+            "" if numbered else _not_text(str(subset.id_key), item.name)
+        )
     return _not_text(subset.text_key, item.text)
 
 
@@ -328,7 +367,9 @@ def _not_text(key: str, value: Any) -> str:
 def _batch_rows(metadata: Any) -> int:
     """Rows that hold about `BATCH_BYTES`, by the sizes the file tells of itself."""
     size_bytes = sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
-    return max(1, min(MOST_BATCH_ROWS, BATCH_BYTES * max(1, metadata.num_rows) // max(1, size_bytes)))
+    return max(
+        1, min(MOST_BATCH_ROWS, BATCH_BYTES * max(1, metadata.num_rows) // max(1, size_bytes))
+    )
 
 
 def _cells(arrow: Any, column: Any) -> list[Any]:

@@ -8,47 +8,54 @@ import json
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from k2train.data.prepare.workspace import Workplace, owner_mark, read_json
+from k2train.data.prepare.workspace import Workspace, owner_mark, read_json
 from k2train.errors import DataError
 from k2train.files import AtomicFile
 
 REJECTED_NAME = "rejected.jsonl"
 
 
-def rejected_lines(workplace: Workplace) -> Iterator[bytes]:
+def rejected_lines(workspace: Workspace) -> Iterator[bytes]:
     """The lines of all encode tasks, in the order of their sources."""
-    for number in range(len(workplace.tasks)):
-        path = workplace.run_folder(number) / REJECTED_NAME
+    for number in range(len(workspace.tasks)):
+        path = workspace.run_folder(number) / REJECTED_NAME
         if path.is_file():
             with path.open("rb") as stream:
                 yield from stream
 
 
-def check_rejected(workplace: Workplace) -> None:
+def check_rejected(workspace: Workspace) -> None:
     """Called when all documents were read. Raises DataError for subsets of which too large a share was rejected.
 
     The list of all that is rejected is then left in the work folder.
     """
-    limit = workplace.recipe.max_rejected_share
-    read, rejected = dict.fromkeys(workplace.recipe.subsets, 0), dict.fromkeys(workplace.recipe.subsets, 0)
-    for number in range(len(workplace.tasks)):
-        for name, counts in read_json(workplace.encode_record(number))["subsets"].items():
+    limit = workspace.recipe.max_rejected_share
+    read, rejected = (
+        dict.fromkeys(workspace.recipe.subsets, 0),
+        dict.fromkeys(workspace.recipe.subsets, 0),
+    )
+    for number in range(len(workspace.tasks)):
+        for name, counts in read_json(workspace.encode_record(number))["subsets"].items():
             read[name] += counts["documents_read"]
             rejected[name] += counts["rejected"]
     over = [name for name, count in rejected.items() if count > limit * (count + read[name])]
     if not over:
         return
-    path = workplace.folder / REJECTED_NAME
+    path = workspace.folder / REJECTED_NAME
     with AtomicFile(path, owner_mark()) as stream:
-        for line in rejected_lines(workplace):
+        for line in rejected_lines(workspace):
             stream.write(line)
-    first = _first_of_each(workplace, over)
-    raise DataError("\n".join(_words(name, rejected[name], read[name], limit, first[name], path) for name in over))
+    first = _first_of_each(workspace, over)
+    raise DataError(
+        "\n".join(
+            _words(name, rejected[name], read[name], limit, first[name], path) for name in over
+        )
+    )
 
 
-def _first_of_each(workplace: Workplace, names: Collection[str]) -> dict[str, str]:
+def _first_of_each(workspace: Workspace, names: Collection[str]) -> dict[str, str]:
     found: dict[str, str] = {}
-    for line in rejected_lines(workplace):
+    for line in rejected_lines(workspace):
         entry = json.loads(line)
         for name in entry["subsets"]:
             found.setdefault(name, f"{entry['file']}:{entry['line']}: {entry['why']}")

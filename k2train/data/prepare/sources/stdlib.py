@@ -69,7 +69,11 @@ def docstrings(name: str, text: str) -> Iterator[tuple[int, str, str]]:
         if found and len(found) >= SHORTEST_DOCSTRING:
             # Redefined names (property setters, platform branches) are told apart by their count.
             seen[path] = seen.get(path, 0) + 1
-            yield node.body[0].lineno, f"{name}:{path}" + (f"#{seen[path]}" if seen[path] > 1 else ""), found
+            yield (
+                node.body[0].lineno,
+                f"{name}:{path}" + (f"#{seen[path]}" if seen[path] > 1 else ""),
+                found,
+            )
 
 
 Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef

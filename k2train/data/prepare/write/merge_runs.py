@@ -16,7 +16,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from k2train.data.prepare.allocate.plan_file import KEY_BITS, MARK_DOCUMENTS, Longs, PassPlan, RunPlace
+from k2train.data.prepare.allocate.plan_file import (
+    KEY_BITS,
+    MARK_DOCUMENTS,
+    Longs,
+    PassPlan,
+    RunPlace,
+)
 from k2train.data.prepare.encode.sorted_runs import Run
 
 LEAST_TOKENS, MOST_TOKENS = 2**22, 2**26
@@ -47,10 +53,14 @@ class Stretch:
 class PassReader:
     """Reads the documents of one pass that have the mask `mask`; `ranks` orders the keys of all sources."""
 
-    def __init__(self, work: Path, plan: PassPlan, mask: int, ranks: Mapping[str, int], least_tokens: int) -> None:
+    def __init__(
+        self, work: Path, plan: PassPlan, mask: int, ranks: Mapping[str, int], least_tokens: int
+    ) -> None:
         self.plan, self.mask = plan, mask
         self.runs = [Run(work / place.path) for place in plan.runs]
-        self.ranks = [np.array([ranks[key] for key in run.source_keys], dtype=np.uint32) for run in self.runs]
+        self.ranks = [
+            np.array([ranks[key] for key in run.source_keys], dtype=np.uint32) for run in self.runs
+        ]
         self.stretch_tokens = max(least_tokens, min(MOST_TOKENS, RUN_TOKENS * len(self.runs)))
 
     def stretches(self, start: int, stop: int) -> Iterator[Stretch]:
@@ -66,7 +76,9 @@ class PassReader:
             for number, border in enumerate(borders[:-1]):
                 slices = []
                 for i in np.flatnonzero(cuts[:, number] < cuts[:, number + 1]).tolist():
-                    found, at[i] = self._slice(i, masks, int(cuts[i, number]), int(cuts[i, number + 1]), at[i])
+                    found, at[i] = self._slice(
+                        i, masks, int(cuts[i, number]), int(cuts[i, number + 1]), at[i]
+                    )
                     if found is not None:
                         slices.append(found)
                 expected = int(before[borders[number + 1]] - before[border])
@@ -75,18 +87,25 @@ class PassReader:
                     continue
                 stretch = _merge(int(before[border]), slices)
                 told = int(stretch.lengths.sum())
-                assert told == expected, f"{self.plan.files}: {told} tokens in the runs, {expected} in the plan"
+                assert told == expected, (
+                    f"{self.plan.files}: {told} tokens in the runs, {expected} in the plan"
+                )
                 yield stretch
         finally:
             os.close(masks)
 
     def _borders(self, first: int, end: int) -> list[int]:
-        tokens, documents = self.plan.tokens_before(self.mask), self.plan.documents_before(self.mask)
+        tokens, documents = (
+            self.plan.tokens_before(self.mask),
+            self.plan.documents_before(self.mask),
+        )
         borders = [first]
         while borders[-1] < end:
             here = borders[-1]
             by_tokens = np.searchsorted(tokens, tokens[here] + self.stretch_tokens, side="right")
-            by_documents = np.searchsorted(documents, documents[here] + STRETCH_DOCUMENTS, side="right")
+            by_documents = np.searchsorted(
+                documents, documents[here] + STRETCH_DOCUMENTS, side="right"
+            )
             borders.append(min(end, max(here + 1, int(min(by_tokens, by_documents)) - 1)))
         return borders
 
@@ -95,8 +114,12 @@ class PassReader:
             return 0
         mark = document // MARK_DOCUMENTS
         offset = (self.plan.runs[i].mark + mark) * 8
-        known = int(np.fromfile(self.plan.path("marks"), dtype=np.uint64, count=1, offset=offset)[0])
-        return known + int(self.runs[i].read("lengths", mark * MARK_DOCUMENTS, document).sum(dtype=np.int64))
+        known = int(
+            np.fromfile(self.plan.path("marks"), dtype=np.uint64, count=1, offset=offset)[0]
+        )
+        return known + int(
+            self.runs[i].read("lengths", mark * MARK_DOCUMENTS, document).sum(dtype=np.int64)
+        )
 
     def _slice(
         self, i: int, masks: int, start: int, stop: int, at: int
@@ -115,7 +138,8 @@ class PassReader:
         ranks = self.ranks[i][run.read("sources", start, stop)[kept]]
         columns = {
             "keys": run.read("keys", start, stop)[kept],
-            "order": (ranks.astype(np.uint64) << np.uint64(32)) | run.read("ordinals", start, stop)[kept],
+            "order": (ranks.astype(np.uint64) << np.uint64(32))
+            | run.read("ordinals", start, stop)[kept],
             "lengths": taken,
             "sources": ranks,
             "fim": run.read("fim", start, stop)[kept],
@@ -123,7 +147,9 @@ class PassReader:
             "name_starts": name_starts[kept],
             "name_lengths": (name_ends - name_starts)[kept],
         }
-        return (_documents(run, at, ends[kept] - taken, ends[kept], int(ends[-1])), columns), int(ends[-1])
+        return (_documents(run, at, ends[kept] - taken, ends[kept], int(ends[-1])), columns), int(
+            ends[-1]
+        )
 
 
 def _masks(descriptor: int, place: RunPlace, start: int, stop: int) -> npt.NDArray[np.uint8]:
@@ -145,10 +171,17 @@ def _merge(start: int, slices: list[tuple[list[Tokens], dict[str, Any]]]) -> Str
     for _, columns in slices:
         columns["name_starts"] += names_before
         names_before += len(columns["names"])
-    joined = {name: np.concatenate([columns[name] for _, columns in slices]) for name in slices[0][1]}
+    joined = {
+        name: np.concatenate([columns[name] for _, columns in slices]) for name in slices[0][1]
+    }
     order = np.lexsort((joined.pop("order"), joined.pop("keys")))
     names = joined.pop("names")
-    return Stretch(start, [tokens[i] for i in order.tolist()], names=names, **{k: v[order] for k, v in joined.items()})
+    return Stretch(
+        start,
+        [tokens[i] for i in order.tolist()],
+        names=names,
+        **{k: v[order] for k, v in joined.items()},
+    )
 
 
 def find_keys(run: Run, keys: list[int]) -> list[int]:
@@ -162,7 +195,9 @@ def find_keys(run: Run, keys: list[int]) -> list[int]:
         first = max(0, (documents * keys[0] >> KEY_BITS) - slack)
         end = min(documents, (documents * keys[-1] >> KEY_BITS) + slack)
         found = run.read("keys", first, end)
-        if (first == 0 or int(found[0]) < keys[0]) and (end == documents or int(found[-1]) >= keys[-1]):
+        if (first == 0 or int(found[0]) < keys[0]) and (
+            end == documents or int(found[-1]) >= keys[-1]
+        ):
             break
         slack *= 4
     wanted = np.array([key for key in keys if key >> KEY_BITS == 0], dtype=np.uint64)

@@ -47,7 +47,9 @@ Pieces = npt.NDArray[np.void]
 def require_pyarrow() -> None:
     """Raises UserError with the command to run when pyarrow is missing: better now than after the encoding."""
     if arrow is None:
-        raise UserError("preparing data writes Parquet, which needs pyarrow: pip install 'k2train[data]'")
+        raise UserError(
+            "preparing data writes Parquet, which needs pyarrow: pip install 'k2train[data]'"
+        )
 
 
 def piece_bytes(pieces: int) -> int:
@@ -65,7 +67,9 @@ class Provenance:
         for path in folder.iterdir():
             path.unlink()
 
-    def add(self, pieces: Pieces, names: npt.NDArray[np.uint8], name_starts: npt.NDArray[np.int64]) -> None:
+    def add(
+        self, pieces: Pieces, names: npt.NDArray[np.uint8], name_starts: npt.NDArray[np.int64]
+    ) -> None:
         """Pieces `[n]`; the name of each begins at `name_starts` of `names`."""
         self.borders += int((pieces["start"] > 0).sum())
         block = pieces["row"] // np.uint32(self.block_rows)
@@ -79,14 +83,22 @@ class Provenance:
                 with self._path(number, "pieces").open("ab") as stream:
                     stream.write(here.tobytes())
                 with self._path(number, "names").open("ab") as stream:
-                    stream.write(gather(names, name_starts[start:end], here["name_bytes"].astype(np.int64)).tobytes())
+                    stream.write(
+                        gather(
+                            names, name_starts[start:end], here["name_bytes"].astype(np.int64)
+                        ).tobytes()
+                    )
             start = end
 
     def _path(self, number: int, kind: str) -> Path:
         return self.folder / f"{number:05d}.{kind}"
 
     def write(
-        self, path: Path, subsets: Sequence[str], sources: Sequence[str], borders: Path | None = None
+        self,
+        path: Path,
+        subsets: Sequence[str],
+        sources: Sequence[str],
+        borders: Path | None = None,
     ) -> tuple[str, str | None]:
         """Write the Parquet file, and the borders where a path is given; returns their sha256."""
         if borders is None:
@@ -99,12 +111,18 @@ class Provenance:
         return sha256_file(path), sha256_file(borders)
 
     def _write_table(
-        self, stream: IO[bytes], subsets: Sequence[str], sources: Sequence[str], borders: IO[bytes] | None
+        self,
+        stream: IO[bytes],
+        subsets: Sequence[str],
+        sources: Sequence[str],
+        borders: IO[bytes] | None,
     ) -> None:
         options = {
             "compression": "zstd",
             "use_dictionary": ["subset", "source", "fim", "repeat"],
-            "column_encoding": {name: "DELTA_BINARY_PACKED" for name in ("row", "start", "length", "offset")},
+            "column_encoding": {
+                name: "DELTA_BINARY_PACKED" for name in ("row", "start", "length", "offset")
+            },
         }
         with parquet.ParquetWriter(stream, schema(), **options) as writer:
             for number in range(self.blocks):
@@ -115,7 +133,10 @@ class Provenance:
                 writer.write_table(table, row_group_size=len(pieces))
                 if borders is not None:
                     pieces = pieces[order]
-                    places = pieces["row"].astype(np.uint64) * np.uint64(self.sequence_length) + pieces["start"]
+                    places = (
+                        pieces["row"].astype(np.uint64) * np.uint64(self.sequence_length)
+                        + pieces["start"]
+                    )
                     borders.write(places[pieces["start"] > 0].astype(BORDERS_DTYPE).tobytes())
                 self._path(number, "pieces").unlink()
                 self._path(number, "names").unlink()
@@ -157,7 +178,9 @@ def _table(
     columns = [pieces[name].astype(np.int32) for name in ("row", "start", "length")]
     columns += [
         arrow.DictionaryArray.from_arrays(pieces["subset"].astype(np.int32), list(subsets)),
-        arrow.DictionaryArray.from_arrays(source.astype(np.int32), [sources[i] for i in present.tolist()]),
+        arrow.DictionaryArray.from_arrays(
+            source.astype(np.int32), [sources[i] for i in present.tolist()]
+        ),
         documents,
         pieces["offset"].astype(np.int64),
         arrow.DictionaryArray.from_arrays(pieces["fim"].astype(np.int32), list(FIM_KINDS)),

@@ -61,7 +61,9 @@ class ChunkFile:
         self._writing: Future[None] | None = None
         try:
             # Where the space cannot be set aside, as on macOS, a full disk is noticed while writing.
-            allocate = getattr(os, "posix_fallocate", lambda file, start, size: os.ftruncate(file, start + size))
+            allocate = getattr(
+                os, "posix_fallocate", lambda file, start, size: os.ftruncate(file, start + size)
+            )
             allocate(self._file, 0, size_bytes)
             self._write(self.header, 0)
         except BaseException:
@@ -69,7 +71,9 @@ class ChunkFile:
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
         self._leave()
 
     def _leave(self) -> None:
@@ -82,7 +86,9 @@ class ChunkFile:
             written = os.pwrite(self._file, content, offset)
             content, offset = content[written:], offset + written
 
-    def write(self, rows: "npt.NDArray[np.unsignedinteger[Any]]", places: npt.NDArray[np.uint32]) -> None:
+    def write(
+        self, rows: "npt.NDArray[np.unsignedinteger[Any]]", places: npt.NDArray[np.uint32]
+    ) -> None:
         """Rows `[n, length]` of the chunk's dtype, each to its place `[n]`.
 
         They may still be on their way on return, but those of the call before are not: two arrays taken in turns are
@@ -97,7 +103,9 @@ class ChunkFile:
             self._writing.result()
             self._writing = None
 
-    def _scatter(self, rows: "npt.NDArray[np.unsignedinteger[Any]]", places: npt.NDArray[np.uint32]) -> None:
+    def _scatter(
+        self, rows: "npt.NDArray[np.unsignedinteger[Any]]", places: npt.NDArray[np.uint32]
+    ) -> None:
         order = np.argsort(places)
         places = places[order]
         offsets = places.astype(np.int64) * self.row_bytes + len(self.header)

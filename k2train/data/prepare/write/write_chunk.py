@@ -18,7 +18,7 @@ from k2train.data.manifest import ChunkInfo, chunk_dtype
 from k2train.data.prepare.allocate.mixture import row_places
 from k2train.data.prepare.allocate.plan_file import HELD_OUT_TEXT, TRAINING, Plan, SubsetPlan
 from k2train.data.prepare.cleanup import remove_leftovers
-from k2train.data.prepare.workspace import HELD_OUT, Workplace, owner_mark, write_json
+from k2train.data.prepare.workspace import HELD_OUT, Workspace, owner_mark, write_json
 from k2train.data.prepare.write.merge_runs import LEAST_TOKENS, PassReader, Stretch, Tokens
 from k2train.data.prepare.write.provenance import PIECE, Provenance, piece_bytes, require_pyarrow
 from k2train.data.prepare.write.row_file import ChunkFile, check_space, no_space
@@ -54,24 +54,24 @@ def mask_of(chunk: str) -> int:
     return HELD_OUT_TEXT if chunk == HELD_OUT else TRAINING
 
 
-def chunk_task(workplace: Workplace, number: int, least_tokens: int = LEAST_TOKENS) -> None:
+def chunk_task(workspace: Workspace, number: int, least_tokens: int = LEAST_TOKENS) -> None:
     """Write the chunk of that number into the target folder, and its record when everything is on the disk.
 
     `least_tokens` is how many tokens are merged at a time; nothing else depends on it. Raises DataError when there is no
     space, and for ids that the vocabulary does not have.
     """
     require_pyarrow()
-    name = workplace.chunk_names[number]
-    target, records = workplace.target, workplace.folder / "chunks"
+    name = workspace.chunk_names[number]
+    target, records = workspace.target, workspace.folder / "chunks"
     remove_leftovers(target, f"{name}.")
     remove_leftovers(records, f"{name}.")
-    plan = Plan.read(workplace.folder)
+    plan = Plan.read(workspace.folder)
     check_space(target, name, _expected_bytes(plan, name))
     aside = records / f"{name}{owner_mark()}.tmp"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
     try:
-        info, sources = _assemble(workplace, plan, name, aside, least_tokens)
+        info, sources = _assemble(workspace, plan, name, aside, least_tokens)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -79,8 +79,12 @@ def chunk_task(workplace: Workplace, number: int, least_tokens: int = LEAST_TOKE
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     files = [file for file in (info.file, info.provenance, info.borders) if file is not None]
-    entries = [{"base": "target", "path": file, "bytes": (target / file).stat().st_size} for file in files]
-    write_json(workplace.chunk_record(name), {"files": entries, "info": asdict(info), "sources": sources})
+    entries = [
+        {"base": "target", "path": file, "bytes": (target / file).stat().st_size} for file in files
+    ]
+    write_json(
+        workspace.chunk_record(name), {"files": entries, "info": asdict(info), "sources": sources}
+    )
 
 
 def _expected_bytes(plan: Plan, name: str) -> int:
@@ -96,10 +100,12 @@ def _expected_bytes(plan: Plan, name: str) -> int:
     return rows * plan.sequence_length * token_bytes + piece_bytes(pieces)
 
 
-def _assemble(workplace: Workplace, plan: Plan, name: str, aside: Path, least_tokens: int) -> tuple[ChunkInfo, str]:
-    samples, length, target = plan.chunks[name], plan.sequence_length, workplace.target
+def _assemble(
+    workspace: Workspace, plan: Plan, name: str, aside: Path, least_tokens: int
+) -> tuple[ChunkInfo, str]:
+    samples, length, target = plan.chunks[name], plan.sequence_length, workspace.target
     rows = sum(map(len, samples.values()))
-    places = row_places(rows, workplace.recipe.seed, name)
+    places = row_places(rows, workspace.recipe.seed, name)
     provenance = Provenance(aside, rows, plan.block_rows, length)
     ranks = {key: rank for rank, key in enumerate(plan.sources)}
     seen = np.zeros(len(plan.sources), dtype=bool)
@@ -110,31 +116,50 @@ def _assemble(workplace: Workplace, plan: Plan, name: str, aside: Path, least_to
             filler = Filler(file, provenance, places[base : base + count], length, index)
             for part in parts_of(plan, subset, name):
                 source = subset.passes[part.number]
-                reader = PassReader(workplace.folder, source, mask_of(name), ranks, least_tokens)
+                reader = PassReader(workspace.folder, source, mask_of(name), ranks, least_tokens)
                 for stretch in reader.stretches(part.start, part.stop):
                     largest = filler.add(part, stretch, seen)
-                    _check_id(workplace, subset.name, largest, plan.vocab_size)
-            assert filler.rows == count, f"{name}: {filler.rows} rows of {subset.name}, {count} were planned"
+                    _check_id(workspace, subset.name, largest, plan.vocab_size)
+            assert filler.rows == count, (
+                f"{name}: {filler.rows} rows of {subset.name}, {count} were planned"
+            )
             base += count
         sha256 = file.finish()
-    info = ChunkInfo(name, f"{name}.npy", rows, rows * length, {s: len(r) * length for s, r in samples.items()}, sha256)
-    return _write_provenance(workplace, plan, provenance, info), np.packbits(seen).tobytes().hex()
+    info = ChunkInfo(
+        name,
+        f"{name}.npy",
+        rows,
+        rows * length,
+        {s: len(r) * length for s, r in samples.items()},
+        sha256,
+    )
+    return _write_provenance(workspace, plan, provenance, info), np.packbits(seen).tobytes().hex()
 
 
-def _write_provenance(workplace: Workplace, plan: Plan, provenance: Provenance, info: ChunkInfo) -> ChunkInfo:
+def _write_provenance(
+    workspace: Workspace, plan: Plan, provenance: Provenance, info: ChunkInfo
+) -> ChunkInfo:
     file = f"{info.name}.parquet"
-    borders = f"{info.name}.borders.npy" if workplace.recipe.document_borders else None
-    borders_path = None if borders is None else workplace.target / borders
+    borders = f"{info.name}.borders.npy" if workspace.recipe.document_borders else None
+    borders_path = None if borders is None else workspace.target / borders
     names = [subset.name for subset in plan.subsets]
-    sha256, borders_sha256 = provenance.write(workplace.target / file, names, plan.sources, borders_path)
-    return replace(info, provenance=file, provenance_sha256=sha256, borders=borders, borders_sha256=borders_sha256)
+    sha256, borders_sha256 = provenance.write(
+        workspace.target / file, names, plan.sources, borders_path
+    )
+    return replace(
+        info,
+        provenance=file,
+        provenance_sha256=sha256,
+        borders=borders,
+        borders_sha256=borders_sha256,
+    )
 
 
-def _check_id(workplace: Workplace, subset: str, largest: int, vocab_size: int) -> None:
+def _check_id(workspace: Workspace, subset: str, largest: int, vocab_size: int) -> None:
     if largest >= vocab_size:
         raise DataError(
             f"subset {subset}: its runs hold the id {largest}, which is not below the {vocab_size} of the tokenizer: "
-            f"delete {workplace.folder} and start again"
+            f"delete {workspace.folder} and start again"
         )
 
 
@@ -142,9 +167,20 @@ class Filler:
     """Lays the documents of a subset end to end into the rows `places` `[samples]` of a chunk."""
 
     def __init__(
-        self, file: ChunkFile, provenance: Provenance, places: npt.NDArray[np.uint32], length: int, subset: int
+        self,
+        file: ChunkFile,
+        provenance: Provenance,
+        places: npt.NDArray[np.uint32],
+        length: int,
+        subset: int,
     ) -> None:
-        self.file, self.provenance, self.places, self.length, self.subset = file, provenance, places, length, subset
+        self.file, self.provenance, self.places, self.length, self.subset = (
+            file,
+            provenance,
+            places,
+            length,
+            subset,
+        )
         self.rows = 0
         # The same two arrays for all stretches, since fresh memory costs as much as what is copied into it: one is
         # filled while the other is being written.
@@ -156,13 +192,18 @@ class Filler:
         ends = part.at + stretch.start - part.start + np.cumsum(stretch.lengths)
         starts = ends - stretch.lengths
         low, high = part.at, part.at + part.stop - part.start
-        first, last = int(np.searchsorted(ends, low, side="right")), int(np.searchsorted(starts, high))
+        first, last = (
+            int(np.searchsorted(ends, low, side="right")),
+            int(np.searchsorted(starts, high)),
+        )
         starts, ends = starts[first:last], ends[first:last]
         tokens = stretch.tokens[first:last]
         tokens[-1] = tokens[-1][: high - int(starts[-1])]
         tokens[0] = tokens[0][max(0, low - int(starts[0])) :]
         filled = self.rows * self.length + self._begun
-        assert filled == max(low, int(starts[0])), f"{filled} tokens laid out, the next begins at {starts[0]}"
+        assert filled == max(low, int(starts[0])), (
+            f"{filled} tokens laid out, the next begins at {starts[0]}"
+        )
         count = min(high, int(ends[-1])) - filled
         laid = self._room(self._begun + count)
         np.concatenate(tokens, out=laid[self._begun :])
@@ -192,7 +233,12 @@ class Filler:
         self._tokens.reverse()
 
     def _tell(
-        self, part: Part, stretch: Stretch, which: slice, begins: npt.NDArray[np.int64], clip: tuple[int, int]
+        self,
+        part: Part,
+        stretch: Stretch,
+        which: slice,
+        begins: npt.NDArray[np.int64],
+        clip: tuple[int, int],
     ) -> None:
         """The provenance of documents that begin at tokens `begins`: a piece for each row that they touch."""
         starts = np.maximum(begins, clip[0])
@@ -200,7 +246,11 @@ class Filler:
         first_rows = starts // self.length
         touched = (ends - 1) // self.length - first_rows + 1
         document = np.repeat(np.arange(len(begins)), touched)
-        row = first_rows[document] + np.arange(len(document)) - np.repeat(np.cumsum(touched) - touched, touched)
+        row = (
+            first_rows[document]
+            + np.arange(len(document))
+            - np.repeat(np.cumsum(touched) - touched, touched)
+        )
         start = np.maximum(starts[document], row * self.length)
         pieces = np.empty(len(document), dtype=PIECE)
         pieces["row"] = self.places[row]

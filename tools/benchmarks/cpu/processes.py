@@ -24,7 +24,10 @@ from benchmarks.cpu.contenders import Contender
 from benchmarks.cpu.work import Work
 
 ROOT = Path(__file__).resolve().parents[3]
-WORKERS = {"benchmarks.cpu.worker": "tools/benchmarks/cpu", "bench_peers.worker": "tools/bench_peers"}
+WORKERS = {
+    "benchmarks.cpu.worker": "tools/benchmarks/cpu",
+    "bench_peers.worker": "tools/bench_peers",
+}
 """The module of a contender's process and its folder in the tree; the second is the place in older commits."""
 # As high as they go: what a step frees stays in the process for the next one, for every contender alike.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**62)}
@@ -41,12 +44,18 @@ def threads_of(contender: Contender, cores: int) -> int:
 
 def worker_of(root: Path) -> str | None:
     """The module that runs a contender's process in the tree at `root`; None when there is none."""
-    return next((module for module, at in WORKERS.items() if (root / at / "worker.py").is_file()), None)
+    return next(
+        (module for module, at in WORKERS.items() if (root / at / "worker.py").is_file()), None
+    )
 
 
 def environment(root: Path, threads: int) -> dict[str, str]:
     """What a worker's process is told by its environment."""
-    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "PYTHONHOME")}
+    kept = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "PYTHONHOME")
+    }
     own = {
         "PYTHONPATH": f"{root / 'tools'}{os.pathsep}{root}",
         "OMP_NUM_THREADS": str(threads),
@@ -64,10 +73,12 @@ class _Rank:
     heard: bytes = b""
 
 
-class Crew:
+class ContenderProcesses:
     """The processes of `contender`; `problem` is why there are none, with `kind` unavailable or failed."""
 
-    def __init__(self, contender: Contender, work: Work, cores: int, folder: Path, extra_path: str = ""):
+    def __init__(
+        self, contender: Contender, work: Work, cores: int, folder: Path, extra_path: str = ""
+    ):
         self.contender, self.threads = contender, threads_of(contender, cores)
         self.problem: str | None = None
         self.kind = ""
@@ -148,7 +159,10 @@ class Crew:
                     break
                 if not ready:
                     silent = sorted(set(range(len(self.ranks))) - set(answers))
-                    self._give_up(f"no answer to {what!r} within {limit_seconds:g} s from rank {silent}", "failed")
+                    self._give_up(
+                        f"no answer to {what!r} within {limit_seconds:g} s from rank {silent}",
+                        "failed",
+                    )
                     return None
                 for key, _ in ready:
                     answer = self._hear(key.data)
@@ -170,7 +184,11 @@ class Crew:
         if not piece:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 rank.process.wait(ENDING_SECONDS)
-            return {"problem": f"rank {number} ended with {_ending(rank)}", "kind": "failed", "ended": True}
+            return {
+                "problem": f"rank {number} ended with {_ending(rank)}",
+                "kind": "failed",
+                "ended": True,
+            }
         rank.heard += piece
         line, newline, rest = rank.heard.partition(b"\n")
         if not newline:
@@ -180,7 +198,11 @@ class Crew:
             answer = json.loads(line)
         except ValueError:
             answer = None
-        return answer if isinstance(answer, dict) else {"problem": f"rank {number} answered {line[:80]!r}"}
+        return (
+            answer
+            if isinstance(answer, dict)
+            else {"problem": f"rank {number} answered {line[:80]!r}"}
+        )
 
     def _give_up(self, problem: str, kind: str) -> None:
         self.problem, self.kind = problem, kind
@@ -213,5 +235,9 @@ class Crew:
 def _ending(rank: _Rank) -> str:
     code = rank.process.returncode
     how = "no exit code" if code is None else f"signal {-code}" if code < 0 else f"exit code {code}"
-    lines = [line.strip() for line in rank.errors.read_text(errors="replace").splitlines() if line.strip()]
+    lines = [
+        line.strip()
+        for line in rank.errors.read_text(errors="replace").splitlines()
+        if line.strip()
+    ]
     return f"{how}: {lines[-1][:200]}" if lines else how
