@@ -90,7 +90,8 @@ def leave_verdict(rank: int, code: int | None, saving: bool = False) -> None:
 
     `saving`: a save is under way, so that a launcher which has to end this process gives it time.
     The first call also asks the kernel to send SIGTERM when the launcher dies: a process that nobody waits for would
-    train on, and keep the run's lock.
+    train on, and keep the run's lock. The signal may come several times: the threads of the launcher end one after the
+    other, and each hands its children on to the next.
     """
     named = os.environ.get(VERDICTS)
     if not named or not (folder := Path(named)).is_dir():

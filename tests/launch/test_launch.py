@@ -188,7 +188,10 @@ def test_processes_end_when_their_launcher_is_killed(tmp_path: Path) -> None:
         for pid in both:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-    assert [(tmp_path / f"heard_{rank}").read_text() for rank in range(2)] == ["SIGTERM", "SIGTERM"]
+    # Linux sends the signal once for every thread of the launcher that was the parent when it ended: at least once.
+    assert [set((tmp_path / f"heard_{rank}").read_text().split()) for rank in range(2)] == [
+        {"SIGTERM"}
+    ] * 2
 
 
 def test_asked_to_stop_while_it_waits_for_a_node_that_never_comes(tmp_path: Path) -> None:
