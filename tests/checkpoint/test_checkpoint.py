@@ -405,15 +405,7 @@ def test_a_full_disk_is_one_error_on_every_rank(
     pool: GlooPool, tmp_path: Path, where: str, asynchronous: bool
 ) -> None:
     """No rank waits for one that failed, the message is one line, and the checkpoint before stays whole."""
-    answers = pool.run(
-        2,
-        refusing_disk_job,
-        config_on(1, 1, 1),
-        str(tmp_path),
-        where,
-        asynchronous,
-        timeout_seconds=40,
-    )
+    answers = pool.run(2, refusing_disk_job, config_on(1, 1, 1), str(tmp_path), where, asynchronous)
     assert len(set(answers)) == 1
     assert "ckpt_002 could not be saved" in answers[0] and "No space left on device" in answers[0]
     assert len(answers[0].splitlines()) == 1

@@ -334,7 +334,7 @@ def test_an_error_does_not_end_the_audit(
     audit = Scrubber(directory, 0.01, Verified(), damaged, told)
     audit.start()
     try:
-        assert both.wait(30), "the thread is gone"
+        assert both.wait(120), "the thread is gone"
         while where == "damaged" and len(lines) < 2:
             time.sleep(0.01)
     finally:

@@ -93,7 +93,7 @@ def test_a_process_finishes_its_step_after_sigterm() -> None:
     )
     assert process.stdout is not None and process.stdout.readline() == "in\n"
     process.terminate()
-    rest, _ = process.communicate(timeout=20)
+    rest, _ = process.communicate(timeout=120)
     assert (process.returncode, rest) == (75, "saved SIGTERM\n")
 
 

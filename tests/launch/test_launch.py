@@ -25,7 +25,7 @@ from k2train.launch.environment import (
     read_verdicts,
 )
 from k2train.launch.supervisor import Supervisor
-from tests.support.command_line import hear_signals, soon
+from tests.support.command_line import HANG_SECONDS, hear_signals, soon
 from tests.support.tiny_corpus import (
     ROOT,
     config_tree,
@@ -133,12 +133,12 @@ def worker(folder: Path, rest: str) -> Path:
 def pids(folder: Path, process: "subprocess.Popen[str]", count: int = 2) -> list[int]:
     """The workers' ids, once all of them are there."""
     files = [folder / f"pid_{rank}" for rank in range(count)]
-    assert soon(lambda: all(f.exists() and f.read_text() for f in files), 60), process.poll()
+    assert soon(lambda: all(f.exists() and f.read_text() for f in files)), process.poll()
     return [int(f.read_text()) for f in files]
 
 
-def gone(process_ids: Sequence[int], seconds: float = 20) -> bool:
-    return soon(lambda: not any(began(pid) for pid in process_ids), seconds)
+def gone(process_ids: Sequence[int]) -> bool:
+    return soon(lambda: not any(began(pid) for pid in process_ids))
 
 
 def test_every_signal_goes_to_every_process_as_often_as_it_comes(tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_every_signal_goes_to_every_process_as_often_as_it_comes(tmp_path: Path)
                 name,
                 rank,
             )  # type: ignore[misc]
-    text, _ = process.communicate(timeout=60)
+    text, _ = process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == 75, text
     assert [(tmp_path / f"heard_{rank}").read_text().split() for rank in range(2)] == [sent, sent]
 
@@ -169,7 +169,7 @@ def test_a_dead_process_takes_the_others_with_it_even_a_stopped_one(tmp_path: Pa
     os.kill(second, signal.SIGSTOP)
     os.kill(first, signal.SIGKILL)
     began_at = time.monotonic()
-    text, _ = process.communicate(timeout=60)
+    text, _ = process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == 1 and time.monotonic() - began_at < 20, text
     assert "process 0 ended with signal 9" in text and "process 1" not in text
     assert gone([first, second])
@@ -207,10 +207,10 @@ def test_asked_to_stop_while_it_waits_for_a_node_that_never_comes(tmp_path: Path
     ]
     options += ["--rdzv-conf", "is_host=false,read_timeout=120"]
     process = launch(worker(tmp_path, ""), tmp_path, options=options)
-    assert soon(lambda: b"SIGTERM" in handled(process.pid), 60)
+    assert soon(lambda: b"SIGTERM" in handled(process.pid))
     time.sleep(1)
     process.send_signal(signal.SIGTERM)
-    text, _ = process.communicate(timeout=30)
+    text, _ = process.communicate(timeout=HANG_SECONDS)
     closed.close()
     assert process.returncode == 1
     assert "SIGTERM: asked to stop before any process had started; nothing was begun\n" in text
@@ -242,7 +242,7 @@ def test_a_crash_is_started_again(tmp_path: Path) -> None:
         "sys.exit(code)"
     )
     process = launch("--restarts", "4", *OPTIONS, worker(tmp_path, rest), tmp_path, options=[])
-    text, _ = process.communicate(timeout=90)
+    text, _ = process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == 75, text
     assert "start 2 of 5 follows in 1 s" in text and "follows in 2 s" not in text
     assert [(tmp_path / f"starts_{rank}").read_text() for rank in range(2)] == ["..", ".."]
@@ -379,7 +379,7 @@ def test_real_processes(tmp_path: Path) -> None:
     """Through the real torchrun: the processes' own code comes out, without a traceback."""
     (tmp_path / "leaves.py").write_text("import sys\nsys.exit(75)\n")
     process = launch(tmp_path / "leaves.py")
-    text, _ = process.communicate(timeout=60)
+    text, _ = process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == 75
     assert "Traceback" not in text
 
@@ -396,7 +396,7 @@ def config(tmp_path: Path) -> Path:
 def test_a_mistake_is_told_once_and_ends_with_2(config: Path) -> None:
     """A line a process, or a code that a batch script takes for a crash and tries again."""
     process = launch("-m", "k2train.train", config, "modle.num_heads=3")
-    text, _ = process.communicate(timeout=60)
+    text, _ = process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == 2
     assert text.count("unknown key") == 1
     assert "Traceback" not in text
@@ -408,12 +408,12 @@ def test_asked_to_stop_all_processes_save_and_go_on(config: Path, tmp_path: Path
     run = tmp_path / "runs" / "run"
     process = launch("-m", "k2train.train", config)
     metrics = run / "metrics.jsonl"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + HANG_SECONDS
     while not metrics.exists() or metrics.read_text().count("\n") < 2:
         assert process.poll() is None and time.monotonic() < deadline, "the run did not begin"
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGTERM)
-    text, _ = process.communicate(timeout=60)
+    text, _ = process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == 75, text
     stopped = [json.loads(line) for line in (run / "ledger.jsonl").read_text().splitlines()]
     assert stopped[-1]["event"] == "stopped" and stopped[-1]["reason"] == "SIGTERM"
@@ -424,7 +424,7 @@ def test_asked_to_stop_all_processes_save_and_go_on(config: Path, tmp_path: Path
         for path in (run / "checkpoints").iterdir()
     )
     again = launch("-m", "k2train.train", config)
-    text, _ = again.communicate(timeout=90)
+    text, _ = again.communicate(timeout=HANG_SECONDS)
     assert again.returncode == 0, text
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
     assert steps == list(range(1, 21)), "a step was lost or done twice"
@@ -443,7 +443,7 @@ def test_a_save_that_takes_longer_than_torchruns_patience_is_whole(
         K2TRAIN_FAULTS="step.done@step=2:term;save.room@nth=2:sleep=35",
     )
     saving = run / "checkpoints"
-    assert soon(lambda: list(saving.glob("ckpt_000_step_*.tmp")) or process.poll() is not None, 90)
+    assert soon(lambda: list(saving.glob("ckpt_000_step_*.tmp")) or process.poll() is not None)
     began_at = time.monotonic()
     process.send_signal(signal.SIGTERM)
     time.sleep(3)

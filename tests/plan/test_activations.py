@@ -32,7 +32,7 @@ K2_WORK = Work(K2, 2048, 4, "bf16", tensor=8, sequence=True, regather=True)
 
 def held_bytes(made: Made, planned: int) -> int:
     """What is held once the transport has let go of what it sent, which its thread does a moment after a wait returns."""
-    for _ in range(40):
+    for _ in range(1200):
         if made.still_bytes() == planned:
             break
         time.sleep(0.05)

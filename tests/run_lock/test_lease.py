@@ -20,6 +20,7 @@ from k2train.errors import RunError
 from k2train.run_lock import lease, process_identity
 from k2train.run_lock.lock import RunLock
 from k2train.run_lock.process_identity import FIRST_PID_SPACE, machine_id
+from tests.support.command_line import HANG_SECONDS
 
 ROOT = Path(__file__).resolve().parents[2]
 HOLDER = """
@@ -140,7 +141,7 @@ def test_kill_9_frees_the_lease_at_once_and_the_token_rises(tmp_path: Path) -> N
     finally:
         holder.send_signal(signal.SIGKILL)
     # Not collected yet: its id is still there, and its beginning too.
-    until = time.monotonic() + 10
+    until = time.monotonic() + HANG_SECONDS
     while Path(f"/proc/{holder.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
         assert time.monotonic() < until
     with _without_flock(tmp_path) as lock:
@@ -365,7 +366,7 @@ def test_the_beat_moves_and_ends_with_the_holder(
     path = tmp_path / "lease_000001.json"
     with RunLock(tmp_path):
         first = json.loads(path.read_text())["beat"]
-        until = time.monotonic() + 10
+        until = time.monotonic() + HANG_SECONDS
         while json.loads(path.read_text())["beat"] < first + 3:
             assert time.monotonic() < until
     content = json.loads(path.read_text())

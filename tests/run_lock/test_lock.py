@@ -17,6 +17,7 @@ import pytest
 from k2train.errors import RunError
 from k2train.record.system_info import slurm_job_ended
 from k2train.run_lock.lock import RunLock
+from tests.support.command_line import HANG_SECONDS
 
 ROOT = Path(__file__).resolve().parents[2]
 HOLDER = """
@@ -87,7 +88,7 @@ def test_a_forked_child_does_not_keep_the_lock_of_a_dead_parent(tmp_path: Path) 
         os.kill(int(child), signal.SIGKILL)
 
 
-def _acquire_soon(directory: Path, seconds: float = 10) -> RunLock:
+def _acquire_soon(directory: Path, seconds: float = HANG_SECONDS) -> RunLock:
     """The lock, once the forked child has come to run at all: on a busy machine its first act may take a while."""
     deadline = time.monotonic() + seconds
     while True:

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+HANG_SECONDS = 120.0
+"""Longer than anything takes that does not hang, also on a busy machine; says nothing of speed."""
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 
 
@@ -19,8 +21,10 @@ def load_tool(name: str) -> ModuleType:
     return module
 
 
-def soon(condition: Callable[[], object], seconds: float = 20, every_seconds: float = 0.02) -> bool:
-    """Whether the condition comes true in time."""
+def soon(
+    condition: Callable[[], object], seconds: float = HANG_SECONDS, every_seconds: float = 0.02
+) -> bool:
+    """Whether the condition comes true before something must hang."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:

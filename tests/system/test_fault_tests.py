@@ -282,7 +282,7 @@ def test_a_hang_is_ended_and_told(server: ForkServer, judged: tuple[TinyRun, Ref
     )
     began = time.monotonic()
     assert server.wait_as_launcher(job, 6, 2) != ""
-    assert time.monotonic() - began < 40 and job.over and server.left_behind(job) == []
+    assert time.monotonic() - began < 120 and job.over and server.left_behind(job) == []
 
 
 @pytest.mark.slow

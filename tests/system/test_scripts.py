@@ -86,7 +86,7 @@ class Copy:
         self, script: str, *arguments: str, **variables: str
     ) -> "subprocess.CompletedProcess[str]":
         process = self.start(script, *arguments, **variables)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=120)
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
     def calls(self, start: str) -> list[str]:
@@ -287,16 +287,16 @@ def test_quickstart_passes_a_signal_on_and_waits_for_the_save(
     copy: Copy, number: signal.Signals
 ) -> None:
     """Catches a training left behind by Ctrl-C or kill, one that is not given the time to save, and a part started after."""
-    process = copy.start("scripts/quickstart.sh", TRAIN_TENTHS="300")
+    process = copy.start("scripts/quickstart.sh", TRAIN_TENTHS="6000")
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("training"):
             break
     time.sleep(0.2)
     process.send_signal(number)
-    process.wait(timeout=20)
+    process.wait(timeout=120)
     assert copy.calls_file.with_suffix(".saved").exists(), "it ended before the training had saved"
-    _, err = process.communicate(timeout=20)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == 75, err
     assert (
         err.splitlines()[-1]

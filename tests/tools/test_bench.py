@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.command_line import load_tool, soon
+from tests.support.command_line import HANG_SECONDS, load_tool, soon
 
 tool = load_tool("bench")
 
@@ -261,7 +261,7 @@ def fakes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[list[Sampl
     plan = Plan(rounds=2, warmup_steps=1, measure=False, limit_seconds=4, extra_path=str(folder))
     began = time.monotonic()
     samples = run_group(members, TINY, plan, lambda text: None)
-    assert time.monotonic() - began < 200, "a hanging contender held the others up"
+    assert time.monotonic() - began < 500, "a hanging contender held the others up"
     yield samples, pids
 
 
@@ -332,10 +332,10 @@ def test_ranks_inside_a_step_end_with_a_killed_driver(tmp_path: Path) -> None:
     )
     try:
         # Each rank writes its number when it is built, and again when it begins to hang.
-        assert soon(lambda: pids.exists() and len(pids.read_text().split()) == 4, 120)
+        assert soon(lambda: pids.exists() and len(pids.read_text().split()) == 4)
         driver.kill()
-        driver.wait(30)
-        assert soon(lambda: not any(running(int(pid)) for pid in pids.read_text().split()), 30)
+        driver.wait(HANG_SECONDS)
+        assert soon(lambda: not any(running(int(pid)) for pid in pids.read_text().split()))
     finally:
         driver.kill()
         driver.wait()
@@ -357,12 +357,12 @@ def test_a_stopped_bench_leaves_nothing(after_seconds: int) -> None:
     )
     children = Path(f"/proc/{driver.pid}/task/{driver.pid}/children")
     try:
-        assert soon(lambda: len(children.read_text().split()) == 3, 60)
+        assert soon(lambda: len(children.read_text().split()) == 3)
         pids = [int(pid) for pid in children.read_text().split()]
         time.sleep(after_seconds)
         driver.send_signal(signal.SIGTERM)
-        driver.wait(30)
-        assert soon(lambda: not any(running(pid) for pid in pids), 30)
+        driver.wait(HANG_SECONDS)
+        assert soon(lambda: not any(running(pid) for pid in pids))
     finally:
         driver.kill()
         driver.wait()

@@ -18,7 +18,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def _show(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "tools" / "show_run.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd="/", timeout=30, check=False)
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd="/", timeout=120, check=False
+    )
 
 
 def _manifest(directory: Path, name: str, facts: dict[str, Any]) -> str:
@@ -180,5 +182,5 @@ def test_it_needs_neither_torch_nor_an_installed_package(tmp_path: Path) -> None
         "except SystemExit as done: print('left', done.code, 'torch' in sys.modules, 'numpy' in sys.modules)"
     )
     command = [sys.executable, "-c", code, str(ROOT / "tools" / "show_run.py"), str(run)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd="/", timeout=30, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, cwd="/", timeout=120, check=True)
     assert done.stdout.splitlines()[-1] == "left 0 False False"

@@ -393,12 +393,7 @@ def test_a_disk_that_refuses(base: Path, pool: GlooPool, asynchronous: bool) -> 
         "checkpoint__asynchronous": asynchronous,
         "checkpoint__retry_seconds": 0,
     }
-    began = time.monotonic()
-    assert pool.run(2, trainer_job, tree(base, name, **changes), full_disk, timeout_seconds=60) == [
-        1,
-        1,
-    ]
-    assert time.monotonic() - began < 60
+    assert pool.run(2, trainer_job, tree(base, name, **changes), full_disk) == [1, 1]
     run = base / "runs" / name
     stopped = events(run)[-1]
     assert stopped["reason"] == "save failed" and "No space left on device" in stopped["problem"]

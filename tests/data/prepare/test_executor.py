@@ -21,7 +21,7 @@ from k2train.data.prepare.run.tasks import completed, is_done, settle
 from k2train.data.prepare.workspace import Workspace
 from k2train.errors import ConfigError, DataError
 from tests.support import preparation
-from tests.support.command_line import hear_signals, soon
+from tests.support.command_line import HANG_SECONDS, hear_signals, soon
 from tests.support.preparation import begun, in_order, toy_phases, toy_workspace, whole
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -229,12 +229,12 @@ def test_kill_9_at_any_moment_then_again(tmp_path: Path, workers: int) -> None:
         time.sleep(moments.uniform(0.6, 1.6))
         process.kill()
         process.communicate()
-        assert soon(lambda: not workers_of(workspace), 5), "workers outlived their driver"
+        assert soon(lambda: not workers_of(workspace)), "workers outlived their driver"
         after = begun_and_done(workspace)
         assert before.items() <= after.items()
         before = after
     process = driver(workspace, f"workers={workers}")
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == 0, said
     after = begun_and_done(workspace)
     assert whole(workspace, PHASES) and set(after) == ALL and before.items() <= after.items()
@@ -243,25 +243,25 @@ def test_kill_9_at_any_moment_then_again(tmp_path: Path, workers: int) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_workers_end_with_their_driver(tmp_path: Path, number: signal.Signals) -> None:
     """Catches workers, or datatrove's manager process, that outlive a driver that is ended in whatever way."""
-    workspace = toy_workspace(tmp_path, seconds=60)
+    workspace = toy_workspace(tmp_path, seconds=600)
     process = driver(workspace, "workers=2")
     assert soon(lambda: len(begun(workspace)) == 2)
     assert len(workers_of(workspace)) >= 4
     process.send_signal(number)
-    process.communicate(timeout=20)
+    process.communicate(timeout=HANG_SECONDS)
     assert process.returncode != 0
-    assert soon(lambda: not workers_of(workspace), 5)
+    assert soon(lambda: not workers_of(workspace))
 
 
 def test_a_second_driver_is_refused_and_the_lock_dies_with_its_holder(tmp_path: Path) -> None:
     """Catches two drivers that do the same tasks, and a lock that has to be removed by hand."""
-    workspace = toy_workspace(tmp_path, seconds=60)
+    workspace = toy_workspace(tmp_path, seconds=600)
     process = driver(workspace, "workers=1")
     try:
         assert soon(lambda: begun(workspace))
         second = driver(workspace, "workers=1")
         try:
-            _, said = second.communicate(timeout=20)
+            _, said = second.communicate(timeout=HANG_SECONDS)
         finally:
             second.kill()
         assert second.returncode == 2
@@ -271,7 +271,7 @@ def test_a_second_driver_is_refused_and_the_lock_dies_with_its_holder(tmp_path: 
         process.communicate()
     with exclusive(workspace.folder):
         pass
-    assert soon(lambda: not workers_of(workspace), 5)
+    assert soon(lambda: not workers_of(workspace))
 
 
 def test_ray_is_asked_for_when_it_is_missing(
