@@ -70,7 +70,7 @@ def collectives_job(launch: Launch, overlap: bool) -> dict[str, Any]:
     equal = all(torch.equal(a, b) for a, b in zip(*values, strict=True))
     if launch.rank == 0:
         time.sleep(0.3)
-    before = comm.blocked_seconds
+    before, entered = comm.blocked_seconds, time.monotonic()
     all_reduce(x, axis)
     return {
         "equal": equal,
@@ -79,6 +79,8 @@ def collectives_job(launch: Launch, overlap: bool) -> dict[str, Any]:
         "current": comm.current,
         "cell": comm.cells[0],
         "waited": comm.blocked_seconds - before,
+        "entered": entered,
+        "took": time.monotonic() - entered,
     }
 
 
@@ -86,7 +88,8 @@ def collectives_job(launch: Launch, overlap: bool) -> dict[str, Any]:
 def test_collectives_are_counted_named_and_unchanged(
     pool: GlooPool, world: int, overlap: bool
 ) -> None:
-    for rank, found in enumerate(pool.run(world, collectives_job, overlap)):
+    answers = pool.run(world, collectives_job, overlap)
+    for rank, found in enumerate(answers):
         assert found["equal"]
         begun = [name for name in found["names"] if not name.startswith("wait ")]
         assert begun == [
@@ -102,8 +105,9 @@ def test_collectives_are_counted_named_and_unchanged(
         assert ("wait all-reduce dp" in found["names"]) == overlap
         assert "wait all-gather dp" in found["names"], "a started gather is waited for"
         assert "wait all-gather of weights dp" in found["names"]
-        # Rank 0 came last and waited for nobody; the others waited for it.
-        assert (found["waited"] > 0.2) == (rank > 0), found["waited"]
+        # What rank 0 slept before it came was no waiting; the others waited for it.
+        late = answers[0]["entered"] - found["entered"]
+        assert late - 0.2 < found["waited"] <= found["took"], (rank, late)
 
 
 def pipeline_job(launch: Launch) -> list[str]:
@@ -207,14 +211,29 @@ def test_a_wait_shows_its_name_and_is_no_new_exchange() -> None:
     assert comm.position()[1] == ""
 
 
+class Nothing:
+    """The least that a context written in Python can do: the unit of what counting costs."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
 def test_counting_costs_little() -> None:
-    comm = CommTracker()
-    best = float("inf")
+    """Catches a file, a lock that is waited for, or a log line in every collective."""
+    comm, nothing = CommTracker(), Nothing()
+    seconds: dict[str, list[float]] = {"counted": [], "nothing": []}
     for _ in range(20):
-        began = time.perf_counter()
-        for _ in range(1000):
-            with collective_scope(comm, "all-reduce tp"):
-                pass
-        best = min(best, (time.perf_counter() - began) / 1000)
-    # Measured 0.4 us; the bound leaves room for a slower machine, not for a lock or a system call.
-    assert best < 2e-6, f"{best * 1e6:.2f} us"
+        for name, made in (
+            ("counted", lambda: collective_scope(comm, "all-reduce tp")),
+            ("nothing", lambda: nothing),
+        ):
+            began = time.perf_counter()
+            for _ in range(1000):
+                with made():
+                    pass
+            seconds[name].append(time.perf_counter() - began)
+    # Measured 2.2 times; the best of 20 short rounds, since one of them runs without an interruption.
+    assert min(seconds["counted"]) < 5 * min(seconds["nothing"]), seconds

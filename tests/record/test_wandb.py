@@ -117,13 +117,11 @@ def test_a_stuck_wandb_never_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     go_on = threading.Event()
     _fake(monkeypatch, init=go_on.wait)
     notes: list[str] = []
-    began = time.monotonic()
     mirror = _mirror(tmp_path, notes, close_seconds=0.2)
+    # What waits for W&B here waits for ever: `go_on` comes last.
     for step in range(1000):
         mirror.log({"step": step})
-    assert time.monotonic() - began < 1.0
     mirror.close()
-    assert time.monotonic() - began < 2.0
     assert len(notes) == 1 and "did not finish within 0.2 s" in notes[0]
     go_on.set()
 

@@ -110,7 +110,9 @@ def test_only_a_failing_test_is_a_catch(
     """Catches a tool that takes any non-zero exit for success: then a typo in the table would pass for proof."""
     before = (repository / "toy.py").read_text()
     outcome = tool.check_mutation(
-        mutation_of(old, new, f"tests/test_toy.py::{test}"), repository, 6.0
+        mutation_of(old, new, f"tests/test_toy.py::{test}"),
+        repository,
+        6.0 if "hung" in detail else 240.0,
     )
     assert outcome.caught is caught and detail in outcome.detail, outcome
     assert (repository / "toy.py").read_text() == before, "the repository itself was broken"
@@ -128,11 +130,11 @@ def test_a_test_that_is_red_anyway_is_no_proof(repository: Path) -> None:
 def test_list_and_usage() -> None:
     """Catches a list that runs tests, and a name that matches nothing taken for success."""
     listed = subprocess.run(
-        [sys.executable, str(TOOL), "--list"], capture_output=True, text=True, timeout=30
+        [sys.executable, str(TOOL), "--list"], capture_output=True, text=True, timeout=120
     )
     assert listed.returncode == 0 and len(listed.stdout.splitlines()) == len(tool.MUTATIONS) + 2
     nothing = subprocess.run(
-        [sys.executable, str(TOOL), "--only", "zzz"], capture_output=True, text=True, timeout=30
+        [sys.executable, str(TOOL), "--only", "zzz"], capture_output=True, text=True, timeout=120
     )
     assert nothing.returncode == 2 and "no mutation's name contains 'zzz'" in nothing.stderr
 
