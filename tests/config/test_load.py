@@ -346,9 +346,14 @@ def test_loading_is_quick_and_needs_no_torch() -> None:
         f"load_config({str(SHIPPED[0])!r})\n"
         "print(time.process_time(), *(name for name in ('torch', 'numpy') if name in sys.modules))"
     )
-    run = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    # What no config can do without; torch takes ten times as long.
+    least = "import pydantic, time, yaml\npydantic.BaseModel\nprint(time.process_time())"
+    seconds, *heavy, unit = (
+        word
+        for program in (code, least)
+        for word in subprocess.run(
+            [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.split()
     )
-    seconds, *heavy = run.stdout.split()
     assert heavy == []
-    assert float(seconds) < 0.5
+    assert float(seconds) < 4 * float(unit)

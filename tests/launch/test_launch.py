@@ -83,11 +83,25 @@ def test_kernels_are_begun_in_order_unless_told_otherwise(monkeypatch: pytest.Mo
     assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "8"
 
 
+PATIENT = """
+import signal, sys
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent as Agent
+assert Agent._shutdown.__defaults__ == (signal.SIGTERM, 30)
+Agent._shutdown.__defaults__ = (signal.SIGTERM, 3600)
+from k2train.launch import main
+sys.exit(main())
+"""
+"""The launcher over a torchrun that gives processes an hour to end and not 30 seconds: whoever leaves it to torchrun hangs."""
+
+
 def launch(
-    *arguments: object, options: Sequence[str] = OPTIONS, **variables: str
+    *arguments: object,
+    options: Sequence[str] = OPTIONS,
+    start: Sequence[str] = ("-m", "k2train.launch"),
+    **variables: str,
 ) -> "subprocess.Popen[str]":
     process = subprocess.Popen(
-        [sys.executable, "-m", "k2train.launch", *options, *map(str, arguments)],
+        [sys.executable, *start, *options, *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -164,13 +178,12 @@ def test_every_signal_goes_to_every_process_as_often_as_it_comes(tmp_path: Path)
 
 def test_a_dead_process_takes_the_others_with_it_even_a_stopped_one(tmp_path: Path) -> None:
     """Catches the 30 seconds of torchrun, and processes that stay behind because they hear no SIGTERM."""
-    process = launch(worker(tmp_path, "time.sleep(600)"), tmp_path)
+    process = launch(worker(tmp_path, "time.sleep(600)"), tmp_path, start=("-c", PATIENT))
     first, second = pids(tmp_path, process)
     os.kill(second, signal.SIGSTOP)
     os.kill(first, signal.SIGKILL)
-    began_at = time.monotonic()
     text, _ = process.communicate(timeout=HANG_SECONDS)
-    assert process.returncode == 1 and time.monotonic() - began_at < 20, text
+    assert process.returncode == 1, text
     assert "process 0 ended with signal 9" in text and "process 1" not in text
     assert gone([first, second])
 

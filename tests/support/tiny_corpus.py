@@ -111,7 +111,7 @@ def command(arguments: Sequence[Any], processes: int = 1) -> list[str]:
 
 
 def train(
-    *arguments: Any, processes: int = 1, timeout: float = 100, **variables: str
+    *arguments: Any, processes: int = 1, timeout: float = 180, **variables: str
 ) -> subprocess.CompletedProcess[str]:
     """Run the command line to its end."""
     return subprocess.run(

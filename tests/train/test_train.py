@@ -7,7 +7,6 @@ import json
 import os
 import re
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -548,6 +547,10 @@ def test_a_chunk_damaged_in_the_middle_of_a_run(tmp_path: Path) -> None:
     verify_checkpoint(newest)
 
 
+KILLED = "forcefully exiting via"
+"""What torchrun says of a process that did not end within its patience."""
+
+
 def test_a_held_directory_ends_all_ranks_at_once(tmp_path: Path) -> None:
     """Rank 0 is refused while the others already wait for it; they must not wait for the launcher's 30 s patience."""
     make_corpus(tmp_path / "data", 1)
@@ -556,12 +559,10 @@ def test_a_held_directory_ends_all_ranks_at_once(tmp_path: Path) -> None:
         config_tree(tmp_path / "data" / "manifest.json", tmp_path / "runs", "held"),
     )
     with RunLock(tmp_path / "runs" / "held"):
-        began = time.monotonic()
         done = train(path, processes=2)
-        seconds = time.monotonic() - began
     told = [line for line in done.stderr.splitlines() if line.startswith("k2train:")]
     assert len(told) == 1 and "held by a live run" in told[0]
-    assert seconds < 25, seconds
+    assert KILLED not in done.stderr
 
 
 FAULTY = """
@@ -583,7 +584,7 @@ sys.exit(main())
 
 
 def test_one_rank_that_raises_ends_all(tmp_path: Path) -> None:
-    """A bug on one rank must not leave the others in a barrier: the launcher ends well before its own patience, no
+    """A bug on one rank must not leave the others in a barrier: the launcher does not come to the end of its patience, no
     process is left, and what was saved is whole."""
     import subprocess
 
@@ -594,7 +595,6 @@ def test_one_rank_that_raises_ends_all(tmp_path: Path) -> None:
     )
     script = tmp_path / "faulty.py"
     script.write_text(FAULTY.format(root=str(ROOT)))
-    began = time.monotonic()
     launcher = [
         sys.executable,
         "-m",
@@ -607,11 +607,11 @@ def test_one_rank_that_raises_ends_all(tmp_path: Path) -> None:
         [*launcher, str(script), str(path), "batch.micro_sequences=6"],
         capture_output=True,
         text=True,
-        timeout=90,
+        timeout=120,
         env=environment(),
     )
     assert done.returncode == 1 and "RuntimeError: planted" in done.stderr, done.stderr
-    assert time.monotonic() - began < 28
+    assert KILLED not in done.stderr
     assert len(read_metrics(tmp_path / "runs" / "bug" / "metrics.jsonl")) == 6
     for checkpoint in list_checkpoints(tmp_path / "runs" / "bug" / "checkpoints"):
         verify_checkpoint(checkpoint)
