@@ -88,7 +88,7 @@ import signal, sys
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent as Agent
 assert Agent._shutdown.__defaults__ == (signal.SIGTERM, 30)
 Agent._shutdown.__defaults__ = (signal.SIGTERM, 3600)
-from k2train.launch import main
+from k2train.launch.__main__ import main
 sys.exit(main())
 """
 """The launcher over a torchrun that gives processes an hour to end and not 30 seconds: whoever leaves it to torchrun hangs."""
