@@ -124,6 +124,19 @@ def test_a_fault_counts_when_it_was_seen_to_strike() -> None:
     assert set(LATE) <= set(ENDING) and set(HARMLESS) <= set(LIVED_WITH)
 
 
+def test_promises_are_those_of_an_idle_machine(tmp_path: Path) -> None:
+    """Catches a verdict that a busy machine decides, and a limit that an idle one does not keep."""
+    attempts = []
+    for number, seconds in enumerate((0.3, 4.0, 4.0)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "trace").write_text(f"{10 + seconds} 0 step.done\n")
+        job = Job([1], 0, folder, 10.0)
+        attempts.append(Attempt("a:kill", job, "", 0, 0))
+    assert result.allowed_seconds(5.0, attempts[:1]) == result.allowed_seconds(5.0, []) == 5.0
+    assert result.allowed_seconds(5.0, attempts) == pytest.approx(20.0)
+
+
 def test_points_and_strikes_are_told_apart(tmp_path: Path) -> None:
     """Catches a strike taken for a visit, and half a line of a rank that was killed while it wrote."""
     (tmp_path / "trace").write_text("1.0 0 step.read\n1.1 1 !step.read:kill\n1.2 0 st")

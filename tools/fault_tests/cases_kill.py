@@ -7,7 +7,16 @@ from collections import Counter
 
 from fault_tests.processes import ForkServer, Job
 from fault_tests.restarts import Attempt, Restarts
-from fault_tests.result import Bench, Result, attempts_of, chain, names_rank, problems_of, spread
+from fault_tests.result import (
+    Bench,
+    Result,
+    allowed_seconds,
+    attempts_of,
+    chain,
+    names_rank,
+    problems_of,
+    spread,
+)
 from fault_tests.tiny_run import TinyRun
 from k2train.fault_injection import POINTS
 
@@ -93,7 +102,8 @@ def judge_ends(result: Result, struck: list[Attempt]) -> None:
     ended = [attempt for attempt in struck if not attempt.helped]
     gone = [attempt.gone_seconds for attempt in ended]
     result.measured.append(f"from the kill to the last rank's end: {spread(gone)}")
-    late = [attempt for attempt in ended if attempt.gone_seconds > GONE_SECONDS]
+    limit = allowed_seconds(GONE_SECONDS, struck)
+    late = [attempt for attempt in ended if attempt.gone_seconds > limit]
     result.problems += [
         f"{a.faults}: the last rank ended {a.gone_seconds:.1f} s after the kill" for a in late
     ]

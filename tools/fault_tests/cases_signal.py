@@ -12,7 +12,16 @@ from pathlib import Path
 from fault_tests.cases_kill import tail
 from fault_tests.processes import ROOT, Job, free_port
 from fault_tests.restarts import Attempt
-from fault_tests.result import Bench, Result, chain, names_rank, problems_of, run_pytest, spread
+from fault_tests.result import (
+    Bench,
+    Result,
+    allowed_seconds,
+    chain,
+    names_rank,
+    problems_of,
+    run_pytest,
+    spread,
+)
 from fault_tests.tiny_run import TinyRun
 from k2train.errors import EXIT_DONE, EXIT_STOPPED
 from k2train.record.ledger import read_ledger
@@ -137,8 +146,9 @@ def row_9(bench: Bench) -> Result:
     result.measured.append(
         f"from SIGSTOP to the last rank's end: {spread(seconds)}; named in {named} of {len(made)}"
     )
+    limit = allowed_seconds(HANG_SECONDS, made)
     result.problems += [
-        f"{a.faults}: {s:.0f} s" for a, s in zip(made, seconds, strict=True) if s > HANG_SECONDS
+        f"{a.faults}: {s:.0f} s" for a, s in zip(made, seconds, strict=True) if s > limit
     ]
     return result
 
@@ -172,7 +182,10 @@ def row_10(bench: Bench) -> Result:
                 if re.search(r"rank \d+.*(stuck|died|lost|behind)", x)
             ]
             line = told_by[0] if told_by else ""
-            if down is None and (set(attempt.codes) == {EXIT_DONE} or since > HANG_SECONDS):
+            if down is None and (
+                set(attempt.codes) == {EXIT_DONE}
+                or since > allowed_seconds(HANG_SECONDS, [attempt])
+            ):
                 result.problems.append(
                     f"cut {told}: codes {attempt.codes}, {since:.0f} s: {tail(attempt.text)}"
                 )

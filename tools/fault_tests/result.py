@@ -17,6 +17,8 @@ from fault_tests.restarts import Attempt, Restarts, undisturbed
 from fault_tests.tiny_run import TinyRun, make_tiny_run
 
 SHORT, MEDIUM = "short", "medium"
+IDLE_START_SECONDS = 1.0
+"""More than a warm start takes to its first step on a machine that has nothing else to do: 0.3 s."""
 
 
 @dataclass
@@ -115,6 +117,12 @@ def attempts_of(campaigns: Sequence[Restarts]) -> list[Attempt]:
 
 def problems_of(campaigns: Sequence[Restarts]) -> list[str]:
     return [problem for restarts in campaigns for problem in restarts.problems]
+
+
+def allowed_seconds(promised: float, attempts: Iterable[Attempt]) -> float:
+    """What is promised of an idle machine; longer by as much as the starts of `attempts` were slower than on one."""
+    starts = [seconds for a in attempts if (seconds := a.first_step_seconds) is not None]
+    return promised * max(1.0, statistics.median(starts or [0.0]) / IDLE_START_SECONDS)
 
 
 def spread(values: Sequence[float], unit: str = "s") -> str:
