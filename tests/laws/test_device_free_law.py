@@ -458,7 +458,7 @@ def test_a_run_directory_that_another_run_holds(tmp_path: Path, data: Path) -> N
         lines = lines_without_torch(case.path)
         assert len(lines) == 1 and f"held by a live run: pid {process.pid}" in lines[0]
         assert process.poll() is None, "the first run ended too early to show anything"
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=120)
         assert process.returncode == 0, output
     finally:
         kill_all(process)

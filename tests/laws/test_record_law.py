@@ -84,7 +84,7 @@ def assert_same_run(run: Path, straight: Path) -> None:
 
 def wait_for_row(run: Path, attempt: int, process: Any) -> None:
     """Until the run has finished a step of `attempt`."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while True:
         if (run / "metrics.jsonl").exists() and any(
             r["attempt"] == attempt for r in read_metrics(run / "metrics.jsonl")
@@ -99,7 +99,10 @@ def kill_after(
 ) -> Path:
     """Start, kill -9 at a random moment after `checkpoint` is there; the run must not have been finished."""
     run = base / "runs" / name
-    process = start(path, processes=processes)
+    # Held before its end, which it could else come to while a busy machine lets this process wait.
+    last = chunks * STEPS_PER_CHUNK
+    held = {"K2TRAIN_FAULTS": f"step.done@step={last}:sleep=600"}
+    process = start(path, processes=processes, **held)
     try:
         wait_for(run / "checkpoints" / checkpoint, process)
         time.sleep(random.uniform(0, 0.05))
@@ -131,10 +134,11 @@ def test_stops_on_request(base: Path, straight: Path) -> None:
     assert done.returncode == 75, done.stderr
     assert (run / "checkpoints" / "ckpt_001_step_000007").is_dir()
     for attempt, number in ((2, signal.SIGTERM), (3, signal.SIGINT)):
-        process = start(path)
+        # Not so quick that a busy machine asks it when it is done.
+        process = start(path, K2TRAIN_FAULTS="step.done@nth=2:sleep=1")
         wait_for_row(run, attempt, process)
         process.send_signal(number)
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=120)
         assert process.returncode == 75, output
         stopped = read_ledger(run / "ledger.jsonl")[-1]
         assert (stopped["event"], stopped["reason"]) == ("stopped", number.name)

@@ -124,19 +124,19 @@ def train(
     )
 
 
-def start(*arguments: Any, processes: int = 1) -> subprocess.Popen[str]:
+def start(*arguments: Any, processes: int = 1, **variables: str) -> subprocess.Popen[str]:
     """Start the command line; the caller ends it with `kill_all` or waits."""
     return subprocess.Popen(
         command(arguments, processes),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=environment(),
+        env=environment(**variables),
         cwd=ROOT,
     )
 
 
-def wait_for(path: Path, process: subprocess.Popen[str], timeout: float = 60) -> None:
+def wait_for(path: Path, process: subprocess.Popen[str], timeout: float = 120) -> None:
     """Until `path` exists; fails when the process ends first."""
     deadline = time.monotonic() + timeout
     while not path.exists():
@@ -169,7 +169,7 @@ def kill_all(process: subprocess.Popen[str]) -> int:
             os.kill(pid, signal.SIGKILL)
         except ProcessLookupError:
             continue
-    process.communicate(timeout=30)
+    process.communicate(timeout=120)
     return process.returncode
 
 
