@@ -234,9 +234,9 @@ def test_the_audit_runs_by_itself(tmp_path: Path) -> None:
     found = Event()
     audit = Scrubber(directory, 0.01, Verified(), lambda path, problem: found.set())
     audit.start()
-    assert found.wait(30)
+    assert found.wait(120)
     audit.close()
-    audit._thread.join(30)  # type: ignore[union-attr]
+    audit._thread.join(120)  # type: ignore[union-attr]
     assert not audit._thread.is_alive()  # type: ignore[union-attr]
 
 
