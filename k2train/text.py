@@ -1,9 +1,12 @@
-"""Numbers, names and aligned columns as people read them; standard library only.
+"""Text for people: bytes, durations, counts, names and aligned tables; standard library only.
+
+- Bytes are binary everywhere (KiB, MiB, GiB, TiB), as memory is sold and as tools print it.
 
 Names come from documents that anyone may have written, so characters that would move a terminal's cursor or change its
 colours are shown as escapes. Printing them as they are was refused: a file name could then rewrite the table around it.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +15,26 @@ LEFT = {"subset", "source", "document", "chunk", "state", "sha256", "fim"}
 """Headings of the columns that hold words."""
 UNKNOWN = "-"
 _UNSAFE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def bytes_text(count: float) -> str:
+    """`20.16 GiB`, `5.82 MiB`, `900 B`: binary units, two decimals."""
+    for unit, size in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= size:
+            return f"{count / size:,.2f} {unit}"
+    return f"{count:.0f} B"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as `45s`, `1m20s`, `2h05m` or `3d04h`, rounded up."""
+    whole = math.ceil(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    if whole < 86400:
+        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -30,7 +30,8 @@ from k2train.plan.draw import draw, svg
 from k2train.plan.layout import Layout
 from k2train.plan.schedule import Program, build_programs, placement_of
 from k2train.plan.simulate import Span, bubble_fraction, peak_in_flight, simulate
-from k2train.train.memory_report import bytes_text, memory_lines
+from k2train.text import bytes_text
+from k2train.train.memory_report import memory_lines
 
 GRID_LINES = 16
 PROGRAM_ACTIONS = 48

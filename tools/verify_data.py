@@ -22,7 +22,7 @@ from k2train.data.manifest import MANIFEST_NAME
 from k2train.data.verify.chunks import Report, verify_chunks
 from k2train.data.verify.folder import verify_folder
 from k2train.errors import EXIT_DONE, EXIT_USAGE, DataError, UserError
-from k2train.text import counted
+from k2train.text import bytes_text, counted
 
 MOST_WORKERS = 4
 """By default. More at once only help where the disk reads faster than that many cores can hash."""
@@ -47,9 +47,9 @@ def tell(line: str, stream: TextIO) -> None:
 
 
 def rate(read_bytes: int, seconds: float) -> str:
-    """`, 812 MB/s`; nothing where it would say nothing."""
-    speed = read_bytes / 1e6 / max(seconds, SHORTEST_SECONDS)
-    return f", {speed:,.0f} MB/s" if seconds >= SHORTEST_SECONDS and speed >= 1 else ""
+    """`, 812.00 MiB/s`; nothing where it would say nothing."""
+    speed = read_bytes / max(seconds, SHORTEST_SECONDS)
+    return f", {bytes_text(speed)}/s" if seconds >= SHORTEST_SECONDS and speed >= 2**20 else ""
 
 
 def line_of(report: Report, number: int, count: int) -> str:

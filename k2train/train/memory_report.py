@@ -13,14 +13,7 @@ from k2train.plan.cost import ModelShape
 from k2train.plan.layout import Layout
 from k2train.plan.memory import RankMemory, rank_memory
 from k2train.plan.schedule import Program
-
-
-def bytes_text(count: int) -> str:
-    """`20.16 GiB`."""
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if count >= size:
-            return f"{count / size:.2f} {unit}"
-    return f"{count} B"
+from k2train.text import bytes_text
 
 
 def work_of(

@@ -26,6 +26,7 @@ from k2train.record.metrics import MetricsWriter, damaged_rows, last_attempt
 from k2train.record.system_info import environment_facts
 from k2train.record.wandb import WandbMirror
 from k2train.state_digest import short_digests
+from k2train.text import bytes_text
 from k2train.train.engine import Engine
 from k2train.train.memory_report import start_line, work_of
 from k2train.train.preflight import Start, learning_rate
@@ -190,7 +191,7 @@ class RankZeroRunLogger(RunLogger):
         total_bytes, held_out = _bytes_of(manifest), manifest["held_out_loss"]
         told = "" if held_out is None else f", held-out loss {float(held_out):.4f}"
         self.from_thread(
-            f"saved {path.name} at step {manifest['step']}{told} ({total_bytes / 1e6:.1f} MB in {seconds:.1f} s)"
+            f"saved {path.name} at step {manifest['step']}{told} ({bytes_text(total_bytes)} in {seconds:.1f} s)"
         )
         self.wandb.event(f"saved {path.name}")
         if self.problem:

@@ -26,7 +26,7 @@ from k2train.data.prepare.workspace import Workspace, read_json
 from k2train.data.prepare.write.write_chunk import chunk_task
 from k2train.data.tokenizer import Tokenizer
 from k2train.errors import DataError
-from k2train.text import counted
+from k2train.text import bytes_text, counted
 
 # Enough passes over the standard library that writing chunks takes seconds and not milliseconds.
 PASSES = 16
@@ -283,13 +283,6 @@ def _scaled(value: float, units: Sequence[tuple[float, str]]) -> str:
     size, unit = next((unit for unit in units if value >= unit[0]), units[-1])
     text = f"{value / size:,.1f}"
     return f"{text.removesuffix('.0') if size == units[-1][0] else text}{unit}"
-
-
-def bytes_text(value: float) -> str:
-    """`20 bytes`, `1.5 MB`."""
-    return _scaled(
-        round(value), ((1e12, " TB"), (1e9, " GB"), (1e6, " MB"), (1e3, " KB"), (1, " bytes"))
-    )
 
 
 def tokens_text(value: float) -> str:
