@@ -92,7 +92,7 @@ def test_a_plan_that_does_not_fit_is_refused(
     with pytest.raises(RunError) as caught:
         check_plan(tmp_path / "runs" / "x", one, 360, 5)
     told = str(caught.value)
-    assert len(told.splitlines()) == 1 and "need 51" in told and "3.64 TiB are free" in told
+    assert len(told.splitlines()) == 1 and "need 46.88 TiB" in told and "3.64 TiB are free" in told
     assert all(
         knob in told
         for knob in ("checkpoint.every_chunks", "keep_optimizer_states", "run.directory")
