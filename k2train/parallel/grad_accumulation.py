@@ -74,7 +74,7 @@ def attach(parameter: nn.Parameter, accumulator: GradAccumulator) -> None:
 
 def accumulator_of(parameter: Tensor) -> GradAccumulator | None:
     """The parameter's sink; None where none is attached, and its gradient goes to autograd."""
-    return getattr(parameter, "sink", None)
+    return getattr(parameter, "accumulator", None)
 
 
 class WeightWork:

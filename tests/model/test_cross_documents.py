@@ -103,7 +103,7 @@ def separate_job(launch: Launch, config: Config) -> dict[str, Any]:
     tokens, documents = global_batch(config, 1), global_documents(config, 1)
     # Without their sinks the matrices' gradients go to autograd.
     for parameter in engine.stages[0].parameters():
-        vars(parameter).pop("sink", None)
+        vars(parameter).pop("accumulator", None)
     logits = one_by_one(engine, tokens, documents)
     loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
     names, parameters = zip(*engine.stages[0].named_parameters(), strict=True)
