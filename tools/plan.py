@@ -31,7 +31,7 @@ from k2train.plan.layout import Layout
 from k2train.plan.schedule import Program, build_programs, placement_of
 from k2train.plan.simulate import Span, bubble_fraction, peak_in_flight, simulate
 from k2train.text import bytes_text
-from k2train.train.memory_report import memory_lines
+from k2train.train.memory_report import memory_table
 
 GRID_LINES = 16
 PROGRAM_ACTIONS = 48
@@ -126,7 +126,7 @@ def plan(
     sections = (
         _grid_lines(layout, shape.num_layers, full),
         _model_lines(shape, layout, config.precision),
-        memory_lines(config, layout, programs),
+        memory_table(config, layout, programs),
         _step_lines(config, shape, layout, count),
         _schedule_lines(parallel.schedule, programs, spans, width, full)
         + _balance_lines(config, shape, layout),

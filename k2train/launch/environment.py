@@ -62,60 +62,60 @@ def _check_world(world_size: int) -> None:
         )
 
 
-VERDICTS = "K2TRAIN_VERDICTS"
+STATUS_FOLDER = "K2TRAIN_VERDICTS"
 """Names the folder where each process of a machine leaves its note: torchrun hides exit codes when a signal ended it."""
-LAUNCHER = "launcher"
+LAUNCHER_FILE = "launcher"
 """The note of the launcher itself in that folder."""
 SET_PARENT_DEATH_SIGNAL = 1
 """prctl(2): PR_SET_PDEATHSIG."""
 
 
 @dataclass(frozen=True)
-class Note:
+class ProcessStatus:
     """What one process says of itself: its exit code, or None while it runs, then with its id and when it began."""
 
     code: int | None
     pid: int = 0
-    began: str = ""
+    start_ticks: str = ""
     saving: bool = False
 
     @property
     def is_alive(self) -> bool:
         """Whether that process, and not a later one of the same id, still runs."""
-        return self.code is None and self.pid > 0 and began(self.pid) == self.began
+        return self.code is None and self.pid > 0 and start_ticks(self.pid) == self.start_ticks
 
 
-def leave_verdict(rank: int, code: int | None, saving: bool = False) -> None:
+def write_status(rank: int, code: int | None, saving: bool = False) -> None:
     """Tell a k2train launcher this process's exit code; None: still running. Nothing under another launcher.
 
     `saving`: a save is under way, so that a launcher which has to end this process gives it time.
     The first call also asks the kernel to send SIGTERM when the launcher dies: a process that nobody waits for would
     train on, and keep the run's lock.
     """
-    named = os.environ.get(VERDICTS)
-    if not named or not (folder := Path(named)).is_dir():
+    value = os.environ.get(STATUS_FOLDER)
+    if not value or not (folder := Path(value)).is_dir():
         return
     path = folder / f"rank_{rank}"
     if code is None and not path.exists():
-        _end_with_launcher(folder)
-    mine = f"running {os.getpid()} {began(os.getpid())}{' saving' if saving else ''}"
-    aside = folder / f".rank_{rank}"
+        _die_with_launcher(folder)
+    status = f"running {os.getpid()} {start_ticks(os.getpid())}{' saving' if saving else ''}"
+    temporary = folder / f".rank_{rank}"
     # The launcher reads at any moment: half a note must not be seen. A full disk is no reason to end a training.
     with contextlib.suppress(OSError):
-        aside.write_text(mine if code is None else str(code))
-        aside.replace(path)
+        temporary.write_text(status if code is None else str(code))
+        temporary.replace(path)
 
 
-def _end_with_launcher(folder: Path) -> None:
-    if not sys.platform.startswith("linux") or not (folder / LAUNCHER).exists():
+def _die_with_launcher(folder: Path) -> None:
+    if not sys.platform.startswith("linux") or not (folder / LAUNCHER_FILE).exists():
         return
     ctypes.CDLL(None).prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
-    if os.getppid() != int((folder / LAUNCHER).read_text()):
+    if os.getppid() != int((folder / LAUNCHER_FILE).read_text()):
         # It died before the kernel was asked.
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def began(pid: int) -> str:
+def start_ticks(pid: int) -> str:
     """When a process began, in clock ticks since boot; "" when it is gone, a zombie, or the system does not tell."""
     try:
         # The name in parentheses may hold anything; state is the first field behind it, the start time the twentieth.
@@ -125,24 +125,24 @@ def began(pid: int) -> str:
     return "" if fields[0] in "ZX" else fields[19]
 
 
-def offer_verdicts(folder: Path) -> None:
+def request_statuses(folder: Path) -> None:
     """Ask the processes started from here to leave their notes in `folder`."""
-    (folder / LAUNCHER).write_text(str(os.getpid()))
-    os.environ[VERDICTS] = str(folder)
+    (folder / LAUNCHER_FILE).write_text(str(os.getpid()))
+    os.environ[STATUS_FOLDER] = str(folder)
 
 
-def read_verdicts(folder: Path) -> dict[int, Note]:
+def read_statuses(folder: Path) -> dict[int, ProcessStatus]:
     """Rank -> the note of every process that started."""
     found = {}
     for path in folder.glob("rank_*"):
         code, *more = path.read_text().split()
         rank = int(path.name.removeprefix("rank_"))
         if code == "running":
-            found[rank] = Note(
+            found[rank] = ProcessStatus(
                 None, int(more[0]), more[1] if len(more) > 1 else "", "saving" in more
             )
         else:
-            found[rank] = Note(int(code))
+            found[rank] = ProcessStatus(int(code))
     return dict(sorted(found.items()))
 
 
@@ -154,7 +154,7 @@ def read_faults() -> str:
 CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
 
 
-def order_kernels() -> None:
+def limit_cuda_connections() -> None:
     """Ask CUDA, in the processes started from here, to begin kernels of all streams in the order they are queued.
 
     A layer that overlaps queues a collective first and then the product that hides it. With CUDA's usual 8 hardware

@@ -15,12 +15,12 @@ from k2train import fault_injection
 from k2train.config.load import Config, explain, load_config
 from k2train.errors import EXIT_DONE, EXIT_FAILED, EXIT_USAGE, UserError
 from k2train.guard.stop_signals import StopRequest
-from k2train.launch.environment import Launch, leave_verdict, read_faults, read_launch
+from k2train.launch.environment import Launch, read_faults, read_launch, write_status
 from k2train.record.system_info import job_facts, slurm_job_ended
 from k2train.run_lock.lock import RunLock
 from k2train.train.preflight import Start, prepare_start, run_directory
 
-OTHER_RANKS_WAIT_SECONDS = 5.0
+OTHER_RANKS_DELAY_SECONDS = 5.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,23 +30,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     code = EXIT_FAILED
     try:
         launch = read_launch()
-        leave_verdict(launch.rank, None)
+        write_status(launch.rank, None)
         if options.explain:
             print(explain(options.config, options.overrides))
             code = EXIT_DONE
         else:
             code = _train(options.config, options.overrides, launch)
     except UserError as error:
-        code = tell(error, launch)
+        code = report_error(error, launch)
     finally:
-        leave_verdict(launch.rank, code)
+        write_status(launch.rank, code)
     return code
 
 
-def tell(error: UserError, launch: Launch) -> int:
+def report_error(error: UserError, launch: Launch) -> int:
     """Say a mistake on stderr: at once on rank 0; elsewhere only if the launcher has not ended this rank by then."""
     if launch.rank != 0:
-        time.sleep(OTHER_RANKS_WAIT_SECONDS)
+        time.sleep(OTHER_RANKS_DELAY_SECONDS)
     prefix = f"rank {launch.rank}: " if launch.rank else ""
     print(
         "\n".join(f"k2train: {prefix}{line}" for line in str(error).splitlines()),

@@ -20,7 +20,7 @@ from k2train.train.preflight import Start
 
 
 class BatchSource:
-    """Reads for one rank; `before_leaving` is called on every rank before a damaged chunk is raised."""
+    """Reads for one rank; `before_raising` is called on every rank before a damaged chunk is raised."""
 
     def __init__(
         self,
@@ -28,10 +28,10 @@ class BatchSource:
         grid: ProcessGrid,
         start: Start,
         verify: bool,
-        before_leaving: Callable[[], None],
+        before_raising: Callable[[], None],
     ):
-        self.grid, self.order, self._before_leaving = grid, start.order, before_leaving
-        self._limit = config.data.held_out_batches
+        self.grid, self.order, self._before_raising = grid, start.order, before_raising
+        self._max_held_out_batches = config.data.held_out_batches
         self.loader = Loader(
             start.manifest,
             start.order,
@@ -49,15 +49,19 @@ class BatchSource:
         Raises DataError, on every rank alike where a chunk is opened.
         """
         opens = first or self.order.position(step).step_in_chunk == 0
-        return self._agreed(partial(self.loader.step, step), opens, needed)
+        return self._read_agreed(partial(self.loader.step, step), opens, needed)
 
     def held_out_loss(self, engine: Engine) -> float | None:
         """Mean loss over the held-out chunk (nats a target); None when the data has none."""
         batches = self.loader.num_held_out_batches()
-        batches = batches if self._limit is None else min(batches, self._limit)
+        batches = (
+            batches
+            if self._max_held_out_batches is None
+            else min(batches, self._max_held_out_batches)
+        )
         losses = []
         for index in range(batches):
-            batch = self._agreed(
+            batch = self._read_agreed(
                 partial(self.loader.held_out, index), index == 0, engine.needs_batch
             )
             losses.append(engine.evaluate(batch.tokens, batch.documents))
@@ -67,7 +71,7 @@ class BatchSource:
         """Stop the loader's threads."""
         self.loader.close()
 
-    def _agreed(self, read: Callable[[], Batch], opens: bool, needed: bool) -> Batch:
+    def _read_agreed(self, read: Callable[[], Batch], opens: bool, needed: bool) -> Batch:
         problem, batch = "", Batch([])
         try:
             # Also where the batch is not looked at: this rank may be the one that verifies for its machine.
@@ -83,6 +87,6 @@ class BatchSource:
                 dist.all_gather_object(problems, problem, group=self.grid.host)
             if any(problems):
                 # All ranks leave here together, so the checkpoint of the chunk before can still be finished.
-                self._before_leaving()
+                self._before_raising()
                 raise DataError(next(text for text in problems if text))
         return batch.to(self.grid.device)

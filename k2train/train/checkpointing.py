@@ -13,14 +13,14 @@ from typing import Any
 from k2train import fault_injection
 from k2train.checkpoint.load import agree_on_checkpoint, load_states
 from k2train.checkpoint.manifest import read_manifest
-from k2train.checkpoint.writer import CheckpointWriter, nothing
+from k2train.checkpoint.writer import CheckpointWriter, no_op
 from k2train.config.load import Config
 from k2train.errors import CheckpointError
 from k2train.parallel.grid import ProcessGrid
-from k2train.record.jsonl import plain
+from k2train.record.jsonl import json_value
 from k2train.run_lock.lock import RunLock
 from k2train.train.engine import Engine
-from k2train.train.forward_check import make_probe, probe_problem
+from k2train.train.forward_check import forward_check_problem, run_forward_check
 from k2train.train.monitor import DamageError
 from k2train.train.preflight import Start
 from k2train.train.run_logger import RunLogger
@@ -54,11 +54,11 @@ class CheckpointManager:
             c.asynchronous,
             retry_seconds=c.retry_seconds,
             verify_every_seconds=c.verify_every_seconds,
-            still_owner=nothing if lock is None else lock.check,
-            told=lambda text: logger().from_thread(text),
-            verified=lambda path: logger().verified(path),
-            damaged=lambda path, problem: logger().damaged(path, problem),
-            idle=lambda: logger().flush_messages(),
+            check_owner=no_op if lock is None else lock.check,
+            log=lambda text: logger().info_from_thread(text),
+            on_verified=lambda path: logger().verified(path),
+            on_damaged=lambda path, problem: logger().damaged(path, problem),
+            on_idle=lambda: logger().flush_messages(),
         )
         self.token = 0 if lock is None else lock.token
         """The fencing token of this start; rank 0's, which tells the others."""
@@ -82,7 +82,7 @@ class CheckpointManager:
             if parent is None:
                 raise CheckpointError(f"run.init_from: {problems[0]}")
         if chosen is not None:
-            self.writer.found_whole(chosen)
+            self.writer.mark_verified(chosen)
         return chosen, refused
 
     def load(self, engine: Engine, path: Path) -> tuple[Facts, bool]:
@@ -96,14 +96,14 @@ class CheckpointManager:
                 f"{path}: the manifest says nothing of the guard's state; it was changed or damaged"
             )
         kept = load_states(
-            path, engine.gradients.table, optimizer.flat_shards, self.grid, engine.dtype
+            path, engine.gradients.shard_layout, optimizer.flat_shards, self.grid, engine.dtype
         )
         optimizer.adam_steps = int(facts["adam_steps"]) if kept else 0
-        optimizer.publish()
-        problem = probe_problem(facts.get("probe") or {}, make_probe(engine))
+        optimizer.write_parameters()
+        problem = forward_check_problem(facts.get("probe") or {}, run_forward_check(engine))
         if problem is not None and "probe" not in self.config.run.allow:
             raise CheckpointError(
-                f"{path} was loaded, but the model does not compute what was saved: {problem}; find out why, or go on "
+                f"{path} was loaded, but the model does not compute what was saved: {problem}; find out why, or continue "
                 "with run.allow=[probe]"
             )
         if problem is not None:
@@ -118,16 +118,16 @@ class CheckpointManager:
 
         Raises DamageError when data-parallel replicas do not answer the probe alike, SaveError for the save before.
         """
-        probe = make_probe(engine)
+        probe = run_forward_check(engine)
         if probe["apart"]:
             raise DamageError(str(probe["apart"]))
         frozen = self.writer.snapshot(
-            engine.gradients.table, engine.optimizer.flat_shards, engine.dtype
+            engine.gradients.shard_layout, engine.optimizer.flat_shards, engine.dtype
         )
         adam_steps = engine.optimizer.adam_steps
         facts = {**facts, "adam_steps": adam_steps, "probe": probe, "fencing_token": self.token}
         # A loss that is not finite has no JSON form of its own.
-        self.writer.save(name, frozen, dict(plain(facts)), committed)
+        self.writer.save(name, frozen, dict(json_value(facts)), committed)
         self.saved_at = time.monotonic()
 
     def lease_facts(self) -> Facts:

@@ -13,17 +13,21 @@ import torch
 from torch import Tensor
 
 from k2train.config.load import Config
-from k2train.model.initialize import initialize, materialize, place_rotary
-from k2train.model.kernels.select import Kernels, Place, choose_kernels
+from k2train.model.initialize import attach_rotary, initialize, materialize
+from k2train.model.kernels.select import DeviceTraits, Kernels, choose_kernels
 from k2train.model.transformer import Architecture, Stage, activation_shape
 from k2train.optim.adamw import ShardedAdamW
-from k2train.optim.grad_norm import SquareSums, Verdict, agree
+from k2train.optim.grad_norm import SquareSums, StepDecision, decide_step
 from k2train.parallel.comm_tracker import wait_scope
 from k2train.parallel.grad_buffer import GradientBuffer
 from k2train.parallel.grid import Axis, ProcessGrid
 from k2train.parallel.pipeline import Executor
 from k2train.plan.schedule import Action, Op, build_programs, insert_transfers, placement_of
-from k2train.train.fault_values import strike_gradient, strike_output, strike_state
+from k2train.train.fault_values import (
+    inject_gradient_fault,
+    inject_output_fault,
+    inject_state_fault,
+)
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -70,7 +74,7 @@ def kernels_of(config: Config, device: torch.device | None = None) -> Kernels:
         compile=k.compile,
         recompute=k.recompute,
         recompute_layers=k.recompute_layers,
-        place=Place(
+        traits=DeviceTraits(
             device=device or torch.device("cpu"),
             dtype=DTYPES[config.precision],
             sequence_length=config.data.sequence_length,
@@ -93,7 +97,7 @@ def axes_of(config: Config, grid: ProcessGrid) -> tuple[Axis, Axis]:
     return tp, replace(grid.dp, overlap=overlap)
 
 
-class StageInTurn:
+class StageWithDocuments:
     """A stage as the executor calls it: with the documents of the micro-batch whose forward comes next in the program.
 
     The executor hands a stage its input and nothing else. What is at hand on every rank needs no place in a transfer, and
@@ -114,7 +118,7 @@ class Engine:
     def __init__(self, config: Config, grid: ProcessGrid, fill: bool = True):
         """`fill=False` leaves all weights zero, for a checkpoint to fill."""
         self.config, self.grid = config, grid
-        self.enter: Callable[[str], None] = lambda phase: None
+        self.on_phase: Callable[[str], None] = lambda phase: None
         """Called on entering a phase of a step: `forward`, `reduce`, `update`."""
         self.architecture, self.kernels = architecture_of(config), kernels_of(config, grid.device)
         self.names = self.architecture.tensor_names()
@@ -131,7 +135,7 @@ class Engine:
         self.stages = {
             stage: self._build_stage(stage) for stage in layout.stages_of(grid.coordinate.pp)
         }
-        place_rotary(
+        attach_rotary(
             list(self.stages.values()), self.architecture, config.data.sequence_length, grid.device
         )
         self.gradients = GradientBuffer(
@@ -142,10 +146,10 @@ class Engine:
             self.num_microbatches,
             config.parallel.bucket_bytes,
         )
-        self.square_sums = SquareSums(self.gradients.table, self.names, grid.tp, grid.device)
+        self.square_sums = SquareSums(self.gradients.shard_layout, self.names, grid.tp, grid.device)
         o = config.optimizer
         self.optimizer = ShardedAdamW(
-            self.gradients.table,
+            self.gradients.shard_layout,
             grid.device,
             (o.betas[0], o.betas[1]),
             o.eps,
@@ -157,7 +161,7 @@ class Engine:
             for module in self.stages.values():
                 module.first_use = self.optimizer.wait_for
         if fill:
-            initialize(list(self.stages.values()), config.run.seed, self.optimizer.adopt)
+            initialize(list(self.stages.values()), config.run.seed, self.optimizer.set_master)
         programs = build_programs(
             config.parallel.schedule,
             layout.pipeline,
@@ -166,9 +170,11 @@ class Engine:
         )
         self.program = programs[grid.coordinate.pp]
         self.forward_program = self._forward_only(programs)[grid.coordinate.pp]
-        self.turns = {stage: StageInTurn(module) for stage, module in self.stages.items()}
-        work = {stage: module.weight_work for stage, module in self.stages.items()}
-        self.executor = Executor(self.turns, layout.num_stages, grid.pp, grid.device, work)
+        self.stage_calls = {
+            stage: StageWithDocuments(module) for stage, module in self.stages.items()
+        }
+        work = {stage: module.weight_grad_store for stage, module in self.stages.items()}
+        self.executor = Executor(self.stage_calls, layout.num_stages, grid.pp, grid.device, work)
         self.shape = activation_shape(
             self.architecture,
             config.data.sequence_length,
@@ -199,19 +205,19 @@ class Engine:
         `documents` (with `data.cross_documents: block`, else None) has the same shapes: the index of each token's document
         in its row. `flags` are summed over all ranks in the same exchange. Not finite: nothing is changed on any rank.
         """
-        self.enter("forward")
-        strike_state(self.optimizer)
+        self.on_phase("forward")
+        inject_state_fault(self.optimizer)
         self.gradients.zero()
         loss = self._run(self.program, microbatches, documents)
-        self.enter("reduce")
-        strike_gradient(self.gradients.table)
-        line = self.gradients.reduce()
-        verdict = self._agree(self.square_sums(line), loss, flags)
-        self.enter("update")
-        self.optimizer.step(line, lr, verdict.divisor, verdict.skip)
+        self.on_phase("reduce")
+        inject_gradient_fault(self.gradients.shard_layout)
+        flat_gradient = self.gradients.reduce()
+        decision = self._decide(self.square_sums(flat_gradient), loss, flags)
+        self.on_phase("update")
+        self.optimizer.step(flat_gradient, lr, decision.divisor, decision.skip)
         # The one place where the host waits for the device: all of the step is queued.
         with wait_scope(self.grid.comm, "the device"):
-            agreed = verdict.read()
+            agreed = decision.read()
         self.optimizer.count(agreed.finite)
         return StepResult(agreed.loss, agreed.grad_norm, agreed.norms, agreed.finite, agreed.flags)
 
@@ -220,8 +226,8 @@ class Engine:
     ) -> float:
         """Mean loss of one global batch (nats a target), nothing kept and nothing changed; `documents` as in a step."""
         loss = self._run(self.forward_program, microbatches, documents)
-        nothing = torch.zeros(len(self.names), dtype=torch.float64, device=self.grid.device)
-        return self._agree(nothing, loss, ()).read().loss
+        no_squares = torch.zeros(len(self.names), dtype=torch.float64, device=self.grid.device)
+        return self._decide(no_squares, loss, ()).read().loss
 
     def _run(
         self,
@@ -231,22 +237,24 @@ class Engine:
     ) -> Tensor:
         """This rank's part of the mean loss: 0 where another rank counts it."""
         last = self.stages.get(self.grid.layout.num_stages - 1)
-        for given, needed in ((microbatches, self.needs_batch), (documents or (), self.block)):
-            assert not needed or len(given) == self.num_microbatches, (
-                f"{len(given)} micro-batches, planned {self.num_microbatches}"
+        for items, needed in ((microbatches, self.needs_batch), (documents or (), self.block)):
+            assert not needed or len(items) == self.num_microbatches, (
+                f"{len(items)} micro-batches, planned {self.num_microbatches}"
             )
         assert self.block or documents is None, (
             "documents were given, but data.cross_documents is attend"
         )
-        for stage, turn in self.turns.items():
+        for stage, call in self.stage_calls.items():
             order = [a.microbatch for a in program if a.op is Op.FORWARD and a.stage == stage]
-            turn.documents = (
+            call.documents = (
                 repeat(None) if documents is None else iter([documents[m] for m in order])
             )
 
         def scaled_loss(hidden: Tensor, microbatch: int) -> Tensor:
             assert last is not None, "only the last stage has a loss"
-            return last.loss(strike_output(hidden), microbatches[microbatch], 1.0 / self.targets)
+            return last.loss(
+                inject_output_fault(hidden), microbatches[microbatch], 1.0 / self.targets
+            )
 
         losses = self.executor.run(
             program, lambda m: microbatches[m], scaled_loss, self.shape, self.dtype
@@ -256,9 +264,9 @@ class Engine:
         # Times 0 and not left out: a copy that is not finite on another tensor-parallel rank must stop the step too.
         return torch.stack(losses).sum() * float(self.grid.tp.rank == 0)
 
-    def _agree(self, sums: Tensor, loss: Tensor, flags: Sequence[float]) -> Verdict:
+    def _decide(self, sums: Tensor, loss: Tensor, flags: Sequence[float]) -> StepDecision:
         clip_norm = self.config.optimizer.clip_norm
-        return agree(sums, self.names, loss, flags, self.grid.stage, self.grid.pp, clip_norm)
+        return decide_step(sums, self.names, loss, flags, self.grid.stage, self.grid.pp, clip_norm)
 
     def _build_stage(self, stage: int) -> Stage:
         layers = self.grid.layout.layers_of(stage, self.architecture.num_layers)

@@ -20,34 +20,34 @@ VALUES = {"nan": float("nan"), "inf": float("inf"), "huge": 1e30}
 
 
 @torch.no_grad()
-def strike_gradient(table: ShardLayout) -> None:
+def inject_gradient_fault(table: ShardLayout) -> None:
     """After the backward passes, before anything is reduced."""
     if (fault := fault_injection.find("gradient")) is not None:
         slot = _slot(table, fault.argument)
         accumulator = accumulator_of(slot.parameter)
-        assert accumulator is not None, f"{slot.piece.name} has no sum"
-        slot.piece.of(accumulator.total).view(-1)[0] = VALUES[fault.action]
+        assert accumulator is not None, f"{slot.param_slice.name} has no sum"
+        slot.param_slice.of(accumulator.total).view(-1)[0] = VALUES[fault.action]
 
 
 @torch.no_grad()
-def strike_state(optimizer: ShardedAdamW) -> None:
+def inject_state_fault(optimizer: ShardedAdamW) -> None:
     """Between two steps."""
     if (fault := fault_injection.find("weight")) is not None:
-        slot = _slot(optimizer.table, fault.argument)
-        _flip(slot.piece.of(slot.parameter.data))
+        slot = _slot(optimizer.shard_layout, fault.argument)
+        _flip(slot.param_slice.of(slot.parameter.data))
     if (fault := fault_injection.find("moment")) is not None:
         name, _, state = fault.argument.rpartition(".")
-        _flip(optimizer.view(state or "exp_avg", _slot(optimizer.table, name)))
+        _flip(optimizer.view(state or "exp_avg", _slot(optimizer.shard_layout, name)))
 
 
-def strike_output(hidden: Tensor) -> Tensor:
+def inject_output_fault(hidden: Tensor) -> Tensor:
     """What the last stage gives of one micro-batch, of which its loss is made."""
     fault = fault_injection.find("loss")
     return hidden if fault is None else hidden * VALUES[fault.action]
 
 
 def _slot(table: ShardLayout, name: str) -> BufferSlot:
-    return next((slot for slot in table.slots if slot.piece.name == name), table.slots[0])
+    return next((slot for slot in table.slots if slot.param_slice.name == name), table.slots[0])
 
 
 def _flip(values: Tensor) -> None:

@@ -40,7 +40,7 @@ is allowed; fp32 at most 8e-7, 9e-7 and 1.3e-6, a tenth.
 """
 
 
-def make_probe(engine: Engine) -> dict[str, Any]:
+def run_forward_check(engine: Engine) -> dict[str, Any]:
     """What the model answers, for a manifest: equal on every rank; collective.
 
     `sha256` of the fp32 logits at `POSITIONS` positions, some of them as `values` and the largest as `max_abs`;
@@ -48,18 +48,18 @@ def make_probe(engine: Engine) -> dict[str, Any]:
     otherwise, or is empty.
     """
     engine.optimizer.finish()
-    answer = _run(engine)
+    logits = _run(engine)
     mine = None
-    if answer is not None:
-        mine = {**_facts(answer), "prompt": _prompt_facts(engine), "signature": _signature(engine)}
-    told: list[Any] = [None] * engine.grid.layout.world_size
+    if logits is not None:
+        mine = {**_facts(logits), "prompt": _prompt_facts(engine), "signature": _signature(engine)}
+    gathered: list[Any] = [None] * engine.grid.layout.world_size
     with collective_scope(engine.grid.comm, "all-gather of the probe's answers"):
-        dist.all_gather_object(told, mine, group=engine.grid.host)
-    given = {rank: facts for rank, facts in enumerate(told) if facts is not None}
-    return {**given[min(given)], "apart": _apart(given)}
+        dist.all_gather_object(gathered, mine, group=engine.grid.host)
+    answers = {rank: facts for rank, facts in enumerate(gathered) if facts is not None}
+    return {**answers[min(answers)], "apart": _apart(answers)}
 
 
-def probe_problem(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+def forward_check_problem(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
     """One line that says how far apart two probes of the same weights are, None when they are as near as they must be.
 
     None also when they were asked different things (another sequence length or vocabulary).
@@ -69,18 +69,18 @@ def probe_problem(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | No
     if not before or before.get("prompt") != now["prompt"]:
         return None
     distance, largest = _distance(before, now)
-    said = (
+    message = (
         f"the logits of the fixed prompt are up to {distance:.3g} apart, of at most {largest:.3g}"
     )
     if before["signature"] == now["signature"]:
         if before["sha256"] == now["sha256"]:
             return None
-        return f"{said}, on the same layout, kernels and device, where every bit must be equal"
+        return f"{message}, on the same layout, kernels and device, where every bit must be equal"
     bound = max(_bound(before), _bound(now))
     if distance < float("inf") and distance <= bound * largest:
         return None
     changed = [key for key in now["signature"] if not _same(before, now, key)]
-    return f"{said}; a change of {', '.join(changed)} explains no more than {bound * largest:.3g}"
+    return f"{message}; a change of {', '.join(changed)} explains at most {bound * largest:.3g}"
 
 
 def _run(engine: Engine) -> Tensor | None:
@@ -88,22 +88,22 @@ def _run(engine: Engine) -> Tensor | None:
     layout = engine.grid.layout
     last = engine.stages.get(layout.num_stages - 1)
     tokens, documents = _prompt(engine)
-    answer: list[Tensor] = []
+    logits: list[Tensor] = []
 
-    def look(hidden: Tensor, microbatch: int) -> Tensor:
+    def keep_logits(hidden: Tensor, microbatch: int) -> Tensor:
         assert last is not None, "only the last stage has logits"
-        answer.append(last.logits_at(hidden, _positions(engine.config.data.sequence_length)))
+        logits.append(last.logits_at(hidden, _positions(engine.config.data.sequence_length)))
         return hidden.new_zeros(())
 
-    for turn in engine.turns.values():
-        turn.documents = iter([documents]) if engine.block else repeat(None)
+    for call in engine.stage_calls.values():
+        call.documents = iter([documents]) if engine.block else repeat(None)
     engine.executor.run(
-        _program(engine), lambda microbatch: tokens, look, engine.shape, engine.dtype
+        _forward_program(engine), lambda microbatch: tokens, keep_logits, engine.shape, engine.dtype
     )
-    return answer[0] if answer else None
+    return logits[0] if logits else None
 
 
-def _program(engine: Engine) -> Program:
+def _forward_program(engine: Engine) -> Program:
     """One micro-batch forward through all stages: no schedule has a say in that, the placement of stages only."""
     layout = engine.grid.layout
     forwards = [
@@ -117,10 +117,10 @@ def _prompt(engine: Engine) -> tuple[Tensor, Tensor]:
     """Token ids and the index of each token's document, both [micro_sequences, sequence_length]; three documents a row."""
     config = engine.config
     rows, length = config.batch.micro_sequences, config.data.sequence_length
-    place = torch.arange(length).expand(rows, length)
+    position = torch.arange(length).expand(rows, length)
     row = torch.arange(rows).unsqueeze(1)
-    ids = (place * 7919 + place * place * 31 + row * 104729 + 17) % config.model.vocab_size
-    documents = torch.div(place * 3, length, rounding_mode="floor")
+    ids = (position * 7919 + position * position * 31 + row * 104729 + 17) % config.model.vocab_size
+    documents = torch.div(position * 3, length, rounding_mode="floor")
     return ids.to(engine.grid.device), documents.to(torch.int32).to(engine.grid.device)
 
 
@@ -221,26 +221,30 @@ def _same(a: Mapping[str, Any], b: Mapping[str, Any], key: str) -> bool:
     return bool(a["signature"].get(key) == b["signature"].get(key))
 
 
-def _apart(given: Mapping[int, Mapping[str, Any]]) -> str:
+def _apart(answers: Mapping[int, Mapping[str, Any]]) -> str:
     """Which of the ranks with the last stage answers otherwise than the most; the lower half of two is taken as right."""
-    answers = [facts["sha256"] for facts in given.values()]
-    right = max(answers, key=lambda answer: (answers.count(answer), -answers.index(answer)))
-    first = next(facts for facts in given.values() if facts["sha256"] == right)
-    for rank, facts in given.items():
-        if facts["sha256"] == right:
+    hashes = [facts["sha256"] for facts in answers.values()]
+    majority = max(hashes, key=lambda digest: (hashes.count(digest), -hashes.index(digest)))
+    first = next(facts for facts in answers.values() if facts["sha256"] == majority)
+    for rank, facts in answers.items():
+        if facts["sha256"] == majority:
             continue
         distance, largest = _distance(first, facts)
         if facts["signature"] == first["signature"] or not distance <= _bound(
             facts
         ) * largest < float("inf"):
-            return _told(rank, answers, distance, largest, given)
+            return _replica_message(rank, hashes, distance, largest, answers)
     return ""
 
 
-def _told(
-    rank: int, answers: Sequence[str], distance: float, largest: float, given: Mapping[int, Any]
+def _replica_message(
+    rank: int,
+    hashes: Sequence[str],
+    distance: float,
+    largest: float,
+    answers: Mapping[int, Any],
 ) -> str:
     """With two different answers and no more of one, nobody can say which is right."""
-    tie = 2 * answers.count(given[rank]["sha256"]) == len(answers)
+    tie = 2 * hashes.count(answers[rank]["sha256"]) == len(hashes)
     who = f"the replica of rank {rank} or its counterpart" if tie else f"the replica of rank {rank}"
-    return f"{who} answers the fixed prompt otherwise than the others: logits up to {distance:.3g} apart, of at most {largest:.3g}"
+    return f"{who} computes other logits for the fixed prompt than the others: up to {distance:.3g} apart, of at most {largest:.3g}"

@@ -17,31 +17,35 @@ from collections.abc import Mapping
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 """Parameters of mallopt(3)."""
-NEVER = -1
+NEVER_TRIM = -1
 TOP_PAD_BYTES = 64 * 1024**2
 """By how much the heap grows at the least: fewer calls while the first step finds its size."""
 
 
-def settings_of(environment: Mapping[str, str]) -> list[str]:
+def malloc_settings(environment: Mapping[str, str]) -> list[str]:
     """The variables by which a user set glibc's malloc, by name."""
     tuned = ["GLIBC_TUNABLES"] if "glibc.malloc" in environment.get("GLIBC_TUNABLES", "") else []
     return sorted(name for name in environment if name.startswith("MALLOC_")) + tuned
 
 
-def keep_memory(device_type: str) -> str:
+def keep_freed_memory(device_type: str) -> str:
     """Tell malloc to keep what the process frees, if it computes on the CPU; says in a few words what was done."""
     if device_type != "cpu":
-        return "malloc as it is"
-    found = settings_of(os.environ)
+        return "malloc: default settings"
+    found = malloc_settings(os.environ)
     if found:
-        return f"malloc as set by {', '.join(found)}"
+        return f"malloc: set by {', '.join(found)}"
     if platform.libc_ver()[0] != "glibc":
-        return "malloc as it is (not glibc)"
-    return "malloc keeps memory" if _ask() else "malloc as it is (it refused)"
+        return "malloc: default settings (not glibc)"
+    return (
+        "malloc: freed memory is kept"
+        if _set_mallopt()
+        else "malloc: default settings (mallopt failed)"
+    )
 
 
-def _ask() -> bool:
+def _set_mallopt() -> bool:
     """Whether glibc took all three: heap instead of mappings, never trimmed, grown in large pieces."""
     mallopt = ctypes.CDLL(None).mallopt
-    asked = ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, NEVER), (M_TOP_PAD, TOP_PAD_BYTES))
-    return all([mallopt(parameter, value) == 1 for parameter, value in asked])
+    settings = ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, NEVER_TRIM), (M_TOP_PAD, TOP_PAD_BYTES))
+    return all([mallopt(parameter, value) == 1 for parameter, value in settings])

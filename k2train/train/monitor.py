@@ -15,13 +15,13 @@ from k2train import fault_injection
 from k2train.config.load import Config
 from k2train.guard.control_files import ControlFiles
 from k2train.guard.stragglers import Stragglers
-from k2train.launch.environment import leave_verdict
-from k2train.parallel.device_digest import Root, StateDigest, StateGuard, StateRoot
+from k2train.launch.environment import write_status
+from k2train.parallel.device_digest import RootAllReduce, StateAudit, StateDigest, StateRoot
 from k2train.parallel.grid import ProcessGrid
 from k2train.parallel.replica_check import ReplicaCheck
 from k2train.plan.balance import rank_flops
 from k2train.train.engine import Engine, architecture_of
-from k2train.watchdog.failure_report import read_verdict
+from k2train.watchdog.failure_report import read_report
 from k2train.watchdog.timeouts import Timeouts
 from k2train.watchdog.watchdog import Watchdog
 
@@ -48,7 +48,7 @@ class RunMonitor:
         self, config: Config, grid: ProcessGrid, directory: Path, facts: Mapping[str, str]
     ):
         w, a = config.watch, config.audit
-        self.grid, self.every_replicas, self.every_root = (
+        self.grid, self.replicas_every_steps, self.root_every_steps = (
             grid,
             a.replicas_every_steps,
             a.root_every_steps,
@@ -64,16 +64,16 @@ class RunMonitor:
             grid.rank,
             world_size,
             limits,
-            _say,
+            _write_stderr,
             grid.comm.position,
             facts=facts,
         )
-        self.requests = ControlFiles(directory)
-        self.stragglers = Stragglers(grid.layout, _shares(config, grid))
+        self.control_files = ControlFiles(directory)
+        self.stragglers = Stragglers(grid.layout, _relative_work(config, grid))
         self.step = 0
         self._begun = False
         self._saving = False
-        self._waits_for_save = False
+        self._save_requested = False
         self._own_seconds = self._blocked_before = 0.0
 
     def begin(self) -> PreviousEnd | None:
@@ -81,7 +81,7 @@ class RunMonitor:
         if self._begun:
             return None
         self._begun = True
-        earlier = read_verdict(self.watchdog.directory) if self.grid.rank == 0 else None
+        earlier = read_report(self.watchdog.directory) if self.grid.rank == 0 else None
         self.watchdog.start()
         self.grid.comm.cells = self.watchdog.cells
         if earlier is None:
@@ -91,12 +91,12 @@ class RunMonitor:
     def attach(self, engine: Engine) -> None:
         """Look at this engine from now on."""
         self.engine = engine
-        engine.enter = self._enter
-        self._replicas = ReplicaCheck(engine.gradients.table, self.grid)
+        engine.on_phase = self._on_phase
+        self._replicas = ReplicaCheck(engine.gradients.shard_layout, self.grid)
         states = list(engine.optimizer.flat_shards)
-        digest = StateDigest(engine.gradients.table, engine.names, states, self.grid.tp)
+        digest = StateDigest(engine.gradients.shard_layout, engine.names, states, self.grid.tp)
         comm = self.grid.comm
-        self._root, self._guard = StateRoot(digest, comm=comm), StateGuard(digest, comm=comm)
+        self._root, self._guard = RootAllReduce(digest, comm=comm), StateAudit(digest, comm=comm)
 
     def phase(self, name: str, step: int) -> None:
         """The run goes on to a phase of the watch."""
@@ -108,9 +108,9 @@ class RunMonitor:
         self.saving(saving)
         self.phase("read", step)
         self._blocked_before = self.grid.comm.blocked_seconds
-        mine = [0.0] * self.grid.layout.world_size
-        mine[self.grid.rank] = self._own_seconds
-        return mine
+        contribution = [0.0] * self.grid.layout.world_size
+        contribution[self.grid.rank] = self._own_seconds
+        return contribution
 
     def end_step(self, seconds: float, own_seconds: Sequence[float]) -> str | None:
         """A step took so long; a line when a rank has become slow, or is no longer."""
@@ -120,69 +120,73 @@ class RunMonitor:
         self.watchdog.step_done(seconds)
         return self.stragglers.observe(self.step, own_seconds) if any(own_seconds) else None
 
-    def root(self) -> Root | None:
+    def root(self) -> StateRoot | None:
         """The root of the state, where this step is one that records it; collective."""
-        if self.every_root == 0 or self.step % self.every_root:
+        if self.root_every_steps == 0 or self.step % self.root_every_steps:
             return None
         optimizer = self.engine.optimizer
         optimizer.finish()
         found = self._root(optimizer.flat_shards, self.step, optimizer.adam_steps)
-        self._guard.keep(found.own)
+        self._guard.keep(found.local_sums)
         return found
 
-    def request(self) -> str | None:
+    def poll_request(self) -> str | None:
         """`STOP` or `SAVE` where a file asks for it; only rank 0 looks, and a save that is being made is not asked again."""
-        asked = self.requests.poll() if self.grid.rank == 0 else None
-        if asked != "SAVE":
-            return asked
-        asked = None if self._waits_for_save else asked
-        self._waits_for_save = True
-        return asked
+        request = self.control_files.poll() if self.grid.rank == 0 else None
+        if request != "SAVE":
+            return request
+        request = None if self._save_requested else request
+        self._save_requested = True
+        return request
 
     def saved(self) -> None:
         """A checkpoint is whole, on rank 0; may be called from the thread that saves."""
-        if self._waits_for_save:
-            self.requests.done("SAVE")
-            self._waits_for_save = False
+        if self._save_requested:
+            self.control_files.done("SAVE")
+            self._save_requested = False
 
     def stopped(self) -> None:
         """The run has saved and ends on request."""
         if self.grid.rank == 0:
-            self.requests.done("STOP")
+            self.control_files.done("STOP")
 
     def saving(self, active: bool) -> None:
         """Whether a save is under way in the background: it has a limit of its own, and a launcher gives it time."""
         if active != self._saving:
             self._saving = active
             self.watchdog.saving(active)
-            leave_verdict(self.grid.rank, None, saving=active)
+            write_status(self.grid.rank, None, saving=active)
 
-    def lost(self, error: BaseException) -> str:
+    def report_lost_connection(self, error: BaseException) -> str:
         """A collective raised `error`: the line that says who is gone, "" where another rank says it."""
-        return self.watchdog.lost(error)
+        return self.watchdog.connection_lost(error)
 
     def close(self, problem: str = "") -> None:
         """End the watch; `problem`: because of this the rank leaves by itself."""
         self.watchdog.close(problem)
 
-    def _enter(self, phase: str) -> None:
+    def _on_phase(self, phase: str) -> None:
         self.watchdog.phase(PHASES[phase], self.step)
         fault_injection.point(f"step.{phase}")
-        if phase == "reduce" and (problem := self._damage()) is not None:
+        if phase == "reduce" and (problem := self._state_problem()) is not None:
             raise DamageError(problem)
 
-    def _damage(self) -> str | None:
+    def _state_problem(self) -> str | None:
         """What is wrong with copies and with the state; before the update, which writes all weights anew."""
-        lines = self.engine.optimizer.flat_shards
+        shards = self.engine.optimizer.flat_shards
         # Only in the step after one that recorded a root: the state must still be that one.
-        problem = self._guard.problem(lines)
-        if problem is None and self.every_replicas and self.step % self.every_replicas == 0:
+        problem = self._guard.problem(shards)
+        if (
+            problem is None
+            and self.replicas_every_steps
+            and self.step % self.replicas_every_steps == 0
+        ):
             self.engine.optimizer.finish()
-            problem = self._replicas.problem(lines)
+            problem = self._replicas.problem(shards)
         return problem
 
 
-def _shares(config: Config, grid: ProcessGrid) -> list[float]:
+def _relative_work(config: Config, grid: ProcessGrid) -> list[float]:
     """The work of each rank in a step, by the plan; only their ratios count."""
     weights = rank_flops(architecture_of(config), grid.layout, config.data.sequence_length)
     return [
@@ -190,6 +194,6 @@ def _shares(config: Config, grid: ProcessGrid) -> list[float]:
     ]
 
 
-def _say(text: str) -> None:
+def _write_stderr(text: str) -> None:
     """Past all buffers and locks: the main thread may hang in any of them."""
     os.write(2, f"k2train: {text}\n".encode())

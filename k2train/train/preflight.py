@@ -13,7 +13,7 @@ from typing import Any
 
 from k2train.checkpoint.disk_space import CheckpointBytes, check_plan
 from k2train.checkpoint.manifest import MANIFEST, is_thinned, list_checkpoints, read_manifest
-from k2train.checkpoint.retention import on_demand
+from k2train.checkpoint.retention import is_on_demand
 from k2train.config.load import Config, check_world, config_differences, num_microbatches
 from k2train.data.chunk import check_files, verify_chunk
 from k2train.data.manifest import Manifest, common_data, read_sources, require_borders
@@ -27,7 +27,7 @@ from k2train.plan.cost import parameters, tensor_count
 from k2train.plan.layout import Layout
 from k2train.plan.schedule import build_programs, placement_of
 from k2train.record.ledger import read_ledger
-from k2train.train.memory_report import work_of
+from k2train.train.memory_report import spec_of
 from k2train.train.resume_check import check_same_run, files_read, identity_of
 
 HASH_AT_START_BYTES = 1 << 30
@@ -54,7 +54,7 @@ class Start:
     """Differences from the checkpoint that make another run of it and were asked for by name (`run.allow`)."""
     parent: Path | None = None
     """Checkpoint of another run to take weights and moments from (fresh starts only)."""
-    seam: dict[str, Any] = field(default_factory=dict)
+    transition: dict[str, Any] = field(default_factory=dict)
 
     @property
     def checkpoints(self) -> Path:
@@ -141,10 +141,10 @@ def prepare_start(config: Config, world_size: int, verify: bool) -> Start:
     identity = identity_of(config, manifest, order)
     base = Start(directory, layout, manifest, order, identity)
     ControlFiles(directory).refuse_start()
-    check_progress(_events(directory), config.run.max_fruitless_starts, directory)
+    check_progress(_ledger_events(directory), config.run.max_fruitless_starts, directory)
     wanted, refused = _wanted_checkpoints(config, directory)
     if not wanted:
-        start, step = _fresh(config, base, refused), 0
+        start, step = _fresh_start(config, base, refused), 0
     else:
         allowed = check_same_run(wanted[0], identity, config.run.allow)
         start = replace(
@@ -152,7 +152,7 @@ def prepare_start(config: Config, world_size: int, verify: bool) -> Start:
         )
         step = int(read_manifest(wanted[0])["step"])
     if "space" not in config.run.allow:
-        _check_room(config, start, step)
+        _check_disk_space(config, start, step)
     if verify:
         verify_data(manifest, order, step)
     return start
@@ -168,14 +168,14 @@ def _wanted_checkpoints(config: Config, directory: Path) -> tuple[list[Path], li
                 f"run.resume is never, but {directory} holds a run; choose another run.name or run.resume=auto"
             )
         return [], []
-    if isinstance(resume, int) and not _went_back_to(directory, resume):
+    if isinstance(resume, int) and not _already_resumed_from(directory, resume):
         named = [path for path in found if path.name == f"ckpt_{resume:03d}"]
         readable, refused = _readable(named)
         if not readable:
-            there = ", ".join(path.name for path in found if path not in named) or "none"
+            others = ", ".join(path.name for path in found if path not in named) or "none"
             why = f"; refused: {refused[0]}" if refused else ""
             raise CheckpointError(
-                f"run.resume asks for ckpt_{resume:03d}, {folder} has: {there}{why}"
+                f"run.resume asks for ckpt_{resume:03d}, {folder} has: {others}{why}"
             )
         return readable, refused
     whole = [path for path in reversed(found) if not is_thinned(path)]
@@ -212,14 +212,14 @@ def _readable(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
 def _check_resumable(path: Path, manifest: Mapping[str, Any]) -> None:
     if not isinstance(manifest.get("identity"), dict):
         raise CheckpointError(
-            f"{path / MANIFEST}: identity is missing, the run cannot go on from there"
+            f"{path / MANIFEST}: identity is missing, the run cannot continue from there"
         )
 
 
-def _check_room(config: Config, start: Start, step: int) -> None:
+def _check_disk_space(config: Config, start: Start, step: int) -> None:
     """Raise RunError when the disk cannot hold the checkpoints that follow `step`."""
     order, layout, checkpoints = start.order, start.layout, start.checkpoints
-    shape = work_of(config, "cpu").shape
+    shape = spec_of(config, "cpu").shape
     consumed, every = order.consumed_chunks(step), config.checkpoint.every_chunks
     ends = [
         n
@@ -229,7 +229,7 @@ def _check_room(config: Config, start: Start, step: int) -> None:
     found = list_checkpoints(checkpoints)
     # What follows the one that is taken is set aside, and gives nothing back.
     found = found[: found.index(start.candidates[0]) + 1] if start.candidates else found
-    numbered = [path for path in found if not on_demand(path)]
+    numbered = [path for path in found if not is_on_demand(path)]
     complete = sum(not is_thinned(path) for path in numbered)
     one = CheckpointBytes(
         parameters(shape),
@@ -241,23 +241,25 @@ def _check_room(config: Config, start: Start, step: int) -> None:
     check_plan(checkpoints, one, remaining, config.checkpoint.keep_optimizer_states, complete)
 
 
-def _events(directory: Path) -> list[dict[str, Any]]:
+def _ledger_events(directory: Path) -> list[dict[str, Any]]:
     ledger = directory / "ledger.jsonl"
     return read_ledger(ledger) if ledger.exists() else []
 
 
-def _went_back_to(directory: Path, number: int) -> bool:
+def _already_resumed_from(directory: Path, number: int) -> bool:
     """Whether the last start already took this number: started again as it was, the run goes on instead of back again."""
-    starts = [event for event in _events(directory) if event["event"] in ("started", "resumed")]
+    starts = [
+        event for event in _ledger_events(directory) if event["event"] in ("started", "resumed")
+    ]
     return bool(starts) and starts[-1].get("requested") == number
 
 
-def _fresh(config: Config, base: Start, refused: list[str]) -> Start:
+def _fresh_start(config: Config, base: Start, refused: list[str]) -> Start:
     if config.run.init_from is None:
         return replace(base, refused=tuple(refused))
     parent = resolve_checkpoint(Path(config.run.init_from))
-    seam = check_seam(config, parent, base.manifest, base.order)
-    return replace(base, refused=tuple(refused), parent=parent, seam=seam)
+    transition = check_stage_transition(config, parent, base.manifest, base.order)
+    return replace(base, refused=tuple(refused), parent=parent, transition=transition)
 
 
 def resolve_checkpoint(path: Path) -> Path:
@@ -273,7 +275,7 @@ def resolve_checkpoint(path: Path) -> Path:
     return found[-1]
 
 
-def check_seam(
+def check_stage_transition(
     config: Config, parent: Path, manifest: Manifest, order: ChunkOrder
 ) -> dict[str, Any]:
     """Check and describe the border between two stages: same model, same tokenizer, no data in common, the rates.

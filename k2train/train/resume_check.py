@@ -40,7 +40,7 @@ def identity_of(config: Config, manifest: Manifest, order: ChunkOrder) -> dict[s
         "data": {
             "sequence_length": config.data.sequence_length,
             "cross_documents": config.data.cross_documents,
-            **({"borders_sha256": _hash_of_borders(manifest, order)} if block else {}),
+            **({"borders_sha256": _boundaries_sha256(manifest, order)} if block else {}),
             "tokenizer_sha256": manifest.tokenizer_sha256,
             "held_out_sha256": manifest.held_out.sha256 if manifest.held_out else None,
             "order": [
@@ -55,7 +55,7 @@ def identity_of(config: Config, manifest: Manifest, order: ChunkOrder) -> dict[s
     }
 
 
-def _hash_of_borders(manifest: Manifest, order: ChunkOrder) -> str:
+def _boundaries_sha256(manifest: Manifest, order: ChunkOrder) -> str:
     """One hash for the borders of all that is read, in the order of reading."""
     hashes = [str(manifest.chunk(name).borders_sha256) for name in files_read(manifest, order)]
     return hashlib.sha256(" ".join(hashes).encode()).hexdigest()
@@ -72,17 +72,17 @@ def identity_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> l
         tree["data"] = {key: value for key, value in data.items() if key != "order"}
     differences = config_differences(before, now)
     if old_order != new_order:
-        place = next(
+        index = next(
             (i for i, (a, b) in enumerate(zip(old_order, new_order, strict=False)) if a != b), None
         )
-        if place is None:
+        if index is None:
             differences.append(f"data.order: {len(old_order)} chunks -> {len(new_order)} chunks")
         else:
-            told = [
+            entries = [
                 f"{entry['name']} ({str(entry['sha256'])[:12]})"
-                for entry in (old_order[place], new_order[place])
+                for entry in (old_order[index], new_order[index])
             ]
-            differences.append(f"data.order at place {place}: {told[0]} -> {told[1]}")
+            differences.append(f"data.order at position {index}: {entries[0]} -> {entries[1]}")
     return differences
 
 
@@ -97,21 +97,23 @@ def check_same_run(path: Path, identity: Mapping[str, Any], allow: Sequence[str]
         )
     manifest = read_manifest(path)
     differences = identity_differences(manifest.get("identity", {}), identity)
-    fixed = [
+    never_allowed = [
         text
         for text in differences
         if _named(text, NEVER) or _already_read(text, manifest, identity)
     ]
-    asked = [text for text in differences if text not in fixed and not _named(text, allow)]
-    if not fixed and not asked:
+    not_named = [
+        text for text in differences if text not in never_allowed and not _named(text, allow)
+    ]
+    if not never_allowed and not not_named:
         return differences
-    way = "change the config back, "
-    if not fixed:
-        keys = ", ".join(dict.fromkeys(_key(text) for text in asked))
-        way += f"allow the change by name (run.allow=[{keys}]), "
+    remedy = "change the config back, "
+    if not never_allowed:
+        keys = ", ".join(dict.fromkeys(_key(text) for text in not_named))
+        remedy += f"allow the change by name (run.allow=[{keys}]), "
     raise CheckpointError(
         f"{path} belongs to another run than this config describes: {'; '.join(differences)}; "
-        f"{way}or start anew under another run.name (run.init_from takes its weights)"
+        f"{remedy}or start anew under another run.name (run.init_from takes its weights)"
     )
 
 
@@ -131,6 +133,6 @@ def _already_read(
     """Whether the difference is in the order of chunks, at a place the checkpoint has passed or stands in."""
     if _key(difference) != "data.order":
         return False
-    begun = manifest["chunks"]["consumed"] + (manifest["chunks"].get("step_in_chunk", 0) > 0)
+    chunks_begun = manifest["chunks"]["consumed"] + (manifest["chunks"].get("step_in_chunk", 0) > 0)
     before, now = manifest["identity"]["data"]["order"], identity["data"]["order"]
-    return bool(list(before[:begun]) != list(now[:begun]))
+    return bool(list(before[:chunks_begun]) != list(now[:chunks_begun]))

@@ -19,16 +19,16 @@ from k2train.checkpoint.writer import SaveError
 from k2train.config.load import Config, to_yaml
 from k2train.files import sha256_file, write_synced
 from k2train.guard.crash_loop import STARTS
-from k2train.parallel.device_digest import Root
+from k2train.parallel.device_digest import StateRoot
 from k2train.record.console import Console
 from k2train.record.ledger import Ledger
 from k2train.record.metrics import MetricsWriter, damaged_rows, last_attempt
 from k2train.record.system_info import environment_facts
 from k2train.record.wandb import WandbMirror
 from k2train.state_digest import short_digests
-from k2train.text import bytes_text
+from k2train.text import bytes_text, counted
 from k2train.train.engine import Engine
-from k2train.train.memory_report import start_line, work_of
+from k2train.train.memory_report import memory_line, spec_of
 from k2train.train.preflight import Start, learning_rate
 
 Facts = dict[str, Any]
@@ -56,7 +56,7 @@ class RunLogger:
         """Whether the ledger says how a start ended."""
         return False
 
-    def settled(self) -> bool:
+    def all_written(self) -> bool:
         """Whether all that was told is written."""
         return True
 
@@ -72,13 +72,13 @@ class RunLogger:
     def damaged(self, path: Path, problem: str) -> None:
         """A checkpoint was found damaged; from any thread."""
 
-    def from_thread(self, text: str) -> None:
+    def info_from_thread(self, text: str) -> None:
         """A line for people, from any thread."""
 
     def flush_messages(self) -> None:
         """Show what other threads had to say; from the main thread."""
 
-    def root(self, step: int, root: Root) -> None:
+    def root(self, step: int, root: StateRoot) -> None:
         """The root of the state after a step."""
 
     def recover(self, checkpoints: Sequence[Path]) -> None:
@@ -106,9 +106,9 @@ class RankZeroRunLogger(RunLogger):
         self._writing = RLock()
         self._unwritten: dict[Path, deque[Callable[[], object]]] = {}
         """Of each file the lines that the disk has not taken, in their order."""
-        self._refusal = ""
-        self._refused_since: float | None = None
-        self._patience_seconds = config.checkpoint.retry_seconds
+        self._write_error = ""
+        self._failing_since: float | None = None
+        self._retry_seconds = config.checkpoint.retry_seconds
         self.roots = MetricsWriter(directory / "state_roots.jsonl")
         text = to_yaml(config)
         write_synced(directory / "config.yaml", text)
@@ -122,7 +122,7 @@ class RankZeroRunLogger(RunLogger):
             self.run_id,
             directory,
             config.model_dump(mode="json"),
-            note=self._from_threads.append,
+            log=self._from_threads.append,
         )
         for repaired in (self.ledger.repaired, self.metrics.repaired, self.roots.repaired):
             if repaired:
@@ -143,11 +143,11 @@ class RankZeroRunLogger(RunLogger):
     def has_end_of(self, attempt: int) -> bool:
         return any(e["event"] in ENDS and e.get("attempt") == attempt for e in self.ledger.events)
 
-    def settled(self) -> bool:
+    def all_written(self) -> bool:
         with self._writing:
             self._write()
             if self._unwritten:
-                self.problem = f"{self._refusal}; make room, then start the same command again"
+                self.problem = f"{self._write_error}; make room, then start the same command again"
             return not self._unwritten
 
     def _put(self, path: Path, write: Callable[[], object]) -> None:
@@ -164,34 +164,36 @@ class RankZeroRunLogger(RunLogger):
                     lines.popleft()
                 del self._unwritten[path]
             except OSError as error:
-                self._refused(path, error)
+                self._write_failed(path, error)
         if not self._unwritten:
-            self._refused_since, self.problem = None, ""
+            self._failing_since, self.problem = None, ""
 
-    def _refused(self, path: Path, error: OSError) -> None:
+    def _write_failed(self, path: Path, error: OSError) -> None:
         now = time.monotonic()
-        self._refusal = f"{path} cannot be written: {error.strerror or error}"
-        if self._refused_since is None:
-            self._refused_since = now
-            self.from_thread(
-                f"{self._refusal} (kept in memory and tried again for {self._patience_seconds:g} s)"
+        self._write_error = f"{path} cannot be written: {error.strerror or error}"
+        if self._failing_since is None:
+            self._failing_since = now
+            self.info_from_thread(
+                f"{self._write_error} (kept in memory and tried again for {self._retry_seconds:g} s)"
             )
-        if now - self._refused_since >= self._patience_seconds:
-            self.problem = f"{self._refusal}; make room, then start the same command again"
+        if now - self._failing_since >= self._retry_seconds:
+            self.problem = f"{self._write_error}; make room, then start the same command again"
 
     def info(self, text: str) -> None:
         self.flush_messages()
         self.console.info(text)
 
     def committed(self, path: Path, manifest: Facts, seconds: float) -> None:
-        self.event("checkpoint_saved", **_saved(path, manifest), seconds=round(seconds, 3))
+        self.event(
+            "checkpoint_saved", **_checkpoint_facts(path, manifest), seconds=round(seconds, 3)
+        )
         with contextlib.suppress(OSError):
             self.metrics.sync()
             self.roots.sync()
-        total_bytes, held_out = _bytes_of(manifest), manifest["held_out_loss"]
-        told = "" if held_out is None else f", held-out loss {float(held_out):.4f}"
-        self.from_thread(
-            f"saved {path.name} at step {manifest['step']}{told} ({bytes_text(total_bytes)} in {seconds:.1f} s)"
+        total_bytes, held_out = _total_bytes(manifest), manifest["held_out_loss"]
+        score = "" if held_out is None else f", held-out loss {float(held_out):.4f}"
+        self.info_from_thread(
+            f"saved {path.name} at step {manifest['step']}{score} ({bytes_text(total_bytes)} in {seconds:.1f} s)"
         )
         self.wandb.event(f"saved {path.name}")
         if self.problem:
@@ -205,13 +207,13 @@ class RankZeroRunLogger(RunLogger):
         self.event(
             "checkpoint_damaged", attempt=self.attempt, checkpoint=path.name, problem=problem
         )
-        self.from_thread(f"damaged: {problem}")
+        self.info_from_thread(f"damaged: {problem}")
 
-    def from_thread(self, text: str) -> None:
+    def info_from_thread(self, text: str) -> None:
         # The console belongs to the main thread.
         self._from_threads.append(text)
 
-    def root(self, step: int, root: Root) -> None:
+    def root(self, step: int, root: StateRoot) -> None:
         row = {
             "step": step,
             "attempt": self.attempt,
@@ -221,15 +223,19 @@ class RankZeroRunLogger(RunLogger):
         self._put(self.roots.path, lambda: self.roots.write(row))
 
     def recover(self, checkpoints: Sequence[Path]) -> None:
-        told = {
+        recorded = {
             (event["checkpoint"], event.get("manifest_sha256"))
             for event in self.ledger.events
             if event["event"] == "checkpoint_saved"
         }
         for path in checkpoints:
             # By content: a name may have been another checkpoint's, which was set aside since.
-            if (path.name, sha256_file(path / MANIFEST)) not in told:
-                self.event("checkpoint_saved", **_saved(path, read_manifest(path)), recovered=True)
+            if (path.name, sha256_file(path / MANIFEST)) not in recorded:
+                self.event(
+                    "checkpoint_saved",
+                    **_checkpoint_facts(path, read_manifest(path)),
+                    recovered=True,
+                )
 
     def close(self) -> None:
         self.flush_messages()
@@ -242,11 +248,11 @@ class RankZeroRunLogger(RunLogger):
             self.console.info(self._from_threads.popleft())
 
 
-def _bytes_of(manifest: Facts) -> int:
+def _total_bytes(manifest: Facts) -> int:
     return sum(int(facts["bytes"]) for facts in manifest["files"].values())
 
 
-def _saved(path: Path, manifest: Facts) -> Facts:
+def _checkpoint_facts(path: Path, manifest: Facts) -> Facts:
     """What the ledger says of a checkpoint."""
     return {
         "checkpoint": path.name,
@@ -256,7 +262,7 @@ def _saved(path: Path, manifest: Facts) -> Facts:
         "consumed_tokens": manifest["consumed_tokens"],
         "loss": manifest["loss"],
         "held_out_loss": manifest["held_out_loss"],
-        "bytes": _bytes_of(manifest),
+        "bytes": _total_bytes(manifest),
         "manifest_sha256": sha256_file(path / MANIFEST),
     }
 
@@ -296,16 +302,19 @@ def stage_facts(config: Config, start: Start, step: int) -> Facts:
     }
 
 
-def announcement(config: Config, start: Start, engine: Engine, parameters: int) -> list[str]:
-    """The first lines of a run, for people."""
+def start_messages(
+    config: Config, start: Start, engine: Engine, parameters: int, memory: str
+) -> list[str]:
+    """The first lines of a run, for people; `memory` is what was set for the host's malloc."""
     layout, order, grid = start.layout, start.order, engine.grid
-    work = work_of(config, grid.device.type, engine.kernels.attention_name, engine.kernels.matmul)
+    work = spec_of(config, grid.device.type, engine.kernels.attention_name, engine.kernels.matmul)
     step_tokens = config.batch.global_sequences * config.data.sequence_length
     return [
-        f"{parameters:,} parameters; tensor {layout.tensor}, pipeline {layout.pipeline}, data {layout.data}, "
+        f"{parameters:,} parameters, {config.precision} on {grid.device.type}; "
+        f"{counted(len(order.names), 'chunk')}, {order.total_steps} steps of {step_tokens:,} tokens; "
+        f"run directory {start.directory}",
+        f"tensor {layout.tensor}, pipeline {layout.pipeline}, data {layout.data}, "
         f"sequence parallel {'on' if engine.sequence else 'off'}, {config.parallel.schedule}, "
-        f"{engine.num_microbatches} micro-batches; {config.precision} on {engine.grid.device.type}; "
-        f"kernels: {engine.kernels}",
-        start_line(config, work, layout, engine.program, grid.coordinate.pp),
-        f"{len(order.names)} chunks, {order.total_steps} steps of {step_tokens:,} tokens; run in {start.directory}",
+        f"{engine.num_microbatches} micro-batches; kernels: {engine.kernels}; {memory}",
+        memory_line(config, work, layout, engine.program, grid.coordinate.pp),
     ]

@@ -17,11 +17,11 @@ from k2train.parallel.grid import ProcessGrid
 from k2train.train.monitor import DamageError, RunMonitor
 from k2train.train.run_logger import RunLogger
 
-CONNECTION = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe")
+CONNECTION_WORDS = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe")
 """What the errors of a collective say whose other end is gone."""
 
 
-NOBODY_GONE = "lost its connection"
+NO_RANK_GONE = "lost its connection"
 """What the watch says when it finds no rank gone: then the error is all there is."""
 
 
@@ -38,7 +38,7 @@ class Run(Protocol):
         """Who saves."""
 
 
-def end_together(run: Run, error: SaveError | DamageError) -> int:
+def shut_down_together(run: Run, error: SaveError | DamageError) -> int:
     """Every rank knows `error`: say it, in the ledger too if that can be written; returns the exit code."""
     damaged = isinstance(error, DamageError)
     with contextlib.suppress(OSError, SaveError):
@@ -49,22 +49,22 @@ def end_together(run: Run, error: SaveError | DamageError) -> int:
         run.logger.event(
             "stopped", attempt=run.attempt, reason=reason, step=run.step, problem=str(error)
         )
-    after = "; the last checkpoint is from before, start again from it" if damaged else ""
+    after = "; the last checkpoint was saved before that, start again from it" if damaged else ""
     run.logger.info(f"stopped at step {run.step}: {error}{after}" if damaged else str(error))
     return EXIT_FAILED
 
 
-def is_lost(error: Exception, grid: ProcessGrid) -> bool:
+def is_connection_lost(error: Exception, grid: ProcessGrid) -> bool:
     """Whether `error` is that of a collective whose other end is gone."""
     if grid.layout.world_size == 1 or isinstance(error, UserError):
         return False
-    return bool(grid.comm.broken) or any(word in str(error).lower() for word in CONNECTION)
+    return bool(grid.comm.broken) or any(word in str(error).lower() for word in CONNECTION_WORDS)
 
 
-def end_alone(run: Run, error: Exception) -> NoReturn:
+def shut_down_alone(run: Run, error: Exception) -> NoReturn:
     """Another rank is gone: one rank says which, rank 0 writes it down, and this process ends."""
-    line = run.monitor.lost(error)
-    if NOBODY_GONE in line:
+    line = run.monitor.report_lost_connection(error)
+    if NO_RANK_GONE in line:
         traceback.print_exc(file=sys.stderr)
     if line:
         sys.stderr.write(f"k2train: {line}\n")

@@ -33,15 +33,16 @@ from k2train.parallel.grid import (
 from k2train.plan.cost import flops_per_token, parameters, peak_flops
 from k2train.record.system_info import environment_facts, job_facts
 from k2train.run_lock.lock import RunLock
+from k2train.text import counted
 from k2train.train.batches import BatchSource
 from k2train.train.checkpointing import CheckpointManager
 from k2train.train.engine import Engine, StepResult, architecture_of
-from k2train.train.host_memory import keep_memory
+from k2train.train.host_memory import keep_freed_memory
 from k2train.train.monitor import DamageError, PreviousEnd, RunMonitor
 from k2train.train.preflight import Start, learning_rate
 from k2train.train.resume_check import check_same_run
-from k2train.train.run_logger import RankZeroRunLogger, RunLogger, announcement, stage_facts
-from k2train.train.shutdown import end_alone, end_together, is_lost
+from k2train.train.run_logger import RankZeroRunLogger, RunLogger, stage_facts, start_messages
+from k2train.train.shutdown import is_connection_lost, shut_down_alone, shut_down_together
 
 STOP, SAVE, FAILED, SECONDS = 0, 1, 2, 3
 """Places of the flags in the step's exchange; from `SECONDS` on one for each rank."""
@@ -55,7 +56,7 @@ def train(
 ) -> int:
     """Run the stage on this rank and return the exit code; `lock` is the run directory's, held by rank 0."""
     device = choose_device(launch)
-    memory = keep_memory(device.type)
+    memory = keep_freed_memory(device.type)
     start_process_group(launch, device)
     grid = ProcessGrid(start.layout, launch.rank, device)
     if launch.launched:
@@ -78,10 +79,10 @@ def train(
         trainer.monitor.phase("done", trainer.step)
         fault_injection.point("end")
     except (SaveError, DamageError) as error:
-        code = end_together(trainer, error)
+        code = shut_down_together(trainer, error)
     except Exception as error:
-        if is_lost(error, grid):
-            end_alone(trainer, error)
+        if is_connection_lost(error, grid):
+            shut_down_alone(trainer, error)
         problem = str(error) or type(error).__name__
         if isinstance(error, UserError):
             trainer.logger.event(
@@ -113,7 +114,7 @@ class Trainer:
         start: Start,
         stop: StopRequest,
         verify: bool,
-        memory: str = "malloc as it is",
+        memory: str = "malloc: default settings",
         lock: RunLock | None = None,
     ):
         """`memory` says how the process keeps its host memory, for the first lines and the record."""
@@ -135,7 +136,7 @@ class Trainer:
         self.checkpoints = CheckpointManager(config, grid, start, lock, lambda: self.logger)
         self.writer = self.checkpoints.writer
         self.monitor = RunMonitor(config, grid, start.directory, job_facts())
-        self.batches = BatchSource(config, grid, start, verify, before_leaving=self._wait_for_save)
+        self.batches = BatchSource(config, grid, start, verify, before_raising=self._wait_for_save)
         shape = architecture_of(config)
         self.parameters = parameters(shape)
         self.flops = flops_per_token(shape, config.data.sequence_length)
@@ -176,14 +177,15 @@ class Trainer:
         source = chosen or self.start.parent
         self.engine = Engine(self.config, self.grid, fill=source is None)
         self.monitor.attach(self.engine)
-        for line in announcement(self.config, self.start, self.engine, self.parameters):
+        for line in start_messages(
+            self.config, self.start, self.engine, self.parameters, self.memory
+        ):
             self.logger.info(line)
-        self.logger.info(self.memory)
         if self.start.candidates or refused:
-            searched = len(self.start.candidates) + len(self.start.refused)
+            found = len(self.start.candidates) + len(self.start.refused)
             taken = "none" if chosen is None else chosen.name
             self.logger.info(
-                f"searched {self.start.checkpoints}: {searched} checkpoints, taken {taken}"
+                f"searched {self.start.checkpoints}: found {counted(found, 'checkpoint')}, took {taken}"
             )
         for problem in refused:
             self.logger.info(f"refused: {problem}")
@@ -210,14 +212,14 @@ class Trainer:
             result = self._one_step()
             decision = self.skips.observe(result.applied)
             if decision != "apply":
-                self._tell_skipped(result, decision)
+                self._log_skipped(result, decision)
             if decision == "stop":
                 self._wait_for_save()
                 self.logger.event(
                     "stopped", attempt=self.attempt, reason="non-finite", step=self.step
                 )
                 self.logger.info(
-                    f"{self.skips.limit} steps in a row were not finite; stopped, nothing was applied since"
+                    f"stopped: {self.skips.limit} steps in a row were not finite; none of them was applied"
                 )
                 return EXIT_FAILED
             if result.flags[FAILED] > 0:
@@ -225,8 +227,8 @@ class Trainer:
                 raise SaveError(self.logger.problem or RECORD_REFUSED)
             reason = self._reason_to_stop(result)
             if self.order.is_chunk_end(self.step):
-                asked = reason is not None or result.flags[SAVE] > 0
-                self._end_chunk(asked, scored=not result.flags[STOP] > 0)
+                required = reason is not None or result.flags[SAVE] > 0
+                self._end_chunk(required, scored=not result.flags[STOP] > 0)
             elif reason is not None or result.flags[SAVE] > 0:
                 self._save(
                     checkpoint_name(self.order.consumed_chunks(self.step), self.step), held_out=None
@@ -236,15 +238,15 @@ class Trainer:
                 self.monitor.stopped()
                 self.logger.event("stopped", attempt=self.attempt, reason=reason, step=self.step)
                 self.logger.info(
-                    f"stopped on request ({reason}) at step {self.step}; start the same command to go on"
+                    f"stopped on request ({reason}) at step {self.step}; run the same command again to continue"
                 )
-                self._settle_record()
+                self._finish_record()
                 return EXIT_STOPPED
         self._wait_for_save()
         self.monitor.stopped()
-        self._settle_record()
+        self._finish_record()
         self.logger.event("finished", attempt=self.attempt, step=self.step)
-        self._settle_record()
+        self._finish_record()
         return EXIT_DONE
 
     def close(self) -> None:
@@ -256,7 +258,7 @@ class Trainer:
     def _one_step(self) -> StepResult:
         began = time.monotonic()
         flags = self._flags(began)
-        fault_injection.at_step(self.step)
+        fault_injection.set_step(self.step)
         fault_injection.point("step.read")
         batch = self.batches.step(self.step, self.step == self.first_step, self.engine.needs_batch)
         lr = learning_rate(self.config, self.step, self.order.total_steps)
@@ -301,12 +303,12 @@ class Trainer:
                 )
         return result
 
-    def _settle_record(self) -> None:
+    def _finish_record(self) -> None:
         """Raise SaveError on every rank when the disk has not taken all of the record."""
-        told = [self.logger.settled()]
+        written = [self.logger.all_written()]
         with collective_scope(self.grid.comm, "settle the record"):
-            dist.broadcast_object_list(told, src=0, group=self.grid.host)
-        if not told[0]:
+            dist.broadcast_object_list(written, src=0, group=self.grid.host)
+        if not written[0]:
             raise SaveError(self.logger.problem or RECORD_REFUSED)
 
     def _wait_for_save(self, skip_verification: bool = False) -> None:
@@ -319,12 +321,12 @@ class Trainer:
     def _flags(self, now: float) -> list[float]:
         """What this rank puts into the exchange of a step that begins at `now`, summed over ranks."""
         flags = [0.0, 0.0, float(self.writer.failed or bool(self.logger.problem))]
-        every, asked = self.config.checkpoint.every_seconds, self.monitor.request()
-        if asked == "STOP":
+        every, request = self.config.checkpoint.every_seconds, self.monitor.poll_request()
+        if request == "STOP":
             self.stop.requested = self.stop.requested or STOP_FILE
         flags[STOP] = float(self.stop.requested is not None)
         due = every > 0 and self.grid.rank == 0 and now - self.checkpoints.saved_at >= every
-        flags[SAVE] = float(due or asked == "SAVE")
+        flags[SAVE] = float(due or request == "SAVE")
         return [*flags, *self.monitor.begin_step(self.step, self.writer.active)]
 
     def _reason_to_stop(self, result: StepResult) -> str | None:
@@ -335,7 +337,7 @@ class Trainer:
             return "run.stop_after_steps"
         return None
 
-    def _tell_skipped(self, result: StepResult, decision: str) -> None:
+    def _log_skipped(self, result: StepResult, decision: str) -> None:
         position = self.order.position(self.step)
         rows = self.order.rows_of(self.step)
         bad = [name for name, norm in result.norms.items() if norm != norm or norm == float("inf")]
@@ -412,17 +414,17 @@ class Trainer:
                 problem = (
                     f"{error.filename or self.start.directory} cannot be written: {error.strerror}"
                 )
-        told: list[Any] = [self.logger.attempt, problem, self.checkpoints.token]
+        shared: list[Any] = [self.logger.attempt, problem, self.checkpoints.token]
         with collective_scope(self.grid.comm, "open the record"):
-            dist.broadcast_object_list(told, src=0, group=self.grid.host)
-        if told[1]:
-            raise RunError(told[1])
-        self.attempt, _, self.checkpoints.token = told
+            dist.broadcast_object_list(shared, src=0, group=self.grid.host)
+        if shared[1]:
+            raise RunError(shared[1])
+        self.attempt, _, self.checkpoints.token = shared
         self.monitor.watchdog.attempt = self.attempt
-        if self.checkpoints.lock is not None and self.checkpoints.lock.told:
-            self.logger.info(self.checkpoints.lock.told)
+        if self.checkpoints.lock is not None and self.checkpoints.lock.takeover_message:
+            self.logger.info(self.checkpoints.lock.takeover_message)
         for name in leftovers:
-            self.logger.info(f"removed {name}, which was never finished")
+            self.logger.info(f"removed unfinished {name}")
 
     def _resume(self, path: Path, refused: list[str]) -> None:
         facts, _ = self.checkpoints.load(self.engine, path)
@@ -453,9 +455,9 @@ class Trainer:
         )
         self.logger.info(f"resumed from {path} at step {self.step} (attempt {self.attempt})")
         for text in self.allowed:
-            self.logger.info(f"allowed by run.allow, although it makes another run: {text}")
+            self.logger.info(f"allowed by run.allow, although it makes this another run: {text}")
         if changes:
-            self.logger.info(f"changed since that checkpoint: {'; '.join(changes)}")
+            self.logger.info(f"config changes since that checkpoint: {'; '.join(changes)}")
 
     def _start_anew(self, parent: Path | None) -> None:
         self.first_step = 1
@@ -478,14 +480,14 @@ class Trainer:
         )
         if parent is not None:
             facts, kept = self.checkpoints.load(self.engine, parent)
-            self.parent = {**self.start.seam, "moments_kept": kept}
+            self.parent = {**self.start.transition, "moments_kept": kept}
             self.logger.event("seam", attempt=self.attempt, **self.parent)
-            told = (
+            loaded = (
                 "weights and moments"
                 if kept
                 else "weights alone (that checkpoint was thinned; moments start from zero)"
             )
-            self.logger.info(f"{told} from {parent}, step {facts['step']}")
+            self.logger.info(f"{loaded} from {parent}, step {facts['step']}")
         self._save(checkpoint_name(0), self._held_out_loss())
 
     def _peak_memory_bytes(self) -> int:
