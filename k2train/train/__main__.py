@@ -59,20 +59,20 @@ def report_error(error: UserError, launch: Launch) -> int:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m k2train.train",
-        description="Train a model as one YAML says, alone or under torchrun.",
-        epilog="Exit codes: 0 done; 2 a mistake in config, data or usage; 75 stopped on request after saving; 1 anything else.",
+        description="Train a model from one YAML config, alone or under torchrun.",
+        epilog="Exit codes: 0 done; 2 a mistake in config, data or usage; 75 stopped on request after saving; 1 any other failure.",
     )
     parser.add_argument("config", metavar="CONFIG.yaml")
     parser.add_argument(
         "overrides",
         nargs="*",
         metavar="dotted.key=value",
-        help="laid over the file, the last one wins",
+        help="values that replace those of the file; the last one wins",
     )
     parser.add_argument(
         "--explain",
         action="store_true",
-        help="print every resolved value and where it came from, then end",
+        help="print every resolved value and where it was set, then exit",
     )
     return parser.parse_intermixed_args(arguments)
 
