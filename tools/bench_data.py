@@ -131,7 +131,7 @@ def make_recipe(folder: Path, name: str, copies: int, **changes: object) -> Reci
     return Recipe.model_validate(tree | changes)
 
 
-def place_of(recipe: Recipe, folder: Path) -> Workspace:
+def workspace_of(recipe: Recipe, folder: Path) -> Workspace:
     listing = list_sources(recipe)
     tokenizer = obtain_tokenizer(recipe, listing, Progress(None))
     return Workspace.create(
@@ -147,7 +147,7 @@ def bench_encode(folder: Path, rounds: int) -> Iterator[Figure]:
     alone = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model)
     pieces = [text[at : at + 3000] for text in library_texts() for at in range(0, len(text), 3000)]
     megabytes = sum(len(piece.encode()) for piece in pieces) / 1e6
-    place = place_of(recipe, folder / "encode.work")
+    place = workspace_of(recipe, folder / "encode.work")
     mine, one, many, task = in_turns(
         rounds,
         lambda: tokenizer.encode_arrays(pieces),
@@ -200,7 +200,7 @@ def bench_chunk(folder: Path, rounds: int) -> Iterator[Figure]:
     recipe = make_recipe(
         folder, "chunk", 4, chunks=1, sequence_length=2048, subsets={"code": subset}
     )
-    place = place_of(recipe, folder / "chunk.work")
+    place = workspace_of(recipe, folder / "chunk.work")
     for number in range(len(place.tasks)):
         encode_task(place, number)
     plan_task(place)
@@ -351,7 +351,7 @@ def bench_memory(folder: Path, rounds: int) -> Iterator[Figure]:
     peaks: dict[tuple[str, int], float] = {}
     for copies in (4, 40):
         recipe = make_recipe(folder, f"memory_{copies}", copies, executor={"run_tokens": 2**21})
-        place = place_of(recipe, folder / f"memory_{copies}.work")
+        place = workspace_of(recipe, folder / f"memory_{copies}.work")
         for phase in ("encode", "plan", "chunks"):
             command = [sys.executable, "-c", MEMORY, str(place.folder), phase]
             done = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -189,7 +189,7 @@ def read_sample(
 ) -> Sample:
     """Read every file once. Raises DataError for a file that cannot be read, and when no text is found."""
     sample = Sample(max_bytes)
-    for name, path in Progress().over("read", files, unit="files" if len(files) != 1 else "file"):
+    for name, path in Progress().track("read", files, unit="files" if len(files) != 1 else "file"):
         try:
             for number, block in enumerate(blocks_of(path, keys, left_out)):
                 sample.add(name, number, block)

@@ -14,9 +14,9 @@ from pathlib import Path
 
 def remove_leftovers(folder: Path, prefix: str = "") -> None:
     """Remove from `folder` what dead processes of this machine left under names that begin with `prefix`."""
-    ending = re.compile(re.escape(f".{socket.gethostname()}.") + r"(\d+)\.tmp$")
+    suffix = re.compile(re.escape(f".{socket.gethostname()}.") + r"(\d+)\.tmp$")
     for path in list(folder.iterdir()):
-        match = ending.search(path.name) if path.name.startswith(prefix) else None
+        match = suffix.search(path.name) if path.name.startswith(prefix) else None
         if match is None or is_alive(int(match[1])):
             continue
         if path.is_dir():

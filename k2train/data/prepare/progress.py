@@ -21,11 +21,11 @@ class Progress:
     def __init__(self, stream: IO[str] | None = sys.stderr) -> None:
         self.stream = stream
 
-    def say(self, line: str) -> None:
+    def log(self, line: str) -> None:
         if self.stream is not None:
             print(line, file=self.stream, flush=True)
 
-    def over(
+    def track(
         self, label: str, items: Iterable[Item], total: int | None = None, unit: str = ""
     ) -> Iterator[Item]:
         """Yield the items; a bar on a terminal, otherwise a line at the end and one every few seconds before it."""
@@ -43,12 +43,12 @@ class Progress:
     def _lines(
         self, label: str, items: Iterable[Item], total: int | None, unit: str
     ) -> Iterator[Item]:
-        begun = shown = time.monotonic()
+        started = shown = time.monotonic()
         done = 0
         for item in items:
             yield item
             done += 1
             if time.monotonic() - shown > QUIET_SECONDS and done != total:
                 shown = time.monotonic()
-                self.say(f"{label}: {done}{f' of {total}' if total else ''} {unit}")
-        self.say(f"{label}: {done} {unit} in {time.monotonic() - begun:.1f} s")
+                self.log(f"{label}: {done}{f' of {total}' if total else ''} {unit}")
+        self.log(f"{label}: {done} {unit} in {time.monotonic() - started:.1f} s")

@@ -15,19 +15,19 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from k2train.config.yaml_source import Mistake, Source, dotted, read_source
-from k2train.data.prepare.recipe_messages import Contradiction, Wrong, nearest, wrongs
+from k2train.data.prepare.recipe_messages import Contradiction, Problem, nearest, problems_of
 from k2train.data.tokenizer import K2_SPECIAL_TOKENS
 from k2train.errors import ConfigError
 
 Count = Annotated[int, Field(ge=1, strict=True)]
 Natural = Annotated[int, Field(ge=0, strict=True)]
-Place = Annotated[float, Field(ge=0, le=1)]
-Interval = tuple[Place, Place]
+Share = Annotated[float, Field(ge=0, le=1)]
+Interval = tuple[Share, Share]
 StdlibKind = Literal["stdlib_code", "stdlib_docstrings", "stdlib_topics"]
 FileKind = Literal["jsonl", "parquet", "text"]
 STDLIB_ORIGINS = {"stdlib_code": "stdlib", "stdlib_docstrings": "stdlib", "stdlib_topics": "topics"}
 WHOLE: Interval = (0.0, 1.0)
-MOST_REPEAT = 100
+MAX_REPEAT = 100
 
 
 class _Section(BaseModel):
@@ -64,8 +64,8 @@ class TokenizerRecipe(_Section):
 class FillInTheMiddle(_Section):
     """Shares of a subset's documents that are rearranged: prefix-suffix-middle, suffix-prefix-middle."""
 
-    psm: Place = 0.0
-    spm: Place = 0.0
+    psm: Share = 0.0
+    spm: Share = 0.0
 
     @model_validator(mode="after")
     def _at_most_all(self) -> "FillInTheMiddle":
@@ -96,9 +96,9 @@ class SubsetRecipe(_Section):
     share: Interval = WHOLE
     documents: Interval = WHOLE
     split_by: Literal["source", "document"] = Field(
-        default_factory=lambda data: _split_of(data.get("kind", ""))
+        default_factory=lambda data: _default_split(data.get("kind", ""))
     )
-    repeat: Annotated[float, Field(gt=0, le=MOST_REPEAT)] = 1.0
+    repeat: Annotated[float, Field(gt=0, le=MAX_REPEAT)] = 1.0
     fill_in_the_middle: FillInTheMiddle = FillInTheMiddle()
     min_characters: Natural = 1
     drop_duplicates: bool = Field(
@@ -112,17 +112,19 @@ class SubsetRecipe(_Section):
     def _consistent(self) -> "SubsetRecipe":
         for name, (low, high) in (("share", self.share), ("documents", self.documents)):
             if not low < high:
-                raise Contradiction(f"{name} {[low, high]} must go upwards, as [0.0, 0.8]", (name,))
+                raise Contradiction(
+                    f"{name} {[low, high]} must be ascending, as in [0.0, 0.8]", (name,)
+                )
         if self.kind in STDLIB_ORIGINS:
             if self.paths or self.origin or self.id_key or self.split_by == "document":
                 keys = ("paths", "origin", "id_key", "split_by", "kind")
                 raise Contradiction(
-                    f"kind {self.kind} reads the standard library: paths, origin, id_key, split_by are not for it",
+                    f"kind {self.kind} reads the standard library: it takes no paths, origin, id_key or split_by",
                     *((key,) for key in keys if key in self.model_fields_set),
                 )
         elif not self.paths:
             raise Contradiction(
-                f"paths is missing: kind {self.kind} needs the files, as [corpus/web/*.jsonl.zst]",
+                f"paths is missing: kind {self.kind} needs files, such as [corpus/web/*.jsonl.zst]",
                 ("paths",),
                 ("kind",),
             )
@@ -134,7 +136,7 @@ class SubsetRecipe(_Section):
         return int(-(-self.repeat // 1))
 
 
-def _split_of(kind: str) -> Literal["source", "document"]:
+def _default_split(kind: str) -> Literal["source", "document"]:
     return "document" if kind in ("jsonl", "parquet") else "source"
 
 
@@ -200,7 +202,7 @@ class Recipe(_Section):
     subsets: dict[str, SubsetRecipe] = Field(min_length=1)
     held_out: HeldOutRecipe | None = None
     document_borders: bool = False
-    max_rejected_share: Place = 0.01
+    max_rejected_share: Share = 0.01
     executor: ExecutorRecipe = ExecutorRecipe()
 
     @model_validator(mode="after")
@@ -217,33 +219,33 @@ class Recipe(_Section):
                 ("rows_per_chunk",),
                 ("subsets", fills[0], "fill"),
             )
-        first: dict[str, str] = {}
+        first_name_of: dict[str, str] = {}
         for name, subset in self.subsets.items():
-            other = first.setdefault(self.origin_of(name), name)
-            before = self.subsets[other]
-            if (before.share, before.split_by) != (subset.share, subset.split_by):
+            other = first_name_of.setdefault(self.origin_of(name), name)
+            first_subset = self.subsets[other]
+            if (first_subset.share, first_subset.split_by) != (subset.share, subset.split_by):
                 raise Contradiction(
-                    self._other_cut(name, other), *_cut_keys(name), *_cut_keys(other)
+                    self._split_conflict(name, other), *_split_keys(name), *_split_keys(other)
                 )
-            if before.drop_duplicates != subset.drop_duplicates:
+            if first_subset.drop_duplicates != subset.drop_duplicates:
                 raise Contradiction(
                     f"subsets.{name}.drop_duplicates ({subset.drop_duplicates}) must equal that of subsets.{other} "
-                    f"({before.drop_duplicates}): both have the origin {self.origin_of(name)!r}, and a text that is left "
+                    f"({first_subset.drop_duplicates}): both have the origin {self.origin_of(name)!r}, and a text that is left "
                     f"out of one could be held out, and trained on in the other",
                     *(("subsets", subset_name, "drop_duplicates") for subset_name in (name, other)),
                 )
         return self
 
-    def _other_cut(self, name: str, other: str) -> str:
+    def _split_conflict(self, name: str, other: str) -> str:
         """What is wrong with two subsets of one origin that split it in two ways."""
-        one, two = self.subsets[name], self.subsets[other]
+        this, two = self.subsets[name], self.subsets[other]
         cuts = (
-            f"subsets.{name}.share {list(one.share)} by {one.split_by} must equal subsets.{other}.share "
+            f"subsets.{name}.share {list(this.share)} by {this.split_by} must equal subsets.{other}.share "
             f"{list(two.share)} by {two.split_by}"
         )
-        if one.paths == two.paths:
-            return f"{cuts}: both read the same files, and a file must lie on one side"
-        if one.origin or two.origin:
+        if this.paths == two.paths:
+            return f"{cuts}: both read the same files, and a file must be on one side of the split"
+        if this.origin or two.origin:
             return f"{cuts}: both have the origin {self.origin_of(name)!r}; if their files are not the same, name another"
         return (
             f"{cuts}: both have the origin {self.origin_of(name)!r}, the folder in front of their files; if these are not "
@@ -281,7 +283,7 @@ class Recipe(_Section):
         return self.work or self.output.with_name(self.output.name + ".work")
 
 
-def _cut_keys(name: str) -> tuple[tuple[str, ...], ...]:
+def _split_keys(name: str) -> tuple[tuple[str, ...], ...]:
     return ("subsets", name, "share"), ("subsets", name, "split_by")
 
 
@@ -308,40 +310,42 @@ def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
     except ValidationError as error:
         unknown = _unknown_subsets(source)
         mistakes += unknown.values()
-        for wrong in wrongs(error.errors(include_url=False), Recipe):
+        for problem in problems_of(error.errors(include_url=False), Recipe):
             # What follows from a broken value, or from a subset that is none, is no mistake of its own.
-            if wrong.place not in source.broken and wrong.place[:2] not in unknown:
-                mistakes.append(_mistake(source, wrong))
+            if problem.path not in source.broken and problem.path[:2] not in unknown:
+                mistakes.append(_mistake(source, problem))
     if mistakes or recipe is None:
         raise ConfigError("\n".join(dict.fromkeys(map(str, mistakes))))
     return recipe
 
 
-def _mistake(source: Source, wrong: Wrong) -> Mistake:
+def _mistake(source: Source, problem: Problem) -> Mistake:
     """Blamed on an override if one may have caused it, else on what the file says of it."""
-    written = [source.origins[place] for place in wrong.causes if place in source.origins]
+    written = [source.origins[path] for path in problem.causes if path in source.origins]
     overridden = [origin for origin in written if origin.override]
-    origin = (overridden or written or [source.origin_of(wrong.place)])[0]
-    where = f"{dotted(wrong.place)}: " if wrong.place else ""
-    return Mistake(origin, where + wrong.message)
+    origin = (overridden or written or [source.origin_of(problem.path)])[0]
+    where = f"{dotted(problem.path)}: " if problem.path else ""
+    return Mistake(origin, where + problem.message)
 
 
 def _unknown_subsets(source: Source) -> dict[tuple[int | str, ...], Mistake]:
     """Subsets that only an override names, and that lack a kind: a slip of the pen, and no new subset."""
     subsets = source.tree.get("subsets")
     subsets = subsets if isinstance(subsets, dict) else {}
-    places = {name: ("subsets", name) for name in subsets}
+    paths = {name: ("subsets", name) for name in subsets}
     mistyped = {
         name: origin
-        for name, place in places.items()
-        if (origin := source.origins.get(place))
+        for name, path in paths.items()
+        if (origin := source.origins.get(path))
         and origin.override
-        and (*place, "kind") not in source.origins
+        and (*path, "kind") not in source.origins
     }
     known = [name for name in subsets if name not in mistyped]
     found: dict[tuple[int | str, ...], Mistake] = {}
     for name, origin in mistyped.items():
-        near = nearest(name, known)
-        words = f"nearest is {near}" if near else f"the recipe has {', '.join(known) or 'none'}"
-        found[places[name]] = Mistake(origin, f"subsets.{name}: no such subset; {words}")
+        similar = nearest(name, known)
+        hint = (
+            f"nearest is {similar}" if similar else f"the recipe has {', '.join(known) or 'none'}"
+        )
+        found[paths[name]] = Mistake(origin, f"subsets.{name}: no such subset; {hint}")
     return found

@@ -19,13 +19,13 @@ from typing import Any
 
 from k2train.errors import DataError, UserError
 
-PLACES = 2**48
+POSITIONS = 2**48
 """Places are whole numbers below this, so that a share's border is exact."""
 
 BLOCK_BYTES = 2**18
 # What a block may grow to at once; text that repeats itself is compressed a thousandfold.
-MOST_INFLATED_BYTES = 2**22
-LARGEST_ZSTD_WINDOW = 2**31
+MAX_INFLATED_BYTES = 2**22
+MAX_ZSTD_WINDOW = 2**31
 
 
 @dataclass(frozen=True)
@@ -46,15 +46,15 @@ class Source:
         return asdict(self)
 
 
-def place_of(unit: str) -> int:
+def split_position(unit: str) -> int:
     """Where a unit of splitting (a source's key, or `source key NUL document name`) lies, out of PLACES."""
     digest = hashlib.sha256(b"k2train source place\0" + unit.encode()).digest()
     return int.from_bytes(digest[:6], "big")
 
 
-def border_of(part: float) -> int:
+def first_position(fraction: float) -> int:
     """The first place that lies in the part of [0, 1) from here on; exact, and 1.0 gives `PLACES`, beyond the last."""
-    return math.ceil(part * PLACES)
+    return math.ceil(fraction * POSITIONS)
 
 
 class Contents:
@@ -88,11 +88,11 @@ class Contents:
                 after = os.fstat(stream.fileno())
         except OSError as error:
             raise DataError(
-                f"{path}: cannot be read ({error.strerror}); it was there when sources were listed"
+                f"{path}: cannot be read ({error.strerror}); it existed when the sources were listed"
             ) from None
         if (self._size_bytes, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
             raise DataError(
-                f"{path}: changed while it was read; let it come to rest and start again"
+                f"{path}: changed while it was read; wait until nothing writes to it, then start again"
             )
         self._mtime_ns, self._ended = after.st_mtime_ns, True
 
@@ -100,7 +100,7 @@ class Contents:
         """All bytes at once."""
         return b"".join(self.blocks())
 
-    def hash_apart(self) -> None:
+    def hash_only(self) -> None:
         """Read for the hash only, for a format that is not read front to back."""
         for _ in self.blocks():
             pass
@@ -108,16 +108,16 @@ class Contents:
     def lines(self) -> Iterator[bytes]:
         """Lines without their ends, of a file that is compressed if its name says so (.gz, .zst)."""
         suffix = Path(self.source.name).suffix
-        taken = {".gz": self._gzip_blocks, ".zst": self._zstd_blocks}.get(suffix, self.blocks)()
-        begun: list[bytes] = []
-        for block in taken:
-            first, *others = block.split(b"\n")
-            begun.append(first)
-            if others:
-                yield b"".join(begun)
-                yield from others[:-1]
-                begun = [others[-1]]
-        if last := b"".join(begun):
+        blocks = {".gz": self._gzip_blocks, ".zst": self._zstd_blocks}.get(suffix, self.blocks)()
+        partial: list[bytes] = []
+        for block in blocks:
+            first, *rest = block.split(b"\n")
+            partial.append(first)
+            if rest:
+                yield b"".join(partial)
+                yield from rest[:-1]
+                partial = [rest[-1]]
+        if last := b"".join(partial):
             yield last
 
     def _gzip_blocks(self) -> Iterator[bytes]:
@@ -131,20 +131,20 @@ class Contents:
                         if not block:
                             break
                         inflate = zlib.decompressobj(wbits=31)
-                    yield inflate.decompress(block, MOST_INFLATED_BYTES)
+                    yield inflate.decompress(block, MAX_INFLATED_BYTES)
                     block = inflate.unused_data if inflate.eof else inflate.unconsumed_tail
         except zlib.error as error:
             raise DataError(
-                f"{self.source.path}: not a whole gzip file ({error}); fetch it again"
+                f"{self.source.path}: not a complete gzip file ({error}); fetch it again"
             ) from None
-        self._refuse_cut_off(inflate.eof)
+        self._check_complete(inflate.eof)
 
     def _zstd_blocks(self) -> Iterator[bytes]:
         try:
             import zstandard
         except ImportError:
             raise UserError("reading .zst needs zstandard: pip install 'k2train[data]'") from None
-        decompressor = zstandard.ZstdDecompressor(max_window_size=LARGEST_ZSTD_WINDOW)
+        decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_ZSTD_WINDOW)
         inflate = decompressor.decompressobj()
         try:
             for block in self.blocks():
@@ -155,11 +155,11 @@ class Contents:
                     block = inflate.unused_data if inflate.eof else b""
         except zstandard.ZstdError as error:
             raise DataError(
-                f"{self.source.path}: not a whole zstd file ({error}); fetch it again"
+                f"{self.source.path}: not a complete zstd file ({error}); fetch it again"
             ) from None
-        self._refuse_cut_off(inflate.eof)
+        self._check_complete(inflate.eof)
 
-    def _refuse_cut_off(self, ended: bool) -> None:
+    def _check_complete(self, ended: bool) -> None:
         if not ended and self._size_bytes:
             raise DataError(
                 f"{self.source.path}: cut off after {self._size_bytes} bytes; fetch it again"

@@ -60,8 +60,8 @@ class Workspace:
         tasks: Sequence[EncodeTask],
     ) -> "Workspace":
         """Lay out the folder, or find it as an earlier start of the same preparation left it."""
-        for part in ("runs", "plan", "chunks", "failures", "logs"):
-            (folder / part).mkdir(parents=True, exist_ok=True)
+        for name in ("runs", "plan", "chunks", "failures", "logs"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
         target.mkdir(parents=True, exist_ok=True)
         with AtomicFile(folder / "sources.jsonl") as stream:
             for task in tasks:
@@ -85,7 +85,7 @@ class Workspace:
             context = json.loads((folder / CONTEXT_NAME).read_text("utf-8"))
         except OSError as error:
             raise DataError(
-                f"{folder}: no preparation is under way here ({error.strerror})"
+                f"{folder}: no preparation is in progress here ({error.strerror})"
             ) from None
         return cls(folder, Path(context["target"]), Recipe.model_validate(context["recipe"]))
 
@@ -138,14 +138,14 @@ def listing_sha256(pairs: set[tuple[str, str]]) -> str:
     return hashlib.sha256(json.dumps(sorted(pairs)).encode()).hexdigest()
 
 
-def owner_mark() -> str:
+def process_suffix() -> str:
     """Part of a name that no other process uses at the same time, on any machine that shares the folder."""
     return f".{socket.gethostname()}.{os.getpid()}"
 
 
 def write_json(path: Path, content: Any) -> None:
     """A JSON file, whole and on the disk on return; safe against another process writing the same one."""
-    with AtomicFile(path, owner_mark()) as stream:
+    with AtomicFile(path, process_suffix()) as stream:
         stream.write((json.dumps(content, indent=1) + "\n").encode())
 
 

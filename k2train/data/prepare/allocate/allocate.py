@@ -22,9 +22,9 @@ from k2train.data.prepare.allocate.held_out import (
     Longs,
     exact,
     fill_of,
-    first_places,
+    held_out_boundaries,
     held_out_rows,
-    place_histogram,
+    position_histogram,
     samples_of,
 )
 from k2train.data.prepare.allocate.mixture import allocate, spread
@@ -35,19 +35,25 @@ from k2train.data.prepare.allocate.plan_file import (
     PLAN_NAME,
     TRAINING,
     PassPlan,
-    RunPlace,
+    RunEntry,
     SubsetPlan,
 )
 from k2train.data.prepare.allocate.shortage import check_samples
 from k2train.data.prepare.cleanup import remove_leftovers
 from k2train.data.prepare.encode.sorted_runs import Run
 from k2train.data.prepare.sources.rejected import check_rejected
-from k2train.data.prepare.workspace import HELD_OUT, Workspace, owner_mark, read_json, write_json
+from k2train.data.prepare.workspace import (
+    HELD_OUT,
+    Workspace,
+    process_suffix,
+    read_json,
+    write_json,
+)
 from k2train.files import AtomicFile
 
 BUCKET_DOCUMENTS = 16
 """Documents that a bucket of keys is meant to hold; the most buckets leave it many more in a large subset."""
-MOST_BUCKET_BITS = 18
+MAX_BUCKET_BITS = 18
 BLOCK_ROWS = 65536
 BLOCK_PIECES = 2**17
 """A row group of the provenance has so many rows, or fewer where these would be more pieces than a sort should hold."""
@@ -76,34 +82,34 @@ def plan_task(workspace: Workspace) -> None:
     check_rejected(workspace)
     folder = workspace.folder / "plan"
     remove_leftovers(folder)
-    aside = folder / f"aside{owner_mark()}.tmp"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
+    scratch = folder / f"aside{process_suffix()}.tmp"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
     try:
-        _plan(workspace, folder, aside)
+        _plan(workspace, folder, scratch)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _plan(workspace: Workspace, folder: Path, aside: Path) -> None:
+def _plan(workspace: Workspace, folder: Path, scratch: Path) -> None:
     recipe = workspace.recipe
     names = list(recipe.subsets)
     runs = runs_of(workspace)
     sources = sorted({source.key for task in workspace.tasks for source in task.sources})
-    flags = _flags(workspace, aside, runs, sources)
+    flags = _flags(workspace, scratch, runs, sources)
     histograms: dict[str, Longs] = {}
     if recipe.held_out is not None and recipe.held_out.share is None:
         histograms = {
             name: _histogram(workspace, name, runs[name][0], flags[name, 0]) for name in names
         }
-    borders = first_places(recipe, histograms)
+    boundaries = held_out_boundaries(recipe, histograms)
     plans, counts = {}, {}
     for index, name in enumerate(names):
         passes = [
             _plan_pass(
-                workspace, f"{index}_{number:03d}", places, flags[name, number], borders[name]
+                workspace, f"{index}_{number:03d}", entries, flags[name, number], boundaries[name]
             )
-            for number, places in enumerate(runs[name])
+            for number, entries in enumerate(runs[name])
         ]
         plans[name] = SubsetPlan(
             name, passes[0][1].tokens(TRAINING), tuple(plan for plan, _ in passes)
@@ -112,9 +118,9 @@ def _plan(workspace: Workspace, folder: Path, aside: Path) -> None:
         sizes = {(c.tokens(TRAINING), c.tokens(HELD_OUT_TEXT)) for _, c in passes}
         assert len(sizes) == 1, f"{name}: its passes hold different documents: {sizes}"
     training = {name: counts[name].tokens(TRAINING) for name in names}
-    held = {name: counts[name].tokens(HELD_OUT_TEXT) for name in names}
+    held_out = {name: counts[name].tokens(HELD_OUT_TEXT) for name in names}
     held_rows = (
-        held_out_rows(recipe, training, held)
+        held_out_rows(recipe, training, held_out)
         if recipe.held_out is not None
         else dict.fromkeys(names, 0)
     )
@@ -145,7 +151,7 @@ def _plan(workspace: Workspace, folder: Path, aside: Path) -> None:
         "sequence_length": recipe.sequence_length,
         "block_rows": _block_rows(recipe.sequence_length, counts, used),
         "account": account,
-        "held_out_places": borders,
+        "held_out_places": boundaries,
         "document_keys": _document_keys(recipe.seed, recipe.sequence_length, plans, chunks),
         "chunks": {
             name: {s: [r.start, r.stop] for s, r in parts.items()} for name, parts in chunks.items()
@@ -163,9 +169,9 @@ def _plan(workspace: Workspace, folder: Path, aside: Path) -> None:
     write_json(folder / PLAN_NAME, content)
 
 
-def runs_of(workspace: Workspace) -> dict[str, list[list[RunPlace]]]:
+def runs_of(workspace: Workspace) -> dict[str, list[list[RunEntry]]]:
     """The runs of each subset by pass, in the order of the tasks that wrote them."""
-    found: dict[str, list[list[RunPlace]]] = {
+    found: dict[str, list[list[RunEntry]]] = {
         name: [[] for _ in range(subset.passes)]
         for name, subset in workspace.recipe.subsets.items()
     }
@@ -173,84 +179,84 @@ def runs_of(workspace: Workspace) -> dict[str, list[list[RunPlace]]]:
         record = read_json(workspace.encode_record(number))
         assert record is not None, f"encode task {number} has left no record"
         for name, counts in record["subsets"].items():
-            for places, written in zip(found[name], counts["passes"], strict=True):
+            for entries, written in zip(found[name], counts["passes"], strict=True):
                 for run in written:
-                    last = places[-1] if places else RunPlace("", 0, 0, 0, 0)
+                    last = entries[-1] if entries else RunEntry("", 0, 0, 0, 0)
                     first = last.first + last.documents
                     mark = last.mark + -(-last.documents // MARK_DOCUMENTS)
-                    places.append(
-                        RunPlace(run["path"], run["documents"], run["tokens"], first, mark)
+                    entries.append(
+                        RunEntry(run["path"], run["documents"], run["tokens"], first, mark)
                     )
     return found
 
 
 def _flags(
     workspace: Workspace,
-    aside: Path,
-    runs: Mapping[str, Sequence[Sequence[RunPlace]]],
+    scratch: Path,
+    runs: Mapping[str, Sequence[Sequence[RunEntry]]],
     sources: Sequence[str],
 ) -> dict[tuple[str, int], Path | None]:
     ranks = {key: rank for rank, key in enumerate(sources)}
     flags: dict[tuple[str, int], Path | None] = {}
     for name, subset in workspace.recipe.subsets.items():
-        for number, places in enumerate(runs[name]):
+        for number, entries in enumerate(runs[name]):
             flags[name, number] = None
             if subset.drop_duplicates:
-                path = flag_duplicates(aside, workspace.folder, places, ranks)
-                flags[name, number] = path.rename(aside / f"{len(flags)}_flags")
+                path = flag_duplicates(scratch, workspace.folder, entries, ranks)
+                flags[name, number] = path.rename(scratch / f"{len(flags)}_flags")
     return flags
 
 
-def _flags_of(path: Path | None, place: RunPlace) -> "np.ndarray[tuple[int], np.dtype[np.bool_]]":
+def _flags_of(path: Path | None, entry: RunEntry) -> "np.ndarray[tuple[int], np.dtype[np.bool_]]":
     if path is None:
-        return np.zeros(place.documents, dtype=bool)
-    return np.fromfile(path, dtype=bool, count=place.documents, offset=place.first)
+        return np.zeros(entry.documents, dtype=bool)
+    return np.fromfile(path, dtype=bool, count=entry.documents, offset=entry.first)
 
 
 def _histogram(
-    workspace: Workspace, name: str, runs: Iterable[RunPlace], flags: Path | None
+    workspace: Workspace, name: str, runs: Iterable[RunEntry], flags: Path | None
 ) -> Longs:
     share = workspace.recipe.subsets[name].share
-    total = place_histogram(share, np.zeros(0, np.uint64), np.zeros(0, np.int64))
-    for place in runs:
-        run = Run(workspace.folder / place.path)
+    total = position_histogram(share, np.zeros(0, np.uint64), np.zeros(0, np.int64))
+    for entry in runs:
+        run = Run(workspace.folder / entry.path)
         lengths = run.read("lengths").astype(np.int64)
-        kept = (lengths > 0) & ~_flags_of(flags, place)
-        total += place_histogram(share, run.read("places")[kept], lengths[kept])
+        kept = (lengths > 0) & ~_flags_of(flags, entry)
+        total += position_histogram(share, run.read("places")[kept], lengths[kept])
     return total
 
 
 def _plan_pass(
-    workspace: Workspace, files: str, runs: Sequence[RunPlace], flags: Path | None, border: int
+    workspace: Workspace, files: str, runs: Sequence[RunEntry], flags: Path | None, boundary: int
 ) -> tuple[PassPlan, Counts]:
     """Write the three files of a pass; everything from the place `border` on is held out."""
     documents = sum(run.documents for run in runs)
-    bits = min(MOST_BUCKET_BITS, (documents // BUCKET_DOCUMENTS).bit_length())
+    bits = min(MAX_BUCKET_BITS, (documents // BUCKET_DOCUMENTS).bit_length())
     plan = PassPlan(workspace.folder / "plan", files, bits, tuple(runs))
     counts = Counts(np.zeros((4, 2**bits), dtype=np.int64))
     with (
-        AtomicFile(plan.path("masks"), owner_mark()) as masks,
-        AtomicFile(plan.path("marks"), owner_mark()) as marks,
+        AtomicFile(plan.path("masks"), process_suffix()) as masks,
+        AtomicFile(plan.path("marks"), process_suffix()) as marks,
     ):
-        for place in runs:
-            run = Run(workspace.folder / place.path)
+        for entry in runs:
+            run = Run(workspace.folder / entry.path)
             lengths = run.read("lengths").astype(np.int64)
-            again = _flags_of(flags, place)
+            duplicate = _flags_of(flags, entry)
             inside = lengths > 0
             mask = np.where(
-                run.read("places") >= np.uint64(border), HELD_OUT_TEXT, TRAINING
+                run.read("places") >= np.uint64(boundary), HELD_OUT_TEXT, TRAINING
             ).astype(np.uint8)
-            mask[again | ~inside] = 0
+            mask[duplicate | ~inside] = 0
             masks.write(mask.tobytes())
             marks.write(
                 (np.cumsum(lengths) - lengths)[::MARK_DOCUMENTS].astype(np.uint64).tobytes()
             )
             _count(counts, run.read("keys"), lengths, mask, bits)
-            counts.duplicates[0] += int((again & inside).sum())
-            counts.duplicates[1] += int(lengths[again].sum())
+            counts.duplicates[0] += int((duplicate & inside).sum())
+            counts.duplicates[1] += int(lengths[duplicate].sum())
     before = np.zeros((4, 2**bits + 1), dtype=np.int64)
     np.cumsum(counts.buckets, axis=1, out=before[:, 1:])
-    with AtomicFile(plan.path("buckets"), owner_mark()) as stream:
+    with AtomicFile(plan.path("buckets"), process_suffix()) as stream:
         stream.write(before.tobytes())
     return plan, counts
 
@@ -284,9 +290,9 @@ def _account(
     account = {}
     for name, count in counts.items():
         subset = workspace.recipe.subsets[name]
-        tokens, held = count.tokens(TRAINING), count.tokens(HELD_OUT_TEXT)
-        asked = int(exact(subset.repeat) * tokens)
-        tail = asked % length
+        tokens, held_out = count.tokens(TRAINING), count.tokens(HELD_OUT_TEXT)
+        wanted = int(exact(subset.repeat) * tokens)
+        tail = wanted % length
         account[name] = {
             **read[name],
             "training_documents": count.documents(TRAINING),
@@ -296,14 +302,14 @@ def _account(
             "training_tokens": tokens,
             "repeat": subset.repeat,
             "passes": subset.passes,
-            "asked_tokens": asked,
+            "asked_tokens": wanted,
             "used_samples": used[name],
             "used_tokens": used[name] * length,
-            "unused_tokens": asked - tail - used[name] * length,
+            "unused_tokens": wanted - tail - used[name] * length,
             "tail_tokens": tail,
-            "left_by_repeat_tokens": subset.passes * tokens - asked,
+            "left_by_repeat_tokens": subset.passes * tokens - wanted,
             "held_out_tokens": held_rows[name] * length,
-            "held_out_unused_tokens": held - held_rows[name] * length,
+            "held_out_unused_tokens": held_out - held_rows[name] * length,
         }
         check_account(name, account[name])
     return account

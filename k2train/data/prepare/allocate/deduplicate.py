@@ -11,19 +11,19 @@ from pathlib import Path
 
 import numpy as np
 
-from k2train.data.prepare.allocate.plan_file import RunPlace
+from k2train.data.prepare.allocate.plan_file import RunEntry
 from k2train.data.prepare.encode.sorted_runs import Run
 
 PART_DOCUMENTS = 2**20
 """Documents sorted at a time: 24 bytes each, and as much again for the order."""
-MOST_PARTS = 1024
+MAX_PARTS = 1024
 RECORD = np.dtype([("text", "<u8"), ("order", "<u8"), ("position", "<u8")])
 
 
 def flag_duplicates(
     folder: Path,
     work: Path,
-    runs: Sequence[RunPlace],
+    runs: Sequence[RunEntry],
     ranks: Mapping[str, int],
     part_documents: int = PART_DOCUMENTS,
 ) -> Path:
@@ -37,31 +37,31 @@ def flag_duplicates(
     flags = folder / "duplicates"
     with flags.open("wb") as stream:
         stream.truncate(documents)
-    bits = min(max(0, (documents // part_documents).bit_length()), MOST_PARTS.bit_length() - 1)
+    bits = min(max(0, (documents // part_documents).bit_length()), MAX_PARTS.bit_length() - 1)
     parts = [folder / f"texts_{number:04d}" for number in range(2**bits)]
     for path in parts:
         path.unlink(missing_ok=True)
     for run in runs:
-        _deal(work, run, ranks, parts, bits)
+        _partition(work, run, ranks, parts, bits)
     with flags.open("r+b") as stream:
         for path in parts:
             if path.exists():
-                _flag(stream.fileno(), np.fromfile(path, dtype=RECORD))
+                _flag_part(stream.fileno(), np.fromfile(path, dtype=RECORD))
                 path.unlink()
     return flags
 
 
-def _deal(
-    work: Path, place: RunPlace, ranks: Mapping[str, int], parts: Sequence[Path], bits: int
+def _partition(
+    work: Path, entry: RunEntry, ranks: Mapping[str, int], parts: Sequence[Path], bits: int
 ) -> None:
-    run = Run(work / place.path)
-    records = np.empty(place.documents, dtype=RECORD)
+    run = Run(work / entry.path)
+    records = np.empty(entry.documents, dtype=RECORD)
     rank = np.array([ranks[key] for key in run.source_keys], dtype=np.uint64)
     records["text"] = run.read("texts")
     records["order"] = (rank[run.read("sources")] << np.uint64(32)) | run.read("ordinals")
-    records["position"] = np.arange(place.first, place.first + place.documents, dtype=np.uint64)
+    records["position"] = np.arange(entry.first, entry.first + entry.documents, dtype=np.uint64)
     if bits == 0:
-        order, ends = np.arange(place.documents), np.array([place.documents])
+        order, ends = np.arange(entry.documents), np.array([entry.documents])
     else:
         part = records["text"] >> np.uint64(64 - bits)
         order = np.argsort(part, kind="stable")
@@ -76,8 +76,8 @@ def _deal(
         start = end
 
 
-def _flag(descriptor: int, records: "np.ndarray[tuple[int], np.dtype[np.void]]") -> None:
+def _flag_part(descriptor: int, records: "np.ndarray[tuple[int], np.dtype[np.void]]") -> None:
     records = records[np.lexsort((records["order"], records["text"]))]
-    again = records["position"][1:][records["text"][1:] == records["text"][:-1]]
-    for position in np.sort(again).tolist():
+    duplicates = records["position"][1:][records["text"][1:] == records["text"][:-1]]
+    for position in np.sort(duplicates).tolist():
         os.pwrite(descriptor, b"\1", position)

@@ -13,10 +13,10 @@ import numpy.typing as npt
 
 from k2train.data.prepare.allocate.mixture import allocate, apportion
 from k2train.data.prepare.recipe import Recipe
-from k2train.data.prepare.source import PLACES, border_of
+from k2train.data.prepare.source import POSITIONS, first_position
 from k2train.errors import DataError
 
-PLACE_BUCKETS = 2**16
+POSITION_BUCKETS = 2**16
 
 Longs = npt.NDArray[np.int64]
 
@@ -26,14 +26,14 @@ def exact(value: float) -> Fraction:
     return Fraction(repr(value))
 
 
-def place_histogram(
-    share: tuple[float, float], places: npt.NDArray[np.uint64], tokens: Longs
+def position_histogram(
+    share: tuple[float, float], positions: npt.NDArray[np.uint64], tokens: Longs
 ) -> Longs:
     """int64 `[PLACE_BUCKETS]`: tokens of the documents at `places`, all within the share, by place."""
-    low, high = map(border_of, share)
+    low, high = map(first_position, share)
     # A place is below 2**48, so the product stays below 2**64.
-    bucket = (places - np.uint64(low)) * np.uint64(PLACE_BUCKETS) // np.uint64(high - low)
-    return np.bincount(bucket.astype(np.int64), weights=tokens, minlength=PLACE_BUCKETS).astype(
+    bucket = (positions - np.uint64(low)) * np.uint64(POSITION_BUCKETS) // np.uint64(high - low)
+    return np.bincount(bucket.astype(np.int64), weights=tokens, minlength=POSITION_BUCKETS).astype(
         np.int64
     )
 
@@ -66,7 +66,7 @@ def fill_of(recipe: Recipe) -> str | None:
     return next((name for name, subset in recipe.subsets.items() if subset.fill), None)
 
 
-def first_places(recipe: Recipe, histograms: Mapping[str, Longs]) -> dict[str, int]:
+def held_out_boundaries(recipe: Recipe, histograms: Mapping[str, Longs]) -> dict[str, int]:
     """For each subset the place from which on everything is held out; PLACES where nothing is.
 
     By the recipe's share; or the highest border at which each subset has its quota of rows, by the histograms of tokens
@@ -74,12 +74,12 @@ def first_places(recipe: Recipe, histograms: Mapping[str, Longs]) -> dict[str, i
     """
     held_out = recipe.held_out
     if held_out is None:
-        return dict.fromkeys(recipe.subsets, PLACES)
+        return dict.fromkeys(recipe.subsets, POSITIONS)
     if held_out.share is not None:
         part = exact(held_out.share)
         ends = {name: tuple(map(exact, subset.share)) for name, subset in recipe.subsets.items()}
         return {
-            name: math.ceil((high - part * (high - low)) * PLACES)
+            name: math.ceil((high - part * (high - low)) * POSITIONS)
             for name, (low, high) in ends.items()
         }
     assert held_out.rows is not None, "a recipe holds out rows or a share"
@@ -94,7 +94,7 @@ def first_places(recipe: Recipe, histograms: Mapping[str, Longs]) -> dict[str, i
     def fits(rows: int) -> bool:
         taken = _taken_buckets(recipe, histograms, row_quotas(recipe, rows, tokens))
         return all(
-            counts[: PLACE_BUCKETS - taken[name]].sum() >= needed[name]
+            counts[: POSITION_BUCKETS - taken[name]].sum() >= needed[name]
             for name, counts in histograms.items()
         )
 
@@ -103,10 +103,10 @@ def first_places(recipe: Recipe, histograms: Mapping[str, Longs]) -> dict[str, i
     taken = _taken_buckets(recipe, histograms, quotas)
     lowest: dict[str, int] = {}
     for name in recipe.subsets:
-        low, high = map(border_of, recipe.subsets[name].share)
-        border = low + -(-(PLACE_BUCKETS - taken[name]) * (high - low) // PLACE_BUCKETS)
+        low, high = map(first_position, recipe.subsets[name].share)
+        boundary = low + -(-(POSITION_BUCKETS - taken[name]) * (high - low) // POSITION_BUCKETS)
         origin = recipe.origin_of(name)
-        lowest[origin] = min(lowest.get(origin, PLACES), border if taken[name] else PLACES)
+        lowest[origin] = min(lowest.get(origin, POSITIONS), boundary if taken[name] else POSITIONS)
     return {name: lowest[recipe.origin_of(name)] for name in recipe.subsets}
 
 
@@ -120,7 +120,7 @@ def _taken_buckets(
         from_end = np.cumsum(counts[::-1])
         # None when nothing is wanted, and all when there is too little.
         taken = (
-            min(PLACE_BUCKETS, int(np.searchsorted(from_end, wanted, side="left")) + 1)
+            min(POSITION_BUCKETS, int(np.searchsorted(from_end, wanted, side="left")) + 1)
             if wanted
             else 0
         )
@@ -142,11 +142,11 @@ def _check_quotas(
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
-    knobs = [f"lower held_out.rows to {low}"] if low else []
-    knobs += ["raise held_out.share"] if held_out.share is not None else []
+    remedies = [f"lower held_out.rows to {low}"] if low else []
+    remedies += ["raise held_out.share"] if held_out.share is not None else []
     raise DataError(
-        f"subset {name} must give {quotas[name]} held-out rows of {length} = {quotas[name] * length} tokens and has "
-        f"{held[name]} for it: {', or '.join(knobs) or 'not one row can be spared: add documents, or leave held_out out'}"
+        f"subset {name} must give {quotas[name]} held-out rows of {length} = {quotas[name] * length} tokens but has "
+        f"{held[name]} for it: {', or '.join(remedies) or 'not one row can be spared: add documents, or leave held_out out'}"
     )
 
 

@@ -22,23 +22,23 @@ def keyed_permutation(n: int, seed: int, purpose: str) -> npt.NDArray[np.int64]:
     return np.argsort(words, kind="stable").astype(np.int64, copy=False)
 
 
-def row_places(rows: int, seed: int, chunk: str) -> npt.NDArray[np.uint32]:
+def row_positions(rows: int, seed: int, chunk: str) -> npt.NDArray[np.uint32]:
     """`[rows]`: the row of the chunk at which each of its samples lies, these being counted subset after subset.
 
     The rows are shuffled by (seed, chunk's name); while this is made it holds 16 bytes a row.
     """
     order = keyed_permutation(rows, seed, f"rows of {chunk}")
-    places = np.empty(rows, dtype=np.uint32)
-    places[order] = np.arange(rows, dtype=np.uint32)
-    return places
+    positions = np.empty(rows, dtype=np.uint32)
+    positions[order] = np.arange(rows, dtype=np.uint32)
+    return positions
 
 
 def apportion(total: int, weights: Mapping[str, int]) -> dict[str, int]:
     """`total` split in proportion to `weights` by largest remainder; never more than its weight when total <= sum."""
-    everything = sum(weights.values())
-    if everything == 0:
+    weight_sum = sum(weights.values())
+    if weight_sum == 0:
         return dict.fromkeys(weights, 0)
-    shares = {name: divmod(total * weight, everything) for name, weight in weights.items()}
+    shares = {name: divmod(total * weight, weight_sum) for name, weight in weights.items()}
     parts = {name: whole for name, (whole, _) in shares.items()}
     by_remainder = sorted(shares, key=lambda name: (-shares[name][1], name))
     for name in by_remainder[: total - sum(parts.values())]:
@@ -68,7 +68,7 @@ def allocate(available: Mapping[str, int], wanted: int | None, fill: str | None)
 def spread(counts: Mapping[str, int], chunks: int) -> list[dict[str, range]]:
     """For each chunk, the samples it takes of each subset. Raises DataError for a subset with fewer than chunks."""
     plan: list[dict[str, range]] = [{} for _ in range(chunks)]
-    turn = 0
+    first_extra = 0
     for name, count in counts.items():
         if count < chunks:
             raise DataError(
@@ -77,8 +77,8 @@ def spread(counts: Mapping[str, int], chunks: int) -> list[dict[str, range]]:
         start = 0
         for chunk in range(chunks):
             # Whoever got the odd samples of the subset before is passed over, so that whole chunks stay even too.
-            size = count // chunks + ((chunk - turn) % chunks < count % chunks)
+            size = count // chunks + ((chunk - first_extra) % chunks < count % chunks)
             plan[chunk][name] = range(start, start + size)
             start += size
-        turn = (turn + count) % chunks
+        first_extra = (first_extra + count) % chunks
     return plan

@@ -31,7 +31,7 @@ Longs = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class RunPlace:
+class RunEntry:
     """A run: its file from the work folder, its size, and where it begins in the masks and marks of its pass."""
 
     path: str
@@ -48,7 +48,7 @@ class PassPlan:
     folder: Path
     files: str
     bits: int
-    runs: tuple[RunPlace, ...]
+    runs: tuple[RunEntry, ...]
 
     def path(self, kind: str) -> Path:
         return self.folder / f"{self.files}.{kind}"
@@ -128,7 +128,7 @@ class Plan:
                     folder,
                     item["files"],
                     item["bits"],
-                    tuple(RunPlace(*run) for run in item["runs"]),
+                    tuple(RunEntry(*run) for run in item["runs"]),
                 )
                 for item in entry["passes"]
             ]

@@ -22,11 +22,11 @@ from k2train.data.prepare.cleanup import remove_leftovers
 from k2train.data.prepare.encode.fill_in_middle import KINDS, Item, choose_item, encode_documents
 from k2train.data.prepare.encode.sorted_runs import RunWriter
 from k2train.data.prepare.recipe import WHOLE
-from k2train.data.prepare.source import Contents, Source, border_of, place_of
+from k2train.data.prepare.source import Contents, Source, first_position, split_position
 from k2train.data.prepare.sources.readers import Document, Rejection, read_documents
 from k2train.data.prepare.sources.rejected import REJECTED_NAME
-from k2train.data.prepare.sources.stdlib import page
-from k2train.data.prepare.workspace import EncodeTask, Workspace, owner_mark, write_json
+from k2train.data.prepare.sources.stdlib import topic_page
+from k2train.data.prepare.workspace import EncodeTask, Workspace, process_suffix, write_json
 from k2train.data.tokenizer import EOS_ID
 from k2train.errors import DataError
 from k2train.files import AtomicFile
@@ -34,13 +34,13 @@ from k2train.files import AtomicFile
 BATCH_CHARACTERS = 2**22
 BATCH_DOCUMENTS = 2**14
 # More than these in a task are a mistake of the recipe's, and the rest need not be read to know it.
-MANY_REJECTED = 1000
-MOST_REJECTED_SHARE = 0.5
+MIN_REJECTED = 1000
+MAX_REJECTED_SHARE = 0.5
 
 _EOS = np.array([EOS_ID], dtype=np.int32)
 
 
-def drawn_place(seed: int, source_key: str, name: str) -> int:
+def drawn_position(seed: int, source_key: str, name: str) -> int:
     """Where a document lies for `documents`, out of PLACES: by the seed, and apart from its place for `share`."""
     digest = hashlib.sha256(
         "\0".join(("k2train documents", str(seed), source_key, name)).encode()
@@ -54,18 +54,20 @@ def encode_task(workspace: Workspace, number: int) -> None:
     A task that is done or under way elsewhere may be done again: it leaves the same files. Raises DataError for a file
     that is broken, and when more than half of over 1000 documents are.
     """
-    began = time.monotonic()
+    started = time.monotonic()
     task, folder = workspace.tasks[number], workspace.run_folder(number)
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
-    with AtomicFile(folder / REJECTED_NAME, owner_mark()) as rejected:
-        encoding = _Encoding(workspace, task, folder, rejected)
-        sources = [encoding.read(source) for source in task.sources]
-        encoding.finish()
-    base = folder.relative_to(workspace.folder).as_posix()
-    for run in (run for taker in encoding.takers for runs in taker.writer.runs for run in runs):
-        run["path"] = f"{base}/{run['path']}"
-    subsets = {taker.name: taker.record(encoding) for taker in encoding.takers}
+    with AtomicFile(folder / REJECTED_NAME, process_suffix()) as rejected:
+        task_encoder = _TaskEncoder(workspace, task, folder, rejected)
+        sources = [task_encoder.read(source) for source in task.sources]
+        task_encoder.finish()
+    prefix = folder.relative_to(workspace.folder).as_posix()
+    for run in (
+        run for encoder in task_encoder.encoders for runs in encoder.writer.runs for run in runs
+    ):
+        run["path"] = f"{prefix}/{run['path']}"
+    subsets = {encoder.name: encoder.record(task_encoder) for encoder in task_encoder.encoders}
     files = [
         {"base": "folder", "path": run["path"], "bytes": run["bytes"]}
         for subset in subsets.values()
@@ -73,27 +75,27 @@ def encode_task(workspace: Workspace, number: int) -> None:
         for run in runs
     ]
     rejected_bytes = (folder / REJECTED_NAME).stat().st_size
-    files.append({"base": "folder", "path": f"{base}/{REJECTED_NAME}", "bytes": rejected_bytes})
-    _remove_others(workspace.folder, folder, {file["path"] for file in files})
+    files.append({"base": "folder", "path": f"{prefix}/{REJECTED_NAME}", "bytes": rejected_bytes})
+    _remove_stale_runs(workspace.folder, folder, {file["path"] for file in files})
     record = {
         "files": files,
         "subsets": subsets,
         "sources": sources,
-        "text_bytes": encoding.text_bytes,
+        "text_bytes": task_encoder.text_bytes,
     }
     write_json(
-        workspace.encode_record(number), record | {"seconds": round(time.monotonic() - began, 3)}
+        workspace.encode_record(number), record | {"seconds": round(time.monotonic() - started, 3)}
     )
 
 
-class _Taker:
+class _SubsetEncoder:
     """A subset among those that read the same documents: what it takes of them, and what it counts."""
 
     def __init__(self, workspace: Workspace, task: EncodeTask, name: str, folder: Path) -> None:
         recipe = workspace.recipe
         self.name, self.subset, self.seed = name, recipe.subsets[name], recipe.seed
-        self.first, self.end = (border_of(part) for part in self.subset.share)
-        self.first_drawn, self.end_drawn = (border_of(part) for part in self.subset.documents)
+        self.first, self.end = (first_position(part) for part in self.subset.share)
+        self.first_drawn, self.end_drawn = (first_position(part) for part in self.subset.documents)
         self.draws = self.subset.documents != WHOLE
         fim = self.subset.fill_in_the_middle
         self.psm, self.spm = fim.psm, fim.spm
@@ -114,20 +116,20 @@ class _Taker:
             return Item(document.text)
         return choose_item(self.seed, source_key, document.name, document.text, self.psm, self.spm)
 
-    def wants(self, document: Document, drawn: int, place: int) -> str:
+    def classify(self, document: Document, drawn: int, position: int) -> str:
         """`documents` for one that is taken, else the name of the count it belongs to."""
         if self.draws and not self.first_drawn <= drawn < self.end_drawn:
             return "not_chosen"
         if len(document.text) < self.subset.min_characters:
             return "short"
-        return "documents" if self.first <= place < self.end else "outside"
+        return "documents" if self.first <= position < self.end else "outside"
 
-    def record(self, encoding: "_Encoding") -> dict[str, Any]:
+    def record(self, task_encoder: "_TaskEncoder") -> dict[str, Any]:
         """Counts, tokens of one pass, and the runs of each pass."""
         tokens = sum(run["tokens"] for run in self.writer.runs[0])
-        read = {"documents_read": encoding.documents_read, "rejected": encoding.rejected}
-        again = {"repeated_ids": self.writer.repeated_ids}
-        return {**self.counts, **read, **again, "tokens": tokens, "passes": self.writer.runs}
+        read = {"documents_read": task_encoder.documents_read, "rejected": task_encoder.rejected}
+        repeated = {"repeated_ids": self.writer.repeated_ids}
+        return {**self.counts, **read, **repeated, "tokens": tokens, "passes": self.writer.runs}
 
 
 @dataclass
@@ -135,34 +137,36 @@ class _Batch:
     """Documents that wait to be encoded; each entry says which item is whose."""
 
     items: list[Item] = field(default_factory=list)
-    entries: list[tuple[_Taker, int, str, int, bytes, int, int]] = field(default_factory=list)
+    entries: list[tuple[_SubsetEncoder, int, str, int, bytes, int, int]] = field(
+        default_factory=list
+    )
     characters: int = 0
 
 
-class _Encoding:
+class _TaskEncoder:
     """One run through the sources of a task."""
 
     def __init__(
         self, workspace: Workspace, task: EncodeTask, folder: Path, rejected: IO[bytes]
     ) -> None:
         self.seed, self.tokenizer, self.task = workspace.recipe.seed, workspace.tokenizer, task
-        self.takers = [_Taker(workspace, task, name, folder) for name in task.subsets]
-        self.draws = any(taker.draws for taker in self.takers)
+        self.encoders = [_SubsetEncoder(workspace, task, name, folder) for name in task.subsets]
+        self.draws = any(encoder.draws for encoder in self.encoders)
         # Subsets that read the same files split them alike; the recipe sees to it.
-        self.by_document = self.takers[0].subset.split_by == "document"
+        self.by_document = self.encoders[0].subset.split_by == "document"
         self.stream = rejected
         self.documents_read = self.rejected = self.text_bytes = 0
         self.batch = _Batch()
 
     def read(self, source: Source) -> dict[str, Any]:
         """Take the documents of a source; returns the facts of what was read."""
-        reading = read_documents(self.takers[0].subset, source)
-        key, place = source.key, place_of(source.key)
+        reading = read_documents(self.encoders[0].subset, source)
+        key, position = source.key, split_position(source.key)
         for item in reading:
             if isinstance(item, Rejection):
                 self._reject(source, item)
             else:
-                self._take(key, item, place)
+                self._add_document(key, item, position)
         return reading.facts
 
     def _reject(self, source: Source, item: Rejection) -> None:
@@ -170,45 +174,47 @@ class _Encoding:
             "file": source.key,
             "line": item.line,
             "subsets": self.task.subsets,
-            "why": item.why,
+            "why": item.reason,
         }
         self.stream.write((json.dumps(entry) + "\n").encode())
         self.rejected += 1
         seen = self.documents_read + self.rejected
-        if self.rejected > MANY_REJECTED and self.rejected > MOST_REJECTED_SHARE * seen:
+        if self.rejected > MIN_REJECTED and self.rejected > MAX_REJECTED_SHARE * seen:
             names = ", ".join(f"subsets.{name}" for name in self.task.subsets)
             raise DataError(
                 f"{names}: {self.rejected} of the first {seen} documents are broken, lastly {source.path}:{item.line}: "
-                f"{item.why}; look at kind, text_key and id_key"
+                f"{item.reason}; check kind, text_key and id_key"
             )
 
-    def _take(self, key: str, document: Document, place: int) -> None:
+    def _add_document(self, key: str, document: Document, position: int) -> None:
         self.documents_read += 1
         text, name = document.text, document.name
         self.text_bytes += len(text) if text.isascii() else len(text.encode())
-        drawn = drawn_place(self.seed, key, name) if self.draws else 0
+        drawn = drawn_position(self.seed, key, name) if self.draws else 0
         if self.by_document:
-            place = place_of(f"{key}\0{name}")
-        hashed, first = 0, len(self.batch.items)
-        for taker in self.takers:
-            verdict = taker.wants(document, drawn, place)
-            taker.counts[verdict] += 1
+            position = split_position(f"{key}\0{name}")
+        text_hash, first = 0, len(self.batch.items)
+        for encoder in self.encoders:
+            outcome = encoder.classify(document, drawn, position)
+            encoder.counts[outcome] += 1
             index = -1
-            if taker.subset.drop_duplicates:
+            if encoder.subset.drop_duplicates:
                 # Whatever becomes of it: which of equal texts is the first must not depend on what else is chosen.
-                hashed = hashed or int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
-            elif verdict != "documents":
+                text_hash = text_hash or int.from_bytes(
+                    hashlib.sha256(text.encode()).digest()[:8], "big"
+                )
+            elif outcome != "documents":
                 continue
-            if verdict == "documents":
-                index = self._place_item(taker.item(key, document), first)
-            kept = hashed if taker.subset.drop_duplicates else 0
+            if outcome == "documents":
+                index = self._item_index(encoder.item(key, document), first)
+            entry_hash = text_hash if encoder.subset.drop_duplicates else 0
             self.batch.entries.append(
-                (taker, index, key, document.ordinal, name.encode(), place, kept)
+                (encoder, index, key, document.ordinal, name.encode(), position, entry_hash)
             )
         if self.batch.characters >= BATCH_CHARACTERS or len(self.batch.entries) >= BATCH_DOCUMENTS:
             self._encode()
 
-    def _place_item(self, item: Item, first: int) -> int:
+    def _item_index(self, item: Item, first: int) -> int:
         """Where the item is in the batch. Subsets that want a document alike share one; `first` is the document's."""
         items = self.batch.items
         for index in range(first, len(items)):
@@ -221,22 +227,22 @@ class _Encoding:
     def _encode(self) -> None:
         batch, self.batch = self.batch, _Batch()
         encoded = encode_documents(self.tokenizer, batch.items)
-        for taker, index, key, ordinal, name, place, text in batch.entries:
+        for encoder, index, key, ordinal, name, position, text_hash in batch.entries:
             ids, fim = (
                 ((encoded[index], _EOS), KINDS.index(batch.items[index].kind))
                 if index >= 0
                 else ((), 0)
             )
-            taker.writer.add(key, ordinal, name, ids, place, text, fim)
+            encoder.writer.add(key, ordinal, name, ids, position, text_hash, fim)
 
     def finish(self) -> None:
         """Encode and write what is held."""
         self._encode()
-        for taker in self.takers:
-            taker.writer.flush()
+        for encoder in self.encoders:
+            encoder.writer.flush()
 
 
-def _remove_others(base: Path, folder: Path, kept: set[str]) -> None:
+def _remove_stale_runs(base: Path, folder: Path, kept: set[str]) -> None:
     """Remove runs that an attempt with another `run_tokens` left; what two present attempts write has equal names."""
     for path in folder.glob("*.safetensors"):
         if path.relative_to(base).as_posix() not in kept:
@@ -252,7 +258,7 @@ def sources_identity(records: Iterable[Mapping[str, Any]]) -> str:
     for source in (source for record in records for source in record["sources"]):
         if hashes.setdefault(source["key"], source["sha256"]) != source["sha256"]:
             raise DataError(
-                f"{source['key']}: changed while it was prepared; let it come to rest and start again"
+                f"{source['key']}: changed while it was prepared; wait until nothing writes to it, then start again"
             )
     digest = hashlib.sha256()
     for key in sorted(hashes):
@@ -268,14 +274,14 @@ def changed_sources(sources: Iterable[Source], known: Mapping[str, Mapping[str, 
     changed, seen = set(), set()
     for source in sources:
         seen.add(source.key)
-        if source.key not in known or not _unchanged(source, known[source.key]):
+        if source.key not in known or not _is_unchanged(source, known[source.key]):
             changed.add(source.key)
     return sorted(changed | (set(known) - seen))
 
 
-def _unchanged(source: Source, facts: Mapping[str, Any]) -> bool:
+def _is_unchanged(source: Source, facts: Mapping[str, Any]) -> bool:
     if not source.path:
-        contents = Contents(source, page(source.name))
+        contents = Contents(source, topic_page(source.name))
     else:
         try:
             status = os.stat(source.path)
@@ -286,5 +292,5 @@ def _unchanged(source: Source, facts: Mapping[str, Any]) -> bool:
         if status.st_mtime_ns == facts.get("mtime_ns"):
             return True
         contents = Contents(source)
-    contents.hash_apart()
+    contents.hash_only()
     return bool(contents.facts["sha256"] == facts["sha256"])

@@ -28,7 +28,7 @@ Kind = Literal["none", "psm", "spm"]
 KINDS: tuple[Kind, ...] = ("none", "psm", "spm")
 """Their places are the numbers that stand for them in files."""
 SPECIALS = ("<fim_prefix>", "<fim_suffix>", "<fim_middle>")
-SHORTEST_CHARACTERS = 2
+MIN_CHARACTERS = 2
 
 
 class Item(NamedTuple):
@@ -48,7 +48,7 @@ def choose_fim(seed: int, source_key: str, document: str, psm: float, spm: float
     assert min(psm, spm) >= 0 and psm + spm <= 1, (
         f"shares psm {psm} and spm {spm} must lie in [0, 1] together"
     )
-    (word,) = _words("kind", seed, source_key, document, 1)
+    (word,) = _hash_words("kind", seed, source_key, document, 1)
     drawn = (word >> 11) * 2.0**-53
     if drawn < psm:
         return "psm"
@@ -57,7 +57,7 @@ def choose_fim(seed: int, source_key: str, document: str, psm: float, spm: float
 
 def cut_points(seed: int, source_key: str, document: str, n_characters: int) -> tuple[int, int]:
     """Ends (a, b) of prefix and middle, 0 <= a <= b <= n_characters: two even draws, sorted; parts may be empty."""
-    first, second = _words("cuts", seed, source_key, document, 2)
+    first, second = _hash_words("cuts", seed, source_key, document, 2)
     # The upper half of a product: even to one part in 2**64 / n, for any n, without a second draw.
     a, b = first * (n_characters + 1) >> 64, second * (n_characters + 1) >> 64
     return min(a, b), max(a, b)
@@ -68,7 +68,7 @@ def choose_item(
 ) -> Item:
     """The document as it is to be encoded. One of fewer than 2 characters has nothing between, and stays plain."""
     kind = choose_fim(seed, source_key, document, psm, spm)
-    if kind == "none" or len(text) < SHORTEST_CHARACTERS:
+    if kind == "none" or len(text) < MIN_CHARACTERS:
         return Item(text)
     return Item(text, kind, *cut_points(seed, source_key, document, len(text)))
 
@@ -114,15 +114,21 @@ def encode_documents(
     if len(texts) == len(items):
         return encoded
     require_specials(tokenizer)
-    head, turn, last = (np.array([tokenizer.special_id(name)], dtype=np.int32) for name in SPECIALS)
+    prefix_id, suffix_id, middle_id = (
+        np.array([tokenizer.special_id(name)], dtype=np.int32) for name in SPECIALS
+    )
     ids, parts = [], iter(encoded)
     for _, kind, _, _ in items:
         if kind == "none":
             ids.append(next(parts))
         elif kind == "psm":
-            ids.append(np.concatenate([head, next(parts), turn, next(parts), last, next(parts)]))
+            ids.append(
+                np.concatenate(
+                    [prefix_id, next(parts), suffix_id, next(parts), middle_id, next(parts)]
+                )
+            )
         else:
-            ids.append(np.concatenate([head, turn, next(parts), last, next(parts)]))
+            ids.append(np.concatenate([prefix_id, suffix_id, next(parts), middle_id, next(parts)]))
     return ids
 
 
@@ -135,22 +141,30 @@ def restore(tokenizer: Tokenizer, ids: Iterable[int] | npt.NDArray[np.integer]) 
     numbers = [int(token) for token in ids]
     if numbers and numbers[-1] == EOS_ID:
         numbers.pop()
-    own = [tokenizer.special_id(name) if name in tokenizer.specials else -1 for name in SPECIALS]
-    found = [place for place, token in enumerate(numbers) if token in own]
-    if not found:
+    special_ids = [
+        tokenizer.special_id(name) if name in tokenizer.specials else -1 for name in SPECIALS
+    ]
+    indices = [index for index, token in enumerate(numbers) if token in special_ids]
+    if not indices:
         return tokenizer.decode(numbers)
-    if [numbers[place] for place in found] != own or found[0] != 0:
+    if [numbers[index] for index in indices] != special_ids or indices[0] != 0:
         raise DataError(
             "ids are not one whole fill-in-the-middle document: its three special tokens are not in order"
         )
-    _, turn, last = found
-    prefix, suffix, middle = numbers[1:turn], numbers[turn + 1 : last], numbers[last + 1 :]
+    _, suffix_index, middle_index = indices
+    prefix, suffix, middle = (
+        numbers[1:suffix_index],
+        numbers[suffix_index + 1 : middle_index],
+        numbers[middle_index + 1 :],
+    )
     return b"".join(map(tokenizer.decode_bytes, (prefix, middle, suffix))).decode(
         "utf-8", "replace"
     )
 
 
-def _words(purpose: str, seed: int, source_key: str, document: str, count: int) -> tuple[int, ...]:
+def _hash_words(
+    purpose: str, seed: int, source_key: str, document: str, count: int
+) -> tuple[int, ...]:
     """`count` 64-bit numbers decided by the names. Each name's length goes along: names may hold any character."""
     digest = hashlib.sha256(f"k2train fill in the middle: {purpose}\0{seed}".encode())
     for name in (source_key, document):

@@ -28,14 +28,14 @@ import numpy as np
 import numpy.typing as npt
 
 from k2train.data.document_keys import key_base, key_of
-from k2train.data.prepare.workspace import owner_mark
+from k2train.data.prepare.workspace import process_suffix
 from k2train.errors import DataError
 from k2train.files import AtomicFile
 
 Numbers = npt.NDArray[np.unsignedinteger[Any]]
 
 FORMAT = "k2train-run-1"
-MOST_DOCUMENTS = 2**20
+MAX_DOCUMENTS = 2**20
 GATHER_TOKENS = 2**20
 _NAMES = {"uint8": "U8", "uint16": "U16", "uint32": "U32", "uint64": "U64"}
 _DTYPES = {name: np.dtype(dtype) for dtype, name in _NAMES.items()}
@@ -96,8 +96,8 @@ class RunWriter:
         ordinal: int,
         name: bytes,
         ids: Sequence[npt.NDArray[np.integer[Any]]],
-        place: int,
-        text: int = 0,
+        position: int,
+        text_hash: int = 0,
         fim: int = 0,
     ) -> None:
         """A document; `ids` are the pieces of its tokens, `</s>` among them, and none for one outside the share.
@@ -105,11 +105,11 @@ class RunWriter:
         Documents come in ascending order of (source key, ordinal).
         """
         if not self._source_keys or self._source_keys[-1] != source_key:
-            self._begin(source_key)
+            self._begin_source(source_key)
         length = sum(len(piece) for piece in ids)
         if self._used + length > len(self._tokens):
             self._make_room(length)
-            self._begin(source_key)
+            self._begin_source(source_key)
         if length:
             # Ids fit: the dtype is chosen by the vocabulary.
             np.concatenate(
@@ -120,17 +120,17 @@ class RunWriter:
             keys += key_of(base, name)
         self._names += name
         columns = self._columns
-        columns["places"].append(place)
-        columns["texts"].append(text)
+        columns["places"].append(position)
+        columns["texts"].append(text_hash)
         columns["name_ends"].append(len(self._names))
         columns["lengths"].append(length)
         columns["sources"].append(len(self._source_keys) - 1)
         columns["ordinals"].append(ordinal)
         columns["fim"].append(fim)
-        if len(columns["fim"]) >= MOST_DOCUMENTS:
+        if len(columns["fim"]) >= MAX_DOCUMENTS:
             self.flush()
 
-    def _begin(self, source_key: str) -> None:
+    def _begin_source(self, source_key: str) -> None:
         assert not self._source_keys or source_key > self._source_keys[-1], (
             f"{source_key} does not ascend"
         )
@@ -162,8 +162,8 @@ class RunWriter:
         order = np.argsort(keys, kind="stable")
         keys = keys[order]
         if number == 0:
-            again = (keys[1:] == keys[:-1]) & (columns["lengths"][order[1:]] > 0)
-            self.repeated_ids += int(again.sum())
+            repeated = (keys[1:] == keys[:-1]) & (columns["lengths"][order[1:]] > 0)
+            self.repeated_ids += int(repeated.sum())
         name_starts = np.concatenate([np.zeros(1, np.uint64), columns["name_ends"][:-1]])
         name_lengths = (columns["name_ends"] - name_starts)[order]
         ends = np.cumsum(columns["lengths"], dtype=np.int64)
@@ -180,7 +180,7 @@ class RunWriter:
             ("fim", columns["fim"][order]),
             ("names", np.frombuffer(self._names, dtype=np.uint8)),
         ]
-        gathered = {
+        slices = {
             "tokens": (starts, ends[order]),
             "names": (
                 name_starts[order].astype(np.int64),
@@ -189,11 +189,11 @@ class RunWriter:
         }
         facts = {"format": FORMAT, "subset": self.subset, "pass": str(number)}
         header, size_bytes = run_header(arrays, facts | {"sources": json.dumps(self._source_keys)})
-        with AtomicFile(path, owner_mark()) as stream:
+        with AtomicFile(path, process_suffix()) as stream:
             stream.write(header)
             for name, values in arrays:
-                if name in gathered:
-                    _write_gathered(stream, values, *gathered[name])
+                if name in slices:
+                    _write_slices(stream, values, *slices[name])
                 else:
                     stream.write(values.data)
         entry = {
@@ -213,21 +213,21 @@ def values_dtype(values: "array[int]") -> np.dtype[Any]:
 def run_header(arrays: Sequence[tuple[str, Numbers]], facts: dict[str, str]) -> tuple[bytes, int]:
     """The safetensors header for arrays laid end to end in this order, and the size of the whole file in bytes."""
     tensors: dict[str, Any] = {"__metadata__": facts}
-    at = 0
+    offset = 0
     for name, values in arrays:
-        offsets = [at, at + values.nbytes]
+        offsets = [offset, offset + values.nbytes]
         tensors[name] = {
             "dtype": _NAMES[values.dtype.name],
             "shape": list(values.shape),
             "data_offsets": offsets,
         }
-        at += values.nbytes
+        offset += values.nbytes
     content = json.dumps(tensors, separators=(",", ":")).encode()
     content += b" " * (-len(content) % 8)
-    return len(content).to_bytes(8, "little") + content, 8 + len(content) + at
+    return len(content).to_bytes(8, "little") + content, 8 + len(content) + offset
 
 
-def _write_gathered(
+def _write_slices(
     stream: IO[bytes], values: Numbers, starts: npt.NDArray[np.int64], ends: npt.NDArray[np.int64]
 ) -> None:
     """The slices `starts[i]:ends[i]` one behind the other, in blocks: a sorted copy of everything is never made."""
@@ -319,7 +319,7 @@ class Run:
 
     def documents(self) -> Iterator[tuple[int, str, int, str, list[int]]]:
         """(key, source key, ordinal, name, tokens) one by one, the slow and simple way."""
-        at = 0
+        start = 0
         columns = zip(
             *(self.read(c).tolist() for c in ("keys", "sources", "ordinals", "lengths")),
             strict=True,
@@ -330,6 +330,6 @@ class Run:
                 self.source_keys[source],
                 ordinal,
                 name,
-                self.read("tokens", at, at + length).tolist(),
+                self.read("tokens", start, start + length).tolist(),
             )
-            at += length
+            start += length

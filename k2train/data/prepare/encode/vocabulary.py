@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from k2train.data.prepare.progress import Progress
 from k2train.data.prepare.recipe import Recipe
-from k2train.data.prepare.source import PLACES, Source, place_of
+from k2train.data.prepare.source import POSITIONS, Source, split_position
 from k2train.data.prepare.sources.readers import read_texts
 from k2train.data.tokenizer import Tokenizer, train_tokenizer
 from k2train.errors import DataError
@@ -25,7 +25,7 @@ def obtain_tokenizer(
     """
     path, train = recipe.tokenizer.model, recipe.tokenizer.train
     if not path.exists() and train is not None:
-        progress.say(f"train tokenizer: {train.vocab_size} pieces, to {path}")
+        progress.log(f"train tokenizer: {train.vocab_size} pieces, to {path}")
         texts = training_texts(recipe, sources, train.max_bytes)
         train_tokenizer(texts, train.vocab_size, recipe.tokenizer.specials).save(path)
     tokenizer = Tokenizer.load(path, recipe.tokenizer.specials)
@@ -43,13 +43,16 @@ def training_texts(
     """Each text once, by kind and not by the recipe's order; of a larger corpus a sample by document, about `max_bytes`."""
     names = sorted(recipe.subsets, key=lambda name: (recipe.subsets[name].kind, name))
     total_bytes = sum(source.size_bytes for name in names for source in sources[name])
-    limit = PLACES if total_bytes <= max_bytes else PLACES * max_bytes // total_bytes
+    limit = POSITIONS if total_bytes <= max_bytes else POSITIONS * max_bytes // total_bytes
     seen: set[bytes] = set()
     for name in names:
         for source in sources[name]:
             for title, text in read_texts(recipe.subsets[name], source):
                 # Another purpose than the place in a share: a sample must not be one end of it.
-                if limit < PLACES and place_of(f"tokenizer\0{source.key}\0{title}") >= limit:
+                if (
+                    limit < POSITIONS
+                    and split_position(f"tokenizer\0{source.key}\0{title}") >= limit
+                ):
                     continue
                 digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:16]
                 if digest not in seen:

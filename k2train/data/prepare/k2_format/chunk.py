@@ -35,7 +35,7 @@ try:
 except ImportError:
     zstandard = None  # type: ignore[assignment]
 
-ROAD = 1
+IMPORT_VERSION = 1
 """Part of the identity of an import: raise it when the same files would give other bytes."""
 # The memory of the processor's own: a block is gone over some thirty times.
 PIECE_BYTES = 2**18
@@ -64,7 +64,7 @@ class ImportTask:
         facts = self.file.stat()
         return {
             "file": [self.file.name, facts.st_size, facts.st_mtime_ns],
-            "shape": [self.sequence_length, self.vocab_size, ROAD],
+            "shape": [self.sequence_length, self.vocab_size, IMPORT_VERSION],
         }
 
 
@@ -93,7 +93,7 @@ def import_chunk(task: ImportTask) -> ChunkInfo:
     except OSError as error:
         where = error.filename or task.target
         raise DataError(
-            f"{task.file.name}: {where}: {error.strerror}; make room, or see to it, and start again"
+            f"{task.file.name}: {where}: {error.strerror}; make room or fix this, then start again"
         ) from None
     return info
 
@@ -206,7 +206,7 @@ def export_chunk(manifest: Manifest, info: ChunkInfo, path: Path) -> None:
     provenance = manifest.folder / str(info.provenance)
     verify_chunk(manifest, info)
     if not provenance.is_file() or sha256_file(provenance) != info.provenance_sha256:
-        raise DataError(f"{provenance}: missing, or not as the manifest says; fetch it again")
+        raise DataError(f"{provenance}: missing, or different from the manifest; fetch it again")
     rows, texts = open_chunk(manifest, info), number_texts(manifest.vocab_size)
     with ProvenanceReader(provenance) as reader, AtomicFile(path) as stream:
         fields = reader.fields()

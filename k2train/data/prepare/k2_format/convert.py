@@ -23,7 +23,7 @@ from typing import Any
 from k2train.data.chunk import ChunkInfo, Manifest, check_files, read_manifest, write_manifest
 from k2train.data.manifest import MANIFEST_NAME
 from k2train.data.prepare.k2_format.chunk import (
-    ROAD,
+    IMPORT_VERSION,
     ImportTask,
     export_chunk,
     finished,
@@ -73,55 +73,57 @@ def import_k2(
         raise DataError(
             f"{tokenizer}: its hash is {given.sha256[:16]}, tokenizer_sha256 says {tokenizer_sha256!r:.18}"
         )
-    meaning = given.sha256 if given is not None else tokenizer_sha256 or UNKNOWN_TOKENIZER
+    tokenizer_hash = given.sha256 if given is not None else tokenizer_sha256 or UNKNOWN_TOKENIZER
     facts: dict[str, Any] = {
         "name": output.name,
         "imported": {
-            "road": ROAD,
+            "road": IMPORT_VERSION,
             "files": [{"file": path.name, "bytes": path.stat().st_size} for path in files.values()],
         },
     }
     if given is not None:
         facts["tokenizer"] = {"file": TOKENIZER_NAME, "specials": list(given.specials)}
     work = output.with_name(output.name + ".work") / "k2_import"
-    found = _found(output, facts["imported"], meaning, vocab_size, force)
-    if found is None or work.exists():
-        with _alone(work, output):
+    existing = _existing_import(output, facts["imported"], tokenizer_hash, vocab_size, force)
+    if existing is None or work.exists():
+        with _exclusive_work(work, output):
             # Asked again, since another import may have come to its end before this one was let in.
-            found = _found(output, facts["imported"], meaning, vocab_size, force)
-            if found is None:
-                infos = _run(_tasks(files, work, vocab_size), workers, progress)
+            existing = _existing_import(
+                output, facts["imported"], tokenizer_hash, vocab_size, force
+            )
+            if existing is None:
+                infos = _run_tasks(_tasks(files, work, vocab_size), workers, progress)
                 if given is not None:
                     given.save(work / "data" / TOKENIZER_NAME)
-                _complete(work / "data", output, infos, meaning, vocab_size, facts)
+                _complete(work / "data", output, infos, tokenizer_hash, vocab_size, facts)
             _remove(work)
-    if found is not None:
-        progress.say(f"{output}: holds this import already")
-    return found or read_manifest(output)
+    if existing is not None:
+        progress.log(f"{output}: already holds this import")
+    return existing or read_manifest(output)
 
 
 @contextmanager
-def _alone(work: Path, output: Path) -> Iterator[None]:
+def _exclusive_work(work: Path, output: Path) -> Iterator[None]:
     """Hold the work folder; it goes, with the folders made for it, when the import fails with nothing finished.
 
     Raises DataError when another import holds it, or when it cannot be made.
     """
-    made = [folder for folder in output.parents if not folder.exists()]
-    with ExitStack() as held:
+    created = [folder for folder in output.parents if not folder.exists()]
+    with ExitStack() as stack:
         try:
             for name in ("records", "data"):
                 (work / name).mkdir(parents=True, exist_ok=True)
-            held.enter_context(exclusive(work))
+            stack.enter_context(exclusive(work))
         except OSError as error:
             raise DataError(
-                f"{work}: cannot be made ({error.strerror}); see to it, and start again"
+                f"{work}: cannot be made ({error.strerror}); fix this and start again"
             ) from None
         try:
             yield
         finally:
             if not any(work.glob("records/*.json")):
                 _remove(work)
-                for folder in made:
+                for folder in created:
                     with suppress(OSError):
                         folder.rmdir()
 
@@ -139,7 +141,7 @@ def _complete(
     target: Path,
     output: Path,
     infos: Sequence[ChunkInfo],
-    meaning: str,
+    tokenizer_hash: str,
     vocab_size: int,
     facts: dict[str, Any],
 ) -> None:
@@ -147,7 +149,7 @@ def _complete(
     sweep(target, infos, {TOKENIZER_NAME})
     write_manifest(
         target,
-        tokenizer_sha256=meaning,
+        tokenizer_sha256=tokenizer_hash,
         sequence_length=infos[0].tokens // infos[0].rows,
         vocab_size=vocab_size,
         chunks=infos,
@@ -160,7 +162,7 @@ def find_chunks(source: Path) -> dict[int, Path]:
     """The chunk files of a folder by ascending number. Raises DataError: none, one missing between two, one twice."""
     files: dict[int, Path] = {}
     if not source.is_dir():
-        raise DataError(f"{source}: is no folder; give the one that holds K2's chunk_<i>.jsonl")
+        raise DataError(f"{source}: is not a folder; give the one that holds K2's chunk_<i>.jsonl")
     for path in sorted(source.iterdir()):
         if found := re.fullmatch(r"chunk_(\d+)\.jsonl(\.zst)?", path.name):
             number = int(found[1])
@@ -182,22 +184,22 @@ def find_chunks(source: Path) -> dict[int, Path]:
     return {number: files[number] for number in numbers}
 
 
-def _found(
-    output: Path, imported: Mapping[str, Any], meaning: str, vocab_size: int, force: bool
+def _existing_import(
+    output: Path, imported: Mapping[str, Any], tokenizer_hash: str, vocab_size: int, force: bool
 ) -> Manifest | None:
     """The manifest of `output` when it is this import already. Raises DataError when it must not be replaced."""
     if not output.exists():
         return None
-    whole = (output / MANIFEST_NAME).is_file()
-    if not whole and (not output.is_dir() or any(output.iterdir())):
+    complete = (output / MANIFEST_NAME).is_file()
+    if not complete and (not output.is_dir() or any(output.iterdir())):
         raise DataError(
-            f"output: {output} exists and is no data folder; name another, or move it away"
+            f"output: {output} exists and is not a data folder; name another, or move it away"
         )
-    if force or not whole:
+    if force or not complete:
         return None
     before = read_manifest(output)
     same = (before.facts.get("imported"), before.tokenizer_sha256, before.vocab_size)
-    if same != (imported, meaning, vocab_size):
+    if same != (imported, tokenizer_hash, vocab_size):
         raise DataError(
             f"output: {output} holds other data: name another, or give --force to replace it"
         )
@@ -205,17 +207,17 @@ def _found(
     return before
 
 
-def _run(tasks: Sequence[ImportTask], workers: int, progress: Progress) -> list[ChunkInfo]:
+def _run_tasks(tasks: Sequence[ImportTask], workers: int, progress: Progress) -> list[ChunkInfo]:
     done = {task.name: info for task in tasks if (info := finished(task))}
-    left = [task for task in tasks if task.name not in done]
-    if left and (workers == 1 or len(left) == 1):
-        for task in progress.over("import", left, unit="chunks"):
+    remaining = [task for task in tasks if task.name not in done]
+    if remaining and (workers == 1 or len(remaining) == 1):
+        for task in progress.track("import", remaining, unit="chunks"):
             done[task.name] = import_chunk(task)
-    elif left:
-        with ProcessPoolExecutor(min(workers, len(left)), get_context("spawn")) as pool:
-            futures = [pool.submit(import_chunk, task) for task in left]
-            for future in progress.over(
-                "import", _completed(pool, futures), total=len(left), unit="chunks"
+    elif remaining:
+        with ProcessPoolExecutor(min(workers, len(remaining)), get_context("spawn")) as pool:
+            futures = [pool.submit(import_chunk, task) for task in remaining]
+            for future in progress.track(
+                "import", _completed(pool, futures), total=len(remaining), unit="chunks"
             ):
                 info = future.result()
                 done[info.name] = info
@@ -273,43 +275,45 @@ def export_k2(
     for info in manifest.chunks:
         found = re.fullmatch(r"chunk_(\d+)", info.name)
         if found is None or info.provenance is None:
-            what = "its name has no number: chunk_<i>" if found is None else "it has no provenance"
-            raise DataError(f"{manifest.path}: {info.name} cannot be exported: {what}")
+            problem = (
+                "its name has no number: chunk_<i>" if found is None else "it has no provenance"
+            )
+            raise DataError(f"{manifest.path}: {info.name} cannot be exported: {problem}")
         files[f"chunk_{int(found[1])}.jsonl"] = info
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise DataError(
-            f"{destination}: exists already, and an export replaces nothing; name another folder"
+            f"{destination}: exists already, and an export never overwrites; name another folder"
         )
-    aside = destination.with_name(destination.name + ".tmp")
-    mark = aside / "of_manifest"
-    if aside.exists() and not (mark.is_file() and mark.read_text("ascii") == manifest.sha256):
-        shutil.rmtree(aside)
-    aside.mkdir(parents=True, exist_ok=True)
+    temporary = destination.with_name(destination.name + ".tmp")
+    mark = temporary / "of_manifest"
+    if temporary.exists() and not (mark.is_file() and mark.read_text("ascii") == manifest.sha256):
+        shutil.rmtree(temporary)
+    temporary.mkdir(parents=True, exist_ok=True)
     write_synced(mark, manifest.sha256)
-    left = [(name, info) for name, info in files.items() if not (aside / name).is_file()]
-    for name, info in progress.over("export", left, unit="chunks"):
-        export_chunk(manifest, info, aside / name)
-    for path in aside.iterdir():
+    remaining = [(name, info) for name, info in files.items() if not (temporary / name).is_file()]
+    for name, info in progress.track("export", remaining, unit="chunks"):
+        export_chunk(manifest, info, temporary / name)
+    for path in temporary.iterdir():
         if path.name not in files:
             path.unlink()
-    os.replace(aside, destination)
+    os.replace(temporary, destination)
     sync_directory(destination.parent)
-    if lost := _lost(manifest):
-        progress.say(f"not in these files: {', '.join(lost)}")
+    if missing := _not_exported(manifest):
+        progress.log(f"not exported: {', '.join(missing)}")
     return [destination / name for name in files]
 
 
-def _lost(manifest: Manifest) -> list[str]:
+def _not_exported(manifest: Manifest) -> list[str]:
     """What K2's files have no place for."""
     pieces = sum(count_pieces(manifest.folder / str(info.provenance)) for info in manifest.chunks)
-    inside = pieces - sum(info.rows for info in manifest.chunks)
-    lost = []
-    if inside:
-        lost.append(
-            f"the sources of {inside:,} of {pieces:,} pieces (a line names the document its row begins with)"
+    inner_pieces = pieces - sum(info.rows for info in manifest.chunks)
+    missing = []
+    if inner_pieces:
+        missing.append(
+            f"the sources of {inner_pieces:,} of {pieces:,} pieces (a line names the document its row begins with)"
         )
     if manifest.held_out is not None:
-        lost.append(f"{manifest.held_out.name} ({counted(manifest.held_out.rows, 'row')})")
+        missing.append(f"{manifest.held_out.name} ({counted(manifest.held_out.rows, 'row')})")
     if any(info.borders is not None for info in manifest.chunks):
-        lost.append("the document borders")
-    return lost
+        missing.append("the document borders")
+    return missing

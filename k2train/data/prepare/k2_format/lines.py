@@ -59,7 +59,7 @@ def parse_lines(
         left = bytes(block[end:])
         if len(left) > MAX_LINE_BYTES:
             raise DataError(
-                f"{where}:{line}: longer than {MAX_LINE_BYTES} bytes; this is no chunk of K2's"
+                f"{where}:{line}: longer than {MAX_LINE_BYTES} bytes; not a chunk file of K2"
             )
         if end:
             del block[end:]
@@ -79,7 +79,7 @@ def _parse_block(
     block: bytearray, where: str, first: int, sequence_length: int, vocab_size: int
 ) -> Lines:
     """`block` holds whole lines, each with its line end; it is overwritten."""
-    found = _fast(block, sequence_length)
+    found = _parse_fast(block, sequence_length)
     if found is None:
         rows = [
             parse_line(line, f"{where}:{first + i}", sequence_length)
@@ -132,28 +132,28 @@ def parse_line(line: bytes, where: str, sequence_length: int | None) -> tuple[li
     return ids, fields
 
 
-def _fast(block: bytearray, sequence_length: int) -> tuple[Tokens, list[Fields]] | None:
+def _parse_fast(block: bytearray, sequence_length: int) -> tuple[Tokens, list[Fields]] | None:
     """What `parse_line` would say of every line, or None where that is not plain; then `block` is as it was."""
     saved: list[tuple[int, bytes]] = []
     fields: list[Fields] = []
     starts: list[int] = []
-    start = gap = 0
+    start = covered_from = 0
     try:
         while start < len(block):
             line, numbers = start, block.index(_HEAD, start) + len(_HEAD)
             end = block.index(b"]", numbers)
             start = block.index(b"\n", end) + 1
             fields.append(_fields(block[line : numbers - 1] + b"null" + block[end + 1 : start - 1]))
-            saved.append((gap, _cover(block, gap, numbers)))
+            saved.append((covered_from, _blank_out(block, covered_from, numbers)))
             starts.append(numbers)
-            gap = end
-        saved.append((gap, _cover(block, gap, len(block))))
+            covered_from = end
+        saved.append((covered_from, _blank_out(block, covered_from, len(block))))
         # Each covered stretch but the first begins with a comma and a space, which are those of the number before it.
         filled_bytes = sum(len(content) for _, content in saved) - 2 * len(starts)
         return _numbers(block, starts, sequence_length, filled_bytes), fields
     except (ValueError, RecursionError):
-        for place, content in saved:
-            block[place : place + len(content)] = content
+        for offset, content in saved:
+            block[offset : offset + len(content)] = content
         return None
 
 
@@ -174,7 +174,7 @@ def _fields(text: bytearray) -> Fields:
     return fields
 
 
-def _cover(block: bytearray, start: int, stop: int) -> bytes:
+def _blank_out(block: bytearray, start: int, stop: int) -> bytes:
     """Overwrite what is no number, after a comma that ends the last number as the others are ended; what was there."""
     content = bytes(block[start:stop])
     block[start:stop] = (b", " if start else b"").ljust(stop - start, _FILL)
@@ -192,19 +192,19 @@ def _numbers(
     line inside a number's length, which is then below 1, or above 5 since it spans what was covered.
     """
     text = np.frombuffer(block, dtype=np.uint8)
-    places = np.flatnonzero(text == _COMMA)
+    commas = np.flatnonzero(text == _COMMA)
     digit = text - _ZERO
     is_digit = digit < 10
     if (
-        len(places) != len(starts) * sequence_length
-        or int(np.count_nonzero(is_digit)) + 2 * len(places) + filled_bytes != len(text)
-        or bool((text.take(places + 1) != _SPACE).any())
+        len(commas) != len(starts) * sequence_length
+        or int(np.count_nonzero(is_digit)) + 2 * len(commas) + filled_bytes != len(text)
+        or bool((text.take(commas + 1) != _SPACE).any())
     ):
         raise ValueError("not written as json.dumps writes")
-    lengths = np.empty_like(places)
-    np.subtract(places[1:], places[:-1] + 2, out=lengths[1:])
-    lengths[::sequence_length] = places[::sequence_length] - starts
-    zeros = text.take(places - lengths) == _ZERO
+    lengths = np.empty_like(commas)
+    np.subtract(commas[1:], commas[:-1] + 2, out=lengths[1:])
+    lengths[::sequence_length] = commas[::sequence_length] - starts
+    zeros = text.take(commas - lengths) == _ZERO
     if (
         int(lengths.min()) < 1
         or int(lengths.max()) > _DIGITS
@@ -212,11 +212,11 @@ def _numbers(
     ):
         raise ValueError("not numbers of 1 to 5 digits")
     digit &= np.negative(is_digit.view(np.uint8))
-    return _values(digit, places, lengths).reshape(len(starts), sequence_length)
+    return _values(digit, commas, lengths).reshape(len(starts), sequence_length)
 
 
 def _values(
-    digit: npt.NDArray[np.uint8], places: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]
+    digit: npt.NDArray[np.uint8], commas: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]
 ) -> Tokens:
     """uint32 value of the number of `lengths` digits before each of `places`; what is no digit is 0 in `digit`.
 
@@ -225,12 +225,12 @@ def _values(
     """
     pair = digit[:-1] * np.uint8(10)
     pair += digit[1:]
-    values = digit.take(places - 5).astype(np.uint32)
+    values = digit.take(commas - 5).astype(np.uint32)
     values *= lengths > 4
     values *= 100
-    hundreds = pair.take(places - 4)
+    hundreds = pair.take(commas - 4)
     hundreds *= lengths > 2
     values += hundreds
     values *= 100
-    values += pair.take(places - 2)
+    values += pair.take(commas - 2)
     return values

@@ -75,31 +75,31 @@ class Cost:
 def measure(recipe: Recipe, progress: Progress) -> Rates:
     """Prepare the standard library in a temporary folder and time it; takes some 20 seconds."""
     with tempfile.TemporaryDirectory(prefix="k2train-estimate-") as name:
-        sample, tokenizer, words = _sample(recipe, Path(name), progress)
+        sample, tokenizer, description = _sample(recipe, Path(name), progress)
         listing = list_sources(sample)
         tasks = encode_tasks(sample, listing)
-        place = Workspace.create(
+        workspace = Workspace.create(
             Path(name) / "work", Path(name) / "out.tmp", sample, tokenizer, tasks
         )
-        progress.say(f"measure: encode the standard library with {words}")
-        encode_seconds = _timed(lambda number: encode_task(place, number), len(tasks))
-        plan_task(place)
-        progress.say(f"measure: write {CHUNKS} chunks")
-        chunk_seconds = _timed(lambda number: chunk_task(place, number), CHUNKS)
+        progress.log(f"measure: encode the standard library with {description}")
+        encode_seconds = _timed(lambda number: encode_task(workspace, number), len(tasks))
+        plan_task(workspace)
+        progress.log(f"measure: write {CHUNKS} chunks")
+        chunk_seconds = _timed(lambda number: chunk_task(workspace, number), CHUNKS)
         text_bytes = sum(
-            read_json(place.encode_record(n))["text_bytes"] for n in range(len(place.tasks))
+            read_json(workspace.encode_record(n))["text_bytes"] for n in range(len(workspace.tasks))
         )
-        account = read_json(place.folder / "plan" / "plan.json")["account"]["code"]
+        account = read_json(workspace.folder / "plan" / "plan.json")["account"]["code"]
         made = account["used_tokens"]
         return Rates(
             encode_bytes_per_second=text_bytes / encode_seconds,
             text_bytes_per_token=text_bytes / account["training_tokens"],
             chunk_tokens_per_second=made / chunk_seconds,
-            run_bytes_per_token=_size(place.folder / "runs")
+            run_bytes_per_token=_size(workspace.folder / "runs")
             / (PASSES * account["training_tokens"]),
-            chunk_bytes_per_token=_size(place.target) / made,
+            chunk_bytes_per_token=_size(workspace.target) / made,
             peak_memory_bytes=_peak_memory_bytes(),
-            tokenizer=words,
+            tokenizer=description,
         )
 
 
@@ -116,12 +116,14 @@ def _sample(recipe: Recipe, folder: Path, progress: Progress) -> tuple[Recipe, T
         "max_rejected_share": 1.0,
         "executor": recipe.executor.model_dump(),
     }
-    words = f"a tokenizer of 16,000 pieces trained on it ({recipe.tokenizer.model} is not there)"
+    description = (
+        f"a tokenizer of 16,000 pieces trained on it ({recipe.tokenizer.model} does not exist)"
+    )
     if recipe.tokenizer.model.exists():
         tree["tokenizer"] = {"model": recipe.tokenizer.model}
-        words = f"the recipe's tokenizer {recipe.tokenizer.model}"
+        description = f"the recipe's tokenizer {recipe.tokenizer.model}"
     sample = Recipe.model_validate(tree)
-    return sample, obtain_tokenizer(sample, list_sources(sample), progress), words
+    return sample, obtain_tokenizer(sample, list_sources(sample), progress), description
 
 
 def _timed(task: Callable[[int], None], count: int) -> float:
@@ -186,17 +188,17 @@ def cost(recipe: Recipe, rates: Rates) -> Cost:
 def _sources(recipe: Recipe) -> dict[str, list[Source] | None]:
     """The files of each subset; None where they are not there, and the recipe says what they hold."""
     found: dict[str, list[Source] | None] = {}
-    wrong: list[str] = []
+    problems: list[str] = []
     for name, subset in recipe.subsets.items():
         try:
             found[name] = list_sources(recipe.model_copy(update={"subsets": {name: subset}}))[name]
         except DataError as error:
             found[name] = None
             if subset.expected_tokens is None:
-                words = f"for an estimate without the files give subsets.{name}.expected_tokens"
-                wrong += [f"{line}; {words}" for line in str(error).splitlines()]
-    if wrong:
-        raise DataError("\n".join(wrong))
+                hint = f"for an estimate without the files give subsets.{name}.expected_tokens"
+                problems += [f"{line}; {hint}" for line in str(error).splitlines()]
+    if problems:
+        raise DataError("\n".join(problems))
     return found
 
 
@@ -217,17 +219,17 @@ def _encode_tasks(
     rates: Rates,
 ) -> tuple[int, float]:
     """How many encode tasks there are, and the bytes of the largest: counted where the files are, else by their size."""
-    there = {name: listed for name, listed in sources.items() if listed is not None}
-    subsets = {name: recipe.subsets[name] for name in there}
-    tasks = encode_tasks(recipe.model_copy(update={"subsets": subsets}), there) if there else []
+    listed = {name: found for name, found in sources.items() if found is not None}
+    subsets = {name: recipe.subsets[name] for name in listed}
+    tasks = encode_tasks(recipe.model_copy(update={"subsets": subsets}), listed) if listed else []
     sizes = [float(sum(source.size_bytes for source in task.sources)) for task in tasks]
-    most = float(recipe.executor.task_bytes)
+    task_bytes = float(recipe.executor.task_bytes)
     text_bytes = (
-        sum(tokens[name] for name in sources if name not in there) * rates.text_bytes_per_token
+        sum(tokens[name] for name in sources if name not in listed) * rates.text_bytes_per_token
     )
-    count = round(text_bytes / most)
-    sizes += [most] if count else [text_bytes]
-    return len(tasks) + max(count, 0 if there else 1), max(sizes)
+    count = round(text_bytes / task_bytes)
+    sizes += [task_bytes] if count else [text_bytes]
+    return len(tasks) + max(count, 0 if listed else 1), max(sizes)
 
 
 def _vocab(recipe: Recipe) -> int:
@@ -241,13 +243,13 @@ def _vocab(recipe: Recipe) -> int:
 def estimate_lines(recipe: Recipe, rates: Rates, needs: Cost) -> Sequence[str]:
     """The estimate for people; times are of this machine's cores."""
     workers = workers_of(recipe.executor)
-    told = (
+    workers_note = (
         "all cores of this machine; "
         if recipe.executor.workers is None and recipe.executor.kind == "local"
         else ""
     )
     encode, chunks = seconds_text(needs.encode_seconds), seconds_text(needs.chunk_seconds)
-    reads = min(
+    task_bytes = min(
         recipe.executor.task_bytes,
         needs.encoded_tokens * rates.text_bytes_per_token / needs.encode_tasks,
     )
@@ -256,11 +258,11 @@ def estimate_lines(recipe: Recipe, rates: Rates, needs: Cost) -> Sequence[str]:
         f"{counted(recipe.chunks, 'chunk')} of {tokens_text(needs.made_tokens / recipe.chunks)}",
         "",
         f"{'':9}{'tasks':>9}  {'one core':>14}   what a task does",
-        f"{'encode':9}{needs.encode_tasks:9,}  {encode:>14}   reads about {bytes_text(reads)} of documents, writes sorted runs",
+        f"{'encode':9}{needs.encode_tasks:9,}  {encode:>14}   reads about {bytes_text(task_bytes)} of documents, writes sorted runs",
         f"{'plan':9}{1:9,}  {'-':>14}   reads the runs' indexes",
         f"{'chunks':9}{needs.chunk_tasks:9,}  {chunks:>14}   merges its part of the runs, writes one chunk",
         f"{'together':18}  {seconds_text(needs.encode_seconds + needs.chunk_seconds):>14}   or "
-        f"{seconds_text(needs.wall_seconds(workers))} with {counted(workers, 'worker')} ({told}executor.workers)",
+        f"{seconds_text(needs.wall_seconds(workers))} with {counted(workers, 'worker')} ({workers_note}executor.workers)",
         "",
         f"disk      {bytes_text(needs.work_bytes)} of work, removed at the end, and {bytes_text(needs.output_bytes)} of "
         f"chunks and provenance",

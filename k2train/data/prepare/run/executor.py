@@ -62,7 +62,7 @@ def exclusive(folder: Path) -> Iterator[None]:
                 os.pread(descriptor, 64, 0).decode("ascii", "replace").strip() or "not named yet"
             )
             raise DataError(
-                f"{folder}: this preparation is under way already (pid {holder}); wait for it, or end it first"
+                f"{folder}: this preparation is already running (pid {holder}); wait for it, or stop it first"
             ) from None
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
@@ -98,7 +98,7 @@ def drive(
     phases = phases_of(workspace) if phases is None else phases
     with _executor(workspace, phases, recipe, progress) as executor:
         for phase in phases:
-            for _ in progress.over(
+            for _ in progress.track(
                 phase.name, _watch(workspace, phase, executor), total=phase.tasks, unit="tasks"
             ):
                 pass
@@ -123,7 +123,7 @@ def _watch(workspace: Workspace, phase: Phase, executor: TaskExecutor) -> Iterat
     """The numbers of done tasks, as they get done; ends when all are."""
     executor.start(phase)
     shown: set[int] = set()
-    trouble: Exception | None = None
+    poll_failure: Exception | None = None
     while True:
         done = completed(workspace, phase)
         yield from sorted(done - shown)
@@ -131,8 +131,8 @@ def _watch(workspace: Workspace, phase: Phase, executor: TaskExecutor) -> Iterat
         if len(done) == phase.tasks:
             executor.finish(phase)
             return
-        failure = first_failure(workspace, phase) or trouble
+        failure = first_failure(workspace, phase) or poll_failure
         if failure is not None:
             executor.failed(phase)
             raise failure
-        trouble = executor.poll(phase, POLL_SECONDS)
+        poll_failure = executor.poll(phase, POLL_SECONDS)

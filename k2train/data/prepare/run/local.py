@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Any
 
 from k2train.data.prepare.recipe import ExecutorRecipe
-from k2train.data.prepare.run.tasks import Phase, PhaseTask, explain, settle, tail_of
+from k2train.data.prepare.run.tasks import Phase, PhaseTask, explain, reconcile, tail_of
 from k2train.data.prepare.workspace import Workspace
 from k2train.errors import DataError
 
 CLUSTER_WORKERS = 64
 POLL_SECONDS = 0.05
-DOUBT_SECONDS = 2.0
+GRACE_SECONDS = 2.0
 ROOT = Path(__file__).resolve().parents[4]
 # With -m the working directory would come first, and with it whatever k2train lies there instead of the driver's own.
 _SERVER = "import sys; sys.path.insert(0, sys.argv.pop(1)); from k2train.data.prepare.run.local import main; main(sys.argv[1:])"
@@ -107,8 +107,8 @@ class LocalExecutor:
         self.log = workspace.folder / "logs" / f"{executor.kind}.log"
         self.server: subprocess.Popen[bytes] | None = None
         self._running = False
-        self._said: tuple[str, bool] | None = None
-        self._doubt: float | None = None
+        self._error: tuple[str, bool] | None = None
+        self._suspected_since: float | None = None
 
     def __enter__(self) -> "LocalExecutor":
         return self
@@ -128,14 +128,14 @@ class LocalExecutor:
         self.connection.close()
 
     def _start_server(self) -> None:
-        self.connection, there = Pipe()
-        with there, self.log.open("wb") as log:
+        self.connection, server_end = Pipe()
+        with server_end, self.log.open("wb") as log:
             self.server = subprocess.Popen(
-                [sys.executable, "-P", "-c", _SERVER, str(ROOT), str(there.fileno())],
+                [sys.executable, "-P", "-c", _SERVER, str(ROOT), str(server_end.fileno())],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                pass_fds=[there.fileno()],
+                pass_fds=[server_end.fileno()],
                 start_new_session=True,
             )
         with suppress(BrokenPipeError):
@@ -143,13 +143,13 @@ class LocalExecutor:
 
     def start(self, phase: Phase) -> None:
         """Begin what is left of a phase."""
-        if settle(self.workspace, phase) == 0:
+        if reconcile(self.workspace, phase) == 0:
             return
         if self.server is None:
             self._start_server()
         with suppress(BrokenPipeError):
             self.connection.send(self.phases.index(phase))
-        self._running, self._said = True, None
+        self._running, self._error = True, None
 
     def poll(self, phase: Phase, seconds: float) -> Exception | None:
         """Wait a moment; an exception when the phase cannot be completed any more."""
@@ -158,19 +158,19 @@ class LocalExecutor:
             while self._running and self.connection.poll(seconds):
                 message = self.connection.recv()
                 if isinstance(message, tuple):
-                    self._said = message
+                    self._error = message
                 else:
                     self._running = False
                     return self._ended(phase, message)
         if self.server.poll() is not None:
             return self._ended(phase, self.server.returncode)
-        killed = self._killed(phase)
+        killed = self._killed_worker(phase)
         if killed is None:
-            self._doubt = None
-        elif self._doubt is None:
+            self._suspected_since = None
+        elif self._suspected_since is None:
             # A pool that ends because a task failed kills its workers too, and says so a moment later.
-            self._doubt = time.monotonic()
-        elif time.monotonic() - self._doubt > DOUBT_SECONDS:
+            self._suspected_since = time.monotonic()
+        elif time.monotonic() - self._suspected_since > GRACE_SECONDS:
             return killed
         return None
 
@@ -183,31 +183,35 @@ class LocalExecutor:
         """The other tasks end with the with statement."""
 
     def _ended(self, phase: Phase, code: int) -> Exception | None:
-        if self._said is not None:
-            line, mistake = self._said
-            if mistake:
+        if self._error is not None:
+            line, is_user_error = self._error
+            if is_user_error:
                 return DataError(line)
             return RuntimeError(
                 f"{phase.name} failed: {line}; the log is {self.log}, and ends:\n{tail_of(self.log)}"
             )
         if code < 0:
-            return self._killed(phase) or DataError(f"{phase.name}: the worker {_fate(code)}")
+            return self._killed_worker(phase) or DataError(
+                f"{phase.name}: the worker {_death_message(code)}"
+            )
         return RuntimeError(
             f"{phase.name} ended with code {code}; the log is {self.log}, and ends:\n{tail_of(self.log)}"
         )
 
-    def _killed(self, phase: Phase) -> Exception | None:
+    def _killed_worker(self, phase: Phase) -> Exception | None:
         """A pool waits for ever for a worker that the system killed: its sign stands, and its process is gone."""
         if self.executor.kind != "local":
             return None
-        for sign in sorted((phase.logs(self.workspace) / "running").iterdir()):
+        for marker in sorted((phase.logs(self.workspace) / "running").iterdir()):
             with suppress(FileNotFoundError, ValueError):
-                if not _lives(int(sign.read_text("ascii"))) and sign.exists():
-                    return DataError(f"task {int(sign.name)} of {phase.name} {_fate(-9)}")
+                if not _is_alive(int(marker.read_text("ascii"))) and marker.exists():
+                    return DataError(
+                        f"task {int(marker.name)} of {phase.name} {_death_message(-9)}"
+                    )
         return None
 
 
-def _lives(pid: int) -> bool:
+def _is_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -215,10 +219,10 @@ def _lives(pid: int) -> bool:
     return True
 
 
-def _fate(code: int) -> str:
+def _death_message(code: int) -> str:
     return (
-        f"was killed (signal {-code}), most often for want of memory: start again with a smaller executor.workers "
-        "or executor.run_tokens; what is finished is kept"
+        f"was killed (signal {-code}), usually because memory ran out: start again with a smaller executor.workers "
+        "or executor.run_tokens; finished tasks are kept"
     )
 
 

@@ -37,7 +37,7 @@ from k2train.data.tokenizer import Tokenizer
 from k2train.errors import DataError
 
 # Part of the identity of a preparation: raise it when the same recipe would give other bytes.
-ROAD = 2
+PREPARATION_VERSION = 2
 
 OTHER_FILES = {LOCK_NAME, MANIFEST_NAME, SOURCES_NAME, REJECTED_NAME, TOKENIZER_NAME}
 WORK_PARTS = {
@@ -65,14 +65,14 @@ def prepare(
     read other documents (and `force` is not given), or the documents do not suffice.
     """
     progress = progress or Progress(None)
-    before = None if force else _existing(recipe)
+    before = None if force else _finished(recipe)
     listing = list_sources(recipe)
     if before is not None:
-        _check_made(before, recipe, listing)
+        _verify_finished(before, recipe, listing)
         _remove_work(recipe)
         return before, False
     target = target_of(recipe)
-    _refuse_foreign(recipe, target)
+    _check_folders(recipe, target)
     tokenizer = obtain_tokenizer(recipe, listing, progress)
     if any(s.fill_in_the_middle.psm or s.fill_in_the_middle.spm for s in recipe.subsets.values()):
         require_specials(tokenizer)
@@ -80,7 +80,7 @@ def prepare(
         folder.mkdir(parents=True, exist_ok=True)
     # Both, since two recipes may name one output and different folders for their work.
     with exclusive(recipe.work_folder), exclusive(target):
-        if not force and _existing(recipe) is not None:
+        if not force and _finished(recipe) is not None:
             raise DataError(
                 f"{recipe.output}: was prepared by another process just now; start again to check it"
             )
@@ -89,7 +89,7 @@ def prepare(
         records = [
             read_json(workspace.encode_record(number)) for number in range(len(workspace.tasks))
         ]
-        manifest = finish(workspace, sources_identity(records), ROAD)
+        manifest = finish(workspace, sources_identity(records), PREPARATION_VERSION)
         shutil.rmtree(workspace.folder, ignore_errors=True)
     _remove_work(recipe)
     return manifest, True
@@ -99,14 +99,14 @@ def _remove_work(recipe: Recipe) -> None:
     """What a start that was killed behind its last rename left of this output; the folder, when that was all."""
     work, target = recipe.work_folder, target_of(recipe)
     with suppress(OSError, DataError), exclusive(work):
-        for folder in _works(work):
+        for folder in _workspaces(work):
             if Workspace.open(folder).target.resolve() == target.resolve():
                 shutil.rmtree(folder, ignore_errors=True)
         if {path.name for path in work.iterdir()} == {LOCK_NAME}:
             shutil.rmtree(work, ignore_errors=True)
 
 
-def _works(work: Path) -> list[Path]:
+def _workspaces(work: Path) -> list[Path]:
     """The folders of preparations under way."""
     return [path for path in sorted(work.iterdir()) if (path / CONTEXT_NAME).is_file()]
 
@@ -116,23 +116,23 @@ def target_of(recipe: Recipe) -> Path:
     return recipe.output.with_name(recipe.output.name + ".tmp")
 
 
-def _refuse_foreign(recipe: Recipe, target: Path) -> None:
+def _check_folders(recipe: Recipe, target: Path) -> None:
     """Raises DataError for a folder that holds what no preparation wrote: it would be in the way, or lost."""
     if recipe.output.exists() and not is_data_folder(recipe.output):
         raise DataError(
-            f"output: {recipe.output} exists and is no data folder; name another, or move it away"
+            f"output: {recipe.output} exists and is not a data folder; name another, or move it away"
         )
     work = recipe.work_folder
     for folder in (recipe.output.resolve(), target.resolve()):
         if work.resolve().is_relative_to(folder) or folder.is_relative_to(work.resolve()):
             raise DataError(
-                f"work: {work} and output: {recipe.output} lie one inside the other; name another work"
+                f"work: {work} and output: {recipe.output} contain one another; name another work"
             )
-    for key, folder, ours in (("work", work, _is_work), ("output", target, _is_ours)):
+    for key, folder, is_known in (("work", work, _is_work), ("output", target, _is_output)):
         if folder.exists() and not folder.is_dir():
-            raise DataError(f"{key}: {folder} is no folder; move it away")
+            raise DataError(f"{key}: {folder} is not a folder; move it away")
         foreign = (
-            next((path for path in sorted(folder.iterdir()) if not ours(path)), None)
+            next((path for path in sorted(folder.iterdir()) if not is_known(path)), None)
             if folder.exists()
             else None
         )
@@ -152,7 +152,7 @@ def _is_work(path: Path) -> bool:
     )
 
 
-def _is_ours(path: Path) -> bool:
+def _is_output(path: Path) -> bool:
     parts = r"(chunk_\d+|held_out)(\.borders)?\.(npy|parquet)"
     return (
         path.suffix == ".tmp"
@@ -161,31 +161,31 @@ def _is_ours(path: Path) -> bool:
     )
 
 
-def _existing(recipe: Recipe) -> Manifest | None:
+def _finished(recipe: Recipe) -> Manifest | None:
     """The finished folder. Raises DataError when it is of another recipe."""
     if not (recipe.output / MANIFEST_NAME).is_file():
         return None
     before = read_manifest(recipe.output)
-    _refuse_other(before, {"recipe_sha256": recipe.sha256, "road": ROAD})
+    _check_facts(before, {"recipe_sha256": recipe.sha256, "road": PREPARATION_VERSION})
     return before
 
 
-def _check_made(before: Manifest, recipe: Recipe, listing: Listing) -> None:
+def _verify_finished(before: Manifest, recipe: Recipe, listing: Listing) -> None:
     """Raises DataError unless the folder is what the recipe and the documents give, to the last byte of both."""
     if recipe.tokenizer.model.exists():
         tokenizer = Tokenizer.load(recipe.tokenizer.model, recipe.tokenizer.specials)
-        _refuse_other(before, {"tokenizer_sha256": tokenizer.sha256})
+        _check_facts(before, {"tokenizer_sha256": tokenizer.sha256})
     if broken := damaged(before):
         raise DataError(
-            f"{before.folder}: {', '.join(broken)} missing or not as the manifest says; --force prepares it anew"
+            f"{before.folder}: {', '.join(broken)} missing or different from the manifest; --force prepares it again"
         )
     known = json.loads((before.folder / SOURCES_NAME).read_text("utf-8"))["files"]
     if changed := changed_sources(_all_sources(listing), known):
         raise DataError(
-            f"{before.folder} was prepared from other documents (by Python {before.facts.get('python')}): {_few(changed)} "
+            f"{before.folder} was prepared from other documents (by Python {before.facts.get('python')}): {_first_of(changed)} "
             f"missing, new or changed since; name another output, or give --force to replace it"
         )
-    _refuse_other(before, {"listing_sha256": _listing_sha256(listing)})
+    _check_facts(before, {"listing_sha256": _listing_sha256(listing)})
 
 
 def _listing_sha256(listing: Listing) -> str:
@@ -198,13 +198,13 @@ def _all_sources(listing: Listing) -> list[Source]:
     return list({source.key: source for listed in listing.values() for source in listed}.values())
 
 
-def _few(names: Sequence[str]) -> str:
+def _first_of(names: Sequence[str]) -> str:
     return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
-def _refuse_other(before: Manifest, wanted: Mapping[str, Any]) -> None:
+def _check_facts(before: Manifest, wanted: Mapping[str, Any]) -> None:
     found = {**before.facts, "tokenizer_sha256": before.tokenizer_sha256}
-    words = {
+    descriptions = {
         "recipe_sha256": "another recipe",
         "road": "another version of the preparation",
         "tokenizer_sha256": "another tokenizer",
@@ -213,7 +213,7 @@ def _refuse_other(before: Manifest, wanted: Mapping[str, Any]) -> None:
     for key, value in wanted.items():
         if found.get(key) != value:
             raise DataError(
-                f"{before.folder} was prepared from {words[key]} ({key} {str(found.get(key))[:12]}, now "
+                f"{before.folder} was prepared from {descriptions[key]} ({key} {str(found.get(key))[:12]}, now "
                 f"{str(value)[:12]}): name another output, or give --force to replace it"
             )
 
@@ -227,26 +227,26 @@ def _workspace(
     progress: Progress,
 ) -> Workspace:
     """The folder of this preparation, as an earlier start left it or fresh; what others began for this output is removed."""
-    identity = hashlib.sha256(f"{recipe.sha256} {tokenizer.sha256} {ROAD}".encode()).hexdigest()[
-        :16
-    ]
+    identity = hashlib.sha256(
+        f"{recipe.sha256} {tokenizer.sha256} {PREPARATION_VERSION}".encode()
+    ).hexdigest()[:16]
     folder = recipe.work_folder / identity
-    begun = (folder / CONTEXT_NAME).is_file() and not force
-    for other in _works(recipe.work_folder):
-        mine = Workspace.open(other).target.resolve() == target.resolve()
-        if mine and (other != folder or not begun):
-            progress.say(
+    resumes = (folder / CONTEXT_NAME).is_file() and not force
+    for other in _workspaces(recipe.work_folder):
+        same_output = Workspace.open(other).target.resolve() == target.resolve()
+        if same_output and (other != folder or not resumes):
+            progress.log(
                 f"remove {other}: " + ("started over" if other == folder else "of another recipe")
             )
             shutil.rmtree(other)
-    if not begun:
+    if not resumes:
         for path in target.iterdir():
             if path.name != LOCK_NAME:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         return Workspace.create(folder, target, recipe, tokenizer, encode_tasks(recipe, listing))
     workspace = Workspace.open(folder)
-    _refuse_changed(workspace, listing)
-    progress.say(f"go on with the preparation in {folder}")
+    _check_sources(workspace, listing)
+    progress.log(f"resuming the preparation in {folder}")
     # The tasks keep their numbers; what does not decide bytes, as who does them and where files lie, may be another now.
     now = {source.key: source for source in _all_sources(listing)}
     tasks = [
@@ -256,16 +256,16 @@ def _workspace(
     return Workspace.create(folder, target, recipe, tokenizer, tasks)
 
 
-def _refuse_changed(workspace: Workspace, listing: Listing) -> None:
+def _check_sources(workspace: Workspace, listing: Listing) -> None:
     """Raises DataError when a source is not what the earlier start listed, or read."""
-    begun = [source for task in workspace.tasks for source in task.sources]
-    then = {source.key: source.size_bytes for source in begun}
+    listed = [source for task in workspace.tasks for source in task.sources]
+    before = {source.key: source.size_bytes for source in listed}
     now = {source.key: source.size_bytes for source in _all_sources(listing)}
-    changed = sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key))
+    changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
     if not changed and workspace.listing_sha256 != _listing_sha256(listing):
         raise DataError(
-            f"{workspace.folder}: was begun with the files of its subsets given out otherwise; bring the recipe's paths "
-            f"back, or give --force to start over"
+            f"{workspace.folder}: was started with the files assigned to other subsets; restore the recipe's paths, "
+            f"or give --force to start over"
         )
     if not changed:
         read = [
@@ -279,6 +279,6 @@ def _refuse_changed(workspace: Workspace, listing: Listing) -> None:
         )
     if changed:
         raise DataError(
-            f"{_few(changed)}: missing, new or changed since this preparation began in {workspace.folder}; bring the "
-            f"files, or the recipe's paths, back, or give --force to start over"
+            f"{_first_of(changed)}: missing, new or changed since this preparation began in {workspace.folder}; restore the "
+            f"files or the recipe's paths, or give --force to start over"
         )

@@ -25,7 +25,7 @@ from k2train.files import AtomicFile, sha256_file, sync_directory
 TOKENIZER_NAME = "tokenizer.model"
 
 
-def finish(workspace: Workspace, inputs: str, road: int) -> Manifest:
+def finish(workspace: Workspace, inputs_sha256: str, version: int) -> Manifest:
     """Complete the target folder and give it its name. `inputs` is the identity of the documents."""
     recipe, target, plan = (
         workspace.recipe,
@@ -46,12 +46,12 @@ def finish(workspace: Workspace, inputs: str, road: int) -> Manifest:
         "name": recipe.name,
         "recipe_sha256": recipe.sha256,
         "recipe": recipe.identity,
-        "inputs_sha256": inputs,
+        "inputs_sha256": inputs_sha256,
         "listing_sha256": workspace.listing_sha256,
         "sources_sha256": sources,
         "rejected_sha256": rejected,
         "tokenizer": {"file": TOKENIZER_NAME, "specials": list(tokenizer.specials)},
-        "road": road,
+        "road": version,
         "python": platform.python_version(),
         "seed": recipe.seed,
         "dropped_tail_tokens": {
@@ -81,22 +81,22 @@ def _write_sources(workspace: Workspace, keys: Sequence[str], used: Mapping[str,
         name: np.unpackbits(np.frombuffer(bytes.fromhex(text), np.uint8))[: len(keys)]
         for name, text in used.items()
     }
-    parts = {
+    groups = {
         "training": [name for name in bits if name != HELD_OUT],
         HELD_OUT: [name for name in bits if name == HELD_OUT],
     }
-    inside = _split_inside(workspace)
+    split = _split_sources(workspace)
     content: dict[str, Any] = {}
-    for part, names in parts.items():
+    for group, names in groups.items():
         taken = (
             np.bitwise_or.reduce([bits[name] for name in names])
             if names
             else np.zeros(len(keys), np.uint8)
         )
-        content[part] = sorted(
-            key for key, one in zip(keys, taken, strict=True) if one and key not in inside
+        content[group] = sorted(
+            key for key, bit in zip(keys, taken, strict=True) if bit and key not in split
         )
-    content["shares"] = inside
+    content["shares"] = split
     files: dict[str, dict[str, Any]] = {}
     for number in range(len(workspace.tasks)):
         for source in read_json(workspace.encode_record(number))["sources"]:
@@ -106,7 +106,7 @@ def _write_sources(workspace: Workspace, keys: Sequence[str], used: Mapping[str,
     return sha256_file(workspace.target / SOURCES_NAME)
 
 
-def _split_inside(workspace: Workspace) -> dict[str, list[float]]:
+def _split_sources(workspace: Workspace) -> dict[str, list[float]]:
     """Sources of which only a share of the documents may be used: their names do not say what was seen."""
     shares: dict[str, list[float]] = {}
     for task in workspace.tasks:
@@ -171,11 +171,11 @@ def damaged(manifest: Manifest) -> list[str]:
 
 
 def _damaged_tokenizer(manifest: Manifest) -> list[str]:
-    told = manifest.facts.get("tokenizer")
-    if not isinstance(told, dict):
+    recorded = manifest.facts.get("tokenizer")
+    if not isinstance(recorded, dict):
         return []
     try:
-        found = Tokenizer.load(manifest.folder / told["file"], told["specials"]).sha256
+        found = Tokenizer.load(manifest.folder / recorded["file"], recorded["specials"]).sha256
     except DataError:
         found = ""
-    return [] if found == manifest.tokenizer_sha256 else [told["file"]]
+    return [] if found == manifest.tokenizer_sha256 else [recorded["file"]]

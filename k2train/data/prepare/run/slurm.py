@@ -23,7 +23,7 @@ from datatrove.executor.slurm import SlurmPipelineExecutor
 from k2train.data.prepare.progress import Progress
 from k2train.data.prepare.recipe import ExecutorRecipe
 from k2train.data.prepare.run.local import workers_of
-from k2train.data.prepare.run.tasks import Phase, PhaseTask, completed, settle, tail_of
+from k2train.data.prepare.run.tasks import Phase, PhaseTask, completed, reconcile, tail_of
 from k2train.data.prepare.workspace import Workspace
 from k2train.errors import ConfigError, DataError
 
@@ -43,7 +43,7 @@ ORDINARY_REASONS = {
 KNOBS = {"TIMEOUT": "executor.time", "OUT_OF_MEMORY": "executor.memory_gb"}
 
 
-class KeepJob:
+class JobIdRecorder:
     """Takes the number out of sbatch's answer, and notes it before anything else happens."""
 
     def __init__(self, path: Path) -> None:
@@ -77,24 +77,24 @@ class SlurmExecutor:
             executor,
             progress,
         )
-        self._asked, self._missing, self._told = 0.0, 0, ""
+        self._asked, self._missing, self._last_reason = 0.0, 0, ""
 
     def __enter__(self) -> "SlurmExecutor":
         if shutil.which("sbatch") is None or shutil.which("squeue") is None:
             raise ConfigError(
                 "executor.kind slurm needs sbatch and squeue on the PATH: start it on a login node"
             )
-        live = self._live()
+        live = self._live_jobs()
         before: list[str] = []
         for phase in self.phases:
             jobs = live.get(self._job_name(phase), [])
             if jobs:
-                self.progress.say(
-                    f"{phase.name}: waits for SLURM job {', '.join(jobs)}, submitted before"
+                self.progress.log(
+                    f"{phase.name}: waiting for SLURM job {', '.join(jobs)}, submitted earlier"
                 )
-            elif settle(self.workspace, phase):
+            elif reconcile(self.workspace, phase):
                 jobs = self._submit(phase, before)
-                self.progress.say(
+                self.progress.log(
                     f"{phase.name}: SLURM job {', '.join(jobs)}, its output in {self._output(phase)}"
                 )
             before = jobs
@@ -104,11 +104,11 @@ class SlurmExecutor:
     def __exit__(self, *raised: object) -> None:
         if isinstance(raised[1], KeyboardInterrupt):
             jobs = " ".join(
-                sorted({job for jobs in self._live().values() for job in jobs}, key=int)
+                sorted({job for jobs in self._live_jobs().values() for job in jobs}, key=int)
             )
             if jobs:
-                self.progress.say(
-                    f"the SLURM jobs go on: the same command waits for them again, `scancel {jobs}` ends them"
+                self.progress.log(
+                    f"the SLURM jobs keep running: start the same command to wait for them again, or end them with `scancel {jobs}`"
                 )
 
     def start(self, phase: Phase) -> None:
@@ -120,11 +120,11 @@ class SlurmExecutor:
 
     def failed(self, phase: Phase) -> None:
         """Cancel what is left, and wait until it is gone: a new start must not take it for its own."""
-        jobs = [job for jobs in self._live().values() for job in jobs]
+        jobs = [job for jobs in self._live_jobs().values() for job in jobs]
         if jobs:
             subprocess.run(["scancel", *jobs], capture_output=True, check=False)
         deadline = time.monotonic() + 3 * QUEUE_SECONDS
-        while self._live() and time.monotonic() < deadline:
+        while self._live_jobs() and time.monotonic() < deadline:
             time.sleep(0.5)
 
     def poll(self, phase: Phase, seconds: float) -> Exception | None:
@@ -134,17 +134,17 @@ class SlurmExecutor:
             return None
         self._asked = time.monotonic()
         try:
-            live = self._live(self.progress)
+            live = self._live_jobs(self.progress)
         except DataError:
             # A controller that restarts knows its jobs again in a minute; they go on meanwhile.
             return None
         # Marks may come late over a network file system: twice missing is gone.
         self._missing = 0 if live.get(self._job_name(phase)) else self._missing + 1
-        return self._vanished(phase) if self._missing >= 2 else None
+        return self._jobs_lost(phase) if self._missing >= 2 else None
 
     def _submit(self, phase: Phase, after: Sequence[str]) -> list[str]:
-        notes = self._notes(phase)
-        notes.unlink(missing_ok=True)
+        job_ids = self._job_ids_file(phase)
+        job_ids.unlink(missing_ok=True)
         path = f"export PATH={quote(str(Path(executable).parent))}:$PATH"
         job = _Executor(
             pipeline=[PhaseTask(self.workspace.folder, phase)],
@@ -161,7 +161,7 @@ class SlurmExecutor:
             sbatch_args={"kill-on-invalid-dep": "yes", **self.executor.arguments},
             max_array_size=_max_array_size(),
             depends_job_id=":".join(after) or None,
-            job_id_retriever=KeepJob(notes),
+            job_id_retriever=JobIdRecorder(job_ids),
             logging_dir=str(phase.logs(self.workspace)),
             slurm_logs_folder=str(self._output(phase)),
         )
@@ -170,19 +170,21 @@ class SlurmExecutor:
             with _stderr_into(log):
                 job.run()
         except (subprocess.CalledProcessError, OSError):
-            said = [line for line in tail_of(log).splitlines() if "sbatch: error:" in line] or [
+            errors = [line for line in tail_of(log).splitlines() if "sbatch: error:" in line] or [
                 tail_of(log, 1)
             ]
             raise ConfigError(
-                f"SLURM refused the job of {phase.name}: {said[-1].strip()}; see executor.* of the recipe"
+                f"SLURM refused the job of {phase.name}: {errors[-1].strip()}; see executor.* of the recipe"
             ) from None
-        return notes.read_text("ascii").split()
+        return job_ids.read_text("ascii").split()
 
     def _job_name(self, phase: Phase) -> str:
-        place = hashlib.sha256(str(self.workspace.folder).encode()).hexdigest()[:8]
-        return f"{re.sub(r'[^A-Za-z0-9_.-]', '_', self.workspace.recipe.name)}.{phase.name}.{place}"
+        digest = hashlib.sha256(str(self.workspace.folder).encode()).hexdigest()[:8]
+        return (
+            f"{re.sub(r'[^A-Za-z0-9_.-]', '_', self.workspace.recipe.name)}.{phase.name}.{digest}"
+        )
 
-    def _notes(self, phase: Phase) -> Path:
+    def _job_ids_file(self, phase: Phase) -> Path:
         return self.workspace.folder / "logs" / f"{phase.name}.jobs"
 
     def _output(self, phase: Phase) -> Path:
@@ -193,10 +195,10 @@ class SlurmExecutor:
         path = self._output(phase) / f"{job}.out"
         return path if path.is_file() else None
 
-    def _live(self, tell: Progress | None = None) -> dict[str, list[str]]:
+    def _live_jobs(self, progress: Progress | None = None) -> dict[str, list[str]]:
         """Numbers of the jobs that wait or run, by job name."""
         names = ",".join(self._job_name(phase) for phase in self.phases)
-        answer = _ask(
+        answer = _run_command(
             "squeue",
             "--noheader",
             f"--name={names}",
@@ -210,22 +212,26 @@ class SlurmExecutor:
             if job not in jobs:
                 jobs.append(job)
             if (
-                tell is not None
+                progress is not None
                 and reason not in ORDINARY_REASONS
-                and (said := f"{job} waits: {reason}") != self._told
+                and (reason_text := f"{job} waits: {reason}") != self._last_reason
             ):
-                self._told = said
-                tell.say(f"SLURM job {said}")
+                self._last_reason = reason_text
+                progress.log(f"SLURM job {reason_text}")
         return live
 
-    def _vanished(self, phase: Phase) -> Exception:
+    def _jobs_lost(self, phase: Phase) -> Exception:
         """What SLURM says of a phase whose jobs are gone before its tasks are done."""
-        left = phase.tasks - len(completed(self.workspace, phase))
-        jobs = self._notes(phase).read_text("ascii").split() if self._notes(phase).is_file() else []
+        remaining = phase.tasks - len(completed(self.workspace, phase))
+        jobs = (
+            self._job_ids_file(phase).read_text("ascii").split()
+            if self._job_ids_file(phase).is_file()
+            else []
+        )
         ended = [
             state
             for job in jobs
-            for state in _states(job)
+            for state in _job_states(job)
             if state[1] not in ("COMPLETED", "PENDING", "RUNNING")
         ]
         # Of those that ran and of those cancelled in their wake, the first kind says more.
@@ -242,48 +248,48 @@ class SlurmExecutor:
         log = self._log(phase, job) or self._output(phase)
         knob = f"; raise {KNOBS[state]}" if state in KNOBS else ""
         return DataError(
-            f"{phase.name}: SLURM job {job} ended as {state}{f' ({reason})' if reason else ''} with {left} of "
-            f"{phase.tasks} tasks undone{knob}; see {log}; start again with the same command: what is finished is kept"
+            f"{phase.name}: SLURM job {job} ended as {state}{f' ({reason})' if reason else ''} with {remaining} of "
+            f"{phase.tasks} tasks undone{knob}; see {log}; start again with the same command: finished tasks are kept"
         )
 
 
 @contextmanager
 def _stderr_into(log: Path) -> Iterator[None]:
     """What datatrove and sbatch write to this process's stderr goes to a file."""
-    keep = dup(2)
+    saved = dup(2)
     try:
         with log.open("wb") as stream:
             dup2(stream.fileno(), 2)
             yield
     finally:
-        dup2(keep, 2)
-        close(keep)
+        dup2(saved, 2)
+        close(saved)
 
 
-def _ask(*command: str) -> str:
+def _run_command(*command: str) -> str:
     """Answer of a SLURM command. Raises DataError with what it said instead."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise DataError(f"executor.kind slurm: {command[0]} failed: {said[-1]}")
+        errors = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise DataError(f"executor.kind slurm: {command[0]} failed: {errors[-1]}")
     return done.stdout
 
 
 def _max_array_size() -> int:
     with suppress(DataError):
         found = re.search(
-            r"^MaxArraySize\s*=\s*(\d+)", _ask("scontrol", "show", "config"), re.MULTILINE
+            r"^MaxArraySize\s*=\s*(\d+)", _run_command("scontrol", "show", "config"), re.MULTILINE
         )
         if found:
             return int(found[1])
     return 1001
 
 
-def _states(job: str) -> Iterator[tuple[str, str, str]]:
+def _job_states(job: str) -> Iterator[tuple[str, str, str]]:
     """(job with its array index, state, reason) of a job that may have ended: from the controller's memory, else from
     the accounting."""
     with suppress(DataError):
-        for line in _ask("scontrol", "--oneliner", "show", "job", job).splitlines():
+        for line in _run_command("scontrol", "--oneliner", "show", "job", job).splitlines():
             facts = dict(part.split("=", 1) for part in line.split() if "=" in part)
             index = facts.get("ArrayTaskId")
             yield (
@@ -293,7 +299,7 @@ def _states(job: str) -> Iterator[tuple[str, str, str]]:
             )
         return
     with suppress(DataError, OSError):
-        for line in _ask(
+        for line in _run_command(
             "sacct", "-X", "-n", "-P", "-j", job, "-o", "JobID,State,Reason"
         ).splitlines():
             number, state, reason = line.split("|")

@@ -102,7 +102,7 @@ def is_done(workspace: Workspace, phase: Phase, number: int) -> bool:
     return True
 
 
-def settle(workspace: Workspace, phase: Phase) -> int:
+def reconcile(workspace: Workspace, phase: Phase) -> int:
     """Make datatrove's marks agree with the records, forget old failures; returns the number of tasks left to do."""
     completions, running = (phase.logs(workspace) / part for part in ("completions", "running"))
     completions.mkdir(parents=True, exist_ok=True)
@@ -110,17 +110,17 @@ def settle(workspace: Workspace, phase: Phase) -> int:
     marked = completed(workspace, phase)
     for stale in running.iterdir():
         stale.unlink(missing_ok=True)
-    left = 0
+    remaining = 0
     for number in range(phase.tasks):
         workspace.failure(phase.name, number).unlink(missing_ok=True)
         mark = completions / f"{number:05d}"
         if not is_done(workspace, phase, number):
-            left += 1
+            remaining += 1
             if number in marked:
                 mark.unlink(missing_ok=True)
         elif number not in marked:
             mark.touch()
-    return left
+    return remaining
 
 
 def completed(workspace: Workspace, phase: Phase) -> set[int]:
@@ -164,14 +164,14 @@ def explain(error: BaseException, work: Path | None = None) -> tuple[str, bool]:
 
 def _no_space(error: OSError, work: Path | None) -> str:
     folder = Path(error.filename).parent if error.filename else work
-    again = "make room there and start again: what is finished is kept"
+    again = "make room there and start again: finished tasks are kept"
     if folder is None:
         return f"no space left on the disk; {again}"
     knob = "work" if work is not None and folder.is_relative_to(work) else "output"
-    what = f"no space left in {folder}"
+    message = f"no space left in {folder}"
     with suppress(OSError):
-        what += f", {shutil.disk_usage(folder).free:,} bytes are free"
-    return f"{knob}: {what}; {again}, or name a folder on another disk"
+        message += f", {shutil.disk_usage(folder).free:,} bytes are free"
+    return f"{knob}: {message}; {again}, or name a folder on another disk"
 
 
 def run_task(folder: Path, phase: Phase, number: int) -> None:
@@ -180,27 +180,27 @@ def run_task(folder: Path, phase: Phase, number: int) -> None:
     # A job that was killed after the record and before datatrove's mark comes here again.
     if is_done(workspace, phase, number):
         return
-    sign = phase.logs(workspace) / "running" / f"{number:05d}"
-    sign.parent.mkdir(parents=True, exist_ok=True)
+    marker = phase.logs(workspace) / "running" / f"{number:05d}"
+    marker.parent.mkdir(parents=True, exist_ok=True)
     try:
-        sign.write_text(str(os.getpid()), "ascii")
+        marker.write_text(str(os.getpid()), "ascii")
         phase.work(workspace, number)
         if not is_done(workspace, phase, number):
             raise RuntimeError(
-                f"{phase.record(workspace, number)} is missing, or lists what is not there"
+                f"{phase.record(workspace, number)} is missing, or lists files that do not exist"
             )
     except Exception as error:
-        line, mistake = explain(error, folder)
+        line, is_user_error = explain(error, folder)
         # On a full disk the exception itself has to carry the line.
         with suppress(OSError):
             write_json(
                 workspace.failure(phase.name, number),
-                {"line": line, "mistake": mistake, "traceback": traceback.format_exc()},
+                {"line": line, "mistake": is_user_error, "traceback": traceback.format_exc()},
             )
         # Plain exceptions with one argument: others may not survive the way back between processes, and stall it.
-        raise (TaskStopped if mistake else RuntimeError)(line) from error
+        raise (TaskStopped if is_user_error else RuntimeError)(line) from error
     finally:
-        sign.unlink(missing_ok=True)
+        marker.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from k2train.data.prepare.source import Contents, Source
 from k2train.data.prepare.sources.stdlib import (
     decode,
     docstrings,
-    page,
     stdlib_sources,
+    topic_page,
     topic_sources,
 )
 from k2train.data.prepare.workspace import EncodeTask
@@ -31,10 +31,10 @@ from k2train.data.tokenizer import is_encodable
 from k2train.errors import DataError, UserError
 
 # A corpus too small to fill tasks of `task_bytes` is cut into about this many, so that several workers have work.
-FEWEST_TASKS = 32
-SMALLEST_TASK_BYTES = 2**18
+MIN_TASKS = 32
+MIN_TASK_BYTES = 2**18
 BATCH_BYTES = 2**22
-MOST_BATCH_ROWS = 1024
+MAX_BATCH_ROWS = 1024
 
 
 class Document(NamedTuple):
@@ -49,10 +49,10 @@ class Rejection(NamedTuple):
     """What is not a document, though it should be one. `line` is that of the file, or the row, from 1."""
 
     line: int | None
-    why: str
+    reason: str
 
 
-Read = Document | Rejection
+ReadItem = Document | Rejection
 
 
 # Listing
@@ -65,44 +65,46 @@ def list_sources(recipe: Recipe) -> dict[str, list[Source]]:
     be read; else for a file under two names, or two files under one.
     """
     found: dict[str, list[Source]] = {}
-    wrong: list[str] = []
+    problems: list[str] = []
     for name, subset in recipe.subsets.items():
         if subset.kind in STDLIB_ORIGINS:
             listed = topic_sources() if subset.kind == "stdlib_topics" else stdlib_sources()
         else:
             listed, mistakes = _file_sources(subset, recipe.origin_of(name))
-            wrong += [f"subsets.{name}.paths: {mistake}" for mistake in mistakes]
+            problems += [f"subsets.{name}.paths: {mistake}" for mistake in mistakes]
         found[name] = sorted(listed, key=lambda source: source.key)
-    if wrong:
-        raise DataError("\n".join(wrong))
-    _refuse_two_names(found)
+    if problems:
+        raise DataError("\n".join(problems))
+    _check_unique_names(found)
     return found
 
 
 def _file_sources(subset: SubsetRecipe, origin: str) -> tuple[list[Source], list[str]]:
     """The files of a subset, and what is wrong with its patterns."""
     found: dict[tuple[str, str], Source] = {}
-    wrong: list[str] = []
+    problems: list[str] = []
     for pattern in subset.paths:
         folder = os.path.abspath(fixed_folder(pattern))
         paths, mistakes = _matches(subset, pattern)
-        wrong += mistakes
+        problems += mistakes
         for path in paths:
-            whole = os.path.abspath(path)
+            absolute = os.path.abspath(path)
             if not path.is_file() or not os.access(path, os.R_OK):
-                wrong.append(f"{path} is missing, or cannot be read: mend it, or the pattern")
+                problems.append(f"{path} is missing, or cannot be read: fix it or the pattern")
                 continue
             # A file whose name has no suffix stands where a folder's name was taken to be.
             inside = (
-                path.name if whole == folder else Path(os.path.relpath(whole, folder)).as_posix()
+                path.name
+                if absolute == folder
+                else Path(os.path.relpath(absolute, folder)).as_posix()
             )
             if not is_encodable(inside):
-                wrong.append(f"{whole!r} has a name that is not UTF-8: rename it")
+                problems.append(f"{absolute!r} has a name that is not UTF-8: rename it")
                 continue
-            source = Source(origin, inside, whole, path.stat().st_size)
+            source = Source(origin, inside, absolute, path.stat().st_size)
             # One file by two ways, as through a link, is one source.
             found.setdefault((source.key, os.path.realpath(path)), source)
-    return list(found.values()), wrong
+    return list(found.values()), problems
 
 
 def _matches(subset: SubsetRecipe, pattern: str) -> tuple[list[Path], list[str]]:
@@ -123,14 +125,14 @@ def _matches(subset: SubsetRecipe, pattern: str) -> tuple[list[Path], list[str]]
                 if not any(part.startswith(".") for part in p.relative_to(folder).parts)
             ]
         elif folder == literal:
-            packed = f"{subset.kind}.zst" if subset.kind == "jsonl" else subset.kind
+            suffix = f"{subset.kind}.zst" if subset.kind == "jsonl" else subset.kind
             return [], [
-                f"{pattern} is a folder; name its files, as {folder}/*.{subset.kind} or {folder}/**/*.{packed}"
+                f"{pattern} is a folder; name its files, as {folder}/*.{subset.kind} or {folder}/**/*.{suffix}"
             ]
     return found, [] if found else [f"{pattern} matches no file, seen from {Path.cwd()}"]
 
 
-def _refuse_two_names(listed: dict[str, list[Source]]) -> None:
+def _check_unique_names(listed: dict[str, list[Source]]) -> None:
     paths: dict[str, tuple[str, str]] = {}
     keys: dict[str, tuple[str, str]] = {}
     for name, sources in listed.items():
@@ -157,37 +159,44 @@ def encode_tasks(recipe: Recipe, sources: dict[str, list[Source]]) -> list[Encod
     """
     groups: dict[tuple[Any, ...], list[str]] = {}
     for name, subset in recipe.subsets.items():
-        same = (subset.kind, recipe.origin_of(name), subset.paths, subset.text_key, subset.id_key)
-        groups.setdefault(same, []).append(name)
+        signature = (
+            subset.kind,
+            recipe.origin_of(name),
+            subset.paths,
+            subset.text_key,
+            subset.id_key,
+        )
+        groups.setdefault(signature, []).append(name)
     total_bytes = sum(
         source.size_bytes for names in groups.values() for source in sources[names[0]]
     )
-    wanted_bytes = min(
-        recipe.executor.task_bytes, max(SMALLEST_TASK_BYTES, total_bytes // FEWEST_TASKS)
-    )
+    target_bytes = min(recipe.executor.task_bytes, max(MIN_TASK_BYTES, total_bytes // MIN_TASKS))
     tasks = []
     for names in groups.values():
-        tasks += [EncodeTask(tuple(names), part) for part in _cut(sources[names[0]], wanted_bytes)]
+        tasks += [
+            EncodeTask(tuple(names), group)
+            for group in _group_sources(sources[names[0]], target_bytes)
+        ]
     return tasks
 
 
-def _cut(sources: Sequence[Source], wanted_bytes: int) -> Iterator[tuple[Source, ...]]:
-    part: list[Source] = []
-    held_bytes = 0
+def _group_sources(sources: Sequence[Source], target_bytes: int) -> Iterator[tuple[Source, ...]]:
+    group: list[Source] = []
+    group_bytes = 0
     for source in sources:
-        if part and held_bytes + source.size_bytes > wanted_bytes:
-            yield tuple(part)
-            part, held_bytes = [], 0
-        part.append(source)
-        held_bytes += source.size_bytes
-    if part:
-        yield tuple(part)
+        if group and group_bytes + source.size_bytes > target_bytes:
+            yield tuple(group)
+            group, group_bytes = [], 0
+        group.append(source)
+        group_bytes += source.size_bytes
+    if group:
+        yield tuple(group)
 
 
 # Reading
 
 
-class _Item(NamedTuple):
+class _RawDocument(NamedTuple):
     """What a kind of file yields: text and name as they came, not yet looked at."""
 
     line: int | None
@@ -195,23 +204,23 @@ class _Item(NamedTuple):
     text: Any
 
 
-class Reading:
+class DocumentReader:
     """One reading of a source: iterate to the end, then `facts` says what was read."""
 
     def __init__(self, subset: SubsetRecipe, source: Source) -> None:
         self.subset, self.source = subset, source
         self.contents = Contents(
-            source, page(source.name) if subset.kind == "stdlib_topics" else None
+            source, topic_page(source.name) if subset.kind == "stdlib_topics" else None
         )
 
-    def __iter__(self) -> Iterator[Read]:
+    def __iter__(self) -> Iterator[ReadItem]:
         """Documents and rejections, in the order of the file. Raises DataError for a file that is broken."""
         ordinal = 0
         for item in _READERS[self.subset.kind](self):
             if isinstance(item, Rejection):
                 yield item
-            elif why := _unfit(item, self.subset):
-                yield Rejection(item.line, why)
+            elif reason := _rejection_reason(item, self.subset):
+                yield Rejection(item.line, reason)
             else:
                 yield Document(str(item.name), item.text, ordinal)
                 ordinal += 1
@@ -221,12 +230,12 @@ class Reading:
         """Key, size and hash of what was read, and the file's time of change."""
         return self.contents.facts
 
-    def json_lines(self) -> Iterator[_Item | Rejection]:
+    def json_lines(self) -> Iterator[_RawDocument | Rejection]:
         for number, line in enumerate(self.contents.lines(), 1):
             if (item := self._json_line(number, line)) is not None:
                 yield item
 
-    def _json_line(self, number: int, line: bytes) -> _Item | Rejection | None:
+    def _json_line(self, number: int, line: bytes) -> _RawDocument | Rejection | None:
         try:
             # A mark of the byte order in front of a file is no part of its first line.
             record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
@@ -242,17 +251,17 @@ class Reading:
         if not isinstance(record, dict):
             return Rejection(number, f"not an object, but {type(record).__name__}")
         key = self.subset.id_key
-        return _Item(
+        return _RawDocument(
             number, number if key is None else record.get(key), record.get(self.subset.text_key)
         )
 
-    def parquet_rows(self) -> Iterator[_Item | Rejection]:
+    def parquet_rows(self) -> Iterator[_RawDocument | Rejection]:
         try:
             import pyarrow as arrow
             from pyarrow import parquet
         except ImportError:
             raise UserError("reading Parquet needs pyarrow: pip install 'k2train[data]'") from None
-        self.contents.hash_apart()
+        self.contents.hash_only()
         columns = [self.subset.text_key, *([self.subset.id_key] if self.subset.id_key else [])]
         number = 0
         try:
@@ -274,11 +283,11 @@ class Reading:
                                 number, f"not UTF-8 ({error.reason} at byte {error.start})"
                             )
                         else:
-                            yield _Item(number, cells[1] if ids else number, cells[0])
+                            yield _RawDocument(number, cells[1] if ids else number, cells[0])
         except (arrow.ArrowException, OSError) as error:
             reason = str(error).splitlines()[0]
             raise DataError(
-                f"{self.source.path}: not a whole Parquet file ({reason}); fetch it again"
+                f"{self.source.path}: not a complete Parquet file ({reason}); fetch it again"
             ) from None
 
     def _check_columns(self, present: Sequence[str], wanted: Sequence[str]) -> None:
@@ -288,29 +297,29 @@ class Reading:
                     f"{self.source.path}: has no column {column!r} (text_key or id_key); it has {', '.join(present)}"
                 )
 
-    def whole_text(self) -> Iterator[_Item | Rejection]:
+    def whole_text(self) -> Iterator[_RawDocument | Rejection]:
         content = self.contents.whole()
         try:
-            yield _Item(None, self.source.name, content.decode())
+            yield _RawDocument(None, self.source.name, content.decode())
         except UnicodeDecodeError as error:
             yield Rejection(None, f"not UTF-8 ({error.reason} at byte {error.start})")
 
-    def code_text(self) -> Iterator[_Item | Rejection]:
+    def code_text(self) -> Iterator[_RawDocument | Rejection]:
         text = self._code()
         if isinstance(text, Rejection):
             yield text
         elif text.strip():
             # An empty file of the library marks a package, and was never meant to hold text.
-            yield _Item(None, self.source.name, text)
+            yield _RawDocument(None, self.source.name, text)
 
-    def docstring_texts(self) -> Iterator[_Item | Rejection]:
+    def docstring_texts(self) -> Iterator[_RawDocument | Rejection]:
         text = self._code()
         if isinstance(text, Rejection):
             yield text
             return
         try:
             for line, title, docstring in docstrings(self.source.name, text):
-                yield _Item(line, title, docstring)
+                yield _RawDocument(line, title, docstring)
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
             yield Rejection(getattr(error, "lineno", None), f"does not parse ({error})")
 
@@ -323,38 +332,38 @@ class Reading:
 
 
 _READERS = {
-    "jsonl": Reading.json_lines,
-    "parquet": Reading.parquet_rows,
-    "text": Reading.whole_text,
-    "stdlib_code": Reading.code_text,
-    "stdlib_docstrings": Reading.docstring_texts,
-    "stdlib_topics": Reading.whole_text,
+    "jsonl": DocumentReader.json_lines,
+    "parquet": DocumentReader.parquet_rows,
+    "text": DocumentReader.whole_text,
+    "stdlib_code": DocumentReader.code_text,
+    "stdlib_docstrings": DocumentReader.docstring_texts,
+    "stdlib_topics": DocumentReader.whole_text,
 }
 
 
-def read_documents(subset: SubsetRecipe, source: Source) -> Reading:
+def read_documents(subset: SubsetRecipe, source: Source) -> DocumentReader:
     """The documents and rejections of a source; of the subset only kind, `text_key` and `id_key` count."""
-    return Reading(subset, source)
+    return DocumentReader(subset, source)
 
 
 def read_texts(subset: SubsetRecipe, source: Source) -> Iterator[tuple[str, str]]:
     """(name, text) of each document of a source."""
-    for item in Reading(subset, source):
+    for item in DocumentReader(subset, source):
         if isinstance(item, Document):
             yield item.name, item.text
 
 
-def _unfit(item: _Item, subset: SubsetRecipe) -> str:
+def _rejection_reason(item: _RawDocument, subset: SubsetRecipe) -> str:
     """Why a document cannot be used; "" when it can."""
     if isinstance(item.text, str):
         numbered = isinstance(item.name, int) and not isinstance(item.name, bool)
-        return _not_text(subset.text_key, item.text) or (
-            "" if numbered else _not_text(str(subset.id_key), item.name)
+        return _text_problem(subset.text_key, item.text) or (
+            "" if numbered else _text_problem(str(subset.id_key), item.name)
         )
-    return _not_text(subset.text_key, item.text)
+    return _text_problem(subset.text_key, item.text)
 
 
-def _not_text(key: str, value: Any) -> str:
+def _text_problem(key: str, value: Any) -> str:
     if value is None:
         return f"{key!r} is missing"
     if not isinstance(value, str):
@@ -368,7 +377,7 @@ def _batch_rows(metadata: Any) -> int:
     """Rows that hold about `BATCH_BYTES`, by the sizes the file tells of itself."""
     size_bytes = sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
     return max(
-        1, min(MOST_BATCH_ROWS, BATCH_BYTES * max(1, metadata.num_rows) // max(1, size_bytes))
+        1, min(MAX_BATCH_ROWS, BATCH_BYTES * max(1, metadata.num_rows) // max(1, size_bytes))
     )
 
 

@@ -8,7 +8,7 @@ import json
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from k2train.data.prepare.workspace import Workspace, owner_mark, read_json
+from k2train.data.prepare.workspace import Workspace, process_suffix, read_json
 from k2train.errors import DataError
 from k2train.files import AtomicFile
 
@@ -38,17 +38,18 @@ def check_rejected(workspace: Workspace) -> None:
         for name, counts in read_json(workspace.encode_record(number))["subsets"].items():
             read[name] += counts["documents_read"]
             rejected[name] += counts["rejected"]
-    over = [name for name, count in rejected.items() if count > limit * (count + read[name])]
-    if not over:
+    exceeding = [name for name, count in rejected.items() if count > limit * (count + read[name])]
+    if not exceeding:
         return
     path = workspace.folder / REJECTED_NAME
-    with AtomicFile(path, owner_mark()) as stream:
+    with AtomicFile(path, process_suffix()) as stream:
         for line in rejected_lines(workspace):
             stream.write(line)
-    first = _first_of_each(workspace, over)
+    examples = _first_of_each(workspace, exceeding)
     raise DataError(
         "\n".join(
-            _words(name, rejected[name], read[name], limit, first[name], path) for name in over
+            _message(name, rejected[name], read[name], limit, examples[name], path)
+            for name in exceeding
         )
     )
 
@@ -64,11 +65,13 @@ def _first_of_each(workspace: Workspace, names: Collection[str]) -> dict[str, st
     return found
 
 
-def _words(name: str, rejected: int, good: int, limit: float, first: str, path: Path) -> str:
-    cure = f"mend the files, or raise the share (all are listed in {path})"
-    if good == 0:
-        cure = f"look at kind, text_key and id_key of subsets.{name} (all are listed in {path})"
+def _message(
+    name: str, rejected: int, accepted: int, limit: float, example: str, path: Path
+) -> str:
+    remedy = f"fix the files, or raise max_rejected_share (all are listed in {path})"
+    if accepted == 0:
+        remedy = f"check kind, text_key and id_key of subsets.{name} (all are listed in {path})"
     return (
-        f"subsets.{name}: {rejected} of {rejected + good} documents are broken, a share of "
-        f"{rejected / (rejected + good):.4f}, above max_rejected_share ({limit}), the first at {first}; {cure}"
+        f"subsets.{name}: {rejected} of {rejected + accepted} documents are broken, a share of "
+        f"{rejected / (rejected + accepted):.4f}, above max_rejected_share ({limit}), the first at {example}; {remedy}"
     )

@@ -19,7 +19,7 @@ from k2train.data.prepare.source import Source
 # Tests and bundled packages are no part of the library, and distributions differ in which of them they ship.
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 TOPICS_FILE = "pydoc_data/topics.py"
-SHORTEST_DOCSTRING = 80
+MIN_DOCSTRING_CHARACTERS = 80
 
 
 def stdlib_root() -> Path:
@@ -41,10 +41,10 @@ def stdlib_sources(root: Path | None = None) -> list[Source]:
 
 def topic_sources() -> list[Source]:
     """The pages of the language reference that `help()` shows; each page is a source of its own."""
-    return [Source("topics", name, "", len(page(name))) for name in sorted(topics)]
+    return [Source("topics", name, "", len(topic_page(name))) for name in sorted(topics)]
 
 
-def page(name: str) -> bytes:
+def topic_page(name: str) -> bytes:
     """Content of a page of the reference."""
     return topics[name].encode()
 
@@ -66,7 +66,7 @@ def docstrings(name: str, text: str) -> Iterator[tuple[int, str, str]]:
     seen: dict[str, int] = {}
     for path, node in _definitions(tree):
         found = ast.get_docstring(node)
-        if found and len(found) >= SHORTEST_DOCSTRING:
+        if found and len(found) >= MIN_DOCSTRING_CHARACTERS:
             # Redefined names (property setters, platform branches) are told apart by their count.
             seen[path] = seen.get(path, 0) + 1
             yield (

@@ -21,20 +21,20 @@ from k2train.data.prepare.allocate.plan_file import (
     MARK_DOCUMENTS,
     Longs,
     PassPlan,
-    RunPlace,
+    RunEntry,
 )
 from k2train.data.prepare.encode.sorted_runs import Run
 
-LEAST_TOKENS, MOST_TOKENS = 2**22, 2**26
+MIN_TOKENS, MAX_TOKENS = 2**22, 2**26
 RUN_TOKENS = 4096
 """A stretch is at least that long for each run, so that reads stay worth their while when there are very many."""
-STRETCH_DOCUMENTS = 2**18
+BATCH_DOCUMENTS = 2**18
 
 Tokens = npt.NDArray[np.unsignedinteger[Any]]
 
 
 @dataclass(frozen=True)
-class Stretch:
+class DocumentBatch:
     """Documents `[n]` of a pass that follow each other, the first at token `start` of it.
 
     `sources` are ranks among all sources of the preparation; names lie in `names` at `name_starts`.
@@ -54,60 +54,60 @@ class PassReader:
     """Reads the documents of one pass that have the mask `mask`; `ranks` orders the keys of all sources."""
 
     def __init__(
-        self, work: Path, plan: PassPlan, mask: int, ranks: Mapping[str, int], least_tokens: int
+        self, work: Path, plan: PassPlan, mask: int, ranks: Mapping[str, int], min_tokens: int
     ) -> None:
         self.plan, self.mask = plan, mask
-        self.runs = [Run(work / place.path) for place in plan.runs]
+        self.runs = [Run(work / entry.path) for entry in plan.runs]
         self.ranks = [
             np.array([ranks[key] for key in run.source_keys], dtype=np.uint32) for run in self.runs
         ]
-        self.stretch_tokens = max(least_tokens, min(MOST_TOKENS, RUN_TOKENS * len(self.runs)))
+        self.batch_tokens = max(min_tokens, min(MAX_TOKENS, RUN_TOKENS * len(self.runs)))
 
-    def stretches(self, start: int, stop: int) -> Iterator[Stretch]:
+    def batches(self, start: int, stop: int) -> Iterator[DocumentBatch]:
         """Stretches that hold the tokens `start:stop` of the pass, whole documents, and some before and after them."""
-        borders = self._borders(*self.plan.bucket_range(self.mask, start, stop))
-        keys = [border << (KEY_BITS - self.plan.bits) for border in borders]
+        boundaries = self._boundaries(*self.plan.bucket_range(self.mask, start, stop))
+        keys = [boundary << (KEY_BITS - self.plan.bits) for boundary in boundaries]
         cuts = np.array([find_keys(run, keys) for run in self.runs], dtype=np.int64)
         # Where the next stretch begins in the tokens of each run.
-        at = [self._tokens_before(i, int(cut[0]), int(cut[-1])) for i, cut in enumerate(cuts)]
+        offsets = [self._tokens_before(i, int(cut[0]), int(cut[-1])) for i, cut in enumerate(cuts)]
         before = self.plan.tokens_before(self.mask)
         masks = os.open(self.plan.path("masks"), os.O_RDONLY)
         try:
-            for number, border in enumerate(borders[:-1]):
+            for number, boundary in enumerate(boundaries[:-1]):
                 slices = []
                 for i in np.flatnonzero(cuts[:, number] < cuts[:, number + 1]).tolist():
-                    found, at[i] = self._slice(
-                        i, masks, int(cuts[i, number]), int(cuts[i, number + 1]), at[i]
+                    documents, offsets[i] = self._slice(
+                        i, masks, int(cuts[i, number]), int(cuts[i, number + 1]), offsets[i]
                     )
-                    if found is not None:
-                        slices.append(found)
-                expected = int(before[borders[number + 1]] - before[border])
+                    if documents is not None:
+                        slices.append(documents)
+                expected = int(before[boundaries[number + 1]] - before[boundary])
                 if not slices and expected == 0:
                     # Between two long documents there may be buckets that hold nothing of this mask.
                     continue
-                stretch = _merge(int(before[border]), slices)
-                told = int(stretch.lengths.sum())
-                assert told == expected, (
-                    f"{self.plan.files}: {told} tokens in the runs, {expected} in the plan"
+                batch = _merge(int(before[boundary]), slices)
+                merged_tokens = int(batch.lengths.sum())
+                assert merged_tokens == expected, (
+                    f"{self.plan.files}: {merged_tokens} tokens in the runs, {expected} in the plan"
                 )
-                yield stretch
+                yield batch
         finally:
             os.close(masks)
 
-    def _borders(self, first: int, end: int) -> list[int]:
+    def _boundaries(self, first: int, end: int) -> list[int]:
         tokens, documents = (
             self.plan.tokens_before(self.mask),
             self.plan.documents_before(self.mask),
         )
-        borders = [first]
-        while borders[-1] < end:
-            here = borders[-1]
-            by_tokens = np.searchsorted(tokens, tokens[here] + self.stretch_tokens, side="right")
+        boundaries = [first]
+        while boundaries[-1] < end:
+            current = boundaries[-1]
+            by_tokens = np.searchsorted(tokens, tokens[current] + self.batch_tokens, side="right")
             by_documents = np.searchsorted(
-                documents, documents[here] + STRETCH_DOCUMENTS, side="right"
+                documents, documents[current] + BATCH_DOCUMENTS, side="right"
             )
-            borders.append(min(end, max(here + 1, int(min(by_tokens, by_documents)) - 1)))
-        return borders
+            boundaries.append(min(end, max(current + 1, int(min(by_tokens, by_documents)) - 1)))
+        return boundaries
 
     def _tokens_before(self, i: int, document: int, last: int) -> int:
         if document == last:
@@ -122,13 +122,13 @@ class PassReader:
         )
 
     def _slice(
-        self, i: int, masks: int, start: int, stop: int, at: int
+        self, i: int, masks: int, start: int, stop: int, offset: int
     ) -> tuple["tuple[list[Tokens], dict[str, Any]] | None", int]:
         """The masked documents among `start:stop` of a run, whose tokens begin at `at`; and where these end."""
-        run, place = self.runs[i], self.plan.runs[i]
+        run, entry = self.runs[i], self.plan.runs[i]
         lengths = run.read("lengths", start, stop).astype(np.int64)
-        ends = at + np.cumsum(lengths)
-        kept = np.flatnonzero(_masks(masks, place, start, stop) == self.mask)
+        ends = offset + np.cumsum(lengths)
+        kept = np.flatnonzero(_masks(masks, entry, start, stop) == self.mask)
         if len(kept) == 0:
             return None, int(ends[-1])
         taken = lengths[kept]
@@ -147,25 +147,26 @@ class PassReader:
             "name_starts": name_starts[kept],
             "name_lengths": (name_ends - name_starts)[kept],
         }
-        return (_documents(run, at, ends[kept] - taken, ends[kept], int(ends[-1])), columns), int(
-            ends[-1]
-        )
+        return (
+            _documents(run, offset, ends[kept] - taken, ends[kept], int(ends[-1])),
+            columns,
+        ), int(ends[-1])
 
 
-def _masks(descriptor: int, place: RunPlace, start: int, stop: int) -> npt.NDArray[np.uint8]:
-    return np.frombuffer(os.pread(descriptor, stop - start, place.first + start), dtype=np.uint8)
+def _masks(descriptor: int, entry: RunEntry, start: int, stop: int) -> npt.NDArray[np.uint8]:
+    return np.frombuffer(os.pread(descriptor, stop - start, entry.first + start), dtype=np.uint8)
 
 
-def _documents(run: Run, at: int, starts: Longs, ends: Longs, stop: int) -> list[Tokens]:
+def _documents(run: Run, offset: int, starts: Longs, ends: Longs, stop: int) -> list[Tokens]:
     pairs = zip(starts.tolist(), ends.tolist(), strict=True)
-    if 4 * int((ends - starts).sum()) < stop - at:
+    if 4 * int((ends - starts).sum()) < stop - offset:
         # Few of them are wanted, as of what is held out: reading all would fetch the corpus for a small part of it.
         return [run.read("tokens", start, end) for start, end in pairs]
-    tokens = run.read("tokens", at, stop)
-    return [tokens[start - at : end - at] for start, end in pairs]
+    tokens = run.read("tokens", offset, stop)
+    return [tokens[start - offset : end - offset] for start, end in pairs]
 
 
-def _merge(start: int, slices: list[tuple[list[Tokens], dict[str, Any]]]) -> Stretch:
+def _merge(start: int, slices: list[tuple[list[Tokens], dict[str, Any]]]) -> DocumentBatch:
     tokens = [document for found, _ in slices for document in found]
     names_before = 0
     for _, columns in slices:
@@ -176,7 +177,7 @@ def _merge(start: int, slices: list[tuple[list[Tokens], dict[str, Any]]]) -> Str
     }
     order = np.lexsort((joined.pop("order"), joined.pop("keys")))
     names = joined.pop("names")
-    return Stretch(
+    return DocumentBatch(
         start,
         [tokens[i] for i in order.tolist()],
         names=names,

@@ -12,9 +12,9 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from k2train.data.document_boundaries import DTYPE as BORDERS_DTYPE
+from k2train.data.document_boundaries import DTYPE as BOUNDARIES_DTYPE
 from k2train.data.npy import header_bytes
-from k2train.data.prepare.workspace import owner_mark
+from k2train.data.prepare.workspace import process_suffix
 from k2train.errors import UserError
 from k2train.files import AtomicFile, sha256_file
 
@@ -63,7 +63,7 @@ class Provenance:
     def __init__(self, folder: Path, rows: int, block_rows: int, sequence_length: int) -> None:
         self.folder, self.block_rows, self.sequence_length = folder, block_rows, sequence_length
         self.blocks = -(-rows // block_rows)
-        self.borders = 0
+        self.boundaries = 0
         for path in folder.iterdir():
             path.unlink()
 
@@ -71,7 +71,7 @@ class Provenance:
         self, pieces: Pieces, names: npt.NDArray[np.uint8], name_starts: npt.NDArray[np.int64]
     ) -> None:
         """Pieces `[n]`; the name of each begins at `name_starts` of `names`."""
-        self.borders += int((pieces["start"] > 0).sum())
+        self.boundaries += int((pieces["start"] > 0).sum())
         block = pieces["row"] // np.uint32(self.block_rows)
         order = np.argsort(block, kind="stable")
         pieces, name_starts = pieces[order], name_starts[order]
@@ -79,13 +79,15 @@ class Provenance:
         start = 0
         for number, end in enumerate(ends):
             if end > start:
-                here = pieces[start:end]
+                block_pieces = pieces[start:end]
                 with self._path(number, "pieces").open("ab") as stream:
-                    stream.write(here.tobytes())
+                    stream.write(block_pieces.tobytes())
                 with self._path(number, "names").open("ab") as stream:
                     stream.write(
                         gather(
-                            names, name_starts[start:end], here["name_bytes"].astype(np.int64)
+                            names,
+                            name_starts[start:end],
+                            block_pieces["name_bytes"].astype(np.int64),
                         ).tobytes()
                     )
             start = end
@@ -98,24 +100,27 @@ class Provenance:
         path: Path,
         subsets: Sequence[str],
         sources: Sequence[str],
-        borders: Path | None = None,
+        boundaries: Path | None = None,
     ) -> tuple[str, str | None]:
         """Write the Parquet file, and the borders where a path is given; returns their sha256."""
-        if borders is None:
-            with AtomicFile(path, owner_mark()) as stream:
+        if boundaries is None:
+            with AtomicFile(path, process_suffix()) as stream:
                 self._write_table(stream, subsets, sources, None)
             return sha256_file(path), None
-        with AtomicFile(path, owner_mark()) as stream, AtomicFile(borders, owner_mark()) as places:
-            places.write(header_bytes((self.borders,), BORDERS_DTYPE))
-            self._write_table(stream, subsets, sources, places)
-        return sha256_file(path), sha256_file(borders)
+        with (
+            AtomicFile(path, process_suffix()) as stream,
+            AtomicFile(boundaries, process_suffix()) as boundary_stream,
+        ):
+            boundary_stream.write(header_bytes((self.boundaries,), BOUNDARIES_DTYPE))
+            self._write_table(stream, subsets, sources, boundary_stream)
+        return sha256_file(path), sha256_file(boundaries)
 
     def _write_table(
         self,
         stream: IO[bytes],
         subsets: Sequence[str],
         sources: Sequence[str],
-        borders: IO[bytes] | None,
+        boundaries: IO[bytes] | None,
     ) -> None:
         options = {
             "compression": "zstd",
@@ -131,13 +136,15 @@ class Provenance:
                 order = np.lexsort((pieces["start"], pieces["row"]))
                 table = _table(pieces, order, names, subsets, sources)
                 writer.write_table(table, row_group_size=len(pieces))
-                if borders is not None:
+                if boundaries is not None:
                     pieces = pieces[order]
-                    places = (
+                    positions = (
                         pieces["row"].astype(np.uint64) * np.uint64(self.sequence_length)
                         + pieces["start"]
                     )
-                    borders.write(places[pieces["start"] > 0].astype(BORDERS_DTYPE).tobytes())
+                    boundaries.write(
+                        positions[pieces["start"] > 0].astype(BOUNDARIES_DTYPE).tobytes()
+                    )
                 self._path(number, "pieces").unlink()
                 self._path(number, "names").unlink()
 

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from k2train.data.npy import header_bytes
-from k2train.data.prepare.workspace import owner_mark
+from k2train.data.prepare.workspace import process_suffix
 from k2train.errors import DataError
 from k2train.files import sync_directory
 
@@ -50,13 +50,13 @@ class ChunkFile:
     def __init__(self, path: Path, rows: int, length: int, dtype: str) -> None:
         self.path, self.rows = path, rows
         self.dtype = np.dtype(dtype).newbyteorder("<")
-        self.aside = path.with_name(f"{path.name}{owner_mark()}.tmp")
+        self.temporary = path.with_name(f"{path.name}{process_suffix()}.tmp")
         self.header = header_bytes((rows, length), self.dtype)
         self.row_bytes = length * self.dtype.itemsize
 
     def __enter__(self) -> "ChunkFile":
         size_bytes = len(self.header) + self.rows * self.row_bytes
-        self._file = os.open(self.aside, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+        self._file = os.open(self.temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
         self._thread = ThreadPoolExecutor(1, "chunk")
         self._writing: Future[None] | None = None
         try:
@@ -67,19 +67,19 @@ class ChunkFile:
             allocate(self._file, 0, size_bytes)
             self._write(self.header, 0)
         except BaseException:
-            self._leave()
+            self._close()
             raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
-        self._leave()
+        self._close()
 
-    def _leave(self) -> None:
+    def _close(self) -> None:
         self._thread.shutdown()
         os.close(self._file)
-        self.aside.unlink(missing_ok=True)
+        self.temporary.unlink(missing_ok=True)
 
     def _write(self, content: "memoryview | bytes", offset: int) -> None:
         while content:
@@ -87,30 +87,32 @@ class ChunkFile:
             content, offset = content[written:], offset + written
 
     def write(
-        self, rows: "npt.NDArray[np.unsignedinteger[Any]]", places: npt.NDArray[np.uint32]
+        self, rows: "npt.NDArray[np.unsignedinteger[Any]]", row_numbers: npt.NDArray[np.uint32]
     ) -> None:
         """Rows `[n, length]` of the chunk's dtype, each to its place `[n]`.
 
         They may still be on their way on return, but those of the call before are not: two arrays taken in turns are
         enough. Raises the OSError of an earlier call too.
         """
-        self._settle()
+        self._wait_for_writes()
         if len(rows):
-            self._writing = self._thread.submit(self._scatter, rows, places)
+            self._writing = self._thread.submit(self._scatter, rows, row_numbers)
 
-    def _settle(self) -> None:
+    def _wait_for_writes(self) -> None:
         if self._writing is not None:
             self._writing.result()
             self._writing = None
 
     def _scatter(
-        self, rows: "npt.NDArray[np.unsignedinteger[Any]]", places: npt.NDArray[np.uint32]
+        self, rows: "npt.NDArray[np.unsignedinteger[Any]]", row_numbers: npt.NDArray[np.uint32]
     ) -> None:
-        order = np.argsort(places)
-        places = places[order]
-        offsets = places.astype(np.int64) * self.row_bytes + len(self.header)
-        firsts = np.concatenate([np.zeros(1, np.int64), np.flatnonzero(np.diff(places) != 1) + 1])
-        if 2 * len(firsts) > len(places):
+        order = np.argsort(row_numbers)
+        row_numbers = row_numbers[order]
+        offsets = row_numbers.astype(np.int64) * self.row_bytes + len(self.header)
+        firsts = np.concatenate(
+            [np.zeros(1, np.int64), np.flatnonzero(np.diff(row_numbers) != 1) + 1]
+        )
+        if 2 * len(firsts) > len(row_numbers):
             content = rows.data.cast("B")
             starts = (order * self.row_bytes).tolist()
             for start, offset in zip(starts, offsets.tolist(), strict=True):
@@ -124,7 +126,7 @@ class ChunkFile:
 
     def finish(self) -> str:
         """Bring the file to the disk and give it its name; returns its sha256."""
-        self._settle()
+        self._wait_for_writes()
         synced = self._thread.submit(os.fsync, self._file)
         digest = hashlib.sha256()
         block = memoryview(bytearray(HASH_BYTES))
@@ -133,6 +135,6 @@ class ChunkFile:
             digest.update(block[:count])
             offset += count
         synced.result()
-        os.replace(self.aside, self.path)
+        os.replace(self.temporary, self.path)
         sync_directory(self.path.parent)
         return digest.hexdigest()
