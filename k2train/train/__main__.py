@@ -1,8 +1,11 @@
-"""The command line: python -m k2train.train CONFIG.yaml [dotted.key=value ...], alone or under torchrun.
+"""Training command line: `python -m k2train.train CONFIG.yaml [dotted.key=value ...]`.
 
-Config and data mistakes are told before torch is imported, once and not once a rank. `--help` and they answer in a
-second; what needs torch lies behind the one deferred import of the project, `k2train.train.trainer`.
-Exit codes: 0 done; 2 a mistake in config, data or usage; 75 stopped on request after saving, start me again; 1 else.
+- Runs alone or under torchrun (`python -m k2train.launch`).
+- Config and data mistakes are reported before torch is imported, once and not once per rank.
+- `--help` and such mistakes answer within a second. Everything that needs torch is behind the
+  project's one deferred import, `k2train.train.trainer`.
+- Exit codes: 0 done; 2 a mistake in config, data or usage; 75 stopped on request after saving,
+  run the same command again; 1 any other failure.
 """
 
 import argparse
@@ -21,6 +24,7 @@ from k2train.run_lock.lock import RunLock
 from k2train.train.preflight import Start, prepare_start, run_directory
 
 OTHER_RANKS_DELAY_SECONDS = 5.0
+"""Other ranks report an error this late, so that the launcher can end them first."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     launch = Launch(0, 1, 0, launched=False)
     code = EXIT_FAILED
+
     try:
         launch = read_launch()
         write_status(launch.rank, None)
@@ -44,7 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def report_error(error: UserError, launch: Launch) -> int:
-    """Say a mistake on stderr: at once on rank 0; elsewhere only if the launcher has not ended this rank by then."""
+    """Print a user error on stderr and return its exit code.
+
+    Rank 0 prints at once. Another rank prints only if the launcher has not ended it by then.
+    """
     if launch.rank != 0:
         time.sleep(OTHER_RANKS_DELAY_SECONDS)
     prefix = f"rank {launch.rank}: " if launch.rank else ""
@@ -60,7 +68,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m k2train.train",
         description="Train a model from one YAML config, alone or under torchrun.",
-        epilog="Exit codes: 0 done; 2 a mistake in config, data or usage; 75 stopped on request after saving; 1 any other failure.",
+        epilog="Exit codes: 0 done; 2 a mistake in config, data or usage; "
+        "75 stopped on request after saving; 1 any other failure.",
     )
     parser.add_argument("config", metavar="CONFIG.yaml")
     parser.add_argument(
@@ -81,9 +90,12 @@ def _train(path: str, overrides: Sequence[str], launch: Launch) -> int:
     config = load_config(path, overrides)
     fault_injection.arm(read_faults(), launch.rank)
     lock = RunLock(run_directory(config), job_facts(), slurm_job_ended)
+
+    # Only rank 0 locks the run directory; one rank per machine hashes the data.
     if launch.rank != 0:
         start = prepare_start(config, launch.world_size, verify=launch.local_rank == 0)
         return _run(config, launch, start, None)
+
     lock.acquire()
     try:
         fault_injection.point("start.locked")
@@ -96,10 +108,10 @@ def _train(path: str, overrides: Sequence[str], launch: Launch) -> int:
 def _run(config: Config, launch: Launch, start: Start, lock: RunLock | None) -> int:
     stop = StopRequest(announce=launch.rank == 0)
     try:
+        # Under a launcher the handlers are installed once the ranks have met. Until then a rank
+        # that waits for a missing one must die of a signal, and there is nothing to save yet.
         if not launch.launched:
             stop.install()
-        # Under a launcher the handlers wait until the ranks have met: one that waits for a rank that never comes
-        # must die of a signal, and there is nothing to save yet.
         return int(
             importlib.import_module("k2train.train.trainer").train(
                 config, launch, start, stop, lock

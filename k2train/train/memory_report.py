@@ -1,7 +1,11 @@
-"""What a config keeps in memory, in lines for people: by the plan's formulas, for the tool and for a run's first lines.
+"""Predicted memory use of a config, formatted for the console.
 
-Needs no device: what is left to it (`auto`) is taken as on an accelerator, unless the caller says what it found. The
-alternative refused is asking the device after the first step: too late to choose a policy.
+- Uses the formulas of the plan; needs no device. `tools/plan.py` and every starting run show it.
+- Settings left to the device (`auto`) are taken as on an accelerator, unless the caller says
+  otherwise.
+
+Alternatives considered:
+- Measuring on the device after the first step: too late to choose a recompute policy.
 """
 
 from collections.abc import Sequence
@@ -19,7 +23,10 @@ from k2train.text import bytes_text
 def spec_of(
     config: Config, device: str = "cuda", attention: str | None = None, matmul: str = "torch"
 ) -> ActivationSpec:
-    """A micro-batch of `config` on a `device`; `attention` and `matmul` are the kernels in use, where they are known."""
+    """Return the work of one micro-batch of `config` on a device type.
+
+    `attention` and `matmul` are the kernels in use, if known.
+    """
     m, p = config.model, config.parallel
     auto = "flash" if config.kernels.attention == "auto" else config.kernels.attention
     return ActivationSpec(
@@ -49,19 +56,20 @@ def spec_of(
 def memory_of(
     config: Config, spec: ActivationSpec, layout: Layout, program: Program, pp: int
 ) -> RankMemory:
-    """Memory of a rank of pipeline rank `pp`, whose program is given."""
+    """Return the memory of one rank at pipeline rank `pp`, which runs `program`."""
     p = config.parallel
     overlap = p.overlap == "on" or (p.overlap == "auto" and spec.device != "cpu")
     return rank_memory(spec, layout, program, pp, overlap, p.bucket_bytes)
 
 
 def activations_text(spec: ActivationSpec) -> str:
-    """`257.26 MiB of a micro-batch with recompute none (selective 182.26 MiB, full 16.00 MiB)`."""
+    """Format one layer's activations: `257.26 MiB (recompute none; selective 182.26 MiB, ...)`."""
     others = [
         f"{policy} {bytes_text(layer_bytes(spec, policy))}"
         for policy in RECOMPUTE
         if policy != spec.recompute
     ]
+
     size = bytes_text(layer_bytes(spec, spec.recompute))
     count = spec.recompute_layers
     where = "" if count is None else f" in {count} layers of a stage"
@@ -71,7 +79,7 @@ def activations_text(spec: ActivationSpec) -> str:
 def memory_line(
     config: Config, spec: ActivationSpec, layout: Layout, program: Program, pp: int
 ) -> str:
-    """What a run says of its memory when it starts."""
+    """Format the memory line that a run logs when it starts."""
     memory = memory_of(config, spec, layout, program, pp)
     reference = "reference" in config.kernels.model_dump().values()
     return (
@@ -83,13 +91,14 @@ def memory_line(
 
 
 def memory_table(config: Config, layout: Layout, programs: Sequence[Program]) -> list[str]:
-    """The fullest moment of a rank of each pipeline rank, and what the activations would be under every policy."""
+    """Format the peak memory of one rank per pipeline rank, and per recompute policy."""
     spec = spec_of(config)
     lines = [
         "memory    peak of one rank, on an accelerator",
         f"  activations per layer and micro-batch: {activations_text(spec)}",
         "  pp         persistent  activations      working  in transfer        total",
     ]
+
     for pp in range(layout.pipeline):
         memory = memory_of(config, spec, layout, programs[pp], pp)
         sizes = (
@@ -102,8 +111,10 @@ def memory_table(config: Config, layout: Layout, programs: Sequence[Program]) ->
             f"  {pp:<3} {bytes_text(memory.state.total_bytes):>17} "
             + " ".join(f"{bytes_text(size):>12}" for size in sizes)
         )
+
     lines.append("  activations / total of one rank, by pipeline rank and recompute policy")
     lines.append("  pp  " + "".join(f"{policy:>25}" for policy in RECOMPUTE))
+
     for pp in range(layout.pipeline):
         by_policy = [
             memory_of(config, replace(spec, recompute=p), layout, programs[pp], pp)

@@ -1,9 +1,10 @@
-"""What looks at a run while it trains: the watch, stragglers, copies of weights, the root of the state, request files.
+"""Health checks during training: hangs, stragglers, replica and state audits, STOP/SAVE files.
 
-The training loop says where it is and hands over what a step measured; here it is decided who is told what. One object, so
-that the loop does not know which of these are on. What all ranks must decide alike (copies that differ, a straggler)
-comes from exchanged numbers; what only the host knows (a file in the run directory) is read by rank 0 and travels in the
-step's exchange.
+- The trainer reports its phase and step timings. This module decides which check runs and which
+  message is logged, so the training loop does not know which checks are enabled.
+- What all ranks must decide alike (replicas that differ, a straggler) comes from exchanged numbers.
+- What only the host knows (a file in the run directory) is read by rank 0 and shared in the step's
+  exchange.
 """
 
 import os
@@ -26,23 +27,27 @@ from k2train.watchdog.timeouts import Timeouts
 from k2train.watchdog.watchdog import Watchdog
 
 PHASES = {"forward": "step", "reduce": "reduce", "update": "update"}
-"""What the engine calls its phases -> what the watch calls them."""
+"""Engine phase -> watchdog phase."""
 
 
 class PreviousEnd(NamedTuple):
-    """How a start before this one ended."""
+    """Failure report of an earlier start of the run."""
 
     attempt: int
-    """Its number, 0 when it had none yet."""
+    """Number of that start; 0 when it had none yet."""
     line: str
 
 
 class DamageError(RuntimeError):
-    """Copies that must be equal are not; raised on every rank alike."""
+    """Replicas that must be equal differ; raised on every rank alike."""
 
 
 class RunMonitor:
-    """One rank's; `begin` when the run directory is ours, `attach` when the engine is built, `close` at the end."""
+    """Health checks of one rank.
+
+    Call `begin` once the run directory is locked, `attach` once the engine is built, `close` at
+    the end.
+    """
 
     def __init__(
         self, config: Config, grid: ProcessGrid, directory: Path, facts: Mapping[str, str]
@@ -53,7 +58,8 @@ class RunMonitor:
             a.replicas_every_steps,
             a.root_every_steps,
         )
-        # A save that waits for room is not stuck.
+
+        # A save that waits for disk space is not stuck.
         save_seconds = w.save_seconds + config.checkpoint.retry_seconds
         limits = Timeouts(
             w.heartbeat_seconds, w.start_seconds, w.step_seconds, save_seconds, w.evaluate_seconds
@@ -68,8 +74,10 @@ class RunMonitor:
             grid.comm.position,
             facts=facts,
         )
+
         self.control_files = ControlFiles(directory)
         self.stragglers = Stragglers(grid.layout, _relative_work(config, grid))
+
         self.step = 0
         self._begun = False
         self._saving = False
@@ -77,11 +85,15 @@ class RunMonitor:
         self._own_seconds = self._blocked_before = 0.0
 
     def begin(self) -> PreviousEnd | None:
-        """Start the watch; what the verdict of an earlier start says, on rank 0, the first time."""
+        """Start the watchdog; rank 0 returns an earlier start's failure report.
+
+        Only the first call does anything.
+        """
         if self._begun:
             return None
         self._begun = True
         earlier = read_report(self.watchdog.directory) if self.grid.rank == 0 else None
+
         self.watchdog.start()
         self.grid.comm.cells = self.watchdog.cells
         if earlier is None:
@@ -89,9 +101,10 @@ class RunMonitor:
         return PreviousEnd(int(earlier.get("attempt", 0)), str(earlier.get("line", "")))
 
     def attach(self, engine: Engine) -> None:
-        """Look at this engine from now on."""
+        """Check this engine from now on."""
         self.engine = engine
         engine.on_phase = self._on_phase
+
         self._replicas = ReplicaCheck(engine.gradients.shard_layout, self.grid)
         states = list(engine.optimizer.flat_shards)
         digest = StateDigest(engine.gradients.shard_layout, engine.names, states, self.grid.tp)
@@ -99,70 +112,87 @@ class RunMonitor:
         self._root, self._guard = RootAllReduce(digest, comm=comm), StateAudit(digest, comm=comm)
 
     def phase(self, name: str, step: int) -> None:
-        """The run goes on to a phase of the watch."""
+        """Enter a phase; the watchdog times it."""
         self.step = step
         self.watchdog.phase(name, step)
 
     def begin_step(self, step: int, saving: bool) -> list[float]:
-        """A step begins, while a save is under way or not; what it exchanges: each rank's own seconds of the last one."""
+        """Begin a step and return this rank's contribution to the exchanged timings.
+
+        The contribution holds one value per rank: the rank's own compute seconds in the last
+        step, and 0 for the others. `saving`: a save is running in the background.
+        """
         self.saving(saving)
         self.phase("read", step)
+
         self._blocked_before = self.grid.comm.blocked_seconds
         contribution = [0.0] * self.grid.layout.world_size
         contribution[self.grid.rank] = self._own_seconds
         return contribution
 
     def end_step(self, seconds: float, own_seconds: Sequence[float]) -> str | None:
-        """A step took so long; a line when a rank has become slow, or is no longer."""
+        """Record the time of a step; return a line when a rank became slow or recovered."""
         self._own_seconds = max(
             0.0, seconds - (self.grid.comm.blocked_seconds - self._blocked_before)
         )
+
         self.watchdog.step_done(seconds)
         return self.stragglers.observe(self.step, own_seconds) if any(own_seconds) else None
 
     def root(self) -> StateRoot | None:
-        """The root of the state, where this step is one that records it; collective."""
+        """Return the state root if this step records one, else None; collective."""
         if self.root_every_steps == 0 or self.step % self.root_every_steps:
             return None
         optimizer = self.engine.optimizer
         optimizer.finish()
+
         found = self._root(optimizer.flat_shards, self.step, optimizer.adam_steps)
         self._guard.keep(found.local_sums)
         return found
 
     def poll_request(self) -> str | None:
-        """`STOP` or `SAVE` where a file asks for it; only rank 0 looks, and a save that is being made is not asked again."""
+        """Return `STOP` or `SAVE` if a file requests it, else None.
+
+        Only rank 0 looks. A requested save is reported once until it is complete.
+        """
         request = self.control_files.poll() if self.grid.rank == 0 else None
         if request != "SAVE":
             return request
+
         request = None if self._save_requested else request
         self._save_requested = True
         return request
 
     def saved(self) -> None:
-        """A checkpoint is whole, on rank 0; may be called from the thread that saves."""
+        """Note on rank 0 that a checkpoint is whole; may be called from the saving thread."""
         if self._save_requested:
             self.control_files.done("SAVE")
             self._save_requested = False
 
     def stopped(self) -> None:
-        """The run has saved and ends on request."""
+        """Note that the run has saved and ends on request."""
         if self.grid.rank == 0:
             self.control_files.done("STOP")
 
     def saving(self, active: bool) -> None:
-        """Whether a save is under way in the background: it has a limit of its own, and a launcher gives it time."""
+        """Note whether a save runs in the background.
+
+        A save has its own timeout, and the launcher gives a saving process time to finish.
+        """
         if active != self._saving:
             self._saving = active
             self.watchdog.saving(active)
             write_status(self.grid.rank, None, saving=active)
 
     def report_lost_connection(self, error: BaseException) -> str:
-        """A collective raised `error`: the line that says who is gone, "" where another rank says it."""
+        """Return a line that names the dead rank after a collective raised `error`.
+
+        Returns "" where another rank reports it.
+        """
         return self.watchdog.connection_lost(error)
 
     def close(self, problem: str = "") -> None:
-        """End the watch; `problem`: because of this the rank leaves by itself."""
+        """Stop the watchdog; `problem` is the reason if this rank leaves by itself."""
         self.watchdog.close(problem)
 
     def _on_phase(self, phase: str) -> None:
@@ -172,9 +202,13 @@ class RunMonitor:
             raise DamageError(problem)
 
     def _state_problem(self) -> str | None:
-        """What is wrong with copies and with the state; before the update, which writes all weights anew."""
+        """Return what is wrong with the state or its replicas, None if nothing is.
+
+        Runs before the update, which overwrites all weights.
+        """
         shards = self.engine.optimizer.flat_shards
-        # Only in the step after one that recorded a root: the state must still be that one.
+
+        # Only in the step after one that recorded a root: the state must not have changed since.
         problem = self._guard.problem(shards)
         if (
             problem is None
@@ -187,7 +221,7 @@ class RunMonitor:
 
 
 def _relative_work(config: Config, grid: ProcessGrid) -> list[float]:
-    """The work of each rank in a step, by the plan; only their ratios count."""
+    """Return each rank's planned FLOPs in a step; only their ratios matter."""
     weights = rank_flops(architecture_of(config), grid.layout, config.data.sequence_length)
     return [
         float(weights[grid.layout.coordinate(rank).pp]) for rank in range(grid.layout.world_size)
@@ -195,5 +229,5 @@ def _relative_work(config: Config, grid: ProcessGrid) -> list[float]:
 
 
 def _write_stderr(text: str) -> None:
-    """Past all buffers and locks: the main thread may hang in any of them."""
+    """Write past all buffers and locks: the main thread may hang in any of them."""
     os.write(2, f"k2train: {text}\n".encode())

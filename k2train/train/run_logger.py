@@ -1,6 +1,9 @@
-"""Rank 0's pen: one object that writes ledger, metrics, console and W&B from the trainer's facts; nothing elsewhere.
+"""Run logging on rank 0: ledger, metrics, console and W&B.
 
-The other ranks hold a `RunLogger` too, whose methods do nothing, so the training loop has no `if rank == 0` in it.
+- The other ranks get a no-op logger with the same methods, so the training loop needs no
+  `if rank == 0`.
+- Lines that the disk does not take are kept in memory and retried; `problem` reports it to the
+  trainer when that takes too long.
 """
 
 import contextlib
@@ -36,85 +39,91 @@ ENDS = ("failed", "stopped", "finished")
 
 
 class RunLogger:
-    """What the trainer tells; the silent form, for every rank but the first."""
+    """No-op logger with all methods, for every rank but rank 0."""
 
     attempt = 0
     problem = ""
-    """What kept a step out of the metrics; the trainer tells all ranks."""
+    """Why the record could not be written; the trainer shares it with all ranks."""
     config_sha256 = ""
-    """Of `config.yaml` as this start wrote it."""
+    """Hash of `config.yaml` as this start wrote it."""
     run_id = ""
-    """Names the training run across restarts."""
+    """Identifies the training run across restarts."""
 
     def event(self, event: str, **facts: Any) -> None:
-        """Append to the ledger."""
+        """Append an event to the ledger."""
 
     def step(self, row: Facts) -> None:
-        """One finished step."""
+        """Log the metrics row of a finished step."""
 
     def has_end_of(self, attempt: int) -> bool:
-        """Whether the ledger says how a start ended."""
+        """Return whether the ledger records how a start ended."""
         return False
 
     def all_written(self) -> bool:
-        """Whether all that was told is written."""
+        """Return whether everything logged so far is on disk."""
         return True
 
     def info(self, text: str) -> None:
-        """A line for people."""
+        """Log a human-readable line."""
 
     def committed(self, path: Path, manifest: Facts, seconds: float) -> None:
-        """A checkpoint is whole; may be called from the thread that saved it."""
+        """Log that a checkpoint is whole; may be called from the saving thread."""
 
     def verified(self, path: Path) -> None:
-        """A checkpoint was read back whole; from any thread."""
+        """Log that a checkpoint was read back intact; from any thread."""
 
     def damaged(self, path: Path, problem: str) -> None:
-        """A checkpoint was found damaged; from any thread."""
+        """Log that a checkpoint is damaged; from any thread."""
 
     def info_from_thread(self, text: str) -> None:
-        """A line for people, from any thread."""
+        """Log a human-readable line; from any thread."""
 
     def flush_messages(self) -> None:
-        """Show what other threads had to say; from the main thread."""
+        """Show the lines of other threads; called from the main thread."""
 
     def root(self, step: int, root: StateRoot) -> None:
-        """The root of the state after a step."""
+        """Log the state root after a step."""
 
     def recover(self, checkpoints: Sequence[Path]) -> None:
-        """Note in the ledger the checkpoints that a kill kept out of it."""
+        """Add checkpoints to the ledger that a kill kept out of it."""
 
     def close(self) -> None:
-        """End the live line and the mirror."""
+        """End the live line and the W&B mirror."""
 
 
 class RankZeroRunLogger(RunLogger):
-    """Writes into the run directory."""
+    """Logger that writes into the run directory."""
 
     def __init__(self, config: Config, start: Start):
         directory = start.directory
         self.ledger = Ledger(directory / "ledger.jsonl")
         self.metrics = MetricsWriter(directory / "metrics.jsonl")
         attempts = [int(e.get("attempt", 0)) for e in self.ledger.events if e["event"] in STARTS]
+
         self.attempt = max([last_attempt(directory / "metrics.jsonl"), *attempts]) + 1
         order = start.order
         ends = [order.first_step(i) + order.steps_in(i) - 1 for i in range(len(order.names))]
         self.console = Console(
             sys.stderr, config.run.name, order.total_steps, len(order.names), ends
         )
+
         self._from_threads: deque[str] = deque()
         self._writing = RLock()
         self._unwritten: dict[Path, deque[Callable[[], object]]] = {}
-        """Of each file the lines that the disk has not taken, in their order."""
+        """File -> writes that the disk has not taken yet, in order."""
         self._write_error = ""
         self._failing_since: float | None = None
         self._retry_seconds = config.checkpoint.retry_seconds
+
         self.roots = MetricsWriter(directory / "state_roots.jsonl")
+
         text = to_yaml(config)
         write_synced(directory / "config.yaml", text)
         self.config_sha256 = hashlib.sha256(text.encode()).hexdigest()
+
         started = self.ledger.last("started")
         self.run_id = str(started["run_id"]) if started else uuid4().hex
+
         self.wandb = WandbMirror(
             config.wandb.mode,
             config.wandb.project,
@@ -124,6 +133,7 @@ class RankZeroRunLogger(RunLogger):
             config.model_dump(mode="json"),
             log=self._from_threads.append,
         )
+
         for repaired in (self.ledger.repaired, self.metrics.repaired, self.roots.repaired):
             if repaired:
                 self.info(repaired)
@@ -151,7 +161,7 @@ class RankZeroRunLogger(RunLogger):
             return not self._unwritten
 
     def _put(self, path: Path, write: Callable[[], object]) -> None:
-        """Write a line of a file, after those that the disk has not taken yet; its turn may come later."""
+        """Queue a write behind those that the disk has not taken yet, and try all of them."""
         with self._writing:
             self._unwritten.setdefault(path, deque()).append(write)
             self._write()
@@ -165,6 +175,7 @@ class RankZeroRunLogger(RunLogger):
                 del self._unwritten[path]
             except OSError as error:
                 self._write_failed(path, error)
+
         if not self._unwritten:
             self._failing_since, self.problem = None, ""
 
@@ -174,8 +185,10 @@ class RankZeroRunLogger(RunLogger):
         if self._failing_since is None:
             self._failing_since = now
             self.info_from_thread(
-                f"{self._write_error} (kept in memory and tried again for {self._retry_seconds:g} s)"
+                f"{self._write_error} "
+                f"(kept in memory and tried again for {self._retry_seconds:g} s)"
             )
+
         if now - self._failing_since >= self._retry_seconds:
             self.problem = f"{self._write_error}; make room, then start the same command again"
 
@@ -187,17 +200,21 @@ class RankZeroRunLogger(RunLogger):
         self.event(
             "checkpoint_saved", **_checkpoint_facts(path, manifest), seconds=round(seconds, 3)
         )
+
         with contextlib.suppress(OSError):
             self.metrics.sync()
             self.roots.sync()
+
         total_bytes, held_out = _total_bytes(manifest), manifest["held_out_loss"]
         score = "" if held_out is None else f", held-out loss {float(held_out):.4f}"
         self.info_from_thread(
-            f"saved {path.name} at step {manifest['step']}{score} ({bytes_text(total_bytes)} in {seconds:.1f} s)"
+            f"saved {path.name} at step {manifest['step']}{score} "
+            f"({bytes_text(total_bytes)} in {seconds:.1f} s)"
         )
+
         self.wandb.event(f"saved {path.name}")
         if self.problem:
-            # No step may follow that would tell the other ranks; the end of a save tells them too.
+            # No step may follow that would inform the other ranks; the end of a save does.
             raise SaveError(self.problem)
 
     def verified(self, path: Path) -> None:
@@ -228,8 +245,9 @@ class RankZeroRunLogger(RunLogger):
             for event in self.ledger.events
             if event["event"] == "checkpoint_saved"
         }
+
         for path in checkpoints:
-            # By content: a name may have been another checkpoint's, which was set aside since.
+            # By content: another checkpoint of this name may have been set aside since.
             if (path.name, sha256_file(path / MANIFEST)) not in recorded:
                 self.event(
                     "checkpoint_saved",
@@ -253,7 +271,7 @@ def _total_bytes(manifest: Facts) -> int:
 
 
 def _checkpoint_facts(path: Path, manifest: Facts) -> Facts:
-    """What the ledger says of a checkpoint."""
+    """Return the ledger's facts about a checkpoint."""
     return {
         "checkpoint": path.name,
         "attempt": manifest["attempt"],
@@ -268,7 +286,10 @@ def _checkpoint_facts(path: Path, manifest: Facts) -> Facts:
 
 
 def stage_facts(config: Config, start: Start, step: int) -> Facts:
-    """What a checkpoint at `step` says of its stage: position in the data, layout, config, identity, data, rate."""
+    """Return the manifest entries of a checkpoint at `step` that describe its stage.
+
+    These are data position, layout, config, identity, data and learning rate.
+    """
     manifest, order, layout = start.manifest, start.order, start.layout
     consumed = order.consumed_chunks(step)
     return {
@@ -305,14 +326,15 @@ def stage_facts(config: Config, start: Start, step: int) -> Facts:
 def start_messages(
     config: Config, start: Start, engine: Engine, parameters: int, memory: str
 ) -> list[str]:
-    """The first lines of a run, for people; `memory` is what was set for the host's malloc."""
+    """Return the first console lines of a run; `memory` describes the host's malloc settings."""
     layout, order, grid = start.layout, start.order, engine.grid
     work = spec_of(config, grid.device.type, engine.kernels.attention_name, engine.kernels.matmul)
+
     step_tokens = config.batch.global_sequences * config.data.sequence_length
     return [
         f"{parameters:,} parameters, {config.precision} on {grid.device.type}; "
-        f"{counted(len(order.names), 'chunk')}, {order.total_steps} steps of {step_tokens:,} tokens; "
-        f"run directory {start.directory}",
+        f"{counted(len(order.names), 'chunk')}, {order.total_steps} steps of {step_tokens:,} tokens"
+        f"; run directory {start.directory}",
         f"tensor {layout.tensor}, pipeline {layout.pipeline}, data {layout.data}, "
         f"sequence parallel {'on' if engine.sequence else 'off'}, {config.parallel.schedule}, "
         f"{engine.num_microbatches} micro-batches; kernels: {engine.kernels}; {memory}",
