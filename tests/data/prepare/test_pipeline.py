@@ -547,7 +547,7 @@ def test_recipe_mistakes_come_all_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("subsets.docstrings.share=[0.0, 0.5]", "a file must lie on one side"),
+        ("subsets.docstrings.share=[0.0, 0.5]", "a file must be on one side"),
         ("subsets.prose.fill=true", "only one subset may have fill"),
         ("subsets.prose.share=[0.5, 0.2]", "must be ascending"),
         ("subsets.prose.documents=[0.5, 0.5]", "must be ascending"),
