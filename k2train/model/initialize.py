@@ -35,19 +35,26 @@ def draw_rows(seed: int, name: str, columns: int, std: float, start: int, stop: 
     return out * np.float32(std)
 
 
-def initial_piece(seed: int, piece: ParamSlice) -> Tensor:
+def initial_slice(seed: int, param_slice: ParamSlice) -> Tensor:
     """The initial values of a piece, fp32, in its local shape."""
-    if piece.init_std is None:
-        return torch.ones(piece.shape)
-    rows, columns = piece.global_shape
-    if piece.dim == 0:
+    if param_slice.init_std is None:
+        return torch.ones(param_slice.shape)
+    rows, columns = param_slice.global_shape
+    if param_slice.dim == 0:
         return torch.from_numpy(
-            draw_rows(seed, piece.name, columns, piece.init_std, piece.start, piece.stop)
+            draw_rows(
+                seed,
+                param_slice.name,
+                columns,
+                param_slice.init_std,
+                param_slice.start,
+                param_slice.stop,
+            )
         )
-    whole = draw_rows(seed, piece.name, columns, piece.init_std, 0, rows)
-    if piece.dim is None:
+    whole = draw_rows(seed, param_slice.name, columns, param_slice.init_std, 0, rows)
+    if param_slice.dim is None:
         return torch.from_numpy(whole)
-    return torch.from_numpy(np.ascontiguousarray(whole[:, piece.start : piece.stop]))
+    return torch.from_numpy(np.ascontiguousarray(whole[:, param_slice.start : param_slice.stop]))
 
 
 def materialize(
@@ -70,19 +77,19 @@ def materialize(
 def initialize(
     modules: Sequence[nn.Module],
     seed: int,
-    also: Callable[[ParamSlice, Tensor], None] | None = None,
+    on_values: Callable[[ParamSlice, Tensor], None] | None = None,
 ) -> None:
     """Fill every piece. `also(piece, fp32 values)` sees them before rounding (for the optimizer's master weights)."""
     with torch.no_grad():
         for module in modules:
-            for parameter, piece in named_slices(module):
-                values = initial_piece(seed, piece)
-                piece.of(parameter).copy_(values)
-                if also is not None:
-                    also(piece, values)
+            for parameter, param_slice in named_slices(module):
+                values = initial_slice(seed, param_slice)
+                param_slice.of(parameter).copy_(values)
+                if on_values is not None:
+                    on_values(param_slice, values)
 
 
-def place_rotary(
+def attach_rotary(
     stages: Sequence[Stage], a: Architecture, sequence_length: int, device: torch.device
 ) -> None:
     """One set of position tables, shared by all stages of this rank."""

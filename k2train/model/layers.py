@@ -24,7 +24,7 @@ class RMSNorm(Sharded):
         super().__init__()
         self.eps, self.norm = eps, norm
         self.weight = nn.Parameter(torch.empty(hidden_size))
-        self.pieces = {
+        self.slices = {
             "weight": (
                 ParamSlice(
                     name,

@@ -46,29 +46,29 @@ def run_layer(layer: Layer, x: Tensor, policy: str, *args: Any) -> Tensor:
     """Apply a layer to x under a policy of `POLICIES`; where autograd is off nothing is kept, whatever the policy."""
     assert policy in POLICIES, f"the recompute policy {policy!r} is none of {POLICIES}"
     if policy == "none":
-        residual, inner = layer.inner(x, _kept, *args)
+        residual, inner = layer.inner(x, _keep, *args)
         return layer.outer(residual, layer.activate(inner))
     if policy == "selective":
-        residual, inner = layer.inner(x, _cheap, *args)
-        return _cheap(layer.activate, inner, lambda active: layer.outer(residual, active))
+        residual, inner = layer.inner(x, _recompute, *args)
+        return _recompute(layer.activate, inner, lambda active: layer.outer(residual, active))
 
     def front(x: Tensor) -> tuple[Tensor, Tensor]:
-        residual, inner = layer.inner(x, _kept, *args)
+        residual, inner = layer.inner(x, _keep, *args)
         return residual, layer.activate(inner)
 
-    again = _Again(front, x)
-    residual, active = again.run()
-    with made_again(active, again.last):
+    call = _RecomputedCall(front, x)
+    residual, active = call.run()
+    with recomputed(active, call.last):
         return layer.outer(residual, active)
 
 
-def _kept(
+def _keep(
     function: Callable[[Tensor], Tensor], x: Tensor, use: Callable[[Tensor], Tensor]
 ) -> Tensor:
     return use(function(x))
 
 
-def _cheap(
+def _recompute(
     function: Callable[[Tensor], Tensor], x: Tensor, use: Callable[[Tensor], Tensor]
 ) -> Tensor:
     y, source = function(x), x.detach().requires_grad_(x.requires_grad)
@@ -78,11 +78,11 @@ def _cheap(
         with torch.enable_grad():
             return function(source)
 
-    with made_again(y, make):
+    with recomputed(y, make):
         return use(y)
 
 
-class _Later:
+class _Recomputed:
     """Stands for a saved tensor; `make` gives the memory that it was a view of, with the bits it had."""
 
     def __init__(self, saved: Tensor, make: Callable[[], Tensor]):
@@ -98,7 +98,7 @@ class _Later:
 
 
 @contextmanager
-def made_again(made: Tensor, make: Callable[[], Tensor]) -> Iterator[None]:
+def recomputed(made: Tensor, make: Callable[[], Tensor]) -> Iterator[None]:
     """Inside, autograd keeps nothing of `made`, a tensor with memory of its own: it asks `make()` for it when it needs it.
 
     `make` returns the same bits in the same order of memory and must not hold `made`.
@@ -106,10 +106,10 @@ def made_again(made: Tensor, make: Callable[[], Tensor]) -> Iterator[None]:
     memory = _memory(made)
 
     def pack(saved: Tensor) -> Any:
-        return _Later(saved, make) if _memory(saved) == memory else saved
+        return _Recomputed(saved, make) if _memory(saved) == memory else saved
 
     def unpack(packed: Any) -> Tensor:
-        return packed.get() if isinstance(packed, _Later) else packed
+        return packed.get() if isinstance(packed, _Recomputed) else packed
 
     with saved_tensors_hooks(pack, unpack):
         yield
@@ -120,18 +120,18 @@ def _memory(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-class _Place:
+class _SavedHandle:
     """Stands for one of the tensors that a call saved."""
 
 
-class _Again:
+class _RecomputedCall:
     """A call that keeps only its input: what autograd saves of it is computed again when the first of it is asked for."""
 
     def __init__(self, function: Callable[[Tensor], tuple[Tensor, Tensor]], x: Tensor):
         self._function, self._x = function, x
-        self._places: list[ref[_Place]] = []
+        self._handles: list[ref[_SavedHandle]] = []
         # Each value is dropped with its place, which autograd does as it goes: a layer's backward frees what it has used.
-        self._values: WeakKeyDictionary[_Place, Tensor] = WeakKeyDictionary()
+        self._values: WeakKeyDictionary[_SavedHandle, Tensor] = WeakKeyDictionary()
         self._done = False
         self._last: Tensor | None = None
 
@@ -146,14 +146,14 @@ class _Again:
         last, self._last = self._last, None
         return last
 
-    def _pack(self, saved: Tensor) -> _Place:
-        place = _Place()
-        self._places.append(ref(place))
-        return place
+    def _pack(self, saved: Tensor) -> _SavedHandle:
+        handle = _SavedHandle()
+        self._handles.append(ref(handle))
+        return handle
 
-    def _unpack(self, place: _Place) -> Tensor:
+    def _unpack(self, handle: _SavedHandle) -> Tensor:
         self._compute()
-        return self._values[place]
+        return self._values[handle]
 
     def _compute(self) -> None:
         if self._done:
@@ -165,13 +165,13 @@ class _Again:
             saved_tensors_hooks(lambda tensor: saved.append(tensor.detach()), _never),
         ):
             self._last = self._function(x)[1].detach()
-        assert len(saved) == len(self._places), (
-            f"{len(self._places)} tensors were saved, then {len(saved)}"
+        assert len(saved) == len(self._handles), (
+            f"{len(self._handles)} tensors were saved, then {len(saved)}"
         )
-        for place, value in zip(self._places, saved, strict=True):
-            known = place()
-            if known is not None:
-                self._values[known] = value
+        for handle, value in zip(self._handles, saved, strict=True):
+            live = handle()
+            if live is not None:
+                self._values[live] = value
         self._done = True
 
 

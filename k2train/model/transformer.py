@@ -24,11 +24,11 @@ from k2train.model.recompute import Cheap, run_layer
 from k2train.parallel.collectives import all_gather
 from k2train.parallel.cross_entropy import (
     IGNORE,
-    Vocabulary,
+    VocabShard,
     fused_cross_entropy,
     vocab_parallel_cross_entropy,
 )
-from k2train.parallel.grad_accumulation import WeightWork
+from k2train.parallel.grad_accumulation import WeightGradStore
 from k2train.parallel.grid import Axis
 from k2train.parallel.shard import Sharded
 from k2train.parallel.tensor_parallel import ColumnLinear, VocabEmbedding
@@ -179,10 +179,10 @@ class Stage(nn.Module):
         self.rotary: Rotary | None = None
         self.first_use: Callable[[nn.Module], None] | None = None
         """Called with a part of the stage before its weights are read: they may still be on their way from other ranks."""
-        self.weight_work = WeightWork()
+        self.weight_grad_store = WeightGradStore()
         for child in self.modules():
             if isinstance(child, Sharded):
-                child.weight_work = self.weight_work
+                child.weight_grad_store = self.weight_grad_store
 
     def set_rotary(self, rotary: Rotary) -> None:
         """Give the stage its position tables; kept out of the module's state on purpose."""
@@ -240,9 +240,9 @@ class Stage(nn.Module):
         labels = torch.full_like(tokens, IGNORE)
         labels[:, :-1] = tokens[:, 1:]
         output, size = self.head.output, self.architecture.vocab_size
-        start = output.pieces["weight"][0].start
+        start = output.slices["weight"][0].start
         if self.fused_loss:
-            vocabulary = Vocabulary(start, output.rows, size, self.tp, self.sequence)
+            vocabulary = VocabShard(start, output.rows, size, self.tp, self.sequence)
             return fused_cross_entropy(
                 hidden, output.weight, labels.t(), vocabulary, scale, product=self.product
             )

@@ -41,7 +41,7 @@ class ShardedAdamW:
 
     def __init__(
         self,
-        table: ShardLayout,
+        shard_layout: ShardLayout,
         device: torch.device,
         betas: tuple[float, float],
         eps: float,
@@ -49,45 +49,45 @@ class ShardedAdamW:
         kernel: str,
         bucket_bytes: int | None = None,
     ):
-        self.table, self.betas, self.eps, self.weight_decay, self.kernel = (
-            table,
+        self.shard_layout, self.betas, self.eps, self.weight_decay, self.kernel = (
+            shard_layout,
             betas,
             eps,
             weight_decay,
             kernel,
         )
-        self.master = torch.zeros(table.elements, device=device)
+        self.master = torch.zeros(shard_layout.elements, device=device)
         self.exp_avg = torch.zeros_like(self.master)
         self.exp_avg_sq = torch.zeros_like(self.master)
         self.adam_steps = 0
-        self._slot_of = {slot.piece.name: slot for slot in table.slots}
-        assert len(self._slot_of) == len(table.slots), "two pieces carry one name"
-        covered = sum(slot.elements for slot in table.slots)
-        assert covered <= table.elements, "pieces overlap"
-        self.publisher = ParamGather(table)
-        self._buckets = _in_order_of_use(table, bucket_bytes)
-        self._weights = self._share_memory() if table.dp.size == 1 else None
+        self._slot_of = {slot.param_slice.name: slot for slot in shard_layout.slots}
+        assert len(self._slot_of) == len(shard_layout.slots), "two pieces carry one name"
+        covered = sum(slot.elements for slot in shard_layout.slots)
+        assert covered <= shard_layout.elements, "pieces overlap"
+        self.param_gather = ParamGather(shard_layout)
+        self._buckets = _in_order_of_use(shard_layout, bucket_bytes)
+        self._weights = self._share_memory() if shard_layout.dp.size == 1 else None
 
     @torch.no_grad()
     def _share_memory(self) -> Tensor:
         """Move all parameters into one line, in fp32 the master weights; returns that line."""
-        held = self.table.parameters()
+        held = self.shard_layout.parameters()
         dtype = held[0][0].dtype if held else self.master.dtype
-        line = (
+        shard = (
             self.master
             if dtype == self.master.dtype
             else torch.zeros_like(self.master, dtype=dtype)
         )
         for parameter, slots in held:
-            start = slots[0].offset - slots[0].piece.row * slots[0].width
-            view = line.narrow(0, start, parameter.numel()).view(parameter.shape)
+            start = slots[0].offset - slots[0].param_slice.row * slots[0].width
+            view = shard.narrow(0, start, parameter.numel()).view(parameter.shape)
             parameter.data = view.copy_(parameter)
-        return line
+        return shard
 
-    def adopt(self, piece: ParamSlice, values: Tensor) -> None:
+    def set_master(self, param_slice: ParamSlice, values: Tensor) -> None:
         """Take fp32 initial values [piece.shape] as master weights; keeps this rank's rows."""
-        slot = self._slot_of[piece.name]
-        start, stop = slot.rows(self.table.dp)
+        slot = self._slot_of[param_slice.name]
+        start, stop = slot.rows(self.shard_layout.dp)
         self.view("master", slot).copy_(values[start:stop])
 
     @property
@@ -97,7 +97,7 @@ class ShardedAdamW:
 
     def view(self, state: str, slot: BufferSlot) -> Tensor:
         """This rank's rows of one state of a piece, in the piece's shape."""
-        return self.table.local(getattr(self, state), slot)
+        return self.shard_layout.local(getattr(self, state), slot)
 
     @torch.no_grad()
     def step(
@@ -111,7 +111,7 @@ class ShardedAdamW:
         update = _fused if self.kernel == "fused" else _reference
         for bucket in self._buckets:
             part = slice(bucket.start, bucket.stop)
-            decay = self.weight_decay if bucket.start < self.table.decayed else 0.0
+            decay = self.weight_decay if bucket.start < self.shard_layout.decayed else 0.0
             rule = _Rule(self.adam_steps + 1, lr, self.betas, self.eps, decay, divisor, skip)
             update(
                 self.master[part], gradient[part], self.exp_avg[part], self.exp_avg_sq[part], rule
@@ -122,37 +122,41 @@ class ShardedAdamW:
         """Tell whether the last step was applied."""
         self.adam_steps += int(applied)
 
-    def publish(self) -> None:
+    def write_parameters(self) -> None:
         """Write the master weights, rounded to the parameters' dtype, into the parameters of every data-parallel rank."""
         for bucket in self._buckets:
             self._send(bucket)
-        self.publisher.finish()
+        self.param_gather.finish()
 
     @torch.no_grad()
     def _send(self, bucket: Bucket) -> None:
         part = slice(bucket.start, bucket.stop)
         if self._weights is None:
-            self.publisher.put(bucket, self.master[part])
+            self.param_gather.start(bucket, self.master[part])
         elif self._weights is not self.master:
             self._weights[part].copy_(self.master[part])
 
     def finish(self) -> None:
         """Return when all parameters hold the last update: for whoever reads them other than in a forward pass, and for
         the end of a run, which must not leave others waiting."""
-        self.publisher.finish()
+        self.param_gather.finish()
 
     def wait_for(self, module: nn.Module) -> None:
         """Return when the parameters of `module` hold the last update."""
-        self.publisher.wait_for(module)
+        self.param_gather.wait_for(module)
 
 
-def _in_order_of_use(table: ShardLayout, bucket_bytes: int | None) -> tuple[Bucket, ...]:
+def _in_order_of_use(shard_layout: ShardLayout, bucket_bytes: int | None) -> tuple[Bucket, ...]:
     """The buckets as a forward pass meets them: what does not decay (norms) stands all over the model, so it is first.
 
     On one rank nothing is sent, and each half is one.
     """
-    buckets = table.buckets(bucket_bytes if table.dp.size > 1 else 4 * table.elements + 4)
-    return tuple(sorted(buckets, key=lambda bucket: (bucket.start < table.decayed, bucket.start)))
+    buckets = shard_layout.buckets(
+        bucket_bytes if shard_layout.dp.size > 1 else 4 * shard_layout.elements + 4
+    )
+    return tuple(
+        sorted(buckets, key=lambda bucket: (bucket.start < shard_layout.decayed, bucket.start))
+    )
 
 
 def _fused(p: Tensor, g: Tensor, m: Tensor, v: Tensor, rule: _Rule) -> None:

@@ -46,11 +46,11 @@ class StepSums:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class StepDecision:
     """The same on the device, not yet read by the host: what the optimizer needs, and `read` for the rest."""
 
     names: Sequence[str]
-    table: Tensor
+    totals: Tensor
     """fp64 [names + loss + flags]."""
     grad_norm: Tensor
     """fp64 scalar."""
@@ -61,7 +61,7 @@ class Verdict:
 
     def read(self) -> StepSums:
         """Wait for the device, once."""
-        *values, norm = torch.cat((self.table, self.grad_norm.view(1))).tolist()
+        *values, norm = torch.cat((self.totals, self.grad_norm.view(1))).tolist()
         n = len(self.names)
         norms = {
             name: sqrt(value) if value >= 0 else float("nan")
@@ -73,39 +73,43 @@ class Verdict:
 class SquareSums:
     """Square sums of one rank's rows of each global tensor of `names`."""
 
-    def __init__(self, table: ShardLayout, names: Sequence[str], tp: Axis, device: torch.device):
-        place = {name: i for i, name in enumerate(names)}
-        self.table, self.names = table, names
+    def __init__(
+        self, shard_layout: ShardLayout, names: Sequence[str], tp: Axis, device: torch.device
+    ):
+        index_of = {name: i for i, name in enumerate(names)}
+        self.shard_layout, self.names = shard_layout, names
         self._held = [
             slot
-            for slot in table.slots
-            if slot.rows(table.dp)[1] > slot.rows(table.dp)[0] and slot.width
+            for slot in shard_layout.slots
+            if slot.rows(shard_layout.dp)[1] > slot.rows(shard_layout.dp)[0] and slot.width
         ]
-        self._places = torch.tensor(
-            [place[slot.piece.name] for slot in self._held], dtype=torch.int64, device=device
+        self._indices = torch.tensor(
+            [index_of[slot.param_slice.name] for slot in self._held],
+            dtype=torch.int64,
+            device=device,
         )
         # Times 0 and not skipped: a replica that is not finite must still stop the step, and 0 * inf is NaN.
-        counted = [float(slot.piece.dim is not None or tp.rank == 0) for slot in self._held]
+        counted = [float(slot.param_slice.dim is not None or tp.rank == 0) for slot in self._held]
         self._counted = torch.tensor(counted, dtype=torch.float64, device=device)
-        self._line: Tensor | None = None
+        self._shard: Tensor | None = None
         self._rows: list[Tensor] = []
 
-    def __call__(self, line: Tensor) -> Tensor:
+    def __call__(self, shard: Tensor) -> Tensor:
         """fp64 [names] from a line [elements]; 0 where this rank holds nothing or another counts it (NaN where a copy that
         another counts is not finite here)."""
-        sums = torch.zeros(len(self.names), dtype=torch.float64, device=line.device)
+        sums = torch.zeros(len(self.names), dtype=torch.float64, device=shard.device)
         if self._held:
-            if line is not self._line:
+            if shard is not self._shard:
                 # The gradient buffer gives the same line in every step, so its parts are looked up once.
-                self._line, self._rows = (
-                    line,
-                    [self.table.local(line, slot).view(-1) for slot in self._held],
+                self._shard, self._rows = (
+                    shard,
+                    [self.shard_layout.local(shard, slot).view(-1) for slot in self._held],
                 )
-            if line.device.type == "cpu":
+            if shard.device.type == "cpu":
                 squares = torch.stack([_square(part) for part in self._rows])
             else:
                 squares = _squares(self._rows)
-            sums.index_copy_(0, self._places, squares * self._counted)
+            sums.index_copy_(0, self._indices, squares * self._counted)
         return sums
 
 
@@ -124,7 +128,7 @@ def _squares(rows: Sequence[Tensor]) -> Tensor:
     return torch.stack(torch._foreach_norm(list(rows), 2.0, dtype=torch.float64)).square()
 
 
-def agree(
+def decide_step(
     sums: Tensor,
     names: Sequence[str],
     loss: Tensor,
@@ -132,21 +136,21 @@ def agree(
     stage: Axis,
     pp: Axis,
     clip_norm: float | None = None,
-) -> Verdict:
+) -> StepDecision:
     """Exchange square sums, this rank's part of the loss (already divided; 0 where another rank counts it) and flags.
 
     The gradient is divided by max(1, (norm + 1e-6) / clip_norm), torch.nn.utils.clip_grad_norm_'s rule.
     """
-    table = torch.cat((sums, loss.detach().double().view(1), sums.new_zeros(len(flags))))
+    totals = torch.cat((sums, loss.detach().double().view(1), sums.new_zeros(len(flags))))
     for index, flag in enumerate(flags):
         if flag:
-            table[len(names) + 1 + index].fill_(flag)
-    all_reduce(table, stage)
-    all_reduce(table, pp)
-    total = table[: len(names)].cumsum(0)[-1]
+            totals[len(names) + 1 + index].fill_(flag)
+    all_reduce(totals, stage)
+    all_reduce(totals, pp)
+    total = totals[: len(names)].cumsum(0)[-1]
     norm = total.sqrt()
-    skip = (~(torch.isfinite(norm) & torch.isfinite(table[len(names)]))).float()
+    skip = (~(torch.isfinite(norm) & torch.isfinite(totals[len(names)]))).float()
     divisor = (
         torch.ones_like(norm) if clip_norm is None else ((norm + 1e-6) / clip_norm).clamp(min=1.0)
     )
-    return Verdict(names, table, norm, divisor.float(), skip)
+    return StepDecision(names, totals, norm, divisor.float(), skip)

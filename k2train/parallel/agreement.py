@@ -62,9 +62,9 @@ class Agreement:
 
     def from_first(self, mine: T) -> T:
         """Rank 0's value on every rank."""
-        told: list[Any] = [mine]
-        dist.broadcast_object_list(told, src=0, group=self.group)
-        result: T = told[0]
+        shared: list[Any] = [mine]
+        dist.broadcast_object_list(shared, src=0, group=self.group)
+        result: T = shared[0]
         return result
 
     def sum(self, mine: torch.Tensor) -> torch.Tensor:

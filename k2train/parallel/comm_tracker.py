@@ -29,7 +29,7 @@ class CommTracker:
         self.blocked_seconds = self._began = 0.0
         self.cells: list[int] | memoryview[int] = [0]
 
-    def exchange(self, name: str) -> "CommTracker":
+    def collective(self, name: str) -> "CommTracker":
         """Context of a collective or transfer that begins, e.g. `all-reduce tp`. Not to be nested."""
         self.count += 1
         self.cells[0] = self.count
@@ -66,7 +66,7 @@ _NOTHING: Context = nullcontext()
 
 def collective_scope(comm: CommTracker | None, name: str) -> Context:
     """`comm.exchange(name)`, or nothing without a comm."""
-    return _NOTHING if comm is None else comm.exchange(name)
+    return _NOTHING if comm is None else comm.collective(name)
 
 
 def wait_scope(comm: CommTracker | None, name: str) -> Context:
@@ -74,7 +74,7 @@ def wait_scope(comm: CommTracker | None, name: str) -> Context:
     return _NOTHING if comm is None else comm.wait(name)
 
 
-class AllOf:
+class CombinedWork:
     """Several transfers under way as one: `wait` returns when all are done."""
 
     def __init__(self, waits: list[Callable[[], object]]):

@@ -105,7 +105,7 @@ def _refuse_bad_labels(labels: Tensor, vocab_size: int) -> None:
 
 
 @dataclass(frozen=True)
-class Vocabulary:
+class VocabShard:
     """Which ids the rows of this rank's matrix stand for: `width` of them from `start`, of `size` in all."""
 
     start: int
@@ -127,17 +127,17 @@ def strip_rows(rows: int, width: int, device: str) -> int:
     return max(1, -(-rows // strips))
 
 
-def _probabilities_(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+def _softmax_(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     """Turn logits [r, width] into the softmax over these columns, in place.
 
     Returns the maximum, the logarithm of the sum of exponentials below it and the label's logit, fp32 [3, r], and the
     label's probability, fp32 [r]; `index` [r, 1] is the label's column.
     """
     rows, width = logits.shape
-    facts = torch.zeros(4, rows, dtype=torch.float32, device=logits.device)
+    stats = torch.zeros(4, rows, dtype=torch.float32, device=logits.device)
     if not width:
-        facts[0] = float("-inf")
-        return facts[:3], facts[3]
+        stats[0] = float("-inf")
+        return stats[:3], stats[3]
     narrow = logits.dtype != torch.float32
     band = max(1, BAND_BYTES // (4 * width)) if narrow and logits.device.type == "cpu" else rows
     wide = (
@@ -151,25 +151,25 @@ def _probabilities_(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         peak, label_logit = x.amax(dim=-1), x.gather(-1, index[part])
         torch.softmax(x, dim=-1, out=x)
         # The largest probability is 1 / sum: at least 1 / width, so its logarithm is exact where a label's may be log 0.
-        facts[0, part], facts[1, part] = peak, -x.amax(dim=-1).log()
-        facts[2, part], facts[3, part] = (
+        stats[0, part], stats[1, part] = peak, -x.amax(dim=-1).log()
+        stats[2, part], stats[3, part] = (
             label_logit.squeeze(-1),
             x.gather(-1, index[part]).squeeze(-1),
         )
         if narrow:
             logits[part].copy_(x)
-    return facts[:3], facts[3]
+    return stats[:3], stats[3]
 
 
-def _over_ranks(facts: Tensor, mine: Tensor, tp: Axis) -> tuple[Tensor, Tensor | None]:
+def _combine_ranks(stats: Tensor, mine: Tensor, tp: Axis) -> tuple[Tensor, Tensor | None]:
     """(loss [r], this rank's share of each row's probability [r]; None: all of it) from the facts of its columns [3, r].
 
     One gather of three numbers a row; every rank then adds the same numbers in the same order.
     """
     if tp.size == 1:
-        return facts[1] + (facts[0] - facts[2]), None
-    facts[2].mul_(mine)
-    peaks, sums, label_logits = all_gather(facts, tp).view(tp.size, 3, -1).unbind(1)
+        return stats[1] + (stats[0] - stats[2]), None
+    stats[2].mul_(mine)
+    peaks, sums, label_logits = all_gather(stats, tp).view(tp.size, 3, -1).unbind(1)
     peak = peaks.amax(dim=0)
     parts = peaks - peak + sums
     whole = torch.logsumexp(parts, dim=0)
@@ -184,14 +184,14 @@ class _FusedCrossEntropy(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         labels: Tensor,
-        v: Vocabulary,
+        v: VocabShard,
         scale: float,
         strip: int,
         product: Product,
-        learn: bool,
+        needs_grad: bool,
     ) -> Tensor:
         x = all_gather(hidden, v.tp) if v.sequence else hidden
-        work = _Strips(
+        work = _StripLoss(
             x,
             weight,
             labels,
@@ -199,12 +199,12 @@ class _FusedCrossEntropy(torch.autograd.Function):
             scale,
             strip,
             product,
-            learn and hidden.requires_grad,
-            learn and weight.requires_grad,
+            needs_grad and hidden.requires_grad,
+            needs_grad and weight.requires_grad,
         )
         losses = work.run()
         ctx.save_for_backward(*work.gradients())
-        ctx.has = work.dx is not None, work.own is not None
+        ctx.saved_flags = work.dx is not None, work.returned_grad is not None
         return losses.sum() * scale
 
     @staticmethod
@@ -216,11 +216,11 @@ class _FusedCrossEntropy(torch.autograd.Function):
         else:
             torch._assert_async(grad == 1.0)
         saved = iter(ctx.saved_tensors)
-        dx, dw = (next(saved) if has else None for has in ctx.has)
+        dx, dw = (next(saved) if has else None for has in ctx.saved_flags)
         return dx, dw, None, None, None, None, None, None
 
 
-class _Strips:
+class _StripLoss:
     """One micro-batch: x [s, b, h] and labels [s, b] as n = s * b rows, strip after strip."""
 
     def __init__(
@@ -228,7 +228,7 @@ class _Strips:
         x: Tensor,
         weight: Tensor,
         labels: Tensor,
-        v: Vocabulary,
+        v: VocabShard,
         scale: float,
         strip: int,
         product: Product,
@@ -246,10 +246,10 @@ class _Strips:
         self.dx = torch.empty_like(self.x) if wants_x else None
         self.pending: Pending | None = None
         self.accumulator = accumulator_of(weight) if wants_weight else None
-        self.own: GradAccumulator | None = None
+        self.returned_grad: GradAccumulator | None = None
         """Where the matrix's gradient goes when nobody gave it a place; autograd takes it from there."""
         if wants_weight and self.accumulator is None:
-            self.accumulator = self.own = GradAccumulator(
+            self.accumulator = self.returned_grad = GradAccumulator(
                 torch.zeros_like(weight, dtype=torch.float32)
             )
         self.dtype = weight.dtype
@@ -257,7 +257,7 @@ class _Strips:
     def run(self) -> Tensor:
         """The loss of each row, fp32 [n]; what was wanted of the gradients is made on the way."""
         rows = self.x.shape[0]
-        room = (
+        buffer = (
             self.x.new_empty(min(self.strip, rows), self.v.width)
             if self.product.writes_out
             else None
@@ -265,38 +265,38 @@ class _Strips:
         losses = torch.empty(rows, dtype=torch.float32, device=self.x.device)
         for begin in range(0, rows, self.strip):
             part = slice(begin, min(begin + self.strip, rows))
-            out = None if room is None else room[: part.stop - begin]
+            out = None if buffer is None else buffer[: part.stop - begin]
             strip = self.product.multiply(self.x[part], self.weight.t(), gradient=False, out=out)
-            facts, label_probability = _probabilities_(strip, self.index[part])
-            losses[part], share = _over_ranks(facts, self.mine[part], self.v.tp)
+            stats, label_probability = _softmax_(strip, self.index[part])
+            losses[part], share = _combine_ranks(stats, self.mine[part], self.v.tp)
             if self.dx is not None or self.accumulator is not None:
-                self._learn(strip, label_probability, share, part)
+                self._strip_gradients(strip, label_probability, share, part)
             # Before the next one is made: a product that brings its own memory would else have two of them alive.
             del strip
         if self.accumulator is not None:
             self.accumulator.complete()
         return (losses * self.counted).masked_fill_(self.bad, float("nan"))
 
-    def _learn(
+    def _strip_gradients(
         self, strip: Tensor, label_probability: Tensor, share: Tensor | None, part: slice
     ) -> None:
-        factor, taken = self.factor[part], self.mine[part].float()
+        factor, label_mass = self.factor[part], self.mine[part].float()
         if share is not None:
-            factor, taken = factor * share, taken / share
+            factor, label_mass = factor * share, label_mass / share
         if self.v.width:
             strip.scatter_(
-                -1, self.index[part], (label_probability - taken).to(strip.dtype).unsqueeze(-1)
+                -1, self.index[part], (label_probability - label_mass).to(strip.dtype).unsqueeze(-1)
             )
         factor = factor.unsqueeze(-1)
         if self.dx is not None:
             self.product.multiply(strip, self.weight, gradient=True, out=self.dx[part]).mul_(factor)
             if part.stop == self.x.shape[0]:
-                self.pending = self._leave(self.dx.view(self.shape))
+                self.pending = self._reduce_dx(self.dx.view(self.shape))
         if self.accumulator is not None and self.v.width:
             into = self.accumulator.total.narrow(0, 0, self.v.width)
             self.product.add_weight_gradient(into, strip, (self.x[part] * factor).to(strip.dtype))
 
-    def _leave(self, dx: Tensor) -> Pending:
+    def _reduce_dx(self, dx: Tensor) -> Pending:
         """Sum the input's gradient over ranks: in the forward pass, so that with sequence parallelism only this rank's
         part of it waits for the backward. It goes while the last strip's weight gradient is made, where overlap is on."""
         tp = self.v.tp
@@ -306,14 +306,14 @@ class _Strips:
     def gradients(self) -> list[Tensor]:
         """What the backward hands over: of the input [s(/tp), b, h], then of the matrix, as far as each was wanted."""
         dx = [] if self.pending is None else [self.pending.wait()]
-        return dx if self.own is None else [*dx, self.own.total.to(self.dtype)]
+        return dx if self.returned_grad is None else [*dx, self.returned_grad.total.to(self.dtype)]
 
 
 def fused_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
-    vocabulary: Vocabulary,
+    vocabulary: VocabShard,
     scale: float,
     strip: int | None = None,
     product: Product | None = None,
@@ -335,7 +335,7 @@ def fused_cross_entropy(
         strip = strip_rows(labels.numel(), width, labels.device.type)
     if product is None or not product.exact:
         product = Product()
-    learn = torch.is_grad_enabled()
+    needs_grad = torch.is_grad_enabled()
     return _FusedCrossEntropy.apply(
-        hidden, weight, labels, vocabulary, scale, strip, product, learn
+        hidden, weight, labels, vocabulary, scale, strip, product, needs_grad
     )

@@ -36,7 +36,7 @@ class Multipliers:
     def on(self, device: torch.device) -> tuple[Tensor, ...]:
         """(rows [2, n], columns [2, m]) int64 on a device."""
         if device not in self._on:
-            self._on[device] = tuple(table.to(device) for table in self.host)
+            self._on[device] = tuple(factors.to(device) for factors in self.host)
         return self._on[device]
 
 
@@ -69,45 +69,52 @@ class StateDigest:
     """Digests of the pieces of one `ShardLayout`: `names` are all global tensors of the model in one order, `states` those
     of each; `tp` is the tensor-parallel axis, over which a whole tensor is counted once."""
 
-    def __init__(self, table: ShardLayout, names: Sequence[str], states: Sequence[str], tp: Axis):
-        self.table, self.names, self.states, self.tp = table, tuple(names), tuple(states), tp
+    def __init__(
+        self, shard_layout: ShardLayout, names: Sequence[str], states: Sequence[str], tp: Axis
+    ):
+        self.shard_layout, self.names, self.states, self.tp = (
+            shard_layout,
+            tuple(names),
+            tuple(states),
+            tp,
+        )
         self.keys = [f"{name}.{state}" for name in self.names for state in self.states]
         """NAME.state of each row of `sums`."""
-        self._place = {name: index for index, name in enumerate(self.names)}
-        shapes = [slot.piece.global_shape for slot in table.slots]
+        self._index = {name: index for index, name in enumerate(self.names)}
+        shapes = [slot.param_slice.global_shape for slot in shard_layout.slots]
         self._factors = Multipliers(
             max((shape[0] for shape in shapes), default=1),
             max((prod(shape[1:]) for shape in shapes), default=1),
         )
 
-    def sums(self, lines: Mapping[str, Tensor]) -> Tensor:
+    def sums(self, shards: Mapping[str, Tensor]) -> Tensor:
         """This rank's part, int64 [names * states, 2] on the lines' device, from fp32 lines [elements] by state; rows as
         in `keys`, a tensor that other ranks count is 0.
 
         The sum of all ranks' (wrapping) is what `digests` takes.
         """
-        device = lines[self.states[0]].device
+        device = shards[self.states[0]].device
         found = torch.zeros(
             len(self.names), len(self.states), LANES, dtype=torch.int64, device=device
         )
-        for slot in self.table.slots:
-            if slot.piece.dim is None and self.tp.rank != 0:
+        for slot in self.shard_layout.slots:
+            if slot.param_slice.dim is None and self.tp.rank != 0:
                 continue
             for number, state in enumerate(self.states):
-                row, column = self._corner(slot)
-                block = self.table.local(lines[state], slot)
-                found[self._place[slot.piece.name], number] = tensor_sums(
+                row, column = self._origin(slot)
+                block = self.shard_layout.local(shards[state], slot)
+                found[self._index[slot.param_slice.name], number] = tensor_sums(
                     block, row, column, self._factors
                 )
         return found.view(-1, LANES)
 
-    def _corner(self, slot: BufferSlot) -> tuple[int, int]:
+    def _origin(self, slot: BufferSlot) -> tuple[int, int]:
         """Row and column of this rank's first element in the global tensor."""
-        piece, (first, _) = slot.piece, slot.rows(self.table.dp)
-        if piece.dim in (None, 0):
-            return (0 if piece.dim is None else piece.start) + first, 0
-        assert piece.dim == 1, f"{piece.name}: cut in dimension {piece.dim}"
-        return first, piece.start * prod(piece.global_shape[2:])
+        param_slice, (first, _) = slot.param_slice, slot.rows(self.shard_layout.dp)
+        if param_slice.dim in (None, 0):
+            return (0 if param_slice.dim is None else param_slice.start) + first, 0
+        assert param_slice.dim == 1, f"{param_slice.name}: cut in dimension {param_slice.dim}"
+        return first, param_slice.start * prod(param_slice.global_shape[2:])
 
     def digests(self, summed: Tensor) -> dict[str, str]:
         """{NAME.state: 32 hexadecimal digits} from the sum over all ranks [names * states, 2]."""
@@ -117,17 +124,17 @@ class StateDigest:
 
 
 @dataclass(frozen=True)
-class Root:
+class StateRoot:
     """The root of a state and what it is made of; the same on every rank."""
 
     root: str
     digests: Mapping[str, str]
     """{NAME.state: digest}."""
-    own: Tensor
-    """This rank's part of the sums, int64 [names * states, 2]: what a `StateGuard` keeps."""
+    local_sums: Tensor
+    """This rank's part of the sums, int64 [names * states, 2]: what a `StateAudit` keeps."""
 
 
-class StateRoot:
+class RootAllReduce:
     """The root of the whole state with one all-reduce over `group` (None: all ranks); collective."""
 
     def __init__(
@@ -138,20 +145,20 @@ class StateRoot:
     ) -> None:
         self.digest, self.group, self.comm = digest, group, comm
 
-    def __call__(self, lines: Mapping[str, Tensor], step: int, adam_steps: int) -> Root:
-        """The root of fp32 `lines` by state, on every rank."""
-        own = self.digest.sums(lines)
-        summed = own.clone()
+    def __call__(self, shards: Mapping[str, Tensor], step: int, adam_steps: int) -> StateRoot:
+        """The root of fp32 `shards` by state, on every rank."""
+        local_sums = self.digest.sums(shards)
+        summed = local_sums.clone()
         with collective_scope(self.comm, "all-reduce of the root of the state"):
             dist.all_reduce(summed, group=self.group)
         digests = self.digest.digests(summed)
-        return Root(state_root(digests, step, adam_steps), digests, own)
+        return StateRoot(state_root(digests, step, adam_steps), digests, local_sums)
 
 
-class StateGuard:
+class StateAudit:
     """Whether each rank's lines still are what the last update left: they have no copy that they could be compared with.
 
-    Sums are kept after an update (`Root.own`: no second pass) and made again before the next; in between nobody writes.
+    Sums are kept after an update (`Root.local_sums`: no second pass) and made again before the next; in between nobody writes.
     What several tensor-parallel ranks hold whole is looked at on the first of them; `replicas` compares the others with it.
     """
 
@@ -172,7 +179,7 @@ class StateGuard:
         """The lines will be written by right (a checkpoint is loaded)."""
         self._kept = None
 
-    def problem(self, lines: Mapping[str, Tensor]) -> str | None:
+    def problem(self, shards: Mapping[str, Tensor]) -> str | None:
         """One line naming what changed on which rank since `keep`, None when nothing did; collective, the same on all.
 
         None too, without communication, when nothing was kept. Forgets what was kept.
@@ -181,7 +188,7 @@ class StateGuard:
         if kept is None:
             return None
         # Of each row the number of the rank that found it changed, counted from 1: the highest one is told.
-        changed = (self.digest.sums(lines) != kept).any(dim=1).long() * (dist.get_rank() + 1)
+        changed = (self.digest.sums(shards) != kept).any(dim=1).long() * (dist.get_rank() + 1)
         with collective_scope(self.comm, "all-reduce of changes of the state"):
             dist.all_reduce(changed, op=dist.ReduceOp.MAX, group=self.group)
         found = [

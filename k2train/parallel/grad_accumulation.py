@@ -2,7 +2,7 @@
 
 A matrix's gradient is a product of what came in and what came back, so it needs no tensor of its own: the product is
 added into the parameter's fp32 sum (`GradAccumulator`), and autograd hears of no weight gradient. Whether it is done inside the
-backward pass or kept for a later action of a zero-bubble schedule is the stage's `WeightWork` to say; a layer only hands
+backward pass or kept for a later action of a zero-bubble schedule is the stage's `WeightGradStore` to say; a layer only hands
 over what there is to do. Refused: autograd's own accumulation (a tensor in the weights' dtype a micro-batch, then an
 addition), and two backward passes over one graph (everything up to the matrices would be computed twice).
 """
@@ -77,31 +77,31 @@ def accumulator_of(parameter: Tensor) -> GradAccumulator | None:
     return getattr(parameter, "accumulator", None)
 
 
-class WeightWork:
+class WeightGradStore:
     """The weight gradients of one stage: done where they are handed over, or kept for later."""
 
     def __init__(self) -> None:
-        self._kept: list[Callable[[], None]] | None = None
+        self._deferred: list[Callable[[], None]] | None = None
 
     @property
-    def is_keeping(self) -> bool:
+    def is_deferring(self) -> bool:
         """Whether what is handed over now is done later."""
-        return self._kept is not None
+        return self._deferred is not None
 
-    def do(self, work: Callable[[], None]) -> None:
-        """Run `work` now, or keep it, with the tensors it holds, while `keeping`."""
-        if self._kept is None:
+    def submit(self, work: Callable[[], None]) -> None:
+        """Run `work` now, or keep it, with the tensors it holds, while `deferring`."""
+        if self._deferred is None:
             work()
         else:
             # Later is outside the backward pass, where nothing switches the recording of gradients off.
-            self._kept.append(torch.no_grad()(work))
+            self._deferred.append(torch.no_grad()(work))
 
     @contextmanager
-    def keeping(self) -> Iterator[list[Callable[[], None]]]:
+    def deferring(self) -> Iterator[list[Callable[[], None]]]:
         """Keep what is handed over inside; whoever takes the list runs it once, in its order."""
-        assert self._kept is None, "a backward pass began inside another one of the same stage"
-        self._kept = []
+        assert self._deferred is None, "a backward pass began inside another one of the same stage"
+        self._deferred = []
         try:
-            yield self._kept
+            yield self._deferred
         finally:
-            self._kept = None
+            self._deferred = None

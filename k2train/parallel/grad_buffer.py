@@ -41,7 +41,7 @@ class BufferSlot:
     """Where one piece lies in a line."""
 
     parameter: nn.Parameter
-    piece: ParamSlice
+    param_slice: ParamSlice
     block: int
     """Rows a data-parallel rank holds (the last ranks may hold fewer, or none)."""
     width: int
@@ -54,7 +54,7 @@ class BufferSlot:
 
     def rows(self, dp: Axis) -> tuple[int, int]:
         """Rows of the piece that rank dp.rank optimizes."""
-        return even_slice(self.piece.shape[0], dp.size, dp.rank)
+        return even_slice(self.param_slice.shape[0], dp.size, dp.rank)
 
 
 @dataclass(frozen=True)
@@ -73,13 +73,13 @@ class Bucket:
 class ShardLayout:
     """The order and offsets of all pieces of this rank in one line."""
 
-    def __init__(self, pieces: Iterable[tuple[nn.Parameter, ParamSlice]], dp: Axis):
+    def __init__(self, slices: Iterable[tuple[nn.Parameter, ParamSlice]], dp: Axis):
         self.dp = dp
         grouped: dict[int, tuple[nn.Parameter, list[ParamSlice]]] = {}
-        for parameter, piece in pieces:
-            grouped.setdefault(id(parameter), (parameter, []))[1].append(piece)
+        for parameter, param_slice in slices:
+            grouped.setdefault(id(parameter), (parameter, []))[1].append(param_slice)
         for _, held in grouped.values():
-            assert len({piece.decay for piece in held}) == 1, (
+            assert len({param_slice.decay for param_slice in held}) == 1, (
                 f"{held[0].name}: one parameter decays in part"
             )
         slots: list[BufferSlot] = []
@@ -87,12 +87,12 @@ class ShardLayout:
         for decay in (True, False):
             for parameter, held in grouped.values():
                 if held[0].decay == decay:
-                    offset = self._place(parameter, held, offset, slots)
+                    offset = self._append_slots(parameter, held, offset, slots)
             self.decayed = offset if decay else self.decayed
         self.slots: tuple[BufferSlot, ...] = tuple(slots)
         self.elements = offset
 
-    def _place(
+    def _append_slots(
         self,
         parameter: nn.Parameter,
         held: Sequence[ParamSlice],
@@ -102,10 +102,10 @@ class ShardLayout:
         """Append a parameter's slots from `offset` on; returns where the next parameter begins."""
         width = prod(parameter.shape[1:])
         first = offset
-        for piece in held:
-            block = -(-piece.shape[0] // self.dp.size)
-            at = first + piece.row * width if self.dp.size == 1 else offset
-            slots.append(BufferSlot(parameter, piece, block, width, at))
+        for param_slice in held:
+            block = -(-param_slice.shape[0] // self.dp.size)
+            at = first + param_slice.row * width if self.dp.size == 1 else offset
+            slots.append(BufferSlot(parameter, param_slice, block, width, at))
             offset = at + block * width
         # With one rank the padding rows of a parameter lie in the line too: its sum is then one view of it.
         offset = first + parameter.numel() if self.dp.size == 1 else offset
@@ -123,7 +123,7 @@ class ShardLayout:
         ranks' rows; the first takes what is left), then the rest as one."""
         limit = (limit_bytes or BUCKET_BYTES) // (4 * self.dp.size)
         cuts, stop = [self.decayed], self.decayed
-        decayed = [held for _, held in self.parameters() if held[0].piece.decay]
+        decayed = [held for _, held in self.parameters() if held[0].param_slice.decay]
         for held in reversed(decayed):
             if stop - held[0].offset >= limit or held is decayed[0]:
                 stop = held[0].offset
@@ -136,23 +136,23 @@ class ShardLayout:
                 found.append(Bucket(start, stop, inside))
         return tuple(found)
 
-    def local(self, line: Tensor, slot: BufferSlot) -> Tensor:
-        """The view of `line` [elements] that holds this rank's rows of a piece, in the piece's shape."""
+    def local(self, shard: Tensor, slot: BufferSlot) -> Tensor:
+        """The view of `shard` [elements] that holds this rank's rows of a piece, in the piece's shape."""
         start, stop = slot.rows(self.dp)
-        return line.narrow(0, slot.offset, (stop - start) * slot.width).view(
-            stop - start, *slot.piece.shape[1:]
+        return shard.narrow(0, slot.offset, (stop - start) * slot.width).view(
+            stop - start, *slot.param_slice.shape[1:]
         )
 
     def each_block(
-        self, lines: Tensor, slot: BufferSlot, rows: Tensor, first: int = 0
+        self, shards: Tensor, slot: BufferSlot, rows: Tensor, first: int = 0
     ) -> list[tuple[Tensor, Tensor]]:
         """Pairs (view of lines, rows of a piece-shaped tensor) that cover the piece: whole blocks, then the short one.
 
-        `lines` [dp, n] are all ranks' lines from element `first` on.
+        `shards` [dp, n] are all ranks' lines from element `first` on.
         """
         if slot.block == 0:
             return []
-        blocks = lines.narrow(1, slot.offset - first, slot.elements).view(
+        blocks = shards.narrow(1, slot.offset - first, slot.elements).view(
             self.dp.size, slot.block, slot.width
         )
         flat = rows.reshape(rows.shape[0], slot.width)
@@ -179,33 +179,35 @@ class GradientBuffer:
         num_microbatches: int | None = None,
         bucket_bytes: int | None = None,
     ):
-        self.table = ShardLayout([pair for module in modules for pair in named_slices(module)], dp)
+        self.shard_layout = ShardLayout(
+            [pair for module in modules for pair in named_slices(module)], dp
+        )
         self.dp, self.tp, self.num_microbatches = dp, tp, num_microbatches
-        self.line = torch.zeros(self.table.elements, dtype=torch.float32, device=device)
+        self.shard = torch.zeros(self.shard_layout.elements, dtype=torch.float32, device=device)
         """This rank's line; what `reduce` returns."""
-        held = self.table.parameters()
-        self._sums = self.line if dp.size == 1 else self._own_sums(held, device)
-        self._totals = self._cut(held)
-        self._names = ["+".join(slot.piece.name for slot in slots) for _, slots in held]
-        self._of = {id(parameter): index for index, (parameter, _) in enumerate(held)}
+        held = self.shard_layout.parameters()
+        self._sums = self.shard if dp.size == 1 else self._allocate_sums(held, device)
+        self._totals = self._total_views(held)
+        self._names = ["+".join(slot.param_slice.name for slot in slots) for _, slots in held]
+        self._index = {id(parameter): index for index, (parameter, _) in enumerate(held)}
         self._arrivals = [0] * len(held)
-        self._buckets = tuple(reversed(self.table.buckets(bucket_bytes)))
-        if self.table.elements > self.table.decayed:
+        self._buckets = tuple(reversed(self.shard_layout.buckets(bucket_bytes)))
+        if self.shard_layout.elements > self.shard_layout.decayed:
             # Norms wait for their sum over tensor-parallel ranks, so they go last.
             self._buckets = (*self._buckets[1:], self._buckets[0])
         self._started = 0
-        self._under_way: list[tuple[Bucket, Pending]] = []
-        self._bucket_of, self._missing = self._members()
+        self._pending: list[tuple[Bucket, Pending]] = []
+        self._bucket_of, self._missing = self._bucket_members()
         for index, (parameter, _) in enumerate(held):
-            self._listen(index, parameter)
+            self._register(index, parameter)
 
-    def _own_sums(
+    def _allocate_sums(
         self, held: Sequence[tuple[nn.Parameter, list[BufferSlot]]], device: torch.device
     ) -> Tensor:
         size = sum(-(-parameter.numel() // ALIGN) * ALIGN for parameter, _ in held)
         return torch.zeros(size, dtype=torch.float32, device=device)
 
-    def _cut(self, held: Sequence[tuple[nn.Parameter, list[BufferSlot]]]) -> list[Tensor]:
+    def _total_views(self, held: Sequence[tuple[nn.Parameter, list[BufferSlot]]]) -> list[Tensor]:
         """Each parameter's sum, a view of all sums in its shape."""
         totals, offset = [], 0
         for parameter, _ in held:
@@ -213,23 +215,23 @@ class GradientBuffer:
             offset += -(-parameter.numel() // ALIGN) * ALIGN
         return totals
 
-    def _members(self) -> tuple[list[int], list[int]]:
+    def _bucket_members(self) -> tuple[list[int], list[int]]:
         """Of each parameter the bucket; of each bucket how many parameters are not complete yet."""
         bucket_of, missing = [0] * len(self._totals), []
         for number, bucket in enumerate(self._buckets):
-            members = {self._of[id(slot.parameter)] for slot in bucket.slots}
+            members = {self._index[id(slot.parameter)] for slot in bucket.slots}
             missing.append(len(members))
             for index in members:
                 bucket_of[index] = number
         return bucket_of, missing
 
-    def _listen(self, index: int, parameter: nn.Parameter) -> None:
+    def _register(self, index: int, parameter: nn.Parameter) -> None:
         # A hook is held by the parameter from C++, where Python's collector does not look: with a plain reference to this
         # buffer, which holds the parameters, neither would ever be freed, nor the process groups they refer to.
-        this = ref(self)
+        buffer_ref = ref(self)
 
         def arrived() -> None:
-            buffer = this()
+            buffer = buffer_ref()
             assert buffer is not None, "a backward ran after its gradient buffer was gone"
             buffer._arrived(index)
 
@@ -247,22 +249,20 @@ class GradientBuffer:
 
     def zero(self) -> None:
         """Begin a step."""
-        assert not self._under_way, (
-            "a step began while gradients of the one before were on their way"
-        )
+        assert not self._pending, "a step began while gradients of the one before were on their way"
         self._sums.zero_()
         self._started = 0
         self._arrivals = [0] * len(self._totals)
-        self._bucket_of, self._missing = self._members()
+        self._bucket_of, self._missing = self._bucket_members()
 
     def _arrived(self, index: int) -> None:
         self._arrivals[index] += 1
         if self._arrivals[index] == self.num_microbatches:
             self._missing[self._bucket_of[index]] -= 1
             if self.dp.overlap and self.dp.size > 1:
-                self._leave()
+                self._start_complete()
 
-    def _leave(self) -> None:
+    def _start_complete(self) -> None:
         """Start the buckets whose turn it is, save the last: it waits for a sum over tensor-parallel ranks."""
         while self._started < len(self._buckets) - 1 and self._missing[self._started] == 0:
             self._start()
@@ -270,24 +270,24 @@ class GradientBuffer:
     @torch.no_grad()
     def _start(self) -> None:
         bucket = self._buckets[self._started]
-        transfer = self.line.new_empty(self.dp.size, bucket.elements)
-        if sum(slot.piece.shape[0] * slot.width for slot in bucket.slots) < transfer.numel():
+        transfer = self.shard.new_empty(self.dp.size, bucket.elements)
+        if sum(slot.param_slice.shape[0] * slot.width for slot in bucket.slots) < transfer.numel():
             transfer.zero_()
         for slot in bucket.slots:
-            for into, rows in self.table.each_block(
+            for into, rows in self.shard_layout.each_block(
                 transfer, slot, self._total(slot), bucket.start
             ):
                 into.copy_(rows)
-        self._under_way.append(
+        self._pending.append(
             (bucket, reduce_scatter_start(transfer, self.dp, wait=not self.dp.overlap))
         )
         self._started += 1
 
-    def _settle(self) -> None:
+    def _collect(self) -> None:
         """Wait for what is under way, and put it into the line."""
-        for bucket, pending in self._under_way:
-            self.line[bucket.start : bucket.stop].copy_(pending.wait().view(-1))
-        self._under_way = []
+        for bucket, pending in self._pending:
+            self.shard[bucket.start : bucket.stop].copy_(pending.wait().view(-1))
+        self._pending = []
 
     def reduce(self) -> Tensor:
         """Sum what sequence parallelism left partial, then over data-parallel ranks: this rank's line [elements], fp32."""
@@ -302,20 +302,24 @@ class GradientBuffer:
             )
         self._sum_over_tensor()
         if self.dp.size == 1:
-            return self.line
+            return self.shard
         while self._started < len(self._buckets):
             self._start()
             if not self.dp.overlap:
-                self._settle()
-        self._settle()
-        return self.line
+                self._collect()
+        self._collect()
+        return self.shard
 
     def _total(self, slot: BufferSlot) -> Tensor:
         """The rows of a piece in its parameter's sum (a view)."""
-        return slot.piece.of(self._totals[self._of[id(slot.parameter)]])
+        return slot.param_slice.of(self._totals[self._index[id(slot.parameter)]])
 
     def _sum_over_tensor(self) -> None:
-        views = [self._total(slot) for slot in self.table.slots if slot.piece.sum_over_tensor]
+        views = [
+            self._total(slot)
+            for slot in self.shard_layout.slots
+            if slot.param_slice.sum_over_tensor
+        ]
         if self.tp.size == 1 or not views:
             return
         flat = all_reduce(torch.cat([view.reshape(-1) for view in views]), self.tp)

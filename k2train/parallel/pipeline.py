@@ -3,7 +3,7 @@
 Receives are posted where they stand in the list and waited for at their use; sends are posted and waited for at the end
 (on gloo a send completes when the peer receives, so waiting earlier could lock two ranks). Between stages of the same
 rank the tensor is handed over as it is. Backward of a stage runs from its saved output; what a stage saved is dropped at once.
-A backward in two parts is one autograd pass, in which the stage's `WeightWork` keeps the weight gradients as work for
+A backward in two parts is one autograd pass, in which the stage's `WeightGradStore` keeps the weight gradients as work for
 later: nothing is computed twice, and in between only what that work holds stays in memory.
 A list without backward ops is an evaluation: nothing is saved.
 """
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from k2train.parallel.comm_tracker import collective_scope, wait_scope
-from k2train.parallel.grad_accumulation import WeightWork
+from k2train.parallel.grad_accumulation import WeightGradStore
 from k2train.parallel.grid import Axis
 from k2train.plan.schedule import Action, Op
 
@@ -26,7 +26,7 @@ Key = tuple[int, int]
 class Executor:
     """Runs programs over the stages this rank holds.
 
-    `stages`: global stage -> module mapping its input to its output; `num_stages` over all ranks. `weight_work`: global
+    `stages`: global stage -> module mapping its input to its output; `num_stages` over all ranks. `weight_grad_store`: global
     stage -> where its modules hand over weight gradients; a stage left out computes them in I, and its W has nothing to do.
     """
 
@@ -36,10 +36,12 @@ class Executor:
         num_stages: int,
         pp: Axis,
         device: torch.device,
-        weight_work: Mapping[int, WeightWork] | None = None,
+        weight_grad_store: Mapping[int, WeightGradStore] | None = None,
     ):
         self.stages, self.num_stages, self.pp, self.device = dict(stages), num_stages, pp, device
-        self.weight_work = {stage: WeightWork() for stage in self.stages} | dict(weight_work or {})
+        self.weight_grad_store = {stage: WeightGradStore() for stage in self.stages} | dict(
+            weight_grad_store or {}
+        )
         self._handlers: dict[Op, Callable[[Action], None]] = {
             Op.FORWARD: self._forward,
             Op.BACKWARD: self._backward,
@@ -73,8 +75,8 @@ class Executor:
         self._y: dict[Key, Tensor] = {}
         self._dy: dict[Key, Tensor] = {}
         self._dx: dict[Key, Tensor] = {}
-        self._kept: dict[Key, list[Callable[[], None]]] = {}
-        self._waiting: dict[tuple[Op, int, int], tuple[Action, dist.Work]] = {}
+        self._deferred: dict[Key, list[Callable[[], None]]] = {}
+        self._receiving: dict[tuple[Op, int, int], tuple[Action, dist.Work]] = {}
         self._sending: list[tuple[dist.Work, Tensor]] = []
         self._losses: dict[int, Tensor] = {}
         with torch.set_grad_enabled(self._training):
@@ -88,9 +90,9 @@ class Executor:
         for work, _ in self._sending:
             with wait_scope(self.pp.comm, "end of sends to other stages"):
                 work.wait()
-        left = len(self._waiting)
+        left = len(self._receiving)
         if self._training:
-            left += len(self._y) + len(self._dy) + len(self._dx) + len(self._kept)
+            left += len(self._y) + len(self._dy) + len(self._dx) + len(self._deferred)
         assert left == 0, f"the program left {left} tensors behind"
         self._sending = []
         return [self._losses[m] for m in sorted(self._losses)]
@@ -134,16 +136,16 @@ class Executor:
                 self._dx[key] = x.grad
 
     def _backward_input(self, action: Action) -> None:
-        with self.weight_work[action.stage].keeping() as kept:
+        with self.weight_grad_store[action.stage].deferring() as deferred:
             self._backward(action)
-        self._kept[(action.stage, action.microbatch)] = kept
+        self._deferred[(action.stage, action.microbatch)] = deferred
 
     def _backward_weight(self, action: Action) -> None:
-        kept = self._kept.pop((action.stage, action.microbatch))
+        deferred = self._deferred.pop((action.stage, action.microbatch))
         # Each piece holds activations, and lets go of its own as soon as it is done.
-        kept.reverse()
-        while kept:
-            kept.pop()()
+        deferred.reverse()
+        while deferred:
+            deferred.pop()()
 
     def _send_forward(self, action: Action) -> None:
         key = (action.stage, action.microbatch)
@@ -162,8 +164,8 @@ class Executor:
     def _send(self, action: Action, tensor: Tensor) -> None:
         self._check(action, tensor)
         tensor = tensor.contiguous()
-        peer, tag = self._other_end(action)
-        with collective_scope(self.pp.comm, _named(action)):
+        peer, tag = self._peer_and_tag(action)
+        with collective_scope(self.pp.comm, _transfer_name(action)):
             work: Any = dist.isend(tensor, group=self.pp.group, group_dst=peer, tag=tag)
         self._sending = [(w, t) for w, t in self._sending if not w.is_completed()]
         self._sending.append((work, tensor))
@@ -175,13 +177,13 @@ class Executor:
 
     def _receive(self, action: Action) -> Tensor:
         tensor = torch.empty(self._shape, dtype=self._dtype, device=self.device)
-        peer, tag = self._other_end(action)
-        with collective_scope(self.pp.comm, _named(action)):
+        peer, tag = self._peer_and_tag(action)
+        with collective_scope(self.pp.comm, _transfer_name(action)):
             work: Any = dist.irecv(tensor, group=self.pp.group, group_src=peer, tag=tag)
-        self._waiting[(action.op, action.stage, action.microbatch)] = (action, work)
+        self._receiving[(action.op, action.stage, action.microbatch)] = (action, work)
         return tensor
 
-    def _other_end(self, action: Action) -> tuple[int, int]:
+    def _peer_and_tag(self, action: Action) -> tuple[int, int]:
         """The peer of a transfer, and its tag: the same number at both ends, of stage border, micro-batch and way."""
         assert action.peer is not None, f"{action} names no peer"
         forward = action.op in (Op.SEND_FORWARD, Op.RECV_FORWARD)
@@ -196,10 +198,10 @@ class Executor:
         if not action.op.is_compute:
             return
         op = Op.RECV_FORWARD if action.op is Op.FORWARD else Op.RECV_BACKWARD
-        received = self._waiting.pop((op, action.stage, action.microbatch), None)
+        received = self._receiving.pop((op, action.stage, action.microbatch), None)
         if received is not None:
             receive, work = received
-            with wait_scope(self.pp.comm, _named(receive)):
+            with wait_scope(self.pp.comm, _transfer_name(receive)):
                 work.wait()
 
 
@@ -211,6 +213,6 @@ _VERBS = {
 }
 
 
-def _named(action: Action) -> str:
+def _transfer_name(action: Action) -> str:
     """A transfer for people: `recv forward of micro-batch 3, stage 1`."""
     return f"{_VERBS[action.op]} of micro-batch {action.microbatch}, stage {action.stage}"

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from k2train.parallel.grad_accumulation import WeightWork
+from k2train.parallel.grad_accumulation import WeightGradStore
 
 
 @dataclass(frozen=True)
@@ -51,13 +51,13 @@ class ParamSlice:
 
 
 class Sharded(nn.Module):
-    """A module that owns parameters; `pieces` says for each what it holds."""
+    """A module that owns parameters; `slices` says for each what it holds."""
 
-    pieces: dict[str, tuple[ParamSlice, ...]]
+    slices: dict[str, tuple[ParamSlice, ...]]
 
     def __init__(self) -> None:
         super().__init__()
-        self.weight_work = WeightWork()
+        self.weight_grad_store = WeightGradStore()
         """Who says when weight gradients are done; the modules of one pipeline stage share one."""
 
 
@@ -76,10 +76,10 @@ def named_slices(module: nn.Module) -> Iterator[tuple[nn.Parameter, ParamSlice]]
     seen: set[int] = set()
     for path, child in module.named_modules():
         for name, parameter in child.named_parameters(recurse=False):
-            assert isinstance(child, Sharded) and name in child.pieces, (
+            assert isinstance(child, Sharded) and name in child.slices, (
                 f"{path}.{name} does not say what it holds"
             )
             assert id(parameter) not in seen, f"{path}.{name} is shared"
             seen.add(id(parameter))
-            for piece in child.pieces[name]:
-                yield parameter, piece
+            for param_slice in child.slices[name]:
+                yield parameter, param_slice

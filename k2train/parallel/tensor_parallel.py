@@ -4,7 +4,7 @@
     RowLinear     y = sum_r x_r W_r:        each rank holds some inputs
     VocabEmbedding, and ColumnLinear as the head, hold ceil(vocabulary/tp) rows each; rows past the vocabulary are padding
 
-What crosses ranks, and when, is the layer's `exchange`. Each layer is one autograd function, so that the weight gradient
+What crosses ranks, and when, is the layer's `matmul`. Each layer is one autograd function, so that the weight gradient
 can go straight to its accumulator, behind a transfer or at a later time: autograd sees only x and its gradient. Refused: a
 collective and a product as two functions, between which autograd leaves nothing to hide the one behind the other.
 
@@ -36,14 +36,14 @@ def _unflat(rows: Tensor, shape: torch.Size) -> Tensor:
     return rows.view(rows.shape[0] // shape[1], shape[1], rows.shape[1])
 
 
-def _hand_over(
+def _submit_weight_gradient(
     layer: "ColumnLinear | RowLinear", used: Tensor, dy: Tensor, gather: Callable[[], Tensor]
 ) -> Tensor | None:
     """Give the stage the weight gradient dy^T x to do: dy [n, rows], `gather` gives x [n, columns] when it is done.
 
     `used` are the rows of the weight that took part. A weight without a sink gets its gradient returned, for autograd.
     """
-    weight, product = layer.weight, layer.exchange.product
+    weight, product = layer.weight, layer.matmul.product
     accumulator = accumulator_of(weight)
     if accumulator is None:
         gradient = dy.t() @ gather()
@@ -57,7 +57,7 @@ def _hand_over(
         product.add_weight_gradient(accumulator.total.narrow(0, 0, used.shape[0]), dy, gather())
         accumulator.complete()
 
-    layer.weight_work.do(work)
+    layer.weight_grad_store.submit(work)
     return None
 
 
@@ -67,27 +67,27 @@ class _Column(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, layer: "ColumnLinear") -> Tensor:
         ctx.layer, ctx.shape = layer, x.shape
-        exchange, used = layer.exchange, weight.narrow(0, 0, layer.rows)
+        matmul, used = layer.matmul, weight.narrow(0, 0, layer.rows)
         # Detached: a view holds the history of x, and with it the stage's input, while its weight gradient waits.
         flat = _flat(x.detach())
-        whole, y = exchange.gather_multiply(flat, used.t(), gradient=False)
-        ctx.save_for_backward(flat if exchange.regather else whole)
+        whole, y = matmul.gather_multiply(flat, used.t(), gradient=False)
+        ctx.save_for_backward(flat if matmul.regather else whole)
         return _unflat(y, x.shape)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         layer, (kept,) = ctx.layer, ctx.saved_tensors
-        exchange, used, dy = layer.exchange, layer.weight.narrow(0, 0, layer.rows), _flat(dy)
+        matmul, used, dy = layer.matmul, layer.weight.narrow(0, 0, layer.rows), _flat(dy)
         wants_x, wants_weight, _ = ctx.needs_input_grad
         x = Pending(kept)
-        if exchange.regather and wants_weight and not layer.weight_work.is_keeping:
-            x = exchange.gather(kept)
-        dx = exchange.multiply_scatter(dy, used, gradient=True) if wants_x else None
+        if matmul.regather and wants_weight and not layer.weight_grad_store.is_deferring:
+            x = matmul.gather(kept)
+        dx = matmul.multiply_scatter(dy, used, gradient=True) if wants_x else None
         gradient = None
         if wants_weight:
-            later = exchange.regather and layer.weight_work.is_keeping
-            gradient = _hand_over(
-                layer, used, dy, (lambda: exchange.gather(kept).wait()) if later else x.wait
+            regathers_later = matmul.regather and layer.weight_grad_store.is_deferring
+            gradient = _submit_weight_gradient(
+                layer, used, dy, (lambda: matmul.gather(kept).wait()) if regathers_later else x.wait
             )
         return None if dx is None else dx.wait().view(ctx.shape), gradient, None
 
@@ -100,7 +100,7 @@ class _Row(torch.autograd.Function):
         ctx.layer, ctx.shape = layer, x.shape
         flat = _flat(x.detach())
         ctx.save_for_backward(flat)
-        y = layer.exchange.multiply_scatter(flat, weight.t(), gradient=False).wait()
+        y = layer.matmul.multiply_scatter(flat, weight.t(), gradient=False).wait()
         return _unflat(y, x.shape)
 
     @staticmethod
@@ -108,10 +108,12 @@ class _Row(torch.autograd.Function):
         layer, (x,) = ctx.layer, ctx.saved_tensors
         wants_x, wants_weight, _ = ctx.needs_input_grad
         if wants_x:
-            whole, dx = layer.exchange.gather_multiply(_flat(dy), layer.weight, gradient=True)
+            whole, dx = layer.matmul.gather_multiply(_flat(dy), layer.weight, gradient=True)
         else:
-            whole, dx = layer.exchange.gather(_flat(dy)).wait(), None
-        gradient = _hand_over(layer, layer.weight, whole, lambda: x) if wants_weight else None
+            whole, dx = layer.matmul.gather(_flat(dy)).wait(), None
+        gradient = (
+            _submit_weight_gradient(layer, layer.weight, whole, lambda: x) if wants_weight else None
+        )
         return None if dx is None else dx.view(ctx.shape), gradient, None
 
 
@@ -139,21 +141,21 @@ class ColumnLinear(Sharded):
             dict(outputs),
             in_features,
         )
-        pieces, row, padded = [], 0, 0
+        slices, row, padded = [], 0, 0
         for name, size in outputs.items():
             assert pad or size % tp.size == 0, f"{name}: {size} rows do not divide over {tp}"
             start, stop = even_slice(size, tp.size, tp.rank)
-            pieces.append(
+            slices.append(
                 ParamSlice(name, (size, in_features), 0, start, stop, row, init_std, decay=True)
             )
             row += stop - start
             padded += -(-size // tp.size)
-        assert not pad or len(pieces) == 1, "padding stands behind the one piece"
+        assert not pad or len(slices) == 1, "padding stands behind the one piece"
         self.rows = row
         self.weight = nn.Parameter(torch.empty(padded, in_features))
-        self.pieces = {"weight": tuple(pieces)}
-        self.exchange = choose_collective_matmul(tp, sequence, product)
-        self.exchange.product.check(" + ".join(outputs), self.rows, in_features)
+        self.slices = {"weight": tuple(slices)}
+        self.matmul = choose_collective_matmul(tp, sequence, product)
+        self.matmul.product.check(" + ".join(outputs), self.rows, in_features)
 
     def forward(self, x: Tensor) -> Tensor:
         return _Column.apply(x, self.weight, self)
@@ -186,15 +188,15 @@ class RowLinear(Sharded):
         )
         start, stop = even_slice(in_features, tp.size, tp.rank)
         self.weight = nn.Parameter(torch.empty(out_features, stop - start))
-        self.pieces = {
+        self.slices = {
             "weight": (
                 ParamSlice(
                     name, (out_features, in_features), 1, start, stop, 0, init_std, decay=True
                 ),
             )
         }
-        self.exchange = choose_collective_matmul(tp, sequence, product)
-        self.exchange.product.check(name, out_features, stop - start)
+        self.matmul = choose_collective_matmul(tp, sequence, product)
+        self.matmul.product.check(name, out_features, stop - start)
 
     def forward(self, x: Tensor) -> Tensor:
         return _Row.apply(x, self.weight, self)
@@ -231,7 +233,7 @@ class _Lookup(torch.autograd.Function):
             layer.add_rows(accumulator.total, ids, dy)
             accumulator.complete()
 
-        layer.weight_work.do(work)
+        layer.weight_grad_store.submit(work)
         return None, None, None
 
 
@@ -260,7 +262,7 @@ class VocabEmbedding(Sharded):
         )
         self.start, self.stop = even_slice(vocab_size, tp.size, tp.rank)
         self.weight = nn.Parameter(torch.empty(-(-vocab_size // tp.size), hidden_size))
-        self.pieces = {
+        self.slices = {
             "weight": (
                 ParamSlice(
                     name,

@@ -34,7 +34,7 @@ PLAIN_BLOCK = 64
 
 
 @dataclass(frozen=True)
-class Work:
+class ActivationSpec:
     """What decides how much a micro-batch keeps: the model, the micro-batch, how it is split, and the choices."""
 
     shape: ModelShape
@@ -96,28 +96,28 @@ class Work:
         return [self.recompute] * count + ["none"] * (num_layers - count)
 
 
-def layer_parts(work: Work, policy: str) -> dict[str, int]:
+def layer_parts(spec: ActivationSpec, policy: str) -> dict[str, int]:
     """What one layer keeps of one micro-batch from its forward to its backward: part -> bytes.
 
     The layer's output is the next one's input, and counted there.
     """
     assert policy in RECOMPUTE, f"the recompute policy must be one of {RECOMPUTE}, not {policy!r}"
     if policy == "full":
-        return {"input": work.residual_bytes}
+        return {"input": spec.residual_bytes}
     return {
-        "input": work.residual_bytes,
-        "middle": work.residual_bytes,
-        "norms": 2 * (FP32 * work.local_tokens + norm_output_bytes(work, policy)),
-        "query, key, value": work.split_bytes(query_key_value_width(work.shape)),
-        "attention": work.split_bytes(work.shape.hidden_size) + attention_bytes(work),
-        "gate, up": work.split_bytes(2 * work.shape.ffn_hidden_size),
-        "swiglu": work.split_bytes(work.shape.ffn_hidden_size) if policy == "none" else 0,
+        "input": spec.residual_bytes,
+        "middle": spec.residual_bytes,
+        "norms": 2 * (FP32 * spec.local_tokens + norm_output_bytes(spec, policy)),
+        "query, key, value": spec.split_bytes(query_key_value_width(spec.shape)),
+        "attention": spec.split_bytes(spec.shape.hidden_size) + attention_bytes(spec),
+        "gate, up": spec.split_bytes(2 * spec.shape.ffn_hidden_size),
+        "swiglu": spec.split_bytes(spec.shape.ffn_hidden_size) if policy == "none" else 0,
     }
 
 
-def layer_bytes(work: Work, policy: str) -> int:
+def layer_bytes(spec: ActivationSpec, policy: str) -> int:
     """The sum of `layer_parts`."""
-    return sum(layer_parts(work, policy).values())
+    return sum(layer_parts(spec, policy).values())
 
 
 def query_key_value_width(shape: ModelShape) -> int:
@@ -125,70 +125,70 @@ def query_key_value_width(shape: ModelShape) -> int:
     return (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
 
 
-def norm_output_bytes(work: Work, policy: str) -> int:
+def norm_output_bytes(spec: ActivationSpec, policy: str) -> int:
     """What the product behind a norm keeps: its own input, which only `none` keeps, or what was gathered for it."""
-    if work.gathers and not work.regather:
-        return work.gathered_bytes
-    return work.residual_bytes if policy == "none" else 0
+    if spec.gathers and not spec.regather:
+        return spec.gathered_bytes
+    return spec.residual_bytes if policy == "none" else 0
 
 
-def attention_bytes(work: Work) -> int:
+def attention_bytes(spec: ActivationSpec) -> int:
     """What the attention kernel keeps besides its inputs and its output.
 
     Log-sums of the scores, fp32 a head and token, and for torch's own kernels the mask in the dtype of the scores; but
     `plain` the probabilities of each block of queries for the keys up to the block's end.
     """
-    heads, length = work.shape.num_heads // work.tensor, work.sequence_length
-    if work.attention == "plain":
+    heads, length = spec.shape.num_heads // spec.tensor, spec.sequence_length
+    if spec.attention == "plain":
         pairs = sum(
             (min(start + PLAIN_BLOCK, length) - start) * min(start + PLAIN_BLOCK, length)
             for start in range(0, length, PLAIN_BLOCK)
         )
-        return work.micro_sequences * heads * pairs * work.element_bytes
-    mask = work.tokens * length * work.element_bytes if work.block else 0
-    return FP32 * work.tokens * heads + mask
+        return spec.micro_sequences * heads * pairs * spec.element_bytes
+    mask = spec.tokens * length * spec.element_bytes if spec.block else 0
+    return FP32 * spec.tokens * heads + mask
 
 
-def stage_bytes(work: Work, layout: Layout, stage: int) -> int:
+def stage_bytes(spec: ActivationSpec, layout: Layout, stage: int) -> int:
     """What one stage keeps of one micro-batch from its forward to its backward.
 
     Besides its layers every stage keeps one more residual stream: its output, which is sent on, or the last one the final
     norm's input. The last stage keeps also that norm's factors and the gradient that the loss has already made. Layers
     that run again share the mask of document borders, a byte a pair of positions.
     """
-    num_layers = len(layout.layers_of(stage, work.shape.num_layers))
-    policies = work.policies(num_layers)
-    total = sum(layer_bytes(work, policy) for policy in policies) + work.residual_bytes
-    if work.block and "full" in policies:
-        total += work.tokens * work.sequence_length
+    num_layers = len(layout.layers_of(stage, spec.shape.num_layers))
+    policies = spec.policies(num_layers)
+    total = sum(layer_bytes(spec, policy) for policy in policies) + spec.residual_bytes
+    if spec.block and "full" in policies:
+        total += spec.tokens * spec.sequence_length
     if stage == layout.num_stages - 1:
-        total += FP32 * work.local_tokens + work.residual_bytes
+        total += FP32 * spec.local_tokens + spec.residual_bytes
     return total
 
 
-def layer_waiting_bytes(work: Work) -> int:
+def layer_deferred_bytes(spec: ActivationSpec) -> int:
     """What one layer holds between its backward for the input and that for its weights.
 
     Of every product its input, made again where the policy did not keep it, and the gradient of its output.
     """
-    shape = work.shape
-    inputs = 2 * (work.residual_bytes if not work.gathers or work.regather else work.gathered_bytes)
-    inputs += work.split_bytes(shape.hidden_size + shape.ffn_hidden_size)
+    shape = spec.shape
+    inputs = 2 * (spec.residual_bytes if not spec.gathers or spec.regather else spec.gathered_bytes)
+    inputs += spec.split_bytes(shape.hidden_size + shape.ffn_hidden_size)
     gradients = (
-        work.split_bytes(query_key_value_width(shape) + 2 * shape.ffn_hidden_size)
-        + 2 * work.gathered_bytes
+        spec.split_bytes(query_key_value_width(shape) + 2 * shape.ffn_hidden_size)
+        + 2 * spec.gathered_bytes
     )
     return inputs + gradients
 
 
-def stage_waiting_bytes(work: Work, layout: Layout, stage: int) -> int:
+def stage_deferred_bytes(spec: ActivationSpec, layout: Layout, stage: int) -> int:
     """The same of one stage and one micro-batch; the first stage also holds the gradient of what it looked up.
 
     The head's matrix does not wait: the loss makes its gradient in the forward pass.
     """
-    num_layers = len(layout.layers_of(stage, work.shape.num_layers))
-    total = num_layers * layer_waiting_bytes(work)
-    return total + work.gathered_bytes if stage == 0 else total
+    num_layers = len(layout.layers_of(stage, spec.shape.num_layers))
+    total = num_layers * layer_deferred_bytes(spec)
+    return total + spec.gathered_bytes if stage == 0 else total
 
 
 def peak_bytes(

@@ -199,9 +199,11 @@ def _svg_head(ops: Sequence[Op], width: int, height: int, total: float, unit: st
 
 def _svg_box(span: Span, label: str, left: float, top: int, scale: float, unit: str) -> list[str]:
     width = (span.end_seconds - span.start_seconds) * scale
-    told = f"{span.action}: {span.start_seconds:.4g} to {span.end_seconds:.4g} {html.escape(unit)}"
-    place = f'x="{left:.2f}" y="{top}" width="{width:.2f}" height="{ROW}"'
-    box = [f'<rect class="{span.action.op.value}" {place}><title>{told}</title></rect>']
+    tooltip = (
+        f"{span.action}: {span.start_seconds:.4g} to {span.end_seconds:.4g} {html.escape(unit)}"
+    )
+    geometry = f'x="{left:.2f}" y="{top}" width="{width:.2f}" height="{ROW}"'
+    box = [f'<rect class="{span.action.op.value}" {geometry}><title>{tooltip}</title></rect>']
     if width >= 8 * len(label):
         box.append(
             f'<text x="{left + width / 2:.2f}" y="{top + 19}" text-anchor="middle">{label}</text>'

@@ -144,13 +144,13 @@ def check_transfers(programs: Sequence[Sequence[Action]], layout: Layout) -> Non
     ranks reach their ends even if every transfer blocks until both ends are there.
     """
     num_stages = layout.num_stages
-    places = [_places(rank, program) for rank, program in enumerate(programs)]
+    indices = [_indices(rank, program) for rank, program in enumerate(programs)]
     makers = [{result(action): action for action in program} for program in programs]
     expected: list[set[Action]] = [set() for _ in programs]
 
     def require_order(rank: int, first: Action, second: Action) -> None:
-        place = places[rank]
-        if first not in place or second not in place or place[first] > place[second]:
+        index_of = indices[rank]
+        if first not in index_of or second not in index_of or index_of[first] > index_of[second]:
             raise ScheduleError(f"rank {rank} must have {first} before {second}")
 
     for rank, program in enumerate(programs):
@@ -175,13 +175,13 @@ def check_transfers(programs: Sequence[Sequence[Action]], layout: Layout) -> Non
     _check_blocking(programs, num_stages)
 
 
-def _places(rank: int, program: Sequence[Action]) -> dict[Action, int]:
+def _indices(rank: int, program: Sequence[Action]) -> dict[Action, int]:
     """The index of each action in `program`, which must hold each once."""
-    place = {action: index for index, action in enumerate(program)}
-    if len(place) != len(program):
-        twice = next(action for index, action in enumerate(program) if place[action] != index)
+    index_of = {action: index for index, action in enumerate(program)}
+    if len(index_of) != len(program):
+        twice = next(action for index, action in enumerate(program) if index_of[action] != index)
         raise ScheduleError(f"rank {rank} has {twice} more than once")
-    return place
+    return index_of
 
 
 def _check_pair_orders(programs: Sequence[Sequence[Action]]) -> None:

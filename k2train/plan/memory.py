@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from k2train.plan.action import Action
 from k2train.plan.activations import (
     FP32,
-    Work,
+    ActivationSpec,
     layer_bytes,
     peak_bytes,
     stage_bytes,
-    stage_waiting_bytes,
+    stage_deferred_bytes,
 )
 from k2train.plan.cost import WEIGHT_BYTES, StateBytes, rank_parameters, state_bytes
 from k2train.plan.layout import Layout
@@ -55,7 +55,7 @@ class RankMemory:
 
 
 def rank_memory(
-    work: Work,
+    spec: ActivationSpec,
     layout: Layout,
     program: Sequence[Action],
     pp: int,
@@ -65,88 +65,90 @@ def rank_memory(
     """Memory of a rank of pipeline rank `pp` that runs `program`; `overlap` is that of the transfers."""
     peak = peak_bytes(
         program,
-        lambda stage: stage_bytes(work, layout, stage),
-        lambda stage: stage_waiting_bytes(work, layout, stage),
+        lambda stage: stage_bytes(spec, layout, stage),
+        lambda stage: stage_deferred_bytes(spec, layout, stage),
     )
     return RankMemory(
-        state_bytes(work.shape, layout, work.precision, pp),
+        state_bytes(spec.shape, layout, spec.precision, pp),
         peak,
-        working_bytes(work, layout, pp),
-        transfer_bytes(work, layout, pp, overlap, bucket_bytes),
+        working_bytes(spec, layout, pp),
+        transfer_bytes(spec, layout, pp, overlap, bucket_bytes),
     )
 
 
-def working_bytes(work: Work, layout: Layout, pp: int) -> int:
+def working_bytes(spec: ActivationSpec, layout: Layout, pp: int) -> int:
     """What a rank of pipeline rank `pp` needs besides what is kept, at its fullest."""
-    stages, last, working = layout.stages_of(pp), layout.num_stages - 1, layer_working_bytes(work)
+    stages, last, working = layout.stages_of(pp), layout.num_stages - 1, layer_working_bytes(spec)
     if last not in stages:
         return working
     # When its layers begin, the last stage has used up what the final norm and the loss kept.
-    used = 2 * work.residual_bytes if len(stages) == 1 else 0
-    return max(working - used, loss_working_bytes(work))
+    used = 2 * spec.residual_bytes if len(stages) == 1 else 0
+    return max(working - used, loss_working_bytes(spec))
 
 
-def layer_working_bytes(work: Work) -> int:
+def layer_working_bytes(spec: ActivationSpec) -> int:
     """What the backward of a layer holds at its fullest, besides what layers keep.
 
     Of three moments the largest: the last product, the SwiGLU, and the gate and up product. The gradient of the layer's
     output is there in all of them; what the layer kept and has used is gone.
     """
-    ffn, shape = work.split_bytes(work.shape.ffn_hidden_size), work.shape
-    remade = [_remade_bytes(work, policy) for policy in set(work.policies(shape.num_layers))]
-    active = max(0 if policy == "none" else ffn for policy in set(work.policies(shape.num_layers)))
-    gathered = work.gathered_bytes if work.gathers else 0
-    down = gathered + ffn + active + _matrix_bytes(work, shape.ffn_hidden_size)
+    ffn, shape = spec.split_bytes(spec.shape.ffn_hidden_size), spec.shape
+    recomputed = [
+        _recomputed_bytes(spec, policy) for policy in set(spec.policies(shape.num_layers))
+    ]
+    active = max(0 if policy == "none" else ffn for policy in set(spec.policies(shape.num_layers)))
+    gathered = spec.gathered_bytes if spec.gathers else 0
+    down = gathered + ffn + active + _matrix_bytes(spec, shape.ffn_hidden_size)
     swiglu = 4 * ffn - (ffn - active)
     gate_up = (
         active
-        + work.gathered_bytes
-        + gathered * (1 + work.regather)
-        + _matrix_bytes(work, 2 * shape.ffn_hidden_size)
+        + spec.gathered_bytes
+        + gathered * (1 + spec.regather)
+        + _matrix_bytes(spec, 2 * shape.ffn_hidden_size)
     )
-    return work.residual_bytes + max(remade) + max(down, swiglu, gate_up - ffn)
+    return spec.residual_bytes + max(recomputed) + max(down, swiglu, gate_up - ffn)
 
 
-def _remade_bytes(work: Work, policy: str) -> int:
+def _recomputed_bytes(spec: ActivationSpec, policy: str) -> int:
     """Of a layer that runs again all that it would have kept, but for what it did, and the input of its last product."""
     if policy != "full":
         return 0
     return (
-        layer_bytes(work, "none")
-        - layer_bytes(work, "full")
-        - work.split_bytes(work.shape.ffn_hidden_size)
+        layer_bytes(spec, "none")
+        - layer_bytes(spec, "full")
+        - spec.split_bytes(spec.shape.ffn_hidden_size)
     )
 
 
-def _matrix_bytes(work: Work, width: int) -> int:
+def _matrix_bytes(spec: ActivationSpec, width: int) -> int:
     """A weight gradient on its way into its fp32 sum: on a CPU bf16 factors cannot be added into it, and oneDNN does not."""
-    if work.device != "cpu" or (work.precision == "fp32" and work.matmul != "onednn"):
+    if spec.device != "cpu" or (spec.precision == "fp32" and spec.matmul != "onednn"):
         return 0
-    return work.element_bytes * work.shape.hidden_size * width // work.tensor
+    return spec.element_bytes * spec.shape.hidden_size * width // spec.tensor
 
 
-def loss_working_bytes(work: Work) -> int:
+def loss_working_bytes(spec: ActivationSpec) -> int:
     """What the loss holds while it runs: its input, and of a strip the logits, also in fp32, or what its gradients take."""
-    width, hidden = -(-work.shape.vocab_size // work.tensor), work.shape.hidden_size
-    most = max(STRIP_ROWS[work.device], STRIP_BYTES[work.device] // (FP32 * width))
-    rows = -(-work.tokens // -(-work.tokens // most))
-    both = FP32 if work.precision == "fp32" else FP32 + work.element_bytes
-    learning = rows * (width * work.element_bytes + hidden * both) + _matrix_bytes(
-        work, work.shape.vocab_size
+    width, hidden = -(-spec.shape.vocab_size // spec.tensor), spec.shape.hidden_size
+    most = max(STRIP_ROWS[spec.device], STRIP_BYTES[spec.device] // (FP32 * width))
+    rows = -(-spec.tokens // -(-spec.tokens // most))
+    both = FP32 if spec.precision == "fp32" else FP32 + spec.element_bytes
+    gradient_bytes = rows * (width * spec.element_bytes + hidden * both) + _matrix_bytes(
+        spec, spec.shape.vocab_size
     )
     # Split over the sequence, the loss has its input whole and in part, and so the gradient of it.
-    split = work.gathered_bytes if work.gathers else 0
-    return work.residual_bytes + 2 * split + max(rows * width * both, learning)
+    split = spec.gathered_bytes if spec.gathers else 0
+    return spec.residual_bytes + 2 * split + max(rows * width * both, gradient_bytes)
 
 
 def transfer_bytes(
-    work: Work, layout: Layout, pp: int, overlap: bool, bucket_bytes: int | None = None
+    spec: ActivationSpec, layout: Layout, pp: int, overlap: bool, bucket_bytes: int | None = None
 ) -> int:
     """Gradients (fp32) or weights on their way: a bucket, or with `overlap` up to all of them."""
     if layout.data == 1:
         return 0
-    count = rank_parameters(work.shape, layout, pp)
-    gradients, weights = FP32 * count, WEIGHT_BYTES[work.precision] * count
+    count = rank_parameters(spec.shape, layout, pp)
+    gradients, weights = FP32 * count, WEIGHT_BYTES[spec.precision] * count
     if overlap:
         return max(gradients + gradients // layout.data, weights)
     return min(gradients, bucket_bytes or BUCKET_BYTES)

@@ -124,7 +124,7 @@ def interleaved(pipeline: int, num_microbatches: int, stages_per_rank: int) -> t
             "data-parallel size / batch.micro_sequences)"
         )
 
-    def place(pp: int, index: int, backward: bool) -> tuple[int, int]:
+    def action_target(pp: int, index: int, backward: bool) -> tuple[int, int]:
         block, within = divmod(index, pipeline * stages_per_rank)
         turn, offset = divmod(within, pipeline)
         local_stage = stages_per_rank - 1 - turn if backward else turn
@@ -132,9 +132,11 @@ def interleaved(pipeline: int, num_microbatches: int, stages_per_rank: int) -> t
 
     def program(pp: int) -> Program:
         count = num_microbatches * stages_per_rank
-        forwards = [Action(Op.FORWARD, *place(pp, index, backward=False)) for index in range(count)]
+        forwards = [
+            Action(Op.FORWARD, *action_target(pp, index, backward=False)) for index in range(count)
+        ]
         backwards = [
-            Action(Op.BACKWARD, *place(pp, index, backward=True)) for index in range(count)
+            Action(Op.BACKWARD, *action_target(pp, index, backward=True)) for index in range(count)
         ]
         return _alternate(
             forwards, backwards, warmup=2 * (pipeline - pp - 1) + (stages_per_rank - 1) * pipeline

@@ -53,11 +53,13 @@ def simulate(
     asked of the sending end of a transfer; None means `constant_seconds()`. Raises ScheduleError for programs that
     cannot reach their ends.
     """
-    walk = _Walk(programs, seconds or constant_seconds())
-    while any(walk.advance(rank) for rank in range(len(programs))):
+    simulation = _Simulation(programs, seconds or constant_seconds())
+    while any(simulation.advance(rank) for rank in range(len(programs))):
         pass
     waiting = [
-        (rank, walk.head(rank)) for rank in range(len(programs)) if walk.head(rank) is not None
+        (rank, simulation.head(rank))
+        for rank in range(len(programs))
+        if simulation.head(rank) is not None
     ]
     if waiting:
         raise ScheduleError(
@@ -65,13 +67,13 @@ def simulate(
             + "; ".join(f"rank {rank} waits at {head}" for rank, head in waiting)
         )
     return tuple(
-        Span(rank, action, *walk.times[rank, action])
+        Span(rank, action, *simulation.times[rank, action])
         for rank, program in enumerate(programs)
         for action in program
     )
 
 
-class _Walk:
+class _Simulation:
     """The state of one simulation: where each rank stands, and when what has happened happened."""
 
     def __init__(

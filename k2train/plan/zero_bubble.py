@@ -26,7 +26,7 @@ from k2train.plan.action import Action, Op, Program
 F, I, W = Op.FORWARD, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT  # noqa: E741
 
 
-class _List:
+class _ProgramBuilder:
     """A program in the making: for each (op, stage) the micro-batches in order, whatever stands between them."""
 
     def __init__(self, num_microbatches: int):
@@ -69,7 +69,7 @@ def zb_h2(pipeline: int, num_microbatches: int) -> tuple[Program, ...]:
 
 def _straight(pp: int, num_microbatches: int, warmup: int, lag: int) -> Program:
     """`warmup` forwards; then in turn I, the W of `lag` micro-batches before, and F; then the W that are left."""
-    program = _List(num_microbatches)
+    program = _ProgramBuilder(num_microbatches)
     for _ in range(warmup):
         program.add(F, pp)
     for microbatch in range(num_microbatches):
@@ -94,7 +94,7 @@ def zb_v(pipeline: int, num_microbatches: int) -> tuple[Program, ...]:
 def _v_shape(pp: int, pipeline: int, num_microbatches: int) -> Program:
     lower, upper, above = pp, 2 * pipeline - 1 - pp, pipeline - pp
     rounds = max(num_microbatches, 2 * pipeline - 1)
-    program = _List(num_microbatches)
+    program = _ProgramBuilder(num_microbatches)
 
     def run(*actions: tuple[Op, int]) -> None:
         for op, stage in actions:

@@ -81,15 +81,15 @@ def fused_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return _Norm.apply(x, weight, eps)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, turn: float = 1.0) -> Tensor:
-    """Rotate-half [s, b, n, d] by tables [>= s, 1, 1, d], `turn` -1 backwards; the result is wide and new."""
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: float = 1.0) -> Tensor:
+    """Rotate-half [s, b, n, d] by tables [>= s, 1, 1, d], `sign` -1 backwards; the result is wide and new."""
     length, half = x.shape[0], x.shape[-1] // 2
     cos, sin = cos[:length], sin[:length, :, :, :half]
     wide = x.to(wide_dtype(x.dtype))
-    turned = wide * cos
-    turned[..., :half].addcmul_(wide[..., half:], sin, value=-turn)
-    turned[..., half:].addcmul_(wide[..., :half], sin, value=turn)
-    return turned
+    rotated = wide * cos
+    rotated[..., :half].addcmul_(wide[..., half:], sin, value=-sign)
+    rotated[..., half:].addcmul_(wide[..., :half], sin, value=sign)
+    return rotated
 
 
 def reference_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -97,8 +97,8 @@ def reference_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     length = x.shape[0]
     wide = x.to(wide_dtype(x.dtype))
     first, second = wide.chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)
-    return (wide * cos[:length] + turned * sin[:length]).to(x.dtype)
+    rotated = torch.cat((-second, first), dim=-1)
+    return (wide * cos[:length] + rotated * sin[:length]).to(x.dtype)
 
 
 def _heads(packed: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, ...]:
@@ -148,7 +148,7 @@ class _Split(torch.autograd.Function):
         dpacked = dq.new_empty((s, b, (heads + 2 * dk.shape[1]) * d))
         into_q, into_k, into_v = _heads(dpacked, *ctx.heads)
         for into, gradient in ((into_q, dq), (into_k, dk)):
-            into.copy_(rotate(gradient.permute(2, 0, 1, 3), ctx.cos, ctx.sin, turn=-1.0))
+            into.copy_(rotate(gradient.permute(2, 0, 1, 3), ctx.cos, ctx.sin, sign=-1.0))
         into_v.copy_(dv.permute(2, 0, 1, 3))
         return dpacked, None, None, None, None
 

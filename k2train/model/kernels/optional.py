@@ -48,7 +48,7 @@ def missing(key: str, name: str, error: ImportError) -> ConfigError:
     )
 
 
-def positions_second(function: Callable[..., Any]) -> Attention:
+def adapt_bshd(function: Callable[..., Any]) -> Attention:
     """flash-attn takes and gives [b, s, n, d], takes no mask, and some versions return the log-sums as well."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -65,7 +65,7 @@ def load_flash_attn_2() -> Attention:
         from flash_attn import flash_attn_func
     except ImportError as error:
         raise missing("attention", "flash_attn_2", error) from error
-    return positions_second(flash_attn_func)
+    return adapt_bshd(flash_attn_func)
 
 
 def load_flash_attn_3() -> Attention:
@@ -74,7 +74,7 @@ def load_flash_attn_3() -> Attention:
         from flash_attn_interface import flash_attn_func
     except ImportError as error:
         raise missing("attention", "flash_attn_3", error) from error
-    return positions_second(flash_attn_func)
+    return adapt_bshd(flash_attn_func)
 
 
 def load_flash_attn_4() -> Attention:
@@ -83,7 +83,7 @@ def load_flash_attn_4() -> Attention:
         from flash_attn.cute import flash_attn_func
     except ImportError as error:
         raise missing("attention", "flash_attn_4", error) from error
-    return positions_second(flash_attn_func)
+    return adapt_bshd(flash_attn_func)
 
 
 def load_engine_attention() -> Attention:

@@ -49,9 +49,9 @@ __all__ = [
     "ATTENTION",
     "NORM",
     "Attention",
+    "DeviceTraits",
     "Kernels",
     "Norm",
-    "Place",
     "choose_kernels",
     "document_mask",
 ]
@@ -93,7 +93,7 @@ as the layer's other activations together.
 
 
 @dataclass(frozen=True)
-class Place:
+class DeviceTraits:
     """What decides which kernels can run, and which is the fastest."""
 
     device: torch.device
@@ -164,20 +164,20 @@ def choose_kernels(
     compile: str = "auto",
     recompute: str = "none",
     recompute_layers: int | None = None,
-    place: Place | None = None,
+    traits: DeviceTraits | None = None,
 ) -> Kernels:
     """Resolve the `kernels` section for a place (None: a CPU, fp32, no sequence length known).
 
     Raises ConfigError for a name that is not built in, a package that is missing, and a kernel that cannot run there.
     """
-    place = place or Place(torch.device("cpu"))
-    compiled = choose_compile(compile, place)
+    traits = traits or DeviceTraits(torch.device("cpu"))
+    compiled = choose_compile(compile, traits)
     attention_name = pick(
-        "attention", attention, (*ATTENTION, *OPTIONAL_ATTENTION), place_attention(place)
+        "attention", attention, (*ATTENTION, *OPTIONAL_ATTENTION), auto_attention(traits)
     )
     norm_name = pick("norm", norm, (*NORM, *OPTIONAL_NORM), "fused")
     elementwise = pick("elementwise", elementwise, tuple(SPLIT), "fused")
-    matmul = pick("matmul", matmul, tuple(PRODUCT), place_matmul(place))
+    matmul = pick("matmul", matmul, tuple(PRODUCT), auto_matmul(traits))
     used = (attention_name, norm_name, "transformer_engine" if matmul == "fp8" else "")
     packages = sorted({INSTALL[name][0] for name in used if name in INSTALL})
     fused = elementwise == "fused" and compiled
@@ -191,13 +191,13 @@ def choose_kernels(
         compile=compiled,
         recompute=pick("recompute", recompute, ("none", "selective", "full"), "none"),
         recompute_layers=recompute_layers,
-        attention=choose_attention(attention_name, place),
+        attention=choose_attention(attention_name, traits),
         norm=compiled_once(reference_norm)
         if compiled and norm_name == "fused"
-        else choose_norm(norm_name, place),
+        else choose_norm(norm_name, traits),
         split=compiled_once(reference_split) if fused else SPLIT[elementwise],
         swiglu=compiled_once(reference_swiglu) if fused else SWIGLU[elementwise],
-        product=PRODUCT[matmul](place.device, place.dtype),
+        product=PRODUCT[matmul](traits.device, traits.dtype),
         versions=tuple(f"{name} {version_of(name)}" for name in packages),
     )
 
@@ -211,69 +211,69 @@ def pick(key: str, value: str, legal: tuple[str, ...], automatic: str) -> str:
     return value
 
 
-def place_attention(place: Place) -> str:
+def auto_attention(traits: DeviceTraits) -> str:
     """The attention that `auto` stands for at a place."""
-    if place.device.type != "cuda":
-        known = place.sequence_length is not None and place.sequence_length <= PLAIN_UP_TO.get(
-            place.dtype, 0
+    if traits.device.type != "cuda":
+        known = traits.sequence_length is not None and traits.sequence_length <= PLAIN_UP_TO.get(
+            traits.dtype, 0
         )
         return "plain" if known else "sdpa"
-    if place.block or place.dtype.itemsize != 2:
+    if traits.block or traits.dtype.itemsize != 2:
         return "sdpa"
-    generation = torch.cuda.get_device_capability(place.device)[0]
-    narrow = place.head_dim is not None and place.head_dim % 8 == 0 and place.head_dim <= 128
+    generation = torch.cuda.get_device_capability(traits.device)[0]
+    narrow = traits.head_dim is not None and traits.head_dim % 8 == 0 and traits.head_dim <= 128
     if generation >= 9 and narrow:
         return "cudnn"
     return "flash" if generation >= 8 else "sdpa"
 
 
-def place_matmul(place: Place) -> str:
+def auto_matmul(traits: DeviceTraits) -> str:
     """The product that `auto` stands for at a place."""
     return (
         "onednn"
-        if place.device.type == "cpu" and place.dtype == torch.float32 and onednn_preferred()
+        if traits.device.type == "cpu" and traits.dtype == torch.float32 and onednn_preferred()
         else "torch"
     )
 
 
-def choose_attention(name: str, place: Place) -> Attention:
+def choose_attention(name: str, traits: DeviceTraits) -> Attention:
     """The function of that name. Raises ConfigError where it is not installed or cannot run."""
     optional = name in OPTIONAL_ATTENTION
     function = OPTIONAL_ATTENTION[name]() if optional else ATTENTION[name]
     where = f"kernels.attention ({name})"
-    if place.block and name not in TAKE_MASKS:
+    if traits.block and name not in TAKE_MASKS:
         raise ConfigError(
             f"{where} takes no mask, which data.cross_documents (block) needs: choose one of {', '.join(TAKE_MASKS)}, or attend"
         )
     if name == "cudnn" or optional:
-        needs_cuda(where, place)
-    if place.dtype.itemsize != 2 and place.device.type == "cuda" and name not in TAKE_MASKS:
+        needs_cuda(where, traits)
+    if traits.dtype.itemsize != 2 and traits.device.type == "cuda" and name not in TAKE_MASKS:
         raise ConfigError(
             f"{where} computes in bf16 only, precision is fp32: set precision to bf16, or choose sdpa"
         )
     return function
 
 
-def choose_norm(name: str, place: Place) -> Norm:
+def choose_norm(name: str, traits: DeviceTraits) -> Norm:
     """The function of that name. Raises ConfigError where it is not installed or cannot run."""
     if name not in OPTIONAL_NORM:
         return NORM[name]
     function = OPTIONAL_NORM[name]()
-    needs_cuda(f"kernels.norm ({name})", place)
+    needs_cuda(f"kernels.norm ({name})", traits)
     return function
 
 
-def needs_cuda(where: str, place: Place) -> None:
+def needs_cuda(where: str, traits: DeviceTraits) -> None:
     """Raises ConfigError anywhere but on a CUDA device."""
-    if place.device.type != "cuda":
+    if traits.device.type != "cuda":
         raise ConfigError(
-            f"{where} needs a CUDA device, and this is {place.device.type}: choose auto"
+            f"{where} needs a CUDA device, and this is {traits.device.type}: choose auto"
         )
 
 
-def choose_compile(value: str, place: Place) -> bool:
+def choose_compile(value: str, traits: DeviceTraits) -> bool:
     """Whether regions are compiled: `auto` where there are a GPU and Triton. Raises ConfigError without a compiler."""
-    cuda = place.device.type == "cuda"
+    cuda = traits.device.type == "cuda"
     value = pick("compile", value, ("on", "off"), "on" if cuda and has_triton() else "off")
     if value == "on" and cuda and not has_triton():
         raise ConfigError(
