@@ -1,10 +1,13 @@
-"""Optimized values back into the parameters of every data-parallel rank, a bucket at a time.
+"""ZeRO parameter all-gather: optimized values into the parameters of all data-parallel ranks.
 
-Each rank holds its rows of a bucket; the gather of one bucket runs behind the update of the next, and with `dp.overlap`
-behind the forward pass too: it is waited for where its parameters are first used. That place is named by a call
-(`wait_for`, from the stage, once a child module) and not by a forward hook on the module: weights are also read without
-calling the module that holds them (the loss reads the head's), and a hook that comes and goes would make a compiled block
-compile again in every step. Whoever reads parameters otherwise calls `finish` first.
+- Each rank holds its rows of a bucket. The gather of one bucket runs behind the update of the next.
+  With `dp.overlap` it also runs behind the forward pass, until its parameters are first used.
+- The stage announces the first use by a call (`wait_for`, once per child module). Other readers of
+  parameters call `finish` first.
+
+Alternatives considered:
+- A forward hook on the module: weights are also read without a call of their module (the loss reads
+  the head's), and a hook that is added and removed would recompile a compiled block in every step.
 """
 
 from typing import Any
@@ -22,28 +25,36 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 
 
 def gather_shards(shards: Tensor, axis: Axis, wait: bool) -> Pending:
-    """Begin to fill `shards` [size, n], of which this rank has written its own line, with those of all ranks.
+    """Start to fill `shards` [size, n] with all ranks' shards; this rank has written its own.
 
-    On a CPU every line goes straight from its rank to each of the others: gloo's all-gather takes three times as long.
+    Collective.
+
+    On a CPU every shard goes straight from its rank to each of the others: gloo's all-gather takes
+    three times as long.
     """
     if axis.size == 1:
         return Pending(shards)
+
     name = f"all-gather of weights {axis.name}"
+
     if shards.device.type != "cpu":
         with collective_scope(axis.comm, name):
             work = _all_gather(
                 shards.view(-1), shards[axis.rank], group=axis.group, async_op=not wait
             )
         return Pending(shards, work, None, axis, name)
+
     transfers: list[Any] = []
     with collective_scope(axis.comm, name):
         for step in range(1, axis.size):
             target, source = (axis.rank + step) % axis.size, (axis.rank - step) % axis.size
             transfers.append(dist.irecv(shards[source], group=axis.group, group_src=source))
             transfers.append(dist.isend(shards[axis.rank], group=axis.group, group_dst=target))
+
     pending = Pending(shards, CombinedWork([work.wait for work in transfers]), None, axis, name)
     if wait:
         pending.wait()
+
     return pending
 
 
@@ -56,9 +67,13 @@ class ParamGather:
 
     @torch.no_grad()
     def start(self, bucket: Bucket, values: Tensor) -> None:
-        """Send this rank's `values` [bucket.elements], rounded to the parameters' dtype, to every rank's parameters."""
+        """Start the all-gather of a bucket into every rank's parameters. Collective.
+
+        `values` [bucket.elements] are this rank's, rounded here to the parameters' dtype.
+        """
         if not bucket.slots:
             return
+
         dtype = bucket.slots[0].parameter.dtype
         shards = torch.empty(self.dp.size, bucket.elements, dtype=dtype, device=values.device)
         shards[self.dp.rank].copy_(values)
@@ -67,7 +82,7 @@ class ParamGather:
             self.finish()
 
     def wait_for(self, module: nn.Module) -> None:
-        """Return when the parameters of `module` hold what was put last."""
+        """Wait until the parameters of `module` hold their latest values."""
         if self._pending:
             wanted = {id(parameter) for parameter in module.parameters()}
             wanted_at = [
@@ -75,10 +90,11 @@ class ParamGather:
                 for n, (bucket, _) in enumerate(self._pending)
                 if any(id(s.parameter) in wanted for s in bucket.slots)
             ]
+            # Transfers complete in order, so all earlier ones are collected too.
             self._collect(wanted_at[-1] + 1 if wanted_at else 0)
 
     def finish(self) -> None:
-        """Return when all parameters hold what was put last."""
+        """Wait until all parameters hold their latest values."""
         self._collect(len(self._pending))
 
     @torch.no_grad()
