@@ -125,8 +125,8 @@ MUTATIONS = (
     Mutation(
         "overlap: a product begins before the gather has ended",
         "k2train/parallel/collective_matmul.py",
-        "        whole = gathering.wait()\n        for others",
-        "        whole = gathering._out\n        for others",
+        "        whole = gathering.wait()\n\n        for others",
+        "        whole = gathering._out\n\n        for others",
         "tests/parallel/test_collective_matmul.py::test_every_variant_equals_the_plain_product[2-True]",
     ),
     Mutation(
@@ -400,14 +400,14 @@ MUTATIONS = (
     Mutation(
         "silent damage: the state is not compared with its root",
         "k2train/train/monitor.py",
-        "problem = self._guard.problem(lines)",
+        "problem = self._guard.problem(shards)",
         "problem = None",
         "tests/train/test_monitor.py::test_a_bit_that_flips_stops_the_run[layout3-moment@rank=1@step=6:flip=head.weight.exp_avg_sq-head.weight.exp_avg_sq on rank 1 changed]",
     ),
     Mutation(
         "silent damage: copies of weights are not compared",
         "k2train/train/monitor.py",
-        "problem = self._replicas.problem(lines)",
+        "problem = self._replicas.problem(shards)",
         "problem = None",
         "tests/train/test_monitor.py::test_a_bit_that_flips_stops_the_run[layout1-weight@rank=0@step=6:flip=norm.weight-weights of norm.weight on rank 0]",
     ),
