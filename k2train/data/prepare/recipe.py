@@ -1,8 +1,10 @@
-"""The recipe of a data folder: typed, complete, and checked as strictly as the config of a run.
+"""Data recipe: typed, complete, and validated as strictly as the config of a run.
 
-A recipe and the documents decide every byte of the output, so its hash is the identity of the preparation and is kept
-in the manifest. Command-line flags for the same choices were refused: a flag is not kept anywhere. Where the work is
-done (`executor`, `work`) and where things lie (`output`, `paths`) are keys too, but no part of the identity.
+- A recipe and the documents decide every byte of the output. Its hash is therefore the identity of
+  the preparation and is kept in the manifest.
+- Where the work is done (`executor`, `work`) and where files are (`output`, `paths`) are keys too,
+  but no part of the identity.
+- Alternatives considered: command-line flags for the same choices; a flag is not kept anywhere.
 """
 
 import hashlib
@@ -31,13 +33,16 @@ MAX_REPEAT = 100
 
 
 class _Section(BaseModel):
+    """Base of all recipe sections: immutable, unknown keys refused."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class TrainTokenizer(_Section):
-    """How to train the tokenizer when its model file is absent; `vocab_size` does not count the special tokens.
+    """How to train the tokenizer when its model file is absent.
 
-    A corpus larger than `max_bytes` is sampled by document, since training holds its text in memory.
+    `vocab_size` does not count the special tokens. A corpus larger than `max_bytes` is sampled by
+    document, since training holds its text in memory.
     """
 
     vocab_size: Count = 4096
@@ -45,9 +50,10 @@ class TrainTokenizer(_Section):
 
 
 class TokenizerRecipe(_Section):
-    """A sentencepiece model; trained on all documents of the subsets, whatever their shares, when `train` is given.
+    """The sentencepiece model, and how to train it when its file is absent.
 
-    `specials` follow its pieces as ids; they exist only as ids and never come out of text.
+    With `train` it is trained on all documents of the subsets, whatever their shares. `specials`
+    get the ids after its pieces. They exist only as ids and are never produced from text.
     """
 
     model: Path
@@ -62,7 +68,10 @@ class TokenizerRecipe(_Section):
 
 
 class FillInTheMiddle(_Section):
-    """Shares of a subset's documents that are rearranged: prefix-suffix-middle, suffix-prefix-middle."""
+    """Shares of a subset's documents to rearrange for fill-in-the-middle training.
+
+    `psm` is prefix-suffix-middle, `spm` is suffix-prefix-middle.
+    """
 
     psm: Share = 0.0
     spm: Share = 0.0
@@ -79,13 +88,17 @@ class FillInTheMiddle(_Section):
 class SubsetRecipe(_Section):
     """A subset: where its documents are, which of them it takes, and how often.
 
-    `share` is the part of what may be split (files, or documents: `split_by`), as an interval of [0, 1], that this data
-    folder may use; stages with disjoint shares have nothing in common. `documents` is a part of those documents, drawn
-    by the seed, so that subsets over the same files can take different ones. `repeat` is how often the documents are
-    laid out, each time in another order; 0.5 is one half. `limit_tokens` caps what comes of it. `fill` marks the one
-    subset that takes the rows which the others leave; the others are then used whole. `origin` names the files in every
-    stage; left out, it is the folder that is named, or the one in front of the first wildcard. `expected_tokens` is what one pass is said to hold,
-    for `--estimate`.
+    - `share`: the interval of [0, 1] of files or documents (`split_by`) that this data folder may
+      use. Stages with disjoint shares have no text in common.
+    - `documents`: a part of those documents, drawn by the seed. Subsets over the same files can
+      take different ones.
+    - `repeat`: how often the documents are laid out, each time in another order; 0.5 is one half.
+    - `limit_tokens`: upper limit of the tokens taken from the subset.
+    - `fill`: marks the one subset that fills the rows which the others leave. The others are then
+      used completely.
+    - `origin`: names the files in every stage. Default: the named folder, or the folder in front of
+      the first wildcard.
+    - `expected_tokens`: tokens of one pass, for `--estimate` without the files.
     """
 
     kind: Literal[FileKind, StdlibKind]
@@ -115,11 +128,13 @@ class SubsetRecipe(_Section):
                 raise Contradiction(
                     f"{name} {[low, high]} must be ascending, as in [0.0, 0.8]", (name,)
                 )
+
         if self.kind in STDLIB_ORIGINS:
             if self.paths or self.origin or self.id_key or self.split_by == "document":
                 keys = ("paths", "origin", "id_key", "split_by", "kind")
                 raise Contradiction(
-                    f"kind {self.kind} reads the standard library: it takes no paths, origin, id_key or split_by",
+                    f"kind {self.kind} reads the standard library: "
+                    "it takes no paths, origin, id_key or split_by",
                     *((key,) for key in keys if key in self.model_fields_set),
                 )
         elif not self.paths:
@@ -128,11 +143,12 @@ class SubsetRecipe(_Section):
                 ("paths",),
                 ("kind",),
             )
+
         return self
 
     @property
     def passes(self) -> int:
-        """How often the documents are laid out, a begun pass included."""
+        """Number of times the documents are laid out, an incomplete pass included."""
         return int(-(-self.repeat // 1))
 
 
@@ -141,9 +157,10 @@ def _default_split(kind: str) -> Literal["source", "document"]:
 
 
 class HeldOutRecipe(_Section):
-    """Rows for validation, of documents that no chunk uses: the upper end of each subset's share.
+    """Validation rows from documents that no chunk uses: the upper end of each subset's share.
 
-    `share` of it, or as much as `rows` rows need; with both, `rows` are taken from the `share`.
+    Holds out `share` of it, or as much as `rows` rows need. With both, `rows` are taken from
+    `share`.
     """
 
     rows: Count | None = None
@@ -157,11 +174,16 @@ class HeldOutRecipe(_Section):
 
 
 class ExecutorRecipe(_Section):
-    """Who does the tasks: processes of this machine, SLURM jobs, or a Ray cluster. Never changes a byte of the result.
+    """Where the tasks run: processes of this machine, SLURM jobs, or a Ray cluster.
 
-    `workers` at once (left out: the cores of this machine; on SLURM and Ray 64). A task reads `task_bytes` of documents,
-    or one file if that is larger, and holds `run_tokens` tokens in memory. `partition`, `time`, `memory_gb` and
-    `arguments` (further sbatch options by name) are SLURM's; `environment` is a shell line run first there.
+    Never changes a byte of the result.
+
+    - `workers`: tasks at once. Default: the cores of this machine; 64 on SLURM and Ray.
+    - `task_bytes`: documents read by one task, or one file if that is larger.
+    - `run_tokens`: tokens that a task holds in memory.
+    - `memory_gb`: memory per core, on SLURM and Ray.
+    - `partition`, `time`, `arguments` (further sbatch options by name): SLURM only.
+    - `environment`: a shell line that SLURM jobs run first.
     """
 
     kind: Literal["local", "slurm", "ray"] = "local"
@@ -186,9 +208,10 @@ class ExecutorRecipe(_Section):
 
 
 class Recipe(_Section):
-    """One data folder. Without `rows_per_chunk` every sample is used and chunks differ by one row at most.
+    """The recipe of one data folder.
 
-    `max_rejected_share`: a subset of which more documents than that are broken stops the preparation.
+    Without `rows_per_chunk` every sample is used, and chunks differ by one row at most. A subset
+    with a larger share of broken documents than `max_rejected_share` stops the preparation.
     """
 
     name: str = Field(min_length=1)
@@ -207,6 +230,7 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _subsets_agree(self) -> "Recipe":
+        # At most one subset takes the remaining rows, and only when their number is given.
         fills = [name for name, subset in self.subsets.items() if subset.fill]
         if len(fills) > 1:
             raise Contradiction(
@@ -215,10 +239,13 @@ class Recipe(_Section):
             )
         if fills and self.rows_per_chunk is None:
             raise Contradiction(
-                f"subsets.{fills[0]}.fill needs rows_per_chunk: without it every subset is used whole",
+                f"subsets.{fills[0]}.fill needs rows_per_chunk: "
+                "without it every subset is used whole",
                 ("rows_per_chunk",),
                 ("subsets", fills[0], "fill"),
             )
+
+        # Subsets of one origin must split it alike: else one could train on what another holds out.
         first_name_of: dict[str, str] = {}
         for name, subset in self.subsets.items():
             other = first_name_of.setdefault(self.origin_of(name), name)
@@ -229,57 +256,68 @@ class Recipe(_Section):
                 )
             if first_subset.drop_duplicates != subset.drop_duplicates:
                 raise Contradiction(
-                    f"subsets.{name}.drop_duplicates ({subset.drop_duplicates}) must equal that of subsets.{other} "
-                    f"({first_subset.drop_duplicates}): both have the origin {self.origin_of(name)!r}, and a text that is left "
-                    f"out of one could be held out, and trained on in the other",
+                    f"subsets.{name}.drop_duplicates ({subset.drop_duplicates}) must "
+                    f"equal that of subsets.{other} ({first_subset.drop_duplicates}): "
+                    f"both have the origin {self.origin_of(name)!r}, and a text that "
+                    "is left out of one could be held out, and trained on in the other",
                     *(("subsets", subset_name, "drop_duplicates") for subset_name in (name, other)),
                 )
+
         return self
 
     def _split_conflict(self, name: str, other: str) -> str:
-        """What is wrong with two subsets of one origin that split it in two ways."""
+        """Error message for two subsets of one origin that split it differently."""
         this, two = self.subsets[name], self.subsets[other]
         cuts = (
-            f"subsets.{name}.share {list(this.share)} by {this.split_by} must equal subsets.{other}.share "
-            f"{list(two.share)} by {two.split_by}"
+            f"subsets.{name}.share {list(this.share)} by {this.split_by} must "
+            f"equal subsets.{other}.share {list(two.share)} by {two.split_by}"
         )
         if this.paths == two.paths:
             return f"{cuts}: both read the same files, and a file must be on one side of the split"
         if this.origin or two.origin:
-            return f"{cuts}: both have the origin {self.origin_of(name)!r}; if their files are not the same, name another"
+            return (
+                f"{cuts}: both have the origin {self.origin_of(name)!r}; "
+                "if their files are not the same, name another"
+            )
+
         return (
-            f"{cuts}: both have the origin {self.origin_of(name)!r}, the folder in front of their files; if these are not "
-            f"the same, name another: subsets.{name}.origin"
+            f"{cuts}: both have the origin {self.origin_of(name)!r}, the folder in front of "
+            f"their files; if these are not the same, name another: subsets.{name}.origin"
         )
 
     def origin_of(self, name: str) -> str:
-        """What the files of a subset are called in every stage, wherever they lie."""
+        """Name of a subset's files in every stage, independent of where they are stored."""
         subset = self.subsets[name]
         if subset.kind in STDLIB_ORIGINS:
             return STDLIB_ORIGINS[subset.kind]
-        # Not resolved: a link's name is the same on every machine, what it leads to is not.
+        # Not resolved: the name of a link is the same on every machine, its target is not.
         return subset.origin or Path(os.path.abspath(fixed_folder(subset.paths[0]))).name or name
 
     @property
     def identity(self) -> dict[str, Any]:
-        """All that decides the bytes: everything but where they, the documents and the tokenizer's model lie."""
+        """All keys that decide the bytes of the output.
+
+        Excludes where the output, the documents and the tokenizer's model are stored.
+        """
         excluded = {"output", "work", "executor", "max_rejected_share"}
         content = self.model_dump(mode="json", exclude=excluded)
         del content["tokenizer"]["model"]
         for name, subset in content["subsets"].items():
             del subset["paths"], subset["expected_tokens"]
             subset["origin"] = self.origin_of(name)
-        # Rows are laid out, and odd samples given out, in the order of the subsets; the hash is one of sorted keys.
+        # The order of the subsets decides rows and the allocation of odd samples. The hash sorts
+        # its keys, so the order is an entry of its own.
         content["subset_order"] = list(self.subsets)
         return content
 
     @property
     def sha256(self) -> str:
-        """Identity of the recipe."""
+        """Identity of the recipe: hash of `identity`."""
         return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
 
     @property
     def work_folder(self) -> Path:
+        """Folder for intermediate files; default: the output's name with `.work` added."""
         return self.work or self.output.with_name(self.output.name + ".work")
 
 
@@ -288,10 +326,10 @@ def _split_keys(name: str) -> tuple[tuple[str, ...], ...]:
 
 
 def fixed_folder(pattern: str) -> Path:
-    """The folder of a pattern in front of its first wildcard; without one the folder that it names.
+    """Folder of a pattern in front of its first wildcard; without one, the folder that it names.
 
-    Told by the name alone, since a file's name must not depend on what is on the disk: what ends in a suffix is a file,
-    unless a slash follows.
+    Decided by the name alone, since a file's name must not depend on what is on the disk. A path
+    with a suffix is a file, unless a slash follows.
     """
     path = Path(pattern)
     fixed = next((i for i, part in enumerate(path.parts) if any(c in part for c in "*?[")), None)
@@ -301,27 +339,33 @@ def fixed_folder(pattern: str) -> Path:
 
 
 def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe and its `dotted.key=value` overrides. Raises ConfigError with every mistake, one a line."""
+    """Read and validate a recipe with its `dotted.key=value` overrides.
+
+    Raises ConfigError with every mistake, one per line.
+    """
     source = read_source(path, overrides)
     mistakes = list(source.mistakes)
     recipe = None
+
     try:
         recipe = Recipe.model_validate(source.tree)
     except ValidationError as error:
         unknown = _unknown_subsets(source)
         mistakes += unknown.values()
         for problem in problems_of(error.errors(include_url=False), Recipe):
-            # What follows from a broken value, or from a subset that is none, is no mistake of its own.
+            # Consequences of a broken value or of an unknown subset are not reported again.
             if problem.path not in source.broken and problem.path[:2] not in unknown:
                 mistakes.append(_mistake(source, problem))
+
     if mistakes or recipe is None:
         raise ConfigError("\n".join(dict.fromkeys(map(str, mistakes))))
     return recipe
 
 
 def _mistake(source: Source, problem: Problem) -> Mistake:
-    """Blamed on an override if one may have caused it, else on what the file says of it."""
+    """Locate a problem: an override that may have caused it, else the line of the file."""
     written = [source.origins[path] for path in problem.causes if path in source.origins]
+    # An override of one of the causes is reported first.
     overridden = [origin for origin in written if origin.override]
     origin = (overridden or written or [source.origin_of(problem.path)])[0]
     where = f"{dotted(problem.path)}: " if problem.path else ""
@@ -329,7 +373,7 @@ def _mistake(source: Source, problem: Problem) -> Mistake:
 
 
 def _unknown_subsets(source: Source) -> dict[tuple[int | str, ...], Mistake]:
-    """Subsets that only an override names, and that lack a kind: a slip of the pen, and no new subset."""
+    """Subsets named only by an override and without a kind: taken as misspelled names."""
     subsets = source.tree.get("subsets")
     subsets = subsets if isinstance(subsets, dict) else {}
     paths = {name: ("subsets", name) for name in subsets}
@@ -340,6 +384,7 @@ def _unknown_subsets(source: Source) -> dict[tuple[int | str, ...], Mistake]:
         and origin.override
         and (*path, "kind") not in source.origins
     }
+
     known = [name for name in subsets if name not in mistyped]
     found: dict[tuple[int | str, ...], Mistake] = {}
     for name, origin in mistyped.items():
@@ -348,4 +393,5 @@ def _unknown_subsets(source: Source) -> dict[tuple[int | str, ...], Mistake]:
             f"nearest is {similar}" if similar else f"the recipe has {', '.join(known) or 'none'}"
         )
         found[paths[name]] = Mistake(origin, f"subsets.{name}: no such subset; {hint}")
+
     return found

@@ -1,7 +1,9 @@
-"""What is wrong in a recipe, in the words of the recipe: one line for each mistake, with the nearest right value.
+"""Error messages for recipes: one line per mistake, with the nearest valid value.
 
-The checks are pydantic's and the models' own; this says them again for someone who has never heard of either. Handing
-on pydantic's messages was refused: they speak of unions, tuples and finite numbers, and of one mistake several times.
+- The checks are those of pydantic and of the models. This module rewords them for a reader who
+  knows neither.
+- Alternatives considered: pydantic's own messages; they mention unions, tuples and finite numbers,
+  and report one mistake several times.
 """
 
 import difflib
@@ -34,7 +36,10 @@ _WORDS = {
 
 
 class Contradiction(ValueError):
-    """Raised by a model whose values do not go together: `keys` are the places of these values, seen from the model."""
+    """Raised by a model whose values contradict each other.
+
+    `keys` are the paths of these values, relative to the model.
+    """
 
     def __init__(self, message: str, *keys: KeyPath) -> None:
         super().__init__(message)
@@ -42,7 +47,7 @@ class Contradiction(ValueError):
 
 
 class Problem(NamedTuple):
-    """A mistake: where, what, and the places that may have caused it, the likeliest first."""
+    """One mistake: key path, message, and paths that may have caused it, likeliest first."""
 
     path: KeyPath
     message: str
@@ -50,11 +55,11 @@ class Problem(NamedTuple):
 
 
 def problems_of(errors: Iterable[Mapping[str, Any]], root: type[BaseModel]) -> Iterator[Problem]:
-    """The errors of a pydantic ValidationError for the model `root`, each once."""
+    """Translate the errors of a pydantic ValidationError for the model `root`, each once."""
     found: dict[tuple[KeyPath, str], Problem] = {}
     for error in errors:
         path: KeyPath = tuple(error["loc"])
-        # A default that follows a wrong value is no mistake of its own.
+        # A default computed from a wrong value is not a mistake of its own.
         if not error["type"].startswith("default_factory"):
             keys = getattr(error.get("ctx", {}).get("error"), "keys", ())
             problem = Problem(path, _explain(error, root), (*((*path, *key) for key in keys), path))
@@ -63,8 +68,10 @@ def problems_of(errors: Iterable[Mapping[str, Any]], root: type[BaseModel]) -> I
 
 
 def _explain(error: Mapping[str, Any], root: type[BaseModel]) -> str:
+    """Message of one pydantic error, without its location."""
     kind, path, context = error["type"], tuple(error["loc"]), error.get("ctx", {})
     value = show(error["input"])
+
     if kind == "extra_forbidden":
         allowed = allowed_keys(root, path[:-1])
         similar = nearest(str(path[-1]), allowed)
@@ -73,6 +80,7 @@ def _explain(error: Mapping[str, Any], root: type[BaseModel]) -> str:
             if similar
             else f"unknown key; legal are {', '.join(allowed)}"
         )
+
     if kind == "missing":
         return (
             "missing; the list is too short"
@@ -81,26 +89,30 @@ def _explain(error: Mapping[str, Any], root: type[BaseModel]) -> str:
         )
     if kind == "value_error":
         return str(context["error"])
+
     if kind == "literal_error":
         allowed = re.findall(r"'([^']*)'", context["expected"])
         similar = nearest(str(error["input"]), allowed)
         return f"{value} is not one of {', '.join(allowed)}" + (
             f"; nearest is {similar}" if similar else ""
         )
+
     if kind == "too_long":
         return f"must have {context['max_length']} values, has {context['actual_length']}"
     if kind in ("too_short", "string_too_short"):
         return "must not be empty"
+    # Limits of a number, which pydantic names in the context.
     for name, phrase in _RANGES:
         if name in context:
             return f"must be {phrase} {context[name]:g}, is {value}"
+
     if phrase := _WORDS.get(kind, ""):
         return f"{phrase}, is {value}"
     return f"{error['msg'][:1].lower()}{error['msg'][1:]}, is {value}"
 
 
 def show(value: Any) -> str:
-    """A value as a recipe spells it, cut short when it is long."""
+    """Format a value as a recipe spells it, truncated when it is long."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     text = repr(value)
@@ -108,13 +120,13 @@ def show(value: Any) -> str:
 
 
 def nearest(word: str, allowed: Sequence[str]) -> str | None:
-    """The one of the legal words that was most likely meant."""
+    """Closest match of `word` among the allowed words; None when nothing is similar."""
     matches = difflib.get_close_matches(word, allowed, n=1, cutoff=0.5)
     return matches[0] if matches else None
 
 
 def allowed_keys(root: type[BaseModel], path: KeyPath) -> list[str]:
-    """The legal keys of the section at `place`."""
+    """Names of the valid keys of the section at `path`."""
     section: Any = root
     for part in path:
         if not hasattr(section, "model_fields"):
@@ -126,7 +138,7 @@ def allowed_keys(root: type[BaseModel], path: KeyPath) -> list[str]:
 
 
 def _section_type(annotation: Any) -> Any:
-    """Of `dict[str, Section]` and `Section | None` the section."""
+    """The section type within `dict[str, Section]` or `Section | None`."""
     return next(
         (inner for inner in get_args(annotation) if hasattr(inner, "model_fields")), annotation
     )

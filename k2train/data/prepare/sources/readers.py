@@ -1,12 +1,13 @@
-"""Documents out of sources: listing the files of a recipe, cutting them into tasks, and reading one as a stream.
+"""Document readers: list the files of a recipe, group them into tasks, and stream their documents.
 
-A source is read once, front to back: its bytes are hashed while the documents come out, and memory holds one document
-and one block of the file, whatever the file's size. (Parquet cannot be read front to back: it is hashed by a read of its
-own.) What is broken inside a file is a `Rejection`, and reading goes on; a file that is itself broken, cut off or not
-what its name says raises DataError, since nobody knows what it should have held.
-
-An id that occurs twice in a file is kept: the ordinal breaks the tie, and finding all of them would take a table of ids
-(`runs` counts those that meet). A blank line is none, and no broken one: files end in them.
+- A source is read once from front to back. Its bytes are hashed while documents are read. Memory
+  holds one document and one block of the file, whatever the file's size.
+- Parquet cannot be read from front to back, so it is hashed by a separate read.
+- A broken item inside a file becomes a `Rejection`, and reading continues. A file that is broken
+  itself, truncated, or not of its named type raises DataError: nobody knows what it should contain.
+- An id that occurs twice in a file is kept; the ordinal breaks the tie. Finding all of them would
+  take a table of ids (`sorted_runs` counts those that meet).
+- A blank line is neither a document nor a rejection, since files end in them.
 """
 
 import codecs
@@ -30,7 +31,8 @@ from k2train.data.prepare.workspace import EncodeTask
 from k2train.data.tokenizer import is_encodable
 from k2train.errors import DataError, UserError
 
-# A corpus too small to fill tasks of `task_bytes` is cut into about this many, so that several workers have work.
+# A corpus too small to fill tasks of `task_bytes` is divided into about this many tasks, so that
+# several workers are busy.
 MIN_TASKS = 32
 MIN_TASK_BYTES = 2**18
 BATCH_BYTES = 2**22
@@ -38,7 +40,10 @@ MAX_BATCH_ROWS = 1024
 
 
 class Document(NamedTuple):
-    """A text to be learnt. `name` tells it from others in its source; `ordinal` is its number there, from 0."""
+    """A text to train on.
+
+    `name` identifies it within its source; `ordinal` is its number there, from 0.
+    """
 
     name: str
     text: str
@@ -46,7 +51,10 @@ class Document(NamedTuple):
 
 
 class Rejection(NamedTuple):
-    """What is not a document, though it should be one. `line` is that of the file, or the row, from 1."""
+    """An item that should be a document but cannot be used.
+
+    `line` is the line of the file, or the row, from 1.
+    """
 
     line: int | None
     reason: str
@@ -59,13 +67,15 @@ ReadItem = Document | Rejection
 
 
 def list_sources(recipe: Recipe) -> dict[str, list[Source]]:
-    """The sources of each subset, sorted by key. Patterns are relative to the working directory.
+    """List the sources of each subset, sorted by key.
 
-    Raises DataError with a line for each pattern that matches nothing, or only a folder, and for each file that cannot
-    be read; else for a file under two names, or two files under one.
+    Patterns are relative to the working directory. Raises DataError with one line for each pattern
+    that matches nothing or only a folder, and for each file that cannot be read. Otherwise raises
+    it for a file under two names, or two files under one.
     """
     found: dict[str, list[Source]] = {}
     problems: list[str] = []
+
     for name, subset in recipe.subsets.items():
         if subset.kind in STDLIB_ORIGINS:
             listed = topic_sources() if subset.kind == "stdlib_topics" else stdlib_sources()
@@ -73,6 +83,7 @@ def list_sources(recipe: Recipe) -> dict[str, list[Source]]:
             listed, mistakes = _file_sources(subset, recipe.origin_of(name))
             problems += [f"subsets.{name}.paths: {mistake}" for mistake in mistakes]
         found[name] = sorted(listed, key=lambda source: source.key)
+
     if problems:
         raise DataError("\n".join(problems))
     _check_unique_names(found)
@@ -80,7 +91,7 @@ def list_sources(recipe: Recipe) -> dict[str, list[Source]]:
 
 
 def _file_sources(subset: SubsetRecipe, origin: str) -> tuple[list[Source], list[str]]:
-    """The files of a subset, and what is wrong with its patterns."""
+    """The files of a subset, and the problems of its patterns."""
     found: dict[tuple[str, str], Source] = {}
     problems: list[str] = []
     for pattern in subset.paths:
@@ -92,7 +103,8 @@ def _file_sources(subset: SubsetRecipe, origin: str) -> tuple[list[Source], list
             if not path.is_file() or not os.access(path, os.R_OK):
                 problems.append(f"{path} is missing, or cannot be read: fix it or the pattern")
                 continue
-            # A file whose name has no suffix stands where a folder's name was taken to be.
+
+            # `fixed_folder` takes a file name without a suffix for a folder.
             inside = (
                 path.name
                 if absolute == folder
@@ -101,13 +113,16 @@ def _file_sources(subset: SubsetRecipe, origin: str) -> tuple[list[Source], list
             if not is_encodable(inside):
                 problems.append(f"{absolute!r} has a name that is not UTF-8: rename it")
                 continue
+
             source = Source(origin, inside, absolute, path.stat().st_size)
-            # One file by two ways, as through a link, is one source.
+            # A file reached by two paths, as through a link, is one source.
             found.setdefault((source.key, os.path.realpath(path)), source)
+
     return list(found.values()), problems
 
 
 def _matches(subset: SubsetRecipe, pattern: str) -> tuple[list[Path], list[str]]:
+    """The files that match a pattern, and the problems of the pattern."""
     literal = Path(pattern)
     paths = (
         [literal]
@@ -117,7 +132,7 @@ def _matches(subset: SubsetRecipe, pattern: str) -> tuple[list[Path], list[str]]
     found = [path for path in paths if not path.is_dir()]
     for folder in (path for path in paths if path.is_dir()):
         if subset.kind == "text":
-            # As a pattern does, leave out what is hidden.
+            # Patterns leave out hidden files, so folders do too.
             inside = (path for path in folder.rglob("*") if not path.is_dir())
             found += [
                 p
@@ -127,38 +142,47 @@ def _matches(subset: SubsetRecipe, pattern: str) -> tuple[list[Path], list[str]]
         elif folder == literal:
             suffix = f"{subset.kind}.zst" if subset.kind == "jsonl" else subset.kind
             return [], [
-                f"{pattern} is a folder; name its files, as {folder}/*.{subset.kind} or {folder}/**/*.{suffix}"
+                f"{pattern} is a folder; name its files, as "
+                f"{folder}/*.{subset.kind} or {folder}/**/*.{suffix}"
             ]
+
     return found, [] if found else [f"{pattern} matches no file, seen from {Path.cwd()}"]
 
 
 def _check_unique_names(listed: dict[str, list[Source]]) -> None:
+    """Raises DataError for a file under two names, and for two files under one name."""
     paths: dict[str, tuple[str, str]] = {}
     keys: dict[str, tuple[str, str]] = {}
     for name, sources in listed.items():
         for source in (source for source in sources if source.path):
+            # Links are resolved, so that no file is used under two names.
             path = os.path.realpath(source.path)
             other, key = paths.setdefault(path, (name, source.key))
             if key != source.key:
                 raise DataError(
-                    f"subsets.{name}.paths: {source.path} is {source.key} here and {key} in subsets.{other}: one file "
-                    f"must have one name; give both subsets the same origin, and patterns with one folder in front"
+                    f"subsets.{name}.paths: {source.path} is {source.key} here and "
+                    f"{key} in subsets.{other}: one file must have one name; give both "
+                    "subsets the same origin, and patterns with one folder in front"
                 )
+
             other, before = keys.setdefault(source.key, (name, path))
             if before != path:
                 raise DataError(
-                    f"subsets.{name}.paths: {source.path} and {before} (subsets.{other}) are both {source.key}: two "
-                    f"files must have two names; give them other origins, or one pattern"
+                    f"subsets.{name}.paths: {source.path} and {before} "
+                    f"(subsets.{other}) are both {source.key}: two files must "
+                    "have two names; give them other origins, or one pattern"
                 )
 
 
 def encode_tasks(recipe: Recipe, sources: dict[str, list[Source]]) -> list[EncodeTask]:
-    """Sources cut into tasks of about `executor.task_bytes`; subsets that read the same documents read them together.
+    """Group sources into tasks of about `executor.task_bytes`.
 
-    The number of workers plays no part, and the cut none in the result.
+    Subsets that read the same documents read them in one task. The grouping depends neither on the
+    number of workers, nor does it show in the result.
     """
     groups: dict[tuple[Any, ...], list[str]] = {}
     for name, subset in recipe.subsets.items():
+        # Everything that decides which documents are read, and their names.
         signature = (
             subset.kind,
             recipe.origin_of(name),
@@ -166,17 +190,22 @@ def encode_tasks(recipe: Recipe, sources: dict[str, list[Source]]) -> list[Encod
             subset.text_key,
             subset.id_key,
         )
+
         groups.setdefault(signature, []).append(name)
+
     total_bytes = sum(
         source.size_bytes for names in groups.values() for source in sources[names[0]]
     )
+    # Small corpora get smaller tasks, so that all workers are busy.
     target_bytes = min(recipe.executor.task_bytes, max(MIN_TASK_BYTES, total_bytes // MIN_TASKS))
     tasks = []
+
     for names in groups.values():
         tasks += [
             EncodeTask(tuple(names), group)
             for group in _group_sources(sources[names[0]], target_bytes)
         ]
+
     return tasks
 
 
@@ -197,7 +226,7 @@ def _group_sources(sources: Sequence[Source], target_bytes: int) -> Iterator[tup
 
 
 class _RawDocument(NamedTuple):
-    """What a kind of file yields: text and name as they came, not yet looked at."""
+    """An item as read from a file: text and name not yet validated."""
 
     line: int | None
     name: Any
@@ -205,7 +234,7 @@ class _RawDocument(NamedTuple):
 
 
 class DocumentReader:
-    """One reading of a source: iterate to the end, then `facts` says what was read."""
+    """One reading of a source: iterate to the end, then `facts` describes what was read."""
 
     def __init__(self, subset: SubsetRecipe, source: Source) -> None:
         self.subset, self.source = subset, source
@@ -214,7 +243,11 @@ class DocumentReader:
         )
 
     def __iter__(self) -> Iterator[ReadItem]:
-        """Documents and rejections, in the order of the file. Raises DataError for a file that is broken."""
+        """Yield documents and rejections in the order of the file.
+
+        Raises DataError for a broken file.
+        """
+        # Rejections are not numbered: an ordinal counts documents only.
         ordinal = 0
         for item in _READERS[self.subset.kind](self):
             if isinstance(item, Rejection):
@@ -227,27 +260,29 @@ class DocumentReader:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Key, size and hash of what was read, and the file's time of change."""
+        """Key, size, hash and modification time of the source that was read."""
         return self.contents.facts
 
     def json_lines(self) -> Iterator[_RawDocument | Rejection]:
+        """Read JSON lines, one document per line."""
         for number, line in enumerate(self.contents.lines(), 1):
             if (item := self._json_line(number, line)) is not None:
                 yield item
 
     def _json_line(self, number: int, line: bytes) -> _RawDocument | Rejection | None:
         try:
-            # A mark of the byte order in front of a file is no part of its first line.
+            # A byte order mark in front of the file is not part of its first line.
             record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
         except UnicodeDecodeError as error:
             return Rejection(number, f"not UTF-8 ({error.reason} at byte {error.start})")
         except (ValueError, RecursionError) as error:
-            # Looked at here only: of a billion lines few are blank.
+            # Blank lines are rare, so they are checked only after an error.
             return (
                 Rejection(number, f"not JSON ({error})")
                 if line.removeprefix(codecs.BOM_UTF8).strip()
                 else None
             )
+
         if not isinstance(record, dict):
             return Rejection(number, f"not an object, but {type(record).__name__}")
         key = self.subset.id_key
@@ -256,16 +291,19 @@ class DocumentReader:
         )
 
     def parquet_rows(self) -> Iterator[_RawDocument | Rejection]:
+        """Read Parquet, one document per row."""
         try:
             import pyarrow as arrow
             from pyarrow import parquet
         except ImportError:
             raise UserError("reading Parquet needs pyarrow: pip install 'k2train[data]'") from None
+
         self.contents.hash_only()
+
         columns = [self.subset.text_key, *([self.subset.id_key] if self.subset.id_key else [])]
         number = 0
         try:
-            # A small buffer makes it stream the pages of a column instead of holding all of a row group.
+            # A small buffer streams the pages of a column instead of holding a complete row group.
             with parquet.ParquetFile(self.source.path, buffer_size=2**20, pre_buffer=False) as file:
                 self._check_columns(file.schema_arrow.names, columns)
                 rows = _batch_rows(file.metadata)
@@ -294,10 +332,12 @@ class DocumentReader:
         for column in wanted:
             if column not in present:
                 raise DataError(
-                    f"{self.source.path}: has no column {column!r} (text_key or id_key); it has {', '.join(present)}"
+                    f"{self.source.path}: has no column {column!r} "
+                    f"(text_key or id_key); it has {', '.join(present)}"
                 )
 
     def whole_text(self) -> Iterator[_RawDocument | Rejection]:
+        """Read the file as one document."""
         content = self.contents.whole()
         try:
             yield _RawDocument(None, self.source.name, content.decode())
@@ -305,14 +345,16 @@ class DocumentReader:
             yield Rejection(None, f"not UTF-8 ({error.reason} at byte {error.start})")
 
     def code_text(self) -> Iterator[_RawDocument | Rejection]:
+        """Read a Python file as one document, in its declared encoding."""
         text = self._code()
         if isinstance(text, Rejection):
             yield text
         elif text.strip():
-            # An empty file of the library marks a package, and was never meant to hold text.
+            # An empty file of the library only marks a package.
             yield _RawDocument(None, self.source.name, text)
 
     def docstring_texts(self) -> Iterator[_RawDocument | Rejection]:
+        """Read the docstrings of a Python file, one document each."""
         text = self._code()
         if isinstance(text, Rejection):
             yield text
@@ -342,12 +384,15 @@ _READERS = {
 
 
 def read_documents(subset: SubsetRecipe, source: Source) -> DocumentReader:
-    """The documents and rejections of a source; of the subset only kind, `text_key` and `id_key` count."""
+    """Read the documents and rejections of a source.
+
+    Only `kind`, `text_key` and `id_key` of the subset matter.
+    """
     return DocumentReader(subset, source)
 
 
 def read_texts(subset: SubsetRecipe, source: Source) -> Iterator[tuple[str, str]]:
-    """(name, text) of each document of a source."""
+    """Yield (name, text) of each document of a source."""
     for item in DocumentReader(subset, source):
         if isinstance(item, Document):
             yield item.name, item.text
@@ -374,7 +419,7 @@ def _text_problem(key: str, value: Any) -> str:
 
 
 def _batch_rows(metadata: Any) -> int:
-    """Rows that hold about `BATCH_BYTES`, by the sizes the file tells of itself."""
+    """Number of rows that hold about `BATCH_BYTES`, by the sizes in the file's metadata."""
     size_bytes = sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
     return max(
         1, min(MAX_BATCH_ROWS, BATCH_BYTES * max(1, metadata.num_rows) // max(1, size_bytes))
@@ -382,7 +427,7 @@ def _batch_rows(metadata: Any) -> int:
 
 
 def _cells(arrow: Any, column: Any) -> list[Any]:
-    """Values of a column; text as bytes, since Parquet does not promise that it is UTF-8."""
+    """Values of a column; text as bytes, since Parquet does not guarantee UTF-8."""
     if isinstance(column, arrow.DictionaryArray):
         column = column.dictionary_decode()
     if arrow.types.is_string(column.type) or arrow.types.is_large_string(column.type):

@@ -1,7 +1,8 @@
-"""Documents that cannot be taken: counted, listed with file, line and reason, and only so many of them.
+"""Rejected documents: counted, listed with file, line and reason, and limited in number.
 
-A broken line in a corpus of a billion is normal and must not stop a cluster; a hundredth of them broken is a wrong key or
-a damaged download, and must. Skipping in silence was refused: nobody would know what the model did not see.
+- A few broken lines in a corpus of a billion are normal and must not stop a cluster. A hundredth of
+  them indicates a wrong key or a damaged download, and must stop it.
+- Alternatives considered: skipping silently; nobody would know what the model did not see.
 """
 
 import json
@@ -16,7 +17,7 @@ REJECTED_NAME = "rejected.jsonl"
 
 
 def rejected_lines(workspace: Workspace) -> Iterator[bytes]:
-    """The lines of all encode tasks, in the order of their sources."""
+    """Yield the rejected lines of all encode tasks, in the order of their sources."""
     for number in range(len(workspace.tasks)):
         path = workspace.run_folder(number) / REJECTED_NAME
         if path.is_file():
@@ -25,9 +26,9 @@ def rejected_lines(workspace: Workspace) -> Iterator[bytes]:
 
 
 def check_rejected(workspace: Workspace) -> None:
-    """Called when all documents were read. Raises DataError for subsets of which too large a share was rejected.
+    """Raises DataError when too large a share of a subset's documents was rejected.
 
-    The list of all that is rejected is then left in the work folder.
+    Called when all documents were read. The list of all rejections is then left in the work folder.
     """
     limit = workspace.recipe.max_rejected_share
     read, rejected = (
@@ -38,13 +39,17 @@ def check_rejected(workspace: Workspace) -> None:
         for name, counts in read_json(workspace.encode_record(number))["subsets"].items():
             read[name] += counts["documents_read"]
             rejected[name] += counts["rejected"]
+
     exceeding = [name for name, count in rejected.items() if count > limit * (count + read[name])]
     if not exceeding:
         return
+
+    # The complete list helps to fix the files.
     path = workspace.folder / REJECTED_NAME
     with AtomicFile(path, process_suffix()) as stream:
         for line in rejected_lines(workspace):
             stream.write(line)
+
     examples = _first_of_each(workspace, exceeding)
     raise DataError(
         "\n".join(
@@ -55,6 +60,7 @@ def check_rejected(workspace: Workspace) -> None:
 
 
 def _first_of_each(workspace: Workspace, names: Collection[str]) -> dict[str, str]:
+    """The first rejection of each subset: `file:line: reason`."""
     found: dict[str, str] = {}
     for line in rejected_lines(workspace):
         entry = json.loads(line)
@@ -72,6 +78,7 @@ def _message(
     if accepted == 0:
         remedy = f"check kind, text_key and id_key of subsets.{name} (all are listed in {path})"
     return (
-        f"subsets.{name}: {rejected} of {rejected + accepted} documents are broken, a share of "
-        f"{rejected / (rejected + accepted):.4f}, above max_rejected_share ({limit}), the first at {example}; {remedy}"
+        f"subsets.{name}: {rejected} of {rejected + accepted} documents are "
+        f"broken, a share of {rejected / (rejected + accepted):.4f}, above "
+        f"max_rejected_share ({limit}), the first at {example}; {remedy}"
     )
