@@ -267,14 +267,14 @@ class Recipe(_Section):
 
     def _split_conflict(self, name: str, other: str) -> str:
         """Error message for two subsets of one origin that split it differently."""
-        this, two = self.subsets[name], self.subsets[other]
+        this, that = self.subsets[name], self.subsets[other]
         cuts = (
             f"subsets.{name}.share {list(this.share)} by {this.split_by} must "
-            f"equal subsets.{other}.share {list(two.share)} by {two.split_by}"
+            f"equal subsets.{other}.share {list(that.share)} by {that.split_by}"
         )
-        if this.paths == two.paths:
+        if this.paths == that.paths:
             return f"{cuts}: both read the same files, and a file must be on one side of the split"
-        if this.origin or two.origin:
+        if this.origin or that.origin:
             return (
                 f"{cuts}: both have the origin {self.origin_of(name)!r}; "
                 "if their files are not the same, name another"

@@ -1,7 +1,8 @@
-"""What to say when documents do not suffice for the chunks: why, and which key mends it.
+"""Error messages for too few documents: the cause, and the recipe key that fixes it.
 
-The numbers of the plan decide which key it is. Naming every key that could matter was refused: a reader then turns the
-wrong one, and reads a corpus once more to find out.
+- The numbers of the plan decide which key to name.
+- Alternatives considered: naming every key that could matter; a reader then changes the wrong one,
+  and reads a corpus once more to find out.
 """
 
 import math
@@ -32,10 +33,10 @@ def check_samples(
     samples: Mapping[str, int],
     used: Mapping[str, int],
 ) -> None:
-    """Raises DataError when some chunk would get nothing of a subset; speaks of the one with the fewest samples.
+    """Raises DataError when a chunk would get nothing of a subset; explains the smallest subset.
 
-    `samples` is what the subsets can give, `used` what `rows_per_chunk` takes of it; `account` holds their documents and
-    `training_tokens`.
+    `samples` is what the subsets can give, `used` is what `rows_per_chunk` takes of it. `account`
+    holds their documents and `training_tokens`.
     """
     short = sorted((count, name) for name, count in used.items() if count < recipe.chunks)
     if short:
@@ -46,8 +47,12 @@ def check_samples(
 
 
 def _explain(recipe: Recipe, name: str, counts: Mapping[str, Any], samples: int, used: int) -> str:
+    """Message for a subset with fewer used samples than chunks."""
     subset, length = recipe.subsets[name], recipe.sequence_length
-    few = f"subset {name} gives {used} samples of {length} tokens, fewer than the {counted(recipe.chunks, 'chunk')}"
+    few = (
+        f"subset {name} gives {used} samples of {length} tokens, "
+        f"fewer than the {counted(recipe.chunks, 'chunk')}"
+    )
     tokens = counts["training_tokens"]
     if tokens == 0:
         return f"{few}: {_explain_none(subset, counts)}"
@@ -59,17 +64,20 @@ def _explain(recipe: Recipe, name: str, counts: Mapping[str, Any], samples: int,
 
 
 def _explain_none(subset: SubsetRecipe, counts: Mapping[str, Any]) -> str:
+    """Cause for a subset without any training token."""
     seen = counts["documents_read"] + counts["rejected_documents"]
     if seen == 0:
         return "its files hold no document"
     key, words = max(_REASONS, key=lambda reason: counts[reason[0]])
-    # Few files are all on one side sooner than many documents.
+    # A few files end up on one side of a split more easily than many documents.
     parts = subset.kind in ("jsonl", "parquet") and subset.split_by == "source"
     finer = parts and key in ("outside_documents", "held_out_documents")
-    return f"of its {seen} documents {counts[key]} are {words}{', or give split_by document' if finer else ''}"
+    split = ", or give split_by document" if finer else ""
+    return f"of its {seen} documents {counts[key]} are {words}{split}"
 
 
 def _explain_few(subset: SubsetRecipe, tokens: int, needed: int) -> str:
+    """Cause and remedies for a subset with too few training tokens."""
     asked = int(exact(subset.repeat) * tokens)
     limit = subset.limit_tokens
     if limit is not None and limit < needed <= asked:
@@ -80,7 +88,8 @@ def _explain_few(subset: SubsetRecipe, tokens: int, needed: int) -> str:
     if limit is not None and limit < needed:
         remedies = [f"raise limit_tokens ({limit})", f"and {remedies[0]}"]
     with_repeat = f"{asked} with repeat {subset.repeat:g}, " if subset.repeat != 1 else ""
+
     return (
-        f"its documents hold {tokens} tokens, {with_repeat}below the {needed} of a sample for each: "
-        f"{(' ' if limit is not None and limit < needed else ', or ').join(remedies)}"
+        f"its documents hold {tokens} tokens, {with_repeat}below the {needed} of a sample for "
+        f"each: {(' ' if limit is not None and limit < needed else ', or ').join(remedies)}"
     )
