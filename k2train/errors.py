@@ -1,7 +1,10 @@
-"""The mistakes a user can make, as one family of exceptions.
+"""Exception types for user errors, and the exit codes of every command.
 
-Anything derived from `UserError` is shown as one line on stderr and ends the process with exit code 2. Everything else
-is our own bug and keeps its traceback: catching it here would hide it.
+- A `UserError` is printed as one line on stderr, and the process ends with exit code 2.
+- Every other exception is a bug in this package and keeps its traceback.
+
+Alternatives considered:
+- Catching every exception at the top: it would hide our own bugs behind a friendly line.
 """
 
 EXIT_DONE = 0
@@ -11,20 +14,23 @@ EXIT_STOPPED = 75
 
 
 class UserError(ValueError):
-    """A mistake in config, data, checkpoint or usage; the message says what, the numbers, which knob, which way."""
+    """Base class of user errors in config, data, checkpoint or usage.
+
+    The message says what is wrong, the numbers, which setting to change, and in which direction.
+    """
 
 
 class ConfigError(UserError):
-    """A mistake in a YAML file or an override; one line a mistake."""
+    """Invalid YAML file or override; one line per mistake."""
 
 
 class DataError(UserError):
-    """A chunk file or a manifest that is missing, damaged or does not fit the run."""
+    """Chunk file or manifest that is missing, damaged or does not fit the run."""
 
 
 class CheckpointError(UserError):
-    """A checkpoint that is missing, damaged or belongs to another run."""
+    """Checkpoint that is missing, damaged or belongs to another run."""
 
 
 class RunError(UserError):
-    """A run directory that cannot be used as asked."""
+    """Run directory that cannot be used as requested."""

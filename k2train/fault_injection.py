@@ -1,15 +1,19 @@
-"""Named places where a run can be made to fail on purpose, so that what follows can be tested. Off, one costs a call.
+"""Fault injection: named points where a run can be made to fail on purpose, for tests of recovery.
 
-A fault is `POINT[@rank=R][@step=S][@nth=N]:ACTION`; several are separated by `;`, and each strikes once:
+A fault is `POINT[@rank=R][@step=S][@nth=N]:ACTION`. Several are separated by `;`; each fires once:
 
-    save.hashed@rank=1@step=10:kill      SIGKILL to this process when rank 1 comes to that point of the save of step 10
-    step.forward@nth=3:sleep=0.5         the third time any rank comes there
-    gradient@rank=0@step=4:nan           a value fault: the place asks with `find` and does the damage itself
+    save.hashed@rank=1@step=10:kill    SIGKILL to rank 1 at that point of the save of step 10
+    step.forward@nth=3:sleep=0.5       at the third visit of the point, on any rank
+    gradient@rank=0@step=4:nan         a value fault: the caller asks with `find` and applies it
 
-Actions of `point`: kill, stop (SIGSTOP), term, usr1, abort, segv, exit=CODE, sleep=SECONDS, error=ERRNO (an OSError such
-as ENOSPC). Faults are armed once, by a command line, from the variable K2TRAIN_FAULTS; a run in which none is armed
-has an empty list and nothing else. Patching functions from outside was refused: that reaches one process of several,
-and breaks with the next change of a name.
+- Actions of `point`: kill, stop (SIGSTOP), term, usr1, abort, segv, exit=CODE, sleep=SECONDS,
+  error=ERRNO (an OSError such as ENOSPC).
+- Faults are armed once, by a command line, from the variable K2TRAIN_FAULTS.
+- Without armed faults a point costs one function call and the check of an empty list.
+
+Alternatives considered:
+- Patching functions from outside: it reaches one process of several, and breaks when a name
+  changes.
 """
 
 import errno
@@ -38,14 +42,14 @@ POINTS = (
     "retire.expire", "retire.marked", "retire.done",
     "ledger.append", "end",
 )  # fmt: skip
-"""Places that call `point`, in the order a run comes to them."""
+"""Points that call `point`, in the order in which a run reaches them."""
 VALUES = ("gradient", "loss", "weight", "moment")
-"""Places that ask with `find`."""
+"""Value faults: points that ask with `find` and change a value themselves."""
 
 
 @dataclass
 class Fault:
-    """One fault; `rank`, `step`, `nth` None: any, any, the first time."""
+    """One fault to inject. `rank` and `step` None match any; `nth` counts the matching visits."""
 
     point: str
     action: str
@@ -68,21 +72,27 @@ _state = _State()
 
 
 def parse(text: str) -> list[Fault]:
-    """Read the form above. Raises RunError naming the part that is not understood."""
+    """Parse faults in the form of the module docstring.
+
+    Raises RunError naming the part that is not understood.
+    """
     found = []
     for part in filter(None, (piece.strip() for piece in text.split(";"))):
         place, colon, what = part.partition(":")
         name, *conditions = place.split("@")
         action, _, argument = what.partition("=")
         fault = Fault(name, action, argument)
+
         if not colon or name not in POINTS + VALUES:
             raise RunError(
                 f"{VARIABLE}: {part!r} names no fault point; they are {', '.join(POINTS + VALUES)}"
             )
+
         if name in POINTS and action not in (*SIGNALS, "exit", "sleep", "error"):
             raise RunError(
                 f"{VARIABLE}: {part!r} has no action; they are {', '.join(SIGNALS)}, exit=, sleep=, error="
             )
+
         for condition in conditions:
             key, _, value = condition.partition("=")
             if key not in ("rank", "step", "nth") or not value.isdigit():
@@ -90,24 +100,26 @@ def parse(text: str) -> list[Fault]:
                     f"{VARIABLE}: {condition!r} in {part!r} must be rank=, step= or nth= and a number"
                 )
             setattr(fault, key, int(value))
+
         found.append(fault)
     return found
 
 
 def arm(text: str, rank: int) -> None:
-    """Arm the faults of `text` in this process, in place of any before."""
+    """Arm the faults of `text` in this process, replacing any earlier ones. Raises RunError."""
     _state.rank, _state.step, _state.armed = rank, 0, parse(text)
 
 
 def at_step(step: int) -> None:
-    """Say which step of the run follows."""
+    """Set the step that the following points belong to."""
     _state.step = step
 
 
 def find(name: str) -> Fault | None:
-    """The fault that strikes at this visit of `name`, if one does; it will not strike again."""
+    """Return the fault that fires at this visit of `name`, if any; it will not fire again."""
     if not _state.armed:
         return None
+
     return _find(name, _state.armed)
 
 
@@ -117,23 +129,27 @@ def _find(name: str, armed: Sequence[Fault]) -> Fault | None:
             continue
         if fault.step not in (None, _state.step):
             continue
+
         fault.seen += 1
         if fault.seen == fault.nth:
             fault.struck = True
             return fault
+
     return None
 
 
 def point(name: str) -> None:
-    """A place where the process may be made to fail."""
+    """Fail here when a fault is armed for the point `name`."""
     if _state.armed and (fault := _find(name, _state.armed)) is not None:
         _strike(fault)
 
 
 def _strike(fault: Fault) -> None:
+
     if fault.action in SIGNALS:
         os.kill(os.getpid(), SIGNALS[fault.action])
         if fault.action == "kill":
+            # The signal arrives at once; nothing after this point may run before it does.
             time.sleep(60)
     elif fault.action == "exit":
         os._exit(int(fault.argument or 1))

@@ -1,7 +1,9 @@
-"""Files that are whole or not there, and hashes of them: what chunks, checkpoints and records all rest on.
+"""Atomic and durable files: write, fsync, rename; SHA-256 of files.
 
-A name is given by rename after the content is on the disk, and the directory is synced after the rename: without the
-second a power cut may lose a file whose data was written. Standard library only.
+- A file gets its name by rename after its content is on the disk: it is whole or absent.
+- The directory is synced after the rename. Without that a power cut can lose a file whose data was
+  written.
+- Standard library only.
 """
 
 import hashlib
@@ -11,13 +13,13 @@ from typing import IO
 
 
 def sha256_file(path: Path) -> str:
-    """Hash of a whole file, read in blocks."""
+    """Return the SHA-256 of a file in hexadecimal, read in blocks."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def sync_directory(path: Path) -> None:
-    """Return when the names in a directory would survive a power cut."""
+    """Fsync a directory, so that its names survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -26,15 +28,16 @@ def sync_directory(path: Path) -> None:
 
 
 def sync_file(path: Path) -> None:
-    """Return when the content of a file would survive a power cut."""
+    """Fsync a file, so that its content survives a power cut."""
     with path.open("rb") as stream:
         os.fsync(stream.fileno())
 
 
 class AtomicFile:
-    """A binary file that appears under its name whole and synced, or not at all.
+    """Context manager for a binary file that appears under its name whole and synced, or not at
+    all.
 
-    `mark` keeps two processes that write the same file at once out of each other's unfinished one.
+    `mark` separates the temporary files of two processes that write the same file at once.
     """
 
     def __init__(self, path: Path, mark: str = "") -> None:
@@ -52,6 +55,7 @@ class AtomicFile:
                 os.fsync(self.stream.fileno())
         finally:
             self.stream.close()
+
         if kind is None:
             os.replace(self.aside, self.path)
             sync_directory(self.path.parent)
@@ -60,6 +64,6 @@ class AtomicFile:
 
 
 def write_synced(path: Path, text: str) -> None:
-    """A small text file, whole and on the disk on return."""
+    """Write a small text file atomically; it is on the disk on return."""
     with AtomicFile(path) as stream:
         stream.write(text.encode())

@@ -1,27 +1,57 @@
-"""Numbers, names and aligned columns as people read them; standard library only.
+"""Text formatting for console and tools: bytes, durations, counts, safe names and aligned tables.
 
-Names come from documents that anyone may have written, so characters that would move a terminal's cursor or change its
-colours are shown as escapes. Printing them as they are was refused: a file name could then rewrite the table around it.
+- Bytes are binary everywhere (KiB, MiB, GiB, TiB), as memory is sold and as tools print it.
+- Names come from untrusted documents: characters that move a terminal's cursor or change its
+  colours are shown as escapes.
+- Standard library only.
+
+Alternatives considered:
+- Printing names unchanged: a file name could then rewrite the table around it.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
 
 LEFT = {"subset", "source", "document", "chunk", "state", "sha256", "fim"}
-"""Headings of the columns that hold words."""
+"""Headings of columns with words, which are aligned to the left."""
 UNKNOWN = "-"
 _UNSAFE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
+def bytes_text(count: float) -> str:
+    """Format a number of bytes: `20.16 GiB`, `5.82 MiB`, `900 B`; binary units, two decimals."""
+    for unit, size in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= size:
+            return f"{count / size:,.2f} {unit}"
+    return f"{count:.0f} B"
+
+
+def duration(seconds: float) -> str:
+    """Format seconds as `45s`, `1m20s`, `2h05m` or `3d04h`, rounded up."""
+    whole = math.ceil(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    if whole < 86400:
+        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"
+
+
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Aligned columns under their headings, numbers to the right; a column with nothing known in it is left out."""
+    """Align columns under their headings, numbers to the right.
+
+    A column in which every cell is empty or unknown is left out.
+    """
     kept = [
         i
         for i in range(len(headings))
         if not rows or any(cells[i] not in ("", UNKNOWN) for cells in rows)
     ]
     widths = {i: max(len(cells[i]) for cells in (headings, *rows)) for i in kept}
+
     return [
         "  ".join(
             cells[i].ljust(w) if headings[i] in LEFT else cells[i].rjust(w)
@@ -32,35 +62,37 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def number(value: Any) -> str:
-    """`1,204`; `-` for what is not known."""
+    """Format a number as `1,204`; None as `-`."""
     return UNKNOWN if value is None else f"{value:,}"
 
 
 def percent(part: int, whole: int) -> str:
-    """`54.54%`."""
+    """Format `part` of `whole` as `54.54%`."""
     return f"{100 * part / max(1, whole):.2f}%"
 
 
 def counted(count: int, what: str) -> str:
-    """`1 chunk`, `1,204 chunks`."""
+    """Format a count with its noun: `1 chunk`, `1,204 chunks`."""
     return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
 def span_text(first: int, last: int) -> str:
-    """`3` or `3 to 7`."""
+    """Format a range of numbers: `3` or `3 to 7`."""
     return f"{first:,}" if first == last else f"{first:,} to {last:,}"
 
 
 def clean(text: Any) -> str:
-    """A name, safe to print; `-` for none."""
+    """Make a name safe to print on one line; None as `-`."""
     return UNKNOWN if text is None else safe(str(text)).replace("\n", "\\n").replace("\t", "\\t")
 
 
 def safe(text: str) -> str:
-    """Text with every control character but newline and tab as an escape."""
+    """Replace every control character except newline and tab by an escape."""
     return _UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def brief(digest: str) -> str:
-    """A hash as its first digits; what is no hash, such as words that stand for one, is left whole."""
+    """Shorten a SHA-256 to 12 digits; any other text, such as a name used as a hash, stays
+    whole.
+    """
     return digest[:12] if re.fullmatch(r"[0-9a-f]{64}", digest) else clean(digest)

@@ -1,13 +1,17 @@
-"""Speed as ratios side by side in one run: k2train beside its peers on the same work.
+"""Speed benchmark: k2train beside its peers on the same work, as ratios within one run.
 
-    python tools/bench.py cpu [--quick] [--precision fp32|bf16|both] [--json FILE] [--against BASE.json]
-    python tools/bench.py gpu ...                      (its own options: tools/bench.py gpu --help)
+    python tools/bench.py cpu [--quick] [--precision fp32|bf16|both] [--json FILE] [--against
+    BASE.json] python tools/bench.py gpu ...                      (its own options: tools/bench.py
+    gpu --help)
 
-Every contender is a set of processes that are started once and do a step when they are told to, in turns, so that what the
-machine does besides falls on all of them; ratios are what is shown, absolute rates belong to a machine. The driver imports
-no torch. Progress goes to standard error, the table comes last on standard output.
+- Every contender is a set of processes, started once, that take steps on command and in turns. So
+  other load on the machine slows all of them alike.
+- Ratios are shown, because absolute rates belong to a machine.
+- This driver imports no torch.
+- Progress goes to stderr; the table comes last on stdout.
 
-Exit codes: 0 done; 1 the reference did not run, or a loss of more than 8 % with --against; 2 a mistake in usage.
+Exit codes: 0 done; 1 the reference did not run, or a loss of more than 8 % with --against;
+2 a usage error.
 """
 
 from __future__ import annotations
@@ -38,19 +42,21 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class _Parser(argparse.ArgumentParser):
-    """Mistakes as one line, without the usage text in front."""
+    """Argument parser that reports an error as one line, without the usage text."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(EXIT_USAGE, f"{self.prog}: {message}; see --help\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Dispatch; the exit code."""
+    """Run the command line and return the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given[:1] == ["gpu"]:
-        # Its module imports torch; what `cpu` starts must not, and need not have it on a broken device.
+        # This module imports torch, which the processes of `cpu` must not need.
         return int(importlib.import_module("benchmarks.gpu.main").main(given[1:]))
+
     options = _parser().parse_args(given)
+
     try:
         return _cpu(options)
     except UserError as mistake:
@@ -128,10 +134,12 @@ def _positive(text: str) -> int:
 def _cpu(options: argparse.Namespace) -> int:
     work = parse_work(options.size)
     precision = options.precision or ("fp32" if options.quick else "both")
+
     precisions = PRECISIONS if precision == "both" else (precision,)
     groups = choose(
         options.only, options.quick, precisions, [variant(text) for text in options.variant]
     )
+
     plan = Plan(
         rounds=options.rounds,
         steps=options.steps,
@@ -140,16 +148,20 @@ def _cpu(options: argparse.Namespace) -> int:
         limit_seconds=float(options.limit),
         start_limit_seconds=max(5.0 * options.limit, 60.0),
     )
+
     if options.json and not options.json.parent.is_dir():
         raise RunError(f"--json {options.json}: there is no folder {options.json.parent}")
+
     began = time.monotonic()
     machine, commit = machine_facts(), commit_of(ROOT)
+
     if options.against:
         base = against.read_base(options.against)
         with against.checkout(ROOT, base["commit"]) as tree:
             rows = _measure(against.pairs(groups, tree), work, plan)
     else:
         base, rows = None, _measure(groups, work, plan)
+
     facts = table.to_json(work, plan, machine, commit, time.monotonic() - began)
     return _tell(facts, rows, base, options.json)
 
@@ -177,20 +189,24 @@ def _tell(
             "commit": base["commit"],
             "layouts": [dataclasses.asdict(c) for c in comparisons],
         }
+
     if path:
         path.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+
     print(table.report(facts, rows, verdicts))
+
     if base:
         print(f"\n{against.report(comparisons, base)}")
         lost = [f"{c.name} ({c.precision})" for c in comparisons if c.lost]
         if lost:
             print(f"slower than the base, or no longer running: {', '.join(lost)}", file=sys.stderr)
         return EXIT_FAILED if lost else EXIT_DONE
+
     references = [row for row in rows if row.name == REFERENCE]
     return EXIT_DONE if all(row.problem is None for row in references) else EXIT_FAILED
 
 
 if __name__ == "__main__":
-    # Ended as by Ctrl-C, so that what was started is ended too.
+    # As with Ctrl-C, so that the started processes are ended too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_FAILED))
     sys.exit(main())

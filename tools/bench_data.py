@@ -1,7 +1,10 @@
-"""Figures of the data road, as ratios within one run: `bench_data.py [--quick] [--only NAME ...]`.
+"""Data pipeline benchmark: each stage against a simple baseline, as ratios within one run.
 
-Everything is measured side by side, in turns, and the median of the turns is shown: absolute rates belong to a machine,
-ratios mostly do not. The text is the standard library of the Python that runs this; the folders made are temporary.
+    python tools/bench_data.py [--only NAME ...] [--rounds N] [--folder DIR]
+
+- Stage and baseline are measured in turns, and the median is shown: absolute rates belong to a
+  machine, ratios mostly do not.
+- The text is the standard library of the Python that runs this; the folders are temporary.
 """
 
 import argparse
@@ -50,7 +53,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class Figure:
-    """A line of the table: what, against what, the two medians with their unit, and the aim where there is one."""
+    """One row of the table: subject, baseline, their medians with a unit, and the target if any."""
 
     what: str
     against: str
@@ -61,17 +64,19 @@ class Figure:
 
     @property
     def ratio(self) -> float:
+        """Subject over baseline."""
         return self.mine / self.theirs
 
 
 def timed(work: Callable[[], object]) -> float:
+    """Time one call of `work`."""
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
 
 
 def in_turns(rounds: int, *works: Callable[[], object]) -> list[float]:
-    """Median seconds of each, measured in turns so that a busy moment hits all of them."""
+    """Median seconds of each work, measured in turns so that other load hits all of them."""
     seconds: list[list[float]] = [[] for _ in works]
     for turn in range(rounds + 1):
         for i, work in enumerate(works):
@@ -82,7 +87,7 @@ def in_turns(rounds: int, *works: Callable[[], object]) -> list[float]:
 
 
 def library_texts() -> list[str]:
-    """Python files of the standard library."""
+    """Read Python files of the standard library."""
     paths = sorted(stdlib_root().glob("*.py")) + sorted(stdlib_root().glob("*/*.py"))
     texts = (
         path.read_text("utf-8", errors="replace") for path in paths if "packages" not in str(path)
@@ -91,7 +96,10 @@ def library_texts() -> list[str]:
 
 
 def write_corpus(path: Path, copies: int) -> int:
-    """A jsonl file of the standard library in pieces of some 3,000 characters, `copies` times; returns its bytes."""
+    """Write the standard library `copies` times as jsonl; return the file's size in bytes.
+
+    Documents have some 3,000 characters.
+    """
     with path.open("w", encoding="utf-8") as stream:
         for copy in range(copies):
             for number, text in enumerate(library_texts()):
@@ -104,11 +112,12 @@ def write_corpus(path: Path, copies: int) -> int:
 
 
 def make_recipe(folder: Path, name: str, copies: int, **changes: object) -> Recipe:
-    """A recipe over `copies` of the standard library in one jsonl file, with one tokenizer for all of them."""
+    """Recipe over `copies` of the standard library in one jsonl file; all share one tokenizer."""
     corpus = folder / f"corpus_{copies}"
     corpus.mkdir(exist_ok=True)
     if not (corpus / "part.jsonl").exists():
         write_corpus(corpus / "part.jsonl", copies)
+
     tree: dict[str, object] = {
         "name": name,
         "output": folder / name,
@@ -131,7 +140,8 @@ def make_recipe(folder: Path, name: str, copies: int, **changes: object) -> Reci
     return Recipe.model_validate(tree | changes)
 
 
-def place_of(recipe: Recipe, folder: Path) -> Workspace:
+def workspace_of(recipe: Recipe, folder: Path) -> Workspace:
+    """Create a workspace whose sources are listed and cut into tasks."""
     listing = list_sources(recipe)
     tokenizer = obtain_tokenizer(recipe, listing, Progress(None))
     return Workspace.create(
@@ -140,14 +150,16 @@ def place_of(recipe: Recipe, folder: Path) -> Workspace:
 
 
 def bench_encode(folder: Path, rounds: int) -> Iterator[Figure]:
-    """Encoding against sentencepiece alone, one core."""
+    """Encoding against sentencepiece alone, on one core."""
     tokenizer = obtain_tokenizer(
         recipe := make_recipe(folder, "encode", 1), list_sources(recipe), Progress(None)
     )
+
     alone = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model)
     pieces = [text[at : at + 3000] for text in library_texts() for at in range(0, len(text), 3000)]
     megabytes = sum(len(piece.encode()) for piece in pieces) / 1e6
-    place = place_of(recipe, folder / "encode.work")
+    place = workspace_of(recipe, folder / "encode.work")
+
     mine, one, many, task = in_turns(
         rounds,
         lambda: tokenizer.encode_arrays(pieces),
@@ -155,6 +167,7 @@ def bench_encode(folder: Path, rounds: int) -> Iterator[Figure]:
         lambda: alone.encode(pieces, num_threads=1),
         lambda: encode_task(place, 0),
     )
+
     best = megabytes / min(one, many)
     yield Figure("encode text", "sentencepiece alone", megabytes / mine, best, "MB/s", ">= 0.9")
     yield Figure(
@@ -189,7 +202,7 @@ def bench_cores(folder: Path, rounds: int) -> Iterator[Figure]:
 
 
 def bench_chunk(folder: Path, rounds: int) -> Iterator[Figure]:
-    """Chunk writing against a plain copy of the same bytes, both synced."""
+    """Writing a chunk against a plain copy of the same bytes, both synced."""
     subset = {
         "kind": "jsonl",
         "paths": [str(folder / "corpus_4" / "*.jsonl")],
@@ -200,11 +213,13 @@ def bench_chunk(folder: Path, rounds: int) -> Iterator[Figure]:
     recipe = make_recipe(
         folder, "chunk", 4, chunks=1, sequence_length=2048, subsets={"code": subset}
     )
-    place = place_of(recipe, folder / "chunk.work")
+
+    place = workspace_of(recipe, folder / "chunk.work")
     for number in range(len(place.tasks)):
         encode_task(place, number)
     plan_task(place)
     chunk_task(place, 0)
+
     npy = place.target / "chunk_000.npy"
     size = npy.stat().st_size / 1e6
 
@@ -225,12 +240,13 @@ def bench_chunk(folder: Path, rounds: int) -> Iterator[Figure]:
 
 
 def bench_loader(folder: Path, rounds: int) -> Iterator[Figure]:
-    """Loading batches as the demo does, against its training step in one process."""
+    """Loading batches of the demo against its training step in one process."""
     config = load_config(
         str(ROOT / "configs/demo/stage1.yaml"), ["parallel.tensor=1", "parallel.pipeline=1"]
     )
     manifest = random_folder(folder / "loader", 8, 256, config.data.sequence_length, 4114)
     order = make_order(manifest, None, config.batch.global_sequences)
+
     with Loader(
         manifest, order, 0, 1, config.batch.micro_sequences, config.model.vocab_size
     ) as loader:
@@ -239,6 +255,7 @@ def bench_loader(folder: Path, rounds: int) -> Iterator[Figure]:
             timed(lambda: [loader.step(s) for s in steps]) for _ in range(rounds)
         ) / len(steps)
         batch = loader.step(1).tokens
+
     start_process_group(read_launch(), torch.device("cpu"))
     try:
         engine = Engine(config, ProcessGrid(Layout.for_world(1, 1, 1, 1), 0, torch.device("cpu")))
@@ -248,15 +265,17 @@ def bench_loader(folder: Path, rounds: int) -> Iterator[Figure]:
         )
     finally:
         stop_process_group()
+
     tokens = config.batch.global_sequences * config.data.sequence_length
     yield Figure("load a step", "seconds of a demo step", seconds * 1e3, step * 1e3, "ms", "< 0.01")
     yield Figure("load batches", "training, 1 process", tokens / seconds, tokens / step, "tokens/s")
 
 
 def random_folder(folder: Path, chunks: int, rows: int, length: int, vocab: int) -> Manifest:
-    """A data folder of random ids."""
+    """Write a data folder of random ids."""
     folder.mkdir(exist_ok=True)
     rng = np.random.default_rng(0)
+
     infos = [
         write_chunk(
             folder,
@@ -279,9 +298,10 @@ def random_folder(folder: Path, chunks: int, rows: int, length: int, vocab: int)
 
 
 def bench_import(folder: Path, rounds: int) -> Iterator[Figure]:
-    """K2's jsonl imported, against json.loads line by line."""
+    """Importing K2's jsonl against json.loads line by line."""
     source = folder / "k2"
     source.mkdir(exist_ok=True)
+
     rng = np.random.default_rng(0)
     with (source / "chunk_0.jsonl").open("w", encoding="utf-8") as stream:
         for line in range(6000):
@@ -293,6 +313,7 @@ def bench_import(folder: Path, rounds: int) -> Iterator[Figure]:
                 "line_idx_in_src": line,
             }
             stream.write(json.dumps({"token_ids": ids, **facts}) + "\n")
+
     size = (source / "chunk_0.jsonl").stat().st_size / 1e6
     number = iter(range(1000))
 
@@ -326,6 +347,7 @@ def bench_import(folder: Path, rounds: int) -> Iterator[Figure]:
         "MB/s",
         ">= 5",
     )
+
     manifest = whole()
     there = in_turns(1, lambda: export_k2(manifest, folder / f"exported_{next(number)}"))[0]
     yield Figure("export to K2's jsonl", "json.loads alone", size / there, size / theirs, "MB/s")
@@ -347,16 +369,18 @@ print([line for line in open("/proc/self/status") if "VmHWM" in line][0].split()
 
 
 def bench_memory(folder: Path, rounds: int) -> Iterator[Figure]:
-    """Peak memory of each phase's process at 10 times the corpus against once, the run size held."""
+    """Peak memory of each phase's process with a 10 times larger corpus, at equal run size."""
     peaks: dict[tuple[str, int], float] = {}
+
     for copies in (4, 40):
         recipe = make_recipe(folder, f"memory_{copies}", copies, executor={"run_tokens": 2**21})
-        place = place_of(recipe, folder / f"memory_{copies}.work")
+        place = workspace_of(recipe, folder / f"memory_{copies}.work")
         for phase in ("encode", "plan", "chunks"):
             command = [sys.executable, "-c", MEMORY, str(place.folder), phase]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             peaks[phase, copies] = int(done.stdout) / 1024
         shutil.rmtree(place.folder)
+
     for phase in ("encode", "plan", "chunks"):
         yield Figure(
             f"peak memory of {phase}, 10x", "1x", peaks[phase, 40], peaks[phase, 4], "MiB", "= 1"
@@ -374,6 +398,7 @@ BENCHES = {
 
 
 def main(arguments: Sequence[str]) -> int:
+    """Run the command line and return the exit code."""
     parser = argparse.ArgumentParser(
         prog="bench_data.py", description="Ratios of the data road, measured in one run."
     )
@@ -384,10 +409,12 @@ def main(arguments: Sequence[str]) -> int:
         "--rounds", type=int, default=5, help="turns of each measurement (default 5)"
     )
     parser.add_argument("--folder", type=Path, help="where the temporary folders are made")
+
     given = parser.parse_args(arguments)
     print(
         f"{'what':45}  {'against':24}  {'mine':>10}  {'theirs':>10}  {'unit':8}  {'ratio':>8}  aim"
     )
+
     try:
         for name in given.only:
             with tempfile.TemporaryDirectory(prefix="k2train-bench-", dir=given.folder) as folder:

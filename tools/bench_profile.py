@@ -1,13 +1,15 @@
-"""Where the time of a training step goes, as a Markdown table: products, attention, loss, ..., and Python with the host's rest.
+"""Training step profile: time per kind of operation (products, attention, loss, ...) as Markdown.
 
-    python tools/bench_profile.py                         the standard CPU work and a small one, one process
-    python tools/bench_profile.py --processes 2           the same in two processes: tensor and sequence parallelism
-    python tools/bench_profile.py --hidden 512 --length 512 --precision bf16
+    python tools/bench_profile.py                         the standard CPU work and a small one, one
+    process python tools/bench_profile.py --processes 2           the same in two processes: tensor
+    and sequence parallelism python tools/bench_profile.py --hidden 512 --length 512 --precision
+    bf16
 
-The profiler itself costs time, most of it where operations are small: the table shows a step without it too, and the share
-called rest holds the profiler's own cost. Each work runs in processes of its own, so that this command needs no torch.
+- The profiler itself costs time, most where operations are small. So the table also shows a step
+  without it; the share called rest includes the profiler's own cost.
+- Each work runs in processes of its own, so this command needs no torch.
 
-Exit codes: 0 done; 1 a process failed; 2 a mistake in usage.
+Exit codes: 0 done; 1 a process failed; 2 a usage error.
 """
 
 import argparse
@@ -34,7 +36,7 @@ from benchmarks.gpu.processes import (
 from k2train.config.load import Config
 
 LIMIT_SECONDS = 600.0
-# The standard work of the CPU benchmark, and one where Python would show.
+# The standard work of the CPU benchmark, and one small enough for Python's share to show.
 STANDARD = {
     "hidden": 256,
     "ffn": 688,
@@ -58,6 +60,7 @@ SMALL = {
 
 
 def read_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse and check the command line; exits with one line on an error."""
     parser = Parser(prog="bench_profile.py", description="Where the time of a training step goes.")
     for name, value in STANDARD.items():
         parser.add_argument(
@@ -87,9 +90,11 @@ def read_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--cuda", action="store_true", help="on a GPU")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     given = parser.parse_args(list(arguments))
+
     unclear = [pair for pair in given.kernel if "=" not in pair]
     if unclear:
         parser.error(f"--kernel {unclear[0]}: must be KEY=VALUE, as in --kernel recompute=full")
+
     for sizes in works_of(given).values():
         mistake = mistake_in(config_of(sizes, given))
         if mistake is not None:
@@ -98,7 +103,7 @@ def read_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def works_of(given: argparse.Namespace) -> dict[str, dict[str, int]]:
-    """Title -> sizes of each work that is asked for."""
+    """Sizes of each requested work by title."""
     chosen = {name: value for name in STANDARD if (value := getattr(given, name)) is not None}
     works = {"asked for": STANDARD | chosen} if chosen else {"standard": STANDARD, "small": SMALL}
     return {
@@ -108,7 +113,7 @@ def works_of(given: argparse.Namespace) -> dict[str, dict[str, int]]:
 
 
 def config_of(sizes: Mapping[str, int], given: argparse.Namespace) -> dict[str, Any]:
-    """The config of a work, as a tree; it names data that nobody opens."""
+    """Config of a work as a tree; its data is never opened."""
     return {
         "run": {"name": "profile", "seed": 7},
         "model": {
@@ -128,7 +133,7 @@ def config_of(sizes: Mapping[str, int], given: argparse.Namespace) -> dict[str, 
 
 
 def mistake_in(tree: dict[str, Any]) -> str | None:
-    """What is wrong with a config, on one line; told before a process starts."""
+    """Describe what is wrong with a config on one line, before any process starts."""
     try:
         Config.model_validate(tree)
     except ValidationError as error:
@@ -139,19 +144,21 @@ def mistake_in(tree: dict[str, Any]) -> str | None:
 
 
 def profile_of(sizes: Mapping[str, int], given: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Run one work; its figures, or `why` there are none."""
+    """Profile one work; returns its figures, or `why` there are none."""
     work = {
         "config": config_of(sizes, given),
         "threads": given.threads,
         "steps": given.steps,
         "cuda": given.cuda,
     }
+
     source, target, log = folder / "work.json", folder / "out.json", folder / "log.txt"
     source.write_text(json.dumps(work))
     target.unlink(missing_ok=True)
     command = command_of(
         "benchmarks.gpu.profile_work", [str(source), str(target)], processes=given.processes
     )
+
     code = run_to_end(command, log, LIMIT_SECONDS)
     if code != 0 or not target.exists():
         return {"why": f"exit code {code}: {last_line(log)}"}
@@ -160,7 +167,7 @@ def profile_of(sizes: Mapping[str, int], given: argparse.Namespace, folder: Path
 
 
 def table(profiles: Mapping[str, Mapping[str, Any]]) -> str:
-    """One column a work: milliseconds of a profiled step and their share; then what surrounds them."""
+    """Markdown table with a column per work: milliseconds and share of a profiled step."""
     good = {title: found for title, found in profiles.items() if "why" not in found}
     lines = [["", *good], ["---", *["---:"] * len(good)]]
     names = list(next(iter(good.values()))["seconds"]) if good else []
@@ -191,6 +198,7 @@ def table(profiles: Mapping[str, Mapping[str, Any]]) -> str:
             *(str(found["operations"]) for found in good.values()),
         ]
     )
+
     if any(found["busy_seconds"] is not None for found in good.values()):
         lines.append(["GPU busy", *(cell(found["busy_seconds"], found) for found in good.values())])
         for key in ("kernels", "synchronisations", "to_host"):
@@ -199,14 +207,18 @@ def table(profiles: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
+    """Run the command line and return the exit code."""
     given = read_arguments(arguments)
+
     with tempfile.TemporaryDirectory(prefix="k2train-profile-") as folder:
         profiles = {
             title: profile_of(sizes, given, Path(folder))
             for title, sizes in works_of(given).items()
         }
+
     if given.json is not None:
         given.json.write_text(json.dumps(profiles, indent=1) + "\n")
+
     bad = [f"{title}: {found['why']}" for title, found in profiles.items() if "why" in found]
     if len(bad) < len(profiles):
         where = "GPU" if given.cuda else f"CPU, {given.threads} threads a process"

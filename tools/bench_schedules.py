@@ -1,13 +1,16 @@
-"""Every pipeline schedule on real processes, planned and measured side by side: bubble, tokens a second, pictures.
+"""Pipeline schedule benchmark: planned and measured bubble, tokens per second and pictures.
 
     python tools/bench_schedules.py [--processes N] [--svg DIR] [dotted.key=value ...]
 
-The processes (gloo, CPU) build every schedule once and do its steps in turns. Layers are dealt out so that the rank with
-the head has no more to do than the others (--even: as many on every stage). The planned bubble is given twice: for equal
-durations, and for the durations that were measured; what is left between the second and the measured one is waiting that
-the plan does not know of, transfers and other users of the cores. The driver imports no torch.
+- The processes (gloo, CPU) build every schedule once and take its steps in turns.
+- Layers are distributed so that the rank with the head has no more work than the others
+  (--even: as many on every stage).
+- The planned bubble is given twice: for equal durations, and for the measured ones. The difference
+  between the second and the measured bubble is waiting that the plan does not model: transfers and
+  other load on the cores.
+- This driver imports no torch.
 
-Exit codes: 0 done; 1 a process failed; 2 a mistake in usage, one line each on stderr.
+Exit codes: 0 done; 1 a process failed; 2 a usage error, one line each on stderr.
 """
 
 import argparse
@@ -54,41 +57,41 @@ Durations = dict[tuple[Op, int], float]
 
 @dataclass(frozen=True)
 class Outcome:
-    """One schedule: what was planned, and what its steps were."""
+    """Result of one schedule: its plan, and its measured steps."""
 
     kind: str
     config: Config
     programs: tuple[Program, ...]
     seconds: float
-    """Median of a step, optimizer included."""
+    """Median seconds of a step, optimizer included."""
     loss: float
     measured: tuple[Span, ...]
-    """Of the step with the median bubble."""
+    """Spans of the step with the median bubble."""
     bubble: float
     durations: Durations
 
     @property
     def planned(self) -> tuple[Span, ...]:
-        """Equal durations, a backward twice a forward."""
+        """Spans for equal durations, a backward twice a forward."""
         return simulate(self.programs)
 
     @property
     def expected(self) -> tuple[Span, ...]:
-        """The measured durations, transfers free."""
+        """Spans for the measured durations, with free transfers."""
         return simulate(
             self.programs, lambda action: self.durations.get((action.op, action.stage), 0.0)
         )
 
 
 class _Parser(argparse.ArgumentParser):
-    """Mistakes as one line, without the usage text in front."""
+    """Argument parser that reports an error as one line, without the usage text."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(EXIT_USAGE, f"{self.prog}: {message}; see --help\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run every schedule, print the table and the pictures; the exit code."""
+    """Run every schedule, print table and pictures, and return the exit code."""
     options = _parser().parse_intermixed_args(arguments)
     try:
         runs = [_overrides(kind, options) for kind in options.schedules]
@@ -102,9 +105,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as problem:
         print(f"--svg {options.svg} cannot be made: {problem.strerror}", file=sys.stderr)
         return EXIT_USAGE
+
     ranks = _run(runs, options)
     if ranks is None:
         return EXIT_FAILED
+
     outcomes = [
         _outcome(config, program, [rank[index] for rank in ranks], options)
         for index, (config, program) in enumerate(zip(configs, programs, strict=True))
@@ -152,7 +157,10 @@ def _positive(text: str) -> int:
 
 
 def _overrides(kind: str, options: argparse.Namespace) -> list[str]:
-    """What turns the shipped config into this run; raises ConfigError where the schedule cannot do it."""
+    """Overrides that turn the shipped config into this run.
+
+    Raises ConfigError where the schedule cannot do it.
+    """
     base = load_config(str(CONFIG), [*WORK, *options.overrides])
     tensor, layers = base.parallel.tensor, base.model.num_layers
     pipeline, rest = divmod(options.processes, tensor)
@@ -161,11 +169,13 @@ def _overrides(kind: str, options: argparse.Namespace) -> list[str]:
             f"--processes ({options.processes}) must be parallel.tensor ({tensor}) times at least 2; nearest: {2 * tensor}"
         )
     stages_per_rank = 2 if kind in ("interleaved", "zb-v") else 1
+
     keys = [
         f"parallel.pipeline={pipeline}",
         f"parallel.schedule={kind}",
         f"parallel.stages_per_rank={stages_per_rank}",
     ]
+
     split = balanced_layers(
         _shape(base), pipeline_layout(kind, pipeline, stages_per_rank), base.data.sequence_length
     )
@@ -174,6 +184,7 @@ def _overrides(kind: str, options: argparse.Namespace) -> list[str]:
             f"model.num_layers ({layers}) must be at least {pipeline * stages_per_rank} for schedule {kind} on "
             f"{pipeline} pipeline ranks; raise it, lower --processes, or leave it out of --schedules"
         )
+
     if not options.even:
         keys.append(f"parallel.layers_per_stage=[{','.join(map(str, split))}]")
     return [*WORK, *options.overrides, *keys]
@@ -194,7 +205,7 @@ def _programs(config: Config, processes: int) -> tuple[Program, ...]:
 
 
 def _run(runs: list[list[str]], options: argparse.Namespace) -> list[Any] | None:
-    """What each rank measured, in rank order; None after telling what went wrong."""
+    """Measurements of each rank in rank order; None after printing what failed."""
     with TemporaryDirectory(prefix="bench-schedules-") as name:
         folder = Path(name)
         task = {
@@ -204,21 +215,25 @@ def _run(runs: list[list[str]], options: argparse.Namespace) -> list[Any] | None
             "store": str(folder / "store"),
         }
         task |= {"steps": options.steps, "warmup": options.warmup, "threads": options.threads}
+
         (folder / "task.json").write_text(json.dumps(task), encoding="utf-8")
         processes = [
             subprocess.Popen([sys.executable, str(WORKER), str(folder / "task.json"), str(rank)])
             for rank in range(options.processes)
         ]
+
         try:
             codes = [process.wait() for process in processes]
         finally:
             for process in processes:
                 process.kill()
                 process.wait()
+
         for rank, code in enumerate(codes):
             if code:
                 print(f"process {rank} ended with exit code {code}", file=sys.stderr)
                 return None
+
         return [
             json.loads((folder / f"rank_{rank}.json").read_text())
             for rank in range(options.processes)
@@ -231,11 +246,14 @@ def _outcome(
     ranks: list[list[Any]],
     options: argparse.Namespace,
 ) -> Outcome:
-    """`ranks`: of each rank the steps of this schedule; of a pipeline rank the first one's spans are taken."""
+    """Combine the ranks' steps of one schedule; spans come from each pipeline rank's first
+    process.
+    """
     p = config.parallel
     layout = Layout.for_world(
         options.processes, p.tensor, p.pipeline, p.stages_per_rank, placement_of(p.schedule)
     )
+
     each = options.processes // layout.pipeline
     steps = [
         tuple(
@@ -245,11 +263,13 @@ def _outcome(
         )
         for index in range(options.steps)
     ]
+
     found: dict[tuple[Op, int], list[float]] = {}
     for step in steps:
         for span in step:
             key = (span.action.op, span.action.stage)
             found.setdefault(key, []).append(span.end_seconds - span.start_seconds)
+
     middle = sorted(steps, key=bubble_fraction)[len(steps) // 2]
     return Outcome(
         kind=p.schedule,
@@ -274,6 +294,7 @@ def _report(outcomes: Sequence[Outcome], options: argparse.Namespace) -> list[st
         "| activations held | of these before I |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
+
     for one in outcomes:
         bubbles = " | ".join(
             f"{bubble_fraction(spans):.1%}" for spans in (one.planned, one.expected)
@@ -284,6 +305,7 @@ def _report(outcomes: Sequence[Outcome], options: argparse.Namespace) -> list[st
             f"| {one.kind} | {'even' if split is None else ' '.join(map(str, split))} | {bubbles} | {one.bubble:.1%} | "
             f"{tokens / one.seconds:,.0f} | {outcomes[0].seconds / one.seconds:.3f} | {' | '.join(held)} |"
         )
+
     lines += [
         "",
         "Activations in stages x micro-batches, by pipeline rank; a stage of interleaved and zb-v is half as large.",
@@ -291,10 +313,12 @@ def _report(outcomes: Sequence[Outcome], options: argparse.Namespace) -> list[st
     lines.append(
         "Loss of the last step: " + ", ".join(sorted({f"{one.loss:.9g}" for one in outcomes}))
     )
+
     pictures: list[tuple[str, Callable[[Outcome], tuple[Span, ...]]]] = [
         ("planned with the measured durations", lambda one: one.expected),
         ("measured", lambda one: one.measured),
     ]
+
     for one in outcomes:
         for name, spans_of in pictures:
             lines += ["", f"{one.kind}, {name}:", draw(spans_of(one), options.width)]

@@ -1,10 +1,16 @@
-"""What being watched costs: `python tools/bench_watch.py [--steps N] [--hidden H]`, a table on stdout.
+"""Monitoring overhead benchmark: the cost of watchdog, audits and reports per training step.
 
-Two runs of the same config in one process take steps in turns: one with heartbeats, watch, request files, straggler numbers
-and every audit, one with all of that off. Steps with an audit are counted apart and spread over the steps between two of
-them (`audit.*_every_steps`, 100 by default), since a bench of some dozen steps has none. Medians; the two runs must end
-with the same state, or the figures are of two different works. Two whole runs after one another were refused: a machine
-that others use is slower in one half of the minute than in the other.
+    python tools/bench_watch.py [--steps N] [--hidden H]
+
+- Two runs of one config in one process take steps in turns. One has heartbeats, watchdog, request
+  files, straggler statistics and every audit; the other has none of them.
+- Steps with an audit are timed separately and spread over the steps between two audits
+  (`audit.*_every_steps`, 100 by default), since a short benchmark has none.
+- Medians are shown. All runs must end with the same state, or they did different work.
+
+Alternatives considered:
+- Two whole runs one after the other: a shared machine is slower in one half of the minute than in
+  the other.
 """
 
 import argparse
@@ -36,11 +42,11 @@ OFF = {
     "audit": {"replicas_every_steps": 0, "root_every_steps": 0},
 }
 EVERY = 100
-"""Steps between two audits, as configs have it."""
+"""Steps between two audits, the default of configs."""
 
 
 def config_of(folder: Path, name: str, hidden: int, sections: dict[str, Any]) -> Config:
-    """A LLaMA of 8 layers over the bench's data."""
+    """Config of a LLaMA of 8 layers on the benchmark's data."""
     return Config.model_validate(
         {
             "run": {"name": name, "directory": str(folder / "runs"), "seed": 1},
@@ -65,7 +71,7 @@ def config_of(folder: Path, name: str, hidden: int, sections: dict[str, Any]) ->
 
 
 def trainer_of(config: Config) -> Trainer:
-    """A run that has begun, in this process."""
+    """Start a run in this process."""
     start = prepare_start(config, 1, verify=True)
     trainer = Trainer(
         config, ProcessGrid(start.layout, 0, torch.device("cpu")), start, StopRequest(), verify=True
@@ -76,7 +82,7 @@ def trainer_of(config: Config) -> Trainer:
 
 
 def step_of(trainer: Trainer) -> float:
-    """Seconds of one step of the loop, record and all."""
+    """Time one step of the training loop, with its records."""
     began = time.perf_counter()
     trainer.step += 1
     trainer._one_step()
@@ -84,7 +90,10 @@ def step_of(trainer: Trainer) -> float:
 
 
 def measure(folder: Path, steps: int, hidden: int) -> dict[str, float]:
-    """Median seconds: `on`, `off`, `audited` (a step with both audits); checks that all end alike."""
+    """Median seconds of `on`, `off` and `audited` (a step with both audits).
+
+    Checks that all runs end with the same state.
+    """
     rows = (3 * steps + 2) * BATCH
     (folder / "data").mkdir()
     ids = (
@@ -92,29 +101,35 @@ def measure(folder: Path, steps: int, hidden: int) -> dict[str, float]:
         .integers(0, VOCAB, (rows, SEQUENCE))
         .astype(np.uint16)
     )
+
     info = write_chunk(folder / "data", "chunk_000", [ids], rows, VOCAB, {"noise": rows * SEQUENCE})
     write_manifest(
         folder / "data", tokenizer_sha256="0" * 64, sequence_length=SEQUENCE, vocab_size=VOCAB, chunks=[info], held_out=None
     )  # fmt: skip
+
     each = {"audit": {"replicas_every_steps": 1, "root_every_steps": 1}}
     kinds: dict[str, dict[str, Any]] = {"on": {}, "off": OFF, "audited": each}
     runs = {
         name: trainer_of(config_of(folder, name, hidden, sections))
         for name, sections in kinds.items()
     }
+
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(steps + 2):
-        # In turns, and each kind first as often as the others: what comes first finds another cache.
+        # In turns, each run equally often first: the first finds another state of the caches.
         names = list(runs)[number % 3 :] + list(runs)[: number % 3]
         for name in names:
             seconds[name].append(step_of(runs[name]))
+
     masters = [run.engine.optimizer.master for run in runs.values()]
     assert all(torch.equal(masters[0], other) for other in masters), (
         "watching changed what was trained"
     )
+
     for run in runs.values():
         run.close()
         run.monitor.close()
+
     return {name: statistics.median(taken[2:]) for name, taken in seconds.items()}
 
 
@@ -126,10 +141,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--hidden", type=int, default=256)
     options = parser.parse_args(arguments)
+
     start_process_group(Launch(0, 1, 0, launched=False), torch.device("cpu"))
     with tempfile.TemporaryDirectory(prefix="k2train-bench-") as folder:
         found = measure(Path(folder), options.steps, options.hidden)
     stop_process_group()
+
     off = found["off"]
     audit = (found["audited"] - found["on"]) / EVERY
     print(f"| step, 1 process, {options.steps} of each in turns | seconds | of the step without |")

@@ -1,14 +1,23 @@
-"""Where two runs part: `python tools/compare_runs.py RUN_A RUN_B [--assert-equal] [--by-root]`.
+"""Bitwise comparison of two runs: find the first step, state or tensor that differs.
 
-Compares bit for bit: the metrics step by step (of each step its last attempt), the root of the whole state at every step
-where both have one (metrics, `state_roots.jsonl` and the checkpoints' manifests, which also name the tensors), then every
-tensor of the newest checkpoint that both have. Without --assert-equal only steps and checkpoints that both runs have
-count; with it, both must also have the same steps and end at the same checkpoint. With --by-root the roots alone decide:
-neither losses nor tensors are read, so runs of different layouts and checkpoints of any size can be compared in a moment.
+    python tools/compare_runs.py RUN_A RUN_B [--assert-equal] [--by-root]
 
-Exit code 0 equal, 1 different, 2 a mistake in usage or a damaged run.
-Tolerances are refused: two runs of one record are the same bits, and how far apart others are is printed.
-Reads the shards with NumPy alone; the header of each says where in the global tensor it lies.
+Compared in this order:
+
+- the metrics step by step (the last attempt of each step);
+- the root of the whole state at every step where both have one (metrics, `state_roots.jsonl`, and
+  the checkpoints' manifests, which also name the tensors);
+- every tensor of the newest checkpoint that both have.
+
+Without --assert-equal only common steps and checkpoints count; with it, both runs must also have
+the same steps and end at the same checkpoint. With --by-root the roots alone decide: no losses and
+tensors are read, so runs of different layouts and checkpoints of any size compare in a moment.
+Shards are read with NumPy alone; each header has its offsets in the global tensor.
+
+Exit codes: 0 equal; 1 different; 2 a usage error or a damaged run.
+
+Alternatives considered:
+- Tolerances: two runs with one record are the same bits. For others the distance is printed.
 """
 
 import argparse
@@ -33,13 +42,13 @@ from k2train.state_digest import short_digests
 Array = npt.NDArray[Any]
 EXIT_DIFFERENT = 1
 COMPARED = ("chunk", "consumed_tokens", "loss", "grad_norm", "lr", "applied")
-# NumPy has no bfloat16; its bits are compared as whole numbers.
+# NumPy has no bfloat16; its bits are compared as integers.
 DTYPES = {"F32": "<f4", "BF16": "<u2", "F16": "<f2"}
 SHOWN = 5
 
 
 def shards_of(file: Path) -> Iterator[tuple[str, list[int], Array]]:
-    """(name, offsets in the global tensor, values) of every tensor in one safetensors shard."""
+    """Yield (name, offsets in the global tensor, values) of each tensor in a safetensors shard."""
     content = np.memmap(file, dtype=np.uint8, mode="r")
     (length,) = struct.unpack("<Q", content[:8].tobytes())
     header = json.loads(content[8 : 8 + length].tobytes())
@@ -51,13 +60,14 @@ def shards_of(file: Path) -> Iterator[tuple[str, list[int], Array]]:
 
 
 def tensors_of(checkpoint: Path, folder: str) -> dict[str, Array]:
-    """Whole tensors by global name, put together from all shards of `model` or `optimizer`.
+    """Assemble whole tensors by global name from all shards of `model` or `optimizer`.
 
-    Raises CheckpointError when the shards leave a part of a tensor out.
+    Raises CheckpointError when the shards do not cover a tensor.
     """
     shapes = {
         name: facts["shape"] for name, facts in read_manifest(checkpoint)["tensors"][folder].items()
     }
+
     whole: dict[str, Array] = {}
     filled = dict.fromkeys(shapes, 0)
     for file in sorted((checkpoint / folder).glob("*.safetensors")):
@@ -67,6 +77,7 @@ def tensors_of(checkpoint: Path, folder: str) -> dict[str, Array]:
                 values
             )
             filled[name] += values.size
+
     for name, shape in shapes.items():
         if filled[name] != int(np.prod(shape)):
             raise CheckpointError(
@@ -76,8 +87,12 @@ def tensors_of(checkpoint: Path, folder: str) -> dict[str, Array]:
 
 
 def metric_differences(a: Path, b: Path, strict: bool) -> list[str]:
-    """The first step at which a compared key of the metrics differs, and steps that only one run has."""
+    """First step at which a compared metric differs, and steps that only one run has.
+
+    Raises RunError when the runs have no step in common.
+    """
     rows = [{row["step"]: row for row in latest(run / "metrics.jsonl")} for run in (a, b)]
+
     found = []
     for step in sorted(set(rows[0]) & set(rows[1])):
         pairs = [(key, rows[0][step].get(key), rows[1][step].get(key)) for key in COMPARED]
@@ -87,16 +102,18 @@ def metric_differences(a: Path, b: Path, strict: bool) -> list[str]:
         if different:
             found.append(f"step {step} is the first that differs: {'; '.join(different)}")
             break
+
     only = sorted(set(rows[0]) ^ set(rows[1]))
     if only and strict:
         found.append(f"{len(only)} steps are in one run only, the first is {only[0]}")
+
     if not set(rows[0]) & set(rows[1]):
         raise RunError(f"{a} and {b} have no step in common")
     return found
 
 
 def tensor_differences(a: Path, b: Path) -> list[str]:
-    """Every tensor of two checkpoints whose bits differ, with how many values and how far apart."""
+    """Every tensor of two checkpoints whose bits differ, with the number of values and distance."""
     folders = ["model"] if is_thinned(a) or is_thinned(b) else ["model", "optimizer"]
     found = []
     for folder in folders:
@@ -118,18 +135,22 @@ def tensor_differences(a: Path, b: Path) -> list[str]:
 
 @dataclass
 class State:
-    """What one run says of its whole state after one step: roots by who says it, and short digests of the tensors."""
+    """A run's record of its state after one step: root by source, and short tensor digests."""
 
     roots: dict[str, str] = field(default_factory=dict)
     tensors: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def root(self) -> str:
+        """Root of the first source."""
         return next(iter(self.roots.values()))
 
 
 def states_of(run: Path) -> dict[int, State]:
-    """{step: state} of a run from its metrics, its `state_roots.jsonl` and its checkpoints; older runs have none."""
+    """States of a run by step, from metrics, `state_roots.jsonl` and checkpoints.
+
+    Older runs have none.
+    """
     found: dict[int, State] = {}
 
     def add(step: int, source: str, root: str, tensors: Mapping[str, str] | None) -> None:
@@ -141,11 +162,12 @@ def states_of(run: Path) -> dict[int, State]:
         for row in latest(run / file) if (run / file).exists() else []:
             if root := row.get("state_root") or row.get("root"):
                 add(row["step"], file, root, row.get("tensors"))
+
     for checkpoint in list_checkpoints(run / "checkpoints"):
         try:
             manifest = read_manifest(checkpoint)
         except CheckpointError:
-            # It says nothing then. Where it is the one to be compared, its reader raises the same.
+            # Without a record. If this checkpoint must be compared, its reader raises the same.
             continue
         if state := manifest.get("state"):
             add(manifest["step"], checkpoint.name, state["root"], short_digests(state["digests"]))
@@ -153,10 +175,14 @@ def states_of(run: Path) -> dict[int, State]:
 
 
 def root_differences(a: Path, b: Path) -> tuple[list[str], int]:
-    """(the first step whose state differs, with the tensors, and roots of one run that contradict each other; how many
-    steps both runs have a root of)."""
+    """Compare the recorded roots of two runs.
+
+    Returns the differences and the number of steps with a root in both. Differences are the first
+    step whose state differs, with its tensors, and contradictory roots within one run.
+    """
     states = [states_of(run) for run in (a, b)]
     found = []
+
     for run, of_run in zip((a, b), states, strict=True):
         for step, state in sorted(of_run.items()):
             if len(set(state.roots.values())) > 1:
@@ -164,6 +190,7 @@ def root_differences(a: Path, b: Path) -> tuple[list[str], int]:
                     f"{root[:16]} in {source}" for source, root in state.roots.items()
                 )
                 found.append(f"{run} contradicts itself: the root of step {step} is {said}")
+
     common = sorted(set(states[0]) & set(states[1]))
     different = [step for step in common if states[0][step].root != states[1][step].root]
     if different:
@@ -177,6 +204,7 @@ def root_differences(a: Path, b: Path) -> tuple[list[str], int]:
         named = next(
             (step for step in different if all(of_run[step].tensors for of_run in states)), None
         )
+
         if named is not None:
             where = "" if named == first else f"at step {named} "
             line += f"; {where}{_tensors_apart(states[0][named].tensors, states[1][named].tensors)}"
@@ -196,20 +224,27 @@ def _tensors_apart(a: Mapping[str, str], b: Mapping[str, str]) -> str:
 
 
 def checkpoint_differences(a: Path, b: Path, strict: bool, read: bool) -> tuple[list[str], int]:
-    """(what differs in the newest checkpoint that both runs have, its tensors only if `read`; how many both have)."""
+    """Compare the newest common checkpoint, its tensors only if `read`.
+
+    Returns the differences and the number of common checkpoints.
+    """
     names = [[path.name for path in list_checkpoints(run / "checkpoints")] for run in (a, b)]
     common = [name for name in names[0] if name in names[1]]
     found = []
+
     if strict and names[0][-1:] != names[1][-1:]:
         newest = [(of_run or ["none"])[-1] for of_run in names]
         found.append(f"the newest checkpoints are {newest[0]} and {newest[1]}")
+
     if not common:
         return found, 0
+
     left, right = (run / "checkpoints" / common[-1] for run in (a, b))
     steps = [(m["step"], m["adam_steps"]) for m in (read_manifest(left), read_manifest(right))]
     if steps[0] != steps[1]:
         found.append(f"{common[-1]}: (step, adam_steps) is {steps[0]} and {steps[1]}")
     tensors = tensor_differences(left, right) if read else []
+
     found += [f"{common[-1]}: {line}" for line in tensors[:SHOWN]]
     if len(tensors) > SHOWN:
         found.append(f"{common[-1]}: {len(tensors) - SHOWN} more tensors differ")
@@ -217,13 +252,14 @@ def checkpoint_differences(a: Path, b: Path, strict: bool, read: bool) -> tuple[
 
 
 def differences(a: Path, b: Path, strict: bool, by_root: bool = False) -> list[str]:
-    """All that differs between two runs, one line each; empty when they are equal. `by_root`: see the module.
+    """List everything that differs between two runs, one line each; empty when they are equal.
 
-    Raises RunError or CheckpointError when a run cannot be read or both have nothing in common.
+    Raises RunError or CheckpointError when a run cannot be read or they have nothing in common.
     """
     found = [] if by_root else metric_differences(a, b, strict)
     roots, common_roots = root_differences(a, b)
     checkpoints, common_checkpoints = checkpoint_differences(a, b, strict, read=not by_root)
+
     if by_root and not common_roots:
         raise RunError(
             f"{a} and {b} have no step of which both recorded the root; see audit.root_every_steps"
@@ -249,6 +285,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--by-root", action="store_true", help="compare the roots of the state and nothing else"
     )
     options = parser.parse_args(arguments)
+
     try:
         found = differences(options.a, options.b, options.assert_equal, options.by_root)
     except UserError as error:

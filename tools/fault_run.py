@@ -1,13 +1,16 @@
-"""Break a small run in every way of the table, and write down what it came to.
+"""Fault injection runs: break a small run in every way of the table and record the results.
 
-    python tools/fault_run.py [--rows 1 2 5-8] [--short] [--kills N] [--endurance N] [--seed S] [--page FILE] [--record FILE] [--keep DIR]
+    python tools/fault_run.py [--rows 1 2 5-8] [--short] [--kills N] [--endurance N] [--seed S]
+                              [--page FILE] [--record FILE] [--keep DIR]
     python tools/fault_run.py --list
 
-Each row is an experiment on this machine: real processes, real signals, real files; after each attempt the tool looks for
-processes, ports, locks and files left behind, verifies the checkpoints on the disk and compares every step with an
-undisturbed run, bit for bit. The processes are forked from one warm parent, since a start from nothing costs seconds and
-some rows ask for a thousand; some experiments go through the launcher's command line to show that it is the same.
-Exit codes: 0 every row that ran held; 1 one did not; 2 a mistake in usage.
+- Each row is an experiment on this machine with real processes, signals and files.
+- After each attempt the tool looks for leftover processes, ports, locks and files. It verifies the
+  checkpoints, and compares every step bit for bit with an undisturbed run.
+- Processes are forked from one warm parent: a cold start costs seconds, and some rows need a
+  thousand. Some experiments use the launcher's command line, to show that it behaves the same.
+
+Exit codes: 0 every row that ran held; 1 one did not; 2 a usage error.
 """
 
 import argparse
@@ -28,11 +31,12 @@ from fault_tests.result import MEDIUM, SHORT, Bench, Result
 
 
 def rows_named(texts: Sequence[str]) -> list[int]:
-    """`1 2 5-8` as numbers. Raises ValueError for what is no row."""
+    """Parse `1 2 5-8` to row numbers. Raises ValueError for a number without a row."""
     found: list[int] = []
     for text in texts:
         first, _, last = text.partition("-")
         found += range(int(first), int(last or first) + 1)
+
     wrong = sorted(set(found) - set(ROWS))
     if wrong and not any("-" in text for text in texts):
         raise ValueError(
@@ -75,9 +79,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--keep", type=Path, metavar="DIR", help="work in this new folder and keep it"
     )
     options = parser.parse_args(arguments)
+
     if options.list:
         print(listing())
         return 0
+
     try:
         rows = (
             rows_named(options.rows)
@@ -86,9 +92,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     except ValueError as error:
         parser.error(str(error))
+
     if options.keep is not None and options.keep.exists():
         parser.error(f"--keep: {options.keep} exists already")
     scratch = options.keep or Path(tempfile.mkdtemp(prefix="k2train-faults-"))
+
     began = time.monotonic()
     results: list[Result] = []
     with ForkServer(scratch.resolve() / "server") as server:
@@ -103,9 +111,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"[{time.monotonic() - began:6.0f} s] {text}", file=sys.stderr, flush=True
             ),
         )
+
         for row in rows:
             results.append(run_row(bench, row))
             print(table_line(results[-1]), flush=True)
+
             shown = (
                 results if options.record is None else remember(options.record, results[-1], bench)
             )
@@ -114,12 +124,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 options.page.write_text(
                     page(shown, bench, time.monotonic() - began), encoding="utf-8"
                 )
+
     failed = [result for result in results if result.problems]
     for result in failed:
         print(
             "\n".join(f"row {result.row}: {problem}" for problem in result.problems),
             file=sys.stderr,
         )
+
     if options.keep is None and not failed:
         shutil.rmtree(scratch)
     elif failed:

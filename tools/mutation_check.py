@@ -1,14 +1,19 @@
-"""Break the code on purpose, one fault at a time, and see the test that names this fault go red.
+"""Mutation check: break the code on purpose, one fault at a time, and expect a named test to fail.
 
     python tools/mutation_check.py [--only TEXT] [--required] [--list]
 
-Each mutation replaces one exact text, which must stand in its file exactly once, in a copy of the repository; one test
-must then fail there. Prints a Markdown table with seconds. First all named tests must pass on an unbroken copy: a test
-that is red anyway proves nothing. A run that hangs, cannot be collected or fails to start counts as not caught. The
-faults are written by hand, each one that training code has shipped with or could; the alternative refused is mutating
-operators at random, which takes hours and leaves a list that nobody reads.
+- Each mutation replaces one text, which must occur exactly once in its file, in a copy of the
+  repository. One named test must then fail there.
+- First all named tests must pass on an unbroken copy: a test that fails anyway proves nothing.
+- A run that hangs, fails to collect or fails to start counts as not caught.
+- Mutations are written by hand: faults that training code has shipped with, or could.
+- Prints a Markdown table with seconds.
 
-Exit codes: 0 every mutation is caught; 1 one is not, or its text is not there once; 2 a mistake in usage.
+Exit codes: 0 every mutation is caught; 1 one is not, or its text does not occur once; 2 a usage
+error.
+
+Alternatives considered:
+- Mutating operators at random: it takes hours and leaves a list that nobody reads.
 """
 
 from __future__ import annotations
@@ -33,16 +38,16 @@ from mutations import MUTATIONS, Mutation
 ROOT = Path(__file__).resolve().parent.parent
 SKIPPED = (".venv", ".git", "wandb", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis")
 PRODUCTS = ("data", "runs", "build")
-"""What lies beside the code at the root, and may be large; below it these names are code."""
+"""Large folders beside the code at the root; below the root these names are code."""
 LIMIT_SECONDS = 240.0
 PASSED, FAILED = 0, 1
 CLUMSY = re.compile(r"\b(NameError|ImportError|ModuleNotFoundError|SyntaxError)\b")
-"""A fault that breaks the program and not its numbers proves nothing about a test."""
+"""A fault that breaks the program instead of its numbers proves nothing about a test."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What happened to one mutation."""
+    """Result of one mutation."""
 
     mutation: Mutation
     caught: bool
@@ -51,7 +56,9 @@ class Outcome:
 
 
 def apply(mutation: Mutation, root: Path) -> None:
-    """Write the fault into the copy at `root`. Raises ValueError unless the text stands there exactly once."""
+    """Write the fault into the copy at `root`. Raises ValueError unless its text occurs exactly
+    once.
+    """
     path = root / mutation.file
     source = path.read_text(encoding="utf-8")
     count = source.count(mutation.old)
@@ -59,13 +66,14 @@ def apply(mutation: Mutation, root: Path) -> None:
         raise ValueError(
             f"{mutation.name}: its text stands {count} times in {mutation.file}, must be once"
         )
+
     broken = source.replace(mutation.old, mutation.new)
     compile(broken, mutation.file, "exec")
     path.write_text(broken, encoding="utf-8")
 
 
 def copy_repository(root: Path, target: Path) -> Path:
-    """Copy what tests need; untracked files too, so that work in progress can be checked."""
+    """Copy the files that tests need, untracked ones too, so that work in progress can be checked."""
     anywhere = shutil.ignore_patterns(*SKIPPED)
 
     def ignored(folder: str, names: list[str]) -> set[str]:
@@ -80,9 +88,13 @@ def copy_repository(root: Path, target: Path) -> Path:
 def run_pytest(
     root: Path, tests: Sequence[str], limit_seconds: float = LIMIT_SECONDS
 ) -> tuple[int | None, str]:
-    """Exit code of pytest in a copy and its last line; None when it proves nothing (hung, or the fault is clumsy)."""
+    """Run pytest in a copy; return its exit code and last line.
+
+    The exit code is None when the run proves nothing: it hung, or the fault breaks the program.
+    """
     environment = {**os.environ, "PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
+
     with subprocess.Popen(
         command,
         cwd=root,
@@ -98,6 +110,7 @@ def run_pytest(
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
             return None, f"hung for {limit_seconds:.0f} seconds"
+
     lines = output.strip().splitlines()
     clumsy = CLUMSY.search(output)
     if process.returncode == FAILED and clumsy:
@@ -121,7 +134,7 @@ def check_mutation(
 
 
 def check_unbroken(mutations: Sequence[Mutation], root: Path = ROOT) -> tuple[bool, str]:
-    """Whether all named tests pass on a copy as it is, and pytest's last line."""
+    """True when all named tests pass on an unbroken copy; with pytest's last line."""
     with tempfile.TemporaryDirectory(prefix="mutation_") as directory:
         copy = copy_repository(root, Path(directory) / "copy")
         code, detail = run_pytest(
@@ -131,7 +144,7 @@ def check_unbroken(mutations: Sequence[Mutation], root: Path = ROOT) -> tuple[bo
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run what was asked for; the exit code."""
+    """Run the command line and return the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument(
         "--only", default="", metavar="TEXT", help="mutations whose name contains this"
@@ -143,11 +156,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--list", action="store_true", help="print the table without running anything"
     )
     options = parser.parse_args(arguments)
+
     chosen = [
         m for m in MUTATIONS if options.only in m.name and (m.required or not options.required)
     ]
     if not chosen:
         parser.error(f"no mutation's name contains {options.only!r}")
+
     if options.list:
         print(
             "\n".join(
@@ -159,11 +174,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
         )
         return 0
+
     passed, detail = check_unbroken(chosen)
     print(f"unbroken: {detail}\n", flush=True)
     if not passed:
         print("a named test does not pass as it is, so nothing can be shown", file=sys.stderr)
         return 1
+
     print("| mutation | test that must fail | caught | seconds |\n|---|---|---|---|", flush=True)
     missed = 0
     for mutation in chosen:
@@ -173,6 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(
             f"| {mutation.name} | `{mutation.test}` | {said} | {outcome.seconds:.0f} |", flush=True
         )
+
     print(f"\n{len(chosen) - missed} of {len(chosen)} caught")
     return 1 if missed else 0
 

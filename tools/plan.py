@@ -1,11 +1,14 @@
-"""Show what a config means on a world of processes: grid, memory, program of each pipeline rank, bubble, picture.
+"""Training plan of a config on N processes: grid, memory, schedule program, bubble and picture.
 
     python tools/plan.py CONFIG.yaml [--world N] [dotted.key=value ...]
 
-Needs no device and no torch, so that a mistake costs a second and not a queue. It prints what the trainer would do by
-calling the same functions; the alternative refused is a second set of formulas in a tool, which would drift.
+- Needs no device and no torch, so a mistake costs a second and not a queue.
+- It shows what the trainer would do by calling the same functions.
 
-Exit codes: 0 done; 2 a mistake in config or usage, one line each on stderr.
+Exit codes: 0 done; 2 an error in config or usage, one line each on stderr.
+
+Alternatives considered:
+- A second set of formulas in this tool: it would drift.
 """
 
 from __future__ import annotations
@@ -30,7 +33,8 @@ from k2train.plan.draw import draw, svg
 from k2train.plan.layout import Layout
 from k2train.plan.schedule import Program, build_programs, placement_of
 from k2train.plan.simulate import Span, bubble_fraction, peak_in_flight, simulate
-from k2train.train.memory_report import bytes_text, memory_lines
+from k2train.text import bytes_text
+from k2train.train.memory_report import memory_table
 
 GRID_LINES = 16
 PROGRAM_ACTIONS = 48
@@ -38,14 +42,14 @@ UNIT = "forwards of one stage"
 
 
 class _Parser(argparse.ArgumentParser):
-    """Mistakes as one line, without the usage text in front."""
+    """Argument parser that reports an error as one line, without the usage text."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(EXIT_USAGE, f"{self.prog}: {message}; see --help\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse, check, print; the exit code."""
+    """Run the command line and return the exit code."""
     options = _parser().parse_intermixed_args(arguments)
     try:
         config = load_config(options.config, options.overrides)
@@ -54,16 +58,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as mistake:
         print(mistake, file=sys.stderr)
         return EXIT_USAGE
+
     if options.svg:
         try:
             Path(options.svg).write_text(svg(spans, unit=UNIT), encoding="utf-8")
         except OSError as problem:
             print(f"--svg {options.svg} cannot be written: {problem.strerror}", file=sys.stderr)
             return EXIT_USAGE
+
     try:
         print(text, flush=True)
     except BrokenPipeError:
-        # A reader such as `head` that has seen enough is no failure; the interpreter must not flush once more.
+        # The reader has closed the pipe (`| head`); avoid a second flush error at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return EXIT_DONE
 
@@ -100,9 +106,13 @@ def _positive(text: str) -> int:
 def plan(
     config: Config, world_size: int, width: int = 100, full: bool = False
 ) -> tuple[str, tuple[Span, ...]]:
-    """(the whole report, the planned spans) of a config that fits the world; raises UserError where it does not."""
-    # First, as it refuses a world or a batch that does not divide.
+    """Report and planned spans of a config on a world of processes.
+
+    Raises UserError when the config does not fit the world.
+    """
+    # First: it checks that world and batch divide.
     count = num_microbatches(config, world_size)
+
     parallel = config.parallel
     layout = Layout.for_world(
         world_size,
@@ -112,6 +122,7 @@ def plan(
         placement_of(parallel.schedule),
         parallel.layers_per_stage,
     )
+
     programs = build_programs(parallel.schedule, layout.pipeline, count, layout.stages_per_rank)
     spans = simulate(programs)
     shape = cost.ModelShape(
@@ -122,10 +133,11 @@ def plan(
         num_kv_heads=config.model.num_kv_heads,
         vocab_size=config.model.vocab_size,
     )
+
     sections = (
         _grid_lines(layout, shape.num_layers, full),
         _model_lines(shape, layout, config.precision),
-        memory_lines(config, layout, programs),
+        memory_table(config, layout, programs),
         _step_lines(config, shape, layout, count),
         _schedule_lines(parallel.schedule, programs, spans, width, full)
         + _balance_lines(config, shape, layout),
@@ -135,7 +147,7 @@ def plan(
 
 
 def _span_text(numbers: Sequence[int]) -> str:
-    """`0-3`, or `5` for a single one."""
+    """Format `0-3`, or `5` for a single number."""
     return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}"
 
 
@@ -152,18 +164,21 @@ def _grid_lines(layout: Layout, num_layers: int, full: bool) -> list[str]:
             f"tensor {layout.tensor}; {layout.stages_per_rank} pipeline stage(s) a rank, {layout.num_stages} in all"
         )
     ]
+
     if full or layout.world_size <= GRID_LINES:
         for rank in range(layout.world_size):
             place = layout.coordinate(rank)
             stages = _stages_text(layout, place.pp, num_layers)
             lines.append(f"  rank {rank:<4} pp {place.pp}  dp {place.dp}  tp {place.tp}  {stages}")
         return lines
+
     per_pipeline_rank = layout.data * layout.tensor
     for pp in range(layout.pipeline):
         ranks = range(pp * per_pipeline_rank, (pp + 1) * per_pipeline_rank)
         lines.append(
             f"  pp {pp}  ranks {_span_text(ranks):<11} {_stages_text(layout, pp, num_layers)}"
         )
+
     for axis in ("tp", "dp", "pp"):
         groups = layout.groups(axis)
         lines.append(
@@ -245,12 +260,14 @@ def _schedule_lines(
         "  most activations held, in stages x micro-batches, by pipeline rank: "
         + " ".join(map(str, peak_in_flight(programs))),
     ]
+
     ops = {action.op for program in programs for action in program}
     words = "F forward B backward"
     if Op.BACKWARD_WEIGHT in ops:
         words = "F forward I gradient of the input W gradients of the weights"
         held = " ".join(map(str, peak_in_flight(programs, until_input=True)))
         lines.append(f"  of these before their I, the others hold what W needs: {held}")
+
     lines.append(
         f"  program of each pipeline rank: stage, {words} S send R receive, micro-batch, peer"
     )
@@ -260,7 +277,7 @@ def _schedule_lines(
 
 
 def _balance_lines(config: Config, shape: cost.ModelShape, layout: Layout) -> list[str]:
-    """The share of the busiest rank, and the split of layers that would make it smaller; nothing for one rank."""
+    """Share of the busiest pipeline rank, and a better split of layers if any; empty for one rank."""
     if layout.pipeline == 1:
         return []
     length = config.data.sequence_length
@@ -272,6 +289,7 @@ def _balance_lines(config: Config, shape: cost.ModelShape, layout: Layout) -> li
     lines = [
         f"  the busiest pipeline rank has {slowest(layout):.1%} of the average FLOPs, the head counted"
     ]
+
     better = balanced_layers(shape, layout, length)
     if config.parallel.layers_per_stage is None and better is not None:
         share = slowest(with_layers(layout, better))

@@ -1,11 +1,16 @@
-"""Show what runs have left behind: a table of their numbered checkpoints, and where everything lies.
+"""Run overview: a table of a run's numbered checkpoints, and the location of its files.
 
     python tools/show_run.py RUN_DIRECTORY [RUN_DIRECTORY ...]
 
-Reads the ledger (its hash chain is verified), the metrics and the manifests of the checkpoints; writes nothing and
-needs no torch: it works on a login node while the run goes on. The ledger is believed over the manifests, since it also
-knows checkpoints that are gone; a manifest that differs from what the ledger says of it is marked. Guessing from file
-names and times is refused. A missing or broken run directory is one line on stderr and exit code 2.
+- Reads the ledger (its hash chain is verified), the metrics and the checkpoints' manifests. Writes
+  nothing and needs no torch, so it works on a login node while the run continues.
+- The ledger has priority over the manifests, because it also knows deleted checkpoints. A manifest
+  that differs from the ledger is marked.
+
+Exit codes: 0 done; 2 a missing or damaged run directory, one line on stderr.
+
+Alternatives considered:
+- Guessing from file names and times.
 """
 
 import argparse
@@ -39,27 +44,31 @@ LEFT_ALIGNED = ("checkpoint", "chunk", "path")
 
 
 def checkpoint_rows(directory: Path) -> list[dict[str, str]]:
-    """One row a checkpoint of the run, in the order of the chunks, cells by heading.
+    """One row per checkpoint of the run in the order of its chunks, cells by heading.
 
     Raises RunError when the directory is not that of a run, or its ledger or metrics are damaged.
     """
     events = _events(directory)
     metrics = latest(directory / "metrics.jsonl") if (directory / "metrics.jsonl").exists() else []
     by_step = {row["step"]: row for row in metrics}
+
     saved: dict[str, dict[str, Any]] = {}
     for path in sorted((directory / "checkpoints").glob("ckpt_*/manifest.json")):
         # A half-written checkpoint keeps the suffix .tmp.
         if not path.parent.suffix:
             saved[path.parent.name] = {"manifest": path, **_manifest(path)}
+
     for event in events:
         if event["event"] == "checkpoint_saved":
-            # Of a checkpoint saved twice the newer one is on the disk.
+            # Saved twice: the newer one is on the disk.
             saved[event["checkpoint"]] = {**saved.get(event["checkpoint"], {}), **event}
+
     chunks = {
         event["order_index"]: event["chunk"]
         for event in events
         if event["event"] == "chunk_started"
     }
+
     rows = []
     step_before = 0
     for name, facts in sorted(saved.items()):
@@ -72,7 +81,7 @@ def checkpoint_rows(directory: Path) -> list[dict[str, str]]:
 
 
 def lines_of_run(directory: Path) -> list[str]:
-    """The lines shown for one run. Raises RunError as `checkpoint_rows` does."""
+    """Lines of output for one run. Raises RunError as `checkpoint_rows` does."""
     events = _events(directory)
     rows = checkpoint_rows(directory)
     lines = [f"{directory.name}: {_status(events)}", ""]
@@ -81,7 +90,7 @@ def lines_of_run(directory: Path) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit code."""
+    """Run the command line and return the exit code."""
     parser = argparse.ArgumentParser(
         prog="show_run.py", description="Show the checkpoints of runs, and where all lies."
     )
@@ -89,15 +98,16 @@ def main(arguments: list[str] | None = None) -> int:
         "runs", nargs="+", metavar="RUN_DIRECTORY", help="for example runs/demo-stage1"
     )
     try:
-        # Everything is read before anything is shown: a mistake is one line, not half a table and a line.
+        # Read everything before printing, so an error is one line and not half a table.
         shown = ["\n".join(lines_of_run(Path(run))) for run in parser.parse_args(arguments).runs]
     except UserError as error:
         print(f"show_run: {error}", file=sys.stderr)
         return EXIT_USAGE
+
     try:
         print("\n\n".join(shown), flush=True)
     except BrokenPipeError:
-        # `show_run.py ... | head`; Python would flush once more at exit and complain.
+        # The reader has closed the pipe (`| head`); avoid a second flush error at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return EXIT_DONE
 
@@ -171,7 +181,7 @@ def _integer(value: Any) -> str:
 
 
 def _loss(value: Any) -> str:
-    # The ledger holds a non-finite loss as a word.
+    # The ledger has a non-finite loss as a word.
     return (
         f"{value:.4f}" if isinstance(value, (int, float)) else "-" if value is None else str(value)
     )

@@ -1,10 +1,17 @@
-"""Train a tokenizer on files: `train_tokenizer.py OUTPUT.model --vocab-size 32000 FILES_OR_GLOBS... [--text-key text ...]`.
+"""Tokenizer training on text files: an even sample of their blocks, then sentencepiece BPE.
 
-Reads .txt, .md, .py and .jsonl, each also as .gz and .zst, and .parquet, as streams. Of several text keys the first that
-a document (of .parquet: a file) has is taken. It trains on at most --max-bytes of text: training
-holds its text in memory, about 13 times over. Of more, the blocks with the smallest hashes of their names are taken: an
-even sample that every machine takes again, in one pass of reading, whatever the order of the files. The first bytes of
-the input were refused as a sample: they would all be of one kind. What cannot be read is counted and left out.
+    python tools/train_tokenizer.py OUTPUT.model --vocab-size 32000 FILES_OR_GLOBS...
+                                    [--text-key text ...] [--max-bytes N]
+
+- Reads .txt, .md, .py and .jsonl, each also as .gz and .zst, and .parquet, as streams.
+- With several text keys, the first that a document has is taken (of .parquet: that a file has).
+- Trains on at most --max-bytes of text, because training needs about 13 times its text in memory.
+- Of more text, the blocks with the smallest hashes of their names are taken. This is an even
+  sample, equal on every machine and for any order of files, in one pass of reading.
+- Text that cannot be read is counted and skipped.
+
+Alternatives considered:
+- The first bytes of the input as sample: they would all be of one kind.
 """
 
 import argparse
@@ -43,18 +50,19 @@ BLOCK_CHARACTERS = 2**16
 READ_ROWS = 256
 
 LeftOut = Counter[tuple[str, str]]
-"""How many of what was not trained on: (what, in the singular; the rest of the words)."""
+"""Number of skipped items by (noun in the singular, rest of the phrase)."""
 
 
 def files_of(patterns: Sequence[str]) -> list[tuple[str, Path]]:
-    """(name, path) of every file, sorted by name: its path below the folder that all have in common.
+    """List (name, path) of every file, sorted by name: its path below the common folder.
 
-    Raises DataError for a pattern without files, a folder, and a kind of file that is not read.
+    Raises DataError for a pattern without files, a folder, and an unsupported kind of file.
     """
     found: set[str] = set()
     for pattern in patterns:
         matches = [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)
         files = [match for match in matches if os.path.isfile(match)]
+
         if not files:
             hint = (
                 f" but a folder; give a pattern, as {pattern.rstrip('/')}/**/*.txt"
@@ -62,20 +70,24 @@ def files_of(patterns: Sequence[str]) -> list[tuple[str, Path]]:
                 else ""
             )
             raise DataError(f"{pattern}: no file{hint}")
+
         for file in files:
             if not file.endswith(SUFFIXES):
                 raise DataError(f"{file}: is none of the kinds that are read: {KINDS}")
             found.add(os.path.realpath(file))
+
     common = os.path.commonpath([os.path.dirname(path) for path in found])
     return sorted((Path(path).relative_to(common).as_posix(), Path(path)) for path in found)
 
 
 def texts_of(path: Path, keys: Sequence[str], left_out: LeftOut) -> Iterator[Any]:
-    """Texts of one file: its lines, or what stands under the first of `keys` that each of its documents has."""
+    """Yield the texts of one file: its lines, or the value of the first of `keys` in each document."""
     if path.name.endswith(".parquet"):
         yield from _parquet_texts(path, keys, left_out)
         return
+
     lines = Contents(Source("", path.name, str(path), path.stat().st_size)).lines()
+
     if path.name.endswith(TEXT_SUFFIXES):
         for line in lines:
             try:
@@ -83,6 +95,7 @@ def texts_of(path: Path, keys: Sequence[str], left_out: LeftOut) -> Iterator[Any
             except UnicodeDecodeError:
                 left_out["line", " without valid UTF-8"] += 1
         return
+
     for line in lines:
         try:
             item = json.loads(line)
@@ -97,12 +110,14 @@ def texts_of(path: Path, keys: Sequence[str], left_out: LeftOut) -> Iterator[Any
 
 
 def named(keys: Sequence[str]) -> str:
+    """Format keys as `'a' or 'b'`."""
     return " or ".join(map(repr, keys))
 
 
 def _parquet_texts(path: Path, keys: Sequence[str], left_out: LeftOut) -> Iterator[Any]:
     if parquet is None:
         raise UserError(f"{path}: reading it needs pyarrow: pip install 'k2train[data]'")
+
     with parquet.ParquetFile(path) as table:
         columns = table.schema_arrow.names
         key = next((key for key in keys if key in columns), None)
@@ -110,6 +125,7 @@ def _parquet_texts(path: Path, keys: Sequence[str], left_out: LeftOut) -> Iterat
             raise DataError(
                 f"{path}: has no column {named(keys)} but {', '.join(columns)}: set --text-key"
             )
+
         for batch in table.iter_batches(READ_ROWS, columns=[key]):
             for text in batch.column(0).to_pylist():
                 if text is None:
@@ -119,7 +135,7 @@ def _parquet_texts(path: Path, keys: Sequence[str], left_out: LeftOut) -> Iterat
 
 
 def documents_of(path: Path, keys: Sequence[str], left_out: LeftOut) -> Iterator[str]:
-    """The texts that can be trained on: not empty, and Unicode."""
+    """Yield the texts that can be trained on: not empty, and valid Unicode."""
     for text in texts_of(path, keys, left_out):
         if not isinstance(text, str):
             left_out["document", f" whose {named(keys)} is no text"] += 1
@@ -132,10 +148,13 @@ def documents_of(path: Path, keys: Sequence[str], left_out: LeftOut) -> Iterator
 
 
 def blocks_of(path: Path, keys: Sequence[str], left_out: LeftOut) -> Iterator[str]:
-    """The file's text in blocks of whole lines, of about 64 Ki characters or a document: what is sampled."""
+    """Yield the units of sampling: blocks of whole lines, about 64 Ki characters or one document
+    each.
+    """
     lines_only = path.name.endswith(TEXT_SUFFIXES)
     block: list[str] = []
     size, empty = 0, True
+
     for text in (texts_of if lines_only else documents_of)(path, keys, left_out):
         empty = empty and not text.strip()
         for line in text.splitlines(keepends=True) if len(text) > BLOCK_CHARACTERS else (text,):
@@ -147,6 +166,7 @@ def blocks_of(path: Path, keys: Sequence[str], left_out: LeftOut) -> Iterator[st
         if not lines_only and block:
             yield "".join(block)
             block, size = [], 0
+
     if lines_only and empty:
         left_out["empty file", ""] += 1
     elif block:
@@ -154,7 +174,7 @@ def blocks_of(path: Path, keys: Sequence[str], left_out: LeftOut) -> Iterator[st
 
 
 class Sample:
-    """The blocks of smallest hash that hold at most `max_bytes` together; equal for any order of `add`."""
+    """The blocks of smallest hash with at most `max_bytes` together; equal for any order of `add`."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
@@ -163,6 +183,7 @@ class Sample:
         self._limit = 2**64
 
     def add(self, name: str, number: int, text: str) -> None:
+        """Offer a block to the sample."""
         size = len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
         self.seen += 1
         self.seen_bytes += size
@@ -170,31 +191,37 @@ class Sample:
             f"k2train tokenizer sample\0{name}\0{number}".encode("utf-8", "surrogatepass")
         )
         rank = int.from_bytes(digest.digest()[:8], "big")
+
         if rank >= self._limit:
             return
         heapq.heappush(self._kept, (-rank, name, number, text))
         self.kept_bytes += size
+
         while self.kept_bytes > self.max_bytes:
             worst, _, _, dropped = heapq.heappop(self._kept)
             self._limit = -worst
             self.kept_bytes -= len(dropped.encode("utf-8", "surrogatepass"))
 
     def texts(self) -> list[str]:
-        """The kept blocks, in the order of the files."""
+        """The kept blocks in the order of the files."""
         return [text for _, _, _, text in sorted(self._kept, key=lambda kept: kept[1:3])]
 
 
 def read_sample(
     files: Sequence[tuple[str, Path]], keys: Sequence[str], max_bytes: int, left_out: LeftOut
 ) -> Sample:
-    """Read every file once. Raises DataError for a file that cannot be read, and when no text is found."""
+    """Read every file once and sample its blocks.
+
+    Raises DataError for a file that cannot be read, and when no text is found.
+    """
     sample = Sample(max_bytes)
-    for name, path in Progress().over("read", files, unit="files" if len(files) != 1 else "file"):
+    for name, path in Progress().track("read", files, unit="files" if len(files) != 1 else "file"):
         try:
             for number, block in enumerate(blocks_of(path, keys, left_out)):
                 sample.add(name, number, block)
         except (OSError, ArrowException) as error:
             raise DataError(f"{path}: cannot be read ({' '.join(str(error).split())})") from None
+
     if sample.seen and not sample.kept_bytes:
         raise DataError(
             f"--max-bytes ({max_bytes}) is less than any of {counted(sample.seen, 'block')} of text: raise it"
@@ -206,43 +233,50 @@ def read_sample(
 
 
 def told(left_out: LeftOut) -> str:
+    """Format the counts of skipped items."""
     return ", ".join(
         counted(count, what) + rest for (what, rest), count in sorted(left_out.items())
     )
 
 
 def bytes_per_token(tokenizer: Tokenizer, texts: Sequence[str], text_bytes: int) -> float:
+    """UTF-8 bytes per token over `texts`."""
     return text_bytes / sum(len(ids) for text in texts for ids in tokenizer.encode_arrays([text]))
 
 
 def train(given: argparse.Namespace) -> None:
-    """Train, save and tell. Raises UserError."""
+    """Train and save the tokenizer, and print a report. Raises UserError."""
     output: Path = given.output
     if output.exists() and not given.force:
         raise UserError(
             f"{output}: exists; --force replaces it, and data prepared with it then belongs to no tokenizer"
         )
+
     begun = time.monotonic()
     files = files_of(given.files)
     left_out: LeftOut = Counter()
     sample = read_sample(files, given.text_key, given.max_bytes, left_out)
     texts = sample.texts()
     whole = len(texts) == sample.seen
+
     print(
         f"read {counted(len(files), 'file')}, {sample.seen_bytes:,} bytes of text in {counted(sample.seen, 'block')}"
     )
     kept = f"{counted(len(texts), 'block')}, {sample.kept_bytes:,} bytes"
     part = "all" if whole else f"{kept}, those of smallest hash by file name"
     print(f"trained on {part} (--max-bytes {given.max_bytes:,})", flush=True)
+
     long = sum(
         len(line.encode("utf-8", "replace")) > LONGEST_LINE_BYTES
         for text in texts
         for line in text.split("\n")
     )
+
     if long:
         left_out["line", f" above {LONGEST_LINE_BYTES} bytes"] = long
     if left_out:
         print(f"left out: {told(left_out)}")
+
     try:
         tokenizer = train_tokenizer(texts, given.vocab_size)
         tokenizer.save(output)
@@ -250,6 +284,7 @@ def train(given: argparse.Namespace) -> None:
         raise DataError(str(error).replace("tokenizer.train.vocab_size", "--vocab-size")) from None
     except OSError as error:
         raise UserError(f"{output}: cannot be written ({error.strerror})") from None
+
     ratio = bytes_per_token(
         tokenizer, [text.encode("utf-8", "ignore").decode() for text in texts], sample.kept_bytes
     )
@@ -265,13 +300,14 @@ def train(given: argparse.Namespace) -> None:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Mistakes as one line, without the usage text in front."""
+    """Argument parser that reports an error as one line, without the usage text."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(EXIT_USAGE, f"{self.prog}: {message}; see --help\n")
 
 
 def options_of(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse and check the command line; exits with one line on an error."""
     parser = _Parser(prog="train_tokenizer", description="Train a tokenizer on files.")
     add = parser.add_argument
     add("output", metavar="OUTPUT.model", type=Path)
@@ -296,16 +332,19 @@ def options_of(arguments: Sequence[str]) -> argparse.Namespace:
     )
     add("--force", action="store_true", help="replace OUTPUT.model")
     given = parser.parse_args(arguments)
+
     given.text_key = given.text_key or ["text"]
     for name in ("vocab_size", "max_bytes"):
         if getattr(given, name) < 1:
             parser.error(f"--{name.replace('_', '-')} ({getattr(given, name)}) must be at least 1")
+
     if files := [key for key in given.text_key if os.path.exists(key) and key.endswith(SUFFIXES)]:
         parser.error(f"--text-key: {files[0]} is a file; name the files before --text-key")
     return given
 
 
 def main(arguments: Sequence[str]) -> int:
+    """Run the command line and return the exit code."""
     given = options_of(arguments)
     try:
         train(given)

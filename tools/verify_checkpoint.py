@@ -1,9 +1,16 @@
-"""Check checkpoints byte for byte against their manifests: `python tools/verify_checkpoint.py [--root] CKPT|RUN [...]`.
+"""Checkpoint verification: every byte against the manifest, for checkpoints or whole runs.
 
-Of a run directory every checkpoint is checked; damage is told by file and tensor. `--root` also makes the root of the
-training state again from the values, and compares it with the manifest's: a state has one root, whatever the layout.
-One line each; exit code 0 when all are whole, 2 when any is not. Needs no torch, so it works on a login node and on a
-machine that only stores checkpoints. Stopping at the first bad one is refused: who asks wants to know which are good.
+    python tools/verify_checkpoint.py [--root] CKPT|RUN [...]
+
+- For a run directory every checkpoint is checked; damage is reported by file and tensor.
+- `--root` also recomputes the root of the training state from the values, and compares it with the
+  manifest's. A state has one root in any layout.
+- Needs no torch, so it works on a login node and on a machine that only stores checkpoints.
+
+Exit codes: 0 all are whole; 2 any is not. One line each.
+
+Alternatives considered:
+- Stopping at the first bad checkpoint: then it stays unknown which others are good.
 """
 
 import argparse
@@ -19,7 +26,7 @@ from k2train.errors import EXIT_DONE, EXIT_USAGE, CheckpointError
 
 
 def checkpoints_of(path: Path) -> list[Path]:
-    """The checkpoint itself, or all of a run directory. Raises CheckpointError when it is neither."""
+    """Return the checkpoint itself, or all of a run directory. Raises CheckpointError for neither."""
     if (path / MANIFEST).is_file():
         return [path]
     found = list_checkpoints(path / "checkpoints")
@@ -31,10 +38,14 @@ def checkpoints_of(path: Path) -> list[Path]:
 
 
 def line_of(path: Path, with_root: bool = False) -> str:
-    """What a whole checkpoint is. Raises CheckpointError when it is not whole, or its state's root is another."""
+    """Verify a checkpoint and describe it on one line.
+
+    Raises CheckpointError when it is damaged, or its state has another root.
+    """
     manifest = verify_checkpoint(path)
     total_bytes = sum(int(facts["bytes"]) for facts in manifest["files"].values())
     thinned = ", thinned to its weights" if is_thinned(path) else ""
+
     root = ""
     if with_root:
         found = verify_root(path, manifest)
@@ -52,6 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--root", action="store_true", help="make the root of the state again from the files"
     )
     options = parser.parse_args(arguments)
+
     code = EXIT_DONE
     for given in options.paths:
         try:
@@ -60,6 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(error, file=sys.stderr)
             code = EXIT_USAGE
             continue
+
         for path in found:
             try:
                 print(line_of(path, options.root), flush=True)

@@ -1,9 +1,16 @@
-"""Check a data folder byte for byte: `verify_data.py MANIFEST [--workers N] [--chunks 3 chunk_007 held_out ...]`.
+"""Data folder verification: every byte of every chunk, and the files beside them.
 
-MANIFEST is `manifest.json` or its folder. A line a chunk as it is done; every problem is told, on stderr, and the other
-chunks are still read. Exit code 0 when all is whole, 2 when anything is not, also when nobody reads the lines any more
-(`| head`). Memory does not grow with the data. Needs no torch, so it runs where data is stored. Stopping at the first
-problem is refused: who asks wants to know what to fetch.
+    python tools/verify_data.py MANIFEST [--workers N] [--chunks 3 chunk_007 held_out ...]
+
+- MANIFEST is `manifest.json` or its folder.
+- One line per chunk as it is done; every problem on stderr. Later chunks are still read.
+- Memory does not grow with the data. Needs no torch, so it runs where data is stored.
+
+Exit codes: 0 all is whole; 2 anything is not, also when the reader of the output has gone (`|
+head`).
+
+Alternatives considered:
+- Stopping at the first problem: then it stays unknown which other files must be fetched.
 """
 
 import argparse
@@ -22,41 +29,42 @@ from k2train.data.manifest import MANIFEST_NAME
 from k2train.data.verify.chunks import Report, verify_chunks
 from k2train.data.verify.folder import verify_folder
 from k2train.errors import EXIT_DONE, EXIT_USAGE, DataError, UserError
-from k2train.text import counted
+from k2train.text import bytes_text, counted
 
 MOST_WORKERS = 4
-"""By default. More at once only help where the disk reads faster than that many cores can hash."""
+"""Default limit. More help only where the disk reads faster than that many cores can hash."""
 SHORTEST_SECONDS = 0.1
-"""Of less time a rate says nothing."""
+"""A rate over a shorter time means nothing."""
 
 
 class _Parser(argparse.ArgumentParser):
-    """Mistakes as one line, without the usage text in front."""
+    """Argument parser that reports an error as one line, without the usage text."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(EXIT_USAGE, f"{self.prog}: {message}; see --help\n")
 
 
 def tell(line: str, stream: TextIO) -> None:
-    """Print a line; when its reader has gone, this one and all that follow go nowhere."""
+    """Print a line; once its reader has gone, discard this and all later lines."""
     try:
         print(line, file=stream, flush=True)
     except BrokenPipeError:
-        # The check itself goes on, since its exit code is still heard; Python would flush once more at exit and complain.
+        # The check continues for its exit code; avoid a second flush error at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def rate(read_bytes: int, seconds: float) -> str:
-    """`, 812 MB/s`; nothing where it would say nothing."""
-    speed = read_bytes / 1e6 / max(seconds, SHORTEST_SECONDS)
-    return f", {speed:,.0f} MB/s" if seconds >= SHORTEST_SECONDS and speed >= 1 else ""
+    """Format a rate as `, 812.00 MiB/s`; empty where it would mean nothing."""
+    speed = read_bytes / max(seconds, SHORTEST_SECONDS)
+    return f", {bytes_text(speed)}/s" if seconds >= SHORTEST_SECONDS and speed >= 2**20 else ""
 
 
 def line_of(report: Report, number: int, count: int) -> str:
-    """What a chunk is, and how fast it was read."""
+    """Describe a chunk and its reading rate on one line."""
     info = report.info
     if report.problems:
         return f"{number}/{count}  {info.name}  {counted(len(report.problems), 'problem')}"
+
     parts = [
         counted(info.rows, "row"),
         counted(info.tokens, "token"),
@@ -69,14 +77,16 @@ def line_of(report: Report, number: int, count: int) -> str:
 
 
 def run(manifest: Manifest, names: Sequence[str] | None, workers: int) -> int:
-    """Check the named chunks, or all of them and what lies beside them; the exit code."""
+    """Verify the named chunks, or the whole folder; return the exit code."""
     infos = list(manifest.all_chunks())
     if names:
         infos = list(
             {info.name: info for info in (find_chunk(manifest, name) for name in names)}.values()
         )
+
     begun = time.monotonic()
     problems = damaged = tokens = read_bytes = 0
+
     for number, report in enumerate(verify_chunks(manifest, infos, workers), 1):
         tell(line_of(report, number, len(infos)), sys.stdout)
         for line in report.problems:
@@ -85,13 +95,16 @@ def run(manifest: Manifest, names: Sequence[str] | None, workers: int) -> int:
         damaged += bool(report.problems)
         tokens += report.info.tokens
         read_bytes += report.read_bytes
+
     for line in (beside := verify_folder(manifest)):
         tell(line, sys.stderr)
+
     seconds = time.monotonic() - begun
     if problems or beside:
         total = counted(problems + len(beside), "problem")
         tell(f"{total}, {damaged} of {counted(len(infos), 'chunk')} damaged", sys.stderr)
         return EXIT_USAGE
+
     held_out = ", one held out" if manifest.held_out in infos else ""
     took = f"{seconds:,.1f} s" if seconds >= SHORTEST_SECONDS else f"{1000 * seconds:.0f} ms"
     tell(
@@ -103,14 +116,18 @@ def run(manifest: Manifest, names: Sequence[str] | None, workers: int) -> int:
 
 
 def open_manifest(path: Path) -> Manifest:
-    """The manifest of a command line. Raises DataError, which does not call another file a damaged manifest."""
+    """Read the manifest of the command line.
+
+    Raises DataError; for another kind of file it says so, instead of calling it a damaged manifest.
+    """
     other = DataError(
         f"{path}: is no manifest; give the {MANIFEST_NAME} of a data folder, or the folder itself"
     )
     named = path.name == MANIFEST_NAME or not path.is_file()
     if not named and not _first_bytes(path).lstrip().startswith(b"{"):
-        # A chunk given by mistake is gigabytes, and would be read whole before it turned out to be no JSON.
+        # A chunk given by mistake has gigabytes, and would be read whole before failing as JSON.
         raise other
+
     try:
         return read_manifest(path)
     except DataError:

@@ -1,10 +1,19 @@
-"""Check a whole run against itself: `python tools/verify_run.py RUN [--data [MANIFEST]]`.
+"""Run verification: the files of a run against each other, and every checkpoint byte for byte.
 
-Ledger, metrics, roots and config are read to the last bit, every checkpoint is hashed, and what one file says of another
-is compared: the ledger's hashes of the manifests and of config.yaml, the order of the fencing tokens, the roots of saved
-states. With `--data` the data folder too (the one of config.yaml, or the one named). A line a problem, on stderr, with
-file and place; exit code 0 when there is none, 2 else. Needs no torch. Stopping at the first problem is refused: who asks
-wants to know all that is to be restored. What may still be true of a run that was killed is a note and no problem.
+    python tools/verify_run.py RUN [--data [MANIFEST]]
+
+- Reads ledger, metrics, state roots and config completely, and hashes every checkpoint.
+- Compares the files: the ledger's hashes of manifests and config.yaml, the order of the fencing
+  tokens, the roots of saved states.
+- `--data` also verifies the data folder (of config.yaml, or the named one).
+- One line per problem on stderr, with file and line. Traces that a kill explains are notes, not
+  problems.
+- Needs no torch.
+
+Exit codes: 0 no problem; 2 any.
+
+Alternatives considered:
+- Stopping at the first problem: then it stays unknown what else must be restored.
 """
 
 import argparse
@@ -33,21 +42,21 @@ Event = Mapping[str, Any]
 
 
 class Problem(NamedTuple):
-    """One line: `note` for what a kill explains."""
+    """One finding; `note` when a kill explains it."""
 
     text: str
     note: bool = False
 
 
 def rows_of(path: Path) -> tuple[list[tuple[int, dict[str, Any]]], list[Problem]]:
-    """(line, row) of the readable lines of a record, and the problems of the others."""
+    """Readable lines of a record as (line, row), and the problems of the others."""
     found = list(checked_rows(path, *read_lines(path)))
     problems = [Problem(str(row)) for _, row in found if isinstance(row, RunError)]
     return [(line, row) for line, row in found if not isinstance(row, RunError)], problems
 
 
 def check_ledger(path: Path) -> tuple[list[tuple[int, dict[str, Any]]], list[Problem]]:
-    """The events that can be read, with their lines; damaged lines, and else the first break of the chain."""
+    """Readable events with their lines; damaged lines, or else the first break of the hash chain."""
     rows, problems = rows_of(path)
     if not problems:
         try:
@@ -58,13 +67,14 @@ def check_ledger(path: Path) -> tuple[list[tuple[int, dict[str, Any]]], list[Pro
 
 
 def check_config(directory: Path, events: Sequence[tuple[int, Event]]) -> Iterator[Problem]:
-    """config.yaml is the one of the last start."""
+    """Check that config.yaml is the one of the last start."""
     path = directory / CONFIG
     starts = [
         (line, event)
         for line, event in events
         if event["event"] in STARTS and "config_sha256" in event
     ]
+
     if not path.is_file():
         yield Problem(f"{path}: is missing")
     elif not starts:
@@ -79,7 +89,7 @@ def check_config(directory: Path, events: Sequence[tuple[int, Event]]) -> Iterat
 
 
 def check_tokens(path: Path, events: Sequence[tuple[int, Event]]) -> Iterator[Problem]:
-    """Every start had a higher fencing token than the one before it."""
+    """Check that every start had a higher fencing token than the previous one."""
     before, line_before = 0, 0
     for line, event in events:
         token = token_of(event)
@@ -93,17 +103,18 @@ def check_tokens(path: Path, events: Sequence[tuple[int, Event]]) -> Iterator[Pr
 
 
 def token_of(facts: Event) -> int:
-    """The fencing token of an event or a manifest; 0 when there is none."""
+    """Fencing token of an event or a manifest; 0 when it has none."""
     token = facts.get("fencing_token")
     return token if isinstance(token, int) else 0
 
 
 class Saves:
-    """What the ledger says was saved and should be there: by name, with the line that says it and the token then held."""
+    """Checkpoints that should exist by the ledger: name -> (line, event, fencing token)."""
 
     def __init__(self, events: Sequence[tuple[int, Event]]) -> None:
         self.told: dict[str, tuple[int, Event, int]] = {}
         self.aside: dict[str, tuple[int, Event, int]] = {}
+
         token = 0
         for line, event in events:
             if event["event"] in STARTS:
@@ -117,20 +128,22 @@ class Saves:
                 self.told[str(event["checkpoint"])] = (line, event, token)
 
     def all(self) -> dict[str, tuple[int, Event, int]]:
-        """Path below `checkpoints` -> what is told of it."""
+        """Records by path below `checkpoints`."""
         return {**self.told, **self.aside}
 
 
 def check_checkpoints(
     directory: Path, events: Sequence[tuple[int, Event]], told: bool
 ) -> Iterator[Problem]:
-    """Every checkpoint by itself, then against the ledger; with `told` False the ledger is too damaged for that."""
+    """Verify every checkpoint, then compare it with the ledger, unless that is damaged."""
     folder = directory / "checkpoints"
     there = list_checkpoints(folder)
     for aside in sorted(folder.glob("set_aside_by_attempt_*")) if folder.is_dir() else []:
         there += list_checkpoints(aside)
+
     saves = Saves(events).all()
     roots = _roots(directory / ROOTS)
+
     for path in there:
         name = path.relative_to(folder).as_posix()
         try:
@@ -141,14 +154,16 @@ def check_checkpoints(
             yield from _against_roots(path, manifest, roots)
             if told and name in saves:
                 yield from _against_ledger(path, manifest, directory / LEDGER, *saves[name])
+
         if told and name not in saves:
             yield Problem(
                 f"{path}: the ledger does not tell of it; the next start will note it", note=True
             )
+
     missing = [name for name in saves if told and folder / name not in there]
     for name in missing:
         line = saves[name][0]
-        # One saved on request goes when a later one is whole, and no line tells of that.
+        # A checkpoint saved on request is removed when a later one is whole, without a ledger line.
         yield Problem(
             f"{folder / name}: is missing, {LEDGER}, line {line} tells of it", note="_step_" in name
         )
@@ -163,8 +178,9 @@ def _against_ledger(
         yield Problem(
             f"{path}: is of step {manifest['step']}, {ledger}, line {line} says {event.get('step')}"
         )
+
     own = token_of(manifest)
-    # A save noted by a later start was made under the token of an earlier one.
+    # A save recorded by a later start was written under an earlier token.
     wrong = own and token and (own > token if event.get("recovered") else own != token)
     if wrong:
         yield Problem(
@@ -173,7 +189,7 @@ def _against_ledger(
 
 
 def _roots(path: Path) -> dict[tuple[int, int], tuple[int, str]]:
-    """(attempt, step) -> (line, root)."""
+    """State roots by (attempt, step), as (line, root)."""
     rows = rows_of(path)[0] if path.is_file() else []
     return {
         (row["attempt"], row["step"]): (line, str(row["root"]))
@@ -199,31 +215,38 @@ def _against_roots(
 def check_data(
     directory: Path, named: str, events: Sequence[tuple[int, Event]]
 ) -> Iterator[Problem]:
-    """The data folder: that it is the run's, and whole. Raises UserError when it cannot be read."""
+    """Check that the data folder is the run's, and whole. Raises UserError when it cannot be read."""
     path = Path(named) if named else Path(load_config(str(directory / CONFIG)).data.manifest)
+
     if not named and not path.is_absolute():
         above = [base / path for base in directory.resolve().parents]
         path = next(
             (found for found in above if (found / MANIFEST_NAME).is_file() or found.is_file()), path
         )
+
     manifest = read_manifest(path)
     for line, event in events:
         if event.get("data_manifest_sha256", manifest.sha256) != manifest.sha256:
             yield Problem(
                 f"{manifest.path}: is not the data that {directory / LEDGER}, line {line} began with"
             )
+
     for report in verify_chunks(manifest, manifest.all_chunks()):
         yield from map(Problem, report.problems)
     yield from map(Problem, verify_folder(manifest))
 
 
 def problems_of(directory: Path, data: str | None) -> Iterator[Problem]:
-    """Every problem and note of a run. Raises UserError when it is none, or its data cannot be found."""
+    """Yield every problem and note of a run.
+
+    Raises UserError when the directory is not a run, or its data cannot be found.
+    """
     events, problems = check_ledger(directory / LEDGER)
     yield from problems
     for name in (METRICS, ROOTS):
         if (directory / name).exists():
             yield from rows_of(directory / name)[1]
+
     yield from check_config(directory, events)
     if not problems:
         yield from check_tokens(directory / LEDGER, events)
@@ -246,6 +269,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="read the data too: of config.yaml, or this one",
     )
     given = parser.parse_args(arguments)
+
     count = 0
     try:
         for problem in problems_of(given.run, given.data):
@@ -257,6 +281,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print("; ".join(str(error).splitlines()), file=sys.stderr)
         return EXIT_USAGE
+
     print(
         f"{given.run}: {f'{count} problems' if count else 'whole'}",
         file=sys.stderr if count else None,

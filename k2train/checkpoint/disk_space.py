@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from k2train.errors import RunError
+from k2train.text import bytes_text
 
 STATE_BYTES = 12
 """Bytes a parameter of the optimizer's states: fp32 master weight and both moments."""
@@ -25,14 +26,6 @@ def free_bytes(path: Path) -> int:
         path = path.parent
     facts = os.statvfs(path)
     return facts.f_bavail * facts.f_frsize
-
-
-def size_text(count: float) -> str:
-    """`12.3 GB`, `4.1 MB`, `900 bytes`."""
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count:.0f} bytes"
 
 
 @dataclass(frozen=True)
@@ -86,9 +79,9 @@ def check_plan(
     if needed > free:
         kept = "all" if keep_optimizer_states == 0 else str(keep_optimizer_states)
         raise RunError(
-            f"no space for the {remaining} checkpoints of this run: they need {size_text(needed)} "
-            f"({size_text(one.thinned)} each, with optimizer states {size_text(one.whole)}, kept for {kept}), "
-            f"{size_text(free)} are free in {directory}; make room, raise checkpoint.every_chunks, lower "
+            f"no space for the {remaining} checkpoints of this run: they need {bytes_text(needed)} "
+            f"({bytes_text(one.thinned)} each, with optimizer states {bytes_text(one.whole)}, kept for {kept}), "
+            f"{bytes_text(free)} are free in {directory}; make room, raise checkpoint.every_chunks, lower "
             "checkpoint.keep_optimizer_states (2 at least), move run.directory, or start all the same with "
             "run.allow=[space]"
         )
@@ -100,6 +93,6 @@ def room_problem(directory: Path, name: str, needed: int) -> str | None:
     if needed <= free:
         return None
     return (
-        f"no space for {name}: needs {size_text(needed)}, {size_text(free)} are free in {directory}; make room there "
+        f"no space for {name}: needs {bytes_text(needed)}, {bytes_text(free)} are free in {directory}; make room there "
         "or move run.directory"
     )

@@ -181,7 +181,7 @@ def _origin_of_rule(source: Source, keys: Sequence[str]) -> Origin:
 
 def _field_mistakes(source: Source, error: ValidationError) -> list[Mistake]:
     mistakes, missing = [], []
-    meant = set()
+    intended = set()
     for item in error.errors(include_url=False):
         path: Path = item["loc"]
         # The other two are echoes: rules run below on what is readable, and a default follows a key that is wrong.
@@ -189,13 +189,13 @@ def _field_mistakes(source: Source, error: ValidationError) -> list[Mistake]:
             continue
         mistake = Mistake(source.origin_of(path), f"{dotted(path)}: {_explain_error(item, path)}")
         if item["type"] == "extra_forbidden":
-            meant.add(_nearest_key(path))
+            intended.add(_nearest_key(path))
         if item["type"] == "missing":
             missing.append((dotted(path), mistake))
         else:
             mistakes.append(mistake)
     # A misspelled key is one mistake, not also the absence of the key that was meant.
-    return mistakes + [mistake for name, mistake in missing if name not in meant]
+    return mistakes + [mistake for name, mistake in missing if name not in intended]
 
 
 def _load(path: str, overrides: Sequence[str]) -> tuple[Config, Source]:
@@ -215,9 +215,9 @@ def _load(path: str, overrides: Sequence[str]) -> tuple[Config, Source]:
         for keys, message in cross_field_mistakes(_readable_values(source.tree, source.broken)):
             mistakes.append(Mistake(_origin_of_rule(source, keys), message))
     if mistakes or config is None:
-        given = ["", *overrides]
+        order = ["", *overrides]
         mistakes.sort(
-            key=lambda mistake: (given.index(mistake.origin.override), mistake.origin.line)
+            key=lambda mistake: (order.index(mistake.origin.override), mistake.origin.line)
         )
         raise ConfigError("\n".join(dict.fromkeys(map(str, mistakes))))
     return config, source
@@ -239,13 +239,13 @@ def explain(path: str, overrides: Sequence[str] = ()) -> str:
     for key, value in flat_values(config).items():
         origin = source.origins.get(tuple(key.split(".")))
         if origin is None:
-            place = f"default, follows {FOLLOWS[key]}" if key in FOLLOWS else "default"
+            where = f"default, follows {FOLLOWS[key]}" if key in FOLLOWS else "default"
         else:
-            place = "override" if origin.override else str(origin)
-        rows.append((key, format_value(value), place))
+            where = "override" if origin.override else str(origin)
+        rows.append((key, format_value(value), where))
     key_width, value_width = (max(len(row[column]) for row in rows) for column in (0, 1))
     return "\n".join(
-        f"{key:<{key_width}} = {text:<{value_width}}   # {place}" for key, text, place in rows
+        f"{key:<{key_width}} = {text:<{value_width}}   # {where}" for key, text, where in rows
     )
 
 
@@ -295,7 +295,7 @@ def config_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     def plain(value: Any) -> Any:
         return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
-    def told(value: Any) -> str:
+    def text_of(value: Any) -> str:
         return (
             "absent"
             if value is absent
@@ -308,5 +308,5 @@ def config_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     for key in dict.fromkeys([*before, *after]):
         old, new = plain(before.get(key, absent)), plain(after.get(key, absent))
         if old != new:
-            differences.append(f"{key}: {told(old)} -> {told(new)}")
+            differences.append(f"{key}: {text_of(old)} -> {text_of(new)}")
     return differences

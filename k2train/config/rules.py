@@ -101,7 +101,7 @@ def _two_states(values: Values) -> str | None:
         return None
     return (
         "checkpoint.keep_optimizer_states (1) must be 0 (all) or at least 2: with one, a damaged newest checkpoint would "
-        "leave none to go on from"
+        "leave none to resume from"
     )
 
 
@@ -244,16 +244,16 @@ def _stages(values: Values) -> str | None:
 def _uneven_stages(values: Values) -> str | None:
     by_hand, pipeline = values["parallel.layers_per_stage"], values["parallel.pipeline"]
     stages_per_rank, layers = values["parallel.stages_per_rank"], values.get("model.num_layers")
-    told = f"parallel.layers_per_stage ({', '.join(map(str, by_hand or ()))})"
+    setting = f"parallel.layers_per_stage ({', '.join(map(str, by_hand or ()))})"
     if by_hand is not None and len(by_hand) != pipeline * stages_per_rank:
         return (
-            f"{told} must have parallel.pipeline ({pipeline}) * parallel.stages_per_rank ({stages_per_rank}) = "
+            f"{setting} must have parallel.pipeline ({pipeline}) * parallel.stages_per_rank ({stages_per_rank}) = "
             f"{pipeline * stages_per_rank} counts, has {len(by_hand)}"
             + _nearest_pipeline(values)
             + "; or null: as many layers on every stage"
         )
     if by_hand is not None and layers is not None and sum(by_hand) != layers:
-        return f"{told} must add up to model.num_layers ({layers}), is {sum(by_hand)}; nearest model.num_layers: {sum(by_hand)}"
+        return f"{setting} must add up to model.num_layers ({layers}), is {sum(by_hand)}; nearest model.num_layers: {sum(by_hand)}"
     return None
 
 

@@ -1,13 +1,20 @@
-"""The chunk file format: plain NumPy arrays of token ids, and a manifest that says what must be in them.
+"""Chunk files: NumPy arrays of token ids, checked against the manifest of their folder.
 
-A data folder holds `chunk_000.npy` (`[rows, sequence_length]`, uint16 where the vocabulary fits, else uint32),
-`chunk_000.parquet` (where each piece of each row came from; never read here), where it was asked for
-`chunk_000.borders.npy` (where documents begin; see `borders`), and `manifest.json`, which is written last
-and carries rows, tokens and sha256 of every chunk. A plain `.npy` was chosen so that anyone can open a chunk with
-`numpy.load(mmap_mode="r")`; a format of our own with an index was refused because fixed-length rows need no index.
+A data folder holds
 
-Checks come at two prices. `check_files` reads headers only and is run for all chunks before anything starts;
-`verify_chunk` reads every byte in bounded memory and is run once a chunk.
+- `chunk_000.npy`: ids `[rows, sequence_length]`, uint16 where the vocabulary fits, else uint32;
+- `chunk_000.parquet`: the origin of each piece of each row (provenance; never read here);
+- `chunk_000.borders.npy`: where documents begin, if requested (see `document_boundaries`);
+- `manifest.json`: rows, tokens and SHA-256 of every chunk, written last.
+
+Checks come at two prices:
+
+- `check_files` reads headers only and runs for all chunks before training starts;
+- `verify_chunk` reads every byte in bounded memory and runs once per chunk.
+
+Alternatives considered:
+- Our own format with an index: rows of fixed length need none, and a plain `.npy` opens anywhere
+  with `numpy.load(mmap_mode="r")`.
 """
 
 import hashlib
@@ -37,16 +44,17 @@ __all__ = [
     "write_manifest",
 ]
 
-# Large enough that hashing dominates the system calls, small enough that a rank never notices it in its memory.
+# Large enough that hashing dominates the system calls, small beside the memory of a rank.
 BLOCK_BYTES = 8 * 2**20
 
 Tokens = npt.NDArray[np.unsignedinteger[Any]]
 
 
 def check_files(manifest: Manifest, names: Iterable[str] | None = None) -> None:
-    """Existence, header and exact byte size of the named chunks (all, and the held-out one, when None) and borders.
+    """Check existence, header and exact size of chunks and their document boundaries.
 
-    Reads some 128 bytes a file. Raises DataError naming the chunk and the numbers.
+    `names` None means all chunks, the held-out one included. Reads some 128 bytes per file.
+    Raises DataError naming the chunk and the numbers.
     """
     for info in (
         manifest.all_chunks() if names is None else [manifest.chunk(name) for name in names]
@@ -57,18 +65,21 @@ def check_files(manifest: Manifest, names: Iterable[str] | None = None) -> None:
 
 
 def _data_offset(manifest: Manifest, info: ChunkInfo) -> int:
-    """Bytes before the first id, after the header was compared with the manifest."""
+    """Bytes before the first id, after comparing the header with the manifest. Raises DataError."""
     path = manifest.folder / info.file
     where = f"{info.name} ({path})"
     header = read_header(path, where)
+
     expected_shape = (info.rows, manifest.sequence_length)
     expected_dtype = np.dtype(manifest.dtype).newbyteorder("<")
+
     if header.shape != expected_shape or header.fortran or header.dtype != expected_dtype:
         layout = "column" if header.fortran else "row"
         raise DataError(
             f"{where}: holds {str(header.dtype)[:60]} {str(list(header.shape))[:60]} in {layout} order, "
             f"the manifest says {expected_dtype} {list(expected_shape)} in row order"
         )
+
     check_size(header, header.offset + info.tokens * expected_dtype.itemsize, where)
     return header.offset
 
@@ -76,17 +87,19 @@ def _data_offset(manifest: Manifest, info: ChunkInfo) -> int:
 def verify_chunk(
     manifest: Manifest, info: ChunkInfo, stopped: Callable[[], bool] | None = None
 ) -> None:
-    """Read the whole chunk once, in blocks: its sha256 and every id against the vocabulary; then its borders, if any.
+    """Verify a whole chunk: its SHA-256, every id against the vocabulary, then its boundaries.
 
-    `stopped` is asked between blocks, and True ends the check early without a verdict. Raises DataError naming the
-    chunk, and for an id: row, position, id and vocabulary size.
+    Reads in blocks. `stopped` is called between blocks; True ends the check early without a result.
+    Raises DataError naming the chunk, and for an id: row, position, id and vocabulary size.
     """
     offset = _data_offset(manifest, info)
     dtype = np.dtype(manifest.dtype).newbyteorder("<")
     row_bytes = manifest.sequence_length * dtype.itemsize
     digest = hashlib.sha256()
+
     bad = ""
     row = 0
+
     with (manifest.folder / info.file).open("rb") as stream:
         digest.update(stream.read(offset))
         while block := stream.read(max(1, BLOCK_BYTES // row_bytes) * row_bytes):
@@ -96,8 +109,10 @@ def verify_chunk(
             ids = np.frombuffer(block, dtype=dtype).reshape(-1, manifest.sequence_length)
             bad = bad or bad_id(ids, row, manifest.vocab_size)
             row += len(ids)
+
     same = digest.hexdigest() == info.sha256
     where = f"{info.name} ({manifest.folder / info.file})"
+
     if bad:
         raise DataError(
             f"{where}: {bad}" + ("" if same else "; its sha256 is not the manifest's either")
@@ -107,6 +122,7 @@ def verify_chunk(
             f"{where}: sha256 is {digest.hexdigest()[:16]}, the manifest says {info.sha256[:16]}; "
             f"fetch the chunk again or prepare the data anew"
         )
+
     if info.borders is not None:
         assert info.borders_sha256 is not None, (
             f"{info.name}: the manifest was read without the hash of its borders"
@@ -118,15 +134,21 @@ def verify_chunk(
 
 
 def bad_id(ids: Tokens, first_row: int, vocab_size: int) -> str:
-    """Words about the first id of `ids` `[rows, s]` that the vocabulary does not have; empty when there is none."""
+    """Describe the first id of `ids` `[rows, s]` outside the vocabulary; empty when there is
+    none.
+    """
     if ids.size == 0 or int(ids.max()) < vocab_size:
         return ""
+
     row, position = (int(i) for i in np.argwhere(ids >= vocab_size)[0])
     return f"row {first_row + row}, position {position}: id {int(ids[row, position])} is not below vocab_size {vocab_size}"
 
 
 def open_chunk(manifest: Manifest, info: ChunkInfo) -> Tokens:
-    """The chunk as a read-only memory map `[rows, sequence_length]`, after the cheap checks only."""
+    """Memory-map a chunk, read-only `[rows, sequence_length]`, after checking its header and size.
+
+    Raises DataError.
+    """
     offset = _data_offset(manifest, info)
     dtype = np.dtype(manifest.dtype).newbyteorder("<")
     shape = (info.rows, manifest.sequence_length)
@@ -141,32 +163,38 @@ def write_chunk(
     vocab_size: int,
     tokens_per_subset: dict[str, int],
 ) -> ChunkInfo:
-    """Write `<name>.npy` from blocks `[n, sequence_length]` adding up to `rows` rows; aside, synced, renamed.
+    """Write `<name>.npy` atomically from blocks `[n, sequence_length]` with `rows` rows in all.
 
-    Blocks instead of one array keep memory bounded whatever the chunk's size. Raises DataError for a bad id.
+    Blocks instead of one array keep memory bounded for any size of chunk.
+    Raises DataError for an id outside the vocabulary.
     """
     dtype = np.dtype(chunk_dtype(vocab_size)).newbyteorder("<")
     pending: Iterator[Tokens] = iter(blocks)
     block = next(pending)
     sequence_length = block.shape[1]
+
     digest = hashlib.sha256()
     written = 0
     with AtomicFile(folder / f"{name}.npy") as stream:
         header = header_bytes((rows, sequence_length), dtype)
         digest.update(header)
         stream.write(header)
+
         while True:
             if bad := bad_id(block, written, vocab_size):
                 raise DataError(
                     f"{name}: {bad}; the tokenizer is not the one this vocab_size belongs to"
                 )
+
             content = np.ascontiguousarray(block, dtype=dtype).tobytes()
             digest.update(content)
             stream.write(content)
             written += len(block)
+
             if (block := next(pending, None)) is None:  # type: ignore[arg-type]
                 break
         assert written == rows, f"{name}: {written} rows were given, {rows} announced"
+
     return ChunkInfo(
         name, f"{name}.npy", rows, rows * sequence_length, tokens_per_subset, digest.hexdigest()
     )

@@ -1,10 +1,15 @@
-"""Where documents begin inside the rows of a chunk: `chunk_000.borders.npy`, beside the chunk, only where it was asked for.
+"""Document boundaries: where documents begin inside the rows of a chunk (`chunk_000.borders.npy`).
 
-A plain NumPy array, uint64 `[borders]`, ascending: the position row * sequence_length + start of each first token of a
-document that does not stand at the beginning of its row. The beginning of a row is always a border and is never listed,
-so what a row needs is in the file and not in the row before it. Positions were chosen over a document number a token,
-which is as large as the chunk: documents are hundreds of tokens long, and one range of rows is found by bisection.
-Reading them from the provenance parquet was refused: it needs a library that training does without.
+- A NumPy array, uint64 `[borders]`, ascending: row * sequence_length + start for each first token
+  of a document that is not at the beginning of its row.
+- The file is beside the chunk, only if the recipe asks for it.
+- The beginning of a row is always a border and is never listed. So a row needs nothing from the row
+  before it.
+
+Alternatives considered:
+- A document number per token: as large as the chunk. Documents are hundreds of tokens long, and the
+  borders of a range of rows are found by bisection.
+- The provenance Parquet file: it needs a library that training does without.
 """
 
 import hashlib
@@ -20,20 +25,22 @@ from k2train.files import AtomicFile
 
 DTYPE = np.dtype("<u8")
 BLOCK_BORDERS = 2**20
-"""Borders read at a time when a file is verified: 8 MiB."""
+"""Borders read at once during verification: 8 MiB."""
 
 Borders = npt.NDArray[np.uint64]
 
 
 def write_borders(path: Path, positions: npt.ArrayLike) -> str:
-    """Write ascending positions `[borders]` in tokens from the start of the chunk, row beginnings left out.
+    """Write the borders of a chunk atomically and return the file's SHA-256 for the manifest.
 
-    The file appears whole or not at all; returns its sha256, for the manifest.
+    `positions` `[borders]`: ascending, in tokens from the start of the chunk, without row
+    beginnings.
     """
     values = np.ascontiguousarray(positions, dtype=DTYPE)
     assert values.ndim == 1 and bool((values[1:] > values[:-1]).all()), (
         f"{path}: positions do not ascend"
     )
+
     content = header_bytes(values.shape, DTYPE) + values.tobytes()
     with AtomicFile(path) as stream:
         stream.write(content)
@@ -41,9 +48,9 @@ def write_borders(path: Path, positions: npt.ArrayLike) -> str:
 
 
 def check_borders(path: Path, where: str) -> tuple[int, int]:
-    """Bytes before the first border, and how many there are, after header and file size were compared.
+    """Check the header and size of a borders file; return (bytes before the first border, count).
 
-    Raises DataError, `where` (the chunk's name) in front.
+    Raises DataError that begins with `where`, the chunk's name.
     """
     where = f"{where} ({path})"
     header = read_header(path, where)
@@ -56,7 +63,7 @@ def check_borders(path: Path, where: str) -> tuple[int, int]:
 
 
 def open_borders(path: Path, where: str) -> Borders:
-    """The borders of a chunk as a read-only memory map, after the cheap checks only. Raises DataError."""
+    """Memory-map the borders of a chunk, read-only, after `check_borders`. Raises DataError."""
     check_borders(path, where)
     mapped: Borders = np.load(path, mmap_mode="r", allow_pickle=False)
     return mapped
@@ -70,13 +77,15 @@ def verify_borders(
     sequence_length: int,
     stopped: Callable[[], bool] | None = None,
 ) -> None:
-    """Read the whole file once, in blocks: its sha256, and that every border is a place inside one of `rows` rows.
+    """Verify a whole borders file: its SHA-256, and that every border is inside one of `rows` rows.
 
-    `stopped` is asked between blocks, and True ends the check early without a verdict. Raises DataError.
+    Reads in blocks. `stopped` is called between blocks; True ends the check early without a result.
+    Raises DataError.
     """
     offset, _ = check_borders(path, where)
     digest = hashlib.sha256()
     bad, index, before = "", 0, -1
+
     with path.open("rb") as stream:
         digest.update(stream.read(offset))
         while block := stream.read(BLOCK_BORDERS * DTYPE.itemsize):
@@ -86,6 +95,7 @@ def verify_borders(
             values = np.frombuffer(block, dtype=DTYPE)
             bad = bad or bad_border(values, range(rows), sequence_length, index, before)
             index, before = index + len(values), int(values[-1])
+
     same = digest.hexdigest() == sha256
     if bad:
         raise DataError(
@@ -102,22 +112,25 @@ def verify_borders(
 def bad_border(
     values: Borders, rows: range, sequence_length: int, index: int = 0, before: int = -1
 ) -> str:
-    """Words about the first of `values` that is no border inside `rows`; empty when there is none.
+    """Describe the first of `values` that is not a border inside `rows`; empty when all are.
 
     `index` is that of the first value in its file, `before` the border in front of it.
     """
     low, high = rows.start * sequence_length, rows.stop * sequence_length
-    # A value beyond int64 turns negative here, and so falls outside the rows too.
+    # A value beyond int64 turns negative here, and so is outside the rows too.
     places = values.astype(np.int64)
     earlier = np.concatenate((np.array([before], dtype=np.int64), places[:-1]))
     wrong = (
         (places <= earlier) | (places < low) | (places >= high) | (places % sequence_length == 0)
     )
+
     if not wrong.any():
         return ""
+
     i = int(np.flatnonzero(wrong)[0])
     place = int(values[i])
     told = f"border {index + i} is position {place} (row {place // sequence_length}, token {place % sequence_length})"
+
     if places[i] < low or places[i] >= high:
         return f"{told}, outside rows {rows.start} to {rows.stop - 1} of {sequence_length} tokens"
     if places[i] <= earlier[i]:
@@ -128,16 +141,20 @@ def bad_border(
 def documents_of(
     borders: Borders, rows: range, sequence_length: int, where: str = "borders"
 ) -> npt.NDArray[np.int32]:
-    """int32 `[len(rows), sequence_length]`: for each token the index, from 0, of its document in its row.
+    """Document index of each token in its row, from 0: int32 `[len(rows), sequence_length]`.
 
-    Reads the borders of these rows only. Raises DataError naming `where` and the position for what is no border of them.
+    Reads only the borders of these rows. Raises DataError naming `where` and the position for a
+    value that is not a border of them.
     """
     ends = np.array([rows.start * sequence_length, rows.stop * sequence_length], dtype=np.uint64)
-    # Of the file's own type: with a Python number NumPy would turn the whole mapped file into floats to compare them.
+    # Same dtype as the file: with a Python int NumPy would convert the whole mapped file to floats.
     low, high = (int(i) for i in np.searchsorted(borders, ends))
     here = borders[low:high]
+
     if bad := bad_border(here, rows, sequence_length, low):
         raise DataError(f"{where}: {bad}; fetch the file again or prepare the data anew")
+
+    # One at each beginning; the running sum over a row is the document's index.
     begins = np.zeros(len(rows) * sequence_length, dtype=np.int32)
     begins[here.astype(np.int64) - rows.start * sequence_length] = 1
     return begins.reshape(len(rows), sequence_length).cumsum(axis=1, dtype=np.int32)

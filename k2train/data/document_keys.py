@@ -1,8 +1,11 @@
-"""In which chunks a document can be, told by its key without reading a chunk: what the manifest keeps for that.
+"""Document keys: find the chunks that can hold a document without reading any chunk.
 
-A subset lies in the chunks in the order of its documents' keys, so each chunk has a range of them. The manifest keeps
-the ranges, as leading bits: enough to look into one chunk instead of all, in a few bytes a chunk. An index of documents
-was refused: it is as large as their names.
+- Documents of a subset are ordered by key, so each chunk holds a range of keys.
+- The manifest keeps these ranges as leading bits: a few bytes per chunk, enough to open one chunk
+  instead of all.
+
+Alternatives considered:
+- An index of documents: as large as their names.
 """
 
 import hashlib
@@ -15,7 +18,7 @@ KEY_BITS = 64
 
 
 def key_base(seed: int, subset: str, pass_number: int, source_key: str) -> "hashlib.blake2b":
-    """What is the same for all documents of a source; `key_of` copies it."""
+    """Hash state shared by all documents of a source, for `key_of` to copy."""
     head = "\0".join(
         ("k2train document order", str(seed), subset, str(pass_number), source_key, "")
     )
@@ -23,14 +26,17 @@ def key_base(seed: int, subset: str, pass_number: int, source_key: str) -> "hash
 
 
 def key_of(base: "hashlib.blake2b", name: bytes) -> bytes:
-    """The key of a document as 8 bytes, the highest first."""
+    """Key of a document: 8 bytes, big-endian."""
     digest = base.copy()
     digest.update(name)
     return digest.digest()
 
 
 def document_key64(seed: int, subset: str, pass_number: int, source_key: str, name: str) -> int:
-    """Where a document lies in one pass of a subset's stream, below 2**64: decided by names, whatever else there is."""
+    """Position of a document in one pass over its subset, as a number below 2**64.
+
+    Depends on names and seed only, never on which other documents exist.
+    """
     return int.from_bytes(
         key_of(key_base(seed, subset, pass_number, source_key), name.encode()), "big"
     )
@@ -39,9 +45,9 @@ def document_key64(seed: int, subset: str, pass_number: int, source_key: str, na
 def chunks_of_document(
     manifest: Manifest, subset: str, source_key: str, name: str
 ) -> set[str] | None:
-    """Names of the chunks in which the document can be, the held-out one included; in no other it is.
+    """Names of the chunks that can contain the document, the held-out one included.
 
-    None when the folder does not tell, or has another way of ordering documents.
+    None when the manifest has no key ranges, or orders documents in another way.
     """
     facts = manifest.facts.get("document_keys")
     if (
@@ -50,11 +56,13 @@ def chunks_of_document(
         or subset not in facts["subsets"]
     ):
         return None
+
     entry: dict[str, Any] = facts["subsets"][subset]
     buckets = [
         document_key64(facts["seed"], subset, number, source_key, name) >> (KEY_BITS - bits)
         for number, bits in enumerate(entry["bits"])
     ]
+
     return {
         chunk
         for chunk, ranges in entry["chunks"].items()

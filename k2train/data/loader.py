@@ -1,8 +1,12 @@
-"""Batches for one rank: its own rows from memory-mapped chunks, one step ahead in a background thread.
+"""Data loading for one rank: its rows from memory-mapped chunks, read ahead in a thread.
 
-Reading is by step number, so there is no state to save: after a restart or a rollback the trainer asks for another step
-and gets exactly its rows. A DataLoader with worker processes was refused: reading a step is a copy of a few hundred
-kilobytes, and workers bring forks, shared memory and an order that depends on their count.
+- Reading is by step number, so there is no state to save. After a restart or a rollback the trainer
+  asks for another step and gets exactly its rows.
+- One thread reads the next steps, another verifies the next chunk.
+
+Alternatives considered:
+- DataLoader with worker processes: reading a step copies a few hundred kilobytes. Workers bring
+  forks, shared memory and an order that depends on their number.
 """
 
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,20 +30,21 @@ from k2train.data.manifest import require_borders
 from k2train.data.order import ChunkOrder, rank_rows
 from k2train.errors import DataError
 
-# Steps held ready: one being used, one coming. More would only hold memory, since a step reads in milliseconds.
+# Steps held ready: the current and the next one. More would only hold memory: a step reads in
+# milliseconds.
 AHEAD_STEPS = 2
 
 
 class Batch(NamedTuple):
-    """This rank's micro-batches of one global batch, in order."""
+    """Micro-batches of one rank in one global batch, in order."""
 
     tokens: list[torch.Tensor]
     """int64 `[micro_sequences, sequence_length]` each."""
     documents: list[torch.Tensor] | None = None
-    """int32 of the same shape: the index of each token's document in its row. None where nobody asked."""
+    """int32 of the same shape: document index of each token in its row; None if not requested."""
 
     def to(self, device: torch.device) -> "Batch":
-        """The same on `device`; the copies may still be under way."""
+        """Copy the batch to `device`; the copies may still be running on return."""
 
         def moved(parts: list[torch.Tensor]) -> list[torch.Tensor]:
             return [part.to(device, non_blocking=True) for part in parts]
@@ -48,7 +53,7 @@ class Batch(NamedTuple):
 
 
 class _Opened(NamedTuple):
-    """A chunk under its name, mapped."""
+    """A memory-mapped chunk with its name."""
 
     name: str
     tokens: Tokens
@@ -56,10 +61,12 @@ class _Opened(NamedTuple):
 
 
 class Loader:
-    """Micro-batches of data-parallel rank `dp` of `data`, with `documents` also which document each token belongs to.
+    """Loader of the micro-batches of data-parallel rank `dp` of `data`.
 
-    Every id handed out is checked against the vocabulary; with `verify` a whole chunk is also hashed once, in the
-    background, before its first row leaves. Raises DataError when the chunks do not fit the order or the model.
+    With `documents`, batches also contain the document index of each token. Every id is checked
+    against the vocabulary. With `verify`, a chunk is also hashed once, in the background, before
+    its first row is used.
+    Raises DataError when the chunks do not fit the order or the model.
     """
 
     def __init__(
@@ -78,17 +85,21 @@ class Loader:
                 f"model.vocab_size ({vocab_size}) must be at least that of the data ({manifest.vocab_size}, "
                 f"{manifest.path}): raise it"
             )
+
         names = [*order.names, *([manifest.held_out.name] if manifest.held_out else [])]
         check_files(manifest, names)
         if documents:
             require_borders(manifest, names)
         rank_rows(range(order.global_sequences), dp, data, micro_sequences)
+
         self.manifest, self.order, self.verify, self.documents = manifest, order, verify, documents
         self.dp, self.data, self.micro_sequences = dp, data, micro_sequences
+
         self._open: _Opened | None = None
         self._held_out: _Opened | None = None
         self._verified: set[str] = set()
         self._verifying = Lock()
+
         self._ahead = -1
         self._stop = Event()
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="k2train-loader")
@@ -96,29 +107,36 @@ class Loader:
         self._pending: dict[int, Future[Batch]] = {}
 
     def step(self, step: int) -> Batch:
-        """This rank's micro-batches of `step`, in order.
+        """Return this rank's micro-batches of `step`, in order, and start reading the next steps.
 
-        Starts reading the steps after it. Raises DataError, also for a mistake found in the background.
+        Raises DataError, also for damage found in the background.
         """
         wanted = [
             s for s in range(step, step + 1 + AHEAD_STEPS) if s <= self.order.total_steps
         ] or [step]
+
         for stale in set(self._pending) - set(wanted):
             self._pending.pop(stale).cancel()
         for s in wanted[:AHEAD_STEPS]:
             self._submit(s)
+
         batch = self._pending.pop(step).result()
+
         if self.verify:
             self._verify_next(step)
+
         return batch
 
     def num_held_out_batches(self, global_sequences: int | None = None) -> int:
-        """Full batches in the held-out chunk; 0 when the data has none."""
+        """Number of full batches in the held-out chunk; 0 when the data has none."""
         held_out = self.manifest.held_out
         return held_out.rows // (global_sequences or self.order.global_sequences) if held_out else 0
 
     def held_out(self, batch_index: int, global_sequences: int | None = None) -> Batch:
-        """This rank's micro-batches of a held-out batch, counted from 0; the rows never depend on the step."""
+        """Return this rank's micro-batches of a held-out batch, counted from 0.
+
+        The rows never depend on the step. Raises DataError when there is no such batch.
+        """
         size = global_sequences or self.order.global_sequences
         batches = self.num_held_out_batches(size)
         info = self.manifest.held_out
@@ -126,14 +144,15 @@ class Loader:
             raise DataError(
                 f"{self.manifest.path}: held-out batch {batch_index} of {size} rows: there are {batches}"
             )
+
         return self._reader.submit(self._read_held_out, info, batch_index, size).result()
 
     def verify_ahead(self, name: str) -> "Future[None]":
-        """Hash and check the named chunk in a thread of its own; the future raises DataError when it is damaged."""
+        """Verify the named chunk in a thread; the future raises DataError when it is damaged."""
         return self._verifier.submit(self._verify, self.manifest.chunk(name))
 
     def close(self) -> None:
-        """Stop the threads; idempotent. A verification under way ends at its next block."""
+        """Stop the threads; idempotent. A running verification ends at its next block."""
         self._stop.set()
         for pool in (self._reader, self._verifier):
             pool.shutdown(wait=True, cancel_futures=True)
@@ -151,8 +170,8 @@ class Loader:
             self._pending[step] = self._reader.submit(self._read, step)
 
     def _verify_next(self, step: int) -> None:
-        # A chunk early: hashing gigabytes takes longer than the last step of the chunk before. A mistake found here is
-        # raised when that chunk is opened, where it is found again: only a good chunk is remembered.
+        # One chunk early: hashing gigabytes takes longer than the last step of a chunk. An error
+        # found here is raised again when the chunk is opened: only good chunks are remembered.
         following = self.order.position(step).order_index + 1
         if following < len(self.order.names) and following != self._ahead:
             self._ahead = following
@@ -172,12 +191,14 @@ class Loader:
     def _opened(self, info: ChunkInfo) -> _Opened:
         if self.verify:
             self._verify(info)
+
         tokens, borders = open_chunk(self.manifest, info), None
         if self.documents:
             assert info.borders is not None, (
                 f"{info.name}: its borders were required when the loader was made"
             )
             borders = open_borders(self.manifest.folder / info.borders, info.name)
+
         return _Opened(info.name, tokens, borders)
 
     def _verify(self, info: ChunkInfo) -> None:
@@ -200,6 +221,7 @@ class Loader:
             raise DataError(
                 f"{chunk.name} ({self.manifest.folder / self.manifest.chunk(chunk.name).file}): {bad}"
             )
+
         return torch.from_numpy(np.asarray(ids, dtype=np.int64))
 
     def _documents(self, chunk: _Opened, rows: range) -> torch.Tensor:

@@ -1,7 +1,11 @@
-"""The manifest of a data folder: what each chunk must be, read with suspicion and written last.
+"""Data folder manifest (`manifest.json`): reading, validating and writing it.
 
-A manifest comes from wherever the chunks came from, so every key is checked and no path may leave its folder. Trusting
-it, and finding out at the first batch, was refused: by then hundreds of devices have started.
+- The manifest names every chunk with its rows, tokens and hashes, and is written last.
+- It comes from wherever the chunks came from, so every key is checked.
+- No path in it may leave its folder.
+
+Alternatives considered:
+- Trusting it until the first batch fails: by then hundreds of devices have started.
 """
 
 import hashlib
@@ -21,14 +25,14 @@ SOURCES_NAME = "sources.json"
 UINT16_VOCAB = 65536
 MAX_TEXT = 512
 MAX_MANIFEST_BYTES = 2**26
-"""A hundred times that of K2's 360 chunks."""
+"""A hundred times the size of the manifest of K2's 360 chunks."""
 
 
 @dataclass(frozen=True)
 class ChunkInfo:
-    """What the manifest promises about one chunk; `tokens` is rows times sequence length.
+    """Manifest entry of one chunk; `tokens` is rows times sequence length.
 
-    `borders` names the file of document borders, where the data was prepared with them.
+    `borders` names the file of document boundaries, if the data was prepared with them.
     """
 
     name: str
@@ -45,9 +49,9 @@ class ChunkInfo:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A data folder. `sha256` is that of manifest.json itself, so it names the whole data set.
+    """A data folder's manifest. `sha256` is that of manifest.json, so it names the whole data set.
 
-    `facts` is what the preparation recorded beside the contract: recipe hash, seed, dropped tail tokens a subset.
+    `facts` holds what the preparation recorded besides: recipe hash, seed, dropped tail tokens.
     """
 
     path: Path
@@ -62,10 +66,11 @@ class Manifest:
 
     @property
     def folder(self) -> Path:
+        """Directory of the manifest and its chunks."""
         return self.path.parent
 
     def chunk(self, name: str) -> ChunkInfo:
-        """The chunk of that name, the held-out one included. Raises DataError when there is none."""
+        """Return the chunk of that name, the held-out one included. Raises DataError."""
         for info in self.all_chunks():
             if info.name == name:
                 return info
@@ -74,17 +79,21 @@ class Manifest:
         )
 
     def all_chunks(self) -> tuple[ChunkInfo, ...]:
+        """All chunks, the held-out one last."""
         return self.chunks + ((self.held_out,) if self.held_out else ())
 
 
 def span(names: Iterable[str]) -> str:
-    """`chunk_000 to chunk_359 (360)`: a list of names short enough for one line."""
+    """Shorten a list of names to fit one line: `chunk_000 to chunk_359 (360)`."""
     listed = list(names)
     return ", ".join(listed) if len(listed) < 4 else f"{listed[0]} to {listed[-1]} ({len(listed)})"
 
 
 def require_borders(manifest: Manifest, names: Iterable[str]) -> None:
-    """Raise DataError unless all named chunks have document borders, as `data.cross_documents: block` needs them."""
+    """Check that all named chunks have document boundaries (for `data.cross_documents: block`).
+
+    Raises DataError.
+    """
     without = [name for name in names if manifest.chunk(name).borders is None]
     if without:
         raise DataError(
@@ -94,14 +103,15 @@ def require_borders(manifest: Manifest, names: Iterable[str]) -> None:
 
 
 def chunk_dtype(vocab_size: int) -> str:
-    """`uint16` when every id below `vocab_size` fits in it, else `uint32`."""
+    """Storage dtype of ids: `uint16` when every id below `vocab_size` fits, else `uint32`."""
     return "uint16" if vocab_size <= UINT16_VOCAB else "uint32"
 
 
 def read_manifest(path: str | Path) -> Manifest:
-    """Read and check `manifest.json`; `path` is the file or its folder.
+    """Read and validate `manifest.json`; `path` is the file or its folder.
 
-    Raises DataError: missing, not JSON, keys missing or mistyped, a chunk named twice, a file outside the folder.
+    Raises DataError when it is missing or not JSON, when keys are missing or mistyped, when a chunk
+    is named twice, or when a file is outside the folder.
     """
     path = Path(path)
     path = path / MANIFEST_NAME if path.is_dir() else path
@@ -112,12 +122,14 @@ def read_manifest(path: str | Path) -> Manifest:
         raise DataError(
             f"data.manifest: {path} cannot be read ({why}); tools/prepare_data.py makes it"
         ) from None
+
     try:
         raw = parse_json(content)
     except ValueError as error:
         raise DataError(f"{path}: not valid JSON ({error}); prepare the data again") from None
     if not isinstance(raw, dict):
         raise DataError(f"{path}: must hold a JSON object, holds {type(raw).__name__}")
+
     manifest = _parse_manifest(path, raw, hashlib.sha256(content).hexdigest())
     _check_names(manifest)
     return manifest
@@ -126,6 +138,7 @@ def read_manifest(path: str | Path) -> Manifest:
 def _parse_manifest(path: Path, raw: dict[str, Any], digest: str) -> Manifest:
     if (version := raw.get("format", FORMAT)) != FORMAT:
         raise DataError(f"{path}: format is {version!r}, this version reads {FORMAT!r}")
+
     where = str(path)
     vocab_size = _positive(raw, "vocab_size", where)
     dtype = _text(raw, "dtype", where)
@@ -133,14 +146,17 @@ def _parse_manifest(path: Path, raw: dict[str, Any], digest: str) -> Manifest:
         raise DataError(
             f"{path}: dtype is {dtype!r}, vocab_size {vocab_size} needs {chunk_dtype(vocab_size)!r}"
         )
+
     sequence_length = _positive(raw, "sequence_length", where)
     entries = raw.get("chunks")
     if not isinstance(entries, list) or not entries:
         raise DataError(f"{path}: key 'chunks' must be a list of at least one chunk")
+
     held_out = raw.get("held_out")
     facts = raw.get("facts", {})
     if not isinstance(facts, dict):
         raise DataError(f"{path}: key 'facts' must be an object")
+
     return Manifest(
         path=path,
         sha256=digest,
@@ -161,14 +177,17 @@ def _parse_manifest(path: Path, raw: dict[str, Any], digest: str) -> Manifest:
 def _parse_chunk(raw: Any, where: str, sequence_length: int) -> ChunkInfo:
     if not isinstance(raw, dict):
         raise DataError(f"{where}: must be an object, is {type(raw).__name__}")
+
     rows, tokens = _positive(raw, "rows", where), _positive(raw, "tokens", where)
     if tokens != rows * sequence_length:
         raise DataError(
             f"{where}: tokens is {tokens}, {rows} rows of {sequence_length} are {rows * sequence_length}"
         )
+
     subsets = raw.get("tokens_per_subset", {})
     if not isinstance(subsets, dict) or not all(_is_count(v) for v in subsets.values()):
         raise DataError(f"{where}: key 'tokens_per_subset' must map subsets to numbers of tokens")
+
     return ChunkInfo(
         name=_text(raw, "name", where),
         file=_text(raw, "file", where),
@@ -189,7 +208,7 @@ def _parse_chunk(raw: Any, where: str, sequence_length: int) -> ChunkInfo:
 
 def _text(raw: Mapping[str, Any], key: str, where: str) -> str:
     value = raw.get(key)
-    # What cannot be printed on one line would break every message that names it.
+    # Text that does not fit on one printed line would break every message that names it.
     if not isinstance(value, str) or not 0 < len(value) <= MAX_TEXT or not value.isprintable():
         shown = "missing" if key not in raw else repr(value)[:60]
         raise DataError(f"{where}: key '{key}' must be text, is {shown}")
@@ -209,8 +228,10 @@ def _positive(raw: Mapping[str, Any], key: str, where: str) -> int:
 
 
 def _check_names(manifest: Manifest) -> None:
+
     seen: dict[str, str] = {}
     folder = manifest.folder.resolve()
+
     for info in manifest.all_chunks():
         for label, name in (("name", info.name), ("file", info.file), ("borders", info.borders)):
             if name is None:
@@ -218,8 +239,9 @@ def _check_names(manifest: Manifest) -> None:
             if (key := f"{label} {name}") in seen:
                 raise DataError(f"{manifest.path}: chunk {label} {name!r} appears twice")
             seen[key] = info.name
+
         for file in filter(None, (info.file, info.provenance, info.borders)):
-            # A manifest from elsewhere must not make us read, or later delete, a file outside its own folder.
+            # A manifest from elsewhere must not make us read, or later delete, a file outside.
             inside = not Path(file).is_absolute() and ".." not in Path(file).parts
             if not inside or not _lies_in(folder, file):
                 raise DataError(
@@ -230,16 +252,17 @@ def _check_names(manifest: Manifest) -> None:
 def _lies_in(folder: Path, file: str) -> bool:
     try:
         return (folder / file).resolve().is_relative_to(folder)
-    # A ring of links; which of the two depends on the version of Python.
+    # A loop of links; which of the two is raised depends on the version of Python.
     except (OSError, RuntimeError):
         return False
 
 
 @dataclass(frozen=True)
 class SourceNames:
-    """Sources of a data folder, held-out ones included: used whole, or by their documents within a share of [0, 1].
+    """Source files of a data folder, the held-out ones included.
 
-    `contents` are the hashes of those of either kind that recorded one.
+    `whole` are used whole; `shares` by their documents within a share of [0, 1]. `contents` are the
+    hashes of those that recorded one.
     """
 
     whole: frozenset[str]
@@ -248,10 +271,10 @@ class SourceNames:
 
 
 def common_data(first: Manifest, second: Manifest) -> list[str]:
-    """What two data folders share: chunks with equal bytes, and source files where both recorded theirs.
+    """Describe the data that two folders share: equal chunks, and common source files if recorded.
 
-    Empty when they are disjoint. Made for the seam between two stages, where a shared source would be seen twice. A file
-    that is split inside is shared when the two shares overlap.
+    Empty when they are disjoint. A source shared by two stages would be seen twice. A file that is
+    split inside is shared when its two shares overlap.
     """
     hashes = {info.sha256: info.name for info in first.all_chunks()}
     shared = [
@@ -259,32 +282,41 @@ def common_data(first: Manifest, second: Manifest) -> list[str]:
         for i in second.all_chunks()
         if i.sha256 in hashes
     ]
+
     later, earlier = read_sources(second), read_sources(first)
+    # A file used whole by one folder overlaps with any share of it.
     mixed = (earlier.whole & later.shares.keys()) | (earlier.shares.keys() & later.whole)
     for name in earlier.shares.keys() & later.shares.keys():
         (a, b), (c, d) = earlier.shares[name], later.shares[name]
         if max(a, c) < min(b, d):
             mixed |= {name}
+
     found = [f"source {name}" for name in sorted((earlier.whole & later.whole) | mixed)]
-    # Under another name a file's shares are cut elsewhere, so that the same content in both is always shared.
+    # A file's shares are cut by its name, so equal content under another name is always shared.
     by_content = {digest: name for name, digest in earlier.contents.items()}
     same = [
         (by_content[d], name)
         for name, d in later.contents.items()
         if by_content.get(d, name) != name
     ]
+
     return shared + found + [f"source {name} is {other} of before" for other, name in sorted(same)]
 
 
 def read_sources(manifest: Manifest) -> SourceNames:
-    """Sources of a data folder; none when the folder does not record them. Raises DataError for a damaged record."""
+    """Read the recorded sources of a data folder; none when it has no record.
+
+    Raises DataError for a damaged record.
+    """
     path = manifest.folder / SOURCES_NAME
     if "sources_sha256" not in manifest.facts:
         return SourceNames(frozenset(), {}, {})
+
     if not path.is_file() or sha256_file(path) != manifest.facts["sources_sha256"]:
         raise DataError(
             f"{path}: missing, or not the file {manifest.path} was written with; fetch it again"
         )
+
     try:
         return _parse_sources(read_json(path, MAX_MANIFEST_BYTES))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -297,6 +329,7 @@ def _parse_sources(content: Any) -> SourceNames:
     shares = {
         name: (float(low), float(high)) for name, (low, high) in content.get("shares", {}).items()
     }
+
     whole = frozenset([*content["training"], *content["held_out"]])
     files = content.get("files", {})
     return SourceNames(
@@ -316,7 +349,10 @@ def write_manifest(
     held_out: ChunkInfo | None = None,
     facts: dict[str, Any] | None = None,
 ) -> Manifest:
-    """Write `manifest.json` atomically (call it last: it is what makes a folder a data folder) and read it back."""
+    """Write `manifest.json` atomically and read it back.
+
+    Call it last: the manifest is what makes a folder a data folder.
+    """
     content = {
         "format": FORMAT,
         "tokenizer_sha256": tokenizer_sha256,
@@ -327,6 +363,7 @@ def write_manifest(
         "held_out": _entry(held_out) if held_out else None,
         "facts": facts or {},
     }
+
     with AtomicFile(folder / MANIFEST_NAME) as stream:
         stream.write((json.dumps(content, indent=1) + "\n").encode())
     return read_manifest(folder / MANIFEST_NAME)

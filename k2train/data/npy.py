@@ -1,7 +1,8 @@
-"""The header of a plain `.npy` file: written alike by everyone who writes one, read with suspicion.
+"""NumPy `.npy` headers: one way to write them, and safe reading of untrusted files.
 
-Chunks and their borders are such files. Their bytes are hashed whole, header included, so two writers must not differ in
-it; and a file from elsewhere must not be mapped before its header and its size agree.
+- Chunks and their document boundaries are `.npy` files of version 1.
+- Files are hashed whole, header included, so all writers must produce the same header bytes.
+- A file from elsewhere is mapped only after its header and its size agree.
 """
 
 import io
@@ -17,7 +18,7 @@ from k2train.errors import DataError
 
 
 class Header(NamedTuple):
-    """What a file says of itself, and its real size; `offset` is where its data begin, in bytes."""
+    """Header of a file and its actual size; `offset` is the first byte of the data."""
 
     file_bytes: int
     offset: int
@@ -27,7 +28,7 @@ class Header(NamedTuple):
 
 
 def header_bytes(shape: tuple[int, ...], dtype: np.dtype[Any]) -> bytes:
-    """The header of an array in row order, version 1.0."""
+    """Encode the header of an array in row order, version 1.0."""
     content = io.BytesIO()
     header = {"descr": dtype.str, "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(content, header)
@@ -35,9 +36,12 @@ def header_bytes(shape: tuple[int, ...], dtype: np.dtype[Any]) -> bytes:
 
 
 def read_header(path: Path, where: str) -> Header:
-    """Reads some 128 bytes. Raises DataError, `where` in front, for a file that is missing or no `.npy` of version 1."""
+    """Read the header of a file, some 128 bytes.
+
+    Raises DataError that begins with `where` when the file is missing or not `.npy` version 1.
+    """
     try:
-        # A pipe in the file's place would make a plain open wait for ever.
+        # A plain open of a pipe in the file's place would wait for ever.
         with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as stream:
             facts = os.fstat(stream.fileno())
             if not stat.S_ISREG(facts.st_mode):
@@ -53,7 +57,7 @@ def read_header(path: Path, where: str) -> Header:
 
 
 def check_size(header: Header, expected_bytes: int, where: str) -> None:
-    """Raises DataError for a file that is cut off or too long."""
+    """Check the file's actual size. Raises DataError when it is truncated or too long."""
     if header.file_bytes != expected_bytes:
         what = "truncated" if header.file_bytes < expected_bytes else "too long"
         raise DataError(
@@ -65,9 +69,11 @@ def _parse(stream: IO[bytes]) -> tuple[int, tuple[int, ...], bool, np.dtype[Any]
     version = np.lib.format.read_magic(stream)
     if version != (1, 0):
         raise ValueError(f"it is version {version[0]}.{version[1]}")
+
     try:
         shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
-    # NumPy evaluates the header as a Python literal; a hostile one ends that in ways of the parser's own.
+    # NumPy evaluates the header as a Python literal, so a hostile one raises what the parser
+    # raises.
     except (
         SyntaxError,
         RecursionError,

@@ -1,8 +1,12 @@
-"""Which rows every step reads: a pure function of the chunk order and the global batch, and of nothing else.
+"""Data order: the chunk and rows that each step reads, a pure function of chunk order and batch.
 
-The position in the data is (step of the stage), from which chunk and rows follow by arithmetic. A stored cursor in the
-loader was refused: it depends on ranks, workers and restarts, and is what other frameworks lose on resume. Chunk
-borders are enforced: a step never mixes two chunks, and the rows beyond a chunk's last full step are dropped.
+- The position in the data is the step of the stage; chunk and rows follow by arithmetic.
+- Chunk borders are enforced: a step never mixes two chunks, and rows beyond a chunk's last full
+  step are dropped.
+
+Alternatives considered:
+- A stored cursor in the loader: it depends on ranks, workers and restarts, and is what other
+  frameworks lose on resume.
 """
 
 import re
@@ -20,7 +24,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Position:
-    """Where a step lies; `step` counts from 1 over the stage, `step_in_chunk` from 0 within its chunk."""
+    """Position of a step in the data.
+
+    `step` counts from 1 over the stage, `step_in_chunk` from 0 within its chunk.
+    """
 
     step: int
     order_index: int
@@ -30,7 +37,7 @@ class Position:
 
 @dataclass(frozen=True)
 class ChunkOrder:
-    """The chunks in the order they are read, with their rows, and the sequences in one step over all ranks."""
+    """Chunks in reading order with their rows, and the sequences per step over all ranks."""
 
     names: tuple[str, ...]
     rows: tuple[int, ...]
@@ -38,35 +45,41 @@ class ChunkOrder:
 
     @cached_property
     def _ends(self) -> tuple[int, ...]:
-        """Step count after each chunk."""
+        """Last step of each chunk, cumulative."""
         ends, total = [], 0
         for i in range(len(self.names)):
             total += self.steps_in(i)
             ends.append(total)
+
         return tuple(ends)
 
     @property
     def total_steps(self) -> int:
+        """Number of full steps in all chunks."""
         return self._ends[-1]
 
     def steps_in(self, i: int) -> int:
-        """Full steps in the i-th chunk of the order."""
+        """Number of full steps in the i-th chunk of the order."""
         return self.rows[i] // self.global_sequences
 
     def first_step(self, i: int) -> int:
-        """The step, counted from 1, that reads the first rows of the i-th chunk of the order."""
+        """First step, counted from 1, that reads the i-th chunk of the order."""
         return self._ends[i] - self.steps_in(i) + 1
 
     def dropped_rows(self, i: int) -> int:
-        """Rows of the i-th chunk beyond its last full step."""
+        """Number of rows of the i-th chunk beyond its last full step."""
         return self.rows[i] % self.global_sequences
 
     def position(self, step: int) -> Position:
-        """Chunk and step in it. Raises DataError for a step outside 1 ... total_steps."""
+        """Locate a step: chunk and step within it.
+
+        Raises DataError for a step outside 1 ... total_steps.
+        """
         if not 1 <= step <= self.total_steps:
             raise DataError(
                 f"step {step} is outside the data: {len(self.names)} chunks hold steps 1 to {self.total_steps}"
             )
+
         index = bisect_right(self._ends, step - 1)
         return Position(step, index, self.names[index], step - self.first_step(index))
 
@@ -76,19 +89,22 @@ class ChunkOrder:
         return range(first, first + self.global_sequences)
 
     def consumed_chunks(self, step: int) -> int:
-        """Chunks read to their last full step when `step` is done; 0 for step 0."""
+        """Number of chunks read to their last full step after `step`; 0 for step 0."""
         return bisect_right(self._ends, step)
 
     def is_chunk_end(self, step: int) -> bool:
-        """Whether `step` is the last one of its chunk, the place of a numbered checkpoint."""
+        """True when `step` is the last one of its chunk, where a numbered checkpoint is saved."""
         return self._ends[self.position(step).order_index] == step
 
     def sample_ids(self, step: int) -> list[str]:
-        """`chunk_003:17` for every row of the step, in order: one name a sample, whatever the grid."""
+        """Names of the step's samples in order, `chunk_003:17`, the same on any grid of ranks."""
         return sample_ids(self.position(step).name, self.rows_of(step))
 
     def deferred(self, i: int) -> "ChunkOrder":
-        """The order with its i-th chunk moved to the end; steps before that chunk keep their rows."""
+        """Return the order with its i-th chunk moved to the end.
+
+        Steps before that chunk keep their rows.
+        """
         kept = [k for k in range(len(self.names)) if k != i] + [i]
         return ChunkOrder(
             tuple(self.names[k] for k in kept),
@@ -98,7 +114,7 @@ class ChunkOrder:
 
 
 def sample_ids(name: str, rows: range) -> list[str]:
-    """`chunk_003:17` for each row of a chunk."""
+    """Sample names `chunk_003:17` of rows of a chunk."""
     return [f"{name}:{row}" for row in rows]
 
 
@@ -108,43 +124,50 @@ def make_order(
     global_sequences: int,
     sequence_length: int | None = None,
 ) -> ChunkOrder:
-    """The order of a run: `data.order` as names or chunk numbers, or None for all chunks by ascending number.
+    """Build the order of a run from `data.order`: names or chunk numbers, or None for all chunks.
 
-    `sequence_length` is `data.sequence_length`, checked against the chunks when given. Chunks left out of an explicit
-    order are not read. Raises DataError with the numbers.
+    None means ascending numbers. Chunks left out of an explicit order are not read.
+    `sequence_length` is `data.sequence_length`, compared with that of the chunks if given.
+    Raises DataError with the numbers.
     """
     if global_sequences < 1:
         raise DataError(f"batch.global_sequences ({global_sequences}) must be at least 1")
+
     if sequence_length is not None and sequence_length != manifest.sequence_length:
         raise DataError(
             f"data.sequence_length ({sequence_length}) must be that of the chunks in {manifest.path} "
             f"({manifest.sequence_length}): set it so, or prepare the data with another length"
         )
+
     rows = {info.name: info.rows for info in manifest.chunks}
     names = (
         sorted(rows, key=_ascending)
         if order is None
         else [_resolve(item, rows, manifest) for item in order]
     )
+
     if not names:
         raise DataError(
             "data.order is empty: list at least one chunk, or leave the key out to read all"
         )
+
     if repeated := sorted({name for name in names if names.count(name) > 1}, key=_ascending):
         raise DataError(
             f"data.order names {', '.join(repeated)} more than once: each chunk is read once a stage"
         )
+
     for name in names:
         if rows[name] < global_sequences:
             raise DataError(
                 f"{name} has {rows[name]} rows, fewer than one step of batch.global_sequences ({global_sequences}): "
                 f"lower it to {rows[name]} or less, or prepare larger chunks"
             )
+
     return ChunkOrder(tuple(names), tuple(rows[name] for name in names), global_sequences)
 
 
 def _ascending(name: str) -> tuple[int, str]:
-    # By number, since chunk_1000 comes after chunk_999 for people but not for text.
+    # By number: chunk_1000 comes after chunk_999, but sorts before it as text.
     digits = re.search(r"(\d+)$", name)
     return (int(digits.group(1)) if digits else -1, name)
 
@@ -161,11 +184,13 @@ def _resolve(item: str | int, rows: dict[str, int], manifest: "Manifest") -> str
 
 
 def rank_rows(rows: range, dp: int, data: int, micro_sequences: int) -> list[range]:
-    """Micro-batches of data-parallel rank `dp` of `data`: a contiguous slice of the step's rows, then cut in order.
+    """Micro-batches of data-parallel rank `dp` of `data`, as ranges of rows.
 
+    Each rank takes a contiguous slice of the step's rows, and cuts it in order.
     Raises DataError when the step's rows do not divide into data x micro_sequences.
     """
     assert 0 <= dp < data, f"data-parallel rank {dp} of {data}"
+
     if len(rows) % (data * micro_sequences):
         step = data * micro_sequences
         nearest = [n for n in (len(rows) // step * step, (len(rows) // step + 1) * step) if n]
@@ -173,6 +198,7 @@ def rank_rows(rows: range, dp: int, data: int, micro_sequences: int) -> list[ran
             f"batch.global_sequences ({len(rows)}) must be divisible by data-parallel ranks x batch.micro_sequences "
             f"({data} x {micro_sequences} = {step}); nearest that are: {', '.join(map(str, nearest))}"
         )
+
     share = len(rows) // data
     mine = rows[dp * share : (dp + 1) * share]
     return [mine[i : i + micro_sequences] for i in range(0, share, micro_sequences)]

@@ -1,16 +1,21 @@
-"""Text to ids and back: a sentencepiece BPE with byte fallback, followed by special tokens that exist only as ids.
+"""Tokenizer: a sentencepiece BPE with byte fallback, and special tokens that exist only as ids.
 
-Raw text is data and never becomes a control token: `</s>` or `<fim_middle>` inside a document encodes as ordinary
-characters and decodes back exactly. Specials are inserted by id, by whoever builds a sample. Registering them with the
-model as user-defined symbols was refused, since then every document that quotes one would be parsed as one.
+- Raw text is data and never becomes a control token. `</s>` or `<fim_middle>` inside a document
+  encodes as ordinary characters and decodes back exactly.
+- Special tokens are inserted by id, by the code that builds a sample.
+- Any model is read as one that leaves text alone. Its own settings for a leading space, merged
+  spaces and replaced characters (LLaMA has the first) are overridden in memory; its bytes, and so
+  its hash, stay.
+- Decoding is a table of bytes: sentencepiece's own drops a leading space and writes " \u2047 " for
+  an unknown id.
+- Long texts are encoded in segments, cut where no piece of the model can reach across, so the ids
+  are those of the whole. Sentencepiece slows down with the length of a text, to a third for a book,
+  and its memory grows with it.
 
-Any model is read as one that leaves text alone: what it says of a leading space, of spaces to be merged and of
-characters to be replaced (LLaMA's says the first) is overruled in memory, while its bytes, and so its hash, stay. Telling
-the published models from ours and cutting their leading space off again was refused: pieces already merged with it.
-Decoding is a table of bytes, since sentencepiece's own drops a leading space and puts " \u2047 " for an unknown.
-
-Long texts are encoded in segments, cut where no piece of the model could reach across, so that the ids are those of the
-whole: sentencepiece slows down with the length of a text, to a third for a book, and its memory grows with it.
+Alternatives considered:
+- Registering specials as user-defined symbols: every document that quotes one would be parsed as
+  one.
+- Detecting published models and cutting off their leading space: pieces are already merged with it.
 """
 
 import hashlib
@@ -34,7 +39,7 @@ UNK_ID, BOS_ID, EOS_ID = 0, 1, 2
 
 CONTROL_PIECES = 3
 LONGEST_LINE_BYTES = 2**16
-"""Training leaves longer lines out."""
+"""Training skips longer lines."""
 
 K2_SPECIAL_TOKENS = (
     "<fim_prefix>",
@@ -57,15 +62,16 @@ K2_SPECIAL_TOKENS = (
     "<reponame>",
 )
 
-# Sentencepiece writes a space as U+2581, so a document's own U+2581 would come back as a space. It is taken out before
-# encoding and put in as its three UTF-8 bytes, which decode as what they are.
+# Sentencepiece writes a space as U+2581, so a document's own U+2581 would come back as a space. It
+# is taken out before encoding, and inserted as its three UTF-8 bytes, which decode to themselves.
 _SPACE_MARK = "\u2581"
 
-# A serialized `ModelProto` that holds only `normalizer_spec {precompiled_charsmap: "" add_dummy_prefix: false
-# remove_extra_whitespaces: false}`. Protobuf reads two messages laid end to end as one in which the later value wins.
+# A serialized `ModelProto` with only `normalizer_spec {precompiled_charsmap: "" add_dummy_prefix:
+# false remove_extra_whitespaces: false}`. Protobuf reads two concatenated messages as one in which
+# the later value wins.
 _LEAVE_TEXT_ALONE = bytes([0x1A, 6, 0x12, 0, 0x18, 0, 0x20, 0])
 
-# What a model that changes text would change: spaces, line ends, characters that have another form, rare ones.
+# What a model that changes text would change: spaces, line ends, composed and rare characters.
 _PROBE = "  a  b\t\r\n\n \0<s></s> \u00a0A\u030a\ufb01\uff21\ufeff\u200b\U0001d518\U0010fffd "
 
 _CONTROL, _USER_DEFINED, _BPE = 3, 4, 2
@@ -75,7 +81,7 @@ SEGMENT_CHARACTERS = 1024
 
 
 def is_encodable(text: str) -> bool:
-    """Whether text is Unicode: lone surrogates, which JSON can hold and UTF-8 cannot, have no ids."""
+    """True for text without lone surrogates, which JSON can hold and UTF-8 cannot."""
     if text.isascii():
         return True
     try:
@@ -86,17 +92,18 @@ def is_encodable(text: str) -> bool:
 
 
 class Tokenizer:
-    """A sentencepiece model of `base_size` pieces, and `specials` as ids `base_size ...` in their order.
+    """Sentencepiece model of `base_size` pieces, with `specials` as ids `base_size ...` in order.
 
-    Can be pickled: another process reads it from the model's bytes again. Raises DataError for bytes that are no
-    sentencepiece model, and for a model that would lose text or turn text into a control token.
+    Can be pickled: another process reads it again from the model's bytes.
+    Raises DataError for bytes that are not a sentencepiece model, and for a model that would lose
+    text or turn text into a control token.
     """
 
     def __init__(self, model: bytes, specials: Sequence[str] = K2_SPECIAL_TOKENS) -> None:
         self.model = model
         self.specials = tuple(specials)
         try:
-            # First, since a model cut off in the middle would swallow what is laid behind it.
+            # First: a truncated model would swallow the settings appended to it.
             kind, pieces = _content_of(model)
             self._pieces = sentencepiece.SentencePieceProcessor(
                 model_proto=model + _LEAVE_TEXT_ALONE
@@ -105,20 +112,25 @@ class Tokenizer:
             raise DataError(
                 "tokenizer.model: not a sentencepiece model, or only a part of one"
             ) from None
+
         self.base_size: int = self._pieces.get_piece_size()
         self._check_pieces(pieces)
+
         texts = [piece.replace(_SPACE_MARK, " ") for piece, _ in pieces]
-        # Merges of a BPE are local: without a piece that holds both sides, no merge reaches over the cut.
+        # BPE merges are local: without a piece that contains both sides, no merge crosses the cut.
         self._cut_after_line = kind == _BPE and not any("\n" in text[:-1] for text in texts)
         self._cut_before_space = kind == _BPE and not any(map(re.compile("[^ ] ").search, texts))
+
         byte_ids = [self._pieces.piece_to_id(f"<0x{byte:02X}>") for byte in range(256)]
         if UNK_ID in byte_ids:
             raise DataError(
                 "tokenizer.model: has no byte fallback, so some text would be lost; train it with it"
             )
+
         self._space_mark_ids = np.array(
             [byte_ids[byte] for byte in _SPACE_MARK.encode()], dtype=np.int32
         )
+
         if self.decode(self.encode(_PROBE)) != _PROBE:
             raise DataError(
                 "tokenizer.model: does not give text back as it was; train it with byte fallback"
@@ -130,16 +142,18 @@ class Tokenizer:
             raise DataError(
                 f"tokenizer.model: ids of <unk>, <s>, </s> are {ids}, must be {(UNK_ID, BOS_ID, EOS_ID)}"
             )
+
         for piece, kind in pieces:
             if kind not in (_CONTROL, _USER_DEFINED):
                 continue
+
             text = piece.replace(_SPACE_MARK, " ").strip()
             if text in self.specials:
                 raise DataError(
                     f"tokenizer.model: {piece!r} is one of its user-defined or control pieces and a special token too, "
                     f"so it would have two ids; leave it out of tokenizer.specials, or take a model without it"
                 )
-            # Runs of spaces and the like may be marked by hand: they are text, and decode as the text they came from.
+            # Runs of spaces may be user-defined pieces: they decode as the text they came from.
             if kind == _USER_DEFINED and _LIKE_A_CONTROL.fullmatch(text):
                 raise DataError(
                     f"tokenizer.model: {piece!r} is a user-defined piece, so a document that quotes it would turn into "
@@ -151,48 +165,56 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
+        """Number of ids, the special tokens included."""
         return self.base_size + len(self.specials)
 
     @property
     def sha256(self) -> str:
-        """Names what ids mean: hash over the model's bytes and the list of special tokens."""
+        """Hash of the meaning of ids: the model's bytes and the list of special tokens."""
         return hashlib.sha256(self.model + b"\0" + json.dumps(self.specials).encode()).hexdigest()
 
     def special_id(self, name: str) -> int:
-        """Id of a special token. Raises KeyError for a name that is none."""
+        """Id of a special token. Raises KeyError for any other name."""
         if name not in self.specials:
             raise KeyError(name)
         return self.base_size + self.specials.index(name)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of ordinary text, without `<s>` and `</s>`; never a control or special id.
+        """Encode ordinary text, without `<s>` and `</s>`; never gives a control or special id.
 
         Raises DataError for text that is not Unicode (lone surrogates).
         """
         return self.encode_arrays([text])[0].tolist()
 
     def encode_arrays(self, texts: Sequence[str], num_threads: int = 1) -> list[Ids]:
-        """`encode` of many texts as int32 arrays, the fast road; do not write into them."""
+        """Encode many texts as read-only int32 arrays; the fast way.
+
+        Raises DataError for text that is not Unicode.
+        """
         try:
             segments = [self._segments(text) for text in texts]
         except UnicodeEncodeError as error:
             raise DataError(
                 f"text is not valid Unicode ({error.reason} at character {error.start})"
             ) from None
+
         parts = [segment for own in segments for segment in own if segment is not None]
         encoded = iter(
             self._pieces.encode_as_numpy(parts, num_threads=num_threads) if parts else []
         )
+
         ids: list[Ids] = []
         for own in segments:
             arrays = [self._space_mark_ids if segment is None else next(encoded) for segment in own]
             ids.append(arrays[0] if len(arrays) == 1 else np.concatenate(arrays))
+
         return ids
 
     def _segments(self, text: str) -> list[bytes | None]:
-        """UTF-8 of the parts to be encoded each by itself; None stands for the space mark."""
+        """Split text into UTF-8 segments that are encoded separately; None is the space mark."""
         if len(text) <= SEGMENT_CHARACTERS and _SPACE_MARK not in text:
             return [text.encode()]
+
         segments: list[bytes | None] = []
         for number, part in enumerate(text.split(_SPACE_MARK)):
             segments += [None] if number else []
@@ -204,30 +226,37 @@ class Tokenizer:
         return segments
 
     def _cut(self, text: str, start: int) -> int:
-        """Where the segment that begins at `start` ends: at a line or a word near SEGMENT_CHARACTERS, or behind that."""
+        """End of the segment from `start`: a line or word end near SEGMENT_CHARACTERS, or later."""
         bound = start + SEGMENT_CHARACTERS
         if bound >= len(text):
             return len(text)
+
         if self._cut_after_line and (found := text.rfind("\n", start, bound)) >= 0:
             return found + 1
+
         if self._cut_before_space:
             found = text.rfind(" ", start, bound)
             while found > start and text[found - 1] == " ":
                 found -= 1
             if found > start:
                 return found
+
         return (text.find("\n", bound) + 1 or len(text)) if self._cut_after_line else len(text)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids; `</s>`, `<s>` and special tokens appear by name. Exact inverse of `encode` on its own output.
+        """Decode ids to text; `</s>`, `<s>` and special tokens appear by name.
 
-        Any slice of ids decodes: where it starts or ends inside a character, that comes as U+FFFD. Raises DataError
-        for an id that the tokenizer does not have.
+        Exact inverse of `encode`. Any slice of ids decodes: a character cut at its start or end
+        becomes U+FFFD. Raises DataError for an id that the tokenizer does not have.
         """
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """UTF-8 of ids, each by itself: the bytes of slices laid end to end are the bytes of the whole."""
+        """Decode each id to UTF-8 by itself, so the bytes of slices concatenate to those of the
+        whole.
+
+        Raises DataError for an id that the tokenizer does not have.
+        """
         surfaces, found = self._surfaces, []
         for token in ids.tolist() if isinstance(ids, np.ndarray) else ids:
             if not 0 <= token < len(surfaces):
@@ -239,6 +268,7 @@ class Tokenizer:
 
     @cached_property
     def _surfaces(self) -> list[bytes]:
+        # UTF-8 of every id.
         names = [self._pieces.id_to_piece(token) for token in range(self.base_size)]
         surfaces = [name.replace(_SPACE_MARK, " ").encode() for name in names]
         for byte in range(256):
@@ -246,14 +276,17 @@ class Tokenizer:
         return surfaces + [name.encode() for name in self.specials]
 
     def save(self, path: Path) -> None:
-        """Write the sentencepiece model, whole or not at all."""
+        """Write the sentencepiece model atomically, with its folder."""
         path.parent.mkdir(parents=True, exist_ok=True)
         with AtomicFile(path) as stream:
             stream.write(self.model)
 
     @classmethod
     def load(cls, path: Path, specials: Sequence[str] = K2_SPECIAL_TOKENS) -> "Tokenizer":
-        """Read a sentencepiece model. Raises DataError that names the file when it is missing, not one, or not fit."""
+        """Read a sentencepiece model.
+
+        Raises DataError naming the file when it is missing, not a model, or not usable.
+        """
         try:
             model = path.read_bytes()
         except OSError as error:
@@ -267,10 +300,11 @@ class Tokenizer:
 
 
 def _content_of(model: bytes) -> tuple[int, list[tuple[str, int]]]:
-    """Kind of a serialized model, and (piece, kind) of its pieces.
+    """Parse a serialized model: its type, and (piece, type) of its pieces.
 
-    Sentencepiece does not tell user-defined pieces from ordinary ones, and its own reader of models needs protobuf.
+    Sentencepiece does not report which pieces are user-defined, and its own reader needs protobuf.
     """
+
     model_kind, pieces = 1, []
     for number, content in _fields(model):
         facts = dict(_fields(content)) if number in (1, 2) and isinstance(content, bytes) else {}
@@ -289,7 +323,10 @@ class _CutOff(Exception):
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """(field number, value) of a protobuf message. Raises _CutOff when it ends inside a field, or is no such message."""
+    """Yield (field number, value) of a protobuf message.
+
+    Raises _CutOff when it ends inside a field, or is not a protobuf message.
+    """
     at = 0
     while at < len(message):
         key, at = _varint(message, at)
@@ -298,6 +335,7 @@ def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
             value, at = _varint(message, at)
             yield key >> 3, value
             continue
+
         size, at = _varint(message, at) if kind == 2 else ({1: 8, 5: 4}.get(kind, len(message)), at)
         if at + size > len(message):
             raise _CutOff("ends inside a field")
@@ -318,20 +356,22 @@ def _varint(message: bytes, at: int) -> tuple[int, int]:
 def train_tokenizer(
     texts: Iterable[str], vocab_size: int, specials: Sequence[str] = K2_SPECIAL_TOKENS
 ) -> Tokenizer:
-    """Train a BPE of `vocab_size` pieces (specials not counted) on lines of `texts`; equal texts give equal bytes.
+    """Train a BPE of `vocab_size` pieces, special tokens not counted, on the lines of `texts`.
 
-    Raises DataError when the texts are too few for the vocabulary.
+    Equal texts give equal bytes. Raises DataError when the texts are too few for the vocabulary.
     """
     if vocab_size <= CONTROL_PIECES:
-        # Of so few the trainer speaks in riddles; of more it says how many the text needs.
+        # Below this the trainer's own message does not say how many the text needs.
         raise DataError(
             f"tokenizer.train.vocab_size ({vocab_size}) must be above {256 + CONTROL_PIECES}: 256 bytes, "
             f"{CONTROL_PIECES} control pieces and the characters of the text"
         )
+
     model = io.BytesIO()
     lines = (
         line for text in texts for line in text.split("\n") if line.strip() and is_encodable(line)
     )
+
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=lines,
@@ -360,7 +400,7 @@ def train_tokenizer(
 
 
 def _bound(told: str) -> str:
-    """What the trainer says of a size, in our own words: its own name source files, and options that nobody can set."""
+    """Reword the trainer's message about a size: its own names source files and unknown options."""
     if most := re.search(r"value <= (\d+)", told):
         return f"the most is {most[1]}"
     if least := re.search(r"required_chars\. -?\d+ vs (\d+)", told):

@@ -1,14 +1,22 @@
-"""torchrun that ends with the exit code of its processes: python -m k2train.launch [torchrun options] -m k2train.train ...
+"""Launcher: torchrun with the exit code of its processes, signal forwarding and restarts.
 
-torchrun's own exit code is 1, under two screens of traceback, also when all processes stopped on request and saved (75)
-or refused a config (2, told already): a batch script could not tell them apart. Signals are handed on to the processes,
-which have all the time they need to save (`parallel/workers.py`). Where there are CUDA devices, processes get
-CUDA_DEVICE_MAX_CONNECTIONS=1 (see `environment.order_kernels`). One option is ours, everything else is torchrun's:
+    python -m k2train.launch [torchrun options] -m k2train.train CONFIG.yaml
 
-    --restarts N    on one machine: after a crash (exit code 1) start again, at most N times, after 1, 2, 4 ... 60 s
+- torchrun alone always exits with 1, under two screens of traceback. That includes a stop on
+  request after saving (75) and a rejected config (2). A batch script cannot tell them apart.
+- Signals are forwarded to the processes, which get all the time they need to save
+  (`launch/supervisor.py`).
+- With CUDA devices, processes get CUDA_DEVICE_MAX_CONNECTIONS=1 (`limit_cuda_connections`).
+- One option is added, all others are torchrun's:
 
-A mistake (2) and a stop on request (75) are never started again. A training that gets nowhere ends that by itself: it
-refuses with 2 (`run.max_fruitless_starts`). torchrun's own --max-restarts starts again whatever the exit code was.
+      --restarts N    on one machine: restart after a crash (exit code 1), at most N times,
+                      after 1, 2, 4 ... 60 s
+
+- A mistake (2) and a stop on request (75) are never restarted. A run without progress ends the
+  restarts by itself with exit code 2 (`run.max_fruitless_starts`).
+
+Alternatives considered:
+- torchrun's own --max-restarts: it restarts whatever the exit code was.
 """
 
 import contextlib
@@ -25,67 +33,86 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
 
 from k2train.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USAGE
-from k2train.launch.environment import Note, offer_verdicts, order_kernels, read_verdicts
+from k2train.launch.environment import (
+    ProcessStatus,
+    limit_cuda_connections,
+    read_statuses,
+    request_statuses,
+)
 from k2train.launch.supervisor import Supervisor
 
-ENDED_BY_TORCHRUN = -15
-"""A process that was ended because another one had."""
-LONGEST_WAIT_SECONDS = 60.0
-LONG_ENOUGH_SECONDS = 600.0
-"""A start that lasted so long is no crash at once: the waiting begins anew."""
-LEFT_TO_TORCHRUN = ["--signals-to-handle", "SIGQUIT"]
+KILLED_BY_TORCHRUN = -15
+"""Exit code of a process that torchrun ended because another one had failed."""
+MAX_BACKOFF_SECONDS = 60.0
+"""Longest wait before a restart."""
+BACKOFF_RESET_SECONDS = 600.0
+"""A start that ran this long resets the wait before the next restart."""
+TORCHRUN_SIGNALS = ["--signals-to-handle", "SIGQUIT"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run torchrun, again after a crash if asked to, and return the exit code that its processes agree on, else 1."""
+    """Run torchrun, restart it after crashes if asked to, and return its processes' exit code.
+
+    The exit code is 1 when the processes do not agree on another one.
+    """
     logging.disable(logging.ERROR)
     try:
-        restarts, rest = take_restarts(list(sys.argv[1:] if arguments is None else arguments))
+        restarts, rest = split_restarts(list(sys.argv[1:] if arguments is None else arguments))
     except ValueError as error:
         print(error, file=sys.stderr)
         return EXIT_USAGE
+
     if torch.cuda.is_available():
-        order_kernels()
-    with Supervisor(_say) as supervisor:
-        return keep_starting(lambda: _start(rest, supervisor), restarts, supervisor)
+        limit_cuda_connections()
+    with Supervisor(_log) as supervisor:
+        return start_with_restarts(lambda: _start(rest, supervisor), restarts, supervisor)
 
 
-def keep_starting(start: Callable[[], int], restarts: int, supervisor: Supervisor) -> int:
-    """The exit code of the last start: of the first that is no crash, that a signal ended, or that was the last allowed."""
+def start_with_restarts(start: Callable[[], int], restarts: int, supervisor: Supervisor) -> int:
+    """Call `start` until it does not crash, a signal came, or the restarts are used up.
+
+    Returns the exit code of the last start.
+    """
     wait_seconds = 1.0
+
     for number in range(1, restarts + 2):
         began = time.monotonic()
         code = start()
-        if code != EXIT_FAILED or supervisor.asked or number > restarts:
+        if code != EXIT_FAILED or supervisor.first_signal or number > restarts:
             break
-        if time.monotonic() - began > LONG_ENOUGH_SECONDS:
+
+        if time.monotonic() - began > BACKOFF_RESET_SECONDS:
             wait_seconds = 1.0
-        _say(f"start {number + 1} of {restarts + 1} follows in {wait_seconds:g} s")
+        _log(f"start {number + 1} of {restarts + 1} follows in {wait_seconds:g} s")
         if supervisor.wait(wait_seconds):
-            _say(f"{supervisor.asked}: not started again")
+            _log(f"{supervisor.first_signal}: not started again")
             break
-        wait_seconds = min(2 * wait_seconds, LONGEST_WAIT_SECONDS)
+        wait_seconds = min(2 * wait_seconds, MAX_BACKOFF_SECONDS)
     return code
 
 
-def take_restarts(arguments: list[str]) -> tuple[int, list[str]]:
-    """`--restarts N` out of the launcher's options, and the rest; what follows the script's name is the script's.
+def split_restarts(arguments: list[str]) -> tuple[int, list[str]]:
+    """Split `--restarts N` from the launcher's options; return (N, the other arguments).
 
-    Raises ValueError when N is no count, or when several nodes would each decide for themselves.
+    Arguments after the script's name belong to the script. Raises ValueError when N is not a
+    count, or with several nodes, where each node would decide for itself.
     """
-    place = next(
+    index = next(
         (i for i, text in enumerate(arguments) if text.partition("=")[0] == "--restarts"), None
     )
+
     script = next(
         (i for i, text in enumerate(arguments) if text == "-m" or text.endswith(".py")),
         len(arguments),
     )
-    if place is None or place > script:
+    if index is None or index > script:
         return 0, arguments
-    value = _value_of(arguments, place)
-    rest = arguments[:place] + arguments[place + (1 if "=" in arguments[place] else 2) :]
+
+    value = _value_of(arguments, index)
+    rest = arguments[:index] + arguments[index + (1 if "=" in arguments[index] else 2) :]
     if not value.isdigit():
         raise ValueError(f"--restarts must be a count, got {value!r}")
+
     nodes = [
         _value_of(rest, i)
         for i, text in enumerate(rest[:script])
@@ -93,74 +120,92 @@ def take_restarts(arguments: list[str]) -> tuple[int, list[str]]:
     ]
     if nodes and nodes[-1] not in ("1", "1:1"):
         raise ValueError(
-            f"--restarts is for one machine, --nnodes is {nodes[-1]}; leave it to the batch system to start all nodes again"
+            f"--restarts is for one machine, --nnodes is {nodes[-1]}; "
+            "leave it to the batch system to start all nodes again"
         )
     return int(value), rest
 
 
-def _value_of(arguments: list[str], place: int) -> str:
-    _, equals, value = arguments[place].partition("=")
-    return value if equals else "".join(arguments[place + 1 : place + 2])
+def _value_of(arguments: list[str], index: int) -> str:
+    _, equals, value = arguments[index].partition("=")
+    return value if equals else "".join(arguments[index + 1 : index + 2])
 
 
 def _start(arguments: list[str], supervisor: Supervisor) -> int:
-    with TemporaryDirectory(prefix="k2train-launch-") as name, supervisor.over(Path(name)):
+    with TemporaryDirectory(prefix="k2train-launch-") as name, supervisor.watching(Path(name)):
         folder = Path(name)
-        offer_verdicts(folder)
+        request_statuses(folder)
         failures: dict[int, int] = {}
         try:
-            torchrun([*LEFT_TO_TORCHRUN, *arguments])
+            torchrun([*TORCHRUN_SIGNALS, *arguments])
         except ChildFailedError as failed:
             failures = {rank: failure.exitcode for rank, failure in sorted(failed.failures.items())}
         except SignalException:
-            return signalled(read_verdicts(folder))
+            return exit_code_after_signal(read_statuses(folder))
         except Exception as error:
-            # The store of another node may be gone because that node is done: what counts is how ours have ended.
-            return lost(read_verdicts(folder), error)
-        if supervisor.asked and not set(failures.values()) <= {EXIT_USAGE, EXIT_STOPPED}:
-            return signalled(read_verdicts(folder))
+            # Another node's store may be gone because that node is done. What counts is how the
+            # processes of this node have ended.
+            return exit_code_after_error(read_statuses(folder), error)
+
+        if supervisor.first_signal and not set(failures.values()) <= {EXIT_USAGE, EXIT_STOPPED}:
+            return exit_code_after_signal(read_statuses(folder))
+
         own = {
-            rank: code for rank, code in failures.items() if rank not in supervisor.ended
+            rank: code for rank, code in failures.items() if rank not in supervisor.killed
         } or failures
-        return verdict(own) if failures else EXIT_DONE
+        return exit_code_of(own) if failures else EXIT_DONE
 
 
-def signalled(notes: dict[int, Note]) -> int:
-    """The exit code after a request to stop: 75 only if every process that started has saved, or was done."""
-    codes = {note.code for note in notes.values()}
-    unsaved = [rank for rank, note in notes.items() if note.code not in (EXIT_STOPPED, EXIT_DONE)]
+def exit_code_after_signal(statuses: dict[int, ProcessStatus]) -> int:
+    """Return the exit code after a stop request.
+
+    It is 75 only if every process that started has saved or was done.
+    """
+    codes = {status.code for status in statuses.values()}
+    unsaved = [
+        rank for rank, status in statuses.items() if status.code not in (EXIT_STOPPED, EXIT_DONE)
+    ]
     if codes and not unsaved:
         return EXIT_STOPPED if EXIT_STOPPED in codes else EXIT_DONE
-    who = f"process {unsaved[0]} of {len(notes)}" if unsaved else "every process"
-    _say(f"asked to stop, and {who} ended before it had saved")
+
+    who = f"process {unsaved[0]} of {len(statuses)}" if unsaved else "every process"
+    _log(f"asked to stop, and {who} ended before it had saved")
     return EXIT_FAILED
 
 
-def lost(notes: dict[int, Note], error: Exception) -> int:
-    """The exit code when torchrun itself failed: that of our processes where they all ended by themselves, else 1."""
-    codes = {note.code for note in notes.values()}
+def exit_code_after_error(statuses: dict[int, ProcessStatus], error: Exception) -> int:
+    """Return the exit code after torchrun itself failed.
+
+    It is that of the processes if all of them ended by themselves, else 1.
+    """
+    codes = {status.code for status in statuses.values()}
     if codes and codes <= {EXIT_DONE, EXIT_STOPPED, EXIT_USAGE}:
         return (
             EXIT_USAGE if EXIT_USAGE in codes else max(code for code in codes if code is not None)
         )
-    _say(f"the launcher failed: {type(error).__name__}: {' '.join(str(error).split())}")
+    _log(f"the launcher failed: {type(error).__name__}: {' '.join(str(error).split())}")
     return EXIT_FAILED
 
 
-def verdict(codes: dict[int, int]) -> int:
-    """The exit code of a job from those of its failed processes; says on stderr what is not a clean one."""
-    own = {rank: code for rank, code in codes.items() if code != ENDED_BY_TORCHRUN} or codes
+def exit_code_of(codes: dict[int, int]) -> int:
+    """Return the exit code of a job, given those of its failed processes.
+
+    Prints processes that did not end cleanly on stderr.
+    """
+
+    own = {rank: code for rank, code in codes.items() if code != KILLED_BY_TORCHRUN} or codes
     if set(own.values()) <= {EXIT_USAGE, EXIT_STOPPED}:
-        # A mistake outweighs a stop: starting again would not help.
+        # A mistake outweighs a stop: a restart would not help.
         return min(own.values())
+
     for rank, code in own.items():
         if code not in (EXIT_USAGE, EXIT_STOPPED):
             how = f"signal {-code}" if code < 0 else f"exit code {code}"
-            _say(f"process {rank} ended with {how}")
+            _log(f"process {rank} ended with {how}")
     return EXIT_FAILED
 
 
-def _say(text: str) -> None:
+def _log(text: str) -> None:
     with contextlib.suppress(OSError):
         print(text, file=sys.stderr, flush=True)
 

@@ -1,6 +1,8 @@
-"""What the launcher says of this process, and what the process tells it at its end. The one place for those variables.
+"""Launch environment: rank variables from torchrun, and status files for the launcher.
 
-Kept apart from `grid` because a config mistake must be told, once and not once a rank, before torch is imported.
+- The only module that reads or writes these environment variables.
+- Separate from `parallel.grid`, because a config mistake must be reported once, not once per rank,
+  and before torch is imported.
 """
 
 import contextlib
@@ -16,7 +18,7 @@ from k2train.errors import RunError
 
 @dataclass(frozen=True)
 class Launch:
-    """One process as torchrun started it; without torchrun it is rank 0 of a world of 1."""
+    """Rank, world size and local rank of this process; without torchrun rank 0 of 1."""
 
     rank: int
     world_size: int
@@ -27,20 +29,23 @@ class Launch:
 def read_launch() -> Launch:
     """Read RANK, WORLD_SIZE and LOCAL_RANK.
 
-    Raises RunError when only some of them are set: a world of one by accident trains N copies in silence. And when the
-    world is not the one that a batch script asked for in K2TRAIN_WORLD_SIZE: on fewer nodes the same config trains on
-    with another layout, slower, and nobody is told.
+    Raises RunError when only some of them are set: an accidental world of one would silently train
+    N copies. Raises RunError also when the world size is not the K2TRAIN_WORLD_SIZE of a batch
+    script: on fewer nodes the same config would train with another layout, slower and unnoticed.
     """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     values = [os.environ.get(name) for name in names]
     if all(value is None for value in values):
         _check_world(1)
         return Launch(0, 1, 0, launched=False)
+
     missing = [name for name, value in zip(names, values, strict=True) if value is None]
     if missing:
         raise RunError(
-            f"{', '.join(missing)} not set although {len(names) - len(missing)} of {', '.join(names)} are; start with torchrun or unset them all"
+            f"{', '.join(missing)} not set although {len(names) - len(missing)} of "
+            f"{', '.join(names)} are; start with torchrun or unset them all"
         )
+
     try:
         rank, world_size, local_rank = (int(str(value)) for value in values)
     except ValueError:
@@ -62,106 +67,121 @@ def _check_world(world_size: int) -> None:
         )
 
 
-VERDICTS = "K2TRAIN_VERDICTS"
-"""Names the folder where each process of a machine leaves its note: torchrun hides exit codes when a signal ended it."""
-LAUNCHER = "launcher"
-"""The note of the launcher itself in that folder."""
+STATUS_FOLDER = "K2TRAIN_VERDICTS"
+"""Variable with the folder in which each process of a machine writes its status file.
+
+torchrun hides the exit codes of its processes when a signal ended it.
+"""
+LAUNCHER_FILE = "launcher"
+"""File in that folder with the launcher's process id."""
 SET_PARENT_DEATH_SIGNAL = 1
 """prctl(2): PR_SET_PDEATHSIG."""
 
 
 @dataclass(frozen=True)
-class Note:
-    """What one process says of itself: its exit code, or None while it runs, then with its id and when it began."""
+class ProcessStatus:
+    """Status of one process: its exit code, or while it runs None, its id and its start time."""
 
     code: int | None
     pid: int = 0
-    began: str = ""
+    start_ticks: str = ""
     saving: bool = False
 
     @property
     def is_alive(self) -> bool:
-        """Whether that process, and not a later one of the same id, still runs."""
-        return self.code is None and self.pid > 0 and began(self.pid) == self.began
+        """Whether that process still runs, and not a later one with the same id."""
+        return self.code is None and self.pid > 0 and start_ticks(self.pid) == self.start_ticks
 
 
-def leave_verdict(rank: int, code: int | None, saving: bool = False) -> None:
-    """Tell a k2train launcher this process's exit code; None: still running. Nothing under another launcher.
+def write_status(rank: int, code: int | None, saving: bool = False) -> None:
+    """Write this process's exit code for the k2train launcher; None: still running.
 
-    `saving`: a save is under way, so that a launcher which has to end this process gives it time.
-    The first call also asks the kernel to send SIGTERM when the launcher dies: a process that nobody waits for would
-    train on, and keep the run's lock. The signal may come several times: the threads of the launcher end one after the
-    other, and each hands its children on to the next.
+    Does nothing under another launcher. `saving`: a save is running, so a launcher that has to end
+    this process gives it time. The first call also asks the kernel to send SIGTERM when the
+    launcher dies: an orphaned process would train on and keep the run's lock.
+    The signal may come several times: the threads of the launcher end one after the other, and
+    each hands its children to the next.
     """
-    named = os.environ.get(VERDICTS)
-    if not named or not (folder := Path(named)).is_dir():
+    value = os.environ.get(STATUS_FOLDER)
+    if not value or not (folder := Path(value)).is_dir():
         return
+
     path = folder / f"rank_{rank}"
     if code is None and not path.exists():
-        _end_with_launcher(folder)
-    mine = f"running {os.getpid()} {began(os.getpid())}{' saving' if saving else ''}"
-    aside = folder / f".rank_{rank}"
-    # The launcher reads at any moment: half a note must not be seen. A full disk is no reason to end a training.
+        _die_with_launcher(folder)
+
+    status = f"running {os.getpid()} {start_ticks(os.getpid())}{' saving' if saving else ''}"
+    temporary = folder / f".rank_{rank}"
+
+    # Renamed into place, since the launcher reads at any moment. A full disk must not end a run.
     with contextlib.suppress(OSError):
-        aside.write_text(mine if code is None else str(code))
-        aside.replace(path)
+        temporary.write_text(status if code is None else str(code))
+        temporary.replace(path)
 
 
-def _end_with_launcher(folder: Path) -> None:
-    if not sys.platform.startswith("linux") or not (folder / LAUNCHER).exists():
+def _die_with_launcher(folder: Path) -> None:
+    if not sys.platform.startswith("linux") or not (folder / LAUNCHER_FILE).exists():
         return
     ctypes.CDLL(None).prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
-    if os.getppid() != int((folder / LAUNCHER).read_text()):
-        # It died before the kernel was asked.
+    if os.getppid() != int((folder / LAUNCHER_FILE).read_text()):
+        # The launcher died before the request to the kernel.
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def began(pid: int) -> str:
-    """When a process began, in clock ticks since boot; "" when it is gone, a zombie, or the system does not tell."""
+def start_ticks(pid: int) -> str:
+    """Return the start time of a process in clock ticks since boot.
+
+    Returns "" when the process is gone, a zombie, or the system has no /proc.
+    """
+
     try:
-        # The name in parentheses may hold anything; state is the first field behind it, the start time the twentieth.
+        # The name in parentheses may contain anything. Behind it, field 1 is the state and field 20
+        # the start time.
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return ""
     return "" if fields[0] in "ZX" else fields[19]
 
 
-def offer_verdicts(folder: Path) -> None:
-    """Ask the processes started from here to leave their notes in `folder`."""
-    (folder / LAUNCHER).write_text(str(os.getpid()))
-    os.environ[VERDICTS] = str(folder)
+def request_statuses(folder: Path) -> None:
+    """Ask the processes started from here to write their status files in `folder`."""
+    (folder / LAUNCHER_FILE).write_text(str(os.getpid()))
+    os.environ[STATUS_FOLDER] = str(folder)
 
 
-def read_verdicts(folder: Path) -> dict[int, Note]:
-    """Rank -> the note of every process that started."""
+def read_statuses(folder: Path) -> dict[int, ProcessStatus]:
+    """Return rank -> status of every process that started."""
     found = {}
+
     for path in folder.glob("rank_*"):
         code, *more = path.read_text().split()
         rank = int(path.name.removeprefix("rank_"))
         if code == "running":
-            found[rank] = Note(
+            found[rank] = ProcessStatus(
                 None, int(more[0]), more[1] if len(more) > 1 else "", "saving" in more
             )
         else:
-            found[rank] = Note(int(code))
+            found[rank] = ProcessStatus(int(code))
     return dict(sorted(found.items()))
 
 
 def read_faults() -> str:
-    """The faults that this process was asked to arm (see `k2train.fault_injection`), "" for none."""
+    """Return the faults for this process to arm (see `k2train.fault_injection`), "" if none."""
     return os.environ.get("K2TRAIN_FAULTS", "")
 
 
 CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
 
 
-def order_kernels() -> None:
-    """Ask CUDA, in the processes started from here, to begin kernels of all streams in the order they are queued.
+def limit_cuda_connections() -> None:
+    """Give the processes started from here one CUDA hardware queue (CUDA_DEVICE_MAX_CONNECTIONS=1).
 
-    A layer that overlaps queues a collective first and then the product that hides it. With CUDA's usual 8 hardware
-    queues, one a stream, the product may still be begun first and take all compute units, and the collective begins when
-    it is over: nothing was hidden. With one queue the collective gets the few units that it needs, and the product the
-    rest. A value that is set already stays: products fused over symmetric memory do better with several queues, since
-    there copies wait for other devices.
+    - A layer with overlap queues a collective first, then the product that hides it.
+    - With CUDA's usual 8 queues, one per stream, the product may still start first and take all
+      compute units. The collective then starts when the product is over, and nothing is hidden.
+    - With one queue kernels of all streams start in the order they are queued. The collective gets
+      the few units that it needs, and the product the rest.
+    - A value that is already set stays: products fused over symmetric memory do better with several
+      queues, since there copies wait for other devices.
     """
     os.environ.setdefault(CONNECTIONS, "1")

@@ -1,12 +1,17 @@
-"""The processes of one machine, seen by their launcher: signals are handed on to them, and none outlives a failed one.
+"""Process supervisor: forward signals to the processes of one machine, kill them after a failure.
 
-torchrun's own way is refused in two places. Asked to stop, it sends SIGTERM and kills after 30 seconds, in the middle of a
-save if need be; here every signal goes to every process, as often as it comes, and the launcher waits as long as they need.
-When a process dies, torchrun gives the others 30 seconds, although they wait for the dead one and cannot finish anything;
-here it is `GRACE_SECONDS`, also for processes that are stopped (SIGSTOP) and hear nothing. Those that say they are saving
-keep torchrun's 30 seconds.
-A thread does it, woken by the C-level half of Python's signal handling: the main thread may be waiting for other nodes in
-C++, where no Python handler runs. Standard library only.
+- Every signal goes to every process, as often as it comes. The launcher waits as long as the
+  processes need to save.
+- When a process dies, the others are killed after `GRACE_SECONDS`, even if they are stopped
+  (SIGSTOP) and receive no signal. Those that report a running save keep torchrun's 30 seconds.
+- A thread does this, woken by the C-level half of Python's signal handling. The main thread may
+  wait for other nodes in C++, where no Python handler runs.
+- Standard library only.
+
+Alternatives considered:
+- torchrun's own stop: it sends SIGTERM and kills after 30 seconds, even in the middle of a save.
+- torchrun's own failure handling: it gives the others 30 seconds, although they wait for the dead
+  process and cannot finish anything.
 """
 
 import os
@@ -22,32 +27,33 @@ from types import FrameType
 from typing import Any, Self
 
 from k2train.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USAGE
-from k2train.launch.environment import Note, began, read_verdicts
+from k2train.launch.environment import ProcessStatus, read_statuses, start_ticks
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 GRACE_SECONDS = 5.0
-LOOK_SECONDS = 0.1
+POLL_SECONDS = 0.1
 
 
 class Supervisor:
-    """Hands signals on and ends what is left of a failed start; `say` writes one line for people.
+    """Forward signals and kill the processes left by a failed start; `log` writes one line.
 
-        with Supervisor(say) as supervisor, supervisor.over(folder):
-            ...                     # processes start, and leave their notes in `folder`
+        with Supervisor(log) as supervisor, supervisor.watching(folder):
+            ...                     # processes start, and write their status files in `folder`
 
-    `asked` is the name of the first signal, or None; `ended` the ranks that were killed because another one had failed.
+    - `first_signal`: name of the first signal, or None.
+    - `killed`: ranks that were killed because another one had failed.
     """
 
-    def __init__(self, say: Callable[[str], None], grace_seconds: float = GRACE_SECONDS) -> None:
-        self.asked: str | None = None
-        self.ended: set[int] = set()
-        self._say, self._grace_seconds = say, grace_seconds
+    def __init__(self, log: Callable[[str], None], grace_seconds: float = GRACE_SECONDS) -> None:
+        self.first_signal: str | None = None
+        self.killed: set[int] = set()
+        self._log, self._grace_seconds = log, grace_seconds
         self._arrived = threading.Event()
         self._ended = threading.Event()
         self._lock = threading.Lock()
         self._signals: list[int] = []
         self._folder: Path | None = None
-        self._sent: dict[int, int] = {}
+        self._signals_sent: dict[int, int] = {}
         self._failed_at: float | None = None
         self._before: dict[signal.Signals, Any] = {}
         self._thread = threading.Thread(target=self._watch, name="supervisor", daemon=True)
@@ -57,15 +63,18 @@ class Supervisor:
         os.set_blocking(self._write_end, False)
         self._wakeup_before = signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
         for number in FORWARDED:
-            # nohup: whoever had it ignored does not want to hear of it.
+            # Under nohup SIGHUP is ignored, and stays so.
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
-                self._before[number] = signal.signal(number, _nothing)
+                self._before[number] = signal.signal(number, _ignore)
+
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        """Stop the thread and restore the former signal handlers."""
         self._ended.set()
         self._thread.join()
+
         for number, before in self._before.items():
             signal.signal(number, signal.SIG_DFL if before is None else before)
         signal.set_wakeup_fd(self._wakeup_before)
@@ -73,10 +82,10 @@ class Supervisor:
         os.close(self._write_end)
 
     @contextmanager
-    def over(self, folder: Path) -> Iterator[None]:
-        """Look after the processes that leave their notes in `folder` for the time of the with statement."""
+    def watching(self, folder: Path) -> Iterator[None]:
+        """Supervise the processes with status files in `folder` during the with statement."""
         with self._lock:
-            self._folder, self._sent, self._failed_at, self.ended = folder, {}, None, set()
+            self._folder, self._signals_sent, self._failed_at, self.killed = folder, {}, None, set()
         try:
             yield
         finally:
@@ -84,84 +93,99 @@ class Supervisor:
                 self._folder = None
 
     def wait(self, seconds: float) -> bool:
-        """Sleep; True as soon as a signal has arrived."""
+        """Sleep; return True as soon as a signal has arrived."""
         return self._arrived.wait(seconds)
 
     def _watch(self) -> None:
         while not self._ended.is_set():
-            readable, _, _ = select.select([self._read_end], [], [], LOOK_SECONDS)
+            readable, _, _ = select.select([self._read_end], [], [], POLL_SECONDS)
             if readable:
-                self._note(os.read(self._read_end, 4096))
+                self._record_signals(os.read(self._read_end, 4096))
+
             with self._lock:
                 if self._folder is None:
                     continue
-                notes = read_verdicts(self._folder)
-                if self._signals and not notes:
-                    self._give_up(self._folder)
-                self._forward(notes)
-                self._end_leftovers(notes)
+                statuses = read_statuses(self._folder)
+                if self._signals and not statuses:
+                    self._abort(self._folder)
+                self._forward(statuses)
+                self._kill_leftovers(statuses)
 
-    def _note(self, numbers: bytes) -> None:
-        """Signals as they arrive; those that are not ours to hand on have a handler of their own."""
-        ours = [number for number in numbers if number in FORWARDED]
-        if ours and self.asked is None:
-            self.asked = signal.Signals(ours[0]).name
-        self._signals += ours
-        if ours:
+    def _record_signals(self, numbers: bytes) -> None:
+        """Record arriving signals; those that are not forwarded have handlers of their own."""
+        forwarded = [number for number in numbers if number in FORWARDED]
+        if forwarded and self.first_signal is None:
+            self.first_signal = signal.Signals(forwarded[0]).name
+        self._signals += forwarded
+        if forwarded:
             self._arrived.set()
 
-    def _forward(self, notes: dict[int, Note]) -> None:
-        """Every signal to every process once; a process that starts late hears of those before it, too."""
-        for rank, note in notes.items():
-            for number in self._signals[self._sent.get(rank, 0) :] if note.is_alive else ():
+    def _forward(self, statuses: dict[int, ProcessStatus]) -> None:
+        """Send every signal to every process once, earlier ones also to late processes."""
+        for rank, status in statuses.items():
+            for number in (
+                self._signals[self._signals_sent.get(rank, 0) :] if status.is_alive else ()
+            ):
                 with suppress(ProcessLookupError):
-                    os.kill(note.pid, number)
-            self._sent[rank] = len(self._signals)
+                    os.kill(status.pid, number)
+            self._signals_sent[rank] = len(self._signals)
 
-    def _end_leftovers(self, notes: dict[int, Note]) -> None:
-        failed = [rank for rank, note in notes.items() if has_failed(note)]
+    def _kill_leftovers(self, statuses: dict[int, ProcessStatus]) -> None:
+        failed = [rank for rank, status in statuses.items() if has_failed(status)]
         if not failed:
             return
+
         now = time.monotonic()
         self._failed_at = now if self._failed_at is None else self._failed_at
         if now - self._failed_at < self._grace_seconds:
             return
-        for rank, note in notes.items():
-            if note.is_alive and not note.saving:
-                self.ended.add(rank)
-                with suppress(ProcessLookupError):
-                    os.kill(note.pid, signal.SIGKILL)
 
-    def _give_up(self, folder: Path) -> None:
-        """Nothing has begun, so there is nothing to save: end what there is, from here, since the main thread may hang."""
-        self._say(f"{self.asked}: asked to stop before any process had started; nothing was begun")
+        for rank, status in statuses.items():
+            if status.is_alive and not status.saving:
+                self.killed.add(rank)
+                with suppress(ProcessLookupError):
+                    os.kill(status.pid, signal.SIGKILL)
+
+    def _abort(self, folder: Path) -> None:
+        """End a launch before any process has started.
+
+        There is nothing to save. Done in this thread, since the main thread may hang.
+        """
+        self._log(
+            f"{self.first_signal}: asked to stop before any process had started; nothing was begun"
+        )
+
         for number in (signal.SIGTERM, signal.SIGKILL):
             for pid in children():
                 with suppress(ProcessLookupError):
                     os.kill(pid, number)
             deadline = time.monotonic() + self._grace_seconds
             while children() and time.monotonic() < deadline:
-                time.sleep(LOOK_SECONDS / 2)
+                time.sleep(POLL_SECONDS / 2)
+
         shutil.rmtree(folder, ignore_errors=True)
         os._exit(EXIT_FAILED)
 
 
-def has_failed(note: Note) -> bool:
-    """Whether a process has ended in a way that ends the job: neither done nor stopped after saving."""
-    if note.code is None:
-        return not note.is_alive
-    return note.code not in (EXIT_DONE, EXIT_STOPPED, EXIT_USAGE)
+def has_failed(status: ProcessStatus) -> bool:
+    """Return whether a process has ended in a way that ends the job.
+
+    Done, stopped after saving, and a rejected config do not.
+    """
+    if status.code is None:
+        return not status.is_alive
+    return status.code not in (EXIT_DONE, EXIT_STOPPED, EXIT_USAGE)
 
 
 def children() -> list[int]:
-    """The processes that this one has started and that still run."""
+    """Return the ids of this process's children that still run."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
             if int((entry / "stat").read_text().rpartition(")")[2].split()[1]) == os.getpid():
                 found.append(int(entry.name))
-    return [pid for pid in found if began(pid)]
+    return [pid for pid in found if start_ticks(pid)]
 
 
-def _nothing(number: int, frame: FrameType | None) -> None:
-    """Stands where a handler has to stand so that the signal wakes the thread."""
+def _ignore(number: int, frame: FrameType | None) -> None:
+    """Signal handler that does nothing: its presence makes the signal wake the thread."""

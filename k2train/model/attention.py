@@ -1,10 +1,12 @@
-"""Self-attention: one fused query/key/value product, rotary positions, causal attention, output product.
+"""Self-attention: fused query/key/value product, rotary, causal attention, output product.
 
-Heads are split over tensor-parallel ranks; each rank sees the whole sequence here, also with sequence parallelism.
+- Heads are split over tensor-parallel ranks. Each rank sees the whole sequence here, also with
+  sequence parallelism.
+- Where attention stops at document borders, positions still count through the row. With rotary a
+  score depends only on the distance of query and key, so a document reads the same at every offset.
 
-Where attention stops at document borders, positions still count through the row: rotary makes a score depend on the
-distance of query and key only, so a document reads the same wherever it stands. Counting anew at every border was
-refused: it needs tables a row and changes nothing but rounding.
+Alternatives considered:
+- Positions that restart at every border: needs tables per row, and changes nothing but rounding.
 """
 
 from torch import Tensor, nn
@@ -16,7 +18,10 @@ from k2train.parallel.tensor_parallel import ColumnLinear, RowLinear
 
 
 class Attention(nn.Module):
-    """[s(/tp), b, h] -> the same shape; heads n/tp and n_kv/tp on this rank, each of d = h/n."""
+    """Grouped-query self-attention: [s(/tp), b, h] -> the same shape.
+
+    This rank has n/tp heads and n_kv/tp key/value heads, each of d = h/n.
+    """
 
     def __init__(
         self,
@@ -34,12 +39,14 @@ class Attention(nn.Module):
         self.head_dim = hidden_size // num_heads
         self.heads, self.kv_heads = num_heads // tp.size, num_kv_heads // tp.size
         self.kernel, self.split = kernels.attention, kernels.split
+
         kv = num_kv_heads * self.head_dim
         names = {
             f"{prefix}.query.weight": hidden_size,
             f"{prefix}.key.weight": kv,
             f"{prefix}.value.weight": kv,
         }
+
         self.qkv = ColumnLinear(hidden_size, names, tp, sequence, std, product=kernels.product)
         self.output = RowLinear(
             f"{prefix}.output.weight",
@@ -55,6 +62,7 @@ class Attention(nn.Module):
         packed = self.qkv(x)
         s, b, _ = packed.shape
         q, k, v = self.split(packed, rotary.cos, rotary.sin, self.heads, self.kv_heads)
+
         mixed = self.kernel(q, k, v, mask)
         return self.output(mixed.permute(2, 0, 1, 3).reshape(s, b, self.heads * self.head_dim))
 

@@ -1,8 +1,11 @@
-"""Initial weights by (seed, global tensor name), drawn in fp32 and then sliced: the same whatever the layout.
+"""Weight initialization by (seed, global tensor name): the same fp32 draw in every layout.
 
-Rows are drawn in blocks of 256, each with a counter-based generator of its own key, so a rank draws only the blocks its
-slice touches and the memory is bounded by a block. Refused: torch's generator (its stream depends on the device and on
-how much was drawn before) and drawing in bf16 (the master weights would start rounded).
+- Rows are drawn in blocks of 256, each by a counter-based generator with its own key. A rank draws
+  only the blocks its slice touches, and memory is bounded by one block.
+
+Alternatives considered:
+- torch's generator: its stream depends on the device and on earlier draws.
+- Drawing in bf16: the master weights would start rounded.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +23,7 @@ BLOCK_ROWS = 256
 
 
 def draw_rows(seed: int, name: str, columns: int, std: float, start: int, stop: int) -> np.ndarray:
-    """Rows start..stop of the initial tensor `name`: normal(0, std), float32 [stop - start, columns]."""
+    """Draw rows start..stop of the tensor `name`: normal(0, std), float32 [rows, columns]."""
     out = np.empty((stop - start, columns), dtype=np.float32)
     for block in range(start // BLOCK_ROWS, -(-stop // BLOCK_ROWS)):
         key = int.from_bytes(
@@ -30,30 +33,46 @@ def draw_rows(seed: int, name: str, columns: int, std: float, start: int, stop: 
         rows = np.random.Generator(np.random.Philox(key=key)).standard_normal(
             (BLOCK_ROWS, columns), dtype=np.float32
         )
+        # A block is always drawn whole, so that a row does not depend on the slice.
         low, high = max(first, start), min(first + BLOCK_ROWS, stop)
         out[low - start : high - start] = rows[low - first : high - first]
+
     return out * np.float32(std)
 
 
-def initial_piece(seed: int, piece: ParamSlice) -> Tensor:
-    """The initial values of a piece, fp32, in its local shape."""
-    if piece.init_std is None:
-        return torch.ones(piece.shape)
-    rows, columns = piece.global_shape
-    if piece.dim == 0:
+def initial_slice(seed: int, param_slice: ParamSlice) -> Tensor:
+    """Initial values of a parameter slice, fp32, in its local shape."""
+    if param_slice.init_std is None:
+        return torch.ones(param_slice.shape)
+
+    rows, columns = param_slice.global_shape
+    if param_slice.dim == 0:
         return torch.from_numpy(
-            draw_rows(seed, piece.name, columns, piece.init_std, piece.start, piece.stop)
+            draw_rows(
+                seed,
+                param_slice.name,
+                columns,
+                param_slice.init_std,
+                param_slice.start,
+                param_slice.stop,
+            )
         )
-    whole = draw_rows(seed, piece.name, columns, piece.init_std, 0, rows)
-    if piece.dim is None:
+
+    # Split along columns: every rank draws all rows and keeps its columns.
+    whole = draw_rows(seed, param_slice.name, columns, param_slice.init_std, 0, rows)
+    if param_slice.dim is None:
         return torch.from_numpy(whole)
-    return torch.from_numpy(np.ascontiguousarray(whole[:, piece.start : piece.stop]))
+
+    return torch.from_numpy(np.ascontiguousarray(whole[:, param_slice.start : param_slice.stop]))
 
 
 def materialize(
     build: Callable[[], nn.Module], dtype: torch.dtype, device: torch.device
 ) -> nn.Module:
-    """Build a module on the meta device, then give its parameters memory in `dtype`, all zero (padding stays so)."""
+    """Build a module on the meta device, then allocate its parameters in `dtype`, all zero.
+
+    Padding rows stay zero.
+    """
     with torch.device("meta"):
         module = build()
     for child in module.modules():
@@ -64,28 +83,33 @@ def materialize(
                     name,
                     nn.Parameter(torch.zeros(parameter.shape, dtype=dtype, device=device)),
                 )
+
     return module
 
 
 def initialize(
     modules: Sequence[nn.Module],
     seed: int,
-    also: Callable[[ParamSlice, Tensor], None] | None = None,
+    on_values: Callable[[ParamSlice, Tensor], None] | None = None,
 ) -> None:
-    """Fill every piece. `also(piece, fp32 values)` sees them before rounding (for the optimizer's master weights)."""
+    """Initialize every parameter slice of `modules`.
+
+    `on_values(slice, fp32 values)` gets the values before rounding (for the optimizer's master
+    weights).
+    """
     with torch.no_grad():
         for module in modules:
-            for parameter, piece in named_slices(module):
-                values = initial_piece(seed, piece)
-                piece.of(parameter).copy_(values)
-                if also is not None:
-                    also(piece, values)
+            for parameter, param_slice in named_slices(module):
+                values = initial_slice(seed, param_slice)
+                param_slice.of(parameter).copy_(values)
+                if on_values is not None:
+                    on_values(param_slice, values)
 
 
-def place_rotary(
+def attach_rotary(
     stages: Sequence[Stage], a: Architecture, sequence_length: int, device: torch.device
 ) -> None:
-    """One set of position tables, shared by all stages of this rank."""
+    """Give all stages of this rank one shared set of position tables."""
     rotary = Rotary(a.head_dim, sequence_length, a.rope_theta, device)
     for stage in stages:
         stage.set_rotary(rotary)

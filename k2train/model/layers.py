@@ -1,7 +1,7 @@
-"""RMSNorm, rotary positions and the SwiGLU feed-forward, on local shards.
+"""RMSNorm, rotary position tables and the SwiGLU feed-forward, on local shards.
 
-The rotary tables are plain fp32 tensors, not module buffers: a module cast to bf16 would round the frequencies with it,
-which at position 2047 is an error of radians.
+- The rotary tables are plain fp32 tensors, not module buffers. Casting a module to bf16 would round
+  the frequencies with it, an error of radians at position 2047.
 """
 
 import torch
@@ -15,16 +15,17 @@ from k2train.parallel.tensor_parallel import ColumnLinear, RowLinear
 
 
 class RMSNorm(Sharded):
-    """[s(/tp), b, h] -> the same shape. The weight is whole on every tensor-parallel rank.
+    """RMSNorm over the hidden size: [s(/tp), b, h] -> the same shape.
 
-    With sequence parallelism each rank normalises its part of the sequence, so its weight gradient is a part of the sum.
+    Every tensor-parallel rank holds the whole weight. With sequence parallelism each rank
+    normalises its part of the sequence, so its weight gradient is a partial sum.
     """
 
     def __init__(self, name: str, hidden_size: int, eps: float, norm: Norm, sequence: bool):
         super().__init__()
         self.eps, self.norm = eps, norm
         self.weight = nn.Parameter(torch.empty(hidden_size))
-        self.pieces = {
+        self.slices = {
             "weight": (
                 ParamSlice(
                     name,
@@ -48,13 +49,14 @@ class RMSNorm(Sharded):
 
 
 class Rotary:
-    """Rotary position tables, rotate-half convention (Su et al. 2021, arXiv:2104.09864, section 3.4.2).
+    """Rotary position tables cos and sin [s, 1, 1, d], fp32, computed in float64.
 
-    Holds cos and sin [s, 1, 1, d] in fp32, computed in float64.
+    Rotate-half convention (Su et al. 2021, arXiv:2104.09864, section 3.4.2).
     """
 
     def __init__(self, head_dim: int, sequence_length: int, theta: float, device: torch.device):
         frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+
         angles = torch.outer(torch.arange(sequence_length, dtype=torch.float64), frequencies)
         angles = torch.cat((angles, angles), dim=-1)[:, None, None, :]
         self.cos, self.sin = angles.cos().float().to(device), angles.sin().float().to(device)
@@ -65,7 +67,10 @@ class Rotary:
 
 
 class FeedForward(nn.Module):
-    """SwiGLU (Shazeer 2020, arXiv:2002.05202): down(silu(gate x) * up x). [s(/tp), b, h] -> the same shape."""
+    """SwiGLU feed-forward (Shazeer 2020, arXiv:2002.05202): down(silu(gate x) * up x).
+
+    [s(/tp), b, h] -> the same shape.
+    """
 
     def __init__(
         self,
@@ -96,5 +101,5 @@ class FeedForward(nn.Module):
         return self.down(self.activate(self.gate_up(x)))
 
     def activate(self, x: Tensor) -> Tensor:
-        """silu(gate) * up: [s, b, 2f/tp] -> [s, b, f/tp]."""
+        """Apply silu(gate) * up: [s, b, 2f/tp] -> [s, b, f/tp]."""
         return self.swiglu(x)

@@ -1,17 +1,19 @@
-"""What a layer keeps for its backward pass: everything, the results of its products, or only its input.
+"""Activation recomputation: what a layer keeps for its backward pass.
 
-    none        everything that a backward formula asks for
-    selective   not the outputs of the norms nor that of the SwiGLU: each is made again by one pass over what is kept anyway
-    full        the layer's input; all up to the last product's input is computed again, collectives included
+    none        everything that a backward formula needs
+    selective   not the outputs of the norms and the SwiGLU, one pass over kept tensors each
+    full        only the layer's input
 
-What a backward formula asks for is answered with the tensor kept or with one computed again by the same functions from
-the same numbers, so no bit changes; there is no dropout, so no random state is kept. Korthikanti et al. 2022
-(arXiv:2205.05198, section 4.1) computes the core of attention again instead: with kernels that keep no scores, as most
-here, there is nothing to save in it.
+- With full everything up to the last product's input is computed again, collectives included.
+- A backward formula gets the kept tensor, or one computed again by the same functions from the same
+  numbers. So no bit changes. There is no dropout, so no random state is kept.
+- Korthikanti et al. 2022 (arXiv:2205.05198, section 4.1) recomputes the core of attention. Most
+  kernels here keep no scores, so there is nothing to save.
 
-Refused: `torch.utils.checkpoint`, which runs the whole layer again. The last product, a fifth of a layer, and the
-collective behind it serve no backward formula; but a function of our own saves its inputs only after it ran, so that the
-early stop there comes too late.
+Alternatives considered:
+- `torch.utils.checkpoint`: runs the whole layer again. The last product, a fifth of a layer, and
+  its collective serve no backward formula. A custom autograd function saves its inputs only after
+  it ran, so the early stop comes too late.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,49 +28,52 @@ from torch.autograd.graph import saved_tensors_hooks
 POLICIES = ("none", "selective", "full")
 
 Cheap = Callable[[Callable[[Tensor], Tensor], Tensor, Callable[[Tensor], Tensor]], Tensor]
-"""`cheap(function, x, use)` is `use(function(x))`, where the function's output need not be kept for the backward pass."""
+"""`cheap(function, x, use)` is `use(function(x))`, but backward does not keep function's output."""
 
 
 class Layer(Protocol):
-    """A layer in two parts: all up to its last product's input, and that product."""
+    """A layer in two parts: everything up to its last product's input, and that product."""
 
     def inner(self, x: Tensor, cheap: Cheap, *args: Any) -> tuple[Tensor, Tensor]:
-        """x -> (what the last product's result is added to, what its input is computed from by `activate`)."""
+        """Map x -> (residual that the last product is added to, input of `activate`)."""
 
     def activate(self, x: Tensor) -> Tensor:
-        """The last product's input."""
+        """Compute the last product's input."""
 
     def outer(self, residual: Tensor, x: Tensor) -> Tensor:
-        """The last product and what it is added to."""
+        """Compute the last product and add it to the residual."""
 
 
 def run_layer(layer: Layer, x: Tensor, policy: str, *args: Any) -> Tensor:
-    """Apply a layer to x under a policy of `POLICIES`; where autograd is off nothing is kept, whatever the policy."""
+    """Apply a layer to x under a policy of `POLICIES`.
+
+    Without autograd nothing is kept, whatever the policy.
+    """
     assert policy in POLICIES, f"the recompute policy {policy!r} is none of {POLICIES}"
     if policy == "none":
-        residual, inner = layer.inner(x, _kept, *args)
+        residual, inner = layer.inner(x, _keep, *args)
         return layer.outer(residual, layer.activate(inner))
     if policy == "selective":
-        residual, inner = layer.inner(x, _cheap, *args)
-        return _cheap(layer.activate, inner, lambda active: layer.outer(residual, active))
+        residual, inner = layer.inner(x, _recompute, *args)
+        return _recompute(layer.activate, inner, lambda active: layer.outer(residual, active))
 
     def front(x: Tensor) -> tuple[Tensor, Tensor]:
-        residual, inner = layer.inner(x, _kept, *args)
+        residual, inner = layer.inner(x, _keep, *args)
         return residual, layer.activate(inner)
 
-    again = _Again(front, x)
-    residual, active = again.run()
-    with made_again(active, again.last):
+    call = _RecomputedCall(front, x)
+    residual, active = call.run()
+    with recomputed(active, call.last):
         return layer.outer(residual, active)
 
 
-def _kept(
+def _keep(
     function: Callable[[Tensor], Tensor], x: Tensor, use: Callable[[Tensor], Tensor]
 ) -> Tensor:
     return use(function(x))
 
 
-def _cheap(
+def _recompute(
     function: Callable[[Tensor], Tensor], x: Tensor, use: Callable[[Tensor], Tensor]
 ) -> Tensor:
     y, source = function(x), x.detach().requires_grad_(x.requires_grad)
@@ -78,12 +83,15 @@ def _cheap(
         with torch.enable_grad():
             return function(source)
 
-    with made_again(y, make):
+    with recomputed(y, make):
         return use(y)
 
 
-class _Later:
-    """Stands for a saved tensor; `make` gives the memory that it was a view of, with the bits it had."""
+class _Recomputed:
+    """Stands for a saved tensor.
+
+    `make` returns the memory that it was a view of, with the same bits.
+    """
 
     def __init__(self, saved: Tensor, make: Callable[[], Tensor]):
         self._make, self._shape, self._stride, self._offset = (
@@ -98,40 +106,45 @@ class _Later:
 
 
 @contextmanager
-def made_again(made: Tensor, make: Callable[[], Tensor]) -> Iterator[None]:
-    """Inside, autograd keeps nothing of `made`, a tensor with memory of its own: it asks `make()` for it when it needs it.
+def recomputed(made: Tensor, make: Callable[[], Tensor]) -> Iterator[None]:
+    """Context in which autograd does not keep `made`, but calls `make()` when needed.
 
-    `make` returns the same bits in the same order of memory and must not hold `made`.
+    `made` has memory of its own. `make` returns the same bits in the same memory order and must not
+    hold `made`.
     """
     memory = _memory(made)
 
     def pack(saved: Tensor) -> Any:
-        return _Later(saved, make) if _memory(saved) == memory else saved
+        return _Recomputed(saved, make) if _memory(saved) == memory else saved
 
     def unpack(packed: Any) -> Tensor:
-        return packed.get() if isinstance(packed, _Later) else packed
+        return packed.get() if isinstance(packed, _Recomputed) else packed
 
     with saved_tensors_hooks(pack, unpack):
         yield
 
 
 def _memory(tensor: Tensor) -> int:
-    """Names the memory of a tensor, its views included."""
+    """Identity of a tensor's memory, shared by its views."""
     return int(tensor.untyped_storage()._cdata)
 
 
-class _Place:
+class _SavedHandle:
     """Stands for one of the tensors that a call saved."""
 
 
-class _Again:
-    """A call that keeps only its input: what autograd saves of it is computed again when the first of it is asked for."""
+class _RecomputedCall:
+    """A call that keeps only its input.
+
+    It runs again when autograd first needs one of its saved tensors.
+    """
 
     def __init__(self, function: Callable[[Tensor], tuple[Tensor, Tensor]], x: Tensor):
         self._function, self._x = function, x
-        self._places: list[ref[_Place]] = []
-        # Each value is dropped with its place, which autograd does as it goes: a layer's backward frees what it has used.
-        self._values: WeakKeyDictionary[_Place, Tensor] = WeakKeyDictionary()
+        self._handles: list[ref[_SavedHandle]] = []
+        # Autograd drops each handle after its use, and its value with it: the backward of a layer
+        # frees what it has used.
+        self._values: WeakKeyDictionary[_SavedHandle, Tensor] = WeakKeyDictionary()
         self._done = False
         self._last: Tensor | None = None
 
@@ -140,24 +153,25 @@ class _Again:
             return self._function(self._x)
 
     def last(self) -> Tensor:
-        """The second output, once: whoever asks is the only one who needs it."""
+        """Return the second output and release it (single consumer)."""
         self._compute()
         assert self._last is not None, "the last product's input was asked for twice"
         last, self._last = self._last, None
         return last
 
-    def _pack(self, saved: Tensor) -> _Place:
-        place = _Place()
-        self._places.append(ref(place))
-        return place
+    def _pack(self, saved: Tensor) -> _SavedHandle:
+        handle = _SavedHandle()
+        self._handles.append(ref(handle))
+        return handle
 
-    def _unpack(self, place: _Place) -> Tensor:
+    def _unpack(self, handle: _SavedHandle) -> Tensor:
         self._compute()
-        return self._values[place]
+        return self._values[handle]
 
     def _compute(self) -> None:
         if self._done:
             return
+
         saved: list[Tensor] = []
         x = self._x.detach().requires_grad_(self._x.requires_grad)
         with (
@@ -165,13 +179,16 @@ class _Again:
             saved_tensors_hooks(lambda tensor: saved.append(tensor.detach()), _never),
         ):
             self._last = self._function(x)[1].detach()
-        assert len(saved) == len(self._places), (
-            f"{len(self._places)} tensors were saved, then {len(saved)}"
+
+        # The same function saves the same tensors in the same order.
+        assert len(saved) == len(self._handles), (
+            f"{len(self._handles)} tensors were saved, then {len(saved)}"
         )
-        for place, value in zip(self._places, saved, strict=True):
-            known = place()
-            if known is not None:
-                self._values[known] = value
+        for handle, value in zip(self._handles, saved, strict=True):
+            live = handle()
+            if live is not None:
+                self._values[live] = value
+
         self._done = True
 
 

@@ -1,7 +1,10 @@
-"""The LLaMA-architecture transformer, cut into pipeline stages.
+"""LLaMA-architecture transformer, cut into pipeline stages.
 
-Pre-norm blocks, RMSNorm, rotary, SwiGLU, untied embedding and head, no biases (Touvron et al. 2023, arXiv:2302.13971,
-section 2.2). Stage 0 holds the embedding, the last stage the final norm and the head. Global tensor names:
+- Pre-norm blocks, RMSNorm, rotary, SwiGLU, untied embedding and head, no biases (Touvron et al.
+  2023, arXiv:2302.13971, section 2.2).
+- Stage 0 holds the embedding, the last stage the final norm and the head.
+
+Global tensor names:
 
     embedding.weight
     layers.N.{attention_norm,mlp_norm}.weight
@@ -24,11 +27,11 @@ from k2train.model.recompute import Cheap, run_layer
 from k2train.parallel.collectives import all_gather
 from k2train.parallel.cross_entropy import (
     IGNORE,
-    Vocabulary,
+    VocabShard,
     fused_cross_entropy,
     vocab_parallel_cross_entropy,
 )
-from k2train.parallel.grad_accumulation import WeightWork
+from k2train.parallel.grad_accumulation import WeightGradStore
 from k2train.parallel.grid import Axis
 from k2train.parallel.shard import Sharded
 from k2train.parallel.tensor_parallel import ColumnLinear, VocabEmbedding
@@ -37,7 +40,7 @@ from k2train.plan.cost import ModelShape
 
 @dataclass(frozen=True)
 class Architecture(ModelShape):
-    """The numbers of the model; the same for every layout."""
+    """Sizes and constants of the model, the same for every layout."""
 
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
@@ -45,11 +48,11 @@ class Architecture(ModelShape):
 
     @property
     def output_std(self) -> float:
-        """Initial deviation of the matrices that write into the residual stream: std / sqrt(2 * layers)."""
+        """Initial std of matrices that write into the residual stream: std / sqrt(2 * layers)."""
         return self.init_std / sqrt(2 * self.num_layers)
 
     def tensor_names(self) -> list[str]:
-        """Every global tensor, in the order of the forward pass."""
+        """Return every global tensor name, in the order of the forward pass."""
         inner = [
             "attention_norm",
             "attention.query",
@@ -63,7 +66,10 @@ class Architecture(ModelShape):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)): [s(/tp), b, h] -> the same shape."""
+    """Transformer block: x + attention(norm(x)), then x + mlp(norm(x)).
+
+    [s(/tp), b, h] -> the same shape.
+    """
 
     def __init__(
         self,
@@ -111,21 +117,27 @@ class Block(nn.Module):
     def inner(
         self, x: Tensor, cheap: Cheap, rotary: Rotary, mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """All but the SwiGLU and its output product: what that is added to [s(/tp), b, h], and [s, b, 2f/tp]."""
+        """Compute everything but the SwiGLU and its output product.
+
+        Returns the residual [s(/tp), b, h], and gate and up [s, b, 2f/tp].
+        """
         x = x + cheap(self.attention_norm, x, lambda y: self.attention(y, rotary, mask))
         return x, cheap(self.mlp_norm, x, self.mlp.gate_up)
 
     def activate(self, x: Tensor) -> Tensor:
-        """The SwiGLU: [s, b, 2f/tp] -> [s, b, f/tp]."""
+        """Apply the SwiGLU: [s, b, 2f/tp] -> [s, b, f/tp]."""
         return self.mlp.activate(x)
 
     def outer(self, residual: Tensor, x: Tensor) -> Tensor:
-        """The output product of the SwiGLU [s, b, f/tp], added: [s(/tp), b, h]."""
+        """Add the output product of the SwiGLU [s, b, f/tp] to the residual: [s(/tp), b, h]."""
         return residual + self.mlp.down(x)
 
 
 class Head(nn.Module):
-    """Final norm, [s(/tp), b, h] -> the same shape, and the output product, which `Stage.logits` and the loss apply."""
+    """Final norm, [s(/tp), b, h] -> the same shape.
+
+    `Stage.logits` and the loss apply the output product.
+    """
 
     def __init__(self, a: Architecture, tp: Axis, sequence: bool, norm: Norm):
         super().__init__()
@@ -139,11 +151,11 @@ class Head(nn.Module):
 
 
 class Stage(nn.Module):
-    """One pipeline stage: tokens [b, s] or activations [s(/tp), b, h] in, activations [s(/tp), b, h] out.
+    """One pipeline stage: tokens [b, s] or activations [s(/tp), b, h] -> activations.
 
-    The last stage ends with the final norm: its output goes to `loss`, or to `logits` by whoever wants to see them.
-    With `documents` [b, s], the index of each token's document in its row, attention stops at document borders; without,
-    it is causal over the whole row.
+    The last stage ends with the final norm. Its output is the input of `loss` or `logits`. With
+    `documents` [b, s], the index of each token's document in its row, attention stops at document
+    borders. Without, it is causal over the whole row.
     """
 
     def __init__(
@@ -168,6 +180,7 @@ class Stage(nn.Module):
             if first
             else None
         )
+
         policies = kernels.recompute_of(len(layers))
         self.blocks = nn.ModuleDict(
             {
@@ -175,17 +188,22 @@ class Stage(nn.Module):
                 for n, policy in zip(layers, policies, strict=True)
             }
         )
+
         self.head = Head(a, tp, sequence, kernels.norm) if last else None
         self.rotary: Rotary | None = None
         self.first_use: Callable[[nn.Module], None] | None = None
-        """Called with a part of the stage before its weights are read: they may still be on their way from other ranks."""
-        self.weight_work = WeightWork()
+        """Called with a child module before its weights are read, which may still be in flight."""
+
+        self.weight_grad_store = WeightGradStore()
         for child in self.modules():
             if isinstance(child, Sharded):
-                child.weight_work = self.weight_work
+                child.weight_grad_store = self.weight_grad_store
 
     def set_rotary(self, rotary: Rotary) -> None:
-        """Give the stage its position tables; kept out of the module's state on purpose."""
+        """Give the stage its position tables.
+
+        They are not part of the module's state on purpose.
+        """
         self.rotary = rotary
 
     def forward(self, x: Tensor, documents: Tensor | None = None) -> Tensor:
@@ -196,6 +214,7 @@ class Stage(nn.Module):
         for block in self.blocks.values():
             self._about_to_use(block)
             x = block(x, self.rotary, mask)
+
         if self.head is None:
             return x
         self._about_to_use(self.head)
@@ -212,40 +231,50 @@ class Stage(nn.Module):
 
     @torch.no_grad()
     def logits_at(self, hidden: Tensor, positions: Sequence[int], sequence: int = 0) -> Tensor:
-        """fp32 logits [positions, vocab_size] of one sequence of the last stage's output [s(/tp), b, h], on every rank.
+        """fp32 logits [positions, vocab_size] of one sequence, on every rank of tp.
 
-        For whoever wants to see a few: those of all positions are gigabytes. Collective over tp.
+        `hidden` is [s(/tp), b, h]. Meant for a few positions: the logits of all are gigabytes.
+        Collective over tp.
         """
         assert self.head is not None, "only the last stage has logits"
+
         rows = hidden[:, sequence].contiguous()
         if self.sequence:
             rows = all_gather(rows, self.tp)
         mine = nn.functional.linear(rows[list(positions)], self.head.output.weight).float()
-        # As many rows on every rank, padding last: put together they begin with the whole vocabulary.
+
+        # Every rank has as many rows, padding last: gathered they begin with the vocabulary.
         whole = all_gather(mine.t().contiguous(), self.tp)
         return whole[: self.architecture.vocab_size].t().contiguous()
 
     def loss(self, hidden: Tensor, tokens: Tensor, scale: float = 1.0) -> Tensor:
-        """`scale` times the sum of the losses of a micro-batch, tokens [b, s]: position i predicts token i+1, the last
-        has no label.
+        """Return `scale` times the summed loss of a micro-batch, tokens [b, s].
 
-        `hidden` [s(/tp), b, h] is what the last stage gave. A sum, not a mean: the caller divides once by the targets of
-        the whole global batch, so that no split into micro-batches or ranks can change the weighting.
+        Collective over tp.
 
-        The first token of a document counts as a target of the </s> before it, also where attention stops at document
-        borders: so the number of targets is a fact of the config and not of the rows, and what is learned there is only
-        how documents begin. Leaving these targets out was refused.
+        - Position i predicts token i+1; the last position has no label. `hidden` [s(/tp), b, h] is
+          the last stage's output.
+        - A sum, not a mean: the caller divides once by the targets of the whole global batch. So no
+          split into micro-batches or ranks changes the weighting.
+        - The first token of a document is a target of the </s> before it, also where attention
+          stops at document borders. So the number of targets follows from the config, not from the
+          rows, and all that is learned there is how documents begin.
+
+        Alternatives considered:
+        - Leaving these targets out: the number of targets would depend on the rows.
         """
         assert self.head is not None, "only the last stage has a loss"
         labels = torch.full_like(tokens, IGNORE)
         labels[:, :-1] = tokens[:, 1:]
+
         output, size = self.head.output, self.architecture.vocab_size
-        start = output.pieces["weight"][0].start
+        start = output.slices["weight"][0].start
         if self.fused_loss:
-            vocabulary = Vocabulary(start, output.rows, size, self.tp, self.sequence)
+            vocabulary = VocabShard(start, output.rows, size, self.tp, self.sequence)
             return fused_cross_entropy(
                 hidden, output.weight, labels.t(), vocabulary, scale, product=self.product
             )
+
         return (
             vocab_parallel_cross_entropy(output(hidden), labels.t(), start, size, self.tp).sum()
             * scale
@@ -255,6 +284,6 @@ class Stage(nn.Module):
 def activation_shape(
     a: Architecture, sequence_length: int, micro_sequences: int, tp: Axis, sequence: bool
 ) -> tuple[int, int, int]:
-    """Shape of what crosses a stage border: [s/tp, b, h] with sequence parallelism, else [s, b, h]."""
+    """Shape of an activation between stages: [s(/tp), b, h], /tp with sequence parallelism."""
     length = sequence_length // tp.size if sequence else sequence_length
     return (length, micro_sequences, a.hidden_size)

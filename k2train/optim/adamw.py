@@ -1,15 +1,18 @@
-"""AdamW with fp32 master weights and moments, each data-parallel rank holding a shard of the rows.
+"""Sharded AdamW (ZeRO-1): fp32 master weights and moments, a flat shard per data-parallel rank.
 
-State is three flat fp32 lines in the order of the gradient buffer, so a step is elementwise on contiguous ranges: on one
-data-parallel rank the two halves (with and without weight decay), on more a bucket at a time, each sent to the other ranks
-while the next is updated. On one rank the parameters are views of one line too: in fp32 of the master weights themselves,
-which are then in memory once; in bf16 of their rounded copy, made in one go.
+- State is three flat fp32 shards in the order of the gradient buffer, so a step is elementwise on
+  contiguous ranges.
+- On one data-parallel rank a step is two ranges (with and without weight decay). On more it goes
+  bucket by bucket, each gathered to the other ranks while the next is updated.
+- On one rank the parameters are views of one flat tensor. In fp32 that is the master weights
+  themselves, which are then in memory once. In bf16 it is their rounded copy, made in one go.
+- Whether a step is applied and the factor that clips it are tensors on the device. The host need
+  not know them to queue the update.
+- `adam_steps` counts applied updates, the t of the bias correction. It differs from the run's step
+  when a step was skipped or the moments came from an earlier stage.
 
-Whether a step is applied, and the factor that clips it, are tensors on the device: the host need not know them to queue
-the update. `adam_steps` counts applied updates: it is the t of the bias correction and differs from the step of the run
-when a step was skipped or the moments came from an earlier stage.
-
-Formula: Loshchilov and Hutter 2019, arXiv:1711.05101, algorithm 2, as in torch.optim.AdamW (decay scaled by the rate).
+Formula: Loshchilov and Hutter 2019, arXiv:1711.05101, algorithm 2, as in torch.optim.AdamW (decay
+scaled by the rate).
 """
 
 from dataclasses import dataclass
@@ -25,7 +28,7 @@ from k2train.parallel.shard import ParamSlice
 
 @dataclass(frozen=True)
 class _Rule:
-    """The numbers of one update."""
+    """Numbers of one update."""
 
     t: int
     lr: float
@@ -37,11 +40,14 @@ class _Rule:
 
 
 class ShardedAdamW:
-    """Optimizer of the pieces of one `ShardLayout`; `kernel` is `fused` (torch's) or `reference` (written out here)."""
+    """Optimizer of the slices of one `ShardLayout`.
+
+    `kernel` is `fused` (torch's) or `reference` (written out here).
+    """
 
     def __init__(
         self,
-        table: ShardLayout,
+        shard_layout: ShardLayout,
         device: torch.device,
         betas: tuple[float, float],
         eps: float,
@@ -49,69 +55,77 @@ class ShardedAdamW:
         kernel: str,
         bucket_bytes: int | None = None,
     ):
-        self.table, self.betas, self.eps, self.weight_decay, self.kernel = (
-            table,
+        self.shard_layout, self.betas, self.eps, self.weight_decay, self.kernel = (
+            shard_layout,
             betas,
             eps,
             weight_decay,
             kernel,
         )
-        self.master = torch.zeros(table.elements, device=device)
+
+        self.master = torch.zeros(shard_layout.elements, device=device)
         self.exp_avg = torch.zeros_like(self.master)
         self.exp_avg_sq = torch.zeros_like(self.master)
         self.adam_steps = 0
-        self._slot_of = {slot.piece.name: slot for slot in table.slots}
-        assert len(self._slot_of) == len(table.slots), "two pieces carry one name"
-        covered = sum(slot.elements for slot in table.slots)
-        assert covered <= table.elements, "pieces overlap"
-        self.publisher = ParamGather(table)
-        self._buckets = _in_order_of_use(table, bucket_bytes)
-        self._weights = self._share_memory() if table.dp.size == 1 else None
+
+        self._slot_of = {slot.param_slice.name: slot for slot in shard_layout.slots}
+        assert len(self._slot_of) == len(shard_layout.slots), "two pieces carry one name"
+        covered = sum(slot.elements for slot in shard_layout.slots)
+        assert covered <= shard_layout.elements, "pieces overlap"
+
+        self.param_gather = ParamGather(shard_layout)
+        self._buckets = _in_order_of_use(shard_layout, bucket_bytes)
+        self._weights = self._share_memory() if shard_layout.dp.size == 1 else None
 
     @torch.no_grad()
     def _share_memory(self) -> Tensor:
-        """Move all parameters into one line, in fp32 the master weights; returns that line."""
-        held = self.table.parameters()
+        """Move all parameters into one flat tensor, in fp32 the master weights, and return it."""
+        held = self.shard_layout.parameters()
         dtype = held[0][0].dtype if held else self.master.dtype
-        line = (
+        shard = (
             self.master
             if dtype == self.master.dtype
             else torch.zeros_like(self.master, dtype=dtype)
         )
-        for parameter, slots in held:
-            start = slots[0].offset - slots[0].piece.row * slots[0].width
-            view = line.narrow(0, start, parameter.numel()).view(parameter.shape)
-            parameter.data = view.copy_(parameter)
-        return line
 
-    def adopt(self, piece: ParamSlice, values: Tensor) -> None:
-        """Take fp32 initial values [piece.shape] as master weights; keeps this rank's rows."""
-        slot = self._slot_of[piece.name]
-        start, stop = slot.rows(self.table.dp)
+        for parameter, slots in held:
+            start = slots[0].offset - slots[0].param_slice.row * slots[0].width
+            view = shard.narrow(0, start, parameter.numel()).view(parameter.shape)
+            parameter.data = view.copy_(parameter)
+
+        return shard
+
+    def set_master(self, param_slice: ParamSlice, values: Tensor) -> None:
+        """Set master weights to fp32 values [param_slice.shape]; this rank keeps its rows."""
+        slot = self._slot_of[param_slice.name]
+        start, stop = slot.rows(self.shard_layout.dp)
         self.view("master", slot).copy_(values[start:stop])
 
     @property
     def flat_shards(self) -> dict[str, Tensor]:
-        """The states by name, each a line [elements]: what a checkpoint saves and fills."""
+        """States by name, each a flat shard [elements]: what a checkpoint saves and fills."""
         return {"master": self.master, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
 
     def view(self, state: str, slot: BufferSlot) -> Tensor:
-        """This rank's rows of one state of a piece, in the piece's shape."""
-        return self.table.local(getattr(self, state), slot)
+        """View this rank's rows of one state of a slice, in the slice's shape."""
+        return self.shard_layout.local(getattr(self, state), slot)
 
     @torch.no_grad()
     def step(
         self, gradient: Tensor, lr: float, divisor: Tensor | None = None, skip: Tensor | None = None
     ) -> None:
-        """Queue one update with `gradient` [elements] / `divisor`, nothing where `skip` is 1, and the weights' way back.
+        """Queue one update and the gather of the new weights. Collective.
 
-        Both are fp32 scalars on the device. The update is number `adam_steps` + 1; it is counted by `count`, when the host
-        knows whether it was applied. The gradient is used up.
+        - The gradient is `gradient` [elements] / `divisor`.
+        - Does nothing where `skip` is 1. `divisor` and `skip` are fp32 scalars on the device.
+        - The update is number `adam_steps` + 1. `count` counts it once the host knows whether it
+          was applied.
+        - The gradient is used up.
         """
         update = _fused if self.kernel == "fused" else _reference
         for bucket in self._buckets:
             part = slice(bucket.start, bucket.stop)
-            decay = self.weight_decay if bucket.start < self.table.decayed else 0.0
+            decay = self.weight_decay if bucket.start < self.shard_layout.decayed else 0.0
             rule = _Rule(self.adam_steps + 1, lr, self.betas, self.eps, decay, divisor, skip)
             update(
                 self.master[part], gradient[part], self.exp_avg[part], self.exp_avg_sq[part], rule
@@ -119,44 +133,59 @@ class ShardedAdamW:
             self._send(bucket)
 
     def count(self, applied: bool) -> None:
-        """Tell whether the last step was applied."""
+        """Count the last step, if it was applied."""
         self.adam_steps += int(applied)
 
-    def publish(self) -> None:
-        """Write the master weights, rounded to the parameters' dtype, into the parameters of every data-parallel rank."""
+    def write_parameters(self) -> None:
+        """Write the master weights, rounded, into the parameters of every data-parallel rank.
+
+        Collective.
+        """
         for bucket in self._buckets:
             self._send(bucket)
-        self.publisher.finish()
+        self.param_gather.finish()
 
     @torch.no_grad()
     def _send(self, bucket: Bucket) -> None:
         part = slice(bucket.start, bucket.stop)
         if self._weights is None:
-            self.publisher.put(bucket, self.master[part])
+            self.param_gather.start(bucket, self.master[part])
         elif self._weights is not self.master:
             self._weights[part].copy_(self.master[part])
 
     def finish(self) -> None:
-        """Return when all parameters hold the last update: for whoever reads them other than in a forward pass, and for
-        the end of a run, which must not leave others waiting."""
-        self.publisher.finish()
+        """Wait until all parameters hold the last update. Collective.
+
+        For readers of parameters outside a forward pass, and for the end of a run, which must not
+        leave others waiting.
+        """
+        self.param_gather.finish()
 
     def wait_for(self, module: nn.Module) -> None:
-        """Return when the parameters of `module` hold the last update."""
-        self.publisher.wait_for(module)
+        """Wait until the parameters of `module` hold the last update."""
+        self.param_gather.wait_for(module)
 
 
-def _in_order_of_use(table: ShardLayout, bucket_bytes: int | None) -> tuple[Bucket, ...]:
-    """The buckets as a forward pass meets them: what does not decay (norms) stands all over the model, so it is first.
+def _in_order_of_use(shard_layout: ShardLayout, bucket_bytes: int | None) -> tuple[Bucket, ...]:
+    """Order the buckets by first use in a forward pass.
 
-    On one rank nothing is sent, and each half is one.
+    Norms, used all over the model, come first.
+
+    On one rank nothing is sent, and each half is one bucket.
     """
-    buckets = table.buckets(bucket_bytes if table.dp.size > 1 else 4 * table.elements + 4)
-    return tuple(sorted(buckets, key=lambda bucket: (bucket.start < table.decayed, bucket.start)))
+    buckets = shard_layout.buckets(
+        bucket_bytes if shard_layout.dp.size > 1 else 4 * shard_layout.elements + 4
+    )
+    return tuple(
+        sorted(buckets, key=lambda bucket: (bucket.start < shard_layout.decayed, bucket.start))
+    )
 
 
 def _fused(p: Tensor, g: Tensor, m: Tensor, v: Tensor, rule: _Rule) -> None:
-    """torch's own fused kernel through its functional interface; its step counter is a tensor that it does not keep."""
+    """Update by torch's fused kernel, functional interface.
+
+    Its step counter is a tensor that it does not keep.
+    """
     adamw(
         [p],
         [g],
@@ -180,6 +209,7 @@ def _fused(p: Tensor, g: Tensor, m: Tensor, v: Tensor, rule: _Rule) -> None:
 
 def _reference(p: Tensor, g: Tensor, m: Tensor, v: Tensor, rule: _Rule) -> None:
     g = g if rule.divisor is None else g / rule.divisor
+
     b1, b2 = rule.betas
     new_m = m.lerp(g, 1 - b1)
     new_v = v.mul(b2).addcmul_(g, g, value=1 - b2)
@@ -187,6 +217,7 @@ def _reference(p: Tensor, g: Tensor, m: Tensor, v: Tensor, rule: _Rule) -> None:
     new_p = p.mul(1 - rule.lr * rule.decay).addcdiv_(
         new_m, denominator, value=-rule.lr / (1 - b1**rule.t)
     )
+
     for old, new in ((p, new_p), (m, new_m), (v, new_v)):
         # Chosen and not multiplied by 0: what must not be applied may not be a number.
         old.copy_(new if rule.skip is None else torch.where(rule.skip > 0, old, new))

@@ -1,13 +1,17 @@
-"""The global gradient norm, each parameter counted once, and the sums that go with it: one exchange a step.
+"""Global gradient norm with clipping, loss, flags and finite check in one exchange per step.
 
-Every rank adds the square sum of its own rows of each piece into a fp64 table with a line a global tensor. The table is
-summed over the ranks of a stage, then over stages, and added up in the order of the forward pass. Other stages contribute
-exact zeros, so the result does not depend on the pipeline degree in a single bit; data- and tensor-parallel ranks each
-hold different rows, and a tensor that all tensor-parallel ranks hold is counted by the first of them.
+- Every rank adds the square sum of its rows of each slice into an fp64 vector with one entry per
+  global tensor. The vector is summed over the ranks of a stage, then over stages, and added up in
+  the order of the forward pass.
+- Other stages contribute exact zeros, so no bit of the result depends on the pipeline degree. Data-
+  and tensor-parallel ranks each hold different rows. A tensor that all tensor-parallel ranks hold
+  is counted by the first.
+- The loss, the number of ranks asked to stop and the finite check travel in the same vector. Every
+  rank decides from the same bytes, on its device. The host reads the outcome when the whole step is
+  queued.
 
-The loss, the count of ranks asked to stop and the finite check ride in the same table: every rank decides from the same
-bytes, and decides on its device. The host reads the outcome when the whole step is queued; refused: a host that reads the
-norm first, which leaves the device without work while it thinks.
+Alternatives considered:
+- A host that reads the norm first: the device would idle meanwhile.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,46 +26,50 @@ from k2train.parallel.grad_buffer import ShardLayout
 from k2train.parallel.grid import Axis
 
 BLOCK = 256
-"""Elements whose squares are added in fp32 on a CPU; the sums of blocks are added in fp64."""
+"""Elements whose squares are added in fp32 on a CPU. The sums of blocks are added in fp64."""
 MANY_BLOCKS = 256
-"""From so many blocks on their rounding errors even out: 1e-8 of the sum at most (measured), in a quarter of the time."""
+"""Number of blocks from which rounding errors even out.
+
+Measured: 1e-8 of the sum at most, in a quarter of the time.
+"""
 
 
 @dataclass(frozen=True)
 class StepSums:
-    """What all ranks agree on after a step."""
+    """Sums all ranks agree on after a step."""
 
     loss: float
-    """Mean over all targets of the global batch (nats a token)."""
+    """Mean over all targets of the global batch (nats per token)."""
     grad_norm: float
-    """Before clipping."""
+    """Global norm before clipping."""
     norms: Mapping[str, float]
     """Norm of each global tensor's gradient."""
     flags: tuple[float, ...]
-    """Sums over all ranks of what each put in."""
+    """Sums over all ranks of each rank's flags."""
 
     @property
     def finite(self) -> bool:
+        """Whether loss and norm are finite."""
         return isfinite(self.loss) and isfinite(self.grad_norm)
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """The same on the device, not yet read by the host: what the optimizer needs, and `read` for the rest."""
+class StepDecision:
+    """Decision about a step, on the device: what the optimizer needs, and `read` for the host."""
 
     names: Sequence[str]
-    table: Tensor
+    totals: Tensor
     """fp64 [names + loss + flags]."""
     grad_norm: Tensor
     """fp64 scalar."""
     divisor: Tensor
-    """fp32 scalar: what the gradient is divided by to be clipped, 1 where it need not be."""
+    """fp32 scalar that the gradient is divided by to be clipped; 1 where it need not be."""
     skip: Tensor
     """fp32 scalar: 1 where loss or norm are not finite, else 0."""
 
     def read(self) -> StepSums:
-        """Wait for the device, once."""
-        *values, norm = torch.cat((self.table, self.grad_norm.view(1))).tolist()
+        """Read the sums on the host, waiting for the device once."""
+        *values, norm = torch.cat((self.totals, self.grad_norm.view(1))).tolist()
         n = len(self.names)
         norms = {
             name: sqrt(value) if value >= 0 else float("nan")
@@ -71,60 +79,77 @@ class Verdict:
 
 
 class SquareSums:
-    """Square sums of one rank's rows of each global tensor of `names`."""
+    """Square sums of this rank's rows of each global tensor of `names`."""
 
-    def __init__(self, table: ShardLayout, names: Sequence[str], tp: Axis, device: torch.device):
-        place = {name: i for i, name in enumerate(names)}
-        self.table, self.names = table, names
+    def __init__(
+        self, shard_layout: ShardLayout, names: Sequence[str], tp: Axis, device: torch.device
+    ):
+        index_of = {name: i for i, name in enumerate(names)}
+        self.shard_layout, self.names = shard_layout, names
         self._held = [
             slot
-            for slot in table.slots
-            if slot.rows(table.dp)[1] > slot.rows(table.dp)[0] and slot.width
+            for slot in shard_layout.slots
+            if slot.rows(shard_layout.dp)[1] > slot.rows(shard_layout.dp)[0] and slot.width
         ]
-        self._places = torch.tensor(
-            [place[slot.piece.name] for slot in self._held], dtype=torch.int64, device=device
+        self._indices = torch.tensor(
+            [index_of[slot.param_slice.name] for slot in self._held],
+            dtype=torch.int64,
+            device=device,
         )
-        # Times 0 and not skipped: a replica that is not finite must still stop the step, and 0 * inf is NaN.
-        counted = [float(slot.piece.dim is not None or tp.rank == 0) for slot in self._held]
+
+        # Multiplied by 0, not left out: a replica that is not finite must still stop the step, and
+        # 0 * inf is NaN.
+        counted = [float(slot.param_slice.dim is not None or tp.rank == 0) for slot in self._held]
         self._counted = torch.tensor(counted, dtype=torch.float64, device=device)
-        self._line: Tensor | None = None
+
+        self._shard: Tensor | None = None
         self._rows: list[Tensor] = []
 
-    def __call__(self, line: Tensor) -> Tensor:
-        """fp64 [names] from a line [elements]; 0 where this rank holds nothing or another counts it (NaN where a copy that
-        another counts is not finite here)."""
-        sums = torch.zeros(len(self.names), dtype=torch.float64, device=line.device)
+    def __call__(self, shard: Tensor) -> Tensor:
+        """Return fp64 [names] from a flat shard [elements].
+
+        0 where this rank holds nothing or another rank counts the tensor. NaN where a copy that
+        another counts is not finite here.
+        """
+        sums = torch.zeros(len(self.names), dtype=torch.float64, device=shard.device)
         if self._held:
-            if line is not self._line:
-                # The gradient buffer gives the same line in every step, so its parts are looked up once.
-                self._line, self._rows = (
-                    line,
-                    [self.table.local(line, slot).view(-1) for slot in self._held],
+            if shard is not self._shard:
+                # The gradient buffer returns the same shard in every step: look its parts up once.
+                self._shard, self._rows = (
+                    shard,
+                    [self.shard_layout.local(shard, slot).view(-1) for slot in self._held],
                 )
-            if line.device.type == "cpu":
+
+            if shard.device.type == "cpu":
                 squares = torch.stack([_square(part) for part in self._rows])
             else:
                 squares = _squares(self._rows)
-            sums.index_copy_(0, self._places, squares * self._counted)
+
+            sums.index_copy_(0, self._indices, squares * self._counted)
+
         return sums
 
 
 def _square(rows: Tensor) -> Tensor:
-    """fp64 square sum of [n], on a CPU; its own conversion to fp64 writes every value once more before it reads it."""
+    """Square sum of [n] on a CPU, fp64.
+
+    torch's own conversion to fp64 would write every value once more before reading it.
+    """
     whole = rows.numel() // BLOCK
     if whole < MANY_BLOCKS:
         return torch.linalg.vector_norm(rows, dtype=torch.float64).square()
+
     blocks = torch.linalg.vector_norm(rows[: whole * BLOCK].view(whole, BLOCK), dim=1).double()
     rest = torch.linalg.vector_norm(rows[whole * BLOCK :], dtype=torch.float64)
     return blocks.dot(blocks) + rest.square()
 
 
 def _squares(rows: Sequence[Tensor]) -> Tensor:
-    """fp64 square sums [len(rows)], added in fp64 by a few kernels for all."""
+    """Square sums [len(rows)], added in fp64 by a few kernels for all."""
     return torch.stack(torch._foreach_norm(list(rows), 2.0, dtype=torch.float64)).square()
 
 
-def agree(
+def decide_step(
     sums: Tensor,
     names: Sequence[str],
     loss: Tensor,
@@ -132,21 +157,28 @@ def agree(
     stage: Axis,
     pp: Axis,
     clip_norm: float | None = None,
-) -> Verdict:
-    """Exchange square sums, this rank's part of the loss (already divided; 0 where another rank counts it) and flags.
+) -> StepDecision:
+    """All-reduce square sums, loss and flags; decide clipping and skipping on the device.
 
-    The gradient is divided by max(1, (norm + 1e-6) / clip_norm), torch.nn.utils.clip_grad_norm_'s rule.
+    Collective.
+
+    - `loss` is this rank's part (already divided; 0 where another rank counts it).
+    - The gradient is divided by max(1, (norm + 1e-6) / clip_norm), torch.nn.utils.clip_grad_norm_'s
+      rule.
     """
-    table = torch.cat((sums, loss.detach().double().view(1), sums.new_zeros(len(flags))))
+    totals = torch.cat((sums, loss.detach().double().view(1), sums.new_zeros(len(flags))))
     for index, flag in enumerate(flags):
         if flag:
-            table[len(names) + 1 + index].fill_(flag)
-    all_reduce(table, stage)
-    all_reduce(table, pp)
-    total = table[: len(names)].cumsum(0)[-1]
+            totals[len(names) + 1 + index].fill_(flag)
+
+    all_reduce(totals, stage)
+    all_reduce(totals, pp)
+
+    total = totals[: len(names)].cumsum(0)[-1]
     norm = total.sqrt()
-    skip = (~(torch.isfinite(norm) & torch.isfinite(table[len(names)]))).float()
+    skip = (~(torch.isfinite(norm) & torch.isfinite(totals[len(names)]))).float()
     divisor = (
         torch.ones_like(norm) if clip_norm is None else ((norm + 1e-6) / clip_norm).clamp(min=1.0)
     )
-    return Verdict(names, table, norm, divisor.float(), skip)
+
+    return StepDecision(names, totals, norm, divisor.float(), skip)

@@ -1,1 +1,1 @@
-"""The process grid, parallel layers, pipeline executor and gradient reduction over torch.distributed."""
+"""Process grid, parallel layers, pipeline executor, gradient reduction over torch.distributed."""

@@ -1,6 +1,8 @@
-"""Parts of a save that all ranks do, and that end alike on all of them: with a result, or with the same error.
+"""Collective agreement on host objects: all ranks get the same result or raise the same error.
 
-A rank that failed alone would leave the others waiting in the next collective, for as long as the group's timeout.
+- Used by saving and loading, in the background group, so that the saving thread never meets
+  training collectives.
+- A rank that failed alone would leave the others in the next collective until the group's timeout.
 """
 
 from collections.abc import Callable
@@ -16,21 +18,27 @@ T = TypeVar("T")
 
 
 class SaveError(RuntimeError):
-    """A checkpoint could not be saved; raised on every rank alike. Those saved before are untouched."""
+    """A checkpoint could not be saved.
+
+    Raised on every rank alike; earlier checkpoints are untouched.
+    """
 
 
 class DiskRefused(SaveError):
-    """The disk refused it: what was written is of no use, but the same save may go well later."""
+    """The disk refused the write. The partial files are useless, but a later save may succeed."""
 
 
 class Agreement:
-    """Exchanges over the group of the thread that saves. Every method is collective."""
+    """Exchange of small objects over the group of the saving thread. Every method is collective."""
 
     def __init__(self, grid: ProcessGrid):
         self.group, self.rank, self.world_size = grid.background, grid.rank, grid.layout.world_size
 
     def do(self, part: Callable[[], T], refused: Callable[[OSError], SaveError]) -> T:
-        """This rank's result of `part`, or the first rank's error on every rank; `refused` words an OSError."""
+        """Run `part` on every rank; every rank raises the first error there was.
+
+        Returns this rank's result. `refused` turns an OSError into the SaveError to raise.
+        """
         mine: Any = None
         problem: Exception | None = None
         try:
@@ -42,6 +50,7 @@ class Agreement:
         except Exception as error:
             # Whatever it is, the other ranks must hear of it.
             problem = SaveError(f"a checkpoint could not be saved: rank {self.rank}: {error!r}")
+
         for found in self.all(problem):
             if found is not None:
                 raise found
@@ -49,25 +58,25 @@ class Agreement:
         return result
 
     def all(self, mine: T) -> list[T]:
-        """Every rank's value on every rank."""
+        """Gather every rank's value on every rank."""
         parts: list[Any] = [None] * self.world_size
         dist.all_gather_object(parts, mine, group=self.group)
         return parts
 
     def to_first(self, mine: T) -> list[T]:
-        """Every rank's value on rank 0; elsewhere an empty list."""
+        """Gather every rank's value on rank 0; other ranks get an empty list."""
         parts: list[Any] = [None] * self.world_size if self.rank == 0 else []
         dist.gather_object(mine, parts or None, dst=0, group=self.group)
         return parts
 
     def from_first(self, mine: T) -> T:
-        """Rank 0's value on every rank."""
-        told: list[Any] = [mine]
-        dist.broadcast_object_list(told, src=0, group=self.group)
-        result: T = told[0]
+        """Broadcast rank 0's value to every rank."""
+        shared: list[Any] = [mine]
+        dist.broadcast_object_list(shared, src=0, group=self.group)
+        result: T = shared[0]
         return result
 
     def sum(self, mine: torch.Tensor) -> torch.Tensor:
-        """The sum over ranks of a host tensor of whole numbers, in place."""
+        """Sum a host tensor of integers over all ranks, in place."""
         dist.all_reduce(mine, group=self.group)
         return mine

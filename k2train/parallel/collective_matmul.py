@@ -1,17 +1,22 @@
-"""A matrix product and the collective that belongs to it: the one place that says when a transfer begins and who waits.
+"""Matrix products with their tensor-parallel collective: when a transfer starts, and who waits.
 
-Two operations, each the other's backward; rows are [s * b] flattened, so a part of the sequence is a block of rows:
+Two operations, each the other's backward. Rows are [s * b] flattened, so a part of the sequence is
+a block of rows:
 
                        gather_multiply                    multiply_scatter
     one rank           x M                                x M
     replicated         x M                                all-reduce of x M
     split sequence     all-gather of x, times M           reduce-scatter of x M
 
-A column-parallel layer is gather_multiply forward and multiply_scatter backward, a row-parallel one the other way round.
-Waiting at once, going on meanwhile (`overlap`) and fusing both (`symmetric`) differ here only. With overlap the
-product of the rank's own rows is made while the others' are on their way, and what multiply_scatter returns is waited for
-by the caller, who has a weight gradient to compute meanwhile. Refused: cutting every product into `tp` pieces sent one by
-one (many small transfers; over symmetric memory torch does that with copies that cost no kernels).
+- A column-parallel layer is gather_multiply forward and multiply_scatter backward; a row-parallel
+  layer the reverse.
+- Blocking, overlapped (`overlap`) and fused (`symmetric`) transfers differ here only.
+- With overlap a rank multiplies its own rows while the others' arrive. The caller of
+  multiply_scatter waits for its result, and computes a weight gradient meanwhile.
+
+Alternatives considered:
+- Cutting every product into `tp` parts sent one by one: many small transfers. Over symmetric memory
+  torch does that with copies that cost no kernels.
 
 Source of the overlap: Korthikanti et al. 2022 (arXiv:2205.05198), and Megatron-LM's linear layers.
 """
@@ -35,53 +40,64 @@ from k2train.parallel.symmetric_memory import (
 
 
 class Product:
-    """How matrices are multiplied: by torch, in the dtype of the factors. A subclass may round them first."""
+    """Matrix multiplication by torch, in the dtype of the factors.
+
+    Subclasses may round the factors first.
+    """
 
     writes_out = True
-    """Whether `out` saves memory; where it does not, a result is copied there."""
+    """Whether writing to `out` saves memory. If not, the result is copied there."""
     exact = True
-    """Whether it is fit for the head, whose logits must not be rounded further."""
+    """Whether the product is exact enough for the head, whose logits must not be rounded further.
+    """
 
     def multiply(
         self, a: Tensor, matrix: Tensor, gradient: bool, out: Tensor | None = None
     ) -> Tensor:
-        """a [n, k] times matrix [k, m], a weight or its transpose -> [n, m], in `out` where given.
+        """Multiply a [n, k] by `matrix` [k, m] -> [n, m], in `out` where given.
 
-        `gradient`: `a` is one, and wants range more than digits.
+        `matrix` is a weight or its transpose. `gradient`: `a` is a gradient, which needs range more
+        than precision.
         """
         return torch.mm(a, matrix, out=out)
 
     def add_weight_gradient(self, into: Tensor, dy: Tensor, x: Tensor) -> None:
-        """into [rows, columns], fp32, += dy^T x: dy [n, rows], x [n, columns]."""
+        """Add dy^T x to `into` [rows, columns], fp32: dy [n, rows], x [n, columns]."""
         add_product(into, dy, x)
 
     def check(self, name: str, rows: int, columns: int) -> None:
-        """Raise ConfigError where a weight of this local shape cannot be multiplied so."""
+        """Raise ConfigError when a weight of this local shape cannot be multiplied this way."""
 
 
 class CollectiveMatmul:
-    """One rank, and what the others share: nothing is sent."""
+    """Products of an axis with one rank, and the interface of the others. Sends nothing."""
 
     def __init__(self, axis: Axis, product: Product):
         self.axis, self.product = axis, product
         self.regather = False
-        """Whether the part of x that a rank put in is kept for the backward pass, and not all of it."""
+        """Whether only this rank's part of x is kept for the backward pass."""
 
     def gather(self, x: Tensor) -> Pending:
-        """x [n(/tp), k] -> [n, k], in the order the ranks call it."""
+        """Gather x [n(/tp), k] -> [n, k]. Collective: every rank must call in the same order."""
         return Pending(x)
 
     def gather_multiply(self, x: Tensor, matrix: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
-        """x [n(/tp), k], matrix [k, m] -> all of x [n, k], and its product [n, m]."""
+        """Gather x [n(/tp), k] -> [n, k] and multiply it by `matrix` [k, m]. Collective.
+
+        Returns all rows of x and the product [n, m].
+        """
         return x, self.product.multiply(x, matrix, gradient)
 
     def multiply_scatter(self, x: Tensor, matrix: Tensor, gradient: bool) -> Pending:
-        """x [n, k], matrix [k, m] -> this rank's rows [n(/tp), m] of the products' sum over ranks, on their way."""
+        """Multiply x [n, k] by `matrix` [k, m] and start the sum over ranks. Collective.
+
+        The result is this rank's rows [n(/tp), m].
+        """
         return Pending(self.product.multiply(x, matrix, gradient))
 
 
 class Replicated(CollectiveMatmul):
-    """Every rank holds all rows: sums are all-reduced."""
+    """Products where every rank holds all rows: sums are all-reduced."""
 
     def multiply_scatter(self, x: Tensor, matrix: Tensor, gradient: bool) -> Pending:
         return all_reduce_start(
@@ -90,7 +106,7 @@ class Replicated(CollectiveMatmul):
 
 
 class Split(CollectiveMatmul):
-    """Every rank holds its rows (sequence parallelism): gathered before a product, reduce-scattered after it."""
+    """Products with sequence parallelism: all-gather before a product, reduce-scatter after it."""
 
     def __init__(self, axis: Axis, product: Product):
         super().__init__(axis, product)
@@ -105,10 +121,13 @@ class Split(CollectiveMatmul):
         if not self.axis.overlap:
             whole = gathering.wait()
             return whole, self.product.multiply(whole, matrix, gradient)
+
+        # Multiply our own rows while the others' are on their way.
         rows, first = x.shape[0], self.axis.rank * x.shape[0]
         y = x.new_empty(rows * self.axis.size, matrix.shape[1])
         self.product.multiply(x, matrix, gradient, y[first : first + rows])
         whole = gathering.wait()
+
         for others in (slice(0, first), slice(first + rows, None)):
             if whole[others].shape[0]:
                 self.product.multiply(whole[others], matrix, gradient, y[others])
@@ -121,7 +140,7 @@ class Split(CollectiveMatmul):
 
 
 class Symmetric(Split):
-    """The same with product and transfer in one: blocks are multiplied as they arrive, and sent as they are made."""
+    """Products fused with their transfer: blocks are multiplied on arrival and sent when done."""
 
     def gather_multiply(self, x: Tensor, matrix: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
         return gather_multiply(x.contiguous(), matrix, self.axis)
@@ -133,9 +152,9 @@ class Symmetric(Split):
 def choose_collective_matmul(
     axis: Axis, sequence: bool, product: Product | None
 ) -> CollectiveMatmul:
-    """How the layers of one tensor-parallel axis exchange: decided once, when a layer is built.
+    """Choose how the layers of one tensor-parallel axis communicate, once, when a layer is built.
 
-    Raises ConfigError where `parallel.symmetric_memory` is asked for and cannot be had.
+    Raises ConfigError when `parallel.symmetric_memory` is on and not available.
     """
     product = product or Product()
     if axis.size == 1:

@@ -1,11 +1,17 @@
-"""Collectives over one axis, at once or begun ahead, and the two that leave a sum over tensor-parallel ranks.
+"""Collectives over one axis, blocking or asynchronous, also as autograd functions.
 
-    reduce_out   all-reduce      | identity      leave a sum over ranks, activations replicated
-    scatter_out  reduce-scatter  | all-gather    leave it split along the sequence
+Two autograd functions end a tensor-parallel region:
 
-What one does forward, its partner on the right does backward; products with their collectives are in `exchange`. The
-sequence is dimension 0, so a gather or scatter is one contiguous copy. Everything is nothing on an axis of one.
-Sources: Shoeybi et al. 2019 (arXiv:1909.08053) section 3; Korthikanti et al. 2022 (arXiv:2205.05198) section 4.2.2.
+    reduce_out   all-reduce      | identity      sum over ranks, activations replicated
+    scatter_out  reduce-scatter  | all-gather    sum over ranks, split along the sequence
+
+- The left column is the forward pass, the right one its backward.
+- Products with their collectives are in `collective_matmul`.
+- The sequence is dimension 0, so a gather or scatter is one contiguous copy.
+- On an axis of one rank every collective is a no-op.
+
+Sources: Shoeybi et al. 2019 (arXiv:1909.08053) section 3; Korthikanti et al. 2022
+(arXiv:2205.05198) section 4.2.2.
 """
 
 from collections.abc import Callable
@@ -24,9 +30,11 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 
 
 class Pending:
-    """A collective that may still be on its way; its tensors must not be written until `wait` has returned.
+    """Handle of a collective that may still be running.
 
-    `axis` and `what` say to its traffic which one a wait is for.
+    Its tensors must not be written before `wait` returns.
+
+    `axis` and `what` name the collective for the communication tracker.
     """
 
     def __init__(
@@ -40,7 +48,10 @@ class Pending:
         self._out, self._work, self._finish, self._axis, self._what = out, work, finish, axis, what
 
     def wait(self) -> Tensor:
-        """The result, complete (on an accelerator: for what is queued after this). May be asked again."""
+        """Return the complete result (on an accelerator: complete for work queued after this).
+
+        May be called again.
+        """
         work, self._work = self._work, None
         if work is not None:
             with wait_scope(None if self._axis is None else self._axis.comm, self._what):
@@ -52,17 +63,18 @@ class Pending:
 
 
 def _pair(x: Tensor, axis: Axis) -> bool:
-    """Whether two ranks exchange in host memory: they swap what the other needs, and add.
+    """Whether the axis is two ranks in host memory, which swap their parts and add.
 
-    gloo's own collectives take more steps and copies for the same (two processes, medians of fp32 all-reduce of 4 KiB 0.34
-    and 0.17 ms so, of 1 MiB 1.1 and 0.8, of 16 MiB 50 and 34; all-gather to 1 MiB 0.8 and 0.5; reduce-scatter of 1 MiB 1.1
-    and 0.5), and a sum of two is the same bits in either order.
+    gloo's own collectives need more steps and copies for the same result. Medians of two processes,
+    fp32, gloo and this: all-reduce of 4 KiB 0.34 and 0.17 ms, of 1 MiB 1.1 and 0.8, of 16 MiB 50
+    and 34; all-gather to 1 MiB 0.8 and 0.5; reduce-scatter of 1 MiB 1.1 and 0.5. A sum of two has
+    the same bits in either order.
     """
     return axis.size == 2 and x.device.type == "cpu"
 
 
 def _swap(mine: Tensor, other: Tensor, axis: Axis, wait: bool, name: str) -> Any:
-    """Send `mine` to the other of two ranks and begin to receive `other`, both contiguous and of one size."""
+    """Send `mine` to the other of two ranks and receive `other`, both contiguous, of one size."""
     splits = [0, mine.numel()] if axis.rank == 0 else [mine.numel(), 0]
     with collective_scope(axis.comm, name):
         return dist.all_to_all_single(
@@ -79,15 +91,20 @@ def _finished(pending: Pending, wait: bool) -> Pending:
 def all_reduce_start(
     x: Tensor, axis: Axis, op: Any = dist.ReduceOp.SUM, wait: bool = False
 ) -> Pending:
-    """Begin to reduce `x` in place over an axis; with `wait` it is done on return."""
+    """Start an in-place reduction of `x` over an axis.
+
+    With `wait` it is complete on return. Collective.
+    """
     if axis.size == 1:
         return Pending(x)
+
     name = f"all-reduce {axis.name}"
     if _pair(x, axis) and op in _IN_PLACE:
         mine = x.contiguous()
         other = torch.empty_like(mine)
         work = _swap(mine, other, axis, wait, name)
         return _finished(Pending(x, work, lambda: _IN_PLACE[op](x, other, out=x), axis, name), wait)
+
     with collective_scope(axis.comm, name):
         work = dist.all_reduce(x, op=op, group=axis.group, async_op=not wait)
     return Pending(x, work, None, axis, name)
@@ -100,15 +117,18 @@ _IN_PLACE: dict[Any, Callable[..., Tensor]] = {
 
 
 def all_gather_start(x: Tensor, axis: Axis, wait: bool = False) -> Pending:
-    """Begin [n, ...] -> [n * size, ...], blocks in rank order."""
+    """Start an all-gather [n, ...] -> [n * size, ...], blocks in rank order. Collective."""
     if axis.size == 1:
         return Pending(x)
     x, name = x.contiguous(), f"all-gather {axis.name}"
     out = x.new_empty((x.shape[0] * axis.size, *x.shape[1:]))
+
     if not _pair(x, axis):
         with collective_scope(axis.comm, name):
             work = _all_gather(out, x, group=axis.group, async_op=not wait)
         return Pending(out, work, None, axis, name)
+
+    # Two ranks: receive the other's block in place, and copy our own meanwhile.
     blocks = out.view(2, *x.shape)
     work = _swap(x, blocks[1 - axis.rank], axis, wait, name)
     blocks[axis.rank].copy_(x)
@@ -116,33 +136,44 @@ def all_gather_start(x: Tensor, axis: Axis, wait: bool = False) -> Pending:
 
 
 def reduce_scatter_start(x: Tensor, axis: Axis, wait: bool = False) -> Pending:
-    """Begin [n * size, ...] -> [n, ...]: the sum over ranks, on a CPU in rank order, block `rank` of it.
+    """Start a reduce-scatter [n * size, ...] -> [n, ...]: block `rank` of the sum over ranks.
 
-    On a CPU every rank sends each block to the rank that wants it and sums what it gets. gloo's own reduce-scatter reduces
-    everything everywhere, which is twice the transfer, and rounds a bf16 sum once a rank.
+    Collective.
+
+    On a CPU every rank sends each block to its owner, which sums in rank order. gloo's own
+    reduce-scatter reduces every block everywhere: twice the transfer, and a bf16 sum rounded once
+    per rank.
     """
     if axis.size == 1:
         return Pending(x)
+
     assert x.shape[0] % axis.size == 0, f"dimension 0 ({x.shape[0]}) must be divisible by {axis}"
     x, name = x.contiguous(), f"reduce-scatter {axis.name}"
     out = x.new_empty((x.shape[0] // axis.size, *x.shape[1:]))
     blocks = x.view(axis.size, *out.shape)
+
     if _pair(x, axis):
         work = _swap(blocks[1 - axis.rank], out, axis, wait, name)
         return _finished(Pending(out, work, lambda: out.add_(blocks[axis.rank]), axis, name), wait)
+
     if x.device.type != "cpu":
         with collective_scope(axis.comm, name):
             work = _reduce_scatter(out, x, group=axis.group, async_op=not wait)
         return Pending(out, work, None, axis, name)
+
     received = torch.empty_like(x)
     with collective_scope(axis.comm, name):
         work = dist.all_to_all_single(received, x, group=axis.group, async_op=not wait)
+
     finish = partial(_sum_blocks, received.view(axis.size, *out.shape), out)
     return _finished(Pending(out, work, finish, axis, name), wait)
 
 
 def _sum_blocks(blocks: Tensor, out: Tensor) -> None:
-    """[size, ...] -> the sum of the blocks in `out`, first to last; sums of a narrow dtype are rounded once, at the end."""
+    """Sum blocks [size, ...] into `out`, first to last.
+
+    Sums of a narrow dtype are rounded once, at the end.
+    """
     if blocks.dtype in (torch.float32, torch.float64):
         torch.add(blocks[0], blocks[1], out=out)
         for block in blocks[2:]:
@@ -152,17 +183,17 @@ def _sum_blocks(blocks: Tensor, out: Tensor) -> None:
 
 
 def all_reduce(x: Tensor, axis: Axis, op: Any = dist.ReduceOp.SUM) -> Tensor:
-    """Reduce in place over an axis and return `x`."""
+    """Reduce `x` in place over an axis and return it. Collective."""
     return all_reduce_start(x, axis, op, wait=True).wait()
 
 
 def all_gather(x: Tensor, axis: Axis) -> Tensor:
-    """[n, ...] -> [n * size, ...], blocks in rank order."""
+    """Gather [n, ...] -> [n * size, ...], blocks in rank order. Collective."""
     return all_gather_start(x, axis, wait=True).wait()
 
 
 def reduce_scatter(x: Tensor, axis: Axis) -> Tensor:
-    """[n * size, ...] -> [n, ...]: the sum over ranks, block `rank` of it."""
+    """Sum over ranks and return block `rank`: [n * size, ...] -> [n, ...]. Collective."""
     return reduce_scatter_start(x, axis, wait=True).wait()
 
 
@@ -188,7 +219,10 @@ class _ScatterOut(torch.autograd.Function):
 
 
 def leave_parallel(x: Tensor, axis: Axis, sequence: bool) -> Tensor:
-    """After a row-parallel product, partial sums [s, b, h] -> [s/tp, b, h] with `sequence`, else [s, b, h]."""
+    """Sum the partial results of a row-parallel product over ranks.
+
+    [s, b, h] -> [s/tp, b, h] with `sequence`, else [s, b, h]. Collective.
+    """
     if axis.size == 1:
         return x
     return (_ScatterOut if sequence else _ReduceOut).apply(x, axis)

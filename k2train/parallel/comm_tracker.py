@@ -1,9 +1,13 @@
-"""What this rank exchanges with others: how many collectives and transfers, which one is under way, how long the host waited.
+"""Communication tracking: counts collectives, names the current one, sums the blocked time.
 
-Every collective, send and receive of the package goes through `collective_scope` of its axis. The watch of a run reads the numbers
-from another thread, so each is one attribute that is written whole; the rank's own thread never waits for a reader.
-Refused: the flight recorder of the process group (NCCL only, and read after the end), and patching torch.distributed from
-outside (it cannot say which micro-batch, and sees the checkpoint thread's exchanges as the trainer's).
+- Every collective, send and receive of the package runs inside `collective_scope` of its axis.
+- The watchdog reads the numbers from another thread. Each is one attribute written in one go, so
+  the training thread never waits for a reader.
+
+Alternatives considered:
+- The process group's flight recorder: NCCL only, and read after the end.
+- Patching torch.distributed from outside: it cannot name the micro-batch, and it would count the
+  saving thread's collectives as the trainer's.
 """
 
 import time
@@ -13,12 +17,15 @@ from types import TracebackType
 
 
 class CommTracker:
-    """Collectives and transfers of one rank; written by the thread that trains, read by any.
+    """Collectives and transfers of one rank. Written by the training thread, read by any thread.
 
-    `count`: begun so far; `current`: name of the one under way or waited for, "" outside; `last`: name of the last one
-    begun; `blocked_seconds`: what the host waited in all of them; `broken`: name of the one that raised, "" as long as
-    none has: a peer is gone, or the backend gave up. `cells[0]` is a second place for `count`; the watch puts memory there
-    that outlives the process.
+    - `count`: collectives begun so far.
+    - `current`: name of the collective being issued or waited for; "" outside.
+    - `last`: name of the last collective begun.
+    - `blocked_seconds`: time the host was blocked in all of them.
+    - `broken`: name of the first collective that raised, else "". A peer is gone, or the backend
+      gave up.
+    - `cells[0]`: a copy of `count`. The watchdog puts memory there that outlives the process.
     """
 
     __slots__ = ("_began", "blocked_seconds", "broken", "cells", "count", "current", "last")
@@ -29,15 +36,15 @@ class CommTracker:
         self.blocked_seconds = self._began = 0.0
         self.cells: list[int] | memoryview[int] = [0]
 
-    def exchange(self, name: str) -> "CommTracker":
-        """Context of a collective or transfer that begins, e.g. `all-reduce tp`. Not to be nested."""
+    def collective(self, name: str) -> "CommTracker":
+        """Context of a new collective or transfer, such as `all-reduce tp`. Must not be nested."""
         self.count += 1
         self.cells[0] = self.count
         self.current = self.last = name
         return self
 
     def wait(self, name: str) -> "CommTracker":
-        """Context of a wait for one that was begun before, or for the device."""
+        """Context of a wait for an earlier collective, or for the device."""
         self.current = name
         return self
 
@@ -56,7 +63,7 @@ class CommTracker:
         self.current = ""
 
     def position(self) -> tuple[int, str, str, float]:
-        """(count, current, last, blocked_seconds) for the watch."""
+        """Return (count, current, last, blocked_seconds) for the watchdog."""
         return self.count, self.current, self.last, self.blocked_seconds
 
 
@@ -65,22 +72,22 @@ _NOTHING: Context = nullcontext()
 
 
 def collective_scope(comm: CommTracker | None, name: str) -> Context:
-    """`comm.exchange(name)`, or nothing without a comm."""
-    return _NOTHING if comm is None else comm.exchange(name)
+    """Return `comm.collective(name)`, or a no-op context when `comm` is None."""
+    return _NOTHING if comm is None else comm.collective(name)
 
 
 def wait_scope(comm: CommTracker | None, name: str) -> Context:
-    """`comm.wait(name)`, or nothing without a comm."""
+    """Return `comm.wait(name)`, or a no-op context when `comm` is None."""
     return _NOTHING if comm is None else comm.wait(name)
 
 
-class AllOf:
-    """Several transfers under way as one: `wait` returns when all are done."""
+class CombinedWork:
+    """Several transfers as one: `wait` returns when all are done."""
 
     def __init__(self, waits: list[Callable[[], object]]):
         self._waits = waits
 
     def wait(self) -> None:
-        """Wait for each, in the order they were begun."""
+        """Wait for each transfer, in the order they were begun."""
         for wait in self._waits:
             wait()

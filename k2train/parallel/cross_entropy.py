@@ -1,22 +1,27 @@
-"""Cross entropy over a vocabulary that is split over tensor-parallel ranks; the whole row is never gathered.
+"""Vocabulary-parallel cross entropy, fused with the head's product; no logits are kept.
 
-`fused_cross_entropy` takes the head's input and matrix, and no logits are kept. It goes over the positions in strips: of
-one strip it makes the logits, turns them in place into probabilities (softmax in one pass of torch's kernel, which keeps a
-row in the cache), and at once, because the factor of the loss is known, makes of them the gradient of the input and of
-the matrix. Backward has nothing left to do but hand the former over. The price: the matrix's gradient is made in the
-forward pass, so a schedule cannot put it off; and the incoming gradient must be exactly 1. Refused: logits kept in bf16
-until the backward (n v values, and their exponentials twice), and products made again there (a third more of them).
+- `fused_cross_entropy` takes the head's input and matrix. It processes positions in strips: the
+  logits of a strip become probabilities in place (one pass of torch's softmax kernel, which keeps a
+  row in the cache). The factor of the loss is known, so they become at once the gradients of input
+  and matrix. Backward only returns them.
+- The price: the matrix's gradient is computed in the forward pass, so a schedule cannot defer it.
+  The incoming gradient must be exactly 1.
+- `vocab_parallel_cross_entropy` is the reference: the same loss of given logits, written out pass
+  by pass.
+- The gradient of the logits is (probability - label) x factor. The factor, times the rank's share
+  of the row's probability, is one number per row. It scales rows of the two small matrices [n, h],
+  not of the large one [n, v].
+- A label outside the vocabulary is refused. With plain masking no rank would own it, its logit
+  would count as zero, and a corrupt file would *lower* the loss. A CPU raises; an accelerator makes
+  the loss NaN, which the finite check refuses.
 
-`vocab_parallel_cross_entropy` is the reference: the same loss of given logits, written out pass by pass.
+Alternatives considered:
+- bf16 logits kept until the backward: n v values, and their exponentials twice.
+- Products computed again in the backward: a third more of them.
 
-The gradient of the logits is (probability - label) x factor. The factor, with the rank's share of the row's probability,
-is one number a row: it multiplies the rows of the two small matrices [n, h] instead of those of the large one [n, v].
-
-A label outside the vocabulary is refused: with plain masking it would be nobody's, its logit would count as zero, and a
-corrupt file would *lower* the loss. On CPU it raises; on an accelerator it makes the loss NaN, which the finite check refuses.
-
-Source: Shoeybi et al. 2019 (arXiv:1909.08053) section 3, "parallel cross entropy". The gradient in the forward pass, in
-strips: Hsu et al. 2024 (arXiv:2410.10989) section 3.2, "FusedLinearCrossEntropy".
+Source: Shoeybi et al. 2019 (arXiv:1909.08053) section 3, "parallel cross entropy". The gradient in
+the forward pass, in strips: Hsu et al. 2024 (arXiv:2410.10989) section 3.2,
+"FusedLinearCrossEntropy".
 """
 
 from dataclasses import dataclass
@@ -40,12 +45,15 @@ from k2train.parallel.grid import Axis
 from k2train.plan.memory import STRIP_BYTES, STRIP_ROWS
 
 IGNORE = -100
-"""A position without a label: the last of a sample. Loss and gradient are exactly 0 there."""
+"""Label of a position without a target, the last of a sample.
+
+Loss and gradient are exactly 0 there.
+"""
 
 BAND_BYTES = 2 * 2**20
-"""fp32 copy of a part of a bf16 strip on a CPU, which its cache holds through the passes over it."""
+"""fp32 copy of a part of a bf16 strip on a CPU. It stays in the cache during the passes over it."""
 SMALLEST_SHARE = 1e-20
-"""A rank whose part of a row's probability is less is taken to have this much: its inverse must be finite."""
+"""Lower bound of a rank's share of a row's probability, so that its inverse is finite."""
 
 
 class _VocabCrossEntropy(torch.autograd.Function):
@@ -56,22 +64,28 @@ class _VocabCrossEntropy(torch.autograd.Function):
         x = logits.float()
         ctx.width = x.shape[-1]
         stop = start + ctx.width
+
         if not ctx.width:
-            # A small vocabulary can leave the last ranks no id at all: one that is never likely keeps one path.
+            # A small vocabulary can leave the last ranks without ids: one with probability 0 helps.
             x = x.new_full((*x.shape[:-1], 1), float("-inf"))
+
         peak = all_reduce(x.amax(dim=-1), tp, dist.ReduceOp.MAX)
         x = x - peak.unsqueeze(-1)
+
         mine = (labels >= start) & (labels < stop)
         index = torch.where(mine, labels - start, 0).unsqueeze(-1)
         label_logit = torch.where(mine, x.gather(-1, index).squeeze(-1), 0.0)
+
         x = x.exp_()
         sums = all_reduce(torch.stack((x.sum(dim=-1), label_logit)), tp)
+
         counted = labels != IGNORE
         loss = (sums[0].log() - sums[1]) * counted
         bad = counted & ((labels < 0) | (labels >= vocab_size))
         loss = loss.masked_fill(bad, float("nan"))
         ctx.save_for_backward(x.div_(sums[0].unsqueeze(-1)), index, mine, counted)
         ctx.dtype = logits.dtype
+
         return loss
 
     @staticmethod
@@ -85,9 +99,12 @@ class _VocabCrossEntropy(torch.autograd.Function):
 def vocab_parallel_cross_entropy(
     logits: Tensor, labels: Tensor, vocab_start: int, vocab_size: int, tp: Axis
 ) -> Tensor:
-    """Loss of each position: logits [s, b, v/tp] (this rank's ids from `vocab_start`), labels [s, b] -> [s, b] in fp32.
+    """Reference loss per position: logits [s, b, v/tp], labels [s, b] -> [s, b] in fp32.
 
-    Positions labelled IGNORE give 0. Raises DataError for a label outside 0..vocab_size-1 (CPU; see the module docstring).
+    Collective.
+
+    `vocab_start` is this rank's first id. Positions labelled IGNORE give 0. Raises DataError for a
+    label outside 0..vocab_size-1 (on a CPU; see the module docstring).
     """
     _refuse_bad_labels(labels, vocab_size)
     return _VocabCrossEntropy.apply(logits, labels, vocab_start, vocab_size, tp)
@@ -100,13 +117,14 @@ def _refuse_bad_labels(labels: Tensor, vocab_size: int) -> None:
     if bool(bad.any()):
         position, row = (int(i) for i in bad.nonzero()[0])
         raise DataError(
-            f"label id {int(labels[position, row])} at row {row}, position {position} of a micro-batch is outside the vocabulary (model.vocab_size is {vocab_size})"
+            f"label id {int(labels[position, row])} at row {row}, position {position} of a "
+            f"micro-batch is outside the vocabulary (model.vocab_size is {vocab_size})"
         )
 
 
 @dataclass(frozen=True)
-class Vocabulary:
-    """Which ids the rows of this rank's matrix stand for: `width` of them from `start`, of `size` in all."""
+class VocabShard:
+    """Vocabulary ids of this rank's rows of the head: `width` from `start`, of `size` in all."""
 
     start: int
     width: int
@@ -117,27 +135,30 @@ class Vocabulary:
 
 
 def strip_rows(rows: int, width: int, device: str) -> int:
-    """Rows in a strip: of logits [rows, width] as many as STRIP_BYTES holds, at least STRIP_ROWS, in strips of even size.
+    """Rows per strip of logits [rows, width]: what STRIP_BYTES holds, at least STRIP_ROWS, evenly.
 
-    Measured on two cores, hidden 256, vocabulary 8192, 1 thread: the three products of 1024 rows take 186 ms in strips of
-    32, 159 of 128, 153 of 256, 148 of 512 and 142 of 1024 (bf16: 75, 42, 35, 34, 35).
+    Measured on two cores, hidden 256, vocabulary 8192, 1 thread: the three products of 1024 rows
+    take 186 ms in strips of 32, 159 of 128, 153 of 256, 148 of 512 and 142 of 1024 (bf16: 75, 42,
+    35, 34, 35).
     """
     most = max(STRIP_ROWS[device], STRIP_BYTES[device] // (4 * max(width, 1)))
     strips = max(1, -(-rows // most))
     return max(1, -(-rows // strips))
 
 
-def _probabilities_(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+def _softmax_(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     """Turn logits [r, width] into the softmax over these columns, in place.
 
-    Returns the maximum, the logarithm of the sum of exponentials below it and the label's logit, fp32 [3, r], and the
-    label's probability, fp32 [r]; `index` [r, 1] is the label's column.
+    `index` [r, 1] is the label's column. Returns fp32 [3, r]: the maximum, the logarithm of the sum
+    of exponentials below it, the label's logit. And the label's probability, fp32 [r].
     """
     rows, width = logits.shape
-    facts = torch.zeros(4, rows, dtype=torch.float32, device=logits.device)
+    stats = torch.zeros(4, rows, dtype=torch.float32, device=logits.device)
     if not width:
-        facts[0] = float("-inf")
-        return facts[:3], facts[3]
+        stats[0] = float("-inf")
+        return stats[:3], stats[3]
+
+    # A bf16 strip on a CPU is converted in bands that fit the cache.
     narrow = logits.dtype != torch.float32
     band = max(1, BAND_BYTES // (4 * width)) if narrow and logits.device.type == "cpu" else rows
     wide = (
@@ -145,35 +166,42 @@ def _probabilities_(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         if narrow
         else logits
     )
+
     for begin in range(0, rows, band):
         part = slice(begin, min(begin + band, rows))
         x = wide[: part.stop - begin].copy_(logits[part]) if narrow else logits
         peak, label_logit = x.amax(dim=-1), x.gather(-1, index[part])
         torch.softmax(x, dim=-1, out=x)
-        # The largest probability is 1 / sum: at least 1 / width, so its logarithm is exact where a label's may be log 0.
-        facts[0, part], facts[1, part] = peak, -x.amax(dim=-1).log()
-        facts[2, part], facts[3, part] = (
+        # The largest probability is 1 / sum, at least 1 / width: its logarithm is exact. That of
+        # a label may be log 0.
+        stats[0, part], stats[1, part] = peak, -x.amax(dim=-1).log()
+        stats[2, part], stats[3, part] = (
             label_logit.squeeze(-1),
             x.gather(-1, index[part]).squeeze(-1),
         )
         if narrow:
             logits[part].copy_(x)
-    return facts[:3], facts[3]
+
+    return stats[:3], stats[3]
 
 
-def _over_ranks(facts: Tensor, mine: Tensor, tp: Axis) -> tuple[Tensor, Tensor | None]:
-    """(loss [r], this rank's share of each row's probability [r]; None: all of it) from the facts of its columns [3, r].
+def _combine_ranks(stats: Tensor, mine: Tensor, tp: Axis) -> tuple[Tensor, Tensor | None]:
+    """Combine the statistics [3, r] of all ranks' columns. Collective.
 
-    One gather of three numbers a row; every rank then adds the same numbers in the same order.
+    Returns the loss [r] and this rank's share of each row's probability [r] (None: all of it). One
+    gather of three numbers per row; every rank then adds the same numbers in the same order.
     """
     if tp.size == 1:
-        return facts[1] + (facts[0] - facts[2]), None
-    facts[2].mul_(mine)
-    peaks, sums, label_logits = all_gather(facts, tp).view(tp.size, 3, -1).unbind(1)
+        return stats[1] + (stats[0] - stats[2]), None
+
+    stats[2].mul_(mine)
+    peaks, sums, label_logits = all_gather(stats, tp).view(tp.size, 3, -1).unbind(1)
+    # logsumexp over ranks, relative to the largest maximum.
     peak = peaks.amax(dim=0)
     parts = peaks - peak + sums
     whole = torch.logsumexp(parts, dim=0)
     share = (parts[tp.rank] - whole).exp().clamp_(min=SMALLEST_SHARE)
+
     return whole + (peak - label_logits.sum(dim=0)), share
 
 
@@ -184,14 +212,14 @@ class _FusedCrossEntropy(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         labels: Tensor,
-        v: Vocabulary,
+        v: VocabShard,
         scale: float,
         strip: int,
         product: Product,
-        learn: bool,
+        needs_grad: bool,
     ) -> Tensor:
         x = all_gather(hidden, v.tp) if v.sequence else hidden
-        work = _Strips(
+        work = _StripLoss(
             x,
             weight,
             labels,
@@ -199,12 +227,13 @@ class _FusedCrossEntropy(torch.autograd.Function):
             scale,
             strip,
             product,
-            learn and hidden.requires_grad,
-            learn and weight.requires_grad,
+            needs_grad and hidden.requires_grad,
+            needs_grad and weight.requires_grad,
         )
         losses = work.run()
         ctx.save_for_backward(*work.gradients())
-        ctx.has = work.dx is not None, work.own is not None
+        ctx.saved_flags = work.dx is not None, work.returned_grad is not None
+
         return losses.sum() * scale
 
     @staticmethod
@@ -215,20 +244,21 @@ class _FusedCrossEntropy(torch.autograd.Function):
             )
         else:
             torch._assert_async(grad == 1.0)
+
         saved = iter(ctx.saved_tensors)
-        dx, dw = (next(saved) if has else None for has in ctx.has)
+        dx, dw = (next(saved) if has else None for has in ctx.saved_flags)
         return dx, dw, None, None, None, None, None, None
 
 
-class _Strips:
-    """One micro-batch: x [s, b, h] and labels [s, b] as n = s * b rows, strip after strip."""
+class _StripLoss:
+    """Fused loss of one micro-batch, strip by strip: x [s, b, h], labels [s, b] as n = s b rows."""
 
     def __init__(
         self,
         x: Tensor,
         weight: Tensor,
         labels: Tensor,
-        v: Vocabulary,
+        v: VocabShard,
         scale: float,
         strip: int,
         product: Product,
@@ -237,105 +267,124 @@ class _Strips:
     ):
         self.v, self.strip, self.product, self.shape = v, strip, product, x.shape
         self.x, self.weight = x.flatten(0, 1), weight.narrow(0, 0, v.width)
+
         flat = labels.reshape(-1)
         self.mine = (flat >= v.start) & (flat < v.start + v.width)
         self.index = torch.where(self.mine, flat - v.start, 0).unsqueeze(-1)
         self.counted = flat != IGNORE
         self.bad = self.counted & ((flat < 0) | (flat >= v.size))
         self.factor = self.counted.float() * scale
+
         self.dx = torch.empty_like(self.x) if wants_x else None
         self.pending: Pending | None = None
         self.accumulator = accumulator_of(weight) if wants_weight else None
-        self.own: GradAccumulator | None = None
-        """Where the matrix's gradient goes when nobody gave it a place; autograd takes it from there."""
+        self.returned_grad: GradAccumulator | None = None
+        """Gradient of a matrix without an accumulator; the backward pass returns it to autograd."""
         if wants_weight and self.accumulator is None:
-            self.accumulator = self.own = GradAccumulator(
+            self.accumulator = self.returned_grad = GradAccumulator(
                 torch.zeros_like(weight, dtype=torch.float32)
             )
+
         self.dtype = weight.dtype
 
     def run(self) -> Tensor:
-        """The loss of each row, fp32 [n]; what was wanted of the gradients is made on the way."""
+        """Return the loss of each row, fp32 [n]. Computes the requested gradients on the way."""
         rows = self.x.shape[0]
-        room = (
+        buffer = (
             self.x.new_empty(min(self.strip, rows), self.v.width)
             if self.product.writes_out
             else None
         )
+
         losses = torch.empty(rows, dtype=torch.float32, device=self.x.device)
         for begin in range(0, rows, self.strip):
             part = slice(begin, min(begin + self.strip, rows))
-            out = None if room is None else room[: part.stop - begin]
+            out = None if buffer is None else buffer[: part.stop - begin]
             strip = self.product.multiply(self.x[part], self.weight.t(), gradient=False, out=out)
-            facts, label_probability = _probabilities_(strip, self.index[part])
-            losses[part], share = _over_ranks(facts, self.mine[part], self.v.tp)
+
+            stats, label_probability = _softmax_(strip, self.index[part])
+            losses[part], share = _combine_ranks(stats, self.mine[part], self.v.tp)
             if self.dx is not None or self.accumulator is not None:
-                self._learn(strip, label_probability, share, part)
-            # Before the next one is made: a product that brings its own memory would else have two of them alive.
+                self._strip_gradients(strip, label_probability, share, part)
+            # Freed before the next strip: a product with memory of its own would keep two alive.
             del strip
+
         if self.accumulator is not None:
             self.accumulator.complete()
+
         return (losses * self.counted).masked_fill_(self.bad, float("nan"))
 
-    def _learn(
+    def _strip_gradients(
         self, strip: Tensor, label_probability: Tensor, share: Tensor | None, part: slice
     ) -> None:
-        factor, taken = self.factor[part], self.mine[part].float()
+        factor, label_mass = self.factor[part], self.mine[part].float()
         if share is not None:
-            factor, taken = factor * share, taken / share
+            factor, label_mass = factor * share, label_mass / share
+
+        # Probability minus label, written over the strip: only the label's column changes.
         if self.v.width:
             strip.scatter_(
-                -1, self.index[part], (label_probability - taken).to(strip.dtype).unsqueeze(-1)
+                -1, self.index[part], (label_probability - label_mass).to(strip.dtype).unsqueeze(-1)
             )
+
         factor = factor.unsqueeze(-1)
         if self.dx is not None:
             self.product.multiply(strip, self.weight, gradient=True, out=self.dx[part]).mul_(factor)
             if part.stop == self.x.shape[0]:
-                self.pending = self._leave(self.dx.view(self.shape))
+                self.pending = self._reduce_dx(self.dx.view(self.shape))
+
         if self.accumulator is not None and self.v.width:
             into = self.accumulator.total.narrow(0, 0, self.v.width)
             self.product.add_weight_gradient(into, strip, (self.x[part] * factor).to(strip.dtype))
 
-    def _leave(self, dx: Tensor) -> Pending:
-        """Sum the input's gradient over ranks: in the forward pass, so that with sequence parallelism only this rank's
-        part of it waits for the backward. It goes while the last strip's weight gradient is made, where overlap is on."""
+    def _reduce_dx(self, dx: Tensor) -> Pending:
+        """Start the sum of the input's gradient over ranks, in the forward pass.
+
+        With sequence parallelism only this rank's part then waits for the backward. With overlap it
+        runs behind the last strip's weight gradient.
+        """
         tp = self.v.tp
         start = reduce_scatter_start if self.v.sequence else all_reduce_start
         return start(dx, tp, wait=not tp.overlap)
 
     def gradients(self) -> list[Tensor]:
-        """What the backward hands over: of the input [s(/tp), b, h], then of the matrix, as far as each was wanted."""
+        """Return the requested gradients: of the input [s(/tp), b, h], then of the matrix."""
         dx = [] if self.pending is None else [self.pending.wait()]
-        return dx if self.own is None else [*dx, self.own.total.to(self.dtype)]
+        return dx if self.returned_grad is None else [*dx, self.returned_grad.total.to(self.dtype)]
 
 
 def fused_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
-    vocabulary: Vocabulary,
+    vocabulary: VocabShard,
     scale: float,
     strip: int | None = None,
     product: Product | None = None,
 ) -> Tensor:
-    """`scale` times the summed loss of labels [s, b] under logits = hidden weight^T; a scalar in fp32.
+    """Fused cross entropy: `scale` times the summed loss, a scalar in fp32. Collective.
 
-    `hidden` [s(/tp), b, h] is the head's input, `weight` [>= width, h] its matrix. The gradient of the matrix goes to its
-    accumulator in this call (to autograd in the backward where it has none); backward must start with 1. `strip` is the number
-    of rows at a time, by default `strip_rows`: the same in every pipeline layout, so that no bit depends on it. `product`
-    multiplies where it is exact; None: torch does.
+    Labels are [s, b], logits = hidden weight^T.
 
-    Positions labelled IGNORE give 0. Raises DataError for a label outside the vocabulary (CPU; see the module docstring)
-    before anything is added anywhere.
+    - `hidden` [s(/tp), b, h] is the head's input, `weight` [>= width, h] its matrix.
+    - The matrix's gradient goes to its accumulator in this call, or to autograd in the backward
+      where there is none. Backward must start with 1.
+    - `strip` is the number of rows at a time, by default `strip_rows`. It is the same in every
+      pipeline layout, so that no bit depends on it.
+    - `product` multiplies where it is exact; None: torch does.
+
+    Positions labelled IGNORE give 0. Raises DataError for a label outside the vocabulary (on a CPU;
+    see the module docstring) before any gradient is added.
     """
     _refuse_bad_labels(labels, vocabulary.size)
     if strip is None:
         # By the widest rank's columns: there is a collective a strip, so all ranks must cut alike.
         width = -(-vocabulary.size // vocabulary.tp.size)
         strip = strip_rows(labels.numel(), width, labels.device.type)
+
     if product is None or not product.exact:
         product = Product()
-    learn = torch.is_grad_enabled()
+    needs_grad = torch.is_grad_enabled()
     return _FusedCrossEntropy.apply(
-        hidden, weight, labels, vocabulary, scale, strip, product, learn
+        hidden, weight, labels, vocabulary, scale, strip, product, needs_grad
     )

@@ -1,8 +1,12 @@
-"""The digest of `fingerprint` over this rank's rows of every tensor, by torch on the device where they lie.
+"""State digest on the device: layout-free hash of weights and optimizer states, by torch.
 
-Each rank sums what it alone holds; one all-reduce of two whole numbers a tensor and state then gives every rank the digests
-of the whole state, the same in every layout. Whole-number products wrap modulo 2^64 on every device, so the digest of a
-device is that of a file. Refused: bringing the state to the host first, which takes as long as a checkpoint.
+- Each rank sums the rows that only it holds. One all-reduce of two integers per tensor and state
+  gives every rank the digests of the whole state, the same in every layout.
+- Integer products wrap modulo 2^64 on every device, so a device's digest equals that of a file
+  (`k2train.state_digest`).
+
+Alternatives considered:
+- Copying the state to the host first: takes as long as a checkpoint.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,11 +24,14 @@ from k2train.state_digest import LANES, digest_text, multipliers, state_root
 
 BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
 BLOCK = {"cpu": 2**15, "cuda": 2**21}
-"""Elements at a time: on a CPU what its cache holds as 64-bit values, on a device few launches and little memory."""
+"""Elements at a time.
+
+On a CPU: what its cache holds as 64-bit values. On a device: few launches and little memory.
+"""
 
 
 class Multipliers:
-    """The factors of rows and columns as tensors, for tensors of up to `rows` x `columns`; copied to a device once."""
+    """Row and column factors of the digest, for up to `rows` x `columns`; one copy per device."""
 
     def __init__(self, rows: int, columns: int):
         self.host = tuple(
@@ -34,27 +41,30 @@ class Multipliers:
         self._on: dict[torch.device, tuple[Tensor, ...]] = {torch.device("cpu"): self.host}
 
     def on(self, device: torch.device) -> tuple[Tensor, ...]:
-        """(rows [2, n], columns [2, m]) int64 on a device."""
+        """Return (rows [2, n], columns [2, m]), int64, on a device."""
         if device not in self._on:
-            self._on[device] = tuple(table.to(device) for table in self.host)
+            self._on[device] = tuple(factors.to(device) for factors in self.host)
         return self._on[device]
 
 
 @torch.no_grad()
 def tensor_sums(values: Tensor, row: int, column: int, factors: Multipliers) -> Tensor:
-    """int64 [2] of a block whose first element lies at (`row`, `column`) of its global tensor.
+    """Digest sums, int64 [2], of a block that starts at (`row`, `column`) of its global tensor.
 
-    `values` [n] or [n, ...], contiguous, fp32 or bf16; `column` counts elements of the global row. A block must hold
-    whole rows or be cut in dimension 1 of two.
+    `values` [n] or [n, ...] is contiguous, fp32 or bf16. `column` counts elements of the global
+    row. A block must hold whole rows, or be cut in dimension 1 of two.
     """
     a, b = factors.on(values.device)
     total = torch.zeros(LANES, dtype=torch.int64, device=values.device)
     if values.numel() == 0:
         return total
+
     bits = values.detach().view(BITS[values.dtype]).reshape(values.shape[0], -1)
+    # Blocks keep the 64-bit copy small.
     rows, width = bits.shape
     block = BLOCK.get(values.device.type, BLOCK["cuda"])
     across, down = min(width, block), max(1, block // width)
+
     for top in range(0, rows, down):
         height = min(down, rows - top)
         for left in range(0, width, across):
@@ -62,73 +72,88 @@ def tensor_sums(values: Tensor, row: int, column: int, factors: Multipliers) -> 
             for lane in range(LANES):
                 sums = (wide * b[lane].narrow(0, column + left, wide.shape[1])).sum(dim=1)
                 total[lane] += (sums * a[lane].narrow(0, row + top, height)).sum()
+
     return total
 
 
 class StateDigest:
-    """Digests of the pieces of one `ShardLayout`: `names` are all global tensors of the model in one order, `states` those
-    of each; `tp` is the tensor-parallel axis, over which a whole tensor is counted once."""
+    """Digests of the parameter slices of one `ShardLayout`.
 
-    def __init__(self, table: ShardLayout, names: Sequence[str], states: Sequence[str], tp: Axis):
-        self.table, self.names, self.states, self.tp = table, tuple(names), tuple(states), tp
+    - `names`: all global tensors of the model, in one order.
+    - `states`: the optimizer's states of each.
+    - `tp`: the tensor-parallel axis, over which a whole tensor is counted once.
+    """
+
+    def __init__(
+        self, shard_layout: ShardLayout, names: Sequence[str], states: Sequence[str], tp: Axis
+    ):
+        self.shard_layout, self.names, self.states, self.tp = (
+            shard_layout,
+            tuple(names),
+            tuple(states),
+            tp,
+        )
         self.keys = [f"{name}.{state}" for name in self.names for state in self.states]
         """NAME.state of each row of `sums`."""
-        self._place = {name: index for index, name in enumerate(self.names)}
-        shapes = [slot.piece.global_shape for slot in table.slots]
+        self._index = {name: index for index, name in enumerate(self.names)}
+        shapes = [slot.param_slice.global_shape for slot in shard_layout.slots]
         self._factors = Multipliers(
             max((shape[0] for shape in shapes), default=1),
             max((prod(shape[1:]) for shape in shapes), default=1),
         )
 
-    def sums(self, lines: Mapping[str, Tensor]) -> Tensor:
-        """This rank's part, int64 [names * states, 2] on the lines' device, from fp32 lines [elements] by state; rows as
-        in `keys`, a tensor that other ranks count is 0.
+    def sums(self, shards: Mapping[str, Tensor]) -> Tensor:
+        """Return this rank's sums, int64 [names * states, 2], rows as in `keys`.
 
-        The sum of all ranks' (wrapping) is what `digests` takes.
+        `shards` are fp32 [elements] by state. Tensors counted by other ranks are 0. The (wrapping)
+        sum over all ranks is the input of `digests`.
         """
-        device = lines[self.states[0]].device
+
+        device = shards[self.states[0]].device
         found = torch.zeros(
             len(self.names), len(self.states), LANES, dtype=torch.int64, device=device
         )
-        for slot in self.table.slots:
-            if slot.piece.dim is None and self.tp.rank != 0:
+
+        for slot in self.shard_layout.slots:
+            if slot.param_slice.dim is None and self.tp.rank != 0:
                 continue
             for number, state in enumerate(self.states):
-                row, column = self._corner(slot)
-                block = self.table.local(lines[state], slot)
-                found[self._place[slot.piece.name], number] = tensor_sums(
+                row, column = self._origin(slot)
+                block = self.shard_layout.local(shards[state], slot)
+                found[self._index[slot.param_slice.name], number] = tensor_sums(
                     block, row, column, self._factors
                 )
+
         return found.view(-1, LANES)
 
-    def _corner(self, slot: BufferSlot) -> tuple[int, int]:
+    def _origin(self, slot: BufferSlot) -> tuple[int, int]:
         """Row and column of this rank's first element in the global tensor."""
-        piece, (first, _) = slot.piece, slot.rows(self.table.dp)
-        if piece.dim in (None, 0):
-            return (0 if piece.dim is None else piece.start) + first, 0
-        assert piece.dim == 1, f"{piece.name}: cut in dimension {piece.dim}"
-        return first, piece.start * prod(piece.global_shape[2:])
+        param_slice, (first, _) = slot.param_slice, slot.rows(self.shard_layout.dp)
+        if param_slice.dim in (None, 0):
+            return (0 if param_slice.dim is None else param_slice.start) + first, 0
+        assert param_slice.dim == 1, f"{param_slice.name}: cut in dimension {param_slice.dim}"
+        return first, param_slice.start * prod(param_slice.global_shape[2:])
 
     def digests(self, summed: Tensor) -> dict[str, str]:
-        """{NAME.state: 32 hexadecimal digits} from the sum over all ranks [names * states, 2]."""
+        """Return {NAME.state: 32 hexadecimal digits} from all ranks' sum [names * states, 2]."""
         return {
             key: digest_text(pair) for key, pair in zip(self.keys, summed.tolist(), strict=True)
         }
 
 
 @dataclass(frozen=True)
-class Root:
-    """The root of a state and what it is made of; the same on every rank."""
+class StateRoot:
+    """Root of a state and the digests it is made of; the same on every rank."""
 
     root: str
     digests: Mapping[str, str]
     """{NAME.state: digest}."""
-    own: Tensor
-    """This rank's part of the sums, int64 [names * states, 2]: what a `StateGuard` keeps."""
+    local_sums: Tensor
+    """This rank's sums, int64 [names * states, 2], to be kept by `StateAudit`."""
 
 
-class StateRoot:
-    """The root of the whole state with one all-reduce over `group` (None: all ranks); collective."""
+class RootAllReduce:
+    """Computes the root of the whole state with one all-reduce over `group` (None: all ranks)."""
 
     def __init__(
         self,
@@ -138,21 +163,24 @@ class StateRoot:
     ) -> None:
         self.digest, self.group, self.comm = digest, group, comm
 
-    def __call__(self, lines: Mapping[str, Tensor], step: int, adam_steps: int) -> Root:
-        """The root of fp32 `lines` by state, on every rank."""
-        own = self.digest.sums(lines)
-        summed = own.clone()
+    def __call__(self, shards: Mapping[str, Tensor], step: int, adam_steps: int) -> StateRoot:
+        """Return the root of fp32 `shards` by state, on every rank. Collective."""
+        local_sums = self.digest.sums(shards)
+        summed = local_sums.clone()
         with collective_scope(self.comm, "all-reduce of the root of the state"):
             dist.all_reduce(summed, group=self.group)
         digests = self.digest.digests(summed)
-        return Root(state_root(digests, step, adam_steps), digests, own)
+        return StateRoot(state_root(digests, step, adam_steps), digests, local_sums)
 
 
-class StateGuard:
-    """Whether each rank's lines still are what the last update left: they have no copy that they could be compared with.
+class StateAudit:
+    """State audit: detect changes to the optimizer's flat shards between two updates.
 
-    Sums are kept after an update (`Root.own`: no second pass) and made again before the next; in between nobody writes.
-    What several tensor-parallel ranks hold whole is looked at on the first of them; `replicas` compares the others with it.
+    - Shards have no replica to compare with. Their sums are kept after an update
+      (`StateRoot.local_sums`, no second pass) and computed again before the next one. Nothing may
+      write in between.
+    - Tensors that several tensor-parallel ranks hold whole are audited on the first of them.
+      `replica_check` compares the others with it.
     """
 
     def __init__(
@@ -165,25 +193,30 @@ class StateGuard:
         self._kept: Tensor | None = None
 
     def keep(self, sums: Tensor) -> None:
-        """Remember `StateDigest.sums` of the lines as they are now; on all ranks or none."""
+        """Remember `StateDigest.sums` of the current shards. Call on all ranks or on none."""
         self._kept = sums
 
     def forget(self) -> None:
-        """The lines will be written by right (a checkpoint is loaded)."""
+        """Forget the sums before a legitimate write (loading a checkpoint)."""
         self._kept = None
 
-    def problem(self, lines: Mapping[str, Tensor]) -> str | None:
-        """One line naming what changed on which rank since `keep`, None when nothing did; collective, the same on all.
+    def problem(self, shards: Mapping[str, Tensor]) -> str | None:
+        """Return one line naming what changed on which rank since `keep`, or None; the same on all.
 
-        None too, without communication, when nothing was kept. Forgets what was kept.
+        Collective.
+
+        Without kept sums the result is None and nothing is communicated. Forgets the sums.
         """
         kept, self._kept = self._kept, None
         if kept is None:
             return None
-        # Of each row the number of the rank that found it changed, counted from 1: the highest one is told.
-        changed = (self.digest.sums(lines) != kept).any(dim=1).long() * (dist.get_rank() + 1)
+
+        # For each row the rank that found a change, counted from 1. The highest rank is reported.
+        changed = (self.digest.sums(shards) != kept).any(dim=1).long() * (dist.get_rank() + 1)
+
         with collective_scope(self.comm, "all-reduce of changes of the state"):
             dist.all_reduce(changed, op=dist.ReduceOp.MAX, group=self.group)
+
         found = [
             (key, rank - 1)
             for key, rank in zip(self.digest.keys, changed.tolist(), strict=True)
@@ -191,6 +224,7 @@ class StateGuard:
         ]
         if not found:
             return None
+
         key, rank = found[0]
         more = f"; {len(found) - 1} more changed" if len(found) > 1 else ""
         return f"{key} on rank {rank} changed between two updates, when nothing writes it{more}"

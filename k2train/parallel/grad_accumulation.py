@@ -1,10 +1,14 @@
-"""Where weight gradients go: summed straight into fp32, at once or when the schedule asks for them.
+"""fp32 gradient accumulation: weight gradients added into fp32 sums, at once or deferred.
 
-A matrix's gradient is a product of what came in and what came back, so it needs no tensor of its own: the product is
-added into the parameter's fp32 sum (`GradAccumulator`), and autograd hears of no weight gradient. Whether it is done inside the
-backward pass or kept for a later action of a zero-bubble schedule is the stage's `WeightWork` to say; a layer only hands
-over what there is to do. Refused: autograd's own accumulation (a tensor in the weights' dtype a micro-batch, then an
-addition), and two backward passes over one graph (everything up to the matrices would be computed twice).
+- A matrix's gradient is a product of its input and its output gradient. The product is added into
+  the parameter's fp32 sum (`GradAccumulator`), so autograd sees no weight gradient and no tensor of
+  its own is needed.
+- The stage's `WeightGradStore` decides whether that runs inside the backward pass or in a later
+  action of a zero-bubble schedule. A layer only submits the work.
+
+Alternatives considered:
+- autograd's own accumulation: one tensor in the weights' dtype per micro-batch, then an addition.
+- Two backward passes over one graph: everything up to the matrices would be computed twice.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,9 +20,12 @@ from torch import Tensor, nn
 
 
 def add_product(into: Tensor, dy: Tensor, x: Tensor) -> None:
-    """into [rows, columns] += dy^T x: dy [n, rows], x [n, columns]. Without a tensor between, where the device can.
+    """Add dy^T x to `into` [rows, columns]: dy [n, rows], x [n, columns].
 
-    A CPU has no product of bf16 factors that adds into fp32: there the product of one call is rounded to bf16 first.
+    No temporary where the device allows it.
+
+    A CPU cannot add a product of bf16 factors into fp32. There the product of one call is rounded
+    to bf16 first.
     """
     if dy.dtype == into.dtype:
         into.addmm_(dy.t(), x)
@@ -30,7 +37,10 @@ def add_product(into: Tensor, dy: Tensor, x: Tensor) -> None:
 
 @cache
 def _adds_into_fp32(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether torch multiplies factors of this dtype into an fp32 sum on this device; older versions want one dtype."""
+    """Whether torch can add a product of this dtype into an fp32 sum on this device.
+
+    Older versions need one dtype.
+    """
     if device.type == "cpu":
         return False
     total, factor = (
@@ -41,13 +51,15 @@ def _adds_into_fp32(device: torch.device, dtype: torch.dtype) -> bool:
         torch.addmm(total, factor, factor, out_dtype=torch.float32, out=total)
     except (RuntimeError, TypeError):
         return False
+
     return True
 
 
 class GradAccumulator:
-    """The running sum of one parameter's gradient over the micro-batches of a step.
+    """Running fp32 sum of one parameter's gradient over the micro-batches of a step.
 
-    `total` has the parameter's shape, fp32, contiguous. `arrived` is called once a micro-batch, when all of it is in.
+    `total` has the parameter's shape and is contiguous. `arrived` is called once per micro-batch,
+    when its gradient is complete.
     """
 
     def __init__(self, total: Tensor, arrived: Callable[[], None] | None = None):
@@ -58,50 +70,50 @@ class GradAccumulator:
         self.total.narrow(0, first_row, gradient.shape[0]).add_(gradient)
 
     def add_product(self, dy: Tensor, x: Tensor, first_row: int = 0) -> None:
-        """Add dy^T x to the rows from `first_row`: dy [n, rows], x [n, columns], in the parameters' dtype."""
+        """Add dy^T x to the rows from `first_row`: dy [n, rows], x [n, columns]."""
         add_product(self.total.narrow(0, first_row, dy.shape[1]), dy, x)
 
     def complete(self) -> None:
-        """This micro-batch's part is in."""
+        """Mark this micro-batch's gradient as complete."""
         if self.arrived is not None:
             self.arrived()
 
 
 def attach(parameter: nn.Parameter, accumulator: GradAccumulator) -> None:
-    """Make `accumulator` the place where this parameter's gradient is summed."""
+    """Sum this parameter's gradient in `accumulator` from now on."""
     parameter.accumulator = accumulator
 
 
 def accumulator_of(parameter: Tensor) -> GradAccumulator | None:
-    """The parameter's accumulator; None where none is attached, and its gradient goes to autograd."""
+    """Return the parameter's accumulator. None: its gradient goes to autograd."""
     return getattr(parameter, "accumulator", None)
 
 
-class WeightWork:
-    """The weight gradients of one stage: done where they are handed over, or kept for later."""
+class WeightGradStore:
+    """Weight gradients of one stage: run as they are submitted, or deferred."""
 
     def __init__(self) -> None:
-        self._kept: list[Callable[[], None]] | None = None
+        self._deferred: list[Callable[[], None]] | None = None
 
     @property
-    def is_keeping(self) -> bool:
-        """Whether what is handed over now is done later."""
-        return self._kept is not None
+    def is_deferring(self) -> bool:
+        """Whether submitted work is deferred at the moment."""
+        return self._deferred is not None
 
-    def do(self, work: Callable[[], None]) -> None:
-        """Run `work` now, or keep it, with the tensors it holds, while `keeping`."""
-        if self._kept is None:
+    def submit(self, work: Callable[[], None]) -> None:
+        """Run `work` now, or keep it and its tensors while `deferring`."""
+        if self._deferred is None:
             work()
         else:
-            # Later is outside the backward pass, where nothing switches the recording of gradients off.
-            self._kept.append(torch.no_grad()(work))
+            # Deferred work runs outside the backward pass, where gradients would be recorded.
+            self._deferred.append(torch.no_grad()(work))
 
     @contextmanager
-    def keeping(self) -> Iterator[list[Callable[[], None]]]:
-        """Keep what is handed over inside; whoever takes the list runs it once, in its order."""
-        assert self._kept is None, "a backward pass began inside another one of the same stage"
-        self._kept = []
+    def deferring(self) -> Iterator[list[Callable[[], None]]]:
+        """Defer work submitted inside this context. The caller runs the list once, in its order."""
+        assert self._deferred is None, "a backward pass began inside another one of the same stage"
+        self._deferred = []
         try:
-            yield self._kept
+            yield self._deferred
         finally:
-            self._kept = None
+            self._deferred = None

@@ -1,19 +1,23 @@
-"""fp32 gradient sums and their data-parallel reduction: buckets in a fixed order, each one transfer.
+"""Gradient buffer: fp32 gradient sums and their data-parallel reduce-scatter in buckets.
 
-A *line* is what one data-parallel rank optimizes: of every piece its block of rows, one after another. Rows go in blocks
-of ceil(rows/dp), the rule of DTensor's Shard(0), so a shard can be written to a checkpoint as it lies. The price is at
-most dp-1 rows of padding a piece. Refused: cutting the buffer anywhere (no padding, but a rank then holds pieces of rows
-that no checkpoint format describes).
+- Each data-parallel rank owns a *flat shard*: its row block of every parameter slice, concatenated.
+  Blocks have ceil(rows/dp) rows, DTensor's Shard(0) rule, so a checkpoint can store a shard
+  unchanged. The price is at most dp-1 padding rows per slice.
+- Each parameter has one contiguous sum (`GradAccumulator.total`), so that a weight gradient is a
+  product added in place. With one data-parallel rank these sums are the flat shard itself. With
+  more, a bucket's sums are copied into a transfer `[dp, n]`, whose row r holds the rows of rank r,
+  and reduce-scattered.
+- A bucket is a range of the flat shard. Buckets start in the order in which a backward pass
+  completes them, from the end of the shard. They never start in the order of completion, so ranks
+  cannot disagree.
+- Slices with weight decay come first, so each half is one contiguous tensor for the optimizer.
+  Those without (norms) are small and form the last bucket.
 
-Each parameter has one contiguous sum (`GradAccumulator.total`), so that a weight gradient is a product added in place. On one
-data-parallel rank these sums are the line itself. On more, a bucket's sums are copied into a transfer `[dp, n]` whose line
-r holds the rows of rank r, and reduce-scattered. Refused: sums that lie in the transfer's order from the start; products
-could then not be added in place, which costs a tensor of the parameter's size in every micro-batch instead of one copy a
-step.
-
-A bucket is a range of the line. Buckets leave in the order in which a backward pass completes them, from the end of the
-line, never in the order in which they happen to be complete: so ranks cannot disagree. Pieces with weight decay come
-first, so each half is one contiguous tensor for the optimizer; those without (norms) are small and the last bucket.
+Alternatives considered:
+- Cutting the buffer anywhere: no padding, but a rank then holds parts of rows, which no checkpoint
+  format describes.
+- Sums in the transfer's order from the start: products could not be added in place. That costs a
+  tensor of the parameter's size in every micro-batch, instead of one copy per step.
 """
 
 from collections.abc import Iterable, Sequence
@@ -32,34 +36,38 @@ from k2train.parallel.shard import ParamSlice, even_slice, named_slices
 from k2train.plan.memory import BUCKET_BYTES
 
 ALIGN = 64
-"""Elements to which parameters and halves of a line are aligned: vector loops then have no tail and products find the same
-alignment, so a value's rounding does not depend on where in the line it lies (and with it on the pipeline degree)."""
+"""Alignment, in elements, of parameters and of both halves of a shard.
+
+Vector loops then have no tail and products see the same alignment. So a value's rounding does not
+depend on its offset, nor on the pipeline degree.
+"""
 
 
 @dataclass(frozen=True)
 class BufferSlot:
-    """Where one piece lies in a line."""
+    """Position of one parameter slice in a flat shard."""
 
     parameter: nn.Parameter
-    piece: ParamSlice
+    param_slice: ParamSlice
     block: int
     """Rows a data-parallel rank holds (the last ranks may hold fewer, or none)."""
     width: int
-    """Elements a row."""
+    """Elements per row."""
     offset: int
 
     @property
     def elements(self) -> int:
+        """Elements of the slot, padding included."""
         return self.block * self.width
 
     def rows(self, dp: Axis) -> tuple[int, int]:
-        """Rows of the piece that rank dp.rank optimizes."""
-        return even_slice(self.piece.shape[0], dp.size, dp.rank)
+        """Range of the slice's rows that rank dp.rank optimizes."""
+        return even_slice(self.param_slice.shape[0], dp.size, dp.rank)
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """A range of the line, `start` to `stop`, and the slots in it: one transfer."""
+    """Range `start` to `stop` of the flat shard and its slots: one transfer."""
 
     start: int
     stop: int
@@ -67,92 +75,105 @@ class Bucket:
 
     @property
     def elements(self) -> int:
+        """Elements of the range."""
         return self.stop - self.start
 
 
 class ShardLayout:
-    """The order and offsets of all pieces of this rank in one line."""
+    """Order and offsets of all parameter slices of this rank in one flat shard."""
 
-    def __init__(self, pieces: Iterable[tuple[nn.Parameter, ParamSlice]], dp: Axis):
+    def __init__(self, slices: Iterable[tuple[nn.Parameter, ParamSlice]], dp: Axis):
         self.dp = dp
+
+        # Parameters in definition order, each with its slices.
         grouped: dict[int, tuple[nn.Parameter, list[ParamSlice]]] = {}
-        for parameter, piece in pieces:
-            grouped.setdefault(id(parameter), (parameter, []))[1].append(piece)
+        for parameter, param_slice in slices:
+            grouped.setdefault(id(parameter), (parameter, []))[1].append(param_slice)
+
         for _, held in grouped.values():
-            assert len({piece.decay for piece in held}) == 1, (
+            assert len({param_slice.decay for param_slice in held}) == 1, (
                 f"{held[0].name}: one parameter decays in part"
             )
+
         slots: list[BufferSlot] = []
         offset = self.decayed = 0
         for decay in (True, False):
             for parameter, held in grouped.values():
                 if held[0].decay == decay:
-                    offset = self._place(parameter, held, offset, slots)
+                    offset = self._append_slots(parameter, held, offset, slots)
             self.decayed = offset if decay else self.decayed
+
         self.slots: tuple[BufferSlot, ...] = tuple(slots)
         self.elements = offset
 
-    def _place(
+    def _append_slots(
         self,
         parameter: nn.Parameter,
         held: Sequence[ParamSlice],
         offset: int,
         slots: list[BufferSlot],
     ) -> int:
-        """Append a parameter's slots from `offset` on; returns where the next parameter begins."""
+        """Append a parameter's slots from `offset` on; return the offset of the next parameter."""
         width = prod(parameter.shape[1:])
         first = offset
-        for piece in held:
-            block = -(-piece.shape[0] // self.dp.size)
-            at = first + piece.row * width if self.dp.size == 1 else offset
-            slots.append(BufferSlot(parameter, piece, block, width, at))
+        for param_slice in held:
+            block = -(-param_slice.shape[0] // self.dp.size)
+            at = first + param_slice.row * width if self.dp.size == 1 else offset
+            slots.append(BufferSlot(parameter, param_slice, block, width, at))
             offset = at + block * width
-        # With one rank the padding rows of a parameter lie in the line too: its sum is then one view of it.
+        # One rank keeps a parameter's padding rows in the shard too, so that its sum is one view.
         offset = first + parameter.numel() if self.dp.size == 1 else offset
         return -(-offset // ALIGN) * ALIGN
 
     def parameters(self) -> list[tuple[nn.Parameter, list[BufferSlot]]]:
-        """Every parameter with its slots, in the order of the line."""
+        """Return every parameter with its slots, in the order of the shard."""
         found: dict[int, tuple[nn.Parameter, list[BufferSlot]]] = {}
         for slot in self.slots:
             found.setdefault(id(slot.parameter), (slot.parameter, []))[1].append(slot)
         return list(found.values())
 
     def buckets(self, limit_bytes: int | None = None) -> tuple[Bucket, ...]:
-        """The line cut between parameters, in its order: the decayed half in transfers of about `limit_bytes` (fp32, all
-        ranks' rows; the first takes what is left), then the rest as one."""
+        """Cut the shard between parameters into buckets, in its order.
+
+        The decayed half goes in transfers of about `limit_bytes` (fp32, all ranks' rows; the first
+        takes the remainder). The rest is one bucket.
+        """
+        # Cut from the end, the order in which a backward pass completes the parameters.
         limit = (limit_bytes or BUCKET_BYTES) // (4 * self.dp.size)
         cuts, stop = [self.decayed], self.decayed
-        decayed = [held for _, held in self.parameters() if held[0].piece.decay]
+        decayed = [held for _, held in self.parameters() if held[0].param_slice.decay]
+
         for held in reversed(decayed):
             if stop - held[0].offset >= limit or held is decayed[0]:
                 stop = held[0].offset
                 cuts.append(stop)
+
         edges = [*reversed(cuts), self.elements]
         found = []
         for start, stop in pairwise(edges):
             inside = tuple(slot for slot in self.slots if start <= slot.offset < stop)
             if stop > start:
                 found.append(Bucket(start, stop, inside))
+
         return tuple(found)
 
-    def local(self, line: Tensor, slot: BufferSlot) -> Tensor:
-        """The view of `line` [elements] that holds this rank's rows of a piece, in the piece's shape."""
+    def local(self, shard: Tensor, slot: BufferSlot) -> Tensor:
+        """View this rank's rows of a slice in `shard` [elements], in the slice's shape."""
         start, stop = slot.rows(self.dp)
-        return line.narrow(0, slot.offset, (stop - start) * slot.width).view(
-            stop - start, *slot.piece.shape[1:]
+        return shard.narrow(0, slot.offset, (stop - start) * slot.width).view(
+            stop - start, *slot.param_slice.shape[1:]
         )
 
     def each_block(
-        self, lines: Tensor, slot: BufferSlot, rows: Tensor, first: int = 0
+        self, shards: Tensor, slot: BufferSlot, rows: Tensor, first: int = 0
     ) -> list[tuple[Tensor, Tensor]]:
-        """Pairs (view of lines, rows of a piece-shaped tensor) that cover the piece: whole blocks, then the short one.
+        """Pair blocks of `shards` with rows of a slice-shaped tensor; a short block is last.
 
-        `lines` [dp, n] are all ranks' lines from element `first` on.
+        `shards` [dp, n] are all ranks' shards from element `first` on.
         """
         if slot.block == 0:
             return []
-        blocks = lines.narrow(1, slot.offset - first, slot.elements).view(
+        blocks = shards.narrow(1, slot.offset - first, slot.elements).view(
             self.dp.size, slot.block, slot.width
         )
         flat = rows.reshape(rows.shape[0], slot.width)
@@ -160,14 +181,16 @@ class ShardLayout:
         pairs = [(blocks[:whole], flat[: whole * slot.block].view(whole, slot.block, slot.width))]
         if rest:
             pairs.append((blocks[whole, :rest], flat[whole * slot.block :]))
+
         return pairs
 
 
 class GradientBuffer:
-    """Collects gradients of all micro-batches in fp32 (in sinks it attaches to the parameters), then reduces them once.
+    """Sums the gradients of all micro-batches in fp32, then reduces them once per step.
 
-    With `num_microbatches` every parameter must complete so often a step; with `dp.overlap` a bucket then leaves while the
-    last backward pass goes on.
+    Attaches an accumulator to every parameter. With `num_microbatches` every parameter must
+    complete that many times per step. With `dp.overlap` a bucket then starts while the last
+    backward pass is running.
     """
 
     def __init__(
@@ -179,64 +202,69 @@ class GradientBuffer:
         num_microbatches: int | None = None,
         bucket_bytes: int | None = None,
     ):
-        self.table = ShardLayout([pair for module in modules for pair in named_slices(module)], dp)
+        self.shard_layout = ShardLayout(
+            [pair for module in modules for pair in named_slices(module)], dp
+        )
         self.dp, self.tp, self.num_microbatches = dp, tp, num_microbatches
-        self.line = torch.zeros(self.table.elements, dtype=torch.float32, device=device)
-        """This rank's line; what `reduce` returns."""
-        held = self.table.parameters()
-        self._sums = self.line if dp.size == 1 else self._own_sums(held, device)
-        self._totals = self._cut(held)
-        self._names = ["+".join(slot.piece.name for slot in slots) for _, slots in held]
-        self._of = {id(parameter): index for index, (parameter, _) in enumerate(held)}
+        self.shard = torch.zeros(self.shard_layout.elements, dtype=torch.float32, device=device)
+        """This rank's flat shard, the result of `reduce`."""
+
+        held = self.shard_layout.parameters()
+        self._sums = self.shard if dp.size == 1 else self._allocate_sums(held, device)
+        self._totals = self._total_views(held)
+        self._names = ["+".join(slot.param_slice.name for slot in slots) for _, slots in held]
+        self._index = {id(parameter): index for index, (parameter, _) in enumerate(held)}
         self._arrivals = [0] * len(held)
-        self._buckets = tuple(reversed(self.table.buckets(bucket_bytes)))
-        if self.table.elements > self.table.decayed:
+
+        self._buckets = tuple(reversed(self.shard_layout.buckets(bucket_bytes)))
+        if self.shard_layout.elements > self.shard_layout.decayed:
             # Norms wait for their sum over tensor-parallel ranks, so they go last.
             self._buckets = (*self._buckets[1:], self._buckets[0])
-        self._started = 0
-        self._under_way: list[tuple[Bucket, Pending]] = []
-        self._bucket_of, self._missing = self._members()
-        for index, (parameter, _) in enumerate(held):
-            self._listen(index, parameter)
 
-    def _own_sums(
+        self._started = 0
+        self._pending: list[tuple[Bucket, Pending]] = []
+        self._bucket_of, self._missing = self._bucket_members()
+        for index, (parameter, _) in enumerate(held):
+            self._register(index, parameter)
+
+    def _allocate_sums(
         self, held: Sequence[tuple[nn.Parameter, list[BufferSlot]]], device: torch.device
     ) -> Tensor:
         size = sum(-(-parameter.numel() // ALIGN) * ALIGN for parameter, _ in held)
         return torch.zeros(size, dtype=torch.float32, device=device)
 
-    def _cut(self, held: Sequence[tuple[nn.Parameter, list[BufferSlot]]]) -> list[Tensor]:
-        """Each parameter's sum, a view of all sums in its shape."""
+    def _total_views(self, held: Sequence[tuple[nn.Parameter, list[BufferSlot]]]) -> list[Tensor]:
+        """Return each parameter's sum, a view of all sums in the parameter's shape."""
         totals, offset = [], 0
         for parameter, _ in held:
             totals.append(self._sums.narrow(0, offset, parameter.numel()).view(parameter.shape))
             offset += -(-parameter.numel() // ALIGN) * ALIGN
         return totals
 
-    def _members(self) -> tuple[list[int], list[int]]:
-        """Of each parameter the bucket; of each bucket how many parameters are not complete yet."""
+    def _bucket_members(self) -> tuple[list[int], list[int]]:
+        """Return each parameter's bucket, and each bucket's number of incomplete parameters."""
         bucket_of, missing = [0] * len(self._totals), []
         for number, bucket in enumerate(self._buckets):
-            members = {self._of[id(slot.parameter)] for slot in bucket.slots}
+            members = {self._index[id(slot.parameter)] for slot in bucket.slots}
             missing.append(len(members))
             for index in members:
                 bucket_of[index] = number
         return bucket_of, missing
 
-    def _listen(self, index: int, parameter: nn.Parameter) -> None:
-        # A hook is held by the parameter from C++, where Python's collector does not look: with a plain reference to this
-        # buffer, which holds the parameters, neither would ever be freed, nor the process groups they refer to.
-        this = ref(self)
+    def _register(self, index: int, parameter: nn.Parameter) -> None:
+        # The parameter holds its hook from C++, invisible to Python's garbage collector. A plain
+        # reference to this buffer would keep parameters, buffer and process groups alive forever.
+        buffer_ref = ref(self)
 
         def arrived() -> None:
-            buffer = this()
+            buffer = buffer_ref()
             assert buffer is not None, "a backward ran after its gradient buffer was gone"
             buffer._arrived(index)
 
         accumulator = GradAccumulator(self._totals[index], arrived)
 
         def collect(parameter: Tensor) -> None:
-            # None: the layer adds to the sink itself, and autograd has nothing to hand over.
+            # None: the layer added to the accumulator itself.
             if parameter.grad is not None:
                 accumulator.add(parameter.grad)
                 parameter.grad = None
@@ -246,51 +274,60 @@ class GradientBuffer:
         parameter.register_post_accumulate_grad_hook(collect)
 
     def zero(self) -> None:
-        """Begin a step."""
-        assert not self._under_way, (
-            "a step began while gradients of the one before were on their way"
-        )
+        """Reset all sums at the start of a step."""
+        assert not self._pending, "a step began while gradients of the one before were on their way"
         self._sums.zero_()
         self._started = 0
         self._arrivals = [0] * len(self._totals)
-        self._bucket_of, self._missing = self._members()
+        self._bucket_of, self._missing = self._bucket_members()
 
     def _arrived(self, index: int) -> None:
         self._arrivals[index] += 1
         if self._arrivals[index] == self.num_microbatches:
             self._missing[self._bucket_of[index]] -= 1
             if self.dp.overlap and self.dp.size > 1:
-                self._leave()
+                self._start_complete()
 
-    def _leave(self) -> None:
-        """Start the buckets whose turn it is, save the last: it waits for a sum over tensor-parallel ranks."""
+    def _start_complete(self) -> None:
+        """Start complete buckets in order.
+
+        The last one waits for a sum over tensor-parallel ranks.
+        """
         while self._started < len(self._buckets) - 1 and self._missing[self._started] == 0:
             self._start()
 
     @torch.no_grad()
     def _start(self) -> None:
         bucket = self._buckets[self._started]
-        transfer = self.line.new_empty(self.dp.size, bucket.elements)
-        if sum(slot.piece.shape[0] * slot.width for slot in bucket.slots) < transfer.numel():
+        transfer = self.shard.new_empty(self.dp.size, bucket.elements)
+        # Blocks that ceil(rows/dp) leaves short must not send old memory.
+        if sum(slot.param_slice.shape[0] * slot.width for slot in bucket.slots) < transfer.numel():
             transfer.zero_()
+
         for slot in bucket.slots:
-            for into, rows in self.table.each_block(
+            for into, rows in self.shard_layout.each_block(
                 transfer, slot, self._total(slot), bucket.start
             ):
                 into.copy_(rows)
-        self._under_way.append(
+
+        self._pending.append(
             (bucket, reduce_scatter_start(transfer, self.dp, wait=not self.dp.overlap))
         )
         self._started += 1
 
-    def _settle(self) -> None:
-        """Wait for what is under way, and put it into the line."""
-        for bucket, pending in self._under_way:
-            self.line[bucket.start : bucket.stop].copy_(pending.wait().view(-1))
-        self._under_way = []
+    def _collect(self) -> None:
+        """Wait for running transfers and copy their results into the shard."""
+        for bucket, pending in self._pending:
+            self.shard[bucket.start : bucket.stop].copy_(pending.wait().view(-1))
+        self._pending = []
 
     def reduce(self) -> Tensor:
-        """Sum what sequence parallelism left partial, then over data-parallel ranks: this rank's line [elements], fp32."""
+        """Reduce over data-parallel ranks to this rank's flat shard [elements], fp32.
+
+        Collective.
+
+        Sums partial gradients of sequence parallelism over tensor-parallel ranks first.
+        """
         if self.num_microbatches is not None:
             wrong = [
                 f"{n} of {name}"
@@ -298,30 +335,40 @@ class GradientBuffer:
                 if n != self.num_microbatches
             ]
             assert not wrong, (
-                f"gradients came in other than {self.num_microbatches} times: {', '.join(wrong[:3])}"
+                f"gradients came in other than {self.num_microbatches} times: "
+                f"{', '.join(wrong[:3])}"
             )
+
         self._sum_over_tensor()
         if self.dp.size == 1:
-            return self.line
+            return self.shard
+
         while self._started < len(self._buckets):
             self._start()
             if not self.dp.overlap:
-                self._settle()
-        self._settle()
-        return self.line
+                self._collect()
+
+        self._collect()
+        return self.shard
 
     def _total(self, slot: BufferSlot) -> Tensor:
-        """The rows of a piece in its parameter's sum (a view)."""
-        return slot.piece.of(self._totals[self._of[id(slot.parameter)]])
+        """Return the rows of a slice in its parameter's sum (a view)."""
+        return slot.param_slice.of(self._totals[self._index[id(slot.parameter)]])
 
     def _sum_over_tensor(self) -> None:
-        views = [self._total(slot) for slot in self.table.slots if slot.piece.sum_over_tensor]
+        views = [
+            self._total(slot)
+            for slot in self.shard_layout.slots
+            if slot.param_slice.sum_over_tensor
+        ]
         if self.tp.size == 1 or not views:
             return
+
+        # One collective for all norms: each alone would cost a latency.
         flat = all_reduce(torch.cat([view.reshape(-1) for view in views]), self.tp)
         for view, part in zip(views, flat.split([view.numel() for view in views]), strict=True):
             view.copy_(part.view(view.shape))
 
     def full(self, slot: BufferSlot) -> Tensor:
-        """The whole local gradient of a piece as accumulated here, before any reduction (for tests and tools)."""
+        """Return the whole local gradient of a slice before any reduction (for tests and tools)."""
         return self._total(slot).clone()

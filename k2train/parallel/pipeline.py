@@ -1,11 +1,14 @@
-"""Runs a Program: one handler per op, in the order of the list. There is no warm-up, steady or cool-down code here.
+"""Pipeline executor: runs a Program action by action, with one handler per op.
 
-Receives are posted where they stand in the list and waited for at their use; sends are posted and waited for at the end
-(on gloo a send completes when the peer receives, so waiting earlier could lock two ranks). Between stages of the same
-rank the tensor is handed over as it is. Backward of a stage runs from its saved output; what a stage saved is dropped at once.
-A backward in two parts is one autograd pass, in which the stage's `WeightWork` keeps the weight gradients as work for
-later: nothing is computed twice, and in between only what that work holds stays in memory.
-A list without backward ops is an evaluation: nothing is saved.
+- There is no warm-up, steady or cool-down code. The schedule is the list.
+- Receives are posted at their position in the list and waited for at their use. Sends are posted
+  and waited for at the end: on gloo a send completes when the peer receives, so waiting earlier
+  could deadlock two ranks.
+- Between stages of the same rank the tensor is handed over directly.
+- The backward of a stage runs from its saved output and frees what the stage saved.
+- A split backward is one autograd pass, in which the stage's `WeightGradStore` defers the weight
+  gradients. Nothing is computed twice, and only the deferred work's tensors stay in memory.
+- A program without backward ops is an evaluation: nothing is saved.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from k2train.parallel.comm_tracker import collective_scope, wait_scope
-from k2train.parallel.grad_accumulation import WeightWork
+from k2train.parallel.grad_accumulation import WeightGradStore
 from k2train.parallel.grid import Axis
 from k2train.plan.schedule import Action, Op
 
@@ -24,10 +27,12 @@ Key = tuple[int, int]
 
 
 class Executor:
-    """Runs programs over the stages this rank holds.
+    """Runs programs over the pipeline stages of this rank.
 
-    `stages`: global stage -> module mapping its input to its output; `num_stages` over all ranks. `weight_work`: global
-    stage -> where its modules hand over weight gradients; a stage left out computes them in I, and its W has nothing to do.
+    - `stages`: global stage -> module that maps its input to its output.
+    - `num_stages`: stages over all ranks.
+    - `weight_grad_store`: global stage -> where its modules submit weight gradients. A stage left
+      out computes them in I, and its W does nothing.
     """
 
     def __init__(
@@ -36,10 +41,13 @@ class Executor:
         num_stages: int,
         pp: Axis,
         device: torch.device,
-        weight_work: Mapping[int, WeightWork] | None = None,
+        weight_grad_store: Mapping[int, WeightGradStore] | None = None,
     ):
         self.stages, self.num_stages, self.pp, self.device = dict(stages), num_stages, pp, device
-        self.weight_work = {stage: WeightWork() for stage in self.stages} | dict(weight_work or {})
+        self.weight_grad_store = {stage: WeightGradStore() for stage in self.stages} | dict(
+            weight_grad_store or {}
+        )
+
         self._handlers: dict[Op, Callable[[Action], None]] = {
             Op.FORWARD: self._forward,
             Op.BACKWARD: self._backward,
@@ -61,22 +69,32 @@ class Executor:
         observe: Callable[[Action], None] | None = None,
         before: Callable[[Action], None] | None = None,
     ) -> list[Tensor]:
-        """Run one program; returns the loss of each micro-batch in order on the rank with the last stage, else nothing.
+        """Run one program. Collective.
 
-        `inputs(microbatch)` feeds stage 0; `loss(output, microbatch)` ends the last stage with a scalar, scaled as its
-        gradient should be; `shape` and `dtype` are those of the activation that crosses a stage border. `observe` is
-        called after every action, `before` before it when its input is there: for timing and tests.
+        Returns each micro-batch's loss, in order, on the rank with the last stage; elsewhere
+        nothing.
+
+        - `inputs(microbatch)` is the input of stage 0.
+        - `loss(output, microbatch)` turns the last stage's output into a scalar, scaled as its
+          gradient should be.
+        - `shape` and `dtype` describe the activation that crosses a stage border.
+        - `before` is called before an action, when its input is available; `observe` after every
+          action. Both are for timing and tests.
         """
         self._inputs_of, self._loss_of, self._shape, self._dtype = inputs, loss, shape, dtype
+
         self._training = any(action.op.is_backward for action in program)
+
+        # Inputs, outputs and their gradients by (stage, micro-batch), each dropped at its last use.
         self._x: dict[Key, Tensor] = {}
         self._y: dict[Key, Tensor] = {}
         self._dy: dict[Key, Tensor] = {}
         self._dx: dict[Key, Tensor] = {}
-        self._kept: dict[Key, list[Callable[[], None]]] = {}
-        self._waiting: dict[tuple[Op, int, int], tuple[Action, dist.Work]] = {}
+        self._deferred: dict[Key, list[Callable[[], None]]] = {}
+        self._receiving: dict[tuple[Op, int, int], tuple[Action, dist.Work]] = {}
         self._sending: list[tuple[dist.Work, Tensor]] = []
         self._losses: dict[int, Tensor] = {}
+
         with torch.set_grad_enabled(self._training):
             for action in program:
                 self._await_input(action)
@@ -85,12 +103,16 @@ class Executor:
                 self._handlers[action.op](action)
                 if observe is not None:
                     observe(action)
+
         for work, _ in self._sending:
             with wait_scope(self.pp.comm, "end of sends to other stages"):
                 work.wait()
-        left = len(self._waiting)
+
+        # Whatever is left over means that the program and the handlers disagree.
+        left = len(self._receiving)
         if self._training:
-            left += len(self._y) + len(self._dy) + len(self._dx) + len(self._kept)
+            left += len(self._y) + len(self._dy) + len(self._dx) + len(self._deferred)
+
         assert left == 0, f"the program left {left} tensors behind"
         self._sending = []
         return [self._losses[m] for m in sorted(self._losses)]
@@ -103,15 +125,19 @@ class Executor:
             x = self._x.pop(key)
             if self._training:
                 x.requires_grad_()
+
         y = self.stages[action.stage](x)
+        # The last stage's output is a loss and leaves the pipeline here.
         last = action.stage == self.num_stages - 1
         if last:
             y = self._loss_of(y, action.microbatch)
             self._losses[action.microbatch] = y.detach()
+
         if self._training:
             self._x[key], self._y[key] = x, y
         elif not last:
             self._y[key] = y
+
         if not last and (action.stage + 1) in self.stages:
             self._check(action, y)
             self._x[(action.stage + 1, action.microbatch)] = y.detach()
@@ -125,6 +151,7 @@ class Executor:
             y.backward()
         else:
             torch.autograd.backward(y, self._dy.pop(key))
+
         x = self._x.pop(key)
         if action.stage > 0:
             assert x.grad is not None, f"no gradient reached the input of {action}"
@@ -134,16 +161,16 @@ class Executor:
                 self._dx[key] = x.grad
 
     def _backward_input(self, action: Action) -> None:
-        with self.weight_work[action.stage].keeping() as kept:
+        with self.weight_grad_store[action.stage].deferring() as deferred:
             self._backward(action)
-        self._kept[(action.stage, action.microbatch)] = kept
+        self._deferred[(action.stage, action.microbatch)] = deferred
 
     def _backward_weight(self, action: Action) -> None:
-        kept = self._kept.pop((action.stage, action.microbatch))
+        deferred = self._deferred.pop((action.stage, action.microbatch))
         # Each piece holds activations, and lets go of its own as soon as it is done.
-        kept.reverse()
-        while kept:
-            kept.pop()()
+        deferred.reverse()
+        while deferred:
+            deferred.pop()()
 
     def _send_forward(self, action: Action) -> None:
         key = (action.stage, action.microbatch)
@@ -162,28 +189,36 @@ class Executor:
     def _send(self, action: Action, tensor: Tensor) -> None:
         self._check(action, tensor)
         tensor = tensor.contiguous()
-        peer, tag = self._other_end(action)
-        with collective_scope(self.pp.comm, _named(action)):
+        peer, tag = self._peer_and_tag(action)
+        with collective_scope(self.pp.comm, _transfer_name(action)):
             work: Any = dist.isend(tensor, group=self.pp.group, group_dst=peer, tag=tag)
+
+        # Sent tensors must stay alive until the peer has received them.
         self._sending = [(w, t) for w, t in self._sending if not w.is_completed()]
         self._sending.append((work, tensor))
 
     def _check(self, action: Action, tensor: Tensor) -> None:
         assert tensor.shape == self._shape and tensor.dtype == self._dtype, (
-            f"{action}: {tuple(tensor.shape)} {tensor.dtype} crosses a stage border, planned {self._shape} {self._dtype}"
+            f"{action}: {tuple(tensor.shape)} {tensor.dtype} crosses a stage border, planned "
+            f"{self._shape} {self._dtype}"
         )
 
     def _receive(self, action: Action) -> Tensor:
         tensor = torch.empty(self._shape, dtype=self._dtype, device=self.device)
-        peer, tag = self._other_end(action)
-        with collective_scope(self.pp.comm, _named(action)):
+        peer, tag = self._peer_and_tag(action)
+        with collective_scope(self.pp.comm, _transfer_name(action)):
             work: Any = dist.irecv(tensor, group=self.pp.group, group_src=peer, tag=tag)
-        self._waiting[(action.op, action.stage, action.microbatch)] = (action, work)
+
+        self._receiving[(action.op, action.stage, action.microbatch)] = (action, work)
         return tensor
 
-    def _other_end(self, action: Action) -> tuple[int, int]:
-        """The peer of a transfer, and its tag: the same number at both ends, of stage border, micro-batch and way."""
+    def _peer_and_tag(self, action: Action) -> tuple[int, int]:
+        """Return a transfer's peer and tag.
+
+        The tag encodes stage border, micro-batch and direction.
+        """
         assert action.peer is not None, f"{action} names no peer"
+
         forward = action.op in (Op.SEND_FORWARD, Op.RECV_FORWARD)
         # A border has the number of the stage before it.
         border = (
@@ -192,14 +227,14 @@ class Executor:
         return action.peer, (action.microbatch * self.num_stages + border) * 2 + int(forward)
 
     def _await_input(self, action: Action) -> None:
-        """Wait for what a compute action uses from another rank; for nothing where it has all it needs."""
+        """Wait for a compute action's input from another rank, if it needs one."""
         if not action.op.is_compute:
             return
         op = Op.RECV_FORWARD if action.op is Op.FORWARD else Op.RECV_BACKWARD
-        received = self._waiting.pop((op, action.stage, action.microbatch), None)
+        received = self._receiving.pop((op, action.stage, action.microbatch), None)
         if received is not None:
             receive, work = received
-            with wait_scope(self.pp.comm, _named(receive)):
+            with wait_scope(self.pp.comm, _transfer_name(receive)):
                 work.wait()
 
 
@@ -211,6 +246,6 @@ _VERBS = {
 }
 
 
-def _named(action: Action) -> str:
-    """A transfer for people: `recv forward of micro-batch 3, stage 1`."""
+def _transfer_name(action: Action) -> str:
+    """Describe a transfer in words: `recv forward of micro-batch 3, stage 1`."""
     return f"{_VERBS[action.op]} of micro-batch {action.microbatch}, stage {action.stage}"

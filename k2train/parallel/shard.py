@@ -1,11 +1,14 @@
-"""What every parameter knows: which named global tensors it holds, and which slice of each.
+"""Parameter metadata: the named global tensors a local parameter holds, and its slice of each.
 
-A parameter is a stack of *pieces* along its first dimension. Most have one piece; the fused query/key/value product has
-three, gate/up two. Initial weights, checkpoints, weight decay, the global norm and counting all read the pieces, so that
-none of them depends on how products are fused or split. The alternative, one global tensor a parameter, would write the
-fusion and the tensor-parallel degree into every checkpoint.
+- A parameter is a stack of *slices* along its first dimension. Most have one. The fused
+  query/key/value product has three, gate/up two.
+- Initial weights, checkpoints, weight decay, the global norm and parameter counts all read the
+  slices. So none of them depends on how products are fused or split.
+- Vocabulary padding rows belong to no slice. They start at zero and receive no gradient.
 
-Rows a rank holds only to make the vocabulary divisible are outside every piece: they start at zero and nothing reaches them.
+Alternatives considered:
+- One global tensor per parameter: it writes the fusion and the tensor-parallel degree into every
+  checkpoint.
 """
 
 from collections.abc import Iterator
@@ -14,27 +17,30 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from k2train.parallel.grad_accumulation import WeightWork
+from k2train.parallel.grad_accumulation import WeightGradStore
 
 
 @dataclass(frozen=True)
 class ParamSlice:
-    """A slice of one named global tensor inside a local parameter."""
+    """Slice of one named global tensor inside a local parameter."""
 
     name: str
     global_shape: tuple[int, ...]
     dim: int | None
-    """The dimension split over tensor-parallel ranks; None: every one of them holds the whole tensor."""
+    """Dimension split over tensor-parallel ranks. None: every rank holds the whole tensor."""
     start: int
     stop: int
-    """Indices of `dim` held here (all of dimension 0 when `dim` is None)."""
+    """Range of `dim` held by this rank (all of dimension 0 when `dim` is None)."""
     row: int
-    """First row of the local parameter that belongs to this piece."""
+    """First row of the slice in the local parameter."""
     init_std: float | None
-    """Standard deviation of the initial normal draw; None: ones (norm weights)."""
+    """Standard deviation of the initial normal draw. None: ones (norm weights)."""
     decay: bool
     sum_over_tensor: bool = False
-    """The gradient is partial on each tensor-parallel rank (sequence parallelism: each saw its part of the sequence)."""
+    """Whether tensor-parallel ranks hold partial gradients.
+
+    True with sequence parallelism, where each rank saw its part of the sequence.
+    """
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -46,25 +52,26 @@ class ParamSlice:
         )
 
     def of(self, local: torch.Tensor) -> torch.Tensor:
-        """The rows of a local parameter-shaped tensor that hold this piece (a view)."""
+        """Return the rows of a parameter-shaped tensor that hold this slice (a view)."""
         return local.narrow(0, self.row, self.shape[0])
 
 
 class Sharded(nn.Module):
-    """A module that owns parameters; `pieces` says for each what it holds."""
+    """Base class of modules with parameters; `slices` maps each to its global slices."""
 
-    pieces: dict[str, tuple[ParamSlice, ...]]
+    slices: dict[str, tuple[ParamSlice, ...]]
 
     def __init__(self) -> None:
         super().__init__()
-        self.weight_work = WeightWork()
-        """Who says when weight gradients are done; the modules of one pipeline stage share one."""
+        self.weight_grad_store = WeightGradStore()
+        """Runs or defers weight gradients. Shared by all modules of one pipeline stage."""
 
 
 def even_slice(size: int, parts: int, index: int) -> tuple[int, int]:
-    """Part `index` of `size` items in blocks of ceil(size/parts): the last blocks may be short or empty.
+    """Split `size` items into blocks of ceil(size/parts); return the range of block `index`.
 
-    The same rule as torch.chunk and DTensor's Shard, which checkpoints rely on.
+    The last blocks may be short or empty. Same rule as torch.chunk and DTensor's Shard, which
+    checkpoints rely on.
     """
     block = -(-size // parts)
     start = min(index * block, size)
@@ -72,14 +79,17 @@ def even_slice(size: int, parts: int, index: int) -> tuple[int, int]:
 
 
 def named_slices(module: nn.Module) -> Iterator[tuple[nn.Parameter, ParamSlice]]:
-    """Every (local parameter, piece) of a module tree, in definition order; each parameter must be covered."""
+    """Iterate over every (local parameter, slice) of a module tree, in definition order.
+
+    Fails when a parameter has no slices or is shared.
+    """
     seen: set[int] = set()
     for path, child in module.named_modules():
         for name, parameter in child.named_parameters(recurse=False):
-            assert isinstance(child, Sharded) and name in child.pieces, (
+            assert isinstance(child, Sharded) and name in child.slices, (
                 f"{path}.{name} does not say what it holds"
             )
             assert id(parameter) not in seen, f"{path}.{name} is shared"
             seen.add(id(parameter))
-            for piece in child.pieces[name]:
-                yield parameter, piece
+            for param_slice in child.slices[name]:
+                yield parameter, param_slice

@@ -1,12 +1,17 @@
-"""Products fused with their transfers over symmetric memory: torch's own operators, and whether they can be had.
+"""Symmetric-memory matmuls: torch's fused all-gather-matmul and matmul-reduce-scatter.
 
-Every rank reads the others' blocks straight from their memory by copies that take no compute units, multiplies each as it
-comes, and sends each block of a result as it is made. So a transfer hides behind its own product, where overlap by streams
-(`k2train.parallel.collective_matmul`) hides it behind another one, and takes compute units for it. torch calls the operators
-experimental, so a run takes them only when `parallel.symmetric_memory` says so.
+- Every rank reads the others' blocks directly from their memory, by copies that use no compute
+  units. It multiplies each block as it arrives and sends each result block when it is done.
+- So a transfer hides behind its own product. Overlap by streams
+  (`k2train.parallel.collective_matmul`) hides it behind another product and uses compute units for
+  it.
+- torch calls these operators experimental, so a run uses them only when `parallel.symmetric_memory`
+  is set.
 
-Source: torch.distributed._symmetric_memory (torch 2.13); there Megatron-LM's counterpart is Transformer Engine's user
-buffers, refused here for the second communicator that they bring.
+Alternatives considered:
+- Transformer Engine's user buffers, Megatron-LM's counterpart: they bring a second communicator.
+
+Source: torch.distributed._symmetric_memory (torch 2.13).
 """
 
 from functools import cache
@@ -21,7 +26,10 @@ from k2train.parallel.grid import Axis
 
 
 def gather_multiply(x: Tensor, matrix: Tensor, axis: Axis) -> tuple[Tensor, Tensor]:
-    """x [n/tp, k], matrix [k, m] -> x of all ranks [n, k], and its product [n, m]."""
+    """Fused all-gather and product over symmetric memory. Collective.
+
+    x [n/tp, k], matrix [k, m] -> x of all ranks [n, k], product [n, m].
+    """
     assert axis.group is not None, "an axis of one exchanges nothing"
     with collective_scope(axis.comm, "all-gather in a product tp"):
         whole, (y,) = torch.ops.symm_mem.fused_all_gather_matmul(
@@ -31,7 +39,10 @@ def gather_multiply(x: Tensor, matrix: Tensor, axis: Axis) -> tuple[Tensor, Tens
 
 
 def multiply_scatter(x: Tensor, matrix: Tensor, axis: Axis) -> Tensor:
-    """x [n, k], matrix [k, m] -> this rank's rows [n/tp, m] of the products' sum over ranks."""
+    """Fused product and reduce-scatter over symmetric memory. Collective.
+
+    x [n, k], matrix [k, m] -> this rank's rows [n/tp, m] of the sum over ranks.
+    """
     assert axis.group is not None, "an axis of one exchanges nothing"
     with collective_scope(axis.comm, "reduce-scatter in a product tp"):
         return torch.ops.symm_mem.fused_matmul_reduce_scatter(
@@ -41,27 +52,35 @@ def multiply_scatter(x: Tensor, matrix: Tensor, axis: Axis) -> Tensor:
 
 @cache
 def require_symmetric_memory(ranks: int, sequence: bool, plain_product: bool) -> None:
-    """Raise ConfigError, with what is missing, where `ranks` of one axis cannot exchange so."""
+    """Raise ConfigError when `ranks` of one axis cannot use symmetric memory, naming why."""
     needs = "parallel.symmetric_memory needs"
     if not sequence:
         raise ConfigError(
-            f"{needs} parallel.sequence: true: a replicated activation has no blocks to fuse a product with"
+            f"{needs} parallel.sequence: true: a replicated activation has no blocks to fuse a "
+            "product with"
         )
+
     if not plain_product:
         raise ConfigError(
-            f"{needs} kernels.matmul: torch: the fused products multiply in the dtype of their factors"
+            f"{needs} kernels.matmul: torch: the fused products multiply in the dtype of their "
+            "factors"
         )
+
     if not hasattr(torch.ops.symm_mem, "fused_matmul_reduce_scatter"):
         raise ConfigError(
             f"{needs} torch.distributed._symmetric_memory, torch {torch.__version__} is without it"
         )
+
     devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if devices < ranks:
         raise ConfigError(
-            f"{needs} the {ranks} ranks of parallel.tensor on CUDA devices of one machine, {devices} are visible; set it to false"
+            f"{needs} the {ranks} ranks of parallel.tensor on CUDA devices of one machine, "
+            f"{devices} are visible; set it to false"
         )
+
     for one, other in ((a, b) for a in range(devices) for b in range(devices) if a != b):
         if not torch.cuda.can_device_access_peer(one, other):
             raise ConfigError(
-                f"{needs} devices that read each other's memory, CUDA device {one} cannot read {other}; set it to false"
+                f"{needs} devices that read each other's memory, CUDA device {one} cannot read "
+                f"{other}; set it to false"
             )

@@ -1,14 +1,23 @@
-"""Tensor-parallel linear layers and embedding. Sequence parallelism is an argument, not a subclass.
+"""Tensor-parallel linear layers and embedding.
 
-    ColumnLinear  y = x [W_1 W_2 ... W_tp]: each rank holds some outputs; several global tensors may share one product
+Sequence parallelism is an argument, not a subclass.
+
+    ColumnLinear  y = x [W_1 W_2 ... W_tp]: each rank holds some outputs
     RowLinear     y = sum_r x_r W_r:        each rank holds some inputs
-    VocabEmbedding, and ColumnLinear as the head, hold ceil(vocabulary/tp) rows each; rows past the vocabulary are padding
 
-What crosses ranks, and when, is the layer's `exchange`. Each layer is one autograd function, so that the weight gradient
-can go straight to its accumulator, behind a transfer or at a later time: autograd sees only x and its gradient. Refused: a
-collective and a product as two functions, between which autograd leaves nothing to hide the one behind the other.
+- Several global tensors may share one column-parallel product.
+- VocabEmbedding, and ColumnLinear as the head, hold ceil(vocabulary/tp) rows. Rows past the
+  vocabulary are padding.
+- The layer's `matmul` (a `CollectiveMatmul`) decides what crosses ranks, and when.
+- Each layer is one autograd function. Autograd sees only x and its gradient; the weight gradient
+  goes to its accumulator, behind a transfer or at a later time.
+- There are no biases in this architecture, so there are none here.
 
-Source: Shoeybi et al. 2019 (arXiv:1909.08053) section 3. There are no biases in this architecture, so there are none here.
+Alternatives considered:
+- A collective and a product as two functions: autograd then leaves nothing to hide the one behind
+  the other.
+
+Source: Shoeybi et al. 2019 (arXiv:1909.08053) section 3.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,23 +36,25 @@ from k2train.parallel.shard import ParamSlice, Sharded, even_slice
 
 
 def _flat(x: Tensor) -> Tensor:
-    """[s, b, h] -> [s * b, h]; a view, unless `x` has gaps."""
+    """Reshape [s, b, h] -> [s * b, h]; a view, unless `x` has gaps."""
     return x.flatten(0, 1)
 
 
 def _unflat(rows: Tensor, shape: torch.Size) -> Tensor:
-    """[s * b, m] -> [s, b, m], with b of `shape` [..., b, ...]."""
+    """Reshape [s * b, m] -> [s, b, m], with b of `shape` [..., b, ...]."""
     return rows.view(rows.shape[0] // shape[1], shape[1], rows.shape[1])
 
 
-def _hand_over(
+def _submit_weight_gradient(
     layer: "ColumnLinear | RowLinear", used: Tensor, dy: Tensor, gather: Callable[[], Tensor]
 ) -> Tensor | None:
-    """Give the stage the weight gradient dy^T x to do: dy [n, rows], `gather` gives x [n, columns] when it is done.
+    """Submit the weight gradient dy^T x to the stage.
 
-    `used` are the rows of the weight that took part. A weight without a sink gets its gradient returned, for autograd.
+    dy [n, rows]; `gather` returns x [n, columns]. `used` are the rows of the weight that took part.
+    Without an accumulator, returns the gradient for autograd.
     """
-    weight, product = layer.weight, layer.exchange.product
+    weight, product = layer.weight, layer.matmul.product
+
     accumulator = accumulator_of(weight)
     if accumulator is None:
         gradient = dy.t() @ gather()
@@ -57,50 +68,60 @@ def _hand_over(
         product.add_weight_gradient(accumulator.total.narrow(0, 0, used.shape[0]), dy, gather())
         accumulator.complete()
 
-    layer.weight_work.do(work)
+    layer.weight_grad_store.submit(work)
     return None
 
 
 class _Column(torch.autograd.Function):
-    """x [s(/tp), b, in] -> [s, b, out/tp]. What a backward pass needs of the gathered x is kept, or gathered again."""
+    """x [s(/tp), b, in] -> [s, b, out/tp]. Backward uses the gathered x, kept or gathered again."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, layer: "ColumnLinear") -> Tensor:
         ctx.layer, ctx.shape = layer, x.shape
-        exchange, used = layer.exchange, weight.narrow(0, 0, layer.rows)
-        # Detached: a view holds the history of x, and with it the stage's input, while its weight gradient waits.
+        matmul, used = layer.matmul, weight.narrow(0, 0, layer.rows)
+        # Detached: a view would keep the history of x until the weight gradient is done.
         flat = _flat(x.detach())
-        whole, y = exchange.gather_multiply(flat, used.t(), gradient=False)
-        ctx.save_for_backward(flat if exchange.regather else whole)
+        whole, y = matmul.gather_multiply(flat, used.t(), gradient=False)
+        ctx.save_for_backward(flat if matmul.regather else whole)
         return _unflat(y, x.shape)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         layer, (kept,) = ctx.layer, ctx.saved_tensors
-        exchange, used, dy = layer.exchange, layer.weight.narrow(0, 0, layer.rows), _flat(dy)
+        matmul, used, dy = layer.matmul, layer.weight.narrow(0, 0, layer.rows), _flat(dy)
+
         wants_x, wants_weight, _ = ctx.needs_input_grad
+
+        # Start the second gather first: it then runs behind the product for dx.
         x = Pending(kept)
-        if exchange.regather and wants_weight and not layer.weight_work.is_keeping:
-            x = exchange.gather(kept)
-        dx = exchange.multiply_scatter(dy, used, gradient=True) if wants_x else None
+        if matmul.regather and wants_weight and not layer.weight_grad_store.is_deferring:
+            x = matmul.gather(kept)
+
+        dx = matmul.multiply_scatter(dy, used, gradient=True) if wants_x else None
+
         gradient = None
         if wants_weight:
-            later = exchange.regather and layer.weight_work.is_keeping
-            gradient = _hand_over(
-                layer, used, dy, (lambda: exchange.gather(kept).wait()) if later else x.wait
+            # A deferred weight gradient gathers x when it runs, not before.
+            regathers_later = matmul.regather and layer.weight_grad_store.is_deferring
+            gradient = _submit_weight_gradient(
+                layer, used, dy, (lambda: matmul.gather(kept).wait()) if regathers_later else x.wait
             )
+
         return None if dx is None else dx.wait().view(ctx.shape), gradient, None
 
 
 class _Row(torch.autograd.Function):
-    """x [s, b, in/tp] -> [s(/tp), b, out]. The gathered gradient is kept until the weight gradient is done."""
+    """x [s, b, in/tp] -> [s(/tp), b, out].
+
+    The gathered gradient is kept until the weight gradient is done.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, layer: "RowLinear") -> Tensor:
         ctx.layer, ctx.shape = layer, x.shape
         flat = _flat(x.detach())
         ctx.save_for_backward(flat)
-        y = layer.exchange.multiply_scatter(flat, weight.t(), gradient=False).wait()
+        y = layer.matmul.multiply_scatter(flat, weight.t(), gradient=False).wait()
         return _unflat(y, x.shape)
 
     @staticmethod
@@ -108,18 +129,21 @@ class _Row(torch.autograd.Function):
         layer, (x,) = ctx.layer, ctx.saved_tensors
         wants_x, wants_weight, _ = ctx.needs_input_grad
         if wants_x:
-            whole, dx = layer.exchange.gather_multiply(_flat(dy), layer.weight, gradient=True)
+            whole, dx = layer.matmul.gather_multiply(_flat(dy), layer.weight, gradient=True)
         else:
-            whole, dx = layer.exchange.gather(_flat(dy)).wait(), None
-        gradient = _hand_over(layer, layer.weight, whole, lambda: x) if wants_weight else None
+            whole, dx = layer.matmul.gather(_flat(dy)).wait(), None
+        gradient = (
+            _submit_weight_gradient(layer, layer.weight, whole, lambda: x) if wants_weight else None
+        )
         return None if dx is None else dx.view(ctx.shape), gradient, None
 
 
 class ColumnLinear(Sharded):
-    """[s/tp, b, in] -> [s, b, out/tp] with `sequence`, else [s, b, in] -> [s, b, out/tp].
+    """Column-parallel linear layer: [s(/tp), b, in] -> [s, b, out/tp], /tp with `sequence`.
 
-    `outputs` maps global tensor names to their rows; their local shards lie one after another in one product.
-    With `pad` a size that tp does not divide is rounded up and the padding left out of the product.
+    `outputs` maps global tensor names to their rows. Their local shards follow one another in one
+    product. With `pad` a size that tp does not divide is rounded up, and the product leaves the
+    padding out.
     """
 
     def __init__(
@@ -139,32 +163,39 @@ class ColumnLinear(Sharded):
             dict(outputs),
             in_features,
         )
-        pieces, row, padded = [], 0, 0
+
+        slices, row, padded = [], 0, 0
         for name, size in outputs.items():
             assert pad or size % tp.size == 0, f"{name}: {size} rows do not divide over {tp}"
             start, stop = even_slice(size, tp.size, tp.rank)
-            pieces.append(
+            slices.append(
                 ParamSlice(name, (size, in_features), 0, start, stop, row, init_std, decay=True)
             )
             row += stop - start
             padded += -(-size // tp.size)
-        assert not pad or len(pieces) == 1, "padding stands behind the one piece"
+
+        assert not pad or len(slices) == 1, "padding stands behind the one piece"
+
         self.rows = row
         self.weight = nn.Parameter(torch.empty(padded, in_features))
-        self.pieces = {"weight": tuple(pieces)}
-        self.exchange = choose_collective_matmul(tp, sequence, product)
-        self.exchange.product.check(" + ".join(outputs), self.rows, in_features)
+        self.slices = {"weight": tuple(slices)}
+
+        self.matmul = choose_collective_matmul(tp, sequence, product)
+        self.matmul.product.check(" + ".join(outputs), self.rows, in_features)
 
     def forward(self, x: Tensor) -> Tensor:
         return _Column.apply(x, self.weight, self)
 
     def extra_repr(self) -> str:
         whole = "+".join(str(n) for n in self.outputs.values())
-        return f"in={self.in_features}, out={self.rows} of {whole}, {self.tp}, sequence={self.sequence}"
+        return (
+            f"in={self.in_features}, out={self.rows} of {whole}, {self.tp}, "
+            f"sequence={self.sequence}"
+        )
 
 
 class RowLinear(Sharded):
-    """[s, b, in/tp] -> [s/tp, b, out] with `sequence`, else -> [s, b, out]."""
+    """Row-parallel linear layer: [s, b, in/tp] -> [s(/tp), b, out], /tp with `sequence`."""
 
     def __init__(
         self,
@@ -186,28 +217,31 @@ class RowLinear(Sharded):
         )
         start, stop = even_slice(in_features, tp.size, tp.rank)
         self.weight = nn.Parameter(torch.empty(out_features, stop - start))
-        self.pieces = {
+        self.slices = {
             "weight": (
                 ParamSlice(
                     name, (out_features, in_features), 1, start, stop, 0, init_std, decay=True
                 ),
             )
         }
-        self.exchange = choose_collective_matmul(tp, sequence, product)
-        self.exchange.product.check(name, out_features, stop - start)
+        self.matmul = choose_collective_matmul(tp, sequence, product)
+        self.matmul.product.check(name, out_features, stop - start)
 
     def forward(self, x: Tensor) -> Tensor:
         return _Row.apply(x, self.weight, self)
 
     def extra_repr(self) -> str:
-        return f"in={self.weight.shape[1]} of {self.in_features}, out={self.out_features}, {self.tp}, sequence={self.sequence}"
+        return (
+            f"in={self.weight.shape[1]} of {self.in_features}, out={self.out_features}, {self.tp}, "
+            f"sequence={self.sequence}"
+        )
 
 
 class _Lookup(torch.autograd.Function):
-    """Token ids [s, b] -> [s, b, h]: rows of the weight this rank holds, zeros for the others'.
+    """Token ids [s, b] -> [s, b, h]: rows of the weight held by this rank, zeros for all others.
 
-    An id held elsewhere is looked up at its remainder and the result masked: were it row 0 for all of them, the backward
-    pass would add most of a batch to one row, one after another.
+    An id held elsewhere is looked up at its remainder, and its result is masked. If all of them
+    used row 0, the backward pass would add most of a batch to one row, serially.
     """
 
     @staticmethod
@@ -231,15 +265,16 @@ class _Lookup(torch.autograd.Function):
             layer.add_rows(accumulator.total, ids, dy)
             accumulator.complete()
 
-        layer.weight_work.do(work)
+        layer.weight_grad_store.submit(work)
         return None, None, None
 
 
 class VocabEmbedding(Sharded):
-    """Token ids [b, s] -> [s/tp, b, h] with `sequence`, else [s, b, h]. Each rank looks up the ids it holds.
+    """Vocabulary-parallel embedding: token ids [b, s] -> [s(/tp), b, h], /tp with `sequence`.
 
-    Raises DataError on an id outside the vocabulary (on CPU; on an accelerator, where asking would stall the queue, the
-    result is NaN, which the finite check refuses): a plain masked lookup would give zeros and say nothing.
+    Each rank looks up the ids it holds. Raises DataError on an id outside the vocabulary. That is
+    on a CPU only: a check on an accelerator would stall its queue, so there the result is NaN,
+    which the finite check refuses. A plain masked lookup would silently return zeros.
     """
 
     def __init__(
@@ -260,7 +295,7 @@ class VocabEmbedding(Sharded):
         )
         self.start, self.stop = even_slice(vocab_size, tp.size, tp.rank)
         self.weight = nn.Parameter(torch.empty(-(-vocab_size // tp.size), hidden_size))
-        self.pieces = {
+        self.slices = {
             "weight": (
                 ParamSlice(
                     name,
@@ -281,15 +316,17 @@ class VocabEmbedding(Sharded):
         if ids.device.type == "cpu" and bool(bad.any()):
             position, row = (int(i) for i in bad.nonzero()[0])
             raise DataError(
-                f"token id {int(ids[position, row])} at row {row}, position {position} of a micro-batch is outside the vocabulary (model.vocab_size is {self.vocab_size})"
+                f"token id {int(ids[position, row])} at row {row}, position {position} of a "
+                f"micro-batch is outside the vocabulary (model.vocab_size is {self.vocab_size})"
             )
+
         x = _Lookup.apply(ids, self.weight, self)
         if ids.device.type != "cpu":
             x = x.masked_fill(bad.unsqueeze(-1), float("nan"))
         return leave_parallel(x, self.tp, self.sequence)
 
     def local(self, ids: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Ids [s, b] -> rows of the weight [s, b], and which of the ids are held here (None: all)."""
+        """Map ids [s, b] to rows of the local weight, with a mask of ids held here (None: all)."""
         if self.tp.size == 1:
             return ids.clamp(0, self.vocab_size - 1), None
         return (ids - self.start).remainder(self.weight.shape[0]), (ids >= self.start) & (
@@ -297,10 +334,10 @@ class VocabEmbedding(Sharded):
         )
 
     def add_rows(self, into: Tensor, ids: Tensor, dy: Tensor) -> None:
-        """Add dy [s, b, h] to the rows of `into` [v/tp, h] that ids [s, b] name, in the order of the positions.
+        """Add dy [s, b, h] to rows of `into` [v/tp, h] named by ids [s, b], in order of positions.
 
-        The same additions in the same order at every run: on a CPU index_add_ goes row by row, on an accelerator, where
-        it would add in any order, index_put_ sorts first.
+        Deterministic: on a CPU index_add_ goes row by row. On an accelerator it would add in any
+        order, but index_put_ sorts first.
         """
         local, mine = self.local(ids)
         rows, dy = local.reshape(-1), _flat(dy)
@@ -312,4 +349,7 @@ class VocabEmbedding(Sharded):
             into.index_put_((rows,), dy.to(into.dtype), accumulate=True)
 
     def extra_repr(self) -> str:
-        return f"ids={self.start}..{self.stop - 1} of {self.vocab_size}, hidden={self.hidden_size}, {self.tp}, sequence={self.sequence}"
+        return (
+            f"ids={self.start}..{self.stop - 1} of {self.vocab_size}, hidden={self.hidden_size}, "
+            f"{self.tp}, sequence={self.sequence}"
+        )

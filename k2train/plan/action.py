@@ -1,11 +1,15 @@
-"""The words that programs are written in: one action of one pipeline rank, and what it needs and gives.
+"""Actions of a pipeline program: one operation of one pipeline rank, its inputs and its result.
 
-A backward pass is one action (B), or two: the gradient of the stage's input (I), which the stage before waits for, and
-later the gradients of its weights (W), which nobody waits for before the optimizer (Qi et al. 2023, arXiv:2401.10241).
-To whoever waits, I is as good as B: both give the input gradient, and `result` is its one name.
+- A backward pass is one action (B) or two. The stage before waits for the gradient of the stage's
+  input (I). The gradients of its weights (W) may come later: nothing waits for them before the
+  optimizer (Qi et al. 2023, arXiv:2401.10241).
+- Dependents treat I like a full backward B: both give the input gradient, and `result` is its one
+  name.
+- An action is a value with a short printed form (`0F3`, `1SF0>2`). So a program can be read,
+  compared, stored and drawn.
 
-An action is a value that prints as it is spoken of (`0F3`, `1SF0>2`), so that a program can be read, compared, stored
-and drawn. The alternative refused is a callable or a handle to tensors: nothing could look at it before it runs.
+Alternatives considered:
+- A callable, or a handle to tensors: nothing could inspect it before it runs.
 """
 
 from __future__ import annotations
@@ -18,11 +22,11 @@ from k2train.errors import UserError
 
 
 class ScheduleError(UserError):
-    """A schedule that the numbers do not allow, or a list of actions that cannot run."""
+    """The schedule is impossible for these numbers, or a list of actions cannot run."""
 
 
 class Op(StrEnum):
-    """What an action does; the values are the letters of its printed form."""
+    """Operation of an action. The values are the letters of its printed form."""
 
     FORWARD = "F"
     BACKWARD = "B"
@@ -33,7 +37,8 @@ class Op(StrEnum):
     SEND_BACKWARD = "SB"
     RECV_BACKWARD = "RB"
 
-    # Enum's own hash runs in Python and is most of the time of building a long program; str's agrees with str's equality.
+    # Enum's own hash runs in Python, most of the time of building a long program. str's hash agrees
+    # with str's equality.
     __hash__ = str.__hash__
 
     @property
@@ -43,7 +48,7 @@ class Op(StrEnum):
 
     @property
     def is_backward(self) -> bool:
-        """Whether this gives the gradient of a stage's input: a whole backward, or its first part."""
+        """Whether this computes the gradient of a stage's input: a B or an I."""
         return self in (Op.BACKWARD, Op.BACKWARD_INPUT)
 
     @property
@@ -56,9 +61,10 @@ class Op(StrEnum):
 class Action:
     """One entry of a program; prints as `0F3`, `1SF0>2`, `2RF0<1` (stage, op, micro-batch, peer).
 
-    `stage` is global. SF: the stage whose output is sent on. RF: the stage whose input is received. SB: the stage whose
-    input gradient is sent back. RB: the stage whose output gradient is received. `peer` is the pipeline rank at the
-    other end, for transfers only.
+    - `stage` is global. SF: the stage whose output is sent on. RF: the stage whose input is
+      received. SB: the stage whose input gradient is sent back. RB: the stage whose output gradient
+      is received.
+    - `peer` is the pipeline rank at the other end, for transfers only.
     """
 
     op: Op
@@ -73,11 +79,14 @@ class Action:
 
 Program = tuple[Action, ...]
 Owner = Callable[[int], int]
-"""Stage -> the pipeline rank that holds it."""
+"""Maps a stage to the pipeline rank that holds it."""
 
 
 def result(action: Action) -> Action:
-    """The name of what a compute action gives: the action itself, and B for an I, whose input gradient is the same."""
+    """Name the result of a compute action: the action itself, or B for an I.
+
+    Both give the same input gradient.
+    """
     return (
         Action(Op.BACKWARD, action.stage, action.microbatch)
         if action.op is Op.BACKWARD_INPUT
@@ -86,12 +95,14 @@ def result(action: Action) -> Action:
 
 
 def dependencies(action: Action, num_stages: int) -> tuple[Action, ...]:
-    """The results (as `result` names them), wherever they are made, that the compute action `action` uses."""
+    """Return the results (named by `result`) that the compute action `action` uses, on any rank."""
     stage, microbatch = action.stage, action.microbatch
     if action.op is Op.FORWARD:
         return (Action(Op.FORWARD, stage - 1, microbatch),) if stage else ()
     if action.op is Op.BACKWARD_WEIGHT:
         return (Action(Op.BACKWARD, stage, microbatch),)
+
+    # A backward needs its own forward, and the gradient from the stage after it.
     own = (Action(Op.FORWARD, stage, microbatch),)
     return own if stage == num_stages - 1 else (*own, Action(Op.BACKWARD, stage + 1, microbatch))
 
@@ -99,10 +110,10 @@ def dependencies(action: Action, num_stages: int) -> tuple[Action, ...]:
 def transfer_after(
     action: Action, owner: Owner, num_stages: int
 ) -> tuple[Action, int, Action] | None:
-    """(send, rank of the receiver, receive) that the result of a compute action needs, or None.
+    """Return (send, receiving rank, receive) for the result of a compute action, or None.
 
-    Neighbouring stages with the same owner, as with one pipeline rank or where a V turns, need no transfer; nor do
-    weight gradients, which stay where they are.
+    Neighbouring stages with one owner need no transfer: one pipeline rank, or the turn of a V. Nor
+    do weight gradients, which stay where they are.
     """
     if action.op is Op.BACKWARD_WEIGHT:
         return None
@@ -110,9 +121,11 @@ def transfer_after(
     target = action.stage + 1 if forward else action.stage - 1
     if not 0 <= target < num_stages or owner(action.stage) == owner(target):
         return None
+
     send, receive = (
         (Op.SEND_FORWARD, Op.RECV_FORWARD) if forward else (Op.SEND_BACKWARD, Op.RECV_BACKWARD)
     )
+
     return (
         Action(send, action.stage, action.microbatch, owner(target)),
         owner(target),
@@ -121,7 +134,7 @@ def transfer_after(
 
 
 def counterpart(rank: int, action: Action) -> Action:
-    """The other end of the transfer `action` of pipeline rank `rank`."""
+    """Return the other end of the transfer `action` of pipeline rank `rank`."""
     op, step = {
         Op.SEND_FORWARD: (Op.RECV_FORWARD, 1),
         Op.RECV_FORWARD: (Op.SEND_FORWARD, -1),

@@ -1,11 +1,14 @@
-"""Parameters, FLOPs and bytes of a model under a layout: what a run costs before it is built.
+"""Cost model: parameters, FLOPs and bytes of a model under a layout, before it is built.
 
-One formula for each fact, from the shapes alone; the built model is compared with it, so that neither can drift. The
-alternative refused is counting on the built model only, which needs the model.
+- One formula per fact, from the shapes alone. A test compares it with the built model, so neither
+  can drift.
+- Architecture: untied input and output embeddings, no biases. A layer has four attention matrices,
+  three SwiGLU matrices and two norms. One norm precedes the head.
+- FLOP convention: one multiply-add is 2, backward twice forward, causal attention counted as full
+  (not halved), recomputation not counted.
 
-The architecture: untied input and output embeddings, no biases; a layer has four attention matrices, three SwiGLU
-matrices and two norms; one norm before the head. Convention for FLOPs: one multiply-add is 2, backward twice forward,
-causal attention counted as full (not halved), recomputation not counted.
+Alternatives considered:
+- Counting on the built model only: needs the model.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from k2train.plan.layout import Layout
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes that decide every count; the names are those of the config's `model` section."""
+    """Sizes that decide every count, named as in the config's `model` section."""
 
     num_layers: int
     hidden_size: int
@@ -35,7 +38,7 @@ class ModelShape:
 
 
 def layer_matrix_parameters(shape: ModelShape) -> int:
-    """Parameters in the matrices of one layer: query and output, key and value, gate, up and down."""
+    """Parameters in the matrices of one layer: query, key, value, output, gate, up and down."""
     attention = (
         2 * shape.hidden_size**2 + 2 * shape.hidden_size * shape.num_kv_heads * shape.head_dim
     )
@@ -48,26 +51,27 @@ def layer_parameters(shape: ModelShape) -> int:
 
 
 def embedding_parameters(shape: ModelShape) -> int:
-    """Parameters of the input embedding and the head together, without padding of the vocabulary."""
+    """Parameters of input embedding and head together, without padding of the vocabulary."""
     return 2 * shape.vocab_size * shape.hidden_size
 
 
 def parameters(shape: ModelShape) -> int:
-    """Parameters in all; no layout changes this number."""
+    """Total number of parameters, the same under every layout."""
     return (
         shape.num_layers * layer_parameters(shape) + embedding_parameters(shape) + shape.hidden_size
     )
 
 
 def tensor_count(shape: ModelShape) -> int:
-    """Named tensors of the model: nine a layer, embedding, head and the last norm."""
+    """Number of named tensors: nine per layer, embedding, head and the last norm."""
     return 9 * shape.num_layers + 3
 
 
 def stage_parameters(shape: ModelShape, layout: Layout, stage: int) -> int:
-    """Parameters of one pipeline stage, all tensor-parallel ranks together, each counted once, without padding.
+    """Parameters of one pipeline stage, all tensor-parallel ranks together, each counted once.
 
-    The first stage has the input embedding, the last one the final norm and the head; the stages sum to `parameters`.
+    Without padding. The first stage has the input embedding, the last one the final norm and the
+    head. The stages sum to `parameters`.
     """
     total = len(layout.layers_of(stage, shape.num_layers)) * layer_parameters(shape)
     if stage == 0:
@@ -78,12 +82,13 @@ def stage_parameters(shape: ModelShape, layout: Layout, stage: int) -> int:
 
 
 def rank_parameters(shape: ModelShape, layout: Layout, pp: int) -> int:
-    """Parameters in the memory of one rank of pipeline rank `pp`, padding of the vocabulary included.
+    """Parameters in the memory of one rank of pipeline rank `pp`, vocabulary padding included.
 
-    Matrices are split over tensor-parallel ranks, norms are on each of them, and each holds `ceil(vocab / tp)` rows of
-    an embedding.
+    Tensor-parallel ranks split the matrices, replicate the norms, and each hold `ceil(vocab / tp)`
+    rows of an embedding.
     """
     embedding = math.ceil(shape.vocab_size / layout.tensor) * shape.hidden_size
+
     total = 0
     for stage in layout.stages_of(pp):
         num_layers = len(layout.layers_of(stage, shape.num_layers))
@@ -94,14 +99,16 @@ def rank_parameters(shape: ModelShape, layout: Layout, pp: int) -> int:
             total += embedding
         if stage == layout.num_stages - 1:
             total += embedding + shape.hidden_size
+
     return total
 
 
 def flops_per_token(shape: ModelShape, sequence_length: int) -> int:
-    """Model FLOPs of forward and backward for one token of a sequence of `sequence_length`.
+    """Model FLOPs of forward and backward for one token, under any layout.
 
-    6 x the parameters in matrices (head included, input embedding not: it is a look-up) + 12 x layers x sequence x
-    hidden for the scores and their use (Chowdhery et al. 2022, PaLM, appendix B). The layout does not enter.
+    6 x the parameters in matrices (head included, input embedding not: it is a look-up) + 12 x
+    layers x sequence x hidden for the scores and their use (Chowdhery et al. 2022, PaLM, appendix
+    B).
     """
     matmul_parameters = (
         shape.num_layers * layer_matrix_parameters(shape) + shape.vocab_size * shape.hidden_size
@@ -111,7 +118,7 @@ def flops_per_token(shape: ModelShape, sequence_length: int) -> int:
 
 @dataclass(frozen=True)
 class StateBytes:
-    """What one rank keeps from step to step, in bytes; activations and buffers of the libraries come on top."""
+    """Bytes one rank keeps from step to step. Activations and library buffers come on top."""
 
     weights_bytes: int
     gradients_bytes: int
@@ -119,7 +126,7 @@ class StateBytes:
 
     @property
     def total_bytes(self) -> int:
-        """All three together."""
+        """Weights, gradients and optimizer together."""
         return self.weights_bytes + self.gradients_bytes + self.optimizer_bytes
 
 
@@ -127,17 +134,19 @@ WEIGHT_BYTES = {"bf16": 2, "fp32": 4}
 
 
 def state_bytes(shape: ModelShape, layout: Layout, precision: str, pp: int = 0) -> StateBytes:
-    """Weights, fp32 gradient sums and optimizer state of one rank of pipeline rank `pp`.
+    """Bytes of weights, fp32 gradient sums and optimizer state of one rank of pipeline rank `pp`.
 
-    The optimizer's fp32 master weights and two moments (12 bytes a parameter, whatever `precision`) are shared out
-    over the data-parallel ranks; the largest share is given. With several, the rank's share of the reduced gradients has
-    memory of its own; on one, fp32 weights are the master weights.
+    - Data-parallel ranks share the optimizer's fp32 master weights and two moments (12 bytes per
+      parameter, whatever `precision`). The largest share is returned.
+    - With several data-parallel ranks, the rank's share of the reduced gradients has memory of its
+      own. With one, fp32 weights are the master weights.
     """
     assert precision in WEIGHT_BYTES, (
         f"precision must be one of {tuple(WEIGHT_BYTES)}, not {precision!r}"
     )
     count = rank_parameters(shape, layout, pp)
     share = math.ceil(count / layout.data)
+
     weights, alone = WEIGHT_BYTES[precision] * count, layout.data == 1
     gradients = 4 * count + (0 if alone else 4 * share)
     return StateBytes(
@@ -145,8 +154,8 @@ def state_bytes(shape: ModelShape, layout: Layout, precision: str, pp: int = 0) 
     )
 
 
-# (words that the device's name must hold, dense bf16 FLOP/s, source); the first match counts, so the special part
-# stands before the general one. Dense: data sheets print twice as much "with sparsity".
+# (words that the device's name must contain, dense bf16 FLOP/s, source). The first match counts, so
+# special parts precede general ones. Dense: data sheets print twice as much "with sparsity".
 PEAK_FLOPS: tuple[tuple[tuple[str, ...], float, str], ...] = (
     (("A100",), 312e12, "NVIDIA A100 data sheet, BFLOAT16 Tensor Core"),
     (("A800",), 312e12, "NVIDIA A800 data sheet, as A100"),
@@ -174,10 +183,10 @@ PEAK_FLOPS: tuple[tuple[tuple[str, ...], float, str], ...] = (
 
 
 def peak_flops(device_name: str) -> float | None:
-    """The dense bf16 peak of a device, in FLOP/s, from the name the driver gives it; None when it is not known.
+    """Dense bf16 peak of a device, in FLOP/s, by its driver name; None when unknown.
 
-    Unknown parts, CPUs and MIG slices give None, never a guess: utilisation is then not reported. Names are matched
-    word by word, so that an A10 is no A100 and an H20 no H200.
+    Unknown devices, CPUs and MIG slices give None, never a guess: utilisation is then not reported.
+    Names match word by word, so that an A10 is no A100 and an H20 no H200.
     """
     words = set(re.split(r"[^A-Z0-9]+", device_name.upper()))
     if "MIG" in words:

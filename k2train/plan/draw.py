@@ -1,9 +1,13 @@
-"""Spans -> a picture of the pipeline, as text or as SVG; planned and measured spans by the same functions.
+"""Pipeline drawing: spans as text or SVG, for planned and measured spans alike.
 
-A line a rank, time to the right. Forwards, backwards and the halves of a split backward differ by sign (`3-`, `3=`, `3~`
-and `3+`) and by hatching, not by colour alone, so that the picture reads in a log and in grey. A step too long for the width goes on in a second panel instead
-of being squeezed until nothing can be read. The alternative refused is a plotting library: this must work where only
-Python is.
+- One line per rank, time to the right.
+- Forwards, backwards and the halves of a split backward differ by sign (`3-`, `3=`, `3~` and `3+`)
+  and by hatching, not by colour alone. So the picture is readable in a log and in grey.
+- A step too long for the width continues in further panels, instead of being squeezed until nothing
+  is readable.
+
+Alternatives considered:
+- A plotting library: this must work with Python alone.
 """
 
 from __future__ import annotations
@@ -26,27 +30,31 @@ NAMES = {
 
 
 def draw(spans: Sequence[Span], width: int = 100, unit: str = "s") -> str:
-    """The computation of every rank in panels of `width` characters, under a key.
+    """Draw the computation of every rank in panels of `width` characters, under a key.
 
-    `unit` names what the spans' times count. With several stages a rank a letter tells the rank's stages apart: small
-    for a forward, capital for a backward and its halves.
+    `unit` names the unit of the spans' times. With several stages per rank a letter tells them
+    apart: small for a forward, capital for a backward and its halves.
     """
     computes = [span for span in spans if span.action.op.is_compute]
     if not computes:
         return "nothing to draw"
+
     start, total = _extent(computes)
     if total <= 0:
         return "nothing to draw: the spans take no time"
+
     ranks = sorted({span.rank for span in computes})
     local = _local_stages(computes)
     gutter = len(f"rank {ranks[-1]} ")
     panel_columns = max(1, width - gutter)
     columns = _columns(computes, total, panel_columns, _label_width(computes, local))
+
     rows = {rank: ["."] * columns for rank in ranks}
     for span in computes:
         first = round((span.start_seconds - start) / total * columns)
         last = round((span.end_seconds - start) / total * columns)
         rows[span.rank][first:last] = _cell(span, local, last - first)
+
     lines = _key(_ops(computes), local, total / columns, unit)
     for left in range(0, columns, panel_columns):
         if left:
@@ -55,17 +63,18 @@ def draw(spans: Sequence[Span], width: int = 100, unit: str = "s") -> str:
             f"rank {rank}".ljust(gutter) + "".join(rows[rank][left : left + panel_columns]).rstrip()
             for rank in ranks
         ]
+
     return "\n".join(lines)
 
 
 def _extent(computes: Sequence[Span]) -> tuple[float, float]:
-    """(first start, length) of what the spans cover."""
+    """Return (first start, length) of the time covered by the spans."""
     start = min(span.start_seconds for span in computes)
     return start, max(span.end_seconds for span in computes) - start
 
 
 def _local_stages(computes: Sequence[Span]) -> dict[int, int]:
-    """Global stage -> its index among the stages of its rank."""
+    """Map each global stage to its index among the stages of its rank."""
     held: dict[int, set[int]] = {}
     for span in computes:
         held.setdefault(span.rank, set()).add(span.action.stage)
@@ -73,7 +82,7 @@ def _local_stages(computes: Sequence[Span]) -> dict[int, int]:
 
 
 def _label(span: Span, local: dict[int, int]) -> str:
-    """`3`, or `a3` and `A3` where a rank has several stages."""
+    """Label of a span: `3`, or `a3` and `A3` where a rank has several stages."""
     if max(local.values()) == 0:
         return str(span.action.microbatch)
     letter = chr(ord("a") + local[span.action.stage] % 26)
@@ -83,14 +92,14 @@ def _label(span: Span, local: dict[int, int]) -> str:
 
 
 def _label_width(computes: Sequence[Span], local: dict[int, int]) -> int:
-    """The longest label and one fill character, which parts it from the next."""
+    """Width of the longest label and one fill character, which separates it from the next."""
     return 1 + max(len(_label(span, local)) for span in computes)
 
 
 def _columns(computes: Sequence[Span], total: float, panel_columns: int, label_width: int) -> int:
-    """Columns for the whole step: enough that a usual forward shows its label, in `MAX_PANELS` panels at most.
+    """Columns for the whole step: a usual forward shows its label, within `MAX_PANELS` panels.
 
-    A whole number of columns for a usual forward, so that equal spans are drawn equal.
+    A whole number of columns per usual forward, so that equal spans are drawn equal.
     """
     usual = statistics.median(
         [span.end_seconds - span.start_seconds for span in computes if span.action.op is Op.FORWARD]
@@ -102,7 +111,10 @@ def _columns(computes: Sequence[Span], total: float, panel_columns: int, label_w
 
 
 def _cell(span: Span, local: dict[int, int], columns: int) -> list[str]:
-    """The characters of one span; where they do not all fit, the label's last ones, and a backward keeps its mark."""
+    """Characters of one span.
+
+    A short cell shows the label's last ones; a backward keeps its mark.
+    """
     if columns <= 0:
         return []
     fill = FILL[span.action.op]
@@ -112,7 +124,7 @@ def _cell(span: Span, local: dict[int, int], columns: int) -> list[str]:
 
 
 def _ops(computes: Sequence[Span]) -> list[Op]:
-    """The ops that occur, forwards first."""
+    """Ops that occur, forwards first."""
     found = {span.action.op for span in computes}
     return [op for op in FILL if op in found]
 
@@ -129,7 +141,7 @@ def _key(ops: Sequence[Op], local: dict[int, int], column: float, unit: str) -> 
 
 
 ROW, GAP, LEFT, TOP = 28, 8, 64, 34
-# By lightness alone: forward light and plain, backwards darker with stripes, weight gradients dotted.
+# Readable in grey: forward light and plain, backwards darker with stripes, weight gradients dotted.
 FILLS = {
     Op.FORWARD: "#9ecae1",
     Op.BACKWARD: "#fdae6b",
@@ -138,13 +150,18 @@ FILLS = {
 }
 LINES = {
     Op.BACKWARD: '<line x1="0" y1="0" x2="0" y2="6" style="stroke: #d9802f; stroke-width: 2"/>',
-    Op.BACKWARD_INPUT: '<line x1="0" y1="0" x2="0" y2="6" style="stroke: #d9802f; stroke-width: 2"/>',
+    Op.BACKWARD_INPUT: (
+        '<line x1="0" y1="0" x2="0" y2="6" style="stroke: #d9802f; stroke-width: 2"/>'
+    ),
     Op.BACKWARD_WEIGHT: '<circle cx="3" cy="3" r="1.3" style="fill: #238b45; stroke: none"/>',
 }
 
 
 def svg(spans: Sequence[Span], width: int = 1200, unit: str = "s") -> str:
-    """The same picture as a stand-alone SVG of `width` pixels; pointing at a box tells its action and times."""
+    """Draw the same picture as a stand-alone SVG of `width` pixels.
+
+    Tooltips name action and times.
+    """
     computes = [span for span in spans if span.action.op.is_compute]
     ranks = sorted({span.rank for span in computes})
     start, total = _extent(computes) if computes else (0.0, 0.0)
@@ -152,12 +169,14 @@ def svg(spans: Sequence[Span], width: int = 1200, unit: str = "s") -> str:
     height = TOP + len(ranks) * (ROW + GAP)
     local = _local_stages(computes)
     body = [_svg_head(_ops(computes) or [Op.FORWARD], width, height, total, unit)]
+
     for index, rank in enumerate(ranks):
         top = TOP + index * (ROW + GAP)
         body.append(f'<text x="8" y="{top + 19}">rank {rank}</text>')
         body.append(
             f'<rect class="idle" x="{LEFT}" y="{top}" width="{total * scale:.2f}" height="{ROW}"/>'
         )
+
         for span in computes:
             if span.rank == rank:
                 body += _svg_box(
@@ -168,6 +187,7 @@ def svg(spans: Sequence[Span], width: int = 1200, unit: str = "s") -> str:
                     scale,
                     unit,
                 )
+
     return "\n".join([*body, "</svg>", ""])
 
 
@@ -176,20 +196,25 @@ def _svg_head(ops: Sequence[Op], width: int, height: int, total: float, unit: st
     styles = " ".join(f".{op.value} {{ fill: {fill}; }}" for op, fill in fills.items())
     patterns = "".join(
         f'<pattern id="{op.value}-lines" width="6" height="6" patternUnits="userSpaceOnUse" '
-        f'patternTransform="rotate(45)"><rect width="6" height="6" style="fill: {FILLS[op]}; stroke: none"/>'
+        f'patternTransform="rotate(45)">'
+        f'<rect width="6" height="6" style="fill: {FILLS[op]}; stroke: none"/>'
         f"{LINES[op]}</pattern>"
         for op in ops
         if op in LINES
     )
     key, left = [], LEFT
+
     for op in ops:
         key.append(f'<rect class="{op.value}" x="{left}" y="8" width="16" height="14"/>')
         key.append(f'<text x="{left + 22}" y="19">{NAMES[op]}</text>')
         left += 40 + 7 * len(NAMES[op])
+
     key.append(
-        f'<text x="{left}" y="19">{total:.4g} {html.escape(unit)} in all; the number is the micro-batch</text>'
+        f'<text x="{left}" y="19">{total:.4g} {html.escape(unit)} in all; '
+        f"the number is the micro-batch</text>"
     )
-    return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">
+    return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" \
+width="{width}" height="{height}">
 <style>text {{ font: 12px sans-serif; fill: #111; }} rect {{ stroke: #444; stroke-width: 0.5; }}
 .idle {{ fill: #f4f4f4; }} {styles}</style>
 <defs>{patterns}</defs>
@@ -199,11 +224,15 @@ def _svg_head(ops: Sequence[Op], width: int, height: int, total: float, unit: st
 
 def _svg_box(span: Span, label: str, left: float, top: int, scale: float, unit: str) -> list[str]:
     width = (span.end_seconds - span.start_seconds) * scale
-    told = f"{span.action}: {span.start_seconds:.4g} to {span.end_seconds:.4g} {html.escape(unit)}"
-    place = f'x="{left:.2f}" y="{top}" width="{width:.2f}" height="{ROW}"'
-    box = [f'<rect class="{span.action.op.value}" {place}><title>{told}</title></rect>']
+    tooltip = (
+        f"{span.action}: {span.start_seconds:.4g} to {span.end_seconds:.4g} {html.escape(unit)}"
+    )
+    geometry = f'x="{left:.2f}" y="{top}" width="{width:.2f}" height="{ROW}"'
+    box = [f'<rect class="{span.action.op.value}" {geometry}><title>{tooltip}</title></rect>']
+
     if width >= 8 * len(label):
         box.append(
             f'<text x="{left + width / 2:.2f}" y="{top + 19}" text-anchor="middle">{label}</text>'
         )
+
     return box

@@ -1,12 +1,16 @@
-"""Where every rank stands: world rank <-> (pp, dp, tp), the ranks of each group, the layers of each pipeline stage.
+"""Parallel layout: world rank <-> (pp, dp, tp), ranks of each group, layers of each stage.
 
-One frozen value with plain arithmetic. `tp` is innermost, so that the group that talks most sits on neighbouring ranks
-(one node); `pp` is outermost, so that the group that talks least crosses nodes. The alternative refused is a module of
-process-group globals: a layout that is a value can be printed, compared and tested for 480 ranks on one core.
+- One frozen value with plain arithmetic.
+- `tp` is innermost, so that the group that communicates most is on neighbouring ranks (one node).
+  `pp` is outermost, so that the group that communicates least crosses nodes.
+- Stages are dealt in a loop (owner = stage % pipeline), as the interleaved schedule needs. With one
+  stage per rank this is the plain contiguous split.
+- Or in a V, down the ranks and back up: rank r holds stages r and 2p-1-r, and the first rank both
+  begins and ends (Qi et al. 2024, arXiv:2405.15362).
 
-Stages are dealt in a loop (stage % pipeline is its owner), as the interleaved schedule needs; with one stage a rank
-this is the plain contiguous split. Or in a V: down the ranks and back up, so that rank r holds stages r and 2p-1-r, and
-the first rank both begins and ends (Qi et al. 2024, arXiv:2405.15362).
+Alternatives considered:
+- A module of process-group globals. A layout that is a value can be printed, compared and tested
+  for 480 ranks on one core.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ Placement = Literal["loop", "v"]
 
 @dataclass(frozen=True)
 class Coordinate:
-    """The place of one rank: its index along each axis, each counted from 0."""
+    """Index of one rank along each axis, counted from 0."""
 
     pp: int
     dp: int
@@ -32,9 +36,12 @@ class Coordinate:
 
 @dataclass(frozen=True)
 class Layout:
-    """The degrees of parallelism. `stages_per_rank` is the number of pipeline stages that each pipeline rank holds.
+    """Degrees of parallelism.
 
-    `placement` says which ones; `layers_per_stage` how many layers each holds, first to last, None as many on each.
+    `stages_per_rank` is the number of pipeline stages each pipeline rank holds.
+
+    `placement` decides which ones. `layers_per_stage` is the number of layers of each, first to
+    last; None: equal.
     """
 
     tensor: int = 1
@@ -48,13 +55,16 @@ class Layout:
         for name in ("tensor", "pipeline", "data", "stages_per_rank"):
             degree = getattr(self, name)
             assert degree >= 1, f"Layout.{name} must be at least 1, not {degree}"
+
         assert self.placement in ("loop", "v"), (
             f"Layout.placement must be loop or v, not {self.placement}"
         )
         assert self.placement == "loop" or self.stages_per_rank == 2, "a V has two stages a rank"
+
         uneven = self.layers_per_stage
         assert uneven is None or (len(uneven) == self.num_stages and min(uneven) >= 1), (
-            f"Layout.layers_per_stage must have {self.num_stages} counts of at least 1, not {uneven}"
+            f"Layout.layers_per_stage must have {self.num_stages} counts of at least 1, not "
+            f"{uneven}"
         )
 
     @classmethod
@@ -67,7 +77,7 @@ class Layout:
         placement: Placement = "loop",
         layers_per_stage: tuple[int, ...] | None = None,
     ) -> Layout:
-        """The layout whose data parallelism is what `tensor` and `pipeline` leave of the world.
+        """Build a layout of `world_size` ranks; data parallelism is what tensor and pipeline leave.
 
         Raises ConfigError when `tensor * pipeline` does not divide `world_size`.
         """
@@ -76,9 +86,12 @@ class Layout:
             below = world_size - world_size % model_ranks
             nearest = [world for world in (below, below + model_ranks) if world >= model_ranks]
             raise ConfigError(
-                f"the world ({world_size} processes) must be a multiple of parallel.tensor ({tensor}) x "
-                f"parallel.pipeline ({pipeline}) = {model_ranks}; nearest that are: {', '.join(map(str, nearest))}"
+                f"the world ({world_size} processes) must be a multiple of parallel.tensor "
+                f"({tensor}) x "
+                f"parallel.pipeline ({pipeline}) = {model_ranks}; nearest that are: "
+                f"{', '.join(map(str, nearest))}"
             )
+
         return cls(
             tensor,
             pipeline,
@@ -90,28 +103,28 @@ class Layout:
 
     @property
     def world_size(self) -> int:
-        """Processes in all."""
+        """Total number of processes."""
         return self.tensor * self.pipeline * self.data
 
     @property
     def num_stages(self) -> int:
-        """Pipeline stages in all."""
+        """Total number of pipeline stages."""
         return self.pipeline * self.stages_per_rank
 
     def degree(self, axis: str) -> int:
-        """The size of one axis, `axis` being one of `AXES`."""
+        """Size of one axis of `AXES`."""
         assert axis in AXES, f"axis must be one of {AXES}, not {axis!r}"
         return {"pp": self.pipeline, "dp": self.data, "tp": self.tensor}[axis]
 
     def coordinate(self, rank: int) -> Coordinate:
-        """World rank -> coordinate; the inverse of `rank`."""
+        """Map a world rank to its coordinate; the inverse of `rank`."""
         assert 0 <= rank < self.world_size, f"rank {rank} is outside a world of {self.world_size}"
         outer, tp = divmod(rank, self.tensor)
         pp, dp = divmod(outer, self.data)
         return Coordinate(pp, dp, tp)
 
     def rank(self, coordinate: Coordinate) -> int:
-        """Coordinate -> world rank; the inverse of `coordinate`."""
+        """Map a coordinate to its world rank; the inverse of `coordinate`."""
         for axis in AXES:
             index = getattr(coordinate, axis)
             assert 0 <= index < self.degree(axis), (
@@ -120,7 +133,7 @@ class Layout:
         return (coordinate.pp * self.data + coordinate.dp) * self.tensor + coordinate.tp
 
     def groups(self, axis: str) -> list[tuple[int, ...]]:
-        """Every group along one axis, as world ranks ordered by their index on that axis.
+        """Return every group along one axis, as world ranks ordered by their index on that axis.
 
         A group holds the ranks that differ in `axis` only, so the groups partition the world.
         """
@@ -130,21 +143,21 @@ class Layout:
         return [tuple(first + index * stride[axis] for index in range(size)) for first in firsts]
 
     def stages_of(self, pp: int) -> tuple[int, ...]:
-        """The global stages that pipeline rank `pp` holds, first to last."""
+        """Return the global stages of pipeline rank `pp`, first to last."""
         assert 0 <= pp < self.pipeline, f"pp {pp} is outside {self.pipeline} pipeline ranks"
         if self.placement == "v":
             return (pp, self.num_stages - 1 - pp)
         return tuple(range(pp, self.num_stages, self.pipeline))
 
     def owner(self, stage: int) -> int:
-        """The pipeline rank that holds `stage`."""
+        """Return the pipeline rank that holds `stage`."""
         assert 0 <= stage < self.num_stages, f"stage {stage} is outside {self.num_stages} stages"
         if self.placement == "v":
             return min(stage, self.num_stages - 1 - stage)
         return stage % self.pipeline
 
     def layers_of(self, stage: int, num_layers: int) -> range:
-        """The layers of `stage`: contiguous, and as many as on every other stage unless `layers_per_stage` differs."""
+        """Return the layers of `stage`, contiguous; equal counts unless `layers_per_stage` is set."""
         assert 0 <= stage < self.num_stages, f"stage {stage} is outside {self.num_stages} stages"
         if self.layers_per_stage is not None:
             ends = tuple(accumulate(self.layers_per_stage))
@@ -152,6 +165,7 @@ class Layout:
                 f"{self.layers_per_stage} is not a split of {num_layers} layers"
             )
             return range(ends[stage] - self.layers_per_stage[stage], ends[stage])
+
         assert num_layers % self.num_stages == 0, (
             f"{num_layers} layers do not divide over {self.num_stages} stages"
         )

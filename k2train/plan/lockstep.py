@@ -1,10 +1,13 @@
-"""All pipeline ranks walked together: is a schedule legal, and where do its transfers go?
+"""Schedule checking and transfer insertion: all pipeline ranks walked together in lockstep.
 
-Transfers are inserted while walking, so every program is a view of one global order: both ends of a pair see their
-transfers in the same order, and even fully blocking transfers cannot deadlock. The alternative refused is to let each
-rank derive its own sends and receives from the neighbour's role, which is right only as long as nobody adds a schedule.
+- Transfers are inserted during the walk, so every program is a view of one global order. Both ends
+  of a pair see their transfers in the same order, and even fully blocking transfers cannot
+  deadlock.
+- A list that cannot run raises an error that names each rank's action and what it waits for.
 
-A list that cannot run is named (which rank waits at what, for what), never walked for ever.
+Alternatives considered:
+- Each rank derives its own sends and receives from its neighbour's role: right only until somebody
+  adds a schedule.
 """
 
 from __future__ import annotations
@@ -25,16 +28,21 @@ from k2train.plan.layout import Layout
 
 
 def check(programs: Sequence[Sequence[Action]], layout: Layout, num_microbatches: int) -> None:
-    """Refuse with ScheduleError programs that are incomplete, out of order or stuck; transfers are passed over.
+    """Raise ScheduleError for programs that are incomplete, out of order or stuck.
 
-    Every (stage, micro-batch) has one forward and one backward, on the rank that holds the stage: a B, or an I and then
-    a W. Each stage's forwards are in micro-batch order, its B's and I's together, and whatever adds to its weight
-    gradients (its B's and W's together); and all ranks together reach their ends.
+    Transfers are ignored.
+
+    - Every (stage, micro-batch) has one forward and one backward on the stage's rank: a B, or an I
+      and then a W.
+    - Each stage runs its forwards in micro-batch order, its B's and I's together, and its B's and
+      W's together (the additions to its weight gradients).
+    - All ranks together reach their ends.
     """
     if len(programs) != layout.pipeline:
         raise ScheduleError(
             f"there are {len(programs)} programs for {layout.pipeline} pipeline ranks"
         )
+
     computes = [[action for action in program if action.op.is_compute] for program in programs]
     for pp, actions in enumerate(computes):
         for action in actions:
@@ -46,12 +54,14 @@ def check(programs: Sequence[Sequence[Action]], layout: Layout, num_microbatches
             _check_stage(
                 pp, stage, [action for action in actions if action.stage == stage], num_microbatches
             )
+
     for _ in _lockstep(computes, layout.num_stages):
         pass
 
 
 def _check_stage(pp: int, stage: int, actions: Sequence[Action], num_microbatches: int) -> None:
-    """One stage's compute actions: every micro-batch once, in order, in each of the three roles; W where there is an I."""
+    """Check one stage: each micro-batch once and in order in every role, and W only with an I."""
+    # Where any micro-batch has an I, the weight gradients are the B's and W's.
     split = {action.microbatch for action in actions if action.op is Op.BACKWARD_INPUT}
     roles = {"F": (Op.FORWARD,), "B": (Op.BACKWARD, Op.BACKWARD_INPUT)}
     if split:
@@ -60,13 +70,16 @@ def _check_stage(pp: int, stage: int, actions: Sequence[Action], num_microbatche
             "I": (Op.BACKWARD, Op.BACKWARD_INPUT),
             "W": (Op.BACKWARD, Op.BACKWARD_WEIGHT),
         }
+
     for role, ops in roles.items():
         found = [action.microbatch for action in actions if action.op in ops]
         if found != list(range(num_microbatches)):
             raise ScheduleError(
-                f"rank {pp} must run {stage}{role} of micro-batches 0 to {num_microbatches - 1} once each "
+                f"rank {pp} must run {stage}{role} of micro-batches 0 to {num_microbatches - 1} "
+                "once each "
                 f"and in order, not {found}"
             )
+
     for action in actions:
         if action.op is Op.BACKWARD_WEIGHT and action.microbatch not in split:
             raise ScheduleError(f"rank {pp} runs {action}, but no {stage}I{action.microbatch}")
@@ -75,10 +88,11 @@ def _check_stage(pp: int, stage: int, actions: Sequence[Action], num_microbatche
 def _lockstep(
     programs: Sequence[Sequence[Action]], num_stages: int
 ) -> Iterator[tuple[int, Action]]:
-    """(rank, compute action) in an order that all ranks can run: each tick, each rank that can takes one action.
+    """Yield (rank, compute action) in an order all ranks can run: per tick one per ready rank.
 
-    Within a tick a producer comes before its consumer where it can (forwards from the first rank on, backwards from the
-    last), so that the consumer's receive stands before what the consumer computes meanwhile, and overlaps with it.
+    Within a tick a producer precedes its consumer where possible (forwards from the first rank on,
+    backwards from the last). So the consumer's receive precedes its next computation, and overlaps
+    with it.
     """
     positions = [0] * len(programs)
     done: set[Action] = set()
@@ -93,6 +107,7 @@ def _lockstep(
         ready = [
             (rank, head) for rank, head in heads if done.issuperset(dependencies(head, num_stages))
         ]
+
         if not ready:
             missing = {
                 rank: next(need for need in dependencies(head, num_stages) if need not in done)
@@ -105,25 +120,28 @@ def _lockstep(
                     for rank, head in heads
                 )
             )
+
         ready.sort(key=lambda entry: (0, entry[0]) if entry[1].op is Op.FORWARD else (1, -entry[0]))
         for rank, head in ready:
             positions[rank] += 1
             yield rank, head
+
+        # Results count from the next tick on: within one, nobody sees them.
         done.update(result(head) for _, head in ready)
 
 
 def _made_by(need: Action, programs: Sequence[Sequence[Action]]) -> Action:
-    """The action of `programs` whose result is `need`; `need` itself where none is."""
+    """Return the action of `programs` whose result is `need`, else `need`."""
     return next(
         (action for program in programs for action in program if result(action) == need), need
     )
 
 
 def insert_transfers(programs: Sequence[Sequence[Action]], layout: Layout) -> tuple[Program, ...]:
-    """Compute-only programs -> complete ones: each send right after its compute, each receive posted before its use.
+    """Insert transfers: each send right after its compute, each receive posted before its use.
 
-    A receive is appended to its rank at the moment of the send, wherever that rank stands; it cannot have used the
-    tensor yet.
+    A receive is appended to its rank at the moment of the send, at that rank's current position. It
+    cannot have used the tensor yet.
     """
     complete: list[list[Action]] = [[] for _ in programs]
     for rank, action in _lockstep(programs, layout.num_stages):
@@ -137,20 +155,21 @@ def insert_transfers(programs: Sequence[Sequence[Action]], layout: Layout) -> tu
 
 
 def check_transfers(programs: Sequence[Sequence[Action]], layout: Layout) -> None:
-    """Refuse with ScheduleError complete programs whose transfers are missing, misplaced, or in different orders.
+    """Raise ScheduleError for transfers that are missing, misplaced, or in different orders.
 
-    Every compute action has what it needs posted before it and what it gives sent after it; the two ends of every pair
-    of ranks see the same order (NCCL runs a pair's transfers in the order of issue, so a difference is a hang); and all
-    ranks reach their ends even if every transfer blocks until both ends are there.
+    - Every compute action has its inputs posted before it and its result sent after it.
+    - Both ends of every pair of ranks see the same order. NCCL runs a pair's transfers in the order
+      of issue, so a difference is a hang.
+    - All ranks reach their ends even if every transfer blocks until both ends are there.
     """
     num_stages = layout.num_stages
-    places = [_places(rank, program) for rank, program in enumerate(programs)]
+    indices = [_indices(rank, program) for rank, program in enumerate(programs)]
     makers = [{result(action): action for action in program} for program in programs]
     expected: list[set[Action]] = [set() for _ in programs]
 
     def require_order(rank: int, first: Action, second: Action) -> None:
-        place = places[rank]
-        if first not in place or second not in place or place[first] > place[second]:
+        index_of = indices[rank]
+        if first not in index_of or second not in index_of or index_of[first] > index_of[second]:
             raise ScheduleError(f"rank {rank} must have {first} before {second}")
 
     for rank, program in enumerate(programs):
@@ -158,6 +177,7 @@ def check_transfers(programs: Sequence[Sequence[Action]], layout: Layout) -> Non
             transfer = (
                 transfer_after(action, layout.owner, num_stages) if action.op.is_compute else None
             )
+
             if transfer:
                 send, receiver, receive = transfer
                 expected[rank].add(send)
@@ -165,23 +185,25 @@ def check_transfers(programs: Sequence[Sequence[Action]], layout: Layout) -> Non
                 require_order(rank, action, send)
                 user = Action(result(action).op, receive.stage, receive.microbatch)
                 require_order(receiver, receive, makers[receiver].get(user, user))
+
     for rank, program in enumerate(programs):
         for action in program:
             if not action.op.is_compute and action not in expected[rank]:
                 raise ScheduleError(
                     f"rank {rank} has the transfer {action}, which no compute action calls for"
                 )
+
     _check_pair_orders(programs)
     _check_blocking(programs, num_stages)
 
 
-def _places(rank: int, program: Sequence[Action]) -> dict[Action, int]:
-    """The index of each action in `program`, which must hold each once."""
-    place = {action: index for index, action in enumerate(program)}
-    if len(place) != len(program):
-        twice = next(action for index, action in enumerate(program) if place[action] != index)
+def _indices(rank: int, program: Sequence[Action]) -> dict[Action, int]:
+    """Index of each action in `program`, which must hold each once."""
+    index_of = {action: index for index, action in enumerate(program)}
+    if len(index_of) != len(program):
+        twice = next(action for index, action in enumerate(program) if index_of[action] != index)
         raise ScheduleError(f"rank {rank} has {twice} more than once")
-    return place
+    return index_of
 
 
 def _check_pair_orders(programs: Sequence[Sequence[Action]]) -> None:
@@ -192,7 +214,8 @@ def _check_pair_orders(programs: Sequence[Sequence[Action]]) -> None:
             for index, (mine, yours) in enumerate(zip(ours, theirs, strict=True)):
                 if mine != yours:
                     raise ScheduleError(
-                        f"ranks {low} and {high} disagree on their transfer {index}: rank {low} has {mine}, "
+                        f"ranks {low} and {high} disagree on their transfer {index}: rank {low} "
+                        f"has {mine}, "
                         f"rank {high} has {counterpart(low, yours)}"
                     )
 
@@ -209,6 +232,7 @@ def _check_blocking(programs: Sequence[Sequence[Action]], num_stages: int) -> No
         action = head(rank)
         if action is None:
             return False
+
         if action.op.is_compute:
             if not done.issuperset(dependencies(action, num_stages)):
                 return False
@@ -217,12 +241,15 @@ def _check_blocking(programs: Sequence[Sequence[Action]], num_stages: int) -> No
             assert action.peer is not None, f"the transfer {action} has no peer"
             if head(action.peer) != counterpart(rank, action):
                 return False
+            # A rendezvous: both ends move on.
             positions[action.peer] += 1
+
         positions[rank] += 1
         return True
 
     while any(advance(rank) for rank in range(len(programs))):
         pass
+
     stuck = [(rank, head(rank)) for rank in range(len(programs)) if head(rank) is not None]
     if stuck:
         waits = "; ".join(f"rank {rank} waits at {action}" for rank, action in stuck)

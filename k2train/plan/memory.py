@@ -1,10 +1,11 @@
-"""Memory of one rank at its fullest: what stays, the activations in flight, and what the work at hand needs besides.
+"""Peak memory of one rank: persistent state, activations in flight, working set.
 
-A rank is at its fullest while micro-batches run or while gradients and weights are exchanged, whichever takes more: of
-the activations little is left when the last gradients leave. Not counted: the allocator's own losses and what the
-libraries of a device take for themselves.
+- The peak is while micro-batches run, or while gradients and weights are exchanged, whichever is
+  larger. Few activations are left when the last gradients leave.
+- Not counted: the allocator's own losses, and what a device's libraries take for themselves.
 
-The alternative refused is a reserve of so many percent: what a layer's backward needs depends on the layout, too.
+Alternatives considered:
+- A reserve of some percent: a layer's backward depends on the layout, too.
 """
 
 from __future__ import annotations
@@ -15,138 +16,157 @@ from dataclasses import dataclass
 from k2train.plan.action import Action
 from k2train.plan.activations import (
     FP32,
-    Work,
+    ActivationSpec,
     layer_bytes,
     peak_bytes,
     stage_bytes,
-    stage_waiting_bytes,
+    stage_deferred_bytes,
 )
 from k2train.plan.cost import WEIGHT_BYTES, StateBytes, rank_parameters, state_bytes
 from k2train.plan.layout import Layout
 
 MIB = 2**20
 STRIP_BYTES = {"cpu": 16 * MIB, "cuda": 64 * MIB}
-"""What the logits of a strip of the loss may take in fp32: enough rows for a product to run at its full rate."""
+"""fp32 bytes of the logits of one strip of the loss: enough rows for a product at its full rate."""
 STRIP_ROWS = {"cpu": 128, "cuda": 1024}
-"""A strip has so many rows at least, also where they take more than that."""
+"""Smallest number of rows of a strip, even if they take more than STRIP_BYTES."""
 BUCKET_BYTES = 128 * MIB
-"""Size of a transfer of gradients where the config leaves it open: large enough for the full rate of a network, small
-beside the gradients."""
+"""Default size of a gradient transfer.
+
+Large enough for the full rate of a network, small beside the gradients.
+"""
 
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes of one rank; the parts that are there together make `total_bytes`."""
+    """Memory of one rank in bytes. Parts that exist at the same time make `total_bytes`."""
 
     state: StateBytes
     activations_bytes: int
-    """The most that micro-batches in flight keep."""
+    """Most bytes kept by micro-batches in flight."""
     working_bytes: int
-    """What the backward of one layer, or the loss, needs while it runs."""
+    """Working set of one layer's backward, or of the loss."""
     transfer_bytes: int
-    """Gradients or weights on their way to other data-parallel ranks."""
+    """Gradients or weights in flight to other data-parallel ranks."""
 
     @property
     def total_bytes(self) -> int:
-        """At the fullest moment."""
+        """Bytes at the peak."""
         return self.state.total_bytes + max(
             self.activations_bytes + self.working_bytes, self.transfer_bytes
         )
 
 
 def rank_memory(
-    work: Work,
+    spec: ActivationSpec,
     layout: Layout,
     program: Sequence[Action],
     pp: int,
     overlap: bool,
     bucket_bytes: int | None = None,
 ) -> RankMemory:
-    """Memory of a rank of pipeline rank `pp` that runs `program`; `overlap` is that of the transfers."""
+    """Memory of one rank of pipeline rank `pp` that runs `program`.
+
+    `overlap` is that of the transfers.
+    """
     peak = peak_bytes(
         program,
-        lambda stage: stage_bytes(work, layout, stage),
-        lambda stage: stage_waiting_bytes(work, layout, stage),
+        lambda stage: stage_bytes(spec, layout, stage),
+        lambda stage: stage_deferred_bytes(spec, layout, stage),
     )
     return RankMemory(
-        state_bytes(work.shape, layout, work.precision, pp),
+        state_bytes(spec.shape, layout, spec.precision, pp),
         peak,
-        working_bytes(work, layout, pp),
-        transfer_bytes(work, layout, pp, overlap, bucket_bytes),
+        working_bytes(spec, layout, pp),
+        transfer_bytes(spec, layout, pp, overlap, bucket_bytes),
     )
 
 
-def working_bytes(work: Work, layout: Layout, pp: int) -> int:
-    """What a rank of pipeline rank `pp` needs besides what is kept, at its fullest."""
-    stages, last, working = layout.stages_of(pp), layout.num_stages - 1, layer_working_bytes(work)
+def working_bytes(spec: ActivationSpec, layout: Layout, pp: int) -> int:
+    """Peak working set of a rank of pipeline rank `pp`, besides what is kept."""
+    stages, last, working = layout.stages_of(pp), layout.num_stages - 1, layer_working_bytes(spec)
     if last not in stages:
         return working
     # When its layers begin, the last stage has used up what the final norm and the loss kept.
-    used = 2 * work.residual_bytes if len(stages) == 1 else 0
-    return max(working - used, loss_working_bytes(work))
+    used = 2 * spec.residual_bytes if len(stages) == 1 else 0
+    return max(working - used, loss_working_bytes(spec))
 
 
-def layer_working_bytes(work: Work) -> int:
-    """What the backward of a layer holds at its fullest, besides what layers keep.
+def layer_working_bytes(spec: ActivationSpec) -> int:
+    """Peak working set of a layer's backward, besides what layers keep.
 
-    Of three moments the largest: the last product, the SwiGLU, and the gate and up product. The gradient of the layer's
-    output is there in all of them; what the layer kept and has used is gone.
+    The largest of three moments: the last product, the SwiGLU, and the gate and up product. The
+    gradient of the layer's output exists in all of them. Kept tensors that were used are gone.
     """
-    ffn, shape = work.split_bytes(work.shape.ffn_hidden_size), work.shape
-    remade = [_remade_bytes(work, policy) for policy in set(work.policies(shape.num_layers))]
-    active = max(0 if policy == "none" else ffn for policy in set(work.policies(shape.num_layers)))
-    gathered = work.gathered_bytes if work.gathers else 0
-    down = gathered + ffn + active + _matrix_bytes(work, shape.ffn_hidden_size)
+    ffn, shape = spec.split_bytes(spec.shape.ffn_hidden_size), spec.shape
+    recomputed = [
+        _recomputed_bytes(spec, policy) for policy in set(spec.policies(shape.num_layers))
+    ]
+    active = max(0 if policy == "none" else ffn for policy in set(spec.policies(shape.num_layers)))
+    gathered = spec.gathered_bytes if spec.gathers else 0
+
+    down = gathered + ffn + active + _matrix_bytes(spec, shape.ffn_hidden_size)
     swiglu = 4 * ffn - (ffn - active)
     gate_up = (
         active
-        + work.gathered_bytes
-        + gathered * (1 + work.regather)
-        + _matrix_bytes(work, 2 * shape.ffn_hidden_size)
+        + spec.gathered_bytes
+        + gathered * (1 + spec.regather)
+        + _matrix_bytes(spec, 2 * shape.ffn_hidden_size)
     )
-    return work.residual_bytes + max(remade) + max(down, swiglu, gate_up - ffn)
+
+    return spec.residual_bytes + max(recomputed) + max(down, swiglu, gate_up - ffn)
 
 
-def _remade_bytes(work: Work, policy: str) -> int:
-    """Of a layer that runs again all that it would have kept, but for what it did, and the input of its last product."""
+def _recomputed_bytes(spec: ActivationSpec, policy: str) -> int:
+    """Bytes of a recomputed layer: all it would have kept, except two tensors.
+
+    These are its input, which it kept, and the input of its last product.
+    """
     if policy != "full":
         return 0
     return (
-        layer_bytes(work, "none")
-        - layer_bytes(work, "full")
-        - work.split_bytes(work.shape.ffn_hidden_size)
+        layer_bytes(spec, "none")
+        - layer_bytes(spec, "full")
+        - spec.split_bytes(spec.shape.ffn_hidden_size)
     )
 
 
-def _matrix_bytes(work: Work, width: int) -> int:
-    """A weight gradient on its way into its fp32 sum: on a CPU bf16 factors cannot be added into it, and oneDNN does not."""
-    if work.device != "cpu" or (work.precision == "fp32" and work.matmul != "onednn"):
+def _matrix_bytes(spec: ActivationSpec, width: int) -> int:
+    """Bytes of a weight gradient before its addition to the fp32 sum.
+
+    Only on a CPU: bf16 factors cannot be added into fp32 there, and oneDNN does not add.
+    """
+    if spec.device != "cpu" or (spec.precision == "fp32" and spec.matmul != "onednn"):
         return 0
-    return work.element_bytes * work.shape.hidden_size * width // work.tensor
+    return spec.element_bytes * spec.shape.hidden_size * width // spec.tensor
 
 
-def loss_working_bytes(work: Work) -> int:
-    """What the loss holds while it runs: its input, and of a strip the logits, also in fp32, or what its gradients take."""
-    width, hidden = -(-work.shape.vocab_size // work.tensor), work.shape.hidden_size
-    most = max(STRIP_ROWS[work.device], STRIP_BYTES[work.device] // (FP32 * width))
-    rows = -(-work.tokens // -(-work.tokens // most))
-    both = FP32 if work.precision == "fp32" else FP32 + work.element_bytes
-    learning = rows * (width * work.element_bytes + hidden * both) + _matrix_bytes(
-        work, work.shape.vocab_size
+def loss_working_bytes(spec: ActivationSpec) -> int:
+    """Working set of the loss: its input, and the logits of one strip.
+
+    The logits also in fp32, or what their gradients need.
+    """
+    width, hidden = -(-spec.shape.vocab_size // spec.tensor), spec.shape.hidden_size
+    most = max(STRIP_ROWS[spec.device], STRIP_BYTES[spec.device] // (FP32 * width))
+    rows = -(-spec.tokens // -(-spec.tokens // most))
+    both = FP32 if spec.precision == "fp32" else FP32 + spec.element_bytes
+    gradient_bytes = rows * (width * spec.element_bytes + hidden * both) + _matrix_bytes(
+        spec, spec.shape.vocab_size
     )
+
     # Split over the sequence, the loss has its input whole and in part, and so the gradient of it.
-    split = work.gathered_bytes if work.gathers else 0
-    return work.residual_bytes + 2 * split + max(rows * width * both, learning)
+    split = spec.gathered_bytes if spec.gathers else 0
+    return spec.residual_bytes + 2 * split + max(rows * width * both, gradient_bytes)
 
 
 def transfer_bytes(
-    work: Work, layout: Layout, pp: int, overlap: bool, bucket_bytes: int | None = None
+    spec: ActivationSpec, layout: Layout, pp: int, overlap: bool, bucket_bytes: int | None = None
 ) -> int:
-    """Gradients (fp32) or weights on their way: a bucket, or with `overlap` up to all of them."""
+    """Gradients (fp32) or weights in flight: one bucket, or with `overlap` up to all of them."""
     if layout.data == 1:
         return 0
-    count = rank_parameters(work.shape, layout, pp)
-    gradients, weights = FP32 * count, WEIGHT_BYTES[work.precision] * count
+    count = rank_parameters(spec.shape, layout, pp)
+    gradients, weights = FP32 * count, WEIGHT_BYTES[spec.precision] * count
     if overlap:
         return max(gradients + gradients // layout.data, weights)
     return min(gradients, bucket_bytes or BUCKET_BYTES)

@@ -1,12 +1,15 @@
-"""Programs and durations -> when each action runs: the bubble, and how many activations a rank holds at once.
+"""Pipeline simulator: when each action runs, the bubble, the activations in flight.
 
-Programs are walked as data: an action starts when its rank is free and what it uses is there. That gives the published
-bubble formulas exactly and stays true for measured or uneven durations; the alternative refused is a formula for each
-schedule, which a new schedule would silently not have.
+- Input: programs and durations. Programs are walked as data: an action starts when its rank is free
+  and its inputs are there. That gives the published bubble formulas exactly, and stays true for
+  measured or uneven durations.
+- Transfers run beside computation. One starts when it has been sent, its receive is posted and its
+  link is free. A link is one direction between two pipeline ranks and carries one transfer at a
+  time.
+- A `Span` may also hold measured times: `bubble_fraction` and `draw` treat both alike.
 
-Transfers run beside computation. One starts when it has been sent, its receive is posted and its link is free; a link
-is one direction between two pipeline ranks and carries one transfer at a time. A `Span` may as well hold measured
-times: `bubble_fraction` and `draw` do not know the difference.
+Alternatives considered:
+- A formula for each schedule: a new schedule would silently have none.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from k2train.plan.action import Action, Op, ScheduleError, counterpart, dependen
 
 @dataclass(frozen=True)
 class Span:
-    """One action of one pipeline rank and when it ran; a receive's span is that of its transfer."""
+    """One action of one pipeline rank and when it ran. A receive's span is that of its transfer."""
 
     rank: int
     action: Action
@@ -34,7 +37,10 @@ def constant_seconds(
     backward_input: float = 1.0,
     backward_weight: float = 1.0,
 ) -> Callable[[Action], float]:
-    """A duration for each kind of action, for `simulate`; the defaults count in forwards of one stage."""
+    """Duration of each kind of action, for `simulate`.
+
+    The defaults count in forwards of one stage.
+    """
     durations = {
         Op.FORWARD: forward,
         Op.BACKWARD: backward,
@@ -47,32 +53,39 @@ def constant_seconds(
 def simulate(
     programs: Sequence[Sequence[Action]], seconds: Callable[[Action], float] | None = None
 ) -> tuple[Span, ...]:
-    """The span of every action, by rank and then in program order.
+    """Return the span of every action, by rank and then in program order.
 
-    `programs` are complete, or compute only (then transfers take no time). `seconds` gives the duration of an action,
-    asked of the sending end of a transfer; None means `constant_seconds()`. Raises ScheduleError for programs that
-    cannot reach their ends.
+    - `programs` are complete, or compute only (transfers then take no time).
+    - `seconds` returns the duration of an action; for a transfer it is asked of the sending end.
+      None means `constant_seconds()`.
+
+    Raises ScheduleError for programs that cannot reach their ends.
     """
-    walk = _Walk(programs, seconds or constant_seconds())
-    while any(walk.advance(rank) for rank in range(len(programs))):
+    simulation = _Simulation(programs, seconds or constant_seconds())
+    while any(simulation.advance(rank) for rank in range(len(programs))):
         pass
+
     waiting = [
-        (rank, walk.head(rank)) for rank in range(len(programs)) if walk.head(rank) is not None
+        (rank, simulation.head(rank))
+        for rank in range(len(programs))
+        if simulation.head(rank) is not None
     ]
+
     if waiting:
         raise ScheduleError(
             "the simulated schedule is stuck: "
             + "; ".join(f"rank {rank} waits at {head}" for rank, head in waiting)
         )
+
     return tuple(
-        Span(rank, action, *walk.times[rank, action])
+        Span(rank, action, *simulation.times[rank, action])
         for rank, program in enumerate(programs)
         for action in program
     )
 
 
-class _Walk:
-    """The state of one simulation: where each rank stands, and when what has happened happened."""
+class _Simulation:
+    """State of one simulation: the position and clock of each rank, and the times known so far."""
 
     def __init__(
         self, programs: Sequence[Sequence[Action]], seconds: Callable[[Action], float]
@@ -85,6 +98,7 @@ class _Walk:
         self.num_stages = 1 + max(
             (action.stage for program in programs for action in program), default=0
         )
+
         self.positions = [0] * len(programs)
         self.clocks = [0.0] * len(programs)
         self.finished: dict[Action, tuple[int, float]] = {}
@@ -93,15 +107,16 @@ class _Walk:
         self.times: dict[tuple[int, Action], tuple[float, float]] = {}
 
     def head(self, rank: int) -> Action | None:
-        """The next action of `rank`, or None at its end."""
+        """Return the next action of `rank`, or None at its end."""
         program, position = self.programs[rank], self.positions[rank]
         return program[position] if position < len(program) else None
 
     def advance(self, rank: int) -> bool:
-        """Take the next action of `rank` if what it needs has a known time."""
+        """Take the next action of `rank` if its inputs have a known time."""
         action = self.head(rank)
         if action is None:
             return False
+
         if not action.op.is_compute:
             self._issue(rank, action)
         else:
@@ -113,11 +128,12 @@ class _Walk:
             self.clocks[rank] = start + self.seconds(action)
             self.times[rank, action] = (start, self.clocks[rank])
             self.finished[result(action)] = (rank, self.clocks[rank])
+
         self.positions[rank] += 1
         return True
 
     def _available(self, rank: int, need: Action) -> float | None:
-        """When the result of the compute action `need` is on `rank`; None while that is not known."""
+        """Return when the result of the compute action `need` is on `rank`; None while unknown."""
         if need not in self.finished:
             return None
         producer, moment = self.finished[need]
@@ -128,12 +144,13 @@ class _Walk:
         return window[1] if window else None
 
     def _issue(self, rank: int, action: Action) -> None:
-        """Send or post at the rank's clock; the transfer runs once both ends are known."""
+        """Send or post at the rank's clock. The transfer runs once both ends are known."""
         self.issued[rank, action] = self.clocks[rank]
         assert action.peer is not None, f"the transfer {action} has no peer"
         other = (action.peer, counterpart(rank, action))
         if other not in self.issued:
             return
+
         send = (rank, action) if action.op.is_send else other
         link = (rank, action.peer) if action.op.is_send else (action.peer, rank)
         start = max(self.issued[rank, action], self.issued[other], self.links.get(link, 0.0))
@@ -143,10 +160,12 @@ class _Walk:
 
 
 def bubble_fraction(spans: Sequence[Span]) -> float:
-    """The part of all ranks' time, first start to last end of computation, in which they compute nothing (0 to 1).
+    """Return the bubble: the fraction (0 to 1) of all ranks' time without computation.
 
-    Uniform 1F1B and GPipe give (p-1)/(m+p-1), interleaved with v stages a rank (p-1)/(v*m+p-1)
-    (Narayanan et al. 2021, section 2.2, there divided by the ideal time and not by the total).
+    Time counts from the first start to the last end.
+
+    Uniform 1F1B and GPipe give (p-1)/(m+p-1), interleaved with v stages per rank (p-1)/(v*m+p-1)
+    (Narayanan et al. 2021, section 2.2, there divided by the ideal time, not the total).
     """
     computes = [span for span in spans if span.action.op.is_compute]
     if not computes:
@@ -160,9 +179,9 @@ def bubble_fraction(spans: Sequence[Span]) -> float:
 
 
 def idle_seconds(spans: Sequence[Span]) -> tuple[float, ...]:
-    """For each rank, how long it computes nothing between the start of its own first action and the end of its last.
+    """Return each rank's time without computation between its own first start and last end.
 
-    What `bubble_fraction` counts besides is the waiting for the ranks that started earlier or end later.
+    `bubble_fraction` also counts the wait for ranks that start earlier or end later.
     """
     by_rank: dict[int, list[Span]] = {}
     for span in spans:
@@ -179,12 +198,14 @@ def idle_seconds(spans: Sequence[Span]) -> tuple[float, ...]:
 def peak_in_flight(
     programs: Sequence[Sequence[Action]], until_input: bool = False
 ) -> tuple[int, ...]:
-    """For each rank, the most (stage, micro-batch) pairs that hold activations at once.
+    """Return, for each rank, the most (stage, micro-batch) pairs that hold activations at once.
 
-    A pair holds everything its forward kept until its B or I. Between I and W it still holds what the weight gradients
-    are made of: the input of every matrix, and the gradient of its output in the place of what only I needed. So a pair
-    counts from F to B or W; with `until_input` from F to B or I, which tells the two apart. Counted in activations of
-    one stage, so one of them is 1/v of the rank's layers with v stages a rank.
+    - A pair holds everything its forward kept until its B or I. Between I and W it holds the
+      factors of the weight gradients: the input of every matrix, and the gradient of its output in
+      place of what only I needed.
+    - So a pair counts from F to B or W. With `until_input` from F to B or I, which tells the two
+      apart.
+    - Counted in activations of one stage: with v stages per rank, each is 1/v of the rank's layers.
     """
     change = {
         Op.FORWARD: 1,
@@ -192,10 +213,12 @@ def peak_in_flight(
         Op.BACKWARD_INPUT if until_input else Op.BACKWARD_WEIGHT: -1,
     }
     peaks = []
+
     for program in programs:
         held = peak = 0
         for action in program:
             held += change.get(action.op, 0)
             peak = max(peak, held)
         peaks.append(peak)
+
     return tuple(peaks)

@@ -16,6 +16,8 @@ from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any, TextIO
 
+from k2train.text import duration
+
 FIRST_LINES = 10
 FEW_STEPS = 20
 LINE_SECONDS = 5.0
@@ -166,18 +168,6 @@ class Console:
             self._stream.flush()
         except (OSError, ValueError):
             self._silent = True
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people read them: 45s, 1m20s, 2h05m, 3d04h."""
-    whole = math.ceil(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02d}s"
-    if whole < 86400:
-        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
-    return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"
 
 
 def _is_terminal(stream: TextIO) -> bool:

@@ -1,8 +1,11 @@
-"""The command line: python -m k2train.train CONFIG.yaml [dotted.key=value ...], alone or under torchrun.
+"""Training command line: `python -m k2train.train CONFIG.yaml [dotted.key=value ...]`.
 
-Config and data mistakes are told before torch is imported, once and not once a rank. `--help` and they answer in a
-second; what needs torch lies behind the one deferred import of the project, `k2train.train.trainer`.
-Exit codes: 0 done; 2 a mistake in config, data or usage; 75 stopped on request after saving, start me again; 1 else.
+- Runs alone or under torchrun (`python -m k2train.launch`).
+- Config and data mistakes are reported before torch is imported, once and not once per rank.
+- `--help` and such mistakes answer within a second. Everything that needs torch is behind the
+  project's one deferred import, `k2train.train.trainer`.
+- Exit codes: 0 done; 2 a mistake in config, data or usage; 75 stopped on request after saving,
+  run the same command again; 1 any other failure.
 """
 
 import argparse
@@ -15,12 +18,13 @@ from k2train import fault_injection
 from k2train.config.load import Config, explain, load_config
 from k2train.errors import EXIT_DONE, EXIT_FAILED, EXIT_USAGE, UserError
 from k2train.guard.stop_signals import StopRequest
-from k2train.launch.environment import Launch, leave_verdict, read_faults, read_launch
+from k2train.launch.environment import Launch, read_faults, read_launch, write_status
 from k2train.record.system_info import job_facts, slurm_job_ended
 from k2train.run_lock.lock import RunLock
 from k2train.train.preflight import Start, prepare_start, run_directory
 
-OTHER_RANKS_WAIT_SECONDS = 5.0
+OTHER_RANKS_DELAY_SECONDS = 5.0
+"""Other ranks report an error this late, so that the launcher can end them first."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,25 +32,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     launch = Launch(0, 1, 0, launched=False)
     code = EXIT_FAILED
+
     try:
         launch = read_launch()
-        leave_verdict(launch.rank, None)
+        write_status(launch.rank, None)
         if options.explain:
             print(explain(options.config, options.overrides))
             code = EXIT_DONE
         else:
             code = _train(options.config, options.overrides, launch)
     except UserError as error:
-        code = tell(error, launch)
+        code = report_error(error, launch)
     finally:
-        leave_verdict(launch.rank, code)
+        write_status(launch.rank, code)
     return code
 
 
-def tell(error: UserError, launch: Launch) -> int:
-    """Say a mistake on stderr: at once on rank 0; elsewhere only if the launcher has not ended this rank by then."""
+def report_error(error: UserError, launch: Launch) -> int:
+    """Print a user error on stderr and return its exit code.
+
+    Rank 0 prints at once. Another rank prints only if the launcher has not ended it by then.
+    """
     if launch.rank != 0:
-        time.sleep(OTHER_RANKS_WAIT_SECONDS)
+        time.sleep(OTHER_RANKS_DELAY_SECONDS)
     prefix = f"rank {launch.rank}: " if launch.rank else ""
     print(
         "\n".join(f"k2train: {prefix}{line}" for line in str(error).splitlines()),
@@ -59,20 +67,21 @@ def tell(error: UserError, launch: Launch) -> int:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m k2train.train",
-        description="Train a model as one YAML says, alone or under torchrun.",
-        epilog="Exit codes: 0 done; 2 a mistake in config, data or usage; 75 stopped on request after saving; 1 anything else.",
+        description="Train a model from one YAML config, alone or under torchrun.",
+        epilog="Exit codes: 0 done; 2 a mistake in config, data or usage; "
+        "75 stopped on request after saving; 1 any other failure.",
     )
     parser.add_argument("config", metavar="CONFIG.yaml")
     parser.add_argument(
         "overrides",
         nargs="*",
         metavar="dotted.key=value",
-        help="laid over the file, the last one wins",
+        help="values that replace those of the file; the last one wins",
     )
     parser.add_argument(
         "--explain",
         action="store_true",
-        help="print every resolved value and where it came from, then end",
+        help="print every resolved value and where it was set, then exit",
     )
     return parser.parse_intermixed_args(arguments)
 
@@ -81,9 +90,12 @@ def _train(path: str, overrides: Sequence[str], launch: Launch) -> int:
     config = load_config(path, overrides)
     fault_injection.arm(read_faults(), launch.rank)
     lock = RunLock(run_directory(config), job_facts(), slurm_job_ended)
+
+    # Only rank 0 locks the run directory; one rank per machine hashes the data.
     if launch.rank != 0:
         start = prepare_start(config, launch.world_size, verify=launch.local_rank == 0)
         return _run(config, launch, start, None)
+
     lock.acquire()
     try:
         fault_injection.point("start.locked")
@@ -96,10 +108,10 @@ def _train(path: str, overrides: Sequence[str], launch: Launch) -> int:
 def _run(config: Config, launch: Launch, start: Start, lock: RunLock | None) -> int:
     stop = StopRequest(announce=launch.rank == 0)
     try:
+        # Under a launcher the handlers are installed once the ranks have met. Until then a rank
+        # that waits for a missing one must die of a signal, and there is nothing to save yet.
         if not launch.launched:
             stop.install()
-        # Under a launcher the handlers wait until the ranks have met: one that waits for a rank that never comes
-        # must die of a signal, and there is nothing to save yet.
         return int(
             importlib.import_module("k2train.train.trainer").train(
                 config, launch, start, stop, lock

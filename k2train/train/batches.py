@@ -1,8 +1,11 @@
-"""This rank's batches, on the device: training steps and the held-out chunk, a damaged chunk told by all ranks alike.
+"""Per-rank batches of the training steps and of the held-out chunk, on the device.
 
-A rank that finds a chunk damaged must not leave alone, or the others wait in their next collective; so wherever a chunk is
-opened the ranks tell each other, and leave together or go on together. Asking at every step was refused: within a chunk
-that was verified there is nothing to agree on.
+- If any rank finds a damaged chunk, all ranks raise the same error. A rank that left alone would
+  leave the others waiting in their next collective.
+- The ranks therefore exchange their errors wherever a chunk is opened.
+
+Alternatives considered:
+- Exchanging errors at every step: within a verified chunk there is nothing to agree on.
 """
 
 from collections.abc import Callable
@@ -20,7 +23,10 @@ from k2train.train.preflight import Start
 
 
 class BatchSource:
-    """Reads for one rank; `before_leaving` is called on every rank before a damaged chunk is raised."""
+    """Batches of one rank.
+
+    `before_raising` is called on every rank before an error about a damaged chunk is raised.
+    """
 
     def __init__(
         self,
@@ -28,10 +34,10 @@ class BatchSource:
         grid: ProcessGrid,
         start: Start,
         verify: bool,
-        before_leaving: Callable[[], None],
+        before_raising: Callable[[], None],
     ):
-        self.grid, self.order, self._before_leaving = grid, start.order, before_leaving
-        self._limit = config.data.held_out_batches
+        self.grid, self.order, self._before_raising = grid, start.order, before_raising
+        self._max_held_out_batches = config.data.held_out_batches
         self.loader = Loader(
             start.manifest,
             start.order,
@@ -44,20 +50,29 @@ class BatchSource:
         )
 
     def step(self, step: int, first: bool, needed: bool) -> Batch:
-        """This rank's micro-batches of a step, the `first` of this start or not; empty where not `needed`.
+        """Micro-batches of this rank for one step; empty if not `needed`.
 
-        Raises DataError, on every rank alike where a chunk is opened.
+        `first` marks the first step of this start. Collective where a chunk is opened.
+        Raises DataError when a chunk is damaged, on every rank alike where a chunk is opened.
         """
         opens = first or self.order.position(step).step_in_chunk == 0
-        return self._agreed(partial(self.loader.step, step), opens, needed)
+        return self._read_agreed(partial(self.loader.step, step), opens, needed)
 
     def held_out_loss(self, engine: Engine) -> float | None:
-        """Mean loss over the held-out chunk (nats a target); None when the data has none."""
+        """Mean loss over the held-out chunk (nats per target); None when the data has none.
+
+        Collective.
+        """
         batches = self.loader.num_held_out_batches()
-        batches = batches if self._limit is None else min(batches, self._limit)
+        batches = (
+            batches
+            if self._max_held_out_batches is None
+            else min(batches, self._max_held_out_batches)
+        )
+
         losses = []
         for index in range(batches):
-            batch = self._agreed(
+            batch = self._read_agreed(
                 partial(self.loader.held_out, index), index == 0, engine.needs_batch
             )
             losses.append(engine.evaluate(batch.tokens, batch.documents))
@@ -67,22 +82,23 @@ class BatchSource:
         """Stop the loader's threads."""
         self.loader.close()
 
-    def _agreed(self, read: Callable[[], Batch], opens: bool, needed: bool) -> Batch:
+    def _read_agreed(self, read: Callable[[], Batch], opens: bool, needed: bool) -> Batch:
         problem, batch = "", Batch([])
         try:
-            # Also where the batch is not looked at: this rank may be the one that verifies for its machine.
+            # Read even if the batch is not needed: this rank may verify chunks for its machine.
             if opens or needed:
                 batch = read()
         except DataError as error:
             if not opens:
                 raise
             problem = str(error)
+
         if opens:
             problems: list[str] = [""] * self.grid.layout.world_size
             with collective_scope(self.grid.comm, "agree on a chunk"):
                 dist.all_gather_object(problems, problem, group=self.grid.host)
             if any(problems):
-                # All ranks leave here together, so the checkpoint of the chunk before can still be finished.
-                self._before_leaving()
+                # All ranks leave together, so the save of the previous chunk can still finish.
+                self._before_raising()
                 raise DataError(next(text for text in problems if text))
         return batch.to(self.grid.device)

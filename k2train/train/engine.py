@@ -1,8 +1,10 @@
-"""One model on one grid: stages, executor, gradient buffer and optimizer put together, and the step they make.
+"""Training engine: one model on one process grid, and one optimizer step.
 
-This is the part between a config and a training loop that has no files in it, so tests and tools can run steps of any
-layout directly. It takes micro-batches of token ids (with `data.cross_documents: block` the documents too) and a rate; what the step decides (apply or skip) is the same on
-every rank, because every rank decides from the same sums.
+- Builds the pipeline stages, the executor, the gradient buffer and the optimizer of this rank.
+- Reads and writes no files, so tests and tools can run steps of any layout directly.
+- A step takes micro-batches of token ids and a learning rate. With `data.cross_documents: block`
+  it also takes the document index of each token.
+- Every rank decides whether to apply or skip a step from the same sums, so all decide alike.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,35 +15,39 @@ import torch
 from torch import Tensor
 
 from k2train.config.load import Config
-from k2train.model.initialize import initialize, materialize, place_rotary
-from k2train.model.kernels.select import Kernels, Place, choose_kernels
+from k2train.model.initialize import attach_rotary, initialize, materialize
+from k2train.model.kernels.select import DeviceTraits, Kernels, choose_kernels
 from k2train.model.transformer import Architecture, Stage, activation_shape
 from k2train.optim.adamw import ShardedAdamW
-from k2train.optim.grad_norm import SquareSums, Verdict, agree
+from k2train.optim.grad_norm import SquareSums, StepDecision, decide_step
 from k2train.parallel.comm_tracker import wait_scope
 from k2train.parallel.grad_buffer import GradientBuffer
 from k2train.parallel.grid import Axis, ProcessGrid
 from k2train.parallel.pipeline import Executor
 from k2train.plan.schedule import Action, Op, build_programs, insert_transfers, placement_of
-from k2train.train.fault_values import strike_gradient, strike_output, strike_state
+from k2train.train.fault_values import (
+    inject_gradient_fault,
+    inject_output_fault,
+    inject_state_fault,
+)
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step did; equal on every rank."""
+    """Result of one training step; equal on every rank."""
 
     loss: float
     grad_norm: float
     norms: Mapping[str, float]
     applied: bool
-    """False: a loss or gradient was not finite, and nothing was changed anywhere."""
+    """False when a loss or gradient was not finite: nothing was changed on any rank."""
     flags: tuple[float, ...]
 
 
 def architecture_of(config: Config) -> Architecture:
-    """The model section as the numbers the model package takes."""
+    """Return the `Architecture` of a config's model section."""
     m = config.model
     assert m.num_kv_heads is not None, "the config resolves num_kv_heads"
     return Architecture(
@@ -58,7 +64,7 @@ def architecture_of(config: Config) -> Architecture:
 
 
 def kernels_of(config: Config, device: torch.device | None = None) -> Kernels:
-    """The kernels section, resolved for a device (None: a CPU)."""
+    """Return the kernels of a config, resolved for a device (None: a CPU)."""
     k, m = config.kernels, config.model
     return choose_kernels(
         attention=k.attention,
@@ -70,7 +76,7 @@ def kernels_of(config: Config, device: torch.device | None = None) -> Kernels:
         compile=k.compile,
         recompute=k.recompute,
         recompute_layers=k.recompute_layers,
-        place=Place(
+        traits=DeviceTraits(
             device=device or torch.device("cpu"),
             dtype=DTYPES[config.precision],
             sequence_length=config.data.sequence_length,
@@ -81,10 +87,10 @@ def kernels_of(config: Config, device: torch.device | None = None) -> Kernels:
 
 
 def axes_of(config: Config, grid: ProcessGrid) -> tuple[Axis, Axis]:
-    """(tensor-parallel, data-parallel) axis of this rank with the ways of communicating that the config asks for.
+    """Return this rank's (tensor-parallel, data-parallel) axes with the configured communication.
 
-    `auto` is for the device: on gloo a collective takes the core that would compute meanwhile, and a second gather costs
-    more than the memory it saves.
+    `auto` turns overlap and the second gather on for accelerators only. With gloo a collective
+    takes the core that would compute meanwhile, and a second gather costs more than it saves.
     """
     p, accelerator = config.parallel, grid.device.type != "cpu"
     overlap = p.overlap == "on" or (p.overlap == "auto" and accelerator)
@@ -93,11 +99,11 @@ def axes_of(config: Config, grid: ProcessGrid) -> tuple[Axis, Axis]:
     return tp, replace(grid.dp, overlap=overlap)
 
 
-class StageInTurn:
-    """A stage as the executor calls it: with the documents of the micro-batch whose forward comes next in the program.
+class StageWithDocuments:
+    """Adapter that passes a stage the document indices of its next micro-batch.
 
-    The executor hands a stage its input and nothing else. What is at hand on every rank needs no place in a transfer, and
-    a program fixes in which order a stage meets its micro-batches.
+    The executor passes a stage only its input. Every rank already has the documents, so no
+    transfer needs to carry them. The program fixes the order of a stage's micro-batches.
     """
 
     def __init__(self, stage: Stage):
@@ -109,13 +115,16 @@ class StageInTurn:
 
 
 class Engine:
-    """Model and optimizer of this rank, with weights drawn from `run.seed`."""
+    """Model and optimizer of one rank, with initial weights drawn from `run.seed`."""
 
     def __init__(self, config: Config, grid: ProcessGrid, fill: bool = True):
-        """`fill=False` leaves all weights zero, for a checkpoint to fill."""
+        """Build stages, buffers and optimizer.
+
+        `fill=False` leaves all weights zero, for a checkpoint to overwrite.
+        """
         self.config, self.grid = config, grid
-        self.enter: Callable[[str], None] = lambda phase: None
-        """Called on entering a phase of a step: `forward`, `reduce`, `update`."""
+        self.on_phase: Callable[[str], None] = lambda phase: None
+        """Called when a step enters a phase: `forward`, `reduce` or `update`."""
         self.architecture, self.kernels = architecture_of(config), kernels_of(config, grid.device)
         self.names = self.architecture.tensor_names()
         self.dtype = DTYPES[config.precision]
@@ -123,17 +132,20 @@ class Engine:
         assert layout.placement == placement_of(config.parallel.schedule), (
             "the layout is of another schedule"
         )
+
         self.tp, self.dp = axes_of(config, grid)
         self.sequence = bool(config.parallel.sequence) and grid.tp.size > 1
         self.num_microbatches = batch.global_sequences // (grid.dp.size * batch.micro_sequences)
         self.targets = batch.global_sequences * (config.data.sequence_length - 1)
-        """Positions with a label in a global batch; the loss is divided by it once, before backward."""
+        """Positions with a label in a global batch. Divides the loss once, before backward."""
+
         self.stages = {
             stage: self._build_stage(stage) for stage in layout.stages_of(grid.coordinate.pp)
         }
-        place_rotary(
+        attach_rotary(
             list(self.stages.values()), self.architecture, config.data.sequence_length, grid.device
         )
+
         self.gradients = GradientBuffer(
             list(self.stages.values()),
             self.dp,
@@ -142,10 +154,11 @@ class Engine:
             self.num_microbatches,
             config.parallel.bucket_bytes,
         )
-        self.square_sums = SquareSums(self.gradients.table, self.names, grid.tp, grid.device)
+        self.square_sums = SquareSums(self.gradients.shard_layout, self.names, grid.tp, grid.device)
+
         o = config.optimizer
         self.optimizer = ShardedAdamW(
-            self.gradients.table,
+            self.gradients.shard_layout,
             grid.device,
             (o.betas[0], o.betas[1]),
             o.eps,
@@ -153,11 +166,15 @@ class Engine:
             self.kernels.optimizer,
             config.parallel.bucket_bytes,
         )
+
+        # Each layer waits for its own weights at their first use in the next step.
         if self.dp.size > 1 and self.dp.overlap:
             for module in self.stages.values():
                 module.first_use = self.optimizer.wait_for
+
         if fill:
-            initialize(list(self.stages.values()), config.run.seed, self.optimizer.adopt)
+            initialize(list(self.stages.values()), config.run.seed, self.optimizer.set_master)
+
         programs = build_programs(
             config.parallel.schedule,
             layout.pipeline,
@@ -166,9 +183,13 @@ class Engine:
         )
         self.program = programs[grid.coordinate.pp]
         self.forward_program = self._forward_only(programs)[grid.coordinate.pp]
-        self.turns = {stage: StageInTurn(module) for stage, module in self.stages.items()}
-        work = {stage: module.weight_work for stage, module in self.stages.items()}
-        self.executor = Executor(self.turns, layout.num_stages, grid.pp, grid.device, work)
+        self.stage_calls = {
+            stage: StageWithDocuments(module) for stage, module in self.stages.items()
+        }
+        work = {stage: module.weight_grad_store for stage, module in self.stages.items()}
+
+        self.executor = Executor(self.stage_calls, layout.num_stages, grid.pp, grid.device, work)
+
         self.shape = activation_shape(
             self.architecture,
             config.data.sequence_length,
@@ -179,12 +200,16 @@ class Engine:
 
     @property
     def block(self) -> bool:
-        """Whether attention stops at document borders."""
+        """Whether attention stops at document boundaries."""
         return self.config.data.cross_documents == "block"
 
     @property
     def needs_batch(self) -> bool:
-        """Whether this rank looks at the batch: at tokens in the first and the last stage, at documents in every one."""
+        """Whether this rank reads the batch.
+
+        The first and the last stage read tokens; with blocked attention every stage reads the
+        documents.
+        """
         return self.block or 0 in self.stages or self.grid.layout.num_stages - 1 in self.stages
 
     def train_step(
@@ -194,34 +219,43 @@ class Engine:
         flags: Sequence[float] = (),
         documents: Sequence[Tensor] | None = None,
     ) -> StepResult:
-        """One optimizer step over this rank's micro-batches, each token ids [micro_sequences, sequence_length].
+        """Run one optimizer step over this rank's micro-batches; collective.
 
-        `documents` (with `data.cross_documents: block`, else None) has the same shapes: the index of each token's document
-        in its row. `flags` are summed over all ranks in the same exchange. Not finite: nothing is changed on any rank.
+        Each micro-batch holds token ids [micro_sequences, sequence_length]. `documents` has the
+        same shapes: the index of each token's document in its row. It is None unless
+        `data.cross_documents` is `block`. `flags` are summed over all ranks in the step's
+        exchange. A loss or gradient that is not finite changes nothing on any rank.
         """
-        self.enter("forward")
-        strike_state(self.optimizer)
+        self.on_phase("forward")
+        inject_state_fault(self.optimizer)
         self.gradients.zero()
         loss = self._run(self.program, microbatches, documents)
-        self.enter("reduce")
-        strike_gradient(self.gradients.table)
-        line = self.gradients.reduce()
-        verdict = self._agree(self.square_sums(line), loss, flags)
-        self.enter("update")
-        self.optimizer.step(line, lr, verdict.divisor, verdict.skip)
-        # The one place where the host waits for the device: all of the step is queued.
+
+        self.on_phase("reduce")
+        inject_gradient_fault(self.gradients.shard_layout)
+        flat_gradient = self.gradients.reduce()
+        decision = self._decide(self.square_sums(flat_gradient), loss, flags)
+
+        self.on_phase("update")
+        self.optimizer.step(flat_gradient, lr, decision.divisor, decision.skip)
+
+        # The only point where the host waits for the device: the whole step is queued by now.
         with wait_scope(self.grid.comm, "the device"):
-            agreed = verdict.read()
+            agreed = decision.read()
+
         self.optimizer.count(agreed.finite)
         return StepResult(agreed.loss, agreed.grad_norm, agreed.norms, agreed.finite, agreed.flags)
 
     def evaluate(
         self, microbatches: Sequence[Tensor], documents: Sequence[Tensor] | None = None
     ) -> float:
-        """Mean loss of one global batch (nats a target), nothing kept and nothing changed; `documents` as in a step."""
+        """Return the mean loss of one global batch (nats per target) without gradients; collective.
+
+        `documents` as in `train_step`. Changes no state.
+        """
         loss = self._run(self.forward_program, microbatches, documents)
-        nothing = torch.zeros(len(self.names), dtype=torch.float64, device=self.grid.device)
-        return self._agree(nothing, loss, ()).read().loss
+        no_squares = torch.zeros(len(self.names), dtype=torch.float64, device=self.grid.device)
+        return self._decide(no_squares, loss, ()).read().loss
 
     def _run(
         self,
@@ -229,36 +263,41 @@ class Engine:
         microbatches: Sequence[Tensor],
         documents: Sequence[Tensor] | None,
     ) -> Tensor:
-        """This rank's part of the mean loss: 0 where another rank counts it."""
+        """Return this rank's part of the mean loss: 0 where another rank counts it."""
         last = self.stages.get(self.grid.layout.num_stages - 1)
-        for given, needed in ((microbatches, self.needs_batch), (documents or (), self.block)):
-            assert not needed or len(given) == self.num_microbatches, (
-                f"{len(given)} micro-batches, planned {self.num_microbatches}"
+        for items, needed in ((microbatches, self.needs_batch), (documents or (), self.block)):
+            assert not needed or len(items) == self.num_microbatches, (
+                f"{len(items)} micro-batches, planned {self.num_microbatches}"
             )
         assert self.block or documents is None, (
             "documents were given, but data.cross_documents is attend"
         )
-        for stage, turn in self.turns.items():
+
+        for stage, call in self.stage_calls.items():
             order = [a.microbatch for a in program if a.op is Op.FORWARD and a.stage == stage]
-            turn.documents = (
+            call.documents = (
                 repeat(None) if documents is None else iter([documents[m] for m in order])
             )
 
         def scaled_loss(hidden: Tensor, microbatch: int) -> Tensor:
             assert last is not None, "only the last stage has a loss"
-            return last.loss(strike_output(hidden), microbatches[microbatch], 1.0 / self.targets)
+            return last.loss(
+                inject_output_fault(hidden), microbatches[microbatch], 1.0 / self.targets
+            )
 
         losses = self.executor.run(
             program, lambda m: microbatches[m], scaled_loss, self.shape, self.dtype
         )
         if not losses:
             return torch.zeros((), device=self.grid.device)
-        # Times 0 and not left out: a copy that is not finite on another tensor-parallel rank must stop the step too.
+
+        # Multiplied by 0, not left out: a copy that is not finite on another tensor-parallel
+        # rank must stop the step too.
         return torch.stack(losses).sum() * float(self.grid.tp.rank == 0)
 
-    def _agree(self, sums: Tensor, loss: Tensor, flags: Sequence[float]) -> Verdict:
+    def _decide(self, sums: Tensor, loss: Tensor, flags: Sequence[float]) -> StepDecision:
         clip_norm = self.config.optimizer.clip_norm
-        return agree(sums, self.names, loss, flags, self.grid.stage, self.grid.pp, clip_norm)
+        return decide_step(sums, self.names, loss, flags, self.grid.stage, self.grid.pp, clip_norm)
 
     def _build_stage(self, stage: int) -> Stage:
         layers = self.grid.layout.layers_of(stage, self.architecture.num_layers)

@@ -1,11 +1,14 @@
-"""Value faults: what a broken memory or a broken product leaves in a gradient, a loss, a weight or a moment, on purpose.
+"""Injection of value faults into gradients, losses, weights and optimizer moments.
 
-    gradient@rank=1@step=4:nan=layers.0.mlp.gate.weight     nan, inf or huge (1e30) in the first element on that rank
-    loss@step=4@nth=2:nan                                   of the second micro-batch of the step
-    weight@rank=1@step=5:flip=norm.weight                   one bit of a parameter as the forward pass reads it
-    moment@rank=0@step=5:flip=head.weight.exp_avg           one bit of a line of the optimizer (`.master` too)
+- Imitates what broken memory or a broken product leaves behind:
 
-Without a tensor's name the first one of the rank is struck. See `k2train.fault_injection`; with none armed nothing here runs.
+      gradient@rank=1@step=4:nan=layers.0.mlp.gate.weight   nan, inf or huge (1e30), first element
+      loss@step=4@nth=2:nan                                 the second micro-batch of the step
+      weight@rank=1@step=5:flip=norm.weight                 one bit of a parameter
+      moment@rank=0@step=5:flip=head.weight.exp_avg         one bit of a flat shard (`.master` too)
+
+- Without a tensor name the fault hits the first tensor of the rank.
+- Does nothing unless a fault is armed; see `k2train.fault_injection` for the syntax.
 """
 
 import torch
@@ -20,34 +23,35 @@ VALUES = {"nan": float("nan"), "inf": float("inf"), "huge": 1e30}
 
 
 @torch.no_grad()
-def strike_gradient(table: ShardLayout) -> None:
-    """After the backward passes, before anything is reduced."""
+def inject_gradient_fault(table: ShardLayout) -> None:
+    """Corrupt a gradient if asked to; called after the backward passes, before the reduction."""
     if (fault := fault_injection.find("gradient")) is not None:
         slot = _slot(table, fault.argument)
         accumulator = accumulator_of(slot.parameter)
-        assert accumulator is not None, f"{slot.piece.name} has no sum"
-        slot.piece.of(accumulator.total).view(-1)[0] = VALUES[fault.action]
+        assert accumulator is not None, f"{slot.param_slice.name} has no sum"
+        slot.param_slice.of(accumulator.total).view(-1)[0] = VALUES[fault.action]
 
 
 @torch.no_grad()
-def strike_state(optimizer: ShardedAdamW) -> None:
-    """Between two steps."""
+def inject_state_fault(optimizer: ShardedAdamW) -> None:
+    """Flip a bit of a weight or a moment if asked to; called between two steps."""
     if (fault := fault_injection.find("weight")) is not None:
-        slot = _slot(optimizer.table, fault.argument)
-        _flip(slot.piece.of(slot.parameter.data))
+        slot = _slot(optimizer.shard_layout, fault.argument)
+        _flip(slot.param_slice.of(slot.parameter.data))
+
     if (fault := fault_injection.find("moment")) is not None:
         name, _, state = fault.argument.rpartition(".")
-        _flip(optimizer.view(state or "exp_avg", _slot(optimizer.table, name)))
+        _flip(optimizer.view(state or "exp_avg", _slot(optimizer.shard_layout, name)))
 
 
-def strike_output(hidden: Tensor) -> Tensor:
-    """What the last stage gives of one micro-batch, of which its loss is made."""
+def inject_output_fault(hidden: Tensor) -> Tensor:
+    """Return the last stage's output of one micro-batch, corrupted if asked to."""
     fault = fault_injection.find("loss")
     return hidden if fault is None else hidden * VALUES[fault.action]
 
 
 def _slot(table: ShardLayout, name: str) -> BufferSlot:
-    return next((slot for slot in table.slots if slot.piece.name == name), table.slots[0])
+    return next((slot for slot in table.slots if slot.param_slice.name == name), table.slots[0])
 
 
 def _flip(values: Tensor) -> None:

@@ -1,13 +1,17 @@
-"""A fixed prompt through the model as it trains: are these the weights, and is this the machine, that they were saved on?
+"""Forward check: a known-answer test of the model, stored in every checkpoint.
 
-A checkpoint's hashes say that its bytes are those written. They do not say that the model made of them computes what the
-saved one computed: a layer cut the wrong way, a changed constant, another kernel or a sick device leave every hash right.
-So the logits of a few positions go into the manifest, and are made again when the checkpoint has been loaded.
+- A checkpoint's hashes prove that its bytes are those written. They do not prove that the model
+  built from them computes the same: a wrongly sharded layer, a changed constant, another kernel or
+  a faulty device leave every hash correct.
+- The logits of a few positions of a fixed prompt go into the manifest (key `probe`). They are
+  computed again after loading.
+- The prompt is a formula, so it needs no data. It runs as one micro-batch through the stages,
+  transfers and layouts of a step, without gradients. It keeps nothing and draws no random numbers.
+- Logits must be equal to the bit where the signature is equal. Under another layout, kernel or
+  device their distance is bounded by `ROUNDING`.
 
-The prompt is a formula, so it needs no data. It takes the stages, transfers and layouts of a step, without gradients, as
-one micro-batch; nothing of it is kept and nothing drawn at random. Bits must be equal where the signature is; elsewhere
-(other degrees, kernels, device) the distance is bounded by `ROUNDING`. Refused: the held-out loss for this, one mean in which
-small changes vanish, and which takes minutes.
+Alternatives considered:
+- The held-out loss: one mean, in which small changes vanish, and it takes minutes.
 """
 
 import platform
@@ -27,84 +31,95 @@ from k2train.plan.schedule import Action, Op, Program, insert_transfers
 from k2train.train.engine import Engine
 
 POSITIONS = 8
-"""Positions of the first sequence whose logits are looked at, spread evenly, the last one among them."""
+"""Positions of the first sequence whose logits are compared: evenly spread, including the last."""
 SAMPLES = 8
-"""Logits of each that the manifest shows."""
+"""Logits per position that the manifest lists."""
 ROUNDING = {"fp32": 32 * 2.0**-23, "bf16": 4 * 2.0**-8}
-"""How far a shown logit may move when the signature is another, as a part of the largest one, times sqrt(layers + 2): each
-layer adds roundings of its own to the residual stream, which add up like noise.
+"""Bound on the change of a listed logit under another signature, relative to the largest logit.
 
-Measured, initial weights with deviation 0.02 and 0.2, sequences of 64, one rank against tp 2, tp 4 with sequence parallelism
-and the written-out kernels: bf16 at most 0.014 of the largest with 4 layers, 0.023 with 16, 0.043 with 64, a third of what
-is allowed; fp32 at most 8e-7, 9e-7 and 1.3e-6, a tenth.
+It is multiplied by sqrt(layers + 2): each layer adds its own rounding errors to the residual
+stream, and they add up like noise.
+
+Measured with initial weights of deviation 0.02 and 0.2 and sequences of 64, one rank against tp 2,
+tp 4 with sequence parallelism, and the reference kernels. bf16: at most 0.014 of the largest logit
+with 4 layers, 0.023 with 16, 0.043 with 64, a third of the bound. fp32: at most 8e-7, 9e-7 and
+1.3e-6, a tenth of the bound.
 """
 
 
-def make_probe(engine: Engine) -> dict[str, Any]:
-    """What the model answers, for a manifest: equal on every rank; collective.
+def run_forward_check(engine: Engine) -> dict[str, Any]:
+    """Run the fixed prompt and return its facts for the manifest, equal on every rank; collective.
 
-    `sha256` of the fp32 logits at `POSITIONS` positions, some of them as `values` and the largest as `max_abs`;
-    `prompt` and `signature` say what it was asked and on what; `apart` names a data-parallel replica that answers
-    otherwise, or is empty.
+    - `sha256`: hash of the fp32 logits at `POSITIONS` positions; `values`: some of these logits;
+      `max_abs`: the largest.
+    - `prompt`, `signature`: what the prompt and the computed bits depend on.
+    - `apart`: names a data-parallel replica that computes something else; empty if none does.
     """
     engine.optimizer.finish()
-    answer = _run(engine)
+    logits = _run(engine)
     mine = None
-    if answer is not None:
-        mine = {**_facts(answer), "prompt": _prompt_facts(engine), "signature": _signature(engine)}
-    told: list[Any] = [None] * engine.grid.layout.world_size
+    if logits is not None:
+        mine = {**_facts(logits), "prompt": _prompt_facts(engine), "signature": _signature(engine)}
+
+    gathered: list[Any] = [None] * engine.grid.layout.world_size
     with collective_scope(engine.grid.comm, "all-gather of the probe's answers"):
-        dist.all_gather_object(told, mine, group=engine.grid.host)
-    given = {rank: facts for rank, facts in enumerate(told) if facts is not None}
-    return {**given[min(given)], "apart": _apart(given)}
+        dist.all_gather_object(gathered, mine, group=engine.grid.host)
+
+    answers = {rank: facts for rank, facts in enumerate(gathered) if facts is not None}
+    return {**answers[min(answers)], "apart": _apart(answers)}
 
 
-def probe_problem(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
-    """One line that says how far apart two probes of the same weights are, None when they are as near as they must be.
+def forward_check_problem(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """Compare two forward checks of the same weights; return one line, or None when they agree.
 
-    None also when they were asked different things (another sequence length or vocabulary).
+    Also None when the prompts differ (another sequence length or vocabulary).
     """
     if now.get("apart"):
         return str(now["apart"])
     if not before or before.get("prompt") != now["prompt"]:
         return None
+
     distance, largest = _distance(before, now)
-    said = (
+    message = (
         f"the logits of the fixed prompt are up to {distance:.3g} apart, of at most {largest:.3g}"
     )
+
+    # Same layout, kernels and device: every bit must be equal.
     if before["signature"] == now["signature"]:
         if before["sha256"] == now["sha256"]:
             return None
-        return f"{said}, on the same layout, kernels and device, where every bit must be equal"
+        return f"{message}, on the same layout, kernels and device, where every bit must be equal"
+
+    # Another layout, kernel or device: only rounding may differ.
     bound = max(_bound(before), _bound(now))
     if distance < float("inf") and distance <= bound * largest:
         return None
     changed = [key for key in now["signature"] if not _same(before, now, key)]
-    return f"{said}; a change of {', '.join(changed)} explains no more than {bound * largest:.3g}"
+    return f"{message}; a change of {', '.join(changed)} explains at most {bound * largest:.3g}"
 
 
 def _run(engine: Engine) -> Tensor | None:
-    """Logits [positions, vocab_size] on the ranks that hold the last stage."""
+    """Return logits [positions, vocab_size] on the ranks with the last stage, else None."""
     layout = engine.grid.layout
     last = engine.stages.get(layout.num_stages - 1)
     tokens, documents = _prompt(engine)
-    answer: list[Tensor] = []
+    logits: list[Tensor] = []
 
-    def look(hidden: Tensor, microbatch: int) -> Tensor:
+    def keep_logits(hidden: Tensor, microbatch: int) -> Tensor:
         assert last is not None, "only the last stage has logits"
-        answer.append(last.logits_at(hidden, _positions(engine.config.data.sequence_length)))
+        logits.append(last.logits_at(hidden, _positions(engine.config.data.sequence_length)))
         return hidden.new_zeros(())
 
-    for turn in engine.turns.values():
-        turn.documents = iter([documents]) if engine.block else repeat(None)
+    for call in engine.stage_calls.values():
+        call.documents = iter([documents]) if engine.block else repeat(None)
     engine.executor.run(
-        _program(engine), lambda microbatch: tokens, look, engine.shape, engine.dtype
+        _forward_program(engine), lambda microbatch: tokens, keep_logits, engine.shape, engine.dtype
     )
-    return answer[0] if answer else None
+    return logits[0] if logits else None
 
 
-def _program(engine: Engine) -> Program:
-    """One micro-batch forward through all stages: no schedule has a say in that, the placement of stages only."""
+def _forward_program(engine: Engine) -> Program:
+    """Return this rank's program for one forward micro-batch; depends on stage placement only."""
     layout = engine.grid.layout
     forwards = [
         tuple(Action(Op.FORWARD, s, 0) for s in layout.stages_of(pp))
@@ -114,13 +129,17 @@ def _program(engine: Engine) -> Program:
 
 
 def _prompt(engine: Engine) -> tuple[Tensor, Tensor]:
-    """Token ids and the index of each token's document, both [micro_sequences, sequence_length]; three documents a row."""
+    """Return token ids and document indices, both [micro_sequences, sequence_length].
+
+    Each row holds three documents.
+    """
     config = engine.config
     rows, length = config.batch.micro_sequences, config.data.sequence_length
-    place = torch.arange(length).expand(rows, length)
+    position = torch.arange(length).expand(rows, length)
     row = torch.arange(rows).unsqueeze(1)
-    ids = (place * 7919 + place * place * 31 + row * 104729 + 17) % config.model.vocab_size
-    documents = torch.div(place * 3, length, rounding_mode="floor")
+    ids = (position * 7919 + position * position * 31 + row * 104729 + 17) % config.model.vocab_size
+
+    documents = torch.div(position * 3, length, rounding_mode="floor")
     return ids.to(engine.grid.device), documents.to(torch.int32).to(engine.grid.device)
 
 
@@ -135,7 +154,7 @@ def _positions(length: int) -> list[int]:
 
 
 def _prompt_facts(engine: Engine) -> dict[str, Any]:
-    """What the first sequence and its answer depend on besides the weights and the machine."""
+    """Return what the prompt's logits depend on, besides the weights and the machine."""
     config = engine.config
     return {
         "num_layers": config.model.num_layers,
@@ -159,12 +178,15 @@ def _facts(logits: Tensor) -> dict[str, Any]:
 
 
 def _plain(value: float) -> float | None:
-    """JSON has no form for what is not finite."""
+    """Replace values that are not finite by None: JSON cannot represent them."""
     return value if abs(value) < float("inf") else None
 
 
 def _signature(engine: Engine) -> dict[str, Any]:
-    """What the bits of a forward pass may depend on. Pipeline and data parallelism are left out: they must not matter."""
+    """Return what the bits of a forward pass may depend on.
+
+    Pipeline and data parallelism are left out: they must not change a bit.
+    """
     grid, parallel = engine.grid, engine.config.parallel
     return {
         "tensor": grid.layout.tensor,
@@ -186,7 +208,7 @@ def _device_name(grid: ProcessGrid) -> str:
 
 
 def _processor() -> str:
-    """The model of the CPU, where the system tells: libraries choose their code by it. Never raises."""
+    """Return the CPU model, "" if unknown: libraries choose their code by it. Never raises."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
             return next(
@@ -198,12 +220,13 @@ def _processor() -> str:
 
 
 def _distance(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[float, float]:
-    """(largest distance of two probes' shown logits, largest logit); infinite where one is not finite."""
+    """Return (largest distance of listed logits, largest logit); infinite if one is not finite."""
     pairs = [
         (x, y)
         for p, q in zip(a["values"], b["values"], strict=True)
         for x, y in zip(p, q, strict=True)
     ]
+
     largest = [probe["max_abs"] for probe in (a, b)]
     if None in largest or any(x is None or y is None for x, y in pairs):
         return float("inf"), float("inf") if None in largest else max(largest)
@@ -211,7 +234,7 @@ def _distance(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[float, float]
 
 
 def _bound(probe: Mapping[str, Any]) -> float:
-    """What rounding alone may do, as a part of the largest logit."""
+    """Return the largest change that rounding explains, relative to the largest logit."""
     return float(
         ROUNDING[probe["signature"]["precision"]] * sqrt(probe["prompt"]["num_layers"] + 2)
     )
@@ -221,26 +244,38 @@ def _same(a: Mapping[str, Any], b: Mapping[str, Any], key: str) -> bool:
     return bool(a["signature"].get(key) == b["signature"].get(key))
 
 
-def _apart(given: Mapping[int, Mapping[str, Any]]) -> str:
-    """Which of the ranks with the last stage answers otherwise than the most; the lower half of two is taken as right."""
-    answers = [facts["sha256"] for facts in given.values()]
-    right = max(answers, key=lambda answer: (answers.count(answer), -answers.index(answer)))
-    first = next(facts for facts in given.values() if facts["sha256"] == right)
-    for rank, facts in given.items():
-        if facts["sha256"] == right:
+def _apart(answers: Mapping[int, Mapping[str, Any]]) -> str:
+    """Return a message about a replica that disagrees with the majority, "" if none does.
+
+    Of two that disagree, the lower rank counts as right.
+    """
+    hashes = [facts["sha256"] for facts in answers.values()]
+    majority = max(hashes, key=lambda digest: (hashes.count(digest), -hashes.index(digest)))
+    first = next(facts for facts in answers.values() if facts["sha256"] == majority)
+
+    for rank, facts in answers.items():
+        if facts["sha256"] == majority:
             continue
         distance, largest = _distance(first, facts)
         if facts["signature"] == first["signature"] or not distance <= _bound(
             facts
         ) * largest < float("inf"):
-            return _told(rank, answers, distance, largest, given)
+            return _replica_message(rank, hashes, distance, largest, answers)
+
     return ""
 
 
-def _told(
-    rank: int, answers: Sequence[str], distance: float, largest: float, given: Mapping[int, Any]
+def _replica_message(
+    rank: int,
+    hashes: Sequence[str],
+    distance: float,
+    largest: float,
+    answers: Mapping[int, Any],
 ) -> str:
-    """With two different answers and no more of one, nobody can say which is right."""
-    tie = 2 * answers.count(given[rank]["sha256"]) == len(answers)
+    """With two different answers and no majority it is unknown which one is right."""
+    tie = 2 * hashes.count(answers[rank]["sha256"]) == len(hashes)
     who = f"the replica of rank {rank} or its counterpart" if tie else f"the replica of rank {rank}"
-    return f"{who} answers the fixed prompt otherwise than the others: logits up to {distance:.3g} apart, of at most {largest:.3g}"
+    return (
+        f"{who} computes other logits for the fixed prompt than the others: "
+        f"up to {distance:.3g} apart, of at most {largest:.3g}"
+    )

@@ -1,13 +1,19 @@
-"""Memory that stays with the process: glibc's malloc asked not to give it back after every step.
+"""Host memory: tell glibc's malloc to keep freed memory between steps (CPU training only).
 
-A step frees its activations and the next one asks for the same sizes again. By default glibc maps large blocks one by one
-and gives the top of its heap back when it is free, so every step has all its pages cleared by the kernel again (7 % of a
-step of 10 million parameters on two cores, before its kernels were fused). Asked once, at the start of a process that computes on the CPU, it serves them from its heap
-and keeps that. The price is that the process stays as large as it once was. Where an accelerator computes, host memory is
-left alone: what is large there is the copy for a checkpoint, which should go back.
+- A step frees its activations, and the next one allocates the same sizes again. By default glibc
+  maps large blocks one by one and returns the free top of its heap. The kernel then clears all
+  pages again in every step (7 % of a step of 10 million parameters on two cores, before its kernels
+  were fused).
+- With the settings made here, malloc serves these blocks from its heap and keeps it. The price: a
+  process stays as large as it once was.
+- With an accelerator host memory is left alone. What is large there is the copy for a checkpoint,
+  which should be returned.
+- If the user set malloc's own variables, these stay in force.
 
-Refused: environment variables set by a launcher (they act on every child process, and not where a run is started by hand)
-and another allocator (a package to install). A user who set malloc's own variables has decided already, and keeps that.
+Alternatives considered:
+- Environment variables set by a launcher: they act on every child process, and are missing where a
+  run is started by hand.
+- Another allocator: one more package to install.
 """
 
 import ctypes
@@ -17,31 +23,40 @@ from collections.abc import Mapping
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 """Parameters of mallopt(3)."""
-NEVER = -1
+NEVER_TRIM = -1
 TOP_PAD_BYTES = 64 * 1024**2
-"""By how much the heap grows at the least: fewer calls while the first step finds its size."""
+"""Smallest growth of the heap: fewer system calls while the first step finds its size."""
 
 
-def settings_of(environment: Mapping[str, str]) -> list[str]:
-    """The variables by which a user set glibc's malloc, by name."""
+def malloc_settings(environment: Mapping[str, str]) -> list[str]:
+    """Return the names of the environment variables with which a user configured glibc's malloc."""
     tuned = ["GLIBC_TUNABLES"] if "glibc.malloc" in environment.get("GLIBC_TUNABLES", "") else []
     return sorted(name for name in environment if name.startswith("MALLOC_")) + tuned
 
 
-def keep_memory(device_type: str) -> str:
-    """Tell malloc to keep what the process frees, if it computes on the CPU; says in a few words what was done."""
+def keep_freed_memory(device_type: str) -> str:
+    """Make malloc keep freed memory if the process computes on the CPU.
+
+    Returns a few words for the log on what was set.
+    """
     if device_type != "cpu":
-        return "malloc as it is"
-    found = settings_of(os.environ)
+        return "malloc: default settings"
+
+    found = malloc_settings(os.environ)
     if found:
-        return f"malloc as set by {', '.join(found)}"
+        return f"malloc: set by {', '.join(found)}"
+
     if platform.libc_ver()[0] != "glibc":
-        return "malloc as it is (not glibc)"
-    return "malloc keeps memory" if _ask() else "malloc as it is (it refused)"
+        return "malloc: default settings (not glibc)"
+    return (
+        "malloc: freed memory is kept"
+        if _set_mallopt()
+        else "malloc: default settings (mallopt failed)"
+    )
 
 
-def _ask() -> bool:
-    """Whether glibc took all three: heap instead of mappings, never trimmed, grown in large pieces."""
+def _set_mallopt() -> bool:
+    """Use the heap, not mappings; never trim it; grow it in large pieces. True if all worked."""
     mallopt = ctypes.CDLL(None).mallopt
-    asked = ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, NEVER), (M_TOP_PAD, TOP_PAD_BYTES))
-    return all([mallopt(parameter, value) == 1 for parameter, value in asked])
+    settings = ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, NEVER_TRIM), (M_TOP_PAD, TOP_PAD_BYTES))
+    return all([mallopt(parameter, value) == 1 for parameter, value in settings])

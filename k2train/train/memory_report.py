@@ -1,35 +1,35 @@
-"""What a config keeps in memory, in lines for people: by the plan's formulas, for the tool and for a run's first lines.
+"""Predicted memory use of a config, formatted for the console.
 
-Needs no device: what is left to it (`auto`) is taken as on an accelerator, unless the caller says what it found. The
-alternative refused is asking the device after the first step: too late to choose a policy.
+- Uses the formulas of the plan; needs no device. `tools/plan.py` and every starting run show it.
+- Settings left to the device (`auto`) are taken as on an accelerator, unless the caller says
+  otherwise.
+
+Alternatives considered:
+- Measuring on the device after the first step: too late to choose a recompute policy.
 """
 
 from collections.abc import Sequence
 from dataclasses import replace
 
 from k2train.config.load import Config
-from k2train.plan.activations import RECOMPUTE, Work, layer_bytes
+from k2train.plan.activations import RECOMPUTE, ActivationSpec, layer_bytes
 from k2train.plan.cost import ModelShape
 from k2train.plan.layout import Layout
 from k2train.plan.memory import RankMemory, rank_memory
 from k2train.plan.schedule import Program
+from k2train.text import bytes_text
 
 
-def bytes_text(count: int) -> str:
-    """`20.16 GiB`."""
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if count >= size:
-            return f"{count / size:.2f} {unit}"
-    return f"{count} B"
-
-
-def work_of(
+def spec_of(
     config: Config, device: str = "cuda", attention: str | None = None, matmul: str = "torch"
-) -> Work:
-    """A micro-batch of `config` on a `device`; `attention` and `matmul` are the kernels in use, where they are known."""
+) -> ActivationSpec:
+    """Return the work of one micro-batch of `config` on a device type.
+
+    `attention` and `matmul` are the kernels in use, if known.
+    """
     m, p = config.model, config.parallel
     auto = "flash" if config.kernels.attention == "auto" else config.kernels.attention
-    return Work(
+    return ActivationSpec(
         ModelShape(
             m.num_layers,
             m.hidden_size,
@@ -53,63 +53,75 @@ def work_of(
     )
 
 
-def memory_of(config: Config, work: Work, layout: Layout, program: Program, pp: int) -> RankMemory:
-    """Memory of a rank of pipeline rank `pp`, whose program is given."""
+def memory_of(
+    config: Config, spec: ActivationSpec, layout: Layout, program: Program, pp: int
+) -> RankMemory:
+    """Return the memory of one rank at pipeline rank `pp`, which runs `program`."""
     p = config.parallel
-    overlap = p.overlap == "on" or (p.overlap == "auto" and work.device != "cpu")
-    return rank_memory(work, layout, program, pp, overlap, p.bucket_bytes)
+    overlap = p.overlap == "on" or (p.overlap == "auto" and spec.device != "cpu")
+    return rank_memory(spec, layout, program, pp, overlap, p.bucket_bytes)
 
 
-def policies_text(work: Work) -> str:
-    """`257.26 MiB of a micro-batch with recompute none (selective 182.26 MiB, full 16.00 MiB)`."""
+def activations_text(spec: ActivationSpec) -> str:
+    """Format one layer's activations: `257.26 MiB (recompute none; selective 182.26 MiB, ...)`."""
     others = [
-        f"{policy} {bytes_text(layer_bytes(work, policy))}"
+        f"{policy} {bytes_text(layer_bytes(spec, policy))}"
         for policy in RECOMPUTE
-        if policy != work.recompute
+        if policy != spec.recompute
     ]
-    kept = bytes_text(layer_bytes(work, work.recompute))
-    some = "" if work.recompute_layers is None else f" in {work.recompute_layers} layers a stage"
-    return f"{kept} of a micro-batch with recompute {work.recompute}{some} ({', '.join(others)})"
+
+    size = bytes_text(layer_bytes(spec, spec.recompute))
+    count = spec.recompute_layers
+    where = "" if count is None else f" in {count} layers of a stage"
+    return f"{size} (recompute {spec.recompute}{where}; {', '.join(others)})"
 
 
-def start_line(config: Config, work: Work, layout: Layout, program: Program, pp: int) -> str:
-    """What a run says of its memory when it starts."""
-    memory = memory_of(config, work, layout, program, pp)
+def memory_line(
+    config: Config, spec: ActivationSpec, layout: Layout, program: Program, pp: int
+) -> str:
+    """Format the memory line that a run logs when it starts."""
+    memory = memory_of(config, spec, layout, program, pp)
     reference = "reference" in config.kernels.model_dump().values()
     return (
-        f"a layer keeps {policies_text(work)}; planned for this rank: {bytes_text(memory.activations_bytes)} of "
-        f"activations, {bytes_text(memory.total_bytes)} in all"
-        + (", more with the reference kernels asked for" if reference else "")
+        f"activations per layer and micro-batch: {activations_text(spec)}; planned for this rank: "
+        f"{bytes_text(memory.activations_bytes)} activations, "
+        f"{bytes_text(memory.total_bytes)} in total"
+        + (", more with the configured reference kernels" if reference else "")
     )
 
 
-def memory_lines(config: Config, layout: Layout, programs: Sequence[Program]) -> list[str]:
-    """The fullest moment of a rank of each pipeline rank, and what the activations would be under every policy."""
-    work = work_of(config)
+def memory_table(config: Config, layout: Layout, programs: Sequence[Program]) -> list[str]:
+    """Format the peak memory of one rank per pipeline rank, and per recompute policy."""
+    spec = spec_of(config)
     lines = [
-        "memory    at the fullest moment of a rank, on an accelerator",
-        f"  a layer keeps {policies_text(work)}",
-        "  pp  from step to step  activations      at work on their way        total",
+        "memory    peak of one rank, on an accelerator",
+        f"  activations per layer and micro-batch: {activations_text(spec)}",
+        "  pp         persistent  activations      working  in transfer        total",
     ]
+
     for pp in range(layout.pipeline):
-        found = memory_of(config, work, layout, programs[pp], pp)
+        memory = memory_of(config, spec, layout, programs[pp], pp)
         sizes = (
-            found.activations_bytes,
-            found.working_bytes,
-            found.transfer_bytes,
-            found.total_bytes,
+            memory.activations_bytes,
+            memory.working_bytes,
+            memory.transfer_bytes,
+            memory.total_bytes,
         )
         lines.append(
-            f"  {pp:<3} {bytes_text(found.state.total_bytes):>17} "
-            + " ".join(f"{bytes_text(n):>12}" for n in sizes)
+            f"  {pp:<3} {bytes_text(memory.state.total_bytes):>17} "
+            + " ".join(f"{bytes_text(size):>12}" for size in sizes)
         )
-    lines.append("  activations / total of a rank, by pipeline rank and recompute")
+
+    lines.append("  activations / total of one rank, by pipeline rank and recompute policy")
     lines.append("  pp  " + "".join(f"{policy:>25}" for policy in RECOMPUTE))
+
     for pp in range(layout.pipeline):
-        each = [
-            memory_of(config, replace(work, recompute=p), layout, programs[pp], pp)
+        by_policy = [
+            memory_of(config, replace(spec, recompute=p), layout, programs[pp], pp)
             for p in RECOMPUTE
         ]
-        shown = [f"{bytes_text(m.activations_bytes)} / {bytes_text(m.total_bytes)}" for m in each]
-        lines.append(f"  {pp:<3} " + "".join(f"{text:>25}" for text in shown))
+        cells = [
+            f"{bytes_text(m.activations_bytes)} / {bytes_text(m.total_bytes)}" for m in by_policy
+        ]
+        lines.append(f"  {pp:<3} " + "".join(f"{text:>25}" for text in cells))
     return lines

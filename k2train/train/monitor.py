@@ -1,9 +1,10 @@
-"""What looks at a run while it trains: the watch, stragglers, copies of weights, the root of the state, request files.
+"""Health checks during training: hangs, stragglers, replica and state audits, STOP/SAVE files.
 
-The training loop says where it is and hands over what a step measured; here it is decided who is told what. One object, so
-that the loop does not know which of these are on. What all ranks must decide alike (copies that differ, a straggler)
-comes from exchanged numbers; what only the host knows (a file in the run directory) is read by rank 0 and travels in the
-step's exchange.
+- The trainer reports its phase and step timings. This module decides which check runs and which
+  message is logged, so the training loop does not know which checks are enabled.
+- What all ranks must decide alike (replicas that differ, a straggler) comes from exchanged numbers.
+- What only the host knows (a file in the run directory) is read by rank 0 and shared in the step's
+  exchange.
 """
 
 import os
@@ -15,45 +16,50 @@ from k2train import fault_injection
 from k2train.config.load import Config
 from k2train.guard.control_files import ControlFiles
 from k2train.guard.stragglers import Stragglers
-from k2train.launch.environment import leave_verdict
-from k2train.parallel.device_digest import Root, StateDigest, StateGuard, StateRoot
+from k2train.launch.environment import write_status
+from k2train.parallel.device_digest import RootAllReduce, StateAudit, StateDigest, StateRoot
 from k2train.parallel.grid import ProcessGrid
 from k2train.parallel.replica_check import ReplicaCheck
 from k2train.plan.balance import rank_flops
 from k2train.train.engine import Engine, architecture_of
-from k2train.watchdog.failure_report import read_verdict
+from k2train.watchdog.failure_report import read_report
 from k2train.watchdog.timeouts import Timeouts
 from k2train.watchdog.watchdog import Watchdog
 
 PHASES = {"forward": "step", "reduce": "reduce", "update": "update"}
-"""What the engine calls its phases -> what the watch calls them."""
+"""Engine phase -> watchdog phase."""
 
 
 class PreviousEnd(NamedTuple):
-    """How a start before this one ended."""
+    """Failure report of an earlier start of the run."""
 
     attempt: int
-    """Its number, 0 when it had none yet."""
+    """Number of that start; 0 when it had none yet."""
     line: str
 
 
 class DamageError(RuntimeError):
-    """Copies that must be equal are not; raised on every rank alike."""
+    """Replicas that must be equal differ; raised on every rank alike."""
 
 
 class RunMonitor:
-    """One rank's; `begin` when the run directory is ours, `attach` when the engine is built, `close` at the end."""
+    """Health checks of one rank.
+
+    Call `begin` once the run directory is locked, `attach` once the engine is built, `close` at
+    the end.
+    """
 
     def __init__(
         self, config: Config, grid: ProcessGrid, directory: Path, facts: Mapping[str, str]
     ):
         w, a = config.watch, config.audit
-        self.grid, self.every_replicas, self.every_root = (
+        self.grid, self.replicas_every_steps, self.root_every_steps = (
             grid,
             a.replicas_every_steps,
             a.root_every_steps,
         )
-        # A save that waits for room is not stuck.
+
+        # A save that waits for disk space is not stuck.
         save_seconds = w.save_seconds + config.checkpoint.retry_seconds
         limits = Timeouts(
             w.heartbeat_seconds, w.start_seconds, w.step_seconds, save_seconds, w.evaluate_seconds
@@ -64,24 +70,30 @@ class RunMonitor:
             grid.rank,
             world_size,
             limits,
-            _say,
+            _write_stderr,
             grid.comm.position,
             facts=facts,
         )
-        self.requests = ControlFiles(directory)
-        self.stragglers = Stragglers(grid.layout, _shares(config, grid))
+
+        self.control_files = ControlFiles(directory)
+        self.stragglers = Stragglers(grid.layout, _relative_work(config, grid))
+
         self.step = 0
         self._begun = False
         self._saving = False
-        self._waits_for_save = False
+        self._save_requested = False
         self._own_seconds = self._blocked_before = 0.0
 
     def begin(self) -> PreviousEnd | None:
-        """Start the watch; what the verdict of an earlier start says, on rank 0, the first time."""
+        """Start the watchdog; rank 0 returns an earlier start's failure report.
+
+        Only the first call does anything.
+        """
         if self._begun:
             return None
         self._begun = True
-        earlier = read_verdict(self.watchdog.directory) if self.grid.rank == 0 else None
+        earlier = read_report(self.watchdog.directory) if self.grid.rank == 0 else None
+
         self.watchdog.start()
         self.grid.comm.cells = self.watchdog.cells
         if earlier is None:
@@ -89,107 +101,133 @@ class RunMonitor:
         return PreviousEnd(int(earlier.get("attempt", 0)), str(earlier.get("line", "")))
 
     def attach(self, engine: Engine) -> None:
-        """Look at this engine from now on."""
+        """Check this engine from now on."""
         self.engine = engine
-        engine.enter = self._enter
-        self._replicas = ReplicaCheck(engine.gradients.table, self.grid)
+        engine.on_phase = self._on_phase
+
+        self._replicas = ReplicaCheck(engine.gradients.shard_layout, self.grid)
         states = list(engine.optimizer.flat_shards)
-        digest = StateDigest(engine.gradients.table, engine.names, states, self.grid.tp)
+        digest = StateDigest(engine.gradients.shard_layout, engine.names, states, self.grid.tp)
         comm = self.grid.comm
-        self._root, self._guard = StateRoot(digest, comm=comm), StateGuard(digest, comm=comm)
+        self._root, self._guard = RootAllReduce(digest, comm=comm), StateAudit(digest, comm=comm)
 
     def phase(self, name: str, step: int) -> None:
-        """The run goes on to a phase of the watch."""
+        """Enter a phase; the watchdog times it."""
         self.step = step
         self.watchdog.phase(name, step)
 
     def begin_step(self, step: int, saving: bool) -> list[float]:
-        """A step begins, while a save is under way or not; what it exchanges: each rank's own seconds of the last one."""
+        """Begin a step and return this rank's contribution to the exchanged timings.
+
+        The contribution holds one value per rank: the rank's own compute seconds in the last
+        step, and 0 for the others. `saving`: a save is running in the background.
+        """
         self.saving(saving)
         self.phase("read", step)
+
         self._blocked_before = self.grid.comm.blocked_seconds
-        mine = [0.0] * self.grid.layout.world_size
-        mine[self.grid.rank] = self._own_seconds
-        return mine
+        contribution = [0.0] * self.grid.layout.world_size
+        contribution[self.grid.rank] = self._own_seconds
+        return contribution
 
     def end_step(self, seconds: float, own_seconds: Sequence[float]) -> str | None:
-        """A step took so long; a line when a rank has become slow, or is no longer."""
+        """Record the time of a step; return a line when a rank became slow or recovered."""
         self._own_seconds = max(
             0.0, seconds - (self.grid.comm.blocked_seconds - self._blocked_before)
         )
+
         self.watchdog.step_done(seconds)
         return self.stragglers.observe(self.step, own_seconds) if any(own_seconds) else None
 
-    def root(self) -> Root | None:
-        """The root of the state, where this step is one that records it; collective."""
-        if self.every_root == 0 or self.step % self.every_root:
+    def root(self) -> StateRoot | None:
+        """Return the state root if this step records one, else None; collective."""
+        if self.root_every_steps == 0 or self.step % self.root_every_steps:
             return None
         optimizer = self.engine.optimizer
         optimizer.finish()
+
         found = self._root(optimizer.flat_shards, self.step, optimizer.adam_steps)
-        self._guard.keep(found.own)
+        self._guard.keep(found.local_sums)
         return found
 
-    def request(self) -> str | None:
-        """`STOP` or `SAVE` where a file asks for it; only rank 0 looks, and a save that is being made is not asked again."""
-        asked = self.requests.poll() if self.grid.rank == 0 else None
-        if asked != "SAVE":
-            return asked
-        asked = None if self._waits_for_save else asked
-        self._waits_for_save = True
-        return asked
+    def poll_request(self) -> str | None:
+        """Return `STOP` or `SAVE` if a file requests it, else None.
+
+        Only rank 0 looks. A requested save is reported once until it is complete.
+        """
+        request = self.control_files.poll() if self.grid.rank == 0 else None
+        if request != "SAVE":
+            return request
+
+        request = None if self._save_requested else request
+        self._save_requested = True
+        return request
 
     def saved(self) -> None:
-        """A checkpoint is whole, on rank 0; may be called from the thread that saves."""
-        if self._waits_for_save:
-            self.requests.done("SAVE")
-            self._waits_for_save = False
+        """Note on rank 0 that a checkpoint is whole; may be called from the saving thread."""
+        if self._save_requested:
+            self.control_files.done("SAVE")
+            self._save_requested = False
 
     def stopped(self) -> None:
-        """The run has saved and ends on request."""
+        """Note that the run has saved and ends on request."""
         if self.grid.rank == 0:
-            self.requests.done("STOP")
+            self.control_files.done("STOP")
 
     def saving(self, active: bool) -> None:
-        """Whether a save is under way in the background: it has a limit of its own, and a launcher gives it time."""
+        """Note whether a save runs in the background.
+
+        A save has its own timeout, and the launcher gives a saving process time to finish.
+        """
         if active != self._saving:
             self._saving = active
             self.watchdog.saving(active)
-            leave_verdict(self.grid.rank, None, saving=active)
+            write_status(self.grid.rank, None, saving=active)
 
-    def lost(self, error: BaseException) -> str:
-        """A collective raised `error`: the line that says who is gone, "" where another rank says it."""
-        return self.watchdog.lost(error)
+    def report_lost_connection(self, error: BaseException) -> str:
+        """Return a line that names the dead rank after a collective raised `error`.
+
+        Returns "" where another rank reports it.
+        """
+        return self.watchdog.connection_lost(error)
 
     def close(self, problem: str = "") -> None:
-        """End the watch; `problem`: because of this the rank leaves by itself."""
+        """Stop the watchdog; `problem` is the reason if this rank leaves by itself."""
         self.watchdog.close(problem)
 
-    def _enter(self, phase: str) -> None:
+    def _on_phase(self, phase: str) -> None:
         self.watchdog.phase(PHASES[phase], self.step)
         fault_injection.point(f"step.{phase}")
-        if phase == "reduce" and (problem := self._damage()) is not None:
+        if phase == "reduce" and (problem := self._state_problem()) is not None:
             raise DamageError(problem)
 
-    def _damage(self) -> str | None:
-        """What is wrong with copies and with the state; before the update, which writes all weights anew."""
-        lines = self.engine.optimizer.flat_shards
-        # Only in the step after one that recorded a root: the state must still be that one.
-        problem = self._guard.problem(lines)
-        if problem is None and self.every_replicas and self.step % self.every_replicas == 0:
+    def _state_problem(self) -> str | None:
+        """Return what is wrong with the state or its replicas, None if nothing is.
+
+        Runs before the update, which overwrites all weights.
+        """
+        shards = self.engine.optimizer.flat_shards
+
+        # Only in the step after one that recorded a root: the state must not have changed since.
+        problem = self._guard.problem(shards)
+        if (
+            problem is None
+            and self.replicas_every_steps
+            and self.step % self.replicas_every_steps == 0
+        ):
             self.engine.optimizer.finish()
-            problem = self._replicas.problem(lines)
+            problem = self._replicas.problem(shards)
         return problem
 
 
-def _shares(config: Config, grid: ProcessGrid) -> list[float]:
-    """The work of each rank in a step, by the plan; only their ratios count."""
+def _relative_work(config: Config, grid: ProcessGrid) -> list[float]:
+    """Return each rank's planned FLOPs in a step; only their ratios matter."""
     weights = rank_flops(architecture_of(config), grid.layout, config.data.sequence_length)
     return [
         float(weights[grid.layout.coordinate(rank).pp]) for rank in range(grid.layout.world_size)
     ]
 
 
-def _say(text: str) -> None:
-    """Past all buffers and locks: the main thread may hang in any of them."""
+def _write_stderr(text: str) -> None:
+    """Write past all buffers and locks: the main thread may hang in any of them."""
     os.write(2, f"k2train: {text}\n".encode())

@@ -1,9 +1,13 @@
-"""What makes two starts the same run, what may be changed at a resume when it is asked for by name, and what never may.
+"""Resume check: decide whether a checkpoint belongs to the run that a config describes.
 
-A position in the data is computed from the step alone, so what that computation rests on (batch, sequence length, the
-chunks already read) cannot change under a checkpoint: another position would be read in silence. Everything else of the
-identity (rates, optimizer, precision, what follows in the order) may, if `run.allow` names it, and the ledger keeps it.
-Refused: a flag that allows whatever has changed, since it stays in the command line and allows the next change too.
+- The data position is computed from the step alone. What that computation depends on (batch,
+  sequence length, chunks already read) can never change under a checkpoint: another position would
+  be read without notice.
+- Everything else of the identity (learning rate, optimizer, precision, later chunks) may change if
+  `run.allow` names it. The ledger records the change.
+
+Alternatives considered:
+- A flag that allows any change: it stays in the command line and allows the next change too.
 """
 
 import hashlib
@@ -18,18 +22,19 @@ from k2train.data.order import ChunkOrder
 from k2train.errors import CheckpointError
 
 NEVER = ("model", "batch", "data.sequence_length", "data.tokenizer_sha256")
-"""Parts of the identity that no `run.allow` opens."""
+"""Parts of the identity that `run.allow` cannot unlock."""
 
 
 def files_read(manifest: Manifest, order: ChunkOrder) -> list[str]:
-    """Names of the chunks a run opens, the held-out one last."""
+    """Return the names of the chunks that a run opens, the held-out one last."""
     return [*order.names, *([manifest.held_out.name] if manifest.held_out else [])]
 
 
 def identity_of(config: Config, manifest: Manifest, order: ChunkOrder) -> dict[str, Any]:
-    """What makes two starts the same run: model, batch, seed, data in order, optimizer, schedule, precision (fp8 counts).
+    """Return what makes two starts the same run.
 
-    Document borders belong to it where attention stops at them, and nowhere else.
+    These are model, batch, seed, data in order, optimizer, learning rate and precision (fp8
+    included). Document boundaries belong to it only where attention stops at them.
     """
     tree = config.model_dump(mode="json")
     block = config.data.cross_documents == "block"
@@ -40,7 +45,7 @@ def identity_of(config: Config, manifest: Manifest, order: ChunkOrder) -> dict[s
         "data": {
             "sequence_length": config.data.sequence_length,
             "cross_documents": config.data.cross_documents,
-            **({"borders_sha256": _hash_of_borders(manifest, order)} if block else {}),
+            **({"borders_sha256": _boundaries_sha256(manifest, order)} if block else {}),
             "tokenizer_sha256": manifest.tokenizer_sha256,
             "held_out_sha256": manifest.held_out.sha256 if manifest.held_out else None,
             "order": [
@@ -50,73 +55,85 @@ def identity_of(config: Config, manifest: Manifest, order: ChunkOrder) -> dict[s
         "optimizer": tree["optimizer"],
         "lr": tree["lr"],
         "precision": tree["precision"],
-        # Only where it is there: checkpoints from before the key had none.
+        # Only if set: older checkpoints do not have this key.
         **({"matmul": "fp8"} if config.kernels.matmul == "fp8" else {}),
     }
 
 
-def _hash_of_borders(manifest: Manifest, order: ChunkOrder) -> str:
-    """One hash for the borders of all that is read, in the order of reading."""
+def _boundaries_sha256(manifest: Manifest, order: ChunkOrder) -> str:
+    """Return one hash over the document boundaries of all chunks, in reading order."""
     hashes = [str(manifest.chunk(name).borders_sha256) for name in files_read(manifest, order)]
     return hashlib.sha256(" ".join(hashes).encode()).hexdigest()
 
 
 def identity_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """`batch.global_sequences: 32 -> 64` for each difference; of the data order only the first place."""
+    """Return one line per difference, such as `batch.global_sequences: 32 -> 64`.
+
+    Of the data order only the first difference is listed.
+    """
     before, now = dict(before), dict(now)
     old_order = list(before.get("data", {}).get("order", []))
     new_order = list(now.get("data", {}).get("order", []))
     for tree in (before, now):
-        # A checkpoint from before the key was there attended.
+        # Checkpoints older than this key attended across documents.
         data = {"cross_documents": "attend", **tree.get("data", {})}
         tree["data"] = {key: value for key, value in data.items() if key != "order"}
     differences = config_differences(before, now)
+
     if old_order != new_order:
-        place = next(
+        index = next(
             (i for i, (a, b) in enumerate(zip(old_order, new_order, strict=False)) if a != b), None
         )
-        if place is None:
+        if index is None:
             differences.append(f"data.order: {len(old_order)} chunks -> {len(new_order)} chunks")
         else:
-            told = [
+            entries = [
                 f"{entry['name']} ({str(entry['sha256'])[:12]})"
-                for entry in (old_order[place], new_order[place])
+                for entry in (old_order[index], new_order[index])
             ]
-            differences.append(f"data.order at place {place}: {told[0]} -> {told[1]}")
+            differences.append(f"data.order at position {index}: {entries[0]} -> {entries[1]}")
     return differences
 
 
 def check_same_run(path: Path, identity: Mapping[str, Any], allow: Sequence[str]) -> list[str]:
-    """The differences between a checkpoint's run and this one, all of them named by `allow`; mostly none.
+    """Return the differences between a checkpoint's run and this one, all allowed by name.
 
-    Raises CheckpointError for a thinned checkpoint, and for a difference that is not allowed or never can be.
+    Raises CheckpointError for a thinned checkpoint, and for a difference that is not allowed or
+    never can be.
     """
     if is_thinned(path):
         raise CheckpointError(
-            f"{path} was thinned to its weights: it can start another run (run.init_from), not continue this one"
+            f"{path} was thinned to its weights: it can start another run (run.init_from), "
+            "not continue this one"
         )
+
     manifest = read_manifest(path)
+
     differences = identity_differences(manifest.get("identity", {}), identity)
-    fixed = [
+    never_allowed = [
         text
         for text in differences
         if _named(text, NEVER) or _already_read(text, manifest, identity)
     ]
-    asked = [text for text in differences if text not in fixed and not _named(text, allow)]
-    if not fixed and not asked:
+    not_named = [
+        text for text in differences if text not in never_allowed and not _named(text, allow)
+    ]
+    if not never_allowed and not not_named:
         return differences
-    way = "change the config back, "
-    if not fixed:
-        keys = ", ".join(dict.fromkeys(_key(text) for text in asked))
-        way += f"allow the change by name (run.allow=[{keys}]), "
+
+    remedy = "change the config back, "
+    if not never_allowed:
+        keys = ", ".join(dict.fromkeys(_key(text) for text in not_named))
+        remedy += f"allow the change by name (run.allow=[{keys}]), "
+
     raise CheckpointError(
         f"{path} belongs to another run than this config describes: {'; '.join(differences)}; "
-        f"{way}or start anew under another run.name (run.init_from takes its weights)"
+        f"{remedy}or start anew under another run.name (run.init_from takes its weights)"
     )
 
 
 def _key(difference: str) -> str:
-    """`lr.peak` of `lr.peak: 0.1 -> 0.2`."""
+    """Return the key of a difference: `lr.peak` of `lr.peak: 0.1 -> 0.2`."""
     return difference.split(":")[0].split(" ")[0]
 
 
@@ -128,9 +145,9 @@ def _named(difference: str, names: Sequence[str]) -> bool:
 def _already_read(
     difference: str, manifest: Mapping[str, Any], identity: Mapping[str, Any]
 ) -> bool:
-    """Whether the difference is in the order of chunks, at a place the checkpoint has passed or stands in."""
+    """Return whether the chunk order differs in a chunk that the checkpoint has begun to read."""
     if _key(difference) != "data.order":
         return False
-    begun = manifest["chunks"]["consumed"] + (manifest["chunks"].get("step_in_chunk", 0) > 0)
+    chunks_begun = manifest["chunks"]["consumed"] + (manifest["chunks"].get("step_in_chunk", 0) > 0)
     before, now = manifest["identity"]["data"]["order"], identity["data"]["order"]
-    return bool(list(before[:begun]) != list(now[:begun]))
+    return bool(list(before[:chunks_begun]) != list(now[:chunks_begun]))

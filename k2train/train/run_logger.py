@@ -1,6 +1,9 @@
-"""Rank 0's pen: one object that writes ledger, metrics, console and W&B from the trainer's facts; nothing elsewhere.
+"""Run logging on rank 0: ledger, metrics, console and W&B.
 
-The other ranks hold a `RunLogger` too, whose methods do nothing, so the training loop has no `if rank == 0` in it.
+- The other ranks get a no-op logger with the same methods, so the training loop needs no
+  `if rank == 0`.
+- Lines that the disk does not take are kept in memory and retried; `problem` reports it to the
+  trainer when that takes too long.
 """
 
 import contextlib
@@ -19,15 +22,16 @@ from k2train.checkpoint.writer import SaveError
 from k2train.config.load import Config, to_yaml
 from k2train.files import sha256_file, write_synced
 from k2train.guard.crash_loop import STARTS
-from k2train.parallel.device_digest import Root
+from k2train.parallel.device_digest import StateRoot
 from k2train.record.console import Console
 from k2train.record.ledger import Ledger
 from k2train.record.metrics import MetricsWriter, damaged_rows, last_attempt
 from k2train.record.system_info import environment_facts
 from k2train.record.wandb import WandbMirror
 from k2train.state_digest import short_digests
+from k2train.text import bytes_text, counted
 from k2train.train.engine import Engine
-from k2train.train.memory_report import start_line, work_of
+from k2train.train.memory_report import memory_line, spec_of
 from k2train.train.preflight import Start, learning_rate
 
 Facts = dict[str, Any]
@@ -35,85 +39,91 @@ ENDS = ("failed", "stopped", "finished")
 
 
 class RunLogger:
-    """What the trainer tells; the silent form, for every rank but the first."""
+    """No-op logger with all methods, for every rank but rank 0."""
 
     attempt = 0
     problem = ""
-    """What kept a step out of the metrics; the trainer tells all ranks."""
+    """Why the record could not be written; the trainer shares it with all ranks."""
     config_sha256 = ""
-    """Of `config.yaml` as this start wrote it."""
+    """Hash of `config.yaml` as this start wrote it."""
     run_id = ""
-    """Names the training run across restarts."""
+    """Identifies the training run across restarts."""
 
     def event(self, event: str, **facts: Any) -> None:
-        """Append to the ledger."""
+        """Append an event to the ledger."""
 
     def step(self, row: Facts) -> None:
-        """One finished step."""
+        """Log the metrics row of a finished step."""
 
     def has_end_of(self, attempt: int) -> bool:
-        """Whether the ledger says how a start ended."""
+        """Return whether the ledger records how a start ended."""
         return False
 
-    def settled(self) -> bool:
-        """Whether all that was told is written."""
+    def all_written(self) -> bool:
+        """Return whether everything logged so far is on disk."""
         return True
 
     def info(self, text: str) -> None:
-        """A line for people."""
+        """Log a human-readable line."""
 
     def committed(self, path: Path, manifest: Facts, seconds: float) -> None:
-        """A checkpoint is whole; may be called from the thread that saved it."""
+        """Log that a checkpoint is whole; may be called from the saving thread."""
 
     def verified(self, path: Path) -> None:
-        """A checkpoint was read back whole; from any thread."""
+        """Log that a checkpoint was read back intact; from any thread."""
 
     def damaged(self, path: Path, problem: str) -> None:
-        """A checkpoint was found damaged; from any thread."""
+        """Log that a checkpoint is damaged; from any thread."""
 
-    def from_thread(self, text: str) -> None:
-        """A line for people, from any thread."""
+    def info_from_thread(self, text: str) -> None:
+        """Log a human-readable line; from any thread."""
 
     def flush_messages(self) -> None:
-        """Show what other threads had to say; from the main thread."""
+        """Show the lines of other threads; called from the main thread."""
 
-    def root(self, step: int, root: Root) -> None:
-        """The root of the state after a step."""
+    def root(self, step: int, root: StateRoot) -> None:
+        """Log the state root after a step."""
 
     def recover(self, checkpoints: Sequence[Path]) -> None:
-        """Note in the ledger the checkpoints that a kill kept out of it."""
+        """Add checkpoints to the ledger that a kill kept out of it."""
 
     def close(self) -> None:
-        """End the live line and the mirror."""
+        """End the live line and the W&B mirror."""
 
 
 class RankZeroRunLogger(RunLogger):
-    """Writes into the run directory."""
+    """Logger that writes into the run directory."""
 
     def __init__(self, config: Config, start: Start):
         directory = start.directory
         self.ledger = Ledger(directory / "ledger.jsonl")
         self.metrics = MetricsWriter(directory / "metrics.jsonl")
         attempts = [int(e.get("attempt", 0)) for e in self.ledger.events if e["event"] in STARTS]
+
         self.attempt = max([last_attempt(directory / "metrics.jsonl"), *attempts]) + 1
         order = start.order
         ends = [order.first_step(i) + order.steps_in(i) - 1 for i in range(len(order.names))]
         self.console = Console(
             sys.stderr, config.run.name, order.total_steps, len(order.names), ends
         )
+
         self._from_threads: deque[str] = deque()
         self._writing = RLock()
         self._unwritten: dict[Path, deque[Callable[[], object]]] = {}
-        """Of each file the lines that the disk has not taken, in their order."""
-        self._refusal = ""
-        self._refused_since: float | None = None
-        self._patience_seconds = config.checkpoint.retry_seconds
+        """File -> writes that the disk has not taken yet, in order."""
+        self._write_error = ""
+        self._failing_since: float | None = None
+        self._retry_seconds = config.checkpoint.retry_seconds
+
         self.roots = MetricsWriter(directory / "state_roots.jsonl")
+
         text = to_yaml(config)
         write_synced(directory / "config.yaml", text)
         self.config_sha256 = hashlib.sha256(text.encode()).hexdigest()
+
         started = self.ledger.last("started")
         self.run_id = str(started["run_id"]) if started else uuid4().hex
+
         self.wandb = WandbMirror(
             config.wandb.mode,
             config.wandb.project,
@@ -121,8 +131,9 @@ class RankZeroRunLogger(RunLogger):
             self.run_id,
             directory,
             config.model_dump(mode="json"),
-            note=self._from_threads.append,
+            log=self._from_threads.append,
         )
+
         for repaired in (self.ledger.repaired, self.metrics.repaired, self.roots.repaired):
             if repaired:
                 self.info(repaired)
@@ -142,15 +153,15 @@ class RankZeroRunLogger(RunLogger):
     def has_end_of(self, attempt: int) -> bool:
         return any(e["event"] in ENDS and e.get("attempt") == attempt for e in self.ledger.events)
 
-    def settled(self) -> bool:
+    def all_written(self) -> bool:
         with self._writing:
             self._write()
             if self._unwritten:
-                self.problem = f"{self._refusal}; make room, then start the same command again"
+                self.problem = f"{self._write_error}; make room, then start the same command again"
             return not self._unwritten
 
     def _put(self, path: Path, write: Callable[[], object]) -> None:
-        """Write a line of a file, after those that the disk has not taken yet; its turn may come later."""
+        """Queue a write behind those that the disk has not taken yet, and try all of them."""
         with self._writing:
             self._unwritten.setdefault(path, deque()).append(write)
             self._write()
@@ -163,38 +174,47 @@ class RankZeroRunLogger(RunLogger):
                     lines.popleft()
                 del self._unwritten[path]
             except OSError as error:
-                self._refused(path, error)
-        if not self._unwritten:
-            self._refused_since, self.problem = None, ""
+                self._write_failed(path, error)
 
-    def _refused(self, path: Path, error: OSError) -> None:
+        if not self._unwritten:
+            self._failing_since, self.problem = None, ""
+
+    def _write_failed(self, path: Path, error: OSError) -> None:
         now = time.monotonic()
-        self._refusal = f"{path} cannot be written: {error.strerror or error}"
-        if self._refused_since is None:
-            self._refused_since = now
-            self.from_thread(
-                f"{self._refusal} (kept in memory and tried again for {self._patience_seconds:g} s)"
+        self._write_error = f"{path} cannot be written: {error.strerror or error}"
+        if self._failing_since is None:
+            self._failing_since = now
+            self.info_from_thread(
+                f"{self._write_error} "
+                f"(kept in memory and tried again for {self._retry_seconds:g} s)"
             )
-        if now - self._refused_since >= self._patience_seconds:
-            self.problem = f"{self._refusal}; make room, then start the same command again"
+
+        if now - self._failing_since >= self._retry_seconds:
+            self.problem = f"{self._write_error}; make room, then start the same command again"
 
     def info(self, text: str) -> None:
         self.flush_messages()
         self.console.info(text)
 
     def committed(self, path: Path, manifest: Facts, seconds: float) -> None:
-        self.event("checkpoint_saved", **_saved(path, manifest), seconds=round(seconds, 3))
+        self.event(
+            "checkpoint_saved", **_checkpoint_facts(path, manifest), seconds=round(seconds, 3)
+        )
+
         with contextlib.suppress(OSError):
             self.metrics.sync()
             self.roots.sync()
-        total_bytes, held_out = _bytes_of(manifest), manifest["held_out_loss"]
-        told = "" if held_out is None else f", held-out loss {float(held_out):.4f}"
-        self.from_thread(
-            f"saved {path.name} at step {manifest['step']}{told} ({total_bytes / 1e6:.1f} MB in {seconds:.1f} s)"
+
+        total_bytes, held_out = _total_bytes(manifest), manifest["held_out_loss"]
+        score = "" if held_out is None else f", held-out loss {float(held_out):.4f}"
+        self.info_from_thread(
+            f"saved {path.name} at step {manifest['step']}{score} "
+            f"({bytes_text(total_bytes)} in {seconds:.1f} s)"
         )
+
         self.wandb.event(f"saved {path.name}")
         if self.problem:
-            # No step may follow that would tell the other ranks; the end of a save tells them too.
+            # No step may follow that would inform the other ranks; the end of a save does.
             raise SaveError(self.problem)
 
     def verified(self, path: Path) -> None:
@@ -204,13 +224,13 @@ class RankZeroRunLogger(RunLogger):
         self.event(
             "checkpoint_damaged", attempt=self.attempt, checkpoint=path.name, problem=problem
         )
-        self.from_thread(f"damaged: {problem}")
+        self.info_from_thread(f"damaged: {problem}")
 
-    def from_thread(self, text: str) -> None:
+    def info_from_thread(self, text: str) -> None:
         # The console belongs to the main thread.
         self._from_threads.append(text)
 
-    def root(self, step: int, root: Root) -> None:
+    def root(self, step: int, root: StateRoot) -> None:
         row = {
             "step": step,
             "attempt": self.attempt,
@@ -220,15 +240,20 @@ class RankZeroRunLogger(RunLogger):
         self._put(self.roots.path, lambda: self.roots.write(row))
 
     def recover(self, checkpoints: Sequence[Path]) -> None:
-        told = {
+        recorded = {
             (event["checkpoint"], event.get("manifest_sha256"))
             for event in self.ledger.events
             if event["event"] == "checkpoint_saved"
         }
+
         for path in checkpoints:
-            # By content: a name may have been another checkpoint's, which was set aside since.
-            if (path.name, sha256_file(path / MANIFEST)) not in told:
-                self.event("checkpoint_saved", **_saved(path, read_manifest(path)), recovered=True)
+            # By content: another checkpoint of this name may have been set aside since.
+            if (path.name, sha256_file(path / MANIFEST)) not in recorded:
+                self.event(
+                    "checkpoint_saved",
+                    **_checkpoint_facts(path, read_manifest(path)),
+                    recovered=True,
+                )
 
     def close(self) -> None:
         self.flush_messages()
@@ -241,12 +266,12 @@ class RankZeroRunLogger(RunLogger):
             self.console.info(self._from_threads.popleft())
 
 
-def _bytes_of(manifest: Facts) -> int:
+def _total_bytes(manifest: Facts) -> int:
     return sum(int(facts["bytes"]) for facts in manifest["files"].values())
 
 
-def _saved(path: Path, manifest: Facts) -> Facts:
-    """What the ledger says of a checkpoint."""
+def _checkpoint_facts(path: Path, manifest: Facts) -> Facts:
+    """Return the ledger's facts about a checkpoint."""
     return {
         "checkpoint": path.name,
         "attempt": manifest["attempt"],
@@ -255,13 +280,16 @@ def _saved(path: Path, manifest: Facts) -> Facts:
         "consumed_tokens": manifest["consumed_tokens"],
         "loss": manifest["loss"],
         "held_out_loss": manifest["held_out_loss"],
-        "bytes": _bytes_of(manifest),
+        "bytes": _total_bytes(manifest),
         "manifest_sha256": sha256_file(path / MANIFEST),
     }
 
 
 def stage_facts(config: Config, start: Start, step: int) -> Facts:
-    """What a checkpoint at `step` says of its stage: position in the data, layout, config, identity, data, rate."""
+    """Return the manifest entries of a checkpoint at `step` that describe its stage.
+
+    These are data position, layout, config, identity, data and learning rate.
+    """
     manifest, order, layout = start.manifest, start.order, start.layout
     consumed = order.consumed_chunks(step)
     return {
@@ -295,16 +323,20 @@ def stage_facts(config: Config, start: Start, step: int) -> Facts:
     }
 
 
-def announcement(config: Config, start: Start, engine: Engine, parameters: int) -> list[str]:
-    """The first lines of a run, for people."""
+def start_messages(
+    config: Config, start: Start, engine: Engine, parameters: int, memory: str
+) -> list[str]:
+    """Return the first console lines of a run; `memory` describes the host's malloc settings."""
     layout, order, grid = start.layout, start.order, engine.grid
-    work = work_of(config, grid.device.type, engine.kernels.attention_name, engine.kernels.matmul)
+    work = spec_of(config, grid.device.type, engine.kernels.attention_name, engine.kernels.matmul)
+
     step_tokens = config.batch.global_sequences * config.data.sequence_length
     return [
-        f"{parameters:,} parameters; tensor {layout.tensor}, pipeline {layout.pipeline}, data {layout.data}, "
+        f"{parameters:,} parameters, {config.precision} on {grid.device.type}; "
+        f"{counted(len(order.names), 'chunk')}, {order.total_steps} steps of {step_tokens:,} tokens"
+        f"; run directory {start.directory}",
+        f"tensor {layout.tensor}, pipeline {layout.pipeline}, data {layout.data}, "
         f"sequence parallel {'on' if engine.sequence else 'off'}, {config.parallel.schedule}, "
-        f"{engine.num_microbatches} micro-batches; {config.precision} on {engine.grid.device.type}; "
-        f"kernels: {engine.kernels}",
-        start_line(config, work, layout, engine.program, grid.coordinate.pp),
-        f"{len(order.names)} chunks, {order.total_steps} steps of {step_tokens:,} tokens; run in {start.directory}",
+        f"{engine.num_microbatches} micro-batches; kernels: {engine.kernels}; {memory}",
+        memory_line(config, work, layout, engine.program, grid.coordinate.pp),
     ]

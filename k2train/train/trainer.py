@@ -1,8 +1,9 @@
-"""The training loop: build, resume, step through the chunks, save one numbered checkpoint after each.
+"""Training loop: build, resume, step through the chunks, save a numbered checkpoint after each.
 
-Where a step stands in the data is computed from its number, so a restart needs the checkpoint's step and nothing else.
-Every decision (skip, save, stop) is taken from sums that all ranks share in the step's one exchange, so all ranks take it
-at the same step. One path for every layout, a single process included.
+- The data position is computed from the step number, so a restart needs only the checkpoint's step.
+- Every decision (skip, save, stop) is taken from sums that all ranks share in the step's one
+  exchange. All ranks therefore decide alike at the same step.
+- One code path for every layout, a single process included.
 """
 
 import resource
@@ -33,36 +34,42 @@ from k2train.parallel.grid import (
 from k2train.plan.cost import flops_per_token, parameters, peak_flops
 from k2train.record.system_info import environment_facts, job_facts
 from k2train.run_lock.lock import RunLock
+from k2train.text import counted
 from k2train.train.batches import BatchSource
 from k2train.train.checkpointing import CheckpointManager
 from k2train.train.engine import Engine, StepResult, architecture_of
-from k2train.train.host_memory import keep_memory
+from k2train.train.host_memory import keep_freed_memory
 from k2train.train.monitor import DamageError, PreviousEnd, RunMonitor
 from k2train.train.preflight import Start, learning_rate
 from k2train.train.resume_check import check_same_run
-from k2train.train.run_logger import RankZeroRunLogger, RunLogger, announcement, stage_facts
-from k2train.train.shutdown import end_alone, end_together, is_lost
+from k2train.train.run_logger import RankZeroRunLogger, RunLogger, stage_facts, start_messages
+from k2train.train.shutdown import is_connection_lost, shut_down_alone, shut_down_together
 
 STOP, SAVE, FAILED, SECONDS = 0, 1, 2, 3
-"""Places of the flags in the step's exchange; from `SECONDS` on one for each rank."""
+"""Indices of the flags in the step's exchange; from `SECONDS` on one per rank."""
 RECORD_REFUSED = "rank 0 could not write the record of the run; see its message"
 STOP_FILE = "STOP file"
-"""The reason of a stop that a file asked for; any other request is a signal, behind which a kill may follow."""
+"""Stop reason if a file requested it. Any other reason is a signal, and a kill may follow."""
 
 
 def train(
     config: Config, launch: Launch, start: Start, stop: StopRequest, lock: RunLock | None
 ) -> int:
-    """Run the stage on this rank and return the exit code; `lock` is the run directory's, held by rank 0."""
+    """Run the stage on this rank and return the exit code; collective.
+
+    `lock` is the lock of the run directory, which rank 0 holds.
+    """
     device = choose_device(launch)
-    memory = keep_memory(device.type)
+    memory = keep_freed_memory(device.type)
     start_process_group(launch, device)
     grid = ProcessGrid(start.layout, launch.rank, device)
     if launch.launched:
         stop.install()
+
     trainer = Trainer(
         config, grid, start, stop, verify=launch.local_rank == 0, memory=memory, lock=lock
     )
+
     problem = ""
     try:
         trainer.begin()
@@ -70,7 +77,8 @@ def train(
             code = EXIT_DONE
             if launch.rank == 0:
                 sys.stdout.write(
-                    f"{trainer.finished} is the last checkpoint: this stage is finished, nothing to do\n"
+                    f"{trainer.finished} is the last checkpoint: "
+                    "this stage is finished, nothing to do\n"
                 )
         else:
             code = trainer.run()
@@ -78,10 +86,10 @@ def train(
         trainer.monitor.phase("done", trainer.step)
         fault_injection.point("end")
     except (SaveError, DamageError) as error:
-        code = end_together(trainer, error)
+        code = shut_down_together(trainer, error)
     except Exception as error:
-        if is_lost(error, grid):
-            end_alone(trainer, error)
+        if is_connection_lost(error, grid):
+            shut_down_alone(trainer, error)
         problem = str(error) or type(error).__name__
         if isinstance(error, UserError):
             trainer.logger.event(
@@ -95,16 +103,17 @@ def train(
     finally:
         trainer.monitor.phase("done", trainer.step)
         if problem:
-            # First, so that no watch takes this rank's leaving for its death.
+            # First, so that no watchdog takes this rank's exit for its death.
             trainer.monitor.close(problem)
         trainer.close()
+
     stop_process_group()
     trainer.monitor.close()
     return code
 
 
 class Trainer:
-    """One rank's part of a run; `begin`, `run`, `close`."""
+    """Training run of one rank: call `begin`, `run`, `close`."""
 
     def __init__(
         self,
@@ -113,29 +122,35 @@ class Trainer:
         start: Start,
         stop: StopRequest,
         verify: bool,
-        memory: str = "malloc as it is",
+        memory: str = "malloc: default settings",
         lock: RunLock | None = None,
     ):
-        """`memory` says how the process keeps its host memory, for the first lines and the record."""
+        """Create checkpoint manager, monitor and batch source; start nothing.
+
+        `memory` describes the malloc settings, for the console and the ledger.
+        """
         self.config, self.grid, self.start, self.stop = config, grid, start, stop
         self.order = start.order
         self.memory = memory
+
         self.step, self.first_step = 0, 0
         self.last_loss: float | None = None
         self.parent: dict[str, Any] | None = None
         self.skips, self.spikes = NonFiniteCounter(), SpikeAlert()
         self.logger: RunLogger = RunLogger()
         self.finished: Path | None = None
-        """The last checkpoint of the stage, found whole: there is nothing left to do."""
+        """Last checkpoint of the stage, found whole: nothing is left to do."""
         self.attempt = 0
         self.allowed: list[str] = []
-        """Differences from the checkpoint that were asked for by name."""
+        """Differences from the checkpoint's run that were allowed by name."""
         self.previous_end: PreviousEnd | None = None
-        """How a start before this one ended, where it could not say so itself."""
+        """How an earlier start ended, if it could not record it itself."""
+
         self.checkpoints = CheckpointManager(config, grid, start, lock, lambda: self.logger)
         self.writer = self.checkpoints.writer
         self.monitor = RunMonitor(config, grid, start.directory, job_facts())
-        self.batches = BatchSource(config, grid, start, verify, before_leaving=self._wait_for_save)
+        self.batches = BatchSource(config, grid, start, verify, before_raising=self._wait_for_save)
+
         shape = architecture_of(config)
         self.parameters = parameters(shape)
         self.flops = flops_per_token(shape, config.data.sequence_length)
@@ -148,52 +163,65 @@ class Trainer:
         self.step_tokens = config.batch.global_sequences * config.data.sequence_length
 
     def begin(self) -> None:
-        """Choose the checkpoint together, open the record, build the engine, load or draw its state."""
+        """Choose the checkpoint, open the record, build the engine, load or draw its state.
+
+        Collective.
+        """
         if self.start.candidates:
             self.previous_end = self.monitor.begin()
             self.monitor.phase("choose", 0)
         chosen, refused = self.checkpoints.choose()
+
         self.allowed = (
             []
             if chosen is None
             else check_same_run(chosen, self.start.identity, self.config.run.allow)
         )
+
         if chosen is not None and int(read_manifest(chosen)["step"]) >= self.order.total_steps:
             self.finished = chosen
             if self.grid.rank == 0:
                 remove_unfinished(self.start.checkpoints)
             return
+
         self._open_record()
         self.previous_end = self.monitor.begin() or self.previous_end
         if self.previous_end is not None and not self.logger.has_end_of(self.previous_end.attempt):
             self.logger.event(
                 "failed", attempt=self.previous_end.attempt, problem=self.previous_end.line
             )
+
         begins_at = 0 if chosen is None else int(read_manifest(chosen)["step"])
-        # Before what may fail, so that a start that comes no further counts as one.
+        # Recorded before anything that may fail, so that a failing start counts as a start.
         self.logger.event("starting", attempt=self.attempt, step=begins_at)
         self.monitor.phase("load", begins_at)
+
         source = chosen or self.start.parent
         self.engine = Engine(self.config, self.grid, fill=source is None)
         self.monitor.attach(self.engine)
-        for line in announcement(self.config, self.start, self.engine, self.parameters):
+
+        for line in start_messages(
+            self.config, self.start, self.engine, self.parameters, self.memory
+        ):
             self.logger.info(line)
-        self.logger.info(self.memory)
+
         if self.start.candidates or refused:
-            searched = len(self.start.candidates) + len(self.start.refused)
+            found = len(self.start.candidates) + len(self.start.refused)
             taken = "none" if chosen is None else chosen.name
             self.logger.info(
-                f"searched {self.start.checkpoints}: {searched} checkpoints, taken {taken}"
+                f"searched {self.start.checkpoints}: "
+                f"found {counted(found, 'checkpoint')}, took {taken}"
             )
         for problem in refused:
             self.logger.info(f"refused: {problem}")
+
         if chosen is not None:
             self._resume(chosen, refused)
         else:
             self._start_anew(source)
 
     def run(self) -> int:
-        """Train to the end of the stage, or to a request to stop; returns the exit code."""
+        """Train to the end of the stage or to a stop request; returns the exit code. Collective."""
         self.checkpoints.saved_at = time.monotonic()
         while self.step < self.order.total_steps:
             self.step += 1
@@ -207,48 +235,61 @@ class Trainer:
                     step=self.step,
                     dropped_rows=self.order.dropped_rows(position.order_index),
                 )
+
             result = self._one_step()
             decision = self.skips.observe(result.applied)
             if decision != "apply":
-                self._tell_skipped(result, decision)
+                self._log_skipped(result, decision)
+
+            # All ranks see the same sums, so all of them stop here.
             if decision == "stop":
                 self._wait_for_save()
                 self.logger.event(
                     "stopped", attempt=self.attempt, reason="non-finite", step=self.step
                 )
                 self.logger.info(
-                    f"{self.skips.limit} steps in a row were not finite; stopped, nothing was applied since"
+                    f"stopped: {self.skips.limit} steps in a row were not finite; "
+                    "none of them was applied"
                 )
                 return EXIT_FAILED
+
             if result.flags[FAILED] > 0:
                 self._wait_for_save()
                 raise SaveError(self.logger.problem or RECORD_REFUSED)
+
             reason = self._reason_to_stop(result)
+
             if self.order.is_chunk_end(self.step):
-                asked = reason is not None or result.flags[SAVE] > 0
-                self._end_chunk(asked, scored=not result.flags[STOP] > 0)
+                required = reason is not None or result.flags[SAVE] > 0
+                self._end_chunk(required, scored=not result.flags[STOP] > 0)
             elif reason is not None or result.flags[SAVE] > 0:
                 self._save(
                     checkpoint_name(self.order.consumed_chunks(self.step), self.step), held_out=None
                 )
+
             if reason is not None and self.step < self.order.total_steps:
                 self._wait_for_save(skip_verification=result.flags[STOP] > 0)
                 self.monitor.stopped()
                 self.logger.event("stopped", attempt=self.attempt, reason=reason, step=self.step)
                 self.logger.info(
-                    f"stopped on request ({reason}) at step {self.step}; start the same command to go on"
+                    f"stopped on request ({reason}) at step {self.step}; "
+                    "run the same command again to continue"
                 )
-                self._settle_record()
+                self._finish_record()
                 return EXIT_STOPPED
+
         self._wait_for_save()
         self.monitor.stopped()
-        self._settle_record()
+        self._finish_record()
         self.logger.event("finished", attempt=self.attempt, step=self.step)
-        self._settle_record()
+        self._finish_record()
         return EXIT_DONE
 
     def close(self) -> None:
-        """Stop the loader's threads and the record. A save under way ends with the process; the watch goes on."""
+        """Stop the loader's threads and close the record.
+
+        Does not wait for a running save. The watchdog keeps running.
+        """
         self.batches.close()
         self.writer.close()
         self.logger.close()
@@ -256,15 +297,18 @@ class Trainer:
     def _one_step(self) -> StepResult:
         began = time.monotonic()
         flags = self._flags(began)
-        fault_injection.at_step(self.step)
+        fault_injection.set_step(self.step)
         fault_injection.point("step.read")
         batch = self.batches.step(self.step, self.step == self.first_step, self.engine.needs_batch)
+
         lr = learning_rate(self.config, self.step, self.order.total_steps)
         result = self.engine.train_step(batch.tokens, lr, flags, batch.documents)
+
         seconds = time.monotonic() - began
         slow = self.monitor.end_step(seconds, result.flags[SECONDS:])
         if result.applied:
             self.last_loss = result.loss
+
         rows = self.order.rows_of(self.step)
         row = {
             "step": self.step,
@@ -283,13 +327,16 @@ class Trainer:
             "seconds": seconds,
             "peak_memory_bytes": self._peak_memory_bytes(),
         }
+
         if (root := self.monitor.root()) is not None:
             row["state_root"] = root.root
             self.logger.root(self.step, root)
         self.logger.step(row)
+
         if slow is not None:
             self.logger.event("straggler", attempt=self.attempt, step=self.step, told=slow)
             self.logger.info(slow)
+
         fault_injection.point("step.done")
         if result.applied:
             for event in self.spikes.observe(self.step, result.loss, result.grad_norm):
@@ -297,34 +344,42 @@ class Trainer:
                     "spike", attempt=self.attempt, policy=self.config.spikes.policy, **event
                 )
                 self.logger.info(
-                    f"spike {event['kind']} at step {self.step}: loss {result.loss:.4f}, grad_norm {result.grad_norm:.3g}"
+                    f"spike {event['kind']} at step {self.step}: "
+                    f"loss {result.loss:.4f}, grad_norm {result.grad_norm:.3g}"
                 )
         return result
 
-    def _settle_record(self) -> None:
-        """Raise SaveError on every rank when the disk has not taken all of the record."""
-        told = [self.logger.settled()]
+    def _finish_record(self) -> None:
+        """Raise SaveError on every rank when part of the record is not on disk; collective."""
+        written = [self.logger.all_written()]
         with collective_scope(self.grid.comm, "settle the record"):
-            dist.broadcast_object_list(told, src=0, group=self.grid.host)
-        if not told[0]:
+            dist.broadcast_object_list(written, src=0, group=self.grid.host)
+        if not written[0]:
             raise SaveError(self.logger.problem or RECORD_REFUSED)
 
     def _wait_for_save(self, skip_verification: bool = False) -> None:
-        """Until the save under way is whole; in a `skip_verification` it is neither tried again nor read back."""
+        """Wait until the running save is complete.
+
+        With `skip_verification` the save is neither retried nor read back.
+        """
         self.monitor.phase("save", self.step)
         if skip_verification and self.stop.requested != STOP_FILE:
             self.writer.skip_verification()
         self.writer.wait()
 
     def _flags(self, now: float) -> list[float]:
-        """What this rank puts into the exchange of a step that begins at `now`, summed over ranks."""
+        """Return this rank's contribution to the flags all-reduced with the step.
+
+        These are stop, save, failure and the rank's own seconds. The step begins at `now`.
+        """
         flags = [0.0, 0.0, float(self.writer.failed or bool(self.logger.problem))]
-        every, asked = self.config.checkpoint.every_seconds, self.monitor.request()
-        if asked == "STOP":
+        every, request = self.config.checkpoint.every_seconds, self.monitor.poll_request()
+        if request == "STOP":
             self.stop.requested = self.stop.requested or STOP_FILE
+
         flags[STOP] = float(self.stop.requested is not None)
         due = every > 0 and self.grid.rank == 0 and now - self.checkpoints.saved_at >= every
-        flags[SAVE] = float(due or asked == "SAVE")
+        flags[SAVE] = float(due or request == "SAVE")
         return [*flags, *self.monitor.begin_step(self.step, self.writer.active)]
 
     def _reason_to_stop(self, result: StepResult) -> str | None:
@@ -335,7 +390,7 @@ class Trainer:
             return "run.stop_after_steps"
         return None
 
-    def _tell_skipped(self, result: StepResult, decision: str) -> None:
+    def _log_skipped(self, result: StepResult, decision: str) -> None:
         position = self.order.position(self.step)
         rows = self.order.rows_of(self.step)
         bad = [name for name, norm in result.norms.items() if norm != norm or norm == float("inf")]
@@ -351,19 +406,23 @@ class Trainer:
             in_a_row=self.skips.in_a_row,
         )
         self.logger.info(
-            f"step {self.step} skipped, {'loss' if not bad else 'gradient of ' + bad[0]} not finite "
+            f"step {self.step} skipped, "
+            f"{'loss' if not bad else 'gradient of ' + bad[0]} not finite "
             f"({position.name} rows {rows.start}-{rows.stop - 1}; {self.skips.in_a_row} in a row)"
         )
 
     def _end_chunk(self, required: bool, scored: bool) -> None:
-        """Save where it is due or `required`; `scored`: with the held-out loss, for which a signal leaves no time."""
+        """Save a checkpoint if one is due or `required`.
+
+        `scored` adds the held-out loss, for which a signal leaves no time.
+        """
         consumed = self.order.consumed_chunks(self.step)
         last = consumed == len(self.order.names)
         if last or required or consumed % self.config.checkpoint.every_chunks == 0:
             try:
                 held_out = self._held_out_loss() if scored else None
             except DataError:
-                # The chunk just trained must not be lost, and trained again at every start, for the sake of its score.
+                # Save first: otherwise every start would train this chunk again and fail here.
                 self._save(checkpoint_name(consumed), held_out=None)
                 self._wait_for_save()
                 raise
@@ -375,10 +434,11 @@ class Trainer:
         return self.batches.held_out_loss(self.engine)
 
     def _save(self, name: str, held_out: float | None) -> None:
-        # The save before may take long; what the ranks then do together (probe, copy) may not.
+        # The save before may take long; what the ranks then do together (check, copy) may not.
         self._wait_for_save()
         began = time.monotonic()
         self.monitor.phase("evaluate", self.step)
+
         facts = {
             "step": self.step,
             "attempt": self.attempt,
@@ -394,11 +454,12 @@ class Trainer:
             self.logger.committed(path, manifest, time.monotonic() - began)
 
         self.checkpoints.save(self.engine, name, facts, committed)
-        # Of a save that follows at once on another the clock begins anew.
+        # Restart the watchdog's clock when a save follows another one at once.
         self.monitor.saving(False)
 
     def _open_record(self) -> None:
-        """Rank 0 opens ledger and metrics; what goes wrong there is every rank's error, so that none waits."""
+        """Open ledger and metrics on rank 0; its errors are raised on every rank. Collective."""
+
         problem = ""
         leftovers: list[str] = []
         if self.grid.rank == 0:
@@ -412,17 +473,19 @@ class Trainer:
                 problem = (
                     f"{error.filename or self.start.directory} cannot be written: {error.strerror}"
                 )
-        told: list[Any] = [self.logger.attempt, problem, self.checkpoints.token]
+
+        shared: list[Any] = [self.logger.attempt, problem, self.checkpoints.token]
         with collective_scope(self.grid.comm, "open the record"):
-            dist.broadcast_object_list(told, src=0, group=self.grid.host)
-        if told[1]:
-            raise RunError(told[1])
-        self.attempt, _, self.checkpoints.token = told
+            dist.broadcast_object_list(shared, src=0, group=self.grid.host)
+        if shared[1]:
+            raise RunError(shared[1])
+        self.attempt, _, self.checkpoints.token = shared
         self.monitor.watchdog.attempt = self.attempt
-        if self.checkpoints.lock is not None and self.checkpoints.lock.told:
-            self.logger.info(self.checkpoints.lock.told)
+
+        if self.checkpoints.lock is not None and self.checkpoints.lock.takeover_message:
+            self.logger.info(self.checkpoints.lock.takeover_message)
         for name in leftovers:
-            self.logger.info(f"removed {name}, which was never finished")
+            self.logger.info(f"removed unfinished {name}")
 
     def _resume(self, path: Path, refused: list[str]) -> None:
         facts, _ = self.checkpoints.load(self.engine, path)
@@ -431,8 +494,10 @@ class Trainer:
         self.last_loss, self.parent = facts.get("loss"), facts.get("parent")
         self.skips.load_state(facts["guard"]["finite"])
         self.spikes.load_state(facts["guard"]["spikes"])
+
         set_aside = set_aside_later(path, self.attempt) if self.grid.rank == 0 else []
         self.logger.recover(list_checkpoints(self.start.checkpoints))
+
         changes = config_differences(facts["config"], self.config.model_dump(mode="json"))
         self.logger.event(
             "resumed",
@@ -451,11 +516,12 @@ class Trainer:
             config_sha256=self.logger.config_sha256,
             **self.checkpoints.lease_facts(),
         )
+
         self.logger.info(f"resumed from {path} at step {self.step} (attempt {self.attempt})")
         for text in self.allowed:
-            self.logger.info(f"allowed by run.allow, although it makes another run: {text}")
+            self.logger.info(f"allowed by run.allow, although it makes this another run: {text}")
         if changes:
-            self.logger.info(f"changed since that checkpoint: {'; '.join(changes)}")
+            self.logger.info(f"config changes since that checkpoint: {'; '.join(changes)}")
 
     def _start_anew(self, parent: Path | None) -> None:
         self.first_step = 1
@@ -476,20 +542,23 @@ class Trainer:
             config_sha256=self.logger.config_sha256,
             **self.checkpoints.lease_facts(),
         )
+
         if parent is not None:
             facts, kept = self.checkpoints.load(self.engine, parent)
-            self.parent = {**self.start.seam, "moments_kept": kept}
+            self.parent = {**self.start.transition, "moments_kept": kept}
             self.logger.event("seam", attempt=self.attempt, **self.parent)
-            told = (
+            loaded = (
                 "weights and moments"
                 if kept
                 else "weights alone (that checkpoint was thinned; moments start from zero)"
             )
-            self.logger.info(f"{told} from {parent}, step {facts['step']}")
+
+            self.logger.info(f"{loaded} from {parent}, step {facts['step']}")
+
         self._save(checkpoint_name(0), self._held_out_loss())
 
     def _peak_memory_bytes(self) -> int:
-        """Of this rank: device memory on an accelerator, else the process's largest resident size."""
+        """Return this rank's peak device memory, or the process's peak resident size on a CPU."""
         if self.grid.device.type == "cuda":
             return int(torch.cuda.max_memory_allocated(self.grid.device))
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -563,7 +563,7 @@ def test_mistakes_cost_one_line(
         "a.csv": "none of the kinds",
         "empty.jsonl": r"no text to train on in 1 file; left out: 1 document without the key 'text'$",
         "bad.parquet": "cannot be read",
-        "bad.jsonl.zst": "bad.jsonl.zst: not a whole zstd file",
+        "bad.jsonl.zst": "bad.jsonl.zst: not a complete zstd file",
         "cut.jsonl.gz": "cut.jsonl.gz: cut off after",
         "txt/0*.txt": r"--vocab-size \(9000\) cannot be reached with this text: the most is",
         "parquet/a.parquet": "has no column 'text' but body",

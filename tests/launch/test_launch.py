@@ -15,14 +15,19 @@ import pytest
 
 from k2train.checkpoint.manifest import verify_checkpoint
 from k2train.errors import EXIT_FAILED, RunError
-from k2train.launch.__main__ import keep_starting, signalled, take_restarts, verdict
+from k2train.launch.__main__ import (
+    exit_code_after_signal,
+    exit_code_of,
+    split_restarts,
+    start_with_restarts,
+)
 from k2train.launch.environment import (
-    Note,
-    began,
-    leave_verdict,
-    order_kernels,
+    ProcessStatus,
+    limit_cuda_connections,
     read_launch,
-    read_verdicts,
+    read_statuses,
+    start_ticks,
+    write_status,
 )
 from k2train.launch.supervisor import Supervisor
 from tests.support.command_line import HANG_SECONDS, hear_signals, soon
@@ -55,11 +60,11 @@ OPTIONS = ["--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "2"]
 )
 def test_verdict(codes: dict[int, int], expected: int) -> None:
     """A job that saved and stopped is started again, one with a mistake is not; a killed process is neither."""
-    assert verdict(codes) == expected
+    assert exit_code_of(codes) == expected
 
 
 def test_one_bad_process_is_named(capfd: pytest.CaptureFixture[str]) -> None:
-    verdict({0: -15, 3: -9})
+    exit_code_of({0: -15, 3: -9})
     assert capfd.readouterr().err == "process 3 ended with signal 9\n"
 
 
@@ -69,17 +74,20 @@ def test_one_bad_process_is_named(capfd: pytest.CaptureFixture[str]) -> None:
 )
 def test_verdict_after_a_signal(codes: dict[int, int | None], expected: int) -> None:
     """75 says that everything is saved: one process that was killed while saving makes it a lie."""
-    assert signalled({rank: Note(code) for rank, code in codes.items()}) == expected
+    assert (
+        exit_code_after_signal({rank: ProcessStatus(code) for rank, code in codes.items()})
+        == expected
+    )
 
 
 def test_kernels_are_begun_in_order_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a setting of the user's that is overwritten, and a default that never reaches the processes."""
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "")
     monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS")
-    order_kernels()
+    limit_cuda_connections()
     assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "8")
-    order_kernels()
+    limit_cuda_connections()
     assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "8"
 
 
@@ -124,7 +132,7 @@ def _nothing_is_left() -> Iterator[None]:
 
 WORKER = """
 import os, pathlib, signal, sys, time
-from k2train.launch.environment import leave_verdict
+from k2train.launch.environment import write_status
 folder, rank = pathlib.Path(sys.argv[1]), int(os.environ["RANK"])
 heard = []
 def hear(number, frame):
@@ -132,7 +140,7 @@ def hear(number, frame):
     (folder / f"heard_{rank}").write_text(" ".join(heard))
 for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
     signal.signal(number, hear)
-leave_verdict(rank, None)
+write_status(rank, None)
 (folder / f"pid_{rank}").write_text(str(os.getpid()))
 """
 """The begin of a process that notes what it hears; a test adds what it does then."""
@@ -152,7 +160,7 @@ def pids(folder: Path, process: "subprocess.Popen[str]", count: int = 2) -> list
 
 
 def gone(process_ids: Sequence[int]) -> bool:
-    return soon(lambda: not any(began(pid) for pid in process_ids))
+    return soon(lambda: not any(start_ticks(pid) for pid in process_ids))
 
 
 def test_every_signal_goes_to_every_process_as_often_as_it_comes(tmp_path: Path) -> None:
@@ -251,7 +259,7 @@ def test_a_crash_is_started_again(tmp_path: Path) -> None:
         "while not other.exists() or len(other.read_text()) < len(mine.read_text()):\n"
         "    time.sleep(0.05)\n"
         "code = (1, 75)[len(mine.read_text()) - 1]\n"
-        "leave_verdict(rank, code)\n"
+        "write_status(rank, code)\n"
         "sys.exit(code)"
     )
     process = launch("--restarts", "4", *OPTIONS, worker(tmp_path, rest), tmp_path, options=[])
@@ -262,7 +270,7 @@ def test_a_crash_is_started_again(tmp_path: Path) -> None:
 
 
 class Waits(Supervisor):
-    """An supervisor that waits in no time, and remembers for how long."""
+    """A supervisor that waits in no time, and remembers for how long."""
 
     def __init__(self, signal_after: int = 99) -> None:
         super().__init__(lambda text: None)
@@ -291,17 +299,17 @@ def test_what_is_started_again(
 ) -> None:
     """Catches a mistake that is tried again, a stop that is undone, and more starts than were allowed."""
     supervisor, left = Waits(), list(codes)
-    assert keep_starting(lambda: left.pop(0), restarts, supervisor) == expected
+    assert start_with_restarts(lambda: left.pop(0), restarts, supervisor) == expected
     assert (left, supervisor.waited) == ([], waited)
 
 
 def test_a_signal_ends_the_starting_again() -> None:
     """Catches a launcher that cannot be stopped between two starts, or starts again what a signal has ended."""
     between = Waits(signal_after=2)
-    assert keep_starting(lambda: 1, 9, between) == 1 and between.waited == [1, 2]
+    assert start_with_restarts(lambda: 1, 9, between) == 1 and between.waited == [1, 2]
     asked = Waits()
-    asked.asked = "SIGTERM"
-    assert keep_starting(lambda: 1, 9, asked) == 1 and asked.waited == []
+    asked.first_signal = "SIGTERM"
+    assert start_with_restarts(lambda: 1, 9, asked) == 1 and asked.waited == []
 
 
 def test_a_long_start_is_no_crash_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -314,7 +322,7 @@ def test_a_long_start_is_no_crash_at_once(monkeypatch: pytest.MonkeyPatch) -> No
         now[0] += lasts.pop(0)
         return EXIT_FAILED
 
-    assert keep_starting(start, 4, supervisor) == EXIT_FAILED
+    assert start_with_restarts(start, 4, supervisor) == EXIT_FAILED
     assert supervisor.waited == [1, 2, 1, 2]
 
 
@@ -328,7 +336,7 @@ def test_a_long_start_is_no_crash_at_once(monkeypatch: pytest.MonkeyPatch) -> No
     ),
 )
 def test_restarts_are_ours_and_the_rest_is_torchruns(given: list[str], expected: int) -> None:
-    count, rest = take_restarts(given)
+    count, rest = split_restarts(given)
     assert count == expected
     assert rest == given or "--restarts" not in " ".join(rest)
     assert rest[-1] == given[-1]
@@ -343,7 +351,7 @@ def test_restarts_are_ours_and_the_rest_is_torchruns(given: list[str], expected:
 )
 def test_restarts_that_cannot_be(given: list[str], complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
-        take_restarts(given)
+        split_restarts(given)
 
 
 @pytest.mark.parametrize(
@@ -374,18 +382,20 @@ def test_a_note_tells_a_process_from_a_later_one_of_the_same_id(
 ) -> None:
     """Catches a signal to a stranger that got the id of a process which is gone."""
     monkeypatch.setenv("K2TRAIN_VERDICTS", str(tmp_path))
-    leave_verdict(3, None)
-    leave_verdict(5, None, saving=True)
-    notes = read_verdicts(tmp_path)
+    write_status(3, None)
+    write_status(5, None, saving=True)
+    notes = read_statuses(tmp_path)
     assert (
         notes[3].is_alive
         and notes[3].pid == os.getpid()
         and not notes[3].saving
         and notes[5].saving
     )
-    assert not Note(None, os.getpid(), "1").is_alive and not Note(None, 0).is_alive
-    leave_verdict(3, 75)
-    assert read_verdicts(tmp_path)[3] == Note(75)
+    assert (
+        not ProcessStatus(None, os.getpid(), "1").is_alive and not ProcessStatus(None, 0).is_alive
+    )
+    write_status(3, 75)
+    assert read_statuses(tmp_path)[3] == ProcessStatus(75)
 
 
 def test_real_processes(tmp_path: Path) -> None:

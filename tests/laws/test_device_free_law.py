@@ -373,7 +373,7 @@ def test_never_resume_does_not_touch_a_run(tmp_path: Path, earlier: Path) -> Non
         ),
         (["batch.global_sequences=6"], ("batch.global_sequences: 12 -> 6",)),
         (["run.seed=8"], ("run.seed: 7 -> 8",)),
-        (["data.order=[1, 0]"], ("data.order at place 0: chunk_000", "-> chunk_001")),
+        (["data.order=[1, 0]"], ("data.order at position 0: chunk_000", "-> chunk_001")),
         (["data.order=[0]"], ("data.order: 2 chunks -> 1 chunks",)),
         (
             ["lr.peak=0.5", "optimizer.clip_norm=2"],
@@ -397,7 +397,7 @@ def test_resume_with_other_data(tmp_path: Path, earlier: Path) -> None:
     """Chunks of the same names and other bytes are other data."""
     case = Earlier(tmp_path, earlier)
     make_corpus(tmp_path / "other", 2, seed=5)
-    assert "data.order at place 0" in case.one_line(f"data.manifest={tmp_path / 'other'}")
+    assert "data.order at position 0" in case.one_line(f"data.manifest={tmp_path / 'other'}")
     make_corpus(tmp_path / "tokenizer", 2, tokenizer="u" * 64)
     assert "data.tokenizer_sha256" in case.one_line(f"data.manifest={tmp_path / 'tokenizer'}")
 

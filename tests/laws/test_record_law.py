@@ -148,12 +148,12 @@ def test_stops_on_request(base: Path, straight: Path) -> None:
         assert newest.name == (f"ckpt_{whole:03d}_step_{step:06d}" if rest else f"ckpt_{whole:03d}")
         assert stopped["step"] == step
         assert "Traceback" not in output
-        told = "changed since that checkpoint: run.stop_after_steps: 7 -> null" in output
+        told = "config changes since that checkpoint: run.stop_after_steps: 7 -> null" in output
         assert told == (attempt == 2), "a change is told once, and only where there is one"
     done = train(path, "checkpoint.keep_optimizer_states=7")
     assert done.returncode == 0, done.stderr
     assert (
-        "changed since that checkpoint: checkpoint.keep_optimizer_states"
+        "config changes since that checkpoint: checkpoint.keep_optimizer_states"
         in done.stdout + done.stderr
     )
     assert_same_run(run, straight)
@@ -201,7 +201,7 @@ def test_planned_stop_at_a_chunk_end(base: Path, pool: GlooPool) -> None:
 def rounded_master(trainer: Trainer) -> None:
     optimizer = trainer.engine.optimizer
     optimizer.master.copy_(optimizer.master.bfloat16().float())
-    optimizer.publish()
+    optimizer.write_parameters()
 
 
 def no_first_moment(trainer: Trainer) -> None:

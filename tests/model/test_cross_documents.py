@@ -75,7 +75,7 @@ def global_documents(config: Config, step: int) -> Tensor:
     return torch.from_numpy(begins.cumsum(axis=1).astype(np.int32))
 
 
-def pieces(documents: Tensor) -> list[slice]:
+def slices(documents: Tensor) -> list[slice]:
     """Where each document of one row stands."""
     ends = [*(torch.nonzero(documents.diff()).flatten() + 1).tolist(), len(documents)]
     return [slice(start, stop) for start, stop in zip([0, *ends], ends, strict=False)]
@@ -92,7 +92,12 @@ def one_by_one(engine: Engine, tokens: Tensor, documents: Tensor) -> Tensor:
     rows = []
     for row, numbers in zip(tokens, documents, strict=True):
         rows.append(
-            torch.cat([stage.logits(stage(row[None, piece]))[:, 0] for piece in pieces(numbers)])
+            torch.cat(
+                [
+                    stage.logits(stage(row[None, param_slice]))[:, 0]
+                    for param_slice in slices(numbers)
+                ]
+            )
         )
     return torch.stack(rows)
 
@@ -111,9 +116,11 @@ def separate_job(launch: Launch, config: Config) -> dict[str, Any]:
     by_parameter = dict(zip(names, whole, strict=True))
     gradients = {}
     for name, module in engine.stages[0].named_modules():
-        for parameter, parts in getattr(module, "pieces", {}).items():
-            for piece in parts:
-                gradients[piece.name] = piece.of(by_parameter[f"{name}.{parameter}"]).numpy()
+        for parameter, parts in getattr(module, "slices", {}).items():
+            for param_slice in parts:
+                gradients[param_slice.name] = param_slice.of(
+                    by_parameter[f"{name}.{parameter}"]
+                ).numpy()
     return {"logits": logits.detach().numpy(), "loss": float(loss.detach()), "gradients": gradients}
 
 

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 
 from k2train.model.initialize import (
     BLOCK_ROWS,
+    attach_rotary,
     draw_rows,
-    initial_piece,
+    initial_slice,
     initialize,
     materialize,
-    place_rotary,
 )
 from k2train.model.layers import Rotary
 from k2train.model.transformer import Stage
@@ -73,18 +73,25 @@ def test_tensor_parallel_slices_make_the_whole(size: int) -> None:
     config = tiny_config(model__num_heads=12, model__num_kv_heads=12, model__hidden_size=48)
     one = stage_of(config, SINGLE["tp"])
     initialize([one], 7)
-    whole = {piece.name: piece.of(parameter).detach() for parameter, piece in named_slices(one)}
+    whole = {
+        param_slice.name: param_slice.of(parameter).detach()
+        for parameter, param_slice in named_slices(one)
+    }
     assert {name: tuple(value.shape) for name, value in whole.items()} == shapes_of(config)
     for rank in range(size):
         part = stage_of(config, Axis("tp", size, rank, None))
         initialize([part], 7)
-        for parameter, piece in named_slices(part):
-            expected = whole[piece.name]
-            if piece.dim is not None:
-                expected = expected.narrow(piece.dim, piece.start, piece.stop - piece.start)
-            assert torch.equal(piece.of(parameter), expected), f"{piece.name} on rank {rank}"
-            if piece.name in ("embedding.weight", "head.weight"):
-                assert not parameter[piece.shape[0] :].any(), "padding is drawn"
+        for parameter, param_slice in named_slices(part):
+            expected = whole[param_slice.name]
+            if param_slice.dim is not None:
+                expected = expected.narrow(
+                    param_slice.dim, param_slice.start, param_slice.stop - param_slice.start
+                )
+            assert torch.equal(param_slice.of(parameter), expected), (
+                f"{param_slice.name} on rank {rank}"
+            )
+            if param_slice.name in ("embedding.weight", "head.weight"):
+                assert not parameter[param_slice.shape[0] :].any(), "padding is drawn"
 
 
 def test_deviations_and_ones() -> None:
@@ -92,34 +99,34 @@ def test_deviations_and_ones() -> None:
     config = tiny_config(model__hidden_size=64, model__ffn_hidden_size=96, model__init_std=0.02)
     model = stage_of(config, SINGLE["tp"])
     initialize([model], 3)
-    for parameter, piece in named_slices(model):
-        values = piece.of(parameter).detach()
-        if piece.name.endswith("norm.weight"):
-            assert torch.equal(values, torch.ones_like(values)), piece.name
+    for parameter, param_slice in named_slices(model):
+        values = param_slice.of(parameter).detach()
+        if param_slice.name.endswith("norm.weight"):
+            assert torch.equal(values, torch.ones_like(values)), param_slice.name
             continue
-        into_residual = piece.name.endswith(("attention.output.weight", "mlp.down.weight"))
+        into_residual = param_slice.name.endswith(("attention.output.weight", "mlp.down.weight"))
         std = 0.02 / (2 * 4) ** 0.5 if into_residual else 0.02
-        assert float(values.std()) == pytest.approx(std, rel=0.05), piece.name
-        assert abs(float(values.mean())) < 5 * std / values.numel() ** 0.5, piece.name
+        assert float(values.std()) == pytest.approx(std, rel=0.05), param_slice.name
+        assert abs(float(values.mean())) < 5 * std / values.numel() ** 0.5, param_slice.name
 
 
 def test_bf16_weights_are_the_rounded_draw_and_the_optimizer_sees_it_whole() -> None:
     """Catches master weights that start rounded: the first updates would then be of another model."""
     config, seen = tiny_config(), {}
     model = stage_of(config, SINGLE["tp"], torch.bfloat16)
-    initialize([model], 7, lambda piece, values: seen.update({piece.name: values}))
-    for parameter, piece in named_slices(model):
-        assert parameter.dtype == torch.bfloat16 and seen[piece.name].dtype == torch.float32
-        assert torch.equal(piece.of(parameter), seen[piece.name].bfloat16())
-        assert piece.init_std is None or not torch.equal(
-            seen[piece.name], seen[piece.name].bfloat16().float()
+    initialize([model], 7, lambda param_slice, values: seen.update({param_slice.name: values}))
+    for parameter, param_slice in named_slices(model):
+        assert parameter.dtype == torch.bfloat16 and seen[param_slice.name].dtype == torch.float32
+        assert torch.equal(param_slice.of(parameter), seen[param_slice.name].bfloat16())
+        assert param_slice.init_std is None or not torch.equal(
+            seen[param_slice.name], seen[param_slice.name].bfloat16().float()
         )
 
 
 def test_a_piece_split_by_columns_is_contiguous() -> None:
     """Catches a view into the whole draw, which would keep the whole tensor in memory."""
-    piece = ParamSlice("w", (8, 6), 1, 2, 4, 0, 1.0, True)
-    values = initial_piece(1, piece)
+    param_slice = ParamSlice("w", (8, 6), 1, 2, 4, 0, 1.0, True)
+    values = initial_slice(1, param_slice)
     assert values.is_contiguous() and values.untyped_storage().nbytes() == 8 * 2 * 4
 
 
@@ -138,7 +145,7 @@ def test_rotary_tables_survive_a_cast_of_the_model() -> None:
     """Catches tables kept as buffers: casting the model to bf16 would round the positions."""
     config = tiny_config()
     model = stage_of(config, SINGLE["tp"])
-    place_rotary([model], architecture_of(config), POSITIONS, CPU)
+    attach_rotary([model], architecture_of(config), POSITIONS, CPU)
     model.to(torch.bfloat16)
     assert model.rotary.cos.dtype == torch.float32 and model.rotary.sin.dtype == torch.float32
     assert not [name for name, _ in model.named_buffers()]

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from k2train.launch.environment import Launch
-from k2train.model.initialize import initial_piece
+from k2train.model.initialize import initial_slice
 from k2train.model.transformer import Stage
 from k2train.optim.adamw import ShardedAdamW
 from k2train.parallel.grad_accumulation import GradAccumulator, accumulator_of
@@ -37,11 +37,11 @@ class Toy(Sharded):
 
     def __init__(self) -> None:
         super().__init__()
-        self.pieces = {}
+        self.slices = {}
         for name, (shape, decay) in TENSORS.items():
             key = name.replace(".", "_")
             setattr(self, key, nn.Parameter(start_of(name)))
-            self.pieces[key] = (ParamSlice(name, shape, None, 0, shape[0], 0, 1.0, decay),)
+            self.slices[key] = (ParamSlice(name, shape, None, 0, shape[0], 0, 1.0, decay),)
 
 
 def drawn(seed: int, name: str) -> torch.Tensor:
@@ -69,18 +69,18 @@ def adamw_job(launch: Launch, kernel: str, overlap: bool) -> dict[str, np.ndarra
     buffer = GradientBuffer([toy], dp, SINGLE["tp"], torch.device("cpu"))
     # Buckets of one parameter each.
     optimizer = ShardedAdamW(
-        buffer.table, torch.device("cpu"), BETAS, EPS, DECAY, kernel, bucket_bytes=1
+        buffer.shard_layout, torch.device("cpu"), BETAS, EPS, DECAY, kernel, bucket_bytes=1
     )
-    for slot in buffer.table.slots:
-        optimizer.adopt(slot.piece, start_of(slot.piece.name))
+    for slot in buffer.shard_layout.slots:
+        optimizer.set_master(slot.param_slice, start_of(slot.param_slice.name))
     for step in range(1, STEPS + 1):
-        line = torch.zeros(buffer.table.elements)
-        for slot in buffer.table.slots:
+        shard = torch.zeros(buffer.shard_layout.elements)
+        for slot in buffer.shard_layout.slots:
             start, stop = slot.rows(dp)
-            buffer.table.local(line, slot).copy_(
-                gradient_of(step, slot.piece.name)[start:stop] * 10
+            buffer.shard_layout.local(shard, slot).copy_(
+                gradient_of(step, slot.param_slice.name)[start:stop] * 10
             )
-        optimizer.step(line, rate_of(step), torch.tensor(10.0), torch.tensor(0.0))
+        optimizer.step(shard, rate_of(step), torch.tensor(10.0), torch.tensor(0.0))
         optimizer.count(applied=True)
     assert optimizer.adam_steps == STEPS
     optimizer.wait_for(toy)
@@ -120,21 +120,21 @@ def test_equals_torchs_adamw_on_any_number_of_ranks(pool: GlooPool, dp: int, ker
 def test_a_step_refused_on_the_device_touches_nothing(kernel: str) -> None:
     """Catches an update that is multiplied by 0 instead of left out: 0 times what is not a number is none either."""
     buffer = GradientBuffer([Toy()], SINGLE["dp"], SINGLE["tp"], torch.device("cpu"))
-    optimizer = ShardedAdamW(buffer.table, torch.device("cpu"), BETAS, EPS, DECAY, kernel)
-    for line in optimizer.flat_shards.values():
-        line.copy_(torch.linspace(1.0, 2.0, buffer.table.elements))
-    before = {name: line.clone() for name, line in optimizer.flat_shards.items()}
+    optimizer = ShardedAdamW(buffer.shard_layout, torch.device("cpu"), BETAS, EPS, DECAY, kernel)
+    for shard in optimizer.flat_shards.values():
+        shard.copy_(torch.linspace(1.0, 2.0, buffer.shard_layout.elements))
+    before = {name: shard.clone() for name, shard in optimizer.flat_shards.items()}
     nan = torch.tensor(float("nan"))
     optimizer.step(
         torch.full_like(optimizer.master, float("nan")), 0.1, divisor=nan, skip=torch.tensor(1.0)
     )
     optimizer.count(applied=False)
     assert optimizer.adam_steps == 0
-    assert all(torch.equal(line, before[name]) for name, line in optimizer.flat_shards.items())
+    assert all(torch.equal(shard, before[name]) for name, shard in optimizer.flat_shards.items())
     optimizer.step(
         torch.ones_like(optimizer.master), 0.1, torch.tensor(2.0), skip=torch.tensor(0.0)
     )
-    assert all(bool((line != before[name]).all()) for name, line in optimizer.flat_shards.items())
+    assert all(bool((shard != before[name]).all()) for name, shard in optimizer.flat_shards.items())
 
 
 def test_which_tensors_decay() -> None:
@@ -143,7 +143,7 @@ def test_which_tensors_decay() -> None:
     a = architecture_of(config)
     with torch.device("meta"):
         stage = Stage(a, range(1), True, True, SINGLE["tp"], False, kernels_of(config))
-    assert {piece.name: piece.decay for _, piece in named_slices(stage)} == {
+    assert {param_slice.name: param_slice.decay for _, param_slice in named_slices(stage)} == {
         "embedding.weight": True,
         "layers.0.attention_norm.weight": False,
         "layers.0.attention.query.weight": True,
@@ -170,20 +170,20 @@ def bf16_job(launch: Launch, config: Any) -> list[bool]:
 
 
 def masters_start_whole(engine: Engine) -> bool:
-    table = engine.gradients.table
-    for slot in table.slots:
-        start, stop = slot.rows(table.dp)
-        drawn_rows = initial_piece(engine.config.run.seed, slot.piece)[start:stop]
+    shard_layout = engine.gradients.shard_layout
+    for slot in shard_layout.slots:
+        start, stop = slot.rows(shard_layout.dp)
+        drawn_rows = initial_slice(engine.config.run.seed, slot.param_slice)[start:stop]
         if not torch.equal(engine.optimizer.view("master", slot), drawn_rows):
             return False
     return True
 
 
 def weights_are_masters(engine: Engine) -> bool:
-    table = engine.gradients.table
-    for slot in table.slots:
-        start, stop = slot.rows(table.dp)
-        weights = slot.piece.of(slot.parameter.detach())[start:stop]
+    shard_layout = engine.gradients.shard_layout
+    for slot in shard_layout.slots:
+        start, stop = slot.rows(shard_layout.dp)
+        weights = slot.param_slice.of(slot.parameter.detach())[start:stop]
         if weights.dtype != torch.bfloat16 or not torch.equal(
             weights, engine.optimizer.view("master", slot).bfloat16()
         ):
@@ -224,23 +224,23 @@ PLANTED = (
 def plant(engine: Engine, name: str, microbatch: int, value: float) -> Any:
     """Put one value into the gradient of a tensor in one micro-batch, if this rank holds it; how to end it, or None."""
     for stage in engine.stages.values():
-        for parameter, piece in named_slices(stage):
-            if piece.name == name:
+        for parameter, param_slice in named_slices(stage):
+            if param_slice.name == name:
                 sink = accumulator_of(parameter)
                 assert sink is not None, "no sink was attached"
                 kept = sink.arrived
-                sink.arrived = _planter(sink, piece, microbatch, value)
+                sink.arrived = _planter(sink, param_slice, microbatch, value)
                 return lambda: setattr(sink, "arrived", kept)
     return None
 
 
-def _planter(sink: GradAccumulator, piece: ParamSlice, microbatch: int, value: float) -> Any:
+def _planter(sink: GradAccumulator, param_slice: ParamSlice, microbatch: int, value: float) -> Any:
     arrived, seen = sink.arrived, [0]
 
     def planted() -> None:
         seen[0] += 1
         if seen[0] - 1 == microbatch:
-            piece.of(sink.total)[-1] = value
+            param_slice.of(sink.total)[-1] = value
         assert arrived is not None, "nobody counts"
         arrived()
 
@@ -321,11 +321,11 @@ def overlap_job(launch: Launch, config: Any) -> tuple[list[Any], dict[str, Any],
     for step in (1, 2, 3):
         result = engine.train_step(microbatches_of(config, grid, step), config.lr.peak)
         results.append((result.loss, result.grad_norm, result.applied))
-    under_way = bool(engine.optimizer.publisher._under_way)
+    under_way = bool(engine.optimizer.param_gather._under_way)
     results.append(engine.evaluate(microbatches_of(config, grid, 99)))
     return (
         results,
-        {name: line.numpy().copy() for name, line in engine.optimizer.flat_shards.items()},
+        {name: shard.numpy().copy() for name, shard in engine.optimizer.flat_shards.items()},
         under_way,
     )
 
@@ -357,9 +357,11 @@ def test_overlap_and_buckets_change_no_bit(
         runs[overlap, size] = pool.run(pp * dp, overlap_job, config)
     base = runs["off", None]
     for (overlap, size), parts in runs.items():
-        for rank, (results, lines, under_way) in enumerate(parts):
+        for rank, (results, shards, under_way) in enumerate(parts):
             assert results == base[rank][0], (overlap, size, rank)
-            assert all(np.array_equal(line, base[rank][1][name]) for name, line in lines.items()), (
+            assert all(
+                np.array_equal(shard, base[rank][1][name]) for name, shard in shards.items()
+            ), (
                 overlap,
                 size,
                 rank,

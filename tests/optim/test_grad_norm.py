@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from k2train.launch.environment import Launch
-from k2train.optim.grad_norm import BLOCK, MANY_BLOCKS, SquareSums, StepSums, agree
+from k2train.optim.grad_norm import BLOCK, MANY_BLOCKS, SquareSums, StepSums, decide_step
 from k2train.parallel.grad_buffer import ShardLayout
 from k2train.parallel.grid import SINGLE, ProcessGrid
 from k2train.parallel.shard import ParamSlice
@@ -47,23 +47,25 @@ def planted(config: Any) -> dict[str, np.ndarray]:
 
 def plant(engine: Engine, gradients: dict[str, np.ndarray]) -> torch.Tensor:
     """This rank's line of a known gradient, as the reduction would leave it."""
-    table = engine.gradients.table
-    line = torch.zeros(table.elements)
-    for slot in table.slots:
-        value = torch.from_numpy(gradients[slot.piece.name])
-        if slot.piece.dim is not None:
+    shard_layout = engine.gradients.shard_layout
+    shard = torch.zeros(shard_layout.elements)
+    for slot in shard_layout.slots:
+        value = torch.from_numpy(gradients[slot.param_slice.name])
+        if slot.param_slice.dim is not None:
             value = value.narrow(
-                slot.piece.dim, slot.piece.start, slot.piece.stop - slot.piece.start
+                slot.param_slice.dim,
+                slot.param_slice.start,
+                slot.param_slice.stop - slot.param_slice.start,
             )
         start, stop = slot.rows(engine.grid.dp)
-        table.local(line, slot).copy_(value[start:stop])
-    return line
+        shard_layout.local(shard, slot).copy_(value[start:stop])
+    return shard
 
 
-def sums_of(engine: Engine, grid: ProcessGrid, line: torch.Tensor) -> StepSums:
+def sums_of(engine: Engine, grid: ProcessGrid, shard: torch.Tensor) -> StepSums:
     loss = torch.tensor(0.25 if grid.rank == grid.layout.world_size - 1 else 0.0)
-    return agree(
-        engine.square_sums(line), engine.names, loss, (1.0, float(grid.rank)), grid.stage, grid.pp
+    return decide_step(
+        engine.square_sums(shard), engine.names, loss, (1.0, float(grid.rank)), grid.stage, grid.pp
     ).read()
 
 
@@ -110,18 +112,19 @@ def not_finite_job(launch: Launch, config: Any) -> list[str]:
     for rank in range(launch.world_size):
         for n, name in enumerate(engine.names):
             value = (float("nan"), float("inf"), float("-inf"))[(n + rank) % 3]
-            line = plant(engine, planted(config))
-            for slot in engine.gradients.table.slots:
-                if grid.rank == rank and slot.piece.name == name:
-                    held = engine.gradients.table.local(line, slot)
+            shard = plant(engine, planted(config))
+            for slot in engine.gradients.shard_layout.slots:
+                if grid.rank == rank and slot.param_slice.name == name:
+                    held = engine.gradients.shard_layout.local(shard, slot)
                     held.view(-1)[-1:] = value
             holds = any(
-                slot.piece.name == name and engine.gradients.table.local(line, slot).numel()
-                for slot in engine.gradients.table.slots
+                slot.param_slice.name == name
+                and engine.gradients.shard_layout.local(shard, slot).numel()
+                for slot in engine.gradients.shard_layout.slots
             )
             held_anywhere = torch.tensor([float(holds and grid.rank == rank)])
             torch.distributed.all_reduce(held_anywhere)
-            if sums_of(engine, grid, line).finite and held_anywhere.item():
+            if sums_of(engine, grid, shard).finite and held_anywhere.item():
                 missed.append(f"{name} on rank {rank}")
     return missed
 
@@ -140,12 +143,12 @@ def test_the_divisor_is_torchs(norm: float, clip: float) -> None:
     torch.nn.utils.clip_grad_norm_([parameter], clip)
     for clip_norm, expected in ((clip, parameter.grad[1].item()), (None, norm * 0.8)):
         sums = torch.tensor([(norm * 0.6) ** 2, (norm * 0.8) ** 2], dtype=torch.float64)
-        verdict = agree(
+        decision = decide_step(
             sums, ["a", "b"], torch.tensor(0.5), (), SINGLE["stage"], SINGLE["pp"], clip_norm
         )
-        assert norm * 0.8 / verdict.divisor.item() == pytest.approx(expected, rel=1e-7)
-        assert verdict.divisor.item() >= 1.0
-        assert verdict.skip.item() == 0.0
+        assert norm * 0.8 / decision.divisor.item() == pytest.approx(expected, rel=1e-7)
+        assert decision.divisor.item() >= 1.0
+        assert decision.skip.item() == 0.0
 
 
 @pytest.mark.parametrize(
@@ -160,14 +163,14 @@ def test_the_divisor_is_torchs(norm: float, clip: float) -> None:
 def test_what_is_not_finite_is_skipped(loss: float, square: float, skipped: bool) -> None:
     """Catches a device that applies what the host calls skipped: weights and the count of updates would part."""
     sums = torch.tensor([1.0, square], dtype=torch.float64)
-    verdict = agree(
+    decision = decide_step(
         sums, ["a", "b"], torch.tensor(loss), (0.0, 2.0), SINGLE["stage"], SINGLE["pp"], 1.0
     )
-    assert bool(verdict.skip) == skipped == (not verdict.read().finite)
-    assert verdict.skip.dtype == verdict.divisor.dtype == torch.float32, (
+    assert bool(decision.skip) == skipped == (not decision.read().finite)
+    assert decision.skip.dtype == decision.divisor.dtype == torch.float32, (
         "the fused kernel reads them as such"
     )
-    assert verdict.read().flags == (0.0, 2.0)
+    assert decision.read().flags == (0.0, 2.0)
 
 
 MANY = BLOCK * MANY_BLOCKS
@@ -177,7 +180,7 @@ MANY = BLOCK * MANY_BLOCKS
 def test_blocks_keep_the_accuracy_of_fp64(elements: int) -> None:
     """Catches a tail that is left out, and a sum in fp32: a million squares then lose the seventh digit."""
     values = torch.randn(elements, generator=torch.Generator().manual_seed(elements)) * 3
-    table = ShardLayout(
+    shard_layout = ShardLayout(
         [
             (
                 torch.nn.Parameter(values),
@@ -186,8 +189,8 @@ def test_blocks_keep_the_accuracy_of_fp64(elements: int) -> None:
         ],
         SINGLE["dp"],
     )
-    line = torch.zeros(table.elements)
-    table.local(line, table.slots[0]).copy_(values)
-    sums = SquareSums(table, ["other", "a"], SINGLE["tp"], torch.device("cpu"))(line)
+    shard = torch.zeros(shard_layout.elements)
+    shard_layout.local(shard, shard_layout.slots[0]).copy_(values)
+    sums = SquareSums(shard_layout, ["other", "a"], SINGLE["tp"], torch.device("cpu"))(shard)
     assert sums[0] == 0.0
     assert sums[1].item() == pytest.approx(values.double().square().sum().item(), rel=2e-8)

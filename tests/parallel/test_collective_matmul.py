@@ -27,7 +27,7 @@ from k2train.parallel.collective_matmul import (
     Split,
     choose_collective_matmul,
 )
-from k2train.parallel.grad_accumulation import GradAccumulator, WeightWork, attach
+from k2train.parallel.grad_accumulation import GradAccumulator, WeightGradStore, attach
 from k2train.parallel.grid import SINGLE, Axis
 from k2train.parallel.tensor_parallel import ColumnLinear, RowLinear
 from tests.support.gloo_pool import GlooPool
@@ -104,13 +104,15 @@ def build(axis: Axis, sequence: bool) -> tuple[ColumnLinear, RowLinear, dict[str
     column = ColumnLinear(HIDDEN, {"gate": INNER, "up": INNER}, axis, sequence, 1.0)
     row = RowLinear("down", INNER, HIDDEN, axis, sequence, 1.0)
     arrived: dict[str, list[int]] = {"column": [], "row": []}
-    work = WeightWork()
+    work = WeightGradStore()
     for name, layer in (("column", column), ("row", row)):
-        layer.weight_work = work
-        for piece in layer.pieces["weight"]:
-            whole = drawn(piece.name, *piece.global_shape).float()
-            piece.of(layer.weight.data).copy_(
-                whole.narrow(piece.dim or 0, piece.start, piece.stop - piece.start)
+        layer.weight_grad_store = work
+        for param_slice in layer.slices["weight"]:
+            whole = drawn(param_slice.name, *param_slice.global_shape).float()
+            param_slice.of(layer.weight.data).copy_(
+                whole.narrow(
+                    param_slice.dim or 0, param_slice.start, param_slice.stop - param_slice.start
+                )
             )
         attach(
             layer.weight,
@@ -143,7 +145,7 @@ def run_case(
             y = step(column, row, x)
             before = [accumulator.total.clone() for accumulator in sinks.values()]
             if later:
-                with column.weight_work.keeping() as kept:
+                with column.weight_grad_store.deferring() as kept:
                     y.backward(mine(drawn(f"dy{m}", SEQUENCE, ROWS, HIDDEN)))
                 unmoved = all(
                     torch.equal(a, accumulator.total)
@@ -160,9 +162,13 @@ def run_case(
     found["autograd"] = [weight.grad is None for weight in (column.weight, row.weight)]
     found["begun"] = counter.begun
     found["grads"] = {
-        piece.name: (piece.dim, piece.start, piece.of(sinks[name].total).numpy())
+        param_slice.name: (
+            param_slice.dim,
+            param_slice.start,
+            param_slice.of(sinks[name].total).numpy(),
+        )
         for name, layer in (("column", column), ("row", row))
-        for piece in layer.pieces["weight"]
+        for param_slice in layer.slices["weight"]
     }
     return found
 
@@ -189,7 +195,7 @@ def expected_begun(tp: int, sequence: bool, regather: bool) -> dict[str, int]:
 
 @pytest.mark.parametrize("late", (False, True))
 @pytest.mark.parametrize("tp", (1, 2, 4))
-def test_every_exchange_equals_the_plain_product(pool: GlooPool, tp: int, late: bool) -> None:
+def test_every_variant_equals_the_plain_product(pool: GlooPool, tp: int, late: bool) -> None:
     """Catches a wait left out, rows in another rank's place, a gradient added twice, at the wrong time or not at all."""
     whole, parts = dense(), pool.run(tp, case_job, CASES, late)
     for index, (sequence, _, regather, later) in enumerate(CASES):
@@ -269,7 +275,7 @@ def test_a_product_copies_nothing() -> None:
 def test_padding_rows_take_no_gradient() -> None:
     """Catches a weight gradient that is written past the rows that took part."""
     head = ColumnLinear(HIDDEN, {"head": 5}, Axis("tp", 2, 1, None), False, 1.0, pad=True)
-    head.exchange = CollectiveMatmul(head.tp, Product())
+    head.matmul = CollectiveMatmul(head.tp, Product())
     torch.nn.init.ones_(head.weight)
     attach(head.weight, GradAccumulator(torch.zeros(3, HIDDEN)))
     head(torch.ones(2, 1, HIDDEN)).sum().backward()

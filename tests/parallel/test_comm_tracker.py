@@ -17,15 +17,15 @@ from k2train.parallel.collectives import (
     reduce_scatter,
 )
 from k2train.parallel.comm_tracker import CommTracker, collective_scope, wait_scope
-from k2train.parallel.device_digest import StateDigest, StateGuard, StateRoot
+from k2train.parallel.device_digest import RootAllReduce, StateAudit, StateDigest
 from k2train.parallel.grid import Axis, ProcessGrid
-from k2train.parallel.param_gather import gather_lines
+from k2train.parallel.param_gather import gather_shards
 from k2train.parallel.pipeline import Executor
 from k2train.parallel.replica_check import replica_problem
 from k2train.plan.layout import Layout
 from k2train.plan.schedule import build_programs
 from k2train.train.engine import Engine
-from k2train.train.forward_check import make_probe
+from k2train.train.forward_check import run_forward_check
 from tests.support.gloo_pool import GlooPool
 from tests.support.tiny_model import grid_of, microbatches_of, tiny_config
 
@@ -39,9 +39,9 @@ class Listening(CommTracker):
         super().__init__()
         self.names: list[str] = []
 
-    def exchange(self, name: str) -> CommTracker:
+    def collective(self, name: str) -> CommTracker:
         self.names.append(name)
-        return super().exchange(name)
+        return super().collective(name)
 
     def wait(self, name: str) -> CommTracker:
         self.names.append(f"wait {name}")
@@ -55,8 +55,8 @@ def collectives_job(launch: Launch, overlap: bool) -> dict[str, Any]:
     x = torch.randn(12, 3, generator=torch.Generator().manual_seed(launch.rank))
     values = []
     for one in (axis, quiet):
-        lines = torch.zeros(launch.world_size, 5)
-        lines[launch.rank] = float(launch.rank)
+        shards = torch.zeros(launch.world_size, 5)
+        shards[launch.rank] = float(launch.rank)
         started = all_reduce_start(x.clone(), one, wait=not overlap)
         values.append(
             [
@@ -64,7 +64,7 @@ def collectives_job(launch: Launch, overlap: bool) -> dict[str, Any]:
                 all_gather(x, one),
                 all_gather_start(x, one).wait(),
                 reduce_scatter(x.clone(), one),
-                gather_lines(lines, one, wait=not overlap).wait(),
+                gather_shards(shards, one, wait=not overlap).wait(),
             ]
         )
     equal = all(torch.equal(a, b) for a, b in zip(*values, strict=True))
@@ -152,9 +152,9 @@ def checks_job(launch: Launch, config: Any) -> list[tuple[str, str, str]]:
     engine = Engine(config, grid)
     engine.train_step(microbatches_of(config, grid, 1), 1e-3)
     engine.optimizer.finish()
-    lines, table = engine.optimizer.flat_shards, engine.gradients.table
-    digest = StateDigest(table, engine.names, list(lines), grid.tp)
-    root, guard = StateRoot(digest, None, grid.comm), StateGuard(digest, None, grid.comm)
+    shards, shard_layout = engine.optimizer.flat_shards, engine.gradients.shard_layout
+    digest = StateDigest(shard_layout, engine.names, list(shards), grid.tp)
+    root, guard = RootAllReduce(digest, None, grid.comm), StateAudit(digest, None, grid.comm)
     found: list[tuple[str, str, str]] = []
     plain = {name: getattr(dist, name) for name in ("all_reduce", "all_gather_object")}
 
@@ -170,12 +170,12 @@ def checks_job(launch: Launch, config: Any) -> list[tuple[str, str, str]]:
     try:
         for name in plain:
             setattr(dist, name, seen_from(name))
-        guard.keep(root(lines, 1, 1).own)
-        assert guard.problem(lines) is None
-        make_probe(engine)
+        guard.keep(root(shards, 1, 1).local_sums)
+        assert guard.problem(shards) is None
+        run_forward_check(engine)
         if launch.rank == 1:
-            table.slots[0].parameter.data.view(-1)[0] += 1.0
-        assert replica_problem(table, lines, grid) is not None
+            shard_layout.slots[0].parameter.data.view(-1)[0] += 1.0
+        assert replica_problem(shard_layout, shards, grid) is not None
     finally:
         for name, function in plain.items():
             setattr(dist, name, function)

@@ -19,7 +19,7 @@ from k2train.parallel.cross_entropy import (
     IGNORE,
     STRIP_BYTES,
     STRIP_ROWS,
-    Vocabulary,
+    VocabShard,
     fused_cross_entropy,
     strip_rows,
     vocab_parallel_cross_entropy,
@@ -150,7 +150,7 @@ def run_fused(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     labels: torch.Tensor,
-    v: Vocabulary,
+    v: VocabShard,
     strip: int | None,
     rows: int,
 ) -> dict[str, Any]:
@@ -207,7 +207,7 @@ def fused_job(launch: Launch, vocab: int, sequence: bool) -> dict[Any, dict[str,
     start, stop = even_slice(vocab, tp.size, tp.rank)
     found = {}
     for kind, strip in FUSED:
-        v = Vocabulary(
+        v = VocabShard(
             start,
             stop - start,
             vocab,
@@ -285,7 +285,7 @@ def uneven_job(launch: Launch) -> dict[str, Any]:
             hidden,
             weight,
             labels_of(251),
-            Vocabulary(start, stop - start, 251, tp, False),
+            VocabShard(start, stop - start, 251, tp, False),
             None,
             126,
         )
@@ -313,7 +313,7 @@ def counting_job(launch: Launch, strip: int, sequence: bool) -> list[str]:
             x.clone().requires_grad_(),
             padded(weight[start:stop], stop - start),
             labels_of(64),
-            Vocabulary(start, stop - start, 64, tp, sequence),
+            VocabShard(start, stop - start, 64, tp, sequence),
             1.0,
             strip,
         ).backward()
@@ -366,7 +366,7 @@ def test_logits_of_a_whole_microbatch_never_exist(
     labels = torch.randint(0, 500, (40, 3))
     with Largest() as largest:
         loss = fused_cross_entropy(
-            x, weight, labels, Vocabulary(0, 500, 500, SINGLE["tp"], False), 1.0
+            x, weight, labels, VocabShard(0, 500, 500, SINGLE["tp"], False), 1.0
         )
         if learn:
             loss.backward()
@@ -397,7 +397,7 @@ def test_a_bad_label_in_a_later_strip_adds_nothing() -> None:
     accumulator = Counted(torch.zeros(251, HIDDEN))
     attach(parameter, accumulator)
     labels[5, 2] = 251
-    v = Vocabulary(0, 251, 251, SINGLE["tp"], False)
+    v = VocabShard(0, 251, 251, SINGLE["tp"], False)
     with pytest.raises(
         DataError, match=r"label id 251 at row 2, position 5 of a micro-batch is outside"
     ):
@@ -412,7 +412,7 @@ def test_where_asking_would_stall_a_bad_label_makes_the_loss_nan(
     """Catches an accelerator that trains on a corrupt file: there the label is not looked at before the loss."""
     monkeypatch.setattr(loss_module, "_refuse_bad_labels", lambda labels, vocab_size: None)
     hidden, weight = head_of(251)
-    labels, v = labels_of(251), Vocabulary(0, 251, 251, SINGLE["tp"], False)
+    labels, v = labels_of(251), VocabShard(0, 251, 251, SINGLE["tp"], False)
     assert fused_cross_entropy(hidden, padded(weight, 251), labels, v, 1.0, 4).isfinite()
     labels[5, 2] = bad
     assert fused_cross_entropy(hidden, padded(weight, 251), labels, v, 1.0, 4).isnan()
@@ -423,7 +423,7 @@ def test_what_is_not_finite_stays_so(value: float) -> None:
     """Catches an overflow that a clamp makes good: the finite check would let the step through."""
     hidden, weight = head_of(251)
     hidden[2, 1, 3] = value
-    v = Vocabulary(0, 251, 251, SINGLE["tp"], False)
+    v = VocabShard(0, 251, 251, SINGLE["tp"], False)
     x = hidden.requires_grad_()
     loss = fused_cross_entropy(x, padded(weight, 251), labels_of(251), v, 1.0, 4)
     loss.backward()
@@ -434,7 +434,7 @@ def test_what_is_not_finite_stays_so(value: float) -> None:
 def test_backward_takes_a_gradient_of_one_only() -> None:
     """Catches a loss that is scaled after the fact: its gradients were made with the factor it was given."""
     hidden, weight = head_of(251)
-    v = Vocabulary(0, 251, 251, SINGLE["tp"], False)
+    v = VocabShard(0, 251, 251, SINGLE["tp"], False)
     loss = fused_cross_entropy(hidden.requires_grad_(), padded(weight, 251), labels_of(251), v, 1.0)
     with pytest.raises(AssertionError, match="made in the forward pass"):
         (loss * 2.0).backward()
@@ -449,7 +449,7 @@ def test_only_what_is_asked_for_is_made(frozen: str) -> None:
         padded(weight, 251).requires_grad_(frozen != "weight"),
     )
     fused_cross_entropy(
-        x, w, labels_of(251), Vocabulary(0, 251, 251, SINGLE["tp"], False), SCALE
+        x, w, labels_of(251), VocabShard(0, 251, 251, SINGLE["tp"], False), SCALE
     ).backward()
     _, dx, dw = whole_head(251, "plain")
     for name, tensor, expected in (("hidden", x, dx), ("weight", w, dw)):

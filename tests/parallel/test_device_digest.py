@@ -16,9 +16,9 @@ from k2train.checkpoint.writer import CheckpointWriter, snapshot
 from k2train.launch.environment import Launch
 from k2train.parallel.device_digest import (
     Multipliers,
+    RootAllReduce,
+    StateAudit,
     StateDigest,
-    StateGuard,
-    StateRoot,
     tensor_sums,
 )
 from k2train.parallel.grid import start_process_group
@@ -39,24 +39,26 @@ STATES = ("master", "exp_avg", "exp_avg_sq")
 
 
 def digest_of(engine: Engine) -> StateDigest:
-    return StateDigest(engine.gradients.table, engine.names, STATES, engine.tp)
+    return StateDigest(engine.gradients.shard_layout, engine.names, STATES, engine.tp)
 
 
 def fill(engine: Engine, whole: dict[str, np.ndarray]) -> None:
     """This rank's rows of whole tensors given by NAME.state."""
-    for slot in engine.gradients.table.slots:
-        piece, (low, high) = slot.piece, slot.rows(engine.grid.dp)
+    for slot in engine.gradients.shard_layout.slots:
+        param_slice, (low, high) = slot.param_slice, slot.rows(engine.grid.dp)
         for state in STATES:
-            values = whole[f"{piece.name}.{state}"]
-            if piece.dim is not None:
-                values = values.take(range(piece.start, piece.stop), axis=piece.dim)
+            values = whole[f"{param_slice.name}.{state}"]
+            if param_slice.dim is not None:
+                values = values.take(
+                    range(param_slice.start, param_slice.stop), axis=param_slice.dim
+                )
             engine.optimizer.view(state, slot).copy_(torch.from_numpy(values[low:high]))
 
 
 def root_job(launch: Launch, config: Any, whole: dict[str, np.ndarray]) -> Any:
     engine = Engine(config, grid_of(launch, config), fill=False)
     fill(engine, whole)
-    root = StateRoot(digest_of(engine), engine.grid.host)(engine.optimizer.flat_shards, 11, 9)
+    root = RootAllReduce(digest_of(engine), engine.grid.host)(engine.optimizer.flat_shards, 11, 9)
     return root.root, dict(root.digests)
 
 
@@ -147,7 +149,7 @@ def test_torch_equals_numpy(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 def trained_job(launch: Launch, config: Any) -> Any:
     grid = grid_of(launch, config)
     engine = Engine(config, grid)
-    root = StateRoot(digest_of(engine), grid.host)
+    root = RootAllReduce(digest_of(engine), grid.host)
     roots = [root(engine.optimizer.flat_shards, 0, 0).root]
     for step in (1, 2, 3):
         engine.train_step(microbatches_of(config, grid, step), 1e-3)
@@ -171,19 +173,19 @@ def guard_job(launch: Launch, config: Any) -> Any:
     grid = grid_of(launch, config)
     engine = Engine(config, grid)
     engine.train_step(microbatches_of(config, grid, 1), 1e-3)
-    digest, lines = digest_of(engine), engine.optimizer.flat_shards
-    guard, root = StateGuard(digest), StateRoot(digest)
-    found = [guard.problem(lines)]
-    slot = engine.gradients.table.slots[2]
+    digest, shards = digest_of(engine), engine.optimizer.flat_shards
+    guard, root = StateAudit(digest), RootAllReduce(digest)
+    found = [guard.problem(shards)]
+    slot = engine.gradients.shard_layout.slots[2]
     for damage in ("", "exp_avg", "master"):
-        guard.keep(root(lines, 1, 1).own)
+        guard.keep(root(shards, 1, 1).local_sums)
         engine.evaluate(microbatches_of(config, grid, 2))
         engine.gradients.zero()
         if damage and launch.rank == 1:
             engine.optimizer.view(damage, slot).view(torch.int32).view(-1)[-1] ^= 1
-        found.append(guard.problem(lines))
-    found.append(guard.problem(lines))
-    return found, slot.piece.name
+        found.append(guard.problem(shards))
+    found.append(guard.problem(shards))
+    return found, slot.param_slice.name
 
 
 @pytest.mark.parametrize(
@@ -205,8 +207,8 @@ def save_job(launch: Launch, config: Any, directory: str) -> str:
     engine = Engine(config, grid)
     for step in (1, 2):
         engine.train_step(microbatches_of(config, grid, step), 1e-2)
-    lines, updates = engine.optimizer.flat_shards, engine.optimizer.adam_steps
-    root = StateRoot(digest_of(engine), grid.host)(lines, 2, updates).root
+    shards, updates = engine.optimizer.flat_shards, engine.optimizer.adam_steps
+    root = RootAllReduce(digest_of(engine), grid.host)(shards, 2, updates).root
     facts = {
         "step": 2,
         "adam_steps": updates,
@@ -216,7 +218,7 @@ def save_job(launch: Launch, config: Any, directory: str) -> str:
         "data": {},
     }
     writer = CheckpointWriter(Path(directory), grid, 0, asynchronous=False)
-    state = snapshot(engine.gradients.table, lines, engine.dtype)
+    state = snapshot(engine.gradients.shard_layout, shards, engine.dtype)
     writer.save("ckpt_001", state, facts, lambda path, manifest: None)
     return root
 
@@ -227,9 +229,9 @@ def load_job(launch: Launch, config: Any, path: str) -> str:
     engine = Engine(config, grid, fill=False)
     manifest = read_manifest(Path(path))
     load_states(
-        Path(path), engine.gradients.table, engine.optimizer.flat_shards, grid, engine.dtype
+        Path(path), engine.gradients.shard_layout, engine.optimizer.flat_shards, grid, engine.dtype
     )
-    return StateRoot(digest_of(engine), grid.host)(
+    return RootAllReduce(digest_of(engine), grid.host)(
         engine.optimizer.flat_shards, manifest["step"], manifest["adam_steps"]
     ).root
 
@@ -258,7 +260,7 @@ def steps_main(steps: int, seed: int) -> None:
     engine = Engine(config, grid)
     for step in range(1, steps + 1):
         engine.train_step(microbatches_of(config, grid, step), 1e-3)
-    root = StateRoot(digest_of(engine), grid.host)(
+    root = RootAllReduce(digest_of(engine), grid.host)(
         engine.optimizer.flat_shards, steps, engine.optimizer.adam_steps
     ).root
     print(root)

@@ -6,7 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from k2train.parallel.grad_accumulation import GradAccumulator, WeightWork, accumulator_of, attach
+from k2train.parallel.grad_accumulation import (
+    GradAccumulator,
+    WeightGradStore,
+    accumulator_of,
+    attach,
+)
 from k2train.parallel.grid import SINGLE, Axis
 from k2train.parallel.tensor_parallel import ColumnLinear, RowLinear, VocabEmbedding
 
@@ -42,15 +47,15 @@ def test_a_sink_belongs_to_its_parameter() -> None:
 
 def test_work_is_done_at_once_or_kept() -> None:
     """Catches work that is kept and done as well, lost when the pass ends, or recorded by autograd when it comes late."""
-    work, done = WeightWork(), []
-    work.do(lambda: done.append("at once"))
-    assert not work.is_keeping
-    with work.keeping() as kept:
-        assert work.is_keeping
-        work.do(lambda: done.append("first"))
-        work.do(lambda: done.append(torch.is_grad_enabled()))
+    work, done = WeightGradStore(), []
+    work.submit(lambda: done.append("at once"))
+    assert not work.is_deferring
+    with work.deferring() as kept:
+        assert work.is_deferring
+        work.submit(lambda: done.append("first"))
+        work.submit(lambda: done.append(torch.is_grad_enabled()))
     assert done == ["at once"]
-    work.do(lambda: done.append("between"))
+    work.submit(lambda: done.append("between"))
     for late in kept:
         late()
     assert done == ["at once", "between", "first", False]
@@ -58,15 +63,15 @@ def test_work_is_done_at_once_or_kept() -> None:
 
 def test_two_passes_do_not_share_a_list() -> None:
     """Catches work of one micro-batch that ends up in another's list; a pass that failed must not keep on keeping."""
-    work = WeightWork()
-    with work.keeping() as one:
-        work.do(lambda: None)
-        with pytest.raises(AssertionError, match="inside another one"), work.keeping():
+    work = WeightGradStore()
+    with work.deferring() as one:
+        work.submit(lambda: None)
+        with pytest.raises(AssertionError, match="inside another one"), work.deferring():
             pass
     assert len(one) == 1
-    with pytest.raises(ZeroDivisionError), work.keeping():
+    with pytest.raises(ZeroDivisionError), work.deferring():
         _ = 1 // 0
-    assert not work.is_keeping
+    assert not work.is_deferring
 
 
 def test_an_embedding_adds_its_rows_in_order() -> None:
@@ -92,7 +97,7 @@ def test_an_embedding_waits_until_it_is_asked() -> None:
     embedding = VocabEmbedding("e", 10, 6, SINGLE["tp"], False, 1.0)
     torch.nn.init.normal_(embedding.weight)
     attach(embedding.weight, GradAccumulator(torch.zeros(10, 6)))
-    with embedding.weight_work.keeping() as kept:
+    with embedding.weight_grad_store.deferring() as kept:
         embedding(torch.tensor([[3, 3]])).sum().backward()
     assert not embedding.weight.accumulator.total.any(), "added before its time"
     for late in kept:

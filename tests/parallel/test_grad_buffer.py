@@ -37,20 +37,20 @@ class Toy(Sharded):
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        self.pieces = {}
+        self.slices = {}
         for name, (shape, decay, partial) in TENSORS.items():
             setattr(self, name, nn.Parameter(torch.zeros(shape, dtype=dtype)))
-            self.pieces[name] = (
+            self.slices[name] = (
                 ParamSlice(name, shape, None, 0, shape[0], 0, 1.0, decay, partial),
             )
         self.fused = nn.Parameter(torch.zeros(8, 2, dtype=dtype))
-        self.pieces["fused"] = (
+        self.slices["fused"] = (
             ParamSlice("upper", (4, 2), None, 0, 4, 0, 1.0, True),
             ParamSlice("lower", (3, 2), None, 0, 3, 4, 1.0, True),
         )
 
 
-pieces = st.builds(
+slices = st.builds(
     lambda rows, width, decay: (rows, width, decay),
     st.integers(0, 9),
     st.sampled_from([(), (1,), (3,)]),
@@ -58,7 +58,9 @@ pieces = st.builds(
 )
 
 
-def table_of(specs: list[tuple[int, tuple[int, ...], bool]], dp: int, rank: int) -> ShardLayout:
+def shard_layout_of(
+    specs: list[tuple[int, tuple[int, ...], bool]], dp: int, rank: int
+) -> ShardLayout:
     pairs = []
     for n, (rows, width, decay) in enumerate(specs):
         shape = (rows, *width)
@@ -72,35 +74,35 @@ def table_of(specs: list[tuple[int, tuple[int, ...], bool]], dp: int, rank: int)
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(pieces, min_size=1, max_size=6), st.integers(1, 5))
+@given(st.lists(slices, min_size=1, max_size=6), st.integers(1, 5))
 def test_slots_cover_everything_once(
     specs: list[tuple[int, tuple[int, ...], bool]], dp: int
 ) -> None:
     """Catches rows lost or held twice when they do not divide, a short block misplaced, halves that mix or do not align."""
-    tables = [table_of(specs, dp, rank) for rank in range(dp)]
-    table = tables[0]
-    assert table.elements % ALIGN == 0 and table.decayed % ALIGN == 0
-    assert all(held[0].offset % ALIGN == 0 for _, held in table.parameters())
-    lines = torch.full((dp, table.elements), -1.0)
+    shard_layouts = [shard_layout_of(specs, dp, rank) for rank in range(dp)]
+    shard_layout = shard_layouts[0]
+    assert shard_layout.elements % ALIGN == 0 and shard_layout.decayed % ALIGN == 0
+    assert all(held[0].offset % ALIGN == 0 for _, held in shard_layout.parameters())
+    shards = torch.full((dp, shard_layout.elements), -1.0)
     offset, values = 0, {}
-    for slot in table.slots:
+    for slot in shard_layout.slots:
         rows = torch.arange(offset, offset + slot.parameter.numel(), dtype=torch.float32).view(
-            slot.piece.shape
+            slot.param_slice.shape
         )
-        offset, values[slot.piece.name] = offset + rows.numel(), rows
-        for held, given_rows in table.each_block(lines, slot, rows):
-            assert (held == -1).all(), f"{slot.piece.name} lies over another piece"
+        offset, values[slot.param_slice.name] = offset + rows.numel(), rows
+        for held, given_rows in shard_layout.each_block(shards, slot, rows):
+            assert (held == -1).all(), f"{slot.param_slice.name} lies over another piece"
             held.copy_(given_rows)
         assert (
-            slot.offset + slot.elements <= table.decayed
-        ) == slot.piece.decay or slot.elements == 0
-    assert int((lines >= 0).sum()) == offset, "values lost or written twice"
-    for slot_index, slot in enumerate(table.slots):
-        held = [t.local(lines[rank], t.slots[slot_index]) for rank, t in enumerate(tables)]
-        assert torch.equal(torch.cat(held), values[slot.piece.name]), (
+            slot.offset + slot.elements <= shard_layout.decayed
+        ) == slot.param_slice.decay or slot.elements == 0
+    assert int((shards >= 0).sum()) == offset, "values lost or written twice"
+    for slot_index, slot in enumerate(shard_layout.slots):
+        held = [t.local(shards[rank], t.slots[slot_index]) for rank, t in enumerate(shard_layouts)]
+        assert torch.equal(torch.cat(held), values[slot.param_slice.name]), (
             "ranks' rows do not make the piece"
         )
-        chunks = values[slot.piece.name].chunk(dp) if slot.piece.shape[0] else ()
+        chunks = values[slot.param_slice.name].chunk(dp) if slot.param_slice.shape[0] else ()
         for rank, chunk in enumerate(chunks):
             assert torch.equal(held[rank], chunk), (
                 "not the rows of torch.chunk, which checkpoints rely on"
@@ -108,16 +110,16 @@ def test_slots_cover_everything_once(
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(pieces, min_size=1, max_size=8), st.integers(1, 4), st.integers(1, 4000))
+@given(st.lists(slices, min_size=1, max_size=8), st.integers(1, 4), st.integers(1, 4000))
 def test_buckets_cut_the_line(
     specs: list[tuple[int, tuple[int, ...], bool]], dp: int, limit_bytes: int
 ) -> None:
     """Catches a gap or an overlap between transfers, a parameter in two of them, and a limit that is not looked at."""
-    table = table_of(specs, dp, 0)
-    buckets = table.buckets(limit_bytes)
+    shard_layout = shard_layout_of(specs, dp, 0)
+    buckets = shard_layout.buckets(limit_bytes)
     assert [b.start for b in buckets[1:]] == [b.stop for b in buckets[:-1]]
-    assert sum(b.elements for b in buckets) == table.elements
-    filled = [slot for slot in table.slots if slot.elements]
+    assert sum(b.elements for b in buckets) == shard_layout.elements
+    filled = [slot for slot in shard_layout.slots if slot.elements]
     assert [slot for b in buckets for slot in b.slots if slot.elements] == filled
     for bucket in buckets:
         held = [slot for slot in bucket.slots if slot.elements]
@@ -126,10 +128,10 @@ def test_buckets_cut_the_line(
             for b in [bucket]
             for slot in held
         )
-        assert len({slot.piece.decay for slot in held}) == 1, (
+        assert len({slot.param_slice.decay for slot in held}) == 1, (
             "norms wait for a sum that others need not wait for"
         )
-        if bucket.start < table.decayed:
+        if bucket.start < shard_layout.decayed:
             without_first = bucket.stop - min(
                 (slot.offset for slot in held[1:]), default=bucket.stop
             )
@@ -196,21 +198,23 @@ def reduce_once(
         assert all(parameter.grad is None for parameter in toy.parameters()), (
             "gradients are kept twice"
         )
-        alone = {slot.piece.name: buffer.full(slot).numpy() for slot in buffer.table.slots}
+        alone = {
+            slot.param_slice.name: buffer.full(slot).numpy() for slot in buffer.shard_layout.slots
+        }
         early = len(left)
-        line = buffer.reduce()
+        shard = buffer.reduce()
     finally:
         grad_buffer.reduce_scatter_start = begin
-    publisher = ParamGather(buffer.table)
-    for bucket in buffer.table.buckets(bucket_bytes):
-        publisher.put(bucket, line[bucket.start : bucket.stop])
-    publisher.finish()
+    param_gather = ParamGather(buffer.shard_layout)
+    for bucket in buffer.shard_layout.buckets(bucket_bytes):
+        param_gather.start(bucket, shard[bucket.start : bucket.stop])
+    param_gather.finish()
     return {
         "alone": alone,
-        "rows": {slot.piece.name: slot.rows(dp) for slot in buffer.table.slots},
+        "rows": {slot.param_slice.name: slot.rows(dp) for slot in buffer.shard_layout.slots},
         "shards": {
-            slot.piece.name: buffer.table.local(line, slot).clone().numpy()
-            for slot in buffer.table.slots
+            slot.param_slice.name: buffer.shard_layout.local(shard, slot).clone().numpy()
+            for slot in buffer.shard_layout.slots
         },
         "published": {
             name: parameter.detach().numpy() for name, parameter in toy.named_parameters()
@@ -218,8 +222,10 @@ def reduce_once(
         "buckets": [shape for shape, _ in left],
         "early": early,
         "gaps": float(
-            line.abs().sum()
-            - sum(buffer.table.local(line, s).abs().sum() for s in buffer.table.slots)
+            shard.abs().sum()
+            - sum(
+                buffer.shard_layout.local(shard, s).abs().sum() for s in buffer.shard_layout.slots
+            )
         ),
     }
 
@@ -309,28 +315,28 @@ def publish_job(launch: Launch) -> dict[str, Any]:
     rename(second)
     dp = Axis("dp", launch.world_size, launch.rank, dist.group.WORLD, overlap=True)
     buffer = GradientBuffer([first, second], dp, SINGLE["tp"], CPU)
-    publisher = ParamGather(buffer.table)
-    line = torch.ones(buffer.table.elements)
-    for bucket in buffer.table.buckets(1):
-        publisher.put(bucket, line[bucket.start : bucket.stop])
+    param_gather = ParamGather(buffer.shard_layout)
+    shard = torch.ones(buffer.shard_layout.elements)
+    for bucket in buffer.shard_layout.buckets(1):
+        param_gather.start(bucket, shard[bucket.start : bucket.stop])
     told = {"before": seen(first) + seen(second)}
-    publisher.wait_for(first)
+    param_gather.wait_for(first)
     told["first"] = seen(first)
-    publisher.wait_for(first)
-    publisher.wait_for(second)
+    param_gather.wait_for(first)
+    param_gather.wait_for(second)
     told["second"] = seen(second)
-    line.fill_(2.0)
-    for bucket in buffer.table.buckets(1):
-        publisher.put(bucket, line[bucket.start : bucket.stop])
-    publisher.finish()
+    shard.fill_(2.0)
+    for bucket in buffer.shard_layout.buckets(1):
+        param_gather.start(bucket, shard[bucket.start : bucket.stop])
+    param_gather.finish()
     told["finished"] = seen(first) + seen(second)
     return told
 
 
 def rename(toy: Toy) -> None:
-    toy.pieces = {
-        key: tuple(replace(piece, name=f"second.{piece.name}") for piece in held)
-        for key, held in toy.pieces.items()
+    toy.slices = {
+        key: tuple(replace(param_slice, name=f"second.{param_slice.name}") for param_slice in held)
+        for key, held in toy.slices.items()
     }
 
 
@@ -359,10 +365,10 @@ def tensor_sum_job(launch: Launch) -> dict[str, np.ndarray]:
     toy, tp = Toy(), Axis("tp", launch.world_size, launch.rank, dist.group.WORLD)
     buffer = GradientBuffer([toy], SINGLE["dp"], tp, CPU)
     accumulate(toy, launch.rank, 2)
-    line = buffer.reduce()
+    shard = buffer.reduce()
     return {
-        slot.piece.name: buffer.table.local(line, slot).clone().numpy()
-        for slot in buffer.table.slots
+        slot.param_slice.name: buffer.shard_layout.local(shard, slot).clone().numpy()
+        for slot in buffer.shard_layout.slots
     }
 
 
@@ -382,10 +388,10 @@ def test_bf16_gradients_are_summed_in_fp32() -> None:
     buffer = GradientBuffer([toy], SINGLE["dp"], SINGLE["tp"], CPU)
     for _ in range(300):
         toy.one.sum().backward()
-    line = buffer.reduce()
-    slot = next(slot for slot in buffer.table.slots if slot.piece.name == "one")
-    assert line.dtype == torch.float32
-    assert buffer.table.local(line, slot).tolist() == [[300.0] * 4]
+    shard = buffer.reduce()
+    slot = next(slot for slot in buffer.shard_layout.slots if slot.param_slice.name == "one")
+    assert shard.dtype == torch.float32
+    assert buffer.shard_layout.local(shard, slot).tolist() == [[300.0] * 4]
 
 
 def test_a_parameter_that_does_not_say_what_it_holds_is_refused() -> None:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from k2train.launch.environment import Launch
-from k2train.parallel.grad_accumulation import GradAccumulator, WeightWork, attach
+from k2train.parallel.grad_accumulation import GradAccumulator, WeightGradStore, attach
 from k2train.parallel.grid import SINGLE, Axis
 from k2train.parallel.pipeline import Executor
 from k2train.parallel.tensor_parallel import ColumnLinear
@@ -53,7 +53,7 @@ class Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
         (x,), layer = ctx.saved_tensors, ctx.layer
-        layer.work.do(lambda: layer.total.addmm_(dy.t(), x))
+        layer.work.submit(lambda: layer.total.addmm_(dy.t(), x))
         return dy @ layer.weight, None, None
 
 
@@ -63,7 +63,7 @@ class Layer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(WIDTH, WIDTH))
-        self.total, self.work = torch.zeros(WIDTH, WIDTH), WeightWork()
+        self.total, self.work = torch.zeros(WIDTH, WIDTH), WeightGradStore()
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.tanh(Product.apply(x, self.weight, self))
@@ -110,7 +110,7 @@ def run_case(pp: Axis, kind: str, stages_per_rank: int, num_microbatches: int) -
         stage: [layers()[n] for n in layout.layers_of(stage, LAYERS)]
         for stage in layout.stages_of(pp.rank)
     }
-    work = {stage: WeightWork() for stage in mine}
+    work = {stage: WeightGradStore() for stage in mine}
     for stage, held_layers in mine.items():
         for layer in held_layers:
             layer.work = work[stage]
@@ -193,7 +193,7 @@ def test_weight_gradients_wait_for_their_action() -> None:
     def watch(action: Action) -> None:
         seen[str(action)] = (sink_total.clone(), len(arrived))
 
-    executor = Executor({0: layer}, 1, SINGLE["pp"], CPU, {0: layer.weight_work})
+    executor = Executor({0: layer}, 1, SINGLE["pp"], CPU, {0: layer.weight_grad_store})
     program = [Action(op, 0, m) for op, m in ((F, 0), (F, 1), (I, 0), (I, 1), (W, 0), (W, 1))]
     executor.run(
         program,

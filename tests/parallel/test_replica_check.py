@@ -8,7 +8,7 @@ import torch
 
 from k2train.launch.environment import Launch
 from k2train.parallel.grad_buffer import BufferSlot
-from k2train.parallel.replica_check import Copy, conclusion, replica_problem
+from k2train.parallel.replica_check import ReplicaReport, diagnose_replicas, replica_problem
 from k2train.plan.layout import Layout
 from k2train.train.engine import Engine
 from tests.support.gloo_pool import GlooPool
@@ -21,10 +21,10 @@ EMBEDDING, DOWN, LAST_NORM, NORM = (
 
 def plant(engine: Engine, slot: BufferSlot, kind: str, place: int) -> None:
     """Damage one element of this rank's copy: of the weights in use, or of a line of the optimizer."""
-    line = kind in engine.optimizer.flat_shards
-    flat = (engine.optimizer.view(kind, slot) if line else slot.piece.of(slot.parameter.data)).view(
-        -1
-    )
+    shard = kind in engine.optimizer.flat_shards
+    flat = (
+        engine.optimizer.view(kind, slot) if shard else slot.param_slice.of(slot.parameter.data)
+    ).view(-1)
     if kind == "nan":
         flat[place] = float("nan")
         return
@@ -41,20 +41,20 @@ def damage_job(
     engine = Engine(config, grid)
     engine.train_step(microbatches_of(config, grid, 1), 1e-3)
     engine.optimizer.finish()
-    table, lines = engine.gradients.table, engine.optimizer.flat_shards
-    answers = [replica_problem(table, lines, grid)]
-    kept = {id(slot.parameter): slot.parameter.data.clone() for slot in table.slots}
-    lines_kept = {state: line.clone() for state, line in lines.items()}
+    shard_layout, shards = engine.gradients.shard_layout, engine.optimizer.flat_shards
+    answers = [replica_problem(shard_layout, shards, grid)]
+    kept = {id(slot.parameter): slot.parameter.data.clone() for slot in shard_layout.slots}
+    kept_shards = {state: shard.clone() for state, shard in shards.items()}
     for rank, name, kind, place in plants:
-        found = [slot for slot in table.slots if slot.piece.name == name]
+        found = [slot for slot in shard_layout.slots if slot.param_slice.name == name]
         if launch.rank == rank:
             plant(engine, found[0], kind, place)
-        answers.append(replica_problem(table, lines, grid))
-        for state, line in lines.items():
-            line.copy_(lines_kept[state])
-        for slot in table.slots:
+        answers.append(replica_problem(shard_layout, shards, grid))
+        for state, shard in shards.items():
+            shard.copy_(kept_shards[state])
+        for slot in shard_layout.slots:
             slot.parameter.data.copy_(kept[id(slot.parameter)])
-    answers.append(replica_problem(table, lines, grid))
+    answers.append(replica_problem(shard_layout, shards, grid))
     return answers
 
 
@@ -166,7 +166,7 @@ def test_more_than_two_tensor_ranks_have_a_majority() -> None:
 
     def told(*digests: str) -> str | None:
         held = [{"n": replace(SOUND, states={"master": "m", "exp_avg": text})} for text in digests]
-        return conclusion(held, Layout(tensor=len(digests)))
+        return diagnose_replicas(held, Layout(tensor=len(digests)))
 
     assert told(*"aaba") == "n.exp_avg on rank 2 differs from the other copies"
     assert told(*"abba") == "n.exp_avg on one of ranks 0, 1, 2, 3 differs from the other copies"
@@ -174,20 +174,22 @@ def test_more_than_two_tensor_ranks_have_a_majority() -> None:
     assert told(*"aaa") is None
 
 
-SOUND = Copy("a", "a", True, True, None)
+SOUND = ReplicaReport("a", "a", True, True, None)
 
 
 def test_conclusions() -> None:
     """What cannot be planted one at a time: several wrong at once, and nobody who is right."""
     layout = Layout(data=3)
-    one, odd = replace(SOUND, used="b", own_rows=False), replace(SOUND, used="c", wanted="d")
-    assert conclusion([{"w": SOUND}] * 3, layout) is None
-    assert conclusion([{"w": SOUND}, {"w": one}, {"w": one}], layout) == used("w", "ranks 1, 2")
-    stale = replace(SOUND, wanted="d")
-    assert conclusion(
+    one, odd = replace(SOUND, used="b", own_rows=False), replace(SOUND, used="c", expected="d")
+    assert diagnose_replicas([{"w": SOUND}] * 3, layout) is None
+    assert diagnose_replicas([{"w": SOUND}, {"w": one}, {"w": one}], layout) == used(
+        "w", "ranks 1, 2"
+    )
+    stale = replace(SOUND, expected="d")
+    assert diagnose_replicas(
         [{"w": replace(stale, own_rows=False)}, {"w": odd}, {"w": stale}], layout
     ) == (f"{used('w', 'rank 1')}; {rotten('w', 0)}")
     both = [{"w": replace(stale, used=text)} for text in "xy"]
-    assert conclusion(both, Layout(data=2)) == used("w", "ranks 0, 1")
+    assert diagnose_replicas(both, Layout(data=2)) == used("w", "ranks 0, 1")
     many = [{name: SOUND for name in "pqrst"}, {name: one for name in "pqrst"}]
-    assert str(conclusion(many, Layout(data=2))).endswith("; and 2 more findings")
+    assert str(diagnose_replicas(many, Layout(data=2))).endswith("; and 2 more findings")

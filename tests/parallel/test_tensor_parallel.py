@@ -70,27 +70,33 @@ def layers_job(launch: Launch, sequence: bool, vocab: int) -> dict[str, Any]:
         for parameter in model.parameters():
             # Padding starts at a value that would show in any product it takes part in.
             parameter.fill_(1e6)
-        for parameter, piece in named_slices(model):
-            value = whole(piece.name, vocab)
-            piece.of(parameter).copy_(
-                value if piece.dim is None else value.narrow(piece.dim, piece.start, len_of(piece))
+        for parameter, param_slice in named_slices(model):
+            value = whole(param_slice.name, vocab)
+            param_slice.of(parameter).copy_(
+                value
+                if param_slice.dim is None
+                else value.narrow(param_slice.dim, param_slice.start, len_of(param_slice))
             )
     x = layers["embedding"](tokens_of(vocab))
     gate, up = layers["column"](x).split((INNER // tp.size, 2 * INNER // tp.size), dim=-1)
     x = x + layers["row"](torch.tanh(gate) * up[..., ::2])
     y = layers["head"](x)
-    piece = layers["head"].pieces["weight"][0]
-    (y * mixing(vocab)[..., piece.start : piece.stop]).sum().backward()
+    param_slice = layers["head"].slices["weight"][0]
+    (y * mixing(vocab)[..., param_slice.start : param_slice.stop]).sum().backward()
     grads, padding = {}, []
-    for parameter, piece in named_slices(model):
-        grads[piece.name] = (piece.dim, piece.start, piece.of(parameter.grad).numpy())
-        if piece.name in ("embedding", "head"):
-            padding.append(parameter.grad[piece.shape[0] :].numpy())
+    for parameter, param_slice in named_slices(model):
+        grads[param_slice.name] = (
+            param_slice.dim,
+            param_slice.start,
+            param_slice.of(parameter.grad).numpy(),
+        )
+        if param_slice.name in ("embedding", "head"):
+            padding.append(parameter.grad[param_slice.shape[0] :].numpy())
     return {"y": y.detach().numpy(), "x_rows": x.shape[0], "grads": grads, "padding": padding}
 
 
-def len_of(piece: Any) -> int:
-    return piece.stop - piece.start
+def len_of(param_slice: Any) -> int:
+    return param_slice.stop - param_slice.start
 
 
 @pytest.mark.parametrize("vocab", VOCABULARIES)
@@ -128,9 +134,9 @@ def padding_job(launch: Launch, config: Any) -> tuple[list[float], list[float], 
     ]
     beyond = []
     for stage in engine.stages.values():
-        for parameter, piece in named_slices(stage):
-            if piece.name in ("embedding.weight", "head.weight"):
-                beyond.append(parameter.detach()[piece.shape[0] :])
+        for parameter, param_slice in named_slices(stage):
+            if param_slice.name in ("embedding.weight", "head.weight"):
+                beyond.append(parameter.detach()[param_slice.shape[0] :])
     return (
         [float(rows.abs().max()) if rows.numel() else 0.0 for rows in beyond],
         losses,

@@ -9,12 +9,12 @@ import torch
 
 from k2train.launch.environment import Launch
 from k2train.plan.activations import (
-    Work,
+    ActivationSpec,
     layer_bytes,
     layer_parts,
     peak_bytes,
     stage_bytes,
-    stage_waiting_bytes,
+    stage_deferred_bytes,
 )
 from k2train.plan.cost import ModelShape
 from k2train.plan.layout import Layout
@@ -22,12 +22,12 @@ from k2train.plan.schedule import Action, Op, build_programs
 from k2train.plan.simulate import peak_in_flight
 from k2train.train.engine import Engine
 from tests.support.gloo_pool import GlooPool
-from tests.support.kept_memory import Made, known_of, work_of
+from tests.support.kept_memory import Made, known_of, spec_of
 from tests.support.tiny_model import grid_of, microbatches_of, tiny_config
 
 K2 = ModelShape(80, 8192, 22016, 64, 64, 32032)
 K2_GRID = Layout(tensor=8, pipeline=4, data=15)
-K2_WORK = Work(K2, 2048, 4, "bf16", tensor=8, sequence=True, regather=True)
+K2_WORK = ActivationSpec(K2, 2048, 4, "bf16", tensor=8, sequence=True, regather=True)
 
 
 def held_bytes(made: Made, planned: int) -> int:
@@ -44,7 +44,7 @@ def kept_job(launch: Launch, configs: list[Any]) -> list[str]:
     wrong = []
     for config in configs:
         engine = Engine(config, grid_of(launch, config))
-        work, layout = work_of(config, engine), engine.grid.layout
+        spec, layout = spec_of(config, engine), engine.grid.layout
         tokens = microbatches_of(config, engine.grid, 1)[0]
         documents = (
             torch.arange(tokens.shape[1])
@@ -64,16 +64,16 @@ def kept_job(launch: Launch, configs: list[Any]) -> list[str]:
                     y = module.loss(y, tokens, 1.0 / engine.targets)
             # The loss itself is one number.
             number = y.untyped_storage().nbytes() if y.dim() == 0 else 0
-            planned = stage_bytes(work, layout, stage)
+            planned = stage_bytes(spec, layout, stage)
             held = held_bytes(made, planned + number) - number
             if held != planned:
                 wrong.append(
                     f"{config.kernels} stage {stage}: {held} bytes held, {planned} planned\n{made.still()}"
                 )
-            with made, module.weight_work.keeping() as waiting:
+            with made, module.weight_grad_store.deferring() as waiting:
                 y.backward(torch.ones_like(y))
             del x, y
-            planned = stage_waiting_bytes(work, layout, stage)
+            planned = stage_deferred_bytes(spec, layout, stage)
             held = held_bytes(made, planned)
             if held != planned:
                 wrong.append(

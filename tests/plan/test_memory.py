@@ -7,19 +7,19 @@ import torch
 
 from k2train.config.load import Config
 from k2train.launch.environment import Launch
-from k2train.plan.activations import Work, stage_bytes
+from k2train.plan.activations import ActivationSpec, stage_bytes
 from k2train.plan.cost import ModelShape, rank_parameters, state_bytes
 from k2train.plan.layout import Layout
 from k2train.plan.memory import BUCKET_BYTES, RankMemory, rank_memory, transfer_bytes, working_bytes
 from k2train.plan.schedule import build_programs
 from k2train.train.engine import Engine
 from tests.support.gloo_pool import GlooPool
-from tests.support.kept_memory import Made, known_of, work_of
+from tests.support.kept_memory import Made, known_of, spec_of
 from tests.support.tiny_model import grid_of, microbatches_of, tiny_config
 
 K2 = ModelShape(80, 8192, 22016, 64, 64, 32032)
 K2_GRID = Layout(tensor=8, pipeline=4, data=15)
-K2_WORK = Work(K2, 2048, 4, "bf16", tensor=8, sequence=True, regather=True)
+K2_WORK = ActivationSpec(K2, 2048, 4, "bf16", tensor=8, sequence=True, regather=True)
 
 
 def peak_of(engine: Engine, config: Config) -> int:
@@ -41,11 +41,11 @@ def peaks_job(launch: Launch, configs: list[Config]) -> list[tuple[str, float]]:
     found = []
     for config in configs:
         engine = Engine(config, grid_of(launch, config))
-        work, layout, pp = work_of(config, engine), engine.grid.layout, engine.grid.coordinate.pp
+        spec, layout, pp = spec_of(config, engine), engine.grid.layout, engine.grid.coordinate.pp
         # The transport's thread may hold on to what it sent for a moment, which only adds.
         peak = min(peak_of(engine, config) for _ in range(3 if layout.tensor > 1 else 1))
-        planned = stage_bytes(work, layout, layout.stages_of(pp)[0]) + working_bytes(
-            work, layout, pp
+        planned = stage_bytes(spec, layout, layout.stages_of(pp)[0]) + working_bytes(
+            spec, layout, pp
         )
         found.append((f"{config.kernels.recompute} {config.precision} pp {pp}", peak / planned))
     return found

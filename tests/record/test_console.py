@@ -15,7 +15,7 @@ from typing import Any, TextIO
 
 import pytest
 
-from k2train.record.console import Console, duration
+from k2train.record.console import Console
 
 
 class Clock:
@@ -198,13 +198,3 @@ def test_a_dumb_terminal_gets_plain_lines(
     console.info("saved")
     shown = _shown(outside)
     assert "\x1b" not in shown and shown.endswith("\ns saved\n")
-
-
-def test_durations_read_well() -> None:
-    assert [duration(seconds) for seconds in (0.2, 59, 80, 7500, 273600)] == [
-        "1s",
-        "59s",
-        "1m20s",
-        "2h05m",
-        "3d04h",
-    ]

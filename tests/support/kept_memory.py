@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from k2train.config.load import Config
 from k2train.parallel.grad_accumulation import accumulator_of
-from k2train.plan.activations import Work
+from k2train.plan.activations import ActivationSpec
 from k2train.plan.cost import ModelShape
 from k2train.train.engine import Engine
 
@@ -56,9 +56,9 @@ def _address(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-def work_of(config: Config, engine: Engine) -> Work:
+def spec_of(config: Config, engine: Engine) -> ActivationSpec:
     """What the plan is asked, from what was built."""
-    return Work(
+    return ActivationSpec(
         ModelShape(
             *(getattr(engine.architecture, name) for name in ModelShape.__dataclass_fields__)
         ),

@@ -14,7 +14,7 @@ from k2train.data.manifest import chunk_dtype
 from k2train.data.prepare.allocate.mixture import keyed_permutation
 from k2train.data.prepare.encode.sorted_runs import RunWriter
 from k2train.data.prepare.recipe import Recipe
-from k2train.data.prepare.source import Source, border_of, place_of
+from k2train.data.prepare.source import Source, first_position, split_position
 from k2train.data.prepare.workspace import HELD_OUT, EncodeTask, Workspace, read_json, write_json
 from k2train.data.tokenizer import Tokenizer
 
@@ -42,8 +42,8 @@ class Text:
         return f"d{self.ordinal}é"
 
     @property
-    def place(self) -> int:
-        return place_of(self.source)
+    def position(self) -> int:
+        return split_position(self.source)
 
     @property
     def tokens(self) -> list[int]:
@@ -131,7 +131,7 @@ def write_runs(
             continue
         ids = [] if outside else [np.array(text.tokens, dtype=np.uint32)]
         writer.add(
-            text.source, text.ordinal, text.name.encode(), ids, text.place, text.text, text.fim
+            text.source, text.ordinal, text.name.encode(), ids, text.position, text.text, text.fim
         )
     writer.flush()
     for run in (run for runs in writer.runs for run in runs):
@@ -143,7 +143,7 @@ def write_runs(
 
 def is_inside(recipe: Recipe, name: str, text: Text) -> bool:
     low, high = recipe.subsets[name].share
-    return border_of(low) <= text.place < border_of(high)
+    return first_position(low) <= text.position < first_position(high)
 
 
 @dataclass(frozen=True)
@@ -199,15 +199,15 @@ def expected_chunk(
         side = [
             t
             for t in kept_texts(recipe, name, texts[name])
-            if (t.place >= border) == (chunk == HELD_OUT)
+            if (t.position >= border) == (chunk == HELD_OUT)
         ]
         stream = stream_of(recipe, name, side, 1 if chunk == HELD_OUT else subset.passes)
         start, stop = plan["chunks"][chunk][name]
         samples += [(name, stream[k * length : (k + 1) * length]) for k in range(start, stop)]
     order = keyed_permutation(len(samples), recipe.seed, f"rows of {chunk}").tolist()
     expected = Expected([], [], [], set())
-    for row, place in enumerate(order):
-        name, tokens = samples[place]
+    for row, position in enumerate(order):
+        name, tokens = samples[position]
         assert len(tokens) == length
         expected.rows.append([token for *_, token in tokens])
         before: tuple[int, Text] | None = None

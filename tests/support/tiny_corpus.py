@@ -23,7 +23,7 @@ from k2train.guard.stop_signals import StopRequest
 from k2train.launch.environment import Launch
 from k2train.train.monitor import DamageError
 from k2train.train.preflight import prepare_start
-from k2train.train.shutdown import end_together
+from k2train.train.shutdown import shut_down_together
 from k2train.train.trainer import Trainer
 from tests.support.tiny_model import TINY, grid_of
 
@@ -221,7 +221,7 @@ def trainer_job(
             change(trainer)
             return trainer.run()
         except (SaveError, DamageError) as error:
-            return end_together(trainer, error)
+            return shut_down_together(trainer, error)
         finally:
             trainer.close()
             trainer.monitor.close()

@@ -70,17 +70,20 @@ def microbatches_of(config: Config, grid: ProcessGrid, step: int) -> list[Tensor
 
 
 def local_gradients(
-    engine: Engine, line: Tensor
+    engine: Engine, shard: Tensor
 ) -> dict[str, tuple[list[tuple[int, int]], np.ndarray]]:
     """Of each global tensor the block this rank optimizes: ([(start, stop) by dimension], values)."""
     found = {}
-    for slot in engine.gradients.table.slots:
-        piece, (low, high) = slot.piece, slot.rows(engine.grid.dp)
-        box = [(0, n) for n in piece.global_shape]
-        if piece.dim is not None:
-            box[piece.dim] = (piece.start, piece.stop)
+    for slot in engine.gradients.shard_layout.slots:
+        param_slice, (low, high) = slot.param_slice, slot.rows(engine.grid.dp)
+        box = [(0, n) for n in param_slice.global_shape]
+        if param_slice.dim is not None:
+            box[param_slice.dim] = (param_slice.start, param_slice.stop)
         box[0] = (box[0][0] + low, box[0][0] + high)
-        found[piece.name] = (box, engine.gradients.table.local(line, slot).clone().numpy())
+        found[param_slice.name] = (
+            box,
+            engine.gradients.shard_layout.local(shard, slot).clone().numpy(),
+        )
     return found
 
 
@@ -139,9 +142,9 @@ def train_job(launch: Launch, config: Config, steps: int) -> dict[str, Any]:
     reduce = engine.gradients.reduce
 
     def reduced() -> Tensor:
-        line = reduce()
-        gradients.append(local_gradients(engine, line))
-        return line
+        shard = reduce()
+        gradients.append(local_gradients(engine, shard))
+        return shard
 
     engine.gradients.reduce = reduced  # type: ignore[method-assign]
     for step in range(1, steps + 1):

@@ -113,7 +113,7 @@ def test_a_killed_driver_finds_its_jobs_again(cluster: Cluster, tmp_path: Path) 
         note.unlink()
     code, said = run(cluster, workspace)
     assert code == 0, said
-    assert said.count("submitted before") == 3
+    assert said.count("submitted earlier") == 3
     assert set(job_names(cluster)) - before == submitted
     assert whole(workspace, PHASES) and set(begun(workspace).values()) == set(
         finished(workspace).values()
@@ -250,7 +250,7 @@ def test_the_demo_recipe_on_two_nodes_gives_the_bytes_of_one_process(
         timeout=300,
     )
     assert done.returncode == 0, done.stderr + cluster.logs()
-    assert "submitted before" in done.stderr
+    assert "submitted earlier" in done.stderr
     hashes = [
         {
             path.name: hashlib.sha256(path.read_bytes()).hexdigest()

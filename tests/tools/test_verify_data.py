@@ -620,7 +620,7 @@ def test_rates_are_told_where_there_is_one(
     """Catches `0.0 s` and a rate worked out from it."""
     assert (tool.rate(10**9, 0.09), tool.rate(10**9, 0.5), tool.rate(10**4, 0.5)) == (
         "",
-        ", 2,000 MB/s",
+        ", 1.86 GiB/s",
         "",
     )
     clock = iter((0.0, 0.0123))

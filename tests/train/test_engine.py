@@ -35,7 +35,7 @@ def build_job(launch: Launch, config: Any) -> dict[str, Any]:
     engine = Engine(config, grid_of(launch, config))
     pieces = [piece for stage in engine.stages.values() for _, piece in named_slices(stage)]
     held = [engine.gradients.line, *engine.optimizer.flat_shards.values()]
-    for parameter, _ in engine.gradients.table.parameters():
+    for parameter, _ in engine.gradients.shard_layout.parameters():
         held += [parameter, accumulator_of(parameter).total]
     memory = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in held
@@ -174,9 +174,9 @@ def rounded_job(launch: Launch, config: Any) -> bool:
     before = engine.optimizer.master.clone()
     engine.train_step(microbatches_of(config, grid, 1), 1e-3)
     assert not torch.equal(before, engine.optimizer.master), "the step changed nothing"
-    for slot in engine.gradients.table.slots:
+    for slot in engine.gradients.shard_layout.slots:
         start, stop = slot.rows(grid.dp)
-        weights = slot.piece.of(slot.parameter.data)[start:stop]
+        weights = slot.param_slice.of(slot.parameter.data)[start:stop]
         assert weights.dtype == torch.bfloat16
         if not torch.equal(weights, engine.optimizer.view("master", slot).bfloat16()):
             return False
@@ -203,7 +203,9 @@ def split_job(launch: Launch, config: Any) -> dict[str, list[int]]:
     engine = Engine(config, grid_of(launch, config))
     batches = microbatches_of(config, engine.grid, 1)
     matrices = [
-        accumulator_of(p).total for p, _ in engine.gradients.table.parameters() if p.dim() == 2
+        accumulator_of(p).total
+        for p, _ in engine.gradients.shard_layout.parameters()
+        if p.dim() == 2
     ]
     told: dict[str, list[int]] = {"I": [], "W": [], "of": [len(matrices)]}
     run = engine.executor.run

@@ -9,7 +9,7 @@ import torch
 
 from k2train.launch.environment import Launch
 from k2train.train.engine import Engine
-from k2train.train.forward_check import make_probe, probe_problem
+from k2train.train.forward_check import forward_check_problem, run_forward_check
 from tests.support.gloo_pool import GlooPool
 from tests.support.tiny_model import grid_of, local_gradients, microbatches_of, tiny_config
 
@@ -28,12 +28,12 @@ def probe_job(launch: Launch, config: Any, change: Any = None) -> dict[str, Any]
     engine = Engine(config, grid)
     if change is not None:
         rank, name, bit = change
-        for slot in engine.gradients.table.slots:
-            if slot.piece.name == name and grid.rank == rank:
-                slot.piece.of(slot.parameter.data).view(-1)[:1].view(torch.int32).bitwise_xor_(
-                    1 << bit
-                )
-    return make_probe(engine)
+        for slot in engine.gradients.shard_layout.slots:
+            if slot.param_slice.name == name and grid.rank == rank:
+                slot.param_slice.of(slot.parameter.data).view(-1)[:1].view(
+                    torch.int32
+                ).bitwise_xor_(1 << bit)
+    return run_forward_check(engine)
 
 
 def probe(pool: GlooPool, world: int, change: Any = None, **changes: Any) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def test_every_layout_answers_the_same(pool: GlooPool, precision: str) -> None:
     ]:
         other = probe(pool, world, precision=precision, **changes)
         assert (other["sha256"], other["signature"]) == (one["sha256"], one["signature"]), changes
-        assert probe_problem(one, other) is None
+        assert forward_check_problem(one, other) is None
     plain = {f"kernels__{key}": "reference" for key in ("norm", "elementwise")}
     for world, changes in (
         (2, {"parallel__tensor": 2}),
@@ -64,7 +64,9 @@ def test_every_layout_answers_the_same(pool: GlooPool, precision: str) -> None:
     ):
         other = probe(pool, world, precision=precision, **changes)
         assert other["signature"] != one["signature"], changes
-        assert probe_problem(one, other) is None and probe_problem(other, one) is None, changes
+        assert (
+            forward_check_problem(one, other) is None and forward_check_problem(other, one) is None
+        ), changes
 
 
 def test_block_attention_is_asked_with_documents(pool: GlooPool) -> None:
@@ -75,7 +77,7 @@ def test_block_attention_is_asked_with_documents(pool: GlooPool) -> None:
     assert len({found["sha256"] for found in blocked}) == 1
     attending = probe(pool, 1)
     assert attending["sha256"] != blocked[0]["sha256"]
-    assert probe_problem(attending, blocked[0]) is None, (
+    assert forward_check_problem(attending, blocked[0]) is None, (
         "what was asked differs, so nothing follows"
     )
 
@@ -85,7 +87,7 @@ def test_one_bit_of_one_weight_is_seen(pool: GlooPool) -> None:
     sound, damaged = (
         probe(pool, 1, change) for change in (None, (0, "layers.2.mlp.up.weight", 12))
     )
-    problem = probe_problem(sound, damaged)
+    problem = forward_check_problem(sound, damaged)
     assert problem is not None and "every bit must be equal" in problem
 
 
@@ -98,19 +100,19 @@ def test_another_model_is_seen_over_another_layout(pool: GlooPool) -> None:
         "exponent": probe(pool, 2, (1, "layers.2.attention.key.weight", 24), **TP),
     }
     for name, other in changed.items():
-        problem = probe_problem(sound, other)
-        assert problem is not None and "tensor, sequence explains no more than" in problem, name
+        problem = forward_check_problem(sound, other)
+        assert problem is not None and "tensor, sequence explains at most" in problem, name
 
 
 def test_a_replica_that_answers_otherwise_is_named(pool: GlooPool) -> None:
     """Of three replicas the odd one; of two, both, since nobody can say which; a whole pipeline is one replica."""
     name = "layers.0.mlp.down.weight"
     assert probe(pool, 3, (2, name, 18))["apart"].startswith(
-        "the replica of rank 2 answers the fixed prompt otherwise"
+        "the replica of rank 2 computes other logits"
     )
     two = probe(pool, 4, (1, name, 18), parallel__pipeline=2)
-    assert two["apart"].startswith("the replica of rank 3 or its counterpart answers")
-    assert probe_problem(probe(pool, 1), two) == two["apart"]
+    assert two["apart"].startswith("the replica of rank 3 or its counterpart computes")
+    assert forward_check_problem(probe(pool, 1), two) == two["apart"]
 
 
 def trained_job(launch: Launch, config: Any, probing: bool) -> Any:
@@ -123,7 +125,7 @@ def trained_job(launch: Launch, config: Any, probing: bool) -> Any:
         results.append(engine.train_step(batches, 1e-3))
         if probing:
             # Twice: right after a step, when with overlap weights are still on their way, and once they are there.
-            assert make_probe(engine) == make_probe(engine)
+            assert run_forward_check(engine) == run_forward_check(engine)
             assert all(
                 p.grad is None for stage in engine.stages.values() for p in stage.parameters()
             )
@@ -171,12 +173,12 @@ def test_the_bound() -> None:
     bound = 64 * 2.0**-23
     base = answer([[1.0, 0.5]])
     for moved, fine in ((0.9 * bound, True), (1.1 * bound, False)):
-        problem = probe_problem(base, answer([[1.0, 0.5 + moved]], tensor=2))
+        problem = forward_check_problem(base, answer([[1.0, 0.5 + moved]], tensor=2))
         assert (problem is None) == fine
-    assert probe_problem(base, answer([[1.0, 0.51]], "bf16")) is None, (
+    assert forward_check_problem(base, answer([[1.0, 0.51]], "bf16")) is None, (
         "rounding weights to bf16 is a rounding too"
     )
     for broken in ([[1.0, None]], [[None, None]]):
-        problem = probe_problem(base, answer(broken, tensor=2))
+        problem = forward_check_problem(base, answer(broken, tensor=2))
         assert problem is not None and "up to inf apart" in problem
-    assert probe_problem({}, base) is None, "a checkpoint without a probe"
+    assert forward_check_problem({}, base) is None, "a checkpoint without a probe"

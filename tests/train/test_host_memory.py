@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from k2train.train.host_memory import keep_memory, settings_of
+from k2train.train.host_memory import keep_freed_memory, malloc_settings
 
 GLIBC = platform.libc_ver()[0] == "glibc"
 
@@ -15,8 +15,8 @@ GLIBC = platform.libc_ver()[0] == "glibc"
 # ever learn to keep (32 MiB).
 FAULTS = """
 import ctypes, resource, sys
-from k2train.train.host_memory import keep_memory
-print(keep_memory(sys.argv[1]))
+from k2train.train.host_memory import keep_freed_memory
+print(keep_freed_memory(sys.argv[1]))
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
 size, faults = 40 * 1024**2, []
@@ -31,9 +31,9 @@ print(sum(faults[1:]))
 
 
 def faults(device_type: str, **variables: str) -> tuple[str, int]:
-    """What `keep_memory` says in a new process, and the page faults after the first block."""
+    """What `keep_freed_memory` says in a new process, and the page faults after the first block."""
     clean = {
-        name: value for name, value in os.environ.items() if name not in settings_of(os.environ)
+        name: value for name, value in os.environ.items() if name not in malloc_settings(os.environ)
     }
     done = subprocess.run(
         [sys.executable, "-c", FAULTS, device_type],
@@ -50,7 +50,7 @@ def faults(device_type: str, **variables: str) -> tuple[str, int]:
 def test_memory_is_kept_on_a_cpu_only() -> None:
     """Catches a parameter that malloc does not know, and host memory held back where a device computes."""
     kept, untouched = faults("cpu"), faults("cuda")
-    assert (kept[0], untouched[0]) == ("malloc keeps memory", "malloc as it is")
+    assert (kept[0], untouched[0]) == ("malloc: freed memory is kept", "malloc: default settings")
     assert untouched[1] >= 29, "the machine gives no pages back, so this shows nothing"
     assert kept[1] < 0.1 * untouched[1]
 
@@ -63,20 +63,21 @@ def test_memory_is_kept_on_a_cpu_only() -> None:
 def test_what_the_user_set_stays(name: str, value: str) -> None:
     """Catches a setting made by hand, for a measurement perhaps, that is overruled in silence."""
     said, count = faults("cpu", **{name: value})
-    assert said == f"malloc as set by {name}"
+    assert said == f"malloc: set by {name}"
     assert count >= 29
 
 
 def test_other_tunables_are_not_mallocs() -> None:
     """Catches a variable of another part of glibc that is taken for the user's wish."""
     assert (
-        settings_of({"GLIBC_TUNABLES": "glibc.rtld.nns=4", "PATH": "/bin", "MALLOCATE": "1"}) == []
+        malloc_settings({"GLIBC_TUNABLES": "glibc.rtld.nns=4", "PATH": "/bin", "MALLOCATE": "1"})
+        == []
     )
 
 
 def test_another_libc_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches numbers that mean something else to musl."""
-    for name in settings_of(os.environ):
+    for name in malloc_settings(os.environ):
         monkeypatch.delenv(name)
     monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
-    assert keep_memory("cpu") == "malloc as it is (not glibc)"
+    assert keep_freed_memory("cpu") == "malloc: default settings (not glibc)"

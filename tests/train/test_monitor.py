@@ -14,7 +14,7 @@ from k2train import fault_injection
 from k2train.checkpoint.manifest import list_checkpoints, seal
 from k2train.record.ledger import read_ledger
 from k2train.record.metrics import read_metrics
-from k2train.train.forward_check import make_probe
+from k2train.train.forward_check import run_forward_check
 from k2train.train.trainer import Trainer
 from tests.support.gloo_pool import GlooPool
 from tests.support.tiny_corpus import (
@@ -208,7 +208,7 @@ def probing(trainer: Trainer) -> None:
     original: Callable[[], Any] = trainer.monitor.root
 
     def root() -> Any:
-        make_probe(trainer.engine)
+        run_forward_check(trainer.engine)
         return original()
 
     trainer.monitor.root = root  # type: ignore[method-assign]

@@ -156,7 +156,7 @@ def test_what_may_change(run: Run, changes: dict[str, Any]) -> None:
         ({"run__seed": 8}, "run.seed: 7 -> 8"),
         ({"model__init_std": 0.1}, "model.init_std: 0.2 -> 0.1"),
         ({"optimizer__weight_decay": 0.0}, "optimizer.weight_decay: 0.1 -> 0.0"),
-        ({"data__order": [0, 2, 1]}, "data.order at place 1: chunk_001"),
+        ({"data__order": [0, 2, 1]}, "data.order at position 1: chunk_001"),
         ({"data__order": [0, 1]}, "data.order: 3 chunks -> 2 chunks"),
     ),
     ids=str,
@@ -284,7 +284,7 @@ def test_the_seam(run: Run, tmp_path: Path) -> None:
         run__init_from=str(run.directory), lr={"kind": "linear", "peak": 0.5, "warmup_steps": 0}
     )
     assert start.parent == parent
-    seam = start.seam
+    seam = start.transition
     assert (seam["parent_step"], seam["rate_before"]) == (15, 0.25)
     assert seam["rate_after"] == 0.5 - 0.5 / 10
     assert (
@@ -311,7 +311,7 @@ def record_sources(folder: Path, **parts: Any) -> str:
         (
             {"training": ["a"], "files": {"a": {"sha256": "1"}, "unused": {"sha256": "2"}}},
             {"training": ["b", "c"], "files": {"b": {"sha256": "1"}, "c": {"sha256": "2"}}},
-            ["source b is a of before"],
+            ["source b is a of the earlier data"],
         ),
     ],
 )
@@ -335,15 +335,15 @@ def test_sources_are_compared_where_both_are_recorded(tmp_path: Path) -> None:
         rewrite(tmp_path / name, facts={"sources_sha256": record_sources(tmp_path / name, **used)})
     parent = Run(tmp_path / "parent", tmp_path / "first").checkpoint(2, 10)
     child = Run(tmp_path / "child", tmp_path / "next")
-    assert child.start(run__init_from=str(parent)).seam["sources_compared"] is True
+    assert child.start(run__init_from=str(parent)).transition["sources_compared"] is True
     shared = record_sources(tmp_path / "next", training=["first.txt"], held_out=["next.txt"])
     rewrite(tmp_path / "next", facts={"sources_sha256": shared})
     with pytest.raises(DataError, match=r"shares data with the stage before: source first\.txt"):
         child.start(run__init_from=str(parent))
-    allowed = child.start(run__init_from=str(parent), data__seen_before="allow").seam
+    allowed = child.start(run__init_from=str(parent), data__seen_before="allow").transition
     assert allowed["data_in_common"] == ["source first.txt"], "what is allowed is still recorded"
     rewrite(tmp_path / "first", facts={})
-    assert child.start(run__init_from=str(parent)).seam["sources_compared"] is False
+    assert child.start(run__init_from=str(parent)).transition["sources_compared"] is False
 
 
 def test_the_seam_without_the_earlier_data(run: Run, tmp_path: Path) -> None:
@@ -357,7 +357,7 @@ def test_the_seam_without_the_earlier_data(run: Run, tmp_path: Path) -> None:
     ):
         run.start(run__init_from=str(parent))
     make_corpus(tmp_path / "next", 2, seed=9)
-    seam = Run(tmp_path / "child", tmp_path / "next").start(run__init_from=str(parent)).seam
+    seam = Run(tmp_path / "child", tmp_path / "next").start(run__init_from=str(parent)).transition
     assert seam["sources_compared"] is False
 
 

@@ -25,7 +25,7 @@ from k2train.record.ledger import read_ledger
 from k2train.record.metrics import latest, read_metrics
 from k2train.run_lock.lock import RunLock
 from k2train.train.engine import Engine
-from k2train.train.host_memory import settings_of
+from k2train.train.host_memory import malloc_settings
 from k2train.train.run_logger import RankZeroRunLogger
 from k2train.train.trainer import Trainer
 from tests.support.gloo_pool import GlooPool
@@ -130,7 +130,7 @@ def test_what_a_run_leaves_behind(plain: dict[str, Any]) -> None:
     assert plain["done"].returncode == 0, plain["done"].stderr
     assert_record(plain["run"], plain["done"], plain["path"], 2 * STEPS_PER_CHUNK)
     assert plain["done"].stdout == ""
-    asked = "malloc as set by" if settings_of(os.environ) else "malloc keeps memory"
+    asked = "malloc: set by" if malloc_settings(os.environ) else "malloc: freed memory is kept"
     assert asked in plain["done"].stderr
     (started,) = events(plain["run"], "started")
     assert started["memory"].startswith(asked) and "matmul" in started["kernels"]
@@ -190,9 +190,9 @@ def held_out_job(launch: Launch, config: Config, path: str, held_out: str) -> fl
     grid = grid_of(launch, config)
     engine = Engine(config, grid, fill=False)
     load_states(
-        Path(path), engine.gradients.table, engine.optimizer.flat_shards, grid, engine.dtype
+        Path(path), engine.gradients.shard_layout, engine.optimizer.flat_shards, grid, engine.dtype
     )
-    engine.optimizer.publish()
+    engine.optimizer.write_parameters()
     rows = torch.from_numpy(np.load(held_out).astype(np.int64))
     losses = [
         engine.evaluate(list(batch.split(config.batch.micro_sequences)))

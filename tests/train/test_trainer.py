@@ -42,9 +42,10 @@ def plain_loop(
             lr = rate_by_hand(len(results) + 1, config.lr.peak, config.lr.final)
             result = engine.train_step(list(rows.split(config.batch.micro_sequences)), lr)
             results.append((result.loss, result.grad_norm))
-    slots = engine.gradients.table.slots
+    slots = engine.gradients.shard_layout.slots
     return results, {
-        slot.piece.name: engine.optimizer.view("master", slot).numpy().copy() for slot in slots
+        slot.param_slice.name: engine.optimizer.view("master", slot).numpy().copy()
+        for slot in slots
     }
 
 

@@ -1,8 +1,9 @@
-"""What a data folder holds, for people: its token account, and the text of its rows with control tokens apart.
+"""Token account of a data folder: facts per subset, and the decoded text of rows.
 
-Every answer is plain facts (dicts of numbers and text) that a command line can show or hand on as JSON. The account is
-told from the manifest alone, with what was made counted over the chunks and not copied from the preparation's own
-account: an account that only repeats itself cannot be wrong.
+- Answers are plain facts (dicts of numbers and text) for the command line or JSON.
+- The account comes from the manifest alone.
+- Produced tokens are counted over the chunks, not copied from the preparation's own account: an
+  account that only repeats itself cannot be wrong.
 """
 
 import re
@@ -30,11 +31,11 @@ DOCUMENTS = {
     "rejected": "rejected_documents",
     "shared_ids": "repeated_id_documents",
 }
-"""What became of a subset's documents, with the preparation's key for it."""
+"""Outcomes of a subset's documents, with the preparation's key for each."""
 
 
 def account_facts(manifest: Manifest) -> Facts:
-    """Tokens by subset, asked and made, and the samples a chunk got of each; from the manifest alone."""
+    """Tokens per subset, requested and produced, and its samples per chunk, from the manifest."""
     account = _mapping(manifest.facts.get("account"))
     recipe = _mapping(manifest.facts.get("recipe"))
     names = list(
@@ -42,6 +43,7 @@ def account_facts(manifest: Manifest) -> Facts:
             [*account, *(name for info in manifest.chunks for name in info.tokens_per_subset)]
         )
     )
+
     length = manifest.sequence_length
     per_chunk = [
         {
@@ -51,10 +53,12 @@ def account_facts(manifest: Manifest) -> Facts:
         }
         for info in manifest.all_chunks()
     ]
+
     held = manifest.held_out
     subsets = [_subset_facts(manifest, name, _mapping(account.get(name)), recipe) for name in names]
     notes = _limit_notes(subsets, account)
     notes += _fit_to_chunks(subsets, recipe)
+
     return {
         "form": "account",
         **folder_facts(manifest),
@@ -67,7 +71,7 @@ def account_facts(manifest: Manifest) -> Facts:
 
 
 def folder_facts(manifest: Manifest) -> Facts:
-    """What names a data folder, and its size."""
+    """Identity and size of a data folder."""
     facts = manifest.facts
     return {
         "manifest": str(manifest.path),
@@ -90,12 +94,14 @@ def _subset_facts(
     samples = [
         info.tokens_per_subset.get(name, 0) // manifest.sequence_length for info in manifest.chunks
     ]
+
     one_pass = account.get("training_tokens")
     wish = _mapping(_mapping(recipe.get("subsets")).get(name))
     repeat = wish.get("repeat", 1) if wish else None
     asked = account.get("asked_tokens")
     if asked is not None:
         asked = min(asked, wish.get("limit_tokens") or sys.maxsize)
+
     return {
         "subset": name,
         "documents": {kind: account.get(key) for kind, key in DOCUMENTS.items()},
@@ -127,14 +133,15 @@ def _limit_notes(subsets: list[Facts], account: Mapping[str, Any]) -> list[str]:
 
 
 def _part(taken: int, whole: int) -> str:
-    """Of a whole that is larger, never told as all of it."""
+    """Percentage rounded down, so that a part is never shown as 100 %."""
     return f"{100 * taken // whole}%" if 100 * taken >= whole else "less than 1%"
 
 
 def _fit_to_chunks(subsets: list[Facts], recipe: Mapping[str, Any]) -> list[str]:
-    """A recipe with `rows_per_chunk` asks for so many tokens in all: the rest from `fill`, or all in proportion.
+    """Reduce requested tokens to what a recipe with `rows_per_chunk` has room for.
 
-    Returns what there is to note about it.
+    The difference comes from subsets with `fill`, or from all in proportion. Returns notes about
+    it.
     """
     notes = []
     rows, wishes = recipe.get("rows_per_chunk"), _mapping(recipe.get("subsets"))
@@ -143,11 +150,12 @@ def _fit_to_chunks(subsets: list[Facts], recipe: Mapping[str, Any]) -> list[str]
     everything = sum(item["asked_tokens"] for item in known)
     if total and len(known) == len(subsets) and everything > total:
         length = recipe["sequence_length"]
-        # Less than the tails of the subsets is no choice of rows.
+        # A difference smaller than the subsets' tails is no choice of rows.
         if sum(item["asked_tokens"] // length for item in known) * length > total:
             notes.append(
                 f"rows_per_chunk takes {_part(total, everything)} of what the repeats ask for"
             )
+
         fill = [item for item in known if _mapping(wishes.get(item["subset"])).get("fill")]
         rest = total - everything + sum(item["asked_tokens"] for item in fill)
         for item in known:
@@ -155,6 +163,7 @@ def _fit_to_chunks(subsets: list[Facts], recipe: Mapping[str, Any]) -> list[str]
                 item["asked_tokens"] = rest if item in fill else item["asked_tokens"]
             else:
                 item["asked_tokens"] = item["asked_tokens"] * total // everything
+
     for item in known:
         item["difference_tokens"] = item["made_tokens"] - item["asked_tokens"]
     return notes
@@ -165,24 +174,27 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 
 def find_tokenizer(manifest: Manifest, given: Path | None) -> Tokenizer | None:
-    """The data's own tokenizer, from `given` or from the folder and the one above it; None when there is none.
+    """Find the tokenizer of the data: `given`, or from its folder or the one above; None if absent.
 
-    Only one with the manifest's hash is taken. Raises DataError when the given or recorded one has another.
+    Only a tokenizer with the manifest's hash is accepted. Raises DataError when the given or
+    recorded one has another.
     """
     recorded = _mapping(manifest.facts.get("tokenizer"))
     specials = recorded.get("specials") or K2_SPECIAL_TOKENS
     own = manifest.folder / Path(str(recorded.get("file", TOKENIZER_NAME))).name
+
     if given is not None or (recorded and own.is_file()):
         path = given or own
         tokenizer = Tokenizer.load(path, specials)
         hashed = re.fullmatch(r"[0-9a-f]{64}", manifest.tokenizer_sha256) is not None
-        # Imported data may name its tokenizer in words; then there is no hash to hold a given one against.
+        # Imported data may name its tokenizer in words; then there is no hash to compare.
         if tokenizer.sha256 != manifest.tokenizer_sha256 and (hashed or given is None):
             raise DataError(
                 f"{path} is not the tokenizer of {manifest.path}: its sha256 is {tokenizer.sha256[:12]}, the data's "
                 f"{manifest.tokenizer_sha256[:12]}; give the right one as --tokenizer"
             )
         return tokenizer
+
     for path in (own, manifest.folder.parent / own.name):
         if (
             path.is_file()
@@ -195,7 +207,9 @@ def find_tokenizer(manifest: Manifest, given: Path | None) -> Tokenizer | None:
 def add_text(
     manifest: Manifest, info: ChunkInfo, row: int, pieces: list[Facts], tokenizer: Tokenizer | None
 ) -> None:
-    """Give each piece of the row its `ids`, and `text` as parts `{text, control}`. Raises DataError."""
+    """Add `ids` to each piece of the row, and `text` as parts `{text, control}`. Raises
+    DataError.
+    """
     ids = open_chunk(manifest, info)[row].tolist()
     for piece in pieces:
         piece["ids"] = ids[piece["start"] : piece["start"] + piece["length"]]
@@ -203,14 +217,19 @@ def add_text(
 
 
 def text_parts(tokenizer: Tokenizer, ids: Iterable[int]) -> list[Facts]:
-    """Text of ids, with each control token apart: raw text that spells one is not one, and must not look like it."""
+    """Decode ids with each control token as a part of its own.
+
+    Raw text may spell a control token without being one, and must not look like it.
+    """
     parts: list[Facts] = []
     run: list[int] = []
+
     for token in [*ids, None]:
         control = token is not None and (token <= EOS_ID or token >= tokenizer.base_size)
         if token is not None and not control:
             run.append(token)
             continue
+
         if run:
             parts.append({"text": tokenizer.decode(run), "control": False})
             run = []

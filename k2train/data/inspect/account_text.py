@@ -1,7 +1,9 @@
-"""The account of a data folder as tables for people: tokens by subset, documents by subset, samples in a chunk.
+"""Account tables: tokens by subset, documents by subset, and samples per chunk, as text.
 
-Every word that a heading uses in a sense of its own is explained in a line below its table. A page of documentation was
-refused: the numbers are read where it is not at hand.
+- Every heading with a meaning of its own is explained in a line below its table.
+
+Alternatives considered:
+- A page of documentation: the numbers are read where it is not at hand.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -53,11 +55,12 @@ _LEGEND = {
 
 
 def account_lines(facts: Facts, every_chunk: bool) -> Iterator[str]:
-    """The account; with `every_chunk` a line for each chunk too."""
+    """Render the account; with `every_chunk` also a line per chunk."""
     yield (
         f"{facts['manifest']}: {counted(facts['num_chunks'], 'chunk')}, {facts['rows']:,} rows of "
         f"{facts['sequence_length']:,} = {facts['tokens']:,} tokens"
     )
+
     about = [f"recipe {clean(facts['name'])}"] if facts["name"] else []
     about += [f"seed {facts['seed']}"] if facts["seed"] is not None else []
     about += [
@@ -65,13 +68,16 @@ def account_lines(facts: Facts, every_chunk: bool) -> Iterator[str]:
         f"tokenizer {brief(facts['tokenizer_sha256'])}",
     ]
     yield "; ".join([*about, f"sha256 {facts['manifest_sha256'][:12]}"])
+
     if held := facts["held_out"]:
         yield f"held out: {counted(held['rows'], 'row')}, {held['tokens']:,} tokens"
+
     yield from _titled("tokens", _TOKENS, _token_rows(facts))
     documents = _document_rows(facts["subsets"])
     if documents[1]:
         yield from _titled("documents", *documents)
     yield from _titled("samples in a chunk", *_evenness(facts))
+
     if every_chunk:
         names = [item["subset"] for item in facts["subsets"]]
         yield ""
@@ -87,7 +93,7 @@ def account_lines(facts: Facts, every_chunk: bool) -> Iterator[str]:
 
 
 def _titled(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """A table under its title, and below it what the headings that are shown mean."""
+    """A table with its title, and the meaning of the headings that are shown."""
     lines = table(heads, rows)
     yield from ("", title, *lines)
     told = [head for head in heads if head in _LEGEND and head in lines[0]]
@@ -114,6 +120,7 @@ def _token_rows(facts: Facts) -> list[list[str]]:
             if asked and abs(difference) * 20000 >= asked
             else ""
         )
+        # A difference below 0.005 % of the request would print as zero.
         return [
             name,
             number(item["one_pass_tokens"]),
@@ -132,6 +139,7 @@ def _token_rows(facts: Facts) -> list[list[str]]:
         cells(clean(s["subset"]), s, "-" if s["repeat"] is None else f"{s['repeat']:g}")
         for s in subsets
     ]
+
     total: dict[str, Any] = {}
     for key in keys:
         known = [s[key] for s in subsets]
@@ -140,7 +148,7 @@ def _token_rows(facts: Facts) -> list[list[str]]:
 
 
 def _document_rows(subsets: Sequence[Facts]) -> tuple[list[str], list[list[str]]]:
-    """Without a sum: subsets may read the same documents. A kind that no subset has is left out."""
+    """Documents per subset, without a sum: subsets may read the same documents."""
     known = [item for item in subsets if item["documents"]["read"] is not None]
     kinds = [
         kind

@@ -1,8 +1,11 @@
-"""The provenance of chunks, read: a chunk's parts, the pieces of a row, the places of a document.
+"""Provenance queries: the parts of a chunk, the pieces of a row, the occurrences of a document.
 
-The Parquet file beside each chunk has a line for every piece of every row. Only what a question needs is read: rows are
-found by the statistics of the row groups, documents by one filtered scan of a few columns. An index of documents was
-refused: it would be larger than the provenance itself, and one more file to keep true.
+- The Parquet file beside each chunk has one line per piece of each row.
+- Only what a query needs is read: rows are found by row group statistics, documents by one filtered
+  scan of a few columns.
+
+Alternatives considered:
+- An index of documents: larger than the provenance itself, and one more file to keep consistent.
 """
 
 import difflib
@@ -24,16 +27,20 @@ Facts = dict[str, Any]
 
 ALWAYS = ("row", "start", "length", "subset", "source", "document")
 LATER = ("offset", "fim", "repeat")
-"""Columns that an older or imported folder may lack; told as None, which is not the same as 0 or "none"."""
+"""Columns that older or imported folders may lack; reported as None, which is not 0 or "none"."""
 HINT_CHUNKS = 8
-"""Chunks whose documents are compared with a name that was not found."""
+"""Number of chunks searched for similar names when a document is not found."""
 
 
 def find_chunk(manifest: Manifest, wanted: str) -> ChunkInfo:
-    """The chunk of a number or a name; `held_out` is one. Raises DataError with what there is and the nearest name."""
+    """Find a chunk by number or name; `held_out` is one.
+
+    Raises DataError that lists the chunks and the nearest name.
+    """
     names = [info.name for info in manifest.all_chunks()]
     digits = [name for name in names if (end := re.search(r"(\d+)$", name)) and wanted.isascii() and wanted.isdigit()
               and int(end[1]) == int(wanted)]  # fmt: skip
+
     if wanted in names or digits:
         return manifest.chunk(wanted if wanted in names else digits[0])
     near = _nearest(wanted, names)
@@ -45,8 +52,9 @@ def find_chunk(manifest: Manifest, wanted: str) -> ChunkInfo:
 
 
 def _nearest(wanted: str, names: list[str]) -> list[str]:
-    """The name most like `wanted`, if any is; one of the same number first, as chunk_000 for chunk_0."""
+    """The most similar name, if any; first one of the same number, as chunk_000 for chunk_0."""
     end = re.search(r"[0-9]+$", wanted)
+
     same = [
         name
         for name in names
@@ -58,15 +66,19 @@ def _nearest(wanted: str, names: list[str]) -> list[str]:
 
 
 def check_rows(info: ChunkInfo, rows: range) -> range:
-    """`rows` as they are when the chunk has them all. Raises DataError telling which it has."""
+    """Return `rows` if the chunk has them all. Raises DataError naming the rows it has."""
     if not rows or rows.start < 0 or rows.stop > info.rows:
         asked = f"row {rows.start}" if len(rows) == 1 else f"rows {rows.start} to {rows.stop - 1}"
         raise DataError(f"{info.name} has no {asked}: it has rows 0 to {info.rows - 1}")
+
     return rows
 
 
 def chunk_facts(manifest: Manifest, info: ChunkInfo) -> Facts:
-    """A chunk's size, hashes, and its pieces by subset, fill-in-the-middle kind and repeat. Raises DataError."""
+    """Size and hashes of a chunk, and its pieces by subset, fill-in-the-middle kind and repeat.
+
+    Raises DataError.
+    """
     with _Provenance(manifest, info) as file:
         keys = [name for name in ("subset", "fim", "repeat") if name in file.names]
         table = file.read([*keys, "source", "length"]).unify_dictionaries()
@@ -74,6 +86,7 @@ def chunk_facts(manifest: Manifest, info: ChunkInfo) -> Facts:
         groups = (
             table.group_by(keys).aggregate([("length", "sum"), ("length", "count")]).to_pylist()
         )
+
     parts = [
         {
             **{key: group.get(key) for key in ("subset", "fim", "repeat")},
@@ -82,6 +95,7 @@ def chunk_facts(manifest: Manifest, info: ChunkInfo) -> Facts:
         }
         for group in groups
     ]
+
     names = list(info.tokens_per_subset)
     parts.sort(
         key=lambda part: (
@@ -91,6 +105,7 @@ def chunk_facts(manifest: Manifest, info: ChunkInfo) -> Facts:
             str(part["fim"]),
         )
     )
+
     return {
         "form": "chunk",
         "manifest": str(manifest.path),
@@ -107,9 +122,9 @@ def _place(names: list[str], name: Any) -> int:
 
 
 def pieces_of(manifest: Manifest, info: ChunkInfo, rows: range) -> dict[int, list[Facts]]:
-    """For each of the rows its pieces in order, positions and names as recorded.
+    """Read the pieces of each row, in order, with positions and names as recorded.
 
-    Raises DataError when the provenance is missing or damaged, or does not cover a row from end to end.
+    Raises DataError when the provenance is missing or damaged, or does not cover a row exactly.
     """
     check_rows(info, rows)
     with _Provenance(manifest, info) as file:
@@ -117,12 +132,15 @@ def pieces_of(manifest: Manifest, info: ChunkInfo, rows: range) -> dict[int, lis
         row = table["row"]
         keep = compute.and_(compute.greater_equal(row, rows.start), compute.less(row, rows.stop))
         found = table.filter(keep).to_pylist()
+
     pieces: dict[int, list[Facts]] = {row: [] for row in rows}
     for item in found:
         pieces[item["row"]].append(
             {name: item.get(name) for name in (*ALWAYS, *LATER) if name != "row"}
         )
+
     for row, listed in pieces.items():
+        # Pieces must follow each other without a gap or an overlap.
         listed.sort(key=lambda piece: piece["start"])
         position = 0
         for piece in listed:
@@ -138,7 +156,7 @@ def pieces_of(manifest: Manifest, info: ChunkInfo, rows: range) -> dict[int, lis
 
 
 class _Provenance:
-    """The Parquet file of a chunk, open; what is wrong with it is a DataError."""
+    """Open provenance file of a chunk; any error in it is a DataError."""
 
     def __init__(self, manifest: Manifest, info: ChunkInfo) -> None:
         self.path = provenance_path(manifest, info)
@@ -156,7 +174,7 @@ class _Provenance:
         self.file.close()
 
     def read(self, columns: list[str], rows: range | None = None) -> Any:
-        """The columns, of the row groups that may hold any of `rows`."""
+        """Read columns of the row groups that may contain any of `rows`."""
         groups = list(range(self.file.metadata.num_row_groups))
         if rows is not None:
             groups = [group for group in groups if self._may_hold(group, rows)]
@@ -181,7 +199,10 @@ def _check_columns(path: Path, names: Collection[str]) -> None:
 
 
 def provenance_path(manifest: Manifest, info: ChunkInfo) -> Path:
-    """Where the provenance of a chunk lies. Raises UserError when pyarrow or the file is missing."""
+    """Path of a chunk's provenance.
+
+    Raises UserError when pyarrow is missing, DataError when the file is.
+    """
     if parquet is None:
         raise UserError("provenance is Parquet, which needs pyarrow: pip install 'k2train[data]'")
     if info.provenance is None:
@@ -206,18 +227,22 @@ def find_document(
     source: str | None = None,
     chunks: Collection[str] | None = None,
 ) -> list[Facts]:
-    """Every piece of every document that `name` means, in reading order: by subset, source, document, repeat, offset.
+    """Find every piece of every document that `name` matches, in reading order.
 
-    `name` is a document, `source:document` or a source. `chunks` names those that can hold it, when that is known; else
-    all are scanned, the held-out one included. Raises DataError when nothing has the name, with the nearest.
+    `name` is a document, `source:document` or a source. `chunks` names those that can contain it,
+    if known; otherwise all are scanned, the held-out one included. The result is sorted by subset,
+    source, document, repeat and offset.
+    Raises DataError when nothing matches, with the nearest names.
     """
     infos = [info for info in manifest.all_chunks() if chunks is None or info.name in chunks]
     files = {str(provenance_path(manifest, info)): info for info in infos}
     found = _scan(files, _condition(name, subset, source)) if files else []
     if not found:
         raise DataError(_not_found(manifest, name, subset, source))
+
     for item in found:
         item["held_out"] = manifest.held_out is not None and item["chunk"] == manifest.held_out.name
+
     order = {info.name: place for place, info in enumerate(manifest.all_chunks())}
     found.sort(
         key=lambda item: (
@@ -248,10 +273,11 @@ def _scan(files: Mapping[str, ChunkInfo], condition: Any) -> list[Facts]:
     try:
         data = dataset.dataset(list(files), format="parquet")
         for fragment in data.get_fragments():
-            # A column that one file lacks would be read as nothing, and the document as never used there.
+            # A column missing in one file would be read as null, and the document missed there.
             _check_columns(Path(fragment.path), fragment.physical_schema.names)
-        # Names first, and all columns of the files that have any: most documents are in a few chunks of many.
+        # First the files with any match, then all columns of these: documents are in few chunks.
         names = data.scanner(columns=["__filename"], filter=condition).to_table()["__filename"]
+
         if holding := compute.unique(names).to_pylist():
             columns = [name for name in (*ALWAYS, *LATER) if name in data.schema.names]
             some = dataset.dataset(holding, format="parquet", schema=data.schema)
@@ -264,12 +290,13 @@ def _scan(files: Mapping[str, ChunkInfo], condition: Any) -> list[Facts]:
             items = []
     except (OSError, arrow.ArrowException) as error:
         for path in files:
-            # The scan does not always say which file it was.
+            # The error does not always name the file: find it.
             try:
                 parquet.ParquetFile(path).close()
             except (OSError, arrow.ArrowException) as reason:
                 raise _damaged(Path(path), reason) from None
         raise _damaged(Path(next(iter(files))).parent, error) from None
+
     keys = (*ALWAYS, *LATER)
     return [
         {"chunk": files[item["__filename"]].name, **{key: item.get(key) for key in keys}}
@@ -283,9 +310,11 @@ def _not_found(manifest: Manifest, name: str, subset: str | None, source: str | 
         return (
             f"{manifest.path}: there is no subset {subset!r}; there are {', '.join(sorted(known))}"
         )
+
     within = "".join(
         f" in {kind} {value}" for kind, value in (("subset", subset), ("source", source)) if value
     )
+
     infos = manifest.all_chunks()[:HINT_CHUNKS]
     names: set[str] = set()
     for info in infos:
@@ -293,6 +322,7 @@ def _not_found(manifest: Manifest, name: str, subset: str | None, source: str | 
             table = file.read(["source", "document"])
             for column in ("source", "document"):
                 names.update(value for value in compute.unique(table[column]).to_pylist() if value)
+
     near = difflib.get_close_matches(name, sorted(names)[:20000], n=3, cutoff=0.6)
     near = near or [other for other in sorted(names) if name.lower() in other.lower()][:3]
     return f"{manifest.path}: no document or source is named {name!r}{within}" + (

@@ -1,8 +1,12 @@
-"""What a run read, from its own record: the order of chunks it followed, and how far it came.
+"""Data usage of a run, from its own record: the order of chunks it followed and its progress.
 
-The order is rebuilt as the run made it: the one it began with (or that of its newest checkpoint), then every deferral in
-its ledger, and the result is held against what the ledger says was begun. Reading it off the present config was refused:
-a config can be edited after the fact, a ledger cannot without it showing.
+- The order is rebuilt as the run made it: the initial one, or that of its newest checkpoint, then
+  every deferral in the ledger.
+- The result is compared with the chunks that the ledger says were started.
+
+Alternatives considered:
+- Taking the order from the current config: a config can be edited afterwards, a ledger only with
+  traces.
 """
 
 import json
@@ -24,37 +28,39 @@ from k2train.safe_json import read_plain_file
 Event = Mapping[str, Any]
 Facts = dict[str, Any]
 CONFIG_BYTES = 2**20
-"""More than any config.yaml has."""
+"""Larger than any config.yaml."""
 
 METRICS = "metrics.jsonl"
 TAIL_BYTES = 65536
-"""More than the longest line of the metrics."""
+"""Longer than any line of the metrics."""
 TRAINED, SKIPPED, TO_COME = "trained", "skipped", "to come"
 NEVER, HELD_OUT, LEFT_OUT = "never read", "held out", "not in the order"
 
 
 @dataclass(frozen=True)
 class History:
-    """The order of a run, its last step done, and the steps among them whose update was not applied."""
+    """Progress of a run: its order, its last completed step, and the steps without an update."""
 
     order: ChunkOrder
     done_step: int
     skipped: frozenset[int] = frozenset()
 
     def state(self, step: int) -> str:
-        """`trained`, `skipped` (read, but its update was not applied) or `to come`."""
+        """State of a step: `trained`, `skipped` (read, update not applied) or `to come`."""
         return TO_COME if step > self.done_step else SKIPPED if step in self.skipped else TRAINED
 
     def use(self, chunk: str, row: int, held_out: bool = False) -> tuple[int | None, str]:
-        """The step that reads a row, and its state; no step for a row that the run never trains on."""
+        """Step that reads a row, and its state; no step for a row never trained on."""
         if held_out:
             return None, HELD_OUT
         if chunk not in self.order.names:
             return None, LEFT_OUT
+
         place = self.order.names.index(chunk)
         step_in_chunk = row // self.order.global_sequences
         if step_in_chunk >= self.order.steps_in(place):
             return None, NEVER
+
         step = self.order.first_step(place) + step_in_chunk
         return step, self.state(step)
 
@@ -62,10 +68,14 @@ class History:
 def order_of_checkpoint(
     manifest: Manifest, order: Sequence[Mapping[str, Any]], global_sequences: int
 ) -> ChunkOrder:
-    """The order kept in a checkpoint, over these chunks. Raises DataError when a chunk is not the one it names."""
+    """Rebuild the order kept in a checkpoint over these chunks.
+
+    Raises DataError when a chunk is not the one that the checkpoint names.
+    """
     names, rows = [], []
     for entry in order:
         info = manifest.chunk(str(entry["name"]))
+
         if info.sha256 != entry["sha256"]:
             raise DataError(
                 f"{manifest.path}: {info.name} is not the chunk of that run: its sha256 is {info.sha256[:12]}, the "
@@ -77,7 +87,10 @@ def order_of_checkpoint(
 
 
 def replay(order: ChunkOrder, events: Iterable[Event], where: str) -> ChunkOrder:
-    """The order after the deferrals of `events`. Raises RunError for a chunk that it does not have."""
+    """Apply the deferrals of `events` to the order.
+
+    Raises RunError for a chunk that the order does not have.
+    """
     for event in events:
         if event["event"] == "chunk_deferred":
             if (chunk := event.get("chunk")) not in order.names:
@@ -89,12 +102,16 @@ def replay(order: ChunkOrder, events: Iterable[Event], where: str) -> ChunkOrder
 
 
 def check_begun(order: ChunkOrder, events: Sequence[Event], where: str) -> None:
-    """Hold the order against the chunks that the ledger says were begun. Raises RunError at the first that differs."""
-    # What was begun before a deferral may have been at another place.
+    """Compare the order with the chunks that the ledger says were started.
+
+    Raises RunError at the first difference.
+    """
+    # Chunks started before a deferral may have had another position.
     since = (
         max((i for i, event in enumerate(events) if event["event"] == "chunk_deferred"), default=-1)
         + 1
     )
+
     for event in events[since:]:
         if event["event"] != "chunk_started":
             continue
@@ -109,7 +126,8 @@ def check_begun(order: ChunkOrder, events: Sequence[Event], where: str) -> None:
 
 
 def steps_done(events: Iterable[Event], last_row: Mapping[str, Any] | None) -> int:
-    """The last step of the run as it stands: of the newest attempt, since what came after its start was undone."""
+    """Last completed step of the newest attempt: its start undid everything after it."""
+
     done = attempt = 0
     for event in events:
         name, step = event["event"], int(event.get("step", 0))
@@ -117,7 +135,7 @@ def steps_done(events: Iterable[Event], last_row: Mapping[str, Any] | None) -> i
             attempt = int(event.get("attempt", 0))
             done = step if name == "resumed" else 0
         elif name == "rolled_back":
-            # Rows of the attempt that it ended, whose steps are undone, must not count again.
+            # Metrics of the attempt that ended here belong to undone steps and must not count.
             done, attempt = step, int(event.get("attempt", attempt)) + 1
         elif name == "chunk_started":
             done = max(done, step - 1)
@@ -126,13 +144,15 @@ def steps_done(events: Iterable[Event], last_row: Mapping[str, Any] | None) -> i
             and "recovered" not in event
         ):
             done = max(done, step)
+
     if last_row is not None and int(last_row.get("attempt", 0)) >= attempt:
         done = max(done, int(last_row["step"]))
+
     return done
 
 
 def steps_skipped(events: Iterable[Event]) -> frozenset[int]:
-    """Steps that were read but not applied, save those undone by going back."""
+    """Steps that were read but not applied, without those undone by going back."""
     skipped: set[int] = set()
     for event in events:
         name = event["event"]
@@ -145,10 +165,11 @@ def steps_skipped(events: Iterable[Event]) -> frozenset[int]:
 
 
 class Run:
-    """A run as its record tells it: the data it was started on, the order it follows, how far it came.
+    """A run as recorded: the data it was started on, the order it follows, its progress.
 
-    `events` is its ledger; `newest` its newest readable checkpoint's manifest, where one is left; `asked` that of the
-    checkpoint by whose record alone the question is answered. `data` says where the data lies now.
+    `events` is its ledger. `newest` is the manifest of its newest readable checkpoint, if any.
+    `asked` is that of the checkpoint whose record alone answers the query. `data` is the current
+    location of the data.
     Raises RunError or DataError when record and data do not fit together.
     """
 
@@ -163,11 +184,14 @@ class Run:
         ledger = str(directory / "ledger.jsonl")
         if not events:
             raise RunError(f"{ledger} holds no event: this run has not begun")
+
         self.directory, self.name, self.events = directory, directory.resolve().name, events
         self.checkpoint = asked
         base = asked or newest
+
         config = base["config"] if base else _config(directory / "config.yaml")
         self.manifest = self._data(data, config, base)
+
         batch = config["batch"]["global_sequences"]
         if base is None:
             order, later = make_order(self.manifest, config["data"].get("order"), batch), events
@@ -176,21 +200,26 @@ class Run:
                 order_of_checkpoint(self.manifest, base["chunks"]["order"], batch),
                 self._since(base["name"]),
             )
+
         self.deferred = sum(event["event"] == "chunk_deferred" for event in events)
+
+        # A checkpoint's own record answers alone; otherwise ledger and metrics give the progress.
         if asked is not None:
             done = int(asked["step"])
         else:
             order = replay(order, later, ledger)
             check_begun(order, events, ledger)
             done = steps_done(events, last_row(directory / METRICS))
+
         self.history = History(order, done, steps_skipped(events))
 
     @property
     def order(self) -> ChunkOrder:
+        """Chunk order after all deferrals."""
         return self.history.order
 
     def _since(self, checkpoint: str) -> list[dict[str, Any]]:
-        """The events after a checkpoint was saved; all of them when the ledger does not know it."""
+        """Events after a checkpoint was saved; all when the ledger does not contain it."""
         saved = [i for i, event in enumerate(self.events) if event.get("checkpoint") == checkpoint
                  and event["event"] == "checkpoint_saved"]  # fmt: skip
         return self.events[saved[-1] + 1 :] if saved else self.events
@@ -199,11 +228,13 @@ class Run:
         recorded = {
             event["data_manifest_sha256"] for event in self.events if event["event"] == "started"
         }
+
         if base is not None:
             recorded.add(base["data"]["manifest_sha256"])
         manifest = read_manifest(
             given or _where_now(Path(config["data"]["manifest"]), self.directory, recorded)
         )
+
         if manifest.sha256 not in recorded:
             raise DataError(
                 f"{manifest.path} is not the data of {self.name}: its sha256 is {manifest.sha256[:12]}, the run "
@@ -213,29 +244,32 @@ class Run:
         return manifest
 
     def chunk_use(self, info: ChunkInfo) -> Facts:
-        """The chunk's place in the order, its steps, and whether they are done."""
+        """Position of a chunk in the order, its steps, and whether they are done."""
         use: Facts = {"run": self.name, "place": None, "of": len(self.order.names)}
         if info.name not in self.order.names:
             return {
                 **use,
                 "state": self.history.use(info.name, 0, info == self.manifest.held_out)[1],
             }
+
         place = self.order.names.index(info.name)
         first, last = (
             self.order.first_step(place),
             self.order.first_step(place) + self.order.steps_in(place) - 1,
         )
+
         done = self.history.done_step
         state = "trained" if last <= done else "under way" if first <= done else "to come"
         return {**use, "place": place, "first_step": first, "last_step": last, "state": state}
 
     def order_facts(self) -> list[Facts]:
-        """A line for each chunk of the order."""
+        """One entry per chunk of the order."""
         found = []
         for place, name in enumerate(self.order.names):
             info = self.manifest.chunk(name)
             use = self.chunk_use(info)
             steps = min(self.history.done_step, use["last_step"]) - use["first_step"] + 1
+
             found.append(
                 {
                     **{key: use[key] for key in ("place", "first_step", "last_step", "state")},
@@ -250,10 +284,11 @@ class Run:
 
     @property
     def step_tokens(self) -> int:
+        """Tokens per step over all ranks."""
         return self.order.global_sequences * self.manifest.sequence_length
 
     def facts(self) -> Facts:
-        """The whole order."""
+        """Facts of the whole order."""
         return {
             "form": "run",
             **self.names(),
@@ -266,8 +301,12 @@ class Run:
         }
 
     def checkpoint_facts(self) -> Facts:
-        """What the checkpoint has consumed. Raises RunError when its own count is another."""
+        """Data consumed by the checkpoint.
+
+        Raises RunError when its own token count differs from that of its steps.
+        """
         assert self.checkpoint is not None, "asked only where a checkpoint was named"
+
         facts = self.checkpoint
         step, told = int(facts["step"]), int(facts["consumed_tokens"])
         if told != step * self.step_tokens:
@@ -275,9 +314,11 @@ class Run:
                 f"{facts['name']} says {told} tokens consumed at step {step}; steps of {self.step_tokens} make that "
                 f"{step * self.step_tokens}: its record does not fit these chunks"
             )
+
         begun = [item for item in self.order_facts() if item["first_step"] <= step]
         whole = [self.manifest.chunk(item["chunk"]) for item in begun if item["last_step"] <= step]
         subsets = dict.fromkeys(name for info in whole for name in info.tokens_per_subset)
+
         return {
             "form": "checkpoint",
             **self.names(),
@@ -299,7 +340,7 @@ class Run:
         }
 
     def names(self) -> Facts:
-        """What an answer about the run is about."""
+        """Names common to all answers about the run."""
         return {
             "run": self.name,
             "manifest": str(self.manifest.path),
@@ -308,7 +349,7 @@ class Run:
 
 
 def _config(path: Path) -> dict[str, Any]:
-    """The resolved config that a start leaves behind: only its keys about data and batch are used."""
+    """Read the resolved config that a start writes; only its data and batch keys are used."""
     try:
         config = yaml.safe_load(read_plain_file(path, CONFIG_BYTES))
         config["data"]["manifest"], int(config["batch"]["global_sequences"])
@@ -324,9 +365,9 @@ def _config(path: Path) -> dict[str, Any]:
 
 
 def _where_now(written: Path, directory: Path, recorded: Collection[str]) -> Path:
-    """The manifest of a config, whose path is relative to where the run was started: above the run, or here.
+    """Locate the manifest of a config, whose path is relative to the run's start directory.
 
-    Of several the one that the run recorded, whichever comes first.
+    Searched above the run directory and here. Of several, one that the run recorded is taken.
     """
     found = [
         base / written
@@ -338,7 +379,7 @@ def _where_now(written: Path, directory: Path, recorded: Collection[str]) -> Pat
 
 
 def last_row(path: Path) -> dict[str, Any] | None:
-    """The last whole line of the metrics, read from the end: a long run has a hundred megabytes of them."""
+    """Read the last complete line of the metrics, from the end of a possibly huge file."""
     if not path.exists():
         return None
     with path.open("rb") as stream:
@@ -348,9 +389,10 @@ def last_row(path: Path) -> dict[str, Any] | None:
 
 
 def rows_of_step(path: Path, step: int) -> list[dict[str, Any]]:
-    """The metrics of every attempt at a step, oldest first."""
+    """Read the metrics of every attempt at a step, oldest first."""
     if not path.exists() or path.stat().st_size == 0:
         return []
+
     found, start = [], b'{"step": %d,' % step
     with (
         path.open("rb") as stream,

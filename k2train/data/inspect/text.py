@@ -1,8 +1,10 @@
-"""The facts of an inspection as lines of text, for people; one function a form.
+"""Text output of data inspection: one rendering function per form of facts.
 
-What is shown is only ever taken from the facts, so that the text and the JSON of one question cannot differ. Control
-tokens stand in double brackets, bold on a terminal, since the raw text of a document may spell one. Cutting long names
-short was refused: a name must be good for the next question.
+- Output is derived from the facts only, so text and JSON of one query cannot differ.
+- Control tokens are shown in double brackets, bold on a terminal, because raw text may spell one.
+
+Alternatives considered:
+- Shortening long names: a name must be usable in the next query.
 """
 
 import textwrap
@@ -21,7 +23,7 @@ _BOLD, _PLAIN = "\x1b[1m", "\x1b[0m"
 
 @dataclass(frozen=True)
 class View:
-    """How to show: bold control tokens, ids beside the text, a line for every chunk, how many lines of a long table."""
+    """Display options: bold control tokens, ids beside text, every chunk, lines of a long table."""
 
     bold: bool = False
     ids: bool = False
@@ -30,7 +32,8 @@ class View:
 
 
 def render(facts: Facts, view: View) -> list[str]:
-    """The lines for one answer."""
+    """Render the facts of one query as lines."""
+
     lines = list(_FORMS[facts["form"]](facts, view))
     return [
         *lines,
@@ -48,14 +51,17 @@ def _account(facts: Facts, view: View) -> Iterator[str]:
 def _chunk(facts: Facts, view: View) -> Iterator[str]:
     kind = " (held out: evaluated on, never trained on)" if facts["held_out"] else ""
     yield f"{facts['name']} of {facts['manifest']}{kind}"
+
     pieces = sum(part["pieces"] for part in facts["parts"])
     yield (
         f"{counted(facts['rows'], 'row')} of {facts['sequence_length']:,} = {facts['tokens']:,} tokens, in "
         f"{counted(pieces, 'piece')} from {counted(facts['sources'], 'source')}"
     )
+
     if "use" in facts:
         yield _use_text(facts["use"])
     yield ""
+
     rows = [
         [
             clean(part["subset"]),
@@ -69,6 +75,7 @@ def _chunk(facts: Facts, view: View) -> Iterator[str]:
     ]
     yield from table(["subset", "fim", "repeat", "pieces", "tokens", "of all"], rows)
     yield ""
+
     files = [
         (facts[key], facts[f"{key}_sha256"]) for key in ("provenance", "borders") if facts.get(key)
     ]
@@ -91,12 +98,14 @@ def _use_text(use: Facts) -> str:
 def _rows(facts: Facts, view: View) -> Iterator[str]:
     for i, row in enumerate(facts["rows"]):
         yield from ([""] if i else [])
+
         use = row.get("use")
         when = (
             ""
             if not use
             else f"  ({'' if use['step'] is None else 'step ' + number(use['step']) + ', '}{use['state']})"
         )
+
         yield f"{row['chunk']} row {row['row']:,}{when}"
         yield from table(PIECE, [_piece_cells(piece) for piece in row["pieces"]])
         yield from _text(row, view)
@@ -104,11 +113,13 @@ def _rows(facts: Facts, view: View) -> Iterator[str]:
 
 def _step(facts: Facts, view: View) -> Iterator[str]:
     samples = facts["samples"]
+
     yield (
         f"step {facts['step']:,} of {facts['of_steps']:,} of {facts['run']}, {facts['state']}: {facts['chunk']} (place "
         f"{facts['place'] + 1:,} of {facts['of_chunks']:,}), rows {span_text(facts['rows'][0], facts['rows'][1] - 1)} "
         f"({counted(len(samples), 'sample')}, {facts['tokens']:,} tokens)"
     )
+
     plain = len(facts["attempts"]) < 2 and facts["state"] != "to come"
     for attempt in facts["attempts"] if not plain else ():
         done = "" if attempt["applied"] else "; its update was not applied"
@@ -116,9 +127,11 @@ def _step(facts: Facts, view: View) -> Iterator[str]:
             f"attempt {attempt['attempt']} read {attempt['chunk']}, rows "
             f"{span_text(attempt['rows'][0], attempt['rows'][1] - 1)}{done}"
         )
+
     parts = [f"{clean(name)} {tokens:,}" for name, tokens in facts["tokens_per_subset"].items()]
     yield f"tokens: {', '.join(parts)}"
     yield ""
+
     rows: list[list[str]] = []
     shown = 0
     for sample in samples:
@@ -128,9 +141,11 @@ def _step(facts: Facts, view: View) -> Iterator[str]:
         for i, piece in enumerate(sample["pieces"]):
             place = [number(sample["sample"]), number(sample["row"])] if i == 0 else ["", ""]
             rows.append([*place, *_piece_cells(piece)])
+
     yield from table(("sample", "row", *PIECE), rows)
     if shown < len(samples):
         yield f"... and {counted(len(samples) - shown, 'sample')} more; --all shows them"
+
     for sample in samples:
         if "text_shown" in sample:
             yield ""
@@ -182,10 +197,12 @@ def _document(facts: Facts, view: View) -> Iterator[str]:
         f"{clean(facts['document'])}: {counted(len(documents), 'document')}, {counted(len(places), 'piece')}, "
         f"{tokens:,} tokens, in {len(chunks):,} of {counted(facts['of_chunks'], 'chunk')}"
     )
+
     if "done_step" in facts:
         states = [str(place["state"]) for place in places]
         told = [f"{states.count(state):,} {state}" for state in dict.fromkeys(states)]
         yield f"{facts['run']}, {facts['done_step']:,} of {facts['of_steps']:,} steps done: pieces {', '.join(told)}"
+
     most, before = view.lines, None
     heads = [
         "repeat",
@@ -197,6 +214,7 @@ def _document(facts: Facts, view: View) -> Iterator[str]:
         "fim",
         *(["step", "state"] if "run" in facts else []),
     ]
+
     groups: list[tuple[Any, list[list[str]]]] = []
     for place in places[:most]:
         key = (place["subset"], place["source"], place["document"])
@@ -208,13 +226,16 @@ def _document(facts: Facts, view: View) -> Iterator[str]:
         groups[-1][1].append(
             cells + ([number(place["step"]), place["state"]] if "run" in facts else [])
         )
+
     lines = iter(table(heads, [cells for _, rows in groups for cells in rows]))
     head = next(lines)
+
     for (subset, source, document), rows in groups:
         yield ""
         yield f"{clean(subset)}  {clean(source)}  {clean(document)}"
         yield head
         yield from (next(lines) for _ in rows)
+
     if len(places) > most:
         yield f"... and {counted(len(places) - most, 'piece')} more; --all shows them"
 
@@ -239,7 +260,9 @@ def _checkpoint(facts: Facts, view: View) -> Iterator[str]:
         + f", {facts['consumed_tokens']:,} tokens"
     )
     yield f"{facts['manifest']}, sha256 {facts['manifest_sha256'][:12]} as recorded"
+
     yield ""
+
     rows = [
         [
             clean(item["subset"]),
@@ -258,8 +281,9 @@ def _order_table(facts: Facts, view: View) -> Iterator[str]:
     order = facts["order"]
     if not order:
         return
-    # A number of chunks that fits on two screens is shown whole.
+    # Up to 400 chunks, about two screens, are always shown whole.
     most = max(view.lines, 400)
+
     rows = [
         [
             number(item["place"] + 1),

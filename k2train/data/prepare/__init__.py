@@ -1,1 +1,1 @@
-"""From documents to chunk files."""
+"""Data preparation: a recipe and its documents become a data folder of chunks."""

@@ -1,8 +1,9 @@
-"""What a killed attempt left: files and folders under a name of its own, removed when nobody can be writing them.
+"""Removal of temporary files and folders that killed processes left behind.
 
-A name ends in `.host.pid.tmp`. Only what a dead process of this machine left goes; of another machine's processes
-nothing is known here, and the end of a preparation sweeps what they left. Removing whatever has the ending was
-refused: two processes may do the same task at once.
+- Temporary names end in `.host.pid.tmp`. Only those of dead processes of this machine are removed.
+- The processes of other machines cannot be checked from here; the end of a preparation removes what
+  they left.
+- Alternatives considered: removing every such name; two processes may do the same task at once.
 """
 
 import os
@@ -13,10 +14,13 @@ from pathlib import Path
 
 
 def remove_leftovers(folder: Path, prefix: str = "") -> None:
-    """Remove from `folder` what dead processes of this machine left under names that begin with `prefix`."""
-    ending = re.compile(re.escape(f".{socket.gethostname()}.") + r"(\d+)\.tmp$")
+    """Remove temporary entries of `folder` that dead processes of this machine left.
+
+    Only names that begin with `prefix` are considered.
+    """
+    suffix = re.compile(re.escape(f".{socket.gethostname()}.") + r"(\d+)\.tmp$")
     for path in list(folder.iterdir()):
-        match = ending.search(path.name) if path.name.startswith(prefix) else None
+        match = suffix.search(path.name) if path.name.startswith(prefix) else None
         if match is None or is_alive(int(match[1])):
             continue
         if path.is_dir():
@@ -31,6 +35,7 @@ def is_alive(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
+    # The process exists, but belongs to another user.
     except OSError:
         return True
     return True

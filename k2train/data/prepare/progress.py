@@ -1,7 +1,8 @@
-"""Progress for people: a bar on a terminal, a few plain lines in a log.
+"""Progress display: a bar on a terminal, a few plain lines in a log.
 
-One object is handed down, so that library code says what it does and never where it is shown. Progress goes to stderr:
-stdout belongs to the result.
+- One object is passed down, so that library code reports progress without knowing where it is
+  shown.
+- Progress goes to stderr; stdout is for results.
 """
 
 import sys
@@ -16,19 +17,23 @@ QUIET_SECONDS = 5.0
 
 
 class Progress:
-    """Shows phases on `stream`; with `stream=None` shows nothing."""
+    """Progress of phases on `stream`; shows nothing when `stream` is None."""
 
     def __init__(self, stream: IO[str] | None = sys.stderr) -> None:
         self.stream = stream
 
-    def say(self, line: str) -> None:
+    def log(self, line: str) -> None:
+        """Print one line."""
         if self.stream is not None:
             print(line, file=self.stream, flush=True)
 
-    def over(
+    def track(
         self, label: str, items: Iterable[Item], total: int | None = None, unit: str = ""
     ) -> Iterator[Item]:
-        """Yield the items; a bar on a terminal, otherwise a line at the end and one every few seconds before it."""
+        """Yield the items while showing progress.
+
+        A bar on a terminal. Otherwise one line at the end, and one every few seconds before it.
+        """
         if total is None and isinstance(items, Sized):
             total = len(items)
         if self.stream is None:
@@ -43,12 +48,12 @@ class Progress:
     def _lines(
         self, label: str, items: Iterable[Item], total: int | None, unit: str
     ) -> Iterator[Item]:
-        begun = shown = time.monotonic()
+        started = shown = time.monotonic()
         done = 0
         for item in items:
             yield item
             done += 1
             if time.monotonic() - shown > QUIET_SECONDS and done != total:
                 shown = time.monotonic()
-                self.say(f"{label}: {done}{f' of {total}' if total else ''} {unit}")
-        self.say(f"{label}: {done} {unit} in {time.monotonic() - begun:.1f} s")
+                self.log(f"{label}: {done}{f' of {total}' if total else ''} {unit}")
+        self.log(f"{label}: {done} {unit} in {time.monotonic() - started:.1f} s")

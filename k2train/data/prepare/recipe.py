@@ -1,8 +1,10 @@
-"""The recipe of a data folder: typed, complete, and checked as strictly as the config of a run.
+"""Data recipe: typed, complete, and validated as strictly as the config of a run.
 
-A recipe and the documents decide every byte of the output, so its hash is the identity of the preparation and is kept
-in the manifest. Command-line flags for the same choices were refused: a flag is not kept anywhere. Where the work is
-done (`executor`, `work`) and where things lie (`output`, `paths`) are keys too, but no part of the identity.
+- A recipe and the documents decide every byte of the output. Its hash is therefore the identity of
+  the preparation and is kept in the manifest.
+- Where the work is done (`executor`, `work`) and where files are (`output`, `paths`) are keys too,
+  but no part of the identity.
+- Alternatives considered: command-line flags for the same choices; a flag is not kept anywhere.
 """
 
 import hashlib
@@ -15,29 +17,32 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from k2train.config.yaml_source import Mistake, Source, dotted, read_source
-from k2train.data.prepare.recipe_messages import Contradiction, Wrong, nearest, wrongs
+from k2train.data.prepare.recipe_messages import Contradiction, Problem, nearest, problems_of
 from k2train.data.tokenizer import K2_SPECIAL_TOKENS
 from k2train.errors import ConfigError
 
 Count = Annotated[int, Field(ge=1, strict=True)]
 Natural = Annotated[int, Field(ge=0, strict=True)]
-Place = Annotated[float, Field(ge=0, le=1)]
-Interval = tuple[Place, Place]
+Share = Annotated[float, Field(ge=0, le=1)]
+Interval = tuple[Share, Share]
 StdlibKind = Literal["stdlib_code", "stdlib_docstrings", "stdlib_topics"]
 FileKind = Literal["jsonl", "parquet", "text"]
 STDLIB_ORIGINS = {"stdlib_code": "stdlib", "stdlib_docstrings": "stdlib", "stdlib_topics": "topics"}
 WHOLE: Interval = (0.0, 1.0)
-MOST_REPEAT = 100
+MAX_REPEAT = 100
 
 
 class _Section(BaseModel):
+    """Base of all recipe sections: immutable, unknown keys refused."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class TrainTokenizer(_Section):
-    """How to train the tokenizer when its model file is absent; `vocab_size` does not count the special tokens.
+    """How to train the tokenizer when its model file is absent.
 
-    A corpus larger than `max_bytes` is sampled by document, since training holds its text in memory.
+    `vocab_size` does not count the special tokens. A corpus larger than `max_bytes` is sampled by
+    document, since training holds its text in memory.
     """
 
     vocab_size: Count = 4096
@@ -45,9 +50,10 @@ class TrainTokenizer(_Section):
 
 
 class TokenizerRecipe(_Section):
-    """A sentencepiece model; trained on all documents of the subsets, whatever their shares, when `train` is given.
+    """The sentencepiece model, and how to train it when its file is absent.
 
-    `specials` follow its pieces as ids; they exist only as ids and never come out of text.
+    With `train` it is trained on all documents of the subsets, whatever their shares. `specials`
+    get the ids after its pieces. They exist only as ids and are never produced from text.
     """
 
     model: Path
@@ -62,10 +68,13 @@ class TokenizerRecipe(_Section):
 
 
 class FillInTheMiddle(_Section):
-    """Shares of a subset's documents that are rearranged: prefix-suffix-middle, suffix-prefix-middle."""
+    """Shares of a subset's documents to rearrange for fill-in-the-middle training.
 
-    psm: Place = 0.0
-    spm: Place = 0.0
+    `psm` is prefix-suffix-middle, `spm` is suffix-prefix-middle.
+    """
+
+    psm: Share = 0.0
+    spm: Share = 0.0
 
     @model_validator(mode="after")
     def _at_most_all(self) -> "FillInTheMiddle":
@@ -79,13 +88,17 @@ class FillInTheMiddle(_Section):
 class SubsetRecipe(_Section):
     """A subset: where its documents are, which of them it takes, and how often.
 
-    `share` is the part of what may be split (files, or documents: `split_by`), as an interval of [0, 1], that this data
-    folder may use; stages with disjoint shares have nothing in common. `documents` is a part of those documents, drawn
-    by the seed, so that subsets over the same files can take different ones. `repeat` is how often the documents are
-    laid out, each time in another order; 0.5 is one half. `limit_tokens` caps what comes of it. `fill` marks the one
-    subset that takes the rows which the others leave; the others are then used whole. `origin` names the files in every
-    stage; left out, it is the folder that is named, or the one in front of the first wildcard. `expected_tokens` is what one pass is said to hold,
-    for `--estimate`.
+    - `share`: the interval of [0, 1] of files or documents (`split_by`) that this data folder may
+      use. Stages with disjoint shares have no text in common.
+    - `documents`: a part of those documents, drawn by the seed. Subsets over the same files can
+      take different ones.
+    - `repeat`: how often the documents are laid out, each time in another order; 0.5 is one half.
+    - `limit_tokens`: upper limit of the tokens taken from the subset.
+    - `fill`: marks the one subset that fills the rows which the others leave. The others are then
+      used completely.
+    - `origin`: names the files in every stage. Default: the named folder, or the folder in front of
+      the first wildcard.
+    - `expected_tokens`: tokens of one pass, for `--estimate` without the files.
     """
 
     kind: Literal[FileKind, StdlibKind]
@@ -96,9 +109,9 @@ class SubsetRecipe(_Section):
     share: Interval = WHOLE
     documents: Interval = WHOLE
     split_by: Literal["source", "document"] = Field(
-        default_factory=lambda data: _split_of(data.get("kind", ""))
+        default_factory=lambda data: _default_split(data.get("kind", ""))
     )
-    repeat: Annotated[float, Field(gt=0, le=MOST_REPEAT)] = 1.0
+    repeat: Annotated[float, Field(gt=0, le=MAX_REPEAT)] = 1.0
     fill_in_the_middle: FillInTheMiddle = FillInTheMiddle()
     min_characters: Natural = 1
     drop_duplicates: bool = Field(
@@ -112,36 +125,42 @@ class SubsetRecipe(_Section):
     def _consistent(self) -> "SubsetRecipe":
         for name, (low, high) in (("share", self.share), ("documents", self.documents)):
             if not low < high:
-                raise Contradiction(f"{name} {[low, high]} must go upwards, as [0.0, 0.8]", (name,))
+                raise Contradiction(
+                    f"{name} {[low, high]} must be ascending, as in [0.0, 0.8]", (name,)
+                )
+
         if self.kind in STDLIB_ORIGINS:
             if self.paths or self.origin or self.id_key or self.split_by == "document":
                 keys = ("paths", "origin", "id_key", "split_by", "kind")
                 raise Contradiction(
-                    f"kind {self.kind} reads the standard library: paths, origin, id_key, split_by are not for it",
+                    f"kind {self.kind} reads the standard library: "
+                    "it takes no paths, origin, id_key or split_by",
                     *((key,) for key in keys if key in self.model_fields_set),
                 )
         elif not self.paths:
             raise Contradiction(
-                f"paths is missing: kind {self.kind} needs the files, as [corpus/web/*.jsonl.zst]",
+                f"paths is missing: kind {self.kind} needs files, such as [corpus/web/*.jsonl.zst]",
                 ("paths",),
                 ("kind",),
             )
+
         return self
 
     @property
     def passes(self) -> int:
-        """How often the documents are laid out, a begun pass included."""
+        """Number of times the documents are laid out, an incomplete pass included."""
         return int(-(-self.repeat // 1))
 
 
-def _split_of(kind: str) -> Literal["source", "document"]:
+def _default_split(kind: str) -> Literal["source", "document"]:
     return "document" if kind in ("jsonl", "parquet") else "source"
 
 
 class HeldOutRecipe(_Section):
-    """Rows for validation, of documents that no chunk uses: the upper end of each subset's share.
+    """Validation rows from documents that no chunk uses: the upper end of each subset's share.
 
-    `share` of it, or as much as `rows` rows need; with both, `rows` are taken from the `share`.
+    Holds out `share` of it, or as much as `rows` rows need. With both, `rows` are taken from
+    `share`.
     """
 
     rows: Count | None = None
@@ -155,11 +174,16 @@ class HeldOutRecipe(_Section):
 
 
 class ExecutorRecipe(_Section):
-    """Who does the tasks: processes of this machine, SLURM jobs, or a Ray cluster. Never changes a byte of the result.
+    """Where the tasks run: processes of this machine, SLURM jobs, or a Ray cluster.
 
-    `workers` at once (left out: the cores of this machine; on SLURM and Ray 64). A task reads `task_bytes` of documents,
-    or one file if that is larger, and holds `run_tokens` tokens in memory. `partition`, `time`, `memory_gb` and
-    `arguments` (further sbatch options by name) are SLURM's; `environment` is a shell line run first there.
+    Never changes a byte of the result.
+
+    - `workers`: tasks at once. Default: the cores of this machine; 64 on SLURM and Ray.
+    - `task_bytes`: documents read by one task, or one file if that is larger.
+    - `run_tokens`: tokens that a task holds in memory.
+    - `memory_gb`: memory per core, on SLURM and Ray.
+    - `partition`, `time`, `arguments` (further sbatch options by name): SLURM only.
+    - `environment`: a shell line that SLURM jobs run first.
     """
 
     kind: Literal["local", "slurm", "ray"] = "local"
@@ -184,9 +208,10 @@ class ExecutorRecipe(_Section):
 
 
 class Recipe(_Section):
-    """One data folder. Without `rows_per_chunk` every sample is used and chunks differ by one row at most.
+    """The recipe of one data folder.
 
-    `max_rejected_share`: a subset of which more documents than that are broken stops the preparation.
+    Without `rows_per_chunk` every sample is used, and chunks differ by one row at most. A subset
+    with a larger share of broken documents than `max_rejected_share` stops the preparation.
     """
 
     name: str = Field(min_length=1)
@@ -200,11 +225,12 @@ class Recipe(_Section):
     subsets: dict[str, SubsetRecipe] = Field(min_length=1)
     held_out: HeldOutRecipe | None = None
     document_borders: bool = False
-    max_rejected_share: Place = 0.01
+    max_rejected_share: Share = 0.01
     executor: ExecutorRecipe = ExecutorRecipe()
 
     @model_validator(mode="after")
     def _subsets_agree(self) -> "Recipe":
+        # At most one subset takes the remaining rows, and only when their number is given.
         fills = [name for name, subset in self.subsets.items() if subset.fill]
         if len(fills) > 1:
             raise Contradiction(
@@ -213,83 +239,97 @@ class Recipe(_Section):
             )
         if fills and self.rows_per_chunk is None:
             raise Contradiction(
-                f"subsets.{fills[0]}.fill needs rows_per_chunk: without it every subset is used whole",
+                f"subsets.{fills[0]}.fill needs rows_per_chunk: "
+                "without it every subset is used whole",
                 ("rows_per_chunk",),
                 ("subsets", fills[0], "fill"),
             )
-        first: dict[str, str] = {}
+
+        # Subsets of one origin must split it alike: else one could train on what another holds out.
+        first_name_of: dict[str, str] = {}
         for name, subset in self.subsets.items():
-            other = first.setdefault(self.origin_of(name), name)
-            before = self.subsets[other]
-            if (before.share, before.split_by) != (subset.share, subset.split_by):
+            other = first_name_of.setdefault(self.origin_of(name), name)
+            first_subset = self.subsets[other]
+            if (first_subset.share, first_subset.split_by) != (subset.share, subset.split_by):
                 raise Contradiction(
-                    self._other_cut(name, other), *_cut_keys(name), *_cut_keys(other)
+                    self._split_conflict(name, other), *_split_keys(name), *_split_keys(other)
                 )
-            if before.drop_duplicates != subset.drop_duplicates:
+            if first_subset.drop_duplicates != subset.drop_duplicates:
                 raise Contradiction(
-                    f"subsets.{name}.drop_duplicates ({subset.drop_duplicates}) must equal that of subsets.{other} "
-                    f"({before.drop_duplicates}): both have the origin {self.origin_of(name)!r}, and a text that is left "
-                    f"out of one could be held out, and trained on in the other",
+                    f"subsets.{name}.drop_duplicates ({subset.drop_duplicates}) must "
+                    f"equal that of subsets.{other} ({first_subset.drop_duplicates}): "
+                    f"both have the origin {self.origin_of(name)!r}, and a text that "
+                    "is left out of one could be held out, and trained on in the other",
                     *(("subsets", subset_name, "drop_duplicates") for subset_name in (name, other)),
                 )
+
         return self
 
-    def _other_cut(self, name: str, other: str) -> str:
-        """What is wrong with two subsets of one origin that split it in two ways."""
-        one, two = self.subsets[name], self.subsets[other]
+    def _split_conflict(self, name: str, other: str) -> str:
+        """Error message for two subsets of one origin that split it differently."""
+        this, that = self.subsets[name], self.subsets[other]
         cuts = (
-            f"subsets.{name}.share {list(one.share)} by {one.split_by} must equal subsets.{other}.share "
-            f"{list(two.share)} by {two.split_by}"
+            f"subsets.{name}.share {list(this.share)} by {this.split_by} must "
+            f"equal subsets.{other}.share {list(that.share)} by {that.split_by}"
         )
-        if one.paths == two.paths:
-            return f"{cuts}: both read the same files, and a file must lie on one side"
-        if one.origin or two.origin:
-            return f"{cuts}: both have the origin {self.origin_of(name)!r}; if their files are not the same, name another"
+        if this.paths == that.paths:
+            return f"{cuts}: both read the same files, and a file must be on one side of the split"
+        if this.origin or that.origin:
+            return (
+                f"{cuts}: both have the origin {self.origin_of(name)!r}; "
+                "if their files are not the same, name another"
+            )
+
         return (
-            f"{cuts}: both have the origin {self.origin_of(name)!r}, the folder in front of their files; if these are not "
-            f"the same, name another: subsets.{name}.origin"
+            f"{cuts}: both have the origin {self.origin_of(name)!r}, the folder in front of "
+            f"their files; if these are not the same, name another: subsets.{name}.origin"
         )
 
     def origin_of(self, name: str) -> str:
-        """What the files of a subset are called in every stage, wherever they lie."""
+        """Name of a subset's files in every stage, independent of where they are stored."""
         subset = self.subsets[name]
         if subset.kind in STDLIB_ORIGINS:
             return STDLIB_ORIGINS[subset.kind]
-        # Not resolved: a link's name is the same on every machine, what it leads to is not.
+        # Not resolved: the name of a link is the same on every machine, its target is not.
         return subset.origin or Path(os.path.abspath(fixed_folder(subset.paths[0]))).name or name
 
     @property
     def identity(self) -> dict[str, Any]:
-        """All that decides the bytes: everything but where they, the documents and the tokenizer's model lie."""
+        """All keys that decide the bytes of the output.
+
+        Excludes where the output, the documents and the tokenizer's model are stored.
+        """
         excluded = {"output", "work", "executor", "max_rejected_share"}
         content = self.model_dump(mode="json", exclude=excluded)
         del content["tokenizer"]["model"]
         for name, subset in content["subsets"].items():
             del subset["paths"], subset["expected_tokens"]
             subset["origin"] = self.origin_of(name)
-        # Rows are laid out, and odd samples given out, in the order of the subsets; the hash is one of sorted keys.
+        # The order of the subsets decides rows and the allocation of odd samples. The hash sorts
+        # its keys, so the order is an entry of its own.
         content["subset_order"] = list(self.subsets)
         return content
 
     @property
     def sha256(self) -> str:
-        """Identity of the recipe."""
+        """Identity of the recipe: hash of `identity`."""
         return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
 
     @property
     def work_folder(self) -> Path:
+        """Folder for intermediate files; default: the output's name with `.work` added."""
         return self.work or self.output.with_name(self.output.name + ".work")
 
 
-def _cut_keys(name: str) -> tuple[tuple[str, ...], ...]:
+def _split_keys(name: str) -> tuple[tuple[str, ...], ...]:
     return ("subsets", name, "share"), ("subsets", name, "split_by")
 
 
 def fixed_folder(pattern: str) -> Path:
-    """The folder of a pattern in front of its first wildcard; without one the folder that it names.
+    """Folder of a pattern in front of its first wildcard; without one, the folder that it names.
 
-    Told by the name alone, since a file's name must not depend on what is on the disk: what ends in a suffix is a file,
-    unless a slash follows.
+    Decided by the name alone, since a file's name must not depend on what is on the disk. A path
+    with a suffix is a file, unless a slash follows.
     """
     path = Path(pattern)
     fixed = next((i for i, part in enumerate(path.parts) if any(c in part for c in "*?[")), None)
@@ -299,49 +339,59 @@ def fixed_folder(pattern: str) -> Path:
 
 
 def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe and its `dotted.key=value` overrides. Raises ConfigError with every mistake, one a line."""
+    """Read and validate a recipe with its `dotted.key=value` overrides.
+
+    Raises ConfigError with every mistake, one per line.
+    """
     source = read_source(path, overrides)
     mistakes = list(source.mistakes)
     recipe = None
+
     try:
         recipe = Recipe.model_validate(source.tree)
     except ValidationError as error:
         unknown = _unknown_subsets(source)
         mistakes += unknown.values()
-        for wrong in wrongs(error.errors(include_url=False), Recipe):
-            # What follows from a broken value, or from a subset that is none, is no mistake of its own.
-            if wrong.place not in source.broken and wrong.place[:2] not in unknown:
-                mistakes.append(_mistake(source, wrong))
+        for problem in problems_of(error.errors(include_url=False), Recipe):
+            # Consequences of a broken value or of an unknown subset are not reported again.
+            if problem.path not in source.broken and problem.path[:2] not in unknown:
+                mistakes.append(_mistake(source, problem))
+
     if mistakes or recipe is None:
         raise ConfigError("\n".join(dict.fromkeys(map(str, mistakes))))
     return recipe
 
 
-def _mistake(source: Source, wrong: Wrong) -> Mistake:
-    """Blamed on an override if one may have caused it, else on what the file says of it."""
-    written = [source.origins[place] for place in wrong.causes if place in source.origins]
+def _mistake(source: Source, problem: Problem) -> Mistake:
+    """Locate a problem: an override that may have caused it, else the line of the file."""
+    written = [source.origins[path] for path in problem.causes if path in source.origins]
+    # An override of one of the causes is reported first.
     overridden = [origin for origin in written if origin.override]
-    origin = (overridden or written or [source.origin_of(wrong.place)])[0]
-    where = f"{dotted(wrong.place)}: " if wrong.place else ""
-    return Mistake(origin, where + wrong.message)
+    origin = (overridden or written or [source.origin_of(problem.path)])[0]
+    where = f"{dotted(problem.path)}: " if problem.path else ""
+    return Mistake(origin, where + problem.message)
 
 
 def _unknown_subsets(source: Source) -> dict[tuple[int | str, ...], Mistake]:
-    """Subsets that only an override names, and that lack a kind: a slip of the pen, and no new subset."""
+    """Subsets named only by an override and without a kind: taken as misspelled names."""
     subsets = source.tree.get("subsets")
     subsets = subsets if isinstance(subsets, dict) else {}
-    places = {name: ("subsets", name) for name in subsets}
+    paths = {name: ("subsets", name) for name in subsets}
     mistyped = {
         name: origin
-        for name, place in places.items()
-        if (origin := source.origins.get(place))
+        for name, path in paths.items()
+        if (origin := source.origins.get(path))
         and origin.override
-        and (*place, "kind") not in source.origins
+        and (*path, "kind") not in source.origins
     }
+
     known = [name for name in subsets if name not in mistyped]
     found: dict[tuple[int | str, ...], Mistake] = {}
     for name, origin in mistyped.items():
-        near = nearest(name, known)
-        words = f"nearest is {near}" if near else f"the recipe has {', '.join(known) or 'none'}"
-        found[places[name]] = Mistake(origin, f"subsets.{name}: no such subset; {words}")
+        similar = nearest(name, known)
+        hint = (
+            f"nearest is {similar}" if similar else f"the recipe has {', '.join(known) or 'none'}"
+        )
+        found[paths[name]] = Mistake(origin, f"subsets.{name}: no such subset; {hint}")
+
     return found

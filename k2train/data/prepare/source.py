@@ -1,11 +1,11 @@
-"""A source: one file, or one page of a reference, by a name that means the same on every machine; and its bytes.
+"""Document sources: a file or a reference page under a stable name, and its hashed contents.
 
-The name decides where a document goes: `place` is a point in [0, 1) for what may be split, a file or a document, and
-shares of any two recipes cut the same line. It is not keyed by a recipe's seed, since two stages with different seeds
-must still be disjoint.
-
-The bytes are hashed on their way to the reader, so that identity costs no second read. Compressed files are taken apart
-here and not by the libraries' own file objects: those take a file that is cut off between two blocks for a whole one.
+- The name decides the split. `split_position` maps a file or a document to a point in [0, 1), and
+  the shares of all recipes divide the same interval. It does not depend on a recipe's seed, since
+  two stages with different seeds must still be disjoint.
+- Bytes are hashed while they are read, so the identity of a source costs no second read.
+- Compressed files are decompressed here. Alternatives considered: the libraries' own file objects;
+  they accept a file that was truncated between two blocks as complete.
 """
 
 import hashlib
@@ -19,18 +19,21 @@ from typing import Any
 
 from k2train.errors import DataError, UserError
 
-PLACES = 2**48
-"""Places are whole numbers below this, so that a share's border is exact."""
+POSITIONS = 2**48
+"""Split positions are integers below this, so that the boundary of a share is exact."""
 
 BLOCK_BYTES = 2**18
-# What a block may grow to at once; text that repeats itself is compressed a thousandfold.
-MOST_INFLATED_BYTES = 2**22
-LARGEST_ZSTD_WINDOW = 2**31
+# Limit of one decompressed block; repetitive text is compressed a thousandfold.
+MAX_INFLATED_BYTES = 2**22
+MAX_ZSTD_WINDOW = 2**31
 
 
 @dataclass(frozen=True)
 class Source:
-    """`path` is where it lies now, and "" for a page of the reference; `origin` and `name` together name it for ever."""
+    """A source of documents, named for ever by `origin` and `name`.
+
+    `path` is where the file is now; "" for a page of the reference.
+    """
 
     origin: str
     name: str
@@ -39,44 +42,54 @@ class Source:
 
     @property
     def key(self) -> str:
+        """Stable name of the source: `origin/name`."""
         return f"{self.origin}/{self.name}"
 
     @property
     def facts(self) -> dict[str, Any]:
+        """All fields as a dict, for a JSON file."""
         return asdict(self)
 
 
-def place_of(unit: str) -> int:
-    """Where a unit of splitting (a source's key, or `source key NUL document name`) lies, out of PLACES."""
+def split_position(unit: str) -> int:
+    """Position of a unit of splitting, an integer in [0, POSITIONS).
+
+    `unit` is the key of a source, or `source key NUL document name`.
+    """
     digest = hashlib.sha256(b"k2train source place\0" + unit.encode()).digest()
     return int.from_bytes(digest[:6], "big")
 
 
-def border_of(part: float) -> int:
-    """The first place that lies in the part of [0, 1) from here on; exact, and 1.0 gives `PLACES`, beyond the last."""
-    return math.ceil(part * PLACES)
+def first_position(fraction: float) -> int:
+    """First position at or above `fraction` of [0, 1).
+
+    Exact; a fraction of 1.0 gives `POSITIONS`, one past the last position.
+    """
+    return math.ceil(fraction * POSITIONS)
 
 
 class Contents:
-    """The bytes of a source, to be read once and to the end; then `facts` says what they were.
+    """The bytes of a source, hashed while they are read once from start to end; then see `facts`.
 
-    Raises DataError, whichever way it is read: a file that is missing, cut off, or changed while it was read.
+    Every way of reading raises DataError for a file that is missing, truncated, or changed
+    meanwhile.
     """
 
     def __init__(self, source: Source, content: bytes | None = None) -> None:
-        """`content` is that of a source which is no file."""
+        """`content` holds the bytes of a source that is not a file."""
         self.source, self.content = source, content
         self._digest = hashlib.sha256()
         self._size_bytes = self._mtime_ns = 0
         self._ended = False
 
     def blocks(self) -> Iterator[bytes]:
-        """The bytes as they lie in the file."""
+        """Yield the bytes as stored in the file, block by block."""
         if self.content is not None:
             self._digest.update(self.content)
             self._size_bytes, self._ended = len(self.content), True
             yield self.content
             return
+
         path = self.source.path
         try:
             with open(path, "rb", buffering=0) as stream:
@@ -88,36 +101,42 @@ class Contents:
                 after = os.fstat(stream.fileno())
         except OSError as error:
             raise DataError(
-                f"{path}: cannot be read ({error.strerror}); it was there when sources were listed"
+                f"{path}: cannot be read ({error.strerror}); "
+                "it existed when the sources were listed"
             ) from None
+
+        # A file that changed while it was read has no single identity.
         if (self._size_bytes, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
             raise DataError(
-                f"{path}: changed while it was read; let it come to rest and start again"
+                f"{path}: changed while it was read; wait "
+                "until nothing writes to it, then start again"
             )
+
         self._mtime_ns, self._ended = after.st_mtime_ns, True
 
     def whole(self) -> bytes:
-        """All bytes at once."""
+        """Return all bytes at once."""
         return b"".join(self.blocks())
 
-    def hash_apart(self) -> None:
-        """Read for the hash only, for a format that is not read front to back."""
+    def hash_only(self) -> None:
+        """Read for the hash only, for a format that is not read from front to back."""
         for _ in self.blocks():
             pass
 
     def lines(self) -> Iterator[bytes]:
-        """Lines without their ends, of a file that is compressed if its name says so (.gz, .zst)."""
+        """Yield lines without their ends; decompresses `.gz` and `.zst` files."""
         suffix = Path(self.source.name).suffix
-        taken = {".gz": self._gzip_blocks, ".zst": self._zstd_blocks}.get(suffix, self.blocks)()
-        begun: list[bytes] = []
-        for block in taken:
-            first, *others = block.split(b"\n")
-            begun.append(first)
-            if others:
-                yield b"".join(begun)
-                yield from others[:-1]
-                begun = [others[-1]]
-        if last := b"".join(begun):
+        blocks = {".gz": self._gzip_blocks, ".zst": self._zstd_blocks}.get(suffix, self.blocks)()
+        # Pieces of a line that spans several blocks.
+        partial: list[bytes] = []
+        for block in blocks:
+            first, *rest = block.split(b"\n")
+            partial.append(first)
+            if rest:
+                yield b"".join(partial)
+                yield from rest[:-1]
+                partial = [rest[-1]]
+        if last := b"".join(partial):
             yield last
 
     def _gzip_blocks(self) -> Iterator[bytes]:
@@ -131,20 +150,23 @@ class Contents:
                         if not block:
                             break
                         inflate = zlib.decompressobj(wbits=31)
-                    yield inflate.decompress(block, MOST_INFLATED_BYTES)
+
+                    yield inflate.decompress(block, MAX_INFLATED_BYTES)
                     block = inflate.unused_data if inflate.eof else inflate.unconsumed_tail
         except zlib.error as error:
             raise DataError(
-                f"{self.source.path}: not a whole gzip file ({error}); fetch it again"
+                f"{self.source.path}: not a complete gzip file ({error}); fetch it again"
             ) from None
-        self._refuse_cut_off(inflate.eof)
+
+        self._check_complete(inflate.eof)
 
     def _zstd_blocks(self) -> Iterator[bytes]:
         try:
             import zstandard
         except ImportError:
             raise UserError("reading .zst needs zstandard: pip install 'k2train[data]'") from None
-        decompressor = zstandard.ZstdDecompressor(max_window_size=LARGEST_ZSTD_WINDOW)
+
+        decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_ZSTD_WINDOW)
         inflate = decompressor.decompressobj()
         try:
             for block in self.blocks():
@@ -155,11 +177,13 @@ class Contents:
                     block = inflate.unused_data if inflate.eof else b""
         except zstandard.ZstdError as error:
             raise DataError(
-                f"{self.source.path}: not a whole zstd file ({error}); fetch it again"
+                f"{self.source.path}: not a complete zstd file ({error}); fetch it again"
             ) from None
-        self._refuse_cut_off(inflate.eof)
 
-    def _refuse_cut_off(self, ended: bool) -> None:
+        self._check_complete(inflate.eof)
+
+    def _check_complete(self, ended: bool) -> None:
+        """Raises DataError when the compressed stream has not ended."""
         if not ended and self._size_bytes:
             raise DataError(
                 f"{self.source.path}: cut off after {self._size_bytes} bytes; fetch it again"
@@ -167,7 +191,7 @@ class Contents:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """`key`, `bytes`, `sha256` and `mtime_ns` (0 for what is no file)."""
+        """`key`, `bytes`, `sha256` and `mtime_ns` (0 if not a file) of a source that was read."""
         assert self._ended, f"{self.source.key} was not read to its end"
         facts = {
             "bytes": self._size_bytes,

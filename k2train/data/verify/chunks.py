@@ -1,10 +1,14 @@
-"""The chunks of a data folder against its manifest, byte for byte: ids, provenance and borders; see also `verify_facts`.
+"""Chunk verification: every byte of a chunk against the manifest: ids, provenance and boundaries.
 
-Everything is read in blocks, so memory does not grow with the chunks, and every problem is told, since whoever asks
-wants to know what to fetch again. Hashes come first: of a file that is not the one that was written nothing more is
-said. Then what a hash cannot know is checked, that the files agree with each other: the provenance covers every row from
-end to end, its tokens a subset are those of the manifest, and the borders are the beginnings of its pieces. Reading the
-provenance as one table was refused: for a chunk of K2's it is gigabytes.
+- Everything is read in blocks, so memory does not grow with the chunks.
+- Every problem is reported, so that all damaged files can be fetched again at once.
+- Hashes come first; a file with a wrong hash is not examined further.
+- Then the files are compared with each other. The provenance covers every row exactly, its tokens
+  per subset are those of the manifest, and the borders are the beginnings of its pieces.
+- `folder` checks the rest of the data folder.
+
+Alternatives considered:
+- Reading the provenance as one table: for a chunk of K2 it is gigabytes.
 """
 
 import time
@@ -36,7 +40,7 @@ Places = npt.NDArray[np.int64]
 
 @dataclass
 class Report:
-    """What was found in one chunk; whole when there are no problems."""
+    """Result for one chunk; the chunk is whole when there are no problems."""
 
     info: ChunkInfo
     problems: list[str] = field(default_factory=list)
@@ -48,23 +52,29 @@ class Report:
 def verify_chunks(
     manifest: Manifest, infos: Sequence[ChunkInfo], workers: int = 1
 ) -> Iterator[Report]:
-    """A report a chunk, in the order of `infos`, `workers` read at once. Raises UserError when pyarrow is missing."""
+    """Yield a report per chunk in the order of `infos`, with `workers` chunks read at once.
+
+    Raises UserError when pyarrow is missing.
+    """
     if parquet is None and any(info.provenance for info in infos):
         raise UserError("reading provenance needs pyarrow: pip install 'k2train[data]'")
-    # Threads, since hashing and unpacking leave the interpreter free, and all share one memory.
+
+    # Threads: hashing and unpacking release the interpreter lock, and all share one memory.
     with ThreadPoolExecutor(workers) as pool:
         yield from pool.map(lambda info: verify_files(manifest, info), infos)
 
 
 def verify_files(manifest: Manifest, info: ChunkInfo) -> Report:
-    """Read every file of one chunk once, the provenance twice."""
+    """Verify every file of one chunk; reads each once, the provenance twice."""
     report = Report(info)
     begun = time.monotonic()
+
     try:
-        # The borders' own check comes after the chunk's, and is skipped when that fails: so each by itself.
+        # Checked separately: with its borders the chunk's check would stop at a bad chunk.
         verify_chunk(manifest, _without_borders(info))
     except DataError as error:
         report.problems.append(_told_apart(manifest, info, str(error)))
+
     borders = _borders(manifest, info, report)
     if info.provenance is not None:
         path = manifest.folder / info.provenance
@@ -72,10 +82,12 @@ def verify_files(manifest: Manifest, info: ChunkInfo) -> Report:
             report.problems.append(f"{info.name} {problem}")
         else:
             _check_provenance(manifest, path, borders, report)
+
     if info.tokens_per_subset and (total := sum(info.tokens_per_subset.values())) != info.tokens:
         report.problems.append(
             f"{info.name} ({manifest.path}): tokens_per_subset add up to {total}, tokens is {info.tokens}"
         )
+
     files = (manifest.folder / name for name in (info.file, info.provenance, info.borders) if name)
     report.read_bytes = sum(path.stat().st_size for path in files if path.is_file())
     report.seconds = time.monotonic() - begun
@@ -83,7 +95,7 @@ def verify_files(manifest: Manifest, info: ChunkInfo) -> Report:
 
 
 def _told_apart(manifest: Manifest, info: ChunkInfo, problem: str) -> str:
-    """The problem, in other words where it shows two hashes only as far as they are equal."""
+    """Reword a hash problem whose two shortened hashes would look equal."""
     digits = info.sha256[:HASH_DIGITS]
     if f"sha256 is {digits}, the manifest says {digits};" not in problem:
         return problem
@@ -114,7 +126,7 @@ def _check_provenance(
     where = f"{report.info.name} ({path})"
     pieces = _Pieces(report.info.rows, manifest.sequence_length, borders)
     try:
-        # Without these two the columns of a whole row group are fetched at once.
+        # Without these two options whole row groups of columns are fetched at once.
         with parquet.ParquetFile(path, pre_buffer=False, buffer_size=2**20) as file:
             for batch in file.iter_batches(
                 BATCH_PIECES, columns=["row", "start", "length", "subset"]
@@ -127,10 +139,12 @@ def _check_provenance(
             f"{where}: is no provenance of a chunk ({str(error).splitlines()[0]})"
         )
         return
+
     report.pieces = pieces.count
     if problem := pieces.problem or pieces.end():
         report.problems.append(f"{where}: {problem}")
         return
+
     expected = report.info.tokens_per_subset
     for name in sorted({*expected, *pieces.tokens}):
         if (found := pieces.tokens[name]) != expected.get(name, 0):
@@ -140,7 +154,7 @@ def _check_provenance(
 
 
 class _Pieces:
-    """The pieces of a chunk, batch after batch: whether each begins where the one before it ended."""
+    """Running check of a chunk's pieces: each must begin where the previous one ended."""
 
     def __init__(self, rows: int, sequence_length: int, borders: Borders | None) -> None:
         self.rows, self.length, self.borders = rows, sequence_length, borders
@@ -151,14 +165,16 @@ class _Pieces:
         self._borders_seen = 0
 
     def add(self, batch: Any) -> None:
-        """`batch` has the columns row, start, length and subset."""
+        """Check a batch with the columns row, start, length and subset."""
         row, start, length = (
             batch.column(name).to_numpy(zero_copy_only=False).astype(np.int64)
             for name in ("row", "start", "length")
         )
+
         begins = row * self.length + start
         expected = self._position + np.cumsum(length) - length
         bad = (begins != expected) | (length < 1) | (start < 0) | (start + length > self.length)
+
         if bad.any():
             i = int(np.flatnonzero(bad)[0])
             at = divmod(int(expected[i]), self.length)
@@ -167,6 +183,7 @@ class _Pieces:
                 f"row {at[0]}, start {at[1]} of {self.length} comes next: a row is not covered exactly"
             )
             return
+
         self._position += int(length.sum())
         self.count += len(row)
         self._count_subsets(batch.column("subset"), length)
@@ -178,14 +195,16 @@ class _Pieces:
         if column.null_count:
             self.problem = f"a piece before piece {self.count} has no subset"
             return
+
         names = column.dictionary.to_pylist()
         counts = np.bincount(column.indices.to_numpy(), weights=length, minlength=len(names))
-        # Weights are doubles, which hold every count of a batch exactly; only what occurs is counted.
+        # Weights are doubles, exact for the counts of a batch.
         self.tokens.update(
             {name: int(count) for name, count in zip(names, counts, strict=True) if count}
         )
 
     def _compare_borders(self, begins: Places) -> None:
+
         assert self.borders is not None, "compared only where there are borders"
         told = self.borders[self._borders_seen : self._borders_seen + len(begins)].astype(np.int64)
         same = np.array_equal(told, begins)
@@ -202,7 +221,7 @@ class _Pieces:
         return "row {}, token {}".format(*divmod(int(places[i]), self.length))
 
     def end(self) -> str:
-        """Words about what is missing after the last piece; empty when all is covered."""
+        """Describe what is missing after the last piece; empty when all is covered."""
         if self._position != self.rows * self.length:
             return f"ends at row {self._position // self.length}, the chunk has {self.rows} rows"
         if self.borders is not None and self._borders_seen != len(self.borders):

@@ -1,8 +1,10 @@
-"""What a manifest says of itself, as far as it can be known: its recipe, its account, its tokenizer, its folder.
+"""Data folder verification beyond the chunks: recipe, account, tokenizer and stray files.
 
-A fact is checked only where it stands: older and imported folders say less, and are not wrong for it. The hash of the
-recipe and the sums of the account are worked out again from their definitions here; taking the preparation's own code
-for it was refused, since that needs all of its packages and could only ever agree with itself.
+- A fact is checked only where it is recorded: older and imported folders record less.
+- The hash of the recipe and the sums of the account are recomputed here from their definitions.
+
+Alternatives considered:
+- Using the preparation's own code: it needs all of its packages, and could only agree with itself.
 """
 
 import hashlib
@@ -32,24 +34,26 @@ _DOCUMENTS = ("short", "not_chosen", "outside", "duplicate", "training", "held_o
 
 
 def verify_folder(manifest: Manifest) -> list[str]:
-    """What is wrong beside the chunks: sources, rejected lines, tokenizer, facts, strangers; a line a problem."""
+    """Check sources, rejected documents, tokenizer, facts and stray files; one line per problem."""
     problems = []
     for name, fact in ((SOURCES_NAME, "sources_sha256"), (REJECTED_NAME, "rejected_sha256")):
         if fact in manifest.facts and (
             problem := hash_problem(manifest.folder / name, str(manifest.facts[fact]))
         ):
             problems.append(f"{name} {problem}")
+
     parts: tuple[Callable[[Manifest], Iterable[str]], ...]
     parts = (_tokenizer_problems, _recipe_problems, _account_problems, _strangers)
     return [*problems, *(line for part in parts for line in part(manifest))]
 
 
 def hash_problem(path: Path, expected: str) -> str:
-    """Words about a file that is not the one of that hash; empty when it is."""
+    """Describe how a file differs from its expected SHA-256; empty when it does not."""
     try:
         actual = sha256_file(path)
     except OSError as error:
         return f"({path}): cannot be read ({error.strerror}); {AGAIN}"
+
     if actual == expected:
         return ""
     return "({}): sha256 is {}, the manifest says {}; {}".format(
@@ -58,7 +62,7 @@ def hash_problem(path: Path, expected: str) -> str:
 
 
 def differing(first: str, second: str) -> tuple[str, str]:
-    """The beginnings of two hashes, 16 digits or as many as it takes to tell them apart."""
+    """Shorten two hashes to 16 digits, or to as many as distinguish them."""
     pairs = enumerate(zip_longest(first, second), 1)
     count = max(HASH_DIGITS, next((number for number, (a, b) in pairs if a != b), 0))
     return first[:count], second[:count]
@@ -74,15 +78,18 @@ def _tokenizer_problems(manifest: Manifest) -> Iterable[str]:
         return [
             f"{manifest.path}: facts.tokenizer must have 'file' and 'specials', its {error} is wrong"
         ]
+
     path = manifest.folder / file
     if Path(file).name != file:
         return [
             f"{manifest.path}: facts.tokenizer: file {file!r} lies outside the folder of the manifest"
         ]
+
     try:
         tokenizer = Tokenizer.load(path, specials)
     except DataError as error:
         return [f"{error}; {AGAIN}"]
+
     problems = []
     if tokenizer.sha256 != manifest.tokenizer_sha256:
         here, told = differing(tokenizer.sha256, manifest.tokenizer_sha256)
@@ -100,24 +107,28 @@ def _tokenizer_problems(manifest: Manifest) -> Iterable[str]:
 
 
 def _recipe_problems(manifest: Manifest) -> Iterator[str]:
-    """The recipe against its hash, and against what the manifest says of the same."""
+    """Compare the recipe with its hash, and with the manifest's own values."""
     recipe, digest = manifest.facts.get("recipe"), manifest.facts.get("recipe_sha256")
     if recipe is None:
         return
     if not isinstance(recipe, dict):
         yield f"{manifest.path}: facts.recipe must be an object"
         return
+
     actual = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
     if digest is not None and actual != digest:
         here, told = differing(actual, str(digest))
         yield f"{manifest.path}: facts.recipe has the hash {here}, facts.recipe_sha256 is {told}; {AGAIN}"
+
     for key in ("name", "seed"):
         if key in recipe and manifest.facts.get(key, recipe[key]) != recipe[key]:
             yield f"{manifest.path}: facts.{key} is {manifest.facts[key]!r}, facts.recipe has {recipe[key]!r}"
+
     numbers = {"sequence_length": manifest.sequence_length, "chunks": len(manifest.chunks)}
     for key, number in numbers.items():
         if recipe.get(key, number) != number:
             yield f"{manifest.path}: facts.recipe has {key} {recipe[key]!r}, the manifest {number}"
+
     rows = recipe.get("rows_per_chunk")
     for info in manifest.chunks:
         if rows is not None and info.rows != rows:
@@ -128,7 +139,7 @@ def _recipe_problems(manifest: Manifest) -> Iterator[str]:
 
 
 def _account_problems(manifest: Manifest) -> Iterator[str]:
-    """Where the account of the preparation is not the sum over the chunks, nor of itself, subset by subset."""
+    """Compare the preparation's account with the sums over the chunks, and with itself."""
     account: Any = manifest.facts.get("account")
     if account is None:
         return
@@ -137,6 +148,7 @@ def _account_problems(manifest: Manifest) -> Iterator[str]:
     ):
         yield f"{manifest.path}: facts.account must map subsets to numbers"
         return
+
     sums: dict[str, Counter[str]] = {"used_tokens": Counter(), "held_out_tokens": Counter()}
     for info in manifest.chunks:
         sums["used_tokens"].update(info.tokens_per_subset)
@@ -144,15 +156,18 @@ def _account_problems(manifest: Manifest) -> Iterator[str]:
         sums["held_out_tokens"].update(manifest.held_out.tokens_per_subset)
     for key, made in sums.items():
         yield from _against_chunks(manifest, account, key, made)
+
     wishes = _subsets_of_recipe(manifest)
     if wishes is not None and set(wishes) != set(account):
         yield (
             f"{manifest.path}: facts.account has the subsets {', '.join(sorted(account))}, facts.recipe "
             f"{', '.join(sorted(wishes))}"
         )
+
     for name, item in account.items():
         for problem in _item_problems(item, (wishes or {}).get(name), manifest.sequence_length):
             yield f"{manifest.path}: account of subset {name}: {problem}"
+
     yield from _tail_problems(manifest, account)
 
 
@@ -165,6 +180,7 @@ def _against_chunks(
         told = item.get(key, 0 if name not in account else None)
         if told is not None and told != made.get(name, 0):
             yield f"{manifest.path}: account of subset {name}: {key} is {told}, {what} {made.get(name, 0)}"
+
         samples = item.get("used_samples")
         if (
             key == "used_tokens"
@@ -188,8 +204,9 @@ def _is_count(value: Any) -> bool:
 
 
 def _item_problems(item: Mapping[str, Any], wish: Any, sequence_length: int) -> Iterator[str]:
-    """Where the account of one subset contradicts itself, or its recipe; sums only of what is all there."""
+    """Contradictions of one subset's account with itself or its recipe; sums only if complete."""
     wrong = [key for key, value in item.items() if _COUNTS.fullmatch(key) and not _is_count(value)]
+
     repeat = item.get("repeat", 1)
     if (
         not isinstance(repeat, int | float)
@@ -198,14 +215,17 @@ def _item_problems(item: Mapping[str, Any], wish: Any, sequence_length: int) -> 
         or repeat <= 0
     ):
         yield f"repeat is {repeat!r}, must be a number above 0"
+
         return
     if wrong:
         yield f"{wrong[0]} is {item[wrong[0]]!r}, must be a whole number from 0"
         return
+
     if isinstance(wish, dict) and "repeat" in item and wish.get("repeat", repeat) != repeat:
         yield f"repeat is {repeat}, facts.recipe has {wish['repeat']!r}"
-    # 0.7 is seven tenths, as it is written in the recipe, and not the nearest binary fraction.
+    # 0.7 is seven tenths as written in the recipe, not the nearest binary fraction.
     exact = Fraction(repr(repeat))
+
     if "repeat" in item and "passes" in item and item["passes"] != math.ceil(exact):
         yield f"passes is {item['passes']}, repeat {repeat} makes {math.ceil(exact)}"
     if {"asked_tokens", "training_tokens"} <= item.keys():
@@ -227,6 +247,7 @@ def _sums(item: Mapping[str, Any]) -> Iterator[str]:
                 f"tokens do not add up: used, unused, tail and left_by_repeat are {total}, {item.get('passes', 1)} x "
                 f"{item['training_tokens']} training_tokens are {laid_out}"
             )
+
     kinds = [f"{kind}_documents" for kind in _DOCUMENTS]
     if {"documents_read", *kinds} <= item.keys() and item["documents_read"] != sum(
         item[kind] for kind in kinds
@@ -241,6 +262,7 @@ def _tail_problems(manifest: Manifest, account: Mapping[str, Any]) -> Iterator[s
     told: Any = manifest.facts.get("dropped_tail_tokens")
     if told is None:
         return
+
     tails = {name: item["tail_tokens"] for name, item in account.items() if "tail_tokens" in item}
     told = told if isinstance(told, dict) else {}
     for name in sorted({*told, *tails}):
@@ -255,7 +277,7 @@ def _tail_problems(manifest: Manifest, account: Mapping[str, Any]) -> Iterator[s
 
 
 def _strangers(manifest: Manifest) -> Iterator[str]:
-    """Files that anyone who lists the folder would take for chunks of this data."""
+    """Files in the folder that look like chunks of this data but are not in the manifest."""
     infos = manifest.all_chunks()
     known = {file for info in infos for file in (info.file, info.provenance, info.borders) if file}
     for path in sorted(manifest.folder.iterdir()):

@@ -1,12 +1,16 @@
-"""`kernels.matmul: onednn`: fp32 products on a CPU by oneDNN, which torch carries but does not use for them.
+"""oneDNN fp32 matrix products on a CPU (`kernels.matmul: onednn`).
 
-torch gives fp32 products to MKL, and MKL takes its fast paths on Intel's processors only: on an AMD EPYC (Zen 4, one
-thread, 1024 x 256 by 256 x 768) it needs 5.2 ms and oneDNN 2.0 to 2.7, both in plain IEEE fp32 (largest error against
-float64, by the largest value: 3.8e-7 and 6.2e-7). bf16 products go through oneDNN already. `auto` is onednn where the
-processor is not Intel's. Refused: choosing by a measurement at the start, which on a noisy machine would make a resumed
-run another run.
+- torch includes oneDNN but does not use it for fp32.
+- torch gives fp32 products to MKL, whose fast paths need an Intel processor. On an AMD EPYC (Zen 4,
+  one thread, 1024 x 256 by 256 x 768) MKL takes 5.2 ms and oneDNN 2.0 to 2.7. Both are plain IEEE
+  fp32 (largest error against float64, relative to the largest value: 3.8e-7 and 6.2e-7).
+- bf16 products use oneDNN already.
+- `auto` means onednn where the processor is not Intel's.
+- The op is the one that torch's compiler emits for a linear layer. It has no derivative, and needs
+  none here.
 
-The op is the one that torch's own compiler emits for a linear layer; it has no derivative, and needs none here.
+Alternatives considered:
+- Choosing by a measurement at the start: on a noisy machine a resumed run would be a different run.
 """
 
 from functools import cache
@@ -21,7 +25,7 @@ from k2train.parallel.collective_matmul import Product
 
 
 class OneDnnProduct(Product):
-    """Products in fp32 by oneDNN; those of other dtypes, and empty ones, by torch."""
+    """fp32 products by oneDNN. Other dtypes and empty products go to torch."""
 
     writes_out = False
 
@@ -41,7 +45,7 @@ class OneDnnProduct(Product):
 
 
 def _linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x [n, k], weight [m, k], each in any strides -> x weight^T [n, m]."""
+    """x [n, k], weight [m, k], each with any strides -> x weight^T [n, m]."""
     y: Any = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
     return y
 
@@ -53,7 +57,7 @@ def available() -> bool:
 
 @cache
 def preferred() -> bool:
-    """Whether `auto` takes it on a CPU in fp32: it is there, and the processor is known not to be Intel's."""
+    """Whether `auto` means onednn: available, and the processor is known not to be Intel's."""
     try:
         vendors = {
             line.split(":")[1].strip() for line in _cpu_facts() if line.startswith("vendor_id")
@@ -68,17 +72,24 @@ def _cpu_facts() -> list[str]:
 
 
 def onednn_product(device: torch.device, dtype: torch.dtype) -> OneDnnProduct:
-    """The products of `kernels.matmul: onednn`. Raises ConfigError where they cannot be had, or change nothing."""
+    """Return the products of `kernels.matmul: onednn`.
+
+    Raises ConfigError when they are not available, or would change nothing.
+    """
     if device.type != "cpu":
         raise ConfigError(
             f"kernels.matmul (onednn) is for a CPU, and this is {device.type}: choose auto"
         )
+
     if dtype != torch.float32:
         raise ConfigError(
-            "kernels.matmul (onednn) is for precision fp32, in bf16 torch goes that way itself: choose auto"
+            "kernels.matmul (onednn) is for precision fp32, in bf16 torch goes that way itself: "
+            "choose auto"
         )
+
     if not available():
         raise ConfigError(
             "kernels.matmul (onednn) needs a torch that was built with oneDNN: choose torch"
         )
+
     return OneDnnProduct()

@@ -1,7 +1,11 @@
-"""Packages that may be installed: attention and norms that other projects make, imported only when asked for.
+"""Optional kernel packages: attention and norms of other projects, imported only on request.
 
-Each `load_*` gives a function with the arguments of ours. Raises ConfigError in one line, with how to install it, where the
-package cannot be imported. None of them is a requirement; the alternative refused is to copy kernels into this project.
+- Each `load_*` returns a function with this project's arguments.
+- A missing package raises a one-line ConfigError that says how to install it.
+- None of them is a requirement.
+
+Alternatives considered:
+- Copying kernels into this project.
 """
 
 from collections.abc import Callable
@@ -29,11 +33,11 @@ INSTALL = {
     ),
     "apex": ("apex", "build it from github.com/NVIDIA/apex with its CUDA extensions"),
 }
-"""Optional packages: the distribution, and how to get it."""
+"""Optional packages: distribution name, and how to install it."""
 
 
 def version_of(distribution: str) -> str:
-    """The installed version, for the record."""
+    """Installed version of a distribution, for the record."""
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
@@ -41,15 +45,18 @@ def version_of(distribution: str) -> str:
 
 
 def missing(key: str, name: str, error: ImportError) -> ConfigError:
-    """The one line for a package that cannot be imported."""
+    """Build the one-line error for a package that cannot be imported."""
     distribution, install = INSTALL[name]
     return ConfigError(
         f"kernels.{key} ({name}) needs the package {distribution}: {install} ({error})"
     )
 
 
-def positions_second(function: Callable[..., Any]) -> Attention:
-    """flash-attn takes and gives [b, s, n, d], takes no mask, and some versions return the log-sums as well."""
+def adapt_bshd(function: Callable[..., Any]) -> Attention:
+    """Adapt flash-attn's layout [b, s, n, d].
+
+    It takes no mask, and some versions also return the log-sums.
+    """
 
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         assert mask is None, "flash-attn takes no mask"
@@ -60,34 +67,34 @@ def positions_second(function: Callable[..., Any]) -> Attention:
 
 
 def load_flash_attn_2() -> Attention:
-    """FlashAttention-2 (arXiv:2307.08691), for Ampere and later."""
+    """Load FlashAttention-2 (arXiv:2307.08691), for Ampere and later."""
     try:
         from flash_attn import flash_attn_func
     except ImportError as error:
         raise missing("attention", "flash_attn_2", error) from error
-    return positions_second(flash_attn_func)
+    return adapt_bshd(flash_attn_func)
 
 
 def load_flash_attn_3() -> Attention:
-    """FlashAttention-3 (arXiv:2407.08608), for Hopper."""
+    """Load FlashAttention-3 (arXiv:2407.08608), for Hopper."""
     try:
         from flash_attn_interface import flash_attn_func
     except ImportError as error:
         raise missing("attention", "flash_attn_3", error) from error
-    return positions_second(flash_attn_func)
+    return adapt_bshd(flash_attn_func)
 
 
 def load_flash_attn_4() -> Attention:
-    """FlashAttention-4, for Hopper and Blackwell."""
+    """Load FlashAttention-4, for Hopper and Blackwell."""
     try:
         from flash_attn.cute import flash_attn_func
     except ImportError as error:
         raise missing("attention", "flash_attn_4", error) from error
-    return positions_second(flash_attn_func)
+    return adapt_bshd(flash_attn_func)
 
 
 def load_engine_attention() -> Attention:
-    """Transformer Engine's attention, which chooses a backend itself; it holds no parameters."""
+    """Load Transformer Engine's attention, which chooses its own backend; no parameters."""
     try:
         from transformer_engine.pytorch import DotProductAttention
     except ImportError as error:
@@ -114,7 +121,7 @@ def load_engine_attention() -> Attention:
 
 
 def load_apex_norm() -> Norm:
-    """apex's fused RMSNorm."""
+    """Load apex's fused RMSNorm."""
     try:
         from apex.normalization.fused_layer_norm import fused_rms_norm_affine
     except ImportError as error:
@@ -127,7 +134,7 @@ def load_apex_norm() -> Norm:
 
 
 def load_engine_norm() -> Norm:
-    """Transformer Engine's RMSNorm, called with our weight in the place of its own."""
+    """Load Transformer Engine's RMSNorm, called with our weight instead of its own."""
     try:
         from transformer_engine.pytorch import RMSNorm
     except ImportError as error:

@@ -1,12 +1,16 @@
-"""Which implementation does the work: chosen once when the model is built, printed and recorded.
+"""Kernel selection: which implementation computes attention, norms and products.
 
-Every choice is tested equal to a plain torch reference where it can run. `auto` takes what is known to be fastest at the
-place (device, precision, sequence length); asking for something that cannot be had there is an error at build, never a
-silent fallback, and says in one line what to install or to choose instead.
+- Chosen once when the model is built, printed and recorded.
+- Every choice is tested equal to a plain torch reference where it can run.
+- `auto` takes the known fastest for the device, precision and sequence length.
+- Asking for an unavailable kernel is an error at build, never a silent fallback. The one-line
+  message says what to install or to choose instead.
+- With `compile` the written-out norm, rotary split and SwiGLU are compiled, each once for all
+  layers, and replace the fused ones.
 
-With `compile` the written-out norm, rotary split and SwiGLU are compiled, each once for all layers, and stand in for the
-fused ones. Refused: compiling whole layers, whose products send, receive and add up weight gradients on the side, which
-a compiled graph would have to break at or repeat.
+Alternatives considered:
+- Compiling whole layers: their products communicate and accumulate weight gradients as side
+  effects. A compiled graph would break at them or repeat them.
 """
 
 import shutil
@@ -49,9 +53,9 @@ __all__ = [
     "ATTENTION",
     "NORM",
     "Attention",
+    "DeviceTraits",
     "Kernels",
     "Norm",
-    "Place",
     "choose_kernels",
     "document_mask",
 ]
@@ -76,37 +80,38 @@ PRODUCT: dict[str, Callable[[torch.device, torch.dtype], Product | None]] = {
 }
 
 TAKE_MASKS = ("sdpa", "plain", "reference")
-"""Attention that can stop at document borders."""
+"""Attention kernels that can stop at document borders."""
 
 PLAIN_UP_TO = {torch.float32: 512, torch.bfloat16: 1024}
 """Sequence length up to which `auto` takes `plain` on a CPU.
 
-Milliseconds forward and backward of 1024 tokens (at 2048: of 2048), 8 heads of 32, one core, flash / plain:
+Milliseconds forward and backward of 1024 tokens (at 2048: of 2048), 8 heads of 32, one core, flash
+/ plain:
 
     length    128          256          512          1024         2048
     fp32      8.3 / 7.2    13.6 / 10.8  27 / 21      40 / 35      132 / 137
     bf16      21 / 4.7     18.3 / 6.1   30 / 12      35 / 24      115 / 79
 
-Where it stops is memory: it keeps length / 2 probabilities a head and token, which at a length of 32 head_dim is as much
-as the layer's other activations together.
+The limit is memory: `plain` keeps length / 2 probabilities per head and token. At a length of 32
+head_dim that equals the layer's other activations together.
 """
 
 
 @dataclass(frozen=True)
-class Place:
-    """What decides which kernels can run, and which is the fastest."""
+class DeviceTraits:
+    """What decides which kernels can run and which is fastest: device, dtype and shapes."""
 
     device: torch.device
     dtype: torch.dtype = torch.float32
     sequence_length: int | None = None
     head_dim: int | None = None
     block: bool = False
-    """Whether attention stops at document borders, which takes a mask."""
+    """Whether attention stops at document borders, which needs a mask."""
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """The choices of one run, by name, with what they resolve to."""
+    """Kernels of one run: their names, and the functions they resolve to."""
 
     attention_name: str
     norm_name: str
@@ -117,18 +122,18 @@ class Kernels:
     compile: bool
     recompute: str
     recompute_layers: int | None
-    """Of each stage the first so many layers recompute; None: all of them."""
+    """Number of layers per stage that recompute, counted from the first; None: all of them."""
     attention: Attention
     norm: Norm
     split: Split
     swiglu: SwiGlu
     product: Product | None = None
-    """Of the layers' matrices; None: torch's."""
+    """Products of the layers' matrices; None: torch's."""
     versions: tuple[str, ...] = ()
-    """Of the optional packages in use."""
+    """Versions of the optional packages in use."""
 
     def recompute_of(self, num_layers: int) -> list[str]:
-        """The recompute policy of each layer of a stage that has `num_layers`."""
+        """Return the recompute policy of each layer of a stage with `num_layers`."""
         count = (
             num_layers if self.recompute_layers is None else min(self.recompute_layers, num_layers)
         )
@@ -164,20 +169,21 @@ def choose_kernels(
     compile: str = "auto",
     recompute: str = "none",
     recompute_layers: int | None = None,
-    place: Place | None = None,
+    traits: DeviceTraits | None = None,
 ) -> Kernels:
-    """Resolve the `kernels` section for a place (None: a CPU, fp32, no sequence length known).
+    """Resolve the `kernels` section for a device (None: a CPU, fp32, unknown sequence length).
 
-    Raises ConfigError for a name that is not built in, a package that is missing, and a kernel that cannot run there.
+    Raises ConfigError for an unknown name, a missing package, or a kernel that cannot run there.
     """
-    place = place or Place(torch.device("cpu"))
-    compiled = choose_compile(compile, place)
+    traits = traits or DeviceTraits(torch.device("cpu"))
+    compiled = choose_compile(compile, traits)
     attention_name = pick(
-        "attention", attention, (*ATTENTION, *OPTIONAL_ATTENTION), place_attention(place)
+        "attention", attention, (*ATTENTION, *OPTIONAL_ATTENTION), auto_attention(traits)
     )
     norm_name = pick("norm", norm, (*NORM, *OPTIONAL_NORM), "fused")
     elementwise = pick("elementwise", elementwise, tuple(SPLIT), "fused")
-    matmul = pick("matmul", matmul, tuple(PRODUCT), place_matmul(place))
+    matmul = pick("matmul", matmul, tuple(PRODUCT), auto_matmul(traits))
+
     used = (attention_name, norm_name, "transformer_engine" if matmul == "fp8" else "")
     packages = sorted({INSTALL[name][0] for name in used if name in INSTALL})
     fused = elementwise == "fused" and compiled
@@ -191,19 +197,19 @@ def choose_kernels(
         compile=compiled,
         recompute=pick("recompute", recompute, ("none", "selective", "full"), "none"),
         recompute_layers=recompute_layers,
-        attention=choose_attention(attention_name, place),
+        attention=choose_attention(attention_name, traits),
         norm=compiled_once(reference_norm)
         if compiled and norm_name == "fused"
-        else choose_norm(norm_name, place),
+        else choose_norm(norm_name, traits),
         split=compiled_once(reference_split) if fused else SPLIT[elementwise],
         swiglu=compiled_once(reference_swiglu) if fused else SWIGLU[elementwise],
-        product=PRODUCT[matmul](place.device, place.dtype),
+        product=PRODUCT[matmul](traits.device, traits.dtype),
         versions=tuple(f"{name} {version_of(name)}" for name in packages),
     )
 
 
 def pick(key: str, value: str, legal: tuple[str, ...], automatic: str) -> str:
-    """`value`, or `automatic` for auto. Raises ConfigError for a name that is none of `legal`."""
+    """Return `value`, or `automatic` for auto. Raises ConfigError for a name outside `legal`."""
     if value == "auto":
         return automatic
     if value not in legal:
@@ -211,82 +217,99 @@ def pick(key: str, value: str, legal: tuple[str, ...], automatic: str) -> str:
     return value
 
 
-def place_attention(place: Place) -> str:
-    """The attention that `auto` stands for at a place."""
-    if place.device.type != "cuda":
-        known = place.sequence_length is not None and place.sequence_length <= PLAIN_UP_TO.get(
-            place.dtype, 0
+def auto_attention(traits: DeviceTraits) -> str:
+    """Attention kernel that `auto` means on a device."""
+    if traits.device.type != "cuda":
+        known = traits.sequence_length is not None and traits.sequence_length <= PLAIN_UP_TO.get(
+            traits.dtype, 0
         )
         return "plain" if known else "sdpa"
-    if place.block or place.dtype.itemsize != 2:
+
+    if traits.block or traits.dtype.itemsize != 2:
         return "sdpa"
-    generation = torch.cuda.get_device_capability(place.device)[0]
-    narrow = place.head_dim is not None and place.head_dim % 8 == 0 and place.head_dim <= 128
+
+    generation = torch.cuda.get_device_capability(traits.device)[0]
+    narrow = traits.head_dim is not None and traits.head_dim % 8 == 0 and traits.head_dim <= 128
     if generation >= 9 and narrow:
         return "cudnn"
     return "flash" if generation >= 8 else "sdpa"
 
 
-def place_matmul(place: Place) -> str:
-    """The product that `auto` stands for at a place."""
+def auto_matmul(traits: DeviceTraits) -> str:
+    """Matrix product that `auto` means on a device."""
     return (
         "onednn"
-        if place.device.type == "cpu" and place.dtype == torch.float32 and onednn_preferred()
+        if traits.device.type == "cpu" and traits.dtype == torch.float32 and onednn_preferred()
         else "torch"
     )
 
 
-def choose_attention(name: str, place: Place) -> Attention:
-    """The function of that name. Raises ConfigError where it is not installed or cannot run."""
+def choose_attention(name: str, traits: DeviceTraits) -> Attention:
+    """Return the attention kernel of that name.
+
+    Raises ConfigError when it is missing or cannot run.
+    """
     optional = name in OPTIONAL_ATTENTION
     function = OPTIONAL_ATTENTION[name]() if optional else ATTENTION[name]
+
     where = f"kernels.attention ({name})"
-    if place.block and name not in TAKE_MASKS:
+    if traits.block and name not in TAKE_MASKS:
         raise ConfigError(
-            f"{where} takes no mask, which data.cross_documents (block) needs: choose one of {', '.join(TAKE_MASKS)}, or attend"
+            f"{where} takes no mask, which data.cross_documents (block) needs: choose one of "
+            f"{', '.join(TAKE_MASKS)}, or attend"
         )
+
     if name == "cudnn" or optional:
-        needs_cuda(where, place)
-    if place.dtype.itemsize != 2 and place.device.type == "cuda" and name not in TAKE_MASKS:
+        needs_cuda(where, traits)
+    if traits.dtype.itemsize != 2 and traits.device.type == "cuda" and name not in TAKE_MASKS:
         raise ConfigError(
-            f"{where} computes in bf16 only, precision is fp32: set precision to bf16, or choose sdpa"
+            f"{where} computes in bf16 only, precision is fp32: set precision to bf16, or choose "
+            "sdpa"
         )
+
     return function
 
 
-def choose_norm(name: str, place: Place) -> Norm:
-    """The function of that name. Raises ConfigError where it is not installed or cannot run."""
+def choose_norm(name: str, traits: DeviceTraits) -> Norm:
+    """Return the norm of that name. Raises ConfigError when it is missing or cannot run."""
     if name not in OPTIONAL_NORM:
         return NORM[name]
     function = OPTIONAL_NORM[name]()
-    needs_cuda(f"kernels.norm ({name})", place)
+    needs_cuda(f"kernels.norm ({name})", traits)
     return function
 
 
-def needs_cuda(where: str, place: Place) -> None:
-    """Raises ConfigError anywhere but on a CUDA device."""
-    if place.device.type != "cuda":
+def needs_cuda(where: str, traits: DeviceTraits) -> None:
+    """Raise ConfigError anywhere but on a CUDA device."""
+    if traits.device.type != "cuda":
         raise ConfigError(
-            f"{where} needs a CUDA device, and this is {place.device.type}: choose auto"
+            f"{where} needs a CUDA device, and this is {traits.device.type}: choose auto"
         )
 
 
-def choose_compile(value: str, place: Place) -> bool:
-    """Whether regions are compiled: `auto` where there are a GPU and Triton. Raises ConfigError without a compiler."""
-    cuda = place.device.type == "cuda"
+def choose_compile(value: str, traits: DeviceTraits) -> bool:
+    """Whether regions are compiled; `auto` means with a GPU and Triton.
+
+    Raises ConfigError without a compiler.
+    """
+    cuda = traits.device.type == "cuda"
     value = pick("compile", value, ("on", "off"), "on" if cuda and has_triton() else "off")
     if value == "on" and cuda and not has_triton():
         raise ConfigError(
-            "kernels.compile (on) needs the package triton on a CUDA device: pip install triton, or off"
+            "kernels.compile (on) needs the package triton on a CUDA device: pip install triton, "
+            "or off"
         )
+
     if value == "on" and not cuda and not any(shutil.which(name) for name in ("g++", "clang++")):
         raise ConfigError(
-            "kernels.compile (on) needs a C++ compiler on a CPU: install g++ or clang++, or choose off"
+            "kernels.compile (on) needs a C++ compiler on a CPU: install g++ or clang++, or choose "
+            "off"
         )
+
     return value == "on"
 
 
 @cache
 def compiled_once(function: Callable[..., Any]) -> Callable[..., Any]:
-    """One compiled function for all layers and stages: a graph without breaks, for the shapes it is called with."""
+    """Compile a function once for all layers and stages: one graph, fixed shapes."""
     return torch.compile(function, fullgraph=True, dynamic=False)

@@ -16,17 +16,22 @@ from k2train.data.chunk import ChunkInfo, Manifest
 from k2train.data.document_keys import chunks_of_document
 from k2train.data.prepare.allocate.allocate import plan_task, runs_of
 from k2train.data.prepare.allocate.deduplicate import flag_duplicates
-from k2train.data.prepare.allocate.held_out import exact, first_places, place_histogram, samples_of
+from k2train.data.prepare.allocate.held_out import (
+    exact,
+    held_out_boundaries,
+    position_histogram,
+    samples_of,
+)
 from k2train.data.prepare.allocate.mixture import (
     allocate,
     apportion,
     keyed_permutation,
-    row_places,
+    row_positions,
     spread,
 )
 from k2train.data.prepare.allocate.plan_file import Plan
 from k2train.data.prepare.encode import sorted_runs
-from k2train.data.prepare.source import PLACES
+from k2train.data.prepare.source import POSITIONS
 from k2train.data.prepare.workspace import Workspace, read_json, write_json
 from k2train.data.prepare.write.write_chunk import chunk_task
 from k2train.errors import DataError
@@ -113,7 +118,7 @@ def test_permutation_is_fixed_for_ever() -> None:
         4,
         9,
     ]
-    assert row_places(10, 22238, "chunk_000").tolist() == [2, 6, 4, 7, 8, 0, 3, 5, 1, 9]
+    assert row_positions(10, 22238, "chunk_000").tolist() == [2, 6, 4, 7, 8, 0, 3, 5, 1, 9]
     assert sorted(keyed_permutation(1000, 1, "x")) == list(range(1000))
     assert keyed_permutation(50, 1, "x").tolist() != keyed_permutation(50, 2, "x").tolist()
 
@@ -143,8 +148,8 @@ def test_the_first_of_equal_texts_stays(contents: list[int], tasks: int, part: i
         assert [path.name for path in aside.iterdir()] == ["duplicates"]
         found = [
             entry
-            for place in places
-            for entry in sorted_runs.Run(workspace.folder / place.path).documents()
+            for position in places
+            for entry in sorted_runs.Run(workspace.folder / position.path).documents()
         ]
     first: dict[int, Text] = {}
     for text in sorted(texts, key=lambda t: (t.source, t.ordinal)):
@@ -176,14 +181,14 @@ def test_rows_are_held_out_at_the_upper_end(tmp_path: Path) -> None:
     slack = []
     for name, listed in texts.items():
         inside = [text for text in listed if is_inside(recipe, name, text)]
-        held = [text for text in inside if text.place >= borders[name]]
+        held = [text for text in inside if text.position >= borders[name]]
         assert account[name]["held_out_documents"] == len(held)
         assert account[name]["training_documents"] == len(inside) - len(held)
         tokens = sum(text.length for text in held)
         assert account[name]["held_out_unused_tokens"] == tokens - quota[name] >= 0
-        lowest = min(text.place for text in held)
+        lowest = min(text.position for text in held)
         slack.append(
-            tokens - sum(text.length for text in held if text.place == lowest) < quota[name]
+            tokens - sum(text.length for text in held if text.position == lowest) < quota[name]
         )
     # Without its lowest file one of the subsets of each origin would have too little.
     assert slack[0] or slack[1]
@@ -195,9 +200,12 @@ def test_the_highest_border_that_suffices(tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, {"a": {"share": [0.0, 0.5]}, "b": {}}, held_out={"rows": 4})
     counts = {name: np.full(2**16, 3, dtype=np.int64) for name in ("a", "b")}
     # Two rows of 8 tokens from each: six buckets of 3.
-    assert first_places(recipe, counts) == {"a": (2**16 - 6) * 2**31, "b": (2**16 - 6) * 2**32}
+    assert held_out_boundaries(recipe, counts) == {
+        "a": (2**16 - 6) * 2**31,
+        "b": (2**16 - 6) * 2**32,
+    }
     counts["b"][-6] = 0
-    assert first_places(recipe, counts)["b"] == (2**16 - 7) * 2**32
+    assert held_out_boundaries(recipe, counts)["b"] == (2**16 - 7) * 2**32
 
 
 def test_quotas_follow_what_is_trained_on(tmp_path: Path) -> None:
@@ -219,8 +227,8 @@ def test_a_share_is_held_out_exactly(tmp_path: Path) -> None:
     texts = {"code": texts_of("code", 300, 100)}
     content = planned(workspace_of(tmp_path, recipe, texts))
     border = content["held_out_places"]["code"]
-    assert border - 1 < Fraction("0.65") * PLACES <= border
-    tokens = sum(t.length for t in texts["code"] if border <= t.place < 0.7 * PLACES)
+    assert border - 1 < Fraction("0.65") * POSITIONS <= border
+    tokens = sum(t.length for t in texts["code"] if border <= t.position < 0.7 * POSITIONS)
     item = content["account"]["code"]
     assert (item["held_out_tokens"], item["held_out_unused_tokens"]) == (
         tokens // 8 * 8,
@@ -233,7 +241,7 @@ def test_a_share_is_held_out_exactly(tmp_path: Path) -> None:
     [
         (
             {"rows": 9000},
-            r"code must give 9000 held-out rows of 8 = 72000 tokens and has \d{4} for it: lower held_out.rows to",
+            r"code must give 9000 held-out rows of 8 = 72000 tokens but has \d{4} for it: lower held_out.rows to",
         ),
         (
             {"rows": 300, "share": 0.05},
@@ -241,7 +249,7 @@ def test_a_share_is_held_out_exactly(tmp_path: Path) -> None:
         ),
         (
             {"rows": 300, "share": 0.0001},
-            r"subset code must give 300 .* and has 0 for it: raise held_out.share$",
+            r"subset code must give 300 .* but has 0 for it: raise held_out.share$",
         ),
         ({"share": 1e-9}, r"held_out.share \(1e-09\) holds out 0 tokens, less than one row of 8"),
     ],
@@ -278,13 +286,13 @@ def test_the_number_to_lower_to_will_do(held_out: dict[str, Any], tmp_path: Path
 
 def test_histogram_by_place() -> None:
     """Catches places beyond the first or last bucket, and counts that overflow."""
-    low, high = round(0.25 * PLACES), round(0.75 * PLACES)
+    low, high = round(0.25 * POSITIONS), round(0.75 * POSITIONS)
     places = np.array([low, (low + high) // 2, high - 1], dtype=np.uint64)
-    counts = place_histogram((0.25, 0.75), places, np.array([1, 2, 4]))
+    counts = position_histogram((0.25, 0.75), places, np.array([1, 2, 4]))
     assert np.flatnonzero(counts).tolist() == [0, 2**15, 2**16 - 1]
     assert counts[counts > 0].tolist() == [1, 2, 4]
-    whole = place_histogram(
-        (0.0, 1.0), np.array([0, PLACES - 1], dtype=np.uint64), np.array([1, 2])
+    whole = position_histogram(
+        (0.0, 1.0), np.array([0, POSITIONS - 1], dtype=np.uint64), np.array([1, 2])
     )
     assert (whole[0], whole[-1]) == (1, 2)
 
@@ -294,7 +302,7 @@ def test_numbers_mean_what_is_written(tmp_path: Path) -> None:
     assert int(exact(0.7) * 10) == 7
     recipe = recipe_of(tmp_path, {"code": {"repeat": 0.7}}, sequence_length=7)
     assert samples_of(recipe, {"code": 10}) == {"code": 1}
-    assert first_places(recipe, {}) == {"code": PLACES}
+    assert held_out_boundaries(recipe, {}) == {"code": POSITIONS}
 
 
 # The account

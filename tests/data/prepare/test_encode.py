@@ -17,14 +17,14 @@ from k2train.data.document_keys import document_key64
 from k2train.data.prepare.encode import encode
 from k2train.data.prepare.encode.encode import (
     changed_sources,
-    drawn_place,
+    drawn_position,
     encode_task,
     sources_identity,
 )
 from k2train.data.prepare.encode.fill_in_middle import choose_fim, restore
 from k2train.data.prepare.encode.sorted_runs import Run
 from k2train.data.prepare.recipe import Recipe
-from k2train.data.prepare.source import PLACES, place_of
+from k2train.data.prepare.source import POSITIONS, split_position
 from k2train.data.prepare.sources import stdlib
 from k2train.data.prepare.sources.readers import encode_tasks, list_sources
 from k2train.data.prepare.sources.rejected import REJECTED_NAME
@@ -138,7 +138,7 @@ def test_documents_are_encoded_with_their_end(tokenizer: Tokenizer) -> None:
             assert list(ids) == [*tokenizer.encode(text_of(index)), EOS_ID]
             assert key == document_key64(5, "web", number, source, name)
             assert (source, ordinal) == (f"web/{index // 30}.jsonl", index % 30)
-            assert (unit, text, fim) == (place_of(f"{source}\0{name}"), 0, 0)
+            assert (unit, text, fim) == (split_position(f"{source}\0{name}"), 0, 0)
     told = counts(workspace, "web")
     assert told == {
         "documents": 180,
@@ -208,8 +208,8 @@ def test_subsets_of_the_same_files_are_read_once(
     )
     assert sum(len(names[name]) for name in ("plain", "psm", "spm")) == 180
     assert names["again"] == names["plain"]
-    drawn = {f"d{i}": drawn_place(5, f"web/{i // 30}.jsonl", f"d{i}") for i in range(180)}
-    assert names["plain"] == {name for name, at in drawn.items() if at < PLACES // 2}
+    drawn = {f"d{i}": drawn_position(5, f"web/{i // 30}.jsonl", f"d{i}") for i in range(180)}
+    assert names["plain"] == {name for name, at in drawn.items() if at < POSITIONS // 2}
     assert counts(workspace, "psm")["not_chosen"] == 180 - len(names["psm"])
     for kind, name in ((0, "plain"), (1, "psm"), (2, "spm")):
         found = entries(workspace, name)
@@ -221,9 +221,15 @@ def test_subsets_of_the_same_files_are_read_once(
 
 def test_draws_are_fixed_for_ever() -> None:
     """Catches a change of the draw, and one that is the place in a share under another name."""
-    assert drawn_place(22238, "web/a.jsonl", "17") == 222220859278162
+    assert drawn_position(22238, "web/a.jsonl", "17") == 222220859278162
     assert (
-        len({drawn_place(1, "web/a.jsonl", "17"), place_of("web/a.jsonl\00017"), 222220859278162})
+        len(
+            {
+                drawn_position(1, "web/a.jsonl", "17"),
+                split_position("web/a.jsonl\00017"),
+                222220859278162,
+            }
+        )
         == 3
     )
 
@@ -250,8 +256,8 @@ def test_only_the_share_is_taken(tokenizer: Tokenizer, split_by: str) -> None:
     wanted = set()
     for i in range(180):
         source = f"web/{i // 30}.jsonl"
-        unit = place_of(source if split_by == "source" else f"{source}\0d{i}")
-        if PLACES // 4 <= unit < 3 * PLACES // 4 and len(text_of(i)) >= 60:
+        unit = split_position(source if split_by == "source" else f"{source}\0d{i}")
+        if POSITIONS // 4 <= unit < 3 * POSITIONS // 4 and len(text_of(i)) >= 60:
             wanted.add((f"d{i}", unit))
     assert {(entry[3], entry[5]) for entry in found} == wanted
     told = counts(workspace, "web")
@@ -271,7 +277,7 @@ def test_duplicates_are_told_from_outside_the_share_too(tokenizer: Tokenizer) ->
     assert hashes["copy"] == hashes["d7"]
     assert len(set(hashes.values())) == 180
     assert {entry[3] for entry in found if not entry[4]} == {
-        entry[3] for entry in found if entry[5] >= PLACES // 2
+        entry[3] for entry in found if entry[5] >= POSITIONS // 2
     }
     assert 0 < counts(workspace, "web")["outside"] == sum(not entry[4] for entry in found)
 
@@ -287,7 +293,9 @@ def test_documents_that_share_their_id_are_counted(tokenizer: Tokenizer) -> None
         "none": {**WEB, "paths": ["web/0.jsonl"], "id_key": None},
     }
     workspace = encode_all(tokenizer, subsets)
-    chosen = [drawn_place(5, "web/3.jsonl", name) < PLACES // 2 for name in ("d90", "d91", "d91")]
+    chosen = [
+        drawn_position(5, "web/3.jsonl", name) < POSITIONS // 2 for name in ("d90", "d91", "d91")
+    ]
     expected = {"web": 3, "half": sum(chosen), "none": 0}
     assert {name: counts(workspace, name)["repeated_ids"] for name in subsets} == expected
     assert counts(workspace, "web")["documents"] == 184
@@ -322,13 +330,13 @@ def test_rejected_lines_are_listed(tokenizer: Tokenizer) -> None:
 
 def test_a_wrong_recipe_stops_soon(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a misspelt key that is told after a terabyte was read; and files left by the stop."""
-    monkeypatch.setattr(encode, "MANY_REJECTED", 40)
+    monkeypatch.setattr(encode, "MIN_REJECTED", 40)
     workspace = place(tokenizer, {"web": {**WEB, "text_key": "body"}})
-    words = r"subsets.web: 41 of the first 41 documents are broken, lastly .*web/1.jsonl:11: 'body' is missing; look at"
+    words = r"subsets.web: 41 of the first 41 documents are broken, lastly .*web/1.jsonl:11: 'body' is missing; check"
     with pytest.raises(DataError, match=words):
         encode_task(workspace, 0)
     assert list(workspace.run_folder(0).iterdir()) == []
-    monkeypatch.setattr(encode, "MANY_REJECTED", 180)
+    monkeypatch.setattr(encode, "MIN_REJECTED", 180)
     encode_task(workspace, 0)
     assert counts(workspace, "web")["rejected"] == 180
 
@@ -350,14 +358,14 @@ def die(function):
             os.kill(os.getpid(), 9)
         return function(*arguments, **names)
     return dying
-module = {"write_json": encode, "_write_gathered": sorted_runs}[where]
+module = {"write_json": encode, "_write_slices": sorted_runs}[where]
 setattr(module, where, die(getattr(module, where)))
 encode.encode_task(Workspace.open(Path(sys.argv[1])), 0)
 """
 
 
 @pytest.mark.parametrize(
-    ("where", "after"), [("_write_gathered", 0), ("_write_gathered", 5), ("write_json", 0)]
+    ("where", "after"), [("_write_slices", 0), ("_write_slices", 5), ("write_json", 0)]
 )
 def test_killed_anywhere_and_done_again(tokenizer: Tokenizer, where: str, after: int) -> None:
     """Catches half a run that counts as whole, a task that counts as done, and other bytes at the second start."""

@@ -17,7 +17,7 @@ from k2train.data.prepare.progress import Progress
 from k2train.data.prepare.recipe import ExecutorRecipe
 from k2train.data.prepare.run import executor, local, tasks
 from k2train.data.prepare.run.executor import exclusive, run_phases
-from k2train.data.prepare.run.tasks import completed, is_done, settle
+from k2train.data.prepare.run.tasks import completed, is_done, reconcile
 from k2train.data.prepare.workspace import Workspace
 from k2train.errors import ConfigError, DataError
 from tests.support import preparation
@@ -165,7 +165,7 @@ def test_a_task_that_leaves_no_record_is_not_done(tmp_path: Path) -> None:
 def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
     """Catches a full disk shown as a bug of ours."""
     full = OSError(28, "No space left on device")
-    free = r"\d[\d,]* bytes are free; make room there and start again: what is finished is kept, or name a folder on another"
+    free = r"\d[\d,]* bytes are free; make room there and start again: finished tasks are kept, or name a folder on another"
     line, mistake = tasks.explain(full, tmp_path)
     assert mistake and re.fullmatch(rf"work: no space left in {tmp_path}, {free} disk", line)
     runs, out = tmp_path / "runs", tmp_path.parent / "out"
@@ -213,7 +213,7 @@ def test_settling_follows_the_records(tmp_path: Path) -> None:
     marks.mkdir(parents=True)
     (marks / "00001").touch()
     assert is_done(workspace, PHASES[0], 4) and not is_done(workspace, PHASES[0], 1)
-    assert settle(workspace, PHASES[0]) == 5
+    assert reconcile(workspace, PHASES[0]) == 5
     assert completed(workspace, PHASES[0]) == {4}
     tasks.run_task(workspace.folder, PHASES[0], 4)
     assert begun(workspace)["one_4"] == 1
@@ -265,7 +265,7 @@ def test_a_second_driver_is_refused_and_the_lock_dies_with_its_holder(tmp_path: 
         finally:
             second.kill()
         assert second.returncode == 2
-        assert f"under way already (pid {process.pid})" in said and said.count("\n") == 1
+        assert f"already running (pid {process.pid})" in said and said.count("\n") == 1
     finally:
         process.kill()
         process.communicate()

@@ -438,7 +438,7 @@ def test_the_files_must_be_a_row_of_chunks(source: Path, tmp_path: Path) -> None
         path.unlink()
     refused("holds no chunk_<i>.jsonl")
     source.rmdir()
-    refused("is no folder")
+    refused("is not a folder")
     assert not (tmp_path / "out").exists()
 
 
@@ -536,7 +536,7 @@ def test_what_is_there_is_kept(
     other.mkdir()
     (other / "chapter").write_text("the only copy")
     for force in (False, True):
-        with pytest.raises(DataError, match="is no data folder"):
+        with pytest.raises(DataError, match="is not a data folder"):
             import_k2(source, other, force=force)
     assert (other / "chapter").read_text() == "the only copy"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["k2", "out", "thesis"]
@@ -610,7 +610,7 @@ def test_what_is_there_already_is_said(
     import_k2(source, output, progress=progress)
     assert lines_of(progress) == [], "all chunks were finished before"
     import_k2(source, output, progress=progress)
-    assert lines_of(progress) == [f"{output}: holds this import already"]
+    assert lines_of(progress) == [f"{output}: already holds this import"]
 
 
 def test_a_failed_import_leaves_no_empty_folder(source: Path, tmp_path: Path) -> None:
@@ -637,13 +637,13 @@ def test_two_imports_into_one_folder(source: Path, tmp_path: Path) -> None:
     work.mkdir(parents=True)
     with (
         exclusive(work),
-        pytest.raises(DataError, match=rf"under way already \(pid {os.getpid()}\)"),
+        pytest.raises(DataError, match=rf"already running \(pid {os.getpid()}\)"),
     ):
         import_k2(source, output)
     assert work.is_dir() and not output.exists()
     import_k2(source, output)
     work.mkdir(parents=True)
-    with exclusive(work), pytest.raises(DataError, match="under way already"):
+    with exclusive(work), pytest.raises(DataError, match="already running"):
         import_k2(source, output)
     assert work.is_dir(), "that of the one that replaces the folder"
     import_k2(source, output)
@@ -660,7 +660,9 @@ def test_an_export_says_what_is_lost(source: Path, tmp_path: Path) -> None:
     assert [line.split(":")[0] for line in lines_of(progress)] == ["export"]
     manifest = ours(tmp_path / "ours")
     export_k2(manifest, tmp_path / "second", progress)
-    first = "not in these files: the sources of 1 of 3 pieces (a line names the document its row begins with)"
+    first = (
+        "not exported: the sources of 1 of 3 pieces (a line names the document its row begins with)"
+    )
     assert lines_of(progress)[-1] == first
     content = json.loads(manifest.path.read_text())
     held = write_chunk(
@@ -722,7 +724,7 @@ def test_export_refuses_what_it_cannot_vouch_for(tmp_path: Path) -> None:
     back = tmp_path / "back"
     back.mkdir()
     (back / "chunk_12.jsonl").write_text("the only copy")
-    with pytest.raises(DataError, match="exists already, and an export replaces nothing"):
+    with pytest.raises(DataError, match="exists already, and an export never overwrites"):
         export_k2(manifest, back)
     assert (back / "chunk_12.jsonl").read_text() == "the only copy"
     (back / "chunk_12.jsonl").unlink()

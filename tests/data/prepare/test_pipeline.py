@@ -243,7 +243,7 @@ def test_again_does_nothing(made: Manifest, corpus: Path) -> None:
     done = prepare(recipe)
     assert (
         done.returncode == 2
-        and "chunk_001.npy missing or not as the manifest says; --force" in done.stderr
+        and "chunk_001.npy missing or different from the manifest; --force" in done.stderr
     )
     chunk.write_bytes(content)
 
@@ -261,7 +261,7 @@ def test_every_file_is_checked_before_it_is_called_prepared(
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     done = prepare(made.folder.parent / "r.yaml", f"output={tmp_path / 'out'}")
-    assert done.returncode == 2 and f"{name} missing or not as the manifest says" in done.stderr
+    assert done.returncode == 2 and f"{name} missing or different from the manifest" in done.stderr
 
 
 def test_nothing_of_the_users_is_deleted(made: Manifest, corpus: Path, tmp_path: Path) -> None:
@@ -297,7 +297,7 @@ def test_one_work_folder_for_two_recipes(corpus: Path, tmp_path: Path) -> None:
     assert prepare(recipes[1]).returncode == 0
     assert begun <= set((tmp_path / "scratch").rglob("record.json"))
     done = prepare(recipes[0])
-    assert done.returncode == 0 and "go on with the preparation" in done.stderr
+    assert done.returncode == 0 and "resuming the preparation" in done.stderr
     assert not (tmp_path / "scratch").exists()
 
 
@@ -319,7 +319,7 @@ def test_two_at_once_into_one_output(corpus: Path, tmp_path: Path) -> None:
     finally:
         assert first.wait(timeout=60) == 0
     assert second.returncode == 2, second.stderr
-    assert "under way already" in second.stderr or "another recipe" in second.stderr
+    assert "already running" in second.stderr or "another recipe" in second.stderr
     manifest = read_manifest(tmp_path / "out")
     for info in manifest.all_chunks():
         verify_chunk(manifest, info)
@@ -383,7 +383,7 @@ def test_kill_9_at_ten_moments(corpus: Path, tmp_path: Path) -> None:
         assert process.wait() == -signal.SIGKILL, "ended before it was killed"
         assert not (tmp_path / "out").exists()
     done = prepare(recipe)
-    assert done.returncode == 0 and "go on with the preparation" in done.stderr, done.stderr
+    assert done.returncode == 0 and "resuming the preparation" in done.stderr, done.stderr
     assert hashes(tmp_path / "out") == hashes(tmp_path / "alone")
     assert not work.exists() and not (tmp_path / "out.tmp").exists()
 
@@ -490,7 +490,7 @@ def test_broken_lines_are_listed_and_the_rest_goes_on(corpus: Path, tmp_path: Pa
         (lambda t, f: t["held_out"].update(rows=100000), "held"),
         (lambda t, f: t.update(rows_per_chunk=100000), "needs 400"),
         (lambda t, f: t["tokenizer"].update(model=str(f / "none.model")), "tokenizer.model"),
-        (lambda t, f: t.update(output=str(f)), "is no data folder"),
+        (lambda t, f: t.update(output=str(f)), "is not a data folder"),
         (lambda t, f: t["subsets"]["web"].update(kind="parquet"), "a.jsonl"),
         (lambda t, f: t["executor"].update(kind="slurm", partition="main"), "sbatch"),
         (lambda t, f: t["executor"].update(kind="ray"), "pip install ray"),
@@ -547,11 +547,11 @@ def test_recipe_mistakes_come_all_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("subsets.docstrings.share=[0.0, 0.5]", "a file must lie on one side"),
+        ("subsets.docstrings.share=[0.0, 0.5]", "a file must be on one side"),
         ("subsets.prose.fill=true", "only one subset may have fill"),
-        ("subsets.prose.share=[0.5, 0.2]", "must go upwards"),
-        ("subsets.prose.documents=[0.5, 0.5]", "must go upwards"),
-        ("subsets.prose.paths=[a]", "paths, origin, id_key, split_by are not for it"),
+        ("subsets.prose.share=[0.5, 0.2]", "must be ascending"),
+        ("subsets.prose.documents=[0.5, 0.5]", "must be ascending"),
+        ("subsets.prose.paths=[a]", "it takes no paths, origin, id_key or split_by"),
         (
             "subsets.prose.fill_in_the_middle.psm=0.6 subsets.prose.fill_in_the_middle.spm=0.6",
             "must not be above 1",
@@ -611,7 +611,7 @@ def test_a_link_is_no_other_file(corpus: Path, tmp_path: Path) -> None:
 
 
 def test_equal_texts_are_on_one_side(corpus: Path, tmp_path: Path) -> None:
-    """Catches a text that stands twice and is held out once, in another subset or at another share."""
+    """Catches a text that appears twice and is held out once, in another subset or at another share."""
     (tmp_path / "web").mkdir()
     texts = [text_of(n) + f" twin {n}" for n in range(150)]
     lines = [json.dumps({"text": text}) for text in [*texts, *reversed(texts)]]
@@ -676,7 +676,7 @@ def test_a_corpus_may_move_between_two_starts(made: Manifest, corpus: Path, tmp_
     (tmp_path / "here").rename(tmp_path / "there")
     write_recipe(recipe, recipe_tree(tmp_path / "there", tmp_path / "out"))
     done = prepare(recipe)
-    assert done.returncode == 0 and "go on with" in done.stderr, done.stderr
+    assert done.returncode == 0 and "resuming" in done.stderr, done.stderr
     assert hashes(tmp_path / "out") == hashes(made.folder)
 
 

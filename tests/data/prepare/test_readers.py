@@ -18,7 +18,7 @@ from pyarrow import parquet
 
 from k2train.data.prepare import source
 from k2train.data.prepare.recipe import Recipe, SubsetRecipe
-from k2train.data.prepare.source import PLACES, Contents, Source, border_of, place_of
+from k2train.data.prepare.source import POSITIONS, Contents, Source, first_position, split_position
 from k2train.data.prepare.sources import readers, stdlib
 from k2train.data.prepare.sources.readers import (
     Document,
@@ -191,17 +191,17 @@ def test_standard_library_without_tests_and_packages(tmp_path: Path) -> None:
 
 def test_place_is_decided_by_the_name() -> None:
     """Catches a split that moves: stage 2 prepared later must still avoid what stage 1 was trained on."""
-    place = place_of(Source("stdlib", "json/decoder.py", "here").key)
-    assert place / PLACES == pytest.approx(0.5783079497436994, abs=1e-12)
-    assert place_of("web/a.jsonl\00017") == 36732437623685
-    assert place_of("web/a.jsonl\00018") != 36732437623685
+    place = split_position(Source("stdlib", "json/decoder.py", "here").key)
+    assert place / POSITIONS == pytest.approx(0.5783079497436994, abs=1e-12)
+    assert split_position("web/a.jsonl\00017") == 36732437623685
+    assert split_position("web/a.jsonl\00018") != 36732437623685
 
 
-@given(st.floats(0, 1), st.integers(0, PLACES - 1))
+@given(st.floats(0, 1), st.integers(0, POSITIONS - 1))
 def test_borders_are_exact(part: float, place: int) -> None:
     """Catches a place on both sides of a border, or on none."""
-    assert (place >= border_of(part)) == (place >= part * PLACES)
-    assert (border_of(0.0), border_of(1.0)) == (0, PLACES)
+    assert (place >= first_position(part)) == (place >= part * POSITIONS)
+    assert (first_position(0.0), first_position(1.0)) == (0, POSITIONS)
 
 
 # Tasks
@@ -301,7 +301,7 @@ def test_packed_files_that_are_broken(path: str) -> None:
         b"no such thing",
         packed + packed[:9],
     ):
-        with pytest.raises(DataError, match=rf"{path}: (not a whole|cut off)"):
+        with pytest.raises(DataError, match=rf"{path}: (not a complete|cut off)"):
             read(path, content)
 
 
@@ -352,9 +352,9 @@ def test_broken_lines_are_told_and_the_rest_goes_on() -> None:
     )
     assert [item.text for item in found] == ["good"] * (len(BAD_LINES) + 1)
     assert [item.line for item in rejected] == [2 * (i + 1) for i in range(len(BAD_LINES))]
-    for item, why in zip(rejected, BAD_LINES.values(), strict=True):
-        assert item.why.startswith(why)
-        assert len(item.why) < 200
+    for item, reason in zip(rejected, BAD_LINES.values(), strict=True):
+        assert item.reason.startswith(reason)
+        assert len(item.reason) < 200
 
 
 @pytest.mark.parametrize("path", PACKED)
@@ -405,13 +405,15 @@ def test_broken_rows_and_files_of_parquet(monkeypatch: pytest.MonkeyPatch) -> No
     found, rejected = read("x.parquet")
     assert [(item.name, item.text) for item in found] == [("1", "good"), ("5", "fine")]
     assert [item.line for item in rejected] == [2, 3, 4]
-    assert [item.why.split("(")[0].strip() for item in rejected] == [
+    assert [item.reason.split("(")[0].strip() for item in rejected] == [
         "not UTF-8",
         "'text' is missing",
         "'text' is empty",
     ]
-    assert [item.why for item in read("x.parquet", id_key="number")[1]][-1] == "'number' is missing"
-    assert {item.why for item in read("x.parquet", text_key="number")[1]} == {
+    assert [item.reason for item in read("x.parquet", id_key="number")[1]][
+        -1
+    ] == "'number' is missing"
+    assert {item.reason for item in read("x.parquet", text_key="number")[1]} == {
         "'number' is no text, but int",
         "'number' is missing",
     }
@@ -419,7 +421,7 @@ def test_broken_rows_and_files_of_parquet(monkeypatch: pytest.MonkeyPatch) -> No
         read("x.parquet", text_key="body")
     content = Path("x.parquet").read_bytes()
     for broken in (content[:-3], b"", content[:40] + b"\xff" * 40 + content[80:]):
-        with pytest.raises(DataError, match=r"x.parquet: not a whole Parquet file"):
+        with pytest.raises(DataError, match=r"x.parquet: not a complete Parquet file"):
             read("x.parquet", broken)
 
 
@@ -480,12 +482,12 @@ def test_code_that_cannot_be_read() -> None:
     )
     for content in (b"x = '\xff'\n", b"# coding: nonsense\n"):
         (item,) = library_items("stdlib_code", content)
-        assert item.why.startswith("not in the encoding that it declares")
+        assert item.reason.startswith("not in the encoding that it declares")
     (item,) = library_items("stdlib_docstrings", b"x = 1\ndef (\n")
-    assert (item.line, item.why[:15]) == (2, "does not parse ")
+    assert (item.line, item.reason[:15]) == (2, "does not parse ")
     surrogate = b'"""' + b"word " * 20 + b'\\ud800"""\n'
     assert (
-        library_items("stdlib_docstrings", surrogate)[0].why
+        library_items("stdlib_docstrings", surrogate)[0].reason
         == "'text' has a lone surrogate, which is no character"
     )
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from k2train.data.prepare.recipe import Recipe, fixed_folder, load_recipe
-from k2train.data.prepare.recipe_messages import keys_at
+from k2train.data.prepare.recipe_messages import allowed_keys
 from k2train.errors import ConfigError
 
 GOOD = """name: x
@@ -56,15 +56,15 @@ KINDS = "jsonl, parquet, text, stdlib_code, stdlib_docstrings, stdlib_topics"
             f"subsets.web.kind: 'json' is not one of {KINDS}; nearest is jsonl",
         ),
         ("subsets.web.kind=7", f"subsets.web.kind: 7 is not one of {KINDS}"),
-        ("subsets.web.paths=web", "subsets.web.paths: must be a list, as [x], is 'web'"),
+        ("subsets.web.paths=web", "subsets.web.paths: must be a list, such as [x], is 'web'"),
         ("subsets.web.paths=[null]", "subsets.web.paths[0]: must be text, is null"),
-        ("subsets.web.share=0.5", "subsets.web.share: must be a list, as [x], is 0.5"),
+        ("subsets.web.share=0.5", "subsets.web.share: must be a list, such as [x], is 0.5"),
         ("subsets.web.share=[0.5]", "subsets.web.share[1]: missing; the list is too short"),
         ("subsets.web.share=[0, 0.5, 1]", "subsets.web.share: must have 2 values, has 3"),
         ("subsets.web.share=[0, 1.5]", "subsets.web.share[1]: must be at most 1, is 1.5"),
         (
             "subsets.web.share=[0.8, 0.2]",
-            "subsets.web: share [0.8, 0.2] must go upwards, as [0.0, 0.8]",
+            "subsets.web: share [0.8, 0.2] must be ascending, as in [0.0, 0.8]",
         ),
         ("subsets.web.repeat=0", "subsets.web.repeat: must be above 0, is 0"),
         ("subsets.web.fill=1.5", "subsets.web.fill: must be true or false, is 1.5"),
@@ -78,8 +78,8 @@ KINDS = "jsonl, parquet, text, stdlib_code, stdlib_docstrings, stdlib_topics"
         ("chunks=two", "chunks: must be a whole number, is 'two'"),
         ("chunks=1.5", "chunks: must be a whole number, is 1.5"),
         ("chunks=null", "chunks: must be a whole number, is null"),
-        ("output=null", "output: must be a path, as data/web, is null"),
-        ("tokenizer.model=null", "tokenizer.model: must be a path, as data/web, is null"),
+        ("output=null", "output: must be a path, such as data/web, is null"),
+        ("tokenizer.model=null", "tokenizer.model: must be a path, such as data/web, is null"),
         ("tokenizer.train.vocab=9", "tokenizer.train.vocab: unknown key; nearest is vocab_size"),
         ("held_out.rows=null", "held_out: give rows, or a share, or both"),
         ("held_out=3", "held_out: must be a section with keys of its own, is 3"),
@@ -111,10 +111,10 @@ def test_one_slip_of_the_pen_is_one_mistake(tmp_path: Path) -> None:
 def test_the_file_is_blamed_for_what_it_says(tmp_path: Path) -> None:
     """Catches an override blamed for the file's mistake, and a line of the file that is not the one to mend."""
     assert mistakes(tmp_path, "chunks=4", text=GOOD.replace("[0.0, 0.8]", "[0.8, 0.0]")) == [
-        ":11: subsets.web: share [0.8, 0.0] must go upwards, as [0.0, 0.8]"
+        ":11: subsets.web: share [0.8, 0.0] must be ascending, as in [0.0, 0.8]"
     ]
     assert mistakes(tmp_path, text=GOOD.replace("paths: [corpus/web/*.jsonl]", "repeat: 1")) == [
-        ":9: subsets.web: paths is missing: kind jsonl needs the files, as [corpus/web/*.jsonl.zst]"
+        ":9: subsets.web: paths is missing: kind jsonl needs files, such as [corpus/web/*.jsonl.zst]"
     ]
     filled = GOOD.replace("share: [0.0, 0.8]", "fill: true")
     assert mistakes(tmp_path, text=filled)[0].startswith(
@@ -191,9 +191,9 @@ def test_two_cuts_of_one_origin_are_explained() -> None:
 
 def test_legal_keys_of_every_section() -> None:
     """Catches the nearest key of another section."""
-    assert "share" in keys_at(Recipe, ("subsets", "web")) and "psm" in keys_at(
+    assert "share" in allowed_keys(Recipe, ("subsets", "web")) and "psm" in allowed_keys(
         Recipe, ("subsets", "web", "fill_in_the_middle")
     )
-    assert keys_at(Recipe, ("tokenizer", "train")) == ["vocab_size", "max_bytes"]
-    assert keys_at(Recipe, ("held_out",)) == ["rows", "share"]
-    assert "chunks" in keys_at(Recipe, ())
+    assert allowed_keys(Recipe, ("tokenizer", "train")) == ["vocab_size", "max_bytes"]
+    assert allowed_keys(Recipe, ("held_out",)) == ["rows", "share"]
+    assert "chunks" in allowed_keys(Recipe, ())

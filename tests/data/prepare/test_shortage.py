@@ -130,7 +130,7 @@ def test_why_documents_are_none(tmp_path: Path) -> None:
         ),
         (
             {"documents_read": 9, "rejected_documents": 20, "duplicate_documents": 9},
-            "of its 29 documents 20 are broken: look",
+            "of its 29 documents 20 are broken: check",
         ),
     ):
         with pytest.raises(DataError, match=words):
@@ -142,6 +142,6 @@ def test_the_smallest_is_told_and_the_others_named(tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, {"a": {}, "b": {}, "c": {}}, chunks=9)
     account = {name: {"training_tokens": 40} for name in "abc"}
     with pytest.raises(
-        DataError, match=r"^subset b gives 2 samples.* lower chunks to 2 \(too few also: a 5\)$"
+        DataError, match=r"^subset b gives 2 samples.* lower chunks to 2 \(also too few: a 5\)$"
     ):
         check_samples(recipe, account, {"a": 5, "b": 2, "c": 9}, {"a": 5, "b": 2, "c": 9})

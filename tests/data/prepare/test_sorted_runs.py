@@ -139,7 +139,7 @@ def test_keys_are_fixed_for_ever() -> None:
 
 def test_a_long_document_and_a_full_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a document longer than a run, memory that stays at its size, and an index without bound."""
-    monkeypatch.setattr(sorted_runs, "MOST_DOCUMENTS", 5)
+    monkeypatch.setattr(sorted_runs, "MAX_DOCUMENTS", 5)
     documents = [
         ("s", "0", [1]),
         ("s", "1", [2] * 100),
@@ -165,7 +165,7 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     def fail(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(sorted_runs, "_write_gathered", fail)
+    monkeypatch.setattr(sorted_runs, "_write_slices", fail)
     with pytest.raises(OSError, match="No space"):
         write(tmp_path, [("s", "a", [1])])
     assert list(tmp_path.iterdir()) == []

@@ -22,7 +22,7 @@ from k2train.data.chunk import ChunkInfo, check_files, verify_chunk, write_chunk
 from k2train.data.document_boundaries import write_borders
 from k2train.data.prepare.allocate import allocate
 from k2train.data.prepare.allocate.allocate import plan_task
-from k2train.data.prepare.allocate.mixture import row_places
+from k2train.data.prepare.allocate.mixture import row_positions
 from k2train.data.prepare.allocate.plan_file import Plan
 from k2train.data.prepare.workspace import Workspace, read_json
 from k2train.data.prepare.write import row_file
@@ -38,10 +38,10 @@ def texts_of(origin: str, lengths: list[int], files: int = 3) -> list[Text]:
     ]
 
 
-def run_all(workspace: Workspace, least_tokens: int = 16) -> None:
+def run_all(workspace: Workspace, min_tokens: int = 16) -> None:
     plan_task(workspace)
     for number in range(len(workspace.chunk_names)):
-        chunk_task(workspace, number, least_tokens)
+        chunk_task(workspace, number, min_tokens)
 
 
 def hashes(workspace: Workspace) -> dict[str, str]:
@@ -353,7 +353,7 @@ def test_a_repeated_subset_is_packed_anew(texts: dict[str, list[Text]], tmp_path
     info = read_json(workspace.chunk_record("chunk_000"))["info"]
     assert info["borders"] is None
     # Back from the shuffled rows to the samples as they were cut from the stream.
-    places = row_places(info["rows"], recipe.seed, "chunk_000").tolist()
+    places = row_positions(info["rows"], recipe.seed, "chunk_000").tolist()
     sample = {row: number for number, row in enumerate(places)}
     for line in sorted(lines, key=lambda line: (sample[line["row"]], line["start"])):
         if line["subset"] == "code" and line["offset"] == 0:

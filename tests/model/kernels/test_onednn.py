@@ -8,7 +8,7 @@ import torch
 from k2train.errors import ConfigError
 from k2train.model.kernels import onednn as kernels_onednn
 from k2train.model.kernels.onednn import OneDnnProduct, available, onednn_product, preferred
-from k2train.model.kernels.select import Place, choose_kernels
+from k2train.model.kernels.select import DeviceTraits, choose_kernels
 from k2train.parallel.collective_matmul import Product
 
 CPU = torch.device("cpu")
@@ -85,7 +85,7 @@ def test_auto_is_by_the_processor(
     """Catches a choice by anything that changes between two starts, and MKL where it is slow."""
     lines = [f"vendor_id\t: {vendor}"] if vendor else ["processor\t: 0"]
     monkeypatch.setattr(kernels_onednn, "_cpu_facts", lambda: lines)
-    kernels = choose_kernels(place=Place(CPU, dtype))
+    kernels = choose_kernels(traits=DeviceTraits(CPU, dtype))
     assert kernels.matmul == chosen
     assert isinstance(kernels.product, OneDnnProduct) == (chosen == "onednn")
     assert choose_kernels(matmul="torch").product is None
@@ -101,5 +101,5 @@ def test_what_cannot_be_had_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="needs a torch that was built with oneDNN: choose torch"):
         onednn_product(CPU, torch.float32)
     with pytest.raises(ConfigError, match="is for precision fp32"):
-        choose_kernels(matmul="onednn", place=Place(CPU, torch.bfloat16))
+        choose_kernels(matmul="onednn", traits=DeviceTraits(CPU, torch.bfloat16))
     assert Product.exact and OneDnnProduct.exact

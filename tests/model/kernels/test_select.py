@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from k2train.errors import ConfigError
-from k2train.model.initialize import materialize, place_rotary
+from k2train.model.initialize import attach_rotary, materialize
 from k2train.model.kernels import optional as kernels_optional
 from k2train.model.kernels import select as kernels
 from k2train.model.kernels.attention import reference_attention
@@ -24,7 +24,7 @@ from k2train.model.kernels.optional import (
     load_flash_attn_3,
     load_flash_attn_4,
 )
-from k2train.model.kernels.select import PLAIN_UP_TO, Attention, Place, choose_kernels
+from k2train.model.kernels.select import PLAIN_UP_TO, Attention, DeviceTraits, choose_kernels
 from k2train.model.transformer import Architecture, Stage
 from k2train.parallel.grid import Axis
 from k2train.train.engine import kernels_of
@@ -37,8 +37,8 @@ HALF = torch.bfloat16
 def test_auto_on_a_cpu() -> None:
     """Catches the flash kernel at short sequences, where it is slow, and kept probabilities at long ones."""
     for dtype, limit in PLAIN_UP_TO.items():
-        assert choose_kernels(place=Place(CPU, dtype, limit)).attention_name == "plain"
-        assert choose_kernels(place=Place(CPU, dtype, limit + 1)).attention_name == "sdpa"
+        assert choose_kernels(traits=DeviceTraits(CPU, dtype, limit)).attention_name == "plain"
+        assert choose_kernels(traits=DeviceTraits(CPU, dtype, limit + 1)).attention_name == "sdpa"
     chosen = choose_kernels()
     assert (chosen.attention_name, chosen.norm_name, chosen.elementwise) == (
         "sdpa",
@@ -64,31 +64,31 @@ def test_the_config_says_where() -> None:
 
 
 @pytest.mark.parametrize(
-    ("generation", "place", "expected"),
+    ("generation", "traits", "expected"),
     (
-        (9, Place(CUDA, HALF, 2048, 128), "cudnn"),
-        (10, Place(CUDA, HALF, 2048, 64), "cudnn"),
-        (9, Place(CUDA, HALF, 2048, 256), "flash"),
-        (8, Place(CUDA, HALF, 2048, 128), "flash"),
-        (7, Place(CUDA, HALF, 2048, 128), "sdpa"),
-        (9, Place(CUDA, torch.float32, 2048, 128), "sdpa"),
-        (9, Place(CUDA, HALF, 2048, 128, block=True), "sdpa"),
+        (9, DeviceTraits(CUDA, HALF, 2048, 128), "cudnn"),
+        (10, DeviceTraits(CUDA, HALF, 2048, 64), "cudnn"),
+        (9, DeviceTraits(CUDA, HALF, 2048, 256), "flash"),
+        (8, DeviceTraits(CUDA, HALF, 2048, 128), "flash"),
+        (7, DeviceTraits(CUDA, HALF, 2048, 128), "sdpa"),
+        (9, DeviceTraits(CUDA, torch.float32, 2048, 128), "sdpa"),
+        (9, DeviceTraits(CUDA, HALF, 2048, 128, block=True), "sdpa"),
     ),
     ids=str,
 )
 def test_auto_on_a_gpu(
-    monkeypatch: pytest.MonkeyPatch, generation: int, place: Place, expected: str
+    monkeypatch: pytest.MonkeyPatch, generation: int, traits: DeviceTraits, expected: str
 ) -> None:
     """Catches a kernel chosen that the generation, the precision, the width or the mask forbids."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (generation, 0))
     for triton in (True, False):
         monkeypatch.setattr(kernels, "has_triton", lambda found=triton: found)
-        chosen = choose_kernels(place=place)
+        chosen = choose_kernels(traits=traits)
         assert chosen.attention_name == expected and chosen.compile is triton
 
 
 @pytest.mark.parametrize(
-    ("choice", "place", "line"),
+    ("choice", "traits", "line"),
     (
         (
             {"attention": "flash9"},
@@ -104,29 +104,29 @@ def test_auto_on_a_gpu(
         ),
         (
             {"attention": "cudnn"},
-            Place(CPU, HALF),
+            DeviceTraits(CPU, HALF),
             r"kernels\.attention \(cudnn\) needs a CUDA device, and this is cpu",
         ),
         (
             {"attention": "flash"},
-            Place(CPU, block=True),
+            DeviceTraits(CPU, block=True),
             r"\(flash\) takes no mask, which data\.cross_documents \(block\)",
         ),
         (
             {"attention": "cudnn"},
-            Place(CUDA),
+            DeviceTraits(CUDA),
             r"kernels\.attention \(cudnn\) computes in bf16 only, precision is fp32",
         ),
     ),
     ids=str,
 )
 def test_refusals(
-    monkeypatch: pytest.MonkeyPatch, choice: dict[str, str], place: Place | None, line: str
+    monkeypatch: pytest.MonkeyPatch, choice: dict[str, str], traits: DeviceTraits | None, line: str
 ) -> None:
     """Catches a kernel that fails at the first step, or quietly does another's work."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     with pytest.raises(ConfigError, match=line) as caught:
-        choose_kernels(**choice, place=place)
+        choose_kernels(**choice, traits=traits)
     assert "\n" not in str(caught.value)
 
 
@@ -269,7 +269,7 @@ def test_versions_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     install(monkeypatch, "flash_attn_interface", flash_attn_func=positions_second)
     monkeypatch.setattr(kernels_optional.metadata, "version", lambda name: f"3.0 of {name}")
-    text = str(choose_kernels(attention="flash_attn_3", place=Place(CUDA, HALF)))
+    text = str(choose_kernels(attention="flash_attn_3", traits=DeviceTraits(CUDA, HALF)))
     assert text.startswith(
         "attention flash_attn_3, norm fused, elementwise fused, loss fused, matmul torch, "
     )
@@ -285,7 +285,7 @@ def test_no_compiler_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
         choose_kernels(compile="on")
     monkeypatch.setattr(kernels, "has_triton", lambda: False)
     with pytest.raises(ConfigError, match=r"kernels\.compile \(on\) needs the package triton"):
-        choose_kernels(compile="on", attention="sdpa", place=Place(CUDA, HALF))
+        choose_kernels(compile="on", attention="sdpa", traits=DeviceTraits(CUDA, HALF))
 
 
 SMALL = Architecture(
@@ -306,7 +306,7 @@ def stage_values(compile: str) -> list[Tensor]:
     stage = materialize(
         lambda: Stage(SMALL, range(3), True, True, axis, False, chosen), torch.float64, CPU
     )
-    place_rotary([stage], SMALL, 6, CPU)
+    attach_rotary([stage], SMALL, 6, CPU)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in stage.parameters():

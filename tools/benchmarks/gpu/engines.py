@@ -77,7 +77,7 @@ def make_engine(
                 if piece.init_std is not None:
                     values.normal_(0.0, piece.init_std, generator=generator)
                 piece.of(parameter).copy_(values)
-                engine.optimizer.adopt(piece, values)
+                engine.optimizer.set_master(piece, values)
     return engine
 
 

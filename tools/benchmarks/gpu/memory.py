@@ -1,6 +1,6 @@
 """What the planner says a GPU will hold, to stand beside what it held."""
 
-from k2train.plan.activations import Work
+from k2train.plan.activations import ActivationSpec
 from k2train.plan.cost import ModelShape, state_bytes
 from k2train.plan.layout import Layout
 from k2train.plan.memory import RankMemory, rank_memory
@@ -17,7 +17,7 @@ def states_bytes(shape: ModelShape, precision: str) -> int:
 def planned(engine: Engine) -> RankMemory:
     """The fullest moment of a step of this engine, from its config alone."""
     config, kernels = engine.config, engine.kernels
-    work = Work(
+    work = ActivationSpec(
         shape=engine.architecture,
         sequence_length=config.data.sequence_length,
         micro_sequences=config.batch.micro_sequences,

@@ -1,13 +1,15 @@
-"""What the plan decided, as the chunk tasks read it: which samples each chunk takes, and where their documents lie.
+"""Plan files: the samples each chunk takes, and where their documents are.
 
-Beside `plan.json` lie, for each pass of a subset, three plain files over its documents in the order of its runs:
+Next to `plan.json` there are three plain files for each pass of a subset, over its documents in the
+order of its runs:
 
     0_000.masks    uint8 [documents]: 0 left out, 1 training, 2 held out
     0_000.marks    uint64: a run's tokens before its documents 0, 256, 512, ...
-    0_000.buckets  int64 [4, buckets + 1]: training tokens, held-out tokens, training documents, held-out documents
-                   before each bucket, a bucket being the documents whose keys have the same leading bits
+    0_000.buckets  int64 [4, buckets + 1]: training tokens, held-out tokens, training documents,
+                   held-out documents before each bucket; a bucket is the documents whose keys have
+                   the same leading bits
 
-One file a pass was chosen over one a run, of which a large preparation has tens of thousands.
+- Alternatives considered: one file per run; a large preparation has tens of thousands of runs.
 """
 
 import json
@@ -31,8 +33,8 @@ Longs = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class RunPlace:
-    """A run: its file from the work folder, its size, and where it begins in the masks and marks of its pass."""
+class RunEntry:
+    """A run: its file, its size, and its offsets in the masks and marks of its pass."""
 
     path: str
     documents: int
@@ -43,36 +45,43 @@ class RunPlace:
 
 @dataclass(frozen=True)
 class PassPlan:
-    """One pass of a subset. `files` is the name of its three files without the ending; keys are cut by `bits`."""
+    """One pass of a subset.
+
+    `files` is the name of its three files without the suffix; keys are divided by their first
+    `bits`.
+    """
 
     folder: Path
     files: str
     bits: int
-    runs: tuple[RunPlace, ...]
+    runs: tuple[RunEntry, ...]
 
     def path(self, kind: str) -> Path:
+        """Path of one of the three files."""
         return self.folder / f"{self.files}.{kind}"
 
     @cached_property
     def buckets(self) -> Longs:
-        """int64 `[4, buckets + 1]`."""
+        """The buckets file, int64 `[4, buckets + 1]`."""
         return np.fromfile(self.path("buckets"), dtype=np.int64).reshape(4, -1)
 
     def tokens_before(self, mask: int) -> Longs:
-        """Tokens with that mask in front of each bucket, and all of them at the end."""
+        """Tokens with this mask before each bucket; the last entry is the total."""
         return self.buckets[mask - 1]
 
     def documents_before(self, mask: int) -> Longs:
+        """Documents with this mask before each bucket; the last entry is the total."""
         return self.buckets[mask + 1]
 
     def bucket_range(self, mask: int, start: int, stop: int) -> tuple[int, int]:
-        """The buckets that hold the tokens `start:stop` of the pass: first, and the one after the last."""
+        """Buckets that hold the tokens `start:stop` of the pass: first, and one past the last."""
         before = self.tokens_before(mask)
         first = int(np.searchsorted(before, start, side="right")) - 1
         return first, int(np.searchsorted(before, stop, side="left"))
 
     @property
     def entry(self) -> dict[str, Any]:
+        """The pass as stored in `plan.json`."""
         return {
             "files": self.files,
             "bits": self.bits,
@@ -82,14 +91,14 @@ class PassPlan:
 
 @dataclass(frozen=True)
 class SubsetPlan:
-    """A subset's passes and how many training tokens one of them holds."""
+    """The passes of a subset, and the number of training tokens in one of them."""
 
     name: str
     training_tokens: int
     passes: tuple[PassPlan, ...]
 
     def parts(self, start: int, stop: int) -> list[tuple[int, int, int]]:
-        """The tokens `start:stop` of the stream as (pass, start in it, stop in it)."""
+        """Split the tokens `start:stop` of the stream into (pass, start in it, stop in it)."""
         size = self.training_tokens
         if start == stop:
             return []
@@ -99,9 +108,11 @@ class SubsetPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """`chunks[name][subset]` is the range of samples, of the held-out stream where the name is `held_out`.
+    """The plan as the chunk tasks read it.
 
-    `sources` are the keys of all sources, ascending; `block_rows` is how many rows a row group of the provenance has.
+    `chunks[name][subset]` is a range of samples, of the held-out stream for the chunk `held_out`.
+    `sources` are the keys of all sources, ascending. `block_rows` is the rows of a provenance row
+    group.
     """
 
     sources: tuple[str, ...]
@@ -113,7 +124,7 @@ class Plan:
 
     @classmethod
     def read(cls, folder: Path) -> "Plan":
-        """The plan of a work folder. Raises DataError when there is none yet."""
+        """Read the plan of a work folder. Raises DataError when there is none yet."""
         folder = folder / "plan"
         try:
             content = json.loads((folder / PLAN_NAME).read_text("utf-8"))
@@ -121,6 +132,7 @@ class Plan:
             raise DataError(
                 f"{folder / PLAN_NAME}: no plan ({error.strerror}); start the preparation again"
             ) from None
+
         subsets = []
         for entry in content["subsets"]:
             passes = [
@@ -128,11 +140,13 @@ class Plan:
                     folder,
                     item["files"],
                     item["bits"],
-                    tuple(RunPlace(*run) for run in item["runs"]),
+                    tuple(RunEntry(*run) for run in item["runs"]),
                 )
                 for item in entry["passes"]
             ]
+
             subsets.append(SubsetPlan(entry["name"], entry["training_tokens"], tuple(passes)))
+
         chunks = {
             name: {subset: range(*samples) for subset, samples in parts.items()}
             for name, parts in content["chunks"].items()

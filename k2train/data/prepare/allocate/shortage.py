@@ -1,7 +1,8 @@
-"""What to say when documents do not suffice for the chunks: why, and which key mends it.
+"""Error messages for too few documents: the cause, and the recipe key that fixes it.
 
-The numbers of the plan decide which key it is. Naming every key that could matter was refused: a reader then turns the
-wrong one, and reads a corpus once more to find out.
+- The numbers of the plan decide which key to name.
+- Alternatives considered: naming every key that could matter; a reader then changes the wrong one,
+  and reads a corpus once more to find out.
 """
 
 import math
@@ -9,14 +10,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from k2train.data.prepare.allocate.held_out import exact
-from k2train.data.prepare.recipe import MOST_REPEAT, WHOLE, Recipe, SubsetRecipe
+from k2train.data.prepare.recipe import MAX_REPEAT, WHOLE, Recipe, SubsetRecipe
 from k2train.errors import DataError
 from k2train.text import counted
 
 _REASONS = (
     (
         "rejected_documents",
-        "broken: look at text_key and id_key, and at rejected.jsonl of the work folder",
+        "broken: check text_key and id_key, and rejected.jsonl in the work folder",
     ),
     ("short_documents", "shorter than min_characters: lower it"),
     ("not_chosen_documents", "outside the interval `documents`: widen it"),
@@ -32,55 +33,63 @@ def check_samples(
     samples: Mapping[str, int],
     used: Mapping[str, int],
 ) -> None:
-    """Raises DataError when some chunk would get nothing of a subset; speaks of the one with the fewest samples.
+    """Raises DataError when a chunk would get nothing of a subset; explains the smallest subset.
 
-    `samples` is what the subsets can give, `used` what `rows_per_chunk` takes of it; `account` holds their documents and
-    `training_tokens`.
+    `samples` is what the subsets can give, `used` is what `rows_per_chunk` takes of it. `account`
+    holds their documents and `training_tokens`.
     """
     short = sorted((count, name) for name, count in used.items() if count < recipe.chunks)
     if short:
         _, first = short[0]
         others = [f"{name} {count}" for count, name in short[1:]]
-        also = f" (too few also: {', '.join(others)})" if others else ""
-        raise DataError(_why(recipe, first, account[first], samples[first], used[first]) + also)
+        also = f" (also too few: {', '.join(others)})" if others else ""
+        raise DataError(_explain(recipe, first, account[first], samples[first], used[first]) + also)
 
 
-def _why(recipe: Recipe, name: str, counts: Mapping[str, Any], samples: int, used: int) -> str:
+def _explain(recipe: Recipe, name: str, counts: Mapping[str, Any], samples: int, used: int) -> str:
+    """Message for a subset with fewer used samples than chunks."""
     subset, length = recipe.subsets[name], recipe.sequence_length
-    few = f"subset {name} gives {used} samples of {length} tokens, fewer than the {counted(recipe.chunks, 'chunk')}"
+    few = (
+        f"subset {name} gives {used} samples of {length} tokens, "
+        f"fewer than the {counted(recipe.chunks, 'chunk')}"
+    )
     tokens = counts["training_tokens"]
     if tokens == 0:
-        return f"{few}: {_why_nothing(subset, counts)}"
+        return f"{few}: {_explain_none(subset, counts)}"
     lower = f"lower chunks to {used}" if used else f"lower sequence_length ({length})"
     if samples >= recipe.chunks:
         rows = f"rows_per_chunk ({recipe.rows_per_chunk}) leaves it {used} of its {samples}"
         return f"{few}: {rows}: raise rows_per_chunk, give other subsets limit_tokens, or {lower}"
-    return f"{few}: {_why_few(subset, tokens, recipe.chunks * length)}, or {lower}"
+    return f"{few}: {_explain_few(subset, tokens, recipe.chunks * length)}, or {lower}"
 
 
-def _why_nothing(subset: SubsetRecipe, counts: Mapping[str, Any]) -> str:
+def _explain_none(subset: SubsetRecipe, counts: Mapping[str, Any]) -> str:
+    """Cause for a subset without any training token."""
     seen = counts["documents_read"] + counts["rejected_documents"]
     if seen == 0:
         return "its files hold no document"
     key, words = max(_REASONS, key=lambda reason: counts[reason[0]])
-    # Few files are all on one side sooner than many documents.
+    # A few files end up on one side of a split more easily than many documents.
     parts = subset.kind in ("jsonl", "parquet") and subset.split_by == "source"
     finer = parts and key in ("outside_documents", "held_out_documents")
-    return f"of its {seen} documents {counts[key]} are {words}{', or give split_by document' if finer else ''}"
+    split = ", or give split_by document" if finer else ""
+    return f"of its {seen} documents {counts[key]} are {words}{split}"
 
 
-def _why_few(subset: SubsetRecipe, tokens: int, needed: int) -> str:
+def _explain_few(subset: SubsetRecipe, tokens: int, needed: int) -> str:
+    """Cause and remedies for a subset with too few training tokens."""
     asked = int(exact(subset.repeat) * tokens)
     limit = subset.limit_tokens
     if limit is not None and limit < needed <= asked:
         return f"limit_tokens ({limit}) is below the {needed} tokens of a sample for each: raise it"
-    knobs = ["widen its share" if subset.share != WHOLE else "add files"]
-    if needed <= MOST_REPEAT * tokens:
-        knobs.insert(0, f"raise repeat to {math.ceil(100 * needed / tokens) / 100:g}")
+    remedies = ["widen its share" if subset.share != WHOLE else "add files"]
+    if needed <= MAX_REPEAT * tokens:
+        remedies.insert(0, f"raise repeat to {math.ceil(100 * needed / tokens) / 100:g}")
     if limit is not None and limit < needed:
-        knobs = [f"raise limit_tokens ({limit})", f"and {knobs[0]}"]
-    made = f"{asked} with repeat {subset.repeat:g}, " if subset.repeat != 1 else ""
+        remedies = [f"raise limit_tokens ({limit})", f"and {remedies[0]}"]
+    with_repeat = f"{asked} with repeat {subset.repeat:g}, " if subset.repeat != 1 else ""
+
     return (
-        f"its documents hold {tokens} tokens, {made}below the {needed} of a sample for each: "
-        f"{(' ' if limit is not None and limit < needed else ', or ').join(knobs)}"
+        f"its documents hold {tokens} tokens, {with_repeat}below the {needed} of a sample for "
+        f"each: {(' ' if limit is not None and limit < needed else ', or ').join(remedies)}"
     )

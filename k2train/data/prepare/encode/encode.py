@@ -1,9 +1,12 @@
-"""An encode task: sources read once, documents encoded once, sorted runs left behind.
+"""Encode task: read sources once, encode documents once, and write sorted runs.
 
-A document goes to every subset of the task that wants it. What decides that (draw, share, fill-in-the-middle) is keyed
-by names, so neither the cut into tasks nor the order of reading shows in the chunks. Texts are gathered to some
-megabytes and handed to sentencepiece at once; a call for each document was refused, it costs short ones a tenth of their
-speed. Memory holds one such batch and `executor.run_tokens` tokens, whatever the sources' size.
+- A document goes to every subset of the task that takes it. The decisions (draw, share,
+  fill-in-the-middle) are keyed by names. So neither the grouping into tasks nor the order of
+  reading shows in the chunks.
+- Texts are collected into batches of some megabytes for sentencepiece. Memory holds one batch and
+  `executor.run_tokens` tokens, whatever the sources' size.
+- Alternatives considered: one sentencepiece call per document; it costs short documents a tenth of
+  their speed.
 """
 
 import hashlib
@@ -22,26 +25,29 @@ from k2train.data.prepare.cleanup import remove_leftovers
 from k2train.data.prepare.encode.fill_in_middle import KINDS, Item, choose_item, encode_documents
 from k2train.data.prepare.encode.sorted_runs import RunWriter
 from k2train.data.prepare.recipe import WHOLE
-from k2train.data.prepare.source import Contents, Source, border_of, place_of
+from k2train.data.prepare.source import Contents, Source, first_position, split_position
 from k2train.data.prepare.sources.readers import Document, Rejection, read_documents
 from k2train.data.prepare.sources.rejected import REJECTED_NAME
-from k2train.data.prepare.sources.stdlib import page
-from k2train.data.prepare.workspace import EncodeTask, Workspace, owner_mark, write_json
+from k2train.data.prepare.sources.stdlib import topic_page
+from k2train.data.prepare.workspace import EncodeTask, Workspace, process_suffix, write_json
 from k2train.data.tokenizer import EOS_ID
 from k2train.errors import DataError
 from k2train.files import AtomicFile
 
 BATCH_CHARACTERS = 2**22
 BATCH_DOCUMENTS = 2**14
-# More than these in a task are a mistake of the recipe's, and the rest need not be read to know it.
-MANY_REJECTED = 1000
-MOST_REJECTED_SHARE = 0.5
+# A task with more rejections than these has a wrong recipe; it stops before reading the rest.
+MIN_REJECTED = 1000
+MAX_REJECTED_SHARE = 0.5
 
 _EOS = np.array([EOS_ID], dtype=np.int32)
 
 
-def drawn_place(seed: int, source_key: str, name: str) -> int:
-    """Where a document lies for `documents`, out of PLACES: by the seed, and apart from its place for `share`."""
+def drawn_position(seed: int, source_key: str, name: str) -> int:
+    """Position of a document for the `documents` interval, an integer in [0, POSITIONS).
+
+    Drawn by the seed, and independent of its position for `share`.
+    """
     digest = hashlib.sha256(
         "\0".join(("k2train documents", str(seed), source_key, name)).encode()
     ).digest()
@@ -49,54 +55,65 @@ def drawn_place(seed: int, source_key: str, name: str) -> int:
 
 
 def encode_task(workspace: Workspace, number: int) -> None:
-    """Leave the runs, the rejected lines and, last, the record of encode task `number`.
+    """Run encode task `number`: write its runs, the rejected lines and, last, its record.
 
-    A task that is done or under way elsewhere may be done again: it leaves the same files. Raises DataError for a file
-    that is broken, and when more than half of over 1000 documents are.
+    Safe to repeat when the task is done or running elsewhere: it writes the same files. Raises
+    DataError for a broken file, and when more than half of over 1000 documents are broken.
     """
-    began = time.monotonic()
+    started = time.monotonic()
     task, folder = workspace.tasks[number], workspace.run_folder(number)
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
-    with AtomicFile(folder / REJECTED_NAME, owner_mark()) as rejected:
-        encoding = _Encoding(workspace, task, folder, rejected)
-        sources = [encoding.read(source) for source in task.sources]
-        encoding.finish()
-    base = folder.relative_to(workspace.folder).as_posix()
-    for run in (run for taker in encoding.takers for runs in taker.writer.runs for run in runs):
-        run["path"] = f"{base}/{run['path']}"
-    subsets = {taker.name: taker.record(encoding) for taker in encoding.takers}
+
+    with AtomicFile(folder / REJECTED_NAME, process_suffix()) as rejected:
+        task_encoder = _TaskEncoder(workspace, task, folder, rejected)
+        sources = [task_encoder.read(source) for source in task.sources]
+        task_encoder.finish()
+
+    # Paths in records are relative to the work folder.
+    prefix = folder.relative_to(workspace.folder).as_posix()
+    for run in (
+        run for encoder in task_encoder.encoders for runs in encoder.writer.runs for run in runs
+    ):
+        run["path"] = f"{prefix}/{run['path']}"
+
+    subsets = {encoder.name: encoder.record(task_encoder) for encoder in task_encoder.encoders}
+
+    # `files` is what `tasks.is_done` checks.
     files = [
         {"base": "folder", "path": run["path"], "bytes": run["bytes"]}
         for subset in subsets.values()
         for runs in subset["passes"]
         for run in runs
     ]
+
     rejected_bytes = (folder / REJECTED_NAME).stat().st_size
-    files.append({"base": "folder", "path": f"{base}/{REJECTED_NAME}", "bytes": rejected_bytes})
-    _remove_others(workspace.folder, folder, {file["path"] for file in files})
+    files.append({"base": "folder", "path": f"{prefix}/{REJECTED_NAME}", "bytes": rejected_bytes})
+    _remove_stale_runs(workspace.folder, folder, {file["path"] for file in files})
     record = {
         "files": files,
         "subsets": subsets,
         "sources": sources,
-        "text_bytes": encoding.text_bytes,
+        "text_bytes": task_encoder.text_bytes,
     }
+
     write_json(
-        workspace.encode_record(number), record | {"seconds": round(time.monotonic() - began, 3)}
+        workspace.encode_record(number), record | {"seconds": round(time.monotonic() - started, 3)}
     )
 
 
-class _Taker:
-    """A subset among those that read the same documents: what it takes of them, and what it counts."""
+class _SubsetEncoder:
+    """One subset of a task: selects its documents, counts them, and writes its runs."""
 
     def __init__(self, workspace: Workspace, task: EncodeTask, name: str, folder: Path) -> None:
         recipe = workspace.recipe
         self.name, self.subset, self.seed = name, recipe.subsets[name], recipe.seed
-        self.first, self.end = (border_of(part) for part in self.subset.share)
-        self.first_drawn, self.end_drawn = (border_of(part) for part in self.subset.documents)
+        self.first, self.end = (first_position(part) for part in self.subset.share)
+        self.first_drawn, self.end_drawn = (first_position(part) for part in self.subset.documents)
         self.draws = self.subset.documents != WHOLE
         fim = self.subset.fill_in_the_middle
         self.psm, self.spm = fim.psm, fim.spm
+        # The subsets of a task share its memory for tokens equally.
         self.writer = RunWriter(
             folder,
             f"{list(recipe.subsets).index(name):03d}",
@@ -106,63 +123,66 @@ class _Taker:
             chunk_dtype(workspace.tokenizer.vocab_size),
             max(1, recipe.executor.run_tokens // len(task.subsets)),
         )
+
         self.counts = dict.fromkeys(("documents", "outside", "short", "not_chosen"), 0)
 
     def item(self, source_key: str, document: Document) -> Item:
-        """The document as this subset wants it encoded."""
+        """The document as this subset encodes it."""
         if self.psm == self.spm == 0:
             return Item(document.text)
         return choose_item(self.seed, source_key, document.name, document.text, self.psm, self.spm)
 
-    def wants(self, document: Document, drawn: int, place: int) -> str:
-        """`documents` for one that is taken, else the name of the count it belongs to."""
+    def classify(self, document: Document, drawn: int, position: int) -> str:
+        """`documents` for a document that is taken, else the name of the count it belongs to."""
         if self.draws and not self.first_drawn <= drawn < self.end_drawn:
             return "not_chosen"
         if len(document.text) < self.subset.min_characters:
             return "short"
-        return "documents" if self.first <= place < self.end else "outside"
+        return "documents" if self.first <= position < self.end else "outside"
 
-    def record(self, encoding: "_Encoding") -> dict[str, Any]:
+    def record(self, task_encoder: "_TaskEncoder") -> dict[str, Any]:
         """Counts, tokens of one pass, and the runs of each pass."""
         tokens = sum(run["tokens"] for run in self.writer.runs[0])
-        read = {"documents_read": encoding.documents_read, "rejected": encoding.rejected}
-        again = {"repeated_ids": self.writer.repeated_ids}
-        return {**self.counts, **read, **again, "tokens": tokens, "passes": self.writer.runs}
+        read = {"documents_read": task_encoder.documents_read, "rejected": task_encoder.rejected}
+        repeated = {"repeated_ids": self.writer.repeated_ids}
+        return {**self.counts, **read, **repeated, "tokens": tokens, "passes": self.writer.runs}
 
 
 @dataclass
 class _Batch:
-    """Documents that wait to be encoded; each entry says which item is whose."""
+    """Documents to encode in one call; each entry assigns an item to a subset."""
 
     items: list[Item] = field(default_factory=list)
-    entries: list[tuple[_Taker, int, str, int, bytes, int, int]] = field(default_factory=list)
+    entries: list[tuple[_SubsetEncoder, int, str, int, bytes, int, int]] = field(
+        default_factory=list
+    )
     characters: int = 0
 
 
-class _Encoding:
-    """One run through the sources of a task."""
+class _TaskEncoder:
+    """One pass over the sources of a task."""
 
     def __init__(
         self, workspace: Workspace, task: EncodeTask, folder: Path, rejected: IO[bytes]
     ) -> None:
         self.seed, self.tokenizer, self.task = workspace.recipe.seed, workspace.tokenizer, task
-        self.takers = [_Taker(workspace, task, name, folder) for name in task.subsets]
-        self.draws = any(taker.draws for taker in self.takers)
-        # Subsets that read the same files split them alike; the recipe sees to it.
-        self.by_document = self.takers[0].subset.split_by == "document"
+        self.encoders = [_SubsetEncoder(workspace, task, name, folder) for name in task.subsets]
+        self.draws = any(encoder.draws for encoder in self.encoders)
+        # The recipe ensures that subsets of the same files split them alike.
+        self.by_document = self.encoders[0].subset.split_by == "document"
         self.stream = rejected
         self.documents_read = self.rejected = self.text_bytes = 0
         self.batch = _Batch()
 
     def read(self, source: Source) -> dict[str, Any]:
-        """Take the documents of a source; returns the facts of what was read."""
-        reading = read_documents(self.takers[0].subset, source)
-        key, place = source.key, place_of(source.key)
+        """Encode the documents of a source; returns the facts of what was read."""
+        reading = read_documents(self.encoders[0].subset, source)
+        key, position = source.key, split_position(source.key)
         for item in reading:
             if isinstance(item, Rejection):
                 self._reject(source, item)
             else:
-                self._take(key, item, place)
+                self._add_document(key, item, position)
         return reading.facts
 
     def _reject(self, source: Source, item: Rejection) -> None:
@@ -170,46 +190,60 @@ class _Encoding:
             "file": source.key,
             "line": item.line,
             "subsets": self.task.subsets,
-            "why": item.why,
+            "why": item.reason,
         }
+
         self.stream.write((json.dumps(entry) + "\n").encode())
+
         self.rejected += 1
         seen = self.documents_read + self.rejected
-        if self.rejected > MANY_REJECTED and self.rejected > MOST_REJECTED_SHARE * seen:
+        if self.rejected > MIN_REJECTED and self.rejected > MAX_REJECTED_SHARE * seen:
             names = ", ".join(f"subsets.{name}" for name in self.task.subsets)
             raise DataError(
-                f"{names}: {self.rejected} of the first {seen} documents are broken, lastly {source.path}:{item.line}: "
-                f"{item.why}; look at kind, text_key and id_key"
+                f"{names}: {self.rejected} of the first {seen} documents are broken, lastly "
+                f"{source.path}:{item.line}: {item.reason}; check kind, text_key and id_key"
             )
 
-    def _take(self, key: str, document: Document, place: int) -> None:
+    def _add_document(self, key: str, document: Document, position: int) -> None:
         self.documents_read += 1
         text, name = document.text, document.name
         self.text_bytes += len(text) if text.isascii() else len(text.encode())
-        drawn = drawn_place(self.seed, key, name) if self.draws else 0
+        drawn = drawn_position(self.seed, key, name) if self.draws else 0
+        # `position` is that of the source, unless documents are split individually.
         if self.by_document:
-            place = place_of(f"{key}\0{name}")
-        hashed, first = 0, len(self.batch.items)
-        for taker in self.takers:
-            verdict = taker.wants(document, drawn, place)
-            taker.counts[verdict] += 1
+            position = split_position(f"{key}\0{name}")
+
+        text_hash, first = 0, len(self.batch.items)
+        for encoder in self.encoders:
+            outcome = encoder.classify(document, drawn, position)
+            encoder.counts[outcome] += 1
             index = -1
-            if taker.subset.drop_duplicates:
-                # Whatever becomes of it: which of equal texts is the first must not depend on what else is chosen.
-                hashed = hashed or int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
-            elif verdict != "documents":
+
+            if encoder.subset.drop_duplicates:
+                # Hashed even when it is not taken: which of equal texts is the first must not
+                # depend on what else is chosen.
+                text_hash = text_hash or int.from_bytes(
+                    hashlib.sha256(text.encode()).digest()[:8], "big"
+                )
+            elif outcome != "documents":
                 continue
-            if verdict == "documents":
-                index = self._place_item(taker.item(key, document), first)
-            kept = hashed if taker.subset.drop_duplicates else 0
+
+            if outcome == "documents":
+                index = self._item_index(encoder.item(key, document), first)
+            entry_hash = text_hash if encoder.subset.drop_duplicates else 0
             self.batch.entries.append(
-                (taker, index, key, document.ordinal, name.encode(), place, kept)
+                (encoder, index, key, document.ordinal, name.encode(), position, entry_hash)
             )
+
         if self.batch.characters >= BATCH_CHARACTERS or len(self.batch.entries) >= BATCH_DOCUMENTS:
             self._encode()
 
-    def _place_item(self, item: Item, first: int) -> int:
-        """Where the item is in the batch. Subsets that want a document alike share one; `first` is the document's."""
+    def _item_index(self, item: Item, first: int) -> int:
+        """Index of the item in the batch.
+
+        Subsets that encode a document alike share one item; `first` is the first item of this
+        document.
+        """
         items = self.batch.items
         for index in range(first, len(items)):
             if items[index] == item:
@@ -221,38 +255,44 @@ class _Encoding:
     def _encode(self) -> None:
         batch, self.batch = self.batch, _Batch()
         encoded = encode_documents(self.tokenizer, batch.items)
-        for taker, index, key, ordinal, name, place, text in batch.entries:
+        for encoder, index, key, ordinal, name, position, text_hash in batch.entries:
+            # Index -1 is a document that is kept for its text hash only.
             ids, fim = (
                 ((encoded[index], _EOS), KINDS.index(batch.items[index].kind))
                 if index >= 0
                 else ((), 0)
             )
-            taker.writer.add(key, ordinal, name, ids, place, text, fim)
+            encoder.writer.add(key, ordinal, name, ids, position, text_hash, fim)
 
     def finish(self) -> None:
-        """Encode and write what is held."""
+        """Encode and write everything that is still held."""
         self._encode()
-        for taker in self.takers:
-            taker.writer.flush()
+        for encoder in self.encoders:
+            encoder.writer.flush()
 
 
-def _remove_others(base: Path, folder: Path, kept: set[str]) -> None:
-    """Remove runs that an attempt with another `run_tokens` left; what two present attempts write has equal names."""
+def _remove_stale_runs(base: Path, folder: Path, kept: set[str]) -> None:
+    """Remove runs of an attempt with another `run_tokens`.
+
+    Attempts with the same setting write files of the same names.
+    """
     for path in folder.glob("*.safetensors"):
         if path.relative_to(base).as_posix() not in kept:
             path.unlink(missing_ok=True)
 
 
 def sources_identity(records: Iterable[Mapping[str, Any]]) -> str:
-    """Identity of the documents, from all encode records: names and contents of all sources.
+    """Identity of the documents: hash of the names and contents of all sources.
 
-    Raises DataError when a source that two tasks read was not the same both times.
+    `records` are the encode records. Raises DataError when a source that two tasks read differed
+    between the two.
     """
     hashes: dict[str, str] = {}
     for source in (source for record in records for source in record["sources"]):
         if hashes.setdefault(source["key"], source["sha256"]) != source["sha256"]:
             raise DataError(
-                f"{source['key']}: changed while it was prepared; let it come to rest and start again"
+                f"{source['key']}: changed while it was prepared; "
+                "wait until nothing writes to it, then start again"
             )
     digest = hashlib.sha256()
     for key in sorted(hashes):
@@ -261,30 +301,34 @@ def sources_identity(records: Iterable[Mapping[str, Any]]) -> str:
 
 
 def changed_sources(sources: Iterable[Source], known: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Keys of sources that are missing or not what `known` (facts by key) says, new ones and those gone included.
+    """Keys of sources that differ from `known` (facts by key), including new and missing ones.
 
-    Equal size and time of change are taken as equal content; another time alone has the file read and compared.
+    Equal size and modification time count as equal content. When only the time differs, the file is
+    read and compared.
     """
     changed, seen = set(), set()
     for source in sources:
         seen.add(source.key)
-        if source.key not in known or not _unchanged(source, known[source.key]):
+        if source.key not in known or not _is_unchanged(source, known[source.key]):
             changed.add(source.key)
     return sorted(changed | (set(known) - seen))
 
 
-def _unchanged(source: Source, facts: Mapping[str, Any]) -> bool:
+def _is_unchanged(source: Source, facts: Mapping[str, Any]) -> bool:
     if not source.path:
-        contents = Contents(source, page(source.name))
+        contents = Contents(source, topic_page(source.name))
     else:
         try:
             status = os.stat(source.path)
         except OSError:
             return False
+
         if status.st_size != facts["bytes"]:
             return False
+        # Same size and time: unchanged, without reading the file.
         if status.st_mtime_ns == facts.get("mtime_ns"):
             return True
         contents = Contents(source)
-    contents.hash_apart()
+
+    contents.hash_only()
     return bool(contents.facts["sha256"] == facts["sha256"])

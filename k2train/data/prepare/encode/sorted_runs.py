@@ -1,20 +1,21 @@
-"""Sorted runs: encoded documents on their way to the chunks, one file for each (encode task, subset, pass, part).
+"""Sorted runs: encoded documents on disk, one file per (encode task, subset, pass, part).
 
-A run holds documents sorted by key, so that a chunk, which takes a range of keys, reads one slice of each run. It is a
-safetensors file: plain arrays that other tools open too. A run is written array by array instead of through the
-library, which wants a copy of everything in memory; and read with plain reads that hold no file open, since a merge goes
-over more runs than a process may map.
+- A run holds documents sorted by key. A chunk takes a range of keys, so it reads one slice of each
+  run.
+- A run is a safetensors file: plain arrays that other tools can open.
+- It is written array by array, since the safetensors library wants a copy of everything in memory.
+- It is read without keeping files open, since a merge reads more runs than a process may map.
 
     keys uint64 [n]        ascending; ties by source, then ordinal
-    places uint64 [n]      where the unit of splitting lies; see `source`
-    texts uint64 [n]       head of the text's sha256; 0 where the subset keeps duplicates
+    places uint64 [n]      split position, see `source`
+    texts uint64 [n]       first bits of the text's sha256; 0 where the subset keeps duplicates
     name_ends uint64 [n]   ends of the documents' names in `names`
-    lengths uint32 [n]     tokens, </s> included; 0: outside the share, kept for its text's hash only
-    sources uint32 [n]     into the metadata's `sources`, which are sorted
+    lengths uint32 [n]     tokens, </s> included; 0: outside the share, kept for its text hash only
+    sources uint32 [n]     index into the metadata's `sources`, which are sorted
     ordinals uint32 [n]    number of the document in its source
     tokens uint16 | uint32 [sum of lengths]
     fim uint8 [n]          0 none, 1 psm, 2 spm
-    names uint8 [...]      UTF-8, laid end to end
+    names uint8 [...]      UTF-8, concatenated
 """
 
 import json
@@ -28,26 +29,28 @@ import numpy as np
 import numpy.typing as npt
 
 from k2train.data.document_keys import key_base, key_of
-from k2train.data.prepare.workspace import owner_mark
+from k2train.data.prepare.workspace import process_suffix
 from k2train.errors import DataError
 from k2train.files import AtomicFile
 
 Numbers = npt.NDArray[np.unsignedinteger[Any]]
 
 FORMAT = "k2train-run-1"
-MOST_DOCUMENTS = 2**20
+MAX_DOCUMENTS = 2**20
 GATHER_TOKENS = 2**20
 _NAMES = {"uint8": "U8", "uint16": "U16", "uint32": "U32", "uint64": "U64"}
 _DTYPES = {name: np.dtype(dtype) for dtype, name in _NAMES.items()}
 
 
 class RunWriter:
-    """Collects the documents of one subset, and writes them sorted as a run a pass whenever `capacity` is reached.
+    """Collects the documents of one subset and writes them as sorted runs, one per pass.
 
-    Tokens are held once, whatever the number of passes. What the parts are cut into never shows in the chunks.
-
-    `repeated_ids` counts documents within the share that have source and name of another one before them. Equal names
-    have equal keys and so lie side by side, but only within a part: two in different parts are not found.
+    - Runs are written whenever `capacity` is reached. The division into parts never shows in the
+      chunks.
+    - Tokens are held once, whatever the number of passes.
+    - `repeated_ids` counts documents within the share whose source and name occurred before. Equal
+      names have equal keys and are therefore adjacent, but only within a part: two in different
+      parts are not found.
     """
 
     def __init__(
@@ -60,7 +63,7 @@ class RunWriter:
         dtype: str,
         capacity: int,
     ):
-        """`prefix` begins the file names; `capacity` is in tokens. Runs go to `folder`."""
+        """`prefix` begins the file names in `folder`; `capacity` is in tokens."""
         self.folder, self.prefix, self.subset, self.passes, self.seed = (
             folder,
             prefix,
@@ -68,9 +71,10 @@ class RunWriter:
             passes,
             seed,
         )
+
         self.capacity = capacity
         self.runs: list[list[dict[str, Any]]] = [[] for _ in range(passes)]
-        # Pages never written to cost no memory.
+        # Pages that are never written cost no memory.
         self._tokens = np.empty(capacity, dtype=dtype)
         self._part = 0
         self.repeated_ids = 0
@@ -96,41 +100,47 @@ class RunWriter:
         ordinal: int,
         name: bytes,
         ids: Sequence[npt.NDArray[np.integer[Any]]],
-        place: int,
-        text: int = 0,
+        position: int,
+        text_hash: int = 0,
         fim: int = 0,
     ) -> None:
-        """A document; `ids` are the pieces of its tokens, `</s>` among them, and none for one outside the share.
+        """Add a document; `ids` are the arrays of its tokens, `</s>` included.
 
-        Documents come in ascending order of (source key, ordinal).
+        `ids` is empty for a document outside the share. Documents must come in ascending order of
+        (source key, ordinal).
         """
         if not self._source_keys or self._source_keys[-1] != source_key:
-            self._begin(source_key)
+            self._begin_source(source_key)
         length = sum(len(piece) for piece in ids)
+        # The buffer is full: write the part and continue the source in a new one.
         if self._used + length > len(self._tokens):
             self._make_room(length)
-            self._begin(source_key)
+            self._begin_source(source_key)
+
         if length:
-            # Ids fit: the dtype is chosen by the vocabulary.
+            # Ids fit, since the vocabulary decided the dtype.
             np.concatenate(
                 ids, out=self._tokens[self._used : self._used + length], casting="unsafe"
             )
             self._used += length
+
+        # One key per pass, since every pass has an order of its own.
         for keys, base in zip(self._keys, self._bases, strict=True):
             keys += key_of(base, name)
+
         self._names += name
         columns = self._columns
-        columns["places"].append(place)
-        columns["texts"].append(text)
+        columns["places"].append(position)
+        columns["texts"].append(text_hash)
         columns["name_ends"].append(len(self._names))
         columns["lengths"].append(length)
         columns["sources"].append(len(self._source_keys) - 1)
         columns["ordinals"].append(ordinal)
         columns["fim"].append(fim)
-        if len(columns["fim"]) >= MOST_DOCUMENTS:
+        if len(columns["fim"]) >= MAX_DOCUMENTS:
             self.flush()
 
-    def _begin(self, source_key: str) -> None:
+    def _begin_source(self, source_key: str) -> None:
         assert not self._source_keys or source_key > self._source_keys[-1], (
             f"{source_key} does not ascend"
         )
@@ -143,7 +153,7 @@ class RunWriter:
             self._tokens = np.empty(max(length, self.capacity), dtype=self._tokens.dtype)
 
     def flush(self) -> None:
-        """Write what is held, a run a pass, and hold nothing."""
+        """Write all documents held, one run per pass, and release them."""
         count = len(self._columns["fim"])
         if count:
             for number, run in enumerate(self.runs):
@@ -158,12 +168,16 @@ class RunWriter:
             name: np.frombuffer(values, dtype=values_dtype(values))
             for name, values in self._columns.items()
         }
-        # Documents were added in the order of sources and ordinals, so a stable sort by key breaks ties as it should.
+        # Documents were added in order of source and ordinal, so a stable sort by key breaks ties
+        # correctly.
         order = np.argsort(keys, kind="stable")
         keys = keys[order]
+        # Equal ids have equal keys, adjacent after the sort. All passes hold the same documents.
         if number == 0:
-            again = (keys[1:] == keys[:-1]) & (columns["lengths"][order[1:]] > 0)
-            self.repeated_ids += int(again.sum())
+            repeated = (keys[1:] == keys[:-1]) & (columns["lengths"][order[1:]] > 0)
+            self.repeated_ids += int(repeated.sum())
+
+        # Start and end of names and tokens, in the order in which documents were added.
         name_starts = np.concatenate([np.zeros(1, np.uint64), columns["name_ends"][:-1]])
         name_lengths = (columns["name_ends"] - name_starts)[order]
         ends = np.cumsum(columns["lengths"], dtype=np.int64)
@@ -180,57 +194,68 @@ class RunWriter:
             ("fim", columns["fim"][order]),
             ("names", np.frombuffer(self._names, dtype=np.uint8)),
         ]
-        gathered = {
+
+        # These two are written slice by slice in the order of the keys.
+        slices = {
             "tokens": (starts, ends[order]),
             "names": (
                 name_starts[order].astype(np.int64),
                 columns["name_ends"][order].astype(np.int64),
             ),
         }
+
         facts = {"format": FORMAT, "subset": self.subset, "pass": str(number)}
+
         header, size_bytes = run_header(arrays, facts | {"sources": json.dumps(self._source_keys)})
-        with AtomicFile(path, owner_mark()) as stream:
+        with AtomicFile(path, process_suffix()) as stream:
             stream.write(header)
             for name, values in arrays:
-                if name in gathered:
-                    _write_gathered(stream, values, *gathered[name])
+                if name in slices:
+                    _write_slices(stream, values, *slices[name])
                 else:
                     stream.write(values.data)
+
         entry = {
             "path": path.name,
             "documents": len(keys),
             "tokens": self._used,
             "bytes": size_bytes,
         }
+
         return entry | {"first_key": int(keys[0]), "last_key": int(keys[-1])}
 
 
 def values_dtype(values: "array[int]") -> np.dtype[Any]:
-    """NumPy's dtype of an array's items."""
+    """NumPy dtype of an array's items."""
     return np.dtype(f"u{values.itemsize}")
 
 
 def run_header(arrays: Sequence[tuple[str, Numbers]], facts: dict[str, str]) -> tuple[bytes, int]:
-    """The safetensors header for arrays laid end to end in this order, and the size of the whole file in bytes."""
+    """Safetensors header for arrays concatenated in this order, and the file's size in bytes."""
     tensors: dict[str, Any] = {"__metadata__": facts}
-    at = 0
+    offset = 0
     for name, values in arrays:
-        offsets = [at, at + values.nbytes]
+        offsets = [offset, offset + values.nbytes]
         tensors[name] = {
             "dtype": _NAMES[values.dtype.name],
             "shape": list(values.shape),
             "data_offsets": offsets,
         }
-        at += values.nbytes
+        offset += values.nbytes
+
     content = json.dumps(tensors, separators=(",", ":")).encode()
+    # Data starts at a multiple of 8 bytes.
     content += b" " * (-len(content) % 8)
-    return len(content).to_bytes(8, "little") + content, 8 + len(content) + at
+    return len(content).to_bytes(8, "little") + content, 8 + len(content) + offset
 
 
-def _write_gathered(
+def _write_slices(
     stream: IO[bytes], values: Numbers, starts: npt.NDArray[np.int64], ends: npt.NDArray[np.int64]
 ) -> None:
-    """The slices `starts[i]:ends[i]` one behind the other, in blocks: a sorted copy of everything is never made."""
+    """Write the slices `starts[i]:ends[i]` one after another, in blocks.
+
+    Avoids a sorted copy of everything.
+    """
     block: list[Numbers] = []
     held = 0
     for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
@@ -244,20 +269,26 @@ def _write_gathered(
 
 
 class Run:
-    """A run on the disk. Opening reads its header only; arrays are read when asked for, whole or in part."""
+    """A run on disk, read in slices.
+
+    Opening reads only the header; arrays are read on request.
+    """
 
     def __init__(self, path: Path) -> None:
-        """Raises DataError for a file that is missing or no run."""
+        """Raises DataError for a file that is missing or not a run."""
         self.path = path
         try:
             with path.open("rb") as stream:
+                # safetensors: 8 bytes with the length of the header, the header, the data.
                 self._data_bytes = 8 + int.from_bytes(stream.read(8), "little")
                 size_bytes = path.stat().st_size
                 if self._data_bytes > size_bytes:
                     raise ValueError("it is cut off")
                 header = json.loads(stream.read(self._data_bytes - 8))
+
             self.facts: dict[str, str] = header.pop("__metadata__")
             self._tensors: dict[str, dict[str, Any]] = header
+
             if (
                 self.facts["format"] != FORMAT
                 or max(t["data_offsets"][1] for t in header.values()) + self._data_bytes
@@ -278,24 +309,30 @@ class Run:
 
     @property
     def subset(self) -> str:
+        """Name of the subset."""
         return self.facts["subset"]
 
     @property
     def pass_number(self) -> int:
+        """Number of the pass, from 0."""
         return int(self.facts["pass"])
 
     @cached_property
     def source_keys(self) -> list[str]:
-        """What `sources` points into, ascending."""
+        """Keys that `sources` points to, ascending."""
         keys: list[str] = json.loads(self.facts["sources"])
         return keys
 
     @property
     def tokens_total(self) -> int:
+        """Tokens of all documents."""
         return int(self._tensors["tokens"]["shape"][0])
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Numbers:
-        """Items `start:stop` of an array; `tokens` and `names` count in their own items, all others in documents."""
+        """Read the items `start:stop` of an array.
+
+        `tokens` and `names` count in their own items, all other arrays in documents.
+        """
         entry = self._tensors[name]
         stop = entry["shape"][0] if stop is None else stop
         assert 0 <= start <= stop <= entry["shape"][0], (
@@ -312,14 +349,15 @@ class Run:
         stop = len(self) if stop is None else stop
         if start == stop:
             return []
+        # `name_ends` counts from the start of the file; make it relative to the slice.
         first = int(self.read("name_ends", start - 1, start)[0]) if start else 0
         ends = (self.read("name_ends", start, stop) - np.uint64(first)).tolist()
         content = self.read("names", first, first + ends[-1]).tobytes()
         return [content[a:b].decode() for a, b in zip([0, *ends[:-1]], ends, strict=True)]
 
     def documents(self) -> Iterator[tuple[int, str, int, str, list[int]]]:
-        """(key, source key, ordinal, name, tokens) one by one, the slow and simple way."""
-        at = 0
+        """Yield (key, source key, ordinal, name, tokens) one by one; slow and simple."""
+        start = 0
         columns = zip(
             *(self.read(c).tolist() for c in ("keys", "sources", "ordinals", "lengths")),
             strict=True,
@@ -330,6 +368,7 @@ class Run:
                 self.source_keys[source],
                 ordinal,
                 name,
-                self.read("tokens", at, at + length).tolist(),
+                self.read("tokens", start, start + length).tolist(),
             )
-            at += length
+
+            start += length

@@ -1,8 +1,10 @@
-"""One chunk file of K2's to one of ours, and back: a task that knows nothing of the other chunks.
+"""Conversion of one K2 chunk file to a data chunk and back, independent of all other chunks.
 
-The `.npy` and the `.parquet` are written under another name and renamed, and a record, written last, makes the task
-done. Memory is bounded by a block of lines, whatever the size of the file. Taking a file that is there for a finished
-one was refused: a file has the right size before it is known to be of the right source.
+- The `.npy` and the `.parquet` are written under temporary names and renamed. A record, written
+  last, marks the task done.
+- Memory is bounded by a block of lines, whatever the size of the file.
+- Alternatives considered: taking an existing file as finished; a file has the right size before it
+  is known to come from the right source.
 """
 
 import json
@@ -35,9 +37,9 @@ try:
 except ImportError:
     zstandard = None  # type: ignore[assignment]
 
-ROAD = 1
-"""Part of the identity of an import: raise it when the same files would give other bytes."""
-# The memory of the processor's own: a block is gone over some thirty times.
+IMPORT_VERSION = 1
+"""Part of the identity of an import: increase it when the same files would give other bytes."""
+# Fits the processor's cache, since a block is traversed about thirty times.
 PIECE_BYTES = 2**18
 EXPORT_ROWS = 512
 SYNC_BYTES = 2**25
@@ -45,7 +47,7 @@ SYNC_BYTES = 2**25
 
 @dataclass(frozen=True)
 class ImportTask:
-    """One file of K2's and what becomes of it: `<name>.npy` and `<name>.parquet` in `target`, a record in `records`."""
+    """Import of one K2 file: `<name>.npy` and `.parquet` in `target`, a record in `records`."""
 
     file: Path
     name: str
@@ -56,20 +58,25 @@ class ImportTask:
 
     @property
     def record(self) -> Path:
+        """Path of the task's record."""
         return self.records / f"{self.name}.json"
 
     @property
     def identity(self) -> dict[str, Any]:
-        # The time serves unfinished work only, where a needless second reading is the worst that it can cause.
+        """Facts of the input that a finished task must match."""
+        # The time matters only for unfinished work, where at worst it causes a second read.
         facts = self.file.stat()
         return {
             "file": [self.file.name, facts.st_size, facts.st_mtime_ns],
-            "shape": [self.sequence_length, self.vocab_size, ROAD],
+            "shape": [self.sequence_length, self.vocab_size, IMPORT_VERSION],
         }
 
 
 def finished(task: ImportTask) -> ChunkInfo | None:
-    """What an earlier start made of the same file, when its record says so and its files have their size."""
+    """Result of an earlier start for the same file.
+
+    None unless its record matches and its files have their sizes.
+    """
     with suppress(OSError, ValueError, KeyError, TypeError):
         record = json.loads(task.record.read_text("utf-8"))
         here = {name: (task.target / name).stat().st_size for name in record["bytes"]}
@@ -79,7 +86,10 @@ def finished(task: ImportTask) -> ChunkInfo | None:
 
 
 def import_chunk(task: ImportTask) -> ChunkInfo:
-    """Do one task: both files, then the record. Raises DataError for a broken line, a full disk, a file that went."""
+    """Run one import task: write both files, then the record.
+
+    Raises DataError for a broken line, a full disk, and a file that disappeared.
+    """
     try:
         identity = task.identity
         info = _write_chunk(task)
@@ -93,8 +103,9 @@ def import_chunk(task: ImportTask) -> ChunkInfo:
     except OSError as error:
         where = error.filename or task.target
         raise DataError(
-            f"{task.file.name}: {where}: {error.strerror}; make room, or see to it, and start again"
+            f"{task.file.name}: {where}: {error.strerror}; make room or fix this, then start again"
         ) from None
+
     return info
 
 
@@ -105,6 +116,7 @@ def _write_chunk(task: ImportTask) -> ChunkInfo:
     with ExitStack() as files:
         ids, provenance = (files.enter_context(AtomicFile(task.target / name)) for name in names)
         _write_header(ids, rows, task.sequence_length, dtype)
+
         writer = files.enter_context(ProvenanceWriter(provenance, task.sequence_length))
 
         def write(lines: Lines) -> None:
@@ -114,11 +126,12 @@ def _write_chunk(task: ImportTask) -> ChunkInfo:
                 ids.tell() // SYNC_BYTES
                 > (ids.tell() - lines.ids.size * dtype.itemsize) // SYNC_BYTES
             ):
-                # Bit by bit and not all at the end, when nothing else is left to do.
+                # Sync gradually, not all at the end when nothing else is left to do.
                 ids.flush()
                 os.fsync(ids.fileno())
 
-        # A block is written while the next one is read; the thread is joined before the files are closed.
+        # A block is written while the next one is read. The thread ends before the files are
+        # closed.
         pool = files.enter_context(ThreadPoolExecutor(1))
         written: Future[None] | None = None
         for lines in parse_lines(
@@ -128,13 +141,15 @@ def _write_chunk(task: ImportTask) -> ChunkInfo:
                 written.result()
             written = pool.submit(write, lines)
             rows += len(lines.ids)
+
         if written is not None:
             written.result()
         if rows == 0:
             raise DataError(f"{task.file.name}: holds no line; fetch it again")
-        # The number of rows is known at the end; counting lines first would read, and unpack, everything twice.
+        # The number of rows is known only now; counting first would read and decompress twice.
         ids.seek(0)
         _write_header(ids, rows, task.sequence_length, dtype)
+
     per_subset = {
         name: count * task.sequence_length for name, count in sorted(writer.rows_per_subset.items())
     }
@@ -159,9 +174,9 @@ def _write_header(stream: IO[bytes], rows: int, sequence_length: int, dtype: np.
 
 
 def read_pieces(path: Path) -> Iterator[bytes]:
-    """A file in pieces of a bounded size, unpacked when its name ends in `.zst`.
+    """Yield a file in pieces of bounded size, decompressed when its name ends in `.zst`.
 
-    Raises DataError for a damaged or truncated one, and when zstandard is needed and missing.
+    Raises DataError for a damaged or truncated file, and when zstandard is needed but missing.
     """
     with path.open("rb", buffering=0) as stream:
         if path.suffix != ".zst":
@@ -176,7 +191,8 @@ def read_pieces(path: Path) -> Iterator[bytes]:
 
 
 def _unpack(path: Path, stream: IO[bytes]) -> Iterator[bytes]:
-    # A reader of zstandard's ends without a word where the file was cut off; one that is fed knows its frame's end.
+    # zstandard's file reader ends silently where a file was truncated; a decompressobj knows the
+    # end of its frame.
     unpacker = None
     try:
         while packed := stream.read(PIECE_BYTES // 8):
@@ -192,6 +208,7 @@ def _unpack(path: Path, stream: IO[bytes]) -> Iterator[bytes]:
 
 
 def first_ids(path: Path) -> list[int]:
+    """Ids of the first line of a file. Raises DataError when it has none."""
     found = b""
     for piece in read_pieces(path):
         found += piece
@@ -203,10 +220,15 @@ def first_ids(path: Path) -> list[int]:
 
 
 def export_chunk(manifest: Manifest, info: ChunkInfo, path: Path) -> None:
+    """Write one chunk as a K2 file.
+
+    Raises DataError when the chunk or its provenance is damaged.
+    """
     provenance = manifest.folder / str(info.provenance)
     verify_chunk(manifest, info)
     if not provenance.is_file() or sha256_file(provenance) != info.provenance_sha256:
-        raise DataError(f"{provenance}: missing, or not as the manifest says; fetch it again")
+        raise DataError(f"{provenance}: missing, or different from the manifest; fetch it again")
+
     rows, texts = open_chunk(manifest, info), number_texts(manifest.vocab_size)
     with ProvenanceReader(provenance) as reader, AtomicFile(path) as stream:
         fields = reader.fields()
@@ -215,6 +237,8 @@ def export_chunk(manifest: Manifest, info: ChunkInfo, path: Path) -> None:
             part = list(islice(fields, len(ids)))
             if len(part) != len(ids):
                 raise DataError(
-                    f"{provenance}: ends before row {start + len(part)} of {info.rows}; fetch it again"
+                    f"{provenance}: ends before row {start + len(part)} "
+                    f"of {info.rows}; fetch it again"
                 )
+
             stream.write(format_lines(ids, part, texts))

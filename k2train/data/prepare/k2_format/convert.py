@@ -1,12 +1,15 @@
-"""K2's chunk files, `chunk_<i>.jsonl`, to a data folder and back: the same ids in the same order.
+"""Conversion of K2's chunk files, `chunk_<i>.jsonl`, to a data folder and back.
 
-A chunk is a task of its own and knows nothing of the others. Its `.npy` and `.parquet` are written under another name and
-renamed, and a record, written last, makes it done; so an import that was killed goes on where it was, with the same
-command. All lies in `<output>.work/` until the last chunk is there, then the folder is renamed to `output`.
-
-The chunk keeps K2's number and its lines their order. One big task, or all chunks through one reader, was refused: K2's
-stage 1 is 360 files of 20 GB. `sources.json` is left out on purpose: K2 names files of which each stage took other
-lines, so equal names do not mean equal data.
+- The ids keep their order, a chunk keeps K2's number, and its lines keep their order.
+- A chunk is an independent task. Its `.npy` and `.parquet` are written under temporary names and
+  renamed, and a record, written last, marks it done. A killed import is resumed by the same
+  command.
+- All files are in `<output>.work/` until the last chunk is done, then the folder is renamed to
+  `output`.
+- `sources.json` is not written. K2 names files of which each stage used other lines, so equal names
+  do not mean equal data.
+- Alternatives considered: one big task, or one reader for all chunks; K2's stage 1 is 360 files of
+  20 GB.
 """
 
 import os
@@ -23,7 +26,7 @@ from typing import Any
 from k2train.data.chunk import ChunkInfo, Manifest, check_files, read_manifest, write_manifest
 from k2train.data.manifest import MANIFEST_NAME
 from k2train.data.prepare.k2_format.chunk import (
-    ROAD,
+    IMPORT_VERSION,
     ImportTask,
     export_chunk,
     finished,
@@ -41,7 +44,7 @@ from k2train.files import sync_directory, write_synced
 from k2train.text import counted
 
 UNKNOWN_TOKENIZER = "unknown: imported without a tokenizer"
-"""Stands for the tokenizer's hash where none was given; two such folders are taken to have the same."""
+"""Replaces the tokenizer's hash when none was given; two such folders count as having the same."""
 
 
 def import_k2(
@@ -55,73 +58,90 @@ def import_k2(
     progress: Progress | None = None,
     force: bool = False,
 ) -> Manifest:
-    """Make the data folder `output` of the `chunk_<i>.jsonl` (or `.jsonl.zst`) in `source`, or find it made.
+    """Import the `chunk_<i>.jsonl` (or `.jsonl.zst`) files in `source` as the data folder `output`.
 
-    The length of the first line is that of all samples. Without `tokenizer`, which is copied, or its hash, the manifest
-    says that it is unknown. Files of the same names and sizes as an earlier import are taken for the same; `force`
-    imports them anew, and replaces a folder of other data. Raises DataError: file:line for a broken one.
+    - The first line decides the sequence length of all samples.
+    - `tokenizer` is copied. Without it, or its hash, the manifest records that it is unknown.
+    - Files with the names and sizes of an earlier import count as the same. `force` imports them
+      again, and replaces a folder of other data.
+
+    Raises DataError with file:line for a broken line.
     """
     require_pyarrow()
     progress = progress or Progress(None)
     files = find_chunks(source)
+
     given = Tokenizer.load(tokenizer) if tokenizer is not None else None
     if given is not None and given.vocab_size > vocab_size:
         raise DataError(
-            f"vocab_size ({vocab_size}) must be at least that of {tokenizer} ({given.vocab_size}): raise it"
+            f"vocab_size ({vocab_size}) must be at least that "
+            f"of {tokenizer} ({given.vocab_size}): raise it"
         )
     if given is not None and tokenizer_sha256 not in (None, given.sha256):
         raise DataError(
-            f"{tokenizer}: its hash is {given.sha256[:16]}, tokenizer_sha256 says {tokenizer_sha256!r:.18}"
+            f"{tokenizer}: its hash is {given.sha256[:16]}, "
+            f"tokenizer_sha256 says {tokenizer_sha256!r:.18}"
         )
-    meaning = given.sha256 if given is not None else tokenizer_sha256 or UNKNOWN_TOKENIZER
+
+    tokenizer_hash = given.sha256 if given is not None else tokenizer_sha256 or UNKNOWN_TOKENIZER
+
+    # `imported` identifies this import on the next start.
     facts: dict[str, Any] = {
         "name": output.name,
         "imported": {
-            "road": ROAD,
+            "road": IMPORT_VERSION,
             "files": [{"file": path.name, "bytes": path.stat().st_size} for path in files.values()],
         },
     }
     if given is not None:
         facts["tokenizer"] = {"file": TOKENIZER_NAME, "specials": list(given.specials)}
+
     work = output.with_name(output.name + ".work") / "k2_import"
-    found = _found(output, facts["imported"], meaning, vocab_size, force)
-    if found is None or work.exists():
-        with _alone(work, output):
-            # Asked again, since another import may have come to its end before this one was let in.
-            found = _found(output, facts["imported"], meaning, vocab_size, force)
-            if found is None:
-                infos = _run(_tasks(files, work, vocab_size), workers, progress)
+    existing = _existing_import(output, facts["imported"], tokenizer_hash, vocab_size, force)
+    if existing is None or work.exists():
+        with _exclusive_work(work, output):
+            # Checked again, since another import may have finished before this one got the lock.
+            existing = _existing_import(
+                output, facts["imported"], tokenizer_hash, vocab_size, force
+            )
+            if existing is None:
+                infos = _run_tasks(_tasks(files, work, vocab_size), workers, progress)
                 if given is not None:
                     given.save(work / "data" / TOKENIZER_NAME)
-                _complete(work / "data", output, infos, meaning, vocab_size, facts)
+                _complete(work / "data", output, infos, tokenizer_hash, vocab_size, facts)
+
             _remove(work)
-    if found is not None:
-        progress.say(f"{output}: holds this import already")
-    return found or read_manifest(output)
+
+    if existing is not None:
+        progress.log(f"{output}: already holds this import")
+    return existing or read_manifest(output)
 
 
 @contextmanager
-def _alone(work: Path, output: Path) -> Iterator[None]:
-    """Hold the work folder; it goes, with the folders made for it, when the import fails with nothing finished.
+def _exclusive_work(work: Path, output: Path) -> Iterator[None]:
+    """Lock the work folder of an import.
 
-    Raises DataError when another import holds it, or when it cannot be made.
+    When the import fails with nothing finished, removes the folder and the parents it created.
+    Raises DataError when another import holds it, or when it cannot be created.
     """
-    made = [folder for folder in output.parents if not folder.exists()]
-    with ExitStack() as held:
+    # Parents that this import creates, outermost last.
+    created = [folder for folder in output.parents if not folder.exists()]
+    with ExitStack() as stack:
         try:
             for name in ("records", "data"):
                 (work / name).mkdir(parents=True, exist_ok=True)
-            held.enter_context(exclusive(work))
+            stack.enter_context(exclusive(work))
         except OSError as error:
             raise DataError(
-                f"{work}: cannot be made ({error.strerror}); see to it, and start again"
+                f"{work}: cannot be made ({error.strerror}); fix this and start again"
             ) from None
+
         try:
             yield
         finally:
             if not any(work.glob("records/*.json")):
                 _remove(work)
-                for folder in made:
+                for folder in created:
                     with suppress(OSError):
                         folder.rmdir()
 
@@ -139,15 +159,15 @@ def _complete(
     target: Path,
     output: Path,
     infos: Sequence[ChunkInfo],
-    meaning: str,
+    tokenizer_hash: str,
     vocab_size: int,
     facts: dict[str, Any],
 ) -> None:
-    """Make a data folder of what the tasks left, and give it its name."""
+    """Make a data folder of the finished chunks and rename it to `output`."""
     sweep(target, infos, {TOKENIZER_NAME})
     write_manifest(
         target,
-        tokenizer_sha256=meaning,
+        tokenizer_sha256=tokenizer_hash,
         sequence_length=infos[0].tokens // infos[0].rows,
         vocab_size=vocab_size,
         chunks=infos,
@@ -157,10 +177,14 @@ def _complete(
 
 
 def find_chunks(source: Path) -> dict[int, Path]:
-    """The chunk files of a folder by ascending number. Raises DataError: none, one missing between two, one twice."""
+    """Chunk files of a folder by ascending number.
+
+    Raises DataError when there is none, one is missing in between, or one exists twice.
+    """
     files: dict[int, Path] = {}
     if not source.is_dir():
-        raise DataError(f"{source}: is no folder; give the one that holds K2's chunk_<i>.jsonl")
+        raise DataError(f"{source}: is not a folder; give the one that holds K2's chunk_<i>.jsonl")
+
     for path in sorted(source.iterdir()):
         if found := re.fullmatch(r"chunk_(\d+)\.jsonl(\.zst)?", path.name):
             number = int(found[1])
@@ -169,60 +193,71 @@ def find_chunks(source: Path) -> dict[int, Path]:
                     f"{source}: {files[number].name} and {path.name} are the same chunk; remove one"
                 )
             files[number] = path
+
     if not files:
         raise DataError(f"{source}: holds no chunk_<i>.jsonl and no chunk_<i>.jsonl.zst")
+
     numbers = sorted(files)
     if missing := sorted(set(range(numbers[0], numbers[-1])) - set(numbers)):
         listed = ", ".join(f"chunk_{i}" for i in missing[:3]) + (
             ", ..." if len(missing) > 3 else ""
         )
         raise DataError(
-            f"{source}: {len(missing)} of chunk_{numbers[0]} to chunk_{numbers[-1]} missing ({listed}); fetch them"
+            f"{source}: {len(missing)} of chunk_{numbers[0]} to "
+            f"chunk_{numbers[-1]} missing ({listed}); fetch them"
         )
+
     return {number: files[number] for number in numbers}
 
 
-def _found(
-    output: Path, imported: Mapping[str, Any], meaning: str, vocab_size: int, force: bool
+def _existing_import(
+    output: Path, imported: Mapping[str, Any], tokenizer_hash: str, vocab_size: int, force: bool
 ) -> Manifest | None:
-    """The manifest of `output` when it is this import already. Raises DataError when it must not be replaced."""
+    """Manifest of `output` when it already is this import.
+
+    Raises DataError when it must not be replaced.
+    """
     if not output.exists():
         return None
-    whole = (output / MANIFEST_NAME).is_file()
-    if not whole and (not output.is_dir() or any(output.iterdir())):
+    complete = (output / MANIFEST_NAME).is_file()
+    if not complete and (not output.is_dir() or any(output.iterdir())):
         raise DataError(
-            f"output: {output} exists and is no data folder; name another, or move it away"
+            f"output: {output} exists and is not a data folder; name another, or move it away"
         )
-    if force or not whole:
+    if force or not complete:
         return None
     before = read_manifest(output)
+
     same = (before.facts.get("imported"), before.tokenizer_sha256, before.vocab_size)
-    if same != (imported, meaning, vocab_size):
+    if same != (imported, tokenizer_hash, vocab_size):
         raise DataError(
             f"output: {output} holds other data: name another, or give --force to replace it"
         )
+
     check_files(before)
     return before
 
 
-def _run(tasks: Sequence[ImportTask], workers: int, progress: Progress) -> list[ChunkInfo]:
+def _run_tasks(tasks: Sequence[ImportTask], workers: int, progress: Progress) -> list[ChunkInfo]:
     done = {task.name: info for task in tasks if (info := finished(task))}
-    left = [task for task in tasks if task.name not in done]
-    if left and (workers == 1 or len(left) == 1):
-        for task in progress.over("import", left, unit="chunks"):
+    remaining = [task for task in tasks if task.name not in done]
+    if remaining and (workers == 1 or len(remaining) == 1):
+        for task in progress.track("import", remaining, unit="chunks"):
             done[task.name] = import_chunk(task)
-    elif left:
-        with ProcessPoolExecutor(min(workers, len(left)), get_context("spawn")) as pool:
-            futures = [pool.submit(import_chunk, task) for task in left]
-            for future in progress.over(
-                "import", _completed(pool, futures), total=len(left), unit="chunks"
+    elif remaining:
+        with ProcessPoolExecutor(min(workers, len(remaining)), get_context("spawn")) as pool:
+            futures = [pool.submit(import_chunk, task) for task in remaining]
+            for future in progress.track(
+                "import", _completed(pool, futures), total=len(remaining), unit="chunks"
             ):
                 info = future.result()
                 done[info.name] = info
+
     return [done[task.name] for task in tasks]
 
 
 def _completed(pool: Executor, futures: Sequence[Future[ChunkInfo]]) -> Iterator[Future[ChunkInfo]]:
+    """Yield futures as they complete; after an error, cancel those that have not started."""
     for future in as_completed(futures):
         if future.exception() is not None:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -230,11 +265,12 @@ def _completed(pool: Executor, futures: Sequence[Future[ChunkInfo]]) -> Iterator
 
 
 def _account(infos: Sequence[ChunkInfo]) -> dict[str, dict[str, int]]:
-    """Tokens and samples of each subset. K2 does not say what it left over, so nothing is."""
+    """Tokens and samples of each subset. K2 does not report leftovers, so they are 0."""
     totals: Counter[str] = Counter()
     for info in infos:
         totals.update(info.tokens_per_subset)
     length = infos[0].tokens // infos[0].rows
+
     return {
         name: {
             "training_documents": tokens // length,
@@ -259,57 +295,72 @@ def _remove(work: Path) -> None:
 def export_k2(
     manifest: Manifest, destination: Path, progress: Progress | None = None
 ) -> list[Path]:
-    """Write `chunk_<i>.jsonl` for each training chunk; an imported folder gives back the lines it was imported from.
+    """Write `chunk_<i>.jsonl` for each training chunk.
 
-    Of a row of several documents the first one's source and name are told; see `ProvenanceReader`. Every chunk is
-    checked byte for byte before it is written. The folder appears whole; what a killed export finished beside it is
-    kept by the next one of the same data. The held-out chunk stays: K2 has none. What such files cannot hold is told
-    to `progress` in a line. Raises DataError: a damaged chunk, no provenance, a chunk without a number, a destination
-    that holds anything.
+    - An imported folder gives back the lines it was imported from.
+    - A row of several documents gets source and name of the first; see `ProvenanceReader`.
+    - Every chunk is verified byte for byte before it is written.
+    - The folder appears only when it is complete. The next export of the same data reuses what a
+      killed one finished.
+    - The held-out chunk is not exported, since K2 has none. `progress` logs what such files cannot
+      hold.
+
+    Raises DataError for a damaged chunk, missing provenance, a chunk without a number, and a
+    destination that is not empty.
     """
     require_pyarrow()
     progress = progress or Progress(None)
+
     files: dict[str, ChunkInfo] = {}
     for info in manifest.chunks:
         found = re.fullmatch(r"chunk_(\d+)", info.name)
         if found is None or info.provenance is None:
-            what = "its name has no number: chunk_<i>" if found is None else "it has no provenance"
-            raise DataError(f"{manifest.path}: {info.name} cannot be exported: {what}")
+            problem = (
+                "its name has no number: chunk_<i>" if found is None else "it has no provenance"
+            )
+            raise DataError(f"{manifest.path}: {info.name} cannot be exported: {problem}")
         files[f"chunk_{int(found[1])}.jsonl"] = info
+
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise DataError(
-            f"{destination}: exists already, and an export replaces nothing; name another folder"
+            f"{destination}: exists already, and an export never overwrites; name another folder"
         )
-    aside = destination.with_name(destination.name + ".tmp")
-    mark = aside / "of_manifest"
-    if aside.exists() and not (mark.is_file() and mark.read_text("ascii") == manifest.sha256):
-        shutil.rmtree(aside)
-    aside.mkdir(parents=True, exist_ok=True)
+
+    temporary = destination.with_name(destination.name + ".tmp")
+    mark = temporary / "of_manifest"
+    # Files of a killed export are reused for the same manifest only.
+    if temporary.exists() and not (mark.is_file() and mark.read_text("ascii") == manifest.sha256):
+        shutil.rmtree(temporary)
+    temporary.mkdir(parents=True, exist_ok=True)
     write_synced(mark, manifest.sha256)
-    left = [(name, info) for name, info in files.items() if not (aside / name).is_file()]
-    for name, info in progress.over("export", left, unit="chunks"):
-        export_chunk(manifest, info, aside / name)
-    for path in aside.iterdir():
+    remaining = [(name, info) for name, info in files.items() if not (temporary / name).is_file()]
+    for name, info in progress.track("export", remaining, unit="chunks"):
+        export_chunk(manifest, info, temporary / name)
+    for path in temporary.iterdir():
         if path.name not in files:
             path.unlink()
-    os.replace(aside, destination)
+
+    os.replace(temporary, destination)
     sync_directory(destination.parent)
-    if lost := _lost(manifest):
-        progress.say(f"not in these files: {', '.join(lost)}")
+    if missing := _not_exported(manifest):
+        progress.log(f"not exported: {', '.join(missing)}")
+
     return [destination / name for name in files]
 
 
-def _lost(manifest: Manifest) -> list[str]:
-    """What K2's files have no place for."""
+def _not_exported(manifest: Manifest) -> list[str]:
+    """Descriptions of data that K2's files cannot hold."""
     pieces = sum(count_pieces(manifest.folder / str(info.provenance)) for info in manifest.chunks)
-    inside = pieces - sum(info.rows for info in manifest.chunks)
-    lost = []
-    if inside:
-        lost.append(
-            f"the sources of {inside:,} of {pieces:,} pieces (a line names the document its row begins with)"
+    inner_pieces = pieces - sum(info.rows for info in manifest.chunks)
+    missing = []
+    if inner_pieces:
+        missing.append(
+            f"the sources of {inner_pieces:,} of {pieces:,} pieces "
+            "(a line names the document its row begins with)"
         )
+
     if manifest.held_out is not None:
-        lost.append(f"{manifest.held_out.name} ({counted(manifest.held_out.rows, 'row')})")
+        missing.append(f"{manifest.held_out.name} ({counted(manifest.held_out.rows, 'row')})")
     if any(info.borders is not None for info in manifest.chunks):
-        lost.append("the document borders")
-    return lost
+        missing.append("the document borders")
+    return missing

@@ -1,10 +1,12 @@
-"""What K2 says of a sample beside its ids, as provenance of a chunk, and back to the line it came from.
+"""Provenance of K2 samples: K2's fields as Parquet columns, and back to the original line.
 
-One line of K2's is one piece that fills its row: `subset_name` is the subset, `src_filename` the source, `line_idx_in_src`
-the document. `k2_source` holds `source`, for which there is no other column. What these four cannot hold exactly (a
-number that is a text, further keys, keys in another order) is kept as JSON in `k2_line`, null in every other row, so
-that an export gives back what was imported. Keeping the whole text of every line there was refused: it is the same
-five fields 1.9 million times a chunk.
+- A line of K2 is one piece that fills its row. `subset_name` is the subset, `src_filename` the
+  source, `line_idx_in_src` the document. `k2_source` holds `source`, which has no other column.
+- Whatever these four cannot hold exactly (a number given as text, further keys, another key order)
+  is kept as JSON in `k2_line`, which is null in every other row. So an export reproduces what was
+  imported.
+- Alternatives considered: the complete text of every line in `k2_line`; it repeats the same five
+  fields 1.9 million times per chunk.
 """
 
 import json
@@ -28,7 +30,7 @@ except ImportError:
     arrow = parquet = None
 
 GROUP_ROWS = 65536
-"""Rows of a chunk in a row group, so that a row is found without reading the file."""
+"""Rows per row group, so that a row is found without reading the whole file."""
 TEXTS = ("subset", "source", "document", "k2_source", "k2_line")
 DICTIONARIES = ("subset", "source", "k2_source")
 
@@ -36,7 +38,10 @@ Texts = npt.NDArray[np.bytes_]
 
 
 class ProvenanceWriter:
-    """Writes the provenance of one chunk to `stream`, a line a row; closed by leaving the with statement."""
+    """Writes the provenance of one chunk to `stream`, one line per row.
+
+    Closed by leaving the with statement.
+    """
 
     def __init__(self, stream: IO[bytes], sequence_length: int) -> None:
         names = arrow.dictionary(arrow.int32(), arrow.string())
@@ -46,12 +51,14 @@ class ProvenanceWriter:
             "length": arrow.int32(),
             "subset": names,
         }
+
         kinds |= {
             "source": names,
             "document": arrow.string(),
             "offset": arrow.int64(),
             "fim": names,
         }
+
         kinds |= {"repeat": arrow.int16(), "k2_source": names, "k2_line": arrow.string()}
         self.schema = arrow.schema(list(kinds.items()))
         self.sequence_length = sequence_length
@@ -69,7 +76,7 @@ class ProvenanceWriter:
         self._writer.close()
 
     def add(self, fields: Sequence[Fields]) -> None:
-        """The rows after those that were added before."""
+        """Append the rows of these lines."""
         for values, column in zip(
             self._texts.values(), zip(*map(_texts_of, fields), strict=True), strict=True
         ):
@@ -96,6 +103,7 @@ class ProvenanceWriter:
         for name, values in texts.items():
             column = arrow.array(values, arrow.string())
             columns[name] = column.dictionary_encode() if name in DICTIONARIES else column
+
         self._row += count
         return arrow.table([columns[name] for name in self.schema.names], schema=self.schema)
 
@@ -111,11 +119,12 @@ def _texts_of(fields: Fields) -> tuple[str | None, ...]:
     if (
         type(number) is int
         and type(source) is type(file) is str
-        # Half a surrogate pair is a text to JSON and none to UTF-8.
+        # A lone surrogate is valid in JSON but not in UTF-8.
         and ((text := source + subset + file).isascii() or _unicode(text) == text)
         and tuple(fields) == KEYS
     ):
         return subset, file, str(number), source, None
+
     name, document = (
         value if isinstance(value, str) else json.dumps(value) for value in (file, number)
     )
@@ -127,10 +136,11 @@ def _unicode(text: str) -> str:
 
 
 class ProvenanceReader:
-    """The first piece of each row of a chunk's provenance, in order, as the fields of a line of K2's.
+    """Reads the first piece of each row of a chunk, in order, as the fields of a K2 line.
 
-    For rows that were not imported from K2: `subset_name` and `source` are the subset, `src_filename` the source, and
-    `line_idx_in_src` the document, as a number when it is one. Raises DataError when the file is no provenance.
+    For rows that were not imported from K2, `subset_name` and `source` are the subset,
+    `src_filename` is the source, and `line_idx_in_src` is the document, as a number when it is one.
+    Raises DataError when the file is not a provenance file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -149,34 +159,42 @@ class ProvenanceReader:
         self.file.close()
 
     def fields(self) -> Iterator[Fields]:
+        """Yield the fields of each row. Raises DataError when a row is missing."""
         known = self.file.schema_arrow.names
         columns = [name for name in ("row", "start", *TEXTS) if name in known]
         expected = 0
         for batch in self.file.iter_batches(batch_size=8192, columns=columns):
             listed = {name: batch.column(name).to_pylist() for name in columns}
             nothing = [None] * batch.num_rows
+
             texts = zip(*(listed.get(name, nothing) for name in TEXTS), strict=True)
             for row, start, found in zip(listed["row"], listed["start"], texts, strict=True):
                 if start == 0:
                     if row != expected:
                         raise DataError(
-                            f"{self.path}: row {expected} is missing before row {row}; fetch it again"
+                            f"{self.path}: row {expected} is missing "
+                            f"before row {row}; fetch it again"
                         )
                     expected += 1
                     yield _fields_of(*found)
 
 
 def count_pieces(path: Path) -> int:
-    """Pieces of a chunk, of which `ProvenanceReader` tells one a row; read off the end of the file."""
+    """Number of pieces of a chunk, from the file's metadata.
+
+    `ProvenanceReader` returns only one per row.
+    """
     return int(parquet.read_metadata(path).num_rows)
 
 
 def _fields_of(
     subset: str, file: str, document: str, source: str | None, line: str | None
 ) -> Fields:
+    """The fields of a K2 line from the columns of `TEXTS`."""
     if line is not None:
         fields: Fields = json.loads(line)
         return fields
+
     number = int(document) if document.isascii() and document.removeprefix("-").isdigit() else None
     exact = number is not None and str(number) == document
     values = (
@@ -186,19 +204,21 @@ def _fields_of(
         file,
         number if exact else document,
     )
+
     return dict(zip(KEYS, values, strict=True))
 
 
 def number_texts(vocab_size: int) -> Texts:
-    """`0, ` ... for every id, padded with zero bytes to one width: what `format_lines` puts lines together from."""
+    """Texts `0, ` ... of every id, padded with zero bytes to one width, for `format_lines`."""
     return np.array([f"{value}, ".encode() for value in range(vocab_size)])
 
 
 def format_lines(ids: Tokens, fields: Sequence[Fields], texts: Texts) -> bytes:
-    """Lines as K2 writes them, `json.dumps` with its usual separators, for rows `[lines, sequence_length]` of ids."""
+    """Format rows `[lines, sequence_length]` of ids as K2's lines, as `json.dumps` writes them."""
     lines = []
     for row, item in zip(ids, fields, strict=True):
         if tuple(item) == KEYS:
+            # Join the padded texts of the ids and remove the padding.
             numbers = texts.take(row).tobytes().translate(None, b"\0").removesuffix(b", ")
             rest = ", ".join(f'"{key}": {_value(item[key])}' for key in KEYS[1:])
             lines.append(b'{"token_ids": [%b], %b}\n' % (numbers, rest.encode()))

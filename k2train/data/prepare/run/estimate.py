@@ -1,8 +1,9 @@
-"""What a recipe costs before anything is bought for it: tasks, core-hours, disk and memory, from rates measured now.
+"""Cost estimate of a recipe before it runs: tasks, core-hours, disk and memory.
 
-The rates come from a preparation of the standard library on this machine, done in one process by the very functions
-that do the tasks; the amounts from what the recipe says its documents hold, or from the files where they are. Rates from
-a table were refused: they would be another machine's.
+- The rates are measured now, by preparing the standard library on this machine in one process, with
+  the functions of the real tasks.
+- The amounts come from the recipe's `expected_tokens`, or from the files where they exist.
+- Alternatives considered: a table of rates; they would be those of another machine.
 """
 
 import resource
@@ -26,16 +27,16 @@ from k2train.data.prepare.workspace import Workspace, read_json
 from k2train.data.prepare.write.write_chunk import chunk_task
 from k2train.data.tokenizer import Tokenizer
 from k2train.errors import DataError
-from k2train.text import counted
+from k2train.text import bytes_text, counted
 
-# Enough passes over the standard library that writing chunks takes seconds and not milliseconds.
+# Enough passes over the standard library for writing chunks to take seconds, not milliseconds.
 PASSES = 16
 CHUNKS = 2
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What one core of this machine did. `run_bytes` and `chunk_bytes` are on disk, for each token."""
+    """Measured rates of one core of this machine; sizes are on disk."""
 
     encode_bytes_per_second: float
     text_bytes_per_token: float
@@ -48,7 +49,7 @@ class Rates:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a recipe takes; `made_tokens` over all chunks, `encoded_tokens` without repeats.
+    """Cost of a recipe; `made_tokens` over all chunks, `encoded_tokens` without repeats.
 
     `encode_seconds` and `chunk_seconds` are of one core; the `longest_*` are those of one task.
     """
@@ -67,44 +68,48 @@ class Cost:
     from_files: tuple[str, ...]
 
     def wall_seconds(self, workers: int) -> float:
-        """With so many tasks at once; a phase is never shorter than its longest task."""
+        """Duration with so many tasks at once; a phase takes at least its longest task."""
         encode = max(self.encode_seconds / workers, self.longest_encode_seconds)
         return encode + max(self.chunk_seconds / workers, self.longest_chunk_seconds)
 
 
 def measure(recipe: Recipe, progress: Progress) -> Rates:
-    """Prepare the standard library in a temporary folder and time it; takes some 20 seconds."""
+    """Prepare the standard library in a temporary folder and time it; takes about 20 seconds."""
     with tempfile.TemporaryDirectory(prefix="k2train-estimate-") as name:
-        sample, tokenizer, words = _sample(recipe, Path(name), progress)
+        sample, tokenizer, description = _sample(recipe, Path(name), progress)
         listing = list_sources(sample)
         tasks = encode_tasks(sample, listing)
-        place = Workspace.create(
+        workspace = Workspace.create(
             Path(name) / "work", Path(name) / "out.tmp", sample, tokenizer, tasks
         )
-        progress.say(f"measure: encode the standard library with {words}")
-        encode_seconds = _timed(lambda number: encode_task(place, number), len(tasks))
-        plan_task(place)
-        progress.say(f"measure: write {CHUNKS} chunks")
-        chunk_seconds = _timed(lambda number: chunk_task(place, number), CHUNKS)
+        progress.log(f"measure: encode the standard library with {description}")
+        encode_seconds = _timed(lambda number: encode_task(workspace, number), len(tasks))
+        plan_task(workspace)
+        progress.log(f"measure: write {CHUNKS} chunks")
+        chunk_seconds = _timed(lambda number: chunk_task(workspace, number), CHUNKS)
         text_bytes = sum(
-            read_json(place.encode_record(n))["text_bytes"] for n in range(len(place.tasks))
+            read_json(workspace.encode_record(n))["text_bytes"] for n in range(len(workspace.tasks))
         )
-        account = read_json(place.folder / "plan" / "plan.json")["account"]["code"]
+        account = read_json(workspace.folder / "plan" / "plan.json")["account"]["code"]
         made = account["used_tokens"]
+
         return Rates(
             encode_bytes_per_second=text_bytes / encode_seconds,
             text_bytes_per_token=text_bytes / account["training_tokens"],
             chunk_tokens_per_second=made / chunk_seconds,
-            run_bytes_per_token=_size(place.folder / "runs")
+            run_bytes_per_token=_size(workspace.folder / "runs")
             / (PASSES * account["training_tokens"]),
-            chunk_bytes_per_token=_size(place.target) / made,
+            chunk_bytes_per_token=_size(workspace.target) / made,
             peak_memory_bytes=_peak_memory_bytes(),
-            tokenizer=words,
+            tokenizer=description,
         )
 
 
 def _sample(recipe: Recipe, folder: Path, progress: Progress) -> tuple[Recipe, Tokenizer, str]:
-    """The standard library under the recipe's length and tokenizer; a tokenizer of its size when its file is absent."""
+    """The standard library under the recipe's sequence length and tokenizer.
+
+    Trains a tokenizer of 16,000 pieces when the recipe's file is absent.
+    """
     tree = {
         "name": "estimate",
         "output": folder / "out",
@@ -116,16 +121,20 @@ def _sample(recipe: Recipe, folder: Path, progress: Progress) -> tuple[Recipe, T
         "max_rejected_share": 1.0,
         "executor": recipe.executor.model_dump(),
     }
-    words = f"a tokenizer of 16,000 pieces trained on it ({recipe.tokenizer.model} is not there)"
+
+    description = (
+        f"a tokenizer of 16,000 pieces trained on it ({recipe.tokenizer.model} does not exist)"
+    )
     if recipe.tokenizer.model.exists():
         tree["tokenizer"] = {"model": recipe.tokenizer.model}
-        words = f"the recipe's tokenizer {recipe.tokenizer.model}"
+        description = f"the recipe's tokenizer {recipe.tokenizer.model}"
+
     sample = Recipe.model_validate(tree)
-    return sample, obtain_tokenizer(sample, list_sources(sample), progress), words
+    return sample, obtain_tokenizer(sample, list_sources(sample), progress), description
 
 
 def _timed(task: Callable[[int], None], count: int) -> float:
-    # Of the processor and not of the clock: core-hours must not grow with what else the machine does.
+    # CPU time, since core-hours must not depend on other processes of the machine.
     began = time.process_time()
     for number in range(count):
         task(number)
@@ -135,7 +144,7 @@ def _timed(task: Callable[[int], None], count: int) -> float:
 def _peak_memory_bytes() -> int:
     status = Path("/proc/self/status")
     if status.exists():
-        # Rather than getrusage, whose figure for a child begins at its parent's.
+        # Not getrusage: its figure for a child starts at that of its parent.
         return int(status.read_text("ascii").split("VmHWM:")[1].split()[0]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
@@ -145,7 +154,10 @@ def _size(folder: Path) -> int:
 
 
 def cost(recipe: Recipe, rates: Rates) -> Cost:
-    """Raises DataError for subsets without `expected_tokens` whose files are not there, a line for each."""
+    """Compute the cost of a recipe from measured rates.
+
+    Raises DataError, one line each, for subsets with neither files nor `expected_tokens`.
+    """
     sources = _sources(recipe)
     one_pass = {
         name: _tokens_of_one_pass(subset, sources[name], rates)
@@ -156,15 +168,19 @@ def cost(recipe: Recipe, rates: Rates) -> Cost:
         for name, subset in recipe.subsets.items()
     }
     laid_out = sum(one_pass[name] * subset.passes for name, subset in recipe.subsets.items())
+
+    # Samples are limited by `rows_per_chunk`, if given.
     wanted = recipe.chunks * (recipe.rows_per_chunk or 0) * recipe.sequence_length
     total = min(wanted, sum(made.values())) if wanted else sum(made.values())
     encoded = sum(one_pass.values())
     encode_seconds = encoded * rates.text_bytes_per_token / rates.encode_bytes_per_second
     tasks, longest_bytes = _encode_tasks(recipe, sources, one_pass, rates)
     longest_encode = min(encode_seconds, longest_bytes / rates.encode_bytes_per_second)
+    # The sample has 2 bytes per token.
     width = 4 if chunk_dtype(_vocab(recipe)) == "uint32" else 2
-    # The sample is too small to fill a run, which is held until it is written.
+    # The sample is too small to fill a run, which is held in memory until it is written.
     held_tokens = min(recipe.executor.run_tokens, max(one_pass.values()))
+
     return Cost(
         encoded_tokens=encoded,
         made_tokens=total,
@@ -184,19 +200,21 @@ def cost(recipe: Recipe, rates: Rates) -> Cost:
 
 
 def _sources(recipe: Recipe) -> dict[str, list[Source] | None]:
-    """The files of each subset; None where they are not there, and the recipe says what they hold."""
+    """The files of each subset; None where they are absent and `expected_tokens` is given."""
     found: dict[str, list[Source] | None] = {}
-    wrong: list[str] = []
+    problems: list[str] = []
+
     for name, subset in recipe.subsets.items():
         try:
             found[name] = list_sources(recipe.model_copy(update={"subsets": {name: subset}}))[name]
         except DataError as error:
             found[name] = None
             if subset.expected_tokens is None:
-                words = f"for an estimate without the files give subsets.{name}.expected_tokens"
-                wrong += [f"{line}; {words}" for line in str(error).splitlines()]
-    if wrong:
-        raise DataError("\n".join(wrong))
+                hint = f"for an estimate without the files give subsets.{name}.expected_tokens"
+                problems += [f"{line}; {hint}" for line in str(error).splitlines()]
+
+    if problems:
+        raise DataError("\n".join(problems))
     return found
 
 
@@ -216,18 +234,22 @@ def _encode_tasks(
     tokens: Mapping[str, int],
     rates: Rates,
 ) -> tuple[int, float]:
-    """How many encode tasks there are, and the bytes of the largest: counted where the files are, else by their size."""
-    there = {name: listed for name, listed in sources.items() if listed is not None}
-    subsets = {name: recipe.subsets[name] for name in there}
-    tasks = encode_tasks(recipe.model_copy(update={"subsets": subsets}), there) if there else []
+    """Number of encode tasks, and the bytes of the largest.
+
+    Counted where the files exist, else derived from their expected size.
+    """
+    listed = {name: found for name, found in sources.items() if found is not None}
+    subsets = {name: recipe.subsets[name] for name in listed}
+    tasks = encode_tasks(recipe.model_copy(update={"subsets": subsets}), listed) if listed else []
     sizes = [float(sum(source.size_bytes for source in task.sources)) for task in tasks]
-    most = float(recipe.executor.task_bytes)
+    task_bytes = float(recipe.executor.task_bytes)
     text_bytes = (
-        sum(tokens[name] for name in sources if name not in there) * rates.text_bytes_per_token
+        sum(tokens[name] for name in sources if name not in listed) * rates.text_bytes_per_token
     )
-    count = round(text_bytes / most)
-    sizes += [most] if count else [text_bytes]
-    return len(tasks) + max(count, 0 if there else 1), max(sizes)
+    # Absent files are assumed to fill tasks of `task_bytes`.
+    count = round(text_bytes / task_bytes)
+    sizes += [task_bytes] if count else [text_bytes]
+    return len(tasks) + max(count, 0 if listed else 1), max(sizes)
 
 
 def _vocab(recipe: Recipe) -> int:
@@ -239,66 +261,65 @@ def _vocab(recipe: Recipe) -> int:
 
 
 def estimate_lines(recipe: Recipe, rates: Rates, needs: Cost) -> Sequence[str]:
-    """The estimate for people; times are of this machine's cores."""
+    """Format the estimate for people; times are of this machine's cores."""
     workers = workers_of(recipe.executor)
-    told = (
+    workers_note = (
         "all cores of this machine; "
         if recipe.executor.workers is None and recipe.executor.kind == "local"
         else ""
     )
     encode, chunks = seconds_text(needs.encode_seconds), seconds_text(needs.chunk_seconds)
-    reads = min(
+    task_bytes = min(
         recipe.executor.task_bytes,
         needs.encoded_tokens * rates.text_bytes_per_token / needs.encode_tasks,
     )
+
     lines = [
-        f"{recipe.name}: {tokens_text(needs.encoded_tokens)} tokens to encode once, {tokens_text(needs.made_tokens)} in "
-        f"{counted(recipe.chunks, 'chunk')} of {tokens_text(needs.made_tokens / recipe.chunks)}",
+        f"{recipe.name}: {tokens_text(needs.encoded_tokens)} tokens to encode once, "
+        f"{tokens_text(needs.made_tokens)} in {counted(recipe.chunks, 'chunk')} of "
+        f"{tokens_text(needs.made_tokens / recipe.chunks)}",
         "",
         f"{'':9}{'tasks':>9}  {'one core':>14}   what a task does",
-        f"{'encode':9}{needs.encode_tasks:9,}  {encode:>14}   reads about {bytes_text(reads)} of documents, writes sorted runs",
+        f"{'encode':9}{needs.encode_tasks:9,}  {encode:>14}   "
+        f"reads about {bytes_text(task_bytes)} of documents, writes sorted runs",
         f"{'plan':9}{1:9,}  {'-':>14}   reads the runs' indexes",
-        f"{'chunks':9}{needs.chunk_tasks:9,}  {chunks:>14}   merges its part of the runs, writes one chunk",
-        f"{'together':18}  {seconds_text(needs.encode_seconds + needs.chunk_seconds):>14}   or "
-        f"{seconds_text(needs.wall_seconds(workers))} with {counted(workers, 'worker')} ({told}executor.workers)",
+        f"{'chunks':9}{needs.chunk_tasks:9,}  {chunks:>14}   "
+        "merges its part of the runs, writes one chunk",
+        f"{'together':18}  {seconds_text(needs.encode_seconds + needs.chunk_seconds):>14}   "
+        f"or {seconds_text(needs.wall_seconds(workers))} with {counted(workers, 'worker')} "
+        f"({workers_note}executor.workers)",
         "",
-        f"disk      {bytes_text(needs.work_bytes)} of work, removed at the end, and {bytes_text(needs.output_bytes)} of "
-        f"chunks and provenance",
-        f"memory    {bytes_text(needs.task_memory_bytes)} a worker: measured, and what it holds of executor.run_tokens "
-        f"{recipe.executor.run_tokens:,}",
+        f"disk      {bytes_text(needs.work_bytes)} of work, removed at the end, "
+        f"and {bytes_text(needs.output_bytes)} of chunks and provenance",
+        f"memory    {bytes_text(needs.task_memory_bytes)} a worker: measured, "
+        f"and what it holds of executor.run_tokens {recipe.executor.run_tokens:,}",
         "",
         f"rates of one core, measured now on the standard library with {rates.tokenizer}: encode "
-        f"{bytes_text(rates.encode_bytes_per_second)}/s at {rates.text_bytes_per_token:.2f} bytes a token, chunks "
-        f"{tokens_text(rates.chunk_tokens_per_second)} tokens/s",
+        f"{bytes_text(rates.encode_bytes_per_second)}/s at {rates.text_bytes_per_token:.2f} "
+        f"bytes a token, chunks {tokens_text(rates.chunk_tokens_per_second)} tokens/s",
     ]
     if needs.from_files:
         lines.append(
             f"taken from file sizes, as if they were plain text: {', '.join(needs.from_files)}"
         )
+
     return lines
 
 
 def _scaled(value: float, units: Sequence[tuple[float, str]]) -> str:
-    """With one digit after the point, in the largest unit of which there is one."""
+    """Format with one decimal in the largest unit that is not above the value."""
     size, unit = next((unit for unit in units if value >= unit[0]), units[-1])
     text = f"{value / size:,.1f}"
     return f"{text.removesuffix('.0') if size == units[-1][0] else text}{unit}"
 
 
-def bytes_text(value: float) -> str:
-    """`20 bytes`, `1.5 MB`."""
-    return _scaled(
-        round(value), ((1e12, " TB"), (1e9, " GB"), (1e6, " MB"), (1e3, " KB"), (1, " bytes"))
-    )
-
-
 def tokens_text(value: float) -> str:
-    """`812`, `40.3M`, `1,295.7B`."""
+    """Format a number of tokens: `812`, `40.3M`, `1,295.7B`."""
     return _scaled(round(value), ((1e9, "B"), (1e6, "M"), (1e3, "K"), (1, "")))
 
 
 def seconds_text(value: float) -> str:
-    """`below 1 second`, `12 seconds`, `1.5 hours`."""
+    """Format a duration: `below 1 second`, `12 seconds`, `1.5 hours`."""
     if value < 1:
         return "below 1 second"
     return _scaled(value, ((3600, " hours"), (60, " minutes"), (1, " seconds")))

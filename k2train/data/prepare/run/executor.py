@@ -1,8 +1,9 @@
-"""The phases of a preparation, one after the other, by whichever executor the recipe names.
+"""Driver: run the phases of a preparation in order, by the executor that the recipe names.
 
-The driver only starts work, watches marks in the shared folder, and says how far it is. It can be killed at any moment
-and started again: all that it knows lies in that folder. Letting it carry results between phases was refused, since
-then a killed driver would be a lost preparation.
+- The driver only starts work, watches completion marks in the shared folder, and shows progress. It
+  can be killed at any moment and started again, since all its state is in that folder.
+- Alternatives considered: a driver that carries results between phases; a killed driver would then
+  be a lost preparation.
 """
 
 import fcntl
@@ -25,23 +26,26 @@ POLL_SECONDS = 0.2
 
 
 class TaskExecutor(Protocol):
-    """Those who do the tasks. Leaving the with statement ends what must not go on without the driver."""
+    """Interface of the executors.
+
+    Leaving the with statement ends everything that must not run without the driver.
+    """
 
     def __enter__(self) -> Self: ...
 
     def __exit__(self, *_: object) -> None: ...
 
     def start(self, phase: Phase) -> None:
-        """Begin what is left of a phase; the phases before it are complete."""
+        """Start the remaining tasks of a phase; earlier phases are complete."""
 
     def poll(self, phase: Phase, seconds: float) -> Exception | None:
-        """Wait about so long; an exception when the phase will not be completed."""
+        """Wait about `seconds`; returns an exception when the phase cannot complete."""
 
     def finish(self, phase: Phase) -> None:
-        """All tasks of the phase are done."""
+        """Called when all tasks of the phase are done."""
 
     def failed(self, phase: Phase) -> None:
-        """A task of the phase has failed: the others need not go on."""
+        """Called when a task of the phase has failed: the others need not continue."""
 
 
 LOCK_NAME = "lock"
@@ -49,9 +53,10 @@ LOCK_NAME = "lock"
 
 @contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """One driver at a time for a work folder. Raises DataError, at once, naming the process that is at it.
+    """Lock a work folder for one driver.
 
-    The kernel frees the lock when its holder ends in whatever way; workers never inherit it.
+    Raises DataError at once, with the id of the process that holds the lock. The kernel releases
+    the lock however its holder ends; workers never inherit it.
     """
     descriptor = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
@@ -62,8 +67,11 @@ def exclusive(folder: Path) -> Iterator[None]:
                 os.pread(descriptor, 64, 0).decode("ascii", "replace").strip() or "not named yet"
             )
             raise DataError(
-                f"{folder}: this preparation is under way already (pid {holder}); wait for it, or end it first"
+                f"{folder}: this preparation is already running "
+                f"(pid {holder}); wait for it, or stop it first"
             ) from None
+
+        # The id is informative only; the kernel holds the lock.
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
         yield
@@ -77,10 +85,11 @@ def run_phases(
     progress: Progress,
     phases: Sequence[Phase] | None = None,
 ) -> None:
-    """Do all tasks that are not done, holding the work folder; `phases` are those of a preparation when left out.
+    """Run all tasks that are not done, while holding the work folder.
 
-    Raises the line of the first task that met a user's mistake (DataError), RuntimeError for one that met a bug of ours,
-    ConfigError when the executor cannot be had.
+    `phases` defaults to those of a preparation. Raises DataError with the line of the first task
+    that met a user's mistake, RuntimeError for a bug, ConfigError when the executor is not
+    available.
     """
     with exclusive(workspace.folder):
         drive(workspace, executor, progress, phases)
@@ -92,13 +101,13 @@ def drive(
     progress: Progress,
     phases: Sequence[Phase] | None = None,
 ) -> None:
-    """`run_phases` for a caller that holds the folder itself."""
-    # Tasks on other machines, or in other working directories, find the folder by its whole name.
+    """`run_phases` for a caller that already holds the lock."""
+    # Tasks on other machines or in other working directories need the absolute path.
     workspace = replace(workspace, folder=workspace.folder.resolve())
     phases = phases_of(workspace) if phases is None else phases
     with _executor(workspace, phases, recipe, progress) as executor:
         for phase in phases:
-            for _ in progress.over(
+            for _ in progress.track(
                 phase.name, _watch(workspace, phase, executor), total=phase.tasks, unit="tasks"
             ):
                 pass
@@ -110,7 +119,7 @@ def _executor(
     if find_spec("datatrove") is None:
         raise ConfigError("preparing data needs datatrove: pip install 'k2train[data]'")
     if recipe.kind == "slurm":
-        # Loads datatrove's SLURM executor into this process, which the local one does not need.
+        # Imported here, since only SLURM needs datatrove's executor in this process.
         from k2train.data.prepare.run.slurm import SlurmExecutor
 
         return SlurmExecutor(workspace, phases, recipe, progress)
@@ -120,10 +129,10 @@ def _executor(
 
 
 def _watch(workspace: Workspace, phase: Phase, executor: TaskExecutor) -> Iterator[int]:
-    """The numbers of done tasks, as they get done; ends when all are."""
+    """Yield the numbers of done tasks as they complete; ends when all are done."""
     executor.start(phase)
     shown: set[int] = set()
-    trouble: Exception | None = None
+    poll_failure: Exception | None = None
     while True:
         done = completed(workspace, phase)
         yield from sorted(done - shown)
@@ -131,8 +140,11 @@ def _watch(workspace: Workspace, phase: Phase, executor: TaskExecutor) -> Iterat
         if len(done) == phase.tasks:
             executor.finish(phase)
             return
-        failure = first_failure(workspace, phase) or trouble
+
+        # Prefer the failure of a task to what the executor noticed, which is one poll old.
+        failure = first_failure(workspace, phase) or poll_failure
         if failure is not None:
             executor.failed(phase)
             raise failure
-        trouble = executor.poll(phase, POLL_SECONDS)
+
+        poll_failure = executor.poll(phase, POLL_SECONDS)

@@ -1,9 +1,10 @@
-"""A recipe and its documents to a data folder: check, split into tasks, have them done, finish.
+"""Preparation of a data folder from a recipe and documents: check, group into tasks, run, publish.
 
-Everything that is chosen is chosen by a key, so the same recipe over the same documents gives the same bytes, whoever
-does the tasks and however often they are killed; and doing it again finds that out from hashes and does nothing.
-Modification times were refused as the test of freshness: they change when nothing does, and do not when a disk loses a
-block.
+- Every choice is made by a key. The same recipe over the same documents gives the same bytes,
+  whichever process runs the tasks and however often it is killed.
+- A repeated preparation finds that out from hashes and does nothing.
+- Alternatives considered: modification times as the test of freshness; they change when nothing
+  does, and do not change when a disk loses a block.
 """
 
 import hashlib
@@ -36,8 +37,8 @@ from k2train.data.prepare.workspace import (
 from k2train.data.tokenizer import Tokenizer
 from k2train.errors import DataError
 
-# Part of the identity of a preparation: raise it when the same recipe would give other bytes.
-ROAD = 2
+# Part of the identity of a preparation: increase it when the same recipe would give other bytes.
+PREPARATION_VERSION = 2
 
 OTHER_FILES = {LOCK_NAME, MANIFEST_NAME, SOURCES_NAME, REJECTED_NAME, TOKENIZER_NAME}
 WORK_PARTS = {
@@ -59,100 +60,112 @@ Listing = dict[str, list[Source]]
 def prepare(
     recipe: Recipe, force: bool = False, progress: Progress | None = None
 ) -> tuple[Manifest, bool]:
-    """Make the data folder, or find it made: its manifest, and whether it was made now.
+    """Prepare the data folder, or verify a finished one: its manifest, and whether it was made now.
 
-    A start that was killed is gone on with. Raises DataError when the folder holds something else or an earlier start
-    read other documents (and `force` is not given), or the documents do not suffice.
+    Resumes an interrupted preparation. Raises DataError when the folder holds something else, when
+    an earlier start read other documents (unless `force` is given), and when documents are too few.
     """
     progress = progress or Progress(None)
-    before = None if force else _existing(recipe)
+    before = None if force else _finished(recipe)
     listing = list_sources(recipe)
     if before is not None:
-        _check_made(before, recipe, listing)
+        _verify_finished(before, recipe, listing)
         _remove_work(recipe)
         return before, False
+
     target = target_of(recipe)
-    _refuse_foreign(recipe, target)
+    _check_folders(recipe, target)
     tokenizer = obtain_tokenizer(recipe, listing, progress)
     if any(s.fill_in_the_middle.psm or s.fill_in_the_middle.spm for s in recipe.subsets.values()):
         require_specials(tokenizer)
     for folder in (recipe.work_folder, target):
         folder.mkdir(parents=True, exist_ok=True)
-    # Both, since two recipes may name one output and different folders for their work.
+
+    # Both, since two recipes may name one output and different work folders.
     with exclusive(recipe.work_folder), exclusive(target):
-        if not force and _existing(recipe) is not None:
+        if not force and _finished(recipe) is not None:
             raise DataError(
-                f"{recipe.output}: was prepared by another process just now; start again to check it"
+                f"{recipe.output}: was prepared by another "
+                "process just now; start again to check it"
             )
+
         workspace = _workspace(recipe, target, tokenizer, listing, force, progress)
         run_phases(workspace, recipe.executor, progress)
         records = [
             read_json(workspace.encode_record(number)) for number in range(len(workspace.tasks))
         ]
-        manifest = finish(workspace, sources_identity(records), ROAD)
+        manifest = finish(workspace, sources_identity(records), PREPARATION_VERSION)
         shutil.rmtree(workspace.folder, ignore_errors=True)
+
     _remove_work(recipe)
     return manifest, True
 
 
 def _remove_work(recipe: Recipe) -> None:
-    """What a start that was killed behind its last rename left of this output; the folder, when that was all."""
+    """Remove the work folder of this output that a start left when killed after its last rename."""
     work, target = recipe.work_folder, target_of(recipe)
     with suppress(OSError, DataError), exclusive(work):
-        for folder in _works(work):
+        for folder in _workspaces(work):
             if Workspace.open(folder).target.resolve() == target.resolve():
                 shutil.rmtree(folder, ignore_errors=True)
         if {path.name for path in work.iterdir()} == {LOCK_NAME}:
             shutil.rmtree(work, ignore_errors=True)
 
 
-def _works(work: Path) -> list[Path]:
-    """The folders of preparations under way."""
+def _workspaces(work: Path) -> list[Path]:
+    """Folders of unfinished preparations."""
     return [path for path in sorted(work.iterdir()) if (path / CONTEXT_NAME).is_file()]
 
 
 def target_of(recipe: Recipe) -> Path:
-    """The data folder while it is made."""
+    """The data folder under its temporary name."""
     return recipe.output.with_name(recipe.output.name + ".tmp")
 
 
-def _refuse_foreign(recipe: Recipe, target: Path) -> None:
-    """Raises DataError for a folder that holds what no preparation wrote: it would be in the way, or lost."""
+def _check_folders(recipe: Recipe, target: Path) -> None:
+    """Raises DataError for folders that hold files which no preparation wrote.
+
+    They would be in the way, or lost.
+    """
     if recipe.output.exists() and not is_data_folder(recipe.output):
         raise DataError(
-            f"output: {recipe.output} exists and is no data folder; name another, or move it away"
+            f"output: {recipe.output} exists and is not a "
+            "data folder; name another, or move it away"
         )
+
     work = recipe.work_folder
     for folder in (recipe.output.resolve(), target.resolve()):
         if work.resolve().is_relative_to(folder) or folder.is_relative_to(work.resolve()):
             raise DataError(
-                f"work: {work} and output: {recipe.output} lie one inside the other; name another work"
+                f"work: {work} and output: {recipe.output} contain one another; name another work"
             )
-    for key, folder, ours in (("work", work, _is_work), ("output", target, _is_ours)):
+
+    for key, folder, is_known in (("work", work, _is_work), ("output", target, _is_output)):
         if folder.exists() and not folder.is_dir():
-            raise DataError(f"{key}: {folder} is no folder; move it away")
+            raise DataError(f"{key}: {folder} is not a folder; move it away")
         foreign = (
-            next((path for path in sorted(folder.iterdir()) if not ours(path)), None)
+            next((path for path in sorted(folder.iterdir()) if not is_known(path)), None)
             if folder.exists()
             else None
         )
         if foreign is not None:
             raise DataError(
-                f"{key}: {foreign} was not written by a preparation; move it away, or name another {key}"
+                f"{key}: {foreign} was not written by a "
+                f"preparation; move it away, or name another {key}"
             )
 
 
 def _is_work(path: Path) -> bool:
     if path.name in (LOCK_NAME, "k2_import"):
         return True
-    # By its name and parts, since one that was killed at its start has no context yet.
+    # Recognized by name and contents, since one killed at its start has no context yet.
     is_identity = re.fullmatch(r"[0-9a-f]{16}", path.name) is not None and path.is_dir()
     return is_identity and all(
         part.name in WORK_PARTS or part.suffix == ".tmp" for part in path.iterdir()
     )
 
 
-def _is_ours(path: Path) -> bool:
+def _is_output(path: Path) -> bool:
     parts = r"(chunk_\d+|held_out)(\.borders)?\.(npy|parquet)"
     return (
         path.suffix == ".tmp"
@@ -161,31 +174,36 @@ def _is_ours(path: Path) -> bool:
     )
 
 
-def _existing(recipe: Recipe) -> Manifest | None:
-    """The finished folder. Raises DataError when it is of another recipe."""
+def _finished(recipe: Recipe) -> Manifest | None:
+    """Manifest of the finished folder. Raises DataError when it is of another recipe."""
     if not (recipe.output / MANIFEST_NAME).is_file():
         return None
     before = read_manifest(recipe.output)
-    _refuse_other(before, {"recipe_sha256": recipe.sha256, "road": ROAD})
+    _check_facts(before, {"recipe_sha256": recipe.sha256, "road": PREPARATION_VERSION})
     return before
 
 
-def _check_made(before: Manifest, recipe: Recipe, listing: Listing) -> None:
-    """Raises DataError unless the folder is what the recipe and the documents give, to the last byte of both."""
+def _verify_finished(before: Manifest, recipe: Recipe, listing: Listing) -> None:
+    """Raises DataError unless the folder matches recipe and documents, to the last byte of both."""
     if recipe.tokenizer.model.exists():
         tokenizer = Tokenizer.load(recipe.tokenizer.model, recipe.tokenizer.specials)
-        _refuse_other(before, {"tokenizer_sha256": tokenizer.sha256})
+        _check_facts(before, {"tokenizer_sha256": tokenizer.sha256})
+
     if broken := damaged(before):
         raise DataError(
-            f"{before.folder}: {', '.join(broken)} missing or not as the manifest says; --force prepares it anew"
+            f"{before.folder}: {', '.join(broken)} missing or "
+            "different from the manifest; --force prepares it again"
         )
+
     known = json.loads((before.folder / SOURCES_NAME).read_text("utf-8"))["files"]
     if changed := changed_sources(_all_sources(listing), known):
         raise DataError(
-            f"{before.folder} was prepared from other documents (by Python {before.facts.get('python')}): {_few(changed)} "
-            f"missing, new or changed since; name another output, or give --force to replace it"
+            f"{before.folder} was prepared from other documents (by Python "
+            f"{before.facts.get('python')}): {_first_of(changed)} missing, new or "
+            "changed since; name another output, or give --force to replace it"
         )
-    _refuse_other(before, {"listing_sha256": _listing_sha256(listing)})
+
+    _check_facts(before, {"listing_sha256": _listing_sha256(listing)})
 
 
 def _listing_sha256(listing: Listing) -> str:
@@ -198,13 +216,14 @@ def _all_sources(listing: Listing) -> list[Source]:
     return list({source.key: source for listed in listing.values() for source in listed}.values())
 
 
-def _few(names: Sequence[str]) -> str:
+def _first_of(names: Sequence[str]) -> str:
     return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
-def _refuse_other(before: Manifest, wanted: Mapping[str, Any]) -> None:
+def _check_facts(before: Manifest, wanted: Mapping[str, Any]) -> None:
+    """Raises DataError when the manifest differs from the wanted facts."""
     found = {**before.facts, "tokenizer_sha256": before.tokenizer_sha256}
-    words = {
+    descriptions = {
         "recipe_sha256": "another recipe",
         "road": "another version of the preparation",
         "tokenizer_sha256": "another tokenizer",
@@ -213,8 +232,9 @@ def _refuse_other(before: Manifest, wanted: Mapping[str, Any]) -> None:
     for key, value in wanted.items():
         if found.get(key) != value:
             raise DataError(
-                f"{before.folder} was prepared from {words[key]} ({key} {str(found.get(key))[:12]}, now "
-                f"{str(value)[:12]}): name another output, or give --force to replace it"
+                f"{before.folder} was prepared from {descriptions[key]} "
+                f"({key} {str(found.get(key))[:12]}, now {str(value)[:12]}): "
+                "name another output, or give --force to replace it"
             )
 
 
@@ -226,47 +246,60 @@ def _workspace(
     force: bool,
     progress: Progress,
 ) -> Workspace:
-    """The folder of this preparation, as an earlier start left it or fresh; what others began for this output is removed."""
-    identity = hashlib.sha256(f"{recipe.sha256} {tokenizer.sha256} {ROAD}".encode()).hexdigest()[
-        :16
-    ]
+    """The work folder of this preparation, resumed or new.
+
+    Removes what other preparations of this output left.
+    """
+    # The folder is named by everything that decides the bytes.
+    identity = hashlib.sha256(
+        f"{recipe.sha256} {tokenizer.sha256} {PREPARATION_VERSION}".encode()
+    ).hexdigest()[:16]
+
     folder = recipe.work_folder / identity
-    begun = (folder / CONTEXT_NAME).is_file() and not force
-    for other in _works(recipe.work_folder):
-        mine = Workspace.open(other).target.resolve() == target.resolve()
-        if mine and (other != folder or not begun):
-            progress.say(
+    resumes = (folder / CONTEXT_NAME).is_file() and not force
+
+    # Remove other preparations of this output, and this one when it starts over.
+    for other in _workspaces(recipe.work_folder):
+        same_output = Workspace.open(other).target.resolve() == target.resolve()
+        if same_output and (other != folder or not resumes):
+            progress.log(
                 f"remove {other}: " + ("started over" if other == folder else "of another recipe")
             )
             shutil.rmtree(other)
-    if not begun:
+
+    if not resumes:
         for path in target.iterdir():
             if path.name != LOCK_NAME:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         return Workspace.create(folder, target, recipe, tokenizer, encode_tasks(recipe, listing))
+
     workspace = Workspace.open(folder)
-    _refuse_changed(workspace, listing)
-    progress.say(f"go on with the preparation in {folder}")
-    # The tasks keep their numbers; what does not decide bytes, as who does them and where files lie, may be another now.
+    _check_sources(workspace, listing)
+    progress.log(f"resuming the preparation in {folder}")
+    # The tasks keep their numbers. What does not decide bytes, such as the executor and the paths
+    # of files, may have changed.
     now = {source.key: source for source in _all_sources(listing)}
     tasks = [
         EncodeTask(task.subsets, tuple(now[s.key] for s in task.sources))
         for task in workspace.tasks
     ]
+
     return Workspace.create(folder, target, recipe, tokenizer, tasks)
 
 
-def _refuse_changed(workspace: Workspace, listing: Listing) -> None:
-    """Raises DataError when a source is not what the earlier start listed, or read."""
-    begun = [source for task in workspace.tasks for source in task.sources]
-    then = {source.key: source.size_bytes for source in begun}
+def _check_sources(workspace: Workspace, listing: Listing) -> None:
+    """Raises DataError when a source differs from what the earlier start listed or read."""
+    listed = [source for task in workspace.tasks for source in task.sources]
+    before = {source.key: source.size_bytes for source in listed}
     now = {source.key: source.size_bytes for source in _all_sources(listing)}
-    changed = sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key))
+
+    changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
     if not changed and workspace.listing_sha256 != _listing_sha256(listing):
         raise DataError(
-            f"{workspace.folder}: was begun with the files of its subsets given out otherwise; bring the recipe's paths "
-            f"back, or give --force to start over"
+            f"{workspace.folder}: was started with the files assigned to other "
+            "subsets; restore the recipe's paths, or give --force to start over"
         )
+
     if not changed:
         read = [
             record
@@ -277,8 +310,10 @@ def _refuse_changed(workspace: Workspace, listing: Listing) -> None:
         changed = changed_sources(
             [source for source in _all_sources(listing) if source.key in known], known
         )
+
     if changed:
         raise DataError(
-            f"{_few(changed)}: missing, new or changed since this preparation began in {workspace.folder}; bring the "
-            f"files, or the recipe's paths, back, or give --force to start over"
+            f"{_first_of(changed)}: missing, new or changed since this "
+            f"preparation began in {workspace.folder}; restore the "
+            "files or the recipe's paths, or give --force to start over"
         )

@@ -1,8 +1,9 @@
-"""The end of a preparation: what the tasks left becomes a data folder, all at once.
+"""Publication of a finished preparation: the results of the tasks become a data folder, atomically.
 
-The chunks lie in `<output>.tmp` already; the sources, the rejected lines and the tokenizer join them, the manifest comes
-last, and the folder is renamed. Writing into the final folder from the start was refused: half a folder looks like a
-whole one to everything that lists files.
+- The chunks are in `<output>.tmp` already. Sources, rejected lines and tokenizer are added, the
+  manifest is written last, and the folder is renamed.
+- Alternatives considered: writing into the final folder from the start; a partial folder looks
+  complete to everything that lists files.
 """
 
 import os
@@ -25,8 +26,8 @@ from k2train.files import AtomicFile, sha256_file, sync_directory
 TOKENIZER_NAME = "tokenizer.model"
 
 
-def finish(workspace: Workspace, inputs: str, road: int) -> Manifest:
-    """Complete the target folder and give it its name. `inputs` is the identity of the documents."""
+def finish(workspace: Workspace, inputs_sha256: str, version: int) -> Manifest:
+    """Complete and rename the target folder; `inputs_sha256` identifies the documents."""
     recipe, target, plan = (
         workspace.recipe,
         workspace.target,
@@ -42,16 +43,17 @@ def finish(workspace: Workspace, inputs: str, road: int) -> Manifest:
     tokenizer = workspace.tokenizer
     with AtomicFile(target / TOKENIZER_NAME) as stream:
         stream.write(tokenizer.model)
+
     facts: dict[str, Any] = {
         "name": recipe.name,
         "recipe_sha256": recipe.sha256,
         "recipe": recipe.identity,
-        "inputs_sha256": inputs,
+        "inputs_sha256": inputs_sha256,
         "listing_sha256": workspace.listing_sha256,
         "sources_sha256": sources,
         "rejected_sha256": rejected,
         "tokenizer": {"file": TOKENIZER_NAME, "specials": list(tokenizer.specials)},
-        "road": road,
+        "road": version,
         "python": platform.python_version(),
         "seed": recipe.seed,
         "dropped_tail_tokens": {
@@ -60,8 +62,10 @@ def finish(workspace: Workspace, inputs: str, road: int) -> Manifest:
         "account": plan["account"],
         "document_keys": plan["document_keys"],
     }
+
     chunks = [info for info in (*infos.values(), held_out) if info is not None]
     sweep(target, chunks, {SOURCES_NAME, REJECTED_NAME, TOKENIZER_NAME})
+    # The manifest is last: it makes the folder a data folder.
     write_manifest(
         target,
         tokenizer_sha256=tokenizer.sha256,
@@ -71,43 +75,53 @@ def finish(workspace: Workspace, inputs: str, road: int) -> Manifest:
         held_out=held_out,
         facts=facts,
     )
+
     swap_in(target, recipe.output)
     return read_manifest(recipe.output)
 
 
 def _write_sources(workspace: Workspace, keys: Sequence[str], used: Mapping[str, str]) -> str:
-    """`sources.json`: what was read, with size and hash; who was trained on or held out; shares of what is split inside."""
+    """Write `sources.json`: what was read, with size and hash, and which sources were used.
+
+    Lists sources trained on, held-out sources, and the shares of sources that were split inside.
+    """
     bits = {
         name: np.unpackbits(np.frombuffer(bytes.fromhex(text), np.uint8))[: len(keys)]
         for name, text in used.items()
     }
-    parts = {
+    groups = {
         "training": [name for name in bits if name != HELD_OUT],
         HELD_OUT: [name for name in bits if name == HELD_OUT],
     }
-    inside = _split_inside(workspace)
+
+    split = _split_sources(workspace)
     content: dict[str, Any] = {}
-    for part, names in parts.items():
+    for group, names in groups.items():
         taken = (
             np.bitwise_or.reduce([bits[name] for name in names])
             if names
             else np.zeros(len(keys), np.uint8)
         )
-        content[part] = sorted(
-            key for key, one in zip(keys, taken, strict=True) if one and key not in inside
+        content[group] = sorted(
+            key for key, bit in zip(keys, taken, strict=True) if bit and key not in split
         )
-    content["shares"] = inside
+
+    content["shares"] = split
     files: dict[str, dict[str, Any]] = {}
     for number in range(len(workspace.tasks)):
         for source in read_json(workspace.encode_record(number))["sources"]:
             files[source["key"]] = {"bytes": source["bytes"], "sha256": source["sha256"]}
+
     content["files"] = dict(sorted(files.items()))
     write_json(workspace.target / SOURCES_NAME, content)
     return sha256_file(workspace.target / SOURCES_NAME)
 
 
-def _split_inside(workspace: Workspace) -> dict[str, list[float]]:
-    """Sources of which only a share of the documents may be used: their names do not say what was seen."""
+def _split_sources(workspace: Workspace) -> dict[str, list[float]]:
+    """Sources of which only a share of the documents may be used, with that share.
+
+    Their names alone do not say what was seen.
+    """
     shares: dict[str, list[float]] = {}
     for task in workspace.tasks:
         subset = workspace.recipe.subsets[task.subsets[0]]
@@ -134,7 +148,10 @@ def sweep(target: Path, infos: Sequence[ChunkInfo], others: Collection[str]) -> 
 
 
 def swap_in(target: Path, output: Path) -> None:
-    """Give a complete folder its name; the folder of that name is removed when the new one is in its place."""
+    """Rename a complete folder to its final name.
+
+    An existing folder of that name is removed once the new one is in place.
+    """
     old = output.with_name(output.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if output.exists():
@@ -145,12 +162,15 @@ def swap_in(target: Path, output: Path) -> None:
 
 
 def is_data_folder(folder: Path) -> bool:
-    """Whether `folder` may be replaced: it is a data folder, or empty, and nothing else is ever deleted."""
+    """Whether `folder` may be replaced: it is a data folder, or empty.
+
+    Nothing else is ever deleted.
+    """
     return folder.is_dir() and ((folder / MANIFEST_NAME).is_file() or not any(folder.iterdir()))
 
 
 def damaged(manifest: Manifest) -> list[str]:
-    """Files of a data folder that are missing or do not have the hash of the manifest."""
+    """Files of a data folder that are missing or differ from the hash in the manifest."""
     expected: dict[str, str] = {}
     for info in manifest.all_chunks():
         expected[info.file] = info.sha256
@@ -158,9 +178,11 @@ def damaged(manifest: Manifest) -> list[str]:
             expected[info.provenance] = str(info.provenance_sha256)
         if info.borders:
             expected[info.borders] = str(info.borders_sha256)
+
     for name, fact in ((SOURCES_NAME, "sources_sha256"), (REJECTED_NAME, "rejected_sha256")):
         if fact in manifest.facts:
             expected[name] = manifest.facts[fact]
+
     paths = {name: manifest.folder / name for name in expected}
     broken = [
         name
@@ -171,11 +193,11 @@ def damaged(manifest: Manifest) -> list[str]:
 
 
 def _damaged_tokenizer(manifest: Manifest) -> list[str]:
-    told = manifest.facts.get("tokenizer")
-    if not isinstance(told, dict):
+    recorded = manifest.facts.get("tokenizer")
+    if not isinstance(recorded, dict):
         return []
     try:
-        found = Tokenizer.load(manifest.folder / told["file"], told["specials"]).sha256
+        found = Tokenizer.load(manifest.folder / recorded["file"], recorded["specials"]).sha256
     except DataError:
         found = ""
-    return [] if found == manifest.tokenizer_sha256 else [told["file"]]
+    return [] if found == manifest.tokenizer_sha256 else [recorded["file"]]

@@ -1,9 +1,12 @@
-"""The phases as SLURM job arrays, through datatrove's executor; the driver submits, waits, and says what goes wrong.
+"""SLURM executor: the phases as job arrays, submitted through datatrove.
 
-All phases are submitted at once, each after the success of the one before, so that they go on without the driver. A
-driver that starts again asks SLURM for jobs of its names and waits for those: a name holds the phase and the work
-folder, so nothing is lost if the driver dies between submitting a job and noting its number. Numbers kept in a file
-alone were refused for that gap; they are kept too, for people and for asking after jobs that ended.
+- All phases are submitted at once, each depending on the success of the previous one, so they
+  continue without the driver.
+- A driver that starts again asks SLURM for jobs of its names and waits for those. A name holds the
+  phase and the work folder, so nothing is lost when the driver dies between submitting a job and
+  recording its number.
+- Alternatives considered: job numbers in a file only, which has that gap. They are recorded too,
+  for people and for asking about jobs that ended.
 """
 
 import hashlib
@@ -23,14 +26,17 @@ from datatrove.executor.slurm import SlurmPipelineExecutor
 from k2train.data.prepare.progress import Progress
 from k2train.data.prepare.recipe import ExecutorRecipe
 from k2train.data.prepare.run.local import workers_of
-from k2train.data.prepare.run.tasks import Phase, PhaseTask, completed, settle, tail_of
+from k2train.data.prepare.run.tasks import Phase, PhaseTask, completed, reconcile, tail_of
 from k2train.data.prepare.workspace import Workspace
 from k2train.errors import ConfigError, DataError
 
 QUEUE_SECONDS = 10.0
-"""Between two questions to SLURM; done tasks are seen in the shared folder, sooner."""
-LIVE_STATES = "PENDING,CONFIGURING,RUNNING,SUSPENDED,STOPPED,REQUEUED,REQUEUE_HOLD,RESIZING,SIGNALING,STAGE_OUT"
-"""A job in state COMPLETING is not among them: its script has ended."""
+"""Seconds between two queries to SLURM; done tasks are seen sooner, in the shared folder."""
+LIVE_STATES = (
+    "PENDING,CONFIGURING,RUNNING,SUSPENDED,STOPPED,REQUEUED,REQUEUE_HOLD,RESIZING,SIGNALING,"
+    "STAGE_OUT"
+)
+"""Without COMPLETING: the script of such a job has ended."""
 ORDINARY_REASONS = {
     "None",
     "Resources",
@@ -43,8 +49,8 @@ ORDINARY_REASONS = {
 KNOBS = {"TIMEOUT": "executor.time", "OUT_OF_MEMORY": "executor.memory_gb"}
 
 
-class KeepJob:
-    """Takes the number out of sbatch's answer, and notes it before anything else happens."""
+class JobIdRecorder:
+    """Extracts the job number from sbatch's answer and records it before anything else."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -57,12 +63,17 @@ class KeepJob:
 
 
 class _Executor(SlurmPipelineExecutor):
+    """datatrove's executor without its job for statistics."""
+
     def launch_merge_stats(self) -> None:
-        """A job of its own to add up statistics that nobody reads, and that stays queued when a task fails."""
+        """Does nothing, instead of submitting a job that merges statistics.
+
+        Nobody reads them, and the job stays queued when a task fails.
+        """
 
 
 class SlurmExecutor:
-    """The jobs of one preparation. They outlive the driver on purpose; a failed task ends them."""
+    """The jobs of one preparation. They outlive the driver; a failed task cancels them."""
 
     def __init__(
         self,
@@ -77,74 +88,82 @@ class SlurmExecutor:
             executor,
             progress,
         )
-        self._asked, self._missing, self._told = 0.0, 0, ""
+        self._asked, self._missing, self._last_reason = 0.0, 0, ""
 
     def __enter__(self) -> "SlurmExecutor":
         if shutil.which("sbatch") is None or shutil.which("squeue") is None:
             raise ConfigError(
                 "executor.kind slurm needs sbatch and squeue on the PATH: start it on a login node"
             )
-        live = self._live()
+
+        live = self._live_jobs()
+        # Jobs that an earlier driver submitted are waited for, not submitted again.
         before: list[str] = []
         for phase in self.phases:
             jobs = live.get(self._job_name(phase), [])
             if jobs:
-                self.progress.say(
-                    f"{phase.name}: waits for SLURM job {', '.join(jobs)}, submitted before"
+                self.progress.log(
+                    f"{phase.name}: waiting for SLURM job {', '.join(jobs)}, submitted earlier"
                 )
-            elif settle(self.workspace, phase):
+            elif reconcile(self.workspace, phase):
                 jobs = self._submit(phase, before)
-                self.progress.say(
-                    f"{phase.name}: SLURM job {', '.join(jobs)}, its output in {self._output(phase)}"
+                self.progress.log(
+                    f"{phase.name}: SLURM job {', '.join(jobs)}, "
+                    f"its output in {self._output(phase)}"
                 )
+
             before = jobs
+
         self._asked = time.monotonic()
         return self
 
     def __exit__(self, *raised: object) -> None:
         if isinstance(raised[1], KeyboardInterrupt):
             jobs = " ".join(
-                sorted({job for jobs in self._live().values() for job in jobs}, key=int)
+                sorted({job for jobs in self._live_jobs().values() for job in jobs}, key=int)
             )
             if jobs:
-                self.progress.say(
-                    f"the SLURM jobs go on: the same command waits for them again, `scancel {jobs}` ends them"
+                self.progress.log(
+                    "the SLURM jobs keep running: start the same command to "
+                    f"wait for them again, or end them with `scancel {jobs}`"
                 )
 
     def start(self, phase: Phase) -> None:
-        """All phases were submitted at the beginning."""
+        """Does nothing but reset a counter: all phases were submitted on entry."""
         self._missing = 0
 
     def finish(self, phase: Phase) -> None:
-        """Jobs end by themselves."""
+        """Does nothing: jobs end by themselves."""
 
     def failed(self, phase: Phase) -> None:
-        """Cancel what is left, and wait until it is gone: a new start must not take it for its own."""
-        jobs = [job for jobs in self._live().values() for job in jobs]
+        """Cancel the other jobs and wait until they are gone, so a new start ignores them."""
+        jobs = [job for jobs in self._live_jobs().values() for job in jobs]
         if jobs:
             subprocess.run(["scancel", *jobs], capture_output=True, check=False)
         deadline = time.monotonic() + 3 * QUEUE_SECONDS
-        while self._live() and time.monotonic() < deadline:
+        while self._live_jobs() and time.monotonic() < deadline:
             time.sleep(0.5)
 
     def poll(self, phase: Phase, seconds: float) -> Exception | None:
-        """Wait a moment, and now and then ask SLURM whether the phase's jobs are still there."""
+        """Wait a moment, and from time to time ask SLURM whether the phase's jobs still exist."""
         time.sleep(max(seconds, 1.0))
         if time.monotonic() - self._asked < QUEUE_SECONDS:
             return None
         self._asked = time.monotonic()
         try:
-            live = self._live(self.progress)
+            live = self._live_jobs(self.progress)
         except DataError:
-            # A controller that restarts knows its jobs again in a minute; they go on meanwhile.
+            # A restarting controller lists its jobs again within a minute; they keep running.
             return None
-        # Marks may come late over a network file system: twice missing is gone.
+        # Marks may arrive late over a network file system, so a job must be missing twice.
         self._missing = 0 if live.get(self._job_name(phase)) else self._missing + 1
-        return self._vanished(phase) if self._missing >= 2 else None
+        return self._jobs_lost(phase) if self._missing >= 2 else None
 
     def _submit(self, phase: Phase, after: Sequence[str]) -> list[str]:
-        notes = self._notes(phase)
-        notes.unlink(missing_ok=True)
+        """Submit the job array of a phase after the jobs `after`; returns its job numbers."""
+        job_ids = self._job_ids_file(phase)
+        job_ids.unlink(missing_ok=True)
+        # Jobs use the interpreter of this process.
         path = f"export PATH={quote(str(Path(executable).parent))}:$PATH"
         job = _Executor(
             pipeline=[PhaseTask(self.workspace.folder, phase)],
@@ -161,74 +180,92 @@ class SlurmExecutor:
             sbatch_args={"kill-on-invalid-dep": "yes", **self.executor.arguments},
             max_array_size=_max_array_size(),
             depends_job_id=":".join(after) or None,
-            job_id_retriever=KeepJob(notes),
+            job_id_retriever=JobIdRecorder(job_ids),
             logging_dir=str(phase.logs(self.workspace)),
             slurm_logs_folder=str(self._output(phase)),
         )
+
         log = self.workspace.folder / "logs" / "submit.log"
         try:
             with _stderr_into(log):
                 job.run()
         except (subprocess.CalledProcessError, OSError):
-            said = [line for line in tail_of(log).splitlines() if "sbatch: error:" in line] or [
+            errors = [line for line in tail_of(log).splitlines() if "sbatch: error:" in line] or [
                 tail_of(log, 1)
             ]
             raise ConfigError(
-                f"SLURM refused the job of {phase.name}: {said[-1].strip()}; see executor.* of the recipe"
+                f"SLURM refused the job of {phase.name}: "
+                f"{errors[-1].strip()}; see executor.* of the recipe"
             ) from None
-        return notes.read_text("ascii").split()
+
+        return job_ids.read_text("ascii").split()
 
     def _job_name(self, phase: Phase) -> str:
-        place = hashlib.sha256(str(self.workspace.folder).encode()).hexdigest()[:8]
-        return f"{re.sub(r'[^A-Za-z0-9_.-]', '_', self.workspace.recipe.name)}.{phase.name}.{place}"
+        """Name of the phase's job: recipe, phase, and a hash of the work folder."""
+        digest = hashlib.sha256(str(self.workspace.folder).encode()).hexdigest()[:8]
+        return (
+            f"{re.sub(r'[^A-Za-z0-9_.-]', '_', self.workspace.recipe.name)}.{phase.name}.{digest}"
+        )
 
-    def _notes(self, phase: Phase) -> Path:
+    def _job_ids_file(self, phase: Phase) -> Path:
         return self.workspace.folder / "logs" / f"{phase.name}.jobs"
 
     def _output(self, phase: Phase) -> Path:
         return phase.logs(self.workspace) / "slurm"
 
     def _log(self, phase: Phase, job: str) -> Path | None:
-        """What a task's job wrote, if it ran."""
+        """Output of a task's job, if it ran."""
         path = self._output(phase) / f"{job}.out"
         return path if path.is_file() else None
 
-    def _live(self, tell: Progress | None = None) -> dict[str, list[str]]:
-        """Numbers of the jobs that wait or run, by job name."""
+    def _live_jobs(self, progress: Progress | None = None) -> dict[str, list[str]]:
+        """Numbers of the pending and running jobs, by job name.
+
+        With `progress`, logs a reason for waiting that is not an ordinary one.
+        """
         names = ",".join(self._job_name(phase) for phase in self.phases)
-        answer = _ask(
+        answer = _run_command(
             "squeue",
             "--noheader",
             f"--name={names}",
             f"--states={LIVE_STATES}",
             "--format=%F|%r|%j",
         )
+
         live: dict[str, list[str]] = {}
         for line in answer.splitlines():
+            # All tasks of an array have one job number.
             job, reason, name = line.split("|")
             jobs = live.setdefault(name, [])
             if job not in jobs:
                 jobs.append(job)
+
             if (
-                tell is not None
+                progress is not None
                 and reason not in ORDINARY_REASONS
-                and (said := f"{job} waits: {reason}") != self._told
+                and (reason_text := f"{job} waits: {reason}") != self._last_reason
             ):
-                self._told = said
-                tell.say(f"SLURM job {said}")
+                self._last_reason = reason_text
+                progress.log(f"SLURM job {reason_text}")
+
         return live
 
-    def _vanished(self, phase: Phase) -> Exception:
-        """What SLURM says of a phase whose jobs are gone before its tasks are done."""
-        left = phase.tasks - len(completed(self.workspace, phase))
-        jobs = self._notes(phase).read_text("ascii").split() if self._notes(phase).is_file() else []
+    def _jobs_lost(self, phase: Phase) -> Exception:
+        """Error for a phase whose jobs are gone before its tasks are done, with SLURM's reason."""
+        remaining = phase.tasks - len(completed(self.workspace, phase))
+        jobs = (
+            self._job_ids_file(phase).read_text("ascii").split()
+            if self._job_ids_file(phase).is_file()
+            else []
+        )
         ended = [
             state
             for job in jobs
-            for state in _states(job)
+            for state in _job_states(job)
             if state[1] not in ("COMPLETED", "PENDING", "RUNNING")
         ]
-        # Of those that ran and of those cancelled in their wake, the first kind says more.
+
+        # Jobs that ran are more informative than those cancelled after them.
         ended.sort(
             key=lambda state: (
                 state[1] not in KNOBS,
@@ -236,54 +273,60 @@ class SlurmExecutor:
                 not self._log(phase, state[0]),
             )
         )
+
         job, state, reason = (
             ended[0] if ended else (", ".join(jobs) or "unknown", "not known to SLURM any more", "")
         )
         log = self._log(phase, job) or self._output(phase)
         knob = f"; raise {KNOBS[state]}" if state in KNOBS else ""
+
         return DataError(
-            f"{phase.name}: SLURM job {job} ended as {state}{f' ({reason})' if reason else ''} with {left} of "
-            f"{phase.tasks} tasks undone{knob}; see {log}; start again with the same command: what is finished is kept"
+            f"{phase.name}: SLURM job {job} ended as {state}{f' ({reason})' if reason else ''} "
+            f"with {remaining} of {phase.tasks} tasks undone{knob}; see {log}; start again "
+            "with the same command: finished tasks are kept"
         )
 
 
 @contextmanager
 def _stderr_into(log: Path) -> Iterator[None]:
-    """What datatrove and sbatch write to this process's stderr goes to a file."""
-    keep = dup(2)
+    """Redirect this process's stderr to a file, for the output of datatrove and sbatch."""
+    saved = dup(2)
     try:
         with log.open("wb") as stream:
             dup2(stream.fileno(), 2)
             yield
     finally:
-        dup2(keep, 2)
-        close(keep)
+        dup2(saved, 2)
+        close(saved)
 
 
-def _ask(*command: str) -> str:
-    """Answer of a SLURM command. Raises DataError with what it said instead."""
+def _run_command(*command: str) -> str:
+    """Answer of a SLURM command. Raises DataError with its error message."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise DataError(f"executor.kind slurm: {command[0]} failed: {said[-1]}")
+        errors = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise DataError(f"executor.kind slurm: {command[0]} failed: {errors[-1]}")
     return done.stdout
 
 
 def _max_array_size() -> int:
+    """The cluster's limit on the size of a job array; SLURM's default when unknown."""
     with suppress(DataError):
         found = re.search(
-            r"^MaxArraySize\s*=\s*(\d+)", _ask("scontrol", "show", "config"), re.MULTILINE
+            r"^MaxArraySize\s*=\s*(\d+)", _run_command("scontrol", "show", "config"), re.MULTILINE
         )
         if found:
             return int(found[1])
     return 1001
 
 
-def _states(job: str) -> Iterator[tuple[str, str, str]]:
-    """(job with its array index, state, reason) of a job that may have ended: from the controller's memory, else from
-    the accounting."""
+def _job_states(job: str) -> Iterator[tuple[str, str, str]]:
+    """Yield (job with array index, state, reason) of a job that may have ended.
+
+    Asks the controller first, then the accounting.
+    """
     with suppress(DataError):
-        for line in _ask("scontrol", "--oneliner", "show", "job", job).splitlines():
+        for line in _run_command("scontrol", "--oneliner", "show", "job", job).splitlines():
             facts = dict(part.split("=", 1) for part in line.split() if "=" in part)
             index = facts.get("ArrayTaskId")
             yield (
@@ -291,9 +334,11 @@ def _states(job: str) -> Iterator[tuple[str, str, str]]:
                 facts.get("JobState", "?"),
                 facts.get("Reason", ""),
             )
+
         return
+
     with suppress(DataError, OSError):
-        for line in _ask(
+        for line in _run_command(
             "sacct", "-X", "-n", "-P", "-j", job, "-o", "JobID,State,Reason"
         ).splitlines():
             number, state, reason = line.split("|")

@@ -1,9 +1,12 @@
-"""The phases of a preparation, and one task of a phase as datatrove runs it.
+"""Phases of a preparation, and one task of a phase as datatrove runs it.
 
-Done is what the records say: a record is written last, and every file it lists must lie there in its size. datatrove
-keeps marks of its own (`completions/`), written after the record; before a phase starts they are made to agree with the
-records, so that a finished task is never redone and a half-done one always is. Trusting the marks alone was refused:
-one outlives the output that somebody deletes, and a crash may fall between output and mark.
+- The records decide what is done. A record is written last, and every file it lists must exist with
+  its size.
+- datatrove keeps marks of its own (`completions/`), written after the record. Before a phase starts
+  they are reconciled with the records. A finished task is never repeated, a half-done one always
+  is.
+- Alternatives considered: trusting the marks alone; a mark outlives output that somebody deletes,
+  and a crash may fall between output and mark.
 """
 
 import errno
@@ -20,14 +23,17 @@ from k2train.errors import DataError, UserError
 
 
 class TaskStopped(RuntimeError):
-    """A task that met a user's mistake; the message is the line to show. Anything else that ends a task is our bug."""
+    """Raised for a task that met a user's mistake; the message is the line to show.
+
+    Anything else that ends a task is a bug.
+    """
 
 
 @dataclass(frozen=True)
 class Phase:
-    """`tasks` calls of `work(workspace, number)` that need nothing of each other; each leaves `record(workspace, number)`.
+    """A phase: `tasks` independent calls of `work(workspace, number)`, each leaving a record.
 
-    `work` and `record` are functions of a module, since other processes find them by their names.
+    `work` and `record` must be functions of a module, since other processes find them by name.
     """
 
     name: str
@@ -40,11 +46,12 @@ class Phase:
         return workspace.folder / "logs" / self.name
 
     def log(self, workspace: Workspace, number: int) -> Path:
+        """Path of the log of a task."""
         return self.logs(workspace) / "logs" / f"task_{number:05d}.log"
 
 
 def _encode(workspace: Workspace, number: int) -> None:
-    # The phases import what they need where it runs: the driver of a cluster needs none of it.
+    # Each phase imports its code where it runs; the driver of a cluster needs none of it.
     from k2train.data.prepare.encode.encode import encode_task
 
     encode_task(workspace, number)
@@ -75,7 +82,7 @@ def _chunk_record(workspace: Workspace, number: int) -> Path:
 
 
 def phases_of(workspace: Workspace) -> list[Phase]:
-    """What a preparation does, in this order; each phase needs all of the one before."""
+    """The phases of a preparation in order; each needs all tasks of the previous one."""
     return [
         Phase("encode", len(workspace.tasks), _encode, _encode_record),
         Phase("plan", 1, _plan, _plan_record),
@@ -84,9 +91,10 @@ def phases_of(workspace: Workspace) -> list[Phase]:
 
 
 def is_done(workspace: Workspace, phase: Phase, number: int) -> bool:
-    """Whether the task's record is there, and every file it lists, in its size.
+    """Whether the task's record exists, and every file it lists, with its size.
 
-    A record holds `files`: [{`path`, `bytes`, `base`: `folder` (the work folder, when left out) or `target`}].
+    A record holds `files`: [{`path`, `bytes`, `base`: `folder` (the work folder, the default) or
+    `target`}].
     """
     try:
         record = read_json(phase.record(workspace, number))
@@ -102,29 +110,35 @@ def is_done(workspace: Workspace, phase: Phase, number: int) -> bool:
     return True
 
 
-def settle(workspace: Workspace, phase: Phase) -> int:
-    """Make datatrove's marks agree with the records, forget old failures; returns the number of tasks left to do."""
+def reconcile(workspace: Workspace, phase: Phase) -> int:
+    """Make datatrove's marks agree with the records and remove old failures.
+
+    Returns the number of remaining tasks.
+    """
     completions, running = (phase.logs(workspace) / part for part in ("completions", "running"))
     completions.mkdir(parents=True, exist_ok=True)
     running.mkdir(parents=True, exist_ok=True)
     marked = completed(workspace, phase)
+    # No task runs yet, so every marker is stale.
     for stale in running.iterdir():
         stale.unlink(missing_ok=True)
-    left = 0
+    remaining = 0
+
     for number in range(phase.tasks):
         workspace.failure(phase.name, number).unlink(missing_ok=True)
         mark = completions / f"{number:05d}"
         if not is_done(workspace, phase, number):
-            left += 1
+            remaining += 1
             if number in marked:
                 mark.unlink(missing_ok=True)
         elif number not in marked:
             mark.touch()
-    return left
+
+    return remaining
 
 
 def completed(workspace: Workspace, phase: Phase) -> set[int]:
-    """Numbers of the tasks that are marked: one look at a folder, however many there are."""
+    """Numbers of the marked tasks, from one directory listing however many there are."""
     with suppress(FileNotFoundError):
         names = os.listdir(phase.logs(workspace) / "completions")
         return {int(name) for name in names if name.isdigit() and int(name) < phase.tasks}
@@ -132,7 +146,7 @@ def completed(workspace: Workspace, phase: Phase) -> set[int]:
 
 
 def first_failure(workspace: Workspace, phase: Phase) -> Exception | None:
-    """What stopped the task of the lowest number, as the exception to raise."""
+    """The exception to raise for the failed task of the lowest number."""
     for path in sorted((workspace.folder / "failures").glob(f"{phase.name}_*")):
         number = path.name.rpartition("_")[2]
         if number.isdigit() and (failure := read_json(path)) is not None:
@@ -154,7 +168,10 @@ def tail_of(log: Path, lines: int = 15) -> str:
 
 
 def explain(error: BaseException, work: Path | None = None) -> tuple[str, bool]:
-    """(one line, whether it is the user's to mend) of what ended a task; `work` is the work folder."""
+    """Describe what ended a task: (one line, whether the user can fix it).
+
+    `work` is the work folder.
+    """
     if isinstance(error, (UserError, TaskStopped)):
         return str(error), True
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -163,49 +180,56 @@ def explain(error: BaseException, work: Path | None = None) -> tuple[str, bool]:
 
 
 def _no_space(error: OSError, work: Path | None) -> str:
+    """Message for a full disk, with the key of the recipe that moves the folder."""
     folder = Path(error.filename).parent if error.filename else work
-    again = "make room there and start again: what is finished is kept"
+    again = "make room there and start again: finished tasks are kept"
     if folder is None:
         return f"no space left on the disk; {again}"
     knob = "work" if work is not None and folder.is_relative_to(work) else "output"
-    what = f"no space left in {folder}"
+    message = f"no space left in {folder}"
     with suppress(OSError):
-        what += f", {shutil.disk_usage(folder).free:,} bytes are free"
-    return f"{knob}: {what}; {again}, or name a folder on another disk"
+        message += f", {shutil.disk_usage(folder).free:,} bytes are free"
+    return f"{knob}: {message}; {again}, or name a folder on another disk"
 
 
 def run_task(folder: Path, phase: Phase, number: int) -> None:
-    """Do one task, unless it is done. Raises TaskStopped with the line of a user's mistake, which is also kept."""
+    """Run one task, unless it is done.
+
+    Raises TaskStopped with the line of a user's mistake, which is also written to the work folder.
+    """
     workspace = Workspace.open(folder)
-    # A job that was killed after the record and before datatrove's mark comes here again.
+    # A job killed between its record and datatrove's mark is started again.
     if is_done(workspace, phase, number):
         return
-    sign = phase.logs(workspace) / "running" / f"{number:05d}"
-    sign.parent.mkdir(parents=True, exist_ok=True)
+    marker = phase.logs(workspace) / "running" / f"{number:05d}"
+    marker.parent.mkdir(parents=True, exist_ok=True)
+
     try:
-        sign.write_text(str(os.getpid()), "ascii")
+        marker.write_text(str(os.getpid()), "ascii")
         phase.work(workspace, number)
         if not is_done(workspace, phase, number):
             raise RuntimeError(
-                f"{phase.record(workspace, number)} is missing, or lists what is not there"
+                f"{phase.record(workspace, number)} is missing, or lists files that do not exist"
             )
     except Exception as error:
-        line, mistake = explain(error, folder)
-        # On a full disk the exception itself has to carry the line.
+        line, is_user_error = explain(error, folder)
+        # On a full disk only the exception can carry the line.
         with suppress(OSError):
             write_json(
                 workspace.failure(phase.name, number),
-                {"line": line, "mistake": mistake, "traceback": traceback.format_exc()},
+                {"line": line, "mistake": is_user_error, "traceback": traceback.format_exc()},
             )
-        # Plain exceptions with one argument: others may not survive the way back between processes, and stall it.
-        raise (TaskStopped if mistake else RuntimeError)(line) from error
+
+        # Plain exceptions with one argument: others may fail to unpickle in the parent and stall
+        # it.
+        raise (TaskStopped if is_user_error else RuntimeError)(line) from error
     finally:
-        sign.unlink(missing_ok=True)
+        marker.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
 class PhaseTask:
-    """A phase as the one step of a datatrove pipeline: rank is the task's number."""
+    """A phase as the only step of a datatrove pipeline; the rank is the task's number."""
 
     folder: Path
     phase: Phase

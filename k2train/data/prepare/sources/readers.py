@@ -1,12 +1,13 @@
-"""Documents out of sources: listing the files of a recipe, cutting them into tasks, and reading one as a stream.
+"""Document readers: list the files of a recipe, group them into tasks, and stream their documents.
 
-A source is read once, front to back: its bytes are hashed while the documents come out, and memory holds one document
-and one block of the file, whatever the file's size. (Parquet cannot be read front to back: it is hashed by a read of its
-own.) What is broken inside a file is a `Rejection`, and reading goes on; a file that is itself broken, cut off or not
-what its name says raises DataError, since nobody knows what it should have held.
-
-An id that occurs twice in a file is kept: the ordinal breaks the tie, and finding all of them would take a table of ids
-(`runs` counts those that meet). A blank line is none, and no broken one: files end in them.
+- A source is read once from front to back. Its bytes are hashed while documents are read. Memory
+  holds one document and one block of the file, whatever the file's size.
+- Parquet cannot be read from front to back, so it is hashed by a separate read.
+- A broken item inside a file becomes a `Rejection`, and reading continues. A file that is broken
+  itself, truncated, or not of its named type raises DataError: nobody knows what it should contain.
+- An id that occurs twice in a file is kept; the ordinal breaks the tie. Finding all of them would
+  take a table of ids (`sorted_runs` counts those that meet).
+- A blank line is neither a document nor a rejection, since files end in them.
 """
 
 import codecs
@@ -22,23 +23,27 @@ from k2train.data.prepare.source import Contents, Source
 from k2train.data.prepare.sources.stdlib import (
     decode,
     docstrings,
-    page,
     stdlib_sources,
+    topic_page,
     topic_sources,
 )
 from k2train.data.prepare.workspace import EncodeTask
 from k2train.data.tokenizer import is_encodable
 from k2train.errors import DataError, UserError
 
-# A corpus too small to fill tasks of `task_bytes` is cut into about this many, so that several workers have work.
-FEWEST_TASKS = 32
-SMALLEST_TASK_BYTES = 2**18
+# A corpus too small to fill tasks of `task_bytes` is divided into about this many tasks, so that
+# several workers are busy.
+MIN_TASKS = 32
+MIN_TASK_BYTES = 2**18
 BATCH_BYTES = 2**22
-MOST_BATCH_ROWS = 1024
+MAX_BATCH_ROWS = 1024
 
 
 class Document(NamedTuple):
-    """A text to be learnt. `name` tells it from others in its source; `ordinal` is its number there, from 0."""
+    """A text to train on.
+
+    `name` identifies it within its source; `ordinal` is its number there, from 0.
+    """
 
     name: str
     text: str
@@ -46,66 +51,78 @@ class Document(NamedTuple):
 
 
 class Rejection(NamedTuple):
-    """What is not a document, though it should be one. `line` is that of the file, or the row, from 1."""
+    """An item that should be a document but cannot be used.
+
+    `line` is the line of the file, or the row, from 1.
+    """
 
     line: int | None
-    why: str
+    reason: str
 
 
-Read = Document | Rejection
+ReadItem = Document | Rejection
 
 
 # Listing
 
 
 def list_sources(recipe: Recipe) -> dict[str, list[Source]]:
-    """The sources of each subset, sorted by key. Patterns are relative to the working directory.
+    """List the sources of each subset, sorted by key.
 
-    Raises DataError with a line for each pattern that matches nothing, or only a folder, and for each file that cannot
-    be read; else for a file under two names, or two files under one.
+    Patterns are relative to the working directory. Raises DataError with one line for each pattern
+    that matches nothing or only a folder, and for each file that cannot be read. Otherwise raises
+    it for a file under two names, or two files under one.
     """
     found: dict[str, list[Source]] = {}
-    wrong: list[str] = []
+    problems: list[str] = []
+
     for name, subset in recipe.subsets.items():
         if subset.kind in STDLIB_ORIGINS:
             listed = topic_sources() if subset.kind == "stdlib_topics" else stdlib_sources()
         else:
             listed, mistakes = _file_sources(subset, recipe.origin_of(name))
-            wrong += [f"subsets.{name}.paths: {mistake}" for mistake in mistakes]
+            problems += [f"subsets.{name}.paths: {mistake}" for mistake in mistakes]
         found[name] = sorted(listed, key=lambda source: source.key)
-    if wrong:
-        raise DataError("\n".join(wrong))
-    _refuse_two_names(found)
+
+    if problems:
+        raise DataError("\n".join(problems))
+    _check_unique_names(found)
     return found
 
 
 def _file_sources(subset: SubsetRecipe, origin: str) -> tuple[list[Source], list[str]]:
-    """The files of a subset, and what is wrong with its patterns."""
+    """The files of a subset, and the problems of its patterns."""
     found: dict[tuple[str, str], Source] = {}
-    wrong: list[str] = []
+    problems: list[str] = []
     for pattern in subset.paths:
         folder = os.path.abspath(fixed_folder(pattern))
         paths, mistakes = _matches(subset, pattern)
-        wrong += mistakes
+        problems += mistakes
         for path in paths:
-            whole = os.path.abspath(path)
+            absolute = os.path.abspath(path)
             if not path.is_file() or not os.access(path, os.R_OK):
-                wrong.append(f"{path} is missing, or cannot be read: mend it, or the pattern")
+                problems.append(f"{path} is missing, or cannot be read: fix it or the pattern")
                 continue
-            # A file whose name has no suffix stands where a folder's name was taken to be.
+
+            # `fixed_folder` takes a file name without a suffix for a folder.
             inside = (
-                path.name if whole == folder else Path(os.path.relpath(whole, folder)).as_posix()
+                path.name
+                if absolute == folder
+                else Path(os.path.relpath(absolute, folder)).as_posix()
             )
             if not is_encodable(inside):
-                wrong.append(f"{whole!r} has a name that is not UTF-8: rename it")
+                problems.append(f"{absolute!r} has a name that is not UTF-8: rename it")
                 continue
-            source = Source(origin, inside, whole, path.stat().st_size)
-            # One file by two ways, as through a link, is one source.
+
+            source = Source(origin, inside, absolute, path.stat().st_size)
+            # A file reached by two paths, as through a link, is one source.
             found.setdefault((source.key, os.path.realpath(path)), source)
-    return list(found.values()), wrong
+
+    return list(found.values()), problems
 
 
 def _matches(subset: SubsetRecipe, pattern: str) -> tuple[list[Path], list[str]]:
+    """The files that match a pattern, and the problems of the pattern."""
     literal = Path(pattern)
     paths = (
         [literal]
@@ -115,7 +132,7 @@ def _matches(subset: SubsetRecipe, pattern: str) -> tuple[list[Path], list[str]]
     found = [path for path in paths if not path.is_dir()]
     for folder in (path for path in paths if path.is_dir()):
         if subset.kind == "text":
-            # As a pattern does, leave out what is hidden.
+            # Patterns leave out hidden files, so folders do too.
             inside = (path for path in folder.rglob("*") if not path.is_dir())
             found += [
                 p
@@ -123,140 +140,170 @@ def _matches(subset: SubsetRecipe, pattern: str) -> tuple[list[Path], list[str]]
                 if not any(part.startswith(".") for part in p.relative_to(folder).parts)
             ]
         elif folder == literal:
-            packed = f"{subset.kind}.zst" if subset.kind == "jsonl" else subset.kind
+            suffix = f"{subset.kind}.zst" if subset.kind == "jsonl" else subset.kind
             return [], [
-                f"{pattern} is a folder; name its files, as {folder}/*.{subset.kind} or {folder}/**/*.{packed}"
+                f"{pattern} is a folder; name its files, as "
+                f"{folder}/*.{subset.kind} or {folder}/**/*.{suffix}"
             ]
+
     return found, [] if found else [f"{pattern} matches no file, seen from {Path.cwd()}"]
 
 
-def _refuse_two_names(listed: dict[str, list[Source]]) -> None:
+def _check_unique_names(listed: dict[str, list[Source]]) -> None:
+    """Raises DataError for a file under two names, and for two files under one name."""
     paths: dict[str, tuple[str, str]] = {}
     keys: dict[str, tuple[str, str]] = {}
     for name, sources in listed.items():
         for source in (source for source in sources if source.path):
+            # Links are resolved, so that no file is used under two names.
             path = os.path.realpath(source.path)
             other, key = paths.setdefault(path, (name, source.key))
             if key != source.key:
                 raise DataError(
-                    f"subsets.{name}.paths: {source.path} is {source.key} here and {key} in subsets.{other}: one file "
-                    f"must have one name; give both subsets the same origin, and patterns with one folder in front"
+                    f"subsets.{name}.paths: {source.path} is {source.key} here and "
+                    f"{key} in subsets.{other}: one file must have one name; give both "
+                    "subsets the same origin, and patterns with one folder in front"
                 )
+
             other, before = keys.setdefault(source.key, (name, path))
             if before != path:
                 raise DataError(
-                    f"subsets.{name}.paths: {source.path} and {before} (subsets.{other}) are both {source.key}: two "
-                    f"files must have two names; give them other origins, or one pattern"
+                    f"subsets.{name}.paths: {source.path} and {before} "
+                    f"(subsets.{other}) are both {source.key}: two files must "
+                    "have two names; give them other origins, or one pattern"
                 )
 
 
 def encode_tasks(recipe: Recipe, sources: dict[str, list[Source]]) -> list[EncodeTask]:
-    """Sources cut into tasks of about `executor.task_bytes`; subsets that read the same documents read them together.
+    """Group sources into tasks of about `executor.task_bytes`.
 
-    The number of workers plays no part, and the cut none in the result.
+    Subsets that read the same documents read them in one task. The grouping depends neither on the
+    number of workers, nor does it show in the result.
     """
     groups: dict[tuple[Any, ...], list[str]] = {}
     for name, subset in recipe.subsets.items():
-        same = (subset.kind, recipe.origin_of(name), subset.paths, subset.text_key, subset.id_key)
-        groups.setdefault(same, []).append(name)
+        # Everything that decides which documents are read, and their names.
+        signature = (
+            subset.kind,
+            recipe.origin_of(name),
+            subset.paths,
+            subset.text_key,
+            subset.id_key,
+        )
+
+        groups.setdefault(signature, []).append(name)
+
     total_bytes = sum(
         source.size_bytes for names in groups.values() for source in sources[names[0]]
     )
-    wanted_bytes = min(
-        recipe.executor.task_bytes, max(SMALLEST_TASK_BYTES, total_bytes // FEWEST_TASKS)
-    )
+    # Small corpora get smaller tasks, so that all workers are busy.
+    target_bytes = min(recipe.executor.task_bytes, max(MIN_TASK_BYTES, total_bytes // MIN_TASKS))
     tasks = []
+
     for names in groups.values():
-        tasks += [EncodeTask(tuple(names), part) for part in _cut(sources[names[0]], wanted_bytes)]
+        tasks += [
+            EncodeTask(tuple(names), group)
+            for group in _group_sources(sources[names[0]], target_bytes)
+        ]
+
     return tasks
 
 
-def _cut(sources: Sequence[Source], wanted_bytes: int) -> Iterator[tuple[Source, ...]]:
-    part: list[Source] = []
-    held_bytes = 0
+def _group_sources(sources: Sequence[Source], target_bytes: int) -> Iterator[tuple[Source, ...]]:
+    group: list[Source] = []
+    group_bytes = 0
     for source in sources:
-        if part and held_bytes + source.size_bytes > wanted_bytes:
-            yield tuple(part)
-            part, held_bytes = [], 0
-        part.append(source)
-        held_bytes += source.size_bytes
-    if part:
-        yield tuple(part)
+        if group and group_bytes + source.size_bytes > target_bytes:
+            yield tuple(group)
+            group, group_bytes = [], 0
+        group.append(source)
+        group_bytes += source.size_bytes
+    if group:
+        yield tuple(group)
 
 
 # Reading
 
 
-class _Item(NamedTuple):
-    """What a kind of file yields: text and name as they came, not yet looked at."""
+class _RawDocument(NamedTuple):
+    """An item as read from a file: text and name not yet validated."""
 
     line: int | None
     name: Any
     text: Any
 
 
-class Reading:
-    """One reading of a source: iterate to the end, then `facts` says what was read."""
+class DocumentReader:
+    """One reading of a source: iterate to the end, then `facts` describes what was read."""
 
     def __init__(self, subset: SubsetRecipe, source: Source) -> None:
         self.subset, self.source = subset, source
         self.contents = Contents(
-            source, page(source.name) if subset.kind == "stdlib_topics" else None
+            source, topic_page(source.name) if subset.kind == "stdlib_topics" else None
         )
 
-    def __iter__(self) -> Iterator[Read]:
-        """Documents and rejections, in the order of the file. Raises DataError for a file that is broken."""
+    def __iter__(self) -> Iterator[ReadItem]:
+        """Yield documents and rejections in the order of the file.
+
+        Raises DataError for a broken file.
+        """
+        # Rejections are not numbered: an ordinal counts documents only.
         ordinal = 0
         for item in _READERS[self.subset.kind](self):
             if isinstance(item, Rejection):
                 yield item
-            elif why := _unfit(item, self.subset):
-                yield Rejection(item.line, why)
+            elif reason := _rejection_reason(item, self.subset):
+                yield Rejection(item.line, reason)
             else:
                 yield Document(str(item.name), item.text, ordinal)
                 ordinal += 1
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Key, size and hash of what was read, and the file's time of change."""
+        """Key, size, hash and modification time of the source that was read."""
         return self.contents.facts
 
-    def json_lines(self) -> Iterator[_Item | Rejection]:
+    def json_lines(self) -> Iterator[_RawDocument | Rejection]:
+        """Read JSON lines, one document per line."""
         for number, line in enumerate(self.contents.lines(), 1):
             if (item := self._json_line(number, line)) is not None:
                 yield item
 
-    def _json_line(self, number: int, line: bytes) -> _Item | Rejection | None:
+    def _json_line(self, number: int, line: bytes) -> _RawDocument | Rejection | None:
         try:
-            # A mark of the byte order in front of a file is no part of its first line.
+            # A byte order mark in front of the file is not part of its first line.
             record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
         except UnicodeDecodeError as error:
             return Rejection(number, f"not UTF-8 ({error.reason} at byte {error.start})")
         except (ValueError, RecursionError) as error:
-            # Looked at here only: of a billion lines few are blank.
+            # Blank lines are rare, so they are checked only after an error.
             return (
                 Rejection(number, f"not JSON ({error})")
                 if line.removeprefix(codecs.BOM_UTF8).strip()
                 else None
             )
+
         if not isinstance(record, dict):
             return Rejection(number, f"not an object, but {type(record).__name__}")
         key = self.subset.id_key
-        return _Item(
+        return _RawDocument(
             number, number if key is None else record.get(key), record.get(self.subset.text_key)
         )
 
-    def parquet_rows(self) -> Iterator[_Item | Rejection]:
+    def parquet_rows(self) -> Iterator[_RawDocument | Rejection]:
+        """Read Parquet, one document per row."""
         try:
             import pyarrow as arrow
             from pyarrow import parquet
         except ImportError:
             raise UserError("reading Parquet needs pyarrow: pip install 'k2train[data]'") from None
-        self.contents.hash_apart()
+
+        self.contents.hash_only()
+
         columns = [self.subset.text_key, *([self.subset.id_key] if self.subset.id_key else [])]
         number = 0
         try:
-            # A small buffer makes it stream the pages of a column instead of holding all of a row group.
+            # A small buffer streams the pages of a column instead of holding a complete row group.
             with parquet.ParquetFile(self.source.path, buffer_size=2**20, pre_buffer=False) as file:
                 self._check_columns(file.schema_arrow.names, columns)
                 rows = _batch_rows(file.metadata)
@@ -274,43 +321,47 @@ class Reading:
                                 number, f"not UTF-8 ({error.reason} at byte {error.start})"
                             )
                         else:
-                            yield _Item(number, cells[1] if ids else number, cells[0])
+                            yield _RawDocument(number, cells[1] if ids else number, cells[0])
         except (arrow.ArrowException, OSError) as error:
             reason = str(error).splitlines()[0]
             raise DataError(
-                f"{self.source.path}: not a whole Parquet file ({reason}); fetch it again"
+                f"{self.source.path}: not a complete Parquet file ({reason}); fetch it again"
             ) from None
 
     def _check_columns(self, present: Sequence[str], wanted: Sequence[str]) -> None:
         for column in wanted:
             if column not in present:
                 raise DataError(
-                    f"{self.source.path}: has no column {column!r} (text_key or id_key); it has {', '.join(present)}"
+                    f"{self.source.path}: has no column {column!r} "
+                    f"(text_key or id_key); it has {', '.join(present)}"
                 )
 
-    def whole_text(self) -> Iterator[_Item | Rejection]:
+    def whole_text(self) -> Iterator[_RawDocument | Rejection]:
+        """Read the file as one document."""
         content = self.contents.whole()
         try:
-            yield _Item(None, self.source.name, content.decode())
+            yield _RawDocument(None, self.source.name, content.decode())
         except UnicodeDecodeError as error:
             yield Rejection(None, f"not UTF-8 ({error.reason} at byte {error.start})")
 
-    def code_text(self) -> Iterator[_Item | Rejection]:
+    def code_text(self) -> Iterator[_RawDocument | Rejection]:
+        """Read a Python file as one document, in its declared encoding."""
         text = self._code()
         if isinstance(text, Rejection):
             yield text
         elif text.strip():
-            # An empty file of the library marks a package, and was never meant to hold text.
-            yield _Item(None, self.source.name, text)
+            # An empty file of the library only marks a package.
+            yield _RawDocument(None, self.source.name, text)
 
-    def docstring_texts(self) -> Iterator[_Item | Rejection]:
+    def docstring_texts(self) -> Iterator[_RawDocument | Rejection]:
+        """Read the docstrings of a Python file, one document each."""
         text = self._code()
         if isinstance(text, Rejection):
             yield text
             return
         try:
             for line, title, docstring in docstrings(self.source.name, text):
-                yield _Item(line, title, docstring)
+                yield _RawDocument(line, title, docstring)
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
             yield Rejection(getattr(error, "lineno", None), f"does not parse ({error})")
 
@@ -323,38 +374,41 @@ class Reading:
 
 
 _READERS = {
-    "jsonl": Reading.json_lines,
-    "parquet": Reading.parquet_rows,
-    "text": Reading.whole_text,
-    "stdlib_code": Reading.code_text,
-    "stdlib_docstrings": Reading.docstring_texts,
-    "stdlib_topics": Reading.whole_text,
+    "jsonl": DocumentReader.json_lines,
+    "parquet": DocumentReader.parquet_rows,
+    "text": DocumentReader.whole_text,
+    "stdlib_code": DocumentReader.code_text,
+    "stdlib_docstrings": DocumentReader.docstring_texts,
+    "stdlib_topics": DocumentReader.whole_text,
 }
 
 
-def read_documents(subset: SubsetRecipe, source: Source) -> Reading:
-    """The documents and rejections of a source; of the subset only kind, `text_key` and `id_key` count."""
-    return Reading(subset, source)
+def read_documents(subset: SubsetRecipe, source: Source) -> DocumentReader:
+    """Read the documents and rejections of a source.
+
+    Only `kind`, `text_key` and `id_key` of the subset matter.
+    """
+    return DocumentReader(subset, source)
 
 
 def read_texts(subset: SubsetRecipe, source: Source) -> Iterator[tuple[str, str]]:
-    """(name, text) of each document of a source."""
-    for item in Reading(subset, source):
+    """Yield (name, text) of each document of a source."""
+    for item in DocumentReader(subset, source):
         if isinstance(item, Document):
             yield item.name, item.text
 
 
-def _unfit(item: _Item, subset: SubsetRecipe) -> str:
+def _rejection_reason(item: _RawDocument, subset: SubsetRecipe) -> str:
     """Why a document cannot be used; "" when it can."""
     if isinstance(item.text, str):
         numbered = isinstance(item.name, int) and not isinstance(item.name, bool)
-        return _not_text(subset.text_key, item.text) or (
-            "" if numbered else _not_text(str(subset.id_key), item.name)
+        return _text_problem(subset.text_key, item.text) or (
+            "" if numbered else _text_problem(str(subset.id_key), item.name)
         )
-    return _not_text(subset.text_key, item.text)
+    return _text_problem(subset.text_key, item.text)
 
 
-def _not_text(key: str, value: Any) -> str:
+def _text_problem(key: str, value: Any) -> str:
     if value is None:
         return f"{key!r} is missing"
     if not isinstance(value, str):
@@ -365,15 +419,15 @@ def _not_text(key: str, value: Any) -> str:
 
 
 def _batch_rows(metadata: Any) -> int:
-    """Rows that hold about `BATCH_BYTES`, by the sizes the file tells of itself."""
+    """Number of rows that hold about `BATCH_BYTES`, by the sizes in the file's metadata."""
     size_bytes = sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
     return max(
-        1, min(MOST_BATCH_ROWS, BATCH_BYTES * max(1, metadata.num_rows) // max(1, size_bytes))
+        1, min(MAX_BATCH_ROWS, BATCH_BYTES * max(1, metadata.num_rows) // max(1, size_bytes))
     )
 
 
 def _cells(arrow: Any, column: Any) -> list[Any]:
-    """Values of a column; text as bytes, since Parquet does not promise that it is UTF-8."""
+    """Values of a column; text as bytes, since Parquet does not guarantee UTF-8."""
     if isinstance(column, arrow.DictionaryArray):
         column = column.dictionary_decode()
     if arrow.types.is_string(column.type) or arrow.types.is_large_string(column.type):

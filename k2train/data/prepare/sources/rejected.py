@@ -1,14 +1,15 @@
-"""Documents that cannot be taken: counted, listed with file, line and reason, and only so many of them.
+"""Rejected documents: counted, listed with file, line and reason, and limited in number.
 
-A broken line in a corpus of a billion is normal and must not stop a cluster; a hundredth of them broken is a wrong key or
-a damaged download, and must. Skipping in silence was refused: nobody would know what the model did not see.
+- A few broken lines in a corpus of a billion are normal and must not stop a cluster. A hundredth of
+  them indicates a wrong key or a damaged download, and must stop it.
+- Alternatives considered: skipping silently; nobody would know what the model did not see.
 """
 
 import json
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from k2train.data.prepare.workspace import Workspace, owner_mark, read_json
+from k2train.data.prepare.workspace import Workspace, process_suffix, read_json
 from k2train.errors import DataError
 from k2train.files import AtomicFile
 
@@ -16,7 +17,7 @@ REJECTED_NAME = "rejected.jsonl"
 
 
 def rejected_lines(workspace: Workspace) -> Iterator[bytes]:
-    """The lines of all encode tasks, in the order of their sources."""
+    """Yield the rejected lines of all encode tasks, in the order of their sources."""
     for number in range(len(workspace.tasks)):
         path = workspace.run_folder(number) / REJECTED_NAME
         if path.is_file():
@@ -25,9 +26,9 @@ def rejected_lines(workspace: Workspace) -> Iterator[bytes]:
 
 
 def check_rejected(workspace: Workspace) -> None:
-    """Called when all documents were read. Raises DataError for subsets of which too large a share was rejected.
+    """Raises DataError when too large a share of a subset's documents was rejected.
 
-    The list of all that is rejected is then left in the work folder.
+    Called when all documents were read. The list of all rejections is then left in the work folder.
     """
     limit = workspace.recipe.max_rejected_share
     read, rejected = (
@@ -38,22 +39,28 @@ def check_rejected(workspace: Workspace) -> None:
         for name, counts in read_json(workspace.encode_record(number))["subsets"].items():
             read[name] += counts["documents_read"]
             rejected[name] += counts["rejected"]
-    over = [name for name, count in rejected.items() if count > limit * (count + read[name])]
-    if not over:
+
+    exceeding = [name for name, count in rejected.items() if count > limit * (count + read[name])]
+    if not exceeding:
         return
+
+    # The complete list helps to fix the files.
     path = workspace.folder / REJECTED_NAME
-    with AtomicFile(path, owner_mark()) as stream:
+    with AtomicFile(path, process_suffix()) as stream:
         for line in rejected_lines(workspace):
             stream.write(line)
-    first = _first_of_each(workspace, over)
+
+    examples = _first_of_each(workspace, exceeding)
     raise DataError(
         "\n".join(
-            _words(name, rejected[name], read[name], limit, first[name], path) for name in over
+            _message(name, rejected[name], read[name], limit, examples[name], path)
+            for name in exceeding
         )
     )
 
 
 def _first_of_each(workspace: Workspace, names: Collection[str]) -> dict[str, str]:
+    """The first rejection of each subset: `file:line: reason`."""
     found: dict[str, str] = {}
     for line in rejected_lines(workspace):
         entry = json.loads(line)
@@ -64,11 +71,14 @@ def _first_of_each(workspace: Workspace, names: Collection[str]) -> dict[str, st
     return found
 
 
-def _words(name: str, rejected: int, good: int, limit: float, first: str, path: Path) -> str:
-    cure = f"mend the files, or raise the share (all are listed in {path})"
-    if good == 0:
-        cure = f"look at kind, text_key and id_key of subsets.{name} (all are listed in {path})"
+def _message(
+    name: str, rejected: int, accepted: int, limit: float, example: str, path: Path
+) -> str:
+    remedy = f"fix the files, or raise max_rejected_share (all are listed in {path})"
+    if accepted == 0:
+        remedy = f"check kind, text_key and id_key of subsets.{name} (all are listed in {path})"
     return (
-        f"subsets.{name}: {rejected} of {rejected + good} documents are broken, a share of "
-        f"{rejected / (rejected + good):.4f}, above max_rejected_share ({limit}), the first at {first}; {cure}"
+        f"subsets.{name}: {rejected} of {rejected + accepted} documents are "
+        f"broken, a share of {rejected / (rejected + accepted):.4f}, above "
+        f"max_rejected_share ({limit}), the first at {example}; {remedy}"
     )

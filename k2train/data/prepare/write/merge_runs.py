@@ -1,9 +1,11 @@
-"""The sorted runs of a pass as one stream: its documents in ascending order of (key, source, ordinal), a stretch at a time.
+"""Merge of sorted runs: the documents of a pass by ascending (key, source, ordinal), in batches.
 
-A stretch is as many buckets of keys as hold a few million tokens; of each run it is one slice, read at once, and the
-documents of all slices are sorted together. So nothing depends on how the documents were cut into runs, and a stretch is
-all that is ever in memory. A heap over all runs, a document at a time, was refused: it costs a read and some
-comparisons in Python for each document.
+- A batch is as many key buckets as hold a few million tokens. It is one slice of each run, read at
+  once, and the documents of all slices are sorted together.
+- The result therefore does not depend on how documents were divided into runs, and memory holds one
+  batch only.
+- Alternatives considered: a heap over all runs, one document at a time; it costs a read and some
+  comparisons in Python per document.
 """
 
 import os
@@ -21,23 +23,23 @@ from k2train.data.prepare.allocate.plan_file import (
     MARK_DOCUMENTS,
     Longs,
     PassPlan,
-    RunPlace,
+    RunEntry,
 )
 from k2train.data.prepare.encode.sorted_runs import Run
 
-LEAST_TOKENS, MOST_TOKENS = 2**22, 2**26
+MIN_TOKENS, MAX_TOKENS = 2**22, 2**26
 RUN_TOKENS = 4096
-"""A stretch is at least that long for each run, so that reads stay worth their while when there are very many."""
-STRETCH_DOCUMENTS = 2**18
+"""Tokens of a batch for each run, at least: with very many runs, reads must not become tiny."""
+BATCH_DOCUMENTS = 2**18
 
 Tokens = npt.NDArray[np.unsignedinteger[Any]]
 
 
 @dataclass(frozen=True)
-class Stretch:
-    """Documents `[n]` of a pass that follow each other, the first at token `start` of it.
+class DocumentBatch:
+    """Consecutive documents `[n]` of a pass; the first begins at token `start` of the pass.
 
-    `sources` are ranks among all sources of the preparation; names lie in `names` at `name_starts`.
+    `sources` are ranks among all sources of the preparation; names are in `names` at `name_starts`.
     """
 
     start: int
@@ -51,65 +53,79 @@ class Stretch:
 
 
 class PassReader:
-    """Reads the documents of one pass that have the mask `mask`; `ranks` orders the keys of all sources."""
+    """Reads the documents of one pass that have the mask `mask`.
+
+    `ranks` orders the keys of all sources.
+    """
 
     def __init__(
-        self, work: Path, plan: PassPlan, mask: int, ranks: Mapping[str, int], least_tokens: int
+        self, work: Path, plan: PassPlan, mask: int, ranks: Mapping[str, int], min_tokens: int
     ) -> None:
         self.plan, self.mask = plan, mask
-        self.runs = [Run(work / place.path) for place in plan.runs]
+        self.runs = [Run(work / entry.path) for entry in plan.runs]
         self.ranks = [
             np.array([ranks[key] for key in run.source_keys], dtype=np.uint32) for run in self.runs
         ]
-        self.stretch_tokens = max(least_tokens, min(MOST_TOKENS, RUN_TOKENS * len(self.runs)))
+        self.batch_tokens = max(min_tokens, min(MAX_TOKENS, RUN_TOKENS * len(self.runs)))
 
-    def stretches(self, start: int, stop: int) -> Iterator[Stretch]:
-        """Stretches that hold the tokens `start:stop` of the pass, whole documents, and some before and after them."""
-        borders = self._borders(*self.plan.bucket_range(self.mask, start, stop))
-        keys = [border << (KEY_BITS - self.plan.bits) for border in borders]
+    def batches(self, start: int, stop: int) -> Iterator[DocumentBatch]:
+        """Yield batches of whole documents that cover the tokens `start:stop` of the pass.
+
+        They may begin before `start` and end after `stop`.
+        """
+        boundaries = self._boundaries(*self.plan.bucket_range(self.mask, start, stop))
+        # The same boundaries as keys, and as document numbers in each run.
+        keys = [boundary << (KEY_BITS - self.plan.bits) for boundary in boundaries]
         cuts = np.array([find_keys(run, keys) for run in self.runs], dtype=np.int64)
-        # Where the next stretch begins in the tokens of each run.
-        at = [self._tokens_before(i, int(cut[0]), int(cut[-1])) for i, cut in enumerate(cuts)]
+        # Where the next batch begins in the tokens of each run.
+        offsets = [self._tokens_before(i, int(cut[0]), int(cut[-1])) for i, cut in enumerate(cuts)]
+
         before = self.plan.tokens_before(self.mask)
         masks = os.open(self.plan.path("masks"), os.O_RDONLY)
         try:
-            for number, border in enumerate(borders[:-1]):
+            for number, boundary in enumerate(boundaries[:-1]):
                 slices = []
                 for i in np.flatnonzero(cuts[:, number] < cuts[:, number + 1]).tolist():
-                    found, at[i] = self._slice(
-                        i, masks, int(cuts[i, number]), int(cuts[i, number + 1]), at[i]
+                    documents, offsets[i] = self._slice(
+                        i, masks, int(cuts[i, number]), int(cuts[i, number + 1]), offsets[i]
                     )
-                    if found is not None:
-                        slices.append(found)
-                expected = int(before[borders[number + 1]] - before[border])
+                    if documents is not None:
+                        slices.append(documents)
+
+                expected = int(before[boundaries[number + 1]] - before[boundary])
                 if not slices and expected == 0:
-                    # Between two long documents there may be buckets that hold nothing of this mask.
+                    # Between two long documents there may be buckets without this mask.
                     continue
-                stretch = _merge(int(before[border]), slices)
-                told = int(stretch.lengths.sum())
-                assert told == expected, (
-                    f"{self.plan.files}: {told} tokens in the runs, {expected} in the plan"
+
+                batch = _merge(int(before[boundary]), slices)
+                merged_tokens = int(batch.lengths.sum())
+                assert merged_tokens == expected, (
+                    f"{self.plan.files}: {merged_tokens} tokens in the runs, {expected} in the plan"
                 )
-                yield stretch
+                yield batch
         finally:
             os.close(masks)
 
-    def _borders(self, first: int, end: int) -> list[int]:
+    def _boundaries(self, first: int, end: int) -> list[int]:
+        """Bucket numbers between the batches, from `first` to `end`."""
         tokens, documents = (
             self.plan.tokens_before(self.mask),
             self.plan.documents_before(self.mask),
         )
-        borders = [first]
-        while borders[-1] < end:
-            here = borders[-1]
-            by_tokens = np.searchsorted(tokens, tokens[here] + self.stretch_tokens, side="right")
+        boundaries = [first]
+        while boundaries[-1] < end:
+            current = boundaries[-1]
+            # As many buckets as stay below both limits, and at least one.
+            by_tokens = np.searchsorted(tokens, tokens[current] + self.batch_tokens, side="right")
             by_documents = np.searchsorted(
-                documents, documents[here] + STRETCH_DOCUMENTS, side="right"
+                documents, documents[current] + BATCH_DOCUMENTS, side="right"
             )
-            borders.append(min(end, max(here + 1, int(min(by_tokens, by_documents)) - 1)))
-        return borders
+            boundaries.append(min(end, max(current + 1, int(min(by_tokens, by_documents)) - 1)))
+
+        return boundaries
 
     def _tokens_before(self, i: int, document: int, last: int) -> int:
+        """Tokens of run `i` before a document, from the marks; 0 when nothing is read."""
         if document == last:
             return 0
         mark = document // MARK_DOCUMENTS
@@ -122,20 +138,27 @@ class PassReader:
         )
 
     def _slice(
-        self, i: int, masks: int, start: int, stop: int, at: int
+        self, i: int, masks: int, start: int, stop: int, offset: int
     ) -> tuple["tuple[list[Tokens], dict[str, Any]] | None", int]:
-        """The masked documents among `start:stop` of a run, whose tokens begin at `at`; and where these end."""
-        run, place = self.runs[i], self.plan.runs[i]
+        """The documents with the mask among `start:stop` of run `i`.
+
+        `offset` is where the tokens of document `start` begin; also returns where those of the last
+        one end.
+        """
+        run, entry = self.runs[i], self.plan.runs[i]
         lengths = run.read("lengths", start, stop).astype(np.int64)
-        ends = at + np.cumsum(lengths)
-        kept = np.flatnonzero(_masks(masks, place, start, stop) == self.mask)
+        ends = offset + np.cumsum(lengths)
+        kept = np.flatnonzero(_masks(masks, entry, start, stop) == self.mask)
         if len(kept) == 0:
             return None, int(ends[-1])
+
         taken = lengths[kept]
         first = int(run.read("name_ends", start - 1, start)[0]) if start else 0
         name_ends = run.read("name_ends", start, stop).astype(np.int64) - first
         name_starts = np.concatenate([np.zeros(1, np.int64), name_ends[:-1]])
         ranks = self.ranks[i][run.read("sources", start, stop)[kept]]
+
+        # The order breaks ties between equal keys: rank of the source, then ordinal.
         columns = {
             "keys": run.read("keys", start, stop)[kept],
             "order": (ranks.astype(np.uint64) << np.uint64(32))
@@ -147,36 +170,43 @@ class PassReader:
             "name_starts": name_starts[kept],
             "name_lengths": (name_ends - name_starts)[kept],
         }
-        return (_documents(run, at, ends[kept] - taken, ends[kept], int(ends[-1])), columns), int(
-            ends[-1]
-        )
+
+        return (
+            _documents(run, offset, ends[kept] - taken, ends[kept], int(ends[-1])),
+            columns,
+        ), int(ends[-1])
 
 
-def _masks(descriptor: int, place: RunPlace, start: int, stop: int) -> npt.NDArray[np.uint8]:
-    return np.frombuffer(os.pread(descriptor, stop - start, place.first + start), dtype=np.uint8)
+def _masks(descriptor: int, entry: RunEntry, start: int, stop: int) -> npt.NDArray[np.uint8]:
+    return np.frombuffer(os.pread(descriptor, stop - start, entry.first + start), dtype=np.uint8)
 
 
-def _documents(run: Run, at: int, starts: Longs, ends: Longs, stop: int) -> list[Tokens]:
+def _documents(run: Run, offset: int, starts: Longs, ends: Longs, stop: int) -> list[Tokens]:
+    """Tokens of the documents from `starts` to `ends` of a run, within its tokens `offset:stop`."""
     pairs = zip(starts.tolist(), ends.tolist(), strict=True)
-    if 4 * int((ends - starts).sum()) < stop - at:
-        # Few of them are wanted, as of what is held out: reading all would fetch the corpus for a small part of it.
+    if 4 * int((ends - starts).sum()) < stop - offset:
+        # Few are wanted, as of held-out documents: reading all would fetch the whole corpus.
         return [run.read("tokens", start, end) for start, end in pairs]
-    tokens = run.read("tokens", at, stop)
-    return [tokens[start - at : end - at] for start, end in pairs]
+    tokens = run.read("tokens", offset, stop)
+    return [tokens[start - offset : end - offset] for start, end in pairs]
 
 
-def _merge(start: int, slices: list[tuple[list[Tokens], dict[str, Any]]]) -> Stretch:
+def _merge(start: int, slices: list[tuple[list[Tokens], dict[str, Any]]]) -> DocumentBatch:
+    """Sort the documents of all slices into one batch."""
     tokens = [document for found, _ in slices for document in found]
+    # Names of a slice follow those of the slices before it.
     names_before = 0
     for _, columns in slices:
         columns["name_starts"] += names_before
         names_before += len(columns["names"])
+
     joined = {
         name: np.concatenate([columns[name] for _, columns in slices]) for name in slices[0][1]
     }
     order = np.lexsort((joined.pop("order"), joined.pop("keys")))
     names = joined.pop("names")
-    return Stretch(
+
+    return DocumentBatch(
         start,
         [tokens[i] for i in order.tolist()],
         names=names,
@@ -185,11 +215,12 @@ def _merge(start: int, slices: list[tuple[list[Tokens], dict[str, Any]]]) -> Str
 
 
 def find_keys(run: Run, keys: list[int]) -> list[int]:
-    """For each of the ascending `keys`, up to 2**64, the number of documents of the run with a smaller one.
+    """For each of the ascending `keys`, up to 2**64, the number of documents with a smaller key.
 
-    Keys are evenly spread, so a window around where they must be is read instead of all.
+    Keys are evenly distributed, so only a window around their expected index is read.
     """
     documents = len(run)
+    # Several standard deviations of the index; widened when that was too narrow.
     slack = 8 * isqrt(documents) + 8
     while True:
         first = max(0, (documents * keys[0] >> KEY_BITS) - slack)
@@ -199,7 +230,10 @@ def find_keys(run: Run, keys: list[int]) -> list[int]:
             end == documents or int(found[-1]) >= keys[-1]
         ):
             break
+
         slack *= 4
+
+    # A key of 2**64 does not fit uint64; all documents are below it.
     wanted = np.array([key for key in keys if key >> KEY_BITS == 0], dtype=np.uint64)
     cuts: list[int] = (first + np.searchsorted(found, wanted)).tolist()
     return cuts + [documents] * (len(keys) - len(cuts))

@@ -1,9 +1,11 @@
-"""A chunk's `.npy` written row by row in any order, in space that was set aside for it, and hashed at the end.
+"""Chunk file: a `.npy` written row by row in any order into preallocated space, hashed at the end.
 
-The rows of a chunk are shuffled, so they come in an order of their own, and the hash wants them in the order of the
-file. They are written where they belong, and the file is read once more while it goes to the disk. Shuffling in memory
-was refused, since a chunk is as large as it likes; so was sorting rows into files first, which writes everything twice.
-A thread does the writing, and later the waiting for the disk: the next rows are made ready meanwhile, and then hashed.
+- The rows of a chunk are shuffled, but the hash needs them in the order of the file. So rows are
+  written at their final offset, and the file is read once more while it is synced.
+- A thread writes the rows, and later waits for the disk. Meanwhile the next rows are prepared, and
+  then hashed.
+- Alternatives considered: shuffling in memory; a chunk may be larger than memory. Sorting rows into
+  files first; that writes everything twice.
 """
 
 import hashlib
@@ -17,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from k2train.data.npy import header_bytes
-from k2train.data.prepare.workspace import owner_mark
+from k2train.data.prepare.workspace import process_suffix
 from k2train.errors import DataError
 from k2train.files import sync_directory
 
@@ -31,100 +33,112 @@ def free_bytes(folder: Path) -> int:
 
 
 def check_space(folder: Path, name: str, needed_bytes: int) -> None:
-    """Raises DataError when a chunk does not fit."""
+    """Raises DataError when a chunk does not fit on the disk."""
     if free_bytes(folder) < needed_bytes:
         raise no_space(folder, name, needed_bytes)
 
 
 def no_space(folder: Path, name: str, needed_bytes: int) -> DataError:
-    """The mistake of a full disk, to be raised."""
+    """The DataError of a full disk, to be raised by the caller."""
     return DataError(
-        f"output: {name} needs {needed_bytes:,} bytes in {folder}, {free_bytes(folder):,} are free: make room there, or "
-        f"name an output on another disk"
+        f"output: {name} needs {needed_bytes:,} bytes in {folder}, {free_bytes(folder):,} "
+        "are free: make room there, or name an output on another disk"
     )
 
 
 class ChunkFile:
-    """The chunk `path` of `rows` rows inside the block; under its name after `finish`, gone when that was not reached."""
+    """Context manager that writes the chunk `path` of `rows` rows.
+
+    The file gets its name at `finish`; without it, it is removed.
+    """
 
     def __init__(self, path: Path, rows: int, length: int, dtype: str) -> None:
         self.path, self.rows = path, rows
         self.dtype = np.dtype(dtype).newbyteorder("<")
-        self.aside = path.with_name(f"{path.name}{owner_mark()}.tmp")
+        self.temporary = path.with_name(f"{path.name}{process_suffix()}.tmp")
         self.header = header_bytes((rows, length), self.dtype)
         self.row_bytes = length * self.dtype.itemsize
 
     def __enter__(self) -> "ChunkFile":
         size_bytes = len(self.header) + self.rows * self.row_bytes
-        self._file = os.open(self.aside, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+        self._file = os.open(self.temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
         self._thread = ThreadPoolExecutor(1, "chunk")
         self._writing: Future[None] | None = None
+
         try:
-            # Where the space cannot be set aside, as on macOS, a full disk is noticed while writing.
+            # Where space cannot be preallocated, as on macOS, a full disk is noticed while writing.
             allocate = getattr(
                 os, "posix_fallocate", lambda file, start, size: os.ftruncate(file, start + size)
             )
             allocate(self._file, 0, size_bytes)
             self._write(self.header, 0)
         except BaseException:
-            self._leave()
+            self._close()
             raise
+
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
-        self._leave()
+        self._close()
 
-    def _leave(self) -> None:
+    def _close(self) -> None:
         self._thread.shutdown()
         os.close(self._file)
-        self.aside.unlink(missing_ok=True)
+        self.temporary.unlink(missing_ok=True)
 
     def _write(self, content: "memoryview | bytes", offset: int) -> None:
         while content:
+            # A write may be shorter than asked for.
             written = os.pwrite(self._file, content, offset)
             content, offset = content[written:], offset + written
 
     def write(
-        self, rows: "npt.NDArray[np.unsignedinteger[Any]]", places: npt.NDArray[np.uint32]
+        self, rows: "npt.NDArray[np.unsignedinteger[Any]]", row_numbers: npt.NDArray[np.uint32]
     ) -> None:
-        """Rows `[n, length]` of the chunk's dtype, each to its place `[n]`.
+        """Write rows `[n, length]` of the chunk's dtype to the row numbers `[n]`.
 
-        They may still be on their way on return, but those of the call before are not: two arrays taken in turns are
-        enough. Raises the OSError of an earlier call too.
+        Returns before they are written, but after those of the previous call are, so two
+        alternating arrays suffice. Raises the OSError of an earlier call too.
         """
-        self._settle()
+        self._wait_for_writes()
         if len(rows):
-            self._writing = self._thread.submit(self._scatter, rows, places)
+            self._writing = self._thread.submit(self._scatter, rows, row_numbers)
 
-    def _settle(self) -> None:
+    def _wait_for_writes(self) -> None:
         if self._writing is not None:
             self._writing.result()
             self._writing = None
 
     def _scatter(
-        self, rows: "npt.NDArray[np.unsignedinteger[Any]]", places: npt.NDArray[np.uint32]
+        self, rows: "npt.NDArray[np.unsignedinteger[Any]]", row_numbers: npt.NDArray[np.uint32]
     ) -> None:
-        order = np.argsort(places)
-        places = places[order]
-        offsets = places.astype(np.int64) * self.row_bytes + len(self.header)
-        firsts = np.concatenate([np.zeros(1, np.int64), np.flatnonzero(np.diff(places) != 1) + 1])
-        if 2 * len(firsts) > len(places):
+        order = np.argsort(row_numbers)
+        row_numbers = row_numbers[order]
+
+        offsets = row_numbers.astype(np.int64) * self.row_bytes + len(self.header)
+        # Index of the first row of each group of adjacent rows.
+        firsts = np.concatenate(
+            [np.zeros(1, np.int64), np.flatnonzero(np.diff(row_numbers) != 1) + 1]
+        )
+        if 2 * len(firsts) > len(row_numbers):
             content = rows.data.cast("B")
             starts = (order * self.row_bytes).tolist()
             for start, offset in zip(starts, offsets.tolist(), strict=True):
                 self._write(content[start : start + self.row_bytes], offset)
             return
-        # Short rows of a small chunk: rows that have become neighbours are one write.
+
+        # Short rows of a small chunk: adjacent rows are one write.
         content = rows[order].data.cast("B")
         starts = [*(firsts * self.row_bytes).tolist(), len(content)]
         for start, end, offset in zip(starts, starts[1:], offsets[firsts].tolist(), strict=False):
             self._write(content[start:end], offset)
 
     def finish(self) -> str:
-        """Bring the file to the disk and give it its name; returns its sha256."""
-        self._settle()
+        """Sync the file and give it its final name; returns its sha256."""
+        self._wait_for_writes()
+        # The disk syncs while the file is hashed.
         synced = self._thread.submit(os.fsync, self._file)
         digest = hashlib.sha256()
         block = memoryview(bytearray(HASH_BYTES))
@@ -133,6 +147,6 @@ class ChunkFile:
             digest.update(block[:count])
             offset += count
         synced.result()
-        os.replace(self.aside, self.path)
+        os.replace(self.temporary, self.path)
         sync_directory(self.path.parent)
         return digest.hexdigest()

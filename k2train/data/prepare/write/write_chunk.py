@@ -1,9 +1,10 @@
-"""Sorted runs to a chunk: its rows, their provenance, and the borders of documents, each chunk a task of its own.
+"""Chunk task: merge sorted runs into the rows of one chunk, with provenance and boundaries.
 
-A chunk takes a range of each subset's samples. They are read in the order of the stream and written to the rows that
-the keyed permutation gives them, into a file whose space was set aside before (see `chunk_file`). A chunk appears under
-its name whole, and its record comes last. Two processes that do the same chunk at once write different files with the
-same bytes; taking turns by a lock was refused, since locks of a dead machine stay.
+- A chunk takes a range of each subset's samples. They are read in the order of the stream and
+  written to the rows that the keyed permutation assigns, into a preallocated file (see `row_file`).
+- A chunk appears under its name only when it is complete, and its record is written last.
+- Two processes that write the same chunk at once write different files with the same bytes.
+- Alternatives considered: a lock per chunk; locks of a dead machine stay.
 """
 
 import errno
@@ -15,11 +16,11 @@ import numpy as np
 import numpy.typing as npt
 
 from k2train.data.manifest import ChunkInfo, chunk_dtype
-from k2train.data.prepare.allocate.mixture import row_places
+from k2train.data.prepare.allocate.mixture import row_positions
 from k2train.data.prepare.allocate.plan_file import HELD_OUT_TEXT, TRAINING, Plan, SubsetPlan
 from k2train.data.prepare.cleanup import remove_leftovers
-from k2train.data.prepare.workspace import HELD_OUT, Workspace, owner_mark, write_json
-from k2train.data.prepare.write.merge_runs import LEAST_TOKENS, PassReader, Stretch, Tokens
+from k2train.data.prepare.workspace import HELD_OUT, Workspace, process_suffix, write_json
+from k2train.data.prepare.write.merge_runs import MIN_TOKENS, DocumentBatch, PassReader, Tokens
 from k2train.data.prepare.write.provenance import PIECE, Provenance, piece_bytes, require_pyarrow
 from k2train.data.prepare.write.row_file import ChunkFile, check_space, no_space
 from k2train.errors import DataError
@@ -27,38 +28,41 @@ from k2train.errors import DataError
 
 @dataclass(frozen=True)
 class Part:
-    """Tokens `start:stop` of a pass, which begin at token `at` of what the chunk takes of the subset."""
+    """Tokens `start:stop` of pass `number`.
+
+    They begin at token `offset` of what the chunk takes of the subset.
+    """
 
     number: int
     start: int
     stop: int
-    at: int
+    offset: int
 
 
 def parts_of(plan: Plan, subset: SubsetPlan, chunk: str) -> list[Part]:
-    """What a chunk takes of a subset, in order; what is held out comes from the first pass."""
+    """The parts of a subset that a chunk takes, in order; held-out rows use the first pass."""
     samples = plan.chunks[chunk][subset.name]
     start, stop = samples.start * plan.sequence_length, samples.stop * plan.sequence_length
     if chunk == HELD_OUT:
         return [Part(0, start, stop, 0)] if stop > start else []
     parts: list[Part] = []
-    at = 0
+    offset = 0
     for number, first, end in subset.parts(start, stop):
-        parts.append(Part(number, first, end, at))
-        at += end - first
+        parts.append(Part(number, first, end, offset))
+        offset += end - first
     return parts
 
 
 def mask_of(chunk: str) -> int:
-    """The mask of the documents that a chunk takes."""
+    """Mask of the documents that a chunk takes."""
     return HELD_OUT_TEXT if chunk == HELD_OUT else TRAINING
 
 
-def chunk_task(workspace: Workspace, number: int, least_tokens: int = LEAST_TOKENS) -> None:
-    """Write the chunk of that number into the target folder, and its record when everything is on the disk.
+def chunk_task(workspace: Workspace, number: int, min_tokens: int = MIN_TOKENS) -> None:
+    """Run chunk task `number`: write the chunk to the target folder and, last, its record.
 
-    `least_tokens` is how many tokens are merged at a time; nothing else depends on it. Raises DataError when there is no
-    space, and for ids that the vocabulary does not have.
+    `min_tokens` is the size of a merged batch; nothing else depends on it. Raises DataError when
+    the disk is full, and for ids that are not in the vocabulary.
     """
     require_pyarrow()
     name = workspace.chunk_names[number]
@@ -67,17 +71,20 @@ def chunk_task(workspace: Workspace, number: int, least_tokens: int = LEAST_TOKE
     remove_leftovers(records, f"{name}.")
     plan = Plan.read(workspace.folder)
     check_space(target, name, _expected_bytes(plan, name))
-    aside = records / f"{name}{owner_mark()}.tmp"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
+
+    scratch = records / f"{name}{process_suffix()}.tmp"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+
     try:
-        info, sources = _assemble(workspace, plan, name, aside, least_tokens)
+        info, sources = _write_rows(workspace, plan, name, scratch, min_tokens)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise no_space(target, name, _expected_bytes(plan, name)) from None
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
+
     files = [file for file in (info.file, info.provenance, info.borders) if file is not None]
     entries = [
         {"base": "target", "path": file, "bytes": (target / file).stat().st_size} for file in files
@@ -88,7 +95,9 @@ def chunk_task(workspace: Workspace, number: int, least_tokens: int = LEAST_TOKE
 
 
 def _expected_bytes(plan: Plan, name: str) -> int:
+    """Approximate disk space that a chunk needs while it is made."""
     rows = sum(len(samples) for samples in plan.chunks[name].values())
+    # About one piece per row, and one per document.
     pieces = rows
     for subset in plan.subsets:
         for part in parts_of(plan, subset, name):
@@ -100,31 +109,36 @@ def _expected_bytes(plan: Plan, name: str) -> int:
     return rows * plan.sequence_length * token_bytes + piece_bytes(pieces)
 
 
-def _assemble(
-    workspace: Workspace, plan: Plan, name: str, aside: Path, least_tokens: int
+def _write_rows(
+    workspace: Workspace, plan: Plan, name: str, scratch: Path, min_tokens: int
 ) -> tuple[ChunkInfo, str]:
+    """Write the chunk file and provenance; returns its info and the used sources as hex."""
     samples, length, target = plan.chunks[name], plan.sequence_length, workspace.target
     rows = sum(map(len, samples.values()))
-    places = row_places(rows, workspace.recipe.seed, name)
-    provenance = Provenance(aside, rows, plan.block_rows, length)
+    row_numbers = row_positions(rows, workspace.recipe.seed, name)
+    provenance = Provenance(scratch, rows, plan.block_rows, length)
     ranks = {key: rank for rank, key in enumerate(plan.sources)}
+
     seen = np.zeros(len(plan.sources), dtype=bool)
     base = 0
     with ChunkFile(target / f"{name}.npy", rows, length, chunk_dtype(plan.vocab_size)) as file:
         for index, subset in enumerate(plan.subsets):
             count = len(samples[subset.name])
-            filler = Filler(file, provenance, places[base : base + count], length, index)
+            filler = RowFiller(file, provenance, row_numbers[base : base + count], length, index)
             for part in parts_of(plan, subset, name):
                 source = subset.passes[part.number]
-                reader = PassReader(workspace.folder, source, mask_of(name), ranks, least_tokens)
-                for stretch in reader.stretches(part.start, part.stop):
-                    largest = filler.add(part, stretch, seen)
+                reader = PassReader(workspace.folder, source, mask_of(name), ranks, min_tokens)
+                for batch in reader.batches(part.start, part.stop):
+                    largest = filler.add(part, batch, seen)
                     _check_id(workspace, subset.name, largest, plan.vocab_size)
+
             assert filler.rows == count, (
                 f"{name}: {filler.rows} rows of {subset.name}, {count} were planned"
             )
             base += count
+
         sha256 = file.finish()
+
     info = ChunkInfo(
         name,
         f"{name}.npy",
@@ -133,6 +147,7 @@ def _assemble(
         {s: len(r) * length for s, r in samples.items()},
         sha256,
     )
+
     return _write_provenance(workspace, plan, provenance, info), np.packbits(seen).tobytes().hex()
 
 
@@ -146,6 +161,7 @@ def _write_provenance(
     sha256, borders_sha256 = provenance.write(
         workspace.target / file, names, plan.sources, borders_path
     )
+
     return replace(
         info,
         provenance=file,
@@ -158,92 +174,111 @@ def _write_provenance(
 def _check_id(workspace: Workspace, subset: str, largest: int, vocab_size: int) -> None:
     if largest >= vocab_size:
         raise DataError(
-            f"subset {subset}: its runs hold the id {largest}, which is not below the {vocab_size} of the tokenizer: "
-            f"delete {workspace.folder} and start again"
+            f"subset {subset}: its runs hold the id {largest}, which is not below the "
+            f"{vocab_size} of the tokenizer: delete {workspace.folder} and start again"
         )
 
 
-class Filler:
-    """Lays the documents of a subset end to end into the rows `places` `[samples]` of a chunk."""
+class RowFiller:
+    """Packs the documents of a subset end to end into rows of a chunk.
+
+    `row_numbers` `[samples]` are the rows of its samples.
+    """
 
     def __init__(
         self,
         file: ChunkFile,
         provenance: Provenance,
-        places: npt.NDArray[np.uint32],
+        row_numbers: npt.NDArray[np.uint32],
         length: int,
         subset: int,
     ) -> None:
-        self.file, self.provenance, self.places, self.length, self.subset = (
+        self.file, self.provenance, self.row_numbers, self.length, self.subset = (
             file,
             provenance,
-            places,
+            row_numbers,
             length,
             subset,
         )
         self.rows = 0
-        # The same two arrays for all stretches, since fresh memory costs as much as what is copied into it: one is
+        # Two arrays for all batches, since new memory costs as much as copying into it. One is
         # filled while the other is being written.
         self._tokens = [np.empty(0, dtype=file.dtype), np.empty(0, dtype=file.dtype)]
-        self._begun = 0
+        self._partial = 0
 
-    def add(self, part: Part, stretch: Stretch, seen: npt.NDArray[np.bool_]) -> int:
-        """Take what `part` has of a stretch, and mark its sources in `seen`; returns the largest id."""
-        ends = part.at + stretch.start - part.start + np.cumsum(stretch.lengths)
-        starts = ends - stretch.lengths
-        low, high = part.at, part.at + part.stop - part.start
+    def add(self, part: Part, batch: DocumentBatch, seen: npt.NDArray[np.bool_]) -> int:
+        """Pack the tokens of `part` that a batch holds; returns the largest id.
+
+        Marks the sources of the documents in `seen`.
+        """
+        # Documents in tokens of the subset within the chunk.
+        ends = part.offset + batch.start - part.start + np.cumsum(batch.lengths)
+        starts = ends - batch.lengths
+        low, high = part.offset, part.offset + part.stop - part.start
+
+        # Documents that overlap the part; the first and the last may be cut.
         first, last = (
             int(np.searchsorted(ends, low, side="right")),
             int(np.searchsorted(starts, high)),
         )
         starts, ends = starts[first:last], ends[first:last]
-        tokens = stretch.tokens[first:last]
+        tokens = batch.tokens[first:last]
         tokens[-1] = tokens[-1][: high - int(starts[-1])]
         tokens[0] = tokens[0][max(0, low - int(starts[0])) :]
-        filled = self.rows * self.length + self._begun
+
+        filled = self.rows * self.length + self._partial
         assert filled == max(low, int(starts[0])), (
             f"{filled} tokens laid out, the next begins at {starts[0]}"
         )
+
+        # Append to the partial row, write complete rows, keep the rest.
         count = min(high, int(ends[-1])) - filled
-        laid = self._room(self._begun + count)
-        np.concatenate(tokens, out=laid[self._begun :])
-        largest = int(laid.max())
-        whole = len(laid) // self.length
-        rows = laid[: whole * self.length].reshape(whole, self.length)
-        self.file.write(rows, self.places[self.rows : self.rows + whole])
-        self._begun = len(laid) - rows.size
-        self.rows += whole
-        self._turn(laid[rows.size :])
-        self._tell(part, stretch, slice(first, last), starts, (low, high))
-        seen[stretch.sources[first:last]] = True
+        buffer = self._buffer(self._partial + count)
+        np.concatenate(tokens, out=buffer[self._partial :])
+        largest = int(buffer.max())
+        full_rows = len(buffer) // self.length
+        rows = buffer[: full_rows * self.length].reshape(full_rows, self.length)
+        self.file.write(rows, self.row_numbers[self.rows : self.rows + full_rows])
+        self._partial = len(buffer) - rows.size
+        self.rows += full_rows
+        self._swap_buffers(buffer[rows.size :])
+
+        self._add_pieces(part, batch, slice(first, last), starts, (low, high))
+        seen[batch.sources[first:last]] = True
+
         return largest
 
-    def _room(self, count: int) -> Tokens:
-        """The array in turn, of so many tokens; the begun row stands in it already."""
+    def _buffer(self, count: int) -> Tokens:
+        """The current buffer with room for `count` tokens; it already holds the partial row."""
         if count > len(self._tokens[0]):
             larger = np.empty(count + count // 8, dtype=self.file.dtype)
-            larger[: self._begun] = self._tokens[0][: self._begun]
+            larger[: self._partial] = self._tokens[0][: self._partial]
             self._tokens[0] = larger
         return self._tokens[0][:count]
 
-    def _turn(self, begun: Tokens) -> None:
-        if len(begun) > len(self._tokens[1]):
+    def _swap_buffers(self, partial: Tokens) -> None:
+        """Move the partial row to the other buffer and make that one current."""
+        if len(partial) > len(self._tokens[1]):
             self._tokens[1] = np.empty_like(self._tokens[0])
-        self._tokens[1][: len(begun)] = begun
+        self._tokens[1][: len(partial)] = partial
         self._tokens.reverse()
 
-    def _tell(
+    def _add_pieces(
         self,
         part: Part,
-        stretch: Stretch,
-        which: slice,
+        batch: DocumentBatch,
+        selected: slice,
         begins: npt.NDArray[np.int64],
         clip: tuple[int, int],
     ) -> None:
-        """The provenance of documents that begin at tokens `begins`: a piece for each row that they touch."""
+        """Record the provenance of documents that begin at tokens `begins`.
+
+        A document has one piece for each row that it touches.
+        """
         starts = np.maximum(begins, clip[0])
-        ends = np.minimum(begins + stretch.lengths[which], clip[1])
+        ends = np.minimum(begins + batch.lengths[selected], clip[1])
         first_rows = starts // self.length
+        # A document has one piece per row that it touches.
         touched = (ends - 1) // self.length - first_rows + 1
         document = np.repeat(np.arange(len(begins)), touched)
         row = (
@@ -252,13 +287,14 @@ class Filler:
             - np.repeat(np.cumsum(touched) - touched, touched)
         )
         start = np.maximum(starts[document], row * self.length)
+
         pieces = np.empty(len(document), dtype=PIECE)
-        pieces["row"] = self.places[row]
+        pieces["row"] = self.row_numbers[row]
         pieces["start"] = start - row * self.length
         pieces["length"] = np.minimum(ends[document], (row + 1) * self.length) - start
         pieces["offset"] = start - begins[document]
-        pieces["source"] = stretch.sources[which][document]
-        pieces["fim"] = stretch.fim[which][document]
-        pieces["name_bytes"] = stretch.name_lengths[which][document]
+        pieces["source"] = batch.sources[selected][document]
+        pieces["fim"] = batch.fim[selected][document]
+        pieces["name_bytes"] = batch.name_lengths[selected][document]
         pieces["subset"], pieces["repeat"] = self.subset, part.number
-        self.provenance.add(pieces, stretch.names, stretch.name_starts[which][document])
+        self.provenance.add(pieces, batch.names, batch.name_starts[selected][document])
