@@ -5,14 +5,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests.support.gloo_pool import GlooPool
 
+# How long an example takes says how busy the machine is, not whether the code is right.
+settings.register_profile("k2train", settings(), deadline=None)
+settings.load_profile("k2train")
+pytest_plugins = ["tests.support.distribution"]
+
 
 @pytest.fixture(scope="session")
-def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GlooPool]:
+def pool() -> Iterator[GlooPool]:
     """Workers that run jobs on a process group of any size up to 8."""
-    made = GlooPool(tmp_path_factory.mktemp("gloo"))
+    made = GlooPool()
     yield made
     made.close()
 

@@ -7,6 +7,7 @@
 - First all named tests must pass on an unbroken copy: a test that fails anyway proves nothing.
 - A run that hangs, fails to collect or fails to start counts as not caught.
 - Mutations are written by hand: faults that training code has shipped with, or could.
+- Each run is forked from a process that has imported torch and nothing of the repository.
 - Prints a Markdown table with seconds.
 
 Exit codes: 0 every mutation is caught; 1 one is not, or its text does not occur once; 2 a usage
@@ -19,11 +20,10 @@ Alternatives considered:
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import re
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -33,13 +33,26 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from fault_tests.processes import ForkServer
 from mutations import MUTATIONS, Mutation
 
 ROOT = Path(__file__).resolve().parent.parent
-SKIPPED = (".venv", ".git", "wandb", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis")
+SKIPPED = (".venv", ".git", "wandb", "*.egg-info", ".*_cache", ".hypothesis")
 PRODUCTS = ("data", "runs", "build")
 """Large folders beside the code at the root; below the root these names are code."""
-LIMIT_SECONDS = 240.0
+LIMIT_SECONDS = 600.0
+"""A test that takes longer hangs, however busy the machine is."""
+WARM = (
+    "torch",
+    "torch._dynamo",
+    "torch._inductor.utils",
+    "safetensors.torch",
+    "numpy.random",
+    "numpy.fft",
+    "pytest",
+)
+OPTIONAL = ("hypothesis", "transformers.models.llama.modeling_llama")
+"""What the server imports; the second where they are installed. Nothing that imports the repository."""
 PASSED, FAILED = 0, 1
 CLUMSY = re.compile(r"\b(NameError|ImportError|ModuleNotFoundError|SyntaxError)\b")
 """A fault that breaks the program instead of its numbers proves nothing about a test."""
@@ -70,6 +83,8 @@ def apply(mutation: Mutation, root: Path) -> None:
     broken = source.replace(mutation.old, mutation.new)
     compile(broken, mutation.file, "exec")
     path.write_text(broken, encoding="utf-8")
+    for compiled in path.parent.glob(f"__pycache__/{path.stem}.*"):
+        compiled.unlink()
 
 
 def copy_repository(root: Path, target: Path) -> Path:
@@ -85,41 +100,44 @@ def copy_repository(root: Path, target: Path) -> Path:
     return target
 
 
+def warm_server(scratch: Path) -> ForkServer:
+    """What runs the tests: a context manager."""
+    return ForkServer(
+        scratch,
+        [*WARM, *(name for name in OPTIONAL if importlib.util.find_spec(name.split(".")[0]))],
+    )
+
+
 def run_pytest(
-    root: Path, tests: Sequence[str], limit_seconds: float = LIMIT_SECONDS
+    server: ForkServer, root: Path, tests: Sequence[str], limit_seconds: float = LIMIT_SECONDS
 ) -> tuple[int | None, str]:
     """Run pytest in a copy; return its exit code and last line.
 
     The exit code is None when the run proves nothing: it hung, or the fault breaks the program.
     """
-    environment = {**os.environ, "PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{root}{os.pathsep}{root / 'tools'}",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "OMP_NUM_THREADS": "1",
+        "FAULT_RUN_NESTED": "1",
+    }
+    command = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", *tests]
+    job = server.start([command], environment, root, merged=True)
+    if not server.wait(job, limit_seconds):
+        server.end(job)
+        return None, f"hung for {limit_seconds:.0f} seconds"
 
-    with subprocess.Popen(
-        command,
-        cwd=root,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    ) as process:
-        try:
-            output, _ = process.communicate(timeout=limit_seconds)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
-            return None, f"hung for {limit_seconds:.0f} seconds"
-
+    output, (code,) = job.text("out"), job.codes
     lines = output.strip().splitlines()
     clumsy = CLUMSY.search(output)
-    if process.returncode == FAILED and clumsy:
+    if code == FAILED and clumsy:
         return None, f"failed of {clumsy[0]}, which any test would see"
-    return process.returncode, lines[-1] if lines else "no output"
+    return code, lines[-1] if lines else "no output"
 
 
 def check_mutation(
-    mutation: Mutation, root: Path = ROOT, limit_seconds: float = LIMIT_SECONDS
+    server: ForkServer, mutation: Mutation, root: Path = ROOT, limit_seconds: float = LIMIT_SECONDS
 ) -> Outcome:
     """Break a fresh copy and run the test that must fail there."""
     begun = time.monotonic()
@@ -129,16 +147,18 @@ def check_mutation(
             apply(mutation, copy)
         except (ValueError, SyntaxError, OSError) as error:
             return Outcome(mutation, False, time.monotonic() - begun, str(error))
-        code, detail = run_pytest(copy, [mutation.test], limit_seconds)
+        code, detail = run_pytest(server, copy, [mutation.test], limit_seconds)
     return Outcome(mutation, code == FAILED, time.monotonic() - begun, detail)
 
 
-def check_unbroken(mutations: Sequence[Mutation], root: Path = ROOT) -> tuple[bool, str]:
+def check_unbroken(
+    server: ForkServer, mutations: Sequence[Mutation], root: Path = ROOT
+) -> tuple[bool, str]:
     """True when all named tests pass on an unbroken copy; with pytest's last line."""
     with tempfile.TemporaryDirectory(prefix="mutation_") as directory:
         copy = copy_repository(root, Path(directory) / "copy")
         code, detail = run_pytest(
-            copy, sorted({mutation.test for mutation in mutations}), 3 * LIMIT_SECONDS
+            server, copy, sorted({mutation.test for mutation in mutations}), 3 * LIMIT_SECONDS
         )
     return code == PASSED, detail
 
@@ -174,8 +194,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
         )
         return 0
+    with (
+        tempfile.TemporaryDirectory(prefix="mutation_") as scratch,
+        warm_server(Path(scratch)) as server,
+    ):
+        return check(server, chosen)
 
-    passed, detail = check_unbroken(chosen)
+
+def check(server: ForkServer, chosen: Sequence[Mutation]) -> int:
+    """Check the mutations one after the other and print the table; the exit code."""
+    passed, detail = check_unbroken(server, chosen)
     print(f"unbroken: {detail}\n", flush=True)
     if not passed:
         print("a named test does not pass as it is, so nothing can be shown", file=sys.stderr)
@@ -184,7 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print("| mutation | test that must fail | caught | seconds |\n|---|---|---|---|", flush=True)
     missed = 0
     for mutation in chosen:
-        outcome = check_mutation(mutation)
+        outcome = check_mutation(server, mutation)
         missed += not outcome.caught
         said = "yes" if outcome.caught else f"NO: {outcome.detail}"
         print(

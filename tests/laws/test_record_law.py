@@ -138,7 +138,7 @@ def test_stops_on_request(base: Path, straight: Path) -> None:
         process = start(path, K2TRAIN_FAULTS="step.done@nth=2:sleep=1")
         wait_for_row(run, attempt, process)
         process.send_signal(number)
-        output, _ = process.communicate(timeout=120)
+        output, _ = process.communicate()
         assert process.returncode == 75, output
         stopped = read_ledger(run / "ledger.jsonl")[-1]
         assert (stopped["event"], stopped["reason"]) == ("stopped", number.name)

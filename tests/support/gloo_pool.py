@@ -1,33 +1,48 @@
-"""A pool of gloo worker processes, started once for the whole test run; each job gets a process group of its own size.
+"""A pool of gloo worker processes for a whole test run; each job gets a process group of its own size.
 
-Starting 8 torch processes takes 10 seconds on two cores, a job in the pool takes a tenth of one. A job is a module-level
-function `job(launch, *args)`; what each rank returns comes back in rank order.
+- The workers are forked off the warm server, so that 8 of them are there in a tenth of a second.
+- A job is a module-level function `job(launch, *args)`; what each rank returns comes back in rank order.
+- A job that fails ends the pool, and the next one gets new workers: what a failure left behind is nobody's.
 """
 
 import gc
 import importlib
 import itertools
+import os
+import shutil
+import socket
+import sys
+import tempfile
 import traceback
-from multiprocessing import get_context
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-WORKERS = 8
+from fault_tests.processes import Job
+from tests.support import forkserver
+
+LIMIT_SECONDS = forkserver.PATIENCE_SECONDS
 _ids = itertools.count()
 
 
-def _serve(connection: Any, index: int) -> None:
+def serve(arguments: Sequence[str]) -> int:
+    """A worker: take jobs from the socket that was named, until it is closed."""
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
     from k2train.launch.environment import Launch
 
+    with socket.socket(socket.AF_UNIX) as joined:
+        joined.connect(arguments[0])
+        connection = Connection(joined.detach())
     while True:
-        message = connection.recv()
-        if message is None:
-            return
-        module, name, rank, world, store, args = message
+        try:
+            module, name, rank, world, store, args = connection.recv()
+        except EOFError:
+            # Not through the exit functions: groups of a job that failed may be left.
+            os._exit(0)
         try:
             dist.init_process_group(
                 "gloo", init_method=f"file://{store}", rank=rank, world_size=world
@@ -48,40 +63,62 @@ def _serve(connection: Any, index: int) -> None:
 class GlooPool:
     """Workers are started on first use; `run(world, job, *args)` runs a job on the first `world` of them."""
 
-    def __init__(self, directory: Path):
-        self.directory, self.workers = directory, []
+    def __init__(self) -> None:
+        # A socket's name is short, the test's own folder need not be.
+        self.directory = Path(tempfile.mkdtemp(prefix="k2train-pool-"))
+        self.workers: list[tuple[Job, Connection]] = []
 
     def _start(self, count: int) -> None:
-        context = get_context("spawn")
         while len(self.workers) < count:
-            here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(there, len(self.workers)), daemon=True)
-            process.start()
-            self.workers.append((process, here))
+            name = str(self.directory / f"worker{next(_ids)}")
+            with socket.socket(socket.AF_UNIX) as listener:
+                listener.bind(name)
+                listener.listen(1)
+                listener.settimeout(forkserver.PATIENCE_SECONDS)
+                environment = {
+                    **os.environ,
+                    "OMP_NUM_THREADS": "1",
+                    "PYTHONPATH": os.pathsep.join(sys.path),
+                }
+                job = forkserver.server().start(
+                    [["tests.support.gloo_pool:serve", name]], environment, merged=True
+                )
+                joined, _ = listener.accept()
+            joined.setblocking(True)
+            self.workers.append((job, Connection(joined.detach())))
 
-    def run(self, world: int, job: Any, *args: Any, timeout_seconds: float = 120) -> list[Any]:
+    def run(
+        self, world: int, job: Any, *args: Any, timeout_seconds: float = LIMIT_SECONDS
+    ) -> list[Any]:
         self._start(world)
         store = self.directory / f"store{next(_ids)}"
         for rank, (_, connection) in enumerate(self.workers[:world]):
             connection.send((job.__module__, job.__name__, rank, world, str(store), args))
+
         results: list[Any] = [None] * world
         failed = []
-        for rank, (_, connection) in enumerate(self.workers[:world]):
+        for rank, (worker, connection) in enumerate(self.workers[:world]):
             if not connection.poll(2 if failed else timeout_seconds):
                 failed.append(f"rank {rank}: no answer")
                 continue
-            kind, value = connection.recv()
+            try:
+                kind, value = connection.recv()
+            except (EOFError, ConnectionError):
+                kind, value = "error", f"ended: {worker.text('out')}"
             if kind == "error":
                 failed.append(f"rank {rank}: {value}")
             results[rank] = value
         if failed:
-            self.close()
+            self._end_workers()
             raise AssertionError("\n".join(failed))
         return results
 
-    def close(self) -> None:
-        for process, connection in self.workers:
+    def _end_workers(self) -> None:
+        for worker, connection in self.workers:
             connection.close()
-            process.kill()
-            process.join()
+            forkserver.server().end(worker)
         self.workers = []
+
+    def close(self) -> None:
+        self._end_workers()
+        shutil.rmtree(self.directory, ignore_errors=True)

@@ -25,9 +25,11 @@ from k2train.train.monitor import DamageError
 from k2train.train.preflight import prepare_start
 from k2train.train.shutdown import shut_down_together
 from k2train.train.trainer import Trainer
+from tests.support import forkserver
 from tests.support.tiny_model import TINY, grid_of
 
 ROOT = Path(__file__).resolve().parents[2]
+TRAIN = ("-m", "k2train.train")
 SEQUENCE = 16
 VOCAB = 251
 GLOBAL = 12
@@ -96,8 +98,20 @@ def environment(**variables: str) -> dict[str, str]:
     return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **variables}
 
 
-def command(arguments: Sequence[Any], processes: int = 1) -> list[str]:
-    """The command line of `k2train.train`, under torchrun when `processes` is more than 1."""
+def train(
+    *arguments: Any, processes: int = 1, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Run the command line to its end in a warm process, or with `processes` as so many ranks."""
+    return forkserver.run([*TRAIN, *arguments], environment(**variables), processes=processes)
+
+
+def start(*arguments: Any, processes: int = 1) -> forkserver.Process:
+    """Start the command line warm; the caller ends it with `kill_all` or waits."""
+    return forkserver.start([*TRAIN, *arguments], environment(), processes=processes)
+
+
+def cold_command(arguments: Sequence[Any], processes: int = 1) -> list[str]:
+    """The command line of `k2train.train` for a new interpreter, under torchrun when `processes` is more than 1."""
     launcher = [sys.executable]
     if processes > 1:
         launcher += [
@@ -107,43 +121,31 @@ def command(arguments: Sequence[Any], processes: int = 1) -> list[str]:
             "--nproc-per-node",
             str(processes),
         ]
-    return [*launcher, "-m", "k2train.train", *map(str, arguments)]
+    return [*launcher, *TRAIN, *map(str, arguments)]
 
 
-def train(
-    *arguments: Any, processes: int = 1, timeout: float = 180, **variables: str
+def cold_train(
+    *arguments: Any, processes: int = 1, **variables: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run the command line to its end."""
+    """The same as a user starts it, for tests of the start itself."""
     return subprocess.run(
-        command(arguments, processes),
+        cold_command(arguments, processes),
         capture_output=True,
         text=True,
-        timeout=timeout,
+        timeout=forkserver.PATIENCE_SECONDS,
         env=environment(**variables),
         cwd=ROOT,
     )
 
 
-def start(*arguments: Any, processes: int = 1, **variables: str) -> subprocess.Popen[str]:
-    """Start the command line; the caller ends it with `kill_all` or waits."""
-    return subprocess.Popen(
-        command(arguments, processes),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=environment(**variables),
-        cwd=ROOT,
-    )
-
-
-def wait_for(path: Path, process: subprocess.Popen[str], timeout: float = 120) -> None:
+def wait_for(path: Path, process: forkserver.Process) -> None:
     """Until `path` exists; fails when the process ends first."""
-    deadline = time.monotonic() + timeout
+    deadline = time.monotonic() + forkserver.PATIENCE_SECONDS
     while not path.exists():
         assert process.poll() is None, (
-            f"ended with {process.returncode} before {path.name}: {process.stdout.read()}"
-        )  # type: ignore[union-attr]
-        assert time.monotonic() < deadline, f"no {path} after {timeout} s"
+            f"ended with {process.returncode} before {path.name}: {process.output()}"
+        )
+        assert time.monotonic() < deadline, f"no {path} after {forkserver.PATIENCE_SECONDS:.0f} s"
         time.sleep(0.002)
 
 
@@ -162,14 +164,17 @@ def family(pid: int) -> list[int]:
     return found
 
 
-def kill_all(process: subprocess.Popen[str]) -> int:
-    """`kill -9` the launcher and all workers at once; the launcher's return code."""
+def kill_all(process: "subprocess.Popen[str] | forkserver.Process") -> int:
+    """`kill -9` the process or launcher and all workers at once; the return code."""
+    if isinstance(process, forkserver.Process):
+        process.kill()
+        return process.wait()
     for pid in family(process.pid):
         try:
             os.kill(pid, signal.SIGKILL)
         except ProcessLookupError:
             continue
-    process.communicate(timeout=120)
+    process.communicate(timeout=forkserver.PATIENCE_SECONDS)
     return process.returncode
 
 

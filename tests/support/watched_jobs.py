@@ -1,35 +1,44 @@
-"""Starts the ranks of `tests/support/watched.py`, waits for them and says what each did: for the tests of the watch and its tool."""
+"""Jobs of `watched.py`, started warm, for the tests of the watchdog and its tool."""
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from tests.support import forkserver
+from tests.support.scenarios import until
 
 SCRIPT = Path(__file__).parent / "watched.py"
 
 
 @dataclass
 class Ended:
-    """`codes` and `errors` (stderr) by rank; `seconds` from the last step of any rank to the end of the last rank."""
+    """`codes` and `errors` (stderr) by rank; `seconds` from the last step of any rank to the end of the last rank.
+
+    `unit`: seconds from the start of this job to its first step, a measure of how busy the machine is.
+    """
 
     codes: list[int]
     errors: list[str]
     seconds: float
+    unit: float
 
     @property
     def lines(self) -> list[str]:
-        """What the watches of all ranks said."""
+        """What the watchdogs of all ranks said."""
         return [
             line for text in self.errors for line in text.splitlines() if line.startswith("rank ")
         ]
 
+    def within(self, seconds: float) -> bool:
+        """Whether the job ended in so many seconds of a machine that does nothing else."""
+        return self.seconds < seconds + 10 * self.unit
+
 
 class Job:
-    """The ranks of one job, as processes of this one; ended in any case when the block is left."""
+    """The ranks of one job, ended in any case when the block is left. `rank_environments`: what each rank gets besides."""
 
     def __init__(
         self,
@@ -37,78 +46,68 @@ class Job:
         world: int,
         limit: float,
         fault: Sequence[object] = (),
-        prefixes: Sequence[Sequence[str]] | None = None,
+        rank_environments: Sequence[Mapping[str, str]] = (),
         **environment: str,
     ):
-        self.directory = directory
-        self.processes = []
-        variables: Mapping[str, str] = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-        for rank in range(world):
-            command = [
-                sys.executable,
-                str(SCRIPT),
-                str(rank),
-                str(world),
-                str(directory),
-                str(limit),
-                *map(str, fault),
-            ]
-            with (
-                (directory / f"out{rank}").open("w") as out,
-                (directory / f"err{rank}").open("w") as err,
-            ):
-                prefix = list(prefixes[rank]) if prefixes else []
-                self.processes.append(
-                    subprocess.Popen(prefix + command, stdout=out, stderr=err, env=variables)
-                )
+        directory.mkdir(exist_ok=True)
+        self.directory, self.world = directory, world
+        commands = [[SCRIPT, rank, world, directory, limit, *fault] for rank in range(world)]
+        variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+        self.began, self.first_step = time.monotonic(), 0.0
+        self.job = forkserver.server().start(commands, variables, own=rank_environments)
+        self.sizes, self.moved = [0] * world, self.began
 
     def __enter__(self) -> "Job":
         return self
 
     def __exit__(self, *_: object) -> None:
-        for process in self.processes:
-            if process.poll() is None:
-                process.kill()
-            process.wait()
+        forkserver.server().end(self.job)
+
+    @property
+    def pids(self) -> list[int]:
+        return self.job.pids
+
+    @property
+    def over(self) -> bool:
+        """Whether all ranks have ended; notes when the ranks made their first and their last step."""
+        sizes = [len(self._output(rank)) for rank in range(self.world)]
+        if sizes != self.sizes:
+            self.sizes, self.moved = sizes, time.monotonic()
+            self.first_step = self.first_step or self.moved
+        forkserver.server().poll()
+        return self.job.over
 
     def step(self, rank: int) -> int:
         """The last step a rank has finished."""
-        lines = (self.directory / f"out{rank}").read_text().splitlines()
+        lines = self._output(rank).splitlines()
         return int(lines[-1].split()[1]) if lines else 0
 
-    def until_step(self, step: int, timeout_seconds: float = 120.0) -> None:
+    def at_step(self, step: int) -> bool:
+        """Whether every rank has finished it."""
+        reached = min(self.step(rank) for rank in range(self.world)) >= step
+        assert reached or not self.over, [self.error(rank) for rank in range(self.world)]
+        return reached
+
+    def until_step(self, step: int) -> None:
         """Return when every rank has finished it."""
-        until = time.monotonic() + timeout_seconds
-        while min(self.step(rank) for rank in range(len(self.processes))) < step:
-            assert time.monotonic() < until, (
-                f"no step {step}: {[path.read_text() for path in self._errors()]}"
-            )
-            assert any(process.poll() is None for process in self.processes), [
-                p.read_text() for p in self._errors()
-            ]
-            time.sleep(0.05)
+        until(lambda: self.at_step(step))
 
     def send(self, number: signal.Signals, *ranks: int) -> None:
         """Send a signal to ranks."""
         for rank in ranks:
-            self.processes[rank].send_signal(number)
+            self.job.send(rank, number)
 
-    def ended(self, timeout_seconds: float = 120.0) -> Ended:
-        """Wait for all ranks."""
-        until, sizes, moved = time.monotonic() + timeout_seconds, [-1], time.monotonic()
-        while any(process.poll() is None for process in self.processes):
-            assert time.monotonic() < until, (
-                f"ranks are left: {[process.poll() for process in self.processes]}"
-            )
-            now = [
-                (self.directory / f"out{rank}").stat().st_size
-                for rank in range(len(self.processes))
-            ]
-            if now != sizes:
-                sizes, moved = now, time.monotonic()
-            time.sleep(0.05)
-        codes = [process.wait() for process in self.processes]
-        return Ended(codes, [path.read_text() for path in self._errors()], time.monotonic() - moved)
+    def ended(self) -> Ended:
+        """What became of it, when `over`."""
+        errors = [self.error(rank) for rank in range(self.world)]
+        last = max(at for _, at in self.job.ends.values())
+        return Ended(self.job.codes, errors, last - self.moved, self.first_step - self.began)
 
-    def _errors(self) -> list[Path]:
-        return [self.directory / f"err{rank}" for rank in range(len(self.processes))]
+    def error(self, rank: int) -> str:
+        """What a rank has written to stderr."""
+        return (self.job.folder / f"rank_{rank}.err").read_text()
+
+    def _output(self, rank: int) -> str:
+        path = self.job.folder / f"rank_{rank}.out"
+        whole, newline, _ = path.read_text().rpartition("\n") if path.exists() else ("", "", "")
+        return whole + newline

@@ -4,6 +4,7 @@ import ast
 import importlib.util
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,6 +27,8 @@ def _load() -> ModuleType:
 
 tool = _load()
 REQUIRED = [mutation for mutation in tool.MUTATIONS if mutation.required]
+QUICK = REQUIRED[:1]
+"""Checked in the quick tests too: one stands for all."""
 
 
 @pytest.mark.parametrize("mutation", tool.MUTATIONS, ids=lambda m: m.name.replace(" ", "-"))
@@ -60,6 +63,13 @@ def test_names_are_unique_and_the_short_list_is_whole() -> None:
         assert kind in text
 
 
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A warm process without the repository, from which every run of this file is forked."""
+    with tool.warm_server(tmp_path_factory.mktemp("server")) as made:
+        yield made
+
+
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
     """A repository of one function and its tests, so that the tool's own answers are quick."""
@@ -70,7 +80,7 @@ def repository(tmp_path: Path) -> Path:
     )
     (root / "tests" / "test_toy.py").write_text(
         "import time\nfrom toy import add, twice\n\ndef test_add():\n    assert add(1, 2) == 3\n\n"
-        "def test_weak():\n    assert twice(0) == 0\n\ndef test_slow():\n    time.sleep(add(2, -2) * 10)\n"
+        "def test_weak():\n    assert twice(0) == 0\n\ndef test_slow():\n    time.sleep(add(2, -2) * 1000)\n"
     )
     return root
 
@@ -105,26 +115,25 @@ def mutation_of(old: str, new: str, test: str = "tests/test_toy.py::test_add") -
     ),
 )
 def test_only_a_failing_test_is_a_catch(
-    repository: Path, old: str, new: str, test: str, caught: bool, detail: str
+    server: Any, repository: Path, old: str, new: str, test: str, caught: bool, detail: str
 ) -> None:
     """Catches a tool that takes any non-zero exit for success: then a typo in the table would pass for proof."""
     before = (repository / "toy.py").read_text()
+    limit = 6.0 if "hung" in detail else tool.LIMIT_SECONDS
     outcome = tool.check_mutation(
-        mutation_of(old, new, f"tests/test_toy.py::{test}"),
-        repository,
-        6.0 if "hung" in detail else 240.0,
+        server, mutation_of(old, new, f"tests/test_toy.py::{test}"), repository, limit
     )
     assert outcome.caught is caught and detail in outcome.detail, outcome
     assert (repository / "toy.py").read_text() == before, "the repository itself was broken"
 
 
-def test_a_test_that_is_red_anyway_is_no_proof(repository: Path) -> None:
+def test_a_test_that_is_red_anyway_is_no_proof(server: Any, repository: Path) -> None:
     """Catches a baseline that is not looked at."""
-    assert tool.check_unbroken([mutation_of("a + b", "a - b")], repository)[0]
+    assert tool.check_unbroken(server, [mutation_of("a + b", "a - b")], repository)[0]
     (repository / "toy.py").write_text(
         "def add(a, b):\n    return 7\n\n\ndef twice(a):\n    return a\n"
     )
-    assert not tool.check_unbroken([mutation_of("7", "8")], repository)[0]
+    assert not tool.check_unbroken(server, [mutation_of("7", "8")], repository)[0]
 
 
 def test_list_and_usage() -> None:
@@ -139,9 +148,18 @@ def test_list_and_usage() -> None:
     assert nothing.returncode == 2 and "no mutation's name contains 'zzz'" in nothing.stderr
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("mutation", REQUIRED, ids=lambda m: m.name.replace(" ", "-"))
-def test_the_short_list_is_caught(mutation: Any) -> None:
-    """Catches a suite that one of the known faults of parallel training passes through."""
-    outcome = tool.check_mutation(mutation)
+@pytest.mark.parametrize(
+    "mutation",
+    [
+        pytest.param(
+            mutation,
+            id=mutation.name.replace(" ", "-"),
+            marks=[] if mutation in QUICK else pytest.mark.slow,
+        )
+        for mutation in tool.MUTATIONS
+    ],
+)
+def test_every_mutation_is_caught(server: Any, mutation: Any) -> None:
+    """Catches a suite that one of the known faults of training code passes through."""
+    outcome = tool.check_mutation(server, mutation)
     assert outcome.caught, f"{mutation.test} does not see it: {outcome.detail}"

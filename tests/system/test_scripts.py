@@ -29,7 +29,9 @@ case "$1 $2" in
     exit 0 ;;
 "-m pip") exit "${PIP_CODE:-0}" ;;
 "-m k2train.launch") ;;
-"-m "*) eval "exit \\${CODE_${2//./_}:-0}" ;;
+"-m "*)
+    eval "echo \\"\\${SAID_${2//./_}:-ran $2}\\""
+    eval "exit \\${CODE_${2//./_}:-0}" ;;
 "tools/"*)
     echo "ran $*"
     exit "${TOOL_CODE:-0}" ;;
@@ -304,11 +306,21 @@ def test_quickstart_passes_a_signal_on_and_waits_for_the_save(
     )
 
 
-def test_test_script_runs_the_checks_and_then_pytest(copy: Copy) -> None:
-    """Catches a check left out, or pytest before it, whose summary would then not be the last line."""
+def test_test_script_runs_the_checks_and_the_quick_tests(copy: Copy) -> None:
+    """Catches a check left out, and slow tests where a developer waits."""
     assert copy.run("scripts/test.sh").returncode == 0
-    called = [line.split()[1] for line in copy.calls("-m ")]
-    assert called == ["venv", "pip", "ruff", "ruff", "mypy", "pytest"]
+    calls = copy.calls("-m ")
+    assert [line.split()[1] for line in calls[:4]] == ["venv", "pip", "ruff", "ruff"]
+    # These two run side by side.
+    assert sorted(calls[4:]) == ["-m mypy", "-m pytest -q -n 2 -m not_slow"]
+
+
+def test_test_script_runs_everything_and_shows_durations(copy: Copy) -> None:
+    """Catches a lane that leaves tests out, and options of ours that reach pytest."""
+    assert copy.run("scripts/test.sh", "--durations", "--all").returncode == 0
+    assert "-m pytest -q -n 2 --durations=25" in copy.calls("-m ")
+    assert copy.run("scripts/test.sh", K2TRAIN_TEST_WORKERS="7").returncode == 0
+    assert "-m pytest -q -n 7 -m not_slow" in copy.calls("-m ")
 
 
 def test_test_script_with_arguments_is_pytest(copy: Copy) -> None:
@@ -317,19 +329,38 @@ def test_test_script_with_arguments_is_pytest(copy: Copy) -> None:
     assert copy.calls("-m ")[2:] == ["-m pytest -q -m not_slow"]
 
 
-@pytest.mark.parametrize(("module", "name"), [("ruff", "ruff check"), ("mypy", "mypy")])
-def test_test_script_fails_with_a_check(copy: Copy, module: str, name: str) -> None:
-    """Catches a broken check that continuous integration shows as green."""
-    failed = copy.run("scripts/test.sh", **{f"CODE_{module}": "4"})
+def test_test_script_fails_with_the_first_check(copy: Copy) -> None:
+    """Catches tests that run for minutes on code that the first check refuses."""
+    failed = copy.run("scripts/test.sh", CODE_ruff="4")
     assert failed.returncode == 4
-    assert failed.stderr == f"test: {name} failed (exit code 4)\n"
+    assert failed.stderr == "test: ruff check failed (exit code 4)\n"
     assert not any("pytest" in line for line in copy.calls("-m "))
+
+
+@pytest.mark.parametrize("pytest_code", ["0", "1"])
+def test_test_script_fails_with_a_check_beside_the_tests(copy: Copy, pytest_code: str) -> None:
+    """Catches a broken check that continuous integration shows as green, and one whose message is lost."""
+    failed = copy.run("scripts/test.sh", CODE_mypy="4", CODE_pytest=pytest_code)
+    assert failed.returncode == 4
+    assert failed.stderr == "ran mypy\ntest: mypy failed (exit code 4)\n"
+    assert copy.calls("-m pytest") != []
+
+
+@pytest.mark.parametrize("arguments", [(), ("--all",), ("tests",)])
+def test_test_script_ends_with_what_pytest_says(copy: Copy, arguments: tuple[str, ...]) -> None:
+    """Catches a failed test that looks like success, and a line of ours behind pytest's summary."""
+    failed = copy.run(
+        "scripts/test.sh", *arguments, CODE_pytest="1", SAID_pytest="3 failed, 5 passed in 1s"
+    )
+    assert failed.returncode == 1
+    assert failed.stdout.splitlines()[-1] == "3 failed, 5 passed in 1s"
+    assert failed.stderr == ""
 
 
 def test_continuous_integration_runs_everything(copy: Copy) -> None:
     """Catches slow tests left out where nobody is in a hurry, and a failure that CI does not see."""
     assert copy.run(".ci/run", K2TRAIN_REQUIRE_SLURM="0").returncode == 0
-    assert copy.calls("-m ")[-1] == "-m pytest -q"
+    assert "-m pytest -q -n 2" in copy.calls("-m ")
     assert copy.run(".ci/run", K2TRAIN_REQUIRE_SLURM="0", CODE_pytest="1").returncode == 1
 
 

@@ -12,7 +12,7 @@ import pytest
 from k2train.record.system_info import environment_facts, job_facts
 from tests.support.tiny_corpus import (
     ROOT,
-    command,
+    cold_command,
     config_tree,
     environment,
     family,
@@ -42,7 +42,7 @@ def test_a_run_leaves_no_secret_anywhere(tmp_path: Path) -> None:
     path = write_yaml(tmp_path / "run.yaml", tree)
     secrets = environment(**dict.fromkeys(NAMES, SECRET))
     explained = subprocess.run(
-        command([path, "--explain"]),
+        cold_command([path, "--explain"]),
         env=secrets,
         cwd=ROOT,
         capture_output=True,
@@ -50,7 +50,11 @@ def test_a_run_leaves_no_secret_anywhere(tmp_path: Path) -> None:
         check=True,
     )
     running = subprocess.Popen(
-        command([path]), env=secrets, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        cold_command([path]),
+        env=secrets,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )
     lines: set[bytes] = set()
     watcher = threading.Thread(target=_watch, args=(running, lines))

@@ -155,7 +155,6 @@ def test_it_needs_no_torch_and_writes_nothing(tmp_path: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
-@pytest.mark.slow
 def test_a_stopped_rank_of_a_real_run_is_found(tmp_path: Path) -> None:
     with Job(tmp_path, 3, 300.0) as job:
         job.until_step(20)
@@ -165,5 +164,5 @@ def test_a_stopped_rank_of_a_real_run_is_found(tmp_path: Path) -> None:
             [sys.executable, TOOL, tmp_path], capture_output=True, text=True, check=False
         )
     assert done.returncode == 1
-    assert done.stdout.startswith(f"rank 1 (pid {job.processes[1].pid} on host "), done.stdout
+    assert done.stdout.startswith(f"rank 1 (pid {job.pids[1]} on host "), done.stdout
     assert "is stopped (SIGSTOP)" in done.stdout.splitlines()[0]

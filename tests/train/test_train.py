@@ -535,12 +535,12 @@ def test_a_chunk_damaged_in_the_middle_of_a_run(tmp_path: Path) -> None:
         content = bytearray(chunk.read_bytes())
         content[-7] ^= 1
         chunk.write_bytes(bytes(content))
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate()
     finally:
         kill_all(process)
     told = [line for line in output.splitlines() if line.startswith("k2train:")]
     assert len(told) == 1 and "chunk_003" in told[0] and "sha256" in told[0], output
-    assert re.search(r"rank +: 0 .*\n +exitcode +: 2\b", output), output
+    assert process.job.codes[0] == 2, output
     assert "trainer.py" not in output, "a traceback"
     newest = list_checkpoints(tmp_path / "runs" / "hurt" / "checkpoints")[-1]
     assert newest.name == "ckpt_003"

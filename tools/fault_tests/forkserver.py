@@ -1,55 +1,102 @@
-"""The server: a warm process that forks the ranks of a run, each a real process that a real SIGKILL ends.
+"""Fork server: a warm process that forks the processes of runs, each a real process that a real SIGKILL ends.
 
-    python tools/fault_tests/forkserver.py        orders on stdin, news on stdout, one JSON object a line
+    python tools/fault_tests/forkserver.py [MODULE ...]    orders on stdin, news on stdout, one JSON object a line
 
-Importing torch and the trainer takes seconds, a fork of what is imported milliseconds: a thousand restarts become a
-matter of minutes. The fork is safe because nothing here has started a thread, opened a socket or drawn a number: the
-server refuses to serve otherwise. A child that ends by itself joins its threads, runs its exit functions and leaves; it does
-not take down all modules one by one, which would copy the whole heap of the parent (0.5 to 3 s); the rows that go through
-the launcher do. Pools of workers that live on after a job were refused: what a kill leaves behind in a process cannot be
+- Importing torch and the trainer takes seconds, a fork of what is imported milliseconds. The fault tests restart a run
+  a thousand times in minutes; the test suite starts its processes here too.
+- MODULEs are imported before the first fork; without any, those that a rank of a training run needs.
+- The fork is safe because the server has one thread, no socket and no random state in use; else it refuses to serve.
+- A child that ends by itself joins its threads, runs its exit functions and leaves. It does not take down all modules
+  one by one, which would copy the heap of the server (0.5 to 3 s); processes under a launcher do.
+- A server can be forked off a process that is warm itself, see `fork_server`.
+
+Alternatives considered: pools of workers that live on after a job. What a kill leaves behind in a process cannot be
 seen in one that is never killed.
 
-Order: {"job", "ranks": [{"arguments", "environment", "stdout", "stderr", "rank"}], "folder"}. News: {"job",
-"pids"}, then for each rank {"job", "rank", "status", "at"}: the wait status and CLOCK_MONOTONIC at its end.
+Order: {"job", "folder", "ranks": [{"rank", "command", "environment", "replace", "stdout", "stderr"}]}. A command is what
+follows `python` on a command line (`-m MODULE`, `-c TEXT` or a script, then arguments), or `MODULE:FUNCTION` to call a
+function with the list of arguments. `replace` makes the environment the whole environment, not an addition.
+News: {"job", "pids"}, then for each rank {"job", "rank", "status", "at"}: the wait status and CLOCK_MONOTONIC at its end.
 """
 
 import atexit
 import contextlib
 import ctypes
 import importlib
+import importlib.util
 import json
 import os
+import runpy
 import selectors
 import signal
 import sys
 import threading
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
 PR_SET_CHILD_SUBREAPER, PR_SET_PDEATHSIG = 36, 1
 MODULES = (
     "k2train.train.trainer", "k2train.train.__main__", "k2train.fault_injection",
     "torch._dynamo", "torch._inductor.utils", "safetensors.torch", "numpy.random", "numpy.fft", "ctypes.util",
 )  # fmt: skip
 """What a rank imports, and what it imports later on its way."""
+INHERITED = "FAULT_RUN_FORKSERVER"
+"""Set by `fork_server` for the process that holds the other ends of the server's pipes: their descriptors and the pid."""
+NESTED = "FAULT_RUN_NESTED"
+"""Set in an order: the child forks a server off itself before it does anything else, and inherits its pipes."""
 TRACE, PATCH, NETWORK = "FAULT_RUN_TRACE", "FAULT_RUN_PATCH", "FAULT_RUN_NETNS"
 CLONE_NEWNET = 0x40000000
 MEET_SECONDS = 1.0
 """Not more: a rank 0 that refuses to start never listens, and one in another network is not seen."""
 
 
-def warm() -> None:
-    """Import all that a rank needs, and see that it can be forked."""
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-    for name in MODULES:
+def warm(modules: Sequence[str]) -> None:
+    """Import all that the children need, and check that this process can be forked."""
+    for name in modules:
         importlib.import_module(name)
+
     threads = len(list(Path("/proc/self/task").iterdir()))
     if threads != 1 or threading.active_count() != 1:
         raise SystemExit(f"the imports have started {threads - 1} threads: a fork would lose them")
+
     # Orphans of a rank come to us, so that none can hide.
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def fork_server(modules: Sequence[str] = MODULES) -> str:
+    """Fork a server off this process, which must have one thread; the value of `INHERITED` for those who use it.
+
+    It imports its modules when the first order comes: a process that never sends one does not pay for them.
+    """
+    orders, to_server = os.pipe()
+    from_server, news = os.pipe()
+    parent, pid = os.getpid(), os.fork()
+    if pid == 0:
+        die_with(parent)
+        os.dup2(orders, 0)
+        os.dup2(news, 1)
+        for descriptor in (orders, news, to_server, from_server):
+            os.close(descriptor)
+        os.environ.pop(INHERITED, None)
+        with selectors.DefaultSelector() as selector:
+            selector.register(0, selectors.EVENT_READ)
+            selector.select()
+        main(modules)
+    os.close(orders)
+    os.close(news)
+    return f"{from_server} {to_server} {pid}"
+
+
+def die_with(parent: int) -> None:
+    """Let the kernel kill this process when its parent ends."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 def serve() -> dict[str, Any] | None:
@@ -75,7 +122,7 @@ def serve() -> dict[str, Any] | None:
             if not piece:
                 return None
             *lines, rest = (rest + piece).split(b"\n")
-            for line in lines:
+            for line in filter(None, lines):
                 mine = fork_ranks(json.loads(line), alive, news)
                 if mine is not None:
                     selector.close()
@@ -93,9 +140,7 @@ def fork_ranks(
         pid = os.fork()
         if pid == 0:
             os.setpgid(0, pids[0] if pids else 0)
-            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-            if os.getppid() != server:
-                os._exit(1)
+            die_with(server)
             return {**rank, "folder": order["folder"]}
         # Both sides set it: whoever comes first, it is set before either goes on.
         with contextlib.suppress(PermissionError, ProcessLookupError):
@@ -123,25 +168,68 @@ def say(news: int, fact: dict[str, Any]) -> None:
 
 
 def become(order: dict[str, Any]) -> int:
-    """In the child: the descriptors, the environment and the command line of a rank; its exit code."""
+    """In the child: the signals, descriptors, environment and command of a rank; its exit code."""
     signal.set_wakeup_fd(-1)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for number in (signal.SIGCHLD, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
     for descriptor, path in ((0, os.devnull), (1, order["stdout"]), (2, order["stderr"])):
         opened = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(opened, descriptor)
         os.close(opened)
-    os.environ.update(order["environment"])
+
+    environment = order["environment"]
+    if order["replace"]:
+        os.environ.clear()
+    os.environ.update(environment)
     os.chdir(order["folder"])
-    if network := order["environment"].get(NETWORK):
+    sys.path[:0] = [part for part in os.environ.get("PYTHONPATH", "").split(":") if part]
+    if os.environ.pop(NESTED, ""):
+        os.environ[INHERITED] = fork_server()
+
+    if network := environment.get(NETWORK):
         with open(network) as opened_network:
             if ctypes.CDLL(None, use_errno=True).setns(opened_network.fileno(), CLONE_NEWNET) != 0:
                 raise OSError(ctypes.get_errno(), "setns")
-    patch(order["environment"].get(PATCH, ""))
-    trace(order["environment"].get(TRACE, ""), order["rank"])
-    if order["rank"] > 0:
-        meet(int(order["environment"]["MASTER_PORT"]))
-    return int(importlib.import_module("k2train.train.__main__").main(order["arguments"]))
+    patch(environment.get(PATCH, ""))
+    trace(environment.get(TRACE, ""), order["rank"])
+    if order["rank"] > 0 and "MASTER_PORT" in environment:
+        meet(int(environment["MASTER_PORT"]))
+    return run(order["command"])
+
+
+def run(command: Sequence[str]) -> int:
+    """What `python COMMAND` would do, in this process, or call the function that `MODULE:FUNCTION` names."""
+    first, *rest = command
+    module, _, function = first.partition(":")
+    if function:
+        return int(getattr(importlib.import_module(module), function)(rest) or 0)
+
+    if first == "-m":
+        name, sys.argv = rest[0], rest
+        sys.path.insert(0, os.getcwd())
+        forget(name)
+        runpy.run_module(name, run_name="__main__", alter_sys=True)
+    elif first == "-c":
+        sys.argv = ["-c", *rest[1:]]
+        sys.path.insert(0, "")
+        exec(
+            compile(rest[0], "<string>", "exec"),
+            {"__name__": "__main__", "__builtins__": __builtins__},
+        )
+    else:
+        sys.argv = list(command)
+        sys.path.insert(0, str(Path(first).resolve().parent))
+        runpy.run_path(first, run_name="__main__")
+    return 0
+
+
+def forget(name: str) -> None:
+    """Let a module that is run be no imported one: runpy warns of that."""
+    spec = importlib.util.find_spec(name)
+    package = spec is not None and spec.submodule_search_locations is not None
+    sys.modules.pop(f"{name}.__main__" if package else name, None)
 
 
 def leave(code: int) -> None:
@@ -212,15 +300,39 @@ def listened(port: int) -> bool:
     return False
 
 
-if __name__ == "__main__":
-    warm()
+def code_of(end: SystemExit) -> int:
+    """The exit code that the interpreter makes of it; a text is printed."""
+    if end.code is None or isinstance(end.code, int):
+        return end.code or 0
+    print(end.code, file=sys.stderr)
+    return 1
+
+
+def main(modules: Sequence[str]) -> None:
+    """Serve; in every child do its work. Does not return."""
+    warm(modules)
+    # Each child has the paths of its own order, and these modules for patches.
+    sys.path[:] = [path for path in sys.path if Path(path).resolve() not in (ROOT, HERE)] + [
+        str(HERE)
+    ]
     mine = serve()
-    if mine is not None:
-        try:
-            ended = become(mine)
-        except SystemExit as end:
-            ended = end.code if isinstance(end.code, int) else 1
-        except BaseException:
-            traceback.print_exc()
-            ended = 1
-        leave(ended)
+    if mine is None:
+        os._exit(0)
+    try:
+        ended = become(mine)
+    except SystemExit as end:
+        ended = code_of(end)
+    except KeyboardInterrupt:
+        traceback.print_exc()
+        sys.stderr.flush()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    except BaseException:
+        traceback.print_exc()
+        ended = 1
+    leave(ended)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    main(sys.argv[1:] or MODULES)

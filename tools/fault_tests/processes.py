@@ -1,4 +1,4 @@
-"""Jobs of the server, seen from the tool: start ranks, wait with a bound, signal them, look for what they left behind.
+"""Jobs of a fork server, seen from outside: start processes, wait with a bound, signal them, look for what they left behind.
 
 No torch here: the tool that judges must not share a fault with what it judges.
 """
@@ -19,6 +19,8 @@ from typing import Any, Self
 
 SERVER = Path(__file__).with_name("forkserver.py")
 ROOT = SERVER.parents[2]
+INHERITED = "FAULT_RUN_FORKSERVER"
+"""As in `forkserver`: pipes and pid of a server that was forked for this process."""
 START_SECONDS = 120.0
 
 
@@ -90,16 +92,35 @@ class Job:
 
 
 class ForkServer:
-    """A context manager around the warm process; `begin` a job, `wait` for it."""
+    """A context manager around the warm process; `start` a job, `wait` for it.
 
-    def __init__(self, scratch: Path):
+    `modules` are imported by the server before it forks; without any, those of a rank of a training run.
+    """
+
+    def __init__(self, scratch: Path, modules: Sequence[str] = ()):
         self.scratch = scratch
+        self.modules = modules
         self.ids = itertools.count()
         self.jobs: dict[int, Job] = {}
         self._rest = b""
 
     def __enter__(self) -> Self:
         self.scratch.mkdir(parents=True, exist_ok=True)
+        self._process: subprocess.Popen[bytes] | None = None
+        inherited = os.environ.pop(INHERITED, "")
+        if inherited:
+            self._news_end, self._orders_end, self.pid = map(int, inherited.split())
+            # Wakes it up: until now it has imported nothing.
+            os.write(self._orders_end, b"\n")
+        else:
+            self._spawn()
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._news_end, selectors.EVENT_READ)
+        if not self._news(START_SECONDS):
+            raise RuntimeError(f"the fork server did not start; see {self.scratch}/server.err")
+        return self
+
+    def _spawn(self) -> None:
         quiet = {
             k: v
             for k, v in os.environ.items()
@@ -111,28 +132,30 @@ class ForkServer:
             "GLOO_SOCKET_IFNAME": "lo",
             "USE_LIBUV": "1",
         }
-        self._errors = (self.scratch / "server.err").open("wb")
-        self.process = subprocess.Popen(
-            [sys.executable, str(SERVER)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            env={**quiet, **settings},
-            cwd=ROOT,
+        with (self.scratch / "server.err").open("wb") as errors:
+            self._process = subprocess.Popen(
+                [sys.executable, str(SERVER), *self.modules],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                env={**quiet, **settings},
+                cwd=ROOT,
+            )
+        assert self._process.stdin is not None and self._process.stdout is not None, (
+            "pipes were asked for"
         )
-        assert self.process.stdout is not None, "a pipe was asked for"
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(self.process.stdout, selectors.EVENT_READ)
-        if not self._news(START_SECONDS):
-            raise RuntimeError(f"the server did not start; see {self._errors.name}")
-        return self
+        self._orders_end, self._news_end = (
+            self._process.stdin.fileno(),
+            self._process.stdout.fileno(),
+        )
+        self.pid = self._process.pid
 
     def __exit__(self, *_: object) -> None:
         for job in self.jobs.values():
             self.end(job)
-        self.process.communicate(timeout=30)
         self._selector.close()
-        self._errors.close()
+        if self._process is not None:
+            self._process.communicate(timeout=30)
 
     def begin(
         self,
@@ -141,39 +164,73 @@ class ForkServer:
         faults: str = "",
         environments: Sequence[Mapping[str, str]] = (),
     ) -> Job:
-        """Fork the ranks of one attempt; returns when their pids are known."""
-        number, port = next(self.ids), free_port()
-        folder = self.scratch / f"job_{number:05d}"
-        folder.mkdir(parents=True)
-        traced = {"FAULT_RUN_TRACE": str(folder / "trace")}
+        """Fork the ranks of one attempt of a training run, their fault points traced."""
+        folder = self._folder()
         shared = {
-            **traced,
+            "FAULT_RUN_TRACE": str(folder / "trace"),
             "WORLD_SIZE": str(ranks),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
             "K2TRAIN_FAULTS": faults,
         }
+        command = ["-m", "k2train.train", *map(str, arguments)]
+        own = environments or [{}] * ranks
+        return self._fork([command] * ranks, [{**shared, **one} for one in own], folder)
+
+    def start(
+        self,
+        commands: Sequence[Sequence[object]],
+        environment: Mapping[str, str],
+        folder: Path = ROOT,
+        launched: bool = False,
+        merged: bool = False,
+        own: Sequence[Mapping[str, str]] = (),
+    ) -> Job:
+        """Fork one process a command (see `forkserver`), with this environment and what it gets of its `own`.
+
+        `launched`: they are the ranks of one job, as a launcher starts them. `merged`: stdout holds stderr too.
+        """
+        world = {"WORLD_SIZE": str(len(commands))} if launched else {}
+        variables = [{**environment, **world, **one} for one in own or [{}] * len(commands)]
+        return self._fork(commands, variables, self._folder(), folder, launched, True, merged)
+
+    def _folder(self) -> Path:
+        folder = self.scratch / f"job_{len(self.jobs):05d}"
+        folder.mkdir(parents=True)
+        return folder
+
+    def _fork(
+        self,
+        commands: Sequence[Sequence[object]],
+        environments: Sequence[Mapping[str, str]],
+        scratch: Path,
+        folder: Path = ROOT,
+        launched: bool = True,
+        replace: bool = False,
+        merged: bool = False,
+    ) -> Job:
+        """Returns when the pids are known."""
+        number, port = next(self.ids), free_port()
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         orders = [
             {
                 "rank": rank,
-                "arguments": [str(argument) for argument in arguments],
+                "command": [str(part) for part in command],
                 "environment": {
-                    **shared,
-                    "RANK": str(rank),
-                    "LOCAL_RANK": str(rank),
-                    **(environments[rank] if environments else {}),
+                    **(meeting if launched else {}),
+                    **({"RANK": str(rank), "LOCAL_RANK": str(rank)} if launched else {}),
+                    **environments[rank],
                 },
-                "stdout": str(folder / f"rank_{rank}.out"),
-                "stderr": str(folder / f"rank_{rank}.err"),
+                "replace": replace,
+                "stdout": str(scratch / f"rank_{rank}.out"),
+                "stderr": str(scratch / f"rank_{rank}.{'out' if merged else 'err'}"),
             }
-            for rank in range(ranks)
+            for rank, command in enumerate(commands)
         ]
-        job = self.jobs[number] = Job([], port, folder, time.monotonic())
-        self._order({"job": number, "ranks": orders, "folder": str(ROOT)})
-        deadline = time.monotonic() + 30
+        job = self.jobs[number] = Job([], port, scratch, time.monotonic())
+        self._order({"job": number, "ranks": orders, "folder": str(folder)})
+        deadline = time.monotonic() + START_SECONDS
         while not job.pids:
             if time.monotonic() > deadline:
-                raise RuntimeError("the server has not forked the ranks in 30 s")
+                raise RuntimeError(f"the fork server has not forked in {START_SECONDS:.0f} s")
             self._news(1.0)
         return job
 
@@ -184,10 +241,12 @@ class ForkServer:
             self._news(left)
         return job.over
 
-    def wait_as_launcher(self, job: Job, seconds: float, grace: float) -> str:
+    def wait_as_launcher(
+        self, job: Job, seconds: float, grace: float, patience: float | None = None
+    ) -> str:
         """Wait; when a rank has ended badly and others have not within `grace`, end those as a launcher does.
 
-        Returns what had to be done: "" when all ended by themselves.
+        `patience`: how long they have to end when asked to, `grace` if not given. Returns what had to be done: "" when all ended by themselves.
         """
         deadline = time.monotonic() + seconds
         while not job.over:
@@ -199,7 +258,7 @@ class ForkServer:
             late = [rank for rank in range(len(job.pids)) if rank not in job.ends]
             for rank in late:
                 job.send(rank, signal.SIGTERM)
-            if not self.wait(job, grace):
+            if not self.wait(job, grace if patience is None else patience):
                 self.end(job)
                 return f"ranks {late} had to be killed"
             return f"ranks {late} had to be asked to end"
@@ -220,7 +279,7 @@ class ForkServer:
         """Processes of the job's group or below the server that live after it, and its port if it is still listened to."""
         found = [
             f"process {pid} ({what}) lives on"
-            for pid, what in processes_of(job.pids[0], self.process.pid, self._live())
+            for pid, what in processes_of(job.pids[0], self.pid, self._live())
         ]
         if job.port in listening():
             found.append(f"port {job.port} is still listened to")
@@ -235,18 +294,17 @@ class ForkServer:
         }
 
     def _order(self, order: dict[str, Any]) -> None:
-        assert self.process.stdin is not None, "a pipe was asked for"
-        self.process.stdin.write(json.dumps(order).encode() + b"\n")
-        self.process.stdin.flush()
+        data = json.dumps(order).encode() + b"\n"
+        while data:
+            data = data[os.write(self._orders_end, data) :]
 
     def _news(self, seconds: float) -> bool:
         """Take in one batch of news; False when none came in time."""
         if not self._selector.select(seconds):
             return False
-        assert self.process.stdout is not None, "a pipe was asked for"
-        piece = os.read(self.process.stdout.fileno(), 1 << 16)
+        piece = os.read(self._news_end, 1 << 16)
         if not piece:
-            raise RuntimeError(f"the server has ended; see {self._errors.name}")
+            raise RuntimeError(f"the fork server has ended; see {self.scratch}/server.err")
         *lines, self._rest = (self._rest + piece).split(b"\n")
         for line in lines:
             fact = json.loads(line)

@@ -1,0 +1,90 @@
+"""Distribution of tests over pytest-xdist workers, and where their time goes (`scripts/test.sh --durations`).
+
+- A file's tests stay together, so that its fixtures are made once; files of `TOGETHER` share a worker and its fixtures.
+- Files of `APART` have nothing to share: each of their tests goes to whichever worker is free.
+- The longest units come first (`FIRST`), so that the last minute is one of small ones.
+
+Alternatives considered: `--dist load`, which makes every module fixture once a worker; `--dist loadgroup`, which writes
+the group into every test's name.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+TOGETHER = {"tests/system/test_slurm_data.py": "slurm", "tests/system/test_slurm_train.py": "slurm"}
+"""Files with one cluster between them."""
+APART = ("tests/laws/test_layout_law.py", "tests/system/test_mutations.py")
+FIRST = (
+    "slurm",
+    "tests/laws/test_docs.py",
+    "tests/system/test_fault_tests.py",
+    "tests/watchdog/test_watchdog.py",
+    "tests/tools/test_bench_gpu.py",
+)
+"""Units in which most of the time is waiting: what runs beside them has the processors."""
+SHOWN = 30
+
+
+def unit_of(nodeid: str) -> str:
+    """What is run by one worker in one go."""
+    path = nodeid.split("::")[0]
+    return nodeid if path in APART else TOGETHER.get(path, path)
+
+
+def mechanism_of(item: pytest.Item) -> str:
+    """What a test needs most, for the table of durations."""
+    fixtures = getattr(item, "fixturenames", ())
+    for name, mechanism in (("cluster", "SLURM"), ("pool", "gloo pool")):
+        if name in fixtures:
+            return mechanism
+    return "whole programs" if "/system/" in item.nodeid or "/tools/" in item.nodeid else "other"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the units of `FIRST` first, in its order, and note every test's mechanism."""
+    place = {unit: number for number, unit in enumerate(FIRST)}
+    items.sort(key=lambda item: place.get(unit_of(item.nodeid), len(place)))
+    for item in items:
+        item.user_properties.append(("mechanism", mechanism_of(item)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Schedule units in the order of collection."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Units(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return unit_of(nodeid)
+
+    config.option.loadscopereorder = False
+    return Units(config, log)
+
+
+def sums(reports: Sequence[Any]) -> tuple[dict[str, float], dict[str, float]]:
+    """Seconds by file and by mechanism, set-up and tear-down included."""
+    by_file: dict[str, float] = defaultdict(float)
+    by_mechanism: dict[str, float] = defaultdict(float)
+    for report in reports:
+        by_file[report.nodeid.split("::")[0]] += report.duration
+        by_mechanism[dict(report.user_properties).get("mechanism", "other")] += report.duration
+    return by_file, by_mechanism
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """With `--durations`, the same by file and by mechanism."""
+    if terminalreporter.config.option.durations is None:
+        return
+    reports = [
+        report
+        for found in terminalreporter.stats.values()
+        for report in found
+        if isinstance(report, pytest.TestReport)
+    ]
+    for title, seconds in zip(("file", "mechanism"), sums(reports), strict=True):
+        terminalreporter.section(f"seconds by {title}")
+        for name, spent in sorted(seconds.items(), key=lambda pair: -pair[1])[:SHOWN]:
+            terminalreporter.write_line(f"{spent:8.1f}s  {name}")

@@ -1,0 +1,125 @@
+"""Warm processes for tests: programs started by the fork server of the fault tests, one server for each test process.
+
+- `start` and `run` take what follows `python` on a command line, like `subprocess.Popen` and `subprocess.run`.
+- A program starts in milliseconds: torch and k2train are imported already. Tests of the start itself (what is imported,
+  how fast a mistake is reported, launchers) start a new interpreter instead.
+- `fresh` says of what a process was made; nothing of an earlier child remains, since each is forked off the same server.
+"""
+
+import atexit
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tools"))
+
+from fault_tests.forkserver import MODULES  # noqa: E402
+from fault_tests.processes import ForkServer, Job  # noqa: E402
+
+PATIENCE_SECONDS = 600.0
+"""A guard against waiting for ever; no test is meant to come near it, however busy the machine is."""
+GRACE_SECONDS = 0.5
+"""How long ranks have to end by themselves when one of them has failed: torchrun gives them as little."""
+_servers: list[ForkServer] = []
+
+
+def server() -> ForkServer:
+    """The server of this test process, started at its first use."""
+    if not _servers:
+        folder = Path(tempfile.mkdtemp(prefix="k2train-forkserver-"))
+        made = ForkServer(folder, [*MODULES, "pytest", "hypothesis"]).__enter__()
+        _servers.append(made)
+        atexit.register(_close, made, folder, os.getpid())
+    return _servers[0]
+
+
+def _close(made: ForkServer, folder: Path, owner: int) -> None:
+    if os.getpid() == owner:
+        made.__exit__()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+class Process:
+    """The part of `subprocess.Popen` that tests use, over the processes of one job; `returncode` as a launcher's."""
+
+    def __init__(self, job: Job, merged: bool):
+        self.job, self.merged = job, merged
+
+    @property
+    def pids(self) -> list[int]:
+        return self.job.pids
+
+    @property
+    def pid(self) -> int:
+        """The only process of the job."""
+        (only,) = self.job.pids
+        return only
+
+    @property
+    def returncode(self) -> int | None:
+        """Once all have ended: 0 when all codes are 0, else the first other one that is no consequence of another."""
+        if not self.job.over:
+            return None
+        bad = [code for code in self.job.codes if code]
+        return next((code for code in bad if code != -signal.SIGTERM), bad[0]) if bad else 0
+
+    def poll(self) -> int | None:
+        server().poll()
+        return self.returncode
+
+    def wait(self, timeout: float = PATIENCE_SECONDS) -> int:
+        """Until all have ended; when one fails, the others are asked to end, as a launcher does."""
+        server().wait_as_launcher(self.job, timeout, GRACE_SECONDS, timeout)
+        if not self.job.over:
+            raise subprocess.TimeoutExpired("a warm process", timeout)
+        assert self.returncode is not None, "it has ended"
+        return self.returncode
+
+    def communicate(self, timeout: float = PATIENCE_SECONDS) -> tuple[str, str]:
+        """Wait for the end; stdout and stderr of all ranks, in rank order."""
+        self.wait(timeout)
+        return self.output(), self.job.text("err")
+
+    def output(self) -> str:
+        """What has been written to stdout so far."""
+        return self.job.text("out")
+
+    def send_signal(self, number: int) -> None:
+        server().poll()
+        for rank in range(len(self.job.pids)):
+            self.job.send(rank, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def start(
+    command: Sequence[object],
+    environment: Mapping[str, str] | None = None,
+    folder: Path = ROOT,
+    processes: int = 1,
+    merged: bool = True,
+) -> Process:
+    """Start `python COMMAND`; several `processes` are the ranks of one job."""
+    variables = dict(os.environ if environment is None else environment)
+    job = server().start([command] * processes, variables, folder, processes > 1, merged)
+    return Process(job, merged)
+
+
+def run(
+    command: Sequence[object],
+    environment: Mapping[str, str] | None = None,
+    folder: Path = ROOT,
+    processes: int = 1,
+    timeout: float = PATIENCE_SECONDS,
+) -> "subprocess.CompletedProcess[str]":
+    """Run `python COMMAND` to its end."""
+    process = start(command, environment, folder, processes, merged=False)
+    out, err = process.communicate(timeout)
+    return subprocess.CompletedProcess([str(part) for part in command], process.wait(), out, err)
