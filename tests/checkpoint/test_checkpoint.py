@@ -5,7 +5,6 @@ import os
 import random
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import time
@@ -164,40 +163,25 @@ def test_every_grid_loads_every_grids_checkpoint(
 
 
 def test_forty_lines_rebuild_a_checkpoint(saved: dict[Any, Saved]) -> None:
-    """The format as documented is the format: safetensors shards whose header says where each block lies.
+    """Catches a format that is not the documented one: the reader printed in docs/checkpoints.md is run.
 
-    Everything below uses json, struct and NumPy only; it is what somebody without this project would write.
+    It uses json and NumPy only, as somebody without this project would.
     """
+    page = (ROOT / "docs/checkpoints.md").read_text(encoding="utf-8")
+    reader = page.split("```python\n")[1].split("```")[0]
+    assert len(reader.splitlines()) <= 40
+    documented: dict[str, Any] = {"__name__": "read_checkpoint"}
+    exec(compile(reader, "read_checkpoint.py", "exec"), documented)
     for grid in ((2, 2, 2, 1), (1, 1, 3, 1)):
         checkpoint = saved[grid]
-        manifest = json.loads((checkpoint.path / "manifest.json").read_text())
-        rebuilt = {}
-        for folder in ("model", "optimizer"):
-            for name, facts in manifest["tensors"][folder].items():
-                assert facts["dtype"] == "float32"
-                rebuilt[name] = np.full(facts["shape"], np.nan, dtype="<f4")
-            for file in (checkpoint.path / folder).glob("*.safetensors"):
-                content = file.read_bytes()
-                (length,) = struct.unpack("<Q", content[:8])
-                header = json.loads(content[8 : 8 + length])
-                places = json.loads(header.pop("__metadata__")["DCP_SHARDING_INFO"])
-                for name, facts in header.items():
-                    start, stop = facts["data_offsets"]
-                    block = np.frombuffer(
-                        content[8 + length + start : 8 + length + stop], dtype="<f4"
-                    )
-                    block = block.reshape(facts["shape"])
-                    corner = places[name]["saved_offsets"]
-                    rebuilt[name][
-                        tuple(slice(c, c + n) for c, n in zip(corner, block.shape, strict=True))
-                    ] = block
+        rebuilt = documented["read"](checkpoint.path) | documented["read"](
+            checkpoint.path, "optimizer"
+        )
         for name, values in checkpoint.values.items():
             assert rebuilt[name].tobytes() == values.tobytes(), (grid, name)
             if name.endswith(".master"):
-                assert rebuilt[name.removesuffix(".master")].tobytes() == values.tobytes(), (
-                    grid,
-                    name,
-                )
+                weights = rebuilt[name.removesuffix(".master")]
+                assert weights.tobytes() == values.tobytes(), (grid, name)
         assert not any(np.isnan(values).any() for values in rebuilt.values())
 
 

@@ -1,7 +1,8 @@
-"""The README against the project: the file tree, every command in it, and the quickstart itself, made small.
+"""The documents against the project: file tree, links, examples, and every command that they show.
 
-A stranger has nothing but the README, so what it says is tested like code: the tree must be the tree, and each line of
-each ```bash block is run here, in a clone, after a quickstart whose stages are one chunk long.
+- A stranger has nothing but `README.md` and `docs/`, so what they say is tested like code.
+- Each line of each ```bash block is run, most of them in a clone after a quickstart with stages of one chunk.
+- A command that stands in several pages is run once.
 """
 
 import os
@@ -10,17 +11,24 @@ import shutil
 import socket
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 
-from k2train.config.schema import sections
-from k2train.data.prepare.recipe import ExecutorRecipe, Recipe, SubsetRecipe
+from k2train.config.load import load_config
+from k2train.data.prepare.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {"README.md": README} | {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for path in sorted((ROOT / "docs").rglob("*.md"))
+}
+LINKING = {**PAGES, "CONTRIBUTING.md": (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")}
+LONGEST_README_LINES = 180
 SMALL = ["data.order=[0]", "model.num_layers=2", "data.held_out_batches=1"]
 
 FAST = {
@@ -28,14 +36,21 @@ FAST = {
     "python tools/plan.py configs/demo/stage1.yaml --world 4 parallel.pipeline=4": "world 4 = pipeline 4",
     "python tools/plan.py configs/k2_65b/stage1.yaml --world 480": "65,286,184,960 parameters",
     "python tools/fault_run.py --list": "save.renamed",
+    "python tools/mutation_check.py --list": "| mutation | caught by |",
     "python tools/bench_checkpoint.py --megabytes 50": "save",
     "python tools/bench_watch.py --steps 5": "nothing watched",
-    "python tools/prepare_data.py configs/k2_65b/data_stage1.yaml --estimate": "k2-65b-stage1: 1,295.7B tokens to encode",
+    "python tools/prepare_data.py configs/k2_65b/data_stage1.yaml --estimate": (
+        "k2-65b-stage1: 1,295.7B tokens to encode"
+    ),
 }
-"""Commands that need no data: run here as they stand, with a word of what they print."""
+"""Commands that need no data and write nothing, with a word of what they print."""
 
+CONTINUE = (
+    "python -m k2train.launch --nproc-per-node 2 -m k2train.train my_model.yaml parallel.tensor=2"
+)
 ON_THE_ROAD = [
     ("python tools/show_run.py runs/demo-stage1 runs/demo-stage2", 0, "demo-stage2: finished"),
+    ("python tools/plot_loss.py runs/demo-stage1 runs/demo-stage2 --svg loss.svg", 0, "loss.svg"),
     ("python tools/verify_checkpoint.py runs/demo-stage2", 0, "ckpt_001"),
     ("python tools/verify_checkpoint.py --root runs/demo-stage2", 0, ", root "),
     ("python tools/verify_run.py runs/demo-stage1", 0, "demo-stage1"),
@@ -45,13 +60,19 @@ ON_THE_ROAD = [
         "stopped on request (run.stop_after_steps) at step 5",
     ),
     (
-        "python -m k2train.launch --nproc-per-node 4 -m k2train.train configs/demo/stage1.yaml run.name=grid "
-        "run.stop_after_steps=5 parallel.tensor=2",
+        "python -m k2train.launch --nproc-per-node 4 -m k2train.train configs/demo/stage1.yaml "
+        "run.name=grid run.stop_after_steps=5 parallel.tensor=2",
         75,
         "stopped on request (run.stop_after_steps) at step 5",
     ),
     ("python tools/compare_runs.py runs/alone runs/grid", 1, ""),
     ("python tools/who_is_stuck.py runs/demo-stage1", 0, ""),
+    (
+        "python tools/plan.py configs/demo/stage1.yaml --world 4 parallel.pipeline=4 "
+        "batch.global_sequences=32 --svg step.svg",
+        0,
+        "bubble 27.27%",
+    ),
     (
         "python tools/prepare_data.py configs/demo/data_stage1.yaml",
         0,
@@ -63,49 +84,94 @@ ON_THE_ROAD = [
     ("python tools/inspect_data.py data/demo/stage1 --document topics/lambda", 0, "lambda"),
     ("python tools/verify_data.py data/demo/stage1", 0, "ok: 9 chunks, one held out"),
 ]
-"""(command, exit code, a word of what it prints), in the README's order, after the quickstart."""
+"""(command, exit code, a word of what it prints), after the quickstart, in a reader's order."""
+
+OWN_TEXT = [
+    ("python tools/prepare_data.py my_data.yaml", 0, "prepared: 4 chunks"),
+    (
+        'python tools/train_tokenizer.py my_tokenizer.model "my_text/**/*.txt" --vocab-size 1000',
+        0,
+        "",
+    ),
+    ("python tools/plan.py my_model.yaml", 0, "1,320,576 parameters"),
+    ("python -m k2train.train my_model.yaml run.stop_after_steps=5", 75, "at step 5"),
+    (CONTINUE, 0, "resumed from runs/mine"),
+    ("python tools/show_run.py runs/mine", 0, "mine: finished, 2 starts"),
+]
+"""The same for text of one's own."""
 
 TWO_NODES = (
-    'python -m k2train.launch --nnodes 60 --nproc-per-node 8 --rdzv-id k2 --rdzv-backend c10d --rdzv-endpoint "$HEAD:29500" '
-    "-m k2train.train configs/k2_65b/stage1.yaml"
+    "python -m k2train.launch --nnodes 60 --nproc-per-node 8 --rdzv-id k2 --rdzv-backend c10d "
+    '--rdzv-endpoint "$HEAD:29500" -m k2train.train configs/k2_65b/stage1.yaml'
 )
 ELSEWHERE = {
     "bash scripts/quickstart.sh": "the fixture `road`, and test_scripts",
+    "bash scripts/setup.sh data": "the fixture `road`, and test_scripts",
     "bash scripts/test.sh": "test_scripts; it is what runs this file",
+    "source .venv/bin/activate": "`shell` puts the interpreter of these tests first, which is what it does",
     TWO_NODES: "test_two_nodes_meet, with two nodes",
-    "sbatch --nodes=60 --gpus-per-node=8 scripts/pretrain.sbatch configs/k2_65b/stage1.yaml": "test_slurm_train, on two nodes",
+    "sbatch --nodes=60 --gpus-per-node=8 scripts/pretrain.sbatch configs/k2_65b/stage1.yaml": (
+        "test_slurm_train, on two nodes"
+    ),
     "python tools/bench.py cpu --quick": "test_bench, at tiny sizes",
     "python tools/bench.py cpu --json base.json": "test_bench, at tiny sizes",
     "python tools/bench.py cpu --quick --against base.json": "test_bench, at tiny sizes",
     "python tools/bench_schedules.py --svg pictures": "test_bench_schedules, at tiny sizes",
     "python tools/bench_profile.py": "test_bench_profile, at tiny sizes",
     "python tools/bench.py gpu": "test_bench_gpu, as a dry run",
+    "python tools/mutation_check.py --only softmax": "test_mutations, with other mutations",
 }
 
 
-def commands() -> list[str]:
-    """Every command line of the README's bash blocks, without its comment."""
-    blocks = re.findall(r"^```bash\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+def blocks(language: str, text: str) -> list[str]:
+    """The contents of the fenced blocks of a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+def commands() -> set[str]:
+    """Every command line of the bash blocks of all pages, without its comment."""
     lines = [
-        re.sub(r"\s+# .*", "", line).strip() for block in blocks for line in block.splitlines()
+        line
+        for text in PAGES.values()
+        for block in blocks("bash", text)
+        for line in block.splitlines()
     ]
-    return [line for line in lines if line]
+    return {command for line in lines if (command := re.sub(r"(^|\s+)# .*", "", line).strip())}
 
 
 def tree() -> set[str]:
-    """The files of the README's tree, from its indentation."""
-    block = README.split("## Where everything is")[1].split("```text\n")[1].split("```")[0]
+    """The files of the tree in the architecture page, from its indentation."""
+    text = PAGES["docs/architecture.md"].split("## Files")[1]
     found, folders = set(), []
-    for line in block.splitlines():
+    for line in blocks("text", text)[0].splitlines():
         depth = (len(line) - len(line.lstrip())) // 2
         name, _, gloss = line.strip().partition(" ")
         del folders[depth:]
         if name.endswith("/"):
             folders.append(name)
         else:
-            assert gloss.strip(), f"{name} has no gloss in the README's tree"
+            assert gloss.strip(), f"{name} has no gloss in the tree"
             found.add("".join(folders) + name)
     return found
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {
+        re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings
+    }
+
+
+def own_files() -> dict[str, str]:
+    """The YAML files that the README tells a reader to write, by name."""
+    data, model = blocks("yaml", README)
+    return {"my_data.yaml": data, "my_model.yaml": model}
+
+
+def test_the_readme_is_short() -> None:
+    """Catches a README that grows back into a manual."""
+    assert len(README.splitlines()) <= LONGEST_README_LINES
 
 
 def test_the_tree_is_the_tree() -> None:
@@ -116,65 +182,77 @@ def test_the_tree_is_the_tree() -> None:
         for path in (ROOT / folder).rglob("*")
         if path.is_file() and path.suffix != ".pyc" and path.name != "__init__.py"
     }
-    assert tree() - there == set(), "in the README, not on the disk"
-    assert there - tree() == set(), "on the disk, not in the README"
+    assert tree() - there == set(), "in docs/architecture.md, not on the disk"
+    assert there - tree() == set(), "on the disk, not in docs/architecture.md"
 
 
 def test_every_command_is_run_by_a_test() -> None:
-    """Catches a command that was added or changed in the README and never tried."""
-    tried = {*FAST, *(command for command, _, _ in ON_THE_ROAD), *ELSEWHERE}
-    assert set(commands()) == tried
+    """Catches a command that was added or changed in a page and never tried."""
+    tried = {*FAST, *(command for command, _, _ in (*ON_THE_ROAD, *OWN_TEXT)), *ELSEWHERE}
+    assert commands() - tried == set(), "in a page, never tried"
+    assert tried - commands() == set(), "tried, in no page"
 
 
-def test_every_section_of_the_config_is_named() -> None:
-    """Catches a section of the config that the table forgot."""
-    table = README.split("| section | what it decides |")[1].split("\n\n")[0]
-    assert set(
-        re.findall(r"`(\w+)`", "\n".join(row.split("|")[1] for row in table.splitlines()[2:]))
-    ) == set(sections())
+def test_every_example_loads(tmp_path: Path) -> None:
+    """Catches an example with a key that is gone, and two pages that show it differently."""
+    files = own_files()
+    assert blocks("yaml", PAGES["docs/quickstart.md"]) == list(files.values())
+    assert len(files["my_data.yaml"].splitlines()) == 7
+    Recipe.model_validate(yaml.safe_load(files["my_data.yaml"]))
+    path = tmp_path / "my_model.yaml"
+    path.write_text(files["my_model.yaml"], encoding="utf-8")
+    load_config(str(path))
+    (example,) = blocks("yaml", PAGES["docs/data.md"])
+    assert Recipe.model_validate(yaml.safe_load(example)).chunks == 8
 
 
-def test_every_key_of_a_recipe_is_named() -> None:
-    """Catches a key that nobody can find, and an example that does not load."""
-    example = re.search(r"^```yaml\n(name: mine\n.*?)^```", README, re.MULTILINE | re.DOTALL)
-    assert example is not None
-    recipe = Recipe.model_validate(yaml.safe_load(example[1]))
-    for section, head in (
-        (SubsetRecipe, "| key of a subset | |"),
-        (Recipe, "| key of a recipe | |"),
-    ):
-        table = README.split(head)[1].split("\n\n")[0]
-        named = set(re.findall(r"`(\w+)`", table)) | (
-            set(yaml.safe_load(example[1])) if section is Recipe else set()
-        )
-        assert set(section.model_fields) <= named
-    assert set(ExecutorRecipe.model_fields) <= named
-    assert recipe.chunks == 8
+def test_every_link_leads_somewhere() -> None:
+    """Catches a renamed file, and a link to a heading that is gone."""
+    wrong = []
+    for page, text in LINKING.items():
+        for target in re.findall(r"\]\(([^)]+)\)", text):
+            if "://" in target:
+                continue
+            name, _, anchor = target.partition("#")
+            file = (ROOT / page).parent / name if name else ROOT / page
+            if not file.is_file() or (
+                anchor and anchor not in anchors(file.read_text(encoding="utf-8"))
+            ):
+                wrong.append(f"{page}: {target}")
+    assert wrong == []
 
 
-def test_every_link_to_a_file_leads_somewhere() -> None:
-    """Catches a renamed file."""
-    targets = [target for target in re.findall(r"\]\(([^)]+)\)", README) if "://" not in target]
-    assert targets
-    assert [target for target in targets if not (ROOT / target).is_file()] == []
+def test_every_file_named_exists() -> None:
+    """Catches a promise whose proof has moved."""
+    pattern = re.compile(r"`((?:k2train|tools|tests|scripts|configs|docs)/[\w./-]*\w\.\w+)")
+    named = {(page, name) for page, text in LINKING.items() for name in pattern.findall(text)}
+    assert len(named) > 20
+    assert [f"{page}: {name}" for page, name in sorted(named) if not (ROOT / name).is_file()] == []
 
 
-def test_contributing_lists_the_mutations() -> None:
+def test_every_page_is_listed_in_the_readme() -> None:
+    """Catches a page that nobody finds."""
+    assert [page for page in PAGES if page.startswith("docs/") and f"]({page}" not in README] == []
+
+
+def test_the_mutations_are_listed() -> None:
     """Catches a table that fell behind the tool it was copied from."""
     listed = shell("python tools/mutation_check.py --list", ROOT)
     assert listed.returncode == 0, listed.stderr
-    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    text = PAGES["docs/mutations.md"]
     missing = [line for line in listed.stdout.splitlines() if line not in text]
-    assert missing == [], "paste the output of tools/mutation_check.py --list into CONTRIBUTING.md"
+    assert missing == [], (
+        "paste the output of tools/mutation_check.py --list into docs/mutations.md"
+    )
     assert text.count("::test_") == listed.stdout.count("::test_"), (
-        "CONTRIBUTING.md lists a fault that is gone"
+        "docs/mutations.md lists a fault that is gone"
     )
 
 
 def shell(
     command: str, folder: Path, seconds: float = 120, **variables: str
 ) -> "subprocess.CompletedProcess[str]":
-    """Run a command of the README as a user would, with this interpreter as the activated one."""
+    """Run a command of a page as a user would, with this interpreter as the activated one."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = {
         **os.environ,
@@ -196,7 +274,7 @@ def shell(
 
 @pytest.mark.parametrize("command", FAST)
 def test_fast_commands(command: str) -> None:
-    """Catches a command of the README that fails."""
+    """Catches a command of a page that fails."""
     done = shell(command, ROOT)
     assert done.returncode == 0, done.stderr
     assert FAST[command] in done.stdout
@@ -274,11 +352,29 @@ def test_quickstart_tells_a_mistake_once(road: Road) -> None:
 
 @pytest.mark.slow
 def test_commands_on_the_road(road: Road) -> None:
-    """Catches a command of the README that fails after the quickstart, in the order a reader tries them."""
-    for command, code, told in ON_THE_ROAD:
+    """Catches a command of a page that fails after the quickstart."""
+    run_all(ON_THE_ROAD, road)
+
+
+@pytest.mark.slow
+def test_own_text_becomes_a_model(tmp_path: Path) -> None:
+    """Catches a step that a reader with text of their own cannot take."""
+    clone = Road(tmp_path)
+    (clone.root / "my_text").mkdir()
+    for name in ("argparse", "inspect"):
+        source = Path(sysconfig.get_paths()["stdlib"]) / f"{name}.py"
+        shutil.copy(source, clone.root / "my_text" / f"{name}.txt")
+    for name, content in own_files().items():
+        (clone.root / name).write_text(content, encoding="utf-8")
+    run_all(OWN_TEXT, clone)
+
+
+def run_all(steps: list[tuple[str, int, str]], road: Road) -> None:
+    """Run commands one after another; each must end and speak as expected."""
+    for command, code, word in steps:
         done = shell(command, road.root, 300)
         assert done.returncode == code, f"{command}: {done.returncode}\n{done.stderr[-2000:]}"
-        assert told in done.stdout + done.stderr, command
+        assert word in done.stdout + done.stderr, command
 
 
 @pytest.mark.slow
