@@ -69,9 +69,9 @@ class ShardedAdamW:
         self.adam_steps = 0
 
         self._slot_of = {slot.param_slice.name: slot for slot in shard_layout.slots}
-        assert len(self._slot_of) == len(shard_layout.slots), "two pieces carry one name"
+        assert len(self._slot_of) == len(shard_layout.slots), "two slices have the same name"
         covered = sum(slot.elements for slot in shard_layout.slots)
-        assert covered <= shard_layout.elements, "pieces overlap"
+        assert covered <= shard_layout.elements, "slices overlap"
 
         self.param_gather = ParamGather(shard_layout)
         self._buckets = _in_order_of_use(shard_layout, bucket_bytes)

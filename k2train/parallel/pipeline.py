@@ -167,7 +167,7 @@ class Executor:
 
     def _backward_weight(self, action: Action) -> None:
         deferred = self._deferred.pop((action.stage, action.microbatch))
-        # Each piece holds activations, and lets go of its own as soon as it is done.
+        # Each item holds activations and frees them as soon as it is done.
         deferred.reverse()
         while deferred:
             deferred.pop()()

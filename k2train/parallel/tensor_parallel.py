@@ -174,7 +174,7 @@ class ColumnLinear(Sharded):
             row += stop - start
             padded += -(-size // tp.size)
 
-        assert not pad or len(slices) == 1, "padding stands behind the one piece"
+        assert not pad or len(slices) == 1, "padding needs exactly one slice"
 
         self.rows = row
         self.weight = nn.Parameter(torch.empty(padded, in_features))

@@ -190,7 +190,7 @@ def check_transfers(programs: Sequence[Sequence[Action]], layout: Layout) -> Non
         for action in program:
             if not action.op.is_compute and action not in expected[rank]:
                 raise ScheduleError(
-                    f"rank {rank} has the transfer {action}, which no compute action calls for"
+                    f"rank {rank} has the transfer {action}, which no compute action needs"
                 )
 
     _check_pair_orders(programs)

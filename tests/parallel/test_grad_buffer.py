@@ -91,7 +91,7 @@ def test_slots_cover_everything_once(
         )
         offset, values[slot.param_slice.name] = offset + rows.numel(), rows
         for held, given_rows in shard_layout.each_block(shards, slot, rows):
-            assert (held == -1).all(), f"{slot.param_slice.name} lies over another piece"
+            assert (held == -1).all(), f"{slot.param_slice.name} lies over another slice"
             held.copy_(given_rows)
         assert (
             slot.offset + slot.elements <= shard_layout.decayed
@@ -100,7 +100,7 @@ def test_slots_cover_everything_once(
     for slot_index, slot in enumerate(shard_layout.slots):
         held = [t.local(shards[rank], t.slots[slot_index]) for rank, t in enumerate(shard_layouts)]
         assert torch.equal(torch.cat(held), values[slot.param_slice.name]), (
-            "ranks' rows do not make the piece"
+            "ranks' rows do not make the slice"
         )
         chunks = values[slot.param_slice.name].chunk(dp) if slot.param_slice.shape[0] else ()
         for rank, chunk in enumerate(chunks):
@@ -398,5 +398,5 @@ def test_a_parameter_that_does_not_say_what_it_holds_is_refused() -> None:
     """Catches a parameter no optimizer or checkpoint would ever see."""
     toy = Toy()
     toy.stranger = nn.Parameter(torch.zeros(2))
-    with pytest.raises(AssertionError, match="stranger does not say what it holds"):
+    with pytest.raises(AssertionError, match="stranger has no slices"):
         GradientBuffer([toy], SINGLE["dp"], SINGLE["tp"], CPU)

@@ -278,7 +278,7 @@ def test_planted_transfer_faults_are_named() -> None:
         (late, "rank 1 must have 1RF1<0 before 1F1"),
         (swap, "ranks 0 and 1 disagree on their transfer 0: rank 0 has 0SF0>1, rank 1 has 1RF1<0"),
         (twice, "rank 0 has 0SF0>1 more than once"),
-        (stray, "rank 0 has the transfer 0SF7>1, which no compute action calls for"),
+        (stray, "rank 0 has the transfer 0SF7>1, which no compute action needs"),
     ):
         with pytest.raises(ScheduleError, match=message):
             check_transfers(planted(change), TWO)

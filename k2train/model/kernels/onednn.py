@@ -83,7 +83,7 @@ def onednn_product(device: torch.device, dtype: torch.dtype) -> OneDnnProduct:
 
     if dtype != torch.float32:
         raise ConfigError(
-            "kernels.matmul (onednn) is for precision fp32, in bf16 torch goes that way itself: "
+            "kernels.matmul (onednn) is for precision fp32, in bf16 torch already uses oneDNN: "
             "choose auto"
         )
 
