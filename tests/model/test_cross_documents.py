@@ -106,7 +106,7 @@ def separate_job(launch: Launch, config: Config) -> dict[str, Any]:
     """What the definition gives on one process: logits of step 1, and its loss and gradients by plain autograd."""
     engine = Engine(config, grid_of(launch, config))
     tokens, documents = global_batch(config, 1), global_documents(config, 1)
-    # Without their sinks the matrices' gradients go to autograd.
+    # Without their accumulators the matrices' gradients go to autograd.
     for parameter in engine.stages[0].parameters():
         vars(parameter).pop("accumulator", None)
     logits = one_by_one(engine, tokens, documents)
@@ -163,7 +163,7 @@ def grid_job(launch: Launch, config: Config) -> dict[str, Any]:
         "held_out": engine.evaluate(*given(9)),
         "gradients": gradients,
         "logits": logits[: engine.num_microbatches],
-        "place": engine.grid.coordinate,
+        "coordinate": engine.grid.coordinate,
     }
 
 
@@ -181,7 +181,9 @@ class Run:
             for n in range(STEPS)
         ]
         by_place = {
-            (part["place"].dp, part["place"].tp): part["logits"] for part in parts if part["logits"]
+            (part["coordinate"].dp, part["coordinate"].tp): part["logits"]
+            for part in parts
+            if part["logits"]
         }
         rows = [
             np.concatenate([np.concatenate(by_place[d, t]) for t in range(tp)], axis=2)[

@@ -69,7 +69,7 @@ def test_the_draw_never_changes() -> None:
 
 @pytest.mark.parametrize("size", (2, 3, 4))
 def test_tensor_parallel_slices_make_the_whole(size: int) -> None:
-    """Catches columns cut as rows, fused products that swap pieces, padding that is drawn."""
+    """Catches columns cut as rows, fused products that swap slices, padding that is drawn."""
     config = tiny_config(model__num_heads=12, model__num_kv_heads=12, model__hidden_size=48)
     one = stage_of(config, SINGLE["tp"])
     initialize([one], 7)

@@ -163,10 +163,10 @@ def bf16_job(launch: Launch, config: Any) -> list[bool]:
     """Before and after two steps: weights are bf16 and equal the master weights rounded; masters start unrounded."""
     grid = grid_of(launch, config)
     engine = Engine(config, grid)
-    told = [masters_start_whole(engine), weights_are_masters(engine)]
+    results = [masters_start_whole(engine), weights_are_masters(engine)]
     for step in (1, 2):
         engine.train_step(microbatches_of(config, grid, step), 1e-3)
-    return [*told, weights_are_masters(engine), engine.optimizer.adam_steps == 2]
+    return [*results, weights_are_masters(engine), engine.optimizer.adam_steps == 2]
 
 
 def masters_start_whole(engine: Engine) -> bool:
@@ -226,21 +226,23 @@ def plant(engine: Engine, name: str, microbatch: int, value: float) -> Any:
     for stage in engine.stages.values():
         for parameter, param_slice in named_slices(stage):
             if param_slice.name == name:
-                sink = accumulator_of(parameter)
-                assert sink is not None, "no sink was attached"
-                kept = sink.arrived
-                sink.arrived = _planter(sink, param_slice, microbatch, value)
-                return lambda: setattr(sink, "arrived", kept)
+                accumulator = accumulator_of(parameter)
+                assert accumulator is not None, "no accumulator was attached"
+                kept = accumulator.arrived
+                accumulator.arrived = _planter(accumulator, param_slice, microbatch, value)
+                return lambda: setattr(accumulator, "arrived", kept)
     return None
 
 
-def _planter(sink: GradAccumulator, param_slice: ParamSlice, microbatch: int, value: float) -> Any:
-    arrived, seen = sink.arrived, [0]
+def _planter(
+    accumulator: GradAccumulator, param_slice: ParamSlice, microbatch: int, value: float
+) -> Any:
+    arrived, seen = accumulator.arrived, [0]
 
     def planted() -> None:
         seen[0] += 1
         if seen[0] - 1 == microbatch:
-            param_slice.of(sink.total)[-1] = value
+            param_slice.of(accumulator.total)[-1] = value
         assert arrived is not None, "nobody counts"
         arrived()
 
@@ -375,7 +377,7 @@ def memory_job(launch: Launch, config: Any) -> list[int]:
     """Bytes of all tensors alive in this process after steps 5, 10, 15 and 20."""
     grid = grid_of(launch, config)
     engine = Engine(config, grid)
-    batches, told = microbatches_of(config, grid, 1), []
+    batches, results = microbatches_of(config, grid, 1), []
     for step in range(1, 21):
         engine.train_step(batches, config.lr.peak)
         if step % 5 == 0:
@@ -385,13 +387,13 @@ def memory_job(launch: Launch, config: Any) -> list[int]:
                 for t in gc.get_objects()
                 if type(t) in (torch.Tensor, nn.Parameter) and t.device.type == "cpu"
             }
-            told.append(sum(storages.values()))
-    return told
+            results.append(sum(storages.values()))
+    return results
 
 
 @pytest.mark.parametrize(("dp", "overlap"), ((1, "off"), (2, "off"), (2, "on")))
 def test_nothing_grows_from_step_to_step(pool: GlooPool, dp: int, overlap: str) -> None:
     """Catches transfers, hooks or losses that are kept: a run of a million steps would end out of memory."""
     config = tiny_config(model__num_layers=1, batch__global_sequences=4, parallel__overlap=overlap)
-    for told in pool.run(dp, memory_job, config):
-        assert len(set(told)) == 1 and told[0] > 0, told
+    for results in pool.run(dp, memory_job, config):
+        assert len(set(results)) == 1 and results[0] > 0, results

@@ -87,20 +87,20 @@ class Counter:
 
     @contextmanager
     def counting(self) -> Iterator[None]:
-        places = [(collectives, "_all_gather"), (collectives, "_reduce_scatter")]
-        places += [(dist, "all_to_all_single"), (dist, "all_reduce")]
-        kept = [(place, name, getattr(place, name)) for place, name in places]
-        for kind, (place, name, function) in zip(COLLECTIVES, kept, strict=True):
-            setattr(place, name, self.wrap(kind, function))
+        originals = [(collectives, "_all_gather"), (collectives, "_reduce_scatter")]
+        originals += [(dist, "all_to_all_single"), (dist, "all_reduce")]
+        saved = [(module, name, getattr(module, name)) for module, name in originals]
+        for kind, (module, name, function) in zip(COLLECTIVES, saved, strict=True):
+            setattr(module, name, self.wrap(kind, function))
         try:
             yield
         finally:
-            for place, name, function in kept:
-                setattr(place, name, function)
+            for module, name, function in saved:
+                setattr(module, name, function)
 
 
 def build(axis: Axis, sequence: bool) -> tuple[ColumnLinear, RowLinear, dict[str, list[int]]]:
-    """Both layers with this rank's part of the weights, sinks attached; how often each sink was complete."""
+    """Both layers with this rank's part of the weights, accumulators attached; how often each accumulator was complete."""
     column = ColumnLinear(HIDDEN, {"gate": INNER, "up": INNER}, axis, sequence, 1.0)
     row = RowLinear("down", INNER, HIDDEN, axis, sequence, 1.0)
     arrived: dict[str, list[int]] = {"column": [], "row": []}
@@ -133,7 +133,7 @@ def run_case(
 ) -> dict[str, Any]:
     axis = replace(axis, overlap=overlap, regather=regather)
     column, row, arrived = build(axis, sequence)
-    sinks = {"column": column.weight.accumulator, "row": row.weight.accumulator}
+    accumulators = {"column": column.weight.accumulator, "row": row.weight.accumulator}
     counter, found = Counter(late), {"y": [], "dx": [], "early": [], "arrived": []}
 
     def mine(x: Tensor) -> Tensor:
@@ -143,16 +143,16 @@ def run_case(
         for m in range(MICROBATCHES):
             x = mine(drawn(f"x{m}", SEQUENCE, ROWS, HIDDEN)).requires_grad_()
             y = step(column, row, x)
-            before = [accumulator.total.clone() for accumulator in sinks.values()]
+            before = [accumulator.total.clone() for accumulator in accumulators.values()]
             if later:
-                with column.weight_grad_store.deferring() as kept:
+                with column.weight_grad_store.deferring() as saved:
                     y.backward(mine(drawn(f"dy{m}", SEQUENCE, ROWS, HIDDEN)))
                 unmoved = all(
                     torch.equal(a, accumulator.total)
-                    for a, accumulator in zip(before, sinks.values(), strict=True)
+                    for a, accumulator in zip(before, accumulators.values(), strict=True)
                 )
-                found["early"].append((unmoved, len(kept), len(arrived["column"])))
-                for work in kept:
+                found["early"].append((unmoved, len(saved), len(arrived["column"])))
+                for work in saved:
                     work()
             else:
                 y.backward(mine(drawn(f"dy{m}", SEQUENCE, ROWS, HIDDEN)))
@@ -165,7 +165,7 @@ def run_case(
         param_slice.name: (
             param_slice.dim,
             param_slice.start,
-            param_slice.of(sinks[name].total).numpy(),
+            param_slice.of(accumulators[name].total).numpy(),
         )
         for name, layer in (("column", column), ("row", row))
         for param_slice in layer.slices["weight"]
@@ -316,29 +316,29 @@ def test_the_choice_is_by_the_axis() -> None:
 
 def test_a_product_can_be_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a layer that multiplies past the product it was given, or that does not ask it about its shape."""
-    said: list[Any] = []
+    calls: list[Any] = []
 
     class Noting(Product):
         def multiply(
             self, a: Tensor, matrix: Tensor, gradient: bool, out: Tensor | None = None
         ) -> Tensor:
-            said.append("gradient" if gradient else "value")
+            calls.append("gradient" if gradient else "value")
             return super().multiply(a, matrix, gradient, out)
 
         def add_weight_gradient(self, into: Tensor, dy: Tensor, x: Tensor) -> None:
-            said.append("weight")
+            calls.append("weight")
             super().add_weight_gradient(into, dy, x)
 
         def check(self, name: str, rows: int, columns: int) -> None:
-            said.append((name, rows, columns))
+            calls.append((name, rows, columns))
 
     layers = [ColumnLinear(4, {"a": 6, "b": 2}, SINGLE["tp"], False, 1.0, product=Noting())]
     layers += [RowLinear("c", 8, 4, SINGLE["tp"], False, 1.0, product=Noting())]
-    assert said == [("a + b", 8, 4), ("c", 4, 8)]
+    assert calls == [("a + b", 8, 4), ("c", 4, 8)]
     for layer, width in zip(layers, (4, 8), strict=True):
-        said.clear()
+        calls.clear()
         torch.nn.init.ones_(layer.weight)
         attach(layer.weight, GradAccumulator(torch.zeros(layer.weight.shape)))
         layer(torch.ones(2, 1, width, requires_grad=True)).sum().backward()
-        assert said == ["value", "gradient", "weight"]
+        assert calls == ["value", "gradient", "weight"]
     assert collective_matmul.Product is Product

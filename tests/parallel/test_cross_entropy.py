@@ -68,7 +68,7 @@ def loss_job(launch: Launch, vocab: int) -> dict[str, Any]:
         assert torch.equal(mine.detach(), whole[..., start:stop]), "the logits were written over"
         assert mine.grad.dtype == mine.dtype and loss.dtype == torch.float32
         found[kind] = (loss.detach().numpy(), mine.grad.float().numpy())
-    said = []
+    errors = []
     for bad in (vocab, vocab + 1, -1, -99, 2**31):
         labels = labels_of(vocab)
         labels[4, 1] = bad
@@ -76,10 +76,10 @@ def loss_job(launch: Launch, vocab: int) -> dict[str, Any]:
             vocab_parallel_cross_entropy(
                 logits_of("plain", vocab)[..., start:stop], labels, start, vocab, tp
             )
-            said.append("taken")
+            errors.append("taken")
         except DataError as error:
-            said.append(str(error))
-    found["said"] = said
+            errors.append(str(error))
+    found["errors"] = errors
     return found
 
 
@@ -108,14 +108,14 @@ def test_loss_and_gradient_equal_cross_entropy(pool: GlooPool, tp: int, vocab: i
 def test_labels_outside_the_vocabulary_are_refused(pool: GlooPool, tp: int, vocab: int) -> None:
     """Catches a label that is nobody's: its logit would count as zero and the loss could fall in silence."""
     for part in pool.run(tp, loss_job, vocab):
-        for bad, text in zip((vocab, vocab + 1, -1, -99, 2**31), part["said"], strict=True):
+        for bad, text in zip((vocab, vocab + 1, -1, -99, 2**31), part["errors"], strict=True):
             assert text.startswith(
                 f"label id {bad} at row 1, position 4 of a micro-batch is outside the vocabulary"
             )
 
 
 class Counted(GradAccumulator):
-    """A sink that counts how often it was told that a micro-batch is in."""
+    """An accumulator that counts how often it was told that a micro-batch is in."""
 
     def __init__(self, total: torch.Tensor):
         super().__init__(total, self.count)
@@ -154,7 +154,7 @@ def run_fused(
     strip: int | None,
     rows: int,
 ) -> dict[str, Any]:
-    """Loss and gradients of this rank, with a accumulator and without, from whole tensors."""
+    """Loss and gradients of this rank, with an accumulator and without, from whole tensors."""
     start, stop = v.start, v.start + v.width
     part = slice(None)
     if v.sequence:
@@ -173,7 +173,7 @@ def run_fused(
         assert (w.grad is None) == given_sink, "the gradient of the matrix went two ways, or none"
         assert accumulator.times == int(given_sink) and torch.equal(
             made, accumulator.total - 2.0
-        ), "backward added to the sink"
+        ), "backward added to the accumulator"
         dw = made if w.grad is None else w.grad
         assert (
             x.grad is not None

@@ -195,10 +195,10 @@ def test_a_line_that_changes_between_updates_is_seen(
     pool: GlooPool, world: int, changes: dict[str, Any]
 ) -> None:
     """The lowest bit of one moment or master weight on one rank: named on all; an untouched line never is."""
-    told = pool.run(world, guard_job, tiny_config(**changes))
-    text = f"{told[1][1]}.{{}} on rank 1 changed between two updates, when nothing writes it"
+    results = pool.run(world, guard_job, tiny_config(**changes))
+    text = f"{results[1][1]}.{{}} on rank 1 changed between two updates, when nothing writes it"
     expected = [None, None, text.format("exp_avg"), text.format("master"), None]
-    assert [found for found, _ in told] == [expected] * world
+    assert [found for found, _ in results] == [expected] * world
 
 
 def save_job(launch: Launch, config: Any, directory: str) -> str:

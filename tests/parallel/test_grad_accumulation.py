@@ -1,4 +1,4 @@
-"""The place where weight gradients are summed, and when: the sinks' arithmetic and the keeping of work."""
+"""The place where weight gradients are summed, and when: the accumulators' arithmetic and the keeping of work."""
 
 from typing import Any
 
@@ -30,7 +30,7 @@ def test_products_and_rows_add_up_in_fp32() -> None:
 
 
 def test_arrivals_are_told() -> None:
-    """Catches a sink that tells nobody, and one that needs somebody to tell."""
+    """Catches an accumulator that tells nobody, and one that needs somebody to tell."""
     arrived: list[int] = []
     GradAccumulator(torch.zeros(1)).complete()
     GradAccumulator(torch.zeros(1), lambda: arrived.append(1)).complete()
@@ -38,7 +38,7 @@ def test_arrivals_are_told() -> None:
 
 
 def test_a_sink_belongs_to_its_parameter() -> None:
-    """Catches a sink found on another parameter, and one that is invented."""
+    """Catches an accumulator found on another parameter, and one that is invented."""
     one, other = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
     attach(one, GradAccumulator(torch.zeros(2)))
     assert accumulator_of(one) is not None

@@ -1,4 +1,4 @@
-"""The gradient buffer: every row of every piece in exactly one place, and a reduction in buckets equal to no sharding at all."""
+"""The gradient buffer: every row of every slice in exactly one place, and a reduction in buckets equal to no sharding at all."""
 
 from dataclasses import replace
 from typing import Any
@@ -22,7 +22,7 @@ from tests.support.gloo_pool import GlooPool
 
 CPU = torch.device("cpu")
 # name -> (shape, weight decay, gradient partial over tensor-parallel ranks); rows that no degree divides, and fewer rows
-# than ranks. `fused` holds two pieces and a padding row.
+# than ranks. `fused` holds two slices and a padding row.
 TENSORS = {
     "square": ((5, 3), True, False),
     "norm": ((7,), False, True),
@@ -33,7 +33,7 @@ TENSORS = {
 
 
 class Toy(Sharded):
-    """Parameters of odd shapes, and one stack of two pieces with a padding row."""
+    """Parameters of odd shapes, and one stack of two slices with a padding row."""
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -144,7 +144,7 @@ def gradient(name: str, shape: tuple[int, ...], rank: int, microbatch: int) -> t
 
 
 def accumulate(toy: Toy, rank: int, num_microbatches: int) -> None:
-    """Half of the parameters by autograd, half by layers that add to the sink themselves; each rank in another order."""
+    """Half of the parameters by autograd, half by layers that add to the accumulator themselves; each rank in another order."""
     names = dict(toy.named_parameters())
     turned = list(names)[rank:] + list(names)[:rank]
     for microbatch in range(num_microbatches):
@@ -154,7 +154,7 @@ def accumulate(toy: Toy, rank: int, num_microbatches: int) -> None:
                 weights[7] = 0.0
             if name in ("square", "fused", "norm"):
                 accumulator = accumulator_of(names[name])
-                assert accumulator is not None, "no sink was attached"
+                assert accumulator is not None, "no accumulator was attached"
                 accumulator.add(weights[:2])
                 accumulator.add(weights[2:], first_row=2)
                 accumulator.complete()
@@ -259,7 +259,7 @@ def test_reduce_and_publish_equal_no_sharding(pool: GlooPool, dp: int) -> None:
                     f"{name} published on rank {rank}"
                 )
             assert part["gaps"] == 0.0, (
-                "what lies between pieces must stay 0, for the optimizer's sake"
+                "what lies between slices must stay 0, for the optimizer's sake"
             )
             assert part["buckets"] == parts[0]["buckets"]
             assert len(part["buckets"]) == (0 if dp == 1 else COUNTS[size])
@@ -278,15 +278,15 @@ def early_job(launch: Launch) -> list[int]:
     """How many buckets have left after each micro-batch but the last, before and after its last parameter."""
     toy, dp = Toy(), Axis("dp", 2, launch.rank, dist.group.WORLD, overlap=True)
     buffer = GradientBuffer([toy], dp, SINGLE["tp"], CPU, 2)
-    told = []
+    counts = []
     for microbatch in range(2):
         for name, parameter in toy.named_parameters():
             if (microbatch, name) == (1, "fused"):
-                told.append(buffer._started)
+                counts.append(buffer._started)
             (parameter * gradient(name, tuple(parameter.shape), 0, 0)).sum().backward()
-        told.append(buffer._started)
+        counts.append(buffer._started)
     buffer.reduce()
-    return told
+    return counts
 
 
 @pytest.mark.parametrize(("times", "complaint"), ((1, "1 of one"), (3, "3 of one")))
@@ -296,7 +296,7 @@ def test_a_gradient_that_is_missing_or_too_many_is_named(times: int, complaint: 
     buffer = GradientBuffer([toy], SINGLE["dp"], SINGLE["tp"], CPU, num_microbatches=2)
     accumulate(toy, 0, 2)
     accumulator = accumulator_of(toy.one)
-    assert accumulator is not None, "no sink was attached"
+    assert accumulator is not None, "no accumulator was attached"
     if times == 1:
         buffer.zero()
         accumulate(toy, 0, 1)
@@ -319,18 +319,18 @@ def publish_job(launch: Launch) -> dict[str, Any]:
     shard = torch.ones(buffer.shard_layout.elements)
     for bucket in buffer.shard_layout.buckets(1):
         param_gather.start(bucket, shard[bucket.start : bucket.stop])
-    told = {"before": seen(first) + seen(second)}
+    counts = {"before": seen(first) + seen(second)}
     param_gather.wait_for(first)
-    told["first"] = seen(first)
+    counts["first"] = seen(first)
     param_gather.wait_for(first)
     param_gather.wait_for(second)
-    told["second"] = seen(second)
+    counts["second"] = seen(second)
     shard.fill_(2.0)
     for bucket in buffer.shard_layout.buckets(1):
         param_gather.start(bucket, shard[bucket.start : bucket.stop])
     param_gather.finish()
-    told["finished"] = seen(first) + seen(second)
-    return told
+    counts["finished"] = seen(first) + seen(second)
+    return counts
 
 
 def rename(toy: Toy) -> None:

@@ -19,18 +19,18 @@ EMBEDDING, DOWN, LAST_NORM, NORM = (
 )  # fmt: skip
 
 
-def plant(engine: Engine, slot: BufferSlot, kind: str, place: int) -> None:
+def plant(engine: Engine, slot: BufferSlot, kind: str, index: int) -> None:
     """Damage one element of this rank's copy: of the weights in use, or of a line of the optimizer."""
     shard = kind in engine.optimizer.flat_shards
     flat = (
         engine.optimizer.view(kind, slot) if shard else slot.param_slice.of(slot.parameter.data)
     ).view(-1)
     if kind == "nan":
-        flat[place] = float("nan")
+        flat[index] = float("nan")
         return
     bits = flat.view(torch.int16 if flat.element_size() == 2 else torch.int32)
     # The next number of its size; or a flipped bit that rounding to bf16 does not hide.
-    bits[place] ^= {"ulp": 1, "exponent": 1 << 10}.get(kind, 1 << 20)
+    bits[index] ^= {"ulp": 1, "exponent": 1 << 10}.get(kind, 1 << 20)
 
 
 def damage_job(
@@ -45,10 +45,10 @@ def damage_job(
     answers = [replica_problem(shard_layout, shards, grid)]
     kept = {id(slot.parameter): slot.parameter.data.clone() for slot in shard_layout.slots}
     kept_shards = {state: shard.clone() for state, shard in shards.items()}
-    for rank, name, kind, place in plants:
+    for rank, name, kind, index in plants:
         found = [slot for slot in shard_layout.slots if slot.param_slice.name == name]
         if launch.rank == rank:
-            plant(engine, found[0], kind, place)
+            plant(engine, found[0], kind, index)
         answers.append(replica_problem(shard_layout, shards, grid))
         for state, shard in shards.items():
             shard.copy_(kept_shards[state])
@@ -71,7 +71,7 @@ def used(name: str, ranks: str) -> str:
     return f"weights of {name} on {ranks} are not those of the other copies and of the optimizer"
 
 
-def rotten(name: str, rank: int) -> str:
+def bad_master(name: str, rank: int) -> str:
     return f"master weights of {name} on rank {rank} do not round to the weights in use"
 
 
@@ -79,13 +79,13 @@ def rotten(name: str, rank: int) -> str:
 def test_two_copies_are_told_apart(pool: GlooPool, precision: str, overlap: str) -> None:
     """With two there is no majority; the optimizer's rows say which is right, whoever's rows are hit."""
     expected = [
-        (rank, name, kind, place, used(name, f"rank {rank}"))
+        (rank, name, kind, index, used(name, f"rank {rank}"))
         for rank in (0, 1)
         for name, kind in ((EMBEDDING, "ulp"), (NORM, "exponent"))
-        for place in (0, -1)
+        for index in (0, -1)
     ]
     expected.append((1, DOWN, "nan", 3, f"weights of {DOWN} are not finite on rank 1"))
-    expected.append((1, DOWN, "master", 0, rotten(DOWN, 1)))
+    expected.append((1, DOWN, "master", 0, bad_master(DOWN, 1)))
     check(pool, 2, expected, precision=precision, parallel__overlap=overlap)
 
 
@@ -94,7 +94,12 @@ def test_three_copies(pool: GlooPool) -> None:
     expected = [
         (rank, EMBEDDING, "ulp", 5000, used(EMBEDDING, f"rank {rank}")) for rank in range(3)
     ]
-    check(pool, 3, [*expected, (2, EMBEDDING, "master", 7, rotten(EMBEDDING, 2))], precision="bf16")
+    check(
+        pool,
+        3,
+        [*expected, (2, EMBEDDING, "master", 7, bad_master(EMBEDDING, 2))],
+        precision="bf16",
+    )
 
 
 @pytest.mark.parametrize("sequence", (False, True))
@@ -125,7 +130,7 @@ def test_tensor_and_data_parallel(pool: GlooPool) -> None:
     expected = [
         (3, DOWN, "ulp", 1, used(DOWN, "rank 3")),
         (2, NORM, "ulp", 1, used(NORM, "rank 2")),
-        (1, NORM, "master", 1, rotten(NORM, 1)),
+        (1, NORM, "master", 1, bad_master(NORM, 1)),
         (
             2,
             NORM,
@@ -144,7 +149,7 @@ def test_each_pipeline_rank_has_its_own_tensors(pool: GlooPool) -> None:
         (2, LAST_NORM, "exponent", 0, used(LAST_NORM, "rank 2")),
     ]
     check(pool, 4, expected, parallel__pipeline=2)
-    alone = [(1, LAST_NORM, "ulp", 0, rotten(LAST_NORM, 1)), (0, EMBEDDING, "nan", 0, f"weights of {EMBEDDING} are not finite on rank 0")]  # fmt: skip
+    alone = [(1, LAST_NORM, "ulp", 0, bad_master(LAST_NORM, 1)), (0, EMBEDDING, "nan", 0, f"weights of {EMBEDDING} are not finite on rank 0")]  # fmt: skip
     check(pool, 2, alone, parallel__pipeline=2, precision="bf16")
     # In fp32 the weights of one rank are its master weights: nothing differs, and it still is no number.
     check(pool, 2, alone[1:], parallel__pipeline=2)
@@ -164,14 +169,16 @@ def test_ranks_without_rows(pool: GlooPool) -> None:
 def test_more_than_two_tensor_ranks_have_a_majority() -> None:
     """The odd one of four is named; two against two, and three of whom each says something else, are all named."""
 
-    def told(*digests: str) -> str | None:
+    def diagnosis(*digests: str) -> str | None:
         held = [{"n": replace(SOUND, states={"master": "m", "exp_avg": text})} for text in digests]
         return diagnose_replicas(held, Layout(tensor=len(digests)))
 
-    assert told(*"aaba") == "n.exp_avg on rank 2 differs from the other copies"
-    assert told(*"abba") == "n.exp_avg on one of ranks 0, 1, 2, 3 differs from the other copies"
-    assert told(*"abc") == "n.exp_avg on one of ranks 0, 1, 2 differs from the other copies"
-    assert told(*"aaa") is None
+    assert diagnosis(*"aaba") == "n.exp_avg on rank 2 differs from the other copies"
+    assert (
+        diagnosis(*"abba") == "n.exp_avg on one of ranks 0, 1, 2, 3 differs from the other copies"
+    )
+    assert diagnosis(*"abc") == "n.exp_avg on one of ranks 0, 1, 2 differs from the other copies"
+    assert diagnosis(*"aaa") is None
 
 
 SOUND = ReplicaReport("a", "a", True, True, None)
@@ -188,7 +195,7 @@ def test_conclusions() -> None:
     stale = replace(SOUND, expected="d")
     assert diagnose_replicas(
         [{"w": replace(stale, own_rows=False)}, {"w": odd}, {"w": stale}], layout
-    ) == (f"{used('w', 'rank 1')}; {rotten('w', 0)}")
+    ) == (f"{used('w', 'rank 1')}; {bad_master('w', 0)}")
     both = [{"w": replace(stale, used=text)} for text in "xy"]
     assert diagnose_replicas(both, Layout(data=2)) == used("w", "ranks 0, 1")
     many = [{name: SOUND for name in "pqrst"}, {name: one for name in "pqrst"}]

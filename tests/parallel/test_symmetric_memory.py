@@ -89,7 +89,7 @@ def test_the_operators_take_what_we_give_them() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ranks", "sequence", "plain", "said"),
+    ("ranks", "sequence", "plain", "message"),
     (
         (2, False, True, "parallel.sequence: true"),
         (2, True, False, "kernels.matmul: torch"),
@@ -102,12 +102,12 @@ def test_the_operators_take_what_we_give_them() -> None:
     ),
 )
 def test_what_is_missing_is_said(
-    monkeypatch: pytest.MonkeyPatch, ranks: int, sequence: bool, plain: bool, said: str
+    monkeypatch: pytest.MonkeyPatch, ranks: int, sequence: bool, plain: bool, message: str
 ) -> None:
     """Catches a run that starts without what it was asked to use, and a refusal that does not say what to change."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     require_symmetric_memory.cache_clear()
-    with pytest.raises(ConfigError, match=said) as refused:
+    with pytest.raises(ConfigError, match=message) as refused:
         require_symmetric_memory(ranks, sequence, plain)
     assert str(refused.value).startswith("parallel.symmetric_memory needs ")
     assert "\n" not in str(refused.value)

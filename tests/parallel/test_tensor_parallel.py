@@ -159,24 +159,24 @@ def refused_job(launch: Launch, vocab: int, ids: list[int]) -> list[str]:
     tp = Axis("tp", launch.world_size, launch.rank, dist.group.WORLD)
     embedding = VocabEmbedding("embedding", vocab, HIDDEN, tp, False, 1.0)
     torch.nn.init.zeros_(embedding.weight)
-    said = []
+    errors = []
     for bad in ids:
         tokens = tokens_of(vocab)
         tokens[2, 5] = bad
         try:
             embedding(tokens)
-            said.append("taken")
+            errors.append("taken")
         except DataError as error:
-            said.append(str(error))
-    return said
+            errors.append(str(error))
+    return errors
 
 
 @pytest.mark.parametrize("tp", (1, 4))
 def test_ids_outside_the_vocabulary_are_refused(pool: GlooPool, tp: int) -> None:
     """Catches an id that falls on a padding row (251 of 252) or on nobody's rows and is looked up as zeros."""
     bad = [251, 252, 300, -1, -100, 2**31, -(2**40)]
-    for said in pool.run(tp, refused_job, 251, bad):
-        for value, text in zip(bad, said, strict=True):
+    for errors in pool.run(tp, refused_job, 251, bad):
+        for value, text in zip(bad, errors, strict=True):
             assert text.startswith(
                 f"token id {value} at row 2, position 5 of a micro-batch is outside the vocabulary"
             )

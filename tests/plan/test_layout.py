@@ -19,9 +19,9 @@ layouts = st.one_of(
 @given(layouts)
 def test_rank_and_coordinate_are_inverse(layout: Layout) -> None:
     """Catches two ranks with one place, and an axis whose stride is another's."""
-    places = [layout.coordinate(rank) for rank in range(layout.world_size)]
-    assert [layout.rank(place) for place in places] == list(range(layout.world_size))
-    assert set(places) == {
+    coordinates = [layout.coordinate(rank) for rank in range(layout.world_size)]
+    assert [layout.rank(coordinate) for coordinate in coordinates] == list(range(layout.world_size))
+    assert set(coordinates) == {
         Coordinate(pp, dp, tp)
         for pp in range(layout.pipeline)
         for dp in range(layout.data)
@@ -35,10 +35,12 @@ def test_groups_partition_the_world_along_their_axis(layout: Layout, axis: str) 
     groups = layout.groups(axis)
     assert sorted(rank for group in groups for rank in group) == list(range(layout.world_size))
     for group in groups:
-        places = [layout.coordinate(rank) for rank in group]
-        assert [getattr(place, axis) for place in places] == list(range(layout.degree(axis)))
+        coordinates = [layout.coordinate(rank) for rank in group]
+        assert [getattr(coordinate, axis) for coordinate in coordinates] == list(
+            range(layout.degree(axis))
+        )
         for other in set(AXES) - {axis}:
-            assert len({getattr(place, other) for place in places}) == 1
+            assert len({getattr(coordinate, other) for coordinate in coordinates}) == 1
 
 
 def test_tensor_is_innermost_and_pipeline_outermost() -> None:

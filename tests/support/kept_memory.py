@@ -37,8 +37,10 @@ class Made(TorchDispatchMode):
                 found = self._made.get(key)
                 if found is None or found[0].expired():
                     storage = tensor.untyped_storage()
-                    told = f"{storage.nbytes():>8} {tuple(tensor.shape)} {tensor.dtype} of {func}"
-                    self._made[key] = (StorageWeakRef(storage), storage.nbytes(), told)
+                    description = (
+                        f"{storage.nbytes():>8} {tuple(tensor.shape)} {tensor.dtype} of {func}"
+                    )
+                    self._made[key] = (StorageWeakRef(storage), storage.nbytes(), description)
         if self.watch_peak:
             self.peak_bytes = max(self.peak_bytes, self.still_bytes())
         return out
@@ -49,7 +51,9 @@ class Made(TorchDispatchMode):
 
     def still(self) -> str:
         """The same item by item, for a message."""
-        return "\n".join(told for storage, _, told in self._made.values() if not storage.expired())
+        return "\n".join(
+            description for storage, _, description in self._made.values() if not storage.expired()
+        )
 
 
 def _address(tensor: Tensor) -> int:

@@ -29,7 +29,7 @@ def quantizer(kind: str, device: torch.device, *, columnwise: bool = True) -> An
     return lambda values: Rounded(values, kind, columnwise)
 
 
-def gemm_of(said: list[str], **options: Any) -> Any:
+def gemm_of(calls: list[str], **options: Any) -> Any:
     """general_gemm as documented: A and B by columns, so that TN is B A^T, NN is B A and NT is B^T A."""
 
     def gemm(
@@ -46,7 +46,7 @@ def gemm_of(said: list[str], **options: Any) -> Any:
         assert a.columnwise == (layout[0] == "N"), "A must be readable as the layout wants it"
         assert b.columnwise == (layout[1] == "T"), "B must be readable as the layout wants it"
         assert a.values.is_contiguous(), "a view that is turned"
-        said.append(f"{layout} {a.kind} {b.kind} {out_dtype} {grad}")
+        calls.append(f"{layout} {a.kind} {b.kind} {out_dtype} {grad}")
         left = b.values.t() if layout[1] == "T" else b.values
         right = a.values.t() if layout[0] == "T" else a.values
         y = left.to(out_dtype) @ right.to(out_dtype)
@@ -65,8 +65,8 @@ def gemm_of(said: list[str], **options: Any) -> Any:
 @pytest.mark.parametrize("workspace", (False, True))
 def test_layers_multiply_through_it(workspace: bool) -> None:
     """Catches factors in the wrong order or layout, a gradient in the format of values, a sum that replaces."""
-    said: list[str] = []
-    product = Fp8Product(gemm_of(said, workspace=workspace), quantizer, Types, torch.device("cpu"))
+    calls: list[str] = []
+    product = Fp8Product(gemm_of(calls, workspace=workspace), quantizer, Types, torch.device("cpu"))
     column = ColumnLinear(16, {"a": 32}, SINGLE["tp"], False, 1.0, product=product)
     row = RowLinear("b", 32, 16, SINGLE["tp"], False, 1.0, product=product)
     weights = []
@@ -84,7 +84,7 @@ def test_layers_multiply_through_it(workspace: bool) -> None:
     assert torch.allclose(x.grad, plain.grad, rtol=1e-4, atol=1e-3)
     for layer, weight in zip((column, row), weights, strict=True):
         assert torch.allclose(layer.weight.accumulator.total, weight.grad + 1, rtol=1e-4, atol=1e-3)
-    assert said == [
+    assert calls == [
         *["TN e4m3 e4m3 torch.float32 False"] * 2,
         *["NN e4m3 e5m2 torch.float32 True", "NT e4m3 e5m2 torch.float32 True"] * 2,
     ]
