@@ -1,4 +1,6 @@
-"""Copies that must be equal: planted damage on one rank is found, with the tensor and the rank, and every rank is told the same."""
+"""Replica check: planted damage is found with tensor and rank, and all ranks get the same
+message.
+"""
 
 from dataclasses import replace
 from typing import Any
@@ -20,7 +22,9 @@ EMBEDDING, DOWN, LAST_NORM, NORM = (
 
 
 def plant(engine: Engine, slot: BufferSlot, kind: str, index: int) -> None:
-    """Damage one element of this rank's copy: of the weights in use, or of a line of the optimizer."""
+    """Damage one element of this rank's copy: of the weights in use, or of a line of the
+    optimizer.
+    """
     shard = kind in engine.optimizer.flat_shards
     flat = (
         engine.optimizer.view(kind, slot) if shard else slot.param_slice.of(slot.parameter.data)
@@ -45,6 +49,7 @@ def damage_job(
     answers = [replica_problem(shard_layout, shards, grid)]
     kept = {id(slot.parameter): slot.parameter.data.clone() for slot in shard_layout.slots}
     kept_shards = {state: shard.clone() for state, shard in shards.items()}
+
     for rank, name, kind, index in plants:
         found = [slot for slot in shard_layout.slots if slot.param_slice.name == name]
         if launch.rank == rank:
@@ -54,6 +59,7 @@ def damage_job(
             shard.copy_(kept_shards[state])
         for slot in shard_layout.slots:
             slot.parameter.data.copy_(kept[id(slot.parameter)])
+
     answers.append(replica_problem(shard_layout, shards, grid))
     return answers
 
@@ -77,7 +83,7 @@ def bad_master(name: str, rank: int) -> str:
 
 @pytest.mark.parametrize(("precision", "overlap"), (("fp32", "off"), ("bf16", "on")))
 def test_two_copies_are_told_apart(pool: GlooPool, precision: str, overlap: str) -> None:
-    """With two there is no majority; the optimizer's rows say which is right, whoever's rows are hit."""
+    """With two ranks there is no majority. The optimizer's rows name the damaged one."""
     expected = [
         (rank, name, kind, index, used(name, f"rank {rank}"))
         for rank in (0, 1)
@@ -90,7 +96,9 @@ def test_two_copies_are_told_apart(pool: GlooPool, precision: str, overlap: str)
 
 
 def test_three_copies(pool: GlooPool) -> None:
-    """The damaged one is named, be it the first, the middle or the last; rows of 251 do not divide by three."""
+    """The damaged one is named, be it the first, the middle or the last; rows of 251 do not divide
+    by three.
+    """
     expected = [
         (rank, EMBEDDING, "ulp", 5000, used(EMBEDDING, f"rank {rank}")) for rank in range(3)
     ]
@@ -104,7 +112,9 @@ def test_three_copies(pool: GlooPool) -> None:
 
 @pytest.mark.parametrize("sequence", (False, True))
 def test_whole_tensors_over_tensor_ranks(pool: GlooPool, sequence: bool) -> None:
-    """Norms that drift apart between two tensor-parallel ranks (BLOOM's, for weeks): either may be wrong, both are named."""
+    """Norms that drift apart between two tensor-parallel ranks (BLOOM's, for weeks): either may be
+    wrong, both are named.
+    """
     expected = [
         (1, NORM, "master", 3, f"{NORM}.master on one of ranks 0, 1 differs from the other copies"),
         (
@@ -143,20 +153,29 @@ def test_tensor_and_data_parallel(pool: GlooPool) -> None:
 
 
 def test_each_pipeline_rank_has_its_own_tensors(pool: GlooPool) -> None:
-    """What one stage finds, the ranks that do not hold the tensor are told too; one rank a stage has a copy in bf16."""
+    """A finding of one stage reaches the ranks that do not hold the tensor.
+
+    One rank per stage has a copy in bf16.
+    """
     expected = [
         (1, EMBEDDING, "ulp", 0, used(EMBEDDING, "rank 1")),
         (2, LAST_NORM, "exponent", 0, used(LAST_NORM, "rank 2")),
     ]
     check(pool, 4, expected, parallel__pipeline=2)
-    alone = [(1, LAST_NORM, "ulp", 0, bad_master(LAST_NORM, 1)), (0, EMBEDDING, "nan", 0, f"weights of {EMBEDDING} are not finite on rank 0")]  # fmt: skip
+    alone = [
+        (1, LAST_NORM, "ulp", 0, bad_master(LAST_NORM, 1)),
+        (0, EMBEDDING, "nan", 0, f"weights of {EMBEDDING} are not finite on rank 0"),
+    ]
     check(pool, 2, alone, parallel__pipeline=2, precision="bf16")
-    # In fp32 the weights of one rank are its master weights: nothing differs, and it still is no number.
+    # In fp32 the weights of one rank are its master weights: nothing differs, and it still is no
+    # number.
     check(pool, 2, alone[1:], parallel__pipeline=2)
 
 
 def test_ranks_without_rows(pool: GlooPool) -> None:
-    """Five ranks for a norm of four: the last owns no row of it, and its copy counts like any other."""
+    """Five ranks for a norm of four: the last owns no row of it, and its copy counts like any
+    other.
+    """
     changes = {
         "batch__global_sequences": 10,
         "model__hidden_size": 4,
@@ -167,7 +186,9 @@ def test_ranks_without_rows(pool: GlooPool) -> None:
 
 
 def test_more_than_two_tensor_ranks_have_a_majority() -> None:
-    """The odd one of four is named; two against two, and three of whom each says something else, are all named."""
+    """The odd one of four is named; two against two, and three of whom each says something else,
+    are all named.
+    """
 
     def diagnosis(*digests: str) -> str | None:
         held = [{"n": replace(SOUND, states={"master": "m", "exp_avg": text})} for text in digests]

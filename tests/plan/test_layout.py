@@ -1,4 +1,4 @@
-"""Rank arithmetic: a wrong stride here puts a rank in a stranger's group, and the run trains on silently."""
+"""Parallel layout: a wrong stride puts a rank in another's group, and training hides it."""
 
 import pytest
 from hypothesis import given
@@ -55,7 +55,9 @@ def test_tensor_is_innermost_and_pipeline_outermost() -> None:
 def test_every_layer_has_one_home_and_stages_follow_each_other(
     layout: Layout, layers_per_stage: int
 ) -> None:
-    """Catches a layer lost or doubled at a stage border, and an owner that does not hold its stage."""
+    """Catches a layer lost or doubled at a stage border, and an owner that does not hold its
+    stage.
+    """
     num_layers = layers_per_stage * layout.num_stages
     layers = [
         layer for stage in range(layout.num_stages) for layer in layout.layers_of(stage, num_layers)
@@ -73,7 +75,9 @@ def test_interleaved_stages_are_dealt_round_robin() -> None:
 
 
 def test_a_v_goes_down_the_ranks_and_back_up() -> None:
-    """Catches a loop where a V is meant: the last stage is on the first rank, and the turn within the last."""
+    """Catches a loop where a V is meant: the last stage is on the first rank, and the turn within
+    the last.
+    """
     layout = Layout(pipeline=3, stages_per_rank=2, placement="v")
     assert [layout.stages_of(pp) for pp in range(3)] == [(0, 5), (1, 4), (2, 3)]
     assert [layout.owner(stage) for stage in range(6)] == [0, 1, 2, 2, 1, 0]
