@@ -129,7 +129,7 @@ for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, sig
 write_status(rank, None)
 (folder / f"pid_{rank}").write_text(str(os.getpid()))
 """
-"""The begin of a process that notes what it hears; a test adds what it does then."""
+"""Start of a process that records the signals it receives; a test adds the rest."""
 
 
 def worker(folder: Path, rest: str) -> Path:
@@ -160,8 +160,10 @@ def test_every_signal_goes_to_every_process_as_often_as_it_comes(tmp_path: Path)
     for count, name in enumerate(sent, 1):
         process.send_signal(getattr(signal, name))
         for rank in range(2):
-            note = tmp_path / f"heard_{rank}"
-            assert soon(lambda n=note, c=count: n.exists() and len(n.read_text().split()) == c), (
+            received = tmp_path / f"heard_{rank}"
+            assert soon(
+                lambda n=received, c=count: n.exists() and len(n.read_text().split()) == c
+            ), (
                 name,
                 rank,
             )  # type: ignore[misc]
@@ -291,9 +293,9 @@ def test_a_signal_ends_the_starting_again() -> None:
     """Catches a launcher that cannot be stopped between two starts, or starts again what a signal has ended."""
     between = Waits(signal_after=2)
     assert start_with_restarts(lambda: 1, 9, between) == 1 and between.waited == [1, 2]
-    asked = Waits()
-    asked.first_signal = "SIGTERM"
-    assert start_with_restarts(lambda: 1, 9, asked) == 1 and asked.waited == []
+    stopped = Waits()
+    stopped.first_signal = "SIGTERM"
+    assert start_with_restarts(lambda: 1, 9, stopped) == 1 and stopped.waited == []
 
 
 def test_a_long_start_is_no_crash_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -368,12 +370,12 @@ def test_a_note_tells_a_process_from_a_later_one_of_the_same_id(
     monkeypatch.setenv("K2TRAIN_VERDICTS", str(tmp_path))
     write_status(3, None)
     write_status(5, None, saving=True)
-    notes = read_statuses(tmp_path)
+    statuses = read_statuses(tmp_path)
     assert (
-        notes[3].is_alive
-        and notes[3].pid == os.getpid()
-        and not notes[3].saving
-        and notes[5].saving
+        statuses[3].is_alive
+        and statuses[3].pid == os.getpid()
+        and not statuses[3].saving
+        and statuses[5].saving
     )
     assert (
         not ProcessStatus(None, os.getpid(), "1").is_alive and not ProcessStatus(None, 0).is_alive

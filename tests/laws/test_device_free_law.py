@@ -110,7 +110,7 @@ def test_config_mistakes_are_told_together(tmp_path: Path, data: Path) -> None:
     text += "run:\n  name: again\nnonsense: {a: 1}\n"
     case.path.write_text(text)
     lines = case.refused("lr.peek=1e-4", "batch.micro_sequences=0.5")
-    told = "\n".join(lines)
+    text = "\n".join(lines)
     for words in (
         "model.num_layers: must be a whole number, is four",
         "model.hiden_size: unknown key; nearest is model.hidden_size",
@@ -118,13 +118,13 @@ def test_config_mistakes_are_told_together(tmp_path: Path, data: Path) -> None:
         "'lr.peek=1e-4': lr.peek: unknown key; nearest is lr.peak",
         "batch.micro_sequences: must be a whole number, is 0.5",
     ):
-        assert words in told
+        assert words in text
     assert sum("duplicate" in line or "twice" in line or "again" in line for line in lines) == 1, (
-        told
+        text
     )
     assert len(lines) == 6 and all(
         re.search(r"c\.yaml:\d+: |override '", line) for line in lines
-    ), told
+    ), text
 
 
 @pytest.mark.parametrize(
@@ -314,8 +314,8 @@ def test_torchrun_tells_once(tmp_path: Path, data: Path) -> None:
         ([], "chunk_001"),
     ):
         done = train(case.path, *overrides, processes=4)
-        told = [line for line in done.stderr.splitlines() if "k2train:" in line]
-        assert len(told) == 1 and words in told[0], done.stderr
+        messages = [line for line in done.stderr.splitlines() if "k2train:" in line]
+        assert len(messages) == 1 and words in messages[0], done.stderr
         assert done.returncode != 0 and not case.runs.exists()
         assert re.search(r"exitcode\s*: 2\b", done.stderr), done.stderr
 

@@ -144,8 +144,8 @@ def test_stops_on_request(base: Path, straight: Path) -> None:
         assert newest.name == (f"ckpt_{whole:03d}_step_{step:06d}" if rest else f"ckpt_{whole:03d}")
         assert stopped["step"] == step
         assert "Traceback" not in output
-        told = "config changes since that checkpoint: run.stop_after_steps: 7 -> null" in output
-        assert told == (attempt == 2), "a change is told once, and only where there is one"
+        logged = "config changes since that checkpoint: run.stop_after_steps: 7 -> null" in output
+        assert logged == (attempt == 2), "a change is logged once, and only where there is one"
     done = train(path, "checkpoint.keep_optimizer_states=7")
     assert done.returncode == 0, done.stderr
     assert (

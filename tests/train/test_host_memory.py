@@ -42,8 +42,8 @@ def faults(device_type: str, **variables: str) -> tuple[str, int]:
         text=True,
         check=True,
     )
-    said, count = done.stdout.splitlines()
-    return said, int(count)
+    message, count = done.stdout.splitlines()
+    return message, int(count)
 
 
 @pytest.mark.skipif(not GLIBC, reason="asks glibc")
@@ -62,8 +62,8 @@ def test_memory_is_kept_on_a_cpu_only() -> None:
 )
 def test_what_the_user_set_stays(name: str, value: str) -> None:
     """Catches a setting made by hand, for a measurement perhaps, that is overruled in silence."""
-    said, count = faults("cpu", **{name: value})
-    assert said == f"malloc: set by {name}"
+    message, count = faults("cpu", **{name: value})
+    assert message == f"malloc: set by {name}"
     assert count >= 29
 
 

@@ -43,8 +43,8 @@ def test_every_policy_and_every_rank_is_told() -> None:
             memory_of(config, replace(spec_of(config), recompute=policy), layout, programs[pp], pp)
             for policy in RECOMPUTE
         ]
-        told = [f"{bytes_text(m.activations_bytes)} / {bytes_text(m.total_bytes)}" for m in found]
-        assert lines[pp - 4].split() == f"{pp} {' '.join(told)}".split()
+        cells = [f"{bytes_text(m.activations_bytes)} / {bytes_text(m.total_bytes)}" for m in found]
+        assert lines[pp - 4].split() == f"{pp} {' '.join(cells)}".split()
         assert lines[pp + 3].split()[-2:] == bytes_text(found[0].total_bytes).split()
     assert layer_bytes(spec_of(config), "none") / 2**20 == pytest.approx(257.26, abs=0.005)
 

@@ -284,14 +284,14 @@ def test_the_seam(run: Run, tmp_path: Path) -> None:
         run__init_from=str(run.directory), lr={"kind": "linear", "peak": 0.5, "warmup_steps": 0}
     )
     assert start.parent == parent
-    seam = start.transition
-    assert (seam["parent_step"], seam["rate_before"]) == (15, 0.25)
-    assert seam["rate_after"] == 0.5 - 0.5 / 10
+    transition = start.transition
+    assert (transition["parent_step"], transition["rate_before"]) == (15, 0.25)
+    assert transition["rate_after"] == 0.5 - 0.5 / 10
     assert (
-        seam["parent_manifest_sha256"]
+        transition["parent_manifest_sha256"]
         == preflight.hashlib.sha256((parent / MANIFEST).read_bytes()).hexdigest()
     )
-    assert seam["sources_compared"] is False, "neither folder records its sources"
+    assert transition["sources_compared"] is False, "neither folder records its sources"
 
 
 def record_sources(folder: Path, **parts: Any) -> str:
@@ -357,8 +357,10 @@ def test_the_seam_without_the_earlier_data(run: Run, tmp_path: Path) -> None:
     ):
         run.start(run__init_from=str(parent))
     make_corpus(tmp_path / "next", 2, seed=9)
-    seam = Run(tmp_path / "child", tmp_path / "next").start(run__init_from=str(parent)).transition
-    assert seam["sources_compared"] is False
+    transition = (
+        Run(tmp_path / "child", tmp_path / "next").start(run__init_from=str(parent)).transition
+    )
+    assert transition["sources_compared"] is False
 
 
 def test_a_data_folder_is_no_checkpoint(run: Run) -> None:

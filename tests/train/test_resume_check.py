@@ -67,8 +67,8 @@ def test_what_is_named_may_change(
 ) -> None:
     """And without the name it is refused, with the name to write; a name of another key opens nothing."""
     path, now = saved(folder, tmp_path, 2), identity(folder, **change)
-    told = check_same_run(path, now, allow)
-    assert told == identity_differences(read_manifest(path)["identity"], now) and told
+    allowed = check_same_run(path, now, allow)
+    assert allowed == identity_differences(read_manifest(path)["identity"], now) and allowed
     for names in ((), ("optimizer.eps",), ("lr.peak_", "l")):
         with pytest.raises(CheckpointError, match=r"run\.allow=\[.*" + key) as refused:
             check_same_run(path, now, names)

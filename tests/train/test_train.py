@@ -131,10 +131,10 @@ def test_what_a_run_leaves_behind(plain: dict[str, Any]) -> None:
     assert plain["done"].returncode == 0, plain["done"].stderr
     assert_record(plain["run"], plain["done"], plain["path"], 2 * STEPS_PER_CHUNK)
     assert plain["done"].stdout == ""
-    asked = "malloc: set by" if malloc_settings(os.environ) else "malloc: freed memory is kept"
-    assert asked in plain["done"].stderr
+    setting = "malloc: set by" if malloc_settings(os.environ) else "malloc: freed memory is kept"
+    assert setting in plain["done"].stderr
     (started,) = events(plain["run"], "started")
-    assert started["memory"].startswith(asked) and "matmul" in started["kernels"]
+    assert started["memory"].startswith(setting) and "matmul" in started["kernels"]
 
 
 def test_finished_is_finished(plain: dict[str, Any]) -> None:
@@ -498,9 +498,9 @@ def test_an_error_at_the_end_of_a_save(
     verify_checkpoint(run / "checkpoints" / "ckpt_001")
     if words:
         assert words in events(run, "stopped")[-1]["problem"]
-    told = [event["checkpoint"] for event in events(run, "checkpoint_saved")]
+    saved = [event["checkpoint"] for event in events(run, "checkpoint_saved")]
     # Thinning is no reason to end a run that saves: it is told, and tried again after the next save.
-    assert told == (["ckpt_000", "ckpt_001", "ckpt_002"] if where == "_retire" else ["ckpt_000"])
+    assert saved == (["ckpt_000", "ckpt_001", "ckpt_002"] if where == "_retire" else ["ckpt_000"])
 
 
 def damaged_held_out(trainer: Trainer) -> None:
@@ -519,8 +519,10 @@ def test_a_held_out_chunk_damaged_in_the_middle_of_a_run(tmp_path: Path, pool: G
     assert pool.run(
         2, trainer_job, {**settings, "run": {**settings["run"], "stop_after_steps": 3}}
     ) == [75, 75]
-    told = pool.run(2, trainer_job, settings, damaged_held_out, timeout_seconds=60)
-    assert told[0] == told[1] and told[0].startswith("DataError: ") and "held_out" in told[0]
+    errors = pool.run(2, trainer_job, settings, damaged_held_out, timeout_seconds=60)
+    assert (
+        errors[0] == errors[1] and errors[0].startswith("DataError: ") and "held_out" in errors[0]
+    )
     saved = tmp_path / "runs" / "score" / "checkpoints" / "ckpt_001"
     facts = verify_checkpoint(saved)
     assert (facts["step"], facts["held_out_loss"]) == (5, None)
@@ -544,8 +546,8 @@ def test_a_chunk_damaged_in_the_middle_of_a_run(tmp_path: Path) -> None:
         output, _ = process.communicate(timeout=60)
     finally:
         kill_all(process)
-    told = [line for line in output.splitlines() if line.startswith("k2train:")]
-    assert len(told) == 1 and "chunk_003" in told[0] and "sha256" in told[0], output
+    messages = [line for line in output.splitlines() if line.startswith("k2train:")]
+    assert len(messages) == 1 and "chunk_003" in messages[0] and "sha256" in messages[0], output
     assert re.search(r"rank +: 0 .*\n +exitcode +: 2\b", output), output
     assert "trainer.py" not in output, "a traceback"
     newest = list_checkpoints(tmp_path / "runs" / "hurt" / "checkpoints")[-1]
@@ -564,8 +566,8 @@ def test_a_held_directory_ends_all_ranks_at_once(tmp_path: Path) -> None:
         began = time.monotonic()
         done = train(path, processes=2)
         seconds = time.monotonic() - began
-    told = [line for line in done.stderr.splitlines() if line.startswith("k2train:")]
-    assert len(told) == 1 and "held by a live run" in told[0]
+    messages = [line for line in done.stderr.splitlines() if line.startswith("k2train:")]
+    assert len(messages) == 1 and "held by a live run" in messages[0]
     assert seconds < 25, seconds
 
 
