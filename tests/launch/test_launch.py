@@ -1,4 +1,4 @@
-"""The launcher's exit code: what a batch script decides on."""
+"""Launcher: exit codes, signal forwarding and restarts, on which a batch script relies."""
 
 import json
 import os
@@ -59,7 +59,10 @@ OPTIONS = ["--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "2"]
     ),
 )
 def test_verdict(codes: dict[int, int], expected: int) -> None:
-    """A job that saved and stopped is started again, one with a mistake is not; a killed process is neither."""
+    """A job that saved and stopped is started again, one with a mistake is not.
+
+    A killed process is neither.
+    """
     assert exit_code_of(codes) == expected
 
 
@@ -81,7 +84,9 @@ def test_verdict_after_a_signal(codes: dict[int, int | None], expected: int) -> 
 
 
 def test_kernels_are_begun_in_order_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a setting of the user's that is overwritten, and a default that never reaches the processes."""
+    """Catches a setting of the user's that is overwritten, and a default that never reaches the
+    processes.
+    """
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "")
     monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS")
     limit_cuda_connections()
@@ -173,7 +178,9 @@ def test_every_signal_goes_to_every_process_as_often_as_it_comes(tmp_path: Path)
 
 
 def test_a_dead_process_takes_the_others_with_it_even_a_stopped_one(tmp_path: Path) -> None:
-    """Catches the 30 seconds of torchrun, and processes that stay behind because they hear no SIGTERM."""
+    """Catches the 30 seconds of torchrun, and processes that stay behind because they hear no
+    SIGTERM.
+    """
     process = launch(worker(tmp_path, "time.sleep(600)"), tmp_path)
     first, second = pids(tmp_path, process)
     os.kill(second, signal.SIGSTOP)
@@ -186,7 +193,9 @@ def test_a_dead_process_takes_the_others_with_it_even_a_stopped_one(tmp_path: Pa
 
 
 def test_processes_end_when_their_launcher_is_killed(tmp_path: Path) -> None:
-    """Catches processes that train on with nobody to wait for them, and keep the lock of the run."""
+    """Catches processes that train on with nobody to wait for them, and
+    keep the lock of the run.
+    """
     process = launch(worker(tmp_path, "while not heard: time.sleep(0.01)"), tmp_path)
     both = pids(tmp_path, process)
     process.kill()
@@ -235,7 +244,9 @@ def handled(pid: int) -> bytes:
 
 
 def test_a_crash_is_started_again(tmp_path: Path) -> None:
-    """Through the real torchrun, twice in one launcher: catches a second start that finds the remains of the first."""
+    """Through the real torchrun, twice in one launcher: catches a second start that finds the
+    remains of the first.
+    """
     rest = (
         "mine = folder / f'starts_{rank}'\n"
         "mine.write_text((mine.read_text() if mine.exists() else '') + '.')\n"
@@ -283,14 +294,18 @@ class Waits(Supervisor):
 def test_what_is_started_again(
     codes: list[int], restarts: int, expected: int, waited: list[float]
 ) -> None:
-    """Catches a mistake that is tried again, a stop that is undone, and more starts than were allowed."""
+    """Catches a mistake that is tried again, a stop that is undone, and more starts than were
+    allowed.
+    """
     supervisor, left = Waits(), list(codes)
     assert start_with_restarts(lambda: left.pop(0), restarts, supervisor) == expected
     assert (left, supervisor.waited) == ([], waited)
 
 
 def test_a_signal_ends_the_starting_again() -> None:
-    """Catches a launcher that cannot be stopped between two starts, or starts again what a signal has ended."""
+    """Catches a launcher that cannot be stopped between two starts, or starts again what a signal
+    has ended.
+    """
     between = Waits(signal_after=2)
     assert start_with_restarts(lambda: 1, 9, between) == 1 and between.waited == [1, 2]
     stopped = Waits()
@@ -413,7 +428,9 @@ def test_a_mistake_is_told_once_and_ends_with_2(config: Path) -> None:
 
 @pytest.mark.slow
 def test_asked_to_stop_all_processes_save_and_go_on(config: Path, tmp_path: Path) -> None:
-    """SIGTERM to the launcher alone: every process finishes the step, one checkpoint is written, the code is 75."""
+    """SIGTERM to the launcher alone: every process finishes the step, one checkpoint is written,
+    the code is 75.
+    """
     run = tmp_path / "runs" / "run"
     process = launch("-m", "k2train.train", config)
     metrics = run / "metrics.jsonl"
@@ -443,7 +460,9 @@ def test_asked_to_stop_all_processes_save_and_go_on(config: Path, tmp_path: Path
 def test_a_save_that_takes_longer_than_torchruns_patience_is_whole(
     config: Path, tmp_path: Path
 ) -> None:
-    """Catches torchrun's 30 seconds, which cut a save short: this one needs 35, and a second SIGTERM comes meanwhile."""
+    """Catches torchrun's 30 seconds, which cut a save short: this one needs 35, and a second
+    SIGTERM comes meanwhile.
+    """
     run = tmp_path / "runs" / "run"
     process = launch(
         "-m",

@@ -1,4 +1,4 @@
-"""The engine and the kernels: what is built is what was planned, and every choice of kernel computes the same."""
+"""Engine and kernels: the built model is the planned one, every kernel choice computes the same."""
 
 import gc
 import weakref
@@ -55,7 +55,9 @@ def build_job(launch: Launch, config: Any) -> dict[str, Any]:
 def test_built_equals_planned(
     pool: GlooPool, tp: int, pp: int, dp: int, v: int, precision: str
 ) -> None:
-    """The plan counts what is built: a second formula for a fact drifts unless the two are compared."""
+    """The plan counts what is built: a second formula for a fact drifts unless the two are
+    compared.
+    """
     config = tiny_config(
         parallel__tensor=tp,
         parallel__pipeline=pp,
@@ -109,7 +111,9 @@ def test_kernels_equal_their_reference(
 
 @pytest.mark.parametrize(("tp", "pp"), ((1, 1), (2, 2)))
 def test_recompute_changes_no_bit(pool: GlooPool, tp: int, pp: int) -> None:
-    """Computing a block again in the backward, collectives included, gives the same bits as keeping it."""
+    """Computing a block again in the backward, collectives included, gives the same bits as keeping
+    it.
+    """
     changes = {"parallel__tensor": tp, "parallel__pipeline": pp, "parallel__sequence": tp > 1}
     kept, again = (
         run(pool, tp * pp, **changes),
@@ -121,7 +125,9 @@ def test_recompute_changes_no_bit(pool: GlooPool, tp: int, pp: int) -> None:
 
 
 def saved_bytes_job(launch: Launch, config: Any) -> int:
-    """Bytes autograd keeps between forward and backward of one micro-batch, parameters not counted."""
+    """Bytes autograd keeps between forward and backward of one
+    micro-batch, parameters not counted.
+    """
     engine = Engine(config, grid_of(launch, config))
     owned = {p.data_ptr() for stage in engine.stages.values() for p in stage.parameters()}
     kept: dict[int, int] = {}
@@ -194,7 +200,9 @@ def freed_job(launch: Launch, config: Any) -> bool:
 
 
 def test_an_engine_can_be_freed(pool: GlooPool) -> None:
-    """A hook that holds its buffer for ever keeps the weights, and the process groups with their threads, for ever."""
+    """A hook that holds its buffer for ever keeps the weights, and the process groups with their
+    threads, for ever.
+    """
     assert pool.run(1, freed_job, tiny_config()) == [True]
 
 
@@ -223,7 +231,9 @@ def split_job(launch: Launch, config: Any) -> dict[str, list[int]]:
 
 
 def test_a_split_backward_is_split(pool: GlooPool) -> None:
-    """Catches an engine whose zero-bubble schedules compute weight gradients with the input's: right, and no faster."""
+    """Catches an engine whose zero-bubble schedules compute weight gradients with the input's:
+    right, and no faster.
+    """
     (counts,) = pool.run(
         1, split_job, tiny_config(parallel__schedule="zb-h1", batch__global_sequences=4)
     )

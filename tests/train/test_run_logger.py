@@ -1,4 +1,4 @@
-"""Rank 0's pen: attempts, the run's id, what a committed checkpoint leaves in the ledger."""
+"""Run logger of rank 0: attempts, run id, ledger entries of a committed checkpoint."""
 
 import hashlib
 import json
@@ -38,7 +38,9 @@ def prepared(tmp_path: Path) -> tuple[Config, Start]:
 
 
 def test_attempts_count_restarts(prepared: tuple[Config, Start]) -> None:
-    """One more each start: from the metrics, and from the ledger where a start died before its first step."""
+    """One more each start: from the metrics, and from the ledger where a start died before its
+    first step.
+    """
     config, start = prepared
     for attempt in (1, 2):
         logger = RankZeroRunLogger(config, start)
@@ -53,7 +55,9 @@ def test_attempts_count_restarts(prepared: tuple[Config, Start]) -> None:
 
 
 def test_one_run_id_across_restarts(prepared: tuple[Config, Start]) -> None:
-    """W&B continues one curve only if the id is that of the first start, also after a second `started`."""
+    """W&B continues one curve only if the id is that of the first start, also after a second
+    `started`.
+    """
     config, start = prepared
     first = RankZeroRunLogger(config, start)
     first.event("started", attempt=1, run_id=first.run_id)
@@ -62,7 +66,10 @@ def test_one_run_id_across_restarts(prepared: tuple[Config, Start]) -> None:
 
 
 def test_committed(prepared: tuple[Config, Start], capsys: pytest.CaptureFixture[str]) -> None:
-    """The ledger gets the manifest's facts and the hash of its bytes; a held-out loss that is not finite is told too."""
+    """The ledger gets the manifest's facts and the hash of its bytes.
+
+    A held-out loss that is not finite is told too.
+    """
     config, start = prepared
     logger = RankZeroRunLogger(config, start)
     for name, held_out in (("ckpt_000", None), ("ckpt_001", 5.25), ("ckpt_002", "nan")):
