@@ -44,4 +44,6 @@ class ControlFiles:
     def refuse_start(self) -> None:
         """Raise RunError when a STOP stands in the directory before anything has begun."""
         if self._stop.exists():
-            raise RunError(f"{self._stop} asks this run not to start; remove it, then start again")
+            raise RunError(
+                f"{self._stop} asks this run not to start; remove the file, then start again"
+            )

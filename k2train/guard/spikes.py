@@ -22,9 +22,9 @@ LOG_GRAD_FLOOR = 0.05
 QUIET_Z = 2.0
 RETURNED_STEPS = 20
 RETURNED_SD = 2.0
-VERDICT_STEPS = 100
-VERDICT_RECENT = 50
-VERDICT_SD = 3.0
+CLASSIFY_STEPS = 100
+CLASSIFY_RECENT = 50
+CLASSIFY_SD = 3.0
 # 1 / Phi^-1(3/4): makes the median absolute deviation of a Gaussian its standard deviation.
 MAD_TO_SD = 1.4826
 
@@ -52,7 +52,7 @@ class SpikeAlert:
         loss = float(loss)
         log_grad = math.log(max(float(grad_norm), 1e-30))
         if self._open is not None:
-            return self._follow(step, loss, log_grad)
+            return self._continue_event(step, loss, log_grad)
         if len(self._losses) >= ARMED_AT:
             loss_median, loss_sd = _center_and_spread(self._losses, LOSS_FLOOR_NAT)
             grad_median, grad_sd = _center_and_spread(self._log_grads, LOG_GRAD_FLOOR)
@@ -74,55 +74,59 @@ class SpikeAlert:
                     "quiet": 0,
                 }
                 self._open |= {"peak_loss": loss, "peak_log_grad": log_grad}
-                self._enter(loss, log_grad)
-                return [self._opened(step, loss, log_grad, loss_z, grad_z)]
+                self._add_to_event(loss, log_grad)
+                return [self._opening_event(step, loss, log_grad, loss_z, grad_z)]
         self._accept(loss, log_grad)
         return []
 
     def state(self) -> dict[str, Any]:
         """Plain JSON: the window and an open event travel in the checkpoint, so that a restart alarms alike."""
-        opened = None if self._open is None else _copied(self._open)
-        return {"losses": list(self._losses), "log_grads": list(self._log_grads), "open": opened}
+        open_event = None if self._open is None else _copy_event(self._open)
+        return {
+            "losses": list(self._losses),
+            "log_grads": list(self._log_grads),
+            "open": open_event,
+        }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from `state()`, also after it has been through JSON."""
         self._losses = [float(value) for value in state["losses"]]
         self._log_grads = [float(value) for value in state["log_grads"]]
-        self._open = None if state["open"] is None else _copied(state["open"])
+        self._open = None if state["open"] is None else _copy_event(state["open"])
 
     def _accept(self, loss: float, log_grad: float) -> None:
         self._losses = [*self._losses, loss][-WINDOW:]
         self._log_grads = [*self._log_grads, log_grad][-WINDOW:]
 
-    def _enter(self, loss: float, log_grad: float) -> None:
+    def _add_to_event(self, loss: float, log_grad: float) -> None:
         event = self._open
         assert event is not None, "no event is open"
         center = event["center"]
-        event["losses"] = [*event["losses"], loss][-VERDICT_RECENT:]
-        event["log_grads"] = [*event["log_grads"], log_grad][-VERDICT_RECENT:]
+        event["losses"] = [*event["losses"], loss][-CLASSIFY_RECENT:]
+        event["log_grads"] = [*event["log_grads"], log_grad][-CLASSIFY_RECENT:]
         event["count"] += 1
         event["quiet"] += (log_grad - center["log_grad"]) / center["log_grad_sd"] < QUIET_Z
         event["peak_loss"] = max(event["peak_loss"], loss)
         event["peak_log_grad"] = max(event["peak_log_grad"], log_grad)
 
-    def _follow(self, step: int, loss: float, log_grad: float) -> list[dict[str, Any]]:
-        self._enter(loss, log_grad)
+    def _continue_event(self, step: int, loss: float, log_grad: float) -> list[dict[str, Any]]:
+        self._add_to_event(loss, log_grad)
         event = self._open
         assert event is not None, "no event is open"
         center, losses = event["center"], event["losses"]
         returned = center["loss"] + RETURNED_SD * center["loss_sd"]
         if len(losses) >= RETURNED_STEPS and median(losses[-RETURNED_STEPS:]) <= returned:
-            return self._close("benign", step)
-        if event["count"] < VERDICT_STEPS:
+            return self._close_event("benign", step)
+        if event["count"] < CLASSIFY_STEPS:
             return []
-        high = center["loss"] + VERDICT_SD * center["loss_sd"]
+        high = center["loss"] + CLASSIFY_SD * center["loss_sd"]
         kind = "malignant" if median(losses) > high else "level"
-        closed = self._close(kind, step)
+        closed = self._close_event(kind, step)
         # The run goes on at the new level; judged against the old one, every further step would alarm.
         self._losses, self._log_grads = list(losses), list(event["log_grads"])
         return closed
 
-    def _opened(
+    def _opening_event(
         self, step: int, loss: float, log_grad: float, loss_z: float, grad_z: float
     ) -> dict[str, Any]:
         assert self._open is not None, "no event is open"
@@ -138,7 +142,7 @@ class SpikeAlert:
             "usual_grad_norm": math.exp(center["log_grad"]),
         }
 
-    def _close(self, kind: str, step: int) -> list[dict[str, Any]]:
+    def _close_event(self, kind: str, step: int) -> list[dict[str, Any]]:
         event = self._open
         assert event is not None, "no event is open"
         self._open = None
@@ -158,11 +162,9 @@ class SpikeAlert:
         ]
 
 
-def _copied(event: dict[str, Any]) -> dict[str, Any]:
-    copied = {
-        key: list(value) if isinstance(value, list) else value for key, value in event.items()
-    }
-    return copied | {"center": dict(event["center"])}
+def _copy_event(event: dict[str, Any]) -> dict[str, Any]:
+    copy = {key: list(value) if isinstance(value, list) else value for key, value in event.items()}
+    return copy | {"center": dict(event["center"])}
 
 
 def _center_and_spread(values: list[float], floor: float) -> tuple[float, float]:

@@ -21,17 +21,17 @@ from statistics import median
 from k2train.plan.layout import Layout
 
 WINDOW = 20
-NEARLY_ALL = 1
+OWN_ORDER = 1
 """Index of the order statistic: so many of the window may be as quick as ever."""
-OTHERS_QUICK = 8
+PEER_ORDER = 8
 """The same of the others: what they take when the machine lets them, not their median, which noise of all ranks moves."""
 SAME_STAGE = 1.25
 OTHER_STAGE = 1.75
 OWN_PAST = 1.2
 PAST_STEPS = 256
 ENOUGH_PAST = 64
-LARGE = 16
-ROOM_SECONDS = 0.005
+LARGE_GROUP = 16
+MIN_EXCESS_SECONDS = 0.005
 """Less than this is nobody's concern."""
 
 
@@ -44,7 +44,7 @@ class _Rank:
         self.usual: float | None = None
         """What ratio was usual when it became slow by the second rule."""
 
-    def quick(self, index: int) -> float:
+    def order_statistic(self, index: int) -> float:
         """The seconds that all but `index` steps of a full window exceed."""
         ordered = sorted(value for value, _ in self.window)
         return ordered[min(index, len(ordered) - 1)]
@@ -81,62 +81,65 @@ class Stragglers:
         assert len(seconds) == len(self._ranks), (
             f"{len(seconds)} times for {len(self._ranks)} ranks"
         )
-        told = []
+        messages = []
         for group in self._groups:
             if len(group) < 2:
                 continue
-            self._take(group, seconds)
+            self._record_step(group, seconds)
             # Of everything up to here: a group has one usual time, a rank is measured against it.
-            others = _others({rank: self._ranks[rank].quick(OTHERS_QUICK) for rank in group})
+            others = _others(
+                {rank: self._ranks[rank].order_statistic(PEER_ORDER) for rank in group}
+            )
             for rank in group:
-                line = self._judge(rank, step, others[rank])
-                if line:
-                    told.append(line)
-        return "; ".join(told) or None
+                message = self._evaluate(rank, step, others[rank])
+                if message:
+                    messages.append(message)
+        return "; ".join(messages) or None
 
-    def _take(self, group: Sequence[int], seconds: Sequence[float]) -> None:
+    def _record_step(self, group: Sequence[int], seconds: Sequence[float]) -> None:
         now = {rank: seconds[rank] / self._share[rank] for rank in group}
         others = _others(now)
         for rank in group:
-            one = self._ranks[rank]
-            if len(one.window) == WINDOW and one.since is None:
-                one.past.append(one.window[0][1])
-            one.window.append((now[rank], now[rank] / max(others[rank], 1e-6)))
+            state = self._ranks[rank]
+            if len(state.window) == WINDOW and state.since is None:
+                state.past.append(state.window[0][1])
+            state.window.append((now[rank], now[rank] / max(others[rank], 1e-6)))
 
-    def _judge(self, rank: int, step: int, others: float) -> str:
-        one = self._ranks[rank]
-        if len(one.window) < WINDOW:
+    def _evaluate(self, rank: int, step: int, others: float) -> str:
+        state = self._ranks[rank]
+        if len(state.window) < WINDOW:
             return ""
-        low = one.quick(NEARLY_ALL)
-        ratio = sorted(value for _, value in one.window)[NEARLY_ALL]
-        if one.since is None:
-            usual = median(one.past) if len(one.past) >= ENOUGH_PAST else None
+        low = state.order_statistic(OWN_ORDER)
+        ratio = sorted(value for _, value in state.window)[OWN_ORDER]
+        if state.since is None:
+            usual = median(state.past) if len(state.past) >= ENOUGH_PAST else None
             own = usual is not None and ratio > OWN_PAST * usual and low > OWN_PAST * usual * others
-            if not (low > self._factor * others or own) or low - others < ROOM_SECONDS:
+            if not (low > self._factor * others or own) or low - others < MIN_EXCESS_SECONDS:
                 return ""
-            one.since, one.usual = step, usual
+            state.since, state.usual = step, usual
             return (
-                f"{self._who(rank)} is slow: {self._own(rank) * 1e3:.0f} ms of its own a step where the others take "
+                f"{self._name(rank)} is slow: {self._own_seconds(rank) * 1e3:.0f} ms of own work "
+                "per step, the others take "
                 f"{others * self._share[rank] * 1e3:.0f} ms (last {WINDOW} steps)"
             )
         # Over when most steps are well below what made it slow: at the threshold itself it would come and go.
-        level = median(value for value, _ in one.window)
-        usual_level = others * max(1.0, one.usual or 1.0)
-        if level < max(usual_level * (1 + OWN_PAST) / 2, others + ROOM_SECONDS / 2):
-            since, one.since = one.since, None
-            return f"{self._who(rank)} is no longer slow, after {step - since} steps"
+        level = median(value for value, _ in state.window)
+        usual_level = others * max(1.0, state.usual or 1.0)
+        if level < max(usual_level * (1 + OWN_PAST) / 2, others + MIN_EXCESS_SECONDS / 2):
+            since, state.since = state.since, None
+            return f"{self._name(rank)} is no longer slow, after {step - since} steps"
         return ""
 
-    def _own(self, rank: int) -> float:
+    def _own_seconds(self, rank: int) -> float:
         return median(value for value, _ in self._ranks[rank].window) * self._share[rank]
 
-    def _who(self, rank: int) -> str:
+    def _name(self, rank: int) -> str:
         return f"rank {rank}" if self._hosts is None else f"rank {rank} ({self._hosts[rank]})"
 
 
 def _others(values: dict[int, float]) -> dict[int, float]:
     """For each rank of a group the median of the others' values; in a large group that of all, which is the same."""
-    if len(values) > LARGE:
+    if len(values) > LARGE_GROUP:
         return dict.fromkeys(values, median(values.values()))
     return {
         rank: median(value for other, value in values.items() if other != rank) for rank in values

@@ -51,11 +51,11 @@ class Console:
         self._stream = stream
         self._name = name
         self._total_steps = total_steps
-        self._ends = list(chunk_ends)
+        self._chunk_ends = list(chunk_ends)
         self._clock = clock
-        self._live = _is_terminal(stream)
+        self._is_live = _is_terminal(stream)
         self._drawn = ""
-        self._silent = False
+        self._is_silent = False
         self._steps_seen = 0
         self._last_line = -math.inf
         self._step_seconds: deque[float] = deque(maxlen=RECENT_STEPS)
@@ -66,15 +66,15 @@ class Console:
         """Show one finished step; reads step, loss, grad_norm, lr, tokens_per_second, seconds of the metrics row."""
         now = self._clock()
         self._measure(row, now)
-        if self._live:
-            self._draw(self._fitted(row))
+        if self._is_live:
+            self._draw(self._fit_to_terminal(row))
         elif self._is_line_due(row, now):
             self._last_line = now
             self._write(self._text(row) + "\n")
 
     def info(self, text: str) -> None:
         """A line that stays: above the bar on a terminal, in its place in a log."""
-        if not self._live:
+        if not self._is_live:
             self._write(f"{self._name} {text}\n")
             return
         drawn = self._drawn
@@ -97,7 +97,7 @@ class Console:
         recent = list(self._step_seconds)
         typical = recent[1:] if self._steps_seen == len(recent) > 1 else recent
         # The pause after the current step is still to come when that step ends a chunk.
-        chunks_left = len(self._ends) - bisect_left(self._ends, step)
+        chunks_left = len(self._chunk_ends) - bisect_left(self._chunk_ends, step)
         pauses = median(self._pauses) * chunks_left if self._pauses else 0.0
         return median(typical) * max(0, self._total_steps - step) + pauses
 
@@ -105,7 +105,7 @@ class Console:
         seconds = float(row["seconds"])
         if self._pause_began is not None:
             self._pauses.append(max(0.0, now - self._pause_began - seconds))
-        self._pause_began = now if row["step"] in self._ends else None
+        self._pause_began = now if row["step"] in self._chunk_ends else None
         self._step_seconds.append(seconds)
         self._steps_seen += 1
 
@@ -114,7 +114,7 @@ class Console:
             self._steps_seen <= FIRST_LINES
             or self._total_steps <= FEW_STEPS
             or now - self._last_line >= LINE_SECONDS
-            or row["step"] in self._ends
+            or row["step"] in self._chunk_ends
             or row["step"] >= self._total_steps
             or not math.isfinite(row["loss"])
         )
@@ -122,11 +122,12 @@ class Console:
     def _text(self, row: dict[str, Any], bar_cells: int = 0, leave_out: Sequence[str] = ()) -> str:
         step = int(row["step"])
         # `step` is the last of its chunk at the chunk's end, not the first of the next one.
-        chunk = min(bisect_left(self._ends, step) + 1, len(self._ends))
+        chunk = min(bisect_left(self._chunk_ends, step) + 1, len(self._chunk_ends))
         left = self.seconds_left(step)
         unmeasured = "" if self._pauses else "+"
+        position = f"chunk {chunk}/{len(self._chunk_ends)} step {step}/{self._total_steps}"
         parts = {
-            "place": f"{self._name} chunk {chunk}/{len(self._ends)} step {step}/{self._total_steps}",
+            "position": f"{self._name} {position}",
             "bar": self._bar(step, chunk, bar_cells) if bar_cells else "",
             "loss": f"loss {row['loss']:.4f}",
             "grad_norm": f"grad_norm {row['grad_norm']:.3g}",
@@ -139,13 +140,13 @@ class Console:
 
     def _bar(self, step: int, chunk: int, cells: int) -> str:
         """`#` for consumed chunks, `=` for what is done of the current one."""
-        before = 0 if chunk == 1 else self._ends[chunk - 2]
-        consumed = step if step in self._ends else before
+        before = 0 if chunk == 1 else self._chunk_ends[chunk - 2]
+        consumed = step if step in self._chunk_ends else before
         solid = cells * consumed // self._total_steps
         done = min(cells, cells * step // self._total_steps)
         return "[" + "#" * solid + "=" * (done - solid) + "." * (cells - done) + "]"
 
-    def _fitted(self, row: dict[str, Any]) -> str:
+    def _fit_to_terminal(self, row: dict[str, Any]) -> str:
         """The fullest text that fits the terminal: a line that wraps cannot be redrawn in place."""
         columns = _columns(self._stream) - 1
         leave_out: list[str] = []
@@ -161,13 +162,13 @@ class Console:
         self._drawn = text
 
     def _write(self, text: str) -> None:
-        if self._silent:
+        if self._is_silent:
             return
         try:
             self._stream.write(text)
             self._stream.flush()
         except (OSError, ValueError):
-            self._silent = True
+            self._is_silent = True
 
 
 def _is_terminal(stream: TextIO) -> bool:

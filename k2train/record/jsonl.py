@@ -21,7 +21,7 @@ MAX_FILE_BYTES = 2**36
 NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
-def plain(value: Any) -> Any:
+def json_value(value: Any) -> Any:
     """The value as JSON can hold it: numbers of array libraries become Python's, paths and other keys become strings.
 
     Raises TypeError for what has no such form.
@@ -37,21 +37,21 @@ def plain(value: Any) -> Any:
             else ("nan" if math.isnan(value) else "inf" if value > 0 else "-inf")
         )
     if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {str(key): json_value(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
+        return [json_value(item) for item in value]
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     # One element of NumPy or PyTorch, without importing either.
     item = getattr(value, "item", None)
     if callable(item) and getattr(value, "ndim", 0) == 0:
-        return plain(item())
+        return json_value(item())
     raise TypeError(f"a {type(value).__name__} has no JSON form")
 
 
 def encode_line(row: dict[str, Any]) -> bytes:
     """One row as bytes with its newline; key order is kept, so that the file reads as it was meant."""
-    return json.dumps(plain(row), allow_nan=False, separators=(", ", ": ")).encode() + b"\n"
+    return json.dumps(json_value(row), allow_nan=False, separators=(", ", ": ")).encode() + b"\n"
 
 
 def append_bytes(path: Path, data: bytes, sync: bool) -> None:
@@ -67,7 +67,8 @@ def append_bytes(path: Path, data: bytes, sync: bool) -> None:
             written = os.write(descriptor, data)
             if written != len(data):
                 raise OSError(
-                    f"{path}: only {written} of {len(data)} bytes could be written; is the disk full?"
+                    f"{path}: only {written} of {len(data)} bytes could be written; is the disk "
+                    "full?"
                 )
             if sync:
                 os.fsync(descriptor)
@@ -97,18 +98,19 @@ def read_lines(path: Path) -> tuple[list[bytes], bytes]:
 def parse_line(path: Path, number: int, line: bytes) -> dict[str, Any]:
     """The object in line `number` (from 1); raises RunError naming the line."""
     try:
-        row = json.loads(line.decode("utf-8"), parse_constant=_no_json)
+        row = json.loads(line.decode("utf-8"), parse_constant=_reject_constant)
     # Brackets nested by the thousand exhaust the parser's stack.
     except (ValueError, RecursionError):
         raise RunError(
-            f"{path}: line {number} is not JSON: the file was changed or damaged after it was written"
+            f"{path}: line {number} is not JSON: the file was changed or damaged after it was "
+            "written"
         ) from None
     if not isinstance(row, dict):
         raise RunError(f"{path}: line {number} holds {type(row).__name__}, expected an object")
     return row
 
 
-def _no_json(name: str) -> None:
+def _reject_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 

@@ -18,10 +18,10 @@ from typing import Any
 from k2train.errors import RunError
 from k2train.fault_injection import point
 from k2train.record.jsonl import append_bytes, encode_line, parse_line, read_lines, truncate
-from k2train.record.line_check import KEY, all_rows, sealed
+from k2train.record.line_check import CHECK_KEY, all_rows, with_check
 
 REQUIRED = ("seq", "time", "event", "previous")
-RESERVED = (*REQUIRED, KEY)
+RESERVED = (*REQUIRED, CHECK_KEY)
 
 
 class Ledger:
@@ -73,14 +73,14 @@ class Ledger:
                 **facts,
                 "previous": self._head,
             }
-            line = sealed(encode_line(entry))
+            line = with_check(encode_line(entry))
             point("ledger.append")
             self.path.parent.mkdir(parents=True, exist_ok=True)
             append_bytes(self.path, line, sync=True)
             self._size_bytes += len(line)
             self._head = _sha256(line[:-1])
             stored = parse_line(self.path, len(self._events) + 1, line)
-            del stored[KEY]
+            del stored[CHECK_KEY]
             self._events.append(stored)
             return dict(stored)
 
@@ -105,7 +105,8 @@ class Ledger:
         append_bytes(torn, rest + b"\n", sync=True)
         truncate(self.path, self._size_bytes)
         self.repaired = (
-            f"{self.path.name}: the last line was cut off after {len(rest)} bytes (the writer was killed); "
+            f"{self.path.name}: the last line was cut off after {len(rest)} bytes (the writer was "
+            "killed); "
             f"moved to {torn.name}, {len(self._events)} events are intact"
         )
 
@@ -126,12 +127,14 @@ def _verified(path: Path, lines: list[bytes], rest: bytes) -> list[dict[str, Any
         missing = [name for name in REQUIRED if name not in entry]
         if missing:
             raise RunError(
-                f"{path}: line {index + 1} has no {', '.join(missing)}; it is not a line of a ledger"
+                f"{path}: line {index + 1} has no {', '.join(missing)}; it is not a line of a "
+                "ledger"
             )
         if entry["previous"] != previous:
             raise RunError(
                 f"{path}: line {index + 1} does not continue line {index}: it expects the hash "
-                f"{str(entry['previous'])[:12] or 'of an empty ledger'}, found {previous[:12] or 'none'}; "
+                f"{str(entry['previous'])[:12] or 'of an empty ledger'}, found "
+                f"{previous[:12] or 'none'}; "
                 f"line {index} was changed, or lines between them were removed"
             )
         if entry["seq"] != index:

@@ -15,7 +15,7 @@ from typing import Any
 from k2train.errors import RunError
 from k2train.record.jsonl import parse_line
 
-KEY = "check"
+CHECK_KEY = "check"
 TAIL = b', "check": "................"}'
 """A dot stands for a hexadecimal digit."""
 _TAIL = re.compile(rb', "check": "([0-9a-f]{16})"\}')
@@ -25,28 +25,26 @@ DAMAGED_BYTES = 2
 Row = dict[str, Any]
 
 
-def sealed(line: bytes) -> bytes:
+def with_check(line: bytes) -> bytes:
     """A line of one object, newline included, with its check. The object must not be empty."""
     assert line.endswith(b"}\n") and len(line) > 3, f"{line!r} is no line of a record"
-    return line[:-2] + b', "check": "' + _digits(line[:-1]) + b'"}\n'
+    return line[:-2] + b', "check": "' + _digest(line[:-1]) + b'"}\n'
 
 
-def problem_of(line: bytes, checks_before: bool) -> str:
+def line_problem(line: bytes, checks_before: bool) -> str:
     """Words about what is wrong with a line, without its newline, as far as its check tells; "" when nothing is."""
     tail = _TAIL.fullmatch(line, max(0, len(line) - len(TAIL)))
     if tail is not None:
         return (
-            ""
-            if _digits(line[: -len(TAIL)] + b"}") == tail[1]
-            else "does not have the hash that it carries"
+            "" if _digest(line[: -len(TAIL)] + b"}") == tail[1] else "does not match its own hash"
         )
     end = line[-len(TAIL) :]
     if (
         len(end) == len(TAIL)
         and sum(a != b for a, b in zip(end, TAIL, strict=True) if b != ord(".")) <= DAMAGED_BYTES
     ):
-        return "carries a damaged check"
-    return "carries no check, lines before it do" if checks_before else ""
+        return "has a damaged check"
+    return "has no check, although earlier lines do" if checks_before else ""
 
 
 def has_check(line: bytes) -> bool:
@@ -69,26 +67,28 @@ def checked_rows(
     """(line number from 1, the row without its check) for every line, a RunError naming file and line for a bad one."""
     seen = False
     for number, line in enumerate(lines, 1):
-        problem = problem_of(line, seen)
+        problem = line_problem(line, seen)
         seen = seen or has_check(line)
         try:
             row = parse_line(path, number, line)
             if problem:
                 raise RunError(
-                    f"{path}: line {number} {problem}: it was changed or damaged after it was written"
+                    f"{path}: line {number} {problem}: it was changed or damaged after it was "
+                    "written"
                 )
         except RunError as error:
             yield number, error
             continue
         if has_check(line):
-            del row[KEY]
+            del row[CHECK_KEY]
         yield number, row
     if ends_damaged(rest):
         number = len(lines) + 1
         yield (
             number,
             RunError(
-                f"{path}: line {number} has lost its end: it was changed or damaged after it was written"
+                f"{path}: line {number} has lost its end: it was changed or damaged after it was "
+                "written"
             ),
         )
 
@@ -103,5 +103,5 @@ def all_rows(path: Path, lines: list[bytes], rest: bytes = b"") -> list[Row]:
     return rows
 
 
-def _digits(line: bytes) -> bytes:
+def _digest(line: bytes) -> bytes:
     return hashlib.sha256(line).hexdigest()[:16].encode()

@@ -15,7 +15,7 @@ from typing import Any
 
 from k2train.errors import RunError
 from k2train.record.jsonl import NON_FINITE, append_bytes, encode_line, read_lines, truncate
-from k2train.record.line_check import all_rows, checked_rows, ends_damaged, sealed
+from k2train.record.line_check import all_rows, checked_rows, ends_damaged, with_check
 
 
 class MetricsWriter:
@@ -33,7 +33,7 @@ class MetricsWriter:
 
     def write(self, row: dict[str, Any]) -> None:
         """One line for one step; non-finite floats become "nan", "inf", "-inf" in the file. Raises OSError."""
-        line = sealed(encode_line(row))
+        line = with_check(encode_line(row))
         with self._lock:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             append_bytes(self.path, line, sync=False)
@@ -51,7 +51,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     Raises RunError when the file is missing or a line is damaged, naming it.
     """
     path = Path(path)
-    return [_revived(row) for row in all_rows(path, *read_lines(path))]
+    return [_restore_floats(row) for row in all_rows(path, *read_lines(path))]
 
 
 def damaged_rows(path: str | Path) -> list[str]:
@@ -88,7 +88,7 @@ def latest(path: str | Path) -> list[dict[str, Any]]:
     return [best[step] for step in sorted(best)]
 
 
-def _revived(row: dict[str, Any]) -> dict[str, Any]:
+def _restore_floats(row: dict[str, Any]) -> dict[str, Any]:
     return {
         key: NON_FINITE.get(value, value) if isinstance(value, str) else value
         for key, value in row.items()
@@ -105,7 +105,10 @@ def _repair(path: Path) -> str | None:
     if ends_damaged(rest):
         # Not torn: the newline itself was damaged. The line stays as it is, the next one begins after it.
         append_bytes(path, b"\n", sync=False)
-        return f"{path.name}: the newline of the last line was damaged; the line is kept, and told as damaged"
+        return (
+            f"{path.name}: the newline of the last line was damaged; the line is kept and reported "
+            "as damaged"
+        )
     truncate(path, size_bytes)
     return f"{path.name}: {torn_bytes} bytes of a torn last line were cut off"
 

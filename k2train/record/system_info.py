@@ -33,7 +33,7 @@ def environment_facts(package_directory: Path = PACKAGE_DIRECTORY) -> dict[str, 
         "platform": platform.platform(),
         "machine": platform.machine(),
         "cpu_count": os.cpu_count(),
-        "code": _code(package_directory),
+        "code": _code_version(package_directory),
     }
     if "SLURM_JOB_ID" in os.environ:
         facts["slurm_job_id"] = os.environ["SLURM_JOB_ID"]
@@ -63,7 +63,7 @@ def slurm_job_ended(job_id: str) -> bool | None:
         name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")
     }
     try:
-        done = subprocess.run(
+        result = subprocess.run(
             ["squeue", "-h", "--all", "--states=all", "-j", job_id, "-o", "%T"],
             capture_output=True,
             text=True,
@@ -74,9 +74,9 @@ def slurm_job_ended(job_id: str) -> bool | None:
         )
     except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
         return None
-    if done.returncode != 0:
-        return True if "Invalid job id" in done.stderr else None
-    return set(done.stdout.split()) <= ENDED_STATES
+    if result.returncode != 0:
+        return True if "Invalid job id" in result.stderr else None
+    return set(result.stdout.split()) <= ENDED_STATES
 
 
 def _version(name: str) -> str | None:
@@ -86,7 +86,7 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _code(package_directory: Path) -> dict[str, Any] | None:
+def _code_version(package_directory: Path) -> dict[str, Any] | None:
     top = _git(package_directory, "rev-parse", "--show-toplevel")
     # Installed into a virtual environment that lies in some other project, git would answer for that project.
     if top is None or Path(top).resolve() != package_directory.parent:
@@ -102,7 +102,7 @@ def _code(package_directory: Path) -> dict[str, Any] | None:
 
 def _git(directory: Path, *arguments: str) -> str | None:
     try:
-        done = subprocess.run(
+        result = subprocess.run(
             ["git", "-C", str(directory), *arguments],
             capture_output=True,
             text=True,
@@ -113,4 +113,4 @@ def _git(directory: Path, *arguments: str) -> str | None:
         )
     except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
         return None
-    return done.stdout.strip()
+    return result.stdout.strip()

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 Mode = Literal["online", "offline", "disabled"]
 # A day of one-second steps; a mirror that far behind is not coming back.
-MAX_WAITING = 100_000
+MAX_QUEUED = 100_000
 
 
 def wandb_run_id(identity: str) -> str:
@@ -41,12 +41,12 @@ class WandbMirror:
         run_id: str,
         directory: str | Path,
         config: dict[str, Any],
-        note: Callable[[str], None] | None = None,
+        log: Callable[[str], None] | None = None,
         close_seconds: float = 20.0,
     ) -> None:
-        self._note = note or (lambda text: None)
+        self._log = log or (lambda text: None)
         self._close_seconds = close_seconds
-        self._waiting: queue.Queue[dict[str, Any] | None] = queue.Queue(MAX_WAITING)
+        self._queue: queue.Queue[dict[str, Any] | None] = queue.Queue(MAX_QUEUED)
         self._failed = threading.Event()
         self._last_step = 0
         self._thread: threading.Thread | None = None
@@ -79,7 +79,7 @@ class WandbMirror:
         if thread is None:
             return
         try:
-            self._waiting.put_nowait(None)
+            self._queue.put_nowait(None)
         except queue.Full:
             self._fail("it is too far behind to be finished")
         thread.join(self._close_seconds)
@@ -90,21 +90,21 @@ class WandbMirror:
         if self._thread is None or self._failed.is_set():
             return
         try:
-            self._waiting.put_nowait(row)
+            self._queue.put_nowait(row)
         except queue.Full:
-            self._fail(f"{MAX_WAITING} rows wait for it")
+            self._fail(f"{MAX_QUEUED} rows wait for it")
 
     def _fail(self, why: str) -> None:
         if not self._failed.is_set():
             self._failed.set()
-            self._note(f"W&B mirror is off: {why}; the run goes on, metrics.jsonl is complete")
+            self._log(f"W&B mirror is off: {why}; the run continues, metrics.jsonl is complete")
 
     def _work(self, settings: dict[str, Any], directory: Path) -> None:
         try:
             run = self._start(settings, directory)
             if run is None:
                 return
-            while (row := self._waiting.get()) is not None:
+            while (row := self._queue.get()) is not None:
                 if self._failed.is_set():
                     break
                 run.log(row)
@@ -119,7 +119,8 @@ class WandbMirror:
             import wandb
         except ImportError:
             self._fail(
-                "the package wandb is not installed (pip install 'k2train[tracking]', or wandb.mode=disabled)"
+                "the package wandb is not installed (pip install 'k2train[tracking]', or "
+                "wandb.mode=disabled)"
             )
             return None
         quiet = wandb.Settings(

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from k2train.errors import RunError
-from k2train.run_lock.lease import NAME, Lease, held_by, read_holder
-from k2train.run_lock.process_identity import Holder, JobEnded, this_process
+from k2train.run_lock.lease import NAME, Lease, held_message, read_holder
+from k2train.run_lock.process_identity import JobEnded, ProcessIdentity, own_identity
 
 LOCK_NAME = "run.lock"
 NO_FLOCK = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL)
@@ -48,8 +48,8 @@ class RunLock:
         self._flock = flock
         self._lease = Lease(self.directory, self.facts, job_ended)
         self._descriptor: int | None = None
-        self._made: list[Path] = []
-        self._made_file = False
+        self._created_directories: list[Path] = []
+        self._created_file = False
 
     @property
     def held(self) -> bool:
@@ -67,9 +67,9 @@ class RunLock:
         return self._lease.taken_over_from
 
     @property
-    def told(self) -> str:
+    def takeover_message(self) -> str:
         """The same for people, with host and pid; "" after a clean end."""
-        return self._lease.told
+        return self._lease.takeover_message
 
     def check(self) -> None:
         """To be called before what must not be done by two. Raises RunError when the run is another holder's by now."""
@@ -84,22 +84,23 @@ class RunLock:
         """
         assert self._descriptor is None, f"{self.path} is held by this object already"
         try:
-            while not self._taken():
+            while not self._try_acquire():
                 pass
             self._write_holder()
         except RunError:
             # The directory is the other holder's, whoever of us made it.
-            self._made, self._made_file = [], False
-            self._give_up()
+            self._created_directories, self._created_file = [], False
+            self._undo()
             raise
         except BlockingIOError:
             # Whatever we made on the way is the holder's directory now.
-            self._made = []
+            self._created_directories = []
             raise RunError(self._held_by_another()) from None
         except OSError as error:
-            self._give_up()
+            self._undo()
             raise RunError(
-                f"{self.path} cannot be locked: {error.strerror}; choose another run.directory, on a file system that "
+                f"{self.path} cannot be locked: {error.strerror}; choose another run.directory, on "
+                "a file system that "
                 "you may write to"
             ) from None
         _close_in_forked_children(self)
@@ -113,16 +114,16 @@ class RunLock:
         """
         if self._descriptor is None:
             return
-        if discard_if_empty and self._lease.first and self._nothing_else():
+        if discard_if_empty and self._lease.first and self._holds_only_lock_files():
             self._lease.drop()
         self._lease.release()
         if discard_if_empty:
-            self._remove_made()
+            self._remove_created()
         else:
             os.ftruncate(self._descriptor, 0)
         os.close(self._descriptor)
         self._descriptor = None
-        self._made = []
+        self._created_directories = []
 
     def __enter__(self) -> Self:
         return self.acquire()
@@ -130,7 +131,7 @@ class RunLock:
     def __exit__(self, *_: object) -> None:
         self.release()
 
-    def _taken(self) -> bool:
+    def _try_acquire(self) -> bool:
         """Lock and lease; False when the directory went away in between, which is to be tried again."""
         self._descriptor = self._open_locked()
         try:
@@ -141,7 +142,7 @@ class RunLock:
             return False
         return True
 
-    def _nothing_else(self) -> bool:
+    def _holds_only_lock_files(self) -> bool:
         return all(
             path == self.path or NAME.fullmatch(path.name) for path in self.directory.iterdir()
         )
@@ -149,13 +150,13 @@ class RunLock:
     def _open_locked(self) -> int:
         while True:
             self._make_directory()
-            self._made_file = not self.path.exists()
+            self._created_file = not self.path.exists()
             try:
                 descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             except FileNotFoundError:
                 continue
             try:
-                self._lock(descriptor)
+                self._try_flock(descriptor)
                 if _is_file(descriptor, self.path):
                     return descriptor
             except BaseException:
@@ -164,7 +165,7 @@ class RunLock:
             # The holder discarded its directory between our open and our lock: what we locked has no name any more.
             os.close(descriptor)
 
-    def _lock(self, descriptor: int) -> None:
+    def _try_flock(self, descriptor: int) -> None:
         if self._flock is None:
             return
         try:
@@ -182,39 +183,39 @@ class RunLock:
                 if not path.is_dir():
                     raise
             else:
-                self._made.append(path)
+                self._created_directories.append(path)
 
     def _write_holder(self) -> None:
         assert self._descriptor is not None, "nothing to write to"
-        holder = this_process(self.facts) | {"token": self._lease.token}
+        holder = own_identity(self.facts) | {"token": self._lease.token}
         os.ftruncate(self._descriptor, 0)
         os.pwrite(self._descriptor, json.dumps(holder).encode() + b"\n", 0)
 
-    def _give_up(self) -> None:
+    def _undo(self) -> None:
         if self._lease.first:
             self._lease.drop()
         self._lease.release()
-        self._remove_made()
+        self._remove_created()
         if self._descriptor is not None:
             os.close(self._descriptor)
         self._descriptor = None
-        self._made = []
+        self._created_directories = []
 
-    def _remove_made(self) -> None:
+    def _remove_created(self) -> None:
         # The name goes while the lock is still held, so that nobody can take a lock that is about to lose its name.
         # What cannot be removed, because another run moved in or the disk refuses, stays: tidying must not raise.
         with contextlib.suppress(OSError):
-            if self._made_file:
+            if self._created_file:
                 self.path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
-            for path in reversed(self._made):
+            for path in reversed(self._created_directories):
                 path.rmdir()
 
     def _held_by_another(self) -> str:
-        return held_by(self.directory, _holder_in(self.path))
+        return held_message(self.directory, _read_holder(self.path))
 
 
-def _holder_in(path: Path) -> Holder | None:
+def _read_holder(path: Path) -> ProcessIdentity | None:
     try:
         return read_holder(path)
     except FileNotFoundError:

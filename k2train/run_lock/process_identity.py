@@ -16,17 +16,17 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-Holder = dict[str, Any]
+ProcessIdentity = dict[str, Any]
 JobEnded = Callable[[str], bool | None]
 """SLURM's word on a job id: ended, not ended, or None for not known."""
 
-FIRST_PID_SPACE = "pid:[4026531836]"
+HOST_PID_SPACE = "pid:[4026531836]"
 """The process id space of a kernel itself, with a number fixed in the kernel; a container has another one."""
 GONE = ("Z", "X", "x")
 """States in /proc/PID/stat of a process that runs no more and only waits to be collected."""
 
 
-def this_process(facts: Mapping[str, object]) -> Holder:
+def own_identity(facts: Mapping[str, object]) -> ProcessIdentity:
     """What names this process, and `facts` (`slurm_job_id`, `slurm_restart_count`) about its job."""
     return {
         "pid": os.getpid(),
@@ -44,10 +44,13 @@ def describe(holder: Mapping[str, Any]) -> str:
     """`pid 12 on this host (node7), SLURM job 345, since 2031-...`."""
     where = "this host" if holder.get("boot_id") == boot_id() else "another host"
     job = f", SLURM job {holder['slurm_job_id']}" if holder.get("slurm_job_id") else ""
-    return f"pid {holder.get('pid')} on {where} ({holder.get('host')}){job} since {holder.get('start_time')}"
+    return (
+        f"pid {holder.get('pid')} on {where} ({holder.get('host')}){job} since "
+        f"{holder.get('start_time')}"
+    )
 
 
-def kernel_verdict(holder: Mapping[str, Any]) -> bool | None:
+def is_alive(holder: Mapping[str, Any]) -> bool | None:
     """True: alive, False: gone, None: this kernel cannot see that process."""
     if (
         holder.get("boot_id") != boot_id()
@@ -59,7 +62,7 @@ def kernel_verdict(holder: Mapping[str, Any]) -> bool | None:
     return began is not None and began == holder.get("began_ticks")
 
 
-def ended_elsewhere(
+def proof_of_end(
     holder: Mapping[str, Any], here: Mapping[str, Any], job_ended: JobEnded | None
 ) -> str:
     """Why a holder that this kernel cannot see must be gone, if its beat stands still; "" when nothing shows it."""
@@ -82,12 +85,12 @@ def ended_elsewhere(
 def _same_machine(holder: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
     machine = holder.get("machine_id")
     same = bool(machine) and (machine, holder.get("host")) == (here["machine_id"], here["host"])
-    return same and holder.get("pid_space") == FIRST_PID_SPACE
+    return same and holder.get("pid_space") == HOST_PID_SPACE
 
 
 def _other_cluster(holder: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
     # Two clusters count their jobs each for itself.
-    names = [one.get("slurm_cluster") for one in (holder, here)]
+    names = [identity.get("slurm_cluster") for identity in (holder, here)]
     return None not in names and names[0] != names[1]
 
 

@@ -15,91 +15,93 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from k2train.watchdog.hang_analysis import Suspect
-from k2train.watchdog.heartbeat import Process, Record, Seen, state_of
+from k2train.watchdog.hang_analysis import FaultyRank
+from k2train.watchdog.heartbeat import Heartbeat, Process, RankStatus, process_state
 
-VERDICT = "verdict.json"
+REPORT_NAME = "verdict.json"
 STACKS_SIGNAL = signal.SIGRTMIN + 5
 """On it a rank writes its stacks to its file; nothing else uses it."""
 STACKS_SECONDS = 0.5
 
-Mark = tuple[int, int] | None
+ReportId = tuple[int, int] | None
 
 
-def mark_of(directory: Path) -> Mark:
+def report_id(directory: Path) -> ReportId:
     """Which verdict lies there: tells a new one from one of an earlier start."""
     try:
-        facts = os.stat(directory / VERDICT)
+        facts = os.stat(directory / REPORT_NAME)
     except OSError:
         return None
     return facts.st_ino, facts.st_mtime_ns
 
 
-def keep_earlier(directory: Path) -> None:
+def archive_report(directory: Path) -> None:
     """Put a verdict of an earlier start out of the way, for people to find; after `read_verdict`. Raises OSError."""
     with contextlib.suppress(FileNotFoundError):
-        os.replace(directory / VERDICT, directory / f"earlier_{VERDICT}")
+        os.replace(directory / REPORT_NAME, directory / f"earlier_{REPORT_NAME}")
 
 
-def read_verdict(directory: Path) -> dict[str, Any] | None:
+def read_report(directory: Path) -> dict[str, Any] | None:
     """What was said at the end of the run; None when nothing was."""
     try:
-        found = json.loads((directory / VERDICT).read_bytes())
+        report = json.loads((directory / REPORT_NAME).read_bytes())
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) else None
+    return report if isinstance(report, dict) else None
 
 
-def verdict_of(
-    line: str, found: Iterable[Suspect], seen: Mapping[int, Seen], own: Record
+def build_report(
+    line: str, faulty: Iterable[FaultyRank], statuses: Mapping[int, RankStatus], reporter: Heartbeat
 ) -> dict[str, Any]:
     """The content of the file: the line, the ranks it is about, and where every rank was; told by the rank of `own`.
 
     `attempt`: the start that ended so, 0 where it had no number yet.
     """
     ranks = []
-    for rank, one in sorted(seen.items()):
+    for rank, one in sorted(statuses.items()):
         record = one.record
-        place = (
+        position = (
             None
             if record is None
             else [record.phase, record.step, record.count, record.current or record.last]
         )
-        ranks.append([rank, place, one.process, round(one.silent_seconds, 1)])
+        ranks.append([rank, position, one.process, round(one.silent_seconds, 1)])
     return {
         "line": line,
-        "suspects": [{"rank": one.rank, "kind": one.kind} for one in found],
-        "told_by": own.rank,
-        "attempt": own.attempt,
-        "wall": own.wall,
+        "suspects": [{"rank": one.rank, "kind": one.kind} for one in faulty],
+        "told_by": reporter.rank,
+        "attempt": reporter.attempt,
+        "wall": reporter.wall,
         "ranks": ranks,
     }
 
 
-def tell_once(directory: Path, verdict: Mapping[str, Any], stale: Mark) -> bool:
+def publish_report(directory: Path, report: Mapping[str, Any], earlier: ReportId) -> bool:
     """Write the verdict, unless another rank has; True for the rank that did, which is to say it aloud.
 
     `stale` is the verdict of an earlier start. Where the directory cannot be written to, every rank speaks.
     """
-    aside = directory / f"{VERDICT}.{verdict['told_by']}.tmp"
+    temporary = directory / f"{REPORT_NAME}.{report['told_by']}.tmp"
     try:
-        aside.write_text(json.dumps(verdict) + "\n")
-        if stale is not None and mark_of(directory) == stale:
-            (directory / VERDICT).unlink(missing_ok=True)
+        temporary.write_text(json.dumps(report) + "\n")
+        if earlier is not None and report_id(directory) == earlier:
+            (directory / REPORT_NAME).unlink(missing_ok=True)
         try:
-            os.link(aside, directory / VERDICT)
+            os.link(temporary, directory / REPORT_NAME)
         except FileExistsError:
             return False
         finally:
-            aside.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
     except OSError:
         pass
     return True
 
 
-def end_processes(processes: Iterable[Process], reader: Process) -> None:
+def kill_processes(processes: Iterable[Process], reader: Process) -> None:
     """End those of `processes` that run on this machine: stacks, then SIGKILL. One that is not there is left out."""
-    handles = [handle for process in processes if (handle := _handle(process, reader)) is not None]
+    handles = [
+        handle for process in processes if (handle := _open_process(process, reader)) is not None
+    ]
     try:
         for handle in handles:
             _send(handle, STACKS_SIGNAL)
@@ -113,7 +115,7 @@ def end_processes(processes: Iterable[Process], reader: Process) -> None:
             os.close(handle)
 
 
-def _handle(process: Process, reader: Process) -> int | None:
+def _open_process(process: Process, reader: Process) -> int | None:
     if process == reader:
         return None
     try:
@@ -121,7 +123,7 @@ def _handle(process: Process, reader: Process) -> int | None:
     except OSError:
         return None
     # Asked after the handle is held: from here on it cannot mean another process.
-    if state_of(process, reader) in ("running", "stopped"):
+    if process_state(process, reader) in ("running", "stopped"):
         return handle
     os.close(handle)
     return None

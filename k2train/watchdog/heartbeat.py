@@ -52,7 +52,7 @@ def this_process() -> Process:
     )
 
 
-def state_of(process: Process, reader: Process) -> ProcessState:
+def process_state(process: Process, reader: Process) -> ProcessState:
     """What became of `process`, as far as the process `reader`, which asks, can see it; "" on another machine."""
     if not process.boot_id or (process.boot_id, process.pid_namespace) != (
         reader.boot_id,
@@ -90,7 +90,7 @@ def _pid_namespace() -> str:
 
 
 @dataclass(frozen=True)
-class Record:
+class Heartbeat:
     """What a rank says of itself. `count`, `current`, `last`: of its collectives, see `parallel.comm`.
 
     `state`: "" at work, "stalled" over its limit, "leaving" after another was lost, "failed" by itself (`problem`), "closed".
@@ -122,15 +122,15 @@ class Record:
         """Whether the rank has not said that it leaves."""
         return self.state in OPEN_STATES
 
-    def who(self) -> str:
+    def rank_text(self) -> str:
         """`rank 2 (pid 123 on host n1)`."""
         return f"rank {self.rank} (pid {self.process.pid} on host {self.process.host})"
 
-    def where(self) -> str:
+    def phase_text(self) -> str:
         """`step 41, forward/backward`."""
         return f"step {self.step}, {PHASES.get(self.phase, self.phase)}"
 
-    def exchange(self) -> str:
+    def collective_text(self) -> str:
         """`in collective 1234 all-reduce tp`, or the last one there was."""
         if self.current:
             return f"in collective {self.count} {self.current}"
@@ -151,19 +151,19 @@ def stacks_path(directory: Path, rank: int) -> Path:
     return directory / f"stacks_rank_{rank:05d}.txt"
 
 
-def encode(record: Record) -> bytes:
+def encode(record: Heartbeat) -> bytes:
     """The LENGTH_BYTES of a file: one JSON object, filled up with spaces before its checksum."""
-    plain: dict[str, Any] = dataclasses.asdict(record)
-    plain["seconds"] = round(record.seconds, 3)
-    plain["facts"] = {
+    fields: dict[str, Any] = dataclasses.asdict(record)
+    fields["seconds"] = round(record.seconds, 3)
+    fields["facts"] = {
         str(key)[:40]: str(value)[:80] for key, value in list(record.facts.items())[:6]
     }
     for key in ("current", "last", "problem", "phase"):
-        plain[key] = plain[key][:TEXT_LIMIT]
-    text = json.dumps(plain).encode()
+        fields[key] = fields[key][:TEXT_LIMIT]
+    text = json.dumps(fields).encode()
     if len(text) > LENGTH_BYTES - CHECK_BYTES:
         text = json.dumps(
-            plain | {"facts": {}, "problem": plain["problem"][:40], "wall": ""}
+            fields | {"facts": {}, "problem": fields["problem"][:40], "wall": ""}
         ).encode()
     return text[:-1].ljust(LENGTH_BYTES - CHECK_BYTES) + _check(text)
 
@@ -172,19 +172,19 @@ def _check(text: bytes) -> bytes:
     return f', "check": "{zlib.crc32(text):08x}"}}\n'.encode()
 
 
-def decode(data: bytes) -> Record | None:
+def decode(data: bytes) -> Heartbeat | None:
     """The record in the bytes of a file; None where they are not a whole one."""
     text = data[:-CHECK_BYTES].rstrip(b" ") + b"}"
     if len(data) != LENGTH_BYTES or data[-CHECK_BYTES:] != _check(text):
         return None
     try:
-        plain = json.loads(text)
-        return Record(**{**plain, "process": Process(**plain["process"])})
+        fields = json.loads(text)
+        return Heartbeat(**{**fields, "process": Process(**fields["process"])})
     except (ValueError, TypeError, KeyError):
         return None
 
 
-def write_record(directory: Path, record: Record) -> None:
+def write_heartbeat(directory: Path, record: Heartbeat) -> None:
     """Write a rank's file in place. Raises OSError."""
     descriptor = os.open(
         heartbeat_path(directory, record.rank), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644
@@ -195,7 +195,7 @@ def write_record(directory: Path, record: Record) -> None:
         os.close(descriptor)
 
 
-def read_record(directory: Path, rank: int) -> Record | None:
+def read_heartbeat(directory: Path, rank: int) -> Heartbeat | None:
     """What a rank said last; None when it has said nothing, or is writing just now."""
     try:
         return decode(heartbeat_path(directory, rank).read_bytes())
@@ -203,15 +203,15 @@ def read_record(directory: Path, rank: int) -> Record | None:
         return None
 
 
-def _place(record: Record) -> tuple[int, str, int, int]:
+def _position(record: Heartbeat) -> tuple[int, str, int, int]:
     return record.count, record.phase, record.step, record.progress
 
 
 @dataclass(frozen=True)
-class Seen:
+class RankStatus:
     """One rank as an observer sees it."""
 
-    record: Record | None
+    record: Heartbeat | None
     silent_seconds: float
     """For how long its beat has not changed while it was observed."""
     process: ProcessState
@@ -224,34 +224,34 @@ class Observer:
 
     def __init__(self, directory: Path, ranks: int, reader: Process, clock: Callable[[], float]):
         self.directory, self.ranks, self.reader, self.clock = directory, ranks, reader, clock
-        self._first: dict[int, Record] = {}
-        self._last: dict[int, Record] = {}
-        self._changed: dict[int, float] = {}
+        self._first: dict[int, Heartbeat] = {}
+        self._last: dict[int, Heartbeat] = {}
+        self._changed_at: dict[int, float] = {}
         self.began = clock()
 
     def sample(self) -> None:
         """Read all files once."""
         for rank in range(self.ranks):
-            record = read_record(self.directory, rank)
+            record = read_heartbeat(self.directory, rank)
             if record is None:
                 continue
             self._first.setdefault(rank, record)
             before = self._last.get(rank)
             if before is None or (before.process, before.beat) != (record.process, record.beat):
-                self._changed[rank] = self.clock()
+                self._changed_at[rank] = self.clock()
             self._last[rank] = record
 
-    def seen(self) -> dict[int, Seen]:
+    def statuses(self) -> dict[int, RankStatus]:
         """What is known of every rank by now."""
-        now, found = self.clock(), {}
+        now, result = self.clock(), {}
         for rank in range(self.ranks):
             last = self._last.get(rank)
             if last is None:
-                found[rank] = Seen(None, now - self.began, "", False)
+                result[rank] = RankStatus(None, now - self.began, "", False)
                 continue
             first = self._first[rank]
-            moving = _place(first) != _place(last)
-            found[rank] = Seen(
-                last, now - self._changed[rank], state_of(last.process, self.reader), moving
+            moving = _position(first) != _position(last)
+            result[rank] = RankStatus(
+                last, now - self._changed_at[rank], process_state(last.process, self.reader), moving
             )
-        return found
+        return result

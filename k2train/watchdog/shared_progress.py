@@ -10,7 +10,7 @@ import mmap
 import os
 from dataclasses import replace
 
-from k2train.watchdog.heartbeat import Process, Record, state_of
+from k2train.watchdog.heartbeat import Heartbeat, Process, process_state
 from k2train.watchdog.timeouts import CLOCKS
 
 COUNT, STEP, PHASE = 0, 1, 2
@@ -30,7 +30,7 @@ class SharedProgress:
             "q"
         )
 
-    def put(self, phase: str, step: int) -> None:
+    def update(self, phase: str, step: int) -> None:
         """Say where the rank is."""
         self.cells[STEP] = step
         self.cells[PHASE] = PHASES.index(phase)
@@ -47,15 +47,15 @@ class PeerProgress:
 
     def __init__(self, reader: Process):
         self._reader = reader
-        self._mapped: dict[Process, mmap.mmap] = {}
+        self._maps: dict[Process, mmap.mmap] = {}
 
-    def hold(self, record: Record) -> None:
+    def attach(self, record: Heartbeat) -> None:
         """Map those of the rank of `record`, if it runs here and has not been mapped."""
         process = record.process
         if (
-            process in self._mapped
+            process in self._maps
             or record.live < 0
-            or state_of(process, self._reader) not in ("running", "stopped")
+            or process_state(process, self._reader) not in ("running", "stopped")
         ):
             return
         with contextlib.suppress(OSError, ValueError):
@@ -63,16 +63,16 @@ class PeerProgress:
                 f"/proc/{process.pid}/fd/{record.live}", os.O_RDONLY | os.O_CLOEXEC
             )
             try:
-                self._mapped[process] = mmap.mmap(descriptor, SIZE, access=mmap.ACCESS_READ)
+                self._maps[process] = mmap.mmap(descriptor, SIZE, access=mmap.ACCESS_READ)
             finally:
                 os.close(descriptor)
 
-    def fresh(self, record: Record) -> Record:
+    def refresh(self, record: Heartbeat) -> Heartbeat:
         """The record with step, phase and number of collectives as they are now, where they are held."""
-        mapped = self._mapped.get(record.process)
-        if mapped is None:
+        mapping = self._maps.get(record.process)
+        if mapping is None:
             return record
-        with memoryview(mapped) as whole, whole.cast("q") as cells:
+        with memoryview(mapping) as whole, whole.cast("q") as cells:
             count, step, phase = cells[COUNT], cells[STEP], cells[PHASE]
         # The name is of the number that was written with it.
         same = count == record.count
