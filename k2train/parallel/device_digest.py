@@ -115,6 +115,7 @@ class StateDigest:
         )
 
         for slot in self.shard_layout.slots:
+            # A tensor that every tensor-parallel rank holds whole is counted once.
             if slot.param_slice.dim is None and self.tp.rank != 0:
                 continue
             for number, state in enumerate(self.states):

@@ -125,7 +125,7 @@ class ReplicaCheck:
             weights = slot.param_slice.of(slot.parameter.data)
             used[number] = tensor_sums(weights, 0, 0, self._factors)
             if weights.numel():
-                # Of values of which one is not a number neither extreme is: one pass, no mask.
+                # One NaN makes both extremes NaN: one pass, no mask.
                 finite[number] = torch.stack(torch.aminmax(weights)).isfinite().all()
             rounded = self.shard_layout.local(master, slot).to(weights.dtype)
             expected[number] = tensor_sums(
@@ -217,8 +217,7 @@ def _weight_findings(
         accused += broken
         found.append(f"weights of {name} are not finite on {_ranks(broken)}")
 
-    # A copy is good when it is what the master weights say. Without a good one the majority
-    # decides.
+    # A copy is good when it has the expected digest. Without a good one the majority decides.
     good = [rank for rank, copy in reports.items() if copy.used == copy.expected]
     odd = (
         [rank for rank in reports if rank not in good]

@@ -506,8 +506,8 @@ def test_data_without_borders_is_one_line_before_any_process(tmp_path: Path) -> 
 
 
 def test_it_belongs_to_the_identity_of_a_run(tmp_path: Path) -> None:
-    """Catches a restart that continues with other attention, or over other borders, as if it were the
-    same run.
+    """Catches a restart that continues with other attention or over other borders, as if it were
+    the same run.
     """
     manifest = corpus_with_borders(tmp_path / "data")
     attend, block = (
