@@ -125,6 +125,7 @@ def _nearest_key(path: Path) -> str | None:
         if kind
         for inner in kind.model_fields
     }
+    # A name that exists in another section is more likely than a similar one in this section.
     if name not in elsewhere:
         close = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.5)
         if close:
@@ -235,6 +236,7 @@ def _load(path: str, overrides: Sequence[str]) -> tuple[Config, Source]:
 
     if mistakes or config is None:
         order = ["", *overrides]
+        # Mistakes of the file by line, then those of the overrides in their order.
         mistakes.sort(
             key=lambda mistake: (order.index(mistake.origin.override), mistake.origin.line)
         )

@@ -401,6 +401,7 @@ def world_mistakes(values: Values, world_size: int) -> list[str]:
     # An interleaved schedule processes micro-batches in groups of one per pipeline rank.
     group = pipeline if interleaved else 1
 
+    # Either the batch does not divide, or its micro-batches do not fit the schedule.
     if total % (data * micro):
         problem = (
             f"batch.global_sequences ({total}) must be divisible by data-parallel size ({data})"

@@ -127,6 +127,7 @@ def format_value(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(format_value(item) for item in value) + "]"
 
+    # Unquoted only if YAML 1.2 and 1.1 both read it back as this text.
     plain = _PLAIN_TEXT.fullmatch(value) and parse_scalar(value) == value
     if plain and _YAML_11.resolve(yaml.ScalarNode, value, (True, False)) == _YAML_11_TEXT:
         return str(value)
@@ -220,6 +221,7 @@ class _Reader:
                 self.source.broken.add(path)
                 return _BROKEN
             return items
+        # Quoted text stays text.
         return node.value if node.style else parse_scalar(node.value)
 
     def item(self, node: Any, path: Path) -> Any:
@@ -235,6 +237,7 @@ class _Reader:
                 self.mistake(key_node, path, "a key must be plain text")
                 continue
             key = key_node.value
+            # The first of two equal keys counts.
             if key in first_lines:
                 self.mistake(
                     key_node,
@@ -308,6 +311,7 @@ def _apply_override(source: Source, override: str) -> None:
         )
         return
 
+    # Walk to the key's section, creating what is missing.
     parent: Any = source.tree
     for length in range(1, len(path)):
         if parent.get(path[length - 1]) is None:
