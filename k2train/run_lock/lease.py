@@ -1,10 +1,13 @@
-"""The lease of a run directory: `lease_000007.json` names who may write there, and 7 is its fencing token.
+"""Lease of a run directory: `lease_000007.json` names its holder, and 7 is its fencing token.
 
-It decides where flock does not reach, between two hosts of a shared file system, and it tells a process that was stopped
-and woken again that the run belongs to another by now (`check`). Taking it means making the file of the next number,
-whole and with its content, by a hard link, which exactly one of many can do on a local disk, NFS or Lustre; the highest
-number counts, it is never given out twice, and stays on the disk after the end. The holder renews a counter in its file.
-A holder is pushed aside only when it is shown to be gone (see `holder`), never because time has passed.
+- It decides where flock does not reach: between two hosts of a shared file system. It also tells a
+  process that was stopped and resumed that the run has another owner by now (`check`).
+- Taking it creates the file of the next number, complete with its content, by a hard link. Exactly
+  one of many processes can do so on a local disk, NFS or Lustre.
+- The highest number counts. It is never reused, and stays on the disk after the end.
+- The holder renews a counter in its file.
+- A holder is replaced only when it is shown to be gone (see `process_identity`), never because time
+  has passed.
 """
 
 import contextlib
@@ -36,7 +39,7 @@ BLOCK_BYTES = 2048
 
 
 class LeaseFile(NamedTuple):
-    """One lease file. `ended`: a person has declared its holder gone by giving it that name."""
+    """One lease file. `ended`: a person declared its holder gone by renaming it."""
 
     token: int
     path: Path
@@ -44,7 +47,7 @@ class LeaseFile(NamedTuple):
 
 
 class Lease:
-    """The lease of one run directory, which must exist; `take`, `check`, `release`."""
+    """Lease of one run directory, which must exist; `take`, `check`, `release`."""
 
     def __init__(
         self,
@@ -64,9 +67,11 @@ class Lease:
         self._renewal: _Renewal | None = None
 
     def take(self) -> None:
-        """Become the holder. Raises RunError within two seconds (and what `job_ended` takes), naming the holder, while another one may be alive.
+        """Become the holder.
 
-        Raises FileNotFoundError when the directory went away meanwhile, other OSErrors when the disk refuses.
+        Raises RunError within two seconds (plus the time of `job_ended`), naming the holder, while
+        another holder may be alive. Raises FileNotFoundError when the directory disappears, and
+        other OSErrors on disk errors.
         """
         while True:
             previous = newest_lease(self.directory)
@@ -76,19 +81,26 @@ class Lease:
                 continue
             if newest_lease(self.directory) == own_file:
                 break
-            # The number before ours was given out and taken away again since we looked: a higher one counts.
+
+            # A lower number was created and removed since the last listing; a higher one counts.
             self.drop()
+
         self.token, self.first = own_file.token, previous is None
         if previous is not None and reason:
             self.taken_over_from = {"token": previous.token, "reason": reason}
+
         self._remove_old_files(own_file)
 
     def check(self) -> None:
-        """Raises RunError when the run is not ours any more: a later token, or our file renamed or removed."""
+        """Raise RunError when the run has another owner.
+
+        That is a later token, or our file renamed or removed.
+        """
         assert self._lease_file is not None and self._renewal is not None, "the lease is not held"
         current = newest_lease(self.directory)
         if current == self._lease_file and self._renewal.is_file(current.path):
             return
+
         if current is None or current.token <= self.token:
             what = f"{self._lease_file.path.name} was renamed or removed by hand"
         else:
@@ -96,19 +108,20 @@ class Lease:
                 f"it was taken over by {_describe_owner(read_holder(current.path))} (token "
                 f"{current.token})"
             )
+
         raise RunError(
             f"{self.directory} no longer belongs to this run (token {self.token}): {what}; "
             "this process may not write there any more, so it ends"
         )
 
     def release(self) -> None:
-        """Say that nobody holds the run; the file stays, for the number, and names no host any more."""
+        """Mark the run as released. The file keeps its number but no longer names a host."""
         if self._renewal is not None:
             self._renewal.end({"token": self.token, "released": True})
         self._renewal = None
 
     def drop(self) -> None:
-        """Take the file itself away: of a lease that lost the race, or of a start that leaves nothing behind."""
+        """Remove the lease file of a lost race, or of a start that leaves nothing behind."""
         if self._renewal is None or self._lease_file is None:
             return
         own_file = self._renewal.is_file(self._lease_file.path)
@@ -118,27 +131,34 @@ class Lease:
             self._lease_file.path.unlink(missing_ok=True)
 
     def forget(self) -> None:
-        """In a forked child: the file is the parent's."""
+        """Close the file in a forked child: it belongs to the parent."""
         if self._renewal is not None:
             os.close(self._renewal.descriptor)
         self._renewal = None
 
     def _free_reason(self, lease_file: LeaseFile) -> str:
-        """ "" when it was released, else why its holder is gone. Raises RunError when it may be alive."""
+        """Why the holder is gone, "" when it released the lease.
+
+        Raises RunError when it may be alive.
+        """
         if lease_file.ended:
             return "a person declared it ended"
+
         try:
             holder = read_holder(lease_file.path)
         except FileNotFoundError:
             return ""
+
         if holder is None:
             raise RunError(
                 f"{lease_file.path} is damaged and does not name the holder; once no job trains "
                 "there: "
                 f"{_end_command(lease_file)}"
             )
+
         if holder.get("released") is True:
             return ""
+
         alive = is_alive(holder)
         if alive is False:
             reason = "that process is gone"
@@ -148,13 +168,17 @@ class Lease:
                 raise RunError(self._unresponsive_message(lease_file, holder))
         else:
             raise RunError(held_message(self.directory, holder))
+
         self.takeover_message = (
             f"took the run over from {describe(holder)} (token {lease_file.token}): {reason}"
         )
         return reason
 
     def _is_renewed(self, path: Path, holder: ProcessIdentity) -> bool:
-        """Whether the counter moves, or the file is released or replaced, while we watch."""
+        """Whether the holder shows activity within the waiting time.
+
+        Its counter changes, or the file is released or replaced.
+        """
         until = self.clock() + RENEWAL_WAIT_SECONDS
         while self.clock() < until:
             time.sleep(0.1)
@@ -164,6 +188,7 @@ class Lease:
                 return True
             if current is None or current.get("beat") != holder.get("beat"):
                 return True
+
         return False
 
     def _unresponsive_message(self, lease_file: LeaseFile, holder: ProcessIdentity) -> str:
@@ -176,14 +201,16 @@ class Lease:
         )
 
     def _create(self, token: int) -> LeaseFile | None:
-        """The file of `token` with its content, on the disk; None when another process has it."""
+        """Create the file of `token` durably with its content; None when another process has it."""
         path = self.directory / f"lease_{token:06d}.json"
         temporary = self.directory / f".lease_{uuid4().hex}.tmp"
         content = {"token": token, "released": False, "beat": 0, **own_identity(self.facts)}
         descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+
         try:
             os.pwrite(descriptor, _block(content), 0)
             os.fsync(descriptor)
+            # The link publishes the complete file, or fails when the number is taken.
             os.link(temporary, path)
         except BaseException as error:
             os.close(descriptor)
@@ -193,6 +220,7 @@ class Lease:
         finally:
             with contextlib.suppress(OSError):
                 temporary.unlink()
+
         sync_directory(self.directory)
         self._lease_file = LeaseFile(token, path, False)
         self._renewal = _Renewal(descriptor, content)
@@ -201,6 +229,7 @@ class Lease:
     def _remove_old_files(self, own_file: LeaseFile) -> None:
         for path in self.directory.iterdir():
             match = NAME.fullmatch(path.name)
+            # Lower numbers no longer count; temporary files are left by killed starts.
             old = match is not None and int(match[1]) < own_file.token
             if old or (path.name.startswith(".lease_") and path.suffix == ".tmp"):
                 with contextlib.suppress(OSError):
@@ -208,9 +237,10 @@ class Lease:
 
 
 class _Renewal:
-    """The open file of a held lease, and the thread that renews its counter in place.
+    """Open file of a held lease, and the thread that renews its counter in place.
 
-    In place, so that a holder that wakes up late writes into a file that lost its name, and never makes the name again.
+    In place: a holder that resumes late writes to a file that has lost its name, and never
+    recreates the name.
     """
 
     def __init__(self, descriptor: int, content: ProcessIdentity) -> None:
@@ -221,14 +251,14 @@ class _Renewal:
         self._thread.start()
 
     def is_file(self, path: Path) -> bool:
-        """Whether the file of that name is the one that we renew."""
+        """Whether the file of that name is the one being renewed."""
         try:
             return os.path.samestat(os.fstat(self.descriptor), os.stat(path))
         except FileNotFoundError:
             return False
 
     def end(self, last: ProcessIdentity | None) -> None:
-        """Stop, write `last` if there is one, and close."""
+        """Stop, write `last` if given, and close."""
         self._ended.set()
         self._thread.join()
         if last is not None:
@@ -239,18 +269,19 @@ class _Renewal:
     def _work(self) -> None:
         while not self._ended.wait(RENEW_SECONDS):
             self._content["beat"] += 1
-            # A beat that the disk refuses is one that others do not see: they then find no proof, and stay out.
+            # A failed renewal is invisible to others. They then find no proof that we are gone and
+            # stay out.
             with contextlib.suppress(OSError):
                 self._write(self._content)
 
     def _write(self, content: ProcessIdentity) -> None:
         os.pwrite(self.descriptor, _block(content), 0)
-        # NFS shows a change to others when it is synced or the file is closed.
+        # NFS publishes a change when it is synced or the file is closed.
         os.fdatasync(self.descriptor)
 
 
 def newest_lease(directory: Path) -> LeaseFile | None:
-    """The lease that counts: the highest number there is."""
+    """The lease that counts: the one with the highest number."""
     found = [(match, path) for path in directory.iterdir() if (match := NAME.fullmatch(path.name))]
     lease_files = [LeaseFile(int(match[1]), path, match[2] == "ended") for match, path in found]
     return max(
@@ -259,9 +290,9 @@ def newest_lease(directory: Path) -> LeaseFile | None:
 
 
 def read_holder(path: Path) -> ProcessIdentity | None:
-    """Who is named in a lease or lock file; tried for a moment, since it may be half written just now.
+    """Read the holder named in a lease or lock file, retrying a half-written one for a moment.
 
-    None when the file says nothing that can be understood. Raises FileNotFoundError.
+    None when the content is not valid. Raises FileNotFoundError.
     """
     for _ in range(10):
         try:
@@ -272,6 +303,7 @@ def read_holder(path: Path) -> ProcessIdentity | None:
             time.sleep(0.03)
             continue
         return holder if isinstance(holder, dict) and _is_whole(holder) else None
+
     return None
 
 
@@ -281,12 +313,13 @@ def _first_block(path: Path) -> bytes:
 
 
 def held_message(directory: Path, holder: ProcessIdentity | None) -> str:
-    """One line for who comes second."""
+    """Error message for a second job that tries to use this run directory."""
     if holder is None:
         return (
             f"{directory} is held by a live run of unknown identity; wait, or choose another "
             "run.name"
         )
+
     return (
         f"{directory} is held by a live run: {describe(holder)}; stop it with `kill -TERM "
         f"{holder.get('pid')}` there "
@@ -309,7 +342,7 @@ def _end_command(lease_file: LeaseFile) -> str:
 
 
 def _block(content: ProcessIdentity) -> bytes:
-    """JSON padded to one block: renewed in one write, it is never shorter or longer than before."""
+    """JSON padded to one block. Renewed in one write, it never changes its length."""
     text = json.dumps(content).encode()
     assert len(text) < BLOCK_BYTES, f"{len(text)} bytes about a holder"
     return text.ljust(BLOCK_BYTES - 1) + b"\n"

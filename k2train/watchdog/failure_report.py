@@ -1,9 +1,12 @@
-"""The end of a run that cannot go on: one rank says why, in one line and `watch/verdict.json`; what hangs is ended.
+"""Failure report: why the run ended, written by one rank to `watch/verdict.json`.
 
-Ranks share nothing any more but the run directory, so the one that gives the file its name first is the one that speaks:
-a link either makes the name or fails. Processes are ended by a handle that cannot pass to another process, after their
-identity was checked, and are asked for their Python stacks first: the handler of that signal is C, so it answers also
-where Python code cannot run.
+- Hung processes are killed.
+- The ranks then share only the run directory. The rank whose hard link creates the file is the one
+  that reports: a link either creates the name or fails.
+- Processes are killed through a pidfd, which cannot pass to another process, after their identity
+  was checked.
+- They are asked for their Python stacks first. The handler of that signal is written in C, so it
+  works where Python code cannot run.
 """
 
 import contextlib
@@ -20,14 +23,14 @@ from k2train.watchdog.heartbeat import Heartbeat, Process, RankStatus, process_s
 
 REPORT_NAME = "verdict.json"
 STACKS_SIGNAL = signal.SIGRTMIN + 5
-"""On it a rank writes its stacks to its file; nothing else uses it."""
+"""Signal on which a rank writes its stacks to its file. It has no other use."""
 STACKS_SECONDS = 0.5
 
 ReportId = tuple[int, int] | None
 
 
 def report_id(directory: Path) -> ReportId:
-    """Which verdict lies there: tells a new one from one of an earlier start."""
+    """Identify the current report file, to tell a new report from one of an earlier start."""
     try:
         facts = os.stat(directory / REPORT_NAME)
     except OSError:
@@ -36,13 +39,16 @@ def report_id(directory: Path) -> ReportId:
 
 
 def archive_report(directory: Path) -> None:
-    """Put a verdict of an earlier start out of the way, for people to find; after `read_verdict`. Raises OSError."""
+    """Rename the report of an earlier start, keeping it for people. Call after `read_report`.
+
+    Raises OSError.
+    """
     with contextlib.suppress(FileNotFoundError):
         os.replace(directory / REPORT_NAME, directory / f"earlier_{REPORT_NAME}")
 
 
 def read_report(directory: Path) -> dict[str, Any] | None:
-    """What was said at the end of the run; None when nothing was."""
+    """Read the failure report of a run; None when there is none."""
     try:
         report = json.loads((directory / REPORT_NAME).read_bytes())
     except (OSError, ValueError):
@@ -53,9 +59,9 @@ def read_report(directory: Path) -> dict[str, Any] | None:
 def build_report(
     line: str, faulty: Iterable[FaultyRank], statuses: Mapping[int, RankStatus], reporter: Heartbeat
 ) -> dict[str, Any]:
-    """The content of the file: the line, the ranks it is about, and where every rank was; told by the rank of `own`.
+    """Content of the report file: the message, the faulty ranks, and the position of every rank.
 
-    `attempt`: the start that ended so, 0 where it had no number yet.
+    `attempt` is the start that failed, 0 when it had no number yet.
     """
     ranks = []
     for rank, one in sorted(statuses.items()):
@@ -66,6 +72,7 @@ def build_report(
             else [record.phase, record.step, record.count, record.current or record.last]
         )
         ranks.append([rank, position, one.process, round(one.silent_seconds, 1)])
+
     return {
         "line": line,
         "suspects": [{"rank": one.rank, "kind": one.kind} for one in faulty],
@@ -77,15 +84,18 @@ def build_report(
 
 
 def publish_report(directory: Path, report: Mapping[str, Any], earlier: ReportId) -> bool:
-    """Write the verdict, unless another rank has; True for the rank that did, which is to say it aloud.
+    """Write the report unless another rank has; True for the rank that must also print it.
 
-    `stale` is the verdict of an earlier start. Where the directory cannot be written to, every rank speaks.
+    `earlier` identifies the report of an earlier start. In a read-only directory every rank prints.
     """
     temporary = directory / f"{REPORT_NAME}.{report['told_by']}.tmp"
     try:
         temporary.write_text(json.dumps(report) + "\n")
         if earlier is not None and report_id(directory) == earlier:
+            # Only the report of an earlier start may be removed, never that of another rank of this
+            # start.
             (directory / REPORT_NAME).unlink(missing_ok=True)
+
         try:
             os.link(temporary, directory / REPORT_NAME)
         except FileExistsError:
@@ -94,17 +104,22 @@ def publish_report(directory: Path, report: Mapping[str, Any], earlier: ReportId
             temporary.unlink(missing_ok=True)
     except OSError:
         pass
+
     return True
 
 
 def kill_processes(processes: Iterable[Process], reader: Process) -> None:
-    """End those of `processes` that run on this machine: stacks, then SIGKILL. One that is not there is left out."""
+    """Kill those `processes` that run on this machine: first dump their stacks, then SIGKILL.
+
+    Missing processes are skipped.
+    """
     handles = [
         handle for process in processes if (handle := _open_process(process, reader)) is not None
     ]
     try:
         for handle in handles:
             _send(handle, STACKS_SIGNAL)
+            # A stopped process handles the signal only after it continues.
             _send(handle, signal.SIGCONT)
         if handles:
             time.sleep(STACKS_SECONDS)
@@ -118,13 +133,16 @@ def kill_processes(processes: Iterable[Process], reader: Process) -> None:
 def _open_process(process: Process, reader: Process) -> int | None:
     if process == reader:
         return None
+
     try:
         handle = os.pidfd_open(process.pid)
     except OSError:
         return None
-    # Asked after the handle is held: from here on it cannot mean another process.
+
+    # Checked while holding the handle, which can no longer mean another process.
     if process_state(process, reader) in ("running", "stopped"):
         return handle
+
     os.close(handle)
     return None
 

@@ -1,9 +1,13 @@
-"""Who holds a run up, judged from what the ranks say and do: the same answer for the watch and for the tool.
+"""Hang analysis: find the rank that blocks the others, for the watchdog and for who_is_stuck.
 
-A process that is gone, stopped or silent is the cause whatever the others wait for. With all alive, the cause is a rank that
-is in no collective while others wait in theirs; with all in collectives, the one furthest behind. Numbers of collectives
-are compared only after that: pipeline ranks have different ones in the same step. Refused: the rank that has been longest
-in its step (all began it together), and the first that ran into its limit (it waits for another).
+- A process that is dead, stopped or silent is the cause, whatever the others wait for.
+- If all are alive, the cause is a rank outside any collective while others wait in theirs.
+- If all are in collectives, the cause is the rank furthest behind.
+- Collective counts are compared last, because pipeline ranks have different counts in one step.
+
+Alternatives considered:
+- The rank that has been in its step the longest: all began it together.
+- The first rank that exceeded its timeout: it waits for another.
 """
 
 from collections.abc import Mapping
@@ -19,14 +23,18 @@ DEAD: tuple[FaultKind, ...] = ("failed", "died", "stopped", "silent", "missing")
 
 @dataclass(frozen=True)
 class FaultyRank:
-    """A rank that holds the others up, and why it is thought so."""
+    """A rank that blocks the others, and the kind of fault."""
 
     rank: int
     kind: FaultKind
     status: RankStatus
 
     def line(self, stacks: str = "", seconds: float = 0.0) -> str:
-        """One line for people; `stacks`: where Python stacks lie; `seconds`: how long others have waited in that step."""
+        """Describe the fault in one line.
+
+        `stacks` is the path of the Python stacks; `seconds` is how long others have waited in that
+        step.
+        """
         record = self.status.record
         if record is None:
             return f"rank {self.rank} has not started: it has written no heartbeat"
@@ -37,7 +45,8 @@ class FaultyRank:
             )
         if self.kind == "died":
             return f"{record.rank_text()} died at {record.phase_text()}; {record.collective_text()}"
-        # The last heartbeat of one that does not run says only how long it was there before.
+
+        # The last heartbeat of a process that does not run only covers the time before.
         seconds = max(
             seconds, record.seconds + (self.status.silent_seconds if self.kind in DEAD else 0.0)
         )
@@ -55,7 +64,7 @@ class FaultyRank:
 
 
 def fault_kind(status: RankStatus, silent_after: float) -> FaultKind | None:
-    """What is wrong with one rank by itself; None with one that lives, or that has left as it should."""
+    """Classify one rank by itself; None for a live rank, or one that left in order."""
     record = status.record
     if record is None:
         return "missing" if status.silent_seconds >= silent_after else None
@@ -71,7 +80,7 @@ def fault_kind(status: RankStatus, silent_after: float) -> FaultKind | None:
 
 
 def find_dead_ranks(statuses: Mapping[int, RankStatus], silent_after: float) -> list[FaultyRank]:
-    """The ranks that are no longer there, worst kind first."""
+    """Ranks that failed, died, stopped, fell silent or never started, worst kind first."""
     found = [
         FaultyRank(rank, kind, one)
         for rank, one in sorted(statuses.items())
@@ -81,10 +90,15 @@ def find_dead_ranks(statuses: Mapping[int, RankStatus], silent_after: float) -> 
 
 
 def find_faulty_ranks(statuses: Mapping[int, RankStatus], silent_after: float) -> list[FaultyRank]:
-    """Who holds up a run that does not go on: the lost ones, else the one alive that the others wait for; may be empty."""
+    """Ranks that block the run: the dead ones, else the live rank that the others wait for.
+
+    May be empty.
+    """
     lost = find_dead_ranks(statuses, silent_after)
     if lost:
         return lost
+
+    # All are alive: rank them by who is least likely to be waiting.
     candidates = sorted(
         (blame_order(record, one.moving), rank)
         for rank, one in statuses.items()
@@ -92,6 +106,7 @@ def find_faulty_ranks(statuses: Mapping[int, RankStatus], silent_after: float) -
     )
     if not candidates:
         return []
+
     rank = candidates[0][1]
     record = statuses[rank].record
     assert record is not None, "only ranks with a record were looked at"
@@ -103,5 +118,5 @@ def find_faulty_ranks(statuses: Mapping[int, RankStatus], silent_after: float) -
 
 
 def blame_order(record: Heartbeat, moving: bool) -> tuple[bool, bool, int, int]:
-    """Sort key of a live rank, the most suspicious first."""
+    """Sort key of a live rank; the most likely cause sorts first."""
     return moving, bool(record.current), record.step, record.count

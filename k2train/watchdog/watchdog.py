@@ -1,13 +1,16 @@
-"""The watch of one rank: says where it is, sees when it hangs or another is lost, and ends the run with one clear line.
+"""Watchdog of one rank: writes heartbeats, detects hung or dead ranks, ends the run.
 
-Two daemon threads. One touches files: it writes the heartbeat, and looks whether ranks of this machine still live and
-whether a verdict was given. The other has the clock and never touches a file, so a file system that hangs cannot stop it:
-when a step, a save or an evaluation exceeds its limit it gives the others a few seconds to be looked at, and then ends this
-process, whatever the main thread is doing. Only monotonic clocks decide; time in which the whole process was stopped (a
-debugger, a suspended job) does not count.
-
-A main thread that holds Python's lock for ever stops both threads; the heartbeat then stands still, the other ranks see it,
-and the ones of the same machine end the process. A world of one has nobody to do that; its stacks are written all the same.
+- The run ends with one message, from one rank.
+- Two daemon threads. One touches files: it writes the heartbeat and checks that ranks of this
+  machine are alive and that no failure report exists.
+- The other compares phases with their timeouts and never touches a file, so a hanging file system
+  cannot stop it. After a timeout it observes the others for a few seconds and then ends this
+  process, whatever the main thread is doing.
+- Only monotonic clocks decide. Time in which the whole process was stopped (a debugger, a suspended
+  job) does not count.
+- A main thread that holds Python's lock forever stops both threads, and the heartbeat stops. The
+  other ranks see that, and those on the same machine kill the process.
+- A world of one has no such peer. Its stacks are written all the same.
 """
 
 import contextlib
@@ -39,21 +42,23 @@ from k2train.watchdog.shared_progress import PeerProgress, SharedProgress
 from k2train.watchdog.timeouts import Timeouts
 
 STOPPED_SECONDS = 10.0
-"""How long a rank of this machine may be stopped (SIGSTOP) while this one runs."""
+"""Time for which a rank of this machine may be stopped (SIGSTOP) while this one runs."""
 DIAGNOSIS_SECONDS = 8.0
-"""How long may pass from then to the end of the process."""
+"""Longest time from the detection to the end of the process."""
 
 CommPosition = Callable[[], tuple[int, str, str, float]]
 
 
 class Watchdog:
-    """`start`, then `phase` as the run goes on; `lost` when a collective raised; `close` at the end, whatever end.
+    """Watchdog of one rank.
 
-    `attempt` is to be set as soon as it is known: a verdict names it (0: the record of the run was not open yet).
-
-    `say` writes a line to people from a thread while the main thread hangs: it must not take a lock that the main thread
-    may hold (os.write does not). `position` gives (collectives begun, the one under way, the last one, blocked seconds).
-    `facts` are texts for people, such as the SLURM job; `leave` ends the process.
+    - Call `start`, then `phase` during the run, `connection_lost` when a collective raised, and
+      `close` at the end in every case.
+    - `attempt` is set once it is known: the failure report names it (0: the run had no number yet).
+    - `log` prints a message from a thread while the main thread hangs. It must not take a lock that
+      the main thread may hold (os.write does not).
+    - `comm_position` returns (collectives begun, the current one, the last one, blocked seconds).
+    - `facts` are texts for people, such as the SLURM job. `exit_process` ends the process.
     """
 
     def __init__(
@@ -96,50 +101,67 @@ class Watchdog:
         self._threads: list[threading.Thread] = []
 
     def start(self) -> None:
-        """Begin to watch; makes the directory. Without `heartbeat_seconds` there is no watch. Raises OSError."""
+        """Start the threads and create the directory. Raises OSError.
+
+        Without `heartbeat_seconds` there is no watchdog.
+        """
         if self.limits.heartbeat_seconds <= 0:
             return
+
         self.directory.mkdir(parents=True, exist_ok=True)
         if self.rank == 0:
-            # Whoever wants to know how the start before ended has read it by now.
+            # Readers of the earlier start's report have read it by now.
             archive_report(self.directory)
-        # Appended to: a run that starts again by itself must not take away what its end pointed to.
+
+        # Append: a run that restarts by itself must keep the stacks that its last report pointed
+        # to.
         self._stacks = stacks_path(self.directory, self.rank).open("a")
         faulthandler.register(STACKS_SIGNAL, file=self._stacks, all_threads=True)
         with contextlib.suppress(OSError):
             self._write()
+
         for name, body in (("beats", self._heartbeat_loop), ("clock", self._timeout_loop)):
             thread = threading.Thread(target=body, name=f"watch-{name}", daemon=True)
             self._threads.append(thread)
             thread.start()
 
     def phase(self, name: str, step: int) -> None:
-        """The main thread goes on to a phase (a key of `limits.CLOCKS`). A clock goes on within one step or evaluation."""
+        """Enter a phase (a key of `timeouts.CLOCKS`).
+
+        The clock continues within one step or evaluation.
+        """
         self._timer.enter(name, step)
         self._own_progress.update(name, step)
 
     def progress(self) -> None:
-        """The work of this phase gets on (a block was hashed, a file read): its clock begins again, and no rank counts as
-        stuck because it waits for this one. To be called at least once in the phase's limit; costs a microsecond."""
+        """Report progress of the current phase (a block was hashed, a file read).
+
+        - Restarts the phase's clock; no rank counts as stuck because it waits for this one.
+        - Call it at least once per timeout. It costs a microsecond.
+        """
         self._timer.progress()
 
     def step_done(self, seconds: float) -> None:
-        """A step took so long: what the limit of the next ones is made of. Pauses of the whole process do not count."""
+        """Record the duration of a step, from which later timeouts are derived.
+
+        Pauses of the whole process do not count.
+        """
         self._timer.step_done(seconds)
 
     def saving(self, active: bool) -> None:
-        """A save in the background begins or ends; it has a limit of its own."""
+        """Begin or end a background save, which has its own timeout."""
         self._timer.saving(active)
 
     def connection_lost(self, error: BaseException) -> str:
-        """A collective raised `error`: look for who died, for about 2 s. The line to print; "" where another rank prints it.
+        """Find the dead rank after a collective raised `error`, within about 2 s.
 
-        Exit with 1 afterwards, without any further collective (`os._exit`: gloo's threads abort at a usual exit).
+        Returns the message to print, "" when another rank prints it. Then exit with 1 and no
+        further collective (`os._exit`: gloo's threads abort at a normal exit).
         """
         if not self._threads:
             return f"rank {self.rank} lost its connection: {_first_line(error)}"
         if self._lost_since is not None:
-            # The watch is at it already, and ends the process.
+            # The watchdog is already diagnosing and will end the process.
             time.sleep(2 * DIAGNOSIS_SECONDS)
             return ""
         self._lost_since = self._clock()
@@ -147,16 +169,22 @@ class Watchdog:
         return self._diagnosis.connection_lost(self.record(), _first_line(error))
 
     def close(self, problem: str = "") -> None:
-        """The rank leaves by itself; `problem`: because of this, which the others then tell. Harmless when not started."""
+        """Stop the watchdog; no effect when not started.
+
+        `problem` is the reason why this rank exits, which the other ranks then report.
+        """
         if not self._threads:
             return
+
         self._ended.set()
         for thread in self._threads:
             thread.join(timeout=2.0)
+
         faulthandler.cancel_dump_traceback_later()
         if self._state != "leaving":
             self._problem = problem
             self._set_state("failed" if problem else "closed")
+
         self._threads = []
         faulthandler.unregister(STACKS_SIGNAL)
         self._stacks.close()
@@ -164,11 +192,14 @@ class Watchdog:
 
     @property
     def cells(self) -> "list[int] | memoryview[int]":
-        """Where `CommTracker.cells` is to point, so that others know the number of the last collective of a killed rank."""
+        """Shared integers for `CommTracker.cells`.
+
+        Peers read from them the last collective of a killed rank.
+        """
         return self._own_progress.cells
 
     def record(self) -> Heartbeat:
-        """Where this rank is now."""
+        """Current heartbeat of this rank."""
         phase, (count, current, last, _) = self._timer.current, self._comm_position()
         return Heartbeat(
             self.rank,
@@ -200,12 +231,13 @@ class Watchdog:
             self._beat_count += 1
             write_heartbeat(self.directory, self.record())
 
-    # -- the thread that touches files
+    # The thread that touches files.
 
     def _heartbeat_loop(self) -> None:
         written, written_phase = self._clock(), self._timer.current
         while not self._ended.wait(min(TICK_SECONDS, self.limits.heartbeat_seconds)):
             now = self._clock()
+            # A phase that lasts is written at once, one that passes quickly is not worth a write.
             lasting = (
                 self._timer.current != written_phase
                 and now - self._timer.current.changed >= TICK_SECONDS
@@ -213,20 +245,23 @@ class Watchdog:
             if self._unseen_ranks and self._lost_since is None:
                 with contextlib.suppress(OSError):
                     self._find_peers()
+
             if now - written < self.limits.heartbeat_seconds and not lasting:
                 continue
+
             written, written_phase = now, self._timer.current
-            # Written by C code should this thread not come round again; renewed each time.
+            # C code writes the stacks if this thread does not return in time; renewed each round.
             faulthandler.dump_traceback_later(max(self._timer.limit(), 1.0), file=self._stacks)
             with contextlib.suppress(OSError):
                 self._write()
                 self._check_peers()
 
     def _check_peers(self) -> None:
-        """Whether the others gave the run up, and whether all ranks of this machine live."""
+        """Exit when another rank reported a failure; note dead or stopped ranks of this machine."""
         if self._lost_since is None and self._diagnosis.is_reported():
             self._dump("another rank ended the run")
             self._exit()
+
         states = {
             rank: process_state(process, self._process) for rank, process in self._peers.items()
         }
@@ -234,6 +269,7 @@ class Watchdog:
             self._stopped_since = None
         elif self._stopped_since is None:
             self._stopped_since = self._clock()
+
         for rank, state in states.items():
             if self._dead_since is None and state == "gone":
                 record = read_heartbeat(self.directory, rank)
@@ -241,10 +277,10 @@ class Watchdog:
                     self._dead_since = self._clock()
 
     def _find_peers(self) -> None:
-        """Find those ranks of this machine that have come up since."""
+        """Find ranks of this machine that have started since."""
         for rank in sorted(self._unseen_ranks):
             record = read_heartbeat(self.directory, rank)
-            # A closed record is of an earlier start: the rank has not come up in this one.
+            # A closed record belongs to an earlier start: the rank has not started in this one.
             if (
                 record is not None
                 and record.at_work
@@ -255,13 +291,15 @@ class Watchdog:
                     self._peers[rank] = record.process
                     self._peer_progress.attach(record)
 
-    # -- the thread that has the clock
+    # The thread that checks timeouts.
 
     def _timeout_loop(self) -> None:
         self._timer.tick()
         while not self._ended.wait(TICK_SECONDS):
             if self._timer.tick():
+                # After a pause of this process, earlier observations prove nothing.
                 self._observer = self._stopped_since = None
+
             now = self._clock()
             if self._lost_since is not None:
                 if now - self._lost_since > DIAGNOSIS_SECONDS:
@@ -275,8 +313,11 @@ class Watchdog:
     def _check_limits(self, now: float) -> None:
         overrun = self._timer.overrun()
         if (since := self._stopped_since) is not None:
-            # Wherever the others are: a save may take half an hour, and nobody saves who is stopped.
+            # Checked in every phase: a save may take half an hour, but a stopped rank does not
+            # save.
             overrun = max(overrun, now - since - STOPPED_SECONDS)
+
+        # Observe the others for as long as it takes to tell a silent rank from a live one.
         look = self.limits.silent_after + 2 * TICK_SECONDS
         if overrun < -look:
             self._observer = None
@@ -285,10 +326,12 @@ class Watchdog:
             threading.Thread(
                 target=self._observe, args=(observer,), name="watch-look", daemon=True
             ).start()
+
         if overrun < 0 or self._observer is None or now - self._observer.began < look:
             return
+
         if now - self._others_progressed_at < look:
-            # Looked at anew: what moved long ago says nothing of the moment when they no longer go on.
+            # Observe again: progress of long ago does not show when the others stopped.
             self._observer = None
         else:
             self._end_run(self._handle_stall)
@@ -300,19 +343,22 @@ class Watchdog:
             if self._diagnosis.others_progress(observer):
                 self._others_progressed_at = self._clock()
 
-    # -- the end
+    # The end of the run.
 
     def _end_run(self, diagnose: Callable[[], None]) -> None:
-        """Hold the inquest, but not for longer than is given to it, and end this process."""
+        """Run the diagnosis within its time limit, then end this process."""
         self._lost_since = self._clock()
+        # In a thread of its own, because a hanging file system must not stop this one.
         thread = threading.Thread(target=diagnose, name="watch-inquest", daemon=True)
         thread.start()
         thread.join(DIAGNOSIS_SECONDS)
+
         if thread.is_alive():
             self._log(
                 f"{self.record().rank_text()} is stuck: {self.record().phase_text()}; "
                 f"{self.directory} does not answer"
             )
+
         self._exit()
 
     def _handle_stall(self) -> None:
