@@ -393,8 +393,8 @@ MUTATIONS = (
     Mutation(
         "restart: the chunk that is being read may be allowed to change",
         "k2train/train/resume_check.py",
-        " or _already_read(text, manifest, identity)]",
-        "]",
+        " or _already_read(text, manifest, identity)\n",
+        "\n",
         "tests/train/test_resume_check.py::test_what_moves_the_position_can_never_be_allowed[change2]",
     ),
     Mutation(

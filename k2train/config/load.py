@@ -1,10 +1,14 @@
-"""Loading, explaining, writing back and comparing configs, and fitting them to a number of processes.
+"""Load, explain, write and compare configs, and check them against a number of processes.
 
-The choice taken: pydantic models with forbidden extras (`config_schema`) over our own YAML reading (`config_text`), and
-cross-field rules that also run on half-readable configs (`config_rules`), so that one attempt tells every mistake with
-its place. This module is the door: the rest of the project imports these names from here.
-The alternative refused: OmegaConf, jsonargparse, dacite and msgspec stop at the first mistake, and argparse cannot say
-where a value came from.
+- Pydantic models that forbid unknown keys (`config.schema`) validate our own YAML reader's values
+  (`config.yaml_source`).
+- Rules between keys (`config.rules`) also run on partly readable configs. One attempt therefore
+  reports every mistake, each with its file and line.
+- The rest of the project imports these names from here.
+
+Alternatives considered:
+- OmegaConf, jsonargparse, dacite, msgspec: they stop at the first mistake.
+- argparse: it cannot tell where a value was set.
 """
 
 import difflib
@@ -71,7 +75,7 @@ __all__ = [
 
 
 def _readable_values(tree: Mapping[str, Any], broken: set[Path]) -> Values:
-    """Dotted key -> value for every key of a faulty tree that is right by itself, defaults included."""
+    """Return dotted key -> value for each valid key of a faulty tree, defaults included."""
     values: dict[str, Any] = {}
     for section, kind in sections().items():
         written = tree.get(section, {})
@@ -105,10 +109,15 @@ def _readable_values(tree: Mapping[str, Any], broken: set[Path]) -> Values:
 
 
 def _nearest_key(path: Path) -> str | None:
-    """Dotted legal key closest to an unknown one: in its section first, then anywhere by its last name."""
+    """Return the legal dotted key nearest to an unknown one.
+
+    Searches its section first, then all sections by the last part of the name.
+    """
     known = sections()
+
     parent, name = path[:-1], str(path[-1])
     kind = known.get(str(parent[0])) if parent else None
+
     names = list(kind.model_fields) if kind else list(known)
     elsewhere = {
         inner: f"{section}.{inner}"
@@ -116,10 +125,12 @@ def _nearest_key(path: Path) -> str | None:
         if kind
         for inner in kind.model_fields
     }
+    # A name that exists in another section is more likely than a similar one in this section.
     if name not in elsewhere:
         close = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.5)
         if close:
             return dotted((*parent, close[0]))
+
     close = difflib.get_close_matches(name.lower(), elsewhere, n=1, cutoff=0.7)
     return elsewhere[close[0]] if close else name if name in known else None
 
@@ -142,7 +153,7 @@ def _missing(path: Path) -> str:
 
 
 def _explain_error(error: Any, path: Path) -> str:
-    """One pydantic error as what is wrong and which value would be right."""
+    """Turn one pydantic error into what is wrong and which value would be right."""
     kind, context, value = error["type"], error.get("ctx", {}), show(error["input"])
     if kind == "value_error":
         return str(context["error"])
@@ -160,6 +171,7 @@ def _explain_error(error: Any, path: Path) -> str:
         return f"{value} is not one of {', '.join(legal)}" + (
             f"; nearest is {close[0]}" if close else ""
         )
+
     for name, words in (("ge", "at least"), ("gt", "above"), ("le", "at most"), ("lt", "below")):
         if name in context:
             return f"must be {words} {context[name]:g}, is {value}"
@@ -171,7 +183,10 @@ def _explain_error(error: Any, path: Path) -> str:
 
 
 def _origin_of_rule(source: Source, keys: Sequence[str]) -> Origin:
-    """Where to point for a rule over several keys: the override if one is involved, else the first key written."""
+    """Return the origin to report for a rule over several keys.
+
+    This is the override if one is involved, else the first key that was written.
+    """
     origins = [
         source.origins[path] for key in keys if (path := tuple(key.split("."))) in source.origins
     ]
@@ -184,7 +199,8 @@ def _field_mistakes(source: Source, error: ValidationError) -> list[Mistake]:
     intended = set()
     for item in error.errors(include_url=False):
         path: Path = item["loc"]
-        # The other two are echoes: rules run below on what is readable, and a default follows a key that is wrong.
+        # Consequences of other mistakes: the rules run below on what is readable, and a default
+        # that follows a wrong key cannot be made.
         if item["type"] in ("cross_field", "default_factory_not_called") or path in source.broken:
             continue
         mistake = Mistake(source.origin_of(path), f"{dotted(path)}: {_explain_error(item, path)}")
@@ -201,12 +217,15 @@ def _field_mistakes(source: Source, error: ValidationError) -> list[Mistake]:
 def _load(path: str, overrides: Sequence[str]) -> tuple[Config, Source]:
     source = read_source(path, overrides)
     kinds = sections()
-    # A section whose keys are all commented out reads as null and means: every default.
+
+    # A section whose keys are all commented out reads as null, and means all defaults.
     source.tree = {
         name: {} if value is None and kinds.get(name) is not None else value
         for name, value in source.tree.items()
     }
+
     mistakes = list(source.mistakes)
+
     config = None
     try:
         config = Config.model_validate(source.tree)
@@ -214,8 +233,10 @@ def _load(path: str, overrides: Sequence[str]) -> tuple[Config, Source]:
         mistakes += _field_mistakes(source, error)
         for keys, message in cross_field_mistakes(_readable_values(source.tree, source.broken)):
             mistakes.append(Mistake(_origin_of_rule(source, keys), message))
+
     if mistakes or config is None:
         order = ["", *overrides]
+        # Mistakes of the file by line, then those of the overrides in their order.
         mistakes.sort(
             key=lambda mistake: (order.index(mistake.origin.override), mistake.origin.line)
         )
@@ -224,16 +245,20 @@ def _load(path: str, overrides: Sequence[str]) -> tuple[Config, Source]:
 
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
-    """The config of a YAML file with `section.key=value` overrides laid over it, the last one winning.
+    """Load a YAML config and apply `section.key=value` overrides; the last one wins.
 
-    Raises `ConfigError` with all mistakes, one a line: `FILE:LINE: dotted.path: what` or `override 'x.y=z': ...`;
-    a rule between keys names them in its text instead: `FILE:LINE: model.num_heads (64) must be divisible by ...`.
+    Raises ConfigError with all mistakes, one per line, as `FILE:LINE: dotted.path: what` or
+    `override 'x.y=z': ...`. A rule between keys names them in its text:
+    `FILE:LINE: model.num_heads (64) must be divisible by ...`.
     """
     return _load(path, overrides)[0]
 
 
 def explain(path: str, overrides: Sequence[str] = ()) -> str:
-    """Every resolved value, one a line, aligned, and where it was written; raises `ConfigError` as `load_config`."""
+    """Format every resolved value, one per line, with the place where it was set.
+
+    Raises ConfigError as `load_config` does.
+    """
     config, source = _load(path, overrides)
     rows = []
     for key, value in flat_values(config).items():
@@ -243,6 +268,7 @@ def explain(path: str, overrides: Sequence[str] = ()) -> str:
         else:
             where = "override" if origin.override else str(origin)
         rows.append((key, format_value(value), where))
+
     key_width, value_width = (max(len(row[column]) for row in rows) for column in (0, 1))
     return "\n".join(
         f"{key:<{key_width}} = {text:<{value_width}}   # {where}" for key, text, where in rows
@@ -250,7 +276,7 @@ def explain(path: str, overrides: Sequence[str] = ()) -> str:
 
 
 def to_yaml(config: Config) -> str:
-    """The complete resolved config as YAML; `load_config` reads it back equal."""
+    """Format the complete resolved config as YAML; `load_config` reads it back equal."""
     lines = []
     for name, value in config.model_dump().items():
         if isinstance(value, dict):
@@ -262,7 +288,10 @@ def to_yaml(config: Config) -> str:
 
 
 def data_parallel_size(config: Config, world_size: int) -> int:
-    """How many data-parallel ranks `world_size` processes leave; raises `ConfigError` when the grid does not divide."""
+    """Return the data-parallel size: `world_size` / (tensor x pipeline).
+
+    Raises ConfigError when the world size is not divisible.
+    """
     model_ranks = config.parallel.tensor * config.parallel.pipeline
     if world_size < 1 or world_size % model_ranks:
         raise ConfigError("\n".join(world_mistakes(flat_values(config), world_size)))
@@ -270,14 +299,17 @@ def data_parallel_size(config: Config, world_size: int) -> int:
 
 
 def check_world(config: Config, world_size: int) -> None:
-    """Raise `ConfigError` unless `world_size` processes can share the grid and the batch of `config`."""
+    """Raise ConfigError unless layout and batch of `config` fit `world_size` processes."""
     mistakes = world_mistakes(flat_values(config), world_size)
     if mistakes:
         raise ConfigError("\n".join(mistakes))
 
 
 def num_microbatches(config: Config, world_size: int) -> int:
-    """Micro-batches a step on each data-parallel rank; raises `ConfigError` as `check_world`."""
+    """Return the micro-batches per step on each data-parallel rank.
+
+    Raises ConfigError as `check_world` does.
+    """
     check_world(config, world_size)
     return config.batch.global_sequences // (
         data_parallel_size(config, world_size) * config.batch.micro_sequences
@@ -285,9 +317,10 @@ def num_microbatches(config: Config, world_size: int) -> int:
 
 
 def config_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
-    """What changed from nested plain dict `a` to `b`, as `batch.global_sequences: 32 -> 64`; `absent` where not there.
+    """Return the changes from nested dict `a` to `b`, such as `batch.global_sequences: 32 -> 64`.
 
-    Lists and tuples compare by their items, so that a config from memory equals its copy read back from JSON.
+    A missing key shows as `absent`. Lists equal tuples with the same items, so a config from memory
+    equals its copy read back from JSON.
     """
     before, after = flatten(a), flatten(b)
     absent = object()

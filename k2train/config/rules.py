@@ -1,10 +1,13 @@
-"""The rules that tie config values to each other and to the number of processes, with the nearest values that pass.
+"""Rules between config keys and on the number of processes, with the nearest values that pass.
 
-The choice taken: a rule is a function over dotted values that declares the keys it needs, so that it can run on the
-part of a config that could be read while another part is still wrong. A suggested value passes every rule that has
-this one value as its subject, so that following it does not lead to the next error.
-The alternative refused: pydantic's model validators, which are skipped as soon as one field is bad, so that a user
-meets the mistakes of a file in two rounds.
+- A rule is a function over dotted values that declares the keys it needs. It can therefore run on
+  the readable part of a config while another part is wrong.
+- A suggested value passes every rule about this value, so following it does not cause another
+  error.
+
+Alternatives considered:
+- Pydantic's model validators: they are skipped as soon as one field is wrong, so a user would meet
+  the mistakes of a file in two rounds.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,7 +22,7 @@ _RULES: list[tuple[tuple[str, ...], Check]] = []
 
 
 def nearest(value: int, legal: Callable[[int], bool], minimum: int = 1) -> list[int]:
-    """The closest legal number below `value` and the closest above it; each may be missing."""
+    """Return the closest legal number below `value` and the closest above it, where they exist."""
     below = range(value - 1, max(minimum, value - SEARCH_LIMIT) - 1, -1)
     above = range(max(value + 1, minimum), value + SEARCH_LIMIT)
     return [
@@ -30,9 +33,9 @@ def nearest(value: int, legal: Callable[[int], bool], minimum: int = 1) -> list[
 
 
 def cross_field_mistakes(values: Values) -> list[tuple[tuple[str, ...], str]]:
-    """Every rule broken by `values` (dotted key -> value): the keys it is about and one line that starts with a key.
+    """Return each rule that `values` (dotted key -> value) break: its keys and one line of text.
 
-    Rules whose keys are not all present are passed over.
+    The line starts with a key. Rules with missing keys are skipped.
     """
     found = []
     for keys, check in _RULES:
@@ -67,11 +70,12 @@ def _fits_tensor(values: Values, tensor: int) -> bool:
 
 
 def _fits_stages(values: Values, pipeline: int, stages_per_rank: int) -> bool:
-    """Whether the layers divide, or are dealt out by hand, and the schedule has as many stages a rank as it needs."""
+    """Return whether the layers fit the stages and the schedule has enough stages per rank."""
     schedule, layers = values.get("parallel.schedule"), values.get("model.num_layers", 0)
     if schedule == "zb-v" and stages_per_rank != 2:
         return False
     smallest = 2 if schedule == "interleaved" else 1
+
     by_hand = values.get("parallel.layers_per_stage")
     fits = (
         layers % (pipeline * stages_per_rank) == 0
@@ -100,8 +104,8 @@ def _two_states(values: Values) -> str | None:
     if values["checkpoint.keep_optimizer_states"] != 1:
         return None
     return (
-        "checkpoint.keep_optimizer_states (1) must be 0 (all) or at least 2: with one, a damaged newest checkpoint would "
-        "leave none to resume from"
+        "checkpoint.keep_optimizer_states (1) must be 0 (all) or at least 2: "
+        "with one, a damaged newest checkpoint would leave none to resume from"
     )
 
 
@@ -113,14 +117,16 @@ def _head_size(values: Values) -> str | None:
         values.get("parallel.tensor", 1),
     )
     kv_heads = values.get("model.num_kv_heads", 1)
-    # Left out, num_kv_heads follows num_heads, so it must not hold back the search for another num_heads.
+
+    # If not set, num_kv_heads follows num_heads, so it must not limit the search for another one.
     kv_heads = 1 if kv_heads == heads else kv_heads
+
     if hidden % heads:
         problem = f"model.hidden_size ({hidden}) must be divisible by model.num_heads ({heads})"
     elif hidden // heads % 2:
         problem = (
-            f"model.hidden_size ({hidden}) / model.num_heads ({heads}) = {hidden // heads} must be even: "
-            "rotary positions turn pairs"
+            f"model.hidden_size ({hidden}) / model.num_heads ({heads}) = {hidden // heads} "
+            "must be even: rotary positions turn pairs"
         )
     else:
         return None
@@ -147,6 +153,7 @@ def _grouped_heads(values: Values) -> str | None:
     )
     if heads % kv_heads == 0:
         return None
+
     hidden = values.get("model.hidden_size", 0)
     return (
         f"model.num_heads ({heads}) must be divisible by model.num_kv_heads ({kv_heads})"
@@ -169,8 +176,9 @@ def _tensor_rule(key: str) -> None:
     @_rule(key, "parallel.tensor")
     def check(values: Values) -> str | None:
         number, tensor = values[key], values["parallel.tensor"]
+
         hidden = values.get("model.hidden_size", 0) if key == "model.num_heads" else 0
-        # One mistake, not two, where num_kv_heads only follows num_heads.
+        # Report one mistake, not two, where num_kv_heads only follows num_heads.
         follows = key == "model.num_kv_heads" and number == values.get("model.num_heads")
         if number % tensor == 0 or follows:
             return None
@@ -195,7 +203,8 @@ def _sequence(values: Values) -> str | None:
     if not values["parallel.sequence"] or length % tensor == 0:
         return None
     return (
-        f"data.sequence_length ({length}) must be divisible by parallel.tensor ({tensor}) with parallel.sequence true"
+        f"data.sequence_length ({length}) must be divisible by parallel.tensor ({tensor}) "
+        "with parallel.sequence true"
         + _hint("parallel.tensor", nearest(tensor, lambda other: _fits_tensor(values, other)))
         + _hint(
             "data.sequence_length", nearest(length, lambda other: other % tensor == 0, minimum=2)
@@ -247,13 +256,17 @@ def _uneven_stages(values: Values) -> str | None:
     setting = f"parallel.layers_per_stage ({', '.join(map(str, by_hand or ()))})"
     if by_hand is not None and len(by_hand) != pipeline * stages_per_rank:
         return (
-            f"{setting} must have parallel.pipeline ({pipeline}) * parallel.stages_per_rank ({stages_per_rank}) = "
-            f"{pipeline * stages_per_rank} counts, has {len(by_hand)}"
+            f"{setting} must have parallel.pipeline ({pipeline}) * "
+            f"parallel.stages_per_rank ({stages_per_rank}) = {pipeline * stages_per_rank} counts, "
+            f"has {len(by_hand)}"
             + _nearest_pipeline(values)
             + "; or null: as many layers on every stage"
         )
     if by_hand is not None and layers is not None and sum(by_hand) != layers:
-        return f"{setting} must add up to model.num_layers ({layers}), is {sum(by_hand)}; nearest model.num_layers: {sum(by_hand)}"
+        return (
+            f"{setting} must add up to model.num_layers ({layers}), is {sum(by_hand)}; "
+            f"nearest model.num_layers: {sum(by_hand)}"
+        )
     return None
 
 
@@ -267,10 +280,11 @@ def _schedule(values: Values) -> str | None:
             return None
         other = {1: "1f1b", 2: "interleaved or zb-v"}.get(stages_per_rank, "interleaved")
         return (
-            f"parallel.schedule ({schedule}) runs {wanted} stage{'s' if wanted > 1 else ''} a rank, but "
-            f"parallel.stages_per_rank is {stages_per_rank}; "
+            f"parallel.schedule ({schedule}) runs {wanted} stage{'s' if wanted > 1 else ''} a rank"
+            f", but parallel.stages_per_rank is {stages_per_rank}; "
             f"set parallel.stages_per_rank: {wanted} or parallel.schedule: {other}"
         )
+
     if pipeline < 2:
         name, number, hint = "parallel.pipeline", pipeline, _nearest_pipeline(values)
     elif stages_per_rank < 2:
@@ -281,7 +295,10 @@ def _schedule(values: Values) -> str | None:
         )
     else:
         return None
-    return f"parallel.schedule (interleaved) needs a {name} of 2 or more, is {number}{hint}; or parallel.schedule: 1f1b"
+    return (
+        f"parallel.schedule (interleaved) needs a {name} of 2 or more, is {number}{hint}; "
+        "or parallel.schedule: 1f1b"
+    )
 
 
 @_rule("batch.global_sequences", "batch.micro_sequences")
@@ -304,7 +321,10 @@ def _final_rate(values: Values) -> str | None:
             f"lr.final ({final:g}) must not be above lr.peak ({peak:g}); nearest lr.final: {peak:g}"
         )
     if kind == "constant" and final not in (0.0, peak):
-        return f"lr.final ({final:g}) has no effect with lr.kind constant; leave it out, or use cosine, linear or wsd"
+        return (
+            f"lr.final ({final:g}) has no effect with lr.kind constant; "
+            "leave it out, or use cosine, linear or wsd"
+        )
     return None
 
 
@@ -314,7 +334,10 @@ def _decay_steps(values: Values) -> str | None:
     if kind == "wsd" and decay_steps is None:
         return "lr.decay_steps: lr.kind wsd needs the length of its final decay, in steps"
     if kind != "wsd" and decay_steps is not None:
-        return f"lr.decay_steps ({decay_steps}) has no effect with lr.kind {kind}; leave it out, or use wsd"
+        return (
+            f"lr.decay_steps ({decay_steps}) has no effect with lr.kind {kind}; "
+            "leave it out, or use wsd"
+        )
     return None
 
 
@@ -324,8 +347,9 @@ def _symmetric_memory(values: Values) -> str | None:
     if not values["parallel.symmetric_memory"] or (tensor > 1 and sequence):
         return None
     return (
-        f"parallel.symmetric_memory needs parallel.tensor ({tensor}) of 2 or more and parallel.sequence true "
-        f"(is {str(sequence).lower()}); or parallel.symmetric_memory: false"
+        f"parallel.symmetric_memory needs parallel.tensor ({tensor}) of 2 or more "
+        f"and parallel.sequence true (is {str(sequence).lower()}); "
+        "or parallel.symmetric_memory: false"
     )
 
 
@@ -335,8 +359,8 @@ def _recompute(values: Values) -> str | None:
     if count is None or policy != "none":
         return None
     return (
-        f"kernels.recompute_layers ({count}) has no effect with kernels.recompute none; leave it out, or set "
-        "kernels.recompute: selective or full"
+        f"kernels.recompute_layers ({count}) has no effect with kernels.recompute none; "
+        "leave it out, or set kernels.recompute: selective or full"
     )
 
 
@@ -354,13 +378,13 @@ def _recompute_layers(values: Values) -> str | None:
     if count is None or count <= largest:
         return None
     return (
-        f"kernels.recompute_layers ({count}) must be at most the layers of a pipeline stage ({largest}); "
-        "lower it, or leave it out for all of them"
+        f"kernels.recompute_layers ({count}) must be at most the layers of a pipeline stage "
+        f"({largest}); lower it, or leave it out for all of them"
     )
 
 
 def world_mistakes(values: Values, world_size: int) -> list[str]:
-    """What keeps `world_size` processes from sharing this config's grid and batch; one line each, none when it fits."""
+    """Return why layout and batch do not fit `world_size` processes, one line each."""
     tensor, pipeline = values["parallel.tensor"], values["parallel.pipeline"]
     model_ranks = tensor * pipeline
     if world_size < 1 or world_size % model_ranks:
@@ -369,11 +393,15 @@ def world_mistakes(values: Values, world_size: int) -> list[str]:
             f"world size ({world_size}) must be divisible by parallel.tensor ({tensor})"
             f" * parallel.pipeline ({pipeline}) = {model_ranks}" + _hint("world size", worlds)
         ]
+
     data = world_size // model_ranks
     total, micro = values["batch.global_sequences"], values["batch.micro_sequences"]
     interleaved = values["parallel.schedule"] == "interleaved"
-    # An interleaved schedule hands micro-batches out in groups of one per pipeline rank.
+
+    # An interleaved schedule processes micro-batches in groups of one per pipeline rank.
     group = pipeline if interleaved else 1
+
+    # Either the batch does not divide, or its micro-batches do not fit the schedule.
     if total % (data * micro):
         problem = (
             f"batch.global_sequences ({total}) must be divisible by data-parallel size ({data})"
@@ -381,12 +409,14 @@ def world_mistakes(values: Values, world_size: int) -> list[str]:
         )
     elif total // (data * micro) % group:
         problem = (
-            f"batch.global_sequences ({total}) / (data-parallel size ({data}) * batch.micro_sequences ({micro})) = "
-            f"{total // (data * micro)} micro-batches must be divisible by parallel.pipeline ({pipeline}) "
-            "with parallel.schedule interleaved"
+            f"batch.global_sequences ({total}) / "
+            f"(data-parallel size ({data}) * batch.micro_sequences ({micro})) = "
+            f"{total // (data * micro)} micro-batches must be divisible by "
+            f"parallel.pipeline ({pipeline}) with parallel.schedule interleaved"
         )
     else:
         return []
+
     totals = nearest(total, lambda other: other % (data * micro * group) == 0)
     micros = nearest(micro, lambda other: total % (data * other * group) == 0)
     return [

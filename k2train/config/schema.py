@@ -1,9 +1,14 @@
-"""The sections and keys of a config as frozen, typed models: every default, every bound, and no other name.
+"""Config schema: sections and keys as frozen, typed models with every default and bound.
 
-The choice taken: a value is checked by a function of ours before pydantic sees it, because pydantic alone takes `true`
-for 1, `.nan` for a number and refuses `1e12` for an integer, and because a message must say what to write instead.
-The alternative refused: standard-library dataclasses, which check nothing and drop unknown keys when read through an
-adapter. Nothing here imports torch or NumPy: a mistyped key must be answered in a fraction of a second.
+- Unknown keys are errors.
+- A function of this module checks each value before pydantic sees it. Pydantic alone accepts `true`
+  for 1 and `.nan` for a number, and rejects `1e12` for an integer. A message must also say what to
+  write instead.
+- Nothing here imports torch or NumPy: a mistyped key is reported in a fraction of a second.
+
+Alternatives considered:
+- Standard-library dataclasses: they check nothing, and drop unknown keys when read through an
+  adapter.
 """
 
 import math
@@ -17,13 +22,14 @@ from pydantic_core import PydanticCustomError
 from k2train.config.rules import cross_field_mistakes
 from k2train.config.yaml_source import format_value, parse_scalar
 
-# Above this a float no longer holds every whole number, so that `1e16` could mean its neighbour.
 MAX_WHOLE = 2**53
+"""Largest whole number: above it a float cannot represent every one, `1e16` could mean another."""
 PLANNED_POLICIES = ("skip_step", "rollback_and_defer", "stop")
+"""Spike policies that are reserved, but not implemented."""
 
 
 def show(value: Any) -> str:
-    """A value as a message names it: as YAML, on one line, cut when long."""
+    """Format a value for a message: as YAML, on one line, cut when long."""
     if isinstance(value, (dict, list, tuple)):
         return "a section" if isinstance(value, dict) else "a list"
     text = (
@@ -66,7 +72,8 @@ def _text(value: Any) -> str:
     if not isinstance(value, str):
         hint = f'; quote it: "{value}"' if isinstance(value, (int, float)) else ""
         raise _wrong("text", value, hint)
-    # Text ends up in paths, one-line messages and logs: a newline in it would break each of them.
+
+    # Text ends up in paths, one-line messages and logs, which a newline would break.
     if not value.strip() or not value.isprintable():
         raise _wrong("printable text on one line", value)
     return value
@@ -121,16 +128,18 @@ Text = Annotated[str, BeforeValidator(_text)]
 
 
 class Section(BaseModel):
-    """What all sections share: no change after reading, no unknown key."""
+    """Base class of all sections: frozen, no unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=False)
 
 
 class RunConfig(Section):
-    """Where a run lives, its seed, and how it starts; `resume` is auto, must, never or a checkpoint's number.
+    """Run name and directory, seed, and how a run starts or resumes.
 
-    `allow` names what may differ from the checkpoint at a resume although it makes another run of it (`lr.peak`, `data`);
-    `max_fruitless_starts` in a row that got no further than where they began are enough (0: never).
+    - `resume` is auto, must, never or a checkpoint's number.
+    - `allow` names differences from the checkpoint that are permitted at a resume, although they
+      make it another run (`lr.peak`, `data`).
+    - A run is refused after `max_fruitless_starts` starts in a row without progress (0: never).
     """
 
     name: Annotated[str, BeforeValidator(_run_name)]
@@ -144,7 +153,7 @@ class RunConfig(Section):
 
 
 class ModelConfig(Section):
-    """Shape of the transformer; sizes in elements, `rope_theta` the base of the rotary wavelengths."""
+    """Shape of the transformer: sizes in elements, `rope_theta` the base of the wavelengths."""
 
     num_layers: Positive
     hidden_size: Positive
@@ -158,10 +167,13 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
-    """Chunks to read; `sequence_length` in tokens, `held_out_batches` in global batches (None is all of them).
+    """Training data: chunks, their order, and the sequence length in tokens.
 
-    `cross_documents`: whether attention crosses document borders (attend) or stops at them (block). `seen_before`: whether
-    data that the stage before was trained on is refused or allowed; allowed, it is recorded.
+    - `held_out_batches`: global batches of the held-out chunk to evaluate (None: all of them).
+    - `cross_documents`: whether attention crosses document boundaries (attend) or stops at them
+      (block).
+    - `seen_before`: whether data of the previous stage is refused or allowed; if allowed, it is
+      recorded.
     """
 
     manifest: Text
@@ -175,21 +187,24 @@ class DataConfig(Section):
 
 
 class BatchConfig(Section):
-    """Sequences a step over the whole world, and sequences a micro-batch on one data-parallel rank."""
+    """Batch sizes: sequences per step over all ranks, and per micro-batch on one rank."""
 
     global_sequences: Positive
     micro_sequences: Positive
 
 
 def fill_stages(written: dict[str, Any]) -> dict[str, Any]:
-    """The `parallel` section with the stages a rank that its schedule fixes, where it names none."""
+    """Return the `parallel` section, with unset stages per rank as the schedule requires."""
     if written.get("schedule") == "zb-v" and "stages_per_rank" not in written:
         return {**written, "stages_per_rank": 2}
     return written
 
 
 class ParallelConfig(Section):
-    """Degrees of the grid; data parallelism is what is left of the world. `stages_per_rank` counts pipeline stages."""
+    """Degrees of parallelism; data parallelism takes the remaining ranks.
+
+    `stages_per_rank` counts pipeline stages.
+    """
 
     tensor: Positive = 1
     pipeline: Positive = 1
@@ -211,7 +226,7 @@ class ParallelConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW; `clip_norm` bounds the global gradient norm, None leaves it alone."""
+    """AdamW hyperparameters; `clip_norm` bounds the global gradient norm (None: no clipping)."""
 
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: PositiveAmount = 1e-8
@@ -220,7 +235,10 @@ class OptimizerConfig(Section):
 
 
 class LrConfig(Section):
-    """Learning rate by step; `warmup_steps` and `decay_steps` (wsd only: its final decay) in optimizer steps."""
+    """Learning-rate schedule; steps are optimizer steps.
+
+    `decay_steps` is the length of the final decay of `wsd`, and only for it.
+    """
 
     kind: Literal["cosine", "linear", "constant", "wsd"]
     peak: PositiveAmount
@@ -230,7 +248,7 @@ class LrConfig(Section):
 
 
 class KernelsConfig(Section):
-    """Which implementation computes what; `auto` takes the fastest that the device has."""
+    """Kernel choice per operation; `auto` takes the fastest that the device supports."""
 
     attention: Literal[
         "auto",
@@ -255,9 +273,12 @@ class KernelsConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """When to save, in chunks and seconds (0 s: by chunk only), and how many optimizer states to keep (0: all; else two at
-    least). `retry_seconds`: how long a save is tried again that the disk has no room for; `verify_every_seconds`: how often
-    an older checkpoint is read and checked again (0 s: never).
+    """Checkpoint frequency, retention and verification.
+
+    - Saves every `every_chunks` chunks and every `every_seconds` seconds (0: by chunk only).
+    - `keep_optimizer_states`: how many to keep (0: all, otherwise at least two).
+    - `retry_seconds`: how long a save is retried when the disk is full.
+    - `verify_every_seconds`: how often an older checkpoint is read and checked again (0: never).
     """
 
     every_chunks: Positive = 1
@@ -269,8 +290,11 @@ class CheckpointConfig(Section):
 
 
 class WatchConfig(Section):
-    """When a rank counts as stuck, in seconds for each phase (`step_seconds` 0: by what steps took, at least 10 s);
-    `heartbeat_seconds`: how often each rank says where it is (0: no watch)."""
+    """Hang detection: seconds per phase after which a rank counts as hung.
+
+    - `step_seconds` 0: derived from measured steps, at least 10 s.
+    - `heartbeat_seconds`: interval at which each rank reports its phase (0: no watchdog).
+    """
 
     heartbeat_seconds: Amount = 1.0
     start_seconds: PositiveAmount = 600.0
@@ -280,14 +304,14 @@ class WatchConfig(Section):
 
 
 class AuditConfig(Section):
-    """How often, in steps, copies of weights are compared and the root of the whole state is written (0: never)."""
+    """Audit intervals in steps: comparing weight replicas, recording the state root (0: never)."""
 
     replicas_every_steps: Count = 100
     root_every_steps: Count = 100
 
 
 class SpikesConfig(Section):
-    """What to do about a jump of the loss."""
+    """Reaction to a spike of the loss."""
 
     policy: Annotated[Literal["alert"], BeforeValidator(_policy)] = "alert"
 
@@ -300,7 +324,10 @@ class WandbConfig(Section):
 
 
 class Config(Section):
-    """Everything that decides a run. Frozen; valid by itself (`check_world` adds what depends on the processes)."""
+    """Complete config of a run; frozen.
+
+    Valid by itself; `check_world` checks it against a number of processes.
+    """
 
     run: RunConfig
     model: ModelConfig
@@ -327,16 +354,16 @@ class Config(Section):
         return self
 
 
-# Keys whose default is read off another key of the same section.
 FOLLOWS = {
     "model.num_kv_heads": "model.num_heads",
     "parallel.sequence": "parallel.tensor",
     "parallel.schedule": "parallel.stages_per_rank",
 }
+"""Key -> the key of the same section that its default depends on."""
 
 
 def sections() -> dict[str, type[Section] | None]:
-    """Section name -> its class; None for a key that has no section."""
+    """Return section name -> class; None for a key outside any section."""
     kinds = {name: info.annotation for name, info in Config.model_fields.items()}
     return {
         name: kind if isinstance(kind, type) and issubclass(kind, Section) else None
@@ -345,6 +372,7 @@ def sections() -> dict[str, type[Section] | None]:
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return dotted key -> value of a nested mapping."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping) and value:
@@ -355,5 +383,5 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def flat_values(config: Config) -> dict[str, Any]:
-    """Dotted key -> value, every key, in the order of the sections."""
+    """Return dotted key -> value of every key, in the order of the sections."""
     return flatten(config.model_dump())

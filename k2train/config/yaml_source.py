@@ -1,10 +1,13 @@
-"""From YAML text and dotted overrides to a plain tree in which every value knows where it was written, and back.
+"""YAML source: read YAML text and dotted overrides into a tree with the origin of every value.
 
-The choice taken: PyYAML parses, but the meaning of a scalar is decided here, by the rules of YAML 1.2: `1e-4`, `3e6`
-and `1_000` are numbers, only `true` and `false` are booleans, `no`, `on` and `12:30` are text. Nothing stops at the
-first mistake: what cannot be understood is left out of the tree, noted as broken and told together with the rest.
-The alternative refused: `yaml.safe_load`, which reads `1e-4` as text, `no` as false and `012` as ten, keeps the last
-of two equal keys in silence, forgets lines, and expands aliases without bound.
+- PyYAML parses; this module decides the meaning of a scalar by the rules of YAML 1.2. `1e-4`, `3e6`
+  and `1_000` are numbers, only `true` and `false` are booleans, `no`, `on` and `12:30` are text.
+- Reading does not stop at the first mistake. What cannot be read is left out of the tree, marked as
+  broken, and reported together with the other mistakes.
+
+Alternatives considered:
+- `yaml.safe_load`: it reads `1e-4` as text, `no` as false and `012` as ten. It silently keeps the
+  last of two equal keys, loses line numbers, and expands aliases without bound.
 """
 
 import re
@@ -20,9 +23,10 @@ MAX_FILE_BYTES = 1_000_000
 MAX_DEPTH = 8
 MAX_NUMBER_CHARACTERS = 40
 MAX_VALUES = 20_000
-"""Keys and values of one file; each unknown key costs a search for the nearest name."""
+"""Limit of keys and values in one file; each unknown key costs a search for the nearest name."""
 
 Path = tuple[str | int, ...]
+"""Keys and list indices from the root of the tree to a value."""
 
 _INTEGER = re.compile(r"[-+]?(?:0|[1-9][0-9]*(?:_[0-9]+)*)")
 _FLOAT = re.compile(
@@ -42,7 +46,7 @@ _BROKEN = object()
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a value was written: an override, a line of a file (counted from 1), or nowhere, which is a default."""
+    """Origin of a value: an override, a line of a file (from 1), or neither for a default."""
 
     file: str = ""
     line: int = 0
@@ -56,7 +60,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class Mistake:
-    """One thing wrong, and where."""
+    """One mistake and its origin."""
 
     origin: Origin
     message: str
@@ -67,7 +71,7 @@ class Mistake:
 
 @dataclass
 class Source:
-    """What was read: nested plain values, the origin of each path, the paths given up on, the mistakes so far."""
+    """Result of reading: nested plain values, origins, unreadable paths and mistakes."""
 
     file: str
     tree: dict[str, Any] = field(default_factory=dict)
@@ -76,7 +80,7 @@ class Source:
     mistakes: list[Mistake] = field(default_factory=list)
 
     def origin_of(self, path: Path) -> Origin:
-        """Origin of `path`, or of the nearest thing around it that was written, or the start of the file."""
+        """Return the origin of `path`, else of the nearest enclosing key, else the file's start."""
         for length in range(len(path), 0, -1):
             if path[:length] in self.origins:
                 return self.origins[path[:length]]
@@ -84,7 +88,7 @@ class Source:
 
 
 def dotted(path: Path) -> str:
-    """`("optimizer", "betas", 0)` as `optimizer.betas[0]`."""
+    """Format a path: `("optimizer", "betas", 0)` as `optimizer.betas[0]`."""
     text = ""
     for part in path:
         text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
@@ -92,10 +96,14 @@ def dotted(path: Path) -> str:
 
 
 def parse_scalar(text: str) -> bool | int | float | str | None:
-    """The value of an unquoted YAML 1.2 scalar; text that is nothing else stays text (`012`, `no`, `.nan`, `0x10`)."""
+    """Return the value of an unquoted YAML 1.2 scalar.
+
+    Anything else stays text (`012`, `no`, `.nan`, `0x10`).
+    """
     if text in _CONSTANTS:
         return _CONSTANTS[text]
-    # The length is bounded because Python refuses, with an error of its own, to convert thousands of digits.
+
+    # Bounded, because Python raises an error of its own for thousands of digits.
     if len(text) <= MAX_NUMBER_CHARACTERS:
         if _INTEGER.fullmatch(text):
             return int(text)
@@ -105,7 +113,7 @@ def parse_scalar(text: str) -> bool | int | float | str | None:
 
 
 def format_value(value: Any) -> str:
-    """One line of YAML that reads back equal, here and in readers that follow YAML 1.1."""
+    """Format a value as one line of YAML that YAML 1.2 and 1.1 readers read back equal."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -118,6 +126,8 @@ def format_value(value: Any) -> str:
         return str(value)
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(format_value(item) for item in value) + "]"
+
+    # Unquoted only if YAML 1.2 and 1.1 both read it back as this text.
     plain = _PLAIN_TEXT.fullmatch(value) and parse_scalar(value) == value
     if plain and _YAML_11.resolve(yaml.ScalarNode, value, (True, False)) == _YAML_11_TEXT:
         return str(value)
@@ -129,7 +139,10 @@ def _refused(what: str, event: Any) -> yaml.ScalarNode:
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's composer, which marks aliases and tags for refusal, bounds depth and number; it constructs no values."""
+    """PyYAML composer that rejects aliases and tags and limits depth and count.
+
+    It constructs no values.
+    """
 
     depth = 0
     count = 0
@@ -139,17 +152,21 @@ class _Loader(yaml.SafeLoader):
         if isinstance(event, yaml.AliasEvent):
             self.get_event()
             return _refused(f"alias *{str(event.anchor)[:60]}", event)
+
         if self.depth >= MAX_DEPTH:
             raise yaml.MarkedYAMLError(
                 problem=f"nested more than {MAX_DEPTH} deep", problem_mark=event.start_mark
             )
+
         self.count += 1
         if self.count > MAX_VALUES:
             problem = f"more than {MAX_VALUES} keys and values; is it a config?"
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
+
         self.depth += 1
         node = super().compose_node(parent, index)
         self.depth -= 1
+
         if event.tag is not None:
             return _refused(f"tag {str(event.tag)[:60]}", event)
         return node
@@ -164,14 +181,14 @@ def _compose(text: str) -> Any:
 
 
 def _yaml_problem(error: yaml.YAMLError) -> tuple[int, str]:
-    """Line (from 1; 0 when unknown) and one line of text."""
+    """Return (line from 1, 0 if unknown; one line of text)."""
     mark = getattr(error, "problem_mark", None)
     problem = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error)
     return (mark.line + 1 if mark else 0), " ".join(str(problem).split())
 
 
 class _Reader:
-    """Walks composed nodes into `source.tree`; `override`, when set, is where everything it meets was written."""
+    """Converts composed nodes into `source.tree`; a set `override` is the origin of all values."""
 
     def __init__(self, source: Source, override: str = "") -> None:
         self.source = source
@@ -190,11 +207,12 @@ class _Reader:
         )
 
     def value(self, node: Any, path: Path) -> Any:
-        """Plain value of `node`, or `_BROKEN` after noting the mistake."""
+        """Return the plain value of `node`, or `_BROKEN` after recording the mistake."""
         if node.tag == _REFUSED_TAG:
             self.mistake(node, path, f"YAML {node.value} is not accepted; write the value out")
             self.source.broken.add(path)
             return _BROKEN
+
         if isinstance(node, yaml.MappingNode):
             return self.mapping(node, path)
         if isinstance(node, yaml.SequenceNode):
@@ -203,6 +221,7 @@ class _Reader:
                 self.source.broken.add(path)
                 return _BROKEN
             return items
+        # Quoted text stays text.
         return node.value if node.style else parse_scalar(node.value)
 
     def item(self, node: Any, path: Path) -> Any:
@@ -218,6 +237,7 @@ class _Reader:
                 self.mistake(key_node, path, "a key must be plain text")
                 continue
             key = key_node.value
+            # The first of two equal keys counts.
             if key in first_lines:
                 self.mistake(
                     key_node,
@@ -225,6 +245,7 @@ class _Reader:
                     f"duplicate key; it is already set on line {first_lines[key]}",
                 )
                 continue
+
             first_lines[key] = line
             self.source.origins[(*path, key)] = self.origin(key_node)
             value = self.value(value_node, (*path, key))
@@ -241,6 +262,7 @@ def _read_text(path: str) -> str:
         raise ConfigError(
             f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}"
         ) from error
+
     if len(content) > MAX_FILE_BYTES:
         raise ConfigError(f"{path}: larger than {MAX_FILE_BYTES} bytes; is it a config?")
     try:
@@ -251,7 +273,7 @@ def _read_text(path: str) -> str:
 
 
 def _apply_override(source: Source, override: str) -> None:
-    """Set one `dotted.key=value` in the tree. The value is YAML: a scalar or a `[list]`."""
+    """Set one `dotted.key=value` in the tree; the value is YAML: a scalar or a `[list]`."""
     origin = Origin(override=override)
     key, equals, text = override.partition("=")
     key = key.strip()
@@ -260,14 +282,19 @@ def _apply_override(source: Source, override: str) -> None:
             Mistake(origin, "an override is written section.key=value, e.g. parallel.tensor=2")
         )
         return
+
     if key.startswith("-"):
         source.mistakes.append(
             Mistake(origin, f"overrides take no dashes; write {key.lstrip('-')}={text}")
         )
         return
+
     path: Path = tuple(key.split("."))
+
+    # The override replaces the whole value, so origins below it go.
     for known in [known for known in source.origins if known[: len(path)] == path]:
         del source.origins[known]
+
     source.origins[path] = origin
     try:
         node = _compose(text)
@@ -277,11 +304,14 @@ def _apply_override(source: Source, override: str) -> None:
             Mistake(origin, f"{key}: the value is not YAML: {_yaml_problem(error)[1]}; quote it")
         )
         value = _BROKEN
+
     if isinstance(value, dict):
         source.mistakes.append(
             Mistake(origin, f"{key}: an override sets one value; write {key}.<key>=<value>")
         )
         return
+
+    # Walk to the key's section, creating what is missing.
     parent: Any = source.tree
     for length in range(1, len(path)):
         if parent.get(path[length - 1]) is None:
@@ -294,6 +324,7 @@ def _apply_override(source: Source, override: str) -> None:
                 Mistake(origin, f"{key}: {name} is one value and has no keys below it")
             )
             return
+
     parent.pop(path[-1], None)
     if value is _BROKEN:
         source.broken.add(path)
@@ -303,10 +334,10 @@ def _apply_override(source: Source, override: str) -> None:
 
 
 def read_source(path: str, overrides: Sequence[str] = ()) -> Source:
-    """Read a YAML file and lay the overrides over it, the last one winning.
+    """Read a YAML file and apply the overrides; the last one wins.
 
-    Raises `ConfigError` when there is no tree to go on with: unreadable, too large, not UTF-8, not YAML, not a mapping.
-    Everything smaller is collected in `Source.mistakes`.
+    Raises ConfigError when there is no tree: unreadable, too large, not UTF-8, not YAML, or not a
+    mapping. All other mistakes are collected in `Source.mistakes`.
     """
     source = Source(file=path)
     try:
@@ -314,12 +345,15 @@ def read_source(path: str, overrides: Sequence[str] = ()) -> Source:
     except yaml.YAMLError as error:
         line, problem = _yaml_problem(error)
         raise ConfigError(f"{Origin(path, line)}: not YAML: {problem}") from error
+
     if node is not None and not isinstance(node, yaml.MappingNode):
         raise ConfigError(
-            f"{path}:{node.start_mark.line + 1}: a config is a mapping of sections, such as `model:`"
+            f"{path}:{node.start_mark.line + 1}: "
+            "a config is a mapping of sections, such as `model:`"
         )
     if node is not None:
         source.tree = _Reader(source).mapping(node, ())
+
     for override in overrides:
         _apply_override(source, override)
     return source

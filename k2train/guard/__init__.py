@@ -1,1 +1,1 @@
-"""What protects a run: locks, signals, finite and spike checks."""
+"""Run guards: spikes, stragglers, non-finite steps, crash loops, stop signals, control files."""

@@ -1,10 +1,16 @@
-"""Asking a run from a shell: an empty file STOP or SAVE in its directory, whoever may write there.
+"""Control files: an empty file STOP or SAVE in the run directory asks the run to stop or save.
 
-`touch RUN/SAVE` saves at the end of the step and goes on; `touch RUN/STOP` saves and ends with 75. A file needs no process
-id, works from any machine that mounts the directory, and is there still when the batch system has forgotten the job. A
-port to listen on was refused: it would have to be secured, and 480 ranks have no use for it.
-Only rank 0 polls, once a step. A request is removed when it has been met, not when it is seen: a kill in between leaves it
-for the next start. A STOP that stands before the start is meant for that start.
+- `touch RUN/SAVE` saves at the end of the step and continues. `touch RUN/STOP` saves and exits with
+  75.
+- A file needs no process id, works from any machine that mounts the directory, and survives when
+  the batch system has forgotten the job.
+- Only rank 0 polls, once per step.
+- A request is removed after it was met, not when it is seen. A kill in between leaves it for the
+  next start.
+- A STOP that exists before the start applies to that start.
+
+Alternatives considered:
+- A port to listen on: it would have to be secured, and 480 ranks have no use for it.
 """
 
 from contextlib import suppress
@@ -17,14 +23,17 @@ Name = Literal["STOP", "SAVE"]
 
 
 class ControlFiles:
-    """The requests in one run directory."""
+    """The control files of one run directory."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = Path(directory)
         self._stop, self._save = self.directory / "STOP", self.directory / "SAVE"
 
     def poll(self) -> Name | None:
-        """What is asked for now, STOP before SAVE; None also when the directory cannot be read: a run goes on then."""
+        """Return the current request, STOP before SAVE, or None.
+
+        Also None when the directory cannot be read, because the run continues then.
+        """
         with suppress(OSError):
             if self._stop.exists():
                 return "STOP"
@@ -33,15 +42,18 @@ class ControlFiles:
         return None
 
     def done(self, name: str) -> None:
-        """Remove a request that has been met; a STOP ends a run that saved, so a SAVE beside it is met as well.
+        """Remove a request that has been met.
 
-        One that somebody else has removed, or that cannot be removed, is no error: the run has done what was asked.
+        STOP also removes SAVE, because the run saves when it stops. A file that is already removed,
+        or cannot be removed, is no error.
         """
         for path in (self._stop, self._save) if name == "STOP" else (self._save,):
             with suppress(OSError):
                 path.unlink(missing_ok=True)
 
     def refuse_start(self) -> None:
-        """Raise RunError when a STOP stands in the directory before anything has begun."""
+        """Raise RunError when a STOP file exists before the start."""
         if self._stop.exists():
-            raise RunError(f"{self._stop} asks this run not to start; remove it, then start again")
+            raise RunError(
+                f"{self._stop} asks this run not to start; remove the file, then start again"
+            )

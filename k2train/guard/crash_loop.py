@@ -1,10 +1,13 @@
-"""Starts that got nowhere: a run that dies at the same place again and again is stopped, and told, instead of repeated.
+"""Crash-loop detection: refuse to start after N consecutive starts without progress.
 
-The ledger is the memory, because it outlives the process, the job and the node. A start begins at a step (0, or that of
-the checkpoint it resumed from) and has got somewhere when a checkpoint of a later step stands behind it, also one that was
-made for a stop, or when the stage is finished. Steps without a checkpoint do not count: they will be done again. A stop on
-request that saved nothing newer neither counts nor excuses: somebody ended it, not the run itself. Counting restarts in
-the batch script was refused: it does not see how far they came.
+- The ledger is the memory, because it outlives the process, the job and the node.
+- A start begins at a step: 0, or that of the checkpoint it resumed from. It made progress when it
+  saved a checkpoint of a later step, also one saved on a stop request, or finished the stage.
+- Steps without a checkpoint do not count, because they will be repeated.
+- A requested stop that saved nothing newer neither counts as a failure nor resets the count.
+
+Alternatives considered:
+- Counting restarts in the batch script: it does not see how far they came.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,97 +18,116 @@ from typing import Any
 from k2train.errors import RunError
 
 STARTS = ("starting", "started", "resumed")
-"""The first begins an attempt, before anything can fail; the others follow it, or stand alone in older ledgers."""
-UNASKED = ("non-finite", "save failed", "damaged")
-"""Reasons of a `stopped` event that nobody asked for."""
+"""Events that begin an attempt.
+
+`starting` comes before anything can fail. The others follow it, or stand alone in older ledgers.
+"""
+UNREQUESTED = ("non-finite", "save failed", "damaged")
+"""Reasons of a `stopped` event that was not requested."""
 
 
 @dataclass
 class Attempt:
-    """One start as the ledger tells it; `end` None: it says nothing of the end, the process was killed."""
+    """One start as recorded in the ledger. `end` is None when the process was killed."""
 
     number: int
-    began_at: int
-    reached: int
-    saved: int = field(default=-1)
+    start_step: int
+    last_step: int
+    saved_step: int = field(default=-1)
     end: Mapping[str, Any] | None = None
 
     @property
     def is_fruitless(self) -> bool:
-        """Whether it ended by itself with no checkpoint of a later step than the one it began at."""
-        return not self.was_asked and self.saved <= self.began_at
+        """Whether it ended by itself without a checkpoint later than its first step."""
+        return not self.was_requested and self.saved_step <= self.start_step
 
     @property
-    def was_asked(self) -> bool:
-        """Whether its end was asked for, or it was finished."""
+    def was_requested(self) -> bool:
+        """Whether its end was requested, or it finished the stage."""
         if self.end is None:
             return False
         return self.end["event"] == "finished" or (
-            self.end["event"] == "stopped" and self.end.get("reason") not in UNASKED
+            self.end["event"] == "stopped" and self.end.get("reason") not in UNREQUESTED
         )
 
 
 def attempts_of(events: Sequence[Mapping[str, Any]]) -> list[Attempt]:
-    """The starts of a run, oldest first."""
+    """List the starts of a run, oldest first."""
     found: list[Attempt] = []
     for event in events:
         kind, step = event["event"], int(event.get("step") or 0)
         if kind in STARTS:
             number = int(event.get("attempt", len(found) + 1))
+            # `started` and `resumed` continue the attempt that `starting` began.
             if not (found and found[-1].number == number and kind != "starting"):
-                found.append(Attempt(number, began_at=step, reached=step))
+                found.append(Attempt(number, start_step=step, last_step=step))
             continue
+
         if not found:
             continue
-        now = found[-1]
+
+        current = found[-1]
         if kind == "failed":
-            # Told by the next start where the one that failed could not: it belongs to the one that it names.
-            failed = next((a for a in found if a.number == event.get("attempt")), None)
+            # The next start records a failure that the failed one could not record, and names its
+            # attempt.
+            failed = next(
+                (attempt for attempt in found if attempt.number == event.get("attempt")), None
+            )
             if failed is not None and failed.end is None:
                 failed.end = event
             continue
-        now.reached = max(now.reached, step)
+
+        current.last_step = max(current.last_step, step)
         if kind == "checkpoint_saved":
-            # A checkpoint that a kill kept out of the ledger is told by the next start: it belongs to the one that made it.
-            maker = next((a for a in found if a.number == event.get("attempt")), now)
-            maker.saved = max(maker.saved, step)
+            # The next start also records a checkpoint that a kill kept out of the ledger. It
+            # belongs to the attempt that made it.
+            saved_by = next(
+                (attempt for attempt in found if attempt.number == event.get("attempt")), current
+            )
+            saved_by.saved_step = max(saved_by.saved_step, step)
         elif kind in ("stopped", "finished"):
-            now.end = event
+            current.end = event
+
     return found
 
 
 def fruitless_starts(events: Sequence[Mapping[str, Any]]) -> list[Attempt]:
-    """The starts in a row, up to the last one, that got no further than where they began; oldest first."""
-    row: list[Attempt] = []
+    """Consecutive latest starts without progress, oldest first."""
+    streak: list[Attempt] = []
     for attempt in reversed(attempts_of(events)):
         if attempt.is_fruitless:
-            row.append(attempt)
-        elif attempt.saved > attempt.began_at or (
+            # A requested stop without progress is neither counted nor ends the streak.
+            streak.append(attempt)
+        elif attempt.saved_step > attempt.start_step or (
             attempt.end is not None and attempt.end["event"] == "finished"
         ):
             break
-    return row[::-1]
+
+    return streak[::-1]
 
 
 def check_progress(events: Sequence[Mapping[str, Any]], limit: int, directory: Path) -> None:
-    """Raise RunError when `limit` starts in a row (0: any number) got no further than where they began."""
-    row = fruitless_starts(events)
-    if limit == 0 or len(row) < limit:
+    """Raise RunError after `limit` consecutive starts without progress (0: no limit)."""
+    streak = fruitless_starts(events)
+    if limit == 0 or len(streak) < limit:
         return
-    starts = "1 start" if len(row) == 1 else f"{len(row)} starts in a row"
+
+    furthest = max(attempt.start_step for attempt in streak)
+    starts = "1 start" if len(streak) == 1 else f"{len(streak)} starts in a row"
     raise RunError(
-        f"{starts} got no further than step {max(a.began_at for a in row)} (last: {_end_of(row[-1])}); "
-        f"look at {directory}/ledger.jsonl and the output of the last start, then start with run.max_fruitless_starts=0"
+        f"{starts} got no further than step {furthest} (last: {_describe_end(streak[-1])}); "
+        f"look at {directory}/ledger.jsonl and the output of the last start, then start with "
+        "run.max_fruitless_starts=0"
     )
 
 
-def _end_of(attempt: Attempt) -> str:
+def _describe_end(attempt: Attempt) -> str:
     """How a start ended, in a few words."""
     if attempt.end is None:
-        return f"killed after step {attempt.reached} without a word"
-    told = str(attempt.end.get("problem") or attempt.end.get("reason") or attempt.end["event"])
-    first, *more = told.splitlines() or [told]
-    step = attempt.end.get("step", attempt.reached)
+        return f"killed after step {attempt.last_step} without an error message"
+    text = str(attempt.end.get("problem") or attempt.end.get("reason") or attempt.end["event"])
+    first, *more = text.splitlines() or [text]
+    step = attempt.end.get("step", attempt.last_step)
     return (
         f"{first}{' ...' if more else ''}" if f"step {step}" in first else f"{first} at step {step}"
     )

@@ -1,8 +1,11 @@
-"""Steps whose loss or gradient is not finite: skip them, and stop when they come in a row.
+"""Non-finite steps: skip a step whose loss or gradient is not finite, stop after several in a row.
 
-One bad step is data or luck and is left out of the weights; several in a row mean that the weights themselves are
-damaged, and every further step only burns time. Multiplying the update by zero instead of skipping is refused:
-0 * nan is nan. Every rank feeds the same, already reduced, answer, so every rank takes the same decision.
+- One bad step is data or chance and is left out of the weights. Several in a row mean that the
+  weights themselves are damaged, and every further step only wastes time.
+- Every rank observes the same reduced value, so every rank takes the same decision.
+
+Alternatives considered:
+- Multiplying the update by zero instead of skipping it: 0 * nan is nan.
 """
 
 from typing import Literal
@@ -20,7 +23,7 @@ class NonFiniteCounter:
         self.total = 0
 
     def observe(self, finite: bool) -> Decision:
-        """`apply` for a finite step, else `skip`, or `stop` from the `limit`-th in a row on."""
+        """Return `apply` for a finite step, else `skip`, or `stop` from the `limit`-th in a row."""
         if finite:
             self.in_a_row = 0
             return "apply"
@@ -29,10 +32,10 @@ class NonFiniteCounter:
         return "stop" if self.in_a_row >= self.limit else "skip"
 
     def state(self) -> dict[str, int]:
-        """Plain JSON for a checkpoint: a restart between two bad steps must not forget the first."""
+        """Plain JSON for a checkpoint, so that a restart between two bad steps counts both."""
         return {"in_a_row": self.in_a_row, "total": self.total}
 
     def load_state(self, state: dict[str, int]) -> None:
-        """Continue from `state()`."""
+        """Restore from `state()`."""
         self.in_a_row = int(state["in_a_row"])
         self.total = int(state["total"])

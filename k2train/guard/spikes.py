@@ -1,12 +1,18 @@
-"""Loss spikes seen while they happen: robust deviations of the loss and of the log of the gradient norm.
+"""Loss-spike detection: robust z-scores of the loss and of the log gradient norm.
 
-A step is judged against the median and the median absolute deviation of the last 256 accepted steps, never against a
-window it is itself part of. When a step stands out, an event opens and the window is frozen: a mean and a standard
-deviation over a window that takes the spike in are refused, because the first bad steps then hide the rest. An event
-ends as `benign` (the loss came back), `malignant` (100 steps and still high: the model is damaged) or `level` (100
-steps and near: the data changed). This module only reports; what is done about it is the policy of the caller.
-Everything is Python floats in a fixed order: ranks that feed the same numbers, or a restart that loads the state, get
-the same events. Values that are not finite are ignored here: they are counted elsewhere and must not enter a median.
+- A step is compared with the median and the median absolute deviation of the last 256 accepted
+  steps, never with a window that contains the step itself.
+- An outlier opens an event and freezes the window.
+- An event ends as `benign` (the loss returned), `malignant` (still high after 100 steps: the model
+  is damaged) or `level` (near after 100 steps: the data changed).
+- This module only reports; the caller decides what to do.
+- All arithmetic is Python floats in a fixed order. Ranks that observe the same numbers, or a
+  restart that loads the state, get the same events.
+- Non-finite values are ignored here. They are counted elsewhere and must not enter a median.
+
+Alternatives considered:
+- Mean and standard deviation over a window that includes the spike: the first bad steps then hide
+  the rest.
 """
 
 import math
@@ -22,15 +28,15 @@ LOG_GRAD_FLOOR = 0.05
 QUIET_Z = 2.0
 RETURNED_STEPS = 20
 RETURNED_SD = 2.0
-VERDICT_STEPS = 100
-VERDICT_RECENT = 50
-VERDICT_SD = 3.0
-# 1 / Phi^-1(3/4): makes the median absolute deviation of a Gaussian its standard deviation.
+CLASSIFY_STEPS = 100
+CLASSIFY_RECENT = 50
+CLASSIFY_SD = 3.0
+# 1 / Phi^-1(3/4): scales the median absolute deviation of a Gaussian to its standard deviation.
 MAD_TO_SD = 1.4826
 
 
 class SpikeAlert:
-    """BatchSource it each applied step; it answers with the events that the step opened or closed."""
+    """Detects loss spikes: `observe` returns the events that a step opened or closed."""
 
     def __init__(self) -> None:
         self._losses: list[float] = []
@@ -39,26 +45,31 @@ class SpikeAlert:
 
     @property
     def open_since(self) -> int | None:
-        """The step at which the open event began, or None: checkpoints from before it are worth keeping."""
+        """First step of the open event, or None. Checkpoints from before it are worth keeping."""
         return None if self._open is None else int(self._open["onset"])
 
     def observe(self, step: int, loss: float, grad_norm: float) -> list[dict[str, Any]]:
-        """Take in one step (loss in nat a token, gradient norm before clipping).
+        """Observe one applied step (loss in nat per token, gradient norm before clipping).
 
-        Returns plain JSON events {kind: opened | benign | malignant | level, step, ...}, mostly none.
+        Returns plain JSON events {kind: opened | benign | malignant | level, step, ...}, mostly
+        none.
         """
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             return []
+
         loss = float(loss)
         log_grad = math.log(max(float(grad_norm), 1e-30))
         if self._open is not None:
-            return self._follow(step, loss, log_grad)
+            return self._continue_event(step, loss, log_grad)
+
         if len(self._losses) >= ARMED_AT:
             loss_median, loss_sd = _center_and_spread(self._losses, LOSS_FLOOR_NAT)
             grad_median, grad_sd = _center_and_spread(self._log_grads, LOG_GRAD_FLOOR)
             loss_z = (loss - loss_median) / loss_sd
             grad_z = (log_grad - grad_median) / grad_sd
+
             if loss_z > LOSS_Z or grad_z > GRAD_Z:
+                # The frozen reference of the event, from before its first step.
                 center = {
                     "loss": loss_median,
                     "loss_sd": loss_sd,
@@ -74,55 +85,71 @@ class SpikeAlert:
                     "quiet": 0,
                 }
                 self._open |= {"peak_loss": loss, "peak_log_grad": log_grad}
-                self._enter(loss, log_grad)
-                return [self._opened(step, loss, log_grad, loss_z, grad_z)]
+                self._add_to_event(loss, log_grad)
+
+                return [self._opening_event(step, loss, log_grad, loss_z, grad_z)]
+
         self._accept(loss, log_grad)
         return []
 
     def state(self) -> dict[str, Any]:
-        """Plain JSON: the window and an open event travel in the checkpoint, so that a restart alarms alike."""
-        opened = None if self._open is None else _copied(self._open)
-        return {"losses": list(self._losses), "log_grads": list(self._log_grads), "open": opened}
+        """Plain JSON for a checkpoint: window and open event.
+
+        A restart therefore raises the same alarms.
+        """
+        open_event = None if self._open is None else _copy_event(self._open)
+        return {
+            "losses": list(self._losses),
+            "log_grads": list(self._log_grads),
+            "open": open_event,
+        }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Continue from `state()`, also after it has been through JSON."""
+        """Restore from `state()`, also after a JSON round trip."""
         self._losses = [float(value) for value in state["losses"]]
         self._log_grads = [float(value) for value in state["log_grads"]]
-        self._open = None if state["open"] is None else _copied(state["open"])
+        self._open = None if state["open"] is None else _copy_event(state["open"])
 
     def _accept(self, loss: float, log_grad: float) -> None:
         self._losses = [*self._losses, loss][-WINDOW:]
         self._log_grads = [*self._log_grads, log_grad][-WINDOW:]
 
-    def _enter(self, loss: float, log_grad: float) -> None:
+    def _add_to_event(self, loss: float, log_grad: float) -> None:
         event = self._open
         assert event is not None, "no event is open"
         center = event["center"]
-        event["losses"] = [*event["losses"], loss][-VERDICT_RECENT:]
-        event["log_grads"] = [*event["log_grads"], log_grad][-VERDICT_RECENT:]
+        event["losses"] = [*event["losses"], loss][-CLASSIFY_RECENT:]
+        event["log_grads"] = [*event["log_grads"], log_grad][-CLASSIFY_RECENT:]
         event["count"] += 1
+
+        # Counts steps whose gradient norm is nearly usual although the loss is high.
         event["quiet"] += (log_grad - center["log_grad"]) / center["log_grad_sd"] < QUIET_Z
         event["peak_loss"] = max(event["peak_loss"], loss)
         event["peak_log_grad"] = max(event["peak_log_grad"], log_grad)
 
-    def _follow(self, step: int, loss: float, log_grad: float) -> list[dict[str, Any]]:
-        self._enter(loss, log_grad)
+    def _continue_event(self, step: int, loss: float, log_grad: float) -> list[dict[str, Any]]:
+        self._add_to_event(loss, log_grad)
         event = self._open
         assert event is not None, "no event is open"
         center, losses = event["center"], event["losses"]
         returned = center["loss"] + RETURNED_SD * center["loss_sd"]
         if len(losses) >= RETURNED_STEPS and median(losses[-RETURNED_STEPS:]) <= returned:
-            return self._close("benign", step)
-        if event["count"] < VERDICT_STEPS:
+            return self._close_event("benign", step)
+        if event["count"] < CLASSIFY_STEPS:
             return []
-        high = center["loss"] + VERDICT_SD * center["loss_sd"]
+
+        high = center["loss"] + CLASSIFY_SD * center["loss_sd"]
         kind = "malignant" if median(losses) > high else "level"
-        closed = self._close(kind, step)
-        # The run goes on at the new level; judged against the old one, every further step would alarm.
+
+        closed = self._close_event(kind, step)
+
+        # Training continues at the new level. Compared with the old one, every further step would
+        # raise an alarm.
         self._losses, self._log_grads = list(losses), list(event["log_grads"])
+
         return closed
 
-    def _opened(
+    def _opening_event(
         self, step: int, loss: float, log_grad: float, loss_z: float, grad_z: float
     ) -> dict[str, Any]:
         assert self._open is not None, "no event is open"
@@ -138,7 +165,7 @@ class SpikeAlert:
             "usual_grad_norm": math.exp(center["log_grad"]),
         }
 
-    def _close(self, kind: str, step: int) -> list[dict[str, Any]]:
+    def _close_event(self, kind: str, step: int) -> list[dict[str, Any]]:
         event = self._open
         assert event is not None, "no event is open"
         self._open = None
@@ -152,17 +179,16 @@ class SpikeAlert:
                 "peak_grad_norm": math.exp(event["peak_log_grad"]),
                 "usual_loss": event["center"]["loss"],
                 "recent_loss": median(event["losses"]),
-                # Small norms inside a long spike: clipping no longer holds the model, it settles in the worse place.
+                # Small norms inside a long spike: clipping no longer holds the model back, it
+                # settles at the worse level.
                 "quiet_share": event["quiet"] / event["count"],
             }
         ]
 
 
-def _copied(event: dict[str, Any]) -> dict[str, Any]:
-    copied = {
-        key: list(value) if isinstance(value, list) else value for key, value in event.items()
-    }
-    return copied | {"center": dict(event["center"])}
+def _copy_event(event: dict[str, Any]) -> dict[str, Any]:
+    copy = {key: list(value) if isinstance(value, list) else value for key, value in event.items()}
+    return copy | {"center": dict(event["center"])}
 
 
 def _center_and_spread(values: list[float], floor: float) -> tuple[float, float]:

@@ -1,11 +1,15 @@
-"""Being asked to stop: the handler only notes the request, the training loop acts on it between two steps.
+"""Stop signals: the handler only records the request, the training loop acts on it between steps.
 
-Saving inside the handler is refused: it may run in the middle of a collective or of a write. The loop reads
-`requested`, agrees on it with the other ranks, saves and leaves.
-A second Ctrl-C means "now" and raises KeyboardInterrupt. It counts only some time after the first: a terminal sends
-SIGINT to every process of a launch and the launcher passes its own copy on, so one press of the keys arrives twice.
-USR1 and USR2 stop like SIGTERM: batch systems send them some minutes before a time limit, or on preemption. So does the
-SIGHUP of a terminal that is closed, save where it is ignored already: under nohup nobody wants to hear of it.
+- The loop reads `requested`, agrees on it with the other ranks, saves and exits.
+- A second Ctrl-C means "now" and raises KeyboardInterrupt. It counts only some time after the
+  first: a terminal sends SIGINT to every process of a launch and the launcher forwards its own
+  copy, so one key press arrives twice.
+- USR1 and USR2 stop like SIGTERM. Batch systems send them some minutes before a time limit, or on
+  preemption.
+- SIGHUP of a closed terminal stops too, unless it is already ignored, as under nohup.
+
+Alternatives considered:
+- Saving inside the handler: it may run in the middle of a collective or of a write.
 """
 
 import os
@@ -20,9 +24,10 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.
 
 
 class StopRequest:
-    """`requested` is the name of the first signal that asked to stop ("SIGTERM"), else None.
+    """Stop request by signal; `requested` is the name of the first signal ("SIGTERM"), else None.
 
-    `announce`: say on stderr that the request was heard. `echo_seconds`: a SIGINT sooner than this after the first one is taken for the launcher's copy of it.
+    - `announce`: confirm the request on stderr.
+    - `echo_seconds`: a SIGINT sooner than this after the first counts as the launcher's copy of it.
     """
 
     def __init__(
@@ -39,21 +44,23 @@ class StopRequest:
         self._before: dict[signal.Signals, Any] = {}
 
     def install(self) -> Self:
-        """Take over SIGTERM, SIGINT, SIGHUP, SIGUSR1 and SIGUSR2; only in the main thread, once."""
+        """Install handlers for all SIGNALS; main thread only, once."""
         assert threading.current_thread() is threading.main_thread(), (
             "signal handlers belong to the main thread"
         )
         assert not self._before, "the handlers are installed already"
         for number in SIGNALS:
+            # Ignored by nohup: the run must survive the closed terminal.
             if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
                 continue
             self._before[number] = signal.signal(number, self._handle)
+
         return self
 
     def restore(self) -> None:
-        """Give the signals back to whoever had them; harmless when not installed."""
+        """Restore the previous handlers; no effect when not installed."""
         for number, before in self._before.items():
-            # None: installed by C code, which Python cannot put back.
+            # None: the handler was installed by C code, which Python cannot restore.
             signal.signal(number, signal.SIG_DFL if before is None else before)
         self._before = {}
 
@@ -67,12 +74,14 @@ class StopRequest:
         if self.requested is None:
             self.requested = signal.Signals(number).name
             if self._announce:
-                # Past all buffers: the handler may stand in the middle of a write to the same stream.
+                # Bypass all buffers: the signal may interrupt a write to the same stream.
                 os.write(
                     2, f"\nk2train: {self.requested}: finishing the step, then saving\n".encode()
                 )
+
         if number != signal.SIGINT:
             return
+
         now = self._clock()
         if self._first_interrupt is None:
             self._first_interrupt = now

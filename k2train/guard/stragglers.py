@@ -1,17 +1,23 @@
-"""A rank that is slow by itself, named while the run goes on: its own seconds of a step against those of its peers.
+"""Straggler detection: compare each rank's own seconds per step with those of its peers.
 
-Own seconds are those of a step without the ones blocked in exchanges, where every rank shows the slowness of one. They are
-the host's: on CUDA, where kernels and collectives are only enqueued and the host waits at one place for all of it, a device
-that is slow by itself shows in every rank's time alike, and what is found is a slow host (data, Python, a busy core). Ranks of
-one pipeline stage do the same work, so they are compared as they are; a stage with one rank is compared with the others by
-its expected share, with more room, since a share is an estimate. A rank is slow when nearly all of its last steps are: the
-second shortest of twenty lies well above the third part of
-theirs that was shortest. Noise of a busy machine only ever adds to some steps, so it moves
-means and even medians, but seldom that. Two rules: well above the others, or clearly above what this rank itself
-used to take next to them (which leaves alone a rank that always has a bit more to do). Refused: a mean and a standard
-deviation (one pause of a second hides everything), and the wall time of a step (equal on all ranks).
+- Own seconds exclude the time blocked in collectives, where one slow rank delays all.
+- They are host time. On CUDA the host only enqueues kernels and waits in one place, so a slow
+  device shows equally in every rank's time. What is found there is a slow host (data, Python, a
+  busy core).
+- Ranks of one pipeline stage do the same work and are compared directly. A stage with one rank is
+  compared with the others by its expected share of the work. That comparison has a larger margin,
+  because a share is an estimate.
+- A rank is slow when nearly all of its last steps are: the second shortest of 20 is well above the
+  shortest third of its peers' steps. Noise of a busy machine only ever lengthens some steps. It
+  moves means and even medians, but seldom this order statistic.
+- Two rules: well above the others, or clearly above this rank's own usual ratio to them. The second
+  rule spares a rank that always has slightly more work.
+- Every rank observes the same numbers and gets the same answer. A rank is reported once when it
+  becomes slow and once when it recovers.
 
-Every rank feeds the same numbers and gets the same answer. Told once when it begins and once when it ends.
+Alternatives considered:
+- Mean and standard deviation: one pause of a second hides everything.
+- Wall time of a step: equal on all ranks.
 """
 
 from collections import deque
@@ -21,39 +27,44 @@ from statistics import median
 from k2train.plan.layout import Layout
 
 WINDOW = 20
-NEARLY_ALL = 1
-"""Index of the order statistic: so many of the window may be as quick as ever."""
-OTHERS_QUICK = 8
-"""The same of the others: what they take when the machine lets them, not their median, which noise of all ranks moves."""
+OWN_ORDER = 1
+"""Index of the order statistic of a rank: so many steps of its window may be fast."""
+PEER_ORDER = 8
+"""Index of the order statistic of its peers: their time on a quiet machine.
+
+Noise on all ranks would move their median.
+"""
 SAME_STAGE = 1.25
 OTHER_STAGE = 1.75
 OWN_PAST = 1.2
 PAST_STEPS = 256
 ENOUGH_PAST = 64
-LARGE = 16
-ROOM_SECONDS = 0.005
-"""Less than this is nobody's concern."""
+LARGE_GROUP = 16
+MIN_EXCESS_SECONDS = 0.005
+"""Smallest excess over the peers that is reported."""
 
 
 class _Rank:
     def __init__(self) -> None:
         self.window: deque[tuple[float, float]] = deque(maxlen=WINDOW)
-        """(seconds, the same over the others' median of that step), seconds of a whole share."""
+        """(seconds, ratio to the others' median of that step), both for a full share of the work.
+        """
         self.past: deque[float] = deque(maxlen=PAST_STEPS)
         self.since: int | None = None
         self.usual: float | None = None
-        """What ratio was usual when it became slow by the second rule."""
+        """Usual ratio at the time when it became slow by the second rule."""
 
-    def quick(self, index: int) -> float:
-        """The seconds that all but `index` steps of a full window exceed."""
+    def order_statistic(self, index: int) -> float:
+        """Seconds that all but `index` steps of a full window exceed."""
         ordered = sorted(value for value, _ in self.window)
         return ordered[min(index, len(ordered) - 1)]
 
 
 class Stragglers:
-    """BatchSource every step's own seconds of all ranks; answers with a line when a rank becomes slow, or is no longer.
+    """Observes every rank's own seconds per step and reports ranks that become slow or recover.
 
-    `weights`: of each rank the part of the work expected of it, in any unit (None: all alike); `hosts`: for the line.
+    - `weights`: each rank's expected part of the work, in any unit (None: all equal).
+    - `hosts`: host names for the messages.
     """
 
     def __init__(
@@ -71,72 +82,93 @@ class Stragglers:
         stages: dict[int, list[int]] = {}
         for rank in range(world):
             stages.setdefault(layout.coordinate(rank).pp, []).append(rank)
+
+        # A stage with one rank has no peers of its own: compare all ranks by their share of the
+        # work.
         alone = any(len(ranks) == 1 for ranks in stages.values())
         self._groups = [list(range(world))] if alone else list(stages.values())
         self._factor = OTHER_STAGE if alone and len(stages) > 1 else SAME_STAGE
         self._ranks = [_Rank() for _ in range(world)]
 
     def observe(self, step: int, seconds: Sequence[float]) -> str | None:
-        """Own seconds of each rank in `step`; a line for people, or None as nearly always."""
+        """Observe the own seconds of each rank in `step`; returns a message, mostly None."""
         assert len(seconds) == len(self._ranks), (
             f"{len(seconds)} times for {len(self._ranks)} ranks"
         )
-        told = []
+        messages = []
         for group in self._groups:
             if len(group) < 2:
                 continue
-            self._take(group, seconds)
-            # Of everything up to here: a group has one usual time, a rank is measured against it.
-            others = _others({rank: self._ranks[rank].quick(OTHERS_QUICK) for rank in group})
-            for rank in group:
-                line = self._judge(rank, step, others[rank])
-                if line:
-                    told.append(line)
-        return "; ".join(told) or None
 
-    def _take(self, group: Sequence[int], seconds: Sequence[float]) -> None:
+            self._record_step(group, seconds)
+            # Computed after the whole group was recorded: every rank is compared with the same
+            # window.
+            others = _others(
+                {rank: self._ranks[rank].order_statistic(PEER_ORDER) for rank in group}
+            )
+            for rank in group:
+                message = self._evaluate(rank, step, others[rank])
+                if message:
+                    messages.append(message)
+
+        return "; ".join(messages) or None
+
+    def _record_step(self, group: Sequence[int], seconds: Sequence[float]) -> None:
         now = {rank: seconds[rank] / self._share[rank] for rank in group}
         others = _others(now)
         for rank in group:
-            one = self._ranks[rank]
-            if len(one.window) == WINDOW and one.since is None:
-                one.past.append(one.window[0][1])
-            one.window.append((now[rank], now[rank] / max(others[rank], 1e-6)))
+            state = self._ranks[rank]
+            if len(state.window) == WINDOW and state.since is None:
+                # Steps that leave the window form the rank's usual ratio, unless it is slow.
+                state.past.append(state.window[0][1])
+            state.window.append((now[rank], now[rank] / max(others[rank], 1e-6)))
 
-    def _judge(self, rank: int, step: int, others: float) -> str:
-        one = self._ranks[rank]
-        if len(one.window) < WINDOW:
+    def _evaluate(self, rank: int, step: int, others: float) -> str:
+        state = self._ranks[rank]
+        if len(state.window) < WINDOW:
             return ""
-        low = one.quick(NEARLY_ALL)
-        ratio = sorted(value for _, value in one.window)[NEARLY_ALL]
-        if one.since is None:
-            usual = median(one.past) if len(one.past) >= ENOUGH_PAST else None
+
+        low = state.order_statistic(OWN_ORDER)
+        ratio = sorted(value for _, value in state.window)[OWN_ORDER]
+        if state.since is None:
+            usual = median(state.past) if len(state.past) >= ENOUGH_PAST else None
             own = usual is not None and ratio > OWN_PAST * usual and low > OWN_PAST * usual * others
-            if not (low > self._factor * others or own) or low - others < ROOM_SECONDS:
+
+            # First rule: far above the peers. Second rule: far above its own past. Both need a real
+            # excess.
+            if not (low > self._factor * others or own) or low - others < MIN_EXCESS_SECONDS:
                 return ""
-            one.since, one.usual = step, usual
+
+            state.since, state.usual = step, usual
             return (
-                f"{self._who(rank)} is slow: {self._own(rank) * 1e3:.0f} ms of its own a step where the others take "
+                f"{self._name(rank)} is slow: {self._own_seconds(rank) * 1e3:.0f} ms of own work "
+                "per step, the others take "
                 f"{others * self._share[rank] * 1e3:.0f} ms (last {WINDOW} steps)"
             )
-        # Over when most steps are well below what made it slow: at the threshold itself it would come and go.
-        level = median(value for value, _ in one.window)
-        usual_level = others * max(1.0, one.usual or 1.0)
-        if level < max(usual_level * (1 + OWN_PAST) / 2, others + ROOM_SECONDS / 2):
-            since, one.since = one.since, None
-            return f"{self._who(rank)} is no longer slow, after {step - since} steps"
+
+        # Recovered when most steps are well below the level that made it slow. At the threshold
+        # itself the state would flip back and forth.
+        level = median(value for value, _ in state.window)
+        usual_level = others * max(1.0, state.usual or 1.0)
+        if level < max(usual_level * (1 + OWN_PAST) / 2, others + MIN_EXCESS_SECONDS / 2):
+            since, state.since = state.since, None
+            return f"{self._name(rank)} is no longer slow, after {step - since} steps"
+
         return ""
 
-    def _own(self, rank: int) -> float:
+    def _own_seconds(self, rank: int) -> float:
         return median(value for value, _ in self._ranks[rank].window) * self._share[rank]
 
-    def _who(self, rank: int) -> str:
+    def _name(self, rank: int) -> str:
         return f"rank {rank}" if self._hosts is None else f"rank {rank} ({self._hosts[rank]})"
 
 
 def _others(values: dict[int, float]) -> dict[int, float]:
-    """For each rank of a group the median of the others' values; in a large group that of all, which is the same."""
-    if len(values) > LARGE:
+    """Median of the others' values for each rank of a group.
+
+    In a large group, the median of all values, which is the same.
+    """
+    if len(values) > LARGE_GROUP:
         return dict.fromkeys(values, median(values.values()))
     return {
         rank: median(value for other, value in values.items() if other != rank) for rank in values

@@ -81,6 +81,7 @@ def start_with_restarts(start: Callable[[], int], restarts: int, supervisor: Sup
         if code != EXIT_FAILED or supervisor.first_signal or number > restarts:
             break
 
+        # Exponential backoff, reset after a long start.
         if time.monotonic() - began > BACKOFF_RESET_SECONDS:
             wait_seconds = 1.0
         _log(f"start {number + 1} of {restarts + 1} follows in {wait_seconds:g} s")
@@ -113,6 +114,7 @@ def split_restarts(arguments: list[str]) -> tuple[int, list[str]]:
     if not value.isdigit():
         raise ValueError(f"--restarts must be a count, got {value!r}")
 
+    # With several nodes each launcher would restart on its own.
     nodes = [
         _value_of(rest, i)
         for i, text in enumerate(rest[:script])
@@ -193,6 +195,7 @@ def exit_code_of(codes: dict[int, int]) -> int:
     Prints processes that did not end cleanly on stderr.
     """
 
+    # A process that torchrun ended says nothing about the cause.
     own = {rank: code for rank, code in codes.items() if code != KILLED_BY_TORCHRUN} or codes
     if set(own.values()) <= {EXIT_USAGE, EXIT_STOPPED}:
         # A mistake outweighs a stop: a restart would not help.

@@ -59,6 +59,7 @@ class Supervisor:
         self._thread = threading.Thread(target=self._watch, name="supervisor", daemon=True)
 
     def __enter__(self) -> Self:
+        # Python's C-level handler writes signal numbers here, even while the main thread hangs.
         self._read_end, self._write_end = os.pipe()
         os.set_blocking(self._write_end, False)
         self._wakeup_before = signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
@@ -135,6 +136,7 @@ class Supervisor:
         if not failed:
             return
 
+        # The others first get time to end by themselves.
         now = time.monotonic()
         self._failed_at = now if self._failed_at is None else self._failed_at
         if now - self._failed_at < self._grace_seconds:

@@ -64,6 +64,7 @@ class Attention(nn.Module):
         q, k, v = self.split(packed, rotary.cos, rotary.sin, self.heads, self.kv_heads)
 
         mixed = self.kernel(q, k, v, mask)
+        # The kernels' memory order is [s, b, n, d], so this reshape copies nothing.
         return self.output(mixed.permute(2, 0, 1, 3).reshape(s, b, self.heads * self.head_dim))
 
     def extra_repr(self) -> str:

@@ -58,6 +58,7 @@ class Rotary:
         frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
 
         angles = torch.outer(torch.arange(sequence_length, dtype=torch.float64), frequencies)
+        # Rotate-half: both halves of a head turn by the same angles.
         angles = torch.cat((angles, angles), dim=-1)[:, None, None, :]
         self.cos, self.sin = angles.cos().float().to(device), angles.sin().float().to(device)
 

@@ -195,6 +195,7 @@ class Stage(nn.Module):
         """Called with a child module before its weights are read, which may still be in flight."""
 
         self.weight_grad_store = WeightGradStore()
+        # One store per stage: the executor defers all of its weight gradients together.
         for child in self.modules():
             if isinstance(child, Sharded):
                 child.weight_grad_store = self.weight_grad_store
@@ -267,6 +268,7 @@ class Stage(nn.Module):
         labels = torch.full_like(tokens, IGNORE)
         labels[:, :-1] = tokens[:, 1:]
 
+        # The head's rows on this rank, padding left out.
         output, size = self.head.output, self.architecture.vocab_size
         start = output.slices["weight"][0].start
         if self.fused_loss:

@@ -68,13 +68,15 @@ class ShardedAdamW:
         self.exp_avg_sq = torch.zeros_like(self.master)
         self.adam_steps = 0
 
+        # A checkpoint and a digest address the rows by these names.
         self._slot_of = {slot.param_slice.name: slot for slot in shard_layout.slots}
-        assert len(self._slot_of) == len(shard_layout.slots), "two pieces carry one name"
+        assert len(self._slot_of) == len(shard_layout.slots), "two slices have the same name"
         covered = sum(slot.elements for slot in shard_layout.slots)
-        assert covered <= shard_layout.elements, "pieces overlap"
+        assert covered <= shard_layout.elements, "slices overlap"
 
         self.param_gather = ParamGather(shard_layout)
         self._buckets = _in_order_of_use(shard_layout, bucket_bytes)
+        # One data-parallel rank gathers nothing: its parameters share one flat tensor.
         self._weights = self._share_memory() if shard_layout.dp.size == 1 else None
 
     @torch.no_grad()
@@ -125,6 +127,7 @@ class ShardedAdamW:
         update = _fused if self.kernel == "fused" else _reference
         for bucket in self._buckets:
             part = slice(bucket.start, bucket.stop)
+            # Slices without decay lie behind `decayed`, in buckets of their own.
             decay = self.weight_decay if bucket.start < self.shard_layout.decayed else 0.0
             rule = _Rule(self.adam_steps + 1, lr, self.betas, self.eps, decay, divisor, skip)
             update(

@@ -167,13 +167,17 @@ def decide_step(
       rule.
     """
     totals = torch.cat((sums, loss.detach().double().view(1), sums.new_zeros(len(flags))))
+
+    # Flags are rare: a step without one copies nothing from the host.
     for index, flag in enumerate(flags):
         if flag:
             totals[len(names) + 1 + index].fill_(flag)
 
+    # Over the ranks of a stage, then over stages: other stages add exact zeros.
     all_reduce(totals, stage)
     all_reduce(totals, pp)
 
+    # cumsum fixes the order of the additions: that of the forward pass.
     total = totals[: len(names)].cumsum(0)[-1]
     norm = total.sqrt()
     skip = (~(torch.isfinite(norm) & torch.isfinite(totals[len(names)]))).float()

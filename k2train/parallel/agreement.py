@@ -39,10 +39,10 @@ class Agreement:
 
         Returns this rank's result. `refused` turns an OSError into the SaveError to raise.
         """
-        mine: Any = None
+        value: Any = None
         problem: Exception | None = None
         try:
-            mine = part()
+            value = part()
         except OSError as error:
             problem = refused(error)
         except (UserError, SaveError) as error:
@@ -51,32 +51,32 @@ class Agreement:
             # Whatever it is, the other ranks must hear of it.
             problem = SaveError(f"a checkpoint could not be saved: rank {self.rank}: {error!r}")
 
-        for found in self.all(problem):
-            if found is not None:
-                raise found
-        result: T = mine
+        for failure in self.all(problem):
+            if failure is not None:
+                raise failure
+        result: T = value
         return result
 
-    def all(self, mine: T) -> list[T]:
+    def all(self, value: T) -> list[T]:
         """Gather every rank's value on every rank."""
         parts: list[Any] = [None] * self.world_size
-        dist.all_gather_object(parts, mine, group=self.group)
+        dist.all_gather_object(parts, value, group=self.group)
         return parts
 
-    def to_first(self, mine: T) -> list[T]:
+    def to_first(self, value: T) -> list[T]:
         """Gather every rank's value on rank 0; other ranks get an empty list."""
         parts: list[Any] = [None] * self.world_size if self.rank == 0 else []
-        dist.gather_object(mine, parts or None, dst=0, group=self.group)
+        dist.gather_object(value, parts or None, dst=0, group=self.group)
         return parts
 
-    def from_first(self, mine: T) -> T:
+    def from_first(self, value: T) -> T:
         """Broadcast rank 0's value to every rank."""
-        shared: list[Any] = [mine]
+        shared: list[Any] = [value]
         dist.broadcast_object_list(shared, src=0, group=self.group)
         result: T = shared[0]
         return result
 
-    def sum(self, mine: torch.Tensor) -> torch.Tensor:
+    def sum(self, value: torch.Tensor) -> torch.Tensor:
         """Sum a host tensor of integers over all ranks, in place."""
-        dist.all_reduce(mine, group=self.group)
-        return mine
+        dist.all_reduce(value, group=self.group)
+        return value

@@ -171,6 +171,7 @@ def _softmax_(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         part = slice(begin, min(begin + band, rows))
         x = wide[: part.stop - begin].copy_(logits[part]) if narrow else logits
         peak, label_logit = x.amax(dim=-1), x.gather(-1, index[part])
+        # One pass of torch's kernel, in place.
         torch.softmax(x, dim=-1, out=x)
         # The largest probability is 1 / sum, at least 1 / width: its logarithm is exact. That of
         # a label may be log 0.
@@ -194,6 +195,7 @@ def _combine_ranks(stats: Tensor, mine: Tensor, tp: Axis) -> tuple[Tensor, Tenso
     if tp.size == 1:
         return stats[1] + (stats[0] - stats[2]), None
 
+    # A label's logit counts on the rank that owns its column only.
     stats[2].mul_(mine)
     peaks, sums, label_logits = all_gather(stats, tp).view(tp.size, 3, -1).unbind(1)
     # logsumexp over ranks, relative to the largest maximum.
@@ -303,6 +305,7 @@ class _StripLoss:
             strip = self.product.multiply(self.x[part], self.weight.t(), gradient=False, out=out)
 
             stats, label_probability = _softmax_(strip, self.index[part])
+            # The one collective per strip.
             losses[part], share = _combine_ranks(stats, self.mine[part], self.v.tp)
             if self.dx is not None or self.accumulator is not None:
                 self._strip_gradients(strip, label_probability, share, part)
@@ -378,7 +381,7 @@ def fused_cross_entropy(
     """
     _refuse_bad_labels(labels, vocabulary.size)
     if strip is None:
-        # By the widest rank's columns: there is a collective a strip, so all ranks must cut alike.
+        # By the widest rank's columns: one collective per strip, so all ranks must cut alike.
         width = -(-vocabulary.size // vocabulary.tp.size)
         strip = strip_rows(labels.numel(), width, labels.device.type)
 

@@ -115,6 +115,7 @@ class StateDigest:
         )
 
         for slot in self.shard_layout.slots:
+            # A tensor that every tensor-parallel rank holds whole is counted once.
             if slot.param_slice.dim is None and self.tp.rank != 0:
                 continue
             for number, state in enumerate(self.states):
@@ -131,7 +132,7 @@ class StateDigest:
         param_slice, (first, _) = slot.param_slice, slot.rows(self.shard_layout.dp)
         if param_slice.dim in (None, 0):
             return (0 if param_slice.dim is None else param_slice.start) + first, 0
-        assert param_slice.dim == 1, f"{param_slice.name}: cut in dimension {param_slice.dim}"
+        assert param_slice.dim == 1, f"{param_slice.name}: split in dimension {param_slice.dim}"
         return first, param_slice.start * prod(param_slice.global_shape[2:])
 
     def digests(self, summed: Tensor) -> dict[str, str]:

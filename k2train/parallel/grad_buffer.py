@@ -92,7 +92,7 @@ class ShardLayout:
 
         for _, held in grouped.values():
             assert len({param_slice.decay for param_slice in held}) == 1, (
-                f"{held[0].name}: one parameter decays in part"
+                f"{held[0].name}: all slices of a parameter must decay, or none"
             )
 
         slots: list[BufferSlot] = []
@@ -258,7 +258,7 @@ class GradientBuffer:
 
         def arrived() -> None:
             buffer = buffer_ref()
-            assert buffer is not None, "a backward ran after its gradient buffer was gone"
+            assert buffer is not None, "a backward pass ran after its gradient buffer was freed"
             buffer._arrived(index)
 
         accumulator = GradAccumulator(self._totals[index], arrived)
@@ -275,7 +275,7 @@ class GradientBuffer:
 
     def zero(self) -> None:
         """Reset all sums at the start of a step."""
-        assert not self._pending, "a step began while gradients of the one before were on their way"
+        assert not self._pending, "a step began while gradients of the previous one were in flight"
         self._sums.zero_()
         self._started = 0
         self._arrivals = [0] * len(self._totals)

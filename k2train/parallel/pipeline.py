@@ -96,6 +96,7 @@ class Executor:
         self._losses: dict[int, Tensor] = {}
 
         with torch.set_grad_enabled(self._training):
+            # The list is the schedule: nothing is reordered here.
             for action in program:
                 self._await_input(action)
                 if before is not None:
@@ -104,6 +105,7 @@ class Executor:
                 if observe is not None:
                     observe(action)
 
+        # The tensors must outlive their sends, and every send must end before the step does.
         for work, _ in self._sending:
             with wait_scope(self.pp.comm, "end of sends to other stages"):
                 work.wait()
@@ -124,6 +126,7 @@ class Executor:
         else:
             x = self._x.pop(key)
             if self._training:
+                # A leaf of this stage's graph: its gradient goes to the stage before.
                 x.requires_grad_()
 
         y = self.stages[action.stage](x)
@@ -167,7 +170,7 @@ class Executor:
 
     def _backward_weight(self, action: Action) -> None:
         deferred = self._deferred.pop((action.stage, action.microbatch))
-        # Each piece holds activations, and lets go of its own as soon as it is done.
+        # Each item holds activations and frees them as soon as it is done.
         deferred.reverse()
         while deferred:
             deferred.pop()()

@@ -98,10 +98,10 @@ class ReplicaCheck:
 
         differing = set().union(*names_by_rank)
 
-        mine = {}
+        own_reports = {}
         for number, slot in enumerate(self.shard_layout.slots):
             if slot.param_slice.name in differing:
-                mine[slot.param_slice.name] = ReplicaReport(
+                own_reports[slot.param_slice.name] = ReplicaReport(
                     digest_text(used[number].tolist()),
                     digest_text(expected[number].tolist()),
                     self._own_rows(slot, shards[MASTER]),
@@ -111,7 +111,7 @@ class ReplicaCheck:
 
         copies: list[dict[str, ReplicaReport]] = [{} for _ in names_by_rank]
         with collective_scope(self.grid.comm, "all-gather of digests of copies"):
-            dist.all_gather_object(copies, mine, group=self.grid.host)
+            dist.all_gather_object(copies, own_reports, group=self.grid.host)
 
         return diagnose_replicas(copies, self.grid.layout)
 
@@ -125,7 +125,7 @@ class ReplicaCheck:
             weights = slot.param_slice.of(slot.parameter.data)
             used[number] = tensor_sums(weights, 0, 0, self._factors)
             if weights.numel():
-                # Of values of which one is not a number neither extreme is: one pass, no mask.
+                # One NaN makes both extremes NaN: one pass, no mask.
                 finite[number] = torch.stack(torch.aminmax(weights)).isfinite().all()
             rounded = self.shard_layout.local(master, slot).to(weights.dtype)
             expected[number] = tensor_sums(
@@ -154,14 +154,14 @@ class ReplicaCheck:
         if not self._whole:
             return {}, torch.ones(0, dtype=torch.bool)
 
-        everyone = all_gather(found, self.grid.tp).view(self.grid.tp.size, *found.shape)
+        gathered = all_gather(found, self.grid.tp).view(self.grid.tp.size, *found.shape)
         texts = {
             slot.param_slice.name: {
                 state: digest_text(pair) for state, pair in zip(shards, pairs, strict=True)
             }
             for slot, pairs in zip(self._whole, found.tolist(), strict=True)
         }
-        return texts, (everyone == found).all(dim=0).flatten(1).all(dim=1)
+        return texts, (gathered == found).all(dim=0).flatten(1).all(dim=1)
 
     def _own_rows(self, slot: BufferSlot, master: Tensor) -> bool:
         start, stop = slot.rows(self.shard_layout.dp)
@@ -189,13 +189,13 @@ def diagnose_replicas(copies: Sequence[Mapping[str, ReplicaReport]], layout: Lay
     """Name the wrong copies, given every rank's reports on the tensors in question."""
     found: list[str] = []
     for name in sorted({name for held in copies for name in held}):
-        accused: list[int] = []
+        damaged: list[int] = []
         for group in layout.groups("dp"):
             if reports := {rank: copies[rank][name] for rank in group if name in copies[rank]}:
-                found += _weight_findings(name, reports, accused)
+                found += _weight_findings(name, reports, damaged)
         for group in layout.groups("tp"):
             reports = {rank: copies[rank][name] for rank in group if name in copies[rank]}
-            if not set(reports) & set(accused):
+            if not set(reports) & set(damaged):
                 found += _state_findings(name, reports)
 
     if not found:
@@ -206,19 +206,18 @@ def diagnose_replicas(copies: Sequence[Mapping[str, ReplicaReport]], layout: Lay
 
 
 def _weight_findings(
-    name: str, reports: Mapping[int, ReplicaReport], accused: list[int]
+    name: str, reports: Mapping[int, ReplicaReport], damaged: list[int]
 ) -> list[str]:
     """Findings on the weights in use of one data-parallel group.
 
-    Adds the ranks found to `accused`.
+    Adds the ranks found to `damaged`.
     """
     found = []
     if broken := [rank for rank, copy in reports.items() if not copy.finite]:
-        accused += broken
+        damaged += broken
         found.append(f"weights of {name} are not finite on {_ranks(broken)}")
 
-    # A copy is good when it is what the master weights say. Without a good one the majority
-    # decides.
+    # A copy is good when it has the expected digest. Without a good one the majority decides.
     good = [rank for rank, copy in reports.items() if copy.used == copy.expected]
     odd = (
         [rank for rank in reports if rank not in good]
@@ -240,7 +239,7 @@ def _weight_findings(
         (bad_masters, f"master weights of {name} on {{}} do not round to the weights in use"),
     ):
         if newly := [rank for rank in ranks if rank not in broken]:
-            accused += newly
+            damaged += newly
             found.append(text.format(_ranks(newly)))
 
     return found

@@ -87,7 +87,7 @@ def named_slices(module: nn.Module) -> Iterator[tuple[nn.Parameter, ParamSlice]]
     for path, child in module.named_modules():
         for name, parameter in child.named_parameters(recurse=False):
             assert isinstance(child, Sharded) and name in child.slices, (
-                f"{path}.{name} does not say what it holds"
+                f"{path}.{name} has no slices"
             )
             assert id(parameter) not in seen, f"{path}.{name} is shared"
             seen.add(id(parameter))

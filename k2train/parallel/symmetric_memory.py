@@ -30,7 +30,7 @@ def gather_multiply(x: Tensor, matrix: Tensor, axis: Axis) -> tuple[Tensor, Tens
 
     x [n/tp, k], matrix [k, m] -> x of all ranks [n, k], product [n, m].
     """
-    assert axis.group is not None, "an axis of one exchanges nothing"
+    assert axis.group is not None, "an axis of one rank has nothing to exchange"
     with collective_scope(axis.comm, "all-gather in a product tp"):
         whole, (y,) = torch.ops.symm_mem.fused_all_gather_matmul(
             x, [matrix], 0, axis.group.group_name, return_A=True
@@ -43,7 +43,7 @@ def multiply_scatter(x: Tensor, matrix: Tensor, axis: Axis) -> Tensor:
 
     x [n, k], matrix [k, m] -> this rank's rows [n/tp, m] of the sum over ranks.
     """
-    assert axis.group is not None, "an axis of one exchanges nothing"
+    assert axis.group is not None, "an axis of one rank has nothing to exchange"
     with collective_scope(axis.comm, "reduce-scatter in a product tp"):
         return torch.ops.symm_mem.fused_matmul_reduce_scatter(
             x, matrix, "sum", 0, axis.group.group_name
@@ -56,19 +56,20 @@ def require_symmetric_memory(ranks: int, sequence: bool, plain_product: bool) ->
     needs = "parallel.symmetric_memory needs"
     if not sequence:
         raise ConfigError(
-            f"{needs} parallel.sequence: true: a replicated activation has no blocks to fuse a "
-            "product with"
+            f"{needs} parallel.sequence: true: a replicated "
+            "activation has no blocks to fuse a product with"
         )
 
     if not plain_product:
         raise ConfigError(
-            f"{needs} kernels.matmul: torch: the fused products multiply in the dtype of their "
-            "factors"
+            f"{needs} kernels.matmul: torch: "
+            "the fused products multiply in the dtype of their factors"
         )
 
     if not hasattr(torch.ops.symm_mem, "fused_matmul_reduce_scatter"):
         raise ConfigError(
-            f"{needs} torch.distributed._symmetric_memory, torch {torch.__version__} is without it"
+            f"{needs} torch.distributed._symmetric_memory, "
+            f"torch {torch.__version__} does not have it"
         )
 
     devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -81,6 +82,6 @@ def require_symmetric_memory(ranks: int, sequence: bool, plain_product: bool) ->
     for one, other in ((a, b) for a in range(devices) for b in range(devices) if a != b):
         if not torch.cuda.can_device_access_peer(one, other):
             raise ConfigError(
-                f"{needs} devices that read each other's memory, CUDA device {one} cannot read "
-                f"{other}; set it to false"
+                f"{needs} devices that read each other's memory, "
+                f"CUDA device {one} cannot read {other}; set it to false"
             )

@@ -174,8 +174,9 @@ class ColumnLinear(Sharded):
             row += stop - start
             padded += -(-size // tp.size)
 
-        assert not pad or len(slices) == 1, "padding stands behind the one piece"
+        assert not pad or len(slices) == 1, "padding needs exactly one slice"
 
+        # Padding rows follow the real ones, so that the product can leave them out.
         self.rows = row
         self.weight = nn.Parameter(torch.empty(padded, in_features))
         self.slices = {"weight": tuple(slices)}
@@ -189,8 +190,8 @@ class ColumnLinear(Sharded):
     def extra_repr(self) -> str:
         whole = "+".join(str(n) for n in self.outputs.values())
         return (
-            f"in={self.in_features}, out={self.rows} of {whole}, {self.tp}, "
-            f"sequence={self.sequence}"
+            f"in={self.in_features}, out={self.rows} of {whole}, "
+            f"{self.tp}, sequence={self.sequence}"
         )
 
 
@@ -232,8 +233,8 @@ class RowLinear(Sharded):
 
     def extra_repr(self) -> str:
         return (
-            f"in={self.weight.shape[1]} of {self.in_features}, out={self.out_features}, {self.tp}, "
-            f"sequence={self.sequence}"
+            f"in={self.weight.shape[1]} of {self.in_features}, "
+            f"out={self.out_features}, {self.tp}, sequence={self.sequence}"
         )
 
 
@@ -322,6 +323,7 @@ class VocabEmbedding(Sharded):
 
         x = _Lookup.apply(ids, self.weight, self)
         if ids.device.type != "cpu":
+            # No check on an accelerator: NaN reaches the finite check of the step.
             x = x.masked_fill(bad.unsqueeze(-1), float("nan"))
         return leave_parallel(x, self.tp, self.sequence)
 

@@ -144,6 +144,7 @@ def state_bytes(shape: ModelShape, layout: Layout, precision: str, pp: int = 0) 
     assert precision in WEIGHT_BYTES, (
         f"precision must be one of {tuple(WEIGHT_BYTES)}, not {precision!r}"
     )
+    # Gradients are fp32 sums over the step, whatever the weights' dtype.
     count = rank_parameters(shape, layout, pp)
     share = math.ceil(count / layout.data)
 

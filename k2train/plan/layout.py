@@ -63,8 +63,8 @@ class Layout:
 
         uneven = self.layers_per_stage
         assert uneven is None or (len(uneven) == self.num_stages and min(uneven) >= 1), (
-            f"Layout.layers_per_stage must have {self.num_stages} counts of at least 1, not "
-            f"{uneven}"
+            "Layout.layers_per_stage must have "
+            f"{self.num_stages} counts of at least 1, not {uneven}"
         )
 
     @classmethod
@@ -86,10 +86,9 @@ class Layout:
             below = world_size - world_size % model_ranks
             nearest = [world for world in (below, below + model_ranks) if world >= model_ranks]
             raise ConfigError(
-                f"the world ({world_size} processes) must be a multiple of parallel.tensor "
-                f"({tensor}) x "
-                f"parallel.pipeline ({pipeline}) = {model_ranks}; nearest that are: "
-                f"{', '.join(map(str, nearest))}"
+                f"the world ({world_size} processes) must be a multiple of "
+                f"parallel.tensor ({tensor}) x parallel.pipeline ({pipeline}) = {model_ranks}; "
+                f"nearest that are: {', '.join(map(str, nearest))}"
             )
 
         return cls(
@@ -157,7 +156,7 @@ class Layout:
         return stage % self.pipeline
 
     def layers_of(self, stage: int, num_layers: int) -> range:
-        """Return the layers of `stage`, contiguous; equal counts unless `layers_per_stage` is set."""
+        """Return the layers of `stage`, contiguous; equally many without `layers_per_stage`."""
         assert 0 <= stage < self.num_stages, f"stage {stage} is outside {self.num_stages} stages"
         if self.layers_per_stage is not None:
             ends = tuple(accumulate(self.layers_per_stage))

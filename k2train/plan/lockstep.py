@@ -76,8 +76,7 @@ def _check_stage(pp: int, stage: int, actions: Sequence[Action], num_microbatche
         if found != list(range(num_microbatches)):
             raise ScheduleError(
                 f"rank {pp} must run {stage}{role} of micro-batches 0 to {num_microbatches - 1} "
-                "once each "
-                f"and in order, not {found}"
+                f"once each and in order, not {found}"
             )
 
     for action in actions:
@@ -190,7 +189,7 @@ def check_transfers(programs: Sequence[Sequence[Action]], layout: Layout) -> Non
         for action in program:
             if not action.op.is_compute and action not in expected[rank]:
                 raise ScheduleError(
-                    f"rank {rank} has the transfer {action}, which no compute action calls for"
+                    f"rank {rank} has the transfer {action}, which no compute action needs"
                 )
 
     _check_pair_orders(programs)
@@ -214,9 +213,8 @@ def _check_pair_orders(programs: Sequence[Sequence[Action]]) -> None:
             for index, (mine, yours) in enumerate(zip(ours, theirs, strict=True)):
                 if mine != yours:
                     raise ScheduleError(
-                        f"ranks {low} and {high} disagree on their transfer {index}: rank {low} "
-                        f"has {mine}, "
-                        f"rank {high} has {counterpart(low, yours)}"
+                        f"ranks {low} and {high} disagree on their transfer {index}: "
+                        f"rank {low} has {mine}, rank {high} has {counterpart(low, yours)}"
                     )
 
 

@@ -105,6 +105,7 @@ def layer_working_bytes(spec: ActivationSpec) -> int:
     active = max(0 if policy == "none" else ffn for policy in set(spec.policies(shape.num_layers)))
     gathered = spec.gathered_bytes if spec.gathers else 0
 
+    # Three moments of the backward: last product, SwiGLU, gate and up product.
     down = gathered + ffn + active + _matrix_bytes(spec, shape.ffn_hidden_size)
     swiglu = 4 * ffn - (ffn - active)
     gate_up = (
@@ -147,6 +148,7 @@ def loss_working_bytes(spec: ActivationSpec) -> int:
     The logits also in fp32, or what their gradients need.
     """
     width, hidden = -(-spec.shape.vocab_size // spec.tensor), spec.shape.hidden_size
+    # The same cut as the loss makes: even strips within STRIP_BYTES.
     most = max(STRIP_ROWS[spec.device], STRIP_BYTES[spec.device] // (FP32 * width))
     rows = -(-spec.tokens // -(-spec.tokens // most))
     both = FP32 if spec.precision == "fp32" else FP32 + spec.element_bytes

@@ -56,8 +56,7 @@ def build_programs(
     if min(pipeline, num_microbatches, stages_per_rank) < 1:
         raise ScheduleError(
             f"parallel.pipeline ({pipeline}), micro-batches ({num_microbatches}) and "
-            "parallel.stages_per_rank "
-            f"({stages_per_rank}) must each be at least 1"
+            f"parallel.stages_per_rank ({stages_per_rank}) must each be at least 1"
         )
 
     programs = SCHEDULES[kind](pipeline, num_microbatches, stages_per_rank)
@@ -107,6 +106,7 @@ def one_f_one_b(
     def program(pp: int) -> Program:
         forwards = [Action(Op.FORWARD, pp, microbatch) for microbatch in range(num_microbatches)]
         backwards = [Action(Op.BACKWARD, pp, microbatch) for microbatch in range(num_microbatches)]
+
         return _alternate(forwards, backwards, warmup=pipeline - pp - 1)
 
     return tuple(program(pp) for pp in range(pipeline))
@@ -121,9 +121,8 @@ def interleaved(pipeline: int, num_microbatches: int, stages_per_rank: int) -> t
     """
     if stages_per_rank < 2:
         raise ScheduleError(
-            f"parallel.schedule (interleaved) needs parallel.stages_per_rank ({stages_per_rank}) "
-            "of at least 2; "
-            "with 1 take parallel.schedule=1f1b"
+            "parallel.schedule (interleaved) needs parallel.stages_per_rank "
+            f"({stages_per_rank}) of at least 2; with 1 take parallel.schedule=1f1b"
         )
 
     if num_microbatches % pipeline:
@@ -131,10 +130,8 @@ def interleaved(pipeline: int, num_microbatches: int, stages_per_rank: int) -> t
         nearest = ", ".join(str(count) for count in (below, below + pipeline) if count)
         raise ScheduleError(
             f"parallel.schedule (interleaved) needs a number of micro-batches ({num_microbatches}) "
-            "divisible by "
-            f"parallel.pipeline ({pipeline}); nearest that are: {nearest} (micro-batches = "
-            "batch.global_sequences / "
-            "data-parallel size / batch.micro_sequences)"
+            f"divisible by parallel.pipeline ({pipeline}); nearest that are: {nearest} "
+            "(micro-batches = batch.global_sequences / data-parallel size / batch.micro_sequences)"
         )
 
     def action_target(pp: int, index: int, backward: bool) -> tuple[int, int]:
@@ -191,9 +188,8 @@ def _require_one_stage(kind: str, stages_per_rank: int) -> None:
     if stages_per_rank != 1:
         others = "interleaved" if stages_per_rank != 2 else "interleaved or zb-v"
         raise ScheduleError(
-            f"parallel.schedule ({kind}) needs parallel.stages_per_rank ({stages_per_rank}) to be "
-            "1; "
-            f"with more take parallel.schedule={others}"
+            f"parallel.schedule ({kind}) needs parallel.stages_per_rank "
+            f"({stages_per_rank}) to be 1; with more take parallel.schedule={others}"
         )
 
 

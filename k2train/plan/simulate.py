@@ -124,6 +124,7 @@ class _Simulation:
             known = [moment for moment in inputs if moment is not None]
             if len(known) < len(inputs):
                 return False
+            # An action starts when its rank is free and its last input has arrived.
             start = max(self.clocks[rank], *known) if known else self.clocks[rank]
             self.clocks[rank] = start + self.seconds(action)
             self.times[rank, action] = (start, self.clocks[rank])
@@ -155,6 +156,7 @@ class _Simulation:
         link = (rank, action.peer) if action.op.is_send else (action.peer, rank)
         start = max(self.issued[rank, action], self.issued[other], self.links.get(link, 0.0))
         end = start + self.seconds(send[1])
+        # The next transfer of this direction waits for this one.
         self.links[link] = end
         self.times[rank, action] = self.times[other] = (start, end)
 

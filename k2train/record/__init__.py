@@ -1,1 +1,1 @@
-"""What a run leaves behind: ledger, metrics, console, W&B mirror."""
+"""Run records: ledger, metrics, console, W&B mirror."""

@@ -1,10 +1,13 @@
-"""Progress for people: on a terminal one live line, in a log plain lines, from the same rows as the metrics.
+"""Console progress: one live line on a terminal, plain lines in a log, from the metrics rows.
 
-One redrawn line is written by hand; a progress-bar library is refused: it estimates the time left from the mean of all
-steps, knows nothing of the pauses between chunks, and fills a log file with control characters. The time left is the
-median of recent steps times the steps left, plus the median measured pause at a chunk's end (checkpoint, held-out loss)
-times the chunks left; until the first such pause has been measured it is shown with a `+`.
-Progress must never end a run: a closed pipe or terminal silences the console and nothing else.
+- The time left is the median of recent steps times the steps left, plus the median pause at the end
+  of a chunk (checkpoint, held-out loss) times the chunks left. Until the first such pause is
+  measured, a `+` follows the estimate.
+- Progress must never end a run: a closed pipe or terminal only silences the console.
+
+Alternatives considered:
+- A progress-bar library: it estimates the time left from the mean of all steps, ignores the pauses
+  between chunks, and fills a log file with control characters.
 """
 
 import math
@@ -28,8 +31,10 @@ WIDE_COLUMNS = 110
 class Console:
     """Progress of one stage on `stream`, for one rank.
 
-    `total_steps`, `total_chunks` count the whole stage, `row["step"]` the updates done in it (1 after the first).
-    `chunk_ends`: for each chunk the step after which it is consumed; left out, chunks are taken as equally long.
+    - `total_steps` and `total_chunks` count the whole stage.
+    - `row["step"]` counts the updates done in the stage (1 after the first).
+    - `chunk_ends` holds for each chunk the step after which it is consumed. By default, chunks
+      count as equally long.
     """
 
     def __init__(
@@ -42,20 +47,22 @@ class Console:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if chunk_ends is None:
+            # Ceiling division: the last chunk ends exactly at the last step.
             chunk_ends = [
                 -(-total_steps * (index + 1) // total_chunks) for index in range(total_chunks)
             ]
+
         assert len(chunk_ends) == total_chunks, (
             f"{len(chunk_ends)} chunk ends for {total_chunks} chunks"
         )
         self._stream = stream
         self._name = name
         self._total_steps = total_steps
-        self._ends = list(chunk_ends)
+        self._chunk_ends = list(chunk_ends)
         self._clock = clock
-        self._live = _is_terminal(stream)
+        self._is_live = _is_terminal(stream)
         self._drawn = ""
-        self._silent = False
+        self._is_silent = False
         self._steps_seen = 0
         self._last_line = -math.inf
         self._step_seconds: deque[float] = deque(maxlen=RECENT_STEPS)
@@ -63,18 +70,21 @@ class Console:
         self._pause_began: float | None = None
 
     def step(self, row: dict[str, Any]) -> None:
-        """Show one finished step; reads step, loss, grad_norm, lr, tokens_per_second, seconds of the metrics row."""
+        """Show a finished step.
+
+        Reads step, loss, grad_norm, lr, tokens_per_second and seconds of the metrics row.
+        """
         now = self._clock()
         self._measure(row, now)
-        if self._live:
-            self._draw(self._fitted(row))
+        if self._is_live:
+            self._draw(self._fit_to_terminal(row))
         elif self._is_line_due(row, now):
             self._last_line = now
             self._write(self._text(row) + "\n")
 
     def info(self, text: str) -> None:
-        """A line that stays: above the bar on a terminal, in its place in a log."""
-        if not self._live:
+        """Print a permanent line: above the live line on a terminal, in sequence in a log."""
+        if not self._is_live:
             self._write(f"{self._name} {text}\n")
             return
         drawn = self._drawn
@@ -84,28 +94,30 @@ class Console:
             self._draw(drawn)
 
     def close(self) -> None:
-        """Leave the last state of the bar standing and the cursor on a new line; harmless when called again."""
+        """Keep the last live line and move the cursor to a new line. Idempotent."""
         if self._drawn:
             self._write("\n")
         self._drawn = ""
 
     def seconds_left(self, step: int) -> float | None:
-        """Estimate from what was measured so far; None before the first step."""
+        """Estimated seconds to the end of the stage; None before the first step."""
         if not self._step_seconds:
             return None
-        # The first step after a start also warms caches up; it says little about the ones to come.
+        # The first step after a start also warms caches up, so it predicts little.
         recent = list(self._step_seconds)
         typical = recent[1:] if self._steps_seen == len(recent) > 1 else recent
-        # The pause after the current step is still to come when that step ends a chunk.
-        chunks_left = len(self._ends) - bisect_left(self._ends, step)
+        # When the current step ends a chunk, its pause is still to come.
+        chunks_left = len(self._chunk_ends) - bisect_left(self._chunk_ends, step)
         pauses = median(self._pauses) * chunks_left if self._pauses else 0.0
         return median(typical) * max(0, self._total_steps - step) + pauses
 
     def _measure(self, row: dict[str, Any], now: float) -> None:
         seconds = float(row["seconds"])
         if self._pause_began is not None:
+            # The time between two steps, minus the second step itself, is the pause between their
+            # chunks.
             self._pauses.append(max(0.0, now - self._pause_began - seconds))
-        self._pause_began = now if row["step"] in self._ends else None
+        self._pause_began = now if row["step"] in self._chunk_ends else None
         self._step_seconds.append(seconds)
         self._steps_seen += 1
 
@@ -114,19 +126,20 @@ class Console:
             self._steps_seen <= FIRST_LINES
             or self._total_steps <= FEW_STEPS
             or now - self._last_line >= LINE_SECONDS
-            or row["step"] in self._ends
+            or row["step"] in self._chunk_ends
             or row["step"] >= self._total_steps
             or not math.isfinite(row["loss"])
         )
 
     def _text(self, row: dict[str, Any], bar_cells: int = 0, leave_out: Sequence[str] = ()) -> str:
         step = int(row["step"])
-        # `step` is the last of its chunk at the chunk's end, not the first of the next one.
-        chunk = min(bisect_left(self._ends, step) + 1, len(self._ends))
+        # At the chunk's end, `step` is the last of its chunk, not the first of the next.
+        chunk = min(bisect_left(self._chunk_ends, step) + 1, len(self._chunk_ends))
         left = self.seconds_left(step)
         unmeasured = "" if self._pauses else "+"
+        position = f"chunk {chunk}/{len(self._chunk_ends)} step {step}/{self._total_steps}"
         parts = {
-            "place": f"{self._name} chunk {chunk}/{len(self._ends)} step {step}/{self._total_steps}",
+            "position": f"{self._name} {position}",
             "bar": self._bar(step, chunk, bar_cells) if bar_cells else "",
             "loss": f"loss {row['loss']:.4f}",
             "grad_norm": f"grad_norm {row['grad_norm']:.3g}",
@@ -135,20 +148,22 @@ class Console:
             "seconds": f"{row['seconds']:.2f} s",
             "left": "left ?" if left is None else f"left {duration(left)}{unmeasured}",
         }
+
         return " ".join(text for key, text in parts.items() if text and key not in leave_out)
 
     def _bar(self, step: int, chunk: int, cells: int) -> str:
-        """`#` for consumed chunks, `=` for what is done of the current one."""
-        before = 0 if chunk == 1 else self._ends[chunk - 2]
-        consumed = step if step in self._ends else before
+        """Progress bar: `#` for consumed chunks, `=` for the finished part of the current one."""
+        before = 0 if chunk == 1 else self._chunk_ends[chunk - 2]
+        consumed = step if step in self._chunk_ends else before
         solid = cells * consumed // self._total_steps
         done = min(cells, cells * step // self._total_steps)
         return "[" + "#" * solid + "=" * (done - solid) + "." * (cells - done) + "]"
 
-    def _fitted(self, row: dict[str, Any]) -> str:
-        """The fullest text that fits the terminal: a line that wraps cannot be redrawn in place."""
+    def _fit_to_terminal(self, row: dict[str, Any]) -> str:
+        """Longest text that fits the terminal. A wrapped line cannot be redrawn in place."""
         columns = _columns(self._stream) - 1
         leave_out: list[str] = []
+        # Leave out one more part at a time, the least important first.
         for key in ("", "seconds", "lr", "grad_norm", "bar"):
             leave_out.append(key)
             text = self._text(row, 20 if columns >= WIDE_COLUMNS else 10, leave_out)
@@ -161,13 +176,13 @@ class Console:
         self._drawn = text
 
     def _write(self, text: str) -> None:
-        if self._silent:
+        if self._is_silent:
             return
         try:
             self._stream.write(text)
             self._stream.flush()
         except (OSError, ValueError):
-            self._silent = True
+            self._is_silent = True
 
 
 def _is_terminal(stream: TextIO) -> bool:

@@ -1,12 +1,17 @@
-"""The ledger: every decision of a run, one fsynced JSON line each, chained by hash, never rewritten.
+"""Run ledger: append-only events, one fsynced JSON line each, chained by hash.
 
-A line carries `seq` (from 0), `time` (UTC), `event`, the facts, and `previous`: the sha256 of the line before it, as
-bytes without the newline. A changed, removed or reordered line therefore breaks the chain and is named; the `check` in
-each line (see `checks`) finds damage in the last one, too. What neither can see is that the end was cut off; for that a
-checkpoint keeps the ledger's `head`.
-A database is refused: a text file can be read in twenty years, shipped with a release and diffed, and one write of one
-line is as atomic as a run needs. The only repair is of a last line without a newline, which a killed process leaves
-behind: it is moved to `ledger.torn`, never deleted, and said in `repaired`. Any other break stops the run.
+- A line carries `seq` (from 0), `time` (UTC), `event`, the event's facts, and `previous`: the
+  sha256 of the previous line, as bytes without the newline.
+- A changed, removed or reordered line breaks the chain and is named. The `check` in each line (see
+  `line_check`) also finds damage in the last one.
+- Neither detects that the end was cut off. For that, a checkpoint keeps the ledger's `head`.
+- The only repair concerns a last line without a newline, which a killed process leaves behind. It
+  is moved to `ledger.torn`, never deleted, and reported in `repaired`. Any other break stops the
+  run.
+
+Alternatives considered:
+- A database: a text file can be read in twenty years, published with a release and diffed, and one
+  write of one line is as atomic as a run needs.
 """
 
 import hashlib
@@ -18,16 +23,19 @@ from typing import Any
 from k2train.errors import RunError
 from k2train.fault_injection import point
 from k2train.record.jsonl import append_bytes, encode_line, parse_line, read_lines, truncate
-from k2train.record.line_check import KEY, all_rows, sealed
+from k2train.record.line_check import CHECK_KEY, all_rows, with_check
 
 REQUIRED = ("seq", "time", "event", "previous")
-RESERVED = (*REQUIRED, KEY)
+RESERVED = (*REQUIRED, CHECK_KEY)
 
 
 class Ledger:
-    """The ledger at `path`, opened to append. Nothing is written until the first append, save for a repair.
+    """The ledger at `path`, opened for appending.
 
-    `repaired` is a sentence about a torn line that was moved aside, or None. Raises RunError when the chain is broken.
+    - Nothing is written before the first append, except for a repair.
+    - `repaired` describes a torn line that was moved aside, or is None.
+
+    Raises RunError when the chain is broken.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -37,17 +45,22 @@ class Ledger:
         self._size_bytes = 0
         self._head = ""
         self._events: list[dict[str, Any]] = []
+
         if self.path.exists():
             lines, rest = read_lines(self.path)
             self._events = _verified(self.path, lines, rest)
             self._head = _sha256(lines[-1]) if lines else ""
+            # Another process that writes here is found by this size.
             self._size_bytes = sum(len(line) + 1 for line in lines)
             if rest:
                 self._move_aside(rest)
 
     @property
     def head(self) -> str:
-        """sha256 of the last line, "" when empty: kept elsewhere, it proves later that the ledger's end is not cut."""
+        """sha256 of the last line, "" when empty.
+
+        Stored elsewhere, it proves that no line was cut off.
+        """
         return self._head
 
     @property
@@ -57,10 +70,10 @@ class Ledger:
             return list(self._events)
 
     def append(self, event: str, **facts: Any) -> dict[str, Any]:
-        """Write one event and return it as it can be read back; on return it is on the disk.
+        """Write one event durably and return it as it can be read back.
 
-        Raises RunError when another process has changed the file meanwhile, OSError when the disk refuses; in both
-        cases the file is as it was.
+        Raises RunError when another process has changed the file, and OSError on a disk error. The
+        file is unchanged in both cases.
         """
         wrong = [name for name in RESERVED if name in facts]
         assert not wrong, f"the ledger writes {wrong} itself"
@@ -73,19 +86,22 @@ class Ledger:
                 **facts,
                 "previous": self._head,
             }
-            line = sealed(encode_line(entry))
+            line = with_check(encode_line(entry))
             point("ledger.append")
             self.path.parent.mkdir(parents=True, exist_ok=True)
             append_bytes(self.path, line, sync=True)
             self._size_bytes += len(line)
             self._head = _sha256(line[:-1])
+
+            # Keep the event as a reader would get it, not the Python objects it was made from.
             stored = parse_line(self.path, len(self._events) + 1, line)
-            del stored[KEY]
+            del stored[CHECK_KEY]
             self._events.append(stored)
+
             return dict(stored)
 
     def last(self, event: str) -> dict[str, Any] | None:
-        """The newest event of that name, or None."""
+        """Newest event of that name, or None."""
         with self._lock:
             return next(
                 (dict(entry) for entry in reversed(self._events) if entry["event"] == event), None
@@ -101,19 +117,22 @@ class Ledger:
 
     def _move_aside(self, rest: bytes) -> None:
         torn = self.path.with_suffix(".torn")
-        # Saved before it is cut: killed in between, the next start repeats both and the line is kept twice, not lost.
+        # Saved before the cut: after a kill in between, the next start repeats both steps. The line
+        # is then kept twice, not lost.
         append_bytes(torn, rest + b"\n", sync=True)
         truncate(self.path, self._size_bytes)
         self.repaired = (
-            f"{self.path.name}: the last line was cut off after {len(rest)} bytes (the writer was killed); "
+            f"{self.path.name}: the last line was cut off after {len(rest)} bytes (the writer was "
+            "killed); "
             f"moved to {torn.name}, {len(self._events)} events are intact"
         )
 
 
 def read_ledger(path: str | Path) -> list[dict[str, Any]]:
-    """All events, oldest first, with the chain verified; a torn last line is left out and the file is not touched.
+    """Read all events, oldest first, and verify the chain.
 
-    Raises RunError naming the first line that does not fit.
+    A torn last line is left out and the file is not changed. Raises RunError naming the first line
+    that does not fit.
     """
     path = Path(path)
     return _verified(path, *read_lines(path))
@@ -126,17 +145,23 @@ def _verified(path: Path, lines: list[bytes], rest: bytes) -> list[dict[str, Any
         missing = [name for name in REQUIRED if name not in entry]
         if missing:
             raise RunError(
-                f"{path}: line {index + 1} has no {', '.join(missing)}; it is not a line of a ledger"
+                f"{path}: line {index + 1} has no {', '.join(missing)}; it is not a line of a "
+                "ledger"
             )
+
         if entry["previous"] != previous:
             raise RunError(
                 f"{path}: line {index + 1} does not continue line {index}: it expects the hash "
-                f"{str(entry['previous'])[:12] or 'of an empty ledger'}, found {previous[:12] or 'none'}; "
+                f"{str(entry['previous'])[:12] or 'of an empty ledger'}, found "
+                f"{previous[:12] or 'none'}; "
                 f"line {index} was changed, or lines between them were removed"
             )
+
         if entry["seq"] != index:
             raise RunError(f"{path}: line {index + 1} says seq {entry['seq']}, expected {index}")
+
         previous = _sha256(line)
+
     return events
 
 

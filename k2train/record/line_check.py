@@ -1,9 +1,13 @@
-"""A check in every line of a record, so that a changed bit is found in any of them, the last one included.
+"""Per-line checksum of record files: finds a changed bit in any line, including the last one.
 
-`"check"` is the last key of a line: the first 16 hex digits of the sha256 of the line without it. It is taken over bytes,
-not over values, so that reading needs no second encoding and a changed space counts as well. A hash of the whole file,
-kept elsewhere, was refused: it names no line, and says nothing about what was written since it was taken.
-Lines from before there were checks have none and are read; from the first line with a check on, every line has one.
+- `"check"` is the last key of a line: the first 16 hex digits of the sha256 of the line without it.
+  It covers bytes, not values, so reading needs no second encoding and a changed space counts.
+- Lines from before checks existed have none and are read. After the first line with a check, every
+  line must have one.
+
+Alternatives considered:
+- A hash of the whole file, kept elsewhere: it names no line, and covers nothing that was written
+  since it was taken.
 """
 
 import hashlib
@@ -15,47 +19,54 @@ from typing import Any
 from k2train.errors import RunError
 from k2train.record.jsonl import parse_line
 
-KEY = "check"
+CHECK_KEY = "check"
 TAIL = b', "check": "................"}'
-"""A dot stands for a hexadecimal digit."""
+"""End of a line with a check. A dot stands for a hexadecimal digit."""
 _TAIL = re.compile(rb', "check": "([0-9a-f]{16})"\}')
 DAMAGED_BYTES = 2
-"""A tail that differs from TAIL in so many bytes is a damaged check, not a line that never had one."""
+"""Largest number of bytes by which a tail may differ from TAIL and count as a damaged check.
+
+Beyond it, the line counts as one that never had a check.
+"""
 
 Row = dict[str, Any]
 
 
-def sealed(line: bytes) -> bytes:
-    """A line of one object, newline included, with its check. The object must not be empty."""
+def with_check(line: bytes) -> bytes:
+    """Add the check to a line of one non-empty object, newline included."""
     assert line.endswith(b"}\n") and len(line) > 3, f"{line!r} is no line of a record"
-    return line[:-2] + b', "check": "' + _digits(line[:-1]) + b'"}\n'
+    return line[:-2] + b', "check": "' + _digest(line[:-1]) + b'"}\n'
 
 
-def problem_of(line: bytes, checks_before: bool) -> str:
-    """Words about what is wrong with a line, without its newline, as far as its check tells; "" when nothing is."""
+def line_problem(line: bytes, checks_before: bool) -> str:
+    """Describe what is wrong with a line, given without its newline; "" when its check is right."""
     tail = _TAIL.fullmatch(line, max(0, len(line) - len(TAIL)))
     if tail is not None:
         return (
-            ""
-            if _digits(line[: -len(TAIL)] + b"}") == tail[1]
-            else "does not have the hash that it carries"
+            "" if _digest(line[: -len(TAIL)] + b"}") == tail[1] else "does not match its own hash"
         )
+
+    # Few wrong bytes in the tail: a check whose key or digits were damaged.
     end = line[-len(TAIL) :]
     if (
         len(end) == len(TAIL)
         and sum(a != b for a, b in zip(end, TAIL, strict=True) if b != ord(".")) <= DAMAGED_BYTES
     ):
-        return "carries a damaged check"
-    return "carries no check, lines before it do" if checks_before else ""
+        return "has a damaged check"
+
+    return "has no check, although earlier lines do" if checks_before else ""
 
 
 def has_check(line: bytes) -> bool:
-    """Whether the line, without its newline, carries a check, right or wrong."""
+    """Whether the line, given without its newline, carries a check, valid or not."""
     return _TAIL.fullmatch(line, max(0, len(line) - len(TAIL))) is not None
 
 
 def ends_damaged(rest: bytes) -> bool:
-    """Whether what follows the last newline is a whole line whose newline was changed, not one that was cut off."""
+    """Whether the bytes after the last newline are a whole line whose newline was damaged.
+
+    Otherwise they are a line that was cut off.
+    """
     try:
         parse_line(Path(), 0, rest[:-1])
     except RunError:
@@ -66,35 +77,43 @@ def ends_damaged(rest: bytes) -> bool:
 def checked_rows(
     path: Path, lines: list[bytes], rest: bytes = b""
 ) -> Iterator[tuple[int, Row | RunError]]:
-    """(line number from 1, the row without its check) for every line, a RunError naming file and line for a bad one."""
+    """Yield (line number from 1, row without its check) for every line.
+
+    A damaged line yields a RunError naming file and line instead of a row.
+    """
     seen = False
     for number, line in enumerate(lines, 1):
-        problem = problem_of(line, seen)
+        problem = line_problem(line, seen)
         seen = seen or has_check(line)
         try:
             row = parse_line(path, number, line)
             if problem:
                 raise RunError(
-                    f"{path}: line {number} {problem}: it was changed or damaged after it was written"
+                    f"{path}: line {number} {problem}: it was changed or damaged after it was "
+                    "written"
                 )
         except RunError as error:
             yield number, error
             continue
+
         if has_check(line):
-            del row[KEY]
+            del row[CHECK_KEY]
+
         yield number, row
+
     if ends_damaged(rest):
         number = len(lines) + 1
         yield (
             number,
             RunError(
-                f"{path}: line {number} has lost its end: it was changed or damaged after it was written"
+                f"{path}: line {number} has lost its end: it was changed or damaged after it was "
+                "written"
             ),
         )
 
 
 def all_rows(path: Path, lines: list[bytes], rest: bytes = b"") -> list[Row]:
-    """Every row. Raises RunError for the first line that is damaged."""
+    """Read every row. Raises RunError for the first damaged line."""
     rows = []
     for _, row in checked_rows(path, lines, rest):
         if isinstance(row, RunError):
@@ -103,5 +122,5 @@ def all_rows(path: Path, lines: list[bytes], rest: bytes = b"") -> list[Row]:
     return rows
 
 
-def _digits(line: bytes) -> bytes:
+def _digest(line: bytes) -> bytes:
     return hashlib.sha256(line).hexdigest()[:16].encode()

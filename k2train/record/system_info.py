@@ -1,7 +1,9 @@
-"""What a run ran on: the versions, the platform and the commit of the code, for the ledger and the manifests.
+"""System information of a run: versions, platform, code commit, SLURM job.
 
-Versions come from the packages' metadata, not from importing them: the facts must be the same in a process that never
-loads torch. The host's name is left out on purpose: a ledger is published, and the name says nothing about the numbers.
+- It goes to the ledger and the manifests.
+- Versions come from package metadata, not from imports. The facts must be the same in a process
+  that never loads torch.
+- The host name is omitted on purpose. A ledger is published, and the name does not explain numbers.
 """
 
 import os
@@ -16,16 +18,19 @@ ENDED_STATES = {
     *("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"),
     *("DEADLINE", "PREEMPTED", "BOOT_FAIL", "LAUNCH_FAILED", "REVOKED"),
 }
-"""In which a SLURM job has ended; in COMPLETING and SUSPENDED it still has processes, and from PENDING it comes back."""
+"""States in which a SLURM job has ended.
+
+In COMPLETING and SUSPENDED it still has processes, and from PENDING it can run again.
+"""
 SQUEUE_SECONDS = 1.5
 PACKAGES = ("k2train", "torch", "numpy", "safetensors")
 PACKAGE_DIRECTORY = Path(__file__).resolve().parents[1]
 
 
 def environment_facts(package_directory: Path = PACKAGE_DIRECTORY) -> dict[str, Any]:
-    """Python, packages (None where not installed), platform, and `code` {commit, dirty} if the package is a checkout.
+    """Collect Python, packages, platform, and `code` {commit, dirty} of a git checkout.
 
-    Never raises: a fact that cannot be had is None or left out.
+    Never raises: a fact that cannot be determined is None or omitted.
     """
     facts: dict[str, Any] = {
         "python": platform.python_version(),
@@ -33,7 +38,7 @@ def environment_facts(package_directory: Path = PACKAGE_DIRECTORY) -> dict[str, 
         "platform": platform.platform(),
         "machine": platform.machine(),
         "cpu_count": os.cpu_count(),
-        "code": _code(package_directory),
+        "code": _code_version(package_directory),
     }
     if "SLURM_JOB_ID" in os.environ:
         facts["slurm_job_id"] = os.environ["SLURM_JOB_ID"]
@@ -41,7 +46,7 @@ def environment_facts(package_directory: Path = PACKAGE_DIRECTORY) -> dict[str, 
 
 
 def job_facts() -> dict[str, str]:
-    """What names the batch job of this process, for whoever meets its lease or its heartbeat; empty outside of one."""
+    """Identify the batch job of this process, for lease and heartbeat; empty outside a job."""
     names = {
         "slurm_job_id": "SLURM_JOB_ID",
         "slurm_step_id": "SLURM_STEP_ID",
@@ -52,18 +57,21 @@ def job_facts() -> dict[str, str]:
 
 
 def slurm_job_ended(job_id: str) -> bool | None:
-    """Whether SLURM says that a job has ended; None where it says nothing: no `squeue`, an error, no answer in 1.5 s.
+    """Whether SLURM reports that a job has ended.
 
-    A job that it has forgotten has ended. Not told apart from one that a site hides from this user (PrivateData).
+    None when SLURM gives no answer: no `squeue`, an error, or no reply in 1.5 s. A job that SLURM
+    has forgotten has ended. A job that a site hides from this user (PrivateData) looks the same.
     """
+    # Only a plain job id may reach the command line.
     if re.fullmatch(r"[0-9]+(_[0-9]+)?", job_id) is None:
         return None
-    # SQUEUE_STATES and the like, a user's own filters, would hide a job that runs.
+
+    # A user's own filters, such as SQUEUE_STATES, would hide a running job.
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")
     }
     try:
-        done = subprocess.run(
+        result = subprocess.run(
             ["squeue", "-h", "--all", "--states=all", "-j", job_id, "-o", "%T"],
             capture_output=True,
             text=True,
@@ -74,9 +82,10 @@ def slurm_job_ended(job_id: str) -> bool | None:
         )
     except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
         return None
-    if done.returncode != 0:
-        return True if "Invalid job id" in done.stderr else None
-    return set(done.stdout.split()) <= ENDED_STATES
+
+    if result.returncode != 0:
+        return True if "Invalid job id" in result.stderr else None
+    return set(result.stdout.split()) <= ENDED_STATES
 
 
 def _version(name: str) -> str | None:
@@ -86,11 +95,13 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _code(package_directory: Path) -> dict[str, Any] | None:
+def _code_version(package_directory: Path) -> dict[str, Any] | None:
     top = _git(package_directory, "rev-parse", "--show-toplevel")
-    # Installed into a virtual environment that lies in some other project, git would answer for that project.
+    # When installed into a virtual environment inside another project, git would describe that
+    # project.
     if top is None or Path(top).resolve() != package_directory.parent:
         return None
+
     commit = _git(package_directory, "rev-parse", "HEAD")
     changes = _git(package_directory, "status", "--porcelain", "--", ":(top)k2train")
     return (
@@ -102,15 +113,16 @@ def _code(package_directory: Path) -> dict[str, Any] | None:
 
 def _git(directory: Path, *arguments: str) -> str | None:
     try:
-        done = subprocess.run(
+        result = subprocess.run(
             ["git", "-C", str(directory), *arguments],
             capture_output=True,
             text=True,
             timeout=5,
             check=True,
-            # Asking must not write: without this `git status` refreshes the index of a checkout that others may use.
+            # Prevents `git status` from refreshing the index of a checkout that others may use.
             env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
         )
     except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
         return None
-    return done.stdout.strip()
+
+    return result.stdout.strip()

@@ -1,12 +1,15 @@
-"""A copy of the metrics in Weights & Biases, which may be missing, broken or slow without the run noticing.
+"""Weights & Biases mirror of the metrics, which cannot slow down or stop the run.
 
-The JSONL files are the record, W&B only mirrors them: it loses its buffer on kill -9 and depends on a network. So
-everything that touches it happens in a thread of its own behind a queue; the training thread never waits for it. The
-first failure is said once and ends the mirror, not the run.
-One W&B run a training run: its id is a hash of the training run's identity, so that a restart continues the same curve.
-Rows carry their own `step`, declared as the axis of every metric; W&B's own counter is refused as the axis because it
-silently drops steps that are done again after a crash. Host, git remote and user are not sent; no key is ever read,
-asked for or written here.
+- The JSONL files are the record. W&B loses its buffer on kill -9 and depends on a network.
+- A separate thread behind a queue makes all W&B calls; the training thread never waits for it.
+- The first failure is logged once and ends the mirror, not the run.
+- One W&B run per training run: its id is a hash of the run's identity, so a restart continues the
+  same curve.
+- Rows carry their own `step`, declared as the axis of every metric.
+- Host, git remote and user are not sent. No key is ever read, asked for or written here.
+
+Alternatives considered:
+- W&B's own step counter as the axis: it silently drops steps that are repeated after a crash.
 """
 
 import hashlib
@@ -17,20 +20,22 @@ from pathlib import Path
 from typing import Any, Literal
 
 Mode = Literal["online", "offline", "disabled"]
-# A day of one-second steps; a mirror that far behind is not coming back.
-MAX_WAITING = 100_000
+# A day of one-second steps. A mirror that far behind will not catch up.
+MAX_QUEUED = 100_000
 
 
 def wandb_run_id(identity: str) -> str:
-    """The W&B id of the training run called `identity`: stable, and legal whatever characters the name has."""
+    """W&B id of the training run called `identity`, legal whatever characters the name has."""
     return "k2-" + hashlib.sha256(identity.encode()).hexdigest()[:16]
 
 
 class WandbMirror:
-    """Mirrors rows and events; no method raises or waits for W&B, save `close`, which waits at most `close_seconds`.
+    """Mirrors rows and events to W&B.
 
-    `run_id` names the training run, the same across restarts; `directory` is where W&B puts its files; `note` gets at
-    most a few sentences when something fails (called from the mirror's thread, or from the caller's).
+    - No method raises or waits for W&B, except `close`, which waits at most `close_seconds`.
+    - `run_id` names the training run, the same across restarts. `directory` receives W&B's files.
+    - `log` gets at most a few messages when something fails, from the mirror's or the caller's
+      thread.
     """
 
     def __init__(
@@ -41,17 +46,18 @@ class WandbMirror:
         run_id: str,
         directory: str | Path,
         config: dict[str, Any],
-        note: Callable[[str], None] | None = None,
+        log: Callable[[str], None] | None = None,
         close_seconds: float = 20.0,
     ) -> None:
-        self._note = note or (lambda text: None)
+        self._log = log or (lambda text: None)
         self._close_seconds = close_seconds
-        self._waiting: queue.Queue[dict[str, Any] | None] = queue.Queue(MAX_WAITING)
+        self._queue: queue.Queue[dict[str, Any] | None] = queue.Queue(MAX_QUEUED)
         self._failed = threading.Event()
         self._last_step = 0
         self._thread: threading.Thread | None = None
         if mode == "disabled":
             return
+
         settings = {
             "mode": mode,
             "project": project,
@@ -70,18 +76,21 @@ class WandbMirror:
         self._put(dict(row))
 
     def event(self, text: str) -> None:
-        """Mirror one sentence, at the step of the last row."""
+        """Mirror one message at the step of the last row."""
         self._put({"step": self._last_step, "event": text})
 
     def close(self) -> None:
-        """Hand over what waits and finish; after `close_seconds` the rest is left behind. Harmless when repeated."""
+        """Flush the queue and finish; drops the rest after `close_seconds`. Idempotent."""
         thread, self._thread = self._thread, None
         if thread is None:
             return
+
         try:
-            self._waiting.put_nowait(None)
+            # None ends the thread after the rows before it.
+            self._queue.put_nowait(None)
         except queue.Full:
             self._fail("it is too far behind to be finished")
+
         thread.join(self._close_seconds)
         if thread.is_alive() and not self._failed.is_set():
             self._fail(f"it did not finish within {self._close_seconds:g} s")
@@ -90,26 +99,29 @@ class WandbMirror:
         if self._thread is None or self._failed.is_set():
             return
         try:
-            self._waiting.put_nowait(row)
+            self._queue.put_nowait(row)
         except queue.Full:
-            self._fail(f"{MAX_WAITING} rows wait for it")
+            self._fail(f"{MAX_QUEUED} rows wait for it")
 
     def _fail(self, why: str) -> None:
         if not self._failed.is_set():
             self._failed.set()
-            self._note(f"W&B mirror is off: {why}; the run goes on, metrics.jsonl is complete")
+            self._log(f"W&B mirror is off: {why}; the run continues, metrics.jsonl is complete")
 
     def _work(self, settings: dict[str, Any], directory: Path) -> None:
         try:
             run = self._start(settings, directory)
             if run is None:
                 return
-            while (row := self._waiting.get()) is not None:
+
+            while (row := self._queue.get()) is not None:
+                # After a failure the rest of the queue is dropped.
                 if self._failed.is_set():
                     break
                 run.log(row)
+
             run.finish()
-        # SystemExit included: libraries that call sys.exit in a thread must be heard of, too.
+        # SystemExit included: a library that calls sys.exit in a thread must be reported, too.
         except BaseException as error:
             first_line = (str(error).strip().splitlines() or [""])[0]
             self._fail(f"{type(error).__name__}: {first_line}"[:200])
@@ -119,13 +131,16 @@ class WandbMirror:
             import wandb
         except ImportError:
             self._fail(
-                "the package wandb is not installed (pip install 'k2train[tracking]', or wandb.mode=disabled)"
+                "the package wandb is not installed (pip install 'k2train[tracking]', or "
+                "wandb.mode=disabled)"
             )
             return None
+
         quiet = wandb.Settings(
             silent=True,
             console="off",
-            # A remote's address may carry a token, the metadata names host and user: not for a public record.
+            # A remote's address may carry a token, and the metadata names host and user. Keep them
+            # out of a public record.
             disable_git=True,
             save_code=False,
             x_disable_meta=True,
@@ -135,8 +150,10 @@ class WandbMirror:
         if settings["mode"] == "online" and not wandb.login(prompt=False, verify=False):
             self._fail("it has no credentials (run `wandb login` once, or set wandb.mode=offline)")
             return None
+
         directory.mkdir(parents=True, exist_ok=True)
         run = wandb.init(**settings, dir=str(directory), resume="allow", settings=quiet)
         run.define_metric("step")
         run.define_metric("*", step_metric="step")
+
         return run

@@ -1,1 +1,1 @@
-"""One live job per run directory: kernel lock, lease and fencing token."""
+"""Run lock: one live job per run directory, by kernel lock, lease and fencing token."""

@@ -1,12 +1,17 @@
-"""One live process a run directory: `run.lock`, held with flock for as long as the process lives, and a lease beside it.
+"""Run lock: `run.lock` is held with flock for the life of the process, with a lease beside it.
 
-The kernel frees the lock when the holder ends in whatever way, kill -9 included, so there is no stale lock and no
-"remove this file by hand". A file that merely exists, or a process id that is asked for, is refused as the lock: both lie
-after a crash, and an id may belong to another program by then. The JSON in the file is for people: who to look for.
-flock ends at the host on some file systems and is refused by others; there the lease decides (see `lease`), which also
-gives the fencing token. Both are always taken, the lock first: nobody has to know what his file system can do.
-Taking the lock may have to make the directory; a start that then fails on a mistake gives it back, so that bad input
-leaves nothing behind.
+- The kernel frees the lock when the holder ends in any way, kill -9 included. There is no stale
+  lock and no "remove this file by hand".
+- The JSON in the file is for people: it names the holder.
+- flock does not reach other hosts on some file systems, and others refuse it. There the lease
+  decides (see `lease`), which also provides the fencing token. Both are always taken, the lock
+  first, so users need not know their file system.
+- Taking the lock may create the directory. A start that then fails on a user's mistake removes it
+  again, so bad input leaves nothing behind.
+
+Alternatives considered:
+- The existence of a file, or a process id, as the lock: both remain after a crash, and the id may
+  belong to another program by then.
 """
 
 import contextlib
@@ -20,19 +25,20 @@ from pathlib import Path
 from typing import Any, Self
 
 from k2train.errors import RunError
-from k2train.run_lock.lease import NAME, Lease, held_by, read_holder
-from k2train.run_lock.process_identity import Holder, JobEnded, this_process
+from k2train.run_lock.lease import NAME, Lease, held_message, read_holder
+from k2train.run_lock.process_identity import JobEnded, ProcessIdentity, own_identity
 
 LOCK_NAME = "run.lock"
 NO_FLOCK = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL)
-"""What file systems say that have no flock."""
+"""Error numbers of file systems without flock."""
 
 
 class RunLock:
-    """The lock of one run directory; use `acquire` and `release`, or a with statement.
+    """Lock of one run directory; use `acquire` and `release`, or a with statement.
 
-    `facts` about the job (`slurm_job_id`, `slurm_restart_count`) are written down for others; `job_ended` asks SLURM
-    whether another job has ended; `flock` None: do without, as on a file system that has none.
+    - `facts` about the job (`slurm_job_id`, `slurm_restart_count`) are stored for others.
+    - `job_ended` asks SLURM whether another job has ended.
+    - `flock` None: run without it, as on a file system that has none.
     """
 
     def __init__(
@@ -48,8 +54,8 @@ class RunLock:
         self._flock = flock
         self._lease = Lease(self.directory, self.facts, job_ended)
         self._descriptor: int | None = None
-        self._made: list[Path] = []
-        self._made_file = False
+        self._created_directories: list[Path] = []
+        self._created_file = False
 
     @property
     def held(self) -> bool:
@@ -58,71 +64,83 @@ class RunLock:
 
     @property
     def token(self) -> int:
-        """The fencing token: higher than that of every holder before. 0 while not held."""
+        """Fencing token, higher than that of every earlier holder. 0 while not held."""
         return self._lease.token if self.held else 0
 
     @property
     def taken_over_from(self) -> dict[str, Any] | None:
-        """`{token, reason}` of a holder before that did not release the run; for the ledger, so no host is named."""
+        """`{token, reason}` of an earlier holder that did not release the run.
+
+        It goes to the ledger, so no host is named.
+        """
         return self._lease.taken_over_from
 
     @property
-    def told(self) -> str:
-        """The same for people, with host and pid; "" after a clean end."""
-        return self._lease.told
+    def takeover_message(self) -> str:
+        """The same as a message with host and pid; "" after a clean end."""
+        return self._lease.takeover_message
 
     def check(self) -> None:
-        """To be called before what must not be done by two. Raises RunError when the run is another holder's by now."""
+        """Raise RunError when the run has another owner.
+
+        Call before any action that two jobs must not both do.
+        """
         assert self.held, f"{self.path} is not held"
         self._lease.check()
 
     def acquire(self) -> Self:
-        """Take the lock without waiting, making the directory if it is missing.
+        """Take the lock without waiting, creating the directory if missing.
 
-        Raises RunError, within two seconds and the one and a half that SLURM may take to answer, when another process holds it that lives or may live, naming it; or when
-        the directory cannot be made or written. In each case nothing new is left on the disk.
+        Raises RunError when another process that may be alive holds it, naming that process, or
+        when the directory cannot be created or written. This takes at most two seconds, plus 1.5 s
+        for SLURM's answer. In each case nothing new is left on the disk.
         """
         assert self._descriptor is None, f"{self.path} is held by this object already"
         try:
-            while not self._taken():
+            while not self._try_acquire():
                 pass
             self._write_holder()
         except RunError:
-            # The directory is the other holder's, whoever of us made it.
-            self._made, self._made_file = [], False
-            self._give_up()
+            # The directory belongs to the other holder now, whichever of us created it.
+            self._created_directories, self._created_file = [], False
+            self._undo()
             raise
         except BlockingIOError:
-            # Whatever we made on the way is the holder's directory now.
-            self._made = []
+            # The directories created on the way belong to the holder now.
+            self._created_directories = []
             raise RunError(self._held_by_another()) from None
         except OSError as error:
-            self._give_up()
+            self._undo()
             raise RunError(
-                f"{self.path} cannot be locked: {error.strerror}; choose another run.directory, on a file system that "
+                f"{self.path} cannot be locked: {error.strerror}; choose another run.directory, on "
+                "a file system that "
                 "you may write to"
             ) from None
+
         _close_in_forked_children(self)
         return self
 
     def release(self, discard_if_empty: bool = False) -> None:
-        """Free the lock; harmless when not held.
+        """Free the lock; no effect when not held.
 
-        With `discard_if_empty`, what `acquire` made is removed again: the lock file, and the directory and its parents
-        where nothing else lies in them.
+        With `discard_if_empty`, removes what `acquire` created: the lock file, and the directory
+        and its parents if they are otherwise empty.
         """
         if self._descriptor is None:
             return
-        if discard_if_empty and self._lease.first and self._nothing_else():
+
+        if discard_if_empty and self._lease.first and self._holds_only_lock_files():
             self._lease.drop()
+
         self._lease.release()
         if discard_if_empty:
-            self._remove_made()
+            self._remove_created()
         else:
             os.ftruncate(self._descriptor, 0)
+
         os.close(self._descriptor)
         self._descriptor = None
-        self._made = []
+        self._created_directories = []
 
     def __enter__(self) -> Self:
         return self.acquire()
@@ -130,8 +148,8 @@ class RunLock:
     def __exit__(self, *_: object) -> None:
         self.release()
 
-    def _taken(self) -> bool:
-        """Lock and lease; False when the directory went away in between, which is to be tried again."""
+    def _try_acquire(self) -> bool:
+        """Take lock and lease; False when the directory disappeared in between, to be retried."""
         self._descriptor = self._open_locked()
         try:
             self._lease.take()
@@ -141,7 +159,7 @@ class RunLock:
             return False
         return True
 
-    def _nothing_else(self) -> bool:
+    def _holds_only_lock_files(self) -> bool:
         return all(
             path == self.path or NAME.fullmatch(path.name) for path in self.directory.iterdir()
         )
@@ -149,22 +167,26 @@ class RunLock:
     def _open_locked(self) -> int:
         while True:
             self._make_directory()
-            self._made_file = not self.path.exists()
+            # Only a file that this start created may be removed when it fails.
+            self._created_file = not self.path.exists()
             try:
                 descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             except FileNotFoundError:
                 continue
+
             try:
-                self._lock(descriptor)
+                self._try_flock(descriptor)
                 if _is_file(descriptor, self.path):
                     return descriptor
             except BaseException:
                 os.close(descriptor)
                 raise
-            # The holder discarded its directory between our open and our lock: what we locked has no name any more.
+
+            # The holder removed its directory between open and lock, so the locked file has no name
+            # any more.
             os.close(descriptor)
 
-    def _lock(self, descriptor: int) -> None:
+    def _try_flock(self, descriptor: int) -> None:
         if self._flock is None:
             return
         try:
@@ -182,39 +204,41 @@ class RunLock:
                 if not path.is_dir():
                     raise
             else:
-                self._made.append(path)
+                self._created_directories.append(path)
 
     def _write_holder(self) -> None:
         assert self._descriptor is not None, "nothing to write to"
-        holder = this_process(self.facts) | {"token": self._lease.token}
+        holder = own_identity(self.facts) | {"token": self._lease.token}
         os.ftruncate(self._descriptor, 0)
         os.pwrite(self._descriptor, json.dumps(holder).encode() + b"\n", 0)
 
-    def _give_up(self) -> None:
+    def _undo(self) -> None:
         if self._lease.first:
             self._lease.drop()
         self._lease.release()
-        self._remove_made()
+        self._remove_created()
         if self._descriptor is not None:
             os.close(self._descriptor)
         self._descriptor = None
-        self._made = []
+        self._created_directories = []
 
-    def _remove_made(self) -> None:
-        # The name goes while the lock is still held, so that nobody can take a lock that is about to lose its name.
-        # What cannot be removed, because another run moved in or the disk refuses, stays: tidying must not raise.
+    def _remove_created(self) -> None:
+        # Remove the name while the lock is held, so that no process can lock a file about to lose
+        # its name.
+        # Files that cannot be removed, because another run uses them or on a disk error, stay:
+        # cleanup must not raise.
         with contextlib.suppress(OSError):
-            if self._made_file:
+            if self._created_file:
                 self.path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
-            for path in reversed(self._made):
+            for path in reversed(self._created_directories):
                 path.rmdir()
 
     def _held_by_another(self) -> str:
-        return held_by(self.directory, _holder_in(self.path))
+        return held_message(self.directory, _read_holder(self.path))
 
 
-def _holder_in(path: Path) -> Holder | None:
+def _read_holder(path: Path) -> ProcessIdentity | None:
     try:
         return read_holder(path)
     except FileNotFoundError:
@@ -229,7 +253,10 @@ def _is_file(descriptor: int, path: Path) -> bool:
 
 
 def _close_in_forked_children(lock: RunLock) -> None:
-    """A forked child shares the lock; if it outlived a killed parent, it would keep the run locked for nobody."""
+    """Close the lock in forked children.
+
+    A child that outlived a killed parent would keep the run locked.
+    """
     reference = weakref.ref(lock)
 
     def close() -> None:

@@ -1,11 +1,16 @@
-"""Who holds a run, and whether that process can be shown to be gone.
+"""Process identity of a run's holder, and proof that this process is gone.
 
-A process is named by host, boot, process id space, process id and the moment it began (in ticks since the boot), so that
-neither a reboot nor a reused id can pass for it. On its own host the kernel is asked. From elsewhere nothing is proved by
-silence: only SLURM's word that the job has ended or was started again counts, or a reboot of that very machine, and only
-while its beat stands still. A host's name does not make it that machine (localhost, a pod's name): its machine-id must be
-ours, and the holder outside of containers, whose images bring a machine-id of their own.
-A lease that runs out by the clock was refused: clocks differ, and a process that was only stopped comes back and writes.
+- A process is identified by host, boot, process id space, process id and start time (in ticks since
+  boot). Neither a reboot nor a reused id can be mistaken for it.
+- On its own host the kernel is asked.
+- From elsewhere, silence proves nothing. Proof is SLURM's statement that the job ended or was
+  restarted, or a reboot of that very machine, and only while the renewal counter stands still.
+- A host name does not identify a machine (localhost, a pod's name). Its machine-id must be ours,
+  and the holder must run outside containers, whose images bring a machine-id of their own.
+
+Alternatives considered:
+- A lease that expires by the clock: clocks differ, and a process that was only stopped resumes and
+  writes.
 """
 
 import os
@@ -16,18 +21,21 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-Holder = dict[str, Any]
+ProcessIdentity = dict[str, Any]
 JobEnded = Callable[[str], bool | None]
-"""SLURM's word on a job id: ended, not ended, or None for not known."""
+"""SLURM's answer for a job id: True when ended, False when not, None when unknown."""
 
-FIRST_PID_SPACE = "pid:[4026531836]"
-"""The process id space of a kernel itself, with a number fixed in the kernel; a container has another one."""
+HOST_PID_SPACE = "pid:[4026531836]"
+"""Process id space of the host itself, a number fixed in the kernel. Containers have others."""
 GONE = ("Z", "X", "x")
-"""States in /proc/PID/stat of a process that runs no more and only waits to be collected."""
+"""States in /proc/PID/stat of a process that no longer runs and only waits to be reaped."""
 
 
-def this_process(facts: Mapping[str, object]) -> Holder:
-    """What names this process, and `facts` (`slurm_job_id`, `slurm_restart_count`) about its job."""
+def own_identity(facts: Mapping[str, object]) -> ProcessIdentity:
+    """Identity of this process.
+
+    Includes `facts` (`slurm_job_id`, `slurm_restart_count`) about its job.
+    """
     return {
         "pid": os.getpid(),
         "host": socket.gethostname(),
@@ -44,31 +52,39 @@ def describe(holder: Mapping[str, Any]) -> str:
     """`pid 12 on this host (node7), SLURM job 345, since 2031-...`."""
     where = "this host" if holder.get("boot_id") == boot_id() else "another host"
     job = f", SLURM job {holder['slurm_job_id']}" if holder.get("slurm_job_id") else ""
-    return f"pid {holder.get('pid')} on {where} ({holder.get('host')}){job} since {holder.get('start_time')}"
+    return (
+        f"pid {holder.get('pid')} on {where} ({holder.get('host')}){job} since "
+        f"{holder.get('start_time')}"
+    )
 
 
-def kernel_verdict(holder: Mapping[str, Any]) -> bool | None:
-    """True: alive, False: gone, None: this kernel cannot see that process."""
+def is_alive(holder: Mapping[str, Any]) -> bool | None:
+    """True: alive; False: gone; None: invisible to this kernel."""
     if (
         holder.get("boot_id") != boot_id()
         or holder.get("pid_space") != _pid_space()
         or boot_id() is None
     ):
         return None
+    # A process with the same id but another start time is a different one.
     began = began_ticks(int(holder["pid"]))
     return began is not None and began == holder.get("began_ticks")
 
 
-def ended_elsewhere(
+def proof_of_end(
     holder: Mapping[str, Any], here: Mapping[str, Any], job_ended: JobEnded | None
 ) -> str:
-    """Why a holder that this kernel cannot see must be gone, if its beat stands still; "" when nothing shows it."""
+    """Why a holder invisible to this kernel must be gone, if it no longer renews.
+
+    "" without proof.
+    """
     if (
         _same_machine(holder, here)
         and holder.get("boot_id")
         and here["boot_id"] not in (None, holder["boot_id"])
     ):
         return "its host was started again since"
+
     job = holder.get("slurm_job_id")
     if not job or _other_cluster(holder, here):
         return ""
@@ -82,12 +98,12 @@ def ended_elsewhere(
 def _same_machine(holder: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
     machine = holder.get("machine_id")
     same = bool(machine) and (machine, holder.get("host")) == (here["machine_id"], here["host"])
-    return same and holder.get("pid_space") == FIRST_PID_SPACE
+    return same and holder.get("pid_space") == HOST_PID_SPACE
 
 
 def _other_cluster(holder: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
-    # Two clusters count their jobs each for itself.
-    names = [one.get("slurm_cluster") for one in (holder, here)]
+    # Two clusters number their jobs independently.
+    names = [identity.get("slurm_cluster") for identity in (holder, here)]
     return None not in names and names[0] != names[1]
 
 
@@ -97,9 +113,9 @@ def _restarts(holder: Mapping[str, Any]) -> int:
 
 
 def began_ticks(pid: int) -> int | None:
-    """When a live process of this kernel began, in ticks since the boot; None when there is none of that id."""
+    """Start time of a live process in ticks since boot; None when there is no such process."""
     try:
-        # The name in brackets may hold spaces and brackets of its own.
+        # The name in brackets may contain spaces and brackets.
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None
@@ -107,7 +123,7 @@ def began_ticks(pid: int) -> int | None:
 
 
 def boot_id() -> str | None:
-    """Differs from boot to boot and from machine to machine; None where the kernel does not tell."""
+    """Id that differs between boots and between machines; None where the kernel provides none."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
@@ -115,8 +131,10 @@ def boot_id() -> str | None:
 
 
 def machine_id(path: Path = Path("/etc/machine-id")) -> str | None:
-    """The same from boot to boot, another on each machine; None where the system has none. Hashed: the id itself is
-    not to be given away."""
+    """Id that survives reboots and differs between machines; None where the system has none.
+
+    Hashed, because the id itself must not be published.
+    """
     try:
         text = path.read_text().strip()
     except (OSError, UnicodeDecodeError):

@@ -108,6 +108,7 @@ class CheckpointManager:
         kept = load_states(
             path, engine.gradients.shard_layout, optimizer.flat_shards, self.grid, engine.dtype
         )
+        # A thinned checkpoint has no moments; they start from zero.
         optimizer.adam_steps = int(facts["adam_steps"]) if kept else 0
         optimizer.write_parameters()
 
@@ -131,10 +132,12 @@ class CheckpointManager:
         Raises DamageError when data-parallel replicas disagree in the forward check.
         Raises SaveError when the save before this one failed.
         """
+        # Before the snapshot: damaged replicas must not be saved.
         probe = run_forward_check(engine)
         if probe["apart"]:
             raise DamageError(str(probe["apart"]))
 
+        # A copy in host memory, so training continues while it is written.
         frozen = self.writer.snapshot(
             engine.gradients.shard_layout, engine.optimizer.flat_shards, engine.dtype
         )

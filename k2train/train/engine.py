@@ -182,6 +182,7 @@ class Engine:
             config.parallel.stages_per_rank,
         )
         self.program = programs[grid.coordinate.pp]
+        # Evaluation runs the forwards of the same schedule, with transfers of their own.
         self.forward_program = self._forward_only(programs)[grid.coordinate.pp]
         self.stage_calls = {
             stage: StageWithDocuments(module) for stage, module in self.stages.items()
@@ -254,6 +255,7 @@ class Engine:
         `documents` as in `train_step`. Changes no state.
         """
         loss = self._run(self.forward_program, microbatches, documents)
+        # There are no gradients; the exchange still shares the loss with all ranks.
         no_squares = torch.zeros(len(self.names), dtype=torch.float64, device=self.grid.device)
         return self._decide(no_squares, loss, ()).read().loss
 
@@ -273,6 +275,7 @@ class Engine:
             "documents were given, but data.cross_documents is attend"
         )
 
+        # Each stage takes its documents in the order of its forwards in the program.
         for stage, call in self.stage_calls.items():
             order = [a.microbatch for a in program if a.op is Op.FORWARD and a.stage == stage]
             call.documents = (

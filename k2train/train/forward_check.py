@@ -137,6 +137,7 @@ def _prompt(engine: Engine) -> tuple[Tensor, Tensor]:
     rows, length = config.batch.micro_sequences, config.data.sequence_length
     position = torch.arange(length).expand(rows, length)
     row = torch.arange(rows).unsqueeze(1)
+    # A formula that spreads ids over the vocabulary without random numbers.
     ids = (position * 7919 + position * position * 31 + row * 104729 + 17) % config.model.vocab_size
 
     documents = torch.div(position * 3, length, rounding_mode="floor")
@@ -227,6 +228,7 @@ def _distance(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[float, float]
         for x, y in zip(p, q, strict=True)
     ]
 
+    # None stands for a value that is not finite.
     largest = [probe["max_abs"] for probe in (a, b)]
     if None in largest or any(x is None or y is None for x, y in pairs):
         return float("inf"), float("inf") if None in largest else max(largest)

@@ -46,6 +46,7 @@ def keep_freed_memory(device_type: str) -> str:
     if found:
         return f"malloc: set by {', '.join(found)}"
 
+    # These parameter numbers mean something else to other C libraries.
     if platform.libc_ver()[0] != "glibc":
         return "malloc: default settings (not glibc)"
     return (

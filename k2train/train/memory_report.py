@@ -81,6 +81,7 @@ def memory_line(
 ) -> str:
     """Format the memory line that a run logs when it starts."""
     memory = memory_of(config, spec, layout, program, pp)
+    # The reference kernels keep more than the formulas of the plan count.
     reference = "reference" in config.kernels.model_dump().values()
     return (
         f"activations per layer and micro-batch: {activations_text(spec)}; planned for this rank: "

@@ -126,12 +126,14 @@ class RunMonitor:
         self.phase("read", step)
 
         self._blocked_before = self.grid.comm.blocked_seconds
+        # Summed over ranks, these one-entry lists become a gather.
         contribution = [0.0] * self.grid.layout.world_size
         contribution[self.grid.rank] = self._own_seconds
         return contribution
 
     def end_step(self, seconds: float, own_seconds: Sequence[float]) -> str | None:
         """Record the time of a step; return a line when a rank became slow or recovered."""
+        # The time not blocked in collectives is this rank's own.
         self._own_seconds = max(
             0.0, seconds - (self.grid.comm.blocked_seconds - self._blocked_before)
         )

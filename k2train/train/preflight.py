@@ -101,6 +101,7 @@ def check_data(config: Config) -> tuple[Manifest, ChunkOrder]:
 
     if config.data.cross_documents == "block":
         require_borders(manifest, files_read(manifest, order))
+    # Sizes and headers only; hashing takes longer and is done by `verify_data`.
     check_files(manifest, files_read(manifest, order))
     check_schedule(config.lr.kind, config.lr.warmup_steps, order.total_steps, config.lr.decay_steps)
     return manifest, order
@@ -117,6 +118,7 @@ def verify_data(manifest: Manifest, order: ChunkOrder, step: int) -> None:
         (manifest.folder / manifest.chunk(name).file).stat().st_size for name in names
     )
     if total_bytes > HASH_AT_START_BYTES:
+        # Large data: only the next chunk to be read and the held-out one.
         following = [order.position(step + 1).name] if step < order.total_steps else []
         names = following + names[len(order.names) :]
 
@@ -148,6 +150,7 @@ def prepare_start(config: Config, world_size: int, verify: bool) -> Start:
     """
     check_world(config, world_size)
     parallel, layout = config.parallel, layout_of(config, world_size)
+    # Raises ConfigError if the schedule cannot run with these micro-batches.
     build_programs(
         parallel.schedule,
         parallel.pipeline,
@@ -161,6 +164,7 @@ def prepare_start(config: Config, world_size: int, verify: bool) -> Start:
 
     identity = identity_of(config, manifest, order)
     base = Start(directory, layout, manifest, order, identity)
+    # A STOP file from earlier, or too many starts without progress, refuse the start.
     ControlFiles(directory).refuse_start()
     check_progress(_ledger_events(directory), config.run.max_fruitless_starts, directory)
 
@@ -208,6 +212,7 @@ def _wanted_checkpoints(config: Config, directory: Path) -> tuple[list[Path], li
             )
         return readable, refused
 
+    # A thinned checkpoint holds weights only and cannot be resumed.
     whole = [path for path in reversed(found) if not is_thinned(path)]
     usable, refused = _readable(whole)
     if (not found and resume == "must") or (refused and not usable):
@@ -252,6 +257,7 @@ def _check_disk_space(config: Config, start: Start, step: int) -> None:
     order, layout, checkpoints = start.order, start.layout, start.checkpoints
     shape = spec_of(config, "cpu").shape
     consumed, every = order.consumed_chunks(step), config.checkpoint.every_chunks
+    # Numbers of the chunks after which a checkpoint is due.
     ends = [
         n
         for n in range(consumed + 1, len(order.names) + 1)
@@ -338,6 +344,7 @@ def check_stage_transition(
             "prepare the data with the same one"
         )
 
+    # Chunks are compared by content, whatever their names.
     seen = {entry["sha256"]: entry["name"] for entry in facts["chunks"]["order"]}
     mine = [name for name in order.names if manifest.chunk(name).sha256 in seen]
     shared = [f"{name} is {seen[manifest.chunk(name).sha256]} of the stage before" for name in mine]
@@ -347,6 +354,7 @@ def check_stage_transition(
     sources_compared = False
     try:
         earlier = read_data_manifest(before["data"]["manifest"])
+        # Sources count as compared only against the very data that the earlier stage read.
         if earlier.sha256 == facts["data"].get("manifest_sha256"):
             shared += common_data(earlier, manifest)
             sources_compared = all("sources_sha256" in data.facts for data in (earlier, manifest))

@@ -110,6 +110,7 @@ def check_same_run(path: Path, identity: Mapping[str, Any], allow: Sequence[str]
     manifest = read_manifest(path)
 
     differences = identity_differences(manifest.get("identity", {}), identity)
+    # Differences that would move the data position, whatever `run.allow` names.
     never_allowed = [
         text
         for text in differences

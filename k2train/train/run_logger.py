@@ -98,10 +98,12 @@ class RankZeroRunLogger(RunLogger):
         directory = start.directory
         self.ledger = Ledger(directory / "ledger.jsonl")
         self.metrics = MetricsWriter(directory / "metrics.jsonl")
+        # Counted in both files: a start may have died before it wrote to one of them.
         attempts = [int(e.get("attempt", 0)) for e in self.ledger.events if e["event"] in STARTS]
 
         self.attempt = max([last_attempt(directory / "metrics.jsonl"), *attempts]) + 1
         order = start.order
+        # Last step of every chunk.
         ends = [order.first_step(i) + order.steps_in(i) - 1 for i in range(len(order.names))]
         self.console = Console(
             sys.stderr, config.run.name, order.total_steps, len(order.names), ends
@@ -134,6 +136,7 @@ class RankZeroRunLogger(RunLogger):
             log=self._from_threads.append,
         )
 
+        # Report what a killed writer left behind, and rows whose checksum is wrong.
         for repaired in (self.ledger.repaired, self.metrics.repaired, self.roots.repaired):
             if repaired:
                 self.info(repaired)
@@ -167,6 +170,7 @@ class RankZeroRunLogger(RunLogger):
             self._write()
 
     def _write(self) -> None:
+        # In order within a file: a later line must not overtake one that the disk refused.
         for path, lines in list(self._unwritten.items()):
             try:
                 while lines:
@@ -201,6 +205,7 @@ class RankZeroRunLogger(RunLogger):
             "checkpoint_saved", **_checkpoint_facts(path, manifest), seconds=round(seconds, 3)
         )
 
+        # Rows up to this checkpoint should be on disk with it; best effort.
         with contextlib.suppress(OSError):
             self.metrics.sync()
             self.roots.sync()

@@ -63,6 +63,7 @@ def train(
     memory = keep_freed_memory(device.type)
     start_process_group(launch, device)
     grid = ProcessGrid(start.layout, launch.rank, device)
+    # The ranks have met: from here on a signal stops the run after a step, with a save.
     if launch.launched:
         stop.install()
 
@@ -86,9 +87,11 @@ def train(
         trainer.monitor.phase("done", trainer.step)
         fault_injection.point("end")
     except (SaveError, DamageError) as error:
+        # Every rank knows this error, so all of them leave together.
         code = shut_down_together(trainer, error)
     except Exception as error:
         if is_connection_lost(error, grid):
+            # A peer is gone, so no further collective is possible.
             shut_down_alone(trainer, error)
         problem = str(error) or type(error).__name__
         if isinstance(error, UserError):
@@ -167,6 +170,7 @@ class Trainer:
 
         Collective.
         """
+        # A fresh start has no run directory yet; its watchdog starts after the record is open.
         if self.start.candidates:
             self.previous_end = self.monitor.begin()
             self.monitor.phase("choose", 0)
@@ -186,6 +190,7 @@ class Trainer:
 
         self._open_record()
         self.previous_end = self.monitor.begin() or self.previous_end
+        # A killed start could not record its end; its failure report does.
         if self.previous_end is not None and not self.logger.has_end_of(self.previous_end.attempt):
             self.logger.event(
                 "failed", attempt=self.previous_end.attempt, problem=self.previous_end.line
@@ -196,6 +201,7 @@ class Trainer:
         self.logger.event("starting", attempt=self.attempt, step=begins_at)
         self.monitor.phase("load", begins_at)
 
+        # Initial weights are drawn only if no checkpoint overwrites them.
         source = chosen or self.start.parent
         self.engine = Engine(self.config, self.grid, fill=source is None)
         self.monitor.attach(self.engine)
@@ -253,12 +259,14 @@ class Trainer:
                 )
                 return EXIT_FAILED
 
+            # A rank could not save or record; the flag reaches all ranks at the same step.
             if result.flags[FAILED] > 0:
                 self._wait_for_save()
                 raise SaveError(self.logger.problem or RECORD_REFUSED)
 
             reason = self._reason_to_stop(result)
 
+            # A chunk's numbered checkpoint also serves a request that falls on its end.
             if self.order.is_chunk_end(self.step):
                 required = reason is not None or result.flags[SAVE] > 0
                 self._end_chunk(required, scored=not result.flags[STOP] > 0)
@@ -280,6 +288,7 @@ class Trainer:
 
         self._wait_for_save()
         self.monitor.stopped()
+        # Before `finished` is recorded, so that it never stands behind missing rows, and after it.
         self._finish_record()
         self.logger.event("finished", attempt=self.attempt, step=self.step)
         self._finish_record()
@@ -304,6 +313,7 @@ class Trainer:
         lr = learning_rate(self.config, self.step, self.order.total_steps)
         result = self.engine.train_step(batch.tokens, lr, flags, batch.documents)
 
+        # The host has waited for the device by now, so this is the real time of the step.
         seconds = time.monotonic() - began
         slow = self.monitor.end_step(seconds, result.flags[SECONDS:])
         if result.applied:
@@ -378,12 +388,14 @@ class Trainer:
             self.stop.requested = self.stop.requested or STOP_FILE
 
         flags[STOP] = float(self.stop.requested is not None)
+        # Rank 0's clock decides; the sum over ranks carries its flag to all.
         due = every > 0 and self.grid.rank == 0 and now - self.checkpoints.saved_at >= every
         flags[SAVE] = float(due or request == "SAVE")
         return [*flags, *self.monitor.begin_step(self.step, self.writer.active)]
 
     def _reason_to_stop(self, result: StepResult) -> str | None:
         if result.flags[STOP] > 0:
+            # The signal may have reached another rank only.
             return self.stop.requested or "signal on another rank"
         limit = self.config.run.stop_after_steps
         if limit is not None and self.step - self.first_step + 1 >= limit:
@@ -495,6 +507,7 @@ class Trainer:
         self.skips.load_state(facts["guard"]["finite"])
         self.spikes.load_state(facts["guard"]["spikes"])
 
+        # Later checkpoints belong to a continuation that is given up.
         set_aside = set_aside_later(path, self.attempt) if self.grid.rank == 0 else []
         self.logger.recover(list_checkpoints(self.start.checkpoints))
 
@@ -555,6 +568,7 @@ class Trainer:
 
             self.logger.info(f"{loaded} from {parent}, step {facts['step']}")
 
+        # ckpt_000 is the state before the first step.
         self._save(checkpoint_name(0), self._held_out_loss())
 
     def _peak_memory_bytes(self) -> int:

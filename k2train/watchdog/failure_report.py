@@ -1,9 +1,12 @@
-"""The end of a run that cannot go on: one rank says why, in one line and `watch/verdict.json`; what hangs is ended.
+"""Failure report: why the run ended, written by one rank to `watch/verdict.json`.
 
-Ranks share nothing any more but the run directory, so the one that gives the file its name first is the one that speaks:
-a link either makes the name or fails. Processes are ended by a handle that cannot pass to another process, after their
-identity was checked, and are asked for their Python stacks first: the handler of that signal is C, so it answers also
-where Python code cannot run.
+- Hung processes are killed.
+- The ranks then share only the run directory. The rank whose hard link creates the file is the one
+  that reports: a link either creates the name or fails.
+- Processes are killed through a pidfd, which cannot pass to another process, after their identity
+  was checked.
+- They are asked for their Python stacks first. The handler of that signal is written in C, so it
+  works where Python code cannot run.
 """
 
 import contextlib
@@ -15,94 +18,108 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from k2train.watchdog.hang_analysis import Suspect
-from k2train.watchdog.heartbeat import Process, Record, Seen, state_of
+from k2train.watchdog.hang_analysis import FaultyRank
+from k2train.watchdog.heartbeat import Heartbeat, Process, RankStatus, process_state
 
-VERDICT = "verdict.json"
+REPORT_NAME = "verdict.json"
 STACKS_SIGNAL = signal.SIGRTMIN + 5
-"""On it a rank writes its stacks to its file; nothing else uses it."""
+"""Signal on which a rank writes its stacks to its file. It has no other use."""
 STACKS_SECONDS = 0.5
 
-Mark = tuple[int, int] | None
+ReportId = tuple[int, int] | None
 
 
-def mark_of(directory: Path) -> Mark:
-    """Which verdict lies there: tells a new one from one of an earlier start."""
+def report_id(directory: Path) -> ReportId:
+    """Identify the current report file, to tell a new report from one of an earlier start."""
     try:
-        facts = os.stat(directory / VERDICT)
+        facts = os.stat(directory / REPORT_NAME)
     except OSError:
         return None
     return facts.st_ino, facts.st_mtime_ns
 
 
-def keep_earlier(directory: Path) -> None:
-    """Put a verdict of an earlier start out of the way, for people to find; after `read_verdict`. Raises OSError."""
+def archive_report(directory: Path) -> None:
+    """Rename the report of an earlier start, keeping it for people. Call after `read_report`.
+
+    Raises OSError.
+    """
     with contextlib.suppress(FileNotFoundError):
-        os.replace(directory / VERDICT, directory / f"earlier_{VERDICT}")
+        os.replace(directory / REPORT_NAME, directory / f"earlier_{REPORT_NAME}")
 
 
-def read_verdict(directory: Path) -> dict[str, Any] | None:
-    """What was said at the end of the run; None when nothing was."""
+def read_report(directory: Path) -> dict[str, Any] | None:
+    """Read the failure report of a run; None when there is none."""
     try:
-        found = json.loads((directory / VERDICT).read_bytes())
+        report = json.loads((directory / REPORT_NAME).read_bytes())
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) else None
+    return report if isinstance(report, dict) else None
 
 
-def verdict_of(
-    line: str, found: Iterable[Suspect], seen: Mapping[int, Seen], own: Record
+def build_report(
+    line: str, faulty: Iterable[FaultyRank], statuses: Mapping[int, RankStatus], reporter: Heartbeat
 ) -> dict[str, Any]:
-    """The content of the file: the line, the ranks it is about, and where every rank was; told by the rank of `own`.
+    """Content of the report file: the message, the faulty ranks, and the position of every rank.
 
-    `attempt`: the start that ended so, 0 where it had no number yet.
+    `attempt` is the start that failed, 0 when it had no number yet.
     """
     ranks = []
-    for rank, one in sorted(seen.items()):
+    for rank, one in sorted(statuses.items()):
         record = one.record
-        place = (
+        position = (
             None
             if record is None
             else [record.phase, record.step, record.count, record.current or record.last]
         )
-        ranks.append([rank, place, one.process, round(one.silent_seconds, 1)])
+        ranks.append([rank, position, one.process, round(one.silent_seconds, 1)])
+
     return {
         "line": line,
-        "suspects": [{"rank": one.rank, "kind": one.kind} for one in found],
-        "told_by": own.rank,
-        "attempt": own.attempt,
-        "wall": own.wall,
+        "suspects": [{"rank": one.rank, "kind": one.kind} for one in faulty],
+        "told_by": reporter.rank,
+        "attempt": reporter.attempt,
+        "wall": reporter.wall,
         "ranks": ranks,
     }
 
 
-def tell_once(directory: Path, verdict: Mapping[str, Any], stale: Mark) -> bool:
-    """Write the verdict, unless another rank has; True for the rank that did, which is to say it aloud.
+def publish_report(directory: Path, report: Mapping[str, Any], earlier: ReportId) -> bool:
+    """Write the report unless another rank has; True for the rank that must also print it.
 
-    `stale` is the verdict of an earlier start. Where the directory cannot be written to, every rank speaks.
+    `earlier` identifies the report of an earlier start. In a read-only directory every rank prints.
     """
-    aside = directory / f"{VERDICT}.{verdict['told_by']}.tmp"
+    temporary = directory / f"{REPORT_NAME}.{report['told_by']}.tmp"
     try:
-        aside.write_text(json.dumps(verdict) + "\n")
-        if stale is not None and mark_of(directory) == stale:
-            (directory / VERDICT).unlink(missing_ok=True)
+        temporary.write_text(json.dumps(report) + "\n")
+        if earlier is not None and report_id(directory) == earlier:
+            # Only the report of an earlier start may be removed, never that of another rank of this
+            # start.
+            (directory / REPORT_NAME).unlink(missing_ok=True)
+
         try:
-            os.link(aside, directory / VERDICT)
+            os.link(temporary, directory / REPORT_NAME)
         except FileExistsError:
             return False
         finally:
-            aside.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
     except OSError:
         pass
+
     return True
 
 
-def end_processes(processes: Iterable[Process], reader: Process) -> None:
-    """End those of `processes` that run on this machine: stacks, then SIGKILL. One that is not there is left out."""
-    handles = [handle for process in processes if (handle := _handle(process, reader)) is not None]
+def kill_processes(processes: Iterable[Process], reader: Process) -> None:
+    """Kill those `processes` that run on this machine: first dump their stacks, then SIGKILL.
+
+    Missing processes are skipped.
+    """
+    handles = [
+        handle for process in processes if (handle := _open_process(process, reader)) is not None
+    ]
     try:
         for handle in handles:
             _send(handle, STACKS_SIGNAL)
+            # A stopped process handles the signal only after it continues.
             _send(handle, signal.SIGCONT)
         if handles:
             time.sleep(STACKS_SECONDS)
@@ -113,16 +130,19 @@ def end_processes(processes: Iterable[Process], reader: Process) -> None:
             os.close(handle)
 
 
-def _handle(process: Process, reader: Process) -> int | None:
+def _open_process(process: Process, reader: Process) -> int | None:
     if process == reader:
         return None
+
     try:
         handle = os.pidfd_open(process.pid)
     except OSError:
         return None
-    # Asked after the handle is held: from here on it cannot mean another process.
-    if state_of(process, reader) in ("running", "stopped"):
+
+    # Checked while holding the handle, which can no longer mean another process.
+    if process_state(process, reader) in ("running", "stopped"):
         return handle
+
     os.close(handle)
     return None
 

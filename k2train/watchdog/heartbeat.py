@@ -1,10 +1,14 @@
-"""Where each rank of a run is, in one small file a rank, `watch/rank_00003.json`: written often, read when something is wrong.
+"""Heartbeat files: each rank's current position in `watch/rank_00003.json`, read after a failure.
 
-A file has a fixed length and ends with a checksum: one write in place costs a shared file system no new name, needs no
-room on a full disk, and a reader that meets half of one knows and reads again. It is opened and closed each time, so that
-NFS sends it on. No reader looks at the wall clock in it: whether a rank lives is seen from its `beat` going up while the
-reader's own monotonic clock runs, or, on the same machine, from /proc. Refused: a server that ranks report to (one more
-process to lose, and nothing is left to read after it) and messages over the process group, which is what hangs.
+- A file has a fixed length and ends with a checksum. One write in place costs a shared file system
+  no new name and needs no space on a full disk. A reader that sees half a write reads again.
+- It is opened and closed each time, so that NFS publishes it.
+- No reader uses its wall clock. A rank is alive when its `beat` increases while the reader's own
+  monotonic clock runs, or, on the same machine, according to /proc.
+
+Alternatives considered:
+- A server that ranks report to: one more process to lose, and nothing is left to read afterwards.
+- Messages over the process group: that is what hangs.
 """
 
 import dataclasses
@@ -21,39 +25,39 @@ LENGTH_BYTES = 1536
 CHECK_BYTES = 23
 TEXT_LIMIT = 160
 OPEN_STATES = ("", "stalled")
-"""States of a rank that is still at work; the others have said that they leave."""
+"""States of a rank that is still at work. The others have announced their exit."""
 PHASES = {
     "step": "forward/backward",
     "choose": "choosing a checkpoint",
     "load": "loading a checkpoint",
 }
-"""How a phase is told to people, where its name is not enough."""
+"""Display names of phases whose key is not clear enough."""
 
 ProcessState = Literal["running", "stopped", "gone", ""]
 
 
 @dataclass(frozen=True)
 class Process:
-    """One process, without mistaking another with the same number for it, on this machine or elsewhere."""
+    """Identity of one process, safe against reused process ids on this machine or another."""
 
     pid: int
     start_ticks: int
-    """Since the machine started, as the kernel counts: a process that got the number later has another one."""
+    """Start time in kernel ticks since boot. A later process with the same id has another one."""
     boot_id: str
     pid_namespace: str
-    """Containers on one machine have the same boot_id, and other numbers for the same process."""
+    """Containers on one machine share the boot_id but number processes differently."""
     host: str
 
 
 def this_process() -> Process:
-    """The process that calls."""
+    """Identity of the calling process."""
     return Process(
         os.getpid(), _stat(os.getpid())[1], _boot_id(), _pid_namespace(), socket.gethostname()
     )
 
 
-def state_of(process: Process, reader: Process) -> ProcessState:
-    """What became of `process`, as far as the process `reader`, which asks, can see it; "" on another machine."""
+def process_state(process: Process, reader: Process) -> ProcessState:
+    """State of `process` as visible to `reader`, the calling process; "" on another machine."""
     if not process.boot_id or (process.boot_id, process.pid_namespace) != (
         reader.boot_id,
         reader.pid_namespace,
@@ -68,7 +72,7 @@ def state_of(process: Process, reader: Process) -> ProcessState:
 def _stat(pid: int) -> tuple[str, int]:
     """(state letter, start time) from /proc; ("", 0) when there is no such process."""
     try:
-        # The name in parentheses may hold anything, spaces and parentheses too.
+        # The name in parentheses may contain spaces and parentheses.
         fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b") ")[2].split()
     except (FileNotFoundError, ProcessLookupError):
         return "", 0
@@ -90,11 +94,15 @@ def _pid_namespace() -> str:
 
 
 @dataclass(frozen=True)
-class Record:
-    """What a rank says of itself. `count`, `current`, `last`: of its collectives, see `parallel.comm`.
+class Heartbeat:
+    """What a rank reports about itself.
 
-    `state`: "" at work, "stalled" over its limit, "leaving" after another was lost, "failed" by itself (`problem`), "closed".
-    `seconds`: since the step, save or evaluation it is in began, or got on, by its monotonic clock. `wall`: for people only.
+    - `count`, `current`, `last`: its collectives, see `parallel.comm_tracker`.
+    - `state`: "" at work, "stalled" over its timeout, "leaving" after another rank was lost,
+      "failed" by itself (`problem`), "closed".
+    - `seconds`: time since the current step, save or evaluation began or made progress, by its
+      monotonic clock.
+    - `wall`: wall-clock time, for people only.
     """
 
     rank: int
@@ -111,27 +119,27 @@ class Record:
     problem: str = ""
     attempt: int = 0
     live: int = -1
-    """Descriptor of its `live` integers in that process."""
+    """Descriptor of its shared progress integers in that process."""
     facts: Mapping[str, str] = dataclasses.field(default_factory=dict)
     wall: str = ""
     progress: int = 0
-    """How often it said that it gets on, within the phase it is in; its `seconds` began again each time."""
+    """Progress reports within the current phase. Each one restarted `seconds`."""
 
     @property
     def at_work(self) -> bool:
-        """Whether the rank has not said that it leaves."""
+        """Whether the rank has not announced its exit."""
         return self.state in OPEN_STATES
 
-    def who(self) -> str:
+    def rank_text(self) -> str:
         """`rank 2 (pid 123 on host n1)`."""
         return f"rank {self.rank} (pid {self.process.pid} on host {self.process.host})"
 
-    def where(self) -> str:
+    def phase_text(self) -> str:
         """`step 41, forward/backward`."""
         return f"step {self.step}, {PHASES.get(self.phase, self.phase)}"
 
-    def exchange(self) -> str:
-        """`in collective 1234 all-reduce tp`, or the last one there was."""
+    def collective_text(self) -> str:
+        """`in collective 1234 all-reduce tp`, or the last collective."""
         if self.current:
             return f"in collective {self.count} {self.current}"
         return (
@@ -142,29 +150,32 @@ class Record:
 
 
 def heartbeat_path(directory: Path, rank: int) -> Path:
-    """The file of one rank."""
+    """Path of a rank's heartbeat file."""
     return directory / f"rank_{rank:05d}.json"
 
 
 def stacks_path(directory: Path, rank: int) -> Path:
-    """Where the Python stacks of one rank are written when it is stuck."""
+    """Path of a rank's Python stacks, written when it is stuck."""
     return directory / f"stacks_rank_{rank:05d}.txt"
 
 
-def encode(record: Record) -> bytes:
-    """The LENGTH_BYTES of a file: one JSON object, filled up with spaces before its checksum."""
-    plain: dict[str, Any] = dataclasses.asdict(record)
-    plain["seconds"] = round(record.seconds, 3)
-    plain["facts"] = {
+def encode(record: Heartbeat) -> bytes:
+    """Encode LENGTH_BYTES of a file: one JSON object, padded with spaces before its checksum."""
+    fields: dict[str, Any] = dataclasses.asdict(record)
+    fields["seconds"] = round(record.seconds, 3)
+    fields["facts"] = {
         str(key)[:40]: str(value)[:80] for key, value in list(record.facts.items())[:6]
     }
     for key in ("current", "last", "problem", "phase"):
-        plain[key] = plain[key][:TEXT_LIMIT]
-    text = json.dumps(plain).encode()
+        fields[key] = fields[key][:TEXT_LIMIT]
+
+    text = json.dumps(fields).encode()
     if len(text) > LENGTH_BYTES - CHECK_BYTES:
+        # Too long: texts for people give way to the fields that the diagnosis needs.
         text = json.dumps(
-            plain | {"facts": {}, "problem": plain["problem"][:40], "wall": ""}
+            fields | {"facts": {}, "problem": fields["problem"][:40], "wall": ""}
         ).encode()
+
     return text[:-1].ljust(LENGTH_BYTES - CHECK_BYTES) + _check(text)
 
 
@@ -172,19 +183,19 @@ def _check(text: bytes) -> bytes:
     return f', "check": "{zlib.crc32(text):08x}"}}\n'.encode()
 
 
-def decode(data: bytes) -> Record | None:
-    """The record in the bytes of a file; None where they are not a whole one."""
+def decode(data: bytes) -> Heartbeat | None:
+    """Decode the bytes of a file; None when they are incomplete or damaged."""
     text = data[:-CHECK_BYTES].rstrip(b" ") + b"}"
     if len(data) != LENGTH_BYTES or data[-CHECK_BYTES:] != _check(text):
         return None
     try:
-        plain = json.loads(text)
-        return Record(**{**plain, "process": Process(**plain["process"])})
+        fields = json.loads(text)
+        return Heartbeat(**{**fields, "process": Process(**fields["process"])})
     except (ValueError, TypeError, KeyError):
         return None
 
 
-def write_record(directory: Path, record: Record) -> None:
+def write_heartbeat(directory: Path, record: Heartbeat) -> None:
     """Write a rank's file in place. Raises OSError."""
     descriptor = os.open(
         heartbeat_path(directory, record.rank), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644
@@ -195,63 +206,69 @@ def write_record(directory: Path, record: Record) -> None:
         os.close(descriptor)
 
 
-def read_record(directory: Path, rank: int) -> Record | None:
-    """What a rank said last; None when it has said nothing, or is writing just now."""
+def read_heartbeat(directory: Path, rank: int) -> Heartbeat | None:
+    """Read a rank's last heartbeat; None when there is none, or it is being written."""
     try:
         return decode(heartbeat_path(directory, rank).read_bytes())
     except OSError:
         return None
 
 
-def _place(record: Record) -> tuple[int, str, int, int]:
+def _position(record: Heartbeat) -> tuple[int, str, int, int]:
     return record.count, record.phase, record.step, record.progress
 
 
 @dataclass(frozen=True)
-class Seen:
-    """One rank as an observer sees it."""
+class RankStatus:
+    """One rank as seen by an observer."""
 
-    record: Record | None
+    record: Heartbeat | None
     silent_seconds: float
-    """For how long its beat has not changed while it was observed."""
+    """Time for which its beat has not changed while it was observed."""
     process: ProcessState
     moving: bool
-    """Whether it has begun a collective or another phase, or got on in one, while it was observed."""
+    """Whether it began a collective or another phase, or made progress, while it was observed."""
 
 
 class Observer:
-    """Watches the files of many ranks for a while; `sample` now and then, then ask `seen`."""
+    """Observes the heartbeat files of many ranks; call `sample` repeatedly, then `statuses`."""
 
     def __init__(self, directory: Path, ranks: int, reader: Process, clock: Callable[[], float]):
         self.directory, self.ranks, self.reader, self.clock = directory, ranks, reader, clock
-        self._first: dict[int, Record] = {}
-        self._last: dict[int, Record] = {}
-        self._changed: dict[int, float] = {}
+        self._first: dict[int, Heartbeat] = {}
+        self._last: dict[int, Heartbeat] = {}
+        self._changed_at: dict[int, float] = {}
         self.began = clock()
 
     def sample(self) -> None:
         """Read all files once."""
         for rank in range(self.ranks):
-            record = read_record(self.directory, rank)
+            record = read_heartbeat(self.directory, rank)
             if record is None:
                 continue
+
             self._first.setdefault(rank, record)
             before = self._last.get(rank)
+
+            # A restarted process counts as a new heartbeat, whatever its number.
             if before is None or (before.process, before.beat) != (record.process, record.beat):
-                self._changed[rank] = self.clock()
+                self._changed_at[rank] = self.clock()
+
             self._last[rank] = record
 
-    def seen(self) -> dict[int, Seen]:
-        """What is known of every rank by now."""
-        now, found = self.clock(), {}
+    def statuses(self) -> dict[int, RankStatus]:
+        """Current status of every rank."""
+        now, result = self.clock(), {}
         for rank in range(self.ranks):
             last = self._last.get(rank)
             if last is None:
-                found[rank] = Seen(None, now - self.began, "", False)
+                result[rank] = RankStatus(None, now - self.began, "", False)
                 continue
+
             first = self._first[rank]
-            moving = _place(first) != _place(last)
-            found[rank] = Seen(
-                last, now - self._changed[rank], state_of(last.process, self.reader), moving
+            moving = _position(first) != _position(last)
+            result[rank] = RankStatus(
+                last, now - self._changed_at[rank], process_state(last.process, self.reader), moving
             )
-        return found
+
+        return result

@@ -1,9 +1,11 @@
-"""For how long a rank has been at one place, and how far that is over the limit; by a monotonic clock only.
+"""Phase timer: time spent in the current phase, compared with its timeout (monotonic clock).
 
-A place is one step, one evaluation, one save: going from reading to computing within a step does not start its clock again,
-or a step of many phases could hang many times as long. Where the work has no usual length (hashing, loading) whoever does it
-says that it gets on. Time in which the whole process did not run is given back, and no step is measured by it. Places
-are replaced whole, so the thread that asks never sees half of one and the training loop takes no lock.
+- A clock covers one step, one evaluation or one save. Moving from reading to computing within a
+  step does not restart it, or a step of many phases could hang many times as long.
+- Work without a usual length (hashing, loading) reports its progress, which restarts the clock.
+- Time in which the whole process did not run is subtracted, and no step is measured by it.
+- A phase is an immutable tuple that is replaced as a whole. The watchdog thread never sees half of
+  one, and the training loop takes no lock.
 """
 
 from collections import deque
@@ -14,16 +16,18 @@ from k2train.watchdog.timeouts import Timeouts
 
 TICK_SECONDS = 0.25
 PAUSE_SECONDS = 3.0
-"""A tick this late means that the process was not running, or its threads could not."""
+"""A tick this late means that the process, or its threads, did not run."""
 
 
-class Place(NamedTuple):
-    """`phase` of `step`; `clock` is shared by phases; `began`, `changed`: when the clock, and the phase, began.
+class Phase(NamedTuple):
+    """Phase `name` of `step`, and the clock that it shares with other phases.
 
-    `paused`: what had been excused when the clock began; `progress`: how often `progress` had been called.
+    - `began`, `changed`: when the clock, and the phase, began.
+    - `paused`: seconds already excluded when the clock began.
+    - `progress`: number of progress reports at that time.
     """
 
-    phase: str
+    name: str
     step: int
     clock: str
     began: float
@@ -33,83 +37,96 @@ class Place(NamedTuple):
 
 
 class PhaseTimer:
-    """`enter`, `progress`, `step_done` and `saving` from the training loop; `tick` and the rest from the watch."""
+    """Times the phases of the training loop.
+
+    The loop calls `enter`, `progress`, `step_done` and `saving`; the watchdog calls the rest.
+    """
 
     def __init__(self, limits: Timeouts, clock: Callable[[], float]):
         self._limits, self._clock = limits, clock
         self._steps: deque[float] = deque(maxlen=512)
-        self._paused = 0.0
-        self._ticked: float | None = None
-        self._saving: float | None = None
+        self._paused_seconds = 0.0
+        self._last_tick: float | None = None
+        self._save_began: float | None = None
         self._progress = 0
         now = clock()
         self._progressed = (now, 0.0)
-        """When, and what had been excused by then."""
-        self.place = Place("start", 0, "start", now, now, 0.0, 0)
+        """Time of the last progress report, and the seconds excluded by then."""
+        self.current = Phase("start", 0, "start", now, now, 0.0, 0)
 
     def enter(self, phase: str, step: int) -> None:
-        """Go on to a phase."""
-        now, clock, before = self._clock(), self._limits.clock_of(phase), self.place
+        """Enter a phase."""
+        now, clock, before = self._clock(), self._limits.clock_of(phase), self.current
+        # Another phase of the same clock and step: the clock continues.
         if (clock, step) == (before.clock, before.step):
-            self.place = before._replace(phase=phase, changed=now)
+            self.current = before._replace(name=phase, changed=now)
         else:
-            self.place = Place(phase, step, clock, now, now, self._paused, self._progress)
+            self.current = Phase(phase, step, clock, now, now, self._paused_seconds, self._progress)
 
     def progress(self) -> None:
-        """The work of this phase gets on: its clock begins again."""
-        self._progressed = (self._clock(), self._paused)
+        """Report progress in this phase, which restarts its clock."""
+        self._progressed = (self._clock(), self._paused_seconds)
         self._progress += 1
 
     @property
     def progress_count(self) -> int:
-        """How often, at the present place."""
-        return self._progress - self.place.progress
+        """Number of progress reports in the current phase."""
+        return self._progress - self.current.progress
 
     def step_done(self, seconds: float) -> None:
-        """The step of the present place took so long, pauses included, which do not count."""
-        if self._ticked is not None and self._clock() - self._ticked > TICK_SECONDS + PAUSE_SECONDS:
-            # It ended before the watch came to see the pause it was in: how long it took nobody knows.
+        """Record the duration of the current step, without the pauses in it."""
+        if (
+            self._last_tick is not None
+            and self._clock() - self._last_tick > TICK_SECONDS + PAUSE_SECONDS
+        ):
+            # The step ended before the watchdog noticed the pause in it, so its duration is
+            # unknown.
             return
-        self._steps.append(max(0.0, seconds - (self._paused - self.place.paused)))
+        self._steps.append(max(0.0, seconds - (self._paused_seconds - self.current.paused)))
 
     def saving(self, active: bool) -> None:
-        """A save in the background begins or ends."""
-        self._saving = self._clock() if active else None
+        """Begin or end a background save."""
+        self._save_began = self._clock() if active else None
 
     def elapsed(self) -> float:
-        """Seconds at the present place, or since it last got on."""
-        place = self.place
-        began, paused = max((place.began, place.paused), self._progressed)
-        return self._clock() - began - (self._paused - paused)
+        """Seconds in the current phase, or since its last progress."""
+        current = self.current
+        # The later of the clock's beginning and the last progress report counts.
+        began, paused = max((current.began, current.paused), self._progressed)
+        return self._clock() - began - (self._paused_seconds - paused)
 
     def limit(self) -> float:
-        """The most they may become."""
-        return self._limits.seconds(self.place.clock, tuple(self._steps))
+        """Timeout of the current phase in seconds."""
+        return self._limits.seconds(self.current.clock, tuple(self._steps))
 
-    def over(self) -> float:
-        """Seconds beyond the limit, of the place or of the save in the background; negative: still within."""
-        over = self.elapsed() - self.limit()
-        saving = self._saving
+    def overrun(self) -> float:
+        """Seconds beyond the timeout of the phase or of the background save.
+
+        Negative when both are within their timeouts.
+        """
+        overrun = self.elapsed() - self.limit()
+        saving = self._save_began
         return (
-            over
+            overrun
             if saving is None
-            else max(over, self._clock() - saving - self._limits.save_seconds)
+            else max(overrun, self._clock() - saving - self._limits.save_seconds)
         )
 
     def tick(self) -> bool:
-        """To be called every TICK_SECONDS; True when the process did not run for some time before, which is excused."""
-        now, before = self._clock(), self._ticked
-        self._ticked = now
+        """Call every TICK_SECONDS. True when the process was paused before, which is excluded."""
+        now, before = self._clock(), self._last_tick
+        self._last_tick = now
+        # A late tick: the process, or its threads, did not run in between.
         if before is None or now - before <= TICK_SECONDS + PAUSE_SECONDS:
             return False
-        self.excuse(now - before)
+        self.exclude_pause(now - before)
         return True
 
-    def excuse(self, seconds: float) -> None:
-        """The process did not run for so long, up to now."""
+    def exclude_pause(self, seconds: float) -> None:
+        """Exclude a pause of the process that ended just now."""
         now = self._clock()
-        # A place that began in the meantime, or after it, has lost no more than its own time.
-        began, _ = max((self.place.began, self.place.paused), self._progressed)
-        self._paused += min(seconds, now - began)
-        if self._saving is not None:
-            self._saving = min(now, self._saving + seconds)
+        # A phase that began during or after the pause loses at most its own time.
+        began, _ = max((self.current.began, self.current.paused), self._progressed)
+        self._paused_seconds += min(seconds, now - began)
+        if self._save_began is not None:
+            self._save_began = min(now, self._save_began + seconds)

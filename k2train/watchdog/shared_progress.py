@@ -1,8 +1,12 @@
-"""Step, phase and collective of a rank, readable by the ranks of its machine at every moment, also after a kill -9.
+"""Shared-memory progress: step, phase and collective of a rank, readable even after kill -9.
 
-A few integers in memory that has no name: a rank opens it through /proc/PID/fd of the other while that lives, and what was
-mapped stays when the writer dies. A write is one store, so it may stand in the training loop. Refused: mapping the
-heartbeat file (a full disk then ends the process with SIGBUS) and named shared memory (it stays behind after a kill).
+- A few integers in anonymous memory. A rank opens it through /proc/PID/fd of a live peer on the
+  same machine, and the mapping remains when the writer dies.
+- A write is one store, cheap enough for the training loop.
+
+Alternatives considered:
+- Mapping the heartbeat file: a full disk then kills the process with SIGBUS.
+- Named shared memory: it remains after a kill.
 """
 
 import contextlib
@@ -10,71 +14,75 @@ import mmap
 import os
 from dataclasses import replace
 
-from k2train.watchdog.heartbeat import Process, Record, state_of
+from k2train.watchdog.heartbeat import Heartbeat, Process, process_state
 from k2train.watchdog.timeouts import CLOCKS
 
 COUNT, STEP, PHASE = 0, 1, 2
-"""Places of the integers; the first is written by `parallel.comm`."""
+"""Indices of the integers. `parallel.comm_tracker` writes the first."""
 CELLS = 8
 SIZE = CELLS * 8
 PHASES = tuple(CLOCKS)
 
 
 class SharedProgress:
-    """The integers of this rank; `descriptor` is what others open."""
+    """Progress integers of this rank; peers open `descriptor`."""
 
     def __init__(self) -> None:
+        # Memory without a name: it disappears with its last user.
         self.descriptor = os.memfd_create("k2train-live", os.MFD_CLOEXEC)
         os.ftruncate(self.descriptor, SIZE)
         self.cells: list[int] | memoryview[int] = memoryview(mmap.mmap(self.descriptor, SIZE)).cast(
             "q"
         )
 
-    def put(self, phase: str, step: int) -> None:
-        """Say where the rank is."""
+    def update(self, phase: str, step: int) -> None:
+        """Publish the current phase and step."""
         self.cells[STEP] = step
         self.cells[PHASE] = PHASES.index(phase)
 
     def close(self) -> None:
-        """Nobody can open it any more; the integers stay writable."""
+        """Stop sharing. The integers stay writable."""
         if self.descriptor >= 0:
             os.close(self.descriptor)
         self.descriptor = -1
 
 
 class PeerProgress:
-    """The integers of other ranks of this machine, held from the first time each is looked for."""
+    """Progress integers of other ranks on this machine, mapped when each is first seen."""
 
     def __init__(self, reader: Process):
         self._reader = reader
-        self._mapped: dict[Process, mmap.mmap] = {}
+        self._maps: dict[Process, mmap.mmap] = {}
 
-    def hold(self, record: Record) -> None:
-        """Map those of the rank of `record`, if it runs here and has not been mapped."""
+    def attach(self, record: Heartbeat) -> None:
+        """Map the integers of a rank that runs on this machine, once."""
         process = record.process
         if (
-            process in self._mapped
+            process in self._maps
             or record.live < 0
-            or state_of(process, self._reader) not in ("running", "stopped")
+            or process_state(process, self._reader) not in ("running", "stopped")
         ):
             return
+
         with contextlib.suppress(OSError, ValueError):
             descriptor = os.open(
                 f"/proc/{process.pid}/fd/{record.live}", os.O_RDONLY | os.O_CLOEXEC
             )
             try:
-                self._mapped[process] = mmap.mmap(descriptor, SIZE, access=mmap.ACCESS_READ)
+                self._maps[process] = mmap.mmap(descriptor, SIZE, access=mmap.ACCESS_READ)
             finally:
                 os.close(descriptor)
 
-    def fresh(self, record: Record) -> Record:
-        """The record with step, phase and number of collectives as they are now, where they are held."""
-        mapped = self._mapped.get(record.process)
-        if mapped is None:
+    def refresh(self, record: Heartbeat) -> Heartbeat:
+        """Update step, phase and collective count of a heartbeat from its mapped integers."""
+        mapping = self._maps.get(record.process)
+        if mapping is None:
             return record
-        with memoryview(mapped) as whole, whole.cast("q") as cells:
+
+        with memoryview(mapping) as whole, whole.cast("q") as cells:
             count, step, phase = cells[COUNT], cells[STEP], cells[PHASE]
-        # The name is of the number that was written with it.
+
+        # The collective's name belongs to the count that was written with it.
         same = count == record.count
         return replace(
             record,

@@ -1,8 +1,11 @@
-"""How long a run may stay at one place before it counts as stuck.
+"""Timeouts: seconds a run may stay in one phase before it counts as stuck.
 
-A limit for each kind of place, since they differ by orders of magnitude. The one of a step is learnt from the run: twice
-the 99th percentile of the steps so far, so that a slow machine is not called stuck and a fast one does not wait for ten
-minutes. Refused: one timeout for all (K2 ran with 600 minutes), which must be as long as the slowest start.
+- Each kind of phase has its own timeout, because they differ by orders of magnitude.
+- The step timeout is learned from the run: twice the 99th percentile of its steps. A slow machine
+  is not called stuck, and a fast one does not wait for ten minutes.
+
+Alternatives considered:
+- One timeout for all phases (K2 ran with 600 minutes): it must cover the slowest start.
 """
 
 from collections.abc import Sequence
@@ -20,19 +23,26 @@ CLOCKS = {
     "save": "save",
     "done": "start",
 }
-"""Phase -> the clock it runs on. Those of a start are limited alike and each by itself: hashing checkpoints (`choose`), reading
-one (`load`), the rest. How long these take depends on how much there is to read, so `Watchdog.progress` restarts them."""
+"""Phase -> the clock that it runs on.
+
+The phases of a start have the same timeout but separate clocks: hashing checkpoints (`choose`),
+reading one (`load`), the rest. Their length depends on the amount to read, so `Watchdog.progress`
+restarts them.
+"""
 FIRST_STEPS = 5
-"""Fewer say nothing yet: kernels are chosen and compiled in the first ones."""
+"""Fewer steps are no basis: the first ones choose and compile kernels."""
 ENOUGH_STEPS = 20
 FLOOR_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
 class Timeouts:
-    """Seconds; `step_seconds` 0: from what steps took. `heartbeat_seconds` 0: no watch.
+    """Timeouts in seconds.
 
-    `start_seconds` is for each phase of a start. `save_seconds` must hold also how long a save may try again.
+    - `heartbeat_seconds` 0: no watchdog.
+    - `start_seconds` applies to each phase of a start.
+    - `step_seconds` 0: learned from the run's steps.
+    - `save_seconds` must include the time for which a save is retried.
     """
 
     heartbeat_seconds: float = 1.0
@@ -43,16 +53,16 @@ class Timeouts:
 
     @property
     def silent_after(self) -> float:
-        """A heartbeat that stands still for so long belongs to a process that does not run."""
+        """Seconds without a heartbeat after which a process counts as dead or stopped."""
         return max(2.0, 2.5 * self.heartbeat_seconds)
 
     def clock_of(self, phase: str) -> str:
-        """The clock that a phase runs on."""
+        """Clock that a phase runs on."""
         assert phase in CLOCKS, f"unknown phase {phase!r}; they are {', '.join(CLOCKS)}"
         return CLOCKS[phase]
 
     def seconds(self, clock: str, steps: Sequence[float]) -> float:
-        """The limit on a clock, after steps that took so long."""
+        """Timeout of a clock, given the durations of past steps."""
         if clock == "step":
             return self._step(steps)
         return {"evaluate": self.evaluate_seconds, "save": self.save_seconds}.get(
@@ -62,6 +72,7 @@ class Timeouts:
     def _step(self, steps: Sequence[float]) -> float:
         if self.step_seconds > 0:
             return self.step_seconds
+        # The first steps compile and warm up, so the timeout of a start applies.
         if len(steps) < FIRST_STEPS:
             return max(self.start_seconds, FLOOR_SECONDS)
         if len(steps) < ENOUGH_STEPS:

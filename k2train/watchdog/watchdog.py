@@ -1,13 +1,16 @@
-"""The watch of one rank: says where it is, sees when it hangs or another is lost, and ends the run with one clear line.
+"""Watchdog of one rank: writes heartbeats, detects hung or dead ranks, ends the run.
 
-Two daemon threads. One touches files: it writes the heartbeat, and looks whether ranks of this machine still live and
-whether a verdict was given. The other has the clock and never touches a file, so a file system that hangs cannot stop it:
-when a step, a save or an evaluation exceeds its limit it gives the others a few seconds to be looked at, and then ends this
-process, whatever the main thread is doing. Only monotonic clocks decide; time in which the whole process was stopped (a
-debugger, a suspended job) does not count.
-
-A main thread that holds Python's lock for ever stops both threads; the heartbeat then stands still, the other ranks see it,
-and the ones of the same machine end the process. A world of one has nobody to do that; its stacks are written all the same.
+- The run ends with one message, from one rank.
+- Two daemon threads. One touches files: it writes the heartbeat and checks that ranks of this
+  machine are alive and that no failure report exists.
+- The other compares phases with their timeouts and never touches a file, so a hanging file system
+  cannot stop it. After a timeout it observes the others for a few seconds and then ends this
+  process, whatever the main thread is doing.
+- Only monotonic clocks decide. Time in which the whole process was stopped (a debugger, a suspended
+  job) does not count.
+- A main thread that holds Python's lock forever stops both threads, and the heartbeat stops. The
+  other ranks see that, and those on the same machine kill the process.
+- A world of one has no such peer. Its stacks are written all the same.
 """
 
 import contextlib
@@ -23,37 +26,39 @@ from pathlib import Path
 
 from k2train.errors import EXIT_FAILED
 from k2train.watchdog.diagnosis import RANKS_A_SECOND, TURN_SECONDS, Diagnosis
-from k2train.watchdog.failure_report import STACKS_SIGNAL, keep_earlier
+from k2train.watchdog.failure_report import STACKS_SIGNAL, archive_report
 from k2train.watchdog.heartbeat import (
+    Heartbeat,
     Observer,
     Process,
-    Record,
-    read_record,
+    process_state,
+    read_heartbeat,
     stacks_path,
-    state_of,
     this_process,
-    write_record,
+    write_heartbeat,
 )
 from k2train.watchdog.phase_timer import TICK_SECONDS, PhaseTimer
 from k2train.watchdog.shared_progress import PeerProgress, SharedProgress
 from k2train.watchdog.timeouts import Timeouts
 
 STOPPED_SECONDS = 10.0
-"""How long a rank of this machine may be stopped (SIGSTOP) while this one runs."""
+"""Time for which a rank of this machine may be stopped (SIGSTOP) while this one runs."""
 DIAGNOSIS_SECONDS = 8.0
-"""How long may pass from then to the end of the process."""
+"""Longest time from the detection to the end of the process."""
 
-Position = Callable[[], tuple[int, str, str, float]]
+CommPosition = Callable[[], tuple[int, str, str, float]]
 
 
 class Watchdog:
-    """`start`, then `phase` as the run goes on; `lost` when a collective raised; `close` at the end, whatever end.
+    """Watchdog of one rank.
 
-    `attempt` is to be set as soon as it is known: a verdict names it (0: the record of the run was not open yet).
-
-    `say` writes a line to people from a thread while the main thread hangs: it must not take a lock that the main thread
-    may hold (os.write does not). `position` gives (collectives begun, the one under way, the last one, blocked seconds).
-    `facts` are texts for people, such as the SLURM job; `leave` ends the process.
+    - Call `start`, then `phase` during the run, `connection_lost` when a collective raised, and
+      `close` at the end in every case.
+    - `attempt` is set once it is known: the failure report names it (0: the run had no number yet).
+    - `log` prints a message from a thread while the main thread hangs. It must not take a lock that
+      the main thread may hold (os.write does not).
+    - `comm_position` returns (collectives begun, the current one, the last one, blocked seconds).
+    - `facts` are texts for people, such as the SLURM job. `exit_process` ends the process.
     """
 
     def __init__(
@@ -62,137 +67,158 @@ class Watchdog:
         rank: int,
         world_size: int,
         limits: Timeouts,
-        say: Callable[[str], None],
-        position: Position,
+        log: Callable[[str], None],
+        comm_position: CommPosition,
         *,
         facts: Mapping[str, str] | None = None,
-        leave: Callable[[int], object] = os._exit,
+        exit_process: Callable[[int], object] = os._exit,
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
     ):
-        self.directory, self.rank, self.world_size, self.limits = (
-            directory,
-            rank,
-            world_size,
-            limits,
-        )
+        self.directory, self.limits = directory, limits
+        self.rank, self.world_size = rank, world_size
         self.attempt = 0
-        self._say, self._position, self._facts, self._leave = (
-            say,
-            position,
-            dict(facts or {}),
-            leave,
-        )
+        self._log, self._comm_position = log, comm_position
+        self._facts = dict(facts or {})
+        self._exit_process = exit_process
         self._clock, self._wall = clock, wall
         self._process = this_process()
-        self._clocks = PhaseTimer(limits, clock)
-        self._beat, self._state, self._problem = 0, "", ""
+        self._timer = PhaseTimer(limits, clock)
+        self._beat_count, self._state, self._problem = 0, "", ""
         self._peers: dict[int, Process] = {}
-        self._unknown = set(range(world_size)) - {rank}
+        self._unseen_ranks = set(range(world_size)) - {rank}
         self._dead_since: float | None = None
         self._stopped_since: float | None = None
         self._lost_since: float | None = None
         self._observer: Observer | None = None
-        self._others_went_on = -math.inf
-        self._live, self._held = SharedProgress(), PeerProgress(self._process)
-        self._inquest = Diagnosis(directory, world_size, limits, self._process, self._held, clock)
+        self._others_progressed_at = -math.inf
+        self._own_progress, self._peer_progress = SharedProgress(), PeerProgress(self._process)
+        self._diagnosis = Diagnosis(
+            directory, world_size, limits, self._process, self._peer_progress, clock
+        )
         self._ended = threading.Event()
-        self._writing = threading.Lock()
+        self._write_lock = threading.Lock()
         self._threads: list[threading.Thread] = []
 
     def start(self) -> None:
-        """Begin to watch; makes the directory. Without `heartbeat_seconds` there is no watch. Raises OSError."""
+        """Start the threads and create the directory. Raises OSError.
+
+        Without `heartbeat_seconds` there is no watchdog.
+        """
         if self.limits.heartbeat_seconds <= 0:
             return
+
         self.directory.mkdir(parents=True, exist_ok=True)
         if self.rank == 0:
-            # Whoever wants to know how the start before ended has read it by now.
-            keep_earlier(self.directory)
-        # Appended to: a run that starts again by itself must not take away what its end pointed to.
+            # Readers of the earlier start's report have read it by now.
+            archive_report(self.directory)
+
+        # Append: a run that restarts by itself must keep the stacks that its last report pointed
+        # to.
         self._stacks = stacks_path(self.directory, self.rank).open("a")
         faulthandler.register(STACKS_SIGNAL, file=self._stacks, all_threads=True)
         with contextlib.suppress(OSError):
             self._write()
-        for name, body in (("beats", self._beats), ("clock", self._watch_clock)):
+
+        for name, body in (("beats", self._heartbeat_loop), ("clock", self._timeout_loop)):
             thread = threading.Thread(target=body, name=f"watch-{name}", daemon=True)
             self._threads.append(thread)
             thread.start()
 
     def phase(self, name: str, step: int) -> None:
-        """The main thread goes on to a phase (a key of `limits.CLOCKS`). A clock goes on within one step or evaluation."""
-        self._clocks.enter(name, step)
-        self._live.put(name, step)
+        """Enter a phase (a key of `timeouts.CLOCKS`).
+
+        The clock continues within one step or evaluation.
+        """
+        self._timer.enter(name, step)
+        self._own_progress.update(name, step)
 
     def progress(self) -> None:
-        """The work of this phase gets on (a block was hashed, a file read): its clock begins again, and no rank counts as
-        stuck because it waits for this one. To be called at least once in the phase's limit; costs a microsecond."""
-        self._clocks.progress()
+        """Report progress of the current phase (a block was hashed, a file read).
+
+        - Restarts the phase's clock; no rank counts as stuck because it waits for this one.
+        - Call it at least once per timeout. It costs a microsecond.
+        """
+        self._timer.progress()
 
     def step_done(self, seconds: float) -> None:
-        """A step took so long: what the limit of the next ones is made of. Pauses of the whole process do not count."""
-        self._clocks.step_done(seconds)
+        """Record the duration of a step, from which later timeouts are derived.
+
+        Pauses of the whole process do not count.
+        """
+        self._timer.step_done(seconds)
 
     def saving(self, active: bool) -> None:
-        """A save in the background begins or ends; it has a limit of its own."""
-        self._clocks.saving(active)
+        """Begin or end a background save, which has its own timeout."""
+        self._timer.saving(active)
 
-    def lost(self, error: BaseException) -> str:
-        """A collective raised `error`: look for who died, for about 2 s. The line to print; "" where another rank prints it.
+    def connection_lost(self, error: BaseException) -> str:
+        """Find the dead rank after a collective raised `error`, within about 2 s.
 
-        Exit with 1 afterwards, without any further collective (`os._exit`: gloo's threads abort at a usual exit).
+        Returns the message to print, "" when another rank prints it. Then exit with 1 and no
+        further collective (`os._exit`: gloo's threads abort at a normal exit).
         """
         if not self._threads:
             return f"rank {self.rank} lost its connection: {_first_line(error)}"
         if self._lost_since is not None:
-            # The watch is at it already, and ends the process.
+            # The watchdog is already diagnosing and will end the process.
             time.sleep(2 * DIAGNOSIS_SECONDS)
             return ""
         self._lost_since = self._clock()
         self._set_state("leaving")
-        return self._inquest.lost(self.record(), _first_line(error))
+        return self._diagnosis.connection_lost(self.record(), _first_line(error))
 
     def close(self, problem: str = "") -> None:
-        """The rank leaves by itself; `problem`: because of this, which the others then tell. Harmless when not started."""
+        """Stop the watchdog; no effect when not started.
+
+        `problem` is the reason why this rank exits, which the other ranks then report.
+        """
         if not self._threads:
             return
+
         self._ended.set()
         for thread in self._threads:
             thread.join(timeout=2.0)
+
         faulthandler.cancel_dump_traceback_later()
         if self._state != "leaving":
             self._problem = problem
             self._set_state("failed" if problem else "closed")
+
         self._threads = []
         faulthandler.unregister(STACKS_SIGNAL)
         self._stacks.close()
-        self._live.close()
+        self._own_progress.close()
 
     @property
     def cells(self) -> "list[int] | memoryview[int]":
-        """Where `CommTracker.cells` is to point, so that others know the number of the last collective of a killed rank."""
-        return self._live.cells
+        """Shared integers for `CommTracker.cells`.
 
-    def record(self) -> Record:
-        """Where this rank is now."""
-        place, (count, current, last, _) = self._clocks.place, self._position()
-        return Record(
+        Peers read from them the last collective of a killed rank.
+        """
+        return self._own_progress.cells
+
+    def record(self) -> Heartbeat:
+        """Current heartbeat of this rank."""
+        phase, (count, current, last, _) = self._timer.current, self._comm_position()
+        return Heartbeat(
             self.rank,
             self.world_size,
             self._process,
-            self._beat,
-            place.phase,
-            place.step,
-            self._clocks.elapsed(),
+            self._beat_count,
+            phase.name,
+            phase.step,
+            self._timer.elapsed(),
             count,
             current,
             last,
             self._state,
             self._problem,
             self.attempt,
-            self._live.descriptor,
+            self._own_progress.descriptor,
             self._facts,
             datetime.fromtimestamp(self._wall(), UTC).isoformat(timespec="seconds"),
-            self._clocks.progress_count,
+            self._timer.progress_count,
         )
 
     def _set_state(self, state: str) -> None:
@@ -201,147 +227,166 @@ class Watchdog:
             self._write()
 
     def _write(self) -> None:
-        with self._writing:
-            self._beat += 1
-            write_record(self.directory, self.record())
+        with self._write_lock:
+            self._beat_count += 1
+            write_heartbeat(self.directory, self.record())
 
-    # -- the thread that touches files
+    # The thread that touches files.
 
-    def _beats(self) -> None:
-        written, place = self._clock(), self._clocks.place
+    def _heartbeat_loop(self) -> None:
+        written, written_phase = self._clock(), self._timer.current
         while not self._ended.wait(min(TICK_SECONDS, self.limits.heartbeat_seconds)):
             now = self._clock()
+            # A phase that lasts is written at once, one that passes quickly is not worth a write.
             lasting = (
-                self._clocks.place != place and now - self._clocks.place.changed >= TICK_SECONDS
+                self._timer.current != written_phase
+                and now - self._timer.current.changed >= TICK_SECONDS
             )
-            if self._unknown and self._lost_since is None:
+            if self._unseen_ranks and self._lost_since is None:
                 with contextlib.suppress(OSError):
-                    self._meet()
+                    self._find_peers()
+
             if now - written < self.limits.heartbeat_seconds and not lasting:
                 continue
-            written, place = now, self._clocks.place
-            # Written by C code should this thread not come round again; renewed each time.
-            faulthandler.dump_traceback_later(max(self._clocks.limit(), 1.0), file=self._stacks)
+
+            written, written_phase = now, self._timer.current
+            # C code writes the stacks if this thread does not return in time; renewed each round.
+            faulthandler.dump_traceback_later(max(self._timer.limit(), 1.0), file=self._stacks)
             with contextlib.suppress(OSError):
                 self._write()
-                self._look_around()
+                self._check_peers()
 
-    def _look_around(self) -> None:
-        """Whether the others gave the run up, and whether all ranks of this machine live."""
-        if self._lost_since is None and self._inquest.given():
+    def _check_peers(self) -> None:
+        """Exit when another rank reported a failure; note dead or stopped ranks of this machine."""
+        if self._lost_since is None and self._diagnosis.is_reported():
             self._dump("another rank ended the run")
             self._exit()
-        states = {rank: state_of(process, self._process) for rank, process in self._peers.items()}
+
+        states = {
+            rank: process_state(process, self._process) for rank, process in self._peers.items()
+        }
         if "stopped" not in states.values():
             self._stopped_since = None
         elif self._stopped_since is None:
             self._stopped_since = self._clock()
+
         for rank, state in states.items():
             if self._dead_since is None and state == "gone":
-                record = read_record(self.directory, rank)
+                record = read_heartbeat(self.directory, rank)
                 if record is not None and (record.at_work or record.state == "failed"):
                     self._dead_since = self._clock()
 
-    def _meet(self) -> None:
-        """Find those ranks of this machine that have come up since."""
-        for rank in sorted(self._unknown):
-            record = read_record(self.directory, rank)
-            # A closed record is of an earlier start: the rank has not come up in this one.
+    def _find_peers(self) -> None:
+        """Find ranks of this machine that have started since."""
+        for rank in sorted(self._unseen_ranks):
+            record = read_heartbeat(self.directory, rank)
+            # A closed record belongs to an earlier start: the rank has not started in this one.
             if (
                 record is not None
                 and record.at_work
-                and state_of(record.process, self._process) != "gone"
+                and process_state(record.process, self._process) != "gone"
             ):
-                self._unknown.discard(rank)
-                if state_of(record.process, self._process):
+                self._unseen_ranks.discard(rank)
+                if process_state(record.process, self._process):
                     self._peers[rank] = record.process
-                    self._held.hold(record)
+                    self._peer_progress.attach(record)
 
-    # -- the thread that has the clock
+    # The thread that checks timeouts.
 
-    def _watch_clock(self) -> None:
-        self._clocks.tick()
+    def _timeout_loop(self) -> None:
+        self._timer.tick()
         while not self._ended.wait(TICK_SECONDS):
-            if self._clocks.tick():
+            if self._timer.tick():
+                # After a pause of this process, earlier observations prove nothing.
                 self._observer = self._stopped_since = None
+
             now = self._clock()
             if self._lost_since is not None:
                 if now - self._lost_since > DIAGNOSIS_SECONDS:
                     self._exit()
             elif self._dead_since is not None:
                 if now - self._dead_since > TURN_SECONDS:
-                    self._end(self._on_death)
+                    self._end_run(self._handle_death)
             else:
                 self._check_limits(now)
 
     def _check_limits(self, now: float) -> None:
-        over = self._clocks.over()
+        overrun = self._timer.overrun()
         if (since := self._stopped_since) is not None:
-            # Wherever the others are: a save may take half an hour, and nobody saves who is stopped.
-            over = max(over, now - since - STOPPED_SECONDS)
+            # Checked in every phase: a save may take half an hour, but a stopped rank does not
+            # save.
+            overrun = max(overrun, now - since - STOPPED_SECONDS)
+
+        # Observe the others for as long as it takes to tell a silent rank from a live one.
         look = self.limits.silent_after + 2 * TICK_SECONDS
-        if over < -look:
+        if overrun < -look:
             self._observer = None
         elif self._observer is None:
-            self._observer = observer = self._inquest.observer()
+            self._observer = observer = self._diagnosis.observer()
             threading.Thread(
                 target=self._observe, args=(observer,), name="watch-look", daemon=True
             ).start()
-        if over < 0 or self._observer is None or now - self._observer.began < look:
+
+        if overrun < 0 or self._observer is None or now - self._observer.began < look:
             return
-        if now - self._others_went_on < look:
-            # Looked at anew: what moved long ago says nothing of the moment when they no longer go on.
+
+        if now - self._others_progressed_at < look:
+            # Observe again: progress of long ago does not show when the others stopped.
             self._observer = None
         else:
-            self._end(self._on_stall)
+            self._end_run(self._handle_stall)
 
     def _observe(self, observer: Observer) -> None:
         pause = max(TICK_SECONDS, self.world_size / RANKS_A_SECOND)
         while self._observer is observer and not self._ended.wait(pause):
             observer.sample()
-            if self._inquest.getting_on(observer):
-                self._others_went_on = self._clock()
+            if self._diagnosis.others_progress(observer):
+                self._others_progressed_at = self._clock()
 
-    # -- the end
+    # The end of the run.
 
-    def _end(self, inquest: Callable[[], None]) -> None:
-        """Hold the inquest, but not for longer than is given to it, and end this process."""
+    def _end_run(self, diagnose: Callable[[], None]) -> None:
+        """Run the diagnosis within its time limit, then end this process."""
         self._lost_since = self._clock()
-        holding = threading.Thread(target=inquest, name="watch-inquest", daemon=True)
-        holding.start()
-        holding.join(DIAGNOSIS_SECONDS)
-        if holding.is_alive():
-            self._say(
-                f"{self.record().who()} is stuck: {self.record().where()}; {self.directory} does not answer"
+        # In a thread of its own, because a hanging file system must not stop this one.
+        thread = threading.Thread(target=diagnose, name="watch-inquest", daemon=True)
+        thread.start()
+        thread.join(DIAGNOSIS_SECONDS)
+
+        if thread.is_alive():
+            self._log(
+                f"{self.record().rank_text()} is stuck: {self.record().phase_text()}; "
+                f"{self.directory} does not answer"
             )
+
         self._exit()
 
-    def _on_stall(self) -> None:
+    def _handle_stall(self) -> None:
         observer = self._observer
         assert observer is not None, "a stall is judged from what was observed"
         self._set_state("stalled")
         self._dump("over the limit")
-        self._inquest.stalled(self.record(), observer, self._say)
+        self._diagnosis.stalled(self.record(), observer, self._log)
         self._set_state("leaving")
         _flush()
 
-    def _on_death(self) -> None:
+    def _handle_death(self) -> None:
         self._set_state("leaving")
-        told = self._inquest.lost(self.record(), "")
-        if told:
-            self._say(told)
+        message = self._diagnosis.connection_lost(self.record(), "")
+        if message:
+            self._log(message)
         _flush()
 
     def _dump(self, why: str) -> None:
         with contextlib.suppress(OSError, ValueError):
             os.write(
                 self._stacks.fileno(),
-                f"{self.record().who()}, {self.record().where()}: {why}\n".encode(),
+                f"{self.record().rank_text()}, {self.record().phase_text()}: {why}\n".encode(),
             )
             faulthandler.dump_traceback(self._stacks, all_threads=True)
 
     def _exit(self) -> None:
-        self._leave(EXIT_FAILED)
+        self._exit_process(EXIT_FAILED)
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""Configs: reading, refusing, explaining, writing back. Each test names the bug it would catch."""
+"""Loading configs: reading, rejecting, explaining, writing back. Each test names its bug."""
 
 import json
 import re
@@ -25,12 +25,14 @@ from tests.support.config_case import MINIMAL, Write, mistakes, only
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = sorted((ROOT / "configs").rglob("stage*.yaml"))
 
-# --- shipped files -------------------------------------------------------------------------------------------------
+# --- shipped files --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: "/".join(path.parts[-2:]))
 def test_shipped_configs_load_and_are_complete(path: Path) -> None:
-    """A shipped file that no longer loads, leans on a default, or has a key without its unit or meaning."""
+    """A shipped file that no longer loads, leans on a default, or has a key without its unit or
+    meaning.
+    """
     origins = [line.split("# ")[1] for line in explain(str(path)).splitlines()]
     assert [origin for origin in origins if origin.startswith("default")] == []
     keys = [line for line in path.read_text().splitlines() if re.match(r"( +\w+:|\w+: *\S)", line)]
@@ -50,7 +52,9 @@ def test_all_four_recipes_are_shipped() -> None:
 
 
 def test_k2_numbers() -> None:
-    """A slip in the recipe's numbers: batch tokens, schedule, and the grid of 480 GPUs with 34 micro-batches."""
+    """A slip in the recipe's numbers: batch tokens, schedule, and the grid of 480 GPUs with 34
+    micro-batches.
+    """
     stages = [load_config(str(ROOT / f"configs/k2_65b/stage{number}.yaml")) for number in (1, 2)]
     assert [stage.batch.global_sequences * stage.data.sequence_length for stage in stages] == [
         4_177_920
@@ -73,11 +77,13 @@ def test_demo_runs_on_the_grids_of_the_quickstart() -> None:
         check_world(load_config(path, ["parallel.tensor=2", "parallel.pipeline=2"]), 4)
 
 
-# --- reading -------------------------------------------------------------------------------------------------------
+# --- reading --------------------------------------------------------------------------------------
 
 
 def test_defaults_that_follow_other_keys(write: Write) -> None:
-    """A default frozen at one value: key-value heads, sequence parallelism and schedule follow their leader."""
+    """A default frozen at one value: key-value heads, sequence parallelism and schedule follow
+    their leader.
+    """
     config = load_config(write(MINIMAL))
     assert (config.model.num_kv_heads, config.parallel.sequence, config.parallel.schedule) == (
         4,
@@ -127,7 +133,8 @@ def test_number_spellings_reach_the_fields(write: Write) -> None:
         ("precision=fp16", "precision: fp16 is not one of bf16, fp32; nearest is bf16"),
         (
             "parallel.schedule=1f1bb",
-            "parallel.schedule: 1f1bb is not one of 1f1b, gpipe, interleaved, zb-h1, zb-h2, zb-v; nearest is 1f1b",
+            "parallel.schedule: 1f1bb is not one of 1f1b, gpipe, interleaved, zb-h1, zb-h2, zb-v; "
+            "nearest is 1f1b",
         ),
         ("run.name=a/b", "nearest is a-b"),
         ("run.name=..", "run.name: must be one path component"),
@@ -166,7 +173,9 @@ def test_number_spellings_reach_the_fields(write: Write) -> None:
     ],
 )
 def test_bad_value_gets_one_line(write: Write, override: str, message: str) -> None:
-    """A wrong value accepted, coerced in silence, told twice, or told without what would be right."""
+    """A wrong value accepted, coerced in silence, told twice, or told
+    without what would be right.
+    """
     line = only(write(MINIMAL), override)
     assert line.startswith(f"override '{override}': ")
     assert message in line
@@ -189,14 +198,18 @@ def test_accepted_special_values(write: Write) -> None:
 
 
 def test_the_last_override_wins_and_replaces_a_bad_file_value(write: Write) -> None:
-    """An override that loses to an earlier one, or a replaced value that is still complained about."""
+    """An override that loses to an earlier one, or a replaced value that
+    is still complained about.
+    """
     path = write(MINIMAL.replace("num_heads: 4", "num_heads: four"))
     assert only(path) == "c.yaml:8: model.num_heads: must be a whole number, is four"
     assert load_config(path, ["model.num_heads=16", "model.num_heads=8"]).model.num_heads == 8
 
 
 def test_an_override_takes_the_place_of_file_lines(write: Write) -> None:
-    """A mistake of an override blamed on the file, or kept quiet because the file's own value was broken."""
+    """A mistake of an override blamed on the file, or kept quiet because the file's own value was
+    broken.
+    """
     path = write(MINIMAL + "optimizer:\n  betas: [0.9, 0.95]\n  eps: *x\n")
     assert mistakes(path, "optimizer.betas=[0.9]", "optimizer.eps=-1") == [
         "c.yaml:21: optimizer.eps: YAML alias *x is not accepted; write the value out",
@@ -205,7 +218,7 @@ def test_an_override_takes_the_place_of_file_lines(write: Write) -> None:
     ]
 
 
-# --- all mistakes at once ------------------------------------------------------------------------------------------
+# --- all mistakes at once -------------------------------------------------------------------------
 
 PLANTED = """\
 run: {name: a/b, seed: 1}
@@ -233,7 +246,9 @@ optimizer:
 
 
 def test_every_planted_mistake_is_told_in_one_go(write: Write) -> None:
-    """A reader that stops at the first mistake, loses lines, skips rules when a field is bad, or tells echoes."""
+    """A reader that stops at the first mistake, loses lines, skips rules when a field is bad, or
+    tells echoes.
+    """
     lines = mistakes(write(PLANTED))
     places = [re.match(r"c\.yaml:(\d+): ([\w.]+)", line) for line in lines]
     assert [(int(place[1]), place[2]) for place in places if place] == [
@@ -260,8 +275,10 @@ def test_mistakes_of_overrides_come_along(write: Write) -> None:
         "c.yaml:3: run.sed: unknown key; nearest is run.seed",
         "override 'parallel.tensr=2': parallel.tensr: unknown key; nearest is parallel.tensor",
         (
-            "override 'parallel.pipeline=3': model.num_layers (8) must be divisible by parallel.pipeline (3) * "
-            "parallel.stages_per_rank (1) = 3; nearest parallel.pipeline: 2, 4; nearest model.num_layers: 6, 9"
+            "override 'parallel.pipeline=3': model.num_layers (8) must be divisible by "
+            "parallel.pipeline (3) * "
+            "parallel.stages_per_rank (1) = 3; nearest parallel.pipeline: 2, 4; nearest "
+            "model.num_layers: 6, 9"
         ),
     ]
 
@@ -278,7 +295,7 @@ def test_missing_keys_and_sections(write: Write) -> None:
     assert load_config(write(MINIMAL + "wandb:\n")).wandb.mode == "disabled"
 
 
-# --- explaining and writing back -----------------------------------------------------------------------------------
+# --- explaining and writing back ------------------------------------------------------------------
 
 
 def test_explain_says_where_each_value_comes_from(write: Write) -> None:
@@ -313,7 +330,9 @@ def test_to_yaml_reads_back_equal(write: Write, path: Path) -> None:
 
 
 def test_config_differences() -> None:
-    """A changed, added or removed key that is not told, or equal configs told apart by list and tuple."""
+    """A changed, added or removed key that is not told, or equal configs told apart by list and
+    tuple.
+    """
     a = {
         "batch": {"global_sequences": 32, "micro_sequences": 4},
         "order": (1, 2),
@@ -334,7 +353,7 @@ def test_config_differences() -> None:
     assert config_differences(a, a) == []
 
 
-# --- cost ----------------------------------------------------------------------------------------------------------
+# --- cost -----------------------------------------------------------------------------------------
 
 
 def test_loading_is_quick_and_needs_no_torch() -> None:

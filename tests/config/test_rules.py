@@ -1,4 +1,4 @@
-"""Rules between keys, and between keys and processes. Each test names the bug it would catch."""
+"""Rules between config keys and on the number of processes. Each test names its bug."""
 
 import re
 
@@ -16,13 +16,14 @@ from k2train.config.rules import nearest
 from k2train.errors import ConfigError
 from tests.support.config_case import MINIMAL, Write, mistakes, only
 
-# --- rules between keys --------------------------------------------------------------------------------------------
+# --- rules between keys ---------------------------------------------------------------------------
 
 RULES = [
     (
         ["kernels.recompute_layers=2"],
         (
-            "kernels.recompute_layers (2) has no effect with kernels.recompute none; leave it out, or set "
+            "kernels.recompute_layers (2) has no effect with kernels.recompute none; leave it "
+            "out, or set "
             "kernels.recompute: selective or full"
         ),
     ),
@@ -43,51 +44,61 @@ RULES = [
     (
         ["model.hidden_size=132"],
         (
-            "model.hidden_size (132) / model.num_heads (4) = 33 must be even: rotary positions turn pairs; "
+            "model.hidden_size (132) / model.num_heads (4) = 33 must be even: rotary positions "
+            "turn pairs; "
             "nearest model.hidden_size: 128, 136; nearest model.num_heads: 3, 6"
         ),
     ),
     (
         ["model.num_kv_heads=3"],
-        "model.num_heads (4) must be divisible by model.num_kv_heads (3); nearest model.num_kv_heads: 2, 4",
+        "model.num_heads (4) must be divisible by model.num_kv_heads (3); nearest "
+        "model.num_kv_heads: 2, 4",
     ),
     (
         ["parallel.tensor=3", "model.ffn_hidden_size=360", "data.sequence_length=300"],
-        "model.num_heads (4) must be divisible by parallel.tensor (3); nearest parallel.tensor: 2, 4",
+        "model.num_heads (4) must be divisible by parallel.tensor (3); nearest parallel.tensor: "
+        "2, 4",
     ),
     (
         ["model.num_kv_heads=2", "parallel.tensor=4"],
         (
-            "model.num_kv_heads (2) must be divisible by parallel.tensor (4); nearest parallel.tensor: 2; "
+            "model.num_kv_heads (2) must be divisible by parallel.tensor (4); nearest "
+            "parallel.tensor: 2; "
             "nearest model.num_kv_heads: 4"
         ),
     ),
     (
         ["model.ffn_hidden_size=350", "parallel.tensor=4"],
         (
-            "model.ffn_hidden_size (350) must be divisible by parallel.tensor (4); nearest parallel.tensor: 2; "
+            "model.ffn_hidden_size (350) must be divisible by parallel.tensor (4); nearest "
+            "parallel.tensor: 2; "
             "nearest model.ffn_hidden_size: 348, 352"
         ),
     ),
     (
         ["data.sequence_length=254", "parallel.tensor=4"],
         (
-            "data.sequence_length (254) must be divisible by parallel.tensor (4) with parallel.sequence true; "
-            "nearest parallel.tensor: 2; nearest data.sequence_length: 252, 256; or parallel.sequence: false"
+            "data.sequence_length (254) must be divisible by parallel.tensor (4) with "
+            "parallel.sequence true; "
+            "nearest parallel.tensor: 2; nearest data.sequence_length: 252, 256; or "
+            "parallel.sequence: false"
         ),
     ),
     (
         ["model.vocab_size=3", "parallel.tensor=4"],
         (
-            "model.vocab_size (3) must be at least parallel.tensor (4); nearest parallel.tensor: 2; "
+            "model.vocab_size (3) must be at least parallel.tensor (4); nearest parallel.tensor: "
+            "2; "
             "nearest model.vocab_size: 4"
         ),
     ),
     (
         ["parallel.pipeline=4", "parallel.stages_per_rank=3"],
         (
-            "model.num_layers (8) must be divisible by parallel.pipeline (4) * parallel.stages_per_rank (3) = 12; "
-            "no parallel.pipeline fits; nearest parallel.stages_per_rank: 2; nearest model.num_layers: 12"
+            "model.num_layers (8) must be divisible by parallel.pipeline (4) * "
+            "parallel.stages_per_rank (3) = 12; "
+            "no parallel.pipeline fits; nearest parallel.stages_per_rank: 2; nearest "
+            "model.num_layers: 12"
         ),
     ),
     (
@@ -107,34 +118,39 @@ RULES = [
     (
         ["parallel.pipeline=3", "parallel.schedule=zb-v"],
         (
-            "model.num_layers (8) must be divisible by parallel.pipeline (3) * parallel.stages_per_rank (2) = 6; "
+            "model.num_layers (8) must be divisible by parallel.pipeline (3) * "
+            "parallel.stages_per_rank (2) = 6; "
             "nearest parallel.pipeline: 2, 4; nearest model.num_layers: 6, 12"
         ),
     ),
     (
         ["parallel.symmetric_memory=true"],
         (
-            "parallel.symmetric_memory needs parallel.tensor (1) of 2 or more and parallel.sequence true (is false); "
+            "parallel.symmetric_memory needs parallel.tensor (1) of 2 or more and "
+            "parallel.sequence true (is false); "
             "or parallel.symmetric_memory: false"
         ),
     ),
     (
         ["parallel.symmetric_memory=true", "parallel.tensor=2", "parallel.sequence=false"],
         (
-            "parallel.symmetric_memory needs parallel.tensor (2) of 2 or more and parallel.sequence true (is false); "
+            "parallel.symmetric_memory needs parallel.tensor (2) of 2 or more and "
+            "parallel.sequence true (is false); "
             "or parallel.symmetric_memory: false"
         ),
     ),
     (
         ["parallel.pipeline=2", "parallel.layers_per_stage=[3, 3, 2]"],
         (
-            "parallel.layers_per_stage (3, 3, 2) must have parallel.pipeline (2) * parallel.stages_per_rank (1) = "
+            "parallel.layers_per_stage (3, 3, 2) must have parallel.pipeline (2) * "
+            "parallel.stages_per_rank (1) = "
             "2 counts, has 3; nearest parallel.pipeline: 3; or null: as many layers on every stage"
         ),
     ),
     (
         ["parallel.pipeline=2", "parallel.layers_per_stage=[3, 4]"],
-        "parallel.layers_per_stage (3, 4) must add up to model.num_layers (8), is 7; nearest model.num_layers: 7",
+        "parallel.layers_per_stage (3, 4) must add up to model.num_layers (8), is 7; nearest "
+        "model.num_layers: 7",
     ),
     (
         ["parallel.pipeline=2", "parallel.schedule=interleaved"],
@@ -160,7 +176,8 @@ RULES = [
     (["lr.final=1"], "lr.final (1) must not be above lr.peak (0.003); nearest lr.final: 0.003"),
     (
         ["lr.kind=constant", "lr.final=1e-4"],
-        "lr.final (0.0001) has no effect with lr.kind constant; leave it out, or use cosine, linear or wsd",
+        "lr.final (0.0001) has no effect with lr.kind constant; leave it out, or use cosine, "
+        "linear or wsd",
     ),
     (["lr.kind=wsd"], "lr.decay_steps: lr.kind wsd needs the length of its final decay, in steps"),
     (
@@ -174,7 +191,9 @@ RULES = [
     ("overrides", "message"), RULES, ids=[rule[1].partition(" ")[0] for rule in RULES]
 )
 def test_rules_between_keys(write: Write, overrides: list[str], message: str) -> None:
-    """A rule that is not checked, or one told without its numbers, its knobs and the nearest values that pass."""
+    """A rule that is not checked, or one told without its numbers, its knobs and the nearest values
+    that pass.
+    """
     assert re.sub(r"^override '[^']*': ", "", only(write(MINIMAL), *overrides)) == message
 
 
@@ -191,7 +210,10 @@ def test_a_suggested_value_cures_the_mistake(
 
 
 def test_suggestions_pass_the_other_rules_of_the_same_knob(write: Write) -> None:
-    """A tensor degree that heads allow and the sequence does not; a pipeline degree that interleaving cannot use."""
+    """A tensor degree that heads allow and the sequence does not.
+
+    A pipeline degree that interleaving cannot use.
+    """
     shape = ["model.num_heads=12", "model.hidden_size=144", "model.ffn_hidden_size=360"]
     first = mistakes(write(MINIMAL), *shape, "parallel.tensor=5")[0]
     assert first.endswith(
@@ -206,7 +228,9 @@ def test_suggestions_pass_the_other_rules_of_the_same_knob(write: Write) -> None
 
 
 def test_a_v_brings_its_two_stages_a_rank(write: Write) -> None:
-    """A schedule that cannot be chosen by its own name, and a second complaint that follows from the first."""
+    """A schedule that cannot be chosen by its own name, and a second complaint that follows from
+    the first.
+    """
     assert (
         load_config(
             write(MINIMAL), ["parallel.pipeline=2", "parallel.schedule=zb-v"]
@@ -241,7 +265,7 @@ def test_config_is_frozen(write: Write) -> None:
         config.model.num_layers = 2
 
 
-# --- the world -----------------------------------------------------------------------------------------------------
+# --- the world ------------------------------------------------------------------------------------
 
 
 def world_message(config: Config, world_size: int) -> str:
@@ -254,7 +278,10 @@ def test_world_that_the_grid_does_not_divide(write: Write) -> None:
     """Processes left over, or a data-parallel size of zero."""
     config = load_config(write(MINIMAL), ["parallel.tensor=2", "parallel.pipeline=2"])
     assert [data_parallel_size(config, world_size) for world_size in (4, 8)] == [1, 2]
-    expected = "world size (6) must be divisible by parallel.tensor (2) * parallel.pipeline (2) = 4; nearest world size"
+    expected = (
+        "world size (6) must be divisible by parallel.tensor (2) * parallel.pipeline (2) = 4; "
+        "nearest world size"
+    )
     assert world_message(config, 6) == f"{expected}: 4, 8"
     for world_size in (0, 2):
         with pytest.raises(ConfigError, match=r"nearest world size: 4$"):
@@ -266,7 +293,8 @@ def test_batch_that_the_world_does_not_divide(write: Write) -> None:
     config = load_config(write(MINIMAL))
     assert num_microbatches(config, 2) == 4
     assert world_message(config, 3) == (
-        "batch.global_sequences (32) must be divisible by data-parallel size (3) * batch.micro_sequences (4) = 12; "
+        "batch.global_sequences (32) must be divisible by data-parallel size (3) * "
+        "batch.micro_sequences (4) = 12; "
         "nearest batch.global_sequences: 24, 36; no batch.micro_sequences fits "
         "(data-parallel size = world size 3 / 1)"
     )
@@ -279,15 +307,19 @@ def test_interleaved_micro_batches_come_in_groups(write: Write) -> None:
     overrides = ["parallel.pipeline=4", "parallel.stages_per_rank=2", "batch.global_sequences=24"]
     config = load_config(write(MINIMAL), overrides)
     assert world_message(config, 4) == (
-        "batch.global_sequences (24) / (data-parallel size (1) * batch.micro_sequences (4)) = 6 micro-batches must be "
+        "batch.global_sequences (24) / (data-parallel size (1) * batch.micro_sequences (4)) = 6 "
+        "micro-batches must be "
         "divisible by parallel.pipeline (4) with parallel.schedule interleaved; "
-        "nearest batch.global_sequences: 16, 32; nearest batch.micro_sequences: 3, 6 (data-parallel size = world size 4 / 4)"
+        "nearest batch.global_sequences: 16, 32; nearest batch.micro_sequences: 3, 6 "
+        "(data-parallel size = world size 4 / 4)"
     )
     check_world(load_config(write(MINIMAL), [*overrides[:2], "batch.global_sequences=32"]), 4)
 
 
 def test_nearest_is_one_below_and_one_above() -> None:
-    """A suggestion that is the refused value itself, is below the minimum, or costs an endless search."""
+    """A suggestion that is the refused value itself, is below the minimum, or costs an endless
+    search.
+    """
     assert nearest(6, lambda number: 64 % number == 0) == [4, 8]
     assert nearest(1, lambda number: True) == [2]
     assert nearest(4, lambda number: number == 4) == []

@@ -1,4 +1,4 @@
-"""YAML text to values and back. Each test names the bug it would catch."""
+"""YAML text to values and back. Each test names its bug."""
 
 import re
 import time
@@ -43,7 +43,10 @@ def only(path: str) -> str:
     ],
 )
 def test_scalars_follow_yaml_1_2(text: str, value: Any) -> None:
-    """The traps of YAML 1.1: text read as number, number as text, `no` as false, 012 as ten; and the digit limit."""
+    """The traps of YAML 1.1: text read as number, number as text, `no` as false, 012 as ten.
+
+    And the digit limit.
+    """
     parsed = parse_scalar(text)
     assert parsed == value
     assert type(parsed) is type(value)

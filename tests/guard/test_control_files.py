@@ -58,7 +58,7 @@ def test_a_stop_that_stands_before_the_start(tmp_path: Path) -> None:
     requests.refuse_start()
     (tmp_path / "STOP").touch()
     with pytest.raises(
-        RunError, match=r"/STOP asks this run not to start; remove it, then start again$"
+        RunError, match=r"/STOP asks this run not to start; remove the file, then start again$"
     ):
         requests.refuse_start()
     assert (tmp_path / "STOP").exists()

@@ -17,7 +17,7 @@ def start(attempt: int, step: int = 0) -> Event:
     return {"event": "started", "attempt": attempt}
 
 
-def saved(attempt: int, step: int, **facts: Any) -> Event:
+def saved_step(attempt: int, step: int, **facts: Any) -> Event:
     return {"event": "checkpoint_saved", "attempt": attempt, "step": step, **facts}
 
 
@@ -29,7 +29,7 @@ def asked(attempt: int, step: int) -> Event:
     return ended("stopped", attempt, step, reason="SIGTERM")
 
 
-CRASHES = [start(1), saved(1, 0), saved(1, 41), start(2, 41), start(3, 41), start(4, 41)]
+CRASHES = [start(1), saved_step(1, 0), saved_step(1, 41), start(2, 41), start(3, 41), start(4, 41)]
 
 
 @pytest.mark.parametrize(
@@ -37,23 +37,23 @@ CRASHES = [start(1), saved(1, 0), saved(1, 41), start(2, 41), start(3, 41), star
     (
         ([], []),
         ([start(1)], [1]),
-        ([start(1), saved(1, 0)], [1]),
-        ([start(1), saved(1, 0), saved(1, 5)], []),
+        ([start(1), saved_step(1, 0)], [1]),
+        ([start(1), saved_step(1, 0), saved_step(1, 5)], []),
         (CRASHES, [2, 3, 4]),
-        ([*CRASHES, saved(4, 46)], []),
-        ([*CRASHES, saved(4, 46), start(5, 46)], [5]),
+        ([*CRASHES, saved_step(4, 46)], []),
+        ([*CRASHES, saved_step(4, 46), start(5, 46)], [5]),
         # A stop that was asked for neither counts nor excuses, unless it saved something newer.
         ([*CRASHES, start(5, 41), asked(5, 41)], [2, 3, 4]),
-        ([*CRASHES, start(5, 41), asked(5, 44), saved(5, 44)], []),
-        ([*CRASHES, start(5, 41), saved(5, 44), asked(5, 44)], []),
+        ([*CRASHES, start(5, 41), asked(5, 44), saved_step(5, 44)], []),
+        ([*CRASHES, start(5, 41), saved_step(5, 44), asked(5, 44)], []),
         ([start(1), ended("stopped", 1, 3, reason="non-finite")], [1]),
         ([start(1), ended("stopped", 1, 3, reason="save failed", problem="disk full")], [1]),
         ([start(1), ended("finished", 1, 20), start(2)], [2]),
         # A checkpoint that a kill kept out of the ledger is told by the next start, in the name of the one that made it.
-        ([start(1), saved(1, 0), saved(1, 5, recovered=True), start(2, 5)], [2]),
-        ([start(1), saved(1, 0), start(2), saved(1, 5, recovered=True)], [2]),
+        ([start(1), saved_step(1, 0), saved_step(1, 5, recovered=True), start(2, 5)], [2]),
+        ([start(1), saved_step(1, 0), start(2), saved_step(1, 5, recovered=True)], [2]),
         # Gone back by hand: an older beginning does not make progress of less.
-        ([*CRASHES[:3], start(2, 10), saved(2, 15)], []),
+        ([*CRASHES[:3], start(2, 10), saved_step(2, 15)], []),
         ([{"event": "lock_taken_over", "step": 9}, start(1)], [1]),
     ),
 )
@@ -73,13 +73,13 @@ def test_the_limit(limit: int, stops: bool, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("last", "told"),
     (
-        ([], "killed after step 41 without a word"),
+        ([], "killed after step 41 without an error message"),
         (
             [ended("failed", 4, 44, problem="rank 2 died at step 44\ndetails")],
             r"rank 2 died at step 44 \.\.\.",
         ),
         ([ended("stopped", 4, 43, reason="non-finite")], "non-finite at step 43"),
-        ([ended("chunk_started", 4, 46)], "killed after step 46 without a word"),
+        ([ended("chunk_started", 4, 46)], "killed after step 46 without an error message"),
     ),
 )
 def test_the_line_says_how_the_last_one_ended_and_what_to_do(
@@ -88,7 +88,8 @@ def test_the_line_says_how_the_last_one_ended_and_what_to_do(
     with pytest.raises(RunError) as raised:
         check_progress([*CRASHES, *last], 3, tmp_path)
     raised.match(
-        rf"\(last: {told}\); look at {tmp_path}/ledger\.jsonl .*, then start with run\.max_fruitless_starts=0$"
+        rf"\(last: {told}\); look at {tmp_path}/ledger\.jsonl .*, then start with "
+        r"run\.max_fruitless_starts=0$"
     )
     assert "\n" not in str(raised.value)
 
@@ -100,7 +101,13 @@ def test_one_start_is_not_a_row(tmp_path: Path) -> None:
 
 def test_an_attempt_knows_where_it_came(tmp_path: Path) -> None:
     one, two = attempts_of(
-        [start(1), saved(1, 5), ended("spike", 1, 8), start(2, 5), saved(1, 8, recovered=True)]
+        [
+            start(1),
+            saved_step(1, 5),
+            ended("spike", 1, 8),
+            start(2, 5),
+            saved_step(1, 8, recovered=True),
+        ]
     )
-    assert (one.began_at, one.reached, one.saved) == (0, 8, 8)
-    assert (two.began_at, two.saved, two.is_fruitless) == (5, -1, True)
+    assert (one.start_step, one.last_step, one.saved_step) == (0, 8, 8)
+    assert (two.start_step, two.saved_step, two.is_fruitless) == (5, -1, True)

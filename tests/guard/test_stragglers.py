@@ -82,7 +82,7 @@ def test_the_line_has_host_and_both_times() -> None:
     lines = [watch.observe(step, [0.011, 0.011, 0.061]) for step in range(1, 21)]
     assert lines[:-1] == [None] * 19
     assert lines[-1] == (
-        "rank 2 (n3) is slow: 61 ms of its own a step where the others take 11 ms (last 20 steps)"
+        "rank 2 (n3) is slow: 61 ms of own work per step, the others take 11 ms (last 20 steps)"
     )
 
 
@@ -117,7 +117,7 @@ def test_expected_shares_are_taken_into_account() -> None:
     unfair = Stragglers(Layout(pipeline=2), weights)
     lines = [line for step in range(50) if (line := unfair.observe(step, [0.08, 0.08]))]
     assert lines == [
-        "rank 0 is slow: 80 ms of its own a step where the others take 20 ms (last 20 steps)"
+        "rank 0 is slow: 80 ms of own work per step, the others take 20 ms (last 20 steps)"
     ]
 
 

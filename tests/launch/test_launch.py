@@ -1,4 +1,4 @@
-"""The launcher's exit code: what a batch script decides on."""
+"""Launcher: exit codes, signal forwarding and restarts, on which a batch script relies."""
 
 import json
 import os
@@ -59,7 +59,10 @@ OPTIONS = ["--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "2"]
     ),
 )
 def test_verdict(codes: dict[int, int], expected: int) -> None:
-    """A job that saved and stopped is started again, one with a mistake is not; a killed process is neither."""
+    """A job that saved and stopped is started again, one with a mistake is not.
+
+    A killed process is neither.
+    """
     assert exit_code_of(codes) == expected
 
 
@@ -81,7 +84,9 @@ def test_verdict_after_a_signal(codes: dict[int, int | None], expected: int) -> 
 
 
 def test_kernels_are_begun_in_order_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a setting of the user's that is overwritten, and a default that never reaches the processes."""
+    """Catches a setting of the user's that is overwritten, and a default that never reaches the
+    processes.
+    """
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "")
     monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS")
     limit_cuda_connections()
@@ -143,7 +148,7 @@ for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, sig
 write_status(rank, None)
 (folder / f"pid_{rank}").write_text(str(os.getpid()))
 """
-"""The begin of a process that notes what it hears; a test adds what it does then."""
+"""Start of a process that records the signals it receives; a test adds the rest."""
 
 
 def worker(folder: Path, rest: str) -> Path:
@@ -174,8 +179,10 @@ def test_every_signal_goes_to_every_process_as_often_as_it_comes(tmp_path: Path)
     for count, name in enumerate(sent, 1):
         process.send_signal(getattr(signal, name))
         for rank in range(2):
-            note = tmp_path / f"heard_{rank}"
-            assert soon(lambda n=note, c=count: n.exists() and len(n.read_text().split()) == c), (
+            received = tmp_path / f"heard_{rank}"
+            assert soon(
+                lambda n=received, c=count: n.exists() and len(n.read_text().split()) == c
+            ), (
                 name,
                 rank,
             )  # type: ignore[misc]
@@ -185,7 +192,9 @@ def test_every_signal_goes_to_every_process_as_often_as_it_comes(tmp_path: Path)
 
 
 def test_a_dead_process_takes_the_others_with_it_even_a_stopped_one(tmp_path: Path) -> None:
-    """Catches the 30 seconds of torchrun, and processes that stay behind because they hear no SIGTERM."""
+    """Catches the 30 seconds of torchrun, and processes that stay behind because they hear no
+    SIGTERM.
+    """
     process = launch(worker(tmp_path, "time.sleep(600)"), tmp_path, start=("-c", PATIENT))
     first, second = pids(tmp_path, process)
     os.kill(second, signal.SIGSTOP)
@@ -197,7 +206,9 @@ def test_a_dead_process_takes_the_others_with_it_even_a_stopped_one(tmp_path: Pa
 
 
 def test_processes_end_when_their_launcher_is_killed(tmp_path: Path) -> None:
-    """Catches processes that train on with nobody to wait for them, and keep the lock of the run."""
+    """Catches processes that train on with nobody to wait for them, and
+    keep the lock of the run.
+    """
     process = launch(worker(tmp_path, "while not heard: time.sleep(0.01)"), tmp_path)
     both = pids(tmp_path, process)
     process.kill()
@@ -249,7 +260,9 @@ def handled(pid: int) -> bytes:
 
 
 def test_a_crash_is_started_again(tmp_path: Path) -> None:
-    """Through the real torchrun, twice in one launcher: catches a second start that finds the remains of the first."""
+    """Through the real torchrun, twice in one launcher: catches a second start that finds the
+    remains of the first.
+    """
     rest = (
         "mine = folder / f'starts_{rank}'\n"
         "mine.write_text((mine.read_text() if mine.exists() else '') + '.')\n"
@@ -297,19 +310,23 @@ class Waits(Supervisor):
 def test_what_is_started_again(
     codes: list[int], restarts: int, expected: int, waited: list[float]
 ) -> None:
-    """Catches a mistake that is tried again, a stop that is undone, and more starts than were allowed."""
+    """Catches a mistake that is tried again, a stop that is undone, and more starts than were
+    allowed.
+    """
     supervisor, left = Waits(), list(codes)
     assert start_with_restarts(lambda: left.pop(0), restarts, supervisor) == expected
     assert (left, supervisor.waited) == ([], waited)
 
 
 def test_a_signal_ends_the_starting_again() -> None:
-    """Catches a launcher that cannot be stopped between two starts, or starts again what a signal has ended."""
+    """Catches a launcher that cannot be stopped between two starts, or starts again what a signal
+    has ended.
+    """
     between = Waits(signal_after=2)
     assert start_with_restarts(lambda: 1, 9, between) == 1 and between.waited == [1, 2]
-    asked = Waits()
-    asked.first_signal = "SIGTERM"
-    assert start_with_restarts(lambda: 1, 9, asked) == 1 and asked.waited == []
+    stopped = Waits()
+    stopped.first_signal = "SIGTERM"
+    assert start_with_restarts(lambda: 1, 9, stopped) == 1 and stopped.waited == []
 
 
 def test_a_long_start_is_no_crash_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -384,12 +401,12 @@ def test_a_note_tells_a_process_from_a_later_one_of_the_same_id(
     monkeypatch.setenv("K2TRAIN_VERDICTS", str(tmp_path))
     write_status(3, None)
     write_status(5, None, saving=True)
-    notes = read_statuses(tmp_path)
+    statuses = read_statuses(tmp_path)
     assert (
-        notes[3].is_alive
-        and notes[3].pid == os.getpid()
-        and not notes[3].saving
-        and notes[5].saving
+        statuses[3].is_alive
+        and statuses[3].pid == os.getpid()
+        and not statuses[3].saving
+        and statuses[5].saving
     )
     assert (
         not ProcessStatus(None, os.getpid(), "1").is_alive and not ProcessStatus(None, 0).is_alive
@@ -427,7 +444,9 @@ def test_a_mistake_is_told_once_and_ends_with_2(config: Path) -> None:
 
 @pytest.mark.slow
 def test_asked_to_stop_all_processes_save_and_go_on(config: Path, tmp_path: Path) -> None:
-    """SIGTERM to the launcher alone: every process finishes the step, one checkpoint is written, the code is 75."""
+    """SIGTERM to the launcher alone: every process finishes the step, one checkpoint is written,
+    the code is 75.
+    """
     run = tmp_path / "runs" / "run"
     process = launch("-m", "k2train.train", config)
     metrics = run / "metrics.jsonl"
@@ -457,7 +476,9 @@ def test_asked_to_stop_all_processes_save_and_go_on(config: Path, tmp_path: Path
 def test_a_save_that_takes_longer_than_torchruns_patience_is_whole(
     config: Path, tmp_path: Path
 ) -> None:
-    """Catches torchrun's 30 seconds, which cut a save short: this one needs 35, and a second SIGTERM comes meanwhile."""
+    """Catches torchrun's 30 seconds, which cut a save short: this one needs 35, and a second
+    SIGTERM comes meanwhile.
+    """
     run = tmp_path / "runs" / "run"
     process = launch(
         "-m",

@@ -1,7 +1,8 @@
-"""Bad input gets one clear line, exit code 2, and nothing is written: every case through the real command line.
+"""The third law: bad input gets one clear line and exit code 2, and nothing is written.
 
-Each case would catch a traceback, a mistake told once a rank, a message without its numbers, or a run directory that is
-left behind. Those that need no process group must also be answered before torch is imported, which takes a second or more.
+Every case runs through the real command line. Each would catch a traceback, a mistake reported
+once per rank, a message without its numbers, or a run directory that is left behind. Cases that
+need no process group must also be answered before torch is imported, which takes a second or more.
 """
 
 import os
@@ -59,7 +60,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def lines_without_torch(*arguments: Any, **variables: str) -> list[str]:
-    """The command line in a process in which importing torch is an error; its stderr, after the exit code is checked."""
+    """The command line in a process in which importing torch is an error.
+
+    Its stderr, after the exit code is checked.
+    """
+    import subprocess
+
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_TORCH, *map(str, arguments)],
         capture_output=True,
@@ -99,7 +105,9 @@ class Case:
 
 
 def test_config_mistakes_are_told_together(tmp_path: Path, data: Path) -> None:
-    """Unknown, misspelled, duplicate and mistyped keys: a line each, with its place and the nearest legal name."""
+    """Unknown, misspelled, duplicate and mistyped keys: a line each, with its place and the nearest
+    legal name.
+    """
     case = Case(tmp_path, data)
     text = case.path.read_text()
     text = text.replace("  num_layers: 4\n", "  num_layers: four\n").replace(
@@ -109,7 +117,7 @@ def test_config_mistakes_are_told_together(tmp_path: Path, data: Path) -> None:
     text += "run:\n  name: again\nnonsense: {a: 1}\n"
     case.path.write_text(text)
     lines = case.refused("lr.peek=1e-4", "batch.micro_sequences=0.5")
-    told = "\n".join(lines)
+    text = "\n".join(lines)
     for words in (
         "model.num_layers: must be a whole number, is four",
         "model.hiden_size: unknown key; nearest is model.hidden_size",
@@ -117,13 +125,13 @@ def test_config_mistakes_are_told_together(tmp_path: Path, data: Path) -> None:
         "'lr.peek=1e-4': lr.peek: unknown key; nearest is lr.peak",
         "batch.micro_sequences: must be a whole number, is 0.5",
     ):
-        assert words in told
+        assert words in text
     assert sum("duplicate" in line or "twice" in line or "again" in line for line in lines) == 1, (
-        told
+        text
     )
     assert len(lines) == 6 and all(
         re.search(r"c\.yaml:\d+: |override '", line) for line in lines
-    ), told
+    ), text
 
 
 @pytest.mark.parametrize(
@@ -192,7 +200,9 @@ def test_no_config(tmp_path: Path, data: Path) -> None:
 
 
 def rewritten(folder: Path, change: Callable[[np.ndarray], None]) -> None:
-    """chunk_001 with its ids changed in place and the manifest's hash corrected, as a careless preparation would."""
+    """chunk_001 with its ids changed in place and the manifest's hash corrected, as a careless
+    preparation would.
+    """
     path = folder / "chunk_001.npy"
     ids = np.load(path)
     change(ids)
@@ -291,7 +301,10 @@ def test_bad_data(tmp_path: Path, data: Path, what: str) -> None:
 
 
 def test_answers_come_fast(tmp_path: Path, data: Path) -> None:
-    """Well under the time that importing torch takes: processor time, since the machine may be busy."""
+    """Well under the time that importing torch takes.
+
+    Processor time, since the machine may be busy.
+    """
     case = Case(tmp_path, data)
     torch_seconds = child_seconds(
         lambda: subprocess.run([sys.executable, "-c", "import torch"], check=True)
@@ -320,8 +333,8 @@ def test_torchrun_tells_once(tmp_path: Path, data: Path) -> None:
         ([], "chunk_001"),
     ):
         done = train(case.path, *overrides, processes=4)
-        told = [line for line in done.stderr.splitlines() if "k2train:" in line]
-        assert len(told) == 1 and words in told[0], done.stderr
+        messages = [line for line in done.stderr.splitlines() if "k2train:" in line]
+        assert len(messages) == 1 and words in messages[0], done.stderr
         assert done.returncode != 0 and not case.runs.exists()
         assert re.search(r"exitcode\s*: 2\b", done.stderr), done.stderr
 
@@ -386,7 +399,10 @@ def test_never_resume_does_not_touch_a_run(tmp_path: Path, earlier: Path) -> Non
 def test_resume_as_another_run(
     tmp_path: Path, earlier: Path, overrides: list[str], words: tuple[str, ...]
 ) -> None:
-    """All differences in one line, before and after; what may change (the micro-batch) is not among them."""
+    """All differences in one line, before and after.
+
+    What may change (the micro-batch) is not among them.
+    """
     line = Earlier(tmp_path, earlier).one_line("batch.micro_sequences=2", *overrides)
     for word in words:
         assert word in line, line
@@ -413,7 +429,9 @@ def test_thinned_cannot_be_continued(tmp_path: Path, earlier: Path) -> None:
 
 
 def test_init_from_what_does_not_fit(tmp_path: Path, earlier: Path) -> None:
-    """Another model, another tokenizer, shared data, nothing there: each refused at the seam, with what differs."""
+    """Another model, another tokenizer, shared data, nothing there: each refused at the seam, with
+    what differs.
+    """
     parent = f"run.init_from={earlier / 'runs' / 'bad'}"
     make_corpus(tmp_path / "next", 2, seed=9)
     make_corpus(tmp_path / "tokenizer", 2, seed=9, tokenizer="u" * 64)
@@ -437,7 +455,10 @@ def test_every_checkpoint_damaged(tmp_path: Path, earlier: Path) -> None:
 
 
 def test_damaged_shards_are_found_before_anything_is_written(tmp_path: Path, earlier: Path) -> None:
-    """With torch, since the hashing is shared by the ranks; still one line and not a byte more on the disk."""
+    """With torch, since the hashing is shared by the ranks.
+
+    Still one line and not a byte more on the disk.
+    """
     case = Earlier(tmp_path, earlier)
     for path in (case.runs / "bad" / "checkpoints").glob("*/model/*"):
         flipped(path)

@@ -1,4 +1,4 @@
-"""The first law: the layout is only a layout. Every grid up to 8 processes against one process."""
+"""First law, the layout is only a layout: every grid up to 8 processes against one process."""
 
 from functools import cache
 from typing import Any
@@ -10,10 +10,11 @@ from tests.support.gloo_pool import GlooPool
 from tests.support.tiny_model import assemble, shapes_of, tiny_config, train_job
 
 STEPS = 3
-# Two micro-batches a rank at the least, and few enough that 8 processes take turns on two cores for seconds.
+# Two micro-batches a rank at the least, and few enough that 8 processes take turns on two cores for
+# seconds.
 SHORT = {"batch__global_sequences": 12}
-# Relative to the largest value of a tensor. fp32 sums in another order differ by a few 1e-7 a step at this size; the
-# faults this must catch (a missing sum, a wrong divisor) are of order 1.
+# Relative to the largest value of a tensor. fp32 sums in another order differ by a few 1e-7 a step
+# at this size; the faults this must catch (a missing sum, a wrong divisor) are of order 1.
 TOLERANCE = 1e-5
 
 
@@ -78,7 +79,9 @@ def assert_close(a: dict[str, np.ndarray], b: dict[str, np.ndarray], what: str) 
 def test_grid_equals_one_process(
     pool: GlooPool, one_process: Any, tp: int, pp: int, sequence: bool, dp: int, vocab: int
 ) -> None:
-    """Initial weights to the bit; loss, norm before clipping and every whole gradient within 1e-5 for 3 steps."""
+    """Initial weights to the bit; loss, norm before clipping and every whole gradient within 1e-5
+    for 3 steps.
+    """
     run, base = (
         Run(pool, tp * pp * dp, config_for(tp, pp, sequence, vocab, **SHORT)),
         one_process(vocab),
@@ -87,12 +90,14 @@ def test_grid_equals_one_process(
         assert np.array_equal(run.start[name], base.start[name]), (
             f"initial {name} depends on the layout"
         )
+
     for step in range(STEPS):
         (loss, norm, applied), (loss0, norm0, _) = run.results[step], base.results[step]
         assert applied
         assert loss == pytest.approx(loss0, rel=TOLERANCE), f"loss of step {step + 1}"
         assert norm == pytest.approx(norm0, rel=TOLERANCE), f"norm of step {step + 1}"
         assert_close(run.gradients[step], base.gradients[step], f"step {step + 1} gradient")
+
     assert run.held_out == pytest.approx(base.held_out, rel=TOLERANCE)
 
 
@@ -116,7 +121,9 @@ def test_pipelines_and_schedules_are_bit_equal(
 
 
 def test_uneven_stages_in_a_v_are_bit_equal(pool: GlooPool) -> None:
-    """Nor may the number of layers a stage, nor a V over 4 ranks, whose last stage is on the first of them."""
+    """Nor may the number of layers a stage, nor a V over 4 ranks, whose last stage is on the first
+    of them.
+    """
     choices = [((1, "1f1b", 1), None), ((2, "zb-v", 2), (2, 1, 4, 1)), ((4, "zb-v", 2), None)]
     same_bits(pool, 1, 1, choices, model__num_layers=8, **SHORT)
     same_bits(pool, 2, 1, choices[:2], model__num_layers=8, kernels__recompute="full", **SHORT)
@@ -147,6 +154,7 @@ def same_bits(
                 **changes,
             )
             runs[(pp, kind, v, layers)] = Run(pool, tp * pp * dp, config)
+
     base = next(iter(runs.values()))
     for choice, run in runs.items():
         assert run.results == base.results, choice
@@ -173,6 +181,7 @@ def test_micro_batches_do_not_matter(
             lr__peak=1e-2,
         )
         curves[micro] = [loss for loss, _, _ in Run(pool, tp * pp * dp, config, steps=12).results]
+
     assert curves[1][0] - curves[1][-1] > 0.05, "the curve does not move, so it shows nothing"
     for micro, curve in curves.items():
         assert curve == pytest.approx(curves[1], rel=TOLERANCE), micro

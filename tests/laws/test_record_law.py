@@ -1,7 +1,8 @@
-"""The second law: stopped anywhere and started again, a run goes on bit for bit.
+"""The second law: a run stopped anywhere and started again continues bit for bit.
 
-Through the real command line, with kill -9, signals and planned stops, on one process and under torchrun. Each test would
-catch a restart that reads other rows, takes another rate, or loses a bit of weights, master weights or moments.
+Through the real command line, with kill -9, signals and planned stops, on one process and under
+torchrun. Each test would catch a restart that reads other rows, takes another learning rate, or
+loses a bit of weights, master weights or moments.
 """
 
 import hashlib
@@ -65,7 +66,9 @@ def straight(base: Path) -> Path:
 
 
 def assert_same_run(run: Path, straight: Path) -> None:
-    """Every loss, norm, rate and chunk of the last attempts, and every tensor of the last checkpoint."""
+    """Every loss, norm, rate and chunk of the last attempts, and every tensor of the last
+    checkpoint.
+    """
     assert compare_runs.differences(straight, run, strict=True) == []
     rows = latest(run / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, rows[-1]["step"] + 1))
@@ -97,7 +100,10 @@ def wait_for_row(run: Path, attempt: int, process: Any) -> None:
 def kill_after(
     base: Path, path: Path, name: str, checkpoint: str, chunks: int = CHUNKS, processes: int = 1
 ) -> Path:
-    """Start, kill -9 at a random moment after `checkpoint` is there; the run must not have been finished."""
+    """Start, kill -9 at a random moment after `checkpoint` is there.
+
+    The run must not have been finished.
+    """
     run = base / "runs" / name
     # Held before its end, which it could else come to while a busy machine lets this process wait.
     last = chunks * STEPS_PER_CHUNK
@@ -127,7 +133,10 @@ def test_kill_9_and_go_on(base: Path, straight: Path) -> None:
 
 
 def test_stops_on_request(base: Path, straight: Path) -> None:
-    """Exit 75, a checkpoint named after the step it was saved at, and not a bit lost; three ways in a row."""
+    """Exit 75, a checkpoint named after the step it was saved at, and not a bit lost.
+
+    Three ways in a row.
+    """
     path = config(base, "stopped")
     run = base / "runs" / "stopped"
     done = train(path, "run.stop_after_steps=7")
@@ -148,8 +157,8 @@ def test_stops_on_request(base: Path, straight: Path) -> None:
         assert newest.name == (f"ckpt_{whole:03d}_step_{step:06d}" if rest else f"ckpt_{whole:03d}")
         assert stopped["step"] == step
         assert "Traceback" not in output
-        told = "config changes since that checkpoint: run.stop_after_steps: 7 -> null" in output
-        assert told == (attempt == 2), "a change is told once, and only where there is one"
+        logged = "config changes since that checkpoint: run.stop_after_steps: 7 -> null" in output
+        assert logged == (attempt == 2), "a change is logged once, and only where there is one"
     done = train(path, "checkpoint.keep_optimizer_states=7")
     assert done.returncode == 0, done.stderr
     assert (
@@ -169,7 +178,9 @@ def test_stops_on_request(base: Path, straight: Path) -> None:
     ids=("dp2", "tp2-pp2"),
 )
 def test_torchrun_kill_9_and_go_on(base: Path, processes: int, layout: dict[str, int]) -> None:
-    """The same with several processes: one run straight, one killed in all its processes at once."""
+    """The same with several processes: one run straight, one killed in all
+    its processes at once.
+    """
     few = {
         "data__order": [0, 1],
         "batch__micro_sequences": 6,
@@ -188,7 +199,9 @@ def test_torchrun_kill_9_and_go_on(base: Path, processes: int, layout: dict[str,
 
 
 def test_planned_stop_at_a_chunk_end(base: Path, pool: GlooPool) -> None:
-    """A stop that falls on a chunk's end is the numbered checkpoint itself, also where every_chunks would pass it over."""
+    """A stop that falls on a chunk's end is the numbered checkpoint itself, also where every_chunks
+    would pass it over.
+    """
     tree = config_tree(
         base / "data" / "manifest.json", base / "runs", "chunk-end", checkpoint__every_chunks=3
     )
@@ -235,7 +248,9 @@ def straight_bf16(base: Path, pool: GlooPool) -> Path:
 def copied(
     base: Path, source: Path, name: str, *without: str, **changes: Any
 ) -> tuple[Path, dict[str, Any]]:
-    """A copy of the finished bf16 run without some of its checkpoints, and the config that goes on with it."""
+    """A copy of the finished bf16 run without some of its checkpoints, and the config that goes on
+    with it.
+    """
     run = base / "runs" / name
     shutil.copytree(source, run)
     for checkpoint in without:
@@ -254,7 +269,9 @@ def resumed_from(run: Path) -> list[str]:
 
 
 def test_finished_means_whole(base: Path, pool: GlooPool, straight_bf16: Path) -> None:
-    """A damaged last checkpoint is no result: its chunk is trained again from the one before, to the same bits."""
+    """A damaged last checkpoint is no result: its chunk is trained again from the one before, to
+    the same bits.
+    """
     run, tree = copied(base, straight_bf16, "damaged-end")
     assert pool.run(2, trainer_job, tree) == ["finished: ckpt_004"] * 2
     assert read_ledger(run / "ledger.jsonl") == read_ledger(straight_bf16 / "ledger.jsonl")
@@ -271,7 +288,9 @@ def test_finished_means_whole(base: Path, pool: GlooPool, straight_bf16: Path) -
 def test_going_back_by_number_goes_back_once(
     base: Path, pool: GlooPool, straight_bf16: Path
 ) -> None:
-    """Queued again with the same command it must go on: a job that went back at every start would never end."""
+    """Queued again with the same command it must go on: a job that went back at every start would
+    never end.
+    """
     run, tree = copied(base, straight_bf16, "back", run__resume=1, run__stop_after_steps=3)
     assert pool.run(1, trainer_job, tree) == [75]
     names = [path.name for path in list_checkpoints(run / "checkpoints")]
@@ -290,7 +309,9 @@ def test_going_back_by_number_goes_back_once(
 def test_a_checkpoint_that_the_ledger_missed(
     base: Path, pool: GlooPool, straight_bf16: Path
 ) -> None:
-    """Killed between the rename and the ledger's line: told at the next start, once, with the hash of its manifest."""
+    """Killed between the rename and the ledger's line: told at the next start, once, with the hash
+    of its manifest.
+    """
     run, tree = copied(
         base, straight_bf16, "untold", "ckpt_003", "ckpt_004", run__stop_after_steps=1
     )

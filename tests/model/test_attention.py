@@ -1,4 +1,4 @@
-"""The attention module: heads, positions and the output product, against the same put together head by head."""
+"""Attention module: heads, positions and output product, against a version built head by head."""
 
 import pytest
 import torch
@@ -31,6 +31,7 @@ def module(**choices: str) -> Attention:
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+
     return made
 
 
@@ -62,6 +63,7 @@ def head_by_head(made: Attention, x: Tensor, allowed: Tensor, theta: float) -> T
             scores = turned(query) @ turned(key).t() / WIDTH**0.5
             scores[~allowed[row]] = float("-inf")
             out[:, row, mine] = scores.softmax(dim=-1) @ value
+
     return out @ output.t()
 
 
@@ -74,7 +76,9 @@ CHOICES = [
 
 @pytest.mark.parametrize("choice", CHOICES, ids=lambda choice: "-".join(choice.values()))
 def test_every_choice_is_attention(choice: dict[str, str]) -> None:
-    """Catches heads given to the wrong group, positions counted from elsewhere, a mask for the wrong row."""
+    """Catches heads given to the wrong group, positions counted from elsewhere, a mask for the
+    wrong row.
+    """
     made, rotary = module(**choice), Rotary(WIDTH, LENGTH + 5, 100.0, CPU)
     x = torch.randn(LENGTH, BATCH, HIDDEN, generator=torch.Generator().manual_seed(4))
     documents = (
@@ -83,6 +87,7 @@ def test_every_choice_is_attention(choice: dict[str, str]) -> None:
     )
     documents = documents.clone()
     documents[1] = 0
+
     for mask in (None, document_mask(documents)):
         if mask is not None and choice["attention"] == "flash":
             continue
@@ -93,7 +98,9 @@ def test_every_choice_is_attention(choice: dict[str, str]) -> None:
 
 
 def test_plain_needs_no_copy_on_the_way_out() -> None:
-    """Catches an order of memory that is copied before the output product: both share what the kernel wrote."""
+    """Catches an order of memory that is copied before the output product: both share what the
+    kernel wrote.
+    """
     made, rotary = module(attention="plain"), Rotary(WIDTH, LENGTH, 100.0, CPU)
     seen: list[int] = []
     kernel = made.kernel

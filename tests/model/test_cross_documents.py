@@ -1,4 +1,4 @@
-"""`data.cross_documents: block`: a row of several documents computes what each of them computes alone, on every grid."""
+"""`data.cross_documents: block`: documents that share a row compute as if alone, on every grid."""
 
 import json
 from dataclasses import replace
@@ -48,7 +48,8 @@ from tests.support.tiny_model import (
 TOLERANCE = 1e-5
 STEPS = 2
 BLOCK = {"data__cross_documents": "block", "batch__global_sequences": 12}
-# tensor, pipeline, data, stages a rank: each axis alone, a stage that holds neither end, and all together.
+# tensor, pipeline, data, stages a rank: each axis alone, a stage that holds neither end, and all
+# together.
 GRIDS = ((2, 1, 1, 1), (1, 2, 1, 1), (1, 1, 2, 1), (1, 4, 1, 1), (1, 2, 1, 2), (2, 2, 2, 1))
 IDS = ("tp2-sp", "pp2", "dp2", "pp4", "pp2-interleaved", "all")
 
@@ -65,7 +66,9 @@ def config_for(tp: int, pp: int, v: int, **changes: Any) -> Config:
 
 
 def global_documents(config: Config, step: int) -> Tensor:
-    """int32 [global_sequences, sequence_length]: rows of one to some six documents, other ones at every step."""
+    """int32 [global_sequences, sequence_length]: rows of one to some six documents, other ones at
+    every step.
+    """
     rows, length = config.batch.global_sequences, config.data.sequence_length
     rng = np.random.default_rng(step)
     begins = rng.random((rows, length)) < 0.2
@@ -76,7 +79,7 @@ def global_documents(config: Config, step: int) -> Tensor:
 
 
 def slices(documents: Tensor) -> list[slice]:
-    """Where each document of one row stands."""
+    """Range of each document in one row."""
     ends = [*(torch.nonzero(documents.diff()).flatten() + 1).tolist(), len(documents)]
     return [slice(start, stop) for start, stop in zip([0, *ends], ends, strict=False)]
 
@@ -87,7 +90,9 @@ def share(batch: Tensor, engine: Engine) -> list[Tensor]:
 
 
 def one_by_one(engine: Engine, tokens: Tensor, documents: Tensor) -> Tensor:
-    """Logits [b, s, v] of rows whose documents were each run by themselves, from position 0, with plain attention."""
+    """Logits [b, s, v] of rows whose documents were each run by themselves, from position 0, with
+    plain attention.
+    """
     stage = engine.stages[0]
     rows = []
     for row, numbers in zip(tokens, documents, strict=True):
@@ -99,36 +104,45 @@ def one_by_one(engine: Engine, tokens: Tensor, documents: Tensor) -> Tensor:
                 ]
             )
         )
+
     return torch.stack(rows)
 
 
 def separate_job(launch: Launch, config: Config) -> dict[str, Any]:
-    """What the definition gives on one process: logits of step 1, and its loss and gradients by plain autograd."""
+    """What the definition gives on one process: logits of step 1, and its loss and gradients by
+    plain autograd.
+    """
     engine = Engine(config, grid_of(launch, config))
     tokens, documents = global_batch(config, 1), global_documents(config, 1)
-    # Without their sinks the matrices' gradients go to autograd.
+    # Without their accumulators the matrices' gradients go to autograd.
     for parameter in engine.stages[0].parameters():
         vars(parameter).pop("accumulator", None)
+
     logits = one_by_one(engine, tokens, documents)
     loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
     names, parameters = zip(*engine.stages[0].named_parameters(), strict=True)
     whole = torch.autograd.grad(loss, parameters)
     by_parameter = dict(zip(names, whole, strict=True))
     gradients = {}
+
     for name, module in engine.stages[0].named_modules():
         for parameter, parts in getattr(module, "slices", {}).items():
             for param_slice in parts:
                 gradients[param_slice.name] = param_slice.of(
                     by_parameter[f"{name}.{parameter}"]
                 ).numpy()
+
     return {"logits": logits.detach().numpy(), "loss": float(loss.detach()), "gradients": gradients}
 
 
 def grid_job(launch: Launch, config: Config) -> dict[str, Any]:
-    """Two steps and an evaluation on a grid: logits of step 1, losses, reduced gradients, and how many masks were made."""
+    """Two steps and an evaluation on a grid: logits of step 1, losses, reduced gradients, and how
+    many masks were made.
+    """
     engine = Engine(config, grid_of(launch, config))
     block = config.data.cross_documents == "block"
     logits: list[np.ndarray] = []
+
     if last := engine.stages.get(engine.grid.layout.num_stages - 1):
         loss = last.loss
 
@@ -138,6 +152,7 @@ def grid_job(launch: Launch, config: Config) -> dict[str, Any]:
             return loss(hidden, tokens, scale)
 
         last.loss = kept  # type: ignore[method-assign]
+
     gradients, reduce = [], engine.gradients.reduce
 
     def reduced() -> Tensor:
@@ -158,12 +173,13 @@ def grid_job(launch: Launch, config: Config) -> dict[str, Any]:
             tokens = []
         result = engine.train_step(tokens, config.lr.peak, (), documents)
         results.append((result.loss, result.grad_norm))
+
     return {
         "results": results,
         "held_out": engine.evaluate(*given(9)),
         "gradients": gradients,
         "logits": logits[: engine.num_microbatches],
-        "place": engine.grid.coordinate,
+        "coordinate": engine.grid.coordinate,
     }
 
 
@@ -181,7 +197,9 @@ class Run:
             for n in range(STEPS)
         ]
         by_place = {
-            (part["place"].dp, part["place"].tp): part["logits"] for part in parts if part["logits"]
+            (part["coordinate"].dp, part["coordinate"].tp): part["logits"]
+            for part in parts
+            if part["logits"]
         }
         rows = [
             np.concatenate([np.concatenate(by_place[d, t]) for t in range(tp)], axis=2)[
@@ -230,7 +248,9 @@ def one_process(pool: GlooPool) -> Any:
 def test_block_equals_separate_documents(
     separate: Any, one_process: Any, kernel: str, kv_heads: int
 ) -> None:
-    """Catches attention that crosses a border or sees the future, a mask off by a token, and another loss than stated."""
+    """Catches attention that crosses a border or sees the future, a mask off by a token, and
+    another loss than stated.
+    """
     expected, run = separate(kernel, kv_heads), one_process(kernel, kv_heads)
     assert_close(run.logits, expected["logits"], "logits")
     assert run.results[0][0] == pytest.approx(expected["loss"], rel=TOLERANCE)
@@ -243,18 +263,22 @@ def test_block_equals_separate_documents(
 def test_a_grid_equals_separate_documents_and_one_process(
     pool: GlooPool, separate: Any, one_process: Any, tp: int, pp: int, dp: int, v: int
 ) -> None:
-    """Catches a rank with the documents of another rank or micro-batch, and a stage that never got them."""
+    """Catches a rank with the documents of another rank or micro-batch, and a stage that never got
+    them.
+    """
     run, base = (
         Run(pool, config_for(tp, pp, v, model__num_kv_heads=2), tp, pp, dp),
         one_process(kv_heads=2),
     )
     assert_close(run.logits, separate("sdpa", 2)["logits"], "logits")
+
     for step in range(STEPS):
         assert run.results[step] == pytest.approx(base.results[step], rel=TOLERANCE), (
             f"step {step + 1}"
         )
         for name, value in base.gradients[step].items():
             assert_close(run.gradients[step][name], value, f"step {step + 1} gradient of {name}")
+
     assert run.held_out == pytest.approx(base.held_out, rel=TOLERANCE)
     if tp == dp == 1:
         assert (run.results, run.held_out) == (base.results, base.held_out), (
@@ -263,7 +287,9 @@ def test_a_grid_equals_separate_documents_and_one_process(
 
 
 def test_it_matters(one_process: Any) -> None:
-    """Catches a key that does nothing: attending across borders is another loss, in training and held out."""
+    """Catches a key that does nothing: attending across borders is another loss, in training and
+    held out.
+    """
     block, attend = one_process(), one_process(data__cross_documents="attend")
     assert abs(block.results[0][0] - attend.results[0][0]) > 1e-3 * attend.results[0][0]
     assert abs(block.held_out - attend.held_out) > 1e-3 * attend.held_out
@@ -303,7 +329,9 @@ def test_the_mask_by_definition() -> None:
 
 
 def watched_job(launch: Launch, config: Config) -> tuple[list[str], list[str], bool]:
-    """What one stage does with and without documents: masks made, and for each layer which mask its kernel was given."""
+    """What one stage does with and without documents: masks made, and for each layer which mask its
+    kernel was given.
+    """
     made, given, same = [], [], []
     plain, make = ATTENTION["sdpa"], transformer.document_mask
 
@@ -324,6 +352,7 @@ def watched_job(launch: Launch, config: Config) -> tuple[list[str], list[str], b
         engine.stages[0](tokens)
         assert not made, "a mask was made where nobody asked for one"
         engine.stages[0](tokens, global_documents(config, 1)[:2])
+
     layers = config.model.num_layers
     return made, given, all(mask is same[layers] for mask in same[layers:])
 
@@ -356,7 +385,9 @@ def misused_job(launch: Launch, config: Config) -> str:
     (("attend", "documents were given"), ("block", "0 micro-batches, planned 6")),
 )
 def test_the_engine_is_given_what_its_config_says(pool: GlooPool, choice: str, words: str) -> None:
-    """Catches a caller that forgets the documents: the run would attend, and nothing would show it."""
+    """Catches a caller that forgets the documents: the run would attend, and nothing would
+    show it.
+    """
     config = tiny_config(data__cross_documents=choice, batch__global_sequences=12)
     assert words in pool.run(1, misused_job, config)[0]
 
@@ -382,7 +413,9 @@ def corpus_with_borders(folder: Path, held_out: bool = True, shift: int = 0) -> 
 
 
 def plain_loop(launch: Launch, tree: dict[str, Any], folder: str) -> list[float]:
-    """Losses of the steps of the first chunk and then of the held-out rows, from the files, without loader and trainer."""
+    """Losses of the steps of the first chunk and then of the held-out rows, from the files, without
+    loader and trainer.
+    """
     config = Config.model_validate(tree)
     engine = Engine(config, grid_of(launch, config))
 
@@ -398,6 +431,7 @@ def plain_loop(launch: Launch, tree: dict[str, Any], folder: str) -> list[float]
     for step in range(STEPS_PER_CHUNK):
         tokens, documents = given("chunk_000", range(step * GLOBAL, (step + 1) * GLOBAL))
         losses.append(engine.train_step(tokens, config.lr.peak, (), documents).loss)
+
     held_out = [
         engine.evaluate(*given("held_out", range(i * GLOBAL, (i + 1) * GLOBAL))) for i in range(2)
     ]
@@ -411,7 +445,9 @@ def losses_of(run: Path) -> list[float]:
 
 
 def test_a_run_blocks_from_file_to_loss(tmp_path: Path, pool: GlooPool) -> None:
-    """Catches documents lost or moved between the borders file and the kernel; with four stages, two of them inner."""
+    """Catches documents lost or moved between the borders file and the kernel; with four stages,
+    two of them inner.
+    """
     manifest = corpus_with_borders(tmp_path / "data")
     changes = {
         "data__order": [0],
@@ -439,7 +475,9 @@ def config_over(manifest: Path, folder: Path, **changes: Any) -> Config:
 
 
 def test_data_without_borders_is_one_line_before_any_process(tmp_path: Path) -> None:
-    """Catches a grid started for data that cannot do what the config asks; exit code 2, and what to change is told."""
+    """Catches a grid started for data that cannot do what the config asks; exit code 2, and what to
+    change is reported.
+    """
     make_corpus(tmp_path / "plain", 2)
     half = corpus_with_borders(tmp_path / "half", held_out=False)
     for manifest, names in (
@@ -453,6 +491,7 @@ def test_data_without_borders_is_one_line_before_any_process(tmp_path: Path) -> 
                 config_over(manifest, tmp_path, data__cross_documents="block"), 1, verify=False
             )
         prepare_start(config_over(manifest, tmp_path), 1, verify=False)
+
     path = write_yaml(
         tmp_path / "c.yaml",
         config_tree(half, tmp_path / "runs", "r", data__cross_documents="block"),
@@ -467,7 +506,9 @@ def test_data_without_borders_is_one_line_before_any_process(tmp_path: Path) -> 
 
 
 def test_it_belongs_to_the_identity_of_a_run(tmp_path: Path) -> None:
-    """Catches a restart that goes on with other attention, or over other borders, as if it were the same run."""
+    """Catches a restart that continues with other attention or over other borders, as if it were
+    the same run.
+    """
     manifest = corpus_with_borders(tmp_path / "data")
     attend, block = (
         config_over(manifest, tmp_path, data__cross_documents=kind) for kind in ("attend", "block")
@@ -491,19 +532,23 @@ def test_it_belongs_to_the_identity_of_a_run(tmp_path: Path) -> None:
     assert prepare_start(attend, 1, verify=True).candidates == (path,)
     with pytest.raises(CheckpointError, match=r"data\.cross_documents: attend -> block"):
         prepare_start(block, 1, verify=True)
+
     corpus_with_borders(tmp_path / "data", shift=1)
     moved = identity_of(block, *check_data(block))
     assert [line.split(":")[0] for line in identity_differences(identities[1], moved)] == [
         "data.borders_sha256"
     ]
-    # Where attention crosses borders they change no number; and before the key there was nothing else.
+    # Where attention crosses borders they change no number; and before the key there was nothing
+    # else.
     assert identity_differences(identities[0], identity_of(attend, *check_data(attend))) == []
     del identities[0]["data"]["cross_documents"]
     assert identity_differences(identities[0], identity_of(attend, *check_data(attend))) == []
 
 
 def test_rows_beyond_the_last_step_have_borders_too(tmp_path: Path) -> None:
-    """Catches documents that depend on where a step's rows stop: any cut of the chunk gives the same rows."""
+    """Catches documents that depend on where a step's rows stop: any cut of the chunk gives the
+    same rows.
+    """
     corpus_with_borders(tmp_path)
     borders = np.load(tmp_path / "chunk_000.borders.npy")
     whole = documents_of(borders, range(ROWS), SEQUENCE)

@@ -1,6 +1,7 @@
-"""The whole model and its training against Hugging Face's LlamaForCausalLM, which shares no line with ours.
+"""The whole model and its training against Hugging Face's LlamaForCausalLM, independent code.
 
-Weights are ours, drawn by name, put together from the ranks and given to Hugging Face under its own names.
+Weights are drawn here by name, assembled from the ranks, and copied to Hugging Face under its own
+names.
 """
 
 from typing import Any
@@ -62,7 +63,8 @@ def their_name(name: str) -> str:
 
 
 def config_for(layout: dict[str, Any], **changes: Any) -> Any:
-    # A base of its own and a norm epsilon that matters: a default on either side would hide that a key is not read.
+    # A base of its own and a norm epsilon that matters: a default on either side would hide that a
+    # key is not read.
     same = {"batch__global_sequences": 8, "model__rope_theta": 500.0, "model__norm_eps": 1e-3}
     return tiny_config(**(same | layout | changes))
 
@@ -87,11 +89,14 @@ def hugging_face(config: Any, weights: dict[str, np.ndarray], attention: str = "
     )
     state = {their_name(name): torch.from_numpy(value.copy()) for name, value in weights.items()}
     model.load_state_dict(state, strict=True)
+
     return model.float()
 
 
 def logits_job(launch: Launch, config: Any) -> tuple[int, int, list[np.ndarray]]:
-    """This rank's dp and tp, and its logits of every micro-batch [b, s, v/tp]; none but on the last stage."""
+    """This rank's dp and tp, and its logits of every micro-batch [b, s, v/tp]; none but on the last
+    stage.
+    """
     grid = grid_of(launch, config)
     engine = Engine(config, grid)
     seen: list[np.ndarray] = []
@@ -135,7 +140,9 @@ SHAPES = (
 def test_logits_loss_and_gradients(
     pool: GlooPool, changes: dict[str, Any], attention: str, world: int, layout: dict[str, Any]
 ) -> None:
-    """Catches any difference in the architecture: rotary convention, head order, norm, scale, shift, loss weighting."""
+    """Catches any difference in the architecture: rotary convention, head order, norm, scale,
+    shift, loss weighting.
+    """
     compare(pool, world, config_for(layout, optimizer__clip_norm=None, **changes), attention)
 
 
@@ -149,7 +156,9 @@ KERNELS = (
 
 @pytest.mark.parametrize("kernels", KERNELS, ids=lambda kernels: "-".join(kernels.values()))
 def test_with_every_kernel(pool: GlooPool, kernels: dict[str, str]) -> None:
-    """Catches a kernel that is right by our own reference only: each that runs here, longer than plain attention's block."""
+    """Catches a kernel that is right by our own reference only: each that runs here, longer than
+    plain attention's block.
+    """
     chosen = {f"kernels__{key}": name for key, name in kernels.items()}
     config = config_for(
         ONE,
@@ -177,9 +186,11 @@ def compare(pool: GlooPool, world: int, config: Any, attention: str) -> None:
     assert applied and loss == pytest.approx(theirs.loss.item(), rel=TOLERANCE)
     named = dict(model.named_parameters())
     assert set(named) == {their_name(name) for name in gradients}
+
     for name, gradient in gradients.items():
         error = largest_error(gradient, named[their_name(name)].grad.numpy())
         assert error <= TOLERANCE, f"gradient of {name}: relative error {error:.2e}"
+
     total = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     assert norm == pytest.approx(total.item(), rel=TOLERANCE)
 
@@ -218,6 +229,7 @@ def plain_loop(
     ]
     optimizer = torch.optim.AdamW(groups, lr=1.0, betas=o.betas, eps=o.eps)
     losses, norms = [], []
+
     for step, lr in enumerate(rates(config), 1):
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -228,6 +240,7 @@ def plain_loop(
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), o.clip_norm).item())
         optimizer.step()
         losses.append(loss.item())
+
     return losses, norms, {name: named[their_name(name)].detach().numpy() for name in weights}
 
 
@@ -238,7 +251,9 @@ CLIP = 3.2
 def test_twenty_steps_equal_a_plain_loop(
     pool: GlooPool, world: int, layout: dict[str, Any]
 ) -> None:
-    """Catches what one step cannot show: moments, decay, clipping and rates applied otherwise than torch applies them."""
+    """Catches what one step cannot show: moments, decay, clipping and rates applied otherwise than
+    torch applies them.
+    """
     config = config_for(layout, optimizer__clip_norm=CLIP, lr__peak=1e-2)
     parts = pool.run(world, loop_job, config)
     results, shapes = parts[0][0], shapes_of(config)
@@ -248,10 +263,12 @@ def test_twenty_steps_equal_a_plain_loop(
         f"clipping must be active in some steps only, norms are {norms}"
     )
     assert losses[0] - losses[-1] > 0.3, "the loss does not move, so it shows nothing"
+
     for step, (loss, norm, applied) in enumerate(results):
         assert applied
         assert loss == pytest.approx(losses[step], rel=LOSS_TOLERANCE), f"loss of step {step + 1}"
         assert norm == pytest.approx(norms[step], rel=1e-3), f"norm of step {step + 1}"
+
     ours = assemble([part[2] for part in parts], shapes)
     for name, value in final.items():
         assert largest_error(ours[name] - weights[name], value - weights[name]) < 1e-2, (
@@ -270,10 +287,12 @@ def bf16_job(launch: Launch, config: Any) -> tuple[float, float, bool]:
 
 
 def test_bf16_stays_near_fp32_and_near_itself(pool: GlooPool) -> None:
-    """Catches a sum or softmax left in bf16. bf16 keeps 8 bits (4e-3); a mean over 120 targets averages most of it away.
+    """Catches a sum or softmax left in bf16. bf16 keeps 8 bits (4e-3); a mean over 120 targets
+    averages most of it away.
 
-    At the same weights the loss in bf16 is within 1% of fp32's and the norm within 5%; split over two ranks, with
-    sequence parallelism, the loss is within 0.5% of one process's and the norm within 5%.
+    At the same weights the loss in bf16 is within 1% of fp32's and the norm within 5%; split over
+    two ranks, with sequence parallelism, the loss is within 0.5% of one process's and the norm
+    within 5%.
     """
     shape = {"model__init_std": 0.1}
     full = pool.run(1, bf16_job, config_for(ONE, **shape))[0]

@@ -1,4 +1,4 @@
-"""Initial weights by name and seed, and rotary tables that no cast can round."""
+"""Weight initialization by name and seed, and rotary tables that no cast can round."""
 
 from typing import Any
 
@@ -63,13 +63,15 @@ def test_seed_name_and_block_each_matter() -> None:
 
 
 def test_the_draw_never_changes() -> None:
-    """Catches any change to the draw: a run started with an earlier version could not be repeated."""
+    """Catches any change to the draw: a run started with an earlier version could not be
+    repeated.
+    """
     assert draw_rows(22238, "embedding.weight", 2, 0.02, 299, 301).tolist() == GOLDEN
 
 
 @pytest.mark.parametrize("size", (2, 3, 4))
 def test_tensor_parallel_slices_make_the_whole(size: int) -> None:
-    """Catches columns cut as rows, fused products that swap pieces, padding that is drawn."""
+    """Catches columns cut as rows, fused products that swap slices, padding that is drawn."""
     config = tiny_config(model__num_heads=12, model__num_kv_heads=12, model__hidden_size=48)
     one = stage_of(config, SINGLE["tp"])
     initialize([one], 7)
@@ -78,6 +80,7 @@ def test_tensor_parallel_slices_make_the_whole(size: int) -> None:
         for parameter, param_slice in named_slices(one)
     }
     assert {name: tuple(value.shape) for name, value in whole.items()} == shapes_of(config)
+
     for rank in range(size):
         part = stage_of(config, Axis("tp", size, rank, None))
         initialize([part], 7)
@@ -87,6 +90,7 @@ def test_tensor_parallel_slices_make_the_whole(size: int) -> None:
                 expected = expected.narrow(
                     param_slice.dim, param_slice.start, param_slice.stop - param_slice.start
                 )
+
             assert torch.equal(param_slice.of(parameter), expected), (
                 f"{param_slice.name} on rank {rank}"
             )
@@ -95,10 +99,13 @@ def test_tensor_parallel_slices_make_the_whole(size: int) -> None:
 
 
 def test_deviations_and_ones() -> None:
-    """Catches a matrix that writes into the residual stream at the full deviation, a mean, and norms that are drawn."""
+    """Catches a matrix that writes into the residual stream at the full deviation, a mean, and
+    norms that are drawn.
+    """
     config = tiny_config(model__hidden_size=64, model__ffn_hidden_size=96, model__init_std=0.02)
     model = stage_of(config, SINGLE["tp"])
     initialize([model], 3)
+
     for parameter, param_slice in named_slices(model):
         values = param_slice.of(parameter).detach()
         if param_slice.name.endswith("norm.weight"):
@@ -111,7 +118,9 @@ def test_deviations_and_ones() -> None:
 
 
 def test_bf16_weights_are_the_rounded_draw_and_the_optimizer_sees_it_whole() -> None:
-    """Catches master weights that start rounded: the first updates would then be of another model."""
+    """Catches master weights that start rounded: the first updates would then be of another
+    model.
+    """
     config, seen = tiny_config(), {}
     model = stage_of(config, SINGLE["tp"], torch.bfloat16)
     initialize([model], 7, lambda param_slice, values: seen.update({param_slice.name: values}))
@@ -150,7 +159,8 @@ def test_rotary_tables_survive_a_cast_of_the_model() -> None:
     assert model.rotary.cos.dtype == torch.float32 and model.rotary.sin.dtype == torch.float32
     assert not [name for name, _ in model.named_buffers()]
     assert not [name for name in model.state_dict() if "rotary" in name]
-    # What is turned in bf16 is turned by fp32 angles: its error is the rounding of its own two values, no more.
+    # What is turned in bf16 is turned by fp32 angles: its error is the rounding of its own two
+    # values, no more.
     x = torch.randn(POSITIONS, 1, 1, 8, generator=torch.Generator().manual_seed(1)).bfloat16()
     angles = torch.outer(
         torch.arange(POSITIONS).double(), 10000.0 ** (-torch.arange(0, 8, 2).double() / 8)

@@ -1,4 +1,4 @@
-"""Recompute: what is computed again has the same bits, nothing is computed again for nothing, and memory is given back."""
+"""Activation recomputation: same bits, nothing recomputed without need, memory freed."""
 
 from collections.abc import Callable
 from typing import Any
@@ -29,7 +29,9 @@ SMALL = {"batch__global_sequences": 8, "model__num_kv_heads": 2}
 
 
 class Toy:
-    """A layer whose every part counts its calls: x + tanh(exp(w x)) w, with a product's own saved input."""
+    """A layer whose every part counts its calls: x + tanh(exp(w x)) w, with a product's own saved
+    input.
+    """
 
     def __init__(self) -> None:
         self.weight = torch.linspace(-1, 1, 36).view(6, 6).requires_grad_()
@@ -61,7 +63,9 @@ class Toy:
 
 
 def through_toy(policy: str) -> tuple[dict[str, int], list[Tensor], int, int, int]:
-    """(calls in all, gradients, bytes kept after the forward, bytes there midway through the backward, bytes left)"""
+    """(calls in all, gradients, bytes kept after the forward, bytes there midway through the
+    backward, bytes left)
+    """
     toy, midway = Toy(), []
     x = torch.linspace(-2, 2, 60).view(10, 6).requires_grad_()
     with Made([x, toy.weight]) as made:
@@ -69,6 +73,7 @@ def through_toy(policy: str) -> tuple[dict[str, int], list[Tensor], int, int, in
         kept = made.still_bytes() - y.untyped_storage().nbytes()
         toy.midway = lambda: midway.append(made.still_bytes())
         y.backward(torch.ones_like(y))
+
     assert x.grad is not None and toy.weight.grad is not None
     gradients = [x.grad.clone(), toy.weight.grad.clone()]
     del y
@@ -87,12 +92,15 @@ def through_toy(policy: str) -> tuple[dict[str, int], list[Tensor], int, int, in
 def test_each_policy_keeps_and_repeats_what_it_says(
     policy: str, calls: dict[str, int], tensors: int
 ) -> None:
-    """Catches a last product computed again for nothing, a cheap part kept, other gradients, memory that stays."""
+    """Catches a last product computed again for nothing, a cheap part kept, other gradients, memory
+    that stays.
+    """
     _, wanted, _, half, _ = through_toy("none")
     made, gradients, kept, midway, left = through_toy(policy)
     assert made == calls
     assert midway <= half, "what has been used is given back at the layer's end only"
-    # Of 10 x 6: none keeps two sines, the sum, what cosine is taken of and the cosine (x is the caller's).
+    # Of 10 x 6: none keeps two sines, the sum, what cosine is taken of and the cosine (x is the
+    # caller's).
     assert kept == tensors * 240
     assert left == 0
     for gradient, same in zip(gradients, wanted, strict=True):
@@ -116,7 +124,9 @@ def test_an_unknown_policy_is_our_own_bug() -> None:
 
 
 def test_the_first_layers_of_a_stage_recompute() -> None:
-    """Catches an off-by-one, a null that means none, and a count that is lost on the way from the config."""
+    """Catches an off-by-one, a null that means none, and a count that is lost on the way from the
+    config.
+    """
     assert choose_kernels(recompute="full", recompute_layers=2).recompute_of(3) == [
         "full",
         "full",
@@ -173,7 +183,9 @@ GRIDS: list[tuple[int, dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("world", "changes"), GRIDS, ids=lambda value: str(value))
 def test_no_policy_changes_a_bit(pool: GlooPool, world: int, changes: dict[str, Any]) -> None:
-    """Catches a norm made again from rounded numbers, collectives in another order, a gradient added twice."""
+    """Catches a norm made again from rounded numbers, collectives in another order, a gradient
+    added twice.
+    """
     base = run(pool, world, **changes)
     # A stage of a V has one layer.
     some = [] if "parallel__stages_per_rank" in changes else [("full", 1)]
@@ -201,7 +213,9 @@ def documents_job(launch: Launch, configs: list[Any]) -> list[tuple[float, float
 
 
 def test_document_borders_are_seen_again(pool: GlooPool) -> None:
-    """Catches a mask that does not reach what is computed again: it would attend across borders there."""
+    """Catches a mask that does not reach what is computed again: it would attend across borders
+    there.
+    """
     none, *others = [
         pool.run(
             1,

@@ -1,4 +1,4 @@
-"""The sharded AdamW against torch.optim.AdamW, and the step that must change nothing."""
+"""Sharded AdamW against torch.optim.AdamW, and the step that must change nothing."""
 
 import gc
 from hashlib import sha256
@@ -24,7 +24,8 @@ from tests.support.tiny_model import grid_of, microbatches_of, tiny_config
 
 STEPS = 30
 BETAS, EPS, DECAY = (0.9, 0.95), 1e-8, 0.1
-# Rows that do not divide, and fewer rows than ranks; a large decayed tensor so that vector loops run.
+# Rows that do not divide, and fewer rows than ranks; a large decayed tensor so that vector loops
+# run.
 TENSORS = {
     "big.weight": ((37, 9), True),
     "norm.weight": ((7,), False),
@@ -73,6 +74,7 @@ def adamw_job(launch: Launch, kernel: str, overlap: bool) -> dict[str, np.ndarra
     )
     for slot in buffer.shard_layout.slots:
         optimizer.set_master(slot.param_slice, start_of(slot.param_slice.name))
+
     for step in range(1, STEPS + 1):
         shard = torch.zeros(buffer.shard_layout.elements)
         for slot in buffer.shard_layout.slots:
@@ -82,6 +84,7 @@ def adamw_job(launch: Launch, kernel: str, overlap: bool) -> dict[str, np.ndarra
             )
         optimizer.step(shard, rate_of(step), torch.tensor(10.0), torch.tensor(0.0))
         optimizer.count(applied=True)
+
     assert optimizer.adam_steps == STEPS
     optimizer.wait_for(toy)
     return {name: getattr(toy, name.replace(".", "_")).detach().numpy() for name in TENSORS}
@@ -94,19 +97,23 @@ def torch_adamw() -> dict[str, np.ndarray]:
         {"params": [v for n, v in values.items() if not TENSORS[n][1]], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=1.0, betas=BETAS, eps=EPS, foreach=False)
+
     for step in range(1, STEPS + 1):
         for group in optimizer.param_groups:
             group["lr"] = rate_of(step)
         for name, value in values.items():
             value.grad = gradient_of(step, name)
         optimizer.step()
+
     return {name: value.detach().numpy() for name, value in values.items()}
 
 
 @pytest.mark.parametrize("kernel", ("fused", "reference"))
 @pytest.mark.parametrize("dp", (1, 2, 3))
 def test_equals_torchs_adamw_on_any_number_of_ranks(pool: GlooPool, dp: int, kernel: str) -> None:
-    """Catches a bias correction one step off, decay in the wrong group or not scaled by the rate, rows that stand still."""
+    """Catches a bias correction one step off, decay in the wrong group or not scaled by the rate,
+    rows that stand still.
+    """
     expected = torch_adamw()
     for rank, part in enumerate(pool.run(dp, adamw_job, kernel, dp == 3)):
         for name, value in expected.items():
@@ -118,7 +125,9 @@ def test_equals_torchs_adamw_on_any_number_of_ranks(pool: GlooPool, dp: int, ker
 
 @pytest.mark.parametrize("kernel", ("fused", "reference"))
 def test_a_step_refused_on_the_device_touches_nothing(kernel: str) -> None:
-    """Catches an update that is multiplied by 0 instead of left out: 0 times what is not a number is none either."""
+    """Catches an update that is multiplied by 0 instead of left out: 0 times what is not a number
+    is none either.
+    """
     buffer = GradientBuffer([Toy()], SINGLE["dp"], SINGLE["tp"], torch.device("cpu"))
     optimizer = ShardedAdamW(buffer.shard_layout, torch.device("cpu"), BETAS, EPS, DECAY, kernel)
     for shard in optimizer.flat_shards.values():
@@ -143,6 +152,7 @@ def test_which_tensors_decay() -> None:
     a = architecture_of(config)
     with torch.device("meta"):
         stage = Stage(a, range(1), True, True, SINGLE["tp"], False, kernels_of(config))
+
     assert {param_slice.name: param_slice.decay for _, param_slice in named_slices(stage)} == {
         "embedding.weight": True,
         "layers.0.attention_norm.weight": False,
@@ -160,13 +170,15 @@ def test_which_tensors_decay() -> None:
 
 
 def bf16_job(launch: Launch, config: Any) -> list[bool]:
-    """Before and after two steps: weights are bf16 and equal the master weights rounded; masters start unrounded."""
+    """Before and after two steps: weights are bf16 and equal the master weights rounded; masters
+    start unrounded.
+    """
     grid = grid_of(launch, config)
     engine = Engine(config, grid)
-    told = [masters_start_whole(engine), weights_are_masters(engine)]
+    results = [masters_start_whole(engine), weights_are_masters(engine)]
     for step in (1, 2):
         engine.train_step(microbatches_of(config, grid, step), 1e-3)
-    return [*told, weights_are_masters(engine), engine.optimizer.adam_steps == 2]
+    return [*results, weights_are_masters(engine), engine.optimizer.adam_steps == 2]
 
 
 def masters_start_whole(engine: Engine) -> bool:
@@ -193,7 +205,9 @@ def weights_are_masters(engine: Engine) -> bool:
 
 @pytest.mark.parametrize(("world", "tensor"), ((1, 1), (2, 1), (3, 1), (2, 2)))
 def test_bf16_weights_are_the_rounded_masters(pool: GlooPool, world: int, tensor: int) -> None:
-    """Catches masters drawn from rounded weights, and a rank whose weights are not what the optimizer holds."""
+    """Catches masters drawn from rounded weights, and a rank whose weights are not what the
+    optimizer holds.
+    """
     config = tiny_config(
         precision="bf16", parallel__tensor=tensor, batch__global_sequences=12, model__num_layers=2
     )
@@ -222,25 +236,29 @@ PLANTED = (
 
 
 def plant(engine: Engine, name: str, microbatch: int, value: float) -> Any:
-    """Put one value into the gradient of a tensor in one micro-batch, if this rank holds it; how to end it, or None."""
+    """Put one value into the gradient of a tensor in one micro-batch, if this rank holds it; how to
+    end it, or None.
+    """
     for stage in engine.stages.values():
         for parameter, param_slice in named_slices(stage):
             if param_slice.name == name:
-                sink = accumulator_of(parameter)
-                assert sink is not None, "no sink was attached"
-                kept = sink.arrived
-                sink.arrived = _planter(sink, param_slice, microbatch, value)
-                return lambda: setattr(sink, "arrived", kept)
+                accumulator = accumulator_of(parameter)
+                assert accumulator is not None, "no accumulator was attached"
+                kept = accumulator.arrived
+                accumulator.arrived = _planter(accumulator, param_slice, microbatch, value)
+                return lambda: setattr(accumulator, "arrived", kept)
     return None
 
 
-def _planter(sink: GradAccumulator, param_slice: ParamSlice, microbatch: int, value: float) -> Any:
-    arrived, seen = sink.arrived, [0]
+def _planter(
+    accumulator: GradAccumulator, param_slice: ParamSlice, microbatch: int, value: float
+) -> Any:
+    arrived, seen = accumulator.arrived, [0]
 
     def planted() -> None:
         seen[0] += 1
         if seen[0] - 1 == microbatch:
-            param_slice.of(sink.total)[-1] = value
+            param_slice.of(accumulator.total)[-1] = value
         assert arrived is not None, "nobody counts"
         arrived()
 
@@ -248,16 +266,20 @@ def _planter(sink: GradAccumulator, param_slice: ParamSlice, microbatch: int, va
 
 
 def skip_job(launch: Launch, config: Any) -> tuple[list[str], int]:
-    """A good step, bad ones of every kind, a good step; what was wrong, and how many bad steps there were."""
+    """A good step, bad ones of every kind, a good step; what was wrong, and how many bad steps
+    there were.
+    """
     grid = grid_of(launch, config)
     lr = config.lr.peak
     control = Engine(config, grid)
     for step in (1, 2):
         control.train_step(microbatches_of(config, grid, step), lr)
+
     engine = Engine(config, grid)
     engine.train_step(microbatches_of(config, grid, 1), lr)
     before, wrong, count = digest(engine), [], 0
     values = (float("nan"), float("inf"), float("-inf"))
+
     for rank in range(launch.world_size):
         for name in PLANTED:
             end = (
@@ -275,9 +297,11 @@ def skip_job(launch: Launch, config: Any) -> tuple[list[str], int]:
                 end()
             if result.applied or digest(engine) != before:
                 wrong.append(f"{name} on rank {rank}: applied {result.applied}")
+
     run = engine.executor.run
     engine.executor.run = lambda *args: [loss * float("nan") for loss in run(*args)]  # type: ignore[method-assign]
     result = engine.train_step(microbatches_of(config, grid, 1), lr)
+
     if (
         result.applied
         or digest(engine) != before
@@ -285,10 +309,12 @@ def skip_job(launch: Launch, config: Any) -> tuple[list[str], int]:
         or not np.isfinite(result.grad_norm)
     ):
         wrong.append("a loss that is not a number")
+
     engine.executor.run = run  # type: ignore[method-assign]
     engine.train_step(microbatches_of(config, grid, 2), lr)
     if digest(engine) != digest(control):
         wrong.append("the next good step differs from one without bad steps before it")
+
     return wrong, count
 
 
@@ -299,7 +325,9 @@ def skip_job(launch: Launch, config: Any) -> tuple[list[str], int]:
 def test_a_step_that_is_not_finite_changes_nothing(
     pool: GlooPool, tp: int, pp: int, dp: int, sequence: bool
 ) -> None:
-    """Catches a rank that steps while others skip, moments touched before the check, and a replica nobody looks at."""
+    """Catches a rank that steps while others skip, moments touched before the check, and a replica
+    nobody looks at.
+    """
     config = tiny_config(
         model__num_layers=2,
         parallel__tensor=tp,
@@ -314,15 +342,19 @@ def test_a_step_that_is_not_finite_changes_nothing(
 
 
 def overlap_job(launch: Launch, config: Any) -> tuple[list[Any], dict[str, Any], bool]:
-    """Three steps and an evaluation; results, masters, and whether a gather was still under way after the last step."""
+    """Three steps and an evaluation; results, masters, and whether a gather was still under way
+    after the last step.
+    """
     grid = grid_of(launch, config)
     engine = Engine(config, grid)
     results = []
+
     for step in (1, 2, 3):
         result = engine.train_step(microbatches_of(config, grid, step), config.lr.peak)
         results.append((result.loss, result.grad_norm, result.applied))
     under_way = bool(engine.optimizer.param_gather._under_way)
     results.append(engine.evaluate(microbatches_of(config, grid, 99)))
+
     return (
         results,
         {name: shard.numpy().copy() for name, shard in engine.optimizer.flat_shards.items()},
@@ -342,8 +374,9 @@ def overlap_job(launch: Launch, config: Any) -> tuple[list[Any], dict[str, Any],
 def test_overlap_and_buckets_change_no_bit(
     pool: GlooPool, pp: int, dp: int, precision: str, stages: dict[str, Any]
 ) -> None:
-    """Catches weights read before they have come, in any stage of a rank, a bucket that leaves before its last gradient,
-    sums in another order."""
+    """Catches weights read before they have come, in any stage of a rank, a bucket that leaves
+    before its last gradient, sums in another order.
+    """
     fixed = {
         "parallel__pipeline": pp,
         "precision": precision,
@@ -355,6 +388,7 @@ def test_overlap_and_buckets_change_no_bit(
     for overlap, size in (("off", None), ("on", None), ("on", 20_000), ("off", 20_000)):
         config = tiny_config(**fixed, parallel__overlap=overlap, parallel__bucket_bytes=size)
         runs[overlap, size] = pool.run(pp * dp, overlap_job, config)
+
     base = runs["off", None]
     for (overlap, size), parts in runs.items():
         for rank, (results, shards, under_way) in enumerate(parts):
@@ -375,7 +409,8 @@ def memory_job(launch: Launch, config: Any) -> list[int]:
     """Bytes of all tensors alive in this process after steps 5, 10, 15 and 20."""
     grid = grid_of(launch, config)
     engine = Engine(config, grid)
-    batches, told = microbatches_of(config, grid, 1), []
+    batches, results = microbatches_of(config, grid, 1), []
+
     for step in range(1, 21):
         engine.train_step(batches, config.lr.peak)
         if step % 5 == 0:
@@ -385,13 +420,16 @@ def memory_job(launch: Launch, config: Any) -> list[int]:
                 for t in gc.get_objects()
                 if type(t) in (torch.Tensor, nn.Parameter) and t.device.type == "cpu"
             }
-            told.append(sum(storages.values()))
-    return told
+            results.append(sum(storages.values()))
+
+    return results
 
 
 @pytest.mark.parametrize(("dp", "overlap"), ((1, "off"), (2, "off"), (2, "on")))
 def test_nothing_grows_from_step_to_step(pool: GlooPool, dp: int, overlap: str) -> None:
-    """Catches transfers, hooks or losses that are kept: a run of a million steps would end out of memory."""
+    """Catches transfers, hooks or losses that are kept: a run of a million steps would end out of
+    memory.
+    """
     config = tiny_config(model__num_layers=1, batch__global_sequences=4, parallel__overlap=overlap)
-    for told in pool.run(dp, memory_job, config):
-        assert len(set(told)) == 1 and told[0] > 0, told
+    for results in pool.run(dp, memory_job, config):
+        assert len(set(results)) == 1 and results[0] > 0, results

@@ -1,4 +1,4 @@
-"""The global norm on every kind of grid, from gradients planted by global name."""
+"""Global gradient norm on every kind of grid, from gradients planted by global name."""
 
 from math import sqrt
 from typing import Any
@@ -59,6 +59,7 @@ def plant(engine: Engine, gradients: dict[str, np.ndarray]) -> torch.Tensor:
             )
         start, stop = slot.rows(engine.grid.dp)
         shard_layout.local(shard, slot).copy_(value[start:stop])
+
     return shard
 
 
@@ -84,7 +85,9 @@ def config_for(tp: int, pp: int, **changes: Any) -> Any:
 
 @pytest.mark.parametrize("tp,pp,dp", GRIDS)
 def test_norm_is_that_of_the_whole_gradient(pool: GlooPool, tp: int, pp: int, dp: int) -> None:
-    """Catches a missing sum over stages or over a stage's ranks, replicas counted twice, a norm divided by micro-batches."""
+    """Catches a missing sum over stages or over a stage's ranks, replicas counted twice, a norm
+    divided by micro-batches.
+    """
     config, world = config_for(tp, pp), tp * pp * dp
     found = pool.run(world, norm_job, config)
     squares = {
@@ -105,10 +108,13 @@ def test_norm_does_not_change_a_bit_with_the_pipeline(pool: GlooPool) -> None:
 
 
 def not_finite_job(launch: Launch, config: Any) -> list[str]:
-    """Plants one value in one tensor on one rank at a time; which of these the sums take for finite."""
+    """Plants one value in one tensor on one rank at a time; which of these the sums take for
+    finite.
+    """
     grid = grid_of(launch, config)
     engine = Engine(config, grid, fill=False)
     missed = []
+
     for rank in range(launch.world_size):
         for n, name in enumerate(engine.names):
             value = (float("nan"), float("inf"), float("-inf"))[(n + rank) % 3]
@@ -117,6 +123,7 @@ def not_finite_job(launch: Launch, config: Any) -> list[str]:
                 if grid.rank == rank and slot.param_slice.name == name:
                     held = engine.gradients.shard_layout.local(shard, slot)
                     held.view(-1)[-1:] = value
+
             holds = any(
                 slot.param_slice.name == name
                 and engine.gradients.shard_layout.local(shard, slot).numel()
@@ -126,11 +133,14 @@ def not_finite_job(launch: Launch, config: Any) -> list[str]:
             torch.distributed.all_reduce(held_anywhere)
             if sums_of(engine, grid, shard).finite and held_anywhere.item():
                 missed.append(f"{name} on rank {rank}")
+
     return missed
 
 
 def test_one_value_that_is_not_finite_is_seen_everywhere(pool: GlooPool) -> None:
-    """Catches a replica that nobody counts and so nobody checks: it alone would write NaN into one rank's weights."""
+    """Catches a replica that nobody counts and so nobody checks: it alone would write NaN into one
+    rank's weights.
+    """
     for missed in pool.run(8, not_finite_job, config_for(2, 2)):
         assert missed == []
 
@@ -141,6 +151,7 @@ def test_the_divisor_is_torchs(norm: float, clip: float) -> None:
     parameter = torch.nn.Parameter(torch.zeros(2, dtype=torch.float64))
     parameter.grad = torch.tensor([norm * 0.6, norm * 0.8], dtype=torch.float64)
     torch.nn.utils.clip_grad_norm_([parameter], clip)
+
     for clip_norm, expected in ((clip, parameter.grad[1].item()), (None, norm * 0.8)):
         sums = torch.tensor([(norm * 0.6) ** 2, (norm * 0.8) ** 2], dtype=torch.float64)
         decision = decide_step(
@@ -161,7 +172,9 @@ def test_the_divisor_is_torchs(norm: float, clip: float) -> None:
     ),
 )
 def test_what_is_not_finite_is_skipped(loss: float, square: float, skipped: bool) -> None:
-    """Catches a device that applies what the host calls skipped: weights and the count of updates would part."""
+    """Catches a device that applies what the host calls skipped: weights and the count of updates
+    would part.
+    """
     sums = torch.tensor([1.0, square], dtype=torch.float64)
     decision = decide_step(
         sums, ["a", "b"], torch.tensor(loss), (0.0, 2.0), SINGLE["stage"], SINGLE["pp"], 1.0
@@ -178,7 +191,9 @@ MANY = BLOCK * MANY_BLOCKS
 
 @pytest.mark.parametrize("elements", (1, BLOCK - 1, MANY - 1, MANY, MANY + 1, 3 * MANY + 77))
 def test_blocks_keep_the_accuracy_of_fp64(elements: int) -> None:
-    """Catches a tail that is left out, and a sum in fp32: a million squares then lose the seventh digit."""
+    """Catches a tail that is left out, and a sum in fp32: a million squares then lose the seventh
+    digit.
+    """
     values = torch.randn(elements, generator=torch.Generator().manual_seed(elements)) * 3
     shard_layout = ShardLayout(
         [

@@ -26,7 +26,9 @@ SECOND = ("linear", 1e-4, 0.0, 2000, 16_580)
     ),
 )
 def test_cosine_of_the_first_stage(step: int, value: float) -> None:
-    """Catches a first step at rate 0, a peak one step late, and an end that never reaches the final rate."""
+    """Catches a first step at rate 0, a peak one step late, and an end that never reaches the final
+    rate.
+    """
     assert rate(step, *FIRST) == pytest.approx(value, rel=1e-12)
 
 
@@ -83,7 +85,9 @@ schedules = st.tuples(
 def test_up_to_the_peak_then_never_up_again(
     schedule: tuple[str, float, float, int, int, int],
 ) -> None:
-    """Catches a jump at the end of warm-up, a rate outside final..peak, a wrong end, and state between calls."""
+    """Catches a jump at the end of warm-up, a rate outside final..peak, a wrong end, and state
+    between calls.
+    """
     kind, peak, part, warmup, total, decay = schedule
     final, decay = peak * part, min(decay, total - warmup)
     args = (kind, peak, final, warmup, total, decay)

@@ -1,7 +1,8 @@
-"""Column and row products against the plain ones, for every way to exchange, with weight gradients at once and later.
+"""Column- and row-parallel products against plain ones, for every collective variant.
 
-Each case runs twice: with gloo's own transfers, and with transfers that only happen when they are waited for, so that
-what is used before its wait is NaN and not, by luck, the right number.
+- Weight gradients run at once or deferred.
+- Each case runs twice: with gloo's own transfers, and with transfers that only happen in `wait`. A
+  result used before its wait is then NaN, and not by luck the right number.
 """
 
 from collections.abc import Iterator
@@ -62,7 +63,9 @@ def dense() -> dict[str, Any]:
 
 
 class Counter:
-    """Collectives begun, by kind; `late`: each happens when it is waited for, and its result is NaN until then."""
+    """Collectives begun, by kind; `late`: each happens when it is waited for, and its result is NaN
+    until then.
+    """
 
     def __init__(self, late: bool):
         self.late = late
@@ -87,24 +90,27 @@ class Counter:
 
     @contextmanager
     def counting(self) -> Iterator[None]:
-        places = [(collectives, "_all_gather"), (collectives, "_reduce_scatter")]
-        places += [(dist, "all_to_all_single"), (dist, "all_reduce")]
-        kept = [(place, name, getattr(place, name)) for place, name in places]
-        for kind, (place, name, function) in zip(COLLECTIVES, kept, strict=True):
-            setattr(place, name, self.wrap(kind, function))
+        originals = [(collectives, "_all_gather"), (collectives, "_reduce_scatter")]
+        originals += [(dist, "all_to_all_single"), (dist, "all_reduce")]
+        saved = [(module, name, getattr(module, name)) for module, name in originals]
+        for kind, (module, name, function) in zip(COLLECTIVES, saved, strict=True):
+            setattr(module, name, self.wrap(kind, function))
         try:
             yield
         finally:
-            for place, name, function in kept:
-                setattr(place, name, function)
+            for module, name, function in saved:
+                setattr(module, name, function)
 
 
 def build(axis: Axis, sequence: bool) -> tuple[ColumnLinear, RowLinear, dict[str, list[int]]]:
-    """Both layers with this rank's part of the weights, sinks attached; how often each sink was complete."""
+    """Both layers with this rank's part of the weights, accumulators attached; how often each
+    accumulator was complete.
+    """
     column = ColumnLinear(HIDDEN, {"gate": INNER, "up": INNER}, axis, sequence, 1.0)
     row = RowLinear("down", INNER, HIDDEN, axis, sequence, 1.0)
     arrived: dict[str, list[int]] = {"column": [], "row": []}
     work = WeightGradStore()
+
     for name, layer in (("column", column), ("row", row)):
         layer.weight_grad_store = work
         for param_slice in layer.slices["weight"]:
@@ -114,10 +120,12 @@ def build(axis: Axis, sequence: bool) -> tuple[ColumnLinear, RowLinear, dict[str
                     param_slice.dim or 0, param_slice.start, param_slice.stop - param_slice.start
                 )
             )
+
         attach(
             layer.weight,
             GradAccumulator(torch.zeros(layer.weight.shape), lambda n=name: arrived[n].append(1)),
         )
+
     return column, row, arrived
 
 
@@ -133,7 +141,7 @@ def run_case(
 ) -> dict[str, Any]:
     axis = replace(axis, overlap=overlap, regather=regather)
     column, row, arrived = build(axis, sequence)
-    sinks = {"column": column.weight.accumulator, "row": row.weight.accumulator}
+    accumulators = {"column": column.weight.accumulator, "row": row.weight.accumulator}
     counter, found = Counter(late), {"y": [], "dx": [], "early": [], "arrived": []}
 
     def mine(x: Tensor) -> Tensor:
@@ -143,33 +151,37 @@ def run_case(
         for m in range(MICROBATCHES):
             x = mine(drawn(f"x{m}", SEQUENCE, ROWS, HIDDEN)).requires_grad_()
             y = step(column, row, x)
-            before = [accumulator.total.clone() for accumulator in sinks.values()]
+            before = [accumulator.total.clone() for accumulator in accumulators.values()]
+
             if later:
-                with column.weight_grad_store.deferring() as kept:
+                with column.weight_grad_store.deferring() as saved:
                     y.backward(mine(drawn(f"dy{m}", SEQUENCE, ROWS, HIDDEN)))
                 unmoved = all(
                     torch.equal(a, accumulator.total)
-                    for a, accumulator in zip(before, sinks.values(), strict=True)
+                    for a, accumulator in zip(before, accumulators.values(), strict=True)
                 )
-                found["early"].append((unmoved, len(kept), len(arrived["column"])))
-                for work in kept:
+                found["early"].append((unmoved, len(saved), len(arrived["column"])))
+                for work in saved:
                     work()
             else:
                 y.backward(mine(drawn(f"dy{m}", SEQUENCE, ROWS, HIDDEN)))
+
             found["y"].append(y.detach().numpy())
             found["dx"].append(x.grad.numpy())
             found["arrived"].append((len(arrived["column"]), len(arrived["row"])))
+
     found["autograd"] = [weight.grad is None for weight in (column.weight, row.weight)]
     found["begun"] = counter.begun
     found["grads"] = {
         param_slice.name: (
             param_slice.dim,
             param_slice.start,
-            param_slice.of(sinks[name].total).numpy(),
+            param_slice.of(accumulators[name].total).numpy(),
         )
         for name, layer in (("column", column), ("row", row))
         for param_slice in layer.slices["weight"]
     }
+
     return found
 
 
@@ -183,7 +195,8 @@ def close(found: Any, expected: Tensor) -> bool:
 def expected_begun(tp: int, sequence: bool, regather: bool) -> dict[str, int]:
     begun = dict.fromkeys(COLLECTIVES, 0)
     if tp > 1 and sequence:
-        # Forward and backward: one layer gathers and one scatters in each; the gathered input once more where it is not kept.
+        # Forward and backward: one layer gathers and one scatters in each; the gathered input once
+        # more where it is not kept.
         begun["all_gather"], begun["all_to_all"] = (2 + regather) * MICROBATCHES, 2 * MICROBATCHES
     elif tp > 1:
         begun["all_reduce"] = 2 * MICROBATCHES
@@ -196,7 +209,9 @@ def expected_begun(tp: int, sequence: bool, regather: bool) -> dict[str, int]:
 @pytest.mark.parametrize("late", (False, True))
 @pytest.mark.parametrize("tp", (1, 2, 4))
 def test_every_variant_equals_the_plain_product(pool: GlooPool, tp: int, late: bool) -> None:
-    """Catches a wait left out, rows in another rank's place, a gradient added twice, at the wrong time or not at all."""
+    """Catches a wait left out, rows in another rank's place, a gradient added twice, at the wrong
+    time or not at all.
+    """
     whole, parts = dense(), pool.run(tp, case_job, CASES, late)
     for index, (sequence, _, regather, later) in enumerate(CASES):
         ranks, say = [part[index] for part in parts], str(CASES[index])
@@ -205,11 +220,13 @@ def test_every_variant_equals_the_plain_product(pool: GlooPool, tp: int, late: b
                 blocks = wanted.chunk(tp) if sequence else [wanted] * tp
                 for rank, block in zip(ranks, blocks, strict=True):
                     assert close(rank[key][m], block), f"{key} of micro-batch {m}, {say}"
+
         for rank in ranks:
             for name, (dim, start, grad) in rank["grads"].items():
                 assert close(grad, whole["grads"][name].narrow(dim, start, grad.shape[dim])), (
                     f"{name}, {say}"
                 )
+
             assert rank["autograd"] == [True, True], f"a gradient went to autograd too, {say}"
             assert rank["arrived"] == [(m + 1, m + 1) for m in range(MICROBATCHES)], say
             assert rank["early"] == (
@@ -219,12 +236,15 @@ def test_every_variant_equals_the_plain_product(pool: GlooPool, tp: int, late: b
 
 
 def test_when_changes_no_bit(pool: GlooPool) -> None:
-    """Catches another order of sums where only the time of a transfer or of a weight gradient should differ."""
+    """Catches another order of sums where only the time of a transfer or of a weight gradient
+    should differ.
+    """
     parts = pool.run(2, case_job, CASES, False)
     for rank in parts:
         found = dict(zip(CASES, rank, strict=True))
         for sequence, overlap, regather, later in CASES:
-            # With the sequence split, overlap cuts a product in two; everything else must leave the same products.
+            # With the sequence split, overlap cuts a product in two; everything else must leave the
+            # same products.
             plain = found[sequence, overlap and sequence, False, False]
             this = found[sequence, overlap, regather, later]
             for key in ("y", "dx"):
@@ -248,10 +268,13 @@ class Operators(TorchDispatchMode):
 
 
 def test_a_product_copies_nothing() -> None:
-    """Catches a hidden copy, and a weight gradient that is a tensor of its own before it is added."""
+    """Catches a hidden copy, and a weight gradient that is a tensor of its own before it is
+    added.
+    """
     column, row, _ = build(SINGLE["tp"], False)
     x = torch.randn(SEQUENCE, ROWS, HIDDEN, requires_grad=True)
     inner = torch.randn(SEQUENCE, ROWS, INNER, requires_grad=True)
+
     for layer, given in ((column, x), (row, inner)):
         with Operators() as operators:
             y = layer(given)
@@ -304,7 +327,9 @@ def frozen_job(launch: Launch) -> dict[str, int]:
 
 
 def test_the_choice_is_by_the_axis() -> None:
-    """Catches a switch that chooses nothing, and symmetric memory that is missing and not refused."""
+    """Catches a switch that chooses nothing, and symmetric memory that is missing and not
+    refused.
+    """
     two = Axis("tp", 2, 0, None)
     assert type(choose_collective_matmul(SINGLE["tp"], True, None)) is CollectiveMatmul
     assert type(choose_collective_matmul(two, False, None)) is Replicated
@@ -315,30 +340,34 @@ def test_the_choice_is_by_the_axis() -> None:
 
 
 def test_a_product_can_be_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a layer that multiplies past the product it was given, or that does not ask it about its shape."""
-    said: list[Any] = []
+    """Catches a layer that multiplies past the product it was given, or that does not ask it about
+    its shape.
+    """
+    calls: list[Any] = []
 
     class Noting(Product):
         def multiply(
             self, a: Tensor, matrix: Tensor, gradient: bool, out: Tensor | None = None
         ) -> Tensor:
-            said.append("gradient" if gradient else "value")
+            calls.append("gradient" if gradient else "value")
             return super().multiply(a, matrix, gradient, out)
 
         def add_weight_gradient(self, into: Tensor, dy: Tensor, x: Tensor) -> None:
-            said.append("weight")
+            calls.append("weight")
             super().add_weight_gradient(into, dy, x)
 
         def check(self, name: str, rows: int, columns: int) -> None:
-            said.append((name, rows, columns))
+            calls.append((name, rows, columns))
 
     layers = [ColumnLinear(4, {"a": 6, "b": 2}, SINGLE["tp"], False, 1.0, product=Noting())]
     layers += [RowLinear("c", 8, 4, SINGLE["tp"], False, 1.0, product=Noting())]
-    assert said == [("a + b", 8, 4), ("c", 4, 8)]
+    assert calls == [("a + b", 8, 4), ("c", 4, 8)]
+
     for layer, width in zip(layers, (4, 8), strict=True):
-        said.clear()
+        calls.clear()
         torch.nn.init.ones_(layer.weight)
         attach(layer.weight, GradAccumulator(torch.zeros(layer.weight.shape)))
         layer(torch.ones(2, 1, width, requires_grad=True)).sum().backward()
-        assert said == ["value", "gradient", "weight"]
+        assert calls == ["value", "gradient", "weight"]
+
     assert collective_matmul.Product is Product

@@ -1,6 +1,7 @@
-"""The conjugate pairs against their definitions over all ranks: a wrong partner gives right outputs and wrong gradients.
+"""Collectives and their autograd pairs against their definitions over all ranks.
 
-Values are small whole numbers in float64, so every sum is exact and equality is equality.
+A wrong partner gives right outputs and wrong gradients. Values are small integers in float64, so
+every sum is exact and equality is equality.
 """
 
 from typing import Any
@@ -49,15 +50,18 @@ def pairs_job(launch: Launch) -> dict[str, Any]:
         assert torch.equal(leaf, kept[0]), f"{pair} wrote into its input"
         assert torch.equal(grad, kept[1]), f"{pair} wrote into the gradient it was given"
         found[pair] = (y.detach().numpy(), leaf.grad.numpy())
+
     peak = all_reduce(torch.tensor([float(axis.rank)]), axis, dist.ReduceOp.MAX)
     found["max"] = peak.item()
     found["again"] = reduce_scatter(
         all_gather(torch.full((2, 3), float(axis.rank)), axis), axis
     ).numpy()
+
     try:
         reduce_scatter(torch.zeros(axis.size + 1, 2), axis)
     except AssertionError as error:
         found["uneven"] = str(error)
+
     return found
 
 
@@ -70,7 +74,9 @@ def expected(pair: str, size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 @pytest.mark.parametrize("size", (2, 4))
 def test_forward_and_backward_by_definition(pool: GlooPool, size: int) -> None:
-    """Catches a backward that is the identity where a sum is due, blocks in the wrong order, and a sum made in place."""
+    """Catches a backward that is the identity where a sum is due, blocks in the wrong order, and a
+    sum made in place.
+    """
     found = pool.run(size, pairs_job)
     for pair in PAIRS:
         for rank, (y, grad) in enumerate(expected(pair, size)):
@@ -80,6 +86,7 @@ def test_forward_and_backward_by_definition(pool: GlooPool, size: int) -> None:
             assert torch.equal(torch.from_numpy(found[rank][pair][1]), grad), (
                 f"{pair} backward on rank {rank}"
             )
+
     assert [part["max"] for part in found] == [size - 1.0] * size
     for rank, part in enumerate(found):
         assert (part["again"] == rank * size).all(), (
@@ -97,12 +104,15 @@ def test_one_rank_needs_no_group(sequence: bool) -> None:
 
 
 def started_job(launch: Launch, dtype: torch.dtype) -> list[Any]:
-    """Every collective at once and begun ahead, on one group: two of them under way together, waited for in turn."""
+    """Every collective at once and begun ahead, on one group: two of them under way together,
+    waited for in turn.
+    """
     axis = Axis("tp", launch.world_size, launch.rank, dist.group.WORLD)
     found: list[Any] = []
     for wait in (True, False):
         x = whole_numbers(axis.rank, axis.size * 4, 3).to(dtype)
-        # Every second column of a wider tensor: what is sent must not be what happens to lie in between.
+        # Every second column of a wider tensor: what is sent must not be what happens to lie in
+        # between.
         gaps = whole_numbers(axis.rank, 4, 6).to(dtype)[:, ::2]
         summed, most = x.clone(), gaps.clone()
         pending = [
@@ -117,16 +127,20 @@ def started_job(launch: Launch, dtype: torch.dtype) -> list[Any]:
         assert [p.wait().double().tolist() for p in pending] == found[-1], (
             "waiting again did something again"
         )
+
     return found
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 @pytest.mark.parametrize("size", (2, 3, 4))
 def test_begun_ahead_or_at_once(pool: GlooPool, size: int, dtype: torch.dtype) -> None:
-    """Catches a swap of two that sends the wrong half, a sum made twice or before it has come, blocks in a wrong place."""
+    """Catches a swap of two that sends the wrong half, a sum made twice or before it has come,
+    blocks in a wrong place.
+    """
     xs = [whole_numbers(rank, size * 4, 3) for rank in range(size)]
     gaps = [whole_numbers(rank, 4, 6)[:, ::2] for rank in range(size)]
     whole = torch.stack(xs).sum(0)
+
     for rank, found in enumerate(pool.run(size, started_job, dtype)):
         wanted = [
             whole,
@@ -148,5 +162,7 @@ def rounding_job(launch: Launch) -> list[float]:
 
 
 def test_narrow_sums_are_rounded_once(pool: GlooPool) -> None:
-    """Catches a bf16 sum that is rounded at every rank: 256 + 3 halves is 258 in bf16, and 256 when each half is lost."""
+    """Catches a bf16 sum that is rounded at every rank: 256 + 3 halves is 258 in bf16, and 256 when
+    each half is lost.
+    """
     assert pool.run(4, rounding_job) == [[258.0]] * 4

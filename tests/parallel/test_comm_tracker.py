@@ -1,4 +1,7 @@
-"""That everything which crosses ranks is counted, named and timed, and changes no value."""
+"""Communication tracking: everything that crosses ranks is counted, named and timed.
+
+No value changes.
+"""
 
 import time
 from typing import Any
@@ -54,6 +57,7 @@ def collectives_job(launch: Launch, overlap: bool) -> dict[str, Any]:
     quiet = Axis("dp", launch.world_size, launch.rank, dist.group.WORLD)
     x = torch.randn(12, 3, generator=torch.Generator().manual_seed(launch.rank))
     values = []
+
     for one in (axis, quiet):
         shards = torch.zeros(launch.world_size, 5)
         shards[launch.rank] = float(launch.rank)
@@ -67,9 +71,11 @@ def collectives_job(launch: Launch, overlap: bool) -> dict[str, Any]:
                 gather_shards(shards, one, wait=not overlap).wait(),
             ]
         )
+
     equal = all(torch.equal(a, b) for a, b in zip(*values, strict=True))
     if launch.rank == 0:
         time.sleep(0.3)
+
     before, entered = comm.blocked_seconds, time.monotonic()
     all_reduce(x, axis)
     return {
@@ -123,6 +129,7 @@ def pipeline_job(launch: Launch) -> list[str]:
         (2, 3),
         torch.float32,
     )
+
     return comm.names
 
 
@@ -147,7 +154,9 @@ def test_all_axes_of_a_grid_report_to_one_place(pool: GlooPool) -> None:
 
 
 def checks_job(launch: Launch, config: Any) -> list[tuple[str, str, str]]:
-    """Of each plain collective that checks of the state make: what it is, and what the traffic said before and after it."""
+    """Of each plain collective that checks of the state make: what it is, and what the traffic said
+    before and after it.
+    """
     grid = grid_of(launch, config)
     engine = Engine(config, grid)
     engine.train_step(microbatches_of(config, grid, 1), 1e-3)
@@ -179,12 +188,15 @@ def checks_job(launch: Launch, config: Any) -> list[tuple[str, str, str]]:
     finally:
         for name, function in plain.items():
             setattr(dist, name, function)
+
     assert grid.comm.current == ""
     return found
 
 
 def test_checks_of_the_state_name_their_exchanges(pool: GlooPool) -> None:
-    """Else a rank that hangs in one looks like one that is in no collective, and is ended for it."""
+    """Else a rank that hangs in one looks like one that is in no collective, and is ended for
+    it.
+    """
     for found in pool.run(2, checks_job, tiny_config()):
         assert [name for name, *_ in found].count("all_gather_object") == 3
         assert [name for name, *_ in found].count("all_reduce") >= 3

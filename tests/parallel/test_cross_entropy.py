@@ -1,4 +1,4 @@
-"""Cross entropy with a split vocabulary, over logits and fused with the head, against F.cross_entropy and autograd."""
+"""Vocabulary-parallel cross entropy, plain and fused, against F.cross_entropy and autograd."""
 
 from dataclasses import replace
 from typing import Any
@@ -60,6 +60,7 @@ def loss_job(launch: Launch, vocab: int) -> dict[str, Any]:
     tp = Axis("tp", launch.world_size, launch.rank, dist.group.WORLD)
     start, stop = even_slice(vocab, tp.size, tp.rank)
     found: dict[str, Any] = {"box": (start, stop)}
+
     for kind in KINDS:
         whole = logits_of(kind, vocab)
         mine = whole[..., start:stop].clone().requires_grad_()
@@ -68,7 +69,8 @@ def loss_job(launch: Launch, vocab: int) -> dict[str, Any]:
         assert torch.equal(mine.detach(), whole[..., start:stop]), "the logits were written over"
         assert mine.grad.dtype == mine.dtype and loss.dtype == torch.float32
         found[kind] = (loss.detach().numpy(), mine.grad.float().numpy())
-    said = []
+
+    errors = []
     for bad in (vocab, vocab + 1, -1, -99, 2**31):
         labels = labels_of(vocab)
         labels[4, 1] = bad
@@ -76,16 +78,19 @@ def loss_job(launch: Launch, vocab: int) -> dict[str, Any]:
             vocab_parallel_cross_entropy(
                 logits_of("plain", vocab)[..., start:stop], labels, start, vocab, tp
             )
-            said.append("taken")
+            errors.append("taken")
         except DataError as error:
-            said.append(str(error))
-    found["said"] = said
+            errors.append(str(error))
+
+    found["errors"] = errors
     return found
 
 
 @pytest.mark.parametrize(("tp", "vocab"), ((1, 251), (2, 251), (4, 251), (4, 256), (4, 5), (2, 3)))
 def test_loss_and_gradient_equal_cross_entropy(pool: GlooPool, tp: int, vocab: int) -> None:
-    """Catches a sum or maximum that stays local, an overflow at large logits, padding that takes probability."""
+    """Catches a sum or maximum that stays local, an overflow at large logits, padding that takes
+    probability.
+    """
     parts = pool.run(tp, loss_job, vocab)
     labels = labels_of(vocab)
     for kind in KINDS:
@@ -94,28 +99,33 @@ def test_loss_and_gradient_equal_cross_entropy(pool: GlooPool, tp: int, vocab: i
         (loss * mixing()).sum().backward()
         gradient = np.concatenate([part[kind][1] for part in parts], axis=-1)
         tolerance = 1e-2 if kind == "bf16" else 1e-5
+
         for part in parts:
             assert np.allclose(part[kind][0], loss.detach().numpy(), rtol=1e-5, atol=1e-5), kind
             assert np.array_equal(part[kind][0], parts[0][kind][0]), "ranks disagree on the loss"
             assert not part[kind][0][-1].any(), "a position without a label has a loss"
+
         assert np.allclose(gradient, x.grad.numpy(), rtol=tolerance, atol=tolerance), kind
         assert not gradient[-1].any(), "a position without a label has a gradient"
-        # Softmax minus one-hot: each row sums to zero only when the probabilities of real ids sum to one.
+        # Softmax minus one-hot: each row sums to zero only when the probabilities of real ids sum
+        # to one.
         assert np.abs(gradient.sum(-1)).max() < (0.05 if kind == "bf16" else 1e-5), kind
 
 
 @pytest.mark.parametrize(("tp", "vocab"), ((1, 251), (4, 251), (4, 5)))
 def test_labels_outside_the_vocabulary_are_refused(pool: GlooPool, tp: int, vocab: int) -> None:
-    """Catches a label that is nobody's: its logit would count as zero and the loss could fall in silence."""
+    """Catches a label that is nobody's: its logit would count as zero and the loss could fall in
+    silence.
+    """
     for part in pool.run(tp, loss_job, vocab):
-        for bad, text in zip((vocab, vocab + 1, -1, -99, 2**31), part["said"], strict=True):
+        for bad, text in zip((vocab, vocab + 1, -1, -99, 2**31), part["errors"], strict=True):
             assert text.startswith(
                 f"label id {bad} at row 1, position 4 of a micro-batch is outside the vocabulary"
             )
 
 
 class Counted(GradAccumulator):
-    """A sink that counts how often it was told that a micro-batch is in."""
+    """An accumulator that counts completed micro-batches."""
 
     def __init__(self, total: torch.Tensor):
         super().__init__(total, self.count)
@@ -134,10 +144,12 @@ def head_of(vocab: int, kind: str = "plain") -> tuple[torch.Tensor, torch.Tensor
     )
     if kind == "large":
         hidden = hidden * 60
+
     if kind == "spread":
         # One id far above all others, so that the other ranks' part of the probability underflows.
         weight[vocab // 2] += 300 * hidden[0, 0] / hidden[0, 0].norm() ** 2
         hidden = hidden + hidden[0, 0]
+
     return hidden, weight
 
 
@@ -154,11 +166,12 @@ def run_fused(
     strip: int | None,
     rows: int,
 ) -> dict[str, Any]:
-    """Loss and gradients of this rank, with a accumulator and without, from whole tensors."""
+    """Loss and gradients of this rank, with an accumulator and without, from whole tensors."""
     start, stop = v.start, v.start + v.width
     part = slice(None)
     if v.sequence:
         part = slice(v.tp.rank * SEQUENCE // v.tp.size, (v.tp.rank + 1) * SEQUENCE // v.tp.size)
+
     results = []
     for given_sink in (True, False):
         w = padded(weight[start:stop], rows)
@@ -173,7 +186,7 @@ def run_fused(
         assert (w.grad is None) == given_sink, "the gradient of the matrix went two ways, or none"
         assert accumulator.times == int(given_sink) and torch.equal(
             made, accumulator.total - 2.0
-        ), "backward added to the sink"
+        ), "backward added to the accumulator"
         dw = made if w.grad is None else w.grad
         assert (
             x.grad is not None
@@ -189,6 +202,7 @@ def run_fused(
         results.append(
             (float(loss.detach()), x.grad.float().numpy(), dw[: v.width].float().numpy())
         )
+
     assert results[0][0] == results[1][0] and np.array_equal(results[0][1], results[1][1])
     assert np.abs(results[0][2] - results[1][2]).max(initial=0) < (
         0.05 if weight.dtype == torch.bfloat16 else 1e-5
@@ -206,6 +220,7 @@ def fused_job(launch: Launch, vocab: int, sequence: bool) -> dict[Any, dict[str,
     )
     start, stop = even_slice(vocab, tp.size, tp.rank)
     found = {}
+
     for kind, strip in FUSED:
         v = VocabShard(
             start,
@@ -220,6 +235,7 @@ def fused_job(launch: Launch, vocab: int, sequence: bool) -> dict[Any, dict[str,
         found[kind, strip] = run_fused(
             hidden, weight, labels_of(vocab), v, strip, -(-vocab // tp.size)
         )
+
     return found
 
 
@@ -235,6 +251,7 @@ def whole_head(vocab: int, kind: str) -> tuple[float, np.ndarray, np.ndarray]:
     )
     loss.backward()
     assert x.grad is not None and w.grad is not None
+
     return loss.item(), x.grad.numpy(), w.grad.numpy()
 
 
@@ -253,7 +270,9 @@ def whole_head(vocab: int, kind: str) -> tuple[float, np.ndarray, np.ndarray]:
 def test_fused_equals_cross_entropy_and_autograd(
     pool: GlooPool, tp: int, sequence: bool, vocab: int
 ) -> None:
-    """Catches a factor, a mask or a strip left out, a share of probability taken for the whole, a sum left on one rank."""
+    """Catches a factor, a mask or a strip left out, a share of probability taken for the whole, a
+    sum left on one rank.
+    """
     parts = pool.run(tp, fused_job, vocab, sequence)
     for kind, strip in FUSED:
         loss, dx, dw = whole_head(vocab, kind)
@@ -261,6 +280,7 @@ def test_fused_equals_cross_entropy_and_autograd(
         found_dx = np.concatenate([part["dx"] for part in got]) if sequence else got[0]["dx"]
         found_dw = np.concatenate([part["dw"] for part in got])
         tolerance = 2e-2 if kind == "bf16" else 1e-5
+
         for part in got:
             assert part["loss"] == got[0]["loss"], "ranks disagree"
             assert part["loss"] == pytest.approx(loss, rel=1e-3 if kind == "bf16" else 1e-6), (
@@ -268,13 +288,16 @@ def test_fused_equals_cross_entropy_and_autograd(
                 strip,
             )
             assert sequence or np.array_equal(part["dx"], got[0]["dx"]), "ranks disagree"
+
         assert np.abs(found_dx - dx).max() <= tolerance * np.abs(dx).max(), (kind, strip)
         assert np.abs(found_dw - dw).max() <= tolerance * np.abs(dw).max(), (kind, strip)
         assert not found_dx[-1].any(), "a position without a label has a gradient"
 
 
 def uneven_job(launch: Launch) -> dict[str, Any]:
-    """Sizes at which the narrower rank, asked by its own width, would take one strip and the wider one two."""
+    """Sizes at which the narrower rank, asked by its own width, would take one strip and the wider
+    one two.
+    """
     kept = {**STRIP_BYTES}, {**STRIP_ROWS}
     STRIP_BYTES["cpu"], STRIP_ROWS["cpu"] = 4 * 125 * SEQUENCE * ROWS, 1
     try:
@@ -295,7 +318,9 @@ def uneven_job(launch: Launch) -> dict[str, Any]:
 
 
 def test_ranks_of_unequal_width_cut_alike(pool: GlooPool) -> None:
-    """Catches a rank that exchanges more strips than the others: a hang, or numbers of other rows."""
+    """Catches a rank that exchanges more strips than the others: a hang, or numbers of other
+    rows.
+    """
     loss, dx, _ = whole_head(251, "plain")
     for part in pool.run(2, uneven_job):
         assert part["loss"] == pytest.approx(loss, rel=1e-6)
@@ -308,6 +333,7 @@ def counting_job(launch: Launch, strip: int, sequence: bool) -> list[str]:
     start, stop = even_slice(64, tp.size, tp.rank)
     x = hidden.chunk(tp.size)[tp.rank] if sequence else hidden
     made: list[str] = []
+
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         fused_cross_entropy(
             x.clone().requires_grad_(),
@@ -317,6 +343,7 @@ def counting_job(launch: Launch, strip: int, sequence: bool) -> list[str]:
             1.0,
             strip,
         ).backward()
+
     made += [event.name for event in profile.events() if event.name.startswith("c10d::")]
     return made
 
@@ -353,7 +380,9 @@ class Largest(TorchDispatchMode):
 def test_logits_of_a_whole_microbatch_never_exist(
     monkeypatch: pytest.MonkeyPatch, learn: bool, dtype: torch.dtype
 ) -> None:
-    """Catches logits, or a gradient of them, that grow with the micro-batch; in fp32 a bf16 run has a band only."""
+    """Catches logits, or a gradient of them, that grow with the micro-batch; in fp32 a bf16 run has
+    a band only.
+    """
     monkeypatch.setitem(STRIP_BYTES, "cpu", 4 * 10 * 500)
     monkeypatch.setitem(STRIP_ROWS, "cpu", 10)
     monkeypatch.setattr(loss_module, "BAND_BYTES", 4 * 4 * 500)
@@ -364,12 +393,14 @@ def test_logits_of_a_whole_microbatch_never_exist(
     weight = torch.nn.Parameter(w, requires_grad=learn)
     attach(weight, GradAccumulator(torch.zeros(500, 2)))
     labels = torch.randint(0, 500, (40, 3))
+
     with Largest() as largest:
         loss = fused_cross_entropy(
             x, weight, labels, VocabShard(0, 500, 500, SINGLE["tp"], False), 1.0
         )
         if learn:
             loss.backward()
+
     assert largest.elements == 10 * 500
     assert largest.wide_elements == (10 if dtype == torch.float32 else 4) * 500
 
@@ -380,7 +411,9 @@ def test_logits_of_a_whole_microbatch_never_exist(
     device=st.sampled_from(("cpu", "cuda")),
 )
 def test_strips_are_bounded_and_even(rows: int, width: int, device: str) -> None:
-    """Catches a strip beyond its bound, and a last one of a few rows, whose product runs at a fraction of the rate."""
+    """Catches a strip beyond its bound, and a last one of a few rows, whose product runs at a
+    fraction of the rate.
+    """
     strip = strip_rows(rows, width, device)
     assert 1 <= strip <= rows
     assert strip <= STRIP_ROWS[device] or 4 * strip * width <= STRIP_BYTES[device]
@@ -398,10 +431,12 @@ def test_a_bad_label_in_a_later_strip_adds_nothing() -> None:
     attach(parameter, accumulator)
     labels[5, 2] = 251
     v = VocabShard(0, 251, 251, SINGLE["tp"], False)
+
     with pytest.raises(
         DataError, match=r"label id 251 at row 2, position 5 of a micro-batch is outside"
     ):
         fused_cross_entropy(hidden.requires_grad_(), parameter, labels, v, 1.0, 4)
+
     assert not accumulator.total.any() and accumulator.times == 0
 
 
@@ -409,7 +444,9 @@ def test_a_bad_label_in_a_later_strip_adds_nothing() -> None:
 def test_where_asking_would_stall_a_bad_label_makes_the_loss_nan(
     monkeypatch: pytest.MonkeyPatch, bad: int
 ) -> None:
-    """Catches an accelerator that trains on a corrupt file: there the label is not looked at before the loss."""
+    """Catches an accelerator that trains on a corrupt file: there the label is not looked at before
+    the loss.
+    """
     monkeypatch.setattr(loss_module, "_refuse_bad_labels", lambda labels, vocab_size: None)
     hidden, weight = head_of(251)
     labels, v = labels_of(251), VocabShard(0, 251, 251, SINGLE["tp"], False)
@@ -432,7 +469,9 @@ def test_what_is_not_finite_stays_so(value: float) -> None:
 
 
 def test_backward_takes_a_gradient_of_one_only() -> None:
-    """Catches a loss that is scaled after the fact: its gradients were made with the factor it was given."""
+    """Catches a loss that is scaled after the fact: its gradients were made with the factor it was
+    given.
+    """
     hidden, weight = head_of(251)
     v = VocabShard(0, 251, 251, SINGLE["tp"], False)
     loss = fused_cross_entropy(hidden.requires_grad_(), padded(weight, 251), labels_of(251), v, 1.0)
@@ -452,6 +491,7 @@ def test_only_what_is_asked_for_is_made(frozen: str) -> None:
         x, w, labels_of(251), VocabShard(0, 251, 251, SINGLE["tp"], False), SCALE
     ).backward()
     _, dx, dw = whole_head(251, "plain")
+
     for name, tensor, expected in (("hidden", x, dx), ("weight", w, dw)):
         assert (tensor.grad is None) == (name == frozen)
         if tensor.grad is not None:

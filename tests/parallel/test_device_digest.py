@@ -1,4 +1,4 @@
-"""The state's digests on every grid are those of the whole tensors, and the root is the same on every rank and in every layout."""
+"""State digests: on every grid those of the whole tensors, with the same root on every rank."""
 
 import os
 import subprocess
@@ -105,7 +105,9 @@ def whole() -> dict[str, np.ndarray]:
 def test_every_grid_gives_the_digests_of_the_whole(
     pool: GlooPool, whole: dict[str, np.ndarray], world: int, changes: dict[str, Any]
 ) -> None:
-    """Over cut rows and columns, copies counted once, an uneven vocabulary (251) and ranks with no row at all."""
+    """Over cut rows and columns, copies counted once, an uneven vocabulary (251) and ranks with no
+    row at all.
+    """
     expected = {
         name: digest_text(block_sums(v, [0] * v.ndim, v.shape)) for name, v in whole.items()
     }
@@ -138,7 +140,9 @@ def test_narrow_tensor_leaves_ranks_without_rows(pool: GlooPool) -> None:
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 @pytest.mark.parametrize("shape", ((1,), (900,), (3, 40001), (30000, 3), (5, 3, 4)))
 def test_torch_equals_numpy(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Two implementations of one number: tools read files with the one what the other made in training."""
+    """Two implementations of one number: tools read files with the one what the other made in
+    training.
+    """
     values = torch.randn(shape).to(dtype)
     bits = values.view(torch.int16).numpy() if dtype is torch.bfloat16 else values.numpy()
     factors = Multipliers(40000, 50000)
@@ -169,7 +173,9 @@ def test_pipelines_train_to_the_same_roots(pool: GlooPool) -> None:
 
 
 def guard_job(launch: Launch, config: Any) -> Any:
-    """What the guard says untouched, not asked to look, and after damage on rank 1; then once more."""
+    """What the guard says untouched, not asked to look, and after damage on rank 1; then once
+    more.
+    """
     grid = grid_of(launch, config)
     engine = Engine(config, grid)
     engine.train_step(microbatches_of(config, grid, 1), 1e-3)
@@ -177,6 +183,7 @@ def guard_job(launch: Launch, config: Any) -> Any:
     guard, root = StateAudit(digest), RootAllReduce(digest)
     found = [guard.problem(shards)]
     slot = engine.gradients.shard_layout.slots[2]
+
     for damage in ("", "exp_avg", "master"):
         guard.keep(root(shards, 1, 1).local_sums)
         engine.evaluate(microbatches_of(config, grid, 2))
@@ -184,6 +191,7 @@ def guard_job(launch: Launch, config: Any) -> Any:
         if damage and launch.rank == 1:
             engine.optimizer.view(damage, slot).view(torch.int32).view(-1)[-1] ^= 1
         found.append(guard.problem(shards))
+
     found.append(guard.problem(shards))
     return found, slot.param_slice.name
 
@@ -194,11 +202,13 @@ def guard_job(launch: Launch, config: Any) -> Any:
 def test_a_line_that_changes_between_updates_is_seen(
     pool: GlooPool, world: int, changes: dict[str, Any]
 ) -> None:
-    """The lowest bit of one moment or master weight on one rank: named on all; an untouched line never is."""
-    told = pool.run(world, guard_job, tiny_config(**changes))
-    text = f"{told[1][1]}.{{}} on rank 1 changed between two updates, when nothing writes it"
+    """The lowest bit of one moment or master weight on one rank: named on all; an untouched line
+    never is.
+    """
+    results = pool.run(world, guard_job, tiny_config(**changes))
+    text = f"{results[1][1]}.{{}} on rank 1 changed between two updates, when nothing writes it"
     expected = [None, None, text.format("exp_avg"), text.format("master"), None]
-    assert [found for found, _ in told] == [expected] * world
+    assert [found for found, _ in results] == [expected] * world
 
 
 def save_job(launch: Launch, config: Any, directory: str) -> str:
@@ -207,6 +217,7 @@ def save_job(launch: Launch, config: Any, directory: str) -> str:
     engine = Engine(config, grid)
     for step in (1, 2):
         engine.train_step(microbatches_of(config, grid, step), 1e-2)
+
     shards, updates = engine.optimizer.flat_shards, engine.optimizer.adam_steps
     root = RootAllReduce(digest_of(engine), grid.host)(shards, 2, updates).root
     facts = {
@@ -220,6 +231,7 @@ def save_job(launch: Launch, config: Any, directory: str) -> str:
     writer = CheckpointWriter(Path(directory), grid, 0, asynchronous=False)
     state = snapshot(engine.gradients.shard_layout, shards, engine.dtype)
     writer.save("ckpt_001", state, facts, lambda path, manifest: None)
+
     return root
 
 

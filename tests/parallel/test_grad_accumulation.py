@@ -1,4 +1,4 @@
-"""The place where weight gradients are summed, and when: the sinks' arithmetic and the keeping of work."""
+"""Gradient accumulation: the accumulators' arithmetic, and deferred weight gradients."""
 
 from typing import Any
 
@@ -17,7 +17,9 @@ from k2train.parallel.tensor_parallel import ColumnLinear, RowLinear, VocabEmbed
 
 
 def test_products_and_rows_add_up_in_fp32() -> None:
-    """Catches a sum that replaces, one at the wrong rows, and one that is rounded to the factors' dtype."""
+    """Catches a sum that replaces, one at the wrong rows, and one that is rounded to the factors'
+    dtype.
+    """
     total = torch.full((5, 3), 1024.0)
     accumulator = GradAccumulator(total)
     dy, x = torch.ones(2, 2, dtype=torch.bfloat16), torch.ones(2, 3, dtype=torch.bfloat16)
@@ -30,7 +32,7 @@ def test_products_and_rows_add_up_in_fp32() -> None:
 
 
 def test_arrivals_are_told() -> None:
-    """Catches a sink that tells nobody, and one that needs somebody to tell."""
+    """Catches an accumulator that tells nobody, and one that needs somebody to tell."""
     arrived: list[int] = []
     GradAccumulator(torch.zeros(1)).complete()
     GradAccumulator(torch.zeros(1), lambda: arrived.append(1)).complete()
@@ -38,7 +40,7 @@ def test_arrivals_are_told() -> None:
 
 
 def test_a_sink_belongs_to_its_parameter() -> None:
-    """Catches a sink found on another parameter, and one that is invented."""
+    """Catches an accumulator found on another parameter, and one that is invented."""
     one, other = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
     attach(one, GradAccumulator(torch.zeros(2)))
     assert accumulator_of(one) is not None
@@ -46,14 +48,18 @@ def test_a_sink_belongs_to_its_parameter() -> None:
 
 
 def test_work_is_done_at_once_or_kept() -> None:
-    """Catches work that is kept and done as well, lost when the pass ends, or recorded by autograd when it comes late."""
+    """Catches work that is kept and done as well, lost when the pass ends, or recorded by autograd
+    when it comes late.
+    """
     work, done = WeightGradStore(), []
     work.submit(lambda: done.append("at once"))
     assert not work.is_deferring
+
     with work.deferring() as kept:
         assert work.is_deferring
         work.submit(lambda: done.append("first"))
         work.submit(lambda: done.append(torch.is_grad_enabled()))
+
     assert done == ["at once"]
     work.submit(lambda: done.append("between"))
     for late in kept:
@@ -62,7 +68,9 @@ def test_work_is_done_at_once_or_kept() -> None:
 
 
 def test_two_passes_do_not_share_a_list() -> None:
-    """Catches work of one micro-batch that ends up in another's list; a pass that failed must not keep on keeping."""
+    """Catches work of one micro-batch that ends up in another's list; a pass that failed must not
+    keep on keeping.
+    """
     work = WeightGradStore()
     with work.deferring() as one:
         work.submit(lambda: None)
@@ -75,7 +83,9 @@ def test_two_passes_do_not_share_a_list() -> None:
 
 
 def test_an_embedding_adds_its_rows_in_order() -> None:
-    """Catches another order of sums (another bit), and ids that other ranks hold, added to some row of this one."""
+    """Catches another order of sums (another bit), and ids that other ranks hold, added to some row
+    of this one.
+    """
     embedding = VocabEmbedding("e", 10, 6, Axis("tp", 3, 1, None), False, 1.0)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, 10, (9, 7), generator=generator)
@@ -83,17 +93,21 @@ def test_an_embedding_adds_its_rows_in_order() -> None:
     start = torch.randn(embedding.weight.shape, generator=generator)
     found, expected = start.clone(), start.clone()
     embedding.add_rows(found, ids, dy)
+
     for position in range(9):
         for row in range(7):
             here = int(ids[position, row]) - embedding.start
             if 0 <= here < embedding.stop - embedding.start:
                 expected[here] += dy[position, row]
+
     assert torch.equal(found, expected)
     assert not torch.equal(found, start)
 
 
 def test_an_embedding_waits_until_it_is_asked() -> None:
-    """Catches an embedding that adds in the backward pass of a schedule that wants it later, or never."""
+    """Catches an embedding that adds in the backward pass of a schedule that wants it later, or
+    never.
+    """
     embedding = VocabEmbedding("e", 10, 6, SINGLE["tp"], False, 1.0)
     torch.nn.init.normal_(embedding.weight)
     attach(embedding.weight, GradAccumulator(torch.zeros(10, 6)))
@@ -119,6 +133,7 @@ def test_sums_over_micro_batches(with_sink: bool) -> None:
         torch.nn.init.normal_(layer.weight, generator=torch.Generator().manual_seed(1))
         if with_sink:
             attach(layer.weight, GradAccumulator(torch.zeros(layer.weight.shape)))
+
     weights = [layer.weight.detach().clone().requires_grad_() for layer in layers]
     for seed in (1, 2, 3):
         tokens = torch.randint(0, 7, (2, 5), generator=torch.Generator().manual_seed(seed))
@@ -127,6 +142,7 @@ def test_sums_over_micro_batches(with_sink: bool) -> None:
             x = layer(x)
         x.square().sum().backward()
         (weights[0][tokens.t()] @ weights[1].t() @ weights[2].t()).square().sum().backward()
+
     for layer, weight in zip(layers, weights, strict=True):
         found = layer.weight.accumulator.total if with_sink else layer.weight.grad
         assert torch.allclose(found, weight.grad, rtol=1e-5, atol=1e-6)

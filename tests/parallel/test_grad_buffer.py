@@ -1,4 +1,4 @@
-"""The gradient buffer: every row of every piece in exactly one place, and a reduction in buckets equal to no sharding at all."""
+"""Gradient buffer: every row of every slice in one position, reduction equal to no sharding."""
 
 from dataclasses import replace
 from typing import Any
@@ -21,8 +21,8 @@ from k2train.parallel.shard import ParamSlice, Sharded
 from tests.support.gloo_pool import GlooPool
 
 CPU = torch.device("cpu")
-# name -> (shape, weight decay, gradient partial over tensor-parallel ranks); rows that no degree divides, and fewer rows
-# than ranks. `fused` holds two pieces and a padding row.
+# name -> (shape, weight decay, gradient partial over tensor-parallel ranks); rows that no degree
+# divides, and fewer rows than ranks. `fused` holds two slices and a padding row.
 TENSORS = {
     "square": ((5, 3), True, False),
     "norm": ((7,), False, True),
@@ -33,7 +33,7 @@ TENSORS = {
 
 
 class Toy(Sharded):
-    """Parameters of odd shapes, and one stack of two pieces with a padding row."""
+    """Parameters of odd shapes, and one stack of two slices with a padding row."""
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -43,6 +43,7 @@ class Toy(Sharded):
             self.slices[name] = (
                 ParamSlice(name, shape, None, 0, shape[0], 0, 1.0, decay, partial),
             )
+
         self.fused = nn.Parameter(torch.zeros(8, 2, dtype=dtype))
         self.slices["fused"] = (
             ParamSlice("upper", (4, 2), None, 0, 4, 0, 1.0, True),
@@ -78,29 +79,33 @@ def shard_layout_of(
 def test_slots_cover_everything_once(
     specs: list[tuple[int, tuple[int, ...], bool]], dp: int
 ) -> None:
-    """Catches rows lost or held twice when they do not divide, a short block misplaced, halves that mix or do not align."""
+    """Catches rows lost or held twice when they do not divide, a short block misplaced, halves that
+    mix or do not align.
+    """
     shard_layouts = [shard_layout_of(specs, dp, rank) for rank in range(dp)]
     shard_layout = shard_layouts[0]
     assert shard_layout.elements % ALIGN == 0 and shard_layout.decayed % ALIGN == 0
     assert all(held[0].offset % ALIGN == 0 for _, held in shard_layout.parameters())
     shards = torch.full((dp, shard_layout.elements), -1.0)
     offset, values = 0, {}
+
     for slot in shard_layout.slots:
         rows = torch.arange(offset, offset + slot.parameter.numel(), dtype=torch.float32).view(
             slot.param_slice.shape
         )
         offset, values[slot.param_slice.name] = offset + rows.numel(), rows
         for held, given_rows in shard_layout.each_block(shards, slot, rows):
-            assert (held == -1).all(), f"{slot.param_slice.name} lies over another piece"
+            assert (held == -1).all(), f"{slot.param_slice.name} lies over another slice"
             held.copy_(given_rows)
         assert (
             slot.offset + slot.elements <= shard_layout.decayed
         ) == slot.param_slice.decay or slot.elements == 0
+
     assert int((shards >= 0).sum()) == offset, "values lost or written twice"
     for slot_index, slot in enumerate(shard_layout.slots):
         held = [t.local(shards[rank], t.slots[slot_index]) for rank, t in enumerate(shard_layouts)]
         assert torch.equal(torch.cat(held), values[slot.param_slice.name]), (
-            "ranks' rows do not make the piece"
+            "ranks' rows do not make the slice"
         )
         chunks = values[slot.param_slice.name].chunk(dp) if slot.param_slice.shape[0] else ()
         for rank, chunk in enumerate(chunks):
@@ -114,13 +119,16 @@ def test_slots_cover_everything_once(
 def test_buckets_cut_the_line(
     specs: list[tuple[int, tuple[int, ...], bool]], dp: int, limit_bytes: int
 ) -> None:
-    """Catches a gap or an overlap between transfers, a parameter in two of them, and a limit that is not looked at."""
+    """Catches a gap or an overlap between transfers, a parameter in two of them, and a limit that
+    is not looked at.
+    """
     shard_layout = shard_layout_of(specs, dp, 0)
     buckets = shard_layout.buckets(limit_bytes)
     assert [b.start for b in buckets[1:]] == [b.stop for b in buckets[:-1]]
     assert sum(b.elements for b in buckets) == shard_layout.elements
     filled = [slot for slot in shard_layout.slots if slot.elements]
     assert [slot for b in buckets for slot in b.slots if slot.elements] == filled
+
     for bucket in buckets:
         held = [slot for slot in bucket.slots if slot.elements]
         assert all(
@@ -131,6 +139,7 @@ def test_buckets_cut_the_line(
         assert len({slot.param_slice.decay for slot in held}) == 1, (
             "norms wait for a sum that others need not wait for"
         )
+
         if bucket.start < shard_layout.decayed:
             without_first = bucket.stop - min(
                 (slot.offset for slot in held[1:]), default=bucket.stop
@@ -144,7 +153,9 @@ def gradient(name: str, shape: tuple[int, ...], rank: int, microbatch: int) -> t
 
 
 def accumulate(toy: Toy, rank: int, num_microbatches: int) -> None:
-    """Half of the parameters by autograd, half by layers that add to the sink themselves; each rank in another order."""
+    """Half of the parameters by autograd, half by layers that add to the accumulator themselves;
+    each rank in another order.
+    """
     names = dict(toy.named_parameters())
     turned = list(names)[rank:] + list(names)[:rank]
     for microbatch in range(num_microbatches):
@@ -152,9 +163,10 @@ def accumulate(toy: Toy, rank: int, num_microbatches: int) -> None:
             weights = gradient(name, tuple(names[name].shape), rank, microbatch)
             if name == "fused":
                 weights[7] = 0.0
+
             if name in ("square", "fused", "norm"):
                 accumulator = accumulator_of(names[name])
-                assert accumulator is not None, "no sink was attached"
+                assert accumulator is not None, "no accumulator was attached"
                 accumulator.add(weights[:2])
                 accumulator.add(weights[2:], first_row=2)
                 accumulator.complete()
@@ -163,7 +175,9 @@ def accumulate(toy: Toy, rank: int, num_microbatches: int) -> None:
 
 
 COUNTS = {None: 2, 300: 3, 1: 5}
-"""Bytes a rank in a bucket (64 elements a parameter: 256 bytes) -> buckets, the one of what does not decay included."""
+"""Bytes a rank in a bucket (64 elements a parameter: 256 bytes) -> buckets, the one of what does
+not decay included.
+"""
 CASES = [(m, size, overlap) for m in (1, 2) for size in COUNTS for overlap in (False, True)]
 
 
@@ -205,9 +219,11 @@ def reduce_once(
         shard = buffer.reduce()
     finally:
         grad_buffer.reduce_scatter_start = begin
+
     param_gather = ParamGather(buffer.shard_layout)
     for bucket in buffer.shard_layout.buckets(bucket_bytes):
         param_gather.start(bucket, shard[bucket.start : bucket.stop])
+
     param_gather.finish()
     return {
         "alone": alone,
@@ -243,8 +259,10 @@ def sums_over(ranks: int, num_microbatches: int = 2) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("dp", (1, 2, 3, 4))
 def test_reduce_and_publish_equal_no_sharding(pool: GlooPool, dp: int) -> None:
-    """Catches a rank that gets another's rows, a gradient averaged or counted twice, one left over from the step before,
-    buckets that leave as they come and so meet others, rows that publishing loses."""
+    """Catches a rank that gets another's rows, a gradient averaged or counted twice, one left over
+    from the step before, buckets that leave as they come and so meet others, rows that publishing
+    loses.
+    """
     found = pool.run(dp, reduce_job)
     for case, (num_microbatches, size, overlap) in enumerate(CASES):
         parts, total = [part[case] for part in found], sums_over(dp, num_microbatches)
@@ -254,49 +272,61 @@ def test_reduce_and_publish_equal_no_sharding(pool: GlooPool, dp: int) -> None:
                 assert np.array_equal(part["shards"][name], by_piece[name][start:stop]), (
                     f"{name} on rank {rank}"
                 )
+
             for name, value in total.items():
                 assert np.array_equal(part["published"][name], value), (
                     f"{name} published on rank {rank}"
                 )
+
             assert part["gaps"] == 0.0, (
-                "what lies between pieces must stay 0, for the optimizer's sake"
+                "what lies between slices must stay 0, for the optimizer's sake"
             )
             assert part["buckets"] == parts[0]["buckets"]
             assert len(part["buckets"]) == (0 if dp == 1 else COUNTS[size])
             # All but the last, which waits for the sum over tensor-parallel ranks.
             assert part["early"] == (len(part["buckets"]) - 1 if overlap and dp > 1 else 0)
+
         for name in parts[0]["alone"]:
             assert np.array_equal(sum(part["alone"][name] for part in parts), by_piece[name]), name
 
 
 def test_a_bucket_leaves_only_when_all_of_it_is_in(pool: GlooPool) -> None:
-    """Catches a reduction that starts one micro-batch early: what comes later would be lost without a word."""
+    """Catches a reduction that starts one micro-batch early: what comes later would be lost without
+    a word.
+    """
     assert pool.run(2, early_job) == [[0, 0, 1], [0, 0, 1]]
 
 
 def early_job(launch: Launch) -> list[int]:
-    """How many buckets have left after each micro-batch but the last, before and after its last parameter."""
+    """How many buckets have left after each micro-batch but the last, before and after its last
+    parameter.
+    """
     toy, dp = Toy(), Axis("dp", 2, launch.rank, dist.group.WORLD, overlap=True)
     buffer = GradientBuffer([toy], dp, SINGLE["tp"], CPU, 2)
-    told = []
+    counts = []
+
     for microbatch in range(2):
         for name, parameter in toy.named_parameters():
             if (microbatch, name) == (1, "fused"):
-                told.append(buffer._started)
+                counts.append(buffer._started)
             (parameter * gradient(name, tuple(parameter.shape), 0, 0)).sum().backward()
-        told.append(buffer._started)
+        counts.append(buffer._started)
+
     buffer.reduce()
-    return told
+    return counts
 
 
 @pytest.mark.parametrize(("times", "complaint"), ((1, "1 of one"), (3, "3 of one")))
 def test_a_gradient_that_is_missing_or_too_many_is_named(times: int, complaint: str) -> None:
-    """Catches a layer that forgets a micro-batch, or tells of one twice: the mean would be wrong and nothing would say so."""
+    """Catches a layer that forgets a micro-batch, or tells of one twice: the mean would be wrong
+    and nothing would say so.
+    """
     toy = Toy()
     buffer = GradientBuffer([toy], SINGLE["dp"], SINGLE["tp"], CPU, num_microbatches=2)
     accumulate(toy, 0, 2)
     accumulator = accumulator_of(toy.one)
-    assert accumulator is not None, "no sink was attached"
+    assert accumulator is not None, "no accumulator was attached"
+
     if times == 1:
         buffer.zero()
         accumulate(toy, 0, 1)
@@ -305,6 +335,7 @@ def test_a_gradient_that_is_missing_or_too_many_is_named(times: int, complaint: 
                 parameter.sum().backward()
     else:
         accumulator.complete()
+
     with pytest.raises(AssertionError, match=f"other than 2 times: {complaint}"):
         buffer.reduce()
 
@@ -319,18 +350,20 @@ def publish_job(launch: Launch) -> dict[str, Any]:
     shard = torch.ones(buffer.shard_layout.elements)
     for bucket in buffer.shard_layout.buckets(1):
         param_gather.start(bucket, shard[bucket.start : bucket.stop])
-    told = {"before": seen(first) + seen(second)}
+
+    counts = {"before": seen(first) + seen(second)}
     param_gather.wait_for(first)
-    told["first"] = seen(first)
+    counts["first"] = seen(first)
     param_gather.wait_for(first)
     param_gather.wait_for(second)
-    told["second"] = seen(second)
+    counts["second"] = seen(second)
     shard.fill_(2.0)
     for bucket in buffer.shard_layout.buckets(1):
         param_gather.start(bucket, shard[bucket.start : bucket.stop])
+
     param_gather.finish()
-    told["finished"] = seen(first) + seen(second)
-    return told
+    counts["finished"] = seen(first) + seen(second)
+    return counts
 
 
 def rename(toy: Toy) -> None:
@@ -351,7 +384,9 @@ def seen(toy: Toy) -> list[float]:
 
 @pytest.mark.parametrize("dp", (2, 3))
 def test_weights_are_waited_for_at_their_first_use(pool: GlooPool, dp: int) -> None:
-    """Catches a forward pass with the weights of the step before, and a gather whose rows never arrive."""
+    """Catches a forward pass with the weights of the step before, and a gather whose rows never
+    arrive.
+    """
     for part in pool.run(dp, publish_job):
         assert part == {
             "before": [0.0, 0.0],
@@ -373,7 +408,9 @@ def tensor_sum_job(launch: Launch) -> dict[str, np.ndarray]:
 
 
 def test_sequence_parallel_parts_are_summed_over_tensor_ranks(pool: GlooPool) -> None:
-    """Catches a norm's gradient that stays a part of the sequence's, and a sum that takes others in with it."""
+    """Catches a norm's gradient that stays a part of the sequence's, and a sum that takes others in
+    with it.
+    """
     parts = pool.run(2, tensor_sum_job)
     both = sums_over(2)
     for rank, part in enumerate(parts):
@@ -398,5 +435,5 @@ def test_a_parameter_that_does_not_say_what_it_holds_is_refused() -> None:
     """Catches a parameter no optimizer or checkpoint would ever see."""
     toy = Toy()
     toy.stranger = nn.Parameter(torch.zeros(2))
-    with pytest.raises(AssertionError, match="stranger does not say what it holds"):
+    with pytest.raises(AssertionError, match="stranger has no slices"):
         GradientBuffer([toy], SINGLE["dp"], SINGLE["tp"], CPU)

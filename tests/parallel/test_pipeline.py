@@ -1,4 +1,4 @@
-"""The executor over a toy stack of layers, against a plain loop over micro-batches: the same bits, nothing left behind."""
+"""Pipeline executor on a toy stack of layers against a plain loop: same bits, nothing left."""
 
 import weakref
 from typing import Any
@@ -42,7 +42,9 @@ UNEVEN = {2: (3, 5), 4: (1, 4, 1, 2), 8: (1,) * 8}
 
 
 class Product(torch.autograd.Function):
-    """A bias-free linear layer that hands its weight gradient to the stage's work, as the real layers do."""
+    """A bias-free linear layer that hands its weight gradient to the stage's work, as the real
+    layers do.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, layer: "Layer") -> Tensor:
@@ -111,9 +113,11 @@ def run_case(pp: Axis, kind: str, stages_per_rank: int, num_microbatches: int) -
         for stage in layout.stages_of(pp.rank)
     }
     work = {stage: WeightGradStore() for stage in mine}
+
     for stage, held_layers in mine.items():
         for layer in held_layers:
             layer.work = work[stage]
+
     stages = {stage: nn.Sequential(*held_layers) for stage, held_layers in mine.items()}
     programs = build_programs(kind, pp.size, num_microbatches, stages_per_rank)
     executor = Executor(stages, num_stages, pp, CPU, work)
@@ -153,7 +157,9 @@ def run_case(pp: Axis, kind: str, stages_per_rank: int, num_microbatches: int) -
 
 @pytest.mark.parametrize("pipeline", (1, 2, 4))
 def test_every_schedule_gives_the_bits_of_a_plain_loop(pool: GlooPool, pipeline: int) -> None:
-    """Catches sums in another order, a micro-batch paired with another's gradient, tensors kept, evaluation that trains."""
+    """Catches sums in another order, a micro-batch paired with another's gradient, tensors kept,
+    evaluation that trains.
+    """
     cases = [case[1:] for case in CASES if case[0] == pipeline]
     parts = pool.run(pipeline, pipeline_job, cases)
     for n, case in enumerate(cases):
@@ -165,22 +171,27 @@ def test_every_schedule_gives_the_bits_of_a_plain_loop(pool: GlooPool, pipeline:
             ), case
             assert not part[n]["graph"], f"{case}: evaluation built a graph"
             found |= part[n]["gradients"]
+
         assert sorted(found) == list(range(len(gradients)))
         for index, gradient in enumerate(gradients):
             assert np.array_equal(found[index], gradient), f"{case}: gradient of parameter {index}"
+
         for part in parts:
             wanted = losses if part[n]["ends"] else []
             assert part[n]["losses"] == wanted and part[n]["evaluated"] == wanted, (
                 f"{case}: losses where the end is"
             )
             assert not part[n]["history"], f"{case}: weight gradients with a graph behind them"
+
         assert [part[n]["ends"] for part in parts].index(True) == (
             0 if case[0] == "zb-v" else pipeline - 1
         )
 
 
 def test_weight_gradients_wait_for_their_action() -> None:
-    """Catches an I that does the weights' work too (no time is won), and a W that does nothing or another one's."""
+    """Catches an I that does the weights' work too (no time is won), and a W that does nothing or
+    another one's.
+    """
     layer, sink_total = (
         ColumnLinear(WIDTH, {"w": WIDTH}, SINGLE["tp"], False, 1.0),
         torch.zeros(WIDTH, WIDTH),
@@ -244,7 +255,9 @@ def halved(x: Tensor) -> Tensor:
     ("wrong", "what"), ((narrow, r"\(3, 5\) torch.float32"), (halved, r"\(3, 6\) torch.float16"))
 )
 def test_a_wrong_tensor_at_a_stage_border_names_the_action(wrong: Any, what: str) -> None:
-    """Catches a shape or dtype the other end did not plan for: gloo would wait, or fill half a buffer, and say nothing."""
+    """Catches a shape or dtype the other end did not plan for: gloo would wait, or fill half a
+    buffer, and say nothing.
+    """
     sending = build_programs("1f1b", 2, 2, 1)[0]
     executor = Executor({0: wrong}, 2, Axis("pp", 2, 0, None), CPU)
     with pytest.raises(
@@ -252,6 +265,7 @@ def test_a_wrong_tensor_at_a_stage_border_names_the_action(wrong: Any, what: str
         match=rf"^0SF0>1: {what} crosses a stage border, planned \(3, 6\) torch.float32",
     ):
         executor.run(sending, batch, loss_of, (ROWS, WIDTH), torch.float32)
+
     handing_over = build_programs("interleaved", 1, 1, 2)[0]
     executor = Executor({0: wrong, 1: nn.Identity()}, 2, SINGLE["pp"], CPU)
     with pytest.raises(AssertionError, match=rf"^0F0: {what}"):
@@ -259,7 +273,9 @@ def test_a_wrong_tensor_at_a_stage_border_names_the_action(wrong: Any, what: str
 
 
 def test_a_program_cut_short_is_an_error() -> None:
-    """Catches a list that forgets a backward: its activations would stay and its gradient would be missing."""
+    """Catches a list that forgets a backward: its activations would stay and its gradient would be
+    missing.
+    """
     program = build_programs("gpipe", 1, 2, 1)[0][:-1]
     with pytest.raises(AssertionError, match="the program left 1 tensors behind"):
         Executor({0: nn.Linear(WIDTH, WIDTH)}, 1, SINGLE["pp"], CPU).run(

@@ -1,4 +1,6 @@
-"""Copies that must be equal: planted damage on one rank is found, with the tensor and the rank, and every rank is told the same."""
+"""Replica check: planted damage is found with tensor and rank, and all ranks get the same
+message.
+"""
 
 from dataclasses import replace
 from typing import Any
@@ -19,18 +21,20 @@ EMBEDDING, DOWN, LAST_NORM, NORM = (
 )  # fmt: skip
 
 
-def plant(engine: Engine, slot: BufferSlot, kind: str, place: int) -> None:
-    """Damage one element of this rank's copy: of the weights in use, or of a line of the optimizer."""
+def plant(engine: Engine, slot: BufferSlot, kind: str, index: int) -> None:
+    """Damage one element of this rank's copy: of the weights in use, or of a line of the
+    optimizer.
+    """
     shard = kind in engine.optimizer.flat_shards
     flat = (
         engine.optimizer.view(kind, slot) if shard else slot.param_slice.of(slot.parameter.data)
     ).view(-1)
     if kind == "nan":
-        flat[place] = float("nan")
+        flat[index] = float("nan")
         return
     bits = flat.view(torch.int16 if flat.element_size() == 2 else torch.int32)
     # The next number of its size; or a flipped bit that rounding to bf16 does not hide.
-    bits[place] ^= {"ulp": 1, "exponent": 1 << 10}.get(kind, 1 << 20)
+    bits[index] ^= {"ulp": 1, "exponent": 1 << 10}.get(kind, 1 << 20)
 
 
 def damage_job(
@@ -45,15 +49,17 @@ def damage_job(
     answers = [replica_problem(shard_layout, shards, grid)]
     kept = {id(slot.parameter): slot.parameter.data.clone() for slot in shard_layout.slots}
     kept_shards = {state: shard.clone() for state, shard in shards.items()}
-    for rank, name, kind, place in plants:
+
+    for rank, name, kind, index in plants:
         found = [slot for slot in shard_layout.slots if slot.param_slice.name == name]
         if launch.rank == rank:
-            plant(engine, found[0], kind, place)
+            plant(engine, found[0], kind, index)
         answers.append(replica_problem(shard_layout, shards, grid))
         for state, shard in shards.items():
             shard.copy_(kept_shards[state])
         for slot in shard_layout.slots:
             slot.parameter.data.copy_(kept[id(slot.parameter)])
+
     answers.append(replica_problem(shard_layout, shards, grid))
     return answers
 
@@ -71,35 +77,44 @@ def used(name: str, ranks: str) -> str:
     return f"weights of {name} on {ranks} are not those of the other copies and of the optimizer"
 
 
-def rotten(name: str, rank: int) -> str:
+def bad_master(name: str, rank: int) -> str:
     return f"master weights of {name} on rank {rank} do not round to the weights in use"
 
 
 @pytest.mark.parametrize(("precision", "overlap"), (("fp32", "off"), ("bf16", "on")))
 def test_two_copies_are_told_apart(pool: GlooPool, precision: str, overlap: str) -> None:
-    """With two there is no majority; the optimizer's rows say which is right, whoever's rows are hit."""
+    """With two ranks there is no majority. The optimizer's rows name the damaged one."""
     expected = [
-        (rank, name, kind, place, used(name, f"rank {rank}"))
+        (rank, name, kind, index, used(name, f"rank {rank}"))
         for rank in (0, 1)
         for name, kind in ((EMBEDDING, "ulp"), (NORM, "exponent"))
-        for place in (0, -1)
+        for index in (0, -1)
     ]
     expected.append((1, DOWN, "nan", 3, f"weights of {DOWN} are not finite on rank 1"))
-    expected.append((1, DOWN, "master", 0, rotten(DOWN, 1)))
+    expected.append((1, DOWN, "master", 0, bad_master(DOWN, 1)))
     check(pool, 2, expected, precision=precision, parallel__overlap=overlap)
 
 
 def test_three_copies(pool: GlooPool) -> None:
-    """The damaged one is named, be it the first, the middle or the last; rows of 251 do not divide by three."""
+    """The damaged one is named, be it the first, the middle or the last; rows of 251 do not divide
+    by three.
+    """
     expected = [
         (rank, EMBEDDING, "ulp", 5000, used(EMBEDDING, f"rank {rank}")) for rank in range(3)
     ]
-    check(pool, 3, [*expected, (2, EMBEDDING, "master", 7, rotten(EMBEDDING, 2))], precision="bf16")
+    check(
+        pool,
+        3,
+        [*expected, (2, EMBEDDING, "master", 7, bad_master(EMBEDDING, 2))],
+        precision="bf16",
+    )
 
 
 @pytest.mark.parametrize("sequence", (False, True))
 def test_whole_tensors_over_tensor_ranks(pool: GlooPool, sequence: bool) -> None:
-    """Norms that drift apart between two tensor-parallel ranks (BLOOM's, for weeks): either may be wrong, both are named."""
+    """Norms that drift apart between two tensor-parallel ranks (BLOOM's, for weeks): either may be
+    wrong, both are named.
+    """
     expected = [
         (1, NORM, "master", 3, f"{NORM}.master on one of ranks 0, 1 differs from the other copies"),
         (
@@ -125,7 +140,7 @@ def test_tensor_and_data_parallel(pool: GlooPool) -> None:
     expected = [
         (3, DOWN, "ulp", 1, used(DOWN, "rank 3")),
         (2, NORM, "ulp", 1, used(NORM, "rank 2")),
-        (1, NORM, "master", 1, rotten(NORM, 1)),
+        (1, NORM, "master", 1, bad_master(NORM, 1)),
         (
             2,
             NORM,
@@ -138,20 +153,29 @@ def test_tensor_and_data_parallel(pool: GlooPool) -> None:
 
 
 def test_each_pipeline_rank_has_its_own_tensors(pool: GlooPool) -> None:
-    """What one stage finds, the ranks that do not hold the tensor are told too; one rank a stage has a copy in bf16."""
+    """A finding of one stage reaches the ranks that do not hold the tensor.
+
+    One rank per stage has a copy in bf16.
+    """
     expected = [
         (1, EMBEDDING, "ulp", 0, used(EMBEDDING, "rank 1")),
         (2, LAST_NORM, "exponent", 0, used(LAST_NORM, "rank 2")),
     ]
     check(pool, 4, expected, parallel__pipeline=2)
-    alone = [(1, LAST_NORM, "ulp", 0, rotten(LAST_NORM, 1)), (0, EMBEDDING, "nan", 0, f"weights of {EMBEDDING} are not finite on rank 0")]  # fmt: skip
+    alone = [
+        (1, LAST_NORM, "ulp", 0, bad_master(LAST_NORM, 1)),
+        (0, EMBEDDING, "nan", 0, f"weights of {EMBEDDING} are not finite on rank 0"),
+    ]
     check(pool, 2, alone, parallel__pipeline=2, precision="bf16")
-    # In fp32 the weights of one rank are its master weights: nothing differs, and it still is no number.
+    # In fp32 the weights of one rank are its master weights: nothing differs, and it still is no
+    # number.
     check(pool, 2, alone[1:], parallel__pipeline=2)
 
 
 def test_ranks_without_rows(pool: GlooPool) -> None:
-    """Five ranks for a norm of four: the last owns no row of it, and its copy counts like any other."""
+    """Five ranks for a norm of four: the last owns no row of it, and its copy counts like any
+    other.
+    """
     changes = {
         "batch__global_sequences": 10,
         "model__hidden_size": 4,
@@ -162,16 +186,20 @@ def test_ranks_without_rows(pool: GlooPool) -> None:
 
 
 def test_more_than_two_tensor_ranks_have_a_majority() -> None:
-    """The odd one of four is named; two against two, and three of whom each says something else, are all named."""
+    """The odd one of four is named; two against two, and three of whom each says something else,
+    are all named.
+    """
 
-    def told(*digests: str) -> str | None:
+    def diagnosis(*digests: str) -> str | None:
         held = [{"n": replace(SOUND, states={"master": "m", "exp_avg": text})} for text in digests]
         return diagnose_replicas(held, Layout(tensor=len(digests)))
 
-    assert told(*"aaba") == "n.exp_avg on rank 2 differs from the other copies"
-    assert told(*"abba") == "n.exp_avg on one of ranks 0, 1, 2, 3 differs from the other copies"
-    assert told(*"abc") == "n.exp_avg on one of ranks 0, 1, 2 differs from the other copies"
-    assert told(*"aaa") is None
+    assert diagnosis(*"aaba") == "n.exp_avg on rank 2 differs from the other copies"
+    assert (
+        diagnosis(*"abba") == "n.exp_avg on one of ranks 0, 1, 2, 3 differs from the other copies"
+    )
+    assert diagnosis(*"abc") == "n.exp_avg on one of ranks 0, 1, 2 differs from the other copies"
+    assert diagnosis(*"aaa") is None
 
 
 SOUND = ReplicaReport("a", "a", True, True, None)
@@ -188,7 +216,7 @@ def test_conclusions() -> None:
     stale = replace(SOUND, expected="d")
     assert diagnose_replicas(
         [{"w": replace(stale, own_rows=False)}, {"w": odd}, {"w": stale}], layout
-    ) == (f"{used('w', 'rank 1')}; {rotten('w', 0)}")
+    ) == (f"{used('w', 'rank 1')}; {bad_master('w', 0)}")
     both = [{"w": replace(stale, used=text)} for text in "xy"]
     assert diagnose_replicas(both, Layout(data=2)) == used("w", "ranks 0, 1")
     many = [{name: SOUND for name in "pqrst"}, {name: one for name in "pqrst"}]

@@ -1,4 +1,4 @@
-"""Products over symmetric memory: our use of torch's operators, by torch's own unfused versions of them on gloo, and the refusal."""
+"""Symmetric-memory matmuls against torch's own unfused versions on gloo, and their refusal."""
 
 from dataclasses import replace
 from typing import Any
@@ -60,12 +60,15 @@ def symmetric_job(launch: Launch) -> list[bool]:
         pairs += [(plain.gather(mine).wait(), fused.gather(mine).wait())]
     finally:
         torch.ops.symm_mem = kept
+
     return [a.shape == b.shape and torch.allclose(a, b, atol=1e-5) for a, b in pairs]
 
 
 @pytest.mark.parametrize("size", (2, 4))
 def test_fused_products_are_the_plain_ones(pool: GlooPool, size: int) -> None:
-    """Catches arguments in the wrong order, a sum that is a mean, rows gathered along the wrong dimension."""
+    """Catches arguments in the wrong order, a sum that is a mean, rows gathered along the wrong
+    dimension.
+    """
     assert pool.run(size, symmetric_job) == [[True] * 4] * size
 
 
@@ -83,13 +86,14 @@ def test_the_operators_take_what_we_give_them() -> None:
         ),
     ):
         assert given in str(getattr(torch.ops.symm_mem, name).default._schema)
+
     assert matrix.shape == (6, 5)
     assert collective_matmul.gather_multiply is gather_multiply
     assert collective_matmul.multiply_scatter is multiply_scatter
 
 
 @pytest.mark.parametrize(
-    ("ranks", "sequence", "plain", "said"),
+    ("ranks", "sequence", "plain", "message"),
     (
         (2, False, True, "parallel.sequence: true"),
         (2, True, False, "kernels.matmul: torch"),
@@ -102,12 +106,14 @@ def test_the_operators_take_what_we_give_them() -> None:
     ),
 )
 def test_what_is_missing_is_said(
-    monkeypatch: pytest.MonkeyPatch, ranks: int, sequence: bool, plain: bool, said: str
+    monkeypatch: pytest.MonkeyPatch, ranks: int, sequence: bool, plain: bool, message: str
 ) -> None:
-    """Catches a run that starts without what it was asked to use, and a refusal that does not say what to change."""
+    """Catches a run that starts without what it was asked to use, and a refusal that does not say
+    what to change.
+    """
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     require_symmetric_memory.cache_clear()
-    with pytest.raises(ConfigError, match=said) as refused:
+    with pytest.raises(ConfigError, match=message) as refused:
         require_symmetric_memory(ranks, sequence, plain)
     assert str(refused.value).startswith("parallel.symmetric_memory needs ")
     assert "\n" not in str(refused.value)
@@ -115,16 +121,20 @@ def test_what_is_missing_is_said(
 
 @pytest.mark.parametrize("reachable", (True, False))
 def test_devices_must_read_each_other(monkeypatch: pytest.MonkeyPatch, reachable: bool) -> None:
-    """Catches devices of one machine that do not reach each other, which would fail in the first product."""
+    """Catches devices of one machine that do not reach each other, which would fail in the first
+    product.
+    """
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(
         torch.cuda, "can_device_access_peer", lambda a, b: reachable or (a, b) != (1, 0)
     )
     require_symmetric_memory.cache_clear()
+
     if reachable:
         require_symmetric_memory(2, True, True)
     else:
         with pytest.raises(ConfigError, match="CUDA device 1 cannot read 0"):
             require_symmetric_memory(2, True, True)
+
     require_symmetric_memory.cache_clear()

@@ -1,4 +1,4 @@
-"""Parallel layers against nn.functional on the whole weights, forward and backward, in float64."""
+"""Tensor-parallel layers against nn.functional on whole weights, in float64."""
 
 from typing import Any
 
@@ -57,7 +57,9 @@ def dense(vocab: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
 
 
 def layers_job(launch: Launch, sequence: bool, vocab: int) -> dict[str, Any]:
-    """Embedding, a column product of two tensors, a row product and a padded head; what each rank has of each."""
+    """Embedding, a column product of two tensors, a row product and a padded head; what each rank
+    has of each.
+    """
     tp = Axis("tp", launch.world_size, launch.rank, dist.group.WORLD)
     layers = {
         "embedding": VocabEmbedding("embedding", vocab, HIDDEN, tp, sequence, 1.0),
@@ -66,10 +68,12 @@ def layers_job(launch: Launch, sequence: bool, vocab: int) -> dict[str, Any]:
         "head": ColumnLinear(HIDDEN, {"head": vocab}, tp, sequence, 1.0, pad=True),
     }
     model = torch.nn.ModuleDict(layers).double()
+
     with torch.no_grad():
         for parameter in model.parameters():
             # Padding starts at a value that would show in any product it takes part in.
             parameter.fill_(1e6)
+
         for parameter, param_slice in named_slices(model):
             value = whole(param_slice.name, vocab)
             param_slice.of(parameter).copy_(
@@ -77,6 +81,7 @@ def layers_job(launch: Launch, sequence: bool, vocab: int) -> dict[str, Any]:
                 if param_slice.dim is None
                 else value.narrow(param_slice.dim, param_slice.start, len_of(param_slice))
             )
+
     x = layers["embedding"](tokens_of(vocab))
     gate, up = layers["column"](x).split((INNER // tp.size, 2 * INNER // tp.size), dim=-1)
     x = x + layers["row"](torch.tanh(gate) * up[..., ::2])
@@ -84,6 +89,7 @@ def layers_job(launch: Launch, sequence: bool, vocab: int) -> dict[str, Any]:
     param_slice = layers["head"].slices["weight"][0]
     (y * mixing(vocab)[..., param_slice.start : param_slice.stop]).sum().backward()
     grads, padding = {}, []
+
     for parameter, param_slice in named_slices(model):
         grads[param_slice.name] = (
             param_slice.dim,
@@ -92,6 +98,7 @@ def layers_job(launch: Launch, sequence: bool, vocab: int) -> dict[str, Any]:
         )
         if param_slice.name in ("embedding", "head"):
             padding.append(parameter.grad[param_slice.shape[0] :].numpy())
+
     return {"y": y.detach().numpy(), "x_rows": x.shape[0], "grads": grads, "padding": padding}
 
 
@@ -104,12 +111,15 @@ def len_of(param_slice: Any) -> int:
 def test_layers_equal_the_whole_product(
     pool: GlooPool, tp: int, sequence: bool, vocab: int
 ) -> None:
-    """Catches a wrong slice, a lost or doubled gradient sum, a mask that lets another rank's ids in, padding in a product."""
+    """Catches a wrong slice, a lost or doubled gradient sum, a mask that lets another rank's ids
+    in, padding in a product.
+    """
     parts = pool.run(tp, layers_job, sequence, vocab)
     y, grads = dense(vocab)
     assert np.allclose(
         np.concatenate([part["y"] for part in parts], axis=-1), y.numpy(), rtol=1e-12, atol=1e-10
     )
+
     for name, grad in grads.items():
         for rank, part in enumerate(parts):
             dim, start, found = part["grads"][name]
@@ -118,25 +128,31 @@ def test_layers_equal_the_whole_product(
         assert sum(part["grads"][name][2].size for part in parts) == grad.numel(), (
             f"{name} is not held exactly once"
         )
+
     for part in parts:
         assert part["x_rows"] == (SEQUENCE // tp if sequence else SEQUENCE)
         for rows in part["padding"]:
             assert not rows.any(), "a gradient reached the padding"
+
     assert sum(len(part["padding"][0]) for part in parts) == -(-vocab // tp) * tp - vocab
 
 
 def padding_job(launch: Launch, config: Any) -> tuple[list[float], list[float], int]:
-    """Largest absolute value of the rows beyond the vocabulary after three steps, the losses, and how many such rows."""
+    """Largest absolute value of the rows beyond the vocabulary after three steps, the losses, and
+    how many such rows.
+    """
     grid = grid_of(launch, config)
     engine = Engine(config, grid)
     losses = [
         engine.train_step(microbatches_of(config, grid, step), 0.1).loss for step in (1, 2, 3)
     ]
     beyond = []
+
     for stage in engine.stages.values():
         for parameter, param_slice in named_slices(stage):
             if param_slice.name in ("embedding.weight", "head.weight"):
                 beyond.append(parameter.detach()[param_slice.shape[0] :])
+
     return (
         [float(rows.abs().max()) if rows.numel() else 0.0 for rows in beyond],
         losses,
@@ -146,7 +162,9 @@ def padding_job(launch: Launch, config: Any) -> tuple[list[float], list[float], 
 
 @pytest.mark.parametrize("vocab", (251, 5))
 def test_padding_stays_zero_through_training(pool: GlooPool, vocab: int) -> None:
-    """Catches padding rows that weight decay, a moment or a gradient moves, and one that takes probability."""
+    """Catches padding rows that weight decay, a moment or a gradient moves, and one that takes
+    probability.
+    """
     config = tiny_config(model__vocab_size=vocab, parallel__tensor=4, batch__global_sequences=4)
     parts = pool.run(4, padding_job, config)
     assert [largest for part in parts for largest in part[0]] == [0.0] * 8
@@ -159,31 +177,35 @@ def refused_job(launch: Launch, vocab: int, ids: list[int]) -> list[str]:
     tp = Axis("tp", launch.world_size, launch.rank, dist.group.WORLD)
     embedding = VocabEmbedding("embedding", vocab, HIDDEN, tp, False, 1.0)
     torch.nn.init.zeros_(embedding.weight)
-    said = []
+    errors = []
+
     for bad in ids:
         tokens = tokens_of(vocab)
         tokens[2, 5] = bad
         try:
             embedding(tokens)
-            said.append("taken")
+            errors.append("taken")
         except DataError as error:
-            said.append(str(error))
-    return said
+            errors.append(str(error))
+
+    return errors
 
 
 @pytest.mark.parametrize("tp", (1, 4))
 def test_ids_outside_the_vocabulary_are_refused(pool: GlooPool, tp: int) -> None:
-    """Catches an id that falls on a padding row (251 of 252) or on nobody's rows and is looked up as zeros."""
+    """Catches an id that falls on a padding row (251 of 252) or on nobody's rows and is looked up
+    as zeros.
+    """
     bad = [251, 252, 300, -1, -100, 2**31, -(2**40)]
-    for said in pool.run(tp, refused_job, 251, bad):
-        for value, text in zip(bad, said, strict=True):
+    for errors in pool.run(tp, refused_job, 251, bad):
+        for value, text in zip(bad, errors, strict=True):
             assert text.startswith(
                 f"token id {value} at row 2, position 5 of a micro-batch is outside the vocabulary"
             )
 
 
 def test_a_stage_refuses_a_bad_token_before_it_trains(pool: GlooPool) -> None:
-    """Catches a step that goes on with a bad id: nothing may change, through the whole engine."""
+    """Catches a step that continues with a bad id: nothing may change, through the whole engine."""
     assert pool.run(1, bad_token_job, tiny_config(batch__global_sequences=2)) == [True]
 
 

@@ -1,4 +1,7 @@
-"""What is planned to be held is held, byte for byte: a plan that is 3% off is out of memory on 480 devices."""
+"""Activation memory: planned against held bytes, exactly.
+
+A plan 3% off is out of memory on 480 devices.
+"""
 
 import time
 from dataclasses import replace
@@ -31,7 +34,9 @@ K2_WORK = ActivationSpec(K2, 2048, 4, "bf16", tensor=8, sequence=True, regather=
 
 
 def held_bytes(made: Made, planned: int) -> int:
-    """What is held once the transport has let go of what it sent, which its thread does a moment after a wait returns."""
+    """What is held once the transport has let go of what it sent, which its thread does a moment
+    after a wait returns.
+    """
     for _ in range(1200):
         if made.still_bytes() == planned:
             break
@@ -40,7 +45,9 @@ def held_bytes(made: Made, planned: int) -> int:
 
 
 def kept_job(launch: Launch, configs: list[Any]) -> list[str]:
-    """Of each config, after the forward of a stage, and after a backward for its input: what is not as planned."""
+    """Of each config, after the forward of a stage, and after a backward for its input: what is not
+    as planned.
+    """
     wrong = []
     for config in configs:
         engine = Engine(config, grid_of(launch, config))
@@ -52,6 +59,7 @@ def kept_job(launch: Launch, configs: list[Any]) -> list[str]:
             .expand_as(tokens)
             .contiguous()
         )
+
         for stage, module in engine.stages.items():
             with Made(known_of(module, tokens, documents)) as made:
                 x = (
@@ -62,27 +70,35 @@ def kept_job(launch: Launch, configs: list[Any]) -> list[str]:
                 y = module(x, documents if engine.block else None)
                 if stage == layout.num_stages - 1:
                     y = module.loss(y, tokens, 1.0 / engine.targets)
+
             # The loss itself is one number.
             number = y.untyped_storage().nbytes() if y.dim() == 0 else 0
             planned = stage_bytes(spec, layout, stage)
             held = held_bytes(made, planned + number) - number
+
             if held != planned:
                 wrong.append(
-                    f"{config.kernels} stage {stage}: {held} bytes held, {planned} planned\n{made.still()}"
+                    f"{config.kernels} stage {stage}: {held} bytes held, {planned} "
+                    f"planned\n{made.still()}"
                 )
+
             with made, module.weight_grad_store.deferring() as waiting:
                 y.backward(torch.ones_like(y))
             del x, y
             planned = stage_deferred_bytes(spec, layout, stage)
             held = held_bytes(made, planned)
+
             if held != planned:
                 wrong.append(
-                    f"{config.kernels} stage {stage}: {held} bytes wait, {planned} planned\n{made.still()}"
+                    f"{config.kernels} stage {stage}: {held} bytes wait, {planned} "
+                    f"planned\n{made.still()}"
                 )
+
             while waiting:
                 waiting.pop()()
             if held_bytes(made, 0):
                 wrong.append(f"{config.kernels} stage {stage}: left behind\n{made.still()}")
+
     return wrong
 
 
@@ -116,7 +132,9 @@ CHOICES: list[dict[str, Any]] = [
     "split", SPLITS, ids=lambda split: "-".join(str(value) for value in split.values()) or "one"
 )
 def test_held_is_planned(pool: GlooPool, split: dict[str, Any], policy: str) -> None:
-    """Catches a tensor kept without a use, a copy, a forgotten part: the plan and the layers count the same bytes."""
+    """Catches a tensor kept without a use, a copy, a forgotten part: the plan and the layers count
+    the same bytes.
+    """
     # Longer than a block of plain attention, and no power of two that would hide a swapped size.
     shape = {"data__sequence_length": 80, "batch__micro_sequences": 3, "model__num_layers": 3}
     layers = [{}] if policy == "none" else [{}, {"kernels__recompute_layers": 1}]
@@ -131,7 +149,9 @@ def test_held_is_planned(pool: GlooPool, split: dict[str, Any], policy: str) -> 
 
 
 def test_k2_by_hand() -> None:
-    """Catches a part that tensor or sequence parallelism does not split, and one that selective or full still keeps."""
+    """Catches a part that tensor or sequence parallelism does not split, and one that selective or
+    full still keeps.
+    """
     tokens, hidden, ffn = 2048 * 4, 8192, 22016
     stream, split = tokens // 8 * hidden * 2, tokens * 2 // 8
     factors, sums = 2 * 4 * tokens // 8, 4 * tokens * 64 // 8

@@ -1,4 +1,4 @@
-"""The split of layers that pays for the head, against trying every split."""
+"""Pipeline load balance with the head, against trying every split of layers."""
 
 from dataclasses import replace
 from itertools import combinations, pairwise
@@ -36,10 +36,13 @@ def test_stages_add_up_to_the_model() -> None:
 def test_no_other_split_has_a_faster_slowest_rank(
     pipeline: int, kind: str, num_layers: int, vocab_size: int
 ) -> None:
-    """Catches a hint that makes the pipeline slower, or that leaves a stage empty or a layer out."""
+    """Catches a hint that makes the pipeline slower, or that leaves a stage empty or a layer
+    out.
+    """
     shape = ModelShape(num_layers, 256, 688, 8, 8, vocab_size)
     layout = pipeline_layout(kind, pipeline, 1 if kind == "1f1b" else 2)
     found = balanced_layers(shape, layout, 256)
+
     if num_layers < layout.num_stages:
         assert found is None
         return
@@ -58,7 +61,9 @@ def splits(total: int, parts: int) -> list[tuple[int, ...]]:
 
 
 def test_the_stage_with_the_head_gets_fewer_layers() -> None:
-    """Catches a deal that looks at ranks only: in a V the head's rank has another stage to give layers to."""
+    """Catches a deal that looks at ranks only: in a V the head's rank has another stage to give
+    layers to.
+    """
     assert balanced_layers(SMALL, Layout(pipeline=2), 256) == (5, 3)
     assert balanced_layers(SMALL, pipeline_layout("zb-v", 2, 2), 256) == (2, 3, 2, 1)
     assert balanced_layers(replace(SMALL, num_layers=16), pipeline_layout("zb-v", 2, 2), 256) == (

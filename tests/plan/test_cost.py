@@ -1,4 +1,7 @@
-"""Counts against published numbers and against each other: MFU and the memory plan rest on them."""
+"""Cost model: counts against published numbers and each other.
+
+MFU and the memory plan rest on them.
+"""
 
 import pytest
 from hypothesis import given
@@ -43,7 +46,9 @@ def test_grouped_queries_and_small_shapes_by_hand() -> None:
 def test_stages_and_ranks_sum_to_the_whole(
     tensor: int, pipeline: int, stages_per_rank: int, vocab_size: int
 ) -> None:
-    """Catches an embedding on every stage, norms split over tensor ranks, and padding that is lost."""
+    """Catches an embedding on every stage, norms split over tensor ranks, and padding that is
+    lost.
+    """
     shape = ModelShape(40, 16, 48, 8, 4, vocab_size)
     layout = Layout(tensor, pipeline, 1, stages_per_rank)
     stages = [stage_parameters(shape, layout, stage) for stage in range(layout.num_stages)]
@@ -55,14 +60,18 @@ def test_stages_and_ranks_sum_to_the_whole(
 
 
 def test_k2_flops_by_hand() -> None:
-    """Catches an embedding counted as a product, a head left out, an attention halved or with heads left out."""
+    """Catches an embedding counted as a product, a head left out, an attention halved or with heads
+    left out.
+    """
     matrices = 80 * (4 * 8192**2 + 3 * 8192 * 22016) + 32032 * 8192
     assert flops_per_token(K2, 2048) == 6 * matrices + 12 * 80 * 2048 * 8192
     assert flops_per_token(K2, 8192) - flops_per_token(K2, 2048) == 12 * 80 * 6144 * 8192
 
 
 def test_state_bytes_of_the_fullest_and_the_emptiest_rank() -> None:
-    """Catches optimizer states on every data-parallel rank, gradients in bf16, fp32 weights counted twice on one rank."""
+    """Catches optimizer states on every data-parallel rank, gradients in bf16, fp32 weights counted
+    twice on one rank.
+    """
     count = rank_parameters(K2, K2_GRID, 0)
     assert count == 20 * ((809_517_056 - 16384) // 8 + 16384) + 4004 * 8192
     state = state_bytes(K2, K2_GRID, "bf16")
@@ -106,7 +115,9 @@ def test_state_bytes_of_the_fullest_and_the_emptiest_rank() -> None:
     ],
 )
 def test_peak_of_a_device_by_its_name(name: str, peak: float | None) -> None:
-    """Catches a guess for an unknown part (563% utilisation), a sparse peak, and H20 taken for H200."""
+    """Catches a guess for an unknown part (563% utilisation), a sparse peak, and H20 taken for
+    H200.
+    """
     assert peak_flops(name) == peak
 
 

@@ -1,4 +1,4 @@
-"""The picture says what the spans say: a drawing that lies is worse than none."""
+"""Pipeline drawing: the picture matches the spans."""
 
 import re
 from xml.etree import ElementTree
@@ -21,7 +21,9 @@ def test_a_small_step_by_hand() -> None:
 
 
 def test_stages_of_a_rank_are_told_apart() -> None:
-    """Catches two stages drawn alike: a first stage's forward is a, its backward A, the second's b and B."""
+    """Catches two stages drawn alike: a first stage's forward is a, its backward A, the second's b
+    and B.
+    """
     first = draw(simulate(build_programs("interleaved", 2, 2, 2)), width=80).splitlines()[2]
     assert [word for word in re.split(r"[-=.]+", first.removeprefix("rank 0 ")) if word] == [
         *("a0", "a1", "b0", "b1", "B0", "B1", "A0", "A1")
@@ -39,7 +41,9 @@ def test_a_long_step_goes_on_in_panels_within_the_width() -> None:
 
 
 def test_where_there_is_no_room_a_backward_keeps_its_mark() -> None:
-    """Catches a squeezed backward that reads as a forward: here it has 2 columns for the label 10."""
+    """Catches a squeezed backward that reads as a forward: here it has 2 columns for the
+    label 10.
+    """
     spans = [
         Span(0, Action(Op.FORWARD, 0, 10), 0.0, 3.0),
         Span(0, Action(Op.BACKWARD, 0, 10), 3.0, 5.0),
@@ -62,10 +66,15 @@ def test_measured_spans_are_drawn_by_the_same_function() -> None:
 
 
 def test_the_halves_of_a_backward_are_told_apart() -> None:
-    """Catches an input gradient drawn as weight gradients, and a key that speaks of what is not in the picture."""
+    """Catches an input gradient drawn as weight gradients, and a key that speaks of what is not in
+    the picture.
+    """
     picture = draw(simulate(build_programs("zb-h1", 2, 2)), width=25, unit="forwards")
     assert picture.splitlines() == [
-        "3- forward of micro-batch 3, 3~ input gradient, 3+ weight gradients, . idle; one column = 0.5 forwards",
+        (
+            "3- forward of micro-batch 3, 3~ input gradient, 3+ weight gradients, . idle; one "
+            "column = 0.5 forwards"
+        ),
         "rank 0 0-1-..0~0+1~1+",
         "rank 1 ..0-0~1-1~0+1+",
     ]
@@ -78,7 +87,9 @@ def test_the_halves_of_a_backward_are_told_apart() -> None:
 
 
 def test_svg_has_a_box_for_every_action_at_its_time() -> None:
-    """Catches broken XML (a unit with a special character), lost boxes, and boxes whose length is not their time."""
+    """Catches broken XML (a unit with a special character), lost boxes, and boxes whose length is
+    not their time.
+    """
     spans = simulate(build_programs("1f1b", 2, 3))
     root = ElementTree.fromstring(svg(spans, width=600, unit="<s>"))
     boxes = {str(box[0].text).split(":")[0]: box for box in root.iter(f"{SVG}rect") if len(box)}
@@ -88,6 +99,7 @@ def test_svg_has_a_box_for_every_action_at_its_time() -> None:
         boxes[str(span.action)].get("class") for span in computes if span.action.op is Op.BACKWARD
     } == {"B"}
     scale = float(boxes["0F0"].get("width", "nan"))
+
     for span in computes:
         box = boxes[str(span.action)]
         assert (
@@ -102,5 +114,6 @@ def test_svg_has_a_box_for_every_action_at_its_time() -> None:
             )
             < 0.1
         )
+
     assert len({boxes[str(span.action)].get("y") for span in computes}) == 2
     assert ElementTree.fromstring(svg([])).tag == f"{SVG}svg"

@@ -1,4 +1,4 @@
-"""Rank arithmetic: a wrong stride here puts a rank in a stranger's group, and the run trains on silently."""
+"""Parallel layout: a wrong stride puts a rank in another's group, and training hides it."""
 
 import pytest
 from hypothesis import given
@@ -19,9 +19,9 @@ layouts = st.one_of(
 @given(layouts)
 def test_rank_and_coordinate_are_inverse(layout: Layout) -> None:
     """Catches two ranks with one place, and an axis whose stride is another's."""
-    places = [layout.coordinate(rank) for rank in range(layout.world_size)]
-    assert [layout.rank(place) for place in places] == list(range(layout.world_size))
-    assert set(places) == {
+    coordinates = [layout.coordinate(rank) for rank in range(layout.world_size)]
+    assert [layout.rank(coordinate) for coordinate in coordinates] == list(range(layout.world_size))
+    assert set(coordinates) == {
         Coordinate(pp, dp, tp)
         for pp in range(layout.pipeline)
         for dp in range(layout.data)
@@ -35,10 +35,12 @@ def test_groups_partition_the_world_along_their_axis(layout: Layout, axis: str) 
     groups = layout.groups(axis)
     assert sorted(rank for group in groups for rank in group) == list(range(layout.world_size))
     for group in groups:
-        places = [layout.coordinate(rank) for rank in group]
-        assert [getattr(place, axis) for place in places] == list(range(layout.degree(axis)))
+        coordinates = [layout.coordinate(rank) for rank in group]
+        assert [getattr(coordinate, axis) for coordinate in coordinates] == list(
+            range(layout.degree(axis))
+        )
         for other in set(AXES) - {axis}:
-            assert len({getattr(place, other) for place in places}) == 1
+            assert len({getattr(coordinate, other) for coordinate in coordinates}) == 1
 
 
 def test_tensor_is_innermost_and_pipeline_outermost() -> None:
@@ -53,7 +55,9 @@ def test_tensor_is_innermost_and_pipeline_outermost() -> None:
 def test_every_layer_has_one_home_and_stages_follow_each_other(
     layout: Layout, layers_per_stage: int
 ) -> None:
-    """Catches a layer lost or doubled at a stage border, and an owner that does not hold its stage."""
+    """Catches a layer lost or doubled at a stage border, and an owner that does not hold its
+    stage.
+    """
     num_layers = layers_per_stage * layout.num_stages
     layers = [
         layer for stage in range(layout.num_stages) for layer in layout.layers_of(stage, num_layers)
@@ -71,7 +75,9 @@ def test_interleaved_stages_are_dealt_round_robin() -> None:
 
 
 def test_a_v_goes_down_the_ranks_and_back_up() -> None:
-    """Catches a loop where a V is meant: the last stage is on the first rank, and the turn within the last."""
+    """Catches a loop where a V is meant: the last stage is on the first rank, and the turn within
+    the last.
+    """
     layout = Layout(pipeline=3, stages_per_rank=2, placement="v")
     assert [layout.stages_of(pp) for pp in range(3)] == [(0, 5), (1, 4), (2, 3)]
     assert [layout.owner(stage) for stage in range(6)] == [0, 1, 2, 2, 1, 0]

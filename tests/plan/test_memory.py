@@ -1,4 +1,4 @@
-"""The fullest moment of a rank: planned against the most that was ever held while a micro-batch ran."""
+"""Peak memory of a rank: planned against the most ever held while a micro-batch ran."""
 
 from typing import Any
 
@@ -37,7 +37,9 @@ def peak_of(engine: Engine, config: Config) -> int:
 
 
 def peaks_job(launch: Launch, configs: list[Config]) -> list[tuple[str, float]]:
-    """Of each config: (what it is, the most held by a micro-batch from its forward to its end / what is planned)."""
+    """Of each config: (what it is, the most held by a micro-batch from its forward to its end /
+    what is planned).
+    """
     found = []
     for config in configs:
         engine = Engine(config, grid_of(launch, config))
@@ -48,6 +50,7 @@ def peaks_job(launch: Launch, configs: list[Config]) -> list[tuple[str, float]]:
             spec, layout, pp
         )
         found.append((f"{config.kernels.recompute} {config.precision} pp {pp}", peak / planned))
+
     return found
 
 
@@ -63,7 +66,9 @@ def peaks_job(launch: Launch, configs: list[Config]) -> list[tuple[str, float]]:
     ids=str,
 )
 def test_the_fullest_moment_is_planned(pool: GlooPool, split: dict[str, Any]) -> None:
-    """Catches a forgotten gathered input, a layer that runs again counted out, the loss forgotten: all beyond 3%."""
+    """Catches a forgotten gathered input, a layer that runs again counted out, the loss forgotten:
+    all beyond 3%.
+    """
     shape = {
         "data__sequence_length": 96,
         "model__hidden_size": 64,
@@ -88,7 +93,9 @@ def test_the_fuller_of_two_moments_counts() -> None:
 
 
 def test_what_is_on_its_way() -> None:
-    """Catches transfers on one data-parallel rank, and buckets that wait for each other although they overlap."""
+    """Catches transfers on one data-parallel rank, and buckets that wait for each other although
+    they overlap.
+    """
     count = rank_parameters(K2, K2_GRID, 0)
     assert transfer_bytes(K2_WORK, Layout(tensor=8, pipeline=4), 0, overlap=True) == 0
     assert transfer_bytes(K2_WORK, K2_GRID, 0, overlap=False) == BUCKET_BYTES
@@ -97,7 +104,9 @@ def test_what_is_on_its_way() -> None:
 
 
 def test_k2_fits_its_devices() -> None:
-    """Catches a plan that is off by a factor: 80 GiB hold the model with every policy, and the first rank is the fullest."""
+    """Catches a plan that is off by a factor: 80 GiB hold the model with every policy, and the
+    first rank is the fullest.
+    """
     programs = build_programs("1f1b", 4, 34)
     ranks = [rank_memory(K2_WORK, K2_GRID, programs[pp], pp, overlap=True) for pp in range(4)]
     assert [rank.activations_bytes for rank in ranks[:3]] == [

@@ -1,4 +1,4 @@
-"""Schedules as data: a wrong list is a hang on a cluster or a gradient that is not the gradient."""
+"""Pipeline schedules as data: a wrong list is a hang on a cluster, or a wrong gradient."""
 
 from collections.abc import Callable
 
@@ -49,10 +49,13 @@ def parse(words: str) -> Program:
 @given(legal())
 @settings(max_examples=80, deadline=None)
 def test_every_stage_runs_every_micro_batch_in_order(numbers: Numbers) -> None:
-    """Catches a lost or doubled action, and an order of sums that would cost bit-equal gradients."""
+    """Catches a lost or doubled action, and an order of sums that would cost bit-equal
+    gradients.
+    """
     kind, pipeline, num_microbatches, stages_per_rank = numbers
     programs = build_programs(*numbers)
     assert len(programs) == pipeline
+
     for pp, program in enumerate(programs):
         mine = (
             (pp, 2 * pipeline - 1 - pp)
@@ -60,6 +63,7 @@ def test_every_stage_runs_every_micro_batch_in_order(numbers: Numbers) -> None:
             else range(pp, pipeline * stages_per_rank, pipeline)
         )
         ops = (F, I, W) if kind.startswith("zb") else (F, B)
+
         for stage in mine:
             for op in ops:
                 order = [
@@ -68,6 +72,7 @@ def test_every_stage_runs_every_micro_batch_in_order(numbers: Numbers) -> None:
                     if (action.op, action.stage) == (op, stage)
                 ]
                 assert order == list(range(num_microbatches)), (kind, pp, stage)
+
         computes = [action for action in program if action.op.is_compute]
         assert len(computes) == len(ops) * num_microbatches * stages_per_rank
 
@@ -75,7 +80,9 @@ def test_every_stage_runs_every_micro_batch_in_order(numbers: Numbers) -> None:
 @given(legal())
 @settings(max_examples=80, deadline=None)
 def test_transfers_pair_up_in_one_order_and_stand_where_they_must(numbers: Numbers) -> None:
-    """Catches a transfer without an end, ends in different order (an NCCL hang), a late receive, a late send."""
+    """Catches a transfer without an end, ends in different order (an NCCL hang), a late receive, a
+    late send.
+    """
     programs = build_programs(*numbers)
     receives = {Op.SEND_FORWARD: (Op.RECV_FORWARD, 1), Op.SEND_BACKWARD: (Op.RECV_BACKWARD, -1)}
     for low, ours in enumerate(programs):
@@ -91,7 +98,9 @@ def test_transfers_pair_up_in_one_order_and_stand_where_they_must(numbers: Numbe
                     source = me if action.op.is_send else other
                     wire.append((forward, source, action.stage + step, action.microbatch))
                 seen.append(wire)
+
             assert seen[0] == seen[1]
+
     last = numbers[1] * numbers[3] - 1
     for program in programs:
         for index, action in enumerate(program):
@@ -104,6 +113,7 @@ def test_transfers_pair_up_in_one_order_and_stand_where_they_must(numbers: Numbe
                 turns = numbers[0] == "zb-v" and action.stage == (
                     numbers[1] if forward else numbers[1] - 1
                 )
+
                 if action.stage != (0 if forward else last) and not turns:
                     wanted = Op.RECV_FORWARD if forward else Op.RECV_BACKWARD
                     assert any(
@@ -128,7 +138,9 @@ def test_orders_by_hand(kind: str, expected: list[str]) -> None:
 
 
 def test_interleaved_order_by_hand() -> None:
-    """Catches blocks of the wrong size: 2(p - pp - 1) + (v - 1)p forwards first, then one and one."""
+    """Catches blocks of the wrong size: 2(p - pp - 1) + (v - 1)p forwards first, then one and
+    one.
+    """
     first, second = (
         tuple(action for action in program if action.op.is_compute)
         for program in build_programs("interleaved", 2, 4, 2)
@@ -224,20 +236,26 @@ def test_impossible_numbers_are_named(numbers: Numbers, message: str) -> None:
     ],
 )
 def test_a_bad_list_is_named_not_hung(lists: list[str], message: str) -> None:
-    """Catches a checker that passes a bad list, walks for ever, or does not say who waits for what."""
+    """Catches a checker that passes a bad list, walks for ever, or does not say who waits for
+    what.
+    """
     with pytest.raises(ScheduleError, match=message):
         check([parse(words) for words in lists], TWO, num_microbatches=2)
 
 
 def test_a_backward_may_be_whole_for_one_micro_batch_and_split_for_another() -> None:
-    """Catches a checker that wants all or nothing: where a W would follow its I at once, one action is the same."""
+    """Catches a checker that wants all or nothing: where a W would follow its I at once, one action
+    is the same.
+    """
     lists = [parse(words) for words in ("0F0 0F1 0I0 0W0 0B1", "1F0 1B0 1F1 1I1 1W1")]
     check(lists, TWO, num_microbatches=2)
     check_transfers(insert_transfers(lists, TWO), TWO)
 
 
 def test_the_rank_at_the_turn_of_a_v_sends_nothing_there() -> None:
-    """Catches a V placed as a loop: its last stage on the wrong rank, and a rank that sends to itself."""
+    """Catches a V placed as a loop: its last stage on the wrong rank, and a rank that sends to
+    itself.
+    """
     first, second = build_programs("zb-v", 2, 1, 2)
     assert text(first) == "0F0 0SF0>1 3RF0<1 3F0 3I0 3SB0>1 3W0 0RB0<1 0I0 0W0"
     assert text(second) == "1RF0<0 1F0 2F0 2SF0>0 2RB0<0 2I0 2W0 1I0 1SB0>0 1W0"
@@ -250,7 +268,9 @@ def planted(change: Callable[[list[list[Action]]], None]) -> list[list[Action]]:
 
 
 def test_planted_transfer_faults_are_named() -> None:
-    """Catches a missing end, ends in different order, a use before its receive and a send nobody waits for."""
+    """Catches a missing end, ends in different order, a use before its receive and a send nobody
+    waits for.
+    """
     check_transfers(planted(lambda programs: None), TWO)
 
     def drop(programs: list[list[Action]]) -> None:
@@ -278,14 +298,16 @@ def test_planted_transfer_faults_are_named() -> None:
         (late, "rank 1 must have 1RF1<0 before 1F1"),
         (swap, "ranks 0 and 1 disagree on their transfer 0: rank 0 has 0SF0>1, rank 1 has 1RF1<0"),
         (twice, "rank 0 has 0SF0>1 more than once"),
-        (stray, "rank 0 has the transfer 0SF7>1, which no compute action calls for"),
+        (stray, "rank 0 has the transfer 0SF7>1, which no compute action needs"),
     ):
         with pytest.raises(ScheduleError, match=message):
             check_transfers(planted(change), TWO)
 
 
 def test_a_circle_of_blocking_transfers_is_named() -> None:
-    """Catches ranks that wait in a circle while each pair agrees: a deadlock that no look at pairs can see."""
+    """Catches ranks that wait in a circle while each pair agrees: a deadlock that no look at pairs
+    can see.
+    """
     programs = [list(program) for program in build_programs("interleaved", 3, 3, 2)]
     receive = Action(Op.RECV_FORWARD, 3, 0, 2)
     programs[0].remove(receive)
@@ -297,7 +319,9 @@ def test_a_circle_of_blocking_transfers_is_named() -> None:
 
 
 def test_transfers_of_forwards_alone() -> None:
-    """Catches an evaluation step that cannot be made: the forwards of a schedule are a list like any other."""
+    """Catches an evaluation step that cannot be made: the forwards of a schedule are a list like
+    any other.
+    """
     for numbers in (
         ("1f1b", 3, 2, 1),
         ("interleaved", 2, 4, 2),

@@ -1,4 +1,7 @@
-"""The simulator against published formulas and small steps by hand: the planned bubble is what layouts are chosen by."""
+"""Pipeline simulator against published formulas and small steps by hand.
+
+Layouts are chosen by its bubble.
+"""
 
 import pytest
 
@@ -40,7 +43,9 @@ def test_uniform_bubble_is_exactly_the_published_one() -> None:
 
 
 def test_split_backwards_have_durations_of_their_own() -> None:
-    """Catches halves as long as the whole, and weight gradients that somebody waits for: 2 + 3 + 3 by hand, then 4."""
+    """Catches halves as long as the whole, and weight gradients that somebody waits for: 2 + 3 + 3
+    by hand, then 4.
+    """
     programs = build_programs("zb-h1", 2, 1)
     spans = simulate(programs, constant_seconds(backward_input=3.0, backward_weight=4.0))
     times = {str(span.action): (span.start_seconds, span.end_seconds) for span in spans}
@@ -51,7 +56,9 @@ def test_split_backwards_have_durations_of_their_own() -> None:
 
 
 def test_activations_are_held_until_their_weight_gradients() -> None:
-    """Catches memory that is freed on paper only: between I and W the inputs of the matrices stay."""
+    """Catches memory that is freed on paper only: between I and W the inputs of the matrices
+    stay.
+    """
     held = parse("0F0 0F1 0I0 0I1 0F2 0W0 0W1 0I2 0W2")
     assert (peak_in_flight([held]), peak_in_flight([held], until_input=True)) == ((3,), (2,))
 
@@ -62,7 +69,9 @@ def parse(words: str) -> Program:
 
 
 def test_most_activations_held() -> None:
-    """Catches a warm-up too long by one: legal, same bubble, and out of memory on the first rank."""
+    """Catches a warm-up too long by one: legal, same bubble, and out of memory on the first
+    rank.
+    """
     for pipeline in range(1, 9):
         for count in (1, 2, 3, 8, 24):
             one = build_programs("1f1b", pipeline, count)
@@ -72,7 +81,9 @@ def test_most_activations_held() -> None:
 
 
 def test_transfers_take_time_on_the_way_there_and_back() -> None:
-    """Catches a transfer that is free, or that counts as computation: 1 + 5 + 1 + 2 + 5 + 2 by hand."""
+    """Catches a transfer that is free, or that counts as computation: 1 + 5 + 1 + 2 + 5 + 2 by
+    hand.
+    """
     programs = build_programs("1f1b", 2, 1)
     spans = {
         (span.rank, str(span.action)): (span.start_seconds, span.end_seconds)

@@ -1,4 +1,4 @@
-"""Zero-bubble lists against the papers' numbers: bubbles, activations, and never behind 1F1B."""
+"""Zero-bubble schedules against the papers: bubbles, activations, and never behind 1F1B."""
 
 from itertools import product
 
@@ -21,7 +21,9 @@ SECONDS = st.integers(1, 20).map(lambda tenths: tenths / 10)
 def length(
     kind: str, pipeline: int, count: int, f: float, i: float, w: float, transfer: float = 0.0
 ) -> float:
-    """Seconds of a step whose ranks hold the same layers under every schedule: a half-size stage takes half as long."""
+    """Seconds of a step whose ranks hold the same layers under every schedule: a half-size stage
+    takes half as long.
+    """
     v = 2 if kind == "zb-v" else 1
     seconds = constant_seconds(f / v, (i + w) / v, transfer, i / v, w / v)
     return max(
@@ -31,16 +33,21 @@ def length(
 
 @pytest.mark.parametrize(("pipeline", "count"), ENOUGH)
 def test_bubbles_of_the_papers(pipeline: int, count: int) -> None:
-    """Catches a list that is legal and slow. Idle a rank: zb-h1 (p-1)(F+I-W), 1f1b (p-1)(F+I+W); zb-h2 and zb-v none."""
+    """Catches a list that is legal and slow.
+
+    Idle a rank: zb-h1 (p-1)(F+I-W), 1f1b (p-1)(F+I+W); zb-h2 and zb-v none.
+    """
     for f, i, w in ((1.0, 1.0, 1.0), (2.0, 2.0, 1.0), (1.0, 2.0, 1.0)):
         assert length("zb-h1", pipeline, count, f, i, w) == count * (f + i + w) + (pipeline - 1) * (
             f + i - w
         )
         assert length("1f1b", pipeline, count, f, i, w) == (count + pipeline - 1) * (f + i + w)
+
     for kind, v in (("zb-h2", 1), ("zb-v", 2)):
         spans = simulate(build_programs(kind, pipeline, count, v))
         assert idle_seconds(spans) == (0.0,) * pipeline, kind
         assert max(span.end_seconds for span in spans) == 3 * v * count + pipeline - 1, kind
+
     # The memory of zb-h2 is spent for an input gradient longer than the weights'.
     if pipeline > 1 and count >= 2 * pipeline:
         assert length("zb-h2", pipeline, count, 1, 1.5, 1) < length(
@@ -64,6 +71,7 @@ def test_activations_of_the_papers(pipeline: int, count: int) -> None:
     ranks = range(pipeline)
     assert peak_in_flight(one, until_input=True) == tuple(min(count, pipeline - pp) for pp in ranks)
     assert max(peak_in_flight(one)) == max(peak_in_flight(build_programs("1f1b", pipeline, count)))
+
     if count >= 2 * pipeline - 1:
         assert peak_in_flight(two, until_input=True) == tuple(
             2 * (pipeline - pp) - 1 for pp in ranks
@@ -71,6 +79,7 @@ def test_activations_of_the_papers(pipeline: int, count: int) -> None:
         assert set(peak_in_flight(two)) == {2 * pipeline - 1}
         # In half-size stages: as many bytes as 1F1B's first rank holds.
         assert set(peak_in_flight(v)) == {2 * pipeline}
+
     assert max(peak_in_flight(v)) <= 2 * min(pipeline, count)
 
 
@@ -81,7 +90,7 @@ def test_activations_of_the_papers(pipeline: int, count: int) -> None:
 def test_never_longer_than_1f1b(
     pipeline: int, count: int, f: float, i: float, w: float, transfer: float
 ) -> None:
-    """Catches a W that stands where an I is waited for, whatever the three last."""
+    """Catches a W in the position where an I is waited for, whatever the three last."""
     base = length("1f1b", pipeline, count, f, i, w, transfer)
     for kind in ("zb-h1", "zb-h2"):
         assert length(kind, pipeline, count, f, i, w, transfer) <= base + 1e-9, kind
@@ -107,7 +116,9 @@ def test_few_micro_batches() -> None:
 
 
 def test_orders_by_hand() -> None:
-    """Catches a W out of its place: after as many I's as the rank stands from the first (zb-h1), or twice that (zb-h2)."""
+    """Catches a W out of its place: after as many I's as the rank is from the first (zb-h1), or
+    twice that (zb-h2).
+    """
 
     def text(program: object) -> str:
         return " ".join(map(str, program))  # type: ignore[call-overload]

@@ -52,7 +52,8 @@ def test_a_line_shows_place_loss_norm_rate_speed_and_seconds() -> None:
     stream = io.StringIO()
     Console(stream, "stage1", 96, 8).step(_row(34))
     assert stream.getvalue() == (
-        "stage1 chunk 3/8 step 34/96 loss 5.1234 grad_norm 1.25 lr 0.00015 1234 tok/s 1.00 s left 1m02s+\n"
+        "stage1 chunk 3/8 step 34/96 loss 5.1234 grad_norm 1.25 lr 0.00015 1234 tok/s 1.00 s left "
+        "1m02s+\n"
     )
 
 

@@ -18,7 +18,7 @@ from k2train import fault_injection
 from k2train.errors import RunError
 from k2train.record.jsonl import encode_line
 from k2train.record.ledger import Ledger, read_ledger
-from k2train.record.line_check import TAIL, sealed
+from k2train.record.line_check import TAIL, with_check
 from k2train.record.system_info import environment_facts
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -75,7 +75,7 @@ def test_a_changed_line_is_named(tmp_path: Path, opener: type, step: int) -> Non
     path = tmp_path / "ledger.jsonl"
     _ledger(path, 4)
     path.write_text(path.read_text().replace(f'"step": {step}', '"step": 9'))
-    with pytest.raises(RunError, match=f"line {step + 1} does not have the hash that it carries"):
+    with pytest.raises(RunError, match=f"line {step + 1} does not match its own hash"):
         opener(path)
 
 
@@ -84,10 +84,10 @@ def test_a_changed_line_with_a_new_check_breaks_the_chain(tmp_path: Path, opener
     path = tmp_path / "ledger.jsonl"
     _ledger(path, 4)
     lines = [line[: -len(TAIL)] + b"}\n" for line in path.read_bytes().splitlines()]
-    path.write_bytes(b"".join(map(sealed, lines)))
+    path.write_bytes(b"".join(map(with_check, lines)))
     opener(path)
     lines[1] = lines[1].replace(b'"step": 1', b'"step": 9')
-    path.write_bytes(b"".join(map(sealed, lines)))
+    path.write_bytes(b"".join(map(with_check, lines)))
     with pytest.raises(RunError, match=r"line 3 does not continue line 2.*line 2 was changed"):
         opener(path)
 
@@ -120,7 +120,7 @@ def test_a_ledger_from_before_there_were_checks_is_read_and_continued(tmp_path: 
     lines = path.read_bytes().splitlines(keepends=True)
     without = lines[-1][: -len(TAIL) - 1] + b"}\n"
     path.write_bytes(b"".join([*lines[:-1], without]))
-    with pytest.raises(RunError, match="line 5 carries no check, lines before it do"):
+    with pytest.raises(RunError, match="line 5 has no check, although earlier lines do"):
         read_ledger(path)
 
 
@@ -184,7 +184,7 @@ def test_a_removed_line_and_a_damaged_line_are_named(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="line 2 holds list"):
         Ledger(path)
     path.write_bytes(lines[0] + b'{"event": "x"}\n')
-    with pytest.raises(RunError, match="line 2 carries no check"):
+    with pytest.raises(RunError, match="line 2 has no check"):
         Ledger(path)
 
 

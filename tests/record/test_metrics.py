@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from k2train.errors import RunError
-from k2train.record.jsonl import encode_line, plain
+from k2train.record.jsonl import encode_line, json_value
 from k2train.record.metrics import MetricsWriter, damaged_rows, last_attempt, latest, read_metrics
 
 
@@ -105,7 +105,7 @@ def test_rows_from_before_there_were_checks_are_read(tmp_path: Path) -> None:
     assert [row["step"] for row in read_metrics(path)] == [1, 2, 3] and damaged_rows(path) == []
     with path.open("ab") as stream:
         stream.write(b'{"step": 4}\n')
-    assert "line 4 carries no check" in damaged_rows(path)[0]
+    assert "line 4 has no check" in damaged_rows(path)[0]
 
 
 def test_attempts_stay_and_latest_gives_each_step_once(tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ VALUES = st.recursive(
 def test_any_row_is_one_line_that_reads_back(row: dict[str, object]) -> None:
     line = encode_line(row)
     assert line.endswith(b"\n") and line.count(b"\n") == 1
-    assert json.loads(line) == plain(row)
+    assert json.loads(line) == json_value(row)
 
 
 def test_numbers_of_array_libraries_and_paths_are_taken() -> None:

@@ -131,7 +131,7 @@ def test_a_queue_that_overflows_is_one_note(
 ) -> None:
     go_on = threading.Event()
     _fake(monkeypatch, init=go_on.wait)
-    monkeypatch.setattr("k2train.record.wandb.MAX_WAITING", 5)
+    monkeypatch.setattr("k2train.record.wandb.MAX_QUEUED", 5)
     notes: list[str] = []
     mirror = _mirror(tmp_path, notes, close_seconds=0.1)
     for step in range(20):
@@ -158,7 +158,8 @@ def test_online_without_credentials_does_not_ask_for_them(
 def test_disabled_imports_nothing_and_starts_nothing(tmp_path: Path) -> None:
     code = (
         "import sys, threading; from k2train.record.wandb import WandbMirror;"
-        f"m = WandbMirror('disabled', 'p', 'n', 'id', {str(tmp_path / 'w')!r}, {{}}); m.log({{'step': 1}});"
+        f"m = WandbMirror('disabled', 'p', 'n', 'id', {str(tmp_path / 'w')!r}, {{}}); "
+        f"m.log({{'step': 1}});"
         "m.event('x'); m.close(); print('wandb' in sys.modules, threading.active_count())"
     )
     done = subprocess.run(
@@ -179,7 +180,8 @@ def test_wandb_itself_offline_across_a_restart(tmp_path: Path) -> None:
     code = (
         "import sys; from k2train.record.wandb import WandbMirror;"
         "note = lambda t: print('NOTE', t);"
-        "m = WandbMirror('offline', 'k2train', 'demo', 'runs/demo', sys.argv[1], {'lr': 1.0}, note);"
+        "m = WandbMirror('offline', 'k2train', 'demo', 'runs/demo', sys.argv[1], {'lr': 1.0}, "
+        "note);"
         "[m.log({'step': s, 'loss': 5.0 / s, 'attempt': int(sys.argv[2])}) for s in range(1, 9)];"
         "m.event('a sentence that can be found'); m.close(); print('closed')"
     )

@@ -20,7 +20,7 @@ import pytest
 from k2train.errors import RunError
 from k2train.run_lock import lease, process_identity
 from k2train.run_lock.lock import RunLock
-from k2train.run_lock.process_identity import FIRST_PID_SPACE, machine_id
+from k2train.run_lock.process_identity import HOST_PID_SPACE, machine_id
 from tests.support.command_line import HANG_SECONDS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -63,7 +63,7 @@ def _holder(directory: Path) -> subprocess.Popen[str]:
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(directory)], cwd=ROOT, stdout=subprocess.PIPE, text=True
     )
-    assert holder.stdout is not None and process_identity.stdout.readline() == "1\n"
+    assert holder.stdout is not None and holder.stdout.readline() == "1\n"
     return holder
 
 
@@ -94,7 +94,7 @@ ELSEWHERE: dict[str, Any] = {
 
 @pytest.fixture
 def short_watch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lease, "WATCH_SECONDS", 0.3)
+    monkeypatch.setattr(lease, "RENEWAL_WAIT_SECONDS", 0.3)
 
 
 @pytest.fixture
@@ -152,11 +152,11 @@ def test_kill_9_frees_the_lease_at_once_and_the_token_rises(
             "token": 1,
             "reason": "that process is gone",
         }
-        assert f"pid {holder.pid}" in lock.told and "token 1" in lock.told
+        assert f"pid {holder.pid}" in lock.takeover_message and "token 1" in lock.takeover_message
         assert [path.name for path in tmp_path.glob("lease*")] == ["lease_000002.json"]
     _end(holder)
     with _without_flock(tmp_path) as lock:
-        assert lock.token == 3 and lock.taken_over_from is None and lock.told == ""
+        assert lock.token == 3 and lock.taken_over_from is None and lock.takeover_message == ""
 
 
 def test_a_reused_process_id_is_not_the_holder(tmp_path: Path) -> None:
@@ -179,7 +179,7 @@ def test_a_silent_holder_on_a_machine_of_the_same_name_keeps_the_run(
     tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     """Two machines called localhost, two pods of one name: their boots differ, and none of them was started again."""
-    path = _left_by(tmp_path, **{"boot_id": "of another", "pid_space": FIRST_PID_SPACE} | changes)
+    path = _left_by(tmp_path, **{"boot_id": "of another", "pid_space": HOST_PID_SPACE} | changes)
     with pytest.raises(RunError, match=r"no sign of life.*`mv .*\.ended`"):
         RunLock(tmp_path).acquire()
     assert path.exists()
@@ -198,7 +198,7 @@ def test_the_machine_id_is_hashed_and_none_where_it_says_nothing(tmp_path: Path)
 
 @pytest.mark.usefixtures("short_watch", "machine")
 def test_a_reboot_frees_the_lease_unless_its_beat_still_moves(tmp_path: Path) -> None:
-    path = _left_by(tmp_path, boot_id="of yesterday", pid_space=FIRST_PID_SPACE)
+    path = _left_by(tmp_path, boot_id="of yesterday", pid_space=HOST_PID_SPACE)
     with _beating(path), pytest.raises(RunError, match="held by a live run"):
         RunLock(tmp_path).acquire()
     with RunLock(tmp_path) as lock:
@@ -354,7 +354,9 @@ def test_a_holder_that_lost_the_run_is_told(
     lock = _without_flock(tmp_path).acquire()
     lock.check()
     how(tmp_path)
-    with pytest.raises(RunError, match=f"not this run's any more \\(token 1\\).*{said}") as error:
+    with pytest.raises(
+        RunError, match=f"no longer belongs to this run \\(token 1\\).*{said}"
+    ) as error:
         lock.check()
     assert "\n" not in str(error.value)
     left = {path.name for path in tmp_path.iterdir()}
@@ -371,7 +373,7 @@ def test_a_holder_that_lost_the_run_is_told(
 def test_the_beat_moves_and_ends_with_the_holder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lease, "BEAT_SECONDS", 0.02)
+    monkeypatch.setattr(lease, "RENEW_SECONDS", 0.02)
     path = tmp_path / "lease_000001.json"
     with RunLock(tmp_path):
         first = json.loads(path.read_text())["beat"]
@@ -401,9 +403,12 @@ def test_a_number_that_was_given_out_and_taken_away_again_does_not_count(
 ) -> None:
     """One who looked long ago and only now makes the next file, which others have made and left behind meanwhile."""
     (tmp_path / "lease_000003.json").write_text('{"token": 3, "released": true}')
-    newest, looked = lease.newest, [lease.Place(1, tmp_path / "lease_000001.json", ended=False)]
+    newest, looked = (
+        lease.newest_lease,
+        [lease.LeaseFile(1, tmp_path / "lease_000001.json", ended=False)],
+    )
     monkeypatch.setattr(
-        lease, "newest", lambda directory: looked.pop() if looked else newest(directory)
+        lease, "newest_lease", lambda directory: looked.pop() if looked else newest(directory)
     )
     with RunLock(tmp_path) as lock:
         assert not looked and lock.token == 4

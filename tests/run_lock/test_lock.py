@@ -269,7 +269,7 @@ def test_without_slurm_and_of_a_strange_job_id_nothing_is_known(
 def test_a_lock_takes_slurm_s_word(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, free: bool
 ) -> None:
-    monkeypatch.setattr("k2train.run_lock.lease.WATCH_SECONDS", 0.3)
+    monkeypatch.setattr("k2train.run_lock.lease.RENEWAL_WAIT_SECONDS", 0.3)
     monkeypatch.setattr("k2train.record.system_info.SQUEUE_SECONDS", HANG_SECONDS)
     run = tmp_path / "run"
     with RunLock(run, {"slurm_job_id": "88"}):

@@ -1,7 +1,7 @@
-"""What is still in memory of all that a piece of code made: the truth that planned activation bytes are held against.
+"""Memory still held by tensors that a piece of code made, to compare with planned activation bytes.
 
-Counted is memory and not what autograd says it saved: a tensor in a closure, in a list or in an attribute of a function's
-context is kept as well, and a view keeps the whole of what it looks at.
+Counts memory, not what autograd says it saved. A tensor in a closure, in a list or in an attribute
+of a function's context is kept as well, and a view keeps all of its base.
 """
 
 from collections.abc import Iterable
@@ -20,7 +20,7 @@ from k2train.train.engine import Engine
 
 
 class Made(TorchDispatchMode):
-    """While entered, notes the memory of every result; memory that `known` tensors had before does not count."""
+    """While entered, records the memory of every result, except memory of `known` tensors."""
 
     def __init__(self, known: Iterable[Tensor] = ()):
         super().__init__()
@@ -28,7 +28,7 @@ class Made(TorchDispatchMode):
         self._made: dict[int, tuple[StorageWeakRef, int, str]] = {}
         self.watch_peak = False
         self.peak_bytes = 0
-        """The most that was held after any operation while `watch_peak` was set."""
+        """Most bytes held after any operation while `watch_peak` was set."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -37,19 +37,24 @@ class Made(TorchDispatchMode):
                 found = self._made.get(key)
                 if found is None or found[0].expired():
                     storage = tensor.untyped_storage()
-                    told = f"{storage.nbytes():>8} {tuple(tensor.shape)} {tensor.dtype} of {func}"
-                    self._made[key] = (StorageWeakRef(storage), storage.nbytes(), told)
+                    description = (
+                        f"{storage.nbytes():>8} {tuple(tensor.shape)} {tensor.dtype} of {func}"
+                    )
+                    self._made[key] = (StorageWeakRef(storage), storage.nbytes(), description)
+
         if self.watch_peak:
             self.peak_bytes = max(self.peak_bytes, self.still_bytes())
         return out
 
     def still_bytes(self) -> int:
-        """Bytes of what was made and is still held by anybody."""
+        """Bytes made and still held."""
         return sum(size for storage, size, _ in self._made.values() if not storage.expired())
 
     def still(self) -> str:
         """The same item by item, for a message."""
-        return "\n".join(told for storage, _, told in self._made.values() if not storage.expired())
+        return "\n".join(
+            description for storage, _, description in self._made.values() if not storage.expired()
+        )
 
 
 def _address(tensor: Tensor) -> int:
@@ -57,7 +62,7 @@ def _address(tensor: Tensor) -> int:
 
 
 def spec_of(config: Config, engine: Engine) -> ActivationSpec:
-    """What the plan is asked, from what was built."""
+    """Activation spec of the plan, taken from the built engine."""
     return ActivationSpec(
         ModelShape(
             *(getattr(engine.architecture, name) for name in ModelShape.__dataclass_fields__)
@@ -78,7 +83,7 @@ def spec_of(config: Config, engine: Engine) -> ActivationSpec:
 
 
 def known_of(module: Any, *others: Tensor) -> list[Tensor]:
-    """What a stage has before it meets a micro-batch."""
+    """Tensors a stage holds before its first micro-batch."""
     tables = [value for value in vars(module.rotary).values() if isinstance(value, Tensor)]
     return [
         *module.parameters(),

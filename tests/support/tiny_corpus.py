@@ -1,4 +1,4 @@
-"""A tiny data folder, a config over it, and the real command line: what the end-to-end tests share."""
+"""Tiny data folder, a config for it, and the real command line, shared by end-to-end tests."""
 
 import json
 import os
@@ -68,7 +68,10 @@ def make_corpus(
 
 
 def config_tree(manifest: Path, directory: Path, name: str, **changes: Any) -> dict[str, Any]:
-    """TINY over the corpus, cosine with warm-up; dotted keys changed, the dot written as two underscores."""
+    """TINY over the corpus, cosine with warm-up.
+
+    Dotted keys changed, the dot written as two underscores.
+    """
     tree = {
         section: dict(value) if isinstance(value, dict) else value
         for section, value in TINY.items()
@@ -188,7 +191,9 @@ def tree_of(directory: Path) -> dict[str, bytes]:
 
 
 def kept_of(directory: Path) -> dict[str, bytes]:
-    """The same without what only says who was there last: the lease, and the heartbeats of the watch."""
+    """The same without what only says who was there last: the lease, and the heartbeats of the
+    watch.
+    """
     return {
         name: content
         for name, content in tree_of(directory).items()
@@ -208,9 +213,11 @@ def nothing(trainer: Trainer) -> None:
 def trainer_job(
     launch: Launch, tree: dict[str, Any], change: Callable[[Trainer], None] = nothing
 ) -> int | str:
-    """A whole run in the pool, as `k2train.train.trainer.train` does it; `change` is done to the trainer before its first step.
+    """A whole run in the pool, as `k2train.train.trainer.train` does it; `change` is done to the
+    trainer before its first step.
 
-    Returns the exit code, the one line of a user's mistake, or the name of the checkpoint that finished the stage.
+    Returns the exit code, the one line of a user's mistake, or the name of the checkpoint that
+    finished the stage.
     """
     fault_injection.arm("", launch.rank)
     try:

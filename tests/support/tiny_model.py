@@ -1,4 +1,4 @@
-"""Small configs and jobs that several test files share."""
+"""Small configs and training jobs shared by several test files."""
 
 from typing import Any
 
@@ -28,7 +28,8 @@ TINY: dict[str, Any] = {
     "batch": {"global_sequences": 24, "micro_sequences": 2},
     "parallel": {"tensor": 1, "pipeline": 1},
     "lr": {"kind": "constant", "peak": 1e-3},
-    # Far above K2's 1e-8: with that, an entry whose gradient is mere rounding takes a full step of either sign.
+    # Far above K2's 1e-8: with that, an entry whose gradient is mere rounding takes a full step of
+    # either sign.
     "optimizer": {"eps": 1e-4},
     "precision": "fp32",
 }
@@ -40,12 +41,14 @@ def tiny_config(**changes: Any) -> Config:
         section: dict(value) if isinstance(value, dict) else value
         for section, value in TINY.items()
     }
+
     for key, value in changes.items():
         section, _, name = key.partition("__")
         if name:
             tree.setdefault(section, {})[name] = value
         else:
             tree[section] = value
+
     return Config.model_validate(tree)
 
 
@@ -72,7 +75,9 @@ def microbatches_of(config: Config, grid: ProcessGrid, step: int) -> list[Tensor
 def local_gradients(
     engine: Engine, shard: Tensor
 ) -> dict[str, tuple[list[tuple[int, int]], np.ndarray]]:
-    """Of each global tensor the block this rank optimizes: ([(start, stop) by dimension], values)."""
+    """Of each global tensor the block this rank optimizes: ([(start, stop) by dimension],
+    values).
+    """
     found = {}
     for slot in engine.gradients.shard_layout.slots:
         param_slice, (low, high) = slot.param_slice, slot.rows(engine.grid.dp)
@@ -84,6 +89,7 @@ def local_gradients(
             box,
             engine.gradients.shard_layout.local(shard, slot).clone().numpy(),
         )
+
     return found
 
 
@@ -91,7 +97,9 @@ def assemble(
     parts: list[dict[str, tuple[list[tuple[int, int]], np.ndarray]]],
     names: dict[str, tuple[int, ...]],
 ) -> dict[str, np.ndarray]:
-    """Whole tensors from the blocks of all ranks; blocks held twice must be bit-equal, and nothing may be left out."""
+    """Whole tensors from the blocks of all ranks; blocks held twice must be bit-equal, and nothing
+    may be left out.
+    """
     whole = {}
     for name, shape in names.items():
         out, seen = np.full(shape, np.nan, dtype=np.float32), np.zeros(shape, dtype=bool)
@@ -104,8 +112,10 @@ def assemble(
                 out[index][seen[index]], values[seen[index]]
             ), f"{name}: replicas differ"
             out[index], seen[index] = values, True
+
         assert seen.all(), f"{name}: {int((~seen).sum())} values held by no rank"
         whole[name] = out
+
     return whole
 
 
@@ -118,6 +128,7 @@ def shapes_of(config: Config) -> dict[str, tuple[int, ...]]:
         m.hidden_size // m.num_heads * (m.num_kv_heads or m.num_heads),
     )
     shapes: dict[str, tuple[int, ...]] = {"embedding.weight": (m.vocab_size, h)}
+
     for n in range(m.num_layers):
         shapes |= {
             f"layers.{n}.attention_norm.weight": (h,),
@@ -130,11 +141,14 @@ def shapes_of(config: Config) -> dict[str, tuple[int, ...]]:
             f"layers.{n}.mlp.up.weight": (f, h),
             f"layers.{n}.mlp.down.weight": (h, f),
         }
+
     return shapes | {"norm.weight": (h,), "head.weight": (m.vocab_size, h)}
 
 
 def train_job(launch: Launch, config: Config, steps: int) -> dict[str, Any]:
-    """Some steps on the grid of `config`: losses, norms, and this rank's blocks of weights and reduced gradients."""
+    """Some steps on the grid of `config`: losses, norms, and this rank's blocks of weights and
+    reduced gradients.
+    """
     grid = grid_of(launch, config)
     engine = Engine(config, grid)
     start = local_gradients(engine, engine.optimizer.master)
@@ -150,6 +164,7 @@ def train_job(launch: Launch, config: Config, steps: int) -> dict[str, Any]:
     for step in range(1, steps + 1):
         result = engine.train_step(microbatches_of(config, grid, step), config.lr.peak)
         results.append((result.loss, result.grad_norm, result.applied))
+
     return {
         "start": start,
         "results": results,

@@ -102,7 +102,7 @@ def main() -> int:
     except RuntimeError as error:
         if not comm.broken:
             raise
-        line = watch.lost(error)
+        line = watch.connection_lost(error)
         if line:
             os.write(2, f"{line}\n".encode())
         os._exit(1)

@@ -12,28 +12,30 @@ from pathlib import Path
 
 import pytest
 
-from k2train.watchdog.failure_report import tell_once
-from k2train.watchdog.heartbeat import Process, Record, write_record
+from k2train.watchdog.failure_report import publish_report
+from k2train.watchdog.heartbeat import Heartbeat, Process, write_heartbeat
 from tests.support.watched_jobs import Job
 from tools.who_is_stuck import main
 
 TOOL = Path(__file__).parents[2] / "tools/who_is_stuck.py"
 
 
-def record(rank: int, world: int) -> Record:
+def record(rank: int, world: int) -> Heartbeat:
     process = Process(1000 + rank, 1, "another boot", "pid:[1]", f"node{rank // 8}")
-    return Record(rank, world, process, 1, "step", 41, 30.0, 1234, "all-reduce tp", "all-reduce tp")
+    return Heartbeat(
+        rank, world, process, 1, "step", 41, 30.0, 1234, "all-reduce tp", "all-reduce tp"
+    )
 
 
 @contextmanager
 def running(
-    directory: Path, world: int, change: Callable[[Record], Record | None]
+    directory: Path, world: int, change: Callable[[Heartbeat], Heartbeat | None]
 ) -> Iterator[None]:
     """Heartbeats of ranks on other machines; `change` says what is special, None: this one does not write."""
     directory.mkdir()
     records = [record(rank, world) for rank in range(world)]
     for one in records:
-        write_record(directory, one)
+        write_heartbeat(directory, one)
     over = threading.Event()
 
     def beat() -> None:
@@ -43,7 +45,7 @@ def running(
             for one in records:
                 changed = change(replace(one, beat=number))
                 if changed is not None:
-                    write_record(directory, changed)
+                    write_heartbeat(directory, changed)
 
     thread = threading.Thread(target=beat)
     thread.start()
@@ -91,7 +93,7 @@ def test_a_run_that_goes_on_has_nobody_stuck(
 ) -> None:
     with running(tmp_path / "watch", 4, lambda one: replace(one, count=1234 + one.beat)):
         code, lines = ask(capsys, tmp_path)
-    assert (code, lines[0]) == (0, "nobody is stuck: 4 ranks at step 41")
+    assert (code, lines[0]) == (0, "no rank is stuck: 4 ranks at step 41")
 
 
 def test_a_long_wait_that_has_just_begun_is_nobody_s_fault(
@@ -107,7 +109,7 @@ def test_a_rank_that_has_not_come_up_is_named(
     with running(tmp_path / "watch", 4, lambda one: None if one.rank == 3 else one):
         (tmp_path / "watch/rank_00003.json").unlink()
         code, lines = ask(capsys, tmp_path)
-    assert (code, lines[0]) == (1, "rank 3 has not come up: it has written no heartbeat")
+    assert (code, lines[0]) == (1, "rank 3 has not started: it has written no heartbeat")
 
 
 def test_of_a_run_that_has_ended_it_says_why(
@@ -116,8 +118,8 @@ def test_of_a_run_that_has_ended_it_says_why(
     directory = tmp_path / "watch"
     directory.mkdir()
     for rank in range(2):
-        write_record(directory, replace(record(rank, 2), state="leaving"))
-    tell_once(directory, {"line": "rank 1 died at step 7", "told_by": 0}, None)
+        write_heartbeat(directory, replace(record(rank, 2), state="leaving"))
+    publish_report(directory, {"line": "rank 1 died at step 7", "told_by": 0}, None)
     code, lines = ask(capsys, tmp_path)
     assert (code, lines[0]) == (1, "the run has ended: rank 1 died at step 7")
 
@@ -128,20 +130,20 @@ def test_of_a_run_that_ended_well_nobody_is_stuck(
     directory = tmp_path / "watch"
     directory.mkdir()
     for rank in range(2):
-        write_record(directory, replace(record(rank, 2), state="closed"))
+        write_heartbeat(directory, replace(record(rank, 2), state="closed"))
     code, lines = ask(capsys, tmp_path)
-    assert (code, lines[0]) == (0, "the run has ended: 2 ranks left by themselves")
+    assert (code, lines[0]) == (0, "the run has ended: 2 ranks exited by themselves")
 
 
 def test_no_such_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path / "nowhere")]) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "holds no heartbeat" in error
+    assert error.count("\n") == 1 and "has no heartbeat" in error
 
 
 def test_it_needs_no_torch_and_writes_nothing(tmp_path: Path) -> None:
     (tmp_path / "watch").mkdir()
-    write_record(tmp_path / "watch", replace(record(0, 1), state="closed"))
+    write_heartbeat(tmp_path / "watch", replace(record(0, 1), state="closed"))
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     code = (
         f"import sys; sys.argv = ['x', {str(tmp_path)!r}, '--wait', '0.5']; import runpy\n"

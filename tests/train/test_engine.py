@@ -1,4 +1,4 @@
-"""The engine and the kernels: what is built is what was planned, and every choice of kernel computes the same."""
+"""Engine and kernels: the built model is the planned one, every kernel choice computes the same."""
 
 import gc
 import weakref
@@ -55,7 +55,9 @@ def build_job(launch: Launch, config: Any) -> dict[str, Any]:
 def test_built_equals_planned(
     pool: GlooPool, tp: int, pp: int, dp: int, v: int, precision: str
 ) -> None:
-    """The plan counts what is built: a second formula for a fact drifts unless the two are compared."""
+    """The plan counts what is built: a second formula for a fact drifts unless the two are
+    compared.
+    """
     config = tiny_config(
         parallel__tensor=tp,
         parallel__pipeline=pp,
@@ -109,7 +111,9 @@ def test_kernels_equal_their_reference(
 
 @pytest.mark.parametrize(("tp", "pp"), ((1, 1), (2, 2)))
 def test_recompute_changes_no_bit(pool: GlooPool, tp: int, pp: int) -> None:
-    """Computing a block again in the backward, collectives included, gives the same bits as keeping it."""
+    """Computing a block again in the backward, collectives included, gives the same bits as keeping
+    it.
+    """
     changes = {"parallel__tensor": tp, "parallel__pipeline": pp, "parallel__sequence": tp > 1}
     kept, again = (
         run(pool, tp * pp, **changes),
@@ -121,7 +125,9 @@ def test_recompute_changes_no_bit(pool: GlooPool, tp: int, pp: int) -> None:
 
 
 def saved_bytes_job(launch: Launch, config: Any) -> int:
-    """Bytes autograd keeps between forward and backward of one micro-batch, parameters not counted."""
+    """Bytes autograd keeps between forward and backward of one
+    micro-batch, parameters not counted.
+    """
     engine = Engine(config, grid_of(launch, config))
     owned = {p.data_ptr() for stage in engine.stages.values() for p in stage.parameters()}
     kept: dict[int, int] = {}
@@ -194,7 +200,9 @@ def freed_job(launch: Launch, config: Any) -> bool:
 
 
 def test_an_engine_can_be_freed(pool: GlooPool) -> None:
-    """A hook that holds its buffer for ever keeps the weights, and the process groups with their threads, for ever."""
+    """A hook that holds its buffer for ever keeps the weights, and the process groups with their
+    threads, for ever.
+    """
     assert pool.run(1, freed_job, tiny_config()) == [True]
 
 
@@ -207,44 +215,46 @@ def split_job(launch: Launch, config: Any) -> dict[str, list[int]]:
         for p, _ in engine.gradients.shard_layout.parameters()
         if p.dim() == 2
     ]
-    told: dict[str, list[int]] = {"I": [], "W": [], "of": [len(matrices)]}
+    counts: dict[str, list[int]] = {"I": [], "W": [], "of": [len(matrices)]}
     run = engine.executor.run
 
     def watched(*args: Any) -> Any:
         def after(action: Any) -> None:
-            if action.op.value in told:
-                told[action.op.value].append(sum(bool(total.any()) for total in matrices))
+            if action.op.value in counts:
+                counts[action.op.value].append(sum(bool(total.any()) for total in matrices))
 
         return run(*args, observe=after)
 
     engine.executor.run = watched  # type: ignore[method-assign]
     engine.train_step(batches, 1e-3)
-    return told
+    return counts
 
 
 def test_a_split_backward_is_split(pool: GlooPool) -> None:
-    """Catches an engine whose zero-bubble schedules compute weight gradients with the input's: right, and no faster."""
-    (told,) = pool.run(
+    """Catches an engine whose zero-bubble schedules compute weight gradients with the input's:
+    right, and no faster.
+    """
+    (counts,) = pool.run(
         1, split_job, tiny_config(parallel__schedule="zb-h1", batch__global_sequences=4)
     )
-    matrices = told["of"][0]
+    matrices = counts["of"][0]
     # The head's is made with the loss.
-    assert told["I"][0] == 1 and told["W"][-1] == matrices > 1, told
+    assert counts["I"][0] == 1 and counts["W"][-1] == matrices > 1, counts
 
 
 @pytest.mark.parametrize("device", ("cpu", "cuda"))
-@pytest.mark.parametrize("asked", ("auto", "on", "off"))
-def test_the_axes_communicate_as_asked(device: str, asked: str) -> None:
+@pytest.mark.parametrize("setting", ("auto", "on", "off"))
+def test_the_axes_communicate_as_asked(device: str, setting: str) -> None:
     """Catches a key that never reaches the layers, and what suits an accelerator done on a CPU."""
-    gathered = {"auto": "auto", "on": "again", "off": "keep"}[asked]
+    gathered = {"auto": "auto", "on": "again", "off": "keep"}[setting]
     config = tiny_config(
-        parallel__overlap=asked,
+        parallel__overlap=setting,
         parallel__gathered=gathered,
         parallel__tensor=2,
-        parallel__symmetric_memory=asked == "on",
+        parallel__symmetric_memory=setting == "on",
     )
     grid: Any = SimpleNamespace(tp=SINGLE["tp"], dp=SINGLE["dp"], device=torch.device(device))
     tp, dp = axes_of(config, grid)
-    expected = asked == "on" or (asked == "auto" and device == "cuda")
+    expected = setting == "on" or (setting == "auto" and device == "cuda")
     assert (tp.overlap, tp.regather, dp.overlap) == (expected, expected, expected)
-    assert (tp.symmetric, dp.regather, dp.symmetric) == (asked == "on", False, False)
+    assert (tp.symmetric, dp.regather, dp.symmetric) == (setting == "on", False, False)

@@ -1,4 +1,4 @@
-"""The probe: the same weights answer the same on every layout, other weights do not, and asking changes nothing."""
+"""Forward check: equal weights agree on every layout, other weights do not, nothing is changed."""
 
 import json
 from typing import Any
@@ -23,7 +23,10 @@ ZB_V = {"parallel__pipeline": 2, "parallel__schedule": "zb-v", "parallel__stages
 
 
 def probe_job(launch: Launch, config: Any, change: Any = None) -> dict[str, Any]:
-    """The probe of freshly drawn weights; `change` (rank, tensor, bit) flips a bit of a weight in use there first."""
+    """The probe of freshly drawn weights.
+
+    `change` (rank, tensor, bit) flips a bit of a weight in use there first.
+    """
     grid = grid_of(launch, config)
     engine = Engine(config, grid)
     if change is not None:
@@ -45,7 +48,10 @@ def probe(pool: GlooPool, world: int, change: Any = None, **changes: Any) -> dic
 
 @pytest.mark.parametrize("precision", ("fp32", "bf16"))
 def test_every_layout_answers_the_same(pool: GlooPool, precision: str) -> None:
-    """Bit for bit over pp, its schedules and dp; within rounding over tp and other kernels. Nothing is called a problem."""
+    """Bit for bit over pp, its schedules and dp; within rounding over tp and other kernels.
+
+    Nothing is called a problem.
+    """
     one = probe(pool, 1, precision=precision)
     assert len(one["prompt"]["positions"]) == 8 and one["prompt"]["positions"][-1] == 15
     assert np.shape(one["values"]) == (8, 8) and one["max_abs"] > 0.1 and one["apart"] == ""
@@ -83,7 +89,10 @@ def test_block_attention_is_asked_with_documents(pool: GlooPool) -> None:
 
 
 def test_one_bit_of_one_weight_is_seen(pool: GlooPool) -> None:
-    """A middle bit of one weight of millions moves bits of the answer; on the same signature that is enough."""
+    """A middle bit of one weight of millions moves bits of the answer.
+
+    On the same signature that is enough.
+    """
     sound, damaged = (
         probe(pool, 1, change) for change in (None, (0, "layers.2.mlp.up.weight", 12))
     )
@@ -92,7 +101,9 @@ def test_one_bit_of_one_weight_is_seen(pool: GlooPool) -> None:
 
 
 def test_another_model_is_seen_over_another_layout(pool: GlooPool) -> None:
-    """A constant that is no tensor, and a weight of another size, where rounding alone must not explain it."""
+    """A constant that is no tensor, and a weight of another size, where rounding alone must not
+    explain it.
+    """
     sound = probe(pool, 1)
     changed = {
         "norm_eps": probe(pool, 2, model__norm_eps=1e-3, **TP),
@@ -105,7 +116,10 @@ def test_another_model_is_seen_over_another_layout(pool: GlooPool) -> None:
 
 
 def test_a_replica_that_answers_otherwise_is_named(pool: GlooPool) -> None:
-    """Of three replicas the odd one; of two, both, since nobody can say which; a whole pipeline is one replica."""
+    """Of three replicas the odd one.
+
+    Of two, both, since nobody can say which; a whole pipeline is one replica.
+    """
     name = "layers.0.mlp.down.weight"
     assert probe(pool, 3, (2, name, 18))["apart"].startswith(
         "the replica of rank 2 computes other logits"
@@ -124,7 +138,8 @@ def trained_job(launch: Launch, config: Any, probing: bool) -> Any:
         batches = microbatches_of(config, grid, step)
         results.append(engine.train_step(batches, 1e-3))
         if probing:
-            # Twice: right after a step, when with overlap weights are still on their way, and once they are there.
+            # Twice: right after a step, when with overlap weights are still on their way, and once
+            # they are there.
             assert run_forward_check(engine) == run_forward_check(engine)
             assert all(
                 p.grad is None for stage in engine.stages.values() for p in stage.parameters()
@@ -169,7 +184,10 @@ def answer(
 
 
 def test_the_bound() -> None:
-    """fp32 with two layers: 32 * 2^-23 * 2 of the largest logit; what is no number is never within it."""
+    """fp32 with two layers: 32 * 2^-23 * 2 of the largest logit.
+
+    What is no number is never within it.
+    """
     bound = 64 * 2.0**-23
     base = answer([[1.0, 0.5]])
     for moved, fine in ((0.9 * bound, True), (1.1 * bound, False)):

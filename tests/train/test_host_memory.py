@@ -1,4 +1,7 @@
-"""What is asked of malloc, and when nothing is: seen in processes of their own, since what malloc was told it keeps."""
+"""malloc settings, observed in processes of their own.
+
+malloc keeps what it was set to, so one process can test one setting only.
+"""
 
 import os
 import platform
@@ -11,8 +14,8 @@ from k2train.train.host_memory import keep_freed_memory, malloc_settings
 
 GLIBC = platform.libc_ver()[0] == "glibc"
 
-# The page faults of 30 blocks of 40 MB taken, filled and freed one after another: larger than what malloc by itself would
-# ever learn to keep (32 MiB).
+# The page faults of 30 blocks of 40 MB taken, filled and freed one after another: larger than what
+# malloc by itself would ever learn to keep (32 MiB).
 FAULTS = """
 import ctypes, resource, sys
 from k2train.train.host_memory import keep_freed_memory
@@ -42,13 +45,15 @@ def faults(device_type: str, **variables: str) -> tuple[str, int]:
         text=True,
         check=True,
     )
-    said, count = done.stdout.splitlines()
-    return said, int(count)
+    message, count = done.stdout.splitlines()
+    return message, int(count)
 
 
 @pytest.mark.skipif(not GLIBC, reason="asks glibc")
 def test_memory_is_kept_on_a_cpu_only() -> None:
-    """Catches a parameter that malloc does not know, and host memory held back where a device computes."""
+    """Catches a parameter that malloc does not know, and host memory held back where a device
+    computes.
+    """
     kept, untouched = faults("cpu"), faults("cuda")
     assert (kept[0], untouched[0]) == ("malloc: freed memory is kept", "malloc: default settings")
     assert untouched[1] >= 29, "the machine gives no pages back, so this shows nothing"
@@ -62,8 +67,8 @@ def test_memory_is_kept_on_a_cpu_only() -> None:
 )
 def test_what_the_user_set_stays(name: str, value: str) -> None:
     """Catches a setting made by hand, for a measurement perhaps, that is overruled in silence."""
-    said, count = faults("cpu", **{name: value})
-    assert said == f"malloc: set by {name}"
+    message, count = faults("cpu", **{name: value})
+    assert message == f"malloc: set by {name}"
     assert count >= 29
 
 

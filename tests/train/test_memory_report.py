@@ -1,4 +1,4 @@
-"""What is said of memory: the lines of the plan and of a starting run carry the plan's own numbers."""
+"""Memory report: the lines of the plan and of a starting run show the numbers of the plan."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +33,9 @@ def planned(*overrides: str) -> tuple[Config, Layout, Any]:
 
 
 def test_every_policy_and_every_rank_is_told() -> None:
-    """Catches a table of another layout's numbers, a policy left out, and sizes that are not the plan's."""
+    """Catches a table of another layout's numbers, a policy left out, and sizes that are not the
+    plan's.
+    """
     config, layout, programs = planned()
     lines = memory_table(config, layout, programs)
     assert lines[1].endswith("257.26 MiB (recompute none; selective 182.26 MiB, full 16.00 MiB)")
@@ -43,8 +45,8 @@ def test_every_policy_and_every_rank_is_told() -> None:
             memory_of(config, replace(spec_of(config), recompute=policy), layout, programs[pp], pp)
             for policy in RECOMPUTE
         ]
-        told = [f"{bytes_text(m.activations_bytes)} / {bytes_text(m.total_bytes)}" for m in found]
-        assert lines[pp - 4].split() == f"{pp} {' '.join(told)}".split()
+        cells = [f"{bytes_text(m.activations_bytes)} / {bytes_text(m.total_bytes)}" for m in found]
+        assert lines[pp - 4].split() == f"{pp} {' '.join(cells)}".split()
         assert lines[pp + 3].split()[-2:] == bytes_text(found[0].total_bytes).split()
     assert layer_bytes(spec_of(config), "none") / 2**20 == pytest.approx(257.26, abs=0.005)
 
@@ -57,8 +59,8 @@ def test_a_start_tells_this_rank() -> None:
     found = memory_of(config, work, layout, programs[1], 1)
     assert "16.00 MiB (recompute full in 5 layers of a stage; none 257.26 MiB" in line
     assert (
-        f"{bytes_text(found.activations_bytes)} activations, {bytes_text(found.total_bytes)} in total"
-        in line
+        f"{bytes_text(found.activations_bytes)} activations, {bytes_text(found.total_bytes)} in "
+        "total" in line
     )
     assert "reference" not in line
     config, *_ = planned("kernels.loss=reference")

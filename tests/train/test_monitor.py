@@ -1,6 +1,8 @@
-"""What looks at a run while it trains, through whole runs: numbers that are not finite, bits that flip, request files,
-roots in the record. Would catch a step that one rank skips and another applies, a damaged copy that trains on, and a
-request that is met twice or never."""
+"""Health checks in whole runs: non-finite steps, flipped bits, request files, recorded state roots.
+
+Would catch a step that one rank skips and another applies, a damaged replica that trains on, and a
+request that is met twice or never.
+"""
 
 import json
 from collections.abc import Callable
@@ -70,7 +72,11 @@ def tensors(base: Path, name: str) -> dict[int, dict[str, str]]:
         ({}, "gradient@rank=0@step=4:nan=embedding.weight", "embedding.weight"),
         ({}, "gradient@rank=1@step=4:inf=layers.2.mlp.gate.weight", "layers.2.mlp.gate.weight"),
         ({"parallel__tensor": 2}, "gradient@rank=1@step=4:nan=norm.weight", "norm.weight"),
-        ({"parallel__tensor": 2}, "gradient@rank=0@step=4:nan=layers.0.attention.key.weight", "layers.0.attention.key.weight"),
+        (
+            {"parallel__tensor": 2},
+            "gradient@rank=0@step=4:nan=layers.0.attention.key.weight",
+            "layers.0.attention.key.weight",
+        ),
         ({"parallel__pipeline": 2}, "gradient@rank=1@step=4:inf=head.weight", "head.weight"),
         ({"parallel__pipeline": 2}, "loss@rank=1@step=4@nth=1:nan", None),
         ({"parallel__pipeline": 2}, "loss@rank=1@step=4@nth=4:inf", None),
@@ -80,8 +86,11 @@ def tensors(base: Path, name: str) -> dict[int, dict[str, str]]:
 def test_what_is_not_finite_costs_one_step_on_every_rank(
     base: Path, pool: GlooPool, layout: dict[str, int], fault: str, tensor: str | None
 ) -> None:
-    """By rank, tensor and micro-batch: exactly that step is left out, no bit of the state moves, and it is told with the
-    rows it read. The next step is applied."""
+    """By rank, tensor and micro-batch: exactly that step is left out, no bit of the state moves,
+    and it is told with the rows it read.
+
+    The next step is applied.
+    """
     name = fault.replace(":", "-").replace("@", "-").replace("=", "") + "".join(layout)
     assert run_with(pool, 2, tree_of(base, name, **layout), fault) == [0, 0]
     applied = {
@@ -119,7 +128,9 @@ def remembering(text: str, trainer: Trainer) -> None:
 
 
 def test_bad_steps_are_counted_across_a_restart(base: Path, pool: GlooPool) -> None:
-    """Two before it and one after it are three in a row: a restart in between must not forget the first."""
+    """Two before it and one after it are three in a row: a restart in between must not forget the
+    first.
+    """
     tree = tree_of(base, "across", run__stop_after_steps=5)
     assert run_with(pool, 1, tree, "gradient@step=4:nan;gradient@step=5:nan") == [75]
     del tree["run"]["stop_after_steps"]
@@ -152,7 +163,9 @@ def test_bad_steps_are_counted_across_a_restart(base: Path, pool: GlooPool) -> N
 def test_a_bit_that_flips_stops_the_run(
     base: Path, pool: GlooPool, layout: dict[str, int], fault: str, words: str
 ) -> None:
-    """With rank and tensor, before the update, so that the run started again is the run left alone."""
+    """With rank and tensor, before the update, so that the run started
+    again is the run left alone.
+    """
     name = "flip-" + fault.split("@")[0] + fault.rpartition("=")[2] + "".join(layout)
     assert run_with(pool, 2, tree_of(base, name, **layout), fault) == [1, 1]
     (stopped,) = events(base, name, "stopped")
@@ -191,7 +204,9 @@ def test_request_files(base: Path, pool: GlooPool, name: str, code: int) -> None
 
 
 def test_a_model_that_computes_something_else_is_refused(base: Path, pool: GlooPool) -> None:
-    """The manifest's probe is changed and sealed again: every byte is whole, and the model is not what was saved."""
+    """The manifest's probe is changed and sealed again: every byte is whole, and the model is not
+    what was saved.
+    """
     tree = tree_of(base, "probe", run__stop_after_steps=5)
     assert pool.run(1, trainer_job, tree) == [75]
     path = base / "runs" / "probe" / "checkpoints" / "ckpt_001" / "manifest.json"
@@ -215,7 +230,9 @@ def probing(trainer: Trainer) -> None:
 
 
 def test_looking_changes_nothing(base: Path, pool: GlooPool) -> None:
-    """With everything on at every step, and a probe in each, or with everything off: the same state to the bit."""
+    """With everything on at every step, and a probe in each, or with everything off: the same state
+    to the bit.
+    """
     off = {
         "audit__root_every_steps": 0,
         "audit__replicas_every_steps": 0,

@@ -1,4 +1,4 @@
-"""What is decided before a device is touched: data, checkpoint to continue from, sameness of runs, the seam."""
+"""Preflight checks: data, checkpoint to resume from, identity of the run, stage transition."""
 
 import json
 import shutil
@@ -91,7 +91,10 @@ def test_a_fresh_start(run: Run) -> None:
 
 
 def test_the_newest_is_wanted_first(run: Run) -> None:
-    """A save on request lies between its chunk's number and the next; name order alone would do the same by luck only."""
+    """A save on request lies between its chunk's number and the next.
+
+    Name order alone would do the same by luck only.
+    """
     for chunks, step, numbered in ((0, 0, True), (1, 5, True), (1, 7, False), (1, 9, False)):
         run.checkpoint(chunks, step, numbered)
     names = [path.name for path in run.start().candidates]
@@ -112,7 +115,9 @@ def test_a_broken_manifest_is_passed_over_and_told(run: Run) -> None:
 
 
 def test_a_thinned_one_is_passed_over(run: Run) -> None:
-    """Only weights: with a whole one beside it that one is taken, alone it is an error, never a fresh start."""
+    """Only weights: with a whole one beside it that one is taken, alone it is an error, never a
+    fresh start.
+    """
     run.checkpoint(0, 0)
     path = run.checkpoint(1, 5)
     (path / THINNED).write_text("{}")
@@ -170,7 +175,10 @@ def test_what_may_not_change(run: Run, changes: dict[str, Any], words: str) -> N
 
 
 def test_differences_of_nothing(run: Run, data: Path) -> None:
-    """Equal identities, one of them read back from JSON, do not differ; an empty one differs in everything."""
+    """Equal identities, one of them read back from JSON, do not differ.
+
+    An empty one differs in everything.
+    """
     config = run.config()
     identity = identity_of(config, *check_data(config))
     assert identity_differences(json.loads(json.dumps(identity)), identity) == []
@@ -180,7 +188,10 @@ def test_differences_of_nothing(run: Run, data: Path) -> None:
 def test_large_data_is_not_all_hashed_at_start(
     run: Run, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With terabytes of chunks a start must not read them all: the next only; and nobody hashes without `verify`."""
+    """With terabytes of chunks a start must not read them all: the next only.
+
+    And nobody hashes without `verify`.
+    """
     seen: list[str] = []
     monkeypatch.setattr(preflight, "verify_chunk", lambda manifest, info: seen.append(info.name))
     prepare_start(run.config(), 1, verify=False)
@@ -216,7 +227,9 @@ def damage(file: Path) -> None:
 def test_damage_in_what_is_read_next(
     tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, hurt: str, chunks: int, found: bool
 ) -> None:
-    """Large data too: the chunk that the step after the checkpoint opens and the held-out one are hashed at the start."""
+    """Large data too: the chunk that the step after the checkpoint opens and the held-out one are
+    hashed at the start.
+    """
     monkeypatch.setattr(preflight, "HASH_AT_START_BYTES", 0)
     shutil.copytree(data, tmp_path / "data")
     run = Run(tmp_path, tmp_path / "data")
@@ -275,7 +288,9 @@ def test_a_batch_no_chunk_holds(run: Run) -> None:
 
 
 def test_the_seam(run: Run, tmp_path: Path) -> None:
-    """A run directory means its last checkpoint; the facts name it by hash; both rates are there."""
+    """A run directory means its last checkpoint; the facts name it by
+    hash; both rates are there.
+    """
     run.checkpoint(0, 0)
     parent = run.checkpoint(3, 15)
     make_corpus(tmp_path / "next", 2, seed=9)
@@ -284,14 +299,14 @@ def test_the_seam(run: Run, tmp_path: Path) -> None:
         run__init_from=str(run.directory), lr={"kind": "linear", "peak": 0.5, "warmup_steps": 0}
     )
     assert start.parent == parent
-    seam = start.transition
-    assert (seam["parent_step"], seam["rate_before"]) == (15, 0.25)
-    assert seam["rate_after"] == 0.5 - 0.5 / 10
+    transition = start.transition
+    assert (transition["parent_step"], transition["rate_before"]) == (15, 0.25)
+    assert transition["rate_after"] == 0.5 - 0.5 / 10
     assert (
-        seam["parent_manifest_sha256"]
+        transition["parent_manifest_sha256"]
         == preflight.hashlib.sha256((parent / MANIFEST).read_bytes()).hexdigest()
     )
-    assert seam["sources_compared"] is False, "neither folder records its sources"
+    assert transition["sources_compared"] is False, "neither folder records its sources"
 
 
 def record_sources(folder: Path, **parts: Any) -> str:
@@ -318,7 +333,9 @@ def record_sources(folder: Path, **parts: Any) -> str:
 def test_files_that_are_split_inside(
     tmp_path: Path, first: dict[str, Any], second: dict[str, Any], shared: list[str]
 ) -> None:
-    """Catches two stages that take the same documents of one file, and a refusal of two that take different ones."""
+    """Catches two stages that take the same documents of one file, and a refusal of two that take
+    different ones.
+    """
     manifests = []
     for name, parts in (("first", first), ("second", second)):
         make_corpus(tmp_path / name, 1, seed=len(manifests))
@@ -328,7 +345,9 @@ def test_files_that_are_split_inside(
 
 
 def test_sources_are_compared_where_both_are_recorded(tmp_path: Path) -> None:
-    """`sources_compared` is said only of a comparison that was made, with the very data the stage before read."""
+    """`sources_compared` is said only of a comparison that was made, with the very data the stage
+    before read.
+    """
     for name, seed in (("first", 1), ("next", 9)):
         make_corpus(tmp_path / name, 2, seed=seed)
         used = {"training": [f"{name}.txt"]}
@@ -347,7 +366,10 @@ def test_sources_are_compared_where_both_are_recorded(tmp_path: Path) -> None:
 
 
 def test_the_seam_without_the_earlier_data(run: Run, tmp_path: Path) -> None:
-    """The files of the stage before may be gone; the hashes in its checkpoint still tell a shared chunk."""
+    """The files of the stage before may be gone.
+
+    The hashes in its checkpoint still tell a shared chunk.
+    """
     shutil.copytree(run.data, tmp_path / "gone")
     earlier = Run(tmp_path / "earlier", tmp_path / "gone")
     parent = earlier.checkpoint(3, 15)
@@ -357,8 +379,10 @@ def test_the_seam_without_the_earlier_data(run: Run, tmp_path: Path) -> None:
     ):
         run.start(run__init_from=str(parent))
     make_corpus(tmp_path / "next", 2, seed=9)
-    seam = Run(tmp_path / "child", tmp_path / "next").start(run__init_from=str(parent)).transition
-    assert seam["sources_compared"] is False
+    transition = (
+        Run(tmp_path / "child", tmp_path / "next").start(run__init_from=str(parent)).transition
+    )
+    assert transition["sources_compared"] is False
 
 
 def test_a_data_folder_is_no_checkpoint(run: Run) -> None:

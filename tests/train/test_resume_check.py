@@ -1,5 +1,8 @@
-"""What may change at a resume, by name: would catch a change that moves the position in the data in silence, a name that
-opens more than it says, and a refusal that does not say what to write."""
+"""Changes allowed by name at a resume.
+
+Would catch a change that silently moves the data position, a name that allows more than it says,
+and a refusal that does not say what to write.
+"""
 
 import json
 from pathlib import Path
@@ -65,10 +68,13 @@ def saved(folder: Path, tmp_path: Path, consumed: int, step_in_chunk: int = 0) -
 def test_what_is_named_may_change(
     folder: Path, tmp_path: Path, change: dict[str, Any], allow: Any, key: str
 ) -> None:
-    """And without the name it is refused, with the name to write; a name of another key opens nothing."""
+    """And without the name it is refused, with the name to write.
+
+    A name of another key opens nothing.
+    """
     path, now = saved(folder, tmp_path, 2), identity(folder, **change)
-    told = check_same_run(path, now, allow)
-    assert told == identity_differences(read_manifest(path)["identity"], now) and told
+    allowed = check_same_run(path, now, allow)
+    assert allowed == identity_differences(read_manifest(path)["identity"], now) and allowed
     for names in ((), ("optimizer.eps",), ("lr.peak_", "l")):
         with pytest.raises(CheckpointError, match=r"run\.allow=\[.*" + key) as refused:
             check_same_run(path, now, names)
@@ -87,7 +93,10 @@ def test_what_is_named_may_change(
 def test_what_moves_the_position_can_never_be_allowed(
     folder: Path, tmp_path: Path, change: dict[str, Any]
 ) -> None:
-    """The step says where a run stands in the data; the third chunk is begun, so it cannot be another one."""
+    """The step says where a run stands in the data.
+
+    The third chunk is begun, so it cannot be another one.
+    """
     path, now = saved(folder, tmp_path, 2, step_in_chunk=3), identity(folder, **change)
     everything = ("batch", "model", "data", "data.order", "lr", "run")
     with pytest.raises(CheckpointError) as refused:

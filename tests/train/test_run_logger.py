@@ -1,4 +1,4 @@
-"""Rank 0's pen: attempts, the run's id, what a committed checkpoint leaves in the ledger."""
+"""Run logger of rank 0: attempts, run id, ledger entries of a committed checkpoint."""
 
 import hashlib
 import json
@@ -38,22 +38,26 @@ def prepared(tmp_path: Path) -> tuple[Config, Start]:
 
 
 def test_attempts_count_restarts(prepared: tuple[Config, Start]) -> None:
-    """One more each start: from the metrics, and from the ledger where a start died before its first step."""
+    """One more each start: from the metrics, and from the ledger where a start died before its
+    first step.
+    """
     config, start = prepared
     for attempt in (1, 2):
-        pen = RankZeroRunLogger(config, start)
-        assert pen.attempt == attempt
-        pen.step({**ROW, "attempt": pen.attempt})
-        pen.close()
-    pen = RankZeroRunLogger(config, start)
-    pen.event("resumed", attempt=3)
-    pen.close()
+        logger = RankZeroRunLogger(config, start)
+        assert logger.attempt == attempt
+        logger.step({**ROW, "attempt": logger.attempt})
+        logger.close()
+    logger = RankZeroRunLogger(config, start)
+    logger.event("resumed", attempt=3)
+    logger.close()
     assert RankZeroRunLogger(config, start).attempt == 4
     assert [row["attempt"] for row in read_metrics(start.directory / "metrics.jsonl")] == [1, 2]
 
 
 def test_one_run_id_across_restarts(prepared: tuple[Config, Start]) -> None:
-    """W&B continues one curve only if the id is that of the first start, also after a second `started`."""
+    """W&B continues one curve only if the id is that of the first start, also after a second
+    `started`.
+    """
     config, start = prepared
     first = RankZeroRunLogger(config, start)
     first.event("started", attempt=1, run_id=first.run_id)
@@ -62,9 +66,12 @@ def test_one_run_id_across_restarts(prepared: tuple[Config, Start]) -> None:
 
 
 def test_committed(prepared: tuple[Config, Start], capsys: pytest.CaptureFixture[str]) -> None:
-    """The ledger gets the manifest's facts and the hash of its bytes; a held-out loss that is not finite is told too."""
+    """The ledger gets the manifest's facts and the hash of its bytes.
+
+    A held-out loss that is not finite is told too.
+    """
     config, start = prepared
-    pen = RankZeroRunLogger(config, start)
+    logger = RankZeroRunLogger(config, start)
     for name, held_out in (("ckpt_000", None), ("ckpt_001", 5.25), ("ckpt_002", "nan")):
         path = start.checkpoints / name
         path.mkdir()
@@ -78,7 +85,7 @@ def test_committed(prepared: tuple[Config, Start], capsys: pytest.CaptureFixture
             "files": {"a": {"bytes": 3}, "b": {"bytes": 4}},
         }
         (path / "manifest.json").write_text(json.dumps(manifest))
-        pen.committed(path, manifest, 0.25)
+        logger.committed(path, manifest, 0.25)
         event = read_ledger(start.directory / "ledger.jsonl")[-1]
         assert (event["event"], event["checkpoint"], event["bytes"]) == (
             "checkpoint_saved",
@@ -90,10 +97,14 @@ def test_committed(prepared: tuple[Config, Start], capsys: pytest.CaptureFixture
             == hashlib.sha256((path / "manifest.json").read_bytes()).hexdigest()
         )
     assert capsys.readouterr().err == "", "the console belongs to the main thread"
-    pen.step({**ROW, "attempt": 1})
-    told = capsys.readouterr().err
-    assert "saved ckpt_001 at step 5, held-out loss 5.2500" in told and "held-out loss nan" in told
-    assert told.index("saved ckpt_000") < told.index("saved ckpt_001") < told.index("step 1/10")
+    logger.step({**ROW, "attempt": 1})
+    output = capsys.readouterr().err
+    assert (
+        "saved ckpt_001 at step 5, held-out loss 5.2500" in output and "held-out loss nan" in output
+    )
+    assert (
+        output.index("saved ckpt_000") < output.index("saved ckpt_001") < output.index("step 1/10")
+    )
 
 
 def test_config_is_complete(prepared: tuple[Config, Start]) -> None:
@@ -111,30 +122,30 @@ def test_torn_lines_are_told(
 ) -> None:
     """A killed writer's half line is repaired and said, never met in silence."""
     config, start = prepared
-    pen = RankZeroRunLogger(config, start)
-    pen.event("started", attempt=1, run_id="r")
-    pen.step({**ROW, "attempt": 1})
+    logger = RankZeroRunLogger(config, start)
+    logger.event("started", attempt=1, run_id="r")
+    logger.step({**ROW, "attempt": 1})
     for name in ("ledger.jsonl", "metrics.jsonl"):
         with (start.directory / name).open("ab") as stream:
             stream.write(b'{"half')
     capsys.readouterr()
     RankZeroRunLogger(config, start)
-    told = capsys.readouterr().err
+    output = capsys.readouterr().err
     assert (
-        "ledger.jsonl: the last line was cut off" in told
-        and "metrics.jsonl: 6 bytes of a torn last line" in told
+        "ledger.jsonl: the last line was cut off" in output
+        and "metrics.jsonl: 6 bytes of a torn last line" in output
     )
 
 
 def test_a_changed_ledger_is_refused(prepared: tuple[Config, Start]) -> None:
     """A start on a record that was edited would go on from a false one."""
     config, start = prepared
-    pen = RankZeroRunLogger(config, start)
-    pen.event("started", attempt=1, run_id="r")
-    pen.event("stopped", attempt=1)
+    logger = RankZeroRunLogger(config, start)
+    logger.event("started", attempt=1, run_id="r")
+    logger.event("stopped", attempt=1)
     path = start.directory / "ledger.jsonl"
     path.write_text(path.read_text().replace('"r"', '"q"'))
-    with pytest.raises(RunError, match="line 1 does not have the hash"):
+    with pytest.raises(RunError, match="line 1 does not match its own hash"):
         RankZeroRunLogger(config, start)
 
 

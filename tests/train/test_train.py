@@ -1,6 +1,6 @@
-"""A run from end to end: what it leaves behind, the seam between stages, steps that are not finite, disks that refuse.
+"""Whole runs: their record, the stage transition, non-finite steps, full and failing disks.
 
-Runs through the command line where the process is what is tested, in the pool where the trainer is.
+Tests of the process use the command line, tests of the trainer the process pool.
 """
 
 import json
@@ -130,15 +130,16 @@ def test_what_a_run_leaves_behind(plain: dict[str, Any]) -> None:
     assert plain["done"].returncode == 0, plain["done"].stderr
     assert_record(plain["run"], plain["done"], plain["path"], 2 * STEPS_PER_CHUNK)
     assert plain["done"].stdout == ""
-    asked = "malloc: set by" if malloc_settings(os.environ) else "malloc: freed memory is kept"
-    assert asked in plain["done"].stderr
+    setting = "malloc: set by" if malloc_settings(os.environ) else "malloc: freed memory is kept"
+    assert setting in plain["done"].stderr
     (started,) = events(plain["run"], "started")
-    assert started["memory"].startswith(asked) and "matmul" in started["kernels"]
+    assert started["memory"].startswith(setting) and "matmul" in started["kernels"]
 
 
 def test_finished_is_finished(plain: dict[str, Any]) -> None:
-    """Started again, it says so, exits 0 and changes nothing but who was there last: a requeued job must not train past
-    the data."""
+    """Started again, it says so, exits 0 and changes nothing but who was there last: a requeued job
+    must not train past the data.
+    """
 
     before = kept_of(plain["run"])
     done = train(plain["path"])
@@ -148,7 +149,9 @@ def test_finished_is_finished(plain: dict[str, Any]) -> None:
 
 
 def test_torchrun_leaves_the_same_record(base: Path, plain: dict[str, Any]) -> None:
-    """Two pipeline stages: rank 0 has no loss of its own, and still shows and writes the true one, to the same bits."""
+    """Two pipeline stages: rank 0 has no loss of its own, and still shows and writes the true one,
+    to the same bits.
+    """
     path = write_yaml(base / "pipeline.yaml", tree(base, "pipeline", parallel__pipeline=2))
     done = train(path, "batch.micro_sequences=1", processes=2)
     assert done.returncode == 0, done.stderr
@@ -186,7 +189,9 @@ def test_any_layout_leaves_the_same_record(
 
 
 def held_out_job(launch: Launch, config: Config, path: str, held_out: str) -> float:
-    """The loss of a checkpoint on rows read with NumPy, without the loader and without the trainer."""
+    """The loss of a checkpoint on rows read with NumPy, without the loader
+    and without the trainer.
+    """
     grid = grid_of(launch, config)
     engine = Engine(config, grid, fill=False)
     load_states(
@@ -204,7 +209,9 @@ def held_out_job(launch: Launch, config: Config, path: str, held_out: str) -> fl
 def test_held_out_loss_is_a_direct_evaluation(
     base: Path, pool: GlooPool, plain: dict[str, Any]
 ) -> None:
-    """Catches an evaluation of other weights (before the step, or while they change) or of other rows."""
+    """Catches an evaluation of other weights (before the step, or while they change) or of other
+    rows.
+    """
     config = load_config(str(plain["path"]))
     saved = events(plain["run"], "checkpoint_saved")
     assert len({event["held_out_loss"] for event in saved}) == 3
@@ -224,8 +231,11 @@ def optimizer_of(checkpoint: Path) -> dict[str, bytes]:
 
 
 def test_the_seam_between_stages(base: Path, pool: GlooPool, plain: dict[str, Any]) -> None:
-    """Weights and moments are kept to the bit, on another grid too; the optimizer goes on counting; the first rate is the
-    new schedule's; a step at a rate of almost nothing leaves the weights as they were (a stale master would not)."""
+    """Weights and moments are kept to the bit, on another grid too.
+
+    The optimizer goes on counting; the first rate is the new schedule's; a step at a rate of almost
+    nothing leaves the weights as they were (a stale master would not).
+    """
     parent = plain["run"] / "checkpoints" / "ckpt_002"
     changes: dict[str, Any] = {
         "lr": {"kind": "constant", "peak": 1e-30},
@@ -269,7 +279,10 @@ def test_the_seam_between_stages(base: Path, pool: GlooPool, plain: dict[str, An
 
 
 class Planted:
-    """Makes one gradient of one rank NaN at some steps, and holds that nothing changes then; picklable."""
+    """Makes one gradient of one rank NaN at some steps, and holds that nothing changes then.
+
+    Picklable.
+    """
 
     def __init__(self, *steps: int):
         self.steps = steps
@@ -301,7 +314,9 @@ class Planted:
 
 
 def test_a_step_that_is_not_finite_changes_nothing(base: Path, pool: GlooPool) -> None:
-    """NaN on one rank of two: skipped on both, on record with its rows and tensors, not counted by the optimizer."""
+    """NaN on one rank of two: skipped on both, on record with its rows and tensors, not counted by
+    the optimizer.
+    """
     assert pool.run(2, trainer_job, tree(base, "skips"), Planted(5, 7, 8)) == [0, 0]
     run = base / "runs" / "skips"
     skipped = events(run, "step_skipped")
@@ -326,7 +341,9 @@ def test_a_step_that_is_not_finite_changes_nothing(base: Path, pool: GlooPool) -
 
 
 def test_three_in_a_row_stop_the_run(base: Path, pool: GlooPool) -> None:
-    """Exit code 1 on every rank, the reason in the ledger, and the save that was under way is finished."""
+    """Exit code 1 on every rank, the reason in the ledger, and the save that was under way is
+    finished.
+    """
     assert pool.run(2, trainer_job, tree(base, "stops"), Planted(6, 7, 8)) == [1, 1]
     run = base / "runs" / "stops"
     stopped = events(run)[-1]
@@ -336,7 +353,9 @@ def test_three_in_a_row_stop_the_run(base: Path, pool: GlooPool) -> None:
 
 
 def test_a_restart_does_not_forget_bad_steps(base: Path, pool: GlooPool) -> None:
-    """Two before the restart and one after it are three in a row: a crash loop must not train on damaged weights."""
+    """Two before the restart and one after it are three in a row: a crash loop must not train on
+    damaged weights.
+    """
     settings = tree(base, "remembers", checkpoint__every_chunks=2)
     assert pool.run(
         1,
@@ -369,7 +388,9 @@ def test_saves_by_the_clock(base: Path, pool: GlooPool) -> None:
 
 
 def test_asynchronous_or_not(base: Path, pool: GlooPool, plain: dict[str, Any]) -> None:
-    """The same tensors in every checkpoint: the copy that is saved is not touched by the steps that go on meanwhile."""
+    """The same tensors in every checkpoint: the copy that is saved is not touched by the steps that
+    go on meanwhile.
+    """
     assert pool.run(1, trainer_job, tree(base, "waiting", checkpoint__asynchronous=False)) == [0]
     for path in list_checkpoints(plain["run"] / "checkpoints"):
         other = base / "runs" / "waiting" / "checkpoints" / path.name
@@ -386,7 +407,9 @@ def full_disk(trainer: Trainer) -> None:
 
 @pytest.mark.parametrize("asynchronous", (True, False), ids=("asynchronous", "waiting"))
 def test_a_disk_that_refuses(base: Path, pool: GlooPool, asynchronous: bool) -> None:
-    """Every rank ends with 1, promptly, the ledger says why, the checkpoint before is whole, and the run can go on."""
+    """Every rank ends with 1, promptly, the ledger says why, the checkpoint before is whole, and
+    the run can go on.
+    """
     name = f"full-{asynchronous}"
     changes: dict[str, Any] = {
         "checkpoint__asynchronous": asynchronous,
@@ -422,7 +445,10 @@ class NoRoomForRows:
 
 
 def test_metrics_that_cannot_be_written(base: Path, pool: GlooPool) -> None:
-    """Every rank ends with 1 at the next step, not rank 0 alone with a traceback; the ledger says why in one line."""
+    """Every rank ends with 1 at the next step, not rank 0 alone with a traceback.
+
+    The ledger says why in one line.
+    """
     assert pool.run(
         2,
         trainer_job,
@@ -439,7 +465,9 @@ def test_metrics_that_cannot_be_written(base: Path, pool: GlooPool) -> None:
 
 
 def test_the_last_row_that_cannot_be_written(base: Path, pool: GlooPool) -> None:
-    """Of a run of 10 steps: no step follows that would tell the others: the checkpoint of the step does, and the run is not called finished."""
+    """Of a run of 10 steps: no step follows that would tell the others: the checkpoint of the step
+    does, and the run is not called finished.
+    """
     assert pool.run(
         2,
         trainer_job,
@@ -453,7 +481,11 @@ def test_the_last_row_that_cannot_be_written(base: Path, pool: GlooPool) -> None
 
 
 class Raises:
-    """Rank 0 raises at the end of the next save, in `committed` or where older checkpoints are thinned; picklable."""
+    """Rank 0 raises at the end of the next save, in `committed` or where older checkpoints are
+    thinned.
+
+    Picklable.
+    """
 
     def __init__(self, where: str, error: Exception):
         self.where, self.error = where, error
@@ -482,7 +514,9 @@ class Raises:
 def test_an_error_at_the_end_of_a_save(
     base: Path, pool: GlooPool, where: str, error: Exception, code: int | str, words: str
 ) -> None:
-    """It is the same error on every rank: rank 0 alone would leave the others in the exchange that ends a save."""
+    """It is the same error on every rank: rank 0 alone would leave the others in the exchange that
+    ends a save.
+    """
     name = f"raises-{where}-{type(error).__name__}"
     assert pool.run(2, trainer_job, tree(base, name), Raises(where, error), timeout_seconds=60) == [
         code,
@@ -492,9 +526,10 @@ def test_an_error_at_the_end_of_a_save(
     verify_checkpoint(run / "checkpoints" / "ckpt_001")
     if words:
         assert words in events(run, "stopped")[-1]["problem"]
-    told = [event["checkpoint"] for event in events(run, "checkpoint_saved")]
-    # Thinning is no reason to end a run that saves: it is told, and tried again after the next save.
-    assert told == (["ckpt_000", "ckpt_001", "ckpt_002"] if where == "_retire" else ["ckpt_000"])
+    saved = [event["checkpoint"] for event in events(run, "checkpoint_saved")]
+    # Thinning is no reason to end a run that saves: it is told, and tried again after the next
+    # save.
+    assert saved == (["ckpt_000", "ckpt_001", "ckpt_002"] if where == "_retire" else ["ckpt_000"])
 
 
 def damaged_held_out(trainer: Trainer) -> None:
@@ -513,8 +548,10 @@ def test_a_held_out_chunk_damaged_in_the_middle_of_a_run(tmp_path: Path, pool: G
     assert pool.run(
         2, trainer_job, {**settings, "run": {**settings["run"], "stop_after_steps": 3}}
     ) == [75, 75]
-    told = pool.run(2, trainer_job, settings, damaged_held_out, timeout_seconds=60)
-    assert told[0] == told[1] and told[0].startswith("DataError: ") and "held_out" in told[0]
+    errors = pool.run(2, trainer_job, settings, damaged_held_out, timeout_seconds=60)
+    assert (
+        errors[0] == errors[1] and errors[0].startswith("DataError: ") and "held_out" in errors[0]
+    )
     saved = tmp_path / "runs" / "score" / "checkpoints" / "ckpt_001"
     facts = verify_checkpoint(saved)
     assert (facts["step"], facts["held_out_loss"]) == (5, None)
@@ -522,7 +559,9 @@ def test_a_held_out_chunk_damaged_in_the_middle_of_a_run(tmp_path: Path, pool: G
 
 
 def test_a_chunk_damaged_in_the_middle_of_a_run(tmp_path: Path) -> None:
-    """Found before its first row is used: all ranks stop, one line, exit code 2, and the chunk before is saved."""
+    """Found before its first row is used: all ranks stop, one line, exit code 2, and the chunk
+    before is saved.
+    """
     make_corpus(tmp_path / "data", 4)
     path = write_yaml(
         tmp_path / "c.yaml",
@@ -538,8 +577,8 @@ def test_a_chunk_damaged_in_the_middle_of_a_run(tmp_path: Path) -> None:
         output, _ = process.communicate()
     finally:
         kill_all(process)
-    told = [line for line in output.splitlines() if line.startswith("k2train:")]
-    assert len(told) == 1 and "chunk_003" in told[0] and "sha256" in told[0], output
+    messages = [line for line in output.splitlines() if line.startswith("k2train:")]
+    assert len(messages) == 1 and "chunk_003" in messages[0] and "sha256" in messages[0], output
     assert process.job.codes[0] == 2, output
     assert "trainer.py" not in output, "a traceback"
     newest = list_checkpoints(tmp_path / "runs" / "hurt" / "checkpoints")[-1]
@@ -552,7 +591,10 @@ KILLED = "forcefully exiting via"
 
 
 def test_a_held_directory_ends_all_ranks_at_once(tmp_path: Path) -> None:
-    """Rank 0 is refused while the others already wait for it; they must not wait for the launcher's 30 s patience."""
+    """Rank 0 is refused while the others already wait for it.
+
+    They must not wait for the launcher's 30 s patience.
+    """
     make_corpus(tmp_path / "data", 1)
     path = write_yaml(
         tmp_path / "c.yaml",
@@ -560,8 +602,8 @@ def test_a_held_directory_ends_all_ranks_at_once(tmp_path: Path) -> None:
     )
     with RunLock(tmp_path / "runs" / "held"):
         done = train(path, processes=2)
-    told = [line for line in done.stderr.splitlines() if line.startswith("k2train:")]
-    assert len(told) == 1 and "held by a live run" in told[0]
+    messages = [line for line in done.stderr.splitlines() if line.startswith("k2train:")]
+    assert len(messages) == 1 and "held by a live run" in messages[0]
     assert KILLED not in done.stderr
 
 
@@ -584,8 +626,9 @@ sys.exit(main())
 
 
 def test_one_rank_that_raises_ends_all(tmp_path: Path) -> None:
-    """A bug on one rank must not leave the others in a barrier: the launcher does not come to the end of its patience, no
-    process is left, and what was saved is whole."""
+    """A bug on one rank must not leave the others in a barrier: the launcher does not come to the
+    end of its patience, no process is left, and what was saved is whole.
+    """
     import subprocess
 
     make_corpus(tmp_path / "data", 2)

@@ -1,4 +1,4 @@
-"""The trainer against something that is not the trainer: a loop of a few lines over the chunk files."""
+"""Trainer against an independent reference: a loop of a few lines over the chunk files."""
 
 import json
 from math import cos, pi
@@ -31,7 +31,9 @@ def rate_by_hand(step: int, peak: float, final: float) -> float:
 def plain_loop(
     launch: Launch, tree: dict[str, Any], folder: str
 ) -> tuple[list[tuple[float, float]], dict[str, np.ndarray]]:
-    """Chunk by chunk, row by row, at the rates computed by hand: (loss, norm) of every step, and the master weights."""
+    """Chunk by chunk, row by row, at the rates computed by hand: (loss, norm) of every step, and
+    the master weights.
+    """
     config = Config.model_validate(tree)
     engine = Engine(config, grid_of(launch, config))
     results = []
@@ -50,7 +52,9 @@ def plain_loop(
 
 
 def test_trainer_equals_a_plain_loop(pool: GlooPool, tmp_path: Path) -> None:
-    """The rows of each step, the rate logged and the rate used: a run compared with itself would miss all three."""
+    """The rows of each step, the rate logged and the rate used: a run compared with itself would
+    miss all three.
+    """
     make_corpus(tmp_path / "data", chunks=CHUNKS)
     tree = config_tree(
         tmp_path / "data" / "manifest.json", tmp_path / "runs", "run", lr__warmup_steps=WARMUP

@@ -15,21 +15,21 @@ from typing import Any
 
 import pytest
 
-from k2train.watchdog.failure_report import end_processes, mark_of, read_verdict, tell_once
-from k2train.watchdog.hang_analysis import suspects
+from k2train.watchdog.failure_report import kill_processes, publish_report, read_report, report_id
+from k2train.watchdog.hang_analysis import find_faulty_ranks
 from k2train.watchdog.heartbeat import (
     LENGTH_BYTES,
+    Heartbeat,
     Observer,
     Process,
-    Record,
-    Seen,
+    RankStatus,
     decode,
     encode,
     heartbeat_path,
-    read_record,
-    state_of,
+    process_state,
+    read_heartbeat,
     this_process,
-    write_record,
+    write_heartbeat,
 )
 from k2train.watchdog.phase_timer import PhaseTimer
 from k2train.watchdog.timeouts import Timeouts
@@ -49,16 +49,16 @@ from tests.support.watched_jobs import Job
 ELSEWHERE = Process(1, 1, "another boot", "pid:[1]", "n2")
 
 
-def record(rank: int, **changes: Any) -> Record:
-    made = Record(
+def record(rank: int, **changes: Any) -> Heartbeat:
+    made = Heartbeat(
         rank, 4, this_process(), 1, "step", 41, 12.0, 1234, "all-reduce tp", "all-reduce tp"
     )
     return replace(made, **changes)
 
 
-def seen(**changes: Any) -> Seen:
+def seen(**changes: Any) -> RankStatus:
     given = {"silent_seconds": 0.1, "process": "running", "moving": False} | changes
-    return Seen(given.pop("record"), **given)
+    return RankStatus(given.pop("record"), **given)
 
 
 # -- real processes
@@ -97,7 +97,7 @@ def of_kill(directory: Path, *fault: object) -> Scenario:
 def all_in_phase(directory: Path, world: int, phase: str) -> bool:
     """Whether the heartbeats of all ranks say so."""
     return all(
-        (one := read_record(directory, rank)) is not None and one.phase == phase
+        (one := read_heartbeat(directory, rank)) is not None and one.phase == phase
         for rank in range(world)
     )
 
@@ -368,12 +368,12 @@ def test_a_clock_runs_through_the_phases_of_a_step_and_begins_again_with_the_nex
     now[0] = 6.0
     clocks.enter("step", 1)
     now[0] = 11.0
-    assert clocks.over() == pytest.approx(1.0)
+    assert clocks.overrun() == pytest.approx(1.0)
     clocks.enter("evaluate", 1)
     now[0] = 60.0
-    assert clocks.over() == pytest.approx(-1.0)
+    assert clocks.overrun() == pytest.approx(-1.0)
     clocks.enter("read", 2)
-    assert clocks.over() == -10.0
+    assert clocks.overrun() == -10.0
 
 
 def test_time_in_which_nothing_ran_is_given_back_to_the_place_it_was_lost_at() -> None:
@@ -382,17 +382,17 @@ def test_time_in_which_nothing_ran_is_given_back_to_the_place_it_was_lost_at() -
     clocks.enter("step", 1)
     clocks.saving(True)
     now[0] = 3600.0
-    clocks.excuse(3599.0)
-    assert clocks.over() == pytest.approx(-9.0)
+    clocks.exclude_pause(3599.0)
+    assert clocks.overrun() == pytest.approx(-9.0)
     now[0] = 3615.0
-    assert clocks.over() == pytest.approx(6.0)
+    assert clocks.overrun() == pytest.approx(6.0)
     clocks.enter("step", 2)
-    assert clocks.over() == pytest.approx(-4.0), "the save of 16 s is the closest to its limit"
+    assert clocks.overrun() == pytest.approx(-4.0), "the save of 16 s is the closest to its limit"
     now[0] = 3622.0
     clocks.enter("step", 3)
-    assert clocks.over() == pytest.approx(3.0), "steps go on, and the save is over its limit"
+    assert clocks.overrun() == pytest.approx(3.0), "steps go on, and the save is over its limit"
     clocks.saving(False)
-    assert clocks.over() == -10.0
+    assert clocks.overrun() == -10.0
 
 
 def steps_with_a_pause(clocks: PhaseTimer, now: list[float], noticed: bool) -> None:
@@ -431,19 +431,19 @@ def test_each_phase_of_a_start_has_its_own_clock_which_progress_begins_again() -
     for phase in ("choose", "start", "load", "start"):
         now[0] += 500.0
         clocks.enter(phase, 0)
-        assert clocks.over() == -600.0, phase
+        assert clocks.overrun() == -600.0, phase
     clocks.enter("load", 0)
     for count in range(1, 10):
         now[0] += 500.0
-        assert clocks.over() == pytest.approx(-100.0)
+        assert clocks.overrun() == pytest.approx(-100.0)
         clocks.progress()
-        assert (clocks.over(), clocks.progress_count) == (-600.0, count)
+        assert (clocks.overrun(), clocks.progress_count) == (-600.0, count)
     now[0] += 601.0
-    assert clocks.over() == pytest.approx(1.0)
-    clocks.excuse(600.0)
-    assert clocks.over() == pytest.approx(-599.0)
+    assert clocks.overrun() == pytest.approx(1.0)
+    clocks.exclude_pause(600.0)
+    assert clocks.overrun() == pytest.approx(-599.0)
     clocks.enter("step", 1)
-    assert (clocks.over(), clocks.progress_count) == (-600.0, 0)
+    assert (clocks.overrun(), clocks.progress_count) == (-600.0, 0)
 
 
 def test_ranks_wait_for_one_whose_work_gets_on_and_no_longer(tmp_path: Path) -> None:
@@ -459,7 +459,7 @@ def test_ranks_wait_for_one_whose_work_gets_on_and_no_longer(tmp_path: Path) -> 
             limits,
             said.append,
             position,
-            leave=lambda _: left.append(time.monotonic()),
+            exit_process=lambda _: left.append(time.monotonic()),
         )
         for rank, position in enumerate(
             [lambda: (1, "all-gather host", "", 0.0), lambda: (1, "", "x", 0.0)]
@@ -483,19 +483,19 @@ def test_ranks_wait_for_one_whose_work_gets_on_and_no_longer(tmp_path: Path) -> 
             watch._ended.set()
     assert left and left[0] - last >= 2.0
     assert " is stuck: step 0, choosing a checkpoint" in said[0]
-    verdict = read_verdict(tmp_path)
+    verdict = read_report(tmp_path)
     assert verdict is not None and (verdict["attempt"], verdict["suspects"][0]["rank"]) == (3, 1)
 
 
 def test_a_verdict_stays_until_the_next_start_has_been_able_to_read_it(tmp_path: Path) -> None:
-    tell_once(tmp_path, {"line": "rank 1 died", "told_by": 0, "attempt": 4}, None)
+    publish_report(tmp_path, {"line": "rank 1 died", "told_by": 0, "attempt": 4}, None)
     watches = [
         Watchdog(tmp_path, rank, 2, Timeouts(), print, lambda: (0, "", "", 0.0)) for rank in (1, 0)
     ]
     watches[0].start()
-    assert read_verdict(tmp_path) == {"line": "rank 1 died", "told_by": 0, "attempt": 4}
+    assert read_report(tmp_path) == {"line": "rank 1 died", "told_by": 0, "attempt": 4}
     watches[1].start()
-    assert read_verdict(tmp_path) is None and (tmp_path / "earlier_verdict.json").exists()
+    assert read_report(tmp_path) is None and (tmp_path / "earlier_verdict.json").exists()
     for watch in watches:
         watch.close()
 
@@ -514,39 +514,39 @@ def test_the_limit_of_a_step_is_learnt() -> None:
 
 def test_a_heartbeat_is_read_back_whole_or_not_at_all(tmp_path: Path) -> None:
     given = record(3, facts={"job": "17"}, current="é" * 300)
-    write_record(tmp_path, given)
+    write_heartbeat(tmp_path, given)
     data = heartbeat_path(tmp_path, 3).read_bytes()
     assert len(data) == LENGTH_BYTES
-    assert read_record(tmp_path, 3) == replace(given, current="é" * 160)
+    assert read_heartbeat(tmp_path, 3) == replace(given, current="é" * 160)
     other = encode(record(3, beat=2, step=999, problem="x" * 500))
     for cut in range(0, LENGTH_BYTES, 7):
         mixed = decode(other[:cut] + data[cut:])
         assert mixed is None or mixed in (decode(data), decode(other))
     assert decode(data[:-1]) is None
     assert decode(b"") is None
-    assert read_record(tmp_path, 4) is None
+    assert read_heartbeat(tmp_path, 4) is None
 
 
 def test_processes_are_told_apart() -> None:
     me = this_process()
-    assert state_of(me, me) == "running"
-    assert state_of(replace(me, start_ticks=me.start_ticks + 1), me) == "gone"
-    assert state_of(ELSEWHERE, me) == ""
-    assert state_of(replace(me, pid_namespace="pid:[1]"), me) == ""
+    assert process_state(me, me) == "running"
+    assert process_state(replace(me, start_ticks=me.start_ticks + 1), me) == "gone"
+    assert process_state(ELSEWHERE, me) == ""
+    assert process_state(replace(me, pid_namespace="pid:[1]"), me) == ""
     with subprocess.Popen(["sleep", "60"]) as child:
         other = replace(
             me,
             pid=child.pid,
             start_ticks=int(Path(f"/proc/{child.pid}/stat").read_text().split()[21]),
         )
-        end_processes([replace(other, start_ticks=1), ELSEWHERE], me)
+        kill_processes([replace(other, start_ticks=1), ELSEWHERE], me)
         assert child.poll() is None, "another process with the same number was ended"
         child.send_signal(signal.SIGSTOP)
-        while state_of(other, me) != "stopped":
+        while process_state(other, me) != "stopped":
             time.sleep(0.01)
-        end_processes([other], me)
+        kill_processes([other], me)
         assert child.wait() != 0
-        assert state_of(other, me) == "gone"
+        assert process_state(other, me) == "gone"
 
 
 def test_beats_are_judged_by_the_readers_own_clock(tmp_path: Path) -> None:
@@ -554,11 +554,13 @@ def test_beats_are_judged_by_the_readers_own_clock(tmp_path: Path) -> None:
     observer = Observer(tmp_path, 2, this_process(), lambda: now[0])
     for beat in range(1, 9):
         # Each wall clock jumps; rank 1's heartbeat stands still.
-        write_record(tmp_path, record(0, beat=beat, process=ELSEWHERE, wall=f"20{99 - beat}-01-01"))
-        write_record(tmp_path, record(1, beat=5, process=ELSEWHERE, wall=f"20{beat}0-01-01"))
+        write_heartbeat(
+            tmp_path, record(0, beat=beat, process=ELSEWHERE, wall=f"20{99 - beat}-01-01")
+        )
+        write_heartbeat(tmp_path, record(1, beat=5, process=ELSEWHERE, wall=f"20{beat}0-01-01"))
         observer.sample()
         now[0] += 1.0
-    found = suspects(observer.seen(), 2.5)
+    found = find_faulty_ranks(observer.statuses(), 2.5)
     assert [(one.rank, one.kind) for one in found] == [(1, "silent")]
     assert (
         found[0]
@@ -585,16 +587,16 @@ def test_beats_are_judged_by_the_readers_own_clock(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_who_is_suspected(changes: dict[int, dict[str, Any]], rank: int, kind: str) -> None:
     ranks = {r: seen(**({"record": record(r)} | changes.get(r, {}))) for r in range(4)}
-    first = suspects(ranks, 2.5)[0]
+    first = find_faulty_ranks(ranks, 2.5)[0]
     assert (first.rank, first.kind) == (rank, kind)
     assert first.line().startswith(f"rank {rank} ")
 
 
 def test_exactly_one_rank_speaks_and_an_earlier_verdict_does_not_silence_it(tmp_path: Path) -> None:
-    told = [tell_once(tmp_path, {"line": "a", "told_by": rank}, None) for rank in (3, 1, 2)]
+    told = [publish_report(tmp_path, {"line": "a", "told_by": rank}, None) for rank in (3, 1, 2)]
     assert told == [True, False, False]
-    stale = mark_of(tmp_path)
-    told = [tell_once(tmp_path, {"line": "b", "told_by": rank}, stale) for rank in (5, 4)]
+    stale = report_id(tmp_path)
+    told = [publish_report(tmp_path, {"line": "b", "told_by": rank}, stale) for rank in (5, 4)]
     assert told == [True, False]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["verdict.json"]
 
@@ -608,15 +610,15 @@ def test_a_watch_that_was_closed_is_nobody_s_suspect_and_leaves_no_thread(tmp_pa
         Timeouts(heartbeat_seconds=0.05),
         print,
         lambda: (7, "", "x", 0.0),
-        leave=left.append,
+        exit_process=left.append,
     )
     watch.start()
     watch.phase("evaluate", 3)
-    assert soon(lambda: (now := read_record(tmp_path / "watch", 0)) is not None and now.beat > 3)
-    during = read_record(tmp_path / "watch", 0)
+    assert soon(lambda: (now := read_heartbeat(tmp_path / "watch", 0)) is not None and now.beat > 3)
+    during = read_heartbeat(tmp_path / "watch", 0)
     assert during is not None and (during.phase, during.step, during.count) == ("evaluate", 3, 7)
     watch.close()
-    after = read_record(tmp_path / "watch", 0)
+    after = read_heartbeat(tmp_path / "watch", 0)
     assert after is not None and after.state == "closed" and not left
     watch.close()
 
@@ -635,12 +637,12 @@ def test_a_file_system_that_does_not_answer_does_not_stop_the_clock(
         limits,
         said.append,
         lambda: (7, "", "x", 0.0),
-        leave=lambda _: left.append(time.monotonic()),
+        exit_process=lambda _: left.append(time.monotonic()),
     )
     monkeypatch.setattr("k2train.watchdog.watchdog.DIAGNOSIS_SECONDS", 1.0)
     watch.start()
     answers = threading.Event()
-    monkeypatch.setattr("k2train.watchdog.watchdog.write_record", lambda *_: answers.wait(600))
+    monkeypatch.setattr("k2train.watchdog.watchdog.write_heartbeat", lambda *_: answers.wait(600))
     while not left and time.monotonic() - began < HANG_SECONDS:
         time.sleep(0.05)
     watch._ended.set()
@@ -655,6 +657,6 @@ def test_without_a_heartbeat_there_is_no_watch(tmp_path: Path) -> None:
     )
     watch.start()
     watch.phase("step", 1)
-    assert "rank 0" in watch.lost(RuntimeError("gone"))
+    assert "rank 0" in watch.connection_lost(RuntimeError("gone"))
     watch.close()
     assert not (tmp_path / "watch").exists()

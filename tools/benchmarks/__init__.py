@@ -1,1 +1,1 @@
-"""Processes that benchmarks of the tools start: the parts of them that need torch."""
+"""Benchmark processes: the parts of the benchmark tools that need torch."""

@@ -1,9 +1,10 @@
-"""One process of `tools/bench_schedules.py`: steps of several schedules in turns, and when each action ran.
+"""Worker of `tools/bench_schedules.py`: steps of several pipeline schedules in turns, with spans.
 
     python tools/benchmarks/schedules.py TASK.json RANK
 
-All engines are built once and each does a step in its turn, so that what the machine does besides falls on all of them.
-An action's span begins when its input is there and ends when it returns: what a rank waits for is a gap between spans.
+- All engines are built once and take steps in turns, so other load on the machine hits all of them.
+- A span begins when the action's input is there and ends when it returns. Waiting is a gap between
+  spans.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class Watched:
             )
 
     def step(self, batch: Tensor) -> dict[str, Any]:
-        """One optimizer step: its seconds, its loss and its spans."""
+        """Run one optimizer step; returns its seconds, loss and spans."""
         config, grid = self.engine.config, self.engine.grid
         mine = batch.chunk(grid.dp.size)[grid.dp.rank]
         self.spans = []
@@ -60,7 +61,7 @@ class Watched:
 
 
 def run(task: dict[str, Any], rank: int) -> list[list[dict[str, Any]]]:
-    """The steps of each schedule, those for warming up left out."""
+    """Run the steps of each schedule; the warm-up steps are omitted from the result."""
     torch.set_num_threads(task["threads"])
     store = dist.FileStore(task["store"], task["world"])
     dist.init_process_group("gloo", store=store, rank=rank, world_size=task["world"])
@@ -84,7 +85,7 @@ def run(task: dict[str, Any], rank: int) -> list[list[dict[str, Any]]]:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run, and leave the result beside the task."""
+    """Run the task and write the result beside it."""
     task, rank = Path(arguments[0]), int(arguments[1])
     steps = run(json.loads(task.read_text(encoding="utf-8")), rank)
     task.with_name(f"rank_{rank}.json").write_text(json.dumps(steps), encoding="utf-8")

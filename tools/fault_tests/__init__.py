@@ -1,1 +1,3 @@
-"""What `tools/fault_run.py` is made of: a server of processes to break, a small run to break them in, the rows of the table."""
+"""Fault tests of `tools/fault_run.py`: a server of processes, a small run, and the rows of
+faults.
+"""

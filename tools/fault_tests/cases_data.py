@@ -1,4 +1,4 @@
-"""Rows 21 and 22: data that is bad from the start, and data that is harmed under a run."""
+"""Fault rows 21 and 22: data that is damaged before the start or during a run."""
 
 import re
 import shutil
@@ -15,6 +15,7 @@ from k2train.record.metrics import latest, read_metrics
 
 
 def row_21(bench: Bench) -> Result:
+    """Row 21: data that is bad from the start."""
     result = Result(
         21,
         "Ids beyond the vocabulary, wrong length, broken JSON and UTF-8 in the data",
@@ -26,6 +27,7 @@ def row_21(bench: Bench) -> Result:
 
 
 def row_22(bench: Bench) -> Result:
+    """Row 22: data that is damaged under a run."""
     result = Result(
         22,
         "A chunk is missing, changed, cut, or another one's copy; restarts at any step",
@@ -58,7 +60,10 @@ def row_22(bench: Bench) -> Result:
 
 
 def _harmed_chunk(bench: Bench, result: Result, kind: str, meanwhile: bool) -> None:
-    """Harm chunk 3 of 5 before the start or after its second step; the run must end and name it; mend it and go on."""
+    """Damage chunk 3 of 5 before the start, or after its second step.
+
+    The run must end and name the chunk. Then the chunk is repaired and the run continues.
+    """
     base = bench.world(5, 3)
     reference = bench.reference(base)
     world = TinyRun(bench.scratch / bench.name(f"data_{kind}"), 5, 3)

@@ -1,4 +1,6 @@
-"""Rows 4 to 7: what lies on the disk is stale, flipped, cut, missing, exchanged; or the disk is full."""
+"""Fault rows 4 to 7: files on the disk are stale, flipped, cut, missing or exchanged; the disk is
+full.
+"""
 
 import contextlib
 import importlib
@@ -21,6 +23,7 @@ FLIPS = 400
 
 
 def row_4(bench: Bench) -> Result:
+    """Row 4: stale and unfinished files beside the checkpoints."""
     result = Result(
         4,
         "Stale, empty and foreign files beside the checkpoints",
@@ -57,6 +60,7 @@ def row_4(bench: Bench) -> Result:
 
 
 def row_5(bench: Bench) -> Result:
+    """Row 5: flipped bits in every class of file are found and named by the verification tools."""
     result = Result(
         5,
         "One flipped bit in a file",
@@ -85,7 +89,7 @@ def row_5(bench: Bench) -> Result:
 
 
 def classes_of(run: Path, world: TinyRun) -> dict[str, list[Path]]:
-    """The files a flip may hit, by class; what a run does not have is left out."""
+    """Files that a flip may hit, by class; classes that a run does not have are omitted."""
     newest = file_damage.complete_checkpoints(run)[-1]
     every = sorted((run / "checkpoints").glob("ckpt_*"))
     found = {
@@ -136,7 +140,7 @@ def _quiet(name: str, run: Path, world: TinyRun) -> bool:
 
 
 def verify(name: str, path: Path, run: Path, world: TinyRun) -> tuple[bool, str]:
-    """Whether a tool for that class of file complains and names the file; and what was said."""
+    """Run the tools for a class of file; returns whether one names the file, and the output."""
     heard = []
     for tool in tools_for(name, run, world):
         code, said = tool_says(*tool)
@@ -150,7 +154,7 @@ def verify(name: str, path: Path, run: Path, world: TinyRun) -> tuple[bool, str]
 
 
 def tools_for(name: str, run: Path, world: TinyRun) -> list[tuple[str, list[str]]]:
-    """The command lines that are meant to find harm to such a file; for data also the one that knows the run."""
+    """Command lines that must find damage to such a file; for data also the one with the run."""
     if name.startswith("data"):
         return [
             ("verify_data", [str(world.data), "--workers", "1"]),
@@ -162,7 +166,7 @@ def tools_for(name: str, run: Path, world: TinyRun) -> list[tuple[str, list[str]
 
 
 def tool_says(module: str, arguments: list[str]) -> tuple[int, str]:
-    """Exit code and output of one of our command lines, run in this process."""
+    """Run one of our command lines in this process; returns exit code and output."""
     out = io.StringIO()
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(out):
         try:
@@ -173,7 +177,10 @@ def tool_says(module: str, arguments: list[str]) -> tuple[int, str]:
 
 
 def _fall_back(bench: Bench, result: Result, kinds: tuple[str, ...], times: int) -> None:
-    """Harm the newest checkpoint of a killed run, start again: it must take the one before, say so, and end alike."""
+    """Damage the newest checkpoint of a killed run and start again.
+
+    The start must take the previous checkpoint, report it, and end with the same result.
+    """
     draw, world = bench.random(6), bench.world(6, 3)
     for kind in kinds:
         for number in range(times):
@@ -199,7 +206,7 @@ def _fall_back(bench: Bench, result: Result, kinds: tuple[str, ...], times: int)
 
 
 def harmed_start(restarts: Restarts, path: Path) -> str:
-    """Start over a harmed file; what is wrong with what it did, or ""."""
+    """Start with a damaged file; returns what was wrong with the start, or ""."""
     restarts.expect_fewer()
     attempt = restarts.attempt()
     lines = [
@@ -215,6 +222,7 @@ def harmed_start(restarts: Restarts, path: Path) -> str:
 
 
 def row_6(bench: Bench) -> Result:
+    """Row 6: a truncated, empty, missing, exchanged or additional file in a checkpoint."""
     result = Result(
         6,
         "A shard is cut, empty, missing, exchanged with another, or there is one too many",
@@ -227,6 +235,7 @@ def row_6(bench: Bench) -> Result:
 
 
 def row_7(bench: Bench) -> Result:
+    """Row 7: a full disk during a save."""
     result = Result(
         7,
         "The disk is full, or fails, in the middle of a save",
@@ -266,7 +275,9 @@ def row_7(bench: Bench) -> Result:
 
 @contextlib.contextmanager
 def small_disk(folder: Path, kilobytes: int) -> Iterator[str]:
-    """A file system of that size at `folder`; yields why there is none, or ""."""
+    """Mount a file system of that size at `folder`; yields the reason why it is not possible, or
+    "".
+    """
     folder.mkdir()
     options = ["-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs"]
     made = (
@@ -285,7 +296,9 @@ def small_disk(folder: Path, kilobytes: int) -> Iterator[str]:
 
 
 def _full_disk(bench: Bench, world: TinyRun, result: Result) -> None:
-    """Fill it with ballast, start, take the ballast away while the save is tried again; then once without mercy."""
+    """Fill the disk during a save and free it while the save is retried; then once without freeing
+    it.
+    """
     small = bench.scratch / "small"
     for mercy in (True, False):
         run = small / "runs" / f"full_{mercy}"

@@ -1,4 +1,6 @@
-"""Rows 23 to 29: two jobs at once, a stale lease, clocks, changed configs, crash loops, hostile files, secrets."""
+"""Fault rows 23 to 29: two jobs at once, stale lease, clocks, changed configs, crash loops,
+secrets.
+"""
 
 import time
 from pathlib import Path
@@ -14,6 +16,7 @@ SECRET = "canary-5d1f0c9e77"
 
 
 def row_23(bench: Bench) -> Result:
+    """Row 23: two jobs on one run directory."""
     result = Result(
         23,
         "Two jobs in one run directory",
@@ -51,7 +54,7 @@ def row_23(bench: Bench) -> Result:
 
 
 def _second_while_one_trains(bench: Bench, result: Result) -> None:
-    """The second must be refused and leave no trace in the run of the first."""
+    """A second job must be refused while the first trains, and leave no trace in its run."""
     restarts = bench.restarts(bench.world(6, 3), "row23")
     told: list[str] = []
 
@@ -93,7 +96,7 @@ def _second_while_one_trains(bench: Bench, result: Result) -> None:
 
 
 def overlap(a: object, b: object) -> bool:
-    """Whether both jobs were between their lock and their end at one moment, by their traces."""
+    """True when both jobs were between their lock and their end at one moment, by their traces."""
     spans = []
     for job in (a, b):
         locked = [at for at, _, name in job.points() if name == "start.locked"]  # type: ignore[attr-defined]
@@ -104,6 +107,7 @@ def overlap(a: object, b: object) -> bool:
 
 
 def row_24(bench: Bench) -> Result:
+    """Row 24: a lease left by a job that died."""
     result = Result(
         24,
         "A lease whose owner is dead",
@@ -151,6 +155,7 @@ def row_24(bench: Bench) -> Result:
 
 
 def row_25(bench: Bench) -> Result:
+    """Row 25: clocks that jump."""
     result = Result(
         25,
         "The clock jumps by an hour, forwards and backwards",
@@ -169,6 +174,7 @@ def row_25(bench: Bench) -> Result:
 
 
 def row_26(bench: Bench) -> Result:
+    """Row 26: a changed config at a restart."""
     result = Result(
         26,
         "Another config at a restart",
@@ -210,6 +216,7 @@ def row_26(bench: Bench) -> Result:
 
 
 def row_27(bench: Bench) -> Result:
+    """Row 27: a run that dies at the same step again and again."""
     result = Result(
         27,
         "The run dies at the same place again and again",
@@ -238,6 +245,7 @@ def row_27(bench: Bench) -> Result:
 
 
 def row_28(bench: Bench) -> Result:
+    """Row 28: untrusted input files."""
     result = Result(
         28,
         "Hostile checkpoints, configs and data",
@@ -249,6 +257,7 @@ def row_28(bench: Bench) -> Result:
 
 
 def row_29(bench: Bench) -> Result:
+    """Row 29: secrets in the environment do not reach any file."""
     result = Result(
         29,
         "A secret in the environment",

@@ -1,4 +1,4 @@
-"""Rows 8 to 11: asked to stop, stopped (SIGSTOP), cut off, slow."""
+"""Fault rows 8 to 11: stop requests, SIGSTOP, a cut network, and slow ranks."""
 
 import os
 import re
@@ -32,6 +32,7 @@ SLOW = re.compile(r"\bis slow\b")
 
 
 def row_8(bench: Bench) -> Result:
+    """Row 8: SIGTERM and SIGUSR1 at every point."""
     result = Result(
         8,
         "SIGTERM, SIGUSR1, SIGINT with a time of grace",
@@ -114,6 +115,7 @@ def _through_launcher(bench: Bench, world: TinyRun, result: Result) -> None:
 
 
 def row_9(bench: Bench) -> Result:
+    """Row 9: a rank stopped by SIGSTOP."""
     result = Result(
         9,
         "A rank hangs (SIGSTOP)",
@@ -154,12 +156,13 @@ def row_9(bench: Bench) -> Result:
 
 
 def since_point(job: Job, rank: int) -> float:
-    """From the last point that `rank` came to until the last rank had ended."""
+    """Seconds from the last point that `rank` reached until the last rank had ended."""
     last = max((at for at, r, _ in job.points() if r == rank), default=job.began)
     return max(at for _, at in job.ends.values()) - last
 
 
 def row_10(bench: Bench) -> Result:
+    """Row 10: a network that is cut for a time or for good."""
     result = Result(
         10,
         "The network between two ranks is cut, for good or for a moment",
@@ -200,7 +203,9 @@ def row_10(bench: Bench) -> Result:
 
 
 class Cable:
-    """Two namespaces and a pair of virtual devices; a context manager that yields why there are none, or ""."""
+    """Two network namespaces with a pair of virtual devices; yields why they are not possible, or
+    "".
+    """
 
     names = (f"k2f{os.getpid()}a", f"k2f{os.getpid()}b")
     cut_at = 0.0
@@ -230,7 +235,7 @@ class Cable:
 
     @classmethod
     def environments(cls) -> list[dict[str, str]]:
-        """What each of two ranks gets."""
+        """Environment variables of the two ranks."""
         return [
             {
                 "FAULT_RUN_NETNS": f"/run/netns/{name}",
@@ -242,7 +247,7 @@ class Cable:
 
     @classmethod
     def cut(cls, job: Job, seconds: float | None) -> None:
-        """Take the cable down once four steps are done, and up again after `seconds`."""
+        """Take the cable down after four steps, and up again after `seconds`."""
         deadline = time.monotonic() + 60
         while (
             sum(name == "step.done" for _, _, name in job.points()) < 8
@@ -258,6 +263,7 @@ class Cable:
 
 
 def row_11(bench: Bench) -> Result:
+    """Row 11: a slow rank."""
     result = Result(
         11,
         "One rank is slow in every step",
@@ -307,6 +313,6 @@ def row_11(bench: Bench) -> Result:
 
 
 def stragglers(run: Path) -> list[tuple[int, str]]:
-    """(step, what was told) of every rank that became slow, or was no longer."""
+    """(step, message) of every rank that became slow or recovered."""
     events = read_ledger(run / "ledger.jsonl")
     return [(event["step"], event["told"]) for event in events if event["event"] == "straggler"]

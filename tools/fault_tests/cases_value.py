@@ -1,4 +1,6 @@
-"""Rows 12 and 17 to 20: numbers go wrong in one place; a run goes on, on another grid, or a second time."""
+"""Fault rows 12 and 17 to 20: wrong values, and runs that continue on another grid or a second
+time.
+"""
 
 import json
 import re
@@ -29,6 +31,7 @@ STATES = (
 
 
 def row_12(bench: Bench) -> Result:
+    """Row 12: non-finite gradients and losses."""
     result = Result(
         12,
         "NaN or Inf in a gradient or a loss, on one rank",
@@ -76,6 +79,7 @@ def row_12(bench: Bench) -> Result:
 
 
 def skipped_problem(world: TinyRun, name: str, codes: list[int], text: str) -> str:
+    """Describe what is wrong with a run that skipped steps; empty when nothing is."""
     run = world.run(name)
     if codes != [EXIT_DONE] * world.ranks:
         return f"ended with {codes}: {tail(text)}"
@@ -90,13 +94,14 @@ def skipped_problem(world: TinyRun, name: str, codes: list[int], text: str) -> s
 
 
 def tensor_roots(path: Any) -> dict[int, dict[str, str]]:
-    """Step -> tensor -> digest of its weights and moments."""
+    """Digest of weights and moments by step and tensor."""
     if not path.exists():
         return {}
     return {row["step"]: row["tensors"] for row in map(json.loads, path.read_text().splitlines())}
 
 
 def row_17(bench: Bench) -> Result:
+    """Row 17: a flipped bit in weights or moments."""
     result = Result(
         17,
         "A bit flips in memory: in one copy of the weights, or in a moment",
@@ -129,7 +134,7 @@ def row_17(bench: Bench) -> Result:
 
 
 def _flipped(bench: Bench, result: Result, world: TinyRun, rank: int, kind: str, name: str) -> str:
-    """One flip and what follows; the line that names it, or "" and a problem."""
+    """One flipped bit and its consequence: the line that names it, or "" and a problem."""
     restarts = bench.restarts(world, "row17")
     attempt = restarts.attempt(f"{kind}@rank={rank}@step=7:flip={name}", None, (EXIT_FAILED,))
     lines = [x for x in attempt.text.splitlines() if name in x and re.search(rf"rank {rank}\b", x)]
@@ -144,7 +149,7 @@ def _flipped(bench: Bench, result: Result, world: TinyRun, rank: int, kind: str,
 
 
 def _between(bench: Bench, result: Result) -> None:
-    """What is not found, so that the page says it: a published weight is written anew by the next update."""
+    """What is not detected: a published weight is overwritten by the next update."""
     world = bench.world(6, 3).changed(
         ("audit.replicas_every_steps", 2), ("audit.root_every_steps", 0)
     )
@@ -164,7 +169,9 @@ def _between(bench: Bench, result: Result) -> None:
 
 
 def latest_problems(restarts: Restarts) -> list[str]:
-    """Whether the steps that count are those of the undisturbed run, whatever earlier attempts wrote."""
+    """Check that the effective steps are those of the undisturbed run, whatever earlier attempts
+    wrote.
+    """
     rows = {
         row["step"]: disk_state.values_of(row) for row in latest(restarts.run / "metrics.jsonl")
     }
@@ -179,6 +186,7 @@ def latest_problems(restarts: Restarts) -> list[str]:
 
 
 def row_18(bench: Bench) -> Result:
+    """Row 18: restarts on the same layout."""
     result = Result(
         18,
         "Going on with the same layout",
@@ -208,6 +216,7 @@ def row_18(bench: Bench) -> Result:
 
 
 def row_19(bench: Bench) -> Result:
+    """Row 19: restarts on other layouts."""
     result = Result(
         19,
         "Going on with another layout",
@@ -261,6 +270,7 @@ def row_19(bench: Bench) -> Result:
 
 
 def row_20(bench: Bench) -> Result:
+    """Row 20: the same run twice."""
     result = Result(
         20,
         "The same run twice",

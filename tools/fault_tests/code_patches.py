@@ -1,6 +1,7 @@
-"""Ways to break the code on purpose in a rank (`FAULT_RUN_PATCH`): clocks that jump, and faults the runner must find.
+"""Code patches for ranks (`FAULT_RUN_PATCH`): jumping clocks, and faults that the runner must find.
 
-The last ones are what a careless change would make of the code; a runner that does not complain of them is worth nothing.
+- The faults are what a careless change would do to the code. A runner that does not report them is
+  worthless.
 """
 
 import datetime
@@ -16,7 +17,7 @@ JUMP_SECONDS = 3600.0
 
 
 def jumping_clock() -> None:
-    """Let the time of day jump by an hour to and fro, ten times a second."""
+    """Make the time of day jump by an hour back and forth, ten times a second."""
     real = time.time
 
     def jumped() -> float:
@@ -37,14 +38,18 @@ def jumping_clock() -> None:
 
 
 def writes_in_place() -> None:
-    """A save that writes under the final name at once: a kill leaves half a checkpoint that looks like one."""
+    """A save that writes under the final name: a kill leaves half a checkpoint that looks
+    complete.
+    """
     importlib.import_module("k2train.checkpoint.commit").Order.aside = property(
         lambda order: order.final
     )
 
 
 def forgets_a_moment() -> None:
-    """A resume that starts the second moments from zero: the curve looks alike, the run is another."""
+    """A resume that starts the second moments from zero: the curve looks alike, but the run
+    differs.
+    """
     checkpointing: Any = importlib.import_module("k2train.train.checkpointing")
     load = checkpointing.load_states
 
@@ -57,7 +62,7 @@ def forgets_a_moment() -> None:
 
 
 def keeps_none() -> None:
-    """A save that throws all older checkpoints away first."""
+    """A save that deletes all older checkpoints first."""
     writer = importlib.import_module("k2train.checkpoint.writer").CheckpointWriter
     save = writer.save
     counter = itertools.count()

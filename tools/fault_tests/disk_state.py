@@ -1,6 +1,6 @@
-"""What lies on the disk between two attempts: which checkpoints are whole, what is left over, what the rows say.
+"""Disk state between attempts: whole checkpoints, leftover files, and the values of the records.
 
-Everything is read with the library that verifies a run, never with the code that wrote it.
+- Everything is read with the library that verifies a run, never with the code that wrote it.
 """
 
 import fcntl
@@ -25,7 +25,7 @@ Values = tuple[Any, ...]
 
 
 def root_of(manifest: dict[str, Any]) -> str:
-    """The root of the whole state; of a checkpoint that carries none, the hash over the hashes of its files."""
+    """Root of the whole state; for a checkpoint without one, the hash over its files' hashes."""
     state = manifest.get("state")
     if isinstance(state, dict) and "root" in state:
         return str(state["root"])
@@ -37,18 +37,21 @@ def root_of(manifest: dict[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Reference:
-    """The undisturbed run: what every other must come to."""
+    """The undisturbed run that every other run must equal."""
 
     roots: dict[str, str]
     """Checkpoint name -> root of the state."""
     rows: dict[int, Values]
-    """Step -> (chunk, rows, loss, gradient norm, rate, applied, root of the state where a row has it)."""
+    """Step -> (chunk, rows, loss, gradient norm, rate, applied, root of the state where a row has
+    it).
+    """
     final: str
     step_seconds: float
     """Median of its steps."""
 
 
 def values_of(row: dict[str, Any]) -> Values:
+    """The compared values of a row."""
     keys = ("chunk", "rows", "loss", "grad_norm", "lr", "applied", "state_root")
     return tuple(json.dumps(row.get(key)) for key in keys)
 
@@ -69,7 +72,7 @@ def reference_of(run: Path) -> Reference:
 
 @dataclass
 class Disk:
-    """The checkpoints of a run as they lie there now."""
+    """Present checkpoints of a run."""
 
     whole: list[str]
     """Complete (weights and optimizer states) and verified byte for byte, oldest first."""
@@ -77,7 +80,9 @@ class Disk:
 
 
 def checkpoints_of(run: Path, reference: Reference, newest: int = 0) -> Disk:
-    """Verify the `newest` checkpoints (0: all) that are not thinned, and compare their state with the reference."""
+    """Verify the `newest` checkpoints (0: all) that are not thinned, and compare them with the
+    reference.
+    """
     disk = Disk([], [])
     paths = [path for path in list_checkpoints(run / "checkpoints") if not is_thinned(path)]
     for path in paths[-newest:]:
@@ -96,9 +101,10 @@ def checkpoints_of(run: Path, reference: Reference, newest: int = 0) -> Disk:
 
 
 def row_problems(run: Path, reference: Reference, done: bool = False) -> list[str]:
-    """Steps of any attempt whose values are not those of the undisturbed run; with `done`, steps that are missing too.
+    """Steps of any attempt with other values than the undisturbed run; with `done` also missing
+    steps.
 
-    A step that was not applied has changed nothing; it counts only where no later attempt took it again.
+    A step that was not applied changed nothing; it counts only if no later attempt repeated it.
     """
     path = run / "metrics.jsonl"
     if not path.exists():
@@ -122,7 +128,7 @@ def row_problems(run: Path, reference: Reference, done: bool = False) -> list[st
 
 
 def sample_problems(run: Path, world: TinyRun) -> list[str]:
-    """Whether the steps that count have read every row of every chunk exactly once."""
+    """Check that the effective steps read every row of every chunk exactly once."""
     spans: dict[str, list[tuple[int, int]]] = {}
     for row in latest(run / "metrics.jsonl"):
         spans.setdefault(row["chunk"], []).append((row["rows"][0], row["rows"][1]))
@@ -139,12 +145,12 @@ def sample_problems(run: Path, world: TinyRun) -> list[str]:
 
 
 def leftovers(run: Path) -> list[str]:
-    """Names that only an unfinished write leaves."""
+    """Files that only an unfinished write leaves."""
     return sorted(str(path.relative_to(run)) for path in run.rglob("*") if ".tmp" in path.name)
 
 
 def lock_held(run: Path) -> bool:
-    """Whether a live process holds the lock of the run."""
+    """True when a live process holds the lock of the run."""
     path = run / "run.lock"
     if not path.exists():
         return False
@@ -158,7 +164,7 @@ def lock_held(run: Path) -> bool:
 
 
 def newest_step(run: Path) -> int:
-    """Step of the newest checkpoint that has a manifest of its own; -1 where there is none."""
+    """Step of the newest checkpoint with a manifest; -1 when there is none."""
     for path in reversed(list_checkpoints(run / "checkpoints")):
         try:
             return int(read_manifest(path)["step"])
@@ -168,7 +174,9 @@ def newest_step(run: Path) -> int:
 
 
 def complaints(text: str) -> Sequence[str]:
-    """The lines on stderr that are neither progress nor notes: what a person must read after a failure."""
+    """Lines on stderr that are neither progress nor notes: what a person must read after a
+    failure.
+    """
     progress = (" chunk ", " saved ckpt_", " resumed from ", " parameters;", " steps of ")
     return [
         line

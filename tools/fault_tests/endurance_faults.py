@@ -1,7 +1,8 @@
-"""The kinds of faults of row 30: what each does, and how it is seen that it has been done.
+"""Fault kinds of row 30 (endurance): what each does, and how its effect is observed.
 
-Some end an attempt (a kill, a request to stop, three steps of NaN), others it must live with (a full disk, a slow rank, a
-harmed checkpoint from before); an attempt has one of the first and some of the second, so that they meet each other.
+- Some kinds end an attempt: a kill, a stop request, three steps of NaN.
+- An attempt must survive the others: a full disk, a slow rank, a checkpoint damaged before.
+- An attempt has one of the first and some of the second, so that they meet each other.
 """
 
 import random
@@ -28,7 +29,7 @@ SAVES = (
 
 @dataclass
 class Scene:
-    """What a kind is drawn from; `step`: where it is to strike, `newest`: the last step on the disk before the attempt."""
+    """Context in which a fault is drawn: `step` to fire at, `newest` step on the disk before it."""
 
     draw: random.Random
     restarts: Restarts
@@ -44,7 +45,9 @@ class Scene:
 
 @dataclass
 class Drawn:
-    """One fault: armed in the ranks by `text`, or done by `during` meanwhile, or `done` to files already."""
+    """One fault: armed in the ranks by `text`, done by `during` meanwhile, or already `done` to
+    files.
+    """
 
     text: str = ""
     during: Callable[[Job], object] | None = None
@@ -52,7 +55,9 @@ class Drawn:
     environment: dict[str, str] = field(default_factory=dict)
 
     def struck(self, strikes: set[str]) -> bool:
-        """Whether it has been done; `strikes`: POINT:ACTION of all armed faults that struck."""
+        """True when the fault has fired; `strikes` are POINT:ACTION of all armed faults that
+        fired.
+        """
         return self.done or any(_name(part) in strikes for part in self.text.split(";") if part)
 
 
@@ -62,7 +67,7 @@ def _name(part: str) -> str:
 
 
 def when_at(scene: Scene, harm: Callable[[Job], object]) -> Drawn:
-    """Do `harm` once a row of that step stands in the metrics; too late counts for nothing."""
+    """Apply `harm` once a metrics row of that step exists; too late does not count."""
     drawn = Drawn()
 
     def wait(job: Job) -> None:
@@ -86,19 +91,21 @@ def _after(path: Path, place: int) -> str:
 
 
 def kill_in_step(scene: Scene) -> Drawn:
+    """SIGKILL in a step."""
     return Drawn(
         f"{scene.draw.choice(KILLS)}@rank={scene.draw.randrange(2)}@step={scene.step}:kill"
     )
 
 
 def kill_in_save(scene: Scene) -> Drawn:
+    """SIGKILL in a save."""
     point = scene.draw.choice(SAVES)
     rank = 0 if point.startswith("ledger.") else scene.draw.randrange(2)
     return Drawn(f"{point}@rank={rank}@nth={scene.draw.randint(1, 2)}:kill")
 
 
 def backstop(scene: Scene) -> Drawn:
-    """A kill some steps on, for an attempt that should have ended before: else it goes on to the end of the run."""
+    """A kill some steps later, for an attempt that should have ended before."""
     step = min(scene.step + scene.steps_per_chunk + 2, scene.restarts.world.steps - 1)
     return Drawn(f"step.read@rank={scene.draw.randrange(2)}@step={step}:kill")
 
@@ -139,7 +146,9 @@ def kill_all(scene: Scene) -> Drawn:
 
 
 def not_finite(scene: Scene) -> Drawn:
-    """NaN in a gradient in all steps of a chunk that begins from here: each is skipped, the third stops the run, unsaved."""
+    """NaN gradients in all steps of a chunk: each is skipped, and the third stops the run
+    unsaved.
+    """
     size = scene.steps_per_chunk
     first = -(-scene.newest // size) * size + 1
     rank, value = scene.draw.randrange(2), scene.draw.choice(("nan", "inf"))
@@ -166,7 +175,7 @@ def slow(scene: Scene) -> Drawn:
 
 
 def harm_newest(scene: Scene) -> Drawn:
-    """Damage the newest complete checkpoint, where two others are left."""
+    """Damage the newest complete checkpoint if two others are left."""
     whole = file_damage.complete_checkpoints(scene.run) if scene.run.exists() else []
     if len(whole) < 3 or scene.restarts.harmed:
         return Drawn()
@@ -214,7 +223,9 @@ ENDING: dict[str, tuple[Kind, float]] = {
     "NaN and Inf until it stops": (not_finite, 0.3),
     "SIGSTOP": (hang, 0.08),
 }
-"""Name -> kind and how often it is drawn; those that cost many seconds (a hang) or many steps less often."""
+"""Name -> kind and how often it is drawn; those that cost many seconds (a hang) or many steps less
+often.
+"""
 LIVED_WITH: dict[str, tuple[Kind, float]] = {
     "ENOSPC, EIO, EDQUOT in a save": (full_disk, 0.6),
     "slow step": (slow, 1.0),

@@ -1,4 +1,6 @@
-"""Harm done to files between two attempts: one flipped bit, a cut, an empty file, a swap, a loss, an extra."""
+"""File damage between attempts: a flipped bit, truncation, an empty, swapped, missing or extra
+file.
+"""
 
 import random
 import shutil
@@ -6,7 +8,7 @@ from pathlib import Path
 
 
 def flip_bit(path: Path, draw: random.Random) -> str:
-    """Flip one random bit; returns where."""
+    """Flip one random bit; returns its position."""
     content = bytearray(path.read_bytes())
     place, bit = draw.randrange(len(content)), draw.randrange(8)
     content[place] ^= 1 << bit
@@ -15,6 +17,7 @@ def flip_bit(path: Path, draw: random.Random) -> str:
 
 
 def truncate(path: Path, draw: random.Random) -> str:
+    """Cut a file at a random length."""
     size = path.stat().st_size
     kept = draw.randrange(size)
     with path.open("r+b") as stream:
@@ -23,17 +26,19 @@ def truncate(path: Path, draw: random.Random) -> str:
 
 
 def empty(path: Path, draw: random.Random) -> str:
+    """Make a file empty."""
     path.write_bytes(b"")
     return "made empty"
 
 
 def remove(path: Path, draw: random.Random) -> str:
+    """Delete a file."""
     path.unlink()
     return "removed"
 
 
 def swap(path: Path, draw: random.Random) -> str:
-    """Exchange with another file of the same folder, of the same size where there is one."""
+    """Exchange a file with another one of its folder, of equal size if possible."""
     others = sorted(other for other in path.parent.iterdir() if other != path and other.is_file())
     if not others:
         return flip_bit(path, draw)
@@ -45,7 +50,7 @@ def swap(path: Path, draw: random.Random) -> str:
 
 
 def extra(path: Path, draw: random.Random) -> str:
-    """A stray copy beside it, which a reader of the folder would take in too."""
+    """Add a stray copy beside the file, which a reader of the folder would read too."""
     shutil.copy(path, path.with_name(f"stray_{path.name}"))
     return "copied beside itself"
 
@@ -73,4 +78,5 @@ def complete_checkpoints(run: Path) -> list[Path]:
 
 
 def shards_of(checkpoint: Path) -> list[Path]:
+    """Shard files of a checkpoint."""
     return sorted((checkpoint / "model").iterdir()) + sorted((checkpoint / "optimizer").iterdir())

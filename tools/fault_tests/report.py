@@ -1,6 +1,6 @@
-"""The results page: a table in Markdown, then for each row what was measured, how, and what could not be run.
+"""Fault results page: a Markdown table, then the measurements of each row and what was not run.
 
-Written by the tool from what it has just seen, so that the page cannot say more than the run did.
+- The tool writes it from what it has just observed, so the page cannot claim more than the run did.
 """
 
 import json
@@ -22,9 +22,10 @@ processes share two cores; seconds say how the mechanism behaves, not how long a
 
 
 def remember(record: Path, result: Result, bench: Bench) -> list[Result]:
-    """Add a row to the record of earlier runs of the tool (JSON, one row a line); the newest of each row, in order.
+    """Add a row to the record of earlier runs (JSON, one row per line); return the newest of each
+    row.
 
-    Rows that take long can so be run one by one, and the page still says of each when and on which commit it was seen.
+    So long rows can be run one by one, and the page shows the date and commit of each.
     """
     seen = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, commit {_commit()}, level {bench.level}, seed {bench.seed}"
     record.parent.mkdir(parents=True, exist_ok=True)
@@ -36,6 +37,7 @@ def remember(record: Path, result: Result, bench: Bench) -> list[Result]:
 
 
 def table_line(result: Result) -> str:
+    """One line of console output for a row."""
     return f"row {result.row:2d}  {result.verdict:12s} {result.seconds:6.1f} s  {result.fault}"
 
 
@@ -64,6 +66,7 @@ def page(results: Sequence[Result], bench: Bench, seconds: float) -> str:
 
 
 def section(result: Result) -> list[str]:
+    """Section of one row."""
     lines = [
         f"## {result.row}. {result.fault}: {result.verdict}",
         "",

@@ -1,8 +1,11 @@
-"""One run, attempt after attempt, each with faults of its own; after each, everything that must hold is looked at.
+"""Restart chains: one run, attempt after attempt with new faults, checked completely after each.
 
-A chain of attempts on one run was chosen over a run a fault: the states that faults leave on the disk meet each other,
-as they do in a long job. What goes wrong is still pinned to its attempt, since after each the newest checkpoints and
-every row of the metrics are compared with the undisturbed run, and not only the end.
+- After each attempt the newest checkpoints and every row of the metrics are compared with the
+  undisturbed run. So a failure is still pinned to its attempt.
+
+Alternatives considered:
+- A new run per fault: then the states that faults leave on the disk never meet each other, as they
+  do in a long job.
 """
 
 import shutil
@@ -19,7 +22,9 @@ from k2train.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USAGE
 
 LIMIT_SECONDS = 240.0
 GRACE_SECONDS = 15.0
-"""How long ranks have to end by themselves after one of them has died, before the launcher's turn."""
+"""How long ranks have to end by themselves after one of them has died, before the launcher's
+turn.
+"""
 GOING_ON = (
     EXIT_FAILED,
     EXIT_STOPPED,
@@ -32,7 +37,7 @@ GOING_ON = (
 
 @dataclass
 class Attempt:
-    """What one attempt came to."""
+    """Observations of one attempt."""
 
     faults: str
     job: Job
@@ -49,7 +54,7 @@ class Attempt:
 
     @property
     def struck(self) -> bool:
-        """Whether any process died of a signal of its own."""
+        """True when any process died of a signal of its own."""
         return any(code < 0 for code in self.codes)
 
     @property
@@ -58,21 +63,23 @@ class Attempt:
 
     @property
     def refused(self) -> bool:
-        """Whether the start was refused as a mistake; a launcher may have ended a rank that had not yet said so."""
+        """True when the start was refused as a user error; the launcher may have ended other
+        ranks.
+        """
         return EXIT_USAGE in self.codes and set(self.codes) <= {EXIT_USAGE, -int(signal.SIGTERM)}
 
     @property
     def gone_seconds(self) -> float:
-        """From the first end of a rank to the last."""
+        """Seconds from the first end of a rank to the last."""
         return self.job.spread_seconds
 
     @property
     def first_step_seconds(self) -> float | None:
-        """From the start to the end of the first step."""
+        """Seconds from the start to the end of the first step."""
         return self.first_point_seconds("step.done")
 
     def first_point_seconds(self, point: str) -> float | None:
-        """From the start until a rank first came to a fault point; None when none has."""
+        """Seconds from the start until a rank first reached a fault point; None if none did."""
         return next(
             (at - self.job.began for at, _, name in self.job.points() if name == point), None
         )
@@ -80,7 +87,7 @@ class Attempt:
 
 @dataclass
 class Restarts:
-    """A run under faults. `problems` holds what must not be; empty at the end: the run survived."""
+    """A run under faults. The run survived when `problems` is empty at the end."""
 
     server: ForkServer
     world: TinyRun
@@ -113,7 +120,9 @@ class Restarts:
         limit: float = LIMIT_SECONDS,
         *more: str,
     ) -> Attempt:
-        """Start the same command, let `during` do its harm meanwhile, wait for the end, look at everything."""
+        """Start the same command, let `during` do its damage, wait for the end, and check
+        everything.
+        """
         before = max(disk_state.newest_step(self.run), -1)
         job = self.server.begin(
             self.world.arguments(self.name, *more), self.world.ranks, faults, self.environments
@@ -135,7 +144,7 @@ class Restarts:
         environments: Sequence[Mapping[str, str]],
         during: Callable[[Job], object] | None = None,
     ) -> Attempt:
-        """An attempt whose ranks get variables of their own."""
+        """An attempt whose ranks get environment variables of their own."""
         kept, self.environments = self.environments, environments
         try:
             return self.attempt("", during)
@@ -143,16 +152,17 @@ class Restarts:
             self.environments = kept
 
     def expect_fewer(self, harmed: str = "") -> None:
-        """A checkpoint was harmed from outside: there may be one fewer after the next attempt.
+        """Allow one complete checkpoint fewer after the next attempt, because one was damaged from
+        outside.
 
-        It is no problem that `harmed` is not whole until a start has come so far as to set it aside.
+        `harmed` may be damaged until a start has advanced far enough to set it aside.
         """
         self._had_two = False
         if harmed:
             self.harmed.add(harmed)
 
     def finish(self, tries: int = 5) -> None:
-        """Start again without faults until the run is done, then compare its whole record."""
+        """Start without faults until the run is done, then compare its whole record."""
         for _ in range(tries):
             if self.done:
                 break
@@ -209,7 +219,9 @@ class Restarts:
 
 
 def undisturbed(server: ForkServer, world: TinyRun, name: str = "undisturbed") -> Reference:
-    """Run the world without faults. Raises RuntimeError when that fails: then nothing else can be judged."""
+    """Run the world without faults. Raises RuntimeError when that fails: nothing can be compared
+    then.
+    """
     job = server.begin(world.arguments(name), world.ranks)
     server.wait(job, LIMIT_SECONDS * 4)
     if job.codes != [EXIT_DONE] * world.ranks:
@@ -219,6 +231,6 @@ def undisturbed(server: ForkServer, world: TinyRun, name: str = "undisturbed") -
 
 
 def forget(restarts: Restarts) -> None:
-    """Remove the files of a restarts that went well."""
+    """Delete the files of a run that survived."""
     if not restarts.problems:
         shutil.rmtree(restarts.run, ignore_errors=True)

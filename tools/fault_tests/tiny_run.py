@@ -1,7 +1,7 @@
-"""The small run that is broken: a corpus of random ids in many short chunks, a two-layer model, a YAML over both.
+"""Tiny run for fault tests: random ids in many short chunks, a two-layer model, and a YAML config.
 
-Small on purpose: a save every few steps, so that a save is under way much of the time, which is where faults hurt.
-The corpus and the config are written by k2train's own writers and start through its own command line.
+- It saves every few steps, so a save is running much of the time, which is where faults hurt.
+- Corpus and config are written by k2train's own writers and start through its command line.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ MODEL = {
 
 @dataclass(frozen=True)
 class TinyRun:
-    """One corpus and one way to train on it; `run(name)` is where a run of that name lies."""
+    """One corpus and one way to train on it; `run(name)` is the directory of a run."""
 
     folder: Path
     chunks: int
@@ -54,7 +54,7 @@ class TinyRun:
         return self.folder / "runs" / name
 
     def arguments(self, name: str, *more: str) -> list[str]:
-        """The command line of a run: the file, its name, the layout, changes."""
+        """Command line of a run: config, name, layout, changes."""
         settings = [f"{key}={value}" for key, value in (*self.layout, *self.changes)]
         return [str(self.config), f"run.name={name}", *settings, *more]
 
@@ -78,7 +78,7 @@ def make_tiny_run(
     held_out: bool = False,
     seed: int = 5,
 ) -> TinyRun:
-    """Write corpus and config below `folder`; both follow from the numbers given."""
+    """Write corpus and config into `folder`; both depend only on the arguments."""
     world = TinyRun(folder, chunks, steps_per_chunk, ranks)
     world.data.mkdir(parents=True)
     rng = np.random.Generator(np.random.Philox(key=seed))
@@ -127,4 +127,6 @@ def tree_of(world: TinyRun) -> dict[str, Any]:
 
 
 GRIDS: Sequence[tuple[int, dict[str, int]]] = ((2, {}), (4, {"tensor": 2, "pipeline": 2}))
-"""Ranks and axes of the runs that are killed: two data-parallel ranks; tensor and pipeline parallel."""
+"""Ranks and axes of the runs that are killed: two data-parallel ranks; tensor and pipeline
+parallel.
+"""

@@ -212,6 +212,7 @@ class _SwiGlu(torch.autograd.Function):
 
         passing = F.silu(gate)
         torch.mul(dy, passing, out=dup)
+        # silu(gate) is used up: its memory takes the gradient.
         torch.mul(dy, up, out=passing)
         torch.ops.aten.silu_backward.grad_input(passing, gate, grad_input=dgate)
         return gradient

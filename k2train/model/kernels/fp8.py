@@ -123,8 +123,8 @@ def fp8_product(device: torch.device) -> Fp8Product:
         from transformer_engine_torch import DType
     except ImportError as error:
         raise ConfigError(
-            f"{needs} transformer_engine 2.3 or newer (pip install 'transformer_engine[pytorch]'): "
-            f"{error}"
+            f"{needs} transformer_engine 2.3 or newer (pip "
+            f"install 'transformer_engine[pytorch]'): {error}"
         ) from None
 
     return Fp8Product(general_gemm, Float8CurrentScalingQuantizer, DType, device)

@@ -59,6 +59,7 @@ def available() -> bool:
 def preferred() -> bool:
     """Whether `auto` means onednn: available, and the processor is known not to be Intel's."""
     try:
+        # Other architectures have no vendor_id: unknown, so not preferred.
         vendors = {
             line.split(":")[1].strip() for line in _cpu_facts() if line.startswith("vendor_id")
         }
@@ -83,8 +84,8 @@ def onednn_product(device: torch.device, dtype: torch.dtype) -> OneDnnProduct:
 
     if dtype != torch.float32:
         raise ConfigError(
-            "kernels.matmul (onednn) is for precision fp32, in bf16 torch goes that way itself: "
-            "choose auto"
+            "kernels.matmul (onednn) is for precision fp32, "
+            "in bf16 torch already uses oneDNN: choose auto"
         )
 
     if not available():

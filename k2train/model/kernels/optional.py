@@ -112,7 +112,7 @@ def load_engine_attention() -> Attention:
         )
 
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        assert mask is None, "Transformer Engine's attention is asked for without a mask only"
+        assert mask is None, "Transformer Engine's attention is only used without a mask"
         b, heads, s, head_dim = q.shape
         out = module(heads, k.shape[1], head_dim)(*(t.permute(2, 0, 1, 3) for t in (q, k, v)))
         return out.view(s, b, heads, head_dim).permute(1, 2, 0, 3)

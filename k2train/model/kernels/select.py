@@ -263,8 +263,8 @@ def choose_attention(name: str, traits: DeviceTraits) -> Attention:
         needs_cuda(where, traits)
     if traits.dtype.itemsize != 2 and traits.device.type == "cuda" and name not in TAKE_MASKS:
         raise ConfigError(
-            f"{where} computes in bf16 only, precision is fp32: set precision to bf16, or choose "
-            "sdpa"
+            f"{where} computes in bf16 only, precision is fp32: "
+            "set precision to bf16, or choose sdpa"
         )
 
     return function
@@ -296,14 +296,14 @@ def choose_compile(value: str, traits: DeviceTraits) -> bool:
     value = pick("compile", value, ("on", "off"), "on" if cuda and has_triton() else "off")
     if value == "on" and cuda and not has_triton():
         raise ConfigError(
-            "kernels.compile (on) needs the package triton on a CUDA device: pip install triton, "
-            "or off"
+            "kernels.compile (on) needs the package triton "
+            "on a CUDA device: pip install triton, or off"
         )
 
     if value == "on" and not cuda and not any(shutil.which(name) for name in ("g++", "clang++")):
         raise ConfigError(
-            "kernels.compile (on) needs a C++ compiler on a CPU: install g++ or clang++, or choose "
-            "off"
+            "kernels.compile (on) needs a C++ compiler on a CPU: "
+            "install g++ or clang++, or choose off"
         )
 
     return value == "on"

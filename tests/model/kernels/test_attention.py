@@ -96,7 +96,9 @@ SHAPES = ((2, 4, 4, 2 * BLOCK, 16), (2, 6, 2, 2 * BLOCK + 5, 8), (1, 4, 1, 13, 3
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", HERE)
 def test_causal(name: str, dtype: torch.dtype, shape: tuple[int, int, int, int, int]) -> None:
-    """Catches a look ahead at a block's border, grouped heads mixed up, a scale left out, a wrong backward."""
+    """Catches a look ahead at a block's border, grouped heads mixed up, a scale left out, a wrong
+    backward.
+    """
     assert_equal(ATTENTION[name], inputs_of(*shape), None, dtype)
 
 
@@ -128,7 +130,9 @@ def test_plain_at_any_length(b: int, kv: int, group: int, s: int, masked: bool) 
 
 
 def test_plain_in_any_order_of_memory() -> None:
-    """Catches a kernel that reads memory instead of indices: forward and with gradients of other strides."""
+    """Catches a kernel that reads memory instead of indices: forward and with gradients of other
+    strides.
+    """
     inputs = inputs_of(2, 4, 2, BLOCK + 9, 8)
     for order in ((0, 1, 2, 3), (1, 0, 2, 3), (3, 0, 1, 2)):
         back = [order.index(i) for i in range(4)]
@@ -156,7 +160,9 @@ def test_derivatives_are_exact() -> None:
 
 
 def test_what_plain_keeps() -> None:
-    """Catches scores kept in full or twice: of each block its queries times the keys that they may see."""
+    """Catches scores kept in full or twice: of each block its queries times the keys that they may
+    see.
+    """
     b, n, s, d = 2, 4, 2 * BLOCK + 8, 8
     q, k, v = (t.bfloat16().requires_grad_() for t in inputs_of(b, n, n, s, d))
     known = {t.untyped_storage().data_ptr() for t in (q, k, v)}
@@ -169,6 +175,7 @@ def test_what_plain_keeps() -> None:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         out = plain_attention(q, k, v)
+
     expected = BLOCK * BLOCK + BLOCK * 2 * BLOCK + 8 * s
     assert sum(found.values()) == 2 * b * n * expected
     assert out.permute(2, 0, 1, 3).is_contiguous(), (

@@ -1,4 +1,4 @@
-"""RMSNorm, rotary with the split, and SwiGLU: the functions of few passes against the same written out, in float64."""
+"""Fused RMSNorm, rotary split and SwiGLU against the formulas written out, in float64."""
 
 from collections.abc import Callable, Sequence
 
@@ -19,7 +19,8 @@ from k2train.model.kernels.elementwise import (
 )
 from k2train.model.kernels.select import NORM, SPLIT, SWIGLU
 
-# Relative to the largest value. bf16 rounds by 2^-9; what is computed in fp32 and rounded once or twice stays within this.
+# Relative to the largest value. bf16 rounds by 2^-9; what is computed in fp32 and rounded once or
+# twice stays within this.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-2}
 DTYPES = tuple(TOLERANCE)
 
@@ -84,7 +85,9 @@ def test_norms(name: str, dtype: torch.dtype) -> None:
     half=st.integers(1, 5),
 )
 def test_splits(s: int, b: int, kv: int, group: int, half: int) -> None:
-    """Catches heads mixed up, grouped heads, a rotation the wrong way in the backward, odd lengths, long tables."""
+    """Catches heads mixed up, grouped heads, a rotation the wrong way in the backward, odd lengths,
+    long tables.
+    """
     cos, sin = tables(s + 2, 2 * half)
     packed = randn(s, b, (group + 2) * kv * 2 * half)
     for dtype in DTYPES:
@@ -120,10 +123,12 @@ def test_other_strides_give_the_same_bits() -> None:
         plain = values(function, inputs, torch.float32)
         moved = values(lambda x, *rest, f=function: f(strided(x), *rest), inputs, torch.float32)
         assert all(torch.equal(a, b) for a, b in zip(plain, moved, strict=True))
+
     x = randn(6, 3, 20).float().requires_grad_()
     gradient = randn(6, 3, 20).float()
     for g in (gradient, strided(gradient)):
         fused_norm(x, torch.ones(20), 1e-5).backward(g)
+
     twice = x.grad
     x.grad = None
     fused_norm(x, torch.ones(20), 1e-5).backward(gradient)
@@ -157,7 +162,9 @@ def kept_bytes(function: Callable[..., object], *inputs: Tensor) -> int:
 
 
 def test_what_is_kept() -> None:
-    """Catches a wide copy kept for the backward: a factor a position for the norm, nothing else for the others."""
+    """Catches a wide copy kept for the backward: a factor a position for the norm, nothing else for
+    the others.
+    """
     x, w = randn(6, 3, 24).bfloat16().requires_grad_(), randn(24).bfloat16().requires_grad_()
     cos, sin = tables(6, 4)
     assert kept_bytes(lambda x, w: fused_norm(x, w, 1e-5), x, w) == 4 * 6 * 3
@@ -170,7 +177,9 @@ def test_what_is_kept() -> None:
 
 
 def test_rotating_back_is_the_inverse() -> None:
-    """Catches tables read at another position: a rotation keeps lengths, and its opposite undoes it."""
+    """Catches tables read at another position: a rotation keeps lengths, and its opposite undoes
+    it.
+    """
     cos, sin = tables(9, 8)
     x = randn(5, 2, 3, 8).float()
     turned = rotate(x, cos, sin)

@@ -1,4 +1,4 @@
-"""FP8 products: what is asked of Transformer Engine's functions, by stand-ins that do the same without rounding."""
+"""fp8 products: the calls to Transformer Engine, checked with stand-ins that do not round."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -29,8 +29,10 @@ def quantizer(kind: str, device: torch.device, *, columnwise: bool = True) -> An
     return lambda values: Rounded(values, kind, columnwise)
 
 
-def gemm_of(said: list[str], **options: Any) -> Any:
-    """general_gemm as documented: A and B by columns, so that TN is B A^T, NN is B A and NT is B^T A."""
+def gemm_of(calls: list[str], **options: Any) -> Any:
+    """general_gemm as documented: A and B by columns, so that TN is B A^T, NN is B A and NT is B^T
+    A.
+    """
 
     def gemm(
         a: Rounded,
@@ -42,17 +44,19 @@ def gemm_of(said: list[str], **options: Any) -> Any:
         grad: bool = False,
         use_split_accumulator: bool = False,
     ) -> tuple[Tensor, None]:
-        # A transposed or a summed-over first dimension is read by columns on devices with one layout only.
+        # A transposed or a summed-over first dimension is read by columns on devices with one
+        # layout only.
         assert a.columnwise == (layout[0] == "N"), "A must be readable as the layout wants it"
         assert b.columnwise == (layout[1] == "T"), "B must be readable as the layout wants it"
         assert a.values.is_contiguous(), "a view that is turned"
-        said.append(f"{layout} {a.kind} {b.kind} {out_dtype} {grad}")
+        calls.append(f"{layout} {a.kind} {b.kind} {out_dtype} {grad}")
         left = b.values.t() if layout[1] == "T" else b.values
         right = a.values.t() if layout[0] == "T" else a.values
         y = left.to(out_dtype) @ right.to(out_dtype)
         if out is None:
             return y, None
         out.copy_(out + y if accumulate else y)
+
         return out, None
 
     def gemm_with_workspace(a: Rounded, b: Rounded, workspace: Tensor, **given: Any) -> Any:
@@ -64,16 +68,20 @@ def gemm_of(said: list[str], **options: Any) -> Any:
 
 @pytest.mark.parametrize("workspace", (False, True))
 def test_layers_multiply_through_it(workspace: bool) -> None:
-    """Catches factors in the wrong order or layout, a gradient in the format of values, a sum that replaces."""
-    said: list[str] = []
-    product = Fp8Product(gemm_of(said, workspace=workspace), quantizer, Types, torch.device("cpu"))
+    """Catches factors in the wrong order or layout, a gradient in the format of values, a sum that
+    replaces.
+    """
+    calls: list[str] = []
+    product = Fp8Product(gemm_of(calls, workspace=workspace), quantizer, Types, torch.device("cpu"))
     column = ColumnLinear(16, {"a": 32}, SINGLE["tp"], False, 1.0, product=product)
     row = RowLinear("b", 32, 16, SINGLE["tp"], False, 1.0, product=product)
     weights = []
+
     for layer in (column, row):
         torch.nn.init.normal_(layer.weight)
         attach(layer.weight, GradAccumulator(torch.ones(layer.weight.shape)))
         weights.append(layer.weight.detach().clone().requires_grad_())
+
     x = torch.randn(4, 2, 16, requires_grad=True)
     plain = x.detach().clone().requires_grad_()
     y = row(torch.tanh(column(x)))
@@ -84,14 +92,17 @@ def test_layers_multiply_through_it(workspace: bool) -> None:
     assert torch.allclose(x.grad, plain.grad, rtol=1e-4, atol=1e-3)
     for layer, weight in zip((column, row), weights, strict=True):
         assert torch.allclose(layer.weight.accumulator.total, weight.grad + 1, rtol=1e-4, atol=1e-3)
-    assert said == [
+
+    assert calls == [
         *["TN e4m3 e4m3 torch.float32 False"] * 2,
         *["NN e4m3 e5m2 torch.float32 True", "NT e4m3 e5m2 torch.float32 True"] * 2,
     ]
 
 
 def test_a_dimension_that_does_not_fit_is_refused() -> None:
-    """Catches a shape that the tensor cores refuse in the first product, after minutes of starting."""
+    """Catches a shape that the tensor cores refuse in the first product, after minutes of
+    starting.
+    """
     product = Fp8Product(gemm_of([]), quantizer, Types, torch.device("cpu"))
     ColumnLinear(16, {"a": 32, "b": 16}, SINGLE["tp"], False, 1.0, product=product)
     with pytest.raises(
@@ -101,11 +112,14 @@ def test_a_dimension_that_does_not_fit_is_refused() -> None:
 
 
 def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a silent fall back to other products, and a refusal that does not say what to install."""
+    """Catches a silent fall back to other products, and a refusal that does not say what to
+    install.
+    """
     with pytest.raises(
         ConfigError, match=r"kernels.matmul \(fp8\) needs a CUDA device .* 8.9 or more, this is cpu"
     ):
         fp8_product(torch.device("cpu"))
+
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A100")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     with pytest.raises(ConfigError, match="this is A100"):

@@ -1,4 +1,4 @@
-"""Products by oneDNN: the same numbers, wherever torch has it, and only where they are asked for or known to be faster."""
+"""oneDNN products: the same numbers, only where requested or known to be faster."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""The choice of kernels: what `auto` stands for where, what is refused in one line, optional packages, compiled regions."""
+"""Kernel selection: `auto` by device, one-line refusals, optional packages, compiled regions."""
 
 import sys
 from types import ModuleType
@@ -35,7 +35,9 @@ HALF = torch.bfloat16
 
 
 def test_auto_on_a_cpu() -> None:
-    """Catches the flash kernel at short sequences, where it is slow, and kept probabilities at long ones."""
+    """Catches the flash kernel at short sequences, where it is slow, and kept probabilities at long
+    ones.
+    """
     for dtype, limit in PLAIN_UP_TO.items():
         assert choose_kernels(traits=DeviceTraits(CPU, dtype, limit)).attention_name == "plain"
         assert choose_kernels(traits=DeviceTraits(CPU, dtype, limit + 1)).attention_name == "sdpa"
@@ -144,7 +146,9 @@ OPTIONAL = (
 def test_a_missing_package_is_one_line(
     monkeypatch: pytest.MonkeyPatch, key: str, name: str
 ) -> None:
-    """Catches a traceback, or silence, where an optional package was asked for that is not there."""
+    """Catches a traceback, or silence, where an optional package was asked for that is not
+    there.
+    """
     for module in (
         "flash_attn",
         "flash_attn.cute",
@@ -153,6 +157,7 @@ def test_a_missing_package_is_one_line(
         "transformer_engine",
     ):
         monkeypatch.setitem(sys.modules, module, None)
+
     line = rf"kernels\.{key} \({name}\) needs the package {INSTALL[name][0]}: "
     with pytest.raises(ConfigError, match=line) as caught:
         choose_kernels(**{key: name})
@@ -197,7 +202,9 @@ def assert_is_attention(kernel: Attention) -> None:
 
 @pytest.mark.parametrize("function", (positions_second, positions_second_and_sums))
 def test_flash_attn_is_called_in_its_layout(monkeypatch: pytest.MonkeyPatch, function: Any) -> None:
-    """Catches heads and positions exchanged, and a pair taken for the output, as some versions return one."""
+    """Catches heads and positions exchanged, and a pair taken for the output, as some versions
+    return one.
+    """
     for load, name in (
         (load_flash_attn_2, "flash_attn"),
         (load_flash_attn_3, "flash_attn_interface"),
@@ -208,7 +215,9 @@ def test_flash_attn_is_called_in_its_layout(monkeypatch: pytest.MonkeyPatch, fun
 
 
 class EngineAttention(nn.Module):
-    """What Transformer Engine's attention takes and gives with `sbhd`: [s, b, n, d] -> [s, b, n d]."""
+    """What Transformer Engine's attention takes and gives with `sbhd`: [s, b, n, d] -> [s, b,
+    n d].
+    """
 
     def __init__(self, heads: int, head_dim: int, num_gqa_groups: int, **choices: Any):
         super().__init__()
@@ -256,6 +265,7 @@ def test_transformer_engine_and_apex(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     assert_is_attention(load_engine_attention())
     x, w = torch.randn(4, 2, 6), torch.randn(6, requires_grad=True)
+
     for norm in (load_engine_norm(), load_apex_norm()):
         for eps in (1e-5, 1.0):
             assert torch.equal(norm(x, w, eps), reference_norm(x, w, eps))
@@ -300,7 +310,9 @@ SMALL = Architecture(
 
 
 def stage_values(compile: str) -> list[Tensor]:
-    """Output and gradients of a model of three layers, the same weights every time, in float64: rounding hides nothing."""
+    """Output and gradients of a model of three layers, the same weights every time, in float64:
+    rounding hides nothing.
+    """
     chosen = choose_kernels(compile=compile)
     axis = Axis("tp", 1, 0, None)
     stage = materialize(
@@ -308,11 +320,13 @@ def stage_values(compile: str) -> list[Tensor]:
     )
     attach_rotary([stage], SMALL, 6, CPU)
     generator = torch.Generator().manual_seed(2)
+
     with torch.no_grad():
         for parameter in stage.parameters():
             parameter.copy_(
                 torch.randn(parameter.shape, generator=generator) * 0.3 + (parameter.dim() == 1)
             )
+
     out = stage(torch.arange(12).view(2, 6))
     out.backward(torch.randn(out.shape, generator=generator, dtype=torch.float64))
     return [
@@ -323,7 +337,8 @@ def stage_values(compile: str) -> list[Tensor]:
 
 @pytest.mark.slow
 def test_compiled_regions() -> None:
-    """Catches a region compiled anew in every layer, one that compiles to something else, and one left out.
+    """Catches a region compiled anew in every layer, one that compiles to something else, and one
+    left out.
 
     `fullgraph` refuses graph breaks itself.
     """

@@ -1,1 +1,1 @@
-"""What `tools/bench.py cpu` runs side by side, and the runner that lets one at a time do a step."""
+"""CPU benchmark (`tools/bench.py cpu`): contenders, and the runner that lets them step in turns."""

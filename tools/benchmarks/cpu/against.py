@@ -1,8 +1,9 @@
-"""A record of speed: k2train as it is beside k2train at the commit of an earlier run, in one call.
+"""Speed regression check: k2train in this tree beside k2train at the commit of an earlier record.
 
-The earlier commit is taken out of git into a temporary folder and its own contender runs from there, interleaved with the
-present one: speeds written down on another day belong to that day's machine. BASE.json therefore gives the commit, and its
-numbers are not compared.
+- The earlier commit is checked out into a temporary folder, and its own contender runs from there,
+  interleaved with the present one.
+- BASE.json only gives the commit. Its numbers are not compared: speeds of another day belong to
+  that day's machine.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from k2train.errors import RunError
 
 @dataclass(frozen=True)
 class Comparison:
-    """One layout, now against then: `ratio` above 1 is faster now; None where one of them has no number."""
+    """One layout now and at the base. `ratio` above 1 is faster now; None if one has no number."""
 
     name: str
     precision: str
@@ -40,7 +41,7 @@ class Comparison:
 
 
 def read_base(path: Path) -> dict[str, Any]:
-    """The record of an earlier run; raises RunError, one line, for what is none."""
+    """Read the record of an earlier run. Raises RunError with one line for anything else."""
     try:
         base = json.loads(path.read_text(encoding="utf-8"))
     except OSError as problem:
@@ -62,7 +63,10 @@ def read_base(path: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def checkout(repository: Path, commit: str) -> Iterator[Path]:
-    """The tree of a commit in a temporary folder, removed at the end; raises RunError for an unknown one."""
+    """Check out a commit into a temporary folder, deleted at the end.
+
+    Raises RunError if unknown.
+    """
     git = ["git", "-C", str(repository)]
     known = subprocess.run(
         [*git, "cat-file", "-e", f"{commit}^{{commit}}"], capture_output=True, check=False
@@ -87,7 +91,7 @@ def checkout(repository: Path, commit: str) -> Iterator[Path]:
 
 
 def pairs(groups: Sequence[Sequence[Contender]], base: Path) -> list[list[Contender]]:
-    """Of each group k2train's contenders, each followed by its own at the base."""
+    """k2train's contenders of each group, each followed by the same contender at the base."""
     ours = [[c for c in group if c.ours] for group in groups]
     return [
         [x for c in group for x in (c, dataclasses.replace(c, root=base))]
@@ -97,7 +101,7 @@ def pairs(groups: Sequence[Sequence[Contender]], base: Path) -> list[list[Conten
 
 
 def compare(rows: Sequence[Row]) -> list[Comparison]:
-    """Every layout's two rows as one line."""
+    """Compare the two rows of every layout."""
     then = {(row.name, row.precision): row for row in rows if row.base}
     return [_compare(row, then[row.name, row.precision]) for row in rows if not row.base]
 
@@ -122,7 +126,7 @@ def _compare(now: Row, then: Row) -> Comparison:
 
 
 def report(comparisons: Sequence[Comparison], base: dict[str, Any]) -> str:
-    """A Markdown table, and what it rests on."""
+    """Markdown table of the comparison, with its basis."""
     head = f"Base: commit {base['commit']}, run beside this tree in this call."
     if base.get("uncommitted_changes"):
         head += (

@@ -1,7 +1,9 @@
-"""Who runs beside whom: the contenders, in groups that run interleaved, and the ratios that are aimed at.
+"""Benchmark contenders: their interleaved groups, and the target ratios.
 
-The reference is in every group, so that every ratio is of processes that ran in turns; groups keep memory bounded and one
-peer's failure from delaying all. Names are the command line's. Standard library only: the driver imports no torch.
+- The reference is in every group, so every ratio is of processes that ran in turns.
+- Groups keep memory bounded, and a peer's failure does not delay all.
+- Names are those of the command line.
+- Standard library only: the driver imports no torch.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ REFERENCE = "reference"
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to do the work: a module with `build`, its options, and the number of its processes."""
+    """One way to do the work: a module with `build`, its options, and its number of processes."""
 
     name: str
     module: str
@@ -34,7 +36,7 @@ class Contender:
 
     @property
     def ours(self) -> bool:
-        """Whether it is k2train."""
+        """True for k2train."""
         return self.module.endswith(".k2train_contender")
 
 
@@ -83,7 +85,7 @@ QUICK = (REFERENCE, "transformers", "k2train", "k2train-dp2", "k2train-tp2-sp", 
 
 @dataclass(frozen=True)
 class Aim:
-    """The best of `ours` should be at least `factor` times as fast as the best of `theirs`."""
+    """Target: the best of `ours` is at least `factor` times as fast as the best of `theirs`."""
 
     ours: tuple[str, ...]
     theirs: tuple[str, ...]
@@ -110,7 +112,7 @@ AIMS: tuple[Aim, ...] = (
 
 
 def find(name: str) -> Contender | None:
-    """The contender of that name, if there is one."""
+    """The contender of that name, or None."""
     return next((c for c in CONTENDERS if c.name == name), None)
 
 
@@ -120,9 +122,10 @@ def choose(
     precisions: Sequence[str],
     more: Sequence[Contender] = (),
 ) -> list[list[Contender]]:
-    """Groups of contenders that run interleaved, the reference first in each; raises ConfigError for an unknown name.
+    """Groups of contenders that run interleaved, each with the reference first.
 
-    Quick is one group. In bf16 the first group has the fp32 reference too: the one number that joins the two precisions.
+    Quick is one group. In bf16 the first group also has the fp32 reference: the one number that
+    connects the two precisions. Raises ConfigError for an unknown name.
     """
     unknown = [name for name in only or () if find(name) is None]
     if unknown:
@@ -146,7 +149,10 @@ def choose(
 
 
 def variant(text: str) -> Contender:
-    """A k2train layout with other keys, from `NAME: CONTENDER key=value ...`; raises ConfigError."""
+    """Parse `NAME: CONTENDER key=value ...` to a k2train layout with other keys.
+
+    Raises ConfigError.
+    """
     name, _, rest = text.partition(":")
     base, *changes = rest.split() or [""]
     known = find(base)
@@ -169,7 +175,7 @@ def variant(text: str) -> Contender:
 
 
 def parse_value(text: str) -> Any:
-    """`4`, `[5,3]`, `true`, `null` or a word."""
+    """Parse `4`, `[5,3]`, `true`, `null` or a word."""
     try:
         return json.loads(text)
     except ValueError:

@@ -1,7 +1,9 @@
-"""torch's two ways of data parallelism over the reference model: option `kind` is `ddp` or `fsdp2`.
+"""Data-parallel contenders of torch: DDP or FSDP2 (option `kind`) over the reference model.
 
-Both as their guides say: DDP with buckets as gradients and no exchange before the last micro-batch; FSDP2 with every
-block and the root sharded, gradients exchanged after the last micro-batch only.
+- DDP with buckets as gradients, and no communication before the last micro-batch.
+- FSDP2 with every block and the root sharded; gradients are reduced after the last micro-batch
+  only.
+- Both follow their guides.
 """
 
 from collections.abc import Callable, Mapping
@@ -26,7 +28,7 @@ from benchmarks.cpu.work import Work
 
 
 def build(work: Work, precision: str, options: Mapping[str, Any], rank: int, world: int) -> Built:
-    """Each rank takes its share of the global batch, in micro-batches of the same size."""
+    """Give each rank its share of the global batch, in micro-batches of the same size."""
     torch.manual_seed(work.seed)
     model = Llama(work, dtype=DTYPES[precision])
     run, ahead = _ddp(model) if options["kind"] == "ddp" else _fsdp2(model, world)

@@ -1,7 +1,7 @@
-"""torch's DTensor tensor parallelism over the reference model; option `sequence`: sequence parallelism too.
+"""Tensor-parallel contender of torch: DTensor over the reference model, option `sequence` parallel.
 
-The plan is the one of torch's own tutorials and of torchtitan: column-wise, then row-wise, embedding row-wise, head
-column-wise with the loss over its shards (`loss_parallel`).
+The plan is that of torch's tutorials and of torchtitan: column-wise, then row-wise, embedding
+row-wise, head column-wise with the loss over its shards (`loss_parallel`).
 """
 
 from collections.abc import Mapping
@@ -34,7 +34,7 @@ from benchmarks.cpu.work import Work
 
 
 def build(work: Work, precision: str, options: Mapping[str, Any], rank: int, world: int) -> Built:
-    """All ranks share every matrix; each sees the whole batch."""
+    """Shard every matrix over all ranks; each rank sees the whole batch."""
     torch.manual_seed(work.seed)
     model = Llama(work, dtype=DTYPES[precision])
     shard(
@@ -52,7 +52,10 @@ def build(work: Work, precision: str, options: Mapping[str, Any], rank: int, wor
 
 
 def shard(model: Llama, mesh: DeviceMesh, sequence: bool, local_logits: bool) -> None:
-    """Shard the matrices that the model has; `local_logits`: plain tensors leave it, as a pipeline needs them."""
+    """Shard the model's matrices.
+
+    With `local_logits` outputs are plain tensors, as a pipeline needs.
+    """
     between = Shard(1) if sequence else Replicate()
     plan: dict[str, Any] = {}
     if model.embedding is not None:
@@ -85,7 +88,10 @@ def shard(model: Llama, mesh: DeviceMesh, sequence: bool, local_logits: bool) ->
 
 
 def sharded_loss(mesh: DeviceMesh) -> Any:
-    """`mean_loss` of logits that are each rank's columns [b, s, v/tp]; to be called and run back in `loss_parallel()`."""
+    """`mean_loss` of logits that are each rank's columns [b, s, v/tp].
+
+    Call it in `loss_parallel()`.
+    """
 
     def loss(logits: Tensor, labels: Tensor) -> Tensor:
         return mean_loss(DTensor.from_local(logits, mesh, [Shard(-1)], run_check=False), labels)

@@ -1,4 +1,4 @@
-"""Hugging Face transformers' LlamaForCausalLM with SDPA in one process; its own loss, torch's fused AdamW."""
+"""Hugging Face contender: LlamaForCausalLM with SDPA in one process, its own loss, fused AdamW."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +12,7 @@ from benchmarks.cpu.work import Work
 
 
 def build(work: Work, precision: str, options: Mapping[str, Any], rank: int, world: int) -> Built:
-    """The same sizes under transformers' names."""
+    """Build the same sizes under transformers' names."""
     torch.manual_seed(work.seed)
     config = LlamaConfig(
         vocab_size=work.vocab_size,

@@ -1,7 +1,7 @@
-"""k2train itself, through its engine; the options are the config's sections with the keys that make the layout.
+"""k2train contender, through its engine; options are the config sections that make the layout.
 
-It runs the k2train of the tree that this file stands in, also where another one is installed: an earlier commit is
-measured by its own file with its own package.
+It runs the k2train of this file's own tree, even if another one is installed. So an earlier commit
+is measured by its own file with its own package.
 """
 
 from collections.abc import Mapping
@@ -23,7 +23,10 @@ from k2train.train.preflight import layout_of
 
 
 def build(work: Work, precision: str, options: Mapping[str, Any], rank: int, world: int) -> Built:
-    """An engine of the asked layout; a config that this version does not take makes the contender unavailable."""
+    """Build an engine of that layout.
+
+    A config that this version rejects makes the contender unavailable.
+    """
     root = Path(__file__).resolve().parents[3]
     assert Path(str(k2train.__file__)).resolve().parents[1] == root, (
         f"k2train came from {k2train.__file__}, not {root}"

@@ -1,8 +1,10 @@
-"""The reference: LLaMA as one writes it by hand on plain torch, one module a part, and what several peers share of it.
+"""Reference LLaMA, written by hand on plain torch, and what several peers share of it.
 
-It is also the model of the DDP, FSDP2, DTensor and pipelining peers, so that these differ in how they are parallel and in
-nothing else. Separate query, key and value matrices, as the paper has them and as column-parallel plans need them.
-Fast where plain torch is: SDPA, F.rms_norm, fused AdamW. Activations are [b, s, h] here.
+- It is also the model of the DDP, FSDP2, DTensor and pipelining peers, so these differ only in
+  their parallelism.
+- Separate query, key and value matrices, as in the paper and as column-parallel plans need them.
+- Fast where plain torch is: SDPA, F.rms_norm, fused AdamW.
+- Activations are [b, s, h] here.
 """
 
 from collections.abc import Callable, Iterable
@@ -19,7 +21,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def rotary_tables(work: Work, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(cos, sin), each [s, head_dim]."""
+    """Rotary tables (cos, sin), each [s, head_dim]."""
     exponents = torch.arange(0, work.head_dim, 2, dtype=torch.float64) / work.head_dim
     angles = torch.outer(
         torch.arange(work.sequence_length, dtype=torch.float64), work.rope_theta**-exponents
@@ -29,7 +31,7 @@ def rotary_tables(work: Work, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions: x [b, n, s, d]."""
+    """Apply rotary positions to x [b, n, s, d]."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
@@ -47,7 +49,7 @@ class Norm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal attention; however many heads the projections give are its own, so that they can be sharded."""
+    """Causal attention over as many heads as the projections give, so that they can be sharded."""
 
     def __init__(self, work: Work):
         super().__init__()
@@ -95,7 +97,7 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """Some consecutive layers, with the embedding in front of the first and norm and head after the last."""
+    """Consecutive layers, with the embedding before the first, and norm and head after the last."""
 
     def __init__(
         self, work: Work, layers: Iterable[int] | None = None, dtype: torch.dtype = torch.float32
@@ -116,7 +118,10 @@ class Llama(nn.Module):
         self.register_buffer("sin", sin, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Ids [b, s] (hidden [b, s, h] where there is no embedding) -> logits [b, s, v] (hidden without a head)."""
+        """Ids [b, s] to logits [b, s, v].
+
+        Hidden [b, s, h] in without embedding, out without head.
+        """
         if self.embedding is not None:
             x = self.embedding(x)
         for block in self.blocks.values():
@@ -125,7 +130,7 @@ class Llama(nn.Module):
 
 
 def labels_of(tokens: Tensor) -> Tensor:
-    """The next token at every position [b, s]; the last has none."""
+    """The next token at every position [b, s]; the last position has none."""
     return torch.cat((tokens[:, 1:], torch.full_like(tokens[:, :1], IGNORE)), dim=1)
 
 
@@ -135,7 +140,7 @@ def mean_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def global_batch(work: Work) -> Tensor:
-    """The token ids [global_sequences, sequence_length] of every step, the same for every contender and rank."""
+    """Token ids [global_sequences, sequence_length], the same in every step, contender and rank."""
     generator = torch.Generator().manual_seed(work.seed)
     return torch.randint(
         work.vocab_size, (work.global_sequences, work.sequence_length), generator=generator
@@ -143,7 +148,10 @@ def global_batch(work: Work) -> Tensor:
 
 
 class FusedAdamW:
-    """torch's fused AdamW; it refuses a mix of DTensors and plain tensors, so that each kind gets its own."""
+    """torch's fused AdamW, one instance for DTensors and one for plain tensors.
+
+    It refuses a mix of both.
+    """
 
     def __init__(self, work: Work, parameters: Iterable[nn.Parameter]):
         kinds: dict[bool, list[nn.Parameter]] = {}
@@ -157,7 +165,7 @@ class FusedAdamW:
         ]
 
     def step(self) -> None:
-        """Update, and let go of the gradients."""
+        """Update, and release the gradients."""
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -169,9 +177,9 @@ def accumulate(
     work: Work,
     ahead: Callable[[bool], None] | None = None,
 ) -> float:
-    """Forward and backward of this rank's sequences in micro-batches; the mean loss.
+    """Forward and backward of this rank's sequences in micro-batches; returns the mean loss.
 
-    `ahead` is told before each one whether it is the last of the step.
+    `ahead` is called before each micro-batch with whether it is the last of the step.
     """
     parts = list(batch.split(work.micro_sequences))
     total = 0.0
@@ -186,7 +194,7 @@ def accumulate(
 
 
 def size_of(parameters: Iterable[nn.Parameter]) -> int:
-    """Number of values, of DTensors the global ones."""
+    """Number of values; for DTensors the global one."""
     return sum(parameter.numel() for parameter in parameters)
 
 

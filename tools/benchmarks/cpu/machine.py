@@ -1,4 +1,4 @@
-"""Where a measurement was made: machine, versions and commit, without importing what is measured."""
+"""Machine facts for benchmark records: hardware, versions and commit, without importing torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ PACKAGES = ("torch", "transformers", "megatron-core")
 
 
 def machine_facts() -> dict[str, Any]:
-    """Processor, cores that may be used, memory, load at the start, and versions; null for a package that is not here."""
+    """Processor, usable cores, memory, load at the start, and versions.
+
+    Null for a missing package.
+    """
     return {
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)),
@@ -42,7 +45,7 @@ def _version(package: str) -> str | None:
 
 
 def commit_of(root: Path) -> tuple[str | None, bool]:
-    """(commit of the tree, whether something in it is not committed); (None, False) where git knows none."""
+    """(commit of the tree, whether it has uncommitted changes); (None, False) without git."""
     head = _git(root, "rev-parse", "HEAD")
     return head, bool(head and _git(root, "status", "--porcelain"))
 

@@ -1,8 +1,10 @@
-"""What one process uses: resident memory as the kernel counts it, and the bytes a step allocates as torch counts them.
+"""Memory of one process: resident peak from the kernel, and bytes allocated by a step from torch.
 
-CPU torch keeps no peak counter, but its profiler sees every allocation and release: their running sum over one step, from
-what stands between two steps, has the peak that activations, temporaries and gradients made anew cause. The alternative
-refused is the growth of resident memory, which malloc's own caching hides.
+- CPU torch has no peak counter, but its profiler sees every allocation and release. Their running
+  sum over one step has the peak that activations, temporaries and new gradients cause.
+
+Alternatives considered:
+- The growth of resident memory: malloc's caching hides it.
 """
 
 from collections.abc import Callable
@@ -12,13 +14,13 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def peak_resident_bytes() -> int:
-    """The most resident memory this process has had (VmHWM)."""
+    """Peak resident memory of this process (VmHWM)."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def peak_step_bytes(step: Callable[[], object]) -> int:
-    """The most bytes one step holds at a time beyond those it began with."""
+    """Peak bytes that one step allocates above what it started with."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         step()
     events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]

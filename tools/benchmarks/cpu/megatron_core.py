@@ -1,11 +1,14 @@
-"""Megatron-core on CPU: its GPTModel from its local layer specs, its own tensor and pipeline parallelism and schedules.
+"""Megatron-core contender on CPU: its GPTModel, tensor and pipeline parallelism and schedules.
 
-Options `tensor` and `pipeline` are the degrees. It is written for CUDA; replaced at run time, in this process only:
-the seeding of CUDA generators (`model_parallel_cuda_manual_seed` is not called, the tracker's `fork` changes nothing),
-`torch.cuda.current_device` (the CPU), `torch.cuda.synchronize` (nothing), and `device="cuda"` of `torch.zeros`, `empty`,
-`tensor` and `ones` (the CPU). Nothing of its arithmetic is touched. No sequence parallelism: its reduce-scatters are written
-for CUDA memory. Its core attention is the unfused one, as everywhere without Transformer Engine. The optimizer is torch's
-fused AdamW on its parameters, since its own needs apex or Transformer Engine to be fused.
+- Options `tensor` and `pipeline` are the degrees.
+- It is written for CUDA. In this process only, these are replaced: the seeding of CUDA generators
+  (`model_parallel_cuda_manual_seed` is not called, the tracker's `fork` changes nothing),
+  `torch.cuda.current_device` (the CPU), `torch.cuda.synchronize` (nothing), and `device="cuda"` of
+  `torch.zeros`, `empty`, `tensor` and `ones` (the CPU). Its arithmetic is unchanged.
+- No sequence parallelism: its reduce-scatters are written for CUDA memory.
+- Its core attention is the unfused one, as always without Transformer Engine.
+- The optimizer is torch's fused AdamW on its parameters: its own needs apex or Transformer Engine
+  to be fused.
 """
 
 import contextlib
@@ -34,7 +37,7 @@ with warnings.catch_warnings():
 
 
 def on_cpu(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A tensor factory of torch that takes `device="cuda"` for the CPU."""
+    """Wrap a tensor factory of torch so that `device="cuda"` means the CPU."""
 
     def made(*given: Any, **named: Any) -> Tensor:
         if str(named.get("device")).startswith("cuda"):
@@ -45,7 +48,7 @@ def on_cpu(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def leave_cuda_out() -> None:
-    """The replacements that the module's docstring lists."""
+    """Apply the replacements listed in the module docstring."""
     torch.cuda.current_device = lambda: torch.device("cpu")
     torch.cuda.synchronize = lambda *given: None
     for name in ("zeros", "empty", "tensor", "ones"):
@@ -129,7 +132,8 @@ def _forward_step(work: Work) -> Callable[..., Any]:
         tokens = next(data)
         labels = labels_of(tokens)
         kept = labels != IGNORE
-        # Its cross entropy knows no label to be left out: position and all are computed and masked, as Megatron does.
+        # Its cross entropy knows no label to be left out: position and all are computed and masked,
+        # as Megatron does.
         output = model(tokens, positions, None, labels=labels.masked_fill(~kept, 0))
 
         def loss_of(losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

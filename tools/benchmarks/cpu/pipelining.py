@@ -1,7 +1,9 @@
-"""torch.distributed.pipelining over the reference model; option `schedule` is the name of its class without `Schedule`.
+"""Pipeline contender of torch: torch.distributed.pipelining over the reference model.
 
-Option `tensor`: DTensor tensor and sequence parallelism inside each stage, activations sent between stages in their
-shards. Layers are cut evenly, as its own splitters do; `ZBVZeroBubble` places stages in a V.
+- Option `schedule` is the name of its class without `Schedule`.
+- Option `tensor`: DTensor tensor and sequence parallelism in each stage; activations are sent
+  between stages in their shards.
+- Layers are split evenly, as its own splitters do; `ZBVZeroBubble` places stages in a V.
 """
 
 import contextlib
@@ -85,7 +87,7 @@ def _run(
 
 
 def _stages(name: str, several: bool, pp: int, degree: int) -> list[int]:
-    """Two stages a rank where the schedule takes several."""
+    """Stages of this rank; two where the schedule takes several."""
     if not several:
         return [pp]
     return [pp, 2 * degree - 1 - pp] if "V" in name else [pp, pp + degree]

@@ -1,8 +1,9 @@
-"""The processes of one contender as the driver holds them: started once, spoken to by lines, ended for certain.
+"""Contender processes as the driver controls them: started once, commanded by lines, always ended.
 
-Each rank has pipes of its own. A rank that ends, answers with a problem or does not answer in time makes the whole crew
-ended and its problem known; it never raises into the measurement of the others. Each rank leads a session, so that what it
-started (a compiler, say) goes with it.
+- Each rank has pipes of its own.
+- A rank that ends, reports a problem or does not answer in time ends all processes of its
+  contender. The problem is recorded, and never raised into the measurement of the others.
+- Each rank leads a session, so that its child processes (a compiler, for example) end with it.
 """
 
 from __future__ import annotations
@@ -28,8 +29,11 @@ WORKERS = {
     "benchmarks.cpu.worker": "tools/benchmarks/cpu",
     "bench_peers.worker": "tools/bench_peers",
 }
-"""The module of a contender's process and its folder in the tree; the second is the place in older commits."""
-# As high as they go: what a step frees stays in the process for the next one, for every contender alike.
+"""The module of a contender's process and its folder in the tree; the second is the place in older
+commits.
+"""
+# As high as they go: what a step frees stays in the process for the next one, for every contender
+# alike.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**62)}
 ENDING_SECONDS = 10.0
 GRACE_SECONDS = 1.0
@@ -38,19 +42,19 @@ Answer = dict[str, Any]
 
 
 def threads_of(contender: Contender, cores: int) -> int:
-    """Threads of each process: the cores shared out, at least one."""
+    """Threads of each process: an equal share of the cores, at least one."""
     return max(1, cores // contender.world)
 
 
 def worker_of(root: Path) -> str | None:
-    """The module that runs a contender's process in the tree at `root`; None when there is none."""
+    """Module that runs a contender's process in the tree at `root`, or None."""
     return next(
         (module for module, at in WORKERS.items() if (root / at / "worker.py").is_file()), None
     )
 
 
 def environment(root: Path, threads: int) -> dict[str, str]:
-    """What a worker's process is told by its environment."""
+    """Environment variables of a worker process."""
     kept = {
         k: v
         for k, v in os.environ.items()
@@ -74,7 +78,10 @@ class _Rank:
 
 
 class ContenderProcesses:
-    """The processes of `contender`; `problem` is why there are none, with `kind` unavailable or failed."""
+    """Processes of `contender`.
+
+    `problem` says why there are none, `kind` is unavailable or failed.
+    """
 
     def __init__(
         self, contender: Contender, work: Work, cores: int, folder: Path, extra_path: str = ""
@@ -115,7 +122,8 @@ class ContenderProcesses:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stream,
-                # Processes that compile the same thing into one cache read each other's unfinished files.
+                # Processes that compile the same thing into one cache read each other's unfinished
+                # files.
                 env={**told, "TORCHINDUCTOR_CACHE_DIR": str(folder / f"compiled_{rank}")},
                 cwd=folder,
                 start_new_session=True,
@@ -124,11 +132,14 @@ class ContenderProcesses:
 
     @property
     def alive(self) -> bool:
-        """Whether it can be asked."""
+        """True when it can be asked."""
         return self.problem is None and bool(self.ranks)
 
     def ask(self, line: str | None, limit_seconds: float) -> list[Answer] | None:
-        """Send the line to every rank (None: only listen) and give their answers; None after a problem."""
+        """Send the line to every rank (None: only listen).
+
+        Return their answers, or None after a problem.
+        """
         if not self.alive:
             return None
         if line is not None:
@@ -173,12 +184,16 @@ class ContenderProcesses:
                         selector.unregister(key.fileobj)
                         problems.append(answer)
                         deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
-        # A rank that ended is the cause of what its peers complain of: after a told problem a rank stays.
+        # A rank that ended is the cause of what its peers complain of: after a told problem a rank
+        # stays.
         cause = sorted(problems, key=lambda answer: not answer.get("ended"))[:1]
         return cause or [answers[number] for number in sorted(answers)]
 
     def _hear(self, number: int) -> Answer | None:
-        """The answer of a rank if a whole line of it is there; its end is an answer with a problem."""
+        """Read a rank's answer if a whole line of it is there.
+
+        The end of a rank counts as an answer.
+        """
         rank = self.ranks[number]
         piece = os.read(self._output(rank).fileno(), 65536)
         if not piece:
@@ -209,7 +224,7 @@ class ContenderProcesses:
         self.end()
 
     def end(self) -> None:
-        """End every process of it, with what they started; safe to call again."""
+        """End every process of the contender with its children; idempotent."""
         for rank in self.ranks:
             # Also after its leader's end: the group lives as long as anyone in it.
             with contextlib.suppress(ProcessLookupError, PermissionError):

@@ -1,7 +1,7 @@
-"""The hand-written LLaMA on plain torch in one process; option `compile`: the whole model compiled, loss apart.
+"""Reference contender: the hand-written LLaMA on plain torch in one process; option `compile`.
 
-One graph of all layers is the most that torch's compiler is offered; block by block, as larger models are compiled, offers
-it less, and a yardstick should be no shorter than it can be.
+With `compile` the whole model is one graph, without the loss. That is the most torch's compiler can
+get; block by block, as larger models are compiled, gives it less.
 """
 
 from collections.abc import Mapping

@@ -1,7 +1,10 @@
-"""From samples to numbers: medians and their spread, ratios round by round, honesty, aims met or not.
+"""Benchmark results: medians with spread, ratios per round, work checks, and targets met or missed.
 
-A ratio is the median of the rounds' ratios, numerator and denominator of the same round: what slows a round slows both.
-The ratio of two medians, the usual one, may take them from different minutes.
+- A ratio is the median of the rounds' ratios, numerator and denominator from the same round: what
+  slows a round slows both.
+
+Alternatives considered:
+- The ratio of two medians: they may be from different minutes.
 """
 
 from __future__ import annotations
@@ -16,13 +19,13 @@ from benchmarks.cpu.rounds import Sample
 from benchmarks.cpu.work import Work
 
 ESTABLISHED = 0.08
-"""Differences below it are not established on a machine shared with others."""
+"""Smaller differences are not significant on a shared machine."""
 FIRST_LOSS_TOLERANCE = 0.02
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times as fast, over the rounds."""
+    """Relative speed over the rounds."""
 
     median: float
     low: float
@@ -31,7 +34,7 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Row:
-    """One contender's line; numbers are null where it has none, and `problem` says why."""
+    """Result of one contender; numbers are null where it has none, and `problem` says why."""
 
     name: str
     group: str
@@ -59,7 +62,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Verdict:
-    """An aim as measured: the best of ours against the best of theirs in one group."""
+    """A target as measured: the best of ours against the best of theirs in one group."""
 
     title: str
     precision: str
@@ -74,13 +77,16 @@ class Verdict:
 
 
 def ratio(ours: Sequence[float | None], theirs: Sequence[float | None]) -> Ratio | None:
-    """Speed of ours over theirs from seconds of the same rounds; None without a round that both finished."""
+    """Speed of ours over theirs from seconds of the same rounds.
+
+    None if no round finished in both.
+    """
     found = [b / a for a, b in zip(ours, theirs, strict=False) if a is not None and b is not None]
     return Ratio(statistics.median(found), min(found), max(found)) if found else None
 
 
 def rows_of(samples: Sequence[Sample], work: Work) -> list[Row]:
-    """The rows of one group, each measured by the reference of its precision there."""
+    """Rows of one group, each relative to the reference of its precision in that group."""
     references = {s.contender.precision: s for s in samples if s.contender.name == REFERENCE}
     return [_row(sample, references.get(sample.contender.precision), work) for sample in samples]
 
@@ -117,7 +123,7 @@ def _row(sample: Sample, reference: Sample | None, work: Work) -> Row:
 
 
 def other_work(sample: Sample, work: Work) -> str | None:
-    """Why its numbers are not of the same work as the others', None where nothing says so."""
+    """Describe why a sample did other work than the rest; None when nothing indicates it."""
     if sample.parameters != work.parameters:
         return f"{sample.parameters} parameters instead of {work.parameters}"
     if not sample.losses or not all(map(math.isfinite, sample.losses)):
@@ -131,7 +137,7 @@ def other_work(sample: Sample, work: Work) -> str | None:
 
 
 def verdicts_of(rows: Sequence[Row]) -> list[Verdict]:
-    """Every aim that these rows can tell of."""
+    """Every target that these rows can answer."""
     found = [_verdict(rows, aim, precision) for precision in PRECISIONS for aim in AIMS]
     return [verdict for verdict in found if verdict is not None]
 
@@ -157,7 +163,10 @@ def _fastest(rows: Sequence[Row]) -> Row | None:
 
 
 def joining_ratio(rows: Sequence[Row], precision: str) -> float | None:
-    """The reference in this precision against the fp32 one, from the group in which both ran; None without one."""
+    """The reference in this precision against the fp32 one, from the group with both.
+
+    None without.
+    """
     references = [r for r in rows if r.name == REFERENCE]
     for row in references:
         for other in references:

@@ -1,4 +1,4 @@
-"""The part of a worker that needs torch: process group and contender, and what a line of the driver makes them do."""
+"""Worker of a contender, the part that needs torch: process group, contender and commands."""
 
 import importlib
 import os
@@ -16,7 +16,7 @@ from benchmarks.cpu.work import Work
 
 
 def build(spec: Mapping[str, Any]) -> Built:
-    """The contender of this rank, in its process group; `spec` as `worker.main` takes it."""
+    """Build the contender of this rank with its process group; `spec` as `worker.main` takes it."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: spec["cores"]])
     torch.set_num_threads(spec["threads"])
     module, options = spec["module"], spec["options"]
@@ -36,7 +36,7 @@ def build(spec: Mapping[str, Any]) -> Built:
 
 
 def obey(built: Built, line: str) -> dict[str, Any]:
-    """Do what the line says; the facts to answer."""
+    """Execute one command line and return the facts to answer."""
     command, _, count = line.strip().partition(" ")
     if command == "measure":
         return {"peak_step_bytes": peak_step_bytes(built.step)}

@@ -1,4 +1,4 @@
-"""The report: Markdown with machine, work, every contender's line and the aims, and the same as JSON."""
+"""CPU benchmark report: machine, work, contenders and targets as Markdown and as JSON."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def to_json(
     commit: tuple[str | None, bool],
     seconds: float,
 ) -> dict[str, Any]:
-    """Everything about a run that is no row; `rows`, `aims` and `against` are added to it."""
+    """Facts of a run besides its rows; `rows`, `aims` and `against` are added to them."""
     return {
         "format": FORMAT,
         "kind": "cpu",
@@ -51,13 +51,13 @@ def to_json(
 
 
 def rows_json(rows: Sequence[Row], verdicts: Sequence[Verdict]) -> dict[str, Any]:
-    """Rows and aims as JSON takes them."""
+    """Rows and targets in JSON form."""
     aims = [{**dataclasses.asdict(v), "met": v.met} for v in verdicts]
     return {"rows": [dataclasses.asdict(row) for row in rows], "aims": aims}
 
 
 def report(facts: Mapping[str, Any], rows: Sequence[Row], verdicts: Sequence[Verdict]) -> str:
-    """The whole text, the table last."""
+    """The whole report, the table last."""
     return "\n".join([*_preamble(facts), "", *_table(rows, verdicts)])
 
 
@@ -128,7 +128,7 @@ def _aim(verdict: Verdict) -> str:
 
 
 def ratio_text(ratio: Ratio) -> str:
-    """`1.12 (1.08..1.15)`."""
+    """Format a ratio as `1.12 (1.08..1.15)`."""
     return f"{ratio.median:.2f} ({ratio.low:.2f}..{ratio.high:.2f})"
 
 

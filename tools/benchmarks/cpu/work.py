@@ -1,8 +1,9 @@
-"""The work that every contender does: sizes of model and batch, and the optimizer's numbers. Standard library only.
+"""Benchmark work: sizes of model and batch, and optimizer settings, equal for every contender.
 
-One frozen record, handed as JSON to every process, so that no contender can do less than another by a default of its own.
-The gradient norm is not clipped: most peers have no clipping over sharded gradients, and k2train computes its norm anyway,
-so what is left out is left out of the peers' work and not of ours.
+- One frozen record, passed as JSON to every process, so no contender does less by a default.
+- The gradient norm is not clipped. Most peers cannot clip over sharded gradients, and k2train
+  computes its norm anyway: the peers save the work, not k2train.
+- Standard library only.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ from k2train.errors import ConfigError
 
 @dataclass(frozen=True)
 class Work:
-    """Model, batch and optimizer of a step; every global batch is the same one, so that the loss must fall."""
+    """Model, batch and optimizer of a step.
+
+    Every global batch is the same, so the loss must fall.
+    """
 
     num_layers: int = 8
     hidden_size: int = 256
@@ -38,17 +42,20 @@ class Work:
 
     @property
     def head_dim(self) -> int:
-        """Width of one attention head."""
+        """Size of one attention head."""
         return self.hidden_size // self.num_heads
 
     @property
     def tokens(self) -> int:
-        """Tokens of a step, all ranks together."""
+        """Tokens per step over all ranks."""
         return self.global_sequences * self.sequence_length
 
     @property
     def parameters(self) -> int:
-        """Parameters of the model: untied embeddings, no biases, two norms a layer and one before the head."""
+        """Number of parameters of the model.
+
+        Untied embeddings, no biases, two norms per layer and one before the head.
+        """
         layer = (
             4 * self.hidden_size**2
             + 3 * self.hidden_size * self.ffn_hidden_size
@@ -58,7 +65,10 @@ class Work:
 
 
 def parse_work(changes: Sequence[str]) -> Work:
-    """The standard work with `name=value` changes; raises ConfigError for a name or a number that is none."""
+    """Apply `name=value` changes to the standard work.
+
+    Raises ConfigError for a wrong name or number.
+    """
     fields = {field.name: field.type for field in dataclasses.fields(Work)}
     values: dict[str, int | float] = {}
     for change in changes:

@@ -1,13 +1,16 @@
-"""One process of a contender: builds it, then does what the driver's lines say, and answers each with a line of JSON.
+"""Worker process of a contender: builds it, executes the driver's lines, answers in lines of JSON.
 
-    python -m benchmarks.cpu.worker SPEC        (SPEC: JSON, see `main`; the driver starts it, one process a rank)
+    python -m benchmarks.cpu.worker SPEC        (SPEC: JSON, see `main`; started by the driver, one
+    per rank)
 
-Lines: `run N` does N steps, `measure` one step under the memory profiler; the end of the input ends the process. Between
-lines it waits in a read of its own pipe, which costs no CPU; a barrier or a polling queue would. Standard output belongs to
-the answers alone: what libraries print goes to standard error.
+- `run N` does N steps, `measure` one step under the memory profiler; end of input ends the process.
+- Between lines it waits in a read of its own pipe, which costs no CPU.
+- Standard output is for answers only; what libraries print goes to stderr.
+- This file imports no torch: a process is tied to its driver before those seconds, and a broken
+  installation is reported like any other problem.
 
-This file imports no torch: a process is tied to its driver before the seconds that takes, and a broken installation is
-told like any other problem.
+Alternatives considered:
+- A barrier or a polling queue between lines: both cost CPU.
 """
 
 import ctypes
@@ -23,13 +26,14 @@ from typing import Any, TextIO
 from benchmarks.cpu.contract import UnavailableError
 
 SET_PARENT_DEATH_SIGNAL = 1
-"""prctl's number for it, from linux/prctl.h."""
+"""Its number for prctl, from linux/prctl.h."""
 
 
 def main(spec: Mapping[str, Any]) -> int:
-    """`spec`: driver (its process id), name, work, precision, rank, world, threads, cores, store, module and options.
+    """Serve one contender.
 
-    Null as module: the module and options that `name` has in this tree.
+    `spec`: driver (its process id), name, work, precision, rank, world, threads, cores, store,
+    module and options. Module null: the module and options that `name` has in this tree.
     """
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
@@ -52,27 +56,30 @@ def main(spec: Mapping[str, Any]) -> int:
 
 
 def end_with(driver: int) -> None:
-    """Be killed when the driver ends: a rank inside a collective does not see the end of its input."""
+    """Ask the kernel to kill this process when the driver ends.
+
+    A rank inside a collective does not see the end of its input.
+    """
     ctypes.CDLL(None).prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
     if os.getppid() != driver:
         os._exit(1)
 
 
 def tell(answers: TextIO, **facts: Any) -> None:
-    """One answer."""
+    """Send one answer."""
     answers.write(json.dumps(facts) + "\n")
     answers.flush()
 
 
 def missing(problem: BaseException) -> bool:
-    """Whether something is not here, as against a fault: a package, a name in one, a layout that this version lacks."""
+    """True when something is not installed or not supported (a package, a name in it, a layout)."""
     if isinstance(problem, ImportError):
         return not (problem.name or "").startswith(("k2train", "benchmarks"))
     return isinstance(problem, UnavailableError)
 
 
 def reason(problem: BaseException) -> str:
-    """Class and first line of what went wrong; for a missing package its name."""
+    """Class and first line of an error; for a missing package its name."""
     if isinstance(problem, ModuleNotFoundError) and problem.name:
         return f"{problem.name} is not installed"
     lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
@@ -85,7 +92,8 @@ if __name__ == "__main__":
     end_with(asked["driver"])
     code = main(asked)
     sys.stderr.flush()
-    # After a problem it stays until the driver ends it: its peers would be heard complaining of a lost connection.
+    # After a problem it stays until the driver ends it: its peers would be heard complaining of a
+    # lost connection.
     sys.stdin.read()
     # Without the usual end: gloo's threads abort a process that leaves before its peers.
     os._exit(code)

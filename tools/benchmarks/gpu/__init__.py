@@ -1,1 +1,1 @@
-"""The benchmark on one GPU: `tools/bench.py gpu`. Only `main` and `report` can be imported without torch."""
+"""GPU benchmark (`tools/bench.py gpu`). Only `main` and `report` can be imported without torch."""

@@ -1,4 +1,4 @@
-"""What every part works with: its device, its deadline, and rows that say what was measured or why it was not."""
+"""Context of a GPU benchmark part: its device, its deadline, and its rows of results or reasons."""
 
 import gc
 import json
@@ -13,15 +13,15 @@ from k2train.errors import UserError
 
 
 class OutOfTimeError(Exception):
-    """What was asked for no longer fits before the deadline."""
+    """The work no longer fits before the deadline."""
 
 
 class UnavailableError(Exception):
-    """Something optional is not here: a package, an amount of memory."""
+    """Something optional is missing: a package, an amount of memory."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error is a full device; libraries below torch wrap it in errors of their own."""
+    """True for out-of-memory errors; libraries below torch wrap them in errors of their own."""
     return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower()
 
 
@@ -34,7 +34,7 @@ def first_line(error: BaseException) -> str:
 
 @dataclass
 class Bench:
-    """One part at work. `deadline` is a reading of `time.monotonic`."""
+    """A running part. `deadline` is a reading of `time.monotonic`."""
 
     part: str
     device: torch.device
@@ -44,7 +44,7 @@ class Bench:
 
     @property
     def left_seconds(self) -> float:
-        """Until the deadline; negative behind it."""
+        """Seconds until the deadline; negative after it."""
         return self.deadline - time.monotonic()
 
     @property
@@ -52,7 +52,7 @@ class Bench:
         return self.device.type == "cuda"
 
     def emit(self, what: str, status: str = "ok", why: str = "", **figures: Any) -> None:
-        """Write one row; at once, so that it outlives this process."""
+        """Write one row at once, so that it survives this process."""
         row = {"part": self.part, "what": what, "status": status, "why": why, **figures}
         self.rows.write(json.dumps(row) + "\n")
         self.rows.flush()
@@ -64,9 +64,11 @@ class Bench:
         needs_seconds: float = 0.0,
         **labels: Any,
     ) -> Mapping[str, Any] | None:
-        """Do `work` and write its figures as a row, or the row that says why there are none (then None is returned).
+        """Run `work` and write its figures as a row, or the reason why there are none.
 
-        Whatever goes wrong is caught: the next row may still be measured.
+        Returns None in that case.
+
+        Catches every error: the next row may still be measured.
         """
         if self.left_seconds < needs_seconds or self.left_seconds <= 0:
             why = f"needs about {needs_seconds:.0f} s, {max(self.left_seconds, 0):.0f} s were left"
@@ -89,7 +91,7 @@ class Bench:
         return figures
 
     def free(self) -> None:
-        """Give back what the last work held; engines hold themselves in cycles of hooks."""
+        """Release what the last work held; engines reference themselves in cycles of hooks."""
         gc.collect()
         if self.cuda:
             torch.cuda.empty_cache()
@@ -99,15 +101,15 @@ class Bench:
         return torch.cuda.get_device_properties(self.device).total_memory if self.cuda else None
 
     def forget_peak(self) -> None:
-        """Start the peak measurement anew."""
+        """Restart the peak measurement."""
         if self.cuda:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
 
     def peak_bytes(self) -> int | None:
-        """Most bytes of tensors at once since `forget_peak`; None on the CPU, where nobody counts."""
+        """Peak bytes of tensors since `forget_peak`; None on the CPU, which has no counter."""
         return torch.cuda.max_memory_allocated() if self.cuda else None
 
     def held_bytes(self) -> int | None:
-        """Bytes of tensors now; None on the CPU."""
+        """Present bytes of tensors; None on the CPU."""
         return torch.cuda.memory_allocated() if self.cuda else None

@@ -1,4 +1,4 @@
-"""k2train's engine for one process, built from a config made in code, and weights that do not take a minute to draw."""
+"""k2train engines for one process, from a config made in code, with quickly drawn weights."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +22,7 @@ LR = 1e-4
 
 @contextmanager
 def world_of_one(bench: Bench) -> Iterator[ProcessGrid]:
-    """The process group and the grid of a single process."""
+    """Process group and grid of a single process."""
     start_process_group(Launch(rank=0, world_size=1, local_rank=0, launched=False), bench.device)
     try:
         yield ProcessGrid(Layout.for_world(1, 1, 1, 1), 0, bench.device)
@@ -33,7 +33,7 @@ def world_of_one(bench: Bench) -> Iterator[ProcessGrid]:
 def config_of(
     shape: ModelShape, batch: Batch, microbatches: int, kernels: dict[str, Any], precision: str
 ) -> Config:
-    """A config that names data nobody opens."""
+    """Config of that shape; its data is never opened."""
     return Config.model_validate(
         {
             "run": {"name": "bench", "seed": 7},
@@ -65,7 +65,10 @@ def make_engine(
     kernels: dict[str, Any] | None = None,
     precision: str = "bf16",
 ) -> Engine:
-    """An engine with random weights, drawn on the device: the library's own way draws them on the host, by name."""
+    """Engine with random weights drawn on the device.
+
+    The library draws them on the host, by name.
+    """
     engine = Engine(
         config_of(shape, batch, microbatches, kernels or {}, precision), grid, fill=False
     )
@@ -94,7 +97,7 @@ def token_ids(
 
 
 def forward_backward(engine: Engine, microbatches: Sequence[Tensor]) -> None:
-    """A step without its optimizer: gradients set to zero, every micro-batch forward and backward, sums ready."""
+    """A step without its optimizer: zero gradients, forward and backward, sums."""
     engine.gradients.zero()
     engine._run(engine.program, microbatches, None)
     engine.gradients.reduce()

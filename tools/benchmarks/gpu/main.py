@@ -1,10 +1,13 @@
-"""`tools/bench.py gpu`: everything measured on one GPU within a time budget, the table last.
+"""GPU benchmark runner: measures everything on one GPU within a time budget; the table comes last.
 
-Each part is a process of its own. It writes a row as soon as it has one, so that a part that dies, hangs or runs out of
-time leaves what it had, and a broken CUDA context or a full memory ends one part only. Refused: one process for all of it,
-where the first illegal address takes the rest along. What a part leaves over of its time goes to the parts after it.
+- Each part is a process of its own, and writes each row at once. So a part that dies, hangs or runs
+  out of time leaves its rows, and a broken CUDA context or full memory ends one part only.
+- Unused time of a part goes to the parts after it.
+- Nothing is written outside `--folder`, compiler caches included; nothing is downloaded; no setting
+  of the device is changed.
 
-Nothing is written outside `--folder`, compiler caches included; nothing is fetched; no setting of the device is touched.
+Alternatives considered:
+- One process for everything: the first illegal address ends the rest too.
 """
 
 import argparse
@@ -28,7 +31,7 @@ from benchmarks.gpu.processes import (
 from benchmarks.gpu.report import Row, markdown, planner_facts
 
 GRACE_SECONDS = 8.0
-"""What a part gets beyond its deadline to finish the timing it is in, before it is ended."""
+"""Extra seconds after a part's deadline to finish its current timing, before it is ended."""
 
 # Name -> weight of its share of the time. Those with a compiler in them need most.
 PARTS = {"device": 30, "layers": 210, "models": 260, "tp8": 40, "host": 40}
@@ -36,7 +39,7 @@ PARTS = {"device": 30, "layers": 210, "models": 260, "tp8": 40, "host": 40}
 
 @dataclass(frozen=True)
 class Given:
-    """The command line, read."""
+    """The parsed command line."""
 
     folder: Path
     parts: tuple[str, ...]
@@ -71,7 +74,7 @@ def read_arguments(arguments: Sequence[str]) -> Given:
 
 
 def part_command(part: str, given: Given, seconds: float) -> list[str]:
-    """The process of one part, its compiler caches in the folder."""
+    """Command of one part's process, with its compiler caches in the folder."""
     cache = given.folder / "cache"
     variables = {
         "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
@@ -96,7 +99,10 @@ def rows_file(given: Given, part: str) -> Path:
 
 
 def run_part(part: str, given: Given, seconds: float) -> list[Row]:
-    """Run one part to its end or to the end of its time; its rows, and one more that says how it ended if not well."""
+    """Run one part to its end or its time limit.
+
+    Returns its rows, and one more if it ended badly.
+    """
     rows_file(given, part).write_text("")
     log = given.folder / f"log_{part}.txt"
     code = run_to_end(part_command(part, given, seconds), log, seconds + GRACE_SECONDS)
@@ -113,7 +119,7 @@ def ended(part: str, underway: str, why: str) -> Row:
 
 
 def read_rows(path: Path) -> tuple[list[Row], str]:
-    """The finished rows of a part, and what was begun and not finished."""
+    """Finished rows of a part, and the work that was started and not finished."""
     rows: list[Row] = []
     underway = ""
     for line in path.read_text().splitlines():
@@ -130,7 +136,10 @@ def read_rows(path: Path) -> tuple[list[Row], str]:
 
 
 def run_parts(given: Given) -> list[Row]:
-    """All parts one after another, the time left shared out by weight among those still to come."""
+    """Run all parts one after another.
+
+    The remaining time is shared by weight among remaining parts.
+    """
     began, rows = time.monotonic(), []
     for number, part in enumerate(given.parts):
         left = given.budget_seconds - (time.monotonic() - began)
@@ -155,7 +164,7 @@ def run_parts(given: Given) -> list[Row]:
 
 
 def write_results(given: Given, rows: Sequence[Row], seconds: float) -> str:
-    """`result.json`, `planner.json` and `table.md` in the folder; returns the table."""
+    """Write `result.json`, `planner.json` and `table.md` into the folder; returns the table."""
     facts: Mapping[str, Any] = {
         "dry_run": given.dry_run,
         "seconds": round(seconds, 1),
@@ -171,7 +180,7 @@ def write_results(given: Given, rows: Sequence[Row], seconds: float) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run, print the Markdown table last; 2 when there is no device to measure."""
+    """Run, and print the Markdown table last; returns 2 when there is no device to measure."""
     given = read_arguments(arguments)
     given.folder.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()

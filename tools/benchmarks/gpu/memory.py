@@ -1,4 +1,4 @@
-"""What the planner says a GPU will hold, to stand beside what it held."""
+"""Planned GPU memory of an engine, to compare with the measured one."""
 
 from k2train.plan.activations import ActivationSpec
 from k2train.plan.cost import ModelShape, state_bytes
@@ -10,12 +10,12 @@ ONE = Layout.for_world(1, 1, 1, 1)
 
 
 def states_bytes(shape: ModelShape, precision: str) -> int:
-    """Weights, gradients and optimizer of a world of one."""
+    """Bytes of weights, gradients and optimizer in a world of one."""
     return state_bytes(shape, ONE, precision).total_bytes
 
 
 def planned(engine: Engine) -> RankMemory:
-    """The fullest moment of a step of this engine, from its config alone."""
+    """Peak of a step of this engine, from its config alone."""
     config, kernels = engine.config, engine.kernels
     work = ActivationSpec(
         shape=engine.architecture,

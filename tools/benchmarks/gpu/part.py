@@ -1,4 +1,7 @@
-"""The process of one part: `python -m benchmarks.gpu.part --part NAME --rows FILE --seconds N [--dry-run]`."""
+"""Process of one GPU benchmark part.
+
+python -m benchmarks.gpu.part --part NAME --rows FILE --seconds N [--dry-run]
+"""
 
 import argparse
 import importlib

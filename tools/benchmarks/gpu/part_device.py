@@ -1,7 +1,7 @@
-"""Part `device`: what is measured on, and the two rates that everything else is a share of.
+"""GPU benchmark part `device`: device facts, and the reference rates of matmul and copy.
 
-The matmul rate is the best sustained one over several large shapes on random data, in this call: a data sheet gives a
-clock that no power limit allows, and zeros run faster than numbers.
+- The matmul rate is the best sustained one over several large shapes on random data, in this call.
+- A data sheet gives a clock that no power limit allows, and zeros run faster than random numbers.
 """
 
 import importlib.metadata
@@ -31,7 +31,7 @@ PACKAGES = (
 )
 CLOCKS = "clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit,temperature.gpu"
 REPEATS = 4
-"""Products a sample: long enough to be sustained, short enough for ten samples of each shape."""
+"""Products per sample: long enough to be sustained, short enough for ten samples per shape."""
 
 
 def run(bench: Bench) -> None:
@@ -93,7 +93,7 @@ def version(package: str) -> str:
 
 
 def asked(fields: str) -> str:
-    """One answer of nvidia-smi, which is only ever asked here, never told."""
+    """Query nvidia-smi, read-only; settings are never changed."""
     if shutil.which("nvidia-smi") is None:
         return "no nvidia-smi"
     command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "--id=0"]
@@ -119,7 +119,7 @@ def commit() -> str:
 def product(
     bench: Bench, timer: Timer, work: Sizes, rows: int, inner: int, columns: int
 ) -> Mapping[str, Any]:
-    """x W^T as a linear layer does it, bf16."""
+    """x W^T in the form of a linear layer, bf16."""
     x = torch.randn(rows, inner, device=bench.device, dtype=torch.bfloat16)
     weight = torch.randn(columns, inner, device=bench.device, dtype=torch.bfloat16)
     out = torch.empty(rows, columns, device=bench.device, dtype=torch.bfloat16)
@@ -138,7 +138,7 @@ def product(
 
 
 def copy(bench: Bench, timer: Timer, work: Sizes) -> Mapping[str, Any]:
-    """Bytes read and written a second."""
+    """Bytes read and written per second."""
     source = torch.ones(work.copy_bytes, dtype=torch.int8, device=bench.device)
     target = torch.empty_like(source)
     took = timer.alone(lambda: target.copy_(source), work.rounds)

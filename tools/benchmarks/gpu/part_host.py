@@ -1,4 +1,4 @@
-"""Part `host`: one step under torch's profiler. Is the device busy, and who makes it wait?"""
+"""GPU benchmark part `host`: a profiled step, to see if the host keeps the device busy."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -13,7 +13,7 @@ from k2train.parallel.grid import ProcessGrid
 from k2train.plan.cost import ModelShape
 
 MICROBATCHES = 4
-"""What is done once a micro-batch must be seen apart from what is done once a step."""
+"""Several micro-batches, to separate the cost per micro-batch from the cost per step."""
 
 
 def run(bench: Bench) -> None:
@@ -36,7 +36,7 @@ def run(bench: Bench) -> None:
 def profiled(
     bench: Bench, grid: ProcessGrid, shape: ModelShape, batch: Batch, microbatches: int
 ) -> Mapping[str, Any]:
-    """The profile of one engine's step."""
+    """Profile of one engine's step."""
     engine = make_engine(grid, shape, batch, microbatches)
     ids = token_ids(bench.device, shape, batch, microbatches)
     with scopes(engine_places(engine)):

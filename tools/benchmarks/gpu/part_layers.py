@@ -1,7 +1,12 @@
-"""Part `layers`: K2's own layers on one GPU, as many as fit: a step, and its forward and backward alone.
+"""GPU benchmark part `layers`: as many of K2's layers as fit.
 
-First the choices that `auto` makes, then one changed at a time: attention, compilation, loss, elementwise, recomputation.
-The whole product of the choices was refused: it would take hours and say less.
+A step, and forward and backward alone.
+
+- First the choices of `auto`, then one changed at a time: attention, compilation, loss,
+  elementwise, recomputation.
+
+Alternatives considered:
+- The whole product of the choices: hours for less insight.
 """
 
 from collections.abc import Mapping
@@ -16,7 +21,8 @@ from benchmarks.gpu.timing import Timer
 from k2train.parallel.grid import ProcessGrid
 from k2train.plan.cost import ModelShape, flops_per_token
 
-# Attention that keeps a score for every pair is left out: at these lengths it needs gigabytes a layer.
+# Attention that keeps a score for every pair is left out: at these lengths it needs gigabytes a
+# layer.
 VARIANTS: tuple[tuple[str, str], ...] = (
     ("recompute", "selective"),
     ("recompute", "full"),
@@ -35,14 +41,16 @@ VARIANTS: tuple[tuple[str, str], ...] = (
 MICROBATCHES = 4
 """Of the step that shows what the optimizer costs when it is shared by several micro-batches."""
 SPARE = 0.95
-"""Share of the device's memory that states may fill: contexts of the libraries lie outside torch's account."""
+"""Share of the device's memory that states may fill: contexts of the libraries lie outside torch's
+account.
+"""
 NEEDS_SECONDS = 8.0
 """Below this no further case is begun."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One engine, and what of it is timed: `step`, `forward_backward`."""
+    """One engine, and what is timed: `step`, `forward_backward`."""
 
     what: str
     shape: ModelShape
@@ -77,7 +85,7 @@ def run(bench: Bench) -> None:
 
 
 def most_layers(bench: Bench, grid: ProcessGrid, work: Sizes, batch: Batch) -> Case | None:
-    """The `auto` choices with the most layers that fit, measured; None when none did."""
+    """Measure the `auto` choices with the most layers that fit; None when none did."""
     for layers in work.k2_layers:
         case = Case(
             "auto", replace(work.k2, num_layers=layers), batch, ("step", "forward_backward")
@@ -88,7 +96,7 @@ def most_layers(bench: Bench, grid: ProcessGrid, work: Sizes, batch: Batch) -> C
 
 
 def attempt(bench: Bench, grid: ProcessGrid, work: Sizes, case: Case) -> bool:
-    """One row; whether it could be measured."""
+    """Measure one row; returns whether it was possible."""
     labels = {
         "batch": str(case.batch),
         "layers": case.shape.num_layers,
@@ -139,7 +147,10 @@ def measure(bench: Bench, grid: ProcessGrid, case: Case, rounds: int) -> Mapping
 
 
 def rates(case: Case, step: float | None, inner: float | None) -> dict[str, float | None]:
-    """Tokens and model FLOPs a second of what was timed; with `causal`, pairs that causality leaves out do not count."""
+    """Tokens and model FLOPs per second.
+
+    With `causal`, without the pairs that causality excludes.
+    """
     tokens, shape, length = (
         case.batch.tokens * case.microbatches,
         case.shape,
@@ -158,5 +169,5 @@ def rates(case: Case, step: float | None, inner: float | None) -> dict[str, floa
 
 
 def above(now: int | None, before: int | None) -> int | None:
-    """Bytes that came on top; None where nobody counts."""
+    """Difference in bytes; None without a counter."""
     return None if now is None or before is None else now - before

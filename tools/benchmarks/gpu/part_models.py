@@ -1,7 +1,7 @@
-"""Part `models`: whole LLaMAs of 1.3B and 2.7B at 2048 and 8192, k2train beside its peers on the same ids.
+"""GPU benchmark part `models`: LLaMAs of 1.3B and 2.7B at 2048 and 8192 beside peers on equal ids.
 
-All contenders of one work stand in memory at once and take steps in turns, where the device holds them; where it does
-not, one after another, and the row says so.
+- All contenders of one work are in memory at once and step in turns, if the device can hold them.
+- Otherwise they run one after another, and the row says so.
 """
 
 import time
@@ -29,7 +29,9 @@ from k2train.parallel.grid import ProcessGrid
 from k2train.plan.cost import ModelShape, flops_per_token, parameters
 
 ACTIVATION_BYTES = 60
-"""Roughly what a peer keeps of a token for each layer and unit of hidden size: only says whether to try at once."""
+"""Roughly what a peer keeps of a token for each layer and unit of hidden size: only says whether to
+try at once.
+"""
 WARM_UP_STEPS = 3
 FIRST_COMPILE_SECONDS = 60.0
 """What a compilation is taken to need until one was seen: nobody can stop it half-way."""
@@ -38,7 +40,7 @@ Ready = tuple[Contender, dict[str, Any]]
 
 
 class Outcome(Enum):
-    """What became of a group."""
+    """Result of a group."""
 
     TIMED = 1
     NOT_TIMED = 2
@@ -50,7 +52,8 @@ def run(bench: Bench) -> None:
     compile_seconds = FIRST_COMPILE_SECONDS
     with world_of_one(bench) as grid:
         cases = list(product(work.models, work.model_batches))
-        # The first two differ in both: where the time ends early, each model and each length was seen once.
+        # The first two differ in both: where the time ends early, each model and each length was
+        # seen once.
         for (name, shape), batch in cases[:1] + cases[:0:-1]:
             comparison = Comparison(bench, grid, name, shape, batch, work.rounds, compile_seconds)
             comparison.run()
@@ -102,7 +105,7 @@ class Comparison:
         return [k2train_contender(self.bench, self.grid, self.shape, self.batch, kernels)]
 
     def fits_together(self) -> bool:
-        """Whether all contenders' states and one step's activations fit at once."""
+        """True when all contenders' states and one step's activations fit at once."""
         total = self.bench.total_bytes()
         states = parameters(self.shape) * (OUR_BYTES + 2 * PEER_BYTES)
         activations = (
@@ -112,7 +115,7 @@ class Comparison:
         return total is None or states + activations + logits < 0.9 * total
 
     def group(self, builds: Mapping[str, Build]) -> Outcome:
-        """Build and warm up each, time them in turns, write a row for each."""
+        """Build and warm up each contender, time them in turns, and write a row for each."""
         ready: list[Ready] = []
         for key, build in builds.items():
             ready += self.warmed_up(key, build)
@@ -142,7 +145,7 @@ class Comparison:
         return Outcome.TIMED if timings else Outcome.NOT_TIMED
 
     def warmed_up(self, key: str, build: Build) -> list[Ready]:
-        """Build and warm up one kind of contender; a row with a reason where that fails."""
+        """Build and warm up one kind of contender; writes a row with the reason when that fails."""
         contenders: list[Contender] = []
         ready: list[Ready] = []
 
@@ -164,7 +167,7 @@ class Comparison:
         return ready
 
     def first_steps(self, contender: Contender) -> dict[str, Any]:
-        """Losses of the first steps, what the first one took, and the peak of the others above what stays."""
+        """Losses of the first steps, seconds of the first, and the memory peak of the others."""
         began = time.monotonic()
         losses = [float(contender.step())]
         first_seconds = time.monotonic() - began

@@ -1,8 +1,10 @@
-"""Part `tp8`: what one rank of eight computes of a K2 layer and of the head, piece by piece, for the planner.
+"""GPU benchmark part `tp8`: the local work of one of eight tensor-parallel ranks, for the planner.
 
-Local work only: on one device there is nobody to exchange with. Norms are timed on the rank's eighth of the sequence, as
-sequence parallelism leaves them; all else on the whole one. The weight gradient of a product is added into fp32, as the
-gradient buffer has it. Kernels shorter than their launch are replayed from a graph (`graph` in a row says whether).
+- Pieces of a K2 layer and of the head, without communication: one device has no peer.
+- Norms are timed on the rank's eighth of the sequence, as in sequence parallelism; everything else
+  on the whole sequence.
+- The weight gradient of a product is added into fp32, as in the gradient buffer.
+- Kernels shorter than their launch are replayed from a graph (`graph` in a row).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,7 +26,10 @@ from k2train.parallel.grad_accumulation import GradAccumulator
 
 @dataclass(frozen=True)
 class Piece:
-    """One piece of work: its forward, and what its backward splits into; FLOPs are those of the forward."""
+    """One piece of work: its forward, and the parts of its backward.
+
+    FLOPs are those of the forward.
+    """
 
     forward: Work
     input_gradient: Work
@@ -36,7 +41,10 @@ class Piece:
 
 @contextmanager
 def one_stream(bench: Bench) -> Iterator[None]:
-    """A stream that can be captured: autograd runs a backward where its forward ran, and the default stream cannot be."""
+    """A stream that can be captured: autograd runs a backward on the stream of its forward.
+
+    The default stream cannot be captured.
+    """
     if not bench.cuda:
         yield
         return
@@ -104,7 +112,7 @@ def product(bench: Bench, rank: RankPart, inner: int, columns: int) -> Piece:
 def differentiated(
     function: Callable[..., Any], *inputs: Tensor, weights: Sequence[Tensor] = (), flops: int = 0
 ) -> Piece:
-    """A function of tensors to one or several and its backward through autograd, by its inputs and by `weights` that it holds.
+    """A function of tensors and its backward through autograd, by its inputs and its `weights`.
 
     With `flops`, attention's: backward has five products where forward has two.
     """
@@ -123,7 +131,7 @@ def differentiated(
 def pieces(
     bench: Bench, rank: RankPart, modules: list[RankModules]
 ) -> dict[str, Callable[[], Piece]]:
-    """Name -> maker, made one at a time so that one that cannot be made costs its own row only."""
+    """Makers by name, called one at a time, so that a failure costs its own row only."""
     h, f, tokens = rank.hidden_size, rank.ffn_hidden_size, rank.batch.tokens
     s, b, n, d = rank.batch.length_tokens, rank.batch.sequences, rank.num_heads, rank.head_dim
     local = n * d

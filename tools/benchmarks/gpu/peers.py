@@ -1,8 +1,10 @@
-"""Who is measured on a whole model: k2train, transformers and the hand-written reference, the last two also compiled.
+"""Contenders on whole models: k2train, transformers and the hand-written reference, also compiled.
 
-All train the same shape on the same ids with a fused AdamW at the same rate. k2train keeps fp32 master weights, moments and
-gradients (18 bytes a parameter); the peers update bf16 weights with bf16 moments (8 bytes), as such scripts do: less
-memory and fewer bytes to move than ours, which is to their advantage. No peer clips; k2train does.
+- All train the same shape on the same ids with a fused AdamW at the same rate.
+- k2train keeps fp32 master weights, moments and gradients (18 bytes per parameter).
+- The peers update bf16 weights with bf16 moments (8 bytes), as such scripts do. That is less memory
+  and fewer bytes to move, to their advantage.
+- k2train clips the gradient norm; the peers do not.
 """
 
 import importlib
@@ -27,7 +29,10 @@ OUR_BYTES = 18
 
 @dataclass
 class Contender:
-    """One model in memory: `step()` trains on the same ids each time and returns the loss, a tensor or a number."""
+    """One model in memory.
+
+    `step()` trains on the same ids each time and returns the loss, a tensor or a number.
+    """
 
     name: str
     step: Callable[[], Tensor | float]
@@ -36,7 +41,7 @@ class Contender:
 
 
 def optional(name: str) -> Any:
-    """A module that may not be installed; raises UnavailableError."""
+    """Import a module that may be missing. Raises UnavailableError."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -108,7 +113,7 @@ MODELS = {"transformers": transformers_model, "reference": reference_model}
 
 
 def peer_contenders(bench: Bench, name: str, shape: ModelShape, batch: Batch) -> list[Contender]:
-    """A peer and the same peer compiled: one set of weights and one optimizer for both, so that both fit at once."""
+    """A peer and the same peer compiled, sharing weights and optimizer so that both fit at once."""
     model, loss_of = MODELS[name](bench, shape, batch)
     found = sum(p.numel() for p in model.parameters())
     assert found == parameters(shape), (

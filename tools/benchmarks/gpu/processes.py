@@ -1,4 +1,7 @@
-"""Processes of our own modules, started so that they measure this checkout. Standard library only."""
+"""Subprocesses of our own modules, started so that they measure this checkout.
+
+Standard library only.
+"""
 
 import argparse
 import os
@@ -16,7 +19,7 @@ ROOT = TOOLS.parent
 
 
 class Parser(argparse.ArgumentParser):
-    """Mistakes as one line, without the usage text in front."""
+    """Argument parser that reports an error as one line, without the usage text."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(EXIT_USAGE, f"{self.prog}: {message}; see --help\n")
@@ -28,10 +31,10 @@ def command_of(
     variables: Mapping[str, str] | None = None,
     processes: int = 1,
 ) -> list[str]:
-    """The command that runs a module, by torchrun where there are several processes.
+    """Command that runs a module, by torchrun for several processes.
 
-    The checkout stands first in the path, so that its package is taken whether or not one is installed; behind it all that
-    this process can import. `env` sets the variables: this process keeps what it was given.
+    The checkout is first in the path, so its package is used whether or not one is installed. After
+    it comes everything that this process can import. `env` sets the variables.
     """
     path = os.pathsep.join(dict.fromkeys([str(ROOT), str(TOOLS), *filter(None, sys.path)]))
     # All processes are on this machine: one whose name resolves to nothing must not matter.
@@ -48,9 +51,9 @@ def command_of(
 
 
 def run_to_end(command: Sequence[str], log: Path, seconds: float) -> int | None:
-    """Run in a session of its own, output to `log`; the exit code, None when it was ended after `seconds`.
+    """Run in a session of its own, with output to `log`; returns the exit code.
 
-    Whatever it started is ended with it: compilers start processes of their own.
+    None when it was ended after `seconds`. Its child processes (compilers) are ended with it.
     """
     with log.open("wb") as stream:
         process = subprocess.Popen(
@@ -67,6 +70,6 @@ def run_to_end(command: Sequence[str], log: Path, seconds: float) -> int | None:
 
 
 def last_line(log: Path) -> str:
-    """What a process said last, cut to a row's length."""
+    """Last line of a process's output, shortened for a row."""
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     return lines[-1].strip()[:200] if lines else "no output"

@@ -1,6 +1,8 @@
-"""One process of `tools/bench_profile.py`: builds the engine of its rank, profiles a step, rank 0 writes it as JSON.
+"""Worker of `tools/bench_profile.py`: builds this rank's engine and profiles a step.
 
-`python -m benchmarks.gpu.profile_work WORK.json OUT.json`, alone or under torchrun.
+    python -m benchmarks.gpu.profile_work WORK.json OUT.json       (alone or under torchrun)
+
+Rank 0 writes the result as JSON.
 """
 
 import json
@@ -22,7 +24,7 @@ WARM_UP_STEPS = 3
 
 
 def profiled(work: dict[str, Any]) -> dict[str, Any]:
-    """The profile of this rank. `work`: config, threads, steps, cuda."""
+    """Profile of this rank. `work`: config, threads, steps, cuda."""
     config = Config.model_validate(work["config"])
     torch.set_num_threads(work["threads"])
     launch = read_launch()

@@ -1,8 +1,10 @@
-"""Where the time of a step goes: torch's profiler read into a few categories, on the CPU and on CUDA alike.
+"""Profile of a training step by category: torch's profiler on the CPU and on CUDA alike.
 
-An operation belongs to the scope it runs in (attention, loss, optimizer, gradients, communication), else to what it is (product,
-copy, elementwise). Scopes are put around the engine's parts from outside; a backward operation is in the scope of the
-forward operation it differentiates. What no operation accounts for is Python and the host's rest.
+- An operation belongs to its scope (attention, loss, optimizer, gradients, communication), else to
+  its type (product, copy, elementwise).
+- Scopes are put around the engine's parts from outside. A backward operation is in the scope of the
+  forward operation that it differentiates.
+- Time without an operation is Python and the rest of the host.
 """
 
 import time
@@ -51,13 +53,15 @@ CATEGORIES = (
 
 @dataclass(frozen=True)
 class Profile:
-    """One step: seconds by category and what the host asked of the device."""
+    """One step: seconds by category, and the host's requests to the device."""
 
     plain_seconds: float
     """A step with no profiler."""
     profiled_seconds: float
     seconds: Mapping[str, float]
-    """Category -> seconds, on the device where there is one, else on the CPU; of the profiled step."""
+    """Category -> seconds, on the device where there is one, else on the CPU; of the profiled
+    step.
+    """
     operations: int
     busy_seconds: float | None
     """Device time in which at least one kernel or copy ran; None on the CPU."""
@@ -68,12 +72,12 @@ class Profile:
 
     @property
     def rest_seconds(self) -> float:
-        """Of the profiled step, what no category has."""
+        """Seconds of the profiled step outside all categories."""
         return max(0.0, self.profiled_seconds - sum(self.seconds.values()))
 
 
 def scoped(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` inside a named scope."""
+    """Wrap `function` in a named scope."""
 
     def inside(*arguments: Any, **keywords: Any) -> Any:
         with record_function(f"scope::{name}"):
@@ -84,7 +88,7 @@ def scoped(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def scopes(places: Sequence[tuple[str, Any, str]]) -> Iterator[None]:
-    """(scope, object, attribute) -> that callable attribute runs inside the scope, until the end."""
+    """Wrap the callable attribute of each (scope, object, attribute) in its scope until the end."""
     before = []
     for scope, owner, attribute in places:
         function = getattr(owner, attribute, None)
@@ -102,7 +106,7 @@ def scopes(places: Sequence[tuple[str, Any, str]]) -> Iterator[None]:
 
 
 def _put(owner: Any, attribute: str, value: Any) -> None:
-    """Set it past nn.Module, which would take a module's own attributes apart."""
+    """Set an attribute past nn.Module, which handles a module's own attributes specially."""
     if isinstance(owner, type):
         setattr(owner, attribute, value)
     else:
@@ -149,7 +153,7 @@ def leaf_category(name: str) -> str:
 
 
 class Sorter:
-    """Sorts the events of one profile."""
+    """Assigns the events of one profile to categories."""
 
     def __init__(self, events: Sequence[Any]):
         # By identity: the events' own numbers are given out twice.
@@ -165,7 +169,7 @@ class Sorter:
         return event.name.startswith("autograd::engine::evaluate_function")
 
     def scope(self, event: Any) -> str | None:
-        """The outermost scope an event runs in."""
+        """Outermost scope of an event."""
         if id(event) in self._scopes:
             return self._scopes[id(event)]
         parent = event.cpu_parent
@@ -185,7 +189,7 @@ STEP = "step::whole"
 
 
 def profile_step(step: Callable[[], Any], cuda: bool, steps: int = 2) -> Profile:
-    """Profile `step`, which has run before; a mean over `steps` of them."""
+    """Profile `step`, which has run before; the mean over `steps` of them."""
     plain = _wall(step, cuda, max(steps, 3)) / max(steps, 3)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     with profile(activities=activities) as recorded:
@@ -214,15 +218,16 @@ def profile_step(step: Callable[[], Any], cuda: bool, steps: int = 2) -> Profile
 
 
 def by_category(host: Sequence[Any], cuda: bool) -> dict[str, float]:
-    """Seconds of all profiled steps: of kernels where there is a device, else of operations.
+    """Seconds of all profiled steps by category: of kernels on a device, else of operations.
 
-    On the CPU only the thread that steps counts: what others do for it, it waits for.
+    On the CPU only the stepping thread counts: it waits for what others do.
     """
     sorter = Sorter(host)
     threads = {event.thread for event in host if event.name == STEP}
     seconds = dict.fromkeys(CATEGORIES, 0.0)
     for event in host:
-        # The own time of a scope, of a function of ours or of autograd's machinery is Python; that of waiting is not.
+        # The own time of a scope, of a function of ours or of autograd's machinery is Python; that
+        # of waiting is not.
         python = event.name.startswith((STEP, "scope::", "autograd::")) or (
             not cuda and "::" not in event.name
         )
@@ -248,7 +253,7 @@ def _wall(step: Callable[[], Any], cuda: bool, steps: int) -> float:
 
 
 def _union(intervals: Sequence[tuple[float, float]]) -> float:
-    """Length covered by at least one interval."""
+    """Total length covered by at least one interval."""
     covered, end = 0.0, float("-inf")
     for start, stop in sorted(intervals):
         covered += max(0.0, stop - max(start, end))

@@ -1,7 +1,8 @@
-"""A tensor-parallel rank's modules without its group: the functions that `part_tp8` times.
+"""Modules of one tensor-parallel rank without its group, as functions that `part_tp8` times.
 
-They are taken out of a one-layer engine whose feed-forward and vocabulary have the rank's sizes, so that the kernels are
-those that the engine chose for the device. Its attention has all heads; what works on heads is given the rank's.
+- They come from a one-layer engine whose feed-forward and vocabulary have the rank's sizes, so the
+  kernels are those that the engine chose for the device.
+- Its attention has all heads; the functions on heads get the rank's.
 """
 
 from collections.abc import Callable
@@ -21,7 +22,10 @@ from k2train.plan.cost import ModelShape
 
 @dataclass(frozen=True)
 class RankModules:
-    """Local functions, bf16: `split` and `attend` as the layer calls them, for the heads of one rank."""
+    """Local functions in bf16.
+
+    `split` and `attend` as the layer calls them, for one rank's heads.
+    """
 
     stage: Stage
     embedding: nn.Module
@@ -33,7 +37,7 @@ class RankModules:
 
 
 def rank_modules(grid: ProcessGrid, rank: RankPart) -> RankModules:
-    """Build them on the grid's device."""
+    """Build the modules on the grid's device."""
     heads = rank.num_heads * rank.degree
     shape = ModelShape(1, rank.hidden_size, rank.ffn_hidden_size, heads, heads, rank.vocab_rows)
     engine = make_engine(grid, shape, rank.batch)

@@ -1,15 +1,17 @@
-"""Rows to Markdown, and to the planner's numbers. Standard library only.
+"""GPU benchmark report: rows to Markdown, and to the planner's numbers.
 
-A row is a dictionary: `part`, `what`, `status` (ok, skipped, failed, out of memory, no device), `why`, and its figures.
-Shares of the matmul rate and aims are computed here, from rows of the same call.
+- A row is a dictionary: `part`, `what`, `status` (ok, skipped, failed, out of memory, no device),
+  `why`, and its figures.
+- Shares of the matmul rate and targets are computed here, from rows of the same call.
+- Standard library only.
 
 `planner.json`, seconds of one micro-batch on one rank, local work without exchanges:
 
     {"format": 1, "device": NAME, "matmul_flops_per_second": F, "copy_bytes_per_second": B,
-     "rank": {"degree", "hidden_size", "ffn_hidden_size", "num_heads", "vocab_rows", "batch": {...}},
-     "pieces": {NAME: {"forward_seconds", "input_gradient_seconds", "weight_gradient_seconds" or null}},
-     "layer": {"forward_seconds", "input_gradient_seconds", "weight_gradient_seconds"},
-     "head":  {"forward_backward_seconds"}}
+     "rank": {"degree", "hidden_size", "ffn_hidden_size", "num_heads", "vocab_rows", "batch":
+     {...}}, "pieces": {NAME: {"forward_seconds", "input_gradient_seconds",
+     "weight_gradient_seconds" or null}}, "layer": {"forward_seconds", "input_gradient_seconds",
+     "weight_gradient_seconds"}, "head":  {"forward_backward_seconds"}}
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -38,12 +40,12 @@ def of(rows: Sequence[Row], part: str) -> list[Row]:
 
 
 def fine(rows: Sequence[Row], part: str, key: str) -> list[Row]:
-    """The rows of a part that hold a figure."""
+    """Rows of a part that have a figure."""
     return [row for row in of(rows, part) if row["status"] == "ok" and row.get(key) is not None]
 
 
 def matmul_rate(rows: Sequence[Row]) -> float | None:
-    """The best sustained rate of this call, FLOP/s."""
+    """Best sustained rate of this call, FLOP/s."""
     return max(
         (row["flops_per_second"] for row in fine(rows, "device", "flops_per_second")), default=None
     )
@@ -54,7 +56,7 @@ def data_sheet(rows: Sequence[Row]) -> float | None:
 
 
 def planner_facts(rows: Sequence[Row]) -> dict[str, Any] | None:
-    """What `planner.json` holds; None where no piece was measured."""
+    """Contents of `planner.json`; None when no piece was measured."""
     pieces = {
         row["what"]: {
             f"{key}_seconds": row.get(f"{key}_seconds")
@@ -98,7 +100,7 @@ def share(value: float | None, of_what: float | None) -> str:
 
 
 def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; the first column stands left."""
+    """Markdown table; the first column is left-aligned."""
     rule = ["---", *["---:"] * (len(header) - 1)]
     return "\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *lines)) + "\n"
 
@@ -209,7 +211,7 @@ def models_text(rows: Sequence[Row]) -> str:
 
 
 def against(row: Row, same: Sequence[Row], name: str) -> float | None:
-    """Tokens a second of a row over those of a contender at the same work."""
+    """Tokens per second of a row over those of a contender at the same work."""
     other = next((r for r in same if r["contender"] == name), None)
     return None if other is None else row["tokens_per_second"] / other["tokens_per_second"]
 
@@ -317,7 +319,7 @@ TEXTS: Mapping[str, Callable[[Sequence[Row]], str]] = {
 
 
 def markdown(rows: Sequence[Row], dry_run: bool, seconds: float) -> str:
-    """The whole report: what was not measured and why, then the tables, the aims last."""
+    """The whole report: failures first, then the tables, the targets last."""
     head = (
         f"## One GPU, {seconds:.0f} s\n"
         if not dry_run

@@ -1,4 +1,4 @@
-"""The work, by name: K2's layers, whole LLaMAs of 1.3B and 2.7B, a tensor-parallel rank's part of a layer; and tiny twins."""
+"""GPU benchmark sizes: K2's layers, LLaMAs of 1.3B and 2.7B, one rank's part, tiny twins."""
 
 from dataclasses import dataclass
 
@@ -22,7 +22,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class RankPart:
-    """What a rank of tensor-parallel degree `degree` computes of one layer and of the head."""
+    """Share of a rank of tensor-parallel degree `degree` in one layer and the head."""
 
     degree: int
     hidden_size: int
@@ -38,7 +38,7 @@ class RankPart:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Everything that differs between a measurement and its dry run."""
+    """All differences between a measurement and its dry run."""
 
     k2: ModelShape
     k2_layers: tuple[int, ...]
@@ -54,7 +54,7 @@ class Sizes:
 
 
 def sizes(dry: bool) -> Sizes:
-    """The work measured, or a tiny one of the same form."""
+    """Sizes of the measured work, or tiny ones of the same form."""
     return TINY if dry else FULL
 
 
@@ -62,7 +62,8 @@ FULL = Sizes(
     k2=ModelShape(80, 8192, 22016, 64, 64, 32032),
     k2_layers=(4, 3, 2),
     k2_batches=(Batch(2048, 4), Batch(8192, 1)),
-    # Sheared-LLaMA's shapes (Xia et al. 2024, arXiv:2310.06694): whole heads as every peer has them, heads of 128.
+    # Sheared-LLaMA's shapes (Xia et al. 2024, arXiv:2310.06694): whole heads as every peer has
+    # them, heads of 128.
     models=(
         ("LLaMA 1.3B", ModelShape(24, 2048, 5504, 16, 16, 32000)),
         ("LLaMA 2.7B", ModelShape(32, 2560, 6912, 20, 20, 32000)),

@@ -1,8 +1,11 @@
-"""Device times: warmed up, taken in turns, medians.
+"""Device timing: warmed up, in turns, medians.
 
-On CUDA each sample lies between two events, behind a write that empties the second-level cache and keeps the device busy
-while the host queues the work; so host time shows only where the host is truly the slower one. Host clocks around a
-synchronisation were refused: they measure the queue.
+- On CUDA each sample is between two events, after a write that empties the second-level cache and
+  keeps the device busy while the host queues the work. So host time shows only where the host is
+  slower.
+
+Alternatives considered:
+- Host clocks around a synchronisation: they measure the queue.
 """
 
 import statistics
@@ -20,7 +23,7 @@ FLUSH_BYTES = 256 * 2**20
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one piece of work: median, and the quartiles as its spread."""
+    """Seconds of one piece of work: the median, and the quartiles as spread."""
 
     median: float
     low: float
@@ -29,7 +32,7 @@ class Timing:
 
     @property
     def spread(self) -> float:
-        """Distance of the quartiles as a share of the median."""
+        """Distance of the quartiles relative to the median."""
         return (self.high - self.low) / self.median
 
 
@@ -39,7 +42,7 @@ def summary(seconds: Sequence[float]) -> Timing:
 
 
 class Timer:
-    """Times work on one device."""
+    """Timer of work on one device."""
 
     def __init__(self, bench: Bench):
         self.bench = bench
@@ -48,7 +51,7 @@ class Timer:
         )
 
     def once(self, work: Work) -> float:
-        """Seconds of `work`, once."""
+        """Time `work` once, in seconds."""
         if self._flush is None:
             began = time.perf_counter()
             work()
@@ -62,9 +65,10 @@ class Timer:
         return float(start.elapsed_time(stop)) / 1e3
 
     def in_turns(self, works: Sequence[Work], rounds: int = 10, warm_up: int = 2) -> list[Timing]:
-        """Each work `rounds` times, in turns, so that a busy or a hot moment hits all of them.
+        """Time each work `rounds` times in turns, so that a busy or hot moment hits all of them.
 
-        Raises OutOfTimeError when the rounds would not fit before the deadline, judged by the last warm-up.
+        Raises OutOfTimeError when the rounds would not fit before the deadline, by the last
+        warm-up.
         """
         spent = 0.0
         for _ in range(warm_up):
@@ -83,14 +87,15 @@ class Timer:
         return [summary(values) for values in seconds]
 
     def alone(self, work: Work, rounds: int = 10, warm_up: int = 2) -> Timing:
-        """One work by itself."""
+        """Time one work by itself."""
         return self.in_turns([work], rounds, warm_up)[0]
 
 
 def captured(bench: Bench, work: Work) -> Work:
-    """`work` as a graph that replays without the host, for kernels shorter than their launch; itself where that fails.
+    """Capture `work` as a graph, for kernels shorter than their launch by the host.
 
-    The current stream must not be the default one, and what `work` differentiates must have run on it.
+    Returns `work` itself where that fails. The current stream must not be the default one, and what
+    `work` differentiates must have run on it.
     """
     if not bench.cuda:
         return work
