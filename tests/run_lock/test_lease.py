@@ -63,7 +63,7 @@ def _holder(directory: Path) -> subprocess.Popen[str]:
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(directory)], cwd=ROOT, stdout=subprocess.PIPE, text=True
     )
-    assert holder.stdout is not None and process_identity.stdout.readline() == "1\n"
+    assert holder.stdout is not None and holder.stdout.readline() == "1\n"
     return holder
 
 
