@@ -1,6 +1,6 @@
 """A private SLURM of several nodes on this machine: munge, one controller, and one slurmd a node, in a temporary folder.
 
-    with Cluster(["n1", "n2"]) as cluster:
+    with Cluster({"main": Nodes(("n1", "n2"))}) as cluster:
         cluster.run("sbatch", "--wrap", "hostname")
 
 `cluster.environment` is what a command needs to find it. The nodes share this machine's disk, as nodes of a cluster
@@ -17,11 +17,12 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 REQUIRED = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scontrol", "srun")
 DAEMON_PATH = "/usr/sbin:/sbin"
-START_SECONDS = 60
+START_SECONDS = 300
 FIRST_PORT = 17000
 
 
@@ -37,30 +38,32 @@ def find(name: str) -> str | None:
     return shutil.which(name, path=f"{os.environ['PATH']}:{DAEMON_PATH}")
 
 
+@dataclass(frozen=True)
+class Nodes:
+    """The nodes of a partition, each of so many processors and so much memory."""
+
+    names: tuple[str, ...]
+    processors: int = 2
+    memory_mb: int = 4000
+
+
 class Cluster:
-    """Nodes of `processors` and `memory_mb` each, in one partition `main`; `settings` are lines of slurm.conf, further ones
+    """Partitions of nodes, the first one the default; `settings` are lines of slurm.conf, further ones
     or in place of those below. A requeued job waits `requeue_seconds`, which is also how long a credential holds."""
 
     def __init__(
-        self,
-        nodes: Sequence[str] = ("n1", "n2"),
-        processors: int = 2,
-        memory_mb: int = 4000,
-        settings: str = "",
-        requeue_seconds: int = 120,
+        self, partitions: Mapping[str, Nodes], settings: str = "", requeue_seconds: int = 120
     ) -> None:
         self.requeue_seconds = requeue_seconds
-        self.nodes, self.processors, self.memory_mb, self.settings = (
-            tuple(nodes),
-            processors,
-            memory_mb,
-            settings,
-        )
+        self.partitions, self.settings = dict(partitions), settings
+        self.nodes = [name for nodes in self.partitions.values() for name in nodes.names]
         # munge's socket has to have a short name.
         self.folder = Path(tempfile.mkdtemp(prefix="slurm-"))
         self.environment = {**os.environ, "SLURM_CONF": str(self.folder / "slurm.conf")}
         self.environment["PATH"] += f":{DAEMON_PATH}"
         self.daemons: dict[str, subprocess.Popen[bytes]] = {}
+        self._jobs: dict[str, dict[str, str]] = {}
+        self._asked = 0.0
 
     def __enter__(self) -> "Cluster":
         try:
@@ -97,7 +100,7 @@ class Cluster:
         self,
         *command: str,
         check: bool = True,
-        timeout: float = 60,
+        timeout: float = START_SECONDS,
         at: Path | None = None,
         variables: Mapping[str, str] | None = None,
     ) -> str:
@@ -114,6 +117,17 @@ class Cluster:
         )
         assert not check or done.returncode == 0, f"{command}: {done.stderr}"
         return done.stdout
+
+    def jobs(self) -> dict[str, dict[str, str]]:
+        """The facts of all jobs by id, as they are or were up to half a second ago: many may ask."""
+        if time.monotonic() - self._asked > 0.5:
+            records = self.run("scontrol", "--oneliner", "show", "job").splitlines()
+            facts = [
+                dict(part.split("=", 1) for part in line.split() if "=" in part) for line in records
+            ]
+            self._jobs = {fact["JobId"]: fact for fact in facts if "JobId" in fact}
+            self._asked = time.monotonic()
+        return self._jobs
 
     def steps(self) -> set[int]:
         """Daemons of job steps, which leave their slurmd's tree; they know the folder of this cluster."""
@@ -161,10 +175,12 @@ class Cluster:
         control, *ports = free_ports(1 + len(self.nodes))
         for name in ("state", *self.nodes):
             (self.folder / name).mkdir()
+        free = iter(ports)
         nodes = "\n".join(
-            f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={self.processors} "
-            f"RealMemory={self.memory_mb} State=UNKNOWN"
-            for node, port in zip(self.nodes, ports, strict=True)
+            f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={next(free)} "
+            f"CPUs={of.processors} RealMemory={of.memory_mb} State=UNKNOWN"
+            for of in self.partitions.values()
+            for name in of.names
         )
         at = self.folder
         usual = f"""ClusterName=test
@@ -196,8 +212,14 @@ SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1,sched_min
 """
         given = {line.partition("=")[0] for line in self.settings.splitlines()}
         kept = [line for line in usual.splitlines() if line.partition("=")[0] not in given]
-        partition = "PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP"
-        (at / "slurm.conf").write_text("\n".join([*kept, self.settings, nodes, partition, ""]))
+        partitions = [
+            f"PartitionName={name} Nodes={','.join(of.names)} Default={'YES' if first else 'NO'} "
+            "MaxTime=INFINITE State=UP"
+            for first, (name, of) in zip(
+                [True, *[False] * len(self.nodes)], self.partitions.items(), strict=False
+            )
+        ]
+        (at / "slurm.conf").write_text("\n".join([*kept, self.settings, nodes, *partitions, ""]))
         (at / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
 
     def _start(self, name: str, *arguments: str) -> None:

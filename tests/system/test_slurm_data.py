@@ -1,165 +1,223 @@
-"""A preparation's phases on a real SLURM of two nodes: would catch jobs that the cluster refuses or that do not find
+"""A preparation's phases on a real SLURM: would catch jobs that the cluster refuses or that do not find
 their Python, a driver that submits twice, a failed task that leaves its successors queued, and a job that vanishes
 unnoticed."""
 
 import hashlib
-import os
 import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from k2train.data.prepare.workspace import Workspace
-from tests.support.command_line import hear_signals, soon
-from tests.support.preparation import begun, finished, in_order, toy_phases, toy_workspace, whole
-from tests.support.slurm import Cluster, why_not
+from tests.support.command_line import hear_signals
+from tests.support.preparation import (
+    begun,
+    finished,
+    in_order,
+    toy_phases,
+    toy_workspace,
+    whole,
+)
+from tests.support.scenarios import Scenario, judges
+from tests.support.slurm import Cluster
 
 ROOT = Path(__file__).resolve().parents[2]
 FIRST, LAST = 4, 2
 PHASES = toy_phases(FIRST, LAST)
 ALL = {f"{phase.name}_{number}" for phase in PHASES for number in range(phase.tasks)}
-CHOICES = (
-    'kind="slurm"',
-    'partition="main"',
-    "memory_gb=1",
-    'time="00:10:00"',
-    "workers=4",
-    f"first={FIRST}",
-    f"last={LAST}",
-)
-pytestmark = pytest.mark.slow
+CHOICES = ('kind="slurm"', "memory_gb=1", 'time="00:10:00"', "workers=4")
+NEEDED: tuple[str, ...] = ()
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    lacking = why_not()
-    if lacking:
-        assert os.environ.get("K2TRAIN_REQUIRE_SLURM") != "1", lacking
-        pytest.skip(lacking)
-    with Cluster(["n1", "n2"]) as made:
-        yield made
+class Driver:
+    """A command that prepares data on the cluster, and what it writes to stderr."""
+
+    def __init__(self, cluster: Cluster, folder: Path, command: Sequence[object]) -> None:
+        self.path = folder / "driver.err"
+        with self.path.open("w") as errors:
+            self.process = subprocess.Popen(
+                [sys.executable, *map(str, command)],
+                env={**cluster.environment, "PYTHONPATH": str(ROOT)},
+                cwd=ROOT,
+                stderr=errors,
+                preexec_fn=hear_signals,
+            )
+
+    @property
+    def over(self) -> bool:
+        return self.process.poll() is not None
+
+    @property
+    def code(self) -> int | None:
+        return self.process.poll()
+
+    @property
+    def said(self) -> str:
+        return self.path.read_text()
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
 
 
-def driver(cluster: Cluster, workspace: Workspace, *choices: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [
-            sys.executable,
-            str(ROOT / "tests/support/preparation.py"),
-            str(workspace.folder),
-            *CHOICES,
-            *choices,
-        ],
-        env={**cluster.environment, "PYTHONPATH": str(ROOT)},
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=hear_signals,
-    )
+def driver(
+    cluster: Cluster,
+    workspace: Workspace,
+    *choices: str,
+    partition: str = "main",
+    first: int = FIRST,
+) -> Driver:
+    """The driver of a toy preparation."""
+    script = ROOT / "tests/support/preparation.py"
+    given = [f'partition="{partition}"', f"first={first}", f"last={LAST}"]
+    return Driver(cluster, workspace.folder, [script, workspace.folder, *CHOICES, *given, *choices])
 
 
-def run(cluster: Cluster, workspace: Workspace, *choices: str) -> tuple[int, str]:
-    process = driver(cluster, workspace, *choices)
-    _, said = process.communicate(timeout=180)
-    return process.returncode, said
+def is_of(workspace: Workspace, name: str) -> bool:
+    """Whether a job of that name is one of this work folder's."""
+    return name.endswith(hashlib.sha256(str(workspace.folder).encode()).hexdigest()[:8])
 
 
-def queue(cluster: Cluster) -> list[str]:
-    return cluster.run("squeue", "--noheader", "--format=%F %j %T").splitlines()
+def queue(cluster: Cluster, workspace: Workspace) -> list[str]:
+    """The jobs of a work folder that wait or run."""
+    lines = cluster.run("squeue", "--noheader", "--format=%j").splitlines()
+    return [name for name in lines if is_of(workspace, name)]
 
 
-def job_names(cluster: Cluster) -> list[str]:
-    """Names of all jobs since the cluster's start, one for each submission."""
+def job_names(cluster: Cluster, workspace: Workspace) -> list[str]:
+    """Names of all jobs of a work folder since the cluster's start, one for each submission."""
     records = cluster.run("scontrol", "--oneliner", "show", "job").splitlines()
     facts = [dict(part.split("=", 1) for part in line.split() if "=" in part) for line in records]
     return sorted(
         {
             f"{fact['JobName']} {fact.get('ArrayJobId', fact['JobId'])}"
             for fact in facts
-            if "JobId" in fact
+            if is_of(workspace, fact.get("JobName", ""))
         }
     )
 
 
-def test_both_nodes_do_the_tasks_once(cluster: Cluster, tmp_path: Path) -> None:
+def of_two_nodes(cluster: Cluster, folder: Path) -> Scenario:
+    """One preparation to its end, on two nodes of two processors each, and then the same command again."""
+    workspace = toy_workspace(folder, seconds=1.0)
+    first = driver(cluster, workspace, partition="pair")
+    yield lambda: first.over
+    said, before = first.said, job_names(cluster, workspace)
+    again = driver(cluster, workspace, partition="pair")
+    yield lambda: again.over
+    codes = [first.code, again.code]
+    return workspace, codes, said, before, job_names(cluster, workspace), cluster.logs()
+
+
+@judges("both nodes")
+def test_both_nodes_do_the_tasks_once(outcome: Any) -> None:
     """Catches jobs that are refused, do not find their Python, or run before the phase they need is complete."""
-    workspace = toy_workspace(tmp_path, seconds=1.0)
-    code, said = run(cluster, workspace)
-    assert code == 0, said + cluster.logs()
+    workspace, codes, said, before, after, logs = outcome
+    assert codes == [0, 0], said + logs
     assert whole(workspace, PHASES) and begun(workspace) == dict.fromkeys(ALL, 1)
     assert in_order(workspace, PHASES)
     nodes = {path.read_text().split()[0] for path in (workspace.folder / "begun").iterdir()}
-    assert nodes == {"n1", "n2"}
+    assert nodes == {"p1", "p2"}
     assert re.search(r"^one: SLURM job \d+, its output in .*/logs/one/slurm$", said, re.MULTILINE)
     assert said.splitlines()[-1].startswith("three: 2 tasks in ")
-    before = job_names(cluster)
-    assert run(cluster, workspace)[0] == 0
-    assert job_names(cluster) == before
+    assert len(before) == 3 and after == before
 
 
-def test_a_killed_driver_finds_its_jobs_again(cluster: Cluster, tmp_path: Path) -> None:
-    """Catches a second submission of jobs that wait or run, and a job that ends with the driver."""
-    workspace = toy_workspace(tmp_path, seconds=3.0)
-    before = set(job_names(cluster))
-    process = driver(cluster, workspace)
-    assert soon(lambda: len(begun(workspace)) >= 2)
-    process.kill()
-    process.communicate()
-    submitted = set(job_names(cluster)) - before
-    assert len(submitted) == 3
+def of_killed_driver(cluster: Cluster, folder: Path) -> Scenario:
+    workspace = toy_workspace(folder, seconds=3.0)
+    first = driver(cluster, workspace)
+    yield lambda: len(begun(workspace)) >= 2
+    first.kill()
+    submitted = job_names(cluster, workspace)
     for note in (workspace.folder / "logs").glob("*.jobs"):
         note.unlink()
-    code, said = run(cluster, workspace)
+    again = driver(cluster, workspace)
+    yield lambda: again.over
+    return workspace, submitted, again.code, again.said, job_names(cluster, workspace)
+
+
+@pytest.mark.slow
+@judges("killed driver")
+def test_a_killed_driver_finds_its_jobs_again(outcome: Any) -> None:
+    """Catches a second submission of jobs that wait or run, and a job that ends with the driver."""
+    workspace, submitted, code, said, after = outcome
+    assert len(submitted) == 3
     assert code == 0, said
-    assert said.count("submitted earlier") == 3
-    assert set(job_names(cluster)) - before == submitted
-    assert whole(workspace, PHASES) and set(begun(workspace).values()) == set(
-        finished(workspace).values()
-    ) == {1}
+    assert said.count("submitted before") == 3
+    assert after == submitted
+    assert whole(workspace, PHASES)
+    assert set(begun(workspace).values()) == set(finished(workspace).values()) == {1}
 
 
-def test_a_failing_task_is_its_line_and_the_rest_is_cancelled(
-    cluster: Cluster, tmp_path: Path
-) -> None:
+def of_failing_task(cluster: Cluster, folder: Path) -> Scenario:
+    orders = {"one/3": "web.jsonl: gone; put it back"}
+    workspace = toy_workspace(folder, seconds=2.0, fail=orders)
+    first = driver(cluster, workspace)
+    yield lambda: first.over
+    said, left = first.said, queue(cluster, workspace)
+    early = "two_0" in begun(workspace)
+    toy_workspace(folder)
+    again = driver(cluster, workspace)
+    yield lambda: again.over
+    return workspace, (first.code, said, left, early), (again.code, again.said)
+
+
+@pytest.mark.slow
+@judges("failing task")
+def test_a_failing_task_is_its_line_and_the_rest_is_cancelled(outcome: Any) -> None:
     """Catches a failure that is told as an exit code, and phases that stay queued behind it."""
-    workspace = toy_workspace(tmp_path, seconds=2.0, fail={"one/3": "web.jsonl: gone; put it back"})
-    code, said = run(cluster, workspace)
+    workspace, (code, said, left, early), again = outcome
     assert code == 2, said
     assert said.splitlines()[-1] == "web.jsonl: gone; put it back"
-    assert queue(cluster) == [] and "two_0" not in begun(workspace)
-    toy_workspace(tmp_path)
-    code, said = run(cluster, workspace)
-    assert code == 0, said
+    assert left == [] and not early
+    assert again[0] == 0, again[1]
     assert whole(workspace, PHASES) and max(finished(workspace).values()) == 1
 
 
-def test_a_failure_without_a_driver_ends_the_phases_behind_it(
-    cluster: Cluster, tmp_path: Path
-) -> None:
+def of_failure_without_driver(cluster: Cluster, folder: Path) -> Scenario:
+    workspace = toy_workspace(folder, seconds=1.0, fail={"one/0": "gone"})
+    first = driver(cluster, workspace)
+    yield lambda: "two:" in first.said
+    first.kill()
+    yield lambda: queue(cluster, workspace) == []
+    toy_workspace(folder)
+    again = driver(cluster, workspace)
+    yield lambda: again.over
+    return workspace, again.code, again.said
+
+
+@pytest.mark.slow
+@judges("failure without a driver")
+def test_a_failure_without_a_driver_ends_the_phases_behind_it(outcome: Any) -> None:
     """Catches phases that wait for ever for one that failed, and a start that takes them for its own."""
-    workspace = toy_workspace(tmp_path, seconds=1.0, fail={"one/0": "gone"})
-    process = driver(cluster, workspace)
-    assert soon(lambda: "two:" in (process.stderr.readline() if process.stderr else ""))
-    process.kill()
-    process.communicate()
-    assert soon(lambda: queue(cluster) == []), queue(cluster)
-    toy_workspace(tmp_path)
-    code, said = run(cluster, workspace)
+    workspace, code, said = outcome
     assert code == 0, said
     assert whole(workspace, PHASES)
 
 
-def test_a_vanished_job_is_told_with_its_state(cluster: Cluster, tmp_path: Path) -> None:
-    """Catches a driver that waits for ever for a job that somebody cancelled."""
-    workspace = toy_workspace(tmp_path, seconds=60.0)
-    process = driver(cluster, workspace)
-    assert soon(lambda: begun(workspace))
+def of_vanished_job(cluster: Cluster, folder: Path) -> Scenario:
+    workspace = toy_workspace(folder, seconds=600.0)
+    waiting = driver(cluster, workspace)
+    # All four: one that has not begun would be told of with another reason.
+    yield lambda: len(begun(workspace)) == FIRST
     job = (workspace.folder / "logs" / "one.jobs").read_text().split()[0]
     cluster.run("scancel", job)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 2
+    yield lambda: waiting.over
+    return job, waiting.code, waiting.said
+
+
+@pytest.mark.slow
+@judges("vanished job")
+def test_a_vanished_job_is_told_with_its_state(outcome: Any) -> None:
+    """Catches a driver that waits for ever for a job that somebody cancelled."""
+    job, code, said = outcome
+    assert code == 2
     line = said.splitlines()[-1]
     assert re.match(
         rf"one: SLURM job {job}\S* ended as CANCELLED .*with 4 of 4 tasks undone; see .*\.out; start",
@@ -167,95 +225,117 @@ def test_a_vanished_job_is_told_with_its_state(cluster: Cluster, tmp_path: Path)
     )
 
 
-def test_ctrl_c_leaves_the_jobs_and_says_how_to_end_them(cluster: Cluster, tmp_path: Path) -> None:
-    """Catches a Ctrl-C that throws away hours of queueing, or leaves jobs that nobody knows of."""
-    workspace = toy_workspace(tmp_path, seconds=30.0)
-    process = driver(cluster, workspace)
-    assert soon(lambda: begun(workspace))
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+def of_ctrl_c(cluster: Cluster, folder: Path) -> Scenario:
+    workspace = toy_workspace(folder, seconds=600.0)
+    waiting = driver(cluster, workspace)
+    yield lambda: begun(workspace)
+    waiting.process.send_signal(signal.SIGINT)
+    yield lambda: waiting.over
+    said, left = waiting.said, queue(cluster, workspace)
     found = re.search(r"the same command waits for them again, `(scancel [\d ]+)` ends them", said)
     assert found, said
-    assert len(queue(cluster)) >= 3
     cluster.run(*found[1].split())
-    assert soon(lambda: queue(cluster) == [])
+    yield lambda: queue(cluster, workspace) == []
+    return left
 
 
-@pytest.mark.parametrize(
-    ("choice", "complaint"),
-    [
-        ('partition="nowhere"', "Invalid partition name"),
-        ('arguments={"nodelist": "n9"}', "Invalid node name"),
-    ],
-)
-def test_what_slurm_refuses_is_one_line(
-    cluster: Cluster, tmp_path: Path, choice: str, complaint: str
-) -> None:
+@pytest.mark.slow
+@judges("Ctrl-C")
+def test_ctrl_c_leaves_the_jobs_and_says_how_to_end_them(outcome: Any) -> None:
+    """Catches a Ctrl-C that throws away hours of queueing, or leaves jobs that nobody knows of."""
+    assert len(outcome) >= 3
+
+
+REFUSED = {
+    "no such partition": ('partition="nowhere"', "Invalid partition name"),
+    "no such node": ('arguments={"nodelist": "n9"}', "Invalid node name"),
+}
+
+
+def of_refused(name: str, cluster: Cluster, folder: Path) -> Scenario:
+    refused = driver(cluster, toy_workspace(folder), REFUSED[name][0])
+    yield lambda: refused.over
+    return refused.code, refused.said
+
+
+@pytest.mark.slow
+@judges(*REFUSED)
+def test_what_slurm_refuses_is_one_line(outcome: Any, request: pytest.FixtureRequest) -> None:
     """Catches a traceback of the submission in place of what sbatch said."""
-    code, said = run(cluster, toy_workspace(tmp_path), choice)
+    code, said = outcome
+    complaint = REFUSED[request.node.callspec.params["outcome"]][1]
     assert code == 2, said
-    assert (
-        complaint in said and "SLURM refused the job of one" in said and len(said.splitlines()) == 1
-    )
+    assert complaint in said and "SLURM refused the job of one" in said
+    assert len(said.splitlines()) == 1
 
 
-def test_an_array_larger_than_the_cluster_allows_is_cut(tmp_path: Path) -> None:
+def of_large_array(cluster: Cluster, folder: Path) -> Scenario:
+    """Eight tasks where the cluster allows arrays of five."""
+    workspace = toy_workspace(folder, seconds=1.0)
+    cut = driver(cluster, workspace, 'arguments={"qos": "normal"}', first=2 * FIRST)
+    yield lambda: cut.over
+    return workspace, cut.code, cut.said
+
+
+@pytest.mark.slow
+@judges("large array")
+def test_an_array_larger_than_the_cluster_allows_is_cut(outcome: Any) -> None:
     """Catches a phase whose later arrays are not waited for, and a cluster's limit that is not asked for."""
-    lacking = why_not()
-    if lacking:
-        pytest.skip(lacking)
-    workspace = toy_workspace(tmp_path, seconds=1.0)
-    with Cluster(["n1", "n2"], settings="MaxArraySize=3") as small:
-        code, said = run(small, workspace, 'arguments={"qos": "normal"}')
-        assert code == 0, said + small.logs()
-        assert len((workspace.folder / "logs" / "one.jobs").read_text().split()) == 2
-    assert whole(workspace, PHASES) and begun(workspace) == dict.fromkeys(ALL, 1)
-    assert in_order(workspace, PHASES)
+    workspace, code, said = outcome
+    phases = toy_phases(2 * FIRST, LAST)
+    assert code == 0, said
+    assert len((workspace.folder / "logs" / "one.jobs").read_text().split()) == 2
+    tasks = [f"{phase.name}_{number}" for phase in phases for number in range(phase.tasks)]
+    assert whole(workspace, phases) and begun(workspace) == dict.fromkeys(tasks, 1)
+    assert in_order(workspace, phases)
 
 
-def test_the_demo_recipe_on_two_nodes_gives_the_bytes_of_one_process(
-    cluster: Cluster, tmp_path: Path
-) -> None:
-    """The real preparation, on SLURM by one key of the recipe, killed once on its way: the same sha256 of every file."""
+def of_demo(cluster: Cluster, folder: Path) -> Scenario:
+    """The demo's recipe in one process, and on SLURM with the driver killed on its way."""
     recipe = [
+        "tools/prepare_data.py",
         "configs/demo/data_stage2.yaml",
-        f"tokenizer.model={tmp_path / 't.model'}",
+        f"tokenizer.model={folder / 't.model'}",
         "executor.task_bytes=1000000",
     ]
-    command = [sys.executable, "tools/prepare_data.py", *recipe]
-    alone = subprocess.run(
-        [*command, f"output={tmp_path / 'alone'}", "executor.workers=1"], cwd=ROOT, check=False
-    )
-    assert alone.returncode == 0
-    both = [
-        *command,
-        f"output={tmp_path / 'both'}",
-        "executor.kind=slurm",
-        "executor.partition=main",
-    ]
+    alone = Driver(cluster, folder, [*recipe, f"output={folder / 'alone'}", "executor.workers=1"])
+    yield lambda: alone.over
+    assert alone.code == 0, alone.said
+    both = [*recipe, f"output={folder / 'both'}", "executor.kind=slurm", "executor.partition=main"]
     both += ["executor.memory_gb=1", "executor.workers=4"]
-    process = subprocess.Popen(
-        both, cwd=ROOT, env=cluster.environment, stderr=subprocess.PIPE, text=True
-    )
-    assert soon(lambda: list((tmp_path / "both.work").glob("*/runs/*/record.json"))), cluster.logs()
-    process.kill()
-    process.communicate()
-    done = subprocess.run(
-        both,
-        cwd=ROOT,
-        env=cluster.environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr + cluster.logs()
-    assert "submitted earlier" in done.stderr
+    first = Driver(cluster, folder, both)
+    yield lambda: list((folder / "both.work").glob("*/runs/*/record.json"))
+    first.kill()
+    again = Driver(cluster, folder, both)
+    yield lambda: again.over
+    return folder, again.code, again.said
+
+
+@pytest.mark.slow
+@judges("demo")
+def test_the_demo_recipe_on_two_nodes_gives_the_bytes_of_one_process(outcome: Any) -> None:
+    """The real preparation, on SLURM by one key of the recipe, killed once on its way: the same sha256 of every file."""
+    folder, code, said = outcome
+    assert code == 0, said
+    assert "submitted before" in said
     hashes = [
         {
             path.name: hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in (tmp_path / name).iterdir()
+            for path in (folder / name).iterdir()
         }
         for name in ("alone", "both")
     ]
     assert len(hashes[0]) > 10 and hashes[0] == hashes[1]
+
+
+SCENARIOS: dict[str, Callable[[Cluster, Path], Scenario]] = {
+    "both nodes": of_two_nodes,
+    "killed driver": of_killed_driver,
+    "failing task": of_failing_task,
+    "failure without a driver": of_failure_without_driver,
+    "vanished job": of_vanished_job,
+    "Ctrl-C": of_ctrl_c,
+    "large array": of_large_array,
+    "demo": of_demo,
+    **{name: partial(of_refused, name) for name in REFUSED},
+}

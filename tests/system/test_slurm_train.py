@@ -8,33 +8,24 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from k2train.record.system_info import slurm_job_ended
-from tests.support.command_line import load_tool, soon
-from tests.support.slurm import Cluster, content, why_not
+from tests.support.command_line import load_tool
+from tests.support.scenarios import Scenario, judged, judges
+from tests.support.slurm import Cluster, content
 from tests.support.tiny_corpus import ROOT, config_tree, make_corpus, write_yaml
 
 CHUNKS = 16
 STEPS = 5 * CHUNKS
-# A node that says nothing for 5 s is lost; a cancelled job has 20 s to save.
-SETTINGS = "SlurmdTimeout=5\nKillWait=20\nSlurmctldTimeout=10"
-PATIENCE = 150
+UNHURRIED = ";".join(f"step.done@step={step}:sleep=0.2" for step in range(10, STEPS))
+"""Steps that are slow enough to be disturbed where the tests would have it, however busy the machine is."""
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    lacking = why_not()
-    if lacking:
-        assert os.environ.get("K2TRAIN_REQUIRE_SLURM") != "1", lacking
-        pytest.skip(lacking)
-    with Cluster(["n1", "n2"], settings=SETTINGS, requeue_seconds=10) as made:
-        yield made
 
 
 class Run:
@@ -43,6 +34,7 @@ class Run:
     def __init__(self, cluster: Cluster, folder: Path, name: str, **changes: Any) -> None:
         self.cluster, self.folder, self.name = cluster, folder, name
         self.directory = folder / "runs" / name
+        make_corpus(folder / "data", chunks=CHUNKS)
         tree = config_tree(
             folder / "data" / "manifest.json",
             folder / "runs",
@@ -55,7 +47,7 @@ class Run:
     def submit(self, *options: str, overrides: tuple[str, ...] = (), **variables: str) -> str:
         """The id of a job of both nodes."""
         given = {
-            "K2TRAIN_PYTHON": str(ROOT / ".venv/bin/python"),
+            "K2TRAIN_PYTHON": sys.executable,
             "OMP_NUM_THREADS": "1",
             "K2TRAIN_BACKOFF": "1",
         }
@@ -64,6 +56,7 @@ class Run:
             "sbatch",
             "--parsable",
             "--nodes=2",
+            "--partition=train",
             f"--output={self.output}",
             *options,
             "scripts/pretrain.sbatch",
@@ -78,16 +71,13 @@ class Run:
 
     def job(self, job: str) -> dict[str, str]:
         """The facts of a job as SLURM tells them."""
-        told = self.cluster.run("scontrol", "--oneliner", "show", "job", job)
-        return dict(part.split("=", 1) for part in told.split() if "=" in part)
+        return self.cluster.jobs()[job]
 
     def told(self) -> str:
         """All that went wrong, for a message."""
         output = self.output.read_text() if self.output.exists() else "no output"
-        return f"{output}\n{self.cluster.run('scontrol', 'show', 'job', check=False)}\n{self.cluster.logs()}"
-
-    def until(self, condition: Callable[[], object]) -> None:
-        assert soon(condition, PATIENCE, 0.1), self.told()
+        jobs = self.cluster.run("scontrol", "show", "job", check=False)
+        return f"{output}\n{jobs}\n{self.cluster.logs()}"
 
     def steps(self) -> int:
         """The last step that is in the metrics."""
@@ -95,9 +85,9 @@ class Run:
         rows = path.read_text().splitlines() if path.exists() else []
         return json.loads(rows[-1])["step"] if rows and rows[-1].endswith("}") else 0
 
-    def ended(self, job: str) -> dict[str, str]:
-        self.until(lambda: self.job(job)["JobState"] in ENDED)
-        return self.job(job)
+    def over(self, job: str) -> Callable[[], bool]:
+        """A condition: the job has ended."""
+        return lambda: self.job(job)["JobState"] in ENDED
 
     def workers(self) -> list[int]:
         """The training processes of this run, in no order."""
@@ -117,13 +107,17 @@ class Run:
         ]
 
 
-@pytest.fixture(scope="module")
-def alone(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Run:
+def of_alone(cluster: Cluster, folder: Path) -> Scenario:
     """A run that nobody disturbs."""
-    folder = tmp_path_factory.mktemp("slurm_train")
-    make_corpus(folder / "data", chunks=CHUNKS)
     run = Run(cluster, folder, "alone")
-    job = run.ended(run.submit())
+    job = run.submit()
+    yield run.over(job)
+    return run, run.job(job)
+
+
+def checked(outcomes: dict[str, Any]) -> Run:
+    """The run that nobody disturbed, when it is what it should be."""
+    run, job = judged(outcomes["alone"])
     assert (job["JobState"], job["ExitCode"]) == ("COMPLETED", "0:0"), run.told()
     (started,) = [event for event in run.events() if event["event"] == "started"]
     assert started["world_size"] == 2
@@ -131,116 +125,174 @@ def alone(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run
 
 
-def same_end(run: Run, alone: Run) -> None:
+def same_end(run: Run, outcomes: dict[str, Any]) -> None:
     """Every step, loss and final weight as in the run that was left alone."""
+    alone = checked(outcomes)
     found = load_tool("compare_runs").differences(alone.directory, run.directory, strict=True)
     assert found == [], run.told()
 
 
-@pytest.mark.slow
-def test_a_time_limit_saves_requeues_and_goes_on(cluster: Cluster, alone: Run) -> None:
-    run = Run(cluster, alone.folder, "limited")
-    job = run.submit()
-    run.until(lambda: run.steps() >= 10)
+def of_time_limit(cluster: Cluster, folder: Path) -> Scenario:
+    run = Run(cluster, folder, "limited")
+    job = run.submit(K2TRAIN_FAULTS=UNHURRIED)
+    yield lambda: run.steps() >= 10
     cluster.run("scancel", "--batch", "--signal=USR1", job)
-    facts = run.ended(job)
+    yield run.over(job)
+    return run, run.job(job)
+
+
+@judges("time limit")
+def test_a_time_limit_saves_requeues_and_goes_on(outcome: Any, outcomes: dict[str, Any]) -> None:
+    run, facts = outcome
     assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1"), run.told()
     stopped = [event for event in run.events() if event["event"] == "stopped"]
     assert [event["reason"] for event in stopped] == ["SIGUSR1"], run.told()
-    same_end(run, alone)
+    same_end(run, outcomes)
 
 
-@pytest.mark.slow
-def test_a_cancelled_job_has_saved_and_the_next_one_goes_on(cluster: Cluster, alone: Run) -> None:
-    """Catches a SIGTERM of the whole job that the launcher dies of, and a cancelled job that comes back by itself."""
-    run = Run(cluster, alone.folder, "cancelled")
-    job = run.submit()
-    run.until(lambda: run.steps() >= 10)
+def of_cancelled(cluster: Cluster, folder: Path) -> Scenario:
+    run = Run(cluster, folder, "cancelled")
+    job = run.submit(K2TRAIN_FAULTS=UNHURRIED)
+    yield lambda: run.steps() >= 10
     cluster.run("scancel", job)
-    assert run.ended(job)["JobState"] == "CANCELLED"
-    run.until(lambda: run.events()[-1]["event"] == "stopped")
-    saved = run.events()[-1]["step"]
-    assert 10 <= saved == run.steps() < STEPS
+    yield run.over(job)
+    state = run.job(job)["JobState"]
+    yield lambda: run.events()[-1]["event"] == "stopped"
+    saved = run.events()[-1]["step"], run.steps()
     again = run.submit()
-    assert run.ended(again)["JobState"] == "COMPLETED", run.told()
-    assert [event["step"] for event in run.events() if event["event"] == "resumed"] == [saved]
-    assert run.job(job)["Restarts"] == "0"
-    same_end(run, alone)
+    yield run.over(again)
+    return run, state, saved, run.job(again)["JobState"], run.job(job)["Restarts"]
 
 
 @pytest.mark.slow
-def test_a_lost_node_requeues_the_job(cluster: Cluster, alone: Run) -> None:
+@judges("cancelled")
+def test_a_cancelled_job_has_saved_and_the_next_one_goes_on(
+    outcome: Any, outcomes: dict[str, Any]
+) -> None:
+    """Catches a SIGTERM of the whole job that the launcher dies of, and a cancelled job that comes back by itself."""
+    run, state, (saved, last), again, restarts = outcome
+    assert state == "CANCELLED", run.told()
+    assert 10 <= saved == last < STEPS
+    assert again == "COMPLETED", run.told()
+    resumed = [event["step"] for event in run.events() if event["event"] == "resumed"]
+    assert resumed == [saved]
+    assert restarts == "0"
+    same_end(run, outcomes)
+
+
+def of_lost_node(cluster: Cluster, folder: Path) -> Scenario:
+    run = Run(cluster, folder, "lost")
+    job = run.submit(K2TRAIN_FAULTS=UNHURRIED)
+    yield lambda: run.steps() >= 25
+    *_, last = cluster.run("scontrol", "show", "hostnames", run.job(job)["NodeList"]).split()
+    cluster.lose(last)
+    yield lambda: run.job(job)["JobState"] != "RUNNING"
+    cluster.bring_back(last)
+    yield run.over(job)
+    return run, run.job(job)
+
+
+@pytest.mark.slow
+@judges("lost node")
+def test_a_lost_node_requeues_the_job(outcome: Any, outcomes: dict[str, Any]) -> None:
     """Catches a job that hangs on one node when the other is gone, or ends there for good."""
-    run = Run(cluster, alone.folder, "lost")
-    job = run.submit()
-    run.until(lambda: run.steps() >= 25)
-    cluster.lose("n2")
-    try:
-        run.until(lambda: run.job(job)["JobState"] != "RUNNING")
-    finally:
-        cluster.bring_back("n2")
-    facts = run.ended(job)
+    run, facts = outcome
     assert facts["JobState"] == "COMPLETED" and int(facts["Restarts"]) >= 1, run.told()
     # Once or more: SLURM may be slower to miss the node than the script is to start again.
     assert "resumed" in [event["event"] for event in run.events()], run.told()
-    same_end(run, alone)
+    same_end(run, outcomes)
+
+
+def of_crash(cluster: Cluster, folder: Path) -> Scenario:
+    run = Run(cluster, folder, "crashed")
+    job = run.submit(K2TRAIN_FAULTS=UNHURRIED)
+    yield lambda: run.steps() >= 25
+    os.kill(run.workers()[-1], signal.SIGKILL)
+    yield run.over(job)
+    return run, run.job(job)
 
 
 @pytest.mark.slow
-def test_a_crash_is_started_again_in_place(cluster: Cluster, alone: Run) -> None:
+@judges("crash")
+def test_a_crash_is_started_again_in_place(outcome: Any, outcomes: dict[str, Any]) -> None:
     """Catches a process that dies and takes the job with it, or leaves the other node's processes behind."""
-    run = Run(cluster, alone.folder, "crashed")
-    job = run.submit()
-    run.until(lambda: run.steps() >= 25)
-    os.kill(run.workers()[-1], signal.SIGKILL)
-    facts = run.ended(job)
+    run, facts = outcome
     assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "0"), run.told()
     assert "crash 1; start again in 1 s" in run.output.read_text()
-    same_end(run, alone)
+    same_end(run, outcomes)
+
+
+MISTAKES: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
+    "no such head": ({"K2TRAIN_HEAD": "no-such-host.invalid"}, ()),
+    "no such key": ({}, ("modle.num_heads=3",)),
+}
+
+
+def of_mistake(name: str, cluster: Cluster, folder: Path) -> Scenario:
+    variables, overrides = MISTAKES[name]
+    run = Run(cluster, folder, "mistaken")
+    job = run.submit(overrides=overrides, **variables)
+    yield run.over(job)
+    return run, run.job(job)
 
 
 @pytest.mark.slow
-def test_mistakes_are_told_at_once_and_not_tried_again(cluster: Cluster, alone: Run) -> None:
-    """Catches a start that waits for ever for a node that has no address, and a wrong config that is tried again."""
-    lines = []
-    for name, variables, overrides in (
-        ("homeless", {"K2TRAIN_HEAD": "no-such-host.invalid"}, ()),
-        ("mistaken", {}, ("modle.num_heads=3",)),
-    ):
-        run = Run(cluster, alone.folder, name)
-        job = run.submit(overrides=overrides, **variables)
-        facts = run.ended(job)
-        assert (facts["JobState"], facts["ExitCode"], facts["Restarts"]) == (
-            "FAILED",
-            "2:0",
-            "0",
-        ), run.told()
-        lines.append(run.output.read_text())
-        assert "crash 1;" not in lines[-1]
-    assert "no-such-host.invalid, does not resolve" in lines[0]
-    assert lines[1].count("unknown key") == 1
-
-
-@pytest.mark.slow
-def test_slurm_tells_whether_a_job_has_ended(
-    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+@judges(*MISTAKES)
+def test_mistakes_are_told_at_once_and_not_tried_again(
+    outcome: Any, request: pytest.FixtureRequest
 ) -> None:
-    """The states and the message that `slurm_job_ended` goes by are those of the real squeue."""
-    for name, value in cluster.environment.items():
-        monkeypatch.setenv(name, value)
-    held = cluster.run(
-        "sbatch", "--parsable", "--hold", "--output=/dev/null", "--wrap", "true"
-    ).strip()
-    job = cluster.run("sbatch", "--parsable", "--output=/dev/null", "--wrap", "sleep 300").strip()
-    assert soon(
-        lambda: "JobState=RUNNING" in cluster.run("scontrol", "show", "job", job), PATIENCE, 0.1
-    )
-    assert [slurm_job_ended(one) for one in (held, job)] == [False, False]
+    """Catches a start that waits for ever for a node that has no address, and a wrong config that is tried again."""
+    run, facts = outcome
+    end = (facts["JobState"], facts["ExitCode"], facts["Restarts"])
+    assert end == ("FAILED", "2:0", "0"), run.told()
+    text = run.output.read_text()
+    assert "crash 1;" not in text
+    if request.node.callspec.params["outcome"] == "no such head":
+        # Refused by the job itself, before any step is started.
+        assert "no-such-host.invalid, does not resolve" in text
+        assert "ended with exit code" not in text
+    else:
+        assert text.count("unknown key") == 1
+
+
+def of_asked(cluster: Cluster, folder: Path) -> Scenario:
+    """What `slurm_job_ended` answers of a held, a running, a suspended, a cancelled and an unknown job."""
+
+    def asked(job: str) -> bool | None:
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in cluster.environment.items():
+                patch.setenv(name, value)
+            return slurm_job_ended(job)
+
+    options = ("sbatch", "--parsable", "--partition=main", "--output=/dev/null")
+    held = cluster.run(*options, "--hold", "--wrap", "true").strip()
+    job = cluster.run(*options, "--wrap", "sleep 3600").strip()
+    yield lambda: "JobState=RUNNING" in cluster.run("scontrol", "show", "job", job)
+    answers = [asked(held), asked(job)]
     cluster.run("scontrol", "suspend", job)
-    assert slurm_job_ended(job) is False
+    answers.append(asked(job))
     cluster.run("scancel", held, job)
-    assert soon(lambda: slurm_job_ended(held) and slurm_job_ended(job), PATIENCE, 0.1)
-    assert slurm_job_ended("999999") is True
+    yield lambda: asked(held) and asked(job)
+    return [*answers, asked("999999")]
+
+
+@pytest.mark.slow
+@judges("asked")
+def test_slurm_tells_whether_a_job_has_ended(outcome: Any) -> None:
+    """The states and the message that `slurm_job_ended` goes by are those of the real squeue."""
+    assert outcome == [False, False, False, True]
+
+
+SCENARIOS: dict[str, Callable[[Cluster, Path], Scenario]] = {
+    "alone": of_alone,
+    "time limit": of_time_limit,
+    "cancelled": of_cancelled,
+    "lost node": of_lost_node,
+    "crash": of_crash,
+    **{name: partial(of_mistake, name) for name in MISTAKES},
+    "asked": of_asked,
+}
+NEEDED = ("alone",)
 
 
 # A start lasts as long as the test says: the script's clock is moved when it looks whether the step still runs.
