@@ -64,8 +64,6 @@ def lines_without_torch(*arguments: Any, **variables: str) -> list[str]:
 
     Its stderr, after the exit code is checked.
     """
-    import subprocess
-
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_TORCH, *map(str, arguments)],
         capture_output=True,
