@@ -107,7 +107,7 @@ def toy_phases(first: int = 6, last: int = 4) -> list[Phase]:
     ]
 
 
-def begun(workspace: Workspace) -> dict[str, int]:
+def start_counts(workspace: Workspace) -> dict[str, int]:
     """How often each task was begun."""
     return {
         path.name: sum("done" not in line for line in path.open())
@@ -135,7 +135,7 @@ def in_order(workspace: Workspace, phases: list[Phase]) -> bool:
     return True
 
 
-def whole(workspace: Workspace, phases: list[Phase]) -> bool:
+def all_files_complete(workspace: Workspace, phases: list[Phase]) -> bool:
     """Every task's file is there with its content."""
     for phase in phases:
         for number in range(phase.tasks):

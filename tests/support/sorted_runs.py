@@ -152,7 +152,7 @@ class Expected:
 
     rows: list[list[int]]
     pieces: list[dict[str, Any]]
-    borders: list[int]
+    boundaries: list[int]
     sources: set[str]
 
 
@@ -195,11 +195,11 @@ def expected_chunk(
     length = recipe.sequence_length
     samples: list[tuple[str, list[tuple[int, Text, int, int]]]] = []
     for name, subset in recipe.subsets.items():
-        border = plan["held_out_places"][name]
+        boundary = plan["held_out_places"][name]
         side = [
             t
             for t in kept_texts(recipe, name, texts[name])
-            if (t.position >= border) == (chunk == HELD_OUT)
+            if (t.position >= boundary) == (chunk == HELD_OUT)
         ]
         stream = stream_of(recipe, name, side, 1 if chunk == HELD_OUT else subset.passes)
         start, stop = plan["chunks"][chunk][name]
@@ -218,7 +218,7 @@ def expected_chunk(
                 continue
             before = (number, text)
             if start:
-                expected.borders.append(row * length + start)
+                expected.boundaries.append(row * length + start)
             facts = {"row": row, "start": start, "length": 1, "subset": name, "source": text.source}
             facts |= {
                 "document": text.name,

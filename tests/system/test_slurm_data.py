@@ -15,7 +15,14 @@ import pytest
 
 from k2train.data.prepare.workspace import Workspace
 from tests.support.command_line import hear_signals, soon
-from tests.support.preparation import begun, finished, in_order, toy_phases, toy_workspace, whole
+from tests.support.preparation import (
+    all_files_complete,
+    finished,
+    in_order,
+    start_counts,
+    toy_phases,
+    toy_workspace,
+)
 from tests.support.slurm import Cluster, why_not
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -88,7 +95,9 @@ def test_both_nodes_do_the_tasks_once(cluster: Cluster, tmp_path: Path) -> None:
     workspace = toy_workspace(tmp_path, seconds=1.0)
     code, said = run(cluster, workspace)
     assert code == 0, said + cluster.logs()
-    assert whole(workspace, PHASES) and begun(workspace) == dict.fromkeys(ALL, 1)
+    assert all_files_complete(workspace, PHASES) and start_counts(workspace) == dict.fromkeys(
+        ALL, 1
+    )
     assert in_order(workspace, PHASES)
     nodes = {path.read_text().split()[0] for path in (workspace.folder / "begun").iterdir()}
     assert nodes == {"n1", "n2"}
@@ -104,7 +113,7 @@ def test_a_killed_driver_finds_its_jobs_again(cluster: Cluster, tmp_path: Path) 
     workspace = toy_workspace(tmp_path, seconds=3.0)
     before = set(job_names(cluster))
     process = driver(cluster, workspace)
-    assert soon(lambda: len(begun(workspace)) >= 2)
+    assert soon(lambda: len(start_counts(workspace)) >= 2)
     process.kill()
     process.communicate()
     submitted = set(job_names(cluster)) - before
@@ -115,7 +124,7 @@ def test_a_killed_driver_finds_its_jobs_again(cluster: Cluster, tmp_path: Path) 
     assert code == 0, said
     assert said.count("submitted earlier") == 3
     assert set(job_names(cluster)) - before == submitted
-    assert whole(workspace, PHASES) and set(begun(workspace).values()) == set(
+    assert all_files_complete(workspace, PHASES) and set(start_counts(workspace).values()) == set(
         finished(workspace).values()
     ) == {1}
 
@@ -128,11 +137,11 @@ def test_a_failing_task_is_its_line_and_the_rest_is_cancelled(
     code, said = run(cluster, workspace)
     assert code == 2, said
     assert said.splitlines()[-1] == "web.jsonl: gone; put it back"
-    assert queue(cluster) == [] and "two_0" not in begun(workspace)
+    assert queue(cluster) == [] and "two_0" not in start_counts(workspace)
     toy_workspace(tmp_path)
     code, said = run(cluster, workspace)
     assert code == 0, said
-    assert whole(workspace, PHASES) and max(finished(workspace).values()) == 1
+    assert all_files_complete(workspace, PHASES) and max(finished(workspace).values()) == 1
 
 
 def test_a_failure_without_a_driver_ends_the_phases_behind_it(
@@ -148,14 +157,14 @@ def test_a_failure_without_a_driver_ends_the_phases_behind_it(
     toy_workspace(tmp_path)
     code, said = run(cluster, workspace)
     assert code == 0, said
-    assert whole(workspace, PHASES)
+    assert all_files_complete(workspace, PHASES)
 
 
 def test_a_vanished_job_is_told_with_its_state(cluster: Cluster, tmp_path: Path) -> None:
     """Catches a driver that waits for ever for a job that somebody cancelled."""
     workspace = toy_workspace(tmp_path, seconds=60.0)
     process = driver(cluster, workspace)
-    assert soon(lambda: begun(workspace))
+    assert soon(lambda: start_counts(workspace))
     job = (workspace.folder / "logs" / "one.jobs").read_text().split()[0]
     cluster.run("scancel", job)
     _, said = process.communicate(timeout=60)
@@ -171,7 +180,7 @@ def test_ctrl_c_leaves_the_jobs_and_says_how_to_end_them(cluster: Cluster, tmp_p
     """Catches a Ctrl-C that throws away hours of queueing, or leaves jobs that nobody knows of."""
     workspace = toy_workspace(tmp_path, seconds=30.0)
     process = driver(cluster, workspace)
-    assert soon(lambda: begun(workspace))
+    assert soon(lambda: start_counts(workspace))
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
     found = re.search(r"the same command waits for them again, `(scancel [\d ]+)` ends them", said)
@@ -209,7 +218,9 @@ def test_an_array_larger_than_the_cluster_allows_is_cut(tmp_path: Path) -> None:
         code, said = run(small, workspace, 'arguments={"qos": "normal"}')
         assert code == 0, said + small.logs()
         assert len((workspace.folder / "logs" / "one.jobs").read_text().split()) == 2
-    assert whole(workspace, PHASES) and begun(workspace) == dict.fromkeys(ALL, 1)
+    assert all_files_complete(workspace, PHASES) and start_counts(workspace) == dict.fromkeys(
+        ALL, 1
+    )
     assert in_order(workspace, PHASES)
 
 

@@ -138,18 +138,18 @@ def test_the_first_of_equal_texts_stays(contents: list[int], tasks: int, part: i
     with tempfile.TemporaryDirectory() as folder, mock.patch("os.fsync"):
         recipe = recipe_of(Path(folder), {"code": {"drop_duplicates": True, "share": [0.0, 0.6]}})
         workspace = workspace_of(Path(folder), recipe, {"code": texts}, tasks, capacity=12)
-        places = runs_of(workspace)["code"][0]
+        runs_of_pass = runs_of(workspace)["code"][0]
         ranks = {f"code/f{i}": i for i in range(5)}
         aside = Path(folder) / "aside"
         aside.mkdir()
         flags = np.fromfile(
-            flag_duplicates(aside, workspace.folder, places, ranks, part), dtype=bool
+            flag_duplicates(aside, workspace.folder, runs_of_pass, ranks, part), dtype=bool
         )
         assert [path.name for path in aside.iterdir()] == ["duplicates"]
         found = [
-            entry
-            for position in places
-            for entry in sorted_runs.Run(workspace.folder / position.path).documents()
+            document
+            for entry in runs_of_pass
+            for document in sorted_runs.Run(workspace.folder / entry.path).documents()
         ]
     first: dict[int, Text] = {}
     for text in sorted(texts, key=lambda t: (t.source, t.ordinal)):
@@ -174,14 +174,14 @@ def test_rows_are_held_out_at_the_upper_end(tmp_path: Path) -> None:
         "prose": texts_of("prose", 200, 50),
     }
     content = planned(workspace_of(tmp_path, recipe, texts, 2, 700))
-    borders, account = content["held_out_places"], content["account"]
-    assert borders["code"] == borders["docs"] != borders["prose"]
+    boundaries, account = content["held_out_places"], content["account"]
+    assert boundaries["code"] == boundaries["docs"] != boundaries["prose"]
     quota = {name: item["held_out_tokens"] for name, item in account.items()}
     assert sum(quota.values()) == 30 * 8
     slack = []
     for name, listed in texts.items():
         inside = [text for text in listed if is_inside(recipe, name, text)]
-        held = [text for text in inside if text.position >= borders[name]]
+        held = [text for text in inside if text.position >= boundaries[name]]
         assert account[name]["held_out_documents"] == len(held)
         assert account[name]["training_documents"] == len(inside) - len(held)
         tokens = sum(text.length for text in held)
@@ -195,7 +195,7 @@ def test_rows_are_held_out_at_the_upper_end(tmp_path: Path) -> None:
     assert slack[2]
 
 
-def test_the_highest_border_that_suffices(tmp_path: Path) -> None:
+def test_the_highest_boundary_that_suffices(tmp_path: Path) -> None:
     """Catches a bucket too many or too few at the border, and one subset's border used for another's files."""
     recipe = recipe_of(tmp_path, {"a": {"share": [0.0, 0.5]}, "b": {}}, held_out={"rows": 4})
     counts = {name: np.full(2**16, 3, dtype=np.int64) for name in ("a", "b")}
@@ -226,9 +226,9 @@ def test_a_share_is_held_out_exactly(tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, {"code": {"share": [0.2, 0.7]}}, held_out={"share": 0.1})
     texts = {"code": texts_of("code", 300, 100)}
     content = planned(workspace_of(tmp_path, recipe, texts))
-    border = content["held_out_places"]["code"]
-    assert border - 1 < Fraction("0.65") * POSITIONS <= border
-    tokens = sum(t.length for t in texts["code"] if border <= t.position < 0.7 * POSITIONS)
+    boundary = content["held_out_places"]["code"]
+    assert boundary - 1 < Fraction("0.65") * POSITIONS <= boundary
+    tokens = sum(t.length for t in texts["code"] if boundary <= t.position < 0.7 * POSITIONS)
     item = content["account"]["code"]
     assert (item["held_out_tokens"], item["held_out_unused_tokens"]) == (
         tokens // 8 * 8,
@@ -284,17 +284,17 @@ def test_the_number_to_lower_to_will_do(held_out: dict[str, Any], tmp_path: Path
                 plan_task(workspace)
 
 
-def test_histogram_by_place() -> None:
+def test_histogram_by_position() -> None:
     """Catches places beyond the first or last bucket, and counts that overflow."""
     low, high = round(0.25 * POSITIONS), round(0.75 * POSITIONS)
-    places = np.array([low, (low + high) // 2, high - 1], dtype=np.uint64)
-    counts = position_histogram((0.25, 0.75), places, np.array([1, 2, 4]))
+    positions = np.array([low, (low + high) // 2, high - 1], dtype=np.uint64)
+    counts = position_histogram((0.25, 0.75), positions, np.array([1, 2, 4]))
     assert np.flatnonzero(counts).tolist() == [0, 2**15, 2**16 - 1]
     assert counts[counts > 0].tolist() == [1, 2, 4]
-    whole = position_histogram(
+    histogram = position_histogram(
         (0.0, 1.0), np.array([0, POSITIONS - 1], dtype=np.uint64), np.array([1, 2])
     )
-    assert (whole[0], whole[-1]) == (1, 2)
+    assert (histogram[0], histogram[-1]) == (1, 2)
 
 
 def test_numbers_mean_what_is_written(tmp_path: Path) -> None:
@@ -361,7 +361,7 @@ def test_account_adds_up(
         assert sum(item["used_samples"] for item in account.values()) == 24
 
 
-def test_shared_ids_are_told_beside_the_account(tmp_path: Path) -> None:
+def test_shared_ids_are_reported_beside_the_account(tmp_path: Path) -> None:
     """Catches a count of the encode tasks that is lost, or that takes documents out of the sums."""
     recipe = recipe_of(tmp_path, {"code": {}, "prose": {}})
     texts = {name: texts_of(name, 100, 30) for name in ("code", "prose")}
@@ -430,7 +430,7 @@ def test_plan_twice_and_after_a_kill(tmp_path: Path) -> None:
 # Finding a document
 
 
-def test_document_is_looked_for_where_it_is(tmp_path: Path) -> None:
+def test_document_keys_name_the_right_chunks(tmp_path: Path) -> None:
     """Catches a chunk that holds a document and is not told, and a table that tells every chunk."""
     texts = {"code": texts_of("code", 300, 40), "prose": texts_of("prose", 300, 30)}
     recipe = recipe_of(
@@ -446,13 +446,13 @@ def test_document_is_looked_for_where_it_is(tmp_path: Path) -> None:
         for line in parquet.read_table(workspace.target / f"{name}.parquet").to_pylist():
             where.setdefault((line["subset"], line["source"], line["document"]), set()).add(name)
     manifest = Manifest(tmp_path, "", "", 8, 300, "uint16", tuple(infos), None, facts)
-    told = 0
+    listed = 0
     for document, chunks in where.items():
         found = chunks_of_document(manifest, *document)
         assert found is not None
         assert chunks <= found
-        told += len(found)
-    assert told < 2 * sum(map(len, where.values()))
+        listed += len(found)
+    assert listed < 2 * sum(map(len, where.values()))
     assert chunks_of_document(manifest, "other", "code/f000", "d0é") is None
     assert (
         chunks_of_document(

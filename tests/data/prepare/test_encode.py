@@ -69,7 +69,7 @@ def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         Path(f"web/{file}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def place(
+def make_workspace(
     tokenizer: Tokenizer, subsets: dict[str, Any], folder: str = "work", **executor: Any
 ) -> Workspace:
     recipe = Recipe.model_validate(
@@ -91,7 +91,7 @@ def place(
 def encode_all(
     tokenizer: Tokenizer, subsets: dict[str, Any], folder: str = "work", **executor: Any
 ) -> Workspace:
-    workspace = place(tokenizer, subsets, folder, **executor)
+    workspace = make_workspace(tokenizer, subsets, folder, **executor)
     for number in range(len(workspace.tasks)):
         encode_task(workspace, number)
     return workspace
@@ -117,8 +117,8 @@ def entries(workspace: Workspace, subset: str, number: int = 0) -> list[Entry]:
     """All that the runs of a pass say of each document, sorted."""
     found: list[Entry] = []
     for record in records(workspace):
-        for told in record["subsets"].get(subset, {"passes": [[]] * 9})["passes"][number]:
-            run = Run(workspace.folder / told["path"])
+        for entry in record["subsets"].get(subset, {"passes": [[]] * 9})["passes"][number]:
+            run = Run(workspace.folder / entry["path"])
             more = zip(
                 *(run.read(name).tolist() for name in ("places", "texts", "fim")), strict=True
             )
@@ -139,8 +139,8 @@ def test_documents_are_encoded_with_their_end(tokenizer: Tokenizer) -> None:
             assert key == document_key64(5, "web", number, source, name)
             assert (source, ordinal) == (f"web/{index // 30}.jsonl", index % 30)
             assert (unit, text, fim) == (split_position(f"{source}\0{name}"), 0, 0)
-    told = counts(workspace, "web")
-    assert told == {
+    counted = counts(workspace, "web")
+    assert counted == {
         "documents": 180,
         "documents_read": 180,
         "tokens": sum(len(entry[4]) for entry in found),
@@ -155,7 +155,7 @@ def test_documents_are_encoded_with_their_end(tokenizer: Tokenizer) -> None:
 @pytest.mark.parametrize(
     "executor", [{"task_bytes": 1}, {"run_tokens": 1024}, {"task_bytes": 9000, "run_tokens": 2000}]
 )
-def test_the_cut_does_not_show(
+def test_the_grouping_into_tasks_does_not_show(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, executor: dict[str, int]
 ) -> None:
     """Catches what depends on how sources were cut into tasks, runs or batches."""
@@ -164,16 +164,17 @@ def test_the_cut_does_not_show(
         "fim": {**WEB, "fill_in_the_middle": {"psm": 0.5}},
     }
     subsets["fim"]["share"] = [0, 0.7]
-    whole = encode_all(tokenizer, subsets)
+    undivided = encode_all(tokenizer, subsets)
     monkeypatch.setattr(encode, "BATCH_CHARACTERS", 300)
-    cut = encode_all(tokenizer, subsets, "cut", **executor)
+    divided = encode_all(tokenizer, subsets, "cut", **executor)
     assert (
-        len([run for record in records(cut) for run in record["subsets"]["web"]["passes"][0]]) > 3
+        len([run for record in records(divided) for run in record["subsets"]["web"]["passes"][0]])
+        > 3
     )
     for name, number in (("web", 0), ("web", 1), ("fim", 0)):
-        assert entries(cut, name, number) == entries(whole, name, number)
-        assert counts(cut, name) == counts(whole, name)
-    assert sources_identity(records(cut)) == sources_identity(records(whole))
+        assert entries(divided, name, number) == entries(undivided, name, number)
+        assert counts(divided, name) == counts(undivided, name)
+    assert sources_identity(records(divided)) == sources_identity(records(undivided))
 
 
 def test_subsets_of_the_same_files_are_read_once(
@@ -260,13 +261,17 @@ def test_only_the_share_is_taken(tokenizer: Tokenizer, split_by: str) -> None:
         if POSITIONS // 4 <= unit < 3 * POSITIONS // 4 and len(text_of(i)) >= 60:
             wanted.add((f"d{i}", unit))
     assert {(entry[3], entry[5]) for entry in found} == wanted
-    told = counts(workspace, "web")
-    assert told["short"] == sum(len(text_of(i)) < 60 for i in range(180))
-    assert told["documents"] == len(wanted) > 0
-    assert told["documents"] + told["short"] + told["outside"] == told["documents_read"] == 180
+    counted = counts(workspace, "web")
+    assert counted["short"] == sum(len(text_of(i)) < 60 for i in range(180))
+    assert counted["documents"] == len(wanted) > 0
+    assert (
+        counted["documents"] + counted["short"] + counted["outside"]
+        == counted["documents_read"]
+        == 180
+    )
 
 
-def test_duplicates_are_told_from_outside_the_share_too(tokenizer: Tokenizer) -> None:
+def test_duplicates_are_found_outside_the_share_too(tokenizer: Tokenizer) -> None:
     """Catches a text that is held apart in one file and trained on in another, for want of its hash."""
     with open("web/3.jsonl", "a") as stream:
         stream.write(json.dumps({"id": "copy", "text": text_of(7)}) + "\n")
@@ -331,7 +336,7 @@ def test_rejected_lines_are_listed(tokenizer: Tokenizer) -> None:
 def test_a_wrong_recipe_stops_soon(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a misspelt key that is told after a terabyte was read; and files left by the stop."""
     monkeypatch.setattr(encode, "MIN_REJECTED", 40)
-    workspace = place(tokenizer, {"web": {**WEB, "text_key": "body"}})
+    workspace = make_workspace(tokenizer, {"web": {**WEB, "text_key": "body"}})
     words = r"subsets.web: 41 of the first 41 documents are broken, lastly .*web/1.jsonl:11: 'body' is missing; check"
     with pytest.raises(DataError, match=words):
         encode_task(workspace, 0)
@@ -369,8 +374,8 @@ encode.encode_task(Workspace.open(Path(sys.argv[1])), 0)
 )
 def test_killed_anywhere_and_done_again(tokenizer: Tokenizer, where: str, after: int) -> None:
     """Catches half a run that counts as whole, a task that counts as done, and other bytes at the second start."""
-    whole = encode_all(tokenizer, {"web": WEB}, run_tokens=1024)
-    other = place(tokenizer, {"web": WEB}, "killed", run_tokens=1024)
+    undivided = encode_all(tokenizer, {"web": WEB}, run_tokens=1024)
+    other = make_workspace(tokenizer, {"web": WEB}, "killed", run_tokens=1024)
     program = [sys.executable, "-c", KILLED, str(other.folder), where, str(after)]
     done = subprocess.run(program, capture_output=True, text=True, check=False)
     assert done.returncode == -9, done.stderr
@@ -384,15 +389,15 @@ def test_killed_anywhere_and_done_again(tokenizer: Tokenizer, where: str, after:
         if path.name != "record.json"
     }
     assert files == {
-        p.name: p.read_bytes() for p in whole.run_folder(0).iterdir() if p.name != "record.json"
+        p.name: p.read_bytes() for p in undivided.run_folder(0).iterdir() if p.name != "record.json"
     }
-    (again,), (first,) = records(other), records(whole)
+    (again,), (first,) = records(other), records(undivided)
     assert again | {"seconds": 0} == first | {"seconds": 0}
 
 
 def test_what_another_attempt_left(tokenizer: Tokenizer) -> None:
     """Catches runs of an attempt with other sizes that stay for good, and a living process's file that is taken away."""
-    workspace = place(tokenizer, {"web": WEB})
+    workspace = make_workspace(tokenizer, {"web": WEB})
     folder = workspace.run_folder(0)
     folder.mkdir(parents=True)
     dead = subprocess.Popen(["true"])
@@ -473,7 +478,7 @@ def test_memory_does_not_grow_with_the_corpus(
             for i in range(60 * size)
         ]
         Path("web/0.jsonl").write_text("".join(lines))
-        workspace = place(
+        workspace = make_workspace(
             tokenizer, {"web": {**WEB, "paths": ["web/0.jsonl"]}}, f"work{size}", run_tokens=20_000
         )
         assert workspace.tokenizer.vocab_size == 338

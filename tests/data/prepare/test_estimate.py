@@ -100,7 +100,7 @@ def test_no_time_below_that_of_the_longest_task() -> None:
     assert small.longest_encode_seconds <= small.encode_seconds
 
 
-def test_all_missing_files_are_told_at_once() -> None:
+def test_all_missing_files_are_reported_at_once() -> None:
     """Catches an estimate mended one subset at a time, and a line without the way out."""
     missing = {"kind": "jsonl", "paths": ["no/*.jsonl", "nor/*.jsonl"]}
     with pytest.raises(DataError) as caught:

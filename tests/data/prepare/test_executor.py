@@ -22,7 +22,13 @@ from k2train.data.prepare.workspace import Workspace
 from k2train.errors import ConfigError, DataError
 from tests.support import preparation
 from tests.support.command_line import hear_signals, soon
-from tests.support.preparation import begun, in_order, toy_phases, toy_workspace, whole
+from tests.support.preparation import (
+    all_files_complete,
+    in_order,
+    start_counts,
+    toy_phases,
+    toy_workspace,
+)
 
 ROOT = Path(__file__).resolve().parents[3]
 PHASES = toy_phases()
@@ -73,7 +79,7 @@ def begun_and_done(workspace: Workspace) -> dict[str, int]:
         for number in range(p.tasks)
         if is_done(workspace, p, number)
     }
-    return {name: times for name, times in begun(workspace).items() if name in done}
+    return {name: times for name, times in start_counts(workspace).items() if name in done}
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -81,10 +87,12 @@ def test_every_task_is_done_once_and_nothing_is_done_again(tmp_path: Path, worke
     """Catches a task left out, done twice, or done again by a second start; and processes left behind."""
     workspace = toy_workspace(tmp_path)
     run(workspace, workers)
-    assert begun(workspace) == dict.fromkeys(ALL, 1) and whole(workspace, PHASES)
+    assert start_counts(workspace) == dict.fromkeys(ALL, 1) and all_files_complete(
+        workspace, PHASES
+    )
     assert in_order(workspace, PHASES)
     run(workspace, workers)
-    assert begun(workspace) == dict.fromkeys(ALL, 1)
+    assert start_counts(workspace) == dict.fromkeys(ALL, 1)
     assert workers_of(workspace) == set()
 
 
@@ -94,9 +102,9 @@ def test_the_terminal_shows_our_lines_only(
     """Catches datatrove's own log lines on the user's terminal, and a count that is not the tasks'."""
     workspace = toy_workspace(tmp_path)
     run_phases(workspace, ExecutorRecipe(workers=2), Progress(sys.stderr), PHASES)
-    said = capfd.readouterr()
-    assert said.out == ""
-    lines = said.err.splitlines()
+    output = capfd.readouterr()
+    assert output.out == ""
+    lines = output.err.splitlines()
     assert [line.partition(" tasks in ")[0] for line in lines] == ["one: 6", "two: 1", "three: 4"]
     assert (
         "Processing done"
@@ -112,12 +120,16 @@ def test_a_users_mistake_in_a_task_is_its_line(tmp_path: Path, workers: int) -> 
     with pytest.raises(DataError) as refused:
         run(workspace, workers)
     assert str(refused.value) == line
-    assert "two_0" not in begun(workspace) and workers_of(workspace) == set()
+    assert "two_0" not in start_counts(workspace) and workers_of(workspace) == set()
     toy_workspace(tmp_path)
     before = begun_and_done(workspace)
     run(workspace, workers)
     after = begun_and_done(workspace)
-    assert whole(workspace, PHASES) and set(after) == ALL and before.items() <= after.items()
+    assert (
+        all_files_complete(workspace, PHASES)
+        and set(after) == ALL
+        and before.items() <= after.items()
+    )
 
 
 def test_of_many_mistakes_the_first_task_s_is_shown(tmp_path: Path) -> None:
@@ -142,7 +154,7 @@ def test_a_bug_names_the_task_and_its_log(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_killed_worker_is_told_and_not_waited_for(tmp_path: Path, workers: int) -> None:
+def test_a_killed_worker_is_reported_and_not_waited_for(tmp_path: Path, workers: int) -> None:
     """Catches the pool that waits for ever for a worker that the system killed for want of memory."""
     workspace = toy_workspace(tmp_path, kill="one/2")
     with pytest.raises(
@@ -201,11 +213,11 @@ def test_a_deleted_or_shortened_output_is_made_again(tmp_path: Path) -> None:
     (workspace.target / "three_0.txt").write_text("half")
     (workspace.folder / "chunks" / "three_1.json").write_text('{"files": [')
     run(workspace)
-    again = {name for name, times in begun(workspace).items() if times == 2}
-    assert again == {"one_3", "three_0", "three_1"} and whole(workspace, PHASES)
+    again = {name for name, times in start_counts(workspace).items() if times == 2}
+    assert again == {"one_3", "three_0", "three_1"} and all_files_complete(workspace, PHASES)
 
 
-def test_settling_follows_the_records(tmp_path: Path) -> None:
+def test_reconciling_follows_the_records(tmp_path: Path) -> None:
     """Catches a mark without an output that is believed, and an output without a mark that is made again."""
     workspace = toy_workspace(tmp_path)
     preparation.work_one(workspace, 4)
@@ -216,7 +228,7 @@ def test_settling_follows_the_records(tmp_path: Path) -> None:
     assert reconcile(workspace, PHASES[0]) == 5
     assert completed(workspace, PHASES[0]) == {4}
     tasks.run_task(workspace.folder, PHASES[0], 4)
-    assert begun(workspace)["one_4"] == 1
+    assert start_counts(workspace)["one_4"] == 1
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -234,10 +246,14 @@ def test_kill_9_at_any_moment_then_again(tmp_path: Path, workers: int) -> None:
         assert before.items() <= after.items()
         before = after
     process = driver(workspace, f"workers={workers}")
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 0, said
+    _, output = process.communicate(timeout=60)
+    assert process.returncode == 0, output
     after = begun_and_done(workspace)
-    assert whole(workspace, PHASES) and set(after) == ALL and before.items() <= after.items()
+    assert (
+        all_files_complete(workspace, PHASES)
+        and set(after) == ALL
+        and before.items() <= after.items()
+    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
@@ -245,7 +261,7 @@ def test_workers_end_with_their_driver(tmp_path: Path, number: signal.Signals) -
     """Catches workers, or datatrove's manager process, that outlive a driver that is ended in whatever way."""
     workspace = toy_workspace(tmp_path, seconds=60)
     process = driver(workspace, "workers=2")
-    assert soon(lambda: len(begun(workspace)) == 2)
+    assert soon(lambda: len(start_counts(workspace)) == 2)
     assert len(workers_of(workspace)) >= 4
     process.send_signal(number)
     process.communicate(timeout=20)
@@ -258,14 +274,14 @@ def test_a_second_driver_is_refused_and_the_lock_dies_with_its_holder(tmp_path: 
     workspace = toy_workspace(tmp_path, seconds=60)
     process = driver(workspace, "workers=1")
     try:
-        assert soon(lambda: begun(workspace))
+        assert soon(lambda: start_counts(workspace))
         second = driver(workspace, "workers=1")
         try:
-            _, said = second.communicate(timeout=20)
+            _, output = second.communicate(timeout=20)
         finally:
             second.kill()
         assert second.returncode == 2
-        assert f"already running (pid {process.pid})" in said and said.count("\n") == 1
+        assert f"already running (pid {process.pid})" in output and output.count("\n") == 1
     finally:
         process.kill()
         process.communicate()

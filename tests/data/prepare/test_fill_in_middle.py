@@ -58,10 +58,10 @@ def test_parts_stand_as_k2_has_them(tokenizer: Tokenizer) -> None:
     assert fim_ids(tokenizer, text, "psm", 8, 14).tolist() == [head, *p, turn, *s, last, *m]
     assert fim_ids(tokenizer, text, "spm", 8, 14).tolist() == [head, turn, *s, last, *pm]
     assert fim_ids(tokenizer, text, "none", 0, 0).tolist() == tokenizer.encode(text)
-    told = tokenizer.decode(fim_ids(tokenizer, text, "psm", 8, 14))
-    assert told == "<fim_prefix>def the <fim_suffix> x = 1<fim_middle>value\n"
-    told = tokenizer.decode(fim_ids(tokenizer, text, "spm", 8, 14))
-    assert told == "<fim_prefix><fim_suffix> x = 1<fim_middle>def the value\n"
+    decoded = tokenizer.decode(fim_ids(tokenizer, text, "psm", 8, 14))
+    assert decoded == "<fim_prefix>def the <fim_suffix> x = 1<fim_middle>value\n"
+    decoded = tokenizer.decode(fim_ids(tokenizer, text, "spm", 8, 14))
+    assert decoded == "<fim_prefix><fim_suffix> x = 1<fim_middle>def the value\n"
 
 
 def test_prefix_and_middle_are_one_text_in_spm(tokenizer: Tokenizer) -> None:

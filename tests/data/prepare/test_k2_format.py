@@ -121,17 +121,17 @@ def test_numbers_of_every_length_beside_each_other() -> None:
     assert found == [pairs, pairs]
 
 
-def test_plain_lines_take_the_fast_road(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plain_lines_take_the_fast_path(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a fast road that always declines: everything would still be right, and slow."""
     content = text_of(sample(i) for i in range(40))
     expected = parse(content)
 
     def refuse(*_: object) -> Any:
-        raise AssertionError("the slow road was taken")
+        raise AssertionError("the slow path was taken")
 
     monkeypatch.setattr(k2_lines, "parse_line", refuse)
     assert parse(content, 1000) == expected
-    with pytest.raises(AssertionError, match="slow road"):
+    with pytest.raises(AssertionError, match="slow path"):
         parse(content.replace(b", ", b",", 1))
 
 
@@ -150,9 +150,9 @@ def test_nothing_is_accepted_that_json_refuses(
 ) -> None:
     """Catches a fast road that reads numbers out of what is no valid line, or reads a valid line otherwise."""
     content = bytearray(text_of(sample(i) for i in range(3)))
-    for place, removed, put in edits:
-        place %= len(content)
-        content[place : place + removed] = put
+    for offset, removed, put in edits:
+        offset %= len(content)
+        content[offset : offset + removed] = put
     try:
         lines = [json.loads(line) for line in bytes(content).removesuffix(b"\n").split(b"\n")]
         valid = all(
@@ -593,7 +593,7 @@ def lines_of(progress: Progress) -> list[str]:
     return progress.stream.getvalue().splitlines()
 
 
-def test_what_is_there_already_is_said(
+def test_an_existing_import_is_reported(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches `import: 0 chunks`, and a folder called imported that was only found."""
@@ -653,7 +653,7 @@ def test_two_imports_into_one_folder(source: Path, tmp_path: Path) -> None:
 # Export of folders that were not imported
 
 
-def test_an_export_says_what_is_lost(source: Path, tmp_path: Path) -> None:
+def test_an_export_reports_what_is_lost(source: Path, tmp_path: Path) -> None:
     """Catches sources, a held-out chunk and borders that go missing without a word; and a word where nothing does."""
     progress = Progress(io.StringIO())
     export_k2(import_k2(source, tmp_path / "out"), tmp_path / "back", progress)
@@ -747,7 +747,7 @@ def test_export_refuses_what_it_cannot_vouch_for(tmp_path: Path) -> None:
     assert list(back.iterdir()) == []
 
 
-def test_a_stopped_export_goes_on(
+def test_a_stopped_export_is_resumed(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches work done twice, a half-written file taken for whole, and files of two data sets in one folder."""

@@ -165,7 +165,7 @@ def test_every_token_is_that_of_the_document_named_for_it(made: Manifest) -> Non
     texts |= {("books/books.parquet", name): text for name, text in BOOKS.items()}
     texts |= {(f"notes/{name}", name): text for name, text in NOTES.items()}
     kinds: Counter[str] = Counter()
-    whole = 0
+    complete = 0
     for (_, source, document, _), pieces in documents_in(
         made, [info.name for info in made.all_chunks()]
     ).items():
@@ -176,13 +176,13 @@ def test_every_token_is_that_of_the_document_named_for_it(made: Manifest) -> Non
             ids += part
             at += len(part)
         if ids and ids[-1] == EOS_ID:
-            whole += 1
+            complete += 1
             kinds[pieces[0][1]] += 1
             assert restore(tokenizer, np.array(ids[:-1])) == texts[source, document]
             assert (pieces[0][1] == "none") == (
                 not any(token >= tokenizer.base_size for token in ids)
             )
-    assert whole > 150
+    assert complete > 150
     assert kinds["psm"] > 10 and kinds["spm"] > 10
 
 
@@ -218,7 +218,7 @@ def test_what_is_held_out_is_never_trained_on(made: Manifest) -> None:
     assert made.held_out is not None and made.held_out.rows == 12
 
 
-def test_borders_are_the_starts_of_documents(made: Manifest) -> None:
+def test_boundaries_are_the_starts_of_documents(made: Manifest) -> None:
     """Catches borders that are off by one, or missing where a document begins inside a row."""
     for info in made.all_chunks():
         lines = parquet.read_table(made.folder / str(info.provenance)).to_pylist()
@@ -292,10 +292,10 @@ def test_one_work_folder_for_two_recipes(corpus: Path, tmp_path: Path) -> None:
         tree["work"] = str(tmp_path / "scratch")
         recipes.append(write_recipe(tmp_path / f"{name}.yaml", tree | {"seed": len(recipes)}))
     killed_after_encoding(recipes[0], tmp_path / "scratch")
-    begun = {path for path in (tmp_path / "scratch").rglob("record.json")}
-    assert begun
+    records = {path for path in (tmp_path / "scratch").rglob("record.json")}
+    assert records
     assert prepare(recipes[1]).returncode == 0
-    assert begun <= set((tmp_path / "scratch").rglob("record.json"))
+    assert records <= set((tmp_path / "scratch").rglob("record.json"))
     done = prepare(recipes[0])
     assert done.returncode == 0 and "resuming the preparation" in done.stderr
     assert not (tmp_path / "scratch").exists()
@@ -326,7 +326,7 @@ def test_two_at_once_into_one_output(corpus: Path, tmp_path: Path) -> None:
     assert manifest.facts["seed"] == 5
 
 
-def test_a_place_that_cannot_be_written_is_one_line(made: Manifest) -> None:
+def test_a_folder_that_cannot_be_written_is_one_line(made: Manifest) -> None:
     """Catches a traceback where a folder cannot be made."""
     for output in ("/proc/nowhere/x", "/dev/null/x"):
         done = prepare(made.folder.parent / "r.yaml", f"output={output}")
@@ -446,7 +446,7 @@ BROKEN: list[tuple[bytes, str]] = [
 ]
 
 
-def test_broken_lines_are_listed_and_the_rest_goes_on(corpus: Path, tmp_path: Path) -> None:
+def test_broken_lines_are_listed_and_the_rest_is_prepared(corpus: Path, tmp_path: Path) -> None:
     """Catches a broken line that stops the preparation, goes unlisted, or moves the numbers of the lines after it."""
     tree = recipe_tree(corpus, tmp_path / "out")
     (tmp_path / "web").mkdir()

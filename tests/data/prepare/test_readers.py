@@ -66,11 +66,11 @@ def read(
     given = SubsetRecipe.model_validate({"kind": kind, "paths": [path], **subset})
     reading = read_documents(given, Source("web", path, os.path.abspath(path)))
     found = list(reading)
-    whole = Path(path).read_bytes()
+    content = Path(path).read_bytes()
     assert reading.facts == {
         "key": f"web/{path}",
-        "bytes": len(whole),
-        "sha256": hashlib.sha256(whole).hexdigest(),
+        "bytes": len(content),
+        "sha256": hashlib.sha256(content).hexdigest(),
         "mtime_ns": os.stat(path).st_mtime_ns,
     }
     kept = [item for item in found if isinstance(item, Document)]
@@ -136,7 +136,7 @@ def test_files_that_cannot_be_named(subsets: dict[str, Any], words: str) -> None
         list_sources(recipe)
 
 
-def test_all_wrong_paths_are_told_at_once() -> None:
+def test_all_wrong_paths_are_reported_at_once() -> None:
     """Catches a recipe mended one path at a time, and a line that does not say of which subset it speaks."""
     write_files("web/x.jsonl")
     subsets = {
@@ -189,18 +189,18 @@ def test_standard_library_without_tests_and_packages(tmp_path: Path) -> None:
     assert found[0] == Source("stdlib", "Z.py", str(tmp_path / "Z.py"), 6)
 
 
-def test_place_is_decided_by_the_name() -> None:
+def test_position_is_decided_by_the_name() -> None:
     """Catches a split that moves: stage 2 prepared later must still avoid what stage 1 was trained on."""
-    place = split_position(Source("stdlib", "json/decoder.py", "here").key)
-    assert place / POSITIONS == pytest.approx(0.5783079497436994, abs=1e-12)
+    position = split_position(Source("stdlib", "json/decoder.py", "here").key)
+    assert position / POSITIONS == pytest.approx(0.5783079497436994, abs=1e-12)
     assert split_position("web/a.jsonl\00017") == 36732437623685
     assert split_position("web/a.jsonl\00018") != 36732437623685
 
 
 @given(st.floats(0, 1), st.integers(0, POSITIONS - 1))
-def test_borders_are_exact(part: float, place: int) -> None:
+def test_split_boundaries_are_exact(part: float, position: int) -> None:
     """Catches a place on both sides of a border, or on none."""
-    assert (place >= first_position(part)) == (place >= part * POSITIONS)
+    assert (position >= first_position(part)) == (position >= part * POSITIONS)
     assert (first_position(0.0), first_position(1.0)) == (0, POSITIONS)
 
 
@@ -344,7 +344,7 @@ BAD_LINES = {
 }
 
 
-def test_broken_lines_are_told_and_the_rest_goes_on() -> None:
+def test_broken_lines_are_reported_and_the_rest_is_read() -> None:
     """Catches a broken line that stops the corpus, is taken for text, or is told with the wrong number."""
     good = b'{"id": 1, "text": "good"}\n'
     found, rejected = read(

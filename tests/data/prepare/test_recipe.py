@@ -93,7 +93,7 @@ def test_one_line_in_plain_words(tmp_path: Path, override: str, line: str) -> No
     assert mistakes(tmp_path, override) == [f"override '{override}': {line}"]
 
 
-def test_one_slip_of_the_pen_is_one_mistake(tmp_path: Path) -> None:
+def test_one_misspelling_is_one_mistake(tmp_path: Path) -> None:
     """Catches a line for each key of a subset that is none, and other mistakes lost beside it."""
     overrides = ("subsets.wbe.repeat=3", "subsets.wbe.share=[0, 2]", "subsets.books.repeat=-1")
     assert mistakes(tmp_path, *overrides) == [
@@ -165,7 +165,7 @@ def recipe_of(**subsets: dict[str, Any]) -> Recipe:
     )
 
 
-def test_two_cuts_of_one_origin_are_explained() -> None:
+def test_two_splits_of_one_origin_are_explained() -> None:
     """Catches `both read the same files` of two that do not, and no word of how to tell them apart."""
     half = {"share": [0.0, 0.5]}
     same = {"paths": ["a/web/*.jsonl"]}
@@ -189,7 +189,7 @@ def test_two_cuts_of_one_origin_are_explained() -> None:
     recipe_of(a={"paths": ["d/web"]}, b={"paths": ["d/books"], **half})
 
 
-def test_legal_keys_of_every_section() -> None:
+def test_allowed_keys_of_every_section() -> None:
     """Catches the nearest key of another section."""
     assert "share" in allowed_keys(Recipe, ("subsets", "web")) and "psm" in allowed_keys(
         Recipe, ("subsets", "web", "fill_in_the_middle")

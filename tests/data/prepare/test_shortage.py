@@ -95,7 +95,7 @@ def refused(tmp_path: Path, subset: dict[str, Any], **keys: Any) -> str:
         "rows",
     ],
 )
-def test_the_key_that_mends_it_is_named(
+def test_the_key_that_fixes_it_is_named(
     tmp_path: Path, subset: dict[str, Any], keys: dict[str, Any], words: str
 ) -> None:
     """Catches `widen its share` where there is no share, and a number that is refused again."""
@@ -137,7 +137,7 @@ def test_why_documents_are_none(tmp_path: Path) -> None:
             check_samples(recipe, {"a": zeros | changes}, {"a": 0}, {"a": 0})
 
 
-def test_the_smallest_is_told_and_the_others_named(tmp_path: Path) -> None:
+def test_the_smallest_is_explained_and_the_others_named(tmp_path: Path) -> None:
     """Catches one subset mended after the other, each after another reading of the corpus."""
     recipe = recipe_of(tmp_path, {"a": {}, "b": {}, "c": {}}, chunks=9)
     account = {name: {"training_tokens": 40} for name in "abc"}

@@ -69,7 +69,7 @@ def check_chunk(workspace: Workspace, texts: dict[str, list[Text]], name: str) -
     file = parquet.ParquetFile(workspace.target / info.provenance)
     assert file.read().to_pylist() == expected.pieces
     assert info.borders is not None
-    assert np.load(workspace.target / info.borders).tolist() == expected.borders
+    assert np.load(workspace.target / info.borders).tolist() == expected.boundaries
     counted = dict.fromkeys(texts, 0)
     for piece in expected.pieces:
         counted[piece["subset"]] += piece["length"]
@@ -153,7 +153,7 @@ def test_bytes_do_not_depend_on_runs_and_tasks(
     assert found[0] == found[1] == found[2]
 
 
-def test_documents_longer_than_a_stretch(tmp_path: Path) -> None:
+def test_documents_longer_than_a_batch(tmp_path: Path) -> None:
     """Catches a stretch that holds nothing, between two documents that are longer than one, taken for an end."""
     texts = {"books": texts_of("books", [4500 + n for n in range(400)], 200)}
     recipe = recipe_of(tmp_path, {"books": {}}, document_borders=True, held_out={"share": 0.08})
@@ -245,18 +245,18 @@ def test_rows_given_are_not_overwritten_while_they_are_written(
 
     monkeypatch.setattr(row_file.os, "pwrite", slow)
     rows, at_once = 256, 16
-    places = np.random.default_rng(0).permutation(rows).astype(np.uint32)
+    row_numbers = np.random.default_rng(0).permutation(rows).astype(np.uint32)
     buffers = [np.empty((at_once, 8), np.uint16) for _ in range(2)]
     with row_file.ChunkFile(tmp_path / "c.npy", rows, 8, "uint16") as file:
         for start in range(0, rows, at_once):
             buffers[0][:] = np.arange(start, start + at_once)[:, None]
-            file.write(buffers[0], places[start : start + at_once])
+            file.write(buffers[0], row_numbers[start : start + at_once])
             buffers.reverse()
         file.finish()
-    assert np.load(tmp_path / "c.npy")[places, 0].tolist() == list(range(rows))
+    assert np.load(tmp_path / "c.npy")[row_numbers, 0].tolist() == list(range(rows))
 
 
-def test_no_space_is_told_before_and_while_writing(
+def test_no_space_is_reported_before_and_while_writing(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches a traceback of a full disk, and what it leaves there."""
@@ -268,9 +268,9 @@ def test_no_space_is_told_before_and_while_writing(
         ):
             chunk_task(workspace, 0)
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    for place in ("posix_fallocate", "pwrite", "fsync"):
+    for function in ("posix_fallocate", "pwrite", "fsync"):
         with monkeypatch.context() as patch:
-            patch.setattr(os, place, mock.Mock(side_effect=full))
+            patch.setattr(os, function, mock.Mock(side_effect=full))
             with pytest.raises(DataError, match=r"chunk_000 needs .* are free: make room there"):
                 chunk_task(workspace, 0)
         assert left_in(workspace) == []
@@ -353,8 +353,8 @@ def test_a_repeated_subset_is_packed_anew(texts: dict[str, list[Text]], tmp_path
     info = read_json(workspace.chunk_record("chunk_000"))["info"]
     assert info["borders"] is None
     # Back from the shuffled rows to the samples as they were cut from the stream.
-    places = row_positions(info["rows"], recipe.seed, "chunk_000").tolist()
-    sample = {row: number for number, row in enumerate(places)}
+    row_numbers = row_positions(info["rows"], recipe.seed, "chunk_000").tolist()
+    sample = {row: number for number, row in enumerate(row_numbers)}
     for line in sorted(lines, key=lambda line: (sample[line["row"]], line["start"])):
         if line["subset"] == "code" and line["offset"] == 0:
             order[line["repeat"]].append(line["source"] + line["document"])
