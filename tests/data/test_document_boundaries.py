@@ -81,7 +81,7 @@ def test_plain_numpy_reads_what_was_written(tmp_path: Path) -> None:
         assert np.array_equal(open_borders(path, "c"), plain)
         assert check_borders(path, "c")[1] == len(positions)
     assert [path.name for path in tmp_path.iterdir() if path.suffix == ".tmp"] == []
-    with pytest.raises(AssertionError, match="do not ascend"):
+    with pytest.raises(AssertionError, match="are not ascending"):
         write_borders(tmp_path / "bad.npy", [3, 3])
 
 
@@ -181,12 +181,12 @@ BROKEN: list[tuple[str, Callable[[dict[str, Any]], object], str]] = [
     (
         "upwards",
         lambda c: c["chunks"][0].update(borders="../b.npy"),
-        "chunk_000: file '../b.npy' lies outside",
+        "chunk_000: file '../b.npy' is outside",
     ),
     (
         "absolute",
         lambda c: c["held_out"].update(borders="/b.npy"),
-        "held_out: file '/b.npy' lies outside",
+        "held_out: file '/b.npy' is outside",
     ),
     (
         "shared",
@@ -230,7 +230,7 @@ def test_cheap_checks_see_the_borders_file(tmp_path: Path) -> None:
     for content, words in (
         (whole[:-3], f"truncated: {len(whole) - 3} bytes, must be {len(whole)}"),
         (whole + b"x", "too long"),
-        (b"short", "no NumPy header"),
+        (b"short", "not a NumPy file"),
     ):
         file.write_bytes(content)
         with pytest.raises(DataError, match=rf"chunk_001 .*borders\.npy\): {words}"):
@@ -291,7 +291,7 @@ def test_the_loader_gives_documents_beside_tokens(tmp_path: Path, data: int, mic
 def test_data_without_borders_is_refused_at_once(tmp_path: Path) -> None:
     """Catches a run that attends where it was told not to, or finds out in the middle; the line says what to do."""
     manifest, _ = make(tmp_path, ("chunk_000",))
-    words = r"these have no document borders: chunk_001, held_out; set document_borders: true in the recipe"
+    words = r"have no document borders: chunk_001, held_out; set document_borders: true in the recipe"
     with pytest.raises(DataError, match=words):
         Loader(manifest, make_order(manifest, None, 4), 0, 1, 4, VOCAB, documents=True)
     with pytest.raises(DataError, match="held_out"):

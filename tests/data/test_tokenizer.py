@@ -356,7 +356,7 @@ def test_training_takes_what_it_can() -> None:
     clean = train_tokenizer(texts, VOCAB_SIZE)
     assert train_tokenizer([*texts, "\ud800 broken\n"], VOCAB_SIZE).sha256 == clean.sha256
     with pytest.raises(
-        DataError, match=r"vocab_size \(9000\) cannot be reached with this text: the most is \d+$"
+        DataError, match=r"vocab_size \(9000\) cannot be reached with this text: the maximum is \d+$"
     ):
         train_tokenizer(texts, 9000)
     # Of the rarest characters, here four of the digits, the trainer makes no pieces.
@@ -366,8 +366,8 @@ def test_training_takes_what_it_can() -> None:
         with pytest.raises(DataError) as caught:
             train_tokenizer(texts, size)
         assert str(caught.value) == (
-            f"tokenizer.train.vocab_size ({size}) cannot be reached with this text: the least is {least}: 256 bytes, "
-            f"3 control pieces, its {characters} commonest characters"
+            f"tokenizer.train.vocab_size ({size}) cannot be reached with this text: the minimum is {least}: 256 bytes, "
+            f"3 control pieces, its {characters} most common characters"
         )
     assert train_tokenizer(texts, least).base_size == least
     for size in (-1, 0, 3):
@@ -383,7 +383,7 @@ def test_training_takes_what_it_can() -> None:
 def test_what_the_trainer_says_is_a_last_resort() -> None:
     """Catches advice to set an option of sentencepiece's that nothing here takes."""
     told = "INTERNAL: a.cc(1) [x] Too few. 3 vs 4. Increase it or decrease character_coverage with --character_coverage option."
-    assert module._bound(told) == "INTERNAL: a.cc(1) [x] Too few. 3 vs 4."
+    assert module._size_error(told) == "INTERNAL: a.cc(1) [x] Too few. 3 vs 4."
 
 
 # The command line
@@ -430,12 +430,12 @@ def test_every_kind_of_file_trains_the_same(
         assert tool.main([str(output), given_files, "--vocab-size", str(VOCAB_SIZE), *options]) == 0
         printed = capsys.readouterr().out
         assert Tokenizer.load(output).sha256 == expected
-        assert f"sha256 {expected}" in printed and "320 pieces and 18 special" in printed
+        assert f"sha256 {expected}" in printed and "320 pieces, then 18 special" in printed
         size = sum(map(len, corpus))
         tokens = sum(map(len, Tokenizer.load(output).encode_arrays(corpus)))
         assert (
             f"{size:,} bytes of text" in printed
-            and f"\n{size / tokens:.3f} bytes a token" in printed
+            and f"\n{size / tokens:.3f} bytes per token" in printed
         )
 
 
@@ -496,7 +496,7 @@ def test_what_cannot_be_read_is_told_and_left_out(
         == 0
     )
     assert (
-        "left out: 1 document whose 'text' is no text, 2 documents without the key 'text', 1 document without valid "
+        "skipped: 1 document whose 'text' is not text, 2 documents without the key 'text', 1 document without valid "
         "Unicode, 2 empty documents, 1 empty file, 1 line above 65536 bytes, 1 line without valid JSON, 2 lines without "
         "valid UTF-8\n"
     ) in capsys.readouterr().out
@@ -515,8 +515,8 @@ def test_the_first_text_key_that_is_there(tool: ModuleType, tmp_path: Path) -> N
         for name in ("a.jsonl", "b.parquet")
     ]
     assert found == [["a", "c"], ["f"]]
-    assert tool.told(left_out) == (
-        "1 document whose 'text' or 'content' is no text, 1 document without the key 'text' or 'content'"
+    assert tool.skipped_text(left_out) == (
+        "1 document whose 'text' or 'content' is not text, 1 document without the key 'text' or 'content'"
     )
 
 
@@ -560,14 +560,14 @@ def test_mistakes_cost_one_line(
     cases = {
         "none*.txt": "no file",
         "txt": r"folder; give a pattern, as .*/txt/\*\*/\*\.txt",
-        "a.csv": "none of the kinds",
-        "empty.jsonl": r"no text to train on in 1 file; left out: 1 document without the key 'text'$",
+        "a.csv": "unsupported kind of file",
+        "empty.jsonl": r"no text to train on in 1 file; skipped: 1 document without the key 'text'$",
         "bad.parquet": "cannot be read",
         "bad.jsonl.zst": "bad.jsonl.zst: not a complete zstd file",
         "cut.jsonl.gz": "cut.jsonl.gz: cut off after",
-        "txt/0*.txt": r"--vocab-size \(9000\) cannot be reached with this text: the most is",
-        "parquet/a.parquet": "has no column 'text' but body",
-        "txt/00.txt": r"--vocab-size \(9000\) cannot be reached with this text: the most is",
+        "txt/0*.txt": r"--vocab-size \(9000\) cannot be reached with this text: the maximum is",
+        "parquet/a.parquet": "has no column 'text'; its columns are body",
+        "txt/00.txt": r"--vocab-size \(9000\) cannot be reached with this text: the maximum is",
     }
     for name, message in cases.items():
         assert tool.main([str(output), str(tmp_path / name), "--vocab-size", "9000"]) == 2

@@ -29,7 +29,7 @@ FAST = {
     "python tools/plan.py configs/k2_65b/stage1.yaml --world 480": "65,286,184,960 parameters",
     "python tools/fault_run.py --list": "save.renamed",
     "python tools/bench_checkpoint.py --megabytes 50": "save",
-    "python tools/bench_watch.py --steps 5": "nothing watched",
+    "python tools/bench_watch.py --steps 5": "no monitoring",
     "python tools/prepare_data.py configs/k2_65b/data_stage1.yaml --estimate": "k2-65b-stage1: 1,295.7B tokens to encode",
 }
 """Commands that need no data: run here as they stand, with a word of what they print."""

@@ -84,8 +84,8 @@ def mutation_of(old: str, new: str, test: str = "tests/test_toy.py::test_add") -
     (
         ("a + b", "a - b", "test_add", True, "1 failed"),
         ("return 2 * a ", "return 3 * a ", "test_weak", False, "1 passed"),
-        ("a * b", "a", "test_add", False, "stands 0 times in toy.py"),
-        ("2 * a", "a", "test_weak", False, "stands 2 times in toy.py"),
+        ("a * b", "a", "test_add", False, "occurs 0 times in toy.py"),
+        ("2 * a", "a", "test_weak", False, "occurs 2 times in toy.py"),
         ("a + b", "a +", "test_add", False, "invalid syntax"),
         ("def add", "def sub", "test_add", False, "no collectors"),
         ("a + b", "a + c", "test_add", False, "failed of NameError"),

@@ -322,10 +322,10 @@ def test_provenance_that_is_no_parquet(manifest: Manifest) -> None:
     path = manifest.folder / "chunk_001.parquet"
     path.write_bytes(b"PAR1 and nothing more")
     (line,) = problems_of(rehash(manifest))
-    assert line.startswith(f"chunk_001 ({path}): is no provenance of a chunk")
+    assert line.startswith(f"chunk_001 ({path}): is not the provenance of a chunk")
     parquet.write_table(arrow.table({"other": [1]}), path)
     (line,) = problems_of(rehash(manifest))
-    assert line.startswith(f"chunk_001 ({path}): is no provenance of a chunk")
+    assert line.startswith(f"chunk_001 ({path}): is not the provenance of a chunk")
 
 
 @pytest.mark.parametrize(
@@ -369,7 +369,7 @@ MANIFEST_MISTAKES: list[tuple[str, Callable[[dict[str, Any]], object], list[str]
     ("a hash", lambda c: c["held_out"].update(sha256="0" * 64), ["held_out.npy"]),
     ("specials", lambda c: c["facts"]["tokenizer"]["specials"].pop(), ["tokenizer.model: model and specials have the hash"]),
     ("no specials", lambda c: c["facts"]["tokenizer"].pop("specials"), ["facts.tokenizer must have"]),
-    ("elsewhere", lambda c: c["facts"]["tokenizer"].update(file="../t.model"), ["'../t.model' lies outside"]),
+    ("elsewhere", lambda c: c["facts"]["tokenizer"].update(file="../t.model"), ["'../t.model' is outside"]),
     ("tokenizer hash", lambda c: c.update(tokenizer_sha256="0" * 64), ["the manifest says 0000000000000000"]),
     ("vocabulary", lambda c: c.update(vocab_size=318 - 1), ["has 318 ids, vocab_size of the manifest is 317"]),
 ]  # fmt: skip
@@ -577,7 +577,7 @@ def test_a_file_that_is_no_manifest(
     (folder / "flow.yaml").write_text("{name: x}\n")
     for name in ("recipe.yaml", "flow.yaml", "chunk_000.npy", "sources.json", "rejected.jsonl"):
         assert tool.main([str(folder / name)]) == 2
-        expected = f"{folder / name}: is no manifest; give the manifest.json of a data folder, or the folder itself\n"
+        expected = f"{folder / name}: is not a manifest; give the manifest.json of a data folder, or the folder itself\n"
         assert capsys.readouterr() == ("", expected)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(

@@ -182,7 +182,7 @@ def test_what_a_kill_leaves_behind_is_a_note(run: Path, capsys: pytest.CaptureFi
     assert verify([str(run)]) == 0
     assert (
         "note: " in (said := capsys.readouterr()).out
-        and "ckpt_001: the ledger does not tell of it" in said.out
+        and "ckpt_001: is not in the ledger" in said.out
     )
 
 

@@ -1,5 +1,6 @@
-"""Fault rows 4 to 7: files on the disk are stale, flipped, cut, missing or exchanged; the disk is
-full.
+"""Fault rows 4 to 7: files on the disk are stale, flipped, cut, missing or exchanged.
+
+The disk is full.
 """
 
 import contextlib
@@ -275,8 +276,9 @@ def row_7(bench: Bench) -> Result:
 
 @contextlib.contextmanager
 def small_disk(folder: Path, kilobytes: int) -> Iterator[str]:
-    """Mount a file system of that size at `folder`; yields the reason why it is not possible, or
-    "".
+    """Mount a file system of that size at `folder`.
+
+    Yields the reason why it is not possible, or "".
     """
     folder.mkdir()
     options = ["-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs"]
@@ -296,8 +298,9 @@ def small_disk(folder: Path, kilobytes: int) -> Iterator[str]:
 
 
 def _full_disk(bench: Bench, world: TinyRun, result: Result) -> None:
-    """Fill the disk during a save and free it while the save is retried; then once without freeing
-    it.
+    """Fill the disk during a save and free it while the save is retried.
+
+    Then once without freeing it.
     """
     small = bench.scratch / "small"
     for mercy in (True, False):

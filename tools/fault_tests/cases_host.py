@@ -1,6 +1,4 @@
-"""Fault rows 23 to 29: two jobs at once, stale lease, clocks, changed configs, crash loops,
-secrets.
-"""
+"""Fault rows 23 to 29: two jobs, stale lease, clocks, changed configs, crash loops, secrets."""
 
 import time
 from pathlib import Path

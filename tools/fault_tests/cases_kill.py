@@ -1,4 +1,4 @@
-"""Rows 1 to 3: SIGKILL in the middle of a step, at every phase of a save, while old checkpoints are removed or set aside."""
+"""Fault rows 1 to 3: SIGKILL in a step, in every phase of a save, in retention and rollback."""
 
 import random
 import signal
@@ -13,10 +13,11 @@ from k2train.fault_injection import POINTS
 
 GONE_SECONDS = 5.0
 RANK_ZERO = ("start.locked", "start.aside")
-"""Only rank 0 comes to these, and to what begins with `retire.` or `ledger.`"""
+"""Only rank 0 reaches these, and those that begin with `retire.` or `ledger.`"""
 
 
 def ranks_at(point: str, ranks: int) -> list[int]:
+    """Ranks that reach a fault point."""
     alone = point in RANK_ZERO or point.startswith(("retire.", "ledger."))
     return [0] if alone else list(range(ranks))
 
@@ -24,7 +25,7 @@ def ranks_at(point: str, ranks: int) -> list[int]:
 def kills(
     points: list[str], ranks: int, times: tuple[int, ...], every_rank: bool = True
 ) -> list[str]:
-    """One SIGKILL for each point, rank that comes there (else: ranks in turn) and visit."""
+    """One SIGKILL for each point, each visit, and each rank that reaches it (or: ranks in turn)."""
     found = []
     for nth in times:
         for index, point in enumerate(points):
@@ -35,13 +36,13 @@ def kills(
 
 
 def not_reached(attempts: list[Attempt]) -> list[str]:
-    """Faults that were armed and struck nobody: a table of kills must not count them."""
+    """Armed faults that did not fire; a table of kills must not count them."""
     struck = {attempt.faults for attempt in attempts if attempt.struck}
     return sorted({attempt.faults for attempt in attempts if attempt.faults} - struck)
 
 
 def report(result: Result, campaigns: list[Restarts], expected: list[str]) -> list[Attempt]:
-    """What rows of kills have in common; returns the attempts that were struck."""
+    """Report the common figures of kill rows; returns the attempts in which a kill fired."""
     attempts = attempts_of(campaigns)
     struck = [attempt for attempt in attempts if attempt.struck and attempt.faults]
     result.problems += problems_of(campaigns)
@@ -64,6 +65,7 @@ def report(result: Result, campaigns: list[Restarts], expected: list[str]) -> li
 
 
 def row_1(bench: Bench) -> Result:
+    """Row 1: SIGKILL in the middle of a step."""
     result = Result(
         1,
         "SIGKILL to a rank in the middle of a step",
@@ -84,12 +86,16 @@ def row_1(bench: Bench) -> Result:
 
 
 def grids(bench: Bench, chunks: int, steps_per_chunk: int) -> list[TinyRun]:
+    """The worlds of the kill rows."""
     world = bench.world(chunks, steps_per_chunk)
     return [world] if bench.short else [world, world.on(4, tensor=2, pipeline=2)]
 
 
 def judge_ends(result: Result, struck: list[Attempt]) -> None:
-    """Time until all ranks were gone, whether the dead one was named, what a restart costs."""
+    """Measure the time until all ranks ended and the cost of a restart.
+
+    Check that the dead is named.
+    """
     ended = [attempt for attempt in struck if not attempt.helped]
     gone = [attempt.gone_seconds for attempt in ended]
     result.measured.append(f"from the kill to the last rank's end: {spread(gone)}")
@@ -117,10 +123,12 @@ def judge_ends(result: Result, struck: list[Attempt]) -> None:
 
 
 def tail(text: str) -> str:
+    """The end of a text on one line."""
     return " | ".join(line for line in text.splitlines() if " chunk " not in line)[-300:]
 
 
 def row_2(bench: Bench) -> Result:
+    """Row 2: SIGKILL in every phase of a save."""
     result = Result(
         2,
         "SIGKILL at every phase of a save",
@@ -139,7 +147,7 @@ def row_2(bench: Bench) -> Result:
 
 
 def random_kills(bench: Bench, result: Result) -> None:
-    """SIGKILL at random moments of a save; the trace says where it struck."""
+    """SIGKILL at random moments of a save; the trace shows the phase."""
     draw = bench.random(2)
     world = bench.world(12, 2)
     bench.reference(world)
@@ -154,7 +162,7 @@ def random_kills(bench: Bench, result: Result) -> None:
         if attempt.struck:
             where[strike.place(attempt.job)] += 1
         if number % 20 == 19:
-            bench.say(f"random kills: {number + 1} of {bench.kills}")
+            bench.log(f"random kills: {number + 1} of {bench.kills}")
     campaigns[-1].finish()
     result.problems += problems_of(campaigns)
     places = ", ".join(f"{place} {count}" for place, count in sorted(where.items()))
@@ -165,7 +173,7 @@ def random_kills(bench: Bench, result: Result) -> None:
 
 
 class RandomKill:
-    """Waits for a save of the run to begin, then for a random part of the time a save takes, and kills."""
+    """Wait for a save to begin, then for a random part of a save's duration, and kill."""
 
     def __init__(self, server: ForkServer, draw: random.Random):
         self.server = server
@@ -207,6 +215,7 @@ class RandomKill:
 
 
 def row_3(bench: Bench) -> Result:
+    """Row 3: SIGKILL during retention and rollback."""
     result = Result(
         3,
         "SIGKILL while old checkpoints are removed, or later ones set aside for a rollback",
@@ -225,7 +234,10 @@ def row_3(bench: Bench) -> Result:
 
 
 def rollback(bench: Bench, result: Result, world: TinyRun) -> None:
-    """Go back to the last checkpoint but one, killed at `start.aside`; then go back for good and to the end."""
+    """Roll back to the last checkpoint but one, killed at `start.aside`.
+
+    Then again, and to the end.
+    """
     restarts = bench.restarts(world, "rollback")
     restarts.attempt("step.read@step=13:kill")
     whole = [int(name.rpartition("_")[2]) for name in _complete(restarts)]

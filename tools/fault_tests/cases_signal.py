@@ -190,8 +190,9 @@ def row_10(bench: Bench) -> Result:
 
 
 class Cable:
-    """Two network namespaces with a pair of virtual devices; yields why they are not possible, or
-    "".
+    """Two network namespaces with a pair of virtual devices.
+
+    Yields why they are not possible, or "".
     """
 
     names = (f"k2f{os.getpid()}a", f"k2f{os.getpid()}b")

@@ -1,6 +1,4 @@
-"""Fault rows 12 and 17 to 20: wrong values, and runs that continue on another grid or a second
-time.
-"""
+"""Fault rows 12 and 17 to 20: wrong values, other layouts, repeated runs."""
 
 import json
 import re
@@ -169,8 +167,9 @@ def _between(bench: Bench, result: Result) -> None:
 
 
 def latest_problems(restarts: Restarts) -> list[str]:
-    """Check that the effective steps are those of the undisturbed run, whatever earlier attempts
-    wrote.
+    """Check that the effective steps are those of the undisturbed run.
+
+    Rows of earlier attempts do not matter.
     """
     rows = {
         row["step"]: disk_state.values_of(row) for row in latest(restarts.run / "metrics.jsonl")

@@ -80,8 +80,9 @@ class Disk:
 
 
 def checkpoints_of(run: Path, reference: Reference, newest: int = 0) -> Disk:
-    """Verify the `newest` checkpoints (0: all) that are not thinned, and compare them with the
-    reference.
+    """Verify the `newest` checkpoints (0: all) and compare them with the reference.
+
+    Thinned ones are skipped.
     """
     disk = Disk([], [])
     paths = [path for path in list_checkpoints(run / "checkpoints") if not is_thinned(path)]
@@ -101,8 +102,9 @@ def checkpoints_of(run: Path, reference: Reference, newest: int = 0) -> Disk:
 
 
 def row_problems(run: Path, reference: Reference, done: bool = False) -> list[str]:
-    """Steps of any attempt with other values than the undisturbed run; with `done` also missing
-    steps.
+    """Steps of any attempt with other values than the undisturbed run.
+
+    With `done` also missing steps.
 
     A step that was not applied changed nothing; it counts only if no later attempt repeated it.
     """
@@ -174,9 +176,7 @@ def newest_step(run: Path) -> int:
 
 
 def complaints(text: str) -> Sequence[str]:
-    """Lines on stderr that are neither progress nor notes: what a person must read after a
-    failure.
-    """
+    """Lines on stderr that a person must read after a failure: neither progress nor notes."""
     progress = (" chunk ", " saved ckpt_", " resumed from ", " parameters;", " steps of ")
     return [
         line

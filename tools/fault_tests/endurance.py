@@ -1,11 +1,14 @@
-"""Row 30: one run, many faults of many kinds, no hand; the end must be that of the run that nobody disturbed.
+"""Fault row 30, endurance: one run under many kinds of faults.
 
-Each attempt is drawn from the seed: how it ends, what it must live with before, at which step. How far it gets before
-follows from the steps and faults that are left, so that both come to an end together. A fault counts only when it was
-seen to strike. Effective time is MegaScale's formula: steps times the median time of a step, over all time from the first
-start to the end. With a fault every half second in a run whose step takes hundredths of one the figure is small by
-construction, so the cost of one recovery is given too, and what it would make of a run that fails as often as a large one
-is known to.
+Its end must equal an undisturbed run.
+
+- Each attempt is drawn from the seed: how it ends, what else it must survive, and at which step.
+- The length of an attempt follows from the remaining steps and faults, so both end together.
+- A fault counts only when it was seen to fire.
+- Effective time is MegaScale's formula: steps times the median step time, over all time from the
+  first start to the end. With a fault every half second and steps of hundredths of a second it is
+  small by construction. So the cost of one recovery is given too, and the effective time of a run
+  that fails as often as a large one is known to.
 """
 
 import statistics
@@ -48,7 +51,7 @@ QUICK = (
 
 
 class Endurance:
-    """Draws faults and runs attempts until both faults and steps are used up."""
+    """Draw faults and run attempts until both faults and steps are used up."""
 
     def __init__(self, bench: Bench, faults: int):
         self.bench, self.faults = bench, faults
@@ -71,7 +74,7 @@ class Endurance:
         return self.restarts.run
 
     def go(self) -> None:
-        """To the end, or to the first thing that a person would have to look at."""
+        """Run to the end, or to the first result that a person would have to examine."""
         told = 0
         while not self.restarts.done and len(self.restarts.attempts) < 4 * self.faults + 20:
             attempt = self._attempt() if self.done_faults < self.faults else self.restarts.attempt()
@@ -85,7 +88,7 @@ class Endurance:
                 return
             if self.done_faults >= told + 20:
                 told = self.done_faults
-                self.bench.say(
+                self.bench.log(
                     f"endurance: {told} faults, step {attempt.after} of {self.restarts.world.steps}, {len(self.restarts.attempts)} starts"
                 )
         self.restarts.finish()
@@ -102,20 +105,23 @@ class Endurance:
 
         attempt = self.restarts.attempt(";".join(one.text for _, one in drawn if one.text), during)
         self.restarts.environments = ()
-        # A STOP laid down in the moment in which the run ended by itself was for a start that is over.
+        # A STOP laid down in the moment in which the run ended by itself was for a start that is
+        # over.
         (self.run / "STOP").unlink(missing_ok=True)
         strikes = {name for _, _, name in attempt.job.strikes()}
-        # A kind counts once an attempt: strikes are told apart by their place and not by what drew them.
+        # A kind counts once an attempt: strikes are told apart by their place and not by what drew
+        # them.
         self.kinds.update({kind for kind, one in drawn if one.struck(strikes)})
         return attempt
 
     def next_faults(self) -> list[tuple[str, Drawn]]:
-        """What the next attempt must live with, and how it ends; does at once what is done to files."""
+        """Draw the faults of the next attempt and its end; file damage is done at once."""
         newest = max(self.restarts.attempts[-1].after if self.restarts.attempts else 0, 0)
         left_steps, left_faults = self.restarts.world.steps - newest, self.faults - self.done_faults
         reach = max(2, round(1.5 * left_steps * FAULTS_PER_ATTEMPT / max(1, left_faults)))
         step = newest + self.draw.randint(1, reach)
-        # A third start that gets nowhere is refused, rightly; a person would have looked by then: so nothing strikes early.
+        # A third start that gets nowhere is refused, rightly; a person would have looked by then:
+        # so nothing strikes early.
         tired = self.fruitless >= 2
         if tired:
             step = newest + 2 * STEPS_PER_CHUNK + 1
@@ -134,7 +140,8 @@ class Endurance:
         if ending.startswith("NaN"):
             # Saved between two steps that were skipped, they would stay so.
             lived = [name for name in lived if name != "SAVE file"]
-        # Each kind once; one that waits for a step goes before the one that ends the attempt by hand.
+        # Each kind once; one that waits for a step goes before the one that ends the attempt by
+        # hand.
         names = [*dict.fromkeys(lived), ending]
         return [
             *((name, {**ENDING, **LIVED_WITH}[name][0](scene)) for name in names),
@@ -149,6 +156,7 @@ class Endurance:
 
 
 def row_30(bench: Bench) -> Result:
+    """Row 30: endurance."""
     result = Result(
         30,
         "Endurance: many mixed faults in one run",
@@ -164,7 +172,7 @@ def row_30(bench: Bench) -> Result:
 
 
 def report(result: Result, run: Endurance, seconds: float) -> None:
-    """What a run of so many seconds came to."""
+    """Report the result of a run of that duration."""
     restarts, wanted = run.restarts, run.faults
     result.problems += restarts.problems
     if run.done_faults < wanted:

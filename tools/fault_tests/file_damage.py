@@ -1,6 +1,4 @@
-"""File damage between attempts: a flipped bit, truncation, an empty, swapped, missing or extra
-file.
-"""
+"""File damage between attempts: bit flip, truncation, empty, swapped, missing or extra file."""
 
 import random
 import shutil

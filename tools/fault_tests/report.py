@@ -22,8 +22,9 @@ processes share two cores; seconds say how the mechanism behaves, not how long a
 
 
 def remember(record: Path, result: Result, bench: Bench) -> list[Result]:
-    """Add a row to the record of earlier runs (JSON, one row per line); return the newest of each
-    row.
+    """Add a row to the record of earlier runs (JSON, one row per line).
+
+    Return the newest of each row.
 
     So long rows can be run one by one, and the page shows the date and commit of each.
     """

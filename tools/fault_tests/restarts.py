@@ -63,8 +63,9 @@ class Attempt:
 
     @property
     def refused(self) -> bool:
-        """True when the start was refused as a user error; the launcher may have ended other
-        ranks.
+        """True when the start was refused as a user error.
+
+        The launcher may have ended other ranks.
         """
         return EXIT_USAGE in self.codes and set(self.codes) <= {EXIT_USAGE, -int(signal.SIGTERM)}
 
@@ -120,9 +121,7 @@ class Restarts:
         limit: float = LIMIT_SECONDS,
         *more: str,
     ) -> Attempt:
-        """Start the same command, let `during` do its damage, wait for the end, and check
-        everything.
-        """
+        """Start the command with damage by `during`, wait for its end, and check everything."""
         before = max(disk_state.newest_step(self.run), -1)
         job = self.server.begin(
             self.world.arguments(self.name, *more), self.world.ranks, faults, self.environments
@@ -152,8 +151,7 @@ class Restarts:
             self.environments = kept
 
     def expect_fewer(self, harmed: str = "") -> None:
-        """Allow one complete checkpoint fewer after the next attempt, because one was damaged from
-        outside.
+        """Allow one complete checkpoint fewer after the next attempt: one was damaged from outside.
 
         `harmed` may be damaged until a start has advanced far enough to set it aside.
         """
@@ -219,8 +217,9 @@ class Restarts:
 
 
 def undisturbed(server: ForkServer, world: TinyRun, name: str = "undisturbed") -> Reference:
-    """Run the world without faults. Raises RuntimeError when that fails: nothing can be compared
-    then.
+    """Run the world without faults.
+
+    Raises RuntimeError when that fails: nothing can be compared then.
     """
     job = server.begin(world.arguments(name), world.ranks)
     server.wait(job, LIMIT_SECONDS * 4)

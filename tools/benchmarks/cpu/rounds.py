@@ -1,7 +1,11 @@
-"""Groups of contenders, interleaved: one at a time does some steps, round after round, in alternating order.
+"""Interleaved measurement: contenders of a group step one at a time, round after round.
 
-Every contender of a group is alive the whole time, waiting in a read; a slow moment of the machine falls on neighbours in a
-round and leaves their ratio. The alternative refused, one contender after the other, compares the machine with itself.
+- The order alternates between rounds.
+- Every contender of a group stays alive, waiting in a read. A slow moment of the machine hits
+  neighbours in a round, and cancels in their ratio.
+
+Alternatives considered:
+- One contender after the other: that compares the machine with itself.
 """
 
 from __future__ import annotations
@@ -23,7 +27,10 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is measured, and how long an answer may take. `measure`: a last step under the memory profiler."""
+    """Amount of measurement, and time limits.
+
+    `measure` adds a last step under the memory profiler.
+    """
 
     rounds: int = 4
     steps: int = 1
@@ -34,12 +41,12 @@ class Plan:
     start_limit_seconds: float = 600.0
     """For building and the first step, which may compile."""
     extra_path: str = ""
-    """Added to the workers' module path: contenders of another folder."""
+    """Additional module path of the workers: contenders of another folder."""
 
 
 @dataclass
 class Sample:
-    """What one contender showed. `seconds` are per step, one for each round; None where it no longer ran."""
+    """Measurements of one contender: `seconds` per step, one per round; None after it failed."""
 
     contender: Contender
     threads: int
@@ -53,20 +60,23 @@ class Sample:
     kind: str = ""
 
 
-def run_group(contenders: Sequence[Contender], work: Work, plan: Plan, say: Say) -> list[Sample]:
-    """Start, warm up, measure and end the contenders of one group; a problem ends in its contender's sample."""
+def run_group(contenders: Sequence[Contender], work: Work, plan: Plan, log: Say) -> list[Sample]:
+    """Start, warm up, measure and end the contenders of one group.
+
+    A problem ends in its contender's sample.
+    """
     with _crews(contenders, work, plan) as crews:
         samples = [Sample(crew.contender, crew.threads) for crew in crews]
         pairs = list(zip(crews, samples, strict=True))
         for crew, sample in pairs:
-            say(f"starting {crew.contender.name}")
+            log(f"starting {crew.contender.name}")
             _started(crew, sample, plan)
         for crew, sample in pairs:
-            say(f"warming up {crew.contender.name}")
+            log(f"warming up {crew.contender.name}")
             for number in range(plan.warmup_steps):
                 _run(crew, sample, 1, plan.limit_seconds if number else plan.start_limit_seconds)
         for number in range(plan.rounds):
-            say(f"round {number + 1} of {plan.rounds}")
+            log(f"round {number + 1} of {plan.rounds}")
             for crew, sample in pairs if number % 2 == 0 else reversed(pairs):
                 sample.seconds.append(_run(crew, sample, plan.steps, plan.limit_seconds))
         if plan.measure:
@@ -107,7 +117,7 @@ def _started(crew: ContenderProcesses, sample: Sample, plan: Plan) -> None:
 def _run(
     crew: ContenderProcesses, sample: Sample, steps: int, limit_seconds: float
 ) -> float | None:
-    """Seconds a step from the first rank's beginning to the last rank's end; None after a problem."""
+    """Seconds per step from the first rank's start to the last rank's end; None after a problem."""
     answers = crew.ask(f"run {steps}", limit_seconds * steps)
     if answers is None:
         return None
@@ -118,7 +128,7 @@ def _run(
 
 
 def _mean_losses(answers: Sequence[dict[str, Any]]) -> list[float]:
-    """Of each step, over the ranks that know one: shares of a batch have one size."""
+    """Mean loss of each step over the ranks that know one: shares of a batch have equal size."""
     by_step = zip(*(a["losses"] for a in answers), strict=True)
     known = [[float(x) for x in step if x is not None] for step in by_step]
     return [sum(step) / len(step) for step in known if step]
