@@ -36,25 +36,28 @@ class Box:
         return 0 in self.shape
 
 
-def boxes(table: ShardLayout) -> Iterator[Box]:
+def local_boxes(layout: ShardLayout) -> Iterator[Box]:
     """The box of every slot; some may be empty."""
-    for slot in table.slots:
-        piece, (low, high) = slot.piece, slot.rows(table.dp)
-        offsets = [piece.start if d == piece.dim else 0 for d in range(len(piece.global_shape))]
+    for slot in layout.slots:
+        param_slice, (low, high) = slot.param_slice, slot.rows(layout.dp)
+        offsets = [
+            param_slice.start if d == param_slice.dim else 0
+            for d in range(len(param_slice.global_shape))
+        ]
         offsets[0] += low
-        yield Box(piece.name, slot, tuple(offsets), (high - low, *piece.shape[1:]))
+        yield Box(param_slice.name, slot, tuple(offsets), (high - low, *param_slice.shape[1:]))
 
 
-def owned(table: ShardLayout, tp: Axis) -> list[Box]:
+def owned_boxes(layout: ShardLayout, tp: Axis) -> list[Box]:
     """The boxes that this rank writes: none empty, and each value of the model by one rank."""
     return [
         box
-        for box in boxes(table)
-        if not box.empty and (box.slot.piece.dim is not None or tp.rank == 0)
+        for box in local_boxes(layout)
+        if not box.empty and (box.slot.param_slice.dim is not None or tp.rank == 0)
     ]
 
 
-def bytes_of(tensor: Tensor) -> memoryview:
+def tensor_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous host tensor, not copied."""
     return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
 
@@ -63,38 +66,46 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def model_blocks(table: ShardLayout, master: Tensor, dtype: torch.dtype, tp: Axis) -> list[Block]:
+def model_blocks(layout: ShardLayout, master: Tensor, dtype: torch.dtype, tp: Axis) -> list[Block]:
     """{name: weight} rounded from the fp32 master line [elements] when its bytes are asked for."""
 
     def block(box: Box) -> Block:
-        view = table.local(master, box.slot)
+        view = layout.local(master, box.slot)
         return Block(
-            box.name, box.offsets, box.shape, dtype_name(dtype), lambda: bytes_of(view.to(dtype))
+            box.name,
+            box.offsets,
+            box.shape,
+            dtype_name(dtype),
+            lambda: tensor_bytes(view.to(dtype)),
         )
 
-    return [block(box) for box in owned(table, tp)]
+    return [block(box) for box in owned_boxes(layout, tp)]
 
 
-def optimizer_blocks(table: ShardLayout, lines: Mapping[str, Tensor], tp: Axis) -> list[Block]:
+def optimizer_blocks(
+    layout: ShardLayout, flat_shards: Mapping[str, Tensor], tp: Axis
+) -> list[Block]:
     """{name.state: value} from fp32 host lines [elements], one for each state."""
 
     def block(box: Box, state: str) -> Block:
-        view = table.local(lines[state], box.slot)
+        view = layout.local(flat_shards[state], box.slot)
         name = f"{box.name}.{state}"
-        return Block(name, box.offsets, box.shape, dtype_name(view.dtype), lambda: bytes_of(view))
+        return Block(
+            name, box.offsets, box.shape, dtype_name(view.dtype), lambda: tensor_bytes(view)
+        )
 
-    return [block(box, state) for box in owned(table, tp) for state in lines]
+    return [block(box, state) for box in owned_boxes(layout, tp) for state in flat_shards]
 
 
-def described(
-    table: ShardLayout, dtype: torch.dtype, states: Mapping[str, Tensor]
+def describe_tensors(
+    layout: ShardLayout, dtype: torch.dtype, states: Mapping[str, Tensor]
 ) -> dict[str, dict[str, Any]]:
     """Shapes and dtypes of this rank's tensors for the manifest, by folder."""
-    shapes = {slot.piece.name: list(slot.piece.global_shape) for slot in table.slots}
+    shapes = {slot.param_slice.name: list(slot.param_slice.global_shape) for slot in layout.slots}
     weights = {name: {"shape": shape, "dtype": dtype_name(dtype)} for name, shape in shapes.items()}
     optimizer = {
-        f"{name}.{state}": {"shape": shape, "dtype": dtype_name(line.dtype)}
+        f"{name}.{state}": {"shape": shape, "dtype": dtype_name(flat_shard.dtype)}
         for name, shape in shapes.items()
-        for state, line in states.items()
+        for state, flat_shard in states.items()
     }
     return {"model": weights, "optimizer": optimizer}

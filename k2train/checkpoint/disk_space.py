@@ -72,17 +72,18 @@ def check_plan(
     complete_now: int = 0,
 ) -> None:
     """Raises RunError when the disk of `directory` has no room for the numbered checkpoints still to come."""
-    needed, free = (
-        plan_bytes(one, remaining, keep_optimizer_states, complete_now),
-        free_bytes(directory),
-    )
+    needed = plan_bytes(one, remaining, keep_optimizer_states, complete_now)
+    free = free_bytes(directory)
     if needed > free:
         kept = "all" if keep_optimizer_states == 0 else str(keep_optimizer_states)
         raise RunError(
             f"no space for the {remaining} checkpoints of this run: they need {bytes_text(needed)} "
-            f"({bytes_text(one.thinned)} each, with optimizer states {bytes_text(one.whole)}, kept for {kept}), "
-            f"{bytes_text(free)} are free in {directory}; make room, raise checkpoint.every_chunks, lower "
-            "checkpoint.keep_optimizer_states (2 at least), move run.directory, or start all the same with "
+            f"({bytes_text(one.thinned)} each, with optimizer states {bytes_text(one.whole)}, kept "
+            f"for {kept}), "
+            f"{bytes_text(free)} are free in {directory}; free space, raise "
+            "checkpoint.every_chunks, lower "
+            "checkpoint.keep_optimizer_states (2 at least), move run.directory, or start anyway "
+            "with "
             "run.allow=[space]"
         )
 
@@ -93,6 +94,7 @@ def room_problem(directory: Path, name: str, needed: int) -> str | None:
     if needed <= free:
         return None
     return (
-        f"no space for {name}: needs {bytes_text(needed)}, {bytes_text(free)} are free in {directory}; make room there "
+        f"no space for {name}: needs {bytes_text(needed)}, {bytes_text(free)} are free in "
+        f"{directory}; free space there "
         "or move run.directory"
     )

@@ -23,15 +23,15 @@ def digests_of_files(path: Path, manifest: dict[str, Any]) -> dict[str, str]:
     sums = {name: [0] * LANES for name in shapes}
     for file in sorted(name for name in manifest["files"] if name.startswith("optimizer/")):
         try:
-            for place in read_header(path / file)[1]:
-                kind = _ELEMENTS[DTYPES[place.dtype][1]]
-                count = (place.stop - place.start) // kind.itemsize
+            for extent in read_header(path / file)[1]:
+                dtype = _ELEMENTS[DTYPES[extent.dtype][1]]
+                count = (extent.stop - extent.start) // dtype.itemsize
                 values = np.fromfile(
-                    path / file, dtype=kind, count=count, offset=place.start
-                ).reshape(place.shape)
-                added = block_sums(values, place.offsets, shapes[place.name])
-                sums[place.name] = [
-                    (a + b) & MASK for a, b in zip(sums[place.name], added, strict=True)
+                    path / file, dtype=dtype, count=count, offset=extent.start
+                ).reshape(extent.shape)
+                added = block_sums(values, extent.offsets, shapes[extent.name])
+                sums[extent.name] = [
+                    (a + b) & MASK for a, b in zip(sums[extent.name], added, strict=True)
                 ]
         except (OSError, ValueError, KeyError) as error:
             raise CheckpointError(f"{path}: {file} cannot be read as a shard ({error})") from None
@@ -50,7 +50,8 @@ def verify_root(path: Path, manifest: dict[str, Any]) -> str:
     for name in sorted({*digests, *known["digests"]}):
         if digests.get(name) != known["digests"].get(name):
             raise CheckpointError(
-                f"{path}: {name} has digest {digests.get(name)}, the manifest's is {known['digests'].get(name)}"
+                f"{path}: {name} has digest {digests.get(name)}, the manifest's is "
+                f"{known['digests'].get(name)}"
             )
     root = state_root(digests, int(manifest["step"]), int(manifest["adam_steps"]))
     if root != known["root"]:

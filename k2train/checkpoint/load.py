@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from k2train.checkpoint.blocks import MASTER, boxes
-from k2train.checkpoint.host_digest import state_sums
+from k2train.checkpoint.blocks import MASTER, local_boxes
+from k2train.checkpoint.host_digest import host_digest_sums
 from k2train.checkpoint.manifest import expected_files, is_thinned, read_manifest, verify_files
-from k2train.checkpoint.reshard_read import Target, fill, plan_reads
+from k2train.checkpoint.reshard_read import Target, execute_reads, plan_reads
 from k2train.checkpoint.shards import THREADS
 from k2train.errors import CheckpointError
 from k2train.parallel.comm_tracker import collective_scope
@@ -50,11 +50,11 @@ def agree_on_checkpoint(candidates: Sequence[Path], grid: ProcessGrid) -> Chosen
 
     Rank 0's list is the one that counts; each rank hashes its share of the files.
     """
-    told = [[str(path) for path in candidates]]
+    shared = [[str(path) for path in candidates]]
     with collective_scope(grid.comm, AGREE):
-        dist.broadcast_object_list(told, src=0, group=grid.host)
+        dist.broadcast_object_list(shared, src=0, group=grid.host)
     refused: list[str] = []
-    for text in told[0]:
+    for text in shared[0]:
         path = Path(text)
         problem = _first_problem(_problem(path, grid), grid, AGREE)
         if problem is None:
@@ -84,7 +84,11 @@ def _first_problem(mine: str, grid: ProcessGrid, what: str) -> str | None:
 
 @torch.no_grad()
 def load_states(
-    path: Path, table: ShardLayout, lines: dict[str, Tensor], grid: ProcessGrid, dtype: torch.dtype
+    path: Path,
+    layout: ShardLayout,
+    flat_shards: dict[str, Tensor],
+    grid: ProcessGrid,
+    dtype: torch.dtype,
 ) -> bool:
     """Fill the optimizer lines [elements] from checkpoint `path`; returns whether it had optimizer states.
 
@@ -95,65 +99,72 @@ def load_states(
     """
     manifest = read_manifest(path)
     thinned = is_thinned(path)
-    folder, states = ("model", [MASTER]) if thinned else ("optimizer", list(lines))
+    folder, states = ("model", [MASTER]) if thinned else ("optimizer", list(flat_shards))
     named = {
         f"{name}.{state}" if not thinned else name: (name, state)
-        for name in _names(table)
+        for name in _names(layout)
         for state in states
     }
-    shapes = {slot.piece.name: list(slot.piece.global_shape) for slot in table.slots}
+    shapes = {slot.param_slice.name: list(slot.param_slice.global_shape) for slot in layout.slots}
     _check_tensors(
         path, folder, manifest, {key: shapes[name] for key, (name, _) in named.items()}, grid
     )
-    found = {box.name: box for box in boxes(table)}
+    found = {box.name: box for box in local_boxes(layout)}
     targets = [
         Target(
-            key, found[name].offsets, found[name].shape, table.local(lines[state], found[name].slot)
+            key,
+            found[name].offsets,
+            found[name].shape,
+            layout.local(flat_shards[state], found[name].slot),
         )
         for key, (name, state) in named.items()
     ]
     problem = ""
     try:
-        fill(path, plan_reads(path, folder, manifest, targets), rounded=dtype if thinned else None)
+        execute_reads(
+            path, plan_reads(path, folder, manifest, targets), round_to=dtype if thinned else None
+        )
     except CheckpointError as error:
         problem = str(error)
     except (OSError, ValueError) as error:
         problem = f"{path} cannot be read ({error})"
-    if (told := _first_problem(problem, grid, LOAD)) is not None:
-        raise CheckpointError(told)
+    if (first := _first_problem(problem, grid, LOAD)) is not None:
+        raise CheckpointError(first)
     if thinned:
-        for state, line in lines.items():
+        for state, flat_shard in flat_shards.items():
             if state != MASTER:
-                line.zero_()
+                flat_shard.zero_()
     else:
-        _check_state(path, manifest, table, lines, grid)
+        _check_state(path, manifest, layout, flat_shards, grid)
     return not thinned
 
 
-def _names(table: ShardLayout) -> list[str]:
-    return [slot.piece.name for slot in table.slots]
+def _names(layout: ShardLayout) -> list[str]:
+    return [slot.param_slice.name for slot in layout.slots]
 
 
 def _check_state(
     path: Path,
     manifest: dict[str, Any],
-    table: ShardLayout,
-    lines: dict[str, Tensor],
+    layout: ShardLayout,
+    flat_shards: dict[str, Tensor],
     grid: ProcessGrid,
 ) -> None:
     """The digests of what is now in the lines must be those of what was saved; format 1 has none."""
     known = manifest.get("state", {}).get("digests")
     if known is None:
         return
-    digest = StateDigest(table, sorted(manifest["tensors"]["model"]), list(lines), grid.tp)
-    summed = state_sums(digest, lines, threads=THREADS)
+    digest = StateDigest(layout, sorted(manifest["tensors"]["model"]), list(flat_shards), grid.tp)
+    digest_sums = host_digest_sums(digest, flat_shards, threads=THREADS)
     with collective_scope(grid.comm, LOAD):
-        dist.all_reduce(summed, group=grid.host)
-    wrong = [key for key, value in digest.digests(summed).items() if known.get(key) != value]
+        dist.all_reduce(digest_sums, group=grid.host)
+    wrong = [key for key, value in digest.digests(digest_sums).items() if known.get(key) != value]
     if wrong:
         raise CheckpointError(
-            f"{path}: {wrong[0]} as loaded is not what was saved (digest {known.get(wrong[0])}, {len(wrong)} of "
-            f"{len(known)} tensors differ), although its files are whole; it was damaged in memory, load it again"
+            f"{path}: {wrong[0]} as loaded is not what was saved (digest {known.get(wrong[0])}, "
+            f"{len(wrong)} of "
+            f"{len(known)} tensors differ), although its files are intact; it was damaged in "
+            "memory, load it again"
         )
 
 

@@ -75,7 +75,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of checkpoint directory `path`. Raises CheckpointError when it is missing, broken or too new."""
     if NAME.fullmatch(path.name) and path.is_symlink():
         raise CheckpointError(
-            f"{path}: is a link; a checkpoint of a run must lie in it, move it there"
+            f"{path}: is a symbolic link; a checkpoint must be a real directory of its run"
         )
     try:
         manifest = read_json(path / MANIFEST)
@@ -93,19 +93,20 @@ def read_manifest(path: Path) -> dict[str, Any]:
     for key in _COUNTS:
         if isinstance(manifest[key], bool) or manifest[key] < 0:
             raise CheckpointError(
-                f"{path / MANIFEST}: {key} is {manifest[key]}, must be a whole number from 0"
+                f"{path / MANIFEST}: {key} is {manifest[key]}, must be a non-negative integer"
             )
     if manifest["format"] > FORMAT:
         raise CheckpointError(
-            f"{path}: format {manifest['format']} is newer than this code reads ({FORMAT}); update k2train"
+            f"{path}: format {manifest['format']} is newer than this code reads ({FORMAT}); update "
+            "k2train"
         )
     if manifest.get("self_sha256") != _content_sha256(manifest):
         raise CheckpointError(
-            f"{path}: {MANIFEST} does not have its own hash; it was changed or damaged"
+            f"{path}: {MANIFEST} does not match its own hash; it was changed or damaged"
         )
     if NAME.fullmatch(path.name) and manifest["name"] != path.name:
         raise CheckpointError(
-            f"{path}: {MANIFEST} is that of {manifest['name']}; give the directory its name back"
+            f"{path}: {MANIFEST} belongs to {manifest['name']}; restore the directory's name"
         )
     _check_names(path, manifest)
     return manifest
@@ -131,14 +132,14 @@ def _check_names(path: Path, manifest: dict[str, Any]) -> None:
             or not isinstance(facts.get("bytes"), int)
             or "sha256" not in facts
         ):
-            raise CheckpointError(f"{path}: the manifest does not say bytes and sha256 of {name}")
+            raise CheckpointError(f"{path}: the manifest lacks bytes and sha256 of {name}")
     for part, tensors in manifest["tensors"].items():
         known = tensors.values() if isinstance(tensors, dict) else [None]
         if not all(
             isinstance(facts, dict) and isinstance(facts.get("shape"), list) for facts in known
         ):
             raise CheckpointError(
-                f"{path}: the manifest does not say the shape of every tensor of {part[:100]!r}"
+                f"{path}: the manifest lacks the shape of a tensor in {part[:100]!r}"
             )
     if manifest["format"] == 1:
         return
@@ -151,13 +152,11 @@ def _check_names(path: Path, manifest: dict[str, Any]) -> None:
             or "header_sha256" not in shard
             or not isinstance(shard.get("tensors"), dict)
         ):
-            raise CheckpointError(
-                f"{path}: the manifest does not say header_sha256 and tensors of {name}"
-            )
+            raise CheckpointError(f"{path}: the manifest lacks header_sha256 and tensors of {name}")
         for tensor, facts in shard["tensors"].items():
             if not isinstance(facts, dict) or not {"offsets", "shape", "sha256"} <= set(facts):
                 raise CheckpointError(
-                    f"{path}: the manifest does not say offsets, shape and sha256 of {tensor}"
+                    f"{path}: the manifest lacks offsets, shape or sha256 of {tensor}"
                 )
 
 
@@ -200,7 +199,7 @@ def _check_marker(path: Path, manifest: Mapping[str, Any]) -> None:
     # The second is what was written before format 2.
     if text not in (_marker(manifest).encode(), b'{"removed": "optimizer"}\n'):
         raise CheckpointError(
-            f"{path}: {THINNED} is not the one of this checkpoint; it was changed or damaged"
+            f"{path}: {THINNED} does not belong to this checkpoint; it was changed or damaged"
         )
 
 

@@ -26,77 +26,81 @@ REMAIN = 2
 """Verified complete checkpoints that must be newer than anything that goes."""
 
 
-def on_demand(path: Path) -> bool:
+def is_on_demand(path: Path) -> bool:
     """Whether it was saved within a chunk, on request or by time."""
     match = NAME.fullmatch(path.name)
     return bool(match and match[2])
 
 
-class Verified:
+class VerifiedCheckpoints:
     """Which checkpoints of a directory this process found whole, and when (by the monotonic clock); for all threads."""
 
     def __init__(self) -> None:
-        self._when: dict[str, float] = {}
+        self._verified_at: dict[str, float] = {}
         self._damaged: set[str] = set()
         self._lock = Lock()
 
     def add(self, name: str) -> None:
         """It was found whole just now."""
         with self._lock:
-            self._when[name] = time.monotonic()
+            self._verified_at[name] = time.monotonic()
 
-    def drop(self, name: str) -> None:
+    def mark_damaged(self, name: str) -> None:
         """It was found damaged."""
         with self._lock:
-            self._when.pop(name, None)
+            self._verified_at.pop(name, None)
             self._damaged.add(name)
 
-    def begin(self, name: str) -> None:
+    def forget(self, name: str) -> None:
         """It is about to be written: what is known of one that had its name is of no use."""
         with self._lock:
-            self._when.pop(name, None)
+            self._verified_at.pop(name, None)
             self._damaged.discard(name)
 
-    def damaged(self, name: str) -> bool:
+    def is_damaged(self, name: str) -> bool:
         with self._lock:
             return name in self._damaged
 
     def __contains__(self, name: str) -> bool:
         with self._lock:
-            return name in self._when
+            return name in self._verified_at
 
-    def when(self, name: str) -> float:
+    def verified_at(self, name: str) -> float:
         """When it was last found whole; before all times when never."""
         with self._lock:
-            return self._when.get(name, float("-inf"))
+            return self._verified_at.get(name, float("-inf"))
 
 
 class Retention:
     """Retires checkpoints of `directory`; the newest `keep_optimizer_states` numbered ones keep theirs (0: all do)."""
 
-    def __init__(self, directory: Path, keep_optimizer_states: int, verified: Verified):
+    def __init__(self, directory: Path, keep_optimizer_states: int, verified: VerifiedCheckpoints):
         self.directory, self.keep, self.verified = directory, keep_optimizer_states, verified
 
     def retire(self) -> None:
         """Drop and thin what may go. Raises the first OSError when all was tried: one that cannot go keeps no other."""
         paths = list_checkpoints(self.directory)
-        numbered = [path for path in paths if not on_demand(path)]
+        numbered = [path for path in paths if not is_on_demand(path)]
         old = numbered[: -self.keep] if self.keep > 0 else []
-        parts = [
-            (_expire, path) for path in paths if on_demand(path) and self._replaced(path, paths)
+        actions = [
+            (_expire, path)
+            for path in paths
+            if is_on_demand(path) and self._is_replaced(path, paths)
         ]
-        parts += [(_thin, path) for path in old if is_thinned(path) or self._replaced(path, paths)]
+        actions += [
+            (_thin, path) for path in old if is_thinned(path) or self._is_replaced(path, paths)
+        ]
         problem: OSError | None = None
-        for part, path in parts:
+        for action, path in actions:
             try:
-                part(path)
+                action(path)
             except OSError as error:
                 problem = problem or error
         if problem is not None:
             raise problem
         fault_injection.point("retire.done")
 
-    def _replaced(self, path: Path, paths: list[Path]) -> bool:
+    def _is_replaced(self, path: Path, paths: list[Path]) -> bool:
         newer = paths[paths.index(path) + 1 :]
         return (
             sum(other.name in self.verified and not is_thinned(other) for other in newer) >= REMAIN
@@ -104,12 +108,12 @@ class Retention:
 
 
 def _expire(path: Path) -> None:
-    doomed = path.with_name(f"{path.name}.tmp")
-    shutil.rmtree(doomed, ignore_errors=True)
+    expired = path.with_name(f"{path.name}.tmp")
+    shutil.rmtree(expired, ignore_errors=True)
     fault_injection.point("retire.expire")
-    path.rename(doomed)
+    path.rename(expired)
     # It no longer counts; what cannot be removed now goes at the next start.
-    shutil.rmtree(doomed, ignore_errors=True)
+    shutil.rmtree(expired, ignore_errors=True)
 
 
 def _thin(path: Path) -> None:
@@ -144,14 +148,16 @@ def set_aside_later(path: Path, attempt: int) -> list[str]:
     """
     found = list_checkpoints(path.parent)
     later = found[found.index(path) + 1 :]
-    aside = path.parent / f"set_aside_by_attempt_{attempt}"
+    set_aside = path.parent / f"set_aside_by_attempt_{attempt}"
     for checkpoint in reversed(later):
         fault_injection.point("start.aside")
-        aside.mkdir(exist_ok=True)
-        checkpoint.rename(aside / checkpoint.name)
+        set_aside.mkdir(exist_ok=True)
+        checkpoint.rename(set_aside / checkpoint.name)
     return [checkpoint.name for checkpoint in later]
 
 
-def unverified_first(paths: Iterable[Path], verified: Verified) -> list[Path]:
+def least_recently_verified_first(
+    paths: Iterable[Path], verified: VerifiedCheckpoints
+) -> list[Path]:
     """By when this process last found each whole: never, then longest ago."""
-    return sorted(paths, key=lambda path: verified.when(path.name))
+    return sorted(paths, key=lambda path: verified.verified_at(path.name))

@@ -11,7 +11,7 @@ from pathlib import Path
 from threading import Event, Thread
 
 from k2train.checkpoint.manifest import is_thinned, list_checkpoints, verify_checkpoint
-from k2train.checkpoint.retention import Verified, unverified_first
+from k2train.checkpoint.retention import VerifiedCheckpoints, least_recently_verified_first
 from k2train.checkpoint.shards import drop_caches
 from k2train.errors import CheckpointError
 
@@ -24,19 +24,14 @@ class Scrubber:
         self,
         directory: Path,
         seconds: float,
-        verified: Verified,
-        damaged: Callable[[Path, str], None],
-        told: Callable[[str], None] = lambda text: None,
+        verified: VerifiedCheckpoints,
+        on_damaged: Callable[[Path, str], None],
+        log: Callable[[str], None] = lambda text: None,
     ):
-        self.directory, self.seconds, self.verified, self.damaged, self.told = (
-            directory,
-            seconds,
-            verified,
-            damaged,
-            told,
-        )
-        self._last_told = ""
-        self._ended = Event()
+        self.directory, self.seconds, self.verified = directory, seconds, verified
+        self.on_damaged, self.log = on_damaged, log
+        self._last_logged = ""
+        self._closed = Event()
         self._thread: Thread | None = None
 
     def start(self) -> None:
@@ -47,18 +42,18 @@ class Scrubber:
 
     def close(self) -> None:
         """End it; a check under way is not waited for."""
-        self._ended.set()
+        self._closed.set()
 
-    def once(self) -> Path | None:
+    def check_next(self) -> Path | None:
         """Check the one whose turn it is; which that was."""
         paths = [
             path
             for path in list_checkpoints(self.directory)
-            if not self.verified.damaged(path.name)
+            if not self.verified.is_damaged(path.name)
         ]
         if not paths:
             return None
-        path = unverified_first(paths, self.verified)[0]
+        path = least_recently_verified_first(paths, self.verified)[0]
         thinned = is_thinned(path)
         # What lies in the page cache would be found whole for ever.
         drop_caches(path)
@@ -67,31 +62,32 @@ class Scrubber:
         except (CheckpointError, OSError) as error:
             # It may have been thinned or dropped meanwhile, by the thread that saves.
             if path.exists() and is_thinned(path) == thinned:
-                self.verified.drop(path.name)
-                self._damaged(path, str(error))
+                self.verified.mark_damaged(path.name)
+                self._report_damage(path, str(error))
         else:
             self.verified.add(path.name)
         drop_caches(path)
         return path
 
-    def _damaged(self, path: Path, problem: str) -> None:
+    def _report_damage(self, path: Path, problem: str) -> None:
         try:
-            self.damaged(path, problem)
+            self.on_damaged(path, problem)
         except Exception as error:
             # It is looked at no more, so this is the last chance to say it.
-            self.told(f"damaged: {problem} (this could not be recorded: {error})")
+            self.log(f"damaged: {problem} (this could not be recorded: {error})")
 
     def _run(self) -> None:
-        while not self._ended.wait(self.seconds):
+        while not self._closed.wait(self.seconds):
             try:
-                self.once()
+                self.check_next()
             except Exception as error:
-                self._tell_once(
-                    f"no older checkpoint could be checked (tried again every {self.seconds:g} s): {error!r}"
+                self._log_once(
+                    f"no older checkpoint could be checked (retried every {self.seconds:g} s): "
+                    f"{error!r}"
                 )
 
-    def _tell_once(self, text: str) -> None:
-        if text != self._last_told:
-            self._last_told = text
+    def _log_once(self, text: str) -> None:
+        if text != self._last_logged:
+            self._last_logged = text
             with suppress(Exception):
-                self.told(text)
+                self.log(text)

@@ -18,8 +18,8 @@ from k2train.parallel.grad_buffer import ShardLayout
 class Snapshot:
     """A frozen copy of this rank's state in host memory."""
 
-    table: ShardLayout
-    lines: Mapping[str, Tensor]
+    layout: ShardLayout
+    flat_shards: Mapping[str, Tensor]
     dtype: torch.dtype
 
 
@@ -27,30 +27,38 @@ class Snapshot:
 class HostBuffers:
     """Host lines that are filled again and again; whoever asks for a snapshot ends the life of the one before."""
 
-    kept: dict[str, Tensor] = field(default_factory=dict)
+    buffers: dict[str, Tensor] = field(default_factory=dict)
 
     @torch.no_grad()
     def snapshot(
-        self, table: ShardLayout, lines: Mapping[str, Tensor], dtype: torch.dtype
+        self, layout: ShardLayout, flat_shards: Mapping[str, Tensor], dtype: torch.dtype
     ) -> Snapshot:
         """Copy the optimizer lines [elements]; `dtype` is that of the model's weights."""
         fault_injection.point("save.snapshot")
         waiting = set()
-        for state, line in lines.items():
-            buffer = self.kept.get(state)
-            if buffer is None or buffer.shape != line.shape or buffer.dtype != line.dtype:
+        for state, flat_shard in flat_shards.items():
+            buffer = self.buffers.get(state)
+            if (
+                buffer is None
+                or buffer.shape != flat_shard.shape
+                or buffer.dtype != flat_shard.dtype
+            ):
                 buffer = torch.empty(
-                    line.shape, dtype=line.dtype, pin_memory=line.device.type == "cuda"
+                    flat_shard.shape,
+                    dtype=flat_shard.dtype,
+                    pin_memory=flat_shard.device.type == "cuda",
                 )
-                self.kept[state] = buffer
-            buffer.copy_(line.detach(), non_blocking=True)
-            if line.device.type == "cuda":
-                waiting.add(line.device)
+                self.buffers[state] = buffer
+            buffer.copy_(flat_shard.detach(), non_blocking=True)
+            if flat_shard.device.type == "cuda":
+                waiting.add(flat_shard.device)
         for device in waiting:
             torch.cuda.current_stream(device).synchronize()
-        return Snapshot(table, {state: self.kept[state] for state in lines}, dtype)
+        return Snapshot(layout, {state: self.buffers[state] for state in flat_shards}, dtype)
 
 
-def snapshot(table: ShardLayout, lines: Mapping[str, Tensor], dtype: torch.dtype) -> Snapshot:
+def snapshot(
+    layout: ShardLayout, flat_shards: Mapping[str, Tensor], dtype: torch.dtype
+) -> Snapshot:
     """A snapshot in memory of its own."""
-    return HostBuffers().snapshot(table, lines, dtype)
+    return HostBuffers().snapshot(layout, flat_shards, dtype)
