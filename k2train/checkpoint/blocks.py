@@ -1,8 +1,11 @@
-"""Optimizer lines as blocks of named global tensors: what goes into a shard file, and where a file's blocks go.
+"""Optimizer shards as named blocks of global tensors, the unit that shard files store.
 
-A rank's part of a tensor is one box: its tensor-parallel slice, then its rows of it. A tensor that every tensor-parallel
-rank holds whole is written by the first of them. The file then holds global names, shapes and offsets, and any other grid
-can read it. DTensors with a planner were refused: they find out by messages what the slot table says already.
+- A rank's part of a tensor is one box: its tensor-parallel slice, then its rows of that slice.
+- A tensor that every tensor-parallel rank holds whole is written by the first of them only.
+- Files hold global names, shapes and offsets, so any other process grid can read them.
+
+Alternatives considered:
+- DTensors with a planner: they learn by messages what the shard layout already says.
 """
 
 from collections.abc import Iterator, Mapping
@@ -17,14 +20,15 @@ from k2train.parallel.grad_buffer import BufferSlot, ShardLayout
 from k2train.parallel.grid import Axis
 
 MASTER = "master"
-"""The state whose rounding is the model's weights; the optimizer's other states are its own affair."""
+"""State whose rounding gives the model's weights. Only the optimizer interprets the other states.
+"""
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Box:
-    """This rank's rows of a piece within its global tensor."""
+    """This rank's rows of a parameter slice, placed within the global tensor."""
 
     name: str
     slot: BufferSlot
@@ -33,11 +37,12 @@ class Box:
 
     @property
     def empty(self) -> bool:
+        """Whether the box holds no values."""
         return 0 in self.shape
 
 
 def local_boxes(layout: ShardLayout) -> Iterator[Box]:
-    """The box of every slot; some may be empty."""
+    """Yield the box of every slot in the shard layout. Some boxes may be empty."""
     for slot in layout.slots:
         param_slice, (low, high) = slot.param_slice, slot.rows(layout.dp)
         offsets = [
@@ -49,7 +54,7 @@ def local_boxes(layout: ShardLayout) -> Iterator[Box]:
 
 
 def owned_boxes(layout: ShardLayout, tp: Axis) -> list[Box]:
-    """The boxes that this rank writes: none empty, and each value of the model by one rank."""
+    """Boxes that this rank writes: none empty, and each value of the model by exactly one rank."""
     return [
         box
         for box in local_boxes(layout)
@@ -58,16 +63,20 @@ def owned_boxes(layout: ShardLayout, tp: Axis) -> list[Box]:
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous host tensor, not copied."""
+    """View the bytes of a contiguous host tensor, without a copy."""
     return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
 
 
 def dtype_name(dtype: torch.dtype) -> str:
+    """Name of a torch dtype without the `torch.` prefix."""
     return str(dtype).removeprefix("torch.")
 
 
 def model_blocks(layout: ShardLayout, master: Tensor, dtype: torch.dtype, tp: Axis) -> list[Block]:
-    """{name: weight} rounded from the fp32 master line [elements] when its bytes are asked for."""
+    """Blocks {name: weight}, rounded from the fp32 master shard [elements].
+
+    The rounding happens when a block's bytes are read.
+    """
 
     def block(box: Box) -> Block:
         view = layout.local(master, box.slot)
@@ -85,7 +94,7 @@ def model_blocks(layout: ShardLayout, master: Tensor, dtype: torch.dtype, tp: Ax
 def optimizer_blocks(
     layout: ShardLayout, flat_shards: Mapping[str, Tensor], tp: Axis
 ) -> list[Block]:
-    """{name.state: value} from fp32 host lines [elements], one for each state."""
+    """Blocks {name.state: value} of the fp32 flat shards [elements] in host memory."""
 
     def block(box: Box, state: str) -> Block:
         view = layout.local(flat_shards[state], box.slot)

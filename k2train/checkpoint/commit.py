@@ -1,8 +1,10 @@
-"""One attempt to write a checkpoint on all ranks: room, shard files, manifest, one rename.
+"""One attempt to write a checkpoint on all ranks: space check, shard files, manifest, one rename.
 
-Every rank writes and syncs its own shard files, hashed from memory meanwhile; rank 0 writes the manifest last and commits
-by one rename. A kill at any moment leaves either no directory of that name or a whole one. The name written under carries
-the lease's token where there is one: a process that lost its lease must not clear away what the next one writes.
+- Every rank writes and syncs its own shard files and hashes them from memory meanwhile.
+- Rank 0 writes the manifest last and commits by one rename. A kill at any moment leaves either no
+  directory of that name or a complete one.
+- The temporary name carries the fencing token of the lease, where there is one. A process that lost
+  its lease therefore cannot delete what the next holder writes.
 """
 
 import shutil
@@ -34,7 +36,7 @@ Facts = dict[str, Any]
 
 @dataclass
 class SaveJob:
-    """What is to be saved, where, and who must be asked or told on rank 0."""
+    """One checkpoint to save: its state, its target directory, and the callbacks of rank 0."""
 
     directory: Path
     name: str
@@ -42,22 +44,25 @@ class SaveJob:
     facts: Facts
     digest: StateDigest
     sums: Future[torch.Tensor]
-    """This rank's part of the state's digest, made while files are written."""
+    """This rank's part of the state digest, computed while files are written."""
     on_commit: Callable[[Path, Facts], None]
     check_owner: Callable[[], None]
 
     @property
     def final(self) -> Path:
+        """Directory of the committed checkpoint."""
         return self.directory / self.name
 
     @property
     def temporary(self) -> Path:
+        """Directory written to before the commit."""
         token = self.facts.get("fencing_token")
         return self.directory / (
             f"{self.name}.tmp" if token is None else f"{self.name}.{token}.tmp"
         )
 
     def disk_error(self, error: OSError) -> SaveError:
+        """Turn an OSError of the disk into a DiskRefused that says what to do."""
         return DiskRefused(
             f"{self.name} could not be saved in {self.directory}: {error.strerror or error}; "
             "earlier checkpoints are "
@@ -66,8 +71,11 @@ class SaveJob:
 
 
 def write_checkpoint(job: SaveJob, agreement: Agreement, tp: Axis) -> None:
-    """Write and commit on all ranks. Raises DiskRefused where trying again may help, SaveError where not, UserError when
-    the name is taken or the run is no longer ours; the same on every rank."""
+    """Write and commit a checkpoint on all ranks. Collective.
+
+    Raises DiskRefused when a retry may help, SaveError when it cannot, and UserError when the name
+    is taken or the run has another owner. Every rank raises the same error.
+    """
     agreement.do(lambda: _begin(job, agreement.rank), job.disk_error)
     blocks = {
         "model": model_blocks(
@@ -75,6 +83,8 @@ def write_checkpoint(job: SaveJob, agreement: Agreement, tp: Axis) -> None:
         ),
         "optimizer": optimizer_blocks(job.snapshot.layout, job.snapshot.flat_shards, tp),
     }
+
+    # Every rank knows the size of its own blocks only.
     needed = sum(block.num_bytes + BLOCK_FACTS_BYTES for part in blocks.values() for block in part)
     total = int(agreement.sum(torch.tensor([needed]))[0]) + MANIFEST_BYTES
     agreement.do(lambda: _check_room(job, total, agreement.rank), job.disk_error)
@@ -88,6 +98,7 @@ def write_checkpoint(job: SaveJob, agreement: Agreement, tp: Axis) -> None:
                 files[name], shards[name] = write_shard(
                     job.temporary / name, blocks[folder], on_written
                 )
+
         fault_injection.point("save.hashed")
         return files, shards, job.sums.result().clone()
 
@@ -148,16 +159,21 @@ def _commit(
 ) -> None:
     fault_injection.point("save.manifest")
     if rank != 0:
+        # Only rank 0 commits; the others pass its fault points.
         for point in ("save.synced", "save.renamed", "save.committed"):
             fault_injection.point(point)
         return
+
     manifest = _manifest(job, parts, digests)
     write_synced(job.temporary / MANIFEST, manifest_text(manifest))
     for written in (*(job.temporary / folder for folder in FOLDERS), job.temporary):
         sync_directory(written)
+
     fault_injection.point("save.synced")
+    # The last moment at which a lost lease can still prevent the commit.
     job.check_owner()
     job.temporary.rename(job.final)
+
     try:
         fault_injection.point("save.renamed")
         sync_directory(job.directory)

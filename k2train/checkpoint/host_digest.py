@@ -1,8 +1,9 @@
-"""A rank's part of the state's digest from host memory, by NumPy on the calling thread.
+"""A rank's part of the state digest, computed from host memory with NumPy on the calling thread.
 
-Torch would split each small step over its threads, which training uses at the same time: on shared cores the two then
-wait for each other thousands of times. On a device torch does it where the state lies. More threads only where nothing
-else computes: after a load.
+- Torch would split each small step over its threads, which training uses at the same time. On
+  shared cores the two then wait for each other thousands of times.
+- For state on a device, torch computes the digest there.
+- More threads are used only when nothing else computes: after a load.
 """
 
 from collections.abc import Mapping
@@ -19,9 +20,13 @@ from k2train.state_digest import LANES, block_sums
 def host_digest_sums(
     digest: StateDigest, flat_shards: Mapping[str, Tensor], threads: int = 1
 ) -> Tensor:
-    """int64 [names * states, 2] in host memory from fp32 lines [elements] by state: what `digest.sums` gives."""
+    """Digest sums int64 [names * states, 2] of the fp32 flat shards [elements] by state.
+
+    Computed in host memory; equals `digest.sums`.
+    """
     if flat_shards[digest.states[0]].device.type != "cpu":
         return digest.sums(flat_shards).cpu()
+
     index_of = {name: index for index, name in enumerate(digest.names)}
     digest_sums = torch.zeros(len(digest.names), len(digest.states), LANES, dtype=torch.int64)
 
@@ -45,6 +50,7 @@ def host_digest_sums(
         with ThreadPoolExecutor(threads) as pool:
             for _ in pool.map(add, tasks):
                 pass
+
     return digest_sums.view(-1, LANES)
 
 

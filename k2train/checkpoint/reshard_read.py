@@ -1,8 +1,11 @@
-"""Read boxes of global tensors out of shard files into tensors that are already there.
+"""Resharding reads: boxes of global tensors from shard files into existing tensors.
 
-Where a file's block and the wanted box have the same rows' width, the bytes go from the file straight into their place; in
-any other case through a buffer of one block. Mapping the files into memory was refused: a read error is then a signal
-that ends the process, and no message.
+- When a file's block and the wanted box have rows of the same width, bytes go straight from the
+  file to their destination. Otherwise they pass through a buffer of one block.
+
+Alternatives considered:
+- Mapping the files into memory: a read error is then a signal that kills the process, not a
+  message.
 """
 
 import os
@@ -23,7 +26,7 @@ from k2train.errors import CheckpointError
 
 @dataclass(frozen=True)
 class Target:
-    """A box of a global tensor and the tensor [shape] it goes into."""
+    """A box of a global tensor and the tensor [shape] that receives it."""
 
     name: str
     offsets: tuple[int, ...]
@@ -40,23 +43,29 @@ class Read:
     target: Target
     low: tuple[int, ...]
     high: tuple[int, ...]
-    """The overlap, in indices of the global tensor."""
+    """Bounds of the overlap, in indices of the global tensor."""
 
 
 def plan_reads(
     path: Path, folder: str, manifest: dict[str, Any], targets: Sequence[Target]
 ) -> list[Read]:
-    """What to read from where. Raises CheckpointError when the files do not hold every value of a target once, OSError and
-    ValueError when a header cannot be read."""
+    """Plan which file blocks to read for every target.
+
+    Raises CheckpointError when the files do not hold every value of a target exactly once, and
+    OSError or ValueError when a header cannot be read.
+    """
     by_name = {target.name: target for target in targets}
     missing = {target.name: prod(target.shape) for target in targets}
     reads: list[Read] = []
+
     for file in sorted(name for name in manifest["files"] if name.startswith(f"{folder}/")):
+        # Skip files without a wanted block; only format 2 says so without opening them.
         known = manifest.get("shards", {}).get(file, {}).get("tensors")
         if known is not None and not any(
             _overlaps(facts, by_name.get(name)) for name, facts in known.items()
         ):
             continue
+
         for extent in read_header(path / file)[1]:
             target = by_name.get(extent.name)
             if (
@@ -64,14 +73,18 @@ def plan_reads(
                 or (overlap := _overlap(extent.offsets, extent.shape, target)) is None
             ):
                 continue
+
             low, high = overlap
+            # Every value of a target must be read exactly once.
             missing[extent.name] -= prod(b - a for a, b in zip(low, high, strict=True))
             reads.append(Read(path / file, extent, target, low, high))
+
     for name, count in missing.items():
         if count != 0:
             raise CheckpointError(
                 f"{path}: {abs(count)} values of {name} are {'twice' if count < 0 else 'not'} there"
             )
+
     return reads
 
 
@@ -89,9 +102,9 @@ def _overlap(
 
 
 def execute_reads(path: Path, reads: Iterable[Read], round_to: torch.dtype | None = None) -> None:
-    """Do the reads by several threads; values are rounded to `rounded` on their way where that is given.
+    """Execute the reads in several threads, rounding values to `round_to` if given.
 
-    Raises OSError, also for a file that ends too early.
+    Raises OSError, also for a truncated file.
     """
     with ThreadPoolExecutor(THREADS) as pool:
         for done in [pool.submit(_execute, read, round_to) for read in reads]:
@@ -106,10 +119,12 @@ def _execute(read: Read, round_to: torch.dtype | None) -> None:
     first = extent.start + (read.low[0] - extent.offsets[0]) * row_bytes
     rows = read.high[0] - read.low[0]
     destination = target.values
+
     for dim in range(destination.dim()):
         destination = destination.narrow(
             dim, read.low[dim] - target.offsets[dim], read.high[dim] - read.low[dim]
         )
+
     whole_rows = (
         tuple(b - a for a, b in zip(read.low[1:], read.high[1:], strict=True)) == extent.shape[1:]
     )
@@ -122,11 +137,14 @@ def _execute(read: Read, round_to: torch.dtype | None) -> None:
     ):
         _read(read.file, tensor_bytes(destination), first)
         return
+
+    # Rows differ in width, dtype or device: read whole rows, then copy the wanted part.
     values = torch.empty((rows, *extent.shape[1:]), dtype=dtype)
     _read(read.file, tensor_bytes(values), first)
     for dim in range(1, values.dim()):
         start = read.low[dim] - extent.offsets[dim]
         values = values.narrow(dim, start, read.high[dim] - read.low[dim])
+
     destination.copy_(values if round_to is None else values.to(round_to))
 
 

@@ -1,12 +1,16 @@
-"""One shard file of a checkpoint: written from memory and hashed at the same time, read back and checked tensor by tensor.
+"""Checkpoint shard files: written and hashed from memory, read back and verified tensor by tensor.
 
-The file is a safetensors file: 8 bytes of length, a JSON header, then the tensors' bytes without gaps. The header's
-metadata says where in the global tensor each block begins, in the form torch.distributed.checkpoint reads and writes.
+- The format is safetensors: 8 bytes of length, a JSON header, then the tensors' bytes without gaps.
+- The header's metadata gives each block's offsets in the global tensor, in the form that
+  torch.distributed.checkpoint reads and writes.
+- Every tensor is hashed from memory, not from the file. Only this finds damage that happens on the
+  way to the disk.
+- Two threads hash (one each tensor, one the whole file) while a third writes.
+- Standard library only.
 
-Every tensor is hashed from memory, not from the file: only so is damage found that happens on the way to the disk. Two
-threads hash (one each tensor, one the whole file) while a third writes. The writer of torch.distributed.checkpoint was
-refused: it joins all tensors to one string of bytes first, which costs their size in memory once more, and leaves
-nothing to hash but the file. Standard library only.
+Alternatives considered:
+- The writer of torch.distributed.checkpoint: it first joins all tensors into one byte string. That
+  costs their size in memory again and leaves only the file to hash.
 """
 
 import json
@@ -26,21 +30,25 @@ from k2train.safe_json import parse_json
 Facts = dict[str, Any]
 
 DTYPES = {"float32": ("F32", 4), "bfloat16": ("BF16", 2), "float16": ("F16", 2)}
-"""{name of a dtype: (name in the file, bytes an element)}."""
+"""Dtype name -> (name in the file, bytes per element)."""
 DTYPE_NAMES = {short: name for name, (short, _) in DTYPES.items()}
 WRITE_BYTES = 1 << 23
-"""Bytes written or read at once: small enough that writing back can begin early, large enough that calls cost nothing."""
+"""Bytes per write: small enough for early writeback, large enough to make call overhead negligible.
+"""
 READ_BYTES = 1 << 20
-"""Bytes hashed at once: they are still in the core's cache after the read."""
+"""Bytes hashed at once: still in the core's cache after the read."""
 READAHEAD_BYTES = 1 << 23
-"""Bytes the disk is asked for beyond those: it works while they are hashed."""
+"""Bytes requested from the disk beyond those, so that it works while they are hashed."""
 THREADS = 4
 MAX_HEADER_BYTES = 1 << 28
 
 
 @dataclass(frozen=True)
 class Block:
-    """A block of a global tensor as it goes into a file; `content` gives its bytes (little-endian, row-major)."""
+    """A block of a global tensor to be written.
+
+    `content` returns its bytes (little-endian, row-major).
+    """
 
     name: str
     offsets: tuple[int, ...]
@@ -50,12 +58,13 @@ class Block:
 
     @property
     def num_bytes(self) -> int:
+        """Size of the block in bytes."""
         return prod(self.shape) * DTYPES[self.dtype][1]
 
 
 @dataclass(frozen=True)
 class Extent:
-    """Where a block lies: bytes `start` to `stop` of a file."""
+    """Byte extent of a block in a file: bytes `start` to `stop`."""
 
     name: str
     offsets: tuple[int, ...]
@@ -66,7 +75,7 @@ class Extent:
 
 
 def header_of(blocks: Sequence[Block]) -> bytes:
-    """Length and header of a file of `blocks`, in their order."""
+    """Length prefix and header of a file of `blocks`, in their order."""
     content: Facts = {
         "__metadata__": {
             "DCP_SHARDING_INFO": json.dumps(
@@ -85,7 +94,9 @@ def header_of(blocks: Sequence[Block]) -> bytes:
             "data_offsets": [offset, end],
         }
         offset = end
+
     text = json.dumps(content, separators=(",", ":")).encode()
+    # Padded, so that the tensors begin at a multiple of 8 bytes.
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 
@@ -93,14 +104,16 @@ def header_of(blocks: Sequence[Block]) -> bytes:
 def write_shard(
     path: Path, blocks: Sequence[Block], on_written: Callable[[], None] = lambda: None
 ) -> tuple[Facts, Facts]:
-    """Write and sync a file of `blocks`; its facts for the manifest's `files` and `shards`.
+    """Write and sync a file of `blocks`; returns its manifest entries (`files`, `shards`).
 
-    `reached` is called when all is written and nothing synced yet. Raises OSError.
+    Calls `on_written` when everything is written but not yet synced. Raises OSError.
     """
     header = header_of(blocks)
+    # The header is part of the file's hash, but of no tensor's.
     file_hash = sha256(header)
     tensors: dict[str, Future[str]] = {}
     waiting: list[Future[Any]] = []
+
     with (
         ThreadPoolExecutor(1) as file_hasher,
         ThreadPoolExecutor(1) as tensor_hasher,
@@ -116,12 +129,16 @@ def write_shard(
             tensors[block.name] = tensor_hasher.submit(_hash, content)
             waiting += [tensors[block.name], file_hasher.submit(file_hash.update, content)]
             offset = _write(descriptor, content, offset)
-            # A block made for the file (weights in their own dtype) is let go only when both hashes have read it.
+
+            # A block made for the file (weights in their own dtype) is released only after both
+            # hashes have read it. The limit bounds the memory of pending blocks.
             while len(waiting) > 8:
                 waiting.pop(0).result()
+
         on_written()
         os.fsync(descriptor)
         hashes = {name: future.result() for name, future in tensors.items()}
+
     shard = {
         "header_sha256": sha256(header).hexdigest(),
         "tensors": {
@@ -141,40 +158,50 @@ def _hash(content: memoryview) -> str:
 
 
 def _write(descriptor: int, content: memoryview, offset: int) -> int:
-    """Write all of `content` at byte `at`; returns the byte after it."""
+    """Write all of `content` at byte `offset`; returns the end offset."""
     for start in range(0, content.nbytes, WRITE_BYTES):
         rest = content[start : start + WRITE_BYTES]
         while rest:
             rest = rest[os.write(descriptor, rest) :]
-        # Begins to write back what lies there, so that the sync at the end does not begin with everything.
+        # Start writeback now, so that the final sync does not begin with everything.
         os.posix_fadvise(descriptor, offset + start, WRITE_BYTES, os.POSIX_FADV_DONTNEED)
     return offset + content.nbytes
 
 
 def drop_caches(root: Path) -> None:
-    """Let the next read of the synced files of a checkpoint come from the disk, and keep memory for who needs it."""
+    """Evict the synced files of a checkpoint from the page cache.
+
+    The next read then comes from the disk, and the memory is free for others.
+    """
     for file in root.glob("*/*"):
         with suppress(OSError), file.open("rb") as stream:
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def read_header(path: Path) -> tuple[bytes, list[Extent]]:
-    """Length and header as they lie in the file, and the places of its blocks, in order of their bytes.
+    """Length prefix and header bytes as stored, and the extents of the file's blocks in byte order.
 
-    Raises OSError, and ValueError when it is not the header of such a file.
+    Raises OSError, and ValueError when the header is not one of a shard file.
     """
+    # O_NONBLOCK: a pipe in place of the file must not block the reader.
     with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as stream:
         facts = os.fstat(stream.fileno())
         if not stat.S_ISREG(facts.st_mode):
             raise ValueError("not a regular file")
+
         length = stream.read(8)
         size = int.from_bytes(length, "little")
+
+        # A damaged length must not make the reader allocate it.
         if size > min(MAX_HEADER_BYTES, facts.st_size):
             raise ValueError(f"the header claims {size} bytes")
+
         text = stream.read(size)
+
     extents = _parse_extents(text, 8 + size)
     for extent in extents:
-        # A manifest of format 1 says nothing of a file's tensors: a shape is then bound by the file alone.
+        # A manifest of format 1 does not describe a file's tensors, so only the file bounds a
+        # shape.
         wanted = prod(extent.shape) * DTYPES[extent.dtype][1]
         if (
             min(extent.shape, default=0) < 0
@@ -186,6 +213,7 @@ def read_header(path: Path) -> tuple[bytes, list[Extent]]:
                 f"shape {extent.shape}"
             )
             raise ValueError(problem[:200])
+
     return length + text, extents
 
 
@@ -207,17 +235,20 @@ def _parse_extents(text: bytes, begin: int) -> list[Extent]:
         ]
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
         raise ValueError(f"the header is not a shard's ({error!r:.200})") from None
+
     return sorted(found, key=lambda extent: (extent.start, extent.stop))
 
 
 def size_problem(path: Path, facts: Facts) -> str | None:
-    """What is wrong with the file's existence and size; None: nothing."""
+    """Describe what is wrong with the file's existence or size; None when nothing is."""
     try:
         status = path.stat()
     except OSError:
         return "is missing"
+
     if not stat.S_ISREG(status.st_mode):
         return "is not a regular file"
+
     size = status.st_size
     return (
         None if size == facts["bytes"] else f"has {size} bytes, the manifest says {facts['bytes']}"
@@ -225,13 +256,18 @@ def size_problem(path: Path, facts: Facts) -> str | None:
 
 
 def layout_problem(path: Path, shard: Facts, size: int) -> tuple[str | None, list[Extent]]:
-    """What is wrong with a file's header, and where its tensors lie; every byte of the file is in one or the other."""
+    """Describe what is wrong with a file's header, and return the extents of its tensors.
+
+    Every byte of the file belongs to the header or to a tensor.
+    """
     try:
         header, extents = read_header(path)
     except (OSError, ValueError) as error:
         return f"has a damaged header ({error})", []
+
     if sha256(header).hexdigest() != shard["header_sha256"]:
         return "does not match the header in the manifest; it was changed or damaged", []
+
     offset = len(header)
     for extent in extents:
         known = shard["tensors"].get(extent.name)
@@ -241,6 +277,7 @@ def layout_problem(path: Path, shard: Facts, size: int) -> tuple[str | None, lis
             or known["shape"] != list(extent.shape)
         ):
             return f"has a tensor {extent.name} that the manifest does not describe so", []
+
         if (
             extent.start != offset
             or extent.stop - extent.start != prod(extent.shape) * DTYPES[extent.dtype][1]
@@ -250,7 +287,9 @@ def layout_problem(path: Path, shard: Facts, size: int) -> tuple[str | None, lis
                 f"begin at {offset}",
                 [],
             )
+
         offset = extent.stop
+
     if offset != size:
         return f"has {size - offset} bytes after its last tensor", []
     if missing := sorted(set(shard["tensors"]) - {extent.name for extent in extents}):
@@ -259,7 +298,7 @@ def layout_problem(path: Path, shard: Facts, size: int) -> tuple[str | None, lis
 
 
 def hash_range(path: Path, start: int, stop: int) -> str:
-    """sha256 of bytes `start` to `stop`. Raises OSError, also when the file ends before."""
+    """sha256 of bytes `start` to `stop`. Raises OSError, also when the file ends earlier."""
     found, buffer = sha256(), bytearray(min(READ_BYTES, max(stop - start, 1)))
     view = memoryview(buffer)
     with path.open("rb", buffering=0) as stream:
@@ -272,6 +311,7 @@ def hash_range(path: Path, start: int, stop: int) -> str:
                 raise OSError(5, f"the file ends at byte {start}")
             found.update(view[:count])
             start += count
+
     return found.hexdigest()
 
 
@@ -282,21 +322,25 @@ def first_problem(
     names: Iterable[str],
     threads: int = THREADS,
 ) -> str | None:
-    """What is wrong with the first bad file of `names` below `root`, naming file and tensor; None: all are whole.
+    """Describe the first bad file of `names` below `root` by file and tensor, else None.
 
-    `files` and `shards` are the manifest's; of a file that has no entry in `shards` only the whole is hashed.
+    `files` and `shards` come from the manifest. A file without an entry in `shards` is hashed as a
+    whole.
     """
     tasks: list[tuple[str, str | None, int, int, str]] = []
     for name in names:
         path, facts, shard = root / name, files[name], shards.get(name)
         problem = size_problem(path, facts)
         if problem is None and shard is not None:
+            # The header is checked at once, the tensors' bytes in threads below.
             problem, extents = layout_problem(path, shard, facts["bytes"])
             tasks += [
                 (name, p.name, p.start, p.stop, shard["tensors"][p.name]["sha256"]) for p in extents
             ]
+
         if problem is not None:
             return f"{name} {problem}"
+
         if shard is None:
             tasks.append((name, None, 0, facts["bytes"], facts["sha256"]))
 
@@ -307,6 +351,7 @@ def first_problem(
             same = hash_range(root / name, start, stop) == expected
         except OSError as error:
             return f"{name}{what} cannot be read ({error.strerror or error})"
+
         return (
             None
             if same
@@ -315,5 +360,6 @@ def first_problem(
 
     if threads == 1:
         return next((problem for problem in map(check, tasks) if problem), None)
+
     with ThreadPoolExecutor(threads) as pool:
         return next((problem for problem in pool.map(check, tasks) if problem), None)

@@ -1,7 +1,8 @@
-"""A copy of this rank's training state in host memory, which a save writes while training goes on.
+"""Snapshot of a rank's training state in host memory, written to disk while training continues.
 
-The buffers are kept from one save to the next (and pinned where the state lies on a device): a gigabyte of fresh memory
-costs more in page faults than the copy does. One set is enough, since a second save waits for the first.
+- Buffers are reused between saves, and pinned when the state is on a device. A gigabyte of fresh
+  memory costs more in page faults than the copy does.
+- One set of buffers is enough, because a second save waits for the first.
 """
 
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ from k2train.parallel.grad_buffer import ShardLayout
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A frozen copy of this rank's state in host memory."""
+    """Immutable copy of this rank's flat shards in host memory."""
 
     layout: ShardLayout
     flat_shards: Mapping[str, Tensor]
@@ -25,7 +26,7 @@ class Snapshot:
 
 @dataclass
 class HostBuffers:
-    """Host lines that are filled again and again; whoever asks for a snapshot ends the life of the one before."""
+    """Reusable host buffers for snapshots. A new snapshot invalidates the previous one."""
 
     buffers: dict[str, Tensor] = field(default_factory=dict)
 
@@ -33,7 +34,7 @@ class HostBuffers:
     def snapshot(
         self, layout: ShardLayout, flat_shards: Mapping[str, Tensor], dtype: torch.dtype
     ) -> Snapshot:
-        """Copy the optimizer lines [elements]; `dtype` is that of the model's weights."""
+        """Copy the optimizer's flat shards [elements]; `dtype` is that of the model's weights."""
         fault_injection.point("save.snapshot")
         waiting = set()
         for state, flat_shard in flat_shards.items():
@@ -49,9 +50,12 @@ class HostBuffers:
                     pin_memory=flat_shard.device.type == "cuda",
                 )
                 self.buffers[state] = buffer
+
             buffer.copy_(flat_shard.detach(), non_blocking=True)
             if flat_shard.device.type == "cuda":
                 waiting.add(flat_shard.device)
+
+        # The copies are asynchronous; the optimizer may change the state only after them.
         for device in waiting:
             torch.cuda.current_stream(device).synchronize()
         return Snapshot(layout, {state: self.buffers[state] for state in flat_shards}, dtype)
@@ -60,5 +64,5 @@ class HostBuffers:
 def snapshot(
     layout: ShardLayout, flat_shards: Mapping[str, Tensor], dtype: torch.dtype
 ) -> Snapshot:
-    """A snapshot in memory of its own."""
+    """Take a snapshot in freshly allocated memory."""
     return HostBuffers().snapshot(layout, flat_shards, dtype)

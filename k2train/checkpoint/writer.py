@@ -1,14 +1,19 @@
-"""Save a checkpoint on all ranks, in the background if wished: written aside, hashed, committed, read back, then thinned.
+"""Checkpoint saving on all ranks, optionally in the background: write, hash, commit, verify, thin.
 
-Asynchronous: training waits for the copy of the three optimizer lines only; one thread per rank does the rest over a gloo
-group of its own. A second save waits for the first, and so does the end of the run: it cannot overtake it. What the disk
-refuses on one rank is refused on all of them: what was written is removed, and the same snapshot is tried again every few
-seconds for `retry_seconds`, while training goes on; only then is it an error, the same on every rank.
+- Asynchronous: training waits only for the copy of the three flat shards. One thread per rank does
+  the rest over a gloo group of its own.
+- A second save waits for the first, and so does the end of the run.
+- A disk error on one rank is an error on all of them. The written files are removed, and the same
+  snapshot is retried every few seconds for `retry_seconds` while training continues. Only then is
+  it raised, the same on every rank.
+- After the commit the ranks share reading everything back from the disk. A damaged checkpoint is
+  rewritten once from the snapshot. Damaged a second time it is an error, because that state then
+  exists only in memory.
+- Bookkeeping (a ledger event, thinning) that fails on a disk error is logged. It ends no run that
+  has its checkpoint.
 
-After the commit the ranks share reading all of it back from the disk. One that comes back damaged is written again from
-the snapshot, once; damaged a second time it is an error, since that state is then nowhere but in memory. Reading it back
-before the commit was refused: that doubles the time in which a kill loses the save. What only keeps books (a line in the
-ledger, thinning what is old) is told when the disk refuses it, and ends no run that has its checkpoint.
+Alternatives considered:
+- Verifying before the commit: that doubles the time in which a kill loses the save.
 """
 
 import shutil
@@ -51,7 +56,7 @@ __all__ = [
 
 RETRY_EVERY_SECONDS = 5.0
 IDLE_SECONDS = 0.5
-"""How often whoever waits for a save looks up meanwhile."""
+"""Interval at which a thread that waits for a save runs `on_idle`."""
 
 
 def no_op(*_: object) -> None:
@@ -59,12 +64,17 @@ def no_op(*_: object) -> None:
 
 
 class CheckpointWriter:
-    """Saves into `directory`; `keep_optimizer_states` newest numbered checkpoints keep theirs (0: all do).
+    """Saves checkpoints into `directory`.
 
-    Called on rank 0, from the thread that saves: `told` with a line for people, `verified` when a checkpoint was read back
-    whole, `damaged` when one was not (both also from the audit's thread, which checks an older one every
-    `verify_every_seconds`), `still_owner` before the rename; it raises RunError when the run is no longer ours. An OSError
-    of the first three is told and the save goes on; any other error of theirs is every rank's.
+    - The newest `keep_optimizer_states` numbered checkpoints keep their states (0: all do).
+    - Callbacks run on rank 0 in the saving thread. `log` gets a message. `on_verified` gets a
+      checkpoint that was read back intact, `on_damaged` one that was not.
+    - The scrubbing thread, which checks an older checkpoint every `verify_every_seconds`, also
+      calls `log` and `on_damaged`.
+    - `check_owner` runs before the rename and raises RunError when the run has another owner.
+    - `on_idle` is called repeatedly by the thread that waits for a save.
+    - An OSError of `log`, `on_verified` or `on_damaged` is logged, and the save continues. Any
+      other error of theirs is raised on every rank.
     """
 
     def __init__(
@@ -88,7 +98,7 @@ class CheckpointWriter:
         self.check_owner, self.log = check_owner, log
         self.on_verified, self.on_damaged, self.on_idle = on_verified, on_damaged, on_idle
         self.verified = VerifiedCheckpoints()
-        """Which checkpoints this process found whole."""
+        """Checkpoints that this process verified."""
         self.scrubber = Scrubber(directory, verify_every_seconds, self.verified, on_damaged, log)
         self._retention = Retention(directory, keep_optimizer_states, self.verified)
         self._agreement = Agreement(grid)
@@ -99,20 +109,26 @@ class CheckpointWriter:
         self._error: BaseException | None = None
 
     def mark_verified(self, path: Path) -> None:
-        """Count `path` as verified: it was checked when it was chosen to be loaded."""
+        """Count `path` as verified: it was checked when it was chosen for loading."""
         self.verified.add(path.name)
 
     def snapshot(
         self, layout: ShardLayout, flat_shards: Mapping[str, Tensor], dtype: torch.dtype
     ) -> Snapshot:
-        """A copy of the optimizer lines [elements] in kept host memory, for `save`; waits for the save under way."""
+        """Copy the optimizer's flat shards [elements] into reused host memory, for `save`.
+
+        Waits for a running save.
+        """
         self.wait()
         return self._buffers.snapshot(layout, flat_shards, dtype)
 
     def save(
         self, name: str, snapshot: Snapshot, facts: Facts, on_commit: Callable[[Path, Facts], None]
     ) -> None:
-        """Save on all ranks. `facts` go into the manifest; rank 0 calls `committed(path, manifest)` after the rename."""
+        """Save on all ranks. Collective.
+
+        `facts` go into the manifest. Rank 0 calls `on_commit(path, manifest)` after the rename.
+        """
         self.wait()
         if not self.asynchronous:
             self._save(name, snapshot, facts, on_commit)
@@ -129,22 +145,26 @@ class CheckpointWriter:
 
     @property
     def failed(self) -> bool:
-        """Whether the save in the background has gone wrong; `wait` raises it."""
+        """Whether the background save has failed; `wait` raises its error."""
         return self._error is not None
 
     @property
     def active(self) -> bool:
-        """Whether a save is under way in the background."""
+        """Whether a background save is running."""
         return self._thread is not None and self._thread.is_alive()
 
     def skip_verification(self) -> None:
-        """The process is to end soon: from now on no save is tried again and none read back (rank 0's word counts)."""
+        """Stop retrying saves and reading them back, because the process ends soon.
+
+        Only rank 0's call counts.
+        """
         self._skip_verification.set()
 
     def wait(self) -> None:
-        """Until the save under way is committed and read back; raises what went wrong in it."""
+        """Wait until the running save is committed and read back. Raises its error."""
         if self._thread is not None:
             while self._thread.is_alive():
+                # Rank 0 prints messages of the saving thread meanwhile.
                 self._thread.join(IDLE_SECONDS)
                 self.on_idle()
             self._thread = None
@@ -153,7 +173,7 @@ class CheckpointWriter:
             raise error
 
     def close(self) -> None:
-        """End the audit. A save under way ends with the process."""
+        """Stop scrubbing. A running save ends with the process."""
         self.scrubber.close()
 
     def _save(
@@ -162,17 +182,22 @@ class CheckpointWriter:
         self.verified.forget(name)
         self._best_effort(self.scrubber.start, "older checkpoints are not checked")
         digest = self._state_digest(snapshot)
-        # It is part of the name written under, which must be one on all ranks.
+
+        # The token is part of the temporary name, which must be the same on all ranks.
         token = self._agreement.from_first(facts.get("fencing_token"))
         facts = facts if token is None else {**facts, "fencing_token": token}
+
+        # The digest is computed beside the writing, by one thread.
         with ThreadPoolExecutor(1) as side:
             sums = side.submit(host_digest_sums, digest, snapshot.flat_shards)
             job = SaveJob(
                 self.directory, name, snapshot, facts, digest, sums, on_commit, self.check_owner
             )
             self._write(job)
+
         if (problem := self._read_back(job)) is not None:
             self._rewrite(job, problem)
+
         self._best_effort(
             self._retire,
             f"{name} is saved, but older checkpoints in {self.directory} could not be thinned "
@@ -180,7 +205,7 @@ class CheckpointWriter:
         )
 
     def _state_digest(self, snapshot: Snapshot) -> StateDigest:
-        """Of the state's table, whose tensors' names all ranks gather once."""
+        """Digest of the snapshot's layout, cached. All ranks gather the tensor names once."""
         found = self._digests.get(id(snapshot.layout))
         if found is None:
             own = [slot.param_slice.name for slot in snapshot.layout.slots]
@@ -191,7 +216,7 @@ class CheckpointWriter:
         return found
 
     def _write(self, job: SaveJob) -> None:
-        """Until it is committed; DiskRefused after `retry_seconds`."""
+        """Write until committed. Raises DiskRefused after `retry_seconds`."""
         began, last_message = time.monotonic(), ""
         while True:
             try:
@@ -199,9 +224,12 @@ class CheckpointWriter:
                 return
             except DiskRefused as error:
                 self._remove_temporary(job)
+                # Rank 0 decides, so that all ranks retry or none does.
                 retry = self._agreement.from_first(self._may_retry(began))
                 if not retry:
                     raise
+
+                # The same error is logged once, not at every retry.
                 if str(error) != last_message:
                     last_message = str(error)
                     meanwhile = "continues" if self.asynchronous else "waits"
@@ -209,6 +237,7 @@ class CheckpointWriter:
                         f"{last_message} (retried every {self.retry_every_seconds:g} s, training "
                         f"{meanwhile})"
                     )
+
                 if self.grid.rank == 0:
                     self._skip_verification.wait(self.retry_every_seconds)
             except (UserError, SaveError):
@@ -225,7 +254,10 @@ class CheckpointWriter:
             shutil.rmtree(job.temporary, ignore_errors=True)
 
     def _best_effort(self, action: Callable[[], None], error_prefix: str) -> None:
-        """Rank 0 alone does what no checkpoint depends on: an OSError in it is told, behind `otherwise`; collective."""
+        """Run a best-effort action on rank 0. Collective.
+
+        An OSError is logged with `error_prefix`.
+        """
 
         def run() -> None:
             if self.grid.rank != 0:
@@ -242,9 +274,13 @@ class CheckpointWriter:
         self._best_effort(lambda: self.log(text), text)
 
     def _read_back(self, job: SaveJob) -> str | None:
-        """What is wrong with it on the disk; None: it is whole, or nobody looked."""
+        """Describe what is wrong with the checkpoint on disk.
+
+        None when it is intact or was not read.
+        """
         if self._agreement.from_first(self._skip_verification.is_set()):
             return None
+
         problems = self._agreement.all(self._check_share(job.final))
         problem = next((text for text in problems if text), None)
         if problem is None:
@@ -253,10 +289,14 @@ class CheckpointWriter:
                 lambda: self.on_verified(job.final),
                 f"{job.name} is whole, but this could not be recorded",
             )
+
         return problem
 
     def _check_share(self, path: Path) -> str | None:
-        """Each rank reads what its neighbour wrote: on a cluster its own may still lie in its node's memory."""
+        """Verify the files that the next rank wrote.
+
+        On a cluster a rank's own files may still be in its node's memory.
+        """
         rank, world_size = self.grid.rank, self.grid.layout.world_size
         drop_caches(path)
         try:
@@ -267,16 +307,21 @@ class CheckpointWriter:
             return str(error)
         except OSError as error:
             return f"{path} cannot be read back ({error.strerror or error})"
+
         return None
 
     def _rewrite(self, job: SaveJob, problem: str) -> None:
-        """Write a checkpoint that came back damaged once more, from the snapshot. Raises SaveError when it still is."""
+        """Rewrite a damaged checkpoint from the snapshot.
+
+        Raises SaveError when it is damaged again.
+        """
         self._log(f"{job.name} came back damaged from the disk and is written again: {problem}")
         self._agreement.do(lambda: self._invalidate(job), job.disk_error)
         self._write(job)
         problem_now = self._read_back(job)
         if problem_now is None:
             return
+
         self.verified.mark_damaged(job.name)
         self._best_effort(
             lambda: self.on_damaged(job.final, problem_now),
@@ -291,6 +336,7 @@ class CheckpointWriter:
     def _invalidate(self, job: SaveJob) -> None:
         if self.grid.rank == 0:
             shutil.rmtree(job.temporary, ignore_errors=True)
+            # It must not count as a checkpoint while it is rewritten.
             job.final.rename(job.temporary)
 
     def _retire(self) -> None:
