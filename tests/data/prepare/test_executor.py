@@ -1,6 +1,9 @@
-"""The executors on toy tasks: would catch a finished task done again, a half-done one taken for whole, two drivers of
-one preparation, workers that outlive their driver, a pool that waits for a killed worker, and log lines on the
-terminal."""
+"""Executors on toy tasks: restarts, kills, failures, locks and terminal output.
+
+Catches a finished task done again, a half-done one taken for complete, two drivers of one
+preparation, workers that outlive their driver, a pool that waits for a killed worker, and log lines
+on the terminal.
+"""
 
 import os
 import random
@@ -59,7 +62,7 @@ def driver(workspace: Workspace, *choices: str) -> subprocess.Popen[str]:
 
 
 def workers_of(workspace: Workspace) -> set[int]:
-    """Processes that have this work folder's log for their stderr: the server and all it forked."""
+    """Processes whose stderr is this work folder's log: the server and its forks."""
     found = set()
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -72,7 +75,10 @@ def workers_of(workspace: Workspace) -> set[int]:
 
 
 def begun_and_done(workspace: Workspace) -> dict[str, int]:
-    """How often each task was begun whose record is there. A kill may fall after the record and before anything else."""
+    """How often each task with a record was started.
+
+    A kill may fall after the record and before anything else.
+    """
     done = {
         f"{p.name}_{number}"
         for p in PHASES
@@ -84,7 +90,9 @@ def begun_and_done(workspace: Workspace) -> dict[str, int]:
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_every_task_is_done_once_and_nothing_is_done_again(tmp_path: Path, workers: int) -> None:
-    """Catches a task left out, done twice, or done again by a second start; and processes left behind."""
+    """Catches a task left out, done twice, or done again by a second start; and processes left
+    behind.
+    """
     workspace = toy_workspace(tmp_path)
     run(workspace, workers)
     assert start_counts(workspace) == dict.fromkeys(ALL, 1) and all_files_complete(
@@ -99,7 +107,7 @@ def test_every_task_is_done_once_and_nothing_is_done_again(tmp_path: Path, worke
 def test_the_terminal_shows_our_lines_only(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Catches datatrove's own log lines on the user's terminal, and a count that is not the tasks'."""
+    """Catches datatrove's log lines on the user's terminal, and a wrong count of tasks."""
     workspace = toy_workspace(tmp_path)
     run_phases(workspace, ExecutorRecipe(workers=2), Progress(sys.stderr), PHASES)
     output = capfd.readouterr()
@@ -114,7 +122,7 @@ def test_the_terminal_shows_our_lines_only(
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_users_mistake_in_a_task_is_its_line(tmp_path: Path, workers: int) -> None:
-    """Catches a line wrapped in a traceback, and a failed task that datatrove holds for complete."""
+    """Catches a line inside a traceback, and a failed task that datatrove calls complete."""
     line = "web/a.jsonl: 31 of 100 documents are broken; raise max_rejected_share"
     workspace = toy_workspace(tmp_path, fail={"one/1": line})
     with pytest.raises(DataError) as refused:
@@ -155,7 +163,7 @@ def test_a_bug_names_the_task_and_its_log(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_killed_worker_is_reported_and_not_waited_for(tmp_path: Path, workers: int) -> None:
-    """Catches the pool that waits for ever for a worker that the system killed for want of memory."""
+    """Catches a pool that waits for ever for a worker that the system killed to free memory."""
     workspace = toy_workspace(tmp_path, kill="one/2")
     with pytest.raises(
         DataError, match=r"task 2 of one was killed \(signal 9\).*executor\.workers"
@@ -177,7 +185,10 @@ def test_a_task_that_leaves_no_record_is_not_done(tmp_path: Path) -> None:
 def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
     """Catches a full disk shown as a bug of ours."""
     full = OSError(28, "No space left on device")
-    free = r"\d[\d,]* bytes are free; make room there and start again: finished tasks are kept, or name a folder on another"
+    free = (
+        r"\d[\d,]* bytes are free; make room there and start again: finished tasks are kept, "
+        r"or name a folder on another"
+    )
     line, mistake = tasks.explain(full, tmp_path)
     assert mistake and re.fullmatch(rf"work: no space left in {tmp_path}, {free} disk", line)
     runs, out = tmp_path / "runs", tmp_path.parent / "out"
@@ -196,7 +207,7 @@ def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_in_a_task_names_the_folder_and_the_key(tmp_path: Path) -> None:
-    """Catches a full disk told without where it is full, how much is free there, and which key names another place."""
+    """Catches a full disk reported without folder, free space, or the key that moves it."""
     workspace = toy_workspace(tmp_path, full="one/2")
     with pytest.raises(
         DataError,
@@ -206,7 +217,9 @@ def test_a_full_disk_in_a_task_names_the_folder_and_the_key(tmp_path: Path) -> N
 
 
 def test_a_deleted_or_shortened_output_is_made_again(tmp_path: Path) -> None:
-    """Catches trust in datatrove's marks, which outlive the output; and redoing more than what is gone."""
+    """Catches trust in datatrove's marks, which outlive the output, and repeating more than is
+    gone.
+    """
     workspace = toy_workspace(tmp_path)
     run(workspace)
     (workspace.target / "one_3.txt").unlink()
@@ -218,7 +231,7 @@ def test_a_deleted_or_shortened_output_is_made_again(tmp_path: Path) -> None:
 
 
 def test_reconciling_follows_the_records(tmp_path: Path) -> None:
-    """Catches a mark without an output that is believed, and an output without a mark that is made again."""
+    """Catches trust in a mark without output, and repeating of an output without a mark."""
     workspace = toy_workspace(tmp_path)
     preparation.work_one(workspace, 4)
     marks = PHASES[0].logs(workspace) / "completions"
@@ -233,7 +246,9 @@ def test_reconciling_follows_the_records(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_kill_9_at_any_moment_then_again(tmp_path: Path, workers: int) -> None:
-    """Catches a finished task that is done again, a half-done one that is not, and workers that go on alone."""
+    """Catches a finished task done again, a half-done one that is not, and workers that run on
+    alone.
+    """
     workspace = toy_workspace(tmp_path, seconds=0.15)
     moments, before = random.Random(workers), {}
     for _ in range(4):
@@ -245,6 +260,7 @@ def test_kill_9_at_any_moment_then_again(tmp_path: Path, workers: int) -> None:
         after = begun_and_done(workspace)
         assert before.items() <= after.items()
         before = after
+
     process = driver(workspace, f"workers={workers}")
     _, output = process.communicate(timeout=60)
     assert process.returncode == 0, output
@@ -258,7 +274,7 @@ def test_kill_9_at_any_moment_then_again(tmp_path: Path, workers: int) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_workers_end_with_their_driver(tmp_path: Path, number: signal.Signals) -> None:
-    """Catches workers, or datatrove's manager process, that outlive a driver that is ended in whatever way."""
+    """Catches workers, or datatrove's manager, that outlive their driver, however it ends."""
     workspace = toy_workspace(tmp_path, seconds=60)
     process = driver(workspace, "workers=2")
     assert soon(lambda: len(start_counts(workspace)) == 2)
@@ -270,7 +286,7 @@ def test_workers_end_with_their_driver(tmp_path: Path, number: signal.Signals) -
 
 
 def test_a_second_driver_is_refused_and_the_lock_dies_with_its_holder(tmp_path: Path) -> None:
-    """Catches two drivers that do the same tasks, and a lock that has to be removed by hand."""
+    """Catches two drivers of the same tasks, and a lock that must be removed by hand."""
     workspace = toy_workspace(tmp_path, seconds=60)
     process = driver(workspace, "workers=1")
     try:
@@ -280,11 +296,13 @@ def test_a_second_driver_is_refused_and_the_lock_dies_with_its_holder(tmp_path: 
             _, output = second.communicate(timeout=20)
         finally:
             second.kill()
+
         assert second.returncode == 2
         assert f"already running (pid {process.pid})" in output and output.count("\n") == 1
     finally:
         process.kill()
         process.communicate()
+
     with exclusive(workspace.folder):
         pass
     assert soon(lambda: not workers_of(workspace), 5)
@@ -293,14 +311,14 @@ def test_a_second_driver_is_refused_and_the_lock_dies_with_its_holder(tmp_path: 
 def test_ray_is_asked_for_when_it_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches an ImportError in place of a line that says what to install."""
+    """Catches an ImportError instead of a line that says what to install."""
     monkeypatch.setattr(executor, "find_spec", lambda name: None if name == "ray" else object())
     with pytest.raises(ConfigError, match=r"executor\.kind ray needs ray: pip install ray"):
         run_phases(toy_workspace(tmp_path), ExecutorRecipe(kind="ray"), Progress(None), PHASES)
 
 
 def test_ray_gets_the_recipe_s_wishes(tmp_path: Path) -> None:
-    """Catches a knob of the recipe that does not reach Ray, where a run of it is seldom tried."""
+    """Catches a key of the recipe that does not reach Ray, which is seldom run."""
     workspace = toy_workspace(tmp_path)
     made = local._pipeline(workspace, PHASES[0], ExecutorRecipe(kind="ray", workers=3, memory_gb=8))
     assert (made.tasks, made.workers, made.mem_per_cpu_gb) == (6, 3, 8)
