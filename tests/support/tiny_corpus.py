@@ -140,7 +140,7 @@ def start(*arguments: Any, processes: int = 1) -> subprocess.Popen[str]:
 
 
 def wait_for(path: Path, process: subprocess.Popen[str], timeout: float = 60) -> None:
-    """Until `path` exists; fails when the process ends first."""
+    """Wait until `path` exists; fails when the process ends first."""
     deadline = time.monotonic() + timeout
     while not path.exists():
         assert process.poll() is None, (
@@ -177,7 +177,7 @@ def kill_all(process: subprocess.Popen[str]) -> int:
 
 
 def tree_of(directory: Path) -> dict[str, bytes]:
-    """Every file below a directory with its bytes; empty when there is no directory."""
+    """Return every file below a directory with its bytes; empty without a directory."""
     return {
         str(p.relative_to(directory)): p.read_bytes()
         for p in sorted(directory.rglob("*"))
@@ -202,7 +202,7 @@ def manifest_of(checkpoint: Path) -> dict[str, Any]:
 
 
 def nothing(trainer: Trainer) -> None:
-    """The change that changes nothing."""
+    """Change nothing; the default `change`."""
 
 
 def trainer_job(

@@ -200,7 +200,7 @@ def freed_job(launch: Launch, config: Any) -> bool:
 
 
 def test_an_engine_can_be_freed(pool: GlooPool) -> None:
-    """A hook that holds its buffer for ever keeps the weights, and the process groups with their
+    """A hook that holds its buffer forever keeps the weights, and the process groups with their
     threads, for ever.
     """
     assert pool.run(1, freed_job, tiny_config()) == [True]
