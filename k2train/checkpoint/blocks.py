@@ -45,6 +45,7 @@ def local_boxes(layout: ShardLayout) -> Iterator[Box]:
     """Yield the box of every slot in the shard layout. Some boxes may be empty."""
     for slot in layout.slots:
         param_slice, (low, high) = slot.param_slice, slot.rows(layout.dp)
+        # The slice begins at its own offset along its dimension; rows are cut along the first one.
         offsets = [
             param_slice.start if d == param_slice.dim else 0
             for d in range(len(param_slice.global_shape))
@@ -58,6 +59,7 @@ def owned_boxes(layout: ShardLayout, tp: Axis) -> list[Box]:
     return [
         box
         for box in local_boxes(layout)
+        # A slice without a dimension is held whole by every tensor-parallel rank.
         if not box.empty and (box.slot.param_slice.dim is not None or tp.rank == 0)
     ]
 

@@ -65,8 +65,8 @@ class SaveJob:
         """Turn an OSError of the disk into a DiskRefused that says what to do."""
         return DiskRefused(
             f"{self.name} could not be saved in {self.directory}: {error.strerror or error}; "
-            "earlier checkpoints are "
-            "intact; free space or make the directory writable, then run the same command again"
+            "earlier checkpoints are intact; free space or make the directory writable, then run "
+            "the same command again"
         )
 
 
@@ -182,6 +182,6 @@ def _commit(
     except OSError as error:
         raise SaveError(
             f"{job.name} is in {job.directory}, but it could not be recorded: "
-            f"{error.strerror or error}; free "
-            "space or make the directory writable, then run the same command again"
+            f"{error.strerror or error}; free space or make the directory writable, then run the "
+            "same command again"
         ) from None

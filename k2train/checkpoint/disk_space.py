@@ -89,6 +89,7 @@ def check_plan(
     needed = plan_bytes(one, remaining, keep_optimizer_states, complete_now)
     free = free_bytes(directory)
     if needed > free:
+        # 0 keeps the optimizer states of every checkpoint.
         kept = "all" if keep_optimizer_states == 0 else str(keep_optimizer_states)
         raise RunError(
             f"no space for the {remaining} checkpoints of this run: they need {bytes_text(needed)} "

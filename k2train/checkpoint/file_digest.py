@@ -33,6 +33,7 @@ def digests_of_files(path: Path, manifest: dict[str, Any]) -> dict[str, str]:
                 values = np.fromfile(
                     path / file, dtype=dtype, count=count, offset=extent.start
                 ).reshape(extent.shape)
+                # The sums of a tensor's blocks add up to those of the whole, modulo 2**64.
                 added = block_sums(values, extent.offsets, shapes[extent.name])
                 sums[extent.name] = [
                     (a + b) & MASK for a, b in zip(sums[extent.name], added, strict=True)
@@ -54,6 +55,7 @@ def verify_root(path: Path, manifest: dict[str, Any]) -> str:
 
     known = manifest["state"]
     digests = digests_of_files(path, manifest)
+    # Compared by tensor before the root, so that the error names one.
     for name in sorted({*digests, *known["digests"]}):
         if digests.get(name) != known["digests"].get(name):
             raise CheckpointError(

@@ -34,6 +34,7 @@ def host_digest_sums(
         box, state_index, state = task
         values = digest.shard_layout.local(flat_shards[state], box.slot).detach().numpy()
         sums = block_sums(values, box.offsets, box.slot.param_slice.global_shape)
+        # Each task writes its own cell, so threads need no lock.
         digest_sums[index_of[box.name], state_index] = torch.tensor(
             [_signed(lane) for lane in sums]
         )
@@ -55,4 +56,5 @@ def host_digest_sums(
 
 
 def _signed(lane: int) -> int:
+    # Torch has no unsigned 64-bit integers: store the same bits as a signed one.
     return lane - 2**64 if lane >= 2**63 else lane

@@ -109,6 +109,7 @@ def load_states(
     """
     manifest = read_manifest(path)
     thinned = is_thinned(path)
+    # A thinned checkpoint has weights only: they become the master weights.
     folder, states = ("model", [MASTER]) if thinned else ("optimizer", list(flat_shards))
     named = {
         f"{name}.{state}" if not thinned else name: (name, state)
@@ -129,8 +130,8 @@ def load_states(
         )
         for key, (name, state) in named.items()
     ]
-    problem = ""
 
+    problem = ""
     try:
         execute_reads(
             path, plan_reads(path, folder, manifest, targets), round_to=dtype if thinned else None
@@ -140,6 +141,7 @@ def load_states(
     except (OSError, ValueError) as error:
         problem = f"{path} cannot be read ({error})"
 
+    # One rank's error must stop all of them, before any value is used.
     if (first := _first_problem(problem, grid, LOAD)) is not None:
         raise CheckpointError(first)
 
@@ -179,9 +181,8 @@ def _check_state(
     if wrong:
         raise CheckpointError(
             f"{path}: {wrong[0]} as loaded is not what was saved (digest {known.get(wrong[0])}, "
-            f"{len(wrong)} of "
-            f"{len(known)} tensors differ), although its files are intact; it was damaged in "
-            "memory, load it again"
+            f"{len(wrong)} of {len(known)} tensors differ), although its files are intact; it was "
+            "damaged in memory, load it again"
         )
 
 

@@ -137,6 +137,7 @@ def _check_names(path: Path, manifest: dict[str, Any]) -> None:
     """
     for name, facts in manifest["files"].items():
         parts = PurePosixPath(name).parts
+        # Names come from the file: no path may lead out of the checkpoint.
         if (
             not name.isprintable()
             or len(parts) != 2
@@ -246,6 +247,7 @@ def expected_files(path: Path, manifest: dict[str, Any]) -> list[str]:
     """
     for folder in FOLDERS:
         for file in sorted((path / folder).glob("*")):
+            # A stray shard would be read by any reader that lists the folder.
             if f"{folder}/{file.name}" not in manifest["files"]:
                 raise CheckpointError(
                     f"{path}: {folder}/{file.name} is not in the manifest; remove it"

@@ -57,7 +57,6 @@ def plan_reads(
     by_name = {target.name: target for target in targets}
     missing = {target.name: prod(target.shape) for target in targets}
     reads: list[Read] = []
-
     for file in sorted(name for name in manifest["files"] if name.startswith(f"{folder}/")):
         # Skip files without a wanted block; only format 2 says so without opening them.
         known = manifest.get("shards", {}).get(file, {}).get("tensors")
@@ -118,13 +117,15 @@ def _execute(read: Read, round_to: torch.dtype | None) -> None:
     row_bytes = prod(extent.shape[1:]) * DTYPES[extent.dtype][1]
     first = extent.start + (read.low[0] - extent.offsets[0]) * row_bytes
     rows = read.high[0] - read.low[0]
-    destination = target.values
 
+    destination = target.values
     for dim in range(destination.dim()):
+        # The part of the destination that the block covers, as a view.
         destination = destination.narrow(
             dim, read.low[dim] - target.offsets[dim], read.high[dim] - read.low[dim]
         )
 
+    # Contiguous rows of equal width can be read straight into the destination.
     whole_rows = (
         tuple(b - a for a, b in zip(read.low[1:], read.high[1:], strict=True)) == extent.shape[1:]
     )
@@ -152,6 +153,7 @@ def _read(file: Path, destination: memoryview, start: int) -> None:
     with file.open("rb", buffering=0) as stream:
         while destination:
             count = os.preadv(stream.fileno(), [destination], start)
+            # The file is shorter than its header says.
             if count == 0:
                 raise OSError(5, f"{file} ends at byte {start}")
             destination, start = destination[count:], start + count

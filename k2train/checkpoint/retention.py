@@ -103,8 +103,9 @@ class Retention:
         actions += [
             (_thin, path) for path in old if is_thinned(path) or self._is_replaced(path, paths)
         ]
-        problem: OSError | None = None
 
+        problem: OSError | None = None
+        # Try all of them: one that cannot be removed must not block the others.
         for action, path in actions:
             try:
                 action(path)

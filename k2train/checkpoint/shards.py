@@ -111,9 +111,9 @@ def write_shard(
     header = header_of(blocks)
     # The header is part of the file's hash, but of no tensor's.
     file_hash = sha256(header)
+
     tensors: dict[str, Future[str]] = {}
     waiting: list[Future[Any]] = []
-
     with (
         ThreadPoolExecutor(1) as file_hasher,
         ThreadPoolExecutor(1) as tensor_hasher,
@@ -342,6 +342,7 @@ def first_problem(
             return f"{name} {problem}"
 
         if shard is None:
+            # Format 1 has one hash per file.
             tasks.append((name, None, 0, facts["bytes"], facts["sha256"]))
 
     def check(task: tuple[str, str | None, int, int, str]) -> str | None:

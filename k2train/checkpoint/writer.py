@@ -329,8 +329,8 @@ class CheckpointWriter:
         )
         raise SaveError(
             f"{job.name} came back damaged from the disk twice: {problem_now}; earlier checkpoints "
-            "are untouched; check "
-            f"the disk of {self.directory} or move run.directory, then run the same command again"
+            f"are untouched; check the disk of {self.directory} or move run.directory, then run "
+            "the same command again"
         )
 
     def _invalidate(self, job: SaveJob) -> None:

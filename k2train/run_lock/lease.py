@@ -204,9 +204,9 @@ class Lease:
         """Create the file of `token` durably with its content; None when another process has it."""
         path = self.directory / f"lease_{token:06d}.json"
         temporary = self.directory / f".lease_{uuid4().hex}.tmp"
+
         content = {"token": token, "released": False, "beat": 0, **own_identity(self.facts)}
         descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-
         try:
             os.pwrite(descriptor, _block(content), 0)
             os.fsync(descriptor)
