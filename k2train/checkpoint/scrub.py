@@ -42,7 +42,7 @@ class Scrubber:
     def start(self) -> None:
         """Start the thread, unless it is running or `seconds` is 0."""
         if self._thread is None and self.seconds > 0:
-            self._thread = Thread(target=self._run, name="audit", daemon=True)
+            self._thread = Thread(target=self._run, name="scrub", daemon=True)
             self._thread.start()
 
     def close(self) -> None:
