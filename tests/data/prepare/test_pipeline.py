@@ -239,6 +239,19 @@ def test_boundaries_are_the_starts_of_documents(made: Manifest) -> None:
         assert np.load(made.folder / str(info.borders)).tolist() == starts
 
 
+def test_the_account_is_printed_on_request(made: Manifest) -> None:
+    """Catches tables in front of the summary that nobody asked for, and a flag that prints none."""
+    recipe = made.folder.parent / "r.yaml"
+    short, long = prepare(recipe), prepare(recipe, "--account")
+    hint = f"python tools/inspect_data.py {made.folder} shows the account"
+    assert short.stdout.splitlines()[-1] == hint and len(short.stdout.splitlines()) == 3
+    assert long.stdout.splitlines()[-2:] == short.stdout.splitlines()[:2]
+    assert "samples in a chunk" in long.stdout
+    refused = prepare(recipe, "--account", "--estimate")
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "--account" in refused.stderr and len(refused.stderr.splitlines()) == 1
+
+
 def test_again_does_nothing(made: Manifest, corpus: Path) -> None:
     """Catches a second start that repeats work, or misses a damaged file, another recipe, or
     another tokenizer.
