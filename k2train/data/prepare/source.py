@@ -114,7 +114,7 @@ class Contents:
 
         self._mtime_ns, self._ended = after.st_mtime_ns, True
 
-    def whole(self) -> bytes:
+    def read_all(self) -> bytes:
         """Return all bytes at once."""
         return b"".join(self.blocks())
 

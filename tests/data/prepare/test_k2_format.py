@@ -685,7 +685,7 @@ def test_a_failed_import_leaves_no_empty_folder(source: Path, tmp_path: Path) ->
             assert [path.name for path in tmp_path.iterdir()] == ["k2"]
 
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match=r"k2_import: cannot be made \(Not a directory\)"):
+    with pytest.raises(DataError, match=r"k2_import: cannot be created \(Not a directory\)"):
         import_k2(source, tmp_path / "file" / "out")
 
 

@@ -302,11 +302,11 @@ def _count(counts: Counts, keys: Any, lengths: Longs, mask: Any, bits: int) -> N
         else np.zeros(len(keys), np.int64)
     )
     for kind in (TRAINING, HELD_OUT_TEXT):
-        taken = mask == kind
+        selected = mask == kind
         # `bincount` sums in float64, exact below 2**53; the sums of a run are far smaller.
-        tokens = np.bincount(bucket[taken], weights=lengths[taken], minlength=2**bits)
+        tokens = np.bincount(bucket[selected], weights=lengths[selected], minlength=2**bits)
         counts.buckets[kind - 1] += tokens.astype(np.int64)
-        counts.buckets[kind + 1] += np.bincount(bucket[taken], minlength=2**bits)
+        counts.buckets[kind + 1] += np.bincount(bucket[selected], minlength=2**bits)
 
 
 def _account(

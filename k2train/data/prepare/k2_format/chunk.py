@@ -79,8 +79,8 @@ def finished(task: ImportTask) -> ChunkInfo | None:
     """
     with suppress(OSError, ValueError, KeyError, TypeError):
         record = json.loads(task.record.read_text("utf-8"))
-        here = {name: (task.target / name).stat().st_size for name in record["bytes"]}
-        if record["identity"] == task.identity and here == record["bytes"]:
+        sizes = {name: (task.target / name).stat().st_size for name in record["bytes"]}
+        if record["identity"] == task.identity and sizes == record["bytes"]:
             return ChunkInfo(**record["info"])
     return None
 

@@ -133,7 +133,7 @@ def _exclusive_work(work: Path, output: Path) -> Iterator[None]:
             stack.enter_context(exclusive(work))
         except OSError as error:
             raise DataError(
-                f"{work}: cannot be made ({error.strerror}); fix this and start again"
+                f"{work}: cannot be created ({error.strerror}); fix this and start again"
             ) from None
 
         try:

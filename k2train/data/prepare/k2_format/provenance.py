@@ -165,9 +165,9 @@ class ProvenanceReader:
         expected = 0
         for batch in self.file.iter_batches(batch_size=8192, columns=columns):
             listed = {name: batch.column(name).to_pylist() for name in columns}
-            nothing = [None] * batch.num_rows
+            missing = [None] * batch.num_rows
 
-            texts = zip(*(listed.get(name, nothing) for name in TEXTS), strict=True)
+            texts = zip(*(listed.get(name, missing) for name in TEXTS), strict=True)
             for row, start, found in zip(listed["row"], listed["start"], texts, strict=True):
                 if start == 0:
                     if row != expected:

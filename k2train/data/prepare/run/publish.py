@@ -97,13 +97,13 @@ def _write_sources(workspace: Workspace, keys: Sequence[str], used: Mapping[str,
     split = _split_sources(workspace)
     content: dict[str, Any] = {}
     for group, names in groups.items():
-        taken = (
+        used_bits = (
             np.bitwise_or.reduce([bits[name] for name in names])
             if names
             else np.zeros(len(keys), np.uint8)
         )
         content[group] = sorted(
-            key for key, bit in zip(keys, taken, strict=True) if bit and key not in split
+            key for key, bit in zip(keys, used_bits, strict=True) if bit and key not in split
         )
 
     content["shares"] = split

@@ -338,7 +338,7 @@ class DocumentReader:
 
     def whole_text(self) -> Iterator[_RawDocument | Rejection]:
         """Read the file as one document."""
-        content = self.contents.whole()
+        content = self.contents.read_all()
         try:
             yield _RawDocument(None, self.source.name, content.decode())
         except UnicodeDecodeError as error:
@@ -366,7 +366,7 @@ class DocumentReader:
             yield Rejection(getattr(error, "lineno", None), f"does not parse ({error})")
 
     def _code(self) -> str | Rejection:
-        content = self.contents.whole()
+        content = self.contents.read_all()
         try:
             return decode(content)
         except (SyntaxError, UnicodeDecodeError, LookupError) as error:
