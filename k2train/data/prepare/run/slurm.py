@@ -258,6 +258,7 @@ class SlurmExecutor:
             if self._job_ids_file(phase).is_file()
             else []
         )
+        # Jobs that ended other than by completing.
         ended = [
             state
             for job in jobs

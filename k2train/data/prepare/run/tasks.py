@@ -126,6 +126,7 @@ def reconcile(workspace: Workspace, phase: Phase) -> int:
 
     for number in range(phase.tasks):
         workspace.failure(phase.name, number).unlink(missing_ok=True)
+        # A finished task without a mark gets one; a mark without a record is removed.
         mark = completions / f"{number:05d}"
         if not is_done(workspace, phase, number):
             remaining += 1

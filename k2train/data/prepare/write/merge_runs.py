@@ -178,6 +178,7 @@ class PassReader:
 
 
 def _masks(descriptor: int, entry: RunEntry, start: int, stop: int) -> npt.NDArray[np.uint8]:
+    """Masks of the documents `start:stop` of a run."""
     return np.frombuffer(os.pread(descriptor, stop - start, entry.first + start), dtype=np.uint8)
 
 
