@@ -94,12 +94,9 @@ def check_plan(
         raise RunError(
             f"no space for the {remaining} checkpoints of this run: they need {bytes_text(needed)} "
             f"({bytes_text(one.thinned)} each, with optimizer states {bytes_text(one.whole)}, kept "
-            f"for {kept}), "
-            f"{bytes_text(free)} are free in {directory}; free space, raise "
-            "checkpoint.every_chunks, lower "
-            "checkpoint.keep_optimizer_states (2 at least), move run.directory, or start anyway "
-            "with "
-            "run.allow=[space]"
+            f"for {kept}), {bytes_text(free)} are free in {directory}; free space, raise "
+            "checkpoint.every_chunks, lower checkpoint.keep_optimizer_states (2 at least), move "
+            "run.directory, or start anyway with run.allow=[space]"
         )
 
 
@@ -113,6 +110,5 @@ def room_problem(directory: Path, name: str, needed: int) -> str | None:
         return None
     return (
         f"no space for {name}: needs {bytes_text(needed)}, {bytes_text(free)} are free in "
-        f"{directory}; free space there "
-        "or move run.directory"
+        f"{directory}; free space there or move run.directory"
     )

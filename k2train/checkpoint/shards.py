@@ -209,8 +209,8 @@ def read_header(path: Path) -> tuple[bytes, list[Extent]]:
             or extent.stop > facts.st_size
         ):
             problem = (
-                f"tensor {extent.name[:100]!r} has bytes {extent.start} to {extent.stop}, "
-                f"shape {extent.shape}"
+                f"tensor {extent.name[:100]!r} has bytes {extent.start} to {extent.stop}, shape "
+                f"{extent.shape}"
             )
             raise ValueError(problem[:200])
 
