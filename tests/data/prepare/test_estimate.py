@@ -151,10 +151,11 @@ def test_lines_of_a_small_corpus() -> None:
     )
     assert any("or 4.4 minutes with 3 workers (executor.workers)" in line for line in lines)
     assert any(
-        "disk      292.97 KiB of work, removed at the end, and 244.14 KiB of chunks" in line
+        "disk      292.97 KiB of intermediate files, removed at the end, and 244.14 KiB of chunks"
+        in line
         for line in lines
     )
-    assert lines[-1] == "taken from file sizes, as if they were plain text: web"
+    assert lines[-1] == "estimated from file sizes, as if plain text: web"
     assert not any(" 0." in line for line in lines)
 
 
