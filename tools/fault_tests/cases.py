@@ -87,7 +87,8 @@ def listing() -> str:
     ]
     lines += [f"  {point}" for point in POINTS]
     lines += [
-        f"with actions {', '.join(SIGNALS)}, exit=CODE, sleep=SECONDS, error=ERRNO (such as ENOSPC)",
+        f"with actions {', '.join(SIGNALS)}, exit=CODE, sleep=SECONDS, error=ERRNO (such as "
+        "ENOSPC)",
         "Values:",
     ]
     lines += [f"  {line}" for line in VALUE_LINES]

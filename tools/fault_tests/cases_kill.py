@@ -41,21 +41,23 @@ def not_reached(attempts: list[Attempt]) -> list[str]:
     return sorted({attempt.faults for attempt in attempts if attempt.faults} - struck)
 
 
-def report(result: Result, campaigns: list[Restarts], expected: list[str]) -> list[Attempt]:
+def report(result: Result, all_restarts: list[Restarts], expected: list[str]) -> list[Attempt]:
     """Report the common figures of kill rows; returns the attempts in which a kill fired."""
-    attempts = attempts_of(campaigns)
+    attempts = attempts_of(all_restarts)
     struck = [attempt for attempt in attempts if attempt.struck and attempt.faults]
-    result.problems += problems_of(campaigns)
+    result.problems += problems_of(all_restarts)
     missed = [fault for fault in not_reached(attempts) if fault in expected]
     if missed:
         result.missing.append(
             f"{len(missed)} of {len(expected)} places were not come to: {', '.join(missed)}"
         )
-    runs = [restarts for restarts in campaigns if restarts.done]
-    fewest = [restarts.fewest_whole for restarts in campaigns if restarts.fewest_whole is not None]
+    runs = [restarts for restarts in all_restarts if restarts.done]
+    fewest = [
+        restarts.fewest_whole for restarts in all_restarts if restarts.fewest_whole is not None
+    ]
     result.measured.append(
-        f"{len(struck)} kills in {len(campaigns)} runs; {len(runs)} runs ended with every loss, gradient norm and state "
-        f"root equal to the undisturbed run's"
+        f"{len(struck)} kills in {len(all_restarts)} runs; {len(runs)} runs ended with every loss, "
+        f"gradient norm and state root equal to the undisturbed run's"
     )
     if fewest:
         result.measured.append(
@@ -69,7 +71,8 @@ def row_1(bench: Bench) -> Result:
     result = Result(
         1,
         "SIGKILL to a rank in the middle of a step",
-        f"all ranks gone in {GONE_SECONDS:.0f} s, the dead rank named; same command goes on; same bits; at most one save interval lost",
+        f"all ranks gone in {GONE_SECONDS:.0f} s, the dead rank named; same command goes on; same "
+        "bits; at most one save interval lost",
         "every step point, every rank, steps drawn; 2 ranks (data) and 4 (tensor x pipeline)",
     )
     points = [point for point in POINTS if point.startswith("step.")]
@@ -79,8 +82,8 @@ def row_1(bench: Bench) -> Result:
         visits = (1,) if bench.short or grid.ranks > 2 else (1, 2)
         wanted = kills(points, grid.ranks, visits, every_rank=not bench.short)
         wanted = [fault.replace("nth=1:", f"nth={draw.choice((4, 5, 6))}:") for fault in wanted]
-        campaigns = chain(bench, grid, f"row1_{grid.ranks}", wanted)
-        struck += report(result, campaigns, wanted)
+        all_restarts = chain(bench, grid, f"row1_{grid.ranks}", wanted)
+        struck += report(result, all_restarts, wanted)
     judge_ends(result, struck)
     return result
 
@@ -114,7 +117,8 @@ def judge_ends(result: Result, struck: list[Attempt]) -> None:
     if named < len(struck):
         unnamed = next(a for a in struck if not names_rank(a.text, a.codes.index(-signal.SIGKILL)))
         result.problems.append(
-            f"dead rank not named in {len(struck) - named} of {len(struck)}, e.g. {unnamed.faults}: {tail(unnamed.text)}"
+            f"dead rank not named in {len(struck) - named} of {len(struck)}, e.g. "
+            f"{unnamed.faults}: {tail(unnamed.text)}"
         )
     starts = [seconds for a in struck if (seconds := a.first_step_seconds) is not None]
     result.measured.append(
@@ -132,9 +136,10 @@ def row_2(bench: Bench) -> Result:
     result = Result(
         2,
         "SIGKILL at every phase of a save",
-        "no attempt ever loads a wrong or unfinished checkpoint; the newest whole one is the last or the one before; same bits",
-        "every save point and ledger line, every rank that comes there, first to third save; and SIGKILLs at random times "
-        "while a save is under way, to one rank or all",
+        "no attempt ever loads a wrong or unfinished checkpoint; the newest whole one is the last "
+        "or the one before; same bits",
+        "every save point and ledger line, every rank that comes there, first to third save; and "
+        "SIGKILLs at random times while a save is under way, to one rank or all",
     )
     points = [point for point in POINTS if point.startswith(("save.", "ledger."))]
     for grid in grids(bench, chunks=12, steps_per_chunk=2):
@@ -152,23 +157,23 @@ def random_kills(bench: Bench, result: Result) -> None:
     world = bench.world(12, 2)
     bench.reference(world)
     where: Counter[str] = Counter()
-    campaigns = [bench.restarts(world, "random")]
+    all_restarts = [bench.restarts(world, "random")]
     for number in range(bench.kills):
-        if campaigns[-1].done:
-            campaigns[-1].finish()
-            campaigns.append(bench.restarts(world, "random"))
+        if all_restarts[-1].done:
+            all_restarts[-1].finish()
+            all_restarts.append(bench.restarts(world, "random"))
         strike = RandomKill(bench.server, draw)
-        attempt = campaigns[-1].attempt("", strike)
+        attempt = all_restarts[-1].attempt("", strike)
         if attempt.struck:
-            where[strike.place(attempt.job)] += 1
+            where[strike.last_point(attempt.job)] += 1
         if number % 20 == 19:
             bench.log(f"random kills: {number + 1} of {bench.kills}")
-    campaigns[-1].finish()
-    result.problems += problems_of(campaigns)
+    all_restarts[-1].finish()
+    result.problems += problems_of(all_restarts)
     places = ", ".join(f"{place} {count}" for place, count in sorted(where.items()))
     result.measured.append(
-        f"{sum(where.values())} SIGKILLs at random times in {len(campaigns)} runs, none left a checkpoint that was wrong; "
-        f"last point passed before the kill: {places}"
+        f"{sum(where.values())} SIGKILLs at random times in {len(all_restarts)} runs, none left a "
+        f"checkpoint that was wrong; last point passed before the kill: {places}"
     )
 
 
@@ -205,7 +210,7 @@ class RandomKill:
             time.sleep(0.003)
         return None
 
-    def place(self, job: Job) -> str:
+    def last_point(self, job: Job) -> str:
         """The last point of saving or recording that a victim came to, of both its threads."""
         mine = [name for _, rank, name in job.points() if rank in self.victims]
         return next(
@@ -219,16 +224,18 @@ def row_3(bench: Bench) -> Result:
     result = Result(
         3,
         "SIGKILL while old checkpoints are removed, or later ones set aside for a rollback",
-        "at every moment two complete verified checkpoints lie on the disk (one at the very start); same bits",
-        "every retire point at its first to fourth visit; a rollback to a numbered checkpoint, killed while it sets aside",
+        "at every moment two complete verified checkpoints lie on the disk (one at the very "
+        "start); same bits",
+        "every retire point at its first to fourth visit; a rollback to a numbered checkpoint, "
+        "killed while it sets aside",
     )
     points = [point for point in POINTS if point.startswith("retire.")]
     world = bench.world(12, 2).changed(
         ("checkpoint.keep_optimizer_states", 2), ("checkpoint.every_seconds", 0.001)
     )
     wanted = kills(points, world.ranks, (1, 2) if bench.short else (1, 2, 3, 4))
-    campaigns = chain(bench, world, "row3", wanted)
-    report(result, campaigns, wanted)
+    all_restarts = chain(bench, world, "row3", wanted)
+    report(result, all_restarts, wanted)
     rollback(bench, result, world)
     return result
 
@@ -252,7 +259,8 @@ def rollback(bench: Bench, result: Result, world: TinyRun) -> None:
     restarts.finish()
     result.problems += restarts.problems
     result.measured.append(
-        f"rollback from checkpoint {whole[-1]} to {whole[-2]}, killed while setting aside, then done: {len(restarts.attempts)} attempts"
+        f"rollback from checkpoint {whole[-1]} to {whole[-2]}, killed while setting aside, then "
+        f"done: {len(restarts.attempts)} attempts"
     )
 
 

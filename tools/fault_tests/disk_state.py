@@ -96,7 +96,8 @@ def checkpoints_of(run: Path, reference: Reference, newest: int = 0) -> Disk:
         wanted = reference.roots.get(path.name)
         if wanted is not None and wanted != root:
             disk.problems.append(
-                f"{path.name} holds another state than the undisturbed run ({root[:12]}, not {wanted[:12]})"
+                f"{path.name} holds another state than the undisturbed run ({root[:12]}, not "
+                f"{wanted[:12]})"
             )
     return disk
 
@@ -120,7 +121,8 @@ def row_problems(run: Path, reference: Reference, done: bool = False) -> list[st
             continue
         if values != reference.rows.get(row["step"]):
             found.append(
-                f"step {row['step']} of attempt {row['attempt']} differs: {values}, undisturbed {reference.rows.get(row['step'])}"
+                f"step {row['step']} of attempt {row['attempt']} differs: {values}, undisturbed "
+                f"{reference.rows.get(row['step'])}"
             )
             break
     missing = sorted(set(reference.rows) - {row["step"] for row in rows})
@@ -141,7 +143,8 @@ def sample_problems(run: Path, world: TinyRun) -> list[str]:
         seen = [row for start, stop in sorted(pieces) for row in range(start, stop)]
         if seen != list(range(world.steps_per_chunk * GLOBAL)):
             found.append(
-                f"{chunk}: rows were not read exactly once each ({len(seen)} reads, {len(set(seen))} rows)"
+                f"{chunk}: rows were not read exactly once each ({len(seen)} reads, "
+                f"{len(set(seen))} rows)"
             )
     return found
 

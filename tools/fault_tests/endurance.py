@@ -75,7 +75,7 @@ class Endurance:
 
     def go(self) -> None:
         """Run to the end, or to the first result that a person would have to examine."""
-        told = 0
+        reported = 0
         while not self.restarts.done and len(self.restarts.attempts) < 4 * self.faults + 20:
             attempt = self._attempt() if self.done_faults < self.faults else self.restarts.attempt()
             self.fruitless = self.fruitless + 1 if attempt.after <= max(attempt.before, 0) else 0
@@ -86,10 +86,11 @@ class Endurance:
                     f"a person was needed: {attempt.codes}: {attempt.text[-400:]}"
                 )
                 return
-            if self.done_faults >= told + 20:
-                told = self.done_faults
+            if self.done_faults >= reported + 20:
+                reported = self.done_faults
                 self.bench.log(
-                    f"endurance: {told} faults, step {attempt.after} of {self.restarts.world.steps}, {len(self.restarts.attempts)} starts"
+                    f"endurance: {reported} faults, step {attempt.after} of "
+                    f"{self.restarts.world.steps}, {len(self.restarts.attempts)} starts"
                 )
         self.restarts.finish()
 
@@ -109,8 +110,8 @@ class Endurance:
         # over.
         (self.run / "STOP").unlink(missing_ok=True)
         strikes = {name for _, _, name in attempt.job.strikes()}
-        # A kind counts once an attempt: strikes are told apart by their place and not by what drew
-        # them.
+        # A kind counts once an attempt: strikes are distinguished by their point, not by what
+        # drew them.
         self.kinds.update({kind for kind, one in drawn if one.struck(strikes)})
         return attempt
 
@@ -160,9 +161,11 @@ def row_30(bench: Bench) -> Result:
     result = Result(
         30,
         "Endurance: many mixed faults in one run",
-        "1,000 faults, no hand, final state bit-equal to the undisturbed run's; effective time reported",
-        f"{bench.endurance} faults of {len(ENDING) + len(LIVED_WITH)} kinds drawn from the seed, one run, the same command each time; "
-        "each start ends by one fault and meets up to three others before; only those seen to strike are counted",
+        "1,000 faults, no hand, final state bit-equal to the undisturbed run's; effective time "
+        "reported",
+        f"{bench.endurance} faults of {len(ENDING) + len(LIVED_WITH)} kinds drawn from the seed, "
+        "one run, the same command each time; each start ends by one fault and meets up to three "
+        "others before; only those seen to strike are counted",
     )
     run = Endurance(bench, bench.endurance)
     began = time.monotonic()
@@ -184,23 +187,27 @@ def report(result: Result, run: Endurance, seconds: float) -> None:
     steps, step = restarts.world.steps, restarts.reference.step_seconds
     judged = seconds - sum(attempt.seconds for attempt in restarts.attempts)
     result.measured += [
-        f"{run.done_faults} faults, {len(restarts.attempts)} starts, {steps} steps, {seconds:.0f} s: a fault every "
-        f"{seconds / max(1, run.done_faults):.2f} s, a start every {seconds / len(restarts.attempts):.2f} s; "
-        f"hands needed: {sum(2 in a.codes for a in restarts.attempts)}",
+        f"{run.done_faults} faults, {len(restarts.attempts)} starts, {steps} steps, {seconds:.0f} "
+        f"s: a fault every {seconds / max(1, run.done_faults):.2f} s, a start every "
+        f"{seconds / len(restarts.attempts):.2f} s; hands needed: "
+        f"{sum(2 in a.codes for a in restarts.attempts)}",
         ", ".join(f"{kind}: {count}" for kind, count in sorted(run.kinds.items())),
     ]
     if restarts.done:
         rows = len(disk_state.read_metrics(restarts.run / "metrics.jsonl"))
         result.measured.append(
-            f"effective time (steps x median step {step * 1000:.0f} ms / all time): {steps * step / seconds:.1%}; of all time "
-            f"{judged:.0f} s went into looking at what was left; {rows} steps were taken to make {steps}"
+            f"effective time (steps x median step {step * 1000:.0f} ms / all time): "
+            f"{steps * step / seconds:.1%}; of all time {judged:.0f} s went into looking at what "
+            f"was left; {rows} steps were taken to make {steps}"
         )
     if run.recoveries:
         recovery = statistics.median(run.recoveries)
         result.measured.append(
-            f"from a start to its first step: median {recovery:.2f} s; at one failure in 3.09 hours that alone would cost "
-            f"{recovery / FAILURE_SECONDS:.3%} (arithmetic for this tiny model, not a measurement)"
+            f"from a start to its first step: median {recovery:.2f} s; at one failure in 3.09 "
+            f"hours that alone would cost {recovery / FAILURE_SECONDS:.3%} (arithmetic for this "
+            "tiny model, not a measurement)"
         )
     result.measured.append(
-        f"fewest complete verified checkpoints after any attempt, once there were two: {restarts.fewest_whole}"
+        "fewest complete verified checkpoints after any attempt, once there were two: "
+        f"{restarts.fewest_whole}"
     )

@@ -64,8 +64,8 @@ class Drawn:
 
 
 def _name(part: str) -> str:
-    place, _, action = part.partition(":")
-    return f"{place.partition('@')[0]}:{action.partition('=')[0]}"
+    point, _, action = part.partition(":")
+    return f"{point.partition('@')[0]}:{action.partition('=')[0]}"
 
 
 def when_at(scene: Scene, harm: Callable[[Job], object]) -> Drawn:
@@ -86,9 +86,9 @@ def when_at(scene: Scene, harm: Callable[[Job], object]) -> Drawn:
     return drawn
 
 
-def _after(path: Path, place: int) -> str:
+def _after(path: Path, offset: int) -> str:
     with path.open("rb") as stream:
-        stream.seek(place)
+        stream.seek(offset)
         return stream.read().decode(errors="replace").replace(" ", "")
 
 

@@ -128,14 +128,14 @@ class Restarts:
         )
         if during is not None:
             during(job)
-        place = f"{self.name}, attempt {len(self.attempts) + 1} ({faults or 'no fault'})"
+        label = f"{self.name}, attempt {len(self.attempts) + 1} ({faults or 'no fault'})"
         helped = self.server.wait_as_launcher(job, limit, GRACE_SECONDS)
         met = {rank for _, rank, name in job.points() if name == "start.agreed"}
         if helped and len(met) == len(job.pids):
-            self.problems.append(f"{place}: {helped}; {job.text()[-300:]}")
+            self.problems.append(f"{label}: {helped}; {job.text()[-300:]}")
         made = Attempt(faults, job, job.text(), before, disk_state.newest_step(self.run), helped)
         self.attempts.append(made)
-        self.problems += [f"{place}: {what}" for what in self._look(made, allowed)]
+        self.problems += [f"{label}: {what}" for what in self._look(made, allowed)]
         return made
 
     def attempt_with(
@@ -167,7 +167,8 @@ class Restarts:
             self.attempt()
         if not self.done:
             self.problems.append(
-                f"{self.name}: not done after {tries} undisturbed starts; last said: {self.attempts[-1].text[-300:]}"
+                f"{self.name}: not done after {tries} undisturbed starts; last said: "
+                f"{self.attempts[-1].text[-300:]}"
             )
             return
         self.problems += [f"{self.name}: {what}" for what in self.end_problems()]
@@ -179,7 +180,8 @@ class Restarts:
         found += disk_state.sample_problems(self.run, self.world)
         if not disk.whole or disk.whole[-1] != self.reference.final:
             found.append(
-                f"the newest whole checkpoint is {disk.whole[-1:]}, undisturbed {self.reference.final}"
+                f"the newest whole checkpoint is {disk.whole[-1:]}, undisturbed "
+                f"{self.reference.final}"
             )
         found += [f"{name} was left over" for name in disk_state.leftovers(self.run)]
         return found

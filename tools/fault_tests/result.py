@@ -114,19 +114,22 @@ def chain(
     return made
 
 
-def attempts_of(campaigns: Sequence[Restarts]) -> list[Attempt]:
-    return [attempt for restarts in campaigns for attempt in restarts.attempts]
+def attempts_of(all_restarts: Sequence[Restarts]) -> list[Attempt]:
+    return [attempt for restarts in all_restarts for attempt in restarts.attempts]
 
 
-def problems_of(campaigns: Sequence[Restarts]) -> list[str]:
-    return [problem for restarts in campaigns for problem in restarts.problems]
+def problems_of(all_restarts: Sequence[Restarts]) -> list[str]:
+    return [problem for restarts in all_restarts for problem in restarts.problems]
 
 
 def spread(values: Sequence[float], unit: str = "s") -> str:
     """Median and largest value as text."""
     if not values:
         return "none"
-    return f"median {statistics.median(values):.2f} {unit}, at most {max(values):.2f} {unit} ({len(values)})"
+    return (
+        f"median {statistics.median(values):.2f} {unit}, at most {max(values):.2f} {unit} "
+        f"({len(values)})"
+    )
 
 
 def run_pytest(
@@ -171,7 +174,8 @@ def run_pytest(
         result.problems.append(f"{what}: {count} {', '.join(bad[:5])}")
     if passed:
         result.measured.append(
-            f"{what}: {passed} tests pass in {time.monotonic() - began:.0f} s ({', '.join(present)})"
+            f"{what}: {passed} tests pass in {time.monotonic() - began:.0f} s "
+            f"({', '.join(present)})"
         )
     if count["skipped"]:
         result.missing.append(f"{count['skipped']} of the tests were skipped")

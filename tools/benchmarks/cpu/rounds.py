@@ -22,7 +22,7 @@ from benchmarks.cpu.contenders import Contender
 from benchmarks.cpu.processes import ContenderProcesses
 from benchmarks.cpu.work import Work
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -60,65 +60,67 @@ class Sample:
     kind: str = ""
 
 
-def run_group(contenders: Sequence[Contender], work: Work, plan: Plan, log: Say) -> list[Sample]:
+def run_group(contenders: Sequence[Contender], work: Work, plan: Plan, log: Log) -> list[Sample]:
     """Start, warm up, measure and end the contenders of one group.
 
     A problem ends in its contender's sample.
     """
-    with _crews(contenders, work, plan) as crews:
-        samples = [Sample(crew.contender, crew.threads) for crew in crews]
-        pairs = list(zip(crews, samples, strict=True))
-        for crew, sample in pairs:
-            log(f"starting {crew.contender.name}")
-            _started(crew, sample, plan)
-        for crew, sample in pairs:
-            log(f"warming up {crew.contender.name}")
+    with _running(contenders, work, plan) as running:
+        samples = [Sample(processes.contender, processes.threads) for processes in running]
+        pairs = list(zip(running, samples, strict=True))
+        for processes, sample in pairs:
+            log(f"starting {processes.contender.name}")
+            _started(processes, sample, plan)
+        for processes, sample in pairs:
+            log(f"warming up {processes.contender.name}")
             for number in range(plan.warmup_steps):
-                _run(crew, sample, 1, plan.limit_seconds if number else plan.start_limit_seconds)
+                _run(
+                    processes, sample, 1, plan.limit_seconds if number else plan.start_limit_seconds
+                )
         for number in range(plan.rounds):
             log(f"round {number + 1} of {plan.rounds}")
-            for crew, sample in pairs if number % 2 == 0 else reversed(pairs):
-                sample.seconds.append(_run(crew, sample, plan.steps, plan.limit_seconds))
+            for processes, sample in pairs if number % 2 == 0 else reversed(pairs):
+                sample.seconds.append(_run(processes, sample, plan.steps, plan.limit_seconds))
         if plan.measure:
-            for crew, sample in pairs:
-                answers = crew.ask("measure", plan.limit_seconds) or []
+            for processes, sample in pairs:
+                answers = processes.ask("measure", plan.limit_seconds) or []
                 sample.peak_step_bytes = max(
                     (int(a["peak_step_bytes"]) for a in answers), default=None
                 )
-        for crew, sample in pairs:
-            sample.problem, sample.kind = crew.problem, crew.kind
+        for processes, sample in pairs:
+            sample.problem, sample.kind = processes.problem, processes.kind
         return samples
 
 
 @contextlib.contextmanager
-def _crews(
+def _running(
     contenders: Sequence[Contender], work: Work, plan: Plan
 ) -> Iterator[list[ContenderProcesses]]:
-    crews: list[ContenderProcesses] = []
+    running: list[ContenderProcesses] = []
     with TemporaryDirectory(prefix="k2train-bench-") as name:
         try:
             for number, contender in zip(itertools.count(), contenders):
                 folder = Path(name) / str(number)
-                crews.append(
+                running.append(
                     ContenderProcesses(contender, work, plan.cores, folder, plan.extra_path)
                 )
-            yield crews
+            yield running
         finally:
-            for crew in crews:
-                crew.end()
+            for processes in running:
+                processes.end()
 
 
-def _started(crew: ContenderProcesses, sample: Sample, plan: Plan) -> None:
-    answers = crew.ask(None, plan.start_limit_seconds)
+def _started(processes: ContenderProcesses, sample: Sample, plan: Plan) -> None:
+    answers = processes.ask(None, plan.start_limit_seconds)
     if answers:
         sample.parameters, sample.note = int(answers[0]["parameters"]), str(answers[0]["note"])
 
 
 def _run(
-    crew: ContenderProcesses, sample: Sample, steps: int, limit_seconds: float
+    processes: ContenderProcesses, sample: Sample, steps: int, limit_seconds: float
 ) -> float | None:
     """Seconds per step from the first rank's start to the last rank's end; None after a problem."""
-    answers = crew.ask(f"run {steps}", limit_seconds * steps)
+    answers = processes.ask(f"run {steps}", limit_seconds * steps)
     if answers is None:
         return None
     sample.losses += _mean_losses(answers)
