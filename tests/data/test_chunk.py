@@ -1,4 +1,4 @@
-"""The chunk format: each test names the damage, or the mistake of ours, that it would catch."""
+"""Chunk files: damage is detected and named, and writing follows the format."""
 
 import hashlib
 import json
@@ -97,7 +97,9 @@ def test_manifest_hash_names_the_data(manifest: Manifest) -> None:
 
 
 def test_write_refuses_bad_id_and_leaves_nothing(tmp_path: Path) -> None:
-    """Catches a preparation with another tokenizer, and a half-written file under the final name."""
+    """Catches a preparation with another tokenizer, and a half-written file under the final
+    name.
+    """
     blocks = [np.zeros((2, 4), np.uint32), np.full((1, 4), 7, np.uint32)]
     with pytest.raises(
         DataError, match=r"chunk_000: row 2, position 0: id 7 is not below vocab_size 7"
@@ -232,7 +234,9 @@ def test_verify_names_the_bad_id(manifest: Manifest, monkeypatch: pytest.MonkeyP
 
 
 def test_stopped_verification_gives_no_verdict(manifest: Manifest) -> None:
-    """Catches a shutdown that waits for gigabytes to be hashed, or reports a half-read chunk as damaged."""
+    """Catches a shutdown that waits for gigabytes to be hashed, or reports a half-read chunk as
+    damaged.
+    """
     wrong = ChunkInfo(**{**vars(manifest.chunks[0]), "sha256": "0" * 64})
     verify_chunk(manifest, wrong, stopped=lambda: True)
     with pytest.raises(DataError, match="sha256"):

@@ -1,4 +1,4 @@
-"""`tools/inspect_data.py`: what the model saw, when and from where, against data whose every token is known here."""
+"""`tools/inspect_data.py`: its answers against data whose every token is known here."""
 
 import json
 import subprocess
@@ -41,7 +41,9 @@ tool = load_tool("inspect_data")
 
 @dataclass(frozen=True)
 class Corpus:
-    """A data folder, and the documents (subset, source, name) -> (text, ids with </s>) it was packed from."""
+    """A data folder, and the documents (subset, source, name) -> (text, ids with </s>) it was
+    packed from.
+    """
 
     manifest: Manifest
     documents: dict[tuple[str, str, str], tuple[str, list[int]]]
@@ -91,7 +93,10 @@ def _texts() -> dict[tuple[str, str, str], str]:
 def _build(
     folder: Path, tokenizer: Tokenizer, columns: bool = True, copy: bool = True, **facts: Any
 ) -> Corpus:
-    """Documents laid end to end over the chunks, twice where needed; `columns`: with fim and repeat."""
+    """Documents laid end to end over the chunks, twice where needed.
+
+    `columns`: with fim and repeat.
+    """
     folder.mkdir()
     documents = {key: (text, [*tokenizer.encode(text), EOS_ID]) for key, text in _texts().items()}
     stream: list[tuple[int, tuple[str, str, str], int, int]] = []
@@ -260,7 +265,9 @@ def refuse(capsys: pytest.CaptureFixture[str]) -> Ask:
 
 
 def test_every_row_tells_its_own_tokens(build: Build, ask: Ask, tokenizer: Tokenizer) -> None:
-    """Catches a row or a piece that is another's, and a document that does not come back from its places."""
+    """Catches a row or a piece that is another's, and a document that does not come back from its
+    places.
+    """
     corpus = build()
     told: dict[tuple[Any, ...], dict[int, list[int]]] = {}
     for info in corpus.manifest.chunks:
@@ -346,7 +353,9 @@ def test_without_a_tokenizer_there_are_ids_and_a_word_about_it(
 def test_a_tokenizer_beside_the_folder_is_taken_by_its_hash(
     build: Build, tokenizer: Tokenizer
 ) -> None:
-    """Catches an older folder shown as ids though its tokenizer lies there, and a wrong one taken for it."""
+    """Catches an older folder shown as ids though its tokenizer lies there, and a wrong one taken
+    for it.
+    """
     corpus = build(copy=False)
     beside = corpus.folder.parent / "tokenizer.model"
     train_tokenizer(["one two three four five six " * 30], 300).save(beside)
@@ -379,7 +388,9 @@ def test_only_the_one_chunk_is_read(build: Build, ask: Ask) -> None:
 
 
 def test_only_the_row_groups_of_the_row_are_read(build: Build) -> None:
-    """Catches a lookup that reads a chunk's whole provenance for one row: here the rest of it is destroyed."""
+    """Catches a lookup that reads a chunk's whole provenance for one row: here the rest of it is
+    destroyed.
+    """
     corpus = build()
     info = corpus.manifest.chunks[0]
     path = corpus.folder / str(info.provenance)
@@ -593,7 +604,9 @@ def test_every_step_reads_the_rows_of_the_order(build: Build, ask: Ask, tmp_path
 def test_only_the_sample_that_was_asked_for_is_shown(
     build: Build, ask: Ask, show: Ask, tmp_path: Path
 ) -> None:
-    """Catches a sample that is buried under the tables of all the others, and a step made smaller than it is."""
+    """Catches a sample that is buried under the tables of all the others, and a step made smaller
+    than it is.
+    """
     corpus = build()
     run = tmp_path / "runs" / "one"
     _run_tasks(corpus, run)
@@ -623,7 +636,9 @@ def test_only_the_sample_that_was_asked_for_is_shown(
 def test_a_document_is_told_with_its_steps(
     build: Build, ask: Ask, show: Ask, tmp_path: Path
 ) -> None:
-    """Catches a use called trained that was never read: to come, beyond the last full step, outside the order."""
+    """Catches a use called trained that was never read: to come, beyond the last full step, outside
+    the order.
+    """
     corpus = build()
     run = tmp_path / "runs" / "partial"
     _run_tasks(corpus, run, ["chunk_001", "chunk_000"])
@@ -675,7 +690,9 @@ def test_held_out_rows_are_never_called_trained(
 
 
 def test_a_deferred_chunk_is_read_last(build: Build, ask: Ask, show: Ask, tmp_path: Path) -> None:
-    """Catches an order from the config alone: the run went back, deferred a chunk, and read another in its place."""
+    """Catches an order from the config alone: the run went back, deferred a chunk, and read another
+    in its place.
+    """
     corpus = build()
     run = tmp_path / "runs" / "deferred"
     ledger = _run_tasks(corpus, run)
@@ -955,7 +972,8 @@ def test_it_loads_no_torch_and_ends_quietly_in_a_pipe(build: Build) -> None:
     program = (
         "import runpy, sys; sys.argv = sys.argv[1:]\n"
         "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
-        "except SystemExit as done: sys.stderr.write(f'left {done.code} {\"torch\" in sys.modules}')"
+        'except SystemExit as done: sys.stderr.write(f\'left {done.code} {"torch" in '
+        "sys.modules}')"
     )
     words = [str(TOOL), str(corpus.folder), "--chunk", "0", "--row", "0"]
     done = subprocess.run(
