@@ -84,16 +84,18 @@ printf '\n== done\n'
 printf '%s\n' "${parts[@]}"
 printf '%5d s  in all\n' $((SECONDS - begin))
 
-# Every command below works right after a quickstart.
+# Every command below works right after a quickstart; the run on one process gets the same arguments.
+quoted=""
+if [ "$#" -gt 0 ]; then quoted="$(printf ' %q' "$@")"; fi
 printf '\n== what to do next\n'
-cat <<'NEXT'
+cat <<NEXT
 source .venv/bin/activate
 # the documents that one training step was made of
 python tools/inspect_data.py --run runs/demo-stage1 --step 5
 # check every file of a run: ledger, metrics, checkpoints
 python tools/verify_run.py runs/demo-stage2
 # train on one process and stop after 5 steps; the same command resumes
-python -m k2train.train configs/demo/stage1.yaml run.name=alone run.stop_after_steps=5
+python -m k2train.train configs/demo/stage1.yaml run.name=alone run.stop_after_steps=5$quoted
 # compare that run with the one on 4 processes
 python tools/compare_runs.py runs/demo-stage1 runs/alone
 # from your own text to your own model: docs/quickstart.md

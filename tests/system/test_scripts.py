@@ -8,6 +8,7 @@ without a registry; that the parts really work together is tested, slowly, in te
 
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -261,13 +262,17 @@ def test_quickstart_does_all_parts_in_order(copy: Copy) -> None:
 
 
 def test_quickstart_ends_with_commands_that_exist(copy: Copy) -> None:
-    """Catches a next step that names a tool, a config or a run directory that is not there."""
-    done = copy.run("scripts/quickstart.sh")
+    """Catches a next step that names a tool, a config or a run directory that is not there, and one
+    that trains another model than the quickstart did.
+    """
+    done = copy.run("scripts/quickstart.sh", "data.order=[0, 1]")
     lines = done.stdout.split("== what to do next\n")[1].splitlines()
     commands = [line for line in lines if not line.startswith("#")]
     assert commands[0] == "source .venv/bin/activate" and 4 <= len(commands) <= 6
+    (training,) = [shlex.split(line) for line in commands if "k2train.train" in line]
+    assert training[-1] == "data.order=[0, 1]"
     for command in commands[1:]:
-        words = command.split()
+        words = shlex.split(command)
         assert words[0] == "python", command
         files = [word for word in words if word.startswith(("tools/", "configs/"))]
         assert files and all((ROOT / file).is_file() for file in files), command
