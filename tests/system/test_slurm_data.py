@@ -183,7 +183,9 @@ def test_ctrl_c_leaves_the_jobs_and_says_how_to_end_them(cluster: Cluster, tmp_p
     assert soon(lambda: start_counts(workspace))
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
-    found = re.search(r"the same command waits for them again, `(scancel [\d ]+)` ends them", said)
+    found = re.search(
+        r"the same command to wait for them again, or end them with `(scancel [\d ]+)`", said
+    )
     assert found, said
     assert len(queue(cluster)) >= 3
     cluster.run(*found[1].split())
