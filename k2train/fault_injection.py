@@ -38,7 +38,8 @@ SIGNALS = {
 POINTS = (
     "start.locked", "start.agreed", "start.loaded", "start.aside",
     "step.read", "step.forward", "step.reduce", "step.update", "step.done", "evaluate",
-    "save.snapshot", "save.begin", "save.room", "save.model", "save.optimizer", "save.hashed", "save.manifest", "save.synced", "save.renamed", "save.committed",
+    "save.snapshot", "save.begin", "save.room", "save.model", "save.optimizer", "save.hashed",
+    "save.manifest", "save.synced", "save.renamed", "save.committed",
     "retire.expire", "retire.marked", "retire.done",
     "ledger.append", "end",
 )  # fmt: skip
@@ -78,26 +79,29 @@ def parse(text: str) -> list[Fault]:
     """
     found = []
     for part in filter(None, (piece.strip() for piece in text.split(";"))):
-        place, colon, what = part.partition(":")
-        name, *conditions = place.split("@")
-        action, _, argument = what.partition("=")
+        target, colon, effect = part.partition(":")
+        name, *conditions = target.split("@")
+        action, _, argument = effect.partition("=")
         fault = Fault(name, action, argument)
 
         if not colon or name not in POINTS + VALUES:
             raise RunError(
-                f"{VARIABLE}: {part!r} names no fault point; they are {', '.join(POINTS + VALUES)}"
+                f"{VARIABLE}: {part!r} names no fault point; known points: "
+                f"{', '.join(POINTS + VALUES)}"
             )
 
         if name in POINTS and action not in (*SIGNALS, "exit", "sleep", "error"):
             raise RunError(
-                f"{VARIABLE}: {part!r} has no action; they are {', '.join(SIGNALS)}, exit=, sleep=, error="
+                f"{VARIABLE}: {part!r} has no known action; known actions: {', '.join(SIGNALS)}, "
+                "exit=, sleep=, error="
             )
 
         for condition in conditions:
             key, _, value = condition.partition("=")
             if key not in ("rank", "step", "nth") or not value.isdigit():
                 raise RunError(
-                    f"{VARIABLE}: {condition!r} in {part!r} must be rank=, step= or nth= and a number"
+                    f"{VARIABLE}: {condition!r} in {part!r} must be rank=, step= or nth= "
+                    "and a number"
                 )
             setattr(fault, key, int(value))
 
@@ -110,7 +114,7 @@ def arm(text: str, rank: int) -> None:
     _state.rank, _state.step, _state.armed = rank, 0, parse(text)
 
 
-def at_step(step: int) -> None:
+def set_step(step: int) -> None:
     """Set the step that the following points belong to."""
     _state.step = step
 
@@ -141,10 +145,10 @@ def _find(name: str, armed: Sequence[Fault]) -> Fault | None:
 def point(name: str) -> None:
     """Fail here when a fault is armed for the point `name`."""
     if _state.armed and (fault := _find(name, _state.armed)) is not None:
-        _strike(fault)
+        _fire(fault)
 
 
-def _strike(fault: Fault) -> None:
+def _fire(fault: Fault) -> None:
 
     if fault.action in SIGNALS:
         os.kill(os.getpid(), SIGNALS[fault.action])

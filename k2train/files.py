@@ -34,18 +34,17 @@ def sync_file(path: Path) -> None:
 
 
 class AtomicFile:
-    """Context manager for a binary file that appears under its name whole and synced, or not at
-    all.
+    """Context manager for a binary file that appears whole and synced, or not at all.
 
     `mark` separates the temporary files of two processes that write the same file at once.
     """
 
     def __init__(self, path: Path, mark: str = "") -> None:
         self.path = path
-        self.aside = path.with_name(f"{path.name}{mark}.tmp")
+        self.temporary = path.with_name(f"{path.name}{mark}.tmp")
 
     def __enter__(self) -> IO[bytes]:
-        self.stream = self.aside.open("wb")
+        self.stream = self.temporary.open("wb")
         return self.stream
 
     def __exit__(self, kind: object, *_: object) -> None:
@@ -57,10 +56,10 @@ class AtomicFile:
             self.stream.close()
 
         if kind is None:
-            os.replace(self.aside, self.path)
+            os.replace(self.temporary, self.path)
             sync_directory(self.path.parent)
         else:
-            self.aside.unlink(missing_ok=True)
+            self.temporary.unlink(missing_ok=True)
 
 
 def write_synced(path: Path, text: str) -> None:

@@ -53,13 +53,13 @@ def parse_json(content: bytes | str) -> Any:
     """Parse a JSON text in UTF-8. Raises ValueError."""
     text = content.decode("utf-8") if isinstance(content, bytes) else content
 
-    if (
-        _depth(text.encode("utf-8", "surrogatepass") if isinstance(content, str) else content)
-        > MAX_DEPTH
-    ):
+    encoded = text.encode("utf-8", "surrogatepass") if isinstance(content, str) else content
+    if _depth(encoded) > MAX_DEPTH:
         raise ValueError(f"nested more than {MAX_DEPTH} deep")
 
-    return json.loads(text, object_pairs_hook=_object, parse_constant=_refused, parse_float=_finite)
+    return json.loads(
+        text, object_pairs_hook=_object, parse_constant=_reject_constant, parse_float=_finite
+    )
 
 
 def _depth(text: bytes) -> int:
@@ -81,12 +81,12 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"key {twice[:40]!r} stands twice in one object")
+        raise ValueError(f"key {twice[:40]!r} appears twice in one object")
     return found
 
 
-def _refused(name: str) -> None:
-    raise ValueError(f"{name} is no JSON number")
+def _reject_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _finite(text: str) -> float:

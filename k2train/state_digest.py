@@ -60,10 +60,10 @@ def block_sums(
         o < 0 or o + n > s for o, n, s in zip(offsets, values.shape, shape, strict=True)
     ):
         raise ValueError(
-            f"a block {values.shape} at {tuple(offsets)} does not lie in {tuple(shape)}"
+            f"a block {values.shape} at {tuple(offsets)} is not inside the shape {tuple(shape)}"
         )
     if values.dtype.itemsize not in _BITS:
-        raise ValueError(f"elements of {values.dtype.itemsize} bytes have no digest; 2 and 4 have")
+        raise ValueError(f"elements have {values.dtype.itemsize} bytes; only 2 and 4 have a digest")
     if values.size == 0:
         return 0, 0
 

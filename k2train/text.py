@@ -11,10 +11,10 @@ Alternatives considered:
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
-LEFT = {"subset", "source", "document", "chunk", "state", "sha256", "fim"}
+LEFT = {"subset", "source", "document", "chunk", "state", "sha256", "fim", "what"}
 """Headings of columns with words, which are aligned to the left."""
 UNKNOWN = "-"
 _UNSAFE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
@@ -40,21 +40,27 @@ def duration(seconds: float) -> str:
     return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"
 
 
-def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def table(
+    headings: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    left: Collection[str] = LEFT,
+    drop_unknown: bool = True,
+) -> list[str]:
     """Align columns under their headings, numbers to the right.
 
-    A column in which every cell is empty or unknown is left out.
+    Columns named in `left` are aligned to the left. With `drop_unknown`, a column in which every
+    cell is empty or unknown is left out.
     """
     kept = [
         i
         for i in range(len(headings))
-        if not rows or any(cells[i] not in ("", UNKNOWN) for cells in rows)
+        if not rows or not drop_unknown or any(cells[i] not in ("", UNKNOWN) for cells in rows)
     ]
     widths = {i: max(len(cells[i]) for cells in (headings, *rows)) for i in kept}
 
     return [
         "  ".join(
-            cells[i].ljust(w) if headings[i] in LEFT else cells[i].rjust(w)
+            cells[i].ljust(w) if headings[i] in left else cells[i].rjust(w)
             for i, w in widths.items()
         ).rstrip()
         for cells in (headings, *rows)
@@ -92,7 +98,8 @@ def safe(text: str) -> str:
 
 
 def brief(digest: str) -> str:
-    """Shorten a SHA-256 to 12 digits; any other text, such as a name used as a hash, stays
-    whole.
+    """Shorten a SHA-256 to 12 digits.
+
+    Any other text, such as a name used as a hash, stays whole.
     """
     return digest[:12] if re.fullmatch(r"[0-9a-f]{64}", digest) else clean(digest)

@@ -3,8 +3,9 @@
 #
 #     bash scripts/quickstart.sh [dotted.key=value ...]      arguments go to both trainings
 #
-# Each part finds out by itself what is already done, so started again it goes on, and when all is done it shows the
-# table again. Exit codes: 0 done; 75 stopped on request after saving, start it again; else that of the part that failed.
+# Each part detects what is already done, so the same command continues an interrupted quickstart. A finished one prints
+# the result again.
+# Exit codes: 0 done; 75 stopped on request after saving, run it again; else that of the part that failed.
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
@@ -26,7 +27,7 @@ done
 # Four processes on one laptop: one thread each.
 export OMP_NUM_THREADS=1
 
-# A job in its own process group hears of Ctrl-C and kill from here only: once, and all of its processes.
+# Each part gets its own process group, so that Ctrl-C and kill reach it only from here, once, and all its processes.
 set -m
 on_signal() {
     signals=$((signals + 1))
@@ -37,7 +38,7 @@ on_signal() {
 }
 trap on_signal INT TERM HUP
 
-# part NAME COMMAND...: run it, remember how long it took, end everything with one line if it fails.
+# part NAME COMMAND...: run the command, record its time, and end everything with one line if it fails.
 part() {
     local name="$1" began=$SECONDS code=127 seen now
     shift
@@ -45,7 +46,7 @@ part() {
     printf '\n== %s\n' "$name"
     "$@" &
     child=$!
-    # A trapped signal ends the wait and not the part, which may be saving: wait again. 127: it was waited for already.
+    # A trapped signal ends the wait, not the part, which may be saving: wait again. 127: it has ended already.
     while :; do
         seen=$signals now=0
         wait "$child" || now=$?
@@ -67,7 +68,7 @@ stopped() {
 }
 
 train() {
-    # exec: a signal to this job reaches torchrun, and no shell in front of it dies first.
+    # exec: a signal to this part reaches the launcher, and no shell in between.
     exec "$python" -m k2train.launch --standalone --local-addr 127.0.0.1 --nproc-per-node 4 \
         -m k2train.train "$@" parallel.tensor=2 parallel.pipeline=2
 }
@@ -82,3 +83,20 @@ part "show the result" "$python" tools/show_run.py runs/demo-stage1 runs/demo-st
 printf '\n== done\n'
 printf '%s\n' "${parts[@]}"
 printf '%5d s  in all\n' $((SECONDS - begin))
+
+# Every command below works right after a quickstart; the run on one process gets the same arguments.
+quoted=""
+if [ "$#" -gt 0 ]; then quoted="$(printf ' %q' "$@")"; fi
+printf '\n== what to do next\n'
+cat <<NEXT
+source .venv/bin/activate
+# the documents that one training step was made of
+python tools/inspect_data.py --run runs/demo-stage1 --step 5
+# check every file of a run: ledger, metrics, checkpoints
+python tools/verify_run.py runs/demo-stage2
+# train on one process and stop after 5 steps; the same command resumes
+python -m k2train.train configs/demo/stage1.yaml run.name=alone run.stop_after_steps=5$quoted
+# compare that run with the one on 4 processes
+python tools/compare_runs.py runs/demo-stage1 runs/alone
+# from your own text to your own model: docs/quickstart.md
+NEXT

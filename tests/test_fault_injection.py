@@ -1,4 +1,4 @@
-"""Named fault points: what a text arms, which visit strikes, what a strike does, and that every named place exists."""
+"""Fault injection: parsing, which visit fires, what an action does, and that every point exists."""
 
 import errno
 import os
@@ -58,9 +58,9 @@ def test_parse_refuses(text: str, named: str) -> None:
 def test_a_fault_strikes_once_at_its_visit() -> None:
     """Catches a fault that strikes at each visit, on another rank, or at another step."""
     fault_injection.arm("step.read@rank=1@step=3@nth=2:error=EIO", 1)
-    fault_injection.at_step(2)
+    fault_injection.set_step(2)
     fault_injection.point("step.read")
-    fault_injection.at_step(3)
+    fault_injection.set_step(3)
     fault_injection.point("step.read")
     fault_injection.point("step.done")
     with pytest.raises(OSError, match=r"step\.read") as caught:
@@ -74,9 +74,9 @@ def test_a_fault_strikes_once_at_its_visit() -> None:
 
 def test_a_value_fault_is_found_once() -> None:
     fault_injection.arm("gradient@rank=0@step=4:nan=norm.weight", 0)
-    fault_injection.at_step(3)
+    fault_injection.set_step(3)
     assert fault_injection.find("gradient") is None
-    fault_injection.at_step(4)
+    fault_injection.set_step(4)
     assert fault_injection.find("loss") is None
     found = fault_injection.find("gradient")
     assert found is not None and (found.action, found.argument) == ("nan", "norm.weight")
@@ -88,7 +88,7 @@ def test_two_faults_of_one_place() -> None:
     fault_injection.arm("step.read@step=1:error=EIO;step.read@step=2:error=ENOSPC", 0)
     codes = []
     for step in (1, 2):
-        fault_injection.at_step(step)
+        fault_injection.set_step(step)
         with pytest.raises(OSError) as caught:
             fault_injection.point("step.read")
         codes.append(caught.value.errno)
@@ -107,7 +107,10 @@ def test_two_faults_of_one_place() -> None:
 )
 def test_what_a_strike_does(action: str, code: int) -> None:
     """Catches an action that is accepted and does nothing."""
-    program = f"from k2train import fault_injection; fault_injection.arm('end:{action}', 0); fault_injection.point('end')"
+    program = (
+        f"from k2train import fault_injection; fault_injection.arm('end:{action}', 0); "
+        "fault_injection.point('end')"
+    )
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}
     )
@@ -115,7 +118,9 @@ def test_what_a_strike_does(action: str, code: int) -> None:
 
 
 def test_every_point_is_a_place_in_the_code() -> None:
-    """Catches a name in the table that nothing calls any more, and a place that the table does not know."""
+    """Catches a name in the table that nothing calls any more, and a place that the table does not
+    know.
+    """
     source = "\n".join(
         path.read_text(encoding="utf-8")
         for path in (ROOT / "k2train").rglob("*.py")
@@ -140,10 +145,13 @@ def test_every_point_is_a_place_in_the_code() -> None:
 
 
 def test_off_it_costs_next_to_nothing() -> None:
-    """Catches a point that searches a list, or reads the environment, in a run in which nothing is armed."""
+    """Catches a point that searches a list, or reads the environment, in a run in which nothing is
+    armed.
+    """
     program = (
         "import timeit; from k2train import fault_injection; fault_injection.arm('', 0); "
-        "print(min(timeit.repeat(lambda: fault_injection.point('step.read'), number=10000, repeat=5)) / 10000)"
+        "print(min(timeit.repeat(lambda: fault_injection.point('step.read'), number=10000, "
+        "repeat=5)) / 10000)"
     )
     done = subprocess.run(
         [sys.executable, "-c", program],

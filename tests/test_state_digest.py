@@ -1,4 +1,4 @@
-"""The digest: one number for a tensor however it is cut, and another for any tensor that differs in a single bit."""
+"""State digests: independent of sharding, and different for tensors that differ in a single bit."""
 
 import itertools
 
@@ -35,7 +35,9 @@ def test_the_formula(shape: tuple[int, ...]) -> None:
 
 
 def test_it_stays_what_it_is() -> None:
-    """Digests lie in manifests and are compared years later: a change of any constant must be seen here."""
+    """Digests lie in manifests and are compared years later: a change of any constant must be seen
+    here.
+    """
     values = np.arange(12, dtype=np.float32).reshape(3, 4)
     assert digest(values) == "d21ca21aa3800000eee07622d6200000"
     assert state_root({"a.master": digest(values)}, 3, 2)[:16] == "9fab48a8c5b189dd"
@@ -83,7 +85,9 @@ def test_pairs_of_flips_count() -> None:
 
 
 def test_what_equal_values_hide() -> None:
-    """The sign of a zero, the payload of a NaN, swapped elements, rows, columns, and a transposed square."""
+    """The sign of a zero, the payload of a NaN, swapped elements, rows, columns, and a transposed
+    square.
+    """
     zero, minus = np.zeros((2, 2), np.float32), np.zeros((2, 2), np.float32)
     minus[1, 1] = -0.0
     assert digest(zero) != digest(minus)
@@ -115,14 +119,16 @@ def test_random_factors_are_odd() -> None:
 def test_a_block_that_does_not_fit_is_refused() -> None:
     values = np.zeros((3, 4), np.float32)
     for offsets, shape in (((1, 0), (3, 4)), ((0, 0), (3, 3)), ((0, -1), (3, 4)), ((0,), (3,))):
-        with pytest.raises(ValueError, match="does not lie in"):
+        with pytest.raises(ValueError, match="is not inside the shape"):
             block_sums(values, offsets, shape)
     with pytest.raises(ValueError, match="8 bytes"):
         block_sums(values.astype(np.float64), (0, 0), (3, 4))
 
 
 def test_the_root_names_its_tensors() -> None:
-    """Two tensors of one size that changed places, another step and another count of updates are other states."""
+    """Two tensors of one size that changed places, another step and another count of updates are
+    other states.
+    """
     one, two = "1" * 32, "2" * 32
     roots = {
         state_root(digests, step, updates)

@@ -1,4 +1,4 @@
-"""Bytes and durations as text: one system of units, and no unit a thousand times off."""
+"""Text formatting: bytes and durations in one system of units, none a thousand times off."""
 
 from k2train.text import bytes_text, duration
 

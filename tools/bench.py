@@ -163,7 +163,7 @@ def _cpu(options: argparse.Namespace) -> int:
         base, rows = None, _measure(groups, work, plan)
 
     facts = table.to_json(work, plan, machine, commit, time.monotonic() - began)
-    return _tell(facts, rows, base, options.json)
+    return _report(facts, rows, base, options.json)
 
 
 def _measure(groups: Sequence[Sequence[Contender]], work: Work, plan: Plan) -> list[Row]:
@@ -171,14 +171,14 @@ def _measure(groups: Sequence[Sequence[Contender]], work: Work, plan: Plan) -> l
     for group in groups:
         began = time.monotonic()
 
-        def say(text: str, name: str = group[0].group, began: float = began) -> None:
+        def log(text: str, name: str = group[0].group, began: float = began) -> None:
             print(f"{name}: {time.monotonic() - began:4.0f} s: {text}", file=sys.stderr, flush=True)
 
-        rows += rows_of(run_group(group, work, plan, say), work)
+        rows += rows_of(run_group(group, work, plan, log), work)
     return rows
 
 
-def _tell(
+def _report(
     facts: dict[str, Any], rows: Sequence[Row], base: dict[str, Any] | None, path: Path | None
 ) -> int:
     verdicts = verdicts_of(rows)

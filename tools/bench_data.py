@@ -103,9 +103,11 @@ def write_corpus(path: Path, copies: int) -> int:
     with path.open("w", encoding="utf-8") as stream:
         for copy in range(copies):
             for number, text in enumerate(library_texts()):
-                for at in range(0, len(text), 3000):
+                for start in range(0, len(text), 3000):
                     stream.write(
-                        json.dumps({"id": f"{copy}/{number}/{at}", "text": text[at : at + 3000]})
+                        json.dumps(
+                            {"id": f"{copy}/{number}/{start}", "text": text[start : start + 3000]}
+                        )
                         + "\n"
                     )
     return path.stat().st_size
@@ -156,26 +158,30 @@ def bench_encode(folder: Path, rounds: int) -> Iterator[Figure]:
     )
 
     alone = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model)
-    pieces = [text[at : at + 3000] for text in library_texts() for at in range(0, len(text), 3000)]
-    megabytes = sum(len(piece.encode()) for piece in pieces) / 1e6
-    place = workspace_of(recipe, folder / "encode.work")
+    pieces = [
+        text[start : start + 3000]
+        for text in library_texts()
+        for start in range(0, len(text), 3000)
+    ]
+    mebibytes = sum(len(piece.encode()) for piece in pieces) / 2**20
+    workspace = workspace_of(recipe, folder / "encode.work")
 
     mine, one, many, task = in_turns(
         rounds,
         lambda: tokenizer.encode_arrays(pieces),
         lambda: [alone.encode(piece) for piece in pieces],
         lambda: alone.encode(pieces, num_threads=1),
-        lambda: encode_task(place, 0),
+        lambda: encode_task(workspace, 0),
     )
 
-    best = megabytes / min(one, many)
-    yield Figure("encode text", "sentencepiece alone", megabytes / mine, best, "MB/s", ">= 0.9")
+    best = mebibytes / min(one, many)
+    yield Figure("encode text", "sentencepiece alone", mebibytes / mine, best, "MiB/s", ">= 0.9")
     yield Figure(
         "encode task: read, encode, sort, write",
         "sentencepiece alone",
-        megabytes / task,
+        mebibytes / task,
         best,
-        "MB/s",
+        "MiB/s",
     )
 
 
@@ -214,27 +220,27 @@ def bench_chunk(folder: Path, rounds: int) -> Iterator[Figure]:
         folder, "chunk", 4, chunks=1, sequence_length=2048, subsets={"code": subset}
     )
 
-    place = workspace_of(recipe, folder / "chunk.work")
-    for number in range(len(place.tasks)):
-        encode_task(place, number)
-    plan_task(place)
-    chunk_task(place, 0)
+    workspace = workspace_of(recipe, folder / "chunk.work")
+    for number in range(len(workspace.tasks)):
+        encode_task(workspace, number)
+    plan_task(workspace)
+    chunk_task(workspace, 0)
 
-    npy = place.target / "chunk_000.npy"
-    size = npy.stat().st_size / 1e6
+    npy = workspace.target / "chunk_000.npy"
+    size = npy.stat().st_size / 2**20
 
     def copy() -> None:
         with npy.open("rb") as source, (folder / "copy.npy").open("wb") as target:
             shutil.copyfileobj(source, target, 2**23)
             os.fsync(target.fileno())
 
-    mine, theirs = in_turns(rounds, lambda: chunk_task(place, 0), copy)
+    mine, theirs = in_turns(rounds, lambda: chunk_task(workspace, 0), copy)
     yield Figure(
-        f"write a chunk of {size:.0f} MB",
+        f"write a chunk of {size:.0f} MiB",
         "copy of its .npy",
         size / mine,
         size / theirs,
-        "MB/s",
+        "MiB/s",
         ">= 0.5",
     )
 
@@ -314,7 +320,7 @@ def bench_import(folder: Path, rounds: int) -> Iterator[Figure]:
             }
             stream.write(json.dumps({"token_ids": ids, **facts}) + "\n")
 
-    size = (source / "chunk_0.jsonl").stat().st_size / 1e6
+    size = (source / "chunk_0.jsonl").stat().st_size / 2**20
     number = iter(range(1000))
 
     def loads() -> None:
@@ -336,7 +342,7 @@ def bench_import(folder: Path, rounds: int) -> Iterator[Figure]:
         "json.loads alone",
         size / alone,
         size / theirs,
-        "MB/s",
+        "MiB/s",
         ">= 5",
     )
     yield Figure(
@@ -344,13 +350,13 @@ def bench_import(folder: Path, rounds: int) -> Iterator[Figure]:
         "json.loads alone",
         size / mine,
         size / theirs,
-        "MB/s",
+        "MiB/s",
         ">= 5",
     )
 
     manifest = whole()
     there = in_turns(1, lambda: export_k2(manifest, folder / f"exported_{next(number)}"))[0]
-    yield Figure("export to K2's jsonl", "json.loads alone", size / there, size / theirs, "MB/s")
+    yield Figure("export to K2's jsonl", "json.loads alone", size / there, size / theirs, "MiB/s")
     assert open_chunk(manifest, manifest.chunks[0]).shape == (6000, 2048), "the import is whole"
 
 
@@ -361,9 +367,12 @@ from k2train.data.prepare.encode.encode import encode_task
 from k2train.data.prepare.allocate.allocate import plan_task
 from k2train.data.prepare.workspace import Workspace
 from pathlib import Path
-place = Workspace.open(Path(sys.argv[1]))
-{"encode": lambda: [encode_task(place, n) for n in range(len(place.tasks))], "plan": lambda: plan_task(place),
- "chunks": lambda: [chunk_task(place, n) for n in range(len(place.chunk_names))]}[sys.argv[2]]()
+workspace = Workspace.open(Path(sys.argv[1]))
+{
+    "encode": lambda: [encode_task(workspace, n) for n in range(len(workspace.tasks))],
+    "plan": lambda: plan_task(workspace),
+    "chunks": lambda: [chunk_task(workspace, n) for n in range(len(workspace.chunk_names))],
+}[sys.argv[2]]()
 print([line for line in open("/proc/self/status") if "VmHWM" in line][0].split()[1])
 """
 
@@ -374,12 +383,12 @@ def bench_memory(folder: Path, rounds: int) -> Iterator[Figure]:
 
     for copies in (4, 40):
         recipe = make_recipe(folder, f"memory_{copies}", copies, executor={"run_tokens": 2**21})
-        place = workspace_of(recipe, folder / f"memory_{copies}.work")
+        workspace = workspace_of(recipe, folder / f"memory_{copies}.work")
         for phase in ("encode", "plan", "chunks"):
-            command = [sys.executable, "-c", MEMORY, str(place.folder), phase]
+            command = [sys.executable, "-c", MEMORY, str(workspace.folder), phase]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             peaks[phase, copies] = int(done.stdout) / 1024
-        shutil.rmtree(place.folder)
+        shutil.rmtree(workspace.folder)
 
     for phase in ("encode", "plan", "chunks"):
         yield Figure(
@@ -400,19 +409,20 @@ BENCHES = {
 def main(arguments: Sequence[str]) -> int:
     """Run the command line and return the exit code."""
     parser = argparse.ArgumentParser(
-        prog="bench_data.py", description="Ratios of the data road, measured in one run."
+        prog="bench_data.py", description="Ratios of the data pipeline, measured in one run."
     )
     parser.add_argument(
-        "--only", nargs="+", choices=list(BENCHES), default=list(BENCHES), help="which of them"
+        "--only", nargs="+", choices=list(BENCHES), default=list(BENCHES), help="benchmarks to run"
     )
     parser.add_argument(
-        "--rounds", type=int, default=5, help="turns of each measurement (default 5)"
+        "--rounds", type=int, default=5, help="repetitions of each measurement (default 5)"
     )
     parser.add_argument("--folder", type=Path, help="where the temporary folders are made")
 
     given = parser.parse_args(arguments)
     print(
-        f"{'what':45}  {'against':24}  {'mine':>10}  {'theirs':>10}  {'unit':8}  {'ratio':>8}  aim"
+        f"{'what':45}  {'against':24}  {'k2train':>10}  {'baseline':>10}  {'unit':8}  {'ratio':>8} "
+        " aim"
     )
 
     try:
@@ -420,8 +430,9 @@ def main(arguments: Sequence[str]) -> int:
             with tempfile.TemporaryDirectory(prefix="k2train-bench-", dir=given.folder) as folder:
                 for figure in BENCHES[name](Path(folder), given.rounds):
                     print(
-                        f"{figure.what:45}  {figure.against:24}  {figure.mine:10,.4g}  {figure.theirs:10,.4g}  "
-                        f"{figure.unit:8}  {figure.ratio:8.4g}  {figure.aim}",
+                        f"{figure.what:45}  {figure.against:24}  {figure.mine:10,.4g}  "
+                        f"{figure.theirs:10,.4g}  {figure.unit:8}  {figure.ratio:8.4g}  "
+                        f"{figure.aim}",
                         flush=True,
                     )
     except UserError as error:

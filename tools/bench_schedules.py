@@ -166,7 +166,8 @@ def _overrides(kind: str, options: argparse.Namespace) -> list[str]:
     pipeline, rest = divmod(options.processes, tensor)
     if rest or pipeline < 2:
         raise ConfigError(
-            f"--processes ({options.processes}) must be parallel.tensor ({tensor}) times at least 2; nearest: {2 * tensor}"
+            f"--processes ({options.processes}) must be parallel.tensor ({tensor}) times at least "
+            f"2; nearest: {2 * tensor}"
         )
     stages_per_rank = 2 if kind in ("interleaved", "zb-v") else 1
 
@@ -181,8 +182,9 @@ def _overrides(kind: str, options: argparse.Namespace) -> list[str]:
     )
     if split is None:
         raise ConfigError(
-            f"model.num_layers ({layers}) must be at least {pipeline * stages_per_rank} for schedule {kind} on "
-            f"{pipeline} pipeline ranks; raise it, lower --processes, or leave it out of --schedules"
+            f"model.num_layers ({layers}) must be at least {pipeline * stages_per_rank} for "
+            f"schedule {kind} on {pipeline} pipeline ranks; raise it, lower --processes, or leave "
+            "it out of --schedules"
         )
 
     if not options.even:
@@ -246,8 +248,9 @@ def _outcome(
     ranks: list[list[Any]],
     options: argparse.Namespace,
 ) -> Outcome:
-    """Combine the ranks' steps of one schedule; spans come from each pipeline rank's first
-    process.
+    """Combine the ranks' steps of one schedule.
+
+    Spans come from each pipeline rank's first process.
     """
     p = config.parallel
     layout = Layout.for_world(
@@ -287,11 +290,12 @@ def _report(outcomes: Sequence[Outcome], options: argparse.Namespace) -> list[st
     batch, length = outcomes[0].config.batch, outcomes[0].config.data.sequence_length
     tokens = batch.global_sequences * length
     lines = [
-        f"{options.processes} processes, {options.threads} thread(s) each; {tokens:,} tokens a step in micro-batches of "
-        f"{batch.micro_sequences} x {length}; medians of {options.steps} steps, schedules in turns",
+        f"{options.processes} processes, {options.threads} thread(s) each; {tokens:,} tokens per "
+        f"step in micro-batches of {batch.micro_sequences} x {length}; medians of {options.steps} "
+        "steps, schedules in turns",
         "",
-        "| schedule | layers a stage | bubble planned | with measured durations | measured | tokens/s | to the first "
-        "| activations held | of these before I |",
+        "| schedule | layers per stage | planned bubble | with measured durations | measured "
+        "| tokens/s | speed against the first | activations held | of these before I |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
 
@@ -302,13 +306,15 @@ def _report(outcomes: Sequence[Outcome], options: argparse.Namespace) -> list[st
         split = one.config.parallel.layers_per_stage
         held = (" ".join(map(str, peak_in_flight(one.programs, until))) for until in (False, True))
         lines.append(
-            f"| {one.kind} | {'even' if split is None else ' '.join(map(str, split))} | {bubbles} | {one.bubble:.1%} | "
-            f"{tokens / one.seconds:,.0f} | {outcomes[0].seconds / one.seconds:.3f} | {' | '.join(held)} |"
+            f"| {one.kind} | {'even' if split is None else ' '.join(map(str, split))} | {bubbles} "
+            f"| {one.bubble:.1%} | {tokens / one.seconds:,.0f} | "
+            f"{outcomes[0].seconds / one.seconds:.3f} | {' | '.join(held)} |"
         )
 
     lines += [
         "",
-        "Activations in stages x micro-batches, by pipeline rank; a stage of interleaved and zb-v is half as large.",
+        "Activations in stages x micro-batches, by pipeline rank; a stage of interleaved and zb-v "
+        "is half as large.",
     ]
     lines.append(
         "Loss of the last step: " + ", ".join(sorted({f"{one.loss:.9g}" for one in outcomes}))

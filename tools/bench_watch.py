@@ -104,8 +104,13 @@ def measure(folder: Path, steps: int, hidden: int) -> dict[str, float]:
 
     info = write_chunk(folder / "data", "chunk_000", [ids], rows, VOCAB, {"noise": rows * SEQUENCE})
     write_manifest(
-        folder / "data", tokenizer_sha256="0" * 64, sequence_length=SEQUENCE, vocab_size=VOCAB, chunks=[info], held_out=None
-    )  # fmt: skip
+        folder / "data",
+        tokenizer_sha256="0" * 64,
+        sequence_length=SEQUENCE,
+        vocab_size=VOCAB,
+        chunks=[info],
+        held_out=None,
+    )
 
     each = {"audit": {"replicas_every_steps": 1, "root_every_steps": 1}}
     kinds: dict[str, dict[str, Any]] = {"on": {}, "off": OFF, "audited": each}
@@ -123,7 +128,7 @@ def measure(folder: Path, steps: int, hidden: int) -> dict[str, float]:
 
     masters = [run.engine.optimizer.master for run in runs.values()]
     assert all(torch.equal(masters[0], other) for other in masters), (
-        "watching changed what was trained"
+        "monitoring changed the training result"
     )
 
     for run in runs.values():
@@ -136,7 +141,7 @@ def measure(folder: Path, steps: int, hidden: int) -> dict[str, float]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     parser = argparse.ArgumentParser(
-        prog="bench_watch.py", description="What being watched costs, as a ratio."
+        prog="bench_watch.py", description="Cost of monitoring a training step, as a ratio."
     )
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--hidden", type=int, default=256)
@@ -149,15 +154,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     off = found["off"]
     audit = (found["audited"] - found["on"]) / EVERY
-    print(f"| step, 1 process, {options.steps} of each in turns | seconds | of the step without |")
-    print("|---|---|---|")
-    print(f"| nothing watched | {off:.4f} | 1 |")
-    print(f"| watched | {found['on']:.4f} | {found['on'] / off:.4f} |")
     print(
-        f"| watched, and audited every {EVERY} steps | {found['on'] + audit:.4f} | {(found['on'] + audit) / off:.4f} |"
+        f"| step, 1 process, {options.steps} of each in turns | seconds | against no monitoring |"
+    )
+    print("|---|---|---|")
+    print(f"| no monitoring | {off:.4f} | 1 |")
+    print(f"| monitoring | {found['on']:.4f} | {found['on'] / off:.4f} |")
+    print(
+        f"| monitoring, audits every {EVERY} steps | {found['on'] + audit:.4f} | "
+        f"{(found['on'] + audit) / off:.4f} |"
     )
     print(
-        f"| with both audits in the step | {found['audited']:.4f} | {found['audited'] / off:.4f} |"
+        f"| monitoring, both audits in the step | {found['audited']:.4f} | "
+        f"{found['audited'] / off:.4f} |"
     )
     return 0
 

@@ -54,7 +54,7 @@ def shards_of(file: Path) -> Iterator[tuple[str, list[int], Array]]:
     header = json.loads(content[8 : 8 + length].tobytes())
     offsets = json.loads(header.pop("__metadata__")["DCP_SHARDING_INFO"])
     for name, facts in header.items():
-        start, stop = (8 + length + place for place in facts["data_offsets"])
+        start, stop = (8 + length + offset for offset in facts["data_offsets"])
         values = content[start:stop].view(DTYPES[facts["dtype"]]).reshape(facts["shape"])
         yield name, offsets[name]["saved_offsets"], values
 
@@ -186,10 +186,10 @@ def root_differences(a: Path, b: Path) -> tuple[list[str], int]:
     for run, of_run in zip((a, b), states, strict=True):
         for step, state in sorted(of_run.items()):
             if len(set(state.roots.values())) > 1:
-                said = " and ".join(
+                recorded = " and ".join(
                     f"{root[:16]} in {source}" for source, root in state.roots.items()
                 )
-                found.append(f"{run} contradicts itself: the root of step {step} is {said}")
+                found.append(f"{run} contradicts itself: the root of step {step} is {recorded}")
 
     common = sorted(set(states[0]) & set(states[1]))
     different = [step for step in common if states[0][step].root != states[1][step].root]
@@ -272,14 +272,14 @@ def differences(a: Path, b: Path, strict: bool, by_root: bool = False) -> list[s
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     parser = argparse.ArgumentParser(
-        prog="compare_runs.py", description="Where two runs part, bit for bit."
+        prog="compare_runs.py", description="Compare two runs bit for bit."
     )
     parser.add_argument("a", type=Path, metavar="RUN_A")
     parser.add_argument("b", type=Path, metavar="RUN_B")
     parser.add_argument(
         "--assert-equal",
         action="store_true",
-        help="also ask for the same steps and last checkpoint",
+        help="require also the same steps and last checkpoint",
     )
     parser.add_argument(
         "--by-root", action="store_true", help="compare the roots of the state and nothing else"

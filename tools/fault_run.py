@@ -48,7 +48,7 @@ def rows_named(texts: Sequence[str]) -> list[int]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     parser = argparse.ArgumentParser(
-        prog="fault_run.py", description="Break a small run in every way of the table."
+        prog="fault_run.py", description="Break a small run in every way of the table of faults."
     )
     parser.add_argument(
         "--rows", nargs="+", metavar="N", help="only these, `1 2 5-8`; all when left out"
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--list",
         action="store_true",
-        help="print the rows and the places where faults can be made, and end",
+        help="print the rows and the fault points, and exit",
     )
     parser.add_argument(
         "--short", action="store_true", help="fewer faults of each kind, in about two minutes"
@@ -67,13 +67,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--endurance", type=int, metavar="N", help="faults of the one run of row 30 (100; short: 8)"
     )
-    parser.add_argument("--seed", type=int, default=1, help="of the random times and places (1)")
-    parser.add_argument("--page", type=Path, metavar="FILE", help="write the results page there")
+    parser.add_argument(
+        "--seed", type=int, default=1, help="seed of the random times and fault points (1)"
+    )
+    parser.add_argument("--page", type=Path, metavar="FILE", help="write the results page to FILE")
     parser.add_argument(
         "--record",
         type=Path,
         metavar="FILE",
-        help="add rows to it; the page shows the newest of each row",
+        help="add results to FILE; the page shows the newest of each row",
     )
     parser.add_argument(
         "--keep", type=Path, metavar="DIR", help="work in this new folder and keep it"
@@ -107,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.seed,
             options.kills if options.kills is not None else 3 if options.short else 40,
             options.endurance if options.endurance is not None else 8 if options.short else 100,
-            say=lambda text: print(
+            log=lambda text: print(
                 f"[{time.monotonic() - began:6.0f} s] {text}", file=sys.stderr, flush=True
             ),
         )

@@ -1,16 +1,20 @@
-"""Show what a model saw, when, and where it came from: data folders, chunks, rows, steps, documents.
+"""Data inspection: what a model was trained on, when, and where it came from.
 
-    python tools/inspect_data.py DATA                               the token account against the recipe
-    python tools/inspect_data.py DATA --chunk 7 [--row 12 | --rows 12-20]
+    python tools/inspect_data.py DATA                               the token account against the
+    recipe python tools/inspect_data.py DATA --chunk 7 [--row 12 | --rows 12-20]
     python tools/inspect_data.py DATA --document NAME [--subset X] [--source S]
-    python tools/inspect_data.py --run RUN                          the chunks in the order of the run
-    python tools/inspect_data.py --run RUN --step S [--row R | --sample I]
+    python tools/inspect_data.py --run RUN                          the chunks in the order of the
+    run python tools/inspect_data.py --run RUN --step S [--row R | --sample I]
     python tools/inspect_data.py --run RUN --checkpoint 3           what a checkpoint has consumed
-    python tools/inspect_data.py --run RUN --chunk ... or --document ...     the same, with the steps
+    python tools/inspect_data.py --run RUN --chunk ... or --document ...     the same, with the
+    steps
 
-DATA is a manifest or its folder; with a run it is needed only where the data has moved. Of a run the ledger and the
-checkpoints are believed, and data that is not what they name is refused: an answer about other data would look as good.
-Needs no torch. Exit codes: 0 done; 2 a mistake in usage, data or run, one line on stderr.
+- DATA is a manifest or its folder. With --run it is needed only if the data has moved.
+- A run's order comes from its ledger and checkpoints. Data that is not what they name is refused:
+  an answer about other data would look just as good.
+- Needs no torch.
+
+Exit codes: 0 done; 2 an error in usage, data or run, one line on stderr.
 """
 
 import argparse
@@ -38,26 +42,27 @@ from k2train.data.inspect.provenance import (
 )
 from k2train.data.inspect.run_usage import METRICS, TO_COME, Run, rows_of_step
 from k2train.data.inspect.text import View, render
-from k2train.data.manifest import SOURCES_NAME, ChunkInfo, Manifest, read_manifest, span
+from k2train.data.manifest import SOURCES_NAME, ChunkInfo, Manifest, read_manifest, short_list
 from k2train.errors import EXIT_DONE, EXIT_USAGE, CheckpointError, DataError, RunError, UserError
 from k2train.record.ledger import read_ledger
 
 
 class _Parser(argparse.ArgumentParser):
-    """Mistakes as one line, without the usage text in front."""
+    """Argument parser that reports an error as one line, without the usage text."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(EXIT_USAGE, f"{self.prog}: {message}; see --help\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit code."""
+    """Run the command line and return the exit code."""
     options = _options(arguments)
     try:
         facts = answer(options)
     except UserError as error:
         print(f"inspect_data: {error}", file=sys.stderr)
         return EXIT_USAGE
+
     if options.json:
         text = json.dumps(facts, ensure_ascii=False)
     else:
@@ -67,23 +72,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
             and (options.sample is not None or options.rows is not None)
             and not options.all
         ):
-            facts, lines = _asked_first(facts)
+            facts, lines = _requested_first(facts)
         text = "\n".join(
             render(facts, View(sys.stdout.isatty(), options.ids, options.chunks, lines))
         )
+
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # Documents hold any character; a terminal that cannot show one shows its number.
+        # Documents contain any character; one that the terminal cannot show is escaped.
         sys.stdout.reconfigure(errors="backslashreplace")
+
     try:
         print(text, flush=True)
     except BrokenPipeError:
-        # `inspect_data.py ... | head`; Python would flush once more at exit and complain.
+        # The reader has closed the pipe (`| head`); avoid a second flush error at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return EXIT_DONE
 
 
-def _asked_first(facts: Facts) -> tuple[Facts, int]:
-    """A step whose table begins with the samples asked for, and the number of lines that shows these alone."""
+def _requested_first(facts: Facts) -> tuple[Facts, int]:
+    """Move the requested samples of a step to the front.
+
+    Returns also the lines that show only these.
+    """
     asked = [sample for sample in facts["samples"] if "text_shown" in sample]
     others = [sample for sample in facts["samples"] if "text_shown" not in sample]
     return {**facts, "samples": asked + others}, sum(len(sample["pieces"]) for sample in asked)
@@ -92,8 +102,8 @@ def _asked_first(facts: Facts) -> tuple[Facts, int]:
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = _Parser(
         prog="inspect_data",
-        description="Show what a model saw, when, and where it came from.",
-        epilog="Without a question: the token account of DATA, or the order of RUN.",
+        description="Show what a model was trained on, when, and where it came from.",
+        epilog="Without a query: the token account of DATA, or the order of RUN.",
     )
     add = parser.add_argument
     add(
@@ -101,7 +111,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         nargs="?",
         type=Path,
         metavar="DATA",
-        help="a manifest.json or its folder; of a run: where it lies now",
+        help="a manifest.json or its folder; with --run: if the data has moved",
     )
     add("--run", type=Path, metavar="RUN", help="the directory of a run, such as runs/demo-stage1")
     add("--chunk", metavar="C", help="a chunk by number or name, or held_out")
@@ -132,12 +142,13 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--tokenizer",
         type=Path,
         metavar="MODEL",
-        help="the tokenizer.model, where the data has none beside it",
+        help="the tokenizer.model, if the folder of the data has none",
     )
     add("--ids", action="store_true", help="the token ids beside the text")
     add("--chunks", action="store_true", help="with the account: a line for every chunk")
     add("--all", action="store_true", help="all lines of long tables")
     add("--json", action="store_true", help="the answer as one JSON object")
+
     options = parser.parse_args(arguments)
     if mistake := _mistake(options):
         parser.error(mistake)
@@ -145,12 +156,13 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _mistake(options: argparse.Namespace) -> str:
-    """What is wrong with a combination of options; empty when nothing is."""
+    """Describe a wrong combination of options; empty when it is right."""
     if options.data is None and options.run is None:
         return "give DATA (a manifest.json or its folder) or --run RUN"
     given = [name for name in ("chunk", "step", "document") if getattr(options, name) is not None]
+
     rules = (
-        (len(given) > 1, f"--{' and --'.join(given)} are different questions: ask one"),
+        (len(given) > 1, f"--{' and --'.join(given)} are different queries: give one"),
         (
             options.run is None and options.step is not None,
             "--step needs --run RUN: the order is the run's",
@@ -192,11 +204,13 @@ def _rows(text: str) -> range:
 
 
 def answer(options: argparse.Namespace) -> Facts:
-    """The facts of the one question that the options ask. Raises a UserError."""
+    """Answer the one query of the options as facts. Raises UserError."""
     run = open_run(options) if options.run else None
     manifest = run.manifest if run else read_manifest(options.data)
+
     if options.document is not None:
         return document_answer(manifest, run, options)
+
     if options.chunk is not None:
         info = find_chunk(manifest, options.chunk)
         return (
@@ -204,6 +218,7 @@ def answer(options: argparse.Namespace) -> Facts:
             if options.rows
             else chunk_answer(manifest, run, info)
         )
+
     if run is None:
         return account_facts(manifest)
     if options.step is not None:
@@ -215,7 +230,10 @@ def answer(options: argparse.Namespace) -> Facts:
 
 
 def open_run(options: argparse.Namespace) -> Run:
-    """The run of the options, from its ledger and a checkpoint. Raises RunError, CheckpointError or DataError."""
+    """Open the run of the options from its ledger and a checkpoint.
+
+    Raises RunError, CheckpointError or DataError.
+    """
     directory = options.run
     if not directory.is_dir():
         raise RunError(
@@ -231,7 +249,7 @@ def _newest_checkpoint(directory: Path) -> Facts | None:
         try:
             return read_checkpoint(path)
         except CheckpointError:
-            # All of a run hold the same order up to deferrals, which the ledger has too.
+            # All checkpoints have the same order up to deferrals, which the ledger has too.
             continue
     return None
 
@@ -241,15 +259,17 @@ def _checkpoint(directory: Path, wanted: str) -> Facts:
     paths = {path.name: path for path in list_checkpoints(folder)}
     name = f"ckpt_{int(wanted):03d}" if wanted.isascii() and wanted.isdigit() else wanted
     if name not in paths:
-        raise CheckpointError(f"{folder} has no {name}: it has {span(paths) if paths else 'none'}")
+        raise CheckpointError(
+            f"{folder} has no {name}: it has {short_list(paths) if paths else 'none'}"
+        )
     return read_checkpoint(paths[name])
 
 
-# The questions
+# The queries
 
 
 def chunk_answer(manifest: Manifest, run: Run | None, info: ChunkInfo) -> Facts:
-    """A chunk as a whole."""
+    """Facts of a whole chunk."""
     facts = chunk_facts(manifest, info)
     return {**facts, "use": run.chunk_use(info)} if run else facts
 
@@ -257,9 +277,10 @@ def chunk_answer(manifest: Manifest, run: Run | None, info: ChunkInfo) -> Facts:
 def rows_answer(
     manifest: Manifest, run: Run | None, info: ChunkInfo, options: argparse.Namespace
 ) -> Facts:
-    """Rows of a chunk, with their text."""
+    """Rows of a chunk with their text."""
     pieces = pieces_of(manifest, info, options.rows)
     tokenizer = find_tokenizer(manifest, options.tokenizer)
+
     rows = []
     for row, listed in pieces.items():
         add_text(manifest, info, row, listed, tokenizer)
@@ -268,6 +289,7 @@ def rows_answer(
             step, state = run.history.use(info.name, row, info == manifest.held_out)
             facts["use"] = {"step": step, "state": state}
         rows.append(facts)
+
     return {
         "form": "rows",
         "manifest": str(manifest.path),
@@ -277,23 +299,28 @@ def rows_answer(
 
 
 def step_answer(run: Run, options: argparse.Namespace) -> Facts:
-    """A step: its chunk and rows, the pieces of every sample, the text of one."""
+    """A step: its chunk and rows, the pieces of every sample, and the text of one."""
     manifest, order, step = run.manifest, run.order, options.step
     position, rows = order.position(step), order.rows_of(step)
     info = manifest.chunk(position.name)
+
     attempts = _attempts(run, step, info.name, rows)
     chosen = _chosen(options, info, rows, step)
+
     pieces = pieces_of(manifest, info, rows)
     tokenizer = find_tokenizer(manifest, options.tokenizer)
+
     per_subset: dict[str, int] = {}
     for piece in (piece for listed in pieces.values() for piece in listed):
         per_subset[piece["subset"]] = per_subset.get(piece["subset"], 0) + piece["length"]
     samples: list[Facts] = [
         {"sample": row - rows.start, "row": row, "pieces": listed} for row, listed in pieces.items()
     ]
+
     for row in chosen:
         add_text(manifest, info, row, pieces[row], tokenizer)
         samples[row - rows.start]["text_shown"] = True
+
     return {
         "form": "step",
         **run.names(),
@@ -314,8 +341,12 @@ def step_answer(run: Run, options: argparse.Namespace) -> Facts:
 
 
 def _chosen(options: argparse.Namespace, info: ChunkInfo, rows: range, step: int) -> range:
-    """The rows whose text is shown: the first, or those asked for. Raises DataError for one outside the step."""
+    """Rows whose text is shown: the first, or the requested ones.
+
+    Raises DataError for a row outside the step.
+    """
     asked = range(rows.start, rows.start + 1)
+
     if options.sample is not None:
         if options.sample >= len(rows):
             raise DataError(
@@ -326,62 +357,72 @@ def _chosen(options: argparse.Namespace, info: ChunkInfo, rows: range, step: int
         asked = check_rows(info, options.rows)
         if asked.start < rows.start or asked.stop > rows.stop:
             raise DataError(
-                f"step {step} reads rows {rows.start} to {rows.stop - 1} of {info.name}; ask for one of them"
+                f"step {step} reads rows {rows.start} to {rows.stop - 1} of {info.name}; ask for "
+                "one of them"
             )
     return asked
 
 
 def _attempts(run: Run, step: int, chunk: str, rows: range) -> list[Facts]:
-    """What the metrics say that each attempt read. Raises RunError when what counts is not what the order says."""
+    """Rows that each attempt at a step read, from the metrics.
+
+    Raises RunError when the last attempt differs from the order.
+    """
     path = run.directory / METRICS
     keys = ("attempt", "chunk", "rows", "applied")
-    told = [
+    recorded = [
         {key: row[key] for key in keys}
         for row in rows_of_step(path, step)
         if all(key in row for key in keys)
     ]
+
     counts = run.checkpoint is None and run.history.state(step) != TO_COME
     if (
-        told
+        recorded
         and counts
-        and (told[-1]["chunk"], told[-1]["rows"]) != (chunk, [rows.start, rows.stop])
+        and (recorded[-1]["chunk"], recorded[-1]["rows"]) != (chunk, [rows.start, rows.stop])
     ):
         raise RunError(
-            f"{path} says that step {step} read {told[-1]['chunk']} rows {told[-1]['rows']}, the order of the run "
-            f"gives {chunk} rows {[rows.start, rows.stop]}: one of them is not that of this run any more"
+            f"{path} says that step {step} read {recorded[-1]['chunk']} rows "
+            f"{recorded[-1]['rows']}, the order of the run gives {chunk} rows "
+            f"{[rows.start, rows.stop]}: one of them no longer belongs to this run"
         )
-    return told
+    return recorded
 
 
 def document_answer(manifest: Manifest, run: Run | None, options: argparse.Namespace) -> Facts:
     """Every use of a document."""
     chunks = _chunks_by_key(manifest, options)
-    places = find_document(manifest, options.document, options.subset, options.source, chunks)
+    pieces = find_document(manifest, options.document, options.subset, options.source, chunks)
     facts: Facts = {
         "form": "document",
         "manifest": str(manifest.path),
         "document": options.document,
     }
     facts["of_chunks"] = len(manifest.all_chunks())
+
     if run:
         facts |= {
             **run.names(),
             "done_step": run.history.done_step,
             "of_steps": run.order.total_steps,
         }
-        for place in places:
-            place["step"], place["state"] = run.history.use(
-                place["chunk"], place["row"], place["held_out"]
+        for piece in pieces:
+            piece["step"], piece["state"] = run.history.use(
+                piece["chunk"], piece["row"], piece["held_out"]
             )
-    return {**facts, "places": places}
+    return {**facts, "places": pieces}
 
 
 def _chunks_by_key(manifest: Manifest, options: argparse.Namespace) -> set[str] | None:
-    """Where the document can be, when its source is named and so its key is known; None: look into all chunks."""
+    """Chunks that can contain the document if its source is named and so its key known.
+
+    None for all.
+    """
     path = manifest.folder / SOURCES_NAME
     source, name = options.source, options.document
     if source is None and path.is_file():
-        # A name may have colons of its own, so what stands in front of one counts only where it is a source.
+        # Names may contain colons: a prefix counts as a source only if it is one.
         known = json.loads(path.read_text("utf-8")).get("files", {})
         cuts = [i for i, letter in enumerate(name) if letter == ":" and name[:i] in known]
         source, name = (name[: cuts[0]], name[cuts[0] + 1 :]) if len(cuts) == 1 else (None, name)
@@ -390,8 +431,10 @@ def _chunks_by_key(manifest: Manifest, options: argparse.Namespace) -> set[str] 
         return None
     elif source is not None:
         name = name.removeprefix(f"{source}:")
+
     if source is None:
         return None
+
     subsets = [options.subset] if options.subset else list(manifest.facts.get("account", {}))
     found = [chunks_of_document(manifest, subset, source, name) for subset in subsets]
     return (
@@ -402,14 +445,16 @@ def _chunks_by_key(manifest: Manifest, options: argparse.Namespace) -> set[str] 
 
 
 def _notes(manifest: Manifest, tokenizer: object) -> list[str]:
+
     if tokenizer is not None:
         return []
     named = manifest.tokenizer_sha256
-    # An import without a tokenizer says so in words where the hash stands otherwise.
+    # Imported data without a tokenizer has words in piece of the hash.
     hashed = re.fullmatch("[0-9a-f]{64}", named)
     what = f"with the hash of the data ({named[:12]})" if hashed else f"of the data ({named})"
     return [
-        f"no tokenizer.model {what} lies beside it, so token ids stand for the text; give one as --tokenizer MODEL"
+        f"no tokenizer.model {what} is in its folder, so token ids are shown instead of text; give "
+        "one as --tokenizer MODEL"
     ]
 
 

@@ -69,15 +69,16 @@ class Outcome:
 
 
 def apply(mutation: Mutation, root: Path) -> None:
-    """Write the fault into the copy at `root`. Raises ValueError unless its text occurs exactly
-    once.
+    """Write the fault into the copy at `root`.
+
+    Raises ValueError unless its text occurs exactly once.
     """
     path = root / mutation.file
     source = path.read_text(encoding="utf-8")
     count = source.count(mutation.old)
     if count != 1:
         raise ValueError(
-            f"{mutation.name}: its text stands {count} times in {mutation.file}, must be once"
+            f"{mutation.name}: its text occurs {count} times in {mutation.file}, must be once"
         )
 
     broken = source.replace(mutation.old, mutation.new)
@@ -88,7 +89,7 @@ def apply(mutation: Mutation, root: Path) -> None:
 
 
 def copy_repository(root: Path, target: Path) -> Path:
-    """Copy the files that tests need, untracked ones too, so that work in progress can be checked."""
+    """Copy the files that tests need, including untracked ones of work in progress."""
     anywhere = shutil.ignore_patterns(*SKIPPED)
 
     def ignored(folder: str, names: list[str]) -> set[str]:
@@ -132,7 +133,7 @@ def run_pytest(
     lines = output.strip().splitlines()
     clumsy = CLUMSY.search(output)
     if code == FAILED and clumsy:
-        return None, f"failed of {clumsy[0]}, which any test would see"
+        return None, f"failed with {clumsy[0]}, which any test would see"
     return code, lines[-1] if lines else "no output"
 
 
@@ -206,7 +207,7 @@ def check(server: ForkServer, chosen: Sequence[Mutation]) -> int:
     passed, detail = check_unbroken(server, chosen)
     print(f"unbroken: {detail}\n", flush=True)
     if not passed:
-        print("a named test does not pass as it is, so nothing can be shown", file=sys.stderr)
+        print("a named test fails without a mutation, so nothing can be shown", file=sys.stderr)
         return 1
 
     print("| mutation | test that must fail | caught | seconds |\n|---|---|---|---|", flush=True)
@@ -214,9 +215,10 @@ def check(server: ForkServer, chosen: Sequence[Mutation]) -> int:
     for mutation in chosen:
         outcome = check_mutation(server, mutation)
         missed += not outcome.caught
-        said = "yes" if outcome.caught else f"NO: {outcome.detail}"
+        result = "yes" if outcome.caught else f"NO: {outcome.detail}"
         print(
-            f"| {mutation.name} | `{mutation.test}` | {said} | {outcome.seconds:.0f} |", flush=True
+            f"| {mutation.name} | `{mutation.test}` | {result} | {outcome.seconds:.0f} |",
+            flush=True,
         )
 
     print(f"\n{len(chosen) - missed} of {len(chosen)} caught")

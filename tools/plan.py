@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="plan",
-        description="Show what a config means on a world of processes. Needs no device.",
+        description="Show the training plan of a config on N processes. Needs no device.",
     )
     parser.add_argument("config", metavar="CONFIG.yaml")
     parser.add_argument(
@@ -160,16 +160,19 @@ def _stages_text(layout: Layout, pp: int, num_layers: int) -> str:
 def _grid_lines(layout: Layout, num_layers: int, full: bool) -> list[str]:
     lines = [
         (
-            f"grid      world {layout.world_size} = pipeline {layout.pipeline} x data {layout.data} x "
-            f"tensor {layout.tensor}; {layout.stages_per_rank} pipeline stage(s) a rank, {layout.num_stages} in all"
+            f"grid      world {layout.world_size} = pipeline {layout.pipeline} x data "
+            f"{layout.data} x tensor {layout.tensor}; {layout.stages_per_rank} pipeline stage(s) "
+            f"per rank, {layout.num_stages} in all"
         )
     ]
 
     if full or layout.world_size <= GRID_LINES:
         for rank in range(layout.world_size):
-            place = layout.coordinate(rank)
-            stages = _stages_text(layout, place.pp, num_layers)
-            lines.append(f"  rank {rank:<4} pp {place.pp}  dp {place.dp}  tp {place.tp}  {stages}")
+            position = layout.coordinate(rank)
+            stages = _stages_text(layout, position.pp, num_layers)
+            lines.append(
+                f"  rank {rank:<4} pp {position.pp}  dp {position.dp}  tp {position.tp}  {stages}"
+            )
         return lines
 
     per_pipeline_rank = layout.data * layout.tensor
@@ -182,7 +185,8 @@ def _grid_lines(layout: Layout, num_layers: int, full: bool) -> list[str]:
     for axis in ("tp", "dp", "pp"):
         groups = layout.groups(axis)
         lines.append(
-            f"  {axis} groups: {len(groups)} of {len(groups[0])}, the first {_group_text(groups[0])}"
+            f"  {axis} groups: {len(groups)} of {len(groups[0])}, the first "
+            f"{_group_text(groups[0])}"
         )
     return lines
 
@@ -195,10 +199,11 @@ def _group_text(group: Sequence[int]) -> str:
 def _model_lines(shape: cost.ModelShape, layout: Layout, precision: str) -> list[str]:
     lines = [
         (
-            f"model     {cost.parameters(shape):,} parameters: {cost.layer_parameters(shape):,} in each of "
-            f"{shape.num_layers} layers, {cost.embedding_parameters(shape):,} in embedding and head"
+            f"model     {cost.parameters(shape):,} parameters: {cost.layer_parameters(shape):,} in "
+            f"each of {shape.num_layers} layers, {cost.embedding_parameters(shape):,} in embedding "
+            "and head"
         ),
-        f"states    kept from step to step by one rank ({precision} weights)",
+        f"states    memory of one rank between steps ({precision} weights)",
         "  pp     parameters      weights    gradients    optimizer        total",
     ]
     for pp in range(layout.pipeline):
@@ -221,14 +226,15 @@ def _step_lines(config: Config, shape: cost.ModelShape, layout: Layout, count: i
     tokens = sequences * length
     flops = tokens * cost.flops_per_token(shape, length)
     return [
-        f"step      {sequences:,} sequences of {length:,} = {tokens:,} tokens, {sequences * (length - 1):,} targets",
+        f"step      {sequences:,} sequences of {length:,} = {tokens:,} tokens, "
+        f"{sequences * (length - 1):,} targets",
         (
-            f"  a data-parallel rank: {sequences // layout.data:,} sequences in {count:,} micro-batches of "
-            f"{config.batch.micro_sequences:,}"
+            f"  per data-parallel rank: {sequences // layout.data:,} sequences in {count:,} "
+            f"micro-batches of {config.batch.micro_sequences:,}"
         ),
         (
-            f"  model FLOPs: {flops:.4g} a step, {flops / layout.world_size:.4g} a rank, "
-            f"{cost.flops_per_token(shape, length):.4g} a token"
+            f"  model FLOPs: {flops:.4g} per step, {flops / layout.world_size:.4g} per rank, "
+            f"{cost.flops_per_token(shape, length):.4g} per token"
         ),
         f"  warm-up: {config.lr.warmup_steps:,} steps, {config.lr.warmup_steps * tokens:,} tokens",
     ]
@@ -255,8 +261,9 @@ def _schedule_lines(
 ) -> list[str]:
     bubble = bubble_fraction(spans)
     lines = [
-        f"schedule  {kind}; bubble {bubble:.2%} of the step, {bubble / (1 - bubble):.2%} of the time without it",
-        "  (a backward as long as two forwards, its halves I and W as long as one each, transfers free)",
+        f"schedule  {kind}; bubble {bubble:.2%} of the step, {bubble / (1 - bubble):.2%} of the "
+        "time without it",
+        "  (a backward takes two forwards, its halves I and W one each, transfers are free)",
         "  most activations held, in stages x micro-batches, by pipeline rank: "
         + " ".join(map(str, peak_in_flight(programs))),
     ]
@@ -266,7 +273,7 @@ def _schedule_lines(
     if Op.BACKWARD_WEIGHT in ops:
         words = "F forward I gradient of the input W gradients of the weights"
         held = " ".join(map(str, peak_in_flight(programs, until_input=True)))
-        lines.append(f"  of these before their I, the others hold what W needs: {held}")
+        lines.append(f"  of these, waiting for I (the others keep what W needs): {held}")
 
     lines.append(
         f"  program of each pipeline rank: stage, {words} S send R receive, micro-batch, peer"
@@ -277,7 +284,10 @@ def _schedule_lines(
 
 
 def _balance_lines(config: Config, shape: cost.ModelShape, layout: Layout) -> list[str]:
-    """Share of the busiest pipeline rank, and a better split of layers if any; empty for one rank."""
+    """Share of the busiest pipeline rank, and a better split of layers if any.
+
+    Empty for one rank.
+    """
     if layout.pipeline == 1:
         return []
     length = config.data.sequence_length
@@ -287,7 +297,8 @@ def _balance_lines(config: Config, shape: cost.ModelShape, layout: Layout) -> li
         return max(flops) * len(flops) / sum(flops)
 
     lines = [
-        f"  the busiest pipeline rank has {slowest(layout):.1%} of the average FLOPs, the head counted"
+        f"  the busiest pipeline rank has {slowest(layout):.1%} of the average FLOPs, the head "
+        "included"
     ]
 
     better = balanced_layers(shape, layout, length)
@@ -296,7 +307,7 @@ def _balance_lines(config: Config, shape: cost.ModelShape, layout: Layout) -> li
         if share < slowest(layout) - 0.001:
             counts = ",".join(map(str, better))
             lines.append(
-                f"  hint: parallel.layers_per_stage=[{counts}] would make that {share:.1%}"
+                f"  hint: parallel.layers_per_stage=[{counts}] would reduce that to {share:.1%}"
             )
     return lines
 

@@ -1,14 +1,18 @@
-"""Make a data folder of chunks from a recipe, or from K2's own chunk files, or give it back as those.
+"""Prepare training data: make a data folder of chunks from a recipe, or convert K2's chunk files.
 
-    prepare_data.py RECIPE.yaml [dotted.key=value ...] [--force | --estimate]
-    prepare_data.py --from-k2 FOLDER --output FOLDER [--tokenizer MODEL] [--vocab-size N] [--workers N] [--force]
+    prepare_data.py RECIPE.yaml [dotted.key=value ...] [--force | --estimate] [--account]
+    prepare_data.py --from-k2 FOLDER --output FOLDER [--tokenizer MODEL] [--vocab-size N]
+                    [--workers N] [--force] [--account]
     prepare_data.py --to-k2 FOLDER MANIFEST
 
-Nothing is done when the folder is already what the recipe and the documents give, and a preparation that was killed is
-gone on with by the same command. All choices that decide bytes are keys of the recipe.
+- Does nothing when the folder already is what the recipe and the documents give.
+- Resumes an interrupted preparation by the same command.
+- Every choice that affects bytes is a key of the recipe, not an option of this command.
+- `--account` prints the tables of tokens, documents and samples, as `tools/inspect_data.py` does.
 """
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,11 +30,12 @@ from k2train.text import counted
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse the command line; raises ConfigError for options that do not go together."""
     parser = argparse.ArgumentParser(
         prog="prepare_data.py", description="Make a data folder of chunks."
     )
     parser.add_argument(
-        "recipe", nargs="?", metavar="RECIPE.yaml", help="with --to-k2: the manifest to give back"
+        "recipe", nargs="?", metavar="RECIPE.yaml", help="with --to-k2: the manifest to export"
     )
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="dotted keys of the recipe, e.g. seed=7"
@@ -41,7 +46,14 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         help="start over, and replace a folder made of something else",
     )
     parser.add_argument(
-        "--estimate", action="store_true", help="say what the recipe costs, from rates measured now"
+        "--estimate",
+        action="store_true",
+        help="print what the recipe would cost, from rates measured now",
+    )
+    parser.add_argument(
+        "--account",
+        action="store_true",
+        help="print the account of the data: tokens, documents and samples of every subset",
     )
     parser.add_argument(
         "--from-k2", type=Path, metavar="FOLDER", help="import chunk_<i>.jsonl files"
@@ -59,74 +71,91 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--workers", type=int, default=1, help="with --from-k2: files imported at once (1)"
     )
-    given = parser.parse_intermixed_args(arguments)
-    if given.from_k2 is not None and (given.output is None or given.recipe is not None):
+    options = parser.parse_intermixed_args(arguments)
+
+    if options.from_k2 is not None and (options.output is None or options.recipe is not None):
         raise ConfigError("--from-k2 FOLDER takes --output FOLDER, and no recipe")
-    if given.from_k2 is None and given.recipe is None:
+    if options.from_k2 is None and options.recipe is None:
         raise ConfigError(
-            "give a recipe, or --from-k2 FOLDER --output FOLDER, or --to-k2 FOLDER MANIFEST (--help)"
+            "give a recipe, or --from-k2 FOLDER --output FOLDER, or --to-k2 FOLDER MANIFEST "
+            "(--help)"
         )
-    return given
+    if options.account and (options.estimate or options.to_k2 is not None):
+        raise ConfigError("--account needs a data folder that is made; not --estimate or --to-k2")
+    return options
 
 
-def run(given: argparse.Namespace, progress: Progress) -> None:
-    if given.from_k2 is not None:
+def run(options: argparse.Namespace, progress: Progress) -> None:
+    """Import, export, estimate or prepare, and print a summary."""
+    if options.from_k2 is not None:
         manifest = import_k2(
-            given.from_k2,
-            given.output,
-            vocab_size=given.vocab_size,
-            tokenizer=given.tokenizer,
-            workers=given.workers,
-            force=given.force,
+            options.from_k2,
+            options.output,
+            vocab_size=options.vocab_size,
+            tokenizer=options.tokenizer,
+            workers=options.workers,
+            force=options.force,
             progress=progress,
         )
-        print("\n".join(summary(manifest, "imported")))
-    elif given.to_k2 is not None:
-        files = export_k2(read_manifest(given.recipe), given.to_k2, progress)
-        print(f"written: {len(files)} files in {given.to_k2}")
-    elif given.estimate:
-        recipe = load_recipe(given.recipe, given.overrides)
+        show(manifest, "imported", options.account)
+
+    elif options.to_k2 is not None:
+        files = export_k2(read_manifest(options.recipe), options.to_k2, progress)
+        print(f"written: {len(files)} files in {options.to_k2}")
+
+    elif options.estimate:
+        recipe = load_recipe(options.recipe, options.overrides)
         rates = measure(recipe, progress)
         print("\n".join(estimate_lines(recipe, rates, cost(recipe, rates))))
+
     else:
-        recipe = load_recipe(given.recipe, given.overrides)
-        manifest, made = prepare(recipe, given.force, progress)
+        recipe = load_recipe(options.recipe, options.overrides)
+        manifest, made = prepare(recipe, options.force, progress)
+        result = "prepared" if made else "already prepared, all hashes checked"
+        show(manifest, result, options.account, tokenizer=str(recipe.tokenizer.model))
+
+
+def show(manifest: Manifest, result: str, account: bool, tokenizer: str = "") -> None:
+    """Print the summary of a data folder, after its account if asked for."""
+    if account:
         print("\n".join(render(account_facts(manifest), View())))
-        print(
-            "\n".join(
-                summary(manifest, "prepared" if made else "already prepared, all hashes checked")
-            )
-        )
-        print(f"tokenizer {recipe.tokenizer.model}")
+    print("\n".join(summary(manifest, result, tokenizer)))
+    if not account:
+        folder = shlex.quote(str(manifest.folder))
+        print(f"python tools/inspect_data.py {folder} shows the account")
 
 
-def summary(manifest: Manifest, what: str) -> list[str]:
-    """What was made, and where it lies."""
+def summary(manifest: Manifest, result: str, tokenizer: str = "") -> list[str]:
+    """Format what was made, and where it is."""
     tokens = sum(info.tokens for info in manifest.chunks)
     rows = sorted({info.rows for info in manifest.chunks})
-    shown = f"{rows[0]:,}" if len(rows) == 1 else f"{rows[0]:,} to {rows[-1]:,}"
+    row_text = f"{rows[0]:,}" if len(rows) == 1 else f"{rows[0]:,} to {rows[-1]:,}"
+    held_out = f", {manifest.held_out.rows:,} rows held out" if manifest.held_out else ""
     return [
-        f"{what}: {counted(len(manifest.chunks), 'chunk')} of {shown} rows of {manifest.sequence_length} = {tokens:,} tokens"
-        f"{f', {manifest.held_out.rows:,} rows held out' if manifest.held_out else ''}, vocabulary {manifest.vocab_size}",
-        f"in {manifest.path} (sha256 {manifest.sha256[:16]})",
+        f"{result}: {counted(len(manifest.chunks), 'chunk')} of {row_text} rows of "
+        f"{manifest.sequence_length} = {tokens:,} tokens{held_out}, "
+        f"vocabulary {manifest.vocab_size:,}",
+        f"in {manifest.path} (sha256 {manifest.sha256[:16]})"
+        + (f", tokenizer {tokenizer}" if tokenizer else ""),
     ]
 
 
 def main(arguments: Sequence[str]) -> int:
+    """Run the command line and return the exit code."""
     try:
         run(parse(arguments), Progress())
     except UserError as error:
         print(error, file=sys.stderr)
         return EXIT_USAGE
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
+        path = f"{error.filename}: " if error.filename else ""
         print(
-            f"{where}{error.strerror or error}; make it writable, or name another output or work",
+            f"{path}{error.strerror or error}; make it writable, or name another output or work",
             file=sys.stderr,
         )
         return EXIT_USAGE
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
+        print("interrupted; run the same command again to continue", file=sys.stderr)
         return 130
     return EXIT_DONE
 

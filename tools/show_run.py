@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from k2train.errors import EXIT_DONE, EXIT_USAGE, RunError, UserError
 from k2train.record.ledger import read_ledger
 from k2train.record.metrics import latest
+from k2train.text import table
 
 HEADINGS = (
     "checkpoint",
@@ -85,14 +86,18 @@ def lines_of_run(directory: Path) -> list[str]:
     events = _events(directory)
     rows = checkpoint_rows(directory)
     lines = [f"{directory.name}: {_status(events)}", ""]
-    lines += _table(rows) if rows else ["no checkpoint yet"]
-    return [*lines, "", "everything lies in", *_places(directory, events)]
+    cells = [[row[heading] for heading in HEADINGS] for row in rows]
+    lines += (
+        table(HEADINGS, cells, LEFT_ALIGNED, drop_unknown=False) if rows else ["no checkpoint yet"]
+    )
+    return [*lines, "", "files", *_files(directory, events)]
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     parser = argparse.ArgumentParser(
-        prog="show_run.py", description="Show the checkpoints of runs, and where all lies."
+        prog="show_run.py",
+        description="Show the checkpoints of runs, and the location of their files.",
     )
     parser.add_argument(
         "runs", nargs="+", metavar="RUN_DIRECTORY", help="for example runs/demo-stage1"
@@ -119,7 +124,7 @@ def _events(directory: Path) -> list[dict[str, Any]]:
         )
     events = read_ledger(directory / "ledger.jsonl")
     if not events:
-        raise RunError(f"{directory / 'ledger.jsonl'} holds no event: this run has not begun")
+        raise RunError(f"{directory / 'ledger.jsonl'} has no event: this run has not started")
     return events
 
 
@@ -131,7 +136,7 @@ def _manifest(path: Path) -> dict[str, Any]:
         raise RunError(f"{path} cannot be read ({error}); the checkpoint is damaged") from None
     if not isinstance(facts, dict):
         raise RunError(
-            f"{path} holds {type(facts).__name__}, expected an object; the checkpoint is damaged"
+            f"{path} contains {type(facts).__name__}, expected an object; the checkpoint is damaged"
         )
     return {**facts, "sha256_found": hashlib.sha256(data).hexdigest()}
 
@@ -191,21 +196,6 @@ def _seconds(value: Any) -> str:
     return f"{value:.1f}" if isinstance(value, (int, float)) else "-"
 
 
-def _table(rows: list[dict[str, str]]) -> list[str]:
-    widths = {
-        heading: max(len(heading), *(len(row[heading]) for row in rows)) for heading in HEADINGS
-    }
-
-    def line(cells: dict[str, str]) -> str:
-        padded = [
-            cells[heading].ljust(width) if heading in LEFT_ALIGNED else cells[heading].rjust(width)
-            for heading, width in widths.items()
-        ]
-        return "  ".join(padded).rstrip()
-
-    return [line({heading: heading for heading in HEADINGS}), *(line(row) for row in rows)]
-
-
 def _status(events: list[dict[str, Any]]) -> str:
     attempts = sum(event["event"] in ("started", "resumed") for event in events)
     starts = f"{attempts} start{'' if attempts == 1 else 's'}"
@@ -213,21 +203,28 @@ def _status(events: list[dict[str, Any]]) -> str:
         if event["event"] == "finished":
             return f"finished, {starts}"
         if event["event"] == "stopped":
-            return f"stopped at step {event.get('step', '?')} ({event.get('reason', 'no reason given')}), {starts}"
+            return (
+                f"stopped at step {event.get('step', '?')} "
+                f"({event.get('reason', 'no reason given')}), {starts}"
+            )
         if event["event"] == "started":
             break
     return f"not finished, {starts}"
 
 
-def _places(directory: Path, events: list[dict[str, Any]]) -> list[str]:
-    told = {
+def _files(directory: Path, events: list[dict[str, Any]]) -> list[str]:
+    descriptions = {
         "config.yaml": "the resolved config",
         "ledger.jsonl": f"{len(events)} events, hash chain verified",
-        "metrics.jsonl": "one line a step",
+        "metrics.jsonl": "one line per step",
         "checkpoints": "model and optimizer, safetensors",
         "wandb": "W&B's copy of the metrics",
     }
-    found = [(directory / name, text) for name, text in told.items() if (directory / name).exists()]
+    found = [
+        (directory / name, text)
+        for name, text in descriptions.items()
+        if (directory / name).exists()
+    ]
     width = max(len(str(path)) for path, _ in found)
     return [f"  {str(path).ljust(width)}  {text}" for path, text in found]
 

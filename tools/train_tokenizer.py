@@ -49,7 +49,7 @@ DEFAULT_MAX_BYTES = 100_000_000
 BLOCK_CHARACTERS = 2**16
 READ_ROWS = 256
 
-LeftOut = Counter[tuple[str, str]]
+Skipped = Counter[tuple[str, str]]
 """Number of skipped items by (noun in the singular, rest of the phrase)."""
 
 
@@ -73,17 +73,20 @@ def files_of(patterns: Sequence[str]) -> list[tuple[str, Path]]:
 
         for file in files:
             if not file.endswith(SUFFIXES):
-                raise DataError(f"{file}: is none of the kinds that are read: {KINDS}")
+                raise DataError(f"{file}: unsupported kind of file; supported: {KINDS}")
             found.add(os.path.realpath(file))
 
     common = os.path.commonpath([os.path.dirname(path) for path in found])
     return sorted((Path(path).relative_to(common).as_posix(), Path(path)) for path in found)
 
 
-def texts_of(path: Path, keys: Sequence[str], left_out: LeftOut) -> Iterator[Any]:
-    """Yield the texts of one file: its lines, or the value of the first of `keys` in each document."""
+def texts_of(path: Path, keys: Sequence[str], skipped: Skipped) -> Iterator[Any]:
+    """Yield the texts of one file.
+
+    These are its lines, or the value of the first of `keys` in each document.
+    """
     if path.name.endswith(".parquet"):
-        yield from _parquet_texts(path, keys, left_out)
+        yield from _parquet_texts(path, keys, skipped)
         return
 
     lines = Contents(Source("", path.name, str(path), path.stat().st_size)).lines()
@@ -93,7 +96,7 @@ def texts_of(path: Path, keys: Sequence[str], left_out: LeftOut) -> Iterator[Any
             try:
                 yield line.decode() + "\n"
             except UnicodeDecodeError:
-                left_out["line", " without valid UTF-8"] += 1
+                skipped["line", " without valid UTF-8"] += 1
         return
 
     for line in lines:
@@ -101,12 +104,12 @@ def texts_of(path: Path, keys: Sequence[str], left_out: LeftOut) -> Iterator[Any
             item = json.loads(line)
             yield item[next(key for key in keys if key in item)]
         except UnicodeDecodeError:
-            left_out["line", " without valid UTF-8"] += 1
+            skipped["line", " without valid UTF-8"] += 1
         except (json.JSONDecodeError, RecursionError):
             if line.strip():
-                left_out["line", " without valid JSON"] += 1
+                skipped["line", " without valid JSON"] += 1
         except (StopIteration, TypeError):
-            left_out["document", f" without the key {named(keys)}"] += 1
+            skipped["document", f" without the key {named(keys)}"] += 1
 
 
 def named(keys: Sequence[str]) -> str:
@@ -114,7 +117,7 @@ def named(keys: Sequence[str]) -> str:
     return " or ".join(map(repr, keys))
 
 
-def _parquet_texts(path: Path, keys: Sequence[str], left_out: LeftOut) -> Iterator[Any]:
+def _parquet_texts(path: Path, keys: Sequence[str], skipped: Skipped) -> Iterator[Any]:
     if parquet is None:
         raise UserError(f"{path}: reading it needs pyarrow: pip install 'k2train[data]'")
 
@@ -123,39 +126,41 @@ def _parquet_texts(path: Path, keys: Sequence[str], left_out: LeftOut) -> Iterat
         key = next((key for key in keys if key in columns), None)
         if key is None:
             raise DataError(
-                f"{path}: has no column {named(keys)} but {', '.join(columns)}: set --text-key"
+                f"{path}: has no column {named(keys)}; its columns are {', '.join(columns)}: set "
+                "--text-key"
             )
 
         for batch in table.iter_batches(READ_ROWS, columns=[key]):
             for text in batch.column(0).to_pylist():
                 if text is None:
-                    left_out["document", f" without the key {named(keys)}"] += 1
+                    skipped["document", f" without the key {named(keys)}"] += 1
                 else:
                     yield text
 
 
-def documents_of(path: Path, keys: Sequence[str], left_out: LeftOut) -> Iterator[str]:
+def documents_of(path: Path, keys: Sequence[str], skipped: Skipped) -> Iterator[str]:
     """Yield the texts that can be trained on: not empty, and valid Unicode."""
-    for text in texts_of(path, keys, left_out):
+    for text in texts_of(path, keys, skipped):
         if not isinstance(text, str):
-            left_out["document", f" whose {named(keys)} is no text"] += 1
+            skipped["document", f" whose {named(keys)} is not text"] += 1
         elif not text.strip():
-            left_out["empty document", ""] += 1
+            skipped["empty document", ""] += 1
         elif not is_encodable(text):
-            left_out["document", " without valid Unicode"] += 1
+            skipped["document", " without valid Unicode"] += 1
         else:
             yield text
 
 
-def blocks_of(path: Path, keys: Sequence[str], left_out: LeftOut) -> Iterator[str]:
-    """Yield the units of sampling: blocks of whole lines, about 64 Ki characters or one document
-    each.
+def blocks_of(path: Path, keys: Sequence[str], skipped: Skipped) -> Iterator[str]:
+    """Yield the units of sampling: blocks of whole lines.
+
+    A block has about 64 Ki characters, or is one document.
     """
     lines_only = path.name.endswith(TEXT_SUFFIXES)
     block: list[str] = []
     size, empty = 0, True
 
-    for text in (texts_of if lines_only else documents_of)(path, keys, left_out):
+    for text in (texts_of if lines_only else documents_of)(path, keys, skipped):
         empty = empty and not text.strip()
         for line in text.splitlines(keepends=True) if len(text) > BLOCK_CHARACTERS else (text,):
             block.append(line)
@@ -168,13 +173,16 @@ def blocks_of(path: Path, keys: Sequence[str], left_out: LeftOut) -> Iterator[st
             block, size = [], 0
 
     if lines_only and empty:
-        left_out["empty file", ""] += 1
+        skipped["empty file", ""] += 1
     elif block:
         yield "".join(block)
 
 
 class Sample:
-    """The blocks of smallest hash with at most `max_bytes` together; equal for any order of `add`."""
+    """The blocks of smallest hash with at most `max_bytes` together.
+
+    Equal for any order of `add`.
+    """
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
@@ -208,7 +216,7 @@ class Sample:
 
 
 def read_sample(
-    files: Sequence[tuple[str, Path]], keys: Sequence[str], max_bytes: int, left_out: LeftOut
+    files: Sequence[tuple[str, Path]], keys: Sequence[str], max_bytes: int, skipped: Skipped
 ) -> Sample:
     """Read every file once and sample its blocks.
 
@@ -217,26 +225,25 @@ def read_sample(
     sample = Sample(max_bytes)
     for name, path in Progress().track("read", files, unit="files" if len(files) != 1 else "file"):
         try:
-            for number, block in enumerate(blocks_of(path, keys, left_out)):
+            for number, block in enumerate(blocks_of(path, keys, skipped)):
                 sample.add(name, number, block)
         except (OSError, ArrowException) as error:
             raise DataError(f"{path}: cannot be read ({' '.join(str(error).split())})") from None
 
     if sample.seen and not sample.kept_bytes:
         raise DataError(
-            f"--max-bytes ({max_bytes}) is less than any of {counted(sample.seen, 'block')} of text: raise it"
+            f"--max-bytes ({max_bytes}) is less than any of {counted(sample.seen, 'block')} of "
+            "text: raise it"
         )
     if not sample.kept_bytes:
-        why = f"; left out: {told(left_out)}" if left_out else ""
+        why = f"; skipped: {skipped_text(skipped)}" if skipped else ""
         raise DataError(f"no text to train on in {counted(len(files), 'file')}{why}")
     return sample
 
 
-def told(left_out: LeftOut) -> str:
+def skipped_text(skipped: Skipped) -> str:
     """Format the counts of skipped items."""
-    return ", ".join(
-        counted(count, what) + rest for (what, rest), count in sorted(left_out.items())
-    )
+    return ", ".join(counted(count, what) + rest for (what, rest), count in sorted(skipped.items()))
 
 
 def bytes_per_token(tokenizer: Tokenizer, texts: Sequence[str], text_bytes: int) -> float:
@@ -249,18 +256,20 @@ def train(given: argparse.Namespace) -> None:
     output: Path = given.output
     if output.exists() and not given.force:
         raise UserError(
-            f"{output}: exists; --force replaces it, and data prepared with it then belongs to no tokenizer"
+            f"{output}: exists; --force replaces it, and data prepared with it then has no "
+            "tokenizer"
         )
 
     begun = time.monotonic()
     files = files_of(given.files)
-    left_out: LeftOut = Counter()
-    sample = read_sample(files, given.text_key, given.max_bytes, left_out)
+    skipped: Skipped = Counter()
+    sample = read_sample(files, given.text_key, given.max_bytes, skipped)
     texts = sample.texts()
     whole = len(texts) == sample.seen
 
     print(
-        f"read {counted(len(files), 'file')}, {sample.seen_bytes:,} bytes of text in {counted(sample.seen, 'block')}"
+        f"read {counted(len(files), 'file')}, {sample.seen_bytes:,} bytes of text in "
+        f"{counted(sample.seen, 'block')}"
     )
     kept = f"{counted(len(texts), 'block')}, {sample.kept_bytes:,} bytes"
     part = "all" if whole else f"{kept}, those of smallest hash by file name"
@@ -273,9 +282,9 @@ def train(given: argparse.Namespace) -> None:
     )
 
     if long:
-        left_out["line", f" above {LONGEST_LINE_BYTES} bytes"] = long
-    if left_out:
-        print(f"left out: {told(left_out)}")
+        skipped["line", f" above {LONGEST_LINE_BYTES} bytes"] = long
+    if skipped:
+        print(f"skipped: {skipped_text(skipped)}")
 
     try:
         tokenizer = train_tokenizer(texts, given.vocab_size)
@@ -289,13 +298,14 @@ def train(given: argparse.Namespace) -> None:
         tokenizer, [text.encode("utf-8", "ignore").decode() for text in texts], sample.kept_bytes
     )
     print(
-        f"{output}: {tokenizer.base_size:,} pieces and {len(tokenizer.specials)} special tokens behind them"
+        f"{output}: {tokenizer.base_size:,} pieces, then {len(tokenizer.specials)} special tokens"
     )
     print(
-        f"{ratio:.3f} bytes a token on the text it was trained on, {time.monotonic() - begun:.1f} s in all"
+        f"{ratio:.3f} bytes per token on its training text, {time.monotonic() - begun:.1f} s in all"
     )
     print(
-        f"sha256 {tokenizer.sha256} (the pieces and the special tokens: the tokenizer_sha256 of a manifest)"
+        f"sha256 {tokenizer.sha256} (the pieces and the special tokens: the tokenizer_sha256 of a "
+        "manifest)"
     )
 
 
@@ -315,20 +325,22 @@ def options_of(arguments: Sequence[str]) -> argparse.Namespace:
         "files",
         nargs="+",
         metavar="FILE_OR_GLOB",
-        help=f"kinds: {KINDS}; ** goes deep; before --text-key",
+        help=f"kinds: {KINDS}; ** matches subfolders; before --text-key",
     )
-    add("--vocab-size", type=int, required=True, help="pieces; the special tokens come on top")
+    add(
+        "--vocab-size", type=int, required=True, help="number of pieces, without the special tokens"
+    )
     add(
         "--text-key",
         nargs="+",
         action="extend",
-        help="keys or columns of the text, the first that is there (text)",
+        help="keys or columns of the text; the first that exists is used (text)",
     )
     add(
         "--max-bytes",
         type=int,
         default=DEFAULT_MAX_BYTES,
-        help="text to train on; of more, a sample",
+        help="bytes of text to train on; of more, a sample",
     )
     add("--force", action="store_true", help="replace OUTPUT.model")
     given = parser.parse_args(arguments)

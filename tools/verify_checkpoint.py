@@ -26,7 +26,10 @@ from k2train.errors import EXIT_DONE, EXIT_USAGE, CheckpointError
 
 
 def checkpoints_of(path: Path) -> list[Path]:
-    """Return the checkpoint itself, or all of a run directory. Raises CheckpointError for neither."""
+    """Return the checkpoint itself, or all of a run directory.
+
+    Raises CheckpointError for neither.
+    """
     if (path / MANIFEST).is_file():
         return [path]
     found = list_checkpoints(path / "checkpoints")
@@ -50,7 +53,10 @@ def line_of(path: Path, with_root: bool = False) -> str:
     if with_root:
         found = verify_root(path, manifest)
         root = f", root {found}" if found else ", no root to compare"
-    return f"{path}: whole, step {manifest['step']}, {len(manifest['files'])} files, {total_bytes} bytes{thinned}{root}"
+    return (
+        f"{path}: whole, step {manifest['step']}, {len(manifest['files'])} files, "
+        f"{total_bytes} bytes{thinned}{root}"
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -60,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("paths", nargs="+", type=Path, metavar="CKPT|RUN")
     parser.add_argument(
-        "--root", action="store_true", help="make the root of the state again from the files"
+        "--root", action="store_true", help="recompute the root of the state from the files"
     )
     options = parser.parse_args(arguments)
 

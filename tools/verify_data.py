@@ -44,7 +44,7 @@ class _Parser(argparse.ArgumentParser):
         self.exit(EXIT_USAGE, f"{self.prog}: {message}; see --help\n")
 
 
-def tell(line: str, stream: TextIO) -> None:
+def print_line(line: str, stream: TextIO) -> None:
     """Print a line; once its reader has gone, discard this and all later lines."""
     try:
         print(line, file=stream, flush=True)
@@ -73,7 +73,10 @@ def line_of(report: Report, number: int, count: int) -> str:
     parts.append(counted(report.pieces, "piece") if info.provenance else "no provenance")
     if info.borders:
         parts.append("borders")
-    return f"{number}/{count}  {info.name}  ok  {', '.join(parts)}{rate(report.read_bytes, report.seconds)}"
+    return (
+        f"{number}/{count}  {info.name}  ok  "
+        f"{', '.join(parts)}{rate(report.read_bytes, report.seconds)}"
+    )
 
 
 def run(manifest: Manifest, names: Sequence[str] | None, workers: int) -> int:
@@ -88,28 +91,28 @@ def run(manifest: Manifest, names: Sequence[str] | None, workers: int) -> int:
     problems = damaged = tokens = read_bytes = 0
 
     for number, report in enumerate(verify_chunks(manifest, infos, workers), 1):
-        tell(line_of(report, number, len(infos)), sys.stdout)
+        print_line(line_of(report, number, len(infos)), sys.stdout)
         for line in report.problems:
-            tell(line, sys.stderr)
+            print_line(line, sys.stderr)
         problems += len(report.problems)
         damaged += bool(report.problems)
         tokens += report.info.tokens
         read_bytes += report.read_bytes
 
     for line in (beside := verify_folder(manifest)):
-        tell(line, sys.stderr)
+        print_line(line, sys.stderr)
 
     seconds = time.monotonic() - begun
     if problems or beside:
         total = counted(problems + len(beside), "problem")
-        tell(f"{total}, {damaged} of {counted(len(infos), 'chunk')} damaged", sys.stderr)
+        print_line(f"{total}, {damaged} of {counted(len(infos), 'chunk')} damaged", sys.stderr)
         return EXIT_USAGE
 
     held_out = ", one held out" if manifest.held_out in infos else ""
     took = f"{seconds:,.1f} s" if seconds >= SHORTEST_SECONDS else f"{1000 * seconds:.0f} ms"
-    tell(
-        f"ok: {counted(len(infos), 'chunk')}{held_out}, {counted(tokens, 'token')}, {read_bytes:,} bytes in {took}"
-        f"{rate(read_bytes, seconds)}",
+    print_line(
+        f"ok: {counted(len(infos), 'chunk')}{held_out}, {counted(tokens, 'token')}, {read_bytes:,} "
+        f"bytes in {took}{rate(read_bytes, seconds)}",
         sys.stdout,
     )
     return EXIT_DONE
@@ -121,7 +124,8 @@ def open_manifest(path: Path) -> Manifest:
     Raises DataError; for another kind of file it says so, instead of calling it a damaged manifest.
     """
     other = DataError(
-        f"{path}: is no manifest; give the {MANIFEST_NAME} of a data folder, or the folder itself"
+        f"{path}: is not a manifest; give the {MANIFEST_NAME} of a data folder, or the folder "
+        "itself"
     )
     named = path.name == MANIFEST_NAME or not path.is_file()
     if not named and not _first_bytes(path).lstrip().startswith(b"{"):
@@ -165,7 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return run(open_manifest(given.manifest), given.chunks, given.workers)
     except UserError as error:
-        tell(str(error), sys.stderr)
+        print_line(str(error), sys.stderr)
         return EXIT_USAGE
 
 

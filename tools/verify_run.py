@@ -56,7 +56,10 @@ def rows_of(path: Path) -> tuple[list[tuple[int, dict[str, Any]]], list[Problem]
 
 
 def check_ledger(path: Path) -> tuple[list[tuple[int, dict[str, Any]]], list[Problem]]:
-    """Readable events with their lines; damaged lines, or else the first break of the hash chain."""
+    """Readable events with their lines.
+
+    Damaged lines, or else the first break of the hash chain.
+    """
     rows, problems = rows_of(path)
     if not problems:
         try:
@@ -79,12 +82,12 @@ def check_config(directory: Path, events: Sequence[tuple[int, Event]]) -> Iterat
         yield Problem(f"{path}: is missing")
     elif not starts:
         yield Problem(
-            f"{path}: cannot be checked, the ledger was written before it kept its hash", note=True
+            f"{path}: cannot be checked, the ledger is older than the record of its hash", note=True
         )
     elif sha256_file(path) != starts[-1][1]["config_sha256"]:
         yield Problem(
-            f"{path}: is not the config of the last start, whose hash is in {LEDGER}, line {starts[-1][0]}; "
-            "restore it, or start the run again, which writes it anew"
+            f"{path}: is not the config of the last start, whose hash is in {LEDGER}, line "
+            f"{starts[-1][0]}; restore it, or start the run again, which rewrites it"
         )
 
 
@@ -97,7 +100,8 @@ def check_tokens(path: Path, events: Sequence[tuple[int, Event]]) -> Iterator[Pr
             continue
         if token <= before:
             yield Problem(
-                f"{path}: line {line} has fencing token {token}, line {line_before} had {before} before it"
+                f"{path}: line {line} has fencing token {token}, line {line_before} had {before} "
+                "before it"
             )
         before, line_before = token, line
 
@@ -112,28 +116,28 @@ class Saves:
     """Checkpoints that should exist by the ledger: name -> (line, event, fencing token)."""
 
     def __init__(self, events: Sequence[tuple[int, Event]]) -> None:
-        self.told: dict[str, tuple[int, Event, int]] = {}
-        self.aside: dict[str, tuple[int, Event, int]] = {}
+        self.saved: dict[str, tuple[int, Event, int]] = {}
+        self.set_aside: dict[str, tuple[int, Event, int]] = {}
 
         token = 0
         for line, event in events:
             if event["event"] in STARTS:
                 token = token_of(event)
                 for name in map(str, event.get("set_aside") or ()):
-                    if name in self.told:
-                        self.aside[f"set_aside_by_attempt_{event.get('attempt')}/{name}"] = (
-                            self.told.pop(name)
+                    if name in self.saved:
+                        self.set_aside[f"set_aside_by_attempt_{event.get('attempt')}/{name}"] = (
+                            self.saved.pop(name)
                         )
             elif event["event"] == "checkpoint_saved":
-                self.told[str(event["checkpoint"])] = (line, event, token)
+                self.saved[str(event["checkpoint"])] = (line, event, token)
 
     def all(self) -> dict[str, tuple[int, Event, int]]:
         """Records by path below `checkpoints`."""
-        return {**self.told, **self.aside}
+        return {**self.saved, **self.set_aside}
 
 
 def check_checkpoints(
-    directory: Path, events: Sequence[tuple[int, Event]], told: bool
+    directory: Path, events: Sequence[tuple[int, Event]], trusted: bool
 ) -> Iterator[Problem]:
     """Verify every checkpoint, then compare it with the ledger, unless that is damaged."""
     folder = directory / "checkpoints"
@@ -152,20 +156,18 @@ def check_checkpoints(
             yield Problem(str(error))
         else:
             yield from _against_roots(path, manifest, roots)
-            if told and name in saves:
+            if trusted and name in saves:
                 yield from _against_ledger(path, manifest, directory / LEDGER, *saves[name])
 
-        if told and name not in saves:
-            yield Problem(
-                f"{path}: the ledger does not tell of it; the next start will note it", note=True
-            )
+        if trusted and name not in saves:
+            yield Problem(f"{path}: is not in the ledger; the next start will record it", note=True)
 
-    missing = [name for name in saves if told and folder / name not in there]
+    missing = [name for name in saves if trusted and folder / name not in there]
     for name in missing:
         line = saves[name][0]
         # A checkpoint saved on request is removed when a later one is whole, without a ledger line.
         yield Problem(
-            f"{folder / name}: is missing, {LEDGER}, line {line} tells of it", note="_step_" in name
+            f"{folder / name}: is missing, {LEDGER}, line {line} records it", note="_step_" in name
         )
 
 
@@ -173,7 +175,7 @@ def _against_ledger(
     path: Path, manifest: Event, ledger: Path, line: int, event: Event, token: int
 ) -> Iterator[Problem]:
     if sha256_file(path / MANIFEST) != event.get("manifest_sha256"):
-        yield Problem(f"{path / MANIFEST}: is not the one that {ledger}, line {line} tells of")
+        yield Problem(f"{path / MANIFEST}: is not the one that {ledger}, line {line} records")
     if manifest["step"] != event.get("step"):
         yield Problem(
             f"{path}: is of step {manifest['step']}, {ledger}, line {line} says {event.get('step')}"
@@ -184,7 +186,8 @@ def _against_ledger(
     wrong = own and token and (own > token if event.get("recovered") else own != token)
     if wrong:
         yield Problem(
-            f"{path}: was written under fencing token {own}, {ledger}, line {line} was under {token}: two runs wrote"
+            f"{path}: was written under fencing token {own}, {ledger}, line {line} was under "
+            f"{token}: two runs wrote to it"
         )
 
 
@@ -208,14 +211,18 @@ def _against_roots(
     known = roots.get((manifest.get("attempt", 0), manifest["step"]))
     if own is not None and known is not None and own != known[1]:
         yield Problem(
-            f"{path}: its state has root {str(own)[:16]}, {ROOTS}, line {known[0]} says {known[1][:16]}"
+            f"{path}: its state has root {str(own)[:16]}, {ROOTS}, line {known[0]} says "
+            f"{known[1][:16]}"
         )
 
 
 def check_data(
     directory: Path, named: str, events: Sequence[tuple[int, Event]]
 ) -> Iterator[Problem]:
-    """Check that the data folder is the run's, and whole. Raises UserError when it cannot be read."""
+    """Check that the data folder is the run's, and whole.
+
+    Raises UserError when it cannot be read.
+    """
     path = Path(named) if named else Path(load_config(str(directory / CONFIG)).data.manifest)
 
     if not named and not path.is_absolute():
@@ -228,7 +235,8 @@ def check_data(
     for line, event in events:
         if event.get("data_manifest_sha256", manifest.sha256) != manifest.sha256:
             yield Problem(
-                f"{manifest.path}: is not the data that {directory / LEDGER}, line {line} began with"
+                f"{manifest.path}: is not the data that {directory / LEDGER}, line {line} started "
+                "with"
             )
 
     for report in verify_chunks(manifest, manifest.all_chunks()):
@@ -250,7 +258,7 @@ def problems_of(directory: Path, data: str | None) -> Iterator[Problem]:
     yield from check_config(directory, events)
     if not problems:
         yield from check_tokens(directory / LEDGER, events)
-    yield from check_checkpoints(directory, events, told=not problems)
+    yield from check_checkpoints(directory, events, trusted=not problems)
     if data is not None:
         yield from check_data(directory, data, events)
 
@@ -258,7 +266,8 @@ def problems_of(directory: Path, data: str | None) -> Iterator[Problem]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     parser = argparse.ArgumentParser(
-        prog="verify_run.py", description="Check a run against itself, to the last bit."
+        prog="verify_run.py",
+        description="Check the files of a run against each other, to the last bit.",
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="the directory of a run")
     parser.add_argument(
@@ -266,7 +275,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         nargs="?",
         const="",
         metavar="MANIFEST",
-        help="read the data too: of config.yaml, or this one",
+        help="verify the data too: that of config.yaml, or this one",
     )
     given = parser.parse_args(arguments)
 

@@ -1,9 +1,14 @@
-"""Which rank holds a run up: `python tools/who_is_stuck.py RUN [--wait S]`, from any machine that sees the run's directory.
+"""Hang diagnosis from outside: find the rank that blocks a run, from its heartbeat files.
 
-Reads the heartbeats in RUN/watch for a few seconds and judges them as the run's own watch does; of a run that has ended, it
-says what was said at its end. First line: the verdict; then the ranks, the most suspicious first. Exit code 0 when nobody
-is stuck, 1 when somebody is, 2 when there is no such run. Needs no torch, asks no process and writes nothing, so it cannot
-make anything worse.
+    python tools/who_is_stuck.py RUN [--wait S] [--rows N]
+
+- Works on any machine that can read the run's directory.
+- Reads the heartbeats in RUN/watch for a few seconds, and applies the rules of the run's own
+  watchdog. For a run that has ended, it shows the final report.
+- The first line is the result; then the ranks, the most suspicious first.
+- Needs no torch, contacts no process and writes nothing, so it cannot make anything worse.
+
+Exit codes: 0 no rank is stuck; 1 one is; 2 no such run.
 """
 
 import argparse
@@ -15,89 +20,108 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from k2train.errors import EXIT_DONE, EXIT_FAILED, EXIT_USAGE
-from k2train.watchdog.failure_report import read_verdict
-from k2train.watchdog.hang_analysis import DEAD, Suspect, kind_of, lost_ranks, suspects, suspicion
-from k2train.watchdog.heartbeat import Observer, Record, Seen, read_record, this_process
+from k2train.watchdog.failure_report import read_report
+from k2train.watchdog.hang_analysis import (
+    DEAD,
+    FaultyRank,
+    blame_order,
+    fault_kind,
+    find_dead_ranks,
+    find_faulty_ranks,
+)
+from k2train.watchdog.heartbeat import Heartbeat, Observer, RankStatus, read_heartbeat, this_process
 
 WAIT_SECONDS = 3.0
 SLOW_SECONDS = 10.0
-"""A place at which ranks are for less is no reason for suspicion, unless one does not answer."""
-HEADER = f"{'rank':>5} {'host':<20} {'pid':>8} {'alive':<12} {'step':>8} {'phase':<18} {'for':>8}  collective"
+"""A shorter time in a phase is no reason for suspicion, unless a rank does not respond."""
+HEADER = (
+    f"{'rank':>5} {'host':<20} {'pid':>8} {'alive':<12} {'step':>8} {'phase':<18} {'for':>8} "
+    " collective"
+)
 
 
 def ranks_of(directory: Path) -> int:
-    """How many ranks the run has: what those that were started last say. Raises FileNotFoundError without a heartbeat."""
+    """Number of ranks of the newest attempt. Raises FileNotFoundError without a heartbeat."""
     numbers = [int(path.stem.removeprefix("rank_")) for path in directory.glob("rank_*.json")]
-    records = [record for rank in numbers if (record := read_record(directory, rank)) is not None]
+    records = [
+        record for rank in numbers if (record := read_heartbeat(directory, rank)) is not None
+    ]
     if not records:
         raise FileNotFoundError(directory)
     return max(records, key=lambda record: (record.attempt, record.wall)).world_size
 
 
-def look(directory: Path, wait: float) -> dict[int, Seen]:
-    """What every rank did while it was watched for `wait` seconds."""
+def look(directory: Path, wait: float) -> dict[int, RankStatus]:
+    """Observe every rank for `wait` seconds."""
     observer = Observer(directory, ranks_of(directory), this_process(), time.monotonic)
     until = time.monotonic() + wait
+
     while True:
         observer.sample()
         left = until - time.monotonic()
         if left <= 0:
-            return observer.seen()
+            return observer.statuses()
         time.sleep(min(0.25, left))
 
 
-def held_up(seen: dict[int, Seen], silent_after: float) -> list[Suspect]:
-    """The ranks that hold the run up; nobody where ranks go on, or have been where they are for a short time only."""
-    found = suspects(seen, silent_after)
+def blocking_ranks(seen: dict[int, RankStatus], silent_after: float) -> list[FaultyRank]:
+    """Ranks that block the run; empty where ranks advance, or have waited for a short time only."""
+    found = find_faulty_ranks(seen, silent_after)
     if not found or found[0].kind in DEAD:
         return found
+
     at_work = [one for one in seen.values() if one.record is not None and one.record.at_work]
     if any(one.moving for one in at_work):
         return []
+
     stalled = any(one.record is not None and one.record.state == "stalled" for one in at_work)
     longest = max(one.record.seconds for one in at_work if one.record is not None)
     return found if stalled or longest >= SLOW_SECONDS else []
 
 
-def row(rank: int, seen: Seen, silent_after: float) -> str:
-    """A line of the table."""
+def row(rank: int, seen: RankStatus, silent_after: float) -> str:
+    """One line of the table."""
     record = seen.record
     if record is None:
         return f"{rank:>5} {'-':<20} {'-':>8} no heartbeat"
-    kind = kind_of(seen, silent_after)
+
+    kind = fault_kind(seen, silent_after)
     alive = kind or record.state or "yes"
     return (
-        f"{rank:>5} {record.process.host[:20]:<20} {record.process.pid:>8} {alive:<12} {record.step:>8} "
-        f"{record.phase:<18} {record.seconds:>6.0f} s  {'' if record.current else 'after '}{record.count} "
-        f"{record.current or record.last}"
+        f"{rank:>5} {record.process.host[:20]:<20} {record.process.pid:>8} {alive:<12} "
+        f"{record.step:>8} {record.phase:<18} {record.seconds:>6.0f} s  "
+        f"{'' if record.current else 'after '}{record.count} {record.current or record.last}"
     )
 
 
-def ordered(seen: dict[int, Seen], silent_after: float) -> Iterable[int]:
+def ordered(seen: dict[int, RankStatus], silent_after: float) -> Iterable[int]:
     """Ranks, the most suspicious first."""
-    lost = [one.rank for one in lost_ranks(seen, silent_after)]
+    lost = [one.rank for one in find_dead_ranks(seen, silent_after)]
 
     def key(rank: int) -> tuple[int, tuple[bool, bool, int, int], int]:
-        record: Record | None = seen[rank].record
+        record: Heartbeat | None = seen[rank].record
         if record is None or rank in lost:
             return (0, (False, False, lost.index(rank) if rank in lost else 0, 0), rank)
-        return (1 if record.at_work else 2, suspicion(record, seen[rank].moving), rank)
+        return (1 if record.at_work else 2, blame_order(record, seen[rank].moving), rank)
 
     return sorted(seen, key=key)
 
 
-def headline(found: list[Suspect], seen: dict[int, Seen], verdict: dict[str, object] | None) -> str:
-    """The verdict in one line."""
+def headline(
+    found: list[FaultyRank], seen: dict[int, RankStatus], report: dict[str, object] | None
+) -> str:
+    """The result in one line."""
     working = [one for one in seen.values() if one.record is not None and one.record.at_work]
-    if verdict is not None:
-        return f"the run has ended: {verdict['line']}"
+
+    if report is not None:
+        return f"the run has ended: {report['line']}"
     if found:
         others = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
         return found[0].line() + others
     if not working:
-        return f"the run has ended: {len(seen)} ranks left by themselves"
+        return f"the run has ended: {len(seen)} ranks exited by themselves"
     steps = [one.record.step for one in working if one.record is not None]
-    return f"nobody is stuck: {len(working)} ranks at step {min(steps)}" + (
+    return f"no rank is stuck: {len(working)} ranks at step {min(steps)}" + (
         f" to {max(steps)}" if max(steps) > min(steps) else ""
     )
 
@@ -105,7 +129,7 @@ def headline(found: list[Suspect], seen: dict[int, Seen], verdict: dict[str, obj
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     parser = argparse.ArgumentParser(
-        prog="who_is_stuck.py", description="Which rank holds a run up."
+        prog="who_is_stuck.py", description="Find the rank that blocks a run."
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="the run's directory")
     parser.add_argument(
@@ -113,33 +137,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
         type=float,
         default=WAIT_SECONDS,
         metavar="S",
-        help="seconds to watch (default: 3)",
+        help="seconds to observe (default: 3)",
     )
     parser.add_argument(
         "--rows", type=int, default=20, metavar="N", help="rows of the table (default: 20; 0: all)"
     )
     options = parser.parse_args(arguments)
     directory = options.run / "watch"
+
     try:
         seen = look(directory, max(options.wait, 0.5))
     except FileNotFoundError:
         print(
-            f"{directory} holds no heartbeat: give the directory of a run that was started with a watch",
+            f"{directory} has no heartbeat: give the directory of a run that was started with the "
+            "watchdog on",
             file=sys.stderr,
         )
         return EXIT_USAGE
-    # A beat a second at the default; a rank that was late once is not called silent.
+    # Heartbeats come once a second by default; one late beat does not count as silence.
     silent_after = 0.8 * max(options.wait, 0.5)
-    verdict = read_verdict(directory)
-    found = held_up(seen, silent_after)
-    print(headline(found, seen, verdict))
+
+    report = read_report(directory)
+    found = blocking_ranks(seen, silent_after)
+    print(headline(found, seen, report))
     print(HEADER)
+
     shown = list(ordered(seen, silent_after))
     for rank in shown[: options.rows or None]:
         print(row(rank, seen[rank], silent_after))
     if options.rows and len(shown) > options.rows:
         print(f"... and {len(shown) - options.rows} more (--rows 0 shows all)")
-    return EXIT_FAILED if verdict is not None or found else EXIT_DONE
+    return EXIT_FAILED if report is not None or found else EXIT_DONE
 
 
 if __name__ == "__main__":

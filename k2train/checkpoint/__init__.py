@@ -1,1 +1,1 @@
-"""Numbered, sharded, layout-free checkpoints."""
+"""Checkpoints: numbered, sharded, independent of the parallel layout."""

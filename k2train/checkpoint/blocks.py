@@ -1,8 +1,11 @@
-"""Optimizer lines as blocks of named global tensors: what goes into a shard file, and where a file's blocks go.
+"""Optimizer shards as named blocks of global tensors, the unit that shard files store.
 
-A rank's part of a tensor is one box: its tensor-parallel slice, then its rows of it. A tensor that every tensor-parallel
-rank holds whole is written by the first of them. The file then holds global names, shapes and offsets, and any other grid
-can read it. DTensors with a planner were refused: they find out by messages what the slot table says already.
+- A rank's part of a tensor is one box: its tensor-parallel slice, then its rows of that slice.
+- A tensor that every tensor-parallel rank holds whole is written by the first of them only.
+- Files hold global names, shapes and offsets, so any other process grid can read them.
+
+Alternatives considered:
+- DTensors with a planner: they learn by messages what the shard layout already says.
 """
 
 from collections.abc import Iterator, Mapping
@@ -17,14 +20,15 @@ from k2train.parallel.grad_buffer import BufferSlot, ShardLayout
 from k2train.parallel.grid import Axis
 
 MASTER = "master"
-"""The state whose rounding is the model's weights; the optimizer's other states are its own affair."""
+"""State whose rounding gives the model's weights. Only the optimizer interprets the other states.
+"""
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Box:
-    """This rank's rows of a piece within its global tensor."""
+    """This rank's rows of a parameter slice, placed within the global tensor."""
 
     name: str
     slot: BufferSlot
@@ -33,68 +37,86 @@ class Box:
 
     @property
     def empty(self) -> bool:
+        """Whether the box holds no values."""
         return 0 in self.shape
 
 
-def boxes(table: ShardLayout) -> Iterator[Box]:
-    """The box of every slot; some may be empty."""
-    for slot in table.slots:
-        piece, (low, high) = slot.piece, slot.rows(table.dp)
-        offsets = [piece.start if d == piece.dim else 0 for d in range(len(piece.global_shape))]
+def local_boxes(layout: ShardLayout) -> Iterator[Box]:
+    """Yield the box of every slot in the shard layout. Some boxes may be empty."""
+    for slot in layout.slots:
+        param_slice, (low, high) = slot.param_slice, slot.rows(layout.dp)
+        # The slice begins at its own offset along its dimension; rows are cut along the first one.
+        offsets = [
+            param_slice.start if d == param_slice.dim else 0
+            for d in range(len(param_slice.global_shape))
+        ]
         offsets[0] += low
-        yield Box(piece.name, slot, tuple(offsets), (high - low, *piece.shape[1:]))
+        yield Box(param_slice.name, slot, tuple(offsets), (high - low, *param_slice.shape[1:]))
 
 
-def owned(table: ShardLayout, tp: Axis) -> list[Box]:
-    """The boxes that this rank writes: none empty, and each value of the model by one rank."""
+def owned_boxes(layout: ShardLayout, tp: Axis) -> list[Box]:
+    """Boxes that this rank writes: none empty, and each value of the model by exactly one rank."""
     return [
         box
-        for box in boxes(table)
-        if not box.empty and (box.slot.piece.dim is not None or tp.rank == 0)
+        for box in local_boxes(layout)
+        # A slice without a dimension is held whole by every tensor-parallel rank.
+        if not box.empty and (box.slot.param_slice.dim is not None or tp.rank == 0)
     ]
 
 
-def bytes_of(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous host tensor, not copied."""
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """View the bytes of a contiguous host tensor, without a copy."""
     return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
 
 
 def dtype_name(dtype: torch.dtype) -> str:
+    """Name of a torch dtype without the `torch.` prefix."""
     return str(dtype).removeprefix("torch.")
 
 
-def model_blocks(table: ShardLayout, master: Tensor, dtype: torch.dtype, tp: Axis) -> list[Block]:
-    """{name: weight} rounded from the fp32 master line [elements] when its bytes are asked for."""
+def model_blocks(layout: ShardLayout, master: Tensor, dtype: torch.dtype, tp: Axis) -> list[Block]:
+    """Blocks {name: weight}, rounded from the fp32 master shard [elements].
+
+    The rounding happens when a block's bytes are read.
+    """
 
     def block(box: Box) -> Block:
-        view = table.local(master, box.slot)
+        view = layout.local(master, box.slot)
         return Block(
-            box.name, box.offsets, box.shape, dtype_name(dtype), lambda: bytes_of(view.to(dtype))
+            box.name,
+            box.offsets,
+            box.shape,
+            dtype_name(dtype),
+            lambda: tensor_bytes(view.to(dtype)),
         )
 
-    return [block(box) for box in owned(table, tp)]
+    return [block(box) for box in owned_boxes(layout, tp)]
 
 
-def optimizer_blocks(table: ShardLayout, lines: Mapping[str, Tensor], tp: Axis) -> list[Block]:
-    """{name.state: value} from fp32 host lines [elements], one for each state."""
+def optimizer_blocks(
+    layout: ShardLayout, flat_shards: Mapping[str, Tensor], tp: Axis
+) -> list[Block]:
+    """Blocks {name.state: value} of the fp32 flat shards [elements] in host memory."""
 
     def block(box: Box, state: str) -> Block:
-        view = table.local(lines[state], box.slot)
+        view = layout.local(flat_shards[state], box.slot)
         name = f"{box.name}.{state}"
-        return Block(name, box.offsets, box.shape, dtype_name(view.dtype), lambda: bytes_of(view))
+        return Block(
+            name, box.offsets, box.shape, dtype_name(view.dtype), lambda: tensor_bytes(view)
+        )
 
-    return [block(box, state) for box in owned(table, tp) for state in lines]
+    return [block(box, state) for box in owned_boxes(layout, tp) for state in flat_shards]
 
 
-def described(
-    table: ShardLayout, dtype: torch.dtype, states: Mapping[str, Tensor]
+def describe_tensors(
+    layout: ShardLayout, dtype: torch.dtype, states: Mapping[str, Tensor]
 ) -> dict[str, dict[str, Any]]:
     """Shapes and dtypes of this rank's tensors for the manifest, by folder."""
-    shapes = {slot.piece.name: list(slot.piece.global_shape) for slot in table.slots}
+    shapes = {slot.param_slice.name: list(slot.param_slice.global_shape) for slot in layout.slots}
     weights = {name: {"shape": shape, "dtype": dtype_name(dtype)} for name, shape in shapes.items()}
     optimizer = {
-        f"{name}.{state}": {"shape": shape, "dtype": dtype_name(line.dtype)}
+        f"{name}.{state}": {"shape": shape, "dtype": dtype_name(flat_shard.dtype)}
         for name, shape in shapes.items()
-        for state, line in states.items()
+        for state, flat_shard in states.items()
     }
     return {"model": weights, "optimizer": optimizer}

@@ -1,8 +1,10 @@
-"""One attempt to write a checkpoint on all ranks: room, shard files, manifest, one rename.
+"""One attempt to write a checkpoint on all ranks: space check, shard files, manifest, one rename.
 
-Every rank writes and syncs its own shard files, hashed from memory meanwhile; rank 0 writes the manifest last and commits
-by one rename. A kill at any moment leaves either no directory of that name or a whole one. The name written under carries
-the lease's token where there is one: a process that lost its lease must not clear away what the next one writes.
+- Every rank writes and syncs its own shard files and hashes them from memory meanwhile.
+- Rank 0 writes the manifest last and commits by one rename. A kill at any moment leaves either no
+  directory of that name or a complete one.
+- The temporary name carries the fencing token of the lease, where there is one. A process that lost
+  its lease therefore cannot delete what the next holder writes.
 """
 
 import shutil
@@ -17,7 +19,7 @@ from typing import Any
 import torch
 
 from k2train import fault_injection
-from k2train.checkpoint.blocks import MASTER, described, model_blocks, optimizer_blocks
+from k2train.checkpoint.blocks import MASTER, describe_tensors, model_blocks, optimizer_blocks
 from k2train.checkpoint.disk_space import BLOCK_FACTS_BYTES, MANIFEST_BYTES, room_problem
 from k2train.checkpoint.manifest import FOLDERS, FORMAT, MANIFEST, manifest_text, seal
 from k2train.checkpoint.shards import write_shard
@@ -34,64 +36,82 @@ Facts = dict[str, Any]
 
 @dataclass
 class SaveJob:
-    """What is to be saved, where, and who must be asked or told on rank 0."""
+    """One checkpoint to save: its state, its target directory, and the callbacks of rank 0."""
 
     directory: Path
     name: str
-    state: Snapshot
+    snapshot: Snapshot
     facts: Facts
     digest: StateDigest
     sums: Future[torch.Tensor]
-    """This rank's part of the state's digest, made while files are written."""
-    committed: Callable[[Path, Facts], None]
-    still_owner: Callable[[], None]
+    """This rank's part of the state digest, computed while files are written."""
+    on_commit: Callable[[Path, Facts], None]
+    check_owner: Callable[[], None]
 
     @property
     def final(self) -> Path:
+        """Directory of the committed checkpoint."""
         return self.directory / self.name
 
     @property
-    def aside(self) -> Path:
+    def temporary(self) -> Path:
+        """Directory written to before the commit."""
         token = self.facts.get("fencing_token")
         return self.directory / (
             f"{self.name}.tmp" if token is None else f"{self.name}.{token}.tmp"
         )
 
-    def refused(self, error: OSError) -> SaveError:
+    def disk_error(self, error: OSError) -> SaveError:
+        """Turn an OSError of the disk into a DiskRefused that says what to do."""
         return DiskRefused(
-            f"{self.name} could not be saved in {self.directory}: {error.strerror or error}; earlier checkpoints are "
-            "whole; make room or the directory writable, then start the same command again"
+            f"{self.name} could not be saved in {self.directory}: {error.strerror or error}; "
+            "earlier checkpoints are intact; free space or make the directory writable, then run "
+            "the same command again"
         )
 
 
 def write_checkpoint(job: SaveJob, agreement: Agreement, tp: Axis) -> None:
-    """Write and commit on all ranks. Raises DiskRefused where trying again may help, SaveError where not, UserError when
-    the name is taken or the run is no longer ours; the same on every rank."""
-    agreement.do(lambda: _begin(job, agreement.rank), job.refused)
+    """Write and commit a checkpoint on all ranks. Collective.
+
+    Raises DiskRefused when a retry may help, SaveError when it cannot, and UserError when the name
+    is taken or the run has another owner. Every rank raises the same error.
+    """
+    agreement.do(lambda: _begin(job, agreement.rank), job.disk_error)
     blocks = {
-        "model": model_blocks(job.state.table, job.state.lines[MASTER], job.state.dtype, tp),
-        "optimizer": optimizer_blocks(job.state.table, job.state.lines, tp),
+        "model": model_blocks(
+            job.snapshot.layout, job.snapshot.flat_shards[MASTER], job.snapshot.dtype, tp
+        ),
+        "optimizer": optimizer_blocks(job.snapshot.layout, job.snapshot.flat_shards, tp),
     }
+
+    # Every rank knows the size of its own blocks only.
     needed = sum(block.num_bytes + BLOCK_FACTS_BYTES for part in blocks.values() for block in part)
     total = int(agreement.sum(torch.tensor([needed]))[0]) + MANIFEST_BYTES
-    agreement.do(lambda: _check_room(job, total, agreement.rank), job.refused)
+    agreement.do(lambda: _check_room(job, total, agreement.rank), job.disk_error)
 
     def write() -> tuple[Facts, Facts, torch.Tensor]:
         files, shards = {}, {}
         for folder in FOLDERS:
             if blocks[folder]:
                 name = f"{folder}/shard-{agreement.rank + 1:05d}-model-00001-of-00001.safetensors"
-                reached = partial(fault_injection.point, f"save.{folder}")
-                files[name], shards[name] = write_shard(job.aside / name, blocks[folder], reached)
+                on_written = partial(fault_injection.point, f"save.{folder}")
+                files[name], shards[name] = write_shard(
+                    job.temporary / name, blocks[folder], on_written
+                )
+
         fault_injection.point("save.hashed")
         return files, shards, job.sums.result().clone()
 
-    files, shards, sums = agreement.do(write, job.refused)
+    files, shards, sums = agreement.do(write, job.disk_error)
     parts = agreement.to_first(
-        (files, shards, described(job.state.table, job.state.dtype, job.state.lines))
+        (
+            files,
+            shards,
+            describe_tensors(job.snapshot.layout, job.snapshot.dtype, job.snapshot.flat_shards),
+        )
     )
     digests = job.digest.digests(agreement.sum(sums))
-    agreement.do(lambda: _commit(job, parts, digests, agreement.rank), job.refused)
+    agreement.do(lambda: _commit(job, parts, digests, agreement.rank), job.disk_error)
 
 
 def _begin(job: SaveJob, rank: int) -> None:
@@ -99,10 +119,10 @@ def _begin(job: SaveJob, rank: int) -> None:
     if rank != 0:
         return
     if job.final.exists():
-        raise CheckpointError(f"{job.final} exists already; a checkpoint is never written over")
-    shutil.rmtree(job.aside, ignore_errors=True)
+        raise CheckpointError(f"{job.final} already exists; a checkpoint is never overwritten")
+    shutil.rmtree(job.temporary, ignore_errors=True)
     for folder in FOLDERS:
-        (job.aside / folder).mkdir(parents=True)
+        (job.temporary / folder).mkdir(parents=True)
 
 
 def _check_room(job: SaveJob, needed: int, rank: int) -> None:
@@ -139,23 +159,29 @@ def _commit(
 ) -> None:
     fault_injection.point("save.manifest")
     if rank != 0:
+        # Only rank 0 commits; the others pass its fault points.
         for point in ("save.synced", "save.renamed", "save.committed"):
             fault_injection.point(point)
         return
+
     manifest = _manifest(job, parts, digests)
-    write_synced(job.aside / MANIFEST, manifest_text(manifest))
-    for written in (*(job.aside / folder for folder in FOLDERS), job.aside):
+    write_synced(job.temporary / MANIFEST, manifest_text(manifest))
+    for written in (*(job.temporary / folder for folder in FOLDERS), job.temporary):
         sync_directory(written)
+
     fault_injection.point("save.synced")
-    job.still_owner()
-    job.aside.rename(job.final)
+    # The last moment at which a lost lease can still prevent the commit.
+    job.check_owner()
+    job.temporary.rename(job.final)
+
     try:
         fault_injection.point("save.renamed")
         sync_directory(job.directory)
-        job.committed(job.final, manifest)
+        job.on_commit(job.final, manifest)
         fault_injection.point("save.committed")
     except OSError as error:
         raise SaveError(
-            f"{job.name} is in {job.directory}, but it could not be recorded: {error.strerror or error}; make room "
-            "or the directory writable, then start the same command again"
+            f"{job.name} is in {job.directory}, but it could not be recorded: "
+            f"{error.strerror or error}; free space or make the directory writable, then run the "
+            "same command again"
         ) from None

@@ -1,7 +1,8 @@
-"""The root of the training state made again from a checkpoint's files, by NumPy: no torch, no model, no layout.
+"""State root recomputed from checkpoint files with NumPy: no torch, no model, no layout.
 
-It says the same as the manifest only if every value lies where its header says; hashes of files cannot see a block that
-was written under the wrong name or offset. Blocks are read one at a time.
+- It equals the manifest's root only if every value is stored where its header says. Hashes of files
+  cannot see a block that was written under the wrong name or offset.
+- Blocks are read one at a time.
 """
 
 from pathlib import Path
@@ -18,43 +19,54 @@ _ELEMENTS: dict[int, np.dtype[Any]] = {4: np.dtype("<i4"), 2: np.dtype("<i2")}
 
 
 def digests_of_files(path: Path, manifest: dict[str, Any]) -> dict[str, str]:
-    """{NAME.state: digest} from the optimizer files. Raises CheckpointError when a file is not what its header says."""
+    """Digests {NAME.state: digest} of the optimizer files.
+
+    Raises CheckpointError when a file does not match its header.
+    """
     shapes = {name: facts["shape"] for name, facts in manifest["tensors"]["optimizer"].items()}
     sums = {name: [0] * LANES for name in shapes}
     for file in sorted(name for name in manifest["files"] if name.startswith("optimizer/")):
         try:
-            for place in read_header(path / file)[1]:
-                kind = _ELEMENTS[DTYPES[place.dtype][1]]
-                count = (place.stop - place.start) // kind.itemsize
+            for extent in read_header(path / file)[1]:
+                dtype = _ELEMENTS[DTYPES[extent.dtype][1]]
+                count = (extent.stop - extent.start) // dtype.itemsize
                 values = np.fromfile(
-                    path / file, dtype=kind, count=count, offset=place.start
-                ).reshape(place.shape)
-                added = block_sums(values, place.offsets, shapes[place.name])
-                sums[place.name] = [
-                    (a + b) & MASK for a, b in zip(sums[place.name], added, strict=True)
+                    path / file, dtype=dtype, count=count, offset=extent.start
+                ).reshape(extent.shape)
+                # The sums of a tensor's blocks add up to those of the whole, modulo 2**64.
+                added = block_sums(values, extent.offsets, shapes[extent.name])
+                sums[extent.name] = [
+                    (a + b) & MASK for a, b in zip(sums[extent.name], added, strict=True)
                 ]
         except (OSError, ValueError, KeyError) as error:
             raise CheckpointError(f"{path}: {file} cannot be read as a shard ({error})") from None
+
     return {name: digest_text(lanes) for name, lanes in sums.items()}
 
 
 def verify_root(path: Path, manifest: dict[str, Any]) -> str:
-    """The root of the state, made again and found equal to the manifest's; "" where there is none to compare.
+    """Recompute the state root and compare it with the manifest's.
 
-    Format 1 has none, and a thinned checkpoint no longer has the states. Raises CheckpointError naming what differs.
+    Returns "" when there is none to compare: format 1 has no root, and a thinned checkpoint no
+    longer has the states. Raises CheckpointError naming what differs.
     """
     if "state" not in manifest or is_thinned(path):
         return ""
+
     known = manifest["state"]
     digests = digests_of_files(path, manifest)
+    # Compared by tensor before the root, so that the error names one.
     for name in sorted({*digests, *known["digests"]}):
         if digests.get(name) != known["digests"].get(name):
             raise CheckpointError(
-                f"{path}: {name} has digest {digests.get(name)}, the manifest's is {known['digests'].get(name)}"
+                f"{path}: {name} has digest {digests.get(name)}, the manifest's is "
+                f"{known['digests'].get(name)}"
             )
+
     root = state_root(digests, int(manifest["step"]), int(manifest["adam_steps"]))
     if root != known["root"]:
         raise CheckpointError(
             f"{path}: the state's root is {root}, the manifest's is {known['root']}"
         )
+
     return root

@@ -1,9 +1,11 @@
-"""Load a checkpoint of any layout into this one.
+"""Load a checkpoint of any parallel layout into this one.
 
-All ranks share the hashing of the files and agree on the outcome before a single value is touched. The values then go
-straight into the optimizer's lines, whole rows by one read into their place: beside the state there is never more in
-memory than a block. The weights are made from the master weights, as after a step. What was read is then compared with
-the digests of the state that was saved: a hash of files cannot see a value that went to the wrong place.
+- All ranks share the hashing of the files and agree on the result before a value is changed.
+- Values go straight into the optimizer's flat shards, whole rows in one read. Besides the state,
+  memory never holds more than one block.
+- Weights are derived from the master weights, as after a step.
+- The loaded state is then compared with the digests of the saved one. A hash of files cannot see a
+  value that went to the wrong place.
 """
 
 from collections.abc import Sequence
@@ -14,10 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from k2train.checkpoint.blocks import MASTER, boxes
-from k2train.checkpoint.host_digest import state_sums
+from k2train.checkpoint.blocks import MASTER, local_boxes
+from k2train.checkpoint.host_digest import host_digest_sums
 from k2train.checkpoint.manifest import expected_files, is_thinned, read_manifest, verify_files
-from k2train.checkpoint.reshard_read import Target, fill, plan_reads
+from k2train.checkpoint.reshard_read import Target, execute_reads, plan_reads
 from k2train.checkpoint.shards import THREADS
 from k2train.errors import CheckpointError
 from k2train.parallel.comm_tracker import collective_scope
@@ -26,16 +28,19 @@ from k2train.parallel.grad_buffer import ShardLayout
 from k2train.parallel.grid import ProcessGrid
 
 AGREE, LOAD = "agree on a checkpoint", "load a checkpoint"
-"""Exchanges that other ranks wait in while one hashes or reads: without a name the waiting ones would be taken for stuck."""
+"""Names of the collectives in which other ranks wait while one hashes or reads.
+
+Without a name, the watchdog would take the waiting ranks for stuck.
+"""
 
 
 class ChosenCheckpoint(NamedTuple):
-    """What all ranks found when they looked for a checkpoint."""
+    """Result of the collective search for a valid checkpoint."""
 
     taken: Path | None
-    """The first that every rank found whole."""
+    """First checkpoint that every rank verified."""
     refused: list[str]
-    """What was wrong with those before it."""
+    """Problems of the checkpoints before it."""
 
     def __str__(self) -> str:
         searched = len(self.refused) + (self.taken is not None)
@@ -46,20 +51,22 @@ class ChosenCheckpoint(NamedTuple):
 
 
 def agree_on_checkpoint(candidates: Sequence[Path], grid: ProcessGrid) -> ChosenCheckpoint:
-    """The first of `candidates` that every rank finds whole, and what was wrong with those before it.
+    """Find the first of `candidates` that every rank verifies, and the problems of those before it.
 
-    Rank 0's list is the one that counts; each rank hashes its share of the files.
+    Rank 0's list counts. Each rank hashes its share of the files. Collective.
     """
-    told = [[str(path) for path in candidates]]
+    shared = [[str(path) for path in candidates]]
     with collective_scope(grid.comm, AGREE):
-        dist.broadcast_object_list(told, src=0, group=grid.host)
+        dist.broadcast_object_list(shared, src=0, group=grid.host)
+
     refused: list[str] = []
-    for text in told[0]:
+    for text in shared[0]:
         path = Path(text)
         problem = _first_problem(_problem(path, grid), grid, AGREE)
         if problem is None:
             return ChosenCheckpoint(path, refused)
         refused.append(problem)
+
     return ChosenCheckpoint(None, refused)
 
 
@@ -84,76 +91,98 @@ def _first_problem(mine: str, grid: ProcessGrid, what: str) -> str | None:
 
 @torch.no_grad()
 def load_states(
-    path: Path, table: ShardLayout, lines: dict[str, Tensor], grid: ProcessGrid, dtype: torch.dtype
+    path: Path,
+    layout: ShardLayout,
+    flat_shards: dict[str, Tensor],
+    grid: ProcessGrid,
+    dtype: torch.dtype,
 ) -> bool:
-    """Fill the optimizer lines [elements] from checkpoint `path`; returns whether it had optimizer states.
+    """Fill the optimizer's flat shards [elements] from checkpoint `path`. Collective.
 
-    From a checkpoint thinned to its weights only `master` is filled and the moments are zeroed. `dtype` is that of the
-    model's weights, into which those of a thinned checkpoint are rounded first. Collective.
-    Raises CheckpointError on every rank when its tensors are not those of this model, when it cannot be read, or when what
-    was read is not the state that was saved.
+    - Returns whether the checkpoint had optimizer states.
+    - From a thinned checkpoint only `master` is filled, and the moments are zeroed.
+    - `dtype` is that of the model's weights; weights of a thinned checkpoint are rounded to it
+      first.
+
+    Raises CheckpointError on every rank when the tensors belong to another model, when they cannot
+    be read, or when the loaded state is not the saved one.
     """
     manifest = read_manifest(path)
     thinned = is_thinned(path)
-    folder, states = ("model", [MASTER]) if thinned else ("optimizer", list(lines))
+    # A thinned checkpoint has weights only: they become the master weights.
+    folder, states = ("model", [MASTER]) if thinned else ("optimizer", list(flat_shards))
     named = {
         f"{name}.{state}" if not thinned else name: (name, state)
-        for name in _names(table)
+        for name in _names(layout)
         for state in states
     }
-    shapes = {slot.piece.name: list(slot.piece.global_shape) for slot in table.slots}
+    shapes = {slot.param_slice.name: list(slot.param_slice.global_shape) for slot in layout.slots}
     _check_tensors(
         path, folder, manifest, {key: shapes[name] for key, (name, _) in named.items()}, grid
     )
-    found = {box.name: box for box in boxes(table)}
+    found = {box.name: box for box in local_boxes(layout)}
     targets = [
         Target(
-            key, found[name].offsets, found[name].shape, table.local(lines[state], found[name].slot)
+            key,
+            found[name].offsets,
+            found[name].shape,
+            layout.local(flat_shards[state], found[name].slot),
         )
         for key, (name, state) in named.items()
     ]
+
     problem = ""
     try:
-        fill(path, plan_reads(path, folder, manifest, targets), rounded=dtype if thinned else None)
+        execute_reads(
+            path, plan_reads(path, folder, manifest, targets), round_to=dtype if thinned else None
+        )
     except CheckpointError as error:
         problem = str(error)
     except (OSError, ValueError) as error:
         problem = f"{path} cannot be read ({error})"
-    if (told := _first_problem(problem, grid, LOAD)) is not None:
-        raise CheckpointError(told)
+
+    # One rank's error must stop all of them, before any value is used.
+    if (first := _first_problem(problem, grid, LOAD)) is not None:
+        raise CheckpointError(first)
+
     if thinned:
-        for state, line in lines.items():
+        # Without saved moments the optimizer starts anew.
+        for state, flat_shard in flat_shards.items():
             if state != MASTER:
-                line.zero_()
+                flat_shard.zero_()
     else:
-        _check_state(path, manifest, table, lines, grid)
+        _check_state(path, manifest, layout, flat_shards, grid)
+
     return not thinned
 
 
-def _names(table: ShardLayout) -> list[str]:
-    return [slot.piece.name for slot in table.slots]
+def _names(layout: ShardLayout) -> list[str]:
+    return [slot.param_slice.name for slot in layout.slots]
 
 
 def _check_state(
     path: Path,
     manifest: dict[str, Any],
-    table: ShardLayout,
-    lines: dict[str, Tensor],
+    layout: ShardLayout,
+    flat_shards: dict[str, Tensor],
     grid: ProcessGrid,
 ) -> None:
-    """The digests of what is now in the lines must be those of what was saved; format 1 has none."""
+    """Compare the digests of the loaded flat shards with the saved ones. Format 1 has none."""
     known = manifest.get("state", {}).get("digests")
     if known is None:
         return
-    digest = StateDigest(table, sorted(manifest["tensors"]["model"]), list(lines), grid.tp)
-    summed = state_sums(digest, lines, threads=THREADS)
+
+    digest = StateDigest(layout, sorted(manifest["tensors"]["model"]), list(flat_shards), grid.tp)
+    digest_sums = host_digest_sums(digest, flat_shards, threads=THREADS)
     with collective_scope(grid.comm, LOAD):
-        dist.all_reduce(summed, group=grid.host)
-    wrong = [key for key, value in digest.digests(summed).items() if known.get(key) != value]
+        dist.all_reduce(digest_sums, group=grid.host)
+
+    wrong = [key for key, value in digest.digests(digest_sums).items() if known.get(key) != value]
     if wrong:
         raise CheckpointError(
-            f"{path}: {wrong[0]} as loaded is not what was saved (digest {known.get(wrong[0])}, {len(wrong)} of "
-            f"{len(known)} tensors differ), although its files are whole; it was damaged in memory, load it again"
+            f"{path}: {wrong[0]} as loaded is not what was saved (digest {known.get(wrong[0])}, "
+            f"{len(wrong)} of {len(known)} tensors differ), although its files are intact; it was "
+            "damaged in memory, load it again"
         )
 
 
@@ -164,10 +193,12 @@ def _check_tensors(
     wanted: dict[str, list[int]],
     grid: ProcessGrid,
 ) -> None:
-    """Same names and shapes over all ranks together; every rank raises alike."""
+    """Compare names and shapes over all ranks. Every rank raises the same error."""
     parts: list[Any] = [None] * grid.layout.world_size
     with collective_scope(grid.comm, LOAD):
         dist.all_gather_object(parts, wanted, group=grid.host)
+
+    # Each rank holds its own pipeline stage; together they must be the whole model.
     expected = {name: shape for part in parts for name, shape in part.items()}
     found = {name: facts["shape"] for name, facts in manifest["tensors"].get(folder, {}).items()}
     problems = [f"{name} is missing" for name in expected if name not in found]
@@ -177,6 +208,7 @@ def _check_tensors(
         for name, shape in expected.items()
         if name in found and found[name] != shape
     ]
+
     if problems:
         raise CheckpointError(
             f"{path}: {'; '.join(problems[:3])}"

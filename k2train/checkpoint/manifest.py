@@ -1,18 +1,22 @@
-"""A checkpoint on disk, without torch: its manifest, how to find one, how to check one.
+"""Checkpoint directories and manifests: layout on disk, search, verification. No torch.
 
-    ckpt_007/manifest.json      step, data position, layout, config, hashes of every other file; written last
-    ckpt_007/model/             weights by global name, safetensors shards with their offsets
-    ckpt_007/optimizer/         fp32 master weights and both moments, `NAME.master`, `NAME.exp_avg`, `NAME.exp_avg_sq`
-    ckpt_007/thinned.json       only when the optimizer directory was removed to save space; names the manifest's hash
+    ckpt_007/manifest.json   step, data position, layout, config, hashes of all other files
+    ckpt_007/model/          weights by global name, safetensors shards with their offsets
+    ckpt_007/optimizer/      fp32 `NAME.master`, `NAME.exp_avg`, `NAME.exp_avg_sq`
+    ckpt_007/thinned.json    marks a removed optimizer directory; names the manifest's hash
 
-`ckpt_NNN` has consumed NNN whole chunks of this stage; `ckpt_NNN_step_SSSSSS` is one saved on request in between. A
-directory still named `*.tmp` was never finished and is never read. There is no pickle anywhere.
+- `ckpt_NNN` has consumed NNN whole chunks of this stage. `ckpt_NNN_step_SSSSSS` was saved on
+  request in between. A directory named `*.tmp` was never finished and is never read.
+- The manifest is written last. No file contains a pickle.
+- The manifest also carries the hash of its own content (`self_sha256`). A changed digit would be
+  valid JSON and would silently move the run to another step.
+- Format 2 adds `shards`: for every file, the hash of its header and of each tensor, taken from
+  memory before writing. Damage is therefore named by tensor.
+- Format 2 also adds `state`, the root over the whole training state in any layout. Format 1 is
+  still read.
 
-The manifest carries the hash of its own content too (`self_sha256`): a changed digit in it would be valid JSON, and
-would silently move the run to another step. A sidecar file with the hash was refused: it can be lost or swapped.
-
-Format 2 adds `shards` (of every file the hash of its header and of each tensor, taken from memory before it was written),
-so damage is named by tensor, and `state`, the root over the whole training state whatever its layout. Format 1 is read.
+Alternatives considered:
+- A sidecar file with the manifest's hash: it can be lost or swapped.
 """
 
 import json
@@ -48,7 +52,7 @@ _COUNTS = ("format", "step", "adam_steps", "consumed_tokens")
 
 
 def seal(manifest: dict[str, Any]) -> dict[str, Any]:
-    """The manifest with `self_sha256`, the hash of everything else in it, as `read_manifest` asks for."""
+    """Add `self_sha256`, the hash of all other content, which `read_manifest` checks."""
     return {**manifest, "self_sha256": _content_sha256(manifest)}
 
 
@@ -58,7 +62,10 @@ def _content_sha256(manifest: dict[str, Any]) -> str:
 
 
 def manifest_text(manifest: Mapping[str, Any]) -> str:
-    """What is written of a manifest: a line for each key, since indenting all of a large one takes five times as long."""
+    """Format a manifest with one line per key.
+
+    Full indentation of a large one takes five times as long.
+    """
     lines = (
         f" {json.dumps(key)}: {json.dumps(manifest[key], sort_keys=True)}"
         for key in sorted(manifest)
@@ -67,16 +74,21 @@ def manifest_text(manifest: Mapping[str, Any]) -> str:
 
 
 def checkpoint_name(chunks_consumed: int, step: int | None = None) -> str:
-    """`ckpt_007`, or `ckpt_007_step_000123` for one saved within a chunk at `step`."""
+    """Name `ckpt_007`, or `ckpt_007_step_000123` for a save within a chunk at `step`."""
     return f"ckpt_{chunks_consumed:03d}" + ("" if step is None else f"_step_{step:06d}")
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of checkpoint directory `path`. Raises CheckpointError when it is missing, broken or too new."""
+    """Read and validate the manifest of checkpoint directory `path`.
+
+    Raises CheckpointError when it is missing, broken or of a newer format.
+    """
+    # A link under a new name would make an old state pass for a newer one.
     if NAME.fullmatch(path.name) and path.is_symlink():
         raise CheckpointError(
-            f"{path}: is a link; a checkpoint of a run must lie in it, move it there"
+            f"{path}: is a symbolic link; a checkpoint must be a real directory of its run"
         )
+
     try:
         manifest = read_json(path / MANIFEST)
     except OSError as error:
@@ -85,36 +97,47 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path / MANIFEST}: not valid JSON ({error}); it was changed or damaged"
         ) from None
+
     if not isinstance(manifest, dict):
         raise CheckpointError(f"{path / MANIFEST}: not a JSON object")
+
     for key, kind in _REQUIRED.items():
         if not isinstance(manifest.get(key), kind):
             raise CheckpointError(f"{path / MANIFEST}: {key} is missing or not a {kind.__name__}")
+
     for key in _COUNTS:
+        # JSON booleans pass for integers in Python.
         if isinstance(manifest[key], bool) or manifest[key] < 0:
             raise CheckpointError(
-                f"{path / MANIFEST}: {key} is {manifest[key]}, must be a whole number from 0"
+                f"{path / MANIFEST}: {key} is {manifest[key]}, must be a non-negative integer"
             )
+
     if manifest["format"] > FORMAT:
         raise CheckpointError(
-            f"{path}: format {manifest['format']} is newer than this code reads ({FORMAT}); update k2train"
+            f"{path}: format {manifest['format']} is newer than this code reads ({FORMAT}); update "
+            "k2train"
         )
     if manifest.get("self_sha256") != _content_sha256(manifest):
         raise CheckpointError(
-            f"{path}: {MANIFEST} does not have its own hash; it was changed or damaged"
+            f"{path}: {MANIFEST} does not match its own hash; it was changed or damaged"
         )
     if NAME.fullmatch(path.name) and manifest["name"] != path.name:
         raise CheckpointError(
-            f"{path}: {MANIFEST} is that of {manifest['name']}; give the directory its name back"
+            f"{path}: {MANIFEST} belongs to {manifest['name']}; restore the directory's name"
         )
+
     _check_names(path, manifest)
     return manifest
 
 
 def _check_names(path: Path, manifest: dict[str, Any]) -> None:
-    """Only files in the two folders may be named, and from format 2 on each with its tensors."""
+    """Require that all named files are in the two folders.
+
+    From format 2 on, every file must also list its tensors.
+    """
     for name, facts in manifest["files"].items():
         parts = PurePosixPath(name).parts
+        # Names come from the file: no path may lead out of the checkpoint.
         if (
             not name.isprintable()
             or len(parts) != 2
@@ -126,43 +149,51 @@ def _check_names(path: Path, manifest: dict[str, Any]) -> None:
             raise CheckpointError(
                 f"{path}: the manifest names {name[:100]!r}, outside the checkpoint's folders"
             )
+
         if (
             not isinstance(facts, dict)
             or not isinstance(facts.get("bytes"), int)
             or "sha256" not in facts
         ):
-            raise CheckpointError(f"{path}: the manifest does not say bytes and sha256 of {name}")
+            raise CheckpointError(f"{path}: the manifest lacks bytes and sha256 of {name}")
+
     for part, tensors in manifest["tensors"].items():
         known = tensors.values() if isinstance(tensors, dict) else [None]
         if not all(
             isinstance(facts, dict) and isinstance(facts.get("shape"), list) for facts in known
         ):
             raise CheckpointError(
-                f"{path}: the manifest does not say the shape of every tensor of {part[:100]!r}"
+                f"{path}: the manifest lacks the shape of a tensor in {part[:100]!r}"
             )
+
+    # Format 1 describes files only as a whole.
     if manifest["format"] == 1:
         return
+
     shards = manifest.get("shards")
     if not isinstance(shards, dict) or set(shards) != set(manifest["files"]):
         raise CheckpointError(f"{path}: the manifest's shards are not its files")
+
     for name, shard in shards.items():
         if (
             not isinstance(shard, dict)
             or "header_sha256" not in shard
             or not isinstance(shard.get("tensors"), dict)
         ):
-            raise CheckpointError(
-                f"{path}: the manifest does not say header_sha256 and tensors of {name}"
-            )
+            raise CheckpointError(f"{path}: the manifest lacks header_sha256 and tensors of {name}")
+
         for tensor, facts in shard["tensors"].items():
             if not isinstance(facts, dict) or not {"offsets", "shape", "sha256"} <= set(facts):
                 raise CheckpointError(
-                    f"{path}: the manifest does not say offsets, shape and sha256 of {tensor}"
+                    f"{path}: the manifest lacks offsets, shape or sha256 of {tensor}"
                 )
 
 
 def list_checkpoints(directory: Path) -> list[Path]:
-    """Finished checkpoint directories under `directory`, oldest first (by chunks consumed, then step)."""
+    """Finished checkpoint directories under `directory`, oldest first.
+
+    Sorted by chunks consumed, then by step.
+    """
     if not directory.is_dir():
         return []
     found = []
@@ -179,7 +210,7 @@ def is_thinned(path: Path) -> bool:
 
 
 def mark_thinned(path: Path, manifest: Mapping[str, Any]) -> None:
-    """From here on the optimizer files of checkpoint `path` do not count; they may then be removed."""
+    """Mark the optimizer files of checkpoint `path` as removed. They may be deleted afterwards."""
     write_synced(path / THINNED, _marker(manifest))
 
 
@@ -190,32 +221,38 @@ def _marker(manifest: Mapping[str, Any]) -> str:
 
 
 def _check_marker(path: Path, manifest: Mapping[str, Any]) -> None:
-    """A marker appears by a damaged directory too, and would make a whole checkpoint lose its moments."""
+    """Validate the thinning marker.
+
+    A damaged directory can also show one, and would make a complete checkpoint lose its moments.
+    """
     try:
         text = read_plain_file(path / THINNED, max_bytes=4096)
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{path}: {THINNED} cannot be read ({getattr(error, 'strerror', None) or error})"
         ) from None
-    # The second is what was written before format 2.
+
+    # The second form was written before format 2.
     if text not in (_marker(manifest).encode(), b'{"removed": "optimizer"}\n'):
         raise CheckpointError(
-            f"{path}: {THINNED} is not the one of this checkpoint; it was changed or damaged"
+            f"{path}: {THINNED} does not belong to this checkpoint; it was changed or damaged"
         )
 
 
 def expected_files(path: Path, manifest: dict[str, Any]) -> list[str]:
-    """Files that must be there, in order; a thinned checkpoint needs no optimizer files.
+    """Names of the files that must exist, sorted. A thinned checkpoint needs no optimizer files.
 
-    Raises CheckpointError for a shard that is there and not in the manifest (a reader would take its tensors too), and
-    for a damaged marker.
+    Raises CheckpointError for a shard that exists but is not in the manifest, since a reader would
+    load its tensors too, and for a damaged marker.
     """
     for folder in FOLDERS:
         for file in sorted((path / folder).glob("*")):
+            # A stray shard would be read by any reader that lists the folder.
             if f"{folder}/{file.name}" not in manifest["files"]:
                 raise CheckpointError(
                     f"{path}: {folder}/{file.name} is not in the manifest; remove it"
                 )
+
     skip = is_thinned(path)
     if skip:
         _check_marker(path, manifest)
@@ -227,11 +264,14 @@ def expected_files(path: Path, manifest: dict[str, Any]) -> list[str]:
 def verify_files(
     path: Path, manifest: dict[str, Any], names: Iterable[str], threads: int = THREADS
 ) -> None:
-    """Check size, header and every tensor of `names`, by several threads. Raises CheckpointError naming the first file
-    and tensor that differ."""
+    """Check size, header and every tensor of `names` in several threads.
+
+    Raises CheckpointError naming the first file and tensor that differ.
+    """
     names = list(names)
     root = path.resolve()
     for name in names:
+        # A link inside the checkpoint could point out of it.
         if not (path / name).resolve().is_relative_to(root):
             raise CheckpointError(f"{path}: the manifest names {name}, outside the checkpoint")
     problem = first_problem(path, manifest["files"], manifest.get("shards", {}), names, threads)
@@ -240,7 +280,10 @@ def verify_files(
 
 
 def verify_checkpoint(path: Path, threads: int = THREADS) -> dict[str, Any]:
-    """Check a whole checkpoint: manifest, every file, no stray shard. Returns the manifest, raises CheckpointError."""
+    """Verify a whole checkpoint: manifest, every file, no stray shard. Returns the manifest.
+
+    Raises CheckpointError.
+    """
     manifest = read_manifest(path)
     verify_files(path, manifest, expected_files(path, manifest), threads)
     return manifest

@@ -1,8 +1,11 @@
-"""Read boxes of global tensors out of shard files into tensors that are already there.
+"""Resharding reads: boxes of global tensors from shard files into existing tensors.
 
-Where a file's block and the wanted box have the same rows' width, the bytes go from the file straight into their place; in
-any other case through a buffer of one block. Mapping the files into memory was refused: a read error is then a signal
-that ends the process, and no message.
+- When a file's block and the wanted box have rows of the same width, bytes go straight from the
+  file to their destination. Otherwise they pass through a buffer of one block.
+
+Alternatives considered:
+- Mapping the files into memory: a read error is then a signal that kills the process, not a
+  message.
 """
 
 import os
@@ -16,14 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from k2train.checkpoint.blocks import TORCH_DTYPES, bytes_of
-from k2train.checkpoint.shards import DTYPES, THREADS, Place, read_header
+from k2train.checkpoint.blocks import TORCH_DTYPES, tensor_bytes
+from k2train.checkpoint.shards import DTYPES, THREADS, Extent, read_header
 from k2train.errors import CheckpointError
 
 
 @dataclass(frozen=True)
 class Target:
-    """A box of a global tensor and the tensor [shape] it goes into."""
+    """A box of a global tensor and the tensor [shape] that receives it."""
 
     name: str
     offsets: tuple[int, ...]
@@ -36,43 +39,55 @@ class Read:
     """A block of a file that overlaps a target."""
 
     file: Path
-    place: Place
+    extent: Extent
     target: Target
     low: tuple[int, ...]
     high: tuple[int, ...]
-    """The overlap, in indices of the global tensor."""
+    """Bounds of the overlap, in indices of the global tensor."""
 
 
 def plan_reads(
     path: Path, folder: str, manifest: dict[str, Any], targets: Sequence[Target]
 ) -> list[Read]:
-    """What to read from where. Raises CheckpointError when the files do not hold every value of a target once, OSError and
-    ValueError when a header cannot be read."""
+    """Plan which file blocks to read for every target.
+
+    Raises CheckpointError when the files do not hold every value of a target exactly once, and
+    OSError or ValueError when a header cannot be read.
+    """
     by_name = {target.name: target for target in targets}
     missing = {target.name: prod(target.shape) for target in targets}
     reads: list[Read] = []
     for file in sorted(name for name in manifest["files"] if name.startswith(f"{folder}/")):
+        # Skip files without a wanted block; only format 2 says so without opening them.
         known = manifest.get("shards", {}).get(file, {}).get("tensors")
         if known is not None and not any(
-            _meets(facts, by_name.get(name)) for name, facts in known.items()
+            _overlaps(facts, by_name.get(name)) for name, facts in known.items()
         ):
             continue
-        for place in read_header(path / file)[1]:
-            target = by_name.get(place.name)
-            if target is None or (overlap := _overlap(place.offsets, place.shape, target)) is None:
+
+        for extent in read_header(path / file)[1]:
+            target = by_name.get(extent.name)
+            if (
+                target is None
+                or (overlap := _overlap(extent.offsets, extent.shape, target)) is None
+            ):
                 continue
+
             low, high = overlap
-            missing[place.name] -= prod(b - a for a, b in zip(low, high, strict=True))
-            reads.append(Read(path / file, place, target, low, high))
+            # Every value of a target must be read exactly once.
+            missing[extent.name] -= prod(b - a for a, b in zip(low, high, strict=True))
+            reads.append(Read(path / file, extent, target, low, high))
+
     for name, count in missing.items():
         if count != 0:
             raise CheckpointError(
                 f"{path}: {abs(count)} values of {name} are {'twice' if count < 0 else 'not'} there"
             )
+
     return reads
 
 
-def _meets(facts: dict[str, Any], target: Target | None) -> bool:
+def _overlaps(facts: dict[str, Any], target: Target | None) -> bool:
     return target is not None and _overlap(facts["offsets"], facts["shape"], target) is not None
 
 
@@ -85,50 +100,60 @@ def _overlap(
     return None if any(a >= b for a, b in zip(low, high, strict=True)) else (low, high)
 
 
-def fill(path: Path, reads: Iterable[Read], rounded: torch.dtype | None = None) -> None:
-    """Do the reads by several threads; values are rounded to `rounded` on their way where that is given.
+def execute_reads(path: Path, reads: Iterable[Read], round_to: torch.dtype | None = None) -> None:
+    """Execute the reads in several threads, rounding values to `round_to` if given.
 
-    Raises OSError, also for a file that ends too early.
+    Raises OSError, also for a truncated file.
     """
     with ThreadPoolExecutor(THREADS) as pool:
-        for done in [pool.submit(_do, read, rounded) for read in reads]:
+        for done in [pool.submit(_execute, read, round_to) for read in reads]:
             done.result()
 
 
 @torch.no_grad()
-def _do(read: Read, rounded: torch.dtype | None) -> None:
-    place, target = read.place, read.target
-    dtype = TORCH_DTYPES[place.dtype]
-    row_bytes = prod(place.shape[1:]) * DTYPES[place.dtype][1]
-    first = place.start + (read.low[0] - place.offsets[0]) * row_bytes
+def _execute(read: Read, round_to: torch.dtype | None) -> None:
+    extent, target = read.extent, read.target
+    dtype = TORCH_DTYPES[extent.dtype]
+    row_bytes = prod(extent.shape[1:]) * DTYPES[extent.dtype][1]
+    first = extent.start + (read.low[0] - extent.offsets[0]) * row_bytes
     rows = read.high[0] - read.low[0]
-    into = target.values
-    for dim in range(into.dim()):
-        into = into.narrow(dim, read.low[dim] - target.offsets[dim], read.high[dim] - read.low[dim])
+
+    destination = target.values
+    for dim in range(destination.dim()):
+        # The part of the destination that the block covers, as a view.
+        destination = destination.narrow(
+            dim, read.low[dim] - target.offsets[dim], read.high[dim] - read.low[dim]
+        )
+
+    # Contiguous rows of equal width can be read straight into the destination.
     whole_rows = (
-        tuple(b - a for a, b in zip(read.low[1:], read.high[1:], strict=True)) == place.shape[1:]
+        tuple(b - a for a, b in zip(read.low[1:], read.high[1:], strict=True)) == extent.shape[1:]
     )
     if (
         whole_rows
-        and into.is_contiguous()
-        and into.device.type == "cpu"
-        and into.dtype == dtype
-        and rounded is None
+        and destination.is_contiguous()
+        and destination.device.type == "cpu"
+        and destination.dtype == dtype
+        and round_to is None
     ):
-        _read(read.file, bytes_of(into), first)
+        _read(read.file, tensor_bytes(destination), first)
         return
-    values = torch.empty((rows, *place.shape[1:]), dtype=dtype)
-    _read(read.file, bytes_of(values), first)
+
+    # Rows differ in width, dtype or device: read whole rows, then copy the wanted part.
+    values = torch.empty((rows, *extent.shape[1:]), dtype=dtype)
+    _read(read.file, tensor_bytes(values), first)
     for dim in range(1, values.dim()):
-        start = read.low[dim] - place.offsets[dim]
+        start = read.low[dim] - extent.offsets[dim]
         values = values.narrow(dim, start, read.high[dim] - read.low[dim])
-    into.copy_(values if rounded is None else values.to(rounded))
+
+    destination.copy_(values if round_to is None else values.to(round_to))
 
 
-def _read(file: Path, into: memoryview, start: int) -> None:
+def _read(file: Path, destination: memoryview, start: int) -> None:
     with file.open("rb", buffering=0) as stream:
-        while into:
-            count = os.preadv(stream.fileno(), [into], start)
+        while destination:
+            count = os.preadv(stream.fileno(), [destination], start)
+            # The file is shorter than its header says.
             if count == 0:
                 raise OSError(5, f"{file} ends at byte {start}")
-            into, start = into[count:], start + count
+            destination, start = destination[count:], start + count

@@ -1,9 +1,13 @@
-"""What may go: optimizer files of old numbered checkpoints, saves on demand that newer ones replace, unfinished ones.
+"""Checkpoint retention: thin old numbered checkpoints, drop replaced on-demand ones, clean up.
 
-Nothing goes unless two newer checkpoints remain that have their optimizer states and were read back and found whole by
-this process; so at any moment at least two such are on the disk, once there were two. Weights of a numbered checkpoint
-are never deleted. What goes loses its validity first, by a rename or a marker, so a kill never leaves half of it to be
-taken. Counting on what an earlier process found whole was refused: disks forget between two starts.
+- Nothing is removed unless two newer checkpoints remain that are complete and were verified by this
+  process. Once there were two of them, the disk always holds at least two.
+- Weights of a numbered checkpoint are never deleted.
+- A rename or a marker invalidates a checkpoint before its files are deleted. A kill in between
+  never leaves half of one to be loaded.
+
+Alternatives considered:
+- Trusting the verification of an earlier process: disks lose data between two starts.
 """
 
 import shutil
@@ -23,80 +27,97 @@ from k2train.checkpoint.manifest import (
 from k2train.errors import CheckpointError
 
 REMAIN = 2
-"""Verified complete checkpoints that must be newer than anything that goes."""
+"""Number of verified complete checkpoints that must be newer than anything removed."""
 
 
-def on_demand(path: Path) -> bool:
-    """Whether it was saved within a chunk, on request or by time."""
+def is_on_demand(path: Path) -> bool:
+    """Whether a checkpoint was saved within a chunk, on request or by time."""
     match = NAME.fullmatch(path.name)
     return bool(match and match[2])
 
 
-class Verified:
-    """Which checkpoints of a directory this process found whole, and when (by the monotonic clock); for all threads."""
+class VerifiedCheckpoints:
+    """Thread-safe record of the checkpoints that this process verified, with monotonic times."""
 
     def __init__(self) -> None:
-        self._when: dict[str, float] = {}
+        self._verified_at: dict[str, float] = {}
         self._damaged: set[str] = set()
         self._lock = Lock()
 
     def add(self, name: str) -> None:
-        """It was found whole just now."""
+        """Record a checkpoint as verified now."""
         with self._lock:
-            self._when[name] = time.monotonic()
+            self._verified_at[name] = time.monotonic()
 
-    def drop(self, name: str) -> None:
-        """It was found damaged."""
+    def mark_damaged(self, name: str) -> None:
+        """Record a checkpoint as damaged."""
         with self._lock:
-            self._when.pop(name, None)
+            self._verified_at.pop(name, None)
             self._damaged.add(name)
 
-    def begin(self, name: str) -> None:
-        """It is about to be written: what is known of one that had its name is of no use."""
+    def forget(self, name: str) -> None:
+        """Forget a name that is about to be written again."""
         with self._lock:
-            self._when.pop(name, None)
+            self._verified_at.pop(name, None)
             self._damaged.discard(name)
 
-    def damaged(self, name: str) -> bool:
+    def is_damaged(self, name: str) -> bool:
+        """Whether a checkpoint was found damaged."""
         with self._lock:
             return name in self._damaged
 
     def __contains__(self, name: str) -> bool:
         with self._lock:
-            return name in self._when
+            return name in self._verified_at
 
-    def when(self, name: str) -> float:
-        """When it was last found whole; before all times when never."""
+    def verified_at(self, name: str) -> float:
+        """Monotonic time of the last verification; -inf when never verified."""
         with self._lock:
-            return self._when.get(name, float("-inf"))
+            return self._verified_at.get(name, float("-inf"))
 
 
 class Retention:
-    """Retires checkpoints of `directory`; the newest `keep_optimizer_states` numbered ones keep theirs (0: all do)."""
+    """Retention policy of `directory`.
 
-    def __init__(self, directory: Path, keep_optimizer_states: int, verified: Verified):
+    The newest `keep_optimizer_states` numbered checkpoints keep their optimizer states (0: all do).
+    """
+
+    def __init__(self, directory: Path, keep_optimizer_states: int, verified: VerifiedCheckpoints):
         self.directory, self.keep, self.verified = directory, keep_optimizer_states, verified
 
     def retire(self) -> None:
-        """Drop and thin what may go. Raises the first OSError when all was tried: one that cannot go keeps no other."""
+        """Drop and thin what the policy allows.
+
+        Tries every checkpoint, then raises the first OSError: one that cannot be removed blocks no
+        other.
+        """
         paths = list_checkpoints(self.directory)
-        numbered = [path for path in paths if not on_demand(path)]
+        # On-demand checkpoints never count towards the numbered ones that are kept.
+        numbered = [path for path in paths if not is_on_demand(path)]
         old = numbered[: -self.keep] if self.keep > 0 else []
-        parts = [
-            (_expire, path) for path in paths if on_demand(path) and self._replaced(path, paths)
+        actions = [
+            (_expire, path)
+            for path in paths
+            if is_on_demand(path) and self._is_replaced(path, paths)
         ]
-        parts += [(_thin, path) for path in old if is_thinned(path) or self._replaced(path, paths)]
+        actions += [
+            (_thin, path) for path in old if is_thinned(path) or self._is_replaced(path, paths)
+        ]
+
         problem: OSError | None = None
-        for part, path in parts:
+        # Try all of them: one that cannot be removed must not block the others.
+        for action, path in actions:
             try:
-                part(path)
+                action(path)
             except OSError as error:
                 problem = problem or error
+
         if problem is not None:
             raise problem
+
         fault_injection.point("retire.done")
 
-    def _replaced(self, path: Path, paths: list[Path]) -> bool:
+    def _is_replaced(self, path: Path, paths: list[Path]) -> bool:
         newer = paths[paths.index(path) + 1 :]
         return (
             sum(other.name in self.verified and not is_thinned(other) for other in newer) >= REMAIN
@@ -104,54 +125,62 @@ class Retention:
 
 
 def _expire(path: Path) -> None:
-    doomed = path.with_name(f"{path.name}.tmp")
-    shutil.rmtree(doomed, ignore_errors=True)
+    expired = path.with_name(f"{path.name}.tmp")
+    shutil.rmtree(expired, ignore_errors=True)
     fault_injection.point("retire.expire")
-    path.rename(doomed)
-    # It no longer counts; what cannot be removed now goes at the next start.
-    shutil.rmtree(doomed, ignore_errors=True)
+    path.rename(expired)
+    # It no longer counts. Files that cannot be removed now are removed at the next start.
+    shutil.rmtree(expired, ignore_errors=True)
 
 
 def _thin(path: Path) -> None:
     if is_thinned(path):
         shutil.rmtree(path / "optimizer", ignore_errors=True)
         return
+
     try:
         manifest = read_manifest(path)
     except CheckpointError:
-        # It was damaged since; what is left of it may still be of use to somebody.
+        # It was damaged in the meantime. Keep the rest, somebody may still need it.
         return
+
     mark_thinned(path, manifest)
     fault_injection.point("retire.marked")
     shutil.rmtree(path / "optimizer", ignore_errors=True)
 
 
 def remove_unfinished(directory: Path) -> list[str]:
-    """Delete what a dead run never finished writing (the caller holds the run's lock); the names of whole directories."""
+    """Delete unfinished checkpoints of a dead run; returns the names of the deleted directories.
+
+    The caller holds the run's lock.
+    """
     found = sorted(directory.glob("ckpt_*.tmp"))
     for path in found:
         shutil.rmtree(path)
-    # A marker or a manifest that a kill kept from its name.
+    # Markers or manifests whose rename was prevented by a kill.
     for path in directory.glob("ckpt_*/*.tmp"):
         path.unlink(missing_ok=True)
     return [path.name for path in found]
 
 
 def set_aside_later(path: Path, attempt: int) -> list[str]:
-    """Checkpoints after `path` would be in the way of the new ones: moved aside, never deleted; their names.
+    """Move checkpoints later than `path` aside, never deleting them; returns their names.
 
-    The newest goes first: a kill in between leaves a history without a gap, and the next start does the rest.
+    They would collide with the new ones. The newest moves first: a kill in between leaves a history
+    without a gap, and the next start moves the rest.
     """
     found = list_checkpoints(path.parent)
     later = found[found.index(path) + 1 :]
-    aside = path.parent / f"set_aside_by_attempt_{attempt}"
+    set_aside = path.parent / f"set_aside_by_attempt_{attempt}"
     for checkpoint in reversed(later):
         fault_injection.point("start.aside")
-        aside.mkdir(exist_ok=True)
-        checkpoint.rename(aside / checkpoint.name)
+        set_aside.mkdir(exist_ok=True)
+        checkpoint.rename(set_aside / checkpoint.name)
     return [checkpoint.name for checkpoint in later]
 
 
-def unverified_first(paths: Iterable[Path], verified: Verified) -> list[Path]:
-    """By when this process last found each whole: never, then longest ago."""
-    return sorted(paths, key=lambda path: verified.when(path.name))
+def least_recently_verified_first(
+    paths: Iterable[Path], verified: VerifiedCheckpoints
+) -> list[Path]:
+    """Sort checkpoints by last verification: never verified first, then the oldest."""
+    return sorted(paths, key=lambda path: verified.verified_at(path.name))

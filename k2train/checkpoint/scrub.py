@@ -1,8 +1,11 @@
-"""Checkpoints rot too: a thread that reads an older one again every so often and says when it is no longer whole.
+"""Background scrubbing: periodically re-read an old checkpoint and report corruption.
 
-One a period, the one whose last check lies longest ago, on rank 0 only and by one reading thread, so that a disk shared
-with training is hardly busier. Checking all at once was refused: a run of weeks has hundreds, of terabytes each.
-Nothing ends the thread but its owner: what goes wrong in a round is told, and the next round comes.
+- Each period checks one checkpoint, the one whose last check is oldest. Only rank 0 does so, with
+  one reading thread, so a disk shared with training sees little extra load.
+- An error in one round is logged, and the thread continues. Only its owner ends it.
+
+Alternatives considered:
+- Checking all checkpoints at once: a run of weeks has hundreds, of terabytes each.
 """
 
 from collections.abc import Callable
@@ -11,87 +14,90 @@ from pathlib import Path
 from threading import Event, Thread
 
 from k2train.checkpoint.manifest import is_thinned, list_checkpoints, verify_checkpoint
-from k2train.checkpoint.retention import Verified, unverified_first
+from k2train.checkpoint.retention import VerifiedCheckpoints, least_recently_verified_first
 from k2train.checkpoint.shards import drop_caches
 from k2train.errors import CheckpointError
 
 
 class Scrubber:
-    """Every `seconds` one checkpoint of `directory`; `damaged(path, problem)` and `told(line)` are called from the audit's
-    thread."""
+    """Scrubbing thread that checks one checkpoint of `directory` every `seconds`.
+
+    Calls `on_damaged(path, problem)` and `log(message)` from its own thread.
+    """
 
     def __init__(
         self,
         directory: Path,
         seconds: float,
-        verified: Verified,
-        damaged: Callable[[Path, str], None],
-        told: Callable[[str], None] = lambda text: None,
+        verified: VerifiedCheckpoints,
+        on_damaged: Callable[[Path, str], None],
+        log: Callable[[str], None] = lambda text: None,
     ):
-        self.directory, self.seconds, self.verified, self.damaged, self.told = (
-            directory,
-            seconds,
-            verified,
-            damaged,
-            told,
-        )
-        self._last_told = ""
-        self._ended = Event()
+        self.directory, self.seconds, self.verified = directory, seconds, verified
+        self.on_damaged, self.log = on_damaged, log
+        self._last_logged = ""
+        self._closed = Event()
         self._thread: Thread | None = None
 
     def start(self) -> None:
-        """Begin, unless it runs or `seconds` is 0."""
+        """Start the thread, unless it is running or `seconds` is 0."""
         if self._thread is None and self.seconds > 0:
-            self._thread = Thread(target=self._run, name="audit", daemon=True)
+            self._thread = Thread(target=self._run, name="scrub", daemon=True)
             self._thread.start()
 
     def close(self) -> None:
-        """End it; a check under way is not waited for."""
-        self._ended.set()
+        """Stop the thread without waiting for a check in progress."""
+        self._closed.set()
 
-    def once(self) -> Path | None:
-        """Check the one whose turn it is; which that was."""
+    def check_next(self) -> Path | None:
+        """Check the checkpoint whose turn it is and return its path; None when there is none."""
         paths = [
             path
             for path in list_checkpoints(self.directory)
-            if not self.verified.damaged(path.name)
+            if not self.verified.is_damaged(path.name)
         ]
         if not paths:
             return None
-        path = unverified_first(paths, self.verified)[0]
+
+        path = least_recently_verified_first(paths, self.verified)[0]
+        # The saving thread may thin it during the check.
         thinned = is_thinned(path)
-        # What lies in the page cache would be found whole for ever.
+
+        # Reads from the page cache would always succeed.
         drop_caches(path)
+
         try:
             verify_checkpoint(path, threads=1)
         except (CheckpointError, OSError) as error:
-            # It may have been thinned or dropped meanwhile, by the thread that saves.
+            # The saving thread may have thinned or dropped it in the meantime.
             if path.exists() and is_thinned(path) == thinned:
-                self.verified.drop(path.name)
-                self._damaged(path, str(error))
+                self.verified.mark_damaged(path.name)
+                self._report_damage(path, str(error))
         else:
             self.verified.add(path.name)
+
         drop_caches(path)
         return path
 
-    def _damaged(self, path: Path, problem: str) -> None:
+    def _report_damage(self, path: Path, problem: str) -> None:
         try:
-            self.damaged(path, problem)
+            self.on_damaged(path, problem)
         except Exception as error:
-            # It is looked at no more, so this is the last chance to say it.
-            self.told(f"damaged: {problem} (this could not be recorded: {error})")
+            # It will not be checked again, so this is the last chance to report it.
+            self.log(f"damaged: {problem} (this could not be recorded: {error})")
 
     def _run(self) -> None:
-        while not self._ended.wait(self.seconds):
+        while not self._closed.wait(self.seconds):
             try:
-                self.once()
+                self.check_next()
             except Exception as error:
-                self._tell_once(
-                    f"no older checkpoint could be checked (tried again every {self.seconds:g} s): {error!r}"
+                self._log_once(
+                    f"no older checkpoint could be checked (retried every {self.seconds:g} s): "
+                    f"{error!r}"
                 )
 
-    def _tell_once(self, text: str) -> None:
-        if text != self._last_told:
-            self._last_told = text
+    def _log_once(self, text: str) -> None:
+        if text != self._last_logged:
+            self._last_logged = text
             with suppress(Exception):
-                self.told(text)
+                self.log(text)

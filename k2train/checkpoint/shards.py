@@ -1,12 +1,16 @@
-"""One shard file of a checkpoint: written from memory and hashed at the same time, read back and checked tensor by tensor.
+"""Checkpoint shard files: written and hashed from memory, read back and verified tensor by tensor.
 
-The file is a safetensors file: 8 bytes of length, a JSON header, then the tensors' bytes without gaps. The header's
-metadata says where in the global tensor each block begins, in the form torch.distributed.checkpoint reads and writes.
+- The format is safetensors: 8 bytes of length, a JSON header, then the tensors' bytes without gaps.
+- The header's metadata gives each block's offsets in the global tensor, in the form that
+  torch.distributed.checkpoint reads and writes.
+- Every tensor is hashed from memory, not from the file. Only this finds damage that happens on the
+  way to the disk.
+- Two threads hash (one each tensor, one the whole file) while a third writes.
+- Standard library only.
 
-Every tensor is hashed from memory, not from the file: only so is damage found that happens on the way to the disk. Two
-threads hash (one each tensor, one the whole file) while a third writes. The writer of torch.distributed.checkpoint was
-refused: it joins all tensors to one string of bytes first, which costs their size in memory once more, and leaves
-nothing to hash but the file. Standard library only.
+Alternatives considered:
+- The writer of torch.distributed.checkpoint: it first joins all tensors into one byte string. That
+  costs their size in memory again and leaves only the file to hash.
 """
 
 import json
@@ -26,21 +30,25 @@ from k2train.safe_json import parse_json
 Facts = dict[str, Any]
 
 DTYPES = {"float32": ("F32", 4), "bfloat16": ("BF16", 2), "float16": ("F16", 2)}
-"""{name of a dtype: (name in the file, bytes an element)}."""
+"""Dtype name -> (name in the file, bytes per element)."""
 DTYPE_NAMES = {short: name for name, (short, _) in DTYPES.items()}
-PIECE_BYTES = 1 << 23
-"""Bytes written or read at once: small enough that writing back can begin early, large enough that calls cost nothing."""
+WRITE_BYTES = 1 << 23
+"""Bytes per write: small enough for early writeback, large enough to make call overhead negligible.
+"""
 READ_BYTES = 1 << 20
-"""Bytes hashed at once: they are still in the core's cache after the read."""
-AHEAD_BYTES = 1 << 23
-"""Bytes the disk is asked for beyond those: it works while they are hashed."""
+"""Bytes hashed at once: still in the core's cache after the read."""
+READAHEAD_BYTES = 1 << 23
+"""Bytes requested from the disk beyond those, so that it works while they are hashed."""
 THREADS = 4
-LONGEST_HEADER = 1 << 28
+MAX_HEADER_BYTES = 1 << 28
 
 
 @dataclass(frozen=True)
 class Block:
-    """A block of a global tensor as it goes into a file; `content` gives its bytes (little-endian, row-major)."""
+    """A block of a global tensor to be written.
+
+    `content` returns its bytes (little-endian, row-major).
+    """
 
     name: str
     offsets: tuple[int, ...]
@@ -50,12 +58,13 @@ class Block:
 
     @property
     def num_bytes(self) -> int:
+        """Size of the block in bytes."""
         return prod(self.shape) * DTYPES[self.dtype][1]
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a block lies: bytes `start` to `stop` of a file."""
+class Extent:
+    """Byte extent of a block in a file: bytes `start` to `stop`."""
 
     name: str
     offsets: tuple[int, ...]
@@ -66,7 +75,7 @@ class Place:
 
 
 def header_of(blocks: Sequence[Block]) -> bytes:
-    """Length and header of a file of `blocks`, in their order."""
+    """Length prefix and header of a file of `blocks`, in their order."""
     content: Facts = {
         "__metadata__": {
             "DCP_SHARDING_INFO": json.dumps(
@@ -76,52 +85,60 @@ def header_of(blocks: Sequence[Block]) -> bytes:
             "format": "pt",
         }
     }
-    at = 0
+    offset = 0
     for block in blocks:
-        end = at + block.num_bytes
+        end = offset + block.num_bytes
         content[block.name] = {
             "dtype": DTYPES[block.dtype][0],
             "shape": list(block.shape),
-            "data_offsets": [at, end],
+            "data_offsets": [offset, end],
         }
-        at = end
+        offset = end
+
     text = json.dumps(content, separators=(",", ":")).encode()
+    # Padded, so that the tensors begin at a multiple of 8 bytes.
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 
 
 def write_shard(
-    path: Path, blocks: Sequence[Block], reached: Callable[[], None] = lambda: None
+    path: Path, blocks: Sequence[Block], on_written: Callable[[], None] = lambda: None
 ) -> tuple[Facts, Facts]:
-    """Write and sync a file of `blocks`; its facts for the manifest's `files` and `shards`.
+    """Write and sync a file of `blocks`; returns its manifest entries (`files`, `shards`).
 
-    `reached` is called when all is written and nothing synced yet. Raises OSError.
+    Calls `on_written` when everything is written but not yet synced. Raises OSError.
     """
     header = header_of(blocks)
-    whole = sha256(header)
+    # The header is part of the file's hash, but of no tensor's.
+    file_hash = sha256(header)
+
     tensors: dict[str, Future[str]] = {}
     waiting: list[Future[Any]] = []
     with (
-        ThreadPoolExecutor(1) as of_file,
-        ThreadPoolExecutor(1) as of_tensors,
+        ThreadPoolExecutor(1) as file_hasher,
+        ThreadPoolExecutor(1) as tensor_hasher,
         path.open("xb", buffering=0) as stream,
     ):
-        descriptor, at = stream.fileno(), 0
-        at = _write(descriptor, memoryview(header), at)
+        descriptor, offset = stream.fileno(), 0
+        offset = _write(descriptor, memoryview(header), offset)
         for block in blocks:
             content = block.content()
             assert content.nbytes == block.num_bytes, (
                 f"{block.name}: {content.nbytes} bytes, not {block.num_bytes}"
             )
-            tensors[block.name] = of_tensors.submit(_hash, content)
-            waiting += [tensors[block.name], of_file.submit(whole.update, content)]
-            at = _write(descriptor, content, at)
-            # A block made for the file (weights in their own dtype) is let go only when both hashes have read it.
+            tensors[block.name] = tensor_hasher.submit(_hash, content)
+            waiting += [tensors[block.name], file_hasher.submit(file_hash.update, content)]
+            offset = _write(descriptor, content, offset)
+
+            # A block made for the file (weights in their own dtype) is released only after both
+            # hashes have read it. The limit bounds the memory of pending blocks.
             while len(waiting) > 8:
                 waiting.pop(0).result()
-        reached()
+
+        on_written()
         os.fsync(descriptor)
         hashes = {name: future.result() for name, future in tensors.items()}
+
     shard = {
         "header_sha256": sha256(header).hexdigest(),
         "tensors": {
@@ -133,71 +150,82 @@ def write_shard(
             for block in blocks
         },
     }
-    return {"bytes": at, "sha256": whole.hexdigest()}, shard
+    return {"bytes": offset, "sha256": file_hash.hexdigest()}, shard
 
 
 def _hash(content: memoryview) -> str:
     return sha256(content).hexdigest()
 
 
-def _write(descriptor: int, content: memoryview, at: int) -> int:
-    """Write all of `content` at byte `at`; returns the byte after it."""
-    for start in range(0, content.nbytes, PIECE_BYTES):
-        piece = content[start : start + PIECE_BYTES]
-        while piece:
-            piece = piece[os.write(descriptor, piece) :]
-        # Begins to write back what lies there, so that the sync at the end does not begin with everything.
-        os.posix_fadvise(descriptor, at + start, PIECE_BYTES, os.POSIX_FADV_DONTNEED)
-    return at + content.nbytes
+def _write(descriptor: int, content: memoryview, offset: int) -> int:
+    """Write all of `content` at byte `offset`; returns the end offset."""
+    for start in range(0, content.nbytes, WRITE_BYTES):
+        rest = content[start : start + WRITE_BYTES]
+        while rest:
+            rest = rest[os.write(descriptor, rest) :]
+        # Start writeback now, so that the final sync does not begin with everything.
+        os.posix_fadvise(descriptor, offset + start, WRITE_BYTES, os.POSIX_FADV_DONTNEED)
+    return offset + content.nbytes
 
 
 def drop_caches(root: Path) -> None:
-    """Let the next read of the synced files of a checkpoint come from the disk, and keep memory for who needs it."""
+    """Evict the synced files of a checkpoint from the page cache.
+
+    The next read then comes from the disk, and the memory is free for others.
+    """
     for file in root.glob("*/*"):
         with suppress(OSError), file.open("rb") as stream:
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def read_header(path: Path) -> tuple[bytes, list[Place]]:
-    """Length and header as they lie in the file, and the places of its blocks, in order of their bytes.
+def read_header(path: Path) -> tuple[bytes, list[Extent]]:
+    """Length prefix and header bytes as stored, and the extents of the file's blocks in byte order.
 
-    Raises OSError, and ValueError when it is not the header of such a file.
+    Raises OSError, and ValueError when the header is not one of a shard file.
     """
+    # O_NONBLOCK: a pipe in place of the file must not block the reader.
     with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as stream:
         facts = os.fstat(stream.fileno())
         if not stat.S_ISREG(facts.st_mode):
-            raise ValueError("it is no plain file")
+            raise ValueError("not a regular file")
+
         length = stream.read(8)
         size = int.from_bytes(length, "little")
-        if size > min(LONGEST_HEADER, facts.st_size):
-            raise ValueError(f"the header would have {size} bytes")
+
+        # A damaged length must not make the reader allocate it.
+        if size > min(MAX_HEADER_BYTES, facts.st_size):
+            raise ValueError(f"the header claims {size} bytes")
+
         text = stream.read(size)
-    places = _places(text, 8 + size)
-    for place in places:
-        # A manifest of format 1 says nothing of a file's tensors: a shape is then bound by the file alone.
-        wanted = prod(place.shape) * DTYPES[place.dtype][1]
+
+    extents = _parse_extents(text, 8 + size)
+    for extent in extents:
+        # A manifest of format 1 does not describe a file's tensors, so only the file bounds a
+        # shape.
+        wanted = prod(extent.shape) * DTYPES[extent.dtype][1]
         if (
-            min(place.shape, default=0) < 0
-            or place.stop - place.start != wanted
-            or place.stop > facts.st_size
+            min(extent.shape, default=0) < 0
+            or extent.stop - extent.start != wanted
+            or extent.stop > facts.st_size
         ):
-            raise ValueError(
-                f"tensor {place.name[:100]!r} has bytes {place.start} to {place.stop}, shape {place.shape}"[
-                    :200
-                ]
+            problem = (
+                f"tensor {extent.name[:100]!r} has bytes {extent.start} to {extent.stop}, shape "
+                f"{extent.shape}"
             )
-    return length + text, places
+            raise ValueError(problem[:200])
+
+    return length + text, extents
 
 
-def _places(text: bytes, begin: int) -> list[Place]:
+def _parse_extents(text: bytes, begin: int) -> list[Extent]:
     try:
         content = parse_json(text)
         metadata = content.pop("__metadata__")
-        corners = parse_json(metadata["DCP_SHARDING_INFO"])
+        sharding = parse_json(metadata["DCP_SHARDING_INFO"])
         found = [
-            Place(
+            Extent(
                 name,
-                tuple(map(int, corners[name]["saved_offsets"])),
+                tuple(map(int, sharding[name]["saved_offsets"])),
                 tuple(map(int, facts["shape"])),
                 DTYPE_NAMES[facts["dtype"]],
                 begin + int(facts["data_offsets"][0]),
@@ -206,71 +234,84 @@ def _places(text: bytes, begin: int) -> list[Place]:
             for name, facts in content.items()
         ]
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
-        raise ValueError(f"the header is not one of a shard ({error!r:.200})") from None
-    return sorted(found, key=lambda place: (place.start, place.stop))
+        raise ValueError(f"the header is not a shard's ({error!r:.200})") from None
+
+    return sorted(found, key=lambda extent: (extent.start, extent.stop))
 
 
 def size_problem(path: Path, facts: Facts) -> str | None:
-    """What is wrong with the file's existence and size; None: nothing."""
+    """Describe what is wrong with the file's existence or size; None when nothing is."""
     try:
         status = path.stat()
     except OSError:
         return "is missing"
+
     if not stat.S_ISREG(status.st_mode):
-        return "is no plain file"
+        return "is not a regular file"
+
     size = status.st_size
     return (
         None if size == facts["bytes"] else f"has {size} bytes, the manifest says {facts['bytes']}"
     )
 
 
-def layout_problem(path: Path, shard: Facts, size: int) -> tuple[str | None, list[Place]]:
-    """What is wrong with a file's header, and where its tensors lie; every byte of the file is in one or the other."""
+def layout_problem(path: Path, shard: Facts, size: int) -> tuple[str | None, list[Extent]]:
+    """Describe what is wrong with a file's header, and return the extents of its tensors.
+
+    Every byte of the file belongs to the header or to a tensor.
+    """
     try:
-        header, places = read_header(path)
+        header, extents = read_header(path)
     except (OSError, ValueError) as error:
         return f"has a damaged header ({error})", []
+
     if sha256(header).hexdigest() != shard["header_sha256"]:
-        return "does not have the header of the manifest; its header was changed or damaged", []
-    at = len(header)
-    for place in places:
-        known = shard["tensors"].get(place.name)
+        return "does not match the header in the manifest; it was changed or damaged", []
+
+    offset = len(header)
+    for extent in extents:
+        known = shard["tensors"].get(extent.name)
         if (
             known is None
-            or known["offsets"] != list(place.offsets)
-            or known["shape"] != list(place.shape)
+            or known["offsets"] != list(extent.offsets)
+            or known["shape"] != list(extent.shape)
         ):
-            return f"has a tensor {place.name} that is not the manifest's", []
+            return f"has a tensor {extent.name} that the manifest does not describe so", []
+
         if (
-            place.start != at
-            or place.stop - place.start != prod(place.shape) * DTYPES[place.dtype][1]
+            extent.start != offset
+            or extent.stop - extent.start != prod(extent.shape) * DTYPES[extent.dtype][1]
         ):
             return (
-                f"has tensor {place.name} at bytes {place.start} to {place.stop}, it should begin at {at}",
+                f"has tensor {extent.name} at bytes {extent.start} to {extent.stop}, it should "
+                f"begin at {offset}",
                 [],
             )
-        at = place.stop
-    if at != size:
-        return f"has {size - at} bytes after its last tensor", []
-    if missing := sorted(set(shard["tensors"]) - {place.name for place in places}):
+
+        offset = extent.stop
+
+    if offset != size:
+        return f"has {size - offset} bytes after its last tensor", []
+    if missing := sorted(set(shard["tensors"]) - {extent.name for extent in extents}):
         return f"has no tensor {missing[0]}", []
-    return None, places
+    return None, extents
 
 
 def hash_range(path: Path, start: int, stop: int) -> str:
-    """sha256 of bytes `start` to `stop`. Raises OSError, also when the file ends before."""
+    """sha256 of bytes `start` to `stop`. Raises OSError, also when the file ends earlier."""
     found, buffer = sha256(), bytearray(min(READ_BYTES, max(stop - start, 1)))
     view = memoryview(buffer)
     with path.open("rb", buffering=0) as stream:
         while start < stop:
             os.posix_fadvise(
-                stream.fileno(), start, min(AHEAD_BYTES, stop - start), os.POSIX_FADV_WILLNEED
+                stream.fileno(), start, min(READAHEAD_BYTES, stop - start), os.POSIX_FADV_WILLNEED
             )
             count = os.preadv(stream.fileno(), [view[: stop - start]], start)
             if count == 0:
                 raise OSError(5, f"the file ends at byte {start}")
             found.update(view[:count])
             start += count
+
     return found.hexdigest()
 
 
@@ -281,22 +322,27 @@ def first_problem(
     names: Iterable[str],
     threads: int = THREADS,
 ) -> str | None:
-    """What is wrong with the first bad file of `names` below `root`, naming file and tensor; None: all are whole.
+    """Describe the first bad file of `names` below `root` by file and tensor, else None.
 
-    `files` and `shards` are the manifest's; of a file that has no entry in `shards` only the whole is hashed.
+    `files` and `shards` come from the manifest. A file without an entry in `shards` is hashed as a
+    whole.
     """
     tasks: list[tuple[str, str | None, int, int, str]] = []
     for name in names:
         path, facts, shard = root / name, files[name], shards.get(name)
         problem = size_problem(path, facts)
         if problem is None and shard is not None:
-            problem, places = layout_problem(path, shard, facts["bytes"])
+            # The header is checked at once, the tensors' bytes in threads below.
+            problem, extents = layout_problem(path, shard, facts["bytes"])
             tasks += [
-                (name, p.name, p.start, p.stop, shard["tensors"][p.name]["sha256"]) for p in places
+                (name, p.name, p.start, p.stop, shard["tensors"][p.name]["sha256"]) for p in extents
             ]
+
         if problem is not None:
             return f"{name} {problem}"
+
         if shard is None:
+            # Format 1 has one hash per file.
             tasks.append((name, None, 0, facts["bytes"], facts["sha256"]))
 
     def check(task: tuple[str, str | None, int, int, str]) -> str | None:
@@ -306,13 +352,15 @@ def first_problem(
             same = hash_range(root / name, start, stop) == expected
         except OSError as error:
             return f"{name}{what} cannot be read ({error.strerror or error})"
+
         return (
             None
             if same
-            else f"{name}{what} does not have the hash of the manifest; it was changed or damaged"
+            else f"{name}{what} does not match its hash in the manifest; it was changed or damaged"
         )
 
     if threads == 1:
         return next((problem for problem in map(check, tasks) if problem), None)
+
     with ThreadPoolExecutor(threads) as pool:
         return next((problem for problem in pool.map(check, tasks) if problem), None)

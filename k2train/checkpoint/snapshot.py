@@ -1,7 +1,8 @@
-"""A copy of this rank's training state in host memory, which a save writes while training goes on.
+"""Snapshot of a rank's training state in host memory, written to disk while training continues.
 
-The buffers are kept from one save to the next (and pinned where the state lies on a device): a gigabyte of fresh memory
-costs more in page faults than the copy does. One set is enough, since a second save waits for the first.
+- Buffers are reused between saves, and pinned when the state is on a device. A gigabyte of fresh
+  memory costs more in page faults than the copy does.
+- One set of buffers is enough, because a second save waits for the first.
 """
 
 from collections.abc import Mapping
@@ -16,41 +17,53 @@ from k2train.parallel.grad_buffer import ShardLayout
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A frozen copy of this rank's state in host memory."""
+    """Immutable copy of this rank's flat shards in host memory."""
 
-    table: ShardLayout
-    lines: Mapping[str, Tensor]
+    layout: ShardLayout
+    flat_shards: Mapping[str, Tensor]
     dtype: torch.dtype
 
 
 @dataclass
 class HostBuffers:
-    """Host lines that are filled again and again; whoever asks for a snapshot ends the life of the one before."""
+    """Reusable host buffers for snapshots. A new snapshot invalidates the previous one."""
 
-    kept: dict[str, Tensor] = field(default_factory=dict)
+    buffers: dict[str, Tensor] = field(default_factory=dict)
 
     @torch.no_grad()
     def snapshot(
-        self, table: ShardLayout, lines: Mapping[str, Tensor], dtype: torch.dtype
+        self, layout: ShardLayout, flat_shards: Mapping[str, Tensor], dtype: torch.dtype
     ) -> Snapshot:
-        """Copy the optimizer lines [elements]; `dtype` is that of the model's weights."""
+        """Copy the optimizer's flat shards [elements]; `dtype` is that of the model's weights."""
         fault_injection.point("save.snapshot")
         waiting = set()
-        for state, line in lines.items():
-            buffer = self.kept.get(state)
-            if buffer is None or buffer.shape != line.shape or buffer.dtype != line.dtype:
+        for state, flat_shard in flat_shards.items():
+            # A reused buffer saves the page faults of fresh memory.
+            buffer = self.buffers.get(state)
+            if (
+                buffer is None
+                or buffer.shape != flat_shard.shape
+                or buffer.dtype != flat_shard.dtype
+            ):
                 buffer = torch.empty(
-                    line.shape, dtype=line.dtype, pin_memory=line.device.type == "cuda"
+                    flat_shard.shape,
+                    dtype=flat_shard.dtype,
+                    pin_memory=flat_shard.device.type == "cuda",
                 )
-                self.kept[state] = buffer
-            buffer.copy_(line.detach(), non_blocking=True)
-            if line.device.type == "cuda":
-                waiting.add(line.device)
+                self.buffers[state] = buffer
+
+            buffer.copy_(flat_shard.detach(), non_blocking=True)
+            if flat_shard.device.type == "cuda":
+                waiting.add(flat_shard.device)
+
+        # The copies are asynchronous; the optimizer may change the state only after them.
         for device in waiting:
             torch.cuda.current_stream(device).synchronize()
-        return Snapshot(table, {state: self.kept[state] for state in lines}, dtype)
+        return Snapshot(layout, {state: self.buffers[state] for state in flat_shards}, dtype)
 
 
-def snapshot(table: ShardLayout, lines: Mapping[str, Tensor], dtype: torch.dtype) -> Snapshot:
-    """A snapshot in memory of its own."""
-    return HostBuffers().snapshot(table, lines, dtype)
+def snapshot(
+    layout: ShardLayout, flat_shards: Mapping[str, Tensor], dtype: torch.dtype
+) -> Snapshot:
+    """Take a snapshot in freshly allocated memory."""
+    return HostBuffers().snapshot(layout, flat_shards, dtype)

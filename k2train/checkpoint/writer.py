@@ -1,14 +1,19 @@
-"""Save a checkpoint on all ranks, in the background if wished: written aside, hashed, committed, read back, then thinned.
+"""Checkpoint saving on all ranks, optionally in the background: write, hash, commit, verify, thin.
 
-Asynchronous: training waits for the copy of the three optimizer lines only; one thread per rank does the rest over a gloo
-group of its own. A second save waits for the first, and so does the end of the run: it cannot overtake it. What the disk
-refuses on one rank is refused on all of them: what was written is removed, and the same snapshot is tried again every few
-seconds for `retry_seconds`, while training goes on; only then is it an error, the same on every rank.
+- Asynchronous: training waits only for the copy of the three flat shards. One thread per rank does
+  the rest over a gloo group of its own.
+- A second save waits for the first, and so does the end of the run.
+- A disk error on one rank is an error on all of them. The written files are removed, and the same
+  snapshot is retried every few seconds for `retry_seconds` while training continues. Only then is
+  it raised, the same on every rank.
+- After the commit the ranks share reading everything back from the disk. A damaged checkpoint is
+  rewritten once from the snapshot. Damaged a second time it is an error, because that state then
+  exists only in memory.
+- Bookkeeping (a ledger event, thinning) that fails on a disk error is logged. It ends no run that
+  has its checkpoint.
 
-After the commit the ranks share reading all of it back from the disk. One that comes back damaged is written again from
-the snapshot, once; damaged a second time it is an error, since that state is then nowhere but in memory. Reading it back
-before the commit was refused: that doubles the time in which a kill loses the save. What only keeps books (a line in the
-ledger, thinning what is old) is told when the disk refuses it, and ends no run that has its checkpoint.
+Alternatives considered:
+- Verifying before the commit: that doubles the time in which a kill loses the save.
 """
 
 import shutil
@@ -23,9 +28,14 @@ import torch
 from torch import Tensor
 
 from k2train.checkpoint.commit import Facts, SaveJob, write_checkpoint
-from k2train.checkpoint.host_digest import state_sums
+from k2train.checkpoint.host_digest import host_digest_sums
 from k2train.checkpoint.manifest import expected_files, read_manifest, verify_files
-from k2train.checkpoint.retention import Retention, Verified, remove_unfinished, set_aside_later
+from k2train.checkpoint.retention import (
+    Retention,
+    VerifiedCheckpoints,
+    remove_unfinished,
+    set_aside_later,
+)
 from k2train.checkpoint.scrub import Scrubber
 from k2train.checkpoint.shards import drop_caches
 from k2train.checkpoint.snapshot import HostBuffers, Snapshot, snapshot
@@ -46,20 +56,25 @@ __all__ = [
 
 RETRY_EVERY_SECONDS = 5.0
 IDLE_SECONDS = 0.5
-"""How often whoever waits for a save looks up meanwhile."""
+"""Interval at which a thread that waits for a save runs `on_idle`."""
 
 
-def nothing(*_: object) -> None:
-    """Nobody asks."""
+def no_op(*_: object) -> None:
+    """The default callback: do nothing."""
 
 
 class CheckpointWriter:
-    """Saves into `directory`; `keep_optimizer_states` newest numbered checkpoints keep theirs (0: all do).
+    """Saves checkpoints into `directory`.
 
-    Called on rank 0, from the thread that saves: `told` with a line for people, `verified` when a checkpoint was read back
-    whole, `damaged` when one was not (both also from the audit's thread, which checks an older one every
-    `verify_every_seconds`), `still_owner` before the rename; it raises RunError when the run is no longer ours. An OSError
-    of the first three is told and the save goes on; any other error of theirs is every rank's.
+    - The newest `keep_optimizer_states` numbered checkpoints keep their states (0: all do).
+    - Callbacks run on rank 0 in the saving thread. `log` gets a message. `on_verified` gets a
+      checkpoint that was read back intact, `on_damaged` one that was not.
+    - The scrubbing thread, which checks an older checkpoint every `verify_every_seconds`, also
+      calls `log` and `on_damaged`.
+    - `check_owner` runs before the rename and raises RunError when the run has another owner.
+    - `on_idle` is called repeatedly by the thread that waits for a save.
+    - An OSError of `log`, `on_verified` or `on_damaged` is logged, and the save continues. Any
+      other error of theirs is raised on every rank.
     """
 
     def __init__(
@@ -71,59 +86,57 @@ class CheckpointWriter:
         *,
         retry_seconds: float = 0.0,
         verify_every_seconds: float = 0.0,
-        still_owner: Callable[[], None] = nothing,
-        told: Callable[[str], None] = nothing,
-        verified: Callable[[Path], None] = nothing,
-        damaged: Callable[[Path, str], None] = nothing,
-        idle: Callable[[], None] = nothing,
+        check_owner: Callable[[], None] = no_op,
+        log: Callable[[str], None] = no_op,
+        on_verified: Callable[[Path], None] = no_op,
+        on_damaged: Callable[[Path, str], None] = no_op,
+        on_idle: Callable[[], None] = no_op,
     ):
         self.directory, self.grid, self.asynchronous = directory, grid, asynchronous
-        self.retry_seconds, self.retry_every_seconds = (
-            retry_seconds,
-            min(RETRY_EVERY_SECONDS, retry_seconds),
-        )
-        self.still_owner, self.told, self.verified, self.damaged = (
-            still_owner,
-            told,
-            verified,
-            damaged,
-        )
-        self.idle = idle
-        """Called now and then by the thread that waits for a save."""
-        self.known = Verified()
-        """Which checkpoints this process found whole."""
-        self.audit = Scrubber(directory, verify_every_seconds, self.known, damaged, told)
-        self._retirement = Retention(directory, keep_optimizer_states, self.known)
+        self.retry_seconds = retry_seconds
+        self.retry_every_seconds = min(RETRY_EVERY_SECONDS, retry_seconds)
+        self.check_owner, self.log = check_owner, log
+        self.on_verified, self.on_damaged, self.on_idle = on_verified, on_damaged, on_idle
+        self.verified = VerifiedCheckpoints()
+        """Checkpoints that this process verified."""
+        self.scrubber = Scrubber(directory, verify_every_seconds, self.verified, on_damaged, log)
+        self._retention = Retention(directory, keep_optimizer_states, self.verified)
         self._agreement = Agreement(grid)
         self._buffers = HostBuffers()
         self._digests: dict[int, StateDigest] = {}
-        self._hurry = Event()
+        self._skip_verification = Event()
         self._thread: Thread | None = None
         self._error: BaseException | None = None
 
-    def found_whole(self, path: Path) -> None:
-        """Count `path` as verified: it was checked when it was chosen to be loaded."""
-        self.known.add(path.name)
+    def mark_verified(self, path: Path) -> None:
+        """Count `path` as verified: it was checked when it was chosen for loading."""
+        self.verified.add(path.name)
 
     def snapshot(
-        self, table: ShardLayout, lines: Mapping[str, Tensor], dtype: torch.dtype
+        self, layout: ShardLayout, flat_shards: Mapping[str, Tensor], dtype: torch.dtype
     ) -> Snapshot:
-        """A copy of the optimizer lines [elements] in kept host memory, for `save`; waits for the save under way."""
+        """Copy the optimizer's flat shards [elements] into reused host memory, for `save`.
+
+        Waits for a running save.
+        """
         self.wait()
-        return self._buffers.snapshot(table, lines, dtype)
+        return self._buffers.snapshot(layout, flat_shards, dtype)
 
     def save(
-        self, name: str, state: Snapshot, facts: Facts, committed: Callable[[Path, Facts], None]
+        self, name: str, snapshot: Snapshot, facts: Facts, on_commit: Callable[[Path, Facts], None]
     ) -> None:
-        """Save on all ranks. `facts` go into the manifest; rank 0 calls `committed(path, manifest)` after the rename."""
+        """Save on all ranks. Collective.
+
+        `facts` go into the manifest. Rank 0 calls `on_commit(path, manifest)` after the rename.
+        """
         self.wait()
         if not self.asynchronous:
-            self._save(name, state, facts, committed)
+            self._save(name, snapshot, facts, on_commit)
             return
 
         def work() -> None:
             try:
-                self._save(name, state, facts, committed)
+                self._save(name, snapshot, facts, on_commit)
             except BaseException as error:
                 self._error = error
 
@@ -132,131 +145,158 @@ class CheckpointWriter:
 
     @property
     def failed(self) -> bool:
-        """Whether the save in the background has gone wrong; `wait` raises it."""
+        """Whether the background save has failed; `wait` raises its error."""
         return self._error is not None
 
     @property
     def active(self) -> bool:
-        """Whether a save is under way in the background."""
+        """Whether a background save is running."""
         return self._thread is not None and self._thread.is_alive()
 
     def skip_verification(self) -> None:
-        """The process is to end soon: from now on no save is tried again and none read back (rank 0's word counts)."""
-        self._hurry.set()
+        """Stop retrying saves and reading them back, because the process ends soon.
+
+        Only rank 0's call counts.
+        """
+        self._skip_verification.set()
 
     def wait(self) -> None:
-        """Until the save under way is committed and read back; raises what went wrong in it."""
+        """Wait until the running save is committed and read back. Raises its error."""
         if self._thread is not None:
             while self._thread.is_alive():
+                # Rank 0 prints messages of the saving thread meanwhile.
                 self._thread.join(IDLE_SECONDS)
-                self.idle()
+                self.on_idle()
             self._thread = None
         if self._error is not None:
             error, self._error = self._error, None
             raise error
 
     def close(self) -> None:
-        """End the audit. A save under way ends with the process."""
-        self.audit.close()
+        """Stop scrubbing. A running save ends with the process."""
+        self.scrubber.close()
 
     def _save(
-        self, name: str, state: Snapshot, facts: Facts, committed: Callable[[Path, Facts], None]
+        self, name: str, snapshot: Snapshot, facts: Facts, on_commit: Callable[[Path, Facts], None]
     ) -> None:
-        self.known.begin(name)
-        self._on_first(self.audit.start, "older checkpoints are not checked")
-        digest = self._digest_of(state)
-        # It is part of the name written under, which must be one on all ranks.
+        self.verified.forget(name)
+        self._best_effort(self.scrubber.start, "older checkpoints are not checked")
+        digest = self._state_digest(snapshot)
+
+        # The token is part of the temporary name, which must be the same on all ranks.
         token = self._agreement.from_first(facts.get("fencing_token"))
         facts = facts if token is None else {**facts, "fencing_token": token}
+
+        # The digest is computed beside the writing, by one thread.
         with ThreadPoolExecutor(1) as side:
-            sums = side.submit(state_sums, digest, state.lines)
+            sums = side.submit(host_digest_sums, digest, snapshot.flat_shards)
             job = SaveJob(
-                self.directory, name, state, facts, digest, sums, committed, self.still_owner
+                self.directory, name, snapshot, facts, digest, sums, on_commit, self.check_owner
             )
             self._write(job)
+
         if (problem := self._read_back(job)) is not None:
-            self._again(job, problem)
-        self._on_first(
+            self._rewrite(job, problem)
+
+        self._best_effort(
             self._retire,
-            f"{name} is saved, but older checkpoints in {self.directory} could not be thinned (tried again after the "
-            "next save)",
+            f"{name} is saved, but older checkpoints in {self.directory} could not be thinned "
+            "(retried after the next save)",
         )
 
-    def _digest_of(self, state: Snapshot) -> StateDigest:
-        """Of the state's table, whose tensors' names all ranks gather once."""
-        found = self._digests.get(id(state.table))
+    def _state_digest(self, snapshot: Snapshot) -> StateDigest:
+        """Digest of the snapshot's layout, cached. All ranks gather the tensor names once."""
+        found = self._digests.get(id(snapshot.layout))
         if found is None:
-            mine = [slot.piece.name for slot in state.table.slots]
-            names = sorted({name for part in self._agreement.all(mine) for name in part})
-            found = self._digests[id(state.table)] = StateDigest(
-                state.table, names, list(state.lines), self.grid.tp
+            own = [slot.param_slice.name for slot in snapshot.layout.slots]
+            names = sorted({name for part in self._agreement.all(own) for name in part})
+            found = self._digests[id(snapshot.layout)] = StateDigest(
+                snapshot.layout, names, list(snapshot.flat_shards), self.grid.tp
             )
         return found
 
     def _write(self, job: SaveJob) -> None:
-        """Until it is committed; DiskRefused after `retry_seconds`."""
-        began, told = time.monotonic(), ""
+        """Write until committed. Raises DiskRefused after `retry_seconds`."""
+        began, last_message = time.monotonic(), ""
         while True:
             try:
                 write_checkpoint(job, self._agreement, self.grid.tp)
                 return
             except DiskRefused as error:
-                self._clear(job)
-                again = self._agreement.from_first(self._may_retry(began))
-                if not again:
+                self._remove_temporary(job)
+                # Rank 0 decides, so that all ranks retry or none does.
+                retry = self._agreement.from_first(self._may_retry(began))
+                if not retry:
                     raise
-                if str(error) != told:
-                    told = str(error)
-                    meanwhile = "goes on" if self.asynchronous else "waits"
-                    self._tell(
-                        f"{told} (tried again every {self.retry_every_seconds:g} s, training {meanwhile})"
+
+                # The same error is logged once, not at every retry.
+                if str(error) != last_message:
+                    last_message = str(error)
+                    meanwhile = "continues" if self.asynchronous else "waits"
+                    self._log(
+                        f"{last_message} (retried every {self.retry_every_seconds:g} s, training "
+                        f"{meanwhile})"
                     )
+
                 if self.grid.rank == 0:
-                    self._hurry.wait(self.retry_every_seconds)
+                    self._skip_verification.wait(self.retry_every_seconds)
             except (UserError, SaveError):
-                self._clear(job)
+                self._remove_temporary(job)
                 raise
 
     def _may_retry(self, began: float) -> bool:
-        return not self._hurry.is_set() and time.monotonic() - began < self.retry_seconds
+        return (
+            not self._skip_verification.is_set() and time.monotonic() - began < self.retry_seconds
+        )
 
-    def _clear(self, job: SaveJob) -> None:
+    def _remove_temporary(self, job: SaveJob) -> None:
         if self.grid.rank == 0:
-            shutil.rmtree(job.aside, ignore_errors=True)
+            shutil.rmtree(job.temporary, ignore_errors=True)
 
-    def _on_first(self, part: Callable[[], None], otherwise: str) -> None:
-        """Rank 0 alone does what no checkpoint depends on: an OSError in it is told, behind `otherwise`; collective."""
+    def _best_effort(self, action: Callable[[], None], error_prefix: str) -> None:
+        """Run a best-effort action on rank 0. Collective.
 
-        def mine() -> None:
+        An OSError is logged with `error_prefix`.
+        """
+
+        def run() -> None:
             if self.grid.rank != 0:
                 return
             try:
-                part()
+                action()
             except OSError as error:
                 with suppress(OSError):
-                    self.told(f"{otherwise}: {error.strerror or error}")
+                    self.log(f"{error_prefix}: {error.strerror or error}")
 
-        self._agreement.do(mine, lambda error: SaveError(f"{otherwise}: {error}"))
+        self._agreement.do(run, lambda error: SaveError(f"{error_prefix}: {error}"))
 
-    def _tell(self, text: str) -> None:
-        self._on_first(lambda: self.told(text), text)
+    def _log(self, text: str) -> None:
+        self._best_effort(lambda: self.log(text), text)
 
     def _read_back(self, job: SaveJob) -> str | None:
-        """What is wrong with it on the disk; None: it is whole, or nobody looked."""
-        if self._agreement.from_first(self._hurry.is_set()):
+        """Describe what is wrong with the checkpoint on disk.
+
+        None when it is intact or was not read.
+        """
+        if self._agreement.from_first(self._skip_verification.is_set()):
             return None
-        problems = self._agreement.all(self._problem_of_share(job.final))
+
+        problems = self._agreement.all(self._check_share(job.final))
         problem = next((text for text in problems if text), None)
         if problem is None:
-            self.known.add(job.name)
-            self._on_first(
-                lambda: self.verified(job.final),
-                f"{job.name} is whole, which could not be recorded",
+            self.verified.add(job.name)
+            self._best_effort(
+                lambda: self.on_verified(job.final),
+                f"{job.name} is whole, but this could not be recorded",
             )
+
         return problem
 
-    def _problem_of_share(self, path: Path) -> str | None:
-        """Each rank reads what its neighbour wrote: on a cluster its own may still lie in its node's memory."""
+    def _check_share(self, path: Path) -> str | None:
+        """Verify the files that the next rank wrote.
+
+        On a cluster a rank's own files may still be in its node's memory.
+        """
         rank, world_size = self.grid.rank, self.grid.layout.world_size
         drop_caches(path)
         try:
@@ -267,30 +307,37 @@ class CheckpointWriter:
             return str(error)
         except OSError as error:
             return f"{path} cannot be read back ({error.strerror or error})"
+
         return None
 
-    def _again(self, job: SaveJob, problem: str) -> None:
-        """Write a checkpoint that came back damaged once more, from the snapshot. Raises SaveError when it still is."""
-        self._tell(f"{job.name} came back damaged from the disk and is written again: {problem}")
-        self._agreement.do(lambda: self._invalidate(job), job.refused)
+    def _rewrite(self, job: SaveJob, problem: str) -> None:
+        """Rewrite a damaged checkpoint from the snapshot.
+
+        Raises SaveError when it is damaged again.
+        """
+        self._log(f"{job.name} came back damaged from the disk and is written again: {problem}")
+        self._agreement.do(lambda: self._invalidate(job), job.disk_error)
         self._write(job)
         problem_now = self._read_back(job)
         if problem_now is None:
             return
-        self.known.drop(job.name)
-        self._on_first(
-            lambda: self.damaged(job.final, problem_now),
-            f"{job.name} is damaged, which could not be recorded",
+
+        self.verified.mark_damaged(job.name)
+        self._best_effort(
+            lambda: self.on_damaged(job.final, problem_now),
+            f"{job.name} is damaged, but this could not be recorded",
         )
         raise SaveError(
-            f"{job.name} came back damaged from the disk twice: {problem_now}; earlier checkpoints are untouched; see to "
-            f"the disk of {self.directory} or move run.directory, then start the same command again"
+            f"{job.name} came back damaged from the disk twice: {problem_now}; earlier checkpoints "
+            f"are untouched; check the disk of {self.directory} or move run.directory, then run "
+            "the same command again"
         )
 
     def _invalidate(self, job: SaveJob) -> None:
         if self.grid.rank == 0:
-            shutil.rmtree(job.aside, ignore_errors=True)
-            job.final.rename(job.aside)
+            shutil.rmtree(job.temporary, ignore_errors=True)
+            # It must not count as a checkpoint while it is rewritten.
+            job.final.rename(job.temporary)
 
     def _retire(self) -> None:
-        self._retirement.retire()
+        self._retention.retire()

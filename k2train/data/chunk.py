@@ -76,8 +76,9 @@ def _data_offset(manifest: Manifest, info: ChunkInfo) -> int:
     if header.shape != expected_shape or header.fortran or header.dtype != expected_dtype:
         layout = "column" if header.fortran else "row"
         raise DataError(
-            f"{where}: holds {str(header.dtype)[:60]} {str(list(header.shape))[:60]} in {layout} order, "
-            f"the manifest says {expected_dtype} {list(expected_shape)} in row order"
+            f"{where}: holds {str(header.dtype)[:60]} {str(list(header.shape))[:60]} "
+            f"in {layout} order, the manifest says {expected_dtype} {list(expected_shape)} in row "
+            "order"
         )
 
     check_size(header, header.offset + info.tokens * expected_dtype.itemsize, where)
@@ -134,14 +135,18 @@ def verify_chunk(
 
 
 def bad_id(ids: Tokens, first_row: int, vocab_size: int) -> str:
-    """Describe the first id of `ids` `[rows, s]` outside the vocabulary; empty when there is
-    none.
+    """Describe the first id of `ids` `[rows, s]` outside the vocabulary.
+
+    Empty when there is none.
     """
     if ids.size == 0 or int(ids.max()) < vocab_size:
         return ""
 
     row, position = (int(i) for i in np.argwhere(ids >= vocab_size)[0])
-    return f"row {first_row + row}, position {position}: id {int(ids[row, position])} is not below vocab_size {vocab_size}"
+    return (
+        f"row {first_row + row}, position {position}: id {int(ids[row, position])} is not below "
+        f"vocab_size {vocab_size}"
+    )
 
 
 def open_chunk(manifest: Manifest, info: ChunkInfo) -> Tokens:
@@ -193,7 +198,7 @@ def write_chunk(
 
             if (block := next(pending, None)) is None:  # type: ignore[arg-type]
                 break
-        assert written == rows, f"{name}: {written} rows were given, {rows} announced"
+        assert written == rows, f"{name}: {written} rows were written, {rows} expected"
 
     return ChunkInfo(
         name, f"{name}.npy", rows, rows * sequence_length, tokens_per_subset, digest.hexdigest()

@@ -38,7 +38,7 @@ def write_borders(path: Path, positions: npt.ArrayLike) -> str:
     """
     values = np.ascontiguousarray(positions, dtype=DTYPE)
     assert values.ndim == 1 and bool((values[1:] > values[:-1]).all()), (
-        f"{path}: positions do not ascend"
+        f"{path}: positions are not ascending"
     )
 
     content = header_bytes(values.shape, DTYPE) + values.tobytes()
@@ -56,7 +56,8 @@ def check_borders(path: Path, where: str) -> tuple[int, int]:
     header = read_header(path, where)
     if header.dtype != DTYPE or len(header.shape) != 1:
         raise DataError(
-            f"{where}: holds {str(header.dtype)[:60]} {str(list(header.shape))[:60]}, borders are uint64 of one dimension; fetch it again"
+            f"{where}: holds {str(header.dtype)[:60]} {str(list(header.shape))[:60]}, borders are "
+            "uint64 of one dimension; fetch it again"
         )
     check_size(header, header.offset + header.shape[0] * DTYPE.itemsize, where)
     return header.offset, header.shape[0]
@@ -104,8 +105,8 @@ def verify_borders(
         )
     if not same:
         raise DataError(
-            f"{where} ({path}): sha256 is {digest.hexdigest()[:16]}, the manifest says {sha256[:16]}; "
-            f"fetch the file again or prepare the data anew"
+            f"{where} ({path}): sha256 is {digest.hexdigest()[:16]}, the manifest says "
+            f"{sha256[:16]}; fetch the file again or prepare the data anew"
         )
 
 
@@ -118,24 +119,30 @@ def bad_border(
     """
     low, high = rows.start * sequence_length, rows.stop * sequence_length
     # A value beyond int64 turns negative here, and so is outside the rows too.
-    places = values.astype(np.int64)
-    earlier = np.concatenate((np.array([before], dtype=np.int64), places[:-1]))
+    positions = values.astype(np.int64)
+    earlier = np.concatenate((np.array([before], dtype=np.int64), positions[:-1]))
     wrong = (
-        (places <= earlier) | (places < low) | (places >= high) | (places % sequence_length == 0)
+        (positions <= earlier)
+        | (positions < low)
+        | (positions >= high)
+        | (positions % sequence_length == 0)
     )
 
     if not wrong.any():
         return ""
 
     i = int(np.flatnonzero(wrong)[0])
-    place = int(values[i])
-    told = f"border {index + i} is position {place} (row {place // sequence_length}, token {place % sequence_length})"
+    position = int(values[i])
+    row, token = divmod(position, sequence_length)
+    described = f"border {index + i} is position {position} (row {row}, token {token})"
 
-    if places[i] < low or places[i] >= high:
-        return f"{told}, outside rows {rows.start} to {rows.stop - 1} of {sequence_length} tokens"
-    if places[i] <= earlier[i]:
-        return f"{told}, not above the one before it, {int(earlier[i])}"
-    return f"{told}: a row's beginning is a border without being listed"
+    if positions[i] < low or positions[i] >= high:
+        return (
+            f"{described}, outside rows {rows.start} to {rows.stop - 1} of {sequence_length} tokens"
+        )
+    if positions[i] <= earlier[i]:
+        return f"{described}, not above the one before it, {int(earlier[i])}"
+    return f"{described}: a row's beginning is a border without being listed"
 
 
 def documents_of(

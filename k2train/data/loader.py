@@ -52,7 +52,7 @@ class Batch(NamedTuple):
         return Batch(moved(self.tokens), None if self.documents is None else moved(self.documents))
 
 
-class _Opened(NamedTuple):
+class _OpenChunk(NamedTuple):
     """A memory-mapped chunk with its name."""
 
     name: str
@@ -82,8 +82,8 @@ class Loader:
     ) -> None:
         if manifest.vocab_size > vocab_size:
             raise DataError(
-                f"model.vocab_size ({vocab_size}) must be at least that of the data ({manifest.vocab_size}, "
-                f"{manifest.path}): raise it"
+                f"model.vocab_size ({vocab_size}) must be at least that of the data "
+                f"({manifest.vocab_size}, {manifest.path}): raise it"
             )
 
         names = [*order.names, *([manifest.held_out.name] if manifest.held_out else [])]
@@ -95,12 +95,12 @@ class Loader:
         self.manifest, self.order, self.verify, self.documents = manifest, order, verify, documents
         self.dp, self.data, self.micro_sequences = dp, data, micro_sequences
 
-        self._open: _Opened | None = None
-        self._held_out: _Opened | None = None
+        self._open: _OpenChunk | None = None
+        self._held_out: _OpenChunk | None = None
         self._verified: set[str] = set()
-        self._verifying = Lock()
+        self._verify_lock = Lock()
 
-        self._ahead = -1
+        self._verified_ahead = -1
         self._stop = Event()
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="k2train-loader")
         self._verifier = ThreadPoolExecutor(max_workers=1, thread_name_prefix="k2train-verify")
@@ -142,7 +142,8 @@ class Loader:
         info = self.manifest.held_out
         if info is None or not 0 <= batch_index < batches:
             raise DataError(
-                f"{self.manifest.path}: held-out batch {batch_index} of {size} rows: there are {batches}"
+                f"{self.manifest.path}: held-out batch {batch_index} of {size} rows: "
+                f"there are {batches}"
             )
 
         return self._reader.submit(self._read_held_out, info, batch_index, size).result()
@@ -173,41 +174,41 @@ class Loader:
         # One chunk early: hashing gigabytes takes longer than the last step of a chunk. An error
         # found here is raised again when the chunk is opened: only good chunks are remembered.
         following = self.order.position(step).order_index + 1
-        if following < len(self.order.names) and following != self._ahead:
-            self._ahead = following
+        if following < len(self.order.names) and following != self._verified_ahead:
+            self._verified_ahead = following
             self.verify_ahead(self.order.names[following])
 
     def _read(self, step: int) -> Batch:
         name = self.order.position(step).name
         if self._open is None or self._open.name != name:
-            self._open = self._opened(self.manifest.chunk(name))
-        return self._cut(self._open, self.order.rows_of(step))
+            self._open = self._open_chunk(self.manifest.chunk(name))
+        return self._batch(self._open, self.order.rows_of(step))
 
     def _read_held_out(self, info: ChunkInfo, batch_index: int, size: int) -> Batch:
         if self._held_out is None:
-            self._held_out = self._opened(info)
-        return self._cut(self._held_out, range(batch_index * size, (batch_index + 1) * size))
+            self._held_out = self._open_chunk(info)
+        return self._batch(self._held_out, range(batch_index * size, (batch_index + 1) * size))
 
-    def _opened(self, info: ChunkInfo) -> _Opened:
+    def _open_chunk(self, info: ChunkInfo) -> _OpenChunk:
         if self.verify:
             self._verify(info)
 
         tokens, borders = open_chunk(self.manifest, info), None
         if self.documents:
             assert info.borders is not None, (
-                f"{info.name}: its borders were required when the loader was made"
+                f"{info.name}: its borders were required when the loader was created"
             )
             borders = open_borders(self.manifest.folder / info.borders, info.name)
 
-        return _Opened(info.name, tokens, borders)
+        return _OpenChunk(info.name, tokens, borders)
 
     def _verify(self, info: ChunkInfo) -> None:
-        with self._verifying:
+        with self._verify_lock:
             if info.name not in self._verified:
                 verify_chunk(self.manifest, info, self._stop.is_set)
                 self._verified.add(info.name)
 
-    def _cut(self, chunk: _Opened, rows: range) -> Batch:
+    def _batch(self, chunk: _OpenChunk, rows: range) -> Batch:
         parts = rank_rows(rows, self.dp, self.data, self.micro_sequences)
         tokens = [self._tokens(chunk, part) for part in parts]
         return Batch(
@@ -215,16 +216,15 @@ class Loader:
             None if chunk.borders is None else [self._documents(chunk, part) for part in parts],
         )
 
-    def _tokens(self, chunk: _Opened, rows: range) -> torch.Tensor:
+    def _tokens(self, chunk: _OpenChunk, rows: range) -> torch.Tensor:
         ids = chunk.tokens[rows.start : rows.stop]
         if bad := bad_id(ids, rows.start, self.manifest.vocab_size):
-            raise DataError(
-                f"{chunk.name} ({self.manifest.folder / self.manifest.chunk(chunk.name).file}): {bad}"
-            )
+            path = self.manifest.folder / self.manifest.chunk(chunk.name).file
+            raise DataError(f"{chunk.name} ({path}): {bad}")
 
         return torch.from_numpy(np.asarray(ids, dtype=np.int64))
 
-    def _documents(self, chunk: _Opened, rows: range) -> torch.Tensor:
+    def _documents(self, chunk: _OpenChunk, rows: range) -> torch.Tensor:
         assert chunk.borders is not None, f"{chunk.name} was opened without its borders"
         path = self.manifest.folder / str(self.manifest.chunk(chunk.name).borders)
         where = f"{chunk.name} ({path})"

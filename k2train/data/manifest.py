@@ -75,7 +75,8 @@ class Manifest:
             if info.name == name:
                 return info
         raise DataError(
-            f"{self.path}: no chunk is named {name!r}; there are {span(c.name for c in self.chunks)}"
+            f"{self.path}: no chunk is named {name!r}; there are "
+            f"{short_list(c.name for c in self.chunks)}"
         )
 
     def all_chunks(self) -> tuple[ChunkInfo, ...]:
@@ -83,7 +84,7 @@ class Manifest:
         return self.chunks + ((self.held_out,) if self.held_out else ())
 
 
-def span(names: Iterable[str]) -> str:
+def short_list(names: Iterable[str]) -> str:
     """Shorten a list of names to fit one line: `chunk_000 to chunk_359 (360)`."""
     listed = list(names)
     return ", ".join(listed) if len(listed) < 4 else f"{listed[0]} to {listed[-1]} ({len(listed)})"
@@ -97,8 +98,9 @@ def require_borders(manifest: Manifest, names: Iterable[str]) -> None:
     without = [name for name in names if manifest.chunk(name).borders is None]
     if without:
         raise DataError(
-            f"data.cross_documents is block, but of {manifest.path} these have no document borders: {span(without)}; "
-            "set document_borders: true in the recipe and prepare the data again, or set data.cross_documents: attend"
+            f"data.cross_documents is block, but these chunks of {manifest.path} have no document "
+            f"borders: {short_list(without)}; set document_borders: true in the recipe and prepare "
+            "the data again, or set data.cross_documents: attend"
         )
 
 
@@ -181,7 +183,8 @@ def _parse_chunk(raw: Any, where: str, sequence_length: int) -> ChunkInfo:
     rows, tokens = _positive(raw, "rows", where), _positive(raw, "tokens", where)
     if tokens != rows * sequence_length:
         raise DataError(
-            f"{where}: tokens is {tokens}, {rows} rows of {sequence_length} are {rows * sequence_length}"
+            f"{where}: tokens is {tokens}, {rows} rows of {sequence_length} are "
+            f"{rows * sequence_length}"
         )
 
     subsets = raw.get("tokens_per_subset", {})
@@ -243,13 +246,14 @@ def _check_names(manifest: Manifest) -> None:
         for file in filter(None, (info.file, info.provenance, info.borders)):
             # A manifest from elsewhere must not make us read, or later delete, a file outside.
             inside = not Path(file).is_absolute() and ".." not in Path(file).parts
-            if not inside or not _lies_in(folder, file):
+            if not inside or not _is_inside(folder, file):
                 raise DataError(
-                    f"{manifest.path}: {info.name}: file {file!r} lies outside the folder of the manifest"
+                    f"{manifest.path}: {info.name}: file {file!r} is outside the folder of the "
+                    "manifest"
                 )
 
 
-def _lies_in(folder: Path, file: str) -> bool:
+def _is_inside(folder: Path, file: str) -> bool:
     try:
         return (folder / file).resolve().is_relative_to(folder)
     # A loop of links; which of the two is raised depends on the version of Python.
@@ -300,7 +304,11 @@ def common_data(first: Manifest, second: Manifest) -> list[str]:
         if by_content.get(d, name) != name
     ]
 
-    return shared + found + [f"source {name} is {other} of before" for other, name in sorted(same)]
+    return (
+        shared
+        + found
+        + [f"source {name} is {other} of the earlier data" for other, name in sorted(same)]
+    )
 
 
 def read_sources(manifest: Manifest) -> SourceNames:
@@ -321,7 +329,7 @@ def read_sources(manifest: Manifest) -> SourceNames:
         return _parse_sources(read_json(path, MAX_MANIFEST_BYTES))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(
-            f"{path}: is no record of sources ({type(error).__name__}: {error}); fetch it again"
+            f"{path}: is not a record of sources ({type(error).__name__}: {error}); fetch it again"
         ) from None
 
 

@@ -53,7 +53,7 @@ def read_header(path: Path, where: str) -> Header:
         ) from None
     except (ValueError, EOFError) as error:
         why = " ".join(str(error).split())[:200]
-        raise DataError(f"{where}: no NumPy header of version 1 ({why}); fetch it again") from None
+        raise DataError(f"{where}: not a NumPy file of version 1 ({why}); fetch it again") from None
 
 
 def check_size(header: Header, expected_bytes: int, where: str) -> None:
@@ -83,5 +83,5 @@ def _parse(stream: IO[bytes]) -> tuple[int, tuple[int, ...], bool, np.dtype[Any]
         AttributeError,
         tokenize.TokenError,
     ) as error:
-        raise ValueError(f"it cannot be understood: {type(error).__name__}") from None
+        raise ValueError(f"unreadable header: {type(error).__name__}") from None
     return stream.tell(), shape, fortran, dtype

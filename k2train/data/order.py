@@ -77,7 +77,8 @@ class ChunkOrder:
         """
         if not 1 <= step <= self.total_steps:
             raise DataError(
-                f"step {step} is outside the data: {len(self.names)} chunks hold steps 1 to {self.total_steps}"
+                f"step {step} is outside the data: {len(self.names)} chunks hold steps 1 to "
+                f"{self.total_steps}"
             )
 
         index = bisect_right(self._ends, step - 1)
@@ -135,8 +136,9 @@ def make_order(
 
     if sequence_length is not None and sequence_length != manifest.sequence_length:
         raise DataError(
-            f"data.sequence_length ({sequence_length}) must be that of the chunks in {manifest.path} "
-            f"({manifest.sequence_length}): set it so, or prepare the data with another length"
+            f"data.sequence_length ({sequence_length}) must be that of the chunks in "
+            f"{manifest.path} ({manifest.sequence_length}): set it so, or prepare the data with "
+            "another length"
         )
 
     rows = {info.name: info.rows for info in manifest.chunks}
@@ -153,14 +155,15 @@ def make_order(
 
     if repeated := sorted({name for name in names if names.count(name) > 1}, key=_ascending):
         raise DataError(
-            f"data.order names {', '.join(repeated)} more than once: each chunk is read once a stage"
+            f"data.order names {', '.join(repeated)} more than once: each chunk is read once per "
+            "stage"
         )
 
     for name in names:
         if rows[name] < global_sequences:
             raise DataError(
-                f"{name} has {rows[name]} rows, fewer than one step of batch.global_sequences ({global_sequences}): "
-                f"lower it to {rows[name]} or less, or prepare larger chunks"
+                f"{name} has {rows[name]} rows, fewer than one step of batch.global_sequences "
+                f"({global_sequences}): lower it to {rows[name]} or less, or prepare larger chunks"
             )
 
     return ChunkOrder(tuple(names), tuple(rows[name] for name in names), global_sequences)
@@ -195,8 +198,9 @@ def rank_rows(rows: range, dp: int, data: int, micro_sequences: int) -> list[ran
         step = data * micro_sequences
         nearest = [n for n in (len(rows) // step * step, (len(rows) // step + 1) * step) if n]
         raise DataError(
-            f"batch.global_sequences ({len(rows)}) must be divisible by data-parallel ranks x batch.micro_sequences "
-            f"({data} x {micro_sequences} = {step}); nearest that are: {', '.join(map(str, nearest))}"
+            f"batch.global_sequences ({len(rows)}) must be divisible by data-parallel ranks x "
+            f"batch.micro_sequences ({data} x {micro_sequences} = {step}); nearest that are: "
+            f"{', '.join(map(str, nearest))}"
         )
 
     share = len(rows) // data

@@ -108,7 +108,7 @@ class Tokenizer:
             self._pieces = sentencepiece.SentencePieceProcessor(
                 model_proto=model + _LEAVE_TEXT_ALONE
             )
-        except (RuntimeError, _CutOff):
+        except (RuntimeError, _Truncated):
             raise DataError(
                 "tokenizer.model: not a sentencepiece model, or only a part of one"
             ) from None
@@ -124,7 +124,8 @@ class Tokenizer:
         byte_ids = [self._pieces.piece_to_id(f"<0x{byte:02X}>") for byte in range(256)]
         if UNK_ID in byte_ids:
             raise DataError(
-                "tokenizer.model: has no byte fallback, so some text would be lost; train it with it"
+                "tokenizer.model: has no byte fallback, so some text would be lost; train it with "
+                "it"
             )
 
         self._space_mark_ids = np.array(
@@ -133,14 +134,16 @@ class Tokenizer:
 
         if self.decode(self.encode(_PROBE)) != _PROBE:
             raise DataError(
-                "tokenizer.model: does not give text back as it was; train it with byte fallback"
+                "tokenizer.model: does not decode its own encoding to the same text; train it with "
+                "byte fallback"
             )
 
     def _check_pieces(self, pieces: Sequence[tuple[str, int]]) -> None:
         ids = (self._pieces.unk_id(), self._pieces.bos_id(), self._pieces.eos_id())
         if ids != (UNK_ID, BOS_ID, EOS_ID):
             raise DataError(
-                f"tokenizer.model: ids of <unk>, <s>, </s> are {ids}, must be {(UNK_ID, BOS_ID, EOS_ID)}"
+                f"tokenizer.model: ids of <unk>, <s>, </s> are {ids}, must be "
+                f"{(UNK_ID, BOS_ID, EOS_ID)}"
             )
 
         for piece, kind in pieces:
@@ -150,14 +153,16 @@ class Tokenizer:
             text = piece.replace(_SPACE_MARK, " ").strip()
             if text in self.specials:
                 raise DataError(
-                    f"tokenizer.model: {piece!r} is one of its user-defined or control pieces and a special token too, "
-                    f"so it would have two ids; leave it out of tokenizer.specials, or take a model without it"
+                    f"tokenizer.model: {piece!r} is one of its user-defined or control pieces and "
+                    "a special token too, so it would have two ids; leave it out of "
+                    "tokenizer.specials, or take a model without it"
                 )
             # Runs of spaces may be user-defined pieces: they decode as the text they came from.
             if kind == _USER_DEFINED and _LIKE_A_CONTROL.fullmatch(text):
                 raise DataError(
-                    f"tokenizer.model: {piece!r} is a user-defined piece, so a document that quotes it would turn into "
-                    f"a control token; take a model without it, and name it in tokenizer.specials"
+                    f"tokenizer.model: {piece!r} is a user-defined piece, so a document that "
+                    "quotes it would turn into a control token; take a model without it, and name "
+                    "it in tokenizer.specials"
                 )
 
     def __reduce__(self) -> tuple[type["Tokenizer"], tuple[bytes, tuple[str, ...]]]:
@@ -220,12 +225,12 @@ class Tokenizer:
             segments += [None] if number else []
             start = 0
             while start < len(part) or not segments:
-                end = self._cut(part, start)
+                end = self._segment_end(part, start)
                 segments.append(part[start:end].encode())
                 start = end
         return segments
 
-    def _cut(self, text: str, start: int) -> int:
+    def _segment_end(self, text: str, start: int) -> int:
         """End of the segment from `start`: a line or word end near SEGMENT_CHARACTERS, or later."""
         bound = start + SEGMENT_CHARACTERS
         if bound >= len(text):
@@ -252,8 +257,9 @@ class Tokenizer:
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """Decode each id to UTF-8 by itself, so the bytes of slices concatenate to those of the
-        whole.
+        """Decode each id to UTF-8 by itself.
+
+        So the bytes of slices concatenate to those of the whole.
 
         Raises DataError for an id that the tokenizer does not have.
         """
@@ -318,39 +324,43 @@ def _content_of(model: bytes) -> tuple[int, list[tuple[str, int]]]:
     return model_kind, pieces
 
 
-class _CutOff(Exception):
+class _Truncated(Exception):
     pass
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
     """Yield (field number, value) of a protobuf message.
 
-    Raises _CutOff when it ends inside a field, or is not a protobuf message.
+    Raises _Truncated when it ends inside a field, or is not a protobuf message.
     """
-    at = 0
-    while at < len(message):
-        key, at = _varint(message, at)
+    offset = 0
+    while offset < len(message):
+        key, offset = _varint(message, offset)
         kind = key & 7
         if kind == 0:
-            value, at = _varint(message, at)
+            value, offset = _varint(message, offset)
             yield key >> 3, value
             continue
 
-        size, at = _varint(message, at) if kind == 2 else ({1: 8, 5: 4}.get(kind, len(message)), at)
-        if at + size > len(message):
-            raise _CutOff("ends inside a field")
-        yield key >> 3, message[at : at + size]
-        at += size
+        size, offset = (
+            _varint(message, offset)
+            if kind == 2
+            else ({1: 8, 5: 4}.get(kind, len(message)), offset)
+        )
+        if offset + size > len(message):
+            raise _Truncated("ends inside a field")
+        yield key >> 3, message[offset : offset + size]
+        offset += size
 
 
-def _varint(message: bytes, at: int) -> tuple[int, int]:
+def _varint(message: bytes, offset: int) -> tuple[int, int]:
     value = shift = 0
-    for place in range(at, min(at + 10, len(message))):
-        value |= (message[place] & 0x7F) << shift
-        if message[place] < 0x80:
-            return value, place + 1
+    for index in range(offset, min(offset + 10, len(message))):
+        value |= (message[index] & 0x7F) << shift
+        if message[index] < 0x80:
+            return value, index + 1
         shift += 7
-    raise _CutOff("ends inside a number")
+    raise _Truncated("ends inside a number")
 
 
 def train_tokenizer(
@@ -363,8 +373,8 @@ def train_tokenizer(
     if vocab_size <= CONTROL_PIECES:
         # Below this the trainer's own message does not say how many the text needs.
         raise DataError(
-            f"tokenizer.train.vocab_size ({vocab_size}) must be above {256 + CONTROL_PIECES}: 256 bytes, "
-            f"{CONTROL_PIECES} control pieces and the characters of the text"
+            f"tokenizer.train.vocab_size ({vocab_size}) must be above {256 + CONTROL_PIECES}: "
+            f"256 bytes, {CONTROL_PIECES} control pieces and the characters of the text"
         )
 
     model = io.BytesIO()
@@ -394,18 +404,22 @@ def train_tokenizer(
         )
     except RuntimeError as error:
         raise DataError(
-            f"tokenizer.train.vocab_size ({vocab_size}) cannot be reached with this text: {_bound(str(error))}"
+            f"tokenizer.train.vocab_size ({vocab_size}) cannot be reached with this text: "
+            f"{_size_error(str(error))}"
         ) from None
     return Tokenizer(model.getvalue(), specials)
 
 
-def _bound(told: str) -> str:
+def _size_error(message: str) -> str:
     """Reword the trainer's message about a size: its own names source files and unknown options."""
-    if most := re.search(r"value <= (\d+)", told):
-        return f"the most is {most[1]}"
-    if least := re.search(r"required_chars\. -?\d+ vs (\d+)", told):
+    if most := re.search(r"value <= (\d+)", message):
+        return f"the maximum is {most[1]}"
+    if least := re.search(r"required_chars\. -?\d+ vs (\d+)", message):
         characters = int(least[1]) - 256 - CONTROL_PIECES
-        return f"the least is {least[1]}: 256 bytes, {CONTROL_PIECES} control pieces, its {characters} commonest characters"
-    if "sentences_.empty()" in told:
+        return (
+            f"the minimum is {least[1]}: 256 bytes, {CONTROL_PIECES} control pieces, "
+            f"its {characters} most common characters"
+        )
+    if "sentences_.empty()" in message:
         return "it has no line to train on"
-    return re.sub(r"[^.\]]*--\w+[^.]*\.?", "", " ".join(told.split()))
+    return re.sub(r"[^.\]]*--\w+[^.]*\.?", "", " ".join(message.split()))

@@ -47,6 +47,7 @@ class ControlFiles:
         STOP also removes SAVE, because the run saves when it stops. A file that is already removed,
         or cannot be removed, is no error.
         """
+        # A stopping run saves, so STOP also meets a pending SAVE.
         for path in (self._stop, self._save) if name == "STOP" else (self._save,):
             with suppress(OSError):
                 path.unlink(missing_ok=True)

@@ -93,10 +93,10 @@ def attempts_of(events: Sequence[Mapping[str, Any]]) -> list[Attempt]:
 
 def fruitless_starts(events: Sequence[Mapping[str, Any]]) -> list[Attempt]:
     """Consecutive latest starts without progress, oldest first."""
+    # A requested stop without progress is neither counted nor ends the streak.
     streak: list[Attempt] = []
     for attempt in reversed(attempts_of(events)):
         if attempt.is_fruitless:
-            # A requested stop without progress is neither counted nor ends the streak.
             streak.append(attempt)
         elif attempt.saved_step > attempt.start_step or (
             attempt.end is not None and attempt.end["event"] == "finished"
@@ -115,8 +115,8 @@ def check_progress(events: Sequence[Mapping[str, Any]], limit: int, directory: P
     furthest = max(attempt.start_step for attempt in streak)
     starts = "1 start" if len(streak) == 1 else f"{len(streak)} starts in a row"
     raise RunError(
-        f"{starts} got no further than step {furthest} (last: {_describe_end(streak[-1])}); "
-        f"look at {directory}/ledger.jsonl and the output of the last start, then start with "
+        f"{starts} got no further than step {furthest} (last: {_describe_end(streak[-1])}); look "
+        f"at {directory}/ledger.jsonl and the output of the last start, then start with "
         "run.max_fruitless_starts=0"
     )
 

@@ -65,9 +65,9 @@ class SpikeAlert:
         if len(self._losses) >= ARMED_AT:
             loss_median, loss_sd = _center_and_spread(self._losses, LOSS_FLOOR_NAT)
             grad_median, grad_sd = _center_and_spread(self._log_grads, LOG_GRAD_FLOOR)
+
             loss_z = (loss - loss_median) / loss_sd
             grad_z = (log_grad - grad_median) / grad_sd
-
             if loss_z > LOSS_Z or grad_z > GRAD_Z:
                 # The frozen reference of the event, from before its first step.
                 center = {

@@ -79,6 +79,7 @@ class StopRequest:
                     2, f"\nk2train: {self.requested}: finishing the step, then saving\n".encode()
                 )
 
+        # Only a second Ctrl-C interrupts at once.
         if number != signal.SIGINT:
             return
 

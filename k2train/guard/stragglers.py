@@ -142,8 +142,8 @@ class Stragglers:
             state.since, state.usual = step, usual
             return (
                 f"{self._name(rank)} is slow: {self._own_seconds(rank) * 1e3:.0f} ms of own work "
-                "per step, the others take "
-                f"{others * self._share[rank] * 1e3:.0f} ms (last {WINDOW} steps)"
+                f"per step, the others take {others * self._share[rank] * 1e3:.0f} ms (last "
+                f"{WINDOW} steps)"
             )
 
         # Recovered when most steps are well below the level that made it slow. At the threshold

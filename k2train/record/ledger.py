@@ -123,8 +123,7 @@ class Ledger:
         truncate(self.path, self._size_bytes)
         self.repaired = (
             f"{self.path.name}: the last line was cut off after {len(rest)} bytes (the writer was "
-            "killed); "
-            f"moved to {torn.name}, {len(self._events)} events are intact"
+            f"killed); moved to {torn.name}, {len(self._events)} events are intact"
         )
 
 
@@ -153,8 +152,8 @@ def _verified(path: Path, lines: list[bytes], rest: bytes) -> list[dict[str, Any
             raise RunError(
                 f"{path}: line {index + 1} does not continue line {index}: it expects the hash "
                 f"{str(entry['previous'])[:12] or 'of an empty ledger'}, found "
-                f"{previous[:12] or 'none'}; "
-                f"line {index} was changed, or lines between them were removed"
+                f"{previous[:12] or 'none'}; line {index} was changed, or lines between them were "
+                "removed"
             )
 
         if entry["seq"] != index:

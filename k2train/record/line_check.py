@@ -84,6 +84,7 @@ def checked_rows(
     seen = False
     for number, line in enumerate(lines, 1):
         problem = line_problem(line, seen)
+        # From the first line with a check on, every line must have one.
         seen = seen or has_check(line)
         try:
             row = parse_line(path, number, line)
@@ -101,6 +102,7 @@ def checked_rows(
 
         yield number, row
 
+    # A torn line is left to the caller; a damaged newline is an error.
     if ends_damaged(rest):
         number = len(lines) + 1
         yield (

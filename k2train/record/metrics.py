@@ -95,6 +95,7 @@ def latest(path: str | Path) -> list[dict[str, Any]]:
     best: dict[int, dict[str, Any]] = {}
     for row in read_metrics(path):
         known = best.get(row["step"])
+        # A later attempt replaces the row of an earlier one.
         if known is None or row.get("attempt", 0) >= known.get("attempt", 0):
             best[row["step"]] = row
     return [best[step] for step in sorted(best)]

@@ -110,8 +110,8 @@ class Lease:
             )
 
         raise RunError(
-            f"{self.directory} no longer belongs to this run (token {self.token}): {what}; "
-            "this process may not write there any more, so it ends"
+            f"{self.directory} no longer belongs to this run (token {self.token}): {what}; this "
+            "process may not write there any more, so it ends"
         )
 
     def release(self) -> None:
@@ -152,8 +152,7 @@ class Lease:
         if holder is None:
             raise RunError(
                 f"{lease_file.path} is damaged and does not name the holder; once no job trains "
-                "there: "
-                f"{_end_command(lease_file)}"
+                f"there: {_end_command(lease_file)}"
             )
 
         if holder.get("released") is True:
@@ -196,17 +195,16 @@ class Lease:
         ask = f"ask with `squeue -j {job}`" if job else f"look on {holder.get('host')}"
         return (
             f"{self.directory} is held by {describe(holder)}, which gives no sign of life but may "
-            "only be suspended; "
-            f"{ask}, and when it is gone: {_end_command(lease_file)}"
+            f"only be suspended; {ask}, and when it is gone: {_end_command(lease_file)}"
         )
 
     def _create(self, token: int) -> LeaseFile | None:
         """Create the file of `token` durably with its content; None when another process has it."""
         path = self.directory / f"lease_{token:06d}.json"
         temporary = self.directory / f".lease_{uuid4().hex}.tmp"
+
         content = {"token": token, "released": False, "beat": 0, **own_identity(self.facts)}
         descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-
         try:
             os.pwrite(descriptor, _block(content), 0)
             os.fsync(descriptor)
@@ -322,8 +320,7 @@ def held_message(directory: Path, holder: ProcessIdentity | None) -> str:
 
     return (
         f"{directory} is held by a live run: {describe(holder)}; stop it with `kill -TERM "
-        f"{holder.get('pid')}` there "
-        "(it saves first), or choose another run.name or run.directory"
+        f"{holder.get('pid')}` there (it saves first), or choose another run.name or run.directory"
     )
 
 

@@ -113,8 +113,7 @@ class RunLock:
             self._undo()
             raise RunError(
                 f"{self.path} cannot be locked: {error.strerror}; choose another run.directory, on "
-                "a file system that "
-                "you may write to"
+                "a file system that you may write to"
             ) from None
 
         _close_in_forked_children(self)

@@ -88,6 +88,7 @@ def proof_of_end(
     job = holder.get("slurm_job_id")
     if not job or _other_cluster(holder, here):
         return ""
+    # This job was requeued: SLURM started it again, so its earlier start is over.
     if job == here.get("slurm_job_id") and _restarts(here) > _restarts(holder):
         return f"SLURM has started its job {job} again since"
     if job != here.get("slurm_job_id") and job_ended is not None and job_ended(str(job)) is True:
@@ -139,6 +140,7 @@ def machine_id(path: Path = Path("/etc/machine-id")) -> str | None:
         text = path.read_text().strip()
     except (OSError, UnicodeDecodeError):
         return None
+    # A blank or constant id, as in some images, identifies no machine.
     known = len(text) == 32 and set(text) <= set("0123456789abcdef") and len(set(text)) > 1
     return sha256(f"k2train {text}".encode()).hexdigest()[:32] if known else None
 

@@ -97,6 +97,7 @@ def publish_report(directory: Path, report: Mapping[str, Any], earlier: ReportId
             (directory / REPORT_NAME).unlink(missing_ok=True)
 
         try:
+            # Exactly one rank can create the name.
             os.link(temporary, directory / REPORT_NAME)
         except FileExistsError:
             return False

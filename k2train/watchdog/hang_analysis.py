@@ -107,6 +107,7 @@ def find_faulty_ranks(statuses: Mapping[int, RankStatus], silent_after: float) -
     if not candidates:
         return []
 
+    # The least likely to be waiting blocks the others.
     rank = candidates[0][1]
     record = statuses[rank].record
     assert record is not None, "only ranks with a record were looked at"

@@ -64,6 +64,7 @@ def process_state(process: Process, reader: Process) -> ProcessState:
     ):
         return ""
     letter, start_ticks = _stat(process.pid)
+    # A zombie no longer runs; another start time means a reused id.
     if letter in ("", "Z", "X") or start_ticks != process.start_ticks:
         return "gone"
     return "stopped" if letter in "Tt" else "running"
@@ -186,6 +187,7 @@ def _check(text: bytes) -> bytes:
 def decode(data: bytes) -> Heartbeat | None:
     """Decode the bytes of a file; None when they are incomplete or damaged."""
     text = data[:-CHECK_BYTES].rstrip(b" ") + b"}"
+    # Half of a write in progress does not match its checksum.
     if len(data) != LENGTH_BYTES or data[-CHECK_BYTES:] != _check(text):
         return None
     try:

@@ -57,6 +57,7 @@ class PeerProgress:
     def attach(self, record: Heartbeat) -> None:
         """Map the integers of a rank that runs on this machine, once."""
         process = record.process
+        # Only a live process has the descriptor under /proc.
         if (
             process in self._maps
             or record.live < 0

@@ -77,4 +77,5 @@ class Timeouts:
             return max(self.start_seconds, FLOOR_SECONDS)
         if len(steps) < ENOUGH_STEPS:
             return max(3 * FLOOR_SECONDS, 5.0 * max(steps))
+        # Index of the 99th percentile, rounded up.
         return max(FLOOR_SECONDS, 2.0 * sorted(steps)[(len(steps) * 99 - 1) // 100])

@@ -120,7 +120,7 @@ class Watchdog:
         with contextlib.suppress(OSError):
             self._write()
 
-        for name, body in (("beats", self._heartbeat_loop), ("clock", self._timeout_loop)):
+        for name, body in (("heartbeat", self._heartbeat_loop), ("timeout", self._timeout_loop)):
             thread = threading.Thread(target=body, name=f"watch-{name}", daemon=True)
             self._threads.append(thread)
             thread.start()
@@ -324,7 +324,7 @@ class Watchdog:
         elif self._observer is None:
             self._observer = observer = self._diagnosis.observer()
             threading.Thread(
-                target=self._observe, args=(observer,), name="watch-look", daemon=True
+                target=self._observe, args=(observer,), name="watch-observe", daemon=True
             ).start()
 
         if overrun < 0 or self._observer is None or now - self._observer.began < look:
@@ -349,7 +349,7 @@ class Watchdog:
         """Run the diagnosis within its time limit, then end this process."""
         self._lost_since = self._clock()
         # In a thread of its own, because a hanging file system must not stop this one.
-        thread = threading.Thread(target=diagnose, name="watch-inquest", daemon=True)
+        thread = threading.Thread(target=diagnose, name="watch-diagnosis", daemon=True)
         thread.start()
         thread.join(DIAGNOSIS_SECONDS)
 

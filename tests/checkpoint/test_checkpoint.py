@@ -1,4 +1,7 @@
-"""Checkpoints: any grid reads any grid's, damage is named and refused, a kill never leaves a half one to be taken."""
+"""Checkpoints: layout-free reads, named damage, and commits that survive a kill.
+
+Any grid reads any grid's checkpoint, and a kill never leaves half a one to be loaded.
+"""
 
 import json
 import os
@@ -68,7 +71,9 @@ GRIDS = (
 
 
 def config_on(tensor: int, pipeline: int, stages_per_rank: int) -> Any:
-    """24 sequences; vocabulary 251 is odd and the 48 and 63-row blocks are not whole multiples of 3 or 2."""
+    """24 sequences; vocabulary 251 is odd and the 48 and 63-row blocks are not whole multiples of 3
+    or 2.
+    """
     return tiny_config(
         parallel__tensor=tensor,
         parallel__pipeline=pipeline,
@@ -87,14 +92,16 @@ def values_of(engine: Engine) -> dict[str, Any]:
 def save_job(
     launch: Launch, config: Any, directory: str, asynchronous: bool = False
 ) -> dict[str, Any]:
-    """Two steps, a save, one more step: the blocks as saved, and the loss and norm of the step after."""
+    """Two steps, a save, one more step: the blocks as saved, and the loss and norm of the step
+    after.
+    """
     grid = grid_of(launch, config)
     engine = Engine(config, grid)
     for step in (1, 2):
         engine.train_step(microbatches_of(config, grid, step), 1e-2)
     saved = values_of(engine)
     writer = CheckpointWriter(Path(directory), grid, 0, asynchronous)
-    state = snapshot(engine.gradients.table, engine.optimizer.flat_shards, engine.dtype)
+    state = snapshot(engine.gradients.shard_layout, engine.optimizer.flat_shards, engine.dtype)
     facts = {**FACTS, "step": 2, "adam_steps": engine.optimizer.adam_steps}
     writer.save("ckpt_001", state, facts, lambda path, manifest: None)
     result = engine.train_step(microbatches_of(config, grid, 3), 1e-2)
@@ -109,10 +116,10 @@ def load_job(launch: Launch, config: Any, path: str) -> dict[str, Any]:
     assert chosen is not None, refused
     engine = Engine(config, grid, fill=False)
     kept = load_states(
-        chosen, engine.gradients.table, engine.optimizer.flat_shards, grid, engine.dtype
+        chosen, engine.gradients.shard_layout, engine.optimizer.flat_shards, grid, engine.dtype
     )
     engine.optimizer.adam_steps = read_manifest(chosen)["adam_steps"]
-    engine.optimizer.publish()
+    engine.optimizer.write_parameters()
     loaded = values_of(engine)
     result = engine.train_step(microbatches_of(config, grid, 3), 1e-2)
     return {"loaded": loaded, "next": (result.loss, result.grad_norm), "kept": kept}
@@ -149,8 +156,10 @@ def saved(
 def test_every_grid_loads_every_grids_checkpoint(
     pool: GlooPool, saved: dict[Any, Saved], target: Any
 ) -> None:
-    """Weights and moments to the bit, the next loss within 1e-6: catches a wrong offset, padding that is saved, a
-    moment that stays behind. Vocabulary 251 and blocks that data parallelism does not divide are part of it."""
+    """Weights and moments to the bit, the next loss within 1e-6: catches a wrong offset, padding
+    that is saved, a moment that stays behind. Vocabulary 251 and blocks that data parallelism does
+    not divide are part of it.
+    """
     tensor, pipeline, data, stages = target
     config = config_on(tensor, pipeline, stages)
     for source, checkpoint in saved.items():
@@ -186,7 +195,9 @@ def test_forty_lines_rebuild_a_checkpoint(saved: dict[Any, Saved]) -> None:
 
 
 def test_the_comparing_tool_reads_the_same(saved: dict[Any, Saved]) -> None:
-    """tools/compare_runs.py puts shards together right: two grids' checkpoints of one state are the same tensors."""
+    """tools/compare_runs.py puts shards together right: two grids' checkpoints of one state are the
+    same tensors.
+    """
     first, other = saved[(1, 1, 1, 1)], saved[(1, 2, 1, 1)]
     for checkpoint in (first, other):
         tensors = compare_runs.tensors_of(checkpoint.path, "optimizer")
@@ -204,7 +215,9 @@ def test_the_comparing_tool_reads_the_same(saved: dict[Any, Saved]) -> None:
 def test_thinned_loads_weights_only(
     pool: GlooPool, saved: dict[Any, Saved], tmp_path: Path
 ) -> None:
-    """Without its optimizer files a checkpoint still gives its weights; the moments start at zero, and it is said."""
+    """Without its optimizer files a checkpoint still gives its weights; the moments start at zero,
+    and it is said.
+    """
     source = saved[(2, 1, 2, 1)]
     shutil.copytree(source.path, tmp_path / "ckpt_001")
     mark_thinned(tmp_path / "ckpt_001", manifest_of(source.path))
@@ -269,14 +282,16 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "manifest missing": (lambda p: (p / MANIFEST).unlink(), "cannot be read"),
     "manifest cut": (lambda p: os.truncate(p / MANIFEST, 700), "not valid JSON"),
     "manifest empty": (lambda p: os.truncate(p / MANIFEST, 0), "not valid JSON"),
-    "step changed": (changed_step, "does not have its own hash"),
-    "manifest of another": (older_manifest, "is that of ckpt_000"),
+    "step changed": (changed_step, "does not match its own hash"),
+    "manifest of another": (older_manifest, "belongs to ckpt_000"),
     "manifest not an object": (lambda p: (p / MANIFEST).write_text("[]"), "not a JSON object"),
 }
 
 
 def test_no_bit_of_a_manifest_can_flip_unseen(saved: dict[Any, Saved], tmp_path: Path) -> None:
-    """Valid JSON with another digit is the dangerous one: it would move the run to another step in silence."""
+    """Valid JSON with another digit is the dangerous one: it would move the run to another step in
+    silence.
+    """
     path = tmp_path / "ckpt_001"
     path.mkdir()
     content = (saved[(1, 1, 1, 1)].path / MANIFEST).read_bytes()
@@ -304,7 +319,9 @@ def test_damage_is_named_and_refused(
     what: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Every rank refuses alike, before a value is touched, and takes the one before; the tool says the same."""
+    """Every rank refuses alike, before a value is touched, and takes the one before; the tool says
+    the same.
+    """
     damage, words = DAMAGE[what]
     good, bad = tmp_path / "good" / "ckpt_001", tmp_path / "bad" / "ckpt_001"
     for path in (good, bad):
@@ -339,7 +356,7 @@ def overwrite_job(launch: Launch, config: Any, directory: str) -> str:
     grid = grid_of(launch, config)
     engine = Engine(config, grid)
     writer = CheckpointWriter(Path(directory), grid, 0, asynchronous=False)
-    state = snapshot(engine.gradients.table, engine.optimizer.flat_shards, engine.dtype)
+    state = snapshot(engine.gradients.shard_layout, engine.optimizer.flat_shards, engine.dtype)
     try:
         writer.save(
             "ckpt_001", state, {**FACTS, "step": 9, "adam_steps": 9}, lambda path, manifest: None
@@ -361,11 +378,13 @@ def test_nothing_is_written_over(pool: GlooPool, saved: dict[Any, Saved], tmp_pa
 def refusing_disk_job(
     launch: Launch, config: Any, directory: str, where: str, asynchronous: bool
 ) -> str:
-    """A disk that is full at one place of the save, on the last rank only (on rank 0 where only it writes)."""
+    """A disk that is full at one place of the save, on the last rank only (on rank 0 where only it
+    writes).
+    """
     grid = grid_of(launch, config)
     engine = Engine(config, grid)
     writer = CheckpointWriter(Path(directory), grid, 0, asynchronous)
-    state = snapshot(engine.gradients.table, engine.optimizer.flat_shards, engine.dtype)
+    state = snapshot(engine.gradients.shard_layout, engine.optimizer.flat_shards, engine.dtype)
     facts = {**FACTS, "step": 2, "adam_steps": 0}
     writer.save("ckpt_001", state, facts, lambda path, manifest: None)
     writer.wait()
@@ -388,7 +407,9 @@ def refusing_disk_job(
 def test_a_full_disk_is_one_error_on_every_rank(
     pool: GlooPool, tmp_path: Path, where: str, asynchronous: bool
 ) -> None:
-    """No rank waits for one that failed, the message is one line, and the checkpoint before stays whole."""
+    """No rank waits for one that failed, the message is one line, and the checkpoint before stays
+    whole.
+    """
     answers = pool.run(2, refusing_disk_job, config_on(1, 1, 1), str(tmp_path), where, asynchronous)
     assert len(set(answers)) == 1
     assert "ckpt_002 could not be saved" in answers[0] and "No space left on device" in answers[0]
@@ -418,7 +439,7 @@ directory = Path(sys.argv[1])
 writer = CheckpointWriter(directory, grid, 2, asynchronous=False)
 for step in itertools.count(int(sys.argv[2])):
     engine.optimizer.master.fill_(float(step))
-    state = snapshot(engine.gradients.table, engine.optimizer.flat_shards, engine.dtype)
+    state = snapshot(engine.gradients.shard_layout, engine.optimizer.flat_shards, engine.dtype)
     facts = {{**FACTS, "step": step, "adam_steps": step}}
     name = f"ckpt_{{step // 2:03d}}" + (f"_step_{{step:06d}}" if step % 2 else "")
     writer.save(name, state, facts, lambda path, manifest: None)
@@ -428,8 +449,10 @@ for step in itertools.count(int(sys.argv[2])):
 
 @pytest.mark.slow
 def test_kill_9_while_saving(tmp_path: Path) -> None:
-    """15 kills at random moments of a process that does nothing but save, thin and drop: what counts as a checkpoint is
-    always whole, holds one step only, and is at most one behind what was told."""
+    """15 kills at random moments of a process that does nothing but save, thin and drop: what
+    counts as a checkpoint is always whole, holds one step only, and is at most one behind what was
+    told.
+    """
     script = tmp_path / "loop.py"
     script.write_text(SAVING_LOOP.format(root=str(ROOT)))
     runs = tmp_path / "checkpoints"
@@ -476,7 +499,9 @@ def assert_whole(runs: Path, told: int) -> bool:
 
 
 def test_retention(pool: GlooPool, tmp_path: Path) -> None:
-    """Only optimizer files of old numbered checkpoints and replaced saves on request go; a foreign file stays."""
+    """Only optimizer files of old numbered checkpoints and replaced saves on request go; a foreign
+    file stays.
+    """
     make_corpus(tmp_path / "data", 4)
     tree = config_tree(
         tmp_path / "data" / "manifest.json", tmp_path / "runs", "kept", run__stop_after_steps=7

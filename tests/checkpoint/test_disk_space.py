@@ -1,4 +1,4 @@
-"""Room for checkpoints: predicted like the real bytes, refused before the run and before a save."""
+"""Disk space of checkpoints: predicted bytes equal the real ones; refusal before run and save."""
 
 import os
 from math import prod
@@ -36,7 +36,7 @@ def save_job(launch: Launch, config: Config, directory: str) -> None:
         "data": {},
     }
     writer = CheckpointWriter(Path(directory), grid, 0, asynchronous=False)
-    state = snapshot(engine.gradients.table, engine.optimizer.flat_shards, engine.dtype)
+    state = snapshot(engine.gradients.shard_layout, engine.optimizer.flat_shards, engine.dtype)
     writer.save("ckpt_001", state, facts, lambda path, manifest: None)
 
 
@@ -113,5 +113,5 @@ def test_a_save_that_has_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert room_problem(tmp_path, "ckpt_007", 4_100_000_000) is None
     told: Any = room_problem(tmp_path, "ckpt_007", 12_300_000_000)
     assert told.startswith(
-        f"no space for ckpt_007: needs 11.46 GiB, 3.82 GiB are free in {tmp_path}; make room"
+        f"no space for ckpt_007: needs 11.46 GiB, 3.82 GiB are free in {tmp_path}; free space"
     )

@@ -1,4 +1,4 @@
-"""Loading: little memory beside the state, nothing taken that is not what was saved, and formats of before."""
+"""Loading checkpoints: low memory, nothing loaded that was not saved, and earlier formats."""
 
 import json
 import shutil
@@ -52,11 +52,11 @@ def save_job(
     for state, line in engine.optimizer.flat_shards.items():
         line.add_(0.1 * len(state))
     writer = CheckpointWriter(Path(directory), grid, 0, asynchronous=False)
-    state = snapshot(engine.gradients.table, engine.optimizer.flat_shards, engine.dtype)
+    state = snapshot(engine.gradients.shard_layout, engine.optimizer.flat_shards, engine.dtype)
     writer.save("ckpt_001", state, FACTS, lambda path, manifest: None)
     return {
-        slot.piece.name: engine.optimizer.view("master", slot).clone()
-        for slot in engine.gradients.table.slots
+        slot.param_slice.name: engine.optimizer.view("master", slot).clone()
+        for slot in engine.gradients.shard_layout.slots
     }
 
 
@@ -78,13 +78,17 @@ def load_job(launch: Launch, path: str, tensor: int, precision: str = "fp32") ->
     engine = Engine(config, grid, fill=False)
     try:
         load_states(
-            agreed.taken, engine.gradients.table, engine.optimizer.flat_shards, grid, engine.dtype
+            agreed.taken,
+            engine.gradients.shard_layout,
+            engine.optimizer.flat_shards,
+            grid,
+            engine.dtype,
         )
     except CheckpointError as error:
         return str(error)
     return {
-        slot.piece.name: engine.optimizer.view("master", slot).clone()
-        for slot in engine.gradients.table.slots
+        slot.param_slice.name: engine.optimizer.view("master", slot).clone()
+        for slot in engine.gradients.shard_layout.slots
     }
 
 
@@ -101,7 +105,9 @@ def change(path: Path, to: Path, changed: dict[str, Any]) -> Path:
 def test_another_state_than_was_saved_is_refused(
     pool: GlooPool, saved: Path, tmp_path: Path
 ) -> None:
-    """Files whole, names and shapes right, one digest another: every rank refuses and names the tensor."""
+    """Files whole, names and shapes right, one digest another: every rank refuses and names the
+    tensor.
+    """
     state = manifest_of(saved)["state"]
     name = "layers.1.mlp.up.weight.exp_avg"
     state["digests"][name] = "0" * 32
@@ -115,7 +121,9 @@ def test_another_state_than_was_saved_is_refused(
 def test_a_tensor_that_is_not_all_there_is_refused(
     pool: GlooPool, saved: Path, tmp_path: Path
 ) -> None:
-    """A shard left out of the manifest together with its file: whole by every hash, refused all the same."""
+    """A shard left out of the manifest together with its file: whole by every hash, refused all the
+    same.
+    """
     manifest = manifest_of(saved)
     gone = "optimizer/shard-00002-model-00001-of-00001.safetensors"
     parts = {
@@ -139,7 +147,7 @@ def test_a_shard_twice_is_refused(pool: GlooPool, saved: Path, tmp_path: Path) -
 
 
 def test_weights_in_bf16_come_back_rounded(pool: GlooPool, tmp_path: Path) -> None:
-    """Thinned, saved as bf16 by two ranks, loaded by one: the master weights are the rounded ones."""
+    """Thinned, saved as bf16 by two ranks, loaded by one: master weights are the rounded ones."""
     pool.run(2, save_job, str(tmp_path), 2, "bf16")
     (whole,) = pool.run(1, load_job, str(tmp_path / "ckpt_001"), 1, "bf16")
     mark_thinned(tmp_path / "ckpt_001", read_manifest(tmp_path / "ckpt_001"))
@@ -204,7 +212,11 @@ def traffic_job(launch: Launch, path: str, note: str) -> list[str]:
     engine = Engine(config, grid, fill=False)
     before = grid.comm.count
     load_states(
-        agreed.taken, engine.gradients.table, engine.optimizer.flat_shards, grid, engine.dtype
+        agreed.taken,
+        engine.gradients.shard_layout,
+        engine.optimizer.flat_shards,
+        grid,
+        engine.dtype,
     )
     counts.append(grid.comm.count - before)
     return (
@@ -217,7 +229,9 @@ def traffic_job(launch: Launch, path: str, note: str) -> list[str]:
 def test_a_rank_that_hashes_long_is_not_the_one_that_waits(
     pool: GlooPool, saved: Path, tmp_path: Path
 ) -> None:
-    """The watch reads who is inside an exchange: rank 0 waits in one with a name, rank 1, which is slow, is in none."""
+    """The watch reads who is inside an exchange: rank 0 waits in one with a name, rank 1, which is
+    slow, is in none.
+    """
     assert pool.run(2, traffic_job, str(saved), str(tmp_path / "note")) == [
         ["2", "3", "agree on a checkpoint"],
         ["2", "3", ""],
@@ -257,7 +271,9 @@ bench.stop_process_group()
 
 @pytest.mark.slow
 def test_loading_takes_no_copy_of_the_state(tmp_path: Path) -> None:
-    """343 MB of optimizer states are checked and loaded; the process's largest size grows by less than a tenth of that."""
+    """343 MB of optimizer states are checked and loaded; the process's largest size grows by less
+    than a tenth of that.
+    """
     script = tmp_path / "memory.py"
     script.write_text(MEMORY.format(tools=str(ROOT / "tools"), root=str(ROOT)))
     for what in ("save", "load"):
@@ -276,7 +292,9 @@ def test_loading_takes_no_copy_of_the_state(tmp_path: Path) -> None:
 def test_a_run_from_before_goes_on(
     pool: GlooPool, tmp_path: Path, version: int, capsys: Any
 ) -> None:
-    """A checkpoint kept since its format was made verifies, loads and continues to the losses of its own run."""
+    """A checkpoint kept since its format was made verifies, loads and continues to the losses of
+    its own run.
+    """
     golden = GOLDEN / f"format_{version}"
     make_corpus(tmp_path / "data", 2, vocab=23)
     tree = yaml.safe_load((golden / "config.yaml").read_text())

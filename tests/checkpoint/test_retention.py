@@ -1,4 +1,4 @@
-"""What goes and what stays: at every moment two verified complete checkpoints, once there were two."""
+"""Retention and scrubbing: two verified complete checkpoints remain at every moment."""
 
 import os
 import random
@@ -12,7 +12,7 @@ import pytest
 
 from k2train import fault_injection
 from k2train.checkpoint import retention as module
-from k2train.checkpoint import scrub as audit_module
+from k2train.checkpoint import scrub as scrub_module
 from k2train.checkpoint.manifest import (
     checkpoint_name,
     is_thinned,
@@ -23,8 +23,8 @@ from k2train.checkpoint.manifest import (
 )
 from k2train.checkpoint.retention import (
     Retention,
-    Verified,
-    on_demand,
+    VerifiedCheckpoints,
+    is_on_demand,
     remove_unfinished,
     set_aside_later,
 )
@@ -50,14 +50,16 @@ def complete(directory: Path) -> list[Path]:
 def test_two_remain_at_every_moment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
-    """Random saves (numbered, on demand, some that were never read back, some damaged since), prunes and rollbacks; at
-    every fault point and after every step the whole ones on the disk are counted by reading them."""
+    """Random saves (numbered, on demand, some that were never read back, some damaged since),
+    prunes and rollbacks; at every fault point and after every step the whole ones on the disk are
+    counted by reading them.
+    """
     template = tmp_path / "made"
     make_checkpoint(template / "ckpt_000")
     directory = tmp_path / "checkpoints"
     directory.mkdir()
-    rng, known = random.Random(seed), Verified()
-    retirement = Retention(directory, 2, known)
+    rng, verified = random.Random(seed), VerifiedCheckpoints()
+    retention = Retention(directory, 2, verified)
     seen = set()
     floor = 0
 
@@ -72,14 +74,14 @@ def test_two_remain_at_every_moment(
         consumed += rng.random() < 0.6
         name = checkpoint_name(consumed, step if checkpoint_name(consumed) in numbered else None)
         copy_as(template / "ckpt_000", directory / name)
-        numbered |= set() if on_demand(directory / name) else {name}
-        known.begin(name)
+        numbered |= set() if is_on_demand(directory / name) else {name}
+        verified.forget(name)
         if rng.random() < 0.8:
-            known.add(name)
+            verified.add(name)
         floor = min(
-            2, len([p for p in complete(directory) if p.name in known or p.parent != directory])
+            2, len([p for p in complete(directory) if p.name in verified or p.parent != directory])
         )
-        retirement.retire()
+        retention.retire()
         look("retired")
         if rng.random() < 0.15:
             paths = [path for path in list_checkpoints(directory) if not is_thinned(path)]
@@ -121,15 +123,15 @@ def test_only_verified_ones_make_another_go(tmp_path: Path) -> None:
     """Five numbered, two to keep: nothing is thinned until two newer ones were read back."""
     names = [f"ckpt_{n:03d}" for n in range(5)]
     several(tmp_path / "checkpoints", names)
-    known = Verified()
-    retirement = Retention(tmp_path / "checkpoints", 2, known)
-    retirement.retire()
+    verified = VerifiedCheckpoints()
+    retention = Retention(tmp_path / "checkpoints", 2, verified)
+    retention.retire()
     assert all(states_of(tmp_path / "checkpoints").values())
-    known.add("ckpt_004")
-    retirement.retire()
+    verified.add("ckpt_004")
+    retention.retire()
     assert all(states_of(tmp_path / "checkpoints").values())
-    known.add("ckpt_002")
-    retirement.retire()
+    verified.add("ckpt_002")
+    retention.retire()
     left = {
         "ckpt_000": False,
         "ckpt_001": False,
@@ -138,30 +140,32 @@ def test_only_verified_ones_make_another_go(tmp_path: Path) -> None:
         "ckpt_004": True,
     }
     assert states_of(tmp_path / "checkpoints") == left
-    known.add("ckpt_003")
-    known.drop("ckpt_004")
-    retirement.retire()
+    verified.add("ckpt_003")
+    verified.mark_damaged("ckpt_004")
+    retention.retire()
     assert states_of(tmp_path / "checkpoints") == left, "a damaged one was counted"
 
 
 def test_a_save_on_demand_stays_until_two_newer_ones(tmp_path: Path) -> None:
     several(tmp_path / "checkpoints", ["ckpt_001", "ckpt_001_step_000007", "ckpt_002", "ckpt_003"])
-    known = Verified()
-    retirement = Retention(tmp_path / "checkpoints", 0, known)
-    known.add("ckpt_002")
-    retirement.retire()
+    verified = VerifiedCheckpoints()
+    retention = Retention(tmp_path / "checkpoints", 0, verified)
+    verified.add("ckpt_002")
+    retention.retire()
     assert len(states_of(tmp_path / "checkpoints")) == 4
-    known.add("ckpt_003")
-    retirement.retire()
+    verified.add("ckpt_003")
+    retention.retire()
     assert list(states_of(tmp_path / "checkpoints")) == ["ckpt_001", "ckpt_002", "ckpt_003"]
 
 
 def test_a_kill_in_the_middle_of_thinning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Killed after the marker or between the files: it counts as thinned, and the next prune removes what is left."""
+    """Killed after the marker or between the files: it counts as thinned, and the next prune
+    removes what is left.
+    """
     several(tmp_path / "checkpoints", ["ckpt_001", "ckpt_002", "ckpt_003"])
-    known = Verified()
+    verified = VerifiedCheckpoints()
     for name in ("ckpt_002", "ckpt_003"):
-        known.add(name)
+        verified.add(name)
 
     def killed(name: str) -> None:
         if name == "retire.marked":
@@ -169,13 +173,13 @@ def test_a_kill_in_the_middle_of_thinning(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(fault_injection, "point", killed)
     with pytest.raises(KeyboardInterrupt):
-        Retention(tmp_path / "checkpoints", 2, known).retire()
+        Retention(tmp_path / "checkpoints", 2, verified).retire()
     path = tmp_path / "checkpoints" / "ckpt_001"
     next(iter((path / "optimizer").iterdir())).unlink()
     assert is_thinned(path)
     verify_checkpoint(path)
     monkeypatch.undo()
-    Retention(tmp_path / "checkpoints", 2, Verified()).retire()
+    Retention(tmp_path / "checkpoints", 2, VerifiedCheckpoints()).retire()
     assert not (path / "optimizer").exists()
 
 
@@ -205,25 +209,37 @@ def test_unfinished_ones_are_removed_under_any_token(tmp_path: Path) -> None:
 
 
 def test_the_audit_takes_the_one_checked_longest_ago(tmp_path: Path) -> None:
-    """Never checked ones first; a damaged one is told once, with file and tensor, and no longer counts."""
+    """Never checked ones first; a damaged one is told once, with file and tensor, and no longer
+    counts.
+    """
     directory = tmp_path / "checkpoints"
     several(directory, ["ckpt_001", "ckpt_002", "ckpt_003"])
     mark_thinned(directory / "ckpt_001", read_manifest(directory / "ckpt_001"))
-    known, told = Verified(), []
+    verified, told = VerifiedCheckpoints(), []
     for name in ("ckpt_003", "ckpt_001"):
-        known.add(name)
-    audit = Scrubber(
-        directory, 3600.0, known, lambda path, problem: told.append((path.name, problem))
+        verified.add(name)
+    scrubber = Scrubber(
+        directory, 3600.0, verified, lambda path, problem: told.append((path.name, problem))
     )
-    assert [audit.once().name for _ in range(4)] == ["ckpt_002", "ckpt_003", "ckpt_001", "ckpt_002"]  # type: ignore[union-attr]
-    assert not told and "ckpt_002" in known
+    assert [scrubber.check_next().name for _ in range(4)] == [
+        "ckpt_002",
+        "ckpt_003",
+        "ckpt_001",
+        "ckpt_002",
+    ]  # type: ignore[union-attr]
+    assert not told and "ckpt_002" in verified
     file = sorted((directory / "ckpt_003" / "model").iterdir())[0]
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(bytes(content))
-    assert [audit.once().name for _ in range(4)] == ["ckpt_003", "ckpt_001", "ckpt_002", "ckpt_001"]  # type: ignore[union-attr]
+    assert [scrubber.check_next().name for _ in range(4)] == [
+        "ckpt_003",
+        "ckpt_001",
+        "ckpt_002",
+        "ckpt_001",
+    ]  # type: ignore[union-attr]
     assert [name for name, _ in told] == ["ckpt_003"] and "tensor norm.weight" in told[0][1]
-    assert "ckpt_003" not in known
+    assert "ckpt_003" not in verified
 
 
 def test_the_audit_runs_by_itself(tmp_path: Path) -> None:
@@ -232,23 +248,25 @@ def test_the_audit_runs_by_itself(tmp_path: Path) -> None:
     several(directory, ["ckpt_001"])
     (directory / "ckpt_001" / "model" / "x").write_text("stray")
     found = Event()
-    audit = Scrubber(directory, 0.01, Verified(), lambda path, problem: found.set())
-    audit.start()
+    scrubber = Scrubber(directory, 0.01, VerifiedCheckpoints(), lambda path, problem: found.set())
+    scrubber.start()
     assert found.wait(120)
-    audit.close()
-    audit._thread.join(120)  # type: ignore[union-attr]
-    assert not audit._thread.is_alive()  # type: ignore[union-attr]
+    scrubber.close()
+    scrubber._thread.join(120)  # type: ignore[union-attr]
+    assert not scrubber._thread.is_alive()  # type: ignore[union-attr]
 
 
 def test_one_that_cannot_be_marked_keeps_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No room for the marker of the oldest: it stays whole, the next is thinned, and the oldest has its turn later."""
+    """No room for the marker of the oldest: it stays whole, the next is thinned, and the oldest has
+    its turn later.
+    """
     directory = tmp_path / "checkpoints"
     several(directory, [f"ckpt_{n:03d}" for n in range(1, 5)])
-    known = Verified()
+    verified = VerifiedCheckpoints()
     for name in ("ckpt_003", "ckpt_004"):
-        known.add(name)
+        verified.add(name)
 
     def full(path: Path, manifest: dict[str, Any]) -> None:
         if path.name == "ckpt_001":
@@ -257,7 +275,7 @@ def test_one_that_cannot_be_marked_keeps_no_other(
 
     monkeypatch.setattr(module, "mark_thinned", full)
     with pytest.raises(OSError, match="No space left"):
-        Retention(directory, 2, known).retire()
+        Retention(directory, 2, verified).retire()
     assert states_of(directory) == {
         "ckpt_001": True,
         "ckpt_002": False,
@@ -267,7 +285,7 @@ def test_one_that_cannot_be_marked_keeps_no_other(
     assert (directory / "ckpt_001" / "optimizer").exists(), "removed without its marker"
     verify_checkpoint(directory / "ckpt_001")
     monkeypatch.undo()
-    Retention(directory, 2, known).retire()
+    Retention(directory, 2, verified).retire()
     assert states_of(directory) == {
         "ckpt_001": False,
         "ckpt_002": False,
@@ -279,19 +297,21 @@ def test_one_that_cannot_be_marked_keeps_no_other(
 def test_one_that_cannot_be_removed_whole_no_longer_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A file of it stays (a stale handle, say): no error, since it has lost its name; it goes at the next start."""
+    """A file of it stays (a stale handle, say): no error, since it has lost its name; it goes at
+    the next start.
+    """
     directory = tmp_path / "checkpoints"
     several(directory, ["ckpt_001_step_000007", "ckpt_002", "ckpt_003"])
-    known = Verified()
+    verified = VerifiedCheckpoints()
     for name in ("ckpt_002", "ckpt_003"):
-        known.add(name)
+        verified.add(name)
     remove = os.unlink
     monkeypatch.setattr(
         os,
         "unlink",
         lambda name, **given: stale() if name == "manifest.json" else remove(name, **given),
     )
-    Retention(directory, 0, known).retire()
+    Retention(directory, 0, verified).retire()
     assert list(states_of(directory)) == ["ckpt_002", "ckpt_003"]
     monkeypatch.undo()
     assert remove_unfinished(directory) == ["ckpt_001_step_000007.tmp"]
@@ -305,7 +325,9 @@ def stale() -> None:
 def test_an_error_does_not_end_the_audit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
-    """The ledger refuses, the directory cannot be listed for a while, nobody can be told: later rounds come all the same."""
+    """The ledger refuses, the directory cannot be listed for a while, nobody can be told: later
+    rounds come all the same.
+    """
     directory = tmp_path / "checkpoints"
     several(directory, ["ckpt_001", "ckpt_002"])
     for name in ("ckpt_001", "ckpt_002"):
@@ -330,15 +352,15 @@ def test_an_error_does_not_end_the_audit(
         if where == "told":
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(audit_module, "list_checkpoints", listing)
-    audit = Scrubber(directory, 0.01, Verified(), damaged, told)
-    audit.start()
+    monkeypatch.setattr(scrub_module, "list_checkpoints", listing)
+    scrubber = Scrubber(directory, 0.01, VerifiedCheckpoints(), damaged, told)
+    scrubber.start()
     try:
         assert both.wait(120), "the thread is gone"
         while where == "damaged" and len(lines) < 2:
             time.sleep(0.01)
     finally:
-        audit.close()
+        scrubber.close()
     if where == "damaged":
         assert len(lines) == 2 and all(
             "is not in the manifest" in line and "ledger" in line for line in lines
@@ -354,8 +376,11 @@ def test_the_audit_and_one_that_goes_meanwhile(
     directory = tmp_path / "checkpoints"
     several(directory, ["ckpt_001", "ckpt_002"])
     told: list[str] = []
-    audit = Scrubber(
-        directory, 3600.0, Verified(), lambda path, problem: told.append(f"{path.name} {problem}")
+    scrubber = Scrubber(
+        directory,
+        3600.0,
+        VerifiedCheckpoints(),
+        lambda path, problem: told.append(f"{path.name} {problem}"),
     )
 
     def reading(path: Path, threads: int) -> None:
@@ -363,8 +388,8 @@ def test_the_audit_and_one_that_goes_meanwhile(
             shutil.rmtree(path)
         raise FileNotFoundError(2, "No such file or directory")
 
-    monkeypatch.setattr(audit_module, "verify_checkpoint", reading)
-    assert [audit.once(), audit.once(), audit.once()] == [
+    monkeypatch.setattr(scrub_module, "verify_checkpoint", reading)
+    assert [scrubber.check_next(), scrubber.check_next(), scrubber.check_next()] == [
         directory / "ckpt_001",
         directory / "ckpt_002",
         None,

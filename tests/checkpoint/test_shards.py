@@ -1,4 +1,4 @@
-"""Shard files without torch: what is hashed is what was in memory, and no bit of a checkpoint changes unseen."""
+"""Shard files without torch: hashes cover what was in memory, and no changed bit passes."""
 
 import json
 import os
@@ -47,7 +47,7 @@ def block(name: str, offsets: tuple[int, ...], values: np.ndarray) -> Block:
 
 
 def make_checkpoint(path: Path, seed: int = 0) -> dict[str, np.ndarray]:
-    """A checkpoint of two ranks, two tensors cut by rows, by NumPy alone; its optimizer's tensors."""
+    """Write a checkpoint of two ranks by NumPy alone; returns its optimizer's tensors."""
     rng = np.random.default_rng(seed)
     shapes = {"embedding.weight": (5, 4), "norm.weight": (4,)}
     values = {
@@ -132,7 +132,7 @@ def test_damage_between_memory_and_the_file_is_found(
     make_checkpoint(tmp_path / "ckpt_001")
     with pytest.raises(CheckpointError, match=r"00001-model\S+: tensor norm\.weight") as caught:
         verify_checkpoint(tmp_path / "ckpt_001")
-    assert "hash of the manifest" in str(caught.value)
+    assert "its hash in the manifest" in str(caught.value)
 
 
 def places_to_flip(path: Path, rng: random.Random) -> list[tuple[Path, int]]:
@@ -153,8 +153,9 @@ def places_to_flip(path: Path, rng: random.Random) -> list[tuple[Path, int]]:
 
 @pytest.mark.parametrize("thinned", (False, True), ids=("whole", "thinned"))
 def test_400_flipped_bits_are_found_and_named(tmp_path: Path, thinned: bool) -> None:
-    """Model, optimizer, manifest and marker, at random and at least once in every kind of header byte: each is refused,
-    with the file, and the tensor where the byte is one's."""
+    """Model, optimizer, manifest and marker, at random and at least once in every kind of header
+    byte: each is refused, with the file, and the tensor where the byte is one's.
+    """
     path = tmp_path / "ckpt_001"
     make_checkpoint(path)
     if thinned:
@@ -211,7 +212,9 @@ def test_names_outside_the_folders_are_refused(tmp_path: Path, name: str) -> Non
 
 
 def test_links_out_are_refused(tmp_path: Path) -> None:
-    """A link with the right bytes behind it too: who can change what it points at has changed the checkpoint."""
+    """A link with the right bytes behind it too: who can change what it points at has changed the
+    checkpoint.
+    """
     path = tmp_path / "ckpt_001"
     make_checkpoint(path)
     file = next(iter((path / "model").iterdir()))
@@ -222,7 +225,9 @@ def test_links_out_are_refused(tmp_path: Path) -> None:
 
 
 def grown(file: Path) -> None:
-    """More bytes at the end, and the manifest's size with them: the tensors no longer fill the file."""
+    """More bytes at the end, and the manifest's size with them: the tensors no longer fill the
+    file.
+    """
     file.write_bytes(file.read_bytes() + b"more")
     manifest = read_manifest(file.parents[1])
     manifest["files"][f"model/{file.name}"]["bytes"] += 4
@@ -256,13 +261,16 @@ def test_tensors_that_share_bytes_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_tool_makes_the_root_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """--root says the manifest's root, and refuses files that are whole but hold another state than they say."""
+    """--root says the manifest's root, and refuses files that are whole but hold another state than
+    they say.
+    """
     path = tmp_path / "ckpt_001"
     make_checkpoint(path)
     assert verify_tool.main(["--root", str(path)]) == 0
     root = read_manifest(path)["state"]["root"]
     assert f"root {root}" in capsys.readouterr().out
-    # Every file and hash fits, but the moments are another's: what a save with a wrong offset would leave.
+    # Every file and hash fits, but the moments are another's: what a save with a wrong offset would
+    # leave.
     make_checkpoint(tmp_path / "b" / "ckpt_001", seed=1)
     mixed = read_manifest(tmp_path / "b" / "ckpt_001") | {"state": read_manifest(path)["state"]}
     write_manifest(tmp_path / "b" / "ckpt_001", mixed)
@@ -317,7 +325,9 @@ def random_json(rng: random.Random, depth: int) -> Any:
 
 
 def test_how_deep_a_text_is() -> None:
-    """The same as counted by hand, brackets and quotes in strings and all; and refused one beyond the bound only."""
+    """The same as counted by hand, brackets and quotes in strings and all; and refused one beyond
+    the bound only.
+    """
     rng = random.Random(1)
     seen = set()
     for _ in range(500):
@@ -356,7 +366,7 @@ def test_the_depth_costs_no_step_for_each_character() -> None:
 
 
 def test_a_manifest_has_a_line_for_each_key(tmp_path: Path) -> None:
-    """Readable by people and by any reader of JSON, without indenting a million lines of tensors."""
+    """Readable for people and any JSON reader, without indenting a million lines of tensors."""
     make_checkpoint(tmp_path / "ckpt_001")
     manifest = read_manifest(tmp_path / "ckpt_001")
     text = manifest_text(manifest)

@@ -1,4 +1,4 @@
-"""The writer on several ranks: retries, room, lost leases, what comes back damaged, and that saves keep their order."""
+"""Checkpoint writer on several ranks: retries, disk space, lost leases, damage, order of saves."""
 
 import os
 import re
@@ -15,7 +15,7 @@ import torch
 from k2train import fault_injection
 from k2train.checkpoint import disk_space, writer
 from k2train.checkpoint.file_digest import verify_root
-from k2train.checkpoint.host_digest import state_sums
+from k2train.checkpoint.host_digest import host_digest_sums
 from k2train.checkpoint.load import agree_on_checkpoint, load_states
 from k2train.checkpoint.manifest import MANIFEST, list_checkpoints, read_manifest, verify_checkpoint
 from k2train.checkpoint.writer import CheckpointWriter, SaveError, snapshot
@@ -44,9 +44,9 @@ class Told:
             0,
             options.pop("asynchronous", True),
             **{
-                "told": self.lines.append,
-                "verified": lambda path: self.verified.append(path.name),
-                "damaged": lambda path, problem: self.damaged.append(problem),
+                "log": self.lines.append,
+                "on_verified": lambda path: self.verified.append(path.name),
+                "on_damaged": lambda path, problem: self.damaged.append(problem),
                 **options,
             },
         )
@@ -55,7 +55,7 @@ class Told:
     def save(self, name: str, step: int = 2, **facts: Any) -> None:
         engine = self.engine
         state = self.writer.snapshot(
-            engine.gradients.table, engine.optimizer.flat_shards, engine.dtype
+            engine.gradients.shard_layout, engine.optimizer.flat_shards, engine.dtype
         )
         self.writer.save(name, state, {**FACTS, "step": step, **facts}, self._committed)
 
@@ -74,7 +74,9 @@ class Told:
 
 
 def retry_job(launch: Launch, directory: str, fault: str) -> dict[str, Any]:
-    """The disk refuses the last rank once; training goes on, and changes the state, until it is tried again."""
+    """The disk refuses the last rank once; training goes on, and changes the state, until it is
+    tried again.
+    """
     told = Told(launch, directory, retry_seconds=60.0)
     before = {state: line.clone() for state, line in told.engine.optimizer.flat_shards.items()}
     fault_injection.arm(fault, launch.rank)
@@ -84,14 +86,16 @@ def retry_job(launch: Launch, directory: str, fault: str) -> dict[str, Any]:
     path, _ = agree_on_checkpoint([Path(directory) / "ckpt_001"], told.grid)
     assert path is not None
     engine = told.engine
-    load_states(path, engine.gradients.table, engine.optimizer.flat_shards, told.grid, engine.dtype)
+    load_states(
+        path, engine.gradients.shard_layout, engine.optimizer.flat_shards, told.grid, engine.dtype
+    )
     same = all(
         torch.equal(
-            engine.gradients.table.local(line, slot),
-            engine.gradients.table.local(before[state], slot),
+            engine.gradients.shard_layout.local(line, slot),
+            engine.gradients.shard_layout.local(before[state], slot),
         )
         for state, line in engine.optimizer.flat_shards.items()
-        for slot in engine.gradients.table.slots
+        for slot in engine.gradients.shard_layout.slots
     )
     return {"ended": ended, "told": told.lines, "same": same, "verified": told.verified}
 
@@ -106,11 +110,13 @@ def retry_job(launch: Launch, directory: str, fault: str) -> dict[str, Any]:
     ),
 )
 def test_a_save_the_disk_refuses_is_tried_again(pool: GlooPool, tmp_path: Path, fault: str) -> None:
-    """From the same snapshot: what is saved is the state of its step, not of the one at which there was room."""
+    """From the same snapshot: what is saved is the state of its step, not of the one at which there
+    was room.
+    """
     first, second = pool.run(2, retry_job, str(tmp_path), fault)
     assert first["ended"] == second["ended"] == "" and first["same"] and second["same"]
     assert len(first["told"]) == 1 and "ckpt_001 could not be saved" in first["told"][0]
-    assert "tried again every 0.1 s" in first["told"][0] and second["told"] == []
+    assert "retried every 0.1 s" in first["told"][0] and second["told"] == []
     assert first["verified"] == ["ckpt_001"]
     assert not list(tmp_path.glob("*.tmp"))
 
@@ -118,7 +124,9 @@ def test_a_save_the_disk_refuses_is_tried_again(pool: GlooPool, tmp_path: Path, 
 def no_room_job(
     launch: Launch, directory: str, retry_seconds: float, free_after: int | None
 ) -> dict[str, Any]:
-    """Rank 0 sees a full disk; after `free_after` looks there is room (None: never). Rank 1 sees room all the time.
+    """Rank 0 sees a full disk; after `free_after` looks there is room (None: never).
+
+    Rank 1 sees room all the time.
 
     A look takes a tenth of a second by the writer's clock, however long it takes.
     """
@@ -149,12 +157,15 @@ def no_room_job(
 
 
 def test_no_room_for_a_while(pool: GlooPool, tmp_path: Path) -> None:
-    """Training is not held, the line names bytes and place, and the save goes well when there is room."""
+    """Training is not held, the line names bytes and place, and the save goes well when there is
+    room.
+    """
     first, second = pool.run(2, no_room_job, str(tmp_path), 60.0, 3)
     assert first["ended"] == second["ended"] == "" and first["looks"] == 4
     (line,) = first["told"]
     assert re.match(
-        rf"no space for ckpt_002: needs \d+ bytes, 1000 bytes are free in {re.escape(str(tmp_path))}; ",
+        r"no space for ckpt_002: needs [\d.]+ KiB, 1000 B are free in "
+        rf"{re.escape(str(tmp_path))}; ",
         line,
     )
     assert first["held"] == []
@@ -162,7 +173,9 @@ def test_no_room_for_a_while(pool: GlooPool, tmp_path: Path) -> None:
 
 
 def test_no_room_at_all(pool: GlooPool, tmp_path: Path) -> None:
-    """After retry_seconds it is one error on every rank; what is there stays whole and nothing half is left."""
+    """After retry_seconds it is one error on every rank; what is there stays whole and nothing half
+    is left.
+    """
     first, second = pool.run(2, no_room_job, str(tmp_path), 0.5, None)
     assert first["ended"] == second["ended"] and first["ended"].startswith(
         "DiskRefused: no space for ckpt_002: needs "
@@ -185,7 +198,9 @@ def hurry_job(launch: Launch, directory: str) -> dict[str, Any]:
 
 
 def test_a_process_that_must_end_gives_up(pool: GlooPool, tmp_path: Path) -> None:
-    """Rank 0 alone is told to hurry: every rank stops trying, and the next save is committed but not read back."""
+    """Rank 0 alone is told to hurry: every rank stops trying, and the next save is committed but
+    not read back.
+    """
     first, second = pool.run(2, hurry_job, str(tmp_path), timeout_seconds=60)
     assert first["ended"] == second["ended"] and "ckpt_001 could not be saved" in first["ended"]
     assert first["then"] == second["then"] == "" and first["verified"] == []
@@ -198,7 +213,7 @@ def lost_job(launch: Launch, directory: str) -> tuple[str, list[str]]:
         left = [path.name for path in Path(directory).iterdir()]
         raise RunError(f"the lease of the run is another's; {left}")
 
-    told = Told(launch, directory, still_owner=lost, retry_seconds=60.0)
+    told = Told(launch, directory, check_owner=lost, retry_seconds=60.0)
     told.save("ckpt_001", fencing_token=12 + launch.rank)
     return told.end(), [name for name, _ in told.committed]
 
@@ -218,11 +233,13 @@ def test_a_lost_lease_renames_nothing(pool: GlooPool, tmp_path: Path) -> None:
 def damaged_job(
     launch: Launch, directory: str, always: bool, unrecorded: bool = False
 ) -> dict[str, Any]:
-    """What lies on the disk is changed after the commit and before it is read back, once or every time."""
+    """What lies on the disk is changed after the commit and before it is read back, once or every
+    time.
+    """
     told = Told(
         launch,
         directory,
-        **({"damaged": raising(OSError(28, "No space left on device"))} if unrecorded else {}),
+        **({"on_damaged": raising(OSError(28, "No space left on device"))} if unrecorded else {}),
     )
     flips: list[str] = []
 
@@ -235,10 +252,12 @@ def damaged_job(
             flips.append(file.name)
 
     engine = told.engine
-    state = told.writer.snapshot(engine.gradients.table, engine.optimizer.flat_shards, engine.dtype)
+    state = told.writer.snapshot(
+        engine.gradients.shard_layout, engine.optimizer.flat_shards, engine.dtype
+    )
     told.writer.save("ckpt_001", state, FACTS, committed)
     ended = told.end()
-    counted = "ckpt_001" in told.writer.known
+    counted = "ckpt_001" in told.writer.verified
     return {
         "ended": ended,
         "told": told.lines,
@@ -271,8 +290,9 @@ def test_one_that_comes_back_damaged_is_written_again(pool: GlooPool, tmp_path: 
 def test_one_that_stays_damaged_is_an_error_and_not_counted(
     pool: GlooPool, tmp_path: Path, unrecorded: bool
 ) -> None:
-    """On every rank, naming file and tensor: a run whose newest state is not on the disk has not finished. Whether the
-    ledger could take it or not."""
+    """On every rank, naming file and tensor: a run whose newest state is not on the disk has not
+    finished. Whether the ledger could take it or not.
+    """
     first, second = pool.run(2, damaged_job, str(tmp_path), True, unrecorded, timeout_seconds=60)
     assert first["flips"] == 2 and first["verified"] == [] and not first["counted"]
     assert first["ended"] == second["ended"]
@@ -281,7 +301,7 @@ def test_one_that_stays_damaged_is_an_error_and_not_counted(
     if unrecorded:
         assert (
             first["told"][-1]
-            == "ckpt_001 is damaged, which could not be recorded: No space left on device"
+            == "ckpt_001 is damaged, but this could not be recorded: No space left on device"
         )
     else:
         assert len(first["damaged"]) == 1 and "optimizer/shard-00002" in first["damaged"][0]
@@ -290,7 +310,9 @@ def test_one_that_stays_damaged_is_an_error_and_not_counted(
 def callback_job(
     launch: Launch, directory: str, which: str, error: Exception, fault: str
 ) -> dict[str, Any]:
-    """One of rank 0's callbacks raises in a save; a second save shows whether the ranks are still together."""
+    """One of rank 0's callbacks raises in a save; a second save shows whether the ranks are still
+    together.
+    """
     told = Told(launch, directory, retry_seconds=60.0, **{which: raising(error)})
     fault_injection.arm(fault, launch.rank)
     told.save("ckpt_001")
@@ -301,21 +323,23 @@ def callback_job(
 
 
 @pytest.mark.parametrize(
-    ("which", "fault"), (("verified", ""), ("told", "save.model@rank=1:error=ENOSPC"))
+    ("which", "fault"), (("on_verified", ""), ("log", "save.model@rank=1:error=ENOSPC"))
 )
 def test_a_callback_the_disk_refuses_ends_nothing(
     pool: GlooPool, tmp_path: Path, which: str, fault: str
 ) -> None:
-    """The ledger's disk is full: the checkpoint is there and whole, and no rank waits for another."""
+    """The ledger's disk is full: the checkpoint is there and whole, and no rank waits for the
+    other.
+    """
     error = OSError(28, "No space left on device")
     first, second = pool.run(
         2, callback_job, str(tmp_path), which, error, fault, timeout_seconds=60
     )
     assert first["ended"] == second["ended"] == "" and second["told"] == []
-    if which == "verified":
+    if which == "on_verified":
         assert (
             first["told"][0]
-            == "ckpt_001 is whole, which could not be recorded: No space left on device"
+            == "ckpt_001 is whole, but this could not be recorded: No space left on device"
         )
     for name in ("ckpt_001", "ckpt_002"):
         verify_checkpoint(tmp_path / name)
@@ -328,7 +352,7 @@ def test_any_other_error_of_a_callback_is_every_ranks(
     pool: GlooPool, tmp_path: Path, error: Exception
 ) -> None:
     first, second = pool.run(
-        2, callback_job, str(tmp_path), "verified", error, "", timeout_seconds=60
+        2, callback_job, str(tmp_path), "on_verified", error, "", timeout_seconds=60
     )
     assert first["ended"] == second["ended"]
     words = (
@@ -342,7 +366,7 @@ def test_any_other_error_of_a_callback_is_every_ranks(
 def thinning_job(launch: Launch, directory: str, fault: str) -> dict[str, Any]:
     """Four saves; thinning begins with the third, and the fault is in it."""
     told = Told(launch, directory)
-    told.writer._retirement.keep = 2
+    told.writer._retention.keep = 2
     fault_injection.arm(fault, launch.rank)
     found = []
     for number in range(1, 5):
@@ -368,9 +392,7 @@ def test_trouble_while_thinning_is_told_and_tried_again(
     first, second = pool.run(2, thinning_job, str(tmp_path), fault, timeout_seconds=60)
     assert first["ended"] == second["ended"] == "" and second["told"] == []
     (line,) = first["told"]
-    assert (
-        "is saved, but older checkpoints in" in line and "tried again after the next save" in line
-    )
+    assert "is saved, but older checkpoints in" in line and "retried after the next save" in line
     assert first["thinned"][3] == ["ckpt_001", "ckpt_002"], "it was not tried again"
     for path in list_checkpoints(tmp_path):
         verify_checkpoint(path)
@@ -385,7 +407,7 @@ def order_job(launch: Launch, directory: str) -> dict[str, Any]:
         told.engine.optimizer.master.fill_(float(number))
         told.save(f"ckpt_{number:03d}", step=number)
         buffers.append(
-            {state: line.data_ptr() for state, line in told.writer._buffers.kept.items()}
+            {state: line.data_ptr() for state, line in told.writer._buffers.buffers.items()}
         )
     ended = told.end()
     return {
@@ -396,7 +418,7 @@ def order_job(launch: Launch, directory: str) -> dict[str, Any]:
 
 
 def test_a_second_save_never_overtakes_the_first(pool: GlooPool, tmp_path: Path) -> None:
-    """Committed in order, each with the values of its own step, although all share one kept buffer."""
+    """Committed in order, each with the values of its own step, although all share one buffer."""
     first, second = pool.run(2, order_job, str(tmp_path))
     assert first["ended"] == second["ended"] == "" and first["kept"] and second["kept"]
     assert first["committed"] == [("ckpt_001", 1), ("ckpt_002", 2), ("ckpt_003", 3)]
@@ -444,7 +466,9 @@ def small_disk_job(launch: Launch, directory: str) -> dict[str, Any]:
 
 
 def test_a_disk_that_is_really_full(pool: GlooPool, tmp_path: Path) -> None:
-    """On a file system of 200 kB: refused in the middle, what was written is removed, the words are the system's."""
+    """On a file system of 200 kB: refused in the middle, what was written is removed, the words are
+    the system's.
+    """
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(
@@ -463,9 +487,9 @@ def test_a_disk_that_is_really_full(pool: GlooPool, tmp_path: Path) -> None:
 def free_snapshot_job(launch: Launch, directory: str) -> bool:
     told = Told(launch, directory, world=1)
     lines = told.engine.optimizer.flat_shards
-    frozen = snapshot(told.engine.gradients.table, lines, told.engine.dtype)
+    frozen = snapshot(told.engine.gradients.shard_layout, lines, told.engine.dtype)
     lines["master"].add_(1.0)
-    return not torch.equal(frozen.lines["master"], lines["master"])
+    return not torch.equal(frozen.flat_shards["master"], lines["master"])
 
 
 def test_a_snapshot_is_a_copy(pool: GlooPool, tmp_path: Path) -> None:
@@ -481,7 +505,9 @@ def root_job(launch: Launch, directory: str, tensor: int) -> str:
 
 
 def test_the_root_does_not_depend_on_the_layout(pool: GlooPool, tmp_path: Path) -> None:
-    """One process, two tensor-parallel ranks, two data-parallel ranks: the same state, the same root."""
+    """One process, two tensor-parallel ranks, two data-parallel ranks: the same state, the same
+    root.
+    """
     roots = set()
     for number, (world, tensor) in enumerate(((1, 1), (2, 2), (2, 1))):
         (tmp_path / str(number)).mkdir()
@@ -496,11 +522,11 @@ def sums_job(launch: Launch, directory: str) -> bool:
         line.add_(0.01 * len(state))
     names = sorted(shapes_of(tiny_config(model__num_layers=2)))
     digest = StateDigest(
-        engine.gradients.table, names, list(engine.optimizer.flat_shards), told.grid.tp
+        engine.gradients.shard_layout, names, list(engine.optimizer.flat_shards), told.grid.tp
     )
     expected = digest.sums(engine.optimizer.flat_shards)
     return all(
-        torch.equal(state_sums(digest, engine.optimizer.flat_shards, threads=n), expected)
+        torch.equal(host_digest_sums(digest, engine.optimizer.flat_shards, threads=n), expected)
         for n in (1, 4)
     )
 

@@ -30,8 +30,8 @@ SHIPPED = sorted((ROOT / "configs").rglob("stage*.yaml"))
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: "/".join(path.parts[-2:]))
 def test_shipped_configs_load_and_are_complete(path: Path) -> None:
-    """A shipped file that no longer loads, leans on a default, or has a key without its unit or
-    meaning.
+    """Catches a shipped file that no longer loads, leans on a default, or has a key without its
+    unit or meaning.
     """
     origins = [line.split("# ")[1] for line in explain(str(path)).splitlines()]
     assert [origin for origin in origins if origin.startswith("default")] == []
@@ -41,7 +41,7 @@ def test_shipped_configs_load_and_are_complete(path: Path) -> None:
 
 
 def test_all_four_recipes_are_shipped() -> None:
-    """A recipe lost or moved, which would empty the test above."""
+    """Catches a recipe lost or moved, which would empty the test above."""
     names = {"/".join(path.parts[-2:]) for path in SHIPPED}
     assert {
         "demo/stage1.yaml",
@@ -52,8 +52,8 @@ def test_all_four_recipes_are_shipped() -> None:
 
 
 def test_k2_numbers() -> None:
-    """A slip in the recipe's numbers: batch tokens, schedule, and the grid of 480 GPUs with 34
-    micro-batches.
+    """Catches a slip in the recipe's numbers: batch tokens, schedule, and the grid of 480 GPUs with
+    34 micro-batches.
     """
     stages = [load_config(str(ROOT / f"configs/k2_65b/stage{number}.yaml")) for number in (1, 2)]
     assert [stage.batch.global_sequences * stage.data.sequence_length for stage in stages] == [
@@ -70,7 +70,7 @@ def test_k2_numbers() -> None:
 
 
 def test_demo_runs_on_the_grids_of_the_quickstart() -> None:
-    """A demo batch, head count or depth that the quickstart's 4 processes cannot share."""
+    """Catches a demo batch, head count or depth that the quickstart's 4 processes cannot share."""
     for stage in ("stage1", "stage2"):
         path = str(ROOT / f"configs/demo/{stage}.yaml")
         check_world(load_config(path), 1)
@@ -81,8 +81,8 @@ def test_demo_runs_on_the_grids_of_the_quickstart() -> None:
 
 
 def test_defaults_that_follow_other_keys(write: Write) -> None:
-    """A default frozen at one value: key-value heads, sequence parallelism and schedule follow
-    their leader.
+    """Catches a default frozen at one value: key-value heads, sequence parallelism and schedule
+    follow their leader.
     """
     config = load_config(write(MINIMAL))
     assert (config.model.num_kv_heads, config.parallel.sequence, config.parallel.schedule) == (
@@ -107,7 +107,7 @@ def test_defaults_that_follow_other_keys(write: Write) -> None:
 
 
 def test_number_spellings_reach_the_fields(write: Write) -> None:
-    """`1e12` refused for an integer, or `1e-4` left as text."""
+    """Catches `1e12` refused for an integer, or `1e-4` left as text."""
     config = load_config(
         write(MINIMAL), ["run.seed=1e12", "lr.warmup_steps=1_000", "lr.peak='1e-4'"]
     )
@@ -173,7 +173,7 @@ def test_number_spellings_reach_the_fields(write: Write) -> None:
     ],
 )
 def test_bad_value_gets_one_line(write: Write, override: str, message: str) -> None:
-    """A wrong value accepted, coerced in silence, told twice, or told
+    """Catches a wrong value accepted, silently coerced, reported twice, or reported
     without what would be right.
     """
     line = only(write(MINIMAL), override)
@@ -182,7 +182,7 @@ def test_bad_value_gets_one_line(write: Write, override: str, message: str) -> N
 
 
 def test_accepted_special_values(write: Write) -> None:
-    """`null`, numbers and names refused where they mean something."""
+    """Catches `null`, numbers and names refused where they mean something."""
     path = write(MINIMAL)
     overrides = [
         "optimizer.clip_norm=null",
@@ -198,7 +198,7 @@ def test_accepted_special_values(write: Write) -> None:
 
 
 def test_the_last_override_wins_and_replaces_a_bad_file_value(write: Write) -> None:
-    """An override that loses to an earlier one, or a replaced value that
+    """Catches an override that loses to an earlier one, or a replaced value that
     is still complained about.
     """
     path = write(MINIMAL.replace("num_heads: 4", "num_heads: four"))
@@ -207,8 +207,8 @@ def test_the_last_override_wins_and_replaces_a_bad_file_value(write: Write) -> N
 
 
 def test_an_override_takes_the_place_of_file_lines(write: Write) -> None:
-    """A mistake of an override blamed on the file, or kept quiet because the file's own value was
-    broken.
+    """Catches a mistake of an override blamed on the file, or kept quiet because the file's own
+    value was broken.
     """
     path = write(MINIMAL + "optimizer:\n  betas: [0.9, 0.95]\n  eps: *x\n")
     assert mistakes(path, "optimizer.betas=[0.9]", "optimizer.eps=-1") == [
@@ -246,8 +246,8 @@ optimizer:
 
 
 def test_every_planted_mistake_is_told_in_one_go(write: Write) -> None:
-    """A reader that stops at the first mistake, loses lines, skips rules when a field is bad, or
-    tells echoes.
+    """Catches a reader that stops at the first mistake, loses lines, skips rules when a field is
+    bad, or reports consequences of other mistakes.
     """
     lines = mistakes(write(PLANTED))
     places = [re.match(r"c\.yaml:(\d+): ([\w.]+)", line) for line in lines]
@@ -267,7 +267,7 @@ def test_every_planted_mistake_is_told_in_one_go(write: Write) -> None:
 
 
 def test_mistakes_of_overrides_come_along(write: Write) -> None:
-    """Overrides checked only once the file is clean."""
+    """Catches overrides checked only once the file is clean."""
     lines = mistakes(
         write(MINIMAL.replace("seed: 1", "sed: 1")), "parallel.tensr=2", "parallel.pipeline=3"
     )
@@ -284,7 +284,7 @@ def test_mistakes_of_overrides_come_along(write: Write) -> None:
 
 
 def test_missing_keys_and_sections(write: Write) -> None:
-    """A required key or section that silently gets a value."""
+    """Catches a required key or section that silently gets a value."""
     assert (
         only(write(MINIMAL.replace("  seed: 1\n", "")))
         == "c.yaml:1: run.seed: missing; it has no default"
@@ -299,7 +299,7 @@ def test_missing_keys_and_sections(write: Write) -> None:
 
 
 def test_explain_says_where_each_value_comes_from(write: Write) -> None:
-    """A value told with the wrong origin, or a key left out."""
+    """Catches a value shown with the wrong origin, or a key left out."""
     path = write(MINIMAL)
     text = explain(path, ["parallel.tensor=2", "optimizer.betas=[0.9, 0.99]"])
     lines = [" ".join(line.split()) for line in text.split("\n")]
@@ -314,14 +314,14 @@ def test_explain_says_where_each_value_comes_from(write: Write) -> None:
 
 
 def test_explain_refuses_what_load_refuses(write: Write) -> None:
-    """An explanation of a config that would not start."""
+    """Catches an explanation of a config that would not start."""
     with pytest.raises(ConfigError, match=r"nearest parallel\.tensor: 2, 4"):
         explain(write(MINIMAL), ["parallel.tensor=3"])
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: "/".join(path.parts[-2:]))
 def test_to_yaml_reads_back_equal(write: Write, path: Path) -> None:
-    """A stored config that is not the one that ran; the same for readers of YAML 1.1."""
+    """Catches a stored config that is not the one that ran; the same for readers of YAML 1.1."""
     config = load_config(str(path), ["data.order=[chunk_000, 3]", "run.init_from='no'"])
     written = write(to_yaml(config))
     assert load_config(written) == config
@@ -330,8 +330,8 @@ def test_to_yaml_reads_back_equal(write: Write, path: Path) -> None:
 
 
 def test_config_differences() -> None:
-    """A changed, added or removed key that is not told, or equal configs told apart by list and
-    tuple.
+    """Catches a changed, added or removed key that is not reported, or equal configs that differ by
+    list and tuple.
     """
     a = {
         "batch": {"global_sequences": 32, "micro_sequences": 4},
@@ -357,7 +357,7 @@ def test_config_differences() -> None:
 
 
 def test_loading_is_quick_and_needs_no_torch() -> None:
-    """An import that makes a mistyped key wait for torch."""
+    """Catches an import that makes a mistyped key wait for torch."""
     # Processor time, start of the interpreter included: a wall clock would fail on a busy machine.
     code = (
         "import sys, time\n"

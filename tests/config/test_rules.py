@@ -191,8 +191,8 @@ RULES = [
     ("overrides", "message"), RULES, ids=[rule[1].partition(" ")[0] for rule in RULES]
 )
 def test_rules_between_keys(write: Write, overrides: list[str], message: str) -> None:
-    """A rule that is not checked, or one told without its numbers, its knobs and the nearest values
-    that pass.
+    """Catches a rule that is not checked, or one reported without its numbers, its keys and the
+    nearest values that pass.
     """
     assert re.sub(r"^override '[^']*': ", "", only(write(MINIMAL), *overrides)) == message
 
@@ -203,14 +203,14 @@ def test_rules_between_keys(write: Write, overrides: list[str], message: str) ->
 def test_a_suggested_value_cures_the_mistake(
     write: Write, overrides: list[str], message: str
 ) -> None:
-    """A suggestion that leads straight to the next error."""
+    """Catches a suggestion that leads straight to the next error."""
     for key, numbers in re.findall(r"nearest ([a-z_.]+): ([\d., ]+?)(?:;|$)", message):
         for number in numbers.split(", "):
             load_config(write(MINIMAL), [*overrides, f"{key}={number}"])
 
 
 def test_suggestions_pass_the_other_rules_of_the_same_knob(write: Write) -> None:
-    """A tensor degree that heads allow and the sequence does not.
+    """Catches a tensor degree that heads allow and the sequence does not.
 
     A pipeline degree that interleaving cannot use.
     """
@@ -228,8 +228,8 @@ def test_suggestions_pass_the_other_rules_of_the_same_knob(write: Write) -> None
 
 
 def test_a_v_brings_its_two_stages_a_rank(write: Write) -> None:
-    """A schedule that cannot be chosen by its own name, and a second complaint that follows from
-    the first.
+    """Catches a schedule that cannot be chosen by its own name, and a second complaint that follows
+    from the first.
     """
     assert (
         load_config(
@@ -249,7 +249,7 @@ def test_layers_dealt_by_hand_need_not_divide(write: Write) -> None:
 
 
 def test_rules_hold_for_configs_made_in_python() -> None:
-    """A config built without a file that escapes the rules."""
+    """Catches a config built without a file that escapes the rules."""
     tree = yaml.safe_load(MINIMAL)
     tree["model"]["num_heads"] = 3
     with pytest.raises(
@@ -259,7 +259,7 @@ def test_rules_hold_for_configs_made_in_python() -> None:
 
 
 def test_config_is_frozen(write: Write) -> None:
-    """A config changed under a running trainer, away from what the record says."""
+    """Catches a config changed under a running trainer, away from what the record says."""
     config = load_config(write(MINIMAL))
     with pytest.raises(ValueError, match="frozen"):
         config.model.num_layers = 2
@@ -275,7 +275,7 @@ def world_message(config: Config, world_size: int) -> str:
 
 
 def test_world_that_the_grid_does_not_divide(write: Write) -> None:
-    """Processes left over, or a data-parallel size of zero."""
+    """Catches processes left over, or a data-parallel size of zero."""
     config = load_config(write(MINIMAL), ["parallel.tensor=2", "parallel.pipeline=2"])
     assert [data_parallel_size(config, world_size) for world_size in (4, 8)] == [1, 2]
     expected = (
@@ -289,7 +289,7 @@ def test_world_that_the_grid_does_not_divide(write: Write) -> None:
 
 
 def test_batch_that_the_world_does_not_divide(write: Write) -> None:
-    """A step with ranks of unequal work, or a refusal without the batches that would do."""
+    """Catches a step with ranks of unequal work, or a refusal without the batches that would do."""
     config = load_config(write(MINIMAL))
     assert num_microbatches(config, 2) == 4
     assert world_message(config, 3) == (
@@ -303,7 +303,7 @@ def test_batch_that_the_world_does_not_divide(write: Write) -> None:
 
 
 def test_interleaved_micro_batches_come_in_groups(write: Write) -> None:
-    """An interleaved program that cannot be laid out, found only when it is built."""
+    """Catches an interleaved program that cannot be laid out, found only when it is built."""
     overrides = ["parallel.pipeline=4", "parallel.stages_per_rank=2", "batch.global_sequences=24"]
     config = load_config(write(MINIMAL), overrides)
     assert world_message(config, 4) == (
@@ -317,8 +317,8 @@ def test_interleaved_micro_batches_come_in_groups(write: Write) -> None:
 
 
 def test_nearest_is_one_below_and_one_above() -> None:
-    """A suggestion that is the refused value itself, is below the minimum, or costs an endless
-    search.
+    """Catches a suggestion that is the refused value itself, is below the minimum, or costs an
+    endless search.
     """
     assert nearest(6, lambda number: 64 % number == 0) == [4, 8]
     assert nearest(1, lambda number: True) == [2]

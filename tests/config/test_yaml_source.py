@@ -66,7 +66,7 @@ def test_scalars_follow_yaml_1_2(text: str, value: Any) -> None:
     ],
 )
 def test_files_that_are_no_config(tmp_path: Path, content: bytes, message: str) -> None:
-    """A traceback, a recursion error or an endless read instead of one line."""
+    """Catches a traceback, a recursion error or an endless read instead of one line."""
     path = tmp_path / "c.yaml"
     path.write_bytes(content)
     assert re.match(message, only(str(path)))
@@ -74,7 +74,7 @@ def test_files_that_are_no_config(tmp_path: Path, content: bytes, message: str) 
 
 
 def test_a_byte_order_mark_is_no_key(tmp_path: Path) -> None:
-    """A file saved by an editor that puts U+FEFF first, whose first key then is unknown."""
+    """Catches a file saved by an editor that puts U+FEFF first, whose first key then is unknown."""
     path = tmp_path / "c.yaml"
     path.write_bytes(b"\xef\xbb\xbfrun: 1\r\n")
     assert read_source(str(path)).tree == {"run": 1}
@@ -128,7 +128,7 @@ SCALARS = st.one_of(
 @settings(max_examples=150, deadline=None)
 @given(st.one_of(SCALARS, st.lists(SCALARS, max_size=4)))
 def test_any_value_written_reads_back(tmp_path_factory: pytest.TempPathFactory, value: Any) -> None:
-    """Text that turns into a number, a boolean or a comment on its way through a file."""
+    """Catches text that turns into a number, a boolean or a comment on its way through a file."""
     path = tmp_path_factory.getbasetemp() / "value.yaml"
     path.write_text(f"key: {format_value(value)}\n", encoding="utf-8")
     back = read_source(str(path)).tree["key"]

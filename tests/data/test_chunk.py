@@ -1,4 +1,4 @@
-"""The chunk format: each test names the damage, or the mistake of ours, that it would catch."""
+"""Chunk files: damage is detected and named, and writing follows the format."""
 
 import hashlib
 import json
@@ -97,7 +97,9 @@ def test_manifest_hash_names_the_data(manifest: Manifest) -> None:
 
 
 def test_write_refuses_bad_id_and_leaves_nothing(tmp_path: Path) -> None:
-    """Catches a preparation with another tokenizer, and a half-written file under the final name."""
+    """Catches a preparation with another tokenizer, and a half-written file under the final
+    name.
+    """
     blocks = [np.zeros((2, 4), np.uint32), np.full((1, 4), 7, np.uint32)]
     with pytest.raises(
         DataError, match=r"chunk_000: row 2, position 0: id 7 is not below vocab_size 7"
@@ -130,12 +132,12 @@ BROKEN: list[tuple[str, Callable[[dict[str, Any]], object], str]] = [
         lambda c: c["chunks"][1].update(file="chunk_000.npy"),
         "file 'chunk_000.npy' appears twice",
     ),
-    ("absolute", lambda c: c["chunks"][0].update(file="/etc/passwd"), "'/etc/passwd' lies outside"),
-    ("upwards", lambda c: c["chunks"][0].update(file="../chunk_000.npy"), "lies outside"),
+    ("absolute", lambda c: c["chunks"][0].update(file="/etc/passwd"), "'/etc/passwd' is outside"),
+    ("upwards", lambda c: c["chunks"][0].update(file="../chunk_000.npy"), "is outside"),
     (
         "held out outside",
         lambda c: c["held_out"].update(file="../x.npy"),
-        "held_out: file '../x.npy' lies outside",
+        "held_out: file '../x.npy' is outside",
     ),
     ("wrong dtype", lambda c: c.update(dtype="uint32"), "vocab_size 500 needs 'uint16'"),
     ("wrong tokens", lambda c: c["chunks"][0].update(tokens=1), "10 rows of 16 are 160"),
@@ -161,7 +163,7 @@ def test_symlink_out_of_the_folder_is_refused(manifest: Manifest, tmp_path: Path
     file = manifest.folder / "chunk_001.npy"
     file.rename(tmp_path / "elsewhere.npy")
     file.symlink_to(tmp_path / "elsewhere.npy")
-    with pytest.raises(DataError, match=r"chunk_001: file 'chunk_001.npy' lies outside"):
+    with pytest.raises(DataError, match=r"chunk_001: file 'chunk_001.npy' is outside"):
         read_manifest(manifest.path)
 
 
@@ -190,7 +192,7 @@ def test_cheap_checks_name_chunk_and_numbers(manifest: Manifest) -> None:
     with pytest.raises(DataError, match="too long"):
         check_files(manifest)
     file.write_bytes(whole[:20])
-    with pytest.raises(DataError, match=r"chunk_001.*no NumPy header"):
+    with pytest.raises(DataError, match=r"chunk_001.*not a NumPy file"):
         check_files(manifest)
     for array in (np.zeros((ROWS, LENGTH), ">u2"), np.zeros((LENGTH, ROWS), "<u2")):
         np.save(file, array)
@@ -232,7 +234,9 @@ def test_verify_names_the_bad_id(manifest: Manifest, monkeypatch: pytest.MonkeyP
 
 
 def test_stopped_verification_gives_no_verdict(manifest: Manifest) -> None:
-    """Catches a shutdown that waits for gigabytes to be hashed, or reports a half-read chunk as damaged."""
+    """Catches a shutdown that waits for gigabytes to be hashed, or reports a half-read chunk as
+    damaged.
+    """
     wrong = ChunkInfo(**{**vars(manifest.chunks[0]), "sha256": "0" * 64})
     verify_chunk(manifest, wrong, stopped=lambda: True)
     with pytest.raises(DataError, match="sha256"):

@@ -1,4 +1,6 @@
-"""Document borders on disk: what is written is what is read, and no damaged file gives documents."""
+"""Document boundary files: reading returns what was written, and damaged files give no
+documents.
+"""
 
 import hashlib
 import json
@@ -63,7 +65,9 @@ def chunks(draw: st.DrawFn) -> tuple[int, list[int], range]:
 
 @given(chunks())
 def test_documents_of_any_rows_equal_the_definition(case: tuple[int, list[int], range]) -> None:
-    """Catches an index that starts at 1, runs on into the next row, is late by a token, or reads other rows' borders."""
+    """Catches an index that starts at 1, runs on into the next row, is late by a token, or reads
+    other rows' borders.
+    """
     length, positions, rows = case
     documents = documents_of(np.array(positions, dtype=np.uint64), rows, length)
     assert documents.dtype == np.int32 and documents.shape == (len(rows), length)
@@ -71,7 +75,9 @@ def test_documents_of_any_rows_equal_the_definition(case: tuple[int, list[int], 
 
 
 def test_plain_numpy_reads_what_was_written(tmp_path: Path) -> None:
-    """Catches another type or byte order, a hash of something else, and an empty file that cannot be mapped."""
+    """Catches another type or byte order, a hash of something else, and an empty file that cannot
+    be mapped.
+    """
     for name, positions in (("some", [1, 5, 7, 2**40]), ("none", [])):
         path = tmp_path / f"{name}.npy"
         digest = write_borders(path, np.array(positions, dtype=np.int64))
@@ -81,7 +87,7 @@ def test_plain_numpy_reads_what_was_written(tmp_path: Path) -> None:
         assert np.array_equal(open_borders(path, "c"), plain)
         assert check_borders(path, "c")[1] == len(positions)
     assert [path.name for path in tmp_path.iterdir() if path.suffix == ".tmp"] == []
-    with pytest.raises(AssertionError, match="do not ascend"):
+    with pytest.raises(AssertionError, match="are not ascending"):
         write_borders(tmp_path / "bad.npy", [3, 3])
 
 
@@ -90,19 +96,23 @@ BAD_VALUES = [
     ([3, 9, 8], "border 2 is position 8 (row 1, token 2), not above the one before it, 9"),
     (
         [3, 12],
-        "border 1 is position 12 (row 2, token 0): a row's beginning is a border without being listed",
+        "border 1 is position 12 (row 2, token 0): a row's beginning is a border without being "
+        "listed",
     ),
     ([3, 49], "border 1 is position 49 (row 8, token 1), outside rows 0 to 7 of 6 tokens"),
     (
         [2**64 - 1],
-        "border 0 is position 18446744073709551615 (row 3074457345618258602, token 3), outside rows 0 to 7",
+        "border 0 is position 18446744073709551615 (row 3074457345618258602, token 3), outside "
+        "rows 0 to 7",
     ),
 ]
 
 
 @pytest.mark.parametrize(("values", "words"), BAD_VALUES)
 def test_verify_names_the_bad_border(tmp_path: Path, values: list[int], words: str) -> None:
-    """Catches places that are no border of the chunk, told with their number, and the comparison lost between blocks."""
+    """Catches places that are no border of the chunk, told with their number, and the comparison
+    lost between blocks.
+    """
     path = tmp_path / "c.npy"
     np.save(path, np.array(values, dtype=np.uint64))
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -132,7 +142,9 @@ def test_a_step_refuses_the_bad_border_of_its_rows(values: list[int]) -> None:
 
 
 def test_reading_some_rows_reads_only_their_borders(tmp_path: Path) -> None:
-    """Catches a search that turns the whole mapped file into another type, which is what NumPy does with a Python int."""
+    """Catches a search that turns the whole mapped file into another type, which is what NumPy does
+    with a Python int.
+    """
     path = tmp_path / "c.npy"
     write_borders(path, np.arange(1, 4_000_000, 2, dtype=np.uint64))
     mapped = open_borders(path, "c")
@@ -165,7 +177,9 @@ def make(
 
 
 def test_the_manifest_keeps_the_borders(tmp_path: Path) -> None:
-    """Catches a field that is written and not read, and a folder without borders that now has the key."""
+    """Catches a field that is written and not read, and a folder without borders that now has the
+    key.
+    """
     manifest, _ = make(tmp_path, ("chunk_001",))
     again = read_manifest(tmp_path)
     assert again == manifest
@@ -181,12 +195,12 @@ BROKEN: list[tuple[str, Callable[[dict[str, Any]], object], str]] = [
     (
         "upwards",
         lambda c: c["chunks"][0].update(borders="../b.npy"),
-        "chunk_000: file '../b.npy' lies outside",
+        "chunk_000: file '../b.npy' is outside",
     ),
     (
         "absolute",
         lambda c: c["held_out"].update(borders="/b.npy"),
-        "held_out: file '/b.npy' lies outside",
+        "held_out: file '/b.npy' is outside",
     ),
     (
         "shared",
@@ -212,7 +226,9 @@ BROKEN: list[tuple[str, Callable[[dict[str, Any]], object], str]] = [
 def test_a_manifest_is_not_believed(
     tmp_path: Path, change: Callable[..., object], words: str
 ) -> None:
-    """Catches a borders file read, or later deleted, outside the folder, or read without its hash."""
+    """Catches a borders file read, or later deleted, outside the folder, or read without its
+    hash.
+    """
     manifest, _ = make(tmp_path)
     content = json.loads(manifest.path.read_text())
     change(content)
@@ -222,7 +238,9 @@ def test_a_manifest_is_not_believed(
 
 
 def test_cheap_checks_see_the_borders_file(tmp_path: Path) -> None:
-    """Catches a truncated, lengthened, missing or foreign file found at its first step and not at the start."""
+    """Catches a truncated, lengthened, missing or foreign file found at its first step and not at
+    the start.
+    """
     manifest, _ = make(tmp_path)
     file = tmp_path / "chunk_001.borders.npy"
     whole = file.read_bytes()
@@ -230,7 +248,7 @@ def test_cheap_checks_see_the_borders_file(tmp_path: Path) -> None:
     for content, words in (
         (whole[:-3], f"truncated: {len(whole) - 3} bytes, must be {len(whole)}"),
         (whole + b"x", "too long"),
-        (b"short", "no NumPy header"),
+        (b"short", "not a NumPy file"),
     ):
         file.write_bytes(content)
         with pytest.raises(DataError, match=rf"chunk_001 .*borders\.npy\): {words}"):
@@ -246,7 +264,10 @@ def test_cheap_checks_see_the_borders_file(tmp_path: Path) -> None:
 
 
 def test_verifying_a_chunk_verifies_its_borders(tmp_path: Path) -> None:
-    """Catches one border moved by one token, which no header shows; a stopped check gives no verdict."""
+    """Catches one border moved by one token, which no header shows.
+
+    A stopped check gives no verdict.
+    """
     manifest, positions = make(tmp_path)
     for info in manifest.all_chunks():
         verify_chunk(manifest, info)
@@ -263,7 +284,10 @@ def test_verifying_a_chunk_verifies_its_borders(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("data", "micro"), [(1, 2), (2, 1), (2, 2)])
 def test_the_loader_gives_documents_beside_tokens(tmp_path: Path, data: int, micro: int) -> None:
-    """Catches documents of another rank, step or chunk than the tokens they stand beside; held-out batches too."""
+    """Catches documents of another rank, step or chunk than the tokens they stand beside.
+
+    Held-out batches too.
+    """
     manifest, positions = make(tmp_path)
     order = make_order(manifest, [1, 0], 4)
     loaders = [
@@ -289,9 +313,15 @@ def test_the_loader_gives_documents_beside_tokens(tmp_path: Path, data: int, mic
 
 
 def test_data_without_borders_is_refused_at_once(tmp_path: Path) -> None:
-    """Catches a run that attends where it was told not to, or finds out in the middle; the line says what to do."""
+    """Catches a run that attends where it was told not to, or finds out in the middle.
+
+    The line says what to do.
+    """
     manifest, _ = make(tmp_path, ("chunk_000",))
-    words = r"these have no document borders: chunk_001, held_out; set document_borders: true in the recipe"
+    words = (
+        r"have no document borders: chunk_001, held_out; set document_borders: true in the "
+        r"recipe"
+    )
     with pytest.raises(DataError, match=words):
         Loader(manifest, make_order(manifest, None, 4), 0, 1, 4, VOCAB, documents=True)
     with pytest.raises(DataError, match="held_out"):

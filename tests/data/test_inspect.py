@@ -1,4 +1,4 @@
-"""The account of a data folder: facts and tables against numbers that are set here."""
+"""Token account of a data folder: facts and tables against numbers that are set here."""
 
 import json
 from pathlib import Path
@@ -50,7 +50,9 @@ def cells(lines: list[str], title: str) -> dict[str, str]:
 
 
 def test_documents_by_what_became_of_them(tmp_path: Path) -> None:
-    """Catches a document that is nowhere in the table, a column of nothing but zeros, and one column told as another."""
+    """Catches a document that is nowhere in the table, a column of nothing but zeros, and one
+    column told as another.
+    """
     counts = {key: 10 + i for i, key in enumerate(DOCUMENTS.values())}
     lines = render(account_facts(corpus_with(tmp_path / "a", account_of(**counts))), View())
     assert cells(lines, "documents") == {
@@ -77,7 +79,9 @@ def test_documents_by_what_became_of_them(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_an_account(tmp_path: Path) -> None:
-    """Catches a table of nothing, words that explain a column which is not there, and an account that is required."""
+    """Catches a table of nothing, words that explain a column which is not there, and an account
+    that is required.
+    """
     lines = render(account_facts(corpus_with(tmp_path / "a", None)), View())
     assert "documents" not in lines
     assert cells(lines, "tokens")["made"] == f"{MADE:,}"
@@ -92,7 +96,9 @@ def test_a_folder_without_an_account(tmp_path: Path) -> None:
 
 
 def test_words_are_explained_where_they_stand(tmp_path: Path) -> None:
-    """Catches a heading with a sense of its own that nobody explains, and an explanation far from it."""
+    """Catches a heading with a sense of its own that nobody explains, and an explanation far from
+    it.
+    """
     lines = render(
         account_facts(corpus_with(tmp_path / "a", account_of(rejected_documents=1))), View()
     )
@@ -148,7 +154,9 @@ def test_words_are_explained_where_they_stand(tmp_path: Path) -> None:
 def test_what_a_limit_leaves_is_noted(
     tmp_path: Path, asked: int, recipe: dict[str, int], notes: list[str]
 ) -> None:
-    """Catches a corpus of which a quarter is used without a word, and a word about nothing but the tail."""
+    """Catches a corpus of which a quarter is used without a word, and a word about nothing but the
+    tail.
+    """
     manifest = corpus_with(
         tmp_path / "a", account_of(asked_tokens=asked), chunks=2, sequence_length=SEQUENCE
     )

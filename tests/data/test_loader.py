@@ -1,4 +1,4 @@
-"""Batches as ranks see them, against the chunk files read plainly."""
+"""Data loader: batches of each rank against chunk files read plainly."""
 
 import json
 import threading
@@ -42,7 +42,9 @@ def rows_of(manifest: Manifest, name: str, rows: range) -> torch.Tensor:
 def test_ranks_together_read_the_step(
     manifest: Manifest, order: ChunkOrder, data: int, micro: int
 ) -> None:
-    """Catches a rank reading another's rows, micro-batches out of order, and a prefetched step handed out wrongly."""
+    """Catches a rank reading another's rows, micro-batches out of order, and a prefetched step
+    handed out wrongly.
+    """
     loaders = [Loader(manifest, order, dp, data, micro, VOCAB, verify=True) for dp in range(data)]
     for step in range(1, order.total_steps + 1):
         batches = [loader.step(step).tokens for loader in loaders]
@@ -58,7 +60,9 @@ def test_ranks_together_read_the_step(
 
 
 def test_any_step_may_be_asked_next(manifest: Manifest, order: ChunkOrder) -> None:
-    """Catches a prefetch that answers with what it has instead of what was asked, as after a rollback."""
+    """Catches a prefetch that answers with what it has instead of what was asked, as after a
+    rollback.
+    """
     with Loader(manifest, order, 0, 1, BATCH, VOCAB) as loader:
         for step in (3, 1, 1, 4, 2, 3):
             expected = rows_of(manifest, order.position(step).name, order.rows_of(step))
@@ -67,7 +71,9 @@ def test_any_step_may_be_asked_next(manifest: Manifest, order: ChunkOrder) -> No
 
 
 def test_batches_are_copies(manifest: Manifest, order: ChunkOrder) -> None:
-    """Catches a batch that is a view of the file: writing to it must not change what is read again."""
+    """Catches a batch that is a view of the file: writing to it must not change what is read
+    again.
+    """
     with Loader(manifest, order, 0, 1, BATCH, VOCAB) as loader:
         first = loader.step(1).tokens[0]
         kept = first.clone()
@@ -113,7 +119,9 @@ def test_bad_id_is_raised_where_it_is_used(manifest: Manifest, order: ChunkOrder
 
 
 def test_verify_stops_before_the_first_row(manifest: Manifest, order: ChunkOrder) -> None:
-    """Catches rows of a damaged chunk handed out before it was hashed, and a mistake lost in the thread."""
+    """Catches rows of a damaged chunk handed out before it was hashed, and a mistake lost in the
+    thread.
+    """
     corrupt(manifest, "chunk_001", 1)
     corrupt(manifest, "held_out", 1)
     with Loader(manifest, order, 0, 1, BATCH, VOCAB, verify=True) as loader:

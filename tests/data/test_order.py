@@ -1,4 +1,4 @@
-"""The order of the data: arithmetic that must not know of ranks, micro-batches or restarts."""
+"""Data order: arithmetic that is independent of ranks, micro-batches and restarts."""
 
 from pathlib import Path
 
@@ -27,7 +27,9 @@ orders = st.integers(1, 12).flatmap(
 
 @given(orders)
 def test_every_row_once_in_order_and_never_across_chunks(order: ChunkOrder) -> None:
-    """Catches off-by-one steps, repeated or skipped rows, steps that mix chunks, and lost drop counts."""
+    """Catches off-by-one steps, repeated or skipped rows, steps that mix chunks, and lost drop
+    counts.
+    """
     seen: dict[str, list[int]] = {name: [] for name in order.names}
     names = []
     for step in range(1, order.total_steps + 1):
@@ -56,7 +58,9 @@ def test_chunk_ends_are_the_numbered_checkpoints(order: ChunkOrder) -> None:
 def test_the_step_does_not_know_the_layout(
     micro: int, data: int, num_microbatches: int, step: int
 ) -> None:
-    """Catches rows that depend on dp or the micro-batch: joined over ranks they are the step's rows, in order."""
+    """Catches rows that depend on dp or the micro-batch: joined over ranks they are the step's
+    rows, in order.
+    """
     size = micro * data * num_microbatches
     rows = range(step * size, (step + 1) * size)
     parts = [rank_rows(rows, dp, data, micro) for dp in range(data)]

@@ -1,4 +1,6 @@
-"""Text to ids and back, for models trained here and for models trained as LLaMA's was."""
+"""Tokenizer: exact encoding and decoding, for models trained here and models trained like
+LLaMA's.
+"""
 
 import gzip
 import hashlib
@@ -87,7 +89,9 @@ def corpus_text(seed: int, words: int) -> str:
 
 
 def trained_elsewhere(**options: Any) -> bytes:
-    """A model with sentencepiece's own habits: a space before the text, spaces merged, characters replaced."""
+    """A model with sentencepiece's own habits: a space before the text, spaces merged, characters
+    replaced.
+    """
     model = io.BytesIO()
     lines = [line for i in range(20) for line in corpus_text(i, 200).split("\n") if line.strip()]
     keys = {
@@ -116,7 +120,8 @@ def published() -> Tokenizer:
 @pytest.fixture(scope="module", params=["own", "published", "llama"])
 def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
     if request.param == "llama":
-        # What its trainer was told of text: nothing replaced, nothing merged, but a space put before.
+        # What its trainer was told of text: nothing replaced, nothing merged, but a space put
+        # before.
         told = {
             "normalization_rule_name": "identity",
             "remove_extra_whitespaces": False,
@@ -149,7 +154,9 @@ def test_quoted_specials_stay_text(
 
 
 def test_other_models_are_made_to_leave_text_alone(published: Tokenizer) -> None:
-    """Catches the model's own normalizer at work: its leading space, its merged spaces, its other characters."""
+    """Catches the model's own normalizer at work: its leading space, its merged spaces, its other
+    characters.
+    """
     as_trained = sentencepiece.SentencePieceProcessor(model_proto=published.model)
     assert as_trained.decode(as_trained.encode("  a  \ufb01 ")) == "a fi"
     assert published.decode(published.encode("  a  \ufb01 ")) == "  a  \ufb01 "
@@ -158,7 +165,9 @@ def test_other_models_are_made_to_leave_text_alone(published: Tokenizer) -> None
 
 
 def test_arrays_are_the_lists(tokenizer: Tokenizer) -> None:
-    """Catches ids that slip to the neighbour where a text holds the space mark, and results that depend on threads."""
+    """Catches ids that slip to the neighbour where a text holds the space mark, and results that
+    depend on threads.
+    """
     texts = ["a\u2581b", "", "\u2581", " the value", "\u2581\u2581x", "plain", "def \u2581 the"]
     alone = [tokenizer.encode(text) for text in texts]
     for threads in (1, 3):
@@ -178,7 +187,9 @@ def test_arrays_are_the_lists(tokenizer: Tokenizer) -> None:
 )
 @settings(deadline=None, max_examples=200)
 def test_segments_do_not_show(tokenizer: Tokenizer, text: str, length: int) -> None:
-    """Catches a cut that a piece of the model would have reached across, and a segment lost, doubled or moved."""
+    """Catches a cut that a piece of the model would have reached across, and a segment lost,
+    doubled or moved.
+    """
     whole = tokenizer.encode(text)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "SEGMENT_CHARACTERS", length)
@@ -186,7 +197,9 @@ def test_segments_do_not_show(tokenizer: Tokenizer, text: str, length: int) -> N
 
 
 def test_long_texts_are_cut(own: Tokenizer) -> None:
-    """Catches segments that are the whole text, and cuts in models whose pieces would reach across them."""
+    """Catches segments that are the whole text, and cuts in models whose pieces would reach across
+    them.
+    """
     lines = [len(part or b"") for part in own._segments(corpus_text(1, 2000))]
     assert len(lines) > 5 and max(lines) <= SEGMENT_CHARACTERS
     words = [len(part or b"") for part in own._segments("the value " * 500)]
@@ -201,7 +214,9 @@ def test_long_texts_are_cut(own: Tokenizer) -> None:
 @given(TEXTS, st.lists(st.integers(0, 60), max_size=4))
 @settings(deadline=None)
 def test_slices_decode(tokenizer: Tokenizer, text: str, cuts: list[int]) -> None:
-    """Catches a row that begins with a space and loses it, and one that begins inside a character and raises."""
+    """Catches a row that begins with a space and loses it, and one that begins inside a character
+    and raises.
+    """
     ids = tokenizer.encode_arrays([text])[0]
     borders = sorted({0, len(ids), *(min(cut, len(ids)) for cut in cuts)})
     slices = [ids[a:b] for a, b in pairwise(borders)]
@@ -251,7 +266,9 @@ def test_specials_are_ids_after_the_pieces(own: Tokenizer) -> None:
 
 
 def test_identity(own: Tokenizer, published: Tokenizer) -> None:
-    """Catches training that is not repeatable, a hash of the model as overruled, and one that forgets the specials."""
+    """Catches training that is not repeatable, a hash of the model as overruled, and one that
+    forgets the specials.
+    """
     again = train_tokenizer([corpus_text(i, 200) for i in range(20)], VOCAB_SIZE)
     assert again.sha256 == own.sha256
     assert Tokenizer(own.model, K2_SPECIAL_TOKENS[:-1]).sha256 != own.sha256
@@ -278,7 +295,9 @@ def test_saved_and_pickled(tokenizer: Tokenizer, tmp_path: Path) -> None:
 
 
 def test_a_damaged_model_is_refused(own: Tokenizer, published: Tokenizer, tmp_path: Path) -> None:
-    """Catches a copy that broke off, and whose end then hides that the model has to leave text alone."""
+    """Catches a copy that broke off, and whose end then hides that the model has to leave text
+    alone.
+    """
     for tokenizer in (own, published):
         for length in (
             0,
@@ -327,7 +346,10 @@ def test_a_model_that_turns_text_into_a_control_token_is_refused(piece: str) -> 
 
 
 def test_a_special_with_two_ids_is_refused() -> None:
-    """Catches specials that the model has as control pieces already; they are fine when they are left out."""
+    """Catches specials that the model has as control pieces already.
+
+    They are fine when they are left out.
+    """
     model = trained_elsewhere(control_symbols=["<reponame>"])
     with pytest.raises(DataError, match=r"'<reponame>' .* two ids"):
         Tokenizer(model)
@@ -351,12 +373,16 @@ def test_lone_surrogates_are_refused(tokenizer: Tokenizer) -> None:
 
 
 def test_training_takes_what_it_can() -> None:
-    """Catches one broken line that stops the training, and a size that cannot be reached told in C++."""
+    """Catches one broken line that stops the training, and a size that cannot be reached told in
+    C++.
+    """
     texts = [corpus_text(i, 200) for i in range(20)]
     clean = train_tokenizer(texts, VOCAB_SIZE)
     assert train_tokenizer([*texts, "\ud800 broken\n"], VOCAB_SIZE).sha256 == clean.sha256
     with pytest.raises(
-        DataError, match=r"vocab_size \(9000\) cannot be reached with this text: the most is \d+$"
+        DataError,
+        match=r"vocab_size \(9000\) cannot be reached with this text: the maximum is "
+        r"\d+$",
     ):
         train_tokenizer(texts, 9000)
     # Of the rarest characters, here four of the digits, the trainer makes no pieces.
@@ -366,8 +392,8 @@ def test_training_takes_what_it_can() -> None:
         with pytest.raises(DataError) as caught:
             train_tokenizer(texts, size)
         assert str(caught.value) == (
-            f"tokenizer.train.vocab_size ({size}) cannot be reached with this text: the least is {least}: 256 bytes, "
-            f"3 control pieces, its {characters} commonest characters"
+            f"tokenizer.train.vocab_size ({size}) cannot be reached with this text: the minimum is "
+            f"{least}: 256 bytes, 3 control pieces, its {characters} most common characters"
         )
     assert train_tokenizer(texts, least).base_size == least
     for size in (-1, 0, 3):
@@ -382,8 +408,11 @@ def test_training_takes_what_it_can() -> None:
 
 def test_what_the_trainer_says_is_a_last_resort() -> None:
     """Catches advice to set an option of sentencepiece's that nothing here takes."""
-    told = "INTERNAL: a.cc(1) [x] Too few. 3 vs 4. Increase it or decrease character_coverage with --character_coverage option."
-    assert module._bound(told) == "INTERNAL: a.cc(1) [x] Too few. 3 vs 4."
+    told = (
+        "INTERNAL: a.cc(1) [x] Too few. 3 vs 4. Increase it or decrease character_coverage "
+        "with --character_coverage option."
+    )
+    assert module._size_error(told) == "INTERNAL: a.cc(1) [x] Too few. 3 vs 4."
 
 
 # The command line
@@ -421,7 +450,9 @@ def corpus(tmp_path: Path) -> list[str]:
 def test_every_kind_of_file_trains_the_same(
     tool: ModuleType, corpus: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Catches documents lost or joined in one of the readers, and a hash told that is not the model's."""
+    """Catches documents lost or joined in one of the readers, and a hash told that is not the
+    model's.
+    """
     expected = train_tokenizer(corpus, VOCAB_SIZE).sha256
     body = ["--text-key", "content", "body"]
     for kind, options in (("txt", []), ("jsonl", []), ("zst", []), ("gz", []), ("parquet", body)):
@@ -430,12 +461,12 @@ def test_every_kind_of_file_trains_the_same(
         assert tool.main([str(output), given_files, "--vocab-size", str(VOCAB_SIZE), *options]) == 0
         printed = capsys.readouterr().out
         assert Tokenizer.load(output).sha256 == expected
-        assert f"sha256 {expected}" in printed and "320 pieces and 18 special" in printed
+        assert f"sha256 {expected}" in printed and "320 pieces, then 18 special" in printed
         size = sum(map(len, corpus))
         tokens = sum(map(len, Tokenizer.load(output).encode_arrays(corpus)))
         assert (
             f"{size:,} bytes of text" in printed
-            and f"\n{size / tokens:.3f} bytes a token" in printed
+            and f"\n{size / tokens:.3f} bytes per token" in printed
         )
 
 
@@ -443,7 +474,9 @@ def test_every_kind_of_file_trains_the_same(
 def test_the_sample_is_the_same_in_any_order(
     tool: ModuleType, sizes: list[int], max_bytes: int, choose: random.Random
 ) -> None:
-    """Catches a sample above its bound, one that depends on the order of reading, or one that is smaller than need be."""
+    """Catches a sample above its bound, one that depends on the order of reading, or one that is
+    smaller than need be.
+    """
     blocks = [
         (f"f{i % 3}", i, "é" * (size // 2) + "x" * (size % 2)) for i, size in enumerate(sizes)
     ]
@@ -486,7 +519,10 @@ def test_what_cannot_be_read_is_told_and_left_out(
     tool: ModuleType, corpus: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Catches one broken line that ends the training, or goes unnoticed."""
-    broken = b'{"text": \n[1]\n{"id": 1}\n{"text": 7}\n\n\xff\n{"text": "\\ud800"}\n{"text": ""}\n{"text": " \\n"}'
+    broken = (
+        b'{"text": \n[1]\n{"id": 1}\n{"text": 7}\n\n\xff\n{"text": "\\ud800"}\n{"text": '
+        b'""}\n{"text": " \\n"}'
+    )
     (tmp_path / "jsonl" / "d.md").write_bytes(b"\n\n")
     (tmp_path / "jsonl" / "b.jsonl").write_bytes(broken)
     (tmp_path / "jsonl" / "c.txt").write_bytes(b"caf\xe9\n" + b"x" * 70_000)
@@ -496,15 +532,17 @@ def test_what_cannot_be_read_is_told_and_left_out(
         == 0
     )
     assert (
-        "left out: 1 document whose 'text' is no text, 2 documents without the key 'text', 1 document without valid "
-        "Unicode, 2 empty documents, 1 empty file, 1 line above 65536 bytes, 1 line without valid JSON, 2 lines without "
-        "valid UTF-8\n"
+        "skipped: 1 document whose 'text' is not text, 2 documents without the key 'text', 1 "
+        "document without valid Unicode, 2 empty documents, 1 empty file, 1 line above 65536 "
+        "bytes, 1 line without valid JSON, 2 lines without valid UTF-8\n"
     ) in capsys.readouterr().out
     assert Tokenizer.load(output).sha256 == train_tokenizer(corpus, VOCAB_SIZE).sha256
 
 
 def test_the_first_text_key_that_is_there(tool: ModuleType, tmp_path: Path) -> None:
-    """Catches the second key taken where the first is there, and files of other corpora left out."""
+    """Catches the second key taken where the first is there, and files of other corpora left
+    out.
+    """
     (tmp_path / "a.jsonl").write_text(
         '{"content": "b", "text": "a"}\n{"content": "c"}\n{"other": "d"}\n{"text": null}\n'
     )
@@ -515,8 +553,9 @@ def test_the_first_text_key_that_is_there(tool: ModuleType, tmp_path: Path) -> N
         for name in ("a.jsonl", "b.parquet")
     ]
     assert found == [["a", "c"], ["f"]]
-    assert tool.told(left_out) == (
-        "1 document whose 'text' or 'content' is no text, 1 document without the key 'text' or 'content'"
+    assert tool.skipped_text(left_out) == (
+        "1 document whose 'text' or 'content' is not text, 1 document without the key 'text' or "
+        "'content'"
     )
 
 
@@ -539,7 +578,9 @@ def test_the_first_text_key_that_is_there(tool: ModuleType, tmp_path: Path) -> N
 def test_mistakes_of_usage_are_one_line(
     tool: ModuleType, words: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Catches a screen of usage around the one thing that is wrong, and a file taken for the name of a key."""
+    """Catches a screen of usage around the one thing that is wrong, and a file taken for the name
+    of a key.
+    """
     with pytest.raises(SystemExit) as leaving:
         tool.main(words)
     out, err = capsys.readouterr()
@@ -550,7 +591,9 @@ def test_mistakes_of_usage_are_one_line(
 def test_mistakes_cost_one_line(
     tool: ModuleType, corpus: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Catches a traceback, a mistake that is found after the training, and a tokenizer that is overwritten."""
+    """Catches a traceback, a mistake that is found after the training, and a tokenizer that is
+    overwritten.
+    """
     (tmp_path / "a.csv").write_text("x")
     (tmp_path / "empty.jsonl").write_text('{"body": "x"}\n')
     (tmp_path / "bad.parquet").write_text("x" * 100)
@@ -560,14 +603,15 @@ def test_mistakes_cost_one_line(
     cases = {
         "none*.txt": "no file",
         "txt": r"folder; give a pattern, as .*/txt/\*\*/\*\.txt",
-        "a.csv": "none of the kinds",
-        "empty.jsonl": r"no text to train on in 1 file; left out: 1 document without the key 'text'$",
+        "a.csv": "unsupported kind of file",
+        "empty.jsonl": r"no text to train on in 1 file; skipped: 1 document without the key "
+        r"'text'$",
         "bad.parquet": "cannot be read",
         "bad.jsonl.zst": "bad.jsonl.zst: not a complete zstd file",
         "cut.jsonl.gz": "cut.jsonl.gz: cut off after",
-        "txt/0*.txt": r"--vocab-size \(9000\) cannot be reached with this text: the most is",
-        "parquet/a.parquet": "has no column 'text' but body",
-        "txt/00.txt": r"--vocab-size \(9000\) cannot be reached with this text: the most is",
+        "txt/0*.txt": r"--vocab-size \(9000\) cannot be reached with this text: the maximum is",
+        "parquet/a.parquet": "has no column 'text'; its columns are body",
+        "txt/00.txt": r"--vocab-size \(9000\) cannot be reached with this text: the maximum is",
     }
     for name, message in cases.items():
         assert tool.main([str(output), str(tmp_path / name), "--vocab-size", "9000"]) == 2

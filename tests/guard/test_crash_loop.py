@@ -1,4 +1,7 @@
-"""Starts that got nowhere: would catch a crash loop that goes on for ever, and a run that is stopped although it moves."""
+"""Crash-loop detection: consecutive starts without progress.
+
+Would catch a crash loop that never ends, and a run that is stopped although it makes progress.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -49,7 +52,8 @@ CRASHES = [start(1), saved_step(1, 0), saved_step(1, 41), start(2, 41), start(3,
         ([start(1), ended("stopped", 1, 3, reason="non-finite")], [1]),
         ([start(1), ended("stopped", 1, 3, reason="save failed", problem="disk full")], [1]),
         ([start(1), ended("finished", 1, 20), start(2)], [2]),
-        # A checkpoint that a kill kept out of the ledger is told by the next start, in the name of the one that made it.
+        # A checkpoint that a kill kept out of the ledger is told by the next start, in the name of
+        # the one that made it.
         ([start(1), saved_step(1, 0), saved_step(1, 5, recovered=True), start(2, 5)], [2]),
         ([start(1), saved_step(1, 0), start(2), saved_step(1, 5, recovered=True)], [2]),
         # Gone back by hand: an older beginning does not make progress of less.

@@ -1,5 +1,8 @@
-"""Spike alerts and the count of non-finite steps: would catch alarms on a clean curve, a spike that hides itself in its
-own window, a verdict that depends on a restart, and NaN that poisons the baseline."""
+"""Loss-spike detection and the count of non-finite steps.
+
+Would catch alarms on a clean curve, a spike that hides itself in its own window, a verdict that
+depends on a restart, and NaN that poisons the baseline.
+"""
 
 import json
 import math
@@ -92,8 +95,8 @@ def test_a_jump_of_the_gradient_norm_alone_opens() -> None:
 
 
 def test_a_small_lasting_shift_is_a_level_and_becomes_the_baseline() -> None:
-    # Spread evenly over 3.00 +- 0.02: half of it beyond 0.01, an sd of 0.0148. One outlier opens; then 2.5 sd up:
-    # neither back nor broken.
+    # Spread evenly over 3.00 +- 0.02: half of it beyond 0.01, an sd of 0.0148. One outlier opens;
+    # then 2.5 sd up: neither back nor broken.
     even = [(2.98 + 0.04 * (step * 0.6180339887 % 1), 1.0) for step in range(900)]
     alert = SpikeAlert()
     events = _events(

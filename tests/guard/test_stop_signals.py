@@ -1,4 +1,4 @@
-"""Stop requests: would catch a lost signal, a Ctrl-C that cuts a save short, and handlers that stay behind."""
+"""Stop signals: would catch a lost signal, a save cut short by Ctrl-C, and handlers left behind."""
 
 import os
 import signal
@@ -108,7 +108,9 @@ def test_the_request_is_answered_once(capfd: pytest.CaptureFixture[str]) -> None
 
 
 def test_a_hang_up_that_was_ignored_stays_so() -> None:
-    """Catches nohup undone: a run that stops when its terminal is closed although it was told not to."""
+    """Catches nohup undone: a run that stops when its terminal is closed although it was told not
+    to.
+    """
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     with StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGHUP)

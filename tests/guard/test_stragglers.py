@@ -1,4 +1,4 @@
-"""Slow ranks are named soon, and on noise like that of a busy machine nobody is."""
+"""Straggler detection: slow ranks are named soon, and noise of a busy machine names no rank."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -19,7 +19,9 @@ LAYOUTS = [
 
 
 def busy_machine(seed: int, world: int, usual: float, steps: int) -> Iterator[list[float]]:
-    """Own seconds of ranks that share cores: spread, rare long pauses, and spells in which a core is taken."""
+    """Own seconds of ranks that share cores: spread, rare long pauses, and spells in which a core
+    is taken.
+    """
     rng = random.Random(seed)
     spell = [0] * world
     for _ in range(steps):

@@ -158,7 +158,7 @@ def worker(folder: Path, rest: str) -> Path:
 
 
 def pids(folder: Path, process: "subprocess.Popen[str]", count: int = 2) -> list[int]:
-    """The workers' ids, once all of them are there."""
+    """Return the process ids of the workers, once all have started."""
     files = [folder / f"pid_{rank}" for rank in range(count)]
     assert soon(lambda: all(f.exists() and f.read_text() for f in files)), process.poll()
     return [int(f.read_text()) for f in files]
@@ -249,7 +249,7 @@ def test_asked_to_stop_while_it_waits_for_a_node_that_never_comes(tmp_path: Path
 
 
 def handled(pid: int) -> bytes:
-    """Names of the signals that a process catches, by /proc."""
+    """Return the names of the signals that a process catches, by /proc."""
     line = next(
         row
         for row in Path(f"/proc/{pid}/status").read_text().splitlines()
@@ -377,7 +377,7 @@ def test_restarts_that_cannot_be(given: list[str], complaint: str) -> None:
 def test_a_world_that_was_not_asked_for(
     monkeypatch: pytest.MonkeyPatch, asked: str, refused: bool
 ) -> None:
-    """Catches a run that goes on over fewer nodes than were paid for."""
+    """Catches a run that continues on fewer nodes than were requested."""
     for name, value in {
         "RANK": "1",
         "WORLD_SIZE": "4",

@@ -186,7 +186,7 @@ def test_what_does_not_divide_or_fit(
 
 
 def test_half_a_launcher_is_no_launcher(tmp_path: Path, data: Path) -> None:
-    """Only RANK set would train a world of one in silence, in every process."""
+    """Only RANK set would silently train a world of one, in every process."""
     assert "WORLD_SIZE, LOCAL_RANK not set" in Case(tmp_path, data).one_line(RANK="0")
 
 
@@ -322,7 +322,7 @@ def child_seconds(work: Callable[[], object]) -> float:
 
 @pytest.mark.slow
 def test_torchrun_tells_once(tmp_path: Path, data: Path) -> None:
-    """Four ranks that see the same mistake say it once, and so for one that a single rank sees."""
+    """Four ranks that see the same mistake report it once, also when a single rank sees it."""
     shutil.copytree(data, tmp_path / "data")
     flipped(tmp_path / "data" / "chunk_001.npy")
     case = Case(tmp_path, tmp_path / "data")
@@ -417,7 +417,9 @@ def test_resume_with_other_data(tmp_path: Path, earlier: Path) -> None:
 
 
 def test_thinned_cannot_be_continued(tmp_path: Path, earlier: Path) -> None:
-    """Only weights are left: going on without moments would be another run under the same name."""
+    """Only weights are left: continuing without moments would be another
+    run under the same name.
+    """
     case = Earlier(tmp_path, earlier)
     for path in (case.runs / "bad" / "checkpoints").iterdir():
         (path / "thinned.json").write_text("{}\n")
@@ -427,8 +429,8 @@ def test_thinned_cannot_be_continued(tmp_path: Path, earlier: Path) -> None:
 
 
 def test_init_from_what_does_not_fit(tmp_path: Path, earlier: Path) -> None:
-    """Another model, another tokenizer, shared data, nothing there: each refused at the seam, with
-    what differs.
+    """Another model, another tokenizer, shared data, nothing there: each refused at the stage
+    transition, with what differs.
     """
     parent = f"run.init_from={earlier / 'runs' / 'bad'}"
     make_corpus(tmp_path / "next", 2, seed=9)
@@ -445,7 +447,7 @@ def test_init_from_what_does_not_fit(tmp_path: Path, earlier: Path) -> None:
 
 
 def test_every_checkpoint_damaged(tmp_path: Path, earlier: Path) -> None:
-    """A run whose manifests are all broken is never started anew in silence."""
+    """A run whose manifests are all broken is never silently started anew."""
     case = Earlier(tmp_path, earlier)
     for path in (case.runs / "bad" / "checkpoints").glob("*/manifest.json"):
         os.truncate(path, 40)
@@ -468,7 +470,7 @@ def test_damaged_shards_are_found_before_anything_is_written(tmp_path: Path, ear
 
 
 def test_a_run_directory_that_another_run_holds(tmp_path: Path, data: Path) -> None:
-    """The second one is told who holds it; the first goes on undisturbed."""
+    """The second start names the holder; the first continues undisturbed."""
     shutil.copytree(data, tmp_path / "data")
     case = Case(tmp_path, tmp_path / "data")
     process = start(case.path)

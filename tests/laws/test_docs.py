@@ -38,7 +38,7 @@ FAST = {
     "python tools/fault_run.py --list": "save.renamed",
     "python tools/mutation_check.py --list": "| mutation | caught by |",
     "python tools/bench_checkpoint.py --megabytes 50": "save",
-    "python tools/bench_watch.py --steps 5": "nothing watched",
+    "python tools/bench_watch.py --steps 5": "no monitoring",
     "python tools/prepare_data.py configs/k2_65b/data_stage1.yaml --estimate": (
         "k2-65b-stage1: 1,295.7B tokens to encode"
     ),

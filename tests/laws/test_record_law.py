@@ -288,8 +288,8 @@ def test_finished_means_whole(base: Path, pool: GlooPool, straight_bf16: Path) -
 def test_going_back_by_number_goes_back_once(
     base: Path, pool: GlooPool, straight_bf16: Path
 ) -> None:
-    """Queued again with the same command it must go on: a job that went back at every start would
-    never end.
+    """Queued again with the same command it must continue: a job that went back at every start
+    would never end.
     """
     run, tree = copied(base, straight_bf16, "back", run__resume=1, run__stop_after_steps=3)
     assert pool.run(1, trainer_job, tree) == [75]
@@ -309,8 +309,8 @@ def test_going_back_by_number_goes_back_once(
 def test_a_checkpoint_that_the_ledger_missed(
     base: Path, pool: GlooPool, straight_bf16: Path
 ) -> None:
-    """Killed between the rename and the ledger's line: told at the next start, once, with the hash
-    of its manifest.
+    """Killed between the rename and the ledger's line: recorded at the next start, once, with the
+    hash of its manifest.
     """
     run, tree = copied(
         base, straight_bf16, "untold", "ckpt_003", "ckpt_004", run__stop_after_steps=1

@@ -352,7 +352,7 @@ def overlap_job(launch: Launch, config: Any) -> tuple[list[Any], dict[str, Any],
     for step in (1, 2, 3):
         result = engine.train_step(microbatches_of(config, grid, step), config.lr.peak)
         results.append((result.loss, result.grad_norm, result.applied))
-    under_way = bool(engine.optimizer.param_gather._under_way)
+    under_way = bool(engine.optimizer.param_gather._pending)
     results.append(engine.evaluate(microbatches_of(config, grid, 99)))
 
     return (

@@ -95,7 +95,7 @@ def plain(num_microbatches: int) -> tuple[list[float], list[np.ndarray]]:
 
 
 def left_behind(executor: Executor) -> int:
-    names = ("_x", "_y", "_dy", "_dx", "_kept", "_waiting", "_sending")
+    names = ("_x", "_y", "_dy", "_dx", "_deferred", "_receiving", "_sending")
     return sum(len(getattr(executor, name)) for name in names)
 
 

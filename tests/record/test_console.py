@@ -1,4 +1,7 @@
-"""The console: would catch a log flooded or starved of lines, a bar that wraps, and a time left that is made up."""
+"""Console progress: terminal line, log lines, time left.
+
+Would catch a log flooded or starved of lines, a bar that wraps, and an invented time left.
+"""
 
 import fcntl
 import io
@@ -137,7 +140,7 @@ def test_a_closed_stream_does_not_end_the_run() -> None:
 
 @pytest.fixture
 def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[TextIO, int]]:
-    """(a stream that is a terminal of 80 columns, the descriptor where what it shows can be read)."""
+    """(stream that is a terminal of 80 columns, descriptor from which its output can be read)."""
     monkeypatch.setenv("TERM", "xterm")
     outside, inside = pty.openpty()
     tty.setraw(inside)

@@ -1,5 +1,8 @@
-"""The ledger and the facts of the environment: would catch a broken chain that passes, a crash that costs a line, two
-writers mixing their lines, and facts that name the host or another project's commit."""
+"""Run ledger and environment facts: hash chain, crashes, concurrent writers.
+
+Would catch a broken chain that passes, a crash that costs a line, two writers mixing their lines,
+and facts that name the host or another project's commit.
+"""
 
 import hashlib
 import json
@@ -126,7 +129,9 @@ def test_a_ledger_from_before_there_were_checks_is_read_and_continued(tmp_path: 
 
 @pytest.mark.parametrize("events", [1, 3])
 def test_every_single_bit_of_a_ledger_counts(tmp_path: Path, events: int) -> None:
-    """All bits of all lines, the newlines and the last line included; the line that is named is the one changed."""
+    """All bits of all lines, the newlines and the last line included; the line that is named is the
+    one changed.
+    """
     path = tmp_path / "ledger.jsonl"
     _ledger(path, events)
     whole = path.read_bytes()

@@ -1,5 +1,8 @@
-"""The metrics file: would catch rows lost or overwritten on a restart, NaN that is not JSON, and a torn line
-that is kept."""
+"""Metrics file: restarts, non-finite values, torn lines.
+
+Would catch rows lost or overwritten on a restart, NaN that is not JSON, and a torn line that is
+kept.
+"""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""The W&B mirror: would catch a run that stops, waits or forks into a second curve because of W&B."""
+"""W&B mirror: would catch a run that stops, waits or forks into a second curve because of W&B."""
 
 import re
 import subprocess
@@ -198,5 +198,6 @@ def test_wandb_itself_offline_across_a_restart(tmp_path: Path) -> None:
     for file in files:
         data = file.read_bytes()
         assert b"a sentence that can be found" in data and data.count(b"attempt") >= 8
-        # A part of the metadata that also names host, user and program: it is there if any of it is.
+        # A part of the metadata that also names host, user and program: it is there if any of it
+        # is.
         assert sys.executable.encode() not in data

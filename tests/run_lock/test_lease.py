@@ -1,5 +1,8 @@
-"""The lease: would catch two owners where there is no flock, a dead holder that keeps a run, a live or a stopped one that
-loses it, a token given out twice, and a holder that writes on after the run was taken from it."""
+"""Lease of a run directory: takeover, fencing tokens, lost leases.
+
+Would catch two owners where there is no flock, a dead holder that keeps a run, a live or a stopped
+one that loses it, a token given out twice, and a holder that still writes after a takeover.
+"""
 
 import errno
 import json
@@ -104,7 +107,9 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_hundred_races_have_one_owner_each(tmp_path: Path) -> None:
-    """Without flock; of three kinds of directory: missing, released before, left behind by a dead process."""
+    """Without flock; of three kinds of directory: missing, released before, left behind by a dead
+    process.
+    """
     races, racers = 100, 4
     gone = subprocess.run(["true"], check=True)
     assert gone.returncode == 0
@@ -133,7 +138,7 @@ def test_kill_9_frees_the_lease_at_once_and_the_token_rises(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # At once: the kernel knows, nobody watches a beat.
-    monkeypatch.delattr(lease.Lease, "_beats")
+    monkeypatch.delattr(lease.Lease, "_is_renewed")
     holder = _holder(tmp_path)
     try:
         with pytest.raises(RunError, match=f"held by a live run: pid {holder.pid} on this host"):
@@ -178,7 +183,9 @@ def test_a_reused_process_id_is_not_the_holder(tmp_path: Path) -> None:
 def test_a_silent_holder_on_a_machine_of_the_same_name_keeps_the_run(
     tmp_path: Path, changes: dict[str, Any]
 ) -> None:
-    """Two machines called localhost, two pods of one name: their boots differ, and none of them was started again."""
+    """Two machines called localhost, two pods of one name: their boots differ, and none of them was
+    started again.
+    """
     path = _left_by(tmp_path, **{"boot_id": "of another", "pid_space": HOST_PID_SPACE} | changes)
     with pytest.raises(RunError, match=r"no sign of life.*`mv .*\.ended`"):
         RunLock(tmp_path).acquire()
@@ -214,11 +221,11 @@ class _beating:
 
     def __enter__(self) -> None:
         # It ends with the first beat, however late that comes on a busy machine.
-        self.watch_seconds, lease.WATCH_SECONDS = lease.WATCH_SECONDS, HANG_SECONDS
+        self.watch_seconds, lease.RENEWAL_WAIT_SECONDS = lease.RENEWAL_WAIT_SECONDS, HANG_SECONDS
         self.thread.start()
 
     def __exit__(self, *_: object) -> None:
-        lease.WATCH_SECONDS = self.watch_seconds
+        lease.RENEWAL_WAIT_SECONDS = self.watch_seconds
         self.ended.set()
         self.thread.join()
 
@@ -401,7 +408,9 @@ def test_a_damaged_lease_is_one_line_with_the_way_out(tmp_path: Path, content: b
 def test_a_number_that_was_given_out_and_taken_away_again_does_not_count(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One who looked long ago and only now makes the next file, which others have made and left behind meanwhile."""
+    """One who looked long ago and only now makes the next file, which others have made and left
+    behind meanwhile.
+    """
     (tmp_path / "lease_000003.json").write_text('{"token": 3, "released": true}')
     newest, looked = (
         lease.newest_lease,

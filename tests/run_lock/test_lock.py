@@ -1,5 +1,7 @@
-"""The lock of a run directory: would catch two live runs in one directory, a lock that outlives its holder, and a
-refused start that leaves files behind."""
+"""Run lock: would catch two live runs in one directory, and a lock that outlives its holder.
+
+Also a refused start that leaves files behind.
+"""
 
 import fcntl
 import json
@@ -89,7 +91,9 @@ def test_a_forked_child_does_not_keep_the_lock_of_a_dead_parent(tmp_path: Path) 
 
 
 def _acquire_soon(directory: Path, seconds: float = HANG_SECONDS) -> RunLock:
-    """The lock, once the forked child has come to run at all: on a busy machine its first act may take a while."""
+    """The lock, once the forked child has come to run at all: on a busy machine its first act may
+    take a while.
+    """
     deadline = time.monotonic() + seconds
     while True:
         try:

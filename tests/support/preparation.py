@@ -1,7 +1,8 @@
-"""A toy preparation for the executors: three phases whose tasks leave small files and count how often they were begun.
+"""A toy preparation for the executors: three phases of tasks that write small files.
 
-Run as a program it is a driver, which a test can kill: `preparation.py FOLDER [executor.key=value ...]`. What the tasks
-shall do beside their work lies in the folder's `orders.json`, so that tasks on any machine read it.
+The tasks count how often they were started. Run as a program it is a driver that a test can kill:
+`preparation.py FOLDER [executor.key=value ...]`. What tasks do beside their work is in the folder's
+`orders.json`, so that tasks on any machine read it.
 """
 
 import hashlib
@@ -22,7 +23,9 @@ from k2train.errors import DataError, UserError
 
 
 def toy_workspace(folder: Path, **orders: Any) -> Workspace:
-    """`orders`: `seconds` a task takes, `fail`: {"phase/number": line}, `crash`, `kill`, `full`, `deny`: "phase/number"."""
+    """`orders`: `seconds` a task takes, `fail`: {"phase/number": line}, `crash`, `kill`, `full`,
+    `deny`: "phase/number".
+    """
     recipe = Recipe.model_validate(
         {
             "name": "toy data",
@@ -34,6 +37,7 @@ def toy_workspace(folder: Path, **orders: Any) -> Workspace:
             "subsets": {"a": {"kind": "stdlib_code"}},
         }
     )
+
     tasks: list[EncodeTask] = []
     workspace = Workspace.create(
         folder / "work",
@@ -42,6 +46,7 @@ def toy_workspace(folder: Path, **orders: Any) -> Workspace:
         SimpleNamespace(model=b""),
         tasks,  # type: ignore[arg-type]
     )
+
     (workspace.folder / "orders.json").write_text(json.dumps(orders))
     (workspace.folder / "begun").mkdir(exist_ok=True)
     return workspace
@@ -52,6 +57,7 @@ def _work(phase: str, workspace: Workspace, number: int) -> None:
     with (workspace.folder / "begun" / f"{phase}_{number}").open("a") as stream:
         before = len(list(workspace.target.iterdir()))
         stream.write(f"{os.environ.get('SLURMD_NODENAME', '-')} {before}\n")
+
     if name in orders.get("fail", {}):
         raise DataError(orders["fail"][name])
     if name == orders.get("crash"):
@@ -107,8 +113,8 @@ def toy_phases(first: int = 6, last: int = 4) -> list[Phase]:
     ]
 
 
-def begun(workspace: Workspace) -> dict[str, int]:
-    """How often each task was begun."""
+def start_counts(workspace: Workspace) -> dict[str, int]:
+    """How often each task was started."""
     return {
         path.name: sum("done" not in line for line in path.open())
         for path in (workspace.folder / "begun").iterdir()
@@ -116,7 +122,7 @@ def begun(workspace: Workspace) -> dict[str, int]:
 
 
 def finished(workspace: Workspace) -> dict[str, int]:
-    """How often each task came to its end."""
+    """How often each task finished."""
     return {
         path.name: sum("done" in line for line in path.open())
         for path in (workspace.folder / "begun").iterdir()
@@ -124,7 +130,7 @@ def finished(workspace: Workspace) -> dict[str, int]:
 
 
 def in_order(workspace: Workspace, phases: list[Phase]) -> bool:
-    """No task was begun before all of the phases before it had left their files."""
+    """Whether each task started after all earlier phases had written their files."""
     needed = 0
     for phase in phases:
         for number in range(phase.tasks):
@@ -135,8 +141,8 @@ def in_order(workspace: Workspace, phases: list[Phase]) -> bool:
     return True
 
 
-def whole(workspace: Workspace, phases: list[Phase]) -> bool:
-    """Every task's file is there with its content."""
+def all_files_complete(workspace: Workspace, phases: list[Phase]) -> bool:
+    """Whether every task's file exists with its content."""
     for phase in phases:
         for number in range(phase.tasks):
             path = workspace.target / f"{phase.name}_{number}.txt"

@@ -1,4 +1,7 @@
-"""A small corpus as sorted runs, cut into tasks and runs as asked; and what the chunks of it must be, the slow way."""
+"""A small corpus as sorted runs, and the expected chunks computed in a slow and simple way.
+
+The division into tasks and runs is a parameter.
+"""
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -76,6 +79,7 @@ def recipe_of(tmp_path: Path, subsets: Mapping[str, Mapping[str, Any]], **keys: 
             for name, subset in subsets.items()
         },
     }
+
     return Recipe.model_validate(content | keys)
 
 
@@ -87,7 +91,10 @@ def workspace_of(
     capacity: int = 10**6,
     vocab: int = VOCAB,
 ) -> Workspace:
-    """The folder as the encode tasks leave it: each subset's sources over `tasks` tasks, runs of `capacity` tokens."""
+    """A work folder as the encode tasks leave it.
+
+    The sources of each subset are spread over `tasks` tasks; a run holds `capacity` tokens.
+    """
     tokenizer = cast(Tokenizer, SimpleNamespace(model=b"none", vocab_size=vocab))
     groups: list[tuple[EncodeTask, list[Text]]] = []
     for name in recipe.subsets:
@@ -98,12 +105,14 @@ def workspace_of(
                 (t for t in texts[name] if t.file in files), key=lambda t: (t.file, t.ordinal)
             )
             groups.append((EncodeTask((name,), sources), inside))
+
     workspace = Workspace.create(
         tmp_path / "out.work", tmp_path / "out.tmp", recipe, tokenizer, [task for task, _ in groups]
     )
     workspace.__dict__["tokenizer"] = tokenizer
     for number, (task, inside) in enumerate(groups):
         write_runs(workspace, number, task.subsets[0], inside, capacity, vocab)
+
     return workspace
 
 
@@ -119,6 +128,7 @@ def write_runs(
     folder = workspace.run_folder(number)
     folder.mkdir(parents=True, exist_ok=True)
     seed = workspace.recipe.seed
+
     writer = RunWriter(folder, "000", name, subset.passes, seed, chunk_dtype(vocab), capacity)
     counts = dict.fromkeys(
         ("documents_read", "rejected", "documents", "outside", "short", "not_chosen"), 0
@@ -133,6 +143,7 @@ def write_runs(
         writer.add(
             text.source, text.ordinal, text.name.encode(), ids, text.position, text.text, text.fim
         )
+
     writer.flush()
     for run in (run for runs in writer.runs for run in runs):
         run["path"] = (folder / run["path"]).relative_to(workspace.folder).as_posix()
@@ -148,16 +159,16 @@ def is_inside(recipe: Recipe, name: str, text: Text) -> bool:
 
 @dataclass(frozen=True)
 class Expected:
-    """A chunk: `rows` `[n, s]`, lines of its provenance, borders, and the sources that gave it tokens."""
+    """Expected chunk: `rows` `[n, s]`, provenance lines, boundaries, and the sources it used."""
 
     rows: list[list[int]]
     pieces: list[dict[str, Any]]
-    borders: list[int]
+    boundaries: list[int]
     sources: set[str]
 
 
 def kept_texts(recipe: Recipe, name: str, texts: Iterable[Text]) -> list[Text]:
-    """In the share, each text once when the subset wants that."""
+    """Texts in the share, each once when the subset drops duplicates."""
     seen: set[int] = set()
     kept = []
     for text in sorted(texts, key=lambda t: (t.source, t.ordinal)):
@@ -184,41 +195,46 @@ def stream_of(
         )
         for text in keyed:
             stream += [(number, text, offset, token) for offset, token in enumerate(text.tokens)]
+
     return stream
 
 
 def expected_chunk(
     workspace: Workspace, texts: Mapping[str, Sequence[Text]], chunk: str
 ) -> Expected:
-    """All documents sorted in a list, laid end to end, and cut: after the plan's ranges of samples."""
+    """Expected rows: all documents sorted, concatenated, and cut at the plan's sample ranges."""
     recipe, plan = workspace.recipe, read_json(workspace.folder / "plan" / "plan.json")
     length = recipe.sequence_length
     samples: list[tuple[str, list[tuple[int, Text, int, int]]]] = []
+
     for name, subset in recipe.subsets.items():
-        border = plan["held_out_places"][name]
+        boundary = plan["held_out_places"][name]
         side = [
             t
             for t in kept_texts(recipe, name, texts[name])
-            if (t.position >= border) == (chunk == HELD_OUT)
+            if (t.position >= boundary) == (chunk == HELD_OUT)
         ]
         stream = stream_of(recipe, name, side, 1 if chunk == HELD_OUT else subset.passes)
         start, stop = plan["chunks"][chunk][name]
         samples += [(name, stream[k * length : (k + 1) * length]) for k in range(start, stop)]
+
     order = keyed_permutation(len(samples), recipe.seed, f"rows of {chunk}").tolist()
     expected = Expected([], [], [], set())
     for row, position in enumerate(order):
         name, tokens = samples[position]
         assert len(tokens) == length
         expected.rows.append([token for *_, token in tokens])
+
         before: tuple[int, Text] | None = None
         for start, (number, text, offset, _) in enumerate(tokens):
             expected.sources.add(text.source)
             if (number, text) == before:
                 expected.pieces[-1]["length"] += 1
                 continue
+
             before = (number, text)
             if start:
-                expected.borders.append(row * length + start)
+                expected.boundaries.append(row * length + start)
             facts = {"row": row, "start": start, "length": 1, "subset": name, "source": text.source}
             facts |= {
                 "document": text.name,
@@ -226,4 +242,5 @@ def expected_chunk(
                 "fim": ("none", "psm", "spm")[text.fim],
             }
             expected.pieces.append(facts | {"repeat": number})
+
     return expected

@@ -142,7 +142,7 @@ def cold_train(
 
 
 def wait_for(path: Path, process: forkserver.Process) -> None:
-    """Until `path` exists; fails when the process ends first."""
+    """Wait until `path` exists; fails when the process ends first."""
     deadline = time.monotonic() + forkserver.PATIENCE_SECONDS
     while not path.exists():
         assert process.poll() is None, (
@@ -182,7 +182,7 @@ def kill_all(process: "subprocess.Popen[str] | forkserver.Process") -> int:
 
 
 def tree_of(directory: Path) -> dict[str, bytes]:
-    """Every file below a directory with its bytes; empty when there is no directory."""
+    """Return every file below a directory with its bytes; empty without a directory."""
     return {
         str(p.relative_to(directory)): p.read_bytes()
         for p in sorted(directory.rglob("*"))
@@ -207,7 +207,7 @@ def manifest_of(checkpoint: Path) -> dict[str, Any]:
 
 
 def nothing(trainer: Trainer) -> None:
-    """The change that changes nothing."""
+    """Change nothing; the default `change`."""
 
 
 def trainer_job(

@@ -1,13 +1,14 @@
 """The shell scripts, each in a copy of its own with an interpreter that only plays its part.
 
-The stand-in notes every call (spaces inside an argument as underscores), makes a virtual environment out of itself, and
-passes on to the real Python whatever the scripts ask of Python itself. So the order of things, the exit codes and the
-second start are tested in seconds and without a registry; that the parts really work together is tested, slowly, in
-test_readme.
+The stand-in notes every call (spaces inside an argument as underscores), makes a virtual
+environment out of itself, and passes on to the real Python whatever the scripts ask of Python
+itself. So the order of things, the exit codes and the second start are tested in seconds and
+without a registry; that the parts really work together is tested, slowly, in test_readme.
 """
 
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -92,7 +93,9 @@ class Copy:
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
     def calls(self, start: str) -> list[str]:
-        """What the stand-in was called with since the last time, of the calls that begin with `start`."""
+        """What the stand-in was called with since the last time, of the calls that begin with
+        `start`.
+        """
         lines = self.calls_file.read_text(encoding="utf-8").splitlines()
         self.calls_file.write_text("", encoding="utf-8")
         return [line.strip() for line in lines if line.startswith(start)]
@@ -107,13 +110,17 @@ def copy(tmp_path: Path) -> Copy:
     "path", [*sorted((ROOT / "scripts").glob("*.sh")), ROOT / ".ci/run"], ids=lambda p: p.name
 )
 def test_scripts_parse_and_stop_at_the_first_failure(path: Path) -> None:
-    """Catches a syntax error in a branch that is rarely taken, and a script that goes on after a failed command."""
+    """Catches a syntax error in a branch that is rarely taken, and a script that goes on after a
+    failed command.
+    """
     assert subprocess.run(["bash", "-n", str(path)], check=False).returncode == 0
     assert "set -euo pipefail" in path.read_text(encoding="utf-8")
 
 
 def test_setup_installs_once(copy: Copy) -> None:
-    """Catches an install at every start, an extra that is not asked for, and a path with a space."""
+    """Catches an install at every start, an extra that is not asked for,
+    and a path with a space.
+    """
     first = copy.run("scripts/setup.sh", "data", PATH=without_cuda(copy))
     assert first.returncode == 0, first.stderr
     assert copy.calls("-m pip") == [
@@ -137,7 +144,9 @@ def with_nvidia_smi(copy: Copy, code: int) -> str:
 
 
 def test_setup_takes_the_registry_s_torch_where_there_is_a_device(copy: Copy) -> None:
-    """Catches a CPU build on a machine with a CUDA device, and a stamp that does not see the device come."""
+    """Catches a CPU build on a machine with a CUDA device, and a stamp that does not see the device
+    come.
+    """
     copy.run("scripts/setup.sh", PATH=without_cuda(copy))
     copy.calls("-m pip")
     assert copy.run("scripts/setup.sh", PATH=with_nvidia_smi(copy, 0)).returncode == 0
@@ -243,14 +252,34 @@ def test_quickstart_does_all_parts_in_order(copy: Copy) -> None:
         "train stage 2",
         "show the result",
         "done",
+        "what to do next",
     ]
     calls = copy.calls_file.read_text(encoding="utf-8")
     trainings = re.findall(r"-m k2train\.train (.*?)\s*$", calls, re.MULTILINE)
     told = "run.seed=1 data.order=[0,_1] parallel.tensor=2 parallel.pipeline=2"
     assert trainings == [f"configs/demo/stage1.yaml {told}", f"configs/demo/stage2.yaml {told}"]
-    table = done.stdout.split("== done\n")[1].splitlines()
-    assert [line.split("  ")[-1] for line in table] == [*parts[:-1], "in all"]
+    table = done.stdout.split("== done\n")[1].split("\n\n")[0].splitlines()
+    assert [line.split("  ")[-1] for line in table] == [*parts[:-2], "in all"]
     assert all(re.match(r" *\d+ s  ", line) for line in table)
+
+
+def test_quickstart_ends_with_commands_that_exist(copy: Copy) -> None:
+    """Catches a next step that names a tool, a config or a run directory that is not there, and one
+    that trains another model than the quickstart did.
+    """
+    done = copy.run("scripts/quickstart.sh", "data.order=[0, 1]")
+    lines = done.stdout.split("== what to do next\n")[1].splitlines()
+    commands = [line for line in lines if not line.startswith("#")]
+    assert commands[0] == "source .venv/bin/activate" and 4 <= len(commands) <= 6
+    (training,) = [shlex.split(line) for line in commands if "k2train.train" in line]
+    assert training[-1] == "data.order=[0, 1]"
+    for command in commands[1:]:
+        words = shlex.split(command)
+        assert words[0] == "python", command
+        files = [word for word in words if word.startswith(("tools/", "configs/"))]
+        assert files and all((ROOT / file).is_file() for file in files), command
+        runs = [word for word in words if word.startswith("runs/")]
+        assert set(runs) <= {"runs/demo-stage1", "runs/demo-stage2", "runs/alone"}, command
 
 
 @pytest.mark.parametrize(
@@ -277,7 +306,9 @@ def test_quickstart_does_all_parts_in_order(copy: Copy) -> None:
 def test_quickstart_ends_at_the_part_that_failed(
     copy: Copy, variables: dict[str, str], code: int, told: str
 ) -> None:
-    """Catches a later part run on what an earlier one did not make, and a failure told as success."""
+    """Catches a later part run on what an earlier one did not make, and a
+    failure told as success.
+    """
     ended = copy.run("scripts/quickstart.sh", **variables)
     assert ended.returncode == code
     assert ended.stderr.splitlines()[-1] == told
@@ -288,7 +319,9 @@ def test_quickstart_ends_at_the_part_that_failed(
 def test_quickstart_passes_a_signal_on_and_waits_for_the_save(
     copy: Copy, number: signal.Signals
 ) -> None:
-    """Catches a training left behind by Ctrl-C or kill, one that is not given the time to save, and a part started after."""
+    """Catches a training left behind by Ctrl-C or kill, one that is not given the time to save, and
+    a part started after.
+    """
     process = copy.start("scripts/quickstart.sh", TRAIN_TENTHS="6000")
     assert process.stdout is not None
     for line in process.stdout:
@@ -358,7 +391,9 @@ def test_test_script_ends_with_what_pytest_says(copy: Copy, arguments: tuple[str
 
 
 def test_continuous_integration_runs_everything(copy: Copy) -> None:
-    """Catches slow tests left out where nobody is in a hurry, and a failure that CI does not see."""
+    """Catches slow tests left out where nobody is in a hurry, and a
+    failure that CI does not see.
+    """
     assert copy.run(".ci/run", K2TRAIN_REQUIRE_SLURM="0").returncode == 0
     assert "-m pytest -q -n 2" in copy.calls("-m ")
     assert copy.run(".ci/run", K2TRAIN_REQUIRE_SLURM="0", CODE_pytest="1").returncode == 1

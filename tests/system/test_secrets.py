@@ -1,4 +1,4 @@
-"""Secrets: would catch a key of the environment that ends up in an artefact, a log, or a command line that all can read."""
+"""Secrets: keys in the environment must not reach artefacts, logs or visible command lines."""
 
 import os
 import subprocess
@@ -33,7 +33,9 @@ NAMES = (
 
 
 def test_a_run_leaves_no_secret_anywhere(tmp_path: Path) -> None:
-    """A whole run with W&B offline, and what `--explain` says: files, terminal, and the command lines while it ran."""
+    """A whole run with W&B offline, and what `--explain` says: files, terminal, and the command
+    lines while it ran.
+    """
     pytest.importorskip("wandb")
     make_corpus(tmp_path / "data", chunks=1)
     tree = config_tree(

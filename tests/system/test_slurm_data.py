@@ -17,12 +17,12 @@ import pytest
 from k2train.data.prepare.workspace import Workspace
 from tests.support.command_line import hear_signals
 from tests.support.preparation import (
-    begun,
+    all_files_complete,
     finished,
     in_order,
+    start_counts,
     toy_phases,
     toy_workspace,
-    whole,
 )
 from tests.support.scenarios import Scenario, judges
 from tests.support.slurm import Cluster
@@ -120,9 +120,11 @@ def test_both_nodes_do_the_tasks_once(outcome: Any) -> None:
     """Catches jobs that are refused, do not find their Python, or run before the phase they need is complete."""
     workspace, codes, said, before, after, logs = outcome
     assert codes == [0, 0], said + logs
-    assert whole(workspace, PHASES) and begun(workspace) == dict.fromkeys(ALL, 1)
+    assert all_files_complete(workspace, PHASES) and start_counts(workspace) == dict.fromkeys(
+        ALL, 1
+    )
     assert in_order(workspace, PHASES)
-    nodes = {path.read_text().split()[0] for path in (workspace.folder / "begun").iterdir()}
+    nodes = {path.read_text().split()[0] for path in (workspace.folder / "start_counts").iterdir()}
     assert nodes == {"p1", "p2"}
     assert re.search(r"^one: SLURM job \d+, its output in .*/logs/one/slurm$", said, re.MULTILINE)
     assert said.splitlines()[-1].startswith("three: 2 tasks in ")
@@ -132,7 +134,7 @@ def test_both_nodes_do_the_tasks_once(outcome: Any) -> None:
 def of_killed_driver(cluster: Cluster, folder: Path) -> Scenario:
     workspace = toy_workspace(folder, seconds=3.0)
     first = driver(cluster, workspace)
-    yield lambda: len(begun(workspace)) >= 2
+    yield lambda: len(start_counts(workspace)) >= 2
     first.kill()
     submitted = job_names(cluster, workspace)
     for note in (workspace.folder / "logs").glob("*.jobs"):
@@ -149,10 +151,10 @@ def test_a_killed_driver_finds_its_jobs_again(outcome: Any) -> None:
     workspace, submitted, code, said, after = outcome
     assert len(submitted) == 3
     assert code == 0, said
-    assert said.count("submitted before") == 3
+    assert said.count("submitted earlier") == 3
     assert after == submitted
-    assert whole(workspace, PHASES)
-    assert set(begun(workspace).values()) == set(finished(workspace).values()) == {1}
+    assert all_files_complete(workspace, PHASES)
+    assert set(start_counts(workspace).values()) == set(finished(workspace).values()) == {1}
 
 
 def of_failing_task(cluster: Cluster, folder: Path) -> Scenario:
@@ -161,7 +163,7 @@ def of_failing_task(cluster: Cluster, folder: Path) -> Scenario:
     first = driver(cluster, workspace)
     yield lambda: first.over
     said, left = first.said, queue(cluster, workspace)
-    early = "two_0" in begun(workspace)
+    early = "two_0" in start_counts(workspace)
     toy_workspace(folder)
     again = driver(cluster, workspace)
     yield lambda: again.over
@@ -177,7 +179,7 @@ def test_a_failing_task_is_its_line_and_the_rest_is_cancelled(outcome: Any) -> N
     assert said.splitlines()[-1] == "web.jsonl: gone; put it back"
     assert left == [] and not early
     assert again[0] == 0, again[1]
-    assert whole(workspace, PHASES) and max(finished(workspace).values()) == 1
+    assert all_files_complete(workspace, PHASES) and max(finished(workspace).values()) == 1
 
 
 def of_failure_without_driver(cluster: Cluster, folder: Path) -> Scenario:
@@ -198,14 +200,14 @@ def test_a_failure_without_a_driver_ends_the_phases_behind_it(outcome: Any) -> N
     """Catches phases that wait for ever for one that failed, and a start that takes them for its own."""
     workspace, code, said = outcome
     assert code == 0, said
-    assert whole(workspace, PHASES)
+    assert all_files_complete(workspace, PHASES)
 
 
 def of_vanished_job(cluster: Cluster, folder: Path) -> Scenario:
     workspace = toy_workspace(folder, seconds=600.0)
     waiting = driver(cluster, workspace)
-    # All four: one that has not begun would be told of with another reason.
-    yield lambda: len(begun(workspace)) == FIRST
+    # All four: one that has not start_counts would be told of with another reason.
+    yield lambda: len(start_counts(workspace)) == FIRST
     job = (workspace.folder / "logs" / "one.jobs").read_text().split()[0]
     cluster.run("scancel", job)
     yield lambda: waiting.over
@@ -220,7 +222,7 @@ def test_a_vanished_job_is_told_with_its_state(outcome: Any) -> None:
     assert code == 2
     line = said.splitlines()[-1]
     assert re.match(
-        rf"one: SLURM job {job}\S* ended as CANCELLED .*with 4 of 4 tasks undone; see .*\.out; start",
+        rf"one: SLURM job {job}\S* ended as CANCELLED .*with 4 of 4 tasks unfinished; see .*\.out; start",
         line,
     )
 
@@ -228,11 +230,13 @@ def test_a_vanished_job_is_told_with_its_state(outcome: Any) -> None:
 def of_ctrl_c(cluster: Cluster, folder: Path) -> Scenario:
     workspace = toy_workspace(folder, seconds=600.0)
     waiting = driver(cluster, workspace)
-    yield lambda: begun(workspace)
+    yield lambda: start_counts(workspace)
     waiting.process.send_signal(signal.SIGINT)
     yield lambda: waiting.over
     said, left = waiting.said, queue(cluster, workspace)
-    found = re.search(r"the same command waits for them again, `(scancel [\d ]+)` ends them", said)
+    found = re.search(
+        r"the same command to wait for them again, or end them with `(scancel [\d ]+)`", said
+    )
     assert found, said
     cluster.run(*found[1].split())
     yield lambda: queue(cluster, workspace) == []
@@ -286,7 +290,9 @@ def test_an_array_larger_than_the_cluster_allows_is_cut(outcome: Any) -> None:
     assert code == 0, said
     assert len((workspace.folder / "logs" / "one.jobs").read_text().split()) == 2
     tasks = [f"{phase.name}_{number}" for phase in phases for number in range(phase.tasks)]
-    assert whole(workspace, phases) and begun(workspace) == dict.fromkeys(tasks, 1)
+    assert all_files_complete(workspace, phases) and start_counts(workspace) == dict.fromkeys(
+        tasks, 1
+    )
     assert in_order(workspace, phases)
 
 
@@ -317,7 +323,7 @@ def test_the_demo_recipe_on_two_nodes_gives_the_bytes_of_one_process(outcome: An
     """The real preparation, on SLURM by one key of the recipe, killed once on its way: the same sha256 of every file."""
     folder, code, said = outcome
     assert code == 0, said
-    assert "submitted before" in said
+    assert "submitted earlier" in said
     hashes = [
         {
             path.name: hashlib.sha256(path.read_bytes()).hexdigest()

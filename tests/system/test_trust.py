@@ -1,5 +1,8 @@
-"""Files that somebody made to do harm: would catch one that runs code, makes a process read or write outside the run,
-fills the memory, never ends, or ends in a traceback. Each is refused in one line, by the real way in."""
+"""Malicious files: checkpoints and data made to do harm.
+
+Would catch a file that runs code, makes a process read or write outside the run, fills the memory,
+never ends, or ends in a traceback. Each is refused in one line, through the real entry points.
+"""
 
 import ast
 import io
@@ -41,7 +44,7 @@ from tests.support.tiny_corpus import (
 )
 
 Hostile = Callable[[Path, Path], object]
-"""Damages the thing at the first path; the second is a folder outside, with a file of somebody else's."""
+"""Damages the first path; the second is an outside folder with a file of another user."""
 MEMORY_BYTES = 400 * 2**20
 SECONDS = 10
 DEEP = "[" * 100_000
@@ -84,7 +87,10 @@ class Overtime(Exception):
 
 
 def bounded(what: Callable[[], Any]) -> Any:
-    """The result of `what`. Raises Overtime when it takes long; fails when the process grew by more than MEMORY_BYTES."""
+    """The result of `what`.
+
+    Raises Overtime when it takes long; fails when the process grew by more than MEMORY_BYTES.
+    """
 
     def late(number: int, frame: FrameType | None) -> None:
         raise Overtime(f"not done after {SECONDS} s")
@@ -195,7 +201,9 @@ def reseal(checkpoint: Path, **changes: Any) -> None:
 
 
 def shard(content: Callable[[bytes, Path], bytes], version: int = 2) -> Hostile:
-    """The optimizer's shard replaced; `version` 1: in a manifest of the first format, which knows no tensors."""
+    """The optimizer's shard replaced; `version` 1: in a manifest of the first format, which knows
+    no tensors.
+    """
 
     def change(checkpoint: Path, outside: Path) -> None:
         path = shard_of(checkpoint)
@@ -280,25 +288,41 @@ def twice(tree: dict[str, Any]) -> str:
 CHECKPOINTS: dict[str, Hostile] = {
     "pickle as a shard": shard(lambda before, outside: payload(outside)),
     "pickle as a shard, format 1": shard(lambda before, outside: payload(outside), 1),
-    "pickle as the manifest": lambda checkpoint, outside: (checkpoint / MANIFEST).write_bytes(payload(outside)),
-    "pickle beside the shards": lambda c, outside: (c / "model" / ".metadata").write_bytes(payload(outside)),
+    "pickle as the manifest": lambda checkpoint, outside: (checkpoint / MANIFEST).write_bytes(
+        payload(outside)
+    ),
+    "pickle beside the shards": lambda c, outside: (c / "model" / ".metadata").write_bytes(
+        payload(outside)
+    ),
     "header without end": shard(lambda before, outside: struct.pack("<Q", 2**63) + before[8:]),
-    "header without end, format 1": shard(lambda before, outside: struct.pack("<Q", 2**63) + before[8:], 1),
-    "header longer than the file": shard(lambda before, outside: struct.pack("<Q", len(before)) + before[8:], 1),
+    "header without end, format 1": shard(
+        lambda before, outside: struct.pack("<Q", 2**63) + before[8:], 1
+    ),
+    "header longer than the file": shard(
+        lambda before, outside: struct.pack("<Q", len(before)) + before[8:], 1
+    ),
     "empty shard": shard(lambda before, outside: b"", 1),
     "tensors over each other": header(lambda tree: first(tree).update(data_offsets=[0, 64])),
-    "tensors over each other, format 1": header(lambda tree: first(tree).update(data_offsets=[0, 64]), 1),
+    "tensors over each other, format 1": header(
+        lambda tree: first(tree).update(data_offsets=[0, 64]), 1
+    ),
     "tensor before the file": header(lambda tree: first(tree).update(data_offsets=[-64, 0]), 1),
-    "tensor behind the file": header(lambda tree: first(tree).update(data_offsets=[10**15, 10**15 + 4]), 1),
+    "tensor behind the file": header(
+        lambda tree: first(tree).update(data_offsets=[10**15, 10**15 + 4]), 1
+    ),
     "another type": header(lambda tree: first(tree).update(dtype="I64"), 1),
     "a type that is none": header(lambda tree: first(tree).update(dtype=["F32"]), 1),
     "shape of terabytes": header(lambda tree: first(tree).update(shape=[2**40, 2**20]), 1),
     "shape below zero": header(lambda tree: first(tree).update(shape=[-1, -4]), 1),
-    "shape of numbers without end": header(lambda tree: json.dumps(tree).replace('"shape": [', '"shape": [1e400, ', 1), 1),
+    "shape of numbers without end": header(
+        lambda tree: json.dumps(tree).replace('"shape": [', '"shape": [1e400, ', 1), 1
+    ),
     "header with NaN": header(lambda tree: first(tree).update(shape=[float("nan")]), 1),
     "header nested without end": header(lambda tree: '{"a": ' + DEEP, 1),
     "header that is a list": header(lambda tree: "[1, 2]", 1),
-    "tensor twice in a header": header(lambda tree: json.dumps(tree)[:-1] + f", {json.dumps(tree)[1:]}", 1),
+    "tensor twice in a header": header(
+        lambda tree: json.dumps(tree)[:-1] + f", {json.dumps(tree)[1:]}", 1
+    ),
     "header without places": header(lambda tree: tree.pop("__metadata__") and None, 1),
     "shard outside": rename_shard("../../../../outside/secret"),
     "shard by an absolute path": rename_shard("/etc/passwd"),
@@ -310,28 +334,43 @@ CHECKPOINTS: dict[str, Hostile] = {
     "checkpoint that is a link": link_out(lambda checkpoint: checkpoint),
     "shard that is a pipe": replaced(shard_of, os.mkfifo, sealed=True),
     "manifest that is a pipe": replaced(lambda checkpoint: checkpoint / MANIFEST, os.mkfifo),
-    "manifest that is a device": replaced(lambda c: c / MANIFEST, lambda path: path.symlink_to("/dev/zero")),
+    "manifest that is a device": replaced(
+        lambda c: c / MANIFEST, lambda path: path.symlink_to("/dev/zero")
+    ),
     "manifest nested without end": manifest(lambda tree: '{"a": ' + DEEP),
     "manifest with NaN": manifest(lambda tree: tree.update(loss=float("nan"))),
-    "manifest with a number without end": manifest(lambda tree: json.dumps(tree)[:-1] + ', "x": 1e999}'),
-    "manifest with 10000 digits": manifest(lambda tree: json.dumps(tree)[:-1] + f', "x": {"9" * 10000}}}'),
+    "manifest with a number without end": manifest(
+        lambda tree: json.dumps(tree)[:-1] + ', "x": 1e999}'
+    ),
+    "manifest with 10000 digits": manifest(
+        lambda tree: json.dumps(tree)[:-1] + f', "x": {"9" * 10000}}}'
+    ),
     "manifest with a key twice": manifest(twice),
     "manifest of a step below zero": manifest(lambda tree: tree.update(step=-3)),
     "manifest of a step that is a truth": manifest(lambda tree: tree.update(step=True)),
     "manifest without a guard": manifest(lambda tree: tree.pop("guard") and None),
     "manifest without an identity": manifest(lambda tree: tree.pop("identity") and None),
-    "manifest with shapes left out": manifest(lambda tree: first(tree["tensors"]["optimizer"]).pop("shape") and None),
-    "manifest whose tensors are a list": manifest(lambda tree: tree["tensors"].update(optimizer=[1])),
-    "thinned mark that is a device": replaced(lambda c: c / "thinned.json", lambda path: path.symlink_to("/dev/zero")),
+    "manifest with shapes left out": manifest(
+        lambda tree: first(tree["tensors"]["optimizer"]).pop("shape") and None
+    ),
+    "manifest whose tensors are a list": manifest(
+        lambda tree: tree["tensors"].update(optimizer=[1])
+    ),
+    "thinned mark that is a device": replaced(
+        lambda c: c / "thinned.json", lambda path: path.symlink_to("/dev/zero")
+    ),
     "thinned mark that is a pipe": replaced(lambda c: c / "thinned.json", os.mkfifo),
     "thinned mark that is a link": replaced(
-        lambda c: c / "thinned.json", lambda path: path.symlink_to(path.parents[4] / "outside" / "secret")
+        lambda c: c / "thinned.json",
+        lambda path: path.symlink_to(path.parents[4] / "outside" / "secret"),
     ),
-}  # fmt: skip
+}
 
 
 def bounded_job(launch: Launch, tree: dict[str, Any]) -> int | str:
-    """A start, within bounds: its exit code or a user's mistake, any other error as `Traceback: ...`."""
+    """A start, within bounds: its exit code or a user's mistake, any other error as `Traceback:
+    ...`.
+    """
     try:
         result: int | str = bounded(lambda: trainer_job(launch, tree))
     except (Exception, AssertionError) as error:
@@ -418,16 +457,26 @@ SHAPE = "{'descr': '<u2', 'fortran_order': %s, 'shape': (%s), }"
 DATA: dict[str, Hostile] = {
     "array of pickled objects": chunk(object_array),
     "pickle as a chunk": chunk(payload),
-    "program in the header": chunk(lambda outside: npy(f"__import__('pathlib').Path('{outside}/canary').touch()")),
-    "shape of petabytes": chunk(lambda outside: npy(SHAPE % (False, "1000000000000, 1000000000000"))),
+    "program in the header": chunk(
+        lambda outside: npy(f"__import__('pathlib').Path('{outside}/canary').touch()")
+    ),
+    "shape of petabytes": chunk(
+        lambda outside: npy(SHAPE % (False, "1000000000000, 1000000000000"))
+    ),
     "shape below zero": chunk(lambda outside: npy(SHAPE % (False, "-63, -16"))),
     "columns first": chunk(lambda outside: npy(SHAPE % (True, "63, 16"), b"\0" * 2016)),
     "header of brackets": chunk(lambda outside: npy("(" * 9000)),
     "newline in the header": chunk(lambda outside: npy("{'a\\n': 1}")),
     "pipe as a chunk": instead("chunk_000.npy", lambda path, outside: os.mkfifo(path)),
-    "device as a chunk": instead("chunk_000.npy", lambda path, outside: path.symlink_to("/dev/zero")),
-    "chunk that is a link": instead("chunk_000.npy", lambda path, outside: path.symlink_to(outside / "secret")),
-    "chunk that is a ring of links": instead("chunk_000.npy", lambda path, outside: path.symlink_to(path)),
+    "device as a chunk": instead(
+        "chunk_000.npy", lambda path, outside: path.symlink_to("/dev/zero")
+    ),
+    "chunk that is a link": instead(
+        "chunk_000.npy", lambda path, outside: path.symlink_to(outside / "secret")
+    ),
+    "chunk that is a ring of links": instead(
+        "chunk_000.npy", lambda path, outside: path.symlink_to(path)
+    ),
     "chunk outside": entry(file="../outside/secret"),
     "chunk by an absolute path": entry(file="/etc/passwd"),
     "chunk with a NUL": entry(file="a\0b"),
@@ -438,11 +487,15 @@ DATA: dict[str, Hostile] = {
     "key twice": text(lambda content: content.rstrip()[:-1] + ', "format": "k2train-chunks-1"}'),
     "nested without end": text(lambda content: '{"facts": ' + DEEP),
     "NaN": text(lambda content: content.replace('"facts": {', '"facts": {"a": NaN, ')),
-    "a number without end": text(lambda content: content.replace('"facts": {', '"facts": {"a": 1e999, ')),
+    "a number without end": text(
+        lambda content: content.replace('"facts": {', '"facts": {"a": 1e999, ')
+    ),
     "borders that are objects": chunk(object_array, "chunk_000.borders.npy", "borders_sha256"),
     "pipe as the manifest": instead("manifest.json", lambda path, outside: os.mkfifo(path)),
-    "device as the manifest": instead("manifest.json", lambda path, outside: path.symlink_to("/dev/zero")),
-}  # fmt: skip
+    "device as the manifest": instead(
+        "manifest.json", lambda path, outside: path.symlink_to("/dev/zero")
+    ),
+}
 
 
 @pytest.mark.parametrize("name", DATA)
@@ -496,7 +549,7 @@ CONFIGS = {
     "duplicate keys": "run: {name: a, name: b}\n",
     "not text": b"\x80\x02".decode("latin1"),
     "name outside": "run: {name: ../outside, seed: 1}\n",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", CONFIGS)

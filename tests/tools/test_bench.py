@@ -1,6 +1,6 @@
-"""`tools/bench.py cpu`: that it compares like with like, that nothing it starts stays, and what a mistake costs.
+"""`tools/bench.py cpu`: equal work, no processes left behind, and one line for a usage error.
 
-Sizes are tiny, so the speeds mean nothing; what is tested is which rounds meet, what is told and what is left behind.
+Sizes are tiny, so the speeds mean nothing. Tested are the pairing of rounds, reports and leftovers.
 """
 
 import dataclasses
@@ -118,7 +118,9 @@ def test_every_name_is_one_contender_and_every_aim_names_contenders() -> None:
 
 
 def test_the_reference_leads_every_group_and_one_group_joins_the_precisions() -> None:
-    """Catches ratios to a reference of other rounds, and bf16 numbers without a link to the fp32 reference."""
+    """Catches ratios to a reference of other rounds, and bf16 numbers without a link to the fp32
+    reference.
+    """
     groups = choose(None, False, ("fp32", "bf16"))
     assert len({group[0].group for group in groups}) == len(groups) == 10
     for group in groups:
@@ -134,7 +136,9 @@ def test_the_reference_leads_every_group_and_one_group_joins_the_precisions() ->
 
 
 def test_quick_is_one_group_of_few() -> None:
-    """Catches a quick run that starts everything, or that measures k2train's layouts apart from their peers."""
+    """Catches a quick run that starts everything, or that measures k2train's layouts apart from
+    their peers.
+    """
     (group,) = choose(None, True, ("fp32",))
     assert {c.name for c in group} == set(contenders.QUICK)
 
@@ -157,7 +161,9 @@ def test_a_variant_is_its_contender_with_other_keys() -> None:
 
 
 def test_a_ratio_is_of_the_same_round() -> None:
-    """Catches a ratio of two medians, where the machine was slower in some rounds, and a mean that one round decides."""
+    """Catches a ratio of two medians, where the machine was slower in some rounds, and a mean that
+    one round decides.
+    """
     ours, reference = (
         sample([1.0, 1.0, 3.0, 3.0, None]),
         sample([2.0, 2.0, 24.0, 6.0, 1.0], "reference"),
@@ -266,7 +272,9 @@ def fakes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[list[Sampl
 
 
 def test_the_others_run_whatever_one_does(fakes: tuple[list[Sample], Path]) -> None:
-    """Catches a peer's fault that ends the measurement, and a loss told by two ranks counted twice."""
+    """Catches a peer's fault that ends the measurement, and a loss told by two ranks counted
+    twice.
+    """
     well = fakes[0][0]
     assert well.problem is None
     assert len(well.seconds) == 2 and all(s is not None and 0 < s < 4 for s in well.seconds)
@@ -321,7 +329,9 @@ run_group([how], Work(), Plan(rounds=2, extra_path=sys.argv[1]), print)
 
 
 def test_ranks_inside_a_step_end_with_a_killed_driver(tmp_path: Path) -> None:
-    """Catches processes that outlive the driver because they only see the end of their input between two steps."""
+    """Catches processes that outlive the driver because they only see the end of their input
+    between two steps.
+    """
     (tmp_path / "fake_contender.py").write_text(FAKE)
     pids = tmp_path / "pids"
     paths = os.pathsep.join([str(ROOT / "tools"), str(ROOT)])
@@ -343,7 +353,9 @@ def test_ranks_inside_a_step_end_with_a_killed_driver(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("after_seconds", [0, 3])
 def test_a_stopped_bench_leaves_nothing(after_seconds: int) -> None:
-    """Catches processes that outlive a bench that is asked to stop, whatever they do at that moment."""
+    """Catches processes that outlive a bench that is asked to stop, whatever they do at that
+    moment.
+    """
     command = [
         sys.executable,
         str(ROOT / "tools/bench.py"),
@@ -371,7 +383,9 @@ def test_a_stopped_bench_leaves_nothing(after_seconds: int) -> None:
 def test_one_and_two_processes_end_to_end(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Catches what only real contenders show: same model, same losses, numbers in table and JSON alike."""
+    """Catches what only real contenders show: same model, same losses, numbers in table and JSON
+    alike.
+    """
     path = tmp_path / "now.json"
     arguments = [
         "cpu",
@@ -418,7 +432,9 @@ def test_one_and_two_processes_end_to_end(
 
 @pytest.fixture
 def repository(tmp_path: Path) -> tuple[Path, str]:
-    """A git repository with this tree's k2train and bench, whose own contender signs its rows, and its commit."""
+    """A git repository with this tree's k2train and bench, whose own contender signs its rows, and
+    its commit.
+    """
     folder = tmp_path / "repository"
     ignore = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "k2train", folder / "k2train", ignore=ignore)
@@ -517,7 +533,9 @@ def test_a_loss_is_named(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Catches a loss that passes, noise called a loss, a ratio upside down, and a layout that no longer runs."""
+    """Catches a loss that passes, noise called a loss, a ratio upside down, and a layout that no
+    longer runs.
+    """
     if not measured[1].seconds:
         measured[1] = dataclasses.replace(
             measured[1], problem="it was not there", kind="unavailable"
@@ -607,7 +625,10 @@ def test_a_mistake_costs_one_line(
 
 
 def test_sizes_are_the_work() -> None:
-    """Catches a size that is parsed and not used; the standard work is 10.5 million parameters and 4,096 tokens."""
+    """Catches a size that is parsed and not used.
+
+    The standard work is 10.5 million parameters and 4,096 tokens.
+    """
     assert dataclasses.asdict(parse_work(SIZE_ARGUMENTS[1:])) == dataclasses.asdict(TINY)
     assert (Work().parameters, Work().tokens) == (10_522_880, 4096)
 

@@ -1,6 +1,7 @@
-"""`tools/bench.py gpu`: that it keeps its time, that what goes wrong is a row, and what it makes of its rows.
+"""`tools/bench.py gpu`: the time budget, failures as rows, and the tables made from rows.
 
-The dry run goes through the parts as on a GPU, on the CPU and with tiny sizes: its figures mean nothing.
+The dry run goes through the parts as on a GPU, on the CPU with tiny sizes: its figures mean
+nothing.
 """
 
 import io
@@ -63,7 +64,9 @@ def dry(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 @pytest.mark.slow
 def test_a_dry_run_goes_through_every_part(dry: tuple[Path, str]) -> None:
-    """Catches a part that no longer fits the library: it would be a failed row on a GPU that is paid by the minute."""
+    """Catches a part that no longer fits the library: it would be a failed row on a GPU that is
+    paid by the minute.
+    """
     rows = json.loads((dry[0] / "result.json").read_text())["rows"]
     assert [row for row in rows if row["status"] not in ("ok", "skipped")] == []
     done = {
@@ -82,7 +85,9 @@ def test_a_dry_run_goes_through_every_part(dry: tuple[Path, str]) -> None:
 
 @pytest.mark.slow
 def test_whole_models_are_compared_in_turns(dry: tuple[Path, str]) -> None:
-    """Catches contenders that do not learn from the same work, and one that is timed while the others are cold."""
+    """Catches contenders that do not learn from the same work, and one that is timed while the
+    others are cold.
+    """
     rows = json.loads((dry[0] / "result.json").read_text())["rows"]
     measured = [row for row in rows if row["part"] == "models" and "step_seconds" in row]
     names = ["k2train", "transformers", "transformers compiled", "reference", "reference compiled"]
@@ -156,7 +161,9 @@ def test_what_goes_wrong_is_a_row_and_the_next_one_is_measured(
 
 
 def test_what_no_longer_fits_is_not_begun() -> None:
-    """Catches a case that starts although its time has gone, and takes that of the parts behind it."""
+    """Catches a case that starts although its time has gone, and takes that of the parts behind
+    it.
+    """
     stream = io.StringIO()
     begun: list[int] = []
     bench = bench_of(stream, 5.0)
@@ -174,7 +181,9 @@ def given_of(folder: Path, seconds: float = 100.0) -> Given:
 def test_a_part_that_hangs_is_ended_and_leaves_what_it_had(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches a compiler that hangs and takes the ten minutes, and rows lost with the process that wrote them."""
+    """Catches a compiler that hangs and takes the ten minutes, and rows lost with the process that
+    wrote them.
+    """
     rows = tmp_path / "rows_layers.jsonl"
     lines = [
         {"part": "layers", "what": "one", "status": "ok"},
@@ -268,7 +277,9 @@ def layers_row(what: str, batch: str, flops: float, peak: int) -> Row:
 
 
 def test_aims_are_judged_by_the_rate_of_the_same_call() -> None:
-    """Catches a share of a data sheet, or of another call's rate, and a missed aim that is called met."""
+    """Catches a share of a data sheet, or of another call's rate, and a missed aim that is called
+    met.
+    """
     rows: list[Row] = [
         {
             "part": "device",
@@ -407,7 +418,9 @@ class Small:
 
 
 def test_a_backward_operation_is_in_the_scope_of_its_forward() -> None:
-    """Catches attention's backward counted as products, and a scope that stays after the profile."""
+    """Catches attention's backward counted as products, and a scope that stays after the
+    profile.
+    """
     engine = Small()
     x = torch.randn(128, 128, requires_grad=True)
     activities = [torch.profiler.ProfilerActivity.CPU]
@@ -443,7 +456,10 @@ def test_a_profile_accounts_for_the_whole_step() -> None:
 
 
 class Held(TorchDispatchMode):
-    """Counts the bytes of all tensors alive; what an operation asks of a fake number is answered with one that is fine."""
+    """Counts the bytes of all tensors alive.
+
+    What an operation asks of a fake number is answered with one that is fine.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -474,7 +490,9 @@ class Held(TorchDispatchMode):
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_a_step_of_k2s_layers_takes_what_is_planned(recompute: str) -> None:
-    """Catches a plan that misses what a step holds, at the size where 3 % are gigabytes: tensors without memory."""
+    """Catches a plan that misses what a step holds, at the size where 3 % are gigabytes: tensors
+    without memory.
+    """
     full = sizes(False)
     shape, batch = replace(full.k2, num_layers=2), full.k2_batches[0]
     kernels = {"attention": "flash", "recompute": recompute}

@@ -1,4 +1,6 @@
-"""`tools/bench_profile.py`: where a step's time goes, told as a table, and mistakes told before a process starts."""
+"""`tools/bench_profile.py`: the table of a step's time, and errors reported before a process
+starts.
+"""
 
 import json
 from pathlib import Path
@@ -30,7 +32,9 @@ TINY += ["--micro", "2", "--sequences", "4", "--steps", "1"]
 def test_a_profile_of_a_tiny_work(
     processes: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Catches a scope that no longer fits the engine, and waiting for others that is called Python."""
+    """Catches a scope that no longer fits the engine, and waiting for others that is called
+    Python.
+    """
     out = tmp_path / "out.json"
     assert tool.main([*TINY, "--processes", str(processes), "--json", str(out)]) == 0
     (found,) = json.loads(out.read_text()).values()

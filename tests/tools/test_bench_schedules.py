@@ -1,4 +1,4 @@
-"""`tools/bench_schedules.py` on real processes, tiny: the table, the pictures, and one line for a mistake."""
+"""`tools/bench_schedules.py` on real, tiny processes: table, pictures, one line for an error."""
 
 import re
 from pathlib import Path
@@ -30,7 +30,9 @@ def tool() -> ModuleType:
 def test_every_schedule_runs_and_is_drawn(
     tool: ModuleType, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Catches a schedule left out, spans of the wrong rank or action, a loss that a schedule changes, a lost picture."""
+    """Catches a schedule left out, spans of the wrong rank or action, a loss that a schedule
+    changes, a lost picture.
+    """
     assert (
         tool.main(["--steps", "3", "--warmup", "1", "--svg", str(tmp_path / "pictures"), *TINY])
         == 0

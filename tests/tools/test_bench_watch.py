@@ -1,4 +1,6 @@
-"""The bench of watching, at a tiny size: would catch a bench that no longer runs, or that compares two different works."""
+"""`tools/bench_watch.py` at a tiny size: catches one that fails, or compares two different
+works.
+"""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Where two runs part: the first step and tensor, by losses, by roots of the state, and by the tensors themselves."""
+"""Comparison of runs: the first differing step and tensor, by losses, state roots and tensors."""
 
 import json
 import sys
@@ -42,7 +42,10 @@ def make_run(
     changed: str = f"{NAMES[1]}.exp_avg",
     adam_offset: int = 0,
 ) -> Path:
-    """A record of `steps` steps with a root every `every`; losses, and one digest, are others from a step on."""
+    """A record of `steps` steps with a root every `every`.
+
+    Losses, and one digest, are others from a step on.
+    """
 
     def state(step: int) -> tuple[str, dict[str, str]]:
         found = digests(step, changed if step >= state_from else "")
@@ -121,7 +124,9 @@ def test_a_loss_that_differs_before_a_root(tmp_path: Path) -> None:
 
 
 def test_roots_alone_name_no_tensor_until_a_checkpoint_does(tmp_path: Path) -> None:
-    """Runs that recorded roots only: the tensor is named where both have a manifest with digests, if that is later."""
+    """Runs that recorded roots only: the tensor is named where both have a manifest with digests,
+    if that is later.
+    """
     (line,) = found(tmp_path, state_from=1, tensors=False)
     assert "step 2 is the first" in line and "nothing earlier" in line
     assert line.endswith(f"; at step 4 1 of 3 tensors differ: {NAMES[1]}")

@@ -1,4 +1,4 @@
-"""`tools/inspect_data.py`: what the model saw, when and from where, against data whose every token is known here."""
+"""`tools/inspect_data.py`: its answers against data whose every token is known here."""
 
 import json
 import subprocess
@@ -41,7 +41,9 @@ tool = load_tool("inspect_data")
 
 @dataclass(frozen=True)
 class Corpus:
-    """A data folder, and the documents (subset, source, name) -> (text, ids with </s>) it was packed from."""
+    """A data folder, and the documents (subset, source, name) -> (text, ids with </s>) it was
+    packed from.
+    """
 
     manifest: Manifest
     documents: dict[tuple[str, str, str], tuple[str, list[int]]]
@@ -91,7 +93,10 @@ def _texts() -> dict[tuple[str, str, str], str]:
 def _build(
     folder: Path, tokenizer: Tokenizer, columns: bool = True, copy: bool = True, **facts: Any
 ) -> Corpus:
-    """Documents laid end to end over the chunks, twice where needed; `columns`: with fim and repeat."""
+    """Documents laid end to end over the chunks, twice where needed.
+
+    `columns`: with fim and repeat.
+    """
     folder.mkdir()
     documents = {key: (text, [*tokenizer.encode(text), EOS_ID]) for key, text in _texts().items()}
     stream: list[tuple[int, tuple[str, str, str], int, int]] = []
@@ -167,7 +172,7 @@ def _write_provenance(
     parquet.write_table(pyarrow.table(data), path, compression="zstd", row_group_size=group)
 
 
-def _run(corpus: Corpus, folder: Path, order: list[str] | None = None) -> Ledger:
+def _run_tasks(corpus: Corpus, folder: Path, order: list[str] | None = None) -> Ledger:
     """A run directory as a start leaves it: config and ledger."""
     folder.mkdir(parents=True)
     config = {
@@ -260,7 +265,9 @@ def refuse(capsys: pytest.CaptureFixture[str]) -> Ask:
 
 
 def test_every_row_tells_its_own_tokens(build: Build, ask: Ask, tokenizer: Tokenizer) -> None:
-    """Catches a row or a piece that is another's, and a document that does not come back from its places."""
+    """Catches a row or a piece that is another's, and a document that does not come back from its
+    places.
+    """
     corpus = build()
     told: dict[tuple[Any, ...], dict[int, list[int]]] = {}
     for info in corpus.manifest.chunks:
@@ -340,13 +347,15 @@ def test_without_a_tokenizer_there_are_ids_and_a_word_about_it(
     content = json.loads(path.read_text())
     assert f"with the hash of the data ({content['tokenizer_sha256'][:12]})" in shown
     path.write_text(json.dumps({**content, "tokenizer_sha256": UNKNOWN_TOKENIZER}))
-    assert "of the data (unknown: imported without a tokenizer) lies beside it" in show(*words)
+    assert "of the data (unknown: imported without a tokenizer) is in its folder" in show(*words)
 
 
 def test_a_tokenizer_beside_the_folder_is_taken_by_its_hash(
     build: Build, tokenizer: Tokenizer
 ) -> None:
-    """Catches an older folder shown as ids though its tokenizer lies there, and a wrong one taken for it."""
+    """Catches an older folder shown as ids though its tokenizer lies there, and a wrong one taken
+    for it.
+    """
     corpus = build(copy=False)
     beside = corpus.folder.parent / "tokenizer.model"
     train_tokenizer(["one two three four five six " * 30], 300).save(beside)
@@ -370,7 +379,7 @@ def test_only_the_one_chunk_is_read(build: Build, ask: Ask) -> None:
     """Catches an answer about a row or a step that needs the whole data set to be at hand."""
     corpus = build()
     run = corpus.folder.parent / "runs" / "one"
-    _run(corpus, run)
+    _run_tasks(corpus, run)
     for path in corpus.folder.glob("chunk_*"):
         if not path.name.startswith("chunk_001"):
             path.unlink()
@@ -379,7 +388,9 @@ def test_only_the_one_chunk_is_read(build: Build, ask: Ask) -> None:
 
 
 def test_only_the_row_groups_of_the_row_are_read(build: Build) -> None:
-    """Catches a lookup that reads a chunk's whole provenance for one row: here the rest of it is destroyed."""
+    """Catches a lookup that reads a chunk's whole provenance for one row: here the rest of it is
+    destroyed.
+    """
     corpus = build()
     info = corpus.manifest.chunks[0]
     path = corpus.folder / str(info.provenance)
@@ -532,7 +543,7 @@ def test_a_document_is_found_by_each_of_its_names(build: Build, ask: Ask) -> Non
 def test_a_document_not_found_is_answered_with_the_nearest(build: Build, refuse: Ask) -> None:
     """Catches an empty answer, which would read as "never used"."""
     corpus = build()
-    assert "near it are line-1" in refuse(corpus.folder, "--document", "lime-11")
+    assert "similar names: line-1" in refuse(corpus.folder, "--document", "lime-11")
     assert "there are code, prose" in refuse(corpus.folder, "--document", "a.py", "--subset", "cod")
     assert "in subset prose" in refuse(corpus.folder, "--document", "a.py", "--subset", "prose")
     assert "no document" in refuse(corpus.folder, "--document", "zzzzzz")
@@ -546,7 +557,7 @@ def test_every_step_reads_the_rows_of_the_order(build: Build, ask: Ask, tmp_path
     corpus = build()
     names = ["chunk_002", "chunk_000", "chunk_003"]
     run = tmp_path / "runs" / "ordered"
-    ledger = _run(corpus, run, names)
+    ledger = _run_tasks(corpus, run, names)
     ledger.append("chunk_started", attempt=1, chunk="chunk_002", order_index=0, step=1)
     for step in (1, 2, 3):
         _metrics(
@@ -593,10 +604,12 @@ def test_every_step_reads_the_rows_of_the_order(build: Build, ask: Ask, tmp_path
 def test_only_the_sample_that_was_asked_for_is_shown(
     build: Build, ask: Ask, show: Ask, tmp_path: Path
 ) -> None:
-    """Catches a sample that is buried under the tables of all the others, and a step made smaller than it is."""
+    """Catches a sample that is buried under the tables of all the others, and a step made smaller
+    than it is.
+    """
     corpus = build()
     run = tmp_path / "runs" / "one"
-    _run(corpus, run)
+    _run_tasks(corpus, run)
     step = ("--run", run, "--step", 2)
     assert [sample["row"] for sample in ask(*step)["samples"]] == [3, 4, 5]
 
@@ -623,10 +636,12 @@ def test_only_the_sample_that_was_asked_for_is_shown(
 def test_a_document_is_told_with_its_steps(
     build: Build, ask: Ask, show: Ask, tmp_path: Path
 ) -> None:
-    """Catches a use called trained that was never read: to come, beyond the last full step, outside the order."""
+    """Catches a use called trained that was never read: to come, beyond the last full step, outside
+    the order.
+    """
     corpus = build()
     run = tmp_path / "runs" / "partial"
-    _run(corpus, run, ["chunk_001", "chunk_000"])
+    _run_tasks(corpus, run, ["chunk_001", "chunk_000"])
     _metrics(run, 1, 1, "chunk_001", [0, 3])
     facts = ask("--run", run, "--document", "web/p.jsonl")
     seen = set()
@@ -659,7 +674,7 @@ def test_held_out_rows_are_never_called_trained(
     corpus.manifest.path.write_text(json.dumps(content))
     corpus = replace(corpus, manifest=read_manifest(corpus.folder))
     run = tmp_path / "runs" / "held"
-    _run(corpus, run)
+    _run_tasks(corpus, run)
     _metrics(run, 1, 6, "chunk_002", [3, 6])
     places = ask("--run", run, "--document", "web/p.jsonl")["places"]
     assert {place["state"] for place in places if place["chunk"] == "held_out"} == {"held out"}
@@ -675,10 +690,12 @@ def test_held_out_rows_are_never_called_trained(
 
 
 def test_a_deferred_chunk_is_read_last(build: Build, ask: Ask, show: Ask, tmp_path: Path) -> None:
-    """Catches an order from the config alone: the run went back, deferred a chunk, and read another in its place."""
+    """Catches an order from the config alone: the run went back, deferred a chunk, and read another
+    in its place.
+    """
     corpus = build()
     run = tmp_path / "runs" / "deferred"
-    ledger = _run(corpus, run)
+    ledger = _run_tasks(corpus, run)
     names = [info.name for info in corpus.manifest.chunks]
     ledger.append("chunk_started", attempt=1, chunk="chunk_000", order_index=0, step=1)
     _checkpoint(corpus, run, names, 2)
@@ -722,7 +739,7 @@ def test_a_checkpoint_tells_what_it_consumed(
     corpus = build()
     run = tmp_path / "runs" / "saved"
     order = ["chunk_003", "chunk_001", "chunk_000"]
-    _run(corpus, run, order)
+    _run_tasks(corpus, run, order)
     for step in (0, 2, 4):
         _checkpoint(corpus, run, order, step)
     facts = ask("--run", run, "--checkpoint", 2)
@@ -751,14 +768,14 @@ def test_the_record_is_believed_over_an_edited_config(
     """Catches an answer from a config that was changed after the run."""
     corpus = build()
     run = tmp_path / "runs" / "edited"
-    ledger = _run(corpus, run, ["chunk_001", "chunk_000"])
+    ledger = _run_tasks(corpus, run, ["chunk_001", "chunk_000"])
     ledger.append("chunk_started", attempt=1, chunk="chunk_001", order_index=0, step=1)
     _metrics(run, 1, 1, "chunk_001", [0, 3])
     config = (run / "config.yaml").read_text()
     tree = yaml.safe_load(config)
     tree["data"]["order"].reverse()
     (run / "config.yaml").write_text(yaml.safe_dump(tree))
-    assert "place 0 of the order was chunk_001 from step 1" in refuse("--run", run, "--step", 1)
+    assert "position 0 of the order was chunk_001 from step 1" in refuse("--run", run, "--step", 1)
     (run / "config.yaml").write_text(config.replace("global_sequences: 3", "global_sequences: 2"))
     assert "rows [0, 3]" in refuse("--run", run, "--step", 1)
     (run / "config.yaml").write_text(config)
@@ -775,7 +792,7 @@ def test_other_data_than_the_run_recorded_is_refused(
     """Catches the most convincing wrong answer: the right question to another data set."""
     corpus = build()
     run = tmp_path / "runs" / "moved"
-    _run(corpus, run)
+    _run_tasks(corpus, run)
     moved = tmp_path / "elsewhere"
     corpus.folder.rename(moved)
     assert "cannot be read" in refuse("--run", run, "--step", 1)
@@ -791,7 +808,7 @@ def test_a_relative_manifest_is_looked_for_above_the_run(
     """Catches a run that can be asked from one directory only."""
     corpus = build()
     run = tmp_path / "runs" / "relative"
-    _run(corpus, run)
+    _run_tasks(corpus, run)
     config = yaml.safe_load((run / "config.yaml").read_text())
     config["data"]["manifest"] = "data/manifest.json"
     (run / "config.yaml").write_text(yaml.safe_dump(config))
@@ -845,7 +862,7 @@ def test_a_skipped_step_is_not_called_trained(
     """Catches data said to have trained the model when its update was thrown away."""
     corpus = build()
     run = tmp_path / "runs" / "skipped"
-    ledger = _run(corpus, run)
+    ledger = _run_tasks(corpus, run)
     ledger.append("step_skipped", attempt=1, step=2)
     _metrics(run, 1, 2, "chunk_000", [3, 6], applied=False)
     assert ask("--run", run, "--step", 2)["state"] == "skipped"
@@ -862,7 +879,7 @@ def test_mistakes_are_one_line(build: Build, refuse: Ask, tmp_path: Path) -> Non
     """Catches tracebacks, and messages that do not say what there is."""
     corpus = build()
     run = tmp_path / "runs" / "r"
-    _run(corpus, run)
+    _run_tasks(corpus, run)
     data = corpus.folder
     assert "chunk_000 to chunk_003" in refuse(data, "--chunk", 4)
     assert "nearest is chunk_002" in refuse(data, "--chunk", "chunk_0002")
@@ -882,7 +899,7 @@ def test_mistakes_are_one_line(build: Build, refuse: Ask, tmp_path: Path) -> Non
         ([data, "--checkpoint", 1], "--checkpoint needs --run"),
         ([data, "--row", 1], "--row needs --chunk"),
         ([data, "--chunk", 1, "--sample", 1], "--sample needs --step"),
-        ([data, "--chunk", 1, "--document", "x"], "different questions"),
+        ([data, "--chunk", 1, "--document", "x"], "different queries"),
         ([data, "--chunk", 1, "--subset", "x"], "need --document"),
         ([data, "--chunk", 1, "--rows", "5-2"], "must go upwards"),
         ([data, "--chunk", 1, "--row", "-2"], "--row"),
@@ -924,15 +941,15 @@ def test_damaged_records_are_one_line(build: Build, refuse: Ask, tmp_path: Path)
     """Catches a run answered for from a broken record."""
     corpus = build()
     run = tmp_path / "runs" / "r"
-    _run(corpus, run)
+    _run_tasks(corpus, run)
     (run / "metrics.jsonl").write_text('{"step": 1, broken\n')
     assert "metrics.jsonl: a line is damaged" in refuse("--run", run)
     (run / "metrics.jsonl").write_text('{"step": 1, "attempt"')
     config = (run / "config.yaml").read_text()
     for content, said in (
-        ("data: [", "does not tell"),
-        ("data: {}", "does not tell"),
-        ("", "does not tell"),
+        ("data: [", "has no usable"),
+        ("data: {}", "has no usable"),
+        ("", "has no usable"),
     ):
         (run / "config.yaml").write_text(content)
         assert said in refuse("--run", run)
@@ -943,7 +960,7 @@ def test_damaged_records_are_one_line(build: Build, refuse: Ask, tmp_path: Path)
     ledger.write_text(ledger.read_text().replace('"seq": 0', '"seq": 1'))
     assert "ledger.jsonl" in refuse("--run", run)
     ledger.write_text("")
-    assert "has not begun" in refuse("--run", run)
+    assert "has not started" in refuse("--run", run)
 
 
 # The command line
@@ -955,7 +972,8 @@ def test_it_loads_no_torch_and_ends_quietly_in_a_pipe(build: Build) -> None:
     program = (
         "import runpy, sys; sys.argv = sys.argv[1:]\n"
         "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
-        "except SystemExit as done: sys.stderr.write(f'left {done.code} {\"torch\" in sys.modules}')"
+        'except SystemExit as done: sys.stderr.write(f\'left {done.code} {"torch" in '
+        "sys.modules}')"
     )
     words = [str(TOOL), str(corpus.folder), "--chunk", "0", "--row", "0"]
     done = subprocess.run(

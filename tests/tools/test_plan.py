@@ -1,4 +1,4 @@
-"""`tools/plan.py`: what a user sees before a run, and the one line a mistake costs."""
+"""`tools/plan.py`: the plan that a user sees before a run, and one line for an error."""
 
 import subprocess
 import sys
@@ -23,7 +23,9 @@ def tool() -> ModuleType:
 def test_prints_grid_program_bubble_and_picture(
     tool: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Catches numbers that are not the layout's: the grid, the micro-batches, the bubble 1/5, every rank's program."""
+    """Catches numbers that are not the layout's: the grid, the micro-batches, the bubble 1/5, every
+    rank's program.
+    """
     overrides = [*SMALL, "parallel.tensor=2", "parallel.pipeline=2"]
     assert tool.main([DEMO, "--world", "4", "--width", "100", *overrides]) == 0
     printed = capsys.readouterr().out
@@ -40,7 +42,9 @@ def test_prints_grid_program_bubble_and_picture(
 def test_overrides_may_stand_before_and_after_options(
     tool: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Catches an override swallowed by an option, and a default world other than tensor x pipeline."""
+    """Catches an override swallowed by an option, and a default world other than tensor x
+    pipeline.
+    """
     assert tool.main([DEMO, "parallel.tensor=2", "--full", "parallel.pipeline=2"]) == 0
     assert "world 4 = pipeline 2 x data 1 x tensor 2" in capsys.readouterr().out
 
@@ -113,7 +117,9 @@ def test_a_world_that_is_no_count_is_refused(
 
 
 def test_runs_from_anywhere_without_torch_or_an_installed_package(tmp_path: Path) -> None:
-    """Catches an import that costs seconds, and a tool that runs in the repository's folder only."""
+    """Catches an import that costs seconds, and a tool that runs in the repository's folder
+    only.
+    """
     program = (
         "import runpy, sys; sys.argv = ['plan.py', sys.argv[1]]\n"
         f"try: runpy.run_path({str(TOOL)!r}, run_name='__main__')\n"
@@ -133,7 +139,10 @@ def test_runs_from_anywhere_without_torch_or_an_installed_package(tmp_path: Path
 
 def test_a_reader_that_leaves_early_is_no_failure() -> None:
     """Catches the BrokenPipeError of `plan.py CONFIG | head -1`."""
-    command = f"'{sys.executable}' '{TOOL}' '{DEMO}' --full --world 2000 batch.global_sequences=8000 | head -1"
+    command = (
+        f"'{sys.executable}' '{TOOL}' '{DEMO}' --full --world 2000 "
+        "batch.global_sequences=8000 | head -1"
+    )
     done = subprocess.run(
         ["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, check=False
     )

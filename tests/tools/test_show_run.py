@@ -1,4 +1,4 @@
-"""The table of a run: would catch a wrong cell, a damaged run shown as whole, and a traceback instead of a line."""
+"""`tools/show_run.py`: catches wrong cells, a damaged run shown as whole, and tracebacks."""
 
 import hashlib
 import json
@@ -179,7 +179,8 @@ def test_it_needs_neither_torch_nor_an_installed_package(tmp_path: Path) -> None
     code = (
         "import runpy, sys; sys.argv = sys.argv[1:]\n"
         "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
-        "except SystemExit as done: print('left', done.code, 'torch' in sys.modules, 'numpy' in sys.modules)"
+        "except SystemExit as done: print('left', done.code, 'torch' in sys.modules, 'numpy' in "
+        "sys.modules)"
     )
     command = [sys.executable, "-c", code, str(ROOT / "tools" / "show_run.py"), str(run)]
     done = subprocess.run(command, capture_output=True, text=True, cwd="/", timeout=120, check=True)

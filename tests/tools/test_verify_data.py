@@ -1,4 +1,4 @@
-"""The check of a whole data folder: every kind of damage is found, named, and keeps nothing else from being read."""
+"""`tools/verify_data.py`: every kind of damage is found and named, and the rest is still read."""
 
 import hashlib
 import json
@@ -165,7 +165,9 @@ def flip(path: Path, place: int) -> None:
 def test_a_whole_folder_is_whole(
     manifest: Manifest, tool: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Catches a check that finds fault with what is right, and a last line whose numbers are not the folder's."""
+    """Catches a check that finds fault with what is right, and a last line whose numbers are not
+    the folder's.
+    """
     assert problems_of(manifest) == []
     assert tool.main([str(manifest.folder), "--workers", "2"]) == 0
     out, err = capsys.readouterr()
@@ -193,7 +195,9 @@ FILES = [
 @pytest.mark.parametrize("place", [3, -3])
 @pytest.mark.parametrize("file", FILES)
 def test_one_flipped_bit_is_found(manifest: Manifest, file: str, place: int) -> None:
-    """Catches a file that is not read to both its ends, and damage laid at the door of another file."""
+    """Catches a file that is not read to both its ends, and damage laid at the door of another
+    file.
+    """
     flip(manifest.folder / file, place)
     found = problems_of(manifest)
     assert len(found) == 1, found
@@ -306,7 +310,9 @@ WRONG: list[tuple[str, Callable[[Pieces], object], str]] = [
 def test_provenance_that_is_not_of_the_chunk(
     manifest: Manifest, change: Callable[..., object], words: str
 ) -> None:
-    """Catches provenance believed because it has its hash: a wrong preparation hashes what it wrote."""
+    """Catches provenance believed because it has its hash: a wrong preparation hashes what it
+    wrote.
+    """
     pieces = make_pieces(1)
     change(pieces)
     write_pieces(manifest.folder / "chunk_001.parquet", pieces)
@@ -322,10 +328,10 @@ def test_provenance_that_is_no_parquet(manifest: Manifest) -> None:
     path = manifest.folder / "chunk_001.parquet"
     path.write_bytes(b"PAR1 and nothing more")
     (line,) = problems_of(rehash(manifest))
-    assert line.startswith(f"chunk_001 ({path}): is no provenance of a chunk")
+    assert line.startswith(f"chunk_001 ({path}): is not the provenance of a chunk")
     parquet.write_table(arrow.table({"other": [1]}), path)
     (line,) = problems_of(rehash(manifest))
-    assert line.startswith(f"chunk_001 ({path}): is no provenance of a chunk")
+    assert line.startswith(f"chunk_001 ({path}): is not the provenance of a chunk")
 
 
 @pytest.mark.parametrize(
@@ -357,22 +363,66 @@ MANIFEST_MISTAKES: list[tuple[str, Callable[[dict[str, Any]], object], list[str]
     (
         "tokens of a subset",
         lambda c: c["chunks"][1]["tokens_per_subset"].update(code=LENGTH),
-        ["of subset code, the manifest says 16", "tokens_per_subset add up to", "account of subset code: used_tokens",
-         "account of subset code: used_samples"],
+        [
+            "of subset code, the manifest says 16",
+            "tokens_per_subset add up to",
+            "account of subset code: used_tokens",
+            "account of subset code: used_samples",
+        ],
     ),
-    ("used tokens", lambda c: c["facts"]["account"]["text"].update(used_tokens=1), ["account of subset text: used_tokens is 1"]),
-    ("samples", lambda c: c["facts"]["account"]["text"].update(used_samples=1), ["subset text: used_samples is 1 of 16"]),
-    ("held out", lambda c: c["facts"]["account"]["code"].update(held_out_tokens=7), ["held_out_tokens is 7, the held-out"]),
-    ("subset gone", lambda c: c["facts"]["account"].pop("code"), ["code: used_tokens is 0", "code: held_out_tokens is 0"]),
+    (
+        "used tokens",
+        lambda c: c["facts"]["account"]["text"].update(used_tokens=1),
+        ["account of subset text: used_tokens is 1"],
+    ),
+    (
+        "samples",
+        lambda c: c["facts"]["account"]["text"].update(used_samples=1),
+        ["subset text: used_samples is 1 of 16"],
+    ),
+    (
+        "held out",
+        lambda c: c["facts"]["account"]["code"].update(held_out_tokens=7),
+        ["held_out_tokens is 7, the held-out"],
+    ),
+    (
+        "subset gone",
+        lambda c: c["facts"]["account"].pop("code"),
+        ["code: used_tokens is 0", "code: held_out_tokens is 0"],
+    ),
     ("no account", lambda c: c["facts"].update(account=[1]), ["facts.account must map subsets"]),
-    ("rows", lambda c: c["chunks"][0].update(rows=39, tokens=39 * LENGTH), ["chunk_000.npy", "chunk_000.parquet", "add up"]),
+    (
+        "rows",
+        lambda c: c["chunks"][0].update(rows=39, tokens=39 * LENGTH),
+        ["chunk_000.npy", "chunk_000.parquet", "add up"],
+    ),
     ("a hash", lambda c: c["held_out"].update(sha256="0" * 64), ["held_out.npy"]),
-    ("specials", lambda c: c["facts"]["tokenizer"]["specials"].pop(), ["tokenizer.model: model and specials have the hash"]),
-    ("no specials", lambda c: c["facts"]["tokenizer"].pop("specials"), ["facts.tokenizer must have"]),
-    ("elsewhere", lambda c: c["facts"]["tokenizer"].update(file="../t.model"), ["'../t.model' lies outside"]),
-    ("tokenizer hash", lambda c: c.update(tokenizer_sha256="0" * 64), ["the manifest says 0000000000000000"]),
-    ("vocabulary", lambda c: c.update(vocab_size=318 - 1), ["has 318 ids, vocab_size of the manifest is 317"]),
-]  # fmt: skip
+    (
+        "specials",
+        lambda c: c["facts"]["tokenizer"]["specials"].pop(),
+        ["tokenizer.model: model and specials have the hash"],
+    ),
+    (
+        "no specials",
+        lambda c: c["facts"]["tokenizer"].pop("specials"),
+        ["facts.tokenizer must have"],
+    ),
+    (
+        "elsewhere",
+        lambda c: c["facts"]["tokenizer"].update(file="../t.model"),
+        ["'../t.model' is outside"],
+    ),
+    (
+        "tokenizer hash",
+        lambda c: c.update(tokenizer_sha256="0" * 64),
+        ["the manifest says 0000000000000000"],
+    ),
+    (
+        "vocabulary",
+        lambda c: c.update(vocab_size=318 - 1),
+        ["has 318 ids, vocab_size of the manifest is 317"],
+    ),
+]
 
 
 @pytest.mark.parametrize(
@@ -390,7 +440,9 @@ def test_manifest_that_tells_another_story(
 
 
 def prepared(manifest: Manifest) -> Manifest:
-    """The facts that a preparation records: the recipe, its hash, and an account whose sums are right."""
+    """The facts that a preparation records: the recipe, its hash, and an account whose sums are
+    right.
+    """
 
     def change(content: dict[str, Any]) -> None:
         facts, infos = content["facts"], content["chunks"]
@@ -401,21 +453,38 @@ def prepared(manifest: Manifest) -> Manifest:
             tokens = {"code": 5700, "text": 1001}[name]
             asked = {"code": 1653, "text": 2002}[name]
             facts["account"][name] = {
-                "documents_read": 21, "rejected_documents": 7, "short_documents": 1, "not_chosen_documents": 2,
-                "outside_documents": 3, "duplicate_documents": 4, "training_documents": 5, "held_out_documents": 6,
-                "training_tokens": tokens, "repeat": repeat, "passes": int(-(-repeat // 1)), "asked_tokens": asked,
-                "used_samples": used // LENGTH, "used_tokens": used, "tail_tokens": asked % LENGTH,
-                "unused_tokens": asked - asked % LENGTH - used, "left_by_repeat_tokens": int(-(-repeat // 1)) * tokens - asked,
-                "held_out_tokens": content["held_out"]["tokens_per_subset"][name], "held_out_unused_tokens": 0,
-            }  # fmt: skip
+                "documents_read": 21,
+                "rejected_documents": 7,
+                "short_documents": 1,
+                "not_chosen_documents": 2,
+                "outside_documents": 3,
+                "duplicate_documents": 4,
+                "training_documents": 5,
+                "held_out_documents": 6,
+                "training_tokens": tokens,
+                "repeat": repeat,
+                "passes": int(-(-repeat // 1)),
+                "asked_tokens": asked,
+                "used_samples": used // LENGTH,
+                "used_tokens": used,
+                "tail_tokens": asked % LENGTH,
+                "unused_tokens": asked - asked % LENGTH - used,
+                "left_by_repeat_tokens": int(-(-repeat // 1)) * tokens - asked,
+                "held_out_tokens": content["held_out"]["tokens_per_subset"][name],
+                "held_out_unused_tokens": 0,
+            }
         facts |= {"name": "données", "seed": 3}
         facts["dropped_tail_tokens"] = {
             name: item["tail_tokens"] for name, item in facts["account"].items()
         }
         facts["recipe"] = {
             "subsets": {name: {"repeat": repeat} for name, repeat in wishes.items()},
-            "name": "données", "seed": 3, "sequence_length": LENGTH, "chunks": 3, "rows_per_chunk": ROWS,
-        }  # fmt: skip
+            "name": "données",
+            "seed": 3,
+            "sequence_length": LENGTH,
+            "chunks": 3,
+            "rows_per_chunk": ROWS,
+        }
         facts["recipe_sha256"] = hash_of(facts["recipe"])
 
     return edit(manifest, change)
@@ -440,35 +509,105 @@ def of_account(name: str, **values: Any) -> Callable[[dict[str, Any]], None]:
 
 
 FACTS: list[tuple[str, Callable[[dict[str, Any]], object], list[str]]] = [
-    ("recipe", lambda c: c["facts"]["recipe"].update(document_borders=True), ["facts.recipe has the hash .*recipe_sha256 is "]),
+    (
+        "recipe",
+        lambda c: c["facts"]["recipe"].update(document_borders=True),
+        ["facts.recipe has the hash .*recipe_sha256 is "],
+    ),
     ("no recipe", lambda c: c["facts"].update(recipe=[]), ["facts.recipe must be an object"]),
     ("seed", lambda c: c["facts"].update(seed=4), ["facts.seed is 4, facts.recipe has 3"]),
-    ("name", of_recipe(lambda r: r.update(name="x")), ["facts.name is 'données', facts.recipe has 'x'"]),
-    ("length", of_recipe(lambda r: r.update(sequence_length=8)), ["sequence_length 8, the manifest 16"]),
+    (
+        "name",
+        of_recipe(lambda r: r.update(name="x")),
+        ["facts.name is 'données', facts.recipe has 'x'"],
+    ),
+    (
+        "length",
+        of_recipe(lambda r: r.update(sequence_length=8)),
+        ["sequence_length 8, the manifest 16"],
+    ),
     ("chunks", of_recipe(lambda r: r.update(chunks=4)), ["has chunks 4, the manifest 3"]),
-    ("rows", of_recipe(lambda r: r.update(rows_per_chunk=39)), [f"rows_per_chunk 39, chunk_00{i} has 40" for i in range(3)]),
-    ("subsets", of_recipe(lambda r: r["subsets"].update(new={})), ["the subsets code, text, facts.recipe code, new, text"]),
-    ("repeat", of_recipe(lambda r: r["subsets"]["text"].update(repeat=1.5)), ["text: repeat is 2.0, facts.recipe has 1.5"]),
-    ("asked", of_account("code", asked_tokens=1652), ["code: asked_tokens is 1652, 0.29 of 5700 tokens are 1653", "tail_tok"]),
-    ("passes", of_account("text", passes=3), ["text: passes is 3, repeat 2.0 makes 2", "are 2002, 3 x 1001 .* are 3003"]),
-    ("tail", of_account("text", tail_tokens=3), ["tail_tokens is 3, asked_tokens leave 2", "do not add up", "dropped_tail"]),
-    ("dropped", lambda c: c["facts"]["dropped_tail_tokens"].pop("text"), ["dropped_tail_tokens of subset text is None, .* 2"]),
-    ("dropped list", lambda c: c["facts"].update(dropped_tail_tokens=[]), ["of subset code is None", "of subset text is None"]),
-    ("unused", of_account("code", unused_tokens=0), ["code: tokens do not add up: .*, 1 x 5700 training_tokens are 5700"]),
-    ("left", of_account("text", left_by_repeat_tokens=1), ["text: tokens do not add up: used, unused, tail and left"]),
-    ("documents", of_account("code", short_documents=2), ["code: documents do not add up: documents_read is 21, .* are 22"]),
-    ("negative", of_account("code", unused_tokens=-5), ["code: unused_tokens is -5, must be a whole number from 0"]),
+    (
+        "rows",
+        of_recipe(lambda r: r.update(rows_per_chunk=39)),
+        [f"rows_per_chunk 39, chunk_00{i} has 40" for i in range(3)],
+    ),
+    (
+        "subsets",
+        of_recipe(lambda r: r["subsets"].update(new={})),
+        ["the subsets code, text, facts.recipe code, new, text"],
+    ),
+    (
+        "repeat",
+        of_recipe(lambda r: r["subsets"]["text"].update(repeat=1.5)),
+        ["text: repeat is 2.0, facts.recipe has 1.5"],
+    ),
+    (
+        "asked",
+        of_account("code", asked_tokens=1652),
+        ["code: asked_tokens is 1652, 0.29 of 5700 tokens are 1653", "tail_tok"],
+    ),
+    (
+        "passes",
+        of_account("text", passes=3),
+        ["text: passes is 3, repeat 2.0 makes 2", "are 2002, 3 x 1001 .* are 3003"],
+    ),
+    (
+        "tail",
+        of_account("text", tail_tokens=3),
+        ["tail_tokens is 3, asked_tokens leave 2", "do not add up", "dropped_tail"],
+    ),
+    (
+        "dropped",
+        lambda c: c["facts"]["dropped_tail_tokens"].pop("text"),
+        ["dropped_tail_tokens of subset text is None, .* 2"],
+    ),
+    (
+        "dropped list",
+        lambda c: c["facts"].update(dropped_tail_tokens=[]),
+        ["of subset code is None", "of subset text is None"],
+    ),
+    (
+        "unused",
+        of_account("code", unused_tokens=0),
+        ["code: tokens do not add up: .*, 1 x 5700 training_tokens are 5700"],
+    ),
+    (
+        "left",
+        of_account("text", left_by_repeat_tokens=1),
+        ["text: tokens do not add up: used, unused, tail and left"],
+    ),
+    (
+        "documents",
+        of_account("code", short_documents=2),
+        ["code: documents do not add up: documents_read is 21, .* are 22"],
+    ),
+    (
+        "negative",
+        of_account("code", unused_tokens=-5),
+        ["code: unused_tokens is -5, must be a whole number from 0"],
+    ),
     ("a truth", of_account("code", documents_read=True), ["code: documents_read is True, must be"]),
-    ("words", of_account("text", used_samples="9"), ["text: used_samples is '9', must be a whole number"]),
-    ("no number", of_account("text", repeat="2"), ["text: repeat is '2', must be a number above 0"]),
-]  # fmt: skip
+    (
+        "words",
+        of_account("text", used_samples="9"),
+        ["text: used_samples is '9', must be a whole number"],
+    ),
+    (
+        "no number",
+        of_account("text", repeat="2"),
+        ["text: repeat is '2', must be a number above 0"],
+    ),
+]
 
 
 @pytest.mark.parametrize(("change", "words"), [pytest.param(c, w, id=name) for name, c, w in FACTS])
 def test_facts_that_contradict_each_other(
     manifest: Manifest, change: Callable[..., object], words: list[str]
 ) -> None:
-    """Catches facts of a manifest that nothing is held against, so that an edited one passes for the preparation's own."""
+    """Catches facts of a manifest that nothing is held against, so that an edited one passes for
+    the preparation's own.
+    """
     manifest = prepared(manifest)
     assert problems_of(manifest) == []
     found = problems_of(edit(manifest, change))
@@ -480,7 +619,9 @@ def test_facts_that_contradict_each_other(
 
 
 def test_other_files_that_look_like_chunks(manifest: Manifest) -> None:
-    """Catches chunks of other data in the folder, which all that lists files would take for chunks of this one."""
+    """Catches chunks of other data in the folder, which all that lists files would take for chunks
+    of this one.
+    """
     strangers = [
         "chunk_003.npy",
         "chunk_000.extra.npy",
@@ -508,8 +649,8 @@ def test_hashes_are_shown_to_where_they_differ(manifest: Manifest, file: str) ->
     path.write_text(path.read_text().replace(digest, other))
     (line,) = problems_of(read_manifest(path))
     assert (
-        f"sha256 is {digest[:41]}, the manifest says {other[:41]}; fetch it again, or prepare the data anew"
-        in line
+        f"sha256 is {digest[:41]}, the manifest says {other[:41]}; fetch it again, or prepare the "
+        "data anew" in line
     )
     assert differing("a" * 64, "b" * 64) == ("a" * 16, "b" * 16)
     assert differing(digest, digest[:60]) == (digest[:61], digest[:60])
@@ -536,7 +677,9 @@ def test_what_a_folder_does_not_have_is_not_missed(manifest: Manifest) -> None:
 def test_only_the_named_chunks(
     manifest: Manifest, tool: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Catches a quick look at one chunk that reads them all, and a name that is silently not there."""
+    """Catches a quick look at one chunk that reads them all, and a name that is silently not
+    there.
+    """
     flip(manifest.folder / "chunk_001.npy", -1)
     assert tool.main([str(manifest.path), "--chunks", "chunk_002", "held_out"]) == 0
     assert "ok: 2 chunks" in capsys.readouterr().out
@@ -577,7 +720,10 @@ def test_a_file_that_is_no_manifest(
     (folder / "flow.yaml").write_text("{name: x}\n")
     for name in ("recipe.yaml", "flow.yaml", "chunk_000.npy", "sources.json", "rejected.jsonl"):
         assert tool.main([str(folder / name)]) == 2
-        expected = f"{folder / name}: is no manifest; give the manifest.json of a data folder, or the folder itself\n"
+        expected = (
+            f"{folder / name}: is not a manifest; give the manifest.json of a data folder, "
+            "or the folder itself\n"
+        )
         assert capsys.readouterr() == ("", expected)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
@@ -632,7 +778,9 @@ def test_rates_are_told_where_there_is_one(
 
 @pytest.mark.parametrize("damaged", [False, True])
 def test_nobody_listens_any_more(manifest: Manifest, damaged: bool) -> None:
-    """Catches a traceback behind `| head`, and a folder called whole because nobody heard that it is not."""
+    """Catches a traceback behind `| head`, and a folder called whole because nobody heard that it
+    is not.
+    """
     if damaged:
         flip(manifest.folder / "chunk_002.npy", -1)
     reader = subprocess.Popen(["true"], stdin=subprocess.PIPE)
@@ -650,7 +798,9 @@ def test_nobody_listens_any_more(manifest: Manifest, damaged: bool) -> None:
 
 
 def test_many_batches(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a position, a count of borders or a sum of tokens that starts anew with every batch."""
+    """Catches a position, a count of borders or a sum of tokens that starts anew with every
+    batch.
+    """
     monkeypatch.setattr("k2train.data.verify.chunks.BATCH_PIECES", 7)
     assert problems_of(manifest) == []
     pieces = make_pieces(1)
@@ -676,7 +826,9 @@ def test_a_problem_of_ours_is_not_told_as_damage(
 
 
 def test_memory_is_that_of_a_block(tmp_path: Path) -> None:
-    """Catches a chunk, or its provenance, taken into memory whole: 120 MB of ids and a million pieces in one group."""
+    """Catches a chunk, or its provenance, taken into memory whole: 120 MB of ids and a million
+    pieces in one group.
+    """
     rows, length, per_row = 30000, 2000, 40
     block = np.arange(1000 * length, dtype=np.uint32).reshape(1000, length) % 500
     info = write_chunk(
@@ -710,7 +862,8 @@ def test_memory_is_that_of_a_block(tmp_path: Path) -> None:
         f"import runpy, sys; sys.argv = [{str(TOOL)!r}, {str(tmp_path)!r}]\n"
         f"try: runpy.run_path({str(TOOL)!r}, run_name='__main__')\n"
         f"except SystemExit as end: code = end.code\n"
-        f"print([line for line in open('/proc/self/status') if 'VmHWM' in line][0].split()[1]); sys.exit(code)"
+        "print([line for line in open('/proc/self/status') if 'VmHWM' in line][0].split()[1]); "
+        "sys.exit(code)"
     )
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True

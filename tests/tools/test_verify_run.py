@@ -1,5 +1,7 @@
-"""Checking a whole run: would catch a bit of any record that does not count, two files that contradict each other and
-pass, and a run that was stopped and started again, whole in every part, that is called damaged."""
+"""`tools/verify_run.py`: catches unnoticed bit flips, contradictory files, and false alarms.
+
+Also a run that was stopped and started again: whole in every part, it must not be called damaged.
+"""
 
 import json
 import random
@@ -151,15 +153,34 @@ def other_root(run: Path) -> None:
 
 
 CONTRADICTIONS: list[tuple[Callable[[Path], object], str]] = [
-    (lambda run: edit_manifest(run, loss=0.5), r"ckpt_001/manifest.json: is not the one that .*ledger.jsonl, line \d+"),
-    (lambda run: edit_manifest(run, step=4), r"ckpt_001: is of step 4, .*ledger.jsonl, line \d+ says 5"),
-    (lambda run: edit_manifest(run, fencing_token=1), r"ckpt_001: was written under fencing token 1, .* was under 2"),
-    (lambda run: shutil.rmtree(run / "checkpoints" / "ckpt_001"), r"ckpt_001: is missing, ledger.jsonl, line \d+"),
+    (
+        lambda run: edit_manifest(run, loss=0.5),
+        r"ckpt_001/manifest.json: is not the one that "
+        r".*ledger.jsonl, line \d+",
+    ),
+    (
+        lambda run: edit_manifest(run, step=4),
+        r"ckpt_001: is of step 4, .*ledger.jsonl, line \d+ "
+        r"says 5",
+    ),
+    (
+        lambda run: edit_manifest(run, fencing_token=1),
+        r"ckpt_001: was written under fencing token "
+        r"1, .* was under 2",
+    ),
+    (
+        lambda run: shutil.rmtree(run / "checkpoints" / "ckpt_001"),
+        r"ckpt_001: is missing, "
+        r"ledger.jsonl, line \d+",
+    ),
     (lambda run: (run / "config.yaml").unlink(), "config.yaml: is missing"),
     (same_token, r"ledger.jsonl: line \d+ has fencing token 2, line \d+ had 2"),
     (other_root, r"ckpt_00\d.*: its state has root \w{16}, state_roots.jsonl, line \d+ says 0000"),
-    (lambda run: (run / "checkpoints" / "ckpt_001" / "model" / "extra.safetensors").touch(), "extra.safetensors"),
-]  # fmt: skip
+    (
+        lambda run: (run / "checkpoints" / "ckpt_001" / "model" / "extra.safetensors").touch(),
+        "extra.safetensors",
+    ),
+]
 
 
 @pytest.mark.parametrize(("change", "said"), CONTRADICTIONS)
@@ -173,7 +194,9 @@ def test_files_that_contradict_each_other(
 
 
 def test_what_a_kill_leaves_behind_is_a_note(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Killed between the rename of a checkpoint and its line, and in the middle of a metrics row."""
+    """Killed between the rename of a checkpoint and its line, and in the middle of a metrics
+    row.
+    """
     lines = (run / "ledger.jsonl").read_bytes().splitlines(keepends=True)
     last = max(index for index, line in enumerate(lines) if b'"checkpoint_saved"' in line)
     (run / "ledger.jsonl").write_bytes(b"".join(lines[:last]) + lines[last][:50])
@@ -182,7 +205,7 @@ def test_what_a_kill_leaves_behind_is_a_note(run: Path, capsys: pytest.CaptureFi
     assert verify([str(run)]) == 0
     assert (
         "note: " in (said := capsys.readouterr()).out
-        and "ckpt_001: the ledger does not tell of it" in said.out
+        and "ckpt_001: is not in the ledger" in said.out
     )
 
 

@@ -1,4 +1,4 @@
-"""The tool on made-up and on real runs: the right rank first, the exit code, and runs of 480 ranks or none at all."""
+"""`tools/who_is_stuck.py` on synthetic and real runs: the right rank first, and the exit code."""
 
 import signal
 import subprocess
@@ -31,7 +31,10 @@ def record(rank: int, world: int) -> Heartbeat:
 def running(
     directory: Path, world: int, change: Callable[[Heartbeat], Heartbeat | None]
 ) -> Iterator[None]:
-    """Heartbeats of ranks on other machines; `change` says what is special, None: this one does not write."""
+    """Heartbeats of ranks on other machines.
+
+    `change` says what is special, None: this one does not write.
+    """
     directory.mkdir()
     records = [record(rank, world) for rank in range(world)]
     for one in records:
@@ -83,7 +86,8 @@ def test_a_rank_in_no_collective_is_named(
         code, lines = ask(capsys, tmp_path)
     assert code == 1
     assert lines[0] == (
-        "rank 2 (pid 1002 on host node0) is stuck: step 41, forward/backward, for 30 s; last collective 1234 all-reduce tp"
+        "rank 2 (pid 1002 on host node0) is stuck: step 41, forward/backward, for 30 s; last "
+        "collective 1234 all-reduce tp"
     )
     assert [line.split()[0] for line in lines[2:]] == ["2", "0", "1", "3"]
 

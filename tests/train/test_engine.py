@@ -34,7 +34,7 @@ STEPS = 2
 def build_job(launch: Launch, config: Any) -> dict[str, Any]:
     engine = Engine(config, grid_of(launch, config))
     pieces = [piece for stage in engine.stages.values() for _, piece in named_slices(stage)]
-    held = [engine.gradients.line, *engine.optimizer.flat_shards.values()]
+    held = [engine.gradients.shard, *engine.optimizer.flat_shards.values()]
     for parameter, _ in engine.gradients.shard_layout.parameters():
         held += [parameter, accumulator_of(parameter).total]
     memory = {
@@ -200,7 +200,7 @@ def freed_job(launch: Launch, config: Any) -> bool:
 
 
 def test_an_engine_can_be_freed(pool: GlooPool) -> None:
-    """A hook that holds its buffer for ever keeps the weights, and the process groups with their
+    """A hook that holds its buffer forever keeps the weights, and the process groups with their
     threads, for ever.
     """
     assert pool.run(1, freed_job, tiny_config()) == [True]

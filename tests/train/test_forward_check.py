@@ -23,7 +23,7 @@ ZB_V = {"parallel__pipeline": 2, "parallel__schedule": "zb-v", "parallel__stages
 
 
 def probe_job(launch: Launch, config: Any, change: Any = None) -> dict[str, Any]:
-    """The probe of freshly drawn weights.
+    """Return the forward check of freshly drawn weights.
 
     `change` (rank, tensor, bit) flips a bit of a weight in use there first.
     """
@@ -40,7 +40,7 @@ def probe_job(launch: Launch, config: Any, change: Any = None) -> dict[str, Any]
 
 
 def probe(pool: GlooPool, world: int, change: Any = None, **changes: Any) -> dict[str, Any]:
-    """The one answer that all ranks give."""
+    """Return the one result that all ranks share."""
     first, *others = pool.run(world, probe_job, tiny_config(**changes), change)
     assert all(other == first for other in others)
     return dict(json.loads(json.dumps(first, allow_nan=False)))
@@ -76,7 +76,7 @@ def test_every_layout_answers_the_same(pool: GlooPool, precision: str) -> None:
 
 
 def test_block_attention_is_asked_with_documents(pool: GlooPool) -> None:
-    """Also on two stages of one rank, which see the documents one after the other."""
+    """Also on two stages of one rank, which read the documents one after the other."""
     blocked = [
         probe(pool, n, data__cross_documents="block", **c) for n, c in ((1, {}), (2, {}), (2, ZB_V))
     ]
@@ -116,7 +116,7 @@ def test_another_model_is_seen_over_another_layout(pool: GlooPool) -> None:
 
 
 def test_a_replica_that_answers_otherwise_is_named(pool: GlooPool) -> None:
-    """Of three replicas the odd one.
+    """Names the odd one of three replicas.
 
     Of two, both, since nobody can say which; a whole pipeline is one replica.
     """

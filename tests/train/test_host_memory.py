@@ -21,7 +21,8 @@ import ctypes, resource, sys
 from k2train.train.host_memory import keep_freed_memory
 print(keep_freed_memory(sys.argv[1]))
 libc = ctypes.CDLL(None)
-libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+libc.malloc.restype = ctypes.c_void_p
+libc.malloc.argtypes, libc.free.argtypes = [ctypes.c_size_t], [ctypes.c_void_p]
 size, faults = 40 * 1024**2, []
 for _ in range(30):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -34,7 +35,7 @@ print(sum(faults[1:]))
 
 
 def faults(device_type: str, **variables: str) -> tuple[str, int]:
-    """What `keep_freed_memory` says in a new process, and the page faults after the first block."""
+    """Return the message of a new process, and its page faults after the first block."""
     clean = {
         name: value for name, value in os.environ.items() if name not in malloc_settings(os.environ)
     }
@@ -66,7 +67,7 @@ def test_memory_is_kept_on_a_cpu_only() -> None:
     (("MALLOC_ARENA_MAX", "2"), ("GLIBC_TUNABLES", "glibc.malloc.arena_max=2:glibc.rtld.nns=4")),
 )
 def test_what_the_user_set_stays(name: str, value: str) -> None:
-    """Catches a setting made by hand, for a measurement perhaps, that is overruled in silence."""
+    """Catches a setting made by hand, for a measurement perhaps, that is silently overruled."""
     message, count = faults("cpu", **{name: value})
     assert message == f"malloc: set by {name}"
     assert count >= 29

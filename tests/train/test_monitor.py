@@ -87,7 +87,7 @@ def test_what_is_not_finite_costs_one_step_on_every_rank(
     base: Path, pool: GlooPool, layout: dict[str, int], fault: str, tensor: str | None
 ) -> None:
     """By rank, tensor and micro-batch: exactly that step is left out, no bit of the state moves,
-    and it is told with the rows it read.
+    and it is reported with the rows it read.
 
     The next step is applied.
     """
@@ -188,7 +188,7 @@ def touching(name: str, trainer: Trainer) -> None:
 
 @pytest.mark.parametrize(("name", "code"), (("STOP", 75), ("SAVE", 0)))
 def test_request_files(base: Path, pool: GlooPool, name: str, code: int) -> None:
-    """Met at the end of the next step, once, and removed."""
+    """A request is met once, at the end of the next step, and its file is removed."""
     tree = tree_of(base, name)
     assert pool.run(2, trainer_job, tree, partial(touching, name)) == [code, code]
     run = base / "runs" / name
@@ -204,8 +204,8 @@ def test_request_files(base: Path, pool: GlooPool, name: str, code: int) -> None
 
 
 def test_a_model_that_computes_something_else_is_refused(base: Path, pool: GlooPool) -> None:
-    """The manifest's probe is changed and sealed again: every byte is whole, and the model is not
-    what was saved.
+    """The manifest's forward check is changed and sealed again: every byte is whole, and the model
+    is not what was saved.
     """
     tree = tree_of(base, "probe", run__stop_after_steps=5)
     assert pool.run(1, trainer_job, tree) == [75]

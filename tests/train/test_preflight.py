@@ -82,7 +82,7 @@ def run(tmp_path: Path, data: Path) -> Run:
 
 
 def test_a_fresh_start(run: Run) -> None:
-    """Nothing to continue from, nothing written, the layout as the world gives it."""
+    """Nothing to resume from, nothing written, the layout of the world size."""
     start = run.start(world=6, parallel__tensor=2)
     assert (start.candidates, start.refused, start.parent) == ((), (), None)
     assert (start.layout.tensor, start.layout.data) == (2, 3)
@@ -106,7 +106,7 @@ def test_the_newest_is_wanted_first(run: Run) -> None:
 
 
 def test_a_broken_manifest_is_passed_over_and_told(run: Run) -> None:
-    """The one before is taken, and why is kept for the ledger."""
+    """The one before is taken, and the reason is kept for the ledger."""
     run.checkpoint(0, 0)
     (run.checkpoint(1, 5) / MANIFEST).write_text("{")
     start = run.start()
@@ -128,7 +128,7 @@ def test_a_thinned_one_is_passed_over(run: Run) -> None:
 
 
 def test_never_means_never(run: Run) -> None:
-    """A directory with a ledger, even without a checkpoint, is somebody's run."""
+    """A directory with a ledger, even without a checkpoint, is an existing run."""
     assert run.start(run__resume="never").candidates == ()
     run.directory.mkdir(parents=True)
     (run.directory / "ledger.jsonl").write_text("")
@@ -149,7 +149,7 @@ def test_never_means_never(run: Run) -> None:
     ids=str,
 )
 def test_what_may_change(run: Run, changes: dict[str, Any]) -> None:
-    """None of these decides a number of the run, so none may keep it from going on."""
+    """None of these affects a number of the run, so none may prevent a resume."""
     run.checkpoint(1, 5)
     assert run.start(world=2, **changes).candidates
 
@@ -244,7 +244,7 @@ def test_damage_in_what_is_read_next(
 
 
 def test_held_out_rows_that_make_no_batch(run: Run) -> None:
-    """Every held-out loss would be None, and nobody told."""
+    """Every held-out loss would silently be None."""
     with pytest.raises(DataError, match=r"24 rows.*batch.global_sequences \(36\)"):
         run.start(batch__global_sequences=3 * GLOBAL)
 
@@ -345,7 +345,7 @@ def test_files_that_are_split_inside(
 
 
 def test_sources_are_compared_where_both_are_recorded(tmp_path: Path) -> None:
-    """`sources_compared` is said only of a comparison that was made, with the very data the stage
+    """`sources_compared` is stated only of a comparison that was made, with the very data the stage
     before read.
     """
     for name, seed in (("first", 1), ("next", 9)):
@@ -392,7 +392,7 @@ def test_a_data_folder_is_no_checkpoint(run: Run) -> None:
 
 
 def test_init_from_is_for_fresh_starts(run: Run) -> None:
-    """A restart of stage 2 goes on with stage 2, whatever has become of its parent."""
+    """A restart of stage 2 continues stage 2, whatever happened to its parent."""
     run.checkpoint(1, 5)
     start = run.start(run__init_from=str(run.folder / "gone"))
     assert start.parent is None and start.candidates

@@ -108,7 +108,7 @@ def test_committed(prepared: tuple[Config, Start], capsys: pytest.CaptureFixture
 
 
 def test_config_is_complete(prepared: tuple[Config, Start]) -> None:
-    """What lies in the run directory loads back to the same values, written by rename."""
+    """The config in the run directory loads back to the same values, written by rename."""
     config, start = prepared
     RankZeroRunLogger(config, start)
     assert flat_values(load_config(str(start.directory / "config.yaml"))) == flat_values(config)
@@ -120,7 +120,7 @@ def test_config_is_complete(prepared: tuple[Config, Start]) -> None:
 def test_torn_lines_are_told(
     prepared: tuple[Config, Start], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A killed writer's half line is repaired and said, never met in silence."""
+    """A killed writer's half line is repaired and reported."""
     config, start = prepared
     logger = RankZeroRunLogger(config, start)
     logger.event("started", attempt=1, run_id="r")
@@ -138,7 +138,7 @@ def test_torn_lines_are_told(
 
 
 def test_a_changed_ledger_is_refused(prepared: tuple[Config, Start]) -> None:
-    """A start on a record that was edited would go on from a false one."""
+    """A start on a record that was edited would continue from a false one."""
     config, start = prepared
     logger = RankZeroRunLogger(config, start)
     logger.event("started", attempt=1, run_id="r")

@@ -94,7 +94,7 @@ def plain(base: Path) -> dict[str, Any]:
 
 
 def assert_record(run: Path, done: Any, path: Path, steps: int) -> None:
-    """Metrics, ledger, config and console of a finished run say the same thing."""
+    """Metrics, ledger, config and console of a finished run agree."""
     rows = read_metrics(run / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, steps + 1))
     assert all(set(row) == METRICS for row in rows)
@@ -399,7 +399,7 @@ def test_asynchronous_or_not(base: Path, pool: GlooPool, plain: dict[str, Any]) 
 
 
 def full_disk(trainer: Trainer) -> None:
-    """The last rank cannot write any more."""
+    """The last rank can no longer write."""
     trainer.writer.wait()
     last = trainer.grid.layout.world_size - 1
     fault_injection.arm(f"save.optimizer@rank={last}:error=ENOSPC", trainer.grid.rank)
@@ -408,7 +408,7 @@ def full_disk(trainer: Trainer) -> None:
 @pytest.mark.parametrize("asynchronous", (True, False), ids=("asynchronous", "waiting"))
 def test_a_disk_that_refuses(base: Path, pool: GlooPool, asynchronous: bool) -> None:
     """Every rank ends with 1, promptly, the ledger says why, the checkpoint before is whole, and
-    the run can go on.
+    the run can continue.
     """
     name = f"full-{asynchronous}"
     changes: dict[str, Any] = {
@@ -527,7 +527,7 @@ def test_an_error_at_the_end_of_a_save(
     if words:
         assert words in events(run, "stopped")[-1]["problem"]
     saved = [event["checkpoint"] for event in events(run, "checkpoint_saved")]
-    # Thinning is no reason to end a run that saves: it is told, and tried again after the next
+    # Thinning is no reason to end a run that saves: it is reported and retried after the next
     # save.
     assert saved == (["ckpt_000", "ckpt_001", "ckpt_002"] if where == "_retire" else ["ckpt_000"])
 
@@ -542,7 +542,9 @@ def damaged_held_out(trainer: Trainer) -> None:
 
 
 def test_a_held_out_chunk_damaged_in_the_middle_of_a_run(tmp_path: Path, pool: GlooPool) -> None:
-    """All ranks stop with the same line, and the chunk just trained is saved, without a score."""
+    """All ranks stop with the same line, and the chunk just trained is saved, without a held-out
+    loss.
+    """
     make_corpus(tmp_path / "data", 2)
     settings = config_tree(tmp_path / "data" / "manifest.json", tmp_path / "runs", "score")
     assert pool.run(

@@ -1,3 +1,1 @@
-"""Fault tests of `tools/fault_run.py`: a server of processes, a small run, and the rows of
-faults.
-"""
+"""Fault tests of `tools/fault_run.py`: process server, small run, and rows of faults."""

@@ -1,4 +1,4 @@
-"""Which rows there are, in order; a row is a function of the bench."""
+"""Registry of fault rows: their numbers, names and order; each row is a function of the bench."""
 
 import time
 import traceback
@@ -79,7 +79,7 @@ TITLES = {
 
 
 def listing() -> str:
-    """The rows, and how a fault is made by hand."""
+    """List the rows, and how to make a fault by hand."""
     lines = ["Rows (--rows):", *(f"  {row:2d}  {TITLES[row]}" for row in ROWS), ""]
     lines += [
         f"Faults by hand, in any run: {VARIABLE}='POINT[@rank=R][@step=S][@nth=N]:ACTION;...'",
@@ -87,7 +87,8 @@ def listing() -> str:
     ]
     lines += [f"  {point}" for point in POINTS]
     lines += [
-        f"with actions {', '.join(SIGNALS)}, exit=CODE, sleep=SECONDS, error=ERRNO (such as ENOSPC)",
+        f"with actions {', '.join(SIGNALS)}, exit=CODE, sleep=SECONDS, error=ERRNO (such as "
+        "ENOSPC)",
         "Values:",
     ]
     lines += [f"  {line}" for line in VALUE_LINES]
@@ -108,9 +109,12 @@ SHORTENED = "most of what is asked for above: this was the short level, with a f
 
 
 def run_row(bench: Bench, row: int) -> Result:
-    """Run one row. What goes wrong in the experiment itself is a row that did not hold, never the end of the table."""
+    """Run one row.
+
+    An error of the experiment itself makes the row fail and never ends the table.
+    """
     began = time.monotonic()
-    bench.say(f"row {row}")
+    bench.log(f"row {row}")
     try:
         result = ROWS[row](bench)
     except Exception as error:

@@ -31,9 +31,11 @@ def row_22(bench: Bench) -> Result:
     result = Result(
         22,
         "A chunk is missing, changed, cut, or another one's copy; restarts at any step",
-        "found at the start or before the first row of the chunk is read, named; each sample read exactly once after any number of restarts",
-        "harm to one chunk before the start, or to a later one while the run trains, then mended and the same command; and a run "
-        "killed ten times, whose rows are counted. Every chunk is hashed once a start; what changes a file after that is not seen",
+        "found at the start or before the first row of the chunk is read, named; each sample read "
+        "exactly once after any number of restarts",
+        "harm to one chunk before the start, or to a later one while the run trains, then mended "
+        "and the same command; and a run killed ten times, whose rows are counted. Every chunk is "
+        "hashed once a start; what changes a file after that is not seen",
     )
     kinds = ("flip", "cut", "lost", "swapped")
     for kind, meanwhile in [(kind, later) for kind in kinds for later in (False, True)][
@@ -53,8 +55,10 @@ def row_22(bench: Bench) -> Result:
     read = sum(row["rows"][1] - row["rows"][0] for row in rows)
     taken = len(read_metrics(restarts.run / "metrics.jsonl"))
     result.measured.append(
-        f"{len(restarts.attempts)} starts, {taken} steps taken to make {len(rows)}: the steps that count read {read} rows, "
-        f"each of the {restarts.world.chunks * restarts.world.steps_per_chunk * GLOBAL} rows of the data exactly once"
+        f"{len(restarts.attempts)} starts, {taken} steps taken to make {len(rows)}: the steps that "
+        f"count read {read} rows, each of the "
+        f"{restarts.world.chunks * restarts.world.steps_per_chunk * GLOBAL} rows of "
+        "the data exactly once"
     )
     return result
 
@@ -105,5 +109,6 @@ def _harmed_chunk(bench: Bench, result: Result, kind: str, meanwhile: bool) -> N
     restarts.finish()
     result.problems += restarts.problems
     result.measured.append(
-        f"chunk 3 {kind} {when}: ended with {attempt.codes} after step {max(attempt.after, 0)}, mended, ended alike; {line[:160]}"
+        f"chunk 3 {kind} {when}: ended with {attempt.codes} after step {max(attempt.after, 0)}, "
+        f"mended, ended alike; {line[:160]}"
     )

@@ -1,5 +1,6 @@
-"""Fault rows 4 to 7: files on the disk are stale, flipped, cut, missing or exchanged; the disk is
-full.
+"""Fault rows 4 to 7: files on the disk are stale, flipped, cut, missing or exchanged.
+
+The disk is full.
 """
 
 import contextlib
@@ -27,9 +28,11 @@ def row_4(bench: Bench) -> Result:
     result = Result(
         4,
         "Stale, empty and foreign files beside the checkpoints",
-        "there is no pointer file that could lie: the folder is the truth; never exit code 0 on a failure",
-        "after a kill: empty and half-written `ckpt_*.tmp`, empty checkpoint folders newer than any, pointer files of other "
-        "frameworks that name a wrong step, a symbolic link to an old checkpoint under a new name; then the same command",
+        "there is no pointer file that could lie: the folder is the truth; never exit code 0 on a "
+        "failure",
+        "after a kill: empty and half-written `ckpt_*.tmp`, empty checkpoint folders newer than "
+        "any, pointer files of other frameworks that name a wrong step, a symbolic link to an old "
+        "checkpoint under a new name; then the same command",
     )
     world = bench.world(6, 3)
     restarts = bench.restarts(world, "row4")
@@ -64,9 +67,10 @@ def row_5(bench: Bench) -> Result:
     result = Result(
         5,
         "One flipped bit in a file",
-        "every flip found, file named (and tensor, in a shard); a start falls back one checkpoint and comes to the same bits",
-        f"{FLIPS} random bits over ten classes of files of a finished run and its data, each found by the verify tools; "
-        "then starts over a flipped newest checkpoint",
+        "every flip found, file named (and tensor, in a shard); a start falls back one checkpoint "
+        "and comes to the same bits",
+        f"{FLIPS} random bits over ten classes of files of a finished run and its data, each found "
+        "by the verify tools; then starts over a flipped newest checkpoint",
     )
     world = bench.world(6, 3, held_out=True)
     bench.reference(world)
@@ -118,18 +122,18 @@ def _flip_all(draw: random.Random, run: Path, world: TinyRun, count: int, result
         kept = path.read_bytes()
         where = file_damage.flip_bit(path, draw)
         try:
-            found, said = verify(name, path, run, world)
+            found, output = verify(name, path, run, world)
         finally:
             path.write_bytes(kept)
         tally[name][0] += 1
         tally[name][1] += found
         if not found:
             result.problems.append(
-                f"{name}: {path.name}, {where}: not found or not named: {said[-200:]}"
+                f"{name}: {path.name}, {where}: not found or not named: {output[-200:]}"
             )
-    told = ", ".join(f"{name} {found}/{tried}" for name, (tried, found) in tally.items())
+    counts = ", ".join(f"{name} {found}/{tried}" for name, (tried, found) in tally.items())
     result.measured.append(
-        f"found and named: {sum(f for _, f in tally.values())} of {count} ({told})"
+        f"found and named: {sum(f for _, f in tally.values())} of {count} ({counts})"
     )
     sound = [name for name in classes if not _quiet(name, run, world)]
     result.problems += [f"{name}: complained about although nothing is flipped" for name in sound]
@@ -143,13 +147,13 @@ def verify(name: str, path: Path, run: Path, world: TinyRun) -> tuple[bool, str]
     """Run the tools for a class of file; returns whether one names the file, and the output."""
     heard = []
     for tool in tools_for(name, run, world):
-        code, said = tool_says(*tool)
-        named = path.name in said and (
-            name not in ("model shard", "checkpoint manifest") or path.parent.name in said
+        code, output = tool_says(*tool)
+        named = path.name in output and (
+            name not in ("model shard", "checkpoint manifest") or path.parent.name in output
         )
         if code != 0 and named:
-            return True, said
-        heard.append(said or f"{tool[0]}: exit code {code}, nothing said")
+            return True, output
+        heard.append(output or f"{tool[0]}: exit code {code}, no output")
     return False, " | ".join(heard)
 
 
@@ -195,13 +199,14 @@ def _fall_back(bench: Bench, result: Result, kinds: tuple[str, ...], times: int)
             files = file_damage.shards_of(whole[-1])
             path = files[number % len(files)]
             where = file_damage.KINDS[kind](path, draw)
-            told = harmed_start(restarts, path)
-            if told:
-                result.problems.append(f"{kind}: {path.parent.name}/{path.name} {where}: {told}")
+            problem = harmed_start(restarts, path)
+            if problem:
+                result.problems.append(f"{kind}: {path.parent.name}/{path.name} {where}: {problem}")
             restarts.finish()
             result.problems += restarts.problems
         result.measured.append(
-            f"{kind}: {times} starts over a harmed newest checkpoint fell back one, said so and ended alike"
+            f"{kind}: {times} starts over a harmed newest checkpoint fell back one, reported it "
+            "and ended alike"
         )
 
 
@@ -226,8 +231,10 @@ def row_6(bench: Bench) -> Result:
     result = Result(
         6,
         "A shard is cut, empty, missing, exchanged with another, or there is one too many",
-        "found before any weight is touched; one line; fallback to the checkpoint before; all ranks agree; same bits",
-        "each kind over shards of both folders of the newest checkpoint of a killed run, then the same command",
+        "found before any weight is touched; one line; fallback to the checkpoint before; all "
+        "ranks agree; same bits",
+        "each kind over shards of both folders of the newest checkpoint of a killed run, then the "
+        "same command",
     )
     kinds = ("cut", "swapped") if bench.short else ("cut", "empty", "lost", "swapped", "stray")
     _fall_back(bench, result, kinds, 1 if bench.short else 2)
@@ -239,9 +246,11 @@ def row_7(bench: Bench) -> Result:
     result = Result(
         7,
         "The disk is full, or fails, in the middle of a save",
-        "one line with bytes needed and free; what was written is removed; training goes on and the save is tried again; "
-        "same bits; a save that never finds room ends the run with 1 and earlier checkpoints whole",
-        "ENOSPC and EIO at save points; and a real file system of three megabytes that is filled up while the run trains",
+        "one line with bytes needed and free; what was written is removed; training goes on and "
+        "the save is tried again; same bits; a save that never finds room ends the run with 1 and "
+        "earlier checkpoints whole",
+        "ENOSPC and EIO at save points; and a real file system of three megabytes that is filled "
+        "up while the run trains",
     )
     world = bench.world(6, 3)
     restarts = bench.restarts(world, "row7")
@@ -275,8 +284,9 @@ def row_7(bench: Bench) -> Result:
 
 @contextlib.contextmanager
 def small_disk(folder: Path, kilobytes: int) -> Iterator[str]:
-    """Mount a file system of that size at `folder`; yields the reason why it is not possible, or
-    "".
+    """Mount a file system of that size at `folder`.
+
+    Yields the reason why it is not possible, or "".
     """
     folder.mkdir()
     options = ["-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs"]
@@ -296,8 +306,9 @@ def small_disk(folder: Path, kilobytes: int) -> Iterator[str]:
 
 
 def _full_disk(bench: Bench, world: TinyRun, result: Result) -> None:
-    """Fill the disk during a save and free it while the save is retried; then once without freeing
-    it.
+    """Fill the disk during a save and free it while the save is retried.
+
+    Then once without freeing it.
     """
     small = bench.scratch / "small"
     for mercy in (True, False):
@@ -318,20 +329,22 @@ def _full_disk(bench: Bench, world: TinyRun, result: Result) -> None:
             bench.server.wait(job, 0.005)
         free = shutil.disk_usage(small).free
         ballast.write_bytes(b"\x01" * max(0, free - 20_000))
-        told = _wait_for_line(bench, job, "no space", 30)
+        found = _wait_for_line(bench, job, "no space", 30)
         if mercy:
             ballast.unlink()
         bench.server.wait(job, 120)
         bench.server.end(job)
         wanted = 0 if mercy else 1
         line = next((line for line in job.text().splitlines() if "no space" in line.lower()), "")
-        if not told or set(job.codes) != {wanted}:
+        if not found or set(job.codes) != {wanted}:
             result.problems.append(
-                f"full disk, {'room made later' if mercy else 'no room made'}: codes {job.codes}, said {line or job.text()[-300:]}"
+                f"full disk, {'room made later' if mercy else 'no room made'}: codes {job.codes}, "
+                f"output {line or job.text()[-300:]}"
             )
         else:
             result.measured.append(
-                f"real full disk, {'room made later' if mercy else 'no room made'}: ended with {job.codes}; {line[-160:]}"
+                f"real full disk, {'room made later' if mercy else 'no room made'}: ended with "
+                f"{job.codes}; {line[-160:]}"
             )
         ballast.unlink(missing_ok=True)
         shutil.rmtree(run, ignore_errors=True)

@@ -1,6 +1,4 @@
-"""Fault rows 23 to 29: two jobs at once, stale lease, clocks, changed configs, crash loops,
-secrets.
-"""
+"""Fault rows 23 to 29: two jobs, stale lease, clocks, changed configs, crash loops, secrets."""
 
 import time
 from pathlib import Path
@@ -21,7 +19,8 @@ def row_23(bench: Bench) -> Result:
         23,
         "Two jobs in one run directory",
         "the second refuses in 2 s naming host and process; 100 races, never two owners",
-        "pairs of jobs forked at the same moment on a fresh directory; and a second job while a first one trains",
+        "pairs of jobs forked at the same moment on a fresh directory; and a second job while a "
+        "first one trains",
     )
     races, both, none, late = 10 if bench.short else 100, 0, 0, 0.0
     world = bench.world(2, 2).on(1)
@@ -47,7 +46,8 @@ def row_23(bench: Bench) -> Result:
     if late > 2:
         result.problems.append(f"a refusal took {late:.1f} s")
     result.measured.append(
-        f"{races} races: {both} with two owners, {none} with none; the slowest refusal took {late:.2f} s"
+        f"{races} races: {both} with two owners, {none} with none; the slowest refusal took "
+        f"{late:.2f} s"
     )
     _second_while_one_trains(bench, result)
     return result
@@ -56,7 +56,7 @@ def row_23(bench: Bench) -> Result:
 def _second_while_one_trains(bench: Bench, result: Result) -> None:
     """A second job must be refused while the first trains, and leave no trace in its run."""
     restarts = bench.restarts(bench.world(6, 3), "row23")
-    told: list[str] = []
+    refused: list[str] = []
 
     def second(first: Job) -> None:
         until = time.monotonic() + 60
@@ -75,9 +75,10 @@ def _second_while_one_trains(bench: Bench, result: Result) -> None:
             or took > 2
         ):
             result.problems.append(
-                f"second job: {job.codes} after {took:.1f} s, first over: {first.over}: {tail(job.text())}"
+                f"second job: {job.codes} after {took:.1f} s, first over: {first.over}: "
+                f"{tail(job.text())}"
             )
-        told.append(f"{took:.2f} s")
+        refused.append(f"{took:.2f} s")
 
     restarts.attempt("step.done@step=2:sleep=1.5", second)
     restarts.finish()
@@ -91,7 +92,8 @@ def _second_while_one_trains(bench: Bench, result: Result) -> None:
         )
     result.problems += restarts.problems
     result.measured.append(
-        f"a second job while one trains: refused in {told[0]}, its process named; the first one undisturbed"
+        f"a second job while one trains: refused in {refused[0]}, its process named; the first one "
+        "undisturbed"
     )
 
 
@@ -111,8 +113,10 @@ def row_24(bench: Bench) -> Result:
     result = Result(
         24,
         "A lease whose owner is dead",
-        "taken over by itself when the owner is provably dead; else refused with the command to run; the token grows",
-        "SIGKILL to all ranks at once, then the same command; and the tests of the lease with other hosts and boots",
+        "taken over by itself when the owner is provably dead; else refused with the command to "
+        "run; the token grows",
+        "SIGKILL to all ranks at once, then the same command; and the tests of the lease with "
+        "other hosts and boots",
     )
     restarts = bench.restarts(bench.world(6, 3), "row24")
     for nth in (2, 3):
@@ -142,8 +146,9 @@ def row_24(bench: Bench) -> Result:
         result.problems.append(f"taken over {len(reasons)} times after 2 deaths: {reasons}")
     waits = [a.first_point_seconds("start.locked") for a in restarts.attempts[1:]]
     result.measured.append(
-        f"SIGKILL to all twice, the same command each time: tokens of the starts {tokens}, in the manifests {saved}; reason given: "
-        f"{', '.join(sorted(set(reasons)))}; from a start to its lease at most {max(w for w in waits if w is not None):.2f} s"
+        f"SIGKILL to all twice, the same command each time: tokens of the starts {tokens}, in the "
+        f"manifests {saved}; reason given: {', '.join(sorted(set(reasons)))}; from a start to its "
+        f"lease at most {max(w for w in waits if w is not None):.2f} s"
     )
     run_pytest(
         result,
@@ -160,7 +165,8 @@ def row_25(bench: Bench) -> Result:
         25,
         "The clock jumps by an hour, forwards and backwards",
         "no order, timeout or decision depends on the time of day; same bits",
-        "time.time and datetime.now of every rank jump by an hour, to and fro, every tenth of a second; one kill and restart under it",
+        "time.time and datetime.now of every rank jump by an hour, to and fro, every tenth of a "
+        "second; one kill and restart under it",
     )
     restarts = bench.restarts(bench.world(8, 3), "row25")
     restarts.environments = [{"FAULT_RUN_PATCH": "patches:jumping_clock"}] * 2
@@ -168,7 +174,8 @@ def row_25(bench: Bench) -> Result:
     restarts.finish()
     result.problems += restarts.problems
     result.measured.append(
-        f"{restarts.world.steps} steps, {len(restarts.attempts)} starts, a jump every 0.1 s: ended alike"
+        f"{restarts.world.steps} steps, {len(restarts.attempts)} starts, a jump every 0.1 s: ended "
+        "alike"
     )
     return result
 
@@ -178,7 +185,8 @@ def row_26(bench: Bench) -> Result:
     result = Result(
         26,
         "Another config at a restart",
-        "the difference is shown; what makes another run of it is refused unless named in run.allow, and then it stands in the ledger",
+        "the difference is shown; what makes another run of it is refused unless named in "
+        "run.allow, and then it stands in the ledger",
         "lr.peak changed after a kill: once as it is, once allowed; a harmless key changed",
     )
     restarts = bench.restarts(bench.world(6, 3), "row26")
@@ -220,7 +228,8 @@ def row_27(bench: Bench) -> Result:
     result = Result(
         27,
         "The run dies at the same place again and again",
-        "after three starts that got nowhere it is refused with 2, and says what was tried; never an endless loop",
+        "after three starts that got nowhere it is refused with 2, and says what was tried; never "
+        "an endless loop",
         "SIGKILL before the first save of every start, the same command until it refuses",
     )
     world = bench.world(6, 3).changed(("run.max_fruitless_starts", 3))
@@ -249,7 +258,8 @@ def row_28(bench: Bench) -> Result:
     result = Result(
         28,
         "Hostile checkpoints, configs and data",
-        "at least 20 kinds of hostile file: nothing executed, nothing written outside the run, one line",
+        "at least 20 kinds of hostile file: nothing executed, nothing written outside the run, one "
+        "line",
         "the suite's corpus of hostile files",
     )
     run_pytest(result, ["tests/system/test_trust.py"], bench.scratch, "hostile files")
@@ -262,8 +272,8 @@ def row_29(bench: Bench) -> Result:
         29,
         "A secret in the environment",
         "found in no artefact, log, ledger, config, nor on any command line",
-        "canary values of WANDB_API_KEY and others in the environment of a real run with the mirror offline; every byte it wrote is searched, "
-        "and /proc/*/cmdline while it runs",
+        "canary values of WANDB_API_KEY and others in the environment of a real run with the "
+        "mirror offline; every byte it wrote is searched, and /proc/*/cmdline while it runs",
     )
     world = bench.world(6, 3)
     names = ("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "GITHUB_TOKEN")
@@ -289,7 +299,8 @@ def row_29(bench: Bench) -> Result:
     if not offline:
         result.missing.append("the mirror: wandb is not installed here")
     result.measured.append(
-        f"{len(files)} files, {sum(path.stat().st_size for path in files)} bytes: {len(leaks)} hold the canary"
+        f"{len(files)} files, {sum(path.stat().st_size for path in files)} bytes: {len(leaks)} "
+        "hold the canary"
     )
     return result
 

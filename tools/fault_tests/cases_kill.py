@@ -1,4 +1,4 @@
-"""Rows 1 to 3: SIGKILL in the middle of a step, at every phase of a save, while old checkpoints are removed or set aside."""
+"""Fault rows 1 to 3: SIGKILL in a step, in every phase of a save, in retention and rollback."""
 
 import random
 import signal
@@ -22,10 +22,11 @@ from k2train.fault_injection import POINTS
 
 GONE_SECONDS = 5.0
 RANK_ZERO = ("start.locked", "start.aside")
-"""Only rank 0 comes to these, and to what begins with `retire.` or `ledger.`"""
+"""Only rank 0 reaches these, and those that begin with `retire.` or `ledger.`"""
 
 
 def ranks_at(point: str, ranks: int) -> list[int]:
+    """Ranks that reach a fault point."""
     alone = point in RANK_ZERO or point.startswith(("retire.", "ledger."))
     return [0] if alone else list(range(ranks))
 
@@ -33,7 +34,7 @@ def ranks_at(point: str, ranks: int) -> list[int]:
 def kills(
     points: list[str], ranks: int, times: tuple[int, ...], every_rank: bool = True
 ) -> list[str]:
-    """One SIGKILL for each point, rank that comes there (else: ranks in turn) and visit."""
+    """One SIGKILL for each point, each visit, and each rank that reaches it (or: ranks in turn)."""
     found = []
     for nth in times:
         for index, point in enumerate(points):
@@ -44,26 +45,28 @@ def kills(
 
 
 def not_reached(attempts: list[Attempt]) -> list[str]:
-    """Faults that were armed and struck nobody: a table of kills must not count them."""
+    """Armed faults that did not fire; a table of kills must not count them."""
     struck = {attempt.faults for attempt in attempts if attempt.struck}
     return sorted({attempt.faults for attempt in attempts if attempt.faults} - struck)
 
 
-def report(result: Result, campaigns: list[Restarts], expected: list[str]) -> list[Attempt]:
-    """What rows of kills have in common; returns the attempts that were struck."""
-    attempts = attempts_of(campaigns)
+def report(result: Result, all_restarts: list[Restarts], expected: list[str]) -> list[Attempt]:
+    """Report the common figures of kill rows; returns the attempts in which a kill fired."""
+    attempts = attempts_of(all_restarts)
     struck = [attempt for attempt in attempts if attempt.struck and attempt.faults]
-    result.problems += problems_of(campaigns)
+    result.problems += problems_of(all_restarts)
     missed = [fault for fault in not_reached(attempts) if fault in expected]
     if missed:
         result.missing.append(
             f"{len(missed)} of {len(expected)} places were not come to: {', '.join(missed)}"
         )
-    runs = [restarts for restarts in campaigns if restarts.done]
-    fewest = [restarts.fewest_whole for restarts in campaigns if restarts.fewest_whole is not None]
+    runs = [restarts for restarts in all_restarts if restarts.done]
+    fewest = [
+        restarts.fewest_whole for restarts in all_restarts if restarts.fewest_whole is not None
+    ]
     result.measured.append(
-        f"{len(struck)} kills in {len(campaigns)} runs; {len(runs)} runs ended with every loss, gradient norm and state "
-        f"root equal to the undisturbed run's"
+        f"{len(struck)} kills in {len(all_restarts)} runs; {len(runs)} runs ended with every loss, "
+        f"gradient norm and state root equal to the undisturbed run's"
     )
     if fewest:
         result.measured.append(
@@ -73,10 +76,12 @@ def report(result: Result, campaigns: list[Restarts], expected: list[str]) -> li
 
 
 def row_1(bench: Bench) -> Result:
+    """Row 1: SIGKILL in the middle of a step."""
     result = Result(
         1,
         "SIGKILL to a rank in the middle of a step",
-        f"all ranks gone in {GONE_SECONDS:.0f} s, the dead rank named; same command goes on; same bits; at most one save interval lost",
+        f"all ranks gone in {GONE_SECONDS:.0f} s, the dead rank named; same command goes on; same "
+        "bits; at most one save interval lost",
         "every step point, every rank, steps drawn; 2 ranks (data) and 4 (tensor x pipeline)",
     )
     points = [point for point in POINTS if point.startswith("step.")]
@@ -86,19 +91,23 @@ def row_1(bench: Bench) -> Result:
         visits = (1,) if bench.short or grid.ranks > 2 else (1, 2)
         wanted = kills(points, grid.ranks, visits, every_rank=not bench.short)
         wanted = [fault.replace("nth=1:", f"nth={draw.choice((4, 5, 6))}:") for fault in wanted]
-        campaigns = chain(bench, grid, f"row1_{grid.ranks}", wanted)
-        struck += report(result, campaigns, wanted)
+        all_restarts = chain(bench, grid, f"row1_{grid.ranks}", wanted)
+        struck += report(result, all_restarts, wanted)
     judge_ends(result, struck)
     return result
 
 
 def grids(bench: Bench, chunks: int, steps_per_chunk: int) -> list[TinyRun]:
+    """The worlds of the kill rows."""
     world = bench.world(chunks, steps_per_chunk)
     return [world] if bench.short else [world, world.on(4, tensor=2, pipeline=2)]
 
 
 def judge_ends(result: Result, struck: list[Attempt]) -> None:
-    """Time until all ranks were gone, whether the dead one was named, what a restart costs."""
+    """Measure the time until all ranks ended and the cost of a restart.
+
+    Check that the dead is named.
+    """
     ended = [attempt for attempt in struck if not attempt.helped]
     gone = [attempt.gone_seconds for attempt in ended]
     result.measured.append(f"from the kill to the last rank's end: {spread(gone)}")
@@ -118,7 +127,8 @@ def judge_ends(result: Result, struck: list[Attempt]) -> None:
     if named < len(struck):
         unnamed = next(a for a in struck if not names_rank(a.text, a.codes.index(-signal.SIGKILL)))
         result.problems.append(
-            f"dead rank not named in {len(struck) - named} of {len(struck)}, e.g. {unnamed.faults}: {tail(unnamed.text)}"
+            f"dead rank not named in {len(struck) - named} of {len(struck)}, e.g. "
+            f"{unnamed.faults}: {tail(unnamed.text)}"
         )
     starts = [seconds for a in struck if (seconds := a.first_step_seconds) is not None]
     result.measured.append(
@@ -127,16 +137,19 @@ def judge_ends(result: Result, struck: list[Attempt]) -> None:
 
 
 def tail(text: str) -> str:
+    """The end of a text on one line."""
     return " | ".join(line for line in text.splitlines() if " chunk " not in line)[-300:]
 
 
 def row_2(bench: Bench) -> Result:
+    """Row 2: SIGKILL in every phase of a save."""
     result = Result(
         2,
         "SIGKILL at every phase of a save",
-        "no attempt ever loads a wrong or unfinished checkpoint; the newest whole one is the last or the one before; same bits",
-        "every save point and ledger line, every rank that comes there, first to third save; and SIGKILLs at random times "
-        "while a save is under way, to one rank or all",
+        "no attempt ever loads a wrong or unfinished checkpoint; the newest whole one is the last "
+        "or the one before; same bits",
+        "every save point and ledger line, every rank that comes there, first to third save; and "
+        "SIGKILLs at random times while a save is under way, to one rank or all",
     )
     points = [point for point in POINTS if point.startswith(("save.", "ledger."))]
     for grid in grids(bench, chunks=12, steps_per_chunk=2):
@@ -149,33 +162,33 @@ def row_2(bench: Bench) -> Result:
 
 
 def random_kills(bench: Bench, result: Result) -> None:
-    """SIGKILL at random moments of a save; the trace says where it struck."""
+    """SIGKILL at random moments of a save; the trace shows the phase."""
     draw = bench.random(2)
     world = bench.world(12, 2)
     bench.reference(world)
     where: Counter[str] = Counter()
-    campaigns = [bench.restarts(world, "random")]
+    all_restarts = [bench.restarts(world, "random")]
     for number in range(bench.kills):
-        if campaigns[-1].done:
-            campaigns[-1].finish()
-            campaigns.append(bench.restarts(world, "random"))
+        if all_restarts[-1].done:
+            all_restarts[-1].finish()
+            all_restarts.append(bench.restarts(world, "random"))
         strike = RandomKill(bench.server, draw)
-        attempt = campaigns[-1].attempt("", strike)
+        attempt = all_restarts[-1].attempt("", strike)
         if attempt.struck:
-            where[strike.place(attempt.job)] += 1
+            where[strike.last_point(attempt.job)] += 1
         if number % 20 == 19:
-            bench.say(f"random kills: {number + 1} of {bench.kills}")
-    campaigns[-1].finish()
-    result.problems += problems_of(campaigns)
+            bench.log(f"random kills: {number + 1} of {bench.kills}")
+    all_restarts[-1].finish()
+    result.problems += problems_of(all_restarts)
     places = ", ".join(f"{place} {count}" for place, count in sorted(where.items()))
     result.measured.append(
-        f"{sum(where.values())} SIGKILLs at random times in {len(campaigns)} runs, none left a checkpoint that was wrong; "
-        f"last point passed before the kill: {places}"
+        f"{sum(where.values())} SIGKILLs at random times in {len(all_restarts)} runs, none left a "
+        f"checkpoint that was wrong; last point passed before the kill: {places}"
     )
 
 
 class RandomKill:
-    """Waits for a save of the run to begin, then for a random part of the time a save takes, and kills."""
+    """Wait for a save to begin, then for a random part of a save's duration, and kill."""
 
     def __init__(self, server: ForkServer, draw: random.Random):
         self.server = server
@@ -207,7 +220,7 @@ class RandomKill:
             time.sleep(0.003)
         return None
 
-    def place(self, job: Job) -> str:
+    def last_point(self, job: Job) -> str:
         """The last point of saving or recording that a victim came to, of both its threads."""
         mine = [name for _, rank, name in job.points() if rank in self.victims]
         return next(
@@ -217,25 +230,31 @@ class RandomKill:
 
 
 def row_3(bench: Bench) -> Result:
+    """Row 3: SIGKILL during retention and rollback."""
     result = Result(
         3,
         "SIGKILL while old checkpoints are removed, or later ones set aside for a rollback",
-        "at every moment two complete verified checkpoints lie on the disk (one at the very start); same bits",
-        "every retire point at its first to fourth visit; a rollback to a numbered checkpoint, killed while it sets aside",
+        "at every moment two complete verified checkpoints lie on the disk (one at the very "
+        "start); same bits",
+        "every retire point at its first to fourth visit; a rollback to a numbered checkpoint, "
+        "killed while it sets aside",
     )
     points = [point for point in POINTS if point.startswith("retire.")]
     world = bench.world(12, 2).changed(
         ("checkpoint.keep_optimizer_states", 2), ("checkpoint.every_seconds", 0.001)
     )
     wanted = kills(points, world.ranks, (1, 2) if bench.short else (1, 2, 3, 4))
-    campaigns = chain(bench, world, "row3", wanted)
-    report(result, campaigns, wanted)
+    all_restarts = chain(bench, world, "row3", wanted)
+    report(result, all_restarts, wanted)
     rollback(bench, result, world)
     return result
 
 
 def rollback(bench: Bench, result: Result, world: TinyRun) -> None:
-    """Go back to the last checkpoint but one, killed at `start.aside`; then go back for good and to the end."""
+    """Roll back to the last checkpoint but one, killed at `start.aside`.
+
+    Then again, and to the end.
+    """
     restarts = bench.restarts(world, "rollback")
     restarts.attempt("step.read@step=13:kill")
     whole = [int(name.rpartition("_")[2]) for name in _complete(restarts)]
@@ -250,7 +269,8 @@ def rollback(bench: Bench, result: Result, world: TinyRun) -> None:
     restarts.finish()
     result.problems += restarts.problems
     result.measured.append(
-        f"rollback from checkpoint {whole[-1]} to {whole[-2]}, killed while setting aside, then done: {len(restarts.attempts)} attempts"
+        f"rollback from checkpoint {whole[-1]} to {whole[-2]}, killed while setting aside, then "
+        f"done: {len(restarts.attempts)} attempts"
     )
 
 

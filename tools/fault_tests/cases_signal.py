@@ -36,8 +36,10 @@ def row_8(bench: Bench) -> Result:
     result = Result(
         8,
         "SIGTERM, SIGUSR1, SIGINT with a time of grace",
-        "looked at every step; saved; exit code 75; a save that cannot finish leaves the old one valid; same bits",
-        "the signal at step and save points, to one rank alone or all; then through the launcher; then SIGKILL during the save",
+        "looked at every step; saved; exit code 75; a save that cannot finish leaves the old one "
+        "valid; same bits",
+        "the signal at step and save points, to one rank alone or all; then through the launcher; "
+        "then SIGKILL during the save",
     )
     world = bench.world(8, 3)
     points = (
@@ -50,17 +52,18 @@ def row_8(bench: Bench) -> Result:
         "save.renamed",
     )
     faults = [f"{point}@rank=0@nth=1:{what}" for what in ("term", "usr1") for point in points]
-    campaigns = chain(bench, world, "row8", faults[:: 4 if bench.short else 1])
-    attempts = [a for c in campaigns for a in c.attempts if a.faults]
+    all_restarts = chain(bench, world, "row8", faults[:: 4 if bench.short else 1])
+    attempts = [a for c in all_restarts for a in c.attempts if a.faults]
     stopped = [a for a in attempts if set(a.codes) == {EXIT_STOPPED}]
-    result.problems += problems_of(campaigns)
+    result.problems += problems_of(all_restarts)
     result.problems += [
         f"{a.faults}: ended with {a.codes}: {tail(a.text)}"
         for a in attempts
         if a not in stopped and set(a.codes) != {EXIT_DONE}
     ]
     result.measured.append(
-        f"{len(stopped)} of {len(attempts)} requests at {len(points)} places ended with 75 on every rank"
+        f"{len(stopped)} of {len(attempts)} requests at {len(points)} places ended with 75 on "
+        "every rank"
     )
     if not bench.short:
         _through_launcher(bench, world, result)
@@ -100,11 +103,11 @@ def _through_launcher(bench: Bench, world: TinyRun, result: Result) -> None:
         time.sleep(0.01)
     began = time.monotonic()
     process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=120)
+    _, output = process.communicate(timeout=120)
     seconds.append(time.monotonic() - began)
     if process.returncode != EXIT_STOPPED:
         result.problems.append(
-            f"the launcher ended with {process.returncode} after SIGTERM: {said[-300:]}"
+            f"the launcher ended with {process.returncode} after SIGTERM: {output[-300:]}"
         )
         return
     result.measured.append(f"launcher: SIGTERM to 75 in {seconds[0]:.1f} s")
@@ -119,9 +122,11 @@ def row_9(bench: Bench) -> Result:
     result = Result(
         9,
         "A rank hangs (SIGSTOP)",
-        "rank, collective, step and phase named, and nobody left alive, within twice the 99th percentile of a step (floor 10 s) and the "
-        f"time it takes to look ({HANG_SECONDS:.0f} s in all); same bits",
-        "SIGSTOP at two points of the 25th step of an attempt, to each rank, 2 ranks and 4; then the same command",
+        "rank, collective, step and phase named, and nobody left alive, within twice the 99th "
+        f"percentile of a step (floor 10 s) and the time it takes to look ({HANG_SECONDS:.0f} s in "
+        "all); same bits",
+        "SIGSTOP at two points of the 25th step of an attempt, to each rank, 2 ranks and 4; then "
+        "the same command",
     )
     made: list[Attempt] = []
     # The limit of a step is learnt from the first twenty; until then that of the start counts.
@@ -133,11 +138,11 @@ def row_9(bench: Bench) -> Result:
             for point in ("step.forward", "step.update")
             for rank in range(world.ranks)
         ]
-        campaigns = chain(
+        all_restarts = chain(
             bench, world, "row9", faults[:: 3 if bench.short else 1 if world.ranks == 2 else 3]
         )
-        made += [a for c in campaigns for a in c.attempts if a.faults]
-        result.problems += problems_of(campaigns)
+        made += [a for c in all_restarts for a in c.attempts if a.faults]
+        result.problems += problems_of(all_restarts)
     seconds, named = [], 0
     for attempt in made:
         rank = int(attempt.faults.partition("rank=")[2].partition("@")[0])
@@ -177,7 +182,7 @@ def row_10(bench: Bench) -> Result:
         for down in (None, 3.0):
             restarts = bench.restarts(world, "row10")
             attempt = restarts.attempt_with(Cable.environments(), partial(Cable.cut, seconds=down))
-            told = "for good" if down is None else f"for {down:.0f} s"
+            duration = "for good" if down is None else f"for {down:.0f} s"
             since = max(at for _, at in attempt.job.ends.values()) - Cable.cut_at
             told_by = [
                 x
@@ -190,12 +195,14 @@ def row_10(bench: Bench) -> Result:
                 or since > allowed_seconds(HANG_SECONDS, [attempt])
             ):
                 result.problems.append(
-                    f"cut {told}: codes {attempt.codes}, {since:.0f} s: {tail(attempt.text)}"
+                    f"cut {duration}: codes {attempt.codes}, {since:.0f} s: {tail(attempt.text)}"
                 )
             if down is None and not line:
-                result.problems.append(f"cut {told}: no line names a rank: {tail(attempt.text)}")
+                result.problems.append(
+                    f"cut {duration}: no line names a rank: {tail(attempt.text)}"
+                )
             result.measured.append(
-                f"cut {told}: ended with {attempt.codes} {since:.1f} s after; {line[:300]}"
+                f"cut {duration}: ended with {attempt.codes} {since:.1f} s after; {line[:300]}"
             )
             restarts.finish()
             result.problems += restarts.problems
@@ -203,8 +210,9 @@ def row_10(bench: Bench) -> Result:
 
 
 class Cable:
-    """Two network namespaces with a pair of virtual devices; yields why they are not possible, or
-    "".
+    """Two network namespaces with a pair of virtual devices.
+
+    Yields why they are not possible, or "".
     """
 
     names = (f"k2f{os.getpid()}a", f"k2f{os.getpid()}b")
@@ -215,9 +223,13 @@ class Cable:
             return "they need root"
         a, b = self.names
         steps = [
-            f"ip netns add {a}", f"ip netns add {b}", f"ip link add {a} netns {a} type veth peer name {b} netns {b}",
-            f"ip -n {a} addr add 10.213.0.1/24 dev {a}", f"ip -n {b} addr add 10.213.0.2/24 dev {b}",
-            f"ip -n {a} link set {a} up", f"ip -n {b} link set {b} up", f"ip -n {a} link set lo up", f"ip -n {b} link set lo up",
+            f"ip netns add {a}", f"ip netns add {b}", f"ip link add {a} netns {a} type veth peer "
+                                                      f"name {b} netns {b}",
+            f"ip -n {a} addr add 10.213.0.1/24 dev {a}", f"ip -n {b} addr add 10.213.0.2/24 dev "
+                                                         f"{b}",
+            f"ip -n {a} link set {a} up", f"ip -n {b} link set {b} up", f"ip -n {a} link set lo "
+                                                                        "up", f"ip -n {b} link set "
+                                                                              "lo up",
         ]  # fmt: skip
         for step in steps:
             try:
@@ -268,7 +280,8 @@ def row_11(bench: Bench) -> Result:
         11,
         "One rank is slow in every step",
         "named within 20 steps; no false name in a clean run",
-        "a sleep of 0.05 s in each step of one rank from step 30 on; a clean run of as many steps as the undisturbed one",
+        "a sleep of 0.05 s in each step of one rank from step 30 on; a clean run of as many steps "
+        "as the undisturbed one",
     )
     world = bench.world(40, 5)
     first, delays = 30, []
@@ -282,10 +295,14 @@ def row_11(bench: Bench) -> Result:
         )
         bench.server.wait(job, 240)
         bench.server.end(job)
-        named = [(step, told) for step, told in stragglers(world.run(name)) if SLOW.search(told)]
-        wrong = [told for step, told in named if f"rank {rank} " not in told or step < first]
-        result.problems += [f"rank {rank} slow from step {first}: {told}" for told in wrong]
-        right = [step for step, told in named if told not in wrong]
+        named = [
+            (step, message) for step, message in stragglers(world.run(name)) if SLOW.search(message)
+        ]
+        wrong = [
+            message for step, message in named if f"rank {rank} " not in message or step < first
+        ]
+        result.problems += [f"rank {rank} slow from step {first}: {message}" for message in wrong]
+        right = [step for step, message in named if message not in wrong]
         if not right or right[0] > first + NAMED_STEPS:
             result.problems.append(
                 f"rank {rank} was not named within {NAMED_STEPS} steps: {named} {tail(job.text())}"
@@ -301,7 +318,7 @@ def row_11(bench: Bench) -> Result:
     job = bench.server.begin(world.arguments(clean), world.ranks)
     bench.server.wait(job, 240)
     bench.server.end(job)
-    false = [told for _, told in stragglers(world.run(clean))]
+    false = [message for _, message in stragglers(world.run(clean))]
     result.measured.append(
         f"clean run of {world.steps} steps on cores shared with other programs: {len(false)} names"
     )

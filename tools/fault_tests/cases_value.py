@@ -1,6 +1,4 @@
-"""Fault rows 12 and 17 to 20: wrong values, and runs that continue on another grid or a second
-time.
-"""
+"""Fault rows 12 and 17 to 20: wrong values, other layouts, repeated runs."""
 
 import json
 import re
@@ -35,8 +33,10 @@ def row_12(bench: Bench) -> Result:
     result = Result(
         12,
         "NaN or Inf in a gradient or a loss, on one rank",
-        "exactly that step is skipped on all ranks; weights and both moments keep every bit; batch logged; three in a row stop",
-        "each rank, several tensors, micro-batches and kinds of value, one run each; the step's own root against the one before",
+        "exactly that step is skipped on all ranks; weights and both moments keep every bit; batch "
+        "logged; three in a row stop",
+        "each rank, several tensors, micro-batches and kinds of value, one run each; the step's "
+        "own root against the one before",
     )
     world = bench.world(4, 3)
     bench.reference(world)
@@ -105,10 +105,11 @@ def row_17(bench: Bench) -> Result:
     result = Result(
         17,
         "A bit flips in memory: in one copy of the weights, or in a moment",
-        "found before the next update, rank and tensor named; the run ends, goes back to a checkpoint of before, and ends with the "
-        "same bits",
-        "one bit of a weight on each of two data-parallel ranks, several tensors, and one bit of each state of the optimizer (of which "
-        "there is no copy); copies compared and roots taken in every step; and one flip in a step in which nothing is compared",
+        "found before the next update, rank and tensor named; the run ends, goes back to a "
+        "checkpoint of before, and ends with the same bits",
+        "one bit of a weight on each of two data-parallel ranks, several tensors, and one bit of "
+        "each state of the optimizer (of which there is no copy); copies compared and roots taken "
+        "in every step; and one flip in a step in which nothing is compared",
     )
     world = bench.world(6, 3).changed(("audit.replicas_every_steps", 1))
     weights = [(rank, "weight", name) for rank in range(world.ranks) for name in TENSORS][
@@ -161,16 +162,19 @@ def _between(bench: Bench, result: Result) -> None:
         bench.server.end(job)
         seen.append("found" if set(job.codes) == {EXIT_FAILED} else "not found")
     result.measured += [
-        f"a flip of a weight in a step without a comparison (every 2 steps here): {seen[0]}; the next update writes the copy anew, so "
-        "comparing every N steps finds one such flip in N, and every difference that lasts: with the default of 100 one in a hundred",
-        f"a flip of a moment where no root is taken (audit.root_every_steps=0): {seen[1]}; with roots every N steps, one is found that "
-        "strikes between a root and the update after it: with the default, one in as many as that key says",
+        f"a flip of a weight in a step without a comparison (every 2 steps here): {seen[0]}; the "
+        "next update writes the copy anew, so comparing every N steps finds one such flip in N, "
+        "and every difference that lasts: with the default of 100 one in a hundred",
+        f"a flip of a moment where no root is taken (audit.root_every_steps=0): {seen[1]}; with "
+        "roots every N steps, one is found that strikes between a root and the update after it: "
+        "with the default, one in as many as that key says",
     ]
 
 
 def latest_problems(restarts: Restarts) -> list[str]:
-    """Check that the effective steps are those of the undisturbed run, whatever earlier attempts
-    wrote.
+    """Check that the effective steps are those of the undisturbed run.
+
+    Rows of earlier attempts do not matter.
     """
     rows = {
         row["step"]: disk_state.values_of(row) for row in latest(restarts.run / "metrics.jsonl")
@@ -190,8 +194,10 @@ def row_18(bench: Bench) -> Result:
     result = Result(
         18,
         "Going on with the same layout",
-        "at least 50 steps bit-equal in loss, gradient norm, weights, both moments and batch; leaving out any item of the state must show",
-        "a run of 60 steps killed after every 7 or so, each step's root against the undisturbed run; and the test that drops each item",
+        "at least 50 steps bit-equal in loss, gradient norm, weights, both moments and batch; "
+        "leaving out any item of the state must show",
+        "a run of 60 steps killed after every 7 or so, each step's root against the undisturbed "
+        "run; and the test that drops each item",
     )
     world = bench.world(20, 3)
     for grid in (
@@ -204,8 +210,9 @@ def row_18(bench: Bench) -> Result:
         result.problems += restarts.problems
         roots = sum(row[-1] != "null" for row in restarts.reference.rows.values())
         result.measured.append(
-            f"{grid.ranks} ranks {dict(grid.layout) or 'data-parallel'}: {grid.steps} steps over {len(restarts.attempts)} starts, "
-            f"equal in loss, norm, rows, rate{' and root of the state' if roots else ''} ({roots} roots)"
+            f"{grid.ranks} ranks {dict(grid.layout) or 'data-parallel'}: {grid.steps} steps over "
+            f"{len(restarts.attempts)} starts, equal in loss, norm, rows, "
+            f"rate{' and root of the state' if roots else ''} ({roots} roots)"
         )
     if not bench.short:
         node = "tests/laws/test_record_law.py::test_every_item_of_state_matters"
@@ -220,9 +227,10 @@ def row_19(bench: Bench) -> Result:
     result = Result(
         19,
         "Going on with another layout",
-        "weights and moments bit-equal after the reshard; the same rows in every step; loss within rounding, and to the bit where "
-        "the order of sums is the same",
-        "one run stopped and started on 1, 2 and 4 ranks in turn; roots of what was loaded; losses against the undisturbed run",
+        "weights and moments bit-equal after the reshard; the same rows in every step; loss within "
+        "rounding, and to the bit where the order of sums is the same",
+        "one run stopped and started on 1, 2 and 4 ranks in turn; roots of what was loaded; losses "
+        "against the undisturbed run",
     )
     world = bench.world(8, 3)
     reference = bench.reference(world)
@@ -233,13 +241,13 @@ def row_19(bench: Bench) -> Result:
         world.on(2, tensor=2),
         world.on(2, pipeline=2),
     ]
-    name, apart, said = bench.name("row19"), 0.0, []
+    name, apart, codes = bench.name("row19"), 0.0, []
     for index in range(20):
         grid = grids[index % len(grids)]
         job = bench.server.begin(grid.arguments(name, "run.stop_after_steps=5"), grid.ranks)
         bench.server.wait(job, 120)
         bench.server.end(job)
-        said.append(job.codes)
+        codes.append(job.codes)
         if not set(job.codes) <= {0, 75}:
             result.problems.append(
                 f"{dict(grid.layout)} on {grid.ranks}: ended with {job.codes}: {tail(job.text())}"
@@ -257,7 +265,8 @@ def row_19(bench: Bench) -> Result:
         result.problems.append(f"losses are up to {apart:.2g} apart")
     result.problems += disk_state.sample_problems(world.run(name), world)
     result.measured.append(
-        f"{len(said)} starts on {len(grids)} layouts in turn; same rows in every step; losses at most {apart:.2g} apart"
+        f"{len(codes)} starts on {len(grids)} layouts in turn; same rows in every step; losses at "
+        f"most {apart:.2g} apart"
     )
     if not bench.short:
         run_pytest(
@@ -284,6 +293,7 @@ def row_20(bench: Bench) -> Result:
     result.problems += restarts.problems
     newest = read_manifest(list_checkpoints(restarts.run / "checkpoints")[-1])
     result.measured.append(
-        f"{len(reference.rows)} steps equal in every value; root at the end {disk_state.root_of(newest)[:16]} in both"
+        f"{len(reference.rows)} steps equal in every value; root at the end "
+        f"{disk_state.root_of(newest)[:16]} in both"
     )
     return result

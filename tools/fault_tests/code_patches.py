@@ -38,17 +38,19 @@ def jumping_clock() -> None:
 
 
 def writes_in_place() -> None:
-    """A save that writes under the final name: a kill leaves half a checkpoint that looks
-    complete.
+    """A save that writes under the final name.
+
+    A kill leaves half a checkpoint that looks complete.
     """
-    importlib.import_module("k2train.checkpoint.commit").Order.aside = property(
-        lambda order: order.final
+    importlib.import_module("k2train.checkpoint.commit").SaveJob.temporary = property(
+        lambda job: job.final
     )
 
 
 def forgets_a_moment() -> None:
-    """A resume that starts the second moments from zero: the curve looks alike, but the run
-    differs.
+    """A resume that starts the second moments from zero.
+
+    The curve looks alike, but the run differs.
     """
     checkpointing: Any = importlib.import_module("k2train.train.checkpointing")
     load = checkpointing.load_states

@@ -80,8 +80,9 @@ class Disk:
 
 
 def checkpoints_of(run: Path, reference: Reference, newest: int = 0) -> Disk:
-    """Verify the `newest` checkpoints (0: all) that are not thinned, and compare them with the
-    reference.
+    """Verify the `newest` checkpoints (0: all) and compare them with the reference.
+
+    Thinned ones are skipped.
     """
     disk = Disk([], [])
     paths = [path for path in list_checkpoints(run / "checkpoints") if not is_thinned(path)]
@@ -95,14 +96,16 @@ def checkpoints_of(run: Path, reference: Reference, newest: int = 0) -> Disk:
         wanted = reference.roots.get(path.name)
         if wanted is not None and wanted != root:
             disk.problems.append(
-                f"{path.name} holds another state than the undisturbed run ({root[:12]}, not {wanted[:12]})"
+                f"{path.name} holds another state than the undisturbed run ({root[:12]}, not "
+                f"{wanted[:12]})"
             )
     return disk
 
 
 def row_problems(run: Path, reference: Reference, done: bool = False) -> list[str]:
-    """Steps of any attempt with other values than the undisturbed run; with `done` also missing
-    steps.
+    """Steps of any attempt with other values than the undisturbed run.
+
+    With `done` also missing steps.
 
     A step that was not applied changed nothing; it counts only if no later attempt repeated it.
     """
@@ -118,7 +121,8 @@ def row_problems(run: Path, reference: Reference, done: bool = False) -> list[st
             continue
         if values != reference.rows.get(row["step"]):
             found.append(
-                f"step {row['step']} of attempt {row['attempt']} differs: {values}, undisturbed {reference.rows.get(row['step'])}"
+                f"step {row['step']} of attempt {row['attempt']} differs: {values}, undisturbed "
+                f"{reference.rows.get(row['step'])}"
             )
             break
     missing = sorted(set(reference.rows) - {row["step"] for row in rows})
@@ -139,7 +143,8 @@ def sample_problems(run: Path, world: TinyRun) -> list[str]:
         seen = [row for start, stop in sorted(pieces) for row in range(start, stop)]
         if seen != list(range(world.steps_per_chunk * GLOBAL)):
             found.append(
-                f"{chunk}: rows were not read exactly once each ({len(seen)} reads, {len(set(seen))} rows)"
+                f"{chunk}: rows were not read exactly once each ({len(seen)} reads, "
+                f"{len(set(seen))} rows)"
             )
     return found
 
@@ -174,9 +179,7 @@ def newest_step(run: Path) -> int:
 
 
 def complaints(text: str) -> Sequence[str]:
-    """Lines on stderr that are neither progress nor notes: what a person must read after a
-    failure.
-    """
+    """Lines on stderr that a person must read after a failure: neither progress nor notes."""
     progress = (" chunk ", " saved ckpt_", " resumed from ", " parameters;", " steps of ")
     return [
         line

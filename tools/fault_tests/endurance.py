@@ -1,11 +1,14 @@
-"""Row 30: one run, many faults of many kinds, no hand; the end must be that of the run that nobody disturbed.
+"""Fault row 30, endurance: one run under many kinds of faults.
 
-Each attempt is drawn from the seed: how it ends, what it must live with before, at which step. How far it gets before
-follows from the steps and faults that are left, so that both come to an end together. A fault counts only when it was
-seen to strike. Effective time is MegaScale's formula: steps times the median time of a step, over all time from the first
-start to the end. With a fault every half second in a run whose step takes hundredths of one the figure is small by
-construction, so the cost of one recovery is given too, and what it would make of a run that fails as often as a large one
-is known to.
+Its end must equal an undisturbed run.
+
+- Each attempt is drawn from the seed: how it ends, what else it must survive, and at which step.
+- The length of an attempt follows from the remaining steps and faults, so both end together.
+- A fault counts only when it was seen to fire.
+- Effective time is MegaScale's formula: steps times the median step time, over all time from the
+  first start to the end. With a fault every half second and steps of hundredths of a second it is
+  small by construction. So the cost of one recovery is given too, and the effective time of a run
+  that fails as often as a large one is known to.
 """
 
 import statistics
@@ -48,7 +51,7 @@ QUICK = (
 
 
 class Endurance:
-    """Draws faults and runs attempts until both faults and steps are used up."""
+    """Draw faults and run attempts until both faults and steps are used up."""
 
     def __init__(self, bench: Bench, faults: int):
         self.bench, self.faults = bench, faults
@@ -71,8 +74,8 @@ class Endurance:
         return self.restarts.run
 
     def go(self) -> None:
-        """To the end, or to the first thing that a person would have to look at."""
-        told = 0
+        """Run to the end, or to the first result that a person would have to examine."""
+        reported = 0
         while not self.restarts.done and len(self.restarts.attempts) < 4 * self.faults + 20:
             attempt = self._attempt() if self.done_faults < self.faults else self.restarts.attempt()
             self.fruitless = self.fruitless + 1 if attempt.after <= max(attempt.before, 0) else 0
@@ -83,10 +86,11 @@ class Endurance:
                     f"a person was needed: {attempt.codes}: {attempt.text[-400:]}"
                 )
                 return
-            if self.done_faults >= told + 20:
-                told = self.done_faults
-                self.bench.say(
-                    f"endurance: {told} faults, step {attempt.after} of {self.restarts.world.steps}, {len(self.restarts.attempts)} starts"
+            if self.done_faults >= reported + 20:
+                reported = self.done_faults
+                self.bench.log(
+                    f"endurance: {reported} faults, step {attempt.after} of "
+                    f"{self.restarts.world.steps}, {len(self.restarts.attempts)} starts"
                 )
         self.restarts.finish()
 
@@ -102,20 +106,23 @@ class Endurance:
 
         attempt = self.restarts.attempt(";".join(one.text for _, one in drawn if one.text), during)
         self.restarts.environments = ()
-        # A STOP laid down in the moment in which the run ended by itself was for a start that is over.
+        # A STOP laid down in the moment in which the run ended by itself was for a start that is
+        # over.
         (self.run / "STOP").unlink(missing_ok=True)
         strikes = {name for _, _, name in attempt.job.strikes()}
-        # A kind counts once an attempt: strikes are told apart by their place and not by what drew them.
+        # A kind counts once an attempt: strikes are distinguished by their point, not by what
+        # drew them.
         self.kinds.update({kind for kind, one in drawn if one.struck(strikes)})
         return attempt
 
     def next_faults(self) -> list[tuple[str, Drawn]]:
-        """What the next attempt must live with, and how it ends; does at once what is done to files."""
+        """Draw the faults of the next attempt and its end; file damage is done at once."""
         newest = max(self.restarts.attempts[-1].after if self.restarts.attempts else 0, 0)
         left_steps, left_faults = self.restarts.world.steps - newest, self.faults - self.done_faults
         reach = max(2, round(1.5 * left_steps * FAULTS_PER_ATTEMPT / max(1, left_faults)))
         step = newest + self.draw.randint(1, reach)
-        # A third start that gets nowhere is refused, rightly; a person would have looked by then: so nothing strikes early.
+        # A third start that gets nowhere is refused, rightly; a person would have looked by then:
+        # so nothing strikes early.
         tired = self.fruitless >= 2
         if tired:
             step = newest + 2 * STEPS_PER_CHUNK + 1
@@ -134,7 +141,8 @@ class Endurance:
         if ending.startswith("NaN"):
             # Saved between two steps that were skipped, they would stay so.
             lived = [name for name in lived if name != "SAVE file"]
-        # Each kind once; one that waits for a step goes before the one that ends the attempt by hand.
+        # Each kind once; one that waits for a step goes before the one that ends the attempt by
+        # hand.
         names = [*dict.fromkeys(lived), ending]
         return [
             *((name, {**ENDING, **LIVED_WITH}[name][0](scene)) for name in names),
@@ -149,12 +157,15 @@ class Endurance:
 
 
 def row_30(bench: Bench) -> Result:
+    """Row 30: endurance."""
     result = Result(
         30,
         "Endurance: many mixed faults in one run",
-        "1,000 faults, no hand, final state bit-equal to the undisturbed run's; effective time reported",
-        f"{bench.endurance} faults of {len(ENDING) + len(LIVED_WITH)} kinds drawn from the seed, one run, the same command each time; "
-        "each start ends by one fault and meets up to three others before; only those seen to strike are counted",
+        "1,000 faults, no hand, final state bit-equal to the undisturbed run's; effective time "
+        "reported",
+        f"{bench.endurance} faults of {len(ENDING) + len(LIVED_WITH)} kinds drawn from the seed, "
+        "one run, the same command each time; each start ends by one fault and meets up to three "
+        "others before; only those seen to strike are counted",
     )
     run = Endurance(bench, bench.endurance)
     began = time.monotonic()
@@ -164,7 +175,7 @@ def row_30(bench: Bench) -> Result:
 
 
 def report(result: Result, run: Endurance, seconds: float) -> None:
-    """What a run of so many seconds came to."""
+    """Report the result of a run of that duration."""
     restarts, wanted = run.restarts, run.faults
     result.problems += restarts.problems
     if run.done_faults < wanted:
@@ -176,23 +187,27 @@ def report(result: Result, run: Endurance, seconds: float) -> None:
     steps, step = restarts.world.steps, restarts.reference.step_seconds
     judged = seconds - sum(attempt.seconds for attempt in restarts.attempts)
     result.measured += [
-        f"{run.done_faults} faults, {len(restarts.attempts)} starts, {steps} steps, {seconds:.0f} s: a fault every "
-        f"{seconds / max(1, run.done_faults):.2f} s, a start every {seconds / len(restarts.attempts):.2f} s; "
-        f"hands needed: {sum(2 in a.codes for a in restarts.attempts)}",
+        f"{run.done_faults} faults, {len(restarts.attempts)} starts, {steps} steps, {seconds:.0f} "
+        f"s: a fault every {seconds / max(1, run.done_faults):.2f} s, a start every "
+        f"{seconds / len(restarts.attempts):.2f} s; hands needed: "
+        f"{sum(2 in a.codes for a in restarts.attempts)}",
         ", ".join(f"{kind}: {count}" for kind, count in sorted(run.kinds.items())),
     ]
     if restarts.done:
         rows = len(disk_state.read_metrics(restarts.run / "metrics.jsonl"))
         result.measured.append(
-            f"effective time (steps x median step {step * 1000:.0f} ms / all time): {steps * step / seconds:.1%}; of all time "
-            f"{judged:.0f} s went into looking at what was left; {rows} steps were taken to make {steps}"
+            f"effective time (steps x median step {step * 1000:.0f} ms / all time): "
+            f"{steps * step / seconds:.1%}; of all time {judged:.0f} s went into looking at what "
+            f"was left; {rows} steps were taken to make {steps}"
         )
     if run.recoveries:
         recovery = statistics.median(run.recoveries)
         result.measured.append(
-            f"from a start to its first step: median {recovery:.2f} s; at one failure in 3.09 hours that alone would cost "
-            f"{recovery / FAILURE_SECONDS:.3%} (arithmetic for this tiny model, not a measurement)"
+            f"from a start to its first step: median {recovery:.2f} s; at one failure in 3.09 "
+            f"hours that alone would cost {recovery / FAILURE_SECONDS:.3%} (arithmetic for this "
+            "tiny model, not a measurement)"
         )
     result.measured.append(
-        f"fewest complete verified checkpoints after any attempt, once there were two: {restarts.fewest_whole}"
+        "fewest complete verified checkpoints after any attempt, once there were two: "
+        f"{restarts.fewest_whole}"
     )

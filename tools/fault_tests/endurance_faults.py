@@ -45,8 +45,9 @@ class Scene:
 
 @dataclass
 class Drawn:
-    """One fault: armed in the ranks by `text`, done by `during` meanwhile, or already `done` to
-    files.
+    """One drawn fault.
+
+    It is armed in the ranks by `text`, done by `during` meanwhile, or already `done` to files.
     """
 
     text: str = ""
@@ -55,15 +56,16 @@ class Drawn:
     environment: dict[str, str] = field(default_factory=dict)
 
     def struck(self, strikes: set[str]) -> bool:
-        """True when the fault has fired; `strikes` are POINT:ACTION of all armed faults that
-        fired.
+        """True when the fault has fired.
+
+        `strikes` are POINT:ACTION of all armed faults that fired.
         """
         return self.done or any(_name(part) in strikes for part in self.text.split(";") if part)
 
 
 def _name(part: str) -> str:
-    place, _, action = part.partition(":")
-    return f"{place.partition('@')[0]}:{action.partition('=')[0]}"
+    point, _, action = part.partition(":")
+    return f"{point.partition('@')[0]}:{action.partition('=')[0]}"
 
 
 def when_at(scene: Scene, harm: Callable[[Job], object]) -> Drawn:
@@ -84,9 +86,9 @@ def when_at(scene: Scene, harm: Callable[[Job], object]) -> Drawn:
     return drawn
 
 
-def _after(path: Path, place: int) -> str:
+def _after(path: Path, offset: int) -> str:
     with path.open("rb") as stream:
-        stream.seek(place)
+        stream.seek(offset)
         return stream.read().decode(errors="replace").replace(" ", "")
 
 
@@ -146,8 +148,9 @@ def kill_all(scene: Scene) -> Drawn:
 
 
 def not_finite(scene: Scene) -> Drawn:
-    """NaN gradients in all steps of a chunk: each is skipped, and the third stops the run
-    unsaved.
+    """NaN gradients in all steps of a chunk.
+
+    Each is skipped, and the third stops the run unsaved.
     """
     size = scene.steps_per_chunk
     first = -(-scene.newest // size) * size + 1

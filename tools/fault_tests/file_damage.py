@@ -1,6 +1,4 @@
-"""File damage between attempts: a flipped bit, truncation, an empty, swapped, missing or extra
-file.
-"""
+"""File damage between attempts: bit flip, truncation, empty, swapped, missing or extra file."""
 
 import random
 import shutil
@@ -10,10 +8,10 @@ from pathlib import Path
 def flip_bit(path: Path, draw: random.Random) -> str:
     """Flip one random bit; returns its position."""
     content = bytearray(path.read_bytes())
-    place, bit = draw.randrange(len(content)), draw.randrange(8)
-    content[place] ^= 1 << bit
+    position, bit = draw.randrange(len(content)), draw.randrange(8)
+    content[position] ^= 1 << bit
     path.write_bytes(content)
-    return f"byte {place} of {len(content)}, bit {bit}"
+    return f"byte {position} of {len(content)}, bit {bit}"
 
 
 def truncate(path: Path, draw: random.Random) -> str:

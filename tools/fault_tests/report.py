@@ -16,18 +16,25 @@ from pathlib import Path
 from fault_tests.processes import ROOT
 from fault_tests.result import Bench, Result
 
-LIMITS = """Nothing here was seen on a GPU or over a network of several machines: an NCCL hang, a device that falls off its bus,
-damage done by the silicon itself and a switch that loses packets are not in these figures. The runs are tiny and the
-processes share two cores; seconds say how the mechanism behaves, not how long a large run takes."""
+LIMITS = (
+    "Nothing here was seen on a GPU or over a network of several machines: an NCCL hang, a device "
+    "that falls off its bus,\ndamage done by the silicon itself and a switch that loses packets "
+    "are not in these figures. The runs are tiny and the\nprocesses share two cores; seconds "
+    "say how the mechanism behaves, not how long a large run takes."
+)
 
 
 def remember(record: Path, result: Result, bench: Bench) -> list[Result]:
-    """Add a row to the record of earlier runs (JSON, one row per line); return the newest of each
-    row.
+    """Add a row to the record of earlier runs (JSON, one row per line).
+
+    Return the newest of each row.
 
     So long rows can be run one by one, and the page shows the date and commit of each.
     """
-    seen = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, commit {_commit()}, level {bench.level}, seed {bench.seed}"
+    seen = (
+        f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, commit {_commit()}, level {bench.level}, "
+        f"seed {bench.seed}"
+    )
     record.parent.mkdir(parents=True, exist_ok=True)
     with record.open("a", encoding="utf-8") as stream:
         stream.write(json.dumps({**asdict(result), "seen": seen}) + "\n")
@@ -92,8 +99,10 @@ def facts(bench: Bench, seconds: float) -> list[str]:
         f"{name} {_version(name)}" for name in ("torch", "numpy", "safetensors", "pydantic")
     )
     return [
-        f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {seconds:.0f} s, level {bench.level}, seed {bench.seed}",
-        f"{platform.system()} {platform.release().split('-')[0]}, {_processor()}, {_cores()} cores, no accelerator used",
+        f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {seconds:.0f} s, level {bench.level}, seed "
+        f"{bench.seed}",
+        f"{platform.system()} {platform.release().split('-')[0]}, {_processor()}, {_cores()} "
+        "cores, no accelerator used",
         f"Python {sys.version.split()[0]}, {packages}; gloo on the loopback, one thread a process",
         f"commit {commit}",
     ]
@@ -111,13 +120,13 @@ def _commit() -> str:
         ("git", "rev-parse", "--short=12", "HEAD"),
         ("git", "status", "--porcelain", "--untracked-files=no"),
     ]
-    said = [
+    answers = [
         subprocess.run(
             command, cwd=ROOT, capture_output=True, text=True, check=False
         ).stdout.strip()
         for command in asked
     ]
-    return (said[0] or "unknown") + (" with changes not committed" if said[1] else "")
+    return (answers[0] or "unknown") + (" with changes not committed" if answers[1] else "")
 
 
 def _processor() -> str:

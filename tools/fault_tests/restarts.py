@@ -63,8 +63,9 @@ class Attempt:
 
     @property
     def refused(self) -> bool:
-        """True when the start was refused as a user error; the launcher may have ended other
-        ranks.
+        """True when the start was refused as a user error.
+
+        The launcher may have ended other ranks.
         """
         return EXIT_USAGE in self.codes and set(self.codes) <= {EXIT_USAGE, -int(signal.SIGTERM)}
 
@@ -120,23 +121,21 @@ class Restarts:
         limit: float = LIMIT_SECONDS,
         *more: str,
     ) -> Attempt:
-        """Start the same command, let `during` do its damage, wait for the end, and check
-        everything.
-        """
+        """Start the command with damage by `during`, wait for its end, and check everything."""
         before = max(disk_state.newest_step(self.run), -1)
         job = self.server.begin(
             self.world.arguments(self.name, *more), self.world.ranks, faults, self.environments
         )
         if during is not None:
             during(job)
-        place = f"{self.name}, attempt {len(self.attempts) + 1} ({faults or 'no fault'})"
+        label = f"{self.name}, attempt {len(self.attempts) + 1} ({faults or 'no fault'})"
         helped = self.server.wait_as_launcher(job, limit, GRACE_SECONDS)
         met = {rank for _, rank, name in job.points() if name == "start.agreed"}
         if helped and len(met) == len(job.pids):
-            self.problems.append(f"{place}: {helped}; {job.text()[-300:]}")
+            self.problems.append(f"{label}: {helped}; {job.text()[-300:]}")
         made = Attempt(faults, job, job.text(), before, disk_state.newest_step(self.run), helped)
         self.attempts.append(made)
-        self.problems += [f"{place}: {what}" for what in self._look(made, allowed)]
+        self.problems += [f"{label}: {what}" for what in self._look(made, allowed)]
         return made
 
     def attempt_with(
@@ -152,8 +151,7 @@ class Restarts:
             self.environments = kept
 
     def expect_fewer(self, harmed: str = "") -> None:
-        """Allow one complete checkpoint fewer after the next attempt, because one was damaged from
-        outside.
+        """Allow one complete checkpoint fewer after the next attempt: one was damaged from outside.
 
         `harmed` may be damaged until a start has advanced far enough to set it aside.
         """
@@ -169,7 +167,8 @@ class Restarts:
             self.attempt()
         if not self.done:
             self.problems.append(
-                f"{self.name}: not done after {tries} undisturbed starts; last said: {self.attempts[-1].text[-300:]}"
+                f"{self.name}: not done after {tries} undisturbed starts; last said: "
+                f"{self.attempts[-1].text[-300:]}"
             )
             return
         self.problems += [f"{self.name}: {what}" for what in self.end_problems()]
@@ -181,7 +180,8 @@ class Restarts:
         found += disk_state.sample_problems(self.run, self.world)
         if not disk.whole or disk.whole[-1] != self.reference.final:
             found.append(
-                f"the newest whole checkpoint is {disk.whole[-1:]}, undisturbed {self.reference.final}"
+                f"the newest whole checkpoint is {disk.whole[-1:]}, undisturbed "
+                f"{self.reference.final}"
             )
         found += [f"{name} was left over" for name in disk_state.leftovers(self.run)]
         return found
@@ -219,8 +219,9 @@ class Restarts:
 
 
 def undisturbed(server: ForkServer, world: TinyRun, name: str = "undisturbed") -> Reference:
-    """Run the world without faults. Raises RuntimeError when that fails: nothing can be compared
-    then.
+    """Run the world without faults.
+
+    Raises RuntimeError when that fails: nothing can be compared then.
     """
     job = server.begin(world.arguments(name), world.ranks)
     server.wait(job, LIMIT_SECONDS * 4)

@@ -1,4 +1,4 @@
-"""What a row of the table came to, and what all rows share: the server, the scratch folder, how much is asked for."""
+"""Fault row results, and the bench that rows share: server, scratch folder, seed and effort."""
 
 import random
 import re
@@ -23,7 +23,10 @@ IDLE_START_SECONDS = 1.0
 
 @dataclass
 class Result:
-    """One row. `problems` decide the verdict; `measured` is what a reader sees; `missing` says what was not run and why."""
+    """Result of one row.
+
+    `problems` decide it; `measured` is for readers; `missing` is what did not run.
+    """
 
     row: int
     fault: str
@@ -47,7 +50,7 @@ class Result:
 
 @dataclass
 class Bench:
-    """What a row works with."""
+    """Resources and settings of a row."""
 
     server: ForkServer
     scratch: Path
@@ -55,7 +58,7 @@ class Bench:
     seed: int = 1
     kills: int = 40
     endurance: int = 100
-    say: Callable[[str], None] = lambda text: None
+    log: Callable[[str], None] = lambda text: None
     _worlds: dict[tuple[int, ...], TinyRun] = field(default_factory=dict)
     _references: dict[TinyRun, Reference] = field(default_factory=dict)
     _names: int = 0
@@ -65,11 +68,11 @@ class Bench:
         return self.level == SHORT
 
     def random(self, row: int) -> random.Random:
-        """Numbers that follow from the seed and the row alone, whichever rows are run."""
+        """Random numbers that depend on the seed and the row alone."""
         return random.Random(self.seed * 1000 + row)
 
     def world(self, chunks: int, steps_per_chunk: int, held_out: bool = False) -> TinyRun:
-        """A world of that size, made once."""
+        """A world of that size, created once."""
         key = (chunks, steps_per_chunk, int(held_out))
         if key not in self._worlds:
             folder = self.scratch / f"world_{chunks}_{steps_per_chunk}_{int(held_out)}"
@@ -93,9 +96,11 @@ class Bench:
 def chain(
     bench: Bench, world: TinyRun, stem: str, faults: Iterable[str], again: int = 2
 ) -> list[Restarts]:
-    """One attempt a fault, one run after the other as they are done; the last one is finished without faults.
+    """Run one attempt per fault, on new runs as the old ones finish.
 
-    A fault whose place the attempt never came to, because the run was done before, is tried once more on a new run.
+    Finish the last without faults.
+
+    A fault whose point was not reached because the run was done is tried once more on a new run.
     """
     made = [bench.restarts(world, stem)]
     for fault in faults:
@@ -106,17 +111,17 @@ def chain(
             attempt = made[-1].attempt(fault)
             if attempt.struck or not made[-1].done:
                 break
-        bench.say(f"{stem}: {fault}: {attempt.codes}")
+        bench.log(f"{stem}: {fault}: {attempt.codes}")
     made[-1].finish()
     return made
 
 
-def attempts_of(campaigns: Sequence[Restarts]) -> list[Attempt]:
-    return [attempt for restarts in campaigns for attempt in restarts.attempts]
+def attempts_of(all_restarts: Sequence[Restarts]) -> list[Attempt]:
+    return [attempt for restarts in all_restarts for attempt in restarts.attempts]
 
 
-def problems_of(campaigns: Sequence[Restarts]) -> list[str]:
-    return [problem for restarts in campaigns for problem in restarts.problems]
+def problems_of(all_restarts: Sequence[Restarts]) -> list[str]:
+    return [problem for restarts in all_restarts for problem in restarts.problems]
 
 
 def allowed_seconds(promised: float, attempts: Iterable[Attempt]) -> float:
@@ -126,16 +131,19 @@ def allowed_seconds(promised: float, attempts: Iterable[Attempt]) -> float:
 
 
 def spread(values: Sequence[float], unit: str = "s") -> str:
-    """Median and largest, for a reader."""
+    """Median and largest value as text."""
     if not values:
         return "none"
-    return f"median {statistics.median(values):.2f} {unit}, at most {max(values):.2f} {unit} ({len(values)})"
+    return (
+        f"median {statistics.median(values):.2f} {unit}, at most {max(values):.2f} {unit} "
+        f"({len(values)})"
+    )
 
 
 def run_pytest(
     result: Result, nodes: Sequence[str], scratch: Path, what: str, limit: float = 900
 ) -> None:
-    """Prove a row by tests of the suite: their outcome and seconds go into the result."""
+    """Prove a row by tests of the suite; their outcome and seconds go into the result."""
     absent = [node for node in nodes if not (ROOT / node.partition("::")[0]).exists()]
     if absent:
         result.missing.append(f"{', '.join(absent)} does not exist")
@@ -174,14 +182,15 @@ def run_pytest(
         result.problems.append(f"{what}: {count} {', '.join(bad[:5])}")
     if passed:
         result.measured.append(
-            f"{what}: {passed} tests pass in {time.monotonic() - began:.0f} s ({', '.join(present)})"
+            f"{what}: {passed} tests pass in {time.monotonic() - began:.0f} s "
+            f"({', '.join(present)})"
         )
     if count["skipped"]:
         result.missing.append(f"{count['skipped']} of the tests were skipped")
 
 
 def names_rank(text: str, rank: int) -> bool:
-    """Whether a message names that rank and a step or phase."""
+    """True when a message names that rank and a step or phase."""
     return (
         re.search(rf"\brank {rank}\b[^\n]*\b(died|stuck|stopped|slow|damaged)\b", text) is not None
     )

@@ -96,11 +96,11 @@ def _subset_facts(
     ]
 
     one_pass = account.get("training_tokens")
-    wish = _mapping(_mapping(recipe.get("subsets")).get(name))
-    repeat = wish.get("repeat", 1) if wish else None
+    wanted = _mapping(_mapping(recipe.get("subsets")).get(name))
+    repeat = wanted.get("repeat", 1) if wanted else None
     asked = account.get("asked_tokens")
     if asked is not None:
-        asked = min(asked, wish.get("limit_tokens") or sys.maxsize)
+        asked = min(asked, wanted.get("limit_tokens") or sys.maxsize)
 
     return {
         "subset": name,
@@ -123,9 +123,9 @@ def _subset_facts(
 def _limit_notes(subsets: list[Facts], account: Mapping[str, Any]) -> list[str]:
     notes = []
     for item in subsets:
-        wished = _mapping(account.get(item["subset"])).get("asked_tokens")
-        if wished is not None and item["asked_tokens"] < wished:
-            part = _part(item["asked_tokens"], wished)
+        wanted = _mapping(account.get(item["subset"])).get("asked_tokens")
+        if wanted is not None and item["asked_tokens"] < wanted:
+            part = _part(item["asked_tokens"], wanted)
             notes.append(
                 f"limit_tokens of {item['subset']} takes {part} of what its repeat asks for"
             )
@@ -144,7 +144,7 @@ def _fit_to_chunks(subsets: list[Facts], recipe: Mapping[str, Any]) -> list[str]
     it.
     """
     notes = []
-    rows, wishes = recipe.get("rows_per_chunk"), _mapping(recipe.get("subsets"))
+    rows, settings = recipe.get("rows_per_chunk"), _mapping(recipe.get("subsets"))
     known = [item for item in subsets if item["asked_tokens"] is not None]
     total = (rows or 0) * recipe.get("chunks", 0) * recipe.get("sequence_length", 0)
     everything = sum(item["asked_tokens"] for item in known)
@@ -156,7 +156,7 @@ def _fit_to_chunks(subsets: list[Facts], recipe: Mapping[str, Any]) -> list[str]
                 f"rows_per_chunk takes {_part(total, everything)} of what the repeats ask for"
             )
 
-        fill = [item for item in known if _mapping(wishes.get(item["subset"])).get("fill")]
+        fill = [item for item in known if _mapping(settings.get(item["subset"])).get("fill")]
         rest = total - everything + sum(item["asked_tokens"] for item in fill)
         for item in known:
             if fill and rest >= 0:
@@ -190,8 +190,9 @@ def find_tokenizer(manifest: Manifest, given: Path | None) -> Tokenizer | None:
         # Imported data may name its tokenizer in words; then there is no hash to compare.
         if tokenizer.sha256 != manifest.tokenizer_sha256 and (hashed or given is None):
             raise DataError(
-                f"{path} is not the tokenizer of {manifest.path}: its sha256 is {tokenizer.sha256[:12]}, the data's "
-                f"{manifest.tokenizer_sha256[:12]}; give the right one as --tokenizer"
+                f"{path} is not the tokenizer of {manifest.path}: its sha256 is "
+                f"{tokenizer.sha256[:12]}, the data's {manifest.tokenizer_sha256[:12]}; give the "
+                "right one as --tokenizer"
             )
         return tokenizer
 
@@ -207,8 +208,9 @@ def find_tokenizer(manifest: Manifest, given: Path | None) -> Tokenizer | None:
 def add_text(
     manifest: Manifest, info: ChunkInfo, row: int, pieces: list[Facts], tokenizer: Tokenizer | None
 ) -> None:
-    """Add `ids` to each piece of the row, and `text` as parts `{text, control}`. Raises
-    DataError.
+    """Add `ids` to each piece of the row, and `text` as parts `{text, control}`.
+
+    Raises DataError.
     """
     ids = open_chunk(manifest, info)[row].tolist()
     for piece in pieces:

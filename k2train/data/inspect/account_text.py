@@ -44,12 +44,14 @@ _LEGEND = {
     "made": "tokens in the chunks, counted there",
     "difference": "made less asked: the tail, and what rounding to whole samples leaves",
     "tail": "tokens at the end of a subset that fill no sample, and are left out",
-    "read": "documents of the subset's files: used, held out, or not used for one of the reasons beside it",
+    "read": "documents of the subset's files: used, held out, or not used for one of the reasons "
+    "beside it",
     "used": "what the chunks are made of, as far as limit_tokens and rows_per_chunk let it",
     "not chosen": "outside the interval `documents` of the recipe",
     "short": "below min_characters",
     "rejected": "broken, not among those read; rejected.jsonl lists them",
-    "shared ids": "documents with the id of an earlier one of their file, as far as seen; used like all others",
+    "shared ids": "documents with the id of an earlier one of their file, as far as seen; used "
+    "like all others",
     "apart": "most less least: 1 at the most when all chunks are alike",
 }
 
@@ -96,11 +98,11 @@ def _titled(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> 
     """A table with its title, and the meaning of the headings that are shown."""
     lines = table(heads, rows)
     yield from ("", title, *lines)
-    told = [head for head in heads if head in _LEGEND and head in lines[0]]
-    if told:
-        width = max(map(len, told))
+    explained = [head for head in heads if head in _LEGEND and head in lines[0]]
+    if explained:
+        width = max(map(len, explained))
         yield ""
-        yield from (f"  {head.ljust(width)}  {_LEGEND[head]}" for head in told)
+        yield from (f"  {head.ljust(width)}  {_LEGEND[head]}" for head in explained)
 
 
 def _token_rows(facts: Facts) -> list[list[str]]:

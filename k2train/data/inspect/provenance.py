@@ -14,7 +14,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from k2train.data.manifest import ChunkInfo, Manifest, span
+from k2train.data.manifest import ChunkInfo, Manifest, short_list
 from k2train.errors import DataError, UserError
 
 try:
@@ -38,14 +38,19 @@ def find_chunk(manifest: Manifest, wanted: str) -> ChunkInfo:
     Raises DataError that lists the chunks and the nearest name.
     """
     names = [info.name for info in manifest.all_chunks()]
-    digits = [name for name in names if (end := re.search(r"(\d+)$", name)) and wanted.isascii() and wanted.isdigit()
-              and int(end[1]) == int(wanted)]  # fmt: skip
+    is_number = wanted.isascii() and wanted.isdigit()
+    digits = [
+        name
+        for name in names
+        if is_number and (end := re.search(r"(\d+)$", name)) and int(end[1]) == int(wanted)
+    ]
 
     if wanted in names or digits:
         return manifest.chunk(wanted if wanted in names else digits[0])
     near = _nearest(wanted, names)
     raise DataError(
-        f"{manifest.path}: there is no chunk {wanted!r}; there are {span(info.name for info in manifest.chunks)}"
+        f"{manifest.path}: there is no chunk {wanted!r}; there are "
+        f"{short_list(info.name for info in manifest.chunks)}"
         + (" and held_out" if manifest.held_out else "")
         + (f"; nearest is {near[0]}" if near else "")
     )
@@ -99,7 +104,7 @@ def chunk_facts(manifest: Manifest, info: ChunkInfo) -> Facts:
     names = list(info.tokens_per_subset)
     parts.sort(
         key=lambda part: (
-            _place(names, part["subset"]),
+            _subset_index(names, part["subset"]),
             str(part["subset"]),
             part["repeat"] or 0,
             str(part["fim"]),
@@ -117,7 +122,7 @@ def chunk_facts(manifest: Manifest, info: ChunkInfo) -> Facts:
     }
 
 
-def _place(names: list[str], name: Any) -> int:
+def _subset_index(names: list[str], name: Any) -> int:
     return names.index(name) if name in names else len(names)
 
 
@@ -149,8 +154,9 @@ def pieces_of(manifest: Manifest, info: ChunkInfo, rows: range) -> dict[int, lis
             position += piece["length"]
         if position != manifest.sequence_length or not listed:
             raise DataError(
-                f"{manifest.folder / str(info.provenance)}: row {row} is told for {position} of its "
-                f"{manifest.sequence_length} positions; fetch the file again or prepare the data anew"
+                f"{manifest.folder / str(info.provenance)}: row {row} covers {position} of its "
+                f"{manifest.sequence_length} positions; fetch the file again or prepare the data "
+                "anew"
             )
     return pieces
 
@@ -184,8 +190,8 @@ class _Provenance:
             raise _damaged(self.path, error) from None
 
     def _may_hold(self, group: int, rows: range) -> bool:
-        place = self.file.schema_arrow.get_field_index("row")
-        statistics = self.file.metadata.row_group(group).column(place).statistics
+        index = self.file.schema_arrow.get_field_index("row")
+        statistics = self.file.metadata.row_group(group).column(index).statistics
         if statistics is None or not statistics.has_min_max:
             return True
         return bool(statistics.max >= rows.start and statistics.min < rows.stop)
@@ -216,7 +222,8 @@ def provenance_path(manifest: Manifest, info: ChunkInfo) -> Path:
 def _damaged(path: Path, error: BaseException) -> DataError:
     reason = " ".join(str(error).split())
     return DataError(
-        f"{path}: cannot be read as Parquet ({reason[:160]}); fetch it again or prepare the data anew"
+        f"{path}: cannot be read as Parquet ({reason[:160]}); fetch it again or prepare the data "
+        "anew"
     )
 
 
@@ -243,7 +250,7 @@ def find_document(
     for item in found:
         item["held_out"] = manifest.held_out is not None and item["chunk"] == manifest.held_out.name
 
-    order = {info.name: place for place, info in enumerate(manifest.all_chunks())}
+    order = {info.name: index for index, info in enumerate(manifest.all_chunks())}
     found.sort(
         key=lambda item: (
             *(str(item[key]) for key in ("subset", "source", "document")),
@@ -326,7 +333,7 @@ def _not_found(manifest: Manifest, name: str, subset: str | None, source: str | 
     near = difflib.get_close_matches(name, sorted(names)[:20000], n=3, cutoff=0.6)
     near = near or [other for other in sorted(names) if name.lower() in other.lower()][:3]
     return f"{manifest.path}: no document or source is named {name!r}{within}" + (
-        f"; near it are {', '.join(near)}"
+        f"; similar names: {', '.join(near)}"
         if near
-        else "; names are those of the provenance, see --chunk 0 --row 0"
+        else "; see the names in the provenance with --chunk 0 --row 0"
     )

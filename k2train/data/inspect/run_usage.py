@@ -56,12 +56,12 @@ class History:
         if chunk not in self.order.names:
             return None, LEFT_OUT
 
-        place = self.order.names.index(chunk)
+        index = self.order.names.index(chunk)
         step_in_chunk = row // self.order.global_sequences
-        if step_in_chunk >= self.order.steps_in(place):
+        if step_in_chunk >= self.order.steps_in(index):
             return None, NEVER
 
-        step = self.order.first_step(place) + step_in_chunk
+        step = self.order.first_step(index) + step_in_chunk
         return step, self.state(step)
 
 
@@ -78,8 +78,9 @@ def order_of_checkpoint(
 
         if info.sha256 != entry["sha256"]:
             raise DataError(
-                f"{manifest.path}: {info.name} is not the chunk of that run: its sha256 is {info.sha256[:12]}, the "
-                f"checkpoint names {str(entry['sha256'])[:12]}; give the data folder of the run"
+                f"{manifest.path}: {info.name} is not the chunk of that run: its sha256 is "
+                f"{info.sha256[:12]}, the checkpoint names {str(entry['sha256'])[:12]}; give the "
+                "data folder of the run"
             )
         names.append(info.name)
         rows.append(info.rows)
@@ -95,13 +96,14 @@ def replay(order: ChunkOrder, events: Iterable[Event], where: str) -> ChunkOrder
         if event["event"] == "chunk_deferred":
             if (chunk := event.get("chunk")) not in order.names:
                 raise RunError(
-                    f"{where}: line {event['seq'] + 1} defers {chunk!r}, which the order does not have"
+                    f"{where}: line {event['seq'] + 1} defers {chunk!r}, which the order does not "
+                    "have"
                 )
             order = order.deferred(order.names.index(chunk))
     return order
 
 
-def check_begun(order: ChunkOrder, events: Sequence[Event], where: str) -> None:
+def check_started(order: ChunkOrder, events: Sequence[Event], where: str) -> None:
     """Compare the order with the chunks that the ledger says were started.
 
     Raises RunError at the first difference.
@@ -115,13 +117,16 @@ def check_begun(order: ChunkOrder, events: Sequence[Event], where: str) -> None:
     for event in events[since:]:
         if event["event"] != "chunk_started":
             continue
-        place, told = event["order_index"], f"{event['chunk']} from step {event['step']}"
-        known = place < len(order.names)
-        ours = f"{order.names[place]} from step {order.first_step(place)}" if known else "nothing"
-        if told != ours:
+        index, recorded = event["order_index"], f"{event['chunk']} from step {event['step']}"
+        known = index < len(order.names)
+        expected = (
+            f"{order.names[index]} from step {order.first_step(index)}" if known else "nothing"
+        )
+        if recorded != expected:
             raise RunError(
-                f"{where}: line {event['seq'] + 1} says that place {place} of the order was {told}, config and data "
-                f"say {ours}: one of them is not that of this run any more"
+                f"{where}: line {event['seq'] + 1} says that position {index} of the order was "
+                f"{recorded}, config and data say {expected}: one of them no longer belongs to "
+                "this run"
             )
 
 
@@ -183,7 +188,7 @@ class Run:
     ) -> None:
         ledger = str(directory / "ledger.jsonl")
         if not events:
-            raise RunError(f"{ledger} holds no event: this run has not begun")
+            raise RunError(f"{ledger} has no event: this run has not started")
 
         self.directory, self.name, self.events = directory, directory.resolve().name, events
         self.checkpoint = asked
@@ -198,7 +203,7 @@ class Run:
         else:
             order, later = (
                 order_of_checkpoint(self.manifest, base["chunks"]["order"], batch),
-                self._since(base["name"]),
+                self._events_after(base["name"]),
             )
 
         self.deferred = sum(event["event"] == "chunk_deferred" for event in events)
@@ -208,7 +213,7 @@ class Run:
             done = int(asked["step"])
         else:
             order = replay(order, later, ledger)
-            check_begun(order, events, ledger)
+            check_started(order, events, ledger)
             done = steps_done(events, last_row(directory / METRICS))
 
         self.history = History(order, done, steps_skipped(events))
@@ -218,7 +223,7 @@ class Run:
         """Chunk order after all deferrals."""
         return self.history.order
 
-    def _since(self, checkpoint: str) -> list[dict[str, Any]]:
+    def _events_after(self, checkpoint: str) -> list[dict[str, Any]]:
         """Events after a checkpoint was saved; all when the ledger does not contain it."""
         saved = [i for i, event in enumerate(self.events) if event.get("checkpoint") == checkpoint
                  and event["event"] == "checkpoint_saved"]  # fmt: skip
@@ -232,14 +237,15 @@ class Run:
         if base is not None:
             recorded.add(base["data"]["manifest_sha256"])
         manifest = read_manifest(
-            given or _where_now(Path(config["data"]["manifest"]), self.directory, recorded)
+            given or _locate_manifest(Path(config["data"]["manifest"]), self.directory, recorded)
         )
 
         if manifest.sha256 not in recorded:
             raise DataError(
-                f"{manifest.path} is not the data of {self.name}: its sha256 is {manifest.sha256[:12]}, the run "
-                f"recorded {' and '.join(sorted(str(digest)[:12] for digest in recorded))}; give the right manifest "
-                f"before --run"
+                f"{manifest.path} is not the data of {self.name}: its sha256 is "
+                f"{manifest.sha256[:12]}, the run recorded "
+                f"{' and '.join(sorted(str(digest)[:12] for digest in recorded))}; give "
+                f"the right manifest before --run"
             )
         return manifest
 
@@ -252,20 +258,20 @@ class Run:
                 "state": self.history.use(info.name, 0, info == self.manifest.held_out)[1],
             }
 
-        place = self.order.names.index(info.name)
+        index = self.order.names.index(info.name)
         first, last = (
-            self.order.first_step(place),
-            self.order.first_step(place) + self.order.steps_in(place) - 1,
+            self.order.first_step(index),
+            self.order.first_step(index) + self.order.steps_in(index) - 1,
         )
 
         done = self.history.done_step
         state = "trained" if last <= done else "under way" if first <= done else "to come"
-        return {**use, "place": place, "first_step": first, "last_step": last, "state": state}
+        return {**use, "place": index, "first_step": first, "last_step": last, "state": state}
 
     def order_facts(self) -> list[Facts]:
         """One entry per chunk of the order."""
         found = []
-        for place, name in enumerate(self.order.names):
+        for index, name in enumerate(self.order.names):
             info = self.manifest.chunk(name)
             use = self.chunk_use(info)
             steps = min(self.history.done_step, use["last_step"]) - use["first_step"] + 1
@@ -275,7 +281,7 @@ class Run:
                     **{key: use[key] for key in ("place", "first_step", "last_step", "state")},
                     "chunk": name,
                     "rows": info.rows,
-                    "dropped_rows": self.order.dropped_rows(place),
+                    "dropped_rows": self.order.dropped_rows(index),
                     "tokens": max(0, steps) * self.step_tokens,
                     "sha256": info.sha256,
                 }
@@ -308,11 +314,12 @@ class Run:
         assert self.checkpoint is not None, "asked only where a checkpoint was named"
 
         facts = self.checkpoint
-        step, told = int(facts["step"]), int(facts["consumed_tokens"])
-        if told != step * self.step_tokens:
+        step, recorded = int(facts["step"]), int(facts["consumed_tokens"])
+        if recorded != step * self.step_tokens:
             raise RunError(
-                f"{facts['name']} says {told} tokens consumed at step {step}; steps of {self.step_tokens} make that "
-                f"{step * self.step_tokens}: its record does not fit these chunks"
+                f"{facts['name']} says {recorded} tokens consumed at step {step}; steps of "
+                f"{self.step_tokens} make that {step * self.step_tokens}: its record does not fit "
+                "these chunks"
             )
 
         begun = [item for item in self.order_facts() if item["first_step"] <= step]
@@ -327,7 +334,7 @@ class Run:
             "consumed": self.order.consumed_chunks(step),
             "step_in_chunk": step
             - sum(item["last_step"] - item["first_step"] + 1 for item in begun[: len(whole)]),
-            "consumed_tokens": told,
+            "consumed_tokens": recorded,
             "whole_tokens": sum(info.tokens for info in whole),
             "subsets": [
                 {
@@ -355,16 +362,16 @@ def _config(path: Path) -> dict[str, Any]:
         config["data"]["manifest"], int(config["batch"]["global_sequences"])
     except OSError as error:
         raise RunError(
-            f"{path} cannot be read ({error.strerror}), and there is no checkpoint to tell instead"
+            f"{path} cannot be read ({error.strerror}), and there is no checkpoint to use instead"
         ) from None
     except (yaml.YAMLError, KeyError, TypeError, ValueError, RecursionError):
         raise RunError(
-            f"{path} does not tell data.manifest and batch.global_sequences; it was changed"
+            f"{path} has no usable data.manifest and batch.global_sequences; it was changed"
         ) from None
     return dict(config)
 
 
-def _where_now(written: Path, directory: Path, recorded: Collection[str]) -> Path:
+def _locate_manifest(written: Path, directory: Path, recorded: Collection[str]) -> Path:
     """Locate the manifest of a config, whose path is relative to the run's start directory.
 
     Searched above the run directory and here. Of several, one that the run recorded is taken.

@@ -54,8 +54,8 @@ def _chunk(facts: Facts, view: View) -> Iterator[str]:
 
     pieces = sum(part["pieces"] for part in facts["parts"])
     yield (
-        f"{counted(facts['rows'], 'row')} of {facts['sequence_length']:,} = {facts['tokens']:,} tokens, in "
-        f"{counted(pieces, 'piece')} from {counted(facts['sources'], 'source')}"
+        f"{counted(facts['rows'], 'row')} of {facts['sequence_length']:,} = {facts['tokens']:,} "
+        f"tokens, in {counted(pieces, 'piece')} from {counted(facts['sources'], 'source')}"
     )
 
     if "use" in facts:
@@ -85,7 +85,7 @@ def _chunk(facts: Facts, view: View) -> Iterator[str]:
 
 def _use_text(use: Facts) -> str:
     return (
-        f"place {use['place'] + 1:,} of {use['of']:,} in the order of {use['run']}: steps "
+        f"position {use['place'] + 1:,} of {use['of']:,} in the order of {use['run']}: steps "
         f"{span_text(use['first_step'], use['last_step'])}, {use['state']}"
         if use["place"] is not None
         else f"{use['state']} of {use['run']}"
@@ -103,7 +103,8 @@ def _rows(facts: Facts, view: View) -> Iterator[str]:
         when = (
             ""
             if not use
-            else f"  ({'' if use['step'] is None else 'step ' + number(use['step']) + ', '}{use['state']})"
+            else "  "
+            f"({'' if use['step'] is None else 'step ' + number(use['step']) + ', '}{use['state']})"
         )
 
         yield f"{row['chunk']} row {row['row']:,}{when}"
@@ -115,9 +116,10 @@ def _step(facts: Facts, view: View) -> Iterator[str]:
     samples = facts["samples"]
 
     yield (
-        f"step {facts['step']:,} of {facts['of_steps']:,} of {facts['run']}, {facts['state']}: {facts['chunk']} (place "
-        f"{facts['place'] + 1:,} of {facts['of_chunks']:,}), rows {span_text(facts['rows'][0], facts['rows'][1] - 1)} "
-        f"({counted(len(samples), 'sample')}, {facts['tokens']:,} tokens)"
+        f"step {facts['step']:,} of {facts['of_steps']:,} of {facts['run']}, {facts['state']}: "
+        f"{facts['chunk']} (position {facts['place'] + 1:,} of {facts['of_chunks']:,}), rows "
+        f"{span_text(facts['rows'][0], facts['rows'][1] - 1)} ({counted(len(samples), 'sample')}, "
+        f"{facts['tokens']:,} tokens)"
     )
 
     plain = len(facts["attempts"]) < 2 and facts["state"] != "to come"
@@ -139,8 +141,8 @@ def _step(facts: Facts, view: View) -> Iterator[str]:
             break
         shown += 1
         for i, piece in enumerate(sample["pieces"]):
-            place = [number(sample["sample"]), number(sample["row"])] if i == 0 else ["", ""]
-            rows.append([*place, *_piece_cells(piece)])
+            label = [number(sample["sample"]), number(sample["row"])] if i == 0 else ["", ""]
+            rows.append([*label, *_piece_cells(piece)])
 
     yield from table(("sample", "row", *PIECE), rows)
     if shown < len(samples):
@@ -189,19 +191,23 @@ def _marked(part: Facts, view: View) -> str:
 
 
 def _document(facts: Facts, view: View) -> Iterator[str]:
-    places = facts["places"]
-    documents = {(place["subset"], place["source"], place["document"]) for place in places}
-    chunks = {place["chunk"] for place in places}
-    tokens = sum(place["length"] for place in places)
+    pieces = facts["places"]
+    documents = {(piece["subset"], piece["source"], piece["document"]) for piece in pieces}
+    chunks = {piece["chunk"] for piece in pieces}
+    tokens = sum(piece["length"] for piece in pieces)
     yield (
-        f"{clean(facts['document'])}: {counted(len(documents), 'document')}, {counted(len(places), 'piece')}, "
-        f"{tokens:,} tokens, in {len(chunks):,} of {counted(facts['of_chunks'], 'chunk')}"
+        f"{clean(facts['document'])}: {counted(len(documents), 'document')}, "
+        f"{counted(len(pieces), 'piece')}, {tokens:,} tokens, in {len(chunks):,} of "
+        f"{counted(facts['of_chunks'], 'chunk')}"
     )
 
     if "done_step" in facts:
-        states = [str(place["state"]) for place in places]
-        told = [f"{states.count(state):,} {state}" for state in dict.fromkeys(states)]
-        yield f"{facts['run']}, {facts['done_step']:,} of {facts['of_steps']:,} steps done: pieces {', '.join(told)}"
+        states = [str(piece["state"]) for piece in pieces]
+        counts = [f"{states.count(state):,} {state}" for state in dict.fromkeys(states)]
+        yield (
+            f"{facts['run']}, {facts['done_step']:,} of {facts['of_steps']:,} steps done: "
+            f"pieces {', '.join(counts)}"
+        )
 
     most, before = view.lines, None
     heads = [
@@ -216,15 +222,15 @@ def _document(facts: Facts, view: View) -> Iterator[str]:
     ]
 
     groups: list[tuple[Any, list[list[str]]]] = []
-    for place in places[:most]:
-        key = (place["subset"], place["source"], place["document"])
+    for piece in pieces[:most]:
+        key = (piece["subset"], piece["source"], piece["document"])
         if key != before:
             groups.append((key, []))
             before = key
-        cells = [number(place[name]) for name in ("repeat", "offset", "length")]
-        cells += [place["chunk"], number(place["row"]), number(place["start"]), clean(place["fim"])]
+        cells = [number(piece[name]) for name in ("repeat", "offset", "length")]
+        cells += [piece["chunk"], number(piece["row"]), number(piece["start"]), clean(piece["fim"])]
         groups[-1][1].append(
-            cells + ([number(place["step"]), place["state"]] if "run" in facts else [])
+            cells + ([number(piece["step"]), piece["state"]] if "run" in facts else [])
         )
 
     lines = iter(table(heads, [cells for _, rows in groups for cells in rows]))
@@ -236,8 +242,8 @@ def _document(facts: Facts, view: View) -> Iterator[str]:
         yield head
         yield from (next(lines) for _ in rows)
 
-    if len(places) > most:
-        yield f"... and {counted(len(places) - most, 'piece')} more; --all shows them"
+    if len(pieces) > most:
+        yield f"... and {counted(len(pieces) - most, 'piece')} more; --all shows them"
 
 
 def _run(facts: Facts, view: View) -> Iterator[str]:
@@ -245,13 +251,17 @@ def _run(facts: Facts, view: View) -> Iterator[str]:
         f"{facts['run']}: {facts['done_step']:,} of {facts['of_steps']:,} steps done, "
         f"{facts['done_tokens']:,} of {facts['of_tokens']:,} tokens read"
     )
-    yield f"{facts['manifest']}, sha256 {facts['manifest_sha256'][:12]} as recorded; {counted(facts['deferred'], 'chunk')} deferred"
+    yield (
+        f"{facts['manifest']}, sha256 {facts['manifest_sha256'][:12]} as recorded; "
+        f"{counted(facts['deferred'], 'chunk')} deferred"
+    )
     yield from _order_table(facts, view)
 
 
 def _checkpoint(facts: Facts, view: View) -> Iterator[str]:
     yield (
-        f"{facts['checkpoint']} of {facts['run']}: step {facts['step']:,}, {counted(facts['consumed'], 'whole chunk')}"
+        f"{facts['checkpoint']} of {facts['run']}: step {facts['step']:,}, "
+        f"{counted(facts['consumed'], 'whole chunk')}"
         + (
             f" and {counted(facts['step_in_chunk'], 'step')} of the next"
             if facts["step_in_chunk"]
@@ -299,7 +309,7 @@ def _order_table(facts: Facts, view: View) -> Iterator[str]:
     ]
     yield ""
     yield from table(
-        ["place", "chunk", "steps", "rows", "dropped", "tokens read", "sha256", "state"], rows
+        ["position", "chunk", "steps", "rows", "dropped", "tokens read", "sha256", "state"], rows
     )
     if len(order) > most:
         yield f"... and {counted(len(order) - most, 'chunk')} more; --all shows them"

@@ -123,6 +123,7 @@ class SubsetRecipe(_Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> "SubsetRecipe":
+        """Check rules between the keys of a subset."""
         for name, (low, high) in (("share", self.share), ("documents", self.documents)):
             if not low < high:
                 raise Contradiction(
@@ -230,6 +231,7 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _subsets_agree(self) -> "Recipe":
+        """Check rules between subsets: one `fill`, and equal splits within an origin."""
         # At most one subset takes the remaining rows, and only when their number is given.
         fills = [name for name, subset in self.subsets.items() if subset.fill]
         if len(fills) > 1:
@@ -274,6 +276,7 @@ class Recipe(_Section):
         )
         if this.paths == that.paths:
             return f"{cuts}: both read the same files, and a file must be on one side of the split"
+
         if this.origin or that.origin:
             return (
                 f"{cuts}: both have the origin {self.origin_of(name)!r}; "

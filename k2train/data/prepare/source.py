@@ -93,6 +93,7 @@ class Contents:
         path = self.source.path
         try:
             with open(path, "rb", buffering=0) as stream:
+                # Size and time at the start, to detect a change while reading.
                 before = os.fstat(stream.fileno())
                 while block := stream.read(BLOCK_BYTES):
                     self._digest.update(block)
@@ -114,7 +115,7 @@ class Contents:
 
         self._mtime_ns, self._ended = after.st_mtime_ns, True
 
-    def whole(self) -> bytes:
+    def read_all(self) -> bytes:
         """Return all bytes at once."""
         return b"".join(self.blocks())
 
@@ -136,10 +137,12 @@ class Contents:
                 yield b"".join(partial)
                 yield from rest[:-1]
                 partial = [rest[-1]]
+
         if last := b"".join(partial):
             yield last
 
     def _gzip_blocks(self) -> Iterator[bytes]:
+        """Decompressed blocks of all members of a gzip file."""
         inflate = zlib.decompressobj(wbits=31)
         try:
             for block in self.blocks():
@@ -151,6 +154,7 @@ class Contents:
                             break
                         inflate = zlib.decompressobj(wbits=31)
 
+                    # A block may hold the end of one member and the start of the next.
                     yield inflate.decompress(block, MAX_INFLATED_BYTES)
                     block = inflate.unused_data if inflate.eof else inflate.unconsumed_tail
         except zlib.error as error:
@@ -161,6 +165,7 @@ class Contents:
         self._check_complete(inflate.eof)
 
     def _zstd_blocks(self) -> Iterator[bytes]:
+        """Decompressed blocks of all frames of a zstd file."""
         try:
             import zstandard
         except ImportError:

@@ -35,7 +35,7 @@ except ImportError:
 
 BATCH_PIECES = 65536
 
-Places = npt.NDArray[np.int64]
+Positions = npt.NDArray[np.int64]
 
 
 @dataclass
@@ -73,7 +73,7 @@ def verify_files(manifest: Manifest, info: ChunkInfo) -> Report:
         # Checked separately: with its borders the chunk's check would stop at a bad chunk.
         verify_chunk(manifest, _without_borders(info))
     except DataError as error:
-        report.problems.append(_told_apart(manifest, info, str(error)))
+        report.problems.append(_with_distinct_hashes(manifest, info, str(error)))
 
     borders = _borders(manifest, info, report)
     if info.provenance is not None:
@@ -85,7 +85,8 @@ def verify_files(manifest: Manifest, info: ChunkInfo) -> Report:
 
     if info.tokens_per_subset and (total := sum(info.tokens_per_subset.values())) != info.tokens:
         report.problems.append(
-            f"{info.name} ({manifest.path}): tokens_per_subset add up to {total}, tokens is {info.tokens}"
+            f"{info.name} ({manifest.path}): tokens_per_subset add up to {total}, tokens is "
+            f"{info.tokens}"
         )
 
     files = (manifest.folder / name for name in (info.file, info.provenance, info.borders) if name)
@@ -94,7 +95,7 @@ def verify_files(manifest: Manifest, info: ChunkInfo) -> Report:
     return report
 
 
-def _told_apart(manifest: Manifest, info: ChunkInfo, problem: str) -> str:
+def _with_distinct_hashes(manifest: Manifest, info: ChunkInfo, problem: str) -> str:
     """Reword a hash problem whose two shortened hashes would look equal."""
     digits = info.sha256[:HASH_DIGITS]
     if f"sha256 is {digits}, the manifest says {digits};" not in problem:
@@ -136,7 +137,7 @@ def _check_provenance(
                     break
     except (OSError, KeyError, ValueError, arrow.ArrowException) as error:
         report.problems.append(
-            f"{where}: is no provenance of a chunk ({str(error).splitlines()[0]})"
+            f"{where}: is not the provenance of a chunk ({str(error).splitlines()[0]})"
         )
         return
 
@@ -149,7 +150,8 @@ def _check_provenance(
     for name in sorted({*expected, *pieces.tokens}):
         if (found := pieces.tokens[name]) != expected.get(name, 0):
             report.problems.append(
-                f"{where}: has {found} tokens of subset {name}, the manifest says {expected.get(name, 0)}"
+                f"{where}: has {found} tokens of subset {name}, the manifest says "
+                f"{expected.get(name, 0)}"
             )
 
 
@@ -180,7 +182,8 @@ class _Pieces:
             at = divmod(int(expected[i]), self.length)
             self.problem = (
                 f"piece {self.count + i} is row {row[i]}, start {start[i]}, length {length[i]}; "
-                f"row {at[0]}, start {at[1]} of {self.length} comes next: a row is not covered exactly"
+                f"row {at[0]}, start {at[1]} of {self.length} comes next: a row is not covered "
+                "exactly"
             )
             return
 
@@ -190,7 +193,7 @@ class _Pieces:
         if self.borders is not None:
             self._compare_borders(begins[start > 0])
 
-    def _count_subsets(self, column: Any, length: Places) -> None:
+    def _count_subsets(self, column: Any, length: Positions) -> None:
         column = column if arrow.types.is_dictionary(column.type) else column.dictionary_encode()
         if column.null_count:
             self.problem = f"a piece before piece {self.count} has no subset"
@@ -203,27 +206,35 @@ class _Pieces:
             {name: int(count) for name, count in zip(names, counts, strict=True) if count}
         )
 
-    def _compare_borders(self, begins: Places) -> None:
+    def _compare_borders(self, begins: Positions) -> None:
 
         assert self.borders is not None, "compared only where there are borders"
-        told = self.borders[self._borders_seen : self._borders_seen + len(begins)].astype(np.int64)
-        same = np.array_equal(told, begins)
+        recorded = self.borders[self._borders_seen : self._borders_seen + len(begins)].astype(
+            np.int64
+        )
+        same = np.array_equal(recorded, begins)
         if not same:
-            shared = min(len(told), len(begins))
-            differ = np.flatnonzero(told[:shared] != begins[:shared])
+            shared = min(len(recorded), len(begins))
+            differ = np.flatnonzero(recorded[:shared] != begins[:shared])
             i = int(differ[0]) if len(differ) else shared
-            self.problem = f"a piece begins at {self._at(begins, i)}, border {self._borders_seen + i} is {self._at(told, i)}"
+            self.problem = (
+                f"a piece begins at {self._at(begins, i)}, border {self._borders_seen + i} is "
+                f"{self._at(recorded, i)}"
+            )
         self._borders_seen += len(begins)
 
-    def _at(self, places: Places, i: int) -> str:
-        if i >= len(places):
+    def _at(self, positions: Positions, i: int) -> str:
+        if i >= len(positions):
             return "missing"
-        return "row {}, token {}".format(*divmod(int(places[i]), self.length))
+        return "row {}, token {}".format(*divmod(int(positions[i]), self.length))
 
     def end(self) -> str:
         """Describe what is missing after the last piece; empty when all is covered."""
         if self._position != self.rows * self.length:
             return f"ends at row {self._position // self.length}, the chunk has {self.rows} rows"
         if self.borders is not None and self._borders_seen != len(self.borders):
-            return f"has {self._borders_seen} pieces that begin inside a row, the borders file has {len(self.borders)}"
+            return (
+                f"has {self._borders_seen} pieces that begin inside a row, the borders file "
+                f"has {len(self.borders)}"
+            )
         return ""

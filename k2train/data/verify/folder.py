@@ -43,7 +43,7 @@ def verify_folder(manifest: Manifest) -> list[str]:
             problems.append(f"{name} {problem}")
 
     parts: tuple[Callable[[Manifest], Iterable[str]], ...]
-    parts = (_tokenizer_problems, _recipe_problems, _account_problems, _strangers)
+    parts = (_tokenizer_problems, _recipe_problems, _account_problems, _stray_files)
     return [*problems, *(line for part in parts for line in part(manifest))]
 
 
@@ -76,13 +76,14 @@ def _tokenizer_problems(manifest: Manifest) -> Iterable[str]:
         file, specials = str(facts["file"]), [str(name) for name in facts["specials"]]
     except (KeyError, TypeError) as error:
         return [
-            f"{manifest.path}: facts.tokenizer must have 'file' and 'specials', its {error} is wrong"
+            f"{manifest.path}: facts.tokenizer must have 'file' and 'specials', its {error} is "
+            "wrong"
         ]
 
     path = manifest.folder / file
     if Path(file).name != file:
         return [
-            f"{manifest.path}: facts.tokenizer: file {file!r} lies outside the folder of the manifest"
+            f"{manifest.path}: facts.tokenizer: file {file!r} is outside the folder of the manifest"
         ]
 
     try:
@@ -92,13 +93,15 @@ def _tokenizer_problems(manifest: Manifest) -> Iterable[str]:
 
     problems = []
     if tokenizer.sha256 != manifest.tokenizer_sha256:
-        here, told = differing(tokenizer.sha256, manifest.tokenizer_sha256)
+        here, recorded = differing(tokenizer.sha256, manifest.tokenizer_sha256)
         problems.append(
-            f"{path}: model and specials have the hash {here}, the manifest says {told}; {AGAIN}"
+            f"{path}: model and specials have the hash {here}, the manifest says {recorded}; "
+            f"{AGAIN}"
         )
     if tokenizer.vocab_size > manifest.vocab_size:
         problems.append(
-            f"{path}: has {tokenizer.vocab_size} ids, vocab_size of the manifest is {manifest.vocab_size}"
+            f"{path}: has {tokenizer.vocab_size} ids, vocab_size of the manifest is "
+            f"{manifest.vocab_size}"
         )
     return problems
 
@@ -117,12 +120,18 @@ def _recipe_problems(manifest: Manifest) -> Iterator[str]:
 
     actual = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
     if digest is not None and actual != digest:
-        here, told = differing(actual, str(digest))
-        yield f"{manifest.path}: facts.recipe has the hash {here}, facts.recipe_sha256 is {told}; {AGAIN}"
+        here, recorded = differing(actual, str(digest))
+        yield (
+            f"{manifest.path}: facts.recipe has the hash {here}, facts.recipe_sha256 is "
+            f"{recorded}; {AGAIN}"
+        )
 
     for key in ("name", "seed"):
         if key in recipe and manifest.facts.get(key, recipe[key]) != recipe[key]:
-            yield f"{manifest.path}: facts.{key} is {manifest.facts[key]!r}, facts.recipe has {recipe[key]!r}"
+            yield (
+                f"{manifest.path}: facts.{key} is {manifest.facts[key]!r}, facts.recipe has "
+                f"{recipe[key]!r}"
+            )
 
     numbers = {"sequence_length": manifest.sequence_length, "chunks": len(manifest.chunks)}
     for key, number in numbers.items():
@@ -132,7 +141,10 @@ def _recipe_problems(manifest: Manifest) -> Iterator[str]:
     rows = recipe.get("rows_per_chunk")
     for info in manifest.chunks:
         if rows is not None and info.rows != rows:
-            yield f"{manifest.path}: facts.recipe has rows_per_chunk {rows!r}, {info.name} has {info.rows} rows"
+            yield (
+                f"{manifest.path}: facts.recipe has rows_per_chunk {rows!r}, {info.name} has "
+                f"{info.rows} rows"
+            )
 
 
 # The account
@@ -157,15 +169,15 @@ def _account_problems(manifest: Manifest) -> Iterator[str]:
     for key, made in sums.items():
         yield from _against_chunks(manifest, account, key, made)
 
-    wishes = _subsets_of_recipe(manifest)
-    if wishes is not None and set(wishes) != set(account):
+    settings = _subsets_of_recipe(manifest)
+    if settings is not None and set(settings) != set(account):
         yield (
-            f"{manifest.path}: facts.account has the subsets {', '.join(sorted(account))}, facts.recipe "
-            f"{', '.join(sorted(wishes))}"
+            f"{manifest.path}: facts.account has the subsets {', '.join(sorted(account))}, "
+            f"facts.recipe {', '.join(sorted(settings))}"
         )
 
     for name, item in account.items():
-        for problem in _item_problems(item, (wishes or {}).get(name), manifest.sequence_length):
+        for problem in _item_problems(item, (settings or {}).get(name), manifest.sequence_length):
             yield f"{manifest.path}: account of subset {name}: {problem}"
 
     yield from _tail_problems(manifest, account)
@@ -177,9 +189,12 @@ def _against_chunks(
     what = "the held-out chunk has" if key == "held_out_tokens" else "the chunks have"
     for name in sorted({*account, *made}):
         item = account.get(name, {})
-        told = item.get(key, 0 if name not in account else None)
-        if told is not None and told != made.get(name, 0):
-            yield f"{manifest.path}: account of subset {name}: {key} is {told}, {what} {made.get(name, 0)}"
+        recorded = item.get(key, 0 if name not in account else None)
+        if recorded is not None and recorded != made.get(name, 0):
+            yield (
+                f"{manifest.path}: account of subset {name}: {key} is {recorded}, {what} "
+                f"{made.get(name, 0)}"
+            )
 
         samples = item.get("used_samples")
         if (
@@ -188,8 +203,8 @@ def _against_chunks(
             and samples * manifest.sequence_length != made.get(name, 0)
         ):
             yield (
-                f"{manifest.path}: account of subset {name}: used_samples is {samples} of {manifest.sequence_length} "
-                f"tokens, {what} {made.get(name, 0)}"
+                f"{manifest.path}: account of subset {name}: used_samples is {samples} of "
+                f"{manifest.sequence_length} tokens, {what} {made.get(name, 0)}"
             )
 
 
@@ -203,7 +218,7 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and value >= 0
 
 
-def _item_problems(item: Mapping[str, Any], wish: Any, sequence_length: int) -> Iterator[str]:
+def _item_problems(item: Mapping[str, Any], wanted: Any, sequence_length: int) -> Iterator[str]:
     """Contradictions of one subset's account with itself or its recipe; sums only if complete."""
     wrong = [key for key, value in item.items() if _COUNTS.fullmatch(key) and not _is_count(value)]
 
@@ -221,8 +236,8 @@ def _item_problems(item: Mapping[str, Any], wish: Any, sequence_length: int) -> 
         yield f"{wrong[0]} is {item[wrong[0]]!r}, must be a whole number from 0"
         return
 
-    if isinstance(wish, dict) and "repeat" in item and wish.get("repeat", repeat) != repeat:
-        yield f"repeat is {repeat}, facts.recipe has {wish['repeat']!r}"
+    if isinstance(wanted, dict) and "repeat" in item and wanted.get("repeat", repeat) != repeat:
+        yield f"repeat is {repeat}, facts.recipe has {wanted['repeat']!r}"
     # 0.7 is seven tenths as written in the recipe, not the nearest binary fraction.
     exact = Fraction(repr(repeat))
 
@@ -231,10 +246,16 @@ def _item_problems(item: Mapping[str, Any], wish: Any, sequence_length: int) -> 
     if {"asked_tokens", "training_tokens"} <= item.keys():
         asked = math.floor(exact * item["training_tokens"])
         if item["asked_tokens"] != asked:
-            yield f"asked_tokens is {item['asked_tokens']}, {repeat} of {item['training_tokens']} tokens are {asked}"
+            yield (
+                f"asked_tokens is {item['asked_tokens']}, {repeat} of {item['training_tokens']} "
+                f"tokens are {asked}"
+            )
         if "tail_tokens" in item and item["tail_tokens"] != item["asked_tokens"] % sequence_length:
             rest = item["asked_tokens"] % sequence_length
-            yield f"tail_tokens is {item['tail_tokens']}, asked_tokens leave {rest} beside rows of {sequence_length}"
+            yield (
+                f"tail_tokens is {item['tail_tokens']}, asked_tokens leave {rest} beside rows "
+                f"of {sequence_length}"
+            )
     yield from _sums(item)
 
 
@@ -244,8 +265,9 @@ def _sums(item: Mapping[str, Any]) -> Iterator[str]:
         total = sum(item[key] for key in _LAID_OUT) + item.get("left_by_repeat_tokens", 0)
         if total != laid_out:
             yield (
-                f"tokens do not add up: used, unused, tail and left_by_repeat are {total}, {item.get('passes', 1)} x "
-                f"{item['training_tokens']} training_tokens are {laid_out}"
+                f"tokens do not add up: used, unused, tail and left_by_repeat are {total}, "
+                f"{item.get('passes', 1)} x {item['training_tokens']} training_tokens are "
+                f"{laid_out}"
             )
 
     kinds = [f"{kind}_documents" for kind in _DOCUMENTS]
@@ -253,33 +275,36 @@ def _sums(item: Mapping[str, Any]) -> Iterator[str]:
         item[kind] for kind in kinds
     ):
         yield (
-            f"documents do not add up: documents_read is {item['documents_read']}, {', '.join(_DOCUMENTS)} are "
-            f"{sum(item[kind] for kind in kinds)}"
+            f"documents do not add up: documents_read is {item['documents_read']}, "
+            f"{', '.join(_DOCUMENTS)} are {sum(item[kind] for kind in kinds)}"
         )
 
 
 def _tail_problems(manifest: Manifest, account: Mapping[str, Any]) -> Iterator[str]:
-    told: Any = manifest.facts.get("dropped_tail_tokens")
-    if told is None:
+    recorded: Any = manifest.facts.get("dropped_tail_tokens")
+    if recorded is None:
         return
 
     tails = {name: item["tail_tokens"] for name, item in account.items() if "tail_tokens" in item}
-    told = told if isinstance(told, dict) else {}
-    for name in sorted({*told, *tails}):
-        if told.get(name) != tails.get(name):
+    recorded = recorded if isinstance(recorded, dict) else {}
+    for name in sorted({*recorded, *tails}):
+        if recorded.get(name) != tails.get(name):
             yield (
-                f"{manifest.path}: facts.dropped_tail_tokens of subset {name} is {told.get(name)}, its account has "
-                f"tail_tokens {tails.get(name)}"
+                f"{manifest.path}: facts.dropped_tail_tokens of subset {name} is "
+                f"{recorded.get(name)}, its account has tail_tokens {tails.get(name)}"
             )
 
 
 # The folder
 
 
-def _strangers(manifest: Manifest) -> Iterator[str]:
+def _stray_files(manifest: Manifest) -> Iterator[str]:
     """Files in the folder that look like chunks of this data but are not in the manifest."""
     infos = manifest.all_chunks()
     known = {file for info in infos for file in (info.file, info.provenance, info.borders) if file}
     for path in sorted(manifest.folder.iterdir()):
         if _CHUNK_FILE.fullmatch(path.name) and path.name not in known:
-            yield f"{path}: looks like a chunk's and is not in {manifest.path.name}; move it out of the folder"
+            yield (
+                f"{path}: looks like a chunk's and is not in {manifest.path.name}; move it out "
+                "of the folder"
+            )

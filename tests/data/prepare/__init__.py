@@ -1,1 +1,1 @@
-"""Tests of k2train/data/prepare."""
+"""Tests of data preparation."""

@@ -1,4 +1,4 @@
-"""The plan of a preparation: what is left out, held out and trained on, and that every token is accounted for."""
+"""Plan task: documents left out, held out and trained on, and an account of every token."""
 
 import tempfile
 from fractions import Fraction
@@ -41,7 +41,7 @@ LENGTHS = np.random.Generator(np.random.Philox(key=2)).integers(1, 50, 300).toli
 
 
 def texts_of(origin: str, count: int, files: int, copies: int = 0) -> list[Text]:
-    """`copies` of them repeat the text of another one."""
+    """Random texts; `copies` of them repeat the text of another one."""
     found = [
         Text(origin, f"f{i % files:03d}", i // files, LENGTHS[i % 300], 1000 + i)
         for i in range(count)
@@ -63,7 +63,9 @@ def planned(workspace: Workspace) -> dict[str, Any]:
 
 @given(st.dictionaries(st.sampled_from("abcde"), st.integers(9, 60), min_size=1), st.integers(1, 9))
 def test_chunks_are_even(counts: dict[str, int], chunks: int) -> None:
-    """Catches a chunk with two samples of a subset, or two rows, more than another; and a sample lost or doubled."""
+    """Catches a chunk with two samples of a subset, or two rows, more than another; and a sample
+    lost or doubled.
+    """
     plan = spread(counts, chunks)
     for name, count in counts.items():
         assert [i for part in plan for i in part[name]] == list(range(count))
@@ -94,7 +96,7 @@ def test_apportion_adds_up(weights: dict[str, int], part: float) -> None:
 
 
 def test_allocation() -> None:
-    """Catches a filling subset that takes what the others have, and a shortage that goes unnoticed."""
+    """Catches a filling subset that takes the others' rows, and a shortage that goes unnoticed."""
     available = {"code": 50, "prose": 10}
     assert allocate(available, None, None) == available
     assert allocate(available, 30, "code") == {"code": 20, "prose": 10}
@@ -105,7 +107,9 @@ def test_allocation() -> None:
 
 
 def test_permutation_is_fixed_for_ever() -> None:
-    """Catches a change of the generator, of its key, or of the sort: old folders could not be made again."""
+    """Catches a change of the generator, of its key, or of the sort: old folders could not be made
+    again.
+    """
     assert keyed_permutation(10, 22238, "rows of chunk_000").tolist() == [
         5,
         8,
@@ -118,6 +122,7 @@ def test_permutation_is_fixed_for_ever() -> None:
         4,
         9,
     ]
+
     assert row_positions(10, 22238, "chunk_000").tolist() == [2, 6, 4, 7, 8, 0, 3, 5, 1, 9]
     assert sorted(keyed_permutation(1000, 1, "x")) == list(range(1000))
     assert keyed_permutation(50, 1, "x").tolist() != keyed_permutation(50, 2, "x").tolist()
@@ -133,24 +138,27 @@ def test_permutation_is_fixed_for_ever() -> None:
 )
 @settings(deadline=None, max_examples=25)
 def test_the_first_of_equal_texts_stays(contents: list[int], tasks: int, part: int) -> None:
-    """Catches a text kept twice or not at all, one kept that is not the first by name, and parts that are not searched."""
+    """Catches a text kept twice or not at all, one kept that is not the first by name, and parts
+    that are not searched.
+    """
     texts = [Text("code", f"f{i * 7 % 5}", i, 3, content) for i, content in enumerate(contents)]
     with tempfile.TemporaryDirectory() as folder, mock.patch("os.fsync"):
         recipe = recipe_of(Path(folder), {"code": {"drop_duplicates": True, "share": [0.0, 0.6]}})
         workspace = workspace_of(Path(folder), recipe, {"code": texts}, tasks, capacity=12)
-        places = runs_of(workspace)["code"][0]
+        runs_of_pass = runs_of(workspace)["code"][0]
         ranks = {f"code/f{i}": i for i in range(5)}
         aside = Path(folder) / "aside"
         aside.mkdir()
         flags = np.fromfile(
-            flag_duplicates(aside, workspace.folder, places, ranks, part), dtype=bool
+            flag_duplicates(aside, workspace.folder, runs_of_pass, ranks, part), dtype=bool
         )
         assert [path.name for path in aside.iterdir()] == ["duplicates"]
         found = [
-            entry
-            for position in places
-            for entry in sorted_runs.Run(workspace.folder / position.path).documents()
+            document
+            for entry in runs_of_pass
+            for document in sorted_runs.Run(workspace.folder / entry.path).documents()
         ]
+
     first: dict[int, Text] = {}
     for text in sorted(texts, key=lambda t: (t.source, t.ordinal)):
         first.setdefault(text.content, text)
@@ -163,7 +171,7 @@ def test_the_first_of_equal_texts_stays(contents: list[int], tasks: int, part: i
 
 
 def test_rows_are_held_out_at_the_upper_end(tmp_path: Path) -> None:
-    """Catches more text held out than the rows need, and a border that differs between subsets of the same files."""
+    """Catches more text held out than needed, and boundaries that differ within an origin."""
     shared = {"origin": "files", "share": [0.0, 0.7]}
     recipe = recipe_of(
         tmp_path, {"code": shared, "docs": shared, "prose": {}}, held_out={"rows": 30}
@@ -174,14 +182,15 @@ def test_rows_are_held_out_at_the_upper_end(tmp_path: Path) -> None:
         "prose": texts_of("prose", 200, 50),
     }
     content = planned(workspace_of(tmp_path, recipe, texts, 2, 700))
-    borders, account = content["held_out_places"], content["account"]
-    assert borders["code"] == borders["docs"] != borders["prose"]
+    boundaries, account = content["held_out_places"], content["account"]
+    assert boundaries["code"] == boundaries["docs"] != boundaries["prose"]
     quota = {name: item["held_out_tokens"] for name, item in account.items()}
     assert sum(quota.values()) == 30 * 8
+
     slack = []
     for name, listed in texts.items():
         inside = [text for text in listed if is_inside(recipe, name, text)]
-        held = [text for text in inside if text.position >= borders[name]]
+        held = [text for text in inside if text.position >= boundaries[name]]
         assert account[name]["held_out_documents"] == len(held)
         assert account[name]["training_documents"] == len(inside) - len(held)
         tokens = sum(text.length for text in held)
@@ -190,13 +199,14 @@ def test_rows_are_held_out_at_the_upper_end(tmp_path: Path) -> None:
         slack.append(
             tokens - sum(text.length for text in held if text.position == lowest) < quota[name]
         )
+
     # Without its lowest file one of the subsets of each origin would have too little.
     assert slack[0] or slack[1]
     assert slack[2]
 
 
-def test_the_highest_border_that_suffices(tmp_path: Path) -> None:
-    """Catches a bucket too many or too few at the border, and one subset's border used for another's files."""
+def test_the_highest_boundary_that_suffices(tmp_path: Path) -> None:
+    """Catches a bucket too many or too few, and one subset's boundary used for another's files."""
     recipe = recipe_of(tmp_path, {"a": {"share": [0.0, 0.5]}, "b": {}}, held_out={"rows": 4})
     counts = {name: np.full(2**16, 3, dtype=np.int64) for name in ("a", "b")}
     # Two rows of 8 tokens from each: six buckets of 3.
@@ -209,7 +219,9 @@ def test_the_highest_border_that_suffices(tmp_path: Path) -> None:
 
 
 def test_quotas_follow_what_is_trained_on(tmp_path: Path) -> None:
-    """Catches rows held out by the size of the files where a repeat or a limit makes of them something else."""
+    """Catches held-out rows in proportion to file sizes where a repeat or a limit changes the
+    shares.
+    """
     subsets = {"a": {"repeat": 3}, "b": {}, "c": {"limit_tokens": 800}}
     recipe = recipe_of(tmp_path, subsets, held_out={"rows": 40})
     texts = {name: texts_of(name, 200, 60) for name in subsets}
@@ -222,13 +234,13 @@ def test_quotas_follow_what_is_trained_on(tmp_path: Path) -> None:
 
 
 def test_a_share_is_held_out_exactly(tmp_path: Path) -> None:
-    """Catches a border rounded the other way, and rows of a share that are not all of it."""
+    """Catches a boundary rounded the other way, and rows that are not all of the share."""
     recipe = recipe_of(tmp_path, {"code": {"share": [0.2, 0.7]}}, held_out={"share": 0.1})
     texts = {"code": texts_of("code", 300, 100)}
     content = planned(workspace_of(tmp_path, recipe, texts))
-    border = content["held_out_places"]["code"]
-    assert border - 1 < Fraction("0.65") * POSITIONS <= border
-    tokens = sum(t.length for t in texts["code"] if border <= t.position < 0.7 * POSITIONS)
+    boundary = content["held_out_places"]["code"]
+    assert boundary - 1 < Fraction("0.65") * POSITIONS <= boundary
+    tokens = sum(t.length for t in texts["code"] if boundary <= t.position < 0.7 * POSITIONS)
     item = content["account"]["code"]
     assert (item["held_out_tokens"], item["held_out_unused_tokens"]) == (
         tokens // 8 * 8,
@@ -241,7 +253,8 @@ def test_a_share_is_held_out_exactly(tmp_path: Path) -> None:
     [
         (
             {"rows": 9000},
-            r"code must give 9000 held-out rows of 8 = 72000 tokens but has \d{4} for it: lower held_out.rows to",
+            r"code must give 9000 held-out rows of 8 = 72000 tokens but has \d{4} for it: lower "
+            r"held_out.rows to",
         ),
         (
             {"rows": 300, "share": 0.05},
@@ -255,7 +268,7 @@ def test_a_share_is_held_out_exactly(tmp_path: Path) -> None:
     ],
 )
 def test_too_little_to_hold_out(held_out: dict[str, Any], words: str, tmp_path: Path) -> None:
-    """Catches a held-out chunk that is smaller than asked, or empty, without a word."""
+    """Catches a held-out chunk that is silently smaller than asked, or empty."""
     recipe = recipe_of(tmp_path, {"code": {}}, held_out=held_out)
     with pytest.raises(DataError, match=words):
         plan_task(workspace_of(tmp_path, recipe, {"code": texts_of("code", 300, 100)}))
@@ -263,7 +276,7 @@ def test_too_little_to_hold_out(held_out: dict[str, Any], words: str, tmp_path: 
 
 @pytest.mark.parametrize("held_out", [{"rows": 9000}, {"rows": 300, "share": 0.05}])
 def test_the_number_to_lower_to_will_do(held_out: dict[str, Any], tmp_path: Path) -> None:
-    """Catches advice that is refused again, and advice that asks for less than could be held out."""
+    """Catches advice that is refused again, and advice for fewer rows than could be held out."""
     texts = {"code": texts_of("code", 300, 300), "prose": texts_of("prose", 150, 150)}
     subsets: dict[str, Any] = {"code": {"repeat": 2}, "prose": {}}
     workspace = workspace_of(tmp_path, recipe_of(tmp_path, subsets, held_out=held_out), texts)
@@ -271,6 +284,7 @@ def test_the_number_to_lower_to_will_do(held_out: dict[str, Any], tmp_path: Path
         plan_task(workspace)
     most = int(str(refused.value).split("held_out.rows to ")[1].split(",")[0])
     (tmp_path / "again").mkdir()
+
     for rows in (most, most + 1 + most // 5):
         changed = recipe_of(tmp_path, subsets, held_out={**held_out, "rows": rows})
         workspace = workspace_of(tmp_path / "again", changed, texts)
@@ -284,21 +298,21 @@ def test_the_number_to_lower_to_will_do(held_out: dict[str, Any], tmp_path: Path
                 plan_task(workspace)
 
 
-def test_histogram_by_place() -> None:
-    """Catches places beyond the first or last bucket, and counts that overflow."""
+def test_histogram_by_position() -> None:
+    """Catches positions beyond the first or last bucket, and counts that overflow."""
     low, high = round(0.25 * POSITIONS), round(0.75 * POSITIONS)
-    places = np.array([low, (low + high) // 2, high - 1], dtype=np.uint64)
-    counts = position_histogram((0.25, 0.75), places, np.array([1, 2, 4]))
+    positions = np.array([low, (low + high) // 2, high - 1], dtype=np.uint64)
+    counts = position_histogram((0.25, 0.75), positions, np.array([1, 2, 4]))
     assert np.flatnonzero(counts).tolist() == [0, 2**15, 2**16 - 1]
     assert counts[counts > 0].tolist() == [1, 2, 4]
-    whole = position_histogram(
+    histogram = position_histogram(
         (0.0, 1.0), np.array([0, POSITIONS - 1], dtype=np.uint64), np.array([1, 2])
     )
-    assert (whole[0], whole[-1]) == (1, 2)
+    assert (histogram[0], histogram[-1]) == (1, 2)
 
 
 def test_numbers_mean_what_is_written(tmp_path: Path) -> None:
-    """Catches 0.7 of 10 tokens that are 6, since 0.7 is a little less in binary."""
+    """Catches 0.7 of 10 tokens computed as 6, since 0.7 is a little less in binary."""
     assert int(exact(0.7) * 10) == 7
     recipe = recipe_of(tmp_path, {"code": {"repeat": 0.7}}, sequence_length=7)
     assert samples_of(recipe, {"code": 10}) == {"code": 1}
@@ -318,7 +332,7 @@ def test_numbers_mean_what_is_written(tmp_path: Path) -> None:
 def test_account_adds_up(
     repeat: float, held_out: dict[str, Any] | None, limit: int | None, rows_per_chunk: int | None
 ) -> None:
-    """Catches documents or tokens that are nowhere, or twice, in the account."""
+    """Catches documents or tokens that are missing from the account, or counted twice."""
     texts = {"code": texts_of("code", 120, 40, copies=20), "prose": texts_of("prose", 100, 30)}
     with tempfile.TemporaryDirectory() as folder, mock.patch("os.fsync"):
         code = {
@@ -327,13 +341,16 @@ def test_account_adds_up(
             "share": [0.0, 0.8],
             "limit_tokens": limit,
         }
+
         recipe = recipe_of(
             Path(folder),
             {"code": code, "prose": {}},
             held_out=held_out,
             rows_per_chunk=rows_per_chunk,
         )
+
         account = planned(workspace_of(Path(folder), recipe, texts, 3, 200))["account"]
+
     for name, item in account.items():
         inside = [text for text in texts[name] if is_inside(recipe, name, text)]
         kept = kept_texts(recipe, name, texts[name])
@@ -354,6 +371,7 @@ def test_account_adds_up(
         assert 0 <= item["tail_tokens"] < 8
         if limit is None and rows_per_chunk is None:
             assert item["unused_tokens"] == 0
+
     assert account["code"]["duplicate_documents"] > 0
     if limit is not None:
         assert account["code"]["used_tokens"] <= limit
@@ -361,15 +379,17 @@ def test_account_adds_up(
         assert sum(item["used_samples"] for item in account.values()) == 24
 
 
-def test_shared_ids_are_told_beside_the_account(tmp_path: Path) -> None:
+def test_shared_ids_are_reported_beside_the_account(tmp_path: Path) -> None:
     """Catches a count of the encode tasks that is lost, or that takes documents out of the sums."""
     recipe = recipe_of(tmp_path, {"code": {}, "prose": {}})
     texts = {name: texts_of(name, 100, 30) for name in ("code", "prose")}
+
     workspace = workspace_of(tmp_path, recipe, texts, tasks=2)
     for number, count in ((0, 3), (1, 4)):
         record = read_json(workspace.encode_record(number))
         record["subsets"]["code"]["repeated_ids"] = count
         write_json(workspace.encode_record(number), record)
+
     account = planned(workspace)["account"]
     assert {name: item["repeated_id_documents"] for name, item in account.items()} == {
         "code": 7,
@@ -388,7 +408,7 @@ def test_too_few_samples(tmp_path: Path) -> None:
 
 
 def test_plan_does_not_depend_on_runs(tmp_path: Path) -> None:
-    """Catches an account, a border or a range of keys that follows how the documents were cut into runs."""
+    """Catches an account, boundary or key range that depends on the division into runs."""
     texts = {"code": texts_of("code", 200, 40, copies=9), "prose": texts_of("prose", 200, 30)}
     found = []
     for tasks, capacity in ((1, 10**6), (7, 90)):
@@ -404,7 +424,9 @@ def test_plan_does_not_depend_on_runs(tmp_path: Path) -> None:
 
 
 def test_plan_twice_and_after_a_kill(tmp_path: Path) -> None:
-    """Catches a plan that is not the same the second time, and one taken for whole without its files."""
+    """Catches a plan that differs the second time, and one that counts as complete without its
+    files.
+    """
     recipe = recipe_of(tmp_path, {"code": {"drop_duplicates": True}})
     workspace = workspace_of(tmp_path, recipe, {"code": texts_of("code", 100, 10, copies=5)})
     with (
@@ -414,6 +436,7 @@ def test_plan_twice_and_after_a_kill(tmp_path: Path) -> None:
         pytest.raises(KeyboardInterrupt),
     ):
         plan_task(workspace)
+
     with pytest.raises(DataError, match=r"plan.json: no plan"):
         Plan.read(workspace.folder)
     content = planned(workspace)
@@ -430,14 +453,15 @@ def test_plan_twice_and_after_a_kill(tmp_path: Path) -> None:
 # Finding a document
 
 
-def test_document_is_looked_for_where_it_is(tmp_path: Path) -> None:
-    """Catches a chunk that holds a document and is not told, and a table that tells every chunk."""
+def test_document_keys_name_the_right_chunks(tmp_path: Path) -> None:
+    """Catches a chunk that holds a document but is not listed, and one listed needlessly."""
     texts = {"code": texts_of("code", 300, 40), "prose": texts_of("prose", 300, 30)}
     recipe = recipe_of(
         tmp_path, {"code": {"repeat": 1.5}, "prose": {}}, held_out={"rows": 20}, chunks=6
     )
     workspace = workspace_of(tmp_path, recipe, texts, 2, 900)
     facts = {"document_keys": planned(workspace)["document_keys"]}
+
     infos = []
     where: dict[tuple[str, str, str], set[str]] = {}
     for number, name in enumerate(workspace.chunk_names):
@@ -445,14 +469,17 @@ def test_document_is_looked_for_where_it_is(tmp_path: Path) -> None:
         infos.append(ChunkInfo(**read_json(workspace.chunk_record(name))["info"]))
         for line in parquet.read_table(workspace.target / f"{name}.parquet").to_pylist():
             where.setdefault((line["subset"], line["source"], line["document"]), set()).add(name)
+
     manifest = Manifest(tmp_path, "", "", 8, 300, "uint16", tuple(infos), None, facts)
-    told = 0
+    listed = 0
+
     for document, chunks in where.items():
         found = chunks_of_document(manifest, *document)
         assert found is not None
         assert chunks <= found
-        told += len(found)
-    assert told < 2 * sum(map(len, where.values()))
+        listed += len(found)
+
+    assert listed < 2 * sum(map(len, where.values()))
     assert chunks_of_document(manifest, "other", "code/f000", "d0é") is None
     assert (
         chunks_of_document(

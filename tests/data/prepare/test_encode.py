@@ -1,4 +1,4 @@
-"""The encode phase: every document goes where its name says, once, whatever the cut into tasks and runs."""
+"""Encode task: every document goes where its name says, once, for any grouping of sources."""
 
 import json
 import os
@@ -51,6 +51,7 @@ def text_of(number: int) -> str:
         "\u2581",
         "x = 1",
     ]
+
     return " ".join(choose.choice(words) for _ in range(choose.randrange(1, 40))) + f" {number}"
 
 
@@ -69,7 +70,7 @@ def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         Path(f"web/{file}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def place(
+def make_workspace(
     tokenizer: Tokenizer, subsets: dict[str, Any], folder: str = "work", **executor: Any
 ) -> Workspace:
     recipe = Recipe.model_validate(
@@ -84,6 +85,7 @@ def place(
             "executor": executor,
         }
     )
+
     tasks = encode_tasks(recipe, list_sources(recipe))
     return Workspace.create(Path(folder).resolve(), Path("out.tmp"), recipe, tokenizer, tasks)
 
@@ -91,7 +93,7 @@ def place(
 def encode_all(
     tokenizer: Tokenizer, subsets: dict[str, Any], folder: str = "work", **executor: Any
 ) -> Workspace:
-    workspace = place(tokenizer, subsets, folder, **executor)
+    workspace = make_workspace(tokenizer, subsets, folder, **executor)
     for number in range(len(workspace.tasks)):
         encode_task(workspace, number)
     return workspace
@@ -114,11 +116,11 @@ Entry = tuple[int, str, int, str, tuple[int, ...], int, int, int]
 
 
 def entries(workspace: Workspace, subset: str, number: int = 0) -> list[Entry]:
-    """All that the runs of a pass say of each document, sorted."""
+    """All columns of the runs of a pass, per document, sorted."""
     found: list[Entry] = []
     for record in records(workspace):
-        for told in record["subsets"].get(subset, {"passes": [[]] * 9})["passes"][number]:
-            run = Run(workspace.folder / told["path"])
+        for entry in record["subsets"].get(subset, {"passes": [[]] * 9})["passes"][number]:
+            run = Run(workspace.folder / entry["path"])
             more = zip(
                 *(run.read(name).tolist() for name in ("places", "texts", "fim")), strict=True
             )
@@ -128,19 +130,21 @@ def entries(workspace: Workspace, subset: str, number: int = 0) -> list[Entry]:
 
 
 def test_documents_are_encoded_with_their_end(tokenizer: Tokenizer) -> None:
-    """Catches ids of another document, a missing </s>, and keys, places or counts that are not the document's."""
+    """Catches ids of another document, a missing </s>, and wrong keys, positions or counts."""
     workspace = encode_all(tokenizer, {"web": {**WEB, "repeat": 1.5}})
     for number in (0, 1):
         found = entries(workspace, "web", number)
         assert len(found) == 180
+
         for key, source, ordinal, name, ids, unit, text, fim in found:
             index = int(name[1:])
             assert list(ids) == [*tokenizer.encode(text_of(index)), EOS_ID]
             assert key == document_key64(5, "web", number, source, name)
             assert (source, ordinal) == (f"web/{index // 30}.jsonl", index % 30)
             assert (unit, text, fim) == (split_position(f"{source}\0{name}"), 0, 0)
-    told = counts(workspace, "web")
-    assert told == {
+
+    counted = counts(workspace, "web")
+    assert counted == {
         "documents": 180,
         "documents_read": 180,
         "tokens": sum(len(entry[4]) for entry in found),
@@ -155,37 +159,40 @@ def test_documents_are_encoded_with_their_end(tokenizer: Tokenizer) -> None:
 @pytest.mark.parametrize(
     "executor", [{"task_bytes": 1}, {"run_tokens": 1024}, {"task_bytes": 9000, "run_tokens": 2000}]
 )
-def test_the_cut_does_not_show(
+def test_the_grouping_into_tasks_does_not_show(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, executor: dict[str, int]
 ) -> None:
-    """Catches what depends on how sources were cut into tasks, runs or batches."""
+    """Catches results that depend on how sources were divided into tasks, runs or batches."""
     subsets = {
         "web": {**WEB, "repeat": 2, "share": [0, 0.7]},
         "fim": {**WEB, "fill_in_the_middle": {"psm": 0.5}},
     }
     subsets["fim"]["share"] = [0, 0.7]
-    whole = encode_all(tokenizer, subsets)
+    undivided = encode_all(tokenizer, subsets)
     monkeypatch.setattr(encode, "BATCH_CHARACTERS", 300)
-    cut = encode_all(tokenizer, subsets, "cut", **executor)
+    divided = encode_all(tokenizer, subsets, "cut", **executor)
     assert (
-        len([run for record in records(cut) for run in record["subsets"]["web"]["passes"][0]]) > 3
+        len([run for record in records(divided) for run in record["subsets"]["web"]["passes"][0]])
+        > 3
     )
     for name, number in (("web", 0), ("web", 1), ("fim", 0)):
-        assert entries(cut, name, number) == entries(whole, name, number)
-        assert counts(cut, name) == counts(whole, name)
-    assert sources_identity(records(cut)) == sources_identity(records(whole))
+        assert entries(divided, name, number) == entries(undivided, name, number)
+        assert counts(divided, name) == counts(undivided, name)
+
+    assert sources_identity(records(divided)) == sources_identity(records(undivided))
 
 
 def test_subsets_of_the_same_files_are_read_once(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches files read or encoded once a subset, and draws that give a document to two subsets or to none."""
+    """Catches files read once per subset, and draws that give a document to two subsets."""
     subsets = {
         "plain": {**WEB, "documents": [0, 0.5]},
         "psm": {**WEB, "documents": [0.5, 0.75], "fill_in_the_middle": {"psm": 1.0}},
         "spm": {**WEB, "documents": [0.75, 1], "fill_in_the_middle": {"spm": 1.0}},
         "again": {**WEB, "documents": [0, 0.5]},
     }
+
     opened: list[Any] = []
     encoded: list[Any] = []
     read_documents, encode_documents = encode.read_documents, encode.encode_documents
@@ -211,6 +218,7 @@ def test_subsets_of_the_same_files_are_read_once(
     drawn = {f"d{i}": drawn_position(5, f"web/{i // 30}.jsonl", f"d{i}") for i in range(180)}
     assert names["plain"] == {name for name, at in drawn.items() if at < POSITIONS // 2}
     assert counts(workspace, "psm")["not_chosen"] == 180 - len(names["psm"])
+
     for kind, name in ((0, "plain"), (1, "psm"), (2, "spm")):
         found = entries(workspace, name)
         assert {entry[7] for entry in found} == {kind}
@@ -220,7 +228,7 @@ def test_subsets_of_the_same_files_are_read_once(
 
 
 def test_draws_are_fixed_for_ever() -> None:
-    """Catches a change of the draw, and one that is the place in a share under another name."""
+    """Catches a change of the draw, and a draw that equals the position in the share."""
     assert drawn_position(22238, "web/a.jsonl", "17") == 222220859278162
     assert (
         len(
@@ -235,7 +243,7 @@ def test_draws_are_fixed_for_ever() -> None:
 
 
 def test_fill_in_the_middle_of_some(tokenizer: Tokenizer) -> None:
-    """Catches rates that are applied to all or none, kinds written down wrongly, and another subset's kind."""
+    """Catches rates applied to all or none, kinds recorded wrongly, and another subset's kind."""
     rates = {"psm": 0.4, "spm": 0.3}
     workspace = encode_all(tokenizer, {"web": {**WEB, "fill_in_the_middle": rates}, "plain": WEB})
     found = entries(workspace, "web")
@@ -249,25 +257,31 @@ def test_fill_in_the_middle_of_some(tokenizer: Tokenizer) -> None:
 
 @pytest.mark.parametrize("split_by", ["source", "document"])
 def test_only_the_share_is_taken(tokenizer: Tokenizer, split_by: str) -> None:
-    """Catches documents from outside the share, and short ones, among those to be trained on."""
+    """Catches documents from outside the share, and short ones, among those to train on."""
     web = {**WEB, "share": [0.25, 0.75], "split_by": split_by, "min_characters": 60}
     workspace = encode_all(tokenizer, {"web": web})
     found = entries(workspace, "web")
+
     wanted = set()
     for i in range(180):
         source = f"web/{i // 30}.jsonl"
         unit = split_position(source if split_by == "source" else f"{source}\0d{i}")
         if POSITIONS // 4 <= unit < 3 * POSITIONS // 4 and len(text_of(i)) >= 60:
             wanted.add((f"d{i}", unit))
+
     assert {(entry[3], entry[5]) for entry in found} == wanted
-    told = counts(workspace, "web")
-    assert told["short"] == sum(len(text_of(i)) < 60 for i in range(180))
-    assert told["documents"] == len(wanted) > 0
-    assert told["documents"] + told["short"] + told["outside"] == told["documents_read"] == 180
+    counted = counts(workspace, "web")
+    assert counted["short"] == sum(len(text_of(i)) < 60 for i in range(180))
+    assert counted["documents"] == len(wanted) > 0
+    assert (
+        counted["documents"] + counted["short"] + counted["outside"]
+        == counted["documents_read"]
+        == 180
+    )
 
 
-def test_duplicates_are_told_from_outside_the_share_too(tokenizer: Tokenizer) -> None:
-    """Catches a text that is held apart in one file and trained on in another, for want of its hash."""
+def test_duplicates_are_found_outside_the_share_too(tokenizer: Tokenizer) -> None:
+    """Catches a text held out in one file and trained on in another for lack of its hash."""
     with open("web/3.jsonl", "a") as stream:
         stream.write(json.dumps({"id": "copy", "text": text_of(7)}) + "\n")
     workspace = encode_all(tokenizer, {"web": {**WEB, "share": [0, 0.5], "drop_duplicates": True}})
@@ -283,10 +297,11 @@ def test_duplicates_are_told_from_outside_the_share_too(tokenizer: Tokenizer) ->
 
 
 def test_documents_that_share_their_id_are_counted(tokenizer: Tokenizer) -> None:
-    """Catches ids that repeat unseen, passes counted as repeats, equal ids of two files, and those outside the share."""
+    """Catches repeated ids that are missed, and counts across passes, files or the share."""
     with open("web/3.jsonl", "a") as stream:
         for name in ("d90", "d91", "d91", "d0"):
             stream.write(json.dumps({"id": name, "text": f"again {name}"}) + "\n")
+
     subsets = {
         "web": {**WEB, "repeat": 3},
         "half": {**WEB, "documents": [0, 0.5]},
@@ -320,7 +335,8 @@ def test_rejected_lines_are_listed(tokenizer: Tokenizer) -> None:
             "file": "web/2.jsonl",
             "line": 32,
             "subsets": ["web", "also"],
-            "why": "not JSON (Expecting property name enclosed in double quotes: line 1 column 2 (char 1))",
+            "why": "not JSON (Expecting property name enclosed "
+            "in double quotes: line 1 column 2 (char 1))",
         },
     ]
     for name in ("web", "also"):
@@ -329,10 +345,13 @@ def test_rejected_lines_are_listed(tokenizer: Tokenizer) -> None:
 
 
 def test_a_wrong_recipe_stops_soon(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a misspelt key that is told after a terabyte was read; and files left by the stop."""
+    """Catches a misspelt key reported after a terabyte was read, and files left by the stop."""
     monkeypatch.setattr(encode, "MIN_REJECTED", 40)
-    workspace = place(tokenizer, {"web": {**WEB, "text_key": "body"}})
-    words = r"subsets.web: 41 of the first 41 documents are broken, lastly .*web/1.jsonl:11: 'body' is missing; check"
+    workspace = make_workspace(tokenizer, {"web": {**WEB, "text_key": "body"}})
+    words = (
+        r"subsets.web: 41 of the first 41 documents are broken, "
+        r"lastly .*web/1.jsonl:11: 'body' is missing; check"
+    )
     with pytest.raises(DataError, match=words):
         encode_task(workspace, 0)
     assert list(workspace.run_folder(0).iterdir()) == []
@@ -368,9 +387,11 @@ encode.encode_task(Workspace.open(Path(sys.argv[1])), 0)
     ("where", "after"), [("_write_slices", 0), ("_write_slices", 5), ("write_json", 0)]
 )
 def test_killed_anywhere_and_done_again(tokenizer: Tokenizer, where: str, after: int) -> None:
-    """Catches half a run that counts as whole, a task that counts as done, and other bytes at the second start."""
-    whole = encode_all(tokenizer, {"web": WEB}, run_tokens=1024)
-    other = place(tokenizer, {"web": WEB}, "killed", run_tokens=1024)
+    """Catches half a run taken for complete, a task taken for done, and other bytes at the second
+    start.
+    """
+    undivided = encode_all(tokenizer, {"web": WEB}, run_tokens=1024)
+    other = make_workspace(tokenizer, {"web": WEB}, "killed", run_tokens=1024)
     program = [sys.executable, "-c", KILLED, str(other.folder), where, str(after)]
     done = subprocess.run(program, capture_output=True, text=True, check=False)
     assert done.returncode == -9, done.stderr
@@ -384,15 +405,15 @@ def test_killed_anywhere_and_done_again(tokenizer: Tokenizer, where: str, after:
         if path.name != "record.json"
     }
     assert files == {
-        p.name: p.read_bytes() for p in whole.run_folder(0).iterdir() if p.name != "record.json"
+        p.name: p.read_bytes() for p in undivided.run_folder(0).iterdir() if p.name != "record.json"
     }
-    (again,), (first,) = records(other), records(whole)
+    (again,), (first,) = records(other), records(undivided)
     assert again | {"seconds": 0} == first | {"seconds": 0}
 
 
 def test_what_another_attempt_left(tokenizer: Tokenizer) -> None:
-    """Catches runs of an attempt with other sizes that stay for good, and a living process's file that is taken away."""
-    workspace = place(tokenizer, {"web": WEB})
+    """Catches stale runs of an attempt with other sizes, and removal of a living process's file."""
+    workspace = make_workspace(tokenizer, {"web": WEB})
     folder = workspace.run_folder(0)
     folder.mkdir(parents=True)
     dead = subprocess.Popen(["true"])
@@ -413,7 +434,7 @@ def test_what_another_attempt_left(tokenizer: Tokenizer) -> None:
 
 
 def test_identity_is_names_and_contents(tokenizer: Tokenizer) -> None:
-    """Catches documents that change without a change of identity, and one that depends on where the files lie."""
+    """Catches changed documents with the same identity, and an identity that depends on paths."""
     before = sources_identity(records(encode_all(tokenizer, {"web": WEB})))
     Path("moved").mkdir()
     os.rename("web", "moved/web")
@@ -436,7 +457,7 @@ def test_identity_is_names_and_contents(tokenizer: Tokenizer) -> None:
 
 
 def test_changed_sources_are_found(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a change of equal size, a touched file told as changed, and files that came or went."""
+    """Catches a missed change of equal size, and a touched file reported as changed."""
     monkeypatch.setattr(stdlib, "topics", {"a": "page a", "b": "page b"})
     workspace = encode_all(tokenizer, {"web": WEB, "prose": {"kind": "stdlib_topics"}})
     known = {source["key"]: source for record in records(workspace) for source in record["sources"]}
@@ -456,6 +477,7 @@ def test_changed_sources_are_found(tokenizer: Tokenizer, monkeypatch: pytest.Mon
         "web/2.jsonl",
         "web/3.jsonl",
     ]
+
     listed = [source for sources in list_sources(workspace.recipe).values() for source in sources]
     assert "web/new.jsonl" in changed_sources(listed, known)
     assert "web/3.jsonl" in changed_sources(listed, known)
@@ -473,7 +495,7 @@ def test_memory_does_not_grow_with_the_corpus(
             for i in range(60 * size)
         ]
         Path("web/0.jsonl").write_text("".join(lines))
-        workspace = place(
+        workspace = make_workspace(
             tokenizer, {"web": {**WEB, "paths": ["web/0.jsonl"]}}, f"work{size}", run_tokens=20_000
         )
         assert workspace.tokenizer.vocab_size == 338
@@ -482,4 +504,5 @@ def test_memory_does_not_grow_with_the_corpus(
         encode_task(workspace, 0)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
+
     assert peaks[1] < 1.1 * peaks[0], peaks

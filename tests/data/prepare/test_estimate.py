@@ -1,4 +1,4 @@
-"""What a recipe costs: the arithmetic on rates that are set here, and lines that are right for small and large."""
+"""Cost estimate: arithmetic on fixed rates, and readable lines for small and large recipes."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -46,7 +46,9 @@ def recipe_of(subsets: dict[str, Any], **keys: Any) -> Recipe:
 
 
 def test_amounts_follow_the_recipe() -> None:
-    """Catches a repeat, a limit, a share or a draw left out of the cost, and text encoded once a repeat."""
+    """Catches a repeat, a limit, a share or a draw left out of the cost, and text encoded once a
+    repeat.
+    """
     subsets = {
         "whole": {**WEB, "repeat": 2.5},
         "part": {**WEB, "documents": [0, 0.5], "limit_tokens": 20_000},
@@ -70,7 +72,7 @@ def test_amounts_follow_the_recipe() -> None:
 
 @pytest.mark.parametrize("task_bytes", [2**28, 30_000, 1])
 def test_tasks_are_those_that_will_be(task_bytes: int) -> None:
-    """Catches a count of tasks that is not the preparation's, and one for files that are not there."""
+    """Catches a count of tasks that is not the preparation's, with and without files."""
     subsets = {
         "a": {**WEB, "documents": [0, 0.5]},
         "b": {**WEB, "documents": [0.5, 1]},
@@ -100,8 +102,8 @@ def test_no_time_below_that_of_the_longest_task() -> None:
     assert small.longest_encode_seconds <= small.encode_seconds
 
 
-def test_all_missing_files_are_told_at_once() -> None:
-    """Catches an estimate mended one subset at a time, and a line without the way out."""
+def test_all_missing_files_are_reported_at_once() -> None:
+    """Catches an estimate fixed one subset at a time, and a line without a remedy."""
     missing = {"kind": "jsonl", "paths": ["no/*.jsonl", "nor/*.jsonl"]}
     with pytest.raises(DataError) as caught:
         cost(
@@ -110,6 +112,7 @@ def test_all_missing_files_are_told_at_once() -> None:
             ),
             RATES,
         )
+
     lines = str(caught.value).splitlines()
     assert [line.split(":")[0] for line in lines] == ["subsets.a.paths"] * 2 + [
         "subsets.b.paths"
@@ -126,6 +129,7 @@ def test_units_fit_the_size() -> None:
         "40.3M",
         "1,295.7B",
     ]
+
     assert [seconds_text(n) for n in (0.2, 12, 4.71, 90, 5400, 3.6e6)] == [
         "below 1 second",
         "12 seconds",
@@ -137,7 +141,7 @@ def test_units_fit_the_size() -> None:
 
 
 def test_lines_of_a_small_corpus() -> None:
-    """Catches zeros where something is, and a number of workers that is not the one to be started."""
+    """Catches zeros for small amounts, and a number of workers other than will be started."""
     recipe = recipe_of({"web": WEB}, executor={"workers": 3})
     lines = estimate_lines(recipe, RATES, cost(recipe, RATES))
     assert lines[0] == "small: 100.0K tokens to encode once, 100.0K in 4 chunks of 25.0K"
@@ -147,10 +151,11 @@ def test_lines_of_a_small_corpus() -> None:
     )
     assert any("or 4.4 minutes with 3 workers (executor.workers)" in line for line in lines)
     assert any(
-        "disk      292.97 KiB of work, removed at the end, and 244.14 KiB of chunks" in line
+        "disk      292.97 KiB of intermediate files, removed at the end, and 244.14 KiB of chunks"
+        in line
         for line in lines
     )
-    assert lines[-1] == "taken from file sizes, as if they were plain text: web"
+    assert lines[-1] == "estimated from file sizes, as if plain text: web"
     assert not any(" 0." in line for line in lines)
 
 

@@ -1,6 +1,9 @@
-"""The executors on toy tasks: would catch a finished task done again, a half-done one taken for whole, two drivers of
-one preparation, workers that outlive their driver, a pool that waits for a killed worker, and log lines on the
-terminal."""
+"""Executors on toy tasks: restarts, kills, failures, locks and terminal output.
+
+Catches a finished task done again, a half-done one taken for complete, two drivers of one
+preparation, workers that outlive their driver, a pool that waits for a killed worker, and log lines
+on the terminal.
+"""
 
 import os
 import random
@@ -22,7 +25,13 @@ from k2train.data.prepare.workspace import Workspace
 from k2train.errors import ConfigError, DataError
 from tests.support import preparation
 from tests.support.command_line import HANG_SECONDS, hear_signals, soon
-from tests.support.preparation import begun, in_order, toy_phases, toy_workspace, whole
+from tests.support.preparation import (
+    all_files_complete,
+    in_order,
+    start_counts,
+    toy_phases,
+    toy_workspace,
+)
 
 ROOT = Path(__file__).resolve().parents[3]
 PHASES = toy_phases()
@@ -53,7 +62,7 @@ def driver(workspace: Workspace, *choices: str) -> subprocess.Popen[str]:
 
 
 def workers_of(workspace: Workspace) -> set[int]:
-    """Processes that have this work folder's log for their stderr: the server and all it forked."""
+    """Processes whose stderr is this work folder's log: the server and its forks."""
     found = set()
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -66,37 +75,44 @@ def workers_of(workspace: Workspace) -> set[int]:
 
 
 def begun_and_done(workspace: Workspace) -> dict[str, int]:
-    """How often each task was begun whose record is there. A kill may fall after the record and before anything else."""
+    """How often each task with a record was started.
+
+    A kill may fall after the record and before anything else.
+    """
     done = {
         f"{p.name}_{number}"
         for p in PHASES
         for number in range(p.tasks)
         if is_done(workspace, p, number)
     }
-    return {name: times for name, times in begun(workspace).items() if name in done}
+    return {name: times for name, times in start_counts(workspace).items() if name in done}
 
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_every_task_is_done_once_and_nothing_is_done_again(tmp_path: Path, workers: int) -> None:
-    """Catches a task left out, done twice, or done again by a second start; and processes left behind."""
+    """Catches a task left out, done twice, or done again by a second start; and processes left
+    behind.
+    """
     workspace = toy_workspace(tmp_path)
     run(workspace, workers)
-    assert begun(workspace) == dict.fromkeys(ALL, 1) and whole(workspace, PHASES)
+    assert start_counts(workspace) == dict.fromkeys(ALL, 1) and all_files_complete(
+        workspace, PHASES
+    )
     assert in_order(workspace, PHASES)
     run(workspace, workers)
-    assert begun(workspace) == dict.fromkeys(ALL, 1)
+    assert start_counts(workspace) == dict.fromkeys(ALL, 1)
     assert workers_of(workspace) == set()
 
 
 def test_the_terminal_shows_our_lines_only(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Catches datatrove's own log lines on the user's terminal, and a count that is not the tasks'."""
+    """Catches datatrove's log lines on the user's terminal, and a wrong count of tasks."""
     workspace = toy_workspace(tmp_path)
     run_phases(workspace, ExecutorRecipe(workers=2), Progress(sys.stderr), PHASES)
-    said = capfd.readouterr()
-    assert said.out == ""
-    lines = said.err.splitlines()
+    output = capfd.readouterr()
+    assert output.out == ""
+    lines = output.err.splitlines()
     assert [line.partition(" tasks in ")[0] for line in lines] == ["one: 6", "two: 1", "three: 4"]
     assert (
         "Processing done"
@@ -106,18 +122,22 @@ def test_the_terminal_shows_our_lines_only(
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_users_mistake_in_a_task_is_its_line(tmp_path: Path, workers: int) -> None:
-    """Catches a line wrapped in a traceback, and a failed task that datatrove holds for complete."""
+    """Catches a line inside a traceback, and a failed task that datatrove calls complete."""
     line = "web/a.jsonl: 31 of 100 documents are broken; raise max_rejected_share"
     workspace = toy_workspace(tmp_path, fail={"one/1": line})
     with pytest.raises(DataError) as refused:
         run(workspace, workers)
     assert str(refused.value) == line
-    assert "two_0" not in begun(workspace) and workers_of(workspace) == set()
+    assert "two_0" not in start_counts(workspace) and workers_of(workspace) == set()
     toy_workspace(tmp_path)
     before = begun_and_done(workspace)
     run(workspace, workers)
     after = begun_and_done(workspace)
-    assert whole(workspace, PHASES) and set(after) == ALL and before.items() <= after.items()
+    assert (
+        all_files_complete(workspace, PHASES)
+        and set(after) == ALL
+        and before.items() <= after.items()
+    )
 
 
 def test_of_many_mistakes_the_first_task_s_is_shown(tmp_path: Path) -> None:
@@ -142,8 +162,8 @@ def test_a_bug_names_the_task_and_its_log(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_killed_worker_is_told_and_not_waited_for(tmp_path: Path, workers: int) -> None:
-    """Catches the pool that waits for ever for a worker that the system killed for want of memory."""
+def test_a_killed_worker_is_reported_and_not_waited_for(tmp_path: Path, workers: int) -> None:
+    """Catches a pool that waits for ever for a worker that the system killed to free memory."""
     workspace = toy_workspace(tmp_path, kill="one/2")
     with pytest.raises(
         DataError, match=r"task 2 of one was killed \(signal 9\).*executor\.workers"
@@ -165,7 +185,10 @@ def test_a_task_that_leaves_no_record_is_not_done(tmp_path: Path) -> None:
 def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
     """Catches a full disk shown as a bug of ours."""
     full = OSError(28, "No space left on device")
-    free = r"\d[\d,]* bytes are free; make room there and start again: finished tasks are kept, or name a folder on another"
+    free = (
+        r"\d[\d,]* bytes are free; make room there and start again: finished tasks are kept, "
+        r"or name a folder on another"
+    )
     line, mistake = tasks.explain(full, tmp_path)
     assert mistake and re.fullmatch(rf"work: no space left in {tmp_path}, {free} disk", line)
     runs, out = tmp_path / "runs", tmp_path.parent / "out"
@@ -184,7 +207,7 @@ def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_in_a_task_names_the_folder_and_the_key(tmp_path: Path) -> None:
-    """Catches a full disk told without where it is full, how much is free there, and which key names another place."""
+    """Catches a full disk reported without folder, free space, or the key that moves it."""
     workspace = toy_workspace(tmp_path, full="one/2")
     with pytest.raises(
         DataError,
@@ -194,19 +217,21 @@ def test_a_full_disk_in_a_task_names_the_folder_and_the_key(tmp_path: Path) -> N
 
 
 def test_a_deleted_or_shortened_output_is_made_again(tmp_path: Path) -> None:
-    """Catches trust in datatrove's marks, which outlive the output; and redoing more than what is gone."""
+    """Catches trust in datatrove's marks, which outlive the output, and repeating more than is
+    gone.
+    """
     workspace = toy_workspace(tmp_path)
     run(workspace)
     (workspace.target / "one_3.txt").unlink()
     (workspace.target / "three_0.txt").write_text("half")
     (workspace.folder / "chunks" / "three_1.json").write_text('{"files": [')
     run(workspace)
-    again = {name for name, times in begun(workspace).items() if times == 2}
-    assert again == {"one_3", "three_0", "three_1"} and whole(workspace, PHASES)
+    again = {name for name, times in start_counts(workspace).items() if times == 2}
+    assert again == {"one_3", "three_0", "three_1"} and all_files_complete(workspace, PHASES)
 
 
-def test_settling_follows_the_records(tmp_path: Path) -> None:
-    """Catches a mark without an output that is believed, and an output without a mark that is made again."""
+def test_reconciling_follows_the_records(tmp_path: Path) -> None:
+    """Catches trust in a mark without output, and repeating of an output without a mark."""
     workspace = toy_workspace(tmp_path)
     preparation.work_one(workspace, 4)
     marks = PHASES[0].logs(workspace) / "completions"
@@ -216,12 +241,14 @@ def test_settling_follows_the_records(tmp_path: Path) -> None:
     assert reconcile(workspace, PHASES[0]) == 5
     assert completed(workspace, PHASES[0]) == {4}
     tasks.run_task(workspace.folder, PHASES[0], 4)
-    assert begun(workspace)["one_4"] == 1
+    assert start_counts(workspace)["one_4"] == 1
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_kill_9_at_any_moment_then_again(tmp_path: Path, workers: int) -> None:
-    """Catches a finished task that is done again, a half-done one that is not, and workers that go on alone."""
+    """Catches a finished task done again, a half-done one that is not, and workers that run on
+    alone.
+    """
     workspace = toy_workspace(tmp_path, seconds=0.15)
     moments, before = random.Random(workers), {}
     for _ in range(4):
@@ -233,19 +260,24 @@ def test_kill_9_at_any_moment_then_again(tmp_path: Path, workers: int) -> None:
         after = begun_and_done(workspace)
         assert before.items() <= after.items()
         before = after
+
     process = driver(workspace, f"workers={workers}")
-    _, said = process.communicate(timeout=HANG_SECONDS)
-    assert process.returncode == 0, said
+    _, output = process.communicate(timeout=HANG_SECONDS)
+    assert process.returncode == 0, output
     after = begun_and_done(workspace)
-    assert whole(workspace, PHASES) and set(after) == ALL and before.items() <= after.items()
+    assert (
+        all_files_complete(workspace, PHASES)
+        and set(after) == ALL
+        and before.items() <= after.items()
+    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_workers_end_with_their_driver(tmp_path: Path, number: signal.Signals) -> None:
-    """Catches workers, or datatrove's manager process, that outlive a driver that is ended in whatever way."""
+    """Catches workers, or datatrove's manager, that outlive their driver, however it ends."""
     workspace = toy_workspace(tmp_path, seconds=600)
     process = driver(workspace, "workers=2")
-    assert soon(lambda: len(begun(workspace)) == 2)
+    assert soon(lambda: len(start_counts(workspace)) == 2)
     assert len(workers_of(workspace)) >= 4
     process.send_signal(number)
     process.communicate(timeout=HANG_SECONDS)
@@ -254,21 +286,23 @@ def test_workers_end_with_their_driver(tmp_path: Path, number: signal.Signals) -
 
 
 def test_a_second_driver_is_refused_and_the_lock_dies_with_its_holder(tmp_path: Path) -> None:
-    """Catches two drivers that do the same tasks, and a lock that has to be removed by hand."""
+    """Catches two drivers of the same tasks, and a lock that must be removed by hand."""
     workspace = toy_workspace(tmp_path, seconds=600)
     process = driver(workspace, "workers=1")
     try:
-        assert soon(lambda: begun(workspace))
+        assert soon(lambda: start_counts(workspace))
         second = driver(workspace, "workers=1")
         try:
-            _, said = second.communicate(timeout=HANG_SECONDS)
+            _, output = second.communicate(timeout=HANG_SECONDS)
         finally:
             second.kill()
+
         assert second.returncode == 2
-        assert f"already running (pid {process.pid})" in said and said.count("\n") == 1
+        assert f"already running (pid {process.pid})" in output and output.count("\n") == 1
     finally:
         process.kill()
         process.communicate()
+
     with exclusive(workspace.folder):
         pass
     assert soon(lambda: not workers_of(workspace))
@@ -277,14 +311,14 @@ def test_a_second_driver_is_refused_and_the_lock_dies_with_its_holder(tmp_path: 
 def test_ray_is_asked_for_when_it_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches an ImportError in place of a line that says what to install."""
+    """Catches an ImportError instead of a line that says what to install."""
     monkeypatch.setattr(executor, "find_spec", lambda name: None if name == "ray" else object())
     with pytest.raises(ConfigError, match=r"executor\.kind ray needs ray: pip install ray"):
         run_phases(toy_workspace(tmp_path), ExecutorRecipe(kind="ray"), Progress(None), PHASES)
 
 
 def test_ray_gets_the_recipe_s_wishes(tmp_path: Path) -> None:
-    """Catches a knob of the recipe that does not reach Ray, where a run of it is seldom tried."""
+    """Catches a key of the recipe that does not reach Ray, which is seldom run."""
     workspace = toy_workspace(tmp_path)
     made = local._pipeline(workspace, PHASES[0], ExecutorRecipe(kind="ray", workers=3, memory_gb=8))
     assert (made.tasks, made.workers, made.mem_per_cpu_gb) == (6, 3, 8)

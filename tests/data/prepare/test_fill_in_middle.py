@@ -1,4 +1,4 @@
-"""Fill-in-the-middle: the order of the parts, the way back, and choices that hang on the document alone."""
+"""Fill-in-the-middle: order of the parts, restoring, and choices by the document's name."""
 
 from math import sqrt
 
@@ -48,7 +48,9 @@ def tokenizer(request: pytest.FixtureRequest, own: Tokenizer) -> Tokenizer:
 
 
 def test_parts_stand_as_k2_has_them(tokenizer: Tokenizer) -> None:
-    """Catches parts or special tokens in another order, a space before a part, and a missing or doubled part."""
+    """Catches parts or special tokens in another order, a space before a part, and a missing or
+    doubled part.
+    """
     prefix, middle, suffix = "def the ", "value\n", " x = 1"
     text = prefix + middle + suffix
     head, turn, last = (
@@ -58,14 +60,14 @@ def test_parts_stand_as_k2_has_them(tokenizer: Tokenizer) -> None:
     assert fim_ids(tokenizer, text, "psm", 8, 14).tolist() == [head, *p, turn, *s, last, *m]
     assert fim_ids(tokenizer, text, "spm", 8, 14).tolist() == [head, turn, *s, last, *pm]
     assert fim_ids(tokenizer, text, "none", 0, 0).tolist() == tokenizer.encode(text)
-    told = tokenizer.decode(fim_ids(tokenizer, text, "psm", 8, 14))
-    assert told == "<fim_prefix>def the <fim_suffix> x = 1<fim_middle>value\n"
-    told = tokenizer.decode(fim_ids(tokenizer, text, "spm", 8, 14))
-    assert told == "<fim_prefix><fim_suffix> x = 1<fim_middle>def the value\n"
+    decoded = tokenizer.decode(fim_ids(tokenizer, text, "psm", 8, 14))
+    assert decoded == "<fim_prefix>def the <fim_suffix> x = 1<fim_middle>value\n"
+    decoded = tokenizer.decode(fim_ids(tokenizer, text, "spm", 8, 14))
+    assert decoded == "<fim_prefix><fim_suffix> x = 1<fim_middle>def the value\n"
 
 
 def test_prefix_and_middle_are_one_text_in_spm(tokenizer: Tokenizer) -> None:
-    """Catches a border of pieces where prefix and middle meet, which ordinary text would not have."""
+    """Catches a piece boundary where prefix and middle meet, which ordinary text would not have."""
     text = "return return"
     assert len(tokenizer.encode("return")) < len(tokenizer.encode("ret")) + len(
         tokenizer.encode("urn")
@@ -80,7 +82,9 @@ def test_prefix_and_middle_are_one_text_in_spm(tokenizer: Tokenizer) -> None:
 def test_the_document_comes_back(
     tokenizer: Tokenizer, text: str, kind: Kind, first: int, second: int
 ) -> None:
-    """Catches a part lost or doubled, a cut inside a character, and text that is taken for a special token."""
+    """Catches a part lost or doubled, a cut inside a character, and text that is taken for a
+    special token.
+    """
     a, b = sorted((min(first, len(text)), min(second, len(text))))
     assert "".join(fim_parts(text, a, b)) == text
     ids = fim_ids(tokenizer, text, kind, a, b)
@@ -109,7 +113,7 @@ def test_many_documents_encode_as_each_alone(
 
 
 def test_pieces_of_a_document_do_not_restore(own: Tokenizer) -> None:
-    """Catches a row's slice shown as if it were the document."""
+    """Catches a slice of a row restored as if it were the document."""
     ids = fim_ids(own, "def the value x = 1", "psm", 4, 8).tolist()
     turn = ids.index(own.special_id("<fim_suffix>"))
     for broken in (ids[1:], ids[:turn], ids[turn:], ids + ids):
@@ -118,7 +122,7 @@ def test_pieces_of_a_document_do_not_restore(own: Tokenizer) -> None:
 
 
 def test_a_tokenizer_without_the_specials(own: Tokenizer) -> None:
-    """Catches a KeyError for a recipe that names too few special tokens; plain documents need none."""
+    """Catches a KeyError for a recipe with too few special tokens; plain text needs none."""
     bare = Tokenizer(own.model, [name for name in K2_SPECIAL_TOKENS if name != "<fim_suffix>"])
     assert restore(bare, fim_ids(bare, "plain", "none", 0, 0)) == "plain"
     with pytest.raises(DataError, match="has no <fim_suffix>"):
@@ -129,7 +133,7 @@ def test_a_tokenizer_without_the_specials(own: Tokenizer) -> None:
 
 
 def test_choices_are_fixed_for_ever() -> None:
-    """Catches another hash, key or scale: old folders could not be made again."""
+    """Catches another hash, key or scale: old folders could not be reproduced."""
     kinds = [choose_fim(22238, "stdlib/a.py", f"a.py:{i}", 0.25, 0.25) for i in range(8)]
     assert kinds == ["spm", "spm", "spm", "spm", "none", "spm", "psm", "psm"]
     cuts = [cut_points(22238, "stdlib/a.py", f"a.py:{i}", 1000) for i in range(4)]
@@ -140,7 +144,9 @@ def test_choices_are_fixed_for_ever() -> None:
     "psm, spm", [(0.25, 0.25), (0.5, 0.5), (0.1, 0.0), (0.0, 0.7), (0.0, 0.0), (1.0, 0.0)]
 )
 def test_shares_are_kept(psm: float, spm: float) -> None:
-    """Catches shares swapped or scaled: counts over 4000 names lie within 4 deviations of their share."""
+    """Catches shares swapped or scaled: counts over 4000 names lie within 4 deviations of their
+    share.
+    """
     kinds = [choose_fim(1, source, name, psm, spm) for source, name in NAMES]
     for kind, share in (("psm", psm), ("spm", spm), ("none", 1 - psm - spm)):
         assert abs(kinds.count(kind) - share * len(NAMES)) <= 4 * sqrt(
@@ -163,7 +169,7 @@ def test_one_share_leaves_the_other_alone() -> None:
 
 
 def test_the_choice_hangs_on_every_part_of_the_name() -> None:
-    """Catches a key that forgets the seed, the source or the document, or runs two names into one."""
+    """Catches a key without the seed, the source or the document, and two names with one key."""
     keys = [
         (1, "a", "b"),
         (2, "a", "b"),
@@ -173,8 +179,10 @@ def test_the_choice_hangs_on_every_part_of_the_name() -> None:
         (1, "", "ab"),
         (1, "b", "a"),
     ]
+
     keys += [(1, "a\0b", "c"), (1, "a", "b\0c"), (1, "\udcff", "b")]
     assert len({cut_points(*key, 10**9) for key in keys}) == len(keys)
+
     for seed in (1, 2):
         kinds = [choose_fim(seed, source, name, 0.5, 0.5) for source, name in NAMES]
         cuts = [cut_points(seed, source, name, 99)[0] < 29 for source, name in NAMES]
@@ -187,13 +195,15 @@ def test_the_choice_hangs_on_every_part_of_the_name() -> None:
 def test_cuts_lie_in_order_inside_the_text(
     seed: int, source: str, name: str, n_characters: int
 ) -> None:
-    """Catches a cut behind the end, and a prefix that ends behind the middle."""
+    """Catches a cut after the end, and a prefix that ends after the middle."""
     a, b = cut_points(seed, source, name, n_characters)
     assert 0 <= a <= b <= n_characters
 
 
 def test_cuts_are_even() -> None:
-    """Catches cuts that never reach the ends, or that crowd anywhere: each of 4 x 4 pairs of ends comes as often."""
+    """Catches cuts that never reach the ends or cluster: all 4 x 4 pairs of ends are equally
+    frequent.
+    """
     counts = np.zeros((4, 4))
     for source, name in NAMES:
         a, b = cut_points(7, source, name, 3)
@@ -207,7 +217,7 @@ def test_cuts_are_even() -> None:
 
 
 def test_the_shortest_documents_stay_plain() -> None:
-    """Catches a document of no or one character in three parts; one of two may be cut."""
+    """Catches a document of at most one character divided in three; one of two may be cut."""
     for text in ("", "x", "\U0001d518"):
         assert choose_item(1, "s", "d", text, 0.5, 0.5) == Item(text, "none", 0, 0)
     item = choose_item(1, "s", "d", "xy", 0.5, 0.5)

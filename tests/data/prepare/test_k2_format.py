@@ -1,4 +1,4 @@
-"""K2's chunk files in and out: the same ids in the same order, and nothing accepted that JSON would not."""
+"""K2's chunk files in and out: the same ids in order, and nothing accepted that JSON refuses."""
 
 import hashlib
 import io
@@ -51,7 +51,7 @@ Sample = dict[str, Any]
 
 
 def sample(seed: int, **changes: Any) -> Sample:
-    """A line as K2 has them; ids of every number of digits."""
+    """A line as K2 writes it, with ids of every number of digits."""
     rng = np.random.default_rng(seed)
     ids = (VOCAB ** rng.random(LENGTH)).astype(int) - 1
     subset = ("refinedweb", "redpajama.arxiv", "starcoder.ada")[seed % 3]
@@ -102,7 +102,7 @@ def hashes(folder: Path) -> dict[str, str]:
 def test_lines_come_out_as_json_reads_them(
     count: int, piece_bytes: int, ended: bool, length: int
 ) -> None:
-    """Catches a number cut at the border of a block, digits of a neighbour, and a last line that is lost."""
+    """Catches a number cut at a block boundary, digits of a neighbour, and a lost last line."""
     rng = np.random.default_rng(count * piece_bytes)
     expected = [(VOCAB ** rng.random(length)).astype(int).tolist() for _ in range(count)]
     samples = [sample(i, token_ids=ids) for i, ids in enumerate(expected)]
@@ -114,24 +114,24 @@ def test_lines_come_out_as_json_reads_them(
 
 
 def test_numbers_of_every_length_beside_each_other() -> None:
-    """Catches the fifth digit of a number taken from its left neighbour, and one that is dropped."""
+    """Catches a fifth digit taken from the left neighbour, and one that is dropped."""
     values = [0, 1, 9, 10, 19, 99, 100, 909, 999, 1000, 9999, 10000, 20001, 32031]
     pairs = [value for a in values for b in values for value in (a, b)]
     found, _ = parse(text_of([sample(0, token_ids=pairs)] * 2), 10**6, len(pairs))
     assert found == [pairs, pairs]
 
 
-def test_plain_lines_take_the_fast_road(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a fast road that always declines: everything would still be right, and slow."""
+def test_plain_lines_take_the_fast_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a fast path that always declines: all results would be right, and slow."""
     content = text_of(sample(i) for i in range(40))
     expected = parse(content)
 
     def refuse(*_: object) -> Any:
-        raise AssertionError("the slow road was taken")
+        raise AssertionError("the slow path was taken")
 
     monkeypatch.setattr(k2_lines, "parse_line", refuse)
     assert parse(content, 1000) == expected
-    with pytest.raises(AssertionError, match="slow road"):
+    with pytest.raises(AssertionError, match="slow path"):
         parse(content.replace(b", ", b",", 1))
 
 
@@ -148,25 +148,31 @@ BYTES = st.sampled_from(
 def test_nothing_is_accepted_that_json_refuses(
     edits: list[tuple[int, int, bytes]], piece_bytes: int
 ) -> None:
-    """Catches a fast road that reads numbers out of what is no valid line, or reads a valid line otherwise."""
+    """Catches a fast path that accepts an invalid line, or reads a valid line differently."""
     content = bytearray(text_of(sample(i) for i in range(3)))
-    for place, removed, put in edits:
-        place %= len(content)
-        content[place : place + removed] = put
+    for offset, removed, put in edits:
+        offset %= len(content)
+        content[offset : offset + removed] = put
+
     try:
         lines = [json.loads(line) for line in bytes(content).removesuffix(b"\n").split(b"\n")]
         valid = all(
-            isinstance(line, dict) and set(KEYS) <= set(line) and isinstance(line["subset_name"], str)
-            and isinstance(line["token_ids"], list) and len(line["token_ids"]) == LENGTH
+            isinstance(line, dict)
+            and set(KEYS) <= set(line)
+            and isinstance(line["subset_name"], str)
+            and isinstance(line["token_ids"], list)
+            and len(line["token_ids"]) == LENGTH
             and all(type(i) is int and 0 <= i < VOCAB for i in line["token_ids"])
             for line in lines
-        )  # fmt: skip
+        )
     except ValueError:
         valid = False
+
     if not valid:
         with pytest.raises(DataError, match=r"^chunk_0\.jsonl:\d+: "):
             parse(bytes(content), piece_bytes)
         return
+
     ids, fields = parse(bytes(content), piece_bytes)
     assert ids == [line["token_ids"] for line in lines]
     assert fields == [{**line, "token_ids": None} for line in lines]
@@ -183,12 +189,28 @@ BROKEN: list[tuple[str, bytes, str]] = [
     ("no object", b"[1, 2]", "must be a JSON object, is list"),
     ("empty line", b"", "chunk_1.jsonl:2: not valid JSON"),
     ("not UTF-8", text_of([sample(1)]).strip().replace(b"redp", b"red\xff"), "not valid JSON"),
-    ("one short", text_of([sample(1, token_ids=[1] * 7)]), r":2: token_ids has 7 ids, all samples must have 8"),
+    (
+        "one short",
+        text_of([sample(1, token_ids=[1] * 7)]),
+        r":2: token_ids has 7 ids, all samples must have 8",
+    ),
     ("one long", text_of([sample(1, token_ids=[1] * 9)]), r":2: token_ids has 9 ids"),
     ("two lines of one", text_of([sample(1, token_ids=[1] * 16)]), "token_ids has 16 ids"),
-    ("above", text_of([sample(1, token_ids=[5] * 6 + [VOCAB, 5])]), r":2: token_ids\[6\] is 32032, not below vocab_si"),
-    ("far above", text_of([sample(1, token_ids=[2**40] * 8)]), r"token_ids\[0\] must be a whole number from 0"),
-    ("negative", text_of([sample(1, token_ids=[5] * 7 + [-1])]), r":2: token_ids\[7\] must be a whole number"),
+    (
+        "above",
+        text_of([sample(1, token_ids=[5] * 6 + [VOCAB, 5])]),
+        r":2: token_ids\[6\] is 32032, not below vocab_si",
+    ),
+    (
+        "far above",
+        text_of([sample(1, token_ids=[2**40] * 8)]),
+        r"token_ids\[0\] must be a whole number from 0",
+    ),
+    (
+        "negative",
+        text_of([sample(1, token_ids=[5] * 7 + [-1])]),
+        r":2: token_ids\[7\] must be a whole number",
+    ),
     ("a fraction", text_of([sample(1, token_ids=[5] * 7 + [1.5])]), r"token_ids\[7\] .* is 1.5"),
     ("a truth", text_of([sample(1, token_ids=[5] * 7 + [True])]), r"token_ids\[7\] .* is True"),
     ("leading zero", numbers("1, 2, 3, 04, 5, 6, 7, 8"), ":2: not valid JSON"),
@@ -196,14 +218,26 @@ BROKEN: list[tuple[str, bytes, str]] = [
     ("a number missing", numbers("1, 2, 3, , 5, 6, 7, 8"), ":2: not valid JSON"),
     ("a comma missing", numbers("1, 2, 3, 4 4, 5, 6, 7, 8"), ":2: not valid JSON"),
     ("a comma too many", numbers("1, 2, 3, 4, 5, 6, 7, 8, "), ":2: not valid JSON"),
-    ("too deep", text_of([sample(1)]).replace(b'"source": ', b'"source": ' + b"[" * 10**5), ":2: not valid JSON"),
+    (
+        "too deep",
+        text_of([sample(1)]).replace(b'"source": ', b'"source": ' + b"[" * 10**5),
+        ":2: not valid JSON",
+    ),
     ("after the end", text_of([sample(1)]).strip() + b" 1", ":2: not valid JSON"),
     ("twice on a line", text_of([sample(1)]).strip() * 2, ":2: not valid JSON"),
-    ("no subset", json.dumps({k: v for k, v in sample(1).items() if k != "subset_name"}).encode(), "'subset_name' is mi"),
+    (
+        "no subset",
+        json.dumps({k: v for k, v in sample(1).items() if k != "subset_name"}).encode(),
+        "'subset_name' is mi",
+    ),
     ("subset no text", text_of([sample(1, subset_name=None)]), "subset_name must be text, is None"),
     ("no ids", text_of([sample(1, token_ids=[])]), "token_ids must be a list of ids, is empty"),
-    ("ids no list", text_of([sample(1, token_ids={"a": 1})]), "token_ids must be a list of ids, is dict"),
-]  # fmt: skip
+    (
+        "ids no list",
+        text_of([sample(1, token_ids={"a": 1})]),
+        "token_ids must be a list of ids, is dict",
+    ),
+]
 
 
 def break_line(source: Path, line: bytes) -> None:
@@ -216,7 +250,9 @@ def break_line(source: Path, line: bytes) -> None:
     ("line", "words"), [pytest.param(line, words, id=name) for name, line, words in BROKEN]
 )
 def test_broken_line_is_named(source: Path, tmp_path: Path, line: bytes, words: str) -> None:
-    """Catches a broken sample that is trained on, a message without the place, and half a folder left."""
+    """Catches a broken sample that is trained on, a message without the place, and half a folder
+    left.
+    """
     break_line(source, line)
     with pytest.raises(DataError, match=words) as caught:
         import_k2(source, tmp_path / "out")
@@ -267,7 +303,9 @@ def test_a_file_without_line_ends_is_refused(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_import_keeps_ids_order_and_origin(source: Path, tmp_path: Path) -> None:
-    """Catches rows out of order, a chunk under another number, counts that are not the file's, and lost origin."""
+    """Catches rows out of order, a chunk under another number, counts that are not the file's, and
+    lost origin.
+    """
     manifest = import_k2(source, tmp_path / "out")
     check_files(manifest)
     assert [info.name for info in manifest.chunks] == ["chunk_000", "chunk_001"]
@@ -302,7 +340,9 @@ def test_import_keeps_ids_order_and_origin(source: Path, tmp_path: Path) -> None
 
 
 def test_chunks_are_trained_on_as_they_stand_in_the_files(tmp_path: Path) -> None:
-    """Catches chunk_10 before chunk_2, and rows that reach the model in another order than K2's lines."""
+    """Catches chunk_10 before chunk_2, and rows that reach the model in another order than K2's
+    lines.
+    """
     source = write_source(
         tmp_path / "k2", {i: [sample(10 * i + k) for k in range(4)] for i in range(12)}
     )
@@ -357,18 +397,24 @@ JSON = st.recursive(
     st.lists(
         st.tuples(
             st.lists(st.integers(0, VOCAB - 1), min_size=LENGTH, max_size=LENGTH),
-            st.text() | JSON, st.text(max_size=4), st.text() | JSON, st.integers() | JSON,
+            st.text() | JSON,
+            st.text(max_size=4),
+            st.text() | JSON,
+            st.integers() | JSON,
         ),
-        min_size=1, max_size=6,
+        min_size=1,
+        max_size=6,
     )
-)  # fmt: skip
+)
 @settings(
     deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 def test_export_gives_back_what_was_imported(
     tmp_path_factory: pytest.TempPathFactory, rows: list[Any]
 ) -> None:
-    """Catches any line that does not survive the way in and out, byte for byte; and a second import that differs."""
+    """Catches any line that does not survive the way in and out, byte for byte; and a second import
+    that differs.
+    """
     folder = tmp_path_factory.mktemp("property")
     samples = [dict(zip(KEYS, row, strict=True)) for row in rows]
     source = write_source(folder / "k2", {7: samples})
@@ -382,7 +428,7 @@ def test_export_gives_back_what_was_imported(
 def test_groups_of_rows_do_not_change_the_content(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches rows numbered within their group, and an export that stops at a border of groups or batches."""
+    """Catches rows numbered within their group, and an export that stops between groups."""
     monkeypatch.setattr(k2_provenance, "GROUP_ROWS", 2)
     monkeypatch.setattr(k2_chunk, "EXPORT_ROWS", 3)
     monkeypatch.setattr(k2_chunk, "PIECE_BYTES", 300)
@@ -396,16 +442,19 @@ def test_groups_of_rows_do_not_change_the_content(
 
 @pytest.mark.parametrize("frames", [1, 3])
 def test_zst_is_the_same(source: Path, tmp_path: Path, frames: int) -> None:
-    """Catches what follows the first zstd frame being left out."""
+    """Catches frames after the first zstd frame being left out."""
     plain = import_k2(source, tmp_path / "plain")
     packed = tmp_path / "packed"
     packed.mkdir()
+
     for path in source.iterdir():
         content = path.read_bytes()
         cuts = [len(content) * i // frames for i in range(frames + 1)]
         parts = [zstandard.compress(content[a:b]) for a, b in pairwise(cuts)]
         (packed / f"{path.name}.zst").write_bytes(b"".join(parts))
+
     assert import_k2(packed, tmp_path / "out").chunks == plain.chunks
+
     for damage, words in (
         (lambda b: b[:-5], "truncated"),
         (lambda b: b"\0" * 20, "cannot be unpacked"),
@@ -418,7 +467,7 @@ def test_zst_is_the_same(source: Path, tmp_path: Path, frames: int) -> None:
 
 
 def test_the_files_must_be_a_row_of_chunks(source: Path, tmp_path: Path) -> None:
-    """Catches a chunk that was forgotten at fetching, and one taken from either of two files."""
+    """Catches a chunk missing from a download, and one that exists twice."""
 
     def refused(words: str) -> None:
         with pytest.raises(DataError, match=words):
@@ -429,11 +478,13 @@ def test_the_files_must_be_a_row_of_chunks(source: Path, tmp_path: Path) -> None
     (source / "chunk_4.jsonl").rename(source / "chunk_01.jsonl")
     refused("chunk_01.jsonl and chunk_1.jsonl are the same chunk")
     (source / "chunk_01.jsonl").unlink()
+
     for number in (0, 1):
         content = (source / f"chunk_{number}.jsonl").read_bytes()
         (source / f"chunk_{number}.jsonl").write_bytes(b"")
         refused(f"chunk_{number}.jsonl: holds no line")
         (source / f"chunk_{number}.jsonl").write_bytes(content)
+
     for path in source.iterdir():
         path.unlink()
     refused("holds no chunk_<i>.jsonl")
@@ -445,7 +496,9 @@ def test_the_files_must_be_a_row_of_chunks(source: Path, tmp_path: Path) -> None
 def test_finished_chunks_are_not_read_again(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches work done twice after a stop, and a file of another size or source taken for finished."""
+    """Catches work done twice after a stop, and a file of another size or source taken for
+    finished.
+    """
     good = (source / "chunk_1.jsonl").read_bytes()
     (source / "chunk_1.jsonl").write_bytes(b"{\n")
     read: list[str] = []
@@ -496,7 +549,7 @@ import_k2(Path(sys.argv[1]), Path(sys.argv[2]))
 
 
 def test_killed_anywhere_it_ends_with_the_same_bytes(source: Path, tmp_path: Path) -> None:
-    """Catches a half-written file taken for whole, whichever rename the kill came before."""
+    """Catches a half-written file taken for complete, at a kill before any rename."""
     expected = hashes(import_k2(source, tmp_path / "whole/out").folder)
     # Three renames a chunk, one of the manifest, one of the folder.
     for number in range(1, 9):
@@ -511,7 +564,7 @@ def test_killed_anywhere_it_ends_with_the_same_bytes(source: Path, tmp_path: Pat
 
 
 def test_workers_change_no_byte(source: Path, tmp_path: Path) -> None:
-    """Catches chunks in the order they were finished in."""
+    """Catches chunks in the order in which they finished."""
     alone = hashes(import_k2(source, tmp_path / "1/out").folder)
     assert hashes(import_k2(source, tmp_path / "2/out", workers=2).folder) == alone
 
@@ -527,6 +580,7 @@ def test_what_is_there_is_kept(
     for change in ({"vocab_size": 40000}, {"tokenizer_sha256": "f" * 64}):
         with pytest.raises(DataError, match="holds other data: name another, or give --force"):
             import_k2(source, output, **change)
+
     (source / "chunk_2.jsonl").write_bytes(text_of([sample(5)]))
     with pytest.raises(DataError, match="holds other data"):
         import_k2(source, output)
@@ -538,12 +592,13 @@ def test_what_is_there_is_kept(
     for force in (False, True):
         with pytest.raises(DataError, match="is not a data folder"):
             import_k2(source, other, force=force)
+
     assert (other / "chapter").read_text() == "the only copy"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["k2", "out", "thesis"]
 
 
 def test_the_tokenizer_travels_along(source: Path, tmp_path: Path) -> None:
-    """Catches a manifest that names another tokenizer than the one that was given."""
+    """Catches a manifest that names another tokenizer than the given one."""
     tokenizer = train_tokenizer([f"the value of {i} is a list\n" for i in range(200)], 300)
     model = tmp_path / "some.model"
     tokenizer.save(model)
@@ -593,10 +648,10 @@ def lines_of(progress: Progress) -> list[str]:
     return progress.stream.getvalue().splitlines()
 
 
-def test_what_is_there_already_is_said(
+def test_an_existing_import_is_reported(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches `import: 0 chunks`, and a folder called imported that was only found."""
+    """Catches `import: 0 chunks`, and an existing folder reported as imported."""
 
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
@@ -614,19 +669,23 @@ def test_what_is_there_already_is_said(
 
 
 def test_a_failed_import_leaves_no_empty_folder(source: Path, tmp_path: Path) -> None:
-    """Catches a work folder of nothing but a lock or what a kill left, and the folders made on the way to it."""
+    """Catches a work folder that holds only a lock or leftovers of a kill, and created parents that
+    stay.
+    """
     break_line(source, b"{")
     (source / "chunk_0.jsonl").write_bytes(b'{"token_ids": [1, 2], ')
     work = tmp_path / "out.work/k2_import"
     (work / "records").mkdir(parents=True)
     (work / "records/chunk_000.json.tmp").write_text("left by a kill")
+
     for output in (tmp_path / "out", tmp_path / "deep/er/out"):
         for workers in (1, 2):
             with pytest.raises(DataError, match="not valid JSON"):
                 import_k2(source, output, workers=workers)
             assert [path.name for path in tmp_path.iterdir()] == ["k2"]
+
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match=r"k2_import: cannot be made \(Not a directory\)"):
+    with pytest.raises(DataError, match=r"k2_import: cannot be created \(Not a directory\)"):
         import_k2(source, tmp_path / "file" / "out")
 
 
@@ -635,11 +694,13 @@ def test_two_imports_into_one_folder(source: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     work = tmp_path / "out.work/k2_import"
     work.mkdir(parents=True)
+
     with (
         exclusive(work),
         pytest.raises(DataError, match=rf"already running \(pid {os.getpid()}\)"),
     ):
         import_k2(source, output)
+
     assert work.is_dir() and not output.exists()
     import_k2(source, output)
     work.mkdir(parents=True)
@@ -653,8 +714,10 @@ def test_two_imports_into_one_folder(source: Path, tmp_path: Path) -> None:
 # Export of folders that were not imported
 
 
-def test_an_export_says_what_is_lost(source: Path, tmp_path: Path) -> None:
-    """Catches sources, a held-out chunk and borders that go missing without a word; and a word where nothing does."""
+def test_an_export_reports_what_is_lost(source: Path, tmp_path: Path) -> None:
+    """Catches sources, a held-out chunk or boundaries lost silently, and a report where nothing is
+    lost.
+    """
     progress = Progress(io.StringIO())
     export_k2(import_k2(source, tmp_path / "out"), tmp_path / "back", progress)
     assert [line.split(":")[0] for line in lines_of(progress)] == ["export"]
@@ -678,7 +741,7 @@ def test_an_export_says_what_is_lost(source: Path, tmp_path: Path) -> None:
 
 
 def ours(folder: Path) -> Manifest:
-    """Two rows of our own: the first of two documents, the second of the rest of the second one."""
+    """Two rows not from K2: the first holds two documents, the second the rest of the last one."""
     folder.mkdir()
     ids = np.arange(2 * LENGTH, dtype=np.uint32).reshape(2, LENGTH)
     info = write_chunk(folder, "chunk_012", [ids], 2, VOCAB, {"code": 2 * LENGTH})
@@ -688,6 +751,7 @@ def ours(folder: Path) -> Manifest:
         "length": [3, LENGTH - 3, LENGTH],
         "subset": ["code"] * 3,
     }
+
     columns |= {"source": ["a.py", "b.jsonl", "b.jsonl"], "document": ["a.py:f", "007", "42"]}
     parquet.write_table(arrow.table(columns), folder / "chunk_012.parquet")
     digest = hashlib.sha256((folder / "chunk_012.parquet").read_bytes()).hexdigest()
@@ -695,11 +759,14 @@ def ours(folder: Path) -> Manifest:
         **{**vars(info), "provenance": "chunk_012.parquet", "provenance_sha256": digest}
     )
     keys: dict[str, Any] = {"tokenizer_sha256": "t", "sequence_length": LENGTH, "vocab_size": VOCAB}
+
     return write_manifest(folder, chunks=[info], held_out=None, **keys)
 
 
 def test_our_own_rows_are_named_by_their_first_piece(tmp_path: Path) -> None:
-    """Catches a line a piece instead of a line a row, ids out of order, and names that K2's readers do not know."""
+    """Catches a line per piece instead of per row, ids out of order, and names that K2's readers do
+    not know.
+    """
     manifest = ours(tmp_path / "ours")
     (path,) = export_k2(manifest, tmp_path / "back")
     assert path.name == "chunk_12.jsonl"
@@ -719,7 +786,7 @@ def test_our_own_rows_are_named_by_their_first_piece(tmp_path: Path) -> None:
 
 
 def test_export_refuses_what_it_cannot_vouch_for(tmp_path: Path) -> None:
-    """Catches a damaged chunk passed on, and a folder that is written into though it holds something."""
+    """Catches export of a damaged chunk, and writing into a folder that is not empty."""
     manifest = ours(tmp_path / "ours")
     back = tmp_path / "back"
     back.mkdir()
@@ -728,6 +795,7 @@ def test_export_refuses_what_it_cannot_vouch_for(tmp_path: Path) -> None:
         export_k2(manifest, back)
     assert (back / "chunk_12.jsonl").read_text() == "the only copy"
     (back / "chunk_12.jsonl").unlink()
+
     for file in ("chunk_012.parquet", "chunk_012.npy"):
         path = manifest.folder / file
         good = path.read_bytes()
@@ -735,6 +803,7 @@ def test_export_refuses_what_it_cannot_vouch_for(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=file):
             export_k2(manifest, back)
         path.write_bytes(good)
+
     for change, words in (
         ({"provenance": None}, "no provenance"),
         ({"name": "extra"}, "its name has no number"),
@@ -744,13 +813,16 @@ def test_export_refuses_what_it_cannot_vouch_for(tmp_path: Path) -> None:
         (manifest.folder / "other.json").write_text(json.dumps(content))
         with pytest.raises(DataError, match=words):
             export_k2(read_manifest(manifest.folder / "other.json"), back)
+
     assert list(back.iterdir()) == []
 
 
-def test_a_stopped_export_goes_on(
+def test_a_stopped_export_is_resumed(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches work done twice, a half-written file taken for whole, and files of two data sets in one folder."""
+    """Catches work done twice, a half-written file taken for complete, and files of two data sets
+    in one folder.
+    """
     manifest, back = import_k2(source, tmp_path / "out"), tmp_path / "back"
     usual = k2_jsonl.export_chunk
     asked: list[str] = []
@@ -766,6 +838,7 @@ def test_a_stopped_export_goes_on(
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             export_k2(manifest, back)
+
     assert asked == ["chunk_000", "chunk_001", "chunk_001"]
     monkeypatch.undo()
     assert not back.exists()

@@ -1,4 +1,4 @@
-"""From a recipe and documents to a data folder, through the real command line: the whole road, and what can go wrong on it."""
+"""Preparation through the command line: from recipe and documents to a data folder, and errors."""
 
 import hashlib
 import json
@@ -49,6 +49,7 @@ def text_of(seed: int) -> str:
         *K2_SPECIAL_TOKENS[:3],
         "</s>",
     ]
+
     return " ".join(choose.choice(words) for _ in range(choose.randint(3, 60))) + f" {seed}"
 
 
@@ -59,7 +60,9 @@ NOTES = {f"folder/n{number:02d}.txt": text_of(2000 + number) for number in range
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Documents as jsonl in two files (one compressed), as parquet and as text files; and a tokenizer."""
+    """Documents as jsonl in two files (one compressed), as parquet and as text files; and a
+    tokenizer.
+    """
     folder = tmp_path_factory.mktemp("corpus")
     (folder / "web").mkdir()
     lines = [json.dumps({"text": text}) for text in WEB.values()]
@@ -73,6 +76,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, text in NOTES.items():
         (folder / "notes" / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / "notes" / name).write_text(text)
+
     train_tokenizer([*WEB.values(), *BOOKS.values()], 300).save(folder / "t.model")
     return folder
 
@@ -113,7 +117,7 @@ def write_recipe(path: Path, tree: dict[str, Any]) -> Path:
 
 
 def prepare(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
-    """The command, as a user gives it."""
+    """Run the command as a user gives it."""
     command = [sys.executable, str(ROOT / "tools/prepare_data.py"), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, **options)
 
@@ -127,7 +131,7 @@ def hashes(folder: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def made(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Manifest:
-    """The recipe's folder, made once by one worker."""
+    """The recipe's folder, prepared once by one worker."""
     folder = tmp_path_factory.mktemp("made")
     done = prepare(write_recipe(folder / "r.yaml", recipe_tree(corpus, folder / "out")))
     assert done.returncode == 0, done.stderr
@@ -140,7 +144,9 @@ def made(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 def documents_in(
     manifest: Manifest, names: list[str]
 ) -> dict[tuple[str, str, str, int], dict[int, tuple[list[int], str]]]:
-    """What the chunks hold of each (subset, source, document, repeat): its pieces by offset, with the kind of FIM."""
+    """Pieces of each (subset, source, document, repeat) in the chunks, by offset, with the kind of
+    FIM.
+    """
     found: dict[tuple[str, str, str, int], dict[int, tuple[list[int], str]]] = {}
     for info in (manifest.chunk(name) for name in names):
         rows = open_chunk(manifest, info)
@@ -153,7 +159,7 @@ def documents_in(
 
 
 def test_every_token_is_that_of_the_document_named_for_it(made: Manifest) -> None:
-    """Catches provenance that points elsewhere, a token lost or doubled inside a document, and FIM that cuts off."""
+    """Catches wrong provenance, a token lost or doubled in a document, and truncation by FIM."""
     check_files(made)
     for info in made.all_chunks():
         verify_chunk(made, info)
@@ -165,7 +171,8 @@ def test_every_token_is_that_of_the_document_named_for_it(made: Manifest) -> Non
     texts |= {("books/books.parquet", name): text for name, text in BOOKS.items()}
     texts |= {(f"notes/{name}", name): text for name, text in NOTES.items()}
     kinds: Counter[str] = Counter()
-    whole = 0
+    complete = 0
+
     for (_, source, document, _), pieces in documents_in(
         made, [info.name for info in made.all_chunks()]
     ).items():
@@ -175,19 +182,23 @@ def test_every_token_is_that_of_the_document_named_for_it(made: Manifest) -> Non
                 break
             ids += part
             at += len(part)
+
         if ids and ids[-1] == EOS_ID:
-            whole += 1
+            complete += 1
             kinds[pieces[0][1]] += 1
             assert restore(tokenizer, np.array(ids[:-1])) == texts[source, document]
             assert (pieces[0][1] == "none") == (
                 not any(token >= tokenizer.base_size for token in ids)
             )
-    assert whole > 150
+
+    assert complete > 150
     assert kinds["psm"] > 10 and kinds["spm"] > 10
 
 
 def test_the_account_is_that_of_the_files(made: Manifest) -> None:
-    """Catches an account that is written and not counted, a share that is not the recipe's, and uneven chunks."""
+    """Catches an account that does not match the files, a share that is not the recipe's, and
+    uneven chunks.
+    """
     account = made.facts["account"]
     for name, repeat in (("web", 1), ("books", 2), ("notes", 0.5)):
         item = account[name]
@@ -195,12 +206,14 @@ def test_the_account_is_that_of_the_files(made: Manifest) -> None:
         assert max(samples) - min(samples) <= 1
         assert sum(samples) == int(item["training_tokens"] * repeat) // LENGTH
         assert item["tail_tokens"] == int(item["training_tokens"] * repeat) % LENGTH
+
     rows = [info.rows for info in made.chunks]
     assert max(rows) - min(rows) <= 1
     assert account["web"]["outside_documents"] + account["web"]["training_documents"] + account[
         "web"
     ]["held_out_documents"] == len(WEB)
     assert 10 < account["web"]["outside_documents"] < 40
+
     counted: Counter[tuple[str, str]] = Counter()
     for info in made.all_chunks():
         for line in parquet.read_table(made.folder / str(info.provenance)).to_pylist():
@@ -218,25 +231,42 @@ def test_what_is_held_out_is_never_trained_on(made: Manifest) -> None:
     assert made.held_out is not None and made.held_out.rows == 12
 
 
-def test_borders_are_the_starts_of_documents(made: Manifest) -> None:
-    """Catches borders that are off by one, or missing where a document begins inside a row."""
+def test_boundaries_are_the_starts_of_documents(made: Manifest) -> None:
+    """Catches boundaries off by one, or missing where a document begins inside a row."""
     for info in made.all_chunks():
         lines = parquet.read_table(made.folder / str(info.provenance)).to_pylist()
         starts = [line["row"] * LENGTH + line["start"] for line in lines if line["start"]]
         assert np.load(made.folder / str(info.borders)).tolist() == starts
 
 
+def test_the_account_is_printed_on_request(made: Manifest) -> None:
+    """Catches tables in front of the summary that nobody asked for, and a flag that prints none."""
+    recipe = made.folder.parent / "r.yaml"
+    short, long = prepare(recipe), prepare(recipe, "--account")
+    hint = f"python tools/inspect_data.py {made.folder} shows the account"
+    assert short.stdout.splitlines()[-1] == hint and len(short.stdout.splitlines()) == 3
+    assert long.stdout.splitlines()[-2:] == short.stdout.splitlines()[:2]
+    assert "samples in a chunk" in long.stdout
+    refused = prepare(recipe, "--account", "--estimate")
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "--account" in refused.stderr and len(refused.stderr.splitlines()) == 1
+
+
 def test_again_does_nothing(made: Manifest, corpus: Path) -> None:
-    """Catches a second start that redoes, or overlooks a damaged file, another recipe, or another tokenizer."""
+    """Catches a second start that repeats work, or misses a damaged file, another recipe, or
+    another tokenizer.
+    """
     recipe = made.folder.parent / "r.yaml"
     before = {path: path.stat().st_mtime_ns for path in made.folder.iterdir()}
     done = prepare(recipe, "executor.workers=2")
     assert done.returncode == 0 and "already prepared" in done.stdout, done.stderr
     assert {path: path.stat().st_mtime_ns for path in made.folder.iterdir()} == before
+
     for override, words in (("seed=6", "another recipe"), ("sequence_length=1", "sequence_length")):
         done = prepare(recipe, override)
         assert (done.returncode, len(done.stderr.strip().splitlines())) == (2, 1)
         assert words in done.stderr
+
     chunk = made.folder / "chunk_001.npy"
     content = chunk.read_bytes()
     chunk.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
@@ -285,26 +315,28 @@ def test_nothing_of_the_users_is_deleted(made: Manifest, corpus: Path, tmp_path:
 
 
 def test_one_work_folder_for_two_recipes(corpus: Path, tmp_path: Path) -> None:
-    """Catches what one preparation began being removed by another that shares the scratch disk."""
+    """Catches removal of one preparation's work by another that shares the scratch disk."""
     recipes = []
     for name in ("a", "b"):
         tree = recipe_tree(corpus, tmp_path / name)
         tree["work"] = str(tmp_path / "scratch")
         recipes.append(write_recipe(tmp_path / f"{name}.yaml", tree | {"seed": len(recipes)}))
+
     killed_after_encoding(recipes[0], tmp_path / "scratch")
-    begun = {path for path in (tmp_path / "scratch").rglob("record.json")}
-    assert begun
+    records = {path for path in (tmp_path / "scratch").rglob("record.json")}
+    assert records
     assert prepare(recipes[1]).returncode == 0
-    assert begun <= set((tmp_path / "scratch").rglob("record.json"))
+    assert records <= set((tmp_path / "scratch").rglob("record.json"))
     done = prepare(recipes[0])
     assert done.returncode == 0 and "resuming the preparation" in done.stderr
     assert not (tmp_path / "scratch").exists()
 
 
 def test_two_at_once_into_one_output(corpus: Path, tmp_path: Path) -> None:
-    """Catches a folder made of two recipes, when each has a work folder of its own."""
+    """Catches a folder made of two recipes that have separate work folders."""
     recipe = write_recipe(tmp_path / "r.yaml", recipe_tree(corpus, tmp_path / "out"))
     command = [sys.executable, str(ROOT / "tools/prepare_data.py"), str(recipe)]
+
     first = subprocess.Popen(
         [*command, f"work={tmp_path / 'w1'}"], cwd=ROOT, stderr=subprocess.PIPE, text=True
     )
@@ -318,6 +350,7 @@ def test_two_at_once_into_one_output(corpus: Path, tmp_path: Path) -> None:
         second = prepare(recipe, "seed=6", f"work={tmp_path / 'w2'}")
     finally:
         assert first.wait(timeout=60) == 0
+
     assert second.returncode == 2, second.stderr
     assert "already running" in second.stderr or "another recipe" in second.stderr
     manifest = read_manifest(tmp_path / "out")
@@ -326,8 +359,8 @@ def test_two_at_once_into_one_output(corpus: Path, tmp_path: Path) -> None:
     assert manifest.facts["seed"] == 5
 
 
-def test_a_place_that_cannot_be_written_is_one_line(made: Manifest) -> None:
-    """Catches a traceback where a folder cannot be made."""
+def test_a_folder_that_cannot_be_written_is_one_line(made: Manifest) -> None:
+    """Catches a traceback where a folder cannot be created."""
     for output in ("/proc/nowhere/x", "/dev/null/x"):
         done = prepare(made.folder.parent / "r.yaml", f"output={output}")
         assert (done.returncode, len(done.stderr.strip().splitlines())) == (2, 1), done.stderr
@@ -336,7 +369,7 @@ def test_a_place_that_cannot_be_written_is_one_line(made: Manifest) -> None:
 def test_workers_tasks_and_runs_change_no_byte(
     made: Manifest, corpus: Path, tmp_path: Path
 ) -> None:
-    """Catches an order that depends on who did what, or on how much was held in memory."""
+    """Catches an order that depends on the workers, or on how much is held in memory."""
     recipe = write_recipe(tmp_path / "r.yaml", recipe_tree(corpus, tmp_path / "out"))
     done = prepare(
         recipe, "executor.workers=4", "executor.task_bytes=1000000", "executor.run_tokens=100000"
@@ -355,11 +388,15 @@ def tasks_done(work: Path) -> int:
 
 @pytest.mark.slow
 def test_kill_9_at_ten_moments(corpus: Path, tmp_path: Path) -> None:
-    """Ten kills spread over all phases, of the driver alone or with its workers; then the bytes of a start left alone."""
+    """Catches other bytes after kills than without them.
+
+    Ten kills over all phases, of the driver alone or with its workers.
+    """
     tree = recipe_tree(corpus, tmp_path / "alone") | {"chunks": 24}
     alone = prepare(write_recipe(tmp_path / "alone.yaml", tree))
     assert alone.returncode == 0, alone.stderr
     recipe = write_recipe(tmp_path / "r.yaml", tree | {"output": str(tmp_path / "out")})
+
     work = tmp_path / "out.work"
     choose = random.Random(3)
     for kill in range(10):
@@ -375,13 +412,17 @@ def test_kill_9_at_ten_moments(corpus: Path, tmp_path: Path) -> None:
         while tasks_done(work) < 2 * kill:
             assert process.poll() is None, "ended before its moment"
             time.sleep(0.002)
+
         time.sleep(choose.uniform(0, 0.03))
+
         if kill % 2:
             os.killpg(process.pid, signal.SIGKILL)
         else:
             process.kill()
+
         assert process.wait() == -signal.SIGKILL, "ended before it was killed"
         assert not (tmp_path / "out").exists()
+
     done = prepare(recipe)
     assert done.returncode == 0 and "resuming the preparation" in done.stderr, done.stderr
     assert hashes(tmp_path / "out") == hashes(tmp_path / "alone")
@@ -446,8 +487,10 @@ BROKEN: list[tuple[bytes, str]] = [
 ]
 
 
-def test_broken_lines_are_listed_and_the_rest_goes_on(corpus: Path, tmp_path: Path) -> None:
-    """Catches a broken line that stops the preparation, goes unlisted, or moves the numbers of the lines after it."""
+def test_broken_lines_are_listed_and_the_rest_is_prepared(corpus: Path, tmp_path: Path) -> None:
+    """Catches a broken line that stops the preparation, is not listed, or shifts later line
+    numbers.
+    """
     tree = recipe_tree(corpus, tmp_path / "out")
     (tmp_path / "web").mkdir()
     good = [json.dumps({"text": text}).encode() for text in WEB.values()]
@@ -525,11 +568,13 @@ def test_recipe_mistakes_come_all_at_once(tmp_path: Path) -> None:
     """Catches a recipe checked one mistake at a time, and a misspelt key that is ignored."""
     path = tmp_path / "recipe.yaml"
     path.write_text(
-        "name: x\noutput: out\nchunks: 0\nsed: 1\nsequence_length: 8\ntokenizer: {model: t}\n"
-        "subsets: {code: {kind: stdlib_code, shares: [0, 1]}, web: {kind: jsonl}}\nheld_out: {rows: 1}\n"
+        "name: x\noutput: out\nchunks: 0\nsed: 1\nsequence_length: "
+        "8\ntokenizer: {model: t}\nsubsets: {code: {kind: stdlib_code, "
+        "shares: [0, 1]}, web: {kind: jsonl}}\nheld_out: {rows: 1}\n"
     )
     with pytest.raises(ConfigError) as caught:
         load_recipe(str(path), ["held_out.rows=0", "executor.kind=slurm"])
+
     lines = str(caught.value).splitlines()
     for words in (
         "chunks:",
@@ -541,6 +586,7 @@ def test_recipe_mistakes_come_all_at_once(tmp_path: Path) -> None:
         "executor: partition is missing",
     ):
         assert sum(words in line for line in lines) == 1, (words, lines)
+
     assert len(lines) == 7
 
 
@@ -562,7 +608,9 @@ def test_recipe_mistakes_come_all_at_once(tmp_path: Path) -> None:
     ],
 )
 def test_recipes_that_contradict_themselves(override: str, words: str) -> None:
-    """Catches a recipe under which one file would be trained on and held out, or two subsets fill one gap."""
+    """Catches a recipe under which one file would be trained on and held out, or two subsets fill
+    one gap.
+    """
     with pytest.raises(ConfigError, match=words):
         load_recipe(
             str(ROOT / "configs/demo/data_stage1.yaml"), re.split(r" (?=subsets)", override)
@@ -570,7 +618,7 @@ def test_recipes_that_contradict_themselves(override: str, words: str) -> None:
 
 
 def test_identity_is_what_decides_bytes(corpus: Path, tmp_path: Path) -> None:
-    """Catches an identity that changes with the place or the workers, or does not with a choice."""
+    """Catches an identity that changes with paths or workers, or does not change with a choice."""
     tree = recipe_tree(corpus, tmp_path / "out")
     plain = Recipe.model_validate(tree).sha256
     same: list[dict[str, Any]] = [{"output": "x"}, {"work": "y"}, {"executor": {"workers": 9}}]
@@ -583,6 +631,7 @@ def test_identity_is_what_decides_bytes(corpus: Path, tmp_path: Path) -> None:
         {"document_borders": False},
         {"held_out": {"rows": 13}},
     ]
+
     assert plain not in {Recipe.model_validate(tree | change).sha256 for change in other}
     turned = dict(reversed(tree["subsets"].items()))
     assert Recipe.model_validate(tree | {"subsets": turned}).sha256 != plain, (
@@ -591,7 +640,9 @@ def test_identity_is_what_decides_bytes(corpus: Path, tmp_path: Path) -> None:
 
 
 def test_a_link_is_no_other_file(corpus: Path, tmp_path: Path) -> None:
-    """Catches documents that are read twice through a link, and an origin that depends on what a link leads to."""
+    """Catches documents read twice through a link, and an origin that depends on the target of a
+    link.
+    """
     (tmp_path / "web").symlink_to(corpus / "web")
     (tmp_path / "latest").symlink_to(corpus / "web")
     tree = recipe_tree(corpus, tmp_path / "out")
@@ -601,6 +652,7 @@ def test_a_link_is_no_other_file(corpus: Path, tmp_path: Path) -> None:
             "paths": [str(tmp_path / "web" / "*"), str(tmp_path / "latest" / "*")],
         }
     }
+
     recipe = Recipe.model_validate(tree)
     assert [source.key for source in list_sources(recipe)["web"]] == [
         "web/a.jsonl",
@@ -611,7 +663,7 @@ def test_a_link_is_no_other_file(corpus: Path, tmp_path: Path) -> None:
 
 
 def test_equal_texts_are_on_one_side(corpus: Path, tmp_path: Path) -> None:
-    """Catches a text that appears twice and is held out once, in another subset or at another share."""
+    """Catches a text that occurs twice and is held out once, across subsets or shares."""
     (tmp_path / "web").mkdir()
     texts = [text_of(n) + f" twin {n}" for n in range(150)]
     lines = [json.dumps({"text": text}) for text in [*texts, *reversed(texts)]]
@@ -624,6 +676,7 @@ def test_equal_texts_are_on_one_side(corpus: Path, tmp_path: Path) -> None:
             "two": {**both, "documents": [0.5, 1.0]},
         }
     }
+
     tree |= {"chunks": 2, "held_out": {"share": 0.3}}
     done = prepare(write_recipe(tmp_path / "r.yaml", json.loads(json.dumps(tree))))
     assert done.returncode == 0, done.stderr
@@ -632,6 +685,7 @@ def test_equal_texts_are_on_one_side(corpus: Path, tmp_path: Path) -> None:
     for names in ([info.name for info in manifest.chunks], ["held_out"]):
         numbers = {int(key[2]) - 1 for key in documents_in(manifest, names)}
         sides.append({min(number, 299 - number) for number in numbers})
+
     assert len(sides[0]) > 50 and len(sides[1]) > 15 and sides[0].isdisjoint(sides[1])
     tree["subsets"]["two"]["drop_duplicates"] = False
     with pytest.raises(ConfigError, match="could be held out, and trained on in the other"):
@@ -639,11 +693,12 @@ def test_equal_texts_are_on_one_side(corpus: Path, tmp_path: Path) -> None:
 
 
 def test_files_given_to_other_subsets(corpus: Path, tmp_path: Path) -> None:
-    """Catches two folders that are called the same though each subset had the other one's files."""
+    """Catches two folders with one identity though each subset had the other one's files."""
     for name, words in (("en", "word"), ("de", "wort")):
         (tmp_path / f"{name}.jsonl").write_text(
             "\n".join(json.dumps({"text": f"{words} " * 20 + str(i)}) for i in range(80))
         )
+
     tree = recipe_tree(corpus, tmp_path / "out") | {"held_out": None, "chunks": 2}
     for first, second in (("en", "de"), ("de", "en")):
         tree["subsets"] = {
@@ -651,13 +706,14 @@ def test_files_given_to_other_subsets(corpus: Path, tmp_path: Path) -> None:
             "de": {"kind": "jsonl", "origin": "c", "paths": [str(tmp_path / f"{second}.jsonl")]},
         }
         done = prepare(write_recipe(tmp_path / "r.yaml", tree))
+
     assert done.returncode == 2 and "the same given to other subsets" in done.stderr, (
         done.stdout + done.stderr
     )
 
 
 def test_workers_take_the_drivers_own_code(made: Manifest, corpus: Path, tmp_path: Path) -> None:
-    """Catches workers that import whatever k2train lies in the working directory."""
+    """Catches workers that import another k2train from the working directory."""
     (tmp_path / "k2train").mkdir()
     (tmp_path / "k2train" / "__init__.py").write_text("raise SystemExit('another checkout')")
     recipe = write_recipe(tmp_path / "r.yaml", recipe_tree(corpus, tmp_path / "out"))
@@ -668,7 +724,7 @@ def test_workers_take_the_drivers_own_code(made: Manifest, corpus: Path, tmp_pat
 
 
 def test_a_corpus_may_move_between_two_starts(made: Manifest, corpus: Path, tmp_path: Path) -> None:
-    """Catches tasks that look for files where an earlier start had them."""
+    """Catches tasks that look for files at the paths of an earlier start."""
     shutil.copytree(corpus, tmp_path / "here")
     tree = recipe_tree(tmp_path / "here", tmp_path / "out")
     recipe = write_recipe(tmp_path / "r.yaml", tree)
@@ -695,7 +751,11 @@ def test_demo_recipes_fit_each_other() -> None:
 
 
 def test_k2_recipes_are_the_card() -> None:
-    """The published mix: 1.300T tokens in 360 chunks, 69.3B in 20; the totals are arithmetic on the card's lines."""
+    """Catches a recipe that differs from K2's model card.
+
+    The published mix: 1.300T tokens in 360 chunks, 69.3B in 20; the totals are arithmetic on the
+    card.
+    """
     first, second = (load_recipe(str(ROOT / f"configs/k2_65b/data_stage{i}.yaml")) for i in (1, 2))
     totals = []
     for recipe in (first, second):
@@ -704,6 +764,7 @@ def test_k2_recipes_are_the_card() -> None:
             for s in recipe.subsets.values()
         ]
         totals.append(sum(made) / 1e9)
+
     assert totals == [pytest.approx(1300.01), pytest.approx(69.3)]
     assert (first.chunks, first.sequence_length, second.chunks, second.sequence_length) == (
         360,
@@ -711,11 +772,12 @@ def test_k2_recipes_are_the_card() -> None:
         20,
         8192,
     )
+
     assert int(69.3e9 / 20 / 8192) // 510 == 829, "the steps a chunk of stage 2"
 
 
 def test_stages_share_nothing(corpus: Path, tmp_path: Path) -> None:
-    """Catches a second stage, of another seed and other lengths, that sees a document of the first."""
+    """Catches a second stage, with another seed and lengths, that sees text of the first."""
     manifests = []
     for number, share in enumerate(([0.0, 0.6], [0.6, 1.0])):
         tree = recipe_tree(corpus, tmp_path / f"stage{number}")
@@ -725,6 +787,7 @@ def test_stages_share_nothing(corpus: Path, tmp_path: Path) -> None:
         done = prepare(write_recipe(tmp_path / f"{number}.yaml", tree))
         assert done.returncode == 0, done.stderr
         manifests.append(read_manifest(tmp_path / f"stage{number}"))
+
     first, second = (
         {key[:3] for key in documents_in(m, [i.name for i in m.all_chunks()])} for m in manifests
     )

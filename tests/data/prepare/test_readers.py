@@ -1,4 +1,4 @@
-"""Listing sources, cutting them into tasks, and reading documents out of good and of broken files."""
+"""Document readers: listing and grouping sources, and reading good and broken files."""
 
 import gzip
 import hashlib
@@ -59,20 +59,21 @@ def write_files(*names: str, content: bytes = b"{}\n") -> None:
 def read(
     path: str, content: bytes | None = None, **subset: Any
 ) -> tuple[list[Document], list[Rejection]]:
-    """Documents and rejections of a file; its hash is checked on the way."""
+    """Read documents and rejections of a file; checks its hash."""
     if content is not None:
         write_files(path, content=content)
     kind = {".parquet": "parquet", ".txt": "text"}.get(Path(path).suffix, "jsonl")
     given = SubsetRecipe.model_validate({"kind": kind, "paths": [path], **subset})
     reading = read_documents(given, Source("web", path, os.path.abspath(path)))
     found = list(reading)
-    whole = Path(path).read_bytes()
+    content = Path(path).read_bytes()
     assert reading.facts == {
         "key": f"web/{path}",
-        "bytes": len(whole),
-        "sha256": hashlib.sha256(whole).hexdigest(),
+        "bytes": len(content),
+        "sha256": hashlib.sha256(content).hexdigest(),
         "mtime_ns": os.stat(path).st_mtime_ns,
     }
+
     kept = [item for item in found if isinstance(item, Document)]
     assert [item.ordinal for item in kept] == list(range(len(kept)))
     return kept, [item for item in found if isinstance(item, Rejection)]
@@ -82,7 +83,9 @@ def read(
 
 
 def test_names_of_files_follow_the_pattern(tmp_path: Path) -> None:
-    """Catches names that depend on where the corpus lies, files of no subset, and an order of the disk's."""
+    """Catches names that depend on the corpus's path, files of no subset, and the order of the
+    disk.
+    """
     write_files(
         "corpus/web/b.jsonl",
         "corpus/web/a/2.jsonl",
@@ -90,6 +93,7 @@ def test_names_of_files_follow_the_pattern(tmp_path: Path) -> None:
         "corpus/web/.hidden.jsonl",
         "x.jsonl",
     )
+
     write_files("books/b/1", "books/a", "books/.git/x", content=b"text")
     subsets = {
         "web": {"kind": "jsonl", "paths": ["corpus/web/**/*.jsonl", "corpus/web/*.jsonl"]},
@@ -109,7 +113,8 @@ def test_names_of_files_follow_the_pattern(tmp_path: Path) -> None:
         ({"a": {"paths": ["no/*.jsonl"]}}, r"subsets.a.paths: no/\*.jsonl matches no file"),
         (
             {"a": {"paths": ["web/"]}},
-            r"subsets.a.paths: web/ is a folder; name its files, as web/\*.jsonl or web/\*\*/\*.jsonl.zst$",
+            r"subsets.a.paths: web/ is a folder; name its files, as web/\*.jsonl or "
+            r"web/\*\*/\*.jsonl.zst$",
         ),
         (
             {"a": {"paths": ["web/gone.jsonl"]}},
@@ -117,16 +122,18 @@ def test_names_of_files_follow_the_pattern(tmp_path: Path) -> None:
         ),
         (
             {"a": {"paths": ["web/*.jsonl"]}, "b": {"paths": ["web/x.jsonl"], "origin": "other"}},
-            r"subsets.b.paths: .*web/x.jsonl is other/x.jsonl here and web/x.jsonl in subsets.a: one file must have one",
+            r"subsets.b.paths: .*web/x.jsonl is other/x.jsonl here and web/x.jsonl in subsets.a: "
+            r"one file must have one",
         ),
         (
             {"a": {"paths": ["web/x.jsonl"]}, "b": {"paths": ["copy/web/x.jsonl"]}},
-            r"subsets.b.paths: .*copy/web/x.jsonl and .*web/x.jsonl \(subsets.a\) are both web/x.jsonl: two files",
+            r"subsets.b.paths: .*copy/web/x.jsonl and .*web/x.jsonl \(subsets.a\) are both "
+            r"web/x.jsonl: two files",
         ),
     ],
 )
 def test_files_that_cannot_be_named(subsets: dict[str, Any], words: str) -> None:
-    """Catches a corpus that lacks files in silence, and a document that could lie on both sides of a split."""
+    """Catches a corpus that silently lacks files, and a document on both sides of a split."""
     write_files("web/x.jsonl", "copy/web/x.jsonl")
     Path("web/gone.jsonl").symlink_to("nowhere")
     if "gone" not in words:
@@ -136,8 +143,8 @@ def test_files_that_cannot_be_named(subsets: dict[str, Any], words: str) -> None
         list_sources(recipe)
 
 
-def test_all_wrong_paths_are_told_at_once() -> None:
-    """Catches a recipe mended one path at a time, and a line that does not say of which subset it speaks."""
+def test_all_wrong_paths_are_reported_at_once() -> None:
+    """Catches a recipe fixed one path at a time, and a line that does not name its subset."""
     write_files("web/x.jsonl")
     subsets = {
         "good": {"paths": ["web/*.jsonl"]},
@@ -166,14 +173,14 @@ def test_all_wrong_paths_are_told_at_once() -> None:
     ],
 )
 def test_a_bare_path_names_its_folder(path: str, keys: list[str]) -> None:
-    """Catches folders beside each other that all get the name of the folder they are in, and a file without a name."""
+    """Catches sibling folders that all get the name of their parent, and a file without a name."""
     write_files("corpus/web/a", "corpus/web/b/c.txt", "corpus/v1.0/x", content=b"text")
     found = list_sources(recipe_of({"it": {"kind": "text", "paths": [path]}}))["it"]
     assert [source.key for source in found] == keys
 
 
 def test_standard_library_without_tests_and_packages(tmp_path: Path) -> None:
-    """Catches installed packages, tests, links and generated files in the corpus, and an order of the disk's."""
+    """Catches installed packages, tests, links and generated files, and the order of the disk."""
     kept = ["a.py", "json/decoder.py", "Z.py"]
     dropped = [
         "site-packages/x.py",
@@ -182,6 +189,7 @@ def test_standard_library_without_tests_and_packages(tmp_path: Path) -> None:
         "__pycache__/c.py",
         "pydoc_data/topics.py",
     ]
+
     write_files(*kept, *dropped, "_sysconfigdata_x.py", "note.txt", content=b"x = 1\n")
     (tmp_path / "link.py").symlink_to(tmp_path / "a.py")
     found = stdlib_sources(tmp_path)
@@ -189,18 +197,18 @@ def test_standard_library_without_tests_and_packages(tmp_path: Path) -> None:
     assert found[0] == Source("stdlib", "Z.py", str(tmp_path / "Z.py"), 6)
 
 
-def test_place_is_decided_by_the_name() -> None:
-    """Catches a split that moves: stage 2 prepared later must still avoid what stage 1 was trained on."""
-    place = split_position(Source("stdlib", "json/decoder.py", "here").key)
-    assert place / POSITIONS == pytest.approx(0.5783079497436994, abs=1e-12)
+def test_position_is_decided_by_the_name() -> None:
+    """Catches a split that moves: stage 2 prepared later must still avoid the text of stage 1."""
+    position = split_position(Source("stdlib", "json/decoder.py", "here").key)
+    assert position / POSITIONS == pytest.approx(0.5783079497436994, abs=1e-12)
     assert split_position("web/a.jsonl\00017") == 36732437623685
     assert split_position("web/a.jsonl\00018") != 36732437623685
 
 
 @given(st.floats(0, 1), st.integers(0, POSITIONS - 1))
-def test_borders_are_exact(part: float, place: int) -> None:
-    """Catches a place on both sides of a border, or on none."""
-    assert (place >= first_position(part)) == (place >= part * POSITIONS)
+def test_split_boundaries_are_exact(part: float, position: int) -> None:
+    """Catches a position on both sides of a boundary, or on neither."""
+    assert (position >= first_position(part)) == (position >= part * POSITIONS)
     assert (first_position(0.0), first_position(1.0)) == (0, POSITIONS)
 
 
@@ -208,7 +216,9 @@ def test_borders_are_exact(part: float, place: int) -> None:
 
 
 def test_tasks_hold_every_source_once() -> None:
-    """Catches sources lost or doubled in the cut, subsets that read the same files apart, and empty tasks."""
+    """Catches sources lost or doubled, subsets that read the same files separately, and empty
+    tasks.
+    """
     for i in range(40):
         write_files(f"web/{i:02d}.jsonl", content=b"x" * (i * 1000))
     write_files("wiki/a.jsonl")
@@ -219,8 +229,10 @@ def test_tasks_hold_every_source_once() -> None:
         "high": {**web, "documents": [0.5, 1], "repeat": 2},
         "titles": {**web, "text_key": "title"},
     }
+
     recipe = recipe_of(subsets, executor={"task_bytes": 100_000, "workers": 3})
     sources = list_sources(recipe)
+
     tasks = encode_tasks(recipe, sources)
     read_by: dict[tuple[str, ...], list[Source]] = {}
     for task in tasks:
@@ -228,6 +240,7 @@ def test_tasks_hold_every_source_once() -> None:
         size_bytes = sum(item.size_bytes for item in task.sources)
         assert task.sources
         assert size_bytes <= 100_000 or len(task.sources) == 1
+
     assert read_by == {
         ("low", "high"): sources["low"],
         ("wiki",): sources["wiki"],
@@ -238,7 +251,7 @@ def test_tasks_hold_every_source_once() -> None:
 
 
 def test_a_small_corpus_still_gives_many_tasks() -> None:
-    """Catches a corpus below one task's size that keeps one worker busy, or that is cut into crumbs."""
+    """Catches a small corpus that keeps one worker busy, or that gives tiny tasks."""
     sources = {"web": [Source("web", f"{i:04d}", "p", 100_000) for i in range(200)]}
     recipe = recipe_of({"web": {"kind": "jsonl", "paths": ["x"]}})
     assert 30 <= len(encode_tasks(recipe, sources)) <= 40
@@ -263,7 +276,9 @@ PACKED = {
 
 @pytest.mark.parametrize("path", PACKED)
 def test_lines_of_every_packing(path: str) -> None:
-    """Catches text that is changed on its way, a last line without an end, and names or hashes of the unpacked file."""
+    """Catches changed text, a last line without an end, and names or hashes of the decompressed
+    file.
+    """
     for content in (JSONL, JSONL[:-1], JSONL.replace(b"\n", b"\r\n"), b"\xef\xbb\xbf" + JSONL):
         found, rejected = read(path, PACKED[path](content))
         assert [(item.name, item.text) for item in found] == [
@@ -277,7 +292,7 @@ def test_lines_of_every_packing(path: str) -> None:
 
 @pytest.mark.parametrize("path", ["x.jsonl.gz", "x.jsonl.zst"])
 def test_files_packed_in_parts(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a second part that is left out, and a border of parts or blocks that loses a byte."""
+    """Catches a second part that is left out, and a byte lost between parts or blocks."""
     both = (
         PACKED[path](JSONL[:40])
         + PACKED[path](JSONL[40:])
@@ -292,7 +307,7 @@ def test_files_packed_in_parts(path: str, monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize("path", ["x.jsonl.gz", "x.jsonl.zst"])
 def test_packed_files_that_are_broken(path: str) -> None:
-    """Catches a download that broke off and is taken for a shorter corpus: a broken file is not a broken line."""
+    """Catches a truncated download taken for a shorter corpus, or for broken lines."""
     packed = PACKED[path](JSONL * 50)
     for content in (
         packed[:-1],
@@ -312,7 +327,7 @@ def test_packed_files_that_are_broken(path: str) -> None:
 def test_lines_whatever_the_blocks(
     tmp_path_factory: pytest.TempPathFactory, parts: list[bytes], size: int
 ) -> None:
-    """Catches a line cut where a block of the file ends."""
+    """Catches a line cut at the end of a block of the file."""
     content = b"".join(parts)
     path = tmp_path_factory.getbasetemp() / "lines.jsonl"
     path.write_bytes(content)
@@ -344,8 +359,8 @@ BAD_LINES = {
 }
 
 
-def test_broken_lines_are_told_and_the_rest_goes_on() -> None:
-    """Catches a broken line that stops the corpus, is taken for text, or is told with the wrong number."""
+def test_broken_lines_are_reported_and_the_rest_is_read() -> None:
+    """Catches a broken line that stops the corpus, is read as text, or gets the wrong number."""
     good = b'{"id": 1, "text": "good"}\n'
     found, rejected = read(
         "x.jsonl", good + b"".join(line + b"\n" + good for line in BAD_LINES), id_key="id"
@@ -359,7 +374,7 @@ def test_broken_lines_are_told_and_the_rest_goes_on() -> None:
 
 @pytest.mark.parametrize("path", PACKED)
 def test_blank_lines_are_passed_over(path: str) -> None:
-    """Catches a blank line told as broken, one that moves the numbers after it, and one that is taken for a document."""
+    """Catches a blank line reported as broken, shifted line numbers, and one read as a document."""
     good = b'{"text": "good"}'
     lines = [b"", good, b"  \t", b"\r", good, b"{", b"", b""]
     for content in (b"\n".join(lines), b"\xef\xbb\xbf" + b"\n".join(lines), b"\r\n".join(lines)):
@@ -379,7 +394,7 @@ def write_parquet(path: str, **columns: Any) -> None:
     "kind", [arrow.string(), arrow.large_string(), arrow.dictionary(arrow.int32(), arrow.string())]
 )
 def test_rows_of_parquet(kind: Any) -> None:
-    """Catches rows lost at a border of row groups, a column of the neighbour, and kinds of text that are not read."""
+    """Catches rows lost between row groups, a neighbour's column, and unread kinds of text."""
     texts = [f"text {i} ä</s>" for i in range(8)]
     write_parquet(
         "x.parquet",
@@ -387,6 +402,7 @@ def test_rows_of_parquet(kind: Any) -> None:
         text=arrow.array(texts).cast(kind),
         id=list(range(10, 18)),
     )
+
     found, rejected = read("x.parquet")
     assert [(item.name, item.text) for item in found] == [
         (str(i + 1), text) for i, text in enumerate(texts)
@@ -443,7 +459,7 @@ def test_batches_of_parquet_follow_its_rows() -> None:
 
 
 def test_a_text_file_is_one_document() -> None:
-    """Catches line ends or a mark of the byte order that are changed, and bad text that is replaced."""
+    """Catches changed line ends or byte order marks, and bad text that is replaced."""
     found, _ = read("a/x.txt", "\ufeffä\r\nb\r".encode())
     assert found == [Document("a/x.txt", "\ufeffä\r\nb\r", 0)]
     assert read("x.txt", b"a\xff")[1] == [
@@ -458,10 +474,13 @@ def library_items(kind: str, content: bytes) -> list[Any]:
 
 
 def test_docstrings_are_named_by_what_they_document() -> None:
-    """Catches docstrings lost in classes or redefinitions, short ones kept, and names that are not unique."""
+    """Catches docstrings lost in classes or redefinitions, short ones kept, and equal names."""
     long = "word " * 20
     code = f'"""{long}m"""\nclass A:\n    """short"""\n    def f(self):\n        """{long}f"""\n'
-    code += f'    def f(self, x):\n        """{long}again"""\nif 1:\n    async def g():\n        """{long}g"""\n'
+    code += (
+        f'    def f(self, x):\n        """{long}again"""\n'
+        f'if 1:\n    async def g():\n        """{long}g"""\n'
+    )
     found = {title: text for _, title, text in docstrings("m.py", code)}
     assert found == {
         "m.py:": f"{long}m",
@@ -474,7 +493,7 @@ def test_docstrings_are_named_by_what_they_document() -> None:
 
 
 def test_code_that_cannot_be_read() -> None:
-    """Catches a broken file of the library that stops the corpus, and an empty one that counts as broken."""
+    """Catches a broken library file that stops the corpus, and an empty one counted as broken."""
     assert library_items("stdlib_code", b"x = 1\n") == [Document("m.py", "x = 1\n", 0)]
     assert library_items("stdlib_code", b" \n") == []
     assert library_items("stdlib_code", b"# coding: latin-1\nx = '\xe4'\n")[0].text.endswith(
@@ -483,6 +502,7 @@ def test_code_that_cannot_be_read() -> None:
     for content in (b"x = '\xff'\n", b"# coding: nonsense\n"):
         (item,) = library_items("stdlib_code", content)
         assert item.reason.startswith("not in the encoding that it declares")
+
     (item,) = library_items("stdlib_docstrings", b"x = 1\ndef (\n")
     assert (item.line, item.reason[:15]) == (2, "does not parse ")
     surrogate = b'"""' + b"word " * 20 + b'\\ud800"""\n'
@@ -493,7 +513,7 @@ def test_code_that_cannot_be_read() -> None:
 
 
 def test_pages_of_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches pages that are looked for on the disk."""
+    """Catches reference pages that are looked for on the disk."""
     monkeypatch.setattr(stdlib, "topics", {"b": "page b", "a": "page a"})
     recipe = recipe_of({"prose": {"kind": "stdlib_topics"}})
     found = list_sources(recipe)["prose"]
@@ -505,7 +525,7 @@ def test_pages_of_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_file_that_is_gone_or_changes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a corpus made of two states of a file, and a traceback for a file that was deleted."""
+    """Catches a corpus made of two states of a file, and a traceback for a deleted file."""
     write_files("x.jsonl", content=JSONL)
     reading = Contents(Source("web", "x.jsonl", "x.jsonl"))
     blocks: Iterator[bytes] = reading.blocks()
@@ -516,6 +536,7 @@ def test_a_file_that_is_gone_or_changes(monkeypatch: pytest.MonkeyPatch) -> None
         list(blocks)
     with pytest.raises(AssertionError, match="not read to its end"):
         _ = reading.facts
+
     with pytest.raises(DataError, match=r"gone.jsonl: cannot be read \(No such file"):
         list(
             read_documents(
@@ -525,7 +546,7 @@ def test_a_file_that_is_gone_or_changes(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_reading_holds_one_document(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a reader that takes the whole file before the first document comes."""
+    """Catches a reader that reads the whole file before it yields the first document."""
     write_files("x.jsonl", content=b'{"text": "word"}\n' * 100_000)
     taken = io.StringIO()
     blocks = Contents.blocks
@@ -543,4 +564,5 @@ def test_reading_holds_one_document(monkeypatch: pytest.MonkeyPatch) -> None:
             )
         )
     )
+
     assert len(taken.getvalue()) == 1

@@ -1,4 +1,4 @@
-"""What is said of a wrong recipe: one line a mistake, in plain words, blamed on what caused it."""
+"""Recipe errors: one line per mistake, in plain words, at the line that caused it."""
 
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ held_out: {rows: 4}
 
 
 def mistakes(tmp_path: Path, *overrides: str, text: str = GOOD) -> list[str]:
-    """The lines of the refusal, each without the path of the recipe."""
+    """Lines of the error, each without the path of the recipe."""
     path = tmp_path / "r.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError) as refused:
@@ -35,7 +35,7 @@ def mistakes(tmp_path: Path, *overrides: str, text: str = GOOD) -> list[str]:
 
 
 def test_the_good_one_is_good(tmp_path: Path) -> None:
-    """Catches tests of mistakes that find others than they think."""
+    """Catches tests of mistakes that find other mistakes than intended."""
     (tmp_path / "r.yaml").write_text(GOOD)
     recipe = load_recipe(
         str(tmp_path / "r.yaml"), ["subsets.new.kind=text", "subsets.new.paths=[corpus/new]"]
@@ -89,12 +89,14 @@ KINDS = "jsonl, parquet, text, stdlib_code, stdlib_docstrings, stdlib_topics"
     ],
 )
 def test_one_line_in_plain_words(tmp_path: Path, override: str, line: str) -> None:
-    """Catches the words of a library, one mistake told as several, and the file blamed for an override."""
+    """Catches library jargon, one mistake reported several times, and the file blamed for an
+    override.
+    """
     assert mistakes(tmp_path, override) == [f"override '{override}': {line}"]
 
 
-def test_one_slip_of_the_pen_is_one_mistake(tmp_path: Path) -> None:
-    """Catches a line for each key of a subset that is none, and other mistakes lost beside it."""
+def test_one_misspelling_is_one_mistake(tmp_path: Path) -> None:
+    """Catches a line per key of a misspelt subset, and other mistakes lost beside it."""
     overrides = ("subsets.wbe.repeat=3", "subsets.wbe.share=[0, 2]", "subsets.books.repeat=-1")
     assert mistakes(tmp_path, *overrides) == [
         "override 'subsets.wbe.repeat=3': subsets.wbe: no such subset; nearest is web",
@@ -109,12 +111,13 @@ def test_one_slip_of_the_pen_is_one_mistake(tmp_path: Path) -> None:
 
 
 def test_the_file_is_blamed_for_what_it_says(tmp_path: Path) -> None:
-    """Catches an override blamed for the file's mistake, and a line of the file that is not the one to mend."""
+    """Catches an override blamed for the file's mistake, and the wrong line of the file."""
     assert mistakes(tmp_path, "chunks=4", text=GOOD.replace("[0.0, 0.8]", "[0.8, 0.0]")) == [
         ":11: subsets.web: share [0.8, 0.0] must be ascending, as in [0.0, 0.8]"
     ]
     assert mistakes(tmp_path, text=GOOD.replace("paths: [corpus/web/*.jsonl]", "repeat: 1")) == [
-        ":9: subsets.web: paths is missing: kind jsonl needs files, such as [corpus/web/*.jsonl.zst]"
+        ":9: subsets.web: paths is missing: kind jsonl "
+        "needs files, such as [corpus/web/*.jsonl.zst]"
     ]
     filled = GOOD.replace("share: [0.0, 0.8]", "fill: true")
     assert mistakes(tmp_path, text=filled)[0].startswith(
@@ -147,7 +150,7 @@ def test_the_file_is_blamed_for_what_it_says(tmp_path: Path) -> None:
     ],
 )
 def test_the_folder_of_a_pattern(pattern: str, folder: str) -> None:
-    """Catches a bare folder that takes the name of the one above it, as all folders beside it would."""
+    """Catches a bare folder that takes the name of its parent, as all its siblings would."""
     assert fixed_folder(pattern) == Path(folder)
 
 
@@ -165,32 +168,38 @@ def recipe_of(**subsets: dict[str, Any]) -> Recipe:
     )
 
 
-def test_two_cuts_of_one_origin_are_explained() -> None:
-    """Catches `both read the same files` of two that do not, and no word of how to tell them apart."""
+def test_two_splits_of_one_origin_are_explained() -> None:
+    """Catches `both read the same files` of two that do not, and a missing remedy."""
     half = {"share": [0.0, 0.5]}
     same = {"paths": ["a/web/*.jsonl"]}
     with pytest.raises(
         ValueError,
-        match=r"subsets.b.share \[0.0, 0.5\] by document must equal subsets.a.share \[0.0, 1.0\].*both read the same files",
+        match=r"subsets.b.share \[0.0, 0.5\] by document must equal subsets.a.share \[0.0, "
+        r"1.0\].*both read the same files",
     ):
         recipe_of(a=same, b={**same, **half})
+
     with pytest.raises(
         ValueError,
-        match=r"both have the origin 'web', the folder in front of their files; .*: subsets.b.origin",
+        match=r"both have the origin 'web', the folder in front of their files; .*: "
+        r"subsets.b.origin",
     ) as refused:
         recipe_of(a=same, b={"paths": ["b/web/*.jsonl"], **half})
+
     assert "same files" not in str(refused.value)
+
     with pytest.raises(
         ValueError,
         match="both have the origin 'web'; if their files are not the same, name another",
     ):
         recipe_of(a=same, b={"paths": ["b/*.jsonl"], "origin": "web", "split_by": "source"})
+
     recipe_of(a=same, b={"paths": ["b/web/*.jsonl"], "origin": "web2", **half})
     recipe_of(a={"paths": ["d/web"]}, b={"paths": ["d/books"], **half})
 
 
-def test_legal_keys_of_every_section() -> None:
-    """Catches the nearest key of another section."""
+def test_allowed_keys_of_every_section() -> None:
+    """Catches a suggested key that belongs to another section."""
     assert "share" in allowed_keys(Recipe, ("subsets", "web")) and "psm" in allowed_keys(
         Recipe, ("subsets", "web", "fill_in_the_middle")
     )

@@ -1,4 +1,4 @@
-"""Documents that do not suffice: the message must name the key that mends it, and the number it asks for must do."""
+"""Too few documents: the message names the key that fixes it, and a number that suffices."""
 
 import re
 from pathlib import Path
@@ -17,7 +17,7 @@ OTHER = [Text("b", f"f{i:02d}", 0, 10, i) for i in range(60)]
 
 
 def refused(tmp_path: Path, subset: dict[str, Any], **keys: Any) -> str:
-    """What is said of the subset `a` beside a subset `b` that has enough."""
+    """Error for the subset `a` next to a subset `b` that has enough."""
     recipe = recipe_of(tmp_path, {"a": subset, "b": {"repeat": 4}}, **{"chunks": 100, **keys})
     with pytest.raises(DataError) as caught:
         plan_task(workspace_of(tmp_path, recipe, {"a": TEXTS, "b": OTHER}))
@@ -31,8 +31,9 @@ def refused(tmp_path: Path, subset: dict[str, Any], **keys: Any) -> str:
         (
             {},
             {},
-            "gives 75 samples of 8 tokens, fewer than the 100 chunks: its documents hold 600 tokens, below the 800 of a "
-            "sample for each: raise repeat to 1.34, or add files, or lower chunks to 75",
+            "gives 75 samples of 8 tokens, fewer than the 100 chunks: its "
+            "documents hold 600 tokens, below the 800 of a sample for each: "
+            "raise repeat to 1.34, or add files, or lower chunks to 75",
         ),
         (
             {"repeat": 0.5},
@@ -42,7 +43,8 @@ def refused(tmp_path: Path, subset: dict[str, Any], **keys: Any) -> str:
         (
             {"limit_tokens": 300, "repeat": 2},
             {},
-            r"gives 37 .*: limit_tokens \(300\) is below the 800 tokens .* raise it, or lower chunks to 37$",
+            r"gives 37 .*: limit_tokens \(300\) is below the 800 tokens .* raise it, or lower "
+            r"chunks to 37$",
         ),
         (
             {"limit_tokens": 300},
@@ -63,7 +65,8 @@ def refused(tmp_path: Path, subset: dict[str, Any], **keys: Any) -> str:
         (
             {"share": [0.0, 0.00001]},
             {},
-            "gives 0 samples .*: of its 60 documents 60 are outside its share: widen it, or give split_by document$",
+            "gives 0 samples .*: of its 60 documents 60 are outside "
+            "its share: widen it, or give split_by document$",
         ),
         (
             {},
@@ -78,7 +81,8 @@ def refused(tmp_path: Path, subset: dict[str, Any], **keys: Any) -> str:
         (
             {},
             {"chunks": 50, "rows_per_chunk": 2},
-            r"rows_per_chunk \(2\) leaves it 20 of its 75: raise rows_per_chunk, .* lower chunks to 20",
+            r"rows_per_chunk \(2\) leaves it 20 of its 75: raise rows_per_chunk, .* lower chunks "
+            r"to 20",
         ),
     ],
     ids=[
@@ -95,7 +99,7 @@ def refused(tmp_path: Path, subset: dict[str, Any], **keys: Any) -> str:
         "rows",
     ],
 )
-def test_the_key_that_mends_it_is_named(
+def test_the_key_that_fixes_it_is_named(
     tmp_path: Path, subset: dict[str, Any], keys: dict[str, Any], words: str
 ) -> None:
     """Catches `widen its share` where there is no share, and a number that is refused again."""
@@ -104,7 +108,7 @@ def test_the_key_that_mends_it_is_named(
 
 
 def test_why_documents_are_none(tmp_path: Path) -> None:
-    """Catches a cause that is not the one most documents fell to; and files without any document."""
+    """Catches a cause that did not affect the most documents, and files without any document."""
     recipe = recipe_of(tmp_path, {"a": {}})
     kinds = (
         "documents_read",
@@ -115,6 +119,7 @@ def test_why_documents_are_none(tmp_path: Path) -> None:
         "duplicate",
         "held_out",
     )
+
     zeros = {kind if kind == "documents_read" else f"{kind}_documents": 0 for kind in kinds} | {
         "training_tokens": 0
     }
@@ -137,8 +142,8 @@ def test_why_documents_are_none(tmp_path: Path) -> None:
             check_samples(recipe, {"a": zeros | changes}, {"a": 0}, {"a": 0})
 
 
-def test_the_smallest_is_told_and_the_others_named(tmp_path: Path) -> None:
-    """Catches one subset mended after the other, each after another reading of the corpus."""
+def test_the_smallest_is_explained_and_the_others_named(tmp_path: Path) -> None:
+    """Catches subsets fixed one after the other, each after another reading of the corpus."""
     recipe = recipe_of(tmp_path, {"a": {}, "b": {}, "c": {}}, chunks=9)
     account = {name: {"training_tokens": 40} for name in "abc"}
     with pytest.raises(

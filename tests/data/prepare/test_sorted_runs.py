@@ -1,4 +1,4 @@
-"""Sorted runs: what is written comes back sorted, whatever it was cut into, and other tools can read it."""
+"""Sorted runs: documents come back sorted for any division, and other tools can read the files."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,7 +55,7 @@ def read(writer: RunWriter, number: int) -> list[tuple[int, str, int, str, list[
 def test_every_pass_holds_every_document_in_its_order(
     tmp_path_factory: pytest.TempPathFactory, documents: Documents, passes: int, capacity: int
 ) -> None:
-    """Catches documents lost between parts, tokens of the neighbour, and a run that is not sorted."""
+    """Catches documents lost between parts, a neighbour's tokens, and an unsorted run."""
     writer = write(tmp_path_factory.mktemp("runs"), documents, passes, capacity)
     counts: dict[str, int] = {}
     for number in range(passes):
@@ -65,18 +65,21 @@ def test_every_pass_holds_every_document_in_its_order(
             ordinal = counts[source] = counts.get(source, -1) + 1
             key = document_key64(5, "web", number, source, name)
             wanted.append((key, source, ordinal, name, [*tokens, 2] if tokens else []))
+
         assert sorted(read(writer, number)) == sorted(wanted)
+
         for run in writer.runs[number]:
             order = [entry[:3] for entry in Run(writer.folder / run["path"]).documents()]
             assert order == sorted(order)
             assert (run["first_key"], run["last_key"]) == (order[0][0], order[-1][0])
+
         assert sum(run["tokens"] for run in writer.runs[number]) == sum(
             len(t) + 1 for _, _, t in documents if t
         )
 
 
 def test_columns_stay_with_their_document(tmp_path: Path) -> None:
-    """Catches one array of the many that is left in the order of reading."""
+    """Catches one of the many arrays left in the order of reading."""
     documents = [("s", f"{'n' * i}", [i] * i) for i in range(1, 40)]
     (entry,) = write(tmp_path, documents, capacity=10_000).runs[0]
     run = Run(tmp_path / entry["path"])
@@ -97,9 +100,10 @@ def test_columns_stay_with_their_document(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["uint16", "uint32"])
 def test_the_library_reads_a_run(tmp_path: Path, dtype: str) -> None:
-    """Catches a header that is safetensors in our eyes only, and ids that are cut to 16 bits."""
+    """Catches a header that the safetensors library refuses, and ids cut to 16 bits."""
     highest = 2 ** (8 * np.dtype(dtype).itemsize - 1) - 1
     (entry,) = write(tmp_path, [("s", "é\0", [1, highest]), ("t", "b", [3])], dtype=dtype).runs[0]
+
     run = Run(tmp_path / entry["path"])
     with safe_open(run.path, "numpy") as file:
         assert set(file.keys()) == {
@@ -119,13 +123,15 @@ def test_the_library_reads_a_run(tmp_path: Path, dtype: str) -> None:
         for name in file.keys():  # noqa: SIM118
             assert file.get_tensor(name).dtype == run.read(name).dtype
             assert file.get_tensor(name).tolist() == run.read(name).tolist()
+
         assert file.metadata()["format"] == sorted_runs.FORMAT
+
     assert highest in run.read("tokens").tolist()
     assert set(run.names()) == {"é\0", "b"}
 
 
 def test_keys_are_fixed_for_ever() -> None:
-    """Catches a change of the hash or of what it is made of: old preparations could not be made again."""
+    """Catches a change of the hash or its input: old preparations could not be reproduced."""
     assert document_key64(22238, "web", 0, "web/a.jsonl", "17") == GOLDEN
     others = [
         document_key64(22239, "web", 0, "web/a.jsonl", "17"),
@@ -138,7 +144,7 @@ def test_keys_are_fixed_for_ever() -> None:
 
 
 def test_a_long_document_and_a_full_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a document longer than a run, memory that stays at its size, and an index without bound."""
+    """Catches a document longer than a run, memory that never shrinks, and an unbounded index."""
     monkeypatch.setattr(sorted_runs, "MAX_DOCUMENTS", 5)
     documents = [
         ("s", "0", [1]),
@@ -152,7 +158,7 @@ def test_a_long_document_and_a_full_index(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_blocks_of_the_gathering(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches tokens lost where one block of the sorted copy ends and the next begins."""
+    """Catches tokens lost between two blocks of the sorted copy."""
     documents = [("s", str(i), [i] * (i % 7)) for i in range(60)]
     whole = read(write(tmp_path / "a", documents, capacity=10_000), 0)
     monkeypatch.setattr(sorted_runs, "GATHER_TOKENS", 5)
@@ -160,7 +166,7 @@ def test_blocks_of_the_gathering(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches half a run under its final name, or beside it."""
+    """Catches half a run under its final name, or next to it."""
 
     def fail(*_: Any) -> None:
         raise OSError(28, "No space left on device")
@@ -187,6 +193,7 @@ def test_damaged_runs(tmp_path: Path) -> None:
         path.write_bytes(broken)
         with pytest.raises(DataError, match=r"not a run .*delete it and start"):
             Run(path)
+
     path.unlink()
     with pytest.raises(DataError, match="cannot be read"):
         Run(path)

@@ -1,4 +1,4 @@
-"""Sorted runs to chunks: against a slow and simple version of the same, whatever the runs are cut into."""
+"""Chunk task: sorted runs to chunks, compared with a slow and simple implementation."""
 
 import errno
 import hashlib
@@ -69,7 +69,7 @@ def check_chunk(workspace: Workspace, texts: dict[str, list[Text]], name: str) -
     file = parquet.ParquetFile(workspace.target / info.provenance)
     assert file.read().to_pylist() == expected.pieces
     assert info.borders is not None
-    assert np.load(workspace.target / info.borders).tolist() == expected.borders
+    assert np.load(workspace.target / info.borders).tolist() == expected.boundaries
     counted = dict.fromkeys(texts, 0)
     for piece in expected.pieces:
         counted[piece["subset"]] += piece["length"]
@@ -101,7 +101,7 @@ corpora = st.fixed_dictionaries(
 def test_chunks_are_the_stream_cut(
     lengths: dict[str, list[int]], repeat: float, tasks: int, capacity: int, dropped: bool
 ) -> None:
-    """Catches tokens lost, doubled or out of order, and provenance, borders or counts that say something else."""
+    """Catches tokens lost, doubled or out of order, and wrong provenance, boundaries or counts."""
     with tempfile.TemporaryDirectory() as folder, mock.patch("os.fsync"):
         tmp_path = Path(folder)
         subsets = {"code": {"repeat": repeat, "drop_duplicates": dropped}, "prose": {"repeat": 2}}
@@ -110,12 +110,14 @@ def test_chunks_are_the_stream_cut(
             name: texts_of(name, [max(n, 2) if i < 8 else n for i, n in enumerate(ns)])
             for name, ns in lengths.items()
         }
+
         workspace = workspace_of(tmp_path, recipe, texts, tasks, capacity)
         try:
             run_all(workspace)
         except DataError as error:
             assert "fewer than the 2 chunks" in str(error)
             return
+
         for name in workspace.chunk_names:
             check_chunk(workspace, texts, name)
 
@@ -129,7 +131,7 @@ def texts() -> dict[str, list[Text]]:
 def test_bytes_do_not_depend_on_runs_and_tasks(
     texts: dict[str, list[Text]], tmp_path: Path
 ) -> None:
-    """Catches an order, a dictionary or a row group that follows the runs, the tasks or the size of a stretch."""
+    """Catches an order, a dictionary or a row group that depends on runs, tasks or batch size."""
     found = []
     for name, tasks, capacity, least in (
         ("a", 1, 10**6, 2**22),
@@ -143,18 +145,20 @@ def test_bytes_do_not_depend_on_runs_and_tasks(
             held_out={"rows": 12},
             chunks=3,
         )
+
         (tmp_path / name).mkdir()
         workspace = workspace_of(tmp_path / name, recipe, texts, tasks, capacity)
         run_all(workspace, least)
         found.append(hashes(workspace))
         for chunk in workspace.chunk_names:
             check_chunk(workspace, texts, chunk)
+
     assert len(found[0]) == 4 * 3
     assert found[0] == found[1] == found[2]
 
 
-def test_documents_longer_than_a_stretch(tmp_path: Path) -> None:
-    """Catches a stretch that holds nothing, between two documents that are longer than one, taken for an end."""
+def test_documents_longer_than_a_batch(tmp_path: Path) -> None:
+    """Catches an empty batch, between two documents longer than a batch, taken for the end."""
     texts = {"books": texts_of("books", [4500 + n for n in range(400)], 200)}
     recipe = recipe_of(tmp_path, {"books": {}}, document_borders=True, held_out={"share": 0.08})
     workspace = workspace_of(tmp_path, recipe, texts, 1, 10**7)
@@ -169,7 +173,9 @@ def workspace(texts: dict[str, list[Text]], tmp_path: Path) -> Workspace:
 
 
 def test_files_are_those_of_the_chunk_format(workspace: Workspace, tmp_path: Path) -> None:
-    """Catches a header or an order of bytes that is not `write_chunk`'s, and files that the manifest's checks refuse."""
+    """Catches a header or byte order other than `write_chunk`'s, and files that verification
+    refuses.
+    """
     run_all(workspace)
     infos = [
         ChunkInfo(**read_json(workspace.chunk_record(name))["info"])
@@ -178,6 +184,7 @@ def test_files_are_those_of_the_chunk_format(workspace: Workspace, tmp_path: Pat
     facts = {"tokenizer_sha256": "x", "sequence_length": 8, "vocab_size": VOCAB}
     manifest = write_manifest(workspace.target, chunks=infos, **facts)
     check_files(manifest)
+
     for info in infos:
         verify_chunk(manifest, info)
         assert info.provenance is not None
@@ -194,7 +201,7 @@ def test_files_are_those_of_the_chunk_format(workspace: Workspace, tmp_path: Pat
 def test_provenance_comes_in_blocks(
     texts: dict[str, list[Text]], workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches row groups of more rows than a reader expects, and rows that lie in another group than their place."""
+    """Catches row groups larger than a reader expects, and rows in another group than their own."""
     monkeypatch.setattr(allocate, "BLOCK_ROWS", 16)
     run_all(workspace, 64)
     check_chunk(workspace, texts, "chunk_001")
@@ -214,7 +221,7 @@ def test_provenance_comes_in_blocks(
 
 @pytest.mark.parametrize("rows", [5, 400])
 def test_rows_written_in_any_order(rows: int, tmp_path: Path) -> None:
-    """Catches a row at another's place, both where neighbours are joined and where they are not."""
+    """Catches a row written at another row's position, with and without joined neighbours."""
     content = np.arange(rows * 3, dtype=np.uint16).reshape(rows, 3)
     order = np.random.Generator(np.random.Philox(key=1)).permutation(rows)
     for size in (rows, 7):
@@ -236,7 +243,7 @@ def left_in(workspace: Workspace) -> list[str]:
 def test_rows_given_are_not_overwritten_while_they_are_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches rows filled anew by the caller before a slow disk has taken the last ones."""
+    """Catches a buffer refilled by the caller before a slow disk has written the last rows."""
     real = os.pwrite
 
     def slow(*arguments: Any) -> int:
@@ -245,21 +252,23 @@ def test_rows_given_are_not_overwritten_while_they_are_written(
 
     monkeypatch.setattr(row_file.os, "pwrite", slow)
     rows, at_once = 256, 16
-    places = np.random.default_rng(0).permutation(rows).astype(np.uint32)
+
+    row_numbers = np.random.default_rng(0).permutation(rows).astype(np.uint32)
     buffers = [np.empty((at_once, 8), np.uint16) for _ in range(2)]
     with row_file.ChunkFile(tmp_path / "c.npy", rows, 8, "uint16") as file:
         for start in range(0, rows, at_once):
             buffers[0][:] = np.arange(start, start + at_once)[:, None]
-            file.write(buffers[0], places[start : start + at_once])
+            file.write(buffers[0], row_numbers[start : start + at_once])
             buffers.reverse()
         file.finish()
-    assert np.load(tmp_path / "c.npy")[places, 0].tolist() == list(range(rows))
+
+    assert np.load(tmp_path / "c.npy")[row_numbers, 0].tolist() == list(range(rows))
 
 
-def test_no_space_is_told_before_and_while_writing(
+def test_no_space_is_reported_before_and_while_writing(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches a traceback of a full disk, and what it leaves there."""
+    """Catches a traceback of a full disk, and files left behind."""
     plan_task(workspace)
     with monkeypatch.context() as patch:
         patch.setattr(row_file, "free_bytes", lambda _: 1000)
@@ -267,13 +276,15 @@ def test_no_space_is_told_before_and_while_writing(
             DataError, match=r"chunk_000 needs [\d,]{5,} bytes in .* 1,000 are free"
         ):
             chunk_task(workspace, 0)
+
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    for place in ("posix_fallocate", "pwrite", "fsync"):
+    for function in ("posix_fallocate", "pwrite", "fsync"):
         with monkeypatch.context() as patch:
-            patch.setattr(os, place, mock.Mock(side_effect=full))
+            patch.setattr(os, function, mock.Mock(side_effect=full))
             with pytest.raises(DataError, match=r"chunk_000 needs .* are free: make room there"):
                 chunk_task(workspace, 0)
         assert left_in(workspace) == []
+
     chunk_task(workspace, 0)
     assert left_in(workspace) == [
         "chunk_000.borders.npy",
@@ -296,7 +307,7 @@ def test_a_chunk_that_stops_has_no_record(
 
 
 def test_leftovers_of_the_dead_go_and_of_the_living_stay(workspace: Workspace) -> None:
-    """Catches a disk that fills with every kill, and a file taken from under another process."""
+    """Catches a disk that fills with every kill, and removal of another process's file."""
     plan_task(workspace)
     child = multiprocessing.get_context("fork").Process(target=int)
     child.start()
@@ -316,7 +327,7 @@ def test_leftovers_of_the_dead_go_and_of_the_living_stay(workspace: Workspace) -
 
 
 def test_two_processes_do_one_chunk(workspace: Workspace) -> None:
-    """Catches two that write one file, or remove each other's."""
+    """Catches two processes that write one file, or remove each other's."""
     run_all(workspace)
     before = hashes(workspace)
     shutil.rmtree(workspace.target)
@@ -330,11 +341,12 @@ def test_two_processes_do_one_chunk(workspace: Workspace) -> None:
     for process in pair:
         process.join(60)
         assert process.exitcode == 0
+
     assert hashes(workspace) == before
 
 
 def test_ids_of_another_tokenizer(texts: dict[str, list[Text]], tmp_path: Path) -> None:
-    """Catches ids that the model has no row for, written all the same."""
+    """Catches ids outside the vocabulary that are written all the same."""
     recipe = recipe_of(tmp_path, {"code": {}, "prose": {}})
     workspace = workspace_of(tmp_path, recipe, texts, vocab=VOCAB // 2)
     plan_task(workspace)
@@ -353,11 +365,12 @@ def test_a_repeated_subset_is_packed_anew(texts: dict[str, list[Text]], tmp_path
     info = read_json(workspace.chunk_record("chunk_000"))["info"]
     assert info["borders"] is None
     # Back from the shuffled rows to the samples as they were cut from the stream.
-    places = row_positions(info["rows"], recipe.seed, "chunk_000").tolist()
-    sample = {row: number for number, row in enumerate(places)}
+    row_numbers = row_positions(info["rows"], recipe.seed, "chunk_000").tolist()
+    sample = {row: number for number, row in enumerate(row_numbers)}
     for line in sorted(lines, key=lambda line: (sample[line["row"]], line["start"])):
         if line["subset"] == "code" and line["offset"] == 0:
             order[line["repeat"]].append(line["source"] + line["document"])
+
     assert len(set(order[0])) == len(order[0]) == 240
     assert set(order[1]) <= set(order[0])
     assert len(order[1]) > 230

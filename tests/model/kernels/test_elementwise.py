@@ -185,7 +185,7 @@ def test_rotating_back_is_the_inverse() -> None:
     turned = rotate(x, cos, sin)
     assert not torch.allclose(turned, x)
     assert torch.allclose(turned.norm(dim=-1), x.norm(dim=-1), atol=1e-5)
-    assert torch.allclose(rotate(turned, cos, sin, turn=-1.0), x, atol=1e-5)
+    assert torch.allclose(rotate(turned, cos, sin, sign=-1.0), x, atol=1e-5)
 
 
 def test_every_choice_is_tested_here() -> None:

@@ -52,7 +52,8 @@ def read_base(path: Path) -> dict[str, Any]:
         ) from None
     if not isinstance(base, dict) or base.get("format") != FORMAT or base.get("kind") != "cpu":
         raise RunError(
-            f"--against {path} is no record of `bench.py cpu` in format {FORMAT}; give a file that --json wrote"
+            f"--against {path} is no record of `bench.py cpu` in format {FORMAT}; give a file that "
+            "--json wrote"
         )
     if not re.fullmatch(r"[0-9a-f]{40}", str(base.get("commit"))):
         raise RunError(
@@ -73,7 +74,8 @@ def checkout(repository: Path, commit: str) -> Iterator[Path]:
     )
     if known.returncode != 0:
         raise RunError(
-            f"commit {commit} is not in {repository}; fetch it, or give a record made from one that is"
+            f"commit {commit} is not in {repository}; fetch it, or give a record made from one "
+            "that is"
         )
     with TemporaryDirectory(prefix="k2train-base-") as name:
         folder = Path(name) / "tree"
@@ -85,7 +87,8 @@ def checkout(repository: Path, commit: str) -> Iterator[Path]:
                 tar.extractall(folder, filter="data")
         if worker_of(folder) is None:
             raise RunError(
-                f"commit {commit} has no tools/benchmarks/cpu to run; give a record made from a later one"
+                f"commit {commit} has no tools/benchmarks/cpu to run; give a record made from a "
+                "later one"
             )
         yield folder
 
@@ -110,10 +113,10 @@ def _compare(now: Row, then: Row) -> Comparison:
     found = None if now.problem or then.problem else ratio(now.seconds, then.seconds)
     if found is None:
         lost = bool(now.problem) and not then.problem
-        told = f"now {now.problem}" if now.problem else f"then {then.problem}"
+        verdict = f"now {now.problem}" if now.problem else f"then {then.problem}"
     else:
         lost = found.median < 1 - ESTABLISHED
-        told = (
+        verdict = (
             "LOSS"
             if lost
             else "gain"
@@ -121,7 +124,7 @@ def _compare(now: Row, then: Row) -> Comparison:
             else "no established difference"
         )
     return Comparison(
-        now.name, now.precision, now.tokens_per_second, then.tokens_per_second, found, told, lost
+        now.name, now.precision, now.tokens_per_second, then.tokens_per_second, found, verdict, lost
     )
 
 
@@ -134,7 +137,8 @@ def report(comparisons: Sequence[Comparison], base: dict[str, Any]) -> str:
         )
     lines = [
         head,
-        f"A loss is a median below {1 - ESTABLISHED:.2f}; differences under {ESTABLISHED:.0%} are not established.",
+        f"A loss is a median below {1 - ESTABLISHED:.2f}; differences under {ESTABLISHED:.0%} are "
+        "not established.",
         "",
         "| layout | precision | now, tokens/s | then, tokens/s | now / then | |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -142,7 +146,8 @@ def report(comparisons: Sequence[Comparison], base: dict[str, Any]) -> str:
     for c in comparisons:
         shown = "-" if c.ratio is None else ratio_text(c.ratio)
         lines.append(
-            f"| {c.name} | {c.precision} | {_rate(c.now)} | {_rate(c.then)} | {shown} | {c.verdict} |"
+            f"| {c.name} | {c.precision} | {_rate(c.now)} | {_rate(c.then)} | {shown} | "
+            f"{c.verdict} |"
         )
     return "\n".join(lines)
 

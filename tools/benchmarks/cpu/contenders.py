@@ -158,7 +158,8 @@ def variant(text: str) -> Contender:
     known = find(base)
     if known is None or not known.ours or not name.strip():
         raise ConfigError(
-            f"--variant {text!r}: must be NAME: CONTENDER section.key=value ..., with a k2train contender"
+            f"--variant {text!r}: must be NAME: CONTENDER section.key=value ..., with a k2train "
+            "contender"
         )
     if find(name.strip()) is not None:
         raise ConfigError(

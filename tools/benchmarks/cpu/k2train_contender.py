@@ -90,5 +90,7 @@ def _tree(work: Work, precision: str, options: Mapping[str, Any]) -> dict[str, A
 def _first_line(problem: Exception) -> str:
     lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
     # pydantic heads its report with a count and puts the message below the key.
-    told = ": ".join(lines[1:3]) if lines and "validation error" in lines[0] else "".join(lines[:1])
-    return told.partition(" [type=")[0]
+    message = (
+        ": ".join(lines[1:3]) if lines and "validation error" in lines[0] else "".join(lines[:1])
+    )
+    return message.partition(" [type=")[0]

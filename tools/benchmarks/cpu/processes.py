@@ -37,7 +37,7 @@ commits.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**62)}
 ENDING_SECONDS = 10.0
 GRACE_SECONDS = 1.0
-"""What the other ranks are given to speak, once one has told a problem."""
+"""Seconds that the other ranks get to report, once one has reported a problem."""
 Answer = dict[str, Any]
 
 
@@ -95,9 +95,9 @@ class ContenderProcesses:
         worker = worker_of(root)
         assert worker is not None, f"{root} has no worker to run"
         self.worker = worker
-        told = environment(root, self.threads)
+        variables = environment(root, self.threads)
         if extra_path:
-            told["PYTHONPATH"] += os.pathsep + extra_path
+            variables["PYTHONPATH"] += os.pathsep + extra_path
         for rank in range(contender.world):
             spec = {
                 "driver": os.getpid(),
@@ -112,9 +112,11 @@ class ContenderProcesses:
                 "cores": cores,
                 "store": str(folder / "store"),
             }
-            self.ranks.append(self._start(rank, spec, told, folder))
+            self.ranks.append(self._start(rank, spec, variables, folder))
 
-    def _start(self, rank: int, spec: dict[str, Any], told: dict[str, str], folder: Path) -> _Rank:
+    def _start(
+        self, rank: int, spec: dict[str, Any], variables: dict[str, str], folder: Path
+    ) -> _Rank:
         errors = folder / f"rank_{rank}.err"
         with errors.open("wb") as stream:
             process = subprocess.Popen(
@@ -124,7 +126,7 @@ class ContenderProcesses:
                 stderr=stream,
                 # Processes that compile the same thing into one cache read each other's unfinished
                 # files.
-                env={**told, "TORCHINDUCTOR_CACHE_DIR": str(folder / f"compiled_{rank}")},
+                env={**variables, "TORCHINDUCTOR_CACHE_DIR": str(folder / f"compiled_{rank}")},
                 cwd=folder,
                 start_new_session=True,
             )
@@ -184,8 +186,8 @@ class ContenderProcesses:
                         selector.unregister(key.fileobj)
                         problems.append(answer)
                         deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
-        # A rank that ended is the cause of what its peers complain of: after a told problem a rank
-        # stays.
+        # A rank that ended is the cause of what its peers complain of: after a reported problem a
+        # rank stays.
         cause = sorted(problems, key=lambda answer: not answer.get("ended"))[:1]
         return cause or [answers[number] for number in sorted(answers)]
 

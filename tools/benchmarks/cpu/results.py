@@ -127,12 +127,15 @@ def other_work(sample: Sample, work: Work) -> str | None:
     if sample.parameters != work.parameters:
         return f"{sample.parameters} parameters instead of {work.parameters}"
     if not sample.losses or not all(map(math.isfinite, sample.losses)):
-        return "its loss is not finite" if sample.losses else "it told no loss"
+        return "its loss is not finite" if sample.losses else "it reported no loss"
     first, last, expected = sample.losses[0], sample.losses[-1], math.log(work.vocab_size)
     if abs(first / expected - 1) > FIRST_LOSS_TOLERANCE:
         return f"its first loss is {first:.3f}, ln(vocabulary) {expected:.3f}"
     if len(sample.losses) > 1 and last >= first:
-        return f"its loss did not fall on a repeated batch: {first:.3f} -> {last:.3f} in {len(sample.losses)} steps"
+        return (
+            f"its loss did not fall on a repeated batch: {first:.3f} -> {last:.3f} in "
+            f"{len(sample.losses)} steps"
+        )
     return None
 
 

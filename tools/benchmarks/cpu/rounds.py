@@ -1,7 +1,11 @@
-"""Groups of contenders, interleaved: one at a time does some steps, round after round, in alternating order.
+"""Interleaved measurement: contenders of a group step one at a time, round after round.
 
-Every contender of a group is alive the whole time, waiting in a read; a slow moment of the machine falls on neighbours in a
-round and leaves their ratio. The alternative refused, one contender after the other, compares the machine with itself.
+- The order alternates between rounds.
+- Every contender of a group stays alive, waiting in a read. A slow moment of the machine hits
+  neighbours in a round, and cancels in their ratio.
+
+Alternatives considered:
+- One contender after the other: that compares the machine with itself.
 """
 
 from __future__ import annotations
@@ -18,12 +22,15 @@ from benchmarks.cpu.contenders import Contender
 from benchmarks.cpu.processes import ContenderProcesses
 from benchmarks.cpu.work import Work
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is measured, and how long an answer may take. `measure`: a last step under the memory profiler."""
+    """Amount of measurement, and time limits.
+
+    `measure` adds a last step under the memory profiler.
+    """
 
     rounds: int = 4
     steps: int = 1
@@ -34,12 +41,12 @@ class Plan:
     start_limit_seconds: float = 600.0
     """For building and the first step, which may compile."""
     extra_path: str = ""
-    """Added to the workers' module path: contenders of another folder."""
+    """Additional module path of the workers: contenders of another folder."""
 
 
 @dataclass
 class Sample:
-    """What one contender showed. `seconds` are per step, one for each round; None where it no longer ran."""
+    """Measurements of one contender: `seconds` per step, one per round; None after it failed."""
 
     contender: Contender
     threads: int
@@ -53,62 +60,67 @@ class Sample:
     kind: str = ""
 
 
-def run_group(contenders: Sequence[Contender], work: Work, plan: Plan, say: Say) -> list[Sample]:
-    """Start, warm up, measure and end the contenders of one group; a problem ends in its contender's sample."""
-    with _crews(contenders, work, plan) as crews:
-        samples = [Sample(crew.contender, crew.threads) for crew in crews]
-        pairs = list(zip(crews, samples, strict=True))
-        for crew, sample in pairs:
-            say(f"starting {crew.contender.name}")
-            _started(crew, sample, plan)
-        for crew, sample in pairs:
-            say(f"warming up {crew.contender.name}")
+def run_group(contenders: Sequence[Contender], work: Work, plan: Plan, log: Log) -> list[Sample]:
+    """Start, warm up, measure and end the contenders of one group.
+
+    A problem ends in its contender's sample.
+    """
+    with _running(contenders, work, plan) as running:
+        samples = [Sample(processes.contender, processes.threads) for processes in running]
+        pairs = list(zip(running, samples, strict=True))
+        for processes, sample in pairs:
+            log(f"starting {processes.contender.name}")
+            _started(processes, sample, plan)
+        for processes, sample in pairs:
+            log(f"warming up {processes.contender.name}")
             for number in range(plan.warmup_steps):
-                _run(crew, sample, 1, plan.limit_seconds if number else plan.start_limit_seconds)
+                _run(
+                    processes, sample, 1, plan.limit_seconds if number else plan.start_limit_seconds
+                )
         for number in range(plan.rounds):
-            say(f"round {number + 1} of {plan.rounds}")
-            for crew, sample in pairs if number % 2 == 0 else reversed(pairs):
-                sample.seconds.append(_run(crew, sample, plan.steps, plan.limit_seconds))
+            log(f"round {number + 1} of {plan.rounds}")
+            for processes, sample in pairs if number % 2 == 0 else reversed(pairs):
+                sample.seconds.append(_run(processes, sample, plan.steps, plan.limit_seconds))
         if plan.measure:
-            for crew, sample in pairs:
-                answers = crew.ask("measure", plan.limit_seconds) or []
+            for processes, sample in pairs:
+                answers = processes.ask("measure", plan.limit_seconds) or []
                 sample.peak_step_bytes = max(
                     (int(a["peak_step_bytes"]) for a in answers), default=None
                 )
-        for crew, sample in pairs:
-            sample.problem, sample.kind = crew.problem, crew.kind
+        for processes, sample in pairs:
+            sample.problem, sample.kind = processes.problem, processes.kind
         return samples
 
 
 @contextlib.contextmanager
-def _crews(
+def _running(
     contenders: Sequence[Contender], work: Work, plan: Plan
 ) -> Iterator[list[ContenderProcesses]]:
-    crews: list[ContenderProcesses] = []
+    running: list[ContenderProcesses] = []
     with TemporaryDirectory(prefix="k2train-bench-") as name:
         try:
             for number, contender in zip(itertools.count(), contenders):
                 folder = Path(name) / str(number)
-                crews.append(
+                running.append(
                     ContenderProcesses(contender, work, plan.cores, folder, plan.extra_path)
                 )
-            yield crews
+            yield running
         finally:
-            for crew in crews:
-                crew.end()
+            for processes in running:
+                processes.end()
 
 
-def _started(crew: ContenderProcesses, sample: Sample, plan: Plan) -> None:
-    answers = crew.ask(None, plan.start_limit_seconds)
+def _started(processes: ContenderProcesses, sample: Sample, plan: Plan) -> None:
+    answers = processes.ask(None, plan.start_limit_seconds)
     if answers:
         sample.parameters, sample.note = int(answers[0]["parameters"]), str(answers[0]["note"])
 
 
 def _run(
-    crew: ContenderProcesses, sample: Sample, steps: int, limit_seconds: float
+    processes: ContenderProcesses, sample: Sample, steps: int, limit_seconds: float
 ) -> float | None:
-    """Seconds a step from the first rank's beginning to the last rank's end; None after a problem."""
-    answers = crew.ask(f"run {steps}", limit_seconds * steps)
+    """Seconds per step from the first rank's start to the last rank's end; None after a problem."""
+    answers = processes.ask(f"run {steps}", limit_seconds * steps)
     if answers is None:
         return None
     sample.losses += _mean_losses(answers)
@@ -118,7 +130,7 @@ def _run(
 
 
 def _mean_losses(answers: Sequence[dict[str, Any]]) -> list[float]:
-    """Of each step, over the ranks that know one: shares of a batch have one size."""
+    """Mean loss of each step over the ranks that know one: shares of a batch have equal size."""
     by_step = zip(*(a["losses"] for a in answers), strict=True)
     known = [[float(x) for x in step if x is not None] for step in by_step]
     return [sum(step) / len(step) for step in known if step]

@@ -66,19 +66,23 @@ def _preamble(facts: Mapping[str, Any]) -> list[str]:
     versions = ", ".join(
         f"{name} {found or 'not installed'}" for name, found in machine["versions"].items()
     )
-    commit = f"{facts['commit'] or 'unknown'}{' with uncommitted changes' if facts['uncommitted_changes'] else ''}"
+    changes = " with uncommitted changes" if facts["uncommitted_changes"] else ""
+    commit = f"{facts['commit'] or 'unknown'}{changes}"
     return [
         f"Machine: {machine['processor']}, {facts['cores']} of {machine['cores']} cores, "
-        f"{machine['memory_bytes'] / 2**30:.0f} GiB, {machine['system']}, load {machine['load']} at the start",
+        f"{machine['memory_bytes'] / 2**30:.0f} GiB, {machine['system']}, load {machine['load']} "
+        "at the start",
         f"Versions: Python {machine['python']}, {versions}; k2train commit {commit}",
-        f"Work: {work.num_layers} layers, hidden {work.hidden_size}, ffn {work.ffn_hidden_size}, {work.num_heads} heads, "
-        f"vocabulary {work.vocab_size}: {work.parameters:,} parameters; sequence {work.sequence_length}, "
-        f"micro-batch {work.micro_sequences}, global batch {work.global_sequences}, AdamW",
-        f"Measured: {facts['rounds']} rounds of {facts['steps_a_round']} step(s) in turns, {facts['seconds']:.0f} s in all; "
-        "tokens/s is the median round, a ratio the median of the rounds' ratios within its group. "
-        f"Differences under {ESTABLISHED:.0%} are not established.",
-        "Memory: resident is the sum of the processes' peaks; step is the most one process allocates above what stands "
-        "between steps (activations, temporaries, gradients made anew).",
+        f"Work: {work.num_layers} layers, hidden {work.hidden_size}, ffn {work.ffn_hidden_size}, "
+        f"{work.num_heads} heads, vocabulary {work.vocab_size}: {work.parameters:,} parameters; "
+        f"sequence {work.sequence_length}, micro-batch {work.micro_sequences}, global batch "
+        f"{work.global_sequences}, AdamW",
+        f"Measured: {facts['rounds']} rounds of {facts['steps_a_round']} step(s) in turns, "
+        f"{facts['seconds']:.0f} s in all; tokens/s is the median round, a ratio the median of the "
+        f"rounds' ratios within its group. Differences under {ESTABLISHED:.0%} are not "
+        "established.",
+        "Memory: resident is the sum of the processes' peaks; step is the largest peak that one "
+        "process allocates during a step (activations, temporaries, new gradients).",
     ]
 
 

@@ -84,10 +84,12 @@ def parse_work(changes: Sequence[str]) -> Work:
     work = dataclasses.replace(Work(), **values)  # type: ignore[arg-type]
     if work.hidden_size % work.num_heads:
         raise ConfigError(
-            f"--size hidden_size ({work.hidden_size}) must be divisible by num_heads ({work.num_heads})"
+            f"--size hidden_size ({work.hidden_size}) must be divisible by num_heads "
+            f"({work.num_heads})"
         )
     if work.global_sequences % work.micro_sequences:
         raise ConfigError(
-            f"--size global_sequences ({work.global_sequences}) must be divisible by micro_sequences ({work.micro_sequences})"
+            f"--size global_sequences ({work.global_sequences}) must be divisible by "
+            f"micro_sequences ({work.micro_sequences})"
         )
     return work

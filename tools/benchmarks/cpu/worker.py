@@ -42,15 +42,17 @@ def main(spec: Mapping[str, Any]) -> int:
         built = serve.build(spec)
     except BaseException as problem:
         traceback.print_exc()
-        tell(answers, problem=reason(problem), kind="unavailable" if missing(problem) else "failed")
+        send_answer(
+            answers, problem=reason(problem), kind="unavailable" if missing(problem) else "failed"
+        )
         return 1
-    tell(answers, parameters=built.parameters, note=built.note)
+    send_answer(answers, parameters=built.parameters, note=built.note)
     try:
         for line in sys.stdin:
-            tell(answers, **serve.obey(built, line))
+            send_answer(answers, **serve.obey(built, line))
     except BaseException as problem:
         traceback.print_exc()
-        tell(answers, problem=reason(problem), kind="failed")
+        send_answer(answers, problem=reason(problem), kind="failed")
         return 1
     return 0
 
@@ -65,7 +67,7 @@ def end_with(driver: int) -> None:
         os._exit(1)
 
 
-def tell(answers: TextIO, **facts: Any) -> None:
+def send_answer(answers: TextIO, **facts: Any) -> None:
     """Send one answer."""
     answers.write(json.dumps(facts) + "\n")
     answers.flush()
@@ -83,8 +85,12 @@ def reason(problem: BaseException) -> str:
     if isinstance(problem, ModuleNotFoundError) and problem.name:
         return f"{problem.name} is not installed"
     lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
-    told = lines[0] if lines else ""
-    return told if isinstance(problem, UnavailableError) else f"{type(problem).__name__}: {told}"
+    first_line = lines[0] if lines else ""
+    return (
+        first_line
+        if isinstance(problem, UnavailableError)
+        else (f"{type(problem).__name__}: {first_line}")
+    )
 
 
 if __name__ == "__main__":

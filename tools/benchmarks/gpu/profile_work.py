@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.profiling import engine_places, profile_step, scopes
+from benchmarks.gpu.profiling import engine_parts, profile_step, scopes
 from k2train.config.load import Config
 from k2train.launch.environment import read_launch
 from k2train.parallel.grid import ProcessGrid, start_process_group, stop_process_group
@@ -38,7 +38,7 @@ def profiled(work: dict[str, Any]) -> dict[str, Any]:
         ids = list(
             torch.randint(0, config.model.vocab_size, size, device=device, generator=generator)
         )
-        with scopes(engine_places(engine)):
+        with scopes(engine_parts(engine)):
             for _ in range(WARM_UP_STEPS):
                 engine.train_step(ids, config.lr.peak)
             found = profile_step(

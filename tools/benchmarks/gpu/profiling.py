@@ -47,7 +47,8 @@ FILLS = (
 COMMUNICATION = ("c10d::", "gloo:", "nccl:", "record_param_comms", "_c10d_functional")
 OPTIMIZER = ("aten::_fused_adamw_", "aten::_foreach_norm", "aten::linalg_vector_norm")
 CATEGORIES = (
-    "products", "attention", "loss", "elementwise", "copies", "fills", "communication", "optimizer", "gradients",
+    "products", "attention", "loss", "elementwise", "copies", "fills",
+    "communication", "optimizer", "gradients",
 )  # fmt: skip
 
 
@@ -87,10 +88,10 @@ def scoped(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextmanager
-def scopes(places: Sequence[tuple[str, Any, str]]) -> Iterator[None]:
+def scopes(parts: Sequence[tuple[str, Any, str]]) -> Iterator[None]:
     """Wrap the callable attribute of each (scope, object, attribute) in its scope until the end."""
     before = []
-    for scope, owner, attribute in places:
+    for scope, owner, attribute in parts:
         function = getattr(owner, attribute, None)
         if callable(function):
             before.append((owner, attribute, attribute in vars(owner), function))
@@ -113,19 +114,19 @@ def _put(owner: Any, attribute: str, value: Any) -> None:
         object.__setattr__(owner, attribute, value)
 
 
-def engine_places(engine: Any) -> list[tuple[str, Any, str]]:
+def engine_parts(engine: Any) -> list[tuple[str, Any, str]]:
     """The parts of a k2train engine that a table names."""
     # Whoever waits for a collective waits in Python, where no operation is seen.
-    places = [("communication", dist.Work, "wait"), ("optimizer", engine.optimizer, "step")]
-    places += [("gradients", engine.gradients, name) for name in ("zero", "reduce")]
+    parts = [("communication", dist.Work, "wait"), ("optimizer", engine.optimizer, "step")]
+    parts += [("gradients", engine.gradients, name) for name in ("zero", "reduce")]
     for stage in engine.stages.values():
-        places.append(("loss", stage, "loss"))
-        places += [
+        parts.append(("loss", stage, "loss"))
+        parts += [
             ("attention", module, "kernel")
             for module in stage.modules()
             if hasattr(module, "kernel")
         ]
-    return places
+    return parts
 
 
 def scope_of(name: str) -> str | None:

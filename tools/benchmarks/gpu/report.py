@@ -166,10 +166,14 @@ def layers_text(rows: Sequence[Row]) -> str:
         for row in fine(rows, "layers", "kernels")
     ]
     header = (
-        "K2's layers, bf16", "forward + backward ms", "step ms", "spread", "tokens/s", "TFLOP/s", "of the matmul rate",
-        "same, causal pairs only", "whole step", "of the data sheet", "peak GiB", "planned GiB", "measured / planned",
+        "K2's layers, bf16", "forward + backward ms", "step ms", "spread", "tokens/s", "TFLOP/s",
+        "of the matmul rate", "same, causal pairs only", "whole step", "of the data sheet",
+        "peak GiB", "planned GiB", "measured / planned",
     )  # fmt: skip
-    note = "\nTFLOP/s and shares are of forward and backward unless said; model FLOPs, attention counted full.\n"
+    note = (
+        "\nTFLOP/s and shares are of forward and backward unless said; model FLOPs, attention "
+        "counted full.\n"
+    )
     return table(header, lines) + note if lines else ""
 
 
@@ -204,8 +208,9 @@ def models_text(rows: Sequence[Row]) -> str:
             ]
         )
     header = (
-        "whole model, bf16", "contender", "step ms", "spread", "tokens/s", "of the matmul rate", "/ transformers compiled",
-        "/ reference compiled", "GiB above states", "loss, step 1 and 3", "timed",
+        "whole model, bf16", "contender", "step ms", "spread", "tokens/s", "of the matmul rate",
+        "/ transformers compiled", "/ reference compiled", "GiB above states", "loss, step 1 and 3",
+        "timed",
     )  # fmt: skip
     return table(header, lines) if lines else ""
 

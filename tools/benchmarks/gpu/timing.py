@@ -78,7 +78,8 @@ class Timer:
             spent = time.monotonic() - began
         if spent * rounds > self.bench.left_seconds:
             raise OutOfTimeError(
-                f"{rounds} rounds take {spent * rounds:.0f} s, {self.bench.left_seconds:.0f} s were left"
+                f"{rounds} rounds take {spent * rounds:.0f} s, {self.bench.left_seconds:.0f} s "
+                "were left"
             )
         seconds: list[list[float]] = [[] for _ in works]
         for _ in range(rounds):

@@ -124,6 +124,7 @@ def _plan(workspace: Workspace, folder: Path, scratch: Path) -> None:
             for number, entries in enumerate(runs[name])
         ]
 
+        # Passes hold the same documents in another order, so one is enough for the counts.
         plans[name] = SubsetPlan(
             name, passes[0][1].tokens(TRAINING), tuple(plan for plan, _ in passes)
         )
@@ -222,6 +223,7 @@ def _flags(
     sources: Sequence[str],
 ) -> dict[tuple[str, int], Path | None]:
     """Write the duplicate flags of each subset and pass; None where duplicates are kept."""
+    # The first of equal texts is decided by the order of source keys, then ordinals.
     ranks = {key: rank for rank, key in enumerate(sources)}
     flags: dict[tuple[str, int], Path | None] = {}
     for name, subset in workspace.recipe.subsets.items():
@@ -234,6 +236,7 @@ def _flags(
 
 
 def _flags_of(path: Path | None, entry: RunEntry) -> "np.ndarray[tuple[int], np.dtype[np.bool_]]":
+    """Duplicate flags of the documents of one run."""
     if path is None:
         return np.zeros(entry.documents, dtype=bool)
     return np.fromfile(path, dtype=bool, count=entry.documents, offset=entry.first)
@@ -295,6 +298,7 @@ def _plan_pass(
 
 
 def _count(counts: Counts, keys: Any, lengths: Longs, mask: Any, bits: int) -> None:
+    """Add the documents of a run to the buckets of its pass."""
     # A bucket is given by the leading bits of the key.
     bucket = (
         (keys >> np.uint64(KEY_BITS - bits)).astype(np.int64)
@@ -302,11 +306,11 @@ def _count(counts: Counts, keys: Any, lengths: Longs, mask: Any, bits: int) -> N
         else np.zeros(len(keys), np.int64)
     )
     for kind in (TRAINING, HELD_OUT_TEXT):
-        taken = mask == kind
+        selected = mask == kind
         # `bincount` sums in float64, exact below 2**53; the sums of a run are far smaller.
-        tokens = np.bincount(bucket[taken], weights=lengths[taken], minlength=2**bits)
+        tokens = np.bincount(bucket[selected], weights=lengths[selected], minlength=2**bits)
         counts.buckets[kind - 1] += tokens.astype(np.int64)
-        counts.buckets[kind + 1] += np.bincount(bucket[taken], minlength=2**bits)
+        counts.buckets[kind + 1] += np.bincount(bucket[selected], minlength=2**bits)
 
 
 def _account(
@@ -408,6 +412,7 @@ def _document_keys(
     for subset, plan in plans.items():
         found = {}
         for name, parts in chunks.items():
+            # Held-out rows use the first pass of the held-out stream.
             mask = HELD_OUT_TEXT if name == HELD_OUT else TRAINING
             start, stop = parts[subset].start * length, parts[subset].stop * length
             pieces = (

@@ -102,45 +102,49 @@ def held_out_boundaries(recipe: Recipe, histograms: Mapping[str, Longs]) -> dict
     }
 
     def fits(rows: int) -> bool:
-        taken = _taken_buckets(recipe, histograms, row_quotas(recipe, rows, tokens))
+        held_buckets = _held_out_buckets(recipe, histograms, row_quotas(recipe, rows, tokens))
         return all(
-            counts[: POSITION_BUCKETS - taken[name]].sum() >= needed[name]
+            counts[: POSITION_BUCKETS - held_buckets[name]].sum() >= needed[name]
             for name, counts in histograms.items()
         )
 
     quotas = row_quotas(recipe, held_out.rows, tokens)
     _check_quotas(recipe, quotas, tokens, fits)
 
-    taken = _taken_buckets(recipe, histograms, quotas)
+    held_buckets = _held_out_buckets(recipe, histograms, quotas)
     lowest: dict[str, int] = {}
     for name in recipe.subsets:
         low, high = map(first_position, recipe.subsets[name].share)
         # Bucket number to position, rounded up. An origin uses the lowest boundary.
-        boundary = low + -(-(POSITION_BUCKETS - taken[name]) * (high - low) // POSITION_BUCKETS)
+        boundary = low + -(
+            -(POSITION_BUCKETS - held_buckets[name]) * (high - low) // POSITION_BUCKETS
+        )
         origin = recipe.origin_of(name)
-        lowest[origin] = min(lowest.get(origin, POSITIONS), boundary if taken[name] else POSITIONS)
+        lowest[origin] = min(
+            lowest.get(origin, POSITIONS), boundary if held_buckets[name] else POSITIONS
+        )
 
     return {name: lowest[recipe.origin_of(name)] for name in recipe.subsets}
 
 
-def _taken_buckets(
+def _held_out_buckets(
     recipe: Recipe, histograms: Mapping[str, Longs], quotas: Mapping[str, int]
 ) -> dict[str, int]:
     """Buckets at the upper end of each share that the quotas of its origin need."""
-    most: dict[str, int] = {}
+    largest: dict[str, int] = {}
     for name, counts in histograms.items():
         wanted = quotas[name] * recipe.sequence_length
         from_end = np.cumsum(counts[::-1])
         # None when nothing is wanted, all when there is too little.
-        taken = (
+        needed = (
             min(POSITION_BUCKETS, int(np.searchsorted(from_end, wanted, side="left")) + 1)
             if wanted
             else 0
         )
         origin = recipe.origin_of(name)
-        most[origin] = max(most.get(origin, 0), taken)
+        largest[origin] = max(largest.get(origin, 0), needed)
 
-    return {name: most[recipe.origin_of(name)] for name in recipe.subsets}
+    return {name: largest[recipe.origin_of(name)] for name in recipe.subsets}
 
 
 def _check_quotas(

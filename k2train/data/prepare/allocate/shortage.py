@@ -60,6 +60,7 @@ def _explain(recipe: Recipe, name: str, counts: Mapping[str, Any], samples: int,
     if samples >= recipe.chunks:
         rows = f"rows_per_chunk ({recipe.rows_per_chunk}) leaves it {used} of its {samples}"
         return f"{few}: {rows}: raise rows_per_chunk, give other subsets limit_tokens, or {lower}"
+
     return f"{few}: {_explain_few(subset, tokens, recipe.chunks * length)}, or {lower}"
 
 

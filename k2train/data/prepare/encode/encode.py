@@ -177,6 +177,7 @@ class _TaskEncoder:
     def read(self, source: Source) -> dict[str, Any]:
         """Encode the documents of a source; returns the facts of what was read."""
         reading = read_documents(self.encoders[0].subset, source)
+        # All documents of a source share its position, unless they are split individually.
         key, position = source.key, split_position(source.key)
         for item in reading:
             if isinstance(item, Rejection):
@@ -186,6 +187,7 @@ class _TaskEncoder:
         return reading.facts
 
     def _reject(self, source: Source, item: Rejection) -> None:
+        """Record a rejection. Raises DataError when most of a large number are rejected."""
         entry = {
             "file": source.key,
             "line": item.line,
@@ -196,6 +198,7 @@ class _TaskEncoder:
         self.stream.write((json.dumps(entry) + "\n").encode())
 
         self.rejected += 1
+        # Stop early when most documents of a task are broken.
         seen = self.documents_read + self.rejected
         if self.rejected > MIN_REJECTED and self.rejected > MAX_REJECTED_SHARE * seen:
             names = ", ".join(f"subsets.{name}" for name in self.task.subsets)
@@ -205,9 +208,11 @@ class _TaskEncoder:
             )
 
     def _add_document(self, key: str, document: Document, position: int) -> None:
+        """Offer a document to every subset of the task, and encode the batch when it is full."""
         self.documents_read += 1
         text, name = document.text, document.name
         self.text_bytes += len(text) if text.isascii() else len(text.encode())
+        # Drawn only when some subset takes a part of the documents.
         drawn = drawn_position(self.seed, key, name) if self.draws else 0
         # `position` is that of the source, unless documents are split individually.
         if self.by_document:
@@ -315,6 +320,7 @@ def changed_sources(sources: Iterable[Source], known: Mapping[str, Mapping[str, 
 
 
 def _is_unchanged(source: Source, facts: Mapping[str, Any]) -> bool:
+    """Whether a source still has the size and hash of `facts`."""
     if not source.path:
         contents = Contents(source, topic_page(source.name))
     else:

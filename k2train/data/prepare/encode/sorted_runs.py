@@ -141,6 +141,7 @@ class RunWriter:
             self.flush()
 
     def _begin_source(self, source_key: str) -> None:
+        """Make `source_key` the current source, with its part of the keys for each pass."""
         assert not self._source_keys or source_key > self._source_keys[-1], (
             f"{source_key} does not ascend"
         )
@@ -148,6 +149,7 @@ class RunWriter:
         self._bases = [key_base(self.seed, self.subset, i, source_key) for i in range(self.passes)]
 
     def _make_room(self, length: int) -> None:
+        """Write all documents held; one longer than the buffer gets a buffer of its own size."""
         self.flush()
         if length > len(self._tokens) or len(self._tokens) > self.capacity:
             self._tokens = np.empty(max(length, self.capacity), dtype=self._tokens.dtype)
@@ -163,6 +165,8 @@ class RunWriter:
         self._clear()
 
     def _write(self, path: Path, number: int) -> dict[str, Any]:
+        """Write the run of pass `number`; returns its entry for the task's record."""
+        # Keys were collected as big-endian bytes.
         keys = np.frombuffer(self._keys[number], dtype=">u8").astype(np.uint64)
         columns = {
             name: np.frombuffer(values, dtype=values_dtype(values))
@@ -259,6 +263,7 @@ def _write_slices(
     block: list[Numbers] = []
     held = 0
     for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
+        # Collect slices until a block is worth a write.
         block.append(values[start:end])
         held += end - start
         if held >= GATHER_TOKENS or len(block) >= GATHER_TOKENS:

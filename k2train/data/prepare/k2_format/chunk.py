@@ -79,8 +79,8 @@ def finished(task: ImportTask) -> ChunkInfo | None:
     """
     with suppress(OSError, ValueError, KeyError, TypeError):
         record = json.loads(task.record.read_text("utf-8"))
-        here = {name: (task.target / name).stat().st_size for name in record["bytes"]}
-        if record["identity"] == task.identity and here == record["bytes"]:
+        sizes = {name: (task.target / name).stat().st_size for name in record["bytes"]}
+        if record["identity"] == task.identity and sizes == record["bytes"]:
             return ChunkInfo(**record["info"])
     return None
 
@@ -110,6 +110,7 @@ def import_chunk(task: ImportTask) -> ChunkInfo:
 
 
 def _write_chunk(task: ImportTask) -> ChunkInfo:
+    """Convert the file: ids and provenance in one pass over its lines."""
     dtype = np.dtype(chunk_dtype(task.vocab_size)).newbyteorder("<")
     names = (f"{task.name}.npy", f"{task.name}.parquet")
     rows = 0
@@ -191,6 +192,7 @@ def read_pieces(path: Path) -> Iterator[bytes]:
 
 
 def _unpack(path: Path, stream: IO[bytes]) -> Iterator[bytes]:
+    """Decompress a stream of zstd frames."""
     # zstandard's file reader ends silently where a file was truncated; a decompressobj knows the
     # end of its frame.
     unpacker = None

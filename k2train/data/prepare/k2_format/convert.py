@@ -133,7 +133,7 @@ def _exclusive_work(work: Path, output: Path) -> Iterator[None]:
             stack.enter_context(exclusive(work))
         except OSError as error:
             raise DataError(
-                f"{work}: cannot be made ({error.strerror}); fix this and start again"
+                f"{work}: cannot be created ({error.strerror}); fix this and start again"
             ) from None
 
         try:
@@ -147,6 +147,7 @@ def _exclusive_work(work: Path, output: Path) -> Iterator[None]:
 
 
 def _tasks(files: Mapping[int, Path], work: Path, vocab_size: int) -> list[ImportTask]:
+    """One import task per chunk file; the first line of the first file decides the length."""
     length = len(first_ids(next(iter(files.values()))))
     folders = work / "data", work / "records"
     return [
@@ -228,6 +229,7 @@ def _existing_import(
         return None
     before = read_manifest(output)
 
+    # The same files, tokenizer and vocabulary make it the same import.
     same = (before.facts.get("imported"), before.tokenizer_sha256, before.vocab_size)
     if same != (imported, tokenizer_hash, vocab_size):
         raise DataError(
@@ -239,6 +241,7 @@ def _existing_import(
 
 
 def _run_tasks(tasks: Sequence[ImportTask], workers: int, progress: Progress) -> list[ChunkInfo]:
+    """Import the chunks that are not finished; returns the info of all, in order."""
     done = {task.name: info for task in tasks if (info := finished(task))}
     remaining = [task for task in tasks if task.name not in done]
     if remaining and (workers == 1 or len(remaining) == 1):

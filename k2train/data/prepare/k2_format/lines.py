@@ -64,6 +64,7 @@ def parse_lines(
     for piece in pieces:
         block = bytearray(left)
         block += piece
+        # Parse complete lines; the rest waits for the next piece.
         end = block.rfind(b"\n") + 1
 
         left = bytes(block[end:])

@@ -84,6 +84,7 @@ class ProvenanceWriter:
         self._write_groups(GROUP_ROWS)
 
     def _write_groups(self, least: int) -> None:
+        """Write row groups while at least `least` rows are held."""
         while len(self._texts["subset"]) >= least:
             texts = {name: values[:GROUP_ROWS] for name, values in self._texts.items()}
             self._texts = {name: values[GROUP_ROWS:] for name, values in self._texts.items()}
@@ -91,6 +92,7 @@ class ProvenanceWriter:
             self.rows_per_subset.update(str(name) for name in texts["subset"])
 
     def _table(self, texts: Mapping[str, Sequence[str | None]]) -> Any:
+        """The Parquet table of the next rows."""
         count = len(texts["subset"])
         columns: dict[str, Any] = {
             "row": np.arange(self._row, self._row + count, dtype=np.int32),
@@ -165,9 +167,9 @@ class ProvenanceReader:
         expected = 0
         for batch in self.file.iter_batches(batch_size=8192, columns=columns):
             listed = {name: batch.column(name).to_pylist() for name in columns}
-            nothing = [None] * batch.num_rows
+            missing = [None] * batch.num_rows
 
-            texts = zip(*(listed.get(name, nothing) for name in TEXTS), strict=True)
+            texts = zip(*(listed.get(name, missing) for name in TEXTS), strict=True)
             for row, start, found in zip(listed["row"], listed["start"], texts, strict=True):
                 if start == 0:
                     if row != expected:

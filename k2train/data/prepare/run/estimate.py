@@ -279,29 +279,27 @@ def estimate_lines(recipe: Recipe, rates: Rates, needs: Cost) -> Sequence[str]:
         f"{tokens_text(needs.made_tokens)} in {counted(recipe.chunks, 'chunk')} of "
         f"{tokens_text(needs.made_tokens / recipe.chunks)}",
         "",
-        f"{'':9}{'tasks':>9}  {'one core':>14}   what a task does",
+        f"{'':9}{'tasks':>9}  {'one core':>14}   each task",
         f"{'encode':9}{needs.encode_tasks:9,}  {encode:>14}   "
         f"reads about {bytes_text(task_bytes)} of documents, writes sorted runs",
         f"{'plan':9}{1:9,}  {'-':>14}   reads the runs' indexes",
         f"{'chunks':9}{needs.chunk_tasks:9,}  {chunks:>14}   "
         "merges its part of the runs, writes one chunk",
-        f"{'together':18}  {seconds_text(needs.encode_seconds + needs.chunk_seconds):>14}   "
+        f"{'total':18}  {seconds_text(needs.encode_seconds + needs.chunk_seconds):>14}   "
         f"or {seconds_text(needs.wall_seconds(workers))} with {counted(workers, 'worker')} "
         f"({workers_note}executor.workers)",
         "",
-        f"disk      {bytes_text(needs.work_bytes)} of work, removed at the end, "
+        f"disk      {bytes_text(needs.work_bytes)} of intermediate files, removed at the end, "
         f"and {bytes_text(needs.output_bytes)} of chunks and provenance",
-        f"memory    {bytes_text(needs.task_memory_bytes)} a worker: measured, "
-        f"and what it holds of executor.run_tokens {recipe.executor.run_tokens:,}",
+        f"memory    {bytes_text(needs.task_memory_bytes)} per worker: measured, "
+        f"plus the tokens it holds (executor.run_tokens {recipe.executor.run_tokens:,})",
         "",
         f"rates of one core, measured now on the standard library with {rates.tokenizer}: encode "
         f"{bytes_text(rates.encode_bytes_per_second)}/s at {rates.text_bytes_per_token:.2f} "
-        f"bytes a token, chunks {tokens_text(rates.chunk_tokens_per_second)} tokens/s",
+        f"bytes per token, chunks {tokens_text(rates.chunk_tokens_per_second)} tokens/s",
     ]
     if needs.from_files:
-        lines.append(
-            f"taken from file sizes, as if they were plain text: {', '.join(needs.from_files)}"
-        )
+        lines.append(f"estimated from file sizes, as if plain text: {', '.join(needs.from_files)}")
 
     return lines
 

@@ -58,6 +58,7 @@ def exclusive(folder: Path) -> Iterator[None]:
     Raises DataError at once, with the id of the process that holds the lock. The kernel releases
     the lock however its holder ends; workers never inherit it.
     """
+    # The file stays; only the lock on it counts.
     descriptor = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         try:

@@ -49,6 +49,7 @@ def workers_of(executor: ExecutorRecipe) -> int:
 
 
 def _pipeline(workspace: Workspace, phase: Phase, executor: ExecutorRecipe) -> Any:
+    """datatrove's executor for a phase, local or Ray."""
     common = {
         "pipeline": [PhaseTask(workspace.folder, phase)],
         "tasks": phase.tasks,
@@ -153,6 +154,7 @@ class LocalExecutor:
                 pass_fds=[server_end.fileno()],
                 start_new_session=True,
             )
+
         with suppress(BrokenPipeError):
             self.connection.send((self.workspace.folder, self.executor, self.phases))
 
@@ -181,6 +183,7 @@ class LocalExecutor:
         if self.server.poll() is not None:
             return self._ended(phase, self.server.returncode)
 
+        # A worker killed by the system leaves datatrove waiting for ever.
         killed = self._killed_worker(phase)
         if killed is None:
             self._suspected_since = None

@@ -156,6 +156,7 @@ def _check_folders(recipe: Recipe, target: Path) -> None:
 
 
 def _is_work(path: Path) -> bool:
+    """Whether a preparation may have written this entry of a work folder."""
     if path.name in (LOCK_NAME, "k2_import"):
         return True
     # Recognized by name and contents, since one killed at its start has no context yet.
@@ -166,6 +167,7 @@ def _is_work(path: Path) -> bool:
 
 
 def _is_output(path: Path) -> bool:
+    """Whether a preparation may have written this entry of a target folder."""
     parts = r"(chunk_\d+|held_out)(\.borders)?\.(npy|parquet)"
     return (
         path.suffix == ".tmp"
@@ -217,6 +219,7 @@ def _all_sources(listing: Listing) -> list[Source]:
 
 
 def _first_of(names: Sequence[str]) -> str:
+    """The first name, and the number of further ones."""
     return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 

@@ -36,6 +36,7 @@ def finish(workspace: Workspace, inputs_sha256: str, version: int) -> Manifest:
     records = {name: read_json(workspace.chunk_record(name)) for name in workspace.chunk_names}
     infos = {name: ChunkInfo(**record["info"]) for name, record in records.items()}
     held_out = infos.pop(HELD_OUT, None)
+    # Files that join the chunks, each with its hash in the manifest.
     sources = _write_sources(
         workspace, plan["sources"], {name: r["sources"] for name, r in records.items()}
     )
@@ -85,6 +86,7 @@ def _write_sources(workspace: Workspace, keys: Sequence[str], used: Mapping[str,
 
     Lists sources trained on, held-out sources, and the shares of sources that were split inside.
     """
+    # Each chunk recorded its used sources as a bit per source.
     bits = {
         name: np.unpackbits(np.frombuffer(bytes.fromhex(text), np.uint8))[: len(keys)]
         for name, text in used.items()
@@ -97,13 +99,13 @@ def _write_sources(workspace: Workspace, keys: Sequence[str], used: Mapping[str,
     split = _split_sources(workspace)
     content: dict[str, Any] = {}
     for group, names in groups.items():
-        taken = (
+        used_bits = (
             np.bitwise_or.reduce([bits[name] for name in names])
             if names
             else np.zeros(len(keys), np.uint8)
         )
         content[group] = sorted(
-            key for key, bit in zip(keys, taken, strict=True) if bit and key not in split
+            key for key, bit in zip(keys, used_bits, strict=True) if bit and key not in split
         )
 
     content["shares"] = split

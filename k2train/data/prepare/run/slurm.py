@@ -46,7 +46,7 @@ ORDINARY_REASONS = {
     "BeginTime",
     "Cleaning",
 }
-KNOBS = {"TIMEOUT": "executor.time", "OUT_OF_MEMORY": "executor.memory_gb"}
+LIMIT_KEYS = {"TIMEOUT": "executor.time", "OUT_OF_MEMORY": "executor.memory_gb"}
 
 
 class JobIdRecorder:
@@ -258,6 +258,7 @@ class SlurmExecutor:
             if self._job_ids_file(phase).is_file()
             else []
         )
+        # Jobs that ended other than by completing.
         ended = [
             state
             for job in jobs
@@ -268,7 +269,7 @@ class SlurmExecutor:
         # Jobs that ran are more informative than those cancelled after them.
         ended.sort(
             key=lambda state: (
-                state[1] not in KNOBS,
+                state[1] not in LIMIT_KEYS,
                 state[1] == "CANCELLED",
                 not self._log(phase, state[0]),
             )
@@ -278,11 +279,11 @@ class SlurmExecutor:
             ended[0] if ended else (", ".join(jobs) or "unknown", "not known to SLURM any more", "")
         )
         log = self._log(phase, job) or self._output(phase)
-        knob = f"; raise {KNOBS[state]}" if state in KNOBS else ""
+        remedy = f"; raise {LIMIT_KEYS[state]}" if state in LIMIT_KEYS else ""
 
         return DataError(
             f"{phase.name}: SLURM job {job} ended as {state}{f' ({reason})' if reason else ''} "
-            f"with {remaining} of {phase.tasks} tasks undone{knob}; see {log}; start again "
+            f"with {remaining} of {phase.tasks} tasks unfinished{remedy}; see {log}; start again "
             "with the same command: finished tasks are kept"
         )
 

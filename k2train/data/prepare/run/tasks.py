@@ -126,6 +126,7 @@ def reconcile(workspace: Workspace, phase: Phase) -> int:
 
     for number in range(phase.tasks):
         workspace.failure(phase.name, number).unlink(missing_ok=True)
+        # A finished task without a mark gets one; a mark without a record is removed.
         mark = completions / f"{number:05d}"
         if not is_done(workspace, phase, number):
             remaining += 1
@@ -182,14 +183,14 @@ def explain(error: BaseException, work: Path | None = None) -> tuple[str, bool]:
 def _no_space(error: OSError, work: Path | None) -> str:
     """Message for a full disk, with the key of the recipe that moves the folder."""
     folder = Path(error.filename).parent if error.filename else work
-    again = "make room there and start again: finished tasks are kept"
+    remedy = "make room there and start again: finished tasks are kept"
     if folder is None:
-        return f"no space left on the disk; {again}"
-    knob = "work" if work is not None and folder.is_relative_to(work) else "output"
+        return f"no space left on the disk; {remedy}"
+    key = "work" if work is not None and folder.is_relative_to(work) else "output"
     message = f"no space left in {folder}"
     with suppress(OSError):
         message += f", {shutil.disk_usage(folder).free:,} bytes are free"
-    return f"{knob}: {message}; {again}, or name a folder on another disk"
+    return f"{key}: {message}; {remedy}, or name a folder on another disk"
 
 
 def run_task(folder: Path, phase: Phase, number: int) -> None:

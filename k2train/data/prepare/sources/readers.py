@@ -210,6 +210,7 @@ def encode_tasks(recipe: Recipe, sources: dict[str, list[Source]]) -> list[Encod
 
 
 def _group_sources(sources: Sequence[Source], target_bytes: int) -> Iterator[tuple[Source, ...]]:
+    """Split consecutive sources into groups of about `target_bytes`."""
     group: list[Source] = []
     group_bytes = 0
     for source in sources:
@@ -270,6 +271,7 @@ class DocumentReader:
                 yield item
 
     def _json_line(self, number: int, line: bytes) -> _RawDocument | Rejection | None:
+        """Parse one JSON line; None when it is blank."""
         try:
             # A byte order mark in front of the file is not part of its first line.
             record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
@@ -329,6 +331,7 @@ class DocumentReader:
             ) from None
 
     def _check_columns(self, present: Sequence[str], wanted: Sequence[str]) -> None:
+        """Raises DataError when a column of the recipe is absent."""
         for column in wanted:
             if column not in present:
                 raise DataError(
@@ -338,7 +341,7 @@ class DocumentReader:
 
     def whole_text(self) -> Iterator[_RawDocument | Rejection]:
         """Read the file as one document."""
-        content = self.contents.whole()
+        content = self.contents.read_all()
         try:
             yield _RawDocument(None, self.source.name, content.decode())
         except UnicodeDecodeError as error:
@@ -366,7 +369,7 @@ class DocumentReader:
             yield Rejection(getattr(error, "lineno", None), f"does not parse ({error})")
 
     def _code(self) -> str | Rejection:
-        content = self.contents.whole()
+        content = self.contents.read_all()
         try:
             return decode(content)
         except (SyntaxError, UnicodeDecodeError, LookupError) as error:
@@ -409,6 +412,7 @@ def _rejection_reason(item: _RawDocument, subset: SubsetRecipe) -> str:
 
 
 def _text_problem(key: str, value: Any) -> str:
+    """Why a value is not usable text; "" when it is."""
     if value is None:
         return f"{key!r} is missing"
     if not isinstance(value, str):

@@ -152,7 +152,7 @@ class PassReader:
         if len(kept) == 0:
             return None, int(ends[-1])
 
-        taken = lengths[kept]
+        kept_lengths = lengths[kept]
         first = int(run.read("name_ends", start - 1, start)[0]) if start else 0
         name_ends = run.read("name_ends", start, stop).astype(np.int64) - first
         name_starts = np.concatenate([np.zeros(1, np.int64), name_ends[:-1]])
@@ -163,7 +163,7 @@ class PassReader:
             "keys": run.read("keys", start, stop)[kept],
             "order": (ranks.astype(np.uint64) << np.uint64(32))
             | run.read("ordinals", start, stop)[kept],
-            "lengths": taken,
+            "lengths": kept_lengths,
             "sources": ranks,
             "fim": run.read("fim", start, stop)[kept],
             "names": run.read("names", first, first + int(name_ends[-1])),
@@ -172,12 +172,13 @@ class PassReader:
         }
 
         return (
-            _documents(run, offset, ends[kept] - taken, ends[kept], int(ends[-1])),
+            _documents(run, offset, ends[kept] - kept_lengths, ends[kept], int(ends[-1])),
             columns,
         ), int(ends[-1])
 
 
 def _masks(descriptor: int, entry: RunEntry, start: int, stop: int) -> npt.NDArray[np.uint8]:
+    """Masks of the documents `start:stop` of a run."""
     return np.frombuffer(os.pread(descriptor, stop - start, entry.first + start), dtype=np.uint8)
 
 

@@ -80,6 +80,7 @@ class Provenance:
     ) -> None:
         """Add pieces `[n]`; the name of each begins at `name_starts` of `names`."""
         self.boundaries += int((pieces["start"] > 0).sum())
+        # Sort the pieces by block and append each group to the file of its block.
         block = pieces["row"] // np.uint32(self.block_rows)
         order = np.argsort(block, kind="stable")
         pieces, name_starts = pieces[order], name_starts[order]
@@ -133,6 +134,7 @@ class Provenance:
         sources: Sequence[str],
         boundaries: IO[bytes] | None,
     ) -> None:
+        """Sort and write one row group per block and its boundaries; removes temporary files."""
         options = {
             "compression": "zstd",
             "use_dictionary": ["subset", "source", "fim", "repeat"],
@@ -189,6 +191,7 @@ def _table(
     subsets: Sequence[str],
     sources: Sequence[str],
 ) -> Any:
+    """The Parquet table of one block, its pieces in `order`."""
     ends = np.zeros(len(pieces) + 1, dtype=np.int64)
     np.cumsum(pieces["name_bytes"], out=ends[1:])
     assert ends[-1] < 2**31, f"names of a block of rows are {ends[-1]} bytes; Arrow counts to 2**31"

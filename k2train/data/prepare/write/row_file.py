@@ -114,6 +114,7 @@ class ChunkFile:
     def _scatter(
         self, rows: "npt.NDArray[np.unsignedinteger[Any]]", row_numbers: npt.NDArray[np.uint32]
     ) -> None:
+        """Write rows to their positions, adjacent rows in one write when that is common."""
         order = np.argsort(row_numbers)
         row_numbers = row_numbers[order]
 
@@ -146,7 +147,9 @@ class ChunkFile:
         while count := os.preadv(self._file, [block], offset):
             digest.update(block[:count])
             offset += count
+
         synced.result()
         os.replace(self.temporary, self.path)
         sync_directory(self.path.parent)
+
         return digest.hexdigest()

@@ -79,6 +79,7 @@ def chunk_task(workspace: Workspace, number: int, min_tokens: int = MIN_TOKENS) 
     try:
         info, sources = _write_rows(workspace, plan, name, scratch, min_tokens)
     except OSError as error:
+        # Only a full disk is the user's to fix.
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise no_space(target, name, _expected_bytes(plan, name)) from None
@@ -120,6 +121,7 @@ def _write_rows(
     ranks = {key: rank for rank, key in enumerate(plan.sources)}
 
     seen = np.zeros(len(plan.sources), dtype=bool)
+    # Samples are numbered subset after subset; `row_numbers` gives their rows.
     base = 0
     with ChunkFile(target / f"{name}.npy", rows, length, chunk_dtype(plan.vocab_size)) as file:
         for index, subset in enumerate(plan.subsets):
@@ -154,6 +156,7 @@ def _write_rows(
 def _write_provenance(
     workspace: Workspace, plan: Plan, provenance: Provenance, info: ChunkInfo
 ) -> ChunkInfo:
+    """Write the provenance files; returns `info` with their names and hashes."""
     file = f"{info.name}.parquet"
     borders = f"{info.name}.borders.npy" if workspace.recipe.document_borders else None
     borders_path = None if borders is None else workspace.target / borders
@@ -172,6 +175,7 @@ def _write_provenance(
 
 
 def _check_id(workspace: Workspace, subset: str, largest: int, vocab_size: int) -> None:
+    """Raises DataError when an id is outside the vocabulary."""
     if largest >= vocab_size:
         raise DataError(
             f"subset {subset}: its runs hold the id {largest}, which is not below the "
