@@ -149,7 +149,7 @@ def test_a_killed_driver_finds_its_jobs_again(outcome: Any) -> None:
     workspace, submitted, code, said, after = outcome
     assert len(submitted) == 3
     assert code == 0, said
-    assert said.count("submitted before") == 3
+    assert said.count("submitted earlier") == 3
     assert after == submitted
     assert whole(workspace, PHASES)
     assert set(begun(workspace).values()) == set(finished(workspace).values()) == {1}
@@ -317,7 +317,7 @@ def test_the_demo_recipe_on_two_nodes_gives_the_bytes_of_one_process(outcome: An
     """The real preparation, on SLURM by one key of the recipe, killed once on its way: the same sha256 of every file."""
     folder, code, said = outcome
     assert code == 0, said
-    assert "submitted before" in said
+    assert "submitted earlier" in said
     hashes = [
         {
             path.name: hashlib.sha256(path.read_bytes()).hexdigest()
