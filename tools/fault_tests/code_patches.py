@@ -41,7 +41,7 @@ def writes_in_place() -> None:
     """A save that writes under the final name: a kill leaves half a checkpoint that looks
     complete.
     """
-    importlib.import_module("k2train.checkpoint.commit").Order.aside = property(
+    importlib.import_module("k2train.checkpoint.commit").SaveJob.aside = property(
         lambda order: order.final
     )
 
