@@ -26,7 +26,7 @@ def cluster() -> Iterator[Cluster]:
     if lacking:
         assert os.environ.get("K2TRAIN_REQUIRE_SLURM") != "1", lacking
         pytest.skip(lacking)
-    with Cluster(PARTITIONS, settings=SETTINGS, requeue_seconds=30) as made:
+    with Cluster(PARTITIONS, settings=SETTINGS, requeue_seconds=60) as made:
         yield made
 
 

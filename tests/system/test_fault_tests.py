@@ -28,7 +28,7 @@ from fault_tests.endurance import Endurance  # noqa: E402
 from fault_tests.endurance_faults import ENDING, HARMLESS, LATE, LIVED_WITH, Drawn  # noqa: E402
 from fault_tests.processes import ForkServer, Job  # noqa: E402
 from fault_tests.report import page, section  # noqa: E402
-from fault_tests.restarts import Attempt, Restarts, undisturbed  # noqa: E402
+from fault_tests.restarts import GOING_ON, LIMIT_SECONDS, Attempt, Restarts, undisturbed  # noqa: E402
 from fault_tests.result import Bench, Result  # noqa: E402
 from fault_tests.tiny_run import TinyRun, make_tiny_run  # noqa: E402
 from k2train.fault_injection import POINTS, parse  # noqa: E402
@@ -246,7 +246,6 @@ def judged(
     return world, undisturbed(server, world)
 
 
-@pytest.mark.slow
 def test_a_kill_is_survived_and_leaves_nothing(
     server: ForkServer, judged: tuple[TinyRun, Reference]
 ) -> None:
@@ -254,6 +253,12 @@ def test_a_kill_is_survived_and_leaves_nothing(
     restarts = Restarts(server, *judged_as(judged, "sound"))
     assert restarts.attempt("save.hashed@rank=1@nth=3:kill").codes[1] == -signal.SIGKILL
     assert restarts.attempt("step.forward@rank=0@nth=3:kill").codes[0] == -signal.SIGKILL
+    # A disk that fills for good ends a run after its patience; one that is asked to end saves first.
+    full = "save.optimizer@rank=1@nth=2:error=ENOSPC"
+    assert restarts.attempt(
+        full, None, GOING_ON, LIMIT_SECONDS, "checkpoint.retry_seconds=0"
+    ).codes == [1, 1]
+    assert restarts.attempt("step.done@rank=0@nth=2:term").codes == [75, 75]
     restarts.finish()
     assert restarts.problems == []
     assert [name for _, _, name in restarts.attempts[0].job.points() if name.startswith("save.")]
@@ -263,7 +268,6 @@ def judged_as(judged: tuple[TinyRun, Reference], name: str) -> tuple[TinyRun, st
     return judged[0], name, judged[1]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("patch", "fault", "told"),
     [
@@ -279,14 +283,13 @@ def test_the_runner_finds_broken_code(
     restarts = Restarts(
         server,
         *judged_as(judged, patch),
-        environments=[{"FAULT_RUN_PATCH": f"patches:{patch}"}] * 2,
+        environments=[{"FAULT_RUN_PATCH": f"code_patches:{patch}"}] * 2,
     )
     restarts.attempt(fault, limit=60)
     restarts.attempt("", None, (1, 2, 75, -9), 60)
     assert [problem for problem in restarts.problems if told in problem], restarts.problems
 
 
-@pytest.mark.slow
 def test_a_hang_is_ended_and_told(server: ForkServer, judged: tuple[TinyRun, Reference]) -> None:
     """Catches a runner that waits for ever, or that takes a rank it had to kill for one that ended by itself."""
     world, name, _ = judged_as(judged, "hangs")
@@ -298,7 +301,6 @@ def test_a_hang_is_ended_and_told(server: ForkServer, judged: tuple[TinyRun, Ref
     assert time.monotonic() - began < 120 and job.over and server.left_behind(job) == []
 
 
-@pytest.mark.slow
 def test_endurance_is_the_same_for_the_same_seed(server: ForkServer, tmp_path: Path) -> None:
     """Catches a draw that depends on the time, so that a failure could not be run again."""
     drawn = []

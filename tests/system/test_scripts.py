@@ -297,6 +297,11 @@ def test_quickstart_ends_with_commands_that_exist(copy: Copy) -> None:
             'quickstart: "train stage 1" failed (exit code 1); its message is above',
         ),
         (
+            {"TRAIN_CODE": "2"},
+            2,
+            'quickstart: "train stage 1" failed (exit code 2); its message is above',
+        ),
+        (
             {"TRAIN_CODE": "75"},
             75,
             'quickstart: stopped in "train stage 1"; to go on: bash scripts/quickstart.sh',
@@ -312,6 +317,7 @@ def test_quickstart_ends_at_the_part_that_failed(
     ended = copy.run("scripts/quickstart.sh", **variables)
     assert ended.returncode == code
     assert ended.stderr.splitlines()[-1] == told
+    assert "TRAIN_CODE" not in variables or ended.stderr.count("\n") == 1, "a line of its own only"
     assert "== show the result" not in ended.stdout
 
 

@@ -141,6 +141,7 @@ def of_time_limit(cluster: Cluster, folder: Path) -> Scenario:
     return run, run.job(job)
 
 
+@pytest.mark.slow
 @judges("time limit")
 def test_a_time_limit_saves_requeues_and_goes_on(outcome: Any, outcomes: dict[str, Any]) -> None:
     run, facts = outcome
@@ -212,7 +213,6 @@ def of_crash(cluster: Cluster, folder: Path) -> Scenario:
     return run, run.job(job)
 
 
-@pytest.mark.slow
 @judges("crash")
 def test_a_crash_is_started_again_in_place(outcome: Any, outcomes: dict[str, Any]) -> None:
     """Catches a process that dies and takes the job with it, or leaves the other node's processes behind."""

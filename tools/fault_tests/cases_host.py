@@ -169,7 +169,7 @@ def row_25(bench: Bench) -> Result:
         "second; one kill and restart under it",
     )
     restarts = bench.restarts(bench.world(8, 3), "row25")
-    restarts.environments = [{"FAULT_RUN_PATCH": "patches:jumping_clock"}] * 2
+    restarts.environments = [{"FAULT_RUN_PATCH": "code_patches:jumping_clock"}] * 2
     restarts.attempt("step.forward@rank=1@nth=7:kill")
     restarts.finish()
     result.problems += restarts.problems

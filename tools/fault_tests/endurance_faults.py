@@ -212,7 +212,7 @@ def torn_record(scene: Scene) -> Drawn:
 
 
 def clock(scene: Scene) -> Drawn:
-    return Drawn(done=True, environment={"FAULT_RUN_PATCH": "patches:jumping_clock"})
+    return Drawn(done=True, environment={"FAULT_RUN_PATCH": "code_patches:jumping_clock"})
 
 
 Kind = Callable[[Scene], Drawn]
