@@ -80,6 +80,7 @@ def block_sums(
     width = bits.shape[1]
     across, down = min(width, _BLOCK), max(1, _BLOCK // width)
 
+    # Sum over columns per row first: the row multiplier is common to them.
     for row in range(0, rows, down):
         for column in range(0, width, across):
             wide = bits[row : row + down, column : column + across].astype(np.int64)
