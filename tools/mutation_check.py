@@ -96,6 +96,7 @@ def run_pytest(
     environment = {**os.environ, "PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
 
+    # In a session of its own, so that a hanging test is killed with its children.
     with subprocess.Popen(
         command,
         cwd=root,
@@ -113,6 +114,7 @@ def run_pytest(
             return None, f"hung for {limit_seconds:.0f} seconds"
 
     lines = output.strip().splitlines()
+    # Such an error fails any test, so it proves nothing about this one.
     clumsy = CLUMSY.search(output)
     if process.returncode == FAILED and clumsy:
         return None, f"failed with {clumsy[0]}, which any test would see"
@@ -176,6 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 0
 
+    # A test that fails without a mutation would count as a catch.
     passed, detail = check_unbroken(chosen)
     print(f"unbroken: {detail}\n", flush=True)
     if not passed:
