@@ -29,6 +29,7 @@ def jumping_clock() -> None:
             return cls.fromtimestamp(jumped(), tz)
 
     time.time = jumped
+
     for module in list(sys.modules.values()):
         if (
             getattr(module, "__name__", "").startswith("k2train")

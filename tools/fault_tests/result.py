@@ -110,6 +110,7 @@ def chain(
             if attempt.struck or not made[-1].done:
                 break
         bench.log(f"{stem}: {fault}: {attempt.codes}")
+
     made[-1].finish()
     return made
 
@@ -143,6 +144,7 @@ def run_pytest(
     if not present:
         return
     report = scratch / f"row_{result.row}.xml"
+
     command = [
         sys.executable,
         "-m",
@@ -153,17 +155,20 @@ def run_pytest(
         f"--junitxml={report}",
         *present,
     ]
+
     began = time.monotonic()
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit)
     except subprocess.TimeoutExpired:
         result.problems.append(f"{' '.join(present)} was not done after {limit:.0f} s")
         return
+
     if not report.exists():
         result.problems.append(
             f"pytest {' '.join(present)} ended with {done.returncode}: {done.stdout[-300:]}"
         )
         return
+
     suite = next(xml.parse(report).getroot().iter("testsuite"))
     count = {key: int(suite.get(key, "0")) for key in ("tests", "failures", "errors", "skipped")}
     bad = [
@@ -177,6 +182,7 @@ def run_pytest(
             f"{what}: {passed} tests pass in {time.monotonic() - began:.0f} s "
             f"({', '.join(present)})"
         )
+
     if count["skipped"]:
         result.missing.append(f"{count['skipped']} of the tests were skipped")
 

@@ -89,6 +89,7 @@ def make_tiny_run(
         return write_chunk(world.data, name, [ids], rows, VOCAB, {"noise": rows * SEQUENCE})
 
     infos = [chunk(f"chunk_{index:03d}", rows) for index in range(chunks)]
+
     write_manifest(
         world.data,
         tokenizer_sha256="f" * 64,
@@ -97,6 +98,7 @@ def make_tiny_run(
         chunks=infos,
         held_out=chunk("held_out", GLOBAL) if held_out else None,
     )
+
     world.config.write_text(yaml.safe_dump(tree_of(world), sort_keys=False), encoding="utf-8")
     return world
 

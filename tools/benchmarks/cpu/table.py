@@ -68,6 +68,7 @@ def _preamble(facts: Mapping[str, Any]) -> list[str]:
     )
     changes = " with uncommitted changes" if facts["uncommitted_changes"] else ""
     commit = f"{facts['commit'] or 'unknown'}{changes}"
+
     return [
         f"Machine: {machine['processor']}, {facts['cores']} of {machine['cores']} cores, "
         f"{machine['memory_bytes'] / 2**30:.0f} GiB, {machine['system']}, load {machine['load']} "
@@ -104,6 +105,7 @@ def _cells(row: Row, rows: Sequence[Row], verdicts: Sequence[Verdict]) -> list[s
         if row.first_loss is None
         else f"{row.first_loss:.3f} -> {row.last_loss:.3f} in {row.steps}"
     )
+
     return [
         row.name,
         row.precision,

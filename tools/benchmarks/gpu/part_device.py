@@ -65,6 +65,7 @@ def facts(bench: Bench) -> Mapping[str, Any]:
             "bf16 by the data sheet": sheet(properties.name),
         }
         found |= clocks()
+
     found |= {name: version(name) for name in PACKAGES}
     return {
         "facts": found | {"commit": commit()},

@@ -24,6 +24,7 @@ def run(bench: Bench) -> None:
         (f"K2's layers, {layers.num_layers}", layers, work.k2_batches[0]),
         (name, small, work.model_batches[0]),
     ]
+
     with world_of_one(bench) as grid:
         for what, shape, batch in cases:
             for microbatches in (1, MICROBATCHES):

@@ -117,6 +117,7 @@ def measure(bench: Bench, grid: ProcessGrid, case: Case, rounds: int) -> Mapping
         raise UnavailableError(
             f"states alone need {states / 2**30:.1f} GiB of {total / 2**30:.1f} GiB"
         )
+
     before = bench.held_bytes()
     engine = make_engine(grid, case.shape, case.batch, case.microbatches, case.kernels)
     held = bench.held_bytes()
@@ -133,6 +134,7 @@ def measure(bench: Bench, grid: ProcessGrid, case: Case, rounds: int) -> Mapping
     }
     took = Timer(bench).in_turns([works[key] for key in case.timed], rounds, warm_up=1)
     seconds = {key: timing.median for key, timing in zip(case.timed, took, strict=True)}
+
     return {
         "kernels": str(engine.kernels),
         "spread": max(timing.spread for timing in took),
@@ -158,6 +160,7 @@ def rates(case: Case, step: float | None, inner: float | None) -> dict[str, floa
     )
     flops = tokens * flops_per_token(shape, length)
     left_out = 6 * tokens * shape.num_layers * length * shape.hidden_size
+
     return {
         "step_seconds": step,
         "forward_backward_seconds": inner,

@@ -50,6 +50,7 @@ class Outcome(Enum):
 def run(bench: Bench) -> None:
     work = sizes(bench.dry)
     compile_seconds = FIRST_COMPILE_SECONDS
+
     with world_of_one(bench) as grid:
         cases = list(product(work.models, work.model_batches))
         # The first two differ in both: where the time ends early, each model and each length was
@@ -91,6 +92,7 @@ class Comparison:
             ),
             "reference": partial(peer_contenders, self.bench, "reference", self.shape, self.batch),
         }
+
         # Nothing timed although something was built: together they were too many after all.
         if self.fits_together() and self.group(builds) is not Outcome.NOT_TIMED:
             return
@@ -130,6 +132,7 @@ class Comparison:
 
         self.bench.attempt(self.what(f"{len(ready)} in turns"), measure, **self.labels)
         flops = self.batch.tokens * flops_per_token(self.shape, self.batch.length_tokens)
+
         for (contender, figures), timing in zip(ready, timings, strict=False):
             self.bench.emit(
                 self.what(contender.name),
@@ -142,6 +145,7 @@ class Comparison:
                 **self.labels,
                 **figures,
             )
+
         return Outcome.TIMED if timings else Outcome.NOT_TIMED
 
     def warmed_up(self, key: str, build: Build) -> list[Ready]:
@@ -154,6 +158,7 @@ class Comparison:
             return {"kind": "built"}
 
         self.bench.attempt(self.what(key), construct, **self.labels)
+
         for contender in contenders:
 
             def warm(contender: Contender = contender) -> Mapping[str, Any]:
@@ -164,6 +169,7 @@ class Comparison:
             needs = 0.0 if self.bench.dry else 10 + contender.compiled * self.compile_seconds
             what = self.what(f"{contender.name}, warm-up")
             self.bench.attempt(what, warm, needs, contender=contender.name, **self.labels)
+
         return ready
 
     def first_steps(self, contender: Contender) -> dict[str, Any]:

@@ -30,6 +30,7 @@ def profiled(work: dict[str, Any]) -> dict[str, Any]:
     launch = read_launch()
     device = torch.device("cuda", launch.local_rank) if work["cuda"] else torch.device("cpu")
     start_process_group(launch, device)
+
     try:
         batch, layout = config.batch, layout_of(config, launch.world_size)
         engine = Engine(config, ProcessGrid(layout, launch.rank, device))

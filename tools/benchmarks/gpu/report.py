@@ -64,6 +64,7 @@ def planner_facts(rows: Sequence[Row]) -> dict[str, Any] | None:
         }
         for row in fine(rows, "tp8", "forward_seconds")
     }
+
     if not pieces:
         return None
     layer = {
@@ -77,6 +78,7 @@ def planner_facts(rows: Sequence[Row]) -> dict[str, Any] | None:
         if head is None
         else (head["forward_seconds"] or 0.0) + (head["input_gradient_seconds"] or 0.0)
     )
+
     return {
         "format": FORMAT,
         "device": next((row["facts"]["device"] for row in fine(rows, "device", "facts")), None),
@@ -125,6 +127,7 @@ def device_text(rows: Sequence[Row]) -> str:
             if not facts
             else {f"{key}, after": value for key, value in row["facts"].items()}
         )
+
     products = fine(rows, "device", "flops_per_second")
     lines = [
         [row["what"], number(row["flops_per_second"], 1e-12), share(row["spread"], 1.0)]
@@ -133,12 +136,14 @@ def device_text(rows: Sequence[Row]) -> str:
     text = (
         table(("device", ""), [[key, str(value)] for key, value in facts.items()]) if facts else ""
     )
+
     if lines:
         best = number(matmul_rate(rows), 1e-12)
         text += "\n" + table(
             ("bf16 product", "TFLOP/s", "spread"),
             [*lines, ["**the matmul rate**", f"**{best}**", ""]],
         )
+
     copies = fine(rows, "device", "bytes_per_second")
     return text + "".join(
         f"\nCopy on the device: {row['bytes_per_second'] / 1e12:.2f} TB/s.\n" for row in copies
@@ -165,6 +170,7 @@ def layers_text(rows: Sequence[Row]) -> str:
         ]
         for row in fine(rows, "layers", "kernels")
     ]
+
     header = (
         "K2's layers, bf16", "forward + backward ms", "step ms", "spread", "tokens/s", "TFLOP/s",
         "of the matmul rate", "same, causal pairs only", "whole step", "of the data sheet",
@@ -184,6 +190,7 @@ def ratio(mine: float | None, theirs: float | None) -> float | None:
 def models_text(rows: Sequence[Row]) -> str:
     measured = fine(rows, "models", "step_seconds")
     lines = []
+
     for row in measured:
         same = [
             other
@@ -207,6 +214,7 @@ def models_text(rows: Sequence[Row]) -> str:
                 "in turns" if row["in_turns"] > 1 else "alone",
             ]
         )
+
     header = (
         "whole model, bf16", "contender", "step ms", "spread", "tokens/s", "of the matmul rate",
         "/ transformers compiled", "/ reference compiled", "GiB above states", "loss, step 1 and 3",
@@ -231,6 +239,7 @@ def tp8_text(rows: Sequence[Row]) -> str:
                 number(row.get(f"{key}_flops_per_second"), 1e-12),
             ]
         lines.append([*line, "graph" if row["graph"] else "eager"])
+
     header = (
         "a rank of eight, us (TFLOP/s)",
         "forward",
@@ -241,12 +250,14 @@ def tp8_text(rows: Sequence[Row]) -> str:
         "",
         "launched",
     )
+
     return table(header, lines) if lines else ""
 
 
 def host_text(rows: Sequence[Row]) -> str:
     measured = fine(rows, "host", "profiled_seconds")
     categories = list(measured[0]["seconds"]) if measured else []
+
     lines = [
         [
             row["what"],
@@ -260,6 +271,7 @@ def host_text(rows: Sequence[Row]) -> str:
         ]
         for row in measured
     ]
+
     header = (
         "a step",
         "ms",
@@ -270,6 +282,7 @@ def host_text(rows: Sequence[Row]) -> str:
         *categories,
         "rest",
     )
+
     return table(header, lines) if lines else ""
 
 
@@ -281,6 +294,7 @@ def aims_text(rows: Sequence[Row]) -> str:
             lines.append([what, f"{found:.3f}", aim, "met" if met(found) else "missed"])
 
     rate, layers = matmul_rate(rows), fine(rows, "layers", "kernels")
+
     for batch in dict.fromkeys(row["batch"] for row in layers):
         same = [row for row in layers if row["batch"] == batch]
         best = max(same, key=lambda row: row["flops_per_second"] or 0.0)
@@ -300,6 +314,7 @@ def aims_text(rows: Sequence[Row]) -> str:
                 "0.97 to 1.03",
                 lambda x: 0.97 <= x <= 1.03,
             )
+
     measured = fine(rows, "models", "step_seconds")
     for row in measured:
         same = [
@@ -310,6 +325,7 @@ def aims_text(rows: Sequence[Row]) -> str:
         if row["contender"].startswith("k2train"):
             found = against(row, same, "transformers compiled")
             add(f"{row['what']} / transformers compiled", found, ">= 1.15", lambda x: x >= 1.15)
+
     return table(("aim", "found", "wanted", ""), lines) if lines else ""
 
 
