@@ -250,7 +250,7 @@ if what == "save":
     bench.Bench(folder, 400, torch.bfloat16)
 else:
     grid = bench.ProcessGrid(bench.Layout(), 0, torch.device("cpu"))
-    table = bench.table_of(400 * 10**6 // 14, 8)
+    table = bench.shard_layout(400 * 10**6 // 14, 8)
     lines = {{state: torch.zeros(table.elements) for state in bench.STATES}}
     for line in lines.values():
         line.fill_(1.0)
