@@ -13,7 +13,7 @@ with bits as a signed integer, and A and B odd numbers from splitmix64.
 - Several changed or exchanged elements cancel in both lanes only by accident. The chance is about
   2^-64 where two differ in their highest bit alone, and smaller in lower bits.
 - Accidental damage only: with A and B known, two tensors with one digest can be constructed.
-  Against forgery stands the SHA-256 of files in a checkpoint's manifest.
+  Forgery is detected by the SHA-256 of files in a checkpoint's manifest.
 - The state root is one SHA-256 over all digests with the tensors' names, the step and the number of
   updates applied.
 

@@ -327,6 +327,7 @@ def row_29(bench: Bench) -> Result:
 
 
 def holds(path: Path) -> bool:
+    """True when a file contains the secret."""
     try:
         return SECRET.encode() in path.read_bytes()
     except OSError:

@@ -67,10 +67,12 @@ class Endurance:
 
     @property
     def done_faults(self) -> int:
+        """Number of faults that have fired."""
         return sum(self.kinds.values())
 
     @property
     def run(self) -> Path:
+        """Directory of the run."""
         return self.restarts.run
 
     def go(self) -> None:

@@ -91,6 +91,7 @@ def section(result: Result) -> list[str]:
 
 
 def cell(text: str) -> str:
+    """Text for one cell of a Markdown table."""
     return text.replace("|", "/").replace("\n", " ")
 
 

@@ -50,6 +50,7 @@ class Attempt:
 
     @property
     def codes(self) -> list[int]:
+        """Exit codes by rank."""
         return self.job.codes
 
     @property
@@ -59,6 +60,7 @@ class Attempt:
 
     @property
     def seconds(self) -> float:
+        """Duration of the attempt."""
         return max(at for _, at in self.job.ends.values()) - self.job.began
 
     @property
@@ -107,10 +109,12 @@ class Restarts:
 
     @property
     def run(self) -> Path:
+        """Directory of the run."""
         return self.world.run(self.name)
 
     @property
     def done(self) -> bool:
+        """True when the run has finished."""
         return bool(self.attempts) and set(self.attempts[-1].codes) == {EXIT_DONE}
 
     def attempt(

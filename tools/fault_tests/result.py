@@ -39,6 +39,7 @@ class Result:
 
     @property
     def verdict(self) -> str:
+        """Whether the row held, held in part, or did not hold."""
         if self.problems:
             return "NOT HELD"
         if not self.measured:
@@ -63,6 +64,7 @@ class Bench:
 
     @property
     def short(self) -> bool:
+        """True at the short level."""
         return self.level == SHORT
 
     def random(self, row: int) -> random.Random:
@@ -78,6 +80,7 @@ class Bench:
         return self._worlds[key]
 
     def name(self, stem: str) -> str:
+        """A new run name with that stem."""
         self._names += 1
         return f"{stem}_{self._names}"
 
@@ -88,6 +91,7 @@ class Bench:
         return self._references[world]
 
     def restarts(self, world: TinyRun, stem: str) -> Restarts:
+        """A new restart chain of a world."""
         return Restarts(self.server, world, self.name(stem), self.reference(world))
 
 
@@ -116,10 +120,12 @@ def chain(
 
 
 def attempts_of(all_restarts: Sequence[Restarts]) -> list[Attempt]:
+    """All attempts of several restart chains."""
     return [attempt for restarts in all_restarts for attempt in restarts.attempts]
 
 
 def problems_of(all_restarts: Sequence[Restarts]) -> list[str]:
+    """All problems of several restart chains."""
     return [problem for restarts in all_restarts for problem in restarts.problems]
 
 

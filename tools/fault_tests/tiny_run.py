@@ -40,17 +40,21 @@ class TinyRun:
 
     @property
     def steps(self) -> int:
+        """Steps of the whole run."""
         return self.chunks * self.steps_per_chunk
 
     @property
     def config(self) -> Path:
+        """Path of the YAML config."""
         return self.folder / "config.yaml"
 
     @property
     def data(self) -> Path:
+        """Path of the data folder."""
         return self.folder / "data"
 
     def run(self, name: str) -> Path:
+        """Directory of the run of that name."""
         return self.folder / "runs" / name
 
     def arguments(self, name: str, *more: str) -> list[str]:
@@ -67,6 +71,7 @@ class TinyRun:
         )
 
     def changed(self, *settings: tuple[str, Any]) -> "TinyRun":
+        """The same world with changed settings."""
         return replace(self, changes=(*self.changes, *settings))
 
 
@@ -104,6 +109,7 @@ def make_tiny_run(
 
 
 def tree_of(world: TinyRun) -> dict[str, Any]:
+    """Config of the world as a tree."""
     return {
         "run": {
             "name": "undisturbed",

@@ -73,6 +73,7 @@ class Verdict:
 
     @property
     def met(self) -> bool:
+        """True when the target is met."""
         return self.measured.median >= self.wanted
 
 

@@ -49,6 +49,7 @@ class Bench:
 
     @property
     def cuda(self) -> bool:
+        """True on a GPU."""
         return self.device.type == "cuda"
 
     def emit(self, what: str, status: str = "ok", why: str = "", **figures: Any) -> None:

@@ -48,6 +48,7 @@ class Given:
 
 
 def read_arguments(arguments: Sequence[str]) -> Given:
+    """Parse and check the command line."""
     parser = Parser(
         prog="bench.py gpu", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -99,6 +100,7 @@ def part_command(part: str, given: Given, seconds: float) -> list[str]:
 
 
 def rows_file(given: Given, part: str) -> Path:
+    """File of a part's rows."""
     return given.folder / f"rows_{part}.jsonl"
 
 
@@ -119,6 +121,7 @@ def run_part(part: str, given: Given, seconds: float) -> list[Row]:
 
 
 def ended(part: str, underway: str, why: str) -> Row:
+    """Row for a part that ended before its work was finished."""
     return {"part": part, "what": underway or "(start)", "status": "failed", "why": why}
 
 

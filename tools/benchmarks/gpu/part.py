@@ -18,6 +18,7 @@ BEGAN = time.monotonic()
 
 
 def main() -> int:
+    """Run the part named by the command line."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--part", required=True)
     parser.add_argument("--rows", type=Path, required=True)

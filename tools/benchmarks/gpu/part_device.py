@@ -35,6 +35,7 @@ REPEATS = 4
 
 
 def run(bench: Bench) -> None:
+    """Measure the device's facts and rates, and write their rows."""
     work = sizes(bench.dry)
     bench.attempt("facts", lambda: facts(bench))
     timer = Timer(bench)
@@ -48,6 +49,7 @@ def run(bench: Bench) -> None:
 
 
 def facts(bench: Bench) -> Mapping[str, Any]:
+    """Names, versions and settings of the device."""
     found: dict[str, Any] = {
         "device": device_name(bench),
         "python": platform.python_version(),
@@ -74,11 +76,13 @@ def facts(bench: Bench) -> Mapping[str, Any]:
 
 
 def sheet(name: str) -> str:
+    """Data sheet rate of a device, as text."""
     peak = peak_flops(name)
     return "not known" if peak is None else f"{peak / 1e12:.0f} TFLOP/s"
 
 
 def device_name(bench: Bench) -> str:
+    """Name of the device."""
     return (
         torch.cuda.get_device_name(bench.device)
         if bench.cuda
@@ -87,6 +91,7 @@ def device_name(bench: Bench) -> str:
 
 
 def version(package: str) -> str:
+    """Version of a package, or why there is none."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -103,10 +108,12 @@ def asked(fields: str) -> str:
 
 
 def clocks() -> dict[str, str]:
+    """Clocks and power limit of the device."""
     return {CLOCKS.replace(",", ", "): asked(CLOCKS)}
 
 
 def commit() -> str:
+    """Commit of this checkout; "unknown" without git."""
     if shutil.which("git") is None:
         return "unknown"
     here = Path(__file__).resolve().parent

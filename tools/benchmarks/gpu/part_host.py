@@ -17,6 +17,7 @@ MICROBATCHES = 4
 
 
 def run(bench: Bench) -> None:
+    """Profile a step, and write its rows."""
     work = sizes(bench.dry)
     name, small = work.models[0]
     layers = replace(work.k2, num_layers=work.k2_layers[-1])

@@ -61,6 +61,7 @@ class Case:
 
 
 def run(bench: Bench) -> None:
+    """Measure the `auto` choices, then one change at a time."""
     work = sizes(bench.dry)
     with world_of_one(bench) as grid:
         fitting = [

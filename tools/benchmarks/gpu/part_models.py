@@ -48,6 +48,7 @@ class Outcome(Enum):
 
 
 def run(bench: Bench) -> None:
+    """Measure every model and batch while the time lasts."""
     work = sizes(bench.dry)
     compile_seconds = FIRST_COMPILE_SECONDS
 
@@ -79,12 +80,15 @@ class Comparison:
 
     @property
     def labels(self) -> dict[str, Any]:
+        """Fields that every row of the comparison has."""
         return {"model": self.name, "batch": str(self.batch), "shape": asdict(self.shape)}
 
     def what(self, of: str) -> str:
+        """Name of a row."""
         return f"{self.name}, {self.batch}: {of}"
 
     def run(self) -> None:
+        """Measure the contenders together, or one after another where they do not fit."""
         builds: dict[str, Build] = {
             "k2train": self.ours,
             "transformers": partial(
@@ -104,6 +108,7 @@ class Comparison:
                 )
 
     def ours(self, kernels: dict[str, Any] | None = None) -> list[Contender]:
+        """Build k2train's contender."""
         return [k2train_contender(self.bench, self.grid, self.shape, self.batch, kernels)]
 
     def fits_together(self) -> bool:

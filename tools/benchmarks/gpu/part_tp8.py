@@ -53,6 +53,7 @@ def one_stream(bench: Bench) -> Iterator[None]:
 
 
 def run(bench: Bench) -> None:
+    """Time every piece, and write its row."""
     work = sizes(bench.dry)
     rank = work.rank
 

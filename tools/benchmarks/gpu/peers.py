@@ -55,6 +55,7 @@ def k2train_contender(
     batch: Batch,
     kernels: dict[str, Any] | None = None,
 ) -> Contender:
+    """k2train's engine as a contender."""
     engine = make_engine(grid, shape, batch, 1, kernels)
     ids = token_ids(bench.device, shape, batch)
     name = (

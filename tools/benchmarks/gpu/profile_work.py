@@ -56,6 +56,7 @@ def profiled(work: dict[str, Any]) -> dict[str, Any]:
 
 
 def main(arguments: list[str]) -> int:
+    """Profile the work file's step and write the result."""
     source, target = (Path(argument) for argument in arguments)
     found = profiled(json.loads(source.read_text()))
     if found["rank"] == 0:

@@ -149,6 +149,7 @@ def scope_of(name: str) -> str | None:
 
 
 def leaf_category(name: str) -> str:
+    """Category of an operation outside all scopes, by its name."""
     for category, names in (("products", PRODUCTS), ("copies", COPIES), ("fills", FILLS)):
         if name.startswith(names):
             return category
@@ -185,6 +186,7 @@ class Sorter:
         return found
 
     def category(self, event: Any) -> str:
+        """Category of an event."""
         return self.scope(event) or leaf_category(event.name)
 
 

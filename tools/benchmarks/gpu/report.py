@@ -36,6 +36,7 @@ HEAD = "head and loss, all gradients"
 
 
 def of(rows: Sequence[Row], part: str) -> list[Row]:
+    """Rows of a part."""
     return [row for row in rows if row["part"] == part]
 
 
@@ -52,6 +53,7 @@ def matmul_rate(rows: Sequence[Row]) -> float | None:
 
 
 def data_sheet(rows: Sequence[Row]) -> float | None:
+    """FLOP/s of the device's data sheet; None if unknown."""
     return next((row["data_sheet_flops"] for row in fine(rows, "device", "data_sheet_flops")), None)
 
 
@@ -94,10 +96,12 @@ def planner_facts(rows: Sequence[Row]) -> dict[str, Any] | None:
 
 
 def number(value: float | None, scale: float = 1.0, digits: int = 1) -> str:
+    """Format a scaled number; `-` for None."""
     return "-" if value is None else f"{value * scale:.{digits}f}"
 
 
 def share(value: float | None, of_what: float | None) -> str:
+    """Format a share in percent; `-` if either is unknown."""
     return "-" if value is None or not of_what else f"{100 * value / of_what:.0f} %"
 
 
@@ -120,6 +124,7 @@ def failures(rows: Sequence[Row]) -> str:
 
 
 def device_text(rows: Sequence[Row]) -> str:
+    """Table of the part `device`."""
     facts: dict[str, Any] = {}
     for row in fine(rows, "device", "facts"):
         facts |= (
@@ -151,6 +156,7 @@ def device_text(rows: Sequence[Row]) -> str:
 
 
 def layers_text(rows: Sequence[Row]) -> str:
+    """Table of the part `layers`."""
     rate, sheet = matmul_rate(rows), data_sheet(rows)
     lines = [
         [
@@ -184,10 +190,12 @@ def layers_text(rows: Sequence[Row]) -> str:
 
 
 def ratio(mine: float | None, theirs: float | None) -> float | None:
+    """Quotient of two numbers; None if either is unknown."""
     return None if mine is None or not theirs else mine / theirs
 
 
 def models_text(rows: Sequence[Row]) -> str:
+    """Table of the part `models`."""
     measured = fine(rows, "models", "step_seconds")
     lines = []
 
@@ -230,6 +238,7 @@ def against(row: Row, same: Sequence[Row], name: str) -> float | None:
 
 
 def tp8_text(rows: Sequence[Row]) -> str:
+    """Table of the part `tp8`."""
     lines = []
     for row in fine(rows, "tp8", "forward_seconds"):
         line = [row["what"]]
@@ -255,6 +264,7 @@ def tp8_text(rows: Sequence[Row]) -> str:
 
 
 def host_text(rows: Sequence[Row]) -> str:
+    """Table of the part `host`."""
     measured = fine(rows, "host", "profiled_seconds")
     categories = list(measured[0]["seconds"]) if measured else []
 
@@ -287,6 +297,7 @@ def host_text(rows: Sequence[Row]) -> str:
 
 
 def aims_text(rows: Sequence[Row]) -> str:
+    """Table of the targets."""
     lines: list[list[str]] = []
 
     def add(what: str, found: float | None, aim: str, met: Callable[[float], bool]) -> None:

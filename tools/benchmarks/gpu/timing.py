@@ -37,6 +37,7 @@ class Timing:
 
 
 def summary(seconds: Sequence[float]) -> Timing:
+    """Median and quartiles of samples in seconds."""
     low, middle, high = statistics.quantiles(seconds, n=4, method="inclusive")
     return Timing(middle, low, high, len(seconds))
 
