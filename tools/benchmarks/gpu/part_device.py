@@ -19,6 +19,7 @@ from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.sizes import Sizes, sizes
 from benchmarks.gpu.timing import Timer
 from k2train.plan.cost import peak_flops
+from k2train.text import bytes_text
 
 PACKAGES = (
     "transformers",
@@ -60,7 +61,7 @@ def facts(bench: Bench) -> Mapping[str, Any]:
         found |= {
             "compute capability": f"{properties.major}.{properties.minor}",
             "multiprocessors": properties.multi_processor_count,
-            "memory": f"{properties.total_memory / 2**30:.1f} GiB",
+            "memory": bytes_text(properties.total_memory),
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),
             "driver": asked("driver_version"),

@@ -20,6 +20,7 @@ from benchmarks.gpu.sizes import Batch, Sizes, sizes
 from benchmarks.gpu.timing import Timer
 from k2train.parallel.grid import ProcessGrid
 from k2train.plan.cost import ModelShape, flops_per_token
+from k2train.text import bytes_text
 
 # Attention that keeps a score for every pair is left out: at these lengths it needs gigabytes a
 # layer.
@@ -115,9 +116,7 @@ def measure(bench: Bench, grid: ProcessGrid, case: Case, rounds: int) -> Mapping
     """Seconds, model FLOP/s and peak memory of one engine."""
     total, states = bench.total_bytes(), states_bytes(case.shape, "bf16")
     if total is not None and states > SPARE * total:
-        raise UnavailableError(
-            f"states alone need {states / 2**30:.1f} GiB of {total / 2**30:.1f} GiB"
-        )
+        raise UnavailableError(f"states alone need {bytes_text(states)} of {bytes_text(total)}")
 
     before = bench.held_bytes()
     engine = make_engine(grid, case.shape, case.batch, case.microbatches, case.kernels)

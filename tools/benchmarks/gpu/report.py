@@ -17,6 +17,8 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from k2train.text import bytes_text
+
 Row = dict[str, Any]
 FORMAT = 1
 
@@ -151,7 +153,7 @@ def device_text(rows: Sequence[Row]) -> str:
 
     copies = fine(rows, "device", "bytes_per_second")
     return text + "".join(
-        f"\nCopy on the device: {row['bytes_per_second'] / 1e12:.2f} TB/s.\n" for row in copies
+        f"\nCopy on the device: {bytes_text(row['bytes_per_second'])}/s.\n" for row in copies
     )
 
 
