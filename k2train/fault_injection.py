@@ -134,6 +134,7 @@ def _find(name: str, armed: Sequence[Fault]) -> Fault | None:
         if fault.step not in (None, _state.step):
             continue
 
+        # `nth` counts only the visits that match rank and step.
         fault.seen += 1
         if fault.seen == fault.nth:
             fault.struck = True

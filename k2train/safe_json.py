@@ -64,6 +64,7 @@ def parse_json(content: bytes | str) -> Any:
 
 def _depth(text: bytes) -> int:
     """Nesting depth of brackets outside strings, without Python code for each character."""
+    # Without escaped quotes, every second part between quotes is outside a string.
     bare = text.replace(b"\\\\", b"").replace(b'\\"', b"") if b"\\" in text else text
     brackets = b"".join(bare.split(b'"')[::2]).translate(_KINDS, _NO_BRACKETS)
     # Brackets become steps of +1 and -1; the running sum of them is the depth.

@@ -13,7 +13,7 @@ with bits as a signed integer, and A and B odd numbers from splitmix64.
 - Several changed or exchanged elements cancel in both lanes only by accident. The chance is about
   2^-64 where two differ in their highest bit alone, and smaller in lower bits.
 - Accidental damage only: with A and B known, two tensors with one digest can be constructed.
-  Against forgery stands the SHA-256 of files in a checkpoint's manifest.
+  Forgery is detected by the SHA-256 of files in a checkpoint's manifest.
 - The state root is one SHA-256 over all digests with the tensors' names, the step and the number of
   updates applied.
 
@@ -80,6 +80,7 @@ def block_sums(
     width = bits.shape[1]
     across, down = min(width, _BLOCK), max(1, _BLOCK // width)
 
+    # Sum over columns per row first: the row multiplier is common to them.
     for row in range(0, rows, down):
         for column in range(0, width, across):
             wide = bits[row : row + down, column : column + across].astype(np.int64)

@@ -160,4 +160,5 @@ def test_off_it_costs_next_to_nothing() -> None:
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
+
     assert float(done.stdout) < 5e-6

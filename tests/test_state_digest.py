@@ -62,12 +62,12 @@ def test_every_single_bit_counts() -> None:
     values = RNG.standard_normal((40, 50)).astype(np.float32)
     before = digest(values)
     bits = values.view(np.uint32)
-    for place in RNG.choice(values.size, 400, replace=False):
+    for position in RNG.choice(values.size, 400, replace=False):
         for bit in range(32):
-            bits.flat[place] ^= np.uint32(1 << bit)
+            bits.flat[position] ^= np.uint32(1 << bit)
             after = digest(values)
-            assert after[:16] != before[:16] and after[16:] != before[16:], (place, bit)
-            bits.flat[place] ^= np.uint32(1 << bit)
+            assert after[:16] != before[:16] and after[16:] != before[16:], (position, bit)
+            bits.flat[position] ^= np.uint32(1 << bit)
     assert digest(values) == before
 
 
@@ -95,6 +95,7 @@ def test_what_equal_values_hide() -> None:
     other = (nan.view(np.uint32) ^ np.uint32(1)).view(np.float32)
     assert np.isnan(other).all() and digest(nan) != digest(other)
     values = RNG.standard_normal((9, 9)).astype(np.float32)
+
     changed = [
         values.T,
         values[::-1],
@@ -102,6 +103,7 @@ def test_what_equal_values_hide() -> None:
         values[[1, 0, *range(2, 9)]],
         np.roll(values, 1),
     ]
+
     swapped = values.copy()
     swapped.flat[[3, 60]] = swapped.flat[[60, 3]]
     digests = [digest(np.ascontiguousarray(x)) for x in (values, *changed, swapped)]
@@ -141,6 +143,7 @@ def test_the_root_names_its_tensors() -> None:
             ({"a.master": one, "b.master": two}, 7, 6),
         )
     }
+
     assert len(roots) == 6
     assert state_root({"a": one, "b": two}, 1, 1) == state_root({"b": two, "a": one}, 1, 1)
 

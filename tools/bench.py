@@ -158,6 +158,7 @@ def _cpu(options: argparse.Namespace) -> int:
     if options.against:
         base = against.read_base(options.against)
         with against.checkout(ROOT, base["commit"]) as tree:
+            # Both commits run in the same groups, so that their ratio is of the same minutes.
             rows = _measure(against.pairs(groups, tree), work, plan)
     else:
         base, rows = None, _measure(groups, work, plan)
@@ -202,6 +203,7 @@ def _report(
             print(f"slower than the base, or no longer running: {', '.join(lost)}", file=sys.stderr)
         return EXIT_FAILED if lost else EXIT_DONE
 
+    # Without the reference no ratio means anything.
     references = [row for row in rows if row.name == REFERENCE]
     return EXIT_DONE if all(row.problem is None for row in references) else EXIT_FAILED
 

@@ -109,6 +109,7 @@ class Bench:
         writer.snapshot(self.layout, self.shards, self.dtype)
         dirty(self.shards)
 
+        # The commit calls back when the checkpoint is complete, before the read-back.
         ends: list[float] = []
         began = time.monotonic()
         frozen = writer.snapshot(self.layout, self.shards, self.dtype)
@@ -148,6 +149,7 @@ class Bench:
             (f"plain read {what}", lambda: plain_read(path)),
             (f"load {what}", whole),
         ):
+            # The page cache is empty or full on purpose, never by chance.
             if cold:
                 drop_caches(path)
             else:

@@ -174,6 +174,7 @@ def bench_encode(folder: Path, rounds: int) -> Iterator[Figure]:
         lambda: encode_task(workspace, 0),
     )
 
+    # The faster of sentencepiece's two ways is the baseline.
     best = mebibytes / min(one, many)
     yield Figure("encode text", "sentencepiece alone", mebibytes / mine, best, "MiB/s", ">= 0.9")
     yield Figure(
@@ -256,6 +257,7 @@ def bench_loader(folder: Path, rounds: int) -> Iterator[Figure]:
     with Loader(
         manifest, order, 0, 1, config.batch.micro_sequences, config.model.vocab_size
     ) as loader:
+        # All steps in order, as training reads them.
         steps = range(1, order.total_steps + 1)
         seconds = statistics.median(
             timed(lambda: [loader.step(s) for s in steps]) for _ in range(rounds)

@@ -154,6 +154,7 @@ def profile_of(sizes: Mapping[str, int], given: argparse.Namespace, folder: Path
 
     source, target, log = folder / "work.json", folder / "out.json", folder / "log.txt"
     source.write_text(json.dumps(work))
+    # A result of an earlier work must not pass for this one's.
     target.unlink(missing_ok=True)
     command = command_of(
         "benchmarks.gpu.profile_work", [str(source), str(target)], processes=given.processes

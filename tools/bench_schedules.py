@@ -257,6 +257,7 @@ def _outcome(
         options.processes, p.tensor, p.pipeline, p.stages_per_rank, placement_of(p.schedule)
     )
 
+    # Ranks of one pipeline position are neighbours; the first one stands for all.
     each = options.processes // layout.pipeline
     steps = [
         tuple(
@@ -273,6 +274,7 @@ def _outcome(
             key = (span.action.op, span.action.stage)
             found.setdefault(key, []).append(span.end_seconds - span.start_seconds)
 
+    # A real step, not an average of several, so that its picture is one that happened.
     middle = sorted(steps, key=bubble_fraction)[len(steps) // 2]
     return Outcome(
         kind=p.schedule,

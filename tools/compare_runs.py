@@ -94,6 +94,7 @@ def metric_differences(a: Path, b: Path, strict: bool) -> list[str]:
     rows = [{row["step"]: row for row in latest(run / "metrics.jsonl")} for run in (a, b)]
 
     found = []
+    # NaN differs from itself, but two NaN losses are equal here.
     for step in sorted(set(rows[0]) & set(rows[1])):
         pairs = [(key, rows[0][step].get(key), rows[1][step].get(key)) for key in COMPARED]
         different = [
@@ -114,6 +115,7 @@ def metric_differences(a: Path, b: Path, strict: bool) -> list[str]:
 
 def tensor_differences(a: Path, b: Path) -> list[str]:
     """Every tensor of two checkpoints whose bits differ, with the number of values and distance."""
+    # A thinned checkpoint has lost its optimizer states.
     folders = ["model"] if is_thinned(a) or is_thinned(b) else ["model", "optimizer"]
     found = []
     for folder in folders:
@@ -191,6 +193,7 @@ def root_differences(a: Path, b: Path) -> tuple[list[str], int]:
                 )
                 found.append(f"{run} contradicts itself: the root of step {step} is {recorded}")
 
+    # Only steps that both recorded can be compared; roots need not be of every step.
     common = sorted(set(states[0]) & set(states[1]))
     different = [step for step in common if states[0][step].root != states[1][step].root]
     if different:

@@ -118,6 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             results.append(run_row(bench, row))
             print(table_line(results[-1]), flush=True)
 
+            # With a record the page also shows rows of earlier runs of this tool.
             shown = (
                 results if options.record is None else remember(options.record, results[-1], bench)
             )

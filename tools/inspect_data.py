@@ -304,12 +304,14 @@ def step_answer(run: Run, options: argparse.Namespace) -> Facts:
     position, rows = order.position(step), order.rows_of(step)
     info = manifest.chunk(position.name)
 
+    # Before reading anything: a contradiction ends the answer.
     attempts = _attempts(run, step, info.name, rows)
     chosen = _chosen(options, info, rows, step)
 
     pieces = pieces_of(manifest, info, rows)
     tokenizer = find_tokenizer(manifest, options.tokenizer)
 
+    # Counted over the pieces, not taken from a record.
     per_subset: dict[str, int] = {}
     for piece in (piece for listed in pieces.values() for piece in listed):
         per_subset[piece["subset"]] = per_subset.get(piece["subset"], 0) + piece["length"]
@@ -435,6 +437,7 @@ def _chunks_by_key(manifest: Manifest, options: argparse.Namespace) -> set[str] 
     if source is None:
         return None
 
+    # Keys depend on the subset, so each one is tried.
     subsets = [options.subset] if options.subset else list(manifest.facts.get("account", {}))
     found = [chunks_of_document(manifest, subset, source, name) for subset in subsets]
     return (

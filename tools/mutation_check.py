@@ -131,6 +131,7 @@ def run_pytest(
 
     output, (code,) = job.text("out"), job.codes
     lines = output.strip().splitlines()
+    # Such an error fails any test, so it proves nothing about this one.
     clumsy = CLUMSY.search(output)
     if code == FAILED and clumsy:
         return None, f"failed with {clumsy[0]}, which any test would see"
@@ -204,6 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def check(server: ForkServer, chosen: Sequence[Mutation]) -> int:
     """Check the mutations one after the other and print the table; the exit code."""
+    # A test that fails without a mutation would count as a catch.
     passed, detail = check_unbroken(server, chosen)
     print(f"unbroken: {detail}\n", flush=True)
     if not passed:

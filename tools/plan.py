@@ -175,6 +175,7 @@ def _grid_lines(layout: Layout, num_layers: int, full: bool) -> list[str]:
             )
         return lines
 
+    # Too many ranks for a line each: one line per pipeline rank, and the groups by axis.
     per_pipeline_rank = layout.data * layout.tensor
     for pp in range(layout.pipeline):
         ranks = range(pp * per_pipeline_rank, (pp + 1) * per_pipeline_rank)
@@ -301,6 +302,7 @@ def _balance_lines(config: Config, shape: cost.ModelShape, layout: Layout) -> li
         "included"
     ]
 
+    # Only a hint: an explicit split is the user's choice.
     better = balanced_layers(shape, layout, length)
     if config.parallel.layers_per_stage is None and better is not None:
         share = slowest(with_layers(layout, better))

@@ -71,6 +71,7 @@ def checkpoint_rows(directory: Path) -> list[dict[str, str]]:
     }
 
     rows = []
+    # Training seconds of a checkpoint are those of the steps since the previous one.
     step_before = 0
     for name, facts in sorted(saved.items()):
         step = facts.get("step")

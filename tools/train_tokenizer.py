@@ -76,6 +76,7 @@ def files_of(patterns: Sequence[str]) -> list[tuple[str, Path]]:
                 raise DataError(f"{file}: unsupported kind of file; supported: {KINDS}")
             found.add(os.path.realpath(file))
 
+    # Names are relative, so that the sample is the same on every machine.
     common = os.path.commonpath([os.path.dirname(path) for path in found])
     return sorted((Path(path).relative_to(common).as_posix(), Path(path)) for path in found)
 
@@ -200,6 +201,7 @@ class Sample:
         )
         rank = int.from_bytes(digest.digest()[:8], "big")
 
+        # The limit only falls: a block above it can never be in the sample.
         if rank >= self._limit:
             return
         heapq.heappush(self._kept, (-rank, name, number, text))
@@ -275,6 +277,7 @@ def train(given: argparse.Namespace) -> None:
     part = "all" if whole else f"{kept}, those of smallest hash by file name"
     print(f"trained on {part} (--max-bytes {given.max_bytes:,})", flush=True)
 
+    # The trainer skips these lines without a word.
     long = sum(
         len(line.encode("utf-8", "replace")) > LONGEST_LINE_BYTES
         for text in texts

@@ -61,6 +61,7 @@ def check_ledger(path: Path) -> tuple[list[tuple[int, dict[str, Any]]], list[Pro
     Damaged lines, or else the first break of the hash chain.
     """
     rows, problems = rows_of(path)
+    # With a damaged line the chain is broken anyway.
     if not problems:
         try:
             read_ledger(path)
@@ -162,6 +163,7 @@ def check_checkpoints(
         if trusted and name not in saves:
             yield Problem(f"{path}: is not in the ledger; the next start will record it", note=True)
 
+    # Recorded checkpoints that are neither present nor set aside.
     missing = [name for name in saves if trusted and folder / name not in there]
     for name in missing:
         line = saves[name][0]
@@ -226,6 +228,7 @@ def check_data(
     path = Path(named) if named else Path(load_config(str(directory / CONFIG)).data.manifest)
 
     if not named and not path.is_absolute():
+        # The path is relative to where the run was started, which is above its directory.
         above = [base / path for base in directory.resolve().parents]
         path = next(
             (found for found in above if (found / MANIFEST_NAME).is_file() or found.is_file()), path

@@ -74,6 +74,7 @@ def blocking_ranks(seen: dict[int, RankStatus], silent_after: float) -> list[Fau
     if any(one.moving for one in at_work):
         return []
 
+    # The run's own watchdog may have decided already.
     stalled = any(one.record is not None and one.record.state == "stalled" for one in at_work)
     longest = max(one.record.seconds for one in at_work if one.record is not None)
     return found if stalled or longest >= SLOW_SECONDS else []

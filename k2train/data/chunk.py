@@ -102,6 +102,7 @@ def verify_chunk(
     row = 0
 
     with (manifest.folder / info.file).open("rb") as stream:
+        # The hash covers the header too.
         digest.update(stream.read(offset))
         while block := stream.read(max(1, BLOCK_BYTES // row_bytes) * row_bytes):
             if stopped is not None and stopped():
@@ -114,6 +115,7 @@ def verify_chunk(
     same = digest.hexdigest() == info.sha256
     where = f"{info.name} ({manifest.folder / info.file})"
 
+    # A bad id is reported first: with a good hash it is the preparation's fault, not the disk's.
     if bad:
         raise DataError(
             f"{where}: {bad}" + ("" if same else "; its sha256 is not the manifest's either")
@@ -174,6 +176,7 @@ def write_chunk(
     Raises DataError for an id outside the vocabulary.
     """
     dtype = np.dtype(chunk_dtype(vocab_size)).newbyteorder("<")
+    # The first block gives the sequence length for the header.
     pending: Iterator[Tokens] = iter(blocks)
     block = next(pending)
     sequence_length = block.shape[1]

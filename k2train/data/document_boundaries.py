@@ -117,6 +117,7 @@ def bad_border(
 
     `index` is that of the first value in its file, `before` the border in front of it.
     """
+    # Positions of the first token of `rows` and the first one after them.
     low, high = rows.start * sequence_length, rows.stop * sequence_length
     # A value beyond int64 turns negative here, and so is outside the rows too.
     positions = values.astype(np.int64)

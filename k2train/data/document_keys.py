@@ -58,6 +58,7 @@ def chunks_of_document(
         return None
 
     entry: dict[str, Any] = facts["subsets"][subset]
+    # One bucket per pass: the leading bits of the document's key in that pass.
     buckets = [
         document_key64(facts["seed"], subset, number, source_key, name) >> (KEY_BITS - bits)
         for number, bits in enumerate(entry["bits"])

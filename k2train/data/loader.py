@@ -90,6 +90,7 @@ class Loader:
         check_files(manifest, names)
         if documents:
             require_borders(manifest, names)
+        # Only for its check: the batch must divide into ranks and micro-batches.
         rank_rows(range(order.global_sequences), dp, data, micro_sequences)
 
         self.manifest, self.order, self.verify, self.documents = manifest, order, verify, documents
@@ -102,6 +103,7 @@ class Loader:
 
         self._verified_ahead = -1
         self._stop = Event()
+        # One thread each: reads stay in order, and hashing never delays a read.
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="k2train-loader")
         self._verifier = ThreadPoolExecutor(max_workers=1, thread_name_prefix="k2train-verify")
         self._pending: dict[int, Future[Batch]] = {}
@@ -115,6 +117,7 @@ class Loader:
             s for s in range(step, step + 1 + AHEAD_STEPS) if s <= self.order.total_steps
         ] or [step]
 
+        # After a rollback the prefetched steps are not the next ones any more.
         for stale in set(self._pending) - set(wanted):
             self._pending.pop(stale).cancel()
         for s in wanted[:AHEAD_STEPS]:
@@ -146,6 +149,7 @@ class Loader:
                 f"there are {batches}"
             )
 
+        # In the reader's thread, which alone maps chunks.
         return self._reader.submit(self._read_held_out, info, batch_index, size).result()
 
     def verify_ahead(self, name: str) -> "Future[None]":
@@ -222,6 +226,7 @@ class Loader:
             path = self.manifest.folder / self.manifest.chunk(chunk.name).file
             raise DataError(f"{chunk.name} ({path}): {bad}")
 
+        # A copy: tensors must not be views of the mapped file.
         return torch.from_numpy(np.asarray(ids, dtype=np.int64))
 
     def _documents(self, chunk: _OpenChunk, rows: range) -> torch.Tensor:

@@ -181,6 +181,7 @@ def _parse_chunk(raw: Any, where: str, sequence_length: int) -> ChunkInfo:
         raise DataError(f"{where}: must be an object, is {type(raw).__name__}")
 
     rows, tokens = _positive(raw, "rows", where), _positive(raw, "tokens", where)
+    # Redundant on purpose: a hand-edited manifest shows here.
     if tokens != rows * sequence_length:
         raise DataError(
             f"{where}: tokens is {tokens}, {rows} rows of {sequence_length} are "
@@ -231,7 +232,7 @@ def _positive(raw: Mapping[str, Any], key: str, where: str) -> int:
 
 
 def _check_names(manifest: Manifest) -> None:
-
+    # Two chunks with one file would be read twice as different data.
     seen: dict[str, str] = {}
     folder = manifest.folder.resolve()
 
@@ -292,6 +293,7 @@ def common_data(first: Manifest, second: Manifest) -> list[str]:
     mixed = (earlier.whole & later.shares.keys()) | (earlier.shares.keys() & later.whole)
     for name in earlier.shares.keys() & later.shares.keys():
         (a, b), (c, d) = earlier.shares[name], later.shares[name]
+        # The intervals [a, b) and [c, d) overlap.
         if max(a, c) < min(b, d):
             mixed |= {name}
 

@@ -66,6 +66,7 @@ def check_size(header: Header, expected_bytes: int, where: str) -> None:
 
 
 def _parse(stream: IO[bytes]) -> tuple[int, tuple[int, ...], bool, np.dtype[Any]]:
+    # Only version 1.0 is ever written; others would need another header parser.
     version = np.lib.format.read_magic(stream)
     if version != (1, 0):
         raise ValueError(f"it is version {version[0]}.{version[1]}")

@@ -81,6 +81,7 @@ class ChunkOrder:
                 f"{self.total_steps}"
             )
 
+        # The chunk whose last step is the first one not below `step`.
         index = bisect_right(self._ends, step - 1)
         return Position(step, index, self.names[index], step - self.first_step(index))
 
@@ -203,6 +204,7 @@ def rank_rows(rows: range, dp: int, data: int, micro_sequences: int) -> list[ran
             f"{', '.join(map(str, nearest))}"
         )
 
+    # Contiguous slices, so that a rank reads one range of the file.
     share = len(rows) // data
     mine = rows[dp * share : (dp + 1) * share]
     return [mine[i : i + micro_sequences] for i in range(0, share, micro_sequences)]

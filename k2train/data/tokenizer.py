@@ -121,6 +121,7 @@ class Tokenizer:
         self._cut_after_line = kind == _BPE and not any("\n" in text[:-1] for text in texts)
         self._cut_before_space = kind == _BPE and not any(map(re.compile("[^ ] ").search, texts))
 
+        # Without byte pieces, characters outside the vocabulary become <unk> and are lost.
         byte_ids = [self._pieces.piece_to_id(f"<0x{byte:02X}>") for byte in range(256)]
         if UNK_ID in byte_ids:
             raise DataError(
@@ -132,6 +133,7 @@ class Tokenizer:
             [byte_ids[byte] for byte in _SPACE_MARK.encode()], dtype=np.int32
         )
 
+        # Proof that the model leaves text unchanged.
         if self.decode(self.encode(_PROBE)) != _PROBE:
             raise DataError(
                 "tokenizer.model: does not decode its own encoding to the same text; train it with "
@@ -203,6 +205,7 @@ class Tokenizer:
                 f"text is not valid Unicode ({error.reason} at character {error.start})"
             ) from None
 
+        # All segments of all texts in one call: sentencepiece is fast for many at once.
         parts = [segment for own in segments for segment in own if segment is not None]
         encoded = iter(
             self._pieces.encode_as_numpy(parts, num_threads=num_threads) if parts else []
@@ -241,6 +244,7 @@ class Tokenizer:
 
         if self._cut_before_space:
             found = text.rfind(" ", start, bound)
+            # Cut before the whole run of spaces: pieces may contain several.
             while found > start and text[found - 1] == " ":
                 found -= 1
             if found > start:
@@ -260,7 +264,6 @@ class Tokenizer:
         """Decode each id to UTF-8 by itself.
 
         So the bytes of slices concatenate to those of the whole.
-
         Raises DataError for an id that the tokenizer does not have.
         """
         surfaces, found = self._surfaces, []
@@ -277,6 +280,7 @@ class Tokenizer:
         # UTF-8 of every id.
         names = [self._pieces.id_to_piece(token) for token in range(self.base_size)]
         surfaces = [name.replace(_SPACE_MARK, " ").encode() for name in names]
+        # Byte pieces decode to their byte, not to their name.
         for byte in range(256):
             surfaces[self._pieces.piece_to_id(f"<0x{byte:02X}>")] = bytes([byte])
         return surfaces + [name.encode() for name in self.specials]
@@ -314,6 +318,7 @@ def _content_of(model: bytes) -> tuple[int, list[tuple[str, int]]]:
     model_kind, pieces = 1, []
     for number, content in _fields(model):
         facts = dict(_fields(content)) if number in (1, 2) and isinstance(content, bytes) else {}
+        # Field 3 is the type, of a piece (1) as of the trainer spec (2).
         third = facts.get(3, 1)
         if number == 2 and isinstance(third, int):
             model_kind = third
@@ -337,6 +342,7 @@ def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
     while offset < len(message):
         key, offset = _varint(message, offset)
         kind = key & 7
+        # Wire types: 0 varint, 2 length-delimited, 1 and 5 fixed 8 and 4 bytes.
         if kind == 0:
             value, offset = _varint(message, offset)
             yield key >> 3, value

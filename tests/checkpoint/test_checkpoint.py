@@ -71,8 +71,9 @@ GRIDS = (
 
 
 def config_on(tensor: int, pipeline: int, stages_per_rank: int) -> Any:
-    """24 sequences; vocabulary 251 is odd and the 48 and 63-row blocks are not whole multiples of 3
-    or 2.
+    """Config of 24 sequences on a grid.
+
+    Vocabulary 251 is odd, and blocks of 48 and 63 rows are not whole multiples of 3 or 2.
     """
     return tiny_config(
         parallel__tensor=tensor,
@@ -92,8 +93,9 @@ def values_of(engine: Engine) -> dict[str, Any]:
 def save_job(
     launch: Launch, config: Any, directory: str, asynchronous: bool = False
 ) -> dict[str, Any]:
-    """Two steps, a save, one more step: the blocks as saved, and the loss and norm of the step
-    after.
+    """Train two steps, save, train one more.
+
+    Returns the blocks as saved, and the loss and norm of the third step.
     """
     grid = grid_of(launch, config)
     engine = Engine(config, grid)
@@ -156,9 +158,10 @@ def saved(
 def test_every_grid_loads_every_grids_checkpoint(
     pool: GlooPool, saved: dict[Any, Saved], target: Any
 ) -> None:
-    """Weights and moments to the bit, the next loss within 1e-6: catches a wrong offset, padding
-    that is saved, a moment that stays behind. Vocabulary 251 and blocks that data parallelism does
-    not divide are part of it.
+    """Catches a wrong offset, padding that is saved, and a moment that is left behind.
+
+    Weights and moments agree to the bit, the next loss within 1e-6. Vocabulary 251 and blocks that
+    data parallelism does not divide are part of it.
     """
     tensor, pipeline, data, stages = target
     config = config_on(tensor, pipeline, stages)
@@ -172,7 +175,7 @@ def test_every_grid_loads_every_grids_checkpoint(
 
 
 def test_forty_lines_rebuild_a_checkpoint(saved: dict[Any, Saved]) -> None:
-    """Catches a format that is not the documented one: the reader printed in docs/checkpoints.md is run.
+    """Catches files that differ from the documented format: the reader of docs/checkpoints.md runs.
 
     It uses json and NumPy only, as somebody without this project would.
     """
@@ -195,8 +198,9 @@ def test_forty_lines_rebuild_a_checkpoint(saved: dict[Any, Saved]) -> None:
 
 
 def test_the_comparing_tool_reads_the_same(saved: dict[Any, Saved]) -> None:
-    """tools/compare_runs.py puts shards together right: two grids' checkpoints of one state are the
-    same tensors.
+    """Catches tools/compare_runs.py joining shards wrongly.
+
+    Checkpoints of one state from two grids must be the same tensors.
     """
     first, other = saved[(1, 1, 1, 1)], saved[(1, 2, 1, 1)]
     for checkpoint in (first, other):
@@ -215,8 +219,9 @@ def test_the_comparing_tool_reads_the_same(saved: dict[Any, Saved]) -> None:
 def test_thinned_loads_weights_only(
     pool: GlooPool, saved: dict[Any, Saved], tmp_path: Path
 ) -> None:
-    """Without its optimizer files a checkpoint still gives its weights; the moments start at zero,
-    and it is said.
+    """Without its optimizer files a checkpoint still gives its weights.
+
+    The moments start at zero, and the result says so.
     """
     source = saved[(2, 1, 2, 1)]
     shutil.copytree(source.path, tmp_path / "ckpt_001")
@@ -237,9 +242,9 @@ def shard(path: Path, folder: str) -> Path:
     return sorted((path / folder).iterdir())[0]
 
 
-def flip(file: Path, place: int) -> None:
+def flip(file: Path, index: int) -> None:
     content = bytearray(file.read_bytes())
-    content[place] ^= 1
+    content[index] ^= 1
     file.write_bytes(bytes(content))
 
 
@@ -289,16 +294,14 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 def test_no_bit_of_a_manifest_can_flip_unseen(saved: dict[Any, Saved], tmp_path: Path) -> None:
-    """Valid JSON with another digit is the dangerous one: it would move the run to another step in
-    silence.
-    """
+    """Catches a changed digit: it is valid JSON and would silently move the run to another step."""
     path = tmp_path / "ckpt_001"
     path.mkdir()
     content = (saved[(1, 1, 1, 1)].path / MANIFEST).read_bytes()
     rng = random.Random(3)
-    for place in rng.sample(range(len(content)), 300):
+    for index in rng.sample(range(len(content)), 300):
         flipped = bytearray(content)
-        flipped[place] ^= 1 << rng.randrange(8)
+        flipped[index] ^= 1 << rng.randrange(8)
         (path / MANIFEST).write_bytes(bytes(flipped))
         with pytest.raises(CheckpointError):
             read_manifest(path)
@@ -319,8 +322,9 @@ def test_damage_is_named_and_refused(
     what: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Every rank refuses alike, before a value is touched, and takes the one before; the tool says
-    the same.
+    """Every rank refuses alike before a value is changed, and takes the checkpoint before.
+
+    The tool reports the same.
     """
     damage, words = DAMAGE[what]
     good, bad = tmp_path / "good" / "ckpt_001", tmp_path / "bad" / "ckpt_001"
@@ -337,9 +341,11 @@ def test_damage_is_named_and_refused(
     capsys.readouterr()
     if (bad / MANIFEST).exists():
         assert verify_tool.main([str(bad), str(good)]) == 2
-        told = capsys.readouterr()
+        reported = capsys.readouterr()
         assert (
-            words in told.err and len(told.err.splitlines()) == 1 and f"{good}: whole" in told.out
+            words in reported.err
+            and len(reported.err.splitlines()) == 1
+            and f"{good}: whole" in reported.out
         )
 
 
@@ -371,15 +377,16 @@ def test_nothing_is_written_over(pool: GlooPool, saved: dict[Any, Saved], tmp_pa
     shutil.copytree(saved[(1, 1, 1, 1)].path, tmp_path / "ckpt_001")
     before = tree_of(tmp_path)
     for answer in pool.run(2, overwrite_job, config_on(1, 1, 1), str(tmp_path)):
-        assert "exists already" in answer
+        assert "already exists" in answer
     assert tree_of(tmp_path) == before
 
 
 def refusing_disk_job(
     launch: Launch, config: Any, directory: str, where: str, asynchronous: bool
 ) -> str:
-    """A disk that is full at one place of the save, on the last rank only (on rank 0 where only it
-    writes).
+    """Fill the disk at one point of the save, on the last rank only.
+
+    Where only rank 0 writes, on rank 0.
     """
     grid = grid_of(launch, config)
     engine = Engine(config, grid)
@@ -407,8 +414,9 @@ def refusing_disk_job(
 def test_a_full_disk_is_one_error_on_every_rank(
     pool: GlooPool, tmp_path: Path, where: str, asynchronous: bool
 ) -> None:
-    """No rank waits for one that failed, the message is one line, and the checkpoint before stays
-    whole.
+    """No rank waits for a failed one, and the message is one line.
+
+    The checkpoint before stays intact.
     """
     answers = pool.run(2, refusing_disk_job, config_on(1, 1, 1), str(tmp_path), where, asynchronous)
     assert len(set(answers)) == 1
@@ -449,9 +457,10 @@ for step in itertools.count(int(sys.argv[2])):
 
 @pytest.mark.slow
 def test_kill_9_while_saving(tmp_path: Path) -> None:
-    """15 kills at random moments of a process that does nothing but save, thin and drop: what
-    counts as a checkpoint is always whole, holds one step only, and is at most one behind what was
-    told.
+    """Kill a process that only saves, thins and drops at 15 random moments.
+
+    Each existing checkpoint is intact, holds one step only, and the newest is at most one behind
+    what was reported.
     """
     script = tmp_path / "loop.py"
     script.write_text(SAVING_LOOP.format(root=str(ROOT)))
@@ -467,30 +476,30 @@ def test_kill_9_while_saving(tmp_path: Path) -> None:
             env=environment(),
         )
         assert process.stdout is not None
-        told = step - 1
+        reported = step - 1
         # Three chances a start: a process is expensive, a copy of what lies on the disk is not.
         for chance in range(3):
-            told = int(process.stdout.readline())
+            reported = int(process.stdout.readline())
             time.sleep(random.uniform(0.0, 0.12))
             if chance < 2:
                 os.kill(process.pid, signal.SIGSTOP)
-                torn += assert_whole(runs, told)
+                torn += assert_whole(runs, reported)
                 os.kill(process.pid, signal.SIGCONT)
         process.kill()
         rest = process.stdout.read().split()
         process.wait()
-        told = int(rest[-1]) if rest else told
-        torn += assert_whole(runs, told)
+        reported = int(rest[-1]) if rest else reported
+        torn += assert_whole(runs, reported)
         step = manifest_of(list_checkpoints(runs)[-1])["step"] + 1
         for leftover in runs.glob("*.tmp"):
             shutil.rmtree(leftover)
     assert torn > 0, "no kill fell into a save, so this shows nothing"
 
 
-def assert_whole(runs: Path, told: int) -> bool:
+def assert_whole(runs: Path, reported: int) -> bool:
     """Every finished checkpoint verifies and holds its own step; returns whether a save was cut."""
     found = list_checkpoints(runs)
-    assert manifest_of(found[-1])["step"] >= told, "what was told is gone"
+    assert manifest_of(found[-1])["step"] >= reported, "what was told is gone"
     for path in found[-2:]:
         manifest = verify_checkpoint(path)
         values = compare_runs.tensors_of(path, "model")["head.weight"]
@@ -499,8 +508,9 @@ def assert_whole(runs: Path, told: int) -> bool:
 
 
 def test_retention(pool: GlooPool, tmp_path: Path) -> None:
-    """Only optimizer files of old numbered checkpoints and replaced saves on request go; a foreign
-    file stays.
+    """Removes only optimizer files of old numbered checkpoints and replaced on-demand saves.
+
+    A foreign file stays.
     """
     make_corpus(tmp_path / "data", 4)
     tree = config_tree(

@@ -91,10 +91,14 @@ def test_a_plan_that_does_not_fit_is_refused(
     monkeypatch.setattr(disk_space, "free_bytes", lambda path: 4 * 10**12)
     with pytest.raises(RunError) as caught:
         check_plan(tmp_path / "runs" / "x", one, 360, 5)
-    told = str(caught.value)
-    assert len(told.splitlines()) == 1 and "need 46.88 TiB" in told and "3.64 TiB are free" in told
+    message = str(caught.value)
+    assert (
+        len(message.splitlines()) == 1
+        and "need 46.88 TiB" in message
+        and "3.64 TiB are free" in message
+    )
     assert all(
-        knob in told
+        knob in message
         for knob in ("checkpoint.every_chunks", "keep_optimizer_states", "run.directory")
     )
     assert not (tmp_path / "runs").exists()
@@ -111,7 +115,7 @@ def test_free_bytes_of_a_directory_to_be(tmp_path: Path) -> None:
 def test_a_save_that_has_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(disk_space, "free_bytes", lambda path: 4_100_000_000)
     assert room_problem(tmp_path, "ckpt_007", 4_100_000_000) is None
-    told: Any = room_problem(tmp_path, "ckpt_007", 12_300_000_000)
-    assert told.startswith(
+    message: Any = room_problem(tmp_path, "ckpt_007", 12_300_000_000)
+    assert message.startswith(
         f"no space for ckpt_007: needs 11.46 GiB, 3.82 GiB are free in {tmp_path}; free space"
     )

@@ -105,9 +105,7 @@ def change(path: Path, to: Path, changed: dict[str, Any]) -> Path:
 def test_another_state_than_was_saved_is_refused(
     pool: GlooPool, saved: Path, tmp_path: Path
 ) -> None:
-    """Files whole, names and shapes right, one digest another: every rank refuses and names the
-    tensor.
-    """
+    """Files, names and shapes fit, one digest differs: all ranks refuse and name the tensor."""
     state = manifest_of(saved)["state"]
     name = "layers.1.mlp.up.weight.exp_avg"
     state["digests"][name] = "0" * 32
@@ -121,9 +119,7 @@ def test_another_state_than_was_saved_is_refused(
 def test_a_tensor_that_is_not_all_there_is_refused(
     pool: GlooPool, saved: Path, tmp_path: Path
 ) -> None:
-    """A shard left out of the manifest together with its file: whole by every hash, refused all the
-    same.
-    """
+    """Catches a shard removed together with its manifest entry, so that every hash still fits."""
     manifest = manifest_of(saved)
     gone = "optimizer/shard-00002-model-00001-of-00001.safetensors"
     parts = {
@@ -229,8 +225,9 @@ def traffic_job(launch: Launch, path: str, note: str) -> list[str]:
 def test_a_rank_that_hashes_long_is_not_the_one_that_waits(
     pool: GlooPool, saved: Path, tmp_path: Path
 ) -> None:
-    """The watch reads who is inside an exchange: rank 0 waits in one with a name, rank 1, which is
-    slow, is in none.
+    """Catches a waiting rank that the watchdog would blame.
+
+    Rank 0 waits in a named exchange; rank 1, which is slow, is in none.
     """
     assert pool.run(2, traffic_job, str(saved), str(tmp_path / "note")) == [
         ["2", "3", "agree on a checkpoint"],
@@ -257,7 +254,7 @@ if what == "save":
     bench.Bench(folder, 400, torch.bfloat16)
 else:
     grid = bench.ProcessGrid(bench.Layout(), 0, torch.device("cpu"))
-    table = bench.table_of(400 * 10**6 // 14, 8)
+    table = bench.shard_layout(400 * 10**6 // 14, 8)
     lines = {{state: torch.zeros(table.elements) for state in bench.STATES}}
     for line in lines.values():
         line.fill_(1.0)
@@ -271,9 +268,7 @@ bench.stop_process_group()
 
 @pytest.mark.slow
 def test_loading_takes_no_copy_of_the_state(tmp_path: Path) -> None:
-    """343 MB of optimizer states are checked and loaded; the process's largest size grows by less
-    than a tenth of that.
-    """
+    """Loading 343 MB of optimizer states adds less than a tenth of that to the peak size."""
     script = tmp_path / "memory.py"
     script.write_text(MEMORY.format(tools=str(ROOT / "tools"), root=str(ROOT)))
     for what in ("save", "load"):
@@ -292,9 +287,7 @@ def test_loading_takes_no_copy_of_the_state(tmp_path: Path) -> None:
 def test_a_run_from_before_goes_on(
     pool: GlooPool, tmp_path: Path, version: int, capsys: Any
 ) -> None:
-    """A checkpoint kept since its format was made verifies, loads and continues to the losses of
-    its own run.
-    """
+    """A checkpoint of an earlier format verifies, loads and continues to its run's own losses."""
     golden = GOLDEN / f"format_{version}"
     make_corpus(tmp_path / "data", 2, vocab=23)
     tree = yaml.safe_load((golden / "config.yaml").read_text())

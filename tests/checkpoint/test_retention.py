@@ -50,9 +50,10 @@ def complete(directory: Path) -> list[Path]:
 def test_two_remain_at_every_moment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
-    """Random saves (numbered, on demand, some that were never read back, some damaged since),
-    prunes and rollbacks; at every fault point and after every step the whole ones on the disk are
-    counted by reading them.
+    """Counts the intact checkpoints on the disk at every fault point of random saves and rollbacks.
+
+    Saves are numbered or on demand; some were never read back, some were damaged since. All are
+    read to count them.
     """
     template = tmp_path / "made"
     make_checkpoint(template / "ckpt_000")
@@ -159,8 +160,9 @@ def test_a_save_on_demand_stays_until_two_newer_ones(tmp_path: Path) -> None:
 
 
 def test_a_kill_in_the_middle_of_thinning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Killed after the marker or between the files: it counts as thinned, and the next prune
-    removes what is left.
+    """Killed after the marker or between the files: it counts as thinned.
+
+    The next run of the policy removes the rest.
     """
     several(tmp_path / "checkpoints", ["ckpt_001", "ckpt_002", "ckpt_003"])
     verified = VerifiedCheckpoints()
@@ -209,17 +211,18 @@ def test_unfinished_ones_are_removed_under_any_token(tmp_path: Path) -> None:
 
 
 def test_the_audit_takes_the_one_checked_longest_ago(tmp_path: Path) -> None:
-    """Never checked ones first; a damaged one is told once, with file and tensor, and no longer
-    counts.
+    """Never checked ones come first.
+
+    A damaged one is reported once, with file and tensor, and no longer counts.
     """
     directory = tmp_path / "checkpoints"
     several(directory, ["ckpt_001", "ckpt_002", "ckpt_003"])
     mark_thinned(directory / "ckpt_001", read_manifest(directory / "ckpt_001"))
-    verified, told = VerifiedCheckpoints(), []
+    verified, reported = VerifiedCheckpoints(), []
     for name in ("ckpt_003", "ckpt_001"):
         verified.add(name)
     scrubber = Scrubber(
-        directory, 3600.0, verified, lambda path, problem: told.append((path.name, problem))
+        directory, 3600.0, verified, lambda path, problem: reported.append((path.name, problem))
     )
     assert [scrubber.check_next().name for _ in range(4)] == [
         "ckpt_002",
@@ -227,7 +230,7 @@ def test_the_audit_takes_the_one_checked_longest_ago(tmp_path: Path) -> None:
         "ckpt_001",
         "ckpt_002",
     ]  # type: ignore[union-attr]
-    assert not told and "ckpt_002" in verified
+    assert not reported and "ckpt_002" in verified
     file = sorted((directory / "ckpt_003" / "model").iterdir())[0]
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
@@ -238,7 +241,7 @@ def test_the_audit_takes_the_one_checked_longest_ago(tmp_path: Path) -> None:
         "ckpt_002",
         "ckpt_001",
     ]  # type: ignore[union-attr]
-    assert [name for name, _ in told] == ["ckpt_003"] and "tensor norm.weight" in told[0][1]
+    assert [name for name, _ in reported] == ["ckpt_003"] and "tensor norm.weight" in reported[0][1]
     assert "ckpt_003" not in verified
 
 
@@ -259,8 +262,9 @@ def test_the_audit_runs_by_itself(tmp_path: Path) -> None:
 def test_one_that_cannot_be_marked_keeps_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No room for the marker of the oldest: it stays whole, the next is thinned, and the oldest has
-    its turn later.
+    """No space for the marker of the oldest: it stays complete, and the next is thinned.
+
+    The oldest is thinned later.
     """
     directory = tmp_path / "checkpoints"
     several(directory, [f"ckpt_{n:03d}" for n in range(1, 5)])
@@ -297,8 +301,9 @@ def test_one_that_cannot_be_marked_keeps_no_other(
 def test_one_that_cannot_be_removed_whole_no_longer_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A file of it stays (a stale handle, say): no error, since it has lost its name; it goes at
-    the next start.
+    """One of its files stays (a stale handle): no error, because it has lost its name.
+
+    The next start removes it.
     """
     directory = tmp_path / "checkpoints"
     several(directory, ["ckpt_001_step_000007", "ckpt_002", "ckpt_003"])
@@ -321,13 +326,11 @@ def stale() -> None:
     raise OSError(116, "Stale file handle")
 
 
-@pytest.mark.parametrize("where", ("damaged", "listing", "told"))
+@pytest.mark.parametrize("where", ("damaged", "listing", "log"))
 def test_an_error_does_not_end_the_audit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
-    """The ledger refuses, the directory cannot be listed for a while, nobody can be told: later
-    rounds come all the same.
-    """
+    """Later rounds run although the ledger, the listing or the log fails for a while."""
     directory = tmp_path / "checkpoints"
     several(directory, ["ckpt_001", "ckpt_002"])
     for name in ("ckpt_001", "ckpt_002"):
@@ -347,13 +350,13 @@ def test_an_error_does_not_end_the_audit(
             raise OSError(5, "Input/output error")
         return list_checkpoints(path)
 
-    def told(text: str) -> None:
+    def reported(text: str) -> None:
         lines.append(text)
-        if where == "told":
+        if where == "log":
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(scrub_module, "list_checkpoints", listing)
-    scrubber = Scrubber(directory, 0.01, VerifiedCheckpoints(), damaged, told)
+    scrubber = Scrubber(directory, 0.01, VerifiedCheckpoints(), damaged, reported)
     scrubber.start()
     try:
         assert both.wait(120), "the thread is gone"
@@ -366,7 +369,9 @@ def test_an_error_does_not_end_the_audit(
             "is not in the manifest" in line and "ledger" in line for line in lines
         )
     else:
-        assert len(lines) == 1 and "Input/output error" in lines[0], "told once, not at every round"
+        assert len(lines) == 1 and "Input/output error" in lines[0], (
+            "logged once, not at every round"
+        )
 
 
 def test_the_audit_and_one_that_goes_meanwhile(
@@ -375,12 +380,12 @@ def test_the_audit_and_one_that_goes_meanwhile(
     """Expired while it is read: no damage. One that cannot be read and is still there: damage."""
     directory = tmp_path / "checkpoints"
     several(directory, ["ckpt_001", "ckpt_002"])
-    told: list[str] = []
+    reported: list[str] = []
     scrubber = Scrubber(
         directory,
         3600.0,
         VerifiedCheckpoints(),
-        lambda path, problem: told.append(f"{path.name} {problem}"),
+        lambda path, problem: reported.append(f"{path.name} {problem}"),
     )
 
     def reading(path: Path, threads: int) -> None:
@@ -394,7 +399,7 @@ def test_the_audit_and_one_that_goes_meanwhile(
         directory / "ckpt_002",
         None,
     ]
-    assert len(told) == 1 and told[0].startswith("ckpt_002")
+    assert len(reported) == 1 and reported[0].startswith("ckpt_002")
 
 
 def test_what_a_kill_left_half_named_goes_at_the_next_start(tmp_path: Path) -> None:

@@ -153,8 +153,9 @@ def places_to_flip(path: Path, rng: random.Random) -> list[tuple[Path, int]]:
 
 @pytest.mark.parametrize("thinned", (False, True), ids=("whole", "thinned"))
 def test_400_flipped_bits_are_found_and_named(tmp_path: Path, thinned: bool) -> None:
-    """Model, optimizer, manifest and marker, at random and at least once in every kind of header
-    byte: each is refused, with the file, and the tensor where the byte is one's.
+    """Flip bits of model, optimizer, manifest and marker, and of every kind of header byte.
+
+    Each is refused naming the file, and the tensor where the byte belongs to one.
     """
     path = tmp_path / "ckpt_001"
     make_checkpoint(path)
@@ -180,11 +181,11 @@ def test_400_flipped_bits_are_found_and_named(tmp_path: Path, thinned: bool) -> 
         file.write_bytes(bytes(flipped))
         with pytest.raises(CheckpointError) as caught:
             verify_checkpoint(path)
-        told = str(caught.value)
-        assert len(told.splitlines()) == 1 and file.name in told, (file.name, place, told)
+        message = str(caught.value)
+        assert len(message.splitlines()) == 1 and file.name in message, (file.name, place, message)
         if file.suffix == ".safetensors" and place >= 8 + int.from_bytes(content[:8], "little"):
             (name,) = [p.name for p in read_header(file)[1] if p.start <= place < p.stop]
-            assert f"tensor {name} " in told
+            assert f"tensor {name} " in message
         file.write_bytes(content)
     verify_checkpoint(path)
 
@@ -212,9 +213,7 @@ def test_names_outside_the_folders_are_refused(tmp_path: Path, name: str) -> Non
 
 
 def test_links_out_are_refused(tmp_path: Path) -> None:
-    """A link with the right bytes behind it too: who can change what it points at has changed the
-    checkpoint.
-    """
+    """Also a link to the right bytes: changing its target changes the checkpoint."""
     path = tmp_path / "ckpt_001"
     make_checkpoint(path)
     file = next(iter((path / "model").iterdir()))
@@ -225,9 +224,7 @@ def test_links_out_are_refused(tmp_path: Path) -> None:
 
 
 def grown(file: Path) -> None:
-    """More bytes at the end, and the manifest's size with them: the tensors no longer fill the
-    file.
-    """
+    """Append bytes and adapt the manifest's size: the tensors no longer fill the file."""
     file.write_bytes(file.read_bytes() + b"more")
     manifest = read_manifest(file.parents[1])
     manifest["files"][f"model/{file.name}"]["bytes"] += 4
@@ -261,9 +258,7 @@ def test_tensors_that_share_bytes_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_tool_makes_the_root_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """--root says the manifest's root, and refuses files that are whole but hold another state than
-    they say.
-    """
+    """`--root` prints the manifest's root, and refuses intact files that hold another state."""
     path = tmp_path / "ckpt_001"
     make_checkpoint(path)
     assert verify_tool.main(["--root", str(path)]) == 0
@@ -325,9 +320,7 @@ def random_json(rng: random.Random, depth: int) -> Any:
 
 
 def test_how_deep_a_text_is() -> None:
-    """The same as counted by hand, brackets and quotes in strings and all; and refused one beyond
-    the bound only.
-    """
+    """Equals a count by hand, with brackets and quotes in strings; refused beyond the bound."""
     rng = random.Random(1)
     seen = set()
     for _ in range(500):

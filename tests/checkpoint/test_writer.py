@@ -29,8 +29,8 @@ from tests.support.tiny_model import grid_of, shapes_of, tiny_config
 FACTS = {"step": 2, "adam_steps": 0, "consumed_tokens": 0, "chunks": {}, "config": {}, "data": {}}
 
 
-class Told:
-    """A writer on this rank's engine, with everything that rank 0 is told."""
+class RecordingWriter:
+    """A writer on this rank's engine that records all that rank 0 logs."""
 
     def __init__(self, launch: Launch, directory: str, world: int = 2, **options: Any):
         config = tiny_config(model__num_layers=2, parallel__tensor=world)
@@ -74,20 +74,22 @@ class Told:
 
 
 def retry_job(launch: Launch, directory: str, fault: str) -> dict[str, Any]:
-    """The disk refuses the last rank once; training goes on, and changes the state, until it is
-    tried again.
-    """
-    told = Told(launch, directory, retry_seconds=60.0)
-    before = {state: line.clone() for state, line in told.engine.optimizer.flat_shards.items()}
+    """The disk refuses the last rank once; training changes the state until the retry."""
+    recording = RecordingWriter(launch, directory, retry_seconds=60.0)
+    before = {state: line.clone() for state, line in recording.engine.optimizer.flat_shards.items()}
     fault_injection.arm(fault, launch.rank)
-    told.save("ckpt_001")
-    told.engine.optimizer.master.add_(1.0)
-    ended = told.end()
-    path, _ = agree_on_checkpoint([Path(directory) / "ckpt_001"], told.grid)
+    recording.save("ckpt_001")
+    recording.engine.optimizer.master.add_(1.0)
+    ended = recording.end()
+    path, _ = agree_on_checkpoint([Path(directory) / "ckpt_001"], recording.grid)
     assert path is not None
-    engine = told.engine
+    engine = recording.engine
     load_states(
-        path, engine.gradients.shard_layout, engine.optimizer.flat_shards, told.grid, engine.dtype
+        path,
+        engine.gradients.shard_layout,
+        engine.optimizer.flat_shards,
+        recording.grid,
+        engine.dtype,
     )
     same = all(
         torch.equal(
@@ -97,7 +99,7 @@ def retry_job(launch: Launch, directory: str, fault: str) -> dict[str, Any]:
         for state, line in engine.optimizer.flat_shards.items()
         for slot in engine.gradients.shard_layout.slots
     )
-    return {"ended": ended, "told": told.lines, "same": same, "verified": told.verified}
+    return {"ended": ended, "logged": recording.lines, "same": same, "verified": recording.verified}
 
 
 @pytest.mark.parametrize(
@@ -110,13 +112,11 @@ def retry_job(launch: Launch, directory: str, fault: str) -> dict[str, Any]:
     ),
 )
 def test_a_save_the_disk_refuses_is_tried_again(pool: GlooPool, tmp_path: Path, fault: str) -> None:
-    """From the same snapshot: what is saved is the state of its step, not of the one at which there
-    was room.
-    """
+    """Catches a retry that saves the state of a later step instead of the snapshot."""
     first, second = pool.run(2, retry_job, str(tmp_path), fault)
     assert first["ended"] == second["ended"] == "" and first["same"] and second["same"]
-    assert len(first["told"]) == 1 and "ckpt_001 could not be saved" in first["told"][0]
-    assert "retried every 0.1 s" in first["told"][0] and second["told"] == []
+    assert len(first["logged"]) == 1 and "ckpt_001 could not be saved" in first["logged"][0]
+    assert "retried every 0.1 s" in first["logged"][0] and second["logged"] == []
     assert first["verified"] == ["ckpt_001"]
     assert not list(tmp_path.glob("*.tmp"))
 
@@ -130,9 +130,9 @@ def no_room_job(
 
     A look takes a tenth of a second by the writer's clock, however long it takes.
     """
-    told = Told(launch, directory, retry_seconds=retry_seconds)
-    told.save("ckpt_001")
-    assert told.end() == ""
+    recording = RecordingWriter(launch, directory, retry_seconds=retry_seconds)
+    recording.save("ckpt_001")
+    assert recording.end() == ""
     looks, gone_on, held = [], Event(), []
 
     def free(path: Path) -> int:
@@ -148,21 +148,19 @@ def no_room_job(
     kept, disk_space.free_bytes = disk_space.free_bytes, free  # type: ignore[assignment]
     writer.time = SimpleNamespace(monotonic=lambda: 0.1 * len(looks))  # type: ignore[assignment]
     try:
-        told.save("ckpt_002")
+        recording.save("ckpt_002")
         gone_on.set()
-        ended = told.end()
+        ended = recording.end()
     finally:
         disk_space.free_bytes, writer.time = kept, time
-    return {"ended": ended, "told": told.lines, "looks": len(looks), "held": held}
+    return {"ended": ended, "logged": recording.lines, "looks": len(looks), "held": held}
 
 
 def test_no_room_for_a_while(pool: GlooPool, tmp_path: Path) -> None:
-    """Training is not held, the line names bytes and place, and the save goes well when there is
-    room.
-    """
+    """Training continues, the message names bytes and directory, and a retry succeeds."""
     first, second = pool.run(2, no_room_job, str(tmp_path), 60.0, 3)
     assert first["ended"] == second["ended"] == "" and first["looks"] == 4
-    (line,) = first["told"]
+    (line,) = first["logged"]
     assert re.match(
         r"no space for ckpt_002: needs [\d.]+ KiB, 1000 B are free in "
         rf"{re.escape(str(tmp_path))}; ",
@@ -173,8 +171,9 @@ def test_no_room_for_a_while(pool: GlooPool, tmp_path: Path) -> None:
 
 
 def test_no_room_at_all(pool: GlooPool, tmp_path: Path) -> None:
-    """After retry_seconds it is one error on every rank; what is there stays whole and nothing half
-    is left.
+    """After retry_seconds it is one error on every rank.
+
+    Earlier checkpoints stay intact and no partial one is left.
     """
     first, second = pool.run(2, no_room_job, str(tmp_path), 0.5, None)
     assert first["ended"] == second["ended"] and first["ended"].startswith(
@@ -186,20 +185,21 @@ def test_no_room_at_all(pool: GlooPool, tmp_path: Path) -> None:
 
 
 def hurry_job(launch: Launch, directory: str) -> dict[str, Any]:
-    told = Told(launch, directory, retry_seconds=600.0)
+    recording = RecordingWriter(launch, directory, retry_seconds=600.0)
     fault_injection.arm(";".join(["save.model:error=ENOSPC"] * 300), launch.rank)
-    told.save("ckpt_001")
+    recording.save("ckpt_001")
     time.sleep(0.5)
     if launch.rank == 0:
-        told.writer.skip_verification()
-    ended = told.end()
-    told.save("ckpt_002")
-    return {"ended": ended, "then": told.end(), "verified": told.verified}
+        recording.writer.skip_verification()
+    ended = recording.end()
+    recording.save("ckpt_002")
+    return {"ended": ended, "then": recording.end(), "verified": recording.verified}
 
 
 def test_a_process_that_must_end_gives_up(pool: GlooPool, tmp_path: Path) -> None:
-    """Rank 0 alone is told to hurry: every rank stops trying, and the next save is committed but
-    not read back.
+    """Only rank 0 skips verification: every rank stops retrying.
+
+    The next save is committed but not read back.
     """
     first, second = pool.run(2, hurry_job, str(tmp_path), timeout_seconds=60)
     assert first["ended"] == second["ended"] and "ckpt_001 could not be saved" in first["ended"]
@@ -213,9 +213,9 @@ def lost_job(launch: Launch, directory: str) -> tuple[str, list[str]]:
         left = [path.name for path in Path(directory).iterdir()]
         raise RunError(f"the lease of the run is another's; {left}")
 
-    told = Told(launch, directory, check_owner=lost, retry_seconds=60.0)
-    told.save("ckpt_001", fencing_token=12 + launch.rank)
-    return told.end(), [name for name, _ in told.committed]
+    recording = RecordingWriter(launch, directory, check_owner=lost, retry_seconds=60.0)
+    recording.save("ckpt_001", fencing_token=12 + launch.rank)
+    return recording.end(), [name for name, _ in recording.committed]
 
 
 def test_a_lost_lease_renames_nothing(pool: GlooPool, tmp_path: Path) -> None:
@@ -233,10 +233,8 @@ def test_a_lost_lease_renames_nothing(pool: GlooPool, tmp_path: Path) -> None:
 def damaged_job(
     launch: Launch, directory: str, always: bool, unrecorded: bool = False
 ) -> dict[str, Any]:
-    """What lies on the disk is changed after the commit and before it is read back, once or every
-    time.
-    """
-    told = Told(
+    """Change the files between commit and verification, once or every time."""
+    recording = RecordingWriter(
         launch,
         directory,
         **({"on_damaged": raising(OSError(28, "No space left on device"))} if unrecorded else {}),
@@ -251,18 +249,18 @@ def damaged_job(
             file.write_bytes(bytes(content))
             flips.append(file.name)
 
-    engine = told.engine
-    state = told.writer.snapshot(
+    engine = recording.engine
+    state = recording.writer.snapshot(
         engine.gradients.shard_layout, engine.optimizer.flat_shards, engine.dtype
     )
-    told.writer.save("ckpt_001", state, FACTS, committed)
-    ended = told.end()
-    counted = "ckpt_001" in told.writer.verified
+    recording.writer.save("ckpt_001", state, FACTS, committed)
+    ended = recording.end()
+    counted = "ckpt_001" in recording.writer.verified
     return {
         "ended": ended,
-        "told": told.lines,
-        "verified": told.verified,
-        "damaged": told.damaged,
+        "logged": recording.lines,
+        "verified": recording.verified,
+        "damaged": recording.damaged,
         "flips": len(flips),
         "counted": counted,
     }
@@ -279,8 +277,8 @@ def raising(error: Exception) -> Any:
 
 def test_one_that_comes_back_damaged_is_written_again(pool: GlooPool, tmp_path: Path) -> None:
     first, second = pool.run(2, damaged_job, str(tmp_path), False)
-    assert first["flips"] == 1 and len(first["told"]) == 1 and second["told"] == []
-    assert "came back damaged" in first["told"][0] and ": tensor " in first["told"][0]
+    assert first["flips"] == 1 and len(first["logged"]) == 1 and second["logged"] == []
+    assert "came back damaged" in first["logged"][0] and ": tensor " in first["logged"][0]
     assert first["verified"] == ["ckpt_001"] and first["damaged"] == []
     assert first["ended"] == second["ended"] == "" and first["counted"]
     verify_checkpoint(tmp_path / "ckpt_001")
@@ -290,8 +288,9 @@ def test_one_that_comes_back_damaged_is_written_again(pool: GlooPool, tmp_path: 
 def test_one_that_stays_damaged_is_an_error_and_not_counted(
     pool: GlooPool, tmp_path: Path, unrecorded: bool
 ) -> None:
-    """On every rank, naming file and tensor: a run whose newest state is not on the disk has not
-    finished. Whether the ledger could take it or not.
+    """An error on every rank that names file and tensor, whether the ledger can record it or not.
+
+    A run whose newest state is not on the disk has not finished.
     """
     first, second = pool.run(2, damaged_job, str(tmp_path), True, unrecorded, timeout_seconds=60)
     assert first["flips"] == 2 and first["verified"] == [] and not first["counted"]
@@ -300,7 +299,7 @@ def test_one_that_stays_damaged_is_an_error_and_not_counted(
     assert "optimizer/shard-00002" in first["ended"] and ": tensor " in first["ended"]
     if unrecorded:
         assert (
-            first["told"][-1]
+            first["logged"][-1]
             == "ckpt_001 is damaged, but this could not be recorded: No space left on device"
         )
     else:
@@ -310,16 +309,14 @@ def test_one_that_stays_damaged_is_an_error_and_not_counted(
 def callback_job(
     launch: Launch, directory: str, which: str, error: Exception, fault: str
 ) -> dict[str, Any]:
-    """One of rank 0's callbacks raises in a save; a second save shows whether the ranks are still
-    together.
-    """
-    told = Told(launch, directory, retry_seconds=60.0, **{which: raising(error)})
+    """A callback of rank 0 raises in a save; a second save shows that the ranks are in step."""
+    recording = RecordingWriter(launch, directory, retry_seconds=60.0, **{which: raising(error)})
     fault_injection.arm(fault, launch.rank)
-    told.save("ckpt_001")
-    ended = told.end()
-    told.save("ckpt_002")
-    told.end()
-    return {"ended": ended, "told": told.lines}
+    recording.save("ckpt_001")
+    ended = recording.end()
+    recording.save("ckpt_002")
+    recording.end()
+    return {"ended": ended, "logged": recording.lines}
 
 
 @pytest.mark.parametrize(
@@ -328,17 +325,15 @@ def callback_job(
 def test_a_callback_the_disk_refuses_ends_nothing(
     pool: GlooPool, tmp_path: Path, which: str, fault: str
 ) -> None:
-    """The ledger's disk is full: the checkpoint is there and whole, and no rank waits for the
-    other.
-    """
+    """The ledger's disk is full: the checkpoint is intact, and no rank waits for another."""
     error = OSError(28, "No space left on device")
     first, second = pool.run(
         2, callback_job, str(tmp_path), which, error, fault, timeout_seconds=60
     )
-    assert first["ended"] == second["ended"] == "" and second["told"] == []
+    assert first["ended"] == second["ended"] == "" and second["logged"] == []
     if which == "on_verified":
         assert (
-            first["told"][0]
+            first["logged"][0]
             == "ckpt_001 is whole, but this could not be recorded: No space left on device"
         )
     for name in ("ckpt_001", "ckpt_002"):
@@ -365,13 +360,13 @@ def test_any_other_error_of_a_callback_is_every_ranks(
 
 def thinning_job(launch: Launch, directory: str, fault: str) -> dict[str, Any]:
     """Four saves; thinning begins with the third, and the fault is in it."""
-    told = Told(launch, directory)
-    told.writer._retention.keep = 2
+    recording = RecordingWriter(launch, directory)
+    recording.writer._retention.keep = 2
     fault_injection.arm(fault, launch.rank)
     found = []
     for number in range(1, 5):
-        told.save(f"ckpt_{number:03d}")
-        told.writer.wait()
+        recording.save(f"ckpt_{number:03d}")
+        recording.writer.wait()
         found.append(
             [
                 path.name
@@ -379,7 +374,7 @@ def thinning_job(launch: Launch, directory: str, fault: str) -> dict[str, Any]:
                 if not (path / "optimizer").exists()
             ]
         )
-    return {"ended": told.end(), "told": told.lines, "thinned": found}
+    return {"ended": recording.end(), "logged": recording.lines, "thinned": found}
 
 
 @pytest.mark.parametrize(
@@ -390,8 +385,8 @@ def test_trouble_while_thinning_is_told_and_tried_again(
 ) -> None:
     """A disk that is full is where thinning would help; a healthy run is not ended for it."""
     first, second = pool.run(2, thinning_job, str(tmp_path), fault, timeout_seconds=60)
-    assert first["ended"] == second["ended"] == "" and second["told"] == []
-    (line,) = first["told"]
+    assert first["ended"] == second["ended"] == "" and second["logged"] == []
+    (line,) = first["logged"]
     assert "is saved, but older checkpoints in" in line and "retried after the next save" in line
     assert first["thinned"][3] == ["ckpt_001", "ckpt_002"], "it was not tried again"
     for path in list_checkpoints(tmp_path):
@@ -400,18 +395,18 @@ def test_trouble_while_thinning_is_told_and_tried_again(
 
 def order_job(launch: Launch, directory: str) -> dict[str, Any]:
     """The first save is slow on one rank; the second is asked for at once."""
-    told = Told(launch, directory)
+    recording = RecordingWriter(launch, directory)
     fault_injection.arm("save.begin@rank=1:sleep=1", launch.rank)
     buffers = []
     for number in (1, 2, 3):
-        told.engine.optimizer.master.fill_(float(number))
-        told.save(f"ckpt_{number:03d}", step=number)
+        recording.engine.optimizer.master.fill_(float(number))
+        recording.save(f"ckpt_{number:03d}", step=number)
         buffers.append(
-            {state: line.data_ptr() for state, line in told.writer._buffers.buffers.items()}
+            {state: line.data_ptr() for state, line in recording.writer._buffers.buffers.items()}
         )
-    ended = told.end()
+    ended = recording.end()
     return {
-        "committed": told.committed,
+        "committed": recording.committed,
         "ended": ended,
         "kept": buffers[0] == buffers[1] == buffers[2],
     }
@@ -437,10 +432,10 @@ def test_a_second_save_never_overtakes_the_first(pool: GlooPool, tmp_path: Path)
 
 
 def unrecorded_job(launch: Launch, directory: str) -> str:
-    told = Told(launch, directory, retry_seconds=60.0)
+    recording = RecordingWriter(launch, directory, retry_seconds=60.0)
     fault_injection.arm("save.committed@rank=0:error=ENOSPC", launch.rank)
-    told.save("ckpt_001")
-    return told.end()
+    recording.save("ckpt_001")
+    return recording.end()
 
 
 def test_after_the_rename_nothing_is_tried_again(pool: GlooPool, tmp_path: Path) -> None:
@@ -456,19 +451,17 @@ def test_after_the_rename_nothing_is_tried_again(pool: GlooPool, tmp_path: Path)
 
 def small_disk_job(launch: Launch, directory: str) -> dict[str, Any]:
     """The room check is told a lie, so that the disk fills up in the middle of a file."""
-    told = Told(launch, directory, world=1, retry_seconds=0.3)
+    recording = RecordingWriter(launch, directory, world=1, retry_seconds=0.3)
     kept, disk_space.free_bytes = disk_space.free_bytes, lambda path: 10**12
     try:
-        told.save("ckpt_001")
-        return {"ended": told.end(), "told": told.lines, "left": os.listdir(directory)}
+        recording.save("ckpt_001")
+        return {"ended": recording.end(), "logged": recording.lines, "left": os.listdir(directory)}
     finally:
         disk_space.free_bytes = kept
 
 
 def test_a_disk_that_is_really_full(pool: GlooPool, tmp_path: Path) -> None:
-    """On a file system of 200 kB: refused in the middle, what was written is removed, the words are
-    the system's.
-    """
+    """On a file system of 200 kB: refused midway with the system's message, no file left."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(
@@ -480,16 +473,16 @@ def test_a_disk_that_is_really_full(pool: GlooPool, tmp_path: Path) -> None:
         (answer,) = pool.run(1, small_disk_job, str(disk))
     finally:
         subprocess.run(["umount", str(disk)], check=True)
-    assert "No space left on device" in answer["ended"] and len(answer["told"]) == 1
+    assert "No space left on device" in answer["ended"] and len(answer["logged"]) == 1
     assert answer["left"] == []
 
 
 def free_snapshot_job(launch: Launch, directory: str) -> bool:
-    told = Told(launch, directory, world=1)
-    lines = told.engine.optimizer.flat_shards
-    frozen = snapshot(told.engine.gradients.shard_layout, lines, told.engine.dtype)
+    recording = RecordingWriter(launch, directory, world=1)
+    lines = recording.engine.optimizer.flat_shards
+    copy = snapshot(recording.engine.gradients.shard_layout, lines, recording.engine.dtype)
     lines["master"].add_(1.0)
-    return not torch.equal(frozen.flat_shards["master"], lines["master"])
+    return not torch.equal(copy.flat_shards["master"], lines["master"])
 
 
 def test_a_snapshot_is_a_copy(pool: GlooPool, tmp_path: Path) -> None:
@@ -497,17 +490,15 @@ def test_a_snapshot_is_a_copy(pool: GlooPool, tmp_path: Path) -> None:
 
 
 def root_job(launch: Launch, directory: str, tensor: int) -> str:
-    told = Told(launch, directory, world=tensor)
-    told.save("ckpt_001")
-    assert told.end() == ""
+    recording = RecordingWriter(launch, directory, world=tensor)
+    recording.save("ckpt_001")
+    assert recording.end() == ""
     root: str = read_manifest(Path(directory) / "ckpt_001")["state"]["root"]
     return root
 
 
 def test_the_root_does_not_depend_on_the_layout(pool: GlooPool, tmp_path: Path) -> None:
-    """One process, two tensor-parallel ranks, two data-parallel ranks: the same state, the same
-    root.
-    """
+    """One process, two tensor-parallel or two data-parallel ranks: same state, same root."""
     roots = set()
     for number, (world, tensor) in enumerate(((1, 1), (2, 2), (2, 1))):
         (tmp_path / str(number)).mkdir()
@@ -516,13 +507,13 @@ def test_the_root_does_not_depend_on_the_layout(pool: GlooPool, tmp_path: Path) 
 
 
 def sums_job(launch: Launch, directory: str) -> bool:
-    told = Told(launch, directory)
-    engine = told.engine
+    recording = RecordingWriter(launch, directory)
+    engine = recording.engine
     for state, line in engine.optimizer.flat_shards.items():
         line.add_(0.01 * len(state))
     names = sorted(shapes_of(tiny_config(model__num_layers=2)))
     digest = StateDigest(
-        engine.gradients.shard_layout, names, list(engine.optimizer.flat_shards), told.grid.tp
+        engine.gradients.shard_layout, names, list(engine.optimizer.flat_shards), recording.grid.tp
     )
     expected = digest.sums(engine.optimizer.flat_shards)
     return all(

@@ -29,6 +29,7 @@ def make(folder: Path, vocab: int = VOCAB, chunks: int = 2) -> Manifest:
     """A data folder with ids that differ everywhere, so that a swapped row or column shows."""
     folder.mkdir(parents=True, exist_ok=True)
     ids = np.random.default_rng(0).integers(0, vocab, (chunks, ROWS, LENGTH)).astype(np.uint32)
+
     infos = [
         write_chunk(
             folder,
@@ -40,6 +41,7 @@ def make(folder: Path, vocab: int = VOCAB, chunks: int = 2) -> Manifest:
         )
         for i in range(chunks)
     ]
+
     held = write_chunk(folder, "held_out", [ids[0] // 2], ROWS, vocab, {"code": ROWS * LENGTH})
     keys: dict[str, Any] = {
         "tokenizer_sha256": "t" * 64,
@@ -78,6 +80,7 @@ def test_plain_numpy_reads_what_was_written(tmp_path: Path, vocab: int, dtype: s
     """Catches ids wrapped at 65536, a wrong header, and blocks written out of order."""
     manifest = make(tmp_path, vocab)
     expected = np.random.default_rng(0).integers(0, vocab, (2, ROWS, LENGTH))
+
     for i, info in enumerate(manifest.chunks):
         plain = np.load(tmp_path / info.file, mmap_mode="r")
         assert plain.dtype == dtype
@@ -85,6 +88,7 @@ def test_plain_numpy_reads_what_was_written(tmp_path: Path, vocab: int, dtype: s
         assert np.array_equal(open_chunk(manifest, info), expected[i])
         assert info.sha256 == hashlib.sha256((tmp_path / info.file).read_bytes()).hexdigest()
         verify_chunk(manifest, info)
+
     assert not list(tmp_path.glob("*.tmp"))
     with pytest.raises(ValueError, match="read-only"):
         open_chunk(manifest, manifest.chunks[0])[0, 0] = 1
@@ -187,6 +191,7 @@ def test_cheap_checks_name_chunk_and_numbers(manifest: Manifest) -> None:
         DataError, match=rf"chunk_001 .* truncated: {len(whole) - 2} bytes, must be {len(whole)}"
     ):
         check_files(manifest)
+
     check_files(manifest, ["chunk_000"])
     file.write_bytes(whole + b"\0")
     with pytest.raises(DataError, match="too long"):
@@ -198,6 +203,7 @@ def test_cheap_checks_name_chunk_and_numbers(manifest: Manifest) -> None:
         np.save(file, array)
         with pytest.raises(DataError, match=r"chunk_001 .*the manifest says uint16 \[10, 16\]"):
             check_files(manifest)
+
     np.save(file, np.zeros((ROWS, LENGTH), "<u2", order="F"))
     with pytest.raises(DataError, match="in column order"):
         check_files(manifest)

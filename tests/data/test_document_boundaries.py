@@ -116,6 +116,7 @@ def test_verify_names_the_bad_border(tmp_path: Path, values: list[int], words: s
     path = tmp_path / "c.npy"
     np.save(path, np.array(values, dtype=np.uint64))
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
+
     for block in (1, 2, 100):
         with (
             pytest.MonkeyPatch.context() as patch,
@@ -126,6 +127,7 @@ def test_verify_names_the_bad_border(tmp_path: Path, values: list[int], words: s
         assert str(caught.value).startswith(f"chunk_003 ({path})") and "sha256" not in str(
             caught.value
         )
+
     with pytest.raises(DataError, match="its sha256 is not the manifest's either"):
         verify_borders(path, "chunk_003", "0" * 64, ROWS, LENGTH)
 
@@ -172,6 +174,7 @@ def make(
             digest = write_borders(folder / f"{name}.borders.npy", positions[name])
             info = replace(info, borders=f"{name}.borders.npy", borders_sha256=digest)
         infos.append(info)
+
     keys: dict[str, Any] = {"tokenizer_sha256": "t", "sequence_length": LENGTH, "vocab_size": VOCAB}
     return write_manifest(folder, chunks=infos[:2], held_out=infos[2], **keys), positions
 
@@ -245,6 +248,7 @@ def test_cheap_checks_see_the_borders_file(tmp_path: Path) -> None:
     file = tmp_path / "chunk_001.borders.npy"
     whole = file.read_bytes()
     check_files(manifest)
+
     for content, words in (
         (whole[:-3], f"truncated: {len(whole) - 3} bytes, must be {len(whole)}"),
         (whole + b"x", "too long"),
@@ -254,10 +258,12 @@ def test_cheap_checks_see_the_borders_file(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=rf"chunk_001 .*borders\.npy\): {words}"):
             check_files(manifest)
         check_files(manifest, ["chunk_000"])
+
     for array in (np.zeros(3, ">u8"), np.zeros(3, "<i8"), np.zeros((3, 1), "<u8")):
         np.save(file, array)
         with pytest.raises(DataError, match=r"chunk_001 .*borders are uint64 of one dimension"):
             check_files(manifest)
+
     file.unlink()
     with pytest.raises(DataError, match=r"chunk_001 .*cannot be read"):
         check_files(manifest)
@@ -305,6 +311,7 @@ def test_the_loader_gives_documents_beside_tokens(tmp_path: Path, data: int, mic
     for step in (1, 2, 3, 4, 2):
         batches = [loader.step(step) for loader in loaders]
         check(batches, order.position(step).name, order.rows_of(step))
+
     check([loader.held_out(1) for loader in loaders], "held_out", range(4, 8))
     for loader in loaders:
         loader.close()

@@ -55,6 +55,7 @@ def test_documents_by_what_became_of_them(tmp_path: Path) -> None:
     """
     counts = {key: 10 + i for i, key in enumerate(DOCUMENTS.values())}
     lines = render(account_facts(corpus_with(tmp_path / "a", account_of(**counts))), View())
+
     assert cells(lines, "documents") == {
         "subset": "noise",
         "read": "10",
@@ -67,9 +68,11 @@ def test_documents_by_what_became_of_them(tmp_path: Path) -> None:
         "rejected": "17",
         "shared ids": "18",
     }
+
     lines = render(
         account_facts(corpus_with(tmp_path / "b", account_of(short_documents=4))), View()
     )
+
     assert cells(lines, "documents") == {
         "subset": "noise",
         "read": "70",
@@ -85,8 +88,8 @@ def test_a_folder_without_an_account(tmp_path: Path) -> None:
     lines = render(account_facts(corpus_with(tmp_path / "a", None)), View())
     assert "documents" not in lines
     assert cells(lines, "tokens")["made"] == f"{MADE:,}"
-    told = [line.split()[0] for line in lines if line.startswith("  ")]
-    assert told == ["made", "apart"]
+    message = [line.split()[0] for line in lines if line.startswith("  ")]
+    assert message == ["made", "apart"]
     assert not any(line.startswith("note:") for line in lines)
     old = account_of()
     del old["repeated_id_documents"], old["rejected_documents"]
@@ -108,6 +111,7 @@ def test_words_are_explained_where_they_stand(tmp_path: Path) -> None:
         title = line if before == "" and not line.startswith(" ") else title
         if line.startswith("  ") and before[:2] in ("", "  "):
             below.setdefault(title, []).append(line[2:].split("  ")[0])
+
     assert below == {
         "tokens": ["one pass", "asked", "made", "difference", "tail"],
         "documents": ["read", "used", "rejected"],

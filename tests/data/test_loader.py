@@ -55,6 +55,7 @@ def test_ranks_together_read_the_step(
         )
         expected = rows_of(manifest, order.position(step).name, order.rows_of(step))
         assert torch.equal(torch.cat([part for batch in batches for part in batch]), expected)
+
     for loader in loaders:
         loader.close()
 
@@ -111,6 +112,7 @@ def test_bad_id_is_raised_where_it_is_used(manifest: Manifest, order: ChunkOrder
             DataError, match=r"chunk_001 .*row 5, position 3: id 1000 is not below vocab_size 1000"
         ):
             loader.step(2)
+
     with (
         Loader(manifest, order, 0, 2, 2, VOCAB) as other,
         pytest.raises(DataError, match="row 5, position 3"),

@@ -32,13 +32,15 @@ def test_every_row_once_in_order_and_never_across_chunks(order: ChunkOrder) -> N
     """
     seen: dict[str, list[int]] = {name: [] for name in order.names}
     names = []
+
     for step in range(1, order.total_steps + 1):
-        place = order.position(step)
-        assert place.name == order.names[place.order_index]
-        assert order.first_step(place.order_index) + place.step_in_chunk == step
+        index = order.position(step)
+        assert index.name == order.names[index.order_index]
+        assert order.first_step(index.order_index) + index.step_in_chunk == step
         assert len(order.rows_of(step)) == order.global_sequences
-        seen[place.name] += order.rows_of(step)
-        names.append(place.name)
+        seen[index.name] += order.rows_of(step)
+        names.append(index.name)
+
     assert names == sorted(names)
     for i, name in enumerate(order.names):
         assert seen[name] == list(range(order.rows[i] - order.dropped_rows(i)))

@@ -85,6 +85,7 @@ def corpus_text(seed: int, words: int) -> str:
         "x = 1",
         "\n",
     ]
+
     return " ".join(choose.choice(vocabulary) for _ in range(words)) + f" {seed}"
 
 
@@ -94,6 +95,7 @@ def trained_elsewhere(**options: Any) -> bytes:
     """
     model = io.BytesIO()
     lines = [line for i in range(20) for line in corpus_text(i, 200).split("\n") if line.strip()]
+
     keys = {
         "model_type": "bpe",
         "vocab_size": VOCAB_SIZE,
@@ -101,6 +103,7 @@ def trained_elsewhere(**options: Any) -> bytes:
         "minloglevel": 2,
         "num_threads": 1,
     }
+
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines), model_writer=model, **{**keys, **options}
     )
@@ -122,12 +125,12 @@ def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
     if request.param == "llama":
         # What its trainer was told of text: nothing replaced, nothing merged, but a space put
         # before.
-        told = {
+        report = {
             "normalization_rule_name": "identity",
             "remove_extra_whitespaces": False,
             "split_digits": True,
         }
-        return Tokenizer(trained_elsewhere(**told, allow_whitespace_only_pieces=True))
+        return Tokenizer(trained_elsewhere(**report, allow_whitespace_only_pieces=True))
     found: Tokenizer = request.getfixturevalue(request.param)
     return found
 
@@ -144,10 +147,10 @@ def test_text_stays_text(tokenizer: Tokenizer, text: str) -> None:
 @given(TEXTS, st.sampled_from(CONTROL_TEXTS), st.integers(0, 30))
 @settings(deadline=None, max_examples=150)
 def test_quoted_specials_stay_text(
-    tokenizer: Tokenizer, text: str, quoted: str, place: int
+    tokenizer: Tokenizer, text: str, quoted: str, position: int
 ) -> None:
     """Catches a special token's string inside a document that comes out as the token."""
-    text = text[:place] + quoted + text[place:]
+    text = text[:position] + quoted + text[position:]
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     assert all(EOS_ID < token < tokenizer.base_size for token in ids)
@@ -282,6 +285,7 @@ def test_saved_and_pickled(tokenizer: Tokenizer, tmp_path: Path) -> None:
     few = Tokenizer(tokenizer.model, ("<one>", "<two>"))
     few.save(tmp_path / "new" / "t.model")
     text = " the value \u2581 <one>\n"
+
     for copy in (
         pickle.loads(pickle.dumps(few)),
         Tokenizer.load(tmp_path / "new" / "t.model", few.specials),
@@ -308,6 +312,7 @@ def test_a_damaged_model_is_refused(own: Tokenizer, published: Tokenizer, tmp_pa
         ):
             with pytest.raises(DataError, match=r"tokenizer\.model: "):
                 Tokenizer(tokenizer.model[:length])
+
     (tmp_path / "t.model").write_bytes(b"nonsense")
     with pytest.raises(DataError) as caught:
         Tokenizer.load(tmp_path / "t.model")
@@ -319,6 +324,7 @@ def test_a_damaged_model_is_refused(own: Tokenizer, published: Tokenizer, tmp_pa
         DataError, match=r"/none\.model: cannot be read as tokenizer\.model \(No such file"
     ):
         Tokenizer.load(tmp_path / "none.model")
+
     (tmp_path / "t.model").write_bytes(trained_elsewhere(byte_fallback=False, vocab_size=60))
     with pytest.raises(DataError, match=r"/t\.model: has no byte fallback"):
         Tokenizer.load(tmp_path / "t.model")
@@ -379,15 +385,18 @@ def test_training_takes_what_it_can() -> None:
     texts = [corpus_text(i, 200) for i in range(20)]
     clean = train_tokenizer(texts, VOCAB_SIZE)
     assert train_tokenizer([*texts, "\ud800 broken\n"], VOCAB_SIZE).sha256 == clean.sha256
+
     with pytest.raises(
         DataError,
         match=r"vocab_size \(9000\) cannot be reached with this text: the maximum is "
         r"\d+$",
     ):
         train_tokenizer(texts, 9000)
+
     # Of the rarest characters, here four of the digits, the trainer makes no pieces.
     characters = len(set("".join(texts)) - {"\n"}) - 4
     least = 256 + 3 + characters
+
     for size in (4, 100, least - 1):
         with pytest.raises(DataError) as caught:
             train_tokenizer(texts, size)
@@ -395,24 +404,27 @@ def test_training_takes_what_it_can() -> None:
             f"tokenizer.train.vocab_size ({size}) cannot be reached with this text: the minimum is "
             f"{least}: 256 bytes, 3 control pieces, its {characters} most common characters"
         )
+
     assert train_tokenizer(texts, least).base_size == least
+
     for size in (-1, 0, 3):
         with pytest.raises(
             DataError,
             match=rf"vocab_size \({size}\) must be above 259: 256 bytes, 3 control pieces",
         ):
             train_tokenizer(texts, size)
+
     with pytest.raises(DataError, match=r"with this text: it has no line to train on$"):
         train_tokenizer(["", " \n"], 300)
 
 
 def test_what_the_trainer_says_is_a_last_resort() -> None:
     """Catches advice to set an option of sentencepiece's that nothing here takes."""
-    told = (
+    report = (
         "INTERNAL: a.cc(1) [x] Too few. 3 vs 4. Increase it or decrease character_coverage "
         "with --character_coverage option."
     )
-    assert module._size_error(told) == "INTERNAL: a.cc(1) [x] Too few. 3 vs 4."
+    assert module._size_error(report) == "INTERNAL: a.cc(1) [x] Too few. 3 vs 4."
 
 
 # The command line
@@ -455,6 +467,7 @@ def test_every_kind_of_file_trains_the_same(
     """
     expected = train_tokenizer(corpus, VOCAB_SIZE).sha256
     body = ["--text-key", "content", "body"]
+
     for kind, options in (("txt", []), ("jsonl", []), ("zst", []), ("gz", []), ("parquet", body)):
         output = tmp_path / f"{kind}.model"
         given_files = str(tmp_path / kind / "**" / "*")
@@ -502,16 +515,18 @@ def test_a_sample_is_told(
     """Catches a bound that nobody hears of, and training beyond it."""
     command = [str(tmp_path / "t.model"), str(tmp_path / "txt" / "*.txt"), "--vocab-size", "300"]
     assert tool.main([*command, "--max-bytes", "6000"]) == 0
-    told = capsys.readouterr().out
-    assert f"read 20 files, {sum(map(len, corpus)):,} bytes" in told
+    report = capsys.readouterr().out
+    assert f"read 20 files, {sum(map(len, corpus)):,} bytes" in report
+
     assert (
         tool.main(
             [str(tmp_path / "u.model"), str(tmp_path / "txt" / "00.txt"), "--vocab-size", "290"]
         )
         == 0
     )
+
     assert re.search(r"^read 1 file, [\d,]+ bytes of text in 1 block\n", capsys.readouterr().out)
-    blocks, size = re.search(r"trained on (\d+) blocks, ([\d,]+) bytes", told).groups()  # type: ignore[union-attr]
+    blocks, size = re.search(r"trained on (\d+) blocks, ([\d,]+) bytes", report).groups()  # type: ignore[union-attr]
     assert int(blocks) < 20 and 4000 < int(size.replace(",", "")) <= 6000
 
 
@@ -560,7 +575,7 @@ def test_the_first_text_key_that_is_there(tool: ModuleType, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "printed_text"),
     [
         (["t.model"], "required: FILE_OR_GLOB, --vocab-size"),
         (["t.model", "a.txt", "--vocab-size", "many"], "--vocab-size: invalid int value: 'many'"),
@@ -576,7 +591,7 @@ def test_the_first_text_key_that_is_there(tool: ModuleType, tmp_path: Path) -> N
     ],
 )
 def test_mistakes_of_usage_are_one_line(
-    tool: ModuleType, words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+    tool: ModuleType, words: list[str], printed_text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Catches a screen of usage around the one thing that is wrong, and a file taken for the name
     of a key.
@@ -585,7 +600,7 @@ def test_mistakes_of_usage_are_one_line(
         tool.main(words)
     out, err = capsys.readouterr()
     assert (leaving.value.code, out, err.count("\n")) == (2, "", 1)
-    assert err.startswith("train_tokenizer: ") and said in err
+    assert err.startswith("train_tokenizer: ") and printed_text in err
 
 
 def test_mistakes_cost_one_line(
@@ -600,6 +615,7 @@ def test_mistakes_cost_one_line(
     (tmp_path / "bad.jsonl.zst").write_text("x" * 100)
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"text": "x"}\n' * 9)[:-9])
     output = tmp_path / "t.model"
+
     cases = {
         "none*.txt": "no file",
         "txt": r"folder; give a pattern, as .*/txt/\*\*/\*\.txt",
@@ -613,18 +629,21 @@ def test_mistakes_cost_one_line(
         "parquet/a.parquet": "has no column 'text'; its columns are body",
         "txt/00.txt": r"--vocab-size \(9000\) cannot be reached with this text: the maximum is",
     }
+
     for name, message in cases.items():
         assert tool.main([str(output), str(tmp_path / name), "--vocab-size", "9000"]) == 2
-        told = capsys.readouterr().err.splitlines()
-        assert re.search(message, told[-1]), told
-        assert not [line for line in told[:-1] if not line.startswith("read: ")]
+        report = capsys.readouterr().err.splitlines()
+        assert re.search(message, report[-1]), report
+        assert not [line for line in report[:-1] if not line.startswith("read: ")]
         assert not output.exists()
+
     assert (
         tool.main(
             [str(output), str(tmp_path / "txt/*.txt"), "--vocab-size", "300", "--max-bytes", "9"]
         )
         == 2
     )
+
     assert (
         "--max-bytes (9) is less than any of 20 blocks of text: raise it" in capsys.readouterr().err
     )

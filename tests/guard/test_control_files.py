@@ -42,9 +42,7 @@ def test_a_save_that_was_met_leaves_a_later_stop(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_read_or_removed_does_not_stop_the_run(tmp_path: Path) -> None:
-    """Catches a run of weeks that ends because somebody made a folder of that name, or a mount was
-    away for a moment.
-    """
+    """Catches a run that ends because a folder has that name, or a mount was away for a moment."""
     (tmp_path / "file").touch()
     away = ControlFiles(tmp_path / "file" / "run")
     assert away.poll() is None

@@ -75,7 +75,7 @@ def test_the_limit(limit: int, stops: bool, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("last", "told"),
+    ("last", "message"),
     (
         ([], "killed after step 41 without an error message"),
         (
@@ -87,12 +87,12 @@ def test_the_limit(limit: int, stops: bool, tmp_path: Path) -> None:
     ),
 )
 def test_the_line_says_how_the_last_one_ended_and_what_to_do(
-    last: list[Event], told: str, tmp_path: Path
+    last: list[Event], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(RunError) as raised:
         check_progress([*CRASHES, *last], 3, tmp_path)
     raised.match(
-        rf"\(last: {told}\); look at {tmp_path}/ledger\.jsonl .*, then start with "
+        rf"\(last: {message}\); look at {tmp_path}/ledger\.jsonl .*, then start with "
         r"run\.max_fruitless_starts=0$"
     )
     assert "\n" not in str(raised.value)

@@ -108,9 +108,7 @@ def test_the_request_is_answered_once(capfd: pytest.CaptureFixture[str]) -> None
 
 
 def test_a_hang_up_that_was_ignored_stays_so() -> None:
-    """Catches nohup undone: a run that stops when its terminal is closed although it was told not
-    to.
-    """
+    """Catches nohup undone: a run that stops with its terminal although SIGHUP was ignored."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     with StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGHUP)

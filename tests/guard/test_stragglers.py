@@ -19,9 +19,7 @@ LAYOUTS = [
 
 
 def busy_machine(seed: int, world: int, usual: float, steps: int) -> Iterator[list[float]]:
-    """Own seconds of ranks that share cores: spread, rare long pauses, and spells in which a core
-    is taken.
-    """
+    """Own seconds of ranks that share cores: spread, rare long pauses, spells of a busy core."""
     rng = random.Random(seed)
     spell = [0] * world
     for _ in range(steps):
@@ -39,7 +37,7 @@ def busy_machine(seed: int, world: int, usual: float, steps: int) -> Iterator[li
         yield row
 
 
-def told(
+def messages_of(
     watch: Stragglers, rows: Iterator[Sequence[float]], weights: Sequence[float] | None
 ) -> list[tuple[int, str]]:
     found = []
@@ -57,7 +55,7 @@ def told(
 def test_nobody_is_named_in_clean_steps(layout: Layout, weights: Any, usual: float) -> None:
     for seed in range(2):
         rows = busy_machine(seed, layout.world_size, usual, 1000)
-        assert told(Stragglers(layout, weights), rows, weights) == [], seed
+        assert messages_of(Stragglers(layout, weights), rows, weights) == [], seed
 
 
 @pytest.mark.parametrize(("layout", "weights"), LAYOUTS)
@@ -73,7 +71,7 @@ def test_a_slow_rank_is_named_within_20_steps(
             if step >= begins:
                 row[slow] = row[slow] + 0.05 if "50 ms" in damage else row[slow] * 10
             rows.append(row)
-        found = told(Stragglers(layout, weights), iter(rows), weights)
+        found = messages_of(Stragglers(layout, weights), iter(rows), weights)
         assert len(found) == 1, found
         assert found[0][1].startswith(f"rank {slow} is slow: ")
         assert begins < found[0][0] <= begins + 20
@@ -129,7 +127,7 @@ def test_480_ranks_cost_little_and_one_is_found() -> None:
     rows = list(busy_machine(1, 480, 0.1, 30))
     for row in rows:
         row[77] *= 3
-    found = told(watch, iter(rows), None)
+    found = messages_of(watch, iter(rows), None)
     assert [line.split(":")[0] for _, line in found] == ["rank 77 is slow"]
 
 

@@ -129,9 +129,7 @@ def test_a_ledger_from_before_there_were_checks_is_read_and_continued(tmp_path: 
 
 @pytest.mark.parametrize("events", [1, 3])
 def test_every_single_bit_of_a_ledger_counts(tmp_path: Path, events: int) -> None:
-    """All bits of all lines, the newlines and the last line included; the line that is named is the
-    one changed.
-    """
+    """All bits of all lines, newlines and last line included; the error names the changed line."""
     path = tmp_path / "ledger.jsonl"
     _ledger(path, events)
     whole = path.read_bytes()

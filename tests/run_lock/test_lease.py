@@ -107,9 +107,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_hundred_races_have_one_owner_each(tmp_path: Path) -> None:
-    """Without flock; of three kinds of directory: missing, released before, left behind by a dead
-    process.
-    """
+    """Without flock, for three kinds of directory: missing, released, left by a dead process."""
     races, racers = 100, 4
     gone = subprocess.run(["true"], check=True)
     assert gone.returncode == 0
@@ -183,9 +181,7 @@ def test_a_reused_process_id_is_not_the_holder(tmp_path: Path) -> None:
 def test_a_silent_holder_on_a_machine_of_the_same_name_keeps_the_run(
     tmp_path: Path, changes: dict[str, Any]
 ) -> None:
-    """Two machines called localhost, two pods of one name: their boots differ, and none of them was
-    started again.
-    """
+    """Two machines called localhost, or two pods of one name: different boots, but no restart."""
     path = _left_by(tmp_path, **{"boot_id": "of another", "pid_space": HOST_PID_SPACE} | changes)
     with pytest.raises(RunError, match=r"no sign of life.*`mv .*\.ended`"):
         RunLock(tmp_path).acquire()
@@ -408,8 +404,9 @@ def test_a_damaged_lease_is_one_line_with_the_way_out(tmp_path: Path, content: b
 def test_a_number_that_was_given_out_and_taken_away_again_does_not_count(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One who looked long ago and only now makes the next file, which others have made and left
-    behind meanwhile.
+    """A process listed long ago and only now creates the next file.
+
+    Others have created and left that number meanwhile.
     """
     (tmp_path / "lease_000003.json").write_text('{"token": 3, "released": true}')
     newest, looked = (

@@ -91,8 +91,9 @@ def test_a_forked_child_does_not_keep_the_lock_of_a_dead_parent(tmp_path: Path) 
 
 
 def _acquire_soon(directory: Path, seconds: float = HANG_SECONDS) -> RunLock:
-    """The lock, once the forked child has come to run at all: on a busy machine its first act may
-    take a while.
+    """Acquire the lock once the forked child has run.
+
+    On a busy machine its first action may take a while.
     """
     deadline = time.monotonic() + seconds
     while True:

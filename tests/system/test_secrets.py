@@ -33,8 +33,9 @@ NAMES = (
 
 
 def test_a_run_leaves_no_secret_anywhere(tmp_path: Path) -> None:
-    """A whole run with W&B offline, and what `--explain` says: files, terminal, and the command
-    lines while it ran.
+    """Searches the files, terminal output and command lines of a whole run with W&B offline.
+
+    Also the output of `--explain`.
     """
     pytest.importorskip("wandb")
     make_corpus(tmp_path / "data", chunks=1)

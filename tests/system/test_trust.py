@@ -201,9 +201,7 @@ def reseal(checkpoint: Path, **changes: Any) -> None:
 
 
 def shard(content: Callable[[bytes, Path], bytes], version: int = 2) -> Hostile:
-    """The optimizer's shard replaced; `version` 1: in a manifest of the first format, which knows
-    no tensors.
-    """
+    """Replace the optimizer's shard; `version` 1: in a format 1 manifest, without tensors."""
 
     def change(checkpoint: Path, outside: Path) -> None:
         path = shard_of(checkpoint)
@@ -368,9 +366,7 @@ CHECKPOINTS: dict[str, Hostile] = {
 
 
 def bounded_job(launch: Launch, tree: dict[str, Any]) -> int | str:
-    """A start, within bounds: its exit code or a user's mistake, any other error as `Traceback:
-    ...`.
-    """
+    """Start a job within bounds; returns its exit code, a user's mistake, or `Traceback: ...`."""
     try:
         result: int | str = bounded(lambda: trainer_job(launch, tree))
     except (Exception, AssertionError) as error:
@@ -526,7 +522,7 @@ def test_hostile_provenance(tmp_path: Path, outside: Path) -> None:
         manifest = read_manifest(data)
         (report,) = bounded(lambda: list(verify_chunks(manifest, manifest.chunks)))  # noqa: B023
         assert (
-            "is no provenance" in report.problems[0]
+            "is not the provenance" in report.problems[0]
             and "\n" not in report.problems[0]
             and untouched(outside)
         )

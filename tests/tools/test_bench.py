@@ -106,6 +106,7 @@ def test_every_name_is_one_contender_and_every_aim_names_contenders() -> None:
     names = [c.name for c in contenders.CONTENDERS]
     assert len(set(names)) == len(names)
     assert set(contenders.QUICK) <= set(names)
+
     for aim in contenders.AIMS:
         assert aim.ours and aim.theirs
         assert {*aim.ours, *aim.theirs} <= set(names)
@@ -126,6 +127,7 @@ def test_the_reference_leads_every_group_and_one_group_joins_the_precisions() ->
     for group in groups:
         assert [c.name for c in group].index("reference") == 0
         assert len({c.group for c in group}) == 1
+
     joined = [group for group in groups if len({c.precision for c in group}) == 2]
     assert [[(c.name, c.precision) for c in group[:2]] for group in joined] == [
         [("reference", "fp32"), ("reference", "bf16")]
@@ -154,6 +156,7 @@ def test_a_variant_is_its_contender_with_other_keys() -> None:
         "stages_per_rank": 1,
         "layers_per_stage": [5, 3],
     }
+
     assert made.options["kernels"] == {"norm": "torch"}
     assert (made.name, made.world, made.group) == ("uneven", 2, "pipeline")
     assert made.name in [c.name for c in choose(["k2train"], True, ("fp32",), [made])[0]]
@@ -186,6 +189,7 @@ def test_an_aim_takes_the_fastest_of_each_side() -> None:
         sample([0.8], "k2train-pp2-interleaved"),
         sample([0.7], "k2train-pp2-zb-h1"),
     )
+
     by_title = {v.title: v for v in verdicts_of(measured)}
     verdict = by_title["torch's pipelining"]
     assert (verdict.ours, verdict.theirs) == ("k2train-pp2-zb-h1", "pipelining-zb")
@@ -196,7 +200,7 @@ def test_an_aim_takes_the_fastest_of_each_side() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({}, None),
         ({"parameters": TINY.parameters + 1}, "parameters"),
@@ -206,10 +210,10 @@ def test_an_aim_takes_the_fastest_of_each_side() -> None:
         ({"losses": []}, "no loss"),
     ],
 )
-def test_who_does_other_work_is_told(changes: dict[str, Any], told: str | None) -> None:
+def test_who_does_other_work_is_told(changes: dict[str, Any], message: str | None) -> None:
     """Catches a contender that is fast because it trains another model, or does not train."""
     found = other_work(sample([1.0], **changes), TINY)
-    assert (found is None) if told is None else (found is not None and told in found)
+    assert (found is None) if message is None else (found is not None and message in found)
 
 
 def test_bf16_is_also_told_in_fp32_references() -> None:
@@ -264,6 +268,7 @@ def fakes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[list[Sampl
         fake("crashes"),
         fake("hangs"),
     ]
+
     plan = Plan(rounds=2, warmup_steps=1, measure=False, limit_seconds=4, extra_path=str(folder))
     began = time.monotonic()
     samples = run_group(members, TINY, plan, lambda text: None)
@@ -283,7 +288,7 @@ def test_the_others_run_whatever_one_does(fakes: tuple[list[Sample], Path]) -> N
 
 
 @pytest.mark.parametrize(
-    ("how", "kind", "told"),
+    ("how", "kind", "message"),
     [
         ("missing", "unavailable", "a_package_that_nobody_has is not installed"),
         ("cannot", "unavailable", "needs a unicorn"),
@@ -294,13 +299,13 @@ def test_the_others_run_whatever_one_does(fakes: tuple[list[Sample], Path]) -> N
     ],
 )
 def test_why_a_contender_has_no_numbers_is_in_its_row(
-    fakes: tuple[list[Sample], Path], how: str, kind: str, told: str
+    fakes: tuple[list[Sample], Path], how: str, kind: str, message: str
 ) -> None:
     """Catches a contender left out in silence, and one rank's fault told as the other's silence."""
     found = next(s for s in fakes[0] if s.contender.name == how)
-    assert (found.kind, found.problem) == (kind, told)
+    assert (found.kind, found.problem) == (kind, message)
     (row,) = rows(found)
-    assert told in tool.table.report(_facts(), [row], []).splitlines()[-1]
+    assert message in tool.table.report(_facts(), [row], []).splitlines()[-1]
 
 
 def running(pid: int) -> bool:
@@ -340,6 +345,7 @@ def test_ranks_inside_a_step_end_with_a_killed_driver(tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": paths, "TMPDIR": str(tmp_path)},
         stdout=subprocess.DEVNULL,
     )
+
     try:
         # Each rank writes its number when it is built, and again when it begins to hang.
         assert soon(lambda: pids.exists() and len(pids.read_text().split()) == 4)
@@ -364,10 +370,12 @@ def test_a_stopped_bench_leaves_nothing(after_seconds: int) -> None:
         "ddp2",
         *SIZE_ARGUMENTS,
     ]
+
     driver = subprocess.Popen(
         [*command, "--rounds", "10000"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     children = Path(f"/proc/{driver.pid}/task/{driver.pid}/children")
+
     try:
         assert soon(lambda: len(children.read_text().split()) == 3)
         pids = [int(pid) for pid in children.read_text().split()]
@@ -400,6 +408,7 @@ def test_one_and_two_processes_end_to_end(
         "--json",
         str(path),
     ]
+
     assert tool.main([*arguments, *SIZE_ARGUMENTS]) == 0
     text, record = capsys.readouterr().out, json.loads(path.read_text())
     assert {row["name"]: row["problem"] for row in record["rows"]} == {
@@ -412,6 +421,7 @@ def test_one_and_two_processes_end_to_end(
         assert row["steps"] == 3 and len(row["seconds"]) == 2
         assert row["peak_resident_bytes"] > 2**26 and row["peak_step_bytes"] > 0
         assert f"{row['tokens_per_second']:,.0f}" in text
+
     by_name = {row["name"]: row for row in record["rows"]}
     # One model with one seed on one batch, whole or in halves: the sums differ by rounding.
     assert by_name["ddp2"]["last_loss"] == pytest.approx(
@@ -479,6 +489,7 @@ def test_the_base_runs_its_own_code_beside_ours(
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(temporary))
+
     arguments = [
         "cpu",
         "--only",
@@ -491,6 +502,7 @@ def test_the_base_runs_its_own_code_beside_ours(
         "--json",
         str(written),
     ]
+
     assert tool.main([*arguments, "--against", str(base), *SIZE_ARGUMENTS]) in (0, 1)
     record, text = json.loads(written.read_text()), capsys.readouterr().out
     assert [(row["name"], row["base"], row["problem"]) for row in record["rows"]] == [
@@ -543,14 +555,14 @@ def test_a_loss_is_named(
         verdict = "then it was not there"
     (found,) = against.compare(measured)
     assert (found.verdict, found.lost) == (verdict, lost)
-    assert tool._tell(_facts(), measured, {"commit": "0" * 40}, None) == (1 if lost else 0)
+    assert tool._report(_facts(), measured, {"commit": "0" * 40}, None) == (1 if lost else 0)
     captured = capsys.readouterr()
     assert verdict in captured.out
     assert ("k2train (fp32)" in captured.err) == lost
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         (None, "cannot be read"),
         ("not json", "is no JSON"),
@@ -562,7 +574,7 @@ def test_a_loss_is_named(
 )
 def test_a_base_that_cannot_be_costs_one_line(
     text: str | None,
-    told: str,
+    message: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -574,7 +586,7 @@ def test_a_base_that_cannot_be_costs_one_line(
         path.write_text(text)
     assert tool.main(["cpu", "--quick", "--against", str(path)]) == 2
     captured = capsys.readouterr()
-    assert told in captured.err and captured.err.count("\n") == 1 and captured.out == ""
+    assert message in captured.err and captured.err.count("\n") == 1 and captured.out == ""
 
 
 def test_a_commit_without_the_bench_is_refused(
@@ -597,7 +609,7 @@ def test_a_commit_without_the_bench_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["cpu", "--only", "deepspeed"], "--only deepspeed"),
         (["cpu", "--size", "hidden=3"], "hidden is not one of"),
@@ -613,7 +625,7 @@ def test_a_commit_without_the_bench_is_refused(
 )
 def test_a_mistake_costs_one_line(
     arguments: list[str],
-    told: str,
+    message: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -621,7 +633,7 @@ def test_a_mistake_costs_one_line(
     monkeypatch.setattr(tool, "_measure", lambda *given: pytest.fail("it measures"))
     assert tool.main(arguments) == 2
     captured = capsys.readouterr()
-    assert told in captured.err and captured.err.count("\n") == 1 and captured.out == ""
+    assert message in captured.err and captured.err.count("\n") == 1 and captured.out == ""
 
 
 def test_sizes_are_the_work() -> None:

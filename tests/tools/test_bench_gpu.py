@@ -126,9 +126,9 @@ def test_no_device_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]
     if torch.cuda.is_available():
         pytest.skip("a GPU is here")
     assert main_module.main(["--folder", str(tmp_path), "--minutes", "1"]) == 2
-    said = capfd.readouterr()
-    assert "sees no CUDA device; --dry-run" in said.err
-    assert said.out == ""
+    output = capfd.readouterr()
+    assert "sees no CUDA device; --dry-run" in output.err
+    assert output.out == ""
 
 
 @pytest.mark.parametrize(
@@ -256,12 +256,14 @@ def layers_row(what: str, batch: str, flops: float, peak: int) -> Row:
         ),
         None,
     )
+
     figures = {
         "flops_per_second": flops,
         "step_flops_per_second": None,
         "spread": 0.01,
         "kernels": "k",
     }
+
     return {
         "part": "layers",
         "what": what,
@@ -305,6 +307,7 @@ def test_aims_are_judged_by_the_rate_of_the_same_call() -> None:
             "batch": "2048 x 4",
         },
     ]
+
     text = report.aims_text(rows)
     assert "auto: share of the matmul rate | 0.700 | >= 0.75 | missed" in text
     assert "compile: off: share of the matmul rate | 0.800 | >= 0.75 | met" in text
@@ -346,6 +349,7 @@ def test_the_planner_gets_each_piece_as_often_as_a_layer_has_it() -> None:
         }
         for name in report.LAYER
     ]
+
     facts = report.planner_facts(rows)
     assert facts is not None
     assert facts["layer"] == {
@@ -429,6 +433,7 @@ def test_a_backward_operation_is_in_the_scope_of_its_forward() -> None:
         scopes([("attention", engine, "attend")]),
     ):
         engine.step(x)
+
     assert "attend" not in vars(engine)
     host = list(recorded.events())
     products = [event for event in host if event.name == "aten::mm"]
@@ -472,6 +477,7 @@ class Held(TorchDispatchMode):
         if function is torch.ops.aten._local_scalar_dense.default:
             return 1.0 if arguments[0].is_floating_point() else 0
         out = function(*arguments, **(keywords or {}))
+
         for tensor in tree_leaves(out):
             if (
                 isinstance(tensor, torch.Tensor)
@@ -481,6 +487,7 @@ class Held(TorchDispatchMode):
                 self.alive[storage._cdata] = storage.nbytes()
                 self.now += storage.nbytes()
                 weakref.finalize(storage, self.gone, storage._cdata)
+
         self.peak = max(self.peak, self.now)
         return out
 
@@ -496,6 +503,7 @@ def test_a_step_of_k2s_layers_takes_what_is_planned(recompute: str) -> None:
     full = sizes(False)
     shape, batch = replace(full.k2, num_layers=2), full.k2_batches[0]
     kernels = {"attention": "flash", "recompute": recompute}
+
     with world_of_one(bench_of(io.StringIO())) as grid, FakeTensorMode(), Held() as held:
         engine = Engine(config_of(shape, batch, 1, kernels, "bf16"), grid, fill=False)
         states, plan = held.now, planned(engine)
@@ -503,6 +511,7 @@ def test_a_step_of_k2s_layers_takes_what_is_planned(recompute: str) -> None:
         engine.train_step(
             [torch.zeros(batch.sequences, batch.length_tokens, dtype=torch.long)], 1e-4
         )
+
     assert states == pytest.approx(plan.state.total_bytes, rel=0.001)
     assert held.peak == pytest.approx(plan.total_bytes, rel=0.01)
     assert plan.total_bytes - plan.state.total_bytes > 2**31

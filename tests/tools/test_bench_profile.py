@@ -62,9 +62,9 @@ def test_a_mistake_is_one_line(
     """Catches a traceback of a process for a mistake that is known before."""
     with pytest.raises(SystemExit) as left:
         tool.main(arguments)
-    said = capsys.readouterr().err
+    output = capsys.readouterr().err
     assert left.value.code == 2
-    assert message in said and len(said.splitlines()) == 1
+    assert message in output and len(output.splitlines()) == 1
 
 
 def test_a_process_that_fails_is_named(

@@ -44,6 +44,7 @@ def test_every_schedule_runs_and_is_drawn(
         if re.match(r"\| [1giz]", row)
     }
     assert list(rows) == list(SCHEDULES)
+
     for kind, row in rows.items():
         assert all(0 <= float(bubble.strip(" %")) < 100 for bubble in row[3:6]), kind
         assert float(row[6].replace(",", "")) > 0
@@ -55,6 +56,7 @@ def test_every_schedule_runs_and_is_drawn(
                 * (4 if kind in ("interleaved", "zb-v") else 2)
             )
             assert len(re.findall("<title>", picture)) == actions, (kind, name)
+
     assert rows["zb-v"][8].split() == ["4", "4"] and rows["zb-h1"][9].split() == ["2", "1"]
     assert re.search(r"^Loss of the last step: \d+\.\d+$", printed, re.MULTILINE), (
         "schedules disagree on the loss"
@@ -62,7 +64,7 @@ def test_every_schedule_runs_and_is_drawn(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["--processes", "1"], "--processes (1) must be parallel.tensor (1) times at least 2"),
         (["--processes", "3", "parallel.tensor=2"], "--processes (3) must be"),
@@ -76,9 +78,9 @@ def test_every_schedule_runs_and_is_drawn(
     ],
 )
 def test_a_mistake_costs_one_line(
-    tool: ModuleType, arguments: list[str], told: str, capfd: pytest.CaptureFixture[str]
+    tool: ModuleType, arguments: list[str], message: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Catches processes started for a run that cannot be, and a traceback."""
     assert tool.main([*TINY, *arguments]) == 2
     captured = capfd.readouterr()
-    assert told in captured.err and captured.err.count("\n") == 1 and captured.out == ""
+    assert message in captured.err and captured.err.count("\n") == 1 and captured.out == ""

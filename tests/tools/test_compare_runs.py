@@ -52,6 +52,7 @@ def make_run(
         return state_root(found, step, step + adam_offset * (step >= state_from)), found
 
     rows, roots = [], []
+
     for step in range(1, steps + 1):
         row = {
             "step": step,
@@ -66,6 +67,7 @@ def make_run(
                 {"step": step, "attempt": 1, "root": root, "tensors": short_digests(found)}
             )
         rows.append(row)
+
     write_lines(run / "metrics.jsonl", rows)
     if tensors and roots:
         write_lines(run / "state_roots.jsonl", roots)
@@ -85,6 +87,7 @@ def make_run(
         path = run / "checkpoints" / f"ckpt_{number:03d}"
         path.mkdir(parents=True)
         (path / "manifest.json").write_text(json.dumps(seal(manifest)))
+
     return run
 
 

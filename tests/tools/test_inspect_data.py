@@ -68,6 +68,7 @@ def tokenizer() -> Tokenizer:
         "naïve",
         "<fim_middle>",
     ]
+
     return train_tokenizer(
         [" ".join(words[(i * k) % 11] for i in range(60)) for k in range(1, 40)], 300
     )
@@ -103,8 +104,10 @@ def _build(
     for repeat in range(20):
         for key, (_, ids) in documents.items():
             stream += [(token, key, offset, repeat) for offset, token in enumerate(ids)]
+
     assert len(stream) >= CHUNKS * ROWS * LENGTH, "the documents fill the chunks"
     infos = []
+
     for c in range(CHUNKS):
         part = stream[c * ROWS * LENGTH : (c + 1) * ROWS * LENGTH]
         ids = np.array([token for token, *_ in part], dtype=np.uint16).reshape(ROWS, LENGTH)
@@ -118,9 +121,11 @@ def _build(
         info = write_chunk(folder, name, [ids], ROWS, tokenizer.vocab_size, per_subset)
         digest = sha256_file(folder / f"{name}.parquet")
         infos.append(replace(info, provenance=f"{name}.parquet", provenance_sha256=digest))
+
     if copy:
         tokenizer.save(folder / "tokenizer.model")
         facts["tokenizer"] = {"file": "tokenizer.model", "specials": list(tokenizer.specials)}
+
     manifest = write_manifest(
         folder,
         tokenizer_sha256=tokenizer.sha256,
@@ -129,16 +134,18 @@ def _build(
         chunks=infos,
         facts=facts,
     )
+
     return Corpus(manifest, documents)
 
 
 def _pieces(part: list[tuple[int, tuple[str, str, str], int, int]]) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     before = None
+
     for i, (_, key, offset, repeat) in enumerate(part):
         row, start = divmod(i, LENGTH)
         if (row, key, repeat) != before:
-            place = {
+            index = {
                 "row": row,
                 "start": start,
                 "length": 0,
@@ -146,9 +153,10 @@ def _pieces(part: list[tuple[int, tuple[str, str, str], int, int]]) -> list[dict
                 "fim": "none",
                 "repeat": repeat,
             }
-            found.append({**place, **dict(zip(("subset", "source", "document"), key, strict=True))})
+            found.append({**index, **dict(zip(("subset", "source", "document"), key, strict=True))})
             before = (row, key, repeat)
         found[-1]["length"] += 1
+
     return found
 
 
@@ -162,6 +170,7 @@ def _write_provenance(
         "length": pyarrow.int32(),
         "subset": words,
     }
+
     kinds |= {"source": words, "document": pyarrow.string(), "offset": pyarrow.int64()}
     if columns:
         kinds |= {"fim": words, "repeat": pyarrow.int16()}
@@ -203,6 +212,7 @@ def _metrics(
 def _checkpoint(corpus: Corpus, run: Path, order: list[str], step: int) -> None:
     entries = [{"name": name, "sha256": corpus.manifest.chunk(name).sha256} for name in order]
     name = f"ckpt_{step // 2:03d}"
+
     facts = {
         "format": 1,
         "name": name,
@@ -215,6 +225,7 @@ def _checkpoint(corpus: Corpus, run: Path, order: list[str], step: int) -> None:
         "tensors": {},
         "files": {},
     }
+
     (run / "checkpoints" / name).mkdir(parents=True)
     (run / "checkpoints" / name / "manifest.json").write_text(json.dumps(seal(facts)))
 
@@ -248,7 +259,7 @@ def show(capsys: pytest.CaptureFixture[str]) -> Ask:
 def refuse(capsys: pytest.CaptureFixture[str]) -> Ask:
     """The one line that a mistake is told in."""
 
-    def told(*words: object) -> str:
+    def message(*words: object) -> str:
         try:
             code = tool.main([*map(str, words)])
         except SystemExit as leaving:
@@ -258,7 +269,7 @@ def refuse(capsys: pytest.CaptureFixture[str]) -> Ask:
         assert shown.err.startswith("inspect_data: ")
         return shown.err
 
-    return told
+    return message
 
 
 # Rows
@@ -269,7 +280,8 @@ def test_every_row_tells_its_own_tokens(build: Build, ask: Ask, tokenizer: Token
     places.
     """
     corpus = build()
-    told: dict[tuple[Any, ...], dict[int, list[int]]] = {}
+    message: dict[tuple[Any, ...], dict[int, list[int]]] = {}
+
     for info in corpus.manifest.chunks:
         ids = open_chunk(corpus.manifest, info)
         rows = ask(corpus.folder, "--chunk", info.name, "--rows", f"0-{ROWS - 1}")["rows"]
@@ -280,15 +292,17 @@ def test_every_row_tells_its_own_tokens(build: Build, ask: Ask, tokenizer: Token
             ].tolist()
             for piece in row["pieces"]:
                 key = (piece["subset"], piece["source"], piece["document"], piece["repeat"])
-                told.setdefault(key, {})[piece["offset"]] = piece["ids"]
+                message.setdefault(key, {})[piece["offset"]] = piece["ids"]
+
     whole = 0
-    for (*key, _), parts in told.items():
+    for (*key, _), parts in message.items():
         found = [token for offset in sorted(parts) for token in parts[offset]]
         text, ids = corpus.documents[(key[0], key[1], key[2])]
         assert found == ids[: len(found)]
         if len(found) == len(ids):
             whole += 1
             assert "".join(part["text"] for part in text_parts(tokenizer, found)) == f"{text}</s>"
+
     assert whole > len(corpus.documents) // 2
 
 
@@ -301,6 +315,7 @@ def test_control_tokens_are_told_from_text_that_spells_them(tokenizer: Tokenizer
         EOS_ID,
         *tokenizer.encode(" c"),
     ]
+
     parts = text_parts(tokenizer, ids)
     assert [part for part in parts if part["control"]] == [
         {"text": "<fim_middle>", "control": True},
@@ -398,6 +413,7 @@ def test_only_the_row_groups_of_the_row_are_read(build: Build) -> None:
     with parquet.ParquetFile(path) as file:
         assert file.metadata.num_row_groups > 2
         column = file.metadata.row_group(0).column(0)
+
     content = bytearray(path.read_bytes())
     start = column.dictionary_page_offset or column.data_page_offset
     content[start : start + column.total_compressed_size] = bytes(column.total_compressed_size)
@@ -433,6 +449,7 @@ def test_the_account_is_counted_and_not_copied(
     plain.manifest.path.write_text(json.dumps({**content, "facts": facts}))
     answer = ask(plain.folder)
     by_name = {item["subset"]: item for item in answer["subsets"]}
+
     for name, asked in wanted.items():
         item = by_name[name]
         made = sum(info.tokens_per_subset[name] for info in plain.manifest.chunks)
@@ -443,6 +460,7 @@ def test_the_account_is_counted_and_not_copied(
         )
         samples = [info.tokens_per_subset[name] // LENGTH for info in plain.manifest.chunks]
         assert (item["least_in_a_chunk"], item["most_in_a_chunk"]) == (min(samples), max(samples))
+
     assert answer["tokens"] == CHUNKS * ROWS * LENGTH
     lines = show(plain.folder).splitlines()
     code = next(line for line in lines if line.startswith("code"))
@@ -454,6 +472,7 @@ def test_rows_per_chunk_bound_what_is_asked(build: Build, ask: Ask) -> None:
     """Catches a subset that fills the rest, or a proportion, shown as tokens that were lost."""
     corpus = build()
     total = CHUNKS * ROWS * LENGTH
+
     for fill in (True, False):
         recipe = {
             "chunks": CHUNKS,
@@ -533,10 +552,12 @@ def test_a_document_is_found_by_each_of_its_names(build: Build, ask: Ask) -> Non
         (["web/p.jsonl"], {"source": "web/p.jsonl"}),
         (["héllo", "--subset", "prose", "--source", "web/p.jsonl"], {"document": "héllo"}),
     ):
-        places = ask(corpus.folder, "--document", *words)["places"]
-        told = sorted((p["chunk"], p["row"], p["start"], p["length"], p["repeat"]) for p in places)
-        assert told == expected(**wanted) and told
-        reading = [(p["source"], p["document"], p["repeat"], p["offset"]) for p in places]
+        positions = ask(corpus.folder, "--document", *words)["places"]
+        message = sorted(
+            (p["chunk"], p["row"], p["start"], p["length"], p["repeat"]) for p in positions
+        )
+        assert message == expected(**wanted) and message
+        reading = [(p["source"], p["document"], p["repeat"], p["offset"]) for p in positions]
         assert reading == sorted(reading)
 
 
@@ -559,6 +580,7 @@ def test_every_step_reads_the_rows_of_the_order(build: Build, ask: Ask, tmp_path
     run = tmp_path / "runs" / "ordered"
     ledger = _run_tasks(corpus, run, names)
     ledger.append("chunk_started", attempt=1, chunk="chunk_002", order_index=0, step=1)
+
     for step in (1, 2, 3):
         _metrics(
             run,
@@ -567,6 +589,7 @@ def test_every_step_reads_the_rows_of_the_order(build: Build, ask: Ask, tmp_path
             names[(step - 1) // 2],
             [(step - 1) % 2 * BATCH, (step - 1) % 2 * BATCH + BATCH],
         )
+
     order = ChunkOrder(tuple(names), (ROWS,) * 3, BATCH)
     for step in range(1, 7):
         facts = ask("--run", run, "--step", step)
@@ -590,6 +613,7 @@ def test_every_step_reads_the_rows_of_the_order(build: Build, ask: Ask, tmp_path
             )
         assert [i for i, sample in enumerate(facts["samples"]) if "text_shown" in sample] == [0]
         assert sum(facts["tokens_per_subset"].values()) == BATCH * LENGTH
+
     chosen = ask("--run", run, "--step", 4, "--row", 5)["samples"]
     assert chosen == ask("--run", run, "--step", 4, "--sample", 2)["samples"]
     assert [sample["row"] for sample in chosen if "text_shown" in sample] == [5]
@@ -619,12 +643,14 @@ def test_only_the_sample_that_was_asked_for_is_shown(
         return [" ".join(line.split()[:2]) for line in lines if "-" not in line.split()[0]]
 
     rest = ["... and"]
+
     assert (
         rows_shown()
         == rows_shown("--all")
         == rows_shown("--sample", 1, "--all")
         == ["0 3", "1 4", "2 5"]
     )
+
     assert rows_shown("--sample", 1) == rows_shown("--row", 4) == ["1 4", *rest]
     assert rows_shown("--rows", "4-5") == ["1 4", "2 5", *rest]
     shown = show(*step, "--sample", 1)
@@ -645,17 +671,19 @@ def test_a_document_is_told_with_its_steps(
     _metrics(run, 1, 1, "chunk_001", [0, 3])
     facts = ask("--run", run, "--document", "web/p.jsonl")
     seen = set()
-    for place in facts["places"]:
+
+    for index in facts["places"]:
         expected: tuple[int | None, str]
-        if place["chunk"] in ("chunk_002", "chunk_003"):
+        if index["chunk"] in ("chunk_002", "chunk_003"):
             expected = (None, "not in the order")
-        elif place["row"] == ROWS - 1:
+        elif index["row"] == ROWS - 1:
             expected = (None, "never read")
         else:
-            step = 1 + place["row"] // BATCH + (2 if place["chunk"] == "chunk_000" else 0)
+            step = 1 + index["row"] // BATCH + (2 if index["chunk"] == "chunk_000" else 0)
             expected = (step, "trained" if step == 1 else "to come")
-        assert (place["step"], place["state"]) == expected
+        assert (index["step"], index["state"]) == expected
         seen.add(expected[1])
+
     assert seen == {"not in the order", "never read", "trained", "to come"}
     assert "1 of 4 steps done" in show("--run", run, "--document", "web/p.jsonl")
     assert ask("--run", run, "--chunk", 1, "--row", 0)["rows"][0]["use"] == {
@@ -676,9 +704,9 @@ def test_held_out_rows_are_never_called_trained(
     run = tmp_path / "runs" / "held"
     _run_tasks(corpus, run)
     _metrics(run, 1, 6, "chunk_002", [3, 6])
-    places = ask("--run", run, "--document", "web/p.jsonl")["places"]
-    assert {place["state"] for place in places if place["chunk"] == "held_out"} == {"held out"}
-    assert all(place["held_out"] == (place["chunk"] == "held_out") for place in places)
+    positions = ask("--run", run, "--document", "web/p.jsonl")["places"]
+    assert {index["state"] for index in positions if index["chunk"] == "held_out"} == {"held out"}
+    assert all(index["held_out"] == (index["chunk"] == "held_out") for index in positions)
     assert ask("--run", run, "--chunk", "held_out", "--row", 0)["rows"][0]["use"] == {
         "step": None,
         "state": "held out",
@@ -719,12 +747,14 @@ def test_a_deferred_chunk_is_read_last(build: Build, ask: Ask, show: Ask, tmp_pa
     ]
     assert "attempt 1 read chunk_001" in show("--run", run, "--step", 3)
     assert ask("--run", run, "--step", 4)["state"] == "to come"
+
     assert [item["chunk"] for item in ask("--run", run)["order"]] == [
         "chunk_000",
         "chunk_002",
         "chunk_003",
         "chunk_001",
     ]
+
     assert ask("--run", run, "--chunk", 1)["use"]["first_step"] == 7
     alone = ask("--run", run, "--checkpoint", 1, "--step", 3)
     assert (alone["chunk"], alone["state"]) == ("chunk_001", "to come"), (
@@ -751,6 +781,7 @@ def test_a_checkpoint_tells_what_it_consumed(
         assert item["tokens"] == sum(
             corpus.manifest.chunk(n).tokens_per_subset[item["subset"]] for n in order[:2]
         )
+
     assert ask("--run", run, "--checkpoint", "ckpt_000")["order"] == []
     assert "it has ckpt_000, ckpt_001, ckpt_002" in refuse("--run", run, "--checkpoint", 7)
     path = run / "checkpoints" / "ckpt_001" / "manifest.json"
@@ -826,6 +857,7 @@ def test_use_is_the_inverse_of_the_order(rows: list[int], batch: int, data: st.D
         for s in range(1, order.total_steps + 1)
         for r in order.rows_of(s)
     }
+
     for name, count in zip(order.names, rows, strict=True):
         for row in range(count):
             step, state = history.use(name, row)
@@ -893,7 +925,8 @@ def test_mistakes_are_one_line(build: Build, refuse: Ask, tmp_path: Path) -> Non
     assert "cannot be read" in refuse(tmp_path / "nothing")
     assert "not a directory" in refuse("--run", tmp_path / "nothing")
     assert "it has none" in refuse("--run", run, "--checkpoint", 1)
-    for words, said in (
+
+    for words, output in (
         ([], "give DATA"),
         ([data, "--step", 1], "--step needs --run"),
         ([data, "--checkpoint", 1], "--checkpoint needs --run"),
@@ -905,7 +938,7 @@ def test_mistakes_are_one_line(build: Build, refuse: Ask, tmp_path: Path) -> Non
         ([data, "--chunk", 1, "--row", "-2"], "--row"),
         (["--run", run, "--chunk", 1, "--checkpoint", 1], "--checkpoint goes with"),
     ):
-        assert said in refuse(*words)
+        assert output in refuse(*words)
 
 
 @pytest.mark.parametrize("fault", ["missing", "cut", "empty", "other", "gap", "none"])
@@ -913,6 +946,7 @@ def test_damaged_provenance_is_one_line(build: Build, refuse: Ask, fault: str) -
     """Catches a traceback of the Parquet library, and an answer from what is left."""
     corpus = build()
     path = corpus.folder / "chunk_001.parquet"
+
     match fault:
         case "missing":
             path.unlink()
@@ -931,10 +965,11 @@ def test_damaged_provenance_is_one_line(build: Build, refuse: Ask, fault: str) -
             content = json.loads(corpus.manifest.path.read_text())
             del content["chunks"][1]["provenance"]
             corpus.manifest.path.write_text(json.dumps(content))
+
     assert "chunk_001" in refuse(corpus.folder, "--chunk", 1, "--row", 3)
     if fault != "gap":
-        said = refuse(corpus.folder, "--document", "a.py")
-        assert "chunk_001" in said
+        output = refuse(corpus.folder, "--document", "a.py")
+        assert "chunk_001" in output
 
 
 def test_damaged_records_are_one_line(build: Build, refuse: Ask, tmp_path: Path) -> None:
@@ -946,13 +981,15 @@ def test_damaged_records_are_one_line(build: Build, refuse: Ask, tmp_path: Path)
     assert "metrics.jsonl: a line is damaged" in refuse("--run", run)
     (run / "metrics.jsonl").write_text('{"step": 1, "attempt"')
     config = (run / "config.yaml").read_text()
-    for content, said in (
+
+    for content, output in (
         ("data: [", "has no usable"),
         ("data: {}", "has no usable"),
         ("", "has no usable"),
     ):
         (run / "config.yaml").write_text(content)
-        assert said in refuse("--run", run)
+        assert output in refuse("--run", run)
+
     (run / "config.yaml").unlink()
     assert "there is no checkpoint" in refuse("--run", run)
     (run / "config.yaml").write_text(config)
@@ -975,6 +1012,7 @@ def test_it_loads_no_torch_and_ends_quietly_in_a_pipe(build: Build) -> None:
         'except SystemExit as done: sys.stderr.write(f\'left {done.code} {"torch" in '
         "sys.modules}')"
     )
+
     words = [str(TOOL), str(corpus.folder), "--chunk", "0", "--row", "0"]
     done = subprocess.run(
         [sys.executable, "-c", program, *words], capture_output=True, text=True, check=False
@@ -982,19 +1020,23 @@ def test_it_loads_no_torch_and_ends_quietly_in_a_pipe(build: Build) -> None:
     assert done.stderr == "left 0 False"
     reader = subprocess.Popen(["true"], stdin=subprocess.PIPE)
     assert reader.stdin is not None and reader.wait() == 0
+
     piped = subprocess.run(
         [sys.executable, str(TOOL), str(corpus.folder)],
         stdout=reader.stdin,
         stderr=subprocess.PIPE,
         check=False,
     )
+
     assert (piped.returncode, piped.stderr) == (0, b"")
+
     latin = subprocess.run(
         [sys.executable, str(TOOL), str(corpus.folder), "--document", "héllo"],
         env={"PYTHONIOENCODING": "ascii", "PATH": "/usr/bin"},
         capture_output=True,
         check=False,
     )
+
     assert (latin.returncode, latin.stderr) == (0, b"") and b"h\\xe9llo" in latin.stdout
 
 

@@ -60,6 +60,7 @@ def test_large_worlds_and_long_programs_are_abbreviated(
         "--width",
         "100",
     ]
+
     assert tool.main(arguments) == 0
     short = capsys.readouterr().out
     assert "65,286,184,960 parameters" in short
@@ -86,7 +87,7 @@ def test_svg_is_written(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         ([DEMO, "--world", "3", "parallel.tensor=2"], "3"),
         ([DEMO, "--world", "7"], "batch.global_sequences (16)"),
@@ -95,12 +96,12 @@ def test_svg_is_written(
     ],
 )
 def test_a_mistake_costs_one_line_and_exit_code_2(
-    tool: ModuleType, arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]
+    tool: ModuleType, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Catches tracebacks, and half a report printed before the mistake."""
     assert tool.main(arguments) == 2
     captured = capsys.readouterr()
-    assert told in captured.err
+    assert message in captured.err
     assert "Traceback" not in captured.err
     assert captured.out == ""
 
@@ -126,6 +127,7 @@ def test_runs_from_anywhere_without_torch_or_an_installed_package(tmp_path: Path
         "except SystemExit as stop: assert stop.code == 0, stop.code\n"
         "heavy = {'torch', 'numpy'} & set(sys.modules); assert not heavy, heavy\n"
     )
+
     done = subprocess.run(
         [sys.executable, "-c", program, DEMO],
         cwd=tmp_path,
@@ -133,6 +135,7 @@ def test_runs_from_anywhere_without_torch_or_an_installed_package(tmp_path: Path
         text=True,
         check=False,
     )
+
     assert done.returncode == 0, done.stderr
     assert "schedule" in done.stdout
 

@@ -35,6 +35,7 @@ def _run(directory: Path, finished: bool = True) -> Path:
     ledger, metrics = Ledger(directory / "ledger.jsonl"), MetricsWriter(directory / "metrics.jsonl")
     ledger.append("started", run="demo", attempt=1, world_size=4)
     _manifest(directory, "ckpt_000", {"step": 0, "chunks_consumed": 0})
+
     for number, chunk in ((1, "chunk_004"), (2, "chunk_000")):
         ledger.append(
             "chunk_started",
@@ -66,6 +67,7 @@ def _run(directory: Path, finished: bool = True) -> Path:
             bytes=10,
             manifest_sha256=_manifest(directory, name, {"step": 3 * number}),
         )
+
     if finished:
         ledger.append("finished", step=6)
     return directory
@@ -82,6 +84,7 @@ def test_each_checkpoint_is_a_row_with_its_numbers(tmp_path: Path) -> None:
     folder = run / "checkpoints"
     assert done.stdout.startswith("demo: finished, 1 start\n")
     assert _cells(done.stdout, "ckpt_000")[:4] == ["ckpt_000", "0", "-", "0"]
+
     expected = [
         "ckpt_001",
         "1",
@@ -94,6 +97,7 @@ def test_each_checkpoint_is_a_row_with_its_numbers(tmp_path: Path) -> None:
         "0.2",
         f"{folder}/ckpt_001",
     ]
+
     assert _cells(done.stdout, "ckpt_001") == expected
     assert _cells(done.stdout, "ckpt_002")[2:7] == ["chunk_000", "6", "6,000", "3.0000", "nan"]
     assert (
@@ -148,6 +152,7 @@ def test_a_run_without_checkpoints_is_no_mistake(tmp_path: Path) -> None:
 def test_a_missing_or_broken_run_is_one_line_and_exit_2(tmp_path: Path, fault: str) -> None:
     run = _run(tmp_path / "demo")
     good = _run(tmp_path / "good")
+
     match fault:
         case "missing":
             shutil.rmtree(run)
@@ -165,6 +170,7 @@ def test_a_missing_or_broken_run_is_one_line_and_exit_2(tmp_path: Path, fault: s
         case "a file":
             shutil.rmtree(run)
             run.touch()
+
     done = _show(str(good), str(run))
     assert done.returncode == 2 and done.stdout == ""
     assert (

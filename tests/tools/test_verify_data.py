@@ -102,6 +102,7 @@ def manifest(tmp_path: Path, tokenizer: Tokenizer) -> Manifest:
     (folder / "sources.json").write_text('{"training": ["a"], "held_out": ["b"]}')
     (folder / "rejected.jsonl").write_text('{"file": "a", "line": 3}\n')
     counts = infos[0].tokens_per_subset
+
     facts = {
         "sources_sha256": sha256_file(folder / "sources.json"),
         "rejected_sha256": sha256_file(folder / "rejected.jsonl"),
@@ -116,6 +117,7 @@ def manifest(tmp_path: Path, tokenizer: Tokenizer) -> Manifest:
             for name, n in counts.items()
         },
     }
+
     keys: dict[str, Any] = {
         "tokenizer_sha256": tokenizer.sha256,
         "sequence_length": LENGTH,
@@ -156,9 +158,9 @@ def problems_of(manifest: Manifest) -> list[str]:
     return found + verify_folder(manifest)
 
 
-def flip(path: Path, place: int) -> None:
+def flip(path: Path, location: int) -> None:
     content = bytearray(path.read_bytes())
-    content[place] ^= 1
+    content[location] ^= 1
     path.write_bytes(content)
 
 
@@ -192,13 +194,13 @@ FILES = [
 ]
 
 
-@pytest.mark.parametrize("place", [3, -3])
+@pytest.mark.parametrize("location", [3, -3])
 @pytest.mark.parametrize("file", FILES)
-def test_one_flipped_bit_is_found(manifest: Manifest, file: str, place: int) -> None:
+def test_one_flipped_bit_is_found(manifest: Manifest, file: str, location: int) -> None:
     """Catches a file that is not read to both its ends, and damage laid at the door of another
     file.
     """
-    flip(manifest.folder / file, place)
+    flip(manifest.folder / file, location)
     found = problems_of(manifest)
     assert len(found) == 1, found
     assert str(manifest.folder / file) in found[0]
@@ -254,9 +256,9 @@ def put(pieces: Pieces, key: str, i: int, change: Callable[[Any], Any]) -> None:
     pieces[key][i] = change(pieces[key][i])
 
 
-def drop(pieces: Pieces, places: slice) -> None:
+def drop(pieces: Pieces, positions: slice) -> None:
     for column in pieces.values():
-        del column[places]
+        del column[positions]
 
 
 def repeat(pieces: Pieces, i: int) -> None:
@@ -339,21 +341,24 @@ def test_provenance_that_is_no_parquet(manifest: Manifest) -> None:
 )
 def test_borders_are_the_beginnings_of_pieces(manifest: Manifest, change: str) -> None:
     """Catches borders that are well formed and stand where no document begins."""
-    places = starts_of(make_pieces(1))
+    positions = starts_of(make_pieces(1))
     if change == "one more":
-        places = sorted(
-            {*places, next(i for i in range(200, 999) if i not in places and i % LENGTH)}
+        positions = sorted(
+            {*positions, next(i for i in range(200, 999) if i not in positions and i % LENGTH)}
         )
     elif change == "one behind":
-        places.append(places[-1] + 1)
+        positions.append(positions[-1] + 1)
     elif change == "moved":
         i = next(
-            i for i in range(9, 99) if places[i] + 1 not in places and (places[i] + 1) % LENGTH
+            i
+            for i in range(9, 99)
+            if positions[i] + 1 not in positions and (positions[i] + 1) % LENGTH
         )
-        places[i] += 1
+        positions[i] += 1
     else:
-        del places[-1 if change == "one less" else 0]
-    write_borders(manifest.folder / "chunk_001.borders.npy", places)
+        del positions[-1 if change == "one less" else 0]
+
+    write_borders(manifest.folder / "chunk_001.borders.npy", positions)
     (line,) = problems_of(rehash(manifest))
     assert line.startswith("chunk_001 (")
     assert "border" in line
@@ -446,8 +451,9 @@ def prepared(manifest: Manifest) -> Manifest:
 
     def change(content: dict[str, Any]) -> None:
         facts, infos = content["facts"], content["chunks"]
-        wishes = {"code": 0.29, "text": 2.0}
-        for name, repeat in wishes.items():
+        repeats = {"code": 0.29, "text": 2.0}
+
+        for name, repeat in repeats.items():
             used = sum(info["tokens_per_subset"][name] for info in infos)
             # 0.29 of 5700 is 1653, and one less by way of the nearest binary fraction.
             tokens = {"code": 5700, "text": 1001}[name]
@@ -473,18 +479,21 @@ def prepared(manifest: Manifest) -> Manifest:
                 "held_out_tokens": content["held_out"]["tokens_per_subset"][name],
                 "held_out_unused_tokens": 0,
             }
+
         facts |= {"name": "données", "seed": 3}
         facts["dropped_tail_tokens"] = {
             name: item["tail_tokens"] for name, item in facts["account"].items()
         }
+
         facts["recipe"] = {
-            "subsets": {name: {"repeat": repeat} for name, repeat in wishes.items()},
+            "subsets": {name: {"repeat": repeat} for name, repeat in repeats.items()},
             "name": "données",
             "seed": 3,
             "sequence_length": LENGTH,
             "chunks": 3,
             "rows_per_chunk": ROWS,
         }
+
         facts["recipe_sha256"] = hash_of(facts["recipe"])
 
     return edit(manifest, change)
@@ -629,6 +638,7 @@ def test_other_files_that_look_like_chunks(manifest: Manifest) -> None:
         "chunk_003.borders.npy",
         "held_out.bin",
     ]
+
     for name in (*strangers, "notes.npy", "README.md", "chunk_list.txt"):
         (manifest.folder / name).write_text("")
     found = problems_of(manifest)
@@ -671,6 +681,7 @@ def test_what_a_folder_does_not_have_is_not_missed(manifest: Manifest) -> None:
             or path.name == "sources.json"
         ):
             path.unlink()
+
     assert problems_of(edit(manifest, change)) == []
 
 
@@ -718,6 +729,7 @@ def test_a_file_that_is_no_manifest(
     folder = manifest.folder
     (folder / "recipe.yaml").write_text("name: x\n")
     (folder / "flow.yaml").write_text("{name: x}\n")
+
     for name in ("recipe.yaml", "flow.yaml", "chunk_000.npy", "sources.json", "rejected.jsonl"):
         assert tool.main([str(folder / name)]) == 2
         expected = (
@@ -725,6 +737,7 @@ def test_a_file_that_is_no_manifest(
             "or the folder itself\n"
         )
         assert capsys.readouterr() == ("", expected)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             tool,
@@ -732,6 +745,7 @@ def test_a_file_that_is_no_manifest(
             lambda path: pytest.fail("a chunk was read whole to learn that it is one"),
         )
         assert tool.main([str(folder / "chunk_000.npy")]) == 2
+
     capsys.readouterr()
     manifest.path.rename(folder / "copy.json")
     assert tool.main([str(folder / "copy.json")]) == 0
@@ -789,10 +803,11 @@ def test_nobody_listens_any_more(manifest: Manifest, damaged: bool) -> None:
     done = subprocess.run(
         command, stdout=reader.stdin, stderr=subprocess.PIPE, text=True, check=False
     )
-    told = ["chunk_002", "1 problem,"] if damaged else []
-    assert (done.returncode, len(done.stderr.splitlines())) == (2 if damaged else 0, len(told)), (
-        done.stderr
-    )
+    message = ["chunk_002", "1 problem,"] if damaged else []
+    assert (done.returncode, len(done.stderr.splitlines())) == (
+        2 if damaged else 0,
+        len(message),
+    ), done.stderr
     done = subprocess.run(command, stdout=reader.stdin, stderr=reader.stdin, check=False)
     assert done.returncode == (2 if damaged else 0)
 
@@ -831,6 +846,7 @@ def test_memory_is_that_of_a_block(tmp_path: Path) -> None:
     """
     rows, length, per_row = 30000, 2000, 40
     block = np.arange(1000 * length, dtype=np.uint32).reshape(1000, length) % 500
+
     info = write_chunk(
         tmp_path,
         "chunk_000",
@@ -839,7 +855,9 @@ def test_memory_is_that_of_a_block(tmp_path: Path) -> None:
         500,
         {"code": rows * length},
     )
+
     start = np.tile(np.arange(per_row, dtype=np.int32) * (length // per_row), rows)
+
     columns = {
         "row": np.repeat(np.arange(rows, dtype=np.int32), per_row),
         "start": start,
@@ -848,15 +866,17 @@ def test_memory_is_that_of_a_block(tmp_path: Path) -> None:
             arrow.array(np.zeros(rows * per_row, np.int32)), ["code"]
         ),
     }
+
     parquet.write_table(
         arrow.table(columns), tmp_path / "chunk_000.parquet", row_group_size=rows * per_row
     )
-    places = (columns["row"].astype(np.uint64) * length + start)[start > 0]
+    positions = (columns["row"].astype(np.uint64) * length + start)[start > 0]
     files = {"provenance": "chunk_000.parquet", "borders": "chunk_000.borders.npy"}
     files |= {"provenance_sha256": sha256_file(tmp_path / files["provenance"])}
-    files |= {"borders_sha256": write_borders(tmp_path / files["borders"], places)}
+    files |= {"borders_sha256": write_borders(tmp_path / files["borders"], positions)}
     keys: dict[str, Any] = {"tokenizer_sha256": "t", "sequence_length": length, "vocab_size": 500}
     write_manifest(tmp_path, chunks=[ChunkInfo(**{**vars(info), **files})], held_out=None, **keys)
+
     # Not `ru_maxrss`: that of a child begins at its parent's.
     program = (
         f"import runpy, sys; sys.argv = [{str(TOOL)!r}, {str(tmp_path)!r}]\n"
@@ -865,6 +885,7 @@ def test_memory_is_that_of_a_block(tmp_path: Path) -> None:
         "print([line for line in open('/proc/self/status') if 'VmHWM' in line][0].split()[1]); "
         "sys.exit(code)"
     )
+
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )

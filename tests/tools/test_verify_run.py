@@ -52,6 +52,7 @@ def whole(pool: GlooPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that was stopped after two steps and started again: two starts, two tokens."""
     base = tmp_path_factory.mktemp("verify_run")
     make_corpus(base / "data", chunks=1)
+
     tree = config_tree(
         base / "data" / "manifest.json",
         base / "runs",
@@ -59,6 +60,7 @@ def whole(pool: GlooPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
         audit={"root_every_steps": 1},
         wandb={"mode": "disabled"},
     )
+
     assert pool.run(1, locked_job, tree | {"run": tree["run"] | {"stop_after_steps": 2}}) == [75]
     assert pool.run(1, locked_job, tree) == [0]
     return base / "runs" / "whole"
@@ -79,8 +81,8 @@ def problems(run: Path, *arguments: str) -> list[str]:
 
 def test_a_whole_run_is_called_whole(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert verify([str(whole), "--data"]) == 0
-    said = capsys.readouterr()
-    assert said.err == "" and said.out.splitlines()[-1] == f"{whole}: whole"
+    output = capsys.readouterr()
+    assert output.err == "" and output.out.splitlines()[-1] == f"{whole}: whole"
     assert len(read_metrics(whole / "state_roots.jsonl")) == 5
     tokens = [
         event["fencing_token"]
@@ -99,15 +101,16 @@ def test_four_hundred_changed_bits_are_all_found_and_named(run: Path, name: str)
     before = set(problems(run))
     path, draw = run / name, random.Random(name)
     content = path.read_bytes()
+
     for _ in range(FLIPS // 4):
-        place = draw.randrange(8 * len(content))
+        position = draw.randrange(8 * len(content))
         damaged = bytearray(content)
-        damaged[place // 8] ^= 1 << place % 8
+        damaged[position // 8] ^= 1 << position % 8
         path.write_bytes(damaged)
         found = [line for line in problems(run) if line not in before]
-        line = content.count(b"\n", 0, place // 8) + 1
+        line = content.count(b"\n", 0, position // 8) + 1
         named = f"{path}: is not the config" if name == "config.yaml" else f"{path}: line {line} "
-        assert found and found[0].startswith(named), (place, found)
+        assert found and found[0].startswith(named), (position, found)
 
 
 def test_a_changed_bit_of_a_checkpoint_is_named(run: Path) -> None:
@@ -183,13 +186,13 @@ CONTRADICTIONS: list[tuple[Callable[[Path], object], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("change", "said"), CONTRADICTIONS)
+@pytest.mark.parametrize(("change", "output"), CONTRADICTIONS)
 def test_files_that_contradict_each_other(
-    run: Path, change: Callable[[Path], object], said: str
+    run: Path, change: Callable[[Path], object], output: str
 ) -> None:
     change(run)
     found = problems(run)
-    assert [line for line in found if re.search(said, line)], found
+    assert [line for line in found if re.search(output, line)], found
     assert verify([str(run)]) == 2
 
 
@@ -204,8 +207,8 @@ def test_what_a_kill_leaves_behind_is_a_note(run: Path, capsys: pytest.CaptureFi
         stream.write(b'{"step": 6, "att')
     assert verify([str(run)]) == 0
     assert (
-        "note: " in (said := capsys.readouterr()).out
-        and "ckpt_001: is not in the ledger" in said.out
+        "note: " in (output := capsys.readouterr()).out
+        and "ckpt_001: is not in the ledger" in output.out
     )
 
 
@@ -226,9 +229,9 @@ def test_what_is_no_run_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], data: list[str]
 ) -> None:
     assert verify([str(tmp_path / "none"), *data]) == 2
-    said = capsys.readouterr()
+    output = capsys.readouterr()
     assert (
-        said.out == ""
-        and len(said.err.splitlines()) == 1
-        and "ledger.jsonl does not exist" in said.err
+        output.out == ""
+        and len(output.err.splitlines()) == 1
+        and "ledger.jsonl does not exist" in output.err
     )

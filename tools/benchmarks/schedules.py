@@ -70,8 +70,10 @@ def run(task: dict[str, Any], rank: int) -> list[list[dict[str, Any]]]:
         config = load_config(task["config"], overrides)
         grid = ProcessGrid(layout_of(config, task["world"]), rank, torch.device("cpu"))
         engines.append(Watched(Engine(config, grid)))
+
     steps: list[list[dict[str, Any]]] = [[] for _ in engines]
     generator = torch.Generator().manual_seed(1)
+
     for count in range(task["warmup"] + task["steps"]):
         config = engines[0].engine.config
         shape = (config.batch.global_sequences, config.data.sequence_length)
@@ -80,6 +82,7 @@ def run(task: dict[str, Any], rank: int) -> list[list[dict[str, Any]]]:
             step = engine.step(batch)
             if count >= task["warmup"]:
                 done.append(step)
+
     stop_process_group()
     return steps
 

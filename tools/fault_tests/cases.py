@@ -115,6 +115,7 @@ def run_row(bench: Bench, row: int) -> Result:
     """
     began = time.monotonic()
     bench.log(f"row {row}")
+
     try:
         result = ROWS[row](bench)
     except Exception as error:
@@ -126,6 +127,7 @@ def run_row(bench: Bench, row: int) -> Result:
             "",
             problems=[f"the experiment failed: {error!r} ({where.name}, line {where.lineno})"],
         )
+
     if bench.short and row not in SAME_WHEN_SHORT:
         result.missing.append(SHORTENED)
     result.seconds = time.monotonic() - began

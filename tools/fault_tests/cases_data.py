@@ -37,11 +37,13 @@ def row_22(bench: Bench) -> Result:
         "and the same command; and a run killed ten times, whose rows are counted. Every chunk is "
         "hashed once a start; what changes a file after that is not seen",
     )
+
     kinds = ("flip", "cut", "lost", "swapped")
     for kind, meanwhile in [(kind, later) for kind in kinds for later in (False, True)][
         :: 3 if bench.short else 1
     ]:
         _harmed_chunk(bench, result, kind, meanwhile)
+
     restarts = bench.restarts(bench.world(12, 2), "row22")
     for number in range(3 if bench.short else 10):
         restarts.attempt(
@@ -49,17 +51,20 @@ def row_22(bench: Bench) -> Result:
         )
         if restarts.done:
             break
+
     restarts.finish()
     result.problems += restarts.problems
     rows = latest(restarts.run / "metrics.jsonl")
     read = sum(row["rows"][1] - row["rows"][0] for row in rows)
     taken = len(read_metrics(restarts.run / "metrics.jsonl"))
+
     result.measured.append(
         f"{len(restarts.attempts)} starts, {taken} steps taken to make {len(rows)}: the steps that "
         f"count read {read} rows, each of the "
         f"{restarts.world.chunks * restarts.world.steps_per_chunk * GLOBAL} rows of "
         "the data exactly once"
     )
+
     return result
 
 
@@ -91,6 +96,7 @@ def _harmed_chunk(bench: Bench, result: Result, kind: str, meanwhile: bool) -> N
         harm()
     attempt = restarts.attempt("", harm if meanwhile else None, (EXIT_USAGE, EXIT_FAILED), 120)
     names = {"chunk_003", *re.findall(r"chunk_\d+", done[0])}
+
     line = next(
         (
             x
@@ -99,11 +105,13 @@ def _harmed_chunk(bench: Bench, result: Result, kind: str, meanwhile: bool) -> N
         ),
         "",
     )
+
     when = "while it trains" if meanwhile else "before the start"
     if EXIT_USAGE not in attempt.codes or not line:
         result.problems.append(
             f"chunk {kind} {when}: ended with {attempt.codes}: {tail(attempt.text)}"
         )
+
     for path in base.data.iterdir():
         shutil.copy(path, world.data / path.name)
     restarts.finish()

@@ -34,6 +34,7 @@ def row_4(bench: Bench) -> Result:
         "any, pointer files of other frameworks that name a wrong step, a symbolic link to an old "
         "checkpoint under a new name; then the same command",
     )
+
     world = bench.world(6, 3)
     restarts = bench.restarts(world, "row4")
     restarts.attempt("step.read@step=14:kill")
@@ -54,6 +55,7 @@ def row_4(bench: Bench) -> Result:
         folder / "latest_checkpointed_iteration.txt",
     ):
         path.unlink(missing_ok=True)
+
     result.measured.append(
         f"the start took the newest whole checkpoint and ended with {attempt.codes}"
     )
@@ -72,6 +74,7 @@ def row_5(bench: Bench) -> Result:
         f"{FLIPS} random bits over ten classes of files of a finished run and its data, each found "
         "by the verify tools; then starts over a flipped newest checkpoint",
     )
+
     world = bench.world(6, 3, held_out=True)
     bench.reference(world)
     run = next(
@@ -82,6 +85,7 @@ def row_5(bench: Bench) -> Result:
     count = 60 if bench.short else FLIPS
     _flip_all(bench.random(5), run, world, count, result)
     _fall_back(bench, result, ("flip",), 2 if bench.short else 6)
+
     if not bench.short:
         run_pytest(
             result,
@@ -89,6 +93,7 @@ def row_5(bench: Bench) -> Result:
             bench.scratch,
             "borders and provenance files",
         )
+
     return result
 
 
@@ -96,6 +101,7 @@ def classes_of(run: Path, world: TinyRun) -> dict[str, list[Path]]:
     """Files that a flip may hit, by class; classes that a run does not have are omitted."""
     newest = file_damage.complete_checkpoints(run)[-1]
     every = sorted((run / "checkpoints").glob("ckpt_*"))
+
     found = {
         "model shard": sorted((newest / "model").iterdir()),
         "optimizer shard": sorted((newest / "optimizer").iterdir()),
@@ -110,12 +116,14 @@ def classes_of(run: Path, world: TinyRun) -> dict[str, list[Path]]:
         "data chunk": sorted(world.data.glob("*.npy")),
         "data manifest": [world.data / "manifest.json"],
     }
+
     return {name: files for name, files in found.items() if files}
 
 
 def _flip_all(draw: random.Random, run: Path, world: TinyRun, count: int, result: Result) -> None:
     classes = classes_of(run, world)
     tally = {name: [0, 0] for name in classes}
+
     for number in range(count):
         name = list(classes)[number % len(classes)]
         path = draw.choice(classes[name])
@@ -131,6 +139,7 @@ def _flip_all(draw: random.Random, run: Path, world: TinyRun, count: int, result
             result.problems.append(
                 f"{name}: {path.name}, {where}: not found or not named: {output[-200:]}"
             )
+
     counts = ", ".join(f"{name} {found}/{tried}" for name, (tried, found) in tally.items())
     result.measured.append(
         f"found and named: {sum(f for _, f in tally.values())} of {count} ({counts})"
@@ -252,6 +261,7 @@ def row_7(bench: Bench) -> Result:
         "ENOSPC and EIO at save points; and a real file system of three megabytes that is filled "
         "up while the run trains",
     )
+
     world = bench.world(6, 3)
     restarts = bench.restarts(world, "row7")
     faults = [
@@ -259,6 +269,7 @@ def row_7(bench: Bench) -> Result:
         for code in ("ENOSPC", "EIO")
         for point, rank in (("save.model", 1), ("save.optimizer", 0), ("save.manifest", 0))
     ]
+
     for fault in faults[:: 3 if bench.short else 1]:
         attempt = restarts.attempt(fault)
         if not {0, 1} >= set(attempt.codes):
@@ -271,14 +282,17 @@ def row_7(bench: Bench) -> Result:
             restarts.finish()
             result.problems += restarts.problems
             restarts = bench.restarts(world, "row7")
+
     if restarts.attempts:
         restarts.finish()
         result.problems += restarts.problems
+
     with small_disk(bench.scratch / "small", 3000) as problem:
         if problem:
             result.missing.append(f"a real full disk: {problem}")
         else:
             _full_disk(bench, world, result)
+
     return result
 
 

@@ -22,8 +22,10 @@ def row_23(bench: Bench) -> Result:
         "pairs of jobs forked at the same moment on a fresh directory; and a second job while a "
         "first one trains",
     )
+
     races, both, none, late = 10 if bench.short else 100, 0, 0, 0.0
     world = bench.world(2, 2).on(1)
+
     for _ in range(races):
         arguments = world.arguments(
             bench.name("race"), "run.stop_after_steps=1", "kernels.attention=plain"
@@ -40,6 +42,7 @@ def row_23(bench: Bench) -> Result:
             late = max(late, job.ends[0][1] - job.began)
             if f"{pair[0].pids[0]}" not in job.text() and f"{pair[1].pids[0]}" not in job.text():
                 result.problems.append(f"the refusal names no process: {tail(job.text())}")
+
     result.problems += [f"{both} races with two owners at once"] * bool(both) + [
         f"{none} races without an owner"
     ] * bool(none)
@@ -65,9 +68,11 @@ def _second_while_one_trains(bench: Bench, result: Result) -> None:
             and time.monotonic() < until
         ):
             bench.server.wait(first, 0.01)
+
         job = bench.server.begin(restarts.world.arguments(restarts.name), restarts.world.ranks)
         bench.server.wait_as_launcher(job, 60, 0.0)
         took = job.ends[0][1] - job.began
+
         if (
             job.ends[0][0] != EXIT_USAGE
             or f"pid {first.pids[0]}" not in job.text()
@@ -78,6 +83,7 @@ def _second_while_one_trains(bench: Bench, result: Result) -> None:
                 f"second job: {job.codes} after {took:.1f} s, first over: {first.over}: "
                 f"{tail(job.text())}"
             )
+
         refused.append(f"{took:.2f} s")
 
     restarts.attempt("step.done@step=2:sleep=1.5", second)
@@ -90,6 +96,7 @@ def _second_while_one_trains(bench: Bench, result: Result) -> None:
         result.problems.append(
             f"the first was disturbed: {len(restarts.attempts)} starts, tokens {tokens}"
         )
+
     result.problems += restarts.problems
     result.measured.append(
         f"a second job while one trains: refused in {refused[0]}, its process named; the first one "
@@ -118,6 +125,7 @@ def row_24(bench: Bench) -> Result:
         "SIGKILL to all ranks at once, then the same command; and the tests of the lease with "
         "other hosts and boots",
     )
+
     restarts = bench.restarts(bench.world(6, 3), "row24")
     for nth in (2, 3):
         restarts.attempt(f"step.read@nth={nth}:kill")
@@ -142,6 +150,7 @@ def row_24(bench: Bench) -> Result:
         result.problems.append(
             f"the tokens in the manifests {saved} are not those of the starts, {tokens}"
         )
+
     if len(reasons) != 2:
         result.problems.append(f"taken over {len(reasons)} times after 2 deaths: {reasons}")
     waits = [a.first_point_seconds("start.locked") for a in restarts.attempts[1:]]
@@ -150,12 +159,14 @@ def row_24(bench: Bench) -> Result:
         f"manifests {saved}; reason given: {', '.join(sorted(set(reasons)))}; from a start to its "
         f"lease at most {max(w for w in waits if w is not None):.2f} s"
     )
+
     run_pytest(
         result,
         ["tests/run_lock/test_lock.py", "tests/run_lock/test_lease.py"],
         bench.scratch,
         "other hosts, boots, races without flock",
     )
+
     return result
 
 
@@ -168,6 +179,7 @@ def row_25(bench: Bench) -> Result:
         "time.time and datetime.now of every rank jump by an hour, to and fro, every tenth of a "
         "second; one kill and restart under it",
     )
+
     restarts = bench.restarts(bench.world(8, 3), "row25")
     restarts.environments = [{"FAULT_RUN_PATCH": "code_patches:jumping_clock"}] * 2
     restarts.attempt("step.forward@rank=1@nth=7:kill")
@@ -189,15 +201,18 @@ def row_26(bench: Bench) -> Result:
         "run.allow, and then it stands in the ledger",
         "lr.peak changed after a kill: once as it is, once allowed; a harmless key changed",
     )
+
     restarts = bench.restarts(bench.world(6, 3), "row26")
     restarts.attempt("step.read@rank=0@step=9:kill")
     refused = restarts.attempt("", None, (2,), 240.0, "lr.peak=0.02")
+
     if not refused.refused or "lr.peak" not in refused.text:
         result.problems.append(f"lr.peak changed: {refused.codes}: {tail(refused.text)}")
     else:
         result.measured.append(
             f"lr.peak changed: refused with 2; {refused.text.splitlines()[0][-200:]}"
         )
+
     harmless = restarts.attempt(
         "", None, (75,), 240.0, "checkpoint.keep_optimizer_states=4", "run.stop_after_steps=1"
     )
@@ -210,6 +225,7 @@ def row_26(bench: Bench) -> Result:
     bench.server.wait(allowed, 120)
     bench.server.end(allowed)
     events = read_ledger(restarts.run / "ledger.jsonl")
+
     if allowed.codes != [0, 0] or not any(
         "lr.peak" in str(event) for event in events if event["event"] != "checkpoint_saved"
     ):
@@ -220,6 +236,7 @@ def row_26(bench: Bench) -> Result:
         result.measured.append(
             "allowed by name: went on to the end, and the change stands in the ledger"
         )
+
     return result
 
 
@@ -232,6 +249,7 @@ def row_27(bench: Bench) -> Result:
         "an endless loop",
         "SIGKILL before the first save of every start, the same command until it refuses",
     )
+
     world = bench.world(6, 3).changed(("run.max_fruitless_starts", 3))
     restarts = bench.restarts(world, "row27")
     restarts.attempt("step.done@rank=0@step=5:kill")
@@ -241,6 +259,7 @@ def row_27(bench: Bench) -> Result:
         starts += 1
         if attempt.refused:
             break
+
     if not attempt.refused:
         result.problems.append(
             f"still started after {starts} starts that got nowhere: {attempt.codes}"
@@ -249,6 +268,7 @@ def row_27(bench: Bench) -> Result:
         result.measured.append(
             f"refused at start {starts} in a row: {attempt.text.splitlines()[0][-250:]}"
         )
+
     result.problems += restarts.problems
     return result
 
@@ -275,6 +295,7 @@ def row_29(bench: Bench) -> Result:
         "canary values of WANDB_API_KEY and others in the environment of a real run with the "
         "mirror offline; every byte it wrote is searched, and /proc/*/cmdline while it runs",
     )
+
     world = bench.world(6, 3)
     names = ("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "GITHUB_TOKEN")
     run = world.run(bench.name("row29"))
@@ -306,6 +327,7 @@ def row_29(bench: Bench) -> Result:
 
 
 def holds(path: Path) -> bool:
+    """True when a file contains the secret."""
     try:
         return SECRET.encode() in path.read_bytes()
     except OSError:

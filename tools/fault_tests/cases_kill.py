@@ -60,6 +60,7 @@ def report(result: Result, all_restarts: list[Restarts], expected: list[str]) ->
         result.missing.append(
             f"{len(missed)} of {len(expected)} places were not come to: {', '.join(missed)}"
         )
+
     runs = [restarts for restarts in all_restarts if restarts.done]
     fewest = [
         restarts.fewest_whole for restarts in all_restarts if restarts.fewest_whole is not None
@@ -72,6 +73,7 @@ def report(result: Result, all_restarts: list[Restarts], expected: list[str]) ->
         result.measured.append(
             f"fewest complete verified checkpoints after a kill, once there were two: {min(fewest)}"
         )
+
     return struck
 
 
@@ -84,15 +86,18 @@ def row_1(bench: Bench) -> Result:
         "bits; at most one save interval lost",
         "every step point, every rank, steps drawn; 2 ranks (data) and 4 (tensor x pipeline)",
     )
+
     points = [point for point in POINTS if point.startswith("step.")]
     draw = bench.random(1)
     struck: list[Attempt] = []
+
     for grid in grids(bench, chunks=8, steps_per_chunk=3):
         visits = (1,) if bench.short or grid.ranks > 2 else (1, 2)
         wanted = kills(points, grid.ranks, visits, every_rank=not bench.short)
         wanted = [fault.replace("nth=1:", f"nth={draw.choice((4, 5, 6))}:") for fault in wanted]
         all_restarts = chain(bench, grid, f"row1_{grid.ranks}", wanted)
         struck += report(result, all_restarts, wanted)
+
     judge_ends(result, struck)
     return result
 
@@ -124,12 +129,14 @@ def judge_ends(result: Result, struck: list[Attempt]) -> None:
     result.measured.append(
         f"the survivors' message named the dead rank in {named} of {len(struck)}"
     )
+
     if named < len(struck):
         unnamed = next(a for a in struck if not names_rank(a.text, a.codes.index(-signal.SIGKILL)))
         result.problems.append(
             f"dead rank not named in {len(struck) - named} of {len(struck)}, e.g. "
             f"{unnamed.faults}: {tail(unnamed.text)}"
         )
+
     starts = [seconds for a in struck if (seconds := a.first_step_seconds) is not None]
     result.measured.append(
         f"from the start of an attempt to its first finished step: {spread(starts)}"
@@ -151,12 +158,14 @@ def row_2(bench: Bench) -> Result:
         "every save point and ledger line, every rank that comes there, first to third save; and "
         "SIGKILLs at random times while a save is under way, to one rank or all",
     )
+
     points = [point for point in POINTS if point.startswith(("save.", "ledger."))]
     for grid in grids(bench, chunks=12, steps_per_chunk=2):
         visits = (2,) if bench.short or grid.ranks > 2 else (1, 2, 3)
         wanted = kills(points, grid.ranks, visits, every_rank=not bench.short)
         wanted += kills(["end"], grid.ranks, (1,), every_rank=not bench.short)
         report(result, chain(bench, grid, f"row2_{grid.ranks}", wanted), wanted)
+
     random_kills(bench, result)
     return result
 
@@ -168,6 +177,7 @@ def random_kills(bench: Bench, result: Result) -> None:
     bench.reference(world)
     where: Counter[str] = Counter()
     all_restarts = [bench.restarts(world, "random")]
+
     for number in range(bench.kills):
         if all_restarts[-1].done:
             all_restarts[-1].finish()
@@ -178,6 +188,7 @@ def random_kills(bench: Bench, result: Result) -> None:
             where[strike.last_point(attempt.job)] += 1
         if number % 20 == 19:
             bench.log(f"random kills: {number + 1} of {bench.kills}")
+
     all_restarts[-1].finish()
     result.problems += problems_of(all_restarts)
     places = ", ".join(f"{place} {count}" for place, count in sorted(where.items()))
@@ -218,6 +229,7 @@ class RandomKill:
                 return times[-1]
             self.server.poll()
             time.sleep(0.003)
+
         return None
 
     def last_point(self, job: Job) -> str:
@@ -239,6 +251,7 @@ def row_3(bench: Bench) -> Result:
         "every retire point at its first to fourth visit; a rollback to a numbered checkpoint, "
         "killed while it sets aside",
     )
+
     points = [point for point in POINTS if point.startswith("retire.")]
     world = bench.world(12, 2).changed(
         ("checkpoint.keep_optimizer_states", 2), ("checkpoint.every_seconds", 0.001)
@@ -261,6 +274,7 @@ def rollback(bench: Bench, result: Result, world: TinyRun) -> None:
     if len(whole) < 2:
         result.missing.append("a rollback: fewer than two checkpoints were there to go back to")
         return
+
     back = f"run.resume={whole[-2]}"
     killed = restarts.attempt("start.aside@nth=1:kill", None, (1, 75, -9), 240.0, back)
     if not killed.struck:

@@ -41,7 +41,9 @@ def row_8(bench: Bench) -> Result:
         "the signal at step and save points, to one rank alone or all; then through the launcher; "
         "then SIGKILL during the save",
     )
+
     world = bench.world(8, 3)
+
     points = (
         "step.read",
         "start.loaded",
@@ -51,6 +53,7 @@ def row_8(bench: Bench) -> Result:
         "save.model",
         "save.renamed",
     )
+
     faults = [f"{point}@rank=0@nth=1:{what}" for what in ("term", "usr1") for point in points]
     all_restarts = chain(bench, world, "row8", faults[:: 4 if bench.short else 1])
     attempts = [a for c in all_restarts for a in c.attempts if a.faults]
@@ -82,18 +85,21 @@ def _through_launcher(bench: Bench, world: TinyRun, result: Result) -> None:
         "--master-port",
         str(free_port()),
     ]
+
     command = [*launch, "-m", "k2train.train", *world.arguments(name)]
     kept = {
         k: v
         for k, v in os.environ.items()
         if not k.startswith(("RANK", "WORLD_SIZE", "LOCAL_RANK", "K2TRAIN"))
     }
+
     environment = {
         **kept,
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(ROOT),
         "K2TRAIN_FAULTS": "step.done@nth=5:sleep=1",
     }
+
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
     )
@@ -110,6 +116,7 @@ def _through_launcher(bench: Bench, world: TinyRun, result: Result) -> None:
             f"the launcher ended with {process.returncode} after SIGTERM: {output[-300:]}"
         )
         return
+
     result.measured.append(f"launcher: SIGTERM to 75 in {seconds[0]:.1f} s")
     restarts = bench.restarts(world, "launched")
     restarts.name = name
@@ -128,10 +135,12 @@ def row_9(bench: Bench) -> Result:
         "SIGSTOP at two points of the 25th step of an attempt, to each rank, 2 ranks and 4; then "
         "the same command",
     )
+
     made: list[Attempt] = []
     # The limit of a step is learnt from the first twenty; until then that of the start counts.
     world = bench.world(20, 3)
     worlds = [world] if bench.short else [world, world.on(4, tensor=2, pipeline=2)]
+
     for world in worlds:
         faults = [
             f"{point}@rank={rank}@nth=25:stop"
@@ -143,6 +152,7 @@ def row_9(bench: Bench) -> Result:
         )
         made += [a for c in all_restarts for a in c.attempts if a.faults]
         result.problems += problems_of(all_restarts)
+
     seconds, named = [], 0
     for attempt in made:
         rank = int(attempt.faults.partition("rank=")[2].partition("@")[0])
@@ -150,6 +160,7 @@ def row_9(bench: Bench) -> Result:
         named += names_rank(attempt.text, rank)
         if not names_rank(attempt.text, rank):
             result.problems.append(f"{attempt.faults}: not named: {tail(attempt.text)}")
+
     result.measured.append(
         f"from SIGSTOP to the last rank's end: {spread(seconds)}; named in {named} of {len(made)}"
     )
@@ -174,6 +185,7 @@ def row_10(bench: Bench) -> Result:
         "the bound of row 9; a short cut survives or restarts with the same bits",
         "two network namespaces joined by a virtual cable, one rank in each; the cable taken down",
     )
+
     with Cable() as problem:
         if problem:
             result.missing.append(f"network namespaces: {problem}")
@@ -206,6 +218,7 @@ def row_10(bench: Bench) -> Result:
             )
             restarts.finish()
             result.problems += restarts.problems
+
     return result
 
 
@@ -222,6 +235,7 @@ class Cable:
         if os.geteuid() != 0:
             return "they need root"
         a, b = self.names
+
         steps = [
             f"ip netns add {a}", f"ip netns add {b}", f"ip link add {a} netns {a} type veth peer "
                                                       f"name {b} netns {b}",
@@ -231,6 +245,7 @@ class Cable:
                                                                         "up", f"ip -n {b} link set "
                                                                               "lo up",
         ]  # fmt: skip
+
         for step in steps:
             try:
                 done = subprocess.run(step.split(), capture_output=True, text=True)
@@ -238,6 +253,7 @@ class Cable:
                 return "the command `ip` is not installed"
             if done.returncode:
                 return f"`{step}`: {done.stderr.strip()}"
+
         return ""
 
     def __exit__(self, *_: object) -> None:
@@ -266,6 +282,7 @@ class Cable:
             and time.monotonic() < deadline
         ):
             time.sleep(0.01)
+
         a = cls.names[0]
         subprocess.run(["ip", "-n", a, "link", "set", a, "down"], check=True)
         cls.cut_at = time.monotonic()
@@ -283,8 +300,10 @@ def row_11(bench: Bench) -> Result:
         "a sleep of 0.05 s in each step of one rank from step 30 on; a clean run of as many steps "
         "as the undisturbed one",
     )
+
     world = bench.world(40, 5)
     first, delays = 30, []
+
     for rank in range(world.ranks)[: 1 if bench.short else None]:
         faults = ";".join(
             f"step.forward@rank={rank}@step={step}:sleep=0.05" for step in range(first, first + 60)
@@ -310,10 +329,12 @@ def row_11(bench: Bench) -> Result:
             continue
         # A step tells the times of the one before.
         delays.append(right[0] - first)
+
     if delays:
         result.measured.append(
             f"named {max(delays)} steps after the first slow one at the latest ({len(delays)} runs)"
         )
+
     clean = bench.name("clean")
     job = bench.server.begin(world.arguments(clean), world.ranks)
     bench.server.wait(job, 240)

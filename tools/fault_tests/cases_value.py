@@ -38,18 +38,22 @@ def row_12(bench: Bench) -> Result:
         "each rank, several tensors, micro-batches and kinds of value, one run each; the step's "
         "own root against the one before",
     )
+
     world = bench.world(4, 3)
     bench.reference(world)
+
     cases = [
         (f"gradient@rank={rank}@step=5:{value}={name}")
         for rank in range(world.ranks)
         for name in TENSORS
         for value in ("nan", "inf")
     ]
+
     cases += [
         f"loss@rank={rank}@step=5@nth={nth}:nan" for rank in range(world.ranks) for nth in (1, 2)
     ]
     held = 0
+
     for fault in cases[:: 6 if bench.short else 1]:
         name = bench.name("row12")
         job = bench.server.begin(world.arguments(name), world.ranks, fault)
@@ -59,6 +63,7 @@ def row_12(bench: Bench) -> Result:
         held += not wrong
         if wrong:
             result.problems.append(f"{fault}: {wrong}")
+
     result.measured.append(
         f"{held} runs skipped step 5 and nothing else, and left all state as step 4 had it"
     )
@@ -69,12 +74,14 @@ def row_12(bench: Bench) -> Result:
     )
     bench.server.wait(job, 120)
     bench.server.end(job)
+
     if job.codes != [EXIT_FAILED] * world.ranks:
         result.problems.append(f"three in a row: ended with {job.codes}")
     else:
         result.measured.append(
             f"three in a row: stopped with 1 on every rank; {tail(job.text())[-140:]}"
         )
+
     return result
 
 
@@ -111,6 +118,7 @@ def row_17(bench: Bench) -> Result:
         "each state of the optimizer (of which there is no copy); copies compared and roots taken "
         "in every step; and one flip in a step in which nothing is compared",
     )
+
     world = bench.world(6, 3).changed(("audit.replicas_every_steps", 1))
     weights = [(rank, "weight", name) for rank in range(world.ranks) for name in TENSORS][
         :: 5 if bench.short else 1
@@ -118,19 +126,23 @@ def row_17(bench: Bench) -> Result:
     states = [(rank, "moment", f"{name}.{state}") for rank, name, state in STATES][
         :: 2 if bench.short else 1
     ]
+
     for what, cases in (("copies of weights", weights), ("states of the optimizer", states)):
         found = [line for case in cases if (line := _flipped(bench, result, world, *case))]
         result.measured.append(
             f"{what}: {len(found)} of {len(cases)} flips found and named"
             + (f", e.g. {found[0][:200]}" if found else "")
         )
+
     _between(bench, result)
+
     run_pytest(
         result,
         ["tests/parallel/test_replica_check.py"],
         bench.scratch,
         "other layouts, drift by one unit, not finite",
     )
+
     return result
 
 
@@ -155,12 +167,14 @@ def _between(bench: Bench, result: Result) -> None:
         ("audit.replicas_every_steps", 2), ("audit.root_every_steps", 0)
     )
     seen = []
+
     for kind, name in (("weight", "norm.weight"), ("moment", "head.weight.exp_avg")):
         fault = f"{kind}@rank=1@step=7:flip={name}"
         job = bench.server.begin(world.arguments(bench.name("between")), world.ranks, fault)
         bench.server.wait(job, 120)
         bench.server.end(job)
         seen.append("found" if set(job.codes) == {EXIT_FAILED} else "not found")
+
     result.measured += [
         f"a flip of a weight in a step without a comparison (every 2 steps here): {seen[0]}; the "
         "next update writes the copy anew, so comparing every N steps finds one such flip in N, "
@@ -199,6 +213,7 @@ def row_18(bench: Bench) -> Result:
         "a run of 60 steps killed after every 7 or so, each step's root against the undisturbed "
         "run; and the test that drops each item",
     )
+
     world = bench.world(20, 3)
     for grid in (
         (world,) if bench.short else (world, world.on(4, tensor=2, pipeline=2), world.on(1))
@@ -214,11 +229,13 @@ def row_18(bench: Bench) -> Result:
             f"{len(restarts.attempts)} starts, equal in loss, norm, rows, "
             f"rate{' and root of the state' if roots else ''} ({roots} roots)"
         )
+
     if not bench.short:
         node = "tests/laws/test_record_law.py::test_every_item_of_state_matters"
         run_pytest(
             result, [node], bench.scratch, "each item of the state left out or changed, and seen"
         )
+
     return result
 
 
@@ -232,8 +249,10 @@ def row_19(bench: Bench) -> Result:
         "one run stopped and started on 1, 2 and 4 ranks in turn; roots of what was loaded; losses "
         "against the undisturbed run",
     )
+
     world = bench.world(8, 3)
     reference = bench.reference(world)
+
     grids = [
         world,
         world.on(4, tensor=2, pipeline=2),
@@ -241,6 +260,7 @@ def row_19(bench: Bench) -> Result:
         world.on(2, tensor=2),
         world.on(2, pipeline=2),
     ]
+
     name, apart, codes = bench.name("row19"), 0.0, []
     for index in range(20):
         grid = grids[index % len(grids)]
@@ -255,12 +275,14 @@ def row_19(bench: Bench) -> Result:
             return result
         if set(job.codes) == {EXIT_DONE}:
             break
+
     rows = {row["step"]: row for row in latest(world.run(name) / "metrics.jsonl")}
     for step, wanted in reference.rows.items():
         values = disk_state.values_of(rows[step])
         if values[:2] != wanted[:2]:
             result.problems.append(f"step {step} read {values[:2]}, undisturbed {wanted[:2]}")
         apart = max(apart, abs(float(rows[step]["loss"]) - float(json.loads(wanted[2]))))
+
     if apart > 1e-3:
         result.problems.append(f"losses are up to {apart:.2g} apart")
     result.problems += disk_state.sample_problems(world.run(name), world)
@@ -268,6 +290,7 @@ def row_19(bench: Bench) -> Result:
         f"{len(codes)} starts on {len(grids)} layouts in turn; same rows in every step; losses at "
         f"most {apart:.2g} apart"
     )
+
     if not bench.short:
         run_pytest(
             result,
@@ -275,6 +298,7 @@ def row_19(bench: Bench) -> Result:
             bench.scratch,
             "parity of layouts, and roots after a load on another",
         )
+
     return result
 
 
@@ -286,6 +310,7 @@ def row_20(bench: Bench) -> Result:
         "200 steps in other processes: the same root at every step",
         "200 steps run twice in processes of their own; every loss, norm and root compared",
     )
+
     world = bench.world(40, 5)
     reference = bench.reference(world)
     restarts = bench.restarts(world, "again")

@@ -24,11 +24,14 @@ def jumping_clock() -> None:
         return real() + JUMP_SECONDS * (int(real() * 10) % 3 - 1)
 
     class Jumping(datetime.datetime):
+        """A datetime whose `now` follows the jumping clock."""
+
         @classmethod
         def now(cls, tz: Any = None) -> "Jumping":
             return cls.fromtimestamp(jumped(), tz)
 
     time.time = jumped
+
     for module in list(sys.modules.values()):
         if (
             getattr(module, "__name__", "").startswith("k2train")

@@ -86,6 +86,7 @@ def checkpoints_of(run: Path, reference: Reference, newest: int = 0) -> Disk:
     """
     disk = Disk([], [])
     paths = [path for path in list_checkpoints(run / "checkpoints") if not is_thinned(path)]
+
     for path in paths[-newest:]:
         try:
             root = root_of(verify_checkpoint(path))
@@ -99,6 +100,7 @@ def checkpoints_of(run: Path, reference: Reference, newest: int = 0) -> Disk:
                 f"{path.name} holds another state than the undisturbed run ({root[:12]}, not "
                 f"{wanted[:12]})"
             )
+
     return disk
 
 
@@ -115,6 +117,7 @@ def row_problems(run: Path, reference: Reference, done: bool = False) -> list[st
     rows = read_metrics(path)
     found = []
     last = {row["step"]: index for index, row in enumerate(rows)}
+
     for index, row in enumerate(rows):
         values = values_of(row)
         if not row["applied"] and not (done and last[row["step"]] == index):
@@ -125,6 +128,7 @@ def row_problems(run: Path, reference: Reference, done: bool = False) -> list[st
                 f"{reference.rows.get(row['step'])}"
             )
             break
+
     missing = sorted(set(reference.rows) - {row["step"] for row in rows})
     if done and missing:
         found.append(f"{len(missing)} steps have no row, the first is {missing[0]}")
@@ -139,6 +143,7 @@ def sample_problems(run: Path, world: TinyRun) -> list[str]:
     found = (
         [] if len(spans) == world.chunks else [f"{len(spans)} of {world.chunks} chunks were read"]
     )
+
     for chunk, pieces in spans.items():
         seen = [row for start, stop in sorted(pieces) for row in range(start, stop)]
         if seen != list(range(world.steps_per_chunk * GLOBAL)):
@@ -146,6 +151,7 @@ def sample_problems(run: Path, world: TinyRun) -> list[str]:
                 f"{chunk}: rows were not read exactly once each ({len(seen)} reads, "
                 f"{len(set(seen))} rows)"
             )
+
     return found
 
 

@@ -67,10 +67,12 @@ class Endurance:
 
     @property
     def done_faults(self) -> int:
+        """Number of faults that have fired."""
         return sum(self.kinds.values())
 
     @property
     def run(self) -> Path:
+        """Directory of the run."""
         return self.restarts.run
 
     def go(self) -> None:
@@ -92,6 +94,7 @@ class Endurance:
                     f"endurance: {reported} faults, step {attempt.after} of "
                     f"{self.restarts.world.steps}, {len(self.restarts.attempts)} starts"
                 )
+
         self.restarts.finish()
 
     def _attempt(self) -> Attempt:
@@ -134,6 +137,7 @@ class Endurance:
             newest,
             STEPS_PER_CHUNK,
         )
+
         (ending,) = self._names(ENDING, LATE if tired else (), 1)
         lived = self._names(
             LIVED_WITH, HARMLESS if tired else (), self.draw.choice(LIVED_WITH_PER_ATTEMPT)
@@ -141,6 +145,7 @@ class Endurance:
         if ending.startswith("NaN"):
             # Saved between two steps that were skipped, they would stay so.
             lived = [name for name in lived if name != "SAVE file"]
+
         # Each kind once; one that waits for a step goes before the one that ends the attempt by
         # hand.
         names = [*dict.fromkeys(lived), ending]
@@ -167,6 +172,7 @@ def row_30(bench: Bench) -> Result:
         "one run, the same command each time; each start ends by one fault and meets up to three "
         "others before; only those seen to strike are counted",
     )
+
     run = Endurance(bench, bench.endurance)
     began = time.monotonic()
     run.go()
@@ -182,10 +188,12 @@ def report(result: Result, run: Endurance, seconds: float) -> None:
         result.missing.append(
             f"{wanted - run.done_faults} of {wanted} faults: the run was over before"
         )
+
     if run.done_faults < 1000:
         result.missing.append(f"1,000 faults: this was a run of {run.done_faults}")
     steps, step = restarts.world.steps, restarts.reference.step_seconds
     judged = seconds - sum(attempt.seconds for attempt in restarts.attempts)
+
     result.measured += [
         f"{run.done_faults} faults, {len(restarts.attempts)} starts, {steps} steps, {seconds:.0f} "
         f"s: a fault every {seconds / max(1, run.done_faults):.2f} s, a start every "
@@ -193,6 +201,7 @@ def report(result: Result, run: Endurance, seconds: float) -> None:
         f"{sum(2 in a.codes for a in restarts.attempts)}",
         ", ".join(f"{kind}: {count}" for kind, count in sorted(run.kinds.items())),
     ]
+
     if restarts.done:
         rows = len(disk_state.read_metrics(restarts.run / "metrics.jsonl"))
         result.measured.append(
@@ -200,6 +209,7 @@ def report(result: Result, run: Endurance, seconds: float) -> None:
             f"{steps * step / seconds:.1%}; of all time {judged:.0f} s went into looking at what "
             f"was left; {rows} steps were taken to make {steps}"
         )
+
     if run.recoveries:
         recovery = statistics.median(run.recoveries)
         result.measured.append(
@@ -207,6 +217,7 @@ def report(result: Result, run: Endurance, seconds: float) -> None:
             f"hours that alone would cost {recovery / FAILURE_SECONDS:.3%} (arithmetic for this "
             "tiny model, not a measurement)"
         )
+
     result.measured.append(
         "fewest complete verified checkpoints after any attempt, once there were two: "
         f"{restarts.fewest_whole}"

@@ -40,6 +40,7 @@ class Scene:
 
     @property
     def run(self) -> Path:
+        """Directory of the run."""
         return self.restarts.run
 
 
@@ -113,11 +114,13 @@ def backstop(scene: Scene) -> Drawn:
 
 
 def crash(scene: Scene) -> Drawn:
+    """A process that aborts, segfaults or exits in a step."""
     how = scene.draw.choice(("abort", "segv", "exit=1"))
     return Drawn(f"step.forward@rank={scene.draw.randrange(2)}@step={scene.step}:{how}")
 
 
 def terminate(scene: Scene) -> Drawn:
+    """SIGTERM or SIGUSR1 to one rank."""
     how = scene.draw.choice(("term", "usr1"))
     return Drawn(
         f"{scene.draw.choice(KILLS)}@rank={scene.draw.randrange(2)}@step={scene.step}:{how}"
@@ -125,10 +128,12 @@ def terminate(scene: Scene) -> Drawn:
 
 
 def stop_file(scene: Scene) -> Drawn:
+    """A STOP file, which ends the run."""
     return when_at(scene, lambda job: _touch(scene.run / "STOP", job))
 
 
 def save_file(scene: Scene) -> Drawn:
+    """A SAVE file, which requests a checkpoint."""
     return when_at(scene, lambda job: _touch(scene.run / "SAVE", job))
 
 
@@ -139,6 +144,7 @@ def _touch(path: Path, job: Job) -> bool:
 
 
 def kill_all(scene: Scene) -> Drawn:
+    """SIGKILL to all ranks at once."""
     return when_at(
         scene,
         lambda job: (
@@ -161,18 +167,21 @@ def not_finite(scene: Scene) -> Drawn:
 
 
 def hang(scene: Scene) -> Drawn:
+    """SIGSTOP to one rank."""
     return Drawn(
         f"{scene.draw.choice(KILLS)}@rank={scene.draw.randrange(2)}@step={scene.step}:stop"
     )
 
 
 def full_disk(scene: Scene) -> Drawn:
+    """A write error in a save."""
     point = scene.draw.choice(("save.model", "save.optimizer", "save.hashed"))
     how = scene.draw.choice(("ENOSPC", "EIO", "EDQUOT"))
     return Drawn(f"{point}@rank={scene.draw.randrange(2)}@nth=1:error={how}")
 
 
 def slow(scene: Scene) -> Drawn:
+    """A rank that sleeps in a step."""
     point = scene.draw.choice(("step.read", "step.forward", "step.update"))
     return Drawn(f"{point}@rank={scene.draw.randrange(2)}@nth={scene.draw.randint(1, 3)}:sleep=0.1")
 
@@ -191,6 +200,7 @@ def harm_newest(scene: Scene) -> Drawn:
 
 
 def stale_files(scene: Scene) -> Drawn:
+    """Unfinished and foreign files beside the checkpoints."""
     folder = scene.run / "checkpoints"
     if not folder.exists():
         return Drawn()
@@ -212,6 +222,7 @@ def torn_record(scene: Scene) -> Drawn:
 
 
 def clock(scene: Scene) -> Drawn:
+    """A clock that jumps by an hour."""
     return Drawn(done=True, environment={"FAULT_RUN_PATCH": "code_patches:jumping_clock"})
 
 

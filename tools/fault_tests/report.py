@@ -67,6 +67,7 @@ def page(results: Sequence[Result], bench: Bench, seconds: float) -> str:
         ),
         "",
     ]
+
     for result in results:
         lines += section(result)
     return "\n".join(lines)
@@ -80,6 +81,7 @@ def section(result: Result) -> list[str]:
         f"How: {result.how}." + (f" Seen {result.seen}." if result.seen else ""),
         "",
     ]
+
     lines += [f"- {measured}" for measured in result.measured]
     lines += [f"- **Not held:** {cell(problem)[:400]}" for problem in result.problems[:8]]
     if len(result.problems) > 8:
@@ -89,6 +91,7 @@ def section(result: Result) -> list[str]:
 
 
 def cell(text: str) -> str:
+    """Text for one cell of a Markdown table."""
     return text.replace("|", "/").replace("\n", " ")
 
 
@@ -98,6 +101,7 @@ def facts(bench: Bench, seconds: float) -> list[str]:
     packages = ", ".join(
         f"{name} {_version(name)}" for name in ("torch", "numpy", "safetensors", "pydantic")
     )
+
     return [
         f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {seconds:.0f} s, level {bench.level}, seed "
         f"{bench.seed}",

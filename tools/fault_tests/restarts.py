@@ -50,6 +50,7 @@ class Attempt:
 
     @property
     def codes(self) -> list[int]:
+        """Exit codes by rank."""
         return self.job.codes
 
     @property
@@ -59,6 +60,7 @@ class Attempt:
 
     @property
     def seconds(self) -> float:
+        """Duration of the attempt."""
         return max(at for _, at in self.job.ends.values()) - self.job.began
 
     @property
@@ -107,10 +109,12 @@ class Restarts:
 
     @property
     def run(self) -> Path:
+        """Directory of the run."""
         return self.world.run(self.name)
 
     @property
     def done(self) -> bool:
+        """True when the run has finished."""
         return bool(self.attempts) and set(self.attempts[-1].codes) == {EXIT_DONE}
 
     def attempt(
@@ -193,12 +197,14 @@ class Restarts:
         if wrong:
             lines = [line for line in made.text.splitlines() if "chunk" not in line]
             found.append(f"exit codes {made.codes}; said: {' | '.join(lines[-3:])[-400:]}")
+
         if disk_state.lock_held(self.run):
             found.append("the lock of the run is still held")
         disk = disk_state.checkpoints_of(self.run, self.reference, self.verify_newest)
         if any(name == "step.read" for _, _, name in made.job.points()):
             # Past the place where what is damaged is set aside.
             self.harmed.clear()
+
         found += [
             text for text in disk.problems if not any(f"{name}: " in text for name in self.harmed)
         ]
@@ -206,12 +212,14 @@ class Restarts:
             rank == 0 and name == "save.committed" for _, rank, name in made.job.points()
         )
         self._had_two |= committed >= 2
+
         if len(disk.whole) < (2 if self._had_two else 1) and (
             committed or max(made.before, made.after) >= 0
         ):
             found.append(
                 f"only {len(disk.whole)} complete verified checkpoints are left: {disk.whole}"
             )
+
         self._had_two |= len(disk.whole) >= 2
         if self._had_two:
             self.fewest_whole = min(len(disk.whole), self.fewest_whole or len(disk.whole))

@@ -41,6 +41,7 @@ class Result:
 
     @property
     def verdict(self) -> str:
+        """Whether the row held, held in part, or did not hold."""
         if self.problems:
             return "NOT HELD"
         if not self.measured:
@@ -65,6 +66,7 @@ class Bench:
 
     @property
     def short(self) -> bool:
+        """True at the short level."""
         return self.level == SHORT
 
     def random(self, row: int) -> random.Random:
@@ -80,6 +82,7 @@ class Bench:
         return self._worlds[key]
 
     def name(self, stem: str) -> str:
+        """A new run name with that stem."""
         self._names += 1
         return f"{stem}_{self._names}"
 
@@ -90,6 +93,7 @@ class Bench:
         return self._references[world]
 
     def restarts(self, world: TinyRun, stem: str) -> Restarts:
+        """A new restart chain of a world."""
         return Restarts(self.server, world, self.name(stem), self.reference(world))
 
 
@@ -112,15 +116,18 @@ def chain(
             if attempt.struck or not made[-1].done:
                 break
         bench.log(f"{stem}: {fault}: {attempt.codes}")
+
     made[-1].finish()
     return made
 
 
 def attempts_of(all_restarts: Sequence[Restarts]) -> list[Attempt]:
+    """All attempts of several restart chains."""
     return [attempt for restarts in all_restarts for attempt in restarts.attempts]
 
 
 def problems_of(all_restarts: Sequence[Restarts]) -> list[str]:
+    """All problems of several restart chains."""
     return [problem for restarts in all_restarts for problem in restarts.problems]
 
 
@@ -151,6 +158,7 @@ def run_pytest(
     if not present:
         return
     report = scratch / f"row_{result.row}.xml"
+
     command = [
         sys.executable,
         "-m",
@@ -161,17 +169,20 @@ def run_pytest(
         f"--junitxml={report}",
         *present,
     ]
+
     began = time.monotonic()
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit)
     except subprocess.TimeoutExpired:
         result.problems.append(f"{' '.join(present)} was not done after {limit:.0f} s")
         return
+
     if not report.exists():
         result.problems.append(
             f"pytest {' '.join(present)} ended with {done.returncode}: {done.stdout[-300:]}"
         )
         return
+
     suite = next(xml.parse(report).getroot().iter("testsuite"))
     count = {key: int(suite.get(key, "0")) for key in ("tests", "failures", "errors", "skipped")}
     bad = [
@@ -185,6 +196,7 @@ def run_pytest(
             f"{what}: {passed} tests pass in {time.monotonic() - began:.0f} s "
             f"({', '.join(present)})"
         )
+
     if count["skipped"]:
         result.missing.append(f"{count['skipped']} of the tests were skipped")
 

@@ -40,17 +40,21 @@ class TinyRun:
 
     @property
     def steps(self) -> int:
+        """Steps of the whole run."""
         return self.chunks * self.steps_per_chunk
 
     @property
     def config(self) -> Path:
+        """Path of the YAML config."""
         return self.folder / "config.yaml"
 
     @property
     def data(self) -> Path:
+        """Path of the data folder."""
         return self.folder / "data"
 
     def run(self, name: str) -> Path:
+        """Directory of the run of that name."""
         return self.folder / "runs" / name
 
     def arguments(self, name: str, *more: str) -> list[str]:
@@ -67,6 +71,7 @@ class TinyRun:
         )
 
     def changed(self, *settings: tuple[str, Any]) -> "TinyRun":
+        """The same world with changed settings."""
         return replace(self, changes=(*self.changes, *settings))
 
 
@@ -89,6 +94,7 @@ def make_tiny_run(
         return write_chunk(world.data, name, [ids], rows, VOCAB, {"noise": rows * SEQUENCE})
 
     infos = [chunk(f"chunk_{index:03d}", rows) for index in range(chunks)]
+
     write_manifest(
         world.data,
         tokenizer_sha256="f" * 64,
@@ -97,11 +103,13 @@ def make_tiny_run(
         chunks=infos,
         held_out=chunk("held_out", GLOBAL) if held_out else None,
     )
+
     world.config.write_text(yaml.safe_dump(tree_of(world), sort_keys=False), encoding="utf-8")
     return world
 
 
 def tree_of(world: TinyRun) -> dict[str, Any]:
+    """Config of the world as a tree."""
     return {
         "run": {
             "name": "undisturbed",

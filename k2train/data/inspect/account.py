@@ -159,6 +159,7 @@ def _fit_to_chunks(subsets: list[Facts], recipe: Mapping[str, Any]) -> list[str]
         fill = [item for item in known if _mapping(settings.get(item["subset"])).get("fill")]
         rest = total - everything + sum(item["asked_tokens"] for item in fill)
         for item in known:
+            # The subset with `fill` takes what remains; without one all shrink in proportion.
             if fill and rest >= 0:
                 item["asked_tokens"] = rest if item in fill else item["asked_tokens"]
             else:
@@ -196,6 +197,7 @@ def find_tokenizer(manifest: Manifest, given: Path | None) -> Tokenizer | None:
             )
         return tokenizer
 
+    # Older folders have the tokenizer beside or above, without a record of it.
     for path in (own, manifest.folder.parent / own.name):
         if (
             path.is_file()
@@ -226,6 +228,7 @@ def text_parts(tokenizer: Tokenizer, ids: Iterable[int]) -> list[Facts]:
     parts: list[Facts] = []
     run: list[int] = []
 
+    # The None at the end flushes the last run of ordinary tokens.
     for token in [*ids, None]:
         control = token is not None and (token <= EOS_ID or token >= tokenizer.base_size)
         if token is not None and not control:

@@ -76,6 +76,7 @@ def account_lines(facts: Facts, every_chunk: bool) -> Iterator[str]:
 
     yield from _titled("tokens", _TOKENS, _token_rows(facts))
     documents = _document_rows(facts["subsets"])
+    # Imported data has no counts of documents.
     if documents[1]:
         yield from _titled("documents", *documents)
     yield from _titled("samples in a chunk", *_evenness(facts))
@@ -142,6 +143,7 @@ def _token_rows(facts: Facts) -> list[list[str]]:
         for s in subsets
     ]
 
+    # The sum of a column is unknown when any of its cells is.
     total: dict[str, Any] = {}
     for key in keys:
         known = [s[key] for s in subsets]
@@ -169,6 +171,7 @@ def _evenness(facts: Facts) -> tuple[list[str], list[list[str]]]:
         (clean(item["subset"]), item["samples"], item["least_in_a_chunk"], item["most_in_a_chunk"])
         for item in facts["subsets"]
     ]
+    # Without the held-out chunk, which comes last.
     sizes = [item["rows"] for item in facts["chunks"][: facts["num_chunks"]]]
     rows.append(("all", sum(sizes), min(sizes), max(sizes)))
     cells = [

@@ -47,6 +47,7 @@ def find_chunk(manifest: Manifest, wanted: str) -> ChunkInfo:
 
     if wanted in names or digits:
         return manifest.chunk(wanted if wanted in names else digits[0])
+    # Suggest a name for a typing error.
     near = _nearest(wanted, names)
     raise DataError(
         f"{manifest.path}: there is no chunk {wanted!r}; there are "
@@ -101,6 +102,7 @@ def chunk_facts(manifest: Manifest, info: ChunkInfo) -> Facts:
         for group in groups
     ]
 
+    # Sorted in the order of the recipe's subsets.
     names = list(info.tokens_per_subset)
     parts.sort(
         key=lambda part: (
@@ -135,6 +137,7 @@ def pieces_of(manifest: Manifest, info: ChunkInfo, rows: range) -> dict[int, lis
     with _Provenance(manifest, info) as file:
         table = file.read([name for name in (*ALWAYS, *LATER) if name in file.names], rows)
         row = table["row"]
+        # Row groups are coarser than rows.
         keep = compute.and_(compute.greater_equal(row, rows.start), compute.less(row, rows.stop))
         found = table.filter(keep).to_pylist()
 
@@ -192,6 +195,7 @@ class _Provenance:
     def _may_hold(self, group: int, rows: range) -> bool:
         index = self.file.schema_arrow.get_field_index("row")
         statistics = self.file.metadata.row_group(group).column(index).statistics
+        # Without statistics the group must be read.
         if statistics is None or not statistics.has_min_max:
             return True
         return bool(statistics.max >= rows.start and statistics.min < rows.stop)
@@ -267,6 +271,7 @@ def find_document(
 def _condition(name: str, subset: str | None, source: str | None) -> Any:
     field = compute.field
     wanted = (field("document") == name) | (field("source") == name)
+    # A source or document may contain colons itself, so every split is tried.
     for colon in re.finditer(":", name):
         parts = name[: colon.start()], name[colon.end() :]
         wanted |= (field("source") == parts[0]) & (field("document") == parts[1])
@@ -331,6 +336,7 @@ def _not_found(manifest: Manifest, name: str, subset: str | None, source: str | 
                 names.update(value for value in compute.unique(table[column]).to_pylist() if value)
 
     near = difflib.get_close_matches(name, sorted(names)[:20000], n=3, cutoff=0.6)
+    # No similar name: names that contain it.
     near = near or [other for other in sorted(names) if name.lower() in other.lower()][:3]
     return f"{manifest.path}: no document or source is named {name!r}{within}" + (
         f"; similar names: {', '.join(near)}"

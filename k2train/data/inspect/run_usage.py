@@ -132,7 +132,6 @@ def check_started(order: ChunkOrder, events: Sequence[Event], where: str) -> Non
 
 def steps_done(events: Iterable[Event], last_row: Mapping[str, Any] | None) -> int:
     """Last completed step of the newest attempt: its start undid everything after it."""
-
     done = attempt = 0
     for event in events:
         name, step = event["event"], int(event.get("step", 0))
@@ -143,6 +142,7 @@ def steps_done(events: Iterable[Event], last_row: Mapping[str, Any] | None) -> i
             # Metrics of the attempt that ended here belong to undone steps and must not count.
             done, attempt = step, int(event.get("attempt", attempt)) + 1
         elif name == "chunk_started":
+            # The steps before the first one of a chunk are done.
             done = max(done, step - 1)
         elif (
             name in ("checkpoint_saved", "step_skipped", "stopped", "finished")
@@ -150,6 +150,7 @@ def steps_done(events: Iterable[Event], last_row: Mapping[str, Any] | None) -> i
         ):
             done = max(done, step)
 
+    # Metrics are newer than the last event of the ledger.
     if last_row is not None and int(last_row.get("attempt", 0)) >= attempt:
         done = max(done, int(last_row["step"]))
 
@@ -197,6 +198,7 @@ class Run:
         config = base["config"] if base else _config(directory / "config.yaml")
         self.manifest = self._data(data, config, base)
 
+        # From the newest checkpoint on, only later deferrals must be applied.
         batch = config["batch"]["global_sequences"]
         if base is None:
             order, later = make_order(self.manifest, config["data"].get("order"), batch), events
@@ -322,6 +324,7 @@ class Run:
                 "these chunks"
             )
 
+        # Chunks read in part or whole, then those read whole.
         begun = [item for item in self.order_facts() if item["first_step"] <= step]
         whole = [self.manifest.chunk(item["chunk"]) for item in begun if item["last_step"] <= step]
         subsets = dict.fromkeys(name for info in whole for name in info.tokens_per_subset)
@@ -391,6 +394,7 @@ def last_row(path: Path) -> dict[str, Any] | None:
         return None
     with path.open("rb") as stream:
         stream.seek(max(0, os.fstat(stream.fileno()).st_size - TAIL_BYTES))
+        # The part after the last newline is empty, or a line cut off by a kill.
         lines = stream.read().split(b"\n")[:-1]
     return _row(path, lines[-1]) if lines else None
 
@@ -400,6 +404,7 @@ def rows_of_step(path: Path, step: int) -> list[dict[str, Any]]:
     if not path.exists() or path.stat().st_size == 0:
         return []
 
+    # Searched as bytes: parsing a hundred megabytes of lines takes seconds.
     found, start = [], b'{"step": %d,' % step
     with (
         path.open("rb") as stream,

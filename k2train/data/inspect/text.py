@@ -122,6 +122,7 @@ def _step(facts: Facts, view: View) -> Iterator[str]:
         f"{facts['tokens']:,} tokens)"
     )
 
+    # A single attempt read what the line above says.
     plain = len(facts["attempts"]) < 2 and facts["state"] != "to come"
     for attempt in facts["attempts"] if not plain else ():
         done = "" if attempt["applied"] else "; its update was not applied"
@@ -137,6 +138,7 @@ def _step(facts: Facts, view: View) -> Iterator[str]:
     rows: list[list[str]] = []
     shown = 0
     for sample in samples:
+        # Whole samples only, and at least one.
         if shown and len(rows) + len(sample["pieces"]) > view.lines:
             break
         shown += 1
@@ -233,6 +235,7 @@ def _document(facts: Facts, view: View) -> Iterator[str]:
             cells + ([number(piece["step"]), piece["state"]] if "run" in facts else [])
         )
 
+    # One table for all groups, so that their columns align.
     lines = iter(table(heads, [cells for _, rows in groups for cells in rows]))
     head = next(lines)
 

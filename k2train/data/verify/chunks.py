@@ -83,6 +83,7 @@ def verify_files(manifest: Manifest, info: ChunkInfo) -> Report:
         else:
             _check_provenance(manifest, path, borders, report)
 
+    # Imported folders may have no counts per subset.
     if info.tokens_per_subset and (total := sum(info.tokens_per_subset.values())) != info.tokens:
         report.problems.append(
             f"{info.name} ({manifest.path}): tokens_per_subset add up to {total}, tokens is "
@@ -173,6 +174,7 @@ class _Pieces:
             for name in ("row", "start", "length")
         )
 
+        # Positions in tokens from the start of the chunk.
         begins = row * self.length + start
         expected = self._position + np.cumsum(length) - length
         bad = (begins != expected) | (length < 1) | (start < 0) | (start + length > self.length)
@@ -191,6 +193,7 @@ class _Pieces:
         self.count += len(row)
         self._count_subsets(batch.column("subset"), length)
         if self.borders is not None:
+            # Row beginnings are borders without being listed.
             self._compare_borders(begins[start > 0])
 
     def _count_subsets(self, column: Any, length: Positions) -> None:
@@ -207,7 +210,6 @@ class _Pieces:
         )
 
     def _compare_borders(self, begins: Positions) -> None:
-
         assert self.borders is not None, "compared only where there are borders"
         recorded = self.borders[self._borders_seen : self._borders_seen + len(begins)].astype(
             np.int64

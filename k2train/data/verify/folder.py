@@ -133,6 +133,7 @@ def _recipe_problems(manifest: Manifest) -> Iterator[str]:
                 f"{recipe[key]!r}"
             )
 
+    # Values that recipe and manifest both record.
     numbers = {"sequence_length": manifest.sequence_length, "chunks": len(manifest.chunks)}
     for key, number in numbers.items():
         if recipe.get(key, number) != number:
@@ -230,7 +231,6 @@ def _item_problems(item: Mapping[str, Any], wanted: Any, sequence_length: int) -
         or repeat <= 0
     ):
         yield f"repeat is {repeat!r}, must be a number above 0"
-
         return
     if wrong:
         yield f"{wrong[0]} is {item[wrong[0]]!r}, must be a whole number from 0"
@@ -238,9 +238,9 @@ def _item_problems(item: Mapping[str, Any], wanted: Any, sequence_length: int) -
 
     if isinstance(wanted, dict) and "repeat" in item and wanted.get("repeat", repeat) != repeat:
         yield f"repeat is {repeat}, facts.recipe has {wanted['repeat']!r}"
+
     # 0.7 is seven tenths as written in the recipe, not the nearest binary fraction.
     exact = Fraction(repr(repeat))
-
     if "repeat" in item and "passes" in item and item["passes"] != math.ceil(exact):
         yield f"passes is {item['passes']}, repeat {repeat} makes {math.ceil(exact)}"
     if {"asked_tokens", "training_tokens"} <= item.keys():
@@ -261,6 +261,7 @@ def _item_problems(item: Mapping[str, Any], wanted: Any, sequence_length: int) -
 
 def _sums(item: Mapping[str, Any]) -> Iterator[str]:
     if {"training_tokens", *_LAID_OUT} <= item.keys():
+        # Every token of every pass is used, unused, in the tail, or left by the repeat.
         laid_out = item.get("passes", 1) * item["training_tokens"]
         total = sum(item[key] for key in _LAID_OUT) + item.get("left_by_repeat_tokens", 0)
         if total != laid_out:

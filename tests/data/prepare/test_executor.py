@@ -277,7 +277,7 @@ def test_workers_end_with_their_driver(tmp_path: Path, number: signal.Signals) -
     """Catches workers, or datatrove's manager, that outlive their driver, however it ends."""
     workspace = toy_workspace(tmp_path, seconds=600)
     process = driver(workspace, "workers=2")
-    assert soon(lambda: len(start_counts(workspace)) == 2)
+    assert soon(lambda: len(start_counts(workspace)) == 2, 120)
     assert len(workers_of(workspace)) >= 4
     process.send_signal(number)
     process.communicate(timeout=HANG_SECONDS)
@@ -290,7 +290,7 @@ def test_a_second_driver_is_refused_and_the_lock_dies_with_its_holder(tmp_path: 
     workspace = toy_workspace(tmp_path, seconds=600)
     process = driver(workspace, "workers=1")
     try:
-        assert soon(lambda: start_counts(workspace))
+        assert soon(lambda: start_counts(workspace), 120)
         second = driver(workspace, "workers=1")
         try:
             _, output = second.communicate(timeout=HANG_SECONDS)

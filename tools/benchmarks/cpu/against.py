@@ -50,15 +50,18 @@ def read_base(path: Path) -> dict[str, Any]:
         raise RunError(
             f"--against {path} is no JSON: {problem}; give a file that --json wrote"
         ) from None
+
     if not isinstance(base, dict) or base.get("format") != FORMAT or base.get("kind") != "cpu":
         raise RunError(
             f"--against {path} is no record of `bench.py cpu` in format {FORMAT}; give a file that "
             "--json wrote"
         )
+
     if not re.fullmatch(r"[0-9a-f]{40}", str(base.get("commit"))):
         raise RunError(
             f"--against {path} names no commit ({base.get('commit')}); write it from a git checkout"
         )
+
     return base
 
 
@@ -77,6 +80,7 @@ def checkout(repository: Path, commit: str) -> Iterator[Path]:
             f"commit {commit} is not in {repository}; fetch it, or give a record made from one "
             "that is"
         )
+
     with TemporaryDirectory(prefix="k2train-base-") as name:
         folder = Path(name) / "tree"
         with subprocess.Popen(
@@ -123,6 +127,7 @@ def _compare(now: Row, then: Row) -> Comparison:
             if found.median > 1 + ESTABLISHED
             else "no established difference"
         )
+
     return Comparison(
         now.name, now.precision, now.tokens_per_second, then.tokens_per_second, found, verdict, lost
     )
@@ -135,6 +140,7 @@ def report(comparisons: Sequence[Comparison], base: dict[str, Any]) -> str:
         head += (
             " Its record was made with uncommitted changes on top, which are not part of what ran."
         )
+
     lines = [
         head,
         f"A loss is a median below {1 - ESTABLISHED:.2f}; differences under {ESTABLISHED:.0%} are "
@@ -143,12 +149,14 @@ def report(comparisons: Sequence[Comparison], base: dict[str, Any]) -> str:
         "| layout | precision | now, tokens/s | then, tokens/s | now / then | |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
+
     for c in comparisons:
         shown = "-" if c.ratio is None else ratio_text(c.ratio)
         lines.append(
             f"| {c.name} | {c.precision} | {_rate(c.now)} | {_rate(c.then)} | {shown} | "
             f"{c.verdict} |"
         )
+
     return "\n".join(lines)
 
 

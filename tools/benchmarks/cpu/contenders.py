@@ -132,11 +132,13 @@ def choose(
         raise ConfigError(
             f"--only {unknown[0]}: not one of {', '.join(c.name for c in CONTENDERS)}"
         )
+
     names = set(only) if only else set(QUICK) if quick else {c.name for c in CONTENDERS}
     chosen = [*(c for c in CONTENDERS if c.name in names - {REFERENCE}), *more]
     reference = CONTENDERS[0]
     groups = list(dict.fromkeys("quick" if quick else c.group for c in chosen)) or [reference.group]
     found = []
+
     for precision in precisions:
         for group in groups:
             members = [c for c in chosen if quick or c.group == group]
@@ -145,6 +147,7 @@ def choose(
             found.append(
                 [dataclasses.replace(c, group=f"{group}, {precision}") for c in (*joining, *same)]
             )
+
     return found
 
 
@@ -161,10 +164,12 @@ def variant(text: str) -> Contender:
             f"--variant {text!r}: must be NAME: CONTENDER section.key=value ..., with a k2train "
             "contender"
         )
+
     if find(name.strip()) is not None:
         raise ConfigError(
             f"--variant {text!r}: {name.strip()} is a contender already; give it another name"
         )
+
     sections = {section: dict(values) for section, values in known.options.items()}
     for change in changes:
         key, _, value = change.partition("=")
@@ -172,6 +177,7 @@ def variant(text: str) -> Contender:
         if not inner or not value:
             raise ConfigError(f"--variant {text!r}: {change} is not section.key=value")
         sections.setdefault(section, {})[inner] = parse_value(value)
+
     return dataclasses.replace(known, name=name.strip(), options=sections)
 
 

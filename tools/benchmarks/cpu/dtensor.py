@@ -80,10 +80,12 @@ def shard(model: Llama, mesh: DeviceMesh, sequence: bool, local_logits: bool) ->
             f"{block}.{name}": RowwiseParallel(output_layouts=between)
             for name in ("attention.output", "mlp.down")
         }
+
     if model.head is not None:
         if sequence:
             plan["norm"] = SequenceParallel()
         plan["head"] = ColwiseParallel(input_layouts=between, use_local_output=local_logits)
+
     parallelize_module(model, mesh, plan)
 
 

@@ -27,6 +27,7 @@ def build(work: Work, precision: str, options: Mapping[str, Any], rank: int, wor
         tie_word_embeddings=False,
         attn_implementation="sdpa",
     )
+
     model = LlamaForCausalLM(config).to(DTYPES[precision]).train()
     optimizer = FusedAdamW(work, model.parameters())
     parts = global_batch(work).split(work.micro_sequences)

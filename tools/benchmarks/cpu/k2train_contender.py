@@ -31,12 +31,14 @@ def build(work: Work, precision: str, options: Mapping[str, Any], rank: int, wor
     assert Path(str(k2train.__file__)).resolve().parents[1] == root, (
         f"k2train came from {k2train.__file__}, not {root}"
     )
+
     try:
         config = Config.model_validate(_tree(work, precision, options))
         grid = ProcessGrid(layout_of(config, world), rank, torch.device("cpu"))
         engine = Engine(config, grid)
     except (UserError, ValueError, NotImplementedError) as problem:
         raise UnavailableError(_first_line(problem)) from problem
+
     microbatches = list(
         batches(global_batch(work), grid.dp.rank, grid.dp.size).split(work.micro_sequences)
     )
@@ -52,6 +54,7 @@ def build(work: Work, precision: str, options: Mapping[str, Any], rank: int, wor
         num_kv_heads=work.num_heads,
         vocab_size=work.vocab_size,
     )
+
     return Built(step, cost.parameters(shape), str(engine.kernels))
 
 
@@ -82,6 +85,7 @@ def _tree(work: Work, precision: str, options: Mapping[str, Any]) -> dict[str, A
         "lr": {"kind": "constant", "peak": work.lr},
         "precision": precision,
     }
+
     for section, values in options.items():
         tree[section] = {**tree.get(section, {}), **values}
     return tree

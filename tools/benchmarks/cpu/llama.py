@@ -112,6 +112,7 @@ class Llama(nn.Module):
         for parameter in self.parameters():
             if parameter.dim() > 1:
                 nn.init.normal_(parameter, std=work.init_std)
+
         self.to(dtype)
         cos, sin = rotary_tables(work, dtype)
         self.register_buffer("cos", cos, persistent=False)

@@ -63,6 +63,7 @@ def build(work: Work, precision: str, options: Mapping[str, Any], rank: int, wor
     parallel_state.initialize_model_parallel(tensor, pipeline)
     torch.manual_seed(work.seed)
     config = _config(work, DTYPES[precision], tensor, pipeline)
+
     model = GPTModel(
         config=config,
         transformer_layer_spec=get_gpt_layer_local_spec(normalization="RMSNorm"),
@@ -74,6 +75,7 @@ def build(work: Work, precision: str, options: Mapping[str, Any], rank: int, wor
         position_embedding_type="rope",
         rotary_base=int(work.rope_theta),
     ).to(DTYPES[precision])
+
     optimizer = FusedAdamW(work, model.parameters())
     parts = global_batch(work).split(work.micro_sequences)
     run = get_forward_backward_func()

@@ -47,6 +47,7 @@ def build(work: Work, precision: str, options: Mapping[str, Any], rank: int, wor
     if tensor > 1:
         for model in models:
             shard(model, mesh["tp"], sequence=True, local_logits=True)
+
     cpu = torch.device("cpu")
     stages = [
         PipelineStage(m, s, count, cpu, group=pp_group) for m, s in zip(models, mine, strict=True)

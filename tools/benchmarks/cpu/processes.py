@@ -67,6 +67,7 @@ def environment(root: Path, threads: int) -> dict[str, str]:
         # Otherwise a pool of compiling processes stays, in a session of its own.
         "TORCHINDUCTOR_COMPILE_THREADS": "1",
     }
+
     return kept | MALLOC | own
 
 
@@ -130,6 +131,7 @@ class ContenderProcesses:
                 cwd=folder,
                 start_new_session=True,
             )
+
         return _Rank(process, errors)
 
     @property
@@ -150,18 +152,21 @@ class ContenderProcesses:
                 with contextlib.suppress(BrokenPipeError):
                     self._input(rank).write(line.encode() + b"\n")
                     self._input(rank).flush()
+
         answers = self._listen(line or "start", limit_seconds)
         if answers is not None:
             faults = [a for a in answers if "problem" in a]
             if not faults:
                 return answers
             self._give_up(str(faults[0]["problem"]), str(faults[0].get("kind", "failed")))
+
         return None
 
     def _listen(self, what: str, limit_seconds: float) -> list[Answer] | None:
         deadline = time.monotonic() + limit_seconds
         answers: dict[int, Answer] = {}
         problems: list[Answer] = []
+
         with selectors.DefaultSelector() as selector:
             for number, rank in enumerate(self.ranks):
                 selector.register(self._output(rank), selectors.EVENT_READ, number)
@@ -186,6 +191,7 @@ class ContenderProcesses:
                         selector.unregister(key.fileobj)
                         problems.append(answer)
                         deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+
         # A rank that ended is the cause of what its peers complain of: after a reported problem a
         # rank stays.
         cause = sorted(problems, key=lambda answer: not answer.get("ended"))[:1]
@@ -198,6 +204,7 @@ class ContenderProcesses:
         """
         rank = self.ranks[number]
         piece = os.read(self._output(rank).fileno(), 65536)
+
         if not piece:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 rank.process.wait(ENDING_SECONDS)
@@ -206,6 +213,7 @@ class ContenderProcesses:
                 "kind": "failed",
                 "ended": True,
             }
+
         rank.heard += piece
         line, newline, rest = rank.heard.partition(b"\n")
         if not newline:
@@ -215,6 +223,7 @@ class ContenderProcesses:
             answer = json.loads(line)
         except ValueError:
             answer = None
+
         return (
             answer
             if isinstance(answer, dict)
@@ -231,6 +240,7 @@ class ContenderProcesses:
             # Also after its leader's end: the group lives as long as anyone in it.
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(rank.process.pid, signal.SIGKILL)
+
         for rank in self.ranks:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 rank.process.wait(ENDING_SECONDS)
@@ -238,6 +248,7 @@ class ContenderProcesses:
                 if pipe is not None:
                     with contextlib.suppress(BrokenPipeError):
                         pipe.close()
+
         self.ranks = []
 
     def _input(self, rank: _Rank) -> IO[bytes]:

@@ -73,6 +73,7 @@ class Verdict:
 
     @property
     def met(self) -> bool:
+        """True when the target is met."""
         return self.measured.median >= self.wanted
 
 
@@ -97,6 +98,7 @@ def _row(sample: Sample, reference: Sample | None, work: Work) -> Row:
     if problem is None and (differs := other_work(sample, work)):
         problem, kind = differs, "other work"
     rates = [work.tokens / s for s in sample.seconds if s is not None]
+
     return Row(
         name=c.name,
         group=c.group,
@@ -136,6 +138,7 @@ def other_work(sample: Sample, work: Work) -> str | None:
             f"its loss did not fall on a repeated batch: {first:.3f} -> {last:.3f} in "
             f"{len(sample.losses)} steps"
         )
+
     return None
 
 

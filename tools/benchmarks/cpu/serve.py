@@ -25,6 +25,7 @@ def build(spec: Mapping[str, Any]) -> Built:
         if known is None:
             raise UnavailableError(f"no contender named {spec['name']} at that commit")
         module, options = known.module, known.options
+
     contender = importlib.import_module(module)
     store = f"file://{spec['store']}"
     dist.init_process_group("gloo", init_method=store, rank=spec["rank"], world_size=spec["world"])
@@ -44,6 +45,7 @@ def obey(built: Built, line: str) -> dict[str, Any]:
     began = time.monotonic()
     losses = [built.step() for _ in range(int(count))]
     ended = time.monotonic()
+
     return {
         "began": began,
         "ended": ended,

@@ -10,6 +10,7 @@ from benchmarks.cpu.contenders import PRECISIONS
 from benchmarks.cpu.results import ESTABLISHED, Ratio, Row, Verdict, joining_ratio
 from benchmarks.cpu.rounds import Plan
 from benchmarks.cpu.work import Work
+from k2train.text import bytes_text
 
 FORMAT = 1
 HEAD = (
@@ -68,9 +69,10 @@ def _preamble(facts: Mapping[str, Any]) -> list[str]:
     )
     changes = " with uncommitted changes" if facts["uncommitted_changes"] else ""
     commit = f"{facts['commit'] or 'unknown'}{changes}"
+
     return [
         f"Machine: {machine['processor']}, {facts['cores']} of {machine['cores']} cores, "
-        f"{machine['memory_bytes'] / 2**30:.0f} GiB, {machine['system']}, load {machine['load']} "
+        f"{bytes_text(machine['memory_bytes'])}, {machine['system']}, load {machine['load']} "
         "at the start",
         f"Versions: Python {machine['python']}, {versions}; k2train commit {commit}",
         f"Work: {work.num_layers} layers, hidden {work.hidden_size}, ffn {work.ffn_hidden_size}, "
@@ -104,6 +106,7 @@ def _cells(row: Row, rows: Sequence[Row], verdicts: Sequence[Verdict]) -> list[s
         if row.first_loss is None
         else f"{row.first_loss:.3f} -> {row.last_loss:.3f} in {row.steps}"
     )
+
     return [
         row.name,
         row.precision,

@@ -71,6 +71,7 @@ def parse_work(changes: Sequence[str]) -> Work:
     """
     fields = {field.name: field.type for field in dataclasses.fields(Work)}
     values: dict[str, int | float] = {}
+
     for change in changes:
         name, _, text = change.partition("=")
         if name not in fields:
@@ -81,15 +82,18 @@ def parse_work(changes: Sequence[str]) -> Work:
             raise ConfigError(f"--size {change}: {text!r} is no {fields[name]}") from None
         if values[name] <= 0:
             raise ConfigError(f"--size {change}: must be above 0")
+
     work = dataclasses.replace(Work(), **values)  # type: ignore[arg-type]
     if work.hidden_size % work.num_heads:
         raise ConfigError(
             f"--size hidden_size ({work.hidden_size}) must be divisible by num_heads "
             f"({work.num_heads})"
         )
+
     if work.global_sequences % work.micro_sequences:
         raise ConfigError(
             f"--size global_sequences ({work.global_sequences}) must be divisible by "
             f"micro_sequences ({work.micro_sequences})"
         )
+
     return work

@@ -37,6 +37,7 @@ def main(spec: Mapping[str, Any]) -> int:
     """
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
+
     try:
         serve = importlib.import_module("benchmarks.cpu.serve")
         built = serve.build(spec)
@@ -46,7 +47,9 @@ def main(spec: Mapping[str, Any]) -> int:
             answers, problem=reason(problem), kind="unavailable" if missing(problem) else "failed"
         )
         return 1
+
     send_answer(answers, parameters=built.parameters, note=built.note)
+
     try:
         for line in sys.stdin:
             send_answer(answers, **serve.obey(built, line))
@@ -54,6 +57,7 @@ def main(spec: Mapping[str, Any]) -> int:
         traceback.print_exc()
         send_answer(answers, problem=reason(problem), kind="failed")
         return 1
+
     return 0
 
 

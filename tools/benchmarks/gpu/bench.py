@@ -49,6 +49,7 @@ class Bench:
 
     @property
     def cuda(self) -> bool:
+        """True on a GPU."""
         return self.device.type == "cuda"
 
     def emit(self, what: str, status: str = "ok", why: str = "", **figures: Any) -> None:
@@ -74,8 +75,10 @@ class Bench:
             why = f"needs about {needs_seconds:.0f} s, {max(self.left_seconds, 0):.0f} s were left"
             self.emit(what, "skipped", why, **labels)
             return None
+
         self.emit(what, "begun")
         status, why, figures = "failed", "", None
+
         try:
             figures = work()
         except (OutOfTimeError, UnavailableError, UserError) as error:
@@ -83,11 +86,13 @@ class Bench:
         except Exception as error:
             status = "out of memory" if is_out_of_memory(error) else "failed"
             why = first_line(error)
+
         self.free()
         if figures is None:
             self.emit(what, status, why, **labels)
         else:
             self.emit(what, **{**labels, **figures})
+
         return figures
 
     def free(self) -> None:

@@ -73,6 +73,7 @@ def make_engine(
         config_of(shape, batch, microbatches, kernels or {}, precision), grid, fill=False
     )
     generator = torch.Generator(grid.device).manual_seed(7)
+
     with torch.no_grad():
         for stage in engine.stages.values():
             for parameter, piece in named_slices(stage):
@@ -81,6 +82,7 @@ def make_engine(
                     values.normal_(0.0, piece.init_std, generator=generator)
                 piece.of(parameter).copy_(values)
                 engine.optimizer.set_master(piece, values)
+
     return engine
 
 

@@ -48,6 +48,7 @@ class Given:
 
 
 def read_arguments(arguments: Sequence[str]) -> Given:
+    """Parse and check the command line."""
     parser = Parser(
         prog="bench.py gpu", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -60,12 +61,14 @@ def read_arguments(arguments: Sequence[str]) -> Given:
     parser.add_argument(
         "--dry-run", action="store_true", help="the same code on the CPU with tiny sizes"
     )
+
     parser.add_argument(
         "--folder",
         type=Path,
         default=Path("runs/bench_gpu"),
         help="where results go (default runs/bench_gpu)",
     )
+
     given = parser.parse_args(list(arguments))
     if given.minutes <= 0:
         parser.error(f"--minutes must be above 0, is {given.minutes:g}")
@@ -81,6 +84,7 @@ def part_command(part: str, given: Given, seconds: float) -> list[str]:
         "TRITON_CACHE_DIR": str(cache / "triton"),
         "TOKENIZERS_PARALLELISM": "false",
     }
+
     arguments = [
         "--part",
         part,
@@ -89,12 +93,14 @@ def part_command(part: str, given: Given, seconds: float) -> list[str]:
         "--seconds",
         f"{seconds:.1f}",
     ]
+
     return command_of(
         "benchmarks.gpu.part", [*arguments, *(["--dry-run"] if given.dry_run else [])], variables
     )
 
 
 def rows_file(given: Given, part: str) -> Path:
+    """File of a part's rows."""
     return given.folder / f"rows_{part}.jsonl"
 
 
@@ -115,6 +121,7 @@ def run_part(part: str, given: Given, seconds: float) -> list[Row]:
 
 
 def ended(part: str, underway: str, why: str) -> Row:
+    """Row for a part that ended before its work was finished."""
     return {"part": part, "what": underway or "(start)", "status": "failed", "why": why}
 
 
@@ -122,6 +129,7 @@ def read_rows(path: Path) -> tuple[list[Row], str]:
     """Finished rows of a part, and the work that was started and not finished."""
     rows: list[Row] = []
     underway = ""
+
     for line in path.read_text().splitlines():
         try:
             row = json.loads(line)
@@ -132,6 +140,7 @@ def read_rows(path: Path) -> tuple[list[Row], str]:
         else:
             rows.append(row)
             underway = ""
+
     return rows, underway
 
 
@@ -160,6 +169,7 @@ def run_parts(given: Given) -> list[Row]:
         rows += found
         if any(row["status"] == "no device" for row in found):
             break
+
     return rows
 
 
@@ -190,6 +200,7 @@ def main(arguments: Sequence[str]) -> int:
     if missing:
         print(f"bench.py gpu: {missing[0]['why']}", file=sys.stderr)
         return EXIT_USAGE
+
     table = write_results(given, rows, time.monotonic() - began)
     print(f"written: {given.folder}/result.json, planner.json, table.md", file=sys.stderr)
     print(table, end="")

@@ -28,4 +28,5 @@ def planned(engine: Engine) -> RankMemory:
         recompute=kernels.recompute,
         recompute_layers=kernels.recompute_layers,
     )
+
     return rank_memory(work, ONE, engine.program, 0, engine.dp.overlap)

@@ -18,6 +18,7 @@ BEGAN = time.monotonic()
 
 
 def main() -> int:
+    """Run the part named by the command line."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--part", required=True)
     parser.add_argument("--rows", type=Path, required=True)
@@ -25,6 +26,7 @@ def main() -> int:
     parser.add_argument("--dry-run", action="store_true")
     given = parser.parse_args()
     device = torch.device("cpu") if given.dry_run else torch.device("cuda", 0)
+
     with given.rows.open("a") as rows:
         bench = Bench(given.part, device, given.dry_run, BEGAN + given.seconds, rows)
         if not given.dry_run and not torch.cuda.is_available():
@@ -34,6 +36,7 @@ def main() -> int:
         if given.dry_run:
             torch.set_num_threads(1)
         importlib.import_module(f"benchmarks.gpu.part_{given.part}").run(bench)
+
     return 0
 
 

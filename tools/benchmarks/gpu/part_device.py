@@ -19,6 +19,7 @@ from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.sizes import Sizes, sizes
 from benchmarks.gpu.timing import Timer
 from k2train.plan.cost import peak_flops
+from k2train.text import bytes_text
 
 PACKAGES = (
     "transformers",
@@ -35,6 +36,7 @@ REPEATS = 4
 
 
 def run(bench: Bench) -> None:
+    """Measure the device's facts and rates, and write their rows."""
     work = sizes(bench.dry)
     bench.attempt("facts", lambda: facts(bench))
     timer = Timer(bench)
@@ -48,6 +50,7 @@ def run(bench: Bench) -> None:
 
 
 def facts(bench: Bench) -> Mapping[str, Any]:
+    """Names, versions and settings of the device."""
     found: dict[str, Any] = {
         "device": device_name(bench),
         "python": platform.python_version(),
@@ -58,13 +61,14 @@ def facts(bench: Bench) -> Mapping[str, Any]:
         found |= {
             "compute capability": f"{properties.major}.{properties.minor}",
             "multiprocessors": properties.multi_processor_count,
-            "memory": f"{properties.total_memory / 2**30:.1f} GiB",
+            "memory": bytes_text(properties.total_memory),
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),
             "driver": asked("driver_version"),
             "bf16 by the data sheet": sheet(properties.name),
         }
         found |= clocks()
+
     found |= {name: version(name) for name in PACKAGES}
     return {
         "facts": found | {"commit": commit()},
@@ -73,11 +77,13 @@ def facts(bench: Bench) -> Mapping[str, Any]:
 
 
 def sheet(name: str) -> str:
+    """Data sheet rate of a device, as text."""
     peak = peak_flops(name)
     return "not known" if peak is None else f"{peak / 1e12:.0f} TFLOP/s"
 
 
 def device_name(bench: Bench) -> str:
+    """Name of the device."""
     return (
         torch.cuda.get_device_name(bench.device)
         if bench.cuda
@@ -86,6 +92,7 @@ def device_name(bench: Bench) -> str:
 
 
 def version(package: str) -> str:
+    """Version of a package, or why there is none."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -102,10 +109,12 @@ def asked(fields: str) -> str:
 
 
 def clocks() -> dict[str, str]:
+    """Clocks and power limit of the device."""
     return {CLOCKS.replace(",", ", "): asked(CLOCKS)}
 
 
 def commit() -> str:
+    """Commit of this checkout; "unknown" without git."""
     if shutil.which("git") is None:
         return "unknown"
     here = Path(__file__).resolve().parent

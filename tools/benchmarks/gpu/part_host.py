@@ -17,6 +17,7 @@ MICROBATCHES = 4
 
 
 def run(bench: Bench) -> None:
+    """Profile a step, and write its rows."""
     work = sizes(bench.dry)
     name, small = work.models[0]
     layers = replace(work.k2, num_layers=work.k2_layers[-1])
@@ -24,6 +25,7 @@ def run(bench: Bench) -> None:
         (f"K2's layers, {layers.num_layers}", layers, work.k2_batches[0]),
         (name, small, work.model_batches[0]),
     ]
+
     with world_of_one(bench) as grid:
         for what, shape, batch in cases:
             for microbatches in (1, MICROBATCHES):

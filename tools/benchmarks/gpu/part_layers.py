@@ -20,6 +20,7 @@ from benchmarks.gpu.sizes import Batch, Sizes, sizes
 from benchmarks.gpu.timing import Timer
 from k2train.parallel.grid import ProcessGrid
 from k2train.plan.cost import ModelShape, flops_per_token
+from k2train.text import bytes_text
 
 # Attention that keeps a score for every pair is left out: at these lengths it needs gigabytes a
 # layer.
@@ -61,6 +62,7 @@ class Case:
 
 
 def run(bench: Bench) -> None:
+    """Measure the `auto` choices, then one change at a time."""
     work = sizes(bench.dry)
     with world_of_one(bench) as grid:
         fitting = [
@@ -114,9 +116,8 @@ def measure(bench: Bench, grid: ProcessGrid, case: Case, rounds: int) -> Mapping
     """Seconds, model FLOP/s and peak memory of one engine."""
     total, states = bench.total_bytes(), states_bytes(case.shape, "bf16")
     if total is not None and states > SPARE * total:
-        raise UnavailableError(
-            f"states alone need {states / 2**30:.1f} GiB of {total / 2**30:.1f} GiB"
-        )
+        raise UnavailableError(f"states alone need {bytes_text(states)} of {bytes_text(total)}")
+
     before = bench.held_bytes()
     engine = make_engine(grid, case.shape, case.batch, case.microbatches, case.kernels)
     held = bench.held_bytes()
@@ -133,6 +134,7 @@ def measure(bench: Bench, grid: ProcessGrid, case: Case, rounds: int) -> Mapping
     }
     took = Timer(bench).in_turns([works[key] for key in case.timed], rounds, warm_up=1)
     seconds = {key: timing.median for key, timing in zip(case.timed, took, strict=True)}
+
     return {
         "kernels": str(engine.kernels),
         "spread": max(timing.spread for timing in took),
@@ -158,6 +160,7 @@ def rates(case: Case, step: float | None, inner: float | None) -> dict[str, floa
     )
     flops = tokens * flops_per_token(shape, length)
     left_out = 6 * tokens * shape.num_layers * length * shape.hidden_size
+
     return {
         "step_seconds": step,
         "forward_backward_seconds": inner,

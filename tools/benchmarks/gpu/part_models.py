@@ -48,8 +48,10 @@ class Outcome(Enum):
 
 
 def run(bench: Bench) -> None:
+    """Measure every model and batch while the time lasts."""
     work = sizes(bench.dry)
     compile_seconds = FIRST_COMPILE_SECONDS
+
     with world_of_one(bench) as grid:
         cases = list(product(work.models, work.model_batches))
         # The first two differ in both: where the time ends early, each model and each length was
@@ -78,12 +80,15 @@ class Comparison:
 
     @property
     def labels(self) -> dict[str, Any]:
+        """Fields that every row of the comparison has."""
         return {"model": self.name, "batch": str(self.batch), "shape": asdict(self.shape)}
 
     def what(self, of: str) -> str:
+        """Name of a row."""
         return f"{self.name}, {self.batch}: {of}"
 
     def run(self) -> None:
+        """Measure the contenders together, or one after another where they do not fit."""
         builds: dict[str, Build] = {
             "k2train": self.ours,
             "transformers": partial(
@@ -91,6 +96,7 @@ class Comparison:
             ),
             "reference": partial(peer_contenders, self.bench, "reference", self.shape, self.batch),
         }
+
         # Nothing timed although something was built: together they were too many after all.
         if self.fits_together() and self.group(builds) is not Outcome.NOT_TIMED:
             return
@@ -102,6 +108,7 @@ class Comparison:
                 )
 
     def ours(self, kernels: dict[str, Any] | None = None) -> list[Contender]:
+        """Build k2train's contender."""
         return [k2train_contender(self.bench, self.grid, self.shape, self.batch, kernels)]
 
     def fits_together(self) -> bool:
@@ -130,6 +137,7 @@ class Comparison:
 
         self.bench.attempt(self.what(f"{len(ready)} in turns"), measure, **self.labels)
         flops = self.batch.tokens * flops_per_token(self.shape, self.batch.length_tokens)
+
         for (contender, figures), timing in zip(ready, timings, strict=False):
             self.bench.emit(
                 self.what(contender.name),
@@ -142,6 +150,7 @@ class Comparison:
                 **self.labels,
                 **figures,
             )
+
         return Outcome.TIMED if timings else Outcome.NOT_TIMED
 
     def warmed_up(self, key: str, build: Build) -> list[Ready]:
@@ -154,6 +163,7 @@ class Comparison:
             return {"kind": "built"}
 
         self.bench.attempt(self.what(key), construct, **self.labels)
+
         for contender in contenders:
 
             def warm(contender: Contender = contender) -> Mapping[str, Any]:
@@ -164,6 +174,7 @@ class Comparison:
             needs = 0.0 if self.bench.dry else 10 + contender.compiled * self.compile_seconds
             what = self.what(f"{contender.name}, warm-up")
             self.bench.attempt(what, warm, needs, contender=contender.name, **self.labels)
+
         return ready
 
     def first_steps(self, contender: Contender) -> dict[str, Any]:

@@ -53,8 +53,10 @@ def one_stream(bench: Bench) -> Iterator[None]:
 
 
 def run(bench: Bench) -> None:
+    """Time every piece, and write its row."""
     work = sizes(bench.dry)
     rank = work.rank
+
     with world_of_one(bench) as grid, one_stream(bench):
         timer = Timer(bench)
         modules: list[RankModules] = []
@@ -85,6 +87,7 @@ def timed(bench: Bench, timer: Timer, make: Callable[[], Piece], rounds: int) ->
     for key, timing in zip(ready, took, strict=True):
         figures[f"{key}_seconds"] = timing.median
         figures[f"{key}_flops_per_second"] = flops[key] / timing.median if flops[key] else None
+
     figures["spread"] = max(timing.spread for timing in took)
     return figures
 
@@ -100,6 +103,7 @@ def product(bench: Bench, rank: RankPart, inner: int, columns: int) -> Piece:
     y, dx = torch.empty_like(dy), torch.empty_like(x)
     accumulator = GradAccumulator(torch.zeros(columns, inner, device=bench.device))
     flops = 2 * tokens * inner * columns
+
     return Piece(
         lambda: torch.mm(x, weight.t(), out=y),
         lambda: torch.mm(dy, weight, out=dx),
@@ -158,6 +162,7 @@ def pieces(
 
     # Of attention, pairs that causality leaves out are not counted: half of 4 s^2 d a head.
     causal = 2 * b * n * s * s * d
+
     return {
         "norm, its part of the sequence": lambda: differentiated(
             modules[0].norm, drawn(s // rank.degree, b, h), weights=[modules[0].norm.weight]

@@ -55,6 +55,7 @@ def k2train_contender(
     batch: Batch,
     kernels: dict[str, Any] | None = None,
 ) -> Contender:
+    """k2train's engine as a contender."""
     engine = make_engine(grid, shape, batch, 1, kernels)
     ids = token_ids(bench.device, shape, batch)
     name = (
@@ -83,6 +84,7 @@ def transformers_model(
         use_cache=False,
         attn_implementation="sdpa",
     )
+
     with torch.device(bench.device):
         model = package.LlamaForCausalLM(settings).to(torch.bfloat16).train()
     return model, lambda ids: model(input_ids=ids, labels=ids).loss
@@ -104,6 +106,7 @@ def reference_model(
         global_sequences=batch.sequences,
         lr=LR,
     )
+
     with torch.device(bench.device):
         model = llama.Llama(work, dtype=torch.bfloat16)
     return model, lambda ids: llama.mean_loss(model(ids), llama.labels_of(ids))

@@ -44,6 +44,7 @@ def command_of(
         "NCCL_SOCKET_IFNAME": "lo",
         **(variables or {}),
     }
+
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     start = launcher if processes > 1 else []
     settings = [f"{name}={value}" for name, value in given.items()]

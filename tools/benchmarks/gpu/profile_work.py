@@ -30,6 +30,7 @@ def profiled(work: dict[str, Any]) -> dict[str, Any]:
     launch = read_launch()
     device = torch.device("cuda", launch.local_rank) if work["cuda"] else torch.device("cpu")
     start_process_group(launch, device)
+
     try:
         batch, layout = config.batch, layout_of(config, launch.world_size)
         engine = Engine(config, ProcessGrid(layout, launch.rank, device))
@@ -55,6 +56,7 @@ def profiled(work: dict[str, Any]) -> dict[str, Any]:
 
 
 def main(arguments: list[str]) -> int:
+    """Profile the work file's step and write the result."""
     source, target = (Path(argument) for argument in arguments)
     found = profiled(json.loads(source.read_text()))
     if found["rank"] == 0:

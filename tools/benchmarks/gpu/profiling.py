@@ -96,6 +96,7 @@ def scopes(parts: Sequence[tuple[str, Any, str]]) -> Iterator[None]:
         if callable(function):
             before.append((owner, attribute, attribute in vars(owner), function))
             _put(owner, attribute, scoped(scope, function))
+
     try:
         yield
     finally:
@@ -141,12 +142,14 @@ def scope_of(name: str) -> str | None:
         for word in ("cross_entropy", "crossentropy", "headloss", "fusedloss", "nll_loss")
     ):
         return "loss"
+
     if name.startswith(COMMUNICATION):
         return "communication"
     return "optimizer" if name.startswith(OPTIMIZER) else None
 
 
 def leaf_category(name: str) -> str:
+    """Category of an operation outside all scopes, by its name."""
     for category, names in (("products", PRODUCTS), ("copies", COPIES), ("fills", FILLS)):
         if name.startswith(names):
             return category
@@ -183,6 +186,7 @@ class Sorter:
         return found
 
     def category(self, event: Any) -> str:
+        """Category of an event."""
         return self.scope(event) or leaf_category(event.name)
 
 
@@ -197,6 +201,7 @@ def profile_step(step: Callable[[], Any], cuda: bool, steps: int = 2) -> Profile
         wall = _wall(step, cuda, steps)
     events = list(recorded.events())
     host = [event for event in events if event.device_type == torch.autograd.DeviceType.CPU]
+
     # Scopes are drawn on the device's line too, across the gaps between their kernels.
     device = [
         event
@@ -204,8 +209,10 @@ def profile_step(step: Callable[[], Any], cuda: bool, steps: int = 2) -> Profile
         if event.device_type == torch.autograd.DeviceType.CUDA
         and not event.name.startswith(("scope::", STEP))
     ]
+
     asked = [event.name for event in host if event.name.startswith("cu")]
     intervals = [(event.time_range.start, event.time_range.end) for event in device]
+
     return Profile(
         plain,
         wall / steps,
@@ -226,6 +233,7 @@ def by_category(host: Sequence[Any], cuda: bool) -> dict[str, float]:
     sorter = Sorter(host)
     threads = {event.thread for event in host if event.name == STEP}
     seconds = dict.fromkeys(CATEGORIES, 0.0)
+
     for event in host:
         # The own time of a scope, of a function of ours or of autograd's machinery is Python; that
         # of waiting is not.
@@ -238,6 +246,7 @@ def by_category(host: Sequence[Any], cuda: bool) -> dict[str, float]:
             continue
         spent = event.self_device_time_total if cuda else event.self_cpu_time_total
         seconds[sorter.category(event)] += spent / 1e6
+
     return seconds
 
 

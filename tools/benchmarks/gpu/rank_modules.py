@@ -45,6 +45,7 @@ def rank_modules(grid: ProcessGrid, rank: RankPart) -> RankModules:
     for parameter in stage.parameters():
         # Sums that nobody counts: the engine's own expect each micro-batch once.
         attach(parameter, GradAccumulator(torch.zeros(parameter.shape, device=grid.device)))
+
     block = stage.blocks["0"]
     rotary, kernels = stage.rotary, engine.kernels
     assert stage.embedding is not None and rotary is not None, "one stage is the first and the last"

@@ -17,6 +17,8 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from k2train.text import bytes_text
+
 Row = dict[str, Any]
 FORMAT = 1
 
@@ -36,6 +38,7 @@ HEAD = "head and loss, all gradients"
 
 
 def of(rows: Sequence[Row], part: str) -> list[Row]:
+    """Rows of a part."""
     return [row for row in rows if row["part"] == part]
 
 
@@ -52,6 +55,7 @@ def matmul_rate(rows: Sequence[Row]) -> float | None:
 
 
 def data_sheet(rows: Sequence[Row]) -> float | None:
+    """FLOP/s of the device's data sheet; None if unknown."""
     return next((row["data_sheet_flops"] for row in fine(rows, "device", "data_sheet_flops")), None)
 
 
@@ -64,6 +68,7 @@ def planner_facts(rows: Sequence[Row]) -> dict[str, Any] | None:
         }
         for row in fine(rows, "tp8", "forward_seconds")
     }
+
     if not pieces:
         return None
     layer = {
@@ -77,6 +82,7 @@ def planner_facts(rows: Sequence[Row]) -> dict[str, Any] | None:
         if head is None
         else (head["forward_seconds"] or 0.0) + (head["input_gradient_seconds"] or 0.0)
     )
+
     return {
         "format": FORMAT,
         "device": next((row["facts"]["device"] for row in fine(rows, "device", "facts")), None),
@@ -92,10 +98,12 @@ def planner_facts(rows: Sequence[Row]) -> dict[str, Any] | None:
 
 
 def number(value: float | None, scale: float = 1.0, digits: int = 1) -> str:
+    """Format a scaled number; `-` for None."""
     return "-" if value is None else f"{value * scale:.{digits}f}"
 
 
 def share(value: float | None, of_what: float | None) -> str:
+    """Format a share in percent; `-` if either is unknown."""
     return "-" if value is None or not of_what else f"{100 * value / of_what:.0f} %"
 
 
@@ -118,6 +126,7 @@ def failures(rows: Sequence[Row]) -> str:
 
 
 def device_text(rows: Sequence[Row]) -> str:
+    """Table of the part `device`."""
     facts: dict[str, Any] = {}
     for row in fine(rows, "device", "facts"):
         facts |= (
@@ -125,6 +134,7 @@ def device_text(rows: Sequence[Row]) -> str:
             if not facts
             else {f"{key}, after": value for key, value in row["facts"].items()}
         )
+
     products = fine(rows, "device", "flops_per_second")
     lines = [
         [row["what"], number(row["flops_per_second"], 1e-12), share(row["spread"], 1.0)]
@@ -133,19 +143,22 @@ def device_text(rows: Sequence[Row]) -> str:
     text = (
         table(("device", ""), [[key, str(value)] for key, value in facts.items()]) if facts else ""
     )
+
     if lines:
         best = number(matmul_rate(rows), 1e-12)
         text += "\n" + table(
             ("bf16 product", "TFLOP/s", "spread"),
             [*lines, ["**the matmul rate**", f"**{best}**", ""]],
         )
+
     copies = fine(rows, "device", "bytes_per_second")
     return text + "".join(
-        f"\nCopy on the device: {row['bytes_per_second'] / 1e12:.2f} TB/s.\n" for row in copies
+        f"\nCopy on the device: {bytes_text(row['bytes_per_second'])}/s.\n" for row in copies
     )
 
 
 def layers_text(rows: Sequence[Row]) -> str:
+    """Table of the part `layers`."""
     rate, sheet = matmul_rate(rows), data_sheet(rows)
     lines = [
         [
@@ -165,6 +178,7 @@ def layers_text(rows: Sequence[Row]) -> str:
         ]
         for row in fine(rows, "layers", "kernels")
     ]
+
     header = (
         "K2's layers, bf16", "forward + backward ms", "step ms", "spread", "tokens/s", "TFLOP/s",
         "of the matmul rate", "same, causal pairs only", "whole step", "of the data sheet",
@@ -178,12 +192,15 @@ def layers_text(rows: Sequence[Row]) -> str:
 
 
 def ratio(mine: float | None, theirs: float | None) -> float | None:
+    """Quotient of two numbers; None if either is unknown."""
     return None if mine is None or not theirs else mine / theirs
 
 
 def models_text(rows: Sequence[Row]) -> str:
+    """Table of the part `models`."""
     measured = fine(rows, "models", "step_seconds")
     lines = []
+
     for row in measured:
         same = [
             other
@@ -207,6 +224,7 @@ def models_text(rows: Sequence[Row]) -> str:
                 "in turns" if row["in_turns"] > 1 else "alone",
             ]
         )
+
     header = (
         "whole model, bf16", "contender", "step ms", "spread", "tokens/s", "of the matmul rate",
         "/ transformers compiled", "/ reference compiled", "GiB above states", "loss, step 1 and 3",
@@ -222,6 +240,7 @@ def against(row: Row, same: Sequence[Row], name: str) -> float | None:
 
 
 def tp8_text(rows: Sequence[Row]) -> str:
+    """Table of the part `tp8`."""
     lines = []
     for row in fine(rows, "tp8", "forward_seconds"):
         line = [row["what"]]
@@ -231,6 +250,7 @@ def tp8_text(rows: Sequence[Row]) -> str:
                 number(row.get(f"{key}_flops_per_second"), 1e-12),
             ]
         lines.append([*line, "graph" if row["graph"] else "eager"])
+
     header = (
         "a rank of eight, us (TFLOP/s)",
         "forward",
@@ -241,12 +261,15 @@ def tp8_text(rows: Sequence[Row]) -> str:
         "",
         "launched",
     )
+
     return table(header, lines) if lines else ""
 
 
 def host_text(rows: Sequence[Row]) -> str:
+    """Table of the part `host`."""
     measured = fine(rows, "host", "profiled_seconds")
     categories = list(measured[0]["seconds"]) if measured else []
+
     lines = [
         [
             row["what"],
@@ -260,6 +283,7 @@ def host_text(rows: Sequence[Row]) -> str:
         ]
         for row in measured
     ]
+
     header = (
         "a step",
         "ms",
@@ -270,10 +294,12 @@ def host_text(rows: Sequence[Row]) -> str:
         *categories,
         "rest",
     )
+
     return table(header, lines) if lines else ""
 
 
 def aims_text(rows: Sequence[Row]) -> str:
+    """Table of the targets."""
     lines: list[list[str]] = []
 
     def add(what: str, found: float | None, aim: str, met: Callable[[float], bool]) -> None:
@@ -281,6 +307,7 @@ def aims_text(rows: Sequence[Row]) -> str:
             lines.append([what, f"{found:.3f}", aim, "met" if met(found) else "missed"])
 
     rate, layers = matmul_rate(rows), fine(rows, "layers", "kernels")
+
     for batch in dict.fromkeys(row["batch"] for row in layers):
         same = [row for row in layers if row["batch"] == batch]
         best = max(same, key=lambda row: row["flops_per_second"] or 0.0)
@@ -300,6 +327,7 @@ def aims_text(rows: Sequence[Row]) -> str:
                 "0.97 to 1.03",
                 lambda x: 0.97 <= x <= 1.03,
             )
+
     measured = fine(rows, "models", "step_seconds")
     for row in measured:
         same = [
@@ -310,6 +338,7 @@ def aims_text(rows: Sequence[Row]) -> str:
         if row["contender"].startswith("k2train"):
             found = against(row, same, "transformers compiled")
             add(f"{row['what']} / transformers compiled", found, ">= 1.15", lambda x: x >= 1.15)
+
     return table(("aim", "found", "wanted", ""), lines) if lines else ""
 
 

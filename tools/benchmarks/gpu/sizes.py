@@ -14,6 +14,7 @@ class Batch:
 
     @property
     def tokens(self) -> int:
+        """Tokens of the micro-batch."""
         return self.length_tokens * self.sequences
 
     def __str__(self) -> str:
@@ -33,6 +34,7 @@ class RankPart:
 
     @property
     def head_dim(self) -> int:
+        """Size of one attention head."""
         return self.hidden_size // (self.num_heads * self.degree)
 
 

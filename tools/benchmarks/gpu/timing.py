@@ -37,6 +37,7 @@ class Timing:
 
 
 def summary(seconds: Sequence[float]) -> Timing:
+    """Median and quartiles of samples in seconds."""
     low, middle, high = statistics.quantiles(seconds, n=4, method="inclusive")
     return Timing(middle, low, high, len(seconds))
 
@@ -76,15 +77,18 @@ class Timer:
             for work in works:
                 self.once(work)
             spent = time.monotonic() - began
+
         if spent * rounds > self.bench.left_seconds:
             raise OutOfTimeError(
                 f"{rounds} rounds take {spent * rounds:.0f} s, {self.bench.left_seconds:.0f} s "
                 "were left"
             )
+
         seconds: list[list[float]] = [[] for _ in works]
         for _ in range(rounds):
             for into, work in zip(seconds, works, strict=True):
                 into.append(self.once(work))
+
         return [summary(values) for values in seconds]
 
     def alone(self, work: Work, rounds: int = 10, warm_up: int = 2) -> Timing:
@@ -109,4 +113,5 @@ def captured(bench: Bench, work: Work) -> Work:
     except RuntimeError:
         torch.cuda.synchronize()
         return work
+
     return graph.replay
