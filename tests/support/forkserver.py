@@ -3,10 +3,10 @@
 - `start` and `run` take what follows `python` on a command line, like `subprocess.Popen` and `subprocess.run`.
 - A program starts in milliseconds: torch and k2train are imported already. Tests of the start itself (what is imported,
   how fast a mistake is reported, launchers) start a new interpreter instead.
-- `fresh` says of what a process was made; nothing of an earlier child remains, since each is forked off the same server.
+- Nothing of an earlier program remains: each is forked off the same server, which does no work
+  itself.
 """
 
-import atexit
 import os
 import shutil
 import signal
@@ -33,16 +33,16 @@ def server() -> ForkServer:
     """The server of this test process, started at its first use."""
     if not _servers:
         folder = Path(tempfile.mkdtemp(prefix="k2train-forkserver-"))
-        made = ForkServer(folder, [*MODULES, "pytest", "hypothesis"]).__enter__()
-        _servers.append(made)
-        atexit.register(_close, made, folder, os.getpid())
+        _servers.append(ForkServer(folder, [*MODULES, "pytest", "hypothesis"]).__enter__())
     return _servers[0]
 
 
-def _close(made: ForkServer, folder: Path, owner: int) -> None:
-    if os.getpid() == owner:
-        made.__exit__()
-        shutil.rmtree(folder, ignore_errors=True)
+def close() -> None:
+    """End the server, if one was started, and remove what its processes wrote."""
+    while _servers:
+        ended = _servers.pop()
+        ended.__exit__()
+        shutil.rmtree(ended.scratch, ignore_errors=True)
 
 
 class Process:
