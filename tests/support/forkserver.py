@@ -1,8 +1,11 @@
-"""Warm processes for tests: programs started by the fork server of the fault tests, one server for each test process.
+"""Warm processes for tests: programs started by the fork server of the fault tests, one server for
+each test process.
 
-- `start` and `run` take what follows `python` on a command line, like `subprocess.Popen` and `subprocess.run`.
-- A program starts in milliseconds: torch and k2train are imported already. Tests of the start itself (what is imported,
-  how fast a mistake is reported, launchers) start a new interpreter instead.
+- `start` and `run` take what follows `python` on a command line, like `subprocess.Popen` and
+  `subprocess.run`.
+- A program starts in milliseconds: torch and k2train are imported already. Tests of the start
+  itself (what is imported, how fast a mistake is reported, launchers) start a new interpreter
+  instead.
 - Nothing of an earlier program remains: each is forked off the same server, which does no work
   itself.
 """
@@ -23,9 +26,12 @@ from fault_tests.forkserver import MODULES  # noqa: E402
 from fault_tests.processes import ForkServer, Job  # noqa: E402
 
 PATIENCE_SECONDS = 600.0
-"""A guard against waiting for ever; no test is meant to come near it, however busy the machine is."""
+"""A guard against waiting for ever; no test is meant to come near it, however busy the machine is.
+"""
 GRACE_SECONDS = 0.5
-"""How long ranks have to end by themselves when one of them has failed: torchrun gives them as little."""
+"""How long ranks have to end by themselves when one of them has failed: torchrun gives them as
+little.
+"""
 _servers: list[ForkServer] = []
 
 
@@ -46,7 +52,9 @@ def close() -> None:
 
 
 class Process:
-    """The part of `subprocess.Popen` that tests use, over the processes of one job; `returncode` as a launcher's."""
+    """The part of `subprocess.Popen` that tests use, over the processes of one job; `returncode` as
+    a launcher's.
+    """
 
     def __init__(self, job: Job, merged: bool):
         self.job, self.merged = job, merged
@@ -63,7 +71,9 @@ class Process:
 
     @property
     def returncode(self) -> int | None:
-        """Once all have ended: 0 when all codes are 0, else the first other one that is no consequence of another."""
+        """Once all have ended: 0 when all codes are 0, else the first other one that is no
+        consequence of another.
+        """
         if not self.job.over:
             return None
         bad = [code for code in self.job.codes if code]
