@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from tests.support import forkserver
 from tests.support.gloo_pool import GlooPool
 
 # How long an example takes says how busy the machine is, not whether the code is right.
@@ -21,6 +22,11 @@ def pool() -> Iterator[GlooPool]:
     made = GlooPool()
     yield made
     made.close()
+
+
+def pytest_sessionfinish() -> None:
+    """End what this test process has started for all of its tests."""
+    forkserver.close()
 
 
 @pytest.fixture(autouse=True)

@@ -52,7 +52,9 @@ WARM = (
     "pytest",
 )
 OPTIONAL = ("hypothesis", "transformers.models.llama.modeling_llama")
-"""What the server imports; the second where they are installed. Nothing that imports the repository."""
+"""What the server imports; the second where they are installed. Nothing that imports the
+repository.
+"""
 PASSED, FAILED = 0, 1
 CLUMSY = re.compile(r"\b(NameError|ImportError|ModuleNotFoundError|SyntaxError)\b")
 """A fault that breaks the program instead of its numbers proves nothing about a test."""

@@ -1,11 +1,13 @@
-"""Distribution of tests over pytest-xdist workers, and where their time goes (`scripts/test.sh --durations`).
+"""Distribution of tests over pytest-xdist workers, and where their time goes (`scripts/test.sh
+--durations`).
 
-- A file's tests stay together, so that its fixtures are made once; files of `TOGETHER` share a worker and its fixtures.
+- A file's tests stay together, so that its fixtures are made once; files of `TOGETHER` share a
+  worker and its fixtures.
 - Files of `APART` have nothing to share: each of their tests goes to whichever worker is free.
 - The longest units come first (`FIRST`), so that the last minute is one of small ones.
 
-Alternatives considered: `--dist load`, which makes every module fixture once a worker; `--dist loadgroup`, which writes
-the group into every test's name.
+Alternatives considered: `--dist load`, which makes every module fixture once a worker; `--dist
+loadgroup`, which writes the group into every test's name.
 """
 
 from collections import defaultdict

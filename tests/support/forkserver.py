@@ -1,12 +1,15 @@
-"""Warm processes for tests: programs started by the fork server of the fault tests, one server for each test process.
+"""Warm processes for tests: programs started by the fork server of the fault tests, one server for
+each test process.
 
-- `start` and `run` take what follows `python` on a command line, like `subprocess.Popen` and `subprocess.run`.
-- A program starts in milliseconds: torch and k2train are imported already. Tests of the start itself (what is imported,
-  how fast a mistake is reported, launchers) start a new interpreter instead.
-- `fresh` says of what a process was made; nothing of an earlier child remains, since each is forked off the same server.
+- `start` and `run` take what follows `python` on a command line, like `subprocess.Popen` and
+  `subprocess.run`.
+- A program starts in milliseconds: torch and k2train are imported already. Tests of the start
+  itself (what is imported, how fast a mistake is reported, launchers) start a new interpreter
+  instead.
+- Nothing of an earlier program remains: each is forked off the same server, which does no work
+  itself.
 """
 
-import atexit
 import os
 import shutil
 import signal
@@ -23,9 +26,12 @@ from fault_tests.forkserver import MODULES  # noqa: E402
 from fault_tests.processes import ForkServer, Job  # noqa: E402
 
 PATIENCE_SECONDS = 600.0
-"""A guard against waiting for ever; no test is meant to come near it, however busy the machine is."""
+"""A guard against waiting for ever; no test is meant to come near it, however busy the machine is.
+"""
 GRACE_SECONDS = 0.5
-"""How long ranks have to end by themselves when one of them has failed: torchrun gives them as little."""
+"""How long ranks have to end by themselves when one of them has failed: torchrun gives them as
+little.
+"""
 _servers: list[ForkServer] = []
 
 
@@ -33,20 +39,22 @@ def server() -> ForkServer:
     """The server of this test process, started at its first use."""
     if not _servers:
         folder = Path(tempfile.mkdtemp(prefix="k2train-forkserver-"))
-        made = ForkServer(folder, [*MODULES, "pytest", "hypothesis"]).__enter__()
-        _servers.append(made)
-        atexit.register(_close, made, folder, os.getpid())
+        _servers.append(ForkServer(folder, [*MODULES, "pytest", "hypothesis"]).__enter__())
     return _servers[0]
 
 
-def _close(made: ForkServer, folder: Path, owner: int) -> None:
-    if os.getpid() == owner:
-        made.__exit__()
-        shutil.rmtree(folder, ignore_errors=True)
+def close() -> None:
+    """End the server, if one was started, and remove what its processes wrote."""
+    while _servers:
+        ended = _servers.pop()
+        ended.__exit__()
+        shutil.rmtree(ended.scratch, ignore_errors=True)
 
 
 class Process:
-    """The part of `subprocess.Popen` that tests use, over the processes of one job; `returncode` as a launcher's."""
+    """The part of `subprocess.Popen` that tests use, over the processes of one job; `returncode` as
+    a launcher's.
+    """
 
     def __init__(self, job: Job, merged: bool):
         self.job, self.merged = job, merged
@@ -63,7 +71,9 @@ class Process:
 
     @property
     def returncode(self) -> int | None:
-        """Once all have ended: 0 when all codes are 0, else the first other one that is no consequence of another."""
+        """Once all have ended: 0 when all codes are 0, else the first other one that is no
+        consequence of another.
+        """
         if not self.job.over:
             return None
         bad = [code for code in self.job.codes if code]

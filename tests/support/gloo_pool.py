@@ -1,8 +1,11 @@
-"""A pool of gloo worker processes for a whole test run; each job gets a process group of its own size.
+"""A pool of gloo worker processes for a whole test run; each job gets a process group of its own
+size.
 
 - The workers are forked off the warm server, so that 8 of them are there in a tenth of a second.
-- A job is a module-level function `job(launch, *args)`; what each rank returns comes back in rank order.
-- A job that fails ends the pool, and the next one gets new workers: what a failure left behind is nobody's.
+- A job is a module-level function `job(launch, *args)`; what each rank returns comes back in rank
+  order.
+- A job that fails ends the pool, and the next one gets new workers: what a failure left behind is
+  nobody's.
 """
 
 import gc
@@ -55,13 +58,15 @@ def serve(arguments: Sequence[str]) -> int:
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
-            # A group lives until its last user is collected, and its threads with it: hundreds of jobs of them slow all.
+            # A group and its threads live until its last user is collected: hundreds slow all.
             gc.collect()
         connection.send(result)
 
 
 class GlooPool:
-    """Workers are started on first use; `run(world, job, *args)` runs a job on the first `world` of them."""
+    """Workers are started on first use; `run(world, job, *args)` runs a job on the first `world` of
+    them.
+    """
 
     def __init__(self) -> None:
         # A socket's name is short, the test's own folder need not be.

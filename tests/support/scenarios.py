@@ -1,12 +1,13 @@
-"""Scenarios that wait side by side: real programs that are started together, driven together, and judged one by one.
+"""Scenarios that wait side by side: programs started and driven together, judged one by one.
 
-A scenario is a generator: it starts something, yields a condition, goes on when that holds, and returns what a test
-judges. Most of its time it waits (for limits, queues, sleeps), so all of them together take about as long as one.
+A scenario is a generator: it starts something, yields a condition, goes on when that holds, and
+returns what a test judges. Most of its time it waits (for limits, queues, sleeps), so all of them
+together take about as long as one.
 
     SCENARIOS = {"killed": of_kill}                    name -> function that makes the generator
 
     @judges("killed")
-    def test_it_is_named(outcome): ...                 `outcome`: what the scenario returned; raised if it raised
+    def test_it_is_named(outcome): ...         what the scenario returned; raised if it raised
 """
 
 import time

@@ -1,11 +1,13 @@
-"""A private SLURM of several nodes on this machine: munge, one controller, and one slurmd a node, in a temporary folder.
+"""A private SLURM of several nodes on this machine: munge, one controller, and one slurmd a node,
+in a temporary folder.
 
     with Cluster({"main": Nodes(("n1", "n2"))}) as cluster:
         cluster.run("sbatch", "--wrap", "hostname")
 
-`cluster.environment` is what a command needs to find it. The nodes share this machine's disk, as nodes of a cluster
-share theirs; each believes to have the processors and the memory it is given, whatever there is. Nothing is left when
-the with statement ends: jobs are cancelled, and every daemon and what it started is waited for.
+`cluster.environment` is what a command needs to find it. The nodes share this machine's disk, as
+nodes of a cluster share theirs; each believes to have the processors and the memory it is given,
+whatever there is. Nothing is left when the with statement ends: jobs are cancelled, and every
+daemon and what it started is waited for.
 """
 
 import os
@@ -48,8 +50,10 @@ class Nodes:
 
 
 class Cluster:
-    """Partitions of nodes, the first one the default; `settings` are lines of slurm.conf, further ones
-    or in place of those below. A requeued job waits `requeue_seconds`, which is also how long a credential holds."""
+    """Partitions of nodes, the first one the default; `settings` are lines of slurm.conf, further
+    ones or in place of those below. A requeued job waits `requeue_seconds`, which is also how long
+    a credential holds.
+    """
 
     def __init__(
         self, partitions: Mapping[str, Nodes], settings: str = "", requeue_seconds: int = 120
@@ -104,7 +108,9 @@ class Cluster:
         at: Path | None = None,
         variables: Mapping[str, str] | None = None,
     ) -> str:
-        """What a command says on stdout, run against this cluster, in the folder `at` and with further variables."""
+        """What a command says on stdout, run against this cluster, in the folder `at` and with
+        further variables.
+        """
         environment = {**self.environment, **(variables or {})}
         done = subprocess.run(
             command,
@@ -119,7 +125,7 @@ class Cluster:
         return done.stdout
 
     def jobs(self) -> dict[str, dict[str, str]]:
-        """The facts of all jobs by id, as they are or were up to half a second ago: many may ask."""
+        """The facts of all jobs by id, at most half a second old: many may ask."""
         if time.monotonic() - self._asked > 0.5:
             records = self.run("scontrol", "--oneliner", "show", "job").splitlines()
             facts = [
@@ -130,7 +136,9 @@ class Cluster:
         return self._jobs
 
     def steps(self) -> set[int]:
-        """Daemons of job steps, which leave their slurmd's tree; they know the folder of this cluster."""
+        """Daemons of job steps, which leave their slurmd's tree; they know the folder of this
+        cluster.
+        """
         return {
             int(entry.name)
             for entry in Path("/proc").iterdir()
@@ -140,7 +148,9 @@ class Cluster:
         }
 
     def lose(self, node: str) -> None:
-        """What a power cut does: the node's slurmd, its job steps and all their processes are gone at once."""
+        """What a power cut does: the node's slurmd, its job steps and all their processes are gone
+        at once.
+        """
         label = f"slurmd-{node}"
         tasks = {
             int(entry.name)

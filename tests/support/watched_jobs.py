@@ -15,9 +15,11 @@ SCRIPT = Path(__file__).parent / "watched.py"
 
 @dataclass
 class Ended:
-    """`codes` and `errors` (stderr) by rank; `seconds` from the last step of any rank to the end of the last rank.
+    """`codes` and `errors` (stderr) by rank; `seconds` from the last step of any rank to the end of
+    the last rank.
 
-    `unit`: seconds from the start of this job to its first step, a measure of how busy the machine is.
+    `unit`: seconds from the start of this job to its first step, a measure of how busy the machine
+    is.
     """
 
     codes: list[int]
@@ -38,7 +40,9 @@ class Ended:
 
 
 class Job:
-    """The ranks of one job, ended in any case when the block is left. `rank_environments`: what each rank gets besides."""
+    """The ranks of one job, ended in any case when the block is left. `rank_environments`: what
+    each rank gets besides.
+    """
 
     def __init__(
         self,
@@ -69,7 +73,7 @@ class Job:
 
     @property
     def over(self) -> bool:
-        """Whether all ranks have ended; notes when the ranks made their first and their last step."""
+        """Whether all ranks have ended; notes when they made their first and their last step."""
         sizes = [len(self._output(rank)) for rank in range(self.world)]
         if sizes != self.sizes:
             self.sizes, self.moved = sizes, time.monotonic()

@@ -1,4 +1,6 @@
-"""One SLURM for all tests of its jobs: everything is submitted at once, awaited at once, and judged one by one."""
+"""One SLURM for all tests of its jobs: everything is submitted at once, awaited at once, and judged
+one by one.
+"""
 
 import os
 from collections.abc import Iterator
@@ -16,7 +18,8 @@ PARTITIONS = {
     # A job of these takes two whole nodes.
     "train": Nodes(tuple(f"t{number}" for number in range(1, 17))),
 }
-# A node that says nothing for 10 s is lost; a cancelled job has 20 s to save; an array has at most 5 tasks.
+# A node that says nothing for 10 s is lost; a cancelled job has 20 s to save; an array has at
+# most 5 tasks.
 SETTINGS = "SlurmdTimeout=10\nKillWait=20\nSlurmctldTimeout=10\nMaxArraySize=5"
 
 

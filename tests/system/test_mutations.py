@@ -1,4 +1,6 @@
-"""The table of faults: each can still be made, the short list is caught, and the tool cannot call a miss a catch."""
+"""The table of faults: each can still be made, the short list is caught, and the tool cannot call a
+miss a catch.
+"""
 
 import ast
 import importlib.util
@@ -33,7 +35,9 @@ QUICK = REQUIRED[:1]
 
 @pytest.mark.parametrize("mutation", tool.MUTATIONS, ids=lambda m: m.name.replace(" ", "-"))
 def test_each_mutation_can_be_made(mutation: Any) -> None:
-    """Catches a table left behind by the code: a text that is gone or doubled, a test that was renamed."""
+    """Catches a table left behind by the code: a text that is gone or doubled, a test that was
+    renamed.
+    """
     source = (ROOT / mutation.file).read_text(encoding="utf-8")
     assert source.count(mutation.old) == 1, (
         f"{mutation.file} has it {source.count(mutation.old)} times"
@@ -49,7 +53,9 @@ def test_each_mutation_can_be_made(mutation: Any) -> None:
 
 
 def test_names_are_unique_and_the_short_list_is_whole() -> None:
-    """Catches a fault dropped from the short list: it must stay with the five kinds that were asked for."""
+    """Catches a fault dropped from the short list: it must stay with the five kinds that were asked
+    for.
+    """
     names = [mutation.name for mutation in tool.MUTATIONS]
     assert len(set(names)) == len(names)
     text = " ".join(mutation.name for mutation in REQUIRED)
@@ -117,7 +123,9 @@ def mutation_of(old: str, new: str, test: str = "tests/test_toy.py::test_add") -
 def test_only_a_failing_test_is_a_catch(
     server: Any, repository: Path, old: str, new: str, test: str, caught: bool, detail: str
 ) -> None:
-    """Catches a tool that takes any non-zero exit for success: then a typo in the table would pass for proof."""
+    """Catches a tool that takes any non-zero exit for success: then a typo in the table would pass
+    for proof.
+    """
     before = (repository / "toy.py").read_text()
     limit = 6.0 if "hung" in detail else tool.LIMIT_SECONDS
     outcome = tool.check_mutation(

@@ -1,6 +1,7 @@
-"""A preparation's phases on a real SLURM: would catch jobs that the cluster refuses or that do not find
-their Python, a driver that submits twice, a failed task that leaves its successors queued, and a job that vanishes
-unnoticed."""
+"""A preparation's phases on a real SLURM: would catch jobs that the cluster refuses or that do not
+find their Python, a driver that submits twice, a failed task that leaves its successors queued, and
+a job that vanishes unnoticed.
+"""
 
 import hashlib
 import re
@@ -104,7 +105,9 @@ def job_names(cluster: Cluster, workspace: Workspace) -> list[str]:
 
 
 def of_two_nodes(cluster: Cluster, folder: Path) -> Scenario:
-    """One preparation to its end, on two nodes of two processors each, and then the same command again."""
+    """One preparation to its end, on two nodes of two processors each, and then the same command
+    again.
+    """
     workspace = toy_workspace(folder, seconds=1.0)
     first = driver(cluster, workspace, partition="pair")
     yield lambda: first.over
@@ -117,7 +120,9 @@ def of_two_nodes(cluster: Cluster, folder: Path) -> Scenario:
 
 @judges("both nodes")
 def test_both_nodes_do_the_tasks_once(outcome: Any) -> None:
-    """Catches jobs that are refused, do not find their Python, or run before the phase they need is complete."""
+    """Catches jobs that are refused, do not find their Python, or run before the phase they need is
+    complete.
+    """
     workspace, codes, said, before, after, logs = outcome
     assert codes == [0, 0], said + logs
     assert all_files_complete(workspace, PHASES) and start_counts(workspace) == dict.fromkeys(
@@ -197,7 +202,9 @@ def of_failure_without_driver(cluster: Cluster, folder: Path) -> Scenario:
 @pytest.mark.slow
 @judges("failure without a driver")
 def test_a_failure_without_a_driver_ends_the_phases_behind_it(outcome: Any) -> None:
-    """Catches phases that wait for ever for one that failed, and a start that takes them for its own."""
+    """Catches phases that wait for ever for one that failed, and a start that takes them for its
+    own.
+    """
     workspace, code, said = outcome
     assert code == 0, said
     assert all_files_complete(workspace, PHASES)
@@ -284,7 +291,9 @@ def of_large_array(cluster: Cluster, folder: Path) -> Scenario:
 @pytest.mark.slow
 @judges("large array")
 def test_an_array_larger_than_the_cluster_allows_is_cut(outcome: Any) -> None:
-    """Catches a phase whose later arrays are not waited for, and a cluster's limit that is not asked for."""
+    """Catches a phase whose later arrays are not waited for, and a cluster's limit that is not
+    asked for.
+    """
     workspace, code, said = outcome
     phases = toy_phases(2 * FIRST, LAST)
     assert code == 0, said
@@ -320,7 +329,9 @@ def of_demo(cluster: Cluster, folder: Path) -> Scenario:
 @pytest.mark.slow
 @judges("demo")
 def test_the_demo_recipe_on_two_nodes_gives_the_bytes_of_one_process(outcome: Any) -> None:
-    """The real preparation, on SLURM by one key of the recipe, killed once on its way: the same sha256 of every file."""
+    """The real preparation, on SLURM by one key of the recipe, killed once on its way: the same
+    sha256 of every file.
+    """
     folder, code, said = outcome
     assert code == 0, said
     assert "submitted earlier" in said

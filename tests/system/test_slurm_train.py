@@ -1,6 +1,7 @@
-"""scripts/pretrain.sbatch on a real SLURM of two nodes: would catch a job that dies of the signal that should save it, that is
-not requeued, that trains on with fewer nodes, or that does not end at the bits of a run which nobody disturbed; and, without a
-SLURM, one that is started again for ever."""
+"""scripts/pretrain.sbatch on a real SLURM of two nodes: would catch a job that dies of the signal
+that should save it, that is not requeued, that trains on with fewer nodes, or that does not end at
+the bits of a run which nobody disturbed; and, without a SLURM, one that is started again for ever.
+"""
 
 import json
 import os
@@ -24,7 +25,9 @@ from tests.support.tiny_corpus import ROOT, config_tree, make_corpus, write_yaml
 CHUNKS = 16
 STEPS = 5 * CHUNKS
 UNHURRIED = ";".join(f"step.done@step={step}:sleep=0.2" for step in range(10, STEPS))
-"""Steps that are slow enough to be disturbed where the tests would have it, however busy the machine is."""
+"""Steps that are slow enough to be disturbed where the tests would have it, however busy the
+machine is.
+"""
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 
 
@@ -170,7 +173,9 @@ def of_cancelled(cluster: Cluster, folder: Path) -> Scenario:
 def test_a_cancelled_job_has_saved_and_the_next_one_goes_on(
     outcome: Any, outcomes: dict[str, Any]
 ) -> None:
-    """Catches a SIGTERM of the whole job that the launcher dies of, and a cancelled job that comes back by itself."""
+    """Catches a SIGTERM of the whole job that the launcher dies of, and a cancelled job that comes
+    back by itself.
+    """
     run, state, (saved, last), again, restarts = outcome
     assert state == "CANCELLED", run.told()
     assert 10 <= saved == last < STEPS
@@ -215,7 +220,9 @@ def of_crash(cluster: Cluster, folder: Path) -> Scenario:
 
 @judges("crash")
 def test_a_crash_is_started_again_in_place(outcome: Any, outcomes: dict[str, Any]) -> None:
-    """Catches a process that dies and takes the job with it, or leaves the other node's processes behind."""
+    """Catches a process that dies and takes the job with it, or leaves the other node's processes
+    behind.
+    """
     run, facts = outcome
     assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "0"), run.told()
     assert "crash 1; start again in 1 s" in run.output.read_text()
@@ -241,7 +248,9 @@ def of_mistake(name: str, cluster: Cluster, folder: Path) -> Scenario:
 def test_mistakes_are_told_at_once_and_not_tried_again(
     outcome: Any, request: pytest.FixtureRequest
 ) -> None:
-    """Catches a start that waits for ever for a node that has no address, and a wrong config that is tried again."""
+    """Catches a start that waits for ever for a node that has no address, and a wrong config that
+    is tried again.
+    """
     run, facts = outcome
     end = (facts["JobState"], facts["ExitCode"], facts["Restarts"])
     assert end == ("FAILED", "2:0", "0"), run.told()
@@ -256,7 +265,9 @@ def test_mistakes_are_told_at_once_and_not_tried_again(
 
 
 def of_asked(cluster: Cluster, folder: Path) -> Scenario:
-    """What `slurm_job_ended` answers of a held, a running, a suspended, a cancelled and an unknown job."""
+    """What `slurm_job_ended` answers of a held, a running, a suspended, a cancelled and an unknown
+    job.
+    """
 
     def asked(job: str) -> bool | None:
         with pytest.MonkeyPatch.context() as patch:
@@ -301,7 +312,9 @@ CLOCK = 'kill() { SECONDS=$((began + LASTS)); builtin kill "$@"; }'
 
 @pytest.mark.parametrize(("lasts", "starts"), [(5, 6), (3600, 6), (7 * 3600, 51)])
 def test_starts_that_crash_come_to_an_end(tmp_path: Path, lasts: int, starts: int) -> None:
-    """Also where each hangs for an hour before; a run that gets far each time is started again more often."""
+    """Also where each hangs for an hour before; a run that gets far each time is started again more
+    often.
+    """
     (tmp_path / "clock").write_text(CLOCK)
     for name, body in {
         "srun": "exit 1",

@@ -1,22 +1,30 @@
-"""Fork server: a warm process that forks the processes of runs, each a real process that a real SIGKILL ends.
+"""Fork server: a warm process that forks the processes of runs in milliseconds.
 
-    python tools/fault_tests/forkserver.py [MODULE ...]    orders on stdin, news on stdout, one JSON object a line
+Each is a real process, which a real SIGKILL ends.
 
-- Importing torch and the trainer takes seconds, a fork of what is imported milliseconds. The fault tests restart a run
-  a thousand times in minutes; the test suite starts its processes here too.
-- MODULEs are imported before the first fork; without any, those that a rank of a training run needs.
-- The fork is safe because the server has one thread, no socket and no random state in use; else it refuses to serve.
-- A child that ends by itself joins its threads, runs its exit functions and leaves. It does not take down all modules
-  one by one, which would copy the heap of the server (0.5 to 3 s); processes under a launcher do.
+    python tools/fault_tests/forkserver.py [MODULE ...]
+
+Orders come on stdin, news go to stdout, one JSON object a line.
+
+- Importing torch and the trainer takes seconds, a fork of what is imported milliseconds. The fault
+  tests restart a run a thousand times in minutes; the test suite starts its processes here too.
+- MODULEs are imported before the first fork; without any, those that a rank of a training run
+  needs.
+- The fork is safe because the server has one thread, no socket and no random state in use; else it
+  refuses to serve.
+- A child that ends by itself joins its threads, runs its exit functions and leaves. It does not
+  take down all modules one by one, which would copy the heap of the server (0.5 to 3 s); processes
+  under a launcher do.
 - A server can be forked off a process that is warm itself, see `fork_server`.
 
-Alternatives considered: pools of workers that live on after a job. What a kill leaves behind in a process cannot be
-seen in one that is never killed.
+Alternatives considered: pools of workers that live on after a job. What a kill leaves behind in a
+process cannot be seen in one that is never killed.
 
-Order: {"job", "folder", "ranks": [{"rank", "command", "environment", "replace", "stdout", "stderr"}]}. A command is what
-follows `python` on a command line (`-m MODULE`, `-c TEXT` or a script, then arguments), or `MODULE:FUNCTION` to call a
-function with the list of arguments. `replace` makes the environment the whole environment, not an addition.
-News: {"job", "pids"}, then for each rank {"job", "rank", "status", "at"}: the wait status and CLOCK_MONOTONIC at its end.
+Order: {"job", "folder", "ranks": [{"rank", "command", "environment", "replace", "stdout",
+"stderr"}]}. A command is what follows `python` on a command line (`-m MODULE`, `-c TEXT` or a
+script, then arguments), or `MODULE:FUNCTION` to call a function with the list of arguments.
+`replace` makes the environment the whole environment, not an addition. News: {"job", "pids"}, then
+for each rank {"job", "rank", "status", "at"}: the wait status and CLOCK_MONOTONIC at its end.
 """
 
 import atexit
@@ -46,13 +54,18 @@ MODULES = (
 )  # fmt: skip
 """What a rank imports, and what it imports later on its way."""
 INHERITED = "FAULT_RUN_FORKSERVER"
-"""Set by `fork_server` for the process that holds the other ends of the server's pipes: their descriptors and the pid."""
+"""Set by `fork_server` for the process that holds the other ends of the server's pipes: their
+descriptors and the pid.
+"""
 NESTED = "FAULT_RUN_NESTED"
-"""Set in an order: the child forks a server off itself before it does anything else, and inherits its pipes."""
+"""Set in an order: the child forks a server off itself before it does anything else, and inherits
+its pipes.
+"""
 TRACE, PATCH, NETWORK = "FAULT_RUN_TRACE", "FAULT_RUN_PATCH", "FAULT_RUN_NETNS"
 CLONE_NEWNET = 0x40000000
 MEET_SECONDS = 1.0
-"""Not more: a rank 0 that refuses to start never listens, and one in another network is not seen."""
+"""Not more: a rank 0 that refuses to start never listens, and one in another network is not seen.
+"""
 
 
 def warm(modules: Sequence[str]) -> None:
@@ -69,9 +82,11 @@ def warm(modules: Sequence[str]) -> None:
 
 
 def fork_server(modules: Sequence[str] = MODULES) -> str:
-    """Fork a server off this process, which must have one thread; the value of `INHERITED` for those who use it.
+    """Fork a server off this process, which must have one thread; the value of `INHERITED` for
+    those who use it.
 
-    It imports its modules when the first order comes: a process that never sends one does not pay for them.
+    It imports its modules when the first order comes: a process that never sends one does not pay
+    for them.
     """
     orders, to_server = os.pipe()
     from_server, news = os.pipe()
@@ -100,7 +115,9 @@ def die_with(parent: int) -> None:
 
 
 def serve() -> dict[str, Any] | None:
-    """Fork and reap until stdin ends; returns the order of a rank in the forked child, None in the server."""
+    """Fork and reap until stdin ends; returns the order of a rank in the forked child, None in the
+    server.
+    """
     news = os.dup(1)
     read_end, write_end = os.pipe()
     os.set_blocking(write_end, False)
@@ -200,7 +217,9 @@ def become(order: dict[str, Any]) -> int:
 
 
 def run(command: Sequence[str]) -> int:
-    """What `python COMMAND` would do, in this process, or call the function that `MODULE:FUNCTION` names."""
+    """What `python COMMAND` would do, in this process, or call the function that `MODULE:FUNCTION`
+    names.
+    """
     first, *rest = command
     module, _, function = first.partition(":")
     if function:
@@ -243,14 +262,17 @@ def leave(code: int) -> None:
 
 
 def patch(name: str) -> None:
-    """Break the code on purpose (`module:function` of a file beside this one), so that the runner can be seen to fail."""
+    """Break the code on purpose (`module:function` of a file beside this one), so that the runner
+    can be seen to fail.
+    """
     if name:
         module, _, function = name.partition(":")
         getattr(importlib.import_module(module), function)()
 
 
 def trace(path: str, rank: int) -> None:
-    """Write each fault point this rank comes to into the file at `path`, one write each: what a kill cannot take back.
+    """Write each fault point this rank comes to into the file at `path`, one write each: what a
+    kill cannot take back.
 
     A fault that strikes is a line of its own, `!POINT:ACTION`, written before it does.
     """
@@ -277,7 +299,9 @@ def trace(path: str, rank: int) -> None:
 
 
 def meet(port: int) -> None:
-    """Let this rank look for rank 0 when it listens: torch, when it comes first, waits for up to a second to ask again."""
+    """Let this rank look for rank 0 when it listens: torch, when it comes first, waits for up to a
+    second to ask again.
+    """
     trainer: Any = importlib.import_module("k2train.train.trainer")
     start = trainer.start_process_group
 

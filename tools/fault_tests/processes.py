@@ -1,4 +1,5 @@
-"""Jobs of a fork server, seen from outside: start processes, wait with a bound, signal them, look for what they left behind.
+"""Jobs of a fork server, seen from outside: start processes, wait with a bound, signal them, look
+for what they left behind.
 
 No torch here: the tool that judges must not share a fault with what it judges.
 """
@@ -94,7 +95,8 @@ class Job:
 class ForkServer:
     """A context manager around the warm process; `start` a job, `wait` for it.
 
-    `modules` are imported by the server before it forks; without any, those of a rank of a training run.
+    `modules` are imported by the server before it forks; without any, those of a rank of a training
+    run.
     """
 
     def __init__(self, scratch: Path, modules: Sequence[str] = ()):
@@ -184,9 +186,11 @@ class ForkServer:
         merged: bool = False,
         own: Sequence[Mapping[str, str]] = (),
     ) -> Job:
-        """Fork one process a command (see `forkserver`), with this environment and what it gets of its `own`.
+        """Fork one process a command (see `forkserver`), with this environment and what it gets of
+        its `own`.
 
-        `launched`: they are the ranks of one job, as a launcher starts them. `merged`: stdout holds stderr too.
+        `launched`: they are the ranks of one job, as a launcher starts them. `merged`: stdout holds
+        stderr too.
         """
         world = {"WORLD_SIZE": str(len(commands))} if launched else {}
         variables = [{**environment, **world, **one} for one in own or [{}] * len(commands)]
@@ -244,9 +248,11 @@ class ForkServer:
     def wait_as_launcher(
         self, job: Job, seconds: float, grace: float, patience: float | None = None
     ) -> str:
-        """Wait; when a rank has ended badly and others have not within `grace`, end those as a launcher does.
+        """Wait; when a rank has ended badly and others have not within `grace`, end those as a
+        launcher does.
 
-        `patience`: how long they have to end when asked to, `grace` if not given. Returns what had to be done: "" when all ended by themselves.
+        `patience`: how long they have to end when asked to, `grace` if not given. Returns what had
+        to be done: "" when all ended by themselves.
         """
         deadline = time.monotonic() + seconds
         while not job.over:
@@ -276,7 +282,9 @@ class ForkServer:
         self.wait(job, 30)
 
     def left_behind(self, job: Job) -> list[str]:
-        """Processes of the job's group or below the server that live after it, and its port if it is still listened to."""
+        """Processes of the job's group or below the server that live after it, and its port if it
+        is still listened to.
+        """
         found = [
             f"process {pid} ({what}) lives on"
             for pid, what in processes_of(job.pids[0], self.pid, self._live())
