@@ -129,7 +129,7 @@ def test_both_nodes_do_the_tasks_once(outcome: Any) -> None:
         ALL, 1
     )
     assert in_order(workspace, PHASES)
-    nodes = {path.read_text().split()[0] for path in (workspace.folder / "start_counts").iterdir()}
+    nodes = {path.read_text().split()[0] for path in (workspace.folder / "begun").iterdir()}
     assert nodes == {"p1", "p2"}
     assert re.search(r"^one: SLURM job \d+, its output in .*/logs/one/slurm$", said, re.MULTILINE)
     assert said.splitlines()[-1].startswith("three: 2 tasks in ")
