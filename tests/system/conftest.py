@@ -41,7 +41,7 @@ def outcomes(
     modules: dict[str, ModuleType] = {
         item.module.__name__: item.module  # type: ignore[attr-defined]
         for item in request.session.items
-        if "outcome" in getattr(item, "fixturenames", ())
+        if {"outcome", "cluster"} <= set(getattr(item, "fixturenames", ()))
     }
     started = {}
     for module in modules.values():
