@@ -27,6 +27,7 @@ from tests.support.tiny_corpus import (
     ROWS,
     SEQUENCE,
     VOCAB,
+    cold_train,
     config_tree,
     environment,
     kept_of,
@@ -330,7 +331,7 @@ def test_torchrun_tells_once(tmp_path: Path, data: Path) -> None:
         (["parallel.tensor=2", "parallel.pipeline=4"], "world size (4)"),
         ([], "chunk_001"),
     ):
-        done = train(case.path, *overrides, processes=4)
+        done = cold_train(case.path, *overrides, processes=4)
         messages = [line for line in done.stderr.splitlines() if "k2train:" in line]
         assert len(messages) == 1 and words in messages[0], done.stderr
         assert done.returncode != 0 and not case.runs.exists()

@@ -33,6 +33,7 @@ from tests.support.tiny_corpus import (
     GLOBAL,
     ROOT,
     STEPS_PER_CHUNK,
+    cold_train,
     config_tree,
     environment,
     kept_of,
@@ -153,7 +154,7 @@ def test_torchrun_leaves_the_same_record(base: Path, plain: dict[str, Any]) -> N
     to the same bits.
     """
     path = write_yaml(base / "pipeline.yaml", tree(base, "pipeline", parallel__pipeline=2))
-    done = train(path, "batch.micro_sequences=1", processes=2)
+    done = cold_train(path, "batch.micro_sequences=1", processes=2)
     assert done.returncode == 0, done.stderr
     assert_record(base / "runs" / "pipeline", done, path, 2 * STEPS_PER_CHUNK)
     losses = [
@@ -603,7 +604,7 @@ def test_a_held_directory_ends_all_ranks_at_once(tmp_path: Path) -> None:
         config_tree(tmp_path / "data" / "manifest.json", tmp_path / "runs", "held"),
     )
     with RunLock(tmp_path / "runs" / "held"):
-        done = train(path, processes=2)
+        done = cold_train(path, processes=2)
     messages = [line for line in done.stderr.splitlines() if line.startswith("k2train:")]
     assert len(messages) == 1 and "held by a live run" in messages[0]
     assert KILLED not in done.stderr
