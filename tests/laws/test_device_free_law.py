@@ -9,6 +9,7 @@ import os
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -474,10 +475,13 @@ def test_a_run_directory_that_another_run_holds(tmp_path: Path, data: Path) -> N
     """The second start names the holder; the first continues undisturbed."""
     shutil.copytree(data, tmp_path / "data")
     case = Case(tmp_path, tmp_path / "data")
-    process = start(case.path)
+    process = start(case.path, K2TRAIN_FAULTS="step.done@nth=1:sleep=5")
     try:
-        wait_for(case.runs / "bad" / "run.lock", process)
+        wait_for(case.runs / "bad" / "metrics.jsonl", process)
+        # Stopped, it holds the directory for as long as the second one takes to look.
+        process.send_signal(signal.SIGSTOP)
         lines = lines_without_torch(case.path)
+        process.send_signal(signal.SIGCONT)
         assert len(lines) == 1 and f"held by a live run: pid {process.pid}" in lines[0]
         assert process.poll() is None, "the first run ended too early to show anything"
         output, _ = process.communicate(timeout=120)

@@ -108,9 +108,9 @@ def train(
     return forkserver.run([*TRAIN, *arguments], environment(**variables), processes=processes)
 
 
-def start(*arguments: Any, processes: int = 1) -> forkserver.Process:
+def start(*arguments: Any, processes: int = 1, **variables: str) -> forkserver.Process:
     """Start the command line warm; the caller ends it with `kill_all` or waits."""
-    return forkserver.start([*TRAIN, *arguments], environment(), processes=processes)
+    return forkserver.start([*TRAIN, *arguments], environment(**variables), processes=processes)
 
 
 def cold_command(arguments: Sequence[Any], processes: int = 1) -> list[str]:

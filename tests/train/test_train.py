@@ -570,7 +570,9 @@ def test_a_chunk_damaged_in_the_middle_of_a_run(tmp_path: Path) -> None:
         tmp_path / "c.yaml",
         config_tree(tmp_path / "data" / "manifest.json", tmp_path / "runs", "hurt"),
     )
-    process = start(path, "batch.micro_sequences=6", processes=2)
+    # Held at its second step, so that the chunk is damaged before a busy machine comes to it.
+    held = {"K2TRAIN_FAULTS": "step.done@step=2:sleep=5"}
+    process = start(path, "batch.micro_sequences=6", processes=2, **held)
     try:
         wait_for(tmp_path / "runs" / "hurt" / "checkpoints" / "ckpt_000", process)
         chunk = tmp_path / "data" / "chunk_003.npy"
