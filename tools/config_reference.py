@@ -4,7 +4,8 @@
 
 - Replaces everything between `<!-- keys: SECTION -->` and `<!-- end of keys -->` in `docs/*.md`.
 - Type, bounds and default come from the schema, the unit from the key's name.
-- The meaning of a config key is its comment in `configs/demo/stage1.yaml`; that of a recipe key stands below.
+- The meaning of a config key is its comment in `configs/demo/stage1.yaml`.
+- The meaning of a recipe key is in `RECIPE_MEANINGS`.
 - `--check` writes nothing and names the documents that are out of date.
 
 Exit codes: 0 done; 1 a document is out of date (`--check`); 2 a key without a meaning.
@@ -107,21 +108,32 @@ RECIPE_MEANINGS = {
     "recipe": {
         "name": "name of the data, kept in the manifest",
         "output": "the data folder to make",
-        "work": "folder for intermediate files, as large as the data, removed at the end; default `<output>.work`",
+        "work": (
+            "folder for intermediate files, as large as the data, removed at the end; "
+            "default `<output>.work`"
+        ),
         "seed": "decides the order of documents and samples",
         "sequence_length": "length of a sample",
         "chunks": "number of chunk files, and so of numbered checkpoints",
-        "rows_per_chunk": "fixed size of a chunk; the subsets are scaled to it. Left out: all text is used",
+        "rows_per_chunk": (
+            "fixed size of a chunk; the subsets are scaled to it. Left out: all text is used"
+        ),
         "tokenizer": "the tokenizer, see below",
         "subsets": "subsets by name, see below",
-        "held_out": "part for evaluation, of documents that no chunk has, see below; left out: none",
+        "held_out": (
+            "part for evaluation, of documents that no chunk has, see below; left out: none"
+        ),
         "document_borders": "write where documents begin, for `data.cross_documents: block`",
-        "max_rejected_share": "a subset with a larger share of broken documents stops the preparation",
+        "max_rejected_share": (
+            "a subset with a larger share of broken documents stops the preparation"
+        ),
         "executor": "who does the work, see below",
     },
     "recipe tokenizer": {
         "model": "sentencepiece model file",
-        "train": "how to train it if the file does not exist, see below; left out: the file must exist",
+        "train": (
+            "how to train it if the file does not exist, see below; left out: the file must exist"
+        ),
         "specials": "special tokens; their ids follow the pieces, and text never turns into them",
     },
     "recipe tokenizer.train": {
@@ -129,15 +141,29 @@ RECIPE_MEANINGS = {
         "max_bytes": "train on a sample of the documents if they are larger",
     },
     "recipe subset": {
-        "kind": "format of the files; the `stdlib_` kinds read Python's own library and need no `paths`",
-        "paths": "patterns of files, such as `corpus/web/*.jsonl.zst`; jsonl may be plain, `.gz` or `.zst`",
-        "origin": "name of the files in the record; left out: the folder in front of the first wildcard",
+        "kind": (
+            "format of the files; the `stdlib_` kinds read Python's own library and need no `paths`"
+        ),
+        "paths": (
+            "patterns of files, such as `corpus/web/*.jsonl.zst`; jsonl may be plain, `.gz` "
+            "or `.zst`"
+        ),
+        "origin": (
+            "name of the files in the record; left out: the folder in front of the first wildcard"
+        ),
         "text_key": "key or column of the text",
         "id_key": "key or column of a document's name; left out: its line number",
-        "share": "part of the files' content this data folder may use; folders with disjoint shares share no text",
-        "documents": "part of the documents in the share, drawn by the seed; for subsets over the same files",
+        "share": (
+            "part of the files' content this data folder may use; folders with disjoint "
+            "shares share no text"
+        ),
+        "documents": (
+            "part of the documents in the share, drawn by the seed; for subsets over the same files"
+        ),
         "split_by": "cut `share` by `document` or by whole file (`source`)",
-        "repeat": "how often the documents are used, each time in another order; 0.5 is one half of them",
+        "repeat": (
+            "how often the documents are used, each time in another order; 0.5 is one half of them"
+        ),
         "fill_in_the_middle": "share of the documents to rearrange, see below",
         "min_characters": "leave out shorter documents",
         "drop_duplicates": "leave out texts that occurred before",
@@ -154,7 +180,9 @@ RECIPE_MEANINGS = {
         "share": "this share of each subset",
     },
     "recipe executor": {
-        "kind": "processes of this machine, SLURM jobs, or a Ray cluster; the result has the same bytes",
+        "kind": (
+            "processes of this machine, SLURM jobs, or a Ray cluster; the result has the same bytes"
+        ),
         "workers": "tasks at once; left out: the cores of this machine, on SLURM and Ray 64",
         "task_bytes": "documents read by one task, or one file if that is larger",
         "run_tokens": "tokens one task holds in memory",
@@ -168,7 +196,10 @@ RECIPE_MEANINGS = {
 
 
 def tables(example: str) -> dict[str, str]:
-    """The Markdown table of every section and of every part of a recipe. Raises KeyError for a key without meaning."""
+    """The Markdown table of every section and of every part of a recipe.
+
+    Raises KeyError for a key without a meaning.
+    """
     comments = _comments(example)
     found = {}
     for section, kind in sections().items():

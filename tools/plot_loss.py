@@ -3,7 +3,7 @@
     python tools/plot_loss.py RUN_DIRECTORY [RUN_DIRECTORY ...] --svg FILE
 
 - A line is the training loss of every step, a dot the held-out loss of a checkpoint.
-- Runs are drawn one after another by consumed tokens, so that the stages of a model make one picture.
+- Runs follow one another on the axis of consumed tokens: the stages of a model in one picture.
 - Where a step was done twice, the latest attempt is drawn.
 - Needs no torch and no plotting library: it works on a login node while the run goes on.
 - Alternatives considered: matplotlib, a large dependency for one curve.
@@ -42,13 +42,17 @@ class Curve(NamedTuple):
 
 
 def curve_of(directory: Path, tokens_before: float = 0.0) -> Curve:
-    """The curve of a run, its tokens counted on from `tokens_before`. Raises RunError when it has no steps."""
+    """The curve of a run, its tokens counted on from `tokens_before`.
+
+    Raises RunError when it has no steps.
+    """
     metrics = directory / "metrics.jsonl"
     rows = latest(metrics) if metrics.exists() else []
     training = _finite([(tokens_before + row["consumed_tokens"], row["loss"]) for row in rows])
     if not training:
         raise RunError(
-            f"{directory}: no step is on record in metrics.jsonl; give the directory of a run that trained"
+            f"{directory}: no step is on record in metrics.jsonl; "
+            "give the directory of a run that trained"
         )
     saved = [
         event
@@ -99,7 +103,8 @@ def svg(curves: Sequence[Curve]) -> str:
         for point in curve.held_out:
             x, y = at(point)
             body.append(
-                f'<circle cx="{x}" cy="{y}" r="4" style="fill: {color}"><title>{point[1]:.4f}</title></circle>'
+                f'<circle cx="{x}" cy="{y}" r="4" style="fill: {color}">'
+                f"<title>{point[1]:.4f}</title></circle>"
             )
         body.append(f'<text x="{left}" y="18" style="fill: {color}">{escape(curve.name)}</text>')
         left += 20 + 8 * len(curve.name)
@@ -107,7 +112,8 @@ def svg(curves: Sequence[Curve]) -> str:
         f'<text x="{left}" y="18">line: training loss, dots: held-out loss (nat a token)</text>'
     )
 
-    return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}">
+    size = f'viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}"'
+    return f"""<svg xmlns="http://www.w3.org/2000/svg" {size}>
 <style>text {{ font: 12px sans-serif; fill: #111; }} polyline {{ fill: none; stroke-width: 1.5; }}
 circle {{ stroke: white; }} .grid {{ stroke: #ddd; }}</style>
 <rect width="{WIDTH}" height="{HEIGHT}" style="fill: white"/>

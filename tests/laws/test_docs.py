@@ -1,7 +1,7 @@
 """The documents against the project: file tree, links, examples, and every command that they show.
 
 - A stranger has nothing but `README.md` and `docs/`, so what they say is tested like code.
-- Each line of each ```bash block is run, most of them in a clone after a quickstart with stages of one chunk.
+- Each line of each ```bash block is run, most of them in a clone after a small quickstart.
 - A command that stands in several pages is run once.
 """
 
@@ -35,7 +35,9 @@ SMALL = ["data.order=[0]", "model.num_layers=2", "data.held_out_batches=1"]
 
 FAST = {
     "python -m k2train.train configs/demo/stage1.yaml lr.peak=1e-3 --explain": "lr.peak",
-    "python tools/plan.py configs/demo/stage1.yaml --world 4 parallel.pipeline=4": "world 4 = pipeline 4",
+    "python tools/plan.py configs/demo/stage1.yaml --world 4 parallel.pipeline=4": (
+        "world 4 = pipeline 4"
+    ),
     "python tools/plan.py configs/k2_65b/stage1.yaml --world 480": "65,286,184,960 parameters",
     "python tools/fault_run.py --list": "save.renamed",
     "python tools/mutation_check.py --list": "| mutation | caught by |",
@@ -109,7 +111,7 @@ ELSEWHERE = {
     "bash scripts/quickstart.sh": "the fixture `road`, and test_scripts",
     "bash scripts/setup.sh data": "the fixture `road`, and test_scripts",
     "bash scripts/test.sh": "test_scripts; it is what runs this file",
-    "source .venv/bin/activate": "`shell` puts the interpreter of these tests first, which is what it does",
+    "source .venv/bin/activate": "`shell` puts the interpreter of these tests first",
     TWO_NODES: "test_two_nodes_meet, with two nodes",
     "sbatch --nodes=60 --gpus-per-node=8 scripts/pretrain.sbatch configs/k2_65b/stage1.yaml": (
         "test_slurm_train, on two nodes"
@@ -323,7 +325,7 @@ class Road:
 
 @pytest.fixture(scope="module")
 def road(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Road]:
-    """Stopped after two steps, started again and finished: what the other tests of this file look at."""
+    """A quickstart stopped after two steps, started again and finished."""
     made = Road(tmp_path_factory.mktemp("road"))
     stopped = made.quickstart("run.stop_after_steps=2")
     assert stopped.returncode == 75, stopped.stderr[-2000:]
@@ -378,7 +380,7 @@ def run_all(steps: list[tuple[str, int, str]], road: Road) -> None:
 
 @pytest.mark.slow
 def test_two_nodes_meet(road: Road) -> None:
-    """Catches a cluster command with which the nodes do not find each other, or each train alone."""
+    """Catches a cluster command with which nodes do not meet, or each train alone."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

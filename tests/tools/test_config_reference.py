@@ -1,4 +1,4 @@
-"""The tables of keys in the documents: would catch a stale table, a key without a meaning, and a wrong type or default."""
+"""The tables of keys: a stale table, a key without a meaning, a wrong type or default."""
 
 import sys
 from pathlib import Path
@@ -70,7 +70,7 @@ def test_rows_by_hand(section: str, key: str, cells: list[str]) -> None:
 
 
 def test_choices_are_shown_once() -> None:
-    """Catches the list of values repeated in the meaning, and a meaning cut at a colon of its own."""
+    """Catches values listed twice, and a meaning cut at a colon of its own."""
     assert row_of("kernels", "elementwise")[3] == "rotary positions and SwiGLU"
     assert row_of("data", "cross_documents")[3].startswith("attend: ")
 

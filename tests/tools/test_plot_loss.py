@@ -1,4 +1,4 @@
-"""The loss curve: would catch a point in the wrong place, a repeated step drawn twice, and a traceback for a mistake."""
+"""The loss curve: a point in the wrong place, a step drawn twice, a traceback for a mistake."""
 
 import math
 import re
