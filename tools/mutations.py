@@ -1,4 +1,4 @@
-"""The faults of `mutation_check.py`, written by hand: each one that training code has shipped with, or could."""
+"""The hand-written faults of `mutation_check.py`: training code has shipped with each, or could."""
 
 from dataclasses import dataclass
 
@@ -268,7 +268,8 @@ MUTATIONS = (
         "backwards in reversed order",
         "k2train/plan/schedule.py",
         "            for microbatch in range(num_microbatches)\n        )\n",
-        "            for microbatch in range(num_microbatches)[:: 1 if op == 'F' else -1]\n        )\n",
+        "            for microbatch in range(num_microbatches)"
+        "[:: 1 if op == 'F' else -1]\n        )\n",
         "tests/parallel/test_pipeline.py::test_every_schedule_gives_the_bits_of_a_plain_loop[1]",
     ),
     Mutation(
@@ -402,13 +403,16 @@ MUTATIONS = (
         "k2train/train/monitor.py",
         "problem = self._guard.problem(shards)",
         "problem = None",
-        "tests/train/test_monitor.py::test_a_bit_that_flips_stops_the_run[layout3-moment@rank=1@step=6:flip=head.weight.exp_avg_sq-head.weight.exp_avg_sq on rank 1 changed]",
+        "tests/train/test_monitor.py::test_a_bit_that_flips_stops_the_run"
+        "[layout3-moment@rank=1@step=6:flip=head.weight.exp_avg_sq"
+        "-head.weight.exp_avg_sq on rank 1 changed]",
     ),
     Mutation(
         "silent damage: copies of weights are not compared",
         "k2train/train/monitor.py",
         "problem = self._replicas.problem(shards)",
         "problem = None",
-        "tests/train/test_monitor.py::test_a_bit_that_flips_stops_the_run[layout1-weight@rank=0@step=6:flip=norm.weight-weights of norm.weight on rank 0]",
+        "tests/train/test_monitor.py::test_a_bit_that_flips_stops_the_run"
+        "[layout1-weight@rank=0@step=6:flip=norm.weight-weights of norm.weight on rank 0]",
     ),
 )

@@ -104,7 +104,7 @@ Agent._shutdown.__defaults__ = (signal.SIGTERM, 3600)
 from k2train.launch.__main__ import main
 sys.exit(main())
 """
-"""The launcher over a torchrun that gives processes an hour to end and not 30 seconds: whoever leaves it to torchrun hangs."""
+"""The launcher over a torchrun that waits an hour for processes, not 30 s: relying on it hangs."""
 
 
 def launch(
@@ -220,7 +220,8 @@ def test_processes_end_when_their_launcher_is_killed(tmp_path: Path) -> None:
         for pid in both:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-    # Linux sends the signal once for every thread of the launcher that was the parent when it ended: at least once.
+    # Linux sends the signal once for every thread of the launcher that was the parent when it
+    # ended: at least once.
     assert [set((tmp_path / f"heard_{rank}").read_text().split()) for rank in range(2)] == [
         {"SIGTERM"}
     ] * 2

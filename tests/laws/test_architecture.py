@@ -1,7 +1,7 @@
 """The house rules, read off the source: who may import whom, and what no file may hold.
 
-They are tests because a rule that only stands in a document is broken by the third change. Every rule lists the places
-it allows; loosening one means changing this file, in the open.
+They are tests because a rule that is only in a document is broken by the third change. Every rule
+lists the places it allows; loosening one means changing this file, in the open.
 """
 
 import ast
@@ -47,7 +47,10 @@ INNER_ROOMS = {
     "data/prepare": ("", "sources", "encode", "allocate", "write", "run", "k2_format"),
     "model": ("kernels", ""),
 }
-"""The rooms inside a room, lowest first; "" is the room's own modules. An import goes to a lower one."""
+"""The rooms inside a room, lowest first; "" is the room's own modules.
+
+An import goes to a lower one.
+"""
 
 TORCH_FREE = [
     *(ROOT / "k2train" / f"{name}.py" for name in sorted(BASE)),
@@ -94,7 +97,10 @@ def name_of(path: Path) -> str:
 
 
 def imports_of(path: Path) -> Iterator[tuple[int, str]]:
-    """(line, dotted module) of every import, wherever in the file; `from a import b` counts as `a` and as `a.b`."""
+    """(line, dotted module) of every import, wherever in the file.
+
+    `from a import b` counts as `a` and as `a.b`.
+    """
     for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
@@ -135,12 +141,12 @@ def test_every_part_is_known() -> None:
 
 
 def test_imports_run_one_way() -> None:
-    """Catches a knot: a layer that imports one above it, a third-layer folder that knows another, a user of train."""
+    """Catches an import that goes up a floor, to another room of the same floor, or to train."""
     assert [line for path in PACKAGE for line in wrong_direction(path)] == []
 
 
 def inner_room_of(outer: str, dotted: str) -> str | None:
-    """The room inside `outer` that holds a module or name; None when it is not in `outer` at all."""
+    """The room inside `outer` that holds a module or name; None when it is not in `outer`."""
     inside = f"k2train.{outer.replace('/', '.')}."
     if not dotted.startswith(inside):
         return None
@@ -166,7 +172,7 @@ def test_inner_rooms_import_downwards(outer: str) -> None:
 
 
 def test_nothing_imports_a_program() -> None:
-    """Catches a room that imports the trainer or the launcher's supervisor, and with it all that these import."""
+    """Catches a room that imports the trainer or the launcher's supervisor, and all they import."""
     found = [
         f"{name_of(path)}:{line}: {module}"
         for path in PACKAGE
@@ -179,7 +185,7 @@ def test_nothing_imports_a_program() -> None:
 
 
 def test_nothing_imports_the_command_line() -> None:
-    """Catches a tool that grows on the command line, whose import would then have to stay as it is."""
+    """Catches a tool that imports the command line, whose names would then have to stay."""
     found = [
         name_of(path)
         for path in SOURCE
@@ -225,8 +231,11 @@ def test_what_answers_before_the_devices_never_names_torch() -> None:
     ids=name_of,
 )
 def test_the_command_line_and_the_tools_load_no_torch(path: Path) -> None:
-    """Catches what reading imports one file at a time cannot: torch that comes in through another package."""
-    program = f"import runpy, sys; runpy.run_path({str(path)!r}, run_name='imported'); assert 'torch' not in sys.modules"
+    """Catches torch that comes in through another package, which no single file shows."""
+    program = (
+        f"import runpy, sys; runpy.run_path({str(path)!r}, run_name='imported'); "
+        "assert 'torch' not in sys.modules"
+    )
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
     )
@@ -253,7 +262,10 @@ def test_no_import_inside_a_function() -> None:
 
 
 def test_the_deferred_import_is_one() -> None:
-    """Catches `importlib` as the way around the rules: the command line defers the trainer, and nothing else does."""
+    """Catches `importlib` as the way around the rules.
+
+    The command line defers the trainer, and nothing else is deferred.
+    """
     found = [
         f"{name_of(path)}:{node.lineno}"
         for path in PACKAGE
@@ -304,7 +316,7 @@ def test_only_command_lines_print() -> None:
 
 
 def test_every_module_says_what_it_is() -> None:
-    """Catches a file that has to be read to know what it is for, and an `__init__` that does something."""
+    """Catches a module without a docstring, and an `__init__` that does something."""
     assert [name_of(path) for path in SOURCE if not ast.get_docstring(tree_of(path))] == []
     empty = [path for path in PACKAGE if path.name == "__init__.py"]
     assert [name_of(path) for path in empty if len(tree_of(path).body) != 1] == []
@@ -350,9 +362,10 @@ def config_keys() -> list[str]:
 
 @cache
 def attributes_read() -> frozenset[str]:
-    """The last one and the last two names of every attribute access outside the config's own modules.
+    """The last one and two names of every attribute access outside the config's own modules.
 
-    A section taken into a short name first (`m = config.model`; `m.num_layers`) is followed within its function.
+    A section taken into a short name first (`m = config.model`; `m.num_layers`) is followed
+    within its function.
     """
     found = set()
     for path in PACKAGE:

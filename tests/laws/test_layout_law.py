@@ -75,7 +75,7 @@ def assert_close(a: dict[str, np.ndarray], b: dict[str, np.ndarray], what: str) 
 
 
 EVEN = ((1, 1, False, 2), (2, 1, True, 2), (2, 2, True, 2), (4, 2, False, 1))
-"""Grids that are also tried with a vocabulary that splits evenly; the uneven one is the harder case."""
+"""Grids also tried with a vocabulary that splits evenly; the uneven one is the harder case."""
 
 
 @pytest.mark.parametrize(

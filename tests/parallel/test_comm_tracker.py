@@ -247,5 +247,6 @@ def test_counting_costs_little() -> None:
                 with made():
                     pass
             seconds[name].append(time.perf_counter() - began)
-    # Measured 2.2 times; the best of 20 short rounds, since one of them runs without an interruption.
+    # Measured 2.2 times; the best of 20 short rounds, since one of them runs without an
+    # interruption.
     assert min(seconds["counted"]) < 5 * min(seconds["nothing"]), seconds

@@ -1,4 +1,4 @@
-"""The tools as modules, and what tests of whole programs share: waiting for something, and being heard."""
+"""Tests of whole programs: the tools as modules, waiting for something, signals."""
 
 import importlib.util
 import signal
@@ -34,6 +34,9 @@ def soon(
 
 
 def hear_signals() -> None:
-    """For `preexec_fn`: whoever started the tests may have had these ignored, which children inherit and shells keep."""
+    """For `preexec_fn`: give these signals back their default action.
+
+    The tests may have been started with them ignored, which children inherit and shells keep.
+    """
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)

@@ -1,4 +1,4 @@
-"""A small config as text, and what loading a faulty one says: shared by the tests of the config modules."""
+"""Shared by the tests of the config modules: a small config, and the message of a faulty one."""
 
 from collections.abc import Callable
 

@@ -32,7 +32,10 @@ def why_not() -> str | None:
     """Why no cluster can be made here; None when one can."""
     missing = [name for name in REQUIRED if find(name) is None]
     if missing:
-        return f"SLURM is not installed ({', '.join(missing)}): apt-get install slurmctld slurmd slurm-client munge"
+        return (
+            f"SLURM is not installed ({', '.join(missing)}): "
+            "apt-get install slurmctld slurmd slurm-client munge"
+        )
     return None if os.geteuid() == 0 else "slurmd has to be started by root"
 
 

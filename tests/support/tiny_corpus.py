@@ -114,7 +114,10 @@ def start(*arguments: Any, processes: int = 1, **variables: str) -> forkserver.P
 
 
 def cold_command(arguments: Sequence[Any], processes: int = 1) -> list[str]:
-    """The command line of `k2train.train` for a new interpreter, under torchrun when `processes` is more than 1."""
+    """The command line of `k2train.train` for a new interpreter.
+
+    Under torchrun when `processes` is more than 1.
+    """
     launcher = [sys.executable]
     if processes > 1:
         launcher += [

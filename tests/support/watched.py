@@ -1,8 +1,10 @@
-"""One rank of a job that does nothing but exchange under a watch: `watched.py RANK WORLD DIRECTORY STEP_LIMIT [FAULT RANK STEP]`.
+"""One rank of a job that does nothing but communicate under a watchdog.
 
-What `tests/watchdog/test_watchdog.py` starts, stops and kills. Each step is some own work and collectives; a line `step N` on stdout
-says how far it is. Faults are what a rank does to itself: loop, sleep (C code that lets Python run), hold (C code that
-does not), raise, stop, kill.
+Usage: `watched.py RANK WORLD DIRECTORY STEP_LIMIT [FAULT RANK STEP]`.
+
+What `tests/watchdog/test_watchdog.py` starts, stops and kills. Each step is some own work and
+collectives; a line `step N` on stdout says how far it is. Faults are what a rank does to itself:
+loop, sleep (C code that lets Python run), hold (C code that does not), raise, stop, kill.
 """
 
 import ctypes

@@ -1,4 +1,4 @@
-"""The fault runner itself: its short set holds, and it complains when the code is broken on purpose."""
+"""The fault runner itself: its short set holds, and it fails when the code is broken on purpose."""
 
 import importlib
 import json
@@ -35,7 +35,7 @@ from k2train.fault_injection import POINTS, parse  # noqa: E402
 
 
 def test_every_row_is_there() -> None:
-    """Catches a row that falls out of the table: 13 to 16 are about spikes, everything else is this tool's."""
+    """Catches a row that falls out of the table. Rows 13 to 16, about spikes, are not here."""
     assert list(ROWS) == [*range(1, 13), *range(17, 31)]
     assert fault_run.rows_named(["1", "3-5", "30"]) == [1, 3, 4, 5, 30]
     with pytest.raises(ValueError, match="no row 14"):
@@ -58,7 +58,7 @@ def test_verdicts(given: dict[str, Any], verdict: str) -> None:
 
 
 def test_the_page_says_what_did_not_hold(tmp_path: Path) -> None:
-    """Catches a page that leaves out what failed or was not run, and a cell that breaks the table."""
+    """Catches a page without what failed or was not run, and a cell that breaks the table."""
     bad = Result(7, "disk | full", "target", "how", ["1 of 2"], ["lost\na | b"], ["no root"], 3.0)
     bench = Bench(server=None, scratch=tmp_path)  # type: ignore[arg-type]
     text = page([bad, Result(8, "asked to stop", "75", "signals", ["all"])], bench, 5.0)
@@ -83,7 +83,7 @@ def test_a_row_that_breaks_did_not_hold(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 
 def test_kills_cover_every_point_and_are_understood() -> None:
-    """Catches a list of faults that the code would not take, and a place that no kill is meant for."""
+    """Catches a list of faults that the code would not take, and a point that no kill reaches."""
     texts = kills(list(POINTS), 2, (1, 2))
     parsed = [parse(text)[0] for text in texts]
     assert {fault.point for fault in parsed} == set(POINTS) and {
@@ -138,7 +138,7 @@ def test_promises_are_those_of_an_idle_machine(tmp_path: Path) -> None:
 
 
 def test_points_and_strikes_are_told_apart(tmp_path: Path) -> None:
-    """Catches a strike taken for a visit, and half a line of a rank that was killed while it wrote."""
+    """Catches a strike taken for a visit, and half a line of a rank killed while it wrote."""
     (tmp_path / "trace").write_text("1.0 0 step.read\n1.1 1 !step.read:kill\n1.2 0 st")
     job = Job([1], 0, tmp_path, 0.0)
     assert job.points()[:1] == [(1.0, 0, "step.read")] and job.strikes() == [
@@ -249,11 +249,11 @@ def judged(
 def test_a_kill_is_survived_and_leaves_nothing(
     server: ForkServer, judged: tuple[TinyRun, Reference]
 ) -> None:
-    """Catches a runner whose faults do not reach the ranks, or whose checks complain of a run that is well."""
+    """Catches a runner whose faults do not reach the ranks, or whose checks fail a sound run."""
     restarts = Restarts(server, *judged_as(judged, "sound"))
     assert restarts.attempt("save.hashed@rank=1@nth=3:kill").codes[1] == -signal.SIGKILL
     assert restarts.attempt("step.forward@rank=0@nth=3:kill").codes[0] == -signal.SIGKILL
-    # A disk that fills for good ends a run after its patience; one that is asked to end saves first.
+    # A disk that stays full ends a run after its patience; a run that is asked to end saves first.
     full = "save.optimizer@rank=1@nth=2:error=ENOSPC"
     assert restarts.attempt(
         full, None, GOING_ON, LIMIT_SECONDS, "checkpoint.retry_seconds=0"
@@ -291,7 +291,7 @@ def test_the_runner_finds_broken_code(
 
 
 def test_a_hang_is_ended_and_told(server: ForkServer, judged: tuple[TinyRun, Reference]) -> None:
-    """Catches a runner that waits for ever, or that takes a rank it had to kill for one that ended by itself."""
+    """Catches a runner that waits for ever, or that takes a rank it killed for one that ended."""
     world, name, _ = judged_as(judged, "hangs")
     job = server.begin(
         world.arguments(name, "watch.heartbeat_seconds=0"), 2, "step.forward@rank=1@nth=2:stop"
@@ -312,7 +312,10 @@ def test_endurance_is_the_same_for_the_same_seed(server: ForkServer, tmp_path: P
 
 @pytest.mark.slow
 def test_the_short_set_holds(tmp_path: Path) -> None:
-    """Catches what no test of one module sees: a run under kills, a full disk, signals and harm that does not end alike."""
+    """Catches what no test of one module sees.
+
+    A run under kills, a full disk, signals and damage that does not end as an undisturbed one.
+    """
     page_file = tmp_path / "faults.md"
     command = [
         sys.executable,

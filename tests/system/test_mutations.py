@@ -86,7 +86,8 @@ def repository(tmp_path: Path) -> Path:
     )
     (root / "tests" / "test_toy.py").write_text(
         "import time\nfrom toy import add, twice\n\ndef test_add():\n    assert add(1, 2) == 3\n\n"
-        "def test_weak():\n    assert twice(0) == 0\n\ndef test_slow():\n    time.sleep(add(2, -2) * 1000)\n"
+        "def test_weak():\n    assert twice(0) == 0\n\n"
+        "def test_slow():\n    time.sleep(add(2, -2) * 1000)\n"
     )
     return root
 

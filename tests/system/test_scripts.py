@@ -378,7 +378,7 @@ def test_test_script_fails_with_the_first_check(copy: Copy) -> None:
 
 @pytest.mark.parametrize("pytest_code", ["0", "1"])
 def test_test_script_fails_with_a_check_beside_the_tests(copy: Copy, pytest_code: str) -> None:
-    """Catches a broken check that continuous integration shows as green, and one whose message is lost."""
+    """Catches a failed check that is shown as green, and one whose message is lost."""
     failed = copy.run("scripts/test.sh", CODE_mypy="4", CODE_pytest=pytest_code)
     assert failed.returncode == 4
     assert failed.stderr == "ran mypy\ntest: mypy failed (exit code 4)\n"

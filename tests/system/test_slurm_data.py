@@ -229,7 +229,8 @@ def test_a_vanished_job_is_told_with_its_state(outcome: Any) -> None:
     assert code == 2
     line = said.splitlines()[-1]
     assert re.match(
-        rf"one: SLURM job {job}\S* ended as CANCELLED .*with 4 of 4 tasks unfinished; see .*\.out; start",
+        rf"one: SLURM job {job}\S* ended as CANCELLED "
+        r".*with 4 of 4 tasks unfinished; see .*\.out; start",
         line,
     )
 

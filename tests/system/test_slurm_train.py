@@ -306,7 +306,8 @@ SCENARIOS: dict[str, Callable[[Cluster, Path], Scenario]] = {
 NEEDED = ("alone",)
 
 
-# A start lasts as long as the test says: the script's clock is moved when it looks whether the step still runs.
+# A start lasts as long as the test says: the script's clock is moved when it looks whether the step
+# still runs.
 CLOCK = 'kill() { SECONDS=$((began + LASTS)); builtin kill "$@"; }'
 
 
@@ -318,7 +319,10 @@ def test_starts_that_crash_come_to_an_end(tmp_path: Path, lasts: int, starts: in
     (tmp_path / "clock").write_text(CLOCK)
     for name, body in {
         "srun": "exit 1",
-        "scontrol": 'if [ "$2" = hostnames ]; then echo n1; else echo "NodeName=n1 NodeAddr=127.0.0.1 State=UP"; fi',
+        "scontrol": (
+            'if [ "$2" = hostnames ]; then echo n1; '
+            'else echo "NodeName=n1 NodeAddr=127.0.0.1 State=UP"; fi'
+        ),
         "scancel": "exit 0",
     }.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")

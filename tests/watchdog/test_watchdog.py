@@ -1,4 +1,7 @@
-"""Hangs and deaths of real processes: who is named, how soon, and that nothing is left; and the watch's parts with made-up clocks."""
+"""The watchdog against hangs and deaths of real processes, and its parts with simulated clocks.
+
+Of real processes: which rank is named, how soon, and that nothing is left.
+"""
 
 import json
 import os
@@ -140,7 +143,7 @@ def of_one_rank(directory: Path) -> Scenario:
 
 
 class Network:
-    """Two network namespaces joined by a bridge in a third, whose cable can be pulled: two machines."""
+    """Two machines: network namespaces joined by a bridge in a third, whose cable can be pulled."""
 
     def __init__(self, name: str) -> None:
         self.names = [f"k2w{os.getpid()}{name}{end}" for end in "abm"]
@@ -274,7 +277,10 @@ def test_a_rank_that_hangs_is_named_with_its_stacks_and_no_process_is_left(
 
 @judges("stopped in a long wait")
 def test_a_stopped_rank_is_found_wherever_the_others_wait(outcome: Any) -> None:
-    """A save may take half an hour, and so may the limit of where the others are: nobody is at work who is stopped."""
+    """A save may take half an hour, and so may the limit of the phase that the others are in.
+
+    A stopped rank does no work, whatever its limit.
+    """
     ended = outcome
     assert (
         len(ended.lines) == 1
@@ -291,7 +297,8 @@ def test_ranks_are_gone_5_seconds_after_one_was_killed(
     pid, last_step, ended = outcome
     assert len(ended.lines) == 1, ended.errors
     told = re.fullmatch(
-        rf"rank 2 \(pid {pid} on host \S+\) died at step (\d+), forward/backward; (in|last) collective (\d+).*",
+        rf"rank 2 \(pid {pid} on host \S+\) died at step (\d+), forward/backward; "
+        r"(in|last) collective (\d+).*",
         ended.lines[0],
     )
     assert told, ended.lines
@@ -412,7 +419,7 @@ def steps_with_a_pause(clocks: PhaseTimer, now: list[float], noticed: bool) -> N
 
 @pytest.mark.parametrize("noticed", [True, False])
 def test_a_step_is_not_measured_by_a_pause_of_the_whole_process(noticed: bool) -> None:
-    """Neither where the watch saw the pause before the step ended, nor where the step was quicker."""
+    """Neither if the watchdog saw the pause before the step ended, nor if the step was quicker."""
     now = [0.0]
     clocks = PhaseTimer(Timeouts(), lambda: now[0])
     clocks.tick()
@@ -447,7 +454,7 @@ def test_each_phase_of_a_start_has_its_own_clock_which_progress_begins_again() -
 
 
 def test_ranks_wait_for_one_whose_work_gets_on_and_no_longer(tmp_path: Path) -> None:
-    """Rank 1 hashes for three times the limit, rank 0 waits for it in a collective; then rank 1 hangs."""
+    """Rank 1 hashes for three times the limit while rank 0 waits in a collective; then it hangs."""
     limits = Timeouts(heartbeat_seconds=0.1, start_seconds=2.0)
     left: list[float] = []
     said: list[str] = []
@@ -578,11 +585,29 @@ def test_beats_are_judged_by_the_readers_own_clock(tmp_path: Path) -> None:
         ({2: {"record": None, "silent_seconds": 9.0}}, 2, "missing"),
         ({2: {"record": record(2, current="")}}, 2, "stuck"),
         ({2: {"record": record(2, current="")}, 3: {"record": record(3, count=7)}}, 2, "stuck"),
-        ({2: {"record": record(2, current="", count=5), "moving": True}, 1: {"record": record(1, current="")}}, 1, "stuck"),
+        (
+            {
+                2: {"record": record(2, current="", count=5), "moving": True},
+                1: {"record": record(1, current="")},
+            },
+            1,
+            "stuck",
+        ),
         ({3: {"record": record(3, count=1200)}}, 3, "behind"),
         ({3: {"record": record(3, step=40, count=2000)}}, 3, "behind"),
-        ({0: {"record": record(0, state="failed", problem="boom")}, 1: {"process": "gone"}}, 0, "failed"),
-        ({0: {"record": record(0, state="leaving"), "process": "gone"}, 1: {"record": record(1, current="")}}, 1, "stuck"),
+        (
+            {0: {"record": record(0, state="failed", problem="boom")}, 1: {"process": "gone"}},
+            0,
+            "failed",
+        ),
+        (
+            {
+                0: {"record": record(0, state="leaving"), "process": "gone"},
+                1: {"record": record(1, current="")},
+            },
+            1,
+            "stuck",
+        ),
     ],
 )  # fmt: skip
 def test_who_is_suspected(changes: dict[int, dict[str, Any]], rank: int, kind: str) -> None:

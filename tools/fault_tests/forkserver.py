@@ -50,7 +50,8 @@ ROOT = HERE.parents[1]
 PR_SET_CHILD_SUBREAPER, PR_SET_PDEATHSIG = 36, 1
 MODULES = (
     "k2train.train.trainer", "k2train.train.__main__", "k2train.fault_injection",
-    "torch._dynamo", "torch._inductor.utils", "safetensors.torch", "numpy.random", "numpy.fft", "ctypes.util",
+    "torch._dynamo", "torch._inductor.utils", "safetensors.torch",
+    "numpy.random", "numpy.fft", "ctypes.util",
 )  # fmt: skip
 """What a rank imports, and what it imports later on its way."""
 INHERITED = "FAULT_RUN_FORKSERVER"

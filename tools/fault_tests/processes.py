@@ -70,7 +70,7 @@ class Job:
         return [(at, rank, name) for at, rank, name in self._traced() if not name.startswith("!")]
 
     def strikes(self) -> list[tuple[float, int, str]]:
-        """(CLOCK_MONOTONIC, rank, `POINT:ACTION`) of every armed fault that has struck, in order."""
+        """(CLOCK_MONOTONIC, rank, `POINT:ACTION`) of every armed fault that struck, in order."""
         return [(at, rank, name[1:]) for at, rank, name in self._traced() if name.startswith("!")]
 
     def _traced(self) -> list[tuple[float, int, str]]:

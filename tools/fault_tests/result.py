@@ -18,7 +18,7 @@ from fault_tests.tiny_run import TinyRun, make_tiny_run
 
 SHORT, MEDIUM = "short", "medium"
 IDLE_START_SECONDS = 1.0
-"""More than a warm start takes to its first step on a machine that has nothing else to do: 0.3 s."""
+"""More than a warm start takes to its first step on an idle machine: 0.3 s."""
 
 
 @dataclass
@@ -132,7 +132,10 @@ def problems_of(all_restarts: Sequence[Restarts]) -> list[str]:
 
 
 def allowed_seconds(promised: float, attempts: Iterable[Attempt]) -> float:
-    """What is promised of an idle machine; longer by as much as the starts of `attempts` were slower than on one."""
+    """The seconds promised on an idle machine, scaled to this one.
+
+    Longer by as much as the starts of `attempts` were slower than on an idle machine.
+    """
     starts = [seconds for a in attempts if (seconds := a.first_step_seconds) is not None]
     return promised * max(1.0, statistics.median(starts or [0.0]) / IDLE_START_SECONDS)
 

@@ -46,9 +46,10 @@ def values(
 
 
 def sizes(inputs: Sequence[Tensor], dout: Tensor, mask: Tensor | None) -> list[Tensor]:
-    """Output, dq, dk and dv with all terms of their sums taken positive: rounding errors are relative to these.
+    """Output, dq, dk and dv with all terms of their sums taken positive.
 
-    The values themselves may cancel: of a single position dq and dk are 0, and what is found are rounding errors alone.
+    Rounding errors are relative to these. The values themselves may cancel: of a single position
+    dq and dk are 0, and what is found are rounding errors alone.
     """
     q, k, v = inputs
     s, groups = q.shape[2], q.shape[1] // k.shape[1]
@@ -66,9 +67,10 @@ def assert_equal(
 ) -> None:
     """Every value agrees but for rounding.
 
-    In fp32 n additions are off by about sqrt(n) roundings (Higham and Mary 2019, doi:10.1137/18M1226312), whatever their
-    order; the longest chain is a score, a softmax and a weighted sum: d + 2 s. What is stored on the way is rounded to
-    the dtype: score, probability, the score's gradient, result.
+    In fp32 n additions are off by about sqrt(n) roundings, whatever their order (Higham and Mary
+    2019, doi:10.1137/18M1226312). The longest chain is a score, a softmax and a weighted sum:
+    d + 2 s. What is stored on the way is rounded to the dtype: score, probability, the score's
+    gradient, result.
     """
     rounded = [x.to(dtype).double() for x in inputs]
     dout = randn(*inputs[0].shape, seed=9).to(dtype).double()
