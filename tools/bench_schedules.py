@@ -257,7 +257,7 @@ def _outcome(
         options.processes, p.tensor, p.pipeline, p.stages_per_rank, placement_of(p.schedule)
     )
 
-    # Ranks of one pipeline position are neighbours; the first one stands for all.
+    # Ranks of one pipeline position are neighbours; the first one represents all.
     each = options.processes // layout.pipeline
     steps = [
         tuple(

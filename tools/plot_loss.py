@@ -5,7 +5,7 @@
 - A line is the training loss of every step, a dot the held-out loss of a checkpoint.
 - Runs follow one another on the axis of consumed tokens: the stages of a model in one picture.
 - Where a step was done twice, the latest attempt is drawn.
-- Needs no torch and no plotting library: it works on a login node while the run goes on.
+- Needs no torch and no plotting library: it works on a login node while the run trains.
 - Alternatives considered: matplotlib, a large dependency for one curve.
 
 Exit codes: 0 done; 2 a mistake in usage or a damaged record, one line on stderr.

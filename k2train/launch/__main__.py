@@ -195,7 +195,7 @@ def exit_code_of(codes: dict[int, int]) -> int:
     Prints processes that did not end cleanly on stderr.
     """
 
-    # A process that torchrun ended says nothing about the cause.
+    # The exit code of a process that torchrun ended does not show the cause.
     own = {rank: code for rank, code in codes.items() if code != KILLED_BY_TORCHRUN} or codes
     if set(own.values()) <= {EXIT_USAGE, EXIT_STOPPED}:
         # A mistake outweighs a stop: a restart would not help.

@@ -88,7 +88,7 @@ def _recompute(
 
 
 class _Recomputed:
-    """Stands for a saved tensor.
+    """Placeholder for a saved tensor.
 
     `make` returns the memory that it was a view of, with the same bits.
     """
@@ -130,7 +130,7 @@ def _memory(tensor: Tensor) -> int:
 
 
 class _SavedHandle:
-    """Stands for one of the tensors that a call saved."""
+    """Placeholder for one of the tensors that a call saved."""
 
 
 class _RecomputedCall:

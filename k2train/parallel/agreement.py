@@ -48,7 +48,7 @@ class Agreement:
         except (UserError, SaveError) as error:
             problem = error
         except Exception as error:
-            # Whatever it is, the other ranks must hear of it.
+            # The other ranks must learn of any error, or they would wait for this rank.
             problem = SaveError(f"a checkpoint could not be saved: rank {self.rank}: {error!r}")
 
         for failure in self.all(problem):

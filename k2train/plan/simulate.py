@@ -205,8 +205,8 @@ def peak_in_flight(
     - A pair holds everything its forward kept until its B or I. Between I and W it holds the
       factors of the weight gradients: the input of every matrix, and the gradient of its output in
       place of what only I needed.
-    - So a pair counts from F to B or W. With `until_input` from F to B or I, which tells the two
-      apart.
+    - So a pair counts from F to B or W. With `until_input` it counts from F to B or I, which
+      separates the two.
     - Counted in activations of one stage: with v stages per rank, each is 1/v of the rank's layers.
     """
     change = {

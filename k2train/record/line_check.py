@@ -21,7 +21,7 @@ from k2train.record.jsonl import parse_line
 
 CHECK_KEY = "check"
 TAIL = b', "check": "................"}'
-"""End of a line with a check. A dot stands for a hexadecimal digit."""
+"""End of a line with a check. A dot is any hexadecimal digit."""
 _TAIL = re.compile(rb', "check": "([0-9a-f]{16})"\}')
 DAMAGED_BYTES = 2
 """Largest number of bytes by which a tail may differ from TAIL and count as a damaged check.

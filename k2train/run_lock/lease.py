@@ -1,7 +1,7 @@
 """Lease of a run directory: `lease_000007.json` names its holder, and 7 is its fencing token.
 
-- It decides where flock does not reach: between two hosts of a shared file system. It also tells a
-  process that was stopped and resumed that the run has another owner by now (`check`).
+- It decides where flock does not reach: between two hosts of a shared file system. By
+  `check`, a process that was stopped and resumed learns that the run has another owner by now.
 - Taking it creates the file of the next number, complete with its content, by a hard link. Exactly
   one of many processes can do so on a local disk, NFS or Lustre.
 - The highest number counts. It is never reused, and stays on the disk after the end.

@@ -4,7 +4,7 @@
   boot). Neither a reboot nor a reused id can be mistaken for it.
 - On its own host the kernel is asked.
 - From elsewhere, silence proves nothing. Proof is SLURM's statement that the job ended or was
-  restarted, or a reboot of that very machine, and only while the renewal counter stands still.
+  restarted, or a reboot of that very machine, and only while the renewal counter does not change.
 - A host name does not identify a machine (localhost, a pod's name). Its machine-id must be ours,
   and the holder must run outside containers, whose images bring a machine-id of their own.
 

@@ -228,7 +228,7 @@ def _distance(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[float, float]
         for x, y in zip(p, q, strict=True)
     ]
 
-    # None stands for a value that is not finite.
+    # None means a value that is not finite.
     largest = [probe["max_abs"] for probe in (a, b)]
     if None in largest or any(x is None or y is None for x, y in pairs):
         return float("inf"), float("inf") if None in largest else max(largest)

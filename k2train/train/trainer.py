@@ -288,7 +288,7 @@ class Trainer:
 
         self._wait_for_save()
         self.monitor.stopped()
-        # Before `finished` is recorded, so that it never stands behind missing rows, and after it.
+        # Before `finished` is recorded, so that it never follows missing rows, and after it.
         self._finish_record()
         self.logger.event("finished", attempt=self.attempt, step=self.step)
         self._finish_record()

@@ -35,7 +35,7 @@ def row_23(bench: Bench) -> Result:
             bench.server.wait(job, 120)
         codes = sorted(job.codes[0] for job in pair)
         refused = [job for job in pair if job.codes == [EXIT_USAGE]]
-        # The loser may also come when the winner is done, and then goes on after it.
+        # The second job may also start when the first has finished, and then resumes its run.
         both += not refused and overlap(pair[0], pair[1])
         none += all(code not in (EXIT_DONE, EXIT_STOPPED) for code in codes)
         for job in refused:

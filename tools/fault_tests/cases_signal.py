@@ -327,7 +327,7 @@ def row_11(bench: Bench) -> Result:
                 f"rank {rank} was not named within {NAMED_STEPS} steps: {named} {tail(job.text())}"
             )
             continue
-        # A step tells the times of the one before.
+        # A step exchanges the times of the step before it.
         delays.append(right[0] - first)
 
     if delays:

@@ -160,7 +160,7 @@ def fork_ranks(
             os.setpgid(0, pids[0] if pids else 0)
             die_with(server)
             return {**rank, "folder": order["folder"]}
-        # Both sides set it: whoever comes first, it is set before either goes on.
+        # Both sides set it, so it is set before either continues, in any order.
         with contextlib.suppress(PermissionError, ProcessLookupError):
             os.setpgid(pid, pids[0] if pids else pid)
         pids.append(pid)

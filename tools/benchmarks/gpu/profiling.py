@@ -117,7 +117,7 @@ def _put(owner: Any, attribute: str, value: Any) -> None:
 
 def engine_parts(engine: Any) -> list[tuple[str, Any, str]]:
     """The parts of a k2train engine that a table names."""
-    # Whoever waits for a collective waits in Python, where no operation is seen.
+    # A wait for a collective happens in Python, where no operation is seen.
     parts = [("communication", dist.Work, "wait"), ("optimizer", engine.optimizer, "step")]
     parts += [("gradients", engine.gradients, name) for name in ("zero", "reduce")]
     for stage in engine.stages.values():
