@@ -18,9 +18,9 @@ PARTITIONS = {
     # A job of these takes two whole nodes.
     "train": Nodes(tuple(f"t{number}" for number in range(1, 17))),
 }
-# A node that says nothing for 10 s is lost; a cancelled job has 20 s to save; an array has at
+# A node that says nothing for 10 s is lost; a cancelled job has 120 s to save; an array has at
 # most 5 tasks.
-SETTINGS = "SlurmdTimeout=10\nKillWait=20\nSlurmctldTimeout=10\nMaxArraySize=5"
+SETTINGS = "SlurmdTimeout=10\nKillWait=120\nSlurmctldTimeout=10\nMaxArraySize=5"
 
 
 @pytest.fixture(scope="session")
