@@ -18,6 +18,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Sequence
+from multiprocessing import current_process
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from fault_tests.processes import Job
 from tests.support import forkserver
 
 LIMIT_SECONDS = forkserver.PATIENCE_SECONDS
+KEY = "GLOO_POOL_KEY"
 _ids = itertools.count()
 
 
@@ -34,6 +36,8 @@ def serve(arguments: Sequence[str]) -> int:
     import torch
     import torch.distributed as dist
 
+    # Tensors in a result travel as descriptors, which only processes with the same key exchange.
+    current_process().authkey = bytes.fromhex(os.environ[KEY])
     torch.set_num_threads(1)
     from k2train.launch.environment import Launch
 
@@ -84,6 +88,7 @@ class GlooPool:
                     **os.environ,
                     "OMP_NUM_THREADS": "1",
                     "PYTHONPATH": os.pathsep.join(sys.path),
+                    KEY: bytes(current_process().authkey).hex(),
                 }
                 job = forkserver.server().start(
                     [["tests.support.gloo_pool:serve", name]], environment, merged=True
