@@ -23,8 +23,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from fault_tests.processes import Job
 from tests.support import forkserver
+from tests.support.forkserver import Job
 
 LIMIT_SECONDS = forkserver.PATIENCE_SECONDS
 KEY = "GLOO_POOL_KEY"
