@@ -108,9 +108,8 @@ def svg(curves: Sequence[Curve]) -> str:
             )
         body.append(f'<text x="{left}" y="18" style="fill: {color}">{escape(curve.name)}</text>')
         left += 20 + 8 * len(curve.name)
-    body.append(
-        f'<text x="{left}" y="18">line: training loss, dots: held-out loss (nat a token)</text>'
-    )
+    dots = ", dots: held-out loss" if any(curve.held_out for curve in curves) else ""
+    body.append(f'<text x="{left}" y="18">line: training loss{dots} (nat a token)</text>')
 
     size = f'viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}"'
     return f"""<svg xmlns="http://www.w3.org/2000/svg" {size}>

@@ -292,6 +292,9 @@ class Trainer:
         self._finish_record()
         self.logger.event("finished", attempt=self.attempt, step=self.step)
         self._finish_record()
+        self.logger.info(
+            f"finished at step {self.step}; see python tools/show_run.py {self.start.directory}"
+        )
         return EXIT_DONE
 
     def close(self) -> None:
