@@ -174,7 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--only", default="", metavar="TEXT", help="mutations whose name contains this"
     )
     parser.add_argument(
-        "--required", action="store_true", help="the short list that the test suite runs"
+        "--required", action="store_true", help="only the mutations that are required"
     )
     parser.add_argument(
         "--list", action="store_true", help="print the table without running anything"

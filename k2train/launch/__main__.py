@@ -214,4 +214,6 @@ def _log(text: str) -> None:
 
 
 if __name__ == "__main__":
+    # torchrun's parser takes the program's name for its messages from here.
+    sys.argv[0] = "python -m k2train.launch"
     sys.exit(main())

@@ -271,7 +271,10 @@ BAD_DATA: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
         lambda f: os.truncate(f / "chunk_001.npy", 1000),
         ("chunk_001", "truncated", "1000 bytes", "2144"),
     ),
-    "chunk empty": (lambda f: os.truncate(f / "chunk_001.npy", 0), ("chunk_001", "not a NumPy file")),
+    "chunk empty": (
+        lambda f: os.truncate(f / "chunk_001.npy", 0),
+        ("chunk_001", "not a NumPy file"),
+    ),
     "chunk of another length": (other_length, ("chunk_001", "[63, 17]", "[63, 16]")),
     "chunk with another hash": (lambda f: flipped(f / "chunk_001.npy"), ("chunk_001", "sha256")),
     "id beyond the vocabulary": (

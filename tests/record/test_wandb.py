@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from k2train.record.wandb import WandbMirror, wandb_run_id
+from tests.support.command_line import HANG_SECONDS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -118,10 +119,17 @@ def test_a_stuck_wandb_never_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     _fake(monkeypatch, init=go_on.wait)
     notes: list[str] = []
     mirror = _mirror(tmp_path, notes, close_seconds=0.2)
-    # What waits for W&B here waits for ever: `go_on` comes last.
-    for step in range(1000):
-        mirror.log({"step": step})
-    mirror.close()
+
+    def train() -> None:
+        for step in range(1000):
+            mirror.log({"step": step})
+        mirror.close()
+
+    # Whatever waits for W&B here waits until `go_on`, which comes last.
+    training = threading.Thread(target=train, daemon=True)
+    training.start()
+    training.join(HANG_SECONDS)
+    assert not training.is_alive(), "it waits for W&B"
     assert len(notes) == 1 and "did not finish within 0.2 s" in notes[0]
     go_on.set()
 
