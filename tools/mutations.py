@@ -368,7 +368,7 @@ MUTATIONS = (
         "k2train/checkpoint/retention.py",
         "for other in newer) >= REMAIN",
         "for other in newer) >= 1",
-        "tests/checkpoint/test_retention.py::test_two_remain_at_every_moment[1]",
+        "tests/checkpoint/test_retention.py::test_two_remain_at_every_moment[0]",
     ),
     Mutation(
         "checkpoints: a lease that was lost does not stop the rename",

@@ -50,10 +50,10 @@ def complete(directory: Path) -> list[Path]:
 def test_two_remain_at_every_moment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
-    """Counts the intact checkpoints on the disk at every fault point of random saves and rollbacks.
+    """Counts the verified, intact checkpoints at every fault point of random saves and rollbacks.
 
-    Saves are numbered or on demand; some were never read back, some were damaged since. All are
-    read to count them.
+    Saves are numbered or on demand; some were never read back, and do not count: they may be
+    damaged. All are read to count them.
     """
     template = tmp_path / "made"
     make_checkpoint(template / "ckpt_000")
@@ -64,9 +64,12 @@ def test_two_remain_at_every_moment(
     seen = set()
     floor = 0
 
+    def counted() -> list[str]:
+        return [p.name for p in complete(directory) if p.name in verified or p.parent != directory]
+
     def look(name: str = "") -> None:
         seen.add(name)
-        assert len(complete(directory)) >= floor, f"{name}: {[p.name for p in complete(directory)]}"
+        assert len(counted()) >= floor, f"{name}: {counted()}"
 
     monkeypatch.setattr(fault_injection, "point", look)
     consumed, attempt = 0, 1
@@ -79,9 +82,7 @@ def test_two_remain_at_every_moment(
         verified.forget(name)
         if rng.random() < 0.8:
             verified.add(name)
-        floor = min(
-            2, len([p for p in complete(directory) if p.name in verified or p.parent != directory])
-        )
+        floor = min(2, len(counted()))
         retention.retire()
         look("retired")
         if rng.random() < 0.15:

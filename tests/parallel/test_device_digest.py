@@ -281,9 +281,9 @@ def steps_main(steps: int, seed: int) -> None:
 @pytest.mark.slow
 def test_run_twice() -> None:
     """200 steps in two processes that share nothing but the machine: the same root."""
-    paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
-    command = [sys.executable, "-c", "import test_state_digest as t; t.steps_main(200, 7)"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    program = "from tests.parallel.test_device_digest import steps_main; steps_main(200, 7)"
+    command = [sys.executable, "-c", program]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     begun = [
         subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
         for _ in range(2)

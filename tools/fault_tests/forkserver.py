@@ -231,13 +231,6 @@ def run(command: Sequence[str]) -> int:
         sys.path.insert(0, os.getcwd())
         forget(name)
         runpy.run_module(name, run_name="__main__", alter_sys=True)
-    elif first == "-c":
-        sys.argv = ["-c", *rest[1:]]
-        sys.path.insert(0, "")
-        exec(
-            compile(rest[0], "<string>", "exec"),
-            {"__name__": "__main__", "__builtins__": __builtins__},
-        )
     else:
         sys.argv = list(command)
         sys.path.insert(0, str(Path(first).resolve().parent))
