@@ -21,7 +21,7 @@ Alternatives considered: pools of workers that live on after a job. What a kill 
 process cannot be seen in one that is never killed.
 
 Order: {"job", "folder", "ranks": [{"rank", "command", "environment", "replace", "stdout",
-"stderr"}]}. A command is what follows `python` on a command line (`-m MODULE`, `-c TEXT` or a
+"stderr"}]}. A command is what follows `python` on a command line (`-m MODULE` or a
 script, then arguments), or `MODULE:FUNCTION` to call a function with the list of arguments.
 `replace` makes the environment the whole environment, not an addition. News: {"job", "pids"}, then
 for each rank {"job", "rank", "status", "at"}: the wait status and CLOCK_MONOTONIC at its end.
