@@ -22,7 +22,7 @@ SERVER = Path(__file__).with_name("forkserver.py")
 ROOT = SERVER.parents[2]
 INHERITED = "FAULT_RUN_FORKSERVER"
 """As in `forkserver`: pipes and pid of a server that was forked for this process."""
-START_SECONDS = 120.0
+START_SECONDS = 600.0
 
 
 def free_port() -> int:
