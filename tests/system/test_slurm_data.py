@@ -137,7 +137,8 @@ def test_both_nodes_do_the_tasks_once(outcome: Any) -> None:
 
 
 def of_killed_driver(cluster: Cluster, folder: Path) -> Scenario:
-    workspace = toy_workspace(folder, seconds=3.0)
+    # Longer than a busy machine takes to start the second driver.
+    workspace = toy_workspace(folder, seconds=30.0)
     first = driver(cluster, workspace)
     yield lambda: len(start_counts(workspace)) >= 2
     first.kill()

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from k2train.record.system_info import slurm_job_ended
-from tests.support.command_line import load_tool
+from tests.support.command_line import HANG_SECONDS, load_tool
 from tests.support.scenarios import Scenario, judged, judges
 from tests.support.slurm import Cluster, content
 from tests.support.tiny_corpus import ROOT, config_tree, make_corpus, write_yaml
@@ -273,6 +273,8 @@ def of_asked(cluster: Cluster, folder: Path) -> Scenario:
         with pytest.MonkeyPatch.context() as patch:
             for name, value in cluster.environment.items():
                 patch.setenv(name, value)
+            # On a busy machine squeue takes its time; no answer in time would be None.
+            patch.setattr("k2train.record.system_info.SQUEUE_SECONDS", HANG_SECONDS)
             return slurm_job_ended(job)
 
     options = ("sbatch", "--parsable", "--partition=main", "--output=/dev/null")
