@@ -261,7 +261,9 @@ def test_mistakes_are_told_at_once_and_not_tried_again(
         assert "no-such-host.invalid, does not resolve" in text
         assert "ended with exit code" not in text
     else:
-        assert text.count("unknown key") == 1
+        # Rank 0 reports it once. A node too slow to be ended by then adds its own, with its rank.
+        assert text.count("k2train: override") == 1
+        assert text.count("unknown key") == 1 + text.count("k2train: rank 1: override") <= 2
 
 
 def of_asked(cluster: Cluster, folder: Path) -> Scenario:
