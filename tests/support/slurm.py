@@ -10,6 +10,7 @@ whatever there is. Nothing is left when the with statement ends: jobs are cancel
 daemon and what it started is waited for.
 """
 
+import math
 import os
 import shutil
 import signal
@@ -70,7 +71,7 @@ class Cluster:
         self.environment["PATH"] += f":{DAEMON_PATH}"
         self.daemons: dict[str, subprocess.Popen[bytes]] = {}
         self._jobs: dict[str, dict[str, str]] = {}
-        self._asked = 0.0
+        self._asked = -math.inf
 
     def __enter__(self) -> "Cluster":
         try:
@@ -125,6 +126,9 @@ class Cluster:
             check=False,
         )
         assert not check or done.returncode == 0, f"{command}: {done.stderr}"
+        if command[0] == "sbatch":
+            # What `jobs` remembers does not know the new job.
+            self._asked = -math.inf
         return done.stdout
 
     def jobs(self) -> dict[str, dict[str, str]]:
@@ -220,7 +224,7 @@ SwitchType=switch/none
 SlurmdParameters=config_overrides
 ReturnToService=2
 KillWait=2
-MinJobAge=300
+MinJobAge=86400
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1,sched_min_interval=0
 """
         given = {line.partition("=")[0] for line in self.settings.splitlines()}

@@ -18,7 +18,13 @@ from typing import Any
 
 import pytest
 
-from k2train.watchdog.failure_report import kill_processes, publish_report, read_report, report_id
+from k2train.watchdog.failure_report import (
+    STACKS_SIGNAL,
+    kill_processes,
+    publish_report,
+    read_report,
+    report_id,
+)
 from k2train.watchdog.hang_analysis import find_faulty_ranks
 from k2train.watchdog.heartbeat import (
     LENGTH_BYTES,
@@ -133,13 +139,24 @@ def of_pause_of_all(directory: Path) -> Scenario:
         yield after(2 * LIMIT)
         job.send(signal.SIGCONT, 0, 1)
         yield lambda: job.over
-        return job.ended()
+        return directory, job.ended()
 
 
 def of_one_rank(directory: Path) -> Scenario:
     with Job(directory, 1, LIMIT, ("sleep", 0, 25)) as job:
         yield lambda: job.over
         return directory, job.ended()
+
+
+def of_one_rank_that_holds(directory: Path) -> Scenario:
+    """Holds Python's lock: its own watchdog cannot run; a person sends the signal."""
+    with Job(directory, 1, LIMIT, ("hold", 0, 25)) as job:
+        yield lambda: job.at_step(24)
+        yield after(1)
+        job.job.send(0, STACKS_SIGNAL)
+        stacks = directory / "watch/stacks_rank_00000.txt"
+        yield lambda: " in main" in stacks.read_text()
+        return stacks.read_text()
 
 
 class Network:
@@ -235,6 +252,7 @@ SCENARIOS: dict[str, Callable[[Path], Scenario]] = {
     "error": of_error,
     "pause of all": of_pause_of_all,
     "one rank": of_one_rank,
+    "one rank that holds": of_one_rank_that_holds,
     "partition": of_partition,
     "flap": of_flap,
 }
@@ -332,8 +350,12 @@ def test_a_rank_that_raises_is_named_with_its_error(outcome: Any) -> None:
 def test_a_job_whose_ranks_are_all_stopped_for_a_while_goes_on_though_clocks_jump(
     outcome: Any,
 ) -> None:
-    assert outcome.codes == [0, 0], outcome.errors
-    assert outcome.lines == []
+    directory, ended = outcome
+    assert ended.codes == [0, 0], ended.errors
+    assert ended.lines == []
+    # Nobody reads the frames of threads that run: that crashes a healthy process now and then.
+    for rank in range(2):
+        assert (directory / f"watch/stacks_rank_{rank:05}.txt").read_text() == ""
 
 
 @judges("one rank")
@@ -343,6 +365,11 @@ def test_a_world_of_one_ends_itself(outcome: Any) -> None:
     assert " is stuck: step 25, forward/backward" in ended.lines[0]
     assert " in do" in (directory / "watch/stacks_rank_00000.txt").read_text()
     assert ended.within(10.0)
+
+
+@judges("one rank that holds")
+def test_a_world_of_one_writes_its_stacks_when_it_is_asked(outcome: Any) -> None:
+    assert " in do" in outcome
 
 
 @pytest.mark.slow
