@@ -11,6 +11,8 @@ EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_STOPPED = 75
+EXIT_INTERRUPTED = 130
+"""Ctrl-C, as shells number it."""
 
 
 class UserError(ValueError):

@@ -27,12 +27,6 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def sync_file(path: Path) -> None:
-    """Fsync a file, so that its content survives a power cut."""
-    with path.open("rb") as stream:
-        os.fsync(stream.fileno())
-
-
 class AtomicFile:
     """Context manager for a binary file that appears whole and synced, or not at all.
 

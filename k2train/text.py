@@ -1,4 +1,4 @@
-"""Text formatting for console and tools: bytes, durations, counts, safe names and aligned tables.
+"""Text formatting for console and tools: bytes, durations, counts, safe names and tables.
 
 - Bytes are binary everywhere (KiB, MiB, GiB, TiB), as memory is sold and as tools print it.
 - Names come from untrusted documents: characters that move a terminal's cursor or change its
@@ -11,12 +11,14 @@ Alternatives considered:
 
 import math
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 LEFT = {"subset", "source", "document", "chunk", "state", "sha256", "fim", "what"}
 """Headings of columns with words, which are aligned to the left."""
 UNKNOWN = "-"
+BAR = r"\|"
+"""A bar inside a cell of a Markdown table."""
 _UNSAFE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
@@ -67,9 +69,31 @@ def table(
     ]
 
 
-def number(value: Any) -> str:
-    """Format a number as `1,204`; None as `-`."""
-    return UNKNOWN if value is None else f"{value:,}"
+def markdown_table(
+    headings: Sequence[str], rows: Iterable[Sequence[str]], numbers: bool = False
+) -> list[str]:
+    """Markdown table; with `numbers`, all columns but the first are aligned to the right."""
+    rule = ["---", *["---:" if numbers else "---"] * (len(headings) - 1)]
+    return [markdown_row(headings), f"|{'|'.join(rule)}|", *map(markdown_row, rows)]
+
+
+def markdown_row(cells: Iterable[str]) -> str:
+    """One row of a Markdown table, on one line whatever is in its cells."""
+    return f"| {' | '.join(cell.replace('|', BAR).replace(chr(10), ' ') for cell in cells)} |"
+
+
+def number(value: Any, digits: int | None = None) -> str:
+    """Format a number as `1,204`, or with `digits` decimals; None as `-`."""
+    form = "," if digits is None else f",.{digits}f"
+    return UNKNOWN if value is None else f"{value:{form}}"
+
+
+def tokens_text(count: float) -> str:
+    """Format a number of tokens: `812`, `40.3M`, `1,295.7B`."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if round(count) >= size:
+            return f"{count / size:,.1f}{unit}"
+    return f"{count:.0f}"
 
 
 def percent(part: int, whole: int) -> str:
@@ -103,3 +127,9 @@ def brief(digest: str) -> str:
     Any other text, such as a name used as a hash, stays whole.
     """
     return digest[:12] if re.fullmatch(r"[0-9a-f]{64}", digest) else clean(digest)
+
+
+def cells(record: dict[str, Any], *keys: str) -> list[str]:
+    """Format values of a record for a table: numbers as `1,204`, names made safe, None as `-`."""
+    values = (record[key] for key in keys)
+    return [number(value) if isinstance(value, int | float) else clean(value) for value in values]

@@ -25,10 +25,9 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+from command_line import Parser, command, positive
 
 from benchmarks.cpu import against, table
 from benchmarks.cpu.contenders import PRECISIONS, REFERENCE, Contender, choose, variant
@@ -36,36 +35,22 @@ from benchmarks.cpu.machine import commit_of, machine_facts
 from benchmarks.cpu.results import Row, rows_of, verdicts_of
 from benchmarks.cpu.rounds import Plan, run_group
 from benchmarks.cpu.work import Work, parse_work
-from k2train.errors import EXIT_DONE, EXIT_FAILED, EXIT_USAGE, RunError, UserError
+from k2train.errors import EXIT_DONE, EXIT_FAILED, RunError
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-class _Parser(argparse.ArgumentParser):
-    """Argument parser that reports an error as one line, without the usage text."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(EXIT_USAGE, f"{self.prog}: {message}; see --help\n")
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
+@command
+def main(arguments: Sequence[str]) -> int:
     """Run the command line and return the exit code."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    if given[:1] == ["gpu"]:
+    if list(arguments[:1]) == ["gpu"]:
         # This module imports torch, which the processes of `cpu` must not need.
-        return int(importlib.import_module("benchmarks.gpu.main").main(given[1:]))
-
-    options = _parser().parse_args(given)
-
-    try:
-        return _cpu(options)
-    except UserError as mistake:
-        print(mistake, file=sys.stderr)
-        return EXIT_USAGE
+        return int(importlib.import_module("benchmarks.gpu.main").main(arguments[1:]))
+    return _cpu(_parser().parse_args(arguments))
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="bench", description="Speed as ratios side by side in one run.")
+    parser = Parser(prog="bench", description="Speed as ratios side by side in one run.")
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="cpu|gpu")
     kinds.add_parser("gpu", help="one GPU: layers of K2 and whole models (options of its own)")
     cpu = kinds.add_parser(
@@ -88,14 +73,14 @@ def _parser() -> argparse.ArgumentParser:
         help="a k2train contender with other config keys beside the rest (again for more)",
     )
     cpu.add_argument(
-        "--rounds", type=_positive, metavar="N", default=Plan.rounds, help=f"default {Plan.rounds}"
+        "--rounds", type=positive, metavar="N", default=Plan.rounds, help=f"default {Plan.rounds}"
     )
     cpu.add_argument(
-        "--steps", type=_positive, default=1, metavar="N", help="steps of a contender in a round"
+        "--steps", type=positive, default=1, metavar="N", help="steps of a contender in a round"
     )
     cpu.add_argument(
         "--cores",
-        type=_positive,
+        type=positive,
         default=2,
         metavar="N",
         help="cores that all processes share, default 2",
@@ -105,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     cpu.add_argument(
         "--limit",
-        type=_positive,
+        type=positive,
         default=120,
         metavar="SECONDS",
         help="longest step before it counts as hung",
@@ -123,12 +108,6 @@ def _parser() -> argparse.ArgumentParser:
         help="run that record's commit beside this tree",
     )
     return parser
-
-
-def _positive(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text!r}")
-    return int(text)
 
 
 def _cpu(options: argparse.Namespace) -> int:

@@ -10,7 +10,6 @@
 - Ratios are of medians. The peak of resident memory is shown beside the size of the state.
 """
 
-import argparse
 import os
 import resource
 import shutil
@@ -18,26 +17,44 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import torch
+from command_line import Parser, command
 
+from benchmarks.timing import seconds_of
 from k2train.checkpoint.load import agree_on_checkpoint, load_states
+from k2train.checkpoint.manifest import CheckpointManifest, DataFacts, DataPosition, SaveFacts
+from k2train.checkpoint.save_events import SaveEvents, SavePolicy
 from k2train.checkpoint.shards import WRITE_BYTES, drop_caches
 from k2train.checkpoint.writer import CheckpointWriter
 from k2train.launch.environment import Launch
-from k2train.parallel.grad_buffer import ShardLayout
 from k2train.parallel.grid import SINGLE, ProcessGrid, start_process_group, stop_process_group
 from k2train.parallel.shard import ParamSlice
+from k2train.parallel.shard_layout import ShardLayout
 from k2train.plan.layout import Layout
 from k2train.text import bytes_text, table
 
-FACTS = {"step": 1, "adam_steps": 1, "consumed_tokens": 0, "chunks": {}, "config": {}, "data": {}}
+FACTS = SaveFacts(
+    step=1,
+    adam_steps=1,
+    consumed_tokens=0,
+    chunks=DataPosition(consumed=0),
+    config={},
+    data=DataFacts(),
+)
 STATES = ("master", "exp_avg", "exp_avg_sq")
 WIDTH = 2048
+
+
+class Commits(SaveEvents):
+    """When the last checkpoint was complete, before it was read back."""
+
+    at = 0.0
+
+    def committed(self, path: Path, manifest: CheckpointManifest) -> None:
+        self.at = time.monotonic()
 
 
 def shard_layout(elements: int, tensors: int) -> ShardLayout:
@@ -52,13 +69,6 @@ def shard_layout(elements: int, tensors: int) -> ShardLayout:
         for n in range(tensors)
     ]
     return ShardLayout(pieces, SINGLE["dp"])
-
-
-def seconds_of(part: Callable[[], object]) -> float:
-    """Time one call of `part`."""
-    began = time.monotonic()
-    part()
-    return time.monotonic() - began
 
 
 def plain_write(path: Path, content: memoryview) -> None:
@@ -104,17 +114,18 @@ class Bench:
 
     def save(self, number: int, background: bool = False) -> None:
         """Save once; record the time to commit and read-back (without the copy), and the wait."""
-        writer = CheckpointWriter(self.folder, self.grid, 0, background)
+        commits = Commits()
+        writer = CheckpointWriter(
+            self.folder, self.grid, SavePolicy(asynchronous=background), commits
+        )
         # The first snapshot allocates memory; all later ones of a run reuse it.
         writer.snapshot(self.layout, self.shards, self.dtype)
         dirty(self.shards)
 
-        # The commit calls back when the checkpoint is complete, before the read-back.
-        ends: list[float] = []
         began = time.monotonic()
         frozen = writer.snapshot(self.layout, self.shards, self.dtype)
         copied = time.monotonic()
-        writer.save(f"ckpt_{number:03d}", frozen, FACTS, lambda *_: ends.append(time.monotonic()))
+        writer.save(f"ckpt_{number:03d}", frozen, FACTS)
         waited = time.monotonic() - began
         writer.wait()
 
@@ -124,7 +135,7 @@ class Bench:
         if background:
             self.record("background save: training waits", waited)
         else:
-            self.record("save: until the commit", ends[0] - copied)
+            self.record("save: until the commit", commits.at - copied)
             self.record("save: and read back", time.monotonic() - copied)
             self.record("save waited for: training waits", waited)
 
@@ -195,11 +206,10 @@ def report(bench: Bench) -> list[str]:
     return lines
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@command
+def main(arguments: Sequence[str]) -> int:
     """Run the command line and return the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="bench_checkpoint.py", description="Time saving and loading."
-    )
+    parser = Parser(prog="bench_checkpoint.py", description="Time saving and loading.")
     parser.add_argument(
         "--megabytes", type=int, default=1000, help="size of a checkpoint in 10^6 bytes (1000)"
     )

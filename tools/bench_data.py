@@ -7,7 +7,6 @@
 - The text is the standard library of the Python that runs this; the folders are temporary.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -15,38 +14,41 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import sentencepiece
 import torch
+from command_line import Parser, command
 
+from benchmarks.random_data import random_folder
+from benchmarks.timing import in_turns, seconds_of
 from k2train.config.load import load_config
-from k2train.data.chunk import open_chunk, write_chunk, write_manifest
-from k2train.data.loader import Loader
+from k2train.data.chunk import open_chunk
+from k2train.data.loader import Loader, Share
 from k2train.data.manifest import Manifest
 from k2train.data.order import make_order
 from k2train.data.prepare.allocate.allocate import plan_task
 from k2train.data.prepare.encode.encode import encode_task
 from k2train.data.prepare.encode.vocabulary import obtain_tokenizer
 from k2train.data.prepare.k2_format.chunk import read_pieces
-from k2train.data.prepare.k2_format.convert import export_k2, import_k2
+from k2train.data.prepare.k2_format.export_folder import export_k2
+from k2train.data.prepare.k2_format.import_folder import import_k2
 from k2train.data.prepare.k2_format.lines import parse_lines
 from k2train.data.prepare.progress import Progress
 from k2train.data.prepare.recipe import Recipe
 from k2train.data.prepare.run.pipeline import prepare
-from k2train.data.prepare.sources.readers import encode_tasks, list_sources
+from k2train.data.prepare.sources.listing import encode_tasks, list_sources
 from k2train.data.prepare.sources.stdlib import stdlib_root
 from k2train.data.prepare.workspace import Workspace
 from k2train.data.prepare.write.write_chunk import chunk_task
-from k2train.errors import EXIT_DONE, EXIT_USAGE, UserError
+from k2train.errors import EXIT_DONE
 from k2train.launch.environment import read_launch
 from k2train.parallel.grid import ProcessGrid, start_process_group, stop_process_group
-from k2train.plan.layout import Layout
 from k2train.train.engine import Engine
+from k2train.train.setup import Setup
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -66,24 +68,6 @@ class Figure:
     def ratio(self) -> float:
         """Subject over baseline."""
         return self.mine / self.theirs
-
-
-def timed(work: Callable[[], object]) -> float:
-    """Time one call of `work`."""
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
-
-
-def in_turns(rounds: int, *works: Callable[[], object]) -> list[float]:
-    """Median seconds of each work, measured in turns so that other load hits all of them."""
-    seconds: list[list[float]] = [[] for _ in works]
-    for turn in range(rounds + 1):
-        for i, work in enumerate(works):
-            spent = timed(work)
-            if turn:  # the first turn warms caches
-                seconds[i].append(spent)
-    return [statistics.median(values) for values in seconds]
 
 
 def library_texts() -> list[str]:
@@ -254,22 +238,22 @@ def bench_loader(folder: Path, rounds: int) -> Iterator[Figure]:
     manifest = random_folder(folder / "loader", 8, 256, config.data.sequence_length, 4114)
     order = make_order(manifest, None, config.batch.global_sequences)
 
-    with Loader(
-        manifest, order, 0, 1, config.batch.micro_sequences, config.model.vocab_size
-    ) as loader:
+    share = Share(0, 1, config.batch.micro_sequences)
+    with Loader(manifest, order, share, config.model.vocab_size) as loader:
         # All steps in order, as training reads them.
         steps = range(1, order.total_steps + 1)
         seconds = statistics.median(
-            timed(lambda: [loader.step(s) for s in steps]) for _ in range(rounds)
+            seconds_of(lambda: [loader.step(s) for s in steps]) for _ in range(rounds)
         ) / len(steps)
-        batch = loader.step(1).tokens
+        batch = loader.step(1)
 
     start_process_group(read_launch(), torch.device("cpu"))
     try:
-        engine = Engine(config, ProcessGrid(Layout.for_world(1, 1, 1, 1), 0, torch.device("cpu")))
+        setup = Setup.of(config, 1)
+        engine = Engine(setup, ProcessGrid(setup.layout, 0, torch.device("cpu")))
         engine.train_step(batch, 1e-4)
         step = statistics.median(
-            timed(lambda: engine.train_step(batch, 1e-4)) for _ in range(max(3, rounds))
+            seconds_of(lambda: engine.train_step(batch, 1e-4)) for _ in range(max(3, rounds))
         )
     finally:
         stop_process_group()
@@ -277,32 +261,6 @@ def bench_loader(folder: Path, rounds: int) -> Iterator[Figure]:
     tokens = config.batch.global_sequences * config.data.sequence_length
     yield Figure("load a step", "seconds of a demo step", seconds * 1e3, step * 1e3, "ms", "< 0.01")
     yield Figure("load batches", "training, 1 process", tokens / seconds, tokens / step, "tokens/s")
-
-
-def random_folder(folder: Path, chunks: int, rows: int, length: int, vocab: int) -> Manifest:
-    """Write a data folder of random ids."""
-    folder.mkdir(exist_ok=True)
-    rng = np.random.default_rng(0)
-
-    infos = [
-        write_chunk(
-            folder,
-            f"chunk_{i:03d}",
-            [rng.integers(0, vocab, (rows, length)).astype(np.uint32)],
-            rows,
-            vocab,
-            {},
-        )
-        for i in range(chunks)
-    ]
-    return write_manifest(
-        folder,
-        tokenizer_sha256="random",
-        sequence_length=length,
-        vocab_size=vocab,
-        chunks=infos,
-        facts={},
-    )
 
 
 def bench_import(folder: Path, rounds: int) -> Iterator[Figure]:
@@ -368,6 +326,7 @@ from k2train.data.prepare.write.write_chunk import chunk_task
 from k2train.data.prepare.encode.encode import encode_task
 from k2train.data.prepare.allocate.allocate import plan_task
 from k2train.data.prepare.workspace import Workspace
+from k2train.processes import peak_resident_bytes
 from pathlib import Path
 workspace = Workspace.open(Path(sys.argv[1]))
 {
@@ -375,7 +334,7 @@ workspace = Workspace.open(Path(sys.argv[1]))
     "plan": lambda: plan_task(workspace),
     "chunks": lambda: [chunk_task(workspace, n) for n in range(len(workspace.chunk_names))],
 }[sys.argv[2]]()
-print([line for line in open("/proc/self/status") if "VmHWM" in line][0].split()[1])
+print(peak_resident_bytes())
 """
 
 
@@ -389,7 +348,7 @@ def bench_memory(folder: Path, rounds: int) -> Iterator[Figure]:
         for phase in ("encode", "plan", "chunks"):
             command = [sys.executable, "-c", MEMORY, str(workspace.folder), phase]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
-            peaks[phase, copies] = int(done.stdout) / 1024
+            peaks[phase, copies] = int(done.stdout) / 2**20
         shutil.rmtree(workspace.folder)
 
     for phase in ("encode", "plan", "chunks"):
@@ -408,9 +367,10 @@ BENCHES = {
 }
 
 
+@command
 def main(arguments: Sequence[str]) -> int:
     """Run the command line and return the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="bench_data.py", description="Ratios of the data pipeline, measured in one run."
     )
     parser.add_argument(
@@ -427,21 +387,16 @@ def main(arguments: Sequence[str]) -> int:
         " aim"
     )
 
-    try:
-        for name in given.only:
-            with tempfile.TemporaryDirectory(prefix="k2train-bench-", dir=given.folder) as folder:
-                for figure in BENCHES[name](Path(folder), given.rounds):
-                    print(
-                        f"{figure.what:45}  {figure.against:24}  {figure.mine:10,.4g}  "
-                        f"{figure.theirs:10,.4g}  {figure.unit:8}  {figure.ratio:8.4g}  "
-                        f"{figure.aim}",
-                        flush=True,
-                    )
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return EXIT_USAGE
+    for name in given.only:
+        with tempfile.TemporaryDirectory(prefix="k2train-bench-", dir=given.folder) as folder:
+            for figure in BENCHES[name](Path(folder), given.rounds):
+                print(
+                    f"{figure.what:45}  {figure.against:24}  {figure.mine:10,.4g}  "
+                    f"{figure.theirs:10,.4g}  {figure.unit:8}  {figure.ratio:8.4g}  {figure.aim}",
+                    flush=True,
+                )
     return EXIT_DONE
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

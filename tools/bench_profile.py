@@ -20,20 +20,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
+from command_line import Parser, command
 from pydantic import ValidationError
 
-from benchmarks.gpu.processes import (
-    EXIT_DONE,
-    EXIT_FAILED,
-    Parser,
-    command_of,
-    last_line,
-    run_to_end,
-)
+from benchmarks.configs import config_tree
+from benchmarks.gpu.processes import command_of, last_line, run_to_end
+from benchmarks.gpu.report import share
+from benchmarks.gpu.report import table as markdown
 from k2train.config.load import Config
+from k2train.errors import EXIT_DONE, EXIT_FAILED
 
 LIMIT_SECONDS = 600.0
 # The standard work of the CPU benchmark, and one small enough for Python's share to show.
@@ -114,22 +109,23 @@ def works_of(given: argparse.Namespace) -> dict[str, dict[str, int]]:
 
 def config_of(sizes: Mapping[str, int], given: argparse.Namespace) -> dict[str, Any]:
     """Config of a work as a tree; its data is never opened."""
-    return {
-        "run": {"name": "profile", "seed": 7},
-        "model": {
-            "num_layers": sizes["layers"],
-            "hidden_size": sizes["hidden"],
-            "ffn_hidden_size": sizes["ffn"],
-            "num_heads": sizes["heads"],
-            "vocab_size": sizes["vocab"],
-        },
-        "data": {"manifest": "unused/manifest.json", "sequence_length": sizes["length"]},
-        "batch": {"global_sequences": sizes["sequences"], "micro_sequences": sizes["micro"]},
-        "parallel": {"tensor": given.processes},
-        "lr": {"kind": "constant", "peak": 1e-3},
-        "kernels": dict(pair.split("=", 1) for pair in given.kernel),
-        "precision": given.precision,
+    model = {
+        "num_layers": sizes["layers"],
+        "hidden_size": sizes["hidden"],
+        "ffn_hidden_size": sizes["ffn"],
+        "num_heads": sizes["heads"],
+        "vocab_size": sizes["vocab"],
     }
+    return config_tree(
+        model,
+        sizes["length"],
+        sizes["sequences"],
+        sizes["micro"],
+        1e-3,
+        parallel={"tensor": given.processes},
+        kernels=dict(pair.split("=", 1) for pair in given.kernel),
+        precision=given.precision,
+    )
 
 
 def mistake_in(tree: dict[str, Any]) -> str | None:
@@ -169,44 +165,33 @@ def profile_of(sizes: Mapping[str, int], given: argparse.Namespace, folder: Path
 
 def table(profiles: Mapping[str, Mapping[str, Any]]) -> str:
     """Markdown table with a column per work: milliseconds and share of a profiled step."""
-    good = {title: found for title, found in profiles.items() if "why" not in found}
-    lines = [["", *good], ["---", *["---:"] * len(good)]]
-    names = list(next(iter(good.values()))["seconds"]) if good else []
+    good = [found for found in profiles.values() if "why" not in found]
+    titles = [title for title, found in profiles.items() if "why" not in found]
 
-    def cell(seconds: float, found: Mapping[str, Any]) -> str:
-        return f"{1e3 * seconds:.1f} ms, {100 * seconds / found['profiled_seconds']:.0f} %"
+    def share_of(spent: float, found: Mapping[str, Any]) -> str:
+        return f"{1e3 * spent:.1f} ms, {share(spent, found['profiled_seconds'])}"
 
-    for name in names:
-        lines.append([name, *(cell(found["seconds"][name], found) for found in good.values())])
-    lines.append(
-        ["Python, host, profiler", *(cell(found["rest_seconds"], found) for found in good.values())]
-    )
-    lines.append(
-        [
-            "a profiled step",
-            *(f"{1e3 * found['profiled_seconds']:.1f} ms" for found in good.values()),
-        ]
-    )
-    lines.append(
+    lines = [
+        *(
+            [name, *(share_of(found["seconds"][name], found) for found in good)]
+            for name in (good[0]["seconds"] if good else ())
+        ),
+        ["Python, host, profiler", *(share_of(found["rest_seconds"], found) for found in good)],
+        ["a profiled step", *(f"{1e3 * found['profiled_seconds']:.1f} ms" for found in good)],
         [
             "**a step without the profiler**",
-            *(f"**{1e3 * f['plain_seconds']:.1f} ms**" for f in good.values()),
-        ]
-    )
-    lines.append(
-        [
-            "operations a step, nested ones too",
-            *(str(found["operations"]) for found in good.values()),
-        ]
-    )
-
-    if any(found["busy_seconds"] is not None for found in good.values()):
-        lines.append(["GPU busy", *(cell(found["busy_seconds"], found) for found in good.values())])
+            *(f"**{1e3 * found['plain_seconds']:.1f} ms**" for found in good),
+        ],
+        ["operations a step, nested ones too", *(str(found["operations"]) for found in good)],
+    ]
+    if any(found["busy_seconds"] is not None for found in good):
+        lines.append(["GPU busy", *(share_of(found["busy_seconds"], found) for found in good)])
         for key in ("kernels", "synchronisations", "to_host"):
-            lines.append([key.replace("_", " "), *(str(found[key]) for found in good.values())])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+            lines.append([key.replace("_", " "), *(str(found[key]) for found in good)])
+    return markdown(["", *titles], lines)
 
 
+@command
 def main(arguments: Sequence[str]) -> int:
     """Run the command line and return the exit code."""
     given = read_arguments(arguments)
@@ -231,4 +216,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

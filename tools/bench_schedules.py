@@ -22,23 +22,27 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NoReturn
+from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from command_line import Parser, command, positive
 
-from k2train.config.load import Config, load_config, num_microbatches
-from k2train.errors import EXIT_DONE, EXIT_FAILED, EXIT_USAGE, ConfigError, UserError
+from benchmarks.gpu.processes import command_of
+from k2train.config.load import Config, load_config
+from k2train.errors import EXIT_DONE, EXIT_FAILED, ConfigError, RunError
 from k2train.plan.action import Action, Op
 from k2train.plan.balance import balanced_layers
-from k2train.plan.cost import ModelShape
 from k2train.plan.draw import draw, svg
-from k2train.plan.layout import Layout
-from k2train.plan.schedule import SCHEDULES, Program, build_programs, pipeline_layout, placement_of
+from k2train.plan.schedule import SCHEDULES, Program, pipeline_layout
 from k2train.plan.simulate import Span, bubble_fraction, peak_in_flight, simulate
+from k2train.text import markdown_table
+from k2train.train.setup import Setup, architecture_of
 
+HEADINGS = (
+    "schedule", "layers per stage", "planned bubble", "with measured durations", "measured",
+    "tokens/s", "speed against the first", "activations held", "of these before I",
+)  # fmt: skip
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "demo" / "stage1.yaml"
-WORKER = ROOT / "tools" / "benchmarks" / "schedules.py"
 WORK = (
     "model.num_layers=8",
     "model.hidden_size=256",
@@ -83,28 +87,18 @@ class Outcome:
         )
 
 
-class _Parser(argparse.ArgumentParser):
-    """Argument parser that reports an error as one line, without the usage text."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(EXIT_USAGE, f"{self.prog}: {message}; see --help\n")
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
+@command
+def main(arguments: Sequence[str]) -> int:
     """Run every schedule, print table and pictures, and return the exit code."""
     options = _parser().parse_intermixed_args(arguments)
-    try:
-        runs = [_overrides(kind, options) for kind in options.schedules]
-        configs = [load_config(str(CONFIG), run) for run in runs]
-        programs = [_programs(config, options.processes) for config in configs]
-        if options.svg:
+    runs = [_overrides(kind, options) for kind in options.schedules]
+    configs = [load_config(str(CONFIG), run) for run in runs]
+    programs = [Setup.of(config, options.processes).programs for config in configs]
+    if options.svg:
+        try:
             Path(options.svg).mkdir(parents=True, exist_ok=True)
-    except UserError as mistake:
-        print(mistake, file=sys.stderr)
-        return EXIT_USAGE
-    except OSError as problem:
-        print(f"--svg {options.svg} cannot be made: {problem.strerror}", file=sys.stderr)
-        return EXIT_USAGE
+        except OSError as problem:
+            raise RunError(f"--svg {options.svg} cannot be made: {problem.strerror}") from None
 
     ranks = _run(runs, options)
     if ranks is None:
@@ -119,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="bench_schedules",
         description="Every pipeline schedule, planned and measured side by side.",
     )
@@ -129,31 +123,25 @@ def _parser() -> argparse.ArgumentParser:
         metavar="dotted.key=value",
         help="another model, batch or tensor degree",
     )
-    parser.add_argument("--processes", type=_positive, default=2, metavar="N", help="default 2")
+    parser.add_argument("--processes", type=positive, default=2, metavar="N", help="default 2")
     parser.add_argument(
         "--schedules", nargs="+", choices=list(SCHEDULES), default=list(SCHEDULES), metavar="KIND"
     )
     parser.add_argument(
-        "--steps", type=_positive, default=7, metavar="N", help="measured steps of each; default 7"
+        "--steps", type=positive, default=7, metavar="N", help="measured steps of each; default 7"
     )
     parser.add_argument(
-        "--warmup", type=_positive, default=2, metavar="N", help="steps before; default 2"
+        "--warmup", type=positive, default=2, metavar="N", help="steps before; default 2"
     )
     parser.add_argument(
-        "--threads", type=_positive, default=1, metavar="N", help="of each process; default 1"
+        "--threads", type=positive, default=1, metavar="N", help="of each process; default 1"
     )
     parser.add_argument("--even", action="store_true", help="as many layers on every stage")
     parser.add_argument("--svg", metavar="DIR", help="write the pictures there, too")
     parser.add_argument(
-        "--width", type=_positive, default=110, metavar="COLUMNS", help="width of the pictures"
+        "--width", type=positive, default=110, metavar="COLUMNS", help="width of the pictures"
     )
     return parser
-
-
-def _positive(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text!r}")
-    return int(text)
 
 
 def _overrides(kind: str, options: argparse.Namespace) -> list[str]:
@@ -178,7 +166,9 @@ def _overrides(kind: str, options: argparse.Namespace) -> list[str]:
     ]
 
     split = balanced_layers(
-        _shape(base), pipeline_layout(kind, pipeline, stages_per_rank), base.data.sequence_length
+        architecture_of(base),
+        pipeline_layout(kind, pipeline, stages_per_rank),
+        base.data.sequence_length,
     )
     if split is None:
         raise ConfigError(
@@ -190,20 +180,6 @@ def _overrides(kind: str, options: argparse.Namespace) -> list[str]:
     if not options.even:
         keys.append(f"parallel.layers_per_stage=[{','.join(map(str, split))}]")
     return [*WORK, *options.overrides, *keys]
-
-
-def _shape(config: Config) -> ModelShape:
-    m = config.model
-    return ModelShape(
-        m.num_layers, m.hidden_size, m.ffn_hidden_size, m.num_heads, m.num_kv_heads, m.vocab_size
-    )
-
-
-def _programs(config: Config, processes: int) -> tuple[Program, ...]:
-    p = config.parallel
-    return build_programs(
-        p.schedule, p.pipeline, num_microbatches(config, processes), p.stages_per_rank
-    )
 
 
 def _run(runs: list[list[str]], options: argparse.Namespace) -> list[Any] | None:
@@ -220,7 +196,9 @@ def _run(runs: list[list[str]], options: argparse.Namespace) -> list[Any] | None
 
         (folder / "task.json").write_text(json.dumps(task), encoding="utf-8")
         processes = [
-            subprocess.Popen([sys.executable, str(WORKER), str(folder / "task.json"), str(rank)])
+            subprocess.Popen(
+                command_of("benchmarks.schedules", [str(folder / "task.json"), str(rank)])
+            )
             for rank in range(options.processes)
         ]
 
@@ -252,10 +230,7 @@ def _outcome(
 
     Spans come from each pipeline rank's first process.
     """
-    p = config.parallel
-    layout = Layout.for_world(
-        options.processes, p.tensor, p.pipeline, p.stages_per_rank, placement_of(p.schedule)
-    )
+    layout = Setup.of(config, options.processes).layout
 
     # Ranks of one pipeline position are neighbours; the first one represents all.
     each = options.processes // layout.pipeline
@@ -277,7 +252,7 @@ def _outcome(
     # A real step, not an average of several, so that its picture is one that happened.
     middle = sorted(steps, key=bubble_fraction)[len(steps) // 2]
     return Outcome(
-        kind=p.schedule,
+        kind=config.parallel.schedule,
         config=config,
         programs=programs,
         seconds=statistics.median(step["seconds"] for step in ranks[0]),
@@ -296,24 +271,26 @@ def _report(outcomes: Sequence[Outcome], options: argparse.Namespace) -> list[st
         f"step in micro-batches of {batch.micro_sequences} x {length}; medians of {options.steps} "
         "steps, schedules in turns",
         "",
-        "| schedule | layers per stage | planned bubble | with measured durations | measured "
-        "| tokens/s | speed against the first | activations held | of these before I |",
-        "|---|---|---|---|---|---|---|---|---|",
     ]
 
+    rows = []
     for one in outcomes:
-        bubbles = " | ".join(
-            f"{bubble_fraction(spans):.1%}" for spans in (one.planned, one.expected)
-        )
         split = one.config.parallel.layers_per_stage
-        held = (" ".join(map(str, peak_in_flight(one.programs, until))) for until in (False, True))
-        lines.append(
-            f"| {one.kind} | {'even' if split is None else ' '.join(map(str, split))} | {bubbles} "
-            f"| {one.bubble:.1%} | {tokens / one.seconds:,.0f} | "
-            f"{outcomes[0].seconds / one.seconds:.3f} | {' | '.join(held)} |"
+        rows.append(
+            [
+                one.kind,
+                "even" if split is None else " ".join(map(str, split)),
+                f"{bubble_fraction(one.planned):.1%}",
+                f"{bubble_fraction(one.expected):.1%}",
+                f"{one.bubble:.1%}",
+                f"{tokens / one.seconds:,.0f}",
+                f"{outcomes[0].seconds / one.seconds:.3f}",
+                *(" ".join(map(str, peak_in_flight(one.programs, u))) for u in (False, True)),
+            ]
         )
 
     lines += [
+        *markdown_table(HEADINGS, rows),
         "",
         "Activations in stages x micro-batches, by pipeline rank; a stage of interleaved and zb-v "
         "is half as large.",

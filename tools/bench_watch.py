@@ -13,28 +13,28 @@ Alternatives considered:
   the other.
 """
 
-import argparse
-import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import torch
+from command_line import Parser, command
 
+from benchmarks.configs import config_tree
+from benchmarks.random_data import random_folder
+from benchmarks.timing import in_turns
 from k2train.config.load import Config
-from k2train.data.chunk import write_chunk, write_manifest
 from k2train.guard.stop_signals import StopRequest
 from k2train.launch.environment import Launch
 from k2train.parallel.grid import ProcessGrid, start_process_group, stop_process_group
+from k2train.text import markdown_table
+from k2train.train.monitor import RunMonitor
 from k2train.train.preflight import prepare_start
-from k2train.train.trainer import Trainer
+from k2train.train.shutdown import OpenRun
+from k2train.train.trainer import Trainer, build
 
 VOCAB, SEQUENCE, BATCH = 8192, 256, 8
 OFF = {
@@ -47,46 +47,38 @@ EVERY = 100
 
 def config_of(folder: Path, name: str, hidden: int, sections: dict[str, Any]) -> Config:
     """Config of a LLaMA of 8 layers on the benchmark's data."""
-    return Config.model_validate(
-        {
-            "run": {"name": name, "directory": str(folder / "runs"), "seed": 1},
-            "model": {
-                "num_layers": 8,
-                "hidden_size": hidden,
-                "ffn_hidden_size": hidden * 11 // 4 // 16 * 16,
-                "num_heads": 8,
-                "num_kv_heads": 8,
-                "vocab_size": VOCAB,
-            },
-            "data": {
-                "manifest": str(folder / "data" / "manifest.json"),
-                "sequence_length": SEQUENCE,
-            },
-            "batch": {"global_sequences": BATCH, "micro_sequences": 4},
-            "lr": {"kind": "constant", "peak": 1e-4},
-            "precision": "fp32",
-            **sections,
-        }
-    )
+    model = {
+        "num_layers": 8,
+        "hidden_size": hidden,
+        "ffn_hidden_size": hidden * 11 // 4 // 16 * 16,
+        "num_heads": 8,
+        "num_kv_heads": 8,
+        "vocab_size": VOCAB,
+    }
+    own = {
+        "run": {"name": name, "directory": str(folder / "runs"), "seed": 1},
+        "data": {"manifest": str(folder / "data" / "manifest.json")},
+    }
+    tree = config_tree(model, SEQUENCE, BATCH, 4, 1e-4, precision="fp32", **own, **sections)
+    return Config.model_validate(tree)
 
 
 def trainer_of(config: Config) -> Trainer:
     """Start a run in this process."""
     start = prepare_start(config, 1, verify=True)
-    trainer = Trainer(
-        config, ProcessGrid(start.layout, 0, torch.device("cpu")), start, StopRequest(), verify=True
+    grid = ProcessGrid(start.layout, 0, torch.device("cpu"))
+    trainer = build(
+        start, OpenRun(grid, RunMonitor(start.setup, grid, start.directory, StopRequest()))
     )
-    trainer.begin()
+    assert trainer is not None, "a new run has steps to train"
     trainer.checkpoints.writer.wait()
     return trainer
 
 
-def step_of(trainer: Trainer) -> float:
-    """Time one step of the training loop, with its records."""
-    began = time.perf_counter()
-    trainer.step += 1
-    trainer._one_step()
-    return time.perf_counter() - began
+def step_of(trainer: Trainer) -> None:
+    """One step of the training loop, with its records."""
+    trainer.state.step += 1
+    trainer.train_step()
 
 
 def measure(folder: Path, steps: int, hidden: int) -> dict[str, float]:
@@ -94,24 +86,7 @@ def measure(folder: Path, steps: int, hidden: int) -> dict[str, float]:
 
     Checks that all runs end with the same state.
     """
-    rows = (3 * steps + 2) * BATCH
-    (folder / "data").mkdir()
-    ids = (
-        np.random.Generator(np.random.Philox(key=1))
-        .integers(0, VOCAB, (rows, SEQUENCE))
-        .astype(np.uint16)
-    )
-
-    info = write_chunk(folder / "data", "chunk_000", [ids], rows, VOCAB, {"noise": rows * SEQUENCE})
-    write_manifest(
-        folder / "data",
-        tokenizer_sha256="0" * 64,
-        sequence_length=SEQUENCE,
-        vocab_size=VOCAB,
-        chunks=[info],
-        held_out=None,
-    )
-
+    random_folder(folder / "data", 1, (3 * steps + 2) * BATCH, SEQUENCE, VOCAB)
     each = {"audit": {"replicas_every_steps": 1, "root_every_steps": 1}}
     kinds: dict[str, dict[str, Any]] = {"on": {}, "off": OFF, "audited": each}
     runs = {
@@ -119,12 +94,8 @@ def measure(folder: Path, steps: int, hidden: int) -> dict[str, float]:
         for name, sections in kinds.items()
     }
 
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for number in range(steps + 2):
-        # In turns, each run equally often first: the first finds another state of the caches.
-        names = list(runs)[number % 3 :] + list(runs)[: number % 3]
-        for name in names:
-            seconds[name].append(step_of(runs[name]))
+    steps_of = [partial(step_of, run) for run in runs.values()]
+    medians = in_turns(steps, *steps_of, warmup=2)
 
     masters = [run.engine.optimizer.master for run in runs.values()]
     assert all(torch.equal(masters[0], other) for other in masters), (
@@ -132,15 +103,16 @@ def measure(folder: Path, steps: int, hidden: int) -> dict[str, float]:
     )
 
     for run in runs.values():
-        run.close()
+        run.opened.close()
         run.monitor.close()
 
-    return {name: statistics.median(taken[2:]) for name, taken in seconds.items()}
+    return dict(zip(runs, medians, strict=True))
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@command
+def main(arguments: Sequence[str]) -> int:
     """Run the command line and return the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="bench_watch.py", description="Cost of monitoring a training step, as a ratio."
     )
     parser.add_argument("--steps", type=int, default=20)
@@ -154,20 +126,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     off = found["off"]
     audit = (found["audited"] - found["on"]) / EVERY
-    print(
-        f"| step, 1 process, {options.steps} of each in turns | seconds | against no monitoring |"
+    seconds = {
+        "no monitoring": off,
+        "monitoring": found["on"],
+        f"monitoring, audits every {EVERY} steps": found["on"] + audit,
+        "monitoring, both audits in the step": found["audited"],
+    }
+    what = f"step, 1 process, {options.steps} of each in turns"
+    rows = (
+        (name, f"{spent:.4f}", "1" if spent is off else f"{spent / off:.4f}")
+        for name, spent in seconds.items()
     )
-    print("|---|---|---|")
-    print(f"| no monitoring | {off:.4f} | 1 |")
-    print(f"| monitoring | {found['on']:.4f} | {found['on'] / off:.4f} |")
-    print(
-        f"| monitoring, audits every {EVERY} steps | {found['on'] + audit:.4f} | "
-        f"{(found['on'] + audit) / off:.4f} |"
-    )
-    print(
-        f"| monitoring, both audits in the step | {found['audited']:.4f} | "
-        f"{found['audited'] / off:.4f} |"
-    )
+    print("\n".join(markdown_table((what, "seconds", "against no monitoring"), rows)))
     return 0
 
 

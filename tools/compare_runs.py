@@ -20,7 +20,6 @@ Alternatives considered:
 - Tolerances: two runs with one record are the same bits. For others the distance is printed.
 """
 
-import argparse
 import json
 import struct
 import sys
@@ -31,12 +30,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from command_line import Parser, command
 
 from k2train.checkpoint.manifest import is_thinned, list_checkpoints, read_manifest
-from k2train.errors import EXIT_DONE, EXIT_USAGE, CheckpointError, RunError, UserError
-from k2train.record.metrics import latest
+from k2train.errors import EXIT_DONE, CheckpointError, RunError
+from k2train.record.metrics import latest, latest_roots
 from k2train.state_digest import short_digests
 
 Array = npt.NDArray[Any]
@@ -64,9 +62,7 @@ def tensors_of(checkpoint: Path, folder: str) -> dict[str, Array]:
 
     Raises CheckpointError when the shards do not cover a tensor.
     """
-    shapes = {
-        name: facts["shape"] for name, facts in read_manifest(checkpoint)["tensors"][folder].items()
-    }
+    shapes = read_manifest(checkpoint).shapes(folder)
 
     whole: dict[str, Array] = {}
     filled = dict.fromkeys(shapes, 0)
@@ -91,12 +87,12 @@ def metric_differences(a: Path, b: Path, strict: bool) -> list[str]:
 
     Raises RunError when the runs have no step in common.
     """
-    rows = [{row["step"]: row for row in latest(run / "metrics.jsonl")} for run in (a, b)]
+    rows = [{record.step: record for record in latest(run / "metrics.jsonl")} for run in (a, b)]
 
     found = []
     # NaN differs from itself, but two NaN losses are equal here.
     for step in sorted(set(rows[0]) & set(rows[1])):
-        pairs = [(key, rows[0][step].get(key), rows[1][step].get(key)) for key in COMPARED]
+        pairs = [(key, *(getattr(of_run[step], key) for of_run in rows)) for key in COMPARED]
         different = [
             f"{key} {x!r} and {y!r}" for key, x, y in pairs if x != y and not (x != x and y != y)
         ]
@@ -160,10 +156,14 @@ def states_of(run: Path) -> dict[int, State]:
         state.roots[source] = root
         state.tensors = tensors or state.tensors
 
-    for file in ("metrics.jsonl", "state_roots.jsonl"):
-        for row in latest(run / file) if (run / file).exists() else []:
-            if root := row.get("state_root") or row.get("root"):
-                add(row["step"], file, root, row.get("tensors"))
+    if (path := run / "metrics.jsonl").exists():
+        for step in latest(path):
+            if step.state_root is not None:
+                add(step.step, path.name, step.state_root, None)
+
+    if (path := run / "state_roots.jsonl").exists():
+        for record in filter(lambda record: record.root, latest_roots(path)):
+            add(record.step, path.name, record.root, record.tensors)
 
     for checkpoint in list_checkpoints(run / "checkpoints"):
         try:
@@ -171,8 +171,8 @@ def states_of(run: Path) -> dict[int, State]:
         except CheckpointError:
             # Without a record. If this checkpoint must be compared, its reader raises the same.
             continue
-        if state := manifest.get("state"):
-            add(manifest["step"], checkpoint.name, state["root"], short_digests(state["digests"]))
+        if state := manifest.state:
+            add(manifest.step, checkpoint.name, state.root, short_digests(state.digests))
     return found
 
 
@@ -243,7 +243,7 @@ def checkpoint_differences(a: Path, b: Path, strict: bool, read: bool) -> tuple[
         return found, 0
 
     left, right = (run / "checkpoints" / common[-1] for run in (a, b))
-    steps = [(m["step"], m["adam_steps"]) for m in (read_manifest(left), read_manifest(right))]
+    steps = [(m.step, m.adam_steps) for m in (read_manifest(left), read_manifest(right))]
     if steps[0] != steps[1]:
         found.append(f"{common[-1]}: (step, adam_steps) is {steps[0]} and {steps[1]}")
     tensors = tensor_differences(left, right) if read else []
@@ -272,11 +272,10 @@ def differences(a: Path, b: Path, strict: bool, by_root: bool = False) -> list[s
     return found + roots + checkpoints
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@command
+def main(arguments: Sequence[str]) -> int:
     """Run the command line and return the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="compare_runs.py", description="Compare two runs bit for bit."
-    )
+    parser = Parser(prog="compare_runs.py", description="Compare two runs bit for bit.")
     parser.add_argument("a", type=Path, metavar="RUN_A")
     parser.add_argument("b", type=Path, metavar="RUN_B")
     parser.add_argument(
@@ -289,11 +288,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
 
-    try:
-        found = differences(options.a, options.b, options.assert_equal, options.by_root)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return EXIT_USAGE
+    found = differences(options.a, options.b, options.assert_equal, options.by_root)
     how = "by the roots of their states" if options.by_root else "bit for bit"
     print("\n".join(found) if found else f"{options.a} and {options.b} are equal, {how}")
     return EXIT_DIFFERENT if found else EXIT_DONE

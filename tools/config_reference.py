@@ -11,7 +11,6 @@
 Exit codes: 0 done; 1 a document is out of date (`--check`); 2 a key without a meaning.
 """
 
-import argparse
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,13 +18,12 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+from command_line import Parser, command
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from k2train.config.scalars import format_value
 from k2train.config.schema import Config, sections
-from k2train.config.yaml_source import format_value
 from k2train.data.prepare.recipe import (
     ExecutorRecipe,
     FillInTheMiddle,
@@ -35,7 +33,8 @@ from k2train.data.prepare.recipe import (
     TokenizerRecipe,
     TrainTokenizer,
 )
-from k2train.errors import EXIT_DONE, EXIT_FAILED, EXIT_USAGE
+from k2train.errors import EXIT_DONE, EXIT_FAILED, ConfigError
+from k2train.text import markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = ROOT / "configs" / "demo" / "stage1.yaml"
@@ -234,12 +233,17 @@ def _comments(example: str) -> dict[str, str]:
 
 
 def _table(section: str, fields: Mapping[str, FieldInfo], meanings: Mapping[str, str]) -> str:
-    lines = ["| key | type | default | unit | meaning |", "|---|---|---|---|---|"]
-    for key, field in fields.items():
-        meaning = _without_choices(meanings[key], field)
-        cells = (f"`{key}`", _type(field), _default(key, field), _unit(section, key), meaning)
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join(lines)
+    rows = (
+        (
+            f"`{key}`",
+            _type(field),
+            _default(key, field),
+            _unit(section, key),
+            _without_choices(meanings[key], field),
+        )
+        for key, field in fields.items()
+    )
+    return "\n".join(markdown_table(("key", "type", "default", "unit", "meaning"), rows))
 
 
 def _without_choices(meaning: str, field: FieldInfo) -> str:
@@ -326,11 +330,10 @@ def _unit(section: str, key: str) -> str:
     return UNITS.get(f"{section}.{key}") or UNITS.get(key) or by_suffix
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@command
+def main(arguments: Sequence[str]) -> int:
     """Bring the documents up to date, or name those that are not; the exit code."""
-    parser = argparse.ArgumentParser(
-        description="Write the tables of all config and recipe keys into docs/*.md."
-    )
+    parser = Parser(description="Write the tables of all config and recipe keys into docs/*.md.")
     parser.add_argument(
         "--check", action="store_true", help="write nothing; exit 1 if a document is out of date"
     )
@@ -338,11 +341,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         found = tables(EXAMPLE.read_text(encoding="utf-8"))
     except KeyError as missing:
-        print(
-            f"{missing.args[0]}: no meaning; give it a comment in {EXAMPLE.relative_to(ROOT)}",
-            file=sys.stderr,
-        )
-        return EXIT_USAGE
+        raise ConfigError(
+            f"{missing.args[0]}: no meaning; give it a comment in {EXAMPLE.relative_to(ROOT)}"
+        ) from None
     code = EXIT_DONE
     for path in sorted((ROOT / "docs").glob("*.md")):
         before = path.read_text(encoding="utf-8")

@@ -21,8 +21,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+from command_line import Parser, command
 
 from fault_tests.cases import ROWS, listing, run_row
 from fault_tests.processes import ForkServer
@@ -45,9 +44,9 @@ def rows_named(texts: Sequence[str]) -> list[int]:
     return [row for row in ROWS if row in found]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit code."""
-    parser = argparse.ArgumentParser(
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse the command line. Without `--list`, `rows` becomes the numbers of the rows to run."""
+    parser = Parser(
         prog="fault_run.py", description="Break a small run in every way of the table of faults."
     )
     parser.add_argument(
@@ -81,13 +80,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--keep", type=Path, metavar="DIR", help="work in this new folder and keep it"
     )
     options = parser.parse_args(arguments)
-
     if options.list:
-        print(listing())
-        return 0
+        return options
 
     try:
-        rows = (
+        options.rows = (
             rows_named(options.rows)
             if options.rows
             else [row for row in ROWS if not options.short or row in SHORT_ROWS]
@@ -97,8 +94,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     if options.keep is not None and options.keep.exists():
         parser.error(f"--keep: {options.keep} exists already")
-    scratch = options.keep or Path(tempfile.mkdtemp(prefix="k2train-faults-"))
+    return options
 
+
+def run_rows(options: argparse.Namespace, scratch: Path) -> list[Result]:
+    """Run the rows one after another; write record and page after each."""
     began = time.monotonic()
     results: list[Result] = []
     with ForkServer(scratch.resolve() / "server") as server:
@@ -114,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             ),
         )
 
-        for row in rows:
+        for row in options.rows:
             results.append(run_row(bench, row))
             print(table_line(results[-1]), flush=True)
 
@@ -127,6 +127,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 options.page.write_text(
                     page(shown, bench, time.monotonic() - began), encoding="utf-8"
                 )
+
+    return results
+
+
+@command
+def main(arguments: Sequence[str]) -> int:
+    """Run the command line and return the exit code."""
+    options = parse(arguments)
+    if options.list:
+        print(listing())
+        return 0
+
+    scratch = options.keep or Path(tempfile.mkdtemp(prefix="k2train-faults-"))
+    results = run_rows(options, scratch)
 
     failed = [result for result in results if result.problems]
     for result in failed:

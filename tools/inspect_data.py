@@ -18,16 +18,14 @@ Exit codes: 0 done; 2 an error in usage, data or run, one line on stderr.
 """
 
 import argparse
-import io
 import json
-import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from command_line import Parser, command
 
 from k2train.checkpoint.manifest import list_checkpoints
 from k2train.checkpoint.manifest import read_manifest as read_checkpoint
@@ -40,29 +38,19 @@ from k2train.data.inspect.provenance import (
     find_document,
     pieces_of,
 )
-from k2train.data.inspect.run_usage import METRICS, TO_COME, Run, rows_of_step
+from k2train.data.inspect.run_usage import METRICS, TO_COME, RecordedCheckpoint, Run, rows_of_step
 from k2train.data.inspect.text import View, render
-from k2train.data.manifest import SOURCES_NAME, ChunkInfo, Manifest, read_manifest, short_list
-from k2train.errors import EXIT_DONE, EXIT_USAGE, CheckpointError, DataError, RunError, UserError
+from k2train.data.manifest import ChunkInfo, Manifest, read_manifest, short_list
+from k2train.data.source_record import read_sources
+from k2train.errors import EXIT_DONE, CheckpointError, DataError, RunError
 from k2train.record.ledger import read_ledger
 
 
-class _Parser(argparse.ArgumentParser):
-    """Argument parser that reports an error as one line, without the usage text."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(EXIT_USAGE, f"{self.prog}: {message}; see --help\n")
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
+@command
+def main(arguments: Sequence[str]) -> int:
     """Run the command line and return the exit code."""
     options = _options(arguments)
-    try:
-        facts = answer(options)
-    except UserError as error:
-        print(f"inspect_data: {error}", file=sys.stderr)
-        return EXIT_USAGE
-
+    facts = answer(options)
     if options.json:
         text = json.dumps(facts, ensure_ascii=False)
     else:
@@ -77,15 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             render(facts, View(sys.stdout.isatty(), options.ids, options.chunks, lines))
         )
 
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # Documents contain any character; one that the terminal cannot show is escaped.
-        sys.stdout.reconfigure(errors="backslashreplace")
-
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        # The reader has closed the pipe (`| head`); avoid a second flush error at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    print(text)
     return EXIT_DONE
 
 
@@ -99,55 +79,41 @@ def _requested_first(facts: Facts) -> tuple[Facts, int]:
     return {**facts, "samples": asked + others}, sum(len(sample["pieces"]) for sample in asked)
 
 
-def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = _Parser(
+def _options(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = Parser(
         prog="inspect_data",
         description="Show what a model was trained on, when, and where it came from.",
         epilog="Without a query: the token account of DATA, or the order of RUN.",
     )
-    add = parser.add_argument
-    add(
-        "data",
-        nargs="?",
-        type=Path,
-        metavar="DATA",
-        help="a manifest.json or its folder; with --run: if the data has moved",
-    )
-    add("--run", type=Path, metavar="RUN", help="the directory of a run, such as runs/demo-stage1")
-    add("--chunk", metavar="C", help="a chunk by number or name, or held_out")
-    add("--step", type=_whole, metavar="S", help="a step of the run, from 1")
-    add(
-        "--checkpoint",
-        metavar="N",
-        help="a checkpoint of the run by number or name; with --step, by its record alone",
-    )
-    add(
-        "--document", metavar="NAME", help="every use of a document, `source:document`, or a source"
-    )
-    rows = parser.add_mutually_exclusive_group()
-    rows.add_argument(
-        "--row", type=_one_row, dest="rows", metavar="R", help="a row of the chunk, from 0"
-    )
-    rows.add_argument(
-        "--rows",
-        type=_rows,
-        dest="rows",
-        metavar="A-B",
-        help="rows of the chunk, the last included",
-    )
-    rows.add_argument("--sample", type=_whole, metavar="I", help="a sample of the step, from 0")
-    add("--subset", metavar="X", help="with --document: in this subset only")
-    add("--source", metavar="S", help="with --document: in this source only")
-    add(
-        "--tokenizer",
-        type=Path,
-        metavar="MODEL",
-        help="the tokenizer.model, if the folder of the data has none",
-    )
-    add("--ids", action="store_true", help="the token ids beside the text")
-    add("--chunks", action="store_true", help="with the account: a line for every chunk")
-    add("--all", action="store_true", help="all lines of long tables")
-    add("--json", action="store_true", help="the answer as one JSON object")
+    where = "a manifest.json or its folder; with --run: if the data has moved"
+    parser.add_argument("data", nargs="?", type=Path, metavar="DATA", help=where)
+    checkpoint = "a checkpoint of the run by number or name"
+    alternatives = parser.add_mutually_exclusive_group()
+
+    for name, metavar, kind, text in (
+        ("run", "RUN", Path, "the directory of a run, such as runs/demo-stage1"),
+        ("chunk", "C", str, "a chunk by number or name, or held_out"),
+        ("step", "S", _whole, "a step of the run, from 1"),
+        ("checkpoint", "N", str, f"{checkpoint}; with --step, by its record alone"),
+        ("document", "NAME", str, "every use of a document, `source:document`, or a source"),
+        ("row", "R", _one_row, "a row of the chunk, from 0"),
+        ("rows", "A-B", _rows, "rows of the chunk, the last included"),
+        ("sample", "I", _whole, "a sample of the step, from 0"),
+        ("subset", "X", str, "with --document: in this subset only"),
+        ("source", "S", str, "with --document: in this source only"),
+        ("tokenizer", "MODEL", Path, "the tokenizer.model, if the folder of the data has none"),
+    ):
+        group = alternatives if name in ("row", "rows", "sample") else parser
+        target = "rows" if name == "row" else name
+        group.add_argument(f"--{name}", dest=target, type=kind, metavar=metavar, help=text)
+
+    for name, text in (
+        ("ids", "the token ids beside the text"),
+        ("chunks", "with the account: a line for every chunk"),
+        ("all", "all lines of long tables"),
+        ("json", "the answer as one JSON object"),
+    ):
+        parser.add_argument(f"--{name}", action="store_true", help=text)
 
     options = parser.parse_args(arguments)
     if mistake := _mistake(options):
@@ -160,27 +126,24 @@ def _mistake(options: argparse.Namespace) -> str:
     if options.data is None and options.run is None:
         return "give DATA (a manifest.json or its folder) or --run RUN"
     given = [name for name in ("chunk", "step", "document") if getattr(options, name) is not None]
+    if len(given) > 1:
+        return f"--{' and --'.join(given)} are different queries: give one"
 
+    query = given[0] if given else None
+    no_run, within = options.run is None, options.subset or options.source
     rules = (
-        (len(given) > 1, f"--{' and --'.join(given)} are different queries: give one"),
+        (no_run and query == "step", "--step needs --run RUN: the order is the run's"),
+        (no_run and options.checkpoint is not None, "--checkpoint needs --run RUN"),
         (
-            options.run is None and options.step is not None,
-            "--step needs --run RUN: the order is the run's",
-        ),
-        (options.run is None and options.checkpoint is not None, "--checkpoint needs --run RUN"),
-        (
-            options.checkpoint is not None and given not in ([], ["step"]),
+            options.checkpoint is not None and query not in (None, "step"),
             "--checkpoint goes with --step or alone",
         ),
         (
-            options.rows is not None and given not in (["chunk"], ["step"]),
+            options.rows is not None and query not in ("chunk", "step"),
             "--row needs --chunk C or --step S",
         ),
-        (options.sample is not None and given != ["step"], "--sample needs --step S"),
-        (
-            (options.subset or options.source) and given != ["document"],
-            "--subset and --source need --document NAME",
-        ),
+        (options.sample is not None and query != "step", "--sample needs --step S"),
+        (within and query != "document", "--subset and --source need --document NAME"),
     )
     return next((text for wrong, text in rules if wrong), "")
 
@@ -239,22 +202,22 @@ def open_run(options: argparse.Namespace) -> Run:
         raise RunError(
             f"{directory} is not a directory; give that of a run, such as runs/demo-stage1"
         )
-    events = read_ledger(directory / "ledger.jsonl")
+    entries = read_ledger(directory / "ledger.jsonl")
     asked = _checkpoint(directory, options.checkpoint) if options.checkpoint is not None else None
-    return Run(directory, events, asked or _newest_checkpoint(directory), asked, options.data)
+    return Run(directory, entries, asked or _newest_checkpoint(directory), asked, options.data)
 
 
-def _newest_checkpoint(directory: Path) -> Facts | None:
+def _newest_checkpoint(directory: Path) -> RecordedCheckpoint | None:
     for path in reversed(list_checkpoints(directory / "checkpoints")):
         try:
-            return read_checkpoint(path)
+            return _recorded(path)
         except CheckpointError:
             # All checkpoints have the same order up to deferrals, which the ledger has too.
             continue
     return None
 
 
-def _checkpoint(directory: Path, wanted: str) -> Facts:
+def _checkpoint(directory: Path, wanted: str) -> RecordedCheckpoint:
     folder = directory / "checkpoints"
     paths = {path.name: path for path in list_checkpoints(folder)}
     name = f"ckpt_{int(wanted):03d}" if wanted.isascii() and wanted.isdigit() else wanted
@@ -262,7 +225,19 @@ def _checkpoint(directory: Path, wanted: str) -> Facts:
         raise CheckpointError(
             f"{folder} has no {name}: it has {short_list(paths) if paths else 'none'}"
         )
-    return read_checkpoint(paths[name])
+    return _recorded(paths[name])
+
+
+def _recorded(path: Path) -> RecordedCheckpoint:
+    manifest = read_checkpoint(path)
+    return RecordedCheckpoint(
+        manifest.name,
+        manifest.step,
+        manifest.consumed_tokens,
+        manifest.config,
+        manifest.data.manifest_sha256,
+        [(chunk.name, chunk.sha256) for chunk in manifest.chunks.order],
+    )
 
 
 # The queries
@@ -281,14 +256,13 @@ def rows_answer(
     pieces = pieces_of(manifest, info, options.rows)
     tokenizer = find_tokenizer(manifest, options.tokenizer)
 
-    rows = []
+    rows: list[Facts] = []
     for row, listed in pieces.items():
         add_text(manifest, info, row, listed, tokenizer)
-        facts: Facts = {"chunk": info.name, "row": row, "pieces": listed}
+        rows.append({"chunk": info.name, "row": row, "pieces": listed})
         if run:
             step, state = run.history.use(info.name, row, info == manifest.held_out)
-            facts["use"] = {"step": step, "state": state}
-        rows.append(facts)
+            rows[-1]["use"] = {"step": step, "state": state}
 
     return {
         "form": "rows",
@@ -312,16 +286,15 @@ def step_answer(run: Run, options: argparse.Namespace) -> Facts:
     tokenizer = find_tokenizer(manifest, options.tokenizer)
 
     # Counted over the pieces, not taken from a record.
-    per_subset: dict[str, int] = {}
-    for piece in (piece for listed in pieces.values() for piece in listed):
-        per_subset[piece["subset"]] = per_subset.get(piece["subset"], 0) + piece["length"]
-    samples: list[Facts] = [
-        {"sample": row - rows.start, "row": row, "pieces": listed} for row, listed in pieces.items()
-    ]
-
-    for row in chosen:
-        add_text(manifest, info, row, pieces[row], tokenizer)
-        samples[row - rows.start]["text_shown"] = True
+    per_subset: Counter[str] = Counter()
+    samples: list[Facts] = []
+    for row, listed in pieces.items():
+        samples.append({"sample": row - rows.start, "row": row, "pieces": listed})
+        for piece in listed:
+            per_subset[piece["subset"]] += piece["length"]
+        if row in chosen:
+            add_text(manifest, info, row, listed, tokenizer)
+            samples[-1]["text_shown"] = True
 
     return {
         "form": "step",
@@ -347,21 +320,20 @@ def _chosen(options: argparse.Namespace, info: ChunkInfo, rows: range, step: int
 
     Raises DataError for a row outside the step.
     """
-    asked = range(rows.start, rows.start + 1)
+    if options.rows is None:
+        sample = options.sample or 0
+        if sample >= len(rows):
+            raise DataError(
+                f"step {step} has no sample {sample}: it has samples 0 to {len(rows) - 1}"
+            )
+        return rows[sample : sample + 1]
 
-    if options.sample is not None:
-        if options.sample >= len(rows):
-            raise DataError(
-                f"step {step} has no sample {options.sample}: it has samples 0 to {len(rows) - 1}"
-            )
-        asked = range(rows.start + options.sample, rows.start + options.sample + 1)
-    elif options.rows is not None:
-        asked = check_rows(info, options.rows)
-        if asked.start < rows.start or asked.stop > rows.stop:
-            raise DataError(
-                f"step {step} reads rows {rows.start} to {rows.stop - 1} of {info.name}; ask for "
-                "one of them"
-            )
+    asked = check_rows(info, options.rows)
+    if asked.start < rows.start or asked.stop > rows.stop:
+        raise DataError(
+            f"step {step} reads rows {rows.start} to {rows.stop - 1} of {info.name}; ask for "
+            "one of them"
+        )
     return asked
 
 
@@ -378,17 +350,13 @@ def _attempts(run: Run, step: int, chunk: str, rows: range) -> list[Facts]:
         if all(key in row for key in keys)
     ]
 
-    counts = run.checkpoint is None and run.history.state(step) != TO_COME
-    if (
-        recorded
-        and counts
-        and (recorded[-1]["chunk"], recorded[-1]["rows"]) != (chunk, [rows.start, rows.stop])
-    ):
-        raise RunError(
-            f"{path} says that step {step} read {recorded[-1]['chunk']} rows "
-            f"{recorded[-1]['rows']}, the order of the run gives {chunk} rows "
-            f"{[rows.start, rows.stop]}: one of them no longer belongs to this run"
-        )
+    if recorded and run.checkpoint is None and run.history.state(step) != TO_COME:
+        last, ours = recorded[-1], [rows.start, rows.stop]
+        if (last["chunk"], last["rows"]) != (chunk, ours):
+            raise RunError(
+                f"{path} says that step {step} read {last['chunk']} rows {last['rows']}, the order "
+                f"of the run gives {chunk} rows {ours}: one of them no longer belongs to this run"
+            )
     return recorded
 
 
@@ -400,15 +368,12 @@ def document_answer(manifest: Manifest, run: Run | None, options: argparse.Names
         "form": "document",
         "manifest": str(manifest.path),
         "document": options.document,
+        "of_chunks": len(manifest.all_chunks()),
     }
-    facts["of_chunks"] = len(manifest.all_chunks())
 
     if run:
-        facts |= {
-            **run.names(),
-            "done_step": run.history.done_step,
-            "of_steps": run.order.total_steps,
-        }
+        facts |= run.names()
+        facts |= {"done_step": run.history.done_step, "of_steps": run.order.total_steps}
         for piece in pieces:
             piece["step"], piece["state"] = run.history.use(
                 piece["chunk"], piece["row"], piece["held_out"]
@@ -421,30 +386,26 @@ def _chunks_by_key(manifest: Manifest, options: argparse.Namespace) -> set[str] 
 
     None for all.
     """
-    path = manifest.folder / SOURCES_NAME
     source, name = options.source, options.document
-    if source is None and path.is_file():
+    if source is None:
         # Names may contain colons: a prefix counts as a source only if it is one.
-        known = json.loads(path.read_text("utf-8")).get("files", {})
+        known = read_sources(manifest).files
         cuts = [i for i, letter in enumerate(name) if letter == ":" and name[:i] in known]
-        source, name = (name[: cuts[0]], name[cuts[0] + 1 :]) if len(cuts) == 1 else (None, name)
+        if len(cuts) != 1:
+            return None
+        source, name = name[: cuts[0]], name[cuts[0] + 1 :]
     elif name == source:
         # The source itself is meant, with all its documents.
         return None
-    elif source is not None:
+    else:
         name = name.removeprefix(f"{source}:")
 
-    if source is None:
-        return None
-
     # Keys depend on the subset, so each one is tried.
-    subsets = [options.subset] if options.subset else list(manifest.facts.get("account", {}))
+    subsets = [options.subset] if options.subset else list(manifest.facts.account or {})
     found = [chunks_of_document(manifest, subset, source, name) for subset in subsets]
-    return (
-        set[str]().union(*(chunks for chunks in found if chunks))
-        if found and None not in found
-        else None
-    )
+    if not found or None in found:
+        return None
+    return set[str]().union(*(chunks for chunks in found if chunks))
 
 
 def _notes(manifest: Manifest, tokenizer: object) -> list[str]:

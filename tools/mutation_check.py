@@ -19,7 +19,6 @@ Alternatives considered:
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import os
 import re
@@ -31,9 +30,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+from command_line import Parser, command
 
 from fault_tests.processes import ForkServer
+from k2train.text import markdown_row, markdown_table
 from mutations import MUTATIONS, Mutation
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -167,9 +167,10 @@ def check_unbroken(
     return code == PASSED, detail
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@command
+def main(arguments: Sequence[str]) -> int:
     """Run the command line and return the exit code."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser = Parser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument(
         "--only", default="", metavar="TEXT", help="mutations whose name contains this"
     )
@@ -188,15 +189,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"no mutation's name contains {options.only!r}")
 
     if options.list:
-        print(
-            "\n".join(
-                [
-                    "| mutation | caught by |",
-                    "|---|---|",
-                    *(f"| {m.name} | `{m.test}` |" for m in chosen),
-                ]
-            )
-        )
+        rows = ((m.name, f"`{m.test}`") for m in chosen)
+        print("\n".join(markdown_table(("mutation", "caught by"), rows)))
         return 0
     with (
         tempfile.TemporaryDirectory(prefix="mutation_") as scratch,
@@ -214,16 +208,15 @@ def check(server: ForkServer, chosen: Sequence[Mutation]) -> int:
         print("a named test fails without a mutation, so nothing can be shown", file=sys.stderr)
         return 1
 
-    print("| mutation | test that must fail | caught | seconds |\n|---|---|---|---|", flush=True)
+    headings = ("mutation", "test that must fail", "caught", "seconds")
+    print("\n".join(markdown_table(headings, [])), flush=True)
     missed = 0
     for mutation in chosen:
         outcome = check_mutation(server, mutation)
         missed += not outcome.caught
         result = "yes" if outcome.caught else f"NO: {outcome.detail}"
-        print(
-            f"| {mutation.name} | `{mutation.test}` | {result} | {outcome.seconds:.0f} |",
-            flush=True,
-        )
+        cells = (mutation.name, f"`{mutation.test}`", result, f"{outcome.seconds:.0f}")
+        print(markdown_row(cells), flush=True)
 
     print(f"\n{len(chosen) - missed} of {len(chosen)} caught")
     return 1 if missed else 0

@@ -33,16 +33,16 @@ MUTATIONS = (
     Mutation(
         "loss not divided by the number of micro-batches",
         "k2train/train/engine.py",
-        "microbatches[microbatch], 1.0 / self.targets",
-        "microbatches[microbatch], self.num_microbatches / self.targets",
+        "scale = 1.0 / (targets or self.setup.targets)",
+        "scale = self.setup.num_microbatches / (targets or self.setup.targets)",
         f"{HUGGING_FACE}[all-heads-one]",
         required=True,
     ),
     Mutation(
         "data-parallel average: divided by the targets of this rank only",
         "k2train/train/engine.py",
-        "microbatches[microbatch], 1.0 / self.targets",
-        "microbatches[microbatch], self.grid.dp.size / self.targets",
+        "scale = 1.0 / (targets or self.setup.targets)",
+        "scale = self.grid.dp.size / (targets or self.setup.targets)",
         f"{HUGGING_FACE}[all-heads-dp2]",
         required=True,
     ),
@@ -145,18 +145,18 @@ MUTATIONS = (
     ),
     Mutation(
         "fused loss: the gradient is not scaled",
-        "k2train/parallel/cross_entropy.py",
-        "self.factor = self.counted.float() * scale",
+        "k2train/parallel/fused_cross_entropy.py",
+        "self.factor = self.counted.float() * strips.scale",
         "self.factor = self.counted.float()",
-        "tests/parallel/test_cross_entropy.py::test_fused_equals_cross_entropy_and_autograd[1-False-251]",
+        "tests/parallel/test_fused_cross_entropy.py::test_fused_equals_cross_entropy_and_autograd[1-False-251]",
         required=True,
     ),
     Mutation(
         "fused loss: the softmax of a rank's own columns",
-        "k2train/parallel/cross_entropy.py",
+        "k2train/parallel/fused_cross_entropy.py",
         "label_mass / share",
         "label_mass",
-        "tests/parallel/test_cross_entropy.py::test_fused_equals_cross_entropy_and_autograd[2-True-251]",
+        "tests/parallel/test_fused_cross_entropy.py::test_fused_equals_cross_entropy_and_autograd[2-True-251]",
     ),
     Mutation(
         "gradients: a bucket leaves before all of it is in",
@@ -197,8 +197,8 @@ MUTATIONS = (
     Mutation(
         "labels not shifted by one",
         "k2train/model/transformer.py",
-        "labels[:, :-1] = tokens[:, 1:]",
-        "labels[:, :-1] = tokens[:, :-1]",
+        "labels[:, :-1] = targets[:, 1:]",
+        "labels[:, :-1] = targets[:, :-1]",
         f"{HUGGING_FACE}[all-heads-one]",
     ),
     Mutation(
@@ -295,7 +295,7 @@ MUTATIONS = (
     ),
     Mutation(
         "weights written back without the short last block of rows",
-        "k2train/parallel/grad_buffer.py",
+        "k2train/parallel/shard_layout.py",
         "        if rest:\n",
         "        if rest and rows.requires_grad:\n",
         "tests/parallel/test_grad_buffer.py::test_reduce_and_publish_equal_no_sharding[3]",
@@ -309,7 +309,7 @@ MUTATIONS = (
     ),
     Mutation(
         "documents of a run in the order of their files",
-        "k2train/data/prepare/encode/sorted_runs.py",
+        "k2train/data/prepare/encode/run_writer.py",
         'order = np.argsort(keys, kind="stable")',
         "order = np.arange(len(keys))",
         "tests/data/prepare/test_sorted_runs.py::test_every_pass_holds_every_document_in_its_order",
@@ -373,7 +373,7 @@ MUTATIONS = (
     Mutation(
         "checkpoints: a lease that was lost does not stop the rename",
         "k2train/checkpoint/commit.py",
-        "    job.check_owner()\n",
+        "    job.events.check_owner()\n",
         "",
         "tests/checkpoint/test_writer.py::test_a_lost_lease_renames_nothing",
     ),
@@ -387,8 +387,8 @@ MUTATIONS = (
     Mutation(
         "restart: bad steps before it are forgotten",
         "k2train/train/trainer.py",
-        '        self.skips.load_state(facts["guard"]["finite"])\n',
-        "",
+        "        self.opened.state = TrainState.of(manifest)\n",
+        "        self.state.step = manifest.step\n",
         "tests/train/test_monitor.py::test_bad_steps_are_counted_across_a_restart",
     ),
     Mutation(

@@ -14,68 +14,50 @@ Alternatives considered:
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from command_line import Parser, command, positive
 
-from k2train.config.load import Config, load_config, num_microbatches
-from k2train.errors import EXIT_DONE, EXIT_USAGE, UserError
+from k2train.config.load import Config, load_config
+from k2train.errors import EXIT_DONE, RunError
 from k2train.plan import cost
 from k2train.plan.action import Op
 from k2train.plan.balance import balanced_layers, rank_flops, with_layers
 from k2train.plan.draw import draw, svg
 from k2train.plan.layout import Layout
-from k2train.plan.schedule import Program, build_programs, placement_of
+from k2train.plan.schedule import Program
 from k2train.plan.simulate import Span, bubble_fraction, peak_in_flight, simulate
 from k2train.text import bytes_text
 from k2train.train.memory_report import memory_table
+from k2train.train.setup import Setup
 
 GRID_LINES = 16
 PROGRAM_ACTIONS = 48
 UNIT = "forwards of one stage"
 
 
-class _Parser(argparse.ArgumentParser):
-    """Argument parser that reports an error as one line, without the usage text."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(EXIT_USAGE, f"{self.prog}: {message}; see --help\n")
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
+@command
+def main(arguments: Sequence[str]) -> int:
     """Run the command line and return the exit code."""
     options = _parser().parse_intermixed_args(arguments)
-    try:
-        config = load_config(options.config, options.overrides)
-        world_size = options.world or config.parallel.tensor * config.parallel.pipeline
-        text, spans = plan(config, world_size, options.width, options.full)
-    except UserError as mistake:
-        print(mistake, file=sys.stderr)
-        return EXIT_USAGE
-
+    config = load_config(options.config, options.overrides)
+    world_size = options.world or config.parallel.tensor * config.parallel.pipeline
+    text, spans = plan(config, world_size, options.width, options.full)
     if options.svg:
         try:
             Path(options.svg).write_text(svg(spans, unit=UNIT), encoding="utf-8")
         except OSError as problem:
-            print(f"--svg {options.svg} cannot be written: {problem.strerror}", file=sys.stderr)
-            return EXIT_USAGE
-
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        # The reader has closed the pipe (`| head`); avoid a second flush error at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise RunError(f"--svg {options.svg} cannot be written: {problem.strerror}") from None
+    print(text)
     return EXIT_DONE
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="plan",
         description="Show the training plan of a config on N processes. Needs no device.",
     )
@@ -84,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
         "overrides", nargs="*", metavar="dotted.key=value", help="values that replace the file's"
     )
     parser.add_argument(
-        "--world", type=_positive, metavar="N", help="processes (default: tensor x pipeline)"
+        "--world", type=positive, metavar="N", help="processes (default: tensor x pipeline)"
     )
     parser.add_argument("--svg", metavar="FILE", help="write the picture as SVG, too")
     parser.add_argument(
@@ -92,15 +74,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     terminal = shutil.get_terminal_size((100, 24)).columns
     parser.add_argument(
-        "--width", type=_positive, default=terminal, metavar="COLUMNS", help="width of the picture"
+        "--width", type=positive, default=terminal, metavar="COLUMNS", help="width of the picture"
     )
     return parser
-
-
-def _positive(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text!r}")
-    return int(text)
 
 
 def plan(
@@ -110,37 +86,16 @@ def plan(
 
     Raises UserError when the config does not fit the world.
     """
-    # First: it checks that world and batch divide.
-    count = num_microbatches(config, world_size)
-
-    parallel = config.parallel
-    layout = Layout.for_world(
-        world_size,
-        parallel.tensor,
-        parallel.pipeline,
-        parallel.stages_per_rank,
-        placement_of(parallel.schedule),
-        parallel.layers_per_stage,
-    )
-
-    programs = build_programs(parallel.schedule, layout.pipeline, count, layout.stages_per_rank)
+    setup = Setup.of(config, world_size)
+    layout, programs, shape = setup.layout, setup.programs, setup.architecture
     spans = simulate(programs)
-    shape = cost.ModelShape(
-        num_layers=config.model.num_layers,
-        hidden_size=config.model.hidden_size,
-        ffn_hidden_size=config.model.ffn_hidden_size,
-        num_heads=config.model.num_heads,
-        num_kv_heads=config.model.num_kv_heads,
-        vocab_size=config.model.vocab_size,
-    )
-
     sections = (
         _grid_lines(layout, shape.num_layers, full),
         _model_lines(shape, layout, config.precision),
-        memory_table(config, layout, programs),
-        _step_lines(config, shape, layout, count),
-        _schedule_lines(parallel.schedule, programs, spans, width, full)
-        + _balance_lines(config, shape, layout),
+        memory_table(setup),
+        _step_lines(setup),
+        _schedule_lines(config.parallel.schedule, programs, spans, width, full)
+        + _balance_lines(setup),
         [draw(spans, width, UNIT)],
     )
     return "\n\n".join("\n".join(lines) for lines in sections), spans
@@ -222,20 +177,21 @@ def _model_lines(shape: cost.ModelShape, layout: Layout, precision: str) -> list
     return lines
 
 
-def _step_lines(config: Config, shape: cost.ModelShape, layout: Layout, count: int) -> list[str]:
+def _step_lines(setup: Setup) -> list[str]:
+    config, layout, tokens = setup.config, setup.layout, setup.step_tokens
     sequences, length = config.batch.global_sequences, config.data.sequence_length
-    tokens = sequences * length
-    flops = tokens * cost.flops_per_token(shape, length)
+    per_token = cost.flops_per_token(setup.architecture, length)
     return [
         f"step      {sequences:,} sequences of {length:,} = {tokens:,} tokens, "
-        f"{sequences * (length - 1):,} targets",
+        f"{setup.targets:,} targets",
         (
-            f"  per data-parallel rank: {sequences // layout.data:,} sequences in {count:,} "
-            f"micro-batches of {config.batch.micro_sequences:,}"
+            f"  per data-parallel rank: {sequences // layout.data:,} sequences in "
+            f"{setup.num_microbatches:,} micro-batches of {config.batch.micro_sequences:,}"
         ),
         (
-            f"  model FLOPs: {flops:.4g} per step, {flops / layout.world_size:.4g} per rank, "
-            f"{cost.flops_per_token(shape, length):.4g} per token"
+            f"  model FLOPs: {tokens * per_token:.4g} per step, "
+            f"{tokens * per_token / layout.world_size:.4g} per rank, "
+            f"{per_token:.4g} per token"
         ),
         f"  warm-up: {config.lr.warmup_steps:,} steps, {config.lr.warmup_steps * tokens:,} tokens",
     ]
@@ -284,11 +240,12 @@ def _schedule_lines(
     return lines
 
 
-def _balance_lines(config: Config, shape: cost.ModelShape, layout: Layout) -> list[str]:
+def _balance_lines(setup: Setup) -> list[str]:
     """Share of the busiest pipeline rank, and a better split of layers if any.
 
     Empty for one rank.
     """
+    config, layout, shape = setup.config, setup.layout, setup.architecture
     if layout.pipeline == 1:
         return []
     length = config.data.sequence_length

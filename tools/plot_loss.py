@@ -11,7 +11,6 @@
 Exit codes: 0 done; 2 a mistake in usage or a damaged record, one line on stderr.
 """
 
-import argparse
 import math
 import sys
 from collections.abc import Sequence
@@ -19,9 +18,10 @@ from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from command_line import Parser, command
 
-from k2train.errors import EXIT_DONE, EXIT_USAGE, RunError, UserError
+from k2train.errors import EXIT_DONE, RunError
+from k2train.record.events import CheckpointSaved, of_kind
 from k2train.record.ledger import read_ledger
 from k2train.record.metrics import latest
 
@@ -48,21 +48,17 @@ def curve_of(directory: Path, tokens_before: float = 0.0) -> Curve:
     """
     metrics = directory / "metrics.jsonl"
     rows = latest(metrics) if metrics.exists() else []
-    training = _finite([(tokens_before + row["consumed_tokens"], row["loss"]) for row in rows])
+    training = _finite([(tokens_before + row.consumed_tokens, row.loss) for row in rows])
     if not training:
         raise RunError(
             f"{directory}: no step is on record in metrics.jsonl; "
             "give the directory of a run that trained"
         )
-    saved = [
-        event
-        for event in read_ledger(directory / "ledger.jsonl")
-        if event["event"] == "checkpoint_saved"
-    ]
+    saved = of_kind(read_ledger(directory / "ledger.jsonl"), CheckpointSaved)
     scored = {
-        tokens_before + event["consumed_tokens"]: float(event["held_out_loss"])
+        tokens_before + event.consumed_tokens: event.held_out_loss
         for event in saved
-        if event.get("held_out_loss") is not None
+        if event.held_out_loss is not None
     }
     return Curve(directory.name, training, _finite(sorted(scored.items())))
 
@@ -141,9 +137,10 @@ def _scale(tokens: float) -> tuple[float, str]:
     return 1.0, ""
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@command
+def main(arguments: Sequence[str]) -> int:
     """Read the runs and write the picture; the exit code."""
-    parser = argparse.ArgumentParser(description="Plot the loss curve of runs as SVG.")
+    parser = Parser(description="Plot the loss curve of runs as SVG.")
     parser.add_argument(
         "runs", nargs="+", type=Path, metavar="RUN_DIRECTORY", help="for example runs/demo-stage1"
     )
@@ -151,17 +148,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--svg", type=Path, required=True, metavar="FILE", help="where the picture goes"
     )
     options = parser.parse_args(arguments)
+    curves: list[Curve] = []
     try:
-        curves: list[Curve] = []
         for directory in options.runs:
             curves.append(curve_of(directory, curves[-1].training[-1][0] if curves else 0.0))
         options.svg.write_text(svg(curves), encoding="utf-8")
-    except UserError as mistake:
-        print(mistake, file=sys.stderr)
-        return EXIT_USAGE
     except OSError as problem:
-        print(f"{problem.filename}: {problem.strerror}", file=sys.stderr)
-        return EXIT_USAGE
+        raise RunError(f"{problem.filename}: {problem.strerror}") from None
     print(f"{options.svg}: {', '.join(curve.name for curve in curves)}")
     return EXIT_DONE
 

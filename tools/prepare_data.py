@@ -17,23 +17,24 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from command_line import Parser, command
+
 from k2train.data.inspect.account import account_facts
 from k2train.data.inspect.text import View, render
 from k2train.data.manifest import Manifest, read_manifest
-from k2train.data.prepare.k2_format.convert import export_k2, import_k2
+from k2train.data.prepare.k2_format.export_folder import export_k2
+from k2train.data.prepare.k2_format.import_folder import import_k2
+from k2train.data.prepare.load_recipe import load_recipe
 from k2train.data.prepare.progress import Progress
-from k2train.data.prepare.recipe import load_recipe
 from k2train.data.prepare.run.estimate import cost, estimate_lines, measure
 from k2train.data.prepare.run.pipeline import prepare
-from k2train.errors import EXIT_DONE, EXIT_USAGE, ConfigError, UserError
-from k2train.text import counted
+from k2train.errors import EXIT_DONE, ConfigError, DataError
+from k2train.text import counted, span_text
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the command line; raises ConfigError for options that do not go together."""
-    parser = argparse.ArgumentParser(
-        prog="prepare_data.py", description="Make a data folder of chunks."
-    )
+    parser = Parser(prog="prepare_data.py", description="Make a data folder of chunks.")
     parser.add_argument(
         "recipe", nargs="?", metavar="RECIPE.yaml", help="with --to-k2: the manifest to export"
     )
@@ -129,36 +130,30 @@ def summary(manifest: Manifest, result: str, tokenizer: str = "") -> list[str]:
     """Format what was made, and where it is."""
     tokens = sum(info.tokens for info in manifest.chunks)
     rows = sorted({info.rows for info in manifest.chunks})
-    row_text = f"{rows[0]:,}" if len(rows) == 1 else f"{rows[0]:,} to {rows[-1]:,}"
     held_out = f", {manifest.held_out.rows:,} rows held out" if manifest.held_out else ""
     return [
-        f"{result}: {counted(len(manifest.chunks), 'chunk')} of {row_text} rows of "
-        f"{manifest.sequence_length} = {tokens:,} tokens{held_out}, "
-        f"vocabulary {manifest.vocab_size:,}",
+        f"{result}: {counted(len(manifest.chunks), 'chunk')} of "
+        f"{span_text(rows[0], rows[-1])} rows of {manifest.sequence_length} = {tokens:,} "
+        f"tokens{held_out}, vocabulary {manifest.vocab_size:,}",
         f"in {manifest.path} (sha256 {manifest.sha256[:16]})"
         + (f", tokenizer {tokenizer}" if tokenizer else ""),
     ]
 
 
+@command
 def main(arguments: Sequence[str]) -> int:
     """Run the command line and return the exit code."""
     try:
-        run(parse(arguments), Progress())
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return EXIT_USAGE
+        run(parse(arguments), Progress(sys.stderr))
     except OSError as error:
         path = f"{error.filename}: " if error.filename else ""
-        print(
-            f"{path}{error.strerror or error}; make it writable, or name another output or work",
-            file=sys.stderr,
-        )
-        return EXIT_USAGE
+        raise DataError(
+            f"{path}{error.strerror or error}; make it writable, or name another output or work"
+        ) from None
     except KeyboardInterrupt:
-        print("interrupted; run the same command again to continue", file=sys.stderr)
-        return 130
+        raise KeyboardInterrupt("run the same command again to continue") from None
     return EXIT_DONE
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

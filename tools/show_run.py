@@ -13,21 +13,30 @@ Alternatives considered:
 - Guessing from file names and times.
 """
 
-import argparse
 import hashlib
 import json
-import os
+import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from command_line import Parser, command
 
-from k2train.errors import EXIT_DONE, EXIT_USAGE, RunError, UserError
+from k2train.errors import EXIT_DONE, RunError
+from k2train.record.events import (
+    CheckpointSaved,
+    ChunkStarted,
+    Entry,
+    Finished,
+    Resumed,
+    Started,
+    Stopped,
+    of_kind,
+)
 from k2train.record.ledger import read_ledger
-from k2train.record.metrics import latest
-from k2train.text import table
+from k2train.record.metrics import StepRecord, latest
+from k2train.text import counted, table
 
 HEADINGS = (
     "checkpoint",
@@ -49,87 +58,73 @@ def checkpoint_rows(directory: Path) -> list[dict[str, str]]:
 
     Raises RunError when the directory is not that of a run, or its ledger or metrics are damaged.
     """
-    events = _events(directory)
+    entries = _entries(directory)
     metrics = latest(directory / "metrics.jsonl") if (directory / "metrics.jsonl").exists() else []
-    by_step = {row["step"]: row for row in metrics}
+    by_step = {record.step: record for record in metrics}
 
-    saved: dict[str, dict[str, Any]] = {}
-    for path in sorted((directory / "checkpoints").glob("ckpt_*/manifest.json")):
-        # A half-written checkpoint keeps the suffix .tmp.
-        if not path.parent.suffix:
-            saved[path.parent.name] = {"manifest": path, **_manifest(path)}
-
-    for event in events:
-        if event["event"] == "checkpoint_saved":
-            # Saved twice: the newer one is on the disk.
-            saved[event["checkpoint"]] = {**saved.get(event["checkpoint"], {}), **event}
-
-    chunks = {
-        event["order_index"]: event["chunk"]
-        for event in events
-        if event["event"] == "chunk_started"
+    # A half-written checkpoint keeps the suffix .tmp.
+    on_disk = {
+        path.parent.name: _manifest(path)
+        for path in sorted((directory / "checkpoints").glob("ckpt_*/manifest.json"))
+        if not path.parent.suffix
     }
+    # Saved twice: the newer one is on the disk.
+    recorded = {event.checkpoint: event for event in of_kind(entries, CheckpointSaved)}
+    chunks = {event.order_index: event.chunk for event in of_kind(entries, ChunkStarted)}
 
     rows = []
     # Training seconds of a checkpoint are those of the steps since the previous one.
     step_before = 0
-    for name, facts in sorted(saved.items()):
-        step = facts.get("step")
-        rows.append(
-            _cells(directory, name, facts, chunks, by_step, range(step_before + 1, (step or 0) + 1))
-        )
-        step_before = step or step_before
+    for name, facts in sorted({**on_disk, **recorded}.items()):
+        steps = range(step_before + 1, (facts.step or 0) + 1)
+        mark = _mark(recorded.get(name), on_disk.get(name))
+        path = f"{directory / 'checkpoints' / name}{mark}"
+        rows.append({**_cells(facts, chunks, by_step, steps), "path": path})
+        step_before = facts.step or step_before
     return rows
 
 
 def lines_of_run(directory: Path) -> list[str]:
     """Lines of output for one run. Raises RunError as `checkpoint_rows` does."""
-    events = _events(directory)
+    entries = _entries(directory)
     rows = checkpoint_rows(directory)
-    lines = [f"{directory.name}: {_status(events)}", ""]
+    lines = [f"{directory.name}: {_status(entries)}", ""]
     cells = [[row[heading] for heading in HEADINGS] for row in rows]
     lines += (
         table(HEADINGS, cells, LEFT_ALIGNED, drop_unknown=False) if rows else ["no checkpoint yet"]
     )
-    return [*lines, "", "files", *_files(directory, events)]
+    return [*lines, "", "files", *_files(directory, entries)]
 
 
-def main(arguments: list[str] | None = None) -> int:
+@command
+def main(arguments: Sequence[str]) -> int:
     """Run the command line and return the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="show_run.py",
         description="Show the checkpoints of runs, and the location of their files.",
     )
     parser.add_argument(
         "runs", nargs="+", metavar="RUN_DIRECTORY", help="for example runs/demo-stage1"
     )
-    try:
-        # Read everything before printing, so an error is one line and not half a table.
-        shown = ["\n".join(lines_of_run(Path(run))) for run in parser.parse_args(arguments).runs]
-    except UserError as error:
-        print(f"show_run: {error}", file=sys.stderr)
-        return EXIT_USAGE
-
-    try:
-        print("\n\n".join(shown), flush=True)
-    except BrokenPipeError:
-        # The reader has closed the pipe (`| head`); avoid a second flush error at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    # Read everything before printing, so an error is one line and not half a table.
+    shown = ["\n".join(lines_of_run(Path(run))) for run in parser.parse_args(arguments).runs]
+    print("\n\n".join(shown))
     return EXIT_DONE
 
 
-def _events(directory: Path) -> list[dict[str, Any]]:
+def _entries(directory: Path) -> list[Entry]:
     if not directory.is_dir():
         raise RunError(
             f"{directory} is not a directory; give the directory of a run, such as runs/demo-stage1"
         )
-    events = read_ledger(directory / "ledger.jsonl")
-    if not events:
+    entries = read_ledger(directory / "ledger.jsonl")
+    if not entries:
         raise RunError(f"{directory / 'ledger.jsonl'} has no event: this run has not started")
-    return events
+    return entries
 
 
-def _manifest(path: Path) -> dict[str, Any]:
+def _manifest(path: Path) -> CheckpointSaved:
+    """What the ledger would say of a checkpoint; a value that the manifest lacks is None."""
     try:
         data = path.read_bytes()
         facts = json.loads(data)
@@ -139,47 +134,45 @@ def _manifest(path: Path) -> dict[str, Any]:
         raise RunError(
             f"{path} contains {type(facts).__name__}, expected an object; the checkpoint is damaged"
         )
-    return {**facts, "sha256_found": hashlib.sha256(data).hexdigest()}
+    shown = ("step", "chunks_consumed", "consumed_tokens", "loss", "held_out_loss")
+    known: dict[str, Any] = {key: facts.get(key) for key in shown}
+    digest = hashlib.sha256(data).hexdigest()
+    return CheckpointSaved(
+        checkpoint=path.parent.name, attempt=0, bytes=0, manifest_sha256=digest, **known
+    )
 
 
 def _cells(
-    directory: Path,
-    name: str,
-    facts: dict[str, Any],
+    facts: CheckpointSaved,
     chunks: dict[int, str],
-    by_step: dict[int, dict[str, Any]],
+    by_step: dict[int, StepRecord],
     steps: Iterable[int],
 ) -> dict[str, str]:
-    consumed = facts.get("chunks_consumed")
-    metrics = by_step.get(facts.get("step", -1), {})
-    trained = [
-        float(by_step[step]["seconds"]) for step in steps if "seconds" in by_step.get(step, {})
-    ]
+    consumed = facts.chunks_consumed
+    seconds = [by_step[step].seconds for step in steps if step in by_step]
+    trained = [one for one in seconds if math.isfinite(one)]
     return {
-        "checkpoint": name,
+        "checkpoint": facts.checkpoint,
         "chunks": _integer(consumed),
         "chunk": str(chunks.get(consumed - 1, "-"))
         if isinstance(consumed, int) and consumed > 0
         else "-",
-        "step": _integer(facts.get("step")),
-        "tokens": _integer(facts.get("consumed_tokens", metrics.get("consumed_tokens"))),
-        "loss": _loss(facts.get("loss", metrics.get("loss"))),
-        "held-out": _loss(facts.get("held_out_loss")),
+        "step": _integer(facts.step),
+        "tokens": _integer(facts.consumed_tokens),
+        "loss": _loss(facts.loss),
+        "held-out": _loss(facts.held_out_loss),
         "train s": f"{sum(trained):.1f}" if trained else "-",
-        "save s": _seconds(facts.get("seconds")),
-        "path": f"{directory / 'checkpoints' / name}{_mark(facts)}",
+        "save s": _seconds(facts.seconds),
     }
 
 
-def _mark(facts: dict[str, Any]) -> str:
-    if "manifest" not in facts:
+def _mark(recorded: CheckpointSaved | None, on_disk: CheckpointSaved | None) -> str:
+    if on_disk is None:
         return "  (not on the disk)"
-    expected = facts.get("manifest_sha256")
-    if "event" not in facts:
+    if recorded is None:
         return "  (not in the ledger)"
-    return (
-        "  (MANIFEST CHANGED)" if expected is not None and expected != facts["sha256_found"] else ""
-    )
+    changed = recorded.manifest_sha256 != on_disk.manifest_sha256
+    return "  (MANIFEST CHANGED)" if changed else ""
 
 
 def _integer(value: Any) -> str:
@@ -187,7 +180,7 @@ def _integer(value: Any) -> str:
 
 
 def _loss(value: Any) -> str:
-    # The ledger has a non-finite loss as a word.
+    # A manifest has a non-finite loss as a word.
     return (
         f"{value:.4f}" if isinstance(value, (int, float)) else "-" if value is None else str(value)
     )
@@ -197,26 +190,24 @@ def _seconds(value: Any) -> str:
     return f"{value:.1f}" if isinstance(value, (int, float)) else "-"
 
 
-def _status(events: list[dict[str, Any]]) -> str:
-    attempts = sum(event["event"] in ("started", "resumed") for event in events)
-    starts = f"{attempts} start{'' if attempts == 1 else 's'}"
+def _status(entries: list[Entry]) -> str:
+    events = [entry.event for entry in entries]
+    attempts = sum(isinstance(event, Started | Resumed) for event in events)
+    starts = counted(attempts, "start")
     for event in reversed(events):
-        if event["event"] == "finished":
+        if isinstance(event, Finished):
             return f"finished, {starts}"
-        if event["event"] == "stopped":
-            return (
-                f"stopped at step {event.get('step', '?')} "
-                f"({event.get('reason', 'no reason given')}), {starts}"
-            )
-        if event["event"] == "started":
+        if isinstance(event, Stopped):
+            return f"stopped at step {event.step} ({event.reason}), {starts}"
+        if isinstance(event, Started):
             break
     return f"not finished, {starts}"
 
 
-def _files(directory: Path, events: list[dict[str, Any]]) -> list[str]:
+def _files(directory: Path, entries: list[Entry]) -> list[str]:
     descriptions = {
         "config.yaml": "the resolved config",
-        "ledger.jsonl": f"{len(events)} events, hash chain verified",
+        "ledger.jsonl": f"{len(entries)} events, hash chain verified",
         "metrics.jsonl": "one line per step",
         "checkpoints": "model and optimizer, safetensors",
         "wandb": "W&B's copy of the metrics",

@@ -25,14 +25,15 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from command_line import Parser, command
 
 from k2train.data.prepare.progress import Progress
 from k2train.data.prepare.source import Contents, Source
-from k2train.data.tokenizer import LONGEST_LINE_BYTES, Tokenizer, is_encodable, train_tokenizer
-from k2train.errors import EXIT_DONE, EXIT_USAGE, DataError, UserError
+from k2train.data.tokenizer import Tokenizer, is_encodable
+from k2train.data.tokenizer_training import LONGEST_LINE_BYTES, train_tokenizer
+from k2train.errors import EXIT_DONE, DataError, UserError
 from k2train.text import counted
 
 try:
@@ -225,7 +226,8 @@ def read_sample(
     Raises DataError for a file that cannot be read, and when no text is found.
     """
     sample = Sample(max_bytes)
-    for name, path in Progress().track("read", files, unit="files" if len(files) != 1 else "file"):
+    unit = "files" if len(files) != 1 else "file"
+    for name, path in Progress(sys.stderr).track("read", files, unit=unit):
         try:
             for number, block in enumerate(blocks_of(path, keys, skipped)):
                 sample.add(name, number, block)
@@ -312,16 +314,9 @@ def train(given: argparse.Namespace) -> None:
     )
 
 
-class _Parser(argparse.ArgumentParser):
-    """Argument parser that reports an error as one line, without the usage text."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(EXIT_USAGE, f"{self.prog}: {message}; see --help\n")
-
-
 def options_of(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse and check the command line; exits with one line on an error."""
-    parser = _Parser(prog="train_tokenizer", description="Train a tokenizer on files.")
+    parser = Parser(prog="train_tokenizer", description="Train a tokenizer on files.")
     add = parser.add_argument
     add("output", metavar="OUTPUT.model", type=Path)
     add(
@@ -358,16 +353,12 @@ def options_of(arguments: Sequence[str]) -> argparse.Namespace:
     return given
 
 
+@command
 def main(arguments: Sequence[str]) -> int:
     """Run the command line and return the exit code."""
-    given = options_of(arguments)
-    try:
-        train(given)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return EXIT_USAGE
+    train(options_of(arguments))
     return EXIT_DONE
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -13,15 +13,15 @@ Alternatives considered:
 - Stopping at the first bad checkpoint: then it stays unknown which others are good.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from command_line import Parser, command
 
 from k2train.checkpoint.file_digest import verify_root
-from k2train.checkpoint.manifest import MANIFEST, is_thinned, list_checkpoints, verify_checkpoint
+from k2train.checkpoint.manifest import MANIFEST, is_thinned, list_checkpoints
+from k2train.checkpoint.verify import verify_checkpoint
 from k2train.errors import EXIT_DONE, EXIT_USAGE, CheckpointError
 
 
@@ -46,7 +46,6 @@ def line_of(path: Path, with_root: bool = False) -> str:
     Raises CheckpointError when it is damaged, or its state has another root.
     """
     manifest = verify_checkpoint(path)
-    total_bytes = sum(int(facts["bytes"]) for facts in manifest["files"].values())
     thinned = ", thinned to its weights" if is_thinned(path) else ""
 
     root = ""
@@ -54,16 +53,15 @@ def line_of(path: Path, with_root: bool = False) -> str:
         found = verify_root(path, manifest)
         root = f", root {found}" if found else ", no root to compare"
     return (
-        f"{path}: whole, step {manifest['step']}, {len(manifest['files'])} files, "
-        f"{total_bytes} bytes{thinned}{root}"
+        f"{path}: whole, step {manifest.step}, {len(manifest.files)} files, "
+        f"{manifest.total_bytes} bytes{thinned}{root}"
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@command
+def main(arguments: Sequence[str]) -> int:
     """Run the command line and return the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="verify_checkpoint.py", description="Check checkpoints byte for byte."
-    )
+    parser = Parser(prog="verify_checkpoint.py", description="Check checkpoints byte for byte.")
     parser.add_argument("paths", nargs="+", type=Path, metavar="CKPT|RUN")
     parser.add_argument(
         "--root", action="store_true", help="recompute the root of the state from the files"

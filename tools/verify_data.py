@@ -13,44 +13,26 @@ Alternatives considered:
 - Stopping at the first problem: then it stays unknown which other files must be fetched.
 """
 
-import argparse
 import os
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn, TextIO
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from command_line import Parser, command
 
 from k2train.data.chunk import Manifest, read_manifest
 from k2train.data.inspect.provenance import find_chunk
 from k2train.data.manifest import MANIFEST_NAME
 from k2train.data.verify.chunks import Report, verify_chunks
 from k2train.data.verify.folder import verify_folder
-from k2train.errors import EXIT_DONE, EXIT_USAGE, DataError, UserError
+from k2train.errors import EXIT_DONE, EXIT_USAGE, DataError
 from k2train.text import bytes_text, counted
 
 MOST_WORKERS = 4
 """Default limit. More help only where the disk reads faster than that many cores can hash."""
 SHORTEST_SECONDS = 0.1
 """A rate over a shorter time means nothing."""
-
-
-class _Parser(argparse.ArgumentParser):
-    """Argument parser that reports an error as one line, without the usage text."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(EXIT_USAGE, f"{self.prog}: {message}; see --help\n")
-
-
-def print_line(line: str, stream: TextIO) -> None:
-    """Print a line; once its reader has gone, discard this and all later lines."""
-    try:
-        print(line, file=stream, flush=True)
-    except BrokenPipeError:
-        # The check continues for its exit code; avoid a second flush error at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def rate(read_bytes: int, seconds: float) -> str:
@@ -91,29 +73,28 @@ def run(manifest: Manifest, names: Sequence[str] | None, workers: int) -> int:
     problems = damaged = tokens = read_bytes = 0
 
     for number, report in enumerate(verify_chunks(manifest, infos, workers), 1):
-        print_line(line_of(report, number, len(infos)), sys.stdout)
+        print(line_of(report, number, len(infos)), flush=True)
         for line in report.problems:
-            print_line(line, sys.stderr)
+            print(line, file=sys.stderr)
         problems += len(report.problems)
         damaged += bool(report.problems)
         tokens += report.info.tokens
         read_bytes += report.read_bytes
 
     for line in (beside := verify_folder(manifest)):
-        print_line(line, sys.stderr)
+        print(line, file=sys.stderr)
 
     seconds = time.monotonic() - begun
     if problems or beside:
         total = counted(problems + len(beside), "problem")
-        print_line(f"{total}, {damaged} of {counted(len(infos), 'chunk')} damaged", sys.stderr)
+        print(f"{total}, {damaged} of {counted(len(infos), 'chunk')} damaged", file=sys.stderr)
         return EXIT_USAGE
 
     held_out = ", one held out" if manifest.held_out in infos else ""
     took = f"{seconds:,.1f} s" if seconds >= SHORTEST_SECONDS else f"{1000 * seconds:.0f} ms"
-    print_line(
+    print(
         f"ok: {counted(len(infos), 'chunk')}{held_out}, {counted(tokens, 'token')}, {read_bytes:,} "
-        f"bytes in {took}{rate(read_bytes, seconds)}",
-        sys.stdout,
+        f"bytes in {took}{rate(read_bytes, seconds)}"
     )
     return EXIT_DONE
 
@@ -148,9 +129,10 @@ def _first_bytes(path: Path) -> bytes:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@command
+def main(arguments: Sequence[str]) -> int:
     """Run the command line and return the exit code."""
-    parser = _Parser(prog="verify_data", description="Check a data folder byte for byte.")
+    parser = Parser(prog="verify_data", description="Check a data folder byte for byte.")
     parser.add_argument(
         "manifest", type=Path, metavar="MANIFEST", help="manifest.json or its folder"
     )
@@ -166,11 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if given.workers < 1:
         parser.error(f"--workers ({given.workers}) must be at least 1")
-    try:
-        return run(open_manifest(given.manifest), given.chunks, given.workers)
-    except UserError as error:
-        print_line(str(error), sys.stderr)
-        return EXIT_USAGE
+    return run(open_manifest(given.manifest), given.chunks, given.workers)
 
 
 if __name__ == "__main__":

@@ -16,29 +16,29 @@ Alternatives considered:
 - Stopping at the first problem: then it stays unknown what else must be restored.
 """
 
-import argparse
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from command_line import Parser, command
 
-from k2train.checkpoint.manifest import MANIFEST, list_checkpoints, verify_checkpoint
+from k2train.checkpoint.manifest import MANIFEST, CheckpointManifest, list_checkpoints
+from k2train.checkpoint.verify import verify_checkpoint
 from k2train.config.load import load_config
 from k2train.data.manifest import MANIFEST_NAME, read_manifest
 from k2train.data.verify.chunks import verify_chunks
 from k2train.data.verify.folder import verify_folder
-from k2train.errors import EXIT_DONE, EXIT_USAGE, CheckpointError, RunError, UserError
+from k2train.errors import EXIT_DONE, EXIT_USAGE, CheckpointError, RunError
 from k2train.files import sha256_file
+from k2train.record.events import CheckpointSaved, Entry, Resumed, Started
 from k2train.record.jsonl import read_lines
-from k2train.record.ledger import read_ledger
-from k2train.record.line_check import checked_rows
+from k2train.record.ledger import checked_entries, read_ledger
+from k2train.record.metrics import RootRecord, checked_records, damaged_rows
 
 LEDGER, METRICS, ROOTS, CONFIG = "ledger.jsonl", "metrics.jsonl", "state_roots.jsonl", "config.yaml"
-STARTS = ("started", "resumed")
 
-Event = Mapping[str, Any]
+Facts = Mapping[str, Any]
 
 
 class Problem(NamedTuple):
@@ -48,36 +48,32 @@ class Problem(NamedTuple):
     note: bool = False
 
 
-def rows_of(path: Path) -> tuple[list[tuple[int, dict[str, Any]]], list[Problem]]:
-    """Readable lines of a record as (line, row), and the problems of the others."""
-    found = list(checked_rows(path, *read_lines(path)))
-    problems = [Problem(str(row)) for _, row in found if isinstance(row, RunError)]
-    return [(line, row) for line, row in found if not isinstance(row, RunError)], problems
-
-
-def check_ledger(path: Path) -> tuple[list[tuple[int, dict[str, Any]]], list[Problem]]:
-    """Readable events with their lines.
+def check_ledger(path: Path) -> tuple[list[tuple[int, Entry]], list[Problem]]:
+    """Readable entries with their lines.
 
     Damaged lines, or else the first break of the hash chain.
     """
-    rows, problems = rows_of(path)
+    found = list(checked_entries(path, *read_lines(path)))
+    problems = [Problem(str(entry)) for _, entry in found if isinstance(entry, RunError)]
     # With a damaged line the chain is broken anyway.
     if not problems:
         try:
             read_ledger(path)
         except RunError as error:
             problems = [Problem(str(error))]
-    return [(line, row) for line, row in rows if "event" in row], problems
+    return [(line, entry) for line, entry in found if not isinstance(entry, RunError)], problems
 
 
-def check_config(directory: Path, events: Sequence[tuple[int, Event]]) -> Iterator[Problem]:
+def starts_of(entries: Sequence[tuple[int, Entry]]) -> list[tuple[int, Started | Resumed]]:
+    """Starts of the run, with their lines."""
+    events = [(line, entry.event) for line, entry in entries]
+    return [(line, event) for line, event in events if isinstance(event, Started | Resumed)]
+
+
+def check_config(directory: Path, entries: Sequence[tuple[int, Entry]]) -> Iterator[Problem]:
     """Check that config.yaml is the one of the last start."""
     path = directory / CONFIG
-    starts = [
-        (line, event)
-        for line, event in events
-        if event["event"] in STARTS and "config_sha256" in event
-    ]
+    starts = [(line, event) for line, event in starts_of(entries) if event.config_sha256]
 
     if not path.is_file():
         yield Problem(f"{path}: is missing")
@@ -85,19 +81,19 @@ def check_config(directory: Path, events: Sequence[tuple[int, Event]]) -> Iterat
         yield Problem(
             f"{path}: cannot be checked, the ledger is older than the record of its hash", note=True
         )
-    elif sha256_file(path) != starts[-1][1]["config_sha256"]:
+    elif sha256_file(path) != starts[-1][1].config_sha256:
         yield Problem(
             f"{path}: is not the config of the last start, whose hash is in {LEDGER}, line "
             f"{starts[-1][0]}; restore it, or start the run again, which rewrites it"
         )
 
 
-def check_tokens(path: Path, events: Sequence[tuple[int, Event]]) -> Iterator[Problem]:
+def check_tokens(path: Path, entries: Sequence[tuple[int, Entry]]) -> Iterator[Problem]:
     """Check that every start had a higher fencing token than the previous one."""
     before, line_before = 0, 0
-    for line, event in events:
-        token = token_of(event)
-        if event["event"] not in STARTS or not token:
+    for line, event in starts_of(entries):
+        token = event.fencing_token
+        if not token:
             continue
         if token <= before:
             yield Problem(
@@ -107,38 +103,36 @@ def check_tokens(path: Path, events: Sequence[tuple[int, Event]]) -> Iterator[Pr
         before, line_before = token, line
 
 
-def token_of(facts: Event) -> int:
-    """Fencing token of an event or a manifest; 0 when it has none."""
-    token = facts.get("fencing_token")
-    return token if isinstance(token, int) else 0
+Save = tuple[int, CheckpointSaved, int]
+"""Line, event and fencing token of a recorded checkpoint."""
 
 
 class Saves:
-    """Checkpoints that should exist by the ledger: name -> (line, event, fencing token)."""
+    """Checkpoints that should exist by the ledger, by name."""
 
-    def __init__(self, events: Sequence[tuple[int, Event]]) -> None:
-        self.saved: dict[str, tuple[int, Event, int]] = {}
-        self.set_aside: dict[str, tuple[int, Event, int]] = {}
+    def __init__(self, entries: Sequence[tuple[int, Entry]]) -> None:
+        self.saved: dict[str, Save] = {}
+        self.set_aside: dict[str, Save] = {}
 
         token = 0
-        for line, event in events:
-            if event["event"] in STARTS:
-                token = token_of(event)
-                for name in map(str, event.get("set_aside") or ()):
+        for line, event in ((line, entry.event) for line, entry in entries):
+            if isinstance(event, Started | Resumed):
+                token = event.fencing_token or 0
+                for name in event.set_aside if isinstance(event, Resumed) else ():
                     if name in self.saved:
-                        self.set_aside[f"set_aside_by_attempt_{event.get('attempt')}/{name}"] = (
+                        self.set_aside[f"set_aside_by_attempt_{event.attempt}/{name}"] = (
                             self.saved.pop(name)
                         )
-            elif event["event"] == "checkpoint_saved":
-                self.saved[str(event["checkpoint"])] = (line, event, token)
+            elif isinstance(event, CheckpointSaved):
+                self.saved[event.checkpoint] = (line, event, token)
 
-    def all(self) -> dict[str, tuple[int, Event, int]]:
+    def all(self) -> dict[str, Save]:
         """Records by path below `checkpoints`."""
         return {**self.saved, **self.set_aside}
 
 
 def check_checkpoints(
-    directory: Path, events: Sequence[tuple[int, Event]], trusted: bool
+    directory: Path, entries: Sequence[tuple[int, Entry]], trusted: bool
 ) -> Iterator[Problem]:
     """Verify every checkpoint, then compare it with the ledger, unless that is damaged."""
     folder = directory / "checkpoints"
@@ -146,7 +140,7 @@ def check_checkpoints(
     for aside in sorted(folder.glob("set_aside_by_attempt_*")) if folder.is_dir() else []:
         there += list_checkpoints(aside)
 
-    saves = Saves(events).all()
+    saves = Saves(entries).all()
     roots = _roots(directory / ROOTS)
 
     for path in there:
@@ -174,18 +168,23 @@ def check_checkpoints(
 
 
 def _against_ledger(
-    path: Path, manifest: Event, ledger: Path, line: int, event: Event, token: int
+    path: Path,
+    manifest: CheckpointManifest,
+    ledger: Path,
+    line: int,
+    event: CheckpointSaved,
+    token: int,
 ) -> Iterator[Problem]:
-    if sha256_file(path / MANIFEST) != event.get("manifest_sha256"):
+    if sha256_file(path / MANIFEST) != event.manifest_sha256:
         yield Problem(f"{path / MANIFEST}: is not the one that {ledger}, line {line} records")
-    if manifest["step"] != event.get("step"):
+    if manifest.step != event.step:
         yield Problem(
-            f"{path}: is of step {manifest['step']}, {ledger}, line {line} says {event.get('step')}"
+            f"{path}: is of step {manifest.step}, {ledger}, line {line} says {event.step}"
         )
 
-    own = token_of(manifest)
+    own = manifest.fencing_token or 0
     # A save recorded by a later start was written under an earlier token.
-    wrong = own and token and (own > token if event.get("recovered") else own != token)
+    wrong = own and token and (own > token if event.recovered else own != token)
     if wrong:
         yield Problem(
             f"{path}: was written under fencing token {own}, {ledger}, line {line} was under "
@@ -195,31 +194,28 @@ def _against_ledger(
 
 def _roots(path: Path) -> dict[tuple[int, int], tuple[int, str]]:
     """State roots by (attempt, step), as (line, root)."""
-    rows = rows_of(path)[0] if path.is_file() else []
+    records = checked_records(path, RootRecord) if path.is_file() else ()
     return {
-        (row["attempt"], row["step"]): (line, str(row["root"]))
-        for line, row in rows
-        if isinstance(row.get("attempt"), int)
-        and isinstance(row.get("step"), int)
-        and "root" in row
+        (record.attempt, record.step): (line, record.root)
+        for line, record in records
+        if not isinstance(record, RunError) and record.root
     }
 
 
 def _against_roots(
-    path: Path, manifest: Event, roots: Mapping[tuple[int, int], tuple[int, str]]
+    path: Path, manifest: CheckpointManifest, roots: Mapping[tuple[int, int], tuple[int, str]]
 ) -> Iterator[Problem]:
-    state = manifest.get("state")
-    own = state.get("root") if isinstance(state, dict) else None
-    known = roots.get((manifest.get("attempt", 0), manifest["step"]))
-    if own is not None and known is not None and own != known[1]:
+    state = manifest.state
+    known = roots.get((manifest.attempt, manifest.step))
+    if state is not None and known is not None and state.root != known[1]:
         yield Problem(
-            f"{path}: its state has root {str(own)[:16]}, {ROOTS}, line {known[0]} says "
+            f"{path}: its state has root {state.root[:16]}, {ROOTS}, line {known[0]} says "
             f"{known[1][:16]}"
         )
 
 
 def check_data(
-    directory: Path, named: str, events: Sequence[tuple[int, Event]]
+    directory: Path, named: str, entries: Sequence[tuple[int, Entry]]
 ) -> Iterator[Problem]:
     """Check that the data folder is the run's, and whole.
 
@@ -235,8 +231,8 @@ def check_data(
         )
 
     manifest = read_manifest(path)
-    for line, event in events:
-        if event.get("data_manifest_sha256", manifest.sha256) != manifest.sha256:
+    for line, event in starts_of(entries):
+        if isinstance(event, Started) and event.data_manifest_sha256 != manifest.sha256:
             yield Problem(
                 f"{manifest.path}: is not the data that {directory / LEDGER}, line {line} started "
                 "with"
@@ -252,23 +248,24 @@ def problems_of(directory: Path, data: str | None) -> Iterator[Problem]:
 
     Raises UserError when the directory is not a run, or its data cannot be found.
     """
-    events, problems = check_ledger(directory / LEDGER)
+    entries, problems = check_ledger(directory / LEDGER)
     yield from problems
     for name in (METRICS, ROOTS):
         if (directory / name).exists():
-            yield from rows_of(directory / name)[1]
+            yield from map(Problem, damaged_rows(directory / name))
 
-    yield from check_config(directory, events)
+    yield from check_config(directory, entries)
     if not problems:
-        yield from check_tokens(directory / LEDGER, events)
-    yield from check_checkpoints(directory, events, trusted=not problems)
+        yield from check_tokens(directory / LEDGER, entries)
+    yield from check_checkpoints(directory, entries, trusted=not problems)
     if data is not None:
-        yield from check_data(directory, data, events)
+        yield from check_data(directory, data, entries)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@command
+def main(arguments: Sequence[str]) -> int:
     """Run the command line and return the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="verify_run.py",
         description="Check the files of a run against each other, to the last bit.",
     )
@@ -283,16 +280,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
 
     count = 0
-    try:
-        for problem in problems_of(given.run, given.data):
-            print(
-                f"note: {problem.text}" if problem.note else problem.text,
-                file=None if problem.note else sys.stderr,
-            )
-            count += not problem.note
-    except UserError as error:
-        print("; ".join(str(error).splitlines()), file=sys.stderr)
-        return EXIT_USAGE
+    for problem in problems_of(given.run, given.data):
+        print(
+            f"note: {problem.text}" if problem.note else problem.text,
+            file=None if problem.note else sys.stderr,
+        )
+        count += not problem.note
 
     print(
         f"{given.run}: {f'{count} problems' if count else 'whole'}",

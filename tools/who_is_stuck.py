@@ -11,15 +11,15 @@
 Exit codes: 0 no rank is stuck; 1 one is; 2 no such run.
 """
 
-import argparse
 import sys
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from command_line import Parser, command
 
-from k2train.errors import EXIT_DONE, EXIT_FAILED, EXIT_USAGE
+from k2train.errors import EXIT_DONE, EXIT_FAILED, RunError
+from k2train.processes import this_process
 from k2train.watchdog.failure_report import read_report
 from k2train.watchdog.hang_analysis import (
     DEAD,
@@ -29,7 +29,7 @@ from k2train.watchdog.hang_analysis import (
     find_dead_ranks,
     find_faulty_ranks,
 )
-from k2train.watchdog.heartbeat import Heartbeat, Observer, RankStatus, read_heartbeat, this_process
+from k2train.watchdog.heartbeat import Heartbeat, Observer, RankStatus, read_heartbeat
 
 WAIT_SECONDS = 3.0
 SLOW_SECONDS = 10.0
@@ -127,11 +127,10 @@ def headline(
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@command
+def main(arguments: Sequence[str]) -> int:
     """Run the command line and return the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="who_is_stuck.py", description="Find the rank that blocks a run."
-    )
+    parser = Parser(prog="who_is_stuck.py", description="Find the rank that blocks a run.")
     parser.add_argument("run", type=Path, metavar="RUN", help="the run's directory")
     parser.add_argument(
         "--wait",
@@ -149,12 +148,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         seen = look(directory, max(options.wait, 0.5))
     except FileNotFoundError:
-        print(
+        raise RunError(
             f"{directory} has no heartbeat: give the directory of a run that was started with the "
-            "watchdog on",
-            file=sys.stderr,
-        )
-        return EXIT_USAGE
+            "watchdog on"
+        ) from None
     # Heartbeats come once a second by default; one late beat does not count as silence.
     silent_after = 0.8 * max(options.wait, 0.5)
 

@@ -10,14 +10,14 @@ Alternatives considered:
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from k2train.checkpoint.manifest import TensorFacts
 from k2train.checkpoint.shards import Block
-from k2train.parallel.grad_buffer import BufferSlot, ShardLayout
 from k2train.parallel.grid import Axis
+from k2train.parallel.shard_layout import BufferSlot, ShardLayout
 
 MASTER = "master"
 """State whose rounding gives the model's weights. Only the optimizer interprets the other states.
@@ -110,12 +110,14 @@ def optimizer_blocks(
 
 def describe_tensors(
     layout: ShardLayout, dtype: torch.dtype, states: Mapping[str, Tensor]
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, dict[str, TensorFacts]]:
     """Shapes and dtypes of this rank's tensors for the manifest, by folder."""
     shapes = {slot.param_slice.name: list(slot.param_slice.global_shape) for slot in layout.slots}
-    weights = {name: {"shape": shape, "dtype": dtype_name(dtype)} for name, shape in shapes.items()}
+    weights = {
+        name: TensorFacts(shape=shape, dtype=dtype_name(dtype)) for name, shape in shapes.items()
+    }
     optimizer = {
-        f"{name}.{state}": {"shape": shape, "dtype": dtype_name(flat_shard.dtype)}
+        f"{name}.{state}": TensorFacts(shape=shape, dtype=dtype_name(flat_shard.dtype))
         for name, shape in shapes.items()
         for state, flat_shard in states.items()
     }

@@ -8,7 +8,7 @@
 """
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -21,7 +21,19 @@ import torch
 from k2train import fault_injection
 from k2train.checkpoint.blocks import MASTER, describe_tensors, model_blocks, optimizer_blocks
 from k2train.checkpoint.disk_space import BLOCK_FACTS_BYTES, MANIFEST_BYTES, room_problem
-from k2train.checkpoint.manifest import FOLDERS, FORMAT, MANIFEST, manifest_text, seal
+from k2train.checkpoint.manifest import (
+    FOLDERS,
+    FORMAT,
+    MANIFEST,
+    CheckpointManifest,
+    FileFacts,
+    SaveFacts,
+    ShardFacts,
+    TensorFacts,
+    manifest_text,
+    seal,
+)
+from k2train.checkpoint.save_events import SaveEvents
 from k2train.checkpoint.shards import write_shard
 from k2train.checkpoint.snapshot import Snapshot
 from k2train.errors import CheckpointError
@@ -31,22 +43,22 @@ from k2train.parallel.device_digest import StateDigest
 from k2train.parallel.grid import Axis
 from k2train.state_digest import state_root
 
-Facts = dict[str, Any]
+Part = tuple[dict[str, FileFacts], dict[str, ShardFacts], dict[str, dict[str, TensorFacts]]]
+"""What one rank wrote: its files, what they hold, and its whole tensors by folder."""
 
 
 @dataclass
 class SaveJob:
-    """One checkpoint to save: its state, its target directory, and the callbacks of rank 0."""
+    """One checkpoint to save: its state, its target directory, and who is told on rank 0."""
 
     directory: Path
     name: str
     snapshot: Snapshot
-    facts: Facts
+    facts: SaveFacts
     digest: StateDigest
     sums: Future[torch.Tensor]
     """This rank's part of the state digest, computed while files are written."""
-    on_commit: Callable[[Path, Facts], None]
-    check_owner: Callable[[], None]
+    events: SaveEvents
 
     @property
     def final(self) -> Path:
@@ -56,7 +68,7 @@ class SaveJob:
     @property
     def temporary(self) -> Path:
         """Directory written to before the commit."""
-        token = self.facts.get("fencing_token")
+        token = self.facts.fencing_token
         return self.directory / (
             f"{self.name}.tmp" if token is None else f"{self.name}.{token}.tmp"
         )
@@ -89,7 +101,7 @@ def write_checkpoint(job: SaveJob, agreement: Agreement, tp: Axis) -> None:
     total = int(agreement.sum(torch.tensor([needed]))[0]) + MANIFEST_BYTES
     agreement.do(lambda: _check_room(job, total, agreement.rank), job.disk_error)
 
-    def write() -> tuple[Facts, Facts, torch.Tensor]:
+    def write() -> tuple[dict[str, FileFacts], dict[str, ShardFacts], torch.Tensor]:
         files, shards = {}, {}
         for folder in FOLDERS:
             if blocks[folder]:
@@ -131,9 +143,7 @@ def _check_room(job: SaveJob, needed: int, rank: int) -> None:
         raise DiskRefused(problem)
 
 
-def _manifest(
-    job: SaveJob, parts: list[tuple[Facts, Facts, Facts]], digests: Mapping[str, str]
-) -> Facts:
+def _content(job: SaveJob, parts: list[Part], digests: Mapping[str, str]) -> dict[str, Any]:
     tensors = {
         folder: {k: v for part in parts for k, v in part[2][folder].items()} for folder in FOLDERS
     }
@@ -142,21 +152,19 @@ def _manifest(
             "format": FORMAT,
             "name": job.name,
             "saved": datetime.now(UTC).isoformat(timespec="seconds"),
-            **job.facts,
+            **job.facts.model_dump(exclude_unset=True),
             "tensors": tensors,
             "files": {name: facts for part in parts for name, facts in part[0].items()},
             "shards": {name: facts for part in parts for name, facts in part[1].items()},
             "state": {
-                "root": state_root(digests, job.facts["step"], job.facts["adam_steps"]),
+                "root": state_root(digests, job.facts.step, job.facts.adam_steps),
                 "digests": dict(digests),
             },
         }
     )
 
 
-def _commit(
-    job: SaveJob, parts: list[tuple[Facts, Facts, Facts]], digests: Mapping[str, str], rank: int
-) -> None:
+def _commit(job: SaveJob, parts: list[Part], digests: Mapping[str, str], rank: int) -> None:
     fault_injection.point("save.manifest")
     if rank != 0:
         # Only rank 0 commits; the others pass its fault points.
@@ -164,20 +172,21 @@ def _commit(
             fault_injection.point(point)
         return
 
-    manifest = _manifest(job, parts, digests)
-    write_synced(job.temporary / MANIFEST, manifest_text(manifest))
+    content = _content(job, parts, digests)
+    manifest = CheckpointManifest.model_validate(content)
+    write_synced(job.temporary / MANIFEST, manifest_text(content))
     for written in (*(job.temporary / folder for folder in FOLDERS), job.temporary):
         sync_directory(written)
 
     fault_injection.point("save.synced")
     # The last moment at which a lost lease can still prevent the commit.
-    job.check_owner()
+    job.events.check_owner()
     job.temporary.rename(job.final)
 
     try:
         fault_injection.point("save.renamed")
         sync_directory(job.directory)
-        job.on_commit(job.final, manifest)
+        job.events.committed(job.final, manifest)
         fault_injection.point("save.committed")
     except OSError as error:
         raise SaveError(

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from k2train.checkpoint.manifest import is_thinned
+from k2train.checkpoint.manifest import CheckpointManifest, is_thinned
 from k2train.checkpoint.shards import DTYPES, read_header
 from k2train.errors import CheckpointError
 from k2train.state_digest import LANES, MASK, block_sums, digest_text, state_root
@@ -18,14 +18,14 @@ from k2train.state_digest import LANES, MASK, block_sums, digest_text, state_roo
 _ELEMENTS: dict[int, np.dtype[Any]] = {4: np.dtype("<i4"), 2: np.dtype("<i2")}
 
 
-def digests_of_files(path: Path, manifest: dict[str, Any]) -> dict[str, str]:
+def digests_of_files(path: Path, manifest: CheckpointManifest) -> dict[str, str]:
     """Digests {NAME.state: digest} of the optimizer files.
 
     Raises CheckpointError when a file does not match its header.
     """
-    shapes = {name: facts["shape"] for name, facts in manifest["tensors"]["optimizer"].items()}
+    shapes = manifest.shapes("optimizer")
     sums = {name: [0] * LANES for name in shapes}
-    for file in sorted(name for name in manifest["files"] if name.startswith("optimizer/")):
+    for file in sorted(name for name in manifest.files if name.startswith("optimizer/")):
         try:
             for extent in read_header(path / file)[1]:
                 dtype = _ELEMENTS[DTYPES[extent.dtype][1]]
@@ -44,29 +44,27 @@ def digests_of_files(path: Path, manifest: dict[str, Any]) -> dict[str, str]:
     return {name: digest_text(lanes) for name, lanes in sums.items()}
 
 
-def verify_root(path: Path, manifest: dict[str, Any]) -> str:
+def verify_root(path: Path, manifest: CheckpointManifest) -> str:
     """Recompute the state root and compare it with the manifest's.
 
     Returns "" when there is none to compare: format 1 has no root, and a thinned checkpoint no
     longer has the states. Raises CheckpointError naming what differs.
     """
-    if "state" not in manifest or is_thinned(path):
+    known = manifest.state
+    if known is None or is_thinned(path):
         return ""
 
-    known = manifest["state"]
     digests = digests_of_files(path, manifest)
     # Compared by tensor before the root, so that the error names one.
-    for name in sorted({*digests, *known["digests"]}):
-        if digests.get(name) != known["digests"].get(name):
+    for name in sorted({*digests, *known.digests}):
+        if digests.get(name) != known.digests.get(name):
             raise CheckpointError(
                 f"{path}: {name} has digest {digests.get(name)}, the manifest's is "
-                f"{known['digests'].get(name)}"
+                f"{known.digests.get(name)}"
             )
 
-    root = state_root(digests, int(manifest["step"]), int(manifest["adam_steps"]))
-    if root != known["root"]:
-        raise CheckpointError(
-            f"{path}: the state's root is {root}, the manifest's is {known['root']}"
-        )
+    root = state_root(digests, manifest.step, manifest.adam_steps)
+    if root != known.root:
+        raise CheckpointError(f"{path}: the state's root is {root}, the manifest's is {known.root}")
 
     return root

@@ -10,22 +10,22 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from k2train.checkpoint.blocks import MASTER, local_boxes
 from k2train.checkpoint.host_digest import host_digest_sums
-from k2train.checkpoint.manifest import expected_files, is_thinned, read_manifest, verify_files
+from k2train.checkpoint.manifest import CheckpointManifest, is_thinned, read_manifest
 from k2train.checkpoint.reshard_read import Target, execute_reads, plan_reads
 from k2train.checkpoint.shards import THREADS
+from k2train.checkpoint.verify import expected_files, verify_files
 from k2train.errors import CheckpointError
-from k2train.parallel.comm_tracker import collective_scope
+from k2train.parallel.agreement import Agreement
 from k2train.parallel.device_digest import StateDigest
-from k2train.parallel.grad_buffer import ShardLayout
 from k2train.parallel.grid import ProcessGrid
+from k2train.parallel.shard_layout import ShardLayout
 
 AGREE, LOAD = "agree on a checkpoint", "load a checkpoint"
 """Names of the collectives in which other ranks wait while one hashes or reads.
@@ -55,14 +55,11 @@ def agree_on_checkpoint(candidates: Sequence[Path], grid: ProcessGrid) -> Chosen
 
     Rank 0's list counts. Each rank hashes its share of the files. Collective.
     """
-    shared = [[str(path) for path in candidates]]
-    with collective_scope(grid.comm, AGREE):
-        dist.broadcast_object_list(shared, src=0, group=grid.host)
-
+    agreement = Agreement(grid)
     refused: list[str] = []
-    for text in shared[0]:
+    for text in agreement.from_first([str(path) for path in candidates], AGREE):
         path = Path(text)
-        problem = _first_problem(_problem(path, grid), grid, AGREE)
+        problem = _first_problem(_problem(path, grid), agreement, AGREE)
         if problem is None:
             return ChosenCheckpoint(path, refused)
         refused.append(problem)
@@ -82,11 +79,9 @@ def _problem(path: Path, grid: ProcessGrid) -> str:
     return ""
 
 
-def _first_problem(mine: str, grid: ProcessGrid, what: str) -> str | None:
-    answers: list[str] = [""] * grid.layout.world_size
-    with collective_scope(grid.comm, what):
-        dist.all_gather_object(answers, mine, group=grid.host)
-    return next((f"rank {rank}: {answer}" for rank, answer in enumerate(answers) if answer), None)
+def _first_problem(mine: str, agreement: Agreement, what: str) -> str | None:
+    first = agreement.first(mine, what)
+    return None if first is None else f"rank {first[0]}: {first[1]}"
 
 
 @torch.no_grad()
@@ -131,18 +126,9 @@ def load_states(
         for key, (name, state) in named.items()
     ]
 
-    problem = ""
-    try:
-        execute_reads(
-            path, plan_reads(path, folder, manifest, targets), round_to=dtype if thinned else None
-        )
-    except CheckpointError as error:
-        problem = str(error)
-    except (OSError, ValueError) as error:
-        problem = f"{path} cannot be read ({error})"
-
+    problem = _read(path, folder, manifest, targets, dtype if thinned else None)
     # One rank's error must stop all of them, before any value is used.
-    if (first := _first_problem(problem, grid, LOAD)) is not None:
+    if (first := _first_problem(problem, Agreement(grid), LOAD)) is not None:
         raise CheckpointError(first)
 
     if thinned:
@@ -156,27 +142,41 @@ def load_states(
     return not thinned
 
 
+def _read(
+    path: Path,
+    folder: str,
+    manifest: CheckpointManifest,
+    targets: Sequence[Target],
+    round_to: torch.dtype | None,
+) -> str:
+    """Read the targets; return what went wrong, "" for nothing."""
+    try:
+        execute_reads(path, plan_reads(path, folder, manifest, targets), round_to=round_to)
+    except CheckpointError as error:
+        return str(error)
+    except (OSError, ValueError) as error:
+        return f"{path} cannot be read ({error})"
+    return ""
+
+
 def _names(layout: ShardLayout) -> list[str]:
     return [slot.param_slice.name for slot in layout.slots]
 
 
 def _check_state(
     path: Path,
-    manifest: dict[str, Any],
+    manifest: CheckpointManifest,
     layout: ShardLayout,
     flat_shards: dict[str, Tensor],
     grid: ProcessGrid,
 ) -> None:
     """Compare the digests of the loaded flat shards with the saved ones. Format 1 has none."""
-    known = manifest.get("state", {}).get("digests")
-    if known is None:
+    if manifest.state is None:
         return
 
-    digest = StateDigest(layout, sorted(manifest["tensors"]["model"]), list(flat_shards), grid.tp)
-    digest_sums = host_digest_sums(digest, flat_shards, threads=THREADS)
-    with collective_scope(grid.comm, LOAD):
-        dist.all_reduce(digest_sums, group=grid.host)
-
+    digest = StateDigest(layout, sorted(manifest.tensors["model"]), list(flat_shards), grid.tp)
+    digest_sums = Agreement(grid).sum(host_digest_sums(digest, flat_shards, threads=THREADS), LOAD)
+    known = manifest.state.digests
     wrong = [key for key, value in digest.digests(digest_sums).items() if known.get(key) != value]
     if wrong:
         raise CheckpointError(
@@ -189,18 +189,15 @@ def _check_state(
 def _check_tensors(
     path: Path,
     folder: str,
-    manifest: dict[str, Any],
+    manifest: CheckpointManifest,
     wanted: dict[str, list[int]],
     grid: ProcessGrid,
 ) -> None:
     """Compare names and shapes over all ranks. Every rank raises the same error."""
-    parts: list[Any] = [None] * grid.layout.world_size
-    with collective_scope(grid.comm, LOAD):
-        dist.all_gather_object(parts, wanted, group=grid.host)
-
     # Each rank holds its own pipeline stage; together they must be the whole model.
+    parts = Agreement(grid).all(wanted, LOAD)
     expected = {name: shape for part in parts for name, shape in part.items()}
-    found = {name: facts["shape"] for name, facts in manifest["tensors"].get(folder, {}).items()}
+    found = manifest.shapes(folder)
     problems = [f"{name} is missing" for name in expected if name not in found]
     problems += [f"{name} is not in this model" for name in found if name not in expected]
     problems += [

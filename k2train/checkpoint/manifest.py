@@ -1,4 +1,4 @@
-"""Checkpoint directories and manifests: layout on disk, search, verification. No torch.
+"""Checkpoint directories and manifests: layout on disk, format, search. No torch.
 
     ckpt_007/manifest.json   step, data position, layout, config, hashes of all other files
     ckpt_007/model/          weights by global name, safetensors shards with their offsets
@@ -14,62 +14,240 @@
   memory before writing. Damage is therefore named by tensor.
 - Format 2 also adds `state`, the root over the whole training state in any layout. Format 1 is
   still read.
+- Unknown keys are kept. The hash is that of the JSON as read, not of the parsed types.
 
 Alternatives considered:
 - A sidecar file with the manifest's hash: it can be lost or swapped.
+- A type for each tensor's entry: a hundred thousand objects take a second to make. The entries stay
+  JSON, and their keys are checked in place.
 """
 
 import json
+import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable
+from functools import partial
 from hashlib import sha256
+from operator import itemgetter
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Annotated, Any, Self, TypedDict
 
-from k2train.checkpoint.shards import THREADS, first_problem
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetPydanticSchema,
+    PlainSerializer,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core.core_schema import no_info_plain_validator_function
+
 from k2train.errors import CheckpointError
 from k2train.files import write_synced
-from k2train.safe_json import read_json, read_plain_file
+from k2train.safe_json import first_error, read_json, read_plain_file
 
 FORMAT = 2
 NAME = re.compile(r"ckpt_(\d{3,})(?:_step_(\d{6,}))?")
 MANIFEST = "manifest.json"
 THINNED = "thinned.json"
 FOLDERS = ("model", "optimizer")
-_REQUIRED = {
-    "format": int,
-    "name": str,
-    "step": int,
-    "adam_steps": int,
-    "consumed_tokens": int,
-    "chunks": dict,
-    "config": dict,
-    "data": dict,
-    "tensors": dict,
-    "files": dict,
-}
-_COUNTS = ("format", "step", "adam_steps", "consumed_tokens")
+
+Json = dict[str, Any]
+Count = Annotated[int, Field(strict=True, ge=0)]
+Loss = Annotated[float, PlainSerializer(lambda loss: loss if math.isfinite(loss) else str(loss))]
+"""A loss may be NaN, for which JSON has no number: written as `"nan"`."""
 
 
-def seal(manifest: dict[str, Any]) -> dict[str, Any]:
+class TensorFacts(TypedDict):
+    """A whole tensor of the training state."""
+
+    shape: list[int]
+    dtype: str
+
+
+class BlockFacts(TypedDict):
+    """A block of a global tensor in a shard file."""
+
+    offsets: list[int]
+    shape: list[int]
+    sha256: str
+
+
+def _in_place(problem: Callable[[Json], str]) -> GetPydanticSchema:
+    """Validate a large table by its `problem` ("" for none), without copying it."""
+
+    def check(table: Any) -> Any:
+        text = problem(table) if isinstance(table, dict) else "is not an object"
+        if text:
+            raise ValueError(text)
+        return table
+
+    return GetPydanticSchema(lambda *_: no_info_plain_validator_function(check))
+
+
+def _lacking(*keys: str) -> Callable[[Json], str]:
+    values = itemgetter(*keys, "shape")
+
+    def problem(table: Json) -> str:
+        for name, facts in table.items():
+            try:
+                if isinstance(values(facts)[-1], list):
+                    continue
+            except (LookupError, TypeError):
+                pass
+            return f"lacks {', '.join(keys)} of {name[:100]!a}"
+        return ""
+
+    return problem
+
+
+def _not_texts(table: Json) -> str:
+    return "" if set(map(type, table.values())) <= {str} else "holds more than texts"
+
+
+def _file_name(name: str) -> str:
+    # Names come from the file: no path may lead out of the checkpoint.
+    parts = PurePosixPath(name).parts
+    if (
+        not name.isprintable()
+        or len(parts) != 2
+        or parts[0] not in FOLDERS
+        or ".." in parts
+        or name != "/".join(parts)
+    ):
+        raise ValueError(f"names {name[:100]!a}, outside the checkpoint's folders")
+    return name
+
+
+FileName = Annotated[str, AfterValidator(_file_name)]
+
+
+class _Facts(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="allow", defer_build=True)
+
+
+class FileFacts(_Facts):
+    """A shard file as a whole."""
+
+    bytes: Count
+    sha256: str
+
+
+class ShardFacts(_Facts):
+    """What a shard file holds."""
+
+    header_sha256: str
+    tensors: Annotated[dict[str, BlockFacts], _in_place(_lacking("offsets", "sha256", "shape"))]
+
+
+class StateFacts(_Facts):
+    """Layout-independent digests of the training state."""
+
+    root: str
+    digests: Annotated[dict[str, str], _in_place(_not_texts)]
+
+
+class ChunkFacts(_Facts):
+    """Name and content of a chunk."""
+
+    name: str
+    sha256: str
+
+
+class DataPosition(_Facts):
+    """Position in the data: whole chunks consumed, then steps in the next one."""
+
+    consumed: Count
+    step_in_chunk: Count = 0
+    order: tuple[ChunkFacts, ...] = ()
+
+
+class DataFacts(_Facts):
+    """The data folder that the run reads."""
+
+    manifest: str | None = None
+    manifest_sha256: str | None = None
+    tokenizer_sha256: str | None = None
+    vocab_size: int | None = None
+    sequence_length: int | None = None
+
+
+class SaveFacts(_Facts):
+    """What a run says of a checkpoint: all of the manifest but the files."""
+
+    step: Count
+    adam_steps: Count
+    consumed_tokens: Count
+    chunks: DataPosition
+    config: Json
+    data: DataFacts
+    attempt: Count = 0
+    loss: Loss | None = None
+    held_out_loss: Loss | None = None
+    lr: float | None = None
+    guard: Json | None = None
+    """State of the guards by their names."""
+    parent: Json | None = None
+    """The stage before, and how this one took over from it."""
+    identity: Json | None = None
+    """What may not change when the run is resumed."""
+    probe: Json | None = None
+    """The forward check's answer."""
+    layout: Json | None = None
+    environment: Json | None = None
+    fencing_token: Count | None = None
+
+
+class CheckpointManifest(SaveFacts):
+    """Content of a checkpoint's `manifest.json`."""
+
+    format: Count
+    name: str
+    saved: str | None = None
+    tensors: dict[str, Annotated[dict[str, TensorFacts], _in_place(_lacking("shape"))]]
+    files: dict[FileName, FileFacts]
+    shards: dict[str, ShardFacts] = {}
+    state: StateFacts | None = None
+    self_sha256: str
+
+    @model_validator(mode="after")
+    def _check_shards(self) -> Self:
+        # Format 1 describes files only as a whole.
+        if self.format > 1 and set(self.shards) != set(self.files):
+            raise ValueError("shards are not those of its files")
+        return self
+
+    @property
+    def total_bytes(self) -> int:
+        """Size of all shard files."""
+        return sum(file.bytes for file in self.files.values())
+
+    def shapes(self, folder: str) -> dict[str, list[int]]:
+        """Return the shape of every tensor of `model` or `optimizer`."""
+        return {name: facts["shape"] for name, facts in self.tensors.get(folder, {}).items()}
+
+
+_dumps = partial(json.dumps, sort_keys=True, default=dict)
+
+
+def seal(content: Json) -> Json:
     """Add `self_sha256`, the hash of all other content, which `read_manifest` checks."""
-    return {**manifest, "self_sha256": _content_sha256(manifest)}
+    return {**content, "self_sha256": _content_sha256(content)}
 
 
-def _content_sha256(manifest: dict[str, Any]) -> str:
-    content = {key: value for key, value in manifest.items() if key != "self_sha256"}
-    return sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+def _content_sha256(content: Json) -> str:
+    content = {key: value for key, value in content.items() if key != "self_sha256"}
+    return sha256(_dumps(content, separators=(",", ":")).encode()).hexdigest()
 
 
-def manifest_text(manifest: Mapping[str, Any]) -> str:
+def manifest_text(content: Json) -> str:
     """Format a manifest with one line per key.
 
     Full indentation of a large one takes five times as long.
     """
-    lines = (
-        f" {json.dumps(key)}: {json.dumps(manifest[key], sort_keys=True)}"
-        for key in sorted(manifest)
-    )
+    lines = (f" {json.dumps(key)}: {_dumps(content[key])}" for key in sorted(content))
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
@@ -78,7 +256,7 @@ def checkpoint_name(chunks_consumed: int, step: int | None = None) -> str:
     return f"ckpt_{chunks_consumed:03d}" + ("" if step is None else f"_step_{step:06d}")
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
+def read_manifest(path: Path) -> CheckpointManifest:
     """Read and validate the manifest of checkpoint directory `path`.
 
     Raises CheckpointError when it is missing, broken or of a newer format.
@@ -90,7 +268,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         )
 
     try:
-        manifest = read_json(path / MANIFEST)
+        content = read_json(path / MANIFEST)
     except OSError as error:
         raise CheckpointError(f"{path}: {MANIFEST} cannot be read ({error.strerror})") from None
     except ValueError as error:
@@ -98,95 +276,30 @@ def read_manifest(path: Path) -> dict[str, Any]:
             f"{path / MANIFEST}: not valid JSON ({error}); it was changed or damaged"
         ) from None
 
-    if not isinstance(manifest, dict):
+    if not isinstance(content, dict):
         raise CheckpointError(f"{path / MANIFEST}: not a JSON object")
 
-    for key, kind in _REQUIRED.items():
-        if not isinstance(manifest.get(key), kind):
-            raise CheckpointError(f"{path / MANIFEST}: {key} is missing or not a {kind.__name__}")
-
-    for key in _COUNTS:
-        # JSON booleans pass for integers in Python.
-        if isinstance(manifest[key], bool) or manifest[key] < 0:
-            raise CheckpointError(
-                f"{path / MANIFEST}: {key} is {manifest[key]}, must be a non-negative integer"
-            )
-
-    if manifest["format"] > FORMAT:
+    version = content.get("format")
+    if isinstance(version, int) and version > FORMAT:
         raise CheckpointError(
-            f"{path}: format {manifest['format']} is newer than this code reads ({FORMAT}); update "
-            "k2train"
+            f"{path}: format {version} is newer than this code reads ({FORMAT}); update k2train"
         )
-    if manifest.get("self_sha256") != _content_sha256(manifest):
+    if "self_sha256" in content and content["self_sha256"] != _content_sha256(content):
         raise CheckpointError(
             f"{path}: {MANIFEST} does not match its own hash; it was changed or damaged"
         )
-    if NAME.fullmatch(path.name) and manifest["name"] != path.name:
+
+    try:
+        manifest = CheckpointManifest.model_validate(content)
+    except ValidationError as error:
+        raise CheckpointError(f"{path / MANIFEST}: {first_error(error)}") from None
+
+    if NAME.fullmatch(path.name) and manifest.name != path.name:
         raise CheckpointError(
-            f"{path}: {MANIFEST} belongs to {manifest['name']}; restore the directory's name"
+            f"{path}: {MANIFEST} belongs to {ascii(manifest.name)[1:-1][:100]}; restore the "
+            "directory's name"
         )
-
-    _check_names(path, manifest)
     return manifest
-
-
-def _check_names(path: Path, manifest: dict[str, Any]) -> None:
-    """Require that all named files are in the two folders.
-
-    From format 2 on, every file must also list its tensors.
-    """
-    for name, facts in manifest["files"].items():
-        parts = PurePosixPath(name).parts
-        # Names come from the file: no path may lead out of the checkpoint.
-        if (
-            not name.isprintable()
-            or len(parts) != 2
-            or parts[0] not in FOLDERS
-            or ".." in parts
-            or "\0" in name
-            or name != "/".join(parts)
-        ):
-            raise CheckpointError(
-                f"{path}: the manifest names {name[:100]!r}, outside the checkpoint's folders"
-            )
-
-        if (
-            not isinstance(facts, dict)
-            or not isinstance(facts.get("bytes"), int)
-            or "sha256" not in facts
-        ):
-            raise CheckpointError(f"{path}: the manifest lacks bytes and sha256 of {name}")
-
-    for part, tensors in manifest["tensors"].items():
-        known = tensors.values() if isinstance(tensors, dict) else [None]
-        if not all(
-            isinstance(facts, dict) and isinstance(facts.get("shape"), list) for facts in known
-        ):
-            raise CheckpointError(
-                f"{path}: the manifest lacks the shape of a tensor in {part[:100]!r}"
-            )
-
-    # Format 1 describes files only as a whole.
-    if manifest["format"] == 1:
-        return
-
-    shards = manifest.get("shards")
-    if not isinstance(shards, dict) or set(shards) != set(manifest["files"]):
-        raise CheckpointError(f"{path}: the manifest's shards are not its files")
-
-    for name, shard in shards.items():
-        if (
-            not isinstance(shard, dict)
-            or "header_sha256" not in shard
-            or not isinstance(shard.get("tensors"), dict)
-        ):
-            raise CheckpointError(f"{path}: the manifest lacks header_sha256 and tensors of {name}")
-
-        for tensor, facts in shard["tensors"].items():
-            if not isinstance(facts, dict) or not {"offsets", "shape", "sha256"} <= set(facts):
-                raise CheckpointError(
-                    f"{path}: the manifest lacks offsets, shape or sha256 of {tensor}"
-                )
 
 
 def list_checkpoints(directory: Path) -> list[Path]:
@@ -209,18 +322,16 @@ def is_thinned(path: Path) -> bool:
     return (path / THINNED).exists()
 
 
-def mark_thinned(path: Path, manifest: Mapping[str, Any]) -> None:
+def mark_thinned(path: Path, manifest: CheckpointManifest) -> None:
     """Mark the optimizer files of checkpoint `path` as removed. They may be deleted afterwards."""
     write_synced(path / THINNED, _marker(manifest))
 
 
-def _marker(manifest: Mapping[str, Any]) -> str:
-    return (
-        json.dumps({"removed": "optimizer", "manifest_self_sha256": manifest["self_sha256"]}) + "\n"
-    )
+def _marker(manifest: CheckpointManifest) -> str:
+    return json.dumps({"removed": "optimizer", "manifest_self_sha256": manifest.self_sha256}) + "\n"
 
 
-def _check_marker(path: Path, manifest: Mapping[str, Any]) -> None:
+def check_marker(path: Path, manifest: CheckpointManifest) -> None:
     """Validate the thinning marker.
 
     A damaged directory can also show one, and would make a complete checkpoint lose its moments.
@@ -237,53 +348,3 @@ def _check_marker(path: Path, manifest: Mapping[str, Any]) -> None:
         raise CheckpointError(
             f"{path}: {THINNED} does not belong to this checkpoint; it was changed or damaged"
         )
-
-
-def expected_files(path: Path, manifest: dict[str, Any]) -> list[str]:
-    """Names of the files that must exist, sorted. A thinned checkpoint needs no optimizer files.
-
-    Raises CheckpointError for a shard that exists but is not in the manifest, since a reader would
-    load its tensors too, and for a damaged marker.
-    """
-    for folder in FOLDERS:
-        for file in sorted((path / folder).glob("*")):
-            # A stray shard would be read by any reader that lists the folder.
-            if f"{folder}/{file.name}" not in manifest["files"]:
-                raise CheckpointError(
-                    f"{path}: {folder}/{file.name} is not in the manifest; remove it"
-                )
-
-    skip = is_thinned(path)
-    if skip:
-        _check_marker(path, manifest)
-    return sorted(
-        name for name in manifest["files"] if not (skip and name.startswith("optimizer/"))
-    )
-
-
-def verify_files(
-    path: Path, manifest: dict[str, Any], names: Iterable[str], threads: int = THREADS
-) -> None:
-    """Check size, header and every tensor of `names` in several threads.
-
-    Raises CheckpointError naming the first file and tensor that differ.
-    """
-    names = list(names)
-    root = path.resolve()
-    for name in names:
-        # A link inside the checkpoint could point out of it.
-        if not (path / name).resolve().is_relative_to(root):
-            raise CheckpointError(f"{path}: the manifest names {name}, outside the checkpoint")
-    problem = first_problem(path, manifest["files"], manifest.get("shards", {}), names, threads)
-    if problem is not None:
-        raise CheckpointError(f"{path}: {problem}")
-
-
-def verify_checkpoint(path: Path, threads: int = THREADS) -> dict[str, Any]:
-    """Verify a whole checkpoint: manifest, every file, no stray shard. Returns the manifest.
-
-    Raises CheckpointError.
-    """
-    manifest = read_manifest(path)
-    verify_files(path, manifest, expected_files(path, manifest), threads)
-    return manifest

@@ -14,12 +14,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from k2train.checkpoint.blocks import TORCH_DTYPES, tensor_bytes
+from k2train.checkpoint.manifest import BlockFacts, CheckpointManifest
 from k2train.checkpoint.shards import DTYPES, THREADS, Extent, read_header
 from k2train.errors import CheckpointError
 
@@ -47,7 +47,7 @@ class Read:
 
 
 def plan_reads(
-    path: Path, folder: str, manifest: dict[str, Any], targets: Sequence[Target]
+    path: Path, folder: str, manifest: CheckpointManifest, targets: Sequence[Target]
 ) -> list[Read]:
     """Plan which file blocks to read for every target.
 
@@ -57,11 +57,11 @@ def plan_reads(
     by_name = {target.name: target for target in targets}
     missing = {target.name: prod(target.shape) for target in targets}
     reads: list[Read] = []
-    for file in sorted(name for name in manifest["files"] if name.startswith(f"{folder}/")):
+    for file in sorted(name for name in manifest.files if name.startswith(f"{folder}/")):
         # Skip files without a wanted block; only format 2 says so without opening them.
-        known = manifest.get("shards", {}).get(file, {}).get("tensors")
-        if known is not None and not any(
-            _overlaps(facts, by_name.get(name)) for name, facts in known.items()
+        shard = manifest.shards.get(file)
+        if shard is not None and not any(
+            _overlaps(facts, by_name.get(name)) for name, facts in shard.tensors.items()
         ):
             continue
 
@@ -87,7 +87,7 @@ def plan_reads(
     return reads
 
 
-def _overlaps(facts: dict[str, Any], target: Target | None) -> bool:
+def _overlaps(facts: BlockFacts, target: Target | None) -> bool:
     return target is not None and _overlap(facts["offsets"], facts["shape"], target) is not None
 
 

@@ -8,33 +8,29 @@ Alternatives considered:
 - Checking all checkpoints at once: a run of weeks has hundreds, of terabytes each.
 """
 
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from threading import Event, Thread
 
-from k2train.checkpoint.manifest import is_thinned, list_checkpoints, verify_checkpoint
+from k2train.checkpoint.manifest import is_thinned, list_checkpoints
 from k2train.checkpoint.retention import VerifiedCheckpoints, least_recently_verified_first
+from k2train.checkpoint.save_events import SaveEvents
 from k2train.checkpoint.shards import drop_caches
+from k2train.checkpoint.verify import verify_checkpoint
 from k2train.errors import CheckpointError
 
 
 class Scrubber:
     """Scrubbing thread that checks one checkpoint of `directory` every `seconds`.
 
-    Calls `on_damaged(path, problem)` and `log(message)` from its own thread.
+    Tells `events` from its own thread.
     """
 
     def __init__(
-        self,
-        directory: Path,
-        seconds: float,
-        verified: VerifiedCheckpoints,
-        on_damaged: Callable[[Path, str], None],
-        log: Callable[[str], None] = lambda text: None,
+        self, directory: Path, seconds: float, verified: VerifiedCheckpoints, events: SaveEvents
     ):
-        self.directory, self.seconds, self.verified = directory, seconds, verified
-        self.on_damaged, self.log = on_damaged, log
+        self.directory, self.seconds = directory, seconds
+        self.verified, self.events = verified, events
         self._last_logged = ""
         self._closed = Event()
         self._thread: Thread | None = None
@@ -81,10 +77,10 @@ class Scrubber:
 
     def _report_damage(self, path: Path, problem: str) -> None:
         try:
-            self.on_damaged(path, problem)
+            self.events.damaged(path, problem)
         except Exception as error:
             # It will not be checked again, so this is the last chance to report it.
-            self.log(f"damaged: {problem} (this could not be recorded: {error})")
+            self.events.message(f"damaged: {problem} (this could not be recorded: {error})")
 
     def _run(self) -> None:
         while not self._closed.wait(self.seconds):
@@ -100,4 +96,4 @@ class Scrubber:
         if text != self._last_logged:
             self._last_logged = text
             with suppress(Exception):
-                self.log(text)
+                self.events.message(text)

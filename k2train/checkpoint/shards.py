@@ -6,7 +6,7 @@
 - Every tensor is hashed from memory, not from the file. Only this finds damage that happens on the
   way to the disk.
 - Two threads hash (one each tensor, one the whole file) while a third writes.
-- Standard library only.
+- No torch and no NumPy.
 
 Alternatives considered:
 - The writer of torch.distributed.checkpoint: it first joins all tensors into one byte string. That
@@ -16,7 +16,7 @@ Alternatives considered:
 import json
 import os
 import stat
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,9 +25,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from k2train.checkpoint.manifest import BlockFacts, FileFacts, ShardFacts
 from k2train.safe_json import parse_json
-
-Facts = dict[str, Any]
 
 DTYPES = {"float32": ("F32", 4), "bfloat16": ("BF16", 2), "float16": ("F16", 2)}
 """Dtype name -> (name in the file, bytes per element)."""
@@ -35,10 +34,6 @@ DTYPE_NAMES = {short: name for name, (short, _) in DTYPES.items()}
 WRITE_BYTES = 1 << 23
 """Bytes per write: small enough for early writeback, large enough to make call overhead negligible.
 """
-READ_BYTES = 1 << 20
-"""Bytes hashed at once: still in the core's cache after the read."""
-READAHEAD_BYTES = 1 << 23
-"""Bytes requested from the disk beyond those, so that it works while they are hashed."""
 THREADS = 4
 MAX_HEADER_BYTES = 1 << 28
 
@@ -76,7 +71,7 @@ class Extent:
 
 def header_of(blocks: Sequence[Block]) -> bytes:
     """Length prefix and header of a file of `blocks`, in their order."""
-    content: Facts = {
+    content: dict[str, Any] = {
         "__metadata__": {
             "DCP_SHARDING_INFO": json.dumps(
                 {b.name: {"saved_offsets": list(b.offsets)} for b in blocks}
@@ -103,7 +98,7 @@ def header_of(blocks: Sequence[Block]) -> bytes:
 
 def write_shard(
     path: Path, blocks: Sequence[Block], on_written: Callable[[], None] = lambda: None
-) -> tuple[Facts, Facts]:
+) -> tuple[FileFacts, ShardFacts]:
     """Write and sync a file of `blocks`; returns its manifest entries (`files`, `shards`).
 
     Calls `on_written` when everything is written but not yet synced. Raises OSError.
@@ -139,18 +134,14 @@ def write_shard(
         os.fsync(descriptor)
         hashes = {name: future.result() for name, future in tensors.items()}
 
-    shard = {
-        "header_sha256": sha256(header).hexdigest(),
-        "tensors": {
-            block.name: {
-                "offsets": list(block.offsets),
-                "shape": list(block.shape),
-                "sha256": hashes[block.name],
-            }
-            for block in blocks
-        },
+    described = {
+        block.name: BlockFacts(
+            offsets=list(block.offsets), shape=list(block.shape), sha256=hashes[block.name]
+        )
+        for block in blocks
     }
-    return {"bytes": offset, "sha256": file_hash.hexdigest()}, shard
+    shard = ShardFacts(header_sha256=sha256(header).hexdigest(), tensors=described)
+    return FileFacts(bytes=offset, sha256=file_hash.hexdigest()), shard
 
 
 def _hash(content: memoryview) -> str:
@@ -237,130 +228,3 @@ def _parse_extents(text: bytes, begin: int) -> list[Extent]:
         raise ValueError(f"the header is not a shard's ({error!r:.200})") from None
 
     return sorted(found, key=lambda extent: (extent.start, extent.stop))
-
-
-def size_problem(path: Path, facts: Facts) -> str | None:
-    """Describe what is wrong with the file's existence or size; None when nothing is."""
-    try:
-        status = path.stat()
-    except OSError:
-        return "is missing"
-
-    if not stat.S_ISREG(status.st_mode):
-        return "is not a regular file"
-
-    size = status.st_size
-    return (
-        None if size == facts["bytes"] else f"has {size} bytes, the manifest says {facts['bytes']}"
-    )
-
-
-def layout_problem(path: Path, shard: Facts, size: int) -> tuple[str | None, list[Extent]]:
-    """Describe what is wrong with a file's header, and return the extents of its tensors.
-
-    Every byte of the file belongs to the header or to a tensor.
-    """
-    try:
-        header, extents = read_header(path)
-    except (OSError, ValueError) as error:
-        return f"has a damaged header ({error})", []
-
-    if sha256(header).hexdigest() != shard["header_sha256"]:
-        return "does not match the header in the manifest; it was changed or damaged", []
-
-    offset = len(header)
-    for extent in extents:
-        known = shard["tensors"].get(extent.name)
-        if (
-            known is None
-            or known["offsets"] != list(extent.offsets)
-            or known["shape"] != list(extent.shape)
-        ):
-            return f"has a tensor {extent.name} that the manifest does not describe so", []
-
-        if (
-            extent.start != offset
-            or extent.stop - extent.start != prod(extent.shape) * DTYPES[extent.dtype][1]
-        ):
-            return (
-                f"has tensor {extent.name} at bytes {extent.start} to {extent.stop}, it should "
-                f"begin at {offset}",
-                [],
-            )
-
-        offset = extent.stop
-
-    if offset != size:
-        return f"has {size - offset} bytes after its last tensor", []
-    if missing := sorted(set(shard["tensors"]) - {extent.name for extent in extents}):
-        return f"has no tensor {missing[0]}", []
-    return None, extents
-
-
-def hash_range(path: Path, start: int, stop: int) -> str:
-    """sha256 of bytes `start` to `stop`. Raises OSError, also when the file ends earlier."""
-    found, buffer = sha256(), bytearray(min(READ_BYTES, max(stop - start, 1)))
-    view = memoryview(buffer)
-    with path.open("rb", buffering=0) as stream:
-        while start < stop:
-            os.posix_fadvise(
-                stream.fileno(), start, min(READAHEAD_BYTES, stop - start), os.POSIX_FADV_WILLNEED
-            )
-            count = os.preadv(stream.fileno(), [view[: stop - start]], start)
-            if count == 0:
-                raise OSError(5, f"the file ends at byte {start}")
-            found.update(view[:count])
-            start += count
-
-    return found.hexdigest()
-
-
-def first_problem(
-    root: Path,
-    files: Mapping[str, Facts],
-    shards: Mapping[str, Facts],
-    names: Iterable[str],
-    threads: int = THREADS,
-) -> str | None:
-    """Describe the first bad file of `names` below `root` by file and tensor, else None.
-
-    `files` and `shards` come from the manifest. A file without an entry in `shards` is hashed as a
-    whole.
-    """
-    tasks: list[tuple[str, str | None, int, int, str]] = []
-    for name in names:
-        path, facts, shard = root / name, files[name], shards.get(name)
-        problem = size_problem(path, facts)
-        if problem is None and shard is not None:
-            # The header is checked at once, the tensors' bytes in threads below.
-            problem, extents = layout_problem(path, shard, facts["bytes"])
-            tasks += [
-                (name, p.name, p.start, p.stop, shard["tensors"][p.name]["sha256"]) for p in extents
-            ]
-
-        if problem is not None:
-            return f"{name} {problem}"
-
-        if shard is None:
-            # Format 1 has one hash per file.
-            tasks.append((name, None, 0, facts["bytes"], facts["sha256"]))
-
-    def check(task: tuple[str, str | None, int, int, str]) -> str | None:
-        name, tensor, start, stop, expected = task
-        what = "" if tensor is None else f": tensor {tensor}"
-        try:
-            same = hash_range(root / name, start, stop) == expected
-        except OSError as error:
-            return f"{name}{what} cannot be read ({error.strerror or error})"
-
-        return (
-            None
-            if same
-            else f"{name}{what} does not match its hash in the manifest; it was changed or damaged"
-        )
-
-    if threads == 1:
-        return next((problem for problem in map(check, tasks) if problem), None)
-
-    with ThreadPoolExecutor(threads) as pool:
-        return next((problem for problem in pool.map(check, tasks) if problem), None)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from k2train import fault_injection
-from k2train.parallel.grad_buffer import ShardLayout
+from k2train.parallel.shard_layout import ShardLayout
 
 
 @dataclass(frozen=True)

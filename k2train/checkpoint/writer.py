@@ -27,23 +27,25 @@ from threading import Event, Thread
 import torch
 from torch import Tensor
 
-from k2train.checkpoint.commit import Facts, SaveJob, write_checkpoint
+from k2train.checkpoint.commit import SaveJob, write_checkpoint
 from k2train.checkpoint.host_digest import host_digest_sums
-from k2train.checkpoint.manifest import expected_files, read_manifest, verify_files
+from k2train.checkpoint.manifest import SaveFacts, read_manifest
 from k2train.checkpoint.retention import (
     Retention,
     VerifiedCheckpoints,
     remove_unfinished,
     set_aside_later,
 )
+from k2train.checkpoint.save_events import SaveEvents, SavePolicy
 from k2train.checkpoint.scrub import Scrubber
 from k2train.checkpoint.shards import drop_caches
 from k2train.checkpoint.snapshot import HostBuffers, Snapshot, snapshot
+from k2train.checkpoint.verify import expected_files, verify_files
 from k2train.errors import CheckpointError, UserError
 from k2train.parallel.agreement import Agreement, DiskRefused, SaveError
 from k2train.parallel.device_digest import StateDigest
-from k2train.parallel.grad_buffer import ShardLayout
 from k2train.parallel.grid import ProcessGrid
+from k2train.parallel.shard_layout import ShardLayout
 
 __all__ = [
     "CheckpointWriter",
@@ -56,52 +58,27 @@ __all__ = [
 
 RETRY_EVERY_SECONDS = 5.0
 IDLE_SECONDS = 0.5
-"""Interval at which a thread that waits for a save runs `on_idle`."""
-
-
-def no_op(*_: object) -> None:
-    """The default callback: do nothing."""
+"""Interval at which a thread that waits for a save calls `idle`."""
 
 
 class CheckpointWriter:
-    """Saves checkpoints into `directory`.
-
-    - The newest `keep_optimizer_states` numbered checkpoints keep their states (0: all do).
-    - Callbacks run on rank 0 in the saving thread. `log` gets a message. `on_verified` gets a
-      checkpoint that was read back intact, `on_damaged` one that was not.
-    - The scrubbing thread, which checks an older checkpoint every `verify_every_seconds`, also
-      calls `log` and `on_damaged`.
-    - `check_owner` runs before the rename and raises RunError when the run has another owner.
-    - `on_idle` is called repeatedly by the thread that waits for a save.
-    - An OSError of `log`, `on_verified` or `on_damaged` is logged, and the save continues. Any
-      other error of theirs is raised on every rank.
-    """
+    """Saves checkpoints into `directory`, as `policy` says; `events` is told of them on rank 0."""
 
     def __init__(
         self,
         directory: Path,
         grid: ProcessGrid,
-        keep_optimizer_states: int,
-        asynchronous: bool,
-        *,
-        retry_seconds: float = 0.0,
-        verify_every_seconds: float = 0.0,
-        check_owner: Callable[[], None] = no_op,
-        log: Callable[[str], None] = no_op,
-        on_verified: Callable[[Path], None] = no_op,
-        on_damaged: Callable[[Path, str], None] = no_op,
-        on_idle: Callable[[], None] = no_op,
+        policy: SavePolicy | None = None,
+        events: SaveEvents | None = None,
     ):
-        self.directory, self.grid, self.asynchronous = directory, grid, asynchronous
-        self.retry_seconds = retry_seconds
-        self.retry_every_seconds = min(RETRY_EVERY_SECONDS, retry_seconds)
-        self.check_owner, self.log = check_owner, log
-        self.on_verified, self.on_damaged, self.on_idle = on_verified, on_damaged, on_idle
+        policy, events = policy or SavePolicy(), events or SaveEvents()
+        self.directory, self.grid, self.policy, self.events = directory, grid, policy, events
+        self.retry_every_seconds = min(RETRY_EVERY_SECONDS, policy.retry_seconds)
         self.verified = VerifiedCheckpoints()
         """Checkpoints that this process verified."""
-        self.scrubber = Scrubber(directory, verify_every_seconds, self.verified, on_damaged, log)
-        self._retention = Retention(directory, keep_optimizer_states, self.verified)
-        self._agreement = Agreement(grid)
+        self.scrubber = Scrubber(directory, policy.verify_every_seconds, self.verified, events)
+        self._retention = Retention(directory, policy.keep_optimizer_states, self.verified)
+        self._agreement = Agreement(grid, background=True)
         self._buffers = HostBuffers()
         self._digests: dict[int, StateDigest] = {}
         self._skip_verification = Event()
@@ -122,21 +99,19 @@ class CheckpointWriter:
         self.wait()
         return self._buffers.snapshot(layout, flat_shards, dtype)
 
-    def save(
-        self, name: str, snapshot: Snapshot, facts: Facts, on_commit: Callable[[Path, Facts], None]
-    ) -> None:
+    def save(self, name: str, snapshot: Snapshot, facts: SaveFacts) -> None:
         """Save on all ranks. Collective.
 
-        `facts` go into the manifest. Rank 0 calls `on_commit(path, manifest)` after the rename.
+        `facts` go into the manifest.
         """
         self.wait()
-        if not self.asynchronous:
-            self._save(name, snapshot, facts, on_commit)
+        if not self.policy.asynchronous:
+            self._save(name, snapshot, facts)
             return
 
         def work() -> None:
             try:
-                self._save(name, snapshot, facts, on_commit)
+                self._save(name, snapshot, facts)
             except BaseException as error:
                 self._error = error
 
@@ -166,7 +141,7 @@ class CheckpointWriter:
             while self._thread.is_alive():
                 # Rank 0 prints messages of the saving thread meanwhile.
                 self._thread.join(IDLE_SECONDS)
-                self.on_idle()
+                self.events.idle()
             self._thread = None
         if self._error is not None:
             error, self._error = self._error, None
@@ -176,23 +151,20 @@ class CheckpointWriter:
         """Stop scrubbing. A running save ends with the process."""
         self.scrubber.close()
 
-    def _save(
-        self, name: str, snapshot: Snapshot, facts: Facts, on_commit: Callable[[Path, Facts], None]
-    ) -> None:
+    def _save(self, name: str, snapshot: Snapshot, facts: SaveFacts) -> None:
         self.verified.forget(name)
         self._best_effort(self.scrubber.start, "older checkpoints are not checked")
         digest = self._state_digest(snapshot)
 
         # The token is part of the temporary name, which must be the same on all ranks.
-        token = self._agreement.from_first(facts.get("fencing_token"))
-        facts = facts if token is None else {**facts, "fencing_token": token}
+        token = self._agreement.from_first(facts.fencing_token)
+        if token is not None:
+            facts = facts.model_copy(update={"fencing_token": token})
 
         # The digest is computed beside the writing, by one thread.
         with ThreadPoolExecutor(1) as side:
             sums = side.submit(host_digest_sums, digest, snapshot.flat_shards)
-            job = SaveJob(
-                self.directory, name, snapshot, facts, digest, sums, on_commit, self.check_owner
-            )
+            job = SaveJob(self.directory, name, snapshot, facts, digest, sums, self.events)
             self._write(job)
 
         if (problem := self._read_back(job)) is not None:
@@ -232,7 +204,7 @@ class CheckpointWriter:
                 # The same error is logged once, not at every retry.
                 if str(error) != last_message:
                     last_message = str(error)
-                    meanwhile = "continues" if self.asynchronous else "waits"
+                    meanwhile = "continues" if self.policy.asynchronous else "waits"
                     self._log(
                         f"{last_message} (retried every {self.retry_every_seconds:g} s, training "
                         f"{meanwhile})"
@@ -246,7 +218,8 @@ class CheckpointWriter:
 
     def _may_retry(self, began: float) -> bool:
         return (
-            not self._skip_verification.is_set() and time.monotonic() - began < self.retry_seconds
+            not self._skip_verification.is_set()
+            and time.monotonic() - began < self.policy.retry_seconds
         )
 
     def _remove_temporary(self, job: SaveJob) -> None:
@@ -266,12 +239,12 @@ class CheckpointWriter:
                 action()
             except OSError as error:
                 with suppress(OSError):
-                    self.log(f"{error_prefix}: {error.strerror or error}")
+                    self.events.message(f"{error_prefix}: {error.strerror or error}")
 
         self._agreement.do(run, lambda error: SaveError(f"{error_prefix}: {error}"))
 
     def _log(self, text: str) -> None:
-        self._best_effort(lambda: self.log(text), text)
+        self._best_effort(lambda: self.events.message(text), text)
 
     def _read_back(self, job: SaveJob) -> str | None:
         """Describe what is wrong with the checkpoint on disk.
@@ -286,7 +259,7 @@ class CheckpointWriter:
         if problem is None:
             self.verified.add(job.name)
             self._best_effort(
-                lambda: self.on_verified(job.final),
+                lambda: self.events.verified(job.final),
                 f"{job.name} is whole, but this could not be recorded",
             )
 
@@ -324,7 +297,7 @@ class CheckpointWriter:
 
         self.verified.mark_damaged(job.name)
         self._best_effort(
-            lambda: self.on_damaged(job.final, problem_now),
+            lambda: self.events.damaged(job.final, problem_now),
             f"{job.name} is damaged, but this could not be recorded",
         )
         raise SaveError(

@@ -11,14 +11,15 @@ Alternatives considered:
 - argparse: it cannot tell where a value was set.
 """
 
-import difflib
-import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from k2train.config.rules import Values, cross_field_mistakes, world_mistakes
+from k2train.config.messages import nearest, problems_of, unknown
+from k2train.config.nearest import Values
+from k2train.config.rules import cross_field_mistakes
+from k2train.config.scalars import format_value
 from k2train.config.schema import (
     FOLLOWS,
     BatchConfig,
@@ -37,17 +38,9 @@ from k2train.config.schema import (
     flat_values,
     flatten,
     sections,
-    show,
 )
-from k2train.config.yaml_source import (
-    Mistake,
-    Origin,
-    Path,
-    Source,
-    dotted,
-    format_value,
-    read_source,
-)
+from k2train.config.world_rules import world_mistakes
+from k2train.config.yaml_source import Mistake, Origin, Path, Source, dotted, read_source
 from k2train.errors import ConfigError
 
 __all__ = [
@@ -69,7 +62,6 @@ __all__ = [
     "explain",
     "flat_values",
     "load_config",
-    "num_microbatches",
     "to_yaml",
 ]
 
@@ -126,60 +118,25 @@ def _nearest_key(path: Path) -> str | None:
         for inner in kind.model_fields
     }
     # A name that exists in another section is more likely than a similar one in this section.
-    if name not in elsewhere:
-        close = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.5)
-        if close:
-            return dotted((*parent, close[0]))
+    if name not in elsewhere and (near := nearest(name.lower(), names)):
+        return dotted((*parent, near))
 
-    close = difflib.get_close_matches(name.lower(), elsewhere, n=1, cutoff=0.7)
-    return elsewhere[close[0]] if close else name if name in known else None
+    near = nearest(name.lower(), list(elsewhere), 0.7)
+    return elsewhere[near] if near else name if name in known else None
 
 
-def _unknown(path: Path) -> str:
-    near = _nearest_key(path)
-    if near:
-        return f"unknown key; nearest is {near}"
+def _unknown_key(path: Path) -> str:
     known = sections()
     kind = known.get(str(path[0])) if len(path) > 1 else None
-    return f"unknown key; legal are {', '.join(kind.model_fields if kind else known)}"
+    return unknown(_nearest_key(path), list(kind.model_fields if kind else known))
 
 
-def _missing(path: Path) -> str:
+def _missing_section(path: Path) -> str | None:
     kind = sections().get(str(path[0])) if len(path) == 1 else None
     if kind is None:
-        return "missing; it has no default"
+        return None
     needed = [name for name, info in kind.model_fields.items() if info.is_required()]
     return f"missing section; it needs {', '.join(needed)}"
-
-
-def _explain_error(error: Any, path: Path) -> str:
-    """Turn one pydantic error into what is wrong and which value would be right."""
-    kind, context, value = error["type"], error.get("ctx", {}), show(error["input"])
-    if kind == "value_error":
-        return str(context["error"])
-    if kind == "extra_forbidden":
-        return _unknown(path)
-    if kind == "too_long":
-        return f"must have {context['max_length']} values, has {context['actual_length']}"
-    if kind == "too_short" or (kind == "missing" and isinstance(path[-1], int)):
-        return "missing; the list is too short"
-    if kind == "missing":
-        return _missing(path)
-    if kind == "literal_error":
-        legal = re.findall(r"'([^']*)'", context["expected"])
-        close = difflib.get_close_matches(str(error["input"]).lower(), legal, n=1, cutoff=0.4)
-        return f"{value} is not one of {', '.join(legal)}" + (
-            f"; nearest is {close[0]}" if close else ""
-        )
-
-    for name, words in (("ge", "at least"), ("gt", "above"), ("le", "at most"), ("lt", "below")):
-        if name in context:
-            return f"must be {words} {context[name]:g}, is {value}"
-    if kind in ("model_type", "model_attributes_type"):
-        return f"must be a section with keys of its own, is {value}"
-    if kind in ("tuple_type", "list_type"):
-        return f"must be a list, written [a, b], is {value}"
-    return f"{error['msg'][:1].lower()}{error['msg'][1:]}, is {value}"
 
 
 def _origin_of_rule(source: Source, keys: Sequence[str]) -> Origin:
@@ -197,16 +154,18 @@ def _origin_of_rule(source: Source, keys: Sequence[str]) -> Origin:
 def _field_mistakes(source: Source, error: ValidationError) -> list[Mistake]:
     mistakes, missing = [], []
     intended = set()
-    for item in error.errors(include_url=False):
-        path: Path = item["loc"]
-        # Consequences of other mistakes: the rules run below on what is readable, and a default
-        # that follows a wrong key cannot be made.
-        if item["type"] in ("cross_field", "default_factory_not_called") or path in source.broken:
+    for problem in problems_of(error, _unknown_key):
+        path = problem.path
+        # The rules run below on what is readable; what the reader refused is reported already.
+        if problem.kind == "cross_field" or path in source.broken:
             continue
-        mistake = Mistake(source.origin_of(path), f"{dotted(path)}: {_explain_error(item, path)}")
-        if item["type"] == "extra_forbidden":
+        if problem.kind == "extra_forbidden":
             intended.add(_nearest_key(path))
-        if item["type"] == "missing":
+
+        absent = problem.kind == "missing"
+        message = (absent and _missing_section(path)) or problem.message
+        mistake = Mistake(source.origin_of(path), f"{dotted(path)}: {message}")
+        if absent:
             missing.append((dotted(path), mistake))
         else:
             mistakes.append(mistake)
@@ -303,17 +262,6 @@ def check_world(config: Config, world_size: int) -> None:
     mistakes = world_mistakes(flat_values(config), world_size)
     if mistakes:
         raise ConfigError("\n".join(mistakes))
-
-
-def num_microbatches(config: Config, world_size: int) -> int:
-    """Return the micro-batches per step on each data-parallel rank.
-
-    Raises ConfigError as `check_world` does.
-    """
-    check_world(config, world_size)
-    return config.batch.global_sequences // (
-        data_parallel_size(config, world_size) * config.batch.micro_sequences
-    )
 
 
 def config_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:

@@ -1,35 +1,27 @@
-"""Rules between config keys and on the number of processes, with the nearest values that pass.
+"""Rules between config keys, with the nearest values that pass.
 
 - A rule is a function over dotted values that declares the keys it needs. It can therefore run on
   the readable part of a config while another part is wrong.
-- A suggested value passes every rule about this value, so following it does not cause another
-  error.
 
 Alternatives considered:
 - Pydantic's model validators: they are skipped as soon as one field is wrong, so a user would meet
   the mistakes of a file in two rounds.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
-Values = Mapping[str, Any]
+from k2train.config.nearest import (
+    Values,
+    fits_tensor,
+    hint,
+    nearest,
+    nearest_pipeline,
+    nearest_stages_per_rank,
+)
+
 Check = Callable[[Values], str | None]
 
-SEARCH_LIMIT = 20_000
-
 _RULES: list[tuple[tuple[str, ...], Check]] = []
-
-
-def nearest(value: int, legal: Callable[[int], bool], minimum: int = 1) -> list[int]:
-    """Return the closest legal number below `value` and the closest above it, where they exist."""
-    below = range(value - 1, max(minimum, value - SEARCH_LIMIT) - 1, -1)
-    above = range(max(value + 1, minimum), value + SEARCH_LIMIT)
-    return [
-        found
-        for numbers in (below, above)
-        if (found := next(filter(legal, numbers), None)) is not None
-    ]
 
 
 def cross_field_mistakes(values: Values) -> list[tuple[tuple[str, ...], str]]:
@@ -52,51 +44,6 @@ def _rule(*keys: str) -> Callable[[Check], Check]:
         return check
 
     return register
-
-
-def _hint(key: str, numbers: list[int], when_none: str = "; no {key} fits") -> str:
-    return (
-        f"; nearest {key}: {', '.join(map(str, numbers))}" if numbers else when_none.format(key=key)
-    )
-
-
-def _fits_tensor(values: Values, tensor: int) -> bool:
-    keys = ["model.num_heads", "model.num_kv_heads", "model.ffn_hidden_size"]
-    if values.get("parallel.sequence"):
-        keys.append("data.sequence_length")
-    return all(values[key] % tensor == 0 for key in keys if key in values) and tensor <= values.get(
-        "model.vocab_size", tensor
-    )
-
-
-def _fits_stages(values: Values, pipeline: int, stages_per_rank: int) -> bool:
-    """Return whether the layers fit the stages and the schedule has enough stages per rank."""
-    schedule, layers = values.get("parallel.schedule"), values.get("model.num_layers", 0)
-    if schedule == "zb-v" and stages_per_rank != 2:
-        return False
-    smallest = 2 if schedule == "interleaved" else 1
-
-    by_hand = values.get("parallel.layers_per_stage")
-    fits = (
-        layers % (pipeline * stages_per_rank) == 0
-        if by_hand is None
-        else len(by_hand) == pipeline * stages_per_rank
-    )
-    return min(pipeline, stages_per_rank) >= smallest and fits
-
-
-def _nearest_pipeline(values: Values) -> str:
-    pipeline, stages_per_rank = values["parallel.pipeline"], values["parallel.stages_per_rank"]
-    if values.get("parallel.schedule") == "interleaved":
-        stages_per_rank = max(stages_per_rank, 2)
-    numbers = nearest(pipeline, lambda other: _fits_stages(values, other, stages_per_rank))
-    return _hint("parallel.pipeline", numbers)
-
-
-def _nearest_stages_per_rank(values: Values) -> str:
-    pipeline, stages_per_rank = values["parallel.pipeline"], values["parallel.stages_per_rank"]
-    numbers = nearest(stages_per_rank, lambda other: _fits_stages(values, pipeline, other))
-    return _hint("parallel.stages_per_rank", numbers)
 
 
 @_rule("checkpoint.keep_optimizer_states")
@@ -132,8 +79,8 @@ def _head_size(values: Values) -> str | None:
         return None
     return (
         problem
-        + _hint("model.hidden_size", nearest(hidden, lambda number: number % (2 * heads) == 0))
-        + _hint(
+        + hint("model.hidden_size", nearest(hidden, lambda number: number % (2 * heads) == 0))
+        + hint(
             "model.num_heads",
             nearest(
                 heads,
@@ -157,11 +104,11 @@ def _grouped_heads(values: Values) -> str | None:
     hidden = values.get("model.hidden_size", 0)
     return (
         f"model.num_heads ({heads}) must be divisible by model.num_kv_heads ({kv_heads})"
-        + _hint(
+        + hint(
             "model.num_kv_heads",
             nearest(kv_heads, lambda number: not (heads % number or number % tensor)),
         )
-        + _hint(
+        + hint(
             "model.num_heads",
             nearest(
                 heads,
@@ -184,8 +131,8 @@ def _tensor_rule(key: str) -> None:
             return None
         return (
             f"{key} ({number}) must be divisible by parallel.tensor ({tensor})"
-            + _hint("parallel.tensor", nearest(tensor, lambda other: _fits_tensor(values, other)))
-            + _hint(
+            + hint("parallel.tensor", nearest(tensor, lambda other: fits_tensor(values, other)))
+            + hint(
                 key,
                 nearest(number, lambda other: not (other % tensor or hidden % (2 * other))),
                 when_none="",
@@ -205,8 +152,8 @@ def _sequence(values: Values) -> str | None:
     return (
         f"data.sequence_length ({length}) must be divisible by parallel.tensor ({tensor}) "
         "with parallel.sequence true"
-        + _hint("parallel.tensor", nearest(tensor, lambda other: _fits_tensor(values, other)))
-        + _hint(
+        + hint("parallel.tensor", nearest(tensor, lambda other: fits_tensor(values, other)))
+        + hint(
             "data.sequence_length", nearest(length, lambda other: other % tensor == 0, minimum=2)
         )
         + "; or parallel.sequence: false"
@@ -220,7 +167,7 @@ def _vocabulary(values: Values) -> str | None:
         return None
     return (
         f"model.vocab_size ({vocabulary}) must be at least parallel.tensor ({tensor})"
-        + _hint("parallel.tensor", nearest(tensor, lambda other: _fits_tensor(values, other)))
+        + hint("parallel.tensor", nearest(tensor, lambda other: fits_tensor(values, other)))
         + f"; nearest model.vocab_size: {tensor}"
     )
 
@@ -239,13 +186,13 @@ def _stages(values: Values) -> str | None:
     return (
         f"model.num_layers ({layers}) must be divisible by parallel.pipeline ({pipeline})"
         f" * parallel.stages_per_rank ({stages_per_rank}) = {stages}"
-        + _nearest_pipeline(values)
+        + nearest_pipeline(values)
         + (
-            _nearest_stages_per_rank(values)
+            nearest_stages_per_rank(values)
             if stages_per_rank > 1 and values.get("parallel.schedule") != "zb-v"
             else ""
         )
-        + _hint("model.num_layers", nearest(layers, lambda other: other % stages == 0))
+        + hint("model.num_layers", nearest(layers, lambda other: other % stages == 0))
     )
 
 
@@ -259,7 +206,7 @@ def _uneven_stages(values: Values) -> str | None:
             f"{setting} must have parallel.pipeline ({pipeline}) * "
             f"parallel.stages_per_rank ({stages_per_rank}) = {pipeline * stages_per_rank} counts, "
             f"has {len(by_hand)}"
-            + _nearest_pipeline(values)
+            + nearest_pipeline(values)
             + "; or null: as many layers on every stage"
         )
     if by_hand is not None and layers is not None and sum(by_hand) != layers:
@@ -286,17 +233,17 @@ def _schedule(values: Values) -> str | None:
         )
 
     if pipeline < 2:
-        name, number, hint = "parallel.pipeline", pipeline, _nearest_pipeline(values)
+        name, number, near = "parallel.pipeline", pipeline, nearest_pipeline(values)
     elif stages_per_rank < 2:
-        name, number, hint = (
+        name, number, near = (
             "parallel.stages_per_rank",
             stages_per_rank,
-            _nearest_stages_per_rank(values),
+            nearest_stages_per_rank(values),
         )
     else:
         return None
     return (
-        f"parallel.schedule (interleaved) needs a {name} of 2 or more, is {number}{hint}; "
+        f"parallel.schedule (interleaved) needs a {name} of 2 or more, is {number}{near}; "
         "or parallel.schedule: 1f1b"
     )
 
@@ -308,8 +255,8 @@ def _micro_batches(values: Values) -> str | None:
         return None
     return (
         f"batch.global_sequences ({total}) must be divisible by batch.micro_sequences ({micro})"
-        + _hint("batch.micro_sequences", nearest(micro, lambda other: total % other == 0))
-        + _hint("batch.global_sequences", nearest(total, lambda other: other % micro == 0))
+        + hint("batch.micro_sequences", nearest(micro, lambda other: total % other == 0))
+        + hint("batch.global_sequences", nearest(total, lambda other: other % micro == 0))
     )
 
 
@@ -381,47 +328,3 @@ def _recompute_layers(values: Values) -> str | None:
         f"kernels.recompute_layers ({count}) must be at most the layers of a pipeline stage "
         f"({largest}); lower it, or leave it out for all of them"
     )
-
-
-def world_mistakes(values: Values, world_size: int) -> list[str]:
-    """Return why layout and batch do not fit `world_size` processes, one line each."""
-    tensor, pipeline = values["parallel.tensor"], values["parallel.pipeline"]
-    model_ranks = tensor * pipeline
-    if world_size < 1 or world_size % model_ranks:
-        worlds = nearest(world_size, lambda other: other % model_ranks == 0, minimum=model_ranks)
-        return [
-            f"world size ({world_size}) must be divisible by parallel.tensor ({tensor})"
-            f" * parallel.pipeline ({pipeline}) = {model_ranks}" + _hint("world size", worlds)
-        ]
-
-    data = world_size // model_ranks
-    total, micro = values["batch.global_sequences"], values["batch.micro_sequences"]
-    interleaved = values["parallel.schedule"] == "interleaved"
-
-    # An interleaved schedule processes micro-batches in groups of one per pipeline rank.
-    group = pipeline if interleaved else 1
-
-    # Either the batch does not divide, or its micro-batches do not fit the schedule.
-    if total % (data * micro):
-        problem = (
-            f"batch.global_sequences ({total}) must be divisible by data-parallel size ({data})"
-            f" * batch.micro_sequences ({micro}) = {data * micro}"
-        )
-    elif total // (data * micro) % group:
-        problem = (
-            f"batch.global_sequences ({total}) / "
-            f"(data-parallel size ({data}) * batch.micro_sequences ({micro})) = "
-            f"{total // (data * micro)} micro-batches must be divisible by "
-            f"parallel.pipeline ({pipeline}) with parallel.schedule interleaved"
-        )
-    else:
-        return []
-
-    totals = nearest(total, lambda other: other % (data * micro * group) == 0)
-    micros = nearest(micro, lambda other: total % (data * other * group) == 0)
-    return [
-        problem
-        + _hint("batch.global_sequences", totals)
-        + _hint("batch.micro_sequences", micros)
-        + f" (data-parallel size = world size {world_size} / {model_ranks})"
-    ]

@@ -204,5 +204,10 @@ def write_chunk(
         assert written == rows, f"{name}: {written} rows were written, {rows} expected"
 
     return ChunkInfo(
-        name, f"{name}.npy", rows, rows * sequence_length, tokens_per_subset, digest.hexdigest()
+        name=name,
+        file=f"{name}.npy",
+        rows=rows,
+        tokens=rows * sequence_length,
+        tokens_per_subset=tokens_per_subset,
+        sha256=digest.hexdigest(),
     )

@@ -9,12 +9,30 @@ Alternatives considered:
 """
 
 import hashlib
-from typing import Any
+from typing import Annotated
 
+from pydantic import Field
+
+from k2train.data.json_record import Count, Record
 from k2train.data.manifest import Manifest
+from k2train.errors import DataError
 
 SCHEME = "blake2b-64"
 KEY_BITS = 64
+
+
+class KeyRanges(Record):
+    """Ranges of a subset's keys: leading `bits` by pass; by chunk [pass, first, last] of these."""
+
+    bits: tuple[Annotated[int, Field(ge=0, le=KEY_BITS, strict=True)], ...]
+    chunks: dict[str, tuple[tuple[Count, Count, Count], ...]]
+
+
+class DocumentKeys(Record):
+    """Key ranges of all chunks by subset, as the preparation recorded them in this scheme."""
+
+    seed: Count
+    subsets: dict[str, KeyRanges]
 
 
 def key_base(seed: int, subset: str, pass_number: int, source_key: str) -> "hashlib.blake2b":
@@ -49,23 +67,27 @@ def chunks_of_document(
 
     None when the manifest has no key ranges, or orders documents in another way.
     """
-    facts = manifest.facts.get("document_keys")
-    if (
-        not isinstance(facts, dict)
-        or facts.get("scheme") != SCHEME
-        or subset not in facts["subsets"]
-    ):
+    recorded = manifest.facts.document_keys
+    if recorded is None or recorded.get("scheme") != SCHEME:
         return None
+    try:
+        keys = DocumentKeys.parse(recorded)
+    except ValueError as error:
+        raise DataError(f"{manifest.path}: facts.document_keys: {error}") from None
 
-    entry: dict[str, Any] = facts["subsets"][subset]
+    if (ranges := keys.subsets.get(subset)) is None:
+        return None
     # One bucket per pass: the leading bits of the document's key in that pass.
     buckets = [
-        document_key64(facts["seed"], subset, number, source_key, name) >> (KEY_BITS - bits)
-        for number, bits in enumerate(entry["bits"])
+        document_key64(keys.seed, subset, number, source_key, name) >> (KEY_BITS - bits)
+        for number, bits in enumerate(ranges.bits)
     ]
 
     return {
         chunk
-        for chunk, ranges in entry["chunks"].items()
-        if any(first <= buckets[number] <= last for number, first, last in ranges)
+        for chunk, found in ranges.chunks.items()
+        if any(
+            number < len(buckets) and first <= buckets[number] <= last
+            for number, first, last in found
+        )
     }

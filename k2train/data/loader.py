@@ -35,21 +35,29 @@ from k2train.errors import DataError
 AHEAD_STEPS = 2
 
 
-class Batch(NamedTuple):
-    """Micro-batches of one rank in one global batch, in order."""
+class MicroBatch(NamedTuple):
+    """One micro-batch, from the loader to the loss."""
 
-    tokens: list[torch.Tensor]
-    """int64 `[micro_sequences, sequence_length]` each."""
-    documents: list[torch.Tensor] | None = None
+    tokens: torch.Tensor
+    """int64 `[micro_sequences, sequence_length]`."""
+    documents: torch.Tensor | None = None
     """int32 of the same shape: document index of each token in its row; None if not requested."""
+    labels: torch.Tensor | None = None
+    """int64 of the same shape, aligned with the tokens: position i predicts label i+1.
 
-    def to(self, device: torch.device) -> "Batch":
-        """Copy the batch to `device`; the copies may still be running on return."""
+    None: the tokens themselves.
+    """
 
-        def moved(parts: list[torch.Tensor]) -> list[torch.Tensor]:
-            return [part.to(device, non_blocking=True) for part in parts]
+    @property
+    def targets(self) -> torch.Tensor:
+        """The labels, or the tokens where there are none."""
+        return self.tokens if self.labels is None else self.labels
 
-        return Batch(moved(self.tokens), None if self.documents is None else moved(self.documents))
+    def to(self, device: torch.device) -> "MicroBatch":
+        """Copy to `device`; the copy may still be running on return."""
+        return MicroBatch(
+            *(None if part is None else part.to(device, non_blocking=True) for part in self)
+        )
 
 
 class _OpenChunk(NamedTuple):
@@ -60,8 +68,16 @@ class _OpenChunk(NamedTuple):
     borders: Borders | None
 
 
+class Share(NamedTuple):
+    """The share of each global batch that one data-parallel rank reads."""
+
+    rank: int
+    ranks: int
+    micro_sequences: int
+
+
 class Loader:
-    """Loader of the micro-batches of data-parallel rank `dp` of `data`.
+    """Loader of one data-parallel rank's micro-batches.
 
     With `documents`, batches also contain the document index of each token. Every id is checked
     against the vocabulary. With `verify`, a chunk is also hashed once, in the background, before
@@ -73,9 +89,7 @@ class Loader:
         self,
         manifest: Manifest,
         order: ChunkOrder,
-        dp: int,
-        data: int,
-        micro_sequences: int,
+        share: Share,
         vocab_size: int,
         verify: bool = False,
         documents: bool = False,
@@ -91,10 +105,10 @@ class Loader:
         if documents:
             require_borders(manifest, names)
         # Only for its check: the batch must divide into ranks and micro-batches.
-        rank_rows(range(order.global_sequences), dp, data, micro_sequences)
+        rank_rows(range(order.global_sequences), *share)
 
-        self.manifest, self.order, self.verify, self.documents = manifest, order, verify, documents
-        self.dp, self.data, self.micro_sequences = dp, data, micro_sequences
+        self.manifest, self.order, self.share = manifest, order, share
+        self.verify, self.documents = verify, documents
 
         self._open: _OpenChunk | None = None
         self._held_out: _OpenChunk | None = None
@@ -106,9 +120,9 @@ class Loader:
         # One thread each: reads stay in order, and hashing never delays a read.
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="k2train-loader")
         self._verifier = ThreadPoolExecutor(max_workers=1, thread_name_prefix="k2train-verify")
-        self._pending: dict[int, Future[Batch]] = {}
+        self._pending: dict[int, Future[list[MicroBatch]]] = {}
 
-    def step(self, step: int) -> Batch:
+    def step(self, step: int) -> list[MicroBatch]:
         """Return this rank's micro-batches of `step`, in order, and start reading the next steps.
 
         Raises DataError, also for damage found in the background.
@@ -135,7 +149,7 @@ class Loader:
         held_out = self.manifest.held_out
         return held_out.rows // (global_sequences or self.order.global_sequences) if held_out else 0
 
-    def held_out(self, batch_index: int, global_sequences: int | None = None) -> Batch:
+    def held_out(self, batch_index: int, global_sequences: int | None = None) -> list[MicroBatch]:
         """Return this rank's micro-batches of a held-out batch, counted from 0.
 
         The rows never depend on the step. Raises DataError when there is no such batch.
@@ -182,13 +196,13 @@ class Loader:
             self._verified_ahead = following
             self.verify_ahead(self.order.names[following])
 
-    def _read(self, step: int) -> Batch:
+    def _read(self, step: int) -> list[MicroBatch]:
         name = self.order.position(step).name
         if self._open is None or self._open.name != name:
             self._open = self._open_chunk(self.manifest.chunk(name))
         return self._batch(self._open, self.order.rows_of(step))
 
-    def _read_held_out(self, info: ChunkInfo, batch_index: int, size: int) -> Batch:
+    def _read_held_out(self, info: ChunkInfo, batch_index: int, size: int) -> list[MicroBatch]:
         if self._held_out is None:
             self._held_out = self._open_chunk(info)
         return self._batch(self._held_out, range(batch_index * size, (batch_index + 1) * size))
@@ -212,13 +226,14 @@ class Loader:
                 verify_chunk(self.manifest, info, self._stop.is_set)
                 self._verified.add(info.name)
 
-    def _batch(self, chunk: _OpenChunk, rows: range) -> Batch:
-        parts = rank_rows(rows, self.dp, self.data, self.micro_sequences)
-        tokens = [self._tokens(chunk, part) for part in parts]
-        return Batch(
-            tokens,
-            None if chunk.borders is None else [self._documents(chunk, part) for part in parts],
-        )
+    def _batch(self, chunk: _OpenChunk, rows: range) -> list[MicroBatch]:
+        return [
+            MicroBatch(
+                self._tokens(chunk, part),
+                None if chunk.borders is None else self._documents(chunk, part),
+            )
+            for part in rank_rows(rows, *self.share)
+        ]
 
     def _tokens(self, chunk: _OpenChunk, rows: range) -> torch.Tensor:
         ids = chunk.tokens[rows.start : rows.stop]

@@ -10,59 +10,114 @@ Alternatives considered:
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from pydantic import ConfigDict, Field, StrictBool
+
+from k2train.data.json_record import Count, Number, Positive, Record, Text, Whole
 from k2train.errors import DataError
-from k2train.files import AtomicFile, sha256_file
-from k2train.safe_json import parse_json, read_json, read_plain_file
+from k2train.files import AtomicFile
+from k2train.safe_json import parse_json, read_plain_file
 
 FORMAT = "k2train-chunks-1"
 MANIFEST_NAME = "manifest.json"
-SOURCES_NAME = "sources.json"
 UINT16_VOCAB = 65536
-MAX_TEXT = 512
 MAX_MANIFEST_BYTES = 2**26
 """A hundred times the size of the manifest of K2's 360 chunks."""
 
 
-@dataclass(frozen=True)
-class ChunkInfo:
+class ChunkInfo(Record):
     """Manifest entry of one chunk; `tokens` is rows times sequence length.
 
     `borders` names the file of document boundaries, if the data was prepared with them.
     """
 
-    name: str
+    name: Text
+    file: Text
+    rows: Positive
+    tokens: Positive
+    tokens_per_subset: dict[str, Count] = Field(default_factory=dict)
+    sha256: Text
+    provenance: Text | None = None
+    provenance_sha256: Text | None = None
+    borders: Text | None = None
+    borders_sha256: Text | None = None
+
+
+class Fact(Record):
+    """Base of what a preparation may record besides: unknown keys are kept."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+class TokenizerFacts(Fact):
+    """The tokenizer's file in the data folder, and its control tokens in the order of their ids."""
+
     file: str
-    rows: int
-    tokens: int
-    tokens_per_subset: dict[str, int]
-    sha256: str
-    provenance: str | None = None
-    provenance_sha256: str | None = None
-    borders: str | None = None
-    borders_sha256: str | None = None
+    specials: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class Manifest:
+class SubsetFacts(Fact):
+    """A subset of a recorded recipe: the keys that are read again."""
+
+    repeat: Number = 1
+    limit_tokens: Whole | None = None
+    fill: StrictBool = False
+
+
+class RecipeFacts(Fact):
+    """A recorded recipe: the keys that are read again."""
+
+    name: str | None = None
+    seed: Whole | None = None
+    sequence_length: Whole | None = None
+    chunks: Whole | None = None
+    rows_per_chunk: Whole | None = None
+    subsets: dict[str, SubsetFacts] = Field(default_factory=dict)
+
+
+class Facts(Fact):
+    """What the preparation recorded of itself; older and imported folders lack some of it.
+
+    - `account`: what became of each subset's documents and tokens.
+    - `road`: version of the preparation's code.
+    - `document_keys`: see `data.document_keys`.
+    - `imported`: identity of an import of K2's files.
+    """
+
+    name: str | None = None
+    imported: dict[str, Any] | None = None
+    recipe_sha256: str | None = None
+    recipe: RecipeFacts | None = None
+    listing_sha256: str | None = None
+    sources_sha256: str | None = None
+    rejected_sha256: str | None = None
+    tokenizer: TokenizerFacts | None = None
+    road: Whole | None = None
+    python: str | None = None
+    seed: Whole | None = None
+    dropped_tail_tokens: dict[str, Whole] | None = None
+    account: dict[str, dict[str, Number]] | None = None
+    document_keys: dict[str, Any] | None = None
+
+
+class Manifest(Record):
     """A data folder's manifest. `sha256` is that of manifest.json, so it names the whole data set.
 
-    `facts` holds what the preparation recorded besides: recipe hash, seed, dropped tail tokens.
+    `path` and `sha256` are set by the reader.
     """
 
     path: Path
     sha256: str
-    tokenizer_sha256: str
-    sequence_length: int
-    vocab_size: int
-    dtype: str
+    tokenizer_sha256: Text
+    sequence_length: Positive
+    vocab_size: Positive
+    dtype: Text
     chunks: tuple[ChunkInfo, ...]
     held_out: ChunkInfo | None = None
-    facts: dict[str, Any] = field(default_factory=dict)
+    facts: Facts = Facts()
 
     @property
     def folder(self) -> Path:
@@ -132,103 +187,42 @@ def read_manifest(path: str | Path) -> Manifest:
     if not isinstance(raw, dict):
         raise DataError(f"{path}: must hold a JSON object, holds {type(raw).__name__}")
 
-    manifest = _parse_manifest(path, raw, hashlib.sha256(content).hexdigest())
+    if (version := raw.get("format", FORMAT)) != FORMAT:
+        raise DataError(f"{path}: format is {version!r}, this version reads {FORMAT!r}")
+
+    digest = hashlib.sha256(content).hexdigest()
+    try:
+        manifest = Manifest.parse({**raw, "path": path, "sha256": digest})
+    except ValueError as error:
+        raise DataError(f"{path}: {error}") from None
+
+    _check_numbers(manifest)
     _check_names(manifest)
     return manifest
 
 
-def _parse_manifest(path: Path, raw: dict[str, Any], digest: str) -> Manifest:
-    if (version := raw.get("format", FORMAT)) != FORMAT:
-        raise DataError(f"{path}: format is {version!r}, this version reads {FORMAT!r}")
-
-    where = str(path)
-    vocab_size = _positive(raw, "vocab_size", where)
-    dtype = _text(raw, "dtype", where)
-    if dtype != chunk_dtype(vocab_size):
+def _check_numbers(manifest: Manifest) -> None:
+    """Compare what a manifest says twice on purpose: a hand-edited one shows here."""
+    path, wanted = manifest.path, chunk_dtype(manifest.vocab_size)
+    if manifest.dtype != wanted:
         raise DataError(
-            f"{path}: dtype is {dtype!r}, vocab_size {vocab_size} needs {chunk_dtype(vocab_size)!r}"
+            f"{path}: dtype is {manifest.dtype!r}, vocab_size {manifest.vocab_size} needs "
+            f"{wanted!r}"
         )
-
-    sequence_length = _positive(raw, "sequence_length", where)
-    entries = raw.get("chunks")
-    if not isinstance(entries, list) or not entries:
+    if not manifest.chunks:
         raise DataError(f"{path}: key 'chunks' must be a list of at least one chunk")
 
-    held_out = raw.get("held_out")
-    facts = raw.get("facts", {})
-    if not isinstance(facts, dict):
-        raise DataError(f"{path}: key 'facts' must be an object")
-
-    return Manifest(
-        path=path,
-        sha256=digest,
-        tokenizer_sha256=_text(raw, "tokenizer_sha256", where),
-        sequence_length=sequence_length,
-        vocab_size=vocab_size,
-        dtype=dtype,
-        chunks=tuple(
-            _parse_chunk(e, f"{path}: chunks[{i}]", sequence_length) for i, e in enumerate(entries)
-        ),
-        held_out=_parse_chunk(held_out, f"{path}: held_out", sequence_length)
-        if held_out is not None
-        else None,
-        facts=facts,
-    )
-
-
-def _parse_chunk(raw: Any, where: str, sequence_length: int) -> ChunkInfo:
-    if not isinstance(raw, dict):
-        raise DataError(f"{where}: must be an object, is {type(raw).__name__}")
-
-    rows, tokens = _positive(raw, "rows", where), _positive(raw, "tokens", where)
-    # Redundant on purpose: a hand-edited manifest shows here.
-    if tokens != rows * sequence_length:
-        raise DataError(
-            f"{where}: tokens is {tokens}, {rows} rows of {sequence_length} are "
-            f"{rows * sequence_length}"
-        )
-
-    subsets = raw.get("tokens_per_subset", {})
-    if not isinstance(subsets, dict) or not all(_is_count(v) for v in subsets.values()):
-        raise DataError(f"{where}: key 'tokens_per_subset' must map subsets to numbers of tokens")
-
-    return ChunkInfo(
-        name=_text(raw, "name", where),
-        file=_text(raw, "file", where),
-        rows=rows,
-        tokens=tokens,
-        tokens_per_subset=dict(subsets),
-        sha256=_text(raw, "sha256", where),
-        provenance=_text(raw, "provenance", where) if raw.get("provenance") is not None else None,
-        provenance_sha256=_text(raw, "provenance_sha256", where)
-        if raw.get("provenance") is not None
-        else None,
-        borders=_text(raw, "borders", where) if raw.get("borders") is not None else None,
-        borders_sha256=_text(raw, "borders_sha256", where)
-        if raw.get("borders") is not None
-        else None,
-    )
-
-
-def _text(raw: Mapping[str, Any], key: str, where: str) -> str:
-    value = raw.get(key)
-    # Text that does not fit on one printed line would break every message that names it.
-    if not isinstance(value, str) or not 0 < len(value) <= MAX_TEXT or not value.isprintable():
-        shown = "missing" if key not in raw else repr(value)[:60]
-        raise DataError(f"{where}: key '{key}' must be text, is {shown}")
-    return value
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _positive(raw: Mapping[str, Any], key: str, where: str) -> int:
-    value = raw.get(key)
-    if not _is_count(value) or value == 0:
-        shown = "missing" if key not in raw else repr(value)[:60]
-        raise DataError(f"{where}: key '{key}' must be a whole number above 0, is {shown}")
-    return int(value)  # type: ignore[arg-type]
+    for i, info in enumerate(manifest.all_chunks()):
+        where = f"{path}: chunks[{i}]" if i < len(manifest.chunks) else f"{path}: held_out"
+        tokens = info.rows * manifest.sequence_length
+        if info.tokens != tokens:
+            raise DataError(
+                f"{where}: tokens is {info.tokens}, {info.rows} rows of "
+                f"{manifest.sequence_length} are {tokens}"
+            )
+        for key in ("provenance", "borders"):
+            if getattr(info, key) is not None and getattr(info, f"{key}_sha256") is None:
+                raise DataError(f"{where}: key '{key}_sha256' is missing")
 
 
 def _check_names(manifest: Manifest) -> None:
@@ -262,93 +256,6 @@ def _is_inside(folder: Path, file: str) -> bool:
         return False
 
 
-@dataclass(frozen=True)
-class SourceNames:
-    """Source files of a data folder, the held-out ones included.
-
-    `whole` are used whole; `shares` by their documents within a share of [0, 1]. `contents` are the
-    hashes of those that recorded one.
-    """
-
-    whole: frozenset[str]
-    shares: dict[str, tuple[float, float]]
-    contents: dict[str, str]
-
-
-def common_data(first: Manifest, second: Manifest) -> list[str]:
-    """Describe the data that two folders share: equal chunks, and common source files if recorded.
-
-    Empty when they are disjoint. A source shared by two stages would be seen twice. A file that is
-    split inside is shared when its two shares overlap.
-    """
-    hashes = {info.sha256: info.name for info in first.all_chunks()}
-    shared = [
-        f"{hashes[i.sha256]} and {i.name}: same bytes"
-        for i in second.all_chunks()
-        if i.sha256 in hashes
-    ]
-
-    later, earlier = read_sources(second), read_sources(first)
-    # A file used whole by one folder overlaps with any share of it.
-    mixed = (earlier.whole & later.shares.keys()) | (earlier.shares.keys() & later.whole)
-    for name in earlier.shares.keys() & later.shares.keys():
-        (a, b), (c, d) = earlier.shares[name], later.shares[name]
-        # The intervals [a, b) and [c, d) overlap.
-        if max(a, c) < min(b, d):
-            mixed |= {name}
-
-    found = [f"source {name}" for name in sorted((earlier.whole & later.whole) | mixed)]
-    # A file's shares are cut by its name, so equal content under another name is always shared.
-    by_content = {digest: name for name, digest in earlier.contents.items()}
-    same = [
-        (by_content[d], name)
-        for name, d in later.contents.items()
-        if by_content.get(d, name) != name
-    ]
-
-    return (
-        shared
-        + found
-        + [f"source {name} is {other} of the earlier data" for other, name in sorted(same)]
-    )
-
-
-def read_sources(manifest: Manifest) -> SourceNames:
-    """Read the recorded sources of a data folder; none when it has no record.
-
-    Raises DataError for a damaged record.
-    """
-    path = manifest.folder / SOURCES_NAME
-    if "sources_sha256" not in manifest.facts:
-        return SourceNames(frozenset(), {}, {})
-
-    if not path.is_file() or sha256_file(path) != manifest.facts["sources_sha256"]:
-        raise DataError(
-            f"{path}: missing, or not the file {manifest.path} was written with; fetch it again"
-        )
-
-    try:
-        return _parse_sources(read_json(path, MAX_MANIFEST_BYTES))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise DataError(
-            f"{path}: is not a record of sources ({type(error).__name__}: {error}); fetch it again"
-        ) from None
-
-
-def _parse_sources(content: Any) -> SourceNames:
-    shares = {
-        name: (float(low), float(high)) for name, (low, high) in content.get("shares", {}).items()
-    }
-
-    whole = frozenset([*content["training"], *content["held_out"]])
-    files = content.get("files", {})
-    return SourceNames(
-        whole,
-        shares,
-        {name: files[name]["sha256"] for name in files if name in whole or name in shares},
-    )
-
-
 def write_manifest(
     folder: Path,
     *,
@@ -369,15 +276,11 @@ def write_manifest(
         "sequence_length": sequence_length,
         "vocab_size": vocab_size,
         "dtype": chunk_dtype(vocab_size),
-        "chunks": [_entry(info) for info in chunks],
-        "held_out": _entry(held_out) if held_out else None,
+        "chunks": [info.model_dump(exclude_none=True) for info in chunks],
+        "held_out": held_out.model_dump(exclude_none=True) if held_out else None,
         "facts": facts or {},
     }
 
     with AtomicFile(folder / MANIFEST_NAME) as stream:
         stream.write((json.dumps(content, indent=1) + "\n").encode())
     return read_manifest(folder / MANIFEST_NAME)
-
-
-def _entry(info: ChunkInfo) -> dict[str, Any]:
-    return {key: value for key, value in vars(info).items() if value is not None}

@@ -3,6 +3,8 @@
 - The position in the data is the step of the stage; chunk and rows follow by arithmetic.
 - Chunk borders are enforced: a step never mixes two chunks, and rows beyond a chunk's last full
   step are dropped.
+- The order is that of the config, and then of the deferrals in the ledger: `apply_events`, for the
+  run as for its inspection.
 
 Alternatives considered:
 - A stored cursor in the loader: it depends on ranks, workers and restarts, and is what other
@@ -11,12 +13,13 @@ Alternatives considered:
 
 import re
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from k2train.errors import DataError
+from k2train.errors import DataError, RunError
+from k2train.record.events import ChunkDeferred, Entry
 
 if TYPE_CHECKING:
     from k2train.data.chunk import Manifest
@@ -102,12 +105,13 @@ class ChunkOrder:
         """Names of the step's samples in order, `chunk_003:17`, the same on any grid of ranks."""
         return sample_ids(self.position(step).name, self.rows_of(step))
 
-    def deferred(self, i: int) -> "ChunkOrder":
-        """Return the order with its i-th chunk moved to the end.
+    def deferred(self, i: int, to: int) -> "ChunkOrder":
+        """Return the order with its i-th chunk moved to the later position `to`.
 
         Steps before that chunk keep their rows.
         """
-        kept = [k for k in range(len(self.names)) if k != i] + [i]
+        kept = [k for k in range(len(self.names)) if k != i]
+        kept.insert(to, i)
         return ChunkOrder(
             tuple(self.names[k] for k in kept),
             tuple(self.rows[k] for k in kept),
@@ -168,6 +172,32 @@ def make_order(
             )
 
     return ChunkOrder(tuple(names), tuple(rows[name] for name in names), global_sequences)
+
+
+def apply_events(order: ChunkOrder, entries: Iterable[Entry], where: str) -> ChunkOrder:
+    """Return the order after every deferral in the ledger `where`.
+
+    With the order of the config and all entries, it is the order that the run follows. A deferral
+    names its new position, so chunks that a later config appends do not move it.
+    Raises RunError for a deferral that does not fit the order.
+    """
+    for entry in entries:
+        event = entry.event
+        if not isinstance(event, ChunkDeferred):
+            continue
+        line = f"{where}: line {entry.seq + 1} defers {event.chunk!r}"
+        if event.chunk not in order.names:
+            raise RunError(f"{line}, which the order does not have")
+
+        i, last = order.names.index(event.chunk), len(order.names) - 1
+        if not i <= event.order_index <= last or order.first_step(i) <= event.step:
+            raise RunError(
+                f"{line} to position {event.order_index} after step {event.step}; it begins with "
+                f"step {order.first_step(i)} at position {i} of 0 to {last}: a chunk that has "
+                "begun stays, another goes to a later position"
+            )
+        order = order.deferred(i, event.order_index)
+    return order
 
 
 def _ascending(name: str) -> tuple[int, str]:

@@ -19,10 +19,9 @@ Alternatives considered:
 """
 
 import hashlib
-import io
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -30,16 +29,13 @@ import numpy as np
 import numpy.typing as npt
 import sentencepiece
 
+from k2train.data.sentencepiece_model import TruncatedError, model_content
 from k2train.errors import DataError
 from k2train.files import AtomicFile
 
 Ids = npt.NDArray[np.int32]
 
 UNK_ID, BOS_ID, EOS_ID = 0, 1, 2
-
-CONTROL_PIECES = 3
-LONGEST_LINE_BYTES = 2**16
-"""Training skips longer lines."""
 
 K2_SPECIAL_TOKENS = (
     "<fim_prefix>",
@@ -104,11 +100,11 @@ class Tokenizer:
         self.specials = tuple(specials)
         try:
             # First: a truncated model would swallow the settings appended to it.
-            kind, pieces = _content_of(model)
+            kind, pieces = model_content(model)
             self._pieces = sentencepiece.SentencePieceProcessor(
                 model_proto=model + _LEAVE_TEXT_ALONE
             )
-        except (RuntimeError, _Truncated):
+        except (RuntimeError, TruncatedError):
             raise DataError(
                 "tokenizer.model: not a sentencepiece model, or only a part of one"
             ) from None
@@ -307,125 +303,3 @@ class Tokenizer:
             return cls(model, specials)
         except DataError as error:
             raise DataError(f"{path}{str(error).removeprefix('tokenizer.model')}") from None
-
-
-def _content_of(model: bytes) -> tuple[int, list[tuple[str, int]]]:
-    """Parse a serialized model: its type, and (piece, type) of its pieces.
-
-    Sentencepiece does not report which pieces are user-defined, and its own reader needs protobuf.
-    """
-
-    model_kind, pieces = 1, []
-    for number, content in _fields(model):
-        facts = dict(_fields(content)) if number in (1, 2) and isinstance(content, bytes) else {}
-        # Field 3 is the type, of a piece (1) as of the trainer spec (2).
-        third = facts.get(3, 1)
-        if number == 2 and isinstance(third, int):
-            model_kind = third
-        elif (
-            number == 1 and isinstance(third, int) and isinstance(piece := facts.get(1, b""), bytes)
-        ):
-            pieces.append((piece.decode("utf-8", "replace"), third))
-    return model_kind, pieces
-
-
-class _Truncated(Exception):
-    pass
-
-
-def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """Yield (field number, value) of a protobuf message.
-
-    Raises _Truncated when it ends inside a field, or is not a protobuf message.
-    """
-    offset = 0
-    while offset < len(message):
-        key, offset = _varint(message, offset)
-        kind = key & 7
-        # Wire types: 0 varint, 2 length-delimited, 1 and 5 fixed 8 and 4 bytes.
-        if kind == 0:
-            value, offset = _varint(message, offset)
-            yield key >> 3, value
-            continue
-
-        size, offset = (
-            _varint(message, offset)
-            if kind == 2
-            else ({1: 8, 5: 4}.get(kind, len(message)), offset)
-        )
-        if offset + size > len(message):
-            raise _Truncated("ends inside a field")
-        yield key >> 3, message[offset : offset + size]
-        offset += size
-
-
-def _varint(message: bytes, offset: int) -> tuple[int, int]:
-    value = shift = 0
-    for index in range(offset, min(offset + 10, len(message))):
-        value |= (message[index] & 0x7F) << shift
-        if message[index] < 0x80:
-            return value, index + 1
-        shift += 7
-    raise _Truncated("ends inside a number")
-
-
-def train_tokenizer(
-    texts: Iterable[str], vocab_size: int, specials: Sequence[str] = K2_SPECIAL_TOKENS
-) -> Tokenizer:
-    """Train a BPE of `vocab_size` pieces, special tokens not counted, on the lines of `texts`.
-
-    Equal texts give equal bytes. Raises DataError when the texts are too few for the vocabulary.
-    """
-    if vocab_size <= CONTROL_PIECES:
-        # Below this the trainer's own message does not say how many the text needs.
-        raise DataError(
-            f"tokenizer.train.vocab_size ({vocab_size}) must be above {256 + CONTROL_PIECES}: "
-            f"256 bytes, {CONTROL_PIECES} control pieces and the characters of the text"
-        )
-
-    model = io.BytesIO()
-    lines = (
-        line for text in texts for line in text.split("\n") if line.strip() and is_encodable(line)
-    )
-
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=lines,
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=vocab_size,
-            byte_fallback=True,
-            normalization_rule_name="identity",
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True,
-            split_digits=True,
-            unk_id=UNK_ID,
-            bos_id=BOS_ID,
-            eos_id=EOS_ID,
-            pad_id=-1,
-            max_sentence_length=LONGEST_LINE_BYTES,
-            num_threads=1,  # with two threads the trainer finds other merges
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        raise DataError(
-            f"tokenizer.train.vocab_size ({vocab_size}) cannot be reached with this text: "
-            f"{_size_error(str(error))}"
-        ) from None
-    return Tokenizer(model.getvalue(), specials)
-
-
-def _size_error(message: str) -> str:
-    """Reword the trainer's message about a size: its own names source files and unknown options."""
-    if most := re.search(r"value <= (\d+)", message):
-        return f"the maximum is {most[1]}"
-    if least := re.search(r"required_chars\. -?\d+ vs (\d+)", message):
-        characters = int(least[1]) - 256 - CONTROL_PIECES
-        return (
-            f"the minimum is {least[1]}: 256 bytes, {CONTROL_PIECES} control pieces, "
-            f"its {characters} most common characters"
-        )
-    if "sentences_.empty()" in message:
-        return "it has no line to train on"
-    return re.sub(r"[^.\]]*--\w+[^.]*\.?", "", " ".join(message.split()))

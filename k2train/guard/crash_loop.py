@@ -10,18 +10,33 @@ Alternatives considered:
 - Counting restarts in the batch script: it does not see how far they came.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from k2train.errors import RunError
+from k2train.record.events import (
+    CheckpointSaved,
+    ChunkStarted,
+    Entry,
+    Failed,
+    Finished,
+    Resumed,
+    Spike,
+    Started,
+    Starting,
+    StepSkipped,
+    Stopped,
+    Straggler,
+)
 
-STARTS = ("starting", "started", "resumed")
+STARTS = (Starting, Started, Resumed)
 """Events that begin an attempt.
 
 `starting` comes before anything can fail. The others follow it, or stand alone in older ledgers.
 """
+WITH_STEP = (ChunkStarted, StepSkipped, Spike, Straggler, CheckpointSaved, Stopped, Finished)
+"""Events that say how far an attempt came."""
 UNREQUESTED = ("non-finite", "save failed", "damaged")
 """Reasons of a `stopped` event that was not requested."""
 
@@ -34,7 +49,7 @@ class Attempt:
     start_step: int
     last_step: int
     saved_step: int = field(default=-1)
-    end: Mapping[str, Any] | None = None
+    end: Stopped | Failed | Finished | None = None
 
     @property
     def is_fruitless(self) -> bool:
@@ -44,71 +59,65 @@ class Attempt:
     @property
     def was_requested(self) -> bool:
         """Whether its end was requested, or it finished the stage."""
-        if self.end is None:
-            return False
-        return self.end["event"] == "finished" or (
-            self.end["event"] == "stopped" and self.end.get("reason") not in UNREQUESTED
+        return isinstance(self.end, Finished) or (
+            isinstance(self.end, Stopped) and self.end.reason not in UNREQUESTED
         )
 
 
-def attempts_of(events: Sequence[Mapping[str, Any]]) -> list[Attempt]:
+def attempts_of(entries: Sequence[Entry]) -> list[Attempt]:
     """List the starts of a run, oldest first."""
     found: list[Attempt] = []
-    for event in events:
-        kind, step = event["event"], int(event.get("step") or 0)
-        if kind in STARTS:
-            number = int(event.get("attempt", len(found) + 1))
+    for event in (entry.event for entry in entries):
+        if isinstance(event, STARTS):
             # `started` and `resumed` continue the attempt that `starting` began.
-            if not (found and found[-1].number == number and kind != "starting"):
-                found.append(Attempt(number, start_step=step, last_step=step))
+            again = found and found[-1].number == event.attempt
+            if not again or isinstance(event, Starting):
+                step = 0 if isinstance(event, Started) else event.step
+                found.append(Attempt(event.attempt, start_step=step, last_step=step))
             continue
 
         if not found:
             continue
 
         current = found[-1]
-        if kind == "failed":
+        if isinstance(event, WITH_STEP):
+            current.last_step = max(current.last_step, event.step)
+
+        if isinstance(event, Failed):
             # The next start records a failure that the failed one could not record, and names its
             # attempt.
-            failed = next(
-                (attempt for attempt in found if attempt.number == event.get("attempt")), None
-            )
+            failed = next((attempt for attempt in found if attempt.number == event.attempt), None)
             if failed is not None and failed.end is None:
                 failed.end = event
-            continue
-
-        current.last_step = max(current.last_step, step)
-        if kind == "checkpoint_saved":
+        elif isinstance(event, CheckpointSaved):
             # The next start also records a checkpoint that a kill kept out of the ledger. It
             # belongs to the attempt that made it.
             saved_by = next(
-                (attempt for attempt in found if attempt.number == event.get("attempt")), current
+                (attempt for attempt in found if attempt.number == event.attempt), current
             )
-            saved_by.saved_step = max(saved_by.saved_step, step)
-        elif kind in ("stopped", "finished"):
+            saved_by.saved_step = max(saved_by.saved_step, event.step)
+        elif isinstance(event, Stopped | Finished):
             current.end = event
 
     return found
 
 
-def fruitless_starts(events: Sequence[Mapping[str, Any]]) -> list[Attempt]:
+def fruitless_starts(entries: Sequence[Entry]) -> list[Attempt]:
     """Consecutive latest starts without progress, oldest first."""
     # A requested stop without progress is neither counted nor ends the streak.
     streak: list[Attempt] = []
-    for attempt in reversed(attempts_of(events)):
+    for attempt in reversed(attempts_of(entries)):
         if attempt.is_fruitless:
             streak.append(attempt)
-        elif attempt.saved_step > attempt.start_step or (
-            attempt.end is not None and attempt.end["event"] == "finished"
-        ):
+        elif attempt.saved_step > attempt.start_step or isinstance(attempt.end, Finished):
             break
 
     return streak[::-1]
 
 
-def check_progress(events: Sequence[Mapping[str, Any]], limit: int, directory: Path) -> None:
+def check_progress(entries: Sequence[Entry], limit: int, directory: Path) -> None:
     """Raise RunError after `limit` consecutive starts without progress (0: no limit)."""
-    streak = fruitless_starts(events)
+    streak = fruitless_starts(entries)
     if limit == 0 or len(streak) < limit:
         return
 
@@ -123,11 +132,13 @@ def check_progress(events: Sequence[Mapping[str, Any]], limit: int, directory: P
 
 def _describe_end(attempt: Attempt) -> str:
     """How a start ended, in a few words."""
-    if attempt.end is None:
+    end = attempt.end
+    if end is None:
         return f"killed after step {attempt.last_step} without an error message"
-    text = str(attempt.end.get("problem") or attempt.end.get("reason") or attempt.end["event"])
+    problem = None if isinstance(end, Finished) else end.problem
+    text = problem or (end.reason if isinstance(end, Stopped) else end.name)
     first, *more = text.splitlines() or [text]
-    step = attempt.end.get("step", attempt.last_step)
+    step = attempt.last_step if end.step is None else end.step
     return (
         f"{first}{' ...' if more else ''}" if f"step {step}" in first else f"{first} at step {step}"
     )

@@ -16,6 +16,7 @@ Alternatives considered:
 """
 
 import math
+from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
@@ -35,18 +36,22 @@ CLASSIFY_SD = 3.0
 MAD_TO_SD = 1.4826
 
 
+@dataclass
 class SpikeAlert:
-    """Detects loss spikes: `observe` returns the events that a step opened or closed."""
+    """Detects loss spikes: `observe` returns the events that a step opened or closed.
 
-    def __init__(self) -> None:
-        self._losses: list[float] = []
-        self._log_grads: list[float] = []
-        self._open: dict[str, Any] | None = None
+    Its fields are plain JSON for a checkpoint: a restart raises the same alarms.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    log_grads: list[float] = field(default_factory=list)
+    open: dict[str, Any] | None = None
+    """The open event and its frozen reference."""
 
     @property
     def open_since(self) -> int | None:
         """First step of the open event, or None. Checkpoints from before it are worth keeping."""
-        return None if self._open is None else int(self._open["onset"])
+        return None if self.open is None else int(self.open["onset"])
 
     def observe(self, step: int, loss: float, grad_norm: float) -> list[dict[str, Any]]:
         """Observe one applied step (loss in nat per token, gradient norm before clipping).
@@ -59,12 +64,12 @@ class SpikeAlert:
 
         loss = float(loss)
         log_grad = math.log(max(float(grad_norm), 1e-30))
-        if self._open is not None:
+        if self.open is not None:
             return self._continue_event(step, loss, log_grad)
 
-        if len(self._losses) >= ARMED_AT:
-            loss_median, loss_sd = _center_and_spread(self._losses, LOSS_FLOOR_NAT)
-            grad_median, grad_sd = _center_and_spread(self._log_grads, LOG_GRAD_FLOOR)
+        if len(self.losses) >= ARMED_AT:
+            loss_median, loss_sd = _center_and_spread(self.losses, LOSS_FLOOR_NAT)
+            grad_median, grad_sd = _center_and_spread(self.log_grads, LOG_GRAD_FLOOR)
 
             loss_z = (loss - loss_median) / loss_sd
             grad_z = (log_grad - grad_median) / grad_sd
@@ -76,7 +81,7 @@ class SpikeAlert:
                     "log_grad": grad_median,
                     "log_grad_sd": grad_sd,
                 }
-                self._open = {
+                self.open = {
                     "onset": step,
                     "center": center,
                     "losses": [],
@@ -84,7 +89,7 @@ class SpikeAlert:
                     "count": 0,
                     "quiet": 0,
                 }
-                self._open |= {"peak_loss": loss, "peak_log_grad": log_grad}
+                self.open |= {"peak_loss": loss, "peak_log_grad": log_grad}
                 self._add_to_event(loss, log_grad)
 
                 return [self._opening_event(step, loss, log_grad, loss_z, grad_z)]
@@ -92,30 +97,12 @@ class SpikeAlert:
         self._accept(loss, log_grad)
         return []
 
-    def state(self) -> dict[str, Any]:
-        """Plain JSON for a checkpoint: window and open event.
-
-        A restart therefore raises the same alarms.
-        """
-        open_event = None if self._open is None else _copy_event(self._open)
-        return {
-            "losses": list(self._losses),
-            "log_grads": list(self._log_grads),
-            "open": open_event,
-        }
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Restore from `state()`, also after a JSON round trip."""
-        self._losses = [float(value) for value in state["losses"]]
-        self._log_grads = [float(value) for value in state["log_grads"]]
-        self._open = None if state["open"] is None else _copy_event(state["open"])
-
     def _accept(self, loss: float, log_grad: float) -> None:
-        self._losses = [*self._losses, loss][-WINDOW:]
-        self._log_grads = [*self._log_grads, log_grad][-WINDOW:]
+        self.losses = [*self.losses, loss][-WINDOW:]
+        self.log_grads = [*self.log_grads, log_grad][-WINDOW:]
 
     def _add_to_event(self, loss: float, log_grad: float) -> None:
-        event = self._open
+        event = self.open
         assert event is not None, "no event is open"
         center = event["center"]
         event["losses"] = [*event["losses"], loss][-CLASSIFY_RECENT:]
@@ -129,7 +116,7 @@ class SpikeAlert:
 
     def _continue_event(self, step: int, loss: float, log_grad: float) -> list[dict[str, Any]]:
         self._add_to_event(loss, log_grad)
-        event = self._open
+        event = self.open
         assert event is not None, "no event is open"
         center, losses = event["center"], event["losses"]
         returned = center["loss"] + RETURNED_SD * center["loss_sd"]
@@ -145,15 +132,15 @@ class SpikeAlert:
 
         # Training continues at the new level. Compared with the old one, every further step would
         # raise an alarm.
-        self._losses, self._log_grads = list(losses), list(event["log_grads"])
+        self.losses, self.log_grads = list(losses), list(event["log_grads"])
 
         return closed
 
     def _opening_event(
         self, step: int, loss: float, log_grad: float, loss_z: float, grad_z: float
     ) -> dict[str, Any]:
-        assert self._open is not None, "no event is open"
-        center = self._open["center"]
+        assert self.open is not None, "no event is open"
+        center = self.open["center"]
         return {
             "kind": "opened",
             "step": step,
@@ -166,9 +153,9 @@ class SpikeAlert:
         }
 
     def _close_event(self, kind: str, step: int) -> list[dict[str, Any]]:
-        event = self._open
+        event = self.open
         assert event is not None, "no event is open"
-        self._open = None
+        self.open = None
         return [
             {
                 "kind": kind,
@@ -184,11 +171,6 @@ class SpikeAlert:
                 "quiet_share": event["quiet"] / event["count"],
             }
         ]
-
-
-def _copy_event(event: dict[str, Any]) -> dict[str, Any]:
-    copy = {key: list(value) if isinstance(value, list) else value for key, value in event.items()}
-    return copy | {"center": dict(event["center"])}
 
 
 def _center_and_spread(values: list[float], floor: float) -> tuple[float, float]:

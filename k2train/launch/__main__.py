@@ -19,6 +19,7 @@ Alternatives considered:
 - torchrun's own --max-restarts: it restarts whatever the exit code was.
 """
 
+import argparse
 import contextlib
 import logging
 import sys
@@ -29,9 +30,10 @@ from tempfile import TemporaryDirectory
 
 import torch
 from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.run import main as torchrun
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
+from torch.distributed.run import get_args_parser, run
 
+from k2train.command_line import Parser, command
 from k2train.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USAGE
 from k2train.launch.environment import (
     ProcessStatus,
@@ -50,22 +52,20 @@ BACKOFF_RESET_SECONDS = 600.0
 TORCHRUN_SIGNALS = ["--signals-to-handle", "SIGQUIT"]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@command
+def main(arguments: Sequence[str]) -> int:
     """Run torchrun, restart it after crashes if asked to, and return its processes' exit code.
 
     The exit code is 1 when the processes do not agree on another one.
     """
     logging.disable(logging.ERROR)
-    try:
-        restarts, rest = split_restarts(list(sys.argv[1:] if arguments is None else arguments))
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return EXIT_USAGE
-
+    options = parse(arguments)
     if torch.cuda.is_available():
         limit_cuda_connections()
     with Supervisor(_log) as supervisor:
-        return start_with_restarts(lambda: _start(rest, supervisor), restarts, supervisor)
+        return start_with_restarts(
+            lambda: _start(options, supervisor), options.restarts, supervisor
+        )
 
 
 def start_with_restarts(start: Callable[[], int], restarts: int, supervisor: Supervisor) -> int:
@@ -92,54 +92,57 @@ def start_with_restarts(start: Callable[[], int], restarts: int, supervisor: Sup
     return code
 
 
-def split_restarts(arguments: list[str]) -> tuple[int, list[str]]:
-    """Split `--restarts N` from the launcher's options; return (N, the other arguments).
-
-    Arguments after the script's name belong to the script. Raises ValueError when N is not a
-    count, or with several nodes, where each node would decide for itself.
-    """
-    index = next(
-        (i for i, text in enumerate(arguments) if text.partition("=")[0] == "--restarts"), None
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse torchrun's options and ours; exits with one line on an error."""
+    theirs = get_args_parser()
+    parser = Parser(
+        prog="python -m k2train.launch",
+        description=theirs.description,
+        parents=[theirs],
+        add_help=False,
+    )
+    parser.add_argument(
+        "--restarts",
+        type=_count,
+        default=0,
+        metavar="N",
+        help="On one machine: restart after a crash (exit code 1), at most N times.",
     )
 
-    script = next(
-        (i for i, text in enumerate(arguments) if text == "-m" or text.endswith(".py")),
-        len(arguments),
-    )
-    if index is None or index > script:
-        return 0, arguments
+    if not arguments:
+        parser.error("nothing to start; give -m k2train.train CONFIG.yaml")
+    options = parser.parse_args([*TORCHRUN_SIGNALS, *arguments])
 
-    value = _value_of(arguments, index)
-    rest = arguments[:index] + arguments[index + (1 if "=" in arguments[index] else 2) :]
-    if not value.isdigit():
-        raise ValueError(f"--restarts must be a count, got {value!r}")
+    script = options.training_script
+    if script.endswith((".yaml", ".yml")):
+        # Python would run it as a program, in every process.
+        parser.error(f"{script} is a config, not a program; put -m k2train.train before it")
+    if not (options.module or options.no_python or options.run_path or Path(script).exists()):
+        parser.error(f"there is no file {script}; a module needs -m before it")
 
     # With several nodes each launcher would restart on its own.
-    nodes = [
-        _value_of(rest, i)
-        for i, text in enumerate(rest[:script])
-        if text.partition("=")[0] == "--nnodes"
-    ]
-    if nodes and nodes[-1] not in ("1", "1:1"):
-        raise ValueError(
-            f"--restarts is for one machine, --nnodes is {nodes[-1]}; "
+    if options.restarts and options.nnodes not in ("1", "1:1"):
+        parser.error(
+            f"--restarts is for one machine, --nnodes is {options.nnodes}; "
             "leave it to the batch system to start all nodes again"
         )
-    return int(value), rest
+    return options
 
 
-def _value_of(arguments: list[str], index: int) -> str:
-    _, equals, value = arguments[index].partition("=")
-    return value if equals else "".join(arguments[index + 1 : index + 2])
+def _count(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"must be a count, got {text!r}")
+    return int(text)
 
 
-def _start(arguments: list[str], supervisor: Supervisor) -> int:
+def _start(options: argparse.Namespace, supervisor: Supervisor) -> int:
     with TemporaryDirectory(prefix="k2train-launch-") as name, supervisor.watching(Path(name)):
         folder = Path(name)
         request_statuses(folder)
         failures: dict[int, int] = {}
         try:
-            torchrun([*TORCHRUN_SIGNALS, *arguments])
+            # A copy, since torchrun adds the address of this start to the options.
+            record(run)(argparse.Namespace(**vars(options)))
         except ChildFailedError as failed:
             failures = {rank: failure.exitcode for rank, failure in sorted(failed.failures.items())}
         except SignalException:
@@ -214,6 +217,4 @@ def _log(text: str) -> None:
 
 
 if __name__ == "__main__":
-    # torchrun's parser takes the program's name for its messages from here.
-    sys.argv[0] = "python -m k2train.launch"
     sys.exit(main())

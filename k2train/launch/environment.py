@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from k2train.errors import RunError
+from k2train.processes import start_ticks
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class ProcessStatus:
 
     code: int | None
     pid: int = 0
-    start_ticks: str = ""
+    start_ticks: int = 0
     saving: bool = False
 
     @property
@@ -128,21 +129,6 @@ def _die_with_launcher(folder: Path) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def start_ticks(pid: int) -> str:
-    """Return the start time of a process in clock ticks since boot.
-
-    Returns "" when the process is gone, a zombie, or the system has no /proc.
-    """
-
-    try:
-        # The name in parentheses may contain anything. Behind it, field 1 is the state and field 20
-        # the start time.
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return ""
-    return "" if fields[0] in "ZX" else fields[19]
-
-
 def request_statuses(folder: Path) -> None:
     """Ask the processes started from here to write their status files in `folder`."""
     (folder / LAUNCHER_FILE).write_text(str(os.getpid()))
@@ -157,9 +143,7 @@ def read_statuses(folder: Path) -> dict[int, ProcessStatus]:
         code, *more = path.read_text().split()
         rank = int(path.name.removeprefix("rank_"))
         if code == "running":
-            found[rank] = ProcessStatus(
-                None, int(more[0]), more[1] if len(more) > 1 else "", "saving" in more
-            )
+            found[rank] = ProcessStatus(None, int(more[0]), int(more[1]), "saving" in more)
         else:
             found[rank] = ProcessStatus(int(code))
     return dict(sorted(found.items()))

@@ -27,7 +27,8 @@ from types import FrameType
 from typing import Any, Self
 
 from k2train.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USAGE
-from k2train.launch.environment import ProcessStatus, read_statuses, start_ticks
+from k2train.launch.environment import ProcessStatus, read_statuses
+from k2train.processes import descendants
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 GRACE_SECONDS = 5.0
@@ -158,11 +159,11 @@ class Supervisor:
         )
 
         for number in (signal.SIGTERM, signal.SIGKILL):
-            for pid in children():
+            for pid in descendants([os.getpid()]):
                 with suppress(ProcessLookupError):
                     os.kill(pid, number)
             deadline = time.monotonic() + self._grace_seconds
-            while children() and time.monotonic() < deadline:
+            while descendants([os.getpid()]) and time.monotonic() < deadline:
                 time.sleep(POLL_SECONDS / 2)
 
         shutil.rmtree(folder, ignore_errors=True)
@@ -177,16 +178,6 @@ def has_failed(status: ProcessStatus) -> bool:
     if status.code is None:
         return not status.is_alive
     return status.code not in (EXIT_DONE, EXIT_STOPPED, EXIT_USAGE)
-
-
-def children() -> list[int]:
-    """Return the ids of this process's children that still run."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            if int((entry / "stat").read_text().rpartition(")")[2].split()[1]) == os.getpid():
-                found.append(int(entry.name))
-    return [pid for pid in found if start_ticks(pid)]
 
 
 def _ignore(number: int, frame: FrameType | None) -> None:

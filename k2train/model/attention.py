@@ -11,6 +11,7 @@ Alternatives considered:
 
 from torch import Tensor, nn
 
+from k2train.model.architecture import Architecture
 from k2train.model.kernels.select import Kernels
 from k2train.model.layers import Rotary
 from k2train.parallel.grid import Axis
@@ -23,39 +24,23 @@ class Attention(nn.Module):
     This rank has n/tp heads and n_kv/tp key/value heads, each of d = h/n.
     """
 
-    def __init__(
-        self,
-        prefix: str,
-        hidden_size: int,
-        num_heads: int,
-        num_kv_heads: int,
-        tp: Axis,
-        sequence: bool,
-        std: float,
-        out_std: float,
-        kernels: Kernels,
-    ):
+    def __init__(self, prefix: str, architecture: Architecture, tp: Axis, kernels: Kernels):
         super().__init__()
-        self.head_dim = hidden_size // num_heads
-        self.heads, self.kv_heads = num_heads // tp.size, num_kv_heads // tp.size
+        a, hidden = architecture, architecture.hidden_size
+        self.head_dim = hidden // a.num_heads
+        self.heads, self.kv_heads = a.num_heads // tp.size, a.num_kv_heads // tp.size
         self.kernel, self.split = kernels.attention, kernels.split
 
-        kv = num_kv_heads * self.head_dim
+        kv = a.num_kv_heads * self.head_dim
         names = {
-            f"{prefix}.query.weight": hidden_size,
+            f"{prefix}.query.weight": hidden,
             f"{prefix}.key.weight": kv,
             f"{prefix}.value.weight": kv,
         }
 
-        self.qkv = ColumnLinear(hidden_size, names, tp, sequence, std, product=kernels.product)
+        self.qkv = ColumnLinear(hidden, names, tp, a.init_std, product=kernels.product)
         self.output = RowLinear(
-            f"{prefix}.output.weight",
-            hidden_size,
-            hidden_size,
-            tp,
-            sequence,
-            out_std,
-            kernels.product,
+            f"{prefix}.output.weight", hidden, hidden, tp, a.output_std, kernels.product
         )
 
     def forward(self, x: Tensor, rotary: Rotary, mask: Tensor | None = None) -> Tensor:

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from k2train.model.architecture import Architecture
 from k2train.model.layers import Rotary
-from k2train.model.transformer import Architecture, Stage
+from k2train.model.transformer import Stage
 from k2train.parallel.shard import ParamSlice, Sharded, named_slices
 
 BLOCK_ROWS = 256

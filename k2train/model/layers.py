@@ -7,6 +7,7 @@
 import torch
 from torch import Tensor, nn
 
+from k2train.model.architecture import Architecture
 from k2train.model.kernels.elementwise import reference_rotate
 from k2train.model.kernels.select import Kernels, Norm
 from k2train.parallel.grid import Axis
@@ -21,9 +22,10 @@ class RMSNorm(Sharded):
     normalises its part of the sequence, so its weight gradient is a partial sum.
     """
 
-    def __init__(self, name: str, hidden_size: int, eps: float, norm: Norm, sequence: bool):
+    def __init__(self, name: str, architecture: Architecture, tp: Axis, norm: Norm):
         super().__init__()
-        self.eps, self.norm = eps, norm
+        self.eps, self.norm = architecture.norm_eps, norm
+        hidden_size = architecture.hidden_size
         self.weight = nn.Parameter(torch.empty(hidden_size))
         self.slices = {
             "weight": (
@@ -36,7 +38,7 @@ class RMSNorm(Sharded):
                     0,
                     None,
                     decay=False,
-                    sum_over_tensor=sequence,
+                    sum_over_tensor=tp.sequence,
                 ),
             )
         }
@@ -73,30 +75,15 @@ class FeedForward(nn.Module):
     [s(/tp), b, h] -> the same shape.
     """
 
-    def __init__(
-        self,
-        prefix: str,
-        hidden_size: int,
-        ffn_hidden_size: int,
-        tp: Axis,
-        sequence: bool,
-        std: float,
-        out_std: float,
-        kernels: Kernels,
-    ):
+    def __init__(self, prefix: str, architecture: Architecture, tp: Axis, kernels: Kernels):
         super().__init__()
+        a, product = architecture, kernels.product
+        hidden, inner = a.hidden_size, a.ffn_hidden_size
         self.swiglu = kernels.swiglu
-        names = {f"{prefix}.gate.weight": ffn_hidden_size, f"{prefix}.up.weight": ffn_hidden_size}
-        self.gate_up = ColumnLinear(hidden_size, names, tp, sequence, std, product=kernels.product)
-        self.down = RowLinear(
-            f"{prefix}.down.weight",
-            ffn_hidden_size,
-            hidden_size,
-            tp,
-            sequence,
-            out_std,
-            kernels.product,
-        )
+
+        names = {f"{prefix}.gate.weight": inner, f"{prefix}.up.weight": inner}
+        self.gate_up = ColumnLinear(hidden, names, tp, a.init_std, product=product)
+        self.down = RowLinear(f"{prefix}.down.weight", inner, hidden, tp, a.output_std, product)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(self.activate(self.gate_up(x)))

@@ -14,55 +14,22 @@ Global tensor names:
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from math import sqrt
 
 import torch
 from torch import Tensor, nn
 
+from k2train.model.architecture import Architecture
 from k2train.model.attention import Attention
 from k2train.model.kernels.select import Kernels, Norm, document_mask
 from k2train.model.layers import FeedForward, RMSNorm, Rotary
 from k2train.model.recompute import Cheap, run_layer
 from k2train.parallel.collectives import all_gather
-from k2train.parallel.cross_entropy import (
-    IGNORE,
-    VocabShard,
-    fused_cross_entropy,
-    vocab_parallel_cross_entropy,
-)
+from k2train.parallel.cross_entropy import IGNORE, VocabShard, vocab_parallel_cross_entropy
+from k2train.parallel.fused_cross_entropy import fused_cross_entropy
 from k2train.parallel.grad_accumulation import WeightGradStore
 from k2train.parallel.grid import Axis
 from k2train.parallel.shard import Sharded
 from k2train.parallel.tensor_parallel import ColumnLinear, VocabEmbedding
-from k2train.plan.cost import ModelShape
-
-
-@dataclass(frozen=True)
-class Architecture(ModelShape):
-    """Sizes and constants of the model, the same for every layout."""
-
-    rope_theta: float = 10000.0
-    norm_eps: float = 1e-5
-    init_std: float = 0.02
-
-    @property
-    def output_std(self) -> float:
-        """Initial std of matrices that write into the residual stream: std / sqrt(2 * layers)."""
-        return self.init_std / sqrt(2 * self.num_layers)
-
-    def tensor_names(self) -> list[str]:
-        """Return every global tensor name, in the order of the forward pass."""
-        inner = [
-            "attention_norm",
-            "attention.query",
-            "attention.key",
-            "attention.value",
-            "attention.output",
-        ]
-        inner += ["mlp_norm", "mlp.gate", "mlp.up", "mlp.down"]
-        layers = [f"layers.{n}.{part}.weight" for n in range(self.num_layers) for part in inner]
-        return ["embedding.weight", *layers, "norm.weight", "head.weight"]
 
 
 class Block(nn.Module):
@@ -76,40 +43,16 @@ class Block(nn.Module):
         index: int,
         a: Architecture,
         tp: Axis,
-        sequence: bool,
         kernels: Kernels,
         recompute: str = "none",
     ):
         super().__init__()
         self.recompute = recompute
         prefix = f"layers.{index}"
-        self.attention_norm = RMSNorm(
-            f"{prefix}.attention_norm.weight", a.hidden_size, a.norm_eps, kernels.norm, sequence
-        )
-        self.attention = Attention(
-            f"{prefix}.attention",
-            a.hidden_size,
-            a.num_heads,
-            a.num_kv_heads,
-            tp,
-            sequence,
-            a.init_std,
-            a.output_std,
-            kernels,
-        )
-        self.mlp_norm = RMSNorm(
-            f"{prefix}.mlp_norm.weight", a.hidden_size, a.norm_eps, kernels.norm, sequence
-        )
-        self.mlp = FeedForward(
-            f"{prefix}.mlp",
-            a.hidden_size,
-            a.ffn_hidden_size,
-            tp,
-            sequence,
-            a.init_std,
-            a.output_std,
-            kernels,
-        )
+        self.attention_norm = RMSNorm(f"{prefix}.attention_norm.weight", a, tp, kernels.norm)
+        self.attention = Attention(f"{prefix}.attention", a, tp, kernels)
+        self.mlp_norm = RMSNorm(f"{prefix}.mlp_norm.weight", a, tp, kernels.norm)
+        self.mlp = FeedForward(f"{prefix}.mlp", a, tp, kernels)
 
     def forward(self, x: Tensor, rotary: Rotary, mask: Tensor | None = None) -> Tensor:
         return run_layer(self, x, self.recompute, rotary, mask)
@@ -139,11 +82,11 @@ class Head(nn.Module):
     `Stage.logits` and the loss apply the output product.
     """
 
-    def __init__(self, a: Architecture, tp: Axis, sequence: bool, norm: Norm):
+    def __init__(self, a: Architecture, tp: Axis, norm: Norm):
         super().__init__()
-        self.norm = RMSNorm("norm.weight", a.hidden_size, a.norm_eps, norm, sequence)
+        self.norm = RMSNorm("norm.weight", a, tp, norm)
         self.output = ColumnLinear(
-            a.hidden_size, {"head.weight": a.vocab_size}, tp, sequence, a.init_std, pad=True
+            a.hidden_size, {"head.weight": a.vocab_size}, tp, a.init_std, pad=True
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -165,18 +108,14 @@ class Stage(nn.Module):
         first: bool,
         last: bool,
         tp: Axis,
-        sequence: bool,
         kernels: Kernels,
     ):
         super().__init__()
-        self.architecture, self.tp, self.sequence = a, tp, sequence and tp.size > 1
+        self.architecture, self.tp = a, tp
         self.fused_loss = kernels.loss == "fused"
         self.product = kernels.product
-        sequence = self.sequence
         self.embedding = (
-            VocabEmbedding(
-                "embedding.weight", a.vocab_size, a.hidden_size, tp, sequence, a.init_std
-            )
+            VocabEmbedding("embedding.weight", a.vocab_size, a.hidden_size, tp, a.init_std)
             if first
             else None
         )
@@ -184,12 +123,12 @@ class Stage(nn.Module):
         policies = kernels.recompute_of(len(layers))
         self.blocks = nn.ModuleDict(
             {
-                str(n): Block(n, a, tp, sequence, kernels, policy)
+                str(n): Block(n, a, tp, kernels, policy)
                 for n, policy in zip(layers, policies, strict=True)
             }
         )
 
-        self.head = Head(a, tp, sequence, kernels.norm) if last else None
+        self.head = Head(a, tp, kernels.norm) if last else None
         self.rotary: Rotary | None = None
         self.first_use: Callable[[nn.Module], None] | None = None
         """Called with a child module before its weights are read, which may still be in flight."""
@@ -240,7 +179,7 @@ class Stage(nn.Module):
         assert self.head is not None, "only the last stage has logits"
 
         rows = hidden[:, sequence].contiguous()
-        if self.sequence:
+        if self.tp.sequence:
             rows = all_gather(rows, self.tp)
         mine = nn.functional.linear(rows[list(positions)], self.head.output.weight).float()
 
@@ -248,13 +187,13 @@ class Stage(nn.Module):
         whole = all_gather(mine.t().contiguous(), self.tp)
         return whole[: self.architecture.vocab_size].t().contiguous()
 
-    def loss(self, hidden: Tensor, tokens: Tensor, scale: float = 1.0) -> Tensor:
-        """Return `scale` times the summed loss of a micro-batch, tokens [b, s].
+    def loss(self, hidden: Tensor, targets: Tensor, scale: float = 1.0) -> Tensor:
+        """Return `scale` times the summed loss of a micro-batch, targets [b, s].
 
         Collective over tp.
 
-        - Position i predicts token i+1; the last position has no label. `hidden` [s(/tp), b, h] is
-          the last stage's output.
+        - Position i predicts target i+1, unless that is IGNORE; the last position has no label.
+          `hidden` [s(/tp), b, h] is the last stage's output.
         - A sum, not a mean: the caller divides once by the targets of the whole global batch. So no
           split into micro-batches or ranks changes the weighting.
         - The first token of a document is a target of the </s> before it, also where attention
@@ -265,14 +204,14 @@ class Stage(nn.Module):
         - Leaving these targets out: the number of targets would depend on the rows.
         """
         assert self.head is not None, "only the last stage has a loss"
-        labels = torch.full_like(tokens, IGNORE)
-        labels[:, :-1] = tokens[:, 1:]
+        labels = torch.full_like(targets, IGNORE)
+        labels[:, :-1] = targets[:, 1:]
 
         # The head's rows on this rank, padding left out.
         output, size = self.head.output, self.architecture.vocab_size
         start = output.slices["weight"][0].start
         if self.fused_loss:
-            vocabulary = VocabShard(start, output.rows, size, self.tp, self.sequence)
+            vocabulary = VocabShard(start, output.rows, size, self.tp)
             return fused_cross_entropy(
                 hidden, output.weight, labels.t(), vocabulary, scale, product=self.product
             )
@@ -284,8 +223,8 @@ class Stage(nn.Module):
 
 
 def activation_shape(
-    a: Architecture, sequence_length: int, micro_sequences: int, tp: Axis, sequence: bool
+    a: Architecture, sequence_length: int, micro_sequences: int, tp: Axis
 ) -> tuple[int, int, int]:
     """Shape of an activation between stages: [s(/tp), b, h], /tp with sequence parallelism."""
-    length = sequence_length // tp.size if sequence else sequence_length
+    length = sequence_length // tp.size if tp.sequence else sequence_length
     return (length, micro_sequences, a.hidden_size)

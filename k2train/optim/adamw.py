@@ -21,14 +21,23 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from k2train.parallel.grad_buffer import Bucket, BufferSlot, ShardLayout
 from k2train.parallel.param_gather import ParamGather
 from k2train.parallel.shard import ParamSlice
+from k2train.parallel.shard_layout import Bucket, BufferSlot, ShardLayout
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    """Numbers of AdamW that no step changes."""
+
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
 
 
 @dataclass(frozen=True)
 class _Rule:
-    """Numbers of one update."""
+    """Numbers of one update; `decay` is 0 for tensors that do not decay."""
 
     t: int
     lr: float
@@ -49,20 +58,12 @@ class ShardedAdamW:
         self,
         shard_layout: ShardLayout,
         device: torch.device,
-        betas: tuple[float, float],
-        eps: float,
-        weight_decay: float,
+        hyperparameters: Hyperparameters,
         kernel: str,
         bucket_bytes: int | None = None,
     ):
-        self.shard_layout, self.betas, self.eps, self.weight_decay, self.kernel = (
-            shard_layout,
-            betas,
-            eps,
-            weight_decay,
-            kernel,
-        )
-
+        self.shard_layout, self.kernel = shard_layout, kernel
+        self.hyperparameters = hyperparameters
         self.master = torch.zeros(shard_layout.elements, device=device)
         self.exp_avg = torch.zeros_like(self.master)
         self.exp_avg_sq = torch.zeros_like(self.master)
@@ -124,12 +125,12 @@ class ShardedAdamW:
           was applied.
         - The gradient is used up.
         """
-        update = _fused if self.kernel == "fused" else _reference
+        update, h = _fused if self.kernel == "fused" else _reference, self.hyperparameters
         for bucket in self._buckets:
             part = slice(bucket.start, bucket.stop)
             # Slices without decay lie behind `decayed`, in buckets of their own.
-            decay = self.weight_decay if bucket.start < self.shard_layout.decayed else 0.0
-            rule = _Rule(self.adam_steps + 1, lr, self.betas, self.eps, decay, divisor, skip)
+            decay = h.weight_decay if bucket.start < self.shard_layout.decayed else 0.0
+            rule = _Rule(self.adam_steps + 1, lr, h.betas, h.eps, decay, divisor, skip)
             update(
                 self.master[part], gradient[part], self.exp_avg[part], self.exp_avg_sq[part], rule
             )

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from k2train.parallel.collectives import all_reduce
-from k2train.parallel.grad_buffer import ShardLayout
 from k2train.parallel.grid import Axis
+from k2train.parallel.shard_layout import ShardLayout
 
 BLOCK = 256
 """Elements whose squares are added in fp32 on a CPU. The sums of blocks are added in fp64."""

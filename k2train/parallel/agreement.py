@@ -1,7 +1,6 @@
 """Collective agreement on host objects: all ranks get the same result or raise the same error.
 
-- Used by saving and loading, in the background group, so that the saving thread never meets
-  training collectives.
+- Saving uses the background group, so that its thread never meets training collectives.
 - A rank that failed alone would leave the others in the next collective until the group's timeout.
 """
 
@@ -12,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from k2train.errors import UserError
+from k2train.parallel.comm_tracker import collective_scope
 from k2train.parallel.grid import ProcessGrid
 
 T = TypeVar("T")
@@ -29,10 +29,17 @@ class DiskRefused(SaveError):
 
 
 class Agreement:
-    """Exchange of small objects over the group of the saving thread. Every method is collective."""
+    """Exchange of small objects between all ranks. Every method is collective.
 
-    def __init__(self, grid: ProcessGrid):
-        self.group, self.rank, self.world_size = grid.background, grid.rank, grid.layout.world_size
+    - In the group of the main thread. `what` names an exchange for the watchdog: without a name, it
+      would take the ranks that wait in it for stuck.
+    - `background`: in the group of the saving thread, which has no phase of its own.
+    """
+
+    def __init__(self, grid: ProcessGrid, background: bool = False):
+        self.group = grid.background if background else grid.host
+        self.comm = None if background else grid.comm
+        self.rank, self.world_size = grid.rank, grid.layout.world_size
 
     def do(self, part: Callable[[], T], refused: Callable[[OSError], SaveError]) -> T:
         """Run `part` on every rank; every rank raises the first error there was.
@@ -57,11 +64,17 @@ class Agreement:
         result: T = value
         return result
 
-    def all(self, value: T) -> list[T]:
+    def all(self, value: T, what: str = "") -> list[T]:
         """Gather every rank's value on every rank."""
         parts: list[Any] = [None] * self.world_size
-        dist.all_gather_object(parts, value, group=self.group)
+        with collective_scope(self.comm, what):
+            dist.all_gather_object(parts, value, group=self.group)
         return parts
+
+    def first(self, problem: str, what: str = "") -> tuple[int, str] | None:
+        """Return the lowest rank with a problem, and its problem; None when no rank has one."""
+        problems = enumerate(self.all(problem, what))
+        return next(((rank, text) for rank, text in problems if text), None)
 
     def to_first(self, value: T) -> list[T]:
         """Gather every rank's value on rank 0; other ranks get an empty list."""
@@ -69,14 +82,16 @@ class Agreement:
         dist.gather_object(value, parts or None, dst=0, group=self.group)
         return parts
 
-    def from_first(self, value: T) -> T:
+    def from_first(self, value: T, what: str = "") -> T:
         """Broadcast rank 0's value to every rank."""
         shared: list[Any] = [value]
-        dist.broadcast_object_list(shared, src=0, group=self.group)
+        with collective_scope(self.comm, what):
+            dist.broadcast_object_list(shared, src=0, group=self.group)
         result: T = shared[0]
         return result
 
-    def sum(self, value: torch.Tensor) -> torch.Tensor:
+    def sum(self, value: torch.Tensor, what: str = "") -> torch.Tensor:
         """Sum a host tensor of integers over all ranks, in place."""
-        dist.all_reduce(value, group=self.group)
+        with collective_scope(self.comm, what):
+            dist.all_reduce(value, group=self.group)
         return value

@@ -149,9 +149,7 @@ class Symmetric(Split):
         return Pending(multiply_scatter(x, matrix, self.axis))
 
 
-def choose_collective_matmul(
-    axis: Axis, sequence: bool, product: Product | None
-) -> CollectiveMatmul:
+def choose_collective_matmul(axis: Axis, product: Product | None) -> CollectiveMatmul:
     """Choose how the layers of one tensor-parallel axis communicate, once, when a layer is built.
 
     Raises ConfigError when `parallel.symmetric_memory` is on and not available.
@@ -160,6 +158,6 @@ def choose_collective_matmul(
     if axis.size == 1:
         return CollectiveMatmul(axis, product)
     if axis.symmetric:
-        require_symmetric_memory(axis.size, sequence, type(product) is Product)
+        require_symmetric_memory(axis.size, axis.sequence, type(product) is Product)
         return Symmetric(axis, product)
-    return (Split if sequence else Replicated)(axis, product)
+    return (Split if axis.sequence else Replicated)(axis, product)

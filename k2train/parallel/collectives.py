@@ -218,11 +218,11 @@ class _ScatterOut(torch.autograd.Function):
         return all_gather(grad, ctx.axis), None
 
 
-def leave_parallel(x: Tensor, axis: Axis, sequence: bool) -> Tensor:
+def leave_parallel(x: Tensor, axis: Axis) -> Tensor:
     """Sum the partial results of a row-parallel product over ranks.
 
-    [s, b, h] -> [s/tp, b, h] with `sequence`, else [s, b, h]. Collective.
+    [s, b, h] -> [s/tp, b, h] with `axis.sequence`, else [s, b, h]. Collective.
     """
     if axis.size == 1:
         return x
-    return (_ScatterOut if sequence else _ReduceOut).apply(x, axis)
+    return (_ScatterOut if axis.sequence else _ReduceOut).apply(x, axis)

@@ -1,27 +1,12 @@
-"""Vocabulary-parallel cross entropy, fused with the head's product; no logits are kept.
+"""Vocabulary-parallel cross entropy of given logits, written out pass by pass.
 
-- `fused_cross_entropy` takes the head's input and matrix. It processes positions in strips: the
-  logits of a strip become probabilities in place (one pass of torch's softmax kernel, which keeps a
-  row in the cache). The factor of the loss is known, so they become at once the gradients of input
-  and matrix. Backward only returns them.
-- The price: the matrix's gradient is computed in the forward pass, so a schedule cannot defer it.
-  The incoming gradient must be exactly 1.
-- `vocab_parallel_cross_entropy` is the reference: the same loss of given logits, written out pass
-  by pass.
-- The gradient of the logits is (probability - label) x factor. The factor, times the rank's share
-  of the row's probability, is one number per row. It scales rows of the two small matrices [n, h],
-  not of the large one [n, v].
+- The reference for `k2train.parallel.fused_cross_entropy`, which keeps no logits. Both have the
+  same labels, and the same vocabulary shards.
 - A label outside the vocabulary is refused. With plain masking no rank would own it, its logit
   would count as zero, and a corrupt file would *lower* the loss. A CPU raises; an accelerator makes
   the loss NaN, which the finite check refuses.
 
-Alternatives considered:
-- bf16 logits kept until the backward: n v values, and their exponentials twice.
-- Products computed again in the backward: a third more of them.
-
-Source: Shoeybi et al. 2019 (arXiv:1909.08053) section 3, "parallel cross entropy". The gradient in
-the forward pass, in strips: Hsu et al. 2024 (arXiv:2410.10989) section 3.2,
-"FusedLinearCrossEntropy".
+Source: Shoeybi et al. 2019 (arXiv:1909.08053) section 3, "parallel cross entropy".
 """
 
 from dataclasses import dataclass
@@ -32,28 +17,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from k2train.errors import DataError
-from k2train.parallel.collective_matmul import Product
-from k2train.parallel.collectives import (
-    Pending,
-    all_gather,
-    all_reduce,
-    all_reduce_start,
-    reduce_scatter_start,
-)
-from k2train.parallel.grad_accumulation import GradAccumulator, accumulator_of
+from k2train.parallel.collectives import all_reduce
 from k2train.parallel.grid import Axis
-from k2train.plan.memory import STRIP_BYTES, STRIP_ROWS
 
 IGNORE = -100
 """Label of a position without a target, the last of a sample.
 
 Loss and gradient are exactly 0 there.
 """
-
-BAND_BYTES = 2 * 2**20
-"""fp32 copy of a part of a bf16 strip on a CPU. It stays in the cache during the passes over it."""
-SMALLEST_SHARE = 1e-20
-"""Lower bound of a rank's share of a row's probability, so that its inverse is finite."""
 
 
 class _VocabCrossEntropy(torch.autograd.Function):
@@ -106,11 +77,12 @@ def vocab_parallel_cross_entropy(
     `vocab_start` is this rank's first id. Positions labelled IGNORE give 0. Raises DataError for a
     label outside 0..vocab_size-1 (on a CPU; see the module docstring).
     """
-    _refuse_bad_labels(labels, vocab_size)
+    refuse_bad_labels(labels, vocab_size)
     return _VocabCrossEntropy.apply(logits, labels, vocab_start, vocab_size, tp)
 
 
-def _refuse_bad_labels(labels: Tensor, vocab_size: int) -> None:
+def refuse_bad_labels(labels: Tensor, vocab_size: int) -> None:
+    """Raise DataError for a label outside 0..vocab_size-1 that is not IGNORE; on a CPU only."""
     if labels.device.type != "cpu":
         return
     bad = (labels != IGNORE) & ((labels < 0) | (labels >= vocab_size))
@@ -130,264 +102,3 @@ class VocabShard:
     width: int
     size: int
     tp: Axis
-    sequence: bool
-    """Whether the head's input is split along the sequence over `tp`."""
-
-
-def strip_rows(rows: int, width: int, device: str) -> int:
-    """Rows per strip of logits [rows, width]: what STRIP_BYTES holds, at least STRIP_ROWS, evenly.
-
-    Measured on two cores, hidden 256, vocabulary 8192, 1 thread: the three products of 1024 rows
-    take 186 ms in strips of 32, 159 of 128, 153 of 256, 148 of 512 and 142 of 1024 (bf16: 75, 42,
-    35, 34, 35).
-    """
-    most = max(STRIP_ROWS[device], STRIP_BYTES[device] // (4 * max(width, 1)))
-    strips = max(1, -(-rows // most))
-    return max(1, -(-rows // strips))
-
-
-def _softmax_(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    """Turn logits [r, width] into the softmax over these columns, in place.
-
-    `index` [r, 1] is the label's column. Returns fp32 [3, r]: the maximum, the logarithm of the sum
-    of exponentials below it, the label's logit. And the label's probability, fp32 [r].
-    """
-    rows, width = logits.shape
-    stats = torch.zeros(4, rows, dtype=torch.float32, device=logits.device)
-    if not width:
-        stats[0] = float("-inf")
-        return stats[:3], stats[3]
-
-    # A bf16 strip on a CPU is converted in bands that fit the cache.
-    narrow = logits.dtype != torch.float32
-    band = max(1, BAND_BYTES // (4 * width)) if narrow and logits.device.type == "cpu" else rows
-    wide = (
-        torch.empty(min(band, rows), width, dtype=torch.float32, device=logits.device)
-        if narrow
-        else logits
-    )
-
-    for begin in range(0, rows, band):
-        part = slice(begin, min(begin + band, rows))
-        x = wide[: part.stop - begin].copy_(logits[part]) if narrow else logits
-        peak, label_logit = x.amax(dim=-1), x.gather(-1, index[part])
-        # One pass of torch's kernel, in place.
-        torch.softmax(x, dim=-1, out=x)
-        # The largest probability is 1 / sum, at least 1 / width: its logarithm is exact. That of
-        # a label may be log 0.
-        stats[0, part], stats[1, part] = peak, -x.amax(dim=-1).log()
-        stats[2, part], stats[3, part] = (
-            label_logit.squeeze(-1),
-            x.gather(-1, index[part]).squeeze(-1),
-        )
-        if narrow:
-            logits[part].copy_(x)
-
-    return stats[:3], stats[3]
-
-
-def _combine_ranks(stats: Tensor, mine: Tensor, tp: Axis) -> tuple[Tensor, Tensor | None]:
-    """Combine the statistics [3, r] of all ranks' columns. Collective.
-
-    Returns the loss [r] and this rank's share of each row's probability [r] (None: all of it). One
-    gather of three numbers per row; every rank then adds the same numbers in the same order.
-    """
-    if tp.size == 1:
-        return stats[1] + (stats[0] - stats[2]), None
-
-    # A label's logit counts on the rank that owns its column only.
-    stats[2].mul_(mine)
-    peaks, sums, label_logits = all_gather(stats, tp).view(tp.size, 3, -1).unbind(1)
-    # logsumexp over ranks, relative to the largest maximum.
-    peak = peaks.amax(dim=0)
-    parts = peaks - peak + sums
-    whole = torch.logsumexp(parts, dim=0)
-    share = (parts[tp.rank] - whole).exp().clamp_(min=SMALLEST_SHARE)
-
-    return whole + (peak - label_logits.sum(dim=0)), share
-
-
-class _FusedCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        labels: Tensor,
-        v: VocabShard,
-        scale: float,
-        strip: int,
-        product: Product,
-        needs_grad: bool,
-    ) -> Tensor:
-        x = all_gather(hidden, v.tp) if v.sequence else hidden
-        work = _StripLoss(
-            x,
-            weight,
-            labels,
-            v,
-            scale,
-            strip,
-            product,
-            needs_grad and hidden.requires_grad,
-            needs_grad and weight.requires_grad,
-        )
-        losses = work.run()
-        ctx.save_for_backward(*work.gradients())
-        ctx.saved_flags = work.dx is not None, work.returned_grad is not None
-
-        return losses.sum() * scale
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if grad.device.type == "cpu":
-            assert float(grad) == 1.0, (
-                "the gradient of the fused loss is made in the forward pass, for an incoming 1"
-            )
-        else:
-            torch._assert_async(grad == 1.0)
-
-        saved = iter(ctx.saved_tensors)
-        dx, dw = (next(saved) if has else None for has in ctx.saved_flags)
-        return dx, dw, None, None, None, None, None, None
-
-
-class _StripLoss:
-    """Fused loss of one micro-batch, strip by strip: x [s, b, h], labels [s, b] as n = s b rows."""
-
-    def __init__(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        labels: Tensor,
-        v: VocabShard,
-        scale: float,
-        strip: int,
-        product: Product,
-        wants_x: bool,
-        wants_weight: bool,
-    ):
-        self.v, self.strip, self.product, self.shape = v, strip, product, x.shape
-        self.x, self.weight = x.flatten(0, 1), weight.narrow(0, 0, v.width)
-
-        flat = labels.reshape(-1)
-        self.mine = (flat >= v.start) & (flat < v.start + v.width)
-        self.index = torch.where(self.mine, flat - v.start, 0).unsqueeze(-1)
-        self.counted = flat != IGNORE
-        self.bad = self.counted & ((flat < 0) | (flat >= v.size))
-        self.factor = self.counted.float() * scale
-
-        self.dx = torch.empty_like(self.x) if wants_x else None
-        self.pending: Pending | None = None
-        self.accumulator = accumulator_of(weight) if wants_weight else None
-        self.returned_grad: GradAccumulator | None = None
-        """Gradient of a matrix without an accumulator; the backward pass returns it to autograd."""
-        if wants_weight and self.accumulator is None:
-            self.accumulator = self.returned_grad = GradAccumulator(
-                torch.zeros_like(weight, dtype=torch.float32)
-            )
-
-        self.dtype = weight.dtype
-
-    def run(self) -> Tensor:
-        """Return the loss of each row, fp32 [n]. Computes the requested gradients on the way."""
-        rows = self.x.shape[0]
-        buffer = (
-            self.x.new_empty(min(self.strip, rows), self.v.width)
-            if self.product.writes_out
-            else None
-        )
-
-        losses = torch.empty(rows, dtype=torch.float32, device=self.x.device)
-        for begin in range(0, rows, self.strip):
-            part = slice(begin, min(begin + self.strip, rows))
-            out = None if buffer is None else buffer[: part.stop - begin]
-            strip = self.product.multiply(self.x[part], self.weight.t(), gradient=False, out=out)
-
-            stats, label_probability = _softmax_(strip, self.index[part])
-            # The one collective per strip.
-            losses[part], share = _combine_ranks(stats, self.mine[part], self.v.tp)
-            if self.dx is not None or self.accumulator is not None:
-                self._strip_gradients(strip, label_probability, share, part)
-            # Freed before the next strip: a product with memory of its own would keep two alive.
-            del strip
-
-        if self.accumulator is not None:
-            self.accumulator.complete()
-
-        return (losses * self.counted).masked_fill_(self.bad, float("nan"))
-
-    def _strip_gradients(
-        self, strip: Tensor, label_probability: Tensor, share: Tensor | None, part: slice
-    ) -> None:
-        factor, label_mass = self.factor[part], self.mine[part].float()
-        if share is not None:
-            factor, label_mass = factor * share, label_mass / share
-
-        # Probability minus label, written over the strip: only the label's column changes.
-        if self.v.width:
-            strip.scatter_(
-                -1, self.index[part], (label_probability - label_mass).to(strip.dtype).unsqueeze(-1)
-            )
-
-        factor = factor.unsqueeze(-1)
-        if self.dx is not None:
-            self.product.multiply(strip, self.weight, gradient=True, out=self.dx[part]).mul_(factor)
-            if part.stop == self.x.shape[0]:
-                self.pending = self._reduce_dx(self.dx.view(self.shape))
-
-        if self.accumulator is not None and self.v.width:
-            into = self.accumulator.total.narrow(0, 0, self.v.width)
-            self.product.add_weight_gradient(into, strip, (self.x[part] * factor).to(strip.dtype))
-
-    def _reduce_dx(self, dx: Tensor) -> Pending:
-        """Start the sum of the input's gradient over ranks, in the forward pass.
-
-        With sequence parallelism only this rank's part then waits for the backward. With overlap it
-        runs behind the last strip's weight gradient.
-        """
-        tp = self.v.tp
-        start = reduce_scatter_start if self.v.sequence else all_reduce_start
-        return start(dx, tp, wait=not tp.overlap)
-
-    def gradients(self) -> list[Tensor]:
-        """Return the requested gradients: of the input [s(/tp), b, h], then of the matrix."""
-        dx = [] if self.pending is None else [self.pending.wait()]
-        return dx if self.returned_grad is None else [*dx, self.returned_grad.total.to(self.dtype)]
-
-
-def fused_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    vocabulary: VocabShard,
-    scale: float,
-    strip: int | None = None,
-    product: Product | None = None,
-) -> Tensor:
-    """Fused cross entropy: `scale` times the summed loss, a scalar in fp32. Collective.
-
-    Labels are [s, b], logits = hidden weight^T.
-
-    - `hidden` [s(/tp), b, h] is the head's input, `weight` [>= width, h] its matrix.
-    - The matrix's gradient goes to its accumulator in this call, or to autograd in the backward
-      where there is none. Backward must start with 1.
-    - `strip` is the number of rows at a time, by default `strip_rows`. It is the same in every
-      pipeline layout, so that no bit depends on it.
-    - `product` multiplies where it is exact; None: torch does.
-
-    Positions labelled IGNORE give 0. Raises DataError for a label outside the vocabulary (on a CPU;
-    see the module docstring) before any gradient is added.
-    """
-    _refuse_bad_labels(labels, vocabulary.size)
-    if strip is None:
-        # By the widest rank's columns: one collective per strip, so all ranks must cut alike.
-        width = -(-vocabulary.size // vocabulary.tp.size)
-        strip = strip_rows(labels.numel(), width, labels.device.type)
-
-    if product is None or not product.exact:
-        product = Product()
-    needs_grad = torch.is_grad_enabled()
-    return _FusedCrossEntropy.apply(
-        hidden, weight, labels, vocabulary, scale, strip, product, needs_grad
-    )

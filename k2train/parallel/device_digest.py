@@ -18,8 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from k2train.parallel.comm_tracker import CommTracker, collective_scope
-from k2train.parallel.grad_buffer import BufferSlot, ShardLayout
 from k2train.parallel.grid import Axis
+from k2train.parallel.shard_layout import BufferSlot, ShardLayout
 from k2train.state_digest import LANES, digest_text, multipliers, state_root
 
 BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}

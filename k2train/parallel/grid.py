@@ -29,11 +29,15 @@ class Axis:
     size: int
     rank: int
     group: dist.ProcessGroup | None
+    sequence: bool = False
+    """For tp: activations between layers are split along the sequence over this axis. False on an
+    axis of one rank.
+    """
     overlap: bool = False
     """Whether collectives along this axis start ahead of their use and run beside computation."""
     regather: bool = False
-    """For tp with sequence parallelism: keep only this rank's part of a product's input and gather
-    it again in the backward pass.
+    """With `sequence`: keep only this rank's part of a product's input and gather it again in the
+    backward pass.
     """
     symmetric: bool = False
     """For tp: fuse products with their collectives over symmetric memory."""

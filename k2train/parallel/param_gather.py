@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from k2train.parallel.collectives import Pending
 from k2train.parallel.comm_tracker import CombinedWork, collective_scope
-from k2train.parallel.grad_buffer import Bucket, ShardLayout
 from k2train.parallel.grid import Axis
+from k2train.parallel.shard_layout import Bucket, ShardLayout
 
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 

@@ -66,6 +66,7 @@ class Executor:
         loss: Callable[[Tensor, int], Tensor],
         shape: tuple[int, ...],
         dtype: torch.dtype,
+        forward: Callable[[int, Tensor, int], Tensor] | None = None,
         observe: Callable[[Action], None] | None = None,
         before: Callable[[Action], None] | None = None,
     ) -> list[Tensor]:
@@ -78,10 +79,13 @@ class Executor:
         - `loss(output, microbatch)` turns the last stage's output into a scalar, scaled as its
           gradient should be.
         - `shape` and `dtype` describe the activation that crosses a stage border.
+        - `forward(stage, input, microbatch)` runs a stage; without it, its module is called. A
+          stage may need more of a micro-batch than its input, which no transfer then carries.
         - `before` is called before an action, when its input is available; `observe` after every
           action. Both are for timing and tests.
         """
         self._inputs_of, self._loss_of, self._shape, self._dtype = inputs, loss, shape, dtype
+        self._run_stage = forward or (lambda stage, x, _: self.stages[stage](x))
 
         self._training = any(action.op.is_backward for action in program)
 
@@ -105,6 +109,11 @@ class Executor:
                 if observe is not None:
                     observe(action)
 
+        self._finish()
+        return [self._losses[m] for m in sorted(self._losses)]
+
+    def _finish(self) -> None:
+        """Wait until all is sent, and check that nothing is left."""
         # The tensors must outlive their sends, and every send must end before the step does.
         for work, _ in self._sending:
             with wait_scope(self.pp.comm, "end of sends to other stages"):
@@ -117,7 +126,6 @@ class Executor:
 
         assert left == 0, f"the program left {left} tensors behind"
         self._sending = []
-        return [self._losses[m] for m in sorted(self._losses)]
 
     def _forward(self, action: Action) -> None:
         key = (action.stage, action.microbatch)
@@ -129,7 +137,7 @@ class Executor:
                 # A leaf of this stage's graph: its gradient goes to the stage before.
                 x.requires_grad_()
 
-        y = self.stages[action.stage](x)
+        y = self._run_stage(action.stage, x, action.microbatch)
         # The last stage's output is a loss and leaves the pipeline here.
         last = action.stage == self.num_stages - 1
         if last:

@@ -23,11 +23,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from k2train.parallel.agreement import Agreement
 from k2train.parallel.collectives import all_gather, all_reduce
 from k2train.parallel.comm_tracker import collective_scope
 from k2train.parallel.device_digest import Multipliers, tensor_sums
-from k2train.parallel.grad_buffer import BufferSlot, ShardLayout
 from k2train.parallel.grid import ProcessGrid
+from k2train.parallel.shard_layout import BufferSlot, ShardLayout
 from k2train.plan.layout import Layout
 from k2train.state_digest import digest_text
 
@@ -92,11 +93,8 @@ class ReplicaCheck:
         if not int(flag):
             return None
 
-        names_by_rank: list[set[str]] = [set() for _ in range(self.grid.layout.world_size)]
-        with collective_scope(self.grid.comm, "all-gather of differing tensors"):
-            dist.all_gather_object(names_by_rank, named, group=self.grid.host)
-
-        differing = set().union(*names_by_rank)
+        agreement = Agreement(self.grid)
+        differing = set().union(*agreement.all(named, "all-gather of differing tensors"))
 
         own_reports = {}
         for number, slot in enumerate(self.shard_layout.slots):
@@ -109,10 +107,7 @@ class ReplicaCheck:
                     states.get(slot.param_slice.name),
                 )
 
-        copies: list[dict[str, ReplicaReport]] = [{} for _ in names_by_rank]
-        with collective_scope(self.grid.comm, "all-gather of digests of copies"):
-            dist.all_gather_object(copies, own_reports, group=self.grid.host)
-
+        copies = agreement.all(own_reports, "all-gather of digests of copies")
         return diagnose_replicas(copies, self.grid.layout)
 
     def _weight_digests(self, master: Tensor) -> tuple[Tensor, Tensor, Tensor]:

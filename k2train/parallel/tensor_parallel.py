@@ -1,6 +1,6 @@
 """Tensor-parallel linear layers and embedding.
 
-Sequence parallelism is an argument, not a subclass.
+Sequence parallelism is a field of the axis, not a subclass.
 
     ColumnLinear  y = x [W_1 W_2 ... W_tp]: each rank holds some outputs
     RowLinear     y = sum_r x_r W_r:        each rank holds some inputs
@@ -139,7 +139,7 @@ class _Row(torch.autograd.Function):
 
 
 class ColumnLinear(Sharded):
-    """Column-parallel linear layer: [s(/tp), b, in] -> [s, b, out/tp], /tp with `sequence`.
+    """Column-parallel linear layer: [s(/tp), b, in] -> [s, b, out/tp], /tp with `tp.sequence`.
 
     `outputs` maps global tensor names to their rows. Their local shards follow one another in one
     product. With `pad` a size that tp does not divide is rounded up, and the product leaves the
@@ -151,18 +151,12 @@ class ColumnLinear(Sharded):
         in_features: int,
         outputs: Mapping[str, int],
         tp: Axis,
-        sequence: bool,
         init_std: float,
         pad: bool = False,
         product: Product | None = None,
     ):
         super().__init__()
-        self.tp, self.sequence, self.outputs, self.in_features = (
-            tp,
-            sequence,
-            dict(outputs),
-            in_features,
-        )
+        self.tp, self.outputs, self.in_features = tp, dict(outputs), in_features
 
         slices, row, padded = [], 0, 0
         for name, size in outputs.items():
@@ -181,7 +175,7 @@ class ColumnLinear(Sharded):
         self.weight = nn.Parameter(torch.empty(padded, in_features))
         self.slices = {"weight": tuple(slices)}
 
-        self.matmul = choose_collective_matmul(tp, sequence, product)
+        self.matmul = choose_collective_matmul(tp, product)
         self.matmul.product.check(" + ".join(outputs), self.rows, in_features)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -191,12 +185,12 @@ class ColumnLinear(Sharded):
         whole = "+".join(str(n) for n in self.outputs.values())
         return (
             f"in={self.in_features}, out={self.rows} of {whole}, "
-            f"{self.tp}, sequence={self.sequence}"
+            f"{self.tp}, sequence={self.tp.sequence}"
         )
 
 
 class RowLinear(Sharded):
-    """Row-parallel linear layer: [s, b, in/tp] -> [s(/tp), b, out], /tp with `sequence`."""
+    """Row-parallel linear layer: [s, b, in/tp] -> [s(/tp), b, out], /tp with `tp.sequence`."""
 
     def __init__(
         self,
@@ -204,18 +198,12 @@ class RowLinear(Sharded):
         in_features: int,
         out_features: int,
         tp: Axis,
-        sequence: bool,
         init_std: float,
         product: Product | None = None,
     ):
         super().__init__()
         assert in_features % tp.size == 0, f"{name}: {in_features} columns do not divide over {tp}"
-        self.tp, self.sequence, self.in_features, self.out_features = (
-            tp,
-            sequence,
-            in_features,
-            out_features,
-        )
+        self.tp, self.in_features, self.out_features = tp, in_features, out_features
         start, stop = even_slice(in_features, tp.size, tp.rank)
         self.weight = nn.Parameter(torch.empty(out_features, stop - start))
         self.slices = {
@@ -225,7 +213,7 @@ class RowLinear(Sharded):
                 ),
             )
         }
-        self.matmul = choose_collective_matmul(tp, sequence, product)
+        self.matmul = choose_collective_matmul(tp, product)
         self.matmul.product.check(name, out_features, stop - start)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -234,7 +222,7 @@ class RowLinear(Sharded):
     def extra_repr(self) -> str:
         return (
             f"in={self.weight.shape[1]} of {self.in_features}, "
-            f"out={self.out_features}, {self.tp}, sequence={self.sequence}"
+            f"out={self.out_features}, {self.tp}, sequence={self.tp.sequence}"
         )
 
 
@@ -271,7 +259,7 @@ class _Lookup(torch.autograd.Function):
 
 
 class VocabEmbedding(Sharded):
-    """Vocabulary-parallel embedding: token ids [b, s] -> [s(/tp), b, h], /tp with `sequence`.
+    """Vocabulary-parallel embedding: token ids [b, s] -> [s(/tp), b, h], /tp with `tp.sequence`.
 
     Each rank looks up the ids it holds. Raises DataError on an id outside the vocabulary. That is
     on a CPU only: a check on an accelerator would stall its queue, so there the result is NaN,
@@ -284,16 +272,10 @@ class VocabEmbedding(Sharded):
         vocab_size: int,
         hidden_size: int,
         tp: Axis,
-        sequence: bool,
         init_std: float,
     ):
         super().__init__()
-        self.tp, self.sequence, self.vocab_size, self.hidden_size = (
-            tp,
-            sequence,
-            vocab_size,
-            hidden_size,
-        )
+        self.tp, self.vocab_size, self.hidden_size = tp, vocab_size, hidden_size
         self.start, self.stop = even_slice(vocab_size, tp.size, tp.rank)
         self.weight = nn.Parameter(torch.empty(-(-vocab_size // tp.size), hidden_size))
         self.slices = {
@@ -325,7 +307,7 @@ class VocabEmbedding(Sharded):
         if ids.device.type != "cpu":
             # No check on an accelerator: NaN reaches the finite check of the step.
             x = x.masked_fill(bad.unsqueeze(-1), float("nan"))
-        return leave_parallel(x, self.tp, self.sequence)
+        return leave_parallel(x, self.tp)
 
     def local(self, ids: Tensor) -> tuple[Tensor, Tensor | None]:
         """Map ids [s, b] to rows of the local weight, with a mask of ids held here (None: all)."""
@@ -353,5 +335,5 @@ class VocabEmbedding(Sharded):
     def extra_repr(self) -> str:
         return (
             f"ids={self.start}..{self.stop - 1} of {self.vocab_size}, hidden={self.hidden_size}, "
-            f"{self.tp}, sequence={self.sequence}"
+            f"{self.tp}, sequence={self.tp.sequence}"
         )

@@ -17,8 +17,9 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Sequence
 from statistics import median
-from typing import Any, TextIO
+from typing import TextIO
 
+from k2train.record.metrics import StepRecord
 from k2train.text import duration
 
 FIRST_LINES = 10
@@ -32,7 +33,7 @@ class Console:
     """Progress of one stage on `stream`, for one rank.
 
     - `total_steps` and `total_chunks` count the whole stage.
-    - `row["step"]` counts the updates done in the stage (1 after the first).
+    - A record's `step` counts the updates done in the stage (1 after the first).
     - `chunk_ends` holds for each chunk the step after which it is consumed. By default, chunks
       count as equally long.
     """
@@ -69,18 +70,15 @@ class Console:
         self._pauses: deque[float] = deque(maxlen=RECENT_STEPS)
         self._pause_began: float | None = None
 
-    def step(self, row: dict[str, Any]) -> None:
-        """Show a finished step.
-
-        Reads step, loss, grad_norm, lr, tokens_per_second and seconds of the metrics row.
-        """
+    def step(self, record: StepRecord) -> None:
+        """Show a finished step."""
         now = self._clock()
-        self._measure(row, now)
+        self._measure(record, now)
         if self._is_live:
-            self._draw(self._fit_to_terminal(row))
-        elif self._is_line_due(row, now):
+            self._draw(self._fit_to_terminal(record))
+        elif self._is_line_due(record, now):
             self._last_line = now
-            self._write(self._text(row) + "\n")
+            self._write(self._text(record) + "\n")
 
     def info(self, text: str) -> None:
         """Print a permanent line: above the live line on a terminal, in sequence in a log."""
@@ -111,28 +109,28 @@ class Console:
         pauses = median(self._pauses) * chunks_left if self._pauses else 0.0
         return median(typical) * max(0, self._total_steps - step) + pauses
 
-    def _measure(self, row: dict[str, Any], now: float) -> None:
-        seconds = float(row["seconds"])
+    def _measure(self, record: StepRecord, now: float) -> None:
+        seconds = record.seconds
         if self._pause_began is not None:
             # The time between two steps, minus the second step itself, is the pause between their
             # chunks.
             self._pauses.append(max(0.0, now - self._pause_began - seconds))
-        self._pause_began = now if row["step"] in self._chunk_ends else None
+        self._pause_began = now if record.step in self._chunk_ends else None
         self._step_seconds.append(seconds)
         self._steps_seen += 1
 
-    def _is_line_due(self, row: dict[str, Any], now: float) -> bool:
+    def _is_line_due(self, record: StepRecord, now: float) -> bool:
         return (
             self._steps_seen <= FIRST_LINES
             or self._total_steps <= FEW_STEPS
             or now - self._last_line >= LINE_SECONDS
-            or row["step"] in self._chunk_ends
-            or row["step"] >= self._total_steps
-            or not math.isfinite(row["loss"])
+            or record.step in self._chunk_ends
+            or record.step >= self._total_steps
+            or not math.isfinite(record.loss)
         )
 
-    def _text(self, row: dict[str, Any], bar_cells: int = 0, leave_out: Sequence[str] = ()) -> str:
-        step = int(row["step"])
+    def _text(self, record: StepRecord, bar_cells: int = 0, leave_out: Sequence[str] = ()) -> str:
+        step = record.step
         # At the chunk's end, `step` is the last of its chunk, not the first of the next.
         chunk = min(bisect_left(self._chunk_ends, step) + 1, len(self._chunk_ends))
         left = self.seconds_left(step)
@@ -141,11 +139,11 @@ class Console:
         parts = {
             "position": f"{self._name} {position}",
             "bar": self._bar(step, chunk, bar_cells) if bar_cells else "",
-            "loss": f"loss {row['loss']:.4f}",
-            "grad_norm": f"grad_norm {row['grad_norm']:.3g}",
-            "lr": f"lr {row['lr']:.3g}",
-            "speed": f"{row['tokens_per_second']:.0f} tok/s",
-            "seconds": f"{row['seconds']:.2f} s",
+            "loss": f"loss {record.loss:.4f}",
+            "grad_norm": f"grad_norm {record.grad_norm:.3g}",
+            "lr": f"lr {record.lr:.3g}",
+            "speed": f"{record.tokens_per_second:.0f} tok/s",
+            "seconds": f"{record.seconds:.2f} s",
             "left": "left ?" if left is None else f"left {duration(left)}{unmeasured}",
         }
 
@@ -159,14 +157,14 @@ class Console:
         done = min(cells, cells * step // self._total_steps)
         return "[" + "#" * solid + "=" * (done - solid) + "." * (cells - done) + "]"
 
-    def _fit_to_terminal(self, row: dict[str, Any]) -> str:
+    def _fit_to_terminal(self, record: StepRecord) -> str:
         """Longest text that fits the terminal. A wrapped line cannot be redrawn in place."""
         columns = _columns(self._stream) - 1
         leave_out: list[str] = []
         # Leave out one more part at a time, the least important first.
         for key in ("", "seconds", "lr", "grad_norm", "bar"):
             leave_out.append(key)
-            text = self._text(row, 20 if columns >= WIDE_COLUMNS else 10, leave_out)
+            text = self._text(record, 20 if columns >= WIDE_COLUMNS else 10, leave_out)
             if len(text) <= columns:
                 return text
         return text[:columns]

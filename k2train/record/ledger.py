@@ -16,17 +16,18 @@ Alternatives considered:
 
 import hashlib
 import threading
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from k2train.errors import RunError
 from k2train.fault_injection import point
+from k2train.record.events import E, Entry, Event, of_kind, parse_entry
 from k2train.record.jsonl import append_bytes, encode_line, parse_line, read_lines, truncate
-from k2train.record.line_check import CHECK_KEY, all_rows, with_check
+from k2train.record.line_check import CHECK_KEY, checked_rows, with_check
 
 REQUIRED = ("seq", "time", "event", "previous")
-RESERVED = (*REQUIRED, CHECK_KEY)
 
 
 class Ledger:
@@ -44,11 +45,11 @@ class Ledger:
         self._lock = threading.Lock()
         self._size_bytes = 0
         self._head = ""
-        self._events: list[dict[str, Any]] = []
+        self._entries: list[Entry] = []
 
         if self.path.exists():
             lines, rest = read_lines(self.path)
-            self._events = _verified(self.path, lines, rest)
+            self._entries = _verified(self.path, lines, rest)
             self._head = _sha256(lines[-1]) if lines else ""
             # Another process that writes here is found by this size.
             self._size_bytes = sum(len(line) + 1 for line in lines)
@@ -64,48 +65,41 @@ class Ledger:
         return self._head
 
     @property
-    def events(self) -> list[dict[str, Any]]:
-        """All events so far, oldest first."""
+    def entries(self) -> list[Entry]:
+        """All entries so far, oldest first."""
         with self._lock:
-            return list(self._events)
+            return list(self._entries)
 
-    def append(self, event: str, **facts: Any) -> dict[str, Any]:
-        """Write one event durably and return it as it can be read back.
+    def append(self, event: Event) -> Entry:
+        """Write one event durably and return its entry as it can be read back.
 
         Raises RunError when another process has changed the file, and OSError on a disk error. The
         file is unchanged in both cases.
         """
-        wrong = [name for name in RESERVED if name in facts]
-        assert not wrong, f"the ledger writes {wrong} itself"
         with self._lock:
             self._check_unchanged()
-            entry = {
-                "seq": len(self._events),
-                "time": _now(),
-                "event": event,
-                **facts,
-                "previous": self._head,
-            }
-            line = with_check(encode_line(entry))
+            number = len(self._entries)
+            row = {"seq": number, "time": _now(), **event.row(), "previous": self._head}
+            line = with_check(encode_line(row))
+
+            # Keep the event as a reader would get it, not the Python objects it was made from.
+            # Read back before the write: what could not be read must not enter the chain.
+            stored = parse_line(self.path, number + 1, line)
+            del stored[CHECK_KEY]
+            entry = _entry(self.path, number + 1, stored)
+
             point("ledger.append")
             self.path.parent.mkdir(parents=True, exist_ok=True)
             append_bytes(self.path, line, sync=True)
             self._size_bytes += len(line)
             self._head = _sha256(line[:-1])
+            self._entries.append(entry)
+            return entry
 
-            # Keep the event as a reader would get it, not the Python objects it was made from.
-            stored = parse_line(self.path, len(self._events) + 1, line)
-            del stored[CHECK_KEY]
-            self._events.append(stored)
-
-            return dict(stored)
-
-    def last(self, event: str) -> dict[str, Any] | None:
-        """Newest event of that name, or None."""
-        with self._lock:
-            return next(
-                (dict(entry) for entry in reversed(self._events) if entry["event"] == event), None
-            )
+    def last(self, kind: type[E]) -> E | None:
+        """Newest event of that class, or None."""
+        found = of_kind(self.entries, kind)
+        return found[-1] if found else None
 
     def _check_unchanged(self) -> None:
         size_bytes = self.path.stat().st_size if self.path.exists() else 0
@@ -123,12 +117,12 @@ class Ledger:
         truncate(self.path, self._size_bytes)
         self.repaired = (
             f"{self.path.name}: the last line was cut off after {len(rest)} bytes (the writer was "
-            f"killed); moved to {torn.name}, {len(self._events)} events are intact"
+            f"killed); moved to {torn.name}, {len(self._entries)} events are intact"
         )
 
 
-def read_ledger(path: str | Path) -> list[dict[str, Any]]:
-    """Read all events, oldest first, and verify the chain.
+def read_ledger(path: str | Path) -> list[Entry]:
+    """Read all entries, oldest first, and verify the chain.
 
     A torn last line is left out and the file is not changed. Raises RunError naming the first line
     that does not fit.
@@ -137,31 +131,57 @@ def read_ledger(path: str | Path) -> list[dict[str, Any]]:
     return _verified(path, *read_lines(path))
 
 
-def _verified(path: Path, lines: list[bytes], rest: bytes) -> list[dict[str, Any]]:
-    events = all_rows(path, lines, rest)
-    previous = ""
-    for index, (entry, line) in enumerate(zip(events, lines, strict=True)):
-        missing = [name for name in REQUIRED if name not in entry]
-        if missing:
-            raise RunError(
-                f"{path}: line {index + 1} has no {', '.join(missing)}; it is not a line of a "
-                "ledger"
-            )
+def checked_entries(
+    path: Path, lines: list[bytes], rest: bytes
+) -> Iterator[tuple[int, Entry | RunError]]:
+    """Yield (line number from 1, entry) for every line, the chain not verified.
 
-        if entry["previous"] != previous:
+    A damaged line yields a RunError naming file and line instead of an entry.
+    """
+    for number, row in checked_rows(path, lines, rest):
+        try:
+            yield number, row if isinstance(row, RunError) else _entry(path, number, row)
+        except RunError as error:
+            yield number, error
+
+
+def _entry(path: Path, number: int, row: dict[str, Any]) -> Entry:
+    """Parse a line's keys. Raises RunError naming file and line."""
+    if missing := [name for name in REQUIRED if name not in row]:
+        raise RunError(
+            f"{path}: line {number} has no {', '.join(missing)}; it is not a line of a ledger"
+        )
+    try:
+        return parse_entry(row)
+    except ValueError as error:
+        raise RunError(
+            f"{path}: line {number} {error}: it was changed or damaged after it was written"
+        ) from None
+
+
+def _verified(path: Path, lines: list[bytes], rest: bytes) -> list[Entry]:
+    entries = []
+    for _, entry in checked_entries(path, lines, rest):
+        if isinstance(entry, RunError):
+            raise entry
+        entries.append(entry)
+
+    previous = ""
+    for index, (entry, line) in enumerate(zip(entries, lines, strict=True)):
+        if entry.previous != previous:
             raise RunError(
                 f"{path}: line {index + 1} does not continue line {index}: it expects the hash "
-                f"{str(entry['previous'])[:12] or 'of an empty ledger'}, found "
+                f"{entry.previous[:12] or 'of an empty ledger'}, found "
                 f"{previous[:12] or 'none'}; line {index} was changed, or lines between them were "
                 "removed"
             )
 
-        if entry["seq"] != index:
-            raise RunError(f"{path}: line {index + 1} says seq {entry['seq']}, expected {index}")
+        if entry.seq != index:
+            raise RunError(f"{path}: line {index + 1} says seq {entry.seq}, expected {index}")
 
         previous = _sha256(line)
 
-    return events
+    return entries
 
 
 def _sha256(data: bytes) -> str:

@@ -114,15 +114,5 @@ def checked_rows(
         )
 
 
-def all_rows(path: Path, lines: list[bytes], rest: bytes = b"") -> list[Row]:
-    """Read every row. Raises RunError for the first damaged line."""
-    rows = []
-    for _, row in checked_rows(path, lines, rest):
-        if isinstance(row, RunError):
-            raise row
-        rows.append(row)
-    return rows
-
-
 def _digest(line: bytes) -> bytes:
     return hashlib.sha256(line).hexdigest()[:16].encode()

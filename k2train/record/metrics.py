@@ -7,19 +7,92 @@
   depend on them.
 - Each row carries a check (see `line_check`). A damaged row is reported and ends no run, because no
   part of a run depends on its metrics.
-- The same format serves any file of one row per step, such as `state_roots.jsonl`.
+- `state_roots.jsonl` has the same format, with other keys.
+- A key is a field of the record, in the order of the file. Keys that a file lacks have defaults,
+  and unknown ones are kept.
 
 Alternatives considered:
 - Overwriting the old rows, as dashboards do: it hides exactly the steps of interest.
 """
 
+import math
 import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self, TypeVar
 
 from k2train.errors import RunError
 from k2train.record.jsonl import NON_FINITE, append_bytes, encode_line, read_lines, truncate
-from k2train.record.line_check import all_rows, checked_rows, ends_damaged, with_check
+from k2train.record.line_check import Row, checked_rows, ends_damaged, with_check
+
+
+@dataclass(frozen=True)
+class Record:
+    """A line of a file with one line per step and attempt."""
+
+    step: int
+    attempt: int = 0
+    other: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
+    """Keys that this version does not know."""
+
+    def row(self) -> Row:
+        """Return the keys and values of the line."""
+        known = {key: getattr(self, key) for key in self.__dataclass_fields__ if key != "other"}
+        return known | dict(self.other)
+
+    @classmethod
+    def of(cls, row: Row) -> Self:
+        """Parse the keys and values of a line. Raises ValueError when they are not of a step."""
+        if not isinstance(row.get("step"), int) or not isinstance(row.get("attempt", 0), int):
+            raise ValueError("is not the record of a step")
+
+        values: Row = {
+            key: NON_FINITE.get(value, value) if isinstance(value, str) else value
+            for key, value in row.items()
+        }
+        keys = cls.__dataclass_fields__
+        other = {key: values.pop(key) for key in row if key not in keys or key == "other"}
+        return cls(**values, other=other)
+
+
+@dataclass(frozen=True)
+class StepRecord(Record):
+    """A line of `metrics.jsonl`: one step of one attempt."""
+
+    chunk: str = ""
+    consumed_tokens: int = 0
+    """Tokens of this stage up to the end of the step."""
+    loss: float = math.nan
+    grad_norm: float = math.nan
+    lr: float = math.nan
+    rows: Sequence[int] = ()
+    """First row of the chunk that the step read, and the one after the last."""
+    applied: bool = True
+    tokens_per_second: float = math.nan
+    mfu: float | None = None
+    """Model FLOPs utilization; None where the device's peak is not known."""
+    seconds: float = math.nan
+    peak_memory_bytes: int = 0
+    state_root: str | None = None
+    """Root of the state after the step, in the steps that record one."""
+
+    def row(self) -> Row:
+        found = super().row()
+        if self.state_root is None:
+            del found["state_root"]
+        return found
+
+
+@dataclass(frozen=True)
+class RootRecord(Record):
+    """A line of `state_roots.jsonl`: root of the state after a step, digests of its tensors."""
+
+    root: str = ""
+    tensors: Mapping[str, str] = field(default_factory=dict)
+
+
+R = TypeVar("R", bound=Record)
 
 
 class MetricsWriter:
@@ -36,12 +109,12 @@ class MetricsWriter:
         if self.path.exists():
             self.repaired = _repair(self.path)
 
-    def write(self, row: dict[str, Any]) -> None:
-        """Append one row for one step. Raises OSError.
+    def write(self, record: Record) -> None:
+        """Append the row of one step. Raises OSError.
 
         Non-finite floats become "nan", "inf" and "-inf" in the file.
         """
-        line = with_check(encode_line(row))
+        line = with_check(encode_line(record.row()))
         with self._lock:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             append_bytes(self.path, line, sync=False)
@@ -53,14 +126,38 @@ class MetricsWriter:
                 append_bytes(self.path, b"", sync=True)
 
 
-def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+def read_metrics(path: str | Path) -> list[StepRecord]:
     """Read all rows in the order written; a torn last line is left out.
 
     "nan", "inf" and "-inf" become floats again. Raises RunError when the file is missing or a line
     is damaged, naming it.
     """
+    return list(_whole(checked_records(path, StepRecord)))
+
+
+def read_roots(path: str | Path) -> list[RootRecord]:
+    """Read `state_roots.jsonl`, as `read_metrics` does."""
+    return list(_whole(checked_records(path, RootRecord)))
+
+
+def checked_records(path: str | Path, kind: type[R]) -> Iterator[tuple[int, R | RunError]]:
+    """Yield (line number from 1, record), or an error naming the line if it is damaged.
+
+    Raises RunError when the file is unreadable.
+    """
     path = Path(path)
-    return [_restore_floats(row) for row in all_rows(path, *read_lines(path))]
+    for number, row in checked_rows(path, *read_lines(path)):
+        try:
+            yield number, row if isinstance(row, RunError) else kind.of(row)
+        except ValueError as error:
+            yield number, RunError(f"{path}: line {number} {error}")
+
+
+def _whole(records: Iterable[tuple[int, R | RunError]]) -> Iterator[R]:
+    for _, record in records:
+        if isinstance(record, RunError):
+            raise record
+        yield record
 
 
 def damaged_rows(path: str | Path) -> list[str]:
@@ -87,25 +184,27 @@ def last_attempt(path: str | Path) -> int:
     )
 
 
-def latest(path: str | Path) -> list[dict[str, Any]]:
-    """Row of the highest attempt for each step, ordered by step: the curve without repeats.
+def latest(path: str | Path) -> list[StepRecord]:
+    """Record of the highest attempt for each step, ordered by step: the curve without repeats.
 
     It also holds steps that only an earlier attempt has reached, with their `attempt`.
     """
-    best: dict[int, dict[str, Any]] = {}
-    for row in read_metrics(path):
-        known = best.get(row["step"])
-        # A later attempt replaces the row of an earlier one.
-        if known is None or row.get("attempt", 0) >= known.get("attempt", 0):
-            best[row["step"]] = row
+    return _latest(read_metrics(path))
+
+
+def latest_roots(path: str | Path) -> list[RootRecord]:
+    """The same of `state_roots.jsonl`."""
+    return _latest(read_roots(path))
+
+
+def _latest(records: Iterable[R]) -> list[R]:
+    best: dict[int, R] = {}
+    for record in records:
+        known = best.get(record.step)
+        # A later attempt replaces the record of an earlier one.
+        if known is None or record.attempt >= known.attempt:
+            best[record.step] = record
     return [best[step] for step in sorted(best)]
-
-
-def _restore_floats(row: dict[str, Any]) -> dict[str, Any]:
-    return {
-        key: NON_FINITE.get(value, value) if isinstance(value, str) else value
-        for key, value in row.items()
-    }
 
 
 def _repair(path: Path) -> str | None:

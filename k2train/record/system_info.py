@@ -34,7 +34,7 @@ def environment_facts(package_directory: Path = PACKAGE_DIRECTORY) -> dict[str, 
     """
     facts: dict[str, Any] = {
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: package_version(name) for name in PACKAGES},
         "platform": platform.platform(),
         "machine": platform.machine(),
         "cpu_count": os.cpu_count(),
@@ -43,6 +43,18 @@ def environment_facts(package_directory: Path = PACKAGE_DIRECTORY) -> dict[str, 
     if "SLURM_JOB_ID" in os.environ:
         facts["slurm_job_id"] = os.environ["SLURM_JOB_ID"]
     return facts
+
+
+def processor_name() -> str:
+    """Model of the CPU, "" if unknown: libraries choose their code by it. Never raises."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
+            return next(
+                (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+                "",
+            )
+    except OSError:
+        return ""
 
 
 def job_facts() -> dict[str, str]:
@@ -88,7 +100,8 @@ def slurm_job_ended(job_id: str) -> bool | None:
     return set(result.stdout.split()) <= ENDED_STATES
 
 
-def _version(name: str) -> str | None:
+def package_version(name: str) -> str | None:
+    """Version of an installed package; None when it is not installed."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -96,14 +109,14 @@ def _version(name: str) -> str | None:
 
 
 def _code_version(package_directory: Path) -> dict[str, Any] | None:
-    top = _git(package_directory, "rev-parse", "--show-toplevel")
+    top = git_output(package_directory, "rev-parse", "--show-toplevel")
     # When installed into a virtual environment inside another project, git would describe that
     # project.
     if top is None or Path(top).resolve() != package_directory.parent:
         return None
 
-    commit = _git(package_directory, "rev-parse", "HEAD")
-    changes = _git(package_directory, "status", "--porcelain", "--", ":(top)k2train")
+    commit = git_output(package_directory, "rev-parse", "HEAD")
+    changes = git_output(package_directory, "status", "--porcelain", "--", ":(top)k2train")
     return (
         None
         if commit is None
@@ -111,7 +124,8 @@ def _code_version(package_directory: Path) -> dict[str, Any] | None:
     )
 
 
-def _git(directory: Path, *arguments: str) -> str | None:
+def git_output(directory: Path, *arguments: str) -> str | None:
+    """What a git command prints; None without git, outside a checkout, or after an error."""
     try:
         result = subprocess.run(
             ["git", "-C", str(directory), *arguments],

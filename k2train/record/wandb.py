@@ -16,8 +16,11 @@ import hashlib
 import queue
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from k2train.record.metrics import StepRecord
 
 Mode = Literal["online", "offline", "disabled"]
 # A day of one-second steps. A mirror that far behind will not catch up.
@@ -29,23 +32,33 @@ def wandb_run_id(identity: str) -> str:
     return "k2-" + hashlib.sha256(identity.encode()).hexdigest()[:16]
 
 
+@dataclass(frozen=True)
+class WandbRun:
+    """The run at W&B, as `wandb.init` takes it.
+
+    `id` names the training run, the same across restarts: see `wandb_run_id`.
+    """
+
+    mode: Mode
+    project: str
+    name: str
+    id: str
+    config: dict[str, Any]
+
+
 class WandbMirror:
     """Mirrors rows and events to W&B.
 
     - No method raises or waits for W&B, except `close`, which waits at most `close_seconds`.
-    - `run_id` names the training run, the same across restarts. `directory` receives W&B's files.
+    - `directory` receives W&B's files.
     - `log` gets at most a few messages when something fails, from the mirror's or the caller's
       thread.
     """
 
     def __init__(
         self,
-        mode: Mode,
-        project: str,
-        name: str,
-        run_id: str,
+        run: WandbRun,
         directory: str | Path,
-        config: dict[str, Any],
         log: Callable[[str], None] | None = None,
         close_seconds: float = 20.0,
     ) -> None:
@@ -55,25 +68,18 @@ class WandbMirror:
         self._failed = threading.Event()
         self._last_step = 0
         self._thread: threading.Thread | None = None
-        if mode == "disabled":
+        if run.mode == "disabled":
             return
 
-        settings = {
-            "mode": mode,
-            "project": project,
-            "name": name,
-            "id": wandb_run_id(run_id),
-            "config": config,
-        }
         self._thread = threading.Thread(
-            target=self._work, args=(settings, Path(directory)), name="wandb-mirror", daemon=True
+            target=self._work, args=(run, Path(directory)), name="wandb-mirror", daemon=True
         )
         self._thread.start()
 
-    def log(self, row: dict[str, Any]) -> None:
-        """Mirror one metrics row."""
-        self._last_step = int(row.get("step", self._last_step))
-        self._put(dict(row))
+    def log(self, record: StepRecord) -> None:
+        """Mirror one step."""
+        self._last_step = record.step
+        self._put(record.row())
 
     def event(self, text: str) -> None:
         """Mirror one message at the step of the last row."""
@@ -108,9 +114,9 @@ class WandbMirror:
             self._failed.set()
             self._log(f"W&B mirror is off: {why}; the run continues, metrics.jsonl is complete")
 
-    def _work(self, settings: dict[str, Any], directory: Path) -> None:
+    def _work(self, planned: WandbRun, directory: Path) -> None:
         try:
-            run = self._start(settings, directory)
+            run = self._start(planned, directory)
             if run is None:
                 return
 
@@ -126,7 +132,7 @@ class WandbMirror:
             first_line = (str(error).strip().splitlines() or [""])[0]
             self._fail(f"{type(error).__name__}: {first_line}"[:200])
 
-    def _start(self, settings: dict[str, Any], directory: Path) -> Any:
+    def _start(self, planned: WandbRun, directory: Path) -> Any:
         try:
             import wandb
         except ImportError:
@@ -147,12 +153,12 @@ class WandbMirror:
             x_disable_stats=True,
         )
         # Without this check `init` asks for a key on the terminal and waits for an answer.
-        if settings["mode"] == "online" and not wandb.login(prompt=False, verify=False):
+        if planned.mode == "online" and not wandb.login(prompt=False, verify=False):
             self._fail("it has no credentials (run `wandb login` once, or set wandb.mode=offline)")
             return None
 
         directory.mkdir(parents=True, exist_ok=True)
-        run = wandb.init(**settings, dir=str(directory), resume="allow", settings=quiet)
+        run = wandb.init(**vars(planned), dir=str(directory), resume="allow", settings=quiet)
         run.define_metric("step")
         run.define_metric("*", step_metric="step")
 

@@ -1,8 +1,6 @@
 """Process identity of a run's holder, and proof that this process is gone.
 
-- A process is identified by host, boot, process id space, process id and start time (in ticks since
-  boot). Neither a reboot nor a reused id can be mistaken for it.
-- On its own host the kernel is asked.
+- On its own host the kernel is asked (see `k2train.processes`).
 - From elsewhere, silence proves nothing. Proof is SLURM's statement that the job ended or was
   restarted, or a reboot of that very machine, and only while the renewal counter does not change.
 - A host name does not identify a machine (localhost, a pod's name). Its machine-id must be ours,
@@ -13,13 +11,13 @@ Alternatives considered:
   writes.
 """
 
-import os
-import socket
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
+
+from k2train.processes import Process, boot_id, process_state, this_process
 
 ProcessIdentity = dict[str, Any]
 JobEnded = Callable[[str], bool | None]
@@ -27,8 +25,6 @@ JobEnded = Callable[[str], bool | None]
 
 HOST_PID_SPACE = "pid:[4026531836]"
 """Process id space of the host itself, a number fixed in the kernel. Containers have others."""
-GONE = ("Z", "X", "x")
-"""States in /proc/PID/stat of a process that no longer runs and only waits to be reaped."""
 
 
 def own_identity(facts: Mapping[str, object]) -> ProcessIdentity:
@@ -36,13 +32,14 @@ def own_identity(facts: Mapping[str, object]) -> ProcessIdentity:
 
     Includes `facts` (`slurm_job_id`, `slurm_restart_count`) about its job.
     """
+    process = this_process()
     return {
-        "pid": os.getpid(),
-        "host": socket.gethostname(),
-        "boot_id": boot_id(),
+        "pid": process.pid,
+        "host": process.host,
+        "boot_id": process.boot_id or None,
         "machine_id": machine_id(),
-        "pid_space": _pid_space(),
-        "began_ticks": began_ticks(os.getpid()),
+        "pid_space": process.pid_namespace or None,
+        "began_ticks": process.start_ticks or None,
         "start_time": _now(),
         **{key: str(value)[:100] for key, value in facts.items() if value is not None},
     }
@@ -50,7 +47,7 @@ def own_identity(facts: Mapping[str, object]) -> ProcessIdentity:
 
 def describe(holder: Mapping[str, Any]) -> str:
     """`pid 12 on this host (node7), SLURM job 345, since 2031-...`."""
-    where = "this host" if holder.get("boot_id") == boot_id() else "another host"
+    where = "this host" if (holder.get("boot_id") or "") == boot_id() else "another host"
     job = f", SLURM job {holder['slurm_job_id']}" if holder.get("slurm_job_id") else ""
     return (
         f"pid {holder.get('pid')} on {where} ({holder.get('host')}){job} since "
@@ -60,15 +57,19 @@ def describe(holder: Mapping[str, Any]) -> str:
 
 def is_alive(holder: Mapping[str, Any]) -> bool | None:
     """True: alive; False: gone; None: invisible to this kernel."""
-    if (
-        holder.get("boot_id") != boot_id()
-        or holder.get("pid_space") != _pid_space()
-        or boot_id() is None
-    ):
+    process = Process(
+        int(holder["pid"]),
+        holder.get("began_ticks") or 0,
+        holder.get("boot_id") or "",
+        holder.get("pid_space") or "",
+        holder.get("host") or "",
+    )
+    try:
+        state = process_state(process, this_process())
+    # A kernel may hide the processes of other users.
+    except OSError:
         return None
-    # A process with the same id but another start time is a different one.
-    began = began_ticks(int(holder["pid"]))
-    return began is not None and began == holder.get("began_ticks")
+    return state != "gone" if state else None
 
 
 def proof_of_end(
@@ -113,24 +114,6 @@ def _restarts(holder: Mapping[str, Any]) -> int:
     return int(count) if count.isdigit() else 0
 
 
-def began_ticks(pid: int) -> int | None:
-    """Start time of a live process in ticks since boot; None when there is no such process."""
-    try:
-        # The name in brackets may contain spaces and brackets.
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in GONE else int(fields[19])
-
-
-def boot_id() -> str | None:
-    """Id that differs between boots and between machines; None where the kernel provides none."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return None
-
-
 def machine_id(path: Path = Path("/etc/machine-id")) -> str | None:
     """Id that survives reboots and differs between machines; None where the system has none.
 
@@ -143,14 +126,6 @@ def machine_id(path: Path = Path("/etc/machine-id")) -> str | None:
     # A blank or constant id, as in some images, identifies no machine.
     known = len(text) == 32 and set(text) <= set("0123456789abcdef") and len(set(text)) > 1
     return sha256(f"k2train {text}".encode()).hexdigest()[:32] if known else None
-
-
-def _pid_space() -> str | None:
-    # In another container of the same machine an id names another process, or none.
-    try:
-        return os.readlink("/proc/self/ns/pid")
-    except OSError:
-        return None
 
 
 def _now() -> str:

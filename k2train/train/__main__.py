@@ -15,7 +15,8 @@ import time
 from collections.abc import Sequence
 
 from k2train import fault_injection
-from k2train.config.load import Config, explain, load_config
+from k2train.command_line import Parser, readers_may_leave
+from k2train.config.load import explain, load_config
 from k2train.errors import EXIT_DONE, EXIT_FAILED, EXIT_USAGE, UserError
 from k2train.guard.stop_signals import StopRequest
 from k2train.launch.environment import Launch, read_faults, read_launch, write_status
@@ -37,7 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         launch = read_launch()
         write_status(launch.rank, None)
         if options.explain:
-            print(explain(options.config, options.overrides))
+            with readers_may_leave():
+                print(explain(options.config, options.overrides))
             code = EXIT_DONE
         else:
             code = _train(options.config, options.overrides, launch)
@@ -65,7 +67,7 @@ def report_error(error: UserError, launch: Launch) -> int:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m k2train.train",
         description="Train a model from one YAML config, alone or under torchrun.",
         epilog="Exit codes: 0 done; 2 a mistake in config, data or usage; "
@@ -75,6 +77,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "overrides",
         nargs="*",
+        default=[],
         metavar="dotted.key=value",
         help="values that replace those of the file; the last one wins",
     )
@@ -94,18 +97,18 @@ def _train(path: str, overrides: Sequence[str], launch: Launch) -> int:
     # Only rank 0 locks the run directory; one rank per machine hashes the data.
     if launch.rank != 0:
         start = prepare_start(config, launch.world_size, verify=launch.local_rank == 0)
-        return _run(config, launch, start, None)
+        return _run(launch, start, None)
 
     lock.acquire()
     try:
         fault_injection.point("start.locked")
         start = prepare_start(config, launch.world_size, verify=True)
-        return _run(config, launch, start, lock)
+        return _run(launch, start, lock)
     finally:
         lock.release(discard_if_empty=True)
 
 
-def _run(config: Config, launch: Launch, start: Start, lock: RunLock | None) -> int:
+def _run(launch: Launch, start: Start, lock: RunLock | None) -> int:
     stop = StopRequest(announce=launch.rank == 0)
     try:
         # Under a launcher the handlers are installed once the ranks have met. Until then a rank
@@ -113,9 +116,7 @@ def _run(config: Config, launch: Launch, start: Start, lock: RunLock | None) -> 
         if not launch.launched:
             stop.install()
         return int(
-            importlib.import_module("k2train.train.trainer").train(
-                config, launch, start, stop, lock
-            )
+            importlib.import_module("k2train.train.trainer").train(launch, start, stop, lock)
         )
     finally:
         stop.restore()

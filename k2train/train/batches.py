@@ -11,49 +11,40 @@ Alternatives considered:
 from collections.abc import Callable
 from functools import partial
 
-import torch.distributed as dist
-
-from k2train.config.load import Config
-from k2train.data.loader import Batch, Loader
+from k2train.data.loader import Loader, MicroBatch, Share
 from k2train.errors import DataError
-from k2train.parallel.comm_tracker import collective_scope
+from k2train.parallel.agreement import Agreement
 from k2train.parallel.grid import ProcessGrid
 from k2train.train.engine import Engine
 from k2train.train.preflight import Start
 
 
+class DamagedChunkError(DataError):
+    """A chunk is damaged; raised on every rank alike, so all of them can leave together."""
+
+
 class BatchSource:
-    """Batches of one rank.
+    """Batches of one rank. With `verify`, this rank verifies chunks for its machine."""
 
-    `before_raising` is called on every rank before an error about a damaged chunk is raised.
-    """
-
-    def __init__(
-        self,
-        config: Config,
-        grid: ProcessGrid,
-        start: Start,
-        verify: bool,
-        before_raising: Callable[[], None],
-    ):
-        self.grid, self.order, self._before_raising = grid, start.order, before_raising
+    def __init__(self, start: Start, grid: ProcessGrid, verify: bool):
+        config = start.setup.config
+        self.grid, self.order, self._agreement = grid, start.order, Agreement(grid)
         self._max_held_out_batches = config.data.held_out_batches
         self.loader = Loader(
             start.manifest,
             start.order,
-            grid.dp.rank,
-            grid.dp.size,
-            config.batch.micro_sequences,
+            Share(grid.dp.rank, grid.dp.size, config.batch.micro_sequences),
             config.model.vocab_size,
             verify=verify,
-            documents=config.data.cross_documents == "block",
+            documents=start.setup.block,
         )
 
-    def step(self, step: int, first: bool, needed: bool) -> Batch:
+    def step(self, step: int, first: bool, needed: bool) -> list[MicroBatch]:
         """Micro-batches of this rank for one step; empty if not `needed`.
 
         `first` marks the first step of this start. Collective where a chunk is opened.
-        Raises DataError when a chunk is damaged, on every rank alike where a chunk is opened.
+        Raises DamagedChunkError where a chunk is opened, DataError for damage found later by one
+        rank.
         """
         opens = first or self.order.position(step).step_in_chunk == 0
         return self._read_agreed(partial(self.loader.step, step), opens, needed)
@@ -75,30 +66,29 @@ class BatchSource:
             batch = self._read_agreed(
                 partial(self.loader.held_out, index), index == 0, engine.needs_batch
             )
-            losses.append(engine.evaluate(batch.tokens, batch.documents))
+            losses.append(engine.evaluate(batch))
         return sum(losses) / batches if batches else None
 
     def close(self) -> None:
         """Stop the loader's threads."""
         self.loader.close()
 
-    def _read_agreed(self, read: Callable[[], Batch], opens: bool, needed: bool) -> Batch:
-        problem, batch = "", Batch([])
+    def _read_agreed(
+        self, read: Callable[[], list[MicroBatch]], opens: bool, needed: bool
+    ) -> list[MicroBatch]:
+        problem, batch = "", list[MicroBatch]()
         try:
             # Read even if the batch is not needed: this rank may verify chunks for its machine.
             if opens or needed:
                 batch = read()
         except DataError as error:
-            if not opens:
+            # A world of one leaves together with itself.
+            if not opens and self.grid.layout.world_size > 1:
                 raise
             problem = str(error)
 
-        if opens:
-            problems: list[str] = [""] * self.grid.layout.world_size
-            with collective_scope(self.grid.comm, "agree on a chunk"):
-                dist.all_gather_object(problems, problem, group=self.grid.host)
-            if any(problems):
-                # All ranks leave together, so the save of the previous chunk can still finish.
-                self._before_raising()
-                raise DataError(next(text for text in problems if text))
-        return batch.to(self.grid.device)
+        if (opens or problem) and (
+            first := self._agreement.first(problem, "agree on a chunk")
+        ) is not None:
+            raise DamagedChunkError(first[1])
+        return [part.to(self.grid.device) for part in batch]

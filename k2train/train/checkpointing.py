@@ -7,131 +7,155 @@
 """
 
 import time
-from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from k2train import fault_injection
 from k2train.checkpoint.load import agree_on_checkpoint, load_states
-from k2train.checkpoint.manifest import read_manifest
-from k2train.checkpoint.writer import CheckpointWriter, no_op
-from k2train.config.load import Config
+from k2train.checkpoint.manifest import (
+    CheckpointManifest,
+    DataFacts,
+    DataPosition,
+    SaveFacts,
+    read_manifest,
+)
+from k2train.checkpoint.save_events import SaveEvents, SavePolicy
+from k2train.checkpoint.writer import CheckpointWriter
 from k2train.errors import CheckpointError
 from k2train.parallel.grid import ProcessGrid
 from k2train.record.jsonl import json_value
+from k2train.record.system_info import environment_facts
 from k2train.run_lock.lock import RunLock
 from k2train.train.engine import Engine
 from k2train.train.forward_check import forward_check_problem, run_forward_check
-from k2train.train.monitor import DamageError
+from k2train.train.monitor import DamageError, RunMonitor
 from k2train.train.preflight import Start
+from k2train.train.resume_check import check_same_run
 from k2train.train.run_logger import RunLogger
+from k2train.train.state import TrainState
 
-Facts = dict[str, Any]
+
+@dataclass(frozen=True)
+class Chosen:
+    """Checkpoint that all ranks verified and agreed on; none for a fresh start."""
+
+    path: Path | None
+    manifest: CheckpointManifest | None
+    refused: tuple[str, ...] = ()
+    """Reasons why newer ones were refused."""
+    allowed: tuple[str, ...] = ()
+    """Differences from the checkpoint's run that `run.allow` permits by name."""
+
+    @property
+    def step(self) -> int:
+        """Step to continue from."""
+        return 0 if self.manifest is None else self.manifest.step
 
 
-class CheckpointManager:
-    """Checkpoints of one rank.
+def choose_checkpoint(start: Start, grid: ProcessGrid) -> Chosen:
+    """Agree on the checkpoint to resume from; collective.
 
-    `logger` is called at each use, because the logger is opened after the checkpoint was chosen.
+    Raises CheckpointError when no candidate is whole or of this run, or the one of `run.init_from`
+    is not whole.
     """
+    path, problems = agree_on_checkpoint(start.candidates, grid)
+    fault_injection.point("start.agreed")
+
+    refused = (*start.refused, *problems)
+    if start.candidates and path is None:
+        raise CheckpointError(
+            f"no checkpoint in {start.checkpoints} is whole: {'; '.join(refused)}"
+        )
+
+    if start.parent is not None:
+        parent, problems = agree_on_checkpoint([start.parent], grid)
+        if parent is None:
+            raise CheckpointError(f"run.init_from: {problems[0]}")
+
+    if path is None:
+        return Chosen(None, None, refused)
+    allowed = check_same_run(path, start.identity, start.setup.config.run.allow)
+    return Chosen(path, read_manifest(path), refused, tuple(allowed))
+
+
+class CheckpointManager(SaveEvents):
+    """Checkpoints of one rank: of this engine, told to monitor and logger. `lock` is rank 0's."""
 
     def __init__(
         self,
-        config: Config,
-        grid: ProcessGrid,
         start: Start,
+        engine: Engine,
+        monitor: RunMonitor,
+        logger: RunLogger,
         lock: RunLock | None,
-        logger: Callable[[], RunLogger],
     ):
-        self.config, self.grid, self.start, self.lock, self._logger = (
-            config,
-            grid,
-            start,
-            lock,
-            logger,
+        self.start, self.config, self.engine = start, start.setup.config, engine
+        self.monitor, self.logger, self.lock = monitor, logger, lock
+        c = self.config.checkpoint
+        policy = SavePolicy(
+            c.keep_optimizer_states, c.asynchronous, c.retry_seconds, c.verify_every_seconds
         )
-        c = config.checkpoint
-        self.writer = CheckpointWriter(
-            start.checkpoints,
-            grid,
-            c.keep_optimizer_states,
-            c.asynchronous,
-            retry_seconds=c.retry_seconds,
-            verify_every_seconds=c.verify_every_seconds,
-            check_owner=no_op if lock is None else lock.check,
-            log=lambda text: logger().info_from_thread(text),
-            on_verified=lambda path: logger().verified(path),
-            on_damaged=lambda path, problem: logger().damaged(path, problem),
-            on_idle=lambda: logger().flush_messages(),
-        )
-        self.token = 0 if lock is None else lock.token
-        """Fencing token of this start; rank 0's, broadcast to the others."""
-        self.saved_at = time.monotonic()
-        """Monotonic time at which the last save began."""
+        self.writer = CheckpointWriter(start.checkpoints, engine.grid, policy, self)
+        self._began = self._saved_at = time.monotonic()
 
-    def choose(self) -> tuple[Path | None, list[str]]:
-        """Agree on the checkpoint to resume from; collective.
+    def is_due(self) -> bool:
+        """Whether it is time for a save; rank 0's clock decides."""
+        every = self.config.checkpoint.every_seconds
+        on_first = self.engine.grid.rank == 0
+        return every > 0 and on_first and time.monotonic() - self._saved_at >= every
 
-        Returns the checkpoint (None for a fresh start) and the reasons why others were refused.
-        Raises CheckpointError when no candidate is whole, or the one of `run.init_from` is not.
+    def restart_clock(self) -> None:
+        """Count the time to the next save from now."""
+        self._saved_at = time.monotonic()
+
+    def wait(self, step: int, skip_verification: bool = False) -> None:
+        """Wait until the running save is complete. Raises its error.
+
+        With `skip_verification` the save is neither retried nor read back.
         """
-        chosen, refused = agree_on_checkpoint(self.start.candidates, self.grid)
-        fault_injection.point("start.agreed")
+        self.monitor.phase("save", step)
+        if skip_verification:
+            self.writer.skip_verification()
+        self.writer.wait()
 
-        refused = [*self.start.refused, *refused]
-        if self.start.candidates and chosen is None:
-            raise CheckpointError(
-                f"no checkpoint in {self.start.checkpoints} is whole: {'; '.join(refused)}"
-            )
-
-        if self.start.parent is not None:
-            parent, problems = agree_on_checkpoint([self.start.parent], self.grid)
-            if parent is None:
-                raise CheckpointError(f"run.init_from: {problems[0]}")
-
-        if chosen is not None:
-            self.writer.mark_verified(chosen)
-        return chosen, refused
-
-    def load(self, engine: Engine, path: Path) -> tuple[Facts, bool]:
+    def load(self, path: Path) -> tuple[CheckpointManifest, bool]:
         """Load the checkpoint at `path` into the engine; collective.
 
         Returns the manifest, and whether the checkpoint had optimizer states.
         Raises CheckpointError when it belongs to another model, or the forward check fails.
         """
-        facts, optimizer = read_manifest(path), engine.optimizer
-        if not isinstance(facts.get("guard"), dict):
-            raise CheckpointError(
-                f"{path}: the manifest says nothing of the guard's state; it was changed or damaged"
-            )
-
+        engine, optimizer = self.engine, self.engine.optimizer
+        manifest = read_manifest(path)
         kept = load_states(
-            path, engine.gradients.shard_layout, optimizer.flat_shards, self.grid, engine.dtype
+            path, engine.gradients.shard_layout, optimizer.flat_shards, engine.grid, engine.dtype
         )
         # A thinned checkpoint has no moments; they start from zero.
-        optimizer.adam_steps = int(facts["adam_steps"]) if kept else 0
+        optimizer.adam_steps = manifest.adam_steps if kept else 0
         optimizer.write_parameters()
 
-        problem = forward_check_problem(facts.get("probe") or {}, run_forward_check(engine))
+        problem = forward_check_problem(manifest.probe or {}, run_forward_check(engine))
         if problem is not None and "probe" not in self.config.run.allow:
             raise CheckpointError(
                 f"{path} was loaded, but the model does not compute what was saved: {problem}; "
                 "find out why, or continue with run.allow=[probe]"
             )
         if problem is not None:
-            self._logger().info(f"allowed by run.allow: {problem}")
+            self.logger.info(f"allowed by run.allow: {problem}")
         fault_injection.point("start.loaded")
-        return facts, kept
+        return manifest, kept
 
-    def save(
-        self, engine: Engine, name: str, facts: Facts, committed: Callable[[Path, Facts], None]
-    ) -> None:
+    def save(self, name: str, state: TrainState, held_out_loss: float | None) -> None:
         """Start a save, or complete it when saving is synchronous; collective.
 
-        Rank 0 calls `committed(path, manifest)` when the checkpoint is whole.
         Raises DamageError when data-parallel replicas disagree in the forward check.
         Raises SaveError when the save before this one failed.
         """
+        # The save before may take long; what the ranks then do together (check, copy) may not.
+        self.wait(state.step)
+        engine, self._began = self.engine, time.monotonic()
+        self.monitor.phase("evaluate", state.step)
+
         # Before the snapshot: damaged replicas must not be saved.
         probe = run_forward_check(engine)
         if probe["apart"]:
@@ -141,15 +165,65 @@ class CheckpointManager:
         frozen = self.writer.snapshot(
             engine.gradients.shard_layout, engine.optimizer.flat_shards, engine.dtype
         )
-        adam_steps = engine.optimizer.adam_steps
-        facts = {**facts, "adam_steps": adam_steps, "probe": probe, "fencing_token": self.token}
-        # A loss that is not finite has no JSON form of its own.
-        self.writer.save(name, frozen, dict(json_value(facts)), committed)
-        self.saved_at = time.monotonic()
+        state.adam_steps = engine.optimizer.adam_steps
+        self.writer.save(name, frozen, self._facts(state, held_out_loss, probe))
+        self.restart_clock()
+        # Restart the watchdog's clock when a save follows another one at once.
+        self.monitor.saving(False)
 
-    def lease_facts(self) -> Facts:
-        """Return the holder of the run directory, for the ledger."""
-        return {
-            "fencing_token": self.token,
-            "taken_over_from": None if self.lock is None else self.lock.taken_over_from,
-        }
+    def _facts(
+        self, state: TrainState, held_out_loss: float | None, probe: dict[str, Any]
+    ) -> SaveFacts:
+        """Build the content of the manifest, but for what the writer adds: names and hashes."""
+        config, start, order, data = self.config, self.start, self.start.order, self.start.manifest
+        consumed = order.consumed_chunks(state.step)
+        within = consumed < len(order.names)
+
+        return SaveFacts(
+            # A number that is not finite has no JSON form of its own.
+            **json_value(state.to_json()),
+            attempt=self.logger.attempt,
+            held_out_loss=held_out_loss,
+            lr=start.setup.learning_rate(state.step, order.total_steps) if state.step else None,
+            consumed_tokens=state.step * start.setup.step_tokens,
+            chunks=DataPosition(
+                consumed=consumed,
+                step_in_chunk=state.step - (order.first_step(consumed) - 1) if within else 0,
+                order=start.identity["data"]["order"],
+            ),
+            data=DataFacts(
+                manifest=str(data.path),
+                manifest_sha256=data.sha256,
+                tokenizer_sha256=data.tokenizer_sha256,
+                vocab_size=data.vocab_size,
+                sequence_length=data.sequence_length,
+            ),
+            layout=asdict(start.layout),
+            config=config.model_dump(mode="json"),
+            identity=start.identity,
+            probe=json_value(probe),
+            environment=environment_facts(),
+            fencing_token=self.logger.fencing_token,
+        )
+
+    # What the writer tells, from its threads.
+
+    def check_owner(self) -> None:
+        if self.lock is not None:
+            self.lock.check()
+
+    def committed(self, path: Path, manifest: CheckpointManifest) -> None:
+        self.monitor.saved()
+        self.logger.committed(path, manifest, time.monotonic() - self._began)
+
+    def verified(self, path: Path) -> None:
+        self.logger.verified(path)
+
+    def damaged(self, path: Path, problem: str) -> None:
+        self.logger.damaged(path, problem)
+
+    def message(self, text: str) -> None:
+        self.logger.info_from_thread(text)
+
+    def idle(self) -> None:
+        self.logger.flush_messages()

@@ -17,7 +17,7 @@ from torch import Tensor
 from k2train import fault_injection
 from k2train.optim.adamw import ShardedAdamW
 from k2train.parallel.grad_accumulation import accumulator_of
-from k2train.parallel.grad_buffer import BufferSlot, ShardLayout
+from k2train.parallel.shard_layout import BufferSlot, ShardLayout
 
 VALUES = {"nan": float("nan"), "inf": float("inf"), "huge": 1e30}
 

@@ -17,17 +17,17 @@ Alternatives considered:
 import platform
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
-from itertools import repeat
 from math import sqrt
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from k2train.parallel.comm_tracker import collective_scope
+from k2train.data.loader import MicroBatch
+from k2train.parallel.agreement import Agreement
 from k2train.parallel.grid import ProcessGrid
 from k2train.plan.schedule import Action, Op, Program, insert_transfers
+from k2train.record.system_info import processor_name
 from k2train.train.engine import Engine
 
 POSITIONS = 8
@@ -61,10 +61,7 @@ def run_forward_check(engine: Engine) -> dict[str, Any]:
     if logits is not None:
         mine = {**_facts(logits), "prompt": _prompt_facts(engine), "signature": _signature(engine)}
 
-    gathered: list[Any] = [None] * engine.grid.layout.world_size
-    with collective_scope(engine.grid.comm, "all-gather of the probe's answers"):
-        dist.all_gather_object(gathered, mine, group=engine.grid.host)
-
+    gathered = Agreement(engine.grid).all(mine, "all-gather of the probe's answers")
     answers = {rank: facts for rank, facts in enumerate(gathered) if facts is not None}
     return {**answers[min(answers)], "apart": _apart(answers)}
 
@@ -102,7 +99,6 @@ def _run(engine: Engine) -> Tensor | None:
     """Return logits [positions, vocab_size] on the ranks with the last stage, else None."""
     layout = engine.grid.layout
     last = engine.stages.get(layout.num_stages - 1)
-    tokens, documents = _prompt(engine)
     logits: list[Tensor] = []
 
     def keep_logits(hidden: Tensor, microbatch: int) -> Tensor:
@@ -110,11 +106,7 @@ def _run(engine: Engine) -> Tensor | None:
         logits.append(last.logits_at(hidden, _positions(engine.config.data.sequence_length)))
         return hidden.new_zeros(())
 
-    for call in engine.stage_calls.values():
-        call.documents = iter([documents]) if engine.block else repeat(None)
-    engine.executor.run(
-        _forward_program(engine), lambda microbatch: tokens, keep_logits, engine.shape, engine.dtype
-    )
+    engine.forward(_forward_program(engine), [_prompt(engine)], keep_logits)
     return logits[0] if logits else None
 
 
@@ -128,11 +120,8 @@ def _forward_program(engine: Engine) -> Program:
     return insert_transfers(forwards, layout)[engine.grid.coordinate.pp]
 
 
-def _prompt(engine: Engine) -> tuple[Tensor, Tensor]:
-    """Return token ids and document indices, both [micro_sequences, sequence_length].
-
-    Each row holds three documents.
-    """
+def _prompt(engine: Engine) -> MicroBatch:
+    """Return the fixed prompt. Each of its rows holds three documents."""
     config = engine.config
     rows, length = config.batch.micro_sequences, config.data.sequence_length
     position = torch.arange(length).expand(rows, length)
@@ -141,7 +130,7 @@ def _prompt(engine: Engine) -> tuple[Tensor, Tensor]:
     ids = (position * 7919 + position * position * 31 + row * 104729 + 17) % config.model.vocab_size
 
     documents = torch.div(position * 3, length, rounding_mode="floor")
-    return ids.to(engine.grid.device), documents.to(torch.int32).to(engine.grid.device)
+    return MicroBatch(ids, documents.to(torch.int32)).to(engine.grid.device)
 
 
 def _positions(length: int) -> list[int]:
@@ -191,7 +180,7 @@ def _signature(engine: Engine) -> dict[str, Any]:
     grid, parallel = engine.grid, engine.config.parallel
     return {
         "tensor": grid.layout.tensor,
-        "sequence": engine.sequence,
+        "sequence": engine.setup.sequence,
         "symmetric_memory": parallel.symmetric_memory,
         "micro_sequences": engine.config.batch.micro_sequences,
         "precision": engine.config.precision,
@@ -205,19 +194,9 @@ def _signature(engine: Engine) -> dict[str, Any]:
 def _device_name(grid: ProcessGrid) -> str:
     if grid.device.type == "cuda":
         return torch.cuda.get_device_name(grid.device)
-    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {_processor()}".strip()
-
-
-def _processor() -> str:
-    """Return the CPU model, "" if unknown: libraries choose their code by it. Never raises."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
-            return next(
-                (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
-                "",
-            )
-    except OSError:
-        return ""
+    return (
+        f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {processor_name()}".strip()
+    )
 
 
 def _distance(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[float, float]:

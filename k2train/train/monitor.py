@@ -8,26 +8,47 @@
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from k2train import fault_injection
-from k2train.config.load import Config
 from k2train.guard.control_files import ControlFiles
+from k2train.guard.stop_signals import StopRequest
 from k2train.guard.stragglers import Stragglers
 from k2train.launch.environment import write_status
 from k2train.parallel.device_digest import RootAllReduce, StateAudit, StateDigest, StateRoot
 from k2train.parallel.grid import ProcessGrid
 from k2train.parallel.replica_check import ReplicaCheck
 from k2train.plan.balance import rank_flops
-from k2train.train.engine import Engine, architecture_of
+from k2train.record.system_info import job_facts
+from k2train.train.engine import Engine
+from k2train.train.setup import Setup
 from k2train.watchdog.failure_report import read_report
+from k2train.watchdog.own_heartbeat import Member
 from k2train.watchdog.timeouts import Timeouts
 from k2train.watchdog.watchdog import Watchdog
 
 PHASES = {"forward": "step", "reduce": "reduce", "update": "update"}
 """Engine phase -> watchdog phase."""
+
+
+STOP, SAVE, FAILED, SECONDS = 0, 1, 2, 3
+"""Indices of the flags in the step's exchange; from `SECONDS` on one per rank."""
+STOP_FILE = "STOP file"
+"""Stop reason if a file requested it. Any other reason is a signal, and a kill may follow."""
+
+
+class Agreed(NamedTuple):
+    """What the ranks agreed on in a step's exchange."""
+
+    stop: str | None
+    """Reason to stop, None to go on."""
+    save: bool
+    failed: bool
+    """Whether a rank could not save or record."""
+    slow: str | None
+    """A line when a rank became slow or recovered."""
 
 
 class PreviousEnd(NamedTuple):
@@ -49,9 +70,8 @@ class RunMonitor:
     the end.
     """
 
-    def __init__(
-        self, config: Config, grid: ProcessGrid, directory: Path, facts: Mapping[str, str]
-    ):
+    def __init__(self, setup: Setup, grid: ProcessGrid, directory: Path, stop: StopRequest):
+        config = setup.config
         w, a = config.watch, config.audit
         self.grid, self.replicas_every_steps, self.root_every_steps = (
             grid,
@@ -64,41 +84,40 @@ class RunMonitor:
         limits = Timeouts(
             w.heartbeat_seconds, w.start_seconds, w.step_seconds, save_seconds, w.evaluate_seconds
         )
-        world_size = grid.layout.world_size
+        member = Member(grid.rank, grid.layout.world_size, job_facts())
         self.watchdog = Watchdog(
-            directory / "watch",
-            grid.rank,
-            world_size,
-            limits,
-            _write_stderr,
-            grid.comm.position,
-            facts=facts,
+            directory / "watch", member, limits, _write_stderr, grid.comm.position
         )
 
+        self.stop = stop
         self.control_files = ControlFiles(directory)
-        self.stragglers = Stragglers(grid.layout, _relative_work(config, grid))
+        self.stragglers = Stragglers(grid.layout, _relative_work(setup))
 
         self.step = 0
+        self.previous_end: PreviousEnd | None = None
+        """How an earlier start ended, if it could not record it itself; on rank 0."""
         self._begun = False
         self._saving = False
         self._save_requested = False
         self._own_seconds = self._blocked_before = 0.0
 
-    def begin(self) -> PreviousEnd | None:
-        """Start the watchdog; rank 0 returns an earlier start's failure report.
+    def begin(self, attempt: int = 0) -> None:
+        """Start the watchdog and read an earlier start's failure report, in the first call.
 
-        Only the first call does anything.
+        `attempt` is the number of this start, once it is known.
         """
+        self.watchdog.attempt = attempt
         if self._begun:
-            return None
+            return
         self._begun = True
         earlier = read_report(self.watchdog.directory) if self.grid.rank == 0 else None
 
         self.watchdog.start()
         self.grid.comm.cells = self.watchdog.cells
-        if earlier is None:
-            return None
-        return PreviousEnd(int(earlier.get("attempt", 0)), str(earlier.get("line", "")))
+        if earlier is not None:
+            self.previous_end = PreviousEnd(
+                int(earlier.get("attempt", 0)), str(earlier.get("line", ""))
+            )
 
     def attach(self, engine: Engine) -> None:
         """Check this engine from now on."""
@@ -116,30 +135,50 @@ class RunMonitor:
         self.step = step
         self.watchdog.phase(name, step)
 
-    def begin_step(self, step: int, saving: bool) -> list[float]:
-        """Begin a step and return this rank's contribution to the exchanged timings.
+    def begin_step(self, step: int, saving: bool, save_due: bool, failed: bool) -> list[float]:
+        """Begin a step and return this rank's contribution to its exchange.
 
-        The contribution holds one value per rank: the rank's own compute seconds in the last
-        step, and 0 for the others. `saving`: a save is running in the background.
+        - `saving`: a save is running in the background. `save_due`: it is time for one.
+        - `failed`: this rank could not save or record.
+
+        The contribution is summed over ranks. It holds the flags stop, save and failed, then one
+        value per rank: the rank's own compute seconds in the last step, and 0 for the others.
         """
         self.saving(saving)
         self.phase("read", step)
-
         self._blocked_before = self.grid.comm.blocked_seconds
-        # Summed over ranks, these one-entry lists become a gather.
-        contribution = [0.0] * self.grid.layout.world_size
-        contribution[self.grid.rank] = self._own_seconds
-        return contribution
 
-    def end_step(self, seconds: float, own_seconds: Sequence[float]) -> str | None:
-        """Record the time of a step; return a line when a rank became slow or recovered."""
+        request = self._poll_request()
+        if request == "STOP":
+            self.stop.requested = self.stop.requested or STOP_FILE
+        stop = self.stop.requested is not None
+
+        # Summed over ranks, these one-entry lists become a gather.
+        seconds = [0.0] * self.grid.layout.world_size
+        seconds[self.grid.rank] = self._own_seconds
+        return [float(stop), float(save_due or request == "SAVE"), float(failed), *seconds]
+
+    def end_step(self, seconds: float, flags: Sequence[float]) -> Agreed:
+        """Record the time of a step; return what the ranks agreed on by its summed flags."""
         # The time not blocked in collectives is this rank's own.
         self._own_seconds = max(
             0.0, seconds - (self.grid.comm.blocked_seconds - self._blocked_before)
         )
 
         self.watchdog.step_done(seconds)
-        return self.stragglers.observe(self.step, own_seconds) if any(own_seconds) else None
+        own = flags[SECONDS:]
+        return Agreed(
+            # The signal may have reached another rank only.
+            (self.stop.requested or "signal on another rank") if flags[STOP] > 0 else None,
+            flags[SAVE] > 0,
+            flags[FAILED] > 0,
+            self.stragglers.observe(self.step, own) if any(own) else None,
+        )
+
+    @property
+    def kill_may_follow(self) -> bool:
+        """Whether a requested stop is a signal's: it leaves no time for more than the save."""
+        return self.stop.requested != STOP_FILE
 
     def root(self) -> StateRoot | None:
         """Return the state root if this step records one, else None; collective."""
@@ -152,7 +191,7 @@ class RunMonitor:
         self._guard.keep(found.local_sums)
         return found
 
-    def poll_request(self) -> str | None:
+    def _poll_request(self) -> str | None:
         """Return `STOP` or `SAVE` if a file requests it, else None.
 
         Only rank 0 looks. A requested save is reported once until it is complete.
@@ -222,12 +261,11 @@ class RunMonitor:
         return problem
 
 
-def _relative_work(config: Config, grid: ProcessGrid) -> list[float]:
+def _relative_work(setup: Setup) -> list[float]:
     """Return each rank's planned FLOPs in a step; only their ratios matter."""
-    weights = rank_flops(architecture_of(config), grid.layout, config.data.sequence_length)
-    return [
-        float(weights[grid.layout.coordinate(rank).pp]) for rank in range(grid.layout.world_size)
-    ]
+    layout = setup.layout
+    weights = rank_flops(setup.architecture, layout, setup.config.data.sequence_length)
+    return [float(weights[layout.coordinate(rank).pp]) for rank in range(layout.world_size)]
 
 
 def _write_stderr(text: str) -> None:

@@ -7,36 +7,37 @@
   others are verified one chunk ahead during the run.
 """
 
-import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from k2train.checkpoint.disk_space import CheckpointBytes, check_plan
-from k2train.checkpoint.manifest import MANIFEST, is_thinned, list_checkpoints, read_manifest
+from k2train.checkpoint.manifest import (
+    is_thinned,
+    list_checkpoints,
+    read_manifest,
+)
 from k2train.checkpoint.retention import is_on_demand
-from k2train.config.load import Config, check_world, config_differences, num_microbatches
+from k2train.config.load import Config
 from k2train.data.chunk import check_files, verify_chunk
-from k2train.data.manifest import Manifest, common_data, read_sources, require_borders
+from k2train.data.manifest import Manifest, require_borders
 from k2train.data.manifest import read_manifest as read_data_manifest
-from k2train.data.order import ChunkOrder, make_order
-from k2train.errors import CheckpointError, DataError, RunError
+from k2train.data.order import ChunkOrder, apply_events, make_order
+from k2train.errors import DataError
 from k2train.guard.control_files import ControlFiles
 from k2train.guard.crash_loop import check_progress
-from k2train.optim.lr_schedule import check_schedule, rate
+from k2train.optim.lr_schedule import check_schedule
 from k2train.plan.cost import parameters, tensor_count
 from k2train.plan.layout import Layout
-from k2train.plan.schedule import build_programs, placement_of
+from k2train.record.events import StageTransition
 from k2train.record.ledger import read_ledger
-from k2train.train.memory_report import spec_of
 from k2train.train.resume_check import check_same_run, files_read, identity_of
+from k2train.train.setup import Setup
+from k2train.train.stage_transition import check_stage_transition, resolve_checkpoint
+from k2train.train.start_point import wanted_checkpoints
 
 HASH_AT_START_BYTES = 1 << 30
 """Total size up to which all chunks are hashed before the start; above it only the next one is."""
-
-CANDIDATES = 4
-"""Checkpoints considered, newest first: reading the manifests of a large run takes time."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Start:
     """Decisions of the preflight checks: how a run begins."""
 
     directory: Path
-    layout: Layout
+    setup: Setup
     manifest: Manifest
     order: ChunkOrder
     identity: dict[str, Any]
@@ -56,18 +57,18 @@ class Start:
     """Differences from the checkpoint's run that `run.allow` permits by name."""
     parent: Path | None = None
     """Checkpoint of another run whose weights and moments are loaded (fresh starts only)."""
-    transition: dict[str, Any] = field(default_factory=dict)
+    transition: StageTransition | None = None
+    """How this stage takes over from its parent."""
+
+    @property
+    def layout(self) -> Layout:
+        """Parallel layout of the run."""
+        return self.setup.layout
 
     @property
     def checkpoints(self) -> Path:
         """Folder of the run's checkpoints."""
         return self.directory / "checkpoints"
-
-
-def learning_rate(config: Config, step: int, total_steps: int) -> float:
-    """Return the learning rate used in `step` (from 1) of this stage."""
-    lr = config.lr
-    return rate(step, lr.kind, lr.peak, lr.final, lr.warmup_steps, total_steps, lr.decay_steps)
 
 
 def run_directory(config: Config) -> Path:
@@ -126,49 +127,27 @@ def verify_data(manifest: Manifest, order: ChunkOrder, step: int) -> None:
         verify_chunk(manifest, manifest.chunk(name))
 
 
-def layout_of(config: Config, world_size: int) -> Layout:
-    """Return the layout of a config on `world_size` processes, stages placed for its schedule.
-
-    Raises ConfigError when the processes do not fit the layout.
-    """
-    p = config.parallel
-    return Layout.for_world(
-        world_size,
-        p.tensor,
-        p.pipeline,
-        p.stages_per_rank,
-        placement_of(p.schedule),
-        p.layers_per_stage,
-    )
-
-
 def prepare_start(config: Config, world_size: int, verify: bool) -> Start:
     """Decide how the run begins.
 
     `verify` also hashes chunks. Raises UserError for every mistake that is visible without a
     device.
     """
-    check_world(config, world_size)
-    parallel, layout = config.parallel, layout_of(config, world_size)
-    # Raises ConfigError if the schedule cannot run with these micro-batches.
-    build_programs(
-        parallel.schedule,
-        parallel.pipeline,
-        num_microbatches(config, world_size),
-        parallel.stages_per_rank,
-    )
-
+    setup = Setup.of(config, world_size)
     manifest, order = check_data(config)
 
     directory = run_directory(config)
+    ledger = directory / "ledger.jsonl"
+    entries = read_ledger(ledger) if ledger.exists() else []
+    order = apply_events(order, entries, str(ledger))
 
     identity = identity_of(config, manifest, order)
-    base = Start(directory, layout, manifest, order, identity)
+    base = Start(directory, setup, manifest, order, identity)
     # A STOP file from earlier, or too many starts without progress, refuse the start.
     ControlFiles(directory).refuse_start()
-    check_progress(_ledger_events(directory), config.run.max_fruitless_starts, directory)
+    check_progress(entries, config.run.max_fruitless_starts, directory)
 
-    wanted, refused = _wanted_checkpoints(config, directory)
+    wanted, refused = wanted_checkpoints(config, directory, entries)
     if not wanted:
         start, step = _fresh_start(config, base, refused), 0
     else:
@@ -176,7 +155,7 @@ def prepare_start(config: Config, world_size: int, verify: bool) -> Start:
         start = replace(
             base, candidates=tuple(wanted), refused=tuple(refused), allowed=tuple(allowed)
         )
-        step = int(read_manifest(wanted[0])["step"])
+        step = read_manifest(wanted[0]).step
 
     # What cannot fit on the disk is refused before anything is written.
     if "space" not in config.run.allow:
@@ -186,76 +165,10 @@ def prepare_start(config: Config, world_size: int, verify: bool) -> Start:
     return start
 
 
-def _wanted_checkpoints(config: Config, directory: Path) -> tuple[list[Path], list[str]]:
-    """Return the readable checkpoints, best first, and why others were refused.
-
-    Returns none for a fresh start.
-    """
-    folder, resume = directory / "checkpoints", config.run.resume
-    found = list_checkpoints(folder)
-    if resume == "never":
-        if found or (directory / "ledger.jsonl").exists():
-            raise RunError(
-                f"run.resume is never, but {directory} holds a run; "
-                "choose another run.name or run.resume=auto"
-            )
-        return [], []
-
-    if isinstance(resume, int) and not _already_resumed_from(directory, resume):
-        named = [path for path in found if path.name == f"ckpt_{resume:03d}"]
-        readable, refused = _readable(named)
-        if not readable:
-            others = ", ".join(path.name for path in found if path not in named) or "none"
-            why = f"; refused: {refused[0]}" if refused else ""
-            raise CheckpointError(
-                f"run.resume asks for ckpt_{resume:03d}, {folder} has: {others}{why}"
-            )
-        return readable, refused
-
-    # A thinned checkpoint holds weights only and cannot be resumed.
-    whole = [path for path in reversed(found) if not is_thinned(path)]
-    usable, refused = _readable(whole)
-    if (not found and resume == "must") or (refused and not usable):
-        why = f"; refused: {'; '.join(refused)}" if refused else ""
-        raise CheckpointError(
-            f"run.resume is {resume}, but there is no checkpoint to continue from in "
-            f"{folder}{why}; choose another run.name to start anew"
-        )
-
-    if found and not usable:
-        raise CheckpointError(
-            f"{found[-1]} and all before it were thinned to their weights: "
-            "they can start another run (run.init_from), not continue this one"
-        )
-    return usable, refused
-
-
-def _readable(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
-    """Return the first `CANDIDATES` with a readable manifest, and the problems of those between."""
-    readable: list[Path] = []
-    refused: list[str] = []
-    for path in paths:
-        if len(readable) == CANDIDATES:
-            break
-        try:
-            _check_resumable(path, read_manifest(path))
-            readable.append(path)
-        except CheckpointError as error:
-            refused.append(str(error))
-    return readable, refused
-
-
-def _check_resumable(path: Path, manifest: Mapping[str, Any]) -> None:
-    if not isinstance(manifest.get("identity"), dict):
-        raise CheckpointError(
-            f"{path / MANIFEST}: identity is missing, the run cannot continue from there"
-        )
-
-
 def _check_disk_space(config: Config, start: Start, step: int) -> None:
     """Raise RunError when the disk cannot hold the checkpoints that follow `step`."""
     order, layout, checkpoints = start.order, start.layout, start.checkpoints
-    shape = spec_of(config, "cpu").shape
+    shape = start.setup.architecture
     consumed, every = order.consumed_chunks(step), config.checkpoint.every_chunks
     # Numbers of the chunks after which a checkpoint is due.
     ends = [
@@ -280,107 +193,9 @@ def _check_disk_space(config: Config, start: Start, step: int) -> None:
     check_plan(checkpoints, one, remaining, config.checkpoint.keep_optimizer_states, complete)
 
 
-def _ledger_events(directory: Path) -> list[dict[str, Any]]:
-    ledger = directory / "ledger.jsonl"
-    return read_ledger(ledger) if ledger.exists() else []
-
-
-def _already_resumed_from(directory: Path, number: int) -> bool:
-    """Return whether the last start already resumed from this checkpoint number.
-
-    The same command started again then continues the run, instead of going back once more.
-    """
-    starts = [
-        event for event in _ledger_events(directory) if event["event"] in ("started", "resumed")
-    ]
-    return bool(starts) and starts[-1].get("requested") == number
-
-
 def _fresh_start(config: Config, base: Start, refused: list[str]) -> Start:
     if config.run.init_from is None:
         return replace(base, refused=tuple(refused))
     parent = resolve_checkpoint(Path(config.run.init_from))
-    transition = check_stage_transition(config, parent, base.manifest, base.order)
+    transition = check_stage_transition(base.setup, parent, base.manifest, base.order)
     return replace(base, refused=tuple(refused), parent=parent, transition=transition)
-
-
-def resolve_checkpoint(path: Path) -> Path:
-    """Return a checkpoint directory unchanged, or the last checkpoint of a run directory.
-
-    Raises CheckpointError when `path` is neither.
-    """
-    # A data folder has a manifest.json too.
-    if (path / MANIFEST).is_file() and (path / "model").is_dir():
-        return path
-    found = list_checkpoints(path / "checkpoints")
-    if not found:
-        raise CheckpointError(
-            f"run.init_from ({path}) is neither a checkpoint nor a run directory with one"
-        )
-    return found[-1]
-
-
-def check_stage_transition(
-    config: Config, parent: Path, manifest: Manifest, order: ChunkOrder
-) -> dict[str, Any]:
-    """Check the transition between two stages and describe it for the ledger.
-
-    Both stages need the same model, the same tokenizer and, unless allowed, disjoint data.
-    Raises CheckpointError when the model differs, DataError when tokenizer or data do not fit.
-    """
-    facts = read_manifest(parent)
-
-    before, now = facts["config"], config.model_dump(mode="json")
-    if differences := config_differences({"model": before["model"]}, {"model": now["model"]}):
-        raise CheckpointError(
-            f"run.init_from ({parent}) holds another model: {'; '.join(differences)}"
-        )
-
-    tokenizer = facts["data"].get("tokenizer_sha256")
-    if tokenizer != manifest.tokenizer_sha256:
-        raise DataError(
-            f"{manifest.path} was made with tokenizer {manifest.tokenizer_sha256[:12]}, "
-            f"run.init_from ({parent}) was trained with {str(tokenizer)[:12]}; "
-            "prepare the data with the same one"
-        )
-
-    # Chunks are compared by content, whatever their names.
-    seen = {entry["sha256"]: entry["name"] for entry in facts["chunks"]["order"]}
-    mine = [name for name in order.names if manifest.chunk(name).sha256 in seen]
-    shared = [f"{name} is {seen[manifest.chunk(name).sha256]} of the stage before" for name in mine]
-    # Damage in this stage's own list is an error; only the earlier stage's may be missing.
-    read_sources(manifest)
-
-    sources_compared = False
-    try:
-        earlier = read_data_manifest(before["data"]["manifest"])
-        # Sources count as compared only against the very data that the earlier stage read.
-        if earlier.sha256 == facts["data"].get("manifest_sha256"):
-            shared += common_data(earlier, manifest)
-            sources_compared = all("sources_sha256" in data.facts for data in (earlier, manifest))
-    except DataError:
-        # The earlier stage's files may be gone. Their hashes are in its checkpoint, compared above.
-        pass
-
-    if shared and config.data.seen_before == "refuse":
-        raise DataError(
-            f"{manifest.path} shares data with the stage before: {'; '.join(shared[:3])}"
-            f"{f' and {len(shared) - 3} more' if len(shared) > 3 else ''}; "
-            f"prepare it disjoint, or allow it with data.seen_before: allow"
-        )
-
-    last = facts.get("lr")
-    return {
-        "parent": str(parent),
-        "parent_manifest_sha256": hashlib.sha256((parent / MANIFEST).read_bytes()).hexdigest(),
-        "parent_step": facts["step"],
-        "parent_adam_steps": facts["adam_steps"],
-        "parent_consumed_tokens": facts["consumed_tokens"],
-        "tokenizer_sha256": manifest.tokenizer_sha256,
-        "same_model": True,
-        "same_tokenizer": True,
-        "data_in_common": shared,
-        "sources_compared": sources_compared,
-        "rate_before": last,
-        "rate_after": learning_rate(config, 1, order.total_steps),
-    }

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from k2train.checkpoint.manifest import is_thinned, read_manifest
+from k2train.checkpoint.manifest import CheckpointManifest, is_thinned, read_manifest
 from k2train.config.load import Config, config_differences
 from k2train.data.manifest import Manifest
 from k2train.data.order import ChunkOrder
@@ -109,7 +109,7 @@ def check_same_run(path: Path, identity: Mapping[str, Any], allow: Sequence[str]
 
     manifest = read_manifest(path)
 
-    differences = identity_differences(manifest.get("identity", {}), identity)
+    differences = identity_differences(manifest.identity or {}, identity)
     # Differences that would move the data position, whatever `run.allow` names.
     never_allowed = [
         text
@@ -144,11 +144,11 @@ def _named(difference: str, names: Sequence[str]) -> bool:
 
 
 def _already_read(
-    difference: str, manifest: Mapping[str, Any], identity: Mapping[str, Any]
+    difference: str, manifest: CheckpointManifest, identity: Mapping[str, Any]
 ) -> bool:
     """Return whether the chunk order differs in a chunk that the checkpoint has begun to read."""
     if _key(difference) != "data.order":
         return False
-    chunks_begun = manifest["chunks"]["consumed"] + (manifest["chunks"].get("step_in_chunk", 0) > 0)
-    before, now = manifest["identity"]["data"]["order"], identity["data"]["order"]
+    chunks_begun = manifest.chunks.consumed + (manifest.chunks.step_in_chunk > 0)
+    before, now = (tree["data"]["order"] for tree in (manifest.identity or {}, identity))
     return bool(list(before[:chunks_begun]) != list(now[:chunks_begun]))

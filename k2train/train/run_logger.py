@@ -12,36 +12,56 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from threading import RLock
-from typing import Any
 from uuid import uuid4
 
-from k2train.checkpoint.manifest import MANIFEST, read_manifest
+from k2train.checkpoint.manifest import MANIFEST, CheckpointManifest, read_manifest
 from k2train.checkpoint.writer import SaveError
-from k2train.config.load import Config, to_yaml
+from k2train.config.load import to_yaml
 from k2train.files import sha256_file, write_synced
 from k2train.guard.crash_loop import STARTS
 from k2train.parallel.device_digest import StateRoot
 from k2train.record.console import Console
+from k2train.record.events import (
+    CheckpointDamaged,
+    CheckpointSaved,
+    CheckpointVerified,
+    Event,
+    Failed,
+    Finished,
+    Started,
+    Stopped,
+    Takeover,
+    of_kind,
+)
 from k2train.record.ledger import Ledger
-from k2train.record.metrics import MetricsWriter, damaged_rows, last_attempt
-from k2train.record.system_info import environment_facts
-from k2train.record.wandb import WandbMirror
+from k2train.record.metrics import (
+    MetricsWriter,
+    RootRecord,
+    StepRecord,
+    damaged_rows,
+    last_attempt,
+)
+from k2train.record.wandb import WandbMirror, WandbRun, wandb_run_id
 from k2train.state_digest import short_digests
-from k2train.text import bytes_text, counted
-from k2train.train.engine import Engine
-from k2train.train.memory_report import memory_line, spec_of
-from k2train.train.preflight import Start, learning_rate
+from k2train.text import bytes_text
+from k2train.train.preflight import Start
 
-Facts = dict[str, Any]
-ENDS = ("failed", "stopped", "finished")
+ENDS = (Failed, Stopped, Finished)
 
 
 class RunLogger:
     """No-op logger with all methods, for every rank but rank 0."""
 
     attempt = 0
+    fencing_token = 0
+    """Token of the lease that rank 0 holds."""
+    taken_over_from: Takeover | None = None
+    """Earlier holder of the run directory that did not release it."""
+    memory = "malloc: default settings"
+    """The host's malloc settings."""
     problem = ""
     """Why the record could not be written; the trainer shares it with all ranks."""
     config_sha256 = ""
@@ -49,11 +69,11 @@ class RunLogger:
     run_id = ""
     """Identifies the training run across restarts."""
 
-    def event(self, event: str, **facts: Any) -> None:
+    def event(self, event: Event) -> None:
         """Append an event to the ledger."""
 
-    def step(self, row: Facts) -> None:
-        """Log the metrics row of a finished step."""
+    def step(self, record: StepRecord) -> None:
+        """Log a finished step."""
 
     def has_end_of(self, attempt: int) -> bool:
         """Return whether the ledger records how a start ended."""
@@ -66,7 +86,7 @@ class RunLogger:
     def info(self, text: str) -> None:
         """Log a human-readable line."""
 
-    def committed(self, path: Path, manifest: Facts, seconds: float) -> None:
+    def committed(self, path: Path, manifest: CheckpointManifest, seconds: float) -> None:
         """Log that a checkpoint is whole; may be called from the saving thread."""
 
     def verified(self, path: Path) -> None:
@@ -94,12 +114,13 @@ class RunLogger:
 class RankZeroRunLogger(RunLogger):
     """Logger that writes into the run directory."""
 
-    def __init__(self, config: Config, start: Start):
-        directory = start.directory
+    def __init__(self, start: Start):
+        config, directory = start.setup.config, start.directory
         self.ledger = Ledger(directory / "ledger.jsonl")
         self.metrics = MetricsWriter(directory / "metrics.jsonl")
         # Counted in both files: a start may have died before it wrote to one of them.
-        attempts = [int(e.get("attempt", 0)) for e in self.ledger.events if e["event"] in STARTS]
+        events = [entry.event for entry in self.ledger.entries]
+        attempts = [event.attempt for event in events if isinstance(event, STARTS)]
 
         self.attempt = max([last_attempt(directory / "metrics.jsonl"), *attempts]) + 1
         order = start.order
@@ -123,16 +144,18 @@ class RankZeroRunLogger(RunLogger):
         write_synced(directory / "config.yaml", text)
         self.config_sha256 = hashlib.sha256(text.encode()).hexdigest()
 
-        started = self.ledger.last("started")
-        self.run_id = str(started["run_id"]) if started else uuid4().hex
+        started = self.ledger.last(Started)
+        self.run_id = started.run_id if started else uuid4().hex
 
         self.wandb = WandbMirror(
-            config.wandb.mode,
-            config.wandb.project,
-            config.run.name,
-            self.run_id,
+            WandbRun(
+                config.wandb.mode,
+                config.wandb.project,
+                config.run.name,
+                wandb_run_id(self.run_id),
+                config.model_dump(mode="json"),
+            ),
             directory,
-            config.model_dump(mode="json"),
             log=self._from_threads.append,
         )
 
@@ -144,17 +167,18 @@ class RankZeroRunLogger(RunLogger):
             for line in damaged_rows(path) if path.exists() else []:
                 self.info(f"damaged: {line}")
 
-    def event(self, event: str, **facts: Any) -> None:
-        self._put(self.ledger.path, lambda: self.ledger.append(event, **facts))
+    def event(self, event: Event) -> None:
+        self._put(self.ledger.path, lambda: self.ledger.append(event))
 
-    def step(self, row: Facts) -> None:
-        self._put(self.metrics.path, lambda: self.metrics.write(row))
-        self.wandb.log(row)
+    def step(self, record: StepRecord) -> None:
+        self._put(self.metrics.path, lambda: self.metrics.write(record))
+        self.wandb.log(record)
         self.flush_messages()
-        self.console.step(row)
+        self.console.step(record)
 
     def has_end_of(self, attempt: int) -> bool:
-        return any(e["event"] in ENDS and e.get("attempt") == attempt for e in self.ledger.events)
+        events = [entry.event for entry in self.ledger.entries]
+        return any(isinstance(event, ENDS) and event.attempt == attempt for event in events)
 
     def all_written(self) -> bool:
         with self._writing:
@@ -200,21 +224,19 @@ class RankZeroRunLogger(RunLogger):
         self.flush_messages()
         self.console.info(text)
 
-    def committed(self, path: Path, manifest: Facts, seconds: float) -> None:
-        self.event(
-            "checkpoint_saved", **_checkpoint_facts(path, manifest), seconds=round(seconds, 3)
-        )
+    def committed(self, path: Path, manifest: CheckpointManifest, seconds: float) -> None:
+        self.event(replace(_checkpoint_saved(path, manifest), seconds=round(seconds, 3)))
 
         # Rows up to this checkpoint should be on disk with it; best effort.
         with contextlib.suppress(OSError):
             self.metrics.sync()
             self.roots.sync()
 
-        total_bytes, held_out = _total_bytes(manifest), manifest["held_out_loss"]
-        score = "" if held_out is None else f", held-out loss {float(held_out):.4f}"
+        held_out = manifest.held_out_loss
+        score = "" if held_out is None else f", held-out loss {held_out:.4f}"
         self.info_from_thread(
-            f"saved {path.name} at step {manifest['step']}{score} "
-            f"({bytes_text(total_bytes)} in {seconds:.1f} s)"
+            f"saved {path.name} at step {manifest.step}{score} "
+            f"({bytes_text(manifest.total_bytes)} in {seconds:.1f} s)"
         )
 
         self.wandb.event(f"saved {path.name}")
@@ -223,12 +245,10 @@ class RankZeroRunLogger(RunLogger):
             raise SaveError(self.problem)
 
     def verified(self, path: Path) -> None:
-        self.event("checkpoint_verified", attempt=self.attempt, checkpoint=path.name)
+        self.event(CheckpointVerified(attempt=self.attempt, checkpoint=path.name))
 
     def damaged(self, path: Path, problem: str) -> None:
-        self.event(
-            "checkpoint_damaged", attempt=self.attempt, checkpoint=path.name, problem=problem
-        )
+        self.event(CheckpointDamaged(attempt=self.attempt, checkpoint=path.name, problem=problem))
         self.info_from_thread(f"damaged: {problem}")
 
     def info_from_thread(self, text: str) -> None:
@@ -236,29 +256,19 @@ class RankZeroRunLogger(RunLogger):
         self._from_threads.append(text)
 
     def root(self, step: int, root: StateRoot) -> None:
-        row = {
-            "step": step,
-            "attempt": self.attempt,
-            "root": root.root,
-            "tensors": short_digests(root.digests),
-        }
-        self._put(self.roots.path, lambda: self.roots.write(row))
+        record = RootRecord(step, self.attempt, root.root, short_digests(root.digests))
+        self._put(self.roots.path, lambda: self.roots.write(record))
 
     def recover(self, checkpoints: Sequence[Path]) -> None:
         recorded = {
-            (event["checkpoint"], event.get("manifest_sha256"))
-            for event in self.ledger.events
-            if event["event"] == "checkpoint_saved"
+            (saved.checkpoint, saved.manifest_sha256)
+            for saved in of_kind(self.ledger.entries, CheckpointSaved)
         }
 
         for path in checkpoints:
             # By content: another checkpoint of this name may have been set aside since.
             if (path.name, sha256_file(path / MANIFEST)) not in recorded:
-                self.event(
-                    "checkpoint_saved",
-                    **_checkpoint_facts(path, read_manifest(path)),
-                    recovered=True,
-                )
+                self.event(replace(_checkpoint_saved(path, read_manifest(path)), recovered=True))
 
     def close(self) -> None:
         self.flush_messages()
@@ -271,77 +281,16 @@ class RankZeroRunLogger(RunLogger):
             self.console.info(self._from_threads.popleft())
 
 
-def _total_bytes(manifest: Facts) -> int:
-    return sum(int(facts["bytes"]) for facts in manifest["files"].values())
-
-
-def _checkpoint_facts(path: Path, manifest: Facts) -> Facts:
-    """Return the ledger's facts about a checkpoint."""
-    return {
-        "checkpoint": path.name,
-        "attempt": manifest["attempt"],
-        "step": manifest["step"],
-        "chunks_consumed": manifest["chunks"]["consumed"],
-        "consumed_tokens": manifest["consumed_tokens"],
-        "loss": manifest["loss"],
-        "held_out_loss": manifest["held_out_loss"],
-        "bytes": _total_bytes(manifest),
-        "manifest_sha256": sha256_file(path / MANIFEST),
-    }
-
-
-def stage_facts(config: Config, start: Start, step: int) -> Facts:
-    """Return the manifest entries of a checkpoint at `step` that describe its stage.
-
-    These are data position, layout, config, identity, data and learning rate.
-    """
-    manifest, order, layout = start.manifest, start.order, start.layout
-    consumed = order.consumed_chunks(step)
-    return {
-        "consumed_tokens": step * config.batch.global_sequences * config.data.sequence_length,
-        "chunks": {
-            "consumed": consumed,
-            "step_in_chunk": step - (order.first_step(consumed) - 1)
-            if consumed < len(order.names)
-            else 0,
-            "order": start.identity["data"]["order"],
-        },
-        "layout": {
-            "tensor": layout.tensor,
-            "pipeline": layout.pipeline,
-            "data": layout.data,
-            "stages_per_rank": layout.stages_per_rank,
-            "placement": layout.placement,
-            "layers_per_stage": layout.layers_per_stage,
-        },
-        "config": config.model_dump(mode="json"),
-        "identity": start.identity,
-        "data": {
-            "manifest": str(manifest.path),
-            "manifest_sha256": manifest.sha256,
-            "tokenizer_sha256": manifest.tokenizer_sha256,
-            "vocab_size": manifest.vocab_size,
-            "sequence_length": manifest.sequence_length,
-        },
-        "lr": learning_rate(config, step, order.total_steps) if step else None,
-        "environment": environment_facts(),
-    }
-
-
-def start_messages(
-    config: Config, start: Start, engine: Engine, parameters: int, memory: str
-) -> list[str]:
-    """Return the first console lines of a run; `memory` describes the host's malloc settings."""
-    layout, order, grid = start.layout, start.order, engine.grid
-    work = spec_of(config, grid.device.type, engine.kernels.attention_name, engine.kernels.matmul)
-
-    step_tokens = config.batch.global_sequences * config.data.sequence_length
-    return [
-        f"{parameters:,} parameters, {config.precision} on {grid.device.type}; "
-        f"{counted(len(order.names), 'chunk')}, {order.total_steps} steps of {step_tokens:,} tokens"
-        f"; run directory {start.directory}",
-        f"tensor {layout.tensor}, pipeline {layout.pipeline}, data {layout.data}, "
-        f"sequence parallel {'on' if engine.sequence else 'off'}, {config.parallel.schedule}, "
-        f"{engine.num_microbatches} micro-batches; kernels: {engine.kernels}; {memory}",
-        memory_line(config, work, layout, engine.program, grid.coordinate.pp),
-    ]
+def _checkpoint_saved(path: Path, manifest: CheckpointManifest) -> CheckpointSaved:
+    """Return the ledger's event of a checkpoint."""
+    return CheckpointSaved(
+        checkpoint=path.name,
+        attempt=manifest.attempt,
+        step=manifest.step,
+        chunks_consumed=manifest.chunks.consumed,
+        consumed_tokens=manifest.consumed_tokens,
+        loss=manifest.loss,
+        held_out_loss=manifest.held_out_loss,
+        bytes=manifest.total_bytes,
+        manifest_sha256=sha256_file(path / MANIFEST),
+    )

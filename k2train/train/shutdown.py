@@ -1,22 +1,27 @@
-"""Fatal shutdown: collective when every rank knows the reason, local when a peer has died.
+"""Shutdown: how a run ends on this rank, collective or alone, whatever it has open by then.
 
 - A failure that every rank knows (a full disk, replicas that differ) ends like a usual run: it is
   recorded, then all ranks leave together.
 - A dead rank cannot be waited for. The others leave at once, without another collective and
   without the interpreter's usual exit, in which gloo's threads abort.
+- Any other error is recorded as far as it can be, and raised.
 """
 
 import contextlib
 import os
 import sys
 import traceback
-from typing import NoReturn, Protocol
+from types import TracebackType
+from typing import NoReturn, Self
 
 from k2train.checkpoint.writer import CheckpointWriter, SaveError
 from k2train.errors import EXIT_FAILED, UserError
 from k2train.parallel.grid import ProcessGrid
+from k2train.record.events import Failed, Stopped
+from k2train.train.batches import BatchSource
 from k2train.train.monitor import DamageError, RunMonitor
 from k2train.train.run_logger import RunLogger
+from k2train.train.state import TrainState
 
 CONNECTION_WORDS = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe")
 """Words in the errors of a collective whose peer is gone."""
@@ -25,62 +30,118 @@ NO_RANK_GONE = "lost its connection"
 """The watchdog's words when it finds no dead rank: the error itself is then the only evidence."""
 
 
-class Run(Protocol):
-    """The parts of a trainer that a shutdown needs."""
+class OpenRun:
+    """What a run has open on this rank, set as it is built; closed when its block is left.
 
-    step: int
-    attempt: int
-    logger: RunLogger
-    monitor: RunMonitor
-
-    @property
-    def writer(self) -> CheckpointWriter:
-        """Writer of the run's checkpoints."""
-
-
-def shut_down_together(run: Run, error: SaveError | DamageError) -> int:
-    """Record an error that every rank knows, and return the exit code; collective.
-
-    The error goes to the ledger too, if that can be written.
+    `code` is the exit code. It is set here for a failure that every rank knows.
     """
-    damaged = isinstance(error, DamageError)
 
-    with contextlib.suppress(OSError, SaveError):
-        # The running save is of an earlier step, and may be the one to resume from.
-        run.writer.wait()
+    def __init__(self, grid: ProcessGrid, monitor: RunMonitor):
+        self.grid, self.monitor = grid, monitor
+        self.logger = RunLogger()
+        self.writer: CheckpointWriter | None = None
+        self.batches: BatchSource | None = None
+        self.state = TrainState()
+        self.code = EXIT_FAILED
 
-    with contextlib.suppress(OSError):
-        reason = "damaged" if damaged else "save failed"
-        run.logger.event(
-            "stopped", attempt=run.attempt, reason=reason, step=run.step, problem=str(error)
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> bool:
+        problem = ""
+        try:
+            if isinstance(error, SaveError | DamageError):
+                # Every rank knows this error, so all of them leave together.
+                self.code = self._leave_together(error)
+                return True
+
+            if isinstance(error, Exception):
+                if self._is_connection_lost(error):
+                    # A peer is gone, so no further collective is possible.
+                    self._leave_alone(error)
+                problem = str(error) or type(error).__name__
+                if isinstance(error, UserError):
+                    self._stopped("refused", problem)
+            return False
+        finally:
+            self.monitor.phase("done", self.state.step)
+            if problem:
+                # First, so that no watchdog takes this rank's exit for its death.
+                self.monitor.close(problem)
+            self.close()
+
+    def close(self) -> None:
+        """Stop the loader's threads and close the record.
+
+        Does not wait for a running save. The watchdog keeps running.
+        """
+        for part in (self.batches, self.writer, self.logger):
+            if part is not None:
+                part.close()
+
+    def _leave_together(self, error: SaveError | DamageError) -> int:
+        """Record an error that every rank knows, and return the exit code; collective.
+
+        The error goes to the ledger too, if that can be written.
+        """
+        damaged = isinstance(error, DamageError)
+
+        with contextlib.suppress(OSError, SaveError):
+            # The running save is of an earlier step, and may be the one to resume from.
+            if self.writer is not None:
+                self.writer.wait()
+
+        with contextlib.suppress(OSError):
+            reason = "damaged" if damaged else "save failed"
+            self._stopped(reason, str(error))
+
+        after = "; the last checkpoint was saved before that, start again from it"
+        where = f"stopped at step {self.state.step}"
+        self.logger.info(f"{where}: {error}{after}" if damaged else str(error))
+        return EXIT_FAILED
+
+    def _is_connection_lost(self, error: Exception) -> bool:
+        """Return whether `error` was raised by a collective whose peer is gone."""
+        if self.grid.layout.world_size == 1 or isinstance(error, UserError):
+            return False
+        text = str(error).lower()
+        return bool(self.grid.comm.broken) or any(word in text for word in CONNECTION_WORDS)
+
+    def _leave_alone(self, error: Exception) -> NoReturn:
+        """End this process after another rank died.
+
+        One rank prints which rank died; rank 0 records it in the ledger.
+        """
+        line = self.monitor.report_lost_connection(error)
+        if NO_RANK_GONE in line:
+            traceback.print_exc(file=sys.stderr)
+
+        if line:
+            sys.stderr.write(f"k2train: {line}\n")
+
+        with contextlib.suppress(Exception):
+            self.logger.event(
+                Failed(
+                    attempt=self.logger.attempt,
+                    step=self.state.step,
+                    problem=line or str(error),
+                )
+            )
+
+        sys.stderr.flush()
+        os._exit(EXIT_FAILED)
+
+    def _stopped(self, reason: str, problem: str) -> None:
+        self.logger.event(
+            Stopped(
+                attempt=self.logger.attempt,
+                reason=reason,
+                step=self.state.step,
+                problem=problem,
+            )
         )
-
-    after = "; the last checkpoint was saved before that, start again from it" if damaged else ""
-    run.logger.info(f"stopped at step {run.step}: {error}{after}" if damaged else str(error))
-    return EXIT_FAILED
-
-
-def is_connection_lost(error: Exception, grid: ProcessGrid) -> bool:
-    """Return whether `error` was raised by a collective whose peer is gone."""
-    if grid.layout.world_size == 1 or isinstance(error, UserError):
-        return False
-    return bool(grid.comm.broken) or any(word in str(error).lower() for word in CONNECTION_WORDS)
-
-
-def shut_down_alone(run: Run, error: Exception) -> NoReturn:
-    """End this process after another rank died.
-
-    One rank prints which rank died; rank 0 records it in the ledger.
-    """
-    line = run.monitor.report_lost_connection(error)
-    if NO_RANK_GONE in line:
-        traceback.print_exc(file=sys.stderr)
-
-    if line:
-        sys.stderr.write(f"k2train: {line}\n")
-
-    with contextlib.suppress(Exception):
-        run.logger.event("failed", attempt=run.attempt, step=run.step, problem=line or str(error))
-
-    sys.stderr.flush()
-    os._exit(EXIT_FAILED)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from k2train.processes import Process, process_state
 from k2train.watchdog.failure_report import build_report, kill_processes, publish_report, report_id
 from k2train.watchdog.hang_analysis import (
     LOST,
@@ -18,14 +19,7 @@ from k2train.watchdog.hang_analysis import (
     find_dead_ranks,
     find_faulty_ranks,
 )
-from k2train.watchdog.heartbeat import (
-    Heartbeat,
-    Observer,
-    Process,
-    RankStatus,
-    process_state,
-    stacks_path,
-)
+from k2train.watchdog.heartbeat import Heartbeat, Observer, RankStatus, stacks_path
 from k2train.watchdog.shared_progress import PeerProgress
 from k2train.watchdog.timeouts import Timeouts
 

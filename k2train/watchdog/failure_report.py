@@ -18,8 +18,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from k2train.processes import Process, process_state
 from k2train.watchdog.hang_analysis import FaultyRank
-from k2train.watchdog.heartbeat import Heartbeat, Process, RankStatus, process_state
+from k2train.watchdog.heartbeat import Heartbeat, RankStatus
 
 REPORT_NAME = "verdict.json"
 STACKS_SIGNAL = signal.SIGRTMIN + 5

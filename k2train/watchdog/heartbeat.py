@@ -14,12 +14,13 @@ Alternatives considered:
 import dataclasses
 import json
 import os
-import socket
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
+
+from k2train.processes import Process, ProcessState, process_state
 
 LENGTH_BYTES = 1536
 CHECK_BYTES = 23
@@ -32,66 +33,6 @@ PHASES = {
     "load": "loading a checkpoint",
 }
 """Display names of phases whose key is not clear enough."""
-
-ProcessState = Literal["running", "stopped", "gone", ""]
-
-
-@dataclass(frozen=True)
-class Process:
-    """Identity of one process, safe against reused process ids on this machine or another."""
-
-    pid: int
-    start_ticks: int
-    """Start time in kernel ticks since boot. A later process with the same id has another one."""
-    boot_id: str
-    pid_namespace: str
-    """Containers on one machine share the boot_id but number processes differently."""
-    host: str
-
-
-def this_process() -> Process:
-    """Identity of the calling process."""
-    return Process(
-        os.getpid(), _stat(os.getpid())[1], _boot_id(), _pid_namespace(), socket.gethostname()
-    )
-
-
-def process_state(process: Process, reader: Process) -> ProcessState:
-    """State of `process` as visible to `reader`, the calling process; "" on another machine."""
-    if not process.boot_id or (process.boot_id, process.pid_namespace) != (
-        reader.boot_id,
-        reader.pid_namespace,
-    ):
-        return ""
-    letter, start_ticks = _stat(process.pid)
-    # A zombie no longer runs; another start time means a reused id.
-    if letter in ("", "Z", "X") or start_ticks != process.start_ticks:
-        return "gone"
-    return "stopped" if letter in "Tt" else "running"
-
-
-def _stat(pid: int) -> tuple[str, int]:
-    """(state letter, start time) from /proc; ("", 0) when there is no such process."""
-    try:
-        # The name in parentheses may contain spaces and parentheses.
-        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b") ")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return "", 0
-    return fields[0].decode(), int(fields[19])
-
-
-def _boot_id() -> str:
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return ""
-
-
-def _pid_namespace() -> str:
-    try:
-        return os.readlink("/proc/self/ns/pid")
-    except OSError:
-        return ""
 
 
 @dataclass(frozen=True)

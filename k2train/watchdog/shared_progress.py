@@ -14,7 +14,8 @@ import mmap
 import os
 from dataclasses import replace
 
-from k2train.watchdog.heartbeat import Heartbeat, Process, process_state
+from k2train.processes import Process, process_state
+from k2train.watchdog.heartbeat import Heartbeat
 from k2train.watchdog.timeouts import CLOCKS
 
 COUNT, STEP, PHASE = 0, 1, 2

@@ -27,8 +27,9 @@ from k2train.checkpoint.manifest import (
     mark_thinned,
     read_manifest,
     seal,
-    verify_checkpoint,
 )
+from k2train.checkpoint.save_events import SavePolicy
+from k2train.checkpoint.verify import verify_checkpoint
 from k2train.checkpoint.writer import CheckpointWriter, SaveError, snapshot
 from k2train.errors import CheckpointError
 from k2train.launch.environment import Launch
@@ -45,9 +46,11 @@ from tests.support.tiny_corpus import (
 )
 from tests.support.tiny_model import (
     assemble,
+    engine_of,
     grid_of,
     local_gradients,
     microbatches_of,
+    save_facts,
     shapes_of,
     tiny_config,
 )
@@ -56,7 +59,6 @@ sys.path.insert(0, str(ROOT / "tools"))
 import compare_runs
 import verify_checkpoint as verify_tool
 
-FACTS = {"consumed_tokens": 0, "chunks": {}, "config": {}, "data": {}}
 # (tensor, pipeline, data, stages_per_rank)
 GRIDS = (
     (1, 1, 1, 1),
@@ -98,14 +100,14 @@ def save_job(
     Returns the blocks as saved, and the loss and norm of the third step.
     """
     grid = grid_of(launch, config)
-    engine = Engine(config, grid)
+    engine = engine_of(config, grid)
     for step in (1, 2):
         engine.train_step(microbatches_of(config, grid, step), 1e-2)
     saved = values_of(engine)
-    writer = CheckpointWriter(Path(directory), grid, 0, asynchronous)
+    writer = CheckpointWriter(Path(directory), grid, SavePolicy(asynchronous=asynchronous))
     state = snapshot(engine.gradients.shard_layout, engine.optimizer.flat_shards, engine.dtype)
-    facts = {**FACTS, "step": 2, "adam_steps": engine.optimizer.adam_steps}
-    writer.save("ckpt_001", state, facts, lambda path, manifest: None)
+    facts = save_facts(2, engine.optimizer.adam_steps)
+    writer.save("ckpt_001", state, facts)
     result = engine.train_step(microbatches_of(config, grid, 3), 1e-2)
     writer.wait()
     return {"saved": saved, "next": (result.loss, result.grad_norm)}
@@ -116,11 +118,11 @@ def load_job(launch: Launch, config: Any, path: str) -> dict[str, Any]:
     grid = grid_of(launch, config)
     chosen, refused = agree_on_checkpoint([Path(path)], grid)
     assert chosen is not None, refused
-    engine = Engine(config, grid, fill=False)
+    engine = engine_of(config, grid, fill=False)
     kept = load_states(
         chosen, engine.gradients.shard_layout, engine.optimizer.flat_shards, grid, engine.dtype
     )
-    engine.optimizer.adam_steps = read_manifest(chosen)["adam_steps"]
+    engine.optimizer.adam_steps = read_manifest(chosen).adam_steps
     engine.optimizer.write_parameters()
     loaded = values_of(engine)
     result = engine.train_step(microbatches_of(config, grid, 3), 1e-2)
@@ -225,7 +227,7 @@ def test_thinned_loads_weights_only(
     """
     source = saved[(2, 1, 2, 1)]
     shutil.copytree(source.path, tmp_path / "ckpt_001")
-    mark_thinned(tmp_path / "ckpt_001", manifest_of(source.path))
+    mark_thinned(tmp_path / "ckpt_001", read_manifest(source.path))
     shutil.rmtree(tmp_path / "ckpt_001" / "optimizer")
     verify_checkpoint(tmp_path / "ckpt_001")
     config = config_on(1, 2, 1)
@@ -256,7 +258,7 @@ def swap(path: Path) -> None:
 
 
 def older_manifest(path: Path) -> None:
-    manifest = {**read_manifest(path), "name": "ckpt_000"}
+    manifest = {**manifest_of(path), "name": "ckpt_000"}
     (path / MANIFEST).write_text(json.dumps(seal(manifest)))
 
 
@@ -306,7 +308,7 @@ def test_no_bit_of_a_manifest_can_flip_unseen(saved: dict[Any, Saved], tmp_path:
         with pytest.raises(CheckpointError):
             read_manifest(path)
     (path / MANIFEST).write_bytes(content)
-    assert read_manifest(path)["step"] == 2
+    assert read_manifest(path).step == 2
 
 
 def agree_job(launch: Launch, config: Any, paths: list[str]) -> tuple[str | None, list[str]]:
@@ -360,13 +362,11 @@ def test_half_written_is_never_taken(saved: dict[Any, Saved], tmp_path: Path) ->
 
 def overwrite_job(launch: Launch, config: Any, directory: str) -> str:
     grid = grid_of(launch, config)
-    engine = Engine(config, grid)
-    writer = CheckpointWriter(Path(directory), grid, 0, asynchronous=False)
+    engine = engine_of(config, grid)
+    writer = CheckpointWriter(Path(directory), grid, SavePolicy(asynchronous=False))
     state = snapshot(engine.gradients.shard_layout, engine.optimizer.flat_shards, engine.dtype)
     try:
-        writer.save(
-            "ckpt_001", state, {**FACTS, "step": 9, "adam_steps": 9}, lambda path, manifest: None
-        )
+        writer.save("ckpt_001", state, save_facts(9, 9))
     except CheckpointError as error:
         return str(error)
     return "written over"
@@ -389,16 +389,16 @@ def refusing_disk_job(
     Where only rank 0 writes, on rank 0.
     """
     grid = grid_of(launch, config)
-    engine = Engine(config, grid)
-    writer = CheckpointWriter(Path(directory), grid, 0, asynchronous)
+    engine = engine_of(config, grid)
+    writer = CheckpointWriter(Path(directory), grid, SavePolicy(asynchronous=asynchronous))
     state = snapshot(engine.gradients.shard_layout, engine.optimizer.flat_shards, engine.dtype)
-    facts = {**FACTS, "step": 2, "adam_steps": 0}
-    writer.save("ckpt_001", state, facts, lambda path, manifest: None)
+    facts = save_facts(2, 0)
+    writer.save("ckpt_001", state, facts)
     writer.wait()
     on = launch.world_size - 1 if where != "save.synced" else 0
     fault_injection.arm(f"{where}@rank={on}:error=ENOSPC", launch.rank)
     try:
-        writer.save("ckpt_002", state, facts, lambda path, manifest: None)
+        writer.save("ckpt_002", state, facts)
         writer.wait()
     except SaveError as error:
         return str(error)
@@ -432,7 +432,8 @@ import sys, itertools
 from pathlib import Path
 sys.path.insert(0, {root!r})
 from tests.support.tiny_model import grid_of, tiny_config
-from tests.checkpoint.test_checkpoint import FACTS
+from tests.support.tiny_model import save_facts
+from k2train.checkpoint.save_events import SavePolicy
 from k2train.checkpoint.writer import CheckpointWriter, snapshot
 from k2train.train.engine import Engine
 from k2train.launch.environment import Launch
@@ -442,15 +443,15 @@ launch = Launch(0, 1, 0, launched=False)
 start_process_group(launch, torch.device("cpu"))
 config = tiny_config()
 grid = grid_of(launch, config)
-engine = Engine(config, grid)
+engine = engine_of(config, grid)
 directory = Path(sys.argv[1])
-writer = CheckpointWriter(directory, grid, 2, asynchronous=False)
+writer = CheckpointWriter(directory, grid, SavePolicy(2, asynchronous=False))
 for step in itertools.count(int(sys.argv[2])):
     engine.optimizer.master.fill_(float(step))
     state = snapshot(engine.gradients.shard_layout, engine.optimizer.flat_shards, engine.dtype)
-    facts = {{**FACTS, "step": step, "adam_steps": step}}
+    facts = save_facts(step, step)
     name = f"ckpt_{{step // 2:03d}}" + (f"_step_{{step:06d}}" if step % 2 else "")
-    writer.save(name, state, facts, lambda path, manifest: None)
+    writer.save(name, state, facts)
     print(step, flush=True)
 """
 
@@ -503,7 +504,7 @@ def assert_whole(runs: Path, reported: int) -> bool:
     for path in found[-2:]:
         manifest = verify_checkpoint(path)
         values = compare_runs.tensors_of(path, "model")["head.weight"]
-        assert (values == manifest["step"]).all(), f"{path} mixes steps"
+        assert (values == manifest.step).all(), f"{path} mixes steps"
     return any(runs.glob("*.tmp"))
 
 

@@ -15,29 +15,21 @@ from k2train.checkpoint.disk_space import (
     plan_bytes,
     room_problem,
 )
+from k2train.checkpoint.save_events import SavePolicy
 from k2train.checkpoint.writer import CheckpointWriter, snapshot
 from k2train.config.load import Config
 from k2train.errors import RunError
 from k2train.launch.environment import Launch
-from k2train.train.engine import Engine
 from tests.support.gloo_pool import GlooPool
-from tests.support.tiny_model import grid_of, shapes_of, tiny_config
+from tests.support.tiny_model import engine_of, grid_of, save_facts, shapes_of, tiny_config
 
 
 def save_job(launch: Launch, config: Config, directory: str) -> None:
     grid = grid_of(launch, config)
-    engine = Engine(config, grid)
-    facts = {
-        "step": 1,
-        "adam_steps": 0,
-        "consumed_tokens": 0,
-        "chunks": {},
-        "config": {},
-        "data": {},
-    }
-    writer = CheckpointWriter(Path(directory), grid, 0, asynchronous=False)
+    engine = engine_of(config, grid)
+    writer = CheckpointWriter(Path(directory), grid, SavePolicy(asynchronous=False))
     state = snapshot(engine.gradients.shard_layout, engine.optimizer.flat_shards, engine.dtype)
-    writer.save("ckpt_001", state, facts, lambda path, manifest: None)
+    writer.save("ckpt_001", state, save_facts(1, 0))
 
 
 @pytest.mark.parametrize(("world", "precision"), ((1, "fp32"), (2, "bf16")))

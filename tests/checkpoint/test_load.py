@@ -21,22 +21,21 @@ from k2train.checkpoint.manifest import (
     mark_thinned,
     read_manifest,
     seal,
-    verify_checkpoint,
 )
+from k2train.checkpoint.save_events import SavePolicy
+from k2train.checkpoint.verify import verify_checkpoint
 from k2train.checkpoint.writer import CheckpointWriter, snapshot
 from k2train.errors import CheckpointError
 from k2train.launch.environment import Launch
-from k2train.train.engine import Engine
 from tests.support.command_line import soon
 from tests.support.gloo_pool import GlooPool
 from tests.support.tiny_corpus import ROOT, environment, make_corpus, manifest_of, trainer_job
-from tests.support.tiny_model import grid_of, shapes_of, tiny_config
+from tests.support.tiny_model import engine_of, grid_of, save_facts, shapes_of, tiny_config
 
 sys.path.insert(0, str(ROOT / "tools"))
 import verify_checkpoint as verify_tool
 
 GOLDEN = ROOT / "tests" / "golden"
-FACTS = {"step": 2, "adam_steps": 0, "consumed_tokens": 0, "chunks": {}, "config": {}, "data": {}}
 
 
 def config_of(tensor: int, precision: str = "fp32") -> Any:
@@ -48,12 +47,12 @@ def save_job(
 ) -> dict[str, torch.Tensor]:
     config = config_of(tensor, precision)
     grid = grid_of(launch, config)
-    engine = Engine(config, grid)
+    engine = engine_of(config, grid)
     for state, line in engine.optimizer.flat_shards.items():
         line.add_(0.1 * len(state))
-    writer = CheckpointWriter(Path(directory), grid, 0, asynchronous=False)
+    writer = CheckpointWriter(Path(directory), grid, SavePolicy(asynchronous=False))
     state = snapshot(engine.gradients.shard_layout, engine.optimizer.flat_shards, engine.dtype)
-    writer.save("ckpt_001", state, FACTS, lambda path, manifest: None)
+    writer.save("ckpt_001", state, save_facts(2, 0))
     return {
         slot.param_slice.name: engine.optimizer.view("master", slot).clone()
         for slot in engine.gradients.shard_layout.slots
@@ -75,7 +74,7 @@ def load_job(launch: Launch, path: str, tensor: int, precision: str = "fp32") ->
     agreed = agree_on_checkpoint([Path(path)], grid)
     if agreed.taken is None:
         return str(agreed)
-    engine = Engine(config, grid, fill=False)
+    engine = engine_of(config, grid, fill=False)
     try:
         load_states(
             agreed.taken,
@@ -205,7 +204,7 @@ def traffic_job(launch: Launch, path: str, note: str) -> list[str]:
         ended.set()
         thread.join()
     assert agreed.taken is not None
-    engine = Engine(config, grid, fill=False)
+    engine = engine_of(config, grid, fill=False)
     before = grid.comm.count
     load_states(
         agreed.taken,

@@ -14,12 +14,12 @@ from k2train import fault_injection
 from k2train.checkpoint import retention as module
 from k2train.checkpoint import scrub as scrub_module
 from k2train.checkpoint.manifest import (
+    CheckpointManifest,
     checkpoint_name,
     is_thinned,
     list_checkpoints,
     mark_thinned,
     read_manifest,
-    verify_checkpoint,
 )
 from k2train.checkpoint.retention import (
     Retention,
@@ -28,9 +28,12 @@ from k2train.checkpoint.retention import (
     remove_unfinished,
     set_aside_later,
 )
+from k2train.checkpoint.save_events import SaveEvents
 from k2train.checkpoint.scrub import Scrubber
+from k2train.checkpoint.verify import verify_checkpoint
 from k2train.errors import CheckpointError, RunError
 from tests.checkpoint.test_shards import make_checkpoint, write_manifest
+from tests.support.tiny_corpus import manifest_of
 
 
 def complete(directory: Path) -> list[Path]:
@@ -106,7 +109,7 @@ def test_two_remain_at_every_moment(
 def copy_as(source: Path, target: Path) -> None:
     """The checkpoint under another name, with a manifest of that name."""
     shutil.copytree(source, target)
-    manifest = read_manifest(source)
+    manifest = manifest_of(source)
     write_manifest(target, manifest | {"name": target.name})
 
 
@@ -211,6 +214,13 @@ def test_unfinished_ones_are_removed_under_any_token(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["ckpt_002"]
 
 
+class Told(SaveEvents):
+    """Events whose methods are those that are given."""
+
+    def __init__(self, **methods: Any):
+        vars(self).update(methods)
+
+
 def test_the_audit_takes_the_one_checked_longest_ago(tmp_path: Path) -> None:
     """Never checked ones come first.
 
@@ -223,7 +233,10 @@ def test_the_audit_takes_the_one_checked_longest_ago(tmp_path: Path) -> None:
     for name in ("ckpt_003", "ckpt_001"):
         verified.add(name)
     scrubber = Scrubber(
-        directory, 3600.0, verified, lambda path, problem: reported.append((path.name, problem))
+        directory,
+        3600.0,
+        verified,
+        Told(damaged=lambda path, problem: reported.append((path.name, problem))),
     )
     assert [scrubber.check_next().name for _ in range(4)] == [
         "ckpt_002",
@@ -252,7 +265,9 @@ def test_the_audit_runs_by_itself(tmp_path: Path) -> None:
     several(directory, ["ckpt_001"])
     (directory / "ckpt_001" / "model" / "x").write_text("stray")
     found = Event()
-    scrubber = Scrubber(directory, 0.01, VerifiedCheckpoints(), lambda path, problem: found.set())
+    scrubber = Scrubber(
+        directory, 0.01, VerifiedCheckpoints(), Told(damaged=lambda path, problem: found.set())
+    )
     scrubber.start()
     assert found.wait(120)
     scrubber.close()
@@ -273,7 +288,7 @@ def test_one_that_cannot_be_marked_keeps_no_other(
     for name in ("ckpt_003", "ckpt_004"):
         verified.add(name)
 
-    def full(path: Path, manifest: dict[str, Any]) -> None:
+    def full(path: Path, manifest: CheckpointManifest) -> None:
         if path.name == "ckpt_001":
             raise OSError(28, "No space left on device")
         mark_thinned(path, manifest)
@@ -357,7 +372,9 @@ def test_an_error_does_not_end_the_audit(
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(scrub_module, "list_checkpoints", listing)
-    scrubber = Scrubber(directory, 0.01, VerifiedCheckpoints(), damaged, reported)
+    scrubber = Scrubber(
+        directory, 0.01, VerifiedCheckpoints(), Told(damaged=damaged, message=reported)
+    )
     scrubber.start()
     try:
         assert both.wait(120), "the thread is gone"
@@ -386,7 +403,7 @@ def test_the_audit_and_one_that_goes_meanwhile(
         directory,
         3600.0,
         VerifiedCheckpoints(),
-        lambda path, problem: reported.append(f"{path.name} {problem}"),
+        Told(damaged=lambda path, problem: reported.append(f"{path.name} {problem}")),
     )
 
     def reading(path: Path, threads: int) -> None:

@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,17 +16,14 @@ from k2train.checkpoint import shards as module
 from k2train.checkpoint.manifest import (
     FORMAT,
     MANIFEST,
-    THINNED,
-    manifest_text,
-    mark_thinned,
     read_manifest,
     seal,
-    verify_checkpoint,
 )
 from k2train.checkpoint.shards import Block, read_header, write_shard
+from k2train.checkpoint.verify import verify_checkpoint
 from k2train.errors import CheckpointError
 from k2train.state_digest import block_sums, digest_text, state_root
-from tests.support.tiny_corpus import ROOT
+from tests.support.tiny_corpus import ROOT, manifest_of
 
 sys.path.insert(0, str(ROOT / "tools"))
 import verify_checkpoint as verify_tool
@@ -80,7 +76,7 @@ def make_checkpoint(path: Path, seed: int = 0) -> dict[str, np.ndarray]:
         "step": 7,
         "adam_steps": 6,
         "consumed_tokens": 0,
-        "chunks": {},
+        "chunks": {"consumed": 1},
         "config": {},
         "data": {},
         "tensors": described,
@@ -94,7 +90,9 @@ def make_checkpoint(path: Path, seed: int = 0) -> dict[str, np.ndarray]:
 
 def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
     manifest = {key: value for key, value in manifest.items() if key != "self_sha256"}
-    (path / MANIFEST).write_text(json.dumps(seal(manifest), indent=1, sort_keys=True) + "\n")
+    (path / MANIFEST).write_text(
+        json.dumps(seal(manifest), indent=1, sort_keys=True, default=dict) + "\n"
+    )
 
 
 def test_the_file_is_a_safetensors_file(tmp_path: Path) -> None:
@@ -108,8 +106,8 @@ def test_the_file_is_a_safetensors_file(tmp_path: Path) -> None:
             stream.get_tensor("b"), values[2:]
         )
     content = (tmp_path / "x.safetensors").read_bytes()
-    assert facts["bytes"] == len(content) and facts["sha256"] == module.sha256(content).hexdigest()
-    assert shard["tensors"]["b"]["sha256"] == module.sha256(values[2:].tobytes()).hexdigest()
+    assert facts.bytes == len(content) and facts.sha256 == module.sha256(content).hexdigest()
+    assert shard.tensors["b"]["sha256"] == module.sha256(values[2:].tobytes()).hexdigest()
     assert [place.offsets for place in read_header(tmp_path / "x.safetensors")[1]] == [
         (0, 0),
         (2, 0),
@@ -135,139 +133,17 @@ def test_damage_between_memory_and_the_file_is_found(
     assert "its hash in the manifest" in str(caught.value)
 
 
-def places_to_flip(path: Path, rng: random.Random) -> list[tuple[Path, int]]:
-    """In every file each byte of the length, some of every kind of header byte, and any others."""
-    found = []
-    for file in [*path.glob("model/*"), *path.glob("optimizer/*")]:
-        content = file.read_bytes()
-        header = 8 + int.from_bytes(content[:8], "little")
-        found += [(file, n) for n in range(8)]
-        for kind in sorted(set(content[8:header])):
-            found.append((file, rng.choice([n for n in range(8, header) if content[n] == kind])))
-        found += [(file, n) for n in range(header, len(content))]
-    for file in (path / MANIFEST, path / THINNED):
-        if file.exists():
-            found += [(file, n) for n in range(file.stat().st_size)]
-    return found
-
-
-@pytest.mark.parametrize("thinned", (False, True), ids=("whole", "thinned"))
-def test_400_flipped_bits_are_found_and_named(tmp_path: Path, thinned: bool) -> None:
-    """Flip bits of model, optimizer, manifest and marker, and of every kind of header byte.
-
-    Each is refused naming the file, and the tensor where the byte belongs to one.
-    """
-    path = tmp_path / "ckpt_001"
-    make_checkpoint(path)
-    if thinned:
-        mark_thinned(path, read_manifest(path))
-        shutil.rmtree(path / "optimizer")
-    verify_checkpoint(path)
-    rng = random.Random(5)
-    every = places_to_flip(path, rng)
-    by_file: dict[Path, list[int]] = {}
-    for file, place in every:
-        by_file.setdefault(file, []).append(place)
-    chosen = [
-        (file, place)
-        for file, places in by_file.items()
-        for place in rng.sample(places, min(90, len(places)))
-    ]
-    assert len(chosen) >= (300 if thinned else 400), "too few to say anything"
-    for file, place in chosen:
-        content = file.read_bytes()
-        flipped = bytearray(content)
-        flipped[place] ^= 1 << rng.randrange(8)
-        file.write_bytes(bytes(flipped))
-        with pytest.raises(CheckpointError) as caught:
-            verify_checkpoint(path)
-        message = str(caught.value)
-        assert len(message.splitlines()) == 1 and file.name in message, (file.name, place, message)
-        if file.suffix == ".safetensors" and place >= 8 + int.from_bytes(content[:8], "little"):
-            (name,) = [p.name for p in read_header(file)[1] if p.start <= place < p.stop]
-            assert f"tensor {name} " in message
-        file.write_bytes(content)
-    verify_checkpoint(path)
-
-
-def bad_name(path: Path, name: str) -> None:
-    manifest = read_manifest(path)
-    manifest["files"][name] = manifest["files"][
-        "model/shard-00001-model-00001-of-00001.safetensors"
-    ]
-    manifest["shards"][name] = manifest["shards"][
-        "model/shard-00001-model-00001-of-00001.safetensors"
-    ]
-    write_manifest(path, manifest)
-
-
-@pytest.mark.parametrize(
-    "name",
-    ("../x", "model/../../x", "/etc/passwd", "model//x", "a/x", "x", "model/..", "model/a/b"),
-)
-def test_names_outside_the_folders_are_refused(tmp_path: Path, name: str) -> None:
-    make_checkpoint(tmp_path / "ckpt_001")
-    bad_name(tmp_path / "ckpt_001", name)
-    with pytest.raises(CheckpointError, match="outside the checkpoint"):
-        verify_checkpoint(tmp_path / "ckpt_001")
-
-
-def test_links_out_are_refused(tmp_path: Path) -> None:
-    """Also a link to the right bytes: changing its target changes the checkpoint."""
-    path = tmp_path / "ckpt_001"
-    make_checkpoint(path)
-    file = next(iter((path / "model").iterdir()))
-    shutil.move(file, tmp_path / "elsewhere")
-    file.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(CheckpointError, match="outside the checkpoint"):
-        verify_checkpoint(path)
-
-
-def grown(file: Path) -> None:
-    """Append bytes and adapt the manifest's size: the tensors no longer fill the file."""
-    file.write_bytes(file.read_bytes() + b"more")
-    manifest = read_manifest(file.parents[1])
-    manifest["files"][f"model/{file.name}"]["bytes"] += 4
-    write_manifest(file.parents[1], manifest)
-
-
-def test_bytes_beyond_the_tensors_are_refused(tmp_path: Path) -> None:
-    make_checkpoint(tmp_path / "ckpt_001")
-    grown(next(iter((tmp_path / "ckpt_001" / "model").iterdir())))
-    with pytest.raises(CheckpointError, match="4 bytes after its last tensor"):
-        verify_checkpoint(tmp_path / "ckpt_001")
-
-
-def test_tensors_that_share_bytes_are_refused(tmp_path: Path) -> None:
-    """A header, with its right hash in the manifest, that leaves a gap before its last tensor."""
-    path = tmp_path / "ckpt_001"
-    make_checkpoint(path)
-    file = sorted((path / "model").iterdir())[0]
-    content = file.read_bytes()
-    size = int.from_bytes(content[:8], "little")
-    moved = content[8 : 8 + size].replace(b"[48,60]", b"[44,56]")
-    assert moved != content[8 : 8 + size]
-    file.write_bytes(content[:8] + moved + content[8 + size :])
-    manifest = read_manifest(path)
-    manifest["shards"][f"model/{file.name}"]["header_sha256"] = module.sha256(
-        content[:8] + moved
-    ).hexdigest()
-    write_manifest(path, manifest)
-    with pytest.raises(CheckpointError, match="it should begin at"):
-        verify_checkpoint(path)
-
-
 def test_the_tool_makes_the_root_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """`--root` prints the manifest's root, and refuses intact files that hold another state."""
     path = tmp_path / "ckpt_001"
     make_checkpoint(path)
     assert verify_tool.main(["--root", str(path)]) == 0
-    root = read_manifest(path)["state"]["root"]
+    root = read_manifest(path).state.root
     assert f"root {root}" in capsys.readouterr().out
     # Every file and hash fits, but the moments are another's: what a save with a wrong offset would
     # leave.
     make_checkpoint(tmp_path / "b" / "ckpt_001", seed=1)
-    mixed = read_manifest(tmp_path / "b" / "ckpt_001") | {"state": read_manifest(path)["state"]}
+    mixed = manifest_of(tmp_path / "b" / "ckpt_001") | {"state": manifest_of(path)["state"]}
     write_manifest(tmp_path / "b" / "ckpt_001", mixed)
     assert verify_tool.main([str(tmp_path / "b" / "ckpt_001")]) == 0
     assert verify_tool.main(["--root", str(tmp_path / "b" / "ckpt_001")]) == 2
@@ -356,32 +232,3 @@ def test_the_depth_costs_no_step_for_each_character() -> None:
 
     small, large = (json.dumps({str(k): {"a": [k]} for k in range(n)}).encode() for n in (2, 2000))
     assert lines_run(small) == lines_run(large) > 0
-
-
-def test_a_manifest_has_a_line_for_each_key(tmp_path: Path) -> None:
-    """Readable for people and any JSON reader, without indenting a million lines of tensors."""
-    make_checkpoint(tmp_path / "ckpt_001")
-    manifest = read_manifest(tmp_path / "ckpt_001")
-    text = manifest_text(manifest)
-    assert json.loads(text) == manifest and len(text.splitlines()) == len(manifest) + 2
-    (tmp_path / "ckpt_001" / MANIFEST).write_text(text)
-    verify_checkpoint(tmp_path / "ckpt_001")
-
-
-def test_the_disk_is_asked_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While one piece is hashed the next are on their way; never beyond the end of the range."""
-    content = os.urandom(3 * module.READ_BYTES + 5)
-    (tmp_path / "x").write_bytes(content)
-    asked: list[tuple[int, int]] = []
-    advise = os.posix_fadvise
-
-    def noting(descriptor: int, start: int, count: int, how: int) -> None:
-        if how == os.POSIX_FADV_WILLNEED:
-            asked.append((start, start + count))
-        advise(descriptor, start, count, how)
-
-    monkeypatch.setattr(os, "posix_fadvise", noting)
-    assert (
-        module.hash_range(tmp_path / "x", 7, len(content)) == module.sha256(content[7:]).hexdigest()
-    )
-    assert asked[0] == (7, len(content)) and all(stop == len(content) for _, stop in asked)

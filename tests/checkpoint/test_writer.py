@@ -17,39 +17,59 @@ from k2train.checkpoint import disk_space, writer
 from k2train.checkpoint.file_digest import verify_root
 from k2train.checkpoint.host_digest import host_digest_sums
 from k2train.checkpoint.load import agree_on_checkpoint, load_states
-from k2train.checkpoint.manifest import MANIFEST, list_checkpoints, read_manifest, verify_checkpoint
+from k2train.checkpoint.manifest import (
+    MANIFEST,
+    CheckpointManifest,
+    list_checkpoints,
+    read_manifest,
+)
+from k2train.checkpoint.save_events import SaveEvents, SavePolicy
+from k2train.checkpoint.verify import verify_checkpoint
 from k2train.checkpoint.writer import CheckpointWriter, SaveError, snapshot
 from k2train.errors import CheckpointError, RunError
 from k2train.launch.environment import Launch
 from k2train.parallel.device_digest import StateDigest
-from k2train.train.engine import Engine
 from tests.support.gloo_pool import GlooPool
-from tests.support.tiny_model import grid_of, shapes_of, tiny_config
+from tests.support.tiny_model import engine_of, grid_of, save_facts, shapes_of, tiny_config
 
-FACTS = {"step": 2, "adam_steps": 0, "consumed_tokens": 0, "chunks": {}, "config": {}, "data": {}}
+
+class Recorded(SaveEvents):
+    """All that rank 0 is told; `instead` replaces methods by name."""
+
+    def __init__(self, instead: dict[str, Any]):
+        self.lines, self.whole, self.problems = [], [], []
+        self.commits: list[tuple[str, int]] = []
+        vars(self).update(instead)
+
+    def committed(self, path: Path, manifest: CheckpointManifest) -> None:
+        self.commits.append((path.name, manifest.step))
+
+    def verified(self, path: Path) -> None:
+        self.whole.append(path.name)
+
+    def damaged(self, path: Path, problem: str) -> None:
+        self.problems.append(problem)
+
+    def message(self, text: str) -> None:
+        self.lines.append(text)
 
 
 class RecordingWriter:
-    """A writer on this rank's engine that records all that rank 0 logs."""
+    """A writer on this rank's engine that records all that rank 0 is told."""
 
-    def __init__(self, launch: Launch, directory: str, world: int = 2, **options: Any):
+    def __init__(
+        self,
+        launch: Launch,
+        directory: str,
+        world: int = 2,
+        policy: SavePolicy | None = None,
+        **instead: Any,
+    ):
         config = tiny_config(model__num_layers=2, parallel__tensor=world)
         self.grid = grid_of(launch, config)
-        self.engine = Engine(config, self.grid)
-        self.lines, self.verified, self.damaged = [], [], []
-        self.committed: list[tuple[str, int]] = []
-        self.writer = CheckpointWriter(
-            Path(directory),
-            self.grid,
-            0,
-            options.pop("asynchronous", True),
-            **{
-                "log": self.lines.append,
-                "on_verified": lambda path: self.verified.append(path.name),
-                "on_damaged": lambda path, problem: self.damaged.append(problem),
-                **options,
-            },
-        )
+        self.engine = engine_of(config, self.grid)
+        self.events = Recorded(instead)
+        self.writer = CheckpointWriter(Path(directory), self.grid, policy, self.events)
         self.writer.retry_every_seconds = 0.1
 
     def save(self, name: str, step: int = 2, **facts: Any) -> None:
@@ -57,10 +77,7 @@ class RecordingWriter:
         state = self.writer.snapshot(
             engine.gradients.shard_layout, engine.optimizer.flat_shards, engine.dtype
         )
-        self.writer.save(name, state, {**FACTS, "step": step, **facts}, self._committed)
-
-    def _committed(self, path: Path, manifest: dict[str, Any]) -> None:
-        self.committed.append((path.name, manifest["step"]))
+        self.writer.save(name, state, save_facts(step, 0, **facts))
 
     def end(self) -> str:
         """What `wait` raises, or ""."""
@@ -75,7 +92,7 @@ class RecordingWriter:
 
 def retry_job(launch: Launch, directory: str, fault: str) -> dict[str, Any]:
     """The disk refuses the last rank once; training changes the state until the retry."""
-    recording = RecordingWriter(launch, directory, retry_seconds=60.0)
+    recording = RecordingWriter(launch, directory, policy=SavePolicy(retry_seconds=60.0))
     before = {state: line.clone() for state, line in recording.engine.optimizer.flat_shards.items()}
     fault_injection.arm(fault, launch.rank)
     recording.save("ckpt_001")
@@ -99,7 +116,12 @@ def retry_job(launch: Launch, directory: str, fault: str) -> dict[str, Any]:
         for state, line in engine.optimizer.flat_shards.items()
         for slot in engine.gradients.shard_layout.slots
     )
-    return {"ended": ended, "logged": recording.lines, "same": same, "verified": recording.verified}
+    return {
+        "ended": ended,
+        "logged": recording.events.lines,
+        "same": same,
+        "verified": recording.events.whole,
+    }
 
 
 @pytest.mark.parametrize(
@@ -130,7 +152,7 @@ def no_room_job(
 
     A look takes a tenth of a second by the writer's clock, however long it takes.
     """
-    recording = RecordingWriter(launch, directory, retry_seconds=retry_seconds)
+    recording = RecordingWriter(launch, directory, policy=SavePolicy(retry_seconds=retry_seconds))
     recording.save("ckpt_001")
     assert recording.end() == ""
     looks, gone_on, held = [], Event(), []
@@ -153,7 +175,7 @@ def no_room_job(
         ended = recording.end()
     finally:
         disk_space.free_bytes, writer.time = kept, time
-    return {"ended": ended, "logged": recording.lines, "looks": len(looks), "held": held}
+    return {"ended": ended, "logged": recording.events.lines, "looks": len(looks), "held": held}
 
 
 def test_no_room_for_a_while(pool: GlooPool, tmp_path: Path) -> None:
@@ -185,7 +207,7 @@ def test_no_room_at_all(pool: GlooPool, tmp_path: Path) -> None:
 
 
 def hurry_job(launch: Launch, directory: str) -> dict[str, Any]:
-    recording = RecordingWriter(launch, directory, retry_seconds=600.0)
+    recording = RecordingWriter(launch, directory, policy=SavePolicy(retry_seconds=600.0))
     fault_injection.arm(";".join(["save.model:error=ENOSPC"] * 300), launch.rank)
     recording.save("ckpt_001")
     time.sleep(0.5)
@@ -193,7 +215,7 @@ def hurry_job(launch: Launch, directory: str) -> dict[str, Any]:
         recording.writer.skip_verification()
     ended = recording.end()
     recording.save("ckpt_002")
-    return {"ended": ended, "then": recording.end(), "verified": recording.verified}
+    return {"ended": ended, "then": recording.end(), "verified": recording.events.whole}
 
 
 def test_a_process_that_must_end_gives_up(pool: GlooPool, tmp_path: Path) -> None:
@@ -213,9 +235,11 @@ def lost_job(launch: Launch, directory: str) -> tuple[str, list[str]]:
         left = [path.name for path in Path(directory).iterdir()]
         raise RunError(f"the lease of the run is another's; {left}")
 
-    recording = RecordingWriter(launch, directory, check_owner=lost, retry_seconds=60.0)
+    recording = RecordingWriter(
+        launch, directory, check_owner=lost, policy=SavePolicy(retry_seconds=60.0)
+    )
     recording.save("ckpt_001", fencing_token=12 + launch.rank)
-    return recording.end(), [name for name, _ in recording.committed]
+    return recording.end(), [name for name, _ in recording.events.commits]
 
 
 def test_a_lost_lease_renames_nothing(pool: GlooPool, tmp_path: Path) -> None:
@@ -237,11 +261,11 @@ def damaged_job(
     recording = RecordingWriter(
         launch,
         directory,
-        **({"on_damaged": raising(OSError(28, "No space left on device"))} if unrecorded else {}),
+        **({"damaged": raising(OSError(28, "No space left on device"))} if unrecorded else {}),
     )
     flips: list[str] = []
 
-    def committed(path: Path, manifest: dict[str, Any]) -> None:
+    def committed(path: Path, manifest: CheckpointManifest) -> None:
         if always or not flips:
             file = sorted((path / "optimizer").iterdir())[1]
             content = bytearray(file.read_bytes())
@@ -253,14 +277,15 @@ def damaged_job(
     state = recording.writer.snapshot(
         engine.gradients.shard_layout, engine.optimizer.flat_shards, engine.dtype
     )
-    recording.writer.save("ckpt_001", state, FACTS, committed)
+    vars(recording.events)["committed"] = committed
+    recording.writer.save("ckpt_001", state, save_facts(2, 0))
     ended = recording.end()
     counted = "ckpt_001" in recording.writer.verified
     return {
         "ended": ended,
-        "logged": recording.lines,
-        "verified": recording.verified,
-        "damaged": recording.damaged,
+        "logged": recording.events.lines,
+        "verified": recording.events.whole,
+        "damaged": recording.events.problems,
         "flips": len(flips),
         "counted": counted,
     }
@@ -310,17 +335,19 @@ def callback_job(
     launch: Launch, directory: str, which: str, error: Exception, fault: str
 ) -> dict[str, Any]:
     """A callback of rank 0 raises in a save; a second save shows that the ranks are in step."""
-    recording = RecordingWriter(launch, directory, retry_seconds=60.0, **{which: raising(error)})
+    recording = RecordingWriter(
+        launch, directory, policy=SavePolicy(retry_seconds=60.0), **{which: raising(error)}
+    )
     fault_injection.arm(fault, launch.rank)
     recording.save("ckpt_001")
     ended = recording.end()
     recording.save("ckpt_002")
     recording.end()
-    return {"ended": ended, "logged": recording.lines}
+    return {"ended": ended, "logged": recording.events.lines}
 
 
 @pytest.mark.parametrize(
-    ("which", "fault"), (("on_verified", ""), ("log", "save.model@rank=1:error=ENOSPC"))
+    ("which", "fault"), (("verified", ""), ("message", "save.model@rank=1:error=ENOSPC"))
 )
 def test_a_callback_the_disk_refuses_ends_nothing(
     pool: GlooPool, tmp_path: Path, which: str, fault: str
@@ -331,7 +358,7 @@ def test_a_callback_the_disk_refuses_ends_nothing(
         2, callback_job, str(tmp_path), which, error, fault, timeout_seconds=60
     )
     assert first["ended"] == second["ended"] == "" and second["logged"] == []
-    if which == "on_verified":
+    if which == "verified":
         assert (
             first["logged"][0]
             == "ckpt_001 is whole, but this could not be recorded: No space left on device"
@@ -347,7 +374,7 @@ def test_any_other_error_of_a_callback_is_every_ranks(
     pool: GlooPool, tmp_path: Path, error: Exception
 ) -> None:
     first, second = pool.run(
-        2, callback_job, str(tmp_path), "on_verified", error, "", timeout_seconds=60
+        2, callback_job, str(tmp_path), "verified", error, "", timeout_seconds=60
     )
     assert first["ended"] == second["ended"]
     words = (
@@ -374,7 +401,7 @@ def thinning_job(launch: Launch, directory: str, fault: str) -> dict[str, Any]:
                 if not (path / "optimizer").exists()
             ]
         )
-    return {"ended": recording.end(), "logged": recording.lines, "thinned": found}
+    return {"ended": recording.end(), "logged": recording.events.lines, "thinned": found}
 
 
 @pytest.mark.parametrize(
@@ -406,7 +433,7 @@ def order_job(launch: Launch, directory: str) -> dict[str, Any]:
         )
     ended = recording.end()
     return {
-        "committed": recording.committed,
+        "committed": recording.events.commits,
         "ended": ended,
         "kept": buffers[0] == buffers[1] == buffers[2],
     }
@@ -420,19 +447,19 @@ def test_a_second_save_never_overtakes_the_first(pool: GlooPool, tmp_path: Path)
     roots = set()
     for path in list_checkpoints(tmp_path):
         manifest = verify_checkpoint(path)
-        assert len((path / MANIFEST).read_text().splitlines()) == len(manifest) + 2, (
-            "a line for each key"
-        )
-        roots.add(manifest["state"]["digests"]["norm.weight.master"])
-        assert manifest["step"] == int(path.name[-3:])
-        assert verify_root(path, manifest) == manifest["state"]["root"], (
+        assert (
+            len((path / MANIFEST).read_text().splitlines()) == len(manifest.model_fields_set) + 2
+        ), "a line for each key"
+        roots.add(manifest.state.digests["norm.weight.master"])
+        assert manifest.step == int(path.name[-3:])
+        assert verify_root(path, manifest) == manifest.state.root, (
             "the state changed while it was written"
         )
     assert len(roots) == 3
 
 
 def unrecorded_job(launch: Launch, directory: str) -> str:
-    recording = RecordingWriter(launch, directory, retry_seconds=60.0)
+    recording = RecordingWriter(launch, directory, policy=SavePolicy(retry_seconds=60.0))
     fault_injection.arm("save.committed@rank=0:error=ENOSPC", launch.rank)
     recording.save("ckpt_001")
     return recording.end()
@@ -451,11 +478,15 @@ def test_after_the_rename_nothing_is_tried_again(pool: GlooPool, tmp_path: Path)
 
 def small_disk_job(launch: Launch, directory: str) -> dict[str, Any]:
     """The room check is told a lie, so that the disk fills up in the middle of a file."""
-    recording = RecordingWriter(launch, directory, world=1, retry_seconds=0.3)
+    recording = RecordingWriter(launch, directory, world=1, policy=SavePolicy(retry_seconds=0.3))
     kept, disk_space.free_bytes = disk_space.free_bytes, lambda path: 10**12
     try:
         recording.save("ckpt_001")
-        return {"ended": recording.end(), "logged": recording.lines, "left": os.listdir(directory)}
+        return {
+            "ended": recording.end(),
+            "logged": recording.events.lines,
+            "left": os.listdir(directory),
+        }
     finally:
         disk_space.free_bytes = kept
 
@@ -493,7 +524,7 @@ def root_job(launch: Launch, directory: str, tensor: int) -> str:
     recording = RecordingWriter(launch, directory, world=tensor)
     recording.save("ckpt_001")
     assert recording.end() == ""
-    root: str = read_manifest(Path(directory) / "ckpt_001")["state"]["root"]
+    root: str = read_manifest(Path(directory) / "ckpt_001").state.root
     return root
 
 

@@ -10,9 +10,8 @@ from k2train.config.load import (
     check_world,
     data_parallel_size,
     load_config,
-    num_microbatches,
 )
-from k2train.config.rules import nearest
+from k2train.config.nearest import nearest
 from k2train.errors import ConfigError
 from tests.support.config_case import MINIMAL, Write, mistakes, only
 
@@ -291,7 +290,7 @@ def test_world_that_the_grid_does_not_divide(write: Write) -> None:
 def test_batch_that_the_world_does_not_divide(write: Write) -> None:
     """Catches a step with ranks of unequal work, or a refusal without the batches that would do."""
     config = load_config(write(MINIMAL))
-    assert num_microbatches(config, 2) == 4
+    check_world(config, 2)
     assert world_message(config, 3) == (
         "batch.global_sequences (32) must be divisible by data-parallel size (3) * "
         "batch.micro_sequences (4) = 12; "

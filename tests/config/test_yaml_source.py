@@ -10,7 +10,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from k2train.config.yaml_source import format_value, parse_scalar, read_source
+from k2train.config.scalars import format_value, parse_scalar
+from k2train.config.yaml_source import read_source
 from k2train.errors import ConfigError
 
 

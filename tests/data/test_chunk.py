@@ -11,7 +11,6 @@ import pytest
 
 from k2train.data import chunk
 from k2train.data.chunk import (
-    ChunkInfo,
     Manifest,
     check_files,
     open_chunk,
@@ -19,8 +18,8 @@ from k2train.data.chunk import (
     verify_chunk,
     write_chunk,
 )
-from k2train.data.manifest import common_data, write_manifest
 from k2train.errors import DataError
+from tests.support.data_folder import add_chunk, edit, edit_json, finish, rehash
 
 ROWS, LENGTH, VOCAB = 10, 16, 500
 
@@ -42,37 +41,13 @@ def make(folder: Path, vocab: int = VOCAB, chunks: int = 2) -> Manifest:
         for i in range(chunks)
     ]
 
-    held = write_chunk(folder, "held_out", [ids[0] // 2], ROWS, vocab, {"code": ROWS * LENGTH})
-    keys: dict[str, Any] = {
-        "tokenizer_sha256": "t" * 64,
-        "sequence_length": LENGTH,
-        "vocab_size": vocab,
-    }
-    return write_manifest(folder, chunks=infos, held_out=held, **keys)
+    infos.append(add_chunk(folder, "held_out", ids[0] // 2, vocab, {"code": ROWS * LENGTH}))
+    return finish(folder, infos, LENGTH, vocab)
 
 
 @pytest.fixture
 def manifest(tmp_path: Path) -> Manifest:
     return make(tmp_path / "data")
-
-
-def edit(manifest: Manifest, change: Callable[[dict[str, Any]], object]) -> Path:
-    content = json.loads(manifest.path.read_text())
-    change(content)
-    manifest.path.write_text(json.dumps(content))
-    return manifest.path
-
-
-def rehash(manifest: Manifest) -> Manifest:
-    """Make the manifest agree with damaged files, as a faulty preparation would."""
-
-    def change(content: dict[str, Any]) -> None:
-        for entry in content["chunks"]:
-            entry["sha256"] = hashlib.sha256(
-                (manifest.folder / entry["file"]).read_bytes()
-            ).hexdigest()
-
-    return read_manifest(edit(manifest, change))
 
 
 @pytest.mark.parametrize(("vocab", "dtype"), [(65536, "uint16"), (65537, "uint32")])
@@ -100,6 +75,22 @@ def test_manifest_hash_names_the_data(manifest: Manifest) -> None:
     assert read_manifest(manifest.folder) == manifest
 
 
+def test_facts_are_kept_as_written(manifest: Manifest) -> None:
+    """Catches a fact that is lost or converted on reading, and a required one: older folders have
+    fewer, other writers more.
+    """
+    facts = {
+        "name": "x",
+        "recipe": {"seed": 1, "subsets": {"code": {"repeat": 1, "kind": "text"}}, "new": [1.0]},
+        "account": {"code": {"repeat": 2.0, "used_tokens": 3}},
+        "later": {"a": None},
+    }
+    again = edit(manifest, lambda content: content.update(facts=facts))
+    assert json.dumps(again.facts.model_dump(exclude_unset=True)) == json.dumps(facts)
+    plain = edit(manifest, lambda content: content.pop("facts"))
+    assert plain.facts.model_dump(exclude_unset=True) == {}
+
+
 def test_write_refuses_bad_id_and_leaves_nothing(tmp_path: Path) -> None:
     """Catches a preparation with another tokenizer, and a half-written file under the final
     name.
@@ -114,7 +105,7 @@ def test_write_refuses_bad_id_and_leaves_nothing(tmp_path: Path) -> None:
 
 BROKEN: list[tuple[str, Callable[[dict[str, Any]], object], str]] = [
     ("no chunks", lambda c: c.update(chunks=[]), "'chunks' must be a list"),
-    ("missing key", lambda c: c.pop("sequence_length"), "'sequence_length' must be .* is missing"),
+    ("missing key", lambda c: c.pop("sequence_length"), "key 'sequence_length' is missing"),
     (
         "missing in chunk",
         lambda c: c["chunks"][1].pop("sha256"),
@@ -145,6 +136,17 @@ BROKEN: list[tuple[str, Callable[[dict[str, Any]], object], str]] = [
     ),
     ("wrong dtype", lambda c: c.update(dtype="uint32"), "vocab_size 500 needs 'uint16'"),
     ("wrong tokens", lambda c: c["chunks"][0].update(tokens=1), "10 rows of 16 are 160"),
+    (
+        "mistyped subset",
+        lambda c: c["chunks"][0]["tokens_per_subset"].update(code=-1),
+        r"chunks\[0\].tokens_per_subset: key 'code' must be a whole number from 0, is -1",
+    ),
+    ("no object", lambda c: c["chunks"].append(3), r"chunks\[2\]: must be an object, is 3"),
+    (
+        "no hash",
+        lambda c: c["held_out"].update(borders="b"),
+        "held_out: key 'borders_sha256' is mis",
+    ),
     ("later format", lambda c: c.update(format="k2train-chunks-2"), "this version reads"),
 ]
 
@@ -156,7 +158,7 @@ def test_broken_manifest_is_one_line(
     manifest: Manifest, change: Callable[..., object], words: str
 ) -> None:
     """Catches a manifest that is believed without being looked at."""
-    path = edit(manifest, change)
+    path = edit_json(manifest, change)
     with pytest.raises(DataError, match=words) as caught:
         read_manifest(path)
     assert "\n" not in str(caught.value)
@@ -243,18 +245,7 @@ def test_stopped_verification_gives_no_verdict(manifest: Manifest) -> None:
     """Catches a shutdown that waits for gigabytes to be hashed, or reports a half-read chunk as
     damaged.
     """
-    wrong = ChunkInfo(**{**vars(manifest.chunks[0]), "sha256": "0" * 64})
+    wrong = manifest.chunks[0].model_copy(update={"sha256": "0" * 64})
     verify_chunk(manifest, wrong, stopped=lambda: True)
     with pytest.raises(DataError, match="sha256"):
         verify_chunk(manifest, wrong, stopped=lambda: False)
-
-
-def test_common_data_finds_the_shared_chunk(tmp_path: Path) -> None:
-    """Catches a second stage that trains again on the first stage's data."""
-    first, second = make(tmp_path / "a"), make(tmp_path / "b", vocab=400)
-    assert common_data(first, second) == []
-    shared = common_data(first, make(tmp_path / "c", chunks=1))
-    assert [line.split(":")[0] for line in shared] == [
-        "chunk_000 and chunk_000",
-        "held_out and held_out",
-    ]

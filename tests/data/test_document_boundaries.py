@@ -7,7 +7,6 @@ import json
 import re
 import tracemalloc
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,6 @@ from k2train.data.chunk import (
     check_files,
     read_manifest,
     verify_chunk,
-    write_chunk,
-    write_manifest,
 )
 from k2train.data.document_boundaries import (
     check_borders,
@@ -33,10 +30,11 @@ from k2train.data.document_boundaries import (
     verify_borders,
     write_borders,
 )
-from k2train.data.loader import Batch, Loader
+from k2train.data.loader import Loader, MicroBatch, Share
 from k2train.data.manifest import require_borders
 from k2train.data.order import make_order
 from k2train.errors import DataError
+from tests.support.data_folder import add_chunk, finish
 
 LENGTH, VOCAB, ROWS = 6, 100, 8
 NAMES = ("chunk_000", "chunk_001", "held_out")
@@ -166,17 +164,12 @@ def make(
     """A data folder, and the positions of its borders by chunk."""
     rng, positions, infos = np.random.default_rng(3), {}, []
     for name in NAMES:
-        ids = rng.integers(0, VOCAB, (ROWS, LENGTH)).astype(np.uint32)
-        info = write_chunk(folder, name, [ids], ROWS, VOCAB, {})
+        ids = rng.integers(0, VOCAB, (ROWS, LENGTH))
         legal = np.array([p for p in range(ROWS * LENGTH) if p % LENGTH])
         positions[name] = sorted(rng.choice(legal, 11, replace=False).tolist())
-        if name in with_borders:
-            digest = write_borders(folder / f"{name}.borders.npy", positions[name])
-            info = replace(info, borders=f"{name}.borders.npy", borders_sha256=digest)
-        infos.append(info)
-
-    keys: dict[str, Any] = {"tokenizer_sha256": "t", "sequence_length": LENGTH, "vocab_size": VOCAB}
-    return write_manifest(folder, chunks=infos[:2], held_out=infos[2], **keys), positions
+        borders = positions[name] if name in with_borders else None
+        infos.append(add_chunk(folder, name, ids, VOCAB, borders=borders))
+    return finish(folder, infos, LENGTH, VOCAB), positions
 
 
 def test_the_manifest_keeps_the_borders(tmp_path: Path) -> None:
@@ -297,14 +290,14 @@ def test_the_loader_gives_documents_beside_tokens(tmp_path: Path, data: int, mic
     manifest, positions = make(tmp_path)
     order = make_order(manifest, [1, 0], 4)
     loaders = [
-        Loader(manifest, order, dp, data, micro, VOCAB, verify=True, documents=True)
+        Loader(manifest, order, Share(dp, data, micro), VOCAB, verify=True, documents=True)
         for dp in range(data)
     ]
 
-    def check(batches: list[Batch], name: str, rows: range) -> None:
+    def check(batches: list[list[MicroBatch]], name: str, rows: range) -> None:
         plain = torch.from_numpy(np.load(tmp_path / f"{name}.npy")[rows].astype(np.int64))
-        assert torch.equal(torch.cat([part for batch in batches for part in batch.tokens]), plain)
-        parts = [part for batch in batches for part in batch.documents or []]
+        assert torch.equal(torch.cat([part.tokens for batch in batches for part in batch]), plain)
+        parts = [part.documents for batch in batches for part in batch]
         assert all(part.dtype == torch.int32 and part.shape == (micro, LENGTH) for part in parts)
         assert torch.cat(parts).tolist() == by_hand(positions[name], rows, LENGTH)
 
@@ -315,8 +308,8 @@ def test_the_loader_gives_documents_beside_tokens(tmp_path: Path, data: int, mic
     check([loader.held_out(1) for loader in loaders], "held_out", range(4, 8))
     for loader in loaders:
         loader.close()
-    with Loader(manifest, order, 0, 1, 4, VOCAB) as unasked:
-        assert unasked.step(1).documents is None and unasked.held_out(0).documents is None
+    with Loader(manifest, order, Share(0, 1, 4), VOCAB) as unasked:
+        assert unasked.step(1)[0].documents is None and unasked.held_out(0)[0].documents is None
 
 
 def test_data_without_borders_is_refused_at_once(tmp_path: Path) -> None:
@@ -330,7 +323,7 @@ def test_data_without_borders_is_refused_at_once(tmp_path: Path) -> None:
         r"recipe"
     )
     with pytest.raises(DataError, match=words):
-        Loader(manifest, make_order(manifest, None, 4), 0, 1, 4, VOCAB, documents=True)
+        Loader(manifest, make_order(manifest, None, 4), Share(0, 1, 4), VOCAB, documents=True)
     with pytest.raises(DataError, match="held_out"):
-        Loader(manifest, make_order(manifest, [0], 4), 0, 1, 4, VOCAB, documents=True)
+        Loader(manifest, make_order(manifest, [0], 4), Share(0, 1, 4), VOCAB, documents=True)
     require_borders(manifest, ["chunk_000"])

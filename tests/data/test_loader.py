@@ -3,16 +3,16 @@
 import json
 import threading
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from k2train.data.chunk import Manifest, read_manifest, write_chunk, write_manifest
-from k2train.data.loader import Loader
+from k2train.data.chunk import Manifest, read_manifest
+from k2train.data.loader import Loader, Share
 from k2train.data.order import ChunkOrder, make_order
 from k2train.errors import DataError
+from tests.support.data_folder import add_chunk, finish
 
 LENGTH, VOCAB, BATCH = 6, 1000, 4
 ROWS = {"chunk_000": 9, "chunk_001": 8}
@@ -21,12 +21,11 @@ ROWS = {"chunk_000": 9, "chunk_001": 8}
 @pytest.fixture
 def manifest(tmp_path: Path) -> Manifest:
     random = np.random.default_rng(1)
-    infos = []
-    for name, rows in {**ROWS, "held_out": 10}.items():
-        ids = random.integers(0, VOCAB, (rows, LENGTH)).astype(np.uint32)
-        infos.append(write_chunk(tmp_path, name, [ids], rows, VOCAB, {}))
-    keys: dict[str, Any] = {"tokenizer_sha256": "t", "sequence_length": LENGTH, "vocab_size": VOCAB}
-    return write_manifest(tmp_path, chunks=infos[:2], held_out=infos[2], **keys)
+    infos = [
+        add_chunk(tmp_path, name, random.integers(0, VOCAB, (rows, LENGTH)), VOCAB)
+        for name, rows in {**ROWS, "held_out": 10}.items()
+    ]
+    return finish(tmp_path, infos, LENGTH, VOCAB)
 
 
 @pytest.fixture
@@ -45,9 +44,11 @@ def test_ranks_together_read_the_step(
     """Catches a rank reading another's rows, micro-batches out of order, and a prefetched step
     handed out wrongly.
     """
-    loaders = [Loader(manifest, order, dp, data, micro, VOCAB, verify=True) for dp in range(data)]
+    loaders = [
+        Loader(manifest, order, Share(dp, data, micro), VOCAB, verify=True) for dp in range(data)
+    ]
     for step in range(1, order.total_steps + 1):
-        batches = [loader.step(step).tokens for loader in loaders]
+        batches = [[part.tokens for part in loader.step(step)] for loader in loaders]
         assert all(
             part.shape == (micro, LENGTH) and part.dtype == torch.int64
             for b in batches
@@ -64,10 +65,10 @@ def test_any_step_may_be_asked_next(manifest: Manifest, order: ChunkOrder) -> No
     """Catches a prefetch that answers with what it has instead of what was asked, as after a
     rollback.
     """
-    with Loader(manifest, order, 0, 1, BATCH, VOCAB) as loader:
+    with Loader(manifest, order, Share(0, 1, BATCH), VOCAB) as loader:
         for step in (3, 1, 1, 4, 2, 3):
             expected = rows_of(manifest, order.position(step).name, order.rows_of(step))
-            assert torch.equal(loader.step(step).tokens[0], expected), step
+            assert torch.equal(loader.step(step)[0].tokens, expected), step
             assert len(loader._pending) <= 2
 
 
@@ -75,21 +76,21 @@ def test_batches_are_copies(manifest: Manifest, order: ChunkOrder) -> None:
     """Catches a batch that is a view of the file: writing to it must not change what is read
     again.
     """
-    with Loader(manifest, order, 0, 1, BATCH, VOCAB) as loader:
-        first = loader.step(1).tokens[0]
+    with Loader(manifest, order, Share(0, 1, BATCH), VOCAB) as loader:
+        first = loader.step(1)[0].tokens
         kept = first.clone()
         first.zero_()
-        assert torch.equal(loader.step(1).tokens[0], kept)
+        assert torch.equal(loader.step(1)[0].tokens, kept)
 
 
 def test_held_out_is_the_same_at_any_time(manifest: Manifest, order: ChunkOrder) -> None:
     """Catches a validation set that moves with training, and partial batches."""
-    with Loader(manifest, order, 1, 2, 2, VOCAB) as loader:
+    with Loader(manifest, order, Share(1, 2, 2), VOCAB) as loader:
         assert loader.num_held_out_batches() == 2
         assert loader.num_held_out_batches(3) == 3
-        before = loader.held_out(1).tokens
+        before = [part.tokens for part in loader.held_out(1)]
         loader.step(2)
-        after = loader.held_out(1).tokens
+        after = [part.tokens for part in loader.held_out(1)]
         assert torch.equal(before[0], rows_of(manifest, "held_out", range(6, 8)))
         assert torch.equal(before[0], after[0])
         with pytest.raises(DataError, match="held-out batch 2 of 4 rows: there are 2"):
@@ -106,7 +107,7 @@ def corrupt(manifest: Manifest, name: str, value: int) -> None:
 def test_bad_id_is_raised_where_it_is_used(manifest: Manifest, order: ChunkOrder) -> None:
     """Catches an id beyond the vocabulary reaching the model when whole chunks are not verified."""
     corrupt(manifest, "chunk_001", VOCAB)
-    with Loader(manifest, order, 0, 1, BATCH, VOCAB) as loader:
+    with Loader(manifest, order, Share(0, 1, BATCH), VOCAB) as loader:
         loader.step(1)
         with pytest.raises(
             DataError, match=r"chunk_001 .*row 5, position 3: id 1000 is not below vocab_size 1000"
@@ -114,7 +115,7 @@ def test_bad_id_is_raised_where_it_is_used(manifest: Manifest, order: ChunkOrder
             loader.step(2)
 
     with (
-        Loader(manifest, order, 0, 2, 2, VOCAB) as other,
+        Loader(manifest, order, Share(0, 2, 2), VOCAB) as other,
         pytest.raises(DataError, match="row 5, position 3"),
     ):
         other.step(2)
@@ -126,14 +127,14 @@ def test_verify_stops_before_the_first_row(manifest: Manifest, order: ChunkOrder
     """
     corrupt(manifest, "chunk_001", 1)
     corrupt(manifest, "held_out", 1)
-    with Loader(manifest, order, 0, 1, BATCH, VOCAB, verify=True) as loader:
+    with Loader(manifest, order, Share(0, 1, BATCH), VOCAB, verify=True) as loader:
         for _ in range(2):
             with pytest.raises(DataError, match=r"chunk_001 .*sha256"):
                 loader.step(1)
         assert loader.verify_ahead("chunk_000").result() is None
         with pytest.raises(DataError, match=r"held_out .*sha256"):
             loader.held_out(0)
-    with Loader(manifest, order, 0, 1, BATCH, VOCAB) as unverified:
+    with Loader(manifest, order, Share(0, 1, BATCH), VOCAB) as unverified:
         unverified.step(1)
 
 
@@ -145,7 +146,7 @@ def test_each_chunk_is_verified_once(
     monkeypatch.setattr(
         "k2train.data.loader.verify_chunk", lambda manifest, info, stopped: seen.append(info.name)
     )
-    with Loader(manifest, order, 0, 1, BATCH, VOCAB, verify=True) as loader:
+    with Loader(manifest, order, Share(0, 1, BATCH), VOCAB, verify=True) as loader:
         for step in range(1, order.total_steps + 1):
             loader.step(step)
     assert sorted(seen) == ["chunk_000", "chunk_001"]
@@ -154,17 +155,17 @@ def test_each_chunk_is_verified_once(
 def test_what_does_not_fit_is_refused_at_once(manifest: Manifest, order: ChunkOrder) -> None:
     """Catches a run that finds out at its first, or hundredth, step."""
     with pytest.raises(DataError, match=r"model.vocab_size \(999\) must be at least .*\(1000"):
-        Loader(manifest, order, 0, 1, 1, VOCAB - 1)
+        Loader(manifest, order, Share(0, 1, 1), VOCAB - 1)
     with pytest.raises(DataError, match="nearest that are"):
-        Loader(manifest, order, 0, 3, 1, VOCAB)
+        Loader(manifest, order, Share(0, 3, 1), VOCAB)
     (manifest.folder / "chunk_000.npy").write_bytes(b"short")
     with pytest.raises(DataError, match="chunk_000"):
-        Loader(manifest, order, 0, 1, 1, VOCAB)
+        Loader(manifest, order, Share(0, 1, 1), VOCAB)
 
 
 def test_close_ends_the_threads(manifest: Manifest, order: ChunkOrder) -> None:
     """Catches threads that outlive the run and keep the process from ending."""
-    with Loader(manifest, order, 0, 1, BATCH, VOCAB, verify=True) as loader:
+    with Loader(manifest, order, Share(0, 1, BATCH), VOCAB, verify=True) as loader:
         loader.step(1)
         assert any(t.name.startswith("k2train-loader") for t in threading.enumerate())
     loader.close()
@@ -176,7 +177,7 @@ def test_data_without_held_out(manifest: Manifest, order: ChunkOrder) -> None:
     content = json.loads(manifest.path.read_text())
     content["held_out"] = None
     manifest.path.write_text(json.dumps(content))
-    with Loader(read_manifest(manifest.path), order, 0, 1, BATCH, VOCAB) as loader:
+    with Loader(read_manifest(manifest.path), order, Share(0, 1, BATCH), VOCAB) as loader:
         assert loader.num_held_out_batches() == 0
         with pytest.raises(DataError, match="there are 0"):
             loader.held_out(0)

@@ -7,13 +7,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from k2train.data.chunk import ChunkInfo, Manifest
-from k2train.data.order import ChunkOrder, make_order, rank_rows
-from k2train.errors import DataError
+from k2train.data.order import ChunkOrder, apply_events, make_order, rank_rows
+from k2train.errors import DataError, RunError
+from k2train.record.events import ChunkDeferred, ChunkStarted, UnknownEvent
+from tests.support.events import entries, event
 
 
 def manifest_of(rows: dict[str, int], sequence_length: int = 8) -> Manifest:
-    chunks = tuple(ChunkInfo(n, f"{n}.npy", r, r * sequence_length, {}, n) for n, r in rows.items())
-    return Manifest(Path("data/manifest.json"), "m", "t", sequence_length, 100, "uint16", chunks)
+    chunks = tuple(
+        ChunkInfo(name=n, file=f"{n}.npy", rows=r, tokens=r * sequence_length, sha256=n)
+        for n, r in rows.items()
+    )
+    return Manifest(
+        path=Path("data/manifest.json"),
+        sha256="m",
+        tokenizer_sha256="t",
+        sequence_length=sequence_length,
+        vocab_size=100,
+        dtype="uint16",
+        chunks=chunks,
+    )
 
 
 orders = st.integers(1, 12).flatmap(
@@ -75,11 +88,51 @@ def test_the_step_does_not_know_the_layout(
 def test_deferred_chunk_leaves_the_past_alone(order: ChunkOrder, data: st.DataObject) -> None:
     """Catches a rollback that changes steps already trained, or loses the deferred chunk."""
     i = data.draw(st.integers(0, len(order.names) - 1))
-    after = order.deferred(i)
+    to = data.draw(st.integers(i, len(order.names) - 1))
+    last_before = order.first_step(i) - 1
+    deferral = ChunkDeferred(attempt=1, chunk=order.names[i], step=last_before, order_index=to)
+    after = apply_events(order, entries(deferral), "ledger")
     past = range(1, order.first_step(i))
     assert [after.sample_ids(s) for s in past] == [order.sample_ids(s) for s in past]
     assert sorted(after.names) == sorted(order.names)
-    assert (after.names[-1], after.rows[-1]) == (order.names[i], order.rows[i])
+    assert (after.names[to], after.rows[to]) == (order.names[i], order.rows[i])
+
+
+def test_a_deferral_keeps_its_place_when_the_config_grows() -> None:
+    """Catches a chunk already read that moves on when chunks are appended; other events count for
+    nothing.
+    """
+    events = entries(
+        event(ChunkStarted, chunk="b"),
+        ChunkDeferred(attempt=1, chunk="b", step=1, order_index=2),
+        UnknownEvent(unknown="chunk_moved", extra={"chunk": "a"}),
+    )
+    for names in ("abc", "abcd"):
+        order = ChunkOrder(tuple(names), (2,) * len(names), 2)
+        assert "".join(apply_events(order, events, "ledger").names) == "acb" + names[3:]
+        assert apply_events(order, [], "ledger") == order
+
+
+@pytest.mark.parametrize(
+    ("chunk", "step", "to", "words"),
+    (
+        ("z", 0, 2, "'z', which the order does not have"),
+        (
+            "b",
+            2,
+            2,
+            "'b' to position 2 after step 2; it begins with step 2 at position 1 of 0 to 2",
+        ),
+        ("b", 1, 3, "'b' to position 3 after"),
+        ("c", 1, 1, "'c' to position 1 after"),
+    ),
+)
+def test_a_deferral_that_does_not_fit_is_named(chunk: str, step: int, to: int, words: str) -> None:
+    """Catches another run's deferral, and one that would change steps already trained."""
+    order = ChunkOrder(("a", "b", "c"), (2, 2, 2), 2)
+    deferral = ChunkDeferred(attempt=1, chunk=chunk, step=step, order_index=to)
+    with pytest.raises(RunError, match=f"ledger: line 2 defers {words}"):
+        apply_events(order, entries(event(ChunkStarted), deferral), "ledger")
 
 
 def test_indivisible_batch_tells_the_nearest() -> None:

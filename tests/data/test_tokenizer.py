@@ -25,14 +25,15 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from k2train.data import tokenizer as module
+from k2train.data import tokenizer_training
 from k2train.data.tokenizer import (
     EOS_ID,
     K2_SPECIAL_TOKENS,
     SEGMENT_CHARACTERS,
     Tokenizer,
     is_encodable,
-    train_tokenizer,
 )
+from k2train.data.tokenizer_training import train_tokenizer
 from k2train.errors import DataError
 from tests.support.command_line import load_tool
 
@@ -424,7 +425,7 @@ def test_what_the_trainer_says_is_a_last_resort() -> None:
         "INTERNAL: a.cc(1) [x] Too few. 3 vs 4. Increase it or decrease character_coverage "
         "with --character_coverage option."
     )
-    assert module._size_error(report) == "INTERNAL: a.cc(1) [x] Too few. 3 vs 4."
+    assert tokenizer_training._size_error(report) == "INTERNAL: a.cc(1) [x] Too few. 3 vs 4."
 
 
 # The command line

@@ -10,26 +10,38 @@ import pytest
 
 from k2train.errors import RunError
 from k2train.guard.crash_loop import attempts_of, check_progress, fruitless_starts
-
-Event = dict[str, Any]
+from k2train.record.events import (
+    CheckpointSaved,
+    ChunkStarted,
+    Event,
+    Failed,
+    Finished,
+    Resumed,
+    Spike,
+    Started,
+    Starting,
+    Stopped,
+    UnknownEvent,
+)
+from tests.support.events import entries, event
 
 
 def start(attempt: int, step: int = 0) -> Event:
     if step:
-        return {"event": "resumed", "attempt": attempt, "step": step}
-    return {"event": "started", "attempt": attempt}
+        return event(Resumed, attempt=attempt, step=step)
+    return event(Started, attempt=attempt)
 
 
 def saved_step(attempt: int, step: int, **facts: Any) -> Event:
-    return {"event": "checkpoint_saved", "attempt": attempt, "step": step, **facts}
+    return event(CheckpointSaved, attempt=attempt, step=step, **facts)
 
 
-def ended(kind: str, attempt: int, step: int, **facts: Any) -> Event:
-    return {"event": kind, "attempt": attempt, "step": step, **facts}
+def ended(kind: type[Event], attempt: int, step: int, **facts: Any) -> Event:
+    return event(kind, attempt=attempt, step=step, **facts)
 
 
 def asked(attempt: int, step: int) -> Event:
-    return ended("stopped", attempt, step, reason="SIGTERM")
+    return ended(Stopped, attempt, step, reason="SIGTERM")
 
 
 CRASHES = [start(1), saved_step(1, 0), saved_step(1, 41), start(2, 41), start(3, 41), start(4, 41)]
@@ -49,29 +61,31 @@ CRASHES = [start(1), saved_step(1, 0), saved_step(1, 41), start(2, 41), start(3,
         ([*CRASHES, start(5, 41), asked(5, 41)], [2, 3, 4]),
         ([*CRASHES, start(5, 41), asked(5, 44), saved_step(5, 44)], []),
         ([*CRASHES, start(5, 41), saved_step(5, 44), asked(5, 44)], []),
-        ([start(1), ended("stopped", 1, 3, reason="non-finite")], [1]),
-        ([start(1), ended("stopped", 1, 3, reason="save failed", problem="disk full")], [1]),
-        ([start(1), ended("finished", 1, 20), start(2)], [2]),
+        ([start(1), ended(Stopped, 1, 3, reason="non-finite")], [1]),
+        ([start(1), ended(Stopped, 1, 3, reason="save failed", problem="disk full")], [1]),
+        ([start(1), ended(Finished, 1, 20), start(2)], [2]),
         # A checkpoint that a kill kept out of the ledger is told by the next start, in the name of
         # the one that made it.
         ([start(1), saved_step(1, 0), saved_step(1, 5, recovered=True), start(2, 5)], [2]),
         ([start(1), saved_step(1, 0), start(2), saved_step(1, 5, recovered=True)], [2]),
         # Gone back by hand: an older beginning does not make progress of less.
         ([*CRASHES[:3], start(2, 10), saved_step(2, 15)], []),
-        ([{"event": "lock_taken_over", "step": 9}, start(1)], [1]),
+        ([UnknownEvent(unknown="lock_taken_over", extra={"step": 9}), start(1)], [1]),
+        # `starting` begins an attempt, and the event after it continues the same one.
+        ([Starting(attempt=1, step=0), start(1), Starting(attempt=2, step=0)], [1, 2]),
     ),
 )
 def test_which_starts_got_nowhere(events: list[Event], fruitless: list[int]) -> None:
-    assert [attempt.number for attempt in fruitless_starts(events)] == fruitless
+    assert [attempt.number for attempt in fruitless_starts(entries(*events))] == fruitless
 
 
 @pytest.mark.parametrize(("limit", "stops"), ((0, False), (2, True), (3, True), (4, False)))
 def test_the_limit(limit: int, stops: bool, tmp_path: Path) -> None:
     if not stops:
-        check_progress(CRASHES, limit, tmp_path)
+        check_progress(entries(*CRASHES), limit, tmp_path)
         return
     with pytest.raises(RunError, match=r"^3 starts in a row got no further than step 41 "):
-        check_progress(CRASHES, limit, tmp_path)
+        check_progress(entries(*CRASHES), limit, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -79,18 +93,18 @@ def test_the_limit(limit: int, stops: bool, tmp_path: Path) -> None:
     (
         ([], "killed after step 41 without an error message"),
         (
-            [ended("failed", 4, 44, problem="rank 2 died at step 44\ndetails")],
+            [ended(Failed, 4, 44, problem="rank 2 died at step 44\ndetails")],
             r"rank 2 died at step 44 \.\.\.",
         ),
-        ([ended("stopped", 4, 43, reason="non-finite")], "non-finite at step 43"),
-        ([ended("chunk_started", 4, 46)], "killed after step 46 without an error message"),
+        ([ended(Stopped, 4, 43, reason="non-finite")], "non-finite at step 43"),
+        ([ended(ChunkStarted, 4, 46)], "killed after step 46 without an error message"),
     ),
 )
 def test_the_line_says_how_the_last_one_ended_and_what_to_do(
     last: list[Event], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(RunError) as raised:
-        check_progress([*CRASHES, *last], 3, tmp_path)
+        check_progress(entries(*CRASHES, *last), 3, tmp_path)
     raised.match(
         rf"\(last: {message}\); look at {tmp_path}/ledger\.jsonl .*, then start with "
         r"run\.max_fruitless_starts=0$"
@@ -100,18 +114,18 @@ def test_the_line_says_how_the_last_one_ended_and_what_to_do(
 
 def test_one_start_is_not_a_row(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"^1 start got no further than step 0 "):
-        check_progress([start(1)], 1, tmp_path)
+        check_progress(entries(start(1)), 1, tmp_path)
 
 
 def test_an_attempt_knows_where_it_came(tmp_path: Path) -> None:
     one, two = attempts_of(
-        [
+        entries(
             start(1),
             saved_step(1, 5),
-            ended("spike", 1, 8),
+            ended(Spike, 1, 8),
             start(2, 5),
             saved_step(1, 8, recovered=True),
-        ]
+        )
     )
     assert (one.start_step, one.last_step, one.saved_step) == (0, 8, 8)
     assert (two.start_step, two.saved_step, two.is_fruitless) == (5, -1, True)

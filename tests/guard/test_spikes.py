@@ -7,6 +7,7 @@ depends on a restart, and NaN that poisons the baseline.
 import json
 import math
 import random
+from dataclasses import asdict
 
 import pytest
 from hypothesis import given, settings
@@ -78,10 +79,10 @@ def test_a_short_spike_is_benign() -> None:
     assert events[1]["onset"] == 301
     alert = SpikeAlert()
     _events(alert, series[:300])
-    before = alert.state()
+    before = asdict(alert)
     _events(alert, series[300:306], 301)
-    assert alert.state()["losses"] == before["losses"], "the window must not take the spike in"
-    assert alert.state()["log_grads"] == before["log_grads"]
+    assert alert.losses == before["losses"], "the window must not take the spike in"
+    assert alert.log_grads == before["log_grads"]
 
 
 def test_a_jump_of_the_gradient_norm_alone_opens() -> None:
@@ -127,7 +128,7 @@ def test_values_that_are_not_finite_are_ignored(bad: tuple[float, float]) -> Non
     with_bad, without = SpikeAlert(), SpikeAlert()
     series = [row for good in clean for row in (good, bad)]
     assert _events(with_bad, series) == [] == _events(without, clean)
-    assert with_bad.state() == without.state()
+    assert with_bad == without
 
 
 @settings(max_examples=25, deadline=None)
@@ -137,26 +138,26 @@ def test_a_restart_anywhere_changes_nothing(cut: int, seed: int, height: float) 
     series = clean[:300] + _raised(clean[300:303], 1.0, 10.0) + _raised(clean[303:], height, 1.0)
     straight = SpikeAlert()
     expected = _events(straight, series)
-    first, second = SpikeAlert(), SpikeAlert()
+    first = SpikeAlert()
     events = _events(first, series[:cut])
-    second.load_state(json.loads(json.dumps(first.state(), allow_nan=False)))
+    second = SpikeAlert(**json.loads(json.dumps(asdict(first), allow_nan=False)))
     _events(first, clean)
     events += _events(second, series[cut:], 1 + cut)
-    assert events == expected and second.state() == straight.state()
+    assert events == expected and second == straight
 
 
 def test_state_is_a_copy() -> None:
     alert = SpikeAlert()
     clean = _clean(200)
     _events(alert, clean[:100] + _raised(clean[100:105], 1.0, 1.0))
-    before = alert.state()
+    before = asdict(alert)
     text = json.dumps(before)
     _events(alert, clean[105:], 106)
     assert json.dumps(before) == text
 
 
 def test_three_non_finite_steps_in_a_row_stop() -> None:
-    counter = NonFiniteCounter(limit=3)
+    counter = NonFiniteCounter()
     answers = [
         counter.observe(finite) for finite in (True, False, False, True, False, False, False, False)
     ]
@@ -165,8 +166,8 @@ def test_three_non_finite_steps_in_a_row_stop() -> None:
 
 
 def test_a_restart_does_not_forget_the_steps_before_it() -> None:
-    counter, again = NonFiniteCounter(), NonFiniteCounter()
+    counter = NonFiniteCounter()
     counter.observe(False)
     counter.observe(False)
-    again.load_state(json.loads(json.dumps(counter.state())))
+    again = NonFiniteCounter(**json.loads(json.dumps(asdict(counter))))
     assert again.observe(False) == "stop" and again.total == 3

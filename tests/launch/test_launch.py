@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from k2train.checkpoint.manifest import verify_checkpoint
-from k2train.errors import EXIT_FAILED, RunError
+from k2train.checkpoint.verify import verify_checkpoint
+from k2train.errors import EXIT_FAILED, EXIT_USAGE, RunError
 from k2train.launch.__main__ import (
     exit_code_after_signal,
     exit_code_of,
-    split_restarts,
+    parse,
     start_with_restarts,
 )
 from k2train.launch.environment import (
@@ -26,10 +26,12 @@ from k2train.launch.environment import (
     limit_cuda_connections,
     read_launch,
     read_statuses,
-    start_ticks,
     write_status,
 )
 from k2train.launch.supervisor import Supervisor
+from k2train.processes import start_ticks
+from k2train.record.events import Stopped
+from k2train.record.ledger import read_ledger
 from tests.support.command_line import HANG_SECONDS, hear_signals, soon
 from tests.support.tiny_corpus import (
     ROOT,
@@ -358,23 +360,40 @@ def test_a_long_start_is_no_crash_at_once(monkeypatch: pytest.MonkeyPatch) -> No
         (["--nnodes=1", "--restarts=12", "x.py", "--nnodes=4"], 12),
     ),
 )
-def test_restarts_are_ours_and_the_rest_is_torchruns(given: list[str], expected: int) -> None:
-    count, rest = split_restarts(given)
-    assert count == expected
-    assert rest == given or "--restarts" not in " ".join(rest)
-    assert rest[-1] == given[-1]
+def test_restarts_are_ours_and_the_rest_is_torchruns(
+    given: list[str], expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches an option of the program that is taken for the launcher's."""
+    (tmp_path / "x.py").touch()
+    monkeypatch.chdir(tmp_path)
+    options = parse(given)
+    assert options.restarts == expected and options.training_script in ("x", "x.py")
+    script = next(i for i, text in enumerate(given) if text in ("x", "x.py"))
+    assert options.training_script_args == given[script + 1 :]
 
 
 @pytest.mark.parametrize(
     ("given", "complaint"),
     (
+        ([], "nothing to start; give -m k2train.train CONFIG.yaml"),
+        (["--nproc-per-node", "2"], "required: training_script"),
+        (["--nproc-per-nodes", "2", "-m", "x"], "--nproc-per-nodes"),
+        (["MY.yaml"], "MY.yaml is a config, not a program; put -m k2train.train before it"),
+        (["--standalone", "-m", "MY.yml", "lr.peak=1"], "MY.yml is a config"),
+        (["k2train.train", "MY.yaml"], "there is no file k2train.train; a module needs -m"),
         (["--restarts", "many", "-m", "x"], "'many'"),
         (["--nnodes", "2", "--restarts=1", "-m", "x"], "--nnodes is 2"),
     ),
 )
-def test_restarts_that_cannot_be(given: list[str], complaint: str) -> None:
-    with pytest.raises(ValueError, match=complaint):
-        split_restarts(given)
+def test_a_mistaken_start_is_one_line(
+    given: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches screens of usage, and a config that Python runs as a program in every process."""
+    with pytest.raises(SystemExit) as end:
+        parse(given)
+    said = capsys.readouterr().err
+    assert end.value.code == EXIT_USAGE and complaint in said
+    assert said.startswith("python -m k2train.launch: ") and said.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -414,9 +433,7 @@ def test_a_note_tells_a_process_from_a_later_one_of_the_same_id(
         and not statuses[3].saving
         and statuses[5].saving
     )
-    assert (
-        not ProcessStatus(None, os.getpid(), "1").is_alive and not ProcessStatus(None, 0).is_alive
-    )
+    assert not ProcessStatus(None, os.getpid(), 1).is_alive and not ProcessStatus(None, 0).is_alive
     write_status(3, 75)
     assert read_statuses(tmp_path)[3] == ProcessStatus(75)
 
@@ -463,9 +480,9 @@ def test_asked_to_stop_all_processes_save_and_go_on(config: Path, tmp_path: Path
     os.kill(process.pid, signal.SIGTERM)
     text, _ = process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == 75, text
-    stopped = [json.loads(line) for line in (run / "ledger.jsonl").read_text().splitlines()]
-    assert stopped[-1]["event"] == "stopped" and stopped[-1]["reason"] == "SIGTERM"
-    done = stopped[-1]["step"]
+    stopped = read_ledger(run / "ledger.jsonl")[-1].event
+    assert isinstance(stopped, Stopped) and stopped.reason == "SIGTERM"
+    done = stopped.step
     assert metrics.read_text().count("\n") == done < 20
     assert any(
         json.loads((path / "manifest.json").read_text())["step"] == done
@@ -502,4 +519,4 @@ def test_a_save_that_takes_longer_than_torchruns_patience_is_whole(
     assert process.returncode == 75, text
     assert time.monotonic() - began_at > 31, "the save was not slow"
     (last,) = saving.glob("ckpt_000_step_*")
-    assert verify_checkpoint(last)["step"] in (2, 3)
+    assert verify_checkpoint(last).step in (2, 3)

@@ -16,30 +16,50 @@ import pytest
 
 from k2train.config.load import load_config
 from k2train.config.schema import sections
-from k2train.data.prepare.recipe import load_recipe
+from k2train.data.prepare.load_recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = sorted((ROOT / "k2train").rglob("*.py"))
 TOOLS = sorted((ROOT / "tools").glob("*.py"))
 SOURCE = [*PACKAGE, *TOOLS]
 
-BASE = {"errors", "fault_injection", "files", "safe_json", "state_digest", "text"}
+BASE = {
+    "command_line",
+    "errors",
+    "fault_injection",
+    "files",
+    "processes",
+    "safe_json",
+    "state_digest",
+    "text",
+}
 """Modules at the root: what every room may use."""
-THIRD_LAYER = {"model", "optim", "data", "checkpoint", "record", "guard", "watchdog", "run_lock"}
+THIRD_LAYER = {"model", "optim", "data", "checkpoint", "guard", "watchdog", "run_lock"}
 """Rooms that do not know each other, nor the config."""
 ALLOWED = {
     **{name: set() for name in BASE},
+    "command_line": {"errors"},
     "fault_injection": {"errors"},
     "config": {"errors", "files"},
     "plan": {"errors"},
-    "launch": {"errors"},
+    "launch": {"command_line", "errors", "processes"},
+    "record": {"errors", "fault_injection", "files", "safe_json", "text"},
     "parallel": {"errors", "launch", "plan", "state_digest"},
     **{name: {*BASE, "plan", "parallel"} for name in THIRD_LAYER},
-    "train": {*BASE, "config", "launch", "plan", "parallel", *THIRD_LAYER},
+    "train": {*BASE, "config", "launch", "plan", "parallel", "record", *THIRD_LAYER},
 }
 """What each room may import besides itself."""
-ALSO_ALLOWED = {"data/prepare/recipe.py": {"config"}}
-"""A reader of recipes has the strictness of the config and therefore its text and its messages."""
+ALSO_ALLOWED = {
+    # As strict as the config, and therefore with its text and its messages.
+    "data/prepare/load_recipe.py": {"config"},
+    "data/prepare/recipe.py": {"config"},
+    # What a run did is read from its ledger, as events of `record`.
+    **{
+        name: {"record"}
+        for name in ("data/order.py", "data/inspect/run_usage.py", "guard/crash_loop.py")
+    },
+}
+"""What single modules may import besides."""
 PROGRAMS = ("k2train.train", "k2train.launch.__main__", "k2train.launch.supervisor")
 """Only their own room imports them."""
 INNER_ROOMS = {
@@ -56,7 +76,16 @@ TORCH_FREE = [
     *(ROOT / "k2train" / f"{name}.py" for name in sorted(BASE)),
     *(
         ROOT / f"k2train/train/{name}.py"
-        for name in ("__main__", "memory_report", "preflight", "resume_check")
+        for name in (
+            "__main__",
+            "memory_report",
+            "preflight",
+            "resume_check",
+            "setup",
+            "stage_transition",
+            "start_point",
+            "state",
+        )
     ),
     *(
         path
@@ -66,15 +95,24 @@ TORCH_FREE = [
     ),
     *(
         ROOT / f"k2train/checkpoint/{name}.py"
-        for name in ("disk_space", "file_digest", "manifest", "retention", "scrub", "shards")
+        for name in (
+            "disk_space",
+            "file_digest",
+            "manifest",
+            "retention",
+            "scrub",
+            "shards",
+            "verify",
+        )
     ),
+    ROOT / "k2train/model/architecture.py",
     ROOT / "k2train/optim/lr_schedule.py",
 ]
 TORCH_ALLOWED = {"data/loader.py"}
 """`launch/__main__.py` is left out above: it is torchrun, with another end."""
 
 INNER_IMPORTS = re.compile(
-    r"k2train/(record/wandb|model/kernels/\w+|data/prepare/[\w/]+|data/tokenizer)\.py"
+    r"k2train/(record/wandb|model/kernels/\w+|data/(prepare/[\w/]+|tokenizer|inspect/provenance))\.py"
 )
 """Optional packages may be imported where they are used."""
 ENVIRONMENT = re.compile(
@@ -82,9 +120,13 @@ ENVIRONMENT = re.compile(
 )
 """The last one only hands its environment on to the tests it starts."""
 PRINTS = re.compile(
-    r"(k2train/(train|launch)/__main__|tools/\w+)\.py|k2train/data/prepare/progress\.py"
+    r"(k2train/((train|launch)/__main__|command_line)|tools/\w+)\.py|k2train/data/prepare/progress\.py"
 )
 """Only command lines write to the terminal; `progress` is the stream of one of them."""
+
+
+FUNCTION_LINES, CLASS_LINES, PARAMETERS = 60, 300, 6
+"""Longest function and class, docstrings included, and most parameters of a constructor."""
 
 
 @cache
@@ -233,7 +275,8 @@ def test_what_answers_before_the_devices_never_names_torch() -> None:
 def test_the_command_line_and_the_tools_load_no_torch(path: Path) -> None:
     """Catches torch that comes in through another package, which no single file shows."""
     program = (
-        f"import runpy, sys; runpy.run_path({str(path)!r}, run_name='imported'); "
+        f"import runpy, sys; sys.path.insert(0, {str(path.parent)!r}); "
+        f"runpy.run_path({str(path)!r}, run_name='imported'); "
         "assert 'torch' not in sys.modules"
     )
     done = subprocess.run(
@@ -313,6 +356,27 @@ def test_only_command_lines_print() -> None:
         and node.func.id == "print"
     ]
     assert found == []
+
+
+def too_large(path: Path) -> Iterator[str]:
+    for node in ast.walk(tree_of(path)):
+        where = f"{name_of(path)}:{getattr(node, 'lineno', 0)}"
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            lines = int(node.end_lineno or 0) - node.lineno + 1
+            most = CLASS_LINES if isinstance(node, ast.ClassDef) else FUNCTION_LINES
+            if lines > most:
+                yield f"{where}: {node.name} has {lines} lines, at most {most}"
+        if isinstance(node, ast.FunctionDef) and node.name == "__init__":
+            given = node.args
+            count = len(given.posonlyargs) + len(given.args) + len(given.kwonlyargs) - 1
+            if count > PARAMETERS:
+                yield f"{where}: the constructor has {count} parameters, at most {PARAMETERS}"
+
+
+def test_functions_and_classes_are_small() -> None:
+    """Catches a function, class or constructor that grows by one more case at a time."""
+    every = [*PACKAGE, *sorted((ROOT / "tools").rglob("*.py"))]
+    assert [line for path in every for line in too_large(path)] == []
 
 
 def test_every_module_says_what_it_is() -> None:

@@ -6,22 +6,25 @@ loses a bit of weights, master weights or moments.
 """
 
 import hashlib
-import json
 import random
 import shutil
 import signal
-import sys
 import time
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import compare_runs
 import pytest
 
-from k2train.checkpoint.manifest import list_checkpoints, verify_checkpoint
-from k2train.record.ledger import read_ledger
+from k2train.checkpoint.manifest import list_checkpoints
+from k2train.checkpoint.verify import verify_checkpoint
+from k2train.record.events import CheckpointSaved, ChunkDeferred, Resumed, Stopped, of_kind
+from k2train.record.ledger import Ledger, read_ledger
 from k2train.record.metrics import latest, read_metrics
 from k2train.train.trainer import Trainer
+from tests.support.command_line import load_tool
 from tests.support.gloo_pool import GlooPool
 from tests.support.tiny_corpus import (
     STEPS_PER_CHUNK,
@@ -36,9 +39,6 @@ from tests.support.tiny_corpus import (
     wait_for,
     write_yaml,
 )
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
-import compare_runs
 
 CHUNKS = 4
 STEPS = CHUNKS * STEPS_PER_CHUNK
@@ -71,13 +71,12 @@ def assert_same_run(run: Path, straight: Path) -> None:
     """
     assert compare_runs.differences(straight, run, strict=True) == []
     rows = latest(run / "metrics.jsonl")
-    assert [row["step"] for row in rows] == list(range(1, rows[-1]["step"] + 1))
-    assert [row["chunk"] for row in rows] == [
-        f"chunk_{(row['step'] - 1) // STEPS_PER_CHUNK:03d}" for row in rows
+    assert [row.step for row in rows] == list(range(1, rows[-1].step + 1))
+    assert [row.chunk for row in rows] == [
+        f"chunk_{(row.step - 1) // STEPS_PER_CHUNK:03d}" for row in rows
     ]
     samples = [
-        [(row["chunk"], row["rows"]) for row in latest(r / "metrics.jsonl")]
-        for r in (run, straight)
+        [(row.chunk, row.rows) for row in latest(r / "metrics.jsonl")] for r in (run, straight)
     ]
     assert samples[0] == samples[1]
     for checkpoint in list_checkpoints(run / "checkpoints"):
@@ -90,7 +89,7 @@ def wait_for_row(run: Path, attempt: int, process: Any) -> None:
     deadline = time.monotonic() + 120
     while True:
         if (run / "metrics.jsonl").exists() and any(
-            r["attempt"] == attempt for r in read_metrics(run / "metrics.jsonl")
+            r.attempt == attempt for r in read_metrics(run / "metrics.jsonl")
         ):
             return
         assert process.poll() is None and time.monotonic() < deadline, "ended before its first step"
@@ -129,7 +128,7 @@ def test_kill_9_and_go_on(base: Path, straight: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "resumed from" in done.stderr
     assert_same_run(run, straight)
-    assert {row["attempt"] for row in read_metrics(run / "metrics.jsonl")} == {1, 2}
+    assert {row.attempt for row in read_metrics(run / "metrics.jsonl")} == {1, 2}
 
 
 def test_stops_on_request(base: Path, straight: Path) -> None:
@@ -149,13 +148,13 @@ def test_stops_on_request(base: Path, straight: Path) -> None:
         process.send_signal(number)
         output, _ = process.communicate()
         assert process.returncode == 75, output
-        stopped = read_ledger(run / "ledger.jsonl")[-1]
-        assert (stopped["event"], stopped["reason"]) == ("stopped", number.name)
+        stopped = read_ledger(run / "ledger.jsonl")[-1].event
+        assert isinstance(stopped, Stopped) and stopped.reason == number.name
         newest = list_checkpoints(run / "checkpoints")[-1]
         step = manifest_of(newest)["step"]
         whole, rest = divmod(step, STEPS_PER_CHUNK)
         assert newest.name == (f"ckpt_{whole:03d}_step_{step:06d}" if rest else f"ckpt_{whole:03d}")
-        assert stopped["step"] == step
+        assert stopped.step == step
         assert "Traceback" not in output
         logged = "config changes since that checkpoint: run.stop_after_steps: 7 -> null" in output
         assert logged == (attempt == 2), "a change is logged once, and only where there is one"
@@ -230,7 +229,7 @@ def no_adam_steps(trainer: Trainer) -> None:
 
 
 def no_step(trainer: Trainer) -> None:
-    trainer.step, trainer.first_step = 0, 1
+    trainer.state.step, trainer.first_step = 0, 1
     shutil.rmtree(trainer.start.checkpoints / "ckpt_001")
     shutil.rmtree(trainer.start.checkpoints / "ckpt_002")
 
@@ -261,11 +260,7 @@ def copied(
 
 
 def resumed_from(run: Path) -> list[str]:
-    return [
-        event["checkpoint"]
-        for event in read_ledger(run / "ledger.jsonl")
-        if event["event"] == "resumed"
-    ]
+    return [event.checkpoint for event in of_kind(read_ledger(run / "ledger.jsonl"), Resumed)]
 
 
 def test_finished_means_whole(base: Path, pool: GlooPool, straight_bf16: Path) -> None:
@@ -306,6 +301,39 @@ def test_going_back_by_number_goes_back_once(
     assert_same_run(run, straight_bf16)
 
 
+def test_a_deferral_in_the_ledger_moves_the_chunk(
+    base: Path, pool: GlooPool, straight_bf16: Path
+) -> None:
+    """Catches a trainer and an inspection that disagree on the order, and a deferral that changes
+    more than the order: the run is that of a config with the order written out.
+    """
+    later = ["ckpt_002", "ckpt_003", "ckpt_004"]
+    run, tree = copied(base, straight_bf16, "deferred", *later)
+    Ledger(run / "ledger.jsonl").append(
+        ChunkDeferred(attempt=1, chunk="chunk_001", step=STEPS_PER_CHUNK, order_index=3)
+    )
+    # The checkpoint is of the order before; it must be named that this one may follow it.
+    assert "data.order at position 1: chunk_001" in str(pool.run(1, trainer_job, tree)[0])
+    allowed = {**tree, "run": {**tree["run"], "allow": ["data.order"]}}
+    assert pool.run(1, trainer_job, allowed) == [0]
+    assert pool.run(1, trainer_job, tree) == ["finished: ckpt_004"]
+
+    ordered = config_tree(
+        base / "data" / "manifest.json",
+        base / "runs",
+        "ordered",
+        precision="bf16",
+        data__order=[0, 2, 3, 1],
+    )
+    assert pool.run(1, trainer_job, ordered) == [0]
+    assert compare_runs.differences(base / "runs" / "ordered", run, strict=True) == []
+
+    inspected = load_tool("inspect_data").open_run(Namespace(run=run, checkpoint=None, data=None))
+    assert list(dict.fromkeys(row.chunk for row in latest(run / "metrics.jsonl"))) == list(
+        inspected.order.names
+    )
+
+
 def test_a_checkpoint_that_the_ledger_missed(
     base: Path, pool: GlooPool, straight_bf16: Path
 ) -> None:
@@ -316,18 +344,20 @@ def test_a_checkpoint_that_the_ledger_missed(
         base, straight_bf16, "untold", "ckpt_003", "ckpt_004", run__stop_after_steps=1
     )
     lines = (run / "ledger.jsonl").read_text().splitlines(keepends=True)
-    at = next(i for i, line in enumerate(lines) if json.loads(line).get("checkpoint") == "ckpt_002")
+    at = next(
+        entry.seq
+        for entry in read_ledger(run / "ledger.jsonl")
+        if isinstance(entry.event, CheckpointSaved) and entry.event.checkpoint == "ckpt_002"
+    )
     (run / "ledger.jsonl").write_text("".join(lines[:at]))
     for _ in range(2):
         assert pool.run(1, trainer_job, tree) == [75]
-    saved = [
-        event for event in read_ledger(run / "ledger.jsonl") if event["event"] == "checkpoint_saved"
-    ]
-    recovered = [event for event in saved if event.get("recovered")]
-    assert [event["checkpoint"] for event in recovered] == ["ckpt_002"]
+    saved = of_kind(read_ledger(run / "ledger.jsonl"), CheckpointSaved)
+    recovered = [event for event in saved if event.recovered]
+    assert [event.checkpoint for event in recovered] == ["ckpt_002"]
     content = (run / "checkpoints" / "ckpt_002" / "manifest.json").read_bytes()
-    assert recovered[0]["manifest_sha256"] == hashlib.sha256(content).hexdigest()
-    assert len({event["checkpoint"] for event in saved}) == len(saved)
+    assert recovered[0].manifest_sha256 == hashlib.sha256(content).hexdigest()
+    assert len({event.checkpoint for event in saved}) == len(saved)
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from k2train.model.architecture import Architecture
 from k2train.model.attention import Attention
 from k2train.model.kernels.select import choose_kernels, document_mask
 from k2train.model.layers import Rotary
-from k2train.parallel.grid import Axis
+from k2train.parallel.grid import SINGLE
 
 HIDDEN, HEADS, KV_HEADS, LENGTH, BATCH = 24, 6, 2, 70, 3
 """Longer than a block of plain attention."""
@@ -16,17 +17,8 @@ CPU = torch.device("cpu")
 
 
 def module(**choices: str) -> Attention:
-    made = Attention(
-        "layers.0.attention",
-        HIDDEN,
-        HEADS,
-        KV_HEADS,
-        Axis("tp", 1, 0, None),
-        False,
-        0.02,
-        0.02,
-        choose_kernels(**choices),
-    )
+    architecture = Architecture(1, HIDDEN, 4 * HIDDEN, HEADS, KV_HEADS, vocab_size=32)
+    made = Attention("layers.0.attention", architecture, SINGLE["tp"], choose_kernels(**choices))
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in made.parameters():

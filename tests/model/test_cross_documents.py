@@ -1,7 +1,6 @@
 """`data.cross_documents: block`: documents that share a row compute as if alone, on every grid."""
 
 import json
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,21 +14,23 @@ from torch import Tensor
 import k2train.model.transformer as transformer
 from k2train.checkpoint.manifest import MANIFEST, checkpoint_name, seal
 from k2train.config.load import Config
-from k2train.data.document_boundaries import documents_of, write_borders
-from k2train.data.manifest import write_manifest
+from k2train.data.document_boundaries import documents_of
+from k2train.data.loader import MicroBatch
+from k2train.data.manifest import ChunkInfo
 from k2train.errors import CheckpointError, DataError
 from k2train.launch.environment import Launch
 from k2train.model.kernels.select import ATTENTION, document_mask
 from k2train.train.engine import Engine
 from k2train.train.preflight import check_data, prepare_start
 from k2train.train.resume_check import identity_differences, identity_of
+from k2train.train.state import TrainState
+from tests.support.data_folder import rewrite, with_files
 from tests.support.gloo_pool import GlooPool
 from tests.support.tiny_corpus import (
     GLOBAL,
     ROWS,
     SEQUENCE,
     STEPS_PER_CHUNK,
-    VOCAB,
     config_tree,
     make_corpus,
     train,
@@ -38,10 +39,12 @@ from tests.support.tiny_corpus import (
 )
 from tests.support.tiny_model import (
     assemble,
+    engine_of,
     global_batch,
     grid_of,
     local_gradients,
     shapes_of,
+    split,
     tiny_config,
 )
 
@@ -84,9 +87,11 @@ def slices(documents: Tensor) -> list[slice]:
     return [slice(start, stop) for start, stop in zip([0, *ends], ends, strict=False)]
 
 
-def share(batch: Tensor, engine: Engine) -> list[Tensor]:
-    dp = engine.grid.dp
-    return list(batch.chunk(dp.size)[dp.rank].split(engine.config.batch.micro_sequences))
+def share(engine: Engine, step: int, documents: bool) -> list[MicroBatch]:
+    """This rank's micro-batches of a step."""
+    dp, config = engine.grid.dp, engine.config
+    given = [global_batch(config, step), *([global_documents(config, step)] if documents else [])]
+    return split(config, *(rows.chunk(dp.size)[dp.rank] for rows in given))
 
 
 def one_by_one(engine: Engine, tokens: Tensor, documents: Tensor) -> Tensor:
@@ -112,7 +117,7 @@ def separate_job(launch: Launch, config: Config) -> dict[str, Any]:
     """What the definition gives on one process: logits of step 1, and its loss and gradients by
     plain autograd.
     """
-    engine = Engine(config, grid_of(launch, config))
+    engine = engine_of(config, grid_of(launch, config))
     tokens, documents = global_batch(config, 1), global_documents(config, 1)
     # Without their accumulators the matrices' gradients go to autograd.
     for parameter in engine.stages[0].parameters():
@@ -139,7 +144,7 @@ def grid_job(launch: Launch, config: Config) -> dict[str, Any]:
     """Two steps and an evaluation on a grid: logits of step 1, losses, reduced gradients, and how
     many masks were made.
     """
-    engine = Engine(config, grid_of(launch, config))
+    engine = engine_of(config, grid_of(launch, config))
     block = config.data.cross_documents == "block"
     logits: list[np.ndarray] = []
 
@@ -162,23 +167,17 @@ def grid_job(launch: Launch, config: Config) -> dict[str, Any]:
 
     engine.gradients.reduce = reduced  # type: ignore[method-assign]
 
-    def given(step: int) -> tuple[list[Tensor], list[Tensor] | None]:
-        documents = share(global_documents(config, step), engine) if block else None
-        return share(global_batch(config, step), engine), documents
-
     results = []
     for step in range(1, STEPS + 1):
-        tokens, documents = given(step)
-        if not engine.needs_batch:
-            tokens = []
-        result = engine.train_step(tokens, config.lr.peak, (), documents)
+        batch = share(engine, step, block) if engine.needs_batch else []
+        result = engine.train_step(batch, config.lr.peak)
         results.append((result.loss, result.grad_norm))
 
     return {
         "results": results,
-        "held_out": engine.evaluate(*given(9)),
+        "held_out": engine.evaluate(share(engine, 9, block)),
         "gradients": gradients,
-        "logits": logits[: engine.num_microbatches],
+        "logits": logits[: engine.setup.num_microbatches],
         "coordinate": engine.grid.coordinate,
     }
 
@@ -347,7 +346,7 @@ def watched_job(launch: Launch, config: Config) -> tuple[list[str], list[str], b
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(ATTENTION, "sdpa", kernel)
         patch.setattr(transformer, "document_mask", maker)
-        engine = Engine(config, grid_of(launch, config))
+        engine = engine_of(config, grid_of(launch, config))
         tokens = global_batch(config, 1)[:2]
         engine.stages[0](tokens)
         assert not made, "a mask was made where nobody asked for one"
@@ -368,13 +367,9 @@ def test_one_mask_a_micro_batch_and_none_without_documents(pool: GlooPool) -> No
 
 def misused_job(launch: Launch, config: Config) -> str:
     """What an engine says that is given documents when it attends, and none when it blocks."""
-    engine = Engine(config, grid_of(launch, config))
-    tokens, documents = (
-        share(global_batch(config, 1), engine),
-        share(global_documents(config, 1), engine),
-    )
+    engine = engine_of(config, grid_of(launch, config))
     try:
-        engine.evaluate(tokens, None if config.data.cross_documents == "block" else documents)
+        engine.evaluate(share(engine, 1, config.data.cross_documents == "attend"))
     except AssertionError as error:
         return str(error)
     return "nothing"
@@ -382,7 +377,7 @@ def misused_job(launch: Launch, config: Config) -> str:
 
 @pytest.mark.parametrize(
     ("choice", "words"),
-    (("attend", "documents were given"), ("block", "0 micro-batches, planned 6")),
+    (("attend", "documents are given"), ("block", "documents are missing")),
 )
 def test_the_engine_is_given_what_its_config_says(pool: GlooPool, choice: str, words: str) -> None:
     """Catches a caller that forgets the documents: the run would attend, and nothing would
@@ -396,17 +391,13 @@ def corpus_with_borders(folder: Path, held_out: bool = True, shift: int = 0) -> 
     """The tiny corpus, with a border before every seventh token of the chunk; its manifest."""
     manifest = make_corpus(folder, 2)
 
-    def with_borders(info: Any) -> Any:
+    def with_borders(info: ChunkInfo) -> ChunkInfo:
         positions = [p for p in range(2 + shift, info.tokens, 7) if p % SEQUENCE]
-        digest = write_borders(folder / f"{info.name}.borders.npy", positions)
-        return replace(info, borders=f"{info.name}.borders.npy", borders_sha256=digest)
+        return with_files(folder, info, borders=positions)
 
     assert manifest.held_out is not None
-    return write_manifest(
+    return rewrite(
         folder,
-        tokenizer_sha256=manifest.tokenizer_sha256,
-        sequence_length=SEQUENCE,
-        vocab_size=VOCAB,
         chunks=[with_borders(info) for info in manifest.chunks],
         held_out=with_borders(manifest.held_out) if held_out else manifest.held_out,
     ).path
@@ -417,23 +408,20 @@ def plain_loop(launch: Launch, tree: dict[str, Any], folder: str) -> list[float]
     loader and trainer.
     """
     config = Config.model_validate(tree)
-    engine = Engine(config, grid_of(launch, config))
+    engine = engine_of(config, grid_of(launch, config))
 
-    def given(name: str, rows: range) -> tuple[list[Tensor], list[Tensor]]:
+    def given(name: str, rows: range) -> list[MicroBatch]:
         tokens = np.load(Path(folder) / f"{name}.npy")[rows.start : rows.stop].astype(np.int64)
         documents = documents_of(np.load(Path(folder) / f"{name}.borders.npy"), rows, SEQUENCE)
-        micro = config.batch.micro_sequences
-        return list(torch.from_numpy(tokens).split(micro)), list(
-            torch.from_numpy(documents).split(micro)
-        )
+        return split(config, torch.from_numpy(tokens), torch.from_numpy(documents))
 
     losses = []
     for step in range(STEPS_PER_CHUNK):
-        tokens, documents = given("chunk_000", range(step * GLOBAL, (step + 1) * GLOBAL))
-        losses.append(engine.train_step(tokens, config.lr.peak, (), documents).loss)
+        batch = given("chunk_000", range(step * GLOBAL, (step + 1) * GLOBAL))
+        losses.append(engine.train_step(batch, config.lr.peak).loss)
 
     held_out = [
-        engine.evaluate(*given("held_out", range(i * GLOBAL, (i + 1) * GLOBAL))) for i in range(2)
+        engine.evaluate(given("held_out", range(i * GLOBAL, (i + 1) * GLOBAL))) for i in range(2)
     ]
     return [*losses, sum(held_out) / 2]
 
@@ -524,6 +512,7 @@ def test_it_belongs_to_the_identity_of_a_run(tmp_path: Path) -> None:
         "consumed_tokens": 0,
         "data": {},
         "chunks": {"consumed": 0},
+        "guard": TrainState().to_json()["guard"],
         "tensors": {},
         "files": {},
     }

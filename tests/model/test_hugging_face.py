@@ -12,10 +12,10 @@ import torch
 
 from k2train.launch.environment import Launch
 from k2train.optim.lr_schedule import rate
-from k2train.train.engine import Engine
 from tests.support.gloo_pool import GlooPool
 from tests.support.tiny_model import (
     assemble,
+    engine_of,
     global_batch,
     grid_of,
     local_gradients,
@@ -98,7 +98,7 @@ def logits_job(launch: Launch, config: Any) -> tuple[int, int, list[np.ndarray]]
     stage.
     """
     grid = grid_of(launch, config)
-    engine = Engine(config, grid)
+    engine = engine_of(config, grid)
     seen: list[np.ndarray] = []
 
     def keep(hidden: torch.Tensor, microbatch: int) -> torch.Tensor:
@@ -107,9 +107,7 @@ def logits_job(launch: Launch, config: Any) -> tuple[int, int, list[np.ndarray]]
         return torch.zeros(())
 
     batches = microbatches_of(config, grid, 1)
-    engine.executor.run(
-        engine.forward_program, lambda m: batches[m], keep, engine.shape, engine.dtype
-    )
+    engine.forward(engine.forward_program, batches, keep)
     return grid.dp.rank, grid.tp.rank, seen
 
 
@@ -209,7 +207,7 @@ def batch_number(step: int) -> int:
 
 def loop_job(launch: Launch, config: Any) -> tuple[list[tuple[float, float, bool]], Any, Any]:
     grid = grid_of(launch, config)
-    engine = Engine(config, grid)
+    engine = engine_of(config, grid)
     start, results = local_gradients(engine, engine.optimizer.master), []
     for step, lr in enumerate(rates(config), 1):
         result = engine.train_step(microbatches_of(config, grid, batch_number(step)), lr)
@@ -278,7 +276,7 @@ def test_twenty_steps_equal_a_plain_loop(
 
 def bf16_job(launch: Launch, config: Any) -> tuple[float, float, bool]:
     grid = grid_of(launch, config)
-    engine = Engine(config, grid)
+    engine = engine_of(config, grid)
     whole = all(
         p.dtype == torch.bfloat16 for stage in engine.stages.values() for p in stage.parameters()
     )

@@ -20,7 +20,8 @@ from k2train.model.layers import Rotary
 from k2train.model.transformer import Stage
 from k2train.parallel.grid import SINGLE, Axis
 from k2train.parallel.shard import ParamSlice, named_slices
-from k2train.train.engine import architecture_of, kernels_of
+from k2train.train.engine import kernels_of
+from k2train.train.setup import Setup, architecture_of
 from tests.support.tiny_model import shapes_of, tiny_config
 
 CPU = torch.device("cpu")
@@ -34,7 +35,7 @@ POSITIONS = 8192
 def stage_of(config: Any, tp: Axis, dtype: torch.dtype = torch.float32) -> Any:
     a = architecture_of(config)
     return materialize(
-        lambda: Stage(a, range(a.num_layers), True, True, tp, tp.size > 1, kernels_of(config)),
+        lambda: Stage(a, range(a.num_layers), True, True, tp, kernels_of(Setup.of(config, 1))),
         dtype,
         CPU,
     )
@@ -82,7 +83,7 @@ def test_tensor_parallel_slices_make_the_whole(size: int) -> None:
     assert {name: tuple(value.shape) for name, value in whole.items()} == shapes_of(config)
 
     for rank in range(size):
-        part = stage_of(config, Axis("tp", size, rank, None))
+        part = stage_of(config, Axis("tp", size, rank, None, sequence=True))
         initialize([part], 7)
         for parameter, param_slice in named_slices(part):
             expected = whole[param_slice.name]

@@ -8,14 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from k2train.data.loader import MicroBatch
 from k2train.launch.environment import Launch
 from k2train.model.kernels.select import choose_kernels
 from k2train.model.recompute import Cheap, run_layer
-from k2train.train.engine import Engine
 from tests.support.gloo_pool import GlooPool
 from tests.support.kept_memory import Made
 from tests.support.tiny_model import (
     assemble,
+    engine_of,
     grid_of,
     microbatches_of,
     shapes_of,
@@ -203,11 +204,11 @@ def test_no_policy_changes_a_bit(pool: GlooPool, world: int, changes: dict[str, 
 def documents_job(launch: Launch, configs: list[Any]) -> list[tuple[float, float]]:
     found = []
     for config in configs:
-        engine = Engine(config, grid_of(launch, config))
+        engine = engine_of(config, grid_of(launch, config))
         microbatches = microbatches_of(config, engine.grid, 1)
-        documents = [(tokens % 5).cumsum(1) // 20 for tokens in microbatches]
+        batch = [MicroBatch(m.tokens, (m.tokens % 5).cumsum(1) // 20) for m in microbatches]
         for _ in range(STEPS):
-            result = engine.train_step(microbatches, 1e-3, documents=documents)
+            result = engine.train_step(batch, 1e-3)
             found.append((result.loss, result.grad_norm))
     return found
 

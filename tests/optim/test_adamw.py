@@ -13,14 +13,15 @@ from torch import nn
 from k2train.launch.environment import Launch
 from k2train.model.initialize import initial_slice
 from k2train.model.transformer import Stage
-from k2train.optim.adamw import ShardedAdamW
+from k2train.optim.adamw import Hyperparameters, ShardedAdamW
 from k2train.parallel.grad_accumulation import GradAccumulator, accumulator_of
 from k2train.parallel.grad_buffer import GradientBuffer
 from k2train.parallel.grid import SINGLE, Axis
 from k2train.parallel.shard import ParamSlice, Sharded, named_slices
-from k2train.train.engine import Engine, architecture_of, kernels_of
+from k2train.train.engine import Engine, kernels_of
+from k2train.train.setup import Setup, architecture_of
 from tests.support.gloo_pool import GlooPool
-from tests.support.tiny_model import grid_of, microbatches_of, tiny_config
+from tests.support.tiny_model import engine_of, grid_of, microbatches_of, tiny_config
 
 STEPS = 30
 BETAS, EPS, DECAY = (0.9, 0.95), 1e-8, 0.1
@@ -70,7 +71,11 @@ def adamw_job(launch: Launch, kernel: str, overlap: bool) -> dict[str, np.ndarra
     buffer = GradientBuffer([toy], dp, SINGLE["tp"], torch.device("cpu"))
     # Buckets of one parameter each.
     optimizer = ShardedAdamW(
-        buffer.shard_layout, torch.device("cpu"), BETAS, EPS, DECAY, kernel, bucket_bytes=1
+        buffer.shard_layout,
+        torch.device("cpu"),
+        Hyperparameters(BETAS, EPS, DECAY),
+        kernel,
+        bucket_bytes=1,
     )
     for slot in buffer.shard_layout.slots:
         optimizer.set_master(slot.param_slice, start_of(slot.param_slice.name))
@@ -129,7 +134,9 @@ def test_a_step_refused_on_the_device_touches_nothing(kernel: str) -> None:
     is none either.
     """
     buffer = GradientBuffer([Toy()], SINGLE["dp"], SINGLE["tp"], torch.device("cpu"))
-    optimizer = ShardedAdamW(buffer.shard_layout, torch.device("cpu"), BETAS, EPS, DECAY, kernel)
+    optimizer = ShardedAdamW(
+        buffer.shard_layout, torch.device("cpu"), Hyperparameters(BETAS, EPS, DECAY), kernel
+    )
     for shard in optimizer.flat_shards.values():
         shard.copy_(torch.linspace(1.0, 2.0, buffer.shard_layout.elements))
     before = {name: shard.clone() for name, shard in optimizer.flat_shards.items()}
@@ -151,7 +158,7 @@ def test_which_tensors_decay() -> None:
     config = tiny_config(model__num_layers=1)
     a = architecture_of(config)
     with torch.device("meta"):
-        stage = Stage(a, range(1), True, True, SINGLE["tp"], False, kernels_of(config))
+        stage = Stage(a, range(1), True, True, SINGLE["tp"], kernels_of(Setup.of(config, 1)))
 
     assert {param_slice.name: param_slice.decay for _, param_slice in named_slices(stage)} == {
         "embedding.weight": True,
@@ -174,7 +181,7 @@ def bf16_job(launch: Launch, config: Any) -> list[bool]:
     start unrounded.
     """
     grid = grid_of(launch, config)
-    engine = Engine(config, grid)
+    engine = engine_of(config, grid)
     results = [masters_start_whole(engine), weights_are_masters(engine)]
     for step in (1, 2):
         engine.train_step(microbatches_of(config, grid, step), 1e-3)
@@ -271,11 +278,11 @@ def skip_job(launch: Launch, config: Any) -> tuple[list[str], int]:
     """
     grid = grid_of(launch, config)
     lr = config.lr.peak
-    control = Engine(config, grid)
+    control = engine_of(config, grid)
     for step in (1, 2):
         control.train_step(microbatches_of(config, grid, step), lr)
 
-    engine = Engine(config, grid)
+    engine = engine_of(config, grid)
     engine.train_step(microbatches_of(config, grid, 1), lr)
     before, wrong, count = digest(engine), [], 0
     values = (float("nan"), float("inf"), float("-inf"))
@@ -283,7 +290,7 @@ def skip_job(launch: Launch, config: Any) -> tuple[list[str], int]:
     for rank in range(launch.world_size):
         for name in PLANTED:
             end = (
-                plant(engine, name, count % engine.num_microbatches, values[count % 3])
+                plant(engine, name, count % engine.setup.num_microbatches, values[count % 3])
                 if rank == grid.rank
                 else None
             )
@@ -346,7 +353,7 @@ def overlap_job(launch: Launch, config: Any) -> tuple[list[Any], dict[str, Any],
     after the last step.
     """
     grid = grid_of(launch, config)
-    engine = Engine(config, grid)
+    engine = engine_of(config, grid)
     results = []
 
     for step in (1, 2, 3):
@@ -408,7 +415,7 @@ def test_overlap_and_buckets_change_no_bit(
 def memory_job(launch: Launch, config: Any) -> list[int]:
     """Bytes of all tensors alive in this process after steps 5, 10, 15 and 20."""
     grid = grid_of(launch, config)
-    engine = Engine(config, grid)
+    engine = engine_of(config, grid)
     batches, results = microbatches_of(config, grid, 1), []
 
     for step in range(1, 21):

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 
 from k2train.launch.environment import Launch
 from k2train.optim.grad_norm import BLOCK, MANY_BLOCKS, SquareSums, StepSums, decide_step
-from k2train.parallel.grad_buffer import ShardLayout
 from k2train.parallel.grid import SINGLE, ProcessGrid
 from k2train.parallel.shard import ParamSlice
+from k2train.parallel.shard_layout import ShardLayout
 from k2train.train.engine import Engine
 from tests.support.gloo_pool import GlooPool
-from tests.support.tiny_model import grid_of, shapes_of, tiny_config
+from tests.support.tiny_model import engine_of, grid_of, shapes_of, tiny_config
 
 GRIDS = (
     (1, 1, 1),
@@ -74,7 +74,7 @@ def norm_job(
     launch: Launch, config: Any
 ) -> tuple[float, dict[str, float], float, tuple[float, ...]]:
     grid = grid_of(launch, config)
-    engine = Engine(config, grid, fill=False)
+    engine = engine_of(config, grid, fill=False)
     sums = sums_of(engine, grid, plant(engine, planted(config)))
     return sums.grad_norm, dict(sums.norms), sums.loss, sums.flags
 
@@ -112,7 +112,7 @@ def not_finite_job(launch: Launch, config: Any) -> list[str]:
     finite.
     """
     grid = grid_of(launch, config)
-    engine = Engine(config, grid, fill=False)
+    engine = engine_of(config, grid, fill=False)
     missed = []
 
     for rank in range(launch.world_size):

@@ -102,12 +102,12 @@ class Counter:
                 setattr(module, name, function)
 
 
-def build(axis: Axis, sequence: bool) -> tuple[ColumnLinear, RowLinear, dict[str, list[int]]]:
+def build(axis: Axis) -> tuple[ColumnLinear, RowLinear, dict[str, list[int]]]:
     """Both layers with this rank's part of the weights, accumulators attached; how often each
     accumulator was complete.
     """
-    column = ColumnLinear(HIDDEN, {"gate": INNER, "up": INNER}, axis, sequence, 1.0)
-    row = RowLinear("down", INNER, HIDDEN, axis, sequence, 1.0)
+    column = ColumnLinear(HIDDEN, {"gate": INNER, "up": INNER}, axis, 1.0)
+    row = RowLinear("down", INNER, HIDDEN, axis, 1.0)
     arrived: dict[str, list[int]] = {"column": [], "row": []}
     work = WeightGradStore()
 
@@ -139,8 +139,8 @@ def case_job(launch: Launch, cases: Any, late: bool) -> list[dict[str, Any]]:
 def run_case(
     axis: Axis, sequence: bool, overlap: bool, regather: bool, later: bool, late: bool
 ) -> dict[str, Any]:
-    axis = replace(axis, overlap=overlap, regather=regather)
-    column, row, arrived = build(axis, sequence)
+    axis = replace(axis, sequence=sequence, overlap=overlap, regather=regather)
+    column, row, arrived = build(axis)
     accumulators = {"column": column.weight.accumulator, "row": row.weight.accumulator}
     counter, found = Counter(late), {"y": [], "dx": [], "early": [], "arrived": []}
 
@@ -271,7 +271,7 @@ def test_a_product_copies_nothing() -> None:
     """Catches a hidden copy, and a weight gradient that is a tensor of its own before it is
     added.
     """
-    column, row, _ = build(SINGLE["tp"], False)
+    column, row, _ = build(SINGLE["tp"])
     x = torch.randn(SEQUENCE, ROWS, HIDDEN, requires_grad=True)
     inner = torch.randn(SEQUENCE, ROWS, INNER, requires_grad=True)
 
@@ -297,7 +297,7 @@ def test_a_product_copies_nothing() -> None:
 
 def test_padding_rows_take_no_gradient() -> None:
     """Catches a weight gradient that is written past the rows that took part."""
-    head = ColumnLinear(HIDDEN, {"head": 5}, Axis("tp", 2, 1, None), False, 1.0, pad=True)
+    head = ColumnLinear(HIDDEN, {"head": 5}, Axis("tp", 2, 1, None), 1.0, pad=True)
     head.matmul = CollectiveMatmul(head.tp, Product())
     torch.nn.init.ones_(head.weight)
     attach(head.weight, GradAccumulator(torch.zeros(3, HIDDEN)))
@@ -315,8 +315,10 @@ def test_a_frozen_weight_asks_for_nothing(pool: GlooPool) -> None:
 
 
 def frozen_job(launch: Launch) -> dict[str, int]:
-    axis = Axis("tp", launch.world_size, launch.rank, dist.group.WORLD, regather=True)
-    column, row, _ = build(axis, True)
+    axis = Axis(
+        "tp", launch.world_size, launch.rank, dist.group.WORLD, sequence=True, regather=True
+    )
+    column, row, _ = build(axis)
     column.weight.requires_grad_(False)
     row.weight.requires_grad_(False)
     counter = Counter(late=False)
@@ -330,13 +332,14 @@ def test_the_choice_is_by_the_axis() -> None:
     """Catches a switch that chooses nothing, and symmetric memory that is missing and not
     refused.
     """
-    two = Axis("tp", 2, 0, None)
-    assert type(choose_collective_matmul(SINGLE["tp"], True, None)) is CollectiveMatmul
-    assert type(choose_collective_matmul(two, False, None)) is Replicated
-    assert type(choose_collective_matmul(two, True, None)) is Split
-    assert choose_collective_matmul(replace(two, regather=True), True, None).regather
+    one, two = replace(SINGLE["tp"], sequence=True), Axis("tp", 2, 0, None)
+    split = replace(two, sequence=True)
+    assert type(choose_collective_matmul(one, None)) is CollectiveMatmul
+    assert type(choose_collective_matmul(two, None)) is Replicated
+    assert type(choose_collective_matmul(split, None)) is Split
+    assert choose_collective_matmul(replace(split, regather=True), None).regather
     with pytest.raises(ConfigError, match=r"parallel\.symmetric_memory needs"):
-        choose_collective_matmul(replace(two, symmetric=True), True, None)
+        choose_collective_matmul(replace(split, symmetric=True), None)
 
 
 def test_a_product_can_be_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -359,8 +362,8 @@ def test_a_product_can_be_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
         def check(self, name: str, rows: int, columns: int) -> None:
             calls.append((name, rows, columns))
 
-    layers = [ColumnLinear(4, {"a": 6, "b": 2}, SINGLE["tp"], False, 1.0, product=Noting())]
-    layers += [RowLinear("c", 8, 4, SINGLE["tp"], False, 1.0, product=Noting())]
+    layers = [ColumnLinear(4, {"a": 6, "b": 2}, SINGLE["tp"], 1.0, product=Noting())]
+    layers += [RowLinear("c", 8, 4, SINGLE["tp"], 1.0, product=Noting())]
     assert calls == [("a + b", 8, 4), ("c", 4, 8)]
 
     for layer, width in zip(layers, (4, 8), strict=True):

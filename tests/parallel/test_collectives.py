@@ -4,6 +4,7 @@ A wrong partner gives right outputs and wrong gradients. Values are small intege
 every sum is exact and equality is equality.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -44,7 +45,7 @@ def pairs_job(launch: Launch) -> dict[str, Any]:
         x, grad = given(pair, axis.size, axis.rank)
         # Not contiguous, as activations that were transposed are.
         leaf = x.transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
-        y = leave_parallel(leaf, axis, pair == "scatter_out")
+        y = leave_parallel(leaf, replace(axis, sequence=pair == "scatter_out"))
         kept = leaf.detach().clone(), grad.clone()
         y.backward(grad)
         assert torch.equal(leaf, kept[0]), f"{pair} wrote into its input"
@@ -99,7 +100,7 @@ def test_forward_and_backward_by_definition(pool: GlooPool, size: int) -> None:
 def test_one_rank_needs_no_group(sequence: bool) -> None:
     """Catches a collective on an axis of one, which has no group to run on."""
     x = torch.ones(4, 2, 3, requires_grad=True)
-    assert leave_parallel(x, SINGLE["tp"], sequence) is x
+    assert leave_parallel(x, replace(SINGLE["tp"], sequence=sequence)) is x
     assert all_reduce(x.detach(), SINGLE["tp"]).equal(x)
 
 

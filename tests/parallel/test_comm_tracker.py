@@ -27,10 +27,9 @@ from k2train.parallel.pipeline import Executor
 from k2train.parallel.replica_check import replica_problem
 from k2train.plan.layout import Layout
 from k2train.plan.schedule import build_programs
-from k2train.train.engine import Engine
 from k2train.train.forward_check import run_forward_check
 from tests.support.gloo_pool import GlooPool
-from tests.support.tiny_model import grid_of, microbatches_of, tiny_config
+from tests.support.tiny_model import engine_of, grid_of, microbatches_of, tiny_config
 
 CPU = torch.device("cpu")
 
@@ -158,7 +157,7 @@ def checks_job(launch: Launch, config: Any) -> list[tuple[str, str, str]]:
     before and after it.
     """
     grid = grid_of(launch, config)
-    engine = Engine(config, grid)
+    engine = engine_of(config, grid)
     engine.train_step(microbatches_of(config, grid, 1), 1e-3)
     engine.optimizer.finish()
     shards, shard_layout = engine.optimizer.flat_shards, engine.gradients.shard_layout

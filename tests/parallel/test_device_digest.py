@@ -12,6 +12,7 @@ import torch
 
 from k2train.checkpoint.load import load_states
 from k2train.checkpoint.manifest import read_manifest
+from k2train.checkpoint.save_events import SavePolicy
 from k2train.checkpoint.writer import CheckpointWriter, snapshot
 from k2train.launch.environment import Launch
 from k2train.parallel.device_digest import (
@@ -27,9 +28,11 @@ from k2train.train.engine import Engine
 from tests.support.gloo_pool import GlooPool
 from tests.support.tiny_model import (
     assemble,
+    engine_of,
     grid_of,
     local_gradients,
     microbatches_of,
+    save_facts,
     shapes_of,
     tiny_config,
 )
@@ -56,7 +59,7 @@ def fill(engine: Engine, whole: dict[str, np.ndarray]) -> None:
 
 
 def root_job(launch: Launch, config: Any, whole: dict[str, np.ndarray]) -> Any:
-    engine = Engine(config, grid_of(launch, config), fill=False)
+    engine = engine_of(config, grid_of(launch, config), fill=False)
     fill(engine, whole)
     root = RootAllReduce(digest_of(engine), engine.grid.host)(engine.optimizer.flat_shards, 11, 9)
     return root.root, dict(root.digests)
@@ -152,7 +155,7 @@ def test_torch_equals_numpy(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 
 def trained_job(launch: Launch, config: Any) -> Any:
     grid = grid_of(launch, config)
-    engine = Engine(config, grid)
+    engine = engine_of(config, grid)
     root = RootAllReduce(digest_of(engine), grid.host)
     roots = [root(engine.optimizer.flat_shards, 0, 0).root]
     for step in (1, 2, 3):
@@ -177,7 +180,7 @@ def guard_job(launch: Launch, config: Any) -> Any:
     more.
     """
     grid = grid_of(launch, config)
-    engine = Engine(config, grid)
+    engine = engine_of(config, grid)
     engine.train_step(microbatches_of(config, grid, 1), 1e-3)
     digest, shards = digest_of(engine), engine.optimizer.flat_shards
     guard, root = StateAudit(digest), RootAllReduce(digest)
@@ -214,23 +217,15 @@ def test_a_line_that_changes_between_updates_is_seen(
 def save_job(launch: Launch, config: Any, directory: str) -> str:
     """Two steps, a save; the root of what was saved."""
     grid = grid_of(launch, config)
-    engine = Engine(config, grid)
+    engine = engine_of(config, grid)
     for step in (1, 2):
         engine.train_step(microbatches_of(config, grid, step), 1e-2)
 
     shards, updates = engine.optimizer.flat_shards, engine.optimizer.adam_steps
     root = RootAllReduce(digest_of(engine), grid.host)(shards, 2, updates).root
-    facts = {
-        "step": 2,
-        "adam_steps": updates,
-        "consumed_tokens": 0,
-        "chunks": {},
-        "config": {},
-        "data": {},
-    }
-    writer = CheckpointWriter(Path(directory), grid, 0, asynchronous=False)
+    writer = CheckpointWriter(Path(directory), grid, SavePolicy(asynchronous=False))
     state = snapshot(engine.gradients.shard_layout, shards, engine.dtype)
-    writer.save("ckpt_001", state, facts, lambda path, manifest: None)
+    writer.save("ckpt_001", state, save_facts(2, updates))
 
     return root
 
@@ -238,13 +233,13 @@ def save_job(launch: Launch, config: Any, directory: str) -> str:
 def load_job(launch: Launch, config: Any, path: str) -> str:
     """The root of what was loaded."""
     grid = grid_of(launch, config)
-    engine = Engine(config, grid, fill=False)
+    engine = engine_of(config, grid, fill=False)
     manifest = read_manifest(Path(path))
     load_states(
         Path(path), engine.gradients.shard_layout, engine.optimizer.flat_shards, grid, engine.dtype
     )
     return RootAllReduce(digest_of(engine), grid.host)(
-        engine.optimizer.flat_shards, manifest["step"], manifest["adam_steps"]
+        engine.optimizer.flat_shards, manifest.step, manifest.adam_steps
     ).root
 
 
@@ -258,7 +253,7 @@ def test_a_root_survives_saving_and_loading_elsewhere(
     _, world, changes = GRIDS[source]
     (root,) = set(pool.run(world, save_job, tiny_config(**changes), str(tmp_path)))
     path = tmp_path / "ckpt_001"
-    assert read_manifest(path)["state"]["root"] == root
+    assert read_manifest(path).state.root == root
     for _, others, layout in (GRIDS[0], GRIDS[2], GRIDS[8]):
         assert set(pool.run(others, load_job, tiny_config(**layout), str(path))) == {root}
 
@@ -269,7 +264,7 @@ def steps_main(steps: int, seed: int) -> None:
     start_process_group(launch, torch.device("cpu"))
     config = tiny_config(run__seed=seed)
     grid = grid_of(launch, config)
-    engine = Engine(config, grid)
+    engine = engine_of(config, grid)
     for step in range(1, steps + 1):
         engine.train_step(microbatches_of(config, grid, step), 1e-3)
     root = RootAllReduce(digest_of(engine), grid.host)(

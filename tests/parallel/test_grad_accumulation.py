@@ -86,7 +86,7 @@ def test_an_embedding_adds_its_rows_in_order() -> None:
     """Catches another order of sums (another bit), and ids that other ranks hold, added to some row
     of this one.
     """
-    embedding = VocabEmbedding("e", 10, 6, Axis("tp", 3, 1, None), False, 1.0)
+    embedding = VocabEmbedding("e", 10, 6, Axis("tp", 3, 1, None), 1.0)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, 10, (9, 7), generator=generator)
     dy = torch.randn(9, 7, 6, generator=generator)
@@ -108,7 +108,7 @@ def test_an_embedding_waits_until_it_is_asked() -> None:
     """Catches an embedding that adds in the backward pass of a schedule that wants it later, or
     never.
     """
-    embedding = VocabEmbedding("e", 10, 6, SINGLE["tp"], False, 1.0)
+    embedding = VocabEmbedding("e", 10, 6, SINGLE["tp"], 1.0)
     torch.nn.init.normal_(embedding.weight)
     attach(embedding.weight, GradAccumulator(torch.zeros(10, 6)))
     with embedding.weight_grad_store.deferring() as kept:
@@ -125,9 +125,9 @@ def test_sums_over_micro_batches(with_sink: bool) -> None:
     """Catches a layer whose gradient goes nowhere, to both places, or only once."""
     single = SINGLE["tp"]
     layers: list[Any] = [
-        VocabEmbedding("e", 7, 4, single, False, 1.0),
-        ColumnLinear(4, {"c": 6}, single, False, 1.0),
-        RowLinear("r", 6, 4, single, False, 1.0),
+        VocabEmbedding("e", 7, 4, single, 1.0),
+        ColumnLinear(4, {"c": 6}, single, 1.0),
+        RowLinear("r", 6, 4, single, 1.0),
     ]
     for layer in layers:
         torch.nn.init.normal_(layer.weight, generator=torch.Generator().manual_seed(1))

@@ -123,7 +123,7 @@ def run_case(pp: Axis, kind: str, stages_per_rank: int, num_microbatches: int) -
     executor = Executor(stages, num_stages, pp, CPU, work)
     seen: list[Action] = []
     losses = executor.run(
-        programs[pp.rank], batch, loss_of, (ROWS, WIDTH), torch.float32, seen.append
+        programs[pp.rank], batch, loss_of, (ROWS, WIDTH), torch.float32, observe=seen.append
     )
     left = left_behind(executor)
     gradients = {
@@ -193,7 +193,7 @@ def test_weight_gradients_wait_for_their_action() -> None:
     another one's.
     """
     layer, sink_total = (
-        ColumnLinear(WIDTH, {"w": WIDTH}, SINGLE["tp"], False, 1.0),
+        ColumnLinear(WIDTH, {"w": WIDTH}, SINGLE["tp"], 1.0),
         torch.zeros(WIDTH, WIDTH),
     )
     arrived: list[int] = []
@@ -212,7 +212,7 @@ def test_weight_gradients_wait_for_their_action() -> None:
         lambda y, m: y.sum(),
         (1, ROWS, WIDTH),
         torch.float32,
-        watch,
+        observe=watch,
     )
     assert not seen["0I1"][0].any() and seen["0I1"][1] == 0
     each = [x[m].sum((0, 1)).expand(WIDTH, WIDTH) for m in (0, 1)]
@@ -239,7 +239,7 @@ def test_only_what_a_weight_gradient_needs_outlives_the_input_gradient() -> None
 
     executor = Executor({0: stage}, 1, SINGLE["pp"], CPU, {0: first.work})
     program = [Action(op, 0, m) for op, m in ((F, 0), (I, 0), (F, 1), (I, 1), (W, 0), (W, 1))]
-    executor.run(program, batch, loss_of, (ROWS, WIDTH), torch.float32, watch)
+    executor.run(program, batch, loss_of, (ROWS, WIDTH), torch.float32, observe=watch)
     assert left == {"0F0": 1, "0I0": 0, "0F1": 1, "0I1": 0, "0W0": 0, "0W1": 0}
 
 

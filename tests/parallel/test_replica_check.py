@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from k2train.launch.environment import Launch
-from k2train.parallel.grad_buffer import BufferSlot
 from k2train.parallel.replica_check import ReplicaReport, diagnose_replicas, replica_problem
+from k2train.parallel.shard_layout import BufferSlot
 from k2train.plan.layout import Layout
 from k2train.train.engine import Engine
 from tests.support.gloo_pool import GlooPool
-from tests.support.tiny_model import grid_of, microbatches_of, tiny_config
+from tests.support.tiny_model import engine_of, grid_of, microbatches_of, tiny_config
 
 EMBEDDING, DOWN, LAST_NORM, NORM = (
     "embedding.weight", "layers.1.mlp.down.weight", "norm.weight", "layers.0.mlp_norm.weight"
@@ -42,7 +42,7 @@ def damage_job(
 ) -> list[str | None]:
     """After a step, one answer without damage, then one for each planted and undone."""
     grid = grid_of(launch, config)
-    engine = Engine(config, grid)
+    engine = engine_of(config, grid)
     engine.train_step(microbatches_of(config, grid, 1), 1e-3)
     engine.optimizer.finish()
     shard_layout, shards = engine.gradients.shard_layout, engine.optimizer.flat_shards

@@ -10,12 +10,18 @@ import torch.nn.functional as F
 
 from k2train.errors import DataError
 from k2train.launch.environment import Launch
-from k2train.parallel.grid import SINGLE, Axis
+from k2train.parallel.grid import Axis
 from k2train.parallel.shard import named_slices
 from k2train.parallel.tensor_parallel import ColumnLinear, RowLinear, VocabEmbedding
-from k2train.train.engine import Engine
 from tests.support.gloo_pool import GlooPool
-from tests.support.tiny_model import global_batch, grid_of, microbatches_of, tiny_config
+from tests.support.tiny_model import (
+    engine_of,
+    global_batch,
+    grid_of,
+    microbatches_of,
+    split,
+    tiny_config,
+)
 
 HIDDEN, INNER, SEQUENCE, ROWS = 6, 8, 8, 3
 SHAPES = {"gate": (INNER, HIDDEN), "up": (2 * INNER, HIDDEN), "down": (HIDDEN, INNER)}
@@ -60,12 +66,12 @@ def layers_job(launch: Launch, sequence: bool, vocab: int) -> dict[str, Any]:
     """Embedding, a column product of two tensors, a row product and a padded head; what each rank
     has of each.
     """
-    tp = Axis("tp", launch.world_size, launch.rank, dist.group.WORLD)
+    tp = Axis("tp", launch.world_size, launch.rank, dist.group.WORLD, sequence=sequence)
     layers = {
-        "embedding": VocabEmbedding("embedding", vocab, HIDDEN, tp, sequence, 1.0),
-        "column": ColumnLinear(HIDDEN, {"gate": INNER, "up": 2 * INNER}, tp, sequence, 1.0),
-        "row": RowLinear("down", INNER, HIDDEN, tp, sequence, 1.0),
-        "head": ColumnLinear(HIDDEN, {"head": vocab}, tp, sequence, 1.0, pad=True),
+        "embedding": VocabEmbedding("embedding", vocab, HIDDEN, tp, 1.0),
+        "column": ColumnLinear(HIDDEN, {"gate": INNER, "up": 2 * INNER}, tp, 1.0),
+        "row": RowLinear("down", INNER, HIDDEN, tp, 1.0),
+        "head": ColumnLinear(HIDDEN, {"head": vocab}, tp, 1.0, pad=True),
     }
     model = torch.nn.ModuleDict(layers).double()
 
@@ -142,7 +148,7 @@ def padding_job(launch: Launch, config: Any) -> tuple[list[float], list[float], 
     how many such rows.
     """
     grid = grid_of(launch, config)
-    engine = Engine(config, grid)
+    engine = engine_of(config, grid)
     losses = [
         engine.train_step(microbatches_of(config, grid, step), 0.1).loss for step in (1, 2, 3)
     ]
@@ -175,7 +181,7 @@ def test_padding_stays_zero_through_training(pool: GlooPool, vocab: int) -> None
 
 def refused_job(launch: Launch, vocab: int, ids: list[int]) -> list[str]:
     tp = Axis("tp", launch.world_size, launch.rank, dist.group.WORLD)
-    embedding = VocabEmbedding("embedding", vocab, HIDDEN, tp, False, 1.0)
+    embedding = VocabEmbedding("embedding", vocab, HIDDEN, tp, 1.0)
     torch.nn.init.zeros_(embedding.weight)
     errors = []
 
@@ -211,12 +217,12 @@ def test_a_stage_refuses_a_bad_token_before_it_trains(pool: GlooPool) -> None:
 
 def bad_token_job(launch: Launch, config: Any) -> bool:
     grid = grid_of(launch, config)
-    engine = Engine(config, grid)
+    engine = engine_of(config, grid)
     before = engine.optimizer.master.clone()
     batch = global_batch(config, 1)
     batch[1, 3] = config.model.vocab_size
     with pytest.raises(DataError, match="row 1, position 3"):
-        engine.train_step(list(batch.split(2)), 0.1)
+        engine.train_step(split(config, batch), 0.1)
     return torch.equal(before, engine.optimizer.master) and engine.optimizer.adam_steps == 0
 
 
@@ -224,14 +230,14 @@ def test_a_product_that_does_not_divide_is_our_mistake() -> None:
     """Catches a shard cut short in silence: the config must have refused this before."""
     tp = Axis("tp", 4, 0, None)
     with pytest.raises(AssertionError, match="up: 6 rows do not divide"):
-        ColumnLinear(4, {"gate": 8, "up": 6}, tp, False, 1.0)
+        ColumnLinear(4, {"gate": 8, "up": 6}, tp, 1.0)
     with pytest.raises(AssertionError, match="down: 6 columns do not divide"):
-        RowLinear("down", 6, 4, tp, False, 1.0)
+        RowLinear("down", 6, 4, tp, 1.0)
 
 
 def test_print_shows_the_shard() -> None:
     """Catches a shard that prints as if it were the whole layer."""
-    tp = Axis("tp", 4, 3, SINGLE["tp"].group)
-    assert "out=2 of 8, tp 3/4" in repr(ColumnLinear(4, {"gate": 8}, tp, False, 1.0))
-    assert "in=2 of 8" in repr(RowLinear("down", 8, 4, tp, True, 1.0))
-    assert "ids=189..250 of 251" in repr(VocabEmbedding("e", 251, 4, tp, False, 1.0))
+    tp = Axis("tp", 4, 3, None, sequence=True)
+    assert "out=2 of 8, tp 3/4, sequence=True" in repr(ColumnLinear(4, {"gate": 8}, tp, 1.0))
+    assert "in=2 of 8" in repr(RowLinear("down", 8, 4, tp, 1.0))
+    assert "ids=189..250 of 251" in repr(VocabEmbedding("e", 251, 4, tp, 1.0))

@@ -23,10 +23,9 @@ from k2train.plan.cost import ModelShape
 from k2train.plan.layout import Layout
 from k2train.plan.schedule import Action, Op, build_programs
 from k2train.plan.simulate import peak_in_flight
-from k2train.train.engine import Engine
 from tests.support.gloo_pool import GlooPool
 from tests.support.kept_memory import Made, known_of, spec_of
-from tests.support.tiny_model import grid_of, microbatches_of, tiny_config
+from tests.support.tiny_model import engine_of, grid_of, microbatches_of, tiny_config
 
 K2 = ModelShape(80, 8192, 22016, 64, 64, 32032)
 K2_GRID = Layout(tensor=8, pipeline=4, data=15)
@@ -50,9 +49,9 @@ def kept_job(launch: Launch, configs: list[Any]) -> list[str]:
     """
     wrong = []
     for config in configs:
-        engine = Engine(config, grid_of(launch, config))
+        engine = engine_of(config, grid_of(launch, config))
         spec, layout = spec_of(config, engine), engine.grid.layout
-        tokens = microbatches_of(config, engine.grid, 1)[0]
+        tokens = microbatches_of(config, engine.grid, 1)[0].tokens
         documents = (
             torch.arange(tokens.shape[1])
             .div(7, rounding_mode="floor")
@@ -67,9 +66,9 @@ def kept_job(launch: Launch, configs: list[Any]) -> list[str]:
                     if stage == 0
                     else torch.randn(engine.shape).to(engine.dtype).requires_grad_()
                 )
-                y = module(x, documents if engine.block else None)
+                y = module(x, documents if engine.setup.block else None)
                 if stage == layout.num_stages - 1:
-                    y = module.loss(y, tokens, 1.0 / engine.targets)
+                    y = module.loss(y, tokens, 1.0 / engine.setup.targets)
 
             # The loss itself is one number.
             number = y.untyped_storage().nbytes() if y.dim() == 0 else 0

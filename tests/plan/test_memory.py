@@ -15,7 +15,7 @@ from k2train.plan.schedule import build_programs
 from k2train.train.engine import Engine
 from tests.support.gloo_pool import GlooPool
 from tests.support.kept_memory import Made, known_of, spec_of
-from tests.support.tiny_model import grid_of, microbatches_of, tiny_config
+from tests.support.tiny_model import engine_of, grid_of, microbatches_of, tiny_config
 
 K2 = ModelShape(80, 8192, 22016, 64, 64, 32032)
 K2_GRID = Layout(tensor=8, pipeline=4, data=15)
@@ -25,13 +25,13 @@ K2_WORK = ActivationSpec(K2, 2048, 4, "bf16", tensor=8, sequence=True, regather=
 def peak_of(engine: Engine, config: Config) -> int:
     """The most that this rank held while one micro-batch went through its one stage and back."""
     ((stage, module),) = engine.stages.items()
-    tokens = microbatches_of(config, engine.grid, 1)[0]
+    tokens = microbatches_of(config, engine.grid, 1)[0].tokens
     with Made(known_of(module, tokens)) as made:
         made.watch_peak = True
         x = tokens if stage == 0 else torch.randn(engine.shape).to(engine.dtype).requires_grad_()
         y = module(x)
         if stage == engine.grid.layout.num_stages - 1:
-            y = module.loss(y, tokens, 1.0 / engine.targets)
+            y = module.loss(y, tokens, 1.0 / engine.setup.targets)
         y.backward(torch.ones_like(y))
     return made.peak_bytes
 
@@ -42,7 +42,7 @@ def peaks_job(launch: Launch, configs: list[Config]) -> list[tuple[str, float]]:
     """
     found = []
     for config in configs:
-        engine = Engine(config, grid_of(launch, config))
+        engine = engine_of(config, grid_of(launch, config))
         spec, layout, pp = spec_of(config, engine), engine.grid.layout, engine.grid.coordinate.pp
         # The transport's thread may hold on to what it sent for a moment, which only adds.
         peak = min(peak_of(engine, config) for _ in range(3 if layout.tensor > 1 else 1))

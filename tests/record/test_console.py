@@ -14,11 +14,12 @@ import termios
 import tty
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any, TextIO
+from typing import TextIO
 
 import pytest
 
 from k2train.record.console import Console
+from k2train.record.metrics import StepRecord
 
 
 class Clock:
@@ -31,15 +32,10 @@ class Clock:
         return self.now
 
 
-def _row(step: int, seconds: float = 1.0, loss: float = 5.12341) -> dict[str, Any]:
-    return {
-        "step": step,
-        "loss": loss,
-        "grad_norm": 1.25,
-        "lr": 1.5e-4,
-        "tokens_per_second": 1234.4,
-        "seconds": seconds,
-    }
+def _record(step: int, seconds: float = 1.0, loss: float = 5.12341) -> StepRecord:
+    return StepRecord(
+        step, loss=loss, grad_norm=1.25, lr=1.5e-4, tokens_per_second=1234.4, seconds=seconds
+    )
 
 
 def _run(
@@ -47,13 +43,13 @@ def _run(
 ) -> None:
     for step in steps:
         clock.now += seconds
-        console.step(_row(step, seconds))
+        console.step(_record(step, seconds))
         clock.now += 3.0 if step in pause_after else 0.0
 
 
 def test_a_line_shows_place_loss_norm_rate_speed_and_seconds() -> None:
     stream = io.StringIO()
-    Console(stream, "stage1", 96, 8).step(_row(34))
+    Console(stream, "stage1", 96, 8).step(_record(34))
     assert stream.getvalue() == (
         "stage1 chunk 3/8 step 34/96 loss 5.1234 grad_norm 1.25 lr 0.00015 1234 tok/s 1.00 s left "
         "1m02s+\n"
@@ -64,12 +60,12 @@ def test_the_last_step_of_a_chunk_belongs_to_it() -> None:
     stream = io.StringIO()
     console = Console(stream, "s", 96, 8)
     for step in (12, 13, 96):
-        console.step(_row(step))
+        console.step(_record(step))
     assert re.findall(r"chunk (\d+)/8", stream.getvalue()) == ["1", "2", "8"]
     uneven = io.StringIO()
     console = Console(uneven, "s", 10, 2, chunk_ends=[9, 10])
     for step in (8, 9, 10):
-        console.step(_row(step))
+        console.step(_record(step))
     assert re.findall(r"chunk (\d+)/2", uneven.getvalue()) == ["1", "1", "2"]
 
 
@@ -91,7 +87,7 @@ def test_every_step_is_shown_when_there_are_few_and_every_step_gone_wrong() -> N
     stream = io.StringIO()
     console = Console(stream, "s", 1000, 1, clock=clock)
     _run(console, clock, range(1, 13), 0.01)
-    console.step(_row(13, 0.01, float("nan")))
+    console.step(_record(13, 0.01, float("nan")))
     assert "step 12/" not in stream.getvalue() and "step 13/1000 loss nan" in stream.getvalue()
 
 
@@ -100,7 +96,7 @@ def test_time_left_counts_pauses_and_forgets_the_slow_first_step() -> None:
     console = Console(io.StringIO(), "s", 40, 4, clock=clock)
     assert console.seconds_left(0) is None
     clock.now += 60
-    console.step(_row(1, 60.0))
+    console.step(_record(1, 60.0))
     _run(console, clock, range(2, 3), 2.0)
     assert console.seconds_left(2) == pytest.approx(76)
     _run(console, clock, range(3, 11), 2.0, pause_after=(10,))
@@ -117,7 +113,7 @@ def test_one_stall_does_not_move_the_time_left() -> None:
     clock = Clock()
     console = Console(io.StringIO(), "s", 100, 1, clock=clock)
     _run(console, clock, range(1, 21), 1.0)
-    console.step(_row(21, 500.0))
+    console.step(_record(21, 500.0))
     assert console.seconds_left(21) == pytest.approx(79)
 
 
@@ -125,14 +121,14 @@ def test_a_closed_stream_does_not_end_the_run() -> None:
     stream = io.StringIO()
     console = Console(stream, "s", 10, 1)
     stream.close()
-    console.step(_row(1))
+    console.step(_record(1))
     console.info("x")
     console.close()
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "w", closefd=True) as broken:
         console = Console(broken, "s", 10, 1)
-        console.step(_row(1))
+        console.step(_record(1))
         console.close()
         # What is left in Python's own buffer would fail once more on close.
         os.dup2(os.open(os.devnull, os.O_WRONLY), writer)
@@ -184,7 +180,7 @@ def test_a_wide_terminal_shows_all_and_a_narrow_one_never_wraps(
     console = Console(stream, "stage1", 96, 8)
     for columns in (200, 60, 20):
         fcntl.ioctl(stream.fileno(), termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-        console.step(_row(34))
+        console.step(_record(34))
         text = re.findall(r"\r([^\r\n]*)\x1b\[K", _shown(outside))[-1]
         assert len(text) < columns
         if columns == 200:
@@ -198,7 +194,7 @@ def test_a_dumb_terminal_gets_plain_lines(
     stream, outside = terminal
     monkeypatch.setenv("TERM", "dumb")
     console = Console(stream, "s", 10, 1)
-    console.step(_row(1))
+    console.step(_record(1))
     console.info("saved")
     shown = _shown(outside)
     assert "\x1b" not in shown and shown.endswith("\ns saved\n")

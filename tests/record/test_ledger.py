@@ -13,49 +13,68 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 
 from k2train import fault_injection
 from k2train.errors import RunError
+from k2train.record.events import (
+    CheckpointSaved,
+    Finished,
+    Resumed,
+    Started,
+    Stopped,
+    Straggler,
+    of_kind,
+)
 from k2train.record.jsonl import encode_line
 from k2train.record.ledger import Ledger, read_ledger
 from k2train.record.line_check import TAIL, with_check
-from k2train.record.system_info import environment_facts
+from k2train.record.system_info import environment_facts, processor_name
+from tests.support.events import event
 
 ROOT = Path(__file__).resolve().parents[2]
 WRITER = """
 import sys
+from k2train.record.events import Straggler
 from k2train.record.ledger import Ledger
 ledger = Ledger(sys.argv[1])
 print("ready", flush=True)
 while True:
-    entry = ledger.append("step", filler="x" * 3000)
-    print(entry["seq"], flush=True)
+    entry = ledger.append(Straggler(attempt=1, step=1, told="x" * 3000))
+    print(entry.seq, flush=True)
 """
 
 
 def _ledger(path: Path, events: int) -> Ledger:
     ledger = Ledger(path)
     for index in range(events):
-        ledger.append("checkpoint_saved", checkpoint=f"ckpt_{index:03d}", step=index)
+        ledger.append(event(CheckpointSaved, checkpoint=f"ckpt_{index:03d}", step=index))
     return ledger
+
+
+STOPPED = event(Stopped, step=3)
 
 
 def test_lines_are_chained_and_read_back(tmp_path: Path) -> None:
     path = tmp_path / "ledger.jsonl"
     ledger = Ledger(path)
     assert not path.exists(), "opening must not write"
-    first = ledger.append("started", layout={"pp": 2, "tp": 2}, loss=float("nan"))
-    second = ledger.append("stopped", step=3)
+    first = ledger.append(event(Started, environment={"pp": [2], "loss": float("nan")}))
+    second = ledger.append(STOPPED)
     lines = path.read_bytes().split(b"\n")
-    assert first["previous"] == "" and first["seq"] == 0 and first["loss"] == "nan"
-    assert second["previous"] == hashlib.sha256(lines[0]).hexdigest()
+    assert first.previous == "" and first.seq == 0
+    assert isinstance(first.event, Started)
+    assert first.event.environment == {"pp": [2], "loss": "nan"}
+    assert second.previous == hashlib.sha256(lines[0]).hexdigest()
     assert ledger.head == hashlib.sha256(lines[1]).hexdigest()
-    assert read_ledger(path) == [first, second] == ledger.events
-    assert ledger.last("started") == first and ledger.last("finished") is None
-    assert first["time"].endswith("Z")
+    assert read_ledger(path) == [first, second] == ledger.entries
+    assert ledger.last(Started) == first.event and ledger.last(Finished) is None
+    assert first.time.endswith("Z")
 
 
 def test_opening_again_continues_the_chain(tmp_path: Path) -> None:
@@ -63,13 +82,18 @@ def test_opening_again_continues_the_chain(tmp_path: Path) -> None:
     head = _ledger(path, 3).head
     again = Ledger(path)
     assert again.repaired is None and again.head == head
-    assert again.append("resumed")["seq"] == 3
-    assert [event["seq"] for event in read_ledger(path)] == [0, 1, 2, 3]
+    assert again.append(STOPPED).seq == 3
+    assert [entry.seq for entry in read_ledger(path)] == [0, 1, 2, 3]
 
 
-def test_own_keys_cannot_be_overwritten(tmp_path: Path) -> None:
-    with pytest.raises(AssertionError, match="seq"):
-        Ledger(tmp_path / "ledger.jsonl").append("x", seq=7)
+def test_what_could_not_be_read_is_not_written(tmp_path: Path) -> None:
+    """Catches a value of a wrong type that ends every later start."""
+    ledger = _ledger(tmp_path / "ledger.jsonl", 1)
+    before = ledger.path.read_bytes()
+    wrong: Any = "nine"
+    with pytest.raises(RunError, match="line 2 has 'nine' as step"):
+        ledger.append(replace(STOPPED, step=wrong))
+    assert ledger.path.read_bytes() == before and ledger.append(STOPPED).seq == 1
 
 
 @pytest.mark.parametrize("opener", [Ledger, read_ledger])
@@ -115,11 +139,10 @@ def test_a_ledger_from_before_there_were_checks_is_read_and_continued(tmp_path: 
         b"check" not in path.read_bytes().replace(b"checkpoint", b"")
         and len(read_ledger(path)) == 3
     )
-    Ledger(path).append("resumed", step=2)
-    assert [event["event"] for event in Ledger(path).events] == ["checkpoint_saved"] * 3 + [
-        "resumed"
-    ]
-    Ledger(path).append("stopped", step=2)
+    Ledger(path).append(event(Resumed, step=2))
+    kinds = [type(entry.event) for entry in Ledger(path).entries]
+    assert kinds == [CheckpointSaved] * 3 + [Resumed]
+    Ledger(path).append(STOPPED)
     lines = path.read_bytes().splitlines(keepends=True)
     without = lines[-1][: -len(TAIL) - 1] + b"}\n"
     path.write_bytes(b"".join([*lines[:-1], without]))
@@ -163,11 +186,11 @@ def test_the_fault_point_strikes_before_anything_is_written(tmp_path: Path) -> N
     fault_injection.arm("ledger.append:error=ENOSPC", 0)
     try:
         with pytest.raises(OSError, match="No space left"):
-            ledger.append("stopped")
+            ledger.append(STOPPED)
     finally:
         fault_injection.arm("", 0)
     assert ledger.path.read_bytes() == before
-    assert ledger.append("stopped")["seq"] == 1
+    assert ledger.append(STOPPED).seq == 1
 
 
 def test_a_removed_line_and_a_damaged_line_are_named(tmp_path: Path) -> None:
@@ -206,16 +229,16 @@ def test_a_torn_last_line_is_moved_aside_and_said(tmp_path: Path) -> None:
     )
     assert path.read_bytes() == whole
     assert (tmp_path / "ledger.torn").read_bytes() == b'{"seq": 2, "eve\n'
-    assert ledger.append("resumed")["seq"] == 2
+    assert ledger.append(STOPPED).seq == 2
     assert Ledger(path).repaired is None
 
 
 def test_a_file_changed_by_another_process_is_not_written_to(tmp_path: Path) -> None:
     path = tmp_path / "ledger.jsonl"
     one, two = _ledger(path, 1), Ledger(path)
-    one.append("chunk_started")
+    one.append(STOPPED)
     with pytest.raises(RunError, match="something else writes"):
-        two.append("chunk_started")
+        two.append(STOPPED)
     assert len(read_ledger(path)) == 2
 
 
@@ -227,10 +250,10 @@ def test_a_full_disk_leaves_the_ledger_as_it_was(
     write = os.write
     monkeypatch.setattr(os, "write", lambda descriptor, data: write(descriptor, data[:5]))
     with pytest.raises(OSError, match="only 5 of"):
-        ledger.append("stopped")
+        ledger.append(STOPPED)
     monkeypatch.undo()
-    ledger.append("stopped")
-    assert [event["event"] for event in read_ledger(path)] == ["checkpoint_saved", "stopped"]
+    ledger.append(STOPPED)
+    assert [type(entry.event) for entry in read_ledger(path)] == [CheckpointSaved, Stopped]
 
 
 def test_threads_do_not_break_the_chain(tmp_path: Path) -> None:
@@ -238,15 +261,15 @@ def test_threads_do_not_break_the_chain(tmp_path: Path) -> None:
 
     def work(name: int) -> None:
         for index in range(10):
-            ledger.append("spike", name=name, index=index)
+            ledger.append(event(Straggler, attempt=name, step=index))
 
     threads = [threading.Thread(target=work, args=(name,)) for name in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    events = read_ledger(ledger.path)
-    assert len(events) == 40 and len({(event["name"], event["index"]) for event in events}) == 40
+    events = of_kind(read_ledger(ledger.path), Straggler)
+    assert len(events) == 40 and len({(event.attempt, event.step) for event in events}) == 40
 
 
 def test_every_append_is_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,9 +282,9 @@ def test_every_append_is_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(os, "fsync", counted)
     ledger = Ledger(tmp_path / "ledger.jsonl")
-    ledger.append("started")
+    ledger.append(event(Started))
     assert len(synced) == 2, "the line, and the name of the new file"
-    ledger.append("stopped")
+    ledger.append(STOPPED)
     assert len(synced) == 3
 
 
@@ -282,8 +305,8 @@ def test_kill_9_never_leaves_an_unreadable_ledger(tmp_path: Path) -> None:
         writer.stdout.close()
         acknowledged = max([acknowledged, *map(int, said)])
         assert len(read_ledger(path)) > acknowledged, "an event that was acknowledged is gone"
-    events = Ledger(path).events
-    assert [event["seq"] for event in events] == list(range(len(events))) and acknowledged > 5
+    entries = Ledger(path).entries
+    assert [entry.seq for entry in entries] == list(range(len(entries))) and acknowledged > 5
 
 
 def test_environment_facts_name_versions_but_not_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -323,3 +346,10 @@ def test_the_commit_is_the_packages_own(tmp_path: Path) -> None:
     assert environment_facts(installed)["code"] is None, (
         "another project's commit was taken for ours"
     )
+
+
+def test_the_processor_is_named_or_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a start that fails where the system has no /proc."""
+    assert processor_name() == processor_name().strip()
+    monkeypatch.setattr("builtins.open", mock.Mock(side_effect=FileNotFoundError))
+    assert processor_name() == ""

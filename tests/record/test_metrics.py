@@ -7,6 +7,7 @@ kept.
 import json
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,43 +16,105 @@ from hypothesis import strategies as st
 
 from k2train.errors import RunError
 from k2train.record.jsonl import encode_line, json_value
-from k2train.record.metrics import MetricsWriter, damaged_rows, last_attempt, latest, read_metrics
+from k2train.record.metrics import (
+    MetricsWriter,
+    RootRecord,
+    StepRecord,
+    damaged_rows,
+    last_attempt,
+    latest,
+    read_metrics,
+)
 
 
 def test_non_finite_values_are_json_in_the_file_and_floats_when_read(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     writer = MetricsWriter(path)
     assert not path.exists()
-    writer.write({"step": 1, "loss": math.nan, "grad_norm": math.inf, "lr": -math.inf})
+    writer.write(StepRecord(1, loss=math.nan, grad_norm=math.inf, lr=-math.inf))
     raw = json.loads(
         path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON")
     )
     assert len(raw.pop("check")) == 16
-    assert raw == {"step": 1, "loss": "nan", "grad_norm": "inf", "lr": "-inf"}
-    (row,) = read_metrics(path)
-    assert math.isnan(row["loss"]) and row["grad_norm"] == math.inf and row["lr"] == -math.inf
+    assert (raw["step"], raw["loss"], raw["grad_norm"], raw["lr"]) == (1, "nan", "inf", "-inf")
+    (record,) = read_metrics(path)
+    assert math.isnan(record.loss) and record.grad_norm == math.inf and record.lr == -math.inf
+
+
+RECORD = StepRecord(
+    step=7,
+    attempt=2,
+    chunk="chunk_001",
+    consumed_tokens=960,
+    loss=2.5,
+    grad_norm=0.5,
+    lr=1e-3,
+    rows=[12, 24],
+    applied=True,
+    tokens_per_second=100.0,
+    mfu=None,
+    seconds=0.25,
+    peak_memory_bytes=4096,
+)
+LINE = (
+    '{"step": 7, "attempt": 2, "chunk": "chunk_001", "consumed_tokens": 960, "loss": 2.5, '
+    '"grad_norm": 0.5, "lr": 0.001, "rows": [12, 24], "applied": true, "tokens_per_second": 100.0, '
+    '"mfu": null, "seconds": 0.25, "peak_memory_bytes": 4096}'
+)
+
+
+def test_a_line_has_the_keys_of_the_format_in_their_order() -> None:
+    """Catches a line in other bytes: readers search files for the beginning of a line."""
+    assert encode_line(RECORD.row()).decode() == LINE + "\n"
+    with_root = encode_line(replace(RECORD, state_root="ab").row()).decode()
+    assert with_root == LINE[:-1] + ', "state_root": "ab"}\n'
+    roots = encode_line(RootRecord(7, 2, "ab", {"norm.weight": "cd"}).row()).decode()
+    assert roots == '{"step": 7, "attempt": 2, "root": "ab", "tensors": {"norm.weight": "cd"}}\n'
+
+
+@pytest.mark.parametrize("record", (RECORD, replace(RECORD, state_root="ab", mfu=0.5)))
+def test_a_record_reads_back_with_all_that_is_unknown(record: StepRecord) -> None:
+    row = json.loads(encode_line(record.row()))
+    assert StepRecord.of(row) == record and StepRecord.of(row).row() == row
+    later = row | {"later": {"a": [1]}, "worst": "-inf"}
+    assert StepRecord.of(later).other == {"later": {"a": [1]}, "worst": -math.inf}
+    assert json.loads(encode_line(StepRecord.of(later).row())) == later
+
+
+def test_a_line_of_an_older_version_gets_defaults() -> None:
+    old = StepRecord.of({"step": 3})
+    assert (old.attempt, old.applied, old.mfu, old.state_root) == (0, True, None, None)
+    assert math.isnan(old.loss) and math.isnan(old.seconds)
+
+
+@pytest.mark.parametrize("line", ('{"loss": 1.0}', '{"step": "4"}', '{"step": 4, "attempt": null}'))
+def test_a_line_that_is_of_no_step_is_named(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n' + line + "\n")
+    with pytest.raises(RunError, match=r"metrics\.jsonl: line 2 is not the record of a step"):
+        read_metrics(path)
 
 
 def test_each_row_is_readable_at_once(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     writer = MetricsWriter(path)
     for step in (1, 2):
-        writer.write({"step": step})
-        assert [row["step"] for row in read_metrics(path)][-1] == step
+        writer.write(StepRecord(step))
+        assert [row.step for row in read_metrics(path)][-1] == step
 
 
 @pytest.mark.parametrize("rest", [b"{", b'{"step": 3}', b"x" * 200_000])
 def test_a_torn_last_line_is_cut_off_on_opening(tmp_path: Path, rest: bytes) -> None:
     path = tmp_path / "metrics.jsonl"
-    MetricsWriter(path).write({"step": 1})
+    MetricsWriter(path).write(StepRecord(1))
     whole = path.read_bytes()
     path.write_bytes(whole + rest)
-    assert [row["step"] for row in read_metrics(path)] == [1]
+    assert [row.step for row in read_metrics(path)] == [1]
     writer = MetricsWriter(path)
     assert writer.repaired is not None and str(len(rest)) in writer.repaired
     assert path.read_bytes() == whole
-    writer.write({"step": 2})
-    assert [row["step"] for row in read_metrics(path)] == [1, 2]
+    writer.write(StepRecord(2))
+    assert [row.step for row in read_metrics(path)] == [1, 2]
     assert MetricsWriter(path).repaired is None
 
 
@@ -75,7 +138,7 @@ def test_every_changed_bit_is_named_and_ends_no_run(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     writer = MetricsWriter(path)
     for step in range(1, 6):
-        writer.write({"step": step, "attempt": 1, "loss": 9.0 / step})
+        writer.write(StepRecord(step, 1, loss=9.0 / step))
     whole = path.read_bytes()
     for place in range(8 * len(whole)):
         damaged = bytearray(whole)
@@ -90,11 +153,11 @@ def test_every_changed_bit_is_named_and_ends_no_run(tmp_path: Path) -> None:
 
 def test_a_damaged_last_newline_costs_no_row(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    MetricsWriter(path).write({"step": 1})
+    MetricsWriter(path).write(StepRecord(1))
     path.write_bytes(path.read_bytes()[:-1] + b"\x0b")
     writer = MetricsWriter(path)
     assert writer.repaired is not None and "newline" in writer.repaired
-    writer.write({"step": 2})
+    writer.write(StepRecord(2))
     assert damaged_rows(path) == [
         f"{path}: line 1 is not JSON: the file was changed or damaged after it was written"
     ]
@@ -104,8 +167,8 @@ def test_a_damaged_last_newline_costs_no_row(tmp_path: Path) -> None:
 def test_rows_from_before_there_were_checks_are_read(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1, "loss": 2.5}\n{"step": 2, "loss": 2.25}\n')
-    MetricsWriter(path).write({"step": 3})
-    assert [row["step"] for row in read_metrics(path)] == [1, 2, 3] and damaged_rows(path) == []
+    MetricsWriter(path).write(StepRecord(3))
+    assert [row.step for row in read_metrics(path)] == [1, 2, 3] and damaged_rows(path) == []
     with path.open("ab") as stream:
         stream.write(b'{"step": 4}\n')
     assert "line 4 has no check" in damaged_rows(path)[0]
@@ -117,10 +180,10 @@ def test_attempts_stay_and_latest_gives_each_step_once(tmp_path: Path) -> None:
     writer = MetricsWriter(path)
     for attempt, steps in ((1, range(1, 5)), (2, range(3, 4))):
         for step in steps:
-            writer.write({"step": step, "attempt": attempt, "loss": attempt + step / 10})
+            writer.write(StepRecord(step, attempt, loss=attempt + step / 10))
     assert len(read_metrics(path)) == 5
     assert last_attempt(path) == 2
-    assert [(row["step"], row["attempt"]) for row in latest(path)] == [
+    assert [(row.step, row.attempt) for row in latest(path)] == [
         (1, 1),
         (2, 1),
         (3, 2),
@@ -132,9 +195,9 @@ def test_sync_reaches_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     synced: list[int] = []
     writer = MetricsWriter(tmp_path / "metrics.jsonl")
     writer.sync()
-    writer.write({"step": 1})
+    writer.write(StepRecord(1))
     monkeypatch.setattr(os, "fsync", synced.append)
-    writer.write({"step": 2})
+    writer.write(StepRecord(2))
     assert synced == []
     writer.sync()
     assert len(synced) == 1

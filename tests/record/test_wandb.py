@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from k2train.record.wandb import WandbMirror, wandb_run_id
+from k2train.record.metrics import StepRecord
+from k2train.record.wandb import WandbMirror, WandbRun, wandb_run_id
 from tests.support.command_line import HANG_SECONDS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,9 +51,8 @@ def _fake(monkeypatch: pytest.MonkeyPatch, **replaced: Callable[..., Any]) -> li
 def _mirror(
     tmp_path: Path, notes: list[str], mode: Any = "offline", close_seconds: float = 10.0
 ) -> WandbMirror:
-    return WandbMirror(
-        mode, "k2train", "demo", "runs/demo#1", tmp_path, {"a": 1}, notes.append, close_seconds
-    )
+    run = WandbRun(mode, "k2train", "demo", wandb_run_id("runs/demo#1"), {"a": 1})
+    return WandbMirror(run, tmp_path, notes.append, close_seconds)
 
 
 def test_rows_go_in_order_with_their_own_step_axis(
@@ -61,22 +61,20 @@ def test_rows_go_in_order_with_their_own_step_axis(
     calls, notes = _fake(monkeypatch), []  # type: ignore[var-annotated]
     mirror = _mirror(tmp_path, notes)
     for step, attempt in ((1, 1), (2, 1), (2, 2)):
-        mirror.log({"step": step, "attempt": attempt})
+        mirror.log(StepRecord(step, attempt))
     mirror.event("resumed from ckpt_001")
     mirror.close()
     mirror.close()
-    mirror.log({"step": 3})
+    mirror.log(StepRecord(3))
     assert notes == []
     settings = calls[0][1]
     assert settings["id"] == wandb_run_id("runs/demo#1") and settings["resume"] == "allow"
     assert settings["settings"]["console"] == "off" and settings["settings"]["disable_git"]
     assert calls[1:3] == [("define_metric", ("step", None)), ("define_metric", ("*", "step"))]
-    assert [row for kind, row in calls if kind == "log"] == [
-        {"step": 1, "attempt": 1},
-        {"step": 2, "attempt": 1},
-        {"step": 2, "attempt": 2},
-        {"step": 2, "event": "resumed from ckpt_001"},
-    ]
+    *rows, event = [row for kind, row in calls if kind == "log"]
+    assert [(row["step"], row["attempt"]) for row in rows] == [(1, 1), (2, 1), (2, 2)]
+    assert "state_root" not in rows[0] and rows[0].keys() >= {"loss", "lr", "tokens_per_second"}
+    assert event == {"step": 2, "event": "resumed from ckpt_001"}
     assert calls[-1] == ("finish", None)
 
 
@@ -96,7 +94,7 @@ def test_a_failure_is_one_note_and_no_exception(
     notes: list[str] = []
     mirror = _mirror(tmp_path, notes)
     for step in range(20):
-        mirror.log({"step": step})
+        mirror.log(StepRecord(step))
         mirror.event("x")
     mirror.close()
     assert len(notes) == 1 and type(error).__name__ in notes[0] and "\n" not in notes[0]
@@ -108,7 +106,7 @@ def test_a_missing_package_is_one_note(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, "wandb", None)
     notes: list[str] = []
     mirror = _mirror(tmp_path / "never", notes)
-    mirror.log({"step": 1})
+    mirror.log(StepRecord(1))
     mirror.close()
     assert len(notes) == 1 and "not installed" in notes[0]
     assert not (tmp_path / "never").exists()
@@ -122,7 +120,7 @@ def test_a_stuck_wandb_never_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     def train() -> None:
         for step in range(1000):
-            mirror.log({"step": step})
+            mirror.log(StepRecord(step))
         mirror.close()
 
     # Whatever waits for W&B here waits until `go_on`, which comes last.
@@ -143,7 +141,7 @@ def test_a_queue_that_overflows_is_one_note(
     notes: list[str] = []
     mirror = _mirror(tmp_path, notes, close_seconds=0.1)
     for step in range(20):
-        mirror.log({"step": step})
+        mirror.log(StepRecord(step))
     mirror.close()
     assert len(notes) == 1 and "5 rows wait" in notes[0]
     go_on.set()
@@ -165,9 +163,10 @@ def test_online_without_credentials_does_not_ask_for_them(
 
 def test_disabled_imports_nothing_and_starts_nothing(tmp_path: Path) -> None:
     code = (
-        "import sys, threading; from k2train.record.wandb import WandbMirror;"
-        f"m = WandbMirror('disabled', 'p', 'n', 'id', {str(tmp_path / 'w')!r}, {{}}); "
-        f"m.log({{'step': 1}});"
+        "import sys, threading; from k2train.record.metrics import StepRecord;"
+        "from k2train.record.wandb import WandbMirror, WandbRun;"
+        f"m = WandbMirror(WandbRun('disabled', 'p', 'n', 'id', {{}}), {str(tmp_path / 'w')!r}); "
+        f"m.log(StepRecord(1));"
         "m.event('x'); m.close(); print('wandb' in sys.modules, threading.active_count())"
     )
     done = subprocess.run(
@@ -186,11 +185,12 @@ def test_wandb_itself_offline_across_a_restart(tmp_path: Path) -> None:
     """The real package, in a process each, as a run that is stopped and started again."""
     pytest.importorskip("wandb")
     code = (
-        "import sys; from k2train.record.wandb import WandbMirror;"
+        "import sys; from k2train.record.metrics import StepRecord;"
+        "from k2train.record.wandb import WandbMirror, WandbRun, wandb_run_id;"
         "note = lambda t: print('NOTE', t);"
-        "m = WandbMirror('offline', 'k2train', 'demo', 'runs/demo', sys.argv[1], {'lr': 1.0}, "
-        "note);"
-        "[m.log({'step': s, 'loss': 5.0 / s, 'attempt': int(sys.argv[2])}) for s in range(1, 9)];"
+        "run = WandbRun('offline', 'k2train', 'demo', wandb_run_id('runs/demo'), {'lr': 1.0});"
+        "m = WandbMirror(run, sys.argv[1], note);"
+        "[m.log(StepRecord(s, int(sys.argv[2]), loss=5.0 / s)) for s in range(1, 9)];"
         "m.event('a sentence that can be found'); m.close(); print('closed')"
     )
     for attempt in ("1", "2"):

@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 
 from k2train.errors import RunError
+from k2train.processes import start_ticks
 from k2train.run_lock import lease, process_identity
 from k2train.run_lock.lock import RunLock
 from k2train.run_lock.process_identity import HOST_PID_SPACE, machine_id
@@ -148,7 +149,7 @@ def test_kill_9_frees_the_lease_at_once_and_the_token_rises(
         holder.send_signal(signal.SIGKILL)
     # Not collected yet: its id is still there, and its beginning too.
     until = time.monotonic() + HANG_SECONDS
-    while Path(f"/proc/{holder.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+    while start_ticks(holder.pid):
         assert time.monotonic() < until
     with _without_flock(tmp_path) as lock:
         assert lock.token == 2 and lock.taken_over_from == {

@@ -18,10 +18,12 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+from k2train.processes import descendants
 
 REQUIRED = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scontrol", "srun")
 DAEMON_PATH = "/usr/sbin:/sbin"
@@ -90,7 +92,7 @@ class Cluster:
         with suppress(OSError, subprocess.SubprocessError):
             self.run("scancel", f"--user={os.geteuid()}", check=False)
             self._wait_until_idle(10)
-        children = descendants([process.pid for process in self.daemons.values()])
+        children = descendants(process.pid for process in self.daemons.values())
         for process in reversed(self.daemons.values()):
             process.terminate()
         for process in reversed(self.daemons.values()):
@@ -99,7 +101,7 @@ class Cluster:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-        for child in children | self.steps():
+        for child in {*children, *self.steps()}:
             with suppress(ProcessLookupError):
                 os.kill(child, signal.SIGKILL)
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -166,7 +168,7 @@ class Cluster:
             and f"SLURMD_NODENAME={node}\0".encode() in content(entry / "environ")
             and self._is_ours(entry)
         }
-        stepds = {stepd for stepd in self.steps() if tasks & descendants([stepd])}
+        stepds = {stepd for stepd in self.steps() if tasks & {*descendants([stepd])}}
         self.daemons[label].kill()
         self.daemons.pop(label).wait()
         for pid in stepds | tasks:
@@ -297,20 +299,6 @@ def free_ports(count: int) -> range:
                     probe.bind(("", port))
             return range(first, first + count)
     raise OSError("no free ports")
-
-
-def descendants(roots: Sequence[int]) -> set[int]:
-    """Processes under these, without them."""
-    parents = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and (stat := content(entry / "stat")):
-            parents[int(entry.name)] = int(stat.rpartition(b")")[2].split()[1])
-    found: set[int] = set()
-    while new := {
-        pid for pid, parent in parents.items() if parent in found | set(roots) and pid not in found
-    }:
-        found |= new
-    return found
 
 
 def content(path: Path) -> bytes:

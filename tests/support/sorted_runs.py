@@ -15,7 +15,7 @@ import numpy as np
 from k2train.data.document_keys import document_key64
 from k2train.data.manifest import chunk_dtype
 from k2train.data.prepare.allocate.mixture import keyed_permutation
-from k2train.data.prepare.encode.sorted_runs import RunWriter
+from k2train.data.prepare.encode.run_writer import RunWriter
 from k2train.data.prepare.recipe import Recipe
 from k2train.data.prepare.source import Source, first_position, split_position
 from k2train.data.prepare.workspace import HELD_OUT, EncodeTask, Workspace, read_json, write_json
@@ -129,7 +129,7 @@ def write_runs(
     folder.mkdir(parents=True, exist_ok=True)
     seed = workspace.recipe.seed
 
-    writer = RunWriter(folder, "000", name, subset.passes, seed, chunk_dtype(vocab), capacity)
+    writer = RunWriter(folder / "000", name, subset.passes, seed, chunk_dtype(vocab), capacity)
     counts = dict.fromkeys(
         ("documents_read", "rejected", "documents", "outside", "short", "not_chosen"), 0
     )

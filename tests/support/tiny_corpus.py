@@ -6,7 +6,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,17 @@ import numpy as np
 import yaml
 
 from k2train import fault_injection
-from k2train.checkpoint.writer import SaveError
 from k2train.config.load import Config
 from k2train.data.chunk import write_chunk, write_manifest
 from k2train.data.manifest import Manifest
 from k2train.errors import UserError
 from k2train.guard.stop_signals import StopRequest
 from k2train.launch.environment import Launch
-from k2train.train.monitor import DamageError
-from k2train.train.preflight import prepare_start
-from k2train.train.shutdown import shut_down_together
-from k2train.train.trainer import Trainer
+from k2train.processes import descendants
+from k2train.train.monitor import RunMonitor
+from k2train.train.preflight import Start, prepare_start
+from k2train.train.shutdown import OpenRun
+from k2train.train.trainer import Trainer, build
 from tests.support import forkserver
 from tests.support.tiny_model import TINY, grid_of
 
@@ -155,27 +156,12 @@ def wait_for(path: Path, process: forkserver.Process) -> None:
         time.sleep(0.002)
 
 
-def family(pid: int) -> list[int]:
-    """The process and all that descend from it."""
-    children: dict[int, list[int]] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rsplit(")", 1)[1].split()
-        except OSError:
-            continue
-        children.setdefault(int(fields[1]), []).append(int(stat.parent.name))
-    found = [pid]
-    for parent in found:
-        found += children.get(parent, [])
-    return found
-
-
 def kill_all(process: "subprocess.Popen[str] | forkserver.Process") -> int:
     """`kill -9` the process or launcher and all workers at once; the return code."""
     if isinstance(process, forkserver.Process):
         process.kill()
         return process.wait()
-    for pid in family(process.pid):
+    for pid in [process.pid, *descendants([process.pid])]:
         try:
             os.kill(pid, signal.SIGKILL)
         except ProcessLookupError:
@@ -213,6 +199,18 @@ def nothing(trainer: Trainer) -> None:
     """Change nothing; the default `change`."""
 
 
+@contextmanager
+def opened(launch: Launch, start: Start) -> Iterator[OpenRun]:
+    """A run of this rank, closed in any case, its watchdog too."""
+    grid = grid_of(launch, start.setup.config)
+    monitor = RunMonitor(start.setup, grid, start.directory, StopRequest())
+    try:
+        with OpenRun(grid, monitor) as run:
+            yield run
+    finally:
+        monitor.close()
+
+
 def trainer_job(
     launch: Launch, tree: dict[str, Any], change: Callable[[Trainer], None] = nothing
 ) -> int | str:
@@ -226,19 +224,12 @@ def trainer_job(
     try:
         config = Config.model_validate(tree)
         begun = prepare_start(config, launch.world_size, verify=launch.rank == 0)
-        trainer = Trainer(
-            config, grid_of(launch, config), begun, StopRequest(), verify=launch.rank == 0
-        )
-        try:
-            trainer.begin()
-            if trainer.finished is not None:
-                return f"finished: {trainer.finished.name}"
+        with opened(launch, begun) as run:
+            trainer = build(begun, run, verify=launch.rank == 0)
+            if trainer is None:
+                return f"finished: {begun.candidates[0].name}"
             change(trainer)
-            return trainer.run()
-        except (SaveError, DamageError) as error:
-            return shut_down_together(trainer, error)
-        finally:
-            trainer.close()
-            trainer.monitor.close()
+            run.code = trainer.run()
+        return run.code
     except UserError as error:
         return f"{type(error).__name__}: {error}"

@@ -6,11 +6,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from k2train.checkpoint.manifest import DataFacts, DataPosition, SaveFacts
 from k2train.config.load import Config
+from k2train.data.loader import MicroBatch
 from k2train.launch.environment import Launch
 from k2train.parallel.grid import ProcessGrid
 from k2train.train.engine import Engine
-from k2train.train.preflight import layout_of
+from k2train.train.setup import Setup
 
 TINY: dict[str, Any] = {
     "run": {"name": "tiny", "seed": 7},
@@ -53,7 +55,25 @@ def tiny_config(**changes: Any) -> Config:
 
 
 def grid_of(launch: Launch, config: Config) -> ProcessGrid:
-    return ProcessGrid(layout_of(config, launch.world_size), launch.rank, torch.device("cpu"))
+    layout = Setup.of(config, launch.world_size).layout
+    return ProcessGrid(layout, launch.rank, torch.device("cpu"))
+
+
+def engine_of(config: Config, grid: ProcessGrid, fill: bool = True) -> Engine:
+    return Engine(Setup(config, grid.layout), grid, fill)
+
+
+def save_facts(step: int, adam_steps: int, **facts: Any) -> SaveFacts:
+    """What a run says of a checkpoint, as little as a reader needs."""
+    return SaveFacts(
+        step=step,
+        adam_steps=adam_steps,
+        consumed_tokens=0,
+        chunks=DataPosition(consumed=0),
+        config={},
+        data=DataFacts(),
+        **facts,
+    )
 
 
 def global_batch(config: Config, step: int) -> Tensor:
@@ -63,13 +83,20 @@ def global_batch(config: Config, step: int) -> Tensor:
     return torch.from_numpy(rng.integers(0, config.model.vocab_size, shape))
 
 
-def microbatches_of(config: Config, grid: ProcessGrid, step: int) -> list[Tensor]:
+def microbatches_of(config: Config, grid: ProcessGrid, step: int) -> list[MicroBatch]:
     """This rank's micro-batches of a step: a contiguous slice of the global batch, cut in order."""
     batch = global_batch(config, step)
     mine = batch.shape[0] // grid.dp.size
-    return list(
-        batch[grid.dp.rank * mine : (grid.dp.rank + 1) * mine].split(config.batch.micro_sequences)
-    )
+    return split(config, batch[grid.dp.rank * mine : (grid.dp.rank + 1) * mine])
+
+
+def split(config: Config, tokens: Tensor, documents: Tensor | None = None) -> list[MicroBatch]:
+    """Rows [n, s] of this rank as micro-batches."""
+    size = config.batch.micro_sequences
+    return [
+        MicroBatch(tokens[n : n + size], None if documents is None else documents[n : n + size])
+        for n in range(0, len(tokens), size)
+    ]
 
 
 def local_gradients(
@@ -150,7 +177,7 @@ def train_job(launch: Launch, config: Config, steps: int) -> dict[str, Any]:
     reduced gradients.
     """
     grid = grid_of(launch, config)
-    engine = Engine(config, grid)
+    engine = engine_of(config, grid)
     start = local_gradients(engine, engine.optimizer.master)
     results, gradients = [], []
     reduce = engine.gradients.reduce

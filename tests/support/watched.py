@@ -22,6 +22,7 @@ import torch.distributed as dist
 from k2train.parallel.collectives import all_gather, all_reduce
 from k2train.parallel.comm_tracker import CommTracker
 from k2train.parallel.grid import Axis
+from k2train.watchdog.own_heartbeat import Member
 from k2train.watchdog.timeouts import Timeouts
 from k2train.watchdog.watchdog import Watchdog
 
@@ -56,6 +57,14 @@ def do(fault: str) -> None:
         os.kill(os.getpid(), {"stop": signal.SIGSTOP, "kill": signal.SIGKILL}[fault])
 
 
+def jump_wall_clock() -> None:
+    """Let the wall clock of this process jump ahead and back twice a second."""
+    true_time, began = time.time, time.monotonic()
+    time.time = lambda: (
+        true_time() + CLOCK_JUMP * (1 if int((time.monotonic() - began) * 2) % 2 else -1)
+    )
+
+
 def main() -> int:
     """Run the steps."""
     rank, world, directory, limit = (
@@ -70,17 +79,14 @@ def main() -> int:
     torch.set_num_threads(1)
     comm = CommTracker()
     limits = Timeouts(heartbeat_seconds=HEARTBEAT, start_seconds=60.0, step_seconds=limit)
-    began = time.monotonic()
+    if CLOCK_JUMP:
+        jump_wall_clock()
     watch = Watchdog(
         directory / "watch",
-        rank,
-        world,
+        Member(rank, world),
         limits,
         lambda line: os.write(2, f"{line}\n".encode()) and None,
         comm.position,
-        wall=lambda: (
-            time.time() + CLOCK_JUMP * (1 if int((time.monotonic() - began) * 2) % 2 else -1)
-        ),
     )
     store = os.environ.get("WATCHED_STORE", f"file://{directory}/store")
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)

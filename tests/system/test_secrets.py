@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from k2train.processes import descendants
 from k2train.record.system_info import environment_facts, job_facts
 from tests.support.tiny_corpus import (
     ROOT,
     cold_command,
     config_tree,
     environment,
-    family,
     make_corpus,
     tree_of,
     write_yaml,
@@ -79,7 +79,7 @@ def test_a_run_leaves_no_secret_anywhere(tmp_path: Path) -> None:
 
 def _watch(running: subprocess.Popen[bytes], lines: set[bytes]) -> None:
     while running.poll() is None:
-        for pid in family(running.pid):
+        for pid in [running.pid, *descendants([running.pid])]:
             try:
                 lines.add(Path(f"/proc/{pid}/cmdline").read_bytes())
             except OSError:

@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from k2train.record.events import E, Event, Resumed, Started, Stopped, of_kind
+from k2train.record.ledger import read_ledger
 from k2train.record.system_info import slurm_job_ended
 from tests.support.command_line import HANG_SECONDS, load_tool
 from tests.support.scenarios import Scenario, judged, judges
@@ -104,10 +106,8 @@ class Run:
             if b"k2train.launch" not in content(entry / "cmdline")
         ]
 
-    def events(self) -> list[dict[str, Any]]:
-        return [
-            json.loads(line) for line in (self.directory / "ledger.jsonl").read_text().splitlines()
-        ]
+    def events(self, kind: type[E]) -> list[E]:
+        return of_kind(read_ledger(self.directory / "ledger.jsonl"), kind)
 
 
 def of_alone(cluster: Cluster, folder: Path) -> Scenario:
@@ -122,8 +122,8 @@ def checked(outcomes: dict[str, Any]) -> Run:
     """The run that nobody disturbed, when it is what it should be."""
     run, job = judged(outcomes["alone"])
     assert (job["JobState"], job["ExitCode"]) == ("COMPLETED", "0:0"), run.told()
-    (started,) = [event for event in run.events() if event["event"] == "started"]
-    assert started["world_size"] == 2
+    (started,) = run.events(Started)
+    assert started.world_size == 2
     assert run.steps() == STEPS
     return run
 
@@ -149,8 +149,7 @@ def of_time_limit(cluster: Cluster, folder: Path) -> Scenario:
 def test_a_time_limit_saves_requeues_and_goes_on(outcome: Any, outcomes: dict[str, Any]) -> None:
     run, facts = outcome
     assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1"), run.told()
-    stopped = [event for event in run.events() if event["event"] == "stopped"]
-    assert [event["reason"] for event in stopped] == ["SIGUSR1"], run.told()
+    assert [event.reason for event in run.events(Stopped)] == ["SIGUSR1"], run.told()
     same_end(run, outcomes)
 
 
@@ -161,8 +160,8 @@ def of_cancelled(cluster: Cluster, folder: Path) -> Scenario:
     cluster.run("scancel", job)
     yield run.over(job)
     state = run.job(job)["JobState"]
-    yield lambda: run.events()[-1]["event"] == "stopped"
-    saved = run.events()[-1]["step"], run.steps()
+    yield lambda: isinstance(run.events(Event)[-1], Stopped)
+    saved = run.events(Stopped)[-1].step, run.steps()
     again = run.submit()
     yield run.over(again)
     return run, state, saved, run.job(again)["JobState"], run.job(job)["Restarts"]
@@ -180,8 +179,7 @@ def test_a_cancelled_job_has_saved_and_the_next_one_goes_on(
     assert state == "CANCELLED", run.told()
     assert 10 <= saved == last < STEPS
     assert again == "COMPLETED", run.told()
-    resumed = [event["step"] for event in run.events() if event["event"] == "resumed"]
-    assert resumed == [saved]
+    assert [event.step for event in run.events(Resumed)] == [saved]
     assert restarts == "0"
     same_end(run, outcomes)
 
@@ -205,7 +203,7 @@ def test_a_lost_node_requeues_the_job(outcome: Any, outcomes: dict[str, Any]) ->
     run, facts = outcome
     assert facts["JobState"] == "COMPLETED" and int(facts["Restarts"]) >= 1, run.told()
     # Once or more: SLURM may be slower to miss the node than the script is to start again.
-    assert "resumed" in [event["event"] for event in run.events()], run.told()
+    assert run.events(Resumed), run.told()
     same_end(run, outcomes)
 
 

@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from k2train.checkpoint.manifest import MANIFEST, seal, verify_checkpoint
+from k2train.checkpoint.manifest import MANIFEST, seal
+from k2train.checkpoint.verify import verify_checkpoint
 from k2train.config.load import load_config
 from k2train.data.chunk import check_files, verify_chunk
 from k2train.data.manifest import read_manifest

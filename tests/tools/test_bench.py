@@ -19,16 +19,16 @@ from typing import Any
 
 import pytest
 
+from benchmarks.cpu import against, contenders, results
+from benchmarks.cpu.contenders import Contender, choose, find
+from benchmarks.cpu.measure import peak_step_bytes
+from benchmarks.cpu.results import Row, other_work, rows_of, verdicts_of
+from benchmarks.cpu.rounds import Plan, Sample, run_group
+from benchmarks.cpu.work import Work, parse_work
+from k2train.processes import start_ticks
 from tests.support.command_line import HANG_SECONDS, load_tool, soon
 
 tool = load_tool("bench")
-
-from benchmarks.cpu import against, contenders, results  # noqa: E402
-from benchmarks.cpu.contenders import Contender, choose, find  # noqa: E402
-from benchmarks.cpu.measure import peak_step_bytes  # noqa: E402
-from benchmarks.cpu.results import Row, other_work, rows_of, verdicts_of  # noqa: E402
-from benchmarks.cpu.rounds import Plan, Sample, run_group  # noqa: E402
-from benchmarks.cpu.work import Work, parse_work  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = {
@@ -82,6 +82,16 @@ def build(work, precision, options, rank, world):
         return 5.545 - 0.01 * n
     return Built(step, work.parameters, how)
 """
+
+
+FAULTS = [
+    ("missing", "unavailable", "a_package_that_nobody_has is not installed"),
+    ("cannot", "unavailable", "needs a unicorn"),
+    ("raises on one rank", "failed", "RuntimeError: rank one is ill"),
+    ("ends on one rank", "failed", "rank 0 ended with exit code 4"),
+    ("crashes", "failed", "rank 0 ended with exit code 3: last words"),
+    ("hangs", "failed", "no answer to 'run 1' within 4 s from rank [0]"),
+]
 
 
 def sample(
@@ -259,15 +269,8 @@ def fakes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[list[Sampl
     def fake(how: str, world: int = 1) -> Contender:
         return Contender(how, "fake_contender", world, {"how": how, "pids": str(pids)})
 
-    members = [
-        fake("well", 2),
-        fake("missing"),
-        fake("cannot"),
-        fake("raises on one rank", 2),
-        fake("ends on one rank", 2),
-        fake("crashes"),
-        fake("hangs"),
-    ]
+    members = [fake(how, 1 + ("one rank" in how)) for how, _, _ in FAULTS]
+    members.insert(0, fake("well", 2))
 
     plan = Plan(rounds=2, warmup_steps=1, measure=False, limit_seconds=4, extra_path=str(folder))
     began = time.monotonic()
@@ -287,17 +290,7 @@ def test_the_others_run_whatever_one_does(fakes: tuple[list[Sample], Path]) -> N
     assert well.parameters == TINY.parameters
 
 
-@pytest.mark.parametrize(
-    ("how", "kind", "message"),
-    [
-        ("missing", "unavailable", "a_package_that_nobody_has is not installed"),
-        ("cannot", "unavailable", "needs a unicorn"),
-        ("raises on one rank", "failed", "RuntimeError: rank one is ill"),
-        ("ends on one rank", "failed", "rank 0 ended with exit code 4"),
-        ("crashes", "failed", "rank 0 ended with exit code 3: last words"),
-        ("hangs", "failed", "no answer to 'run 1' within 4 s from rank [0]"),
-    ],
-)
+@pytest.mark.parametrize(("how", "kind", "message"), FAULTS)
 def test_why_a_contender_has_no_numbers_is_in_its_row(
     fakes: tuple[list[Sample], Path], how: str, kind: str, message: str
 ) -> None:
@@ -308,19 +301,11 @@ def test_why_a_contender_has_no_numbers_is_in_its_row(
     assert message in tool.table.report(_facts(), [row], []).splitlines()[-1]
 
 
-def running(pid: int) -> bool:
-    """Whether it still does anything; a zombie does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
 def test_no_process_is_left(fakes: tuple[list[Sample], Path]) -> None:
     """Catches a rank that hangs on after its contender was given up."""
     started = {int(line) for line in fakes[1].read_text().split()}
     assert len(started) == 10
-    assert soon(lambda: not any(running(pid) for pid in started))
+    assert soon(lambda: not any(start_ticks(pid) for pid in started))
 
 
 DRIVER = """
@@ -351,7 +336,7 @@ def test_ranks_inside_a_step_end_with_a_killed_driver(tmp_path: Path) -> None:
         assert soon(lambda: pids.exists() and len(pids.read_text().split()) == 4)
         driver.kill()
         driver.wait(HANG_SECONDS)
-        assert soon(lambda: not any(running(int(pid)) for pid in pids.read_text().split()))
+        assert soon(lambda: not any(start_ticks(int(pid)) for pid in pids.read_text().split()))
     finally:
         driver.kill()
         driver.wait()
@@ -365,15 +350,10 @@ def test_a_stopped_bench_leaves_nothing(after_seconds: int) -> None:
     command = [
         sys.executable,
         str(ROOT / "tools/bench.py"),
-        "cpu",
-        "--only",
-        "ddp2",
+        *["cpu", "--only", "ddp2", "--rounds", "10000"],
         *SIZE_ARGUMENTS,
     ]
-
-    driver = subprocess.Popen(
-        [*command, "--rounds", "10000"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     children = Path(f"/proc/{driver.pid}/task/{driver.pid}/children")
 
     try:
@@ -382,7 +362,7 @@ def test_a_stopped_bench_leaves_nothing(after_seconds: int) -> None:
         time.sleep(after_seconds)
         driver.send_signal(signal.SIGTERM)
         driver.wait(HANG_SECONDS)
-        assert soon(lambda: not any(running(pid) for pid in pids))
+        assert soon(lambda: not any(start_ticks(pid) for pid in pids))
     finally:
         driver.kill()
         driver.wait()
@@ -395,21 +375,8 @@ def test_one_and_two_processes_end_to_end(
     alike.
     """
     path = tmp_path / "now.json"
-    arguments = [
-        "cpu",
-        "--only",
-        "k2train",
-        "ddp2",
-        "--quick",
-        "--rounds",
-        "2",
-        "--cores",
-        "1",
-        "--json",
-        str(path),
-    ]
-
-    assert tool.main([*arguments, *SIZE_ARGUMENTS]) == 0
+    arguments = ["cpu", "--only", "k2train", "ddp2", "--quick", "--rounds", "2", "--cores", "1"]
+    assert tool.main([*arguments, "--json", str(path), *SIZE_ARGUMENTS]) == 0
     text, record = capsys.readouterr().out, json.loads(path.read_text())
     assert {row["name"]: row["problem"] for row in record["rows"]} == {
         "reference": None,
@@ -490,20 +457,9 @@ def test_the_base_runs_its_own_code_beside_ours(
     temporary.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(temporary))
 
-    arguments = [
-        "cpu",
-        "--only",
-        "k2train",
-        "--quick",
-        "--cores",
-        "1",
-        "--rounds",
-        "3",
-        "--json",
-        str(written),
-    ]
-
-    assert tool.main([*arguments, "--against", str(base), *SIZE_ARGUMENTS]) in (0, 1)
+    arguments = ["cpu", "--only", "k2train", "--quick", "--cores", "1", "--rounds", "3"]
+    arguments += ["--json", str(written), "--against", str(base), *SIZE_ARGUMENTS]
+    assert tool.main(arguments) in (0, 1)
     record, text = json.loads(written.read_text()), capsys.readouterr().out
     assert [(row["name"], row["base"], row["problem"]) for row in record["rows"]] == [
         ("k2train", False, None),

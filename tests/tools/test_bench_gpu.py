@@ -25,9 +25,10 @@ from tests.support.command_line import load_tool
 
 tool = load_tool("bench")
 
+from benchmarks.cpu.contract import UnavailableError  # noqa: E402
 from benchmarks.gpu import main as main_module  # noqa: E402
 from benchmarks.gpu import report  # noqa: E402
-from benchmarks.gpu.bench import Bench, OutOfTimeError, UnavailableError  # noqa: E402
+from benchmarks.gpu.bench import Bench, OutOfTimeError  # noqa: E402
 from benchmarks.gpu.engines import config_of, world_of_one  # noqa: E402
 from benchmarks.gpu.main import Given, read_rows, run_part, run_parts  # noqa: E402
 from benchmarks.gpu.memory import planned  # noqa: E402
@@ -35,8 +36,9 @@ from benchmarks.gpu.part_layers import Case, rates  # noqa: E402
 from benchmarks.gpu.profiling import STEP, _union, by_category, profile_step, scopes  # noqa: E402
 from benchmarks.gpu.sizes import Batch, sizes  # noqa: E402
 from benchmarks.gpu.timing import Timer, summary  # noqa: E402
+from k2train.data.loader import MicroBatch  # noqa: E402
 from k2train.plan.cost import ModelShape, flops_per_token, parameters  # noqa: E402
-from k2train.train.engine import Engine  # noqa: E402
+from tests.support.tiny_model import engine_of  # noqa: E402
 
 Row = dict[str, Any]
 
@@ -108,11 +110,8 @@ def test_the_folder_holds_the_results_and_no_caches(dry: tuple[Path, str]) -> No
         printed.index("### Device") < printed.index("### K2's layers") < printed.index("### Aims")
     )
     planner = json.loads((folder / "planner.json").read_text())
-    assert set(planner["layer"]) == {
-        "forward_seconds",
-        "input_gradient_seconds",
-        "weight_gradient_seconds",
-    }
+    kinds = ("forward", "input_gradient", "weight_gradient")
+    assert set(planner["layer"]) == {f"{kind}_seconds" for kind in kinds}
     products = [planner["pieces"][name] for name in ("qkv product", "down product")]
     assert planner["layer"]["weight_gradient_seconds"] > sum(
         p["weight_gradient_seconds"] for p in products
@@ -247,65 +246,27 @@ def test_rows_cut_in_the_middle_are_left_out(tmp_path: Path) -> None:
 
 
 def layers_row(what: str, batch: str, flops: float, peak: int) -> Row:
-    row = dict.fromkeys(
-        (
-            "forward_backward_seconds",
-            "step_seconds",
-            "tokens_per_second",
-            "flops_per_second_causal",
-        ),
-        None,
-    )
-
-    figures = {
-        "flops_per_second": flops,
-        "step_flops_per_second": None,
-        "spread": 0.01,
-        "kernels": "k",
-    }
-
-    return {
-        "part": "layers",
-        "what": what,
-        "batch": batch,
-        "status": "ok",
-        "why": "",
-        **row,
-        **figures,
-    } | {
-        "peak_bytes": peak,
-        "planned_bytes": 100,
-    }
+    unknown = (
+        "forward_backward_seconds", "step_seconds", "tokens_per_second", "flops_per_second_causal",
+        "step_flops_per_second",
+    )  # fmt: skip
+    figures = {"flops_per_second": flops, "spread": 0.01, "kernels": "k"}
+    row = {"part": "layers", "what": what, "batch": batch, "status": "ok", "why": ""}
+    return dict.fromkeys(unknown) | row | figures | {"peak_bytes": peak, "planned_bytes": 100}
 
 
 def test_aims_are_judged_by_the_rate_of_the_same_call() -> None:
     """Catches a share of a data sheet, or of another call's rate, and a missed aim that is called
     met.
     """
+    device = {"part": "device", "status": "ok", "spread": 0.0}
+    bad = {"part": "layers", "what": "bad", "status": "out of memory", "why": "full"}
     rows: list[Row] = [
-        {
-            "part": "device",
-            "what": "small",
-            "status": "ok",
-            "flops_per_second": 50.0,
-            "spread": 0.0,
-        },
-        {
-            "part": "device",
-            "what": "large",
-            "status": "ok",
-            "flops_per_second": 100.0,
-            "spread": 0.0,
-        },
+        {**device, "what": "small", "flops_per_second": 50.0},
+        {**device, "what": "large", "flops_per_second": 100.0},
         layers_row("auto", "2048 x 4", 70.0, 102),
         layers_row("compile: off", "2048 x 4", 80.0, 104),
-        {
-            "part": "layers",
-            "what": "bad",
-            "status": "out of memory",
-            "why": "full",
-            "batch": "2048 x 4",
-        },
+        {**bad, "batch": "2048 x 4"},
     ]
 
     text = report.aims_text(rows)
@@ -320,13 +281,9 @@ def test_models_are_compared_at_the_same_work_only() -> None:
     """Catches a ratio against a peer's time at another length."""
 
     def row(name: str, batch: str, rate: float) -> Row:
-        figures = {
-            "tokens_per_second": rate,
-            "step_seconds": 1.0,
-            "model": "m",
-            "what": f"{batch} {name}",
-        }
-        return {"part": "models", "contender": name, "batch": batch, "status": "ok", **figures}
+        figures = {"tokens_per_second": rate, "step_seconds": 1.0, "what": f"{batch} {name}"}
+        work = {"part": "models", "model": "m", "batch": batch, "contender": name}
+        return {**work, "status": "ok", **figures}
 
     rows = [
         row("k2train", "a", 12.0),
@@ -339,17 +296,8 @@ def test_models_are_compared_at_the_same_work_only() -> None:
 
 def test_the_planner_gets_each_piece_as_often_as_a_layer_has_it() -> None:
     """Catches a layer with one norm, or a sum over pieces of which some are missing."""
-    rows = [
-        {
-            "part": "tp8",
-            "what": name,
-            "status": "ok",
-            "forward_seconds": 1.0,
-            "input_gradient_seconds": 2.0,
-        }
-        for name in report.LAYER
-    ]
-
+    piece = {"part": "tp8", "status": "ok", "forward_seconds": 1.0, "input_gradient_seconds": 2.0}
+    rows = [{**piece, "what": name} for name in report.LAYER]
     facts = report.planner_facts(rows)
     assert facts is not None
     assert facts["layer"] == {
@@ -378,18 +326,11 @@ def test_rates_count_all_micro_batches_and_half_of_the_scores() -> None:
 def test_the_work_is_the_work() -> None:
     """Catches a model or a rank's part that is not the one it is named after."""
     full = sizes(False)
-    assert (full.k2.hidden_size, full.k2.ffn_hidden_size, full.k2.vocab_size) == (
-        8192,
-        22016,
-        32032,
-    )
+    k2, rank = full.k2, full.rank
+    assert (k2.hidden_size, k2.ffn_hidden_size, k2.vocab_size) == (8192, 22016, 32032)
     assert [parameters(shape) // 10**7 for _, shape in full.models] == [134, 270]
-    rank = full.rank
-    assert (rank.head_dim, rank.num_heads * rank.degree, rank.ffn_hidden_size * rank.degree) == (
-        128,
-        64,
-        22016,
-    )
+    heads, ffn = rank.num_heads * rank.degree, rank.ffn_hidden_size * rank.degree
+    assert (rank.head_dim, heads, ffn) == (128, 64, 22016)
     assert rank.vocab_rows * rank.degree == 32032
     assert full.rounds >= 10
 
@@ -505,11 +446,11 @@ def test_a_step_of_k2s_layers_takes_what_is_planned(recompute: str) -> None:
     kernels = {"attention": "flash", "recompute": recompute}
 
     with world_of_one(bench_of(io.StringIO())) as grid, FakeTensorMode(), Held() as held:
-        engine = Engine(config_of(shape, batch, 1, kernels, "bf16"), grid, fill=False)
+        engine = engine_of(config_of(shape, batch, 1, kernels, "bf16"), grid, fill=False)
         states, plan = held.now, planned(engine)
         held.peak = 0  # what building took for a moment is no step's
         engine.train_step(
-            [torch.zeros(batch.sequences, batch.length_tokens, dtype=torch.long)], 1e-4
+            [MicroBatch(torch.zeros(batch.sequences, batch.length_tokens, dtype=torch.long))], 1e-4
         )
 
     assert states == pytest.approx(plan.state.total_bytes, rel=0.001)

@@ -1,18 +1,15 @@
 """Comparison of runs: the first differing step and tensor, by losses, state roots and tensors."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
+import compare_runs
 import pytest
 
 from k2train.checkpoint.manifest import seal
 from k2train.errors import RunError
 from k2train.state_digest import short_digests, state_root
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
-import compare_runs
 
 NAMES = ("embedding.weight", "layers.0.mlp.up.weight", "norm.weight")
 STATES = ("master", "exp_avg", "exp_avg_sq")
@@ -79,7 +76,8 @@ def make_run(
             "step": step,
             "adam_steps": step,
             "consumed_tokens": 0,
-            **{key: {} for key in ("chunks", "config", "data", "files")},
+            "chunks": {"consumed": number},
+            **{key: {} for key in ("config", "data", "files")},
             "tensors": {"model": {}, "optimizer": {}},
         }
         if every:

@@ -1,17 +1,13 @@
 """The tables of keys: a stale table, a key without a meaning, a wrong type or default."""
 
-import sys
 from pathlib import Path
 
+import config_reference
 import pytest
+from config_reference import BLOCK, EXAMPLE, RECIPE_MEANINGS, RECIPES, tables, with_tables
 
 from k2train.config.load import load_config
 from k2train.config.schema import flat_values, sections
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
-
-import config_reference
-from config_reference import BLOCK, EXAMPLE, RECIPE_MEANINGS, RECIPES, tables, with_tables
 
 ROOT = Path(__file__).resolve().parents[2]
 FOUND = tables(EXAMPLE.read_text(encoding="utf-8"))

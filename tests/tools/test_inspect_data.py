@@ -17,18 +17,29 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from k2train.checkpoint.manifest import seal
-from k2train.data.chunk import open_chunk, write_chunk, write_manifest
+from k2train.data.chunk import open_chunk
 from k2train.data.inspect.account import find_tokenizer, text_parts
 from k2train.data.inspect.provenance import _nearest, find_document, pieces_of
 from k2train.data.inspect.run_usage import History, steps_done, steps_skipped
 from k2train.data.manifest import ChunkInfo, Manifest, read_manifest
 from k2train.data.order import ChunkOrder
-from k2train.data.prepare.k2_format.convert import UNKNOWN_TOKENIZER
-from k2train.data.tokenizer import EOS_ID, Tokenizer, train_tokenizer
-from k2train.files import sha256_file
+from k2train.data.prepare.k2_format.import_folder import UNKNOWN_TOKENIZER
+from k2train.data.tokenizer import EOS_ID, Tokenizer
+from k2train.data.tokenizer_training import train_tokenizer
+from k2train.record.events import (
+    CheckpointSaved,
+    ChunkDeferred,
+    ChunkStarted,
+    Event,
+    Resumed,
+    Started,
+    StepSkipped,
+)
 from k2train.record.ledger import Ledger
 from k2train.text import clean, table
 from tests.support.command_line import load_tool
+from tests.support.data_folder import add_chunk, finish, write_pieces
+from tests.support.events import entries, event
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "tools" / "inspect_data.py"
@@ -110,31 +121,25 @@ def _build(
 
     for c in range(CHUNKS):
         part = stream[c * ROWS * LENGTH : (c + 1) * ROWS * LENGTH]
-        ids = np.array([token for token, *_ in part], dtype=np.uint16).reshape(ROWS, LENGTH)
+        ids = np.array([token for token, *_ in part]).reshape(ROWS, LENGTH)
         name = f"chunk_{c:03d}"
         lines = _pieces(part)
-        _write_provenance(folder / f"{name}.parquet", lines, columns)
         per_subset = {
             s: sum(line["length"] for line in lines if line["subset"] == s)
             for s in ("code", "prose")
         }
-        info = write_chunk(folder, name, [ids], ROWS, tokenizer.vocab_size, per_subset)
-        digest = sha256_file(folder / f"{name}.parquet")
-        infos.append(replace(info, provenance=f"{name}.parquet", provenance_sha256=digest))
+        pieces = _columns(lines, () if columns else ("fim", "repeat"))
+        infos.append(
+            add_chunk(
+                folder, name, ids, tokenizer.vocab_size, per_subset, pieces=pieces, group_rows=3
+            )
+        )
 
     if copy:
         tokenizer.save(folder / "tokenizer.model")
         facts["tokenizer"] = {"file": "tokenizer.model", "specials": list(tokenizer.specials)}
 
-    manifest = write_manifest(
-        folder,
-        tokenizer_sha256=tokenizer.sha256,
-        sequence_length=LENGTH,
-        vocab_size=tokenizer.vocab_size,
-        chunks=infos,
-        facts=facts,
-    )
-
+    manifest = finish(folder, infos, LENGTH, tokenizer.vocab_size, tokenizer.sha256, facts)
     return Corpus(manifest, documents)
 
 
@@ -160,25 +165,8 @@ def _pieces(part: list[tuple[int, tuple[str, str, str], int, int]]) -> list[dict
     return found
 
 
-def _write_provenance(
-    path: Path, lines: list[dict[str, Any]], columns: bool = True, group: int = 3
-) -> None:
-    words = pyarrow.dictionary(pyarrow.int32(), pyarrow.string())
-    kinds = {
-        "row": pyarrow.int32(),
-        "start": pyarrow.int32(),
-        "length": pyarrow.int32(),
-        "subset": words,
-    }
-
-    kinds |= {"source": words, "document": pyarrow.string(), "offset": pyarrow.int64()}
-    if columns:
-        kinds |= {"fim": words, "repeat": pyarrow.int16()}
-    data = {
-        name: pyarrow.array([line[name] for line in lines]).cast(kind)
-        for name, kind in kinds.items()
-    }
-    parquet.write_table(pyarrow.table(data), path, compression="zstd", row_group_size=group)
+def _columns(lines: list[dict[str, Any]], without: tuple[str, ...] = ()) -> dict[str, list[Any]]:
+    return {key: [line[key] for line in lines] for key in lines[0] if key not in without}
 
 
 def _run_tasks(corpus: Corpus, folder: Path, order: list[str] | None = None) -> Ledger:
@@ -190,8 +178,12 @@ def _run_tasks(corpus: Corpus, folder: Path, order: list[str] | None = None) -> 
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     ledger = Ledger(folder / "ledger.jsonl")
-    ledger.append("started", attempt=1, data_manifest_sha256=corpus.manifest.sha256)
+    ledger.append(event(Started, attempt=1, data_manifest_sha256=corpus.manifest.sha256))
     return ledger
+
+
+def chunk_started(chunk: str, order_index: int, step: int, attempt: int = 1) -> ChunkStarted:
+    return event(ChunkStarted, attempt=attempt, chunk=chunk, order_index=order_index, step=step)
 
 
 def _metrics(
@@ -266,7 +258,6 @@ def refuse(capsys: pytest.CaptureFixture[str]) -> Ask:
             code = leaving.code
         shown = capsys.readouterr()
         assert code == 2 and shown.out == "" and shown.err.count("\n") == 1, (code, shown)
-        assert shown.err.startswith("inspect_data: ")
         return shown.err
 
     return message
@@ -579,7 +570,7 @@ def test_every_step_reads_the_rows_of_the_order(build: Build, ask: Ask, tmp_path
     names = ["chunk_002", "chunk_000", "chunk_003"]
     run = tmp_path / "runs" / "ordered"
     ledger = _run_tasks(corpus, run, names)
-    ledger.append("chunk_started", attempt=1, chunk="chunk_002", order_index=0, step=1)
+    ledger.append(chunk_started("chunk_002", 0, 1))
 
     for step in (1, 2, 3):
         _metrics(
@@ -725,19 +716,18 @@ def test_a_deferred_chunk_is_read_last(build: Build, ask: Ask, show: Ask, tmp_pa
     run = tmp_path / "runs" / "deferred"
     ledger = _run_tasks(corpus, run)
     names = [info.name for info in corpus.manifest.chunks]
-    ledger.append("chunk_started", attempt=1, chunk="chunk_000", order_index=0, step=1)
+    ledger.append(chunk_started("chunk_000", 0, 1))
     _checkpoint(corpus, run, names, 2)
-    ledger.append("checkpoint_saved", attempt=1, checkpoint="ckpt_001", step=2)
-    ledger.append("chunk_started", attempt=1, chunk="chunk_001", order_index=1, step=3)
+    ledger.append(event(CheckpointSaved, attempt=1, checkpoint="ckpt_001", step=2))
+    ledger.append(chunk_started("chunk_001", 1, 3))
     for step, chunk, rows in ((1, 0, [0, 3]), (2, 0, [3, 6]), (3, 1, [0, 3]), (4, 1, [3, 6])):
         _metrics(run, 1, step, names[chunk], rows)
-    ledger.append("rolled_back", attempt=1, step=2)
-    ledger.append("chunk_deferred", attempt=1, chunk="chunk_001")
+    ledger.append(ChunkDeferred(attempt=1, chunk="chunk_001", step=2, order_index=3))
     before = ask("--run", run, "--step", 3)
     assert (before["chunk"], before["state"]) == ("chunk_002", "to come")
     assert [attempt["chunk"] for attempt in before["attempts"]] == ["chunk_001"]
-    ledger.append("resumed", attempt=2, step=2, checkpoint="ckpt_001")
-    ledger.append("chunk_started", attempt=2, chunk="chunk_002", order_index=1, step=3)
+    ledger.append(event(Resumed, attempt=2, step=2, checkpoint="ckpt_001"))
+    ledger.append(chunk_started("chunk_002", 1, 3, attempt=2))
     _metrics(run, 2, 3, "chunk_002", [0, 3])
     now = ask("--run", run, "--step", 3)
     assert (now["chunk"], now["state"]) == ("chunk_002", "trained")
@@ -800,7 +790,7 @@ def test_the_record_is_believed_over_an_edited_config(
     corpus = build()
     run = tmp_path / "runs" / "edited"
     ledger = _run_tasks(corpus, run, ["chunk_001", "chunk_000"])
-    ledger.append("chunk_started", attempt=1, chunk="chunk_001", order_index=0, step=1)
+    ledger.append(chunk_started("chunk_001", 0, 1))
     _metrics(run, 1, 1, "chunk_001", [0, 3])
     config = (run / "config.yaml").read_text()
     tree = yaml.safe_load(config)
@@ -873,19 +863,31 @@ def test_use_is_the_inverse_of_the_order(rows: list[int], batch: int, data: st.D
 
 def test_how_far_a_run_came_is_that_of_its_newest_attempt() -> None:
     """Catches steps called trained that were undone by going back."""
-    events: list[dict[str, Any]] = [{"event": "started", "attempt": 1}]
-    assert steps_done(events, None) == 0
-    assert steps_done(events, {"step": 7, "attempt": 1}) == 7
-    events += [{"event": "step_skipped", "step": 6}, {"event": "step_skipped", "step": 3}]
-    assert steps_skipped(events) == {3, 6}
-    events += [
-        {"event": "checkpoint_saved", "step": 9},
-        {"event": "resumed", "attempt": 2, "step": 4},
-    ]
-    assert steps_done(events, {"step": 9, "attempt": 1}) == 4
-    assert steps_skipped(events) == {3}
-    assert steps_done([*events, {"event": "chunk_started", "step": 6}], None) == 5
-    assert steps_done(events, {"step": 5, "attempt": 2}) == 5
+    ledger: list[Event] = [event(Started, attempt=1)]
+    assert steps_done(entries(*ledger), None) == 0
+    assert steps_done(entries(*ledger), {"step": 7, "attempt": 1}) == 7
+    ledger += [event(StepSkipped, step=6), event(StepSkipped, step=3)]
+    assert steps_skipped(entries(*ledger)) == {3, 6}
+    ledger += [event(CheckpointSaved, step=9)]
+    # A checkpoint of an earlier attempt, recorded by the next start, is no progress of that one.
+    assert steps_done(entries(*ledger, event(CheckpointSaved, step=12, recovered=True)), None) == 9
+    ledger += [event(Resumed, attempt=2, step=4)]
+    assert steps_done(entries(*ledger), {"step": 9, "attempt": 1}) == 4
+    assert steps_skipped(entries(*ledger)) == {3}
+    assert steps_done(entries(*ledger, chunk_started("chunk_001", 1, 6)), None) == 5
+    assert steps_done(entries(*ledger), {"step": 5, "attempt": 2}) == 5
+
+
+def test_a_deferral_undoes_the_steps_after_it() -> None:
+    """Catches steps and skips of the order before that are counted in the order after."""
+    ledger = entries(
+        event(Started, attempt=1),
+        event(StepSkipped, attempt=1, step=2),
+        event(StepSkipped, attempt=1, step=6),
+        ChunkDeferred(attempt=1, chunk="chunk_001", step=4, order_index=3),
+    )
+    assert steps_done(ledger, {"step": 9, "attempt": 1}) == 4 and steps_skipped(ledger) == {2}
+    assert steps_done(ledger, {"step": 5, "attempt": 2}) == 5
 
 
 def test_a_skipped_step_is_not_called_trained(
@@ -895,7 +897,7 @@ def test_a_skipped_step_is_not_called_trained(
     corpus = build()
     run = tmp_path / "runs" / "skipped"
     ledger = _run_tasks(corpus, run)
-    ledger.append("step_skipped", attempt=1, step=2)
+    ledger.append(event(StepSkipped, attempt=1, step=2, rows=(3, 6)))
     _metrics(run, 1, 2, "chunk_000", [3, 6], applied=False)
     assert ask("--run", run, "--step", 2)["state"] == "skipped"
     assert ask("--run", run, "--chunk", 0, "--row", 4)["rows"][0]["use"] == {
@@ -958,9 +960,8 @@ def test_damaged_provenance_is_one_line(build: Build, refuse: Ask, fault: str) -
             parquet.write_table(pyarrow.table({"x": [1]}), path)
         case "gap":
             lines = parquet.read_table(path).to_pylist()
-            _write_provenance(
-                path, [line for line in lines if line["row"] != 3 or line["start"] == 0]
-            )
+            lines = [line for line in lines if line["row"] != 3 or line["start"] == 0]
+            write_pieces(path, _columns(lines), 3)
         case "none":
             content = json.loads(corpus.manifest.path.read_text())
             del content["chunks"][1]["provenance"]
@@ -1007,7 +1008,7 @@ def test_it_loads_no_torch_and_ends_quietly_in_a_pipe(build: Build) -> None:
     """Catches seconds of imports, and a traceback behind `| head`."""
     corpus = build()
     program = (
-        "import runpy, sys; sys.argv = sys.argv[1:]\n"
+        f"import runpy, sys; sys.argv = sys.argv[1:]; sys.path[0] = {str(TOOL.parent)!r}\n"
         "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
         'except SystemExit as done: sys.stderr.write(f\'left {done.code} {"torch" in '
         "sys.modules}')"

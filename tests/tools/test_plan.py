@@ -123,6 +123,7 @@ def test_runs_from_anywhere_without_torch_or_an_installed_package(tmp_path: Path
     """
     program = (
         "import runpy, sys; sys.argv = ['plan.py', sys.argv[1]]\n"
+        f"sys.path[0] = {str(TOOL.parent)!r}\n"
         f"try: runpy.run_path({str(TOOL)!r}, run_name='__main__')\n"
         "except SystemExit as stop: assert stop.code == 0, stop.code\n"
         "heavy = {'torch', 'numpy'} & set(sys.modules); assert not heavy, heavy\n"

@@ -8,14 +8,13 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from plot_loss import Curve, curve_of, svg
 
 from k2train.errors import RunError
+from k2train.record.events import CheckpointSaved
 from k2train.record.ledger import Ledger
-from k2train.record.metrics import MetricsWriter
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
-
-from plot_loss import Curve, curve_of, svg
+from k2train.record.metrics import MetricsWriter, StepRecord
+from tests.support.events import event
 
 ROOT = Path(__file__).resolve().parents[2]
 SVG = "{http://www.w3.org/2000/svg}"
@@ -26,12 +25,8 @@ def make_run(
 ) -> Path:
     metrics, ledger = MetricsWriter(directory / "metrics.jsonl"), Ledger(directory / "ledger.jsonl")
     for step, loss in enumerate(losses, start=1):
-        metrics.write(
-            {"step": step, "attempt": attempt, "loss": loss, "consumed_tokens": 1000 * step}
-        )
-    ledger.append(
-        "checkpoint_saved", checkpoint="ckpt_001", consumed_tokens=1000, held_out_loss=held_out
-    )
+        metrics.write(StepRecord(step, attempt, loss=loss, consumed_tokens=1000 * step))
+    ledger.append(event(CheckpointSaved, consumed_tokens=1000, held_out_loss=held_out))
     return directory
 
 

@@ -14,14 +14,24 @@ import pyarrow as arrow
 import pytest
 from pyarrow import parquet
 
-from k2train.data.chunk import ChunkInfo, Manifest, read_manifest, write_chunk, write_manifest
+from k2train.data.chunk import ChunkInfo, Manifest, read_manifest, write_chunk
 from k2train.data.document_boundaries import write_borders
-from k2train.data.tokenizer import Tokenizer, train_tokenizer
+from k2train.data.tokenizer import Tokenizer
+from k2train.data.tokenizer_training import train_tokenizer
 from k2train.data.verify.chunks import verify_chunks, verify_files
 from k2train.data.verify.folder import differing, verify_folder
-from k2train.errors import UserError
+from k2train.errors import DataError, UserError
 from k2train.files import sha256_file
 from tests.support.command_line import load_tool
+from tests.support.data_folder import (
+    add_chunk,
+    edit,
+    finish,
+    flip,
+    rehash,
+    with_files,
+    write_pieces,
+)
 
 ROWS, LENGTH = 40, 16
 REPOSITORY = Path(__file__).parents[2]
@@ -54,16 +64,6 @@ def make_pieces(seed: int) -> Pieces:
     return pieces
 
 
-def write_pieces(path: Path, pieces: Pieces, group_rows: int = 50) -> str:
-    kinds = {"row": arrow.int32(), "start": arrow.int32(), "length": arrow.int32()}
-    kinds["subset"] = arrow.dictionary(arrow.int32(), arrow.string())
-    table = arrow.table(
-        {key: arrow.array(values).cast(kinds[key]) for key, values in pieces.items()}
-    )
-    parquet.write_table(table, path, row_group_size=group_rows)
-    return sha256_file(path)
-
-
 def starts_of(pieces: Pieces) -> list[int]:
     return [
         row * LENGTH + start
@@ -73,19 +73,13 @@ def starts_of(pieces: Pieces) -> list[int]:
 
 
 def make_chunk(folder: Path, name: str, seed: int, vocab: int) -> ChunkInfo:
-    ids = np.random.default_rng(seed).integers(0, vocab, (ROWS, LENGTH)).astype(np.uint32)
+    ids = np.random.default_rng(seed).integers(0, vocab, (ROWS, LENGTH))
     pieces = make_pieces(seed)
     counts = {
         key: LENGTH * sum(1 for row in range(ROWS) if bool(row % 3) == (key == "code"))
         for key in ("code", "text")
     }
-    info = write_chunk(folder, name, [ids], ROWS, vocab, counts)
-    files = {"provenance": f"{name}.parquet", "borders": f"{name}.borders.npy"}
-    digests = {
-        "provenance_sha256": write_pieces(folder / files["provenance"], pieces),
-        "borders_sha256": write_borders(folder / files["borders"], starts_of(pieces)),
-    }
-    return ChunkInfo(**{**vars(info), **files, **digests})
+    return add_chunk(folder, name, ids, vocab, counts, pieces=pieces, borders=starts_of(pieces))
 
 
 @pytest.fixture
@@ -118,34 +112,7 @@ def manifest(tmp_path: Path, tokenizer: Tokenizer) -> Manifest:
         },
     }
 
-    keys: dict[str, Any] = {
-        "tokenizer_sha256": tokenizer.sha256,
-        "sequence_length": LENGTH,
-        "vocab_size": vocab,
-    }
-    return write_manifest(folder, chunks=infos[:3], held_out=infos[3], facts=facts, **keys)
-
-
-def edit(manifest: Manifest, change: Callable[[dict[str, Any]], object]) -> Manifest:
-    content = json.loads(manifest.path.read_text())
-    change(content)
-    manifest.path.write_text(json.dumps(content))
-    return read_manifest(manifest.path)
-
-
-def rehash(manifest: Manifest) -> Manifest:
-    """Make the hashes agree with what lies there, as a faulty preparation would leave them."""
-
-    def change(content: dict[str, Any]) -> None:
-        for entry in [*content["chunks"], content["held_out"]]:
-            for key, digest in (
-                ("file", "sha256"),
-                ("provenance", "provenance_sha256"),
-                ("borders", "borders_sha256"),
-            ):
-                entry[digest] = sha256_file(manifest.folder / entry[key])
-
-    return edit(manifest, change)
+    return finish(folder, infos, LENGTH, vocab, tokenizer.sha256, facts)
 
 
 def problems_of(manifest: Manifest) -> list[str]:
@@ -156,12 +123,6 @@ def problems_of(manifest: Manifest) -> list[str]:
     ]
     assert not [line for line in found if "\n" in line]
     return found + verify_folder(manifest)
-
-
-def flip(path: Path, location: int) -> None:
-    content = bytearray(path.read_bytes())
-    content[location] ^= 1
-    path.write_bytes(content)
 
 
 def test_a_whole_folder_is_whole(
@@ -395,7 +356,6 @@ MANIFEST_MISTAKES: list[tuple[str, Callable[[dict[str, Any]], object], list[str]
         lambda c: c["facts"]["account"].pop("code"),
         ["code: used_tokens is 0", "code: held_out_tokens is 0"],
     ),
-    ("no account", lambda c: c["facts"].update(account=[1]), ["facts.account must map subsets"]),
     (
         "rows",
         lambda c: c["chunks"][0].update(rows=39, tokens=39 * LENGTH),
@@ -406,11 +366,6 @@ MANIFEST_MISTAKES: list[tuple[str, Callable[[dict[str, Any]], object], list[str]
         "specials",
         lambda c: c["facts"]["tokenizer"]["specials"].pop(),
         ["tokenizer.model: model and specials have the hash"],
-    ),
-    (
-        "no specials",
-        lambda c: c["facts"]["tokenizer"].pop("specials"),
-        ["facts.tokenizer must have"],
     ),
     (
         "elsewhere",
@@ -523,7 +478,6 @@ FACTS: list[tuple[str, Callable[[dict[str, Any]], object], list[str]]] = [
         lambda c: c["facts"]["recipe"].update(document_borders=True),
         ["facts.recipe has the hash .*recipe_sha256 is "],
     ),
-    ("no recipe", lambda c: c["facts"].update(recipe=[]), ["facts.recipe must be an object"]),
     ("seed", lambda c: c["facts"].update(seed=4), ["facts.seed is 4, facts.recipe has 3"]),
     (
         "name",
@@ -572,11 +526,6 @@ FACTS: list[tuple[str, Callable[[dict[str, Any]], object], list[str]]] = [
         ["dropped_tail_tokens of subset text is None, .* 2"],
     ),
     (
-        "dropped list",
-        lambda c: c["facts"].update(dropped_tail_tokens=[]),
-        ["of subset code is None", "of subset text is None"],
-    ),
-    (
         "unused",
         of_account("code", unused_tokens=0),
         ["code: tokens do not add up: .*, 1 x 5700 training_tokens are 5700"],
@@ -596,16 +545,15 @@ FACTS: list[tuple[str, Callable[[dict[str, Any]], object], list[str]]] = [
         of_account("code", unused_tokens=-5),
         ["code: unused_tokens is -5, must be a whole number from 0"],
     ),
-    ("a truth", of_account("code", documents_read=True), ["code: documents_read is True, must be"]),
     (
-        "words",
-        of_account("text", used_samples="9"),
-        ["text: used_samples is '9', must be a whole number"],
+        "a fraction",
+        of_account("text", used_samples=9.5),
+        ["text: used_samples is 9.5, must be a whole number"],
     ),
     (
-        "no number",
-        of_account("text", repeat="2"),
-        ["text: repeat is '2', must be a number above 0"],
+        "no repeat",
+        of_account("text", repeat=0),
+        ["text: repeat is 0, must be a number above 0"],
     ),
 ]
 
@@ -625,6 +573,68 @@ def test_facts_that_contradict_each_other(
         found
     )
     assert all(str(manifest.path) in line for line in found)
+
+
+MISTYPED: list[tuple[str, Callable[[dict[str, Any]], object], str]] = [
+    (
+        "no account",
+        lambda c: c["facts"].update(account=[1]),
+        "facts: key 'account' must be an object, is [1]",
+    ),
+    (
+        "no specials",
+        lambda c: c["facts"]["tokenizer"].pop("specials"),
+        "facts.tokenizer: key 'specials' is missing",
+    ),
+    (
+        "no recipe",
+        lambda c: c["facts"].update(recipe=[]),
+        "facts: key 'recipe' must be an object, is []",
+    ),
+    (
+        "dropped list",
+        lambda c: c["facts"].update(dropped_tail_tokens=[]),
+        "facts: key 'dropped_tail_tokens' must be an object, is []",
+    ),
+    (
+        "a truth",
+        of_account("code", documents_read=True),
+        "facts.account.code: key 'documents_read' must be a number, is True",
+    ),
+    (
+        "words",
+        of_account("text", used_samples="9"),
+        "facts.account.text: key 'used_samples' must be a number, is '9'",
+    ),
+    (
+        "no number",
+        of_account("text", repeat="2"),
+        "facts.account.text: key 'repeat' must be a number, is '2'",
+    ),
+    (
+        "a key of two lines",
+        lambda c: c["facts"]["account"].update({"a\nok: 4 chunks": {"b": "c"}}),
+        r"facts.account.a\nok: 4 chunks: key 'b' must be a number, is 'c'",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"), [pytest.param(c, w, id=name) for name, c, w in MISTYPED]
+)
+def test_mistyped_facts_are_refused(
+    manifest: Manifest,
+    change: Callable[..., object],
+    words: str,
+    tool: Any,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Catches a fact of the wrong type that ends in a traceback, or passes for no fact at all."""
+    prepared(manifest)
+    with pytest.raises(DataError, match=re.escape(f"{manifest.path}: {words}")):
+        edit(manifest, change)
+    assert tool.main([str(manifest.folder)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_other_files_that_look_like_chunks(manifest: Manifest) -> None:
@@ -867,19 +877,14 @@ def test_memory_is_that_of_a_block(tmp_path: Path) -> None:
         ),
     }
 
-    parquet.write_table(
-        arrow.table(columns), tmp_path / "chunk_000.parquet", row_group_size=rows * per_row
-    )
     positions = (columns["row"].astype(np.uint64) * length + start)[start > 0]
-    files = {"provenance": "chunk_000.parquet", "borders": "chunk_000.borders.npy"}
-    files |= {"provenance_sha256": sha256_file(tmp_path / files["provenance"])}
-    files |= {"borders_sha256": write_borders(tmp_path / files["borders"], positions)}
-    keys: dict[str, Any] = {"tokenizer_sha256": "t", "sequence_length": length, "vocab_size": 500}
-    write_manifest(tmp_path, chunks=[ChunkInfo(**{**vars(info), **files})], held_out=None, **keys)
+    info = with_files(tmp_path, info, columns, positions, group_rows=rows * per_row)
+    finish(tmp_path, [info], length, 500)
 
     # Not `ru_maxrss`: that of a child begins at its parent's.
     program = (
         f"import runpy, sys; sys.argv = [{str(TOOL)!r}, {str(tmp_path)!r}]\n"
+        f"sys.path[0] = {str(TOOL.parent)!r}\n"
         f"try: runpy.run_path({str(TOOL)!r}, run_name='__main__')\n"
         f"except SystemExit as end: code = end.code\n"
         "print([line for line in open('/proc/self/status') if 'VmHWM' in line][0].split()[1]); "

@@ -9,6 +9,7 @@ import re
 import runpy
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,15 @@ import pytest
 
 from k2train.checkpoint.manifest import MANIFEST, seal
 from k2train.config.load import Config
-from k2train.guard.stop_signals import StopRequest
 from k2train.launch.environment import Launch
+from k2train.record.events import Resumed, Started, of_kind
 from k2train.record.ledger import Ledger, read_ledger
-from k2train.record.metrics import MetricsWriter, read_metrics
+from k2train.record.metrics import MetricsWriter, read_roots
 from k2train.run_lock.lock import RunLock
 from k2train.train.preflight import prepare_start, run_directory
-from k2train.train.trainer import Trainer
+from k2train.train.trainer import build
 from tests.support.gloo_pool import GlooPool
-from tests.support.tiny_corpus import ROOT, config_tree, make_corpus
-from tests.support.tiny_model import grid_of
+from tests.support.tiny_corpus import ROOT, config_tree, make_corpus, opened
 
 TOOL = runpy.run_path(str(ROOT / "tools" / "verify_run.py"))
 verify: Callable[[list[str]], int] = TOOL["main"]
@@ -37,14 +37,10 @@ def locked_job(launch: Launch, tree: dict[str, Any]) -> int:
     config = Config.model_validate(tree)
     with RunLock(run_directory(config)) as lock:
         start = prepare_start(config, launch.world_size, verify=True)
-        trainer = Trainer(
-            config, grid_of(launch, config), start, StopRequest(), verify=True, lock=lock
-        )
-        try:
-            trainer.begin()
+        with opened(launch, start) as run:
+            trainer = build(start, run, lock)
+            assert trainer is not None, "there are steps to train"
             return trainer.run()
-        finally:
-            trainer.close()
 
 
 @pytest.fixture(scope="module")
@@ -83,13 +79,10 @@ def test_a_whole_run_is_called_whole(whole: Path, capsys: pytest.CaptureFixture[
     assert verify([str(whole), "--data"]) == 0
     output = capsys.readouterr()
     assert output.err == "" and output.out.splitlines()[-1] == f"{whole}: whole"
-    assert len(read_metrics(whole / "state_roots.jsonl")) == 5
-    tokens = [
-        event["fencing_token"]
-        for event in read_ledger(whole / "ledger.jsonl")
-        if "fencing_token" in event
-    ]
-    assert tokens[:1] == [1] and tokens[-1] == 2
+    assert len(read_roots(whole / "state_roots.jsonl")) == 5
+    entries = read_ledger(whole / "ledger.jsonl")
+    (started,), (resumed,) = of_kind(entries, Started), of_kind(entries, Resumed)
+    assert (started.fencing_token, resumed.fencing_token) == (1, 2)
 
 
 @pytest.mark.parametrize(
@@ -127,32 +120,20 @@ def edit_manifest(run: Path, **changes: Any) -> None:
     path.write_text(json.dumps(seal(json.loads(path.read_text()) | changes)))
 
 
-def edit_ledger(run: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """The same events, changed, in a chain of their own."""
-    events = read_ledger(run / "ledger.jsonl")
+def same_token(run: Path) -> None:
+    """The same events but for the token, in a chain of their own."""
+    entries = read_ledger(run / "ledger.jsonl")
     (run / "ledger.jsonl").unlink()
     ledger = Ledger(run / "ledger.jsonl")
-    for event in events:
-        facts = {
-            key: value
-            for key, value in event.items()
-            if key not in ("seq", "time", "event", "previous")
-        }
-        change(facts)
-        ledger.append(event["event"], **facts)
-
-
-def same_token(run: Path) -> None:
-    edit_ledger(
-        run, lambda facts: facts.update(fencing_token=2) if "fencing_token" in facts else None
-    )
+    for event in (entry.event for entry in entries):
+        ledger.append(replace(event, fencing_token=2) if isinstance(event, Started) else event)
 
 
 def other_root(run: Path) -> None:
-    rows = read_metrics(run / "state_roots.jsonl")
+    records = read_roots(run / "state_roots.jsonl")
     (run / "state_roots.jsonl").unlink()
-    for row in rows:
-        MetricsWriter(run / "state_roots.jsonl").write(row | {"root": "0" * 64})
+    for record in records:
+        MetricsWriter(run / "state_roots.jsonl").write(replace(record, root="0" * 64))
 
 
 CONTRADICTIONS: list[tuple[Callable[[Path], object], str]] = [

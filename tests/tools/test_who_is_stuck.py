@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from k2train.processes import Process
 from k2train.watchdog.failure_report import publish_report
-from k2train.watchdog.heartbeat import Heartbeat, Process, write_heartbeat
+from k2train.watchdog.heartbeat import Heartbeat, write_heartbeat
 from tests.support.watched_jobs import Job
 from tools.who_is_stuck import main
 
@@ -151,6 +152,7 @@ def test_it_needs_no_torch_and_writes_nothing(tmp_path: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     code = (
         f"import sys; sys.argv = ['x', {str(tmp_path)!r}, '--wait', '0.5']; import runpy\n"
+        f"sys.path[0] = {str(TOOL.parent)!r}\n"
         f"try:\n    runpy.run_path({str(TOOL)!r}, run_name='__main__')\n"
         "except SystemExit as left:\n    sys.exit(9 if 'torch' in sys.modules else left.code)"
     )

@@ -12,15 +12,18 @@ import torch
 from k2train.errors import ConfigError
 from k2train.launch.environment import Launch
 from k2train.model.kernels.select import choose_kernels
+from k2train.parallel.collective_matmul import Split
 from k2train.parallel.grad_accumulation import accumulator_of
 from k2train.parallel.grid import SINGLE
 from k2train.parallel.shard import named_slices
 from k2train.plan.cost import rank_parameters, state_bytes
 from k2train.plan.layout import Layout
-from k2train.train.engine import Engine, axes_of
+from k2train.train.engine import axes_of
+from k2train.train.setup import Setup
 from tests.support.gloo_pool import GlooPool
 from tests.support.tiny_model import (
     assemble,
+    engine_of,
     grid_of,
     microbatches_of,
     shapes_of,
@@ -32,7 +35,7 @@ STEPS = 2
 
 
 def build_job(launch: Launch, config: Any) -> dict[str, Any]:
-    engine = Engine(config, grid_of(launch, config))
+    engine = engine_of(config, grid_of(launch, config))
     pieces = [piece for stage in engine.stages.values() for _, piece in named_slices(stage)]
     held = [engine.gradients.shard, *engine.optimizer.flat_shards.values()]
     for parameter, _ in engine.gradients.shard_layout.parameters():
@@ -128,7 +131,7 @@ def saved_bytes_job(launch: Launch, config: Any) -> int:
     """Bytes autograd keeps between forward and backward of one
     micro-batch, parameters not counted.
     """
-    engine = Engine(config, grid_of(launch, config))
+    engine = engine_of(config, grid_of(launch, config))
     owned = {p.data_ptr() for stage in engine.stages.values() for p in stage.parameters()}
     kept: dict[int, int] = {}
 
@@ -139,7 +142,7 @@ def saved_bytes_job(launch: Launch, config: Any) -> int:
             )
         return tensor
 
-    tokens = microbatches_of(config, engine.grid, 1)[0]
+    tokens = microbatches_of(config, engine.grid, 1)[0].tokens
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = engine.stages[0].loss(engine.stages[0](tokens), tokens)
     assert loss.requires_grad
@@ -176,7 +179,7 @@ def test_bf16_weights_are_the_rounded_masters(pool: GlooPool) -> None:
 
 def rounded_job(launch: Launch, config: Any) -> bool:
     grid = grid_of(launch, config)
-    engine = Engine(config, grid)
+    engine = engine_of(config, grid)
     before = engine.optimizer.master.clone()
     engine.train_step(microbatches_of(config, grid, 1), 1e-3)
     assert not torch.equal(before, engine.optimizer.master), "the step changed nothing"
@@ -191,7 +194,7 @@ def rounded_job(launch: Launch, config: Any) -> bool:
 
 def freed_job(launch: Launch, config: Any) -> bool:
     grid = grid_of(launch, config)
-    engine = Engine(config, grid)
+    engine = engine_of(config, grid)
     engine.train_step(microbatches_of(config, grid, 1), 1e-3)
     gone = weakref.ref(grid), weakref.ref(engine.gradients), weakref.ref(engine.stages[0])
     del engine, grid
@@ -208,7 +211,7 @@ def test_an_engine_can_be_freed(pool: GlooPool) -> None:
 
 def split_job(launch: Launch, config: Any) -> dict[str, list[int]]:
     """After each I and W of a step: how many matrices, of how many, have a gradient."""
-    engine = Engine(config, grid_of(launch, config))
+    engine = engine_of(config, grid_of(launch, config))
     batches = microbatches_of(config, engine.grid, 1)
     matrices = [
         accumulator_of(p).total
@@ -254,7 +257,41 @@ def test_the_axes_communicate_as_asked(device: str, setting: str) -> None:
         parallel__symmetric_memory=setting == "on",
     )
     grid: Any = SimpleNamespace(tp=SINGLE["tp"], dp=SINGLE["dp"], device=torch.device(device))
-    tp, dp = axes_of(config, grid)
+    tp, dp = axes_of(Setup(config, Layout(2, 1, 1)), grid)
     expected = setting == "on" or (setting == "auto" and device == "cuda")
     assert (tp.overlap, tp.regather, dp.overlap) == (expected, expected, expected)
     assert (tp.symmetric, dp.regather, dp.symmetric) == (setting == "on", False, False)
+
+
+def sequence_job(launch: Launch, config: Any) -> dict[str, Any]:
+    """Whether each part of a built engine splits the sequence."""
+    engine = engine_of(config, grid_of(launch, config))
+    modules = [module for stage in engine.stages.values() for module in stage.modules()]
+    axes = [module.tp for module in modules if hasattr(module, "tp")]
+    pieces = [piece for stage in engine.stages.values() for _, piece in named_slices(stage)]
+    return {
+        "setup": engine.setup.sequence,
+        "layers": [axis is engine.tp and axis.sequence for axis in axes],
+        "norms": [piece.sum_over_tensor for piece in pieces if piece.dim is None],
+        "products": [type(m.matmul) is Split for m in modules if hasattr(m, "matmul")],
+        "positions": engine.shape[0],
+        "grid": engine.grid.tp.sequence,
+    }
+
+
+@pytest.mark.parametrize(("tp", "sequence"), ((1, True), (2, True), (2, False)))
+def test_the_layers_split_the_sequence_as_asked(pool: GlooPool, tp: int, sequence: bool) -> None:
+    """Catches a layer built on the grid's axis, which is without the config's fields: its norm's
+    gradient is then a partial sum that nobody adds up.
+    """
+    config = tiny_config(
+        parallel__tensor=tp, parallel__sequence=sequence, batch__global_sequences=4
+    )
+    split, layers = sequence and tp > 1, config.model.num_layers
+    for found in pool.run(tp, sequence_job, config):
+        assert found["setup"] == split and not found["grid"]
+        # The stage, its embedding and head, and four products a layer.
+        assert found["layers"] == [split] * (3 + 4 * layers)
+        assert found["products"] == [split] * (1 + 4 * layers)
+        assert found["norms"] == [split] * (1 + 2 * layers)
+        assert found["positions"] == config.data.sequence_length // (tp if split else 1)

@@ -8,10 +8,15 @@ import pytest
 import torch
 
 from k2train.launch.environment import Launch
-from k2train.train.engine import Engine
 from k2train.train.forward_check import forward_check_problem, run_forward_check
 from tests.support.gloo_pool import GlooPool
-from tests.support.tiny_model import grid_of, local_gradients, microbatches_of, tiny_config
+from tests.support.tiny_model import (
+    engine_of,
+    grid_of,
+    local_gradients,
+    microbatches_of,
+    tiny_config,
+)
 
 TP = {"parallel__tensor": 2, "parallel__sequence": True}
 INTERLEAVED = {
@@ -28,7 +33,7 @@ def probe_job(launch: Launch, config: Any, change: Any = None) -> dict[str, Any]
     `change` (rank, tensor, bit) flips a bit of a weight in use there first.
     """
     grid = grid_of(launch, config)
-    engine = Engine(config, grid)
+    engine = engine_of(config, grid)
     if change is not None:
         rank, name, bit = change
         for slot in engine.gradients.shard_layout.slots:
@@ -131,7 +136,7 @@ def test_a_replica_that_answers_otherwise_is_named(pool: GlooPool) -> None:
 
 def trained_job(launch: Launch, config: Any, probing: bool) -> Any:
     grid = grid_of(launch, config)
-    engine = Engine(config, grid)
+    engine = engine_of(config, grid)
     torch.manual_seed(5)
     results = []
     for step in (1, 2, 3):

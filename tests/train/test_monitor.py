@@ -5,7 +5,7 @@ request that is met twice or never.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,9 @@ import pytest
 
 from k2train import fault_injection
 from k2train.checkpoint.manifest import list_checkpoints, seal
+from k2train.record.events import CheckpointSaved, E, StepSkipped, Stopped, of_kind
 from k2train.record.ledger import read_ledger
-from k2train.record.metrics import read_metrics
+from k2train.record.metrics import read_metrics, read_roots
 from k2train.train.forward_check import run_forward_check
 from k2train.train.trainer import Trainer
 from tests.support.gloo_pool import GlooPool
@@ -45,7 +46,7 @@ def tree_of(base: Path, name: str, **changes: Any) -> dict[str, Any]:
 
 
 def armed(text: str, trainer: Trainer) -> None:
-    fault_injection.arm(text, trainer.grid.rank)
+    fault_injection.arm(text, trainer.engine.grid.rank)
 
 
 def run_with(pool: GlooPool, world: int, tree: dict[str, Any], text: str) -> list[int | str]:
@@ -53,17 +54,13 @@ def run_with(pool: GlooPool, world: int, tree: dict[str, Any], text: str) -> lis
     return pool.run(world, trainer_job, tree, partial(armed, text))
 
 
-def events(base: Path, name: str, kind: str) -> list[dict[str, Any]]:
-    return [
-        event
-        for event in read_ledger(base / "runs" / name / "ledger.jsonl")
-        if event["event"] == kind
-    ]
+def events(base: Path, name: str, kind: type[E]) -> list[E]:
+    return of_kind(read_ledger(base / "runs" / name / "ledger.jsonl"), kind)
 
 
-def tensors(base: Path, name: str) -> dict[int, dict[str, str]]:
-    rows = read_metrics(base / "runs" / name / "state_roots.jsonl")
-    return {row["step"]: row["tensors"] for row in rows}
+def tensors(base: Path, name: str) -> dict[int, Mapping[str, str]]:
+    rows = read_roots(base / "runs" / name / "state_roots.jsonl")
+    return {row.step: row.tensors for row in rows}
 
 
 @pytest.mark.parametrize(
@@ -94,16 +91,16 @@ def test_what_is_not_finite_costs_one_step_on_every_rank(
     name = fault.replace(":", "-").replace("@", "-").replace("=", "") + "".join(layout)
     assert run_with(pool, 2, tree_of(base, name, **layout), fault) == [0, 0]
     applied = {
-        row["step"]: row["applied"] for row in read_metrics(base / "runs" / name / "metrics.jsonl")
+        row.step: row.applied for row in read_metrics(base / "runs" / name / "metrics.jsonl")
     }
     assert applied == {step: step != 4 for step in range(1, STEPS + 1)}
     states = tensors(base, name)
     assert states[4] == states[3] and all(
         states[5][key] != value for key, value in states[4].items()
     )
-    (skipped,) = events(base, name, "step_skipped")
-    assert skipped["step"] == 4 and len(skipped["rows"]) == 2 and skipped["chunk"] == "chunk_000"
-    assert tensor is None or tensor in skipped["tensors"]
+    (skipped,) = events(base, name, StepSkipped)
+    assert skipped.step == 4 and skipped.chunk == "chunk_000"
+    assert tensor is None or tensor in skipped.tensors
     assert (
         manifest_of(list_checkpoints(base / "runs" / name / "checkpoints")[-1])["adam_steps"]
         == STEPS - 1
@@ -113,18 +110,18 @@ def test_what_is_not_finite_costs_one_step_on_every_rank(
 def test_three_in_a_row_stop(base: Path, pool: GlooPool) -> None:
     fault = ";".join(f"gradient@rank=1@step={step}:nan" for step in (6, 7, 8))
     assert run_with(pool, 2, tree_of(base, "three"), fault) == [1, 1]
-    assert events(base, "three", "stopped")[-1]["reason"] == "non-finite"
-    assert [event["in_a_row"] for event in events(base, "three", "step_skipped")] == [1, 2, 3]
+    assert events(base, "three", Stopped)[-1].reason == "non-finite"
+    assert [event.in_a_row for event in events(base, "three", StepSkipped)] == [1, 2, 3]
 
 
 def remembering(text: str, trainer: Trainer) -> None:
     """The state of both guards is that of the checkpoint, before the first step of a restart."""
     armed(text, trainer)
     newest = list_checkpoints(trainer.start.checkpoints)[-1]
-    guards = json.loads(
-        json.dumps({"finite": trainer.skips.state(), "spikes": trainer.spikes.state()})
-    )
-    assert guards == manifest_of(newest)["guard"] and guards["finite"]["in_a_row"] == 2
+    assert trainer.state.to_json() == {
+        key: manifest_of(newest)[key] for key in trainer.state.to_json()
+    }
+    assert trainer.state.guard.finite.in_a_row == 2
 
 
 def test_bad_steps_are_counted_across_a_restart(base: Path, pool: GlooPool) -> None:
@@ -135,7 +132,7 @@ def test_bad_steps_are_counted_across_a_restart(base: Path, pool: GlooPool) -> N
     assert run_with(pool, 1, tree, "gradient@step=4:nan;gradient@step=5:nan") == [75]
     del tree["run"]["stop_after_steps"]
     assert pool.run(1, trainer_job, tree, partial(remembering, "gradient@step=6:nan")) == [1]
-    assert events(base, "across", "stopped")[-1]["reason"] == "non-finite"
+    assert events(base, "across", Stopped)[-1].reason == "non-finite"
 
 
 @pytest.mark.parametrize(
@@ -168,8 +165,8 @@ def test_a_bit_that_flips_stops_the_run(
     """
     name = "flip-" + fault.split("@")[0] + fault.rpartition("=")[2] + "".join(layout)
     assert run_with(pool, 2, tree_of(base, name, **layout), fault) == [1, 1]
-    (stopped,) = events(base, name, "stopped")
-    assert stopped["reason"] == "damaged" and words in stopped["problem"], stopped
+    (stopped,) = events(base, name, Stopped)
+    assert stopped.reason == "damaged" and words in str(stopped.problem), stopped
     assert pool.run(2, trainer_job, tree_of(base, name, **layout)) == [0, 0]
     alone = "alone" + "".join(layout)
     if not (base / "runs" / alone).exists():
@@ -182,7 +179,7 @@ def test_a_bit_that_flips_stops_the_run(
 
 
 def touching(name: str, trainer: Trainer) -> None:
-    if trainer.grid.rank == 0:
+    if trainer.engine.grid.rank == 0:
         (trainer.start.directory / name).touch()
 
 
@@ -194,11 +191,11 @@ def test_request_files(base: Path, pool: GlooPool, name: str, code: int) -> None
     run = base / "runs" / name
     assert not (run / name).exists()
     on_demand = [
-        event for event in events(base, name, "checkpoint_saved") if "step" in event["checkpoint"]
+        event for event in events(base, name, CheckpointSaved) if "step" in event.checkpoint
     ]
-    assert [event["step"] for event in on_demand] == [1]
+    assert [event.step for event in on_demand] == [1]
     if name == "STOP":
-        assert events(base, name, "stopped")[-1]["reason"] == "STOP file"
+        assert events(base, name, Stopped)[-1].reason == "STOP file"
         (run / "STOP").touch()
         assert "asks this run not to start" in str(pool.run(1, trainer_job, tree)[0])
 

@@ -10,17 +10,17 @@ import pytest
 import k2train.train.preflight as preflight
 from k2train.checkpoint.manifest import MANIFEST, THINNED, checkpoint_name, seal
 from k2train.config.load import Config
-from k2train.data.chunk import read_manifest, write_manifest
-from k2train.data.manifest import common_data
 from k2train.errors import CheckpointError, ConfigError, DataError, RunError
 from k2train.files import sha256_file, write_synced
 from k2train.train.preflight import (
     check_data,
-    learning_rate,
     prepare_start,
     verify_data,
 )
 from k2train.train.resume_check import identity_differences, identity_of
+from k2train.train.setup import Setup
+from k2train.train.state import TrainState
+from tests.support.data_folder import flip, rewrite
 from tests.support.tiny_corpus import GLOBAL, config_tree, make_corpus
 
 
@@ -67,6 +67,7 @@ class Run:
                 "tokenizer_sha256": manifest.tokenizer_sha256,
                 "manifest_sha256": manifest.sha256,
             },
+            "guard": TrainState().to_json()["guard"],
             "lr": 0.25,
             "tensors": {},
             "files": {},
@@ -112,6 +113,14 @@ def test_a_broken_manifest_is_passed_over_and_told(run: Run) -> None:
     start = run.start()
     assert [path.name for path in start.candidates] == ["ckpt_000"]
     assert len(start.refused) == 1 and "ckpt_001" in start.refused[0]
+
+
+def test_one_without_its_training_state_is_passed_over(run: Run) -> None:
+    run.checkpoint(0, 0)
+    run.checkpoint(1, 5, guard={"finite": {"total": "none"}})
+    start = run.start()
+    assert [path.name for path in start.candidates] == ["ckpt_000"]
+    assert "ckpt_001/manifest.json: the manifest does not hold the training" in start.refused[0]
 
 
 def test_a_thinned_one_is_passed_over(run: Run) -> None:
@@ -207,12 +216,6 @@ def test_large_data_is_not_all_hashed_at_start(
         assert seen == [*names, "held_out"], step
 
 
-def damage(file: Path) -> None:
-    content = bytearray(file.read_bytes())
-    content[-7] ^= 1
-    file.write_bytes(bytes(content))
-
-
 @pytest.mark.parametrize(
     ("hurt", "chunks", "found"),
     (
@@ -235,7 +238,7 @@ def test_damage_in_what_is_read_next(
     run = Run(tmp_path, tmp_path / "data")
     if chunks:
         run.checkpoint(chunks, 5 * chunks)
-    damage(tmp_path / "data" / f"{hurt}.npy")
+    flip(tmp_path / "data" / f"{hurt}.npy")
     if found:
         with pytest.raises(DataError, match=hurt):
             run.start()
@@ -247,13 +250,6 @@ def test_held_out_rows_that_make_no_batch(run: Run) -> None:
     """Every held-out loss would silently be None."""
     with pytest.raises(DataError, match=r"24 rows.*batch.global_sequences \(36\)"):
         run.start(batch__global_sequences=3 * GLOBAL)
-
-
-def rewrite(folder: Path, **changes: Any) -> None:
-    """The manifest of a data folder, some of it changed."""
-    here = read_manifest(folder / "manifest.json")
-    kept = ("tokenizer_sha256", "sequence_length", "vocab_size", "chunks", "held_out", "facts")
-    write_manifest(folder, **({key: getattr(here, key) for key in kept} | changes))
 
 
 def test_another_held_out_chunk(run: Run, tmp_path: Path) -> None:
@@ -272,7 +268,7 @@ def test_another_held_out_chunk(run: Run, tmp_path: Path) -> None:
 def test_the_rate_is_a_function_of_the_step(run: Run) -> None:
     """Warm-up from the first step, `final` at the last; nothing else goes in."""
     config = run.config(lr={"kind": "linear", "peak": 1.0, "final": 0.25, "warmup_steps": 4})
-    rates = [learning_rate(config, step, 10) for step in range(1, 11)]
+    rates = [Setup.of(config, 1).learning_rate(step, 10) for step in range(1, 11)]
     assert rates[:4] == [0.25, 0.5, 0.75, 1.0] and rates[-1] == 0.25
     assert rates[4] == pytest.approx(1 - 0.75 / 6)
 
@@ -300,48 +296,16 @@ def test_the_seam(run: Run, tmp_path: Path) -> None:
     )
     assert start.parent == parent
     transition = start.transition
-    assert (transition["parent_step"], transition["rate_before"]) == (15, 0.25)
-    assert transition["rate_after"] == 0.5 - 0.5 / 10
-    assert (
-        transition["parent_manifest_sha256"]
-        == preflight.hashlib.sha256((parent / MANIFEST).read_bytes()).hexdigest()
-    )
-    assert transition["sources_compared"] is False, "neither folder records its sources"
+    assert (transition.parent_step, transition.rate_before) == (15, 0.25)
+    assert transition.rate_after == 0.5 - 0.5 / 10
+    assert transition.parent_manifest_sha256 == sha256_file(parent / MANIFEST)
+    assert transition.sources_compared is False, "neither folder records its sources"
 
 
 def record_sources(folder: Path, **parts: Any) -> str:
     """`sources.json` of a folder; its sha256."""
     write_synced(folder / "sources.json", json.dumps({"training": [], "held_out": [], **parts}))
     return sha256_file(folder / "sources.json")
-
-
-@pytest.mark.parametrize(
-    ("first", "second", "shared"),
-    [
-        ({"training": ["a"]}, {"held_out": ["a"]}, ["source a"]),
-        ({"shares": {"a": [0.0, 0.8]}}, {"shares": {"a": [0.8, 1.0]}}, []),
-        ({"shares": {"a": [0.0, 0.8]}}, {"shares": {"a": [0.7, 1.0]}}, ["source a"]),
-        ({"shares": {"a": [0.0, 0.1]}}, {"training": ["a"]}, ["source a"]),
-        ({"training": ["a"]}, {"shares": {"a": [0.9, 1.0]}}, ["source a"]),
-        (
-            {"training": ["a"], "files": {"a": {"sha256": "1"}, "unused": {"sha256": "2"}}},
-            {"training": ["b", "c"], "files": {"b": {"sha256": "1"}, "c": {"sha256": "2"}}},
-            ["source b is a of the earlier data"],
-        ),
-    ],
-)
-def test_files_that_are_split_inside(
-    tmp_path: Path, first: dict[str, Any], second: dict[str, Any], shared: list[str]
-) -> None:
-    """Catches two stages that take the same documents of one file, and a refusal of two that take
-    different ones.
-    """
-    manifests = []
-    for name, parts in (("first", first), ("second", second)):
-        make_corpus(tmp_path / name, 1, seed=len(manifests))
-        rewrite(tmp_path / name, facts={"sources_sha256": record_sources(tmp_path / name, **parts)})
-        manifests.append(read_manifest(tmp_path / name))
-    assert common_data(*manifests) == shared
 
 
 def test_sources_are_compared_where_both_are_recorded(tmp_path: Path) -> None:
@@ -354,15 +318,15 @@ def test_sources_are_compared_where_both_are_recorded(tmp_path: Path) -> None:
         rewrite(tmp_path / name, facts={"sources_sha256": record_sources(tmp_path / name, **used)})
     parent = Run(tmp_path / "parent", tmp_path / "first").checkpoint(2, 10)
     child = Run(tmp_path / "child", tmp_path / "next")
-    assert child.start(run__init_from=str(parent)).transition["sources_compared"] is True
+    assert child.start(run__init_from=str(parent)).transition.sources_compared is True
     shared = record_sources(tmp_path / "next", training=["first.txt"], held_out=["next.txt"])
     rewrite(tmp_path / "next", facts={"sources_sha256": shared})
     with pytest.raises(DataError, match=r"shares data with the stage before: source first\.txt"):
         child.start(run__init_from=str(parent))
     allowed = child.start(run__init_from=str(parent), data__seen_before="allow").transition
-    assert allowed["data_in_common"] == ["source first.txt"], "what is allowed is still recorded"
+    assert allowed.data_in_common == ("source first.txt",), "what is allowed is still recorded"
     rewrite(tmp_path / "first", facts={})
-    assert child.start(run__init_from=str(parent)).transition["sources_compared"] is False
+    assert child.start(run__init_from=str(parent)).transition.sources_compared is False
 
 
 def test_the_seam_without_the_earlier_data(run: Run, tmp_path: Path) -> None:
@@ -382,7 +346,7 @@ def test_the_seam_without_the_earlier_data(run: Run, tmp_path: Path) -> None:
     transition = (
         Run(tmp_path / "child", tmp_path / "next").start(run__init_from=str(parent)).transition
     )
-    assert transition["sources_compared"] is False
+    assert transition.sources_compared is False
 
 
 def test_a_data_folder_is_no_checkpoint(run: Run) -> None:

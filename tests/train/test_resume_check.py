@@ -14,6 +14,7 @@ from k2train.checkpoint.manifest import MANIFEST, checkpoint_name, read_manifest
 from k2train.config.load import Config
 from k2train.errors import CheckpointError
 from k2train.files import write_synced
+from k2train.record.events import Resumed, of_kind
 from k2train.record.ledger import read_ledger
 from k2train.train.preflight import check_data
 from k2train.train.resume_check import check_same_run, identity_differences, identity_of
@@ -74,7 +75,7 @@ def test_what_is_named_may_change(
     """
     path, now = saved(folder, tmp_path, 2), identity(folder, **change)
     allowed = check_same_run(path, now, allow)
-    assert allowed == identity_differences(read_manifest(path)["identity"], now) and allowed
+    assert allowed == identity_differences(read_manifest(path).identity, now) and allowed
     for names in ((), ("optimizer.eps",), ("lr.peak_", "l")):
         with pytest.raises(CheckpointError, match=r"run\.allow=\[.*" + key) as refused:
             check_same_run(path, now, names)
@@ -118,11 +119,7 @@ def test_an_allowed_change_is_kept_in_the_ledger(folder: Path, pool: GlooPool) -
     assert "run.allow=[lr.peak]" in pool.run(1, trainer_job, tree)[0]
     tree["run"]["allow"] = ["lr.peak"]
     assert pool.run(1, trainer_job, tree) == [75]
-    resumed = [
-        e
-        for e in read_ledger(folder / "runs" / "allowed" / "ledger.jsonl")
-        if e["event"] == "resumed"
-    ]
-    assert resumed[-1]["allowed"] == ["lr.peak: 0.01 -> 0.02"]
+    resumed = of_kind(read_ledger(folder / "runs" / "allowed" / "ledger.jsonl"), Resumed)
+    assert resumed[-1].allowed == ("lr.peak: 0.01 -> 0.02",)
     tree["run"]["allow"] = []
     assert pool.run(1, trainer_job, tree) == [75]

@@ -2,102 +2,86 @@
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from k2train.checkpoint.manifest import CheckpointManifest
 from k2train.config.load import Config, flat_values, load_config
 from k2train.errors import RunError
 from k2train.files import write_synced
+from k2train.record.events import CheckpointSaved, Resumed, Started, Stopped, of_kind
 from k2train.record.ledger import read_ledger
-from k2train.record.metrics import read_metrics
+from k2train.record.metrics import StepRecord, read_metrics
 from k2train.train.preflight import Start, prepare_start
 from k2train.train.run_logger import RankZeroRunLogger, RunLogger
-from tests.support.tiny_corpus import config_tree, make_corpus
+from tests.support.events import event
+from tests.support.tiny_corpus import ROOT, config_tree, make_corpus, manifest_of
 
-ROW = {
-    "step": 1,
-    "loss": 5.0,
-    "grad_norm": 1.0,
-    "lr": 0.1,
-    "tokens_per_second": 9.0,
-    "seconds": 0.5,
-}
+RECORD = StepRecord(1, 1, loss=5.0, grad_norm=1.0, lr=0.1, tokens_per_second=9.0, seconds=0.5)
 
 
 @pytest.fixture
-def prepared(tmp_path: Path) -> tuple[Config, Start]:
+def start(tmp_path: Path) -> Start:
     make_corpus(tmp_path / "data", 2)
     config = Config.model_validate(
         config_tree(tmp_path / "data" / "manifest.json", tmp_path / "runs", "pen")
     )
-    start = prepare_start(config, 1, verify=False)
-    start.checkpoints.mkdir(parents=True)
-    return config, start
+    prepared = prepare_start(config, 1, verify=False)
+    prepared.checkpoints.mkdir(parents=True)
+    return prepared
 
 
-def test_attempts_count_restarts(prepared: tuple[Config, Start]) -> None:
+def test_attempts_count_restarts(start: Start) -> None:
     """One more each start: from the metrics, and from the ledger where a start died before its
     first step.
     """
-    config, start = prepared
     for attempt in (1, 2):
-        logger = RankZeroRunLogger(config, start)
+        logger = RankZeroRunLogger(start)
         assert logger.attempt == attempt
-        logger.step({**ROW, "attempt": logger.attempt})
+        logger.step(replace(RECORD, attempt=logger.attempt))
         logger.close()
-    logger = RankZeroRunLogger(config, start)
-    logger.event("resumed", attempt=3)
+    logger = RankZeroRunLogger(start)
+    logger.event(event(Resumed, attempt=3))
     logger.close()
-    assert RankZeroRunLogger(config, start).attempt == 4
-    assert [row["attempt"] for row in read_metrics(start.directory / "metrics.jsonl")] == [1, 2]
+    assert RankZeroRunLogger(start).attempt == 4
+    assert [row.attempt for row in read_metrics(start.directory / "metrics.jsonl")] == [1, 2]
 
 
-def test_one_run_id_across_restarts(prepared: tuple[Config, Start]) -> None:
+def test_one_run_id_across_restarts(start: Start) -> None:
     """W&B continues one curve only if the id is that of the first start, also after a second
     `started`.
     """
-    config, start = prepared
-    first = RankZeroRunLogger(config, start)
-    first.event("started", attempt=1, run_id=first.run_id)
-    again = RankZeroRunLogger(config, start)
+    first = RankZeroRunLogger(start)
+    first.event(event(Started, attempt=1, run_id=first.run_id))
+    again = RankZeroRunLogger(start)
     assert again.run_id == first.run_id and len(first.run_id) == 32
 
 
-def test_committed(prepared: tuple[Config, Start], capsys: pytest.CaptureFixture[str]) -> None:
+def test_committed(start: Start, capsys: pytest.CaptureFixture[str]) -> None:
     """The ledger gets the manifest's facts and the hash of its bytes.
 
     A held-out loss that is not finite is told too.
     """
-    config, start = prepared
-    logger = RankZeroRunLogger(config, start)
+    logger = RankZeroRunLogger(start)
+    golden = manifest_of(ROOT / "tests" / "golden" / "format_2" / "ckpt_001")
     for name, held_out in (("ckpt_000", None), ("ckpt_001", 5.25), ("ckpt_002", "nan")):
         path = start.checkpoints / name
         path.mkdir()
-        manifest: dict[str, Any] = {
-            "attempt": 1,
-            "step": 5,
-            "chunks": {"consumed": 1},
-            "consumed_tokens": 960,
-            "loss": 5.5,
-            "held_out_loss": held_out,
-            "files": {"a": {"bytes": 3}, "b": {"bytes": 4}},
-        }
-        (path / "manifest.json").write_text(json.dumps(manifest))
+        raw = golden | {"step": 5, "loss": 5.5, "held_out_loss": held_out}
+        raw["files"] = {name: facts | {"bytes": 3} for name, facts in raw["files"].items()}
+        manifest = CheckpointManifest.model_validate(raw)
+        (path / "manifest.json").write_text(json.dumps(raw))
         logger.committed(path, manifest, 0.25)
-        event = read_ledger(start.directory / "ledger.jsonl")[-1]
-        assert (event["event"], event["checkpoint"], event["bytes"]) == (
-            "checkpoint_saved",
-            name,
-            7,
-        )
+        saved = of_kind(read_ledger(start.directory / "ledger.jsonl"), CheckpointSaved)[-1]
+        assert (saved.checkpoint, saved.bytes, saved.seconds) == (name, 6, 0.25)
         assert (
-            event["manifest_sha256"]
+            saved.manifest_sha256
             == hashlib.sha256((path / "manifest.json").read_bytes()).hexdigest()
         )
     assert capsys.readouterr().err == "", "the console belongs to the main thread"
-    logger.step({**ROW, "attempt": 1})
+    logger.step(RECORD)
     output = capsys.readouterr().err
     assert (
         "saved ckpt_001 at step 5, held-out loss 5.2500" in output and "held-out loss nan" in output
@@ -107,29 +91,27 @@ def test_committed(prepared: tuple[Config, Start], capsys: pytest.CaptureFixture
     )
 
 
-def test_config_is_complete(prepared: tuple[Config, Start]) -> None:
+def test_config_is_complete(start: Start) -> None:
     """The config in the run directory loads back to the same values, written by rename."""
-    config, start = prepared
-    RankZeroRunLogger(config, start)
-    assert flat_values(load_config(str(start.directory / "config.yaml"))) == flat_values(config)
+    RankZeroRunLogger(start)
+    assert flat_values(load_config(str(start.directory / "config.yaml"))) == flat_values(
+        start.setup.config
+    )
     write_synced(start.directory / "config.yaml", "other: 1\n")
     assert (start.directory / "config.yaml").read_text() == "other: 1\n"
     assert not list(start.directory.glob("*.tmp"))
 
 
-def test_torn_lines_are_told(
-    prepared: tuple[Config, Start], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_torn_lines_are_told(start: Start, capsys: pytest.CaptureFixture[str]) -> None:
     """A killed writer's half line is repaired and reported."""
-    config, start = prepared
-    logger = RankZeroRunLogger(config, start)
-    logger.event("started", attempt=1, run_id="r")
-    logger.step({**ROW, "attempt": 1})
+    logger = RankZeroRunLogger(start)
+    logger.event(event(Started, attempt=1, run_id="r"))
+    logger.step(RECORD)
     for name in ("ledger.jsonl", "metrics.jsonl"):
         with (start.directory / name).open("ab") as stream:
             stream.write(b'{"half')
     capsys.readouterr()
-    RankZeroRunLogger(config, start)
+    RankZeroRunLogger(start)
     output = capsys.readouterr().err
     assert (
         "ledger.jsonl: the last line was cut off" in output
@@ -137,28 +119,24 @@ def test_torn_lines_are_told(
     )
 
 
-def test_a_changed_ledger_is_refused(prepared: tuple[Config, Start]) -> None:
+def test_a_changed_ledger_is_refused(start: Start) -> None:
     """A start on a record that was edited would continue from a false one."""
-    config, start = prepared
-    logger = RankZeroRunLogger(config, start)
-    logger.event("started", attempt=1, run_id="r")
-    logger.event("stopped", attempt=1)
+    logger = RankZeroRunLogger(start)
+    logger.event(event(Started, attempt=1, run_id="r"))
+    logger.event(event(Stopped, attempt=1))
     path = start.directory / "ledger.jsonl"
     path.write_text(path.read_text().replace('"r"', '"q"'))
     with pytest.raises(RunError, match="line 1 does not match its own hash"):
-        RankZeroRunLogger(config, start)
+        RankZeroRunLogger(start)
 
 
-def test_the_silent_form_has_every_method(
-    prepared: tuple[Config, Start], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_silent_form_has_every_method(start: Start, capsys: pytest.CaptureFixture[str]) -> None:
     """The trainer of any rank calls the same methods; off rank 0 they write nothing."""
-    _, start = prepared
     public = {name for name in vars(RankZeroRunLogger) if not name.startswith("_")}
     assert public <= set(dir(RunLogger))
     silent = RunLogger()
-    silent.event("started", attempt=1)
-    silent.step(ROW)
+    silent.event(event(Started, attempt=1))
+    silent.step(RECORD)
     silent.info("text")
     silent.committed(start.checkpoints, {}, 0.0)
     silent.close()

@@ -17,14 +17,28 @@ import torch
 
 from k2train import fault_injection
 from k2train.checkpoint.load import load_states
-from k2train.checkpoint.manifest import list_checkpoints, verify_checkpoint
+from k2train.checkpoint.manifest import list_checkpoints
+from k2train.checkpoint.verify import verify_checkpoint
 from k2train.config.load import Config, flat_values, load_config
 from k2train.errors import RunError
 from k2train.launch.environment import Launch
+from k2train.record.events import (
+    CheckpointSaved,
+    CheckpointVerified,
+    ChunkStarted,
+    E,
+    Event,
+    Finished,
+    StageTransition,
+    Started,
+    Starting,
+    StepSkipped,
+    Stopped,
+    of_kind,
+)
 from k2train.record.ledger import read_ledger
-from k2train.record.metrics import latest, read_metrics
+from k2train.record.metrics import StepRecord, latest, read_metrics
 from k2train.run_lock.lock import RunLock
-from k2train.train.engine import Engine
 from k2train.train.host_memory import malloc_settings
 from k2train.train.run_logger import RankZeroRunLogger
 from k2train.train.trainer import Trainer
@@ -46,7 +60,7 @@ from tests.support.tiny_corpus import (
     wait_for,
     write_yaml,
 )
-from tests.support.tiny_model import grid_of
+from tests.support.tiny_model import engine_of, grid_of, split
 
 sys.path.insert(0, str(ROOT / "tools"))
 import compare_runs
@@ -81,10 +95,8 @@ def tree(base: Path, name: str, data: str = "data", **changes: Any) -> dict[str,
     return config_tree(base / data / "manifest.json", base / "runs", name, **changes)
 
 
-def events(run: Path, *names: str) -> list[dict[str, Any]]:
-    return [
-        event for event in read_ledger(run / "ledger.jsonl") if not names or event["event"] in names
-    ]
+def events(run: Path, kind: type[E]) -> list[E]:
+    return of_kind(read_ledger(run / "ledger.jsonl"), kind)
 
 
 @pytest.fixture(scope="module")
@@ -97,32 +109,33 @@ def plain(base: Path) -> dict[str, Any]:
 def assert_record(run: Path, done: Any, path: Path, steps: int) -> None:
     """Metrics, ledger, config and console of a finished run agree."""
     rows = read_metrics(run / "metrics.jsonl")
-    assert [row["step"] for row in rows] == list(range(1, steps + 1))
-    assert all(set(row) == METRICS for row in rows)
-    assert [row["consumed_tokens"] for row in rows] == [row["step"] * GLOBAL * 16 for row in rows]
-    within = [(row["step"] - 1) % STEPS_PER_CHUNK * GLOBAL for row in rows]
-    assert [row["rows"] for row in rows] == [[first, first + GLOBAL] for first in within]
+    assert [row.step for row in rows] == list(range(1, steps + 1))
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert all(line.keys() == METRICS | {"check"} for line in lines)
+    assert [row.consumed_tokens for row in rows] == [row.step * GLOBAL * 16 for row in rows]
+    within = [(row.step - 1) % STEPS_PER_CHUNK * GLOBAL for row in rows]
+    assert [row.rows for row in rows] == [[first, first + GLOBAL] for first in within]
     shown = {int(m[1]): m.groups()[1:] for m in STEP_LINE.finditer(done.stderr)}
     assert 1 in shown, done.stderr
     for row in rows:
-        if row["step"] in shown:
-            loss, norm, lr = (float(text) for text in shown[row["step"]])
-            assert loss == pytest.approx(row["loss"], abs=6e-5)
-            assert norm == pytest.approx(row["grad_norm"], rel=6e-3)
-            assert lr == pytest.approx(row["lr"], rel=6e-3)
+        if row.step in shown:
+            loss, norm, lr = (float(text) for text in shown[row.step])
+            assert loss == pytest.approx(row.loss, abs=6e-5)
+            assert norm == pytest.approx(row.grad_norm, rel=6e-3)
+            assert lr == pytest.approx(row.lr, rel=6e-3)
     config = load_config(str(path))
     assert flat_values(load_config(str(run / "config.yaml"))) == flat_values(config)
-    kinds = [event["event"] for event in events(run)]
-    assert kinds[:2] == ["starting", "started"] and kinds[-1] == "finished"
+    kinds = [type(event) for event in events(run, Event)]
+    assert kinds[:2] == [Starting, Started] and kinds[-1] is Finished
     chunks = steps // STEPS_PER_CHUNK
-    assert kinds.count("chunk_started") == chunks and kinds.count("checkpoint_saved") == chunks + 1
-    assert all(event["dropped_rows"] == 3 for event in events(run, "chunk_started"))
-    for event in events(run, "checkpoint_saved"):
-        manifest = verify_checkpoint(run / "checkpoints" / event["checkpoint"])
+    assert kinds.count(ChunkStarted) == chunks and kinds.count(CheckpointSaved) == chunks + 1
+    assert all(event.dropped_rows == 3 for event in events(run, ChunkStarted))
+    for event in events(run, CheckpointSaved):
+        manifest = verify_checkpoint(run / "checkpoints" / event.checkpoint)
         for key in ("step", "held_out_loss", "loss", "consumed_tokens"):
-            assert manifest[key] == event[key]
-        assert event["loss"] == (rows[event["step"] - 1]["loss"] if event["step"] else None)
-        assert manifest["lr"] == (rows[event["step"] - 1]["lr"] if event["step"] else None)
+            assert getattr(manifest, key) == getattr(event, key)
+        assert event.loss == (rows[event.step - 1].loss if event.step else None)
+        assert manifest.lr == (rows[event.step - 1].lr if event.step else None)
     assert not (run / "run.lock").exists() or (run / "run.lock").stat().st_size == 0
 
 
@@ -133,8 +146,9 @@ def test_what_a_run_leaves_behind(plain: dict[str, Any]) -> None:
     assert plain["done"].stdout == ""
     setting = "malloc: set by" if malloc_settings(os.environ) else "malloc: freed memory is kept"
     assert setting in plain["done"].stderr
-    (started,) = events(plain["run"], "started")
-    assert started["memory"].startswith(setting) and "matmul" in started["kernels"]
+    (started,) = events(plain["run"], Started)
+    assert started.memory is not None and started.memory.startswith(setting)
+    assert "matmul" in started.kernels
 
 
 def test_finished_is_finished(plain: dict[str, Any]) -> None:
@@ -158,7 +172,7 @@ def test_torchrun_leaves_the_same_record(base: Path, plain: dict[str, Any]) -> N
     assert done.returncode == 0, done.stderr
     assert_record(base / "runs" / "pipeline", done, path, 2 * STEPS_PER_CHUNK)
     losses = [
-        [r["loss"] for r in latest(run / "metrics.jsonl")]
+        [r.loss for r in latest(run / "metrics.jsonl")]
         for run in (plain["run"], base / "runs" / "pipeline")
     ]
     assert losses[0] == losses[1]
@@ -180,13 +194,13 @@ def test_any_layout_leaves_the_same_record(
     for mine, other in zip(
         latest(run / "metrics.jsonl"), latest(plain["run"] / "metrics.jsonl"), strict=True
     ):
-        assert mine["loss"] == pytest.approx(other["loss"], rel=1e-5)
-        assert mine["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
-        assert (mine["lr"], mine["chunk"]) == (other["lr"], other["chunk"])
+        assert mine.loss == pytest.approx(other.loss, rel=1e-5)
+        assert mine.grad_norm == pytest.approx(other.grad_norm, rel=1e-4)
+        assert (mine.lr, mine.chunk) == (other.lr, other.chunk)
     for mine, other in zip(
-        events(run, "checkpoint_saved"), events(plain["run"], "checkpoint_saved"), strict=True
+        events(run, CheckpointSaved), events(plain["run"], CheckpointSaved), strict=True
     ):
-        assert mine["held_out_loss"] == pytest.approx(other["held_out_loss"], rel=1e-5)
+        assert mine.held_out_loss == pytest.approx(other.held_out_loss, rel=1e-5)
 
 
 def held_out_job(launch: Launch, config: Config, path: str, held_out: str) -> float:
@@ -194,16 +208,13 @@ def held_out_job(launch: Launch, config: Config, path: str, held_out: str) -> fl
     and without the trainer.
     """
     grid = grid_of(launch, config)
-    engine = Engine(config, grid, fill=False)
+    engine = engine_of(config, grid, fill=False)
     load_states(
         Path(path), engine.gradients.shard_layout, engine.optimizer.flat_shards, grid, engine.dtype
     )
     engine.optimizer.write_parameters()
     rows = torch.from_numpy(np.load(held_out).astype(np.int64))
-    losses = [
-        engine.evaluate(list(batch.split(config.batch.micro_sequences)))
-        for batch in rows.split(GLOBAL)
-    ]
+    losses = [engine.evaluate(split(config, batch)) for batch in rows.split(GLOBAL)]
     return sum(losses) / len(losses)
 
 
@@ -214,14 +225,14 @@ def test_held_out_loss_is_a_direct_evaluation(
     rows.
     """
     config = load_config(str(plain["path"]))
-    saved = events(plain["run"], "checkpoint_saved")
-    assert len({event["held_out_loss"] for event in saved}) == 3
+    saved = events(plain["run"], CheckpointSaved)
+    assert len({event.held_out_loss for event in saved}) == 3
     for event in saved:
-        path = plain["run"] / "checkpoints" / event["checkpoint"]
+        path = plain["run"] / "checkpoints" / event.checkpoint
         (direct,) = pool.run(
             1, held_out_job, config, str(path), str(base / "data" / "held_out.npy")
         )
-        assert direct == event["held_out_loss"]
+        assert direct == event.held_out_loss
 
 
 def optimizer_of(checkpoint: Path) -> dict[str, bytes]:
@@ -258,24 +269,18 @@ def test_the_seam_between_stages(base: Path, pool: GlooPool, plain: dict[str, An
     }
     assert last != before, "the moments did not move, so no step was taken"
     assert [manifest_of(p)["adam_steps"] for p in list_checkpoints(run / "checkpoints")] == [10, 15]
-    (seam,) = events(run, "seam")
+    (seam,) = events(run, StageTransition)
     parent_manifest = manifest_of(parent)
-    (saved,) = [
-        e for e in events(plain["run"], "checkpoint_saved") if e["checkpoint"] == "ckpt_002"
-    ]
-    assert seam["parent_manifest_sha256"] == saved["manifest_sha256"]
-    assert (seam["parent_step"], seam["parent_adam_steps"]) == (10, 10)
-    assert (seam["rate_before"], seam["rate_after"]) == (parent_manifest["lr"], 1e-30)
-    assert (
-        seam["same_model"]
-        and seam["same_tokenizer"]
-        and seam["moments_kept"]
-        and seam["data_in_common"] == []
-    )
-    assert all(row["lr"] == 1e-30 for row in read_metrics(run / "metrics.jsonl"))
+    (saved,) = [e for e in events(plain["run"], CheckpointSaved) if e.checkpoint == "ckpt_002"]
+    assert seam.parent_manifest_sha256 == saved.manifest_sha256
+    assert (seam.parent_step, seam.parent_adam_steps) == (10, 10)
+    assert (seam.rate_before, seam.rate_after) == (parent_manifest["lr"], 1e-30)
+    assert seam.same_model and seam.same_tokenizer and seam.moments_kept
+    assert seam.data_in_common == ()
+    assert all(row.lr == 1e-30 for row in read_metrics(run / "metrics.jsonl"))
     assert (
         manifest_of(run / "checkpoints" / "ckpt_001")["parent"]["parent_manifest_sha256"]
-        == saved["manifest_sha256"]
+        == saved.manifest_sha256
     )
 
 
@@ -295,8 +300,8 @@ class Planted:
         def planted() -> torch.Tensor:
             line = reduce()
             if (
-                trainer.step in self.steps
-                and trainer.grid.rank == trainer.grid.layout.world_size - 1
+                trainer.state.step in self.steps
+                and trainer.engine.grid.rank == trainer.engine.grid.layout.world_size - 1
             ):
                 line[3] = float("nan")
             return line
@@ -307,7 +312,9 @@ class Planted:
             result = train_step(*arguments)
             same = all(torch.equal(lines[k], v) for k, v in before[0].items())
             changed = not same or engine.optimizer.adam_steps != before[1]
-            assert changed == result.applied == (trainer.step not in self.steps), trainer.step
+            assert changed == result.applied == (trainer.state.step not in self.steps), (
+                trainer.state.step
+            )
             return result
 
         engine.gradients.reduce = planted  # type: ignore[method-assign]
@@ -320,19 +327,15 @@ def test_a_step_that_is_not_finite_changes_nothing(base: Path, pool: GlooPool) -
     """
     assert pool.run(2, trainer_job, tree(base, "skips"), Planted(5, 7, 8)) == [0, 0]
     run = base / "runs" / "skips"
-    skipped = events(run, "step_skipped")
-    assert [event["step"] for event in skipped] == [5, 7, 8]
-    assert [event["in_a_row"] for event in skipped] == [1, 1, 2]
-    assert (
-        skipped[1]["chunk"] == "chunk_001"
-        and skipped[1]["rows"] == [12, 24]
-        and skipped[1]["tensors"]
-    )
+    skipped = events(run, StepSkipped)
+    assert [event.step for event in skipped] == [5, 7, 8]
+    assert [event.in_a_row for event in skipped] == [1, 1, 2]
+    assert (skipped[1].chunk, skipped[1].rows) == ("chunk_001", (12, 24)) and skipped[1].tensors
     rows = latest(run / "metrics.jsonl")
-    assert [row["step"] for row in rows if not row["applied"]] == [5, 7, 8]
-    assert rows[6]["grad_norm"] != rows[6]["grad_norm"]
+    assert [row.step for row in rows if not row.applied] == [5, 7, 8]
+    assert rows[6].grad_norm != rows[6].grad_norm
     first, last = (manifest_of(run / "checkpoints" / name) for name in ("ckpt_001", "ckpt_002"))
-    assert (first["step"], first["adam_steps"], first["loss"]) == (5, 4, rows[3]["loss"])
+    assert (first["step"], first["adam_steps"], first["loss"]) == (5, 4, rows[3].loss)
     assert (last["step"], last["adam_steps"]) == (10, 7)
     for path in list_checkpoints(run / "checkpoints"):
         json.loads(
@@ -347,8 +350,9 @@ def test_three_in_a_row_stop_the_run(base: Path, pool: GlooPool) -> None:
     """
     assert pool.run(2, trainer_job, tree(base, "stops"), Planted(6, 7, 8)) == [1, 1]
     run = base / "runs" / "stops"
-    stopped = events(run)[-1]
-    assert (stopped["event"], stopped["reason"], stopped["step"]) == ("stopped", "non-finite", 8)
+    stopped = events(run, Event)[-1]
+    assert isinstance(stopped, Stopped)
+    assert (stopped.reason, stopped.step) == ("non-finite", 8)
     assert [path.name for path in list_checkpoints(run / "checkpoints")] == ["ckpt_000", "ckpt_001"]
     verify_checkpoint(run / "checkpoints" / "ckpt_001")
 
@@ -365,7 +369,7 @@ def test_a_restart_does_not_forget_bad_steps(base: Path, pool: GlooPool) -> None
         Planted(7, 8),
     ) == [75]
     assert pool.run(1, trainer_job, settings, Planted(9)) == [1]
-    assert events(base / "runs" / "remembers")[-1]["step"] == 9
+    assert events(base / "runs" / "remembers", Stopped)[-1].step == 9
 
 
 def test_every_second_chunk(base: Path, pool: GlooPool) -> None:
@@ -381,7 +385,7 @@ def test_saves_by_the_clock(base: Path, pool: GlooPool) -> None:
     assert pool.run(2, trainer_job, tree(base, "clock", checkpoint__every_seconds=1e-4)) == [0, 0]
     assert pool.run(2, trainer_job, tree(base, "no-clock")) == [0, 0]
     runs = [base / "runs" / name for name in ("clock", "no-clock")]
-    names = [event["checkpoint"] for event in events(runs[0], "checkpoint_saved")]
+    names = [event.checkpoint for event in events(runs[0], CheckpointSaved)]
     assert "ckpt_000_step_000001" in names and any(
         name.startswith("ckpt_001_step_") for name in names
     )
@@ -401,9 +405,9 @@ def test_asynchronous_or_not(base: Path, pool: GlooPool, plain: dict[str, Any]) 
 
 def full_disk(trainer: Trainer) -> None:
     """The last rank can no longer write."""
-    trainer.writer.wait()
-    last = trainer.grid.layout.world_size - 1
-    fault_injection.arm(f"save.optimizer@rank={last}:error=ENOSPC", trainer.grid.rank)
+    trainer.checkpoints.writer.wait()
+    last = trainer.engine.grid.layout.world_size - 1
+    fault_injection.arm(f"save.optimizer@rank={last}:error=ENOSPC", trainer.engine.grid.rank)
 
 
 @pytest.mark.parametrize("asynchronous", (True, False), ids=("asynchronous", "waiting"))
@@ -418,8 +422,9 @@ def test_a_disk_that_refuses(base: Path, pool: GlooPool, asynchronous: bool) -> 
     }
     assert pool.run(2, trainer_job, tree(base, name, **changes), full_disk) == [1, 1]
     run = base / "runs" / name
-    stopped = events(run)[-1]
-    assert stopped["reason"] == "save failed" and "No space left on device" in stopped["problem"]
+    stopped = events(run, Stopped)[-1]
+    assert stopped.reason == "save failed"
+    assert "No space left on device" in str(stopped.problem)
     assert [path.name for path in list_checkpoints(run / "checkpoints")] == ["ckpt_000"]
     verify_checkpoint(run / "checkpoints" / "ckpt_000")
     assert pool.run(2, trainer_job, tree(base, name, **changes)) == [0, 0]
@@ -437,10 +442,10 @@ class NoRoomForRows:
         if isinstance(logger, RankZeroRunLogger):
             write = logger.metrics.write
 
-            def refused(row: dict[str, Any]) -> None:
-                if row["step"] >= self.first:
+            def refused(record: StepRecord) -> None:
+                if record.step >= self.first:
                     raise OSError(28, "No space left on device")
-                write(row)
+                write(record)
 
             logger.metrics.write = refused  # type: ignore[method-assign]
 
@@ -458,11 +463,12 @@ def test_metrics_that_cannot_be_written(base: Path, pool: GlooPool) -> None:
         timeout_seconds=60,
     ) == [1, 1]
     run = base / "runs" / "no-rows"
-    stopped = events(run)[-1]
-    assert (stopped["event"], stopped["reason"], stopped["step"]) == ("stopped", "save failed", 4)
-    assert "metrics.jsonl cannot be written: No space left on device" in stopped["problem"]
-    assert "\n" not in stopped["problem"]
-    assert [row["step"] for row in read_metrics(run / "metrics.jsonl")] == [1, 2]
+    stopped = events(run, Event)[-1]
+    assert isinstance(stopped, Stopped) and stopped.problem is not None
+    assert (stopped.reason, stopped.step) == ("save failed", 4)
+    assert "metrics.jsonl cannot be written: No space left on device" in stopped.problem
+    assert "\n" not in stopped.problem
+    assert [row.step for row in read_metrics(run / "metrics.jsonl")] == [1, 2]
 
 
 def test_the_last_row_that_cannot_be_written(base: Path, pool: GlooPool) -> None:
@@ -477,7 +483,7 @@ def test_the_last_row_that_cannot_be_written(base: Path, pool: GlooPool) -> None
         timeout_seconds=60,
     ) == [1, 1]
     run = base / "runs" / "no-last"
-    assert [event["event"] for event in events(run)][-2:] == ["checkpoint_saved", "stopped"]
+    assert [type(event) for event in events(run, Event)][-2:] == [CheckpointSaved, Stopped]
     verify_checkpoint(run / "checkpoints" / "ckpt_002")
 
 
@@ -492,14 +498,16 @@ class Raises:
         self.where, self.error = where, error
 
     def __call__(self, trainer: Trainer) -> None:
-        trainer.writer.wait()
+        trainer.checkpoints.writer.wait()
 
         def refused(*_: Any) -> None:
             raise self.error
 
-        if trainer.grid.rank == 0:
+        if trainer.engine.grid.rank == 0:
             setattr(
-                trainer.logger if self.where == "committed" else trainer.writer, self.where, refused
+                trainer.logger if self.where == "committed" else trainer.checkpoints.writer,
+                self.where,
+                refused,
             )
 
 
@@ -526,8 +534,8 @@ def test_an_error_at_the_end_of_a_save(
     run = base / "runs" / name
     verify_checkpoint(run / "checkpoints" / "ckpt_001")
     if words:
-        assert words in events(run, "stopped")[-1]["problem"]
-    saved = [event["checkpoint"] for event in events(run, "checkpoint_saved")]
+        assert words in str(events(run, Stopped)[-1].problem)
+    saved = [event.checkpoint for event in events(run, CheckpointSaved)]
     # Thinning is no reason to end a run that saves: it is reported and retried after the next
     # save.
     assert saved == (["ckpt_000", "ckpt_001", "ckpt_002"] if where == "_retire" else ["ckpt_000"])
@@ -535,7 +543,7 @@ def test_an_error_at_the_end_of_a_save(
 
 def damaged_held_out(trainer: Trainer) -> None:
     """After the checks of the start."""
-    if trainer.grid.rank == 0:
+    if trainer.engine.grid.rank == 0:
         file = trainer.start.manifest.folder / "held_out.npy"
         content = bytearray(file.read_bytes())
         content[-7] ^= 1
@@ -553,12 +561,17 @@ def test_a_held_out_chunk_damaged_in_the_middle_of_a_run(tmp_path: Path, pool: G
     ) == [75, 75]
     errors = pool.run(2, trainer_job, settings, damaged_held_out, timeout_seconds=60)
     assert (
-        errors[0] == errors[1] and errors[0].startswith("DataError: ") and "held_out" in errors[0]
+        errors[0] == errors[1]
+        and errors[0].startswith("DamagedChunkError: ")
+        and "held_out" in errors[0]
     )
     saved = tmp_path / "runs" / "score" / "checkpoints" / "ckpt_001"
-    facts = verify_checkpoint(saved)
-    assert (facts["step"], facts["held_out_loss"]) == (5, None)
-    assert events(tmp_path / "runs" / "score")[-1]["checkpoint"] == "ckpt_001"
+    manifest = verify_checkpoint(saved)
+    assert (manifest.step, manifest.held_out_loss) == (5, None)
+    *_, last, read_back, ended = events(tmp_path / "runs" / "score", Event)
+    assert isinstance(last, CheckpointSaved) and last.checkpoint == "ckpt_001"
+    assert isinstance(read_back, CheckpointVerified)
+    assert isinstance(ended, Stopped) and ended.reason == "refused"
 
 
 def test_a_chunk_damaged_in_the_middle_of_a_run(tmp_path: Path) -> None:

@@ -11,10 +11,9 @@ from safetensors.numpy import load_file
 
 from k2train.config.load import Config
 from k2train.launch.environment import Launch
-from k2train.train.engine import Engine
 from tests.support.gloo_pool import GlooPool
 from tests.support.tiny_corpus import GLOBAL, STEPS_PER_CHUNK, config_tree, make_corpus, trainer_job
-from tests.support.tiny_model import grid_of
+from tests.support.tiny_model import engine_of, grid_of, split
 
 CHUNKS = 2
 WARMUP = 3
@@ -35,14 +34,14 @@ def plain_loop(
     the master weights.
     """
     config = Config.model_validate(tree)
-    engine = Engine(config, grid_of(launch, config))
+    engine = engine_of(config, grid_of(launch, config))
     results = []
     for index in range(CHUNKS):
         tokens = np.load(Path(folder) / f"chunk_{index:03d}.npy").astype(np.int64)
         for within in range(STEPS_PER_CHUNK):
             rows = torch.from_numpy(tokens[within * GLOBAL : (within + 1) * GLOBAL])
             lr = rate_by_hand(len(results) + 1, config.lr.peak, config.lr.final)
-            result = engine.train_step(list(rows.split(config.batch.micro_sequences)), lr)
+            result = engine.train_step(split(config, rows), lr)
             results.append((result.loss, result.grad_norm))
     slots = engine.gradients.shard_layout.slots
     return results, {

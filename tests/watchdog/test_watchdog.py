@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from k2train.processes import Process, process_state, start_ticks, this_process
 from k2train.watchdog.failure_report import (
     STACKS_SIGNAL,
     kill_processes,
@@ -30,16 +31,14 @@ from k2train.watchdog.heartbeat import (
     LENGTH_BYTES,
     Heartbeat,
     Observer,
-    Process,
     RankStatus,
     decode,
     encode,
     heartbeat_path,
-    process_state,
     read_heartbeat,
-    this_process,
     write_heartbeat,
 )
+from k2train.watchdog.own_heartbeat import Member
 from k2train.watchdog.phase_timer import PhaseTimer
 from k2train.watchdog.timeouts import Timeouts
 from k2train.watchdog.watchdog import Watchdog
@@ -490,12 +489,11 @@ def test_ranks_wait_for_one_whose_work_gets_on_and_no_longer(tmp_path: Path) -> 
     watches = [
         Watchdog(
             tmp_path,
-            rank,
-            2,
+            Member(rank, 2),
             limits,
             said.append,
             position,
-            exit_process=lambda _: left.append(time.monotonic()),
+            lambda _: left.append(time.monotonic()),
         )
         for rank, position in enumerate(
             [lambda: (1, "all-gather host", "", 0.0), lambda: (1, "", "x", 0.0)]
@@ -526,7 +524,8 @@ def test_ranks_wait_for_one_whose_work_gets_on_and_no_longer(tmp_path: Path) -> 
 def test_a_verdict_stays_until_the_next_start_has_been_able_to_read_it(tmp_path: Path) -> None:
     publish_report(tmp_path, {"line": "rank 1 died", "told_by": 0, "attempt": 4}, None)
     watches = [
-        Watchdog(tmp_path, rank, 2, Timeouts(), print, lambda: (0, "", "", 0.0)) for rank in (1, 0)
+        Watchdog(tmp_path, Member(rank, 2), Timeouts(), print, lambda: (0, "", "", 0.0))
+        for rank in (1, 0)
     ]
     watches[0].start()
     assert read_report(tmp_path) == {"line": "rank 1 died", "told_by": 0, "attempt": 4}
@@ -563,18 +562,11 @@ def test_a_heartbeat_is_read_back_whole_or_not_at_all(tmp_path: Path) -> None:
     assert read_heartbeat(tmp_path, 4) is None
 
 
-def test_processes_are_told_apart() -> None:
+def test_only_that_process_is_killed() -> None:
+    """Catches a stranger killed because it got the id of a process which is gone."""
     me = this_process()
-    assert process_state(me, me) == "running"
-    assert process_state(replace(me, start_ticks=me.start_ticks + 1), me) == "gone"
-    assert process_state(ELSEWHERE, me) == ""
-    assert process_state(replace(me, pid_namespace="pid:[1]"), me) == ""
     with subprocess.Popen(["sleep", "60"]) as child:
-        other = replace(
-            me,
-            pid=child.pid,
-            start_ticks=int(Path(f"/proc/{child.pid}/stat").read_text().split()[21]),
-        )
+        other = replace(me, pid=child.pid, start_ticks=start_ticks(child.pid))
         kill_processes([replace(other, start_ticks=1), ELSEWHERE], me)
         assert child.poll() is None, "another process with the same number was ended"
         child.send_signal(signal.SIGSTOP)
@@ -659,12 +651,11 @@ def test_a_watch_that_was_closed_is_nobody_s_suspect_and_leaves_no_thread(tmp_pa
     left: list[int] = []
     watch = Watchdog(
         tmp_path / "watch",
-        0,
-        1,
+        Member(0, 1),
         Timeouts(heartbeat_seconds=0.05),
         print,
         lambda: (7, "", "x", 0.0),
-        exit_process=left.append,
+        left.append,
     )
     watch.start()
     watch.phase("evaluate", 3)
@@ -686,17 +677,18 @@ def test_a_file_system_that_does_not_answer_does_not_stop_the_clock(
     limits = Timeouts(heartbeat_seconds=0.1, start_seconds=1.5)
     watch = Watchdog(
         tmp_path,
-        0,
-        1,
+        Member(0, 1),
         limits,
         said.append,
         lambda: (7, "", "x", 0.0),
-        exit_process=lambda _: left.append(time.monotonic()),
+        lambda _: left.append(time.monotonic()),
     )
-    monkeypatch.setattr("k2train.watchdog.watchdog.DIAGNOSIS_SECONDS", 1.0)
+    monkeypatch.setattr("k2train.watchdog.timeout_thread.DIAGNOSIS_SECONDS", 1.0)
     watch.start()
     answers = threading.Event()
-    monkeypatch.setattr("k2train.watchdog.watchdog.write_heartbeat", lambda *_: answers.wait(600))
+    monkeypatch.setattr(
+        "k2train.watchdog.own_heartbeat.write_heartbeat", lambda *_: answers.wait(600)
+    )
     while not left and time.monotonic() - began < HANG_SECONDS:
         time.sleep(0.05)
     watch._ended.set()
@@ -707,7 +699,11 @@ def test_a_file_system_that_does_not_answer_does_not_stop_the_clock(
 
 def test_without_a_heartbeat_there_is_no_watch(tmp_path: Path) -> None:
     watch = Watchdog(
-        tmp_path / "watch", 0, 1, Timeouts(heartbeat_seconds=0), print, lambda: (0, "", "", 0.0)
+        tmp_path / "watch",
+        Member(0, 1),
+        Timeouts(heartbeat_seconds=0),
+        print,
+        lambda: (0, "", "", 0.0),
     )
     watch.start()
     watch.phase("step", 1)

@@ -1,6 +1,6 @@
 """Worker of `tools/bench_schedules.py`: steps of several pipeline schedules in turns, with spans.
 
-    python tools/benchmarks/schedules.py TASK.json RANK
+    python -m benchmarks.schedules TASK.json RANK
 
 - All engines are built once and take steps in turns, so other load on the machine hits all of them.
 - A span begins when the action's input is there and ends when it returns. Waiting is a gap between
@@ -16,17 +16,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from k2train.config.load import load_config
+from k2train.data.loader import MicroBatch
 from k2train.parallel.grid import ProcessGrid, stop_process_group
 from k2train.plan.action import Action
 from k2train.train.engine import Engine
-from k2train.train.preflight import layout_of
+from k2train.train.setup import Setup
 
 
 class Watched:
@@ -54,9 +53,8 @@ class Watched:
         self.spans = []
         dist.barrier()
         start = time.monotonic()
-        result = self.engine.train_step(
-            list(mine.split(config.batch.micro_sequences)), config.lr.peak
-        )
+        parts = [MicroBatch(part) for part in mine.split(config.batch.micro_sequences)]
+        result = self.engine.train_step(parts, config.lr.peak)
         return {"seconds": time.monotonic() - start, "loss": result.loss, "spans": self.spans}
 
 
@@ -68,8 +66,9 @@ def run(task: dict[str, Any], rank: int) -> list[list[dict[str, Any]]]:
     engines = []
     for overrides in task["runs"]:
         config = load_config(task["config"], overrides)
-        grid = ProcessGrid(layout_of(config, task["world"]), rank, torch.device("cpu"))
-        engines.append(Watched(Engine(config, grid)))
+        setup = Setup.of(config, task["world"])
+        grid = ProcessGrid(setup.layout, rank, torch.device("cpu"))
+        engines.append(Watched(Engine(setup, grid)))
 
     steps: list[list[dict[str, Any]]] = [[] for _ in engines]
     generator = torch.Generator().manual_seed(1)

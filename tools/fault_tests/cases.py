@@ -7,6 +7,7 @@ from collections.abc import Callable
 from fault_tests import (
     cases_data,
     cases_disk,
+    cases_full_disk,
     cases_host,
     cases_kill,
     cases_signal,
@@ -23,7 +24,7 @@ ROWS: dict[int, Callable[[Bench], Result]] = {
     4: cases_disk.row_4,
     5: cases_disk.row_5,
     6: cases_disk.row_6,
-    7: cases_disk.row_7,
+    7: cases_full_disk.row_7,
     8: cases_signal.row_8,
     9: cases_signal.row_9,
     10: cases_signal.row_10,

@@ -55,7 +55,7 @@ def row_22(bench: Bench) -> Result:
     restarts.finish()
     result.problems += restarts.problems
     rows = latest(restarts.run / "metrics.jsonl")
-    read = sum(row["rows"][1] - row["rows"][0] for row in rows)
+    read = sum(row.rows[1] - row.rows[0] for row in rows)
     taken = len(read_metrics(restarts.run / "metrics.jsonl"))
 
     result.measured.append(

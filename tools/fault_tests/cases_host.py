@@ -8,6 +8,7 @@ from fault_tests.processes import Job
 from fault_tests.result import Bench, Result, run_pytest
 from k2train.checkpoint.manifest import list_checkpoints, read_manifest
 from k2train.errors import EXIT_DONE, EXIT_STOPPED, EXIT_USAGE
+from k2train.record.events import Resumed, Started, of_kind
 from k2train.record.ledger import read_ledger
 
 SECRET = "canary-5d1f0c9e77"
@@ -89,8 +90,7 @@ def _second_while_one_trains(bench: Bench, result: Result) -> None:
     restarts.attempt("step.done@step=2:sleep=1.5", second)
     restarts.finish()
     tokens = {
-        read_manifest(path).get("fencing_token")
-        for path in list_checkpoints(restarts.run / "checkpoints")
+        read_manifest(path).fencing_token for path in list_checkpoints(restarts.run / "checkpoints")
     }
     if len(restarts.attempts) != 1 or tokens != {1}:
         result.problems.append(
@@ -131,21 +131,16 @@ def row_24(bench: Bench) -> Result:
         restarts.attempt(f"step.read@nth={nth}:kill")
     restarts.finish()
     result.problems += restarts.problems
-    events = [
-        e
-        for e in read_ledger(restarts.run / "ledger.jsonl")
-        if e["event"] in ("started", "resumed")
-    ]
-    tokens = [int(event.get("fencing_token", 0)) for event in events]
-    reasons = [
-        event["taken_over_from"]["reason"] for event in events if event.get("taken_over_from")
-    ]
+    events = [entry.event for entry in read_ledger(restarts.run / "ledger.jsonl")]
+    starts = [event for event in events if isinstance(event, Started | Resumed)]
+    tokens = [start.fencing_token or 0 for start in starts]
+    reasons = [start.taken_over_from.reason for start in starts if start.taken_over_from]
     saved = [
-        int(read_manifest(path).get("fencing_token", 0))
+        read_manifest(path).fencing_token or 0
         for path in list_checkpoints(restarts.run / "checkpoints")
     ]
     if len(tokens) < 3 or 0 in tokens or tokens != sorted(set(tokens)):
-        result.problems.append(f"the tokens of {len(events)} starts do not grow: {tokens}")
+        result.problems.append(f"the tokens of {len(starts)} starts do not grow: {tokens}")
     if saved != sorted(saved) or not set(saved) <= set(tokens):
         result.problems.append(
             f"the tokens in the manifests {saved} are not those of the starts, {tokens}"
@@ -224,11 +219,9 @@ def row_26(bench: Bench) -> Result:
     )
     bench.server.wait(allowed, 120)
     bench.server.end(allowed)
-    events = read_ledger(restarts.run / "ledger.jsonl")
+    resumed = of_kind(read_ledger(restarts.run / "ledger.jsonl"), Resumed)
 
-    if allowed.codes != [0, 0] or not any(
-        "lr.peak" in str(event) for event in events if event["event"] != "checkpoint_saved"
-    ):
+    if allowed.codes != [0, 0] or not any("lr.peak" in str(event.allowed) for event in resumed):
         result.problems.append(
             f"allowed by name: {allowed.codes}, in the ledger: no; {tail(allowed.text())}"
         )

@@ -24,6 +24,7 @@ from fault_tests.result import (
 )
 from fault_tests.tiny_run import TinyRun
 from k2train.errors import EXIT_DONE, EXIT_STOPPED
+from k2train.record.events import Straggler, of_kind
 from k2train.record.ledger import read_ledger
 
 HANG_SECONDS = 20.0
@@ -352,5 +353,5 @@ def row_11(bench: Bench) -> Result:
 
 def stragglers(run: Path) -> list[tuple[int, str]]:
     """(step, message) of every rank that became slow or recovered."""
-    events = read_ledger(run / "ledger.jsonl")
-    return [(event["step"], event["told"]) for event in events if event["event"] == "straggler"]
+    found = of_kind(read_ledger(run / "ledger.jsonl"), Straggler)
+    return [(straggler.step, straggler.told) for straggler in found]

@@ -2,7 +2,8 @@
 
 import json
 import re
-from typing import Any
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from fault_tests import disk_state
 from fault_tests.cases_kill import tail
@@ -11,7 +12,7 @@ from fault_tests.result import Bench, Result, run_pytest
 from fault_tests.tiny_run import TinyRun
 from k2train.checkpoint.manifest import list_checkpoints, read_manifest
 from k2train.errors import EXIT_DONE, EXIT_FAILED
-from k2train.record.metrics import latest
+from k2train.record.metrics import latest, read_roots
 
 TENSORS = (
     "embedding.weight",
@@ -90,7 +91,7 @@ def skipped_problem(world: TinyRun, name: str, codes: list[int], text: str) -> s
     run = world.run(name)
     if codes != [EXIT_DONE] * world.ranks:
         return f"ended with {codes}: {tail(text)}"
-    skipped = [row["step"] for row in latest(run / "metrics.jsonl") if not row["applied"]]
+    skipped = [row.step for row in latest(run / "metrics.jsonl") if not row.applied]
     if skipped != [5]:
         return f"steps {skipped} were not applied"
     roots = tensor_roots(run / "state_roots.jsonl")
@@ -100,11 +101,11 @@ def skipped_problem(world: TinyRun, name: str, codes: list[int], text: str) -> s
     return "no roots of the state were written for steps 4 and 5"
 
 
-def tensor_roots(path: Any) -> dict[int, dict[str, str]]:
+def tensor_roots(path: Path) -> dict[int, Mapping[str, str]]:
     """Digest of weights and moments by step and tensor."""
     if not path.exists():
         return {}
-    return {row["step"]: row["tensors"] for row in map(json.loads, path.read_text().splitlines())}
+    return {record.step: record.tensors for record in read_roots(path)}
 
 
 def row_17(bench: Bench) -> Result:
@@ -190,9 +191,7 @@ def latest_problems(restarts: Restarts) -> list[str]:
 
     Rows of earlier attempts do not matter.
     """
-    rows = {
-        row["step"]: disk_state.values_of(row) for row in latest(restarts.run / "metrics.jsonl")
-    }
+    rows = {row.step: disk_state.values_of(row) for row in latest(restarts.run / "metrics.jsonl")}
     wrong = [
         step for step in restarts.reference.rows if rows.get(step) != restarts.reference.rows[step]
     ]
@@ -261,33 +260,24 @@ def row_19(bench: Bench) -> Result:
         world.on(2, pipeline=2),
     ]
 
-    name, apart, codes = bench.name("row19"), 0.0, []
-    for index in range(20):
-        grid = grids[index % len(grids)]
-        job = bench.server.begin(grid.arguments(name, "run.stop_after_steps=5"), grid.ranks)
-        bench.server.wait(job, 120)
-        bench.server.end(job)
-        codes.append(job.codes)
-        if not set(job.codes) <= {0, 75}:
-            result.problems.append(
-                f"{dict(grid.layout)} on {grid.ranks}: ended with {job.codes}: {tail(job.text())}"
-            )
-            return result
-        if set(job.codes) == {EXIT_DONE}:
-            break
+    name, apart = bench.name("row19"), 0.0
+    starts, problem = _in_turn(bench, grids, name)
+    if problem:
+        result.problems.append(problem)
+        return result
 
-    rows = {row["step"]: row for row in latest(world.run(name) / "metrics.jsonl")}
+    rows = {row.step: row for row in latest(world.run(name) / "metrics.jsonl")}
     for step, wanted in reference.rows.items():
         values = disk_state.values_of(rows[step])
         if values[:2] != wanted[:2]:
             result.problems.append(f"step {step} read {values[:2]}, undisturbed {wanted[:2]}")
-        apart = max(apart, abs(float(rows[step]["loss"]) - float(json.loads(wanted[2]))))
+        apart = max(apart, abs(rows[step].loss - float(json.loads(wanted[2]))))
 
     if apart > 1e-3:
         result.problems.append(f"losses are up to {apart:.2g} apart")
     result.problems += disk_state.sample_problems(world.run(name), world)
     result.measured.append(
-        f"{len(codes)} starts on {len(grids)} layouts in turn; same rows in every step; losses at "
+        f"{starts} starts on {len(grids)} layouts in turn; same rows in every step; losses at "
         f"most {apart:.2g} apart"
     )
 
@@ -300,6 +290,21 @@ def row_19(bench: Bench) -> Result:
         )
 
     return result
+
+
+def _in_turn(bench: Bench, grids: Sequence[TinyRun], name: str) -> tuple[int, str]:
+    """Run on one grid after another, 5 steps each, to the end: (starts, what went wrong)."""
+    for index in range(20):
+        grid = grids[index % len(grids)]
+        job = bench.server.begin(grid.arguments(name, "run.stop_after_steps=5"), grid.ranks)
+        bench.server.wait(job, 120)
+        bench.server.end(job)
+        if not set(job.codes) <= {0, 75}:
+            ended = f"ended with {job.codes}: {tail(job.text())}"
+            return index + 1, f"{dict(grid.layout)} on {grid.ranks}: {ended}"
+        if set(job.codes) == {EXIT_DONE}:
+            break
+    return index + 1, ""
 
 
 def row_20(bench: Bench) -> Result:

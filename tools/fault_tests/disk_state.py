@@ -13,25 +13,23 @@ from typing import Any
 
 from fault_tests.tiny_run import GLOBAL, TinyRun
 from k2train.checkpoint.manifest import (
+    CheckpointManifest,
     is_thinned,
     list_checkpoints,
     read_manifest,
-    verify_checkpoint,
 )
+from k2train.checkpoint.verify import verify_checkpoint
 from k2train.errors import CheckpointError
-from k2train.record.metrics import latest, read_metrics
+from k2train.record.metrics import StepRecord, latest, read_metrics
 
 Values = tuple[Any, ...]
 
 
-def root_of(manifest: dict[str, Any]) -> str:
+def root_of(manifest: CheckpointManifest) -> str:
     """Root of the whole state; for a checkpoint without one, the hash over its files' hashes."""
-    state = manifest.get("state")
-    if isinstance(state, dict) and "root" in state:
-        return str(state["root"])
-    lines = "\n".join(
-        f"{name} {facts['sha256']}" for name, facts in sorted(manifest["files"].items())
-    )
+    if manifest.state is not None:
+        return manifest.state.root
+    lines = "\n".join(f"{name} {facts.sha256}" for name, facts in sorted(manifest.files.items()))
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
@@ -50,10 +48,10 @@ class Reference:
     """Median of its steps."""
 
 
-def values_of(row: dict[str, Any]) -> Values:
+def values_of(row: StepRecord) -> Values:
     """The compared values of a row."""
     keys = ("chunk", "rows", "loss", "grad_norm", "lr", "applied", "state_root")
-    return tuple(json.dumps(row.get(key)) for key in keys)
+    return tuple(json.dumps(getattr(row, key)) for key in keys)
 
 
 def reference_of(run: Path) -> Reference:
@@ -61,10 +59,10 @@ def reference_of(run: Path) -> Reference:
     paths = list_checkpoints(run / "checkpoints")
     roots = {path.name: root_of(verify_checkpoint(path)) for path in paths}
     rows = latest(run / "metrics.jsonl")
-    seconds = sorted(float(row["seconds"]) for row in rows)
+    seconds = sorted(row.seconds for row in rows)
     return Reference(
         roots,
-        {row["step"]: values_of(row) for row in rows},
+        {row.step: values_of(row) for row in rows},
         paths[-1].name,
         seconds[len(seconds) // 2],
     )
@@ -116,20 +114,20 @@ def row_problems(run: Path, reference: Reference, done: bool = False) -> list[st
         return [f"{path} is missing"] if done else []
     rows = read_metrics(path)
     found = []
-    last = {row["step"]: index for index, row in enumerate(rows)}
+    last = {row.step: index for index, row in enumerate(rows)}
 
     for index, row in enumerate(rows):
         values = values_of(row)
-        if not row["applied"] and not (done and last[row["step"]] == index):
+        if not row.applied and not (done and last[row.step] == index):
             continue
-        if values != reference.rows.get(row["step"]):
+        if values != reference.rows.get(row.step):
             found.append(
-                f"step {row['step']} of attempt {row['attempt']} differs: {values}, undisturbed "
-                f"{reference.rows.get(row['step'])}"
+                f"step {row.step} of attempt {row.attempt} differs: {values}, undisturbed "
+                f"{reference.rows.get(row.step)}"
             )
             break
 
-    missing = sorted(set(reference.rows) - {row["step"] for row in rows})
+    missing = sorted(set(reference.rows) - {row.step for row in rows})
     if done and missing:
         found.append(f"{len(missing)} steps have no row, the first is {missing[0]}")
     return found
@@ -139,7 +137,7 @@ def sample_problems(run: Path, world: TinyRun) -> list[str]:
     """Check that the effective steps read every row of every chunk exactly once."""
     spans: dict[str, list[tuple[int, int]]] = {}
     for row in latest(run / "metrics.jsonl"):
-        spans.setdefault(row["chunk"], []).append((row["rows"][0], row["rows"][1]))
+        spans.setdefault(row.chunk, []).append((row.rows[0], row.rows[1]))
     found = (
         [] if len(spans) == world.chunks else [f"{len(spans)} of {world.chunks} chunks were read"]
     )
@@ -178,7 +176,7 @@ def newest_step(run: Path) -> int:
     """Step of the newest checkpoint with a manifest; -1 when there is none."""
     for path in reversed(list_checkpoints(run / "checkpoints")):
         try:
-            return int(read_manifest(path)["step"])
+            return read_manifest(path).step
         except CheckpointError:
             continue
     return -1

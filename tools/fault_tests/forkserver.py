@@ -301,21 +301,22 @@ def meet(port: int) -> None:
 
     def started(*arguments: Any) -> Any:
         deadline = time.monotonic() + MEET_SECONDS
-        while not listened(port) and time.monotonic() < deadline:
+        while port not in listening() and time.monotonic() < deadline:
             time.sleep(0.003)
         return start(*arguments)
 
     trainer.start_process_group = started
 
 
-def listened(port: int) -> bool:
-    ending = f":{port:04X}"
+def listening() -> set[int]:
+    """TCP ports of this machine that someone listens to."""
+    found = set()
     for table in ("/proc/self/net/tcp", "/proc/self/net/tcp6"):
         for line in Path(table).read_text().splitlines()[1:]:
             fields = line.split()
-            if fields[3] == "0A" and fields[1].endswith(ending):
-                return True
-    return False
+            if fields[3] == "0A":
+                found.add(int(fields[1].rpartition(":")[2], 16))
+    return found
 
 
 def code_of(end: SystemExit) -> int:

@@ -18,6 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from fault_tests.forkserver import listening
+from k2train.processes import live_processes
+
 SERVER = Path(__file__).with_name("forkserver.py")
 ROOT = SERVER.parents[2]
 INHERITED = "FAULT_RUN_FORKSERVER"
@@ -327,25 +330,8 @@ class ForkServer:
 
 def processes_of(group: int, server: int, known: set[int]) -> list[tuple[int, str]]:
     """Live processes of a process group, and children of the server that are no rank we know of."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            head, tail = stat.read_text().rsplit(")", 1)
-        except OSError:
-            continue
-        state, parent, pgrp = tail.split()[:3]
-        pid = int(stat.parent.name)
-        if state not in "ZX" and pid not in known and (int(pgrp) == group or int(parent) == server):
-            found.append((pid, head.partition("(")[2]))
-    return found
-
-
-def listening() -> set[int]:
-    """TCP ports of this machine that someone listens to."""
-    found = set()
-    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
-        for line in Path(table).read_text().splitlines()[1:]:
-            fields = line.split()
-            if fields[3] == "0A":
-                found.add(int(fields[1].rpartition(":")[2], 16))
-    return found
+    return [
+        (pid, stat.name)
+        for pid, stat in live_processes().items()
+        if pid not in known and (stat.group == group or stat.parent == server)
+    ]

@@ -5,16 +5,16 @@
 
 import json
 import platform
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from fault_tests.processes import ROOT
 from fault_tests.result import Bench, Result
+from k2train.record.system_info import git_output, package_version, processor_name
+from k2train.text import markdown_table
 
 LIMITS = (
     "Nothing here was seen on a GPU or over a network of several machines: an NCCL hang, a device "
@@ -59,11 +59,12 @@ def page(results: Sequence[Result], bench: Bench, seconds: float) -> str:
         "",
         LIMITS,
         "",
-        "| # | Fault | Target | Verdict | Seconds |",
-        "|---|---|---|---|---|",
-        *(
-            f"| {r.row} | {cell(r.fault)} | {cell(r.target)} | **{r.verdict}** | {r.seconds:.0f} |"
-            for r in results
+        *markdown_table(
+            ("#", "Fault", "Target", "Verdict", "Seconds"),
+            (
+                (str(r.row), r.fault, r.target, f"**{r.verdict}**", f"{r.seconds:.0f}")
+                for r in results
+            ),
         ),
         "",
     ]
@@ -83,61 +84,39 @@ def section(result: Result) -> list[str]:
     ]
 
     lines += [f"- {measured}" for measured in result.measured]
-    lines += [f"- **Not held:** {cell(problem)[:400]}" for problem in result.problems[:8]]
+    lines += [f"- **Not held:** {_one_line(problem)[:400]}" for problem in result.problems[:8]]
     if len(result.problems) > 8:
         lines.append(f"- and {len(result.problems) - 8} more of these")
     lines += [f"- Not run: {missing}" for missing in result.missing]
     return [*lines, ""]
 
 
-def cell(text: str) -> str:
-    """Text for one cell of a Markdown table."""
-    return text.replace("|", "/").replace("\n", " ")
+def _one_line(text: str) -> str:
+    return text.replace("\n", " ")
 
 
 def facts(bench: Bench, seconds: float) -> list[str]:
     """Date, machine, versions, commit, and the size of the run of the tool."""
     commit = _commit()
     packages = ", ".join(
-        f"{name} {_version(name)}" for name in ("torch", "numpy", "safetensors", "pydantic")
+        f"{name} {package_version(name) or 'not installed'}"
+        for name in ("torch", "numpy", "safetensors", "pydantic")
     )
 
     return [
         f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {seconds:.0f} s, level {bench.level}, seed "
         f"{bench.seed}",
-        f"{platform.system()} {platform.release().split('-')[0]}, {_processor()}, {_cores()} "
-        "cores, no accelerator used",
+        f"{platform.system()} {platform.release().split('-')[0]}, "
+        f"{processor_name() or platform.machine()}, {_cores()} cores, no accelerator used",
         f"Python {sys.version.split()[0]}, {packages}; gloo on the loopback, one thread a process",
         f"commit {commit}",
     ]
 
 
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "not installed"
-
-
 def _commit() -> str:
-    asked = [
-        ("git", "rev-parse", "--short=12", "HEAD"),
-        ("git", "status", "--porcelain", "--untracked-files=no"),
-    ]
-    answers = [
-        subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, check=False
-        ).stdout.strip()
-        for command in asked
-    ]
-    return (answers[0] or "unknown") + (" with changes not committed" if answers[1] else "")
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
+    commit = git_output(ROOT, "rev-parse", "--short=12", "HEAD")
+    changes = git_output(ROOT, "status", "--porcelain", "--untracked-files=no")
+    return (commit or "unknown") + (" with changes not committed" if changes else "")
 
 
 def _cores() -> int:

@@ -7,13 +7,12 @@
 """
 
 import re
-import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from k2train.data.chunk import open_chunk
-from k2train.data.manifest import ChunkInfo, Manifest
+from k2train.data.manifest import ChunkInfo, Manifest, RecipeFacts
 from k2train.data.tokenizer import EOS_ID, K2_SPECIAL_TOKENS, Tokenizer
 from k2train.errors import DataError
 
@@ -36,8 +35,8 @@ DOCUMENTS = {
 
 def account_facts(manifest: Manifest) -> Facts:
     """Tokens per subset, requested and produced, and its samples per chunk, from the manifest."""
-    account = _mapping(manifest.facts.get("account"))
-    recipe = _mapping(manifest.facts.get("recipe"))
+    account = manifest.facts.account or {}
+    recipe = manifest.facts.recipe or RecipeFacts()
     names = list(
         dict.fromkeys(
             [*account, *(name for info in manifest.chunks for name in info.tokens_per_subset)]
@@ -55,7 +54,7 @@ def account_facts(manifest: Manifest) -> Facts:
     ]
 
     held = manifest.held_out
-    subsets = [_subset_facts(manifest, name, _mapping(account.get(name)), recipe) for name in names]
+    subsets = [_subset_facts(manifest, name, account.get(name, {}), recipe) for name in names]
     notes = _limit_notes(subsets, account)
     notes += _fit_to_chunks(subsets, recipe)
 
@@ -63,7 +62,7 @@ def account_facts(manifest: Manifest) -> Facts:
         "form": "account",
         **folder_facts(manifest),
         "held_out": {"rows": held.rows, "tokens": held.tokens} if held else None,
-        "recipe_known": bool(recipe),
+        "recipe_known": manifest.facts.recipe is not None,
         "subsets": subsets,
         "chunks": per_chunk,
         "notes": notes,
@@ -76,8 +75,8 @@ def folder_facts(manifest: Manifest) -> Facts:
     return {
         "manifest": str(manifest.path),
         "manifest_sha256": manifest.sha256,
-        "name": facts.get("name"),
-        "seed": facts.get("seed"),
+        "name": facts.name,
+        "seed": facts.seed,
         "tokenizer_sha256": manifest.tokenizer_sha256,
         "num_chunks": len(manifest.chunks),
         "rows": sum(info.rows for info in manifest.chunks),
@@ -89,24 +88,23 @@ def folder_facts(manifest: Manifest) -> Facts:
 
 
 def _subset_facts(
-    manifest: Manifest, name: str, account: Mapping[str, Any], recipe: Mapping[str, Any]
+    manifest: Manifest, name: str, account: Mapping[str, Any], recipe: RecipeFacts
 ) -> Facts:
     samples = [
         info.tokens_per_subset.get(name, 0) // manifest.sequence_length for info in manifest.chunks
     ]
 
     one_pass = account.get("training_tokens")
-    wanted = _mapping(_mapping(recipe.get("subsets")).get(name))
-    repeat = wanted.get("repeat", 1) if wanted else None
+    wanted = recipe.subsets.get(name)
     asked = account.get("asked_tokens")
-    if asked is not None:
-        asked = min(asked, wanted.get("limit_tokens") or sys.maxsize)
+    if asked is not None and wanted is not None and wanted.limit_tokens:
+        asked = min(asked, wanted.limit_tokens)
 
     return {
         "subset": name,
         "documents": {kind: account.get(key) for kind, key in DOCUMENTS.items()},
         "one_pass_tokens": one_pass,
-        "repeat": repeat,
+        "repeat": wanted.repeat if wanted else None,
         "asked_tokens": asked,
         "made_tokens": sum(info.tokens_per_subset.get(name, 0) for info in manifest.chunks),
         "difference_tokens": None,
@@ -120,10 +118,10 @@ def _subset_facts(
     }
 
 
-def _limit_notes(subsets: list[Facts], account: Mapping[str, Any]) -> list[str]:
+def _limit_notes(subsets: list[Facts], account: Mapping[str, Mapping[str, Any]]) -> list[str]:
     notes = []
     for item in subsets:
-        wanted = _mapping(account.get(item["subset"])).get("asked_tokens")
+        wanted = account.get(item["subset"], {}).get("asked_tokens")
         if wanted is not None and item["asked_tokens"] < wanted:
             part = _part(item["asked_tokens"], wanted)
             notes.append(
@@ -137,26 +135,26 @@ def _part(taken: int, whole: int) -> str:
     return f"{100 * taken // whole}%" if 100 * taken >= whole else "less than 1%"
 
 
-def _fit_to_chunks(subsets: list[Facts], recipe: Mapping[str, Any]) -> list[str]:
+def _fit_to_chunks(subsets: list[Facts], recipe: RecipeFacts) -> list[str]:
     """Reduce requested tokens to what a recipe with `rows_per_chunk` has room for.
 
     The difference comes from subsets with `fill`, or from all in proportion. Returns notes about
     it.
     """
     notes = []
-    rows, settings = recipe.get("rows_per_chunk"), _mapping(recipe.get("subsets"))
     known = [item for item in subsets if item["asked_tokens"] is not None]
-    total = (rows or 0) * recipe.get("chunks", 0) * recipe.get("sequence_length", 0)
+    length = recipe.sequence_length or 0
+    total = (recipe.rows_per_chunk or 0) * (recipe.chunks or 0) * length
     everything = sum(item["asked_tokens"] for item in known)
     if total and len(known) == len(subsets) and everything > total:
-        length = recipe["sequence_length"]
         # A difference smaller than the subsets' tails is no choice of rows.
         if sum(item["asked_tokens"] // length for item in known) * length > total:
             notes.append(
                 f"rows_per_chunk takes {_part(total, everything)} of what the repeats ask for"
             )
 
-        fill = [item for item in known if _mapping(settings.get(item["subset"])).get("fill")]
+        filling = {name for name, subset in recipe.subsets.items() if subset.fill}
+        fill = [item for item in known if item["subset"] in filling]
         rest = total - everything + sum(item["asked_tokens"] for item in fill)
         for item in known:
             # The subset with `fill` takes what remains; without one all shrink in proportion.
@@ -170,19 +168,15 @@ def _fit_to_chunks(subsets: list[Facts], recipe: Mapping[str, Any]) -> list[str]
     return notes
 
 
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
-
-
 def find_tokenizer(manifest: Manifest, given: Path | None) -> Tokenizer | None:
     """Find the tokenizer of the data: `given`, or from its folder or the one above; None if absent.
 
     Only a tokenizer with the manifest's hash is accepted. Raises DataError when the given or
     recorded one has another.
     """
-    recorded = _mapping(manifest.facts.get("tokenizer"))
-    specials = recorded.get("specials") or K2_SPECIAL_TOKENS
-    own = manifest.folder / Path(str(recorded.get("file", TOKENIZER_NAME))).name
+    recorded = manifest.facts.tokenizer
+    specials = (recorded and recorded.specials) or K2_SPECIAL_TOKENS
+    own = manifest.folder / (Path(recorded.file).name if recorded else TOKENIZER_NAME)
 
     if given is not None or (recorded and own.is_file()):
         path = given or own

@@ -6,37 +6,15 @@ Alternatives considered:
 - A page of documentation: the numbers are read where it is not at hand.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from k2train.text import brief, clean, counted, number, percent, table
+from k2train.text import UNKNOWN, brief, cells, clean, counted, number, percent, table
 
-Facts = Mapping[str, Any]
+Facts = dict[str, Any]
 
-_TOKENS = (
-    "subset",
-    "one pass",
-    "repeat",
-    "asked",
-    "made",
-    "difference",
-    "",
-    "of all",
-    "tail",
-    "held out",
-)
-_DOCUMENTS = {
-    "read": "read",
-    "used": "used",
-    "held_out": "held out",
-    "outside": "outside share",
-    "not_chosen": "not chosen",
-    "short": "short",
-    "duplicates": "duplicates",
-    "rejected": "rejected",
-    "shared_ids": "shared ids",
-}
-"""Kinds of documents by their keys in the facts."""
+_TOKENS = ["subset", "one pass", "repeat", "asked", "made", "difference", "", "of all"]
+_TOKENS += ["tail", "held out"]
 _ALWAYS = ("read", "used")
 _LEGEND = {
     "one pass": "tokens of the used documents, each document once",
@@ -83,16 +61,11 @@ def account_lines(facts: Facts, every_chunk: bool) -> Iterator[str]:
 
     if every_chunk:
         names = [item["subset"] for item in facts["subsets"]]
-        yield ""
         rows = [
-            [
-                item["chunk"],
-                number(item["rows"]),
-                *(number(item["samples"][name]) for name in names),
-            ]
+            [*cells(item, "chunk", "rows"), *cells(item["samples"], *names)]
             for item in facts["chunks"]
         ]
-        yield from table(["chunk", "rows", *map(clean, names)], rows)
+        yield from ("", *table(["chunk", "rows", *map(clean, names)], rows))
 
 
 def _titled(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
@@ -107,48 +80,29 @@ def _titled(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> 
 
 
 def _token_rows(facts: Facts) -> list[list[str]]:
-    keys = (
-        "one_pass_tokens",
-        "asked_tokens",
-        "made_tokens",
-        "difference_tokens",
-        "tail_tokens",
-        "held_out_tokens",
-    )
-
-    def cells(name: str, item: Facts, repeat: str) -> list[str]:
-        asked, difference = item["asked_tokens"], item["difference_tokens"]
-        part = (
-            f"{100 * difference / asked:+.2f}%"
-            if asked and abs(difference) * 20000 >= asked
-            else ""
-        )
-        # A difference below 0.005 % of the request would print as zero.
-        return [
-            name,
-            number(item["one_pass_tokens"]),
-            repeat,
-            number(asked),
-            number(item["made_tokens"]),
-            "-" if difference is None else f"{difference:+,}",
-            part,
-            percent(item["made_tokens"], facts["tokens"]),
-            number(item["tail_tokens"]),
-            number(item["held_out_tokens"]),
-        ]
-
     subsets = facts["subsets"]
-    rows = [
-        cells(clean(s["subset"]), s, "-" if s["repeat"] is None else f"{s['repeat']:g}")
-        for s in subsets
-    ]
-
     # The sum of a column is unknown when any of its cells is.
-    total: dict[str, Any] = {}
-    for key in keys:
-        known = [s[key] for s in subsets]
-        total[key] = None if None in known else sum(known)
-    return [*rows, cells("all", total, "")]
+    keys = ("one_pass", "asked", "made", "difference", "tail", "held_out")
+    columns = {f"{key}_tokens": [item[f"{key}_tokens"] for item in subsets] for key in keys}
+    total = {key: None if None in column else sum(column) for key, column in columns.items()}
+
+    rows = []
+    for item in [*subsets, {"subset": "all", "repeat": "", **total}]:
+        repeat, asked, difference = item["repeat"], item["asked_tokens"], item["difference_tokens"]
+        # A difference below 0.005 % of the request would print as zero.
+        large = asked and abs(difference) * 20000 >= asked
+        rows.append(
+            [
+                *cells(item, "subset", "one_pass_tokens"),
+                f"{repeat:g}" if isinstance(repeat, int | float) else clean(repeat),
+                *cells(item, "asked_tokens", "made_tokens"),
+                UNKNOWN if difference is None else f"{difference:+,}",
+                f"{100 * difference / asked:+.2f}%" if large else "",
+                percent(item["made_tokens"], facts["tokens"]),
+                *cells(item, "tail_tokens", "held_out_tokens"),
+            ]
+        )
+    return rows
 
 
 def _document_rows(subsets: Sequence[Facts]) -> tuple[list[str], list[list[str]]]:
@@ -156,14 +110,12 @@ def _document_rows(subsets: Sequence[Facts]) -> tuple[list[str], list[list[str]]
     known = [item for item in subsets if item["documents"]["read"] is not None]
     kinds = [
         kind
-        for kind in _DOCUMENTS
+        for kind in (known[0]["documents"] if known else ())
         if kind in _ALWAYS or any(item["documents"][kind] for item in known)
     ]
-    rows = [
-        [clean(item["subset"]), *(number(item["documents"][kind]) for kind in kinds)]
-        for item in known
-    ]
-    return ["subset", *(_DOCUMENTS[kind] for kind in kinds)], rows
+    rows = [[clean(item["subset"]), *cells(item["documents"], *kinds)] for item in known]
+    heads = ["outside share" if kind == "outside" else kind.replace("_", " ") for kind in kinds]
+    return ["subset", *heads], rows
 
 
 def _evenness(facts: Facts) -> tuple[list[str], list[list[str]]]:
@@ -174,8 +126,6 @@ def _evenness(facts: Facts) -> tuple[list[str], list[list[str]]]:
     # Without the held-out chunk, which comes last.
     sizes = [item["rows"] for item in facts["chunks"][: facts["num_chunks"]]]
     rows.append(("all", sum(sizes), min(sizes), max(sizes)))
-    cells = [
-        [name, *(number(n) for n in (total, low, high, high - low))]
-        for name, total, low, high in rows
+    return ["subset", "in all", "least", "most", "apart"], [
+        [name, *map(number, (total, low, high, high - low))] for name, total, low, high in rows
     ]
-    return ["subset", "in all", "least", "most", "apart"], cells

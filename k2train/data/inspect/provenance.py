@@ -10,26 +10,27 @@ Alternatives considered:
 
 import difflib
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 from k2train.data.manifest import ChunkInfo, Manifest, short_list
 from k2train.errors import DataError, UserError
 
-try:
-    import pyarrow as arrow
-    from pyarrow import compute, dataset, parquet
-except ImportError:
-    arrow = compute = dataset = parquet = None
-
 Facts = dict[str, Any]
+Condition = Callable[[Callable[[str], Any]], Any]
+"""Makes a filter of pyarrow from its function `field`."""
 
 ALWAYS = ("row", "start", "length", "subset", "source", "document")
 LATER = ("offset", "fim", "repeat")
 """Columns that older or imported folders may lack; reported as None, which is not 0 or "none"."""
+FILE = "__filename"
+"""The column in which pyarrow gives the file of a line."""
 HINT_CHUNKS = 8
 """Number of chunks searched for similar names when a document is not found."""
+
+
+# Chunks
 
 
 def find_chunk(manifest: Manifest, wanted: str) -> ChunkInfo:
@@ -38,16 +39,11 @@ def find_chunk(manifest: Manifest, wanted: str) -> ChunkInfo:
     Raises DataError that lists the chunks and the nearest name.
     """
     names = [info.name for info in manifest.all_chunks()]
-    is_number = wanted.isascii() and wanted.isdigit()
-    digits = [
-        name
-        for name in names
-        if is_number and (end := re.search(r"(\d+)$", name)) and int(end[1]) == int(wanted)
-    ]
+    if wanted.isascii() and wanted.isdigit() and wanted not in names:
+        wanted = next((name for name in names if _number(name) == int(wanted)), wanted)
+    if wanted in names:
+        return manifest.chunk(wanted)
 
-    if wanted in names or digits:
-        return manifest.chunk(wanted if wanted in names else digits[0])
-    # Suggest a name for a typing error.
     near = _nearest(wanted, names)
     raise DataError(
         f"{manifest.path}: there is no chunk {wanted!r}; there are "
@@ -57,18 +53,17 @@ def find_chunk(manifest: Manifest, wanted: str) -> ChunkInfo:
     )
 
 
+def _number(name: str) -> int | None:
+    """Number at the end of a chunk's name."""
+    end = re.search(r"[0-9]+$", name)
+    return int(end[0]) if end else None
+
+
 def _nearest(wanted: str, names: list[str]) -> list[str]:
     """The most similar name, if any; first one of the same number, as chunk_000 for chunk_0."""
-    end = re.search(r"[0-9]+$", wanted)
-
-    same = [
-        name
-        for name in names
-        if end and (own := re.search(r"[0-9]+$", name)) and int(own[0]) == int(end[0])
-    ]
-    return difflib.get_close_matches(wanted, same, 1, 0.6) or difflib.get_close_matches(
-        wanted, names, 1, 0.6
-    )
+    number = _number(wanted)
+    same = [name for name in names if number is not None and _number(name) == number]
+    return difflib.get_close_matches(wanted, same, 1) or difflib.get_close_matches(wanted, names, 1)
 
 
 def check_rows(info: ChunkInfo, rows: range) -> range:
@@ -85,14 +80,9 @@ def chunk_facts(manifest: Manifest, info: ChunkInfo) -> Facts:
 
     Raises DataError.
     """
-    with _Provenance(manifest, info) as file:
-        keys = [name for name in ("subset", "fim", "repeat") if name in file.names]
-        table = file.read([*keys, "source", "length"]).unify_dictionaries()
-        sources = len(compute.unique(table["source"]))
-        groups = (
-            table.group_by(keys).aggregate([("length", "sum"), ("length", "count")]).to_pylist()
-        )
-
+    table = _read(manifest, [info], ("subset", "fim", "repeat", "source", "length"))
+    keys = [name for name in ("subset", "fim", "repeat") if name in table.column_names]
+    groups = table.group_by(keys).aggregate([("length", "sum"), ("length", "count")]).to_pylist()
     parts = [
         {
             **{key: group.get(key) for key in ("subset", "fim", "repeat")},
@@ -102,11 +92,11 @@ def chunk_facts(manifest: Manifest, info: ChunkInfo) -> Facts:
         for group in groups
     ]
 
-    # Sorted in the order of the recipe's subsets.
-    names = list(info.tokens_per_subset)
+    # In the order of the recipe's subsets.
+    order = {name: index for index, name in enumerate(info.tokens_per_subset)}
     parts.sort(
         key=lambda part: (
-            _subset_index(names, part["subset"]),
+            order.get(part["subset"], len(order)),
             str(part["subset"]),
             part["repeat"] or 0,
             str(part["fim"]),
@@ -117,15 +107,11 @@ def chunk_facts(manifest: Manifest, info: ChunkInfo) -> Facts:
         "form": "chunk",
         "manifest": str(manifest.path),
         "sequence_length": manifest.sequence_length,
-        **vars(info),
+        **info.model_dump(),
         "held_out": info == manifest.held_out,
-        "sources": sources,
+        "sources": len(table["source"].unique()),
         "parts": parts,
     }
-
-
-def _subset_index(names: list[str], name: Any) -> int:
-    return names.index(name) if name in names else len(names)
 
 
 def pieces_of(manifest: Manifest, info: ChunkInfo, rows: range) -> dict[int, list[Facts]]:
@@ -134,18 +120,16 @@ def pieces_of(manifest: Manifest, info: ChunkInfo, rows: range) -> dict[int, lis
     Raises DataError when the provenance is missing or damaged, or does not cover a row exactly.
     """
     check_rows(info, rows)
-    with _Provenance(manifest, info) as file:
-        table = file.read([name for name in (*ALWAYS, *LATER) if name in file.names], rows)
-        row = table["row"]
-        # Row groups are coarser than rows.
-        keep = compute.and_(compute.greater_equal(row, rows.start), compute.less(row, rows.stop))
-        found = table.filter(keep).to_pylist()
-
+    table = _read(
+        manifest,
+        [info],
+        (*ALWAYS, *LATER),
+        lambda field: (field("row") >= rows.start) & (field("row") < rows.stop),
+    )
     pieces: dict[int, list[Facts]] = {row: [] for row in rows}
-    for item in found:
-        pieces[item["row"]].append(
-            {name: item.get(name) for name in (*ALWAYS, *LATER) if name != "row"}
-        )
+    for item in table.to_pylist():
+        piece = {name: item.get(name) for name in (*ALWAYS, *LATER)}
+        pieces[piece.pop("row")].append(piece)
 
     for row, listed in pieces.items():
         # Pieces must follow each other without a gap or an overlap.
@@ -164,57 +148,10 @@ def pieces_of(manifest: Manifest, info: ChunkInfo, rows: range) -> dict[int, lis
     return pieces
 
 
-class _Provenance:
-    """Open provenance file of a chunk; any error in it is a DataError."""
-
-    def __init__(self, manifest: Manifest, info: ChunkInfo) -> None:
-        self.path = provenance_path(manifest, info)
-
-    def __enter__(self) -> "_Provenance":
-        try:
-            self.file = parquet.ParquetFile(self.path)
-        except (OSError, arrow.ArrowException) as error:
-            raise _damaged(self.path, error) from None
-        self.names = set(self.file.schema_arrow.names)
-        _check_columns(self.path, self.names)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.file.close()
-
-    def read(self, columns: list[str], rows: range | None = None) -> Any:
-        """Read columns of the row groups that may contain any of `rows`."""
-        groups = list(range(self.file.metadata.num_row_groups))
-        if rows is not None:
-            groups = [group for group in groups if self._may_hold(group, rows)]
-        try:
-            return self.file.read_row_groups(groups, columns=columns)
-        except (OSError, arrow.ArrowException) as error:
-            raise _damaged(self.path, error) from None
-
-    def _may_hold(self, group: int, rows: range) -> bool:
-        index = self.file.schema_arrow.get_field_index("row")
-        statistics = self.file.metadata.row_group(group).column(index).statistics
-        # Without statistics the group must be read.
-        if statistics is None or not statistics.has_min_max:
-            return True
-        return bool(statistics.max >= rows.start and statistics.min < rows.stop)
+# Files
 
 
-def _check_columns(path: Path, names: Collection[str]) -> None:
-    if lacking := [name for name in ALWAYS if name not in names]:
-        raise DataError(
-            f"{path}: has no column {', '.join(lacking)}; it is not the provenance of a chunk"
-        )
-
-
-def provenance_path(manifest: Manifest, info: ChunkInfo) -> Path:
-    """Path of a chunk's provenance.
-
-    Raises UserError when pyarrow is missing, DataError when the file is.
-    """
-    if parquet is None:
-        raise UserError("provenance is Parquet, which needs pyarrow: pip install 'k2train[data]'")
+def _path(manifest: Manifest, info: ChunkInfo) -> Path:
     if info.provenance is None:
         raise DataError(f"{manifest.path}: {info.name} has no provenance; it was prepared without")
     path = manifest.folder / info.provenance
@@ -223,12 +160,59 @@ def provenance_path(manifest: Manifest, info: ChunkInfo) -> Path:
     return path
 
 
-def _damaged(path: Path, error: BaseException) -> DataError:
-    reason = " ".join(str(error).split())
-    return DataError(
-        f"{path}: cannot be read as Parquet ({reason[:160]}); fetch it again or prepare the data "
+def _read(
+    manifest: Manifest,
+    infos: Collection[ChunkInfo],
+    columns: Collection[str],
+    condition: Condition | None = None,
+) -> Any:
+    """Read columns of the chunks' provenance as one table; row groups are chosen by statistics.
+
+    Columns that no file has are left out. Raises UserError when pyarrow is missing, DataError for
+    any error in a file.
+    """
+    # Imported here: it takes a third of the start, and the account needs no provenance.
+    try:
+        import pyarrow as arrow
+        from pyarrow import dataset, parquet
+    except ImportError:
+        raise UserError(
+            "provenance is Parquet, which needs pyarrow: pip install 'k2train[data]'"
+        ) from None
+
+    paths = [_path(manifest, info) for info in infos]
+    try:
+        data = dataset.dataset([str(path) for path in paths], format="parquet")
+        for fragment in data.get_fragments():
+            # A column missing in one file would be read as null, and the document missed there.
+            names = fragment.physical_schema.names
+            if lacking := [name for name in ALWAYS if name not in names]:
+                raise DataError(
+                    f"{fragment.path}: has no column {', '.join(lacking)}; it is not the "
+                    "provenance of a chunk"
+                )
+
+        known = [name for name in columns if name in data.schema.names or name == FILE]
+        chosen = condition(dataset.field) if condition else None
+        return data.to_table(columns=known, filter=chosen).unify_dictionaries()
+    except (OSError, arrow.ArrowException) as error:
+        damaged = (paths[0] if len(paths) == 1 else manifest.folder), error
+        for path in paths:
+            # The error does not always name the file: find it.
+            try:
+                parquet.ParquetFile(path).close()
+            except (OSError, arrow.ArrowException) as found:
+                damaged = path, found
+                break
+
+    where, reason = damaged[0], " ".join(str(damaged[1]).split())
+    raise DataError(
+        f"{where}: cannot be read as Parquet ({reason[:160]}); fetch it again or prepare the data "
         "anew"
     )
+
+
+# Documents
 
 
 def find_document(
@@ -245,75 +229,56 @@ def find_document(
     source, document, repeat and offset.
     Raises DataError when nothing matches, with the nearest names.
     """
-    infos = [info for info in manifest.all_chunks() if chunks is None or info.name in chunks]
-    files = {str(provenance_path(manifest, info)): info for info in infos}
-    found = _scan(files, _condition(name, subset, source)) if files else []
-    if not found:
+    infos = {
+        str(_path(manifest, info)): info
+        for info in manifest.all_chunks()
+        if chunks is None or info.name in chunks
+    }
+    order = {path: index for index, path in enumerate(infos)}
+    condition = _condition(name, subset, source)
+
+    items: list[Facts] = []
+    # First the files with any match, then all columns of these: documents are in few chunks.
+    if infos:
+        found = _read(manifest, infos.values(), [FILE], condition)[FILE].unique().to_pylist()
+        if holding := [infos[path] for path in found]:
+            items = _read(manifest, holding, (*ALWAYS, *LATER, FILE), condition).to_pylist()
+    if not items:
         raise DataError(_not_found(manifest, name, subset, source))
 
-    for item in found:
-        item["held_out"] = manifest.held_out is not None and item["chunk"] == manifest.held_out.name
-
-    order = {info.name: index for index, info in enumerate(manifest.all_chunks())}
-    found.sort(
+    items.sort(
         key=lambda item: (
             *(str(item[key]) for key in ("subset", "source", "document")),
-            item["repeat"] or 0,
-            item["offset"] or 0,
-            order[item["chunk"]],
+            item.get("repeat") or 0,
+            item.get("offset") or 0,
+            order[item[FILE]],
             item["row"],
             item["start"],
         )
     )
-    return found
-
-
-def _condition(name: str, subset: str | None, source: str | None) -> Any:
-    field = compute.field
-    wanted = (field("document") == name) | (field("source") == name)
-    # A source or document may contain colons itself, so every split is tried.
-    for colon in re.finditer(":", name):
-        parts = name[: colon.start()], name[colon.end() :]
-        wanted |= (field("source") == parts[0]) & (field("document") == parts[1])
-    for key, value in (("subset", subset), ("source", source)):
-        if value is not None:
-            wanted &= field(key) == value
-    return wanted
-
-
-def _scan(files: Mapping[str, ChunkInfo], condition: Any) -> list[Facts]:
-    try:
-        data = dataset.dataset(list(files), format="parquet")
-        for fragment in data.get_fragments():
-            # A column missing in one file would be read as null, and the document missed there.
-            _check_columns(Path(fragment.path), fragment.physical_schema.names)
-        # First the files with any match, then all columns of these: documents are in few chunks.
-        names = data.scanner(columns=["__filename"], filter=condition).to_table()["__filename"]
-
-        if holding := compute.unique(names).to_pylist():
-            columns = [name for name in (*ALWAYS, *LATER) if name in data.schema.names]
-            some = dataset.dataset(holding, format="parquet", schema=data.schema)
-            items = (
-                some.scanner(columns=[*columns, "__filename"], filter=condition)
-                .to_table()
-                .to_pylist()
-            )
-        else:
-            items = []
-    except (OSError, arrow.ArrowException) as error:
-        for path in files:
-            # The error does not always name the file: find it.
-            try:
-                parquet.ParquetFile(path).close()
-            except (OSError, arrow.ArrowException) as reason:
-                raise _damaged(Path(path), reason) from None
-        raise _damaged(Path(next(iter(files))).parent, error) from None
-
-    keys = (*ALWAYS, *LATER)
     return [
-        {"chunk": files[item["__filename"]].name, **{key: item.get(key) for key in keys}}
+        {
+            "chunk": infos[item[FILE]].name,
+            **{key: item.get(key) for key in (*ALWAYS, *LATER)},
+            "held_out": infos[item[FILE]] == manifest.held_out,
+        }
         for item in items
     ]
+
+
+def _condition(name: str, subset: str | None, source: str | None) -> Condition:
+    def condition(field: Callable[[str], Any]) -> Any:
+        wanted = (field("document") == name) | (field("source") == name)
+        # A source or document may contain colons itself, so every split is tried.
+        for colon in re.finditer(":", name):
+            parts = name[: colon.start()], name[colon.end() :]
+            wanted |= (field("source") == parts[0]) & (field("document") == parts[1])
+        for key, value in (("subset", subset), ("source", source)):
+            if value is not None:
+                wanted &= field(key) == value
+        return wanted
+
+    return condition
 
 
 def _not_found(manifest: Manifest, name: str, subset: str | None, source: str | None) -> str:
@@ -327,13 +292,10 @@ def _not_found(manifest: Manifest, name: str, subset: str | None, source: str | 
         f" in {kind} {value}" for kind, value in (("subset", subset), ("source", source)) if value
     )
 
-    infos = manifest.all_chunks()[:HINT_CHUNKS]
     names: set[str] = set()
-    for info in infos:
-        with _Provenance(manifest, info) as file:
-            table = file.read(["source", "document"])
-            for column in ("source", "document"):
-                names.update(value for value in compute.unique(table[column]).to_pylist() if value)
+    for info in manifest.all_chunks()[:HINT_CHUNKS]:
+        for column in _read(manifest, [info], ("source", "document")).columns:
+            names.update(value for value in column.unique().to_pylist() if value)
 
     near = difflib.get_close_matches(name, sorted(names)[:20000], n=3, cutoff=0.6)
     # No similar name: names that contain it.

@@ -20,12 +20,23 @@ from typing import Any
 import yaml
 
 from k2train.data.manifest import ChunkInfo, Manifest, read_manifest
-from k2train.data.order import ChunkOrder, make_order
+from k2train.data.order import ChunkOrder, apply_events, make_order
 from k2train.errors import DataError, RunError
 from k2train.files import sha256_file
+from k2train.record.events import (
+    CheckpointSaved,
+    ChunkDeferred,
+    ChunkStarted,
+    Entry,
+    Finished,
+    Resumed,
+    Started,
+    StepSkipped,
+    Stopped,
+    of_kind,
+)
 from k2train.safe_json import read_plain_file
 
-Event = Mapping[str, Any]
 Facts = dict[str, Any]
 CONFIG_BYTES = 2**20
 """Larger than any config.yaml."""
@@ -65,21 +76,32 @@ class History:
         return step, self.state(step)
 
 
+@dataclass(frozen=True)
+class RecordedCheckpoint:
+    """What a checkpoint's manifest says of the data; `order` has (name, sha256) of its chunks."""
+
+    name: str
+    step: int
+    consumed_tokens: int
+    config: Mapping[str, Any]
+    manifest_sha256: str | None
+    order: Sequence[tuple[str, str]]
+
+
 def order_of_checkpoint(
-    manifest: Manifest, order: Sequence[Mapping[str, Any]], global_sequences: int
+    manifest: Manifest, order: Sequence[tuple[str, str]], global_sequences: int
 ) -> ChunkOrder:
     """Rebuild the order kept in a checkpoint over these chunks.
 
     Raises DataError when a chunk is not the one that the checkpoint names.
     """
     names, rows = [], []
-    for entry in order:
-        info = manifest.chunk(str(entry["name"]))
-
-        if info.sha256 != entry["sha256"]:
+    for name, sha256 in order:
+        info = manifest.chunk(name)
+        if info.sha256 != sha256:
             raise DataError(
                 f"{manifest.path}: {info.name} is not the chunk of that run: its sha256 is "
-                f"{info.sha256[:12]}, the checkpoint names {str(entry['sha256'])[:12]}; give the "
+                f"{info.sha256[:12]}, the checkpoint names {sha256[:12]}; give the "
                 "data folder of the run"
             )
         names.append(info.name)
@@ -87,68 +109,48 @@ def order_of_checkpoint(
     return ChunkOrder(tuple(names), tuple(rows), global_sequences)
 
 
-def replay(order: ChunkOrder, events: Iterable[Event], where: str) -> ChunkOrder:
-    """Apply the deferrals of `events` to the order.
-
-    Raises RunError for a chunk that the order does not have.
-    """
-    for event in events:
-        if event["event"] == "chunk_deferred":
-            if (chunk := event.get("chunk")) not in order.names:
-                raise RunError(
-                    f"{where}: line {event['seq'] + 1} defers {chunk!r}, which the order does not "
-                    "have"
-                )
-            order = order.deferred(order.names.index(chunk))
-    return order
-
-
-def check_started(order: ChunkOrder, events: Sequence[Event], where: str) -> None:
+def check_started(order: ChunkOrder, entries: Sequence[Entry], where: str) -> None:
     """Compare the order with the chunks that the ledger says were started.
 
     Raises RunError at the first difference.
     """
     # Chunks started before a deferral may have had another position.
-    since = (
-        max((i for i, event in enumerate(events) if event["event"] == "chunk_deferred"), default=-1)
-        + 1
-    )
+    deferrals = [i for i, entry in enumerate(entries) if isinstance(entry.event, ChunkDeferred)]
 
-    for event in events[since:]:
-        if event["event"] != "chunk_started":
+    for entry in entries[deferrals[-1] + 1 if deferrals else 0 :]:
+        event = entry.event
+        if not isinstance(event, ChunkStarted):
             continue
-        index, recorded = event["order_index"], f"{event['chunk']} from step {event['step']}"
+        index, recorded = event.order_index, f"{event.chunk} from step {event.step}"
         known = index < len(order.names)
         expected = (
             f"{order.names[index]} from step {order.first_step(index)}" if known else "nothing"
         )
         if recorded != expected:
             raise RunError(
-                f"{where}: line {event['seq'] + 1} says that position {index} of the order was "
+                f"{where}: line {entry.seq + 1} says that position {index} of the order was "
                 f"{recorded}, config and data say {expected}: one of them no longer belongs to "
                 "this run"
             )
 
 
-def steps_done(events: Iterable[Event], last_row: Mapping[str, Any] | None) -> int:
+def steps_done(entries: Iterable[Entry], last_row: Mapping[str, Any] | None) -> int:
     """Last completed step of the newest attempt: its start undid everything after it."""
     done = attempt = 0
-    for event in events:
-        name, step = event["event"], int(event.get("step", 0))
-        if name in ("started", "resumed"):
-            attempt = int(event.get("attempt", 0))
-            done = step if name == "resumed" else 0
-        elif name == "rolled_back":
-            # Metrics of the attempt that ended here belong to undone steps and must not count.
-            done, attempt = step, int(event.get("attempt", attempt)) + 1
-        elif name == "chunk_started":
+    for event in (entry.event for entry in entries):
+        if isinstance(event, Started | Resumed):
+            attempt = event.attempt
+            done = event.step if isinstance(event, Resumed) else 0
+        elif isinstance(event, ChunkDeferred):
+            # Later steps, and the metrics of the attempt that did them, belong to the order before.
+            done, attempt = min(done, event.step), event.attempt + 1
+        elif isinstance(event, ChunkStarted):
             # The steps before the first one of a chunk are done.
-            done = max(done, step - 1)
-        elif (
-            name in ("checkpoint_saved", "step_skipped", "stopped", "finished")
-            and "recovered" not in event
+            done = max(done, event.step - 1)
+        elif isinstance(event, StepSkipped | Stopped | Finished) or (
+            isinstance(event, CheckpointSaved) and not event.recovered
         ):
-            done = max(done, step)
+            done = max(done, event.step)
 
     # Metrics are newer than the last event of the ledger.
     if last_row is not None and int(last_row.get("attempt", 0)) >= attempt:
@@ -157,23 +159,22 @@ def steps_done(events: Iterable[Event], last_row: Mapping[str, Any] | None) -> i
     return done
 
 
-def steps_skipped(events: Iterable[Event]) -> frozenset[int]:
+def steps_skipped(entries: Iterable[Entry]) -> frozenset[int]:
     """Steps that were read but not applied, without those undone by going back."""
     skipped: set[int] = set()
-    for event in events:
-        name = event["event"]
-        if name in ("started", "resumed", "rolled_back"):
-            back_to = 0 if name == "started" else int(event.get("step", 0))
+    for event in (entry.event for entry in entries):
+        if isinstance(event, StepSkipped):
+            skipped.add(event.step)
+        elif isinstance(event, Started | Resumed | ChunkDeferred):
+            back_to = 0 if isinstance(event, Started) else event.step
             skipped = {step for step in skipped if step <= back_to}
-        elif name == "step_skipped":
-            skipped.add(int(event["step"]))
     return frozenset(skipped)
 
 
 class Run:
     """A run as recorded: the data it was started on, the order it follows, its progress.
 
-    `events` is its ledger. `newest` is the manifest of its newest readable checkpoint, if any.
+    `entries` is its ledger. `newest` is the manifest of its newest readable checkpoint, if any.
     `asked` is that of the checkpoint whose record alone answers the query. `data` is the current
     location of the data.
     Raises RunError or DataError when record and data do not fit together.
@@ -182,62 +183,65 @@ class Run:
     def __init__(
         self,
         directory: Path,
-        events: list[Facts],
-        newest: Facts | None,
-        asked: Facts | None,
+        entries: list[Entry],
+        newest: RecordedCheckpoint | None,
+        asked: RecordedCheckpoint | None,
         data: Path | None,
     ) -> None:
         ledger = str(directory / "ledger.jsonl")
-        if not events:
+        if not entries:
             raise RunError(f"{ledger} has no event: this run has not started")
 
-        self.directory, self.name, self.events = directory, directory.resolve().name, events
+        self.directory, self.name, self.entries = directory, directory.resolve().name, entries
         self.checkpoint = asked
         base = asked or newest
 
-        config = base["config"] if base else _config(directory / "config.yaml")
+        config = base.config if base else _config(directory / "config.yaml")
         self.manifest = self._data(data, config, base)
 
         # From the newest checkpoint on, only later deferrals must be applied.
         batch = config["batch"]["global_sequences"]
         if base is None:
-            order, later = make_order(self.manifest, config["data"].get("order"), batch), events
+            order, later = make_order(self.manifest, config["data"].get("order"), batch), entries
         else:
             order, later = (
-                order_of_checkpoint(self.manifest, base["chunks"]["order"], batch),
-                self._events_after(base["name"]),
+                order_of_checkpoint(self.manifest, base.order, batch),
+                self._entries_after(base.name),
             )
 
-        self.deferred = sum(event["event"] == "chunk_deferred" for event in events)
+        self.deferred = len(of_kind(entries, ChunkDeferred))
 
         # A checkpoint's own record answers alone; otherwise ledger and metrics give the progress.
         if asked is not None:
-            done = int(asked["step"])
+            done = asked.step
         else:
-            order = replay(order, later, ledger)
-            check_started(order, events, ledger)
-            done = steps_done(events, last_row(directory / METRICS))
+            order = apply_events(order, later, ledger)
+            check_started(order, entries, ledger)
+            done = steps_done(entries, last_row(directory / METRICS))
 
-        self.history = History(order, done, steps_skipped(events))
+        self.history = History(order, done, steps_skipped(entries))
 
     @property
     def order(self) -> ChunkOrder:
         """Chunk order after all deferrals."""
         return self.history.order
 
-    def _events_after(self, checkpoint: str) -> list[dict[str, Any]]:
-        """Events after a checkpoint was saved; all when the ledger does not contain it."""
-        saved = [i for i, event in enumerate(self.events) if event.get("checkpoint") == checkpoint
-                 and event["event"] == "checkpoint_saved"]  # fmt: skip
-        return self.events[saved[-1] + 1 :] if saved else self.events
+    def _entries_after(self, checkpoint: str) -> list[Entry]:
+        """Entries after a checkpoint was saved; all when the ledger does not contain it."""
+        events = [entry.event for entry in self.entries]
+        saved = [
+            i
+            for i, event in enumerate(events)
+            if isinstance(event, CheckpointSaved) and event.checkpoint == checkpoint
+        ]
+        return self.entries[saved[-1] + 1 :] if saved else self.entries
 
-    def _data(self, given: Path | None, config: dict[str, Any], base: Facts | None) -> Manifest:
-        recorded = {
-            event["data_manifest_sha256"] for event in self.events if event["event"] == "started"
-        }
-
-        if base is not None:
-            recorded.add(base["data"]["manifest_sha256"])
+    def _data(
+        self, given: Path | None, config: Mapping[str, Any], base: RecordedCheckpoint | None
+    ) -> Manifest:
+        recorded = {started.data_manifest_sha256 for started in of_kind(self.entries, Started)}
+        if base is not None and base.manifest_sha256 is not None:
+            recorded.add(base.manifest_sha256)
         manifest = read_manifest(
             given or _locate_manifest(Path(config["data"]["manifest"]), self.directory, recorded)
         )
@@ -315,11 +319,10 @@ class Run:
         """
         assert self.checkpoint is not None, "asked only where a checkpoint was named"
 
-        facts = self.checkpoint
-        step, recorded = int(facts["step"]), int(facts["consumed_tokens"])
+        step, recorded = self.checkpoint.step, self.checkpoint.consumed_tokens
         if recorded != step * self.step_tokens:
             raise RunError(
-                f"{facts['name']} says {recorded} tokens consumed at step {step}; steps of "
+                f"{self.checkpoint.name} says {recorded} tokens consumed at step {step}; steps of "
                 f"{self.step_tokens} make that {step * self.step_tokens}: its record does not fit "
                 "these chunks"
             )
@@ -332,7 +335,7 @@ class Run:
         return {
             "form": "checkpoint",
             **self.names(),
-            "checkpoint": facts["name"],
+            "checkpoint": self.checkpoint.name,
             "step": step,
             "consumed": self.order.consumed_chunks(step),
             "step_in_chunk": step

@@ -8,16 +8,22 @@ Alternatives considered:
 """
 
 import textwrap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 from k2train.data.inspect.account_text import account_lines
-from k2train.text import clean, counted, number, percent, safe, span_text, table
+from k2train.text import cells, clean, counted, number, percent, safe, span_text, table
 
-Facts = Mapping[str, Any]
+Facts = dict[str, Any]
 
 PIECE = ("position", "tokens", "subset", "offset", "fim", "repeat", "source", "document")
+ORDER = ("position", "chunk", "steps", "rows", "dropped", "tokens read", "sha256", "state")
+USE = ("repeat", "offset", "length", "chunk", "row", "start", "fim")
+ORDER_LINES = 400
+"""Chunks of an order that are always shown, about two screens."""
 _BOLD, _PLAIN = "\x1b[1m", "\x1b[0m"
 
 
@@ -33,12 +39,12 @@ class View:
 
 def render(facts: Facts, view: View) -> list[str]:
     """Render the facts of one query as lines."""
+    notes = [f"note: {note}" for note in facts.get("notes", ())]
+    return [*_FORMS[facts["form"]](facts, view), *(["", *notes] if notes else [])]
 
-    lines = list(_FORMS[facts["form"]](facts, view))
-    return [
-        *lines,
-        *(["", *(f"note: {note}" for note in facts["notes"])] if facts.get("notes") else []),
-    ]
+
+def _more(count: int, what: str) -> list[str]:
+    return [f"... and {counted(count, what)} more; --all shows them"] if count > 0 else []
 
 
 # The data folder
@@ -58,38 +64,22 @@ def _chunk(facts: Facts, view: View) -> Iterator[str]:
         f"tokens, in {counted(pieces, 'piece')} from {counted(facts['sources'], 'source')}"
     )
 
-    if "use" in facts:
-        yield _use_text(facts["use"])
-    yield ""
+    if use := facts.get("use"):
+        yield (
+            f"{use['state']} of {use['run']}"
+            if use["place"] is None
+            else f"position {use['place'] + 1:,} of {use['of']:,} in the order of {use['run']}: "
+            f"steps {span_text(use['first_step'], use['last_step'])}, {use['state']}"
+        )
 
-    rows = [
-        [
-            clean(part["subset"]),
-            clean(part["fim"]),
-            number(part["repeat"]),
-            number(part["pieces"]),
-            number(part["tokens"]),
-            percent(part["tokens"], facts["tokens"]),
-        ]
-        for part in facts["parts"]
-    ]
-    yield from table(["subset", "fim", "repeat", "pieces", "tokens", "of all"], rows)
-    yield ""
+    keys = ("subset", "fim", "repeat", "pieces", "tokens")
+    rows = [[*cells(p, *keys), percent(p["tokens"], facts["tokens"])] for p in facts["parts"]]
+    yield from ("", *table([*keys, "of all"], rows), "")
 
-    files = [
-        (facts[key], facts[f"{key}_sha256"]) for key in ("provenance", "borders") if facts.get(key)
-    ]
-    for file, digest in [(facts["file"], facts["sha256"]), *files]:
-        yield f"{file}  sha256 {digest}"
-
-
-def _use_text(use: Facts) -> str:
-    return (
-        f"position {use['place'] + 1:,} of {use['of']:,} in the order of {use['run']}: steps "
-        f"{span_text(use['first_step'], use['last_step'])}, {use['state']}"
-        if use["place"] is not None
-        else f"{use['state']} of {use['run']}"
-    )
+    yield f"{facts['file']}  sha256 {facts['sha256']}"
+    for key in ("provenance", "borders"):
+        if facts.get(key):
+            yield f"{facts[key]}  sha256 {facts[f'{key}_sha256']}"
 
 
 # Rows and steps
@@ -97,16 +87,12 @@ def _use_text(use: Facts) -> str:
 
 def _rows(facts: Facts, view: View) -> Iterator[str]:
     for i, row in enumerate(facts["rows"]):
+        when = ""
+        if use := row.get("use"):
+            step = "" if use["step"] is None else f"step {use['step']:,}, "
+            when = f"  ({step}{use['state']})"
+
         yield from ([""] if i else [])
-
-        use = row.get("use")
-        when = (
-            ""
-            if not use
-            else "  "
-            f"({'' if use['step'] is None else 'step ' + number(use['step']) + ', '}{use['state']})"
-        )
-
         yield f"{row['chunk']} row {row['row']:,}{when}"
         yield from table(PIECE, [_piece_cells(piece) for piece in row["pieces"]])
         yield from _text(row, view)
@@ -114,26 +100,20 @@ def _rows(facts: Facts, view: View) -> Iterator[str]:
 
 def _step(facts: Facts, view: View) -> Iterator[str]:
     samples = facts["samples"]
-
     yield (
         f"step {facts['step']:,} of {facts['of_steps']:,} of {facts['run']}, {facts['state']}: "
-        f"{facts['chunk']} (position {facts['place'] + 1:,} of {facts['of_chunks']:,}), rows "
-        f"{span_text(facts['rows'][0], facts['rows'][1] - 1)} ({counted(len(samples), 'sample')}, "
-        f"{facts['tokens']:,} tokens)"
+        f"{facts['chunk']} (position {facts['place'] + 1:,} of {facts['of_chunks']:,}), "
+        f"{_row_span(facts)} ({counted(len(samples), 'sample')}, {facts['tokens']:,} tokens)"
     )
 
     # A single attempt read what the line above says.
-    plain = len(facts["attempts"]) < 2 and facts["state"] != "to come"
-    for attempt in facts["attempts"] if not plain else ():
-        done = "" if attempt["applied"] else "; its update was not applied"
-        yield (
-            f"attempt {attempt['attempt']} read {attempt['chunk']}, rows "
-            f"{span_text(attempt['rows'][0], attempt['rows'][1] - 1)}{done}"
-        )
+    if len(facts["attempts"]) > 1 or facts["state"] == "to come":
+        for attempt in facts["attempts"]:
+            read = f"attempt {attempt['attempt']} read {attempt['chunk']}, {_row_span(attempt)}"
+            yield read + ("" if attempt["applied"] else "; its update was not applied")
 
     parts = [f"{clean(name)} {tokens:,}" for name, tokens in facts["tokens_per_subset"].items()]
-    yield f"tokens: {', '.join(parts)}"
-    yield ""
+    yield from (f"tokens: {', '.join(parts)}", "")
 
     rows: list[list[str]] = []
     shown = 0
@@ -142,13 +122,11 @@ def _step(facts: Facts, view: View) -> Iterator[str]:
         if shown and len(rows) + len(sample["pieces"]) > view.lines:
             break
         shown += 1
-        for i, piece in enumerate(sample["pieces"]):
-            label = [number(sample["sample"]), number(sample["row"])] if i == 0 else ["", ""]
-            rows.append([*label, *_piece_cells(piece)])
+        labels = [cells(sample, "sample", "row"), *[["", ""]] * len(sample["pieces"])]
+        rows += [[*a, *_piece_cells(b)] for a, b in zip(labels, sample["pieces"], strict=False)]
 
     yield from table(("sample", "row", *PIECE), rows)
-    if shown < len(samples):
-        yield f"... and {counted(len(samples) - shown, 'sample')} more; --all shows them"
+    yield from _more(len(samples) - shown, "sample")
 
     for sample in samples:
         if "text_shown" in sample:
@@ -157,25 +135,23 @@ def _step(facts: Facts, view: View) -> Iterator[str]:
             yield from _text(sample, view)
 
 
+def _row_span(facts: Facts) -> str:
+    return f"rows {span_text(facts['rows'][0], facts['rows'][1] - 1)}"
+
+
+def _positions(piece: Facts) -> str:
+    return f"{piece['start']}-{piece['start'] + piece['length'] - 1}"
+
+
 def _piece_cells(piece: Facts) -> list[str]:
-    last = piece["start"] + piece["length"] - 1
-    return [
-        f"{piece['start']}-{last}",
-        number(piece["length"]),
-        clean(piece["subset"]),
-        number(piece["offset"]),
-        clean(piece["fim"]),
-        number(piece["repeat"]),
-        clean(piece["source"]),
-        clean(piece["document"]),
-    ]
+    keys = ("length", "subset", "offset", "fim", "repeat", "source", "document")
+    return [_positions(piece), *cells(piece, *keys)]
 
 
 def _text(row: Facts, view: View) -> Iterator[str]:
     for piece in row["pieces"]:
-        last = piece["start"] + piece["length"] - 1
         yield ""
-        yield f"--- {piece['start']}-{last}  {clean(piece['source'])}  {clean(piece['document'])}"
+        yield f"--- {_positions(piece)}  {clean(piece['source'])}  {clean(piece['document'])}"
         if piece["text"] is not None:
             yield "".join(_marked(part, view) for part in piece["text"])
         if view.ids or piece["text"] is None:
@@ -193,17 +169,17 @@ def _marked(part: Facts, view: View) -> str:
 
 
 def _document(facts: Facts, view: View) -> Iterator[str]:
-    pieces = facts["places"]
-    documents = {(piece["subset"], piece["source"], piece["document"]) for piece in pieces}
-    chunks = {piece["chunk"] for piece in pieces}
-    tokens = sum(piece["length"] for piece in pieces)
+    pieces, name_of = facts["places"], itemgetter("subset", "source", "document")
     yield (
-        f"{clean(facts['document'])}: {counted(len(documents), 'document')}, "
-        f"{counted(len(pieces), 'piece')}, {tokens:,} tokens, in {len(chunks):,} of "
+        f"{clean(facts['document'])}: {counted(len(set(map(name_of, pieces))), 'document')}, "
+        f"{counted(len(pieces), 'piece')}, {sum(piece['length'] for piece in pieces):,} tokens, "
+        f"in {len({piece['chunk'] for piece in pieces}):,} of "
         f"{counted(facts['of_chunks'], 'chunk')}"
     )
 
-    if "done_step" in facts:
+    keys = list(USE)
+    if "run" in facts:
+        keys += ["step", "state"]
         states = [str(piece["state"]) for piece in pieces]
         counts = [f"{states.count(state):,} {state}" for state in dict.fromkeys(states)]
         yield (
@@ -211,42 +187,12 @@ def _document(facts: Facts, view: View) -> Iterator[str]:
             f"pieces {', '.join(counts)}"
         )
 
-    most, before = view.lines, None
-    heads = [
-        "repeat",
-        "offset",
-        "length",
-        "chunk",
-        "row",
-        "start",
-        "fim",
-        *(["step", "state"] if "run" in facts else []),
-    ]
-
-    groups: list[tuple[Any, list[list[str]]]] = []
-    for piece in pieces[:most]:
-        key = (piece["subset"], piece["source"], piece["document"])
-        if key != before:
-            groups.append((key, []))
-            before = key
-        cells = [number(piece[name]) for name in ("repeat", "offset", "length")]
-        cells += [piece["chunk"], number(piece["row"]), number(piece["start"]), clean(piece["fim"])]
-        groups[-1][1].append(
-            cells + ([number(piece["step"]), piece["state"]] if "run" in facts else [])
-        )
-
-    # One table for all groups, so that their columns align.
-    lines = iter(table(heads, [cells for _, rows in groups for cells in rows]))
-    head = next(lines)
-
-    for (subset, source, document), rows in groups:
-        yield ""
-        yield f"{clean(subset)}  {clean(source)}  {clean(document)}"
-        yield head
-        yield from (next(lines) for _ in rows)
-
-    if len(pieces) > most:
-        yield f"... and {counted(len(pieces) - most, 'piece')} more; --all shows them"
+    # One table for all documents, so that their columns align.
+    shown = pieces[: view.lines]
+    head, *lines = table(keys, [cells(piece, *keys) for piece in shown])
+    for names, group in groupby(zip(shown, lines, strict=True), lambda pair: name_of(pair[0])):
+        yield from ("", "  ".join(map(clean, names)), head, *(line for _, line in group))
+    yield from _more(len(pieces) - len(shown), "piece")
 
 
 def _run(facts: Facts, view: View) -> Iterator[str]:
@@ -254,68 +200,52 @@ def _run(facts: Facts, view: View) -> Iterator[str]:
         f"{facts['run']}: {facts['done_step']:,} of {facts['of_steps']:,} steps done, "
         f"{facts['done_tokens']:,} of {facts['of_tokens']:,} tokens read"
     )
-    yield (
-        f"{facts['manifest']}, sha256 {facts['manifest_sha256'][:12]} as recorded; "
-        f"{counted(facts['deferred'], 'chunk')} deferred"
-    )
+    yield f"{_recorded(facts)}; {counted(facts['deferred'], 'chunk')} deferred"
     yield from _order_table(facts, view)
 
 
 def _checkpoint(facts: Facts, view: View) -> Iterator[str]:
+    steps = facts["step_in_chunk"]
+    part = f" and {counted(steps, 'step')} of the next" if steps else ""
     yield (
         f"{facts['checkpoint']} of {facts['run']}: step {facts['step']:,}, "
-        f"{counted(facts['consumed'], 'whole chunk')}"
-        + (
-            f" and {counted(facts['step_in_chunk'], 'step')} of the next"
-            if facts["step_in_chunk"]
-            else ""
-        )
-        + f", {facts['consumed_tokens']:,} tokens"
+        f"{counted(facts['consumed'], 'whole chunk')}{part}, {facts['consumed_tokens']:,} tokens"
     )
-    yield f"{facts['manifest']}, sha256 {facts['manifest_sha256'][:12]} as recorded"
+    yield from (_recorded(facts), "")
 
-    yield ""
-
-    rows = [
-        [
-            clean(item["subset"]),
-            number(item["tokens"]),
-            percent(item["tokens"], facts["whole_tokens"]),
-        ]
-        for item in facts["subsets"]
-    ]
-    if rows:
+    if facts["subsets"]:
+        whole = facts["whole_tokens"]
         yield "tokens of its whole chunks, dropped rows included"
-        yield from table(["subset", "tokens", "of all"], rows)
+        yield from table(
+            ["subset", "tokens", "of all"],
+            [
+                [*cells(item, "subset", "tokens"), percent(item["tokens"], whole)]
+                for item in facts["subsets"]
+            ],
+        )
     yield from _order_table(facts, view)
+
+
+def _recorded(facts: Facts) -> str:
+    return f"{facts['manifest']}, sha256 {facts['manifest_sha256'][:12]} as recorded"
 
 
 def _order_table(facts: Facts, view: View) -> Iterator[str]:
     order = facts["order"]
-    if not order:
-        return
-    # Up to 400 chunks, about two screens, are always shown whole.
-    most = max(view.lines, 400)
-
+    shown = order[: max(view.lines, ORDER_LINES)]
     rows = [
         [
             number(item["place"] + 1),
             item["chunk"],
             f"{item['first_step']:,}-{item['last_step']:,}",
-            number(item["rows"]),
-            number(item["dropped_rows"]),
-            number(item["tokens"]),
+            *cells(item, "rows", "dropped_rows", "tokens"),
             item["sha256"][:16],
             item["state"],
         ]
-        for item in order[:most]
+        for item in shown
     ]
-    yield ""
-    yield from table(
-        ["position", "chunk", "steps", "rows", "dropped", "tokens read", "sha256", "state"], rows
-    )
-    if len(order) > most:
-        yield f"... and {counted(len(order) - most, 'chunk')} more; --all shows them"
+    if rows:
+        yield from ("", *table(ORDER, rows), *_more(len(order) - len(shown), "chunk"))
 
 
 _FORMS: dict[str, Callable[[Facts, View], Iterator[str]]] = {

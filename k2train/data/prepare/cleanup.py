@@ -6,11 +6,12 @@
 - Alternatives considered: removing every such name; two processes may do the same task at once.
 """
 
-import os
 import re
 import shutil
 import socket
 from pathlib import Path
+
+from k2train.processes import exists
 
 
 def remove_leftovers(folder: Path, prefix: str = "") -> None:
@@ -21,21 +22,9 @@ def remove_leftovers(folder: Path, prefix: str = "") -> None:
     suffix = re.compile(re.escape(f".{socket.gethostname()}.") + r"(\d+)\.tmp$")
     for path in list(folder.iterdir()):
         match = suffix.search(path.name) if path.name.startswith(prefix) else None
-        if match is None or is_alive(int(match[1])):
+        if match is None or exists(int(match[1])):
             continue
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
-
-
-def is_alive(pid: int) -> bool:
-    """Whether a process of this machine has this number; one of another user counts."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    # The process exists, but belongs to another user.
-    except OSError:
-        return True
-    return True

@@ -10,16 +10,13 @@
 import hashlib
 import json
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from k2train.config.yaml_source import Mistake, Source, dotted, read_source
-from k2train.data.prepare.recipe_messages import Contradiction, Problem, nearest, problems_of
+from k2train.config.messages import Contradiction
 from k2train.data.tokenizer import K2_SPECIAL_TOKENS
-from k2train.errors import ConfigError
 
 Count = Annotated[int, Field(ge=1, strict=True)]
 Natural = Annotated[int, Field(ge=0, strict=True)]
@@ -339,62 +336,3 @@ def fixed_folder(pattern: str) -> Path:
     if fixed is not None:
         return Path(*path.parts[:fixed])
     return path if pattern.endswith("/") or not path.suffix else path.parent
-
-
-def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Read and validate a recipe with its `dotted.key=value` overrides.
-
-    Raises ConfigError with every mistake, one per line.
-    """
-    source = read_source(path, overrides)
-    mistakes = list(source.mistakes)
-    recipe = None
-
-    try:
-        recipe = Recipe.model_validate(source.tree)
-    except ValidationError as error:
-        unknown = _unknown_subsets(source)
-        mistakes += unknown.values()
-        for problem in problems_of(error.errors(include_url=False), Recipe):
-            # Consequences of a broken value or of an unknown subset are not reported again.
-            if problem.path not in source.broken and problem.path[:2] not in unknown:
-                mistakes.append(_mistake(source, problem))
-
-    if mistakes or recipe is None:
-        raise ConfigError("\n".join(dict.fromkeys(map(str, mistakes))))
-    return recipe
-
-
-def _mistake(source: Source, problem: Problem) -> Mistake:
-    """Locate a problem: an override that may have caused it, else the line of the file."""
-    written = [source.origins[path] for path in problem.causes if path in source.origins]
-    # An override of one of the causes is reported first.
-    overridden = [origin for origin in written if origin.override]
-    origin = (overridden or written or [source.origin_of(problem.path)])[0]
-    where = f"{dotted(problem.path)}: " if problem.path else ""
-    return Mistake(origin, where + problem.message)
-
-
-def _unknown_subsets(source: Source) -> dict[tuple[int | str, ...], Mistake]:
-    """Subsets named only by an override and without a kind: taken as misspelled names."""
-    subsets = source.tree.get("subsets")
-    subsets = subsets if isinstance(subsets, dict) else {}
-    paths = {name: ("subsets", name) for name in subsets}
-    mistyped = {
-        name: origin
-        for name, path in paths.items()
-        if (origin := source.origins.get(path))
-        and origin.override
-        and (*path, "kind") not in source.origins
-    }
-
-    known = [name for name in subsets if name not in mistyped]
-    found: dict[tuple[int | str, ...], Mistake] = {}
-    for name, origin in mistyped.items():
-        similar = nearest(name, known)
-        hint = (
-            f"nearest is {similar}" if similar else f"the recipe has {', '.join(known) or 'none'}"
-        )
-        found[paths[name]] = Mistake(origin, f"subsets.{name}: no such subset; {hint}")
-
-    return found

@@ -105,7 +105,7 @@ def _with_distinct_hashes(manifest: Manifest, info: ChunkInfo, problem: str) -> 
 
 
 def _without_borders(info: ChunkInfo) -> ChunkInfo:
-    return ChunkInfo(**{**vars(info), "borders": None, "borders_sha256": None})
+    return info.model_copy(update={"borders": None, "borders_sha256": None})
 
 
 def _borders(manifest: Manifest, info: ChunkInfo, report: Report) -> Borders | None:

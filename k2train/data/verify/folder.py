@@ -16,12 +16,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from fractions import Fraction
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
 
-from k2train.data.manifest import SOURCES_NAME, Manifest
+from k2train.data.manifest import Manifest, SubsetFacts
+from k2train.data.source_record import SOURCES_NAME
 from k2train.data.tokenizer import Tokenizer
 from k2train.errors import DataError
 from k2train.files import sha256_file
+
+Item = Mapping[str, int | float]
+"""One subset's account: numbers by what they count."""
 
 AGAIN = "fetch it again, or prepare the data anew"
 REJECTED_NAME = "rejected.jsonl"
@@ -35,11 +38,12 @@ _DOCUMENTS = ("short", "not_chosen", "outside", "duplicate", "training", "held_o
 
 def verify_folder(manifest: Manifest) -> list[str]:
     """Check sources, rejected documents, tokenizer, facts and stray files; one line per problem."""
-    problems = []
-    for name, fact in ((SOURCES_NAME, "sources_sha256"), (REJECTED_NAME, "rejected_sha256")):
-        if fact in manifest.facts and (
-            problem := hash_problem(manifest.folder / name, str(manifest.facts[fact]))
-        ):
+    problems, facts = [], manifest.facts
+    for name, recorded in (
+        (SOURCES_NAME, facts.sources_sha256),
+        (REJECTED_NAME, facts.rejected_sha256),
+    ):
+        if recorded is not None and (problem := hash_problem(manifest.folder / name, recorded)):
             problems.append(f"{name} {problem}")
 
     parts: tuple[Callable[[Manifest], Iterable[str]], ...]
@@ -69,34 +73,27 @@ def differing(first: str, second: str) -> tuple[str, str]:
 
 
 def _tokenizer_problems(manifest: Manifest) -> Iterable[str]:
-    facts = manifest.facts.get("tokenizer")
-    if facts is None:
+    recorded = manifest.facts.tokenizer
+    if recorded is None:
         return []
-    try:
-        file, specials = str(facts["file"]), [str(name) for name in facts["specials"]]
-    except (KeyError, TypeError) as error:
-        return [
-            f"{manifest.path}: facts.tokenizer must have 'file' and 'specials', its {error} is "
-            "wrong"
-        ]
 
-    path = manifest.folder / file
-    if Path(file).name != file:
+    path = manifest.folder / recorded.file
+    if path.name != recorded.file:
         return [
-            f"{manifest.path}: facts.tokenizer: file {file!r} is outside the folder of the manifest"
+            f"{manifest.path}: facts.tokenizer: file {recorded.file!r} is outside the folder of "
+            "the manifest"
         ]
 
     try:
-        tokenizer = Tokenizer.load(path, specials)
+        tokenizer = Tokenizer.load(path, recorded.specials)
     except DataError as error:
         return [f"{error}; {AGAIN}"]
 
     problems = []
     if tokenizer.sha256 != manifest.tokenizer_sha256:
-        here, recorded = differing(tokenizer.sha256, manifest.tokenizer_sha256)
+        here, there = differing(tokenizer.sha256, manifest.tokenizer_sha256)
         problems.append(
-            f"{path}: model and specials have the hash {here}, the manifest says {recorded}; "
-            f"{AGAIN}"
+            f"{path}: model and specials have the hash {here}, the manifest says {there}; {AGAIN}"
         )
     if tokenizer.vocab_size > manifest.vocab_size:
         problems.append(
@@ -111,35 +108,36 @@ def _tokenizer_problems(manifest: Manifest) -> Iterable[str]:
 
 def _recipe_problems(manifest: Manifest) -> Iterator[str]:
     """Compare the recipe with its hash, and with the manifest's own values."""
-    recipe, digest = manifest.facts.get("recipe"), manifest.facts.get("recipe_sha256")
+    facts, recipe = manifest.facts, manifest.facts.recipe
     if recipe is None:
         return
-    if not isinstance(recipe, dict):
-        yield f"{manifest.path}: facts.recipe must be an object"
-        return
 
-    actual = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
-    if digest is not None and actual != digest:
-        here, recorded = differing(actual, str(digest))
+    # Unset keys are not those of the recipe.
+    written = json.dumps(recipe.model_dump(exclude_unset=True), sort_keys=True)
+    actual = hashlib.sha256(written.encode()).hexdigest()
+    if facts.recipe_sha256 is not None and actual != facts.recipe_sha256:
+        here, recorded = differing(actual, facts.recipe_sha256)
         yield (
             f"{manifest.path}: facts.recipe has the hash {here}, facts.recipe_sha256 is "
             f"{recorded}; {AGAIN}"
         )
 
-    for key in ("name", "seed"):
-        if key in recipe and manifest.facts.get(key, recipe[key]) != recipe[key]:
-            yield (
-                f"{manifest.path}: facts.{key} is {manifest.facts[key]!r}, facts.recipe has "
-                f"{recipe[key]!r}"
-            )
+    for key, own, other in (
+        ("name", facts.name, recipe.name),
+        ("seed", facts.seed, recipe.seed),
+    ):
+        if None not in (own, other) and own != other:
+            yield f"{manifest.path}: facts.{key} is {own!r}, facts.recipe has {other!r}"
 
     # Values that recipe and manifest both record.
-    numbers = {"sequence_length": manifest.sequence_length, "chunks": len(manifest.chunks)}
-    for key, number in numbers.items():
-        if recipe.get(key, number) != number:
-            yield f"{manifest.path}: facts.recipe has {key} {recipe[key]!r}, the manifest {number}"
+    for key, number, other in (
+        ("sequence_length", manifest.sequence_length, recipe.sequence_length),
+        ("chunks", len(manifest.chunks), recipe.chunks),
+    ):
+        if other not in (None, number):
+            yield f"{manifest.path}: facts.recipe has {key} {other!r}, the manifest {number}"
 
-    rows = recipe.get("rows_per_chunk")
+    rows = recipe.rows_per_chunk
     for info in manifest.chunks:
         if rows is not None and info.rows != rows:
             yield (
@@ -153,13 +151,8 @@ def _recipe_problems(manifest: Manifest) -> Iterator[str]:
 
 def _account_problems(manifest: Manifest) -> Iterator[str]:
     """Compare the preparation's account with the sums over the chunks, and with itself."""
-    account: Any = manifest.facts.get("account")
+    account = manifest.facts.account
     if account is None:
-        return
-    if not isinstance(account, dict) or not all(
-        isinstance(item, dict) for item in account.values()
-    ):
-        yield f"{manifest.path}: facts.account must map subsets to numbers"
         return
 
     sums: dict[str, Counter[str]] = {"used_tokens": Counter(), "held_out_tokens": Counter()}
@@ -170,22 +163,22 @@ def _account_problems(manifest: Manifest) -> Iterator[str]:
     for key, made in sums.items():
         yield from _against_chunks(manifest, account, key, made)
 
-    settings = _subsets_of_recipe(manifest)
-    if settings is not None and set(settings) != set(account):
+    settings = manifest.facts.recipe.subsets if manifest.facts.recipe else {}
+    if settings and set(settings) != set(account):
         yield (
             f"{manifest.path}: facts.account has the subsets {', '.join(sorted(account))}, "
             f"facts.recipe {', '.join(sorted(settings))}"
         )
 
     for name, item in account.items():
-        for problem in _item_problems(item, (settings or {}).get(name), manifest.sequence_length):
+        for problem in _item_problems(item, settings.get(name), manifest.sequence_length):
             yield f"{manifest.path}: account of subset {name}: {problem}"
 
     yield from _tail_problems(manifest, account)
 
 
 def _against_chunks(
-    manifest: Manifest, account: Mapping[str, Any], key: str, made: Mapping[str, int]
+    manifest: Manifest, account: Mapping[str, Item], key: str, made: Mapping[str, int]
 ) -> Iterator[str]:
     what = "the held-out chunk has" if key == "held_out_tokens" else "the chunks have"
     for name in sorted({*account, *made}):
@@ -200,6 +193,7 @@ def _against_chunks(
         samples = item.get("used_samples")
         if (
             key == "used_tokens"
+            and samples is not None
             and _is_count(samples)
             and samples * manifest.sequence_length != made.get(name, 0)
         ):
@@ -209,35 +203,24 @@ def _against_chunks(
             )
 
 
-def _subsets_of_recipe(manifest: Manifest) -> Mapping[str, Any] | None:
-    recipe = manifest.facts.get("recipe")
-    subsets = recipe.get("subsets") if isinstance(recipe, dict) else None
-    return subsets if isinstance(subsets, dict) else None
+def _is_count(value: int | float | None) -> bool:
+    return isinstance(value, int) and value >= 0
 
 
-def _is_count(value: Any) -> bool:
-    return type(value) is int and value >= 0
-
-
-def _item_problems(item: Mapping[str, Any], wanted: Any, sequence_length: int) -> Iterator[str]:
+def _item_problems(item: Item, wanted: SubsetFacts | None, sequence_length: int) -> Iterator[str]:
     """Contradictions of one subset's account with itself or its recipe; sums only if complete."""
     wrong = [key for key, value in item.items() if _COUNTS.fullmatch(key) and not _is_count(value)]
 
     repeat = item.get("repeat", 1)
-    if (
-        not isinstance(repeat, int | float)
-        or isinstance(repeat, bool)
-        or not math.isfinite(repeat)
-        or repeat <= 0
-    ):
+    if repeat <= 0:
         yield f"repeat is {repeat!r}, must be a number above 0"
         return
     if wrong:
         yield f"{wrong[0]} is {item[wrong[0]]!r}, must be a whole number from 0"
         return
 
-    if isinstance(wanted, dict) and "repeat" in item and wanted.get("repeat", repeat) != repeat:
-        yield f"repeat is {repeat}, facts.recipe has {wanted['repeat']!r}"
+    if wanted is not None and "repeat" in item and wanted.repeat != repeat:
+        yield f"repeat is {repeat}, facts.recipe has {wanted.repeat!r}"
 
     # 0.7 is seven tenths as written in the recipe, not the nearest binary fraction.
     exact = Fraction(repr(repeat))
@@ -259,7 +242,7 @@ def _item_problems(item: Mapping[str, Any], wanted: Any, sequence_length: int) -
     yield from _sums(item)
 
 
-def _sums(item: Mapping[str, Any]) -> Iterator[str]:
+def _sums(item: Item) -> Iterator[str]:
     if {"training_tokens", *_LAID_OUT} <= item.keys():
         # Every token of every pass is used, unused, in the tail, or left by the repeat.
         laid_out = item.get("passes", 1) * item["training_tokens"]
@@ -281,13 +264,12 @@ def _sums(item: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
-def _tail_problems(manifest: Manifest, account: Mapping[str, Any]) -> Iterator[str]:
-    recorded: Any = manifest.facts.get("dropped_tail_tokens")
+def _tail_problems(manifest: Manifest, account: Mapping[str, Item]) -> Iterator[str]:
+    recorded = manifest.facts.dropped_tail_tokens
     if recorded is None:
         return
 
     tails = {name: item["tail_tokens"] for name, item in account.items() if "tail_tokens" in item}
-    recorded = recorded if isinstance(recorded, dict) else {}
     for name in sorted({*recorded, *tails}):
         if recorded.get(name) != tails.get(name):
             yield (

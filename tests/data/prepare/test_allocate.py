@@ -1,6 +1,7 @@
 """Plan task: documents left out, held out and trained on, and an account of every token."""
 
 import tempfile
+from contextlib import nullcontext
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from pyarrow import parquet
 
 from k2train.data.chunk import ChunkInfo, Manifest
 from k2train.data.document_keys import chunks_of_document
-from k2train.data.prepare.allocate.allocate import plan_task, runs_of
+from k2train.data.manifest import Facts
+from k2train.data.prepare.allocate.allocate import plan_task
 from k2train.data.prepare.allocate.deduplicate import flag_duplicates
 from k2train.data.prepare.allocate.held_out import (
     exact,
@@ -29,6 +31,7 @@ from k2train.data.prepare.allocate.mixture import (
     row_positions,
     spread,
 )
+from k2train.data.prepare.allocate.passes import runs_of
 from k2train.data.prepare.allocate.plan_file import Plan
 from k2train.data.prepare.encode import sorted_runs
 from k2train.data.prepare.source import POSITIONS
@@ -460,7 +463,7 @@ def test_document_keys_name_the_right_chunks(tmp_path: Path) -> None:
         tmp_path, {"code": {"repeat": 1.5}, "prose": {}}, held_out={"rows": 20}, chunks=6
     )
     workspace = workspace_of(tmp_path, recipe, texts, 2, 900)
-    facts = {"document_keys": planned(workspace)["document_keys"]}
+    keys = planned(workspace)["document_keys"]
 
     infos = []
     where: dict[tuple[str, str, str], set[str]] = {}
@@ -470,7 +473,16 @@ def test_document_keys_name_the_right_chunks(tmp_path: Path) -> None:
         for line in parquet.read_table(workspace.target / f"{name}.parquet").to_pylist():
             where.setdefault((line["subset"], line["source"], line["document"]), set()).add(name)
 
-    manifest = Manifest(tmp_path, "", "", 8, 300, "uint16", tuple(infos), None, facts)
+    manifest = Manifest(
+        path=tmp_path,
+        sha256="m",
+        tokenizer_sha256="t",
+        sequence_length=8,
+        vocab_size=300,
+        dtype="uint16",
+        chunks=tuple(infos),
+        facts=Facts(document_keys=keys),
+    )
     listed = 0
 
     for document, chunks in where.items():
@@ -481,9 +493,13 @@ def test_document_keys_name_the_right_chunks(tmp_path: Path) -> None:
 
     assert listed < 2 * sum(map(len, where.values()))
     assert chunks_of_document(manifest, "other", "code/f000", "d0é") is None
-    assert (
-        chunks_of_document(
-            Manifest(tmp_path, "", "", 8, 300, "uint16", ()), "code", "code/f000", "d0é"
-        )
-        is None
-    )
+    without = manifest.model_copy(update={"facts": Facts()})
+    assert chunks_of_document(without, "code", "code/f000", "d0é") is None
+    for wrong, words in (
+        ({"scheme": "another", "subsets": 3}, None),
+        ({**keys, "seed": "1"}, "facts.document_keys: key 'seed' must be a whole number"),
+        ({**keys, "subsets": {"code": {"bits": [65], "chunks": {}}}}, "code.bits"),
+    ):
+        hostile = manifest.model_copy(update={"facts": Facts(document_keys=wrong)})
+        with pytest.raises(DataError, match=words) if words else nullcontext():
+            assert chunks_of_document(hostile, "code", "code/f000", "d0é") is None

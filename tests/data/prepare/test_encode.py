@@ -26,10 +26,12 @@ from k2train.data.prepare.encode.sorted_runs import Run
 from k2train.data.prepare.recipe import Recipe
 from k2train.data.prepare.source import POSITIONS, split_position
 from k2train.data.prepare.sources import stdlib
-from k2train.data.prepare.sources.readers import encode_tasks, list_sources
+from k2train.data.prepare.sources.listing import encode_tasks, list_sources
 from k2train.data.prepare.sources.rejected import REJECTED_NAME
 from k2train.data.prepare.workspace import Workspace, read_json
-from k2train.data.tokenizer import EOS_ID, Tokenizer, train_tokenizer
+from k2train.data.source_record import SourceFile
+from k2train.data.tokenizer import EOS_ID, Tokenizer
+from k2train.data.tokenizer_training import train_tokenizer
 from k2train.errors import DataError
 
 WEB = {"kind": "jsonl", "paths": ["web/*.jsonl"], "id_key": "id"}
@@ -366,7 +368,7 @@ def test_a_wrong_recipe_stops_soon(tokenizer: Tokenizer, monkeypatch: pytest.Mon
 KILLED = """
 import os, sys
 from pathlib import Path
-from k2train.data.prepare.encode import encode, sorted_runs
+from k2train.data.prepare.encode import encode, run_writer
 from k2train.data.prepare.workspace import Workspace
 where, after = sys.argv[2], int(sys.argv[3])
 done = []
@@ -377,7 +379,7 @@ def die(function):
             os.kill(os.getpid(), 9)
         return function(*arguments, **names)
     return dying
-module = {"write_json": encode, "_write_slices": sorted_runs}[where]
+module = {"write_json": encode, "_write_slices": run_writer}[where]
 setattr(module, where, die(getattr(module, where)))
 encode.encode_task(Workspace.open(Path(sys.argv[1])), 0)
 """
@@ -460,7 +462,11 @@ def test_changed_sources_are_found(tokenizer: Tokenizer, monkeypatch: pytest.Mon
     """Catches a missed change of equal size, and a touched file reported as changed."""
     monkeypatch.setattr(stdlib, "topics", {"a": "page a", "b": "page b"})
     workspace = encode_all(tokenizer, {"web": WEB, "prose": {"kind": "stdlib_topics"}})
-    known = {source["key"]: source for record in records(workspace) for source in record["sources"]}
+    known = {
+        source["key"]: SourceFile.parse(source)
+        for record in records(workspace)
+        for source in record["sources"]
+    }
     listed = [source for sources in list_sources(workspace.recipe).values() for source in sources]
     assert changed_sources(listed, known) == []
     os.utime("web/0.jsonl", ns=(1, 1))

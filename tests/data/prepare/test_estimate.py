@@ -12,11 +12,9 @@ from k2train.data.prepare.run.estimate import (
     Rates,
     cost,
     estimate_lines,
-    seconds_text,
-    tokens_text,
 )
 from k2train.data.prepare.run.local import CLUSTER_WORKERS, workers_of
-from k2train.data.prepare.sources.readers import encode_tasks, list_sources
+from k2train.data.prepare.sources.listing import encode_tasks, list_sources
 from k2train.errors import DataError
 
 # 4 bytes a token; a core encodes 1000 bytes, and lays out 10,000 tokens, in a second.
@@ -120,36 +118,16 @@ def test_all_missing_files_are_reported_at_once() -> None:
     assert lines[0].endswith("; for an estimate without the files give subsets.a.expected_tokens")
 
 
-def test_units_fit_the_size() -> None:
-    """Catches 0.000B tokens and 0.0 hours for what is small, and seven digits for what is large."""
-    assert [tokens_text(n) for n in (0, 812, 65_536, 40_300_000, 1_295.7e9)] == [
-        "0",
-        "812",
-        "65.5K",
-        "40.3M",
-        "1,295.7B",
-    ]
-
-    assert [seconds_text(n) for n in (0.2, 12, 4.71, 90, 5400, 3.6e6)] == [
-        "below 1 second",
-        "12 seconds",
-        "4.7 seconds",
-        "1.5 minutes",
-        "1.5 hours",
-        "1,000.0 hours",
-    ]
-
-
 def test_lines_of_a_small_corpus() -> None:
     """Catches zeros for small amounts, and a number of workers other than will be started."""
     recipe = recipe_of({"web": WEB}, executor={"workers": 3})
     lines = estimate_lines(recipe, RATES, cost(recipe, RATES))
     assert lines[0] == "small: 100.0K tokens to encode once, 100.0K in 4 chunks of 25.0K"
     assert any(
-        "encode           2     6.7 minutes   reads about 195.31 KiB of documents" in line
+        "encode           2           6m40s   reads about 195.31 KiB of documents" in line
         for line in lines
     )
-    assert any("or 4.4 minutes with 3 workers (executor.workers)" in line for line in lines)
+    assert any("or 4m24s with 3 workers (executor.workers)" in line for line in lines)
     assert any(
         "disk      292.97 KiB of intermediate files, removed at the end, and 244.14 KiB of chunks"
         in line

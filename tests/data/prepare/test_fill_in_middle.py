@@ -20,7 +20,8 @@ from k2train.data.prepare.encode.fill_in_middle import (
     fim_parts,
     restore,
 )
-from k2train.data.tokenizer import EOS_ID, K2_SPECIAL_TOKENS, Tokenizer, train_tokenizer
+from k2train.data.tokenizer import EOS_ID, K2_SPECIAL_TOKENS, Tokenizer
+from k2train.data.tokenizer_training import train_tokenizer
 from k2train.errors import DataError
 from tests.data.test_tokenizer import CONTROL_TEXTS, corpus_text, trained_elsewhere
 

@@ -1,6 +1,5 @@
 """K2's chunk files in and out: the same ids in order, and nothing accepted that JSON refuses."""
 
-import hashlib
 import io
 import json
 import os
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as arrow
 import pytest
 import torch
 import zstandard
@@ -27,23 +25,22 @@ from k2train.data.chunk import (
     check_files,
     read_manifest,
     verify_chunk,
-    write_chunk,
-    write_manifest,
 )
-from k2train.data.document_boundaries import write_borders
-from k2train.data.loader import Loader
+from k2train.data.loader import Loader, Share
 from k2train.data.order import make_order
 from k2train.data.prepare.k2_format import chunk as k2_chunk
-from k2train.data.prepare.k2_format import convert as k2_jsonl
+from k2train.data.prepare.k2_format import export_folder, import_folder
 from k2train.data.prepare.k2_format import lines as k2_lines
 from k2train.data.prepare.k2_format import provenance as k2_provenance
-from k2train.data.prepare.k2_format.convert import UNKNOWN_TOKENIZER, export_k2, import_k2
+from k2train.data.prepare.k2_format.export_folder import export_k2
+from k2train.data.prepare.k2_format.import_folder import UNKNOWN_TOKENIZER, import_k2
 from k2train.data.prepare.k2_format.lines import KEYS, parse_lines
 from k2train.data.prepare.progress import Progress
 from k2train.data.prepare.run.executor import exclusive
-from k2train.data.tokenizer import train_tokenizer
+from k2train.data.tokenizer_training import train_tokenizer
 from k2train.errors import DataError
 from k2train.files import sha256_file
+from tests.support.data_folder import add_chunk, finish, hashes, rewrite, with_files
 
 LENGTH, VOCAB = 8, 32032
 REPOSITORY = Path(__file__).parents[3]
@@ -88,10 +85,6 @@ def parse(
     return [row for block in blocks for row in block.ids.tolist()], [
         item for b in blocks for item in b.fields
     ]
-
-
-def hashes(folder: Path) -> dict[str, str]:
-    return {path.name: sha256_file(path) for path in sorted(folder.iterdir())}
 
 
 # Lines
@@ -315,7 +308,7 @@ def test_import_keeps_ids_order_and_origin(source: Path, tmp_path: Path) -> None
         "uint16",
     )
     assert manifest.tokenizer_sha256 == UNKNOWN_TOKENIZER
-    totals = dict.fromkeys(manifest.facts["account"], 0)
+    totals = dict.fromkeys(manifest.facts.account, 0)
     for number, info in enumerate(manifest.chunks):
         verify_chunk(manifest, info)
         samples = [
@@ -335,7 +328,7 @@ def test_import_keeps_ids_order_and_origin(source: Path, tmp_path: Path) -> None
         for name, tokens in info.tokens_per_subset.items():
             assert tokens == LENGTH * table["subset"].count(name)
             totals[name] += tokens
-    assert {name: item["used_tokens"] for name, item in manifest.facts["account"].items()} == totals
+    assert {name: item["used_tokens"] for name, item in manifest.facts.account.items()} == totals
     assert sorted(path.name for path in tmp_path.iterdir()) == ["k2", "out"]
 
 
@@ -350,9 +343,9 @@ def test_chunks_are_trained_on_as_they_stand_in_the_files(tmp_path: Path) -> Non
     assert [info.name for info in manifest.chunks] == [f"chunk_{i:03d}" for i in range(12)]
     expected = [sample(10 * i + k)["token_ids"] for i in range(12) for k in range(4)]
     order = make_order(manifest, None, 2, LENGTH)
-    with Loader(manifest, order, 0, 1, 2, VOCAB, verify=True) as loader:
+    with Loader(manifest, order, Share(0, 1, 2), VOCAB, verify=True) as loader:
         steps = [loader.step(step) for step in range(1, order.total_steps + 1)]
-    rows = torch.cat([ids for batch in steps for ids in batch.tokens])
+    rows = torch.cat([part.tokens for batch in steps for part in batch])
     assert rows.tolist() == expected
 
 
@@ -422,7 +415,7 @@ def test_export_gives_back_what_was_imported(
     export_k2(first, folder / "back")
     assert (folder / "back/chunk_7.jsonl").read_bytes() == (source / "chunk_7.jsonl").read_bytes()
     again = import_k2(folder / "back", folder / "again")
-    assert (again.chunks, again.facts["account"]) == (first.chunks, first.facts["account"])
+    assert (again.chunks, again.facts.account) == (first.chunks, first.facts.account)
 
 
 def test_groups_of_rows_do_not_change_the_content(
@@ -536,7 +529,7 @@ def test_finished_chunks_are_not_read_again(
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from k2train.data.prepare.k2_format.convert import import_k2
+from k2train.data.prepare.k2_format.import_folder import import_k2
 count, usual = 0, os.replace
 def replace(*names):
     globals()["count"] += 1
@@ -575,7 +568,7 @@ def test_what_is_there_is_kept(
     """Catches a folder replaced without being asked, and an import done twice."""
     output = tmp_path / "out"
     manifest = import_k2(source, output)
-    monkeypatch.setattr(k2_jsonl, "import_chunk", lambda task: pytest.fail("imported again"))
+    monkeypatch.setattr(import_folder, "import_chunk", lambda task: pytest.fail("imported again"))
     assert import_k2(source, output) == manifest
     for change in ({"vocab_size": 40000}, {"tokenizer_sha256": "f" * 64}):
         with pytest.raises(DataError, match="holds other data: name another, or give --force"):
@@ -604,10 +597,8 @@ def test_the_tokenizer_travels_along(source: Path, tmp_path: Path) -> None:
     tokenizer.save(model)
     manifest = import_k2(source, tmp_path / "out", tokenizer=model)
     assert manifest.tokenizer_sha256 == tokenizer.sha256
-    assert (
-        manifest.folder / manifest.facts["tokenizer"]["file"]
-    ).read_bytes() == model.read_bytes()
-    assert manifest.facts["tokenizer"]["specials"] == list(tokenizer.specials)
+    assert (manifest.folder / manifest.facts.tokenizer.file).read_bytes() == model.read_bytes()
+    assert manifest.facts.tokenizer.specials == tuple(tokenizer.specials)
     assert (
         import_k2(source, tmp_path / "named", tokenizer_sha256="a" * 64).tokenizer_sha256
         == "a" * 64
@@ -657,7 +648,7 @@ def test_an_existing_import_is_reported(
         raise KeyboardInterrupt
 
     output = tmp_path / "out"
-    monkeypatch.setattr(k2_jsonl, "swap_in", killed)
+    monkeypatch.setattr(import_folder, "swap_in", killed)
     with pytest.raises(KeyboardInterrupt):
         import_k2(source, output)
     monkeypatch.undo()
@@ -727,15 +718,15 @@ def test_an_export_reports_what_is_lost(source: Path, tmp_path: Path) -> None:
         "not exported: the sources of 1 of 3 pieces (a line names the document its row begins with)"
     )
     assert lines_of(progress)[-1] == first
-    content = json.loads(manifest.path.read_text())
-    held = write_chunk(
-        manifest.folder, "held_out", [np.ones((1, LENGTH), np.uint32)], 1, VOCAB, {"code": LENGTH}
+    (info,) = manifest.chunks
+    manifest = rewrite(
+        manifest.folder,
+        chunks=[with_files(manifest.folder, info, borders=[3])],
+        held_out=add_chunk(
+            manifest.folder, "held_out", np.ones((1, LENGTH)), VOCAB, {"code": LENGTH}
+        ),
     )
-    content["held_out"] = {key: value for key, value in vars(held).items() if value is not None}
-    digest = write_borders(manifest.folder / "chunk_012.borders.npy", [3])
-    content["chunks"][0] |= {"borders": "chunk_012.borders.npy", "borders_sha256": digest}
-    manifest.path.write_text(json.dumps(content))
-    files = export_k2(read_manifest(manifest.path), tmp_path / "third", progress)
+    files = export_k2(manifest, tmp_path / "third", progress)
     assert lines_of(progress)[-1] == f"{first}, held_out (1 row), the document borders"
     assert [path.name for path in files] == ["chunk_12.jsonl"]
 
@@ -743,8 +734,7 @@ def test_an_export_reports_what_is_lost(source: Path, tmp_path: Path) -> None:
 def ours(folder: Path) -> Manifest:
     """Two rows not from K2: the first holds two documents, the second the rest of the last one."""
     folder.mkdir()
-    ids = np.arange(2 * LENGTH, dtype=np.uint32).reshape(2, LENGTH)
-    info = write_chunk(folder, "chunk_012", [ids], 2, VOCAB, {"code": 2 * LENGTH})
+    ids = np.arange(2 * LENGTH).reshape(2, LENGTH)
     columns = {
         "row": [0, 0, 1],
         "start": [0, 3, 0],
@@ -753,14 +743,8 @@ def ours(folder: Path) -> Manifest:
     }
 
     columns |= {"source": ["a.py", "b.jsonl", "b.jsonl"], "document": ["a.py:f", "007", "42"]}
-    parquet.write_table(arrow.table(columns), folder / "chunk_012.parquet")
-    digest = hashlib.sha256((folder / "chunk_012.parquet").read_bytes()).hexdigest()
-    info = type(info)(
-        **{**vars(info), "provenance": "chunk_012.parquet", "provenance_sha256": digest}
-    )
-    keys: dict[str, Any] = {"tokenizer_sha256": "t", "sequence_length": LENGTH, "vocab_size": VOCAB}
-
-    return write_manifest(folder, chunks=[info], held_out=None, **keys)
+    info = add_chunk(folder, "chunk_012", ids, VOCAB, {"code": 2 * LENGTH}, pieces=columns)
+    return finish(folder, [info], LENGTH, VOCAB)
 
 
 def test_our_own_rows_are_named_by_their_first_piece(tmp_path: Path) -> None:
@@ -824,7 +808,7 @@ def test_a_stopped_export_is_resumed(
     in one folder.
     """
     manifest, back = import_k2(source, tmp_path / "out"), tmp_path / "back"
-    usual = k2_jsonl.export_chunk
+    usual = export_folder.export_chunk
     asked: list[str] = []
 
     def stop_at_the_second(manifest: Manifest, info: ChunkInfo, path: Path) -> None:
@@ -834,7 +818,7 @@ def test_a_stopped_export_is_resumed(
             raise KeyboardInterrupt
         usual(manifest, info, path)
 
-    monkeypatch.setattr(k2_jsonl, "export_chunk", stop_at_the_second)
+    monkeypatch.setattr(export_folder, "export_chunk", stop_at_the_second)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             export_k2(manifest, back)

@@ -1,6 +1,5 @@
 """Preparation through the command line: from recipe and documents to a data folder, and errors."""
 
-import hashlib
 import json
 import os
 import random
@@ -23,12 +22,16 @@ import zstandard
 from pyarrow import parquet
 
 from k2train.data.chunk import check_files, open_chunk, verify_chunk
-from k2train.data.manifest import Manifest, common_data, read_manifest
+from k2train.data.manifest import Manifest, read_manifest
 from k2train.data.prepare.encode.fill_in_middle import restore
-from k2train.data.prepare.recipe import Recipe, load_recipe
-from k2train.data.prepare.sources.readers import list_sources
-from k2train.data.tokenizer import EOS_ID, K2_SPECIAL_TOKENS, Tokenizer, train_tokenizer
+from k2train.data.prepare.load_recipe import load_recipe
+from k2train.data.prepare.recipe import Recipe
+from k2train.data.prepare.sources.listing import list_sources
+from k2train.data.source_record import common_data
+from k2train.data.tokenizer import EOS_ID, K2_SPECIAL_TOKENS, Tokenizer
+from k2train.data.tokenizer_training import train_tokenizer
 from k2train.errors import ConfigError
+from tests.support.data_folder import hashes
 
 ROOT = Path(__file__).resolve().parents[3]
 LENGTH = 16
@@ -122,13 +125,6 @@ def prepare(*arguments: object, **options: Any) -> subprocess.CompletedProcess[s
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, **options)
 
 
-def hashes(folder: Path) -> dict[str, str]:
-    return {
-        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.iterdir())
-    }
-
-
 @pytest.fixture(scope="module")
 def made(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     """The recipe's folder, prepared once by one worker."""
@@ -199,7 +195,7 @@ def test_the_account_is_that_of_the_files(made: Manifest) -> None:
     """Catches an account that does not match the files, a share that is not the recipe's, and
     uneven chunks.
     """
-    account = made.facts["account"]
+    account = made.facts.account
     for name, repeat in (("web", 1), ("books", 2), ("notes", 0.5)):
         item = account[name]
         samples = [info.tokens_per_subset[name] // LENGTH for info in made.chunks]
@@ -240,13 +236,24 @@ def test_boundaries_are_the_starts_of_documents(made: Manifest) -> None:
 
 
 def test_the_account_is_printed_on_request(made: Manifest) -> None:
-    """Catches tables in front of the summary that nobody asked for, and a flag that prints none."""
+    """Catches tables in front of the summary that nobody asked for, a flag that prints none, and a
+    broken pipe behind `| head`.
+    """
     recipe = made.folder.parent / "r.yaml"
     short, long = prepare(recipe), prepare(recipe, "--account")
     hint = f"python tools/inspect_data.py {made.folder} shows the account"
     assert short.stdout.splitlines()[-1] == hint and len(short.stdout.splitlines()) == 3
     assert long.stdout.splitlines()[-2:] == short.stdout.splitlines()[:2]
     assert "samples in a chunk" in long.stdout
+    piped = subprocess.run(
+        f"{sys.executable} tools/prepare_data.py {recipe} --account | true",
+        shell=True,
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+    )
+    assert (piped.stdout, "roken pipe" in piped.stderr) == ("", False)
     refused = prepare(recipe, "--account", "--estimate")
     assert (refused.returncode, refused.stdout) == (2, "")
     assert "--account" in refused.stderr and len(refused.stderr.splitlines()) == 1
@@ -356,7 +363,7 @@ def test_two_at_once_into_one_output(corpus: Path, tmp_path: Path) -> None:
     manifest = read_manifest(tmp_path / "out")
     for info in manifest.all_chunks():
         verify_chunk(manifest, info)
-    assert manifest.facts["seed"] == 5
+    assert manifest.facts.seed == 5
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(made: Manifest) -> None:
@@ -515,7 +522,7 @@ def test_broken_lines_are_listed_and_the_rest_is_prepared(corpus: Path, tmp_path
     for entry, (_, word) in zip(listed, BROKEN, strict=True):
         assert word.lower() in entry["why"].lower(), entry
     manifest = read_manifest(tmp_path / "out")
-    assert manifest.facts["account"]["web"]["rejected_documents"] == 7
+    assert manifest.facts.account["web"]["rejected_documents"] == 7
     names = {
         key[2] for key in documents_in(manifest, [info.name for info in manifest.all_chunks()])
     }

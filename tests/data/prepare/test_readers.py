@@ -20,14 +20,8 @@ from k2train.data.prepare import source
 from k2train.data.prepare.recipe import Recipe, SubsetRecipe
 from k2train.data.prepare.source import POSITIONS, Contents, Source, first_position, split_position
 from k2train.data.prepare.sources import readers, stdlib
-from k2train.data.prepare.sources.readers import (
-    Document,
-    Rejection,
-    encode_tasks,
-    list_sources,
-    read_documents,
-    read_texts,
-)
+from k2train.data.prepare.sources.listing import encode_tasks, list_sources
+from k2train.data.prepare.sources.readers import Document, Rejection, read_documents, read_texts
 from k2train.data.prepare.sources.stdlib import docstrings, stdlib_sources
 from k2train.errors import DataError
 

@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
-from k2train.data.prepare.recipe import Recipe, fixed_folder, load_recipe
-from k2train.data.prepare.recipe_messages import allowed_keys
+from k2train.config.messages import legal_keys
+from k2train.data.prepare.load_recipe import load_recipe
+from k2train.data.prepare.recipe import Recipe, fixed_folder
 from k2train.errors import ConfigError
 
 GOOD = """name: x
@@ -53,12 +54,12 @@ KINDS = "jsonl, parquet, text, stdlib_code, stdlib_docstrings, stdlib_topics"
     [
         (
             "subsets.web.kind=json",
-            f"subsets.web.kind: 'json' is not one of {KINDS}; nearest is jsonl",
+            f"subsets.web.kind: json is not one of {KINDS}; nearest is jsonl",
         ),
         ("subsets.web.kind=7", f"subsets.web.kind: 7 is not one of {KINDS}"),
-        ("subsets.web.paths=web", "subsets.web.paths: must be a list, such as [x], is 'web'"),
+        ("subsets.web.paths=web", "subsets.web.paths: must be a list, written [a, b], is web"),
         ("subsets.web.paths=[null]", "subsets.web.paths[0]: must be text, is null"),
-        ("subsets.web.share=0.5", "subsets.web.share: must be a list, such as [x], is 0.5"),
+        ("subsets.web.share=0.5", "subsets.web.share: must be a list, written [a, b], is 0.5"),
         ("subsets.web.share=[0.5]", "subsets.web.share[1]: missing; the list is too short"),
         ("subsets.web.share=[0, 0.5, 1]", "subsets.web.share: must have 2 values, has 3"),
         ("subsets.web.share=[0, 1.5]", "subsets.web.share[1]: must be at most 1, is 1.5"),
@@ -73,9 +74,9 @@ KINDS = "jsonl, parquet, text, stdlib_code, stdlib_docstrings, stdlib_topics"
             "subsets.web.fill_in_the_middle.psn=1",
             "subsets.web.fill_in_the_middle.psn: unknown key; nearest is psm",
         ),
-        ("executor.kind=ssh", "executor.kind: 'ssh' is not one of local, slurm, ray"),
+        ("executor.kind=ssh", "executor.kind: ssh is not one of local, slurm, ray"),
         ("chunks=0", "chunks: must be at least 1, is 0"),
-        ("chunks=two", "chunks: must be a whole number, is 'two'"),
+        ("chunks=two", "chunks: must be a whole number, is two"),
         ("chunks=1.5", "chunks: must be a whole number, is 1.5"),
         ("chunks=null", "chunks: must be a whole number, is null"),
         ("output=null", "output: must be a path, such as data/web, is null"),
@@ -198,11 +199,11 @@ def test_two_splits_of_one_origin_are_explained() -> None:
     recipe_of(a={"paths": ["d/web"]}, b={"paths": ["d/books"], **half})
 
 
-def test_allowed_keys_of_every_section() -> None:
+def test_legal_keys_of_every_section() -> None:
     """Catches a suggested key that belongs to another section."""
-    assert "share" in allowed_keys(Recipe, ("subsets", "web")) and "psm" in allowed_keys(
+    assert "share" in legal_keys(Recipe, ("subsets", "web")) and "psm" in legal_keys(
         Recipe, ("subsets", "web", "fill_in_the_middle")
     )
-    assert allowed_keys(Recipe, ("tokenizer", "train")) == ["vocab_size", "max_bytes"]
-    assert allowed_keys(Recipe, ("held_out",)) == ["rows", "share"]
-    assert "chunks" in allowed_keys(Recipe, ())
+    assert legal_keys(Recipe, ("tokenizer", "train")) == ["vocab_size", "max_bytes"]
+    assert legal_keys(Recipe, ("held_out",)) == ["rows", "share"]
+    assert "chunks" in legal_keys(Recipe, ())

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from k2train.data.document_keys import document_key64
-from k2train.data.prepare.encode import sorted_runs
-from k2train.data.prepare.encode.sorted_runs import Run, RunWriter
+from k2train.data.prepare.encode import run_writer, sorted_runs
+from k2train.data.prepare.encode.run_writer import RunWriter
+from k2train.data.prepare.encode.sorted_runs import Run
 from k2train.errors import DataError
 
 # (source, name, tokens): sources ascend, names may be anything that is Unicode.
@@ -32,7 +33,7 @@ def write(
     folder: Path, documents: Documents, passes: int = 1, capacity: int = 64, dtype: str = "uint16"
 ) -> RunWriter:
     folder.mkdir(parents=True, exist_ok=True)
-    writer = RunWriter(folder, "000", "web", passes, 5, dtype, capacity)
+    writer = RunWriter(folder / "000", "web", passes, 5, dtype, capacity)
     counts: dict[str, int] = {}
     for source, name, tokens in documents:
         ordinal = counts[source] = counts.get(source, -1) + 1
@@ -46,7 +47,7 @@ def read(writer: RunWriter, number: int) -> list[tuple[int, str, int, str, list[
     return [
         entry
         for run in writer.runs[number]
-        for entry in Run(writer.folder / run["path"]).documents()
+        for entry in Run(writer.stem.with_name(run["path"])).documents()
     ]
 
 
@@ -69,7 +70,7 @@ def test_every_pass_holds_every_document_in_its_order(
         assert sorted(read(writer, number)) == sorted(wanted)
 
         for run in writer.runs[number]:
-            order = [entry[:3] for entry in Run(writer.folder / run["path"]).documents()]
+            order = [entry[:3] for entry in Run(writer.stem.with_name(run["path"])).documents()]
             assert order == sorted(order)
             assert (run["first_key"], run["last_key"]) == (order[0][0], order[-1][0])
 
@@ -145,7 +146,7 @@ def test_keys_are_fixed_for_ever() -> None:
 
 def test_a_long_document_and_a_full_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a document longer than a run, memory that never shrinks, and an unbounded index."""
-    monkeypatch.setattr(sorted_runs, "MAX_DOCUMENTS", 5)
+    monkeypatch.setattr(run_writer, "MAX_DOCUMENTS", 5)
     documents = [
         ("s", "0", [1]),
         ("s", "1", [2] * 100),
@@ -161,7 +162,7 @@ def test_blocks_of_the_gathering(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     """Catches tokens lost between two blocks of the sorted copy."""
     documents = [("s", str(i), [i] * (i % 7)) for i in range(60)]
     whole = read(write(tmp_path / "a", documents, capacity=10_000), 0)
-    monkeypatch.setattr(sorted_runs, "GATHER_TOKENS", 5)
+    monkeypatch.setattr(run_writer, "GATHER_TOKENS", 5)
     assert read(write(tmp_path / "b", documents, capacity=10_000), 0) == whole
 
 
@@ -171,7 +172,7 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     def fail(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(sorted_runs, "_write_slices", fail)
+    monkeypatch.setattr(run_writer, "_write_slices", fail)
     with pytest.raises(OSError, match="No space"):
         write(tmp_path, [("s", "a", [1])])
     assert list(tmp_path.iterdir()) == []

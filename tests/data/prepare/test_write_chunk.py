@@ -29,6 +29,7 @@ from k2train.data.prepare.write import row_file
 from k2train.data.prepare.write.provenance import Provenance
 from k2train.data.prepare.write.write_chunk import chunk_task
 from k2train.errors import DataError
+from tests.support.data_folder import hashes
 from tests.support.sorted_runs import VOCAB, Text, expected_chunk, recipe_of, workspace_of
 
 
@@ -42,13 +43,6 @@ def run_all(workspace: Workspace, min_tokens: int = 16) -> None:
     plan_task(workspace)
     for number in range(len(workspace.chunk_names)):
         chunk_task(workspace, number, min_tokens)
-
-
-def hashes(workspace: Workspace) -> dict[str, str]:
-    return {
-        p.name: hashlib.sha256(p.read_bytes()).hexdigest()
-        for p in sorted(workspace.target.iterdir())
-    }
 
 
 def sources_in(workspace: Workspace, record: dict[str, Any]) -> set[str]:
@@ -149,7 +143,7 @@ def test_bytes_do_not_depend_on_runs_and_tasks(
         (tmp_path / name).mkdir()
         workspace = workspace_of(tmp_path / name, recipe, texts, tasks, capacity)
         run_all(workspace, least)
-        found.append(hashes(workspace))
+        found.append(hashes(workspace.target))
         for chunk in workspace.chunk_names:
             check_chunk(workspace, texts, chunk)
 
@@ -188,7 +182,7 @@ def test_files_are_those_of_the_chunk_format(workspace: Workspace, tmp_path: Pat
     for info in infos:
         verify_chunk(manifest, info)
         assert info.provenance is not None
-        assert hashes(workspace)[info.provenance] == info.provenance_sha256
+        assert hashes(workspace.target)[info.provenance] == info.provenance_sha256
         again = write_chunk(
             tmp_path, info.name, [np.load(workspace.target / info.file)], info.rows, VOCAB, {}
         )
@@ -329,7 +323,7 @@ def test_leftovers_of_the_dead_go_and_of_the_living_stay(workspace: Workspace) -
 def test_two_processes_do_one_chunk(workspace: Workspace) -> None:
     """Catches two processes that write one file, or remove each other's."""
     run_all(workspace)
-    before = hashes(workspace)
+    before = hashes(workspace.target)
     shutil.rmtree(workspace.target)
     workspace.target.mkdir()
     fork = multiprocessing.get_context("fork")
@@ -342,7 +336,7 @@ def test_two_processes_do_one_chunk(workspace: Workspace) -> None:
         process.join(60)
         assert process.exitcode == 0
 
-    assert hashes(workspace) == before
+    assert hashes(workspace.target) == before
 
 
 def test_ids_of_another_tokenizer(texts: dict[str, list[Text]], tmp_path: Path) -> None:

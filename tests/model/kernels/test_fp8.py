@@ -73,8 +73,8 @@ def test_layers_multiply_through_it(workspace: bool) -> None:
     """
     calls: list[str] = []
     product = Fp8Product(gemm_of(calls, workspace=workspace), quantizer, Types, torch.device("cpu"))
-    column = ColumnLinear(16, {"a": 32}, SINGLE["tp"], False, 1.0, product=product)
-    row = RowLinear("b", 32, 16, SINGLE["tp"], False, 1.0, product=product)
+    column = ColumnLinear(16, {"a": 32}, SINGLE["tp"], 1.0, product=product)
+    row = RowLinear("b", 32, 16, SINGLE["tp"], 1.0, product=product)
     weights = []
 
     for layer in (column, row):
@@ -104,11 +104,11 @@ def test_a_dimension_that_does_not_fit_is_refused() -> None:
     starting.
     """
     product = Fp8Product(gemm_of([]), quantizer, Types, torch.device("cpu"))
-    ColumnLinear(16, {"a": 32, "b": 16}, SINGLE["tp"], False, 1.0, product=product)
+    ColumnLinear(16, {"a": 32, "b": 16}, SINGLE["tp"], 1.0, product=product)
     with pytest.raises(
         ConfigError, match="divisible by 16, a is 24 x 16 on a rank; lower parallel"
     ):
-        ColumnLinear(16, {"a": 24}, SINGLE["tp"], False, 1.0, product=product)
+        ColumnLinear(16, {"a": 24}, SINGLE["tp"], 1.0, product=product)
 
 
 def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from k2train.errors import ConfigError
+from k2train.model.architecture import Architecture
 from k2train.model.initialize import attach_rotary, materialize
 from k2train.model.kernels import optional as kernels_optional
 from k2train.model.kernels import select as kernels
@@ -25,9 +26,10 @@ from k2train.model.kernels.optional import (
     load_flash_attn_4,
 )
 from k2train.model.kernels.select import PLAIN_UP_TO, Attention, DeviceTraits, choose_kernels
-from k2train.model.transformer import Architecture, Stage
+from k2train.model.transformer import Stage
 from k2train.parallel.grid import Axis
 from k2train.train.engine import kernels_of
+from k2train.train.setup import Setup
 from tests.support.tiny_model import tiny_config
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -57,12 +59,14 @@ def test_auto_on_a_cpu() -> None:
 
 def test_the_config_says_where() -> None:
     """Catches a choice made without the sequence length, the precision or the mask of the run."""
-    assert kernels_of(tiny_config()).attention_name == "plain"
+    assert kernels_of(Setup.of(tiny_config(), 1)).attention_name == "plain"
     long = {"data__sequence_length": PLAIN_UP_TO[torch.float32] + 1}
-    assert kernels_of(tiny_config(**long)).attention_name == "sdpa"
-    assert kernels_of(tiny_config(precision="bf16", **long)).attention_name == "plain"
+    assert kernels_of(Setup.of(tiny_config(**long), 1)).attention_name == "sdpa"
+    assert kernels_of(Setup.of(tiny_config(precision="bf16", **long), 1)).attention_name == "plain"
     with pytest.raises(ConfigError, match="takes no mask"):
-        kernels_of(tiny_config(kernels__attention="flash", data__cross_documents="block"))
+        kernels_of(
+            Setup.of(tiny_config(kernels__attention="flash", data__cross_documents="block"), 1)
+        )
 
 
 @pytest.mark.parametrize(
@@ -316,7 +320,7 @@ def stage_values(compile: str) -> list[Tensor]:
     chosen = choose_kernels(compile=compile)
     axis = Axis("tp", 1, 0, None)
     stage = materialize(
-        lambda: Stage(SMALL, range(3), True, True, axis, False, chosen), torch.float64, CPU
+        lambda: Stage(SMALL, range(3), True, True, axis, chosen), torch.float64, CPU
     )
     attach_rotary([stage], SMALL, 6, CPU)
     generator = torch.Generator().manual_seed(2)

@@ -25,6 +25,7 @@ from benchmarks.cpu.processes import worker_of
 from benchmarks.cpu.results import ESTABLISHED, Ratio, Row, ratio
 from benchmarks.cpu.table import FORMAT, ratio_text
 from k2train.errors import RunError
+from k2train.text import markdown_table, number
 
 
 @dataclass(frozen=True)
@@ -146,19 +147,17 @@ def report(comparisons: Sequence[Comparison], base: dict[str, Any]) -> str:
         f"A loss is a median below {1 - ESTABLISHED:.2f}; differences under {ESTABLISHED:.0%} are "
         "not established.",
         "",
-        "| layout | precision | now, tokens/s | then, tokens/s | now / then | |",
-        "| --- | --- | --- | --- | --- | --- |",
     ]
-
-    for c in comparisons:
-        shown = "-" if c.ratio is None else ratio_text(c.ratio)
-        lines.append(
-            f"| {c.name} | {c.precision} | {_rate(c.now)} | {_rate(c.then)} | {shown} | "
-            f"{c.verdict} |"
+    headings = ("layout", "precision", "now, tokens/s", "then, tokens/s", "now / then", "")
+    rows = (
+        (
+            c.name,
+            c.precision,
+            number(c.now, 0),
+            number(c.then, 0),
+            "-" if c.ratio is None else ratio_text(c.ratio),
+            c.verdict,
         )
-
-    return "\n".join(lines)
-
-
-def _rate(rate: float | None) -> str:
-    return "-" if rate is None else f"{rate:,.0f}"
+        for c in comparisons
+    )
+    return "\n".join([*lines, *markdown_table(headings, rows)])

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 
 class UnavailableError(Exception):
-    """Raised by `build` where the contender cannot run; the message goes into its row."""
+    """Raised where a contender or a part cannot run; the message goes into its row."""
 
 
 @dataclass(frozen=True)

@@ -15,15 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.cpu.contract import Built
-from benchmarks.cpu.llama import (
-    DTYPES,
-    FusedAdamW,
-    Llama,
-    accumulate,
-    batches,
-    global_batch,
-    size_of,
-)
+from benchmarks.cpu.llama import DTYPES, Llama, batches, global_batch, loss_of, trained
 from benchmarks.cpu.work import Work
 
 
@@ -32,17 +24,7 @@ def build(work: Work, precision: str, options: Mapping[str, Any], rank: int, wor
     torch.manual_seed(work.seed)
     model = Llama(work, dtype=DTYPES[precision])
     run, ahead = _ddp(model) if options["kind"] == "ddp" else _fsdp2(model, world)
-    batch, optimizer = (
-        batches(global_batch(work), rank, world),
-        FusedAdamW(work, model.parameters()),
-    )
-
-    def step() -> float:
-        loss = accumulate(run, batch, work, ahead)
-        optimizer.step()
-        return loss
-
-    return Built(step, size_of(model.parameters()))
+    return trained(model, loss_of(run), batches(global_batch(work), rank, world), work, ahead)
 
 
 def _ddp(model: Llama) -> tuple[Callable[..., Any], Callable[[bool], None]]:

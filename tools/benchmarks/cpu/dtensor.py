@@ -4,6 +4,7 @@ The plan is that of torch's tutorials and of torchtitan: column-wise, then row-w
 row-wise, head column-wise with the loss over its shards (`loss_parallel`).
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,15 +22,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from benchmarks.cpu.contract import Built
-from benchmarks.cpu.llama import (
-    DTYPES,
-    FusedAdamW,
-    Llama,
-    accumulate,
-    global_batch,
-    mean_loss,
-    size_of,
-)
+from benchmarks.cpu.llama import DTYPES, Llama, global_batch, loss_of, mean_loss, trained
 from benchmarks.cpu.work import Work
 
 
@@ -40,15 +33,8 @@ def build(work: Work, precision: str, options: Mapping[str, Any], rank: int, wor
     shard(
         model, init_device_mesh("cpu", (world,)), bool(options.get("sequence")), local_logits=False
     )
-    batch, optimizer = global_batch(work), FusedAdamW(work, model.parameters())
-
-    def step() -> float:
-        with loss_parallel():
-            loss = accumulate(model, batch, work)
-        optimizer.step()
-        return loss
-
-    return Built(step, size_of(model.parameters()))
+    built = trained(model, loss_of(model), global_batch(work), work)
+    return dataclasses.replace(built, step=loss_parallel()(built.step))
 
 
 def shard(model: Llama, mesh: DeviceMesh, sequence: bool, local_logits: bool) -> None:

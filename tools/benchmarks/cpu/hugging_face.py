@@ -7,13 +7,19 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.cpu.contract import Built
-from benchmarks.cpu.llama import DTYPES, FusedAdamW, global_batch, size_of
+from benchmarks.cpu.llama import DTYPES, LossOf, global_batch, trained
 from benchmarks.cpu.work import Work
 
 
 def build(work: Work, precision: str, options: Mapping[str, Any], rank: int, world: int) -> Built:
-    """Build the same sizes under transformers' names."""
+    """One process, all micro-batches of the global batch in turn."""
     torch.manual_seed(work.seed)
+    model, loss_of = make_model(work, DTYPES[precision])
+    return trained(model, loss_of, global_batch(work), work)
+
+
+def make_model(work: Work, dtype: torch.dtype) -> tuple[LlamaForCausalLM, LossOf]:
+    """The same sizes under transformers' names, and the loss of that model."""
     config = LlamaConfig(
         vocab_size=work.vocab_size,
         hidden_size=work.hidden_size,
@@ -27,18 +33,5 @@ def build(work: Work, precision: str, options: Mapping[str, Any], rank: int, wor
         tie_word_embeddings=False,
         attn_implementation="sdpa",
     )
-
-    model = LlamaForCausalLM(config).to(DTYPES[precision]).train()
-    optimizer = FusedAdamW(work, model.parameters())
-    parts = global_batch(work).split(work.micro_sequences)
-
-    def step() -> float:
-        total = 0.0
-        for tokens in parts:
-            loss = model(input_ids=tokens, labels=tokens).loss / len(parts)
-            loss.backward()
-            total += float(loss.detach())
-        optimizer.step()
-        return total
-
-    return Built(step, size_of(model.parameters()))
+    model = LlamaForCausalLM(config).to(dtype).train()
+    return model, lambda ids: model(input_ids=ids, labels=ids).loss

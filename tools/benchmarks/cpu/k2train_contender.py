@@ -11,15 +11,22 @@ from typing import Any
 import torch
 
 import k2train
+from benchmarks.configs import config_tree, with_sections
 from benchmarks.cpu.contract import Built, UnavailableError
 from benchmarks.cpu.llama import batches, global_batch
 from benchmarks.cpu.work import Work
 from k2train.config.load import Config
+from k2train.data.loader import MicroBatch
 from k2train.errors import UserError
 from k2train.parallel.grid import ProcessGrid
 from k2train.plan import cost
 from k2train.train.engine import Engine
-from k2train.train.preflight import layout_of
+from k2train.train.setup import Setup
+
+MODEL_KEYS = (
+    "num_layers", "hidden_size", "ffn_hidden_size", "num_heads", "vocab_size", "rope_theta",
+    "norm_eps", "init_std",
+)  # fmt: skip
 
 
 def build(work: Work, precision: str, options: Mapping[str, Any], rank: int, world: int) -> Built:
@@ -34,61 +41,38 @@ def build(work: Work, precision: str, options: Mapping[str, Any], rank: int, wor
 
     try:
         config = Config.model_validate(_tree(work, precision, options))
-        grid = ProcessGrid(layout_of(config, world), rank, torch.device("cpu"))
-        engine = Engine(config, grid)
+        setup = Setup.of(config, world)
+        grid = ProcessGrid(setup.layout, rank, torch.device("cpu"))
+        engine = Engine(setup, grid)
     except (UserError, ValueError, NotImplementedError) as problem:
         raise UnavailableError(_first_line(problem)) from problem
 
-    microbatches = list(
-        batches(global_batch(work), grid.dp.rank, grid.dp.size).split(work.micro_sequences)
-    )
+    rows = batches(global_batch(work), grid.dp.rank, grid.dp.size)
+    microbatches = [MicroBatch(part) for part in rows.split(work.micro_sequences)]
 
     def step() -> float:
         return engine.train_step(microbatches, work.lr).loss
 
-    shape = cost.ModelShape(
-        num_layers=work.num_layers,
-        hidden_size=work.hidden_size,
-        ffn_hidden_size=work.ffn_hidden_size,
-        num_heads=work.num_heads,
-        num_kv_heads=work.num_heads,
-        vocab_size=work.vocab_size,
-    )
-
-    return Built(step, cost.parameters(shape), str(engine.kernels))
+    return Built(step, cost.parameters(setup.architecture), str(engine.kernels))
 
 
 def _tree(work: Work, precision: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {
-        "run": {"name": "bench", "seed": work.seed},
-        "model": {
-            "num_layers": work.num_layers,
-            "hidden_size": work.hidden_size,
-            "ffn_hidden_size": work.ffn_hidden_size,
-            "num_heads": work.num_heads,
-            "vocab_size": work.vocab_size,
-            "rope_theta": work.rope_theta,
-            "norm_eps": work.norm_eps,
-            "init_std": work.init_std,
-        },
-        "data": {"manifest": "unused/manifest.json", "sequence_length": work.sequence_length},
-        "batch": {
-            "global_sequences": work.global_sequences,
-            "micro_sequences": work.micro_sequences,
-        },
-        "optimizer": {
+    tree = config_tree(
+        {name: getattr(work, name) for name in MODEL_KEYS},
+        work.sequence_length,
+        work.global_sequences,
+        work.micro_sequences,
+        work.lr,
+        run={"seed": work.seed},
+        optimizer={
             "betas": [work.beta1, work.beta2],
             "eps": work.eps,
             "weight_decay": work.weight_decay,
             "clip_norm": None,
         },
-        "lr": {"kind": "constant", "peak": work.lr},
-        "precision": precision,
-    }
-
-    for section, values in options.items():
-        tree[section] = {**tree.get(section, {}), **values}
-    return tree
+        precision=precision,
+    )
+    return with_sections(tree, options)
 
 
 def _first_line(problem: Exception) -> str:

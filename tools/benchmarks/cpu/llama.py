@@ -14,8 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from benchmarks.cpu.contract import Built
 from benchmarks.cpu.work import Work
 
+LossOf = Callable[[Tensor], Tensor]
+"""Mean loss of token ids [b, s]."""
 IGNORE = -100
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -140,6 +143,11 @@ def mean_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(0, 1), ignore_index=IGNORE)
 
 
+def loss_of(model: Callable[[Tensor], Tensor]) -> LossOf:
+    """Loss of a model that gives logits."""
+    return lambda tokens: mean_loss(model(tokens), labels_of(tokens))
+
+
 def global_batch(work: Work) -> Tensor:
     """Token ids [global_sequences, sequence_length], the same in every step, contender and rank."""
     generator = torch.Generator().manual_seed(work.seed)
@@ -173,10 +181,7 @@ class FusedAdamW:
 
 
 def accumulate(
-    model: Callable[[Tensor], Tensor],
-    batch: Tensor,
-    work: Work,
-    ahead: Callable[[bool], None] | None = None,
+    loss_of: LossOf, batch: Tensor, work: Work, ahead: Callable[[bool], None] | None = None
 ) -> float:
     """Forward and backward of this rank's sequences in micro-batches; returns the mean loss.
 
@@ -187,11 +192,29 @@ def accumulate(
     for index, tokens in enumerate(parts):
         if ahead is not None:
             ahead(index == len(parts) - 1)
-        loss = mean_loss(model(tokens), labels_of(tokens)) / len(parts)
+        loss = loss_of(tokens) / len(parts)
         loss.backward()
         seen = loss.detach()
         total += float(seen.full_tensor() if isinstance(seen, DTensor) else seen)
     return total
+
+
+def trained(
+    model: nn.Module,
+    loss_of: LossOf,
+    batch: Tensor,
+    work: Work,
+    ahead: Callable[[bool], None] | None = None,
+) -> Built:
+    """A model trained on this rank's sequences by accumulation and fused AdamW."""
+    optimizer = FusedAdamW(work, model.parameters())
+
+    def step() -> float:
+        loss = accumulate(loss_of, batch, work, ahead)
+        optimizer.step()
+        return loss
+
+    return Built(step, size_of(model.parameters()))
 
 
 def size_of(parameters: Iterable[nn.Parameter]) -> int:

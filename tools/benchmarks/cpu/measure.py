@@ -1,4 +1,4 @@
-"""Memory of one process: resident peak from the kernel, and bytes allocated by a step from torch.
+"""Memory of one process: peak of the bytes that a step allocates, from torch.
 
 - CPU torch has no peak counter, but its profiler sees every allocation and release. Their running
   sum over one step has the peak that activations, temporaries and new gradients cause.
@@ -8,15 +8,8 @@ Alternatives considered:
 """
 
 from collections.abc import Callable
-from pathlib import Path
 
 from torch.profiler import ProfilerActivity, profile
-
-
-def peak_resident_bytes() -> int:
-    """Peak resident memory of this process (VmHWM)."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def peak_step_bytes(step: Callable[[], object]) -> int:

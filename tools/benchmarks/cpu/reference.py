@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from benchmarks.cpu.contract import Built
-from benchmarks.cpu.llama import DTYPES, FusedAdamW, Llama, accumulate, global_batch, size_of
+from benchmarks.cpu.llama import DTYPES, Llama, global_batch, loss_of, trained
 from benchmarks.cpu.work import Work
 
 
@@ -20,11 +20,4 @@ def build(work: Work, precision: str, options: Mapping[str, Any], rank: int, wor
     model = Llama(work, dtype=DTYPES[precision])
     if options.get("compile"):
         model.compile()
-    batch, optimizer = global_batch(work), FusedAdamW(work, model.parameters())
-
-    def step() -> float:
-        loss = accumulate(model, batch, work)
-        optimizer.step()
-        return loss
-
-    return Built(step, size_of(model.parameters()))
+    return trained(model, loss_of(model), global_batch(work), work)

@@ -11,8 +11,9 @@ import torch.distributed as dist
 
 from benchmarks.cpu.contenders import find
 from benchmarks.cpu.contract import Built, UnavailableError
-from benchmarks.cpu.measure import peak_resident_bytes, peak_step_bytes
+from benchmarks.cpu.measure import peak_step_bytes
 from benchmarks.cpu.work import Work
+from k2train.processes import peak_resident_bytes
 
 
 def build(spec: Mapping[str, Any]) -> Built:

@@ -10,7 +10,7 @@ from benchmarks.cpu.contenders import PRECISIONS
 from benchmarks.cpu.results import ESTABLISHED, Ratio, Row, Verdict, joining_ratio
 from benchmarks.cpu.rounds import Plan
 from benchmarks.cpu.work import Work
-from k2train.text import bytes_text
+from k2train.text import bytes_text, markdown_table, number
 
 FORMAT = 1
 HEAD = (
@@ -59,7 +59,8 @@ def rows_json(rows: Sequence[Row], verdicts: Sequence[Verdict]) -> dict[str, Any
 
 def report(facts: Mapping[str, Any], rows: Sequence[Row], verdicts: Sequence[Verdict]) -> str:
     """The whole report, the table last."""
-    return "\n".join([*_preamble(facts), "", *_table(rows, verdicts)])
+    table = markdown_table(HEAD, (_cells(row, rows, verdicts) for row in rows))
+    return "\n".join([*_preamble(facts), "", *table])
 
 
 def _preamble(facts: Mapping[str, Any]) -> list[str]:
@@ -88,15 +89,6 @@ def _preamble(facts: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _table(rows: Sequence[Row], verdicts: Sequence[Verdict]) -> list[str]:
-    lines = [_line(HEAD), _line(["---"] * len(HEAD))]
-    return lines + [_line(_cells(row, rows, verdicts)) for row in rows]
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |"
-
-
 def _cells(row: Row, rows: Sequence[Row], verdicts: Sequence[Verdict]) -> list[str]:
     joining = joining_ratio(rows, row.precision) if row.precision != PRECISIONS[0] else None
     wide = row.to_reference.median * joining if joining and row.to_reference else None
@@ -111,10 +103,10 @@ def _cells(row: Row, rows: Sequence[Row], verdicts: Sequence[Verdict]) -> list[s
         row.name,
         row.precision,
         f"{row.world} x {row.threads}",
-        "-" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}",
+        number(row.tokens_per_second, 0),
         spread,
-        "-" if row.to_reference is None else f"{row.to_reference.median:.2f}",
-        "-" if wide is None else f"{wide:.2f}",
+        number(row.to_reference and row.to_reference.median, 2),
+        number(wide, 2),
         loss,
         _mebibytes(row.peak_resident_bytes),
         _mebibytes(row.peak_step_bytes),
@@ -140,4 +132,4 @@ def ratio_text(ratio: Ratio) -> str:
 
 
 def _mebibytes(count: int | None) -> str:
-    return "-" if count is None else f"{count / MIB:,.0f}"
+    return number(None if count is None else count / MIB, 0)

@@ -9,15 +9,12 @@ from typing import Any, TextIO
 
 import torch
 
+from benchmarks.cpu.contract import UnavailableError
 from k2train.errors import UserError
 
 
 class OutOfTimeError(Exception):
     """The work no longer fits before the deadline."""
-
-
-class UnavailableError(Exception):
-    """Something optional is missing: a package, an amount of memory."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:

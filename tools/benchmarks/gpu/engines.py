@@ -2,20 +2,23 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from benchmarks.configs import config_tree
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.sizes import Batch
 from k2train.config.load import Config
+from k2train.data.loader import MicroBatch
 from k2train.launch.environment import Launch
 from k2train.parallel.grid import ProcessGrid, start_process_group, stop_process_group
 from k2train.parallel.shard import named_slices
 from k2train.plan.cost import ModelShape
 from k2train.plan.layout import Layout
 from k2train.train.engine import Engine
+from k2train.train.setup import Setup
 
 LR = 1e-4
 
@@ -34,27 +37,16 @@ def config_of(
     shape: ModelShape, batch: Batch, microbatches: int, kernels: dict[str, Any], precision: str
 ) -> Config:
     """Config of that shape; its data is never opened."""
-    return Config.model_validate(
-        {
-            "run": {"name": "bench", "seed": 7},
-            "model": {
-                "num_layers": shape.num_layers,
-                "hidden_size": shape.hidden_size,
-                "ffn_hidden_size": shape.ffn_hidden_size,
-                "num_heads": shape.num_heads,
-                "num_kv_heads": shape.num_kv_heads,
-                "vocab_size": shape.vocab_size,
-            },
-            "data": {"manifest": "unused/manifest.json", "sequence_length": batch.length_tokens},
-            "batch": {
-                "global_sequences": batch.sequences * microbatches,
-                "micro_sequences": batch.sequences,
-            },
-            "lr": {"kind": "constant", "peak": LR},
-            "kernels": kernels,
-            "precision": precision,
-        }
+    tree = config_tree(
+        asdict(shape),
+        batch.length_tokens,
+        batch.sequences * microbatches,
+        batch.sequences,
+        LR,
+        kernels=kernels,
+        precision=precision,
     )
+    return Config.model_validate(tree)
 
 
 def make_engine(
@@ -69,9 +61,8 @@ def make_engine(
 
     The library draws them on the host, by name.
     """
-    engine = Engine(
-        config_of(shape, batch, microbatches, kernels or {}, precision), grid, fill=False
-    )
+    config = config_of(shape, batch, microbatches, kernels or {}, precision)
+    engine = Engine(Setup(config, grid.layout), grid, fill=False)
     generator = torch.Generator(grid.device).manual_seed(7)
 
     with torch.no_grad():
@@ -87,19 +78,19 @@ def make_engine(
 
 
 def token_ids(
-    device: torch.device, shape: ModelShape, batch: Batch, microbatches: int = 1
-) -> list[Tensor]:
+    device: torch.device, vocab_size: int, batch: Batch, microbatches: int = 1
+) -> list[MicroBatch]:
     """Random ids, [sequences, length_tokens] for each micro-batch."""
     generator = torch.Generator(device).manual_seed(11)
     size = (batch.sequences, batch.length_tokens)
     return [
-        torch.randint(0, shape.vocab_size, size, device=device, generator=generator)
+        MicroBatch(torch.randint(0, vocab_size, size, device=device, generator=generator))
         for _ in range(microbatches)
     ]
 
 
-def forward_backward(engine: Engine, microbatches: Sequence[Tensor]) -> None:
+def forward_backward(engine: Engine, batch: Sequence[MicroBatch]) -> None:
     """A step without its optimizer: zero gradients, forward and backward, sums."""
     engine.gradients.zero()
-    engine._run(engine.program, microbatches, None)
+    engine._run(engine.program, batch, None)
     engine.gradients.reduce()

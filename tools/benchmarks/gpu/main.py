@@ -20,15 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.processes import (
-    EXIT_DONE,
-    EXIT_USAGE,
-    Parser,
-    command_of,
-    last_line,
-    run_to_end,
-)
+from benchmarks.gpu.processes import command_of, last_line, run_to_end
 from benchmarks.gpu.report import Row, markdown, planner_facts
+from k2train.command_line import Parser
+from k2train.errors import EXIT_DONE, EXIT_USAGE
 
 GRACE_SECONDS = 8.0
 """Extra seconds after a part's deadline to finish its current timing, before it is ended."""

@@ -1,6 +1,7 @@
 """Planned GPU memory of an engine, to compare with the measured one."""
 
-from k2train.plan.activations import ActivationSpec
+from dataclasses import replace
+
 from k2train.plan.cost import ModelShape, state_bytes
 from k2train.plan.layout import Layout
 from k2train.plan.memory import RankMemory, rank_memory
@@ -16,17 +17,8 @@ def states_bytes(shape: ModelShape, precision: str) -> int:
 
 def planned(engine: Engine) -> RankMemory:
     """Peak of a step of this engine, from its config alone."""
-    config, kernels = engine.config, engine.kernels
-    work = ActivationSpec(
-        shape=engine.architecture,
-        sequence_length=config.data.sequence_length,
-        micro_sequences=config.batch.micro_sequences,
-        precision=config.precision,
-        regather=engine.tp.regather,
-        attention=kernels.attention_name,
-        block=engine.block,
-        recompute=kernels.recompute,
-        recompute_layers=kernels.recompute_layers,
+    # Planned for an accelerator also where a dry run has none.
+    work = replace(
+        engine.setup.work("cuda", engine.kernels.attention_name), regather=engine.tp.regather
     )
-
     return rank_memory(work, ONE, engine.program, 0, engine.dp.overlap)

@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.engines import LR, make_engine, token_ids, world_of_one
-from benchmarks.gpu.profiling import engine_parts, profile_step, scopes
+from benchmarks.gpu.profiling import profile_engine
 from benchmarks.gpu.sizes import Batch, sizes
 from k2train.parallel.grid import ProcessGrid
 from k2train.plan.cost import ModelShape
@@ -40,10 +40,7 @@ def profiled(
 ) -> Mapping[str, Any]:
     """Profile of one engine's step."""
     engine = make_engine(grid, shape, batch, microbatches)
-    ids = token_ids(bench.device, shape, batch, microbatches)
-    with scopes(engine_parts(engine)):
-        for _ in range(3):
-            engine.train_step(ids, LR)
-        found = profile_step(lambda: engine.train_step(ids, LR), bench.cuda)
+    ids = token_ids(bench.device, shape.vocab_size, batch, microbatches)
+    found = profile_engine(engine, ids, LR, bench.cuda)
     busy = None if found.busy_seconds is None else found.busy_seconds / found.profiled_seconds
     return {**asdict(found), "rest_seconds": found.rest_seconds, "busy_share": busy}

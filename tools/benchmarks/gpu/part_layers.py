@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from benchmarks.gpu.bench import Bench, UnavailableError
+from benchmarks.cpu.contract import UnavailableError
+from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.engines import LR, forward_backward, make_engine, token_ids, world_of_one
 from benchmarks.gpu.memory import planned, states_bytes
 from benchmarks.gpu.sizes import Batch, Sizes, sizes
@@ -121,7 +122,7 @@ def measure(bench: Bench, grid: ProcessGrid, case: Case, rounds: int) -> Mapping
     before = bench.held_bytes()
     engine = make_engine(grid, case.shape, case.batch, case.microbatches, case.kernels)
     held = bench.held_bytes()
-    ids = token_ids(bench.device, case.shape, case.batch, case.microbatches)
+    ids = token_ids(bench.device, case.shape.vocab_size, case.batch, case.microbatches)
     engine.train_step(ids, LR)
     # Read before there is a timer: what that empties caches with is not the engine's.
     bench.forget_peak()

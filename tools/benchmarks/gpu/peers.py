@@ -9,13 +9,16 @@
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.gpu.bench import Bench, UnavailableError
+from benchmarks.cpu.contract import UnavailableError
+from benchmarks.cpu.llama import FusedAdamW, Llama, LossOf, loss_of, size_of
+from benchmarks.cpu.work import Work
+from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.engines import LR, make_engine, token_ids
 from benchmarks.gpu.sizes import Batch
 from k2train.parallel.grid import ProcessGrid
@@ -45,7 +48,7 @@ def optional(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise UnavailableError(f"{name} cannot be imported: {error}") from None
+        raise UnavailableError(f"{error.name or name} cannot be imported: {error}") from None
 
 
 def k2train_contender(
@@ -57,7 +60,7 @@ def k2train_contender(
 ) -> Contender:
     """k2train's engine as a contender."""
     engine = make_engine(grid, shape, batch, 1, kernels)
-    ids = token_ids(bench.device, shape, batch)
+    ids = token_ids(bench.device, shape.vocab_size, batch)
     name = (
         "k2train"
         if not kernels
@@ -66,50 +69,18 @@ def k2train_contender(
     return Contender(name, lambda: engine.train_step(ids, LR).loss)
 
 
-def transformers_model(
-    bench: Bench, shape: ModelShape, batch: Batch
-) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+def transformers_model(work: Work) -> tuple[nn.Module, LossOf]:
     """LlamaForCausalLM with SDPA, and its loss of ids [sequences, length]."""
-    package = optional("transformers")
-    settings = package.LlamaConfig(
-        vocab_size=shape.vocab_size,
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.ffn_hidden_size,
-        num_hidden_layers=shape.num_layers,
-        num_attention_heads=shape.num_heads,
-        num_key_value_heads=shape.num_kv_heads,
-        max_position_embeddings=batch.length_tokens,
-        rms_norm_eps=1e-5,
-        tie_word_embeddings=False,
-        use_cache=False,
-        attn_implementation="sdpa",
+    made: tuple[nn.Module, LossOf] = optional("benchmarks.cpu.hugging_face").make_model(
+        work, torch.bfloat16
     )
-
-    with torch.device(bench.device):
-        model = package.LlamaForCausalLM(settings).to(torch.bfloat16).train()
-    return model, lambda ids: model(input_ids=ids, labels=ids).loss
+    return made
 
 
-def reference_model(
-    bench: Bench, shape: ModelShape, batch: Batch
-) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+def reference_model(work: Work) -> tuple[nn.Module, LossOf]:
     """The hand-written LLaMA, and its loss."""
-    llama, works = optional("benchmarks.cpu.llama"), optional("benchmarks.cpu.work")
-    work = works.Work(
-        num_layers=shape.num_layers,
-        hidden_size=shape.hidden_size,
-        ffn_hidden_size=shape.ffn_hidden_size,
-        num_heads=shape.num_heads,
-        vocab_size=shape.vocab_size,
-        sequence_length=batch.length_tokens,
-        micro_sequences=batch.sequences,
-        global_sequences=batch.sequences,
-        lr=LR,
-    )
-
-    with torch.device(bench.device):
-        model = llama.Llama(work, dtype=torch.bfloat16)
-    return model, lambda ids: llama.mean_loss(model(ids), llama.labels_of(ids))
+    model = Llama(work, dtype=torch.bfloat16)
+    return model, loss_of(model)
 
 
 MODELS = {"transformers": transformers_model, "reference": reference_model}
@@ -117,30 +88,36 @@ MODELS = {"transformers": transformers_model, "reference": reference_model}
 
 def peer_contenders(bench: Bench, name: str, shape: ModelShape, batch: Batch) -> list[Contender]:
     """A peer and the same peer compiled, sharing weights and optimizer so that both fit at once."""
-    model, loss_of = MODELS[name](bench, shape, batch)
-    found = sum(p.numel() for p in model.parameters())
+    sizes = {key: value for key, value in asdict(shape).items() if key != "num_kv_heads"}
+    work = Work(
+        **sizes,
+        sequence_length=batch.length_tokens,
+        micro_sequences=batch.sequences,
+        global_sequences=batch.sequences,
+        lr=LR,
+    )
+    with torch.device(bench.device):
+        model, loss = MODELS[name](work)
+    found = size_of(model.parameters())
     assert found == parameters(shape), (
         f"{name} has {found} parameters, the shape {parameters(shape)}"
     )
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.1, fused=True
-    )
-    ids = token_ids(bench.device, shape, batch)[0]
+    optimizer = FusedAdamW(work, model.parameters())
+    ids = token_ids(bench.device, shape.vocab_size, batch)[0].tokens
 
-    def stepper(loss_of: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
+    def stepper(loss: LossOf) -> Callable[[], Tensor]:
         def step() -> Tensor:
-            loss = loss_of(ids)
-            loss.backward()
+            found = loss(ids)
+            found.backward()
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            return loss.detach()
+            return found.detach()
 
         return step
 
     # A dry run traces and splits the same, but waits for no compiler.
     backend = "aot_eager" if bench.dry else "inductor"
-    compiled = torch.compile(loss_of, dynamic=False, backend=backend)
+    compiled = torch.compile(loss, dynamic=False, backend=backend)
     return [
-        Contender(name, stepper(loss_of)),
+        Contender(name, stepper(loss)),
         Contender(f"{name} compiled", stepper(compiled), True),
     ]

@@ -3,7 +3,6 @@
 Standard library only.
 """
 
-import argparse
 import os
 import signal
 import subprocess
@@ -11,18 +10,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn
 
-EXIT_DONE, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
 TOOLS = Path(__file__).resolve().parents[2]
 ROOT = TOOLS.parent
-
-
-class Parser(argparse.ArgumentParser):
-    """Argument parser that reports an error as one line, without the usage text."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(EXIT_USAGE, f"{self.prog}: {message}; see --help\n")
 
 
 def command_of(

@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.profiling import engine_parts, profile_step, scopes
+from benchmarks.gpu.engines import token_ids
+from benchmarks.gpu.profiling import profile_engine
+from benchmarks.gpu.sizes import Batch
 from k2train.config.load import Config
 from k2train.launch.environment import read_launch
 from k2train.parallel.grid import ProcessGrid, start_process_group, stop_process_group
 from k2train.train.engine import Engine
-from k2train.train.preflight import layout_of
-
-WARM_UP_STEPS = 3
+from k2train.train.setup import Setup
 
 
 def profiled(work: dict[str, Any]) -> dict[str, Any]:
@@ -32,19 +32,11 @@ def profiled(work: dict[str, Any]) -> dict[str, Any]:
     start_process_group(launch, device)
 
     try:
-        batch, layout = config.batch, layout_of(config, launch.world_size)
-        engine = Engine(config, ProcessGrid(layout, launch.rank, device))
-        generator = torch.Generator(device).manual_seed(5)
-        size = (engine.num_microbatches, batch.micro_sequences, config.data.sequence_length)
-        ids = list(
-            torch.randint(0, config.model.vocab_size, size, device=device, generator=generator)
-        )
-        with scopes(engine_parts(engine)):
-            for _ in range(WARM_UP_STEPS):
-                engine.train_step(ids, config.lr.peak)
-            found = profile_step(
-                lambda: engine.train_step(ids, config.lr.peak), work["cuda"], work["steps"]
-            )
+        batch, setup = config.batch, Setup.of(config, launch.world_size)
+        engine = Engine(setup, ProcessGrid(setup.layout, launch.rank, device))
+        size = Batch(config.data.sequence_length, batch.micro_sequences)
+        ids = token_ids(device, config.model.vocab_size, size, setup.num_microbatches)
+        found = profile_engine(engine, ids, config.lr.peak, work["cuda"], work["steps"])
         facts = {
             "rank": launch.rank,
             "kernels_chosen": str(engine.kernels),

@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from k2train.data.loader import MicroBatch
+
 PRODUCTS = (
     "aten::mm",
     "aten::addmm",
@@ -46,6 +48,7 @@ FILLS = (
 )
 COMMUNICATION = ("c10d::", "gloo:", "nccl:", "record_param_comms", "_c10d_functional")
 OPTIMIZER = ("aten::_fused_adamw_", "aten::_foreach_norm", "aten::linalg_vector_norm")
+WARM_UP_STEPS = 3
 CATEGORIES = (
     "products", "attention", "loss", "elementwise", "copies", "fills",
     "communication", "optimizer", "gradients",
@@ -191,6 +194,20 @@ class Sorter:
 
 
 STEP = "step::whole"
+
+
+def profile_engine(
+    engine: Any, batch: Sequence[MicroBatch], lr: float, cuda: bool, steps: int = 2
+) -> Profile:
+    """Profile of a k2train engine's step, after warm-up."""
+
+    def step() -> None:
+        engine.train_step(batch, lr)
+
+    with scopes(engine_parts(engine)):
+        for _ in range(WARM_UP_STEPS):
+            step()
+        return profile_step(step, cuda, steps)
 
 
 def profile_step(step: Callable[[], Any], cuda: bool, steps: int = 2) -> Profile:

@@ -17,9 +17,10 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from k2train.text import bytes_text
+from k2train.text import bytes_text, markdown_table
 
 Row = dict[str, Any]
+Cell = Callable[[Row], str]
 FORMAT = 1
 
 # Pieces of one layer, with how often each runs in it.
@@ -85,7 +86,7 @@ def planner_facts(rows: Sequence[Row]) -> dict[str, Any] | None:
 
     return {
         "format": FORMAT,
-        "device": next((row["facts"]["device"] for row in fine(rows, "device", "facts")), None),
+        "device": next((row["facts"].get("device") for row in fine(rows, "device", "facts")), None),
         "matmul_flops_per_second": matmul_rate(rows),
         "copy_bytes_per_second": next(
             (row["bytes_per_second"] for row in fine(rows, "device", "bytes_per_second")), None
@@ -109,20 +110,36 @@ def share(value: float | None, of_what: float | None) -> str:
 
 def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """Markdown table; the first column is left-aligned."""
-    rule = ["---", *["---:"] * (len(header) - 1)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *lines)) + "\n"
+    return "\n".join(markdown_table(header, lines, numbers=True)) + "\n"
+
+
+def columns(rows: Sequence[Row], *given: tuple[str, Cell]) -> str:
+    """Table with a line per row and these columns; empty without rows."""
+    lines = [[cell(row) for _, cell in given] for row in rows]
+    return table([heading for heading, _ in given], lines) if lines else ""
+
+
+def words(key: str) -> Cell:
+    """Column of a figure as it is."""
+    return lambda row: str(row[key])
+
+
+def scaled(key: str, scale: float, digits: int = 1) -> Cell:
+    """Column of a scaled figure."""
+    return lambda row: number(row.get(key), scale, digits)
+
+
+def part_of(key: str, whole: float | None) -> Cell:
+    """Column of a figure as a share of `whole`."""
+    return lambda row: share(row[key], whole)
 
 
 def failures(rows: Sequence[Row]) -> str:
     """What was not measured, and why."""
-    lines = [
-        [row["part"], row["what"], row["status"], row["why"]]
-        for row in rows
-        if row["status"] != "ok"
-    ]
-    return (
-        "\n### Not measured\n\n" + table(("part", "what", "status", "why"), lines) if lines else ""
-    )
+    keys = ("part", "what", "status", "why")
+    bad = [row for row in rows if row["status"] != "ok"]
+    text = columns(bad, *((key, words(key)) for key in keys))
+    return f"\n### Not measured\n\n{text}" if text else ""
 
 
 def device_text(rows: Sequence[Row]) -> str:
@@ -135,21 +152,19 @@ def device_text(rows: Sequence[Row]) -> str:
             else {f"{key}, after": value for key, value in row["facts"].items()}
         )
 
-    products = fine(rows, "device", "flops_per_second")
-    lines = [
-        [row["what"], number(row["flops_per_second"], 1e-12), share(row["spread"], 1.0)]
-        for row in products
-    ]
     text = (
         table(("device", ""), [[key, str(value)] for key, value in facts.items()]) if facts else ""
     )
 
-    if lines:
+    products = columns(
+        fine(rows, "device", "flops_per_second"),
+        ("bf16 product", words("what")),
+        ("TFLOP/s", scaled("flops_per_second", 1e-12)),
+        ("spread", part_of("spread", 1.0)),
+    )
+    if products:
         best = number(matmul_rate(rows), 1e-12)
-        text += "\n" + table(
-            ("bf16 product", "TFLOP/s", "spread"),
-            [*lines, ["**the matmul rate**", f"**{best}**", ""]],
-        )
+        text += f"\n{products}| **the matmul rate** | **{best}** |  |\n"
 
     copies = fine(rows, "device", "bytes_per_second")
     return text + "".join(
@@ -160,35 +175,32 @@ def device_text(rows: Sequence[Row]) -> str:
 def layers_text(rows: Sequence[Row]) -> str:
     """Table of the part `layers`."""
     rate, sheet = matmul_rate(rows), data_sheet(rows)
-    lines = [
-        [
-            row["what"],
-            number(row["forward_backward_seconds"], 1e3),
-            number(row["step_seconds"], 1e3),
-            share(row["spread"], 1.0),
-            number(row["tokens_per_second"], 1, 0),
-            number(row["flops_per_second"], 1e-12),
-            share(row["flops_per_second"], rate),
-            share(row["flops_per_second_causal"], rate),
-            share(row["step_flops_per_second"], rate),
-            share(row["flops_per_second"], sheet),
-            number(row["peak_bytes"], 2**-30, 2),
-            number(row["planned_bytes"], 2**-30, 2),
-            number(ratio(row["peak_bytes"], row["planned_bytes"]), 1, 3),
-        ]
-        for row in fine(rows, "layers", "kernels")
-    ]
-
-    header = (
-        "K2's layers, bf16", "forward + backward ms", "step ms", "spread", "tokens/s", "TFLOP/s",
-        "of the matmul rate", "same, causal pairs only", "whole step", "of the data sheet",
-        "peak GiB", "planned GiB", "measured / planned",
-    )  # fmt: skip
+    text = columns(
+        fine(rows, "layers", "kernels"),
+        ("K2's layers, bf16", words("what")),
+        ("forward + backward ms", scaled("forward_backward_seconds", 1e3)),
+        ("step ms", scaled("step_seconds", 1e3)),
+        ("spread", part_of("spread", 1.0)),
+        ("tokens/s", scaled("tokens_per_second", 1, 0)),
+        ("TFLOP/s", scaled("flops_per_second", 1e-12)),
+        ("of the matmul rate", part_of("flops_per_second", rate)),
+        ("same, causal pairs only", part_of("flops_per_second_causal", rate)),
+        ("whole step", part_of("step_flops_per_second", rate)),
+        ("of the data sheet", part_of("flops_per_second", sheet)),
+        ("peak GiB", scaled("peak_bytes", 2**-30, 2)),
+        ("planned GiB", scaled("planned_bytes", 2**-30, 2)),
+        ("measured / planned", lambda row: number(peak_ratio(row), 1, 3)),
+    )
     note = (
         "\nTFLOP/s and shares are of forward and backward unless said; model FLOPs, attention "
         "counted full.\n"
     )
-    return table(header, lines) + note if lines else ""
+    return text + note if text else ""
+
+
+def peak_ratio(row: Row) -> float | None:
+    """Measured over planned peak of a row; None if either is unknown."""
+    return ratio(row["peak_bytes"], row["planned_bytes"])
 
 
 def ratio(mine: float | None, theirs: float | None) -> float | None:
@@ -199,103 +211,66 @@ def ratio(mine: float | None, theirs: float | None) -> float | None:
 def models_text(rows: Sequence[Row]) -> str:
     """Table of the part `models`."""
     measured = fine(rows, "models", "step_seconds")
-    lines = []
 
-    for row in measured:
-        same = [
-            other
-            for other in measured
-            if (other["model"], other["batch"]) == (row["model"], row["batch"])
-        ]
-        lines.append(
-            [
-                f"{row['model']}, {row['batch']}",
-                row["contender"],
-                number(row["step_seconds"], 1e3),
-                share(row["spread"], 1.0),
-                number(row["tokens_per_second"], 1, 0),
-                share(row["step_flops_per_second"], matmul_rate(rows)),
-                *(
-                    number(against(row, same, name), 1, 2)
-                    for name in ("transformers compiled", "reference compiled")
-                ),
-                number(row["above_held_bytes"], 2**-30, 2),
-                " ".join(f"{loss:.2f}" for loss in (row["losses"][0], row["losses"][-1])),
-                "in turns" if row["in_turns"] > 1 else "alone",
-            ]
-        )
+    def beside(name: str) -> tuple[str, Cell]:
+        return f"/ {name}", lambda row: number(against(row, measured, name), 1, 2)
 
-    header = (
-        "whole model, bf16", "contender", "step ms", "spread", "tokens/s", "of the matmul rate",
-        "/ transformers compiled", "/ reference compiled", "GiB above states", "loss, step 1 and 3",
-        "timed",
-    )  # fmt: skip
-    return table(header, lines) if lines else ""
+    return columns(
+        measured,
+        ("whole model, bf16", lambda row: f"{row['model']}, {row['batch']}"),
+        ("contender", words("contender")),
+        ("step ms", scaled("step_seconds", 1e3)),
+        ("spread", part_of("spread", 1.0)),
+        ("tokens/s", scaled("tokens_per_second", 1, 0)),
+        ("of the matmul rate", part_of("step_flops_per_second", matmul_rate(rows))),
+        beside("transformers compiled"),
+        beside("reference compiled"),
+        ("GiB above states", scaled("above_held_bytes", 2**-30, 2)),
+        ("loss, step 1 and 3", lambda row: f"{row['losses'][0]:.2f} {row['losses'][-1]:.2f}"),
+        ("timed", lambda row: "in turns" if row["in_turns"] > 1 else "alone"),
+    )
 
 
-def against(row: Row, same: Sequence[Row], name: str) -> float | None:
-    """Tokens per second of a row over those of a contender at the same work."""
-    other = next((r for r in same if r["contender"] == name), None)
+def against(row: Row, rows: Sequence[Row], name: str) -> float | None:
+    """Tokens per second of a row over those of a contender at the same model and batch."""
+    wanted = (row["model"], row["batch"], name)
+    found = (r for r in rows if (r["model"], r["batch"], r["contender"]) == wanted)
+    other = next(found, None)
     return None if other is None else row["tokens_per_second"] / other["tokens_per_second"]
 
 
 def tp8_text(rows: Sequence[Row]) -> str:
     """Table of the part `tp8`."""
-    lines = []
-    for row in fine(rows, "tp8", "forward_seconds"):
-        line = [row["what"]]
-        for key in ("forward", "input_gradient", "weight_gradient"):
-            line += [
-                number(row.get(f"{key}_seconds"), 1e6, 0),
-                number(row.get(f"{key}_flops_per_second"), 1e-12),
-            ]
-        lines.append([*line, "graph" if row["graph"] else "eager"])
-
-    header = (
-        "a rank of eight, us (TFLOP/s)",
-        "forward",
-        "",
-        "input gradient",
-        "",
-        "weight gradient",
-        "",
-        "launched",
+    timed: list[tuple[str, Cell]] = []
+    for key in ("forward", "input_gradient", "weight_gradient"):
+        timed.append((key.replace("_", " "), scaled(f"{key}_seconds", 1e6, 0)))
+        timed.append(("", scaled(f"{key}_flops_per_second", 1e-12)))
+    return columns(
+        fine(rows, "tp8", "forward_seconds"),
+        ("a rank of eight, us (TFLOP/s)", words("what")),
+        *timed,
+        ("launched", lambda row: "graph" if row["graph"] else "eager"),
     )
-
-    return table(header, lines) if lines else ""
 
 
 def host_text(rows: Sequence[Row]) -> str:
     """Table of the part `host`."""
     measured = fine(rows, "host", "profiled_seconds")
-    categories = list(measured[0]["seconds"]) if measured else []
 
-    lines = [
-        [
-            row["what"],
-            number(row["plain_seconds"], 1e3),
-            share(row["busy_share"], 1.0),
-            str(row["kernels"]),
-            str(row["synchronisations"]),
-            str(row["to_host"]),
-            *(share(row["seconds"][name], row["profiled_seconds"]) for name in categories),
-            share(row["rest_seconds"], row["profiled_seconds"]),
-        ]
-        for row in measured
-    ]
+    def category(name: str) -> tuple[str, Cell]:
+        return name, lambda row: share(row["seconds"][name], row["profiled_seconds"])
 
-    header = (
-        "a step",
-        "ms",
-        "busy",
-        "launches",
-        "synchronisations",
-        "copies to host",
-        *categories,
-        "rest",
+    return columns(
+        measured,
+        ("a step", words("what")),
+        ("ms", scaled("plain_seconds", 1e3)),
+        ("busy", part_of("busy_share", 1.0)),
+        ("launches", words("kernels")),
+        ("synchronisations", words("synchronisations")),
+        ("copies to host", words("to_host")),
+        *map(category, measured[0]["seconds"] if measured else ()),
+        ("rest", lambda row: share(row["rest_seconds"], row["profiled_seconds"])),
     )
-
-    return table(header, lines) if lines else ""
 
 
 def aims_text(rows: Sequence[Row]) -> str:
@@ -312,31 +287,16 @@ def aims_text(rows: Sequence[Row]) -> str:
         same = [row for row in layers if row["batch"] == batch]
         best = max(same, key=lambda row: row["flops_per_second"] or 0.0)
         for row in [same[0], *([best] if best is not same[0] else [])]:
-            found = ratio(row["flops_per_second"], rate)
-            add(
-                f"K2's layers, {row['what']}: share of the matmul rate",
-                found,
-                ">= 0.75",
-                lambda x: x >= 0.75,
-            )
+            what, found = f"K2's layers, {row['what']}", ratio(row["flops_per_second"], rate)
+            add(f"{what}: share of the matmul rate", found, ">= 0.75", lambda x: x >= 0.75)
         for row in same:
-            found = ratio(row["peak_bytes"], row["planned_bytes"])
-            add(
-                f"K2's layers, {row['what']}: peak / plan",
-                found,
-                "0.97 to 1.03",
-                lambda x: 0.97 <= x <= 1.03,
-            )
+            what, near = f"K2's layers, {row['what']}", "0.97 to 1.03"
+            add(f"{what}: peak / plan", peak_ratio(row), near, lambda x: 0.97 <= x <= 1.03)
 
     measured = fine(rows, "models", "step_seconds")
     for row in measured:
-        same = [
-            other
-            for other in measured
-            if (other["model"], other["batch"]) == (row["model"], row["batch"])
-        ]
         if row["contender"].startswith("k2train"):
-            found = against(row, same, "transformers compiled")
+            found = against(row, measured, "transformers compiled")
             add(f"{row['what']} / transformers compiled", found, ">= 1.15", lambda x: x >= 1.15)
 
     return table(("aim", "found", "wanted", ""), lines) if lines else ""

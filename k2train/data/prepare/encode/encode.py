@@ -23,13 +23,14 @@ import numpy as np
 from k2train.data.manifest import chunk_dtype
 from k2train.data.prepare.cleanup import remove_leftovers
 from k2train.data.prepare.encode.fill_in_middle import KINDS, Item, choose_item, encode_documents
-from k2train.data.prepare.encode.sorted_runs import RunWriter
+from k2train.data.prepare.encode.run_writer import RunWriter
 from k2train.data.prepare.recipe import WHOLE
 from k2train.data.prepare.source import Contents, Source, first_position, split_position
 from k2train.data.prepare.sources.readers import Document, Rejection, read_documents
 from k2train.data.prepare.sources.rejected import REJECTED_NAME
 from k2train.data.prepare.sources.stdlib import topic_page
 from k2train.data.prepare.workspace import EncodeTask, Workspace, process_suffix, write_json
+from k2train.data.source_record import SourceFile
 from k2train.data.tokenizer import EOS_ID
 from k2train.errors import DataError
 from k2train.files import AtomicFile
@@ -115,8 +116,7 @@ class _SubsetEncoder:
         self.psm, self.spm = fim.psm, fim.spm
         # The subsets of a task share its memory for tokens equally.
         self.writer = RunWriter(
-            folder,
-            f"{list(recipe.subsets).index(name):03d}",
+            folder / f"{list(recipe.subsets).index(name):03d}",
             name,
             self.subset.passes,
             recipe.seed,
@@ -305,8 +305,8 @@ def sources_identity(records: Iterable[Mapping[str, Any]]) -> str:
     return digest.hexdigest()
 
 
-def changed_sources(sources: Iterable[Source], known: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Keys of sources that differ from `known` (facts by key), including new and missing ones.
+def changed_sources(sources: Iterable[Source], known: Mapping[str, SourceFile]) -> list[str]:
+    """Keys of sources that differ from the `known` ones by key, including new and missing ones.
 
     Equal size and modification time count as equal content. When only the time differs, the file is
     read and compared.
@@ -319,8 +319,8 @@ def changed_sources(sources: Iterable[Source], known: Mapping[str, Mapping[str, 
     return sorted(changed | (set(known) - seen))
 
 
-def _is_unchanged(source: Source, facts: Mapping[str, Any]) -> bool:
-    """Whether a source still has the size and hash of `facts`."""
+def _is_unchanged(source: Source, known: SourceFile) -> bool:
+    """Whether a source still has the known size and hash."""
     if not source.path:
         contents = Contents(source, topic_page(source.name))
     else:
@@ -329,12 +329,12 @@ def _is_unchanged(source: Source, facts: Mapping[str, Any]) -> bool:
         except OSError:
             return False
 
-        if status.st_size != facts["bytes"]:
+        if status.st_size != known.bytes:
             return False
         # Same size and time: unchanged, without reading the file.
-        if status.st_mtime_ns == facts.get("mtime_ns"):
+        if status.st_mtime_ns == known.mtime_ns:
             return True
         contents = Contents(source)
 
     contents.hash_only()
-    return bool(contents.facts["sha256"] == facts["sha256"])
+    return bool(contents.facts["sha256"] == known.sha256)

@@ -12,7 +12,8 @@ from k2train.data.prepare.progress import Progress
 from k2train.data.prepare.recipe import Recipe
 from k2train.data.prepare.source import POSITIONS, Source, split_position
 from k2train.data.prepare.sources.readers import read_texts
-from k2train.data.tokenizer import Tokenizer, train_tokenizer
+from k2train.data.tokenizer import Tokenizer
+from k2train.data.tokenizer_training import train_tokenizer
 from k2train.errors import DataError
 
 

@@ -98,7 +98,9 @@ def import_chunk(task: ImportTask) -> ChunkInfo:
         }
         with AtomicFile(task.record) as stream:
             stream.write(
-                json.dumps({"identity": identity, "bytes": sizes, "info": vars(info)}).encode()
+                json.dumps(
+                    {"identity": identity, "bytes": sizes, "info": info.model_dump()}
+                ).encode()
             )
     except OSError as error:
         where = error.filename or task.target
@@ -156,14 +158,14 @@ def _write_chunk(task: ImportTask) -> ChunkInfo:
     }
     hashes = [sha256_file(task.target / name) for name in names]
     return ChunkInfo(
-        task.name,
-        names[0],
-        rows,
-        rows * task.sequence_length,
-        per_subset,
-        hashes[0],
-        names[1],
-        hashes[1],
+        name=task.name,
+        file=names[0],
+        rows=rows,
+        tokens=rows * task.sequence_length,
+        tokens_per_subset=per_subset,
+        sha256=hashes[0],
+        provenance=names[1],
+        provenance_sha256=hashes[1],
     )
 
 

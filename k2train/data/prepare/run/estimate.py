@@ -6,7 +6,6 @@
 - Alternatives considered: a table of rates; they would be those of another machine.
 """
 
-import resource
 import sys
 import tempfile
 import time
@@ -22,12 +21,13 @@ from k2train.data.prepare.progress import Progress
 from k2train.data.prepare.recipe import Recipe, SubsetRecipe
 from k2train.data.prepare.run.local import workers_of
 from k2train.data.prepare.source import Source
-from k2train.data.prepare.sources.readers import encode_tasks, list_sources
+from k2train.data.prepare.sources.listing import encode_tasks, list_sources
 from k2train.data.prepare.workspace import Workspace, read_json
 from k2train.data.prepare.write.write_chunk import chunk_task
 from k2train.data.tokenizer import Tokenizer
 from k2train.errors import DataError
-from k2train.text import bytes_text, counted
+from k2train.processes import peak_resident_bytes
+from k2train.text import bytes_text, counted, duration, tokens_text
 
 # Enough passes over the standard library for writing chunks to take seconds, not milliseconds.
 PASSES = 16
@@ -100,7 +100,7 @@ def measure(recipe: Recipe, progress: Progress) -> Rates:
             run_bytes_per_token=_size(workspace.folder / "runs")
             / (PASSES * account["training_tokens"]),
             chunk_bytes_per_token=_size(workspace.target) / made,
-            peak_memory_bytes=_peak_memory_bytes(),
+            peak_memory_bytes=peak_resident_bytes(),
             tokenizer=description,
         )
 
@@ -139,14 +139,6 @@ def _timed(task: Callable[[int], None], count: int) -> float:
     for number in range(count):
         task(number)
     return time.process_time() - began
-
-
-def _peak_memory_bytes() -> int:
-    status = Path("/proc/self/status")
-    if status.exists():
-        # Not getrusage: its figure for a child starts at that of its parent.
-        return int(status.read_text("ascii").split("VmHWM:")[1].split()[0]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _size(folder: Path) -> int:
@@ -268,7 +260,7 @@ def estimate_lines(recipe: Recipe, rates: Rates, needs: Cost) -> Sequence[str]:
         if recipe.executor.workers is None and recipe.executor.kind == "local"
         else ""
     )
-    encode, chunks = seconds_text(needs.encode_seconds), seconds_text(needs.chunk_seconds)
+    encode, chunks = duration(needs.encode_seconds), duration(needs.chunk_seconds)
     task_bytes = min(
         recipe.executor.task_bytes,
         needs.encoded_tokens * rates.text_bytes_per_token / needs.encode_tasks,
@@ -285,8 +277,8 @@ def estimate_lines(recipe: Recipe, rates: Rates, needs: Cost) -> Sequence[str]:
         f"{'plan':9}{1:9,}  {'-':>14}   reads the runs' indexes",
         f"{'chunks':9}{needs.chunk_tasks:9,}  {chunks:>14}   "
         "merges its part of the runs, writes one chunk",
-        f"{'total':18}  {seconds_text(needs.encode_seconds + needs.chunk_seconds):>14}   "
-        f"or {seconds_text(needs.wall_seconds(workers))} with {counted(workers, 'worker')} "
+        f"{'total':18}  {duration(needs.encode_seconds + needs.chunk_seconds):>14}   "
+        f"or {duration(needs.wall_seconds(workers))} with {counted(workers, 'worker')} "
         f"({workers_note}executor.workers)",
         "",
         f"disk      {bytes_text(needs.work_bytes)} of intermediate files, removed at the end, "
@@ -302,22 +294,3 @@ def estimate_lines(recipe: Recipe, rates: Rates, needs: Cost) -> Sequence[str]:
         lines.append(f"estimated from file sizes, as if plain text: {', '.join(needs.from_files)}")
 
     return lines
-
-
-def _scaled(value: float, units: Sequence[tuple[float, str]]) -> str:
-    """Format with one decimal in the largest unit that is not above the value."""
-    size, unit = next((unit for unit in units if value >= unit[0]), units[-1])
-    text = f"{value / size:,.1f}"
-    return f"{text.removesuffix('.0') if size == units[-1][0] else text}{unit}"
-
-
-def tokens_text(value: float) -> str:
-    """Format a number of tokens: `812`, `40.3M`, `1,295.7B`."""
-    return _scaled(round(value), ((1e9, "B"), (1e6, "M"), (1e3, "K"), (1, "")))
-
-
-def seconds_text(value: float) -> str:
-    """Format a duration: `below 1 second`, `12 seconds`, `1.5 hours`."""
-    if value < 1:
-        return "below 1 second"
-    return _scaled(value, ((3600, " hours"), (60, " minutes"), (1, " seconds")))

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Protocol, Self
+from typing import TYPE_CHECKING
 
 from k2train.data.prepare.progress import Progress
 from k2train.data.prepare.recipe import ExecutorRecipe
@@ -22,30 +22,10 @@ from k2train.data.prepare.run.tasks import Phase, completed, first_failure, phas
 from k2train.data.prepare.workspace import Workspace
 from k2train.errors import ConfigError, DataError
 
+if TYPE_CHECKING:
+    from k2train.data.prepare.run.slurm import SlurmExecutor
+
 POLL_SECONDS = 0.2
-
-
-class TaskExecutor(Protocol):
-    """Interface of the executors.
-
-    Leaving the with statement ends everything that must not run without the driver.
-    """
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(self, *_: object) -> None: ...
-
-    def start(self, phase: Phase) -> None:
-        """Start the remaining tasks of a phase; earlier phases are complete."""
-
-    def poll(self, phase: Phase, seconds: float) -> Exception | None:
-        """Wait about `seconds`; returns an exception when the phase cannot complete."""
-
-    def finish(self, phase: Phase) -> None:
-        """Called when all tasks of the phase are done."""
-
-    def failed(self, phase: Phase) -> None:
-        """Called when a task of the phase has failed: the others need not continue."""
 
 
 LOCK_NAME = "lock"
@@ -92,44 +72,42 @@ def run_phases(
     that met a user's mistake, RuntimeError for a bug, ConfigError when the executor is not
     available.
     """
-    with exclusive(workspace.folder):
-        drive(workspace, executor, progress, phases)
-
-
-def drive(
-    workspace: Workspace,
-    recipe: ExecutorRecipe,
-    progress: Progress,
-    phases: Sequence[Phase] | None = None,
-) -> None:
-    """`run_phases` for a caller that already holds the lock."""
     # Tasks on other machines or in other working directories need the absolute path.
     workspace = replace(workspace, folder=workspace.folder.resolve())
     phases = phases_of(workspace) if phases is None else phases
-    with _executor(workspace, phases, recipe, progress) as executor:
+    with (
+        exclusive(workspace.folder),
+        _executor(workspace, phases, executor, progress) as started,
+    ):
         for phase in phases:
-            for _ in progress.track(
-                phase.name, _watch(workspace, phase, executor), total=phase.tasks, unit="tasks"
-            ):
+            done = _watch(workspace, phase, started)
+            for _ in progress.track(phase.name, done, total=phase.tasks, unit="tasks"):
                 pass
 
 
 def _executor(
     workspace: Workspace, phases: Sequence[Phase], recipe: ExecutorRecipe, progress: Progress
-) -> TaskExecutor:
+) -> "LocalExecutor | SlurmExecutor":
+    if recipe.kind == "local":
+        return LocalExecutor(workspace, recipe)
     if find_spec("datatrove") is None:
-        raise ConfigError("preparing data needs datatrove: pip install 'k2train[data]'")
-    if recipe.kind == "slurm":
-        # Imported here, since only SLURM needs datatrove's executor in this process.
-        from k2train.data.prepare.run.slurm import SlurmExecutor
+        raise ConfigError(
+            f"executor.kind {recipe.kind} needs datatrove: pip install 'k2train[data]'"
+        )
+    if recipe.kind == "ray":
+        if find_spec("ray") is None:
+            raise ConfigError("executor.kind ray needs ray: pip install ray")
+        return LocalExecutor(workspace, recipe)
 
-        return SlurmExecutor(workspace, phases, recipe, progress)
-    if recipe.kind == "ray" and find_spec("ray") is None:
-        raise ConfigError("executor.kind ray needs ray: pip install ray")
-    return LocalExecutor(workspace, phases, recipe)
+    # Imported here, since only SLURM needs datatrove in this process.
+    from k2train.data.prepare.run.slurm import SlurmExecutor
+
+    return SlurmExecutor(workspace, phases, recipe, progress)
 
 
-def _watch(workspace: Workspace, phase: Phase, executor: TaskExecutor) -> Iterator[int]:
+def _watch(
+    workspace: Workspace, phase: Phase, executor: "LocalExecutor | SlurmExecutor"
+) -> Iterator[int]:
     """Yield the numbers of done tasks as they complete; ends when all are done."""
     executor.start(phase)
     shown: set[int] = set()
@@ -139,13 +117,10 @@ def _watch(workspace: Workspace, phase: Phase, executor: TaskExecutor) -> Iterat
         yield from sorted(done - shown)
         shown |= done
         if len(done) == phase.tasks:
-            executor.finish(phase)
             return
 
         # Prefer the failure of a task to what the executor noticed, which is one poll old.
         failure = first_failure(workspace, phase) or poll_failure
         if failure is not None:
-            executor.failed(phase)
             raise failure
-
         poll_failure = executor.poll(phase, POLL_SECONDS)

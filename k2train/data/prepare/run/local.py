@@ -1,41 +1,178 @@
-"""Local and Ray executors of datatrove in a process of their own that ends with the driver.
+"""Worker processes of this machine, and the executor that runs tasks, or Ray's driver, in them.
 
-- `python -m k2train.data.prepare.run.local FD` is a small server. It loads datatrove once and forks
-  for every phase that the driver requests over a socket. A fork starts in milliseconds, and its end
-  releases all memory of the phase.
-- The server leads a process group of all workers. However the driver ends, the kernel closes the
-  socket and the server kills the group, so no worker is left.
-- Alternatives considered: datatrove in the driver; its manager process outlives a killed parent,
-  its pool cannot be ended from outside, and its log goes to the terminal instead of a file.
+- A worker is started once and runs one call after another. The driver knows the call of each, so
+  the task of a worker that the system killed is named, and the others are ended.
+- A worker's life hangs on the driver: a thread in it waits for the end of the driver, however that
+  comes, and ends the process.
+- Ctrl-C reaches the driver alone. What a worker prints goes into a log.
+
+Alternatives considered:
+- concurrent.futures: after a death it says neither whose nor which task, workers of a killed driver
+  wait for ever, and their semaphores are reported as leaked on the terminal.
+- datatrove's local executor: a pool with the same faults, and a manager that outlives the driver.
 """
 
 import os
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Sequence
-from contextlib import suppress
-from multiprocessing import Pipe
-from multiprocessing.connection import Connection
+import traceback
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from multiprocessing import get_context, parent_process, resource_tracker
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from typing import Any
+from threading import Thread
+from typing import Any, Self
 
 from k2train.data.prepare.recipe import ExecutorRecipe
-from k2train.data.prepare.run.tasks import Phase, PhaseTask, explain, reconcile, tail_of
+from k2train.data.prepare.run.tasks import (
+    Phase,
+    PhaseTask,
+    TaskStopped,
+    explain,
+    reconcile,
+    run_task,
+    tail_of,
+)
 from k2train.data.prepare.workspace import Workspace
 from k2train.errors import DataError
 
 CLUSTER_WORKERS = 64
-POLL_SECONDS = 0.05
-GRACE_SECONDS = 2.0
-ROOT = Path(__file__).resolve().parents[4]
-# With -m the working directory would come first on the path, and a k2train in it would be imported
-# instead of the driver's.
-_SERVER = (
-    "import sys; sys.path.insert(0, sys.argv.pop(1)); "
-    "from k2train.data.prepare.run.local import main; main(sys.argv[1:])"
-)
+Call = partial[Any]
+
+
+class WorkerDied(RuntimeError):
+    """The process of a call ended with `code` before the call did; a signal is negative."""
+
+    def __init__(self, code: int | None) -> None:
+        super().__init__(f"the worker process ended with code {code}")
+        self.code = code or 0
+
+
+class Workers:
+    """Up to `count` processes for calls, started when needed; `log` gets what they print.
+
+    Leaving the with statement waits for running calls, or kills them after an exception.
+    """
+
+    def __init__(self, count: int, log: Path | None = None) -> None:
+        self._count, self._log = count, log
+        self._waiting: deque[Call] = deque()
+        self.running: dict[Connection, Call] = {}
+        self._idle: list[Connection] = []
+        self._processes: dict[Connection, SpawnProcess] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        try:
+            while error is None and self.running:
+                list(self.ended())
+        finally:
+            for process in self._processes.values():
+                process.kill()
+            for process in self._processes.values():
+                process.join()
+
+    def submit(self, calls: Iterable[Call]) -> None:
+        """Run the calls in this order, each when a worker is free. They and results are pickled."""
+        self._waiting.extend(calls)
+        while self._waiting and (self._idle or len(self._processes) < self._count):
+            connection = self._idle.pop() if self._idle else self._start()
+            call = self._waiting.popleft()
+            # Of a worker that died meanwhile `ended` reads the end of file.
+            with suppress(BrokenPipeError):
+                connection.send(call)
+            self.running[connection] = call
+
+    def ended(self, seconds: float | None = None) -> Iterator[tuple[Call, Any]]:
+        """Wait up to `seconds` for calls to end; yields each with its result or exception.
+
+        After an exception no waiting call is started.
+        """
+        for connection in wait(list(self.running), seconds):
+            assert isinstance(connection, Connection), f"{connection} is not of a worker"
+            call = self.running.pop(connection)
+            try:
+                outcome = connection.recv()
+                self._idle.append(connection)
+            except (EOFError, OSError):
+                process = self._processes.pop(connection)
+                process.join()
+                outcome = WorkerDied(process.exitcode)
+
+            if isinstance(outcome, Exception):
+                self._waiting.clear()
+            self.submit([])
+            yield call, outcome
+
+    def results(self, calls: Iterable[Call]) -> Iterator[Any]:
+        """Yield the results of calls as they come.
+
+        Raises the first exception, when the calls that were running have ended: what they did
+        stays done.
+        """
+        self.submit(calls)
+        problem: Exception | None = None
+        while self.running:
+            for _, outcome in self.ended():
+                if isinstance(outcome, Exception):
+                    problem = problem or outcome
+                else:
+                    yield outcome
+        if problem is not None:
+            raise problem
+
+    def _start(self) -> Connection:
+        context = get_context("spawn")
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_serve, args=(theirs,), daemon=True)
+        # Outlives the workers; started here, it does not hold the log open, nor end the mask.
+        resource_tracker.ensure_running()
+        # The worker inherits the mask: a Ctrl-C on the terminal is not for it.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            with theirs, stderr_into(self._log):
+                process.start()
+            self._processes[ours] = process
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        return ours
+
+
+def _serve(connection: Connection) -> None:
+    """Run calls in a worker until it is killed, or the process that started it is gone."""
+    os.dup2(2, 1)
+    Thread(target=_end_with, args=(parent_process(),), daemon=True).start()
+    while True:
+        call = connection.recv()
+        try:
+            outcome = call()
+        except Exception as error:
+            outcome = error
+        connection.send(outcome)
+
+
+def _end_with(parent: Any) -> None:
+    parent.join()
+    os._exit(1)
+
+
+@contextmanager
+def stderr_into(log: Path | None) -> Iterator[None]:
+    """Redirect this process's stderr to a file, for the output of libraries and children."""
+    saved = os.dup(2)
+    try:
+        if log is not None:
+            with log.open("ab") as stream:
+                os.dup2(stream.fileno(), 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
 
 
 def workers_of(executor: ExecutorRecipe) -> int:
@@ -48,218 +185,78 @@ def workers_of(executor: ExecutorRecipe) -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _pipeline(workspace: Workspace, phase: Phase, executor: ExecutorRecipe) -> Any:
-    """datatrove's executor for a phase, local or Ray."""
-    common = {
-        "pipeline": [PhaseTask(workspace.folder, phase)],
-        "tasks": phase.tasks,
-        "workers": min(workers_of(executor), phase.tasks),
-        "logging_dir": str(phase.logs(workspace)),
-    }
-    if executor.kind == "ray":
-        from datatrove.executor.ray import RayPipelineExecutor
-
-        return RayPipelineExecutor(**common, mem_per_cpu_gb=executor.memory_gb)
-
-    from datatrove.executor.local import LocalPipelineExecutor
-
-    # The process that starts the workers is still fresh: its forks are small and hold no lock.
-    return LocalPipelineExecutor(**common, start_method="fork")
+def _run_task(log: Path, folder: Path, phase: Phase, number: int) -> None:
+    """Run a task with a log of its own, where datatrove has one on a cluster."""
+    with log.open("w", encoding="utf-8") as stream:
+        try:
+            run_task(folder, phase, number)
+            stream.write("Processing done\n")
+        except Exception:
+            traceback.print_exc(file=stream)
+            raise
 
 
-def _run_phase(
-    connection: Connection, workspace: Workspace, phase: Phase, executor: ExecutorRecipe
-) -> int:
-    """Run a phase in the forked child; sends the error to the driver. Returns the exit code."""
-    try:
-        _pipeline(workspace, phase, executor).run()
-    except BaseException as error:
-        connection.send(explain(error, workspace.folder))
-        return 1
-    return 0
+def _ray_pipeline(folder: Path, phase: Phase, logs: Path, executor: ExecutorRecipe) -> Any:
+    from datatrove.executor.ray import RayPipelineExecutor
 
-
-def serve(connection: Connection) -> None:
-    """Run phases by number until the driver closes its end of the connection."""
-    import datatrove.executor.local  # noqa: F401  (loaded once, for every fork)
-
-    folder, executor, phases = connection.recv()
-
-    workspace = Workspace.open(folder)
-    child = 0
-    while True:
-        # Without a child, wait for the driver only.
-        if connection.poll(POLL_SECONDS if child else None):
-            phase = phases[connection.recv()]
-            assert child == 0, f"{phase.name} was asked for while another phase runs"
-
-            child = os.fork()
-            if child == 0:
-                code = 1
-                try:
-                    code = _run_phase(connection, workspace, phase, executor)
-                finally:
-                    sys.stderr.flush()
-                    os._exit(code)
-
-        if child:
-            ended, status = os.waitpid(child, os.WNOHANG)
-            if ended:
-                child = 0
-                connection.send(os.waitstatus_to_exitcode(status))
-
-
-class LocalExecutor:
-    """Workers on this machine, or the driver of a Ray cluster; both end with the with statement."""
-
-    def __init__(
-        self, workspace: Workspace, phases: Sequence[Phase], executor: ExecutorRecipe
-    ) -> None:
-        self.workspace, self.phases, self.executor = workspace, list(phases), executor
-        self.log = workspace.folder / "logs" / f"{executor.kind}.log"
-        self.server: subprocess.Popen[bytes] | None = None
-        self._running = False
-        self._error: tuple[str, bool] | None = None
-        self._suspected_since: float | None = None
-
-    def __enter__(self) -> "LocalExecutor":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.server is None:
-            return
-        # The server's pid is not reused until it is waited for, so this cannot kill another group.
-        with suppress(ProcessLookupError):
-            os.killpg(self.server.pid, signal.SIGKILL)
-        self.server.wait()
-
-        with suppress(ProcessLookupError):
-            # When the group is gone, its last writes are over. The wait is bounded, since a parent
-            # may never reap its children.
-            for _attempt in range(100):
-                os.killpg(self.server.pid, 0)
-                time.sleep(0.01)
-
-        self.connection.close()
-
-    def _start_server(self) -> None:
-        self.connection, server_end = Pipe()
-        with server_end, self.log.open("wb") as log:
-            # A session of its own is also a process group of its own.
-            self.server = subprocess.Popen(
-                [sys.executable, "-P", "-c", _SERVER, str(ROOT), str(server_end.fileno())],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                pass_fds=[server_end.fileno()],
-                start_new_session=True,
-            )
-
-        with suppress(BrokenPipeError):
-            self.connection.send((self.workspace.folder, self.executor, self.phases))
-
-    def start(self, phase: Phase) -> None:
-        """Start the remaining tasks of a phase."""
-        if reconcile(self.workspace, phase) == 0:
-            return
-        if self.server is None:
-            self._start_server()
-        with suppress(BrokenPipeError):
-            self.connection.send(self.phases.index(phase))
-        self._running, self._error = True, None
-
-    def poll(self, phase: Phase, seconds: float) -> Exception | None:
-        """Wait about `seconds`; returns an exception when the phase cannot complete."""
-        assert self.server is not None, "poll before start"
-        with suppress(EOFError, ConnectionError):
-            while self._running and self.connection.poll(seconds):
-                message = self.connection.recv()
-                if isinstance(message, tuple):
-                    self._error = message
-                else:
-                    self._running = False
-                    return self._ended(phase, message)
-
-        if self.server.poll() is not None:
-            return self._ended(phase, self.server.returncode)
-
-        # A worker killed by the system leaves datatrove waiting for ever.
-        killed = self._killed_worker(phase)
-        if killed is None:
-            self._suspected_since = None
-        elif self._suspected_since is None:
-            # A pool that ends because a task failed kills its workers too, and reports it a moment
-            # later.
-            self._suspected_since = time.monotonic()
-        elif time.monotonic() - self._suspected_since > GRACE_SECONDS:
-            return killed
-
-        return None
-
-    def finish(self, phase: Phase) -> None:
-        """Wait for the phase's processes to end after all its tasks are done."""
-        while self._running and self.poll(phase, 1.0) is None:
-            pass
-
-    def failed(self, phase: Phase) -> None:
-        """Does nothing: the other tasks end with the with statement."""
-
-    def _ended(self, phase: Phase, code: int) -> Exception | None:
-        """The exception for a phase whose process ended with `code`."""
-        if self._error is not None:
-            line, is_user_error = self._error
-            if is_user_error:
-                return DataError(line)
-            return RuntimeError(
-                f"{phase.name} failed: {line}; the log is "
-                f"{self.log}, and ends:\n{tail_of(self.log)}"
-            )
-
-        if code < 0:
-            return self._killed_worker(phase) or DataError(
-                f"{phase.name}: the worker {_death_message(code)}"
-            )
-
-        return RuntimeError(
-            f"{phase.name} ended with code {code}; the log "
-            f"is {self.log}, and ends:\n{tail_of(self.log)}"
-        )
-
-    def _killed_worker(self, phase: Phase) -> Exception | None:
-        """Exception for a worker that the system killed; a pool would wait for it for ever.
-
-        Its `running` marker exists while its process does not.
-        """
-        if self.executor.kind != "local":
-            return None
-        for marker in sorted((phase.logs(self.workspace) / "running").iterdir()):
-            with suppress(FileNotFoundError, ValueError):
-                if not _is_alive(int(marker.read_text("ascii"))) and marker.exists():
-                    return DataError(
-                        f"task {int(marker.name)} of {phase.name} {_death_message(-9)}"
-                    )
-        return None
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
-def _death_message(code: int) -> str:
-    """Message for a process that was killed by a signal."""
-    return (
-        f"was killed (signal {-code}), usually because memory ran out: start again with "
-        "a smaller executor.workers or executor.run_tokens; finished tasks are kept"
+    return RayPipelineExecutor(
+        pipeline=[PhaseTask(folder, phase)],
+        tasks=phase.tasks,
+        workers=min(workers_of(executor), phase.tasks),
+        logging_dir=str(logs),
+        mem_per_cpu_gb=executor.memory_gb,
     )
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Entry point of the server; `arguments` is the file descriptor of the connection."""
+def _run_ray(folder: Path, phase: Phase, logs: Path, executor: ExecutorRecipe) -> None:
     try:
-        serve(Connection(int(arguments[0])))
-    except (EOFError, OSError):
-        os.killpg(0, signal.SIGKILL)
+        _ray_pipeline(folder, phase, logs, executor).run()
+    except Exception as error:
+        traceback.print_exc()
+        line, is_user_error = explain(error, folder)
+        raise (TaskStopped if is_user_error else RuntimeError)(line) from None
+
+
+class LocalExecutor(Workers):
+    """Tasks in workers of this machine, or a worker that drives a Ray cluster."""
+
+    def __init__(self, workspace: Workspace, executor: ExecutorRecipe) -> None:
+        self.workspace, self.executor = workspace, executor
+        self.log = workspace.folder / "logs" / f"{executor.kind}.log"
+        self.log.unlink(missing_ok=True)
+        super().__init__(workers_of(executor) if executor.kind == "local" else 1, self.log)
+
+    def start(self, phase: Phase) -> None:
+        """Start the remaining tasks of a phase; earlier phases are complete."""
+        remaining, folder = reconcile(self.workspace, phase), self.workspace.folder
+        if self.executor.kind == "local":
+            self.submit(
+                partial(_run_task, phase.log(self.workspace, n), folder, phase, n)
+                for n in remaining
+            )
+        elif remaining:
+            logs = phase.logs(self.workspace)
+            self.submit([partial(_run_ray, folder, phase, logs, self.executor)])
+
+    def poll(self, phase: Phase, seconds: float) -> Exception | None:
+        """Wait about `seconds`; returns an exception when the phase cannot complete."""
+        problem = None if self.running else "ended with unfinished tasks"
+        for call, outcome in self.ended(seconds):
+            if isinstance(outcome, TaskStopped):
+                return DataError(str(outcome))
+            if isinstance(outcome, WorkerDied) and outcome.code < 0:
+                who = f"task {call.args[-1]} of {phase.name}"
+                if self.executor.kind == "ray":
+                    who = f"{phase.name}: the worker"
+                return DataError(
+                    f"{who} was killed (signal {-outcome.code}), usually because memory ran out: "
+                    "start again with a smaller executor.workers or executor.run_tokens; finished "
+                    "tasks are kept"
+                )
+            if isinstance(outcome, Exception):
+                problem = f"failed: {outcome}"
+
+        if problem is None:
+            return None
+        end = f"the log is {self.log}, and ends:\n{tail_of(self.log)}"
+        return RuntimeError(f"{phase.name} {problem}; {end}")

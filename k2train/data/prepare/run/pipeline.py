@@ -8,15 +8,13 @@
 """
 
 import hashlib
-import json
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
-from k2train.data.manifest import MANIFEST_NAME, SOURCES_NAME, Manifest, read_manifest
+from k2train.data.manifest import MANIFEST_NAME, Manifest, read_manifest
 from k2train.data.prepare.encode.encode import changed_sources, sources_identity
 from k2train.data.prepare.encode.fill_in_middle import require_specials
 from k2train.data.prepare.encode.vocabulary import obtain_tokenizer
@@ -25,7 +23,7 @@ from k2train.data.prepare.recipe import Recipe
 from k2train.data.prepare.run.executor import LOCK_NAME, exclusive, run_phases
 from k2train.data.prepare.run.publish import TOKENIZER_NAME, damaged, finish, is_data_folder
 from k2train.data.prepare.source import Source
-from k2train.data.prepare.sources.readers import encode_tasks, list_sources
+from k2train.data.prepare.sources.listing import encode_tasks, list_sources
 from k2train.data.prepare.sources.rejected import REJECTED_NAME
 from k2train.data.prepare.workspace import (
     CONTEXT_NAME,
@@ -34,6 +32,7 @@ from k2train.data.prepare.workspace import (
     listing_sha256,
     read_json,
 )
+from k2train.data.source_record import SOURCES_NAME, SourceFile, read_sources
 from k2train.data.tokenizer import Tokenizer
 from k2train.errors import DataError
 
@@ -181,15 +180,17 @@ def _finished(recipe: Recipe) -> Manifest | None:
     if not (recipe.output / MANIFEST_NAME).is_file():
         return None
     before = read_manifest(recipe.output)
-    _check_facts(before, {"recipe_sha256": recipe.sha256, "road": PREPARATION_VERSION})
+    facts, version = before.facts, "another version of the preparation"
+    _check_same(before, "another recipe", "recipe_sha256", facts.recipe_sha256, recipe.sha256)
+    _check_same(before, version, "road", facts.road, PREPARATION_VERSION)
     return before
 
 
 def _verify_finished(before: Manifest, recipe: Recipe, listing: Listing) -> None:
     """Raises DataError unless the folder matches recipe and documents, to the last byte of both."""
     if recipe.tokenizer.model.exists():
-        tokenizer = Tokenizer.load(recipe.tokenizer.model, recipe.tokenizer.specials)
-        _check_facts(before, {"tokenizer_sha256": tokenizer.sha256})
+        now = Tokenizer.load(recipe.tokenizer.model, recipe.tokenizer.specials).sha256
+        _check_same(before, "another tokenizer", "tokenizer_sha256", before.tokenizer_sha256, now)
 
     if broken := damaged(before):
         raise DataError(
@@ -197,15 +198,15 @@ def _verify_finished(before: Manifest, recipe: Recipe, listing: Listing) -> None
             "different from the manifest; --force prepares it again"
         )
 
-    known = json.loads((before.folder / SOURCES_NAME).read_text("utf-8"))["files"]
-    if changed := changed_sources(_all_sources(listing), known):
+    if changed := changed_sources(_all_sources(listing), read_sources(before).files):
         raise DataError(
             f"{before.folder} was prepared from other documents (by Python "
-            f"{before.facts.get('python')}): {_first_of(changed)} missing, new or "
+            f"{before.facts.python}): {_first_of(changed)} missing, new or "
             "changed since; name another output, or give --force to replace it"
         )
 
-    _check_facts(before, {"listing_sha256": _listing_sha256(listing)})
+    files, now = "other files, or the same given to other subsets", _listing_sha256(listing)
+    _check_same(before, files, "listing_sha256", before.facts.listing_sha256, now)
 
 
 def _listing_sha256(listing: Listing) -> str:
@@ -223,22 +224,14 @@ def _first_of(names: Sequence[str]) -> str:
     return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
-def _check_facts(before: Manifest, wanted: Mapping[str, Any]) -> None:
-    """Raises DataError when the manifest differs from the wanted facts."""
-    found = {**before.facts, "tokenizer_sha256": before.tokenizer_sha256}
-    descriptions = {
-        "recipe_sha256": "another recipe",
-        "road": "another version of the preparation",
-        "tokenizer_sha256": "another tokenizer",
-        "listing_sha256": "other files, or the same given to other subsets",
-    }
-    for key, value in wanted.items():
-        if found.get(key) != value:
-            raise DataError(
-                f"{before.folder} was prepared from {descriptions[key]} "
-                f"({key} {str(found.get(key))[:12]}, now {str(value)[:12]}): "
-                "name another output, or give --force to replace it"
-            )
+def _check_same(before: Manifest, what: str, key: str, found: object, wanted: object) -> None:
+    """Raises DataError when a finished folder was prepared from something else."""
+    if found != wanted:
+        raise DataError(
+            f"{before.folder} was prepared from {what} "
+            f"({key} {str(found)[:12]}, now {str(wanted)[:12]}): "
+            "name another output, or give --force to replace it"
+        )
 
 
 def _workspace(
@@ -309,7 +302,11 @@ def _check_sources(workspace: Workspace, listing: Listing) -> None:
             for n in range(len(workspace.tasks))
             if (record := read_json(workspace.encode_record(n)))
         ]
-        known = {source["key"]: source for record in read for source in record["sources"]}
+        known = {
+            source["key"]: SourceFile.model_validate(source)
+            for record in read
+            for source in record["sources"]
+        }
         changed = changed_sources(
             [source for source in _all_sources(listing) if source.key in known], known
         )

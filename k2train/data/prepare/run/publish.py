@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 
 from k2train.data.chunk import ChunkInfo, Manifest
-from k2train.data.manifest import MANIFEST_NAME, SOURCES_NAME, read_manifest, write_manifest
+from k2train.data.manifest import MANIFEST_NAME, read_manifest, write_manifest
 from k2train.data.prepare.sources.rejected import REJECTED_NAME, rejected_lines
 from k2train.data.prepare.workspace import HELD_OUT, Workspace, read_json, write_json
+from k2train.data.source_record import SOURCES_NAME
 from k2train.data.tokenizer import Tokenizer
 from k2train.errors import DataError
 from k2train.files import AtomicFile, sha256_file, sync_directory
@@ -181,9 +182,13 @@ def damaged(manifest: Manifest) -> list[str]:
         if info.borders:
             expected[info.borders] = str(info.borders_sha256)
 
-    for name, fact in ((SOURCES_NAME, "sources_sha256"), (REJECTED_NAME, "rejected_sha256")):
-        if fact in manifest.facts:
-            expected[name] = manifest.facts[fact]
+    facts = manifest.facts
+    for name, recorded in (
+        (SOURCES_NAME, facts.sources_sha256),
+        (REJECTED_NAME, facts.rejected_sha256),
+    ):
+        if recorded is not None:
+            expected[name] = recorded
 
     paths = {name: manifest.folder / name for name in expected}
     broken = [
@@ -195,11 +200,11 @@ def damaged(manifest: Manifest) -> list[str]:
 
 
 def _damaged_tokenizer(manifest: Manifest) -> list[str]:
-    recorded = manifest.facts.get("tokenizer")
-    if not isinstance(recorded, dict):
+    recorded = manifest.facts.tokenizer
+    if recorded is None:
         return []
     try:
-        found = Tokenizer.load(manifest.folder / recorded["file"], recorded["specials"]).sha256
+        found = Tokenizer.load(manifest.folder / recorded.file, recorded.specials).sha256
     except DataError:
         found = ""
-    return [] if found == manifest.tokenizer_sha256 else [recorded["file"]]
+    return [] if found == manifest.tokenizer_sha256 else [recorded.file]

@@ -15,8 +15,8 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from os import close, dup, dup2
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from shlex import quote
 from sys import executable
@@ -25,7 +25,7 @@ from datatrove.executor.slurm import SlurmPipelineExecutor
 
 from k2train.data.prepare.progress import Progress
 from k2train.data.prepare.recipe import ExecutorRecipe
-from k2train.data.prepare.run.local import workers_of
+from k2train.data.prepare.run.local import stderr_into, workers_of
 from k2train.data.prepare.run.tasks import Phase, PhaseTask, completed, reconcile, tail_of
 from k2train.data.prepare.workspace import Workspace
 from k2train.errors import ConfigError, DataError
@@ -49,27 +49,17 @@ ORDINARY_REASONS = {
 LIMIT_KEYS = {"TIMEOUT": "executor.time", "OUT_OF_MEMORY": "executor.memory_gb"}
 
 
-class JobIdRecorder:
-    """Extracts the job number from sbatch's answer and records it before anything else."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __call__(self, answer: str) -> str:
-        number = answer.split()[-1]
-        with self.path.open("a", encoding="ascii") as stream:
-            stream.write(f"{number}\n")
-        return number
+def _record_job(path: Path, answer: str) -> str:
+    """Extract the job number from sbatch's answer and record it before anything else."""
+    number = answer.split()[-1]
+    with path.open("a", encoding="ascii") as stream:
+        stream.write(f"{number}\n")
+    return number
 
 
 class _Executor(SlurmPipelineExecutor):
-    """datatrove's executor without its job for statistics."""
-
     def launch_merge_stats(self) -> None:
-        """Does nothing, instead of submitting a job that merges statistics.
-
-        Nobody reads them, and the job stays queued when a task fails.
-        """
+        """Submits no job for statistics: nobody reads them, and it stays queued after a failure."""
 
 
 class SlurmExecutor:
@@ -82,12 +72,8 @@ class SlurmExecutor:
         executor: ExecutorRecipe,
         progress: Progress,
     ) -> None:
-        self.workspace, self.phases, self.executor, self.progress = (
-            workspace,
-            list(phases),
-            executor,
-            progress,
-        )
+        self.workspace, self.phases = workspace, phases
+        self.executor, self.progress = executor, progress
         self._asked, self._missing, self._last_reason = 0.0, 0, ""
 
     def __enter__(self) -> "SlurmExecutor":
@@ -117,32 +103,26 @@ class SlurmExecutor:
         self._asked = time.monotonic()
         return self
 
-    def __exit__(self, *raised: object) -> None:
-        if isinstance(raised[1], KeyboardInterrupt):
-            jobs = " ".join(
-                sorted({job for jobs in self._live_jobs().values() for job in jobs}, key=int)
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        interrupted = isinstance(error, KeyboardInterrupt)
+        if not interrupted and not isinstance(error, (DataError, RuntimeError)):
+            return
+        jobs = sorted({job for jobs in self._live_jobs().values() for job in jobs}, key=int)
+        if jobs and interrupted:
+            self.progress.log(
+                "the SLURM jobs keep running: start the same command to "
+                f"wait for them again, or end them with `scancel {' '.join(jobs)}`"
             )
-            if jobs:
-                self.progress.log(
-                    "the SLURM jobs keep running: start the same command to "
-                    f"wait for them again, or end them with `scancel {jobs}`"
-                )
+        elif jobs:
+            # A task failed. The others need not continue, nor be there at the next start.
+            subprocess.run(["scancel", *jobs], capture_output=True, check=False)
+            deadline = time.monotonic() + 3 * QUEUE_SECONDS
+            while self._live_jobs() and time.monotonic() < deadline:
+                time.sleep(0.5)
 
     def start(self, phase: Phase) -> None:
-        """Does nothing but reset a counter: all phases were submitted on entry."""
+        """Start to watch a phase; all were submitted on entry."""
         self._missing = 0
-
-    def finish(self, phase: Phase) -> None:
-        """Does nothing: jobs end by themselves."""
-
-    def failed(self, phase: Phase) -> None:
-        """Cancel the other jobs and wait until they are gone, so a new start ignores them."""
-        jobs = [job for jobs in self._live_jobs().values() for job in jobs]
-        if jobs:
-            subprocess.run(["scancel", *jobs], capture_output=True, check=False)
-        deadline = time.monotonic() + 3 * QUEUE_SECONDS
-        while self._live_jobs() and time.monotonic() < deadline:
-            time.sleep(0.5)
 
     def poll(self, phase: Phase, seconds: float) -> Exception | None:
         """Wait a moment, and from time to time ask SLURM whether the phase's jobs still exist."""
@@ -180,14 +160,15 @@ class SlurmExecutor:
             sbatch_args={"kill-on-invalid-dep": "yes", **self.executor.arguments},
             max_array_size=_max_array_size(),
             depends_job_id=":".join(after) or None,
-            job_id_retriever=JobIdRecorder(job_ids),
+            job_id_retriever=partial(_record_job, job_ids),
             logging_dir=str(phase.logs(self.workspace)),
             slurm_logs_folder=str(self._output(phase)),
         )
 
         log = self.workspace.folder / "logs" / "submit.log"
+        log.unlink(missing_ok=True)
         try:
-            with _stderr_into(log):
+            with stderr_into(log):
                 job.run()
         except (subprocess.CalledProcessError, OSError):
             errors = [line for line in tail_of(log).splitlines() if "sbatch: error:" in line] or [
@@ -212,11 +193,6 @@ class SlurmExecutor:
 
     def _output(self, phase: Phase) -> Path:
         return phase.logs(self.workspace) / "slurm"
-
-    def _log(self, phase: Phase, job: str) -> Path | None:
-        """Output of a task's job, if it ran."""
-        path = self._output(phase) / f"{job}.out"
-        return path if path.is_file() else None
 
     def _live_jobs(self, progress: Progress | None = None) -> dict[str, list[str]]:
         """Numbers of the pending and running jobs, by job name.
@@ -253,32 +229,27 @@ class SlurmExecutor:
     def _jobs_lost(self, phase: Phase) -> Exception:
         """Error for a phase whose jobs are gone before its tasks are done, with SLURM's reason."""
         remaining = phase.tasks - len(completed(self.workspace, phase))
-        jobs = (
-            self._job_ids_file(phase).read_text("ascii").split()
-            if self._job_ids_file(phase).is_file()
-            else []
-        )
-        # Jobs that ended other than by completing.
-        ended = [
-            state
-            for job in jobs
-            for state in _job_states(job)
-            if state[1] not in ("COMPLETED", "PENDING", "RUNNING")
-        ]
+        jobs = []
+        with suppress(FileNotFoundError):
+            jobs = self._job_ids_file(phase).read_text("ascii").split()
 
-        # Jobs that ran are more informative than those cancelled after them.
-        ended.sort(
-            key=lambda state: (
+        # Those that ended other than by completing; first those that ran until SLURM's limit, and
+        # last those cancelled after them.
+        def order(state: tuple[str, str, str]) -> tuple[bool, bool, bool]:
+            return (
                 state[1] not in LIMIT_KEYS,
                 state[1] == "CANCELLED",
-                not self._log(phase, state[0]),
+                not log_of(state[0]).exists(),
             )
-        )
 
-        job, state, reason = (
-            ended[0] if ended else (", ".join(jobs) or "unknown", "not known to SLURM any more", "")
-        )
-        log = self._log(phase, job) or self._output(phase)
+        def log_of(job: str) -> Path:
+            return self._output(phase) / f"{job}.out"
+
+        states = [state for job in jobs for state in _job_states(job)]
+        ended = [s for s in states if s[1] not in ("COMPLETED", "PENDING", "RUNNING")]
+        unknown = (", ".join(jobs) or "unknown", "not known to SLURM any more", "")
+        job, state, reason = min(ended, key=order, default=unknown)
+        log = log_of(job) if log_of(job).is_file() else self._output(phase)
         remedy = f"; raise {LIMIT_KEYS[state]}" if state in LIMIT_KEYS else ""
 
         return DataError(
@@ -286,19 +257,6 @@ class SlurmExecutor:
             f"with {remaining} of {phase.tasks} tasks unfinished{remedy}; see {log}; start again "
             "with the same command: finished tasks are kept"
         )
-
-
-@contextmanager
-def _stderr_into(log: Path) -> Iterator[None]:
-    """Redirect this process's stderr to a file, for the output of datatrove and sbatch."""
-    saved = dup(2)
-    try:
-        with log.open("wb") as stream:
-            dup2(stream.fileno(), 2)
-            yield
-    finally:
-        dup2(saved, 2)
-        close(saved)
 
 
 def _run_command(*command: str) -> str:

@@ -1,10 +1,10 @@
-"""Phases of a preparation, and one task of a phase as datatrove runs it.
+"""Phases of a preparation: their tasks, which of them are done, and the run of one.
 
 - The records decide what is done. A record is written last, and every file it lists must exist with
   its size.
-- datatrove keeps marks of its own (`completions/`), written after the record. Before a phase starts
-  they are reconciled with the records. A finished task is never repeated, a half-done one always
-  is.
+- A mark (`completions/`, where datatrove keeps its own) is written after the record, so one listing
+  of a folder shows the progress on any machine. Before a phase starts the marks are made anew from
+  the records. A finished task is never repeated, a half-done one always is.
 - Alternatives considered: trusting the marks alone; a mark outlives output that somebody deletes,
   and a crash may fall between output and mark.
 """
@@ -18,7 +18,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from k2train.data.prepare.allocate.allocate import plan_task
+from k2train.data.prepare.encode.encode import encode_task
 from k2train.data.prepare.workspace import Workspace, read_json, write_json
+from k2train.data.prepare.write.write_chunk import chunk_task
 from k2train.errors import DataError, UserError
 
 
@@ -42,35 +45,20 @@ class Phase:
     record: Callable[[Workspace, int], Path]
 
     def logs(self, workspace: Workspace) -> Path:
-        """datatrove's folder: `completions/`, `logs/task_00000.log`, `stats/`; and `running/`."""
+        """Folder of the phase: `completions/`, `logs/task_00000.log`, and what datatrove adds."""
         return workspace.folder / "logs" / self.name
 
     def log(self, workspace: Workspace, number: int) -> Path:
         """Path of the log of a task."""
         return self.logs(workspace) / "logs" / f"task_{number:05d}.log"
 
-
-def _encode(workspace: Workspace, number: int) -> None:
-    # Each phase imports its code where it runs; the driver of a cluster needs none of it.
-    from k2train.data.prepare.encode.encode import encode_task
-
-    encode_task(workspace, number)
+    def mark(self, workspace: Workspace, number: int) -> Path:
+        """Path of the mark of a finished task; datatrove's name for it."""
+        return self.logs(workspace) / "completions" / f"{number:05d}"
 
 
 def _plan(workspace: Workspace, number: int) -> None:
-    from k2train.data.prepare.allocate.allocate import plan_task
-
     plan_task(workspace)
-
-
-def _chunk(workspace: Workspace, number: int) -> None:
-    from k2train.data.prepare.write.write_chunk import chunk_task
-
-    chunk_task(workspace, number)
-
-
-def _encode_record(workspace: Workspace, number: int) -> Path:
-    return workspace.encode_record(number)
 
 
 def _plan_record(workspace: Workspace, number: int) -> Path:
@@ -84,9 +72,9 @@ def _chunk_record(workspace: Workspace, number: int) -> Path:
 def phases_of(workspace: Workspace) -> list[Phase]:
     """The phases of a preparation in order; each needs all tasks of the previous one."""
     return [
-        Phase("encode", len(workspace.tasks), _encode, _encode_record),
+        Phase("encode", len(workspace.tasks), encode_task, Workspace.encode_record),
         Phase("plan", 1, _plan, _plan_record),
-        Phase("chunks", len(workspace.chunk_names), _chunk, _chunk_record),
+        Phase("chunks", len(workspace.chunk_names), chunk_task, _chunk_record),
     ]
 
 
@@ -110,31 +98,22 @@ def is_done(workspace: Workspace, phase: Phase, number: int) -> bool:
     return True
 
 
-def reconcile(workspace: Workspace, phase: Phase) -> int:
-    """Make datatrove's marks agree with the records and remove old failures.
+def reconcile(workspace: Workspace, phase: Phase) -> list[int]:
+    """Make the marks from the records and remove old failures, while no task runs.
 
-    Returns the number of remaining tasks.
+    Returns the numbers of the remaining tasks.
     """
-    completions, running = (phase.logs(workspace) / part for part in ("completions", "running"))
-    completions.mkdir(parents=True, exist_ok=True)
-    running.mkdir(parents=True, exist_ok=True)
-    marked = completed(workspace, phase)
-    # No task runs yet, so every marker is stale.
-    for stale in running.iterdir():
-        stale.unlink(missing_ok=True)
-    remaining = 0
-
+    for file in (phase.mark(workspace, 0), phase.log(workspace, 0)):
+        file.parent.mkdir(parents=True, exist_ok=True)
+    for number in completed(workspace, phase):
+        phase.mark(workspace, number).unlink()
+    remaining = []
     for number in range(phase.tasks):
         workspace.failure(phase.name, number).unlink(missing_ok=True)
-        # A finished task without a mark gets one; a mark without a record is removed.
-        mark = completions / f"{number:05d}"
-        if not is_done(workspace, phase, number):
-            remaining += 1
-            if number in marked:
-                mark.unlink(missing_ok=True)
-        elif number not in marked:
-            mark.touch()
-
+        if is_done(workspace, phase, number):
+            phase.mark(workspace, number).touch()
+        else:
+            remaining.append(number)
     return remaining
 
 
@@ -194,24 +173,21 @@ def _no_space(error: OSError, work: Path | None) -> str:
 
 
 def run_task(folder: Path, phase: Phase, number: int) -> None:
-    """Run one task, unless it is done.
+    """Run one task, unless it is done, and mark it.
 
     Raises TaskStopped with the line of a user's mistake, which is also written to the work folder.
     """
     workspace = Workspace.open(folder)
-    # A job killed between its record and datatrove's mark is started again.
-    if is_done(workspace, phase, number):
-        return
-    marker = phase.logs(workspace) / "running" / f"{number:05d}"
-    marker.parent.mkdir(parents=True, exist_ok=True)
-
     try:
-        marker.write_text(str(os.getpid()), "ascii")
-        phase.work(workspace, number)
+        # A job killed between record and mark is started again.
         if not is_done(workspace, phase, number):
-            raise RuntimeError(
-                f"{phase.record(workspace, number)} is missing, or lists files that do not exist"
-            )
+            phase.work(workspace, number)
+            if not is_done(workspace, phase, number):
+                raise RuntimeError(
+                    f"{phase.record(workspace, number)} is missing, or lists files that do not "
+                    "exist"
+                )
+        phase.mark(workspace, number).touch()
     except Exception as error:
         line, is_user_error = explain(error, folder)
         # On a full disk only the exception can carry the line.
@@ -220,12 +196,8 @@ def run_task(folder: Path, phase: Phase, number: int) -> None:
                 workspace.failure(phase.name, number),
                 {"line": line, "mistake": is_user_error, "traceback": traceback.format_exc()},
             )
-
-        # Plain exceptions with one argument: others may fail to unpickle in the parent and stall
-        # it.
+        # Plain exceptions with one argument: others may fail to unpickle in the driver.
         raise (TaskStopped if is_user_error else RuntimeError)(line) from error
-    finally:
-        marker.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -236,7 +208,4 @@ class PhaseTask:
     phase: Phase
 
     def __call__(self, data: object, rank: int, world_size: int) -> None:
-        assert world_size == self.phase.tasks, (
-            f"{world_size} tasks were started for {self.phase.tasks}"
-        )
         run_task(self.folder, self.phase, rank)

@@ -9,7 +9,7 @@
 
 import errno
 import shutil
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -91,7 +91,8 @@ def chunk_task(workspace: Workspace, number: int, min_tokens: int = MIN_TOKENS) 
         {"base": "target", "path": file, "bytes": (target / file).stat().st_size} for file in files
     ]
     write_json(
-        workspace.chunk_record(name), {"files": entries, "info": asdict(info), "sources": sources}
+        workspace.chunk_record(name),
+        {"files": entries, "info": info.model_dump(), "sources": sources},
     )
 
 
@@ -142,12 +143,12 @@ def _write_rows(
         sha256 = file.finish()
 
     info = ChunkInfo(
-        name,
-        f"{name}.npy",
-        rows,
-        rows * length,
-        {s: len(r) * length for s, r in samples.items()},
-        sha256,
+        name=name,
+        file=f"{name}.npy",
+        rows=rows,
+        tokens=rows * length,
+        tokens_per_subset={s: len(r) * length for s, r in samples.items()},
+        sha256=sha256,
     )
 
     return _write_provenance(workspace, plan, provenance, info), np.packbits(seen).tobytes().hex()
@@ -165,12 +166,13 @@ def _write_provenance(
         workspace.target / file, names, plan.sources, borders_path
     )
 
-    return replace(
-        info,
-        provenance=file,
-        provenance_sha256=sha256,
-        borders=borders,
-        borders_sha256=borders_sha256,
+    return info.model_copy(
+        update={
+            "provenance": file,
+            "provenance_sha256": sha256,
+            "borders": borders,
+            "borders_sha256": borders_sha256,
+        }
     )
 
 

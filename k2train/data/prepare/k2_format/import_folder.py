@@ -1,4 +1,4 @@
-"""Conversion of K2's chunk files, `chunk_<i>.jsonl`, to a data folder and back.
+"""Import of K2's chunk files, `chunk_<i>.jsonl`, as a data folder.
 
 - The ids keep their order, a chunk keeps K2's number, and its lines keep their order.
 - A chunk is an independent task. Its `.npy` and `.parquet` are written under temporary names and
@@ -12,14 +12,12 @@
   20 GB.
 """
 
-import os
 import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager, suppress
-from multiprocessing import get_context
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,20 +26,17 @@ from k2train.data.manifest import MANIFEST_NAME
 from k2train.data.prepare.k2_format.chunk import (
     IMPORT_VERSION,
     ImportTask,
-    export_chunk,
     finished,
     first_ids,
     import_chunk,
 )
-from k2train.data.prepare.k2_format.provenance import count_pieces
 from k2train.data.prepare.progress import Progress
 from k2train.data.prepare.run.executor import exclusive
+from k2train.data.prepare.run.local import Workers
 from k2train.data.prepare.run.publish import TOKENIZER_NAME, swap_in, sweep
 from k2train.data.prepare.write.provenance import require_pyarrow
 from k2train.data.tokenizer import Tokenizer
 from k2train.errors import DataError
-from k2train.files import sync_directory, write_synced
-from k2train.text import counted
 
 UNKNOWN_TOKENIZER = "unknown: imported without a tokenizer"
 """Replaces the tokenizer's hash when none was given; two such folders count as having the same."""
@@ -71,18 +66,7 @@ def import_k2(
     progress = progress or Progress(None)
     files = find_chunks(source)
 
-    given = Tokenizer.load(tokenizer) if tokenizer is not None else None
-    if given is not None and given.vocab_size > vocab_size:
-        raise DataError(
-            f"vocab_size ({vocab_size}) must be at least that "
-            f"of {tokenizer} ({given.vocab_size}): raise it"
-        )
-    if given is not None and tokenizer_sha256 not in (None, given.sha256):
-        raise DataError(
-            f"{tokenizer}: its hash is {given.sha256[:16]}, "
-            f"tokenizer_sha256 says {tokenizer_sha256!r:.18}"
-        )
-
+    given = None if tokenizer is None else _load_tokenizer(tokenizer, vocab_size, tokenizer_sha256)
     tokenizer_hash = given.sha256 if given is not None else tokenizer_sha256 or UNKNOWN_TOKENIZER
 
     # `imported` identifies this import on the next start.
@@ -115,6 +99,21 @@ def import_k2(
     if existing is not None:
         progress.log(f"{output}: already holds this import")
     return existing or read_manifest(output)
+
+
+def _load_tokenizer(path: Path, vocab_size: int, sha256: str | None) -> Tokenizer:
+    """Load a tokenizer. Raises DataError when it has more ids, or another hash than the given."""
+    tokenizer = Tokenizer.load(path)
+    if tokenizer.vocab_size > vocab_size:
+        raise DataError(
+            f"vocab_size ({vocab_size}) must be at least that "
+            f"of {path} ({tokenizer.vocab_size}): raise it"
+        )
+    if sha256 not in (None, tokenizer.sha256):
+        raise DataError(
+            f"{path}: its hash is {tokenizer.sha256[:16]}, tokenizer_sha256 says {sha256!r:.18}"
+        )
+    return tokenizer
 
 
 @contextmanager
@@ -230,7 +229,7 @@ def _existing_import(
     before = read_manifest(output)
 
     # The same files, tokenizer and vocabulary make it the same import.
-    same = (before.facts.get("imported"), before.tokenizer_sha256, before.vocab_size)
+    same = (before.facts.imported, before.tokenizer_sha256, before.vocab_size)
     if same != (imported, tokenizer_hash, vocab_size):
         raise DataError(
             f"output: {output} holds other data: name another, or give --force to replace it"
@@ -244,27 +243,18 @@ def _run_tasks(tasks: Sequence[ImportTask], workers: int, progress: Progress) ->
     """Import the chunks that are not finished; returns the info of all, in order."""
     done = {task.name: info for task in tasks if (info := finished(task))}
     remaining = [task for task in tasks if task.name not in done]
-    if remaining and (workers == 1 or len(remaining) == 1):
-        for task in progress.track("import", remaining, unit="chunks"):
-            done[task.name] = import_chunk(task)
-    elif remaining:
-        with ProcessPoolExecutor(min(workers, len(remaining)), get_context("spawn")) as pool:
-            futures = [pool.submit(import_chunk, task) for task in remaining]
-            for future in progress.track(
-                "import", _completed(pool, futures), total=len(remaining), unit="chunks"
-            ):
-                info = future.result()
+    if remaining:
+        count = min(workers, len(remaining))
+        with Workers(count) as pool:
+            infos = (
+                map(import_chunk, remaining)
+                if count == 1
+                else pool.results(partial(import_chunk, task) for task in remaining)
+            )
+            for info in progress.track("import", infos, total=len(remaining), unit="chunks"):
                 done[info.name] = info
 
     return [done[task.name] for task in tasks]
-
-
-def _completed(pool: Executor, futures: Sequence[Future[ChunkInfo]]) -> Iterator[Future[ChunkInfo]]:
-    """Yield futures as they complete; after an error, cancel those that have not started."""
-    for future in as_completed(futures):
-        if future.exception() is not None:
-            pool.shutdown(wait=False, cancel_futures=True)
-        yield future
 
 
 def _account(infos: Sequence[ChunkInfo]) -> dict[str, dict[str, int]]:
@@ -293,77 +283,3 @@ def _remove(work: Path) -> None:
     shutil.rmtree(work, ignore_errors=True)
     with suppress(OSError):
         work.parent.rmdir()
-
-
-def export_k2(
-    manifest: Manifest, destination: Path, progress: Progress | None = None
-) -> list[Path]:
-    """Write `chunk_<i>.jsonl` for each training chunk.
-
-    - An imported folder gives back the lines it was imported from.
-    - A row of several documents gets source and name of the first; see `ProvenanceReader`.
-    - Every chunk is verified byte for byte before it is written.
-    - The folder appears only when it is complete. The next export of the same data reuses what a
-      killed one finished.
-    - The held-out chunk is not exported, since K2 has none. `progress` logs what such files cannot
-      hold.
-
-    Raises DataError for a damaged chunk, missing provenance, a chunk without a number, and a
-    destination that is not empty.
-    """
-    require_pyarrow()
-    progress = progress or Progress(None)
-
-    files: dict[str, ChunkInfo] = {}
-    for info in manifest.chunks:
-        found = re.fullmatch(r"chunk_(\d+)", info.name)
-        if found is None or info.provenance is None:
-            problem = (
-                "its name has no number: chunk_<i>" if found is None else "it has no provenance"
-            )
-            raise DataError(f"{manifest.path}: {info.name} cannot be exported: {problem}")
-        files[f"chunk_{int(found[1])}.jsonl"] = info
-
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        raise DataError(
-            f"{destination}: exists already, and an export never overwrites; name another folder"
-        )
-
-    temporary = destination.with_name(destination.name + ".tmp")
-    mark = temporary / "of_manifest"
-    # Files of a killed export are reused for the same manifest only.
-    if temporary.exists() and not (mark.is_file() and mark.read_text("ascii") == manifest.sha256):
-        shutil.rmtree(temporary)
-    temporary.mkdir(parents=True, exist_ok=True)
-    write_synced(mark, manifest.sha256)
-    remaining = [(name, info) for name, info in files.items() if not (temporary / name).is_file()]
-    for name, info in progress.track("export", remaining, unit="chunks"):
-        export_chunk(manifest, info, temporary / name)
-    for path in temporary.iterdir():
-        if path.name not in files:
-            path.unlink()
-
-    os.replace(temporary, destination)
-    sync_directory(destination.parent)
-    if missing := _not_exported(manifest):
-        progress.log(f"not exported: {', '.join(missing)}")
-
-    return [destination / name for name in files]
-
-
-def _not_exported(manifest: Manifest) -> list[str]:
-    """Descriptions of data that K2's files cannot hold."""
-    pieces = sum(count_pieces(manifest.folder / str(info.provenance)) for info in manifest.chunks)
-    inner_pieces = pieces - sum(info.rows for info in manifest.chunks)
-    missing = []
-    if inner_pieces:
-        missing.append(
-            f"the sources of {inner_pieces:,} of {pieces:,} pieces "
-            "(a line names the document its row begins with)"
-        )
-
-    if manifest.held_out is not None:
-        missing.append(f"{manifest.held_out.name} ({counted(manifest.held_out.rows, 'row')})")
-    if any(info.borders is not None for info in manifest.chunks):
-        missing.append("the document borders")
-    return missing

@@ -1,0 +1,122 @@
+"""Values of config keys: types whose check says what to write instead.
+
+- A function checks each value before pydantic sees it. Pydantic alone accepts `true` for 1 and
+  `.nan` for a number, and rejects `1e12` for an integer.
+"""
+
+import math
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from k2train.config.scalars import format_value, parse_scalar
+
+MAX_WHOLE = 2**53
+"""Largest whole number: above it a float cannot represent every one, `1e16` could mean another."""
+PLANNED_POLICIES = ("skip_step", "rollback_and_defer", "stop")
+"""Spike policies that are reserved, but not implemented."""
+
+
+def show(value: Any) -> str:
+    """Format a value for a message: as YAML, on one line, cut when long."""
+    if isinstance(value, (dict, list, tuple)):
+        return "a section" if isinstance(value, dict) else "a list"
+    text = (
+        format_value(value)
+        if isinstance(value, (type(None), bool, int, float, str))
+        else repr(value)
+    )
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _wrong(wanted: str, value: Any, hint: str = "") -> ValueError:
+    return ValueError(f"must be {wanted}, is {show(value)}{hint}")
+
+
+def _number(value: Any) -> float:
+    number = parse_scalar(value) if isinstance(value, str) else value
+    if isinstance(number, bool) or not isinstance(number, (int, float)):
+        raise _wrong("a number", value)
+    if not math.isfinite(number) or abs(number) > 1e300:
+        raise _wrong("a finite number", value)
+    return float(number)
+
+
+def _whole(value: Any) -> int:
+    number = parse_scalar(value) if isinstance(value, str) else value
+    if isinstance(number, bool) or not isinstance(number, (int, float)) or number != number // 1:
+        raise _wrong("a whole number", value)
+    if abs(number) > MAX_WHOLE:
+        raise _wrong(f"at most {MAX_WHOLE}", value)
+    return int(number)
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise _wrong("true or false", value)
+    return value
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        hint = f'; quote it: "{value}"' if isinstance(value, (int, float)) else ""
+        raise _wrong("text", value, hint)
+
+    # Text ends up in paths, one-line messages and logs, which a newline would break.
+    if not value.strip() or not value.isprintable():
+        raise _wrong("printable text on one line", value)
+    return value
+
+
+def _run_name(value: Any) -> str:
+    name = _text(value)
+    if not re.fullmatch(r"[A-Za-z0-9._-]{1,128}", name) or name in (".", ".."):
+        near = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-")[:128]
+        raise ValueError(
+            f"must be one path component of letters, digits, '.', '_' and '-', is {show(value)}"
+            + (f"; nearest is {near}" if near else "")
+        )
+    return name
+
+
+def _resume(value: Any) -> str | int:
+    if value in ("auto", "must", "never"):
+        return str(value)
+    try:
+        number = _whole(value)
+    except ValueError:
+        number = -1
+    if number < 0:
+        raise _wrong("auto, must, never or a checkpoint's number from 0", value)
+    return number
+
+
+def _chunk(value: Any) -> str | int:
+    if isinstance(value, str):
+        return _text(value)
+    number = _whole(value)
+    if number < 0:
+        raise _wrong("a chunk's name or its number from 0", value)
+    return number
+
+
+def _policy(value: Any) -> Any:
+    if value in PLANNED_POLICIES:
+        raise ValueError(f"{value} is not available: this version only alerts; set alert")
+    return value
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
+Count = Annotated[int, BeforeValidator(_whole), Field(ge=0)]
+Positive = Annotated[int, BeforeValidator(_whole), Field(ge=1)]
+Amount = Annotated[float, BeforeValidator(_number), Field(ge=0)]
+PositiveAmount = Annotated[float, BeforeValidator(_number), Field(gt=0)]
+Beta = Annotated[float, BeforeValidator(_number), Field(ge=0, lt=1)]
+Flag = Annotated[bool, BeforeValidator(_flag)]
+Text = Annotated[str, BeforeValidator(_text)]
+RunName = Annotated[str, BeforeValidator(_run_name)]
+Resume = Annotated[Literal["auto", "must", "never"] | int, BeforeValidator(_resume)]
+Length = Annotated[int, BeforeValidator(_whole), Field(ge=2)]
+Chunk = Annotated[str | int, BeforeValidator(_chunk)]
+Policy = Annotated[Literal["alert"], BeforeValidator(_policy)]

@@ -1,0 +1,33 @@
+"""Architecture of the model: sizes and constants that are the same for every layout. No torch."""
+
+from dataclasses import dataclass
+from math import sqrt
+
+from k2train.plan.cost import ModelShape
+
+
+@dataclass(frozen=True)
+class Architecture(ModelShape):
+    """Sizes and constants of the model, the same for every layout."""
+
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-5
+    init_std: float = 0.02
+
+    @property
+    def output_std(self) -> float:
+        """Initial std of matrices that write into the residual stream: std / sqrt(2 * layers)."""
+        return self.init_std / sqrt(2 * self.num_layers)
+
+    def tensor_names(self) -> list[str]:
+        """Return every global tensor name, in the order of the forward pass."""
+        inner = [
+            "attention_norm",
+            "attention.query",
+            "attention.key",
+            "attention.value",
+            "attention.output",
+        ]
+        inner += ["mlp_norm", "mlp.gate", "mlp.up", "mlp.down"]
+        layers = [f"layers.{n}.{part}.weight" for n in range(self.num_layers) for part in inner]
+        return ["embedding.weight", *layers, "norm.weight", "head.weight"]

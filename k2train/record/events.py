@@ -1,0 +1,338 @@
+"""Typed events of the run ledger: one frozen dataclass for each event, written and read here alone.
+
+- The fields of a class are the keys of its line, in their order on disk.
+- A field that defaults to None is left out of the line when it is None: it was not set, or the
+  ledger is older than the key. Any other None is written as null.
+- An event or a key that this code does not know is kept: the ledger may be newer.
+- A value of another type than its field is refused, so readers need no checks of their own.
+
+Alternatives considered:
+- Dictionaries: writer and readers then agree by the spelling of keys alone.
+- pydantic: its strict mode refuses lists for tuples, its lax mode rewrites values.
+"""
+
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from types import UnionType
+from typing import Any, ClassVar, TypeVar, dataclass_transform, get_args, get_origin
+
+from k2train.record.jsonl import NON_FINITE
+
+EVENTS: dict[str, type["Event"]] = {}
+"""Class of every event, by its name in the ledger."""
+WRITE_NULL = {"null": True}
+"""Metadata of a field that is written as null, although older ledgers lack it."""
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """Base of all events; a class derived from it is a frozen dataclass without more ado.
+
+    `extra` holds the keys that a newer ledger has besides the fields.
+    """
+
+    _name: ClassVar[str]
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def __init_subclass__(cls, name: str = "") -> None:
+        dataclass(frozen=True, kw_only=True)(cls)
+        if name:
+            cls._name = name
+            EVENTS[name] = cls
+
+    @property
+    def name(self) -> str:
+        """Name of the event in the ledger."""
+        return self._name
+
+    def row(self) -> dict[str, Any]:
+        """Return the event's part of its line."""
+        values, extra = asdict(self), self.extra
+        kept = [
+            key.name
+            for key in fields(self)[1:]
+            if values[key.name] is not None or key.default is MISSING or key.metadata
+        ]
+        return {"event": self.name, **{key: values[key] for key in kept}, **extra}
+
+
+class UnknownEvent(Event):
+    """Event of a newer version; `extra` holds all its keys."""
+
+    unknown: str
+
+    @property
+    def name(self) -> str:
+        return self.unknown
+
+    def row(self) -> dict[str, Any]:
+        return {"event": self.unknown, **self.extra}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Takeover:
+    """Earlier holder of the run directory that did not release it."""
+
+    token: int
+    reason: str
+
+
+class Starting(Event, name="starting"):
+    """A start begins, before anything that can fail; 0, or the step it resumes from."""
+
+    attempt: int
+    step: int
+
+
+class Started(Event, name="started"):
+    """A run or stage begins at step 0."""
+
+    attempt: int
+    run: str
+    run_id: str
+    world_size: int
+    layout: str
+    total_steps: int
+    chunks: int
+    parameters: int
+    kernels: str
+    memory: str | None = None
+    data_manifest_sha256: str
+    environment: dict[str, Any]
+    config_sha256: str | None = None
+    fencing_token: int | None = None
+    taken_over_from: Takeover | None = field(default=None, metadata=WRITE_NULL)
+
+
+class Resumed(Event, name="resumed"):
+    """A run continues from a checkpoint of its own; everything after `step` is undone."""
+
+    attempt: int
+    checkpoint: str
+    requested: str | int | None = None
+    step: int
+    refused: tuple[str, ...]
+    set_aside: tuple[str, ...]
+    layout: str
+    world_size: int
+    kernels: str | None = None
+    memory: str | None = None
+    config_changes: tuple[str, ...]
+    allowed: tuple[str, ...] | None = None
+    config_sha256: str | None = None
+    fencing_token: int | None = None
+    taken_over_from: Takeover | None = field(default=None, metadata=WRITE_NULL)
+
+
+class StageTransition(Event, name="seam"):
+    """A stage starts from the last checkpoint of another run."""
+
+    attempt: int
+    parent: str
+    parent_manifest_sha256: str | None = None
+    parent_step: int
+    parent_adam_steps: int
+    parent_consumed_tokens: int
+    tokenizer_sha256: str
+    same_model: bool
+    same_tokenizer: bool
+    data_in_common: tuple[str, ...]
+    sources_compared: bool
+    rate_before: float | None
+    rate_after: float
+    moments_kept: bool
+
+
+class ChunkStarted(Event, name="chunk_started"):
+    """`step` is the first one that reads the chunk."""
+
+    attempt: int
+    chunk: str
+    order_index: int
+    step: int
+    dropped_rows: int
+
+
+class ChunkDeferred(Event, name="chunk_deferred"):
+    """The order changes after `step`: a chunk not begun by then moves to a later `order_index`.
+
+    Written before the first step that reads the new order. `data.order.apply_events` checks it.
+    """
+
+    attempt: int
+    chunk: str
+    step: int
+    order_index: int
+
+
+class StepSkipped(Event, name="step_skipped"):
+    """Loss or gradient were not finite, so the update was not applied."""
+
+    attempt: int
+    step: int
+    chunk: str
+    rows: tuple[int, int]
+    loss: str
+    grad_norm: str
+    tensors: tuple[str, ...]
+    in_a_row: int
+
+
+class Spike(Event, name="spike"):
+    """A spike of the loss `opened`, or was closed as benign, malignant or level."""
+
+    attempt: int
+    policy: str
+    kind: str
+    step: int
+    loss: float | None = None
+    grad_norm: float | None = None
+    loss_z: float | None = None
+    grad_norm_z: float | None = None
+    onset: int | None = None
+    steps: int | None = None
+    peak_loss: float | None = None
+    peak_grad_norm: float | None = None
+    usual_loss: float
+    usual_grad_norm: float | None = None
+    recent_loss: float | None = None
+    quiet_share: float | None = None
+
+
+class Straggler(Event, name="straggler"):
+    """A rank became slow or recovered, as `told` on the console."""
+
+    attempt: int
+    step: int
+    told: str
+
+
+class CheckpointSaved(Event, name="checkpoint_saved"):
+    """A checkpoint is whole; `recovered` if a later start recorded it for a killed one."""
+
+    checkpoint: str
+    attempt: int
+    step: int
+    chunks_consumed: int
+    consumed_tokens: int
+    loss: float | None
+    held_out_loss: float | None
+    bytes: int
+    manifest_sha256: str
+    seconds: float | None = None
+    recovered: bool | None = None
+
+
+class CheckpointVerified(Event, name="checkpoint_verified"):
+    """A checkpoint was read back intact."""
+
+    attempt: int
+    checkpoint: str
+
+
+class CheckpointDamaged(Event, name="checkpoint_damaged"):
+    """A checkpoint is no longer what was written."""
+
+    attempt: int
+    checkpoint: str
+    problem: str
+
+
+class Stopped(Event, name="stopped"):
+    """The run ended before its last step, on request or with a problem."""
+
+    attempt: int
+    reason: str
+    step: int
+    problem: str | None = None
+
+
+class Failed(Event, name="failed"):
+    """A rank died or hung; without `step` if recorded by the next start."""
+
+    attempt: int
+    step: int | None = None
+    problem: str
+
+
+class Finished(Event, name="finished"):
+    """All steps are done and recorded."""
+
+    attempt: int
+    step: int
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Line of the ledger: its event and its link in the chain."""
+
+    seq: int
+    time: str
+    previous: str
+    event: Event
+
+
+E = TypeVar("E", bound=Event)
+
+
+def of_kind(entries: Iterable[Entry], kind: type[E]) -> list[E]:
+    """Events of one class, oldest first."""
+    return [entry.event for entry in entries if isinstance(entry.event, kind)]
+
+
+def parse_entry(row: Mapping[str, Any]) -> Entry:
+    """Return the entry of a line's keys, its check left out.
+
+    Raises ValueError that says what is wrong with the line.
+    """
+    facts = dict(row)
+    seq, time, previous, name = (
+        _value(kind, facts.pop(key), key)
+        for key, kind in (("seq", int), ("time", str), ("previous", str), ("event", str))
+    )
+    kind = EVENTS.get(name)
+    if kind is None:
+        return Entry(seq, time, previous, UnknownEvent(unknown=name, extra=facts))
+
+    known = {key.name for key in fields(kind)} - {"extra"}
+    extra = {key: facts.pop(key) for key in [*facts] if key not in known}
+    return Entry(seq, time, previous, kind(**_values(kind, facts), extra=extra))
+
+
+def _values(kind: Any, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of a dataclass's fields. Raises ValueError for one that is missing or of no use."""
+    required = [key.name for key in fields(kind) if key.default is key.default_factory is MISSING]
+    if missing := [key for key in required if key not in facts]:
+        raise ValueError(f"has no {', '.join(missing)}")
+    return {
+        key.name: _value(key.type, facts[key.name], key.name)
+        for key in fields(kind)
+        if key.name in facts
+    }
+
+
+def _value(kind: Any, value: Any, key: str) -> Any:
+    """Return a JSON value as a field of type `kind`. Raises ValueError for another type."""
+    if isinstance(kind, UnionType):
+        for option in get_args(kind):
+            with suppress(ValueError):
+                return _value(option, value, key)
+    elif get_origin(kind) is tuple and type(value) is list:
+        of, *more = get_args(kind)
+        if more == [...] or len(value) == 1 + len(more):
+            return tuple(_value(of, item, key) for item in value)
+    elif kind is Takeover and type(value) is dict:
+        return Takeover(**_values(Takeover, value))
+    elif kind is float and type(value) is str and value in NON_FINITE:
+        return NON_FINITE[value]
+    elif type(value) is int:
+        # Counts, steps and tokens; larger numbers would overflow in their readers.
+        if kind in (int, float) and 0 <= value < 2**63:
+            return value
+    elif type(value) is (get_origin(kind) or kind):
+        return value
+
+    shown = type(value).__name__ if isinstance(value, dict | list) else f"{value!r:.60}"
+    raise ValueError(f"has {shown} as {key}")

@@ -1,0 +1,162 @@
+"""Setup: what a config means on a number of processes, decided in one place.
+
+- Layout, schedule, model shape, work of a micro-batch, memory, and what `auto` stands for.
+- Preflight, engine, plan tool and benches all take it from here, so a plan cannot show another
+  layout, schedule or memory than the run has.
+- Needs no torch. What depends on the device takes its type: the engine resolves axes and kernels.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Self
+
+from k2train.config.load import Config, check_world
+from k2train.model.architecture import Architecture
+from k2train.optim.lr_schedule import rate
+from k2train.plan.activations import ActivationSpec
+from k2train.plan.layout import Layout
+from k2train.plan.memory import RankMemory, rank_memory
+from k2train.plan.schedule import Program, build_programs, placement_of
+
+
+def architecture_of(config: Config) -> Architecture:
+    """Return the `Architecture` of a config's model section."""
+    m = config.model
+    assert m.num_kv_heads is not None, "the config resolves num_kv_heads"
+    return Architecture(
+        m.num_layers,
+        m.hidden_size,
+        m.ffn_hidden_size,
+        m.num_heads,
+        m.num_kv_heads,
+        m.vocab_size,
+        m.rope_theta,
+        m.norm_eps,
+        m.init_std,
+    )
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A config and its layout, with all that follows from the two."""
+
+    config: Config
+    layout: Layout
+
+    @classmethod
+    def of(cls, config: Config, world_size: int) -> Self:
+        """Return the setup on `world_size` processes.
+
+        Raises ConfigError when processes, batch, layout and schedule do not fit.
+        """
+        check_world(config, world_size)
+        p = config.parallel
+        layout = Layout.for_world(
+            world_size,
+            p.tensor,
+            p.pipeline,
+            p.stages_per_rank,
+            placement_of(p.schedule),
+            p.layers_per_stage,
+        )
+
+        setup = cls(config, layout)
+        # Built now: a schedule that cannot run with these micro-batches is a mistake of the config.
+        assert len(setup.programs) == layout.pipeline, "one program for each pipeline rank"
+        return setup
+
+    @cached_property
+    def architecture(self) -> Architecture:
+        """Sizes and constants of the model."""
+        return architecture_of(self.config)
+
+    @cached_property
+    def num_microbatches(self) -> int:
+        """Micro-batches of a step on each data-parallel rank."""
+        batch = self.config.batch
+        return batch.global_sequences // (self.layout.data * batch.micro_sequences)
+
+    @cached_property
+    def programs(self) -> tuple[Program, ...]:
+        """The schedule: what each pipeline rank does in a step. Raises ConfigError."""
+        p = self.config.parallel
+        return build_programs(p.schedule, p.pipeline, self.num_microbatches, p.stages_per_rank)
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of a step, over all ranks."""
+        return self.config.batch.global_sequences * self.config.data.sequence_length
+
+    @property
+    def targets(self) -> int:
+        """Positions of a global batch that have a label: all but the last of each sequence."""
+        return self.step_tokens - self.config.batch.global_sequences
+
+    @property
+    def block(self) -> bool:
+        """Whether attention stops at document boundaries."""
+        return self.config.data.cross_documents == "block"
+
+    @property
+    def sequence(self) -> bool:
+        """Whether activations between layers are split along the sequence."""
+        return bool(self.config.parallel.sequence) and self.layout.tensor > 1
+
+    def overlap(self, device_type: str) -> bool:
+        """Whether collectives run beside the computation on a device type.
+
+        `auto` turns it on for accelerators only: with gloo a collective takes the core that would
+        compute meanwhile.
+        """
+        overlap = self.config.parallel.overlap
+        return overlap == "on" or (overlap == "auto" and device_type != "cpu")
+
+    def regather(self, device_type: str) -> bool:
+        """Whether the backward gathers a sequence again instead of keeping it.
+
+        `auto` turns it on for accelerators only: with gloo the second gather costs more than it
+        saves.
+        """
+        gathered = self.config.parallel.gathered
+        return gathered == "again" or (gathered == "auto" and device_type != "cpu")
+
+    def learning_rate(self, step: int, total_steps: int) -> float:
+        """Return the learning rate used in `step` (from 1) of this stage."""
+        lr = self.config.lr
+        return rate(step, lr.kind, lr.peak, lr.final, lr.warmup_steps, total_steps, lr.decay_steps)
+
+    def work(
+        self, device_type: str = "cuda", attention: str | None = None, matmul: str = "torch"
+    ) -> ActivationSpec:
+        """Return the work of one micro-batch on a device type.
+
+        `attention` and `matmul` are the kernels in use, if known.
+        """
+        config = self.config
+        auto = "flash" if config.kernels.attention == "auto" else config.kernels.attention
+        return ActivationSpec(
+            self.architecture,
+            config.data.sequence_length,
+            config.batch.micro_sequences,
+            config.precision,
+            tensor=self.layout.tensor,
+            sequence=self.sequence,
+            regather=self.regather(device_type),
+            device=device_type,
+            attention=attention or auto,
+            matmul=matmul,
+            block=self.block,
+            recompute=config.kernels.recompute,
+            recompute_layers=config.kernels.recompute_layers,
+        )
+
+    def memory(self, work: ActivationSpec, pp: int) -> RankMemory:
+        """Return the memory of one rank at pipeline rank `pp` with that work."""
+        return rank_memory(
+            work,
+            self.layout,
+            self.programs[pp],
+            pp,
+            self.overlap(work.device),
+            self.config.parallel.bucket_bytes,
+        )

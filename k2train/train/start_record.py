@@ -1,0 +1,154 @@
+"""Record of a start: open ledger, metrics and console on rank 0, and log what the run is.
+
+- Rank 0 writes; the other ranks learn the number of the start, the fencing token, and why the
+  record could not be opened.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from k2train.checkpoint.retention import remove_unfinished
+from k2train.config.load import config_differences
+from k2train.errors import RunError, UserError
+from k2train.parallel.agreement import Agreement
+from k2train.parallel.grid import ProcessGrid
+from k2train.plan.cost import parameters
+from k2train.record.events import Resumed, Started, Takeover
+from k2train.record.system_info import environment_facts
+from k2train.run_lock.lock import RunLock
+from k2train.text import counted
+from k2train.train.checkpointing import Chosen
+from k2train.train.engine import Engine
+from k2train.train.memory_report import memory_line
+from k2train.train.preflight import Start
+from k2train.train.run_logger import RankZeroRunLogger, RunLogger
+from k2train.train.shutdown import OpenRun
+
+
+def open_run_logger(start: Start, run: OpenRun, lock: RunLock | None, memory: str) -> RunLogger:
+    """Open ledger and metrics on rank 0, as the logger of `run`; collective.
+
+    `lock` is rank 0's lock of the run directory, `memory` the host's malloc settings.
+    Raises RunError on every rank when the record cannot be opened.
+    """
+    problem, leftovers = "", list[str]()
+    if run.grid.rank == 0:
+        try:
+            start.checkpoints.mkdir(parents=True, exist_ok=True)
+            leftovers = remove_unfinished(start.checkpoints)
+            run.logger = RankZeroRunLogger(start)
+        except UserError as error:
+            problem = str(error)
+        except OSError as error:
+            problem = f"{error.filename or start.directory} cannot be written: {error.strerror}"
+
+    # A peer that dies meanwhile is recorded by it.
+    logger, token = run.logger, 0 if lock is None else lock.token
+    logger.attempt, logger.fencing_token, problem = Agreement(run.grid).from_first(
+        (logger.attempt, token, problem), "open the record"
+    )
+    if problem:
+        raise RunError(problem)
+
+    logger.memory = memory
+    if lock is not None:
+        taken = lock.taken_over_from
+        logger.taken_over_from = None if taken is None else Takeover(**taken)
+        if lock.takeover_message:
+            logger.info(lock.takeover_message)
+    for name in leftovers:
+        logger.info(f"removed unfinished {name}")
+    return logger
+
+
+def log_start(logger: RunLogger, start: Start, engine: Engine, chosen: Chosen) -> None:
+    """Log the first lines of a run: its size, layout, kernels, memory, and the checkpoint taken."""
+    setup, kernels, layout, order = start.setup, engine.kernels, start.layout, start.order
+    device_type, config = engine.grid.device.type, start.setup.config
+    work = setup.work(device_type, kernels.attention_name, kernels.matmul)
+
+    logger.info(
+        f"{parameters(setup.architecture):,} parameters, {config.precision} on {device_type}; "
+        f"{counted(len(order.names), 'chunk')}, {order.total_steps} steps of "
+        f"{setup.step_tokens:,} tokens; run directory {start.directory}"
+    )
+    logger.info(
+        f"tensor {layout.tensor}, pipeline {layout.pipeline}, data {layout.data}, "
+        f"sequence parallel {'on' if setup.sequence else 'off'}, {config.parallel.schedule}, "
+        f"{setup.num_microbatches} micro-batches; kernels: {kernels}; {logger.memory}"
+    )
+    logger.info(memory_line(setup, work, engine.grid.coordinate.pp))
+
+    if start.candidates or chosen.refused:
+        found = len(start.candidates) + len(start.refused)
+        taken = "none" if chosen.path is None else chosen.path.name
+        logger.info(
+            f"searched {start.checkpoints}: found {counted(found, 'checkpoint')}, took {taken}"
+        )
+    for problem in chosen.refused:
+        logger.info(f"refused: {problem}")
+
+
+def log_started(logger: RunLogger, start: Start, engine: Engine) -> None:
+    """Record that a stage begins."""
+    logger.event(
+        Started(
+            attempt=logger.attempt,
+            run=start.setup.config.run.name,
+            run_id=logger.run_id,
+            world_size=start.layout.world_size,
+            layout=str(start.layout),
+            total_steps=start.order.total_steps,
+            chunks=len(start.order.names),
+            parameters=parameters(start.setup.architecture),
+            kernels=str(engine.kernels),
+            memory=logger.memory,
+            data_manifest_sha256=start.manifest.sha256,
+            environment=environment_facts(),
+            config_sha256=logger.config_sha256,
+            fencing_token=logger.fencing_token,
+            taken_over_from=logger.taken_over_from,
+        )
+    )
+
+
+def log_resumed(
+    logger: RunLogger, start: Start, engine: Engine, chosen: Chosen, set_aside: Sequence[str]
+) -> None:
+    """Record that a run continues from the chosen checkpoint; `set_aside` are later ones."""
+    path, manifest, config = chosen.path, chosen.manifest, start.setup.config
+    assert path is not None and manifest is not None, "a run continues from a checkpoint"
+    changes = config_differences(manifest.config, config.model_dump(mode="json"))
+    logger.event(
+        Resumed(
+            attempt=logger.attempt,
+            checkpoint=path.name,
+            requested=config.run.resume,
+            step=manifest.step,
+            refused=chosen.refused,
+            set_aside=tuple(set_aside),
+            layout=str(start.layout),
+            world_size=start.layout.world_size,
+            kernels=str(engine.kernels),
+            memory=logger.memory,
+            config_changes=tuple(changes),
+            allowed=chosen.allowed,
+            config_sha256=logger.config_sha256,
+            fencing_token=logger.fencing_token,
+            taken_over_from=logger.taken_over_from,
+        )
+    )
+
+    logger.info(f"resumed from {path} at step {manifest.step} (attempt {logger.attempt})")
+    for text in chosen.allowed:
+        logger.info(f"allowed by run.allow, although it makes this another run: {text}")
+    if changes:
+        logger.info(f"config changes since that checkpoint: {'; '.join(changes)}")
+
+
+def log_finished(start: Start, grid: ProcessGrid, last: Path) -> None:
+    """Say that the stage is finished: its last checkpoint was found whole."""
+    if grid.rank == 0:
+        remove_unfinished(start.checkpoints)
+        sys.stdout.write(f"{last} is the last checkpoint: this stage is finished, nothing to do\n")

@@ -1,0 +1,80 @@
+"""Training state of a run besides weights and moments: saved in the manifest, restored from it.
+
+- Each field is a key of the manifest, under the same name. A new item of the state is one field.
+- Equal on every rank. What a restart computes anew (data position, learning rate) is no part of it.
+
+Alternatives considered:
+- Attributes of the trainer with a save and a load of their own: one that is forgotten shows only
+  after a restart.
+"""
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Self
+
+from pydantic import TypeAdapter, ValidationError
+
+from k2train.checkpoint.manifest import SaveFacts
+from k2train.errors import CheckpointError
+from k2train.guard.nonfinite import NonFiniteCounter
+from k2train.guard.spikes import SpikeAlert
+from k2train.safe_json import first_error
+
+GUARD_KEYS = {"finite": ("in_a_row", "total"), "spikes": ("losses", "log_grads", "open")}
+"""Keys of the guards' states that every checkpoint has."""
+
+
+@dataclass
+class Guards:
+    """State of the guards that judge each step."""
+
+    finite: NonFiniteCounter = field(default_factory=NonFiniteCounter)
+    spikes: SpikeAlert = field(default_factory=SpikeAlert)
+
+
+@dataclass
+class TrainState:
+    """Training state after `step` steps of this stage."""
+
+    step: int = 0
+    adam_steps: int = 0
+    """Updates applied to the moments, as far as they are kept, over all stages."""
+    loss: float | None = None
+    """Loss of the last applied step."""
+    parent: dict[str, Any] | None = None
+    """The stage before, and how this one took over from it."""
+    guard: Guards = field(default_factory=Guards)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the manifest's keys."""
+        return asdict(self)
+
+    @classmethod
+    def of(cls, manifest: SaveFacts) -> Self:
+        """Restore the state that was saved with a checkpoint.
+
+        Raises CheckpointError when the manifest does not hold it.
+        """
+        # Fields that are added later may be missing in older checkpoints. These never are.
+        for name, keys in GUARD_KEYS.items():
+            guard = (manifest.guard or {}).get(name)
+            if missing := [key for key in keys if isinstance(guard, dict) and key not in guard]:
+                raise CheckpointError(
+                    f"the manifest does not hold the training state: guard.{name} has no "
+                    f"{', '.join(missing)}; it was changed or damaged"
+                )
+            if manifest.guard is not None and guard is None:
+                raise CheckpointError(
+                    f"the manifest does not hold the training state: guard has no {name}; it was "
+                    "changed or damaged"
+                )
+
+        names = [item.name for item in fields(cls)]
+        try:
+            return TypeAdapter(cls).validate_python(
+                {name: getattr(manifest, name) for name in names if hasattr(manifest, name)}
+            )
+        except ValidationError as error:
+            raise CheckpointError(
+                f"the manifest does not hold the training state: {first_error(error)}; it was "
+                "changed or damaged"
+            ) from None

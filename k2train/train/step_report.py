@@ -1,0 +1,105 @@
+"""Step report: metrics row, skipped steps and spikes of each step, for the run logger."""
+
+import resource
+
+import torch
+
+from k2train.plan.cost import flops_per_token, peak_flops
+from k2train.record.events import ChunkStarted, Spike, StepSkipped
+from k2train.record.metrics import StepRecord
+from k2train.train.engine import StepResult
+from k2train.train.preflight import Start
+from k2train.train.run_logger import RunLogger
+from k2train.train.state import TrainState
+
+
+class StepReport:
+    """Reports the steps of a run to `logger`; `device` is the one that computes."""
+
+    def __init__(self, start: Start, logger: RunLogger, device: torch.device):
+        self.start, self.logger, self.device = start, logger, device
+        setup = start.setup
+        self._flops = flops_per_token(setup.architecture, setup.config.data.sequence_length)
+        peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        self._peak_flops = None if peak is None else peak * start.layout.world_size
+
+    def begins(self, step: int) -> None:
+        """Report a step that begins: an event where it opens a chunk."""
+        order = self.start.order
+        position = order.position(step)
+        if position.step_in_chunk == 0:
+            self.logger.event(
+                ChunkStarted(
+                    attempt=self.logger.attempt,
+                    chunk=position.name,
+                    order_index=position.order_index,
+                    step=step,
+                    dropped_rows=order.dropped_rows(position.order_index),
+                )
+            )
+
+    def done(
+        self, step: int, result: StepResult, lr: float, seconds: float, state_root: str | None
+    ) -> None:
+        """Report a finished step: its metrics row."""
+        order, tokens = self.start.order, self.start.setup.step_tokens
+        rows = order.rows_of(step)
+        self.logger.step(
+            StepRecord(
+                step,
+                self.logger.attempt,
+                chunk=order.position(step).name,
+                consumed_tokens=step * tokens,
+                loss=result.loss,
+                grad_norm=result.grad_norm,
+                lr=lr,
+                rows=[rows.start, rows.stop],
+                applied=result.applied,
+                tokens_per_second=tokens / seconds,
+                mfu=None
+                if self._peak_flops is None
+                else tokens / seconds * self._flops / self._peak_flops,
+                seconds=seconds,
+                peak_memory_bytes=self._peak_memory_bytes(),
+                state_root=state_root,
+            )
+        )
+
+    def skipped(self, state: TrainState, result: StepResult) -> None:
+        """Report a step that was not applied, with the tensors whose gradient is not finite."""
+        step, in_a_row = state.step, state.guard.finite.in_a_row
+        name, rows = self.start.order.position(step).name, self.start.order.rows_of(step)
+        bad = [key for key, norm in result.norms.items() if norm != norm or norm == float("inf")]
+        self.logger.event(
+            StepSkipped(
+                attempt=self.logger.attempt,
+                step=step,
+                chunk=name,
+                rows=(rows.start, rows.stop),
+                loss=str(result.loss),
+                grad_norm=str(result.grad_norm),
+                tensors=tuple(bad[:8]),
+                in_a_row=in_a_row,
+            )
+        )
+        self.logger.info(
+            f"step {step} skipped, {'loss' if not bad else 'gradient of ' + bad[0]} not finite "
+            f"({name} rows {rows.start}-{rows.stop - 1}; {in_a_row} in a row)"
+        )
+
+    def spikes(self, state: TrainState, result: StepResult) -> None:
+        """Observe an applied step, and report the spikes that it opened or closed."""
+        policy = self.start.setup.config.spikes.policy
+        for facts in state.guard.spikes.observe(state.step, result.loss, result.grad_norm):
+            spike = Spike(attempt=self.logger.attempt, policy=policy, **facts)
+            self.logger.event(spike)
+            self.logger.info(
+                f"spike {spike.kind} at step {state.step}: "
+                f"loss {result.loss:.4f}, grad_norm {result.grad_norm:.3g}"
+            )
+
+    def _peak_memory_bytes(self) -> int:
+        """Return this rank's peak device memory, or the process's peak resident size on a CPU."""
+        if self.device.type == "cuda":
+            return int(torch.cuda.max_memory_allocated(self.device))
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

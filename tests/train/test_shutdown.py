@@ -1,0 +1,85 @@
+"""Shutdown: what a run leaves behind, however early it ends, with parts that only take notes."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from k2train.errors import EXIT_FAILED, RunError
+from k2train.parallel.agreement import SaveError
+from k2train.plan.layout import Layout
+from k2train.record.events import Event, Stopped
+from k2train.train.run_logger import RunLogger
+from k2train.train.shutdown import OpenRun
+
+
+class Noted(RunLogger):
+    """A logger that notes its events, and that it was closed."""
+
+    attempt = 3
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+        self.lines: list[str] = []
+        self.closed = False
+
+    def event(self, event: Event) -> None:
+        self.events.append(event)
+
+    def info(self, text: str) -> None:
+        self.lines.append(text)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def opened() -> tuple[OpenRun, list[tuple[Any, ...]]]:
+    """A run of one process with nothing open, and what its monitor was told."""
+    told: list[tuple[Any, ...]] = []
+    monitor: Any = SimpleNamespace(
+        phase=lambda *given: told.append(given), close=lambda problem: told.append((problem,))
+    )
+    grid: Any = SimpleNamespace(layout=Layout(), comm=SimpleNamespace(broken=False))
+    return OpenRun(grid, monitor), told
+
+
+def test_a_mistake_before_anything_is_open() -> None:
+    """Catches an error that is replaced by one about a part which does not exist yet."""
+    run, told = opened()
+    with pytest.raises(RunError, match="taken"), run:
+        raise RunError("taken")
+    assert told == [("done", 0), ("taken",)], "no watchdog takes the exit for a death"
+
+
+def test_a_mistake_is_recorded_and_everything_closed() -> None:
+    """Catches a refused start that the ledger does not know, and threads that stay."""
+    run, _ = opened()
+    closed: list[str] = []
+    logger = run.logger = Noted()
+    run.batches = SimpleNamespace(close=lambda: closed.append("batches"))  # type: ignore[assignment]
+    run.writer = SimpleNamespace(close=lambda: closed.append("writer"))  # type: ignore[assignment]
+    run.state.step = 7
+    with pytest.raises(RunError), run:
+        raise RunError("taken")
+    assert logger.events == [Stopped(attempt=3, reason="refused", step=7, problem="taken")]
+    assert logger.closed and closed == ["batches", "writer"]
+
+
+def test_what_every_rank_knows_ends_with_a_code() -> None:
+    """Catches a full disk that ends in a traceback, before there is a writer or after."""
+    run, told = opened()
+    logger = run.logger = Noted()
+    with run:
+        raise SaveError("no room")
+    assert run.code == EXIT_FAILED and logger.lines == ["no room"]
+    assert logger.events == [Stopped(attempt=3, reason="save failed", step=0, problem="no room")]
+    assert told == [("done", 0)] and logger.closed
+
+
+def test_an_interrupt_closes_and_goes_on() -> None:
+    """Catches a Ctrl-C that is taken for a failure of the run, or swallowed."""
+    run, told = opened()
+    logger = run.logger = Noted()
+    with pytest.raises(KeyboardInterrupt), run:
+        raise KeyboardInterrupt
+    assert logger.events == [] and logger.closed and told == [("done", 0)]
