@@ -431,11 +431,9 @@ SAVING_LOOP = """
 import sys, itertools
 from pathlib import Path
 sys.path.insert(0, {root!r})
-from tests.support.tiny_model import grid_of, tiny_config
-from tests.support.tiny_model import save_facts
+from tests.support.tiny_model import engine_of, grid_of, save_facts, tiny_config
 from k2train.checkpoint.save_events import SavePolicy
 from k2train.checkpoint.writer import CheckpointWriter, snapshot
-from k2train.train.engine import Engine
 from k2train.launch.environment import Launch
 from k2train.parallel.grid import start_process_group
 import torch
