@@ -16,10 +16,7 @@ import os
 import stat
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from pydantic import ValidationError
+from typing import Any
 
 MAX_DEPTH = 64
 MAX_FILE_BYTES = 2**28
@@ -100,22 +97,3 @@ def _finite(text: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f"{text[:40]} is too large for a number")
     return value
-
-
-def first_error(error: "ValidationError") -> str:
-    """Describe the first problem on one line: the key, and what is wrong with it."""
-    found = error.errors(include_url=False)[0]
-    place, value = found["loc"], found["input"]
-    if "[key]" in place:
-        place = place[: place.index("[key]") - 1]
-
-    if found["type"] == "missing":
-        problem = "is missing"
-    elif found["type"] == "value_error":
-        problem = str(found["ctx"]["error"])
-    else:
-        # A table would not fit on a line.
-        shown = type(value).__name__ if isinstance(value, (dict, list)) else ascii(value)[:60]
-        problem = f"is {shown}: {found['msg'][0].lower()}{found['msg'][1:]}"
-
-    return f"{ascii('.'.join(map(str, place)))[1:-1][:100]} {problem}".lstrip()

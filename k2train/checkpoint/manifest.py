@@ -36,7 +36,6 @@ from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
-    Field,
     GetPydanticSchema,
     PlainSerializer,
     ValidationError,
@@ -46,7 +45,8 @@ from pydantic_core.core_schema import no_info_plain_validator_function
 
 from k2train.errors import CheckpointError
 from k2train.files import write_synced
-from k2train.safe_json import first_error, read_json, read_plain_file
+from k2train.json_record import Count, first_mistake
+from k2train.safe_json import read_json, read_plain_file
 
 FORMAT = 2
 NAME = re.compile(r"ckpt_(\d{3,})(?:_step_(\d{6,}))?")
@@ -55,7 +55,6 @@ THINNED = "thinned.json"
 FOLDERS = ("model", "optimizer")
 
 Json = dict[str, Any]
-Count = Annotated[int, Field(strict=True, ge=0)]
 Loss = Annotated[float, PlainSerializer(lambda loss: loss if math.isfinite(loss) else str(loss))]
 """A loss may be NaN, for which JSON has no number: written as `"nan"`."""
 
@@ -292,7 +291,7 @@ def read_manifest(path: Path) -> CheckpointManifest:
     try:
         manifest = CheckpointManifest.model_validate(content)
     except ValidationError as error:
-        raise CheckpointError(f"{path / MANIFEST}: {first_error(error)}") from None
+        raise CheckpointError(f"{path / MANIFEST}: {first_mistake(error)}") from None
 
     if NAME.fullmatch(path.name) and manifest.name != path.name:
         raise CheckpointError(

@@ -13,9 +13,9 @@ from typing import Annotated
 
 from pydantic import Field
 
-from k2train.data.json_record import Count, Record
 from k2train.data.manifest import Manifest
 from k2train.errors import DataError
+from k2train.json_record import Count, Record
 
 SCHEME = "blake2b-64"
 KEY_BITS = 64

@@ -16,9 +16,9 @@ from typing import Any
 
 from pydantic import ConfigDict, Field, StrictBool
 
-from k2train.data.json_record import Count, Number, Positive, Record, Text, Whole
 from k2train.errors import DataError
 from k2train.files import AtomicFile
+from k2train.json_record import Count, Number, Positive, Record, Text, Whole
 from k2train.safe_json import parse_json, read_plain_file
 
 FORMAT = "k2train-chunks-1"

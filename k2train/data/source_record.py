@@ -9,10 +9,10 @@ Alternatives considered:
 
 from pydantic import Field
 
-from k2train.data.json_record import Record
 from k2train.data.manifest import MAX_MANIFEST_BYTES, Manifest
 from k2train.errors import DataError
 from k2train.files import sha256_file
+from k2train.json_record import Record
 from k2train.safe_json import read_json
 
 SOURCES_NAME = "sources.json"

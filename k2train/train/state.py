@@ -17,7 +17,7 @@ from k2train.checkpoint.manifest import SaveFacts
 from k2train.errors import CheckpointError
 from k2train.guard.nonfinite import NonFiniteCounter
 from k2train.guard.spikes import SpikeAlert
-from k2train.safe_json import first_error
+from k2train.json_record import first_mistake
 
 GUARD_KEYS = {"finite": ("in_a_row", "total"), "spikes": ("losses", "log_grads", "open")}
 """Keys of the guards' states that every checkpoint has."""
@@ -54,19 +54,16 @@ class TrainState:
 
         Raises CheckpointError when the manifest does not hold it.
         """
-        # Fields that are added later may be missing in older checkpoints. These never are.
-        for name, keys in GUARD_KEYS.items():
-            guard = (manifest.guard or {}).get(name)
-            if missing := [key for key in keys if isinstance(guard, dict) and key not in guard]:
-                raise CheckpointError(
-                    f"the manifest does not hold the training state: guard.{name} has no "
-                    f"{', '.join(missing)}; it was changed or damaged"
-                )
-            if manifest.guard is not None and guard is None:
-                raise CheckpointError(
-                    f"the manifest does not hold the training state: guard has no {name}; it was "
-                    "changed or damaged"
-                )
+        # A field that is added later may be missing in an older checkpoint. These never are.
+        guards = manifest.guard or {}
+        missing = [
+            f"guard.{name}.{key}"
+            for name, keys in GUARD_KEYS.items()
+            for key in keys
+            if isinstance(part := guards.get(name, {}), dict) and key not in part
+        ]
+        if manifest.guard is not None and missing:
+            raise _no_state(f"{missing[0]} is missing")
 
         names = [item.name for item in fields(cls)]
         try:
@@ -74,7 +71,10 @@ class TrainState:
                 {name: getattr(manifest, name) for name in names if hasattr(manifest, name)}
             )
         except ValidationError as error:
-            raise CheckpointError(
-                f"the manifest does not hold the training state: {first_error(error)}; it was "
-                "changed or damaged"
-            ) from None
+            raise _no_state(first_mistake(error)) from None
+
+
+def _no_state(problem: str) -> CheckpointError:
+    return CheckpointError(
+        f"the manifest does not hold the training state: {problem}; it was changed or damaged"
+    )

@@ -104,48 +104,75 @@ def first(table: dict[str, Any]) -> Any:
 
 
 MISTAKES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
-    "missing": (lambda raw: raw.pop("step"), "step is missing"),
-    "text": (lambda raw: raw.update(step="7"), "step is '7': input should be a valid integer"),
-    "truth": (lambda raw: raw.update(adam_steps=True), "adam_steps is True: input should be"),
-    "negative": (lambda raw: raw.update(step=-3), "step is -3: input should be greater"),
-    "fraction": (lambda raw: raw.update(consumed_tokens=1.5), "consumed_tokens is 1.5: input"),
-    "list": (lambda raw: raw.update(config=[1] * 99), "config is list: input should be"),
-    "position": (lambda raw: raw["chunks"].pop("consumed"), "chunks.consumed is missing"),
-    "order": (lambda raw: raw["chunks"]["order"].append(3), "chunks.order.2 is 3: input"),
-    "no bytes": (lambda raw: first(raw["files"]).pop("bytes"), ".safetensors.bytes is missing"),
+    "missing": (lambda raw: raw.pop("step"), "key 'step' is missing"),
+    "text": (lambda raw: raw.update(step="7"), "key 'step' must be a whole number from 0, is '7'"),
+    "truth": (
+        lambda raw: raw.update(adam_steps=True),
+        "key 'adam_steps' must be a whole number from 0, is True",
+    ),
+    "negative": (
+        lambda raw: raw.update(step=-3),
+        "key 'step' must be a whole number from 0, is -3",
+    ),
+    "fraction": (
+        lambda raw: raw.update(consumed_tokens=1.5),
+        "'consumed_tokens' must be a whole number from 0, is 1.5",
+    ),
+    "list": (lambda raw: raw.update(config=[1] * 99), "key 'config' must be an object, is [1, 1"),
+    "position": (lambda raw: raw["chunks"].pop("consumed"), "chunks: key 'consumed' is missing"),
+    "order": (
+        lambda raw: raw["chunks"]["order"].append(3),
+        "chunks.order[2]: must be an object, is 3",
+    ),
+    "no bytes": (
+        lambda raw: first(raw["files"]).pop("bytes"),
+        ".safetensors: key 'bytes' is missing",
+    ),
     "file name": (
         lambda raw: raw["files"].update({"../x": first(raw["files"])}),
-        "files names '../x', outside the checkpoint's folders",
+        "key 'files' names '../x', outside the checkpoint's folders",
     ),
     "no shape": (
         lambda raw: first(raw["tensors"]["model"]).pop("shape"),
-        "tensors.model lacks shape of 'embedding.weight'",
+        "tensors: key 'model' lacks shape of 'embedding.weight'",
     ),
     "shape": (
         lambda raw: first(raw["tensors"]["model"]).update(shape=4),
-        "tensors.model lacks shape of 'embedding.weight'",
+        "tensors: key 'model' lacks shape of 'embedding.weight'",
     ),
-    "table": (lambda raw: raw["tensors"].update(model=[1]), "tensors.model is not an object"),
+    "table": (
+        lambda raw: raw["tensors"].update(model=[1]),
+        "tensors: key 'model' is not an object",
+    ),
     "entry": (
         lambda raw: raw["tensors"]["model"].update(b=[1]),
-        "tensors.model lacks shape of 'b'",
+        "tensors: key 'model' lacks shape of 'b'",
     ),
     "no hash": (
         lambda raw: first(first(raw["shards"])["tensors"]).pop("sha256"),
-        ".safetensors.tensors lacks offsets, sha256, shape of 'embedding.weight'",
+        ".safetensors: key 'tensors' lacks offsets, sha256, shape of 'embedding.weight'",
     ),
     "no header": (
         lambda raw: first(raw["shards"]).pop("header_sha256"),
-        ".safetensors.header_sha256 is missing",
+        ".safetensors: key 'header_sha256' is missing",
     ),
     "fewer shards": (lambda raw: raw["shards"].popitem(), "shards are not those of its files"),
-    "digests": (lambda raw: raw["state"].update(digests=3), "state.digests is not an object"),
+    "digests": (
+        lambda raw: raw["state"].update(digests=3),
+        "state: key 'digests' is not an object",
+    ),
     "digest": (
         lambda raw: raw["state"]["digests"].update(x=3),
-        "state.digests holds more than texts",
+        "state: key 'digests' holds more than texts",
     ),
-    "newline": (lambda raw: raw["files"].update({"a\nb": {}}), "files names 'a\\nb', outside"),
-    "data folder": (lambda raw: raw.update(format="k2train-chunks-1"), "format is 'k2train-chunks"),
+    "newline": (
+        lambda raw: raw["files"].update({"a\nb": {}}),
+        "key 'files' names 'a\\nb', outside",
+    ),
+    "data folder": (
+        lambda raw: raw.update(format="k2train-chunks-1"),
+        "key 'format' must be a whole number from 0, is 'k2train-chunks",
+    ),
 }
 
 
@@ -173,7 +200,7 @@ def test_a_manifest_that_is_not_sealed(tmp_path: Path) -> None:
     raw = golden(2)
     del raw["self_sha256"]
     (tmp_path / MANIFEST).write_text(json.dumps(raw))
-    with pytest.raises(CheckpointError, match="self_sha256 is missing"):
+    with pytest.raises(CheckpointError, match="key 'self_sha256' is missing"):
         read_manifest(tmp_path)
     (tmp_path / MANIFEST).write_text(json.dumps(raw | {"format": 3}))
     with pytest.raises(CheckpointError, match="format 3 is newer than this code reads"):

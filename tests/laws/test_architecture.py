@@ -28,6 +28,7 @@ BASE = {
     "errors",
     "fault_injection",
     "files",
+    "json_record",
     "processes",
     "safe_json",
     "state_digest",

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from k2train.parallel.collectives import all_gather, all_reduce
 from k2train.parallel.comm_tracker import CommTracker
 from k2train.parallel.grid import Axis
+from k2train.watchdog.heartbeat import read_heartbeat
 from k2train.watchdog.own_heartbeat import Member
 from k2train.watchdog.timeouts import Timeouts
 from k2train.watchdog.watchdog import Watchdog
@@ -55,6 +56,21 @@ def do(fault: str) -> None:
         raise ValueError("made up")
     elif fault in ("stop", "kill"):
         os.kill(os.getpid(), {"stop": signal.SIGSTOP, "kill": signal.SIGKILL}[fault])
+        # With other threads the kernel may stop this one a little later; continued, it stays here.
+        while True:
+            signal.pause()
+
+
+def seen_outside(watch: Path, rank: int, step: int) -> None:
+    """Return when the heartbeat on disk says that this rank is in the step and no collective.
+
+    A process that is stopped, or holds Python's lock, writes no further one.
+    """
+    while True:
+        beat = read_heartbeat(watch, rank)
+        if beat is not None and (beat.step, beat.current) == (step, ""):
+            return
+        time.sleep(0.01)
 
 
 def jump_wall_clock() -> None:
@@ -100,6 +116,8 @@ def main() -> int:
             before, blocked = time.monotonic(), comm.blocked_seconds
             all_gather(torch.ones(4), axis)
             if (rank, step) == (where, when):
+                if fault in ("stop", "hold"):
+                    seen_outside(directory / "watch", rank, step)
                 do(fault)
             work()
             all_reduce(torch.ones(1000), axis)

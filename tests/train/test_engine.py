@@ -8,11 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
 from k2train.errors import ConfigError
 from k2train.launch.environment import Launch
 from k2train.model.kernels.select import choose_kernels
 from k2train.parallel.collective_matmul import Split
+from k2train.parallel.cross_entropy import IGNORE
 from k2train.parallel.grad_accumulation import accumulator_of
 from k2train.parallel.grid import SINGLE
 from k2train.parallel.shard import named_slices
@@ -24,6 +27,7 @@ from tests.support.gloo_pool import GlooPool
 from tests.support.tiny_model import (
     assemble,
     engine_of,
+    global_batch,
     grid_of,
     microbatches_of,
     shapes_of,
@@ -243,6 +247,63 @@ def test_a_split_backward_is_split(pool: GlooPool) -> None:
     matrices = counts["of"][0]
     # The head's is made with the loss.
     assert counts["I"][0] == 1 and counts["W"][-1] == matrices > 1, counts
+
+
+def labels_of(tokens: Tensor) -> Tensor:
+    """The tokens, two of five masked, among them whole rows."""
+    numbers = torch.arange(tokens.numel()).view(tokens.shape)
+    return tokens.where((numbers % 5 > 1) & (numbers // tokens.shape[1] % 4 != 1), IGNORE)
+
+
+def masked_job(launch: Launch, config: Any) -> tuple[float, float, float]:
+    """Loss before and in a step with masked labels, and its gradient norm."""
+    grid = grid_of(launch, config)
+    engine = engine_of(config, grid)
+    whole = global_batch(config, 1)
+    targets = int((labels_of(whole)[:, 1:] != IGNORE).sum())
+    labels = labels_of(whole).chunk(grid.dp.size)[grid.dp.rank]
+    batch = [
+        part._replace(labels=labels[n * config.batch.micro_sequences :][: len(part.tokens)])
+        for n, part in enumerate(microbatches_of(config, grid, 1))
+    ]
+    with pytest.raises(AssertionError, match="number of targets does not follow"):
+        engine.evaluate(batch)
+    held_out = engine.evaluate(batch, targets)
+    result = engine.train_step(batch, 1e-3, targets=targets)
+    return held_out, result.loss, result.grad_norm
+
+
+def masked_by_torch_job(launch: Launch, config: Any) -> tuple[float, float]:
+    """The same loss and norm by torch's cross entropy and plain autograd, on whole rows."""
+    engine = engine_of(config, grid_of(launch, config))
+    stage, tokens = engine.stages[0], global_batch(config, 1)
+    # Without their accumulators the matrices' gradients go to autograd.
+    for parameter in stage.parameters():
+        vars(parameter).pop("accumulator", None)
+    logits = stage.logits(stage(tokens)).transpose(0, 1)
+    targets = labels_of(tokens)[:, 1:]
+    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
+    gradients = torch.autograd.grad(loss, list(stage.parameters()))
+    return float(loss.detach()), float(torch.stack([g.norm() for g in gradients]).norm())
+
+
+@pytest.mark.parametrize("loss", ("fused", "reference"))
+@pytest.mark.parametrize("axes", ({}, {"tensor": 2}, {"pipeline": 2}, {"data": 2}), ids=str)
+def test_masked_labels_are_those_of_torchs_cross_entropy(
+    pool: GlooPool, axes: dict[str, int], loss: str
+) -> None:
+    """Catches a mask that is shifted, a mean over all positions, and a mask one layout forgets."""
+    config = tiny_config(
+        batch__global_sequences=8,
+        kernels__loss=loss,
+        **{f"parallel__{name}": size for name, size in axes.items() if name != "data"},
+    )
+    found = pool.run(2 if axes else 1, masked_job, config)
+    ((expected, norm),) = pool.run(1, masked_by_torch_job, tiny_config(batch__global_sequences=8))
+    for held_out, trained, grad_norm in found:
+        assert held_out == pytest.approx(expected, rel=2e-6)
+        assert trained == pytest.approx(expected, rel=2e-6)
+        assert grad_norm == pytest.approx(norm, rel=2e-5)
 
 
 @pytest.mark.parametrize("device", ("cpu", "cuda"))

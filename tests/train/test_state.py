@@ -93,13 +93,19 @@ SPIKES: dict[str, Any] = {"losses": [], "log_grads": [], "open": None}
 @pytest.mark.parametrize(
     ("guard", "words"),
     (
-        (None, "guard is None"),
-        ({}, "guard has no finite"),
-        ({"finite": FINITE}, "guard has no spikes"),
-        ({"finite": {"total": 1}, "spikes": SPIKES}, "guard.finite has no in_a_row"),
-        ({"finite": FINITE | {"in_a_row": "many"}, "spikes": SPIKES}, "finite.in_a_row is 'many'"),
-        ({"finite": [], "spikes": SPIKES}, "guard.finite is list"),
-        ({"finite": FINITE, "spikes": SPIKES | {"losses": [1.0, "x"]}}, "losses.1 is 'x'"),
+        (None, "key 'guard' must be an object, is None"),
+        ({}, "guard.finite.in_a_row is missing"),
+        ({"finite": FINITE}, "guard.spikes.losses is missing"),
+        ({"finite": {"total": 1}, "spikes": SPIKES}, "guard.finite.in_a_row is missing"),
+        (
+            {"finite": FINITE | {"in_a_row": "many"}, "spikes": SPIKES},
+            "key 'in_a_row' must be a whole number",
+        ),
+        ({"finite": [], "spikes": SPIKES}, "guard: key 'finite' must be an object, is []"),
+        (
+            {"finite": FINITE, "spikes": SPIKES | {"losses": [1.0, "x"]}},
+            "losses[1]: must be a number, is 'x'",
+        ),
     ),
 )
 def test_what_is_no_state_is_refused(guard: Any, words: str) -> None:

@@ -1,7 +1,9 @@
-"""Base of a data folder's JSON records: frozen pydantic models, mistakes as one plain line.
+"""JSON records: frozen pydantic models of files from elsewhere, a mistake as one plain line.
 
 - No value is converted: a hand-edited number in quotes is a mistake, and so is `true` for 1.
-- The files come from elsewhere. A message therefore never prints what they hold on a second line.
+- A message never prints what a file holds on a second line.
+- The manifests of data folders and of checkpoints speak alike. YAML of people has
+  `config/messages`, which reports every mistake.
 
 Alternatives considered:
 - Pydantic's own constraints: their messages depend on which of a value's bounds is broken, and
@@ -42,8 +44,11 @@ Number = Annotated[int | float, _must_be("a number", lambda n: type(n) in (int, 
 
 _MUST_BE = {
     "tuple": "a list",
+    "list": "a list",
+    "int": "a whole number",
     "dict": "an object",
     "model": "an object",
+    "dataclass": "an object",
     "string": "text",
     "float": "a number",
     "bool": "true or false",
@@ -51,13 +56,17 @@ _MUST_BE = {
 """What a value must be, by the beginning of pydantic's name of the mistake."""
 
 
-def _explain(error: ValidationError) -> str:
+def first_mistake(error: ValidationError) -> str:
     """Describe the first mistake: the object, its key, what it must be and what it is."""
     mistake = error.errors(include_url=False)[0]
     kind, value = mistake["type"], repr(mistake["input"])[:60]
 
+    place = mistake["loc"]
+    if "[key]" in place:
+        # The key itself is wrong; its message names it.
+        place = place[: place.index("[key]") - 1]
     # A damaged file may have any keys: what does not fit on one printed line is escaped.
-    parts = [p if isinstance(p, int) or p.isprintable() else ascii(p)[1:-1] for p in mistake["loc"]]
+    parts = [p if isinstance(p, int) or p.isprintable() else ascii(p)[1:-1] for p in place]
     names = [f"[{part}]" if isinstance(part, int) else f".{part:.60}" for part in parts]
     key = names.pop().removeprefix(".") if parts and isinstance(parts[-1], str) else ""
     where = "".join(names).removeprefix(".")
@@ -72,7 +81,7 @@ def _explain(error: ValidationError) -> str:
 
 
 class Record(BaseModel):
-    """Base of all that is read from a data folder's JSON; immutable, unknown keys are ignored."""
+    """Base of all that is read from such a file; immutable, unknown keys are ignored."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -82,4 +91,4 @@ class Record(BaseModel):
         try:
             return cls.model_validate(content)
         except ValidationError as error:
-            raise ValueError(_explain(error)) from None
+            raise ValueError(first_mistake(error)) from None

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from pydantic import ConfigDict, Field
 
-from k2train.data.json_record import Count, Number, Positive, Record, Text, Whole
+from k2train.json_record import Count, Number, Positive, Record, Text, Whole
 
 
 class Part(Record):
