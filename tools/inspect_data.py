@@ -38,12 +38,14 @@ from k2train.data.inspect.provenance import (
     find_document,
     pieces_of,
 )
-from k2train.data.inspect.run_usage import METRICS, TO_COME, RecordedCheckpoint, Run, rows_of_step
+from k2train.data.inspect.run_progress import TO_COME, RecordedCheckpoint
+from k2train.data.inspect.run_usage import METRICS, Run
 from k2train.data.inspect.text import View, render
 from k2train.data.manifest import ChunkInfo, Manifest, read_manifest, short_list
 from k2train.data.source_record import read_sources
 from k2train.errors import EXIT_DONE, CheckpointError, DataError, RunError
 from k2train.record.ledger import read_ledger
+from k2train.record.metrics import records_of_step
 
 
 @command
@@ -343,11 +345,15 @@ def _attempts(run: Run, step: int, chunk: str, rows: range) -> list[Facts]:
     Raises RunError when the last attempt differs from the order.
     """
     path = run.directory / METRICS
-    keys = ("attempt", "chunk", "rows", "applied")
     recorded = [
-        {key: row[key] for key in keys}
-        for row in rows_of_step(path, step)
-        if all(key in row for key in keys)
+        {
+            "attempt": record.attempt,
+            "chunk": record.chunk,
+            "rows": list(record.rows),
+            "applied": record.applied,
+        }
+        for record in records_of_step(path, step)
+        if record.chunk
     ]
 
     if recorded and run.checkpoint is None and run.history.state(step) != TO_COME:

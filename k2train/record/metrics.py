@@ -16,6 +16,8 @@ Alternatives considered:
 """
 
 import math
+import mmap
+import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +27,9 @@ from typing import Any, Self, TypeVar
 from k2train.errors import RunError
 from k2train.record.jsonl import NON_FINITE, append_bytes, encode_line, read_lines, truncate
 from k2train.record.line_check import Row, checked_rows, ends_damaged, with_check
+
+TAIL_BYTES = 65536
+"""Longer than any line."""
 
 
 @dataclass(frozen=True)
@@ -205,6 +210,55 @@ def _latest(records: Iterable[R]) -> list[R]:
         if known is None or record.attempt >= known.attempt:
             best[record.step] = record
     return [best[step] for step in sorted(best)]
+
+
+def last_record(path: Path) -> StepRecord | None:
+    """Read the last complete line, from the end of a possibly huge file; None without one.
+
+    Raises RunError when it is damaged.
+    """
+    if not path.exists():
+        return None
+    with path.open("rb") as stream:
+        stream.seek(max(0, os.fstat(stream.fileno()).st_size - TAIL_BYTES))
+        # The part after the last newline is empty, or a line cut off by a kill.
+        lines = stream.read().split(b"\n")[:-1]
+    return _record(path, lines[-1]) if lines else None
+
+
+def records_of_step(path: Path, step: int) -> list[StepRecord]:
+    """Read the lines of every attempt at a step, oldest first.
+
+    Raises RunError when one is damaged.
+    """
+    if not path.exists() or path.stat().st_size == 0:
+        return []
+
+    # Searched as bytes: parsing a hundred megabytes of lines takes seconds.
+    found, start = [], b'{"step": %d,' % step
+    with (
+        path.open("rb") as stream,
+        mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content,
+    ):
+        at = content.find(start)
+        while at >= 0:
+            end = content.find(b"\n", at)
+            if end < 0:
+                break
+            found.append(_record(path, content[at:end]))
+            at = content.find(start, end)
+    return found
+
+
+def _record(path: Path, line: bytes) -> StepRecord:
+    """Parse one line whose number is not known."""
+    ((_, row),) = checked_rows(path, [line])
+    try:
+        if isinstance(row, RunError):
+            raise ValueError(str(row))
+        return StepRecord.of(row)
+    except ValueError:
+        raise RunError(f"{path}: a line is damaged ({line[:60]!r}); restore the file") from None
 
 
 def _repair(path: Path) -> str | None:

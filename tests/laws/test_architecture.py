@@ -57,7 +57,12 @@ ALSO_ALLOWED = {
     # What a run did is read from its ledger, as events of `record`.
     **{
         name: {"record"}
-        for name in ("data/order.py", "data/inspect/run_usage.py", "guard/crash_loop.py")
+        for name in (
+            "data/order.py",
+            "data/inspect/run_progress.py",
+            "data/inspect/run_usage.py",
+            "guard/crash_loop.py",
+        )
     },
 }
 """What single modules may import besides."""

@@ -7,6 +7,7 @@ kept.
 import json
 import math
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,8 +23,10 @@ from k2train.record.metrics import (
     StepRecord,
     damaged_rows,
     last_attempt,
+    last_record,
     latest,
     read_metrics,
+    records_of_step,
 )
 
 
@@ -232,3 +235,35 @@ def test_numbers_of_array_libraries_and_paths_are_taken() -> None:
         encode_line({"a": numpy.zeros(2)})
     with pytest.raises(TypeError, match="object"):
         encode_line({"a": object()})
+
+
+def test_single_lines_of_a_large_file_are_those_of_all(tmp_path: Path) -> None:
+    """Catches a line that is found in part, another step with the same digits, and a torn last line
+    taken for a record.
+    """
+    path = tmp_path / "metrics.jsonl"
+    assert last_record(path) is None and records_of_step(path, 1) == []
+    writer = MetricsWriter(path)
+    for attempt in (1, 2):
+        for step in range(1, 600):
+            writer.write(replace(RECORD, step=step, attempt=attempt, loss=1.0 / step))
+    every = read_metrics(path)
+    assert path.stat().st_size > 2 * 65536
+    with path.open("ab") as stream:
+        stream.write(b'{"step": 60, "attempt": 3')
+    assert last_record(path) == every[-1] == replace(RECORD, step=599, attempt=2, loss=1.0 / 599)
+    assert records_of_step(path, 60) == [record for record in every if record.step == 60]
+    assert records_of_step(path, 600) == []
+
+
+@pytest.mark.parametrize(
+    "harm", (lambda line: line[:-9], lambda line: line.replace(b"1.0", b"2.0"))
+)
+def test_a_single_line_is_checked_too(tmp_path: Path, harm: Callable[[bytes], bytes]) -> None:
+    """Catches a reader that takes a changed digit for a number of the run."""
+    path = tmp_path / "metrics.jsonl"
+    MetricsWriter(path).write(StepRecord(1, 1, loss=1.0))
+    path.write_bytes(harm(path.read_bytes()[:-1]) + b"\n")
+    for read in (lambda: last_record(path), lambda: records_of_step(path, 1)):
+        with pytest.raises(RunError, match="a line is damaged"):
+            read()

@@ -20,7 +20,7 @@ from k2train.checkpoint.manifest import seal
 from k2train.data.chunk import open_chunk
 from k2train.data.inspect.account import find_tokenizer, text_parts
 from k2train.data.inspect.provenance import _nearest, find_document, pieces_of
-from k2train.data.inspect.run_usage import History, steps_done, steps_skipped
+from k2train.data.inspect.run_progress import History, steps_done, steps_skipped
 from k2train.data.manifest import ChunkInfo, Manifest, read_manifest
 from k2train.data.order import ChunkOrder
 from k2train.data.prepare.k2_format.import_folder import UNKNOWN_TOKENIZER
@@ -36,6 +36,7 @@ from k2train.record.events import (
     StepSkipped,
 )
 from k2train.record.ledger import Ledger
+from k2train.record.metrics import StepRecord
 from k2train.text import clean, table
 from tests.support.command_line import load_tool
 from tests.support.data_folder import add_chunk, finish, write_pieces
@@ -865,17 +866,17 @@ def test_how_far_a_run_came_is_that_of_its_newest_attempt() -> None:
     """Catches steps called trained that were undone by going back."""
     ledger: list[Event] = [event(Started, attempt=1)]
     assert steps_done(entries(*ledger), None) == 0
-    assert steps_done(entries(*ledger), {"step": 7, "attempt": 1}) == 7
+    assert steps_done(entries(*ledger), StepRecord(7, 1)) == 7
     ledger += [event(StepSkipped, step=6), event(StepSkipped, step=3)]
     assert steps_skipped(entries(*ledger)) == {3, 6}
     ledger += [event(CheckpointSaved, step=9)]
     # A checkpoint of an earlier attempt, recorded by the next start, is no progress of that one.
     assert steps_done(entries(*ledger, event(CheckpointSaved, step=12, recovered=True)), None) == 9
     ledger += [event(Resumed, attempt=2, step=4)]
-    assert steps_done(entries(*ledger), {"step": 9, "attempt": 1}) == 4
+    assert steps_done(entries(*ledger), StepRecord(9, 1)) == 4
     assert steps_skipped(entries(*ledger)) == {3}
     assert steps_done(entries(*ledger, chunk_started("chunk_001", 1, 6)), None) == 5
-    assert steps_done(entries(*ledger), {"step": 5, "attempt": 2}) == 5
+    assert steps_done(entries(*ledger), StepRecord(5, 2)) == 5
 
 
 def test_a_deferral_undoes_the_steps_after_it() -> None:
@@ -886,8 +887,8 @@ def test_a_deferral_undoes_the_steps_after_it() -> None:
         event(StepSkipped, attempt=1, step=6),
         ChunkDeferred(attempt=1, chunk="chunk_001", step=4, order_index=3),
     )
-    assert steps_done(ledger, {"step": 9, "attempt": 1}) == 4 and steps_skipped(ledger) == {2}
-    assert steps_done(ledger, {"step": 5, "attempt": 2}) == 5
+    assert steps_done(ledger, StepRecord(9, 1)) == 4 and steps_skipped(ledger) == {2}
+    assert steps_done(ledger, StepRecord(5, 2)) == 5
 
 
 def test_a_skipped_step_is_not_called_trained(

@@ -9,32 +9,26 @@ Alternatives considered:
   traces.
 """
 
-import json
-import mmap
-import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from k2train.data.inspect.run_progress import (
+    History,
+    RecordedCheckpoint,
+    check_started,
+    order_of_checkpoint,
+    steps_done,
+    steps_skipped,
+)
 from k2train.data.manifest import ChunkInfo, Manifest, read_manifest
 from k2train.data.order import ChunkOrder, apply_events, make_order
 from k2train.errors import DataError, RunError
 from k2train.files import sha256_file
-from k2train.record.events import (
-    CheckpointSaved,
-    ChunkDeferred,
-    ChunkStarted,
-    Entry,
-    Finished,
-    Resumed,
-    Started,
-    StepSkipped,
-    Stopped,
-    of_kind,
-)
+from k2train.record.events import CheckpointSaved, ChunkDeferred, Entry, Started, of_kind
+from k2train.record.metrics import last_record
 from k2train.safe_json import read_plain_file
 
 Facts = dict[str, Any]
@@ -42,133 +36,6 @@ CONFIG_BYTES = 2**20
 """Larger than any config.yaml."""
 
 METRICS = "metrics.jsonl"
-TAIL_BYTES = 65536
-"""Longer than any line of the metrics."""
-TRAINED, SKIPPED, TO_COME = "trained", "skipped", "to come"
-NEVER, HELD_OUT, LEFT_OUT = "never read", "held out", "not in the order"
-
-
-@dataclass(frozen=True)
-class History:
-    """Progress of a run: its order, its last completed step, and the steps without an update."""
-
-    order: ChunkOrder
-    done_step: int
-    skipped: frozenset[int] = frozenset()
-
-    def state(self, step: int) -> str:
-        """State of a step: `trained`, `skipped` (read, update not applied) or `to come`."""
-        return TO_COME if step > self.done_step else SKIPPED if step in self.skipped else TRAINED
-
-    def use(self, chunk: str, row: int, held_out: bool = False) -> tuple[int | None, str]:
-        """Step that reads a row, and its state; no step for a row never trained on."""
-        if held_out:
-            return None, HELD_OUT
-        if chunk not in self.order.names:
-            return None, LEFT_OUT
-
-        index = self.order.names.index(chunk)
-        step_in_chunk = row // self.order.global_sequences
-        if step_in_chunk >= self.order.steps_in(index):
-            return None, NEVER
-
-        step = self.order.first_step(index) + step_in_chunk
-        return step, self.state(step)
-
-
-@dataclass(frozen=True)
-class RecordedCheckpoint:
-    """What a checkpoint's manifest says of the data; `order` has (name, sha256) of its chunks."""
-
-    name: str
-    step: int
-    consumed_tokens: int
-    config: Mapping[str, Any]
-    manifest_sha256: str | None
-    order: Sequence[tuple[str, str]]
-
-
-def order_of_checkpoint(
-    manifest: Manifest, order: Sequence[tuple[str, str]], global_sequences: int
-) -> ChunkOrder:
-    """Rebuild the order kept in a checkpoint over these chunks.
-
-    Raises DataError when a chunk is not the one that the checkpoint names.
-    """
-    names, rows = [], []
-    for name, sha256 in order:
-        info = manifest.chunk(name)
-        if info.sha256 != sha256:
-            raise DataError(
-                f"{manifest.path}: {info.name} is not the chunk of that run: its sha256 is "
-                f"{info.sha256[:12]}, the checkpoint names {sha256[:12]}; give the "
-                "data folder of the run"
-            )
-        names.append(info.name)
-        rows.append(info.rows)
-    return ChunkOrder(tuple(names), tuple(rows), global_sequences)
-
-
-def check_started(order: ChunkOrder, entries: Sequence[Entry], where: str) -> None:
-    """Compare the order with the chunks that the ledger says were started.
-
-    Raises RunError at the first difference.
-    """
-    # Chunks started before a deferral may have had another position.
-    deferrals = [i for i, entry in enumerate(entries) if isinstance(entry.event, ChunkDeferred)]
-
-    for entry in entries[deferrals[-1] + 1 if deferrals else 0 :]:
-        event = entry.event
-        if not isinstance(event, ChunkStarted):
-            continue
-        index, recorded = event.order_index, f"{event.chunk} from step {event.step}"
-        known = index < len(order.names)
-        expected = (
-            f"{order.names[index]} from step {order.first_step(index)}" if known else "nothing"
-        )
-        if recorded != expected:
-            raise RunError(
-                f"{where}: line {entry.seq + 1} says that position {index} of the order was "
-                f"{recorded}, config and data say {expected}: one of them no longer belongs to "
-                "this run"
-            )
-
-
-def steps_done(entries: Iterable[Entry], last_row: Mapping[str, Any] | None) -> int:
-    """Last completed step of the newest attempt: its start undid everything after it."""
-    done = attempt = 0
-    for event in (entry.event for entry in entries):
-        if isinstance(event, Started | Resumed):
-            attempt = event.attempt
-            done = event.step if isinstance(event, Resumed) else 0
-        elif isinstance(event, ChunkDeferred):
-            # Later steps, and the metrics of the attempt that did them, belong to the order before.
-            done, attempt = min(done, event.step), event.attempt + 1
-        elif isinstance(event, ChunkStarted):
-            # The steps before the first one of a chunk are done.
-            done = max(done, event.step - 1)
-        elif isinstance(event, StepSkipped | Stopped | Finished) or (
-            isinstance(event, CheckpointSaved) and not event.recovered
-        ):
-            done = max(done, event.step)
-
-    # Metrics are newer than the last event of the ledger.
-    if last_row is not None and int(last_row.get("attempt", 0)) >= attempt:
-        done = max(done, int(last_row["step"]))
-
-    return done
-
-
-def steps_skipped(entries: Iterable[Entry]) -> frozenset[int]:
-    """Steps that were read but not applied, without those undone by going back."""
-    skipped: set[int] = set()
-    for event in (entry.event for entry in entries):
-        if isinstance(event, StepSkipped):
-            skipped.add(event.step)
-        elif isinstance(event, Started | Resumed | ChunkDeferred):
-            back_to = 0 if isinstance(event, Started) else event.step
-            skipped = {step for step in skipped if step <= back_to}
-    return frozenset(skipped)
 
 
 class Run:
@@ -217,7 +84,7 @@ class Run:
         else:
             order = apply_events(order, later, ledger)
             check_started(order, entries, ledger)
-            done = steps_done(entries, last_row(directory / METRICS))
+            done = steps_done(entries, last_record(directory / METRICS))
 
         self.history = History(order, done, steps_skipped(entries))
 
@@ -389,44 +256,3 @@ def _locate_manifest(written: Path, directory: Path, recorded: Collection[str]) 
     ]
     right = (path for path in found if sha256_file(path) in recorded)
     return next(right, found[0] if found else written)
-
-
-def last_row(path: Path) -> dict[str, Any] | None:
-    """Read the last complete line of the metrics, from the end of a possibly huge file."""
-    if not path.exists():
-        return None
-    with path.open("rb") as stream:
-        stream.seek(max(0, os.fstat(stream.fileno()).st_size - TAIL_BYTES))
-        # The part after the last newline is empty, or a line cut off by a kill.
-        lines = stream.read().split(b"\n")[:-1]
-    return _row(path, lines[-1]) if lines else None
-
-
-def rows_of_step(path: Path, step: int) -> list[dict[str, Any]]:
-    """Read the metrics of every attempt at a step, oldest first."""
-    if not path.exists() or path.stat().st_size == 0:
-        return []
-
-    # Searched as bytes: parsing a hundred megabytes of lines takes seconds.
-    found, start = [], b'{"step": %d,' % step
-    with (
-        path.open("rb") as stream,
-        mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content,
-    ):
-        at = content.find(start)
-        while at >= 0:
-            end = content.find(b"\n", at)
-            if end < 0:
-                break
-            found.append(_row(path, content[at:end]))
-            at = content.find(start, end)
-    return found
-
-
-def _row(path: Path, line: bytes) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-        int(row["step"])
-    except (ValueError, KeyError, TypeError):
-        raise RunError(f"{path}: a line is damaged ({line[:60]!r}); restore the file") from None
-    return dict(row)
