@@ -20,7 +20,7 @@ from k2train.checkpoint.load import load_states
 from k2train.checkpoint.manifest import list_checkpoints
 from k2train.checkpoint.verify import verify_checkpoint
 from k2train.config.load import Config, flat_values, load_config
-from k2train.errors import RunError
+from k2train.errors import DataError, RunError
 from k2train.launch.environment import Launch
 from k2train.record.events import (
     CheckpointSaved,
@@ -572,6 +572,28 @@ def test_a_held_out_chunk_damaged_in_the_middle_of_a_run(tmp_path: Path, pool: G
     assert isinstance(last, CheckpointSaved) and last.checkpoint == "ckpt_001"
     assert isinstance(read_back, CheckpointVerified)
     assert isinstance(ended, Stopped) and ended.reason == "refused"
+
+
+def damaged_when_half_read(trainer: Trainer) -> None:
+    """The held-out chunk was whole when it was opened."""
+    loader = trainer.batches.loader
+    held_out = loader.held_out
+
+    def damaged(index: int) -> Any:
+        if index == 1:
+            raise DataError("held_out: row 13 is not what was prepared")
+        return held_out(index)
+
+    loader.held_out = damaged  # type: ignore[method-assign]
+
+
+def test_damage_found_while_one_process_reads_saves_first(base: Path, pool: GlooPool) -> None:
+    """Catches a run that trains its last chunk again at every start, and fails there again."""
+    settings = tree(base, "half-read")
+    (text,) = pool.run(1, trainer_job, settings, damaged_when_half_read)
+    assert text == "DamagedChunkError: held_out: row 13 is not what was prepared"
+    manifest = verify_checkpoint(base / "runs" / "half-read" / "checkpoints" / "ckpt_001")
+    assert (manifest.step, manifest.held_out_loss) == (5, None)
 
 
 def test_a_chunk_damaged_in_the_middle_of_a_run(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@
 import fcntl
 import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -180,13 +179,3 @@ def newest_step(run: Path) -> int:
         except CheckpointError:
             continue
     return -1
-
-
-def complaints(text: str) -> Sequence[str]:
-    """Lines on stderr that a person must read after a failure: neither progress nor notes."""
-    progress = (" chunk ", " saved ckpt_", " resumed from ", " parameters;", " steps of ")
-    return [
-        line
-        for line in text.splitlines()
-        if line.strip() and not any(mark in line for mark in progress)
-    ]

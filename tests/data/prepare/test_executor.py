@@ -191,6 +191,26 @@ def test_workers_return_raise_and_die_by_call() -> None:
     assert died.value.code == 3 and not pool.running
 
 
+def marked_when_free(gate: Path, mark: Path) -> None:
+    """Work that lasts until another call has failed."""
+    assert soon(gate.exists)
+    mark.touch()
+
+
+def failing(gate: Path) -> None:
+    gate.touch()
+    raise ValueError("a broken line")
+
+
+def test_what_runs_when_a_call_fails_is_done_and_kept(tmp_path: Path) -> None:
+    """Catches a broken file that throws away the nearly finished work of its neighbours."""
+    gate, mark, never = (tmp_path / name for name in ("gate", "mark", "never"))
+    calls = [partial(failing, gate), partial(marked_when_free, gate, mark), partial(never.touch)]
+    with pytest.raises(ValueError, match="a broken line"), local.Workers(2) as pool:
+        list(pool.results(calls))
+    assert mark.exists() and not never.exists()
+
+
 def test_a_task_that_leaves_no_record_is_not_done(tmp_path: Path) -> None:
     """Catches a work function that returns without its output being taken for complete."""
     workspace = toy_workspace(tmp_path, deny="one/2")

@@ -1,0 +1,85 @@
+"""Record of a start: what is open and known before the ranks have exchanged anything."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from k2train.config.load import Config
+from k2train.errors import RunError
+from k2train.record.events import Takeover
+from k2train.train import start_record
+from k2train.train.preflight import Start, prepare_start
+from k2train.train.run_logger import RankZeroRunLogger, RunLogger
+from k2train.train.start_record import open_run_logger
+from tests.support.tiny_corpus import config_tree, make_corpus
+
+LOCK: Any = SimpleNamespace(
+    token=4,
+    taken_over_from={"token": 3, "reason": "its process is gone"},
+    takeover_message="taken over from attempt 3",
+)
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Start:
+    make_corpus(tmp_path / "data", 2)
+    tree = config_tree(tmp_path / "data" / "manifest.json", tmp_path / "runs", "run")
+    return prepare_start(Config.model_validate(tree), 1, verify=False)
+
+
+def run_of(rank: int) -> Any:
+    return SimpleNamespace(grid=SimpleNamespace(rank=rank), logger=RunLogger())
+
+
+class Alone:
+    """An agreement with rank 0, which has said `word`; without one, a peer is gone."""
+
+    def __init__(self, word: Any) -> None:
+        self.word = word
+
+    def __call__(self, grid: Any) -> "Alone":
+        return self
+
+    def from_first(self, value: Any, what: str) -> Any:
+        assert what == "open the record"
+        if self.word is None:
+            raise RuntimeError("Connection closed by peer")
+        return value if self.word == "mine" else self.word
+
+
+def test_a_peer_that_dies_meanwhile_can_be_recorded(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a logger that nobody can reach, so that no one says in the ledger who is gone."""
+    monkeypatch.setattr(start_record, "Agreement", Alone(None))
+    run = run_of(0)
+    with pytest.raises(RuntimeError, match="closed by peer"):
+        open_run_logger(start, run, None, "malloc")
+    assert isinstance(run.logger, RankZeroRunLogger)
+
+
+def test_rank_0_says_what_it_found(
+    start: Start, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a takeover or a removed remainder that no one is told of."""
+    (start.checkpoints / "ckpt_001.3.tmp").mkdir(parents=True)
+    monkeypatch.setattr(start_record, "Agreement", Alone("mine"))
+    run = run_of(0)
+    logger = open_run_logger(start, run, LOCK, "malloc: kept")
+    assert logger is run.logger and (logger.attempt, logger.fencing_token) == (1, 4)
+    assert logger.taken_over_from == Takeover(token=3, reason="its process is gone")
+    assert logger.memory == "malloc: kept"
+    printed = capsys.readouterr().err
+    assert "taken over from attempt 3" in printed and "removed unfinished ckpt_001.3.tmp" in printed
+
+
+def test_another_rank_takes_rank_0s_word(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a rank that writes, that counts starts by itself, or that goes on alone."""
+    monkeypatch.setattr(start_record, "Agreement", Alone((5, 9, "")))
+    logger = open_run_logger(start, run_of(1), None, "malloc")
+    assert (logger.attempt, logger.fencing_token) == (5, 9) and not start.directory.exists()
+    monkeypatch.setattr(start_record, "Agreement", Alone((5, 9, "runs/run cannot be written")))
+    with pytest.raises(RunError, match="cannot be written"):
+        open_run_logger(start, run_of(1), None, "malloc")
