@@ -55,6 +55,8 @@ def build(work, precision, options, rank, world):
         with open(options["pids"], "a") as stream:
             stream.write(f"{os.getpid()}\\n")
     tell()
+    if world > 1:
+        dist.barrier()  # so that no rank is ended before it told its number
     how = options["how"]
     if how == "missing":
         import a_package_that_nobody_has
