@@ -44,6 +44,7 @@ def test_a_ledger_is_read_and_written_again_to_the_same_bytes() -> None:
     """Catches a key that is lost, added, renamed or moved."""
     lines = GOLDEN.read_bytes().splitlines(keepends=True)
     for line, entry in zip(lines, read_ledger(GOLDEN), strict=True):
+        assert entry.event.extra == {}, "a key that no field reads any more"
         row = {"seq": entry.seq, "time": entry.time, **entry.event.row()}
         assert with_check(encode_line({**row, "previous": entry.previous})) == line
 

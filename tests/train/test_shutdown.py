@@ -9,6 +9,7 @@ from k2train.errors import EXIT_FAILED, RunError
 from k2train.parallel.agreement import SaveError
 from k2train.plan.layout import Layout
 from k2train.record.events import Event, Stopped
+from k2train.train.monitor import DamageError
 from k2train.train.run_logger import RunLogger
 from k2train.train.shutdown import OpenRun
 
@@ -74,6 +75,35 @@ def test_what_every_rank_knows_ends_with_a_code() -> None:
     assert run.code == EXIT_FAILED and logger.lines == ["no room"]
     assert logger.events == [Stopped(attempt=3, reason="save failed", step=0, problem="no room")]
     assert told == [("done", 0)] and logger.closed
+
+
+@pytest.mark.parametrize("problem", [None, OSError("disk"), SaveError("no room")])
+def test_damage_waits_for_the_save_of_an_earlier_step(problem: Exception | None) -> None:
+    """Catches an end in the middle of the save that the next start resumes from, and a save that
+    fails in place of the damage.
+    """
+    run, _ = opened()
+    logger = run.logger = Noted()
+    done: list[str] = []
+
+    def wait() -> None:
+        done.append(f"waited with {len(logger.events)} events")
+        if problem is not None:
+            raise problem
+
+    run.writer = SimpleNamespace(wait=wait, close=lambda: done.append("closed"))  # type: ignore[assignment]
+    run.state.step = 7
+    with run:
+        raise DamageError("replicas differ")
+    assert done == ["waited with 0 events", "closed"]
+    assert logger.events == [
+        Stopped(attempt=3, reason="damaged", step=7, problem="replicas differ")
+    ]
+    assert run.code == EXIT_FAILED
+    assert logger.lines == [
+        "stopped at step 7: replicas differ; the last checkpoint was saved before that, start "
+        "again from it"
+    ]
 
 
 def test_an_interrupt_closes_and_goes_on() -> None:
