@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from tests.support.gloo_pool import GlooPool
+from tests.support.lanes import lanes
 from tests.support.tiny_model import assemble, shapes_of, tiny_config, train_job
 
 STEPS = 3
@@ -79,8 +80,12 @@ EVEN = ((1, 1, False, 2), (2, 1, True, 2), (2, 2, True, 2), (4, 2, False, 1))
 
 
 @pytest.mark.parametrize(
-    ("tp", "pp", "sequence", "dp", "vocab"),
-    [*((*grid, 251) for grid in grids()), *((*grid, 256) for grid in EVEN)],
+    *lanes(
+        ("tp", "pp", "sequence", "dp", "vocab"),
+        [*((*grid, 251) for grid in grids()), *((*grid, 256) for grid in EVEN)],
+        # Each axis alone, and all of them.
+        lambda case: sum(degree > 1 for degree in (case[0], case[1], case[3])) != 2,
+    )
 )
 def test_grid_equals_one_process(
     pool: GlooPool, one_process: Any, tp: int, pp: int, sequence: bool, dp: int, vocab: int
@@ -108,7 +113,11 @@ def test_grid_equals_one_process(
 
 
 @pytest.mark.parametrize(
-    ("tp", "dp", "precision"), ((1, 1, "fp32"), (2, 1, "fp32"), (1, 2, "fp32"), (2, 1, "bf16"))
+    *lanes(
+        ("tp", "dp", "precision"),
+        ((1, 1, "fp32"), (2, 1, "fp32"), (1, 2, "fp32"), (2, 1, "bf16")),
+        lambda case: case in ((1, 1, "fp32"), (2, 1, "fp32")),
+    )
 )
 def test_pipelines_and_schedules_are_bit_equal(
     pool: GlooPool, tp: int, dp: int, precision: str
@@ -127,6 +136,7 @@ def test_pipelines_and_schedules_are_bit_equal(
     )
 
 
+@pytest.mark.slow
 def test_uneven_stages_in_a_v_are_bit_equal(pool: GlooPool) -> None:
     """Nor may the number of layers a stage, nor a V over 4 ranks, whose last stage is on the first
     of them.
@@ -171,7 +181,13 @@ def same_bits(
             assert np.array_equal(run.gradients[-1][name], base.gradients[-1][name]), (choice, name)
 
 
-@pytest.mark.parametrize(("tp", "pp", "sequence", "dp"), ((1, 1, False, 1), (2, 2, True, 1)))
+@pytest.mark.parametrize(
+    *lanes(
+        ("tp", "pp", "sequence", "dp"),
+        ((1, 1, False, 1), (2, 2, True, 1)),
+        lambda case: case[0] == 1,
+    )
+)
 def test_micro_batches_do_not_matter(
     pool: GlooPool, tp: int, pp: int, sequence: bool, dp: int
 ) -> None:

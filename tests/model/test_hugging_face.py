@@ -245,7 +245,10 @@ def plain_loop(
 CLIP = 3.2
 
 
-@pytest.mark.parametrize(("world", "layout"), LAYOUTS)
+@pytest.mark.parametrize(
+    ("world", "layout"),
+    (*LAYOUTS[:2], pytest.param(4, FOUR, id="tp2-pp2-sp", marks=pytest.mark.slow)),
+)
 def test_twenty_steps_equal_a_plain_loop(
     pool: GlooPool, world: int, layout: dict[str, Any]
 ) -> None:

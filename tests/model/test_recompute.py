@@ -14,6 +14,7 @@ from k2train.model.kernels.select import choose_kernels
 from k2train.model.recompute import Cheap, run_layer
 from tests.support.gloo_pool import GlooPool
 from tests.support.kept_memory import Made
+from tests.support.lanes import lanes
 from tests.support.tiny_model import (
     assemble,
     engine_of,
@@ -182,7 +183,9 @@ GRIDS: list[tuple[int, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("world", "changes"), GRIDS, ids=lambda value: str(value))
+@pytest.mark.parametrize(
+    *lanes(("world", "changes"), GRIDS, lambda case: case[0] != 2 or case == GRIDS[3]), ids=str
+)
 def test_no_policy_changes_a_bit(pool: GlooPool, world: int, changes: dict[str, Any]) -> None:
     """Catches a norm made again from rounded numbers, collectives in another order, a gradient
     added twice.

@@ -15,6 +15,7 @@ from k2train.plan.schedule import build_programs
 from k2train.train.engine import Engine
 from tests.support.gloo_pool import GlooPool
 from tests.support.kept_memory import Made, known_of, spec_of
+from tests.support.lanes import lanes
 from tests.support.tiny_model import engine_of, grid_of, microbatches_of, tiny_config
 
 K2 = ModelShape(80, 8192, 22016, 64, 64, 32032)
@@ -55,14 +56,17 @@ def peaks_job(launch: Launch, configs: list[Config]) -> list[tuple[str, float]]:
 
 
 @pytest.mark.parametrize(
-    "split",
-    [
-        {},
-        {"parallel__pipeline": 2},
-        {"parallel__tensor": 2, "parallel__gathered": "again"},
-        {"parallel__tensor": 2, "parallel__gathered": "keep"},
-        {"parallel__tensor": 2, "parallel__sequence": False},
-    ],
+    *lanes(
+        "split",
+        [
+            {},
+            {"parallel__pipeline": 2},
+            {"parallel__tensor": 2, "parallel__gathered": "again"},
+            {"parallel__tensor": 2, "parallel__gathered": "keep"},
+            {"parallel__tensor": 2, "parallel__sequence": False},
+        ],
+        lambda split: "parallel__gathered" not in split or split["parallel__gathered"] == "again",
+    ),
     ids=str,
 )
 def test_the_fullest_moment_is_planned(pool: GlooPool, split: dict[str, Any]) -> None:

@@ -38,6 +38,7 @@ from benchmarks.gpu.sizes import Batch, sizes  # noqa: E402
 from benchmarks.gpu.timing import Timer, summary  # noqa: E402
 from k2train.data.loader import MicroBatch  # noqa: E402
 from k2train.plan.cost import ModelShape, flops_per_token, parameters  # noqa: E402
+from tests.support.lanes import lanes  # noqa: E402
 from tests.support.tiny_model import engine_of  # noqa: E402
 
 Row = dict[str, Any]
@@ -436,7 +437,9 @@ class Held(TorchDispatchMode):
         self.now -= self.alive.pop(key, 0)
 
 
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize(
+    *lanes("recompute", ["none", "selective", "full"], lambda policy: policy == "selective")
+)
 def test_a_step_of_k2s_layers_takes_what_is_planned(recompute: str) -> None:
     """Catches a plan that misses what a step holds, at the size where 3 % are gigabytes: tensors
     without memory.

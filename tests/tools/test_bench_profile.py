@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.command_line import load_tool
+from tests.support.lanes import lanes
 
 tool = load_tool("bench_profile")
 
@@ -28,7 +29,7 @@ TINY = [
 TINY += ["--micro", "2", "--sequences", "4", "--steps", "1"]
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize(*lanes("processes", [1, 2], lambda count: count == 2))
 def test_a_profile_of_a_tiny_work(
     processes: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
