@@ -8,7 +8,7 @@
   value that went to the wrong place.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,16 +50,22 @@ class ChosenCheckpoint(NamedTuple):
         )
 
 
-def agree_on_checkpoint(candidates: Sequence[Path], grid: ProcessGrid) -> ChosenCheckpoint:
+Check = Callable[[Path, CheckpointManifest], None]
+
+
+def agree_on_checkpoint(
+    candidates: Sequence[Path], grid: ProcessGrid, check: Check = lambda path, manifest: None
+) -> ChosenCheckpoint:
     """Find the first of `candidates` that every rank verifies, and the problems of those before it.
 
-    Rank 0's list counts. Each rank hashes its share of the files. Collective.
+    Rank 0's list counts. Each rank hashes its share of the files. `check` may refuse a manifest
+    with a CheckpointError. Collective.
     """
     agreement = Agreement(grid)
     refused: list[str] = []
     for text in agreement.from_first([str(path) for path in candidates], AGREE):
         path = Path(text)
-        problem = _first_problem(_problem(path, grid), agreement, AGREE)
+        problem = _first_problem(_problem(path, grid, check), agreement, AGREE)
         if problem is None:
             return ChosenCheckpoint(path, refused)
         refused.append(problem)
@@ -67,9 +73,10 @@ def agree_on_checkpoint(candidates: Sequence[Path], grid: ProcessGrid) -> Chosen
     return ChosenCheckpoint(None, refused)
 
 
-def _problem(path: Path, grid: ProcessGrid) -> str:
+def _problem(path: Path, grid: ProcessGrid, check: Check) -> str:
     try:
         manifest = read_manifest(path)
+        check(path, manifest)
         names = expected_files(path, manifest)
         verify_files(path, manifest, names[grid.rank :: grid.layout.world_size])
     except CheckpointError as error:

@@ -7,6 +7,7 @@
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,13 +28,18 @@ from k2train.parallel.grid import ProcessGrid
 from k2train.record.jsonl import json_value
 from k2train.record.system_info import environment_facts
 from k2train.run_lock.lock import RunLock
+from k2train.text import counted
 from k2train.train.engine import Engine
 from k2train.train.forward_check import forward_check_problem, run_forward_check
 from k2train.train.monitor import DamageError, RunMonitor
 from k2train.train.preflight import Start
 from k2train.train.resume_check import check_same_run
 from k2train.train.run_logger import RunLogger
+from k2train.train.start_point import check_resumable
 from k2train.train.state import TrainState
+
+SHOWN = 3
+"""Refused checkpoints that a message names, newest first."""
 
 
 @dataclass(frozen=True)
@@ -59,14 +65,12 @@ def choose_checkpoint(start: Start, grid: ProcessGrid) -> Chosen:
     Raises CheckpointError when no candidate is whole or of this run, or the one of `run.init_from`
     is not whole.
     """
-    path, problems = agree_on_checkpoint(start.candidates, grid)
+    path, problems = agree_on_checkpoint(start.candidates, grid, check_resumable)
     fault_injection.point("start.agreed")
 
     refused = (*start.refused, *problems)
     if start.candidates and path is None:
-        raise CheckpointError(
-            f"no checkpoint in {start.checkpoints} is whole: {'; '.join(refused)}"
-        )
+        raise CheckpointError(_none_whole(start, refused))
 
     if start.parent is not None:
         parent, problems = agree_on_checkpoint([start.parent], grid)
@@ -77,6 +81,25 @@ def choose_checkpoint(start: Start, grid: ProcessGrid) -> Chosen:
         return Chosen(None, None, refused)
     allowed = check_same_run(path, start.identity, start.setup.config.run.allow)
     return Chosen(path, read_manifest(path), refused, tuple(allowed))
+
+
+def _none_whole(start: Start, refused: Sequence[str]) -> str:
+    """Say what was tried, and why it was refused."""
+    asked = len(start.candidates) == 1 and isinstance(start.setup.config.run.resume, int)
+    tried = (
+        f"the {counted(len(refused), 'checkpoint')} with optimizer states in {start.checkpoints}"
+    )
+    more = len(refused) - SHOWN
+    return (
+        (
+            f"{start.candidates[0]} (run.resume) is not whole: "
+            if asked
+            else f"none of {tried} is whole: "
+        )
+        + "; ".join(refused[:SHOWN])
+        + (f"; and {more} more" if more > 0 else "")
+        + "; restore one of them, or start anew under another run.name"
+    )
 
 
 class CheckpointManager(SaveEvents):

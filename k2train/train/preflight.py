@@ -51,7 +51,10 @@ class Start:
     identity: dict[str, Any]
     """What may not change between restarts; stored in every checkpoint."""
     candidates: tuple[Path, ...] = ()
-    """Checkpoints of this run to resume from, the wanted one first; empty for a fresh start."""
+    """Checkpoints of this run to try, the wanted one first; empty for a fresh start.
+
+    Only the first one's manifest was read.
+    """
     refused: tuple[str, ...] = ()
     allowed: tuple[str, ...] = ()
     """Differences from the checkpoint's run that `run.allow` permits by name."""

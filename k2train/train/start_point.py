@@ -2,6 +2,8 @@
 
 - Decided by `run.resume` from the run directory alone, before torch is imported.
 - A checkpoint that cannot be read is passed over, with the reason why.
+- Manifests are read up to the first good one. The ranks read the older ones only when the files of
+  the newer ones are damaged: a manifest of a large run takes seconds.
 """
 
 from collections.abc import Sequence
@@ -19,16 +21,14 @@ from k2train.errors import CheckpointError, RunError
 from k2train.record.events import Entry, Resumed, Started
 from k2train.train.state import TrainState
 
-CANDIDATES = 4
-"""Checkpoints considered, newest first: reading the manifests of a large run takes time."""
-
 
 def wanted_checkpoints(
     config: Config, directory: Path, entries: Sequence[Entry]
 ) -> tuple[list[Path], list[str]]:
-    """Return the readable checkpoints, best first, and why others were refused.
+    """Return the checkpoints to try, best first, and why newer ones were refused.
 
-    Returns none for a fresh start.
+    The manifest of the first one is good; those of the others were not read. Returns none for a
+    fresh start.
     """
     folder, resume = directory / "checkpoints", config.run.resume
     found = list_checkpoints(folder)
@@ -42,18 +42,18 @@ def wanted_checkpoints(
 
     if isinstance(resume, int) and not _already_resumed_from(entries, resume):
         named = [path for path in found if path.name == f"ckpt_{resume:03d}"]
-        readable, refused = _readable(named)
-        if not readable:
+        usable, refused = _from_first_good(named)
+        if not usable:
             others = ", ".join(path.name for path in found if path not in named) or "none"
             why = f"; refused: {refused[0]}" if refused else ""
             raise CheckpointError(
                 f"run.resume asks for ckpt_{resume:03d}, {folder} has: {others}{why}"
             )
-        return readable, refused
+        return usable, refused
 
     # A thinned checkpoint holds weights only and cannot be resumed.
     whole = [path for path in reversed(found) if not is_thinned(path)]
-    usable, refused = _readable(whole)
+    usable, refused = _from_first_good(whole)
     if (not found and resume == "must") or (refused and not usable):
         why = f"; refused: {'; '.join(refused)}" if refused else ""
         raise CheckpointError(
@@ -69,22 +69,21 @@ def wanted_checkpoints(
     return usable, refused
 
 
-def _readable(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
-    """Return the first `CANDIDATES` with a readable manifest, and the problems of those between."""
-    readable: list[Path] = []
+def _from_first_good(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
+    """Return the paths from the first with a good manifest on, and the problems of those before."""
     refused: list[str] = []
-    for path in paths:
-        if len(readable) == CANDIDATES:
-            break
+    for number, path in enumerate(paths):
         try:
-            _check_resumable(path, read_manifest(path))
-            readable.append(path)
+            check_resumable(path, read_manifest(path))
         except CheckpointError as error:
             refused.append(str(error))
-    return readable, refused
+        else:
+            return list(paths[number:]), refused
+    return [], refused
 
 
-def _check_resumable(path: Path, manifest: CheckpointManifest) -> None:
+def check_resumable(path: Path, manifest: CheckpointManifest) -> None:
+    """Raise CheckpointError when a run cannot continue from a checkpoint with this manifest."""
     if manifest.identity is None:
         raise CheckpointError(
             f"{path / MANIFEST}: identity is missing, the run cannot continue from there"

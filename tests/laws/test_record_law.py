@@ -25,6 +25,7 @@ from k2train.record.ledger import Ledger, read_ledger
 from k2train.record.metrics import latest, read_metrics
 from k2train.train.trainer import Trainer
 from tests.support.command_line import load_tool
+from tests.support.data_folder import flip
 from tests.support.gloo_pool import GlooPool
 from tests.support.tiny_corpus import (
     STEPS_PER_CHUNK,
@@ -278,6 +279,31 @@ def test_finished_means_whole(base: Path, pool: GlooPool, straight_bf16: Path) -
     assert resumed_from(run) == ["ckpt_003"]
     assert_same_run(run, straight_bf16)
     assert pool.run(1, trainer_job, tree) == ["finished: ckpt_004"]
+
+
+def test_the_newest_that_verifies_however_far_back(
+    base: Path, pool: GlooPool, straight_bf16: Path
+) -> None:
+    """Catches a limit on the checkpoints tried, and a message about some that nobody looked at."""
+    run, tree = copied(base, straight_bf16, "far-back")
+    names = [path.name for path in list_checkpoints(run / "checkpoints")]
+    assert len(names) == 5
+    for name in names[1:]:
+        flip(next((run / "checkpoints" / name / "optimizer").glob("*.safetensors")))
+    assert pool.run(2, trainer_job, tree) == [0, 0]
+    assert resumed_from(run) == ["ckpt_000"]
+    (event,) = of_kind(read_ledger(run / "ledger.jsonl"), Resumed)
+    assert [text.split(": ")[1].split("/")[-1] for text in event.refused] == names[:0:-1]
+    assert_same_run(run, straight_bf16)
+
+    for name in names:
+        flip(next((run / "checkpoints" / name / "optimizer").glob("*.safetensors")))
+    (refused,) = pool.run(1, trainer_job, tree)
+    assert "none of the 5 checkpoints with optimizer states in" in refused
+    assert refused.count("does not match its hash") == 3 and "; and 2 more; " in refused
+    tree["run"]["resume"] = 3
+    (refused,) = pool.run(1, trainer_job, tree)
+    assert "ckpt_003 (run.resume) is not whole: " in refused and "none of" not in refused
 
 
 def test_going_back_by_number_goes_back_once(
