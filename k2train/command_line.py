@@ -4,7 +4,8 @@
     def main(arguments: Sequence[str]) -> int:
         options = Parser(prog="plan", description="...").parse_args(arguments)
 
-- A mistake in the arguments or a `UserError` is printed on stderr, and the exit code is 2.
+- A mistake in the arguments or a `UserError` is printed on stderr, and the exit code is 2. An
+  `UnavailableError` is printed, too, with exit code 1.
 - Once the reader of the output has gone, the command goes on silently to its own exit code: a
   check that is piped into `head` has the same result.
 - Ctrl-C is one line and exit code 130. Any other exception is a bug and keeps its traceback.
@@ -23,7 +24,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any, NoReturn, TextIO, cast
 
-from k2train.errors import EXIT_INTERRUPTED, EXIT_USAGE, UserError
+from k2train.errors import (
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_USAGE,
+    UnavailableError,
+    UserError,
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -55,6 +62,9 @@ def command(main: Callable[[Sequence[str]], int]) -> Callable[..., int]:
             except UserError as error:
                 print(error, file=sys.stderr)
                 return EXIT_USAGE
+            except UnavailableError as error:
+                print(error, file=sys.stderr)
+                return EXIT_FAILED
             except KeyboardInterrupt as interrupt:
                 print("; ".join(["interrupted", *map(str, interrupt.args)]), file=sys.stderr)
                 return EXIT_INTERRUPTED

@@ -1,6 +1,8 @@
 """Exception types for user errors, and the exit codes of every command.
 
 - A `UserError` is printed as one line on stderr, and the process ends with exit code 2.
+- An `UnavailableError` is printed as one line, too, with exit code 1: nobody made a mistake, and
+  launchers start the same command again.
 - Every other exception is a bug in this package and keeps its traceback.
 
 Alternatives considered:
@@ -36,3 +38,10 @@ class CheckpointError(UserError):
 
 class RunError(UserError):
     """Run directory that cannot be used as requested."""
+
+
+class UnavailableError(RuntimeError):
+    """A file that could not be read or locked although it was tried for a while (`k2train.retry`).
+
+    The environment did it: the same command may succeed later.
+    """

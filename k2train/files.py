@@ -11,10 +11,14 @@ import os
 from pathlib import Path
 from typing import IO
 
+from k2train.retry import open_retried
+
 
 def sha256_file(path: Path) -> str:
-    """Return the SHA-256 of a file in hexadecimal, read in blocks."""
-    with path.open("rb") as stream:
+    """Return the SHA-256 of a file in hexadecimal, read in blocks, each tried again on an error
+    that may pass.
+    """
+    with open_retried(path) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 

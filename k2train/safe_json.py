@@ -18,6 +18,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from k2train.retry import retried
+
 MAX_DEPTH = 64
 MAX_FILE_BYTES = 2**28
 """Far above any manifest of this project, which has a few hundred bytes per shard and tensor."""
@@ -34,8 +36,13 @@ def read_json(path: Path, max_bytes: int = MAX_FILE_BYTES) -> Any:
 def read_plain_file(path: Path, max_bytes: int = MAX_FILE_BYTES) -> bytes:
     """Read a regular file whole.
 
-    Raises ValueError for a device, pipe or directory, or more than `max_bytes`; OSError.
+    Raises ValueError for a device, pipe or directory, or more than `max_bytes`; OSError;
+    UnavailableError for an error of the file system that did not pass.
     """
+    return retried(lambda: _read_once(path, max_bytes), path)
+
+
+def _read_once(path: Path, max_bytes: int) -> bytes:
     # Without O_NONBLOCK, opening a pipe waits for a writer. The type is taken from the open file,
     # because its name may point to another file by then.
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)

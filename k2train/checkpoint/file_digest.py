@@ -5,6 +5,7 @@
 - Blocks are read one at a time.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 from k2train.checkpoint.manifest import CheckpointManifest, is_thinned
 from k2train.checkpoint.shards import DTYPES, read_header
 from k2train.errors import CheckpointError
+from k2train.retry import retried
 from k2train.state_digest import LANES, MASK, block_sums, digest_text, state_root
 
 _ELEMENTS: dict[int, np.dtype[Any]] = {4: np.dtype("<i4"), 2: np.dtype("<i2")}
@@ -30,9 +32,8 @@ def digests_of_files(path: Path, manifest: CheckpointManifest) -> dict[str, str]
             for extent in read_header(path / file)[1]:
                 dtype = _ELEMENTS[DTYPES[extent.dtype][1]]
                 count = (extent.stop - extent.start) // dtype.itemsize
-                values = np.fromfile(
-                    path / file, dtype=dtype, count=count, offset=extent.start
-                ).reshape(extent.shape)
+                read = partial(np.fromfile, path / file, dtype, count, offset=extent.start)
+                values = retried(read, path / file).reshape(extent.shape)
                 # The sums of a tensor's blocks add up to those of the whole, modulo 2**64.
                 added = block_sums(values, extent.offsets, shapes[extent.name])
                 sums[extent.name] = [

@@ -9,6 +9,7 @@
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,14 +19,15 @@ from torch import Tensor
 from k2train.checkpoint.blocks import MASTER, local_boxes
 from k2train.checkpoint.host_digest import host_digest_sums
 from k2train.checkpoint.manifest import CheckpointManifest, is_thinned, read_manifest
-from k2train.checkpoint.reshard_read import Target, execute_reads, plan_reads
+from k2train.checkpoint.reshard_read import Read, Target, execute_reads, plan_reads
 from k2train.checkpoint.shards import THREADS
-from k2train.checkpoint.verify import expected_files, verify_files
-from k2train.errors import CheckpointError
+from k2train.checkpoint.verify import expected_files, no_progress, verify_files
+from k2train.errors import CheckpointError, UnavailableError
 from k2train.parallel.agreement import Agreement
 from k2train.parallel.device_digest import StateDigest
 from k2train.parallel.grid import ProcessGrid
 from k2train.parallel.shard_layout import ShardLayout
+from k2train.retry import is_passing
 
 AGREE, LOAD = "agree on a checkpoint", "load a checkpoint"
 """Names of the collectives in which other ranks wait while one hashes or reads.
@@ -51,21 +53,27 @@ class ChosenCheckpoint(NamedTuple):
 
 
 Check = Callable[[Path, CheckpointManifest], None]
+Problem = str | UnavailableError
+"""What is wrong with a checkpoint ("" for nothing), or why nobody can say."""
 
 
 def agree_on_checkpoint(
-    candidates: Sequence[Path], grid: ProcessGrid, check: Check = lambda path, manifest: None
+    candidates: Sequence[Path],
+    grid: ProcessGrid,
+    check: Check = lambda path, manifest: None,
+    progress: Callable[[], None] = no_progress,
 ) -> ChosenCheckpoint:
     """Find the first of `candidates` that every rank verifies, and the problems of those before it.
 
     Rank 0's list counts. Each rank hashes its share of the files. `check` may refuse a manifest
-    with a CheckpointError. Collective.
+    with a CheckpointError. `progress` is called while files are hashed. Collective.
+    Raises UnavailableError on every rank when one of them cannot read its share for now.
     """
     agreement = Agreement(grid)
     refused: list[str] = []
     for text in agreement.from_first([str(path) for path in candidates], AGREE):
         path = Path(text)
-        problem = _first_problem(_problem(path, grid, check), agreement, AGREE)
+        problem = _first_problem(_problem(path, grid, check, progress), agreement, AGREE)
         if problem is None:
             return ChosenCheckpoint(path, refused)
         refused.append(problem)
@@ -73,22 +81,36 @@ def agree_on_checkpoint(
     return ChosenCheckpoint(None, refused)
 
 
-def _problem(path: Path, grid: ProcessGrid, check: Check) -> str:
+def _problem(path: Path, grid: ProcessGrid, check: Check, progress: Callable[[], None]) -> Problem:
     try:
         manifest = read_manifest(path)
         check(path, manifest)
         names = expected_files(path, manifest)
-        verify_files(path, manifest, names[grid.rank :: grid.layout.world_size])
+        share = names[grid.rank :: grid.layout.world_size]
+        verify_files(path, manifest, share, progress=progress)
     except CheckpointError as error:
         return str(error)
     except OSError as error:
+        if is_passing(error):
+            return UnavailableError(f"{path} cannot be read ({error.strerror})")
         return f"{path} cannot be read ({error.strerror or error})"
+    except UnavailableError as error:
+        return error
     return ""
 
 
-def _first_problem(mine: str, agreement: Agreement, what: str) -> str | None:
-    first = agreement.first(mine, what)
-    return None if first is None else f"rank {first[0]}: {first[1]}"
+def _first_problem(mine: Problem, agreement: Agreement, what: str) -> str | None:
+    """Return the first rank's problem.
+
+    Raises UnavailableError on every rank when one of them could not read: a checkpoint that nobody
+    could look at is not a damaged one.
+    """
+    told = agreement.all((str(mine), isinstance(mine, UnavailableError)), what)
+    problems = [(f"rank {rank}: {text}", away) for rank, (text, away) in enumerate(told) if text]
+    for text, away in problems:
+        if away:
+            raise UnavailableError(text)
+    return problems[0][0] if problems else None
 
 
 @torch.no_grad()
@@ -98,6 +120,7 @@ def load_states(
     flat_shards: dict[str, Tensor],
     grid: ProcessGrid,
     dtype: torch.dtype,
+    progress: Callable[[], None] = no_progress,
 ) -> bool:
     """Fill the optimizer's flat shards [elements] from checkpoint `path`. Collective.
 
@@ -105,9 +128,11 @@ def load_states(
     - From a thinned checkpoint only `master` is filled, and the moments are zeroed.
     - `dtype` is that of the model's weights; weights of a thinned checkpoint are rounded to it
       first.
+    - `progress` is called while files are read.
 
     Raises CheckpointError on every rank when the tensors belong to another model, when they cannot
-    be read, or when the loaded state is not the saved one.
+    be read, or when the loaded state is not the saved one; UnavailableError when a file cannot be
+    read for now.
     """
     manifest = read_manifest(path)
     thinned = is_thinned(path)
@@ -133,7 +158,8 @@ def load_states(
         for key, (name, state) in named.items()
     ]
 
-    problem = _read(path, folder, manifest, targets, dtype if thinned else None)
+    read = partial(execute_reads, round_to=dtype if thinned else None, progress=progress)
+    problem = _read(path, folder, manifest, targets, read)
     # One rank's error must stop all of them, before any value is used.
     if (first := _first_problem(problem, Agreement(grid), LOAD)) is not None:
         raise CheckpointError(first)
@@ -154,14 +180,16 @@ def _read(
     folder: str,
     manifest: CheckpointManifest,
     targets: Sequence[Target],
-    round_to: torch.dtype | None,
-) -> str:
+    read: Callable[[Sequence[Read]], None],
+) -> Problem:
     """Read the targets; return what went wrong, "" for nothing."""
     try:
-        execute_reads(path, plan_reads(path, folder, manifest, targets), round_to=round_to)
+        read(plan_reads(path, folder, manifest, targets))
     except CheckpointError as error:
         return str(error)
-    except (OSError, ValueError) as error:
+    except UnavailableError as error:
+        return error
+    except (OSError, EOFError, ValueError) as error:
         return f"{path} cannot be read ({error})"
     return ""
 

@@ -9,7 +9,7 @@ Alternatives considered:
 """
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
@@ -22,6 +22,7 @@ from k2train.checkpoint.blocks import TORCH_DTYPES, tensor_bytes
 from k2train.checkpoint.manifest import BlockFacts, CheckpointManifest
 from k2train.checkpoint.shards import DTYPES, THREADS, Extent, read_header
 from k2train.errors import CheckpointError
+from k2train.retry import retried
 
 
 @dataclass(frozen=True)
@@ -100,14 +101,20 @@ def _overlap(
     return None if any(a >= b for a, b in zip(low, high, strict=True)) else (low, high)
 
 
-def execute_reads(path: Path, reads: Iterable[Read], round_to: torch.dtype | None = None) -> None:
+def execute_reads(
+    reads: Iterable[Read],
+    round_to: torch.dtype | None = None,
+    progress: Callable[[], None] = lambda: None,
+) -> None:
     """Execute the reads in several threads, rounding values to `round_to` if given.
 
-    Raises OSError, also for a truncated file.
+    `progress` is called after each, in any order.
+    Raises OSError, EOFError for a truncated file, UnavailableError.
     """
     with ThreadPoolExecutor(THREADS) as pool:
         for done in [pool.submit(_execute, read, round_to) for read in reads]:
             done.result()
+            progress()
 
 
 @torch.no_grad()
@@ -150,10 +157,14 @@ def _execute(read: Read, round_to: torch.dtype | None) -> None:
 
 
 def _read(file: Path, destination: memoryview, start: int) -> None:
+    retried(lambda: _read_once(file, destination, start), file)
+
+
+def _read_once(file: Path, destination: memoryview, start: int) -> None:
     with file.open("rb", buffering=0) as stream:
         while destination:
             count = os.preadv(stream.fileno(), [destination], start)
             # The file is shorter than its header says.
             if count == 0:
-                raise OSError(5, f"{file} ends at byte {start}")
+                raise EOFError(f"{file} ends at byte {start}")
             destination, start = destination[count:], start + count

@@ -13,6 +13,7 @@ Alternatives considered:
 import shutil
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from threading import Lock
 
@@ -152,15 +153,22 @@ def _thin(path: Path) -> None:
 def remove_unfinished(directory: Path) -> list[str]:
     """Delete unfinished checkpoints of a dead run; returns the names of the deleted directories.
 
-    The caller holds the run's lock.
+    What somebody else put there under such a name stays, and so does what cannot be removed:
+    tidying decides over no start. The caller holds the run's lock.
     """
-    found = sorted(directory.glob("ckpt_*.tmp"))
-    for path in found:
-        shutil.rmtree(path)
+    removed = []
+    for path in sorted(directory.glob("ckpt_*.tmp")):
+        with suppress(OSError):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+                removed.append(path.name)
     # Markers or manifests whose rename was prevented by a kill.
-    for path in directory.glob("ckpt_*/*.tmp"):
-        path.unlink(missing_ok=True)
-    return [path.name for path in found]
+    for checkpoint in list_checkpoints(directory):
+        with suppress(OSError):
+            for path in () if checkpoint.is_symlink() else checkpoint.glob("*.tmp"):
+                if path.is_file() and not path.is_symlink():
+                    path.unlink()
+    return removed
 
 
 def set_aside_later(path: Path, attempt: int) -> list[str]:

@@ -18,6 +18,7 @@ from k2train.checkpoint.save_events import SaveEvents
 from k2train.checkpoint.shards import drop_caches
 from k2train.checkpoint.verify import verify_checkpoint
 from k2train.errors import CheckpointError
+from k2train.retry import is_passing
 
 
 class Scrubber:
@@ -65,6 +66,9 @@ class Scrubber:
         try:
             verify_checkpoint(path, threads=1)
         except (CheckpointError, OSError) as error:
+            if isinstance(error, OSError) and is_passing(error):
+                # Nobody could look: no damage, and its turn comes again.
+                raise
             # The saving thread may have thinned or dropped it in the meantime.
             if path.exists() and is_thinned(path) == thinned:
                 self.verified.mark_damaged(path.name)

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from k2train.checkpoint.manifest import BlockFacts, FileFacts, ShardFacts
+from k2train.retry import retried
 from k2train.safe_json import parse_json
 
 DTYPES = {"float32": ("F32", 4), "bfloat16": ("BF16", 2), "float16": ("F16", 2)}
@@ -172,8 +173,12 @@ def drop_caches(root: Path) -> None:
 def read_header(path: Path) -> tuple[bytes, list[Extent]]:
     """Length prefix and header bytes as stored, and the extents of the file's blocks in byte order.
 
-    Raises OSError, and ValueError when the header is not one of a shard file.
+    Raises OSError, UnavailableError, and ValueError when the header is not one of a shard file.
     """
+    return retried(lambda: _read_header_once(path), path)
+
+
+def _read_header_once(path: Path) -> tuple[bytes, list[Extent]]:
     # O_NONBLOCK: a pipe in place of the file must not block the reader.
     with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as stream:
         facts = os.fstat(stream.fileno())

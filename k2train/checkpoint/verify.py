@@ -6,7 +6,7 @@
 
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from math import prod
@@ -23,11 +23,14 @@ from k2train.checkpoint.manifest import (
 )
 from k2train.checkpoint.shards import DTYPES, THREADS, Extent, read_header
 from k2train.errors import CheckpointError
+from k2train.retry import retried
 
 READ_BYTES = 1 << 20
 """Bytes hashed at once: still in the core's cache after the read."""
 READAHEAD_BYTES = 1 << 23
 """Bytes requested from the disk beyond those, so that it works while they are hashed."""
+PROGRESS_BYTES = 1 << 26
+"""A slow disk reads as much within any timeout."""
 
 
 def expected_files(path: Path, manifest: CheckpointManifest) -> list[str]:
@@ -50,11 +53,20 @@ def expected_files(path: Path, manifest: CheckpointManifest) -> list[str]:
     return sorted(name for name in manifest.files if not (skip and name.startswith("optimizer/")))
 
 
+def no_progress() -> None:
+    """Do nothing: nobody waits for a sign of progress."""
+
+
 def verify_files(
-    path: Path, manifest: CheckpointManifest, names: Iterable[str], threads: int = THREADS
+    path: Path,
+    manifest: CheckpointManifest,
+    names: Iterable[str],
+    threads: int = THREADS,
+    progress: Callable[[], None] = no_progress,
 ) -> None:
     """Check size, header and every tensor of `names` in several threads.
 
+    `progress` is called about once a `PROGRESS_BYTES` of what was hashed, in any thread.
     Raises CheckpointError naming the first file and tensor that differ.
     """
     names = list(names)
@@ -63,7 +75,7 @@ def verify_files(
         # A link inside the checkpoint could point out of it.
         if not (path / name).resolve().is_relative_to(root):
             raise CheckpointError(f"{path}: the manifest names {name}, outside the checkpoint")
-    problem = _first_problem(path, manifest, names, threads)
+    problem = _first_problem(path, manifest, names, threads, progress)
     if problem is not None:
         raise CheckpointError(f"{path}: {problem}")
 
@@ -81,9 +93,11 @@ def verify_checkpoint(path: Path, threads: int = THREADS) -> CheckpointManifest:
 def _size_problem(path: Path, facts: FileFacts) -> str | None:
     """Describe what is wrong with the file's existence or size; None when nothing is."""
     try:
-        status = path.stat()
-    except OSError:
+        status = retried(path.stat, path)
+    except (FileNotFoundError, NotADirectoryError):
         return "is missing"
+    except OSError as error:
+        return f"cannot be looked at ({error.strerror})"
 
     if not stat.S_ISREG(status.st_mode):
         return "is not a regular file"
@@ -134,8 +148,10 @@ def _layout_problem(path: Path, shard: ShardFacts, size: int) -> tuple[str | Non
     return None, extents
 
 
-def hash_range(path: Path, start: int, stop: int) -> str:
-    """sha256 of bytes `start` to `stop`. Raises OSError, also when the file ends earlier."""
+def hash_range(
+    path: Path, start: int, stop: int, progress: Callable[[], None] = no_progress
+) -> str:
+    """sha256 of bytes `start` to `stop`. Raises OSError; EOFError when the file ends earlier."""
     found, buffer = sha256(), bytearray(min(READ_BYTES, max(stop - start, 1)))
     view = memoryview(buffer)
     with path.open("rb", buffering=0) as stream:
@@ -145,15 +161,22 @@ def hash_range(path: Path, start: int, stop: int) -> str:
             )
             count = os.preadv(stream.fileno(), [view[: stop - start]], start)
             if count == 0:
-                raise OSError(5, f"the file ends at byte {start}")
+                raise EOFError(f"the file ends at byte {start}")
             found.update(view[:count])
             start += count
+            if start // PROGRESS_BYTES != (start - count) // PROGRESS_BYTES:
+                progress()
 
+    progress()
     return found.hexdigest()
 
 
 def _first_problem(
-    path: Path, manifest: CheckpointManifest, names: Iterable[str], threads: int
+    path: Path,
+    manifest: CheckpointManifest,
+    names: Iterable[str],
+    threads: int,
+    progress: Callable[[], None],
 ) -> str | None:
     """Describe the first bad file of `names` by file and tensor, else None.
 
@@ -181,13 +204,15 @@ def _first_problem(
         name, tensor, start, stop, expected = task
         what = "" if tensor is None else f": tensor {tensor}"
         try:
-            same = hash_range(path / name, start, stop) == expected
+            found = retried(lambda: hash_range(path / name, start, stop, progress), path / name)
         except OSError as error:
             return f"{name}{what} cannot be read ({error.strerror or error})"
+        except EOFError as error:
+            return f"{name}{what} cannot be read ({error})"
 
         return (
             None
-            if same
+            if found == expected
             else f"{name}{what} does not match its hash in the manifest; it was changed or damaged"
         )
 

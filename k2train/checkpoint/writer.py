@@ -41,7 +41,7 @@ from k2train.checkpoint.scrub import Scrubber
 from k2train.checkpoint.shards import drop_caches
 from k2train.checkpoint.snapshot import HostBuffers, Snapshot, snapshot
 from k2train.checkpoint.verify import expected_files, verify_files
-from k2train.errors import CheckpointError, UserError
+from k2train.errors import CheckpointError, UnavailableError, UserError
 from k2train.parallel.agreement import Agreement, DiskRefused, SaveError
 from k2train.parallel.device_digest import StateDigest
 from k2train.parallel.grid import ProcessGrid
@@ -276,7 +276,7 @@ class CheckpointWriter:
             manifest = read_manifest(path)
             names = expected_files(path, manifest)
             verify_files(path, manifest, names[(rank + 1) % world_size :: world_size])
-        except CheckpointError as error:
+        except (CheckpointError, UnavailableError) as error:
             return str(error)
         except OSError as error:
             return f"{path} cannot be read back ({error.strerror or error})"

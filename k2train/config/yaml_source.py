@@ -9,6 +9,7 @@ Alternatives considered:
   last of two equal keys, loses line numbers, and expands aliases without bound.
 """
 
+import pathlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,7 @@ import yaml
 
 from k2train.config.scalars import parse_scalar
 from k2train.errors import ConfigError
+from k2train.safe_json import read_plain_file
 
 MAX_FILE_BYTES = 1_000_000
 MAX_DEPTH = 8
@@ -203,15 +205,12 @@ class _Reader:
 
 def _read_text(path: str) -> str:
     try:
-        with open(path, "rb") as stream:
-            content = stream.read(MAX_FILE_BYTES + 1)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}"
-        ) from error
+        content = read_plain_file(pathlib.Path(path), MAX_FILE_BYTES)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}; is it a config?") from error
 
-    if len(content) > MAX_FILE_BYTES:
-        raise ConfigError(f"{path}: larger than {MAX_FILE_BYTES} bytes; is it a config?")
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:

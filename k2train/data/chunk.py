@@ -14,10 +14,11 @@ Checks come at two prices:
 
 Alternatives considered:
 - Our own format with an index: rows of fixed length need none, and a plain `.npy` opens anywhere
-  with `numpy.load(mmap_mode="r")`.
+  with `numpy.load`.
 """
 
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from k2train.data.array_file import ArrayFile, FileIdentity
 from k2train.data.document_boundaries import check_borders, verify_borders
 from k2train.data.manifest import ChunkInfo, Manifest, chunk_dtype, read_manifest, write_manifest
 from k2train.data.npy import check_size, header_bytes, read_header
 from k2train.errors import DataError
 from k2train.files import AtomicFile
+from k2train.retry import open_retried
 
 __all__ = [
     "ChunkInfo",
@@ -87,10 +90,11 @@ def _data_offset(manifest: Manifest, info: ChunkInfo) -> int:
 
 def verify_chunk(
     manifest: Manifest, info: ChunkInfo, stopped: Callable[[], bool] | None = None
-) -> None:
+) -> FileIdentity | None:
     """Verify a whole chunk: its SHA-256, every id against the vocabulary, then its boundaries.
 
-    Reads in blocks. `stopped` is called between blocks; True ends the check early without a result.
+    Reads in blocks. Returns the identity of the chunk's file that was hashed. `stopped` is called
+    between blocks; True ends the check early with None.
     Raises DataError naming the chunk, and for an id: row, position, id and vocabulary size.
     """
     offset = _data_offset(manifest, info)
@@ -101,12 +105,14 @@ def verify_chunk(
     bad = ""
     row = 0
 
-    with (manifest.folder / info.file).open("rb") as stream:
+    with open_retried(manifest.folder / info.file) as stream:
+        # Before the first byte: a later write shows in it.
+        identity = FileIdentity.of(os.fstat(stream.fileno()))
         # The hash covers the header too.
         digest.update(stream.read(offset))
         while block := stream.read(max(1, BLOCK_BYTES // row_bytes) * row_bytes):
             if stopped is not None and stopped():
-                return
+                return None
             digest.update(block)
             ids = np.frombuffer(block, dtype=dtype).reshape(-1, manifest.sequence_length)
             bad = bad or bad_id(ids, row, manifest.vocab_size)
@@ -134,6 +140,7 @@ def verify_chunk(
         verify_borders(
             path, info.name, info.borders_sha256, info.rows, manifest.sequence_length, stopped
         )
+    return identity
 
 
 def bad_id(ids: Tokens, first_row: int, vocab_size: int) -> str:
@@ -151,15 +158,16 @@ def bad_id(ids: Tokens, first_row: int, vocab_size: int) -> str:
     )
 
 
-def open_chunk(manifest: Manifest, info: ChunkInfo) -> Tokens:
-    """Memory-map a chunk, read-only `[rows, sequence_length]`, after checking its header and size.
+def open_chunk(manifest: Manifest, info: ChunkInfo) -> ArrayFile:
+    """Open a chunk `[rows, sequence_length]` after checking its header and size.
 
     Raises DataError.
     """
     offset = _data_offset(manifest, info)
     dtype = np.dtype(manifest.dtype).newbyteorder("<")
+    path = manifest.folder / info.file
     shape = (info.rows, manifest.sequence_length)
-    return np.memmap(manifest.folder / info.file, dtype=dtype, mode="r", offset=offset, shape=shape)
+    return ArrayFile(path, offset, shape, dtype, f"{info.name} ({path})")
 
 
 def write_chunk(

@@ -13,15 +13,18 @@ Alternatives considered:
 """
 
 import hashlib
+from bisect import bisect_left
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from k2train.data.array_file import ArrayFile
 from k2train.data.npy import check_size, header_bytes, read_header
 from k2train.errors import DataError
 from k2train.files import AtomicFile
+from k2train.retry import open_retried
 
 DTYPE = np.dtype("<u8")
 BLOCK_BORDERS = 2**20
@@ -63,11 +66,10 @@ def check_borders(path: Path, where: str) -> tuple[int, int]:
     return header.offset, header.shape[0]
 
 
-def open_borders(path: Path, where: str) -> Borders:
-    """Memory-map the borders of a chunk, read-only, after `check_borders`. Raises DataError."""
-    check_borders(path, where)
-    mapped: Borders = np.load(path, mmap_mode="r", allow_pickle=False)
-    return mapped
+def open_borders(path: Path, where: str) -> ArrayFile:
+    """Open the borders of a chunk after `check_borders`. Raises DataError."""
+    offset, count = check_borders(path, where)
+    return ArrayFile(path, offset, (count,), DTYPE, f"{where} ({path})")
 
 
 def verify_borders(
@@ -87,7 +89,7 @@ def verify_borders(
     digest = hashlib.sha256()
     bad, index, before = "", 0, -1
 
-    with path.open("rb") as stream:
+    with open_retried(path) as stream:
         digest.update(stream.read(offset))
         while block := stream.read(BLOCK_BORDERS * DTYPE.itemsize):
             if stopped is not None and stopped():
@@ -147,16 +149,16 @@ def bad_border(
 
 
 def documents_of(
-    borders: Borders, rows: range, sequence_length: int, where: str = "borders"
+    borders: Borders | ArrayFile, rows: range, sequence_length: int, where: str = "borders"
 ) -> npt.NDArray[np.int32]:
     """Document index of each token in its row, from 0: int32 `[len(rows), sequence_length]`.
 
     Reads only the borders of these rows. Raises DataError naming `where` and the position for a
     value that is not a border of them.
     """
-    ends = np.array([rows.start * sequence_length, rows.stop * sequence_length], dtype=np.uint64)
-    # Same dtype as the file: with a Python int NumPy would convert the whole mapped file to floats.
-    low, high = (int(i) for i in np.searchsorted(borders, ends))
+    # Bisection reads a few borders, where NumPy's search wants the whole file in memory.
+    low = bisect_left(borders, rows.start * sequence_length)
+    high = bisect_left(borders, rows.stop * sequence_length, low)
     here = borders[low:high]
 
     if bad := bad_border(here, rows, sequence_length, low):

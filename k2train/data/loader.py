@@ -1,8 +1,10 @@
-"""Data loading for one rank: its rows from memory-mapped chunks, read ahead in a thread.
+"""Data loading for one rank: its rows of the chunks, read ahead in a thread.
 
 - Reading is by step number, so there is no state to save. After a restart or a rollback the trainer
   asks for another step and gets exactly its rows.
 - One thread reads the next steps, another verifies the next chunk.
+- A chunk that changed between its hash and its opening is hashed again, one that changes while it
+  is read ends the run. What is trained on is what the manifest names.
 
 Alternatives considered:
 - DataLoader with worker processes: reading a step copies a few hundred kilobytes. Workers bring
@@ -16,16 +18,16 @@ from typing import NamedTuple, Self
 import numpy as np
 import torch
 
+from k2train.data.array_file import ArrayFile, FileIdentity
 from k2train.data.chunk import (
     ChunkInfo,
     Manifest,
-    Tokens,
     bad_id,
     check_files,
     open_chunk,
     verify_chunk,
 )
-from k2train.data.document_boundaries import Borders, documents_of, open_borders
+from k2train.data.document_boundaries import documents_of, open_borders
 from k2train.data.manifest import require_borders
 from k2train.data.order import ChunkOrder, rank_rows
 from k2train.errors import DataError
@@ -61,11 +63,11 @@ class MicroBatch(NamedTuple):
 
 
 class _OpenChunk(NamedTuple):
-    """A memory-mapped chunk with its name."""
+    """An open chunk with its name."""
 
     name: str
-    tokens: Tokens
-    borders: Borders | None
+    tokens: ArrayFile
+    borders: ArrayFile | None
 
 
 class Share(NamedTuple):
@@ -112,7 +114,9 @@ class Loader:
 
         self._open: _OpenChunk | None = None
         self._held_out: _OpenChunk | None = None
-        self._verified: set[str] = set()
+        self._verified: dict[str, FileIdentity | None] = {}
+        """Identity of the file that was hashed, by name of the chunk."""
+        self._opened: dict[str, FileIdentity] = {}
         self._verify_lock = Lock()
 
         self._verified_ahead = -1
@@ -163,7 +167,7 @@ class Loader:
                 f"there are {batches}"
             )
 
-        # In the reader's thread, which alone maps chunks.
+        # In the reader's thread, which alone opens chunks.
         return self._reader.submit(self._read_held_out, info, batch_index, size).result()
 
     def verify_ahead(self, name: str) -> "Future[None]":
@@ -200,7 +204,10 @@ class Loader:
         name = self.order.position(step).name
         if self._open is None or self._open.name != name:
             self._open = self._open_chunk(self.manifest.chunk(name))
-        return self._batch(self._open, self.order.rows_of(step))
+        batch = self._batch(self._open, self.order.rows_of(step))
+        if self.order.position(min(step + 1, self.order.total_steps)).name != name:
+            self._confirm(self._open)
+        return batch
 
     def _read_held_out(self, info: ChunkInfo, batch_index: int, size: int) -> list[MicroBatch]:
         if self._held_out is None:
@@ -212,19 +219,43 @@ class Loader:
             self._verify(info)
 
         tokens, borders = open_chunk(self.manifest, info), None
+        if self._is_other_than_hashed(info.name, tokens):
+            # Exchanged or written to since. The content may still be the same.
+            self._verified.pop(info.name)
+            self._verify(info)
+            tokens.close()
+            tokens = open_chunk(self.manifest, info)
+            if self._is_other_than_hashed(info.name, tokens):
+                raise DataError(
+                    f"{tokens.where}: changes while it is verified; stop whatever writes to it"
+                )
         if self.documents:
             assert info.borders is not None, (
                 f"{info.name}: its borders were required when the loader was created"
             )
             borders = open_borders(self.manifest.folder / info.borders, info.name)
 
+        self._opened[info.name] = tokens.identity
         return _OpenChunk(info.name, tokens, borders)
 
     def _verify(self, info: ChunkInfo) -> None:
         with self._verify_lock:
             if info.name not in self._verified:
-                verify_chunk(self.manifest, info, self._stop.is_set)
-                self._verified.add(info.name)
+                self._verified[info.name] = verify_chunk(self.manifest, info, self._stop.is_set)
+
+    def _is_other_than_hashed(self, name: str, tokens: ArrayFile) -> bool:
+        hashed = self._verified.get(name)
+        return hashed is not None and hashed != tokens.identity
+
+    def _confirm(self, chunk: _OpenChunk) -> None:
+        """After the last row of a chunk: hash it again if anything touched the file meanwhile."""
+        if self.verify and chunk.tokens.current_identity() != chunk.tokens.identity:
+            self._verified.pop(chunk.name, None)
+            self._verify(self.manifest.chunk(chunk.name))
+
+    def identity(self, name: str) -> FileIdentity | None:
+        """Identity of the file that was opened for a chunk; None before that."""
+        return self._opened.get(name)
 
     def _batch(self, chunk: _OpenChunk, rows: range) -> list[MicroBatch]:
         return [
@@ -241,7 +272,6 @@ class Loader:
             path = self.manifest.folder / self.manifest.chunk(chunk.name).file
             raise DataError(f"{chunk.name} ({path}): {bad}")
 
-        # A copy: tensors must not be views of the mapped file.
         return torch.from_numpy(np.asarray(ids, dtype=np.int64))
 
     def _documents(self, chunk: _OpenChunk, rows: range) -> torch.Tensor:

@@ -15,6 +15,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from k2train.errors import DataError
+from k2train.retry import retried
 
 
 class Header(NamedTuple):
@@ -38,15 +39,11 @@ def header_bytes(shape: tuple[int, ...], dtype: np.dtype[Any]) -> bytes:
 def read_header(path: Path, where: str) -> Header:
     """Read the header of a file, some 128 bytes.
 
-    Raises DataError that begins with `where` when the file is missing or not `.npy` version 1.
+    Raises DataError that begins with `where` when the file is missing or not `.npy` version 1,
+    UnavailableError when it cannot be read for now.
     """
     try:
-        # A plain open of a pipe in the file's place would wait for ever.
-        with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as stream:
-            facts = os.fstat(stream.fileno())
-            if not stat.S_ISREG(facts.st_mode):
-                raise ValueError("it is not a plain file")
-            return Header(facts.st_size, *_parse(stream))
+        return retried(lambda: _read_once(path), where)
     except OSError as error:
         raise DataError(
             f"{where}: cannot be read ({error.strerror}); fetch it again or prepare the data"
@@ -63,6 +60,15 @@ def check_size(header: Header, expected_bytes: int, where: str) -> None:
         raise DataError(
             f"{where}: {what}: {header.file_bytes} bytes, must be {expected_bytes}; fetch it again"
         )
+
+
+def _read_once(path: Path) -> Header:
+    # A plain open of a pipe in the file's place would wait for ever.
+    with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as stream:
+        facts = os.fstat(stream.fileno())
+        if not stat.S_ISREG(facts.st_mode):
+            raise ValueError("it is not a plain file")
+        return Header(facts.st_size, *_parse(stream))
 
 
 def _parse(stream: IO[bytes]) -> tuple[int, tuple[int, ...], bool, np.dtype[Any]]:

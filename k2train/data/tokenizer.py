@@ -32,6 +32,7 @@ import sentencepiece
 from k2train.data.sentencepiece_model import TruncatedError, model_content
 from k2train.errors import DataError
 from k2train.files import AtomicFile
+from k2train.retry import retried
 
 Ids = npt.NDArray[np.int32]
 
@@ -294,7 +295,7 @@ class Tokenizer:
         Raises DataError naming the file when it is missing, not a model, or not usable.
         """
         try:
-            model = path.read_bytes()
+            model = retried(path.read_bytes, path)
         except OSError as error:
             raise DataError(
                 f"{path}: cannot be read as tokenizer.model ({error.strerror})"

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from k2train.errors import RunError
+from k2train.retry import is_passing, retried
 from k2train.run_lock.lease import NAME, Lease, held_message, read_holder
 from k2train.run_lock.process_identity import JobEnded, ProcessIdentity, own_identity
 
@@ -93,8 +94,12 @@ class RunLock:
 
         Raises RunError when another process that may be alive holds it, naming that process, or
         when the directory cannot be created or written. This takes at most two seconds, plus 1.5 s
-        for SLURM's answer. In each case nothing new is left on the disk.
+        for SLURM's answer. An error of the file system that may pass is tried again; then it is an
+        UnavailableError. In each case nothing new is left on the disk.
         """
+        return retried(self._acquire, self.path)
+
+    def _acquire(self) -> Self:
         assert self._descriptor is None, f"{self.path} is held by this object already"
         try:
             while not self._try_acquire():
@@ -111,6 +116,8 @@ class RunLock:
             raise RunError(self._held_by_another()) from None
         except OSError as error:
             self._undo()
+            if is_passing(error):
+                raise
             raise RunError(
                 f"{self.path} cannot be locked: {error.strerror}; choose another run.directory, on "
                 "a file system that you may write to"

@@ -14,10 +14,10 @@ import sys
 import time
 from collections.abc import Sequence
 
-from k2train import fault_injection
+from k2train import fault_injection, retry
 from k2train.command_line import Parser, readers_may_leave
 from k2train.config.load import explain, load_config
-from k2train.errors import EXIT_DONE, EXIT_FAILED, EXIT_USAGE, UserError
+from k2train.errors import EXIT_DONE, EXIT_FAILED, EXIT_USAGE, UnavailableError, UserError
 from k2train.guard.stop_signals import StopRequest
 from k2train.launch.environment import Launch, read_faults, read_launch, write_status
 from k2train.record.system_info import job_facts, slurm_job_ended
@@ -45,13 +45,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
             code = _train(options.config, options.overrides, launch)
     except UserError as error:
         code = report_error(error, launch)
+    except UnavailableError as error:
+        report_error(error, launch)
+        code = EXIT_FAILED
+    except OSError as error:
+        # Any other call that the environment refused, too, is worth another start.
+        if not retry.is_passing(error):
+            raise
+        report_error(UnavailableError(f"{error.filename or 'a file'}: {error.strerror}"), launch)
+        code = EXIT_FAILED
     finally:
         write_status(launch.rank, code)
     return code
 
 
-def report_error(error: UserError, launch: Launch) -> int:
-    """Print a user error on stderr and return its exit code.
+def report_error(error: UserError | UnavailableError, launch: Launch) -> int:
+    """Print an error on stderr and return the exit code of a user's.
 
     Rank 0 prints at once. Another rank prints only if the launcher has not ended it by then.
     """
@@ -91,6 +100,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _train(path: str, overrides: Sequence[str], launch: Launch) -> int:
     config = load_config(path, overrides)
+    retry.tell_only(launch.local_rank == 0)
     fault_injection.arm(read_faults(), launch.rank)
     lock = RunLock(run_directory(config), job_facts(), slurm_job_ended)
 

@@ -8,11 +8,13 @@ Alternatives considered:
 - Exchanging errors at every step: within a verified chunk there is nothing to agree on.
 """
 
+import socket
 from collections.abc import Callable
 from functools import partial
 
+from k2train.data.array_file import FileIdentity
 from k2train.data.loader import Loader, MicroBatch, Share
-from k2train.errors import DataError
+from k2train.errors import DataError, UnavailableError
 from k2train.parallel.agreement import Agreement
 from k2train.parallel.grid import ProcessGrid
 from k2train.train.engine import Engine
@@ -21,6 +23,10 @@ from k2train.train.preflight import Start
 
 class DamagedChunkError(DataError):
     """A chunk is damaged; raised on every rank alike, so all of them can leave together."""
+
+
+class UnavailableChunkError(UnavailableError):
+    """A chunk cannot be read for now; raised on every rank alike."""
 
 
 class BatchSource:
@@ -43,16 +49,19 @@ class BatchSource:
         """Micro-batches of this rank for one step; empty if not `needed`.
 
         `first` marks the first step of this start. Collective where a chunk is opened.
-        Raises DamagedChunkError where a chunk is opened, DataError for damage found later by one
-        rank.
+        Raises DamagedChunkError or UnavailableChunkError on every rank where a chunk is opened;
+        on one rank DataError or UnavailableError for what is found later.
         """
-        opens = first or self.order.position(step).step_in_chunk == 0
+        position = self.order.position(step)
+        opens = position.name if first or position.step_in_chunk == 0 else ""
         return self._read_agreed(partial(self.loader.step, step), opens, needed)
 
-    def held_out_loss(self, engine: Engine) -> float | None:
+    def held_out_loss(
+        self, engine: Engine, progress: Callable[[], None] = lambda: None
+    ) -> float | None:
         """Mean loss over the held-out chunk (nats per target); None when the data has none.
 
-        Collective.
+        Collective. `progress` is called after each batch.
         """
         batches = self.loader.num_held_out_batches()
         batches = (
@@ -61,34 +70,55 @@ class BatchSource:
             else min(batches, self._max_held_out_batches)
         )
 
-        losses = []
+        held_out, losses = self.loader.manifest.held_out, []
         for index in range(batches):
             batch = self._read_agreed(
-                partial(self.loader.held_out, index), index == 0, engine.needs_batch
+                partial(self.loader.held_out, index),
+                held_out.name if held_out and index == 0 else "",
+                engine.needs_batch,
             )
             losses.append(engine.evaluate(batch))
+            progress()
         return sum(losses) / batches if batches else None
 
     def close(self) -> None:
         """Stop the loader's threads."""
         self.loader.close()
 
+    def _agree(self, problem: DataError | UnavailableError | None, opens: str) -> None:
+        """Raise the first rank's problem on every rank, or that they do not read the same file."""
+        text, identity = "" if problem is None else str(problem), self.loader.identity(opens)
+        mine = (text, isinstance(problem, DataError), socket.gethostname(), identity)
+        told = self._agreement.all(mine, "agree on a chunk")
+        for text, damaged, _, _ in told:
+            if text:
+                raise DamagedChunkError(text) if damaged else UnavailableChunkError(text)
+
+        # One rank of a machine hashed the file. The others must have opened that one.
+        first: dict[str, FileIdentity] = {}
+        for rank, (_, _, host, opened) in enumerate(told):
+            if opened and not first.setdefault(host, opened).has_content_of(opened):
+                raise DamagedChunkError(
+                    f"{opens}: rank {rank} opened another file than a rank beside it; the chunk "
+                    "was exchanged at that moment; stop whatever writes to the data"
+                )
+
     def _read_agreed(
-        self, read: Callable[[], list[MicroBatch]], opens: bool, needed: bool
+        self, read: Callable[[], list[MicroBatch]], opens: str, needed: bool
     ) -> list[MicroBatch]:
-        problem, batch = "", list[MicroBatch]()
+        """Read; `opens` is the name of a chunk that is opened here, "" for none."""
+        problem: DataError | UnavailableError | None = None
+        batch = list[MicroBatch]()
         try:
             # Read even if the batch is not needed: this rank may verify chunks for its machine.
             if opens or needed:
                 batch = read()
-        except DataError as error:
+        except (DataError, UnavailableError) as error:
             # A world of one leaves together with itself.
             if not opens and self.grid.layout.world_size > 1:
                 raise
-            problem = str(error)
+            problem = error
 
-        if (opens or problem) and (
-            first := self._agreement.first(problem, "agree on a chunk")
-        ) is not None:
-            raise DamagedChunkError(first[1])
+        if opens or problem is not None:
+            self._agree(problem, opens)
         return [part.to(self.grid.device) for part in batch]

@@ -7,7 +7,7 @@
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from k2train.checkpoint.manifest import (
     read_manifest,
 )
 from k2train.checkpoint.save_events import SaveEvents, SavePolicy
+from k2train.checkpoint.verify import no_progress
 from k2train.checkpoint.writer import CheckpointWriter
 from k2train.errors import CheckpointError
 from k2train.parallel.grid import ProcessGrid
@@ -59,13 +60,15 @@ class Chosen:
         return 0 if self.manifest is None else self.manifest.step
 
 
-def choose_checkpoint(start: Start, grid: ProcessGrid) -> Chosen:
-    """Agree on the checkpoint to resume from; collective.
+def choose_checkpoint(
+    start: Start, grid: ProcessGrid, progress: Callable[[], None] = no_progress
+) -> Chosen:
+    """Agree on the checkpoint to resume from; collective. `progress` is called while it hashes.
 
     Raises CheckpointError when no candidate is whole or of this run, or the one of `run.init_from`
     is not whole.
     """
-    path, problems = agree_on_checkpoint(start.candidates, grid, check_resumable)
+    path, problems = agree_on_checkpoint(start.candidates, grid, check_resumable, progress)
     fault_injection.point("start.agreed")
 
     refused = (*start.refused, *problems)
@@ -73,7 +76,7 @@ def choose_checkpoint(start: Start, grid: ProcessGrid) -> Chosen:
         raise CheckpointError(_none_whole(start, refused))
 
     if start.parent is not None:
-        parent, problems = agree_on_checkpoint([start.parent], grid)
+        parent, problems = agree_on_checkpoint([start.parent], grid, progress=progress)
         if parent is None:
             raise CheckpointError(f"run.init_from: {problems[0]}")
 
@@ -151,7 +154,12 @@ class CheckpointManager(SaveEvents):
         engine, optimizer = self.engine, self.engine.optimizer
         manifest = read_manifest(path)
         kept = load_states(
-            path, engine.gradients.shard_layout, optimizer.flat_shards, engine.grid, engine.dtype
+            path,
+            engine.gradients.shard_layout,
+            optimizer.flat_shards,
+            engine.grid,
+            engine.dtype,
+            self.monitor.watchdog.progress,
         )
         # A thinned checkpoint has no moments; they start from zero.
         optimizer.adam_steps = manifest.adam_steps if kept else 0

@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import NoReturn, Self
 
 from k2train.checkpoint.writer import CheckpointWriter, SaveError
-from k2train.errors import EXIT_FAILED, UserError
+from k2train.errors import EXIT_FAILED, UnavailableError, UserError
 from k2train.parallel.grid import ProcessGrid
 from k2train.record.events import Failed, Stopped
 from k2train.train.batches import BatchSource
@@ -65,8 +65,9 @@ class OpenRun:
                     # A peer is gone, so no further collective is possible.
                     self._leave_alone(error)
                 problem = str(error) or type(error).__name__
-                if isinstance(error, UserError):
-                    self._stopped("refused", problem)
+                if isinstance(error, UserError | UnavailableError):
+                    reason = "refused" if isinstance(error, UserError) else "unavailable"
+                    self._stopped(reason, problem)
             return False
         finally:
             self.monitor.phase("done", self.state.step)
@@ -107,7 +108,7 @@ class OpenRun:
 
     def _is_connection_lost(self, error: Exception) -> bool:
         """Return whether `error` was raised by a collective whose peer is gone."""
-        if self.grid.layout.world_size == 1 or isinstance(error, UserError):
+        if self.grid.layout.world_size == 1 or isinstance(error, UserError | UnavailableError):
             return False
         text = str(error).lower()
         return bool(self.grid.comm.broken) or any(word in text for word in CONNECTION_WORDS)

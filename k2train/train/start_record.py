@@ -10,12 +10,13 @@ from pathlib import Path
 
 from k2train.checkpoint.retention import remove_unfinished
 from k2train.config.load import config_differences
-from k2train.errors import RunError, UserError
+from k2train.errors import RunError, UnavailableError, UserError
 from k2train.parallel.agreement import Agreement
 from k2train.parallel.grid import ProcessGrid
 from k2train.plan.cost import parameters
 from k2train.record.events import Resumed, Started, Takeover
 from k2train.record.system_info import environment_facts
+from k2train.retry import is_passing
 from k2train.run_lock.lock import RunLock
 from k2train.text import counted
 from k2train.train.checkpointing import Chosen
@@ -30,9 +31,10 @@ def open_run_logger(start: Start, run: OpenRun, lock: RunLock | None, memory: st
     """Open ledger and metrics on rank 0, as the logger of `run`; collective.
 
     `lock` is rank 0's lock of the run directory, `memory` the host's malloc settings.
-    Raises RunError on every rank when the record cannot be opened.
+    Raises RunError on every rank when the record cannot be opened, UnavailableError when it may be
+    later.
     """
-    problem, leftovers = "", list[str]()
+    problem, leftovers, unavailable = "", list[str](), False
     if run.grid.rank == 0:
         try:
             start.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -40,16 +42,19 @@ def open_run_logger(start: Start, run: OpenRun, lock: RunLock | None, memory: st
             run.logger = RankZeroRunLogger(start)
         except UserError as error:
             problem = str(error)
+        except UnavailableError as error:
+            problem, unavailable = str(error), True
         except OSError as error:
             problem = f"{error.filename or start.directory} cannot be written: {error.strerror}"
+            unavailable = is_passing(error)
 
     # A peer that dies meanwhile is recorded by it.
     logger, token = run.logger, 0 if lock is None else lock.token
-    logger.attempt, logger.fencing_token, problem = Agreement(run.grid).from_first(
-        (logger.attempt, token, problem), "open the record"
+    logger.attempt, logger.fencing_token, problem, unavailable = Agreement(run.grid).from_first(
+        (logger.attempt, token, problem, unavailable), "open the record"
     )
     if problem:
-        raise RunError(problem)
+        raise UnavailableError(problem) if unavailable else RunError(problem)
 
     logger.memory = memory
     if lock is not None:

@@ -31,7 +31,7 @@ from k2train.record.events import (
     Straggler,
 )
 from k2train.run_lock.lock import RunLock
-from k2train.train.batches import BatchSource, DamagedChunkError
+from k2train.train.batches import BatchSource, DamagedChunkError, UnavailableChunkError
 from k2train.train.checkpointing import CheckpointManager, Chosen, choose_checkpoint
 from k2train.train.engine import Engine, StepResult
 from k2train.train.host_memory import keep_freed_memory
@@ -93,7 +93,7 @@ def build(
     if start.candidates:
         monitor.begin()
         monitor.phase("choose", 0)
-    chosen = choose_checkpoint(start, grid)
+    chosen = choose_checkpoint(start, grid, monitor.watchdog.progress)
     if chosen.path is not None and chosen.step >= start.order.total_steps:
         log_finished(start, grid, chosen.path)
         return None
@@ -158,7 +158,7 @@ class Trainer:
             while code is None and self.state.step < self.order.total_steps:
                 code = self._step()
             code = self._finish() if code is None else code
-        except DamagedChunkError:
+        except (DamagedChunkError, UnavailableChunkError):
             # All ranks leave together, so the save of the previous chunk can still finish.
             self.checkpoints.wait(self.state.step)
             raise
@@ -249,7 +249,7 @@ class Trainer:
         if last or required or consumed % self.config.checkpoint.every_chunks == 0:
             try:
                 held_out = self._held_out_loss() if scored else None
-            except DamagedChunkError:
+            except (DamagedChunkError, UnavailableChunkError):
                 # Save first: otherwise every start would train this chunk again and fail here.
                 self.checkpoints.save(checkpoint_name(consumed), state, None)
                 self.checkpoints.wait(state.step)
@@ -259,7 +259,7 @@ class Trainer:
     def _held_out_loss(self) -> float | None:
         self.monitor.phase("evaluate", self.state.step)
         fault_injection.point("evaluate")
-        return self.batches.held_out_loss(self.engine)
+        return self.batches.held_out_loss(self.engine, self.monitor.watchdog.progress)
 
     # The end of a run.
 

@@ -431,3 +431,16 @@ def test_what_a_kill_left_half_named_goes_at_the_next_start(tmp_path: Path) -> N
     assert remove_unfinished(tmp_path) == ["ckpt_002.7.tmp"]
     assert [path.name for path in tmp_path.iterdir()] == ["ckpt_001"]
     assert [path.name for path in whole.iterdir()] == ["manifest.json"]
+
+
+def test_foreign_names_stay_and_stop_no_start(tmp_path: Path) -> None:
+    """Catches a note of somebody, or a link, over which no run ever starts again."""
+    (tmp_path / "ckpt_note.tmp").write_text("do not touch")
+    (tmp_path / "ckpt_link.tmp").symlink_to(tmp_path)
+    (tmp_path / "ckpt_gone.tmp").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "ckpt_001" / "x.tmp").mkdir(parents=True)
+    (tmp_path / "ckpt_001" / "y.tmp").symlink_to(tmp_path / "ckpt_note.tmp")
+    before = sorted(path.relative_to(tmp_path) for path in tmp_path.glob("**/*"))
+    (tmp_path / "ckpt_002.tmp").mkdir()
+    assert remove_unfinished(tmp_path) == ["ckpt_002.tmp"]
+    assert sorted(path.relative_to(tmp_path) for path in tmp_path.glob("**/*")) == before

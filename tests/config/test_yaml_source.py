@@ -1,5 +1,6 @@
 """YAML text to values and back. Each test names its bug."""
 
+import os
 import re
 import time
 from pathlib import Path
@@ -136,3 +137,9 @@ def test_any_value_written_reads_back(tmp_path_factory: pytest.TempPathFactory, 
     assert back == value
     assert type(back) is type(value)
     assert yaml.safe_load(path.read_text(encoding="utf-8"))["key"] == value
+
+
+def test_a_pipe_is_no_config(tmp_path: Path) -> None:
+    """Catches a start that waits for ever for somebody to write."""
+    os.mkfifo(tmp_path / "c.yaml")
+    assert only(str(tmp_path / "c.yaml")).endswith("c.yaml: not a plain file; is it a config?")

@@ -1,6 +1,8 @@
 """Data loader: batches of each rank against chunk files read plainly."""
 
 import json
+import os
+import shutil
 import threading
 from pathlib import Path
 
@@ -181,3 +183,66 @@ def test_data_without_held_out(manifest: Manifest, order: ChunkOrder) -> None:
         assert loader.num_held_out_batches() == 0
         with pytest.raises(DataError, match="there are 0"):
             loader.held_out(0)
+
+
+def reversed_rows(manifest: Manifest, name: str) -> None:
+    """Put another file under the chunk's name: same size, valid ids, other rows."""
+    path = manifest.folder / f"{name}.npy"
+    np.save(path.with_name("other.npy"), np.load(path)[::-1])
+    path.with_name("other.npy").replace(path)
+
+
+def same_rows(manifest: Manifest, name: str) -> None:
+    """The same content, copied again."""
+    path = manifest.folder / f"{name}.npy"
+    shutil.copy(path, path.with_name("other.npy"))
+    path.with_name("other.npy").replace(path)
+
+
+def test_a_chunk_exchanged_after_its_hash(manifest: Manifest, order: ChunkOrder) -> None:
+    """Catches training on rows that nobody hashed, after which everything says it is whole."""
+    with Loader(manifest, order, Share(0, 1, BATCH), VOCAB, verify=True) as loader:
+        loader.verify_ahead("chunk_001").result()
+        reversed_rows(manifest, "chunk_001")
+        with pytest.raises(DataError, match=r"chunk_001 .*sha256"):
+            loader.step(1)
+
+
+def test_a_chunk_copied_again_after_its_hash(manifest: Manifest, order: ChunkOrder) -> None:
+    """Catches a run that ends although its data are what the manifest says."""
+    with Loader(manifest, order, Share(0, 1, BATCH), VOCAB, verify=True) as loader:
+        loader.verify_ahead("chunk_001").result()
+        same_rows(manifest, "chunk_001")
+        (part,) = loader.step(1)
+    assert torch.equal(part.tokens, rows_of(manifest, "chunk_001", range(BATCH)))
+
+
+def test_a_chunk_that_changes_while_it_is_read(manifest: Manifest, order: ChunkOrder) -> None:
+    """Catches rows written after the hash: in the middle of the chunk, and in place with the time
+    put back, which shows at the chunk's end.
+    """
+    path = manifest.folder / "chunk_001.npy"
+    loader = Loader(manifest, order, Share(0, 1, BATCH), VOCAB, verify=True)
+    loader._read(1)
+    times = os.stat(path)
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="is not what it was when it was opened"):
+        loader._read(1)
+
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert order.position(2).name == "chunk_001" != order.position(3).name
+    loader._read(1)
+    with pytest.raises(DataError, match=r"chunk_001 .*sha256"):
+        loader._read(2)
+    loader.close()
+
+
+def test_a_new_owner_at_a_chunks_end(manifest: Manifest, order: ChunkOrder) -> None:
+    """Catches a false alarm: the content is hashed again, and is the same."""
+    with Loader(manifest, order, Share(0, 1, BATCH), VOCAB, verify=True) as loader:
+        loader.step(1)
+        (manifest.folder / "chunk_001.npy").chmod(0o400)
+        for step in range(2, order.total_steps + 1):
+            loader.step(step)

@@ -470,7 +470,7 @@ def test_damaged_shards_are_found_before_anything_is_written(tmp_path: Path, ear
     before = kept_of(case.runs)
     done = train(case.path)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
-    assert "no checkpoint in" in done.stderr and "model/shard-" in done.stderr
+    assert "none of the 3 checkpoints" in done.stderr and "model/shard-" in done.stderr
     assert kept_of(case.runs) == before
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from k2train.config.load import Config
-from k2train.errors import RunError
+from k2train.errors import RunError, UnavailableError
 from k2train.record.events import Takeover
 from k2train.train import start_record
 from k2train.train.preflight import Start, prepare_start
@@ -77,9 +77,11 @@ def test_rank_0_says_what_it_found(
 
 def test_another_rank_takes_rank_0s_word(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a rank that writes, that counts starts by itself, or that goes on alone."""
-    monkeypatch.setattr(start_record, "Agreement", Alone((5, 9, "")))
+    monkeypatch.setattr(start_record, "Agreement", Alone((5, 9, "", False)))
     logger = open_run_logger(start, run_of(1), None, "malloc")
     assert (logger.attempt, logger.fencing_token) == (5, 9) and not start.directory.exists()
-    monkeypatch.setattr(start_record, "Agreement", Alone((5, 9, "runs/run cannot be written")))
-    with pytest.raises(RunError, match="cannot be written"):
-        open_run_logger(start, run_of(1), None, "malloc")
+    for unavailable, kind in ((False, RunError), (True, UnavailableError)):
+        told = (5, 9, "runs/run cannot be written", unavailable)
+        monkeypatch.setattr(start_record, "Agreement", Alone(told))
+        with pytest.raises(kind, match="cannot be written"):
+            open_run_logger(start, run_of(1), None, "malloc")

@@ -3,6 +3,7 @@
 Of real processes: which rank is named, how soon, and that nothing is left.
 """
 
+import errno
 import json
 import os
 import re
@@ -18,7 +19,9 @@ from typing import Any
 
 import pytest
 
+from k2train import retry
 from k2train.processes import Process, process_state, start_ticks, this_process
+from k2train.retry import retried
 from k2train.watchdog.failure_report import (
     STACKS_SIGNAL,
     kill_processes,
@@ -517,6 +520,40 @@ def test_ranks_wait_for_one_whose_work_gets_on_and_no_longer(tmp_path: Path) -> 
     assert " is stuck: step 0, choosing a checkpoint" in said[0]
     verdict = read_report(tmp_path)
     assert verdict is not None and (verdict["attempt"], verdict["suspects"][0]["rank"]) == (3, 1)
+
+
+def test_a_rank_that_waits_for_a_file_server_is_not_stuck(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a watchdog that ends the run before the retry of a read does, and one that never
+    ends it.
+    """
+    monkeypatch.setattr(retry, "PATIENCE_SECONDS", 4.0)
+    left: list[float] = []
+    limits = Timeouts(heartbeat_seconds=0.1, start_seconds=1.0)
+    watch = Watchdog(
+        tmp_path,
+        Member(0, 1),
+        limits,
+        lambda text: None,
+        lambda: (0, "", "", 0.0),
+        lambda _: left.append(time.monotonic()),
+    )
+    watch.start()
+    watch.phase("load", 3)
+
+    def stale() -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    try:
+        with pytest.raises(RuntimeError, match="Stale file handle, for 4s"):
+            retried(stale, "a shard")
+        waited = time.monotonic()
+        assert not left
+        assert soon(lambda: left)
+    finally:
+        watch._ended.set()
+    assert left[0] - waited >= 0.5
 
 
 def test_a_verdict_stays_until_the_next_start_has_been_able_to_read_it(tmp_path: Path) -> None:

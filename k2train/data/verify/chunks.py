@@ -22,8 +22,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from k2train.data.array_file import ArrayFile
 from k2train.data.chunk import ChunkInfo, Manifest, verify_chunk
-from k2train.data.document_boundaries import Borders, open_borders
+from k2train.data.document_boundaries import open_borders
 from k2train.data.verify.folder import HASH_DIGITS, hash_problem
 from k2train.errors import DataError, UserError
 
@@ -108,7 +109,7 @@ def _without_borders(info: ChunkInfo) -> ChunkInfo:
     return info.model_copy(update={"borders": None, "borders_sha256": None})
 
 
-def _borders(manifest: Manifest, info: ChunkInfo, report: Report) -> Borders | None:
+def _borders(manifest: Manifest, info: ChunkInfo, report: Report) -> ArrayFile | None:
     if info.borders is None:
         return None
     path = manifest.folder / info.borders
@@ -123,7 +124,7 @@ def _borders(manifest: Manifest, info: ChunkInfo, report: Report) -> Borders | N
 
 
 def _check_provenance(
-    manifest: Manifest, path: Path, borders: Borders | None, report: Report
+    manifest: Manifest, path: Path, borders: ArrayFile | None, report: Report
 ) -> None:
     where = f"{report.info.name} ({path})"
     pieces = _Pieces(report.info.rows, manifest.sequence_length, borders)
@@ -159,7 +160,7 @@ def _check_provenance(
 class _Pieces:
     """Running check of a chunk's pieces: each must begin where the previous one ended."""
 
-    def __init__(self, rows: int, sequence_length: int, borders: Borders | None) -> None:
+    def __init__(self, rows: int, sequence_length: int, borders: ArrayFile | None) -> None:
         self.rows, self.length, self.borders = rows, sequence_length, borders
         self.tokens: Counter[str] = Counter()
         self.count = 0

@@ -145,7 +145,7 @@ def documents_in(
     """
     found: dict[tuple[str, str, str, int], dict[int, tuple[list[int], str]]] = {}
     for info in (manifest.chunk(name) for name in names):
-        rows = open_chunk(manifest, info)
+        rows = open_chunk(manifest, info)[:]
         for line in parquet.read_table(manifest.folder / str(info.provenance)).to_pylist():
             key = (line["subset"], line["source"], line["document"], line["repeat"])
             ids = rows[line["row"], line["start"] : line["start"] + line["length"]].tolist()

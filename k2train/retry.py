@@ -1,0 +1,161 @@
+"""Retry of reads: an error of the file system that may pass is told, waited for, then given up.
+
+- Network file systems answer EIO, ESTALE or ETIMEDOUT while a server restarts. The same read
+  succeeds a minute later, so such an error is nobody's mistake, and no proof of damage.
+- A read that still fails after `PATIENCE_SECONDS` ends with UnavailableError: exit code 1, after
+  which launchers start the same command again. A mistake (2) they leave to a person.
+- It is logged as a warning, which Python writes to stderr; `tell_only` where many processes of a
+  machine see the same.
+- The watchdog asks `is_waiting`: a rank that waits here gets on, and is not stuck.
+
+Alternatives considered:
+- Leaving it to the next start: a whole cluster starts again for an answer that was a second late.
+- Retrying every error: a file that does not exist is told at once.
+"""
+
+import errno
+import io
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+from k2train.errors import UnavailableError
+from k2train.text import duration
+
+T = TypeVar("T")
+
+PATIENCE_SECONDS = 120.0
+"""Time for which a read is tried again: a file server fails over within a minute or two."""
+FIRST_PAUSE_SECONDS = 0.1
+LONGEST_PAUSE_SECONDS = 5.0
+
+PASSING = frozenset(
+    {
+        *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOLCK, errno.EAGAIN, errno.EBUSY),
+        *(errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED, errno.ENOTCONN, errno.EPIPE),
+        *(errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH, errno.ENETRESET),
+        *(errno.EREMOTEIO, errno.ESHUTDOWN, errno.EPROTO, errno.ENOMEM, errno.ENOBUFS),
+        *(errno.ENOSPC, errno.EDQUOT),
+    }
+)
+"""Error numbers of the environment: the same call may succeed later."""
+
+_log = logging.getLogger(__name__)
+_waiting: list[int] = []
+"""Threads that wait, by number."""
+
+
+def is_passing(error: OSError) -> bool:
+    """Return whether the same call may succeed later."""
+    return error.errno in PASSING
+
+
+def is_waiting() -> bool:
+    """Return whether a thread of this process waits to try a read again."""
+    return bool(_waiting)
+
+
+def tell_only(first: bool) -> None:
+    """Let only the first process of a machine log its waits: they share a file system."""
+    _log.setLevel(logging.WARNING if first else logging.ERROR)
+
+
+def retried(read: Callable[[], T], what: object) -> T:
+    """Return `read()`, tried again while it raises an OSError that may pass.
+
+    `what` names the file in what is logged. Raises UnavailableError after `PATIENCE_SECONDS`, any
+    other error at once.
+    """
+    began, pause = 0.0, FIRST_PAUSE_SECONDS
+    while True:
+        try:
+            result = read()
+        except OSError as error:
+            if not is_passing(error):
+                raise
+            now, why = time.monotonic(), os.strerror(error.errno or errno.EIO)
+            if not began:
+                began = now
+                _log.warning(
+                    "k2train: %s: %s; trying again for %s", what, why, duration(PATIENCE_SECONDS)
+                )
+            if now - began >= PATIENCE_SECONDS:
+                raise UnavailableError(unavailable_text(what, why)) from None
+        else:
+            if began:
+                _log.warning(
+                    "k2train: %s: answered after %s", what, duration(time.monotonic() - began)
+                )
+            return result
+        _wait(min(pause, began + PATIENCE_SECONDS - now))
+        pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+
+
+def unavailable_text(what: object, why: str) -> str:
+    """Say that a file could not be used, and what to do."""
+    return (
+        f"{what}: {why}, for {duration(PATIENCE_SECONDS)}; nothing is known to be damaged: "
+        "start the same command again once the file system answers"
+    )
+
+
+def open_retried(path: Path) -> io.BufferedReader:
+    """Open a file for reading in order; every read of it is retried.
+
+    It is opened anew after an error: a stale handle stays stale. Raises OSError, UnavailableError.
+    """
+    return io.BufferedReader(_RetriedFile(path), buffer_size=2**20)
+
+
+class _RetriedFile(io.RawIOBase):
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path, self._at = path, 0
+        self._descriptor = retried(self._open, path)
+
+    def _open(self) -> int:
+        return os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def readable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+    def readinto(self, buffer: Any) -> int:
+        count = retried(lambda: self._read(buffer), self._path)
+        self._at += count
+        return count
+
+    def _read(self, buffer: Any) -> int:
+        if self._descriptor < 0:
+            self._descriptor = self._open()
+        try:
+            return os.preadv(self._descriptor, [buffer], self._at)
+        except OSError:
+            self._close_descriptor()
+            raise
+
+    def _close_descriptor(self) -> None:
+        if self._descriptor >= 0:
+            with suppress(OSError):
+                os.close(self._descriptor)
+        self._descriptor = -1
+
+    def close(self) -> None:
+        self._close_descriptor()
+        super().close()
+
+
+def _wait(seconds: float) -> None:
+    number = threading.get_ident()
+    _waiting.append(number)
+    try:
+        time.sleep(max(0.0, seconds))
+    finally:
+        _waiting.remove(number)

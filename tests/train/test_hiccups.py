@@ -1,0 +1,221 @@
+"""Hiccups: one error of the file system in a read of any file, and a run that goes on as if nothing
+had been.
+
+Calls of the operating system are made to fail inside the process. What a real file system answers,
+and when, is in docs/faults.md.
+"""
+
+import errno
+import io
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import compare_runs
+import pytest
+
+import k2train.train.__main__ as train_command
+from k2train import retry
+from k2train.checkpoint import reshard_read, verify
+from k2train.checkpoint.manifest import list_checkpoints, read_manifest
+from k2train.checkpoint.shards import THREADS
+from k2train.errors import DataError, UnavailableError
+from k2train.launch.environment import Launch
+from k2train.record.events import Resumed, Stopped, of_kind
+from k2train.record.ledger import read_ledger
+from tests.support.gloo_pool import GlooPool
+from tests.support.tiny_corpus import config_tree, make_corpus, trainer_job
+
+CHUNKS = 3
+
+
+class Strike(NamedTuple):
+    """On one rank, opens of paths that contain `part` fail with `code`: after `skip` of them."""
+
+    part: str
+    code: int
+    times: int
+    skip: int = 0
+    rank: int = 0
+
+
+@contextmanager
+def struck(strike: Strike, launch: Launch) -> Iterator[None]:
+    """Let opens fail in this process."""
+    if launch.rank != strike.rank:
+        yield
+        return
+    seen = [0]
+    real = (os.open, io.open, retry.PATIENCE_SECONDS, retry.FIRST_PAUSE_SECONDS)
+
+    def fail(path: Any) -> None:
+        if strike.part in str(path):
+            seen[0] += 1
+            if strike.skip < seen[0] <= strike.skip + strike.times:
+                raise OSError(strike.code, os.strerror(strike.code), str(path))
+
+    def os_open(path: Any, *rest: Any, **more: Any) -> int:
+        fail(path)
+        return real[0](path, *rest, **more)
+
+    def io_open(path: Any, *rest: Any, **more: Any) -> Any:
+        fail(path)
+        return real[1](path, *rest, **more)
+
+    os.open, io.open = os_open, io_open  # type: ignore[assignment]
+    retry.PATIENCE_SECONDS = 30.0 if strike.times == 1 else 0.2
+    retry.FIRST_PAUSE_SECONDS = 0.01
+    try:
+        yield
+    finally:
+        (os.open, io.open, retry.PATIENCE_SECONDS, retry.FIRST_PAUSE_SECONDS) = real  # type: ignore[assignment]
+    assert seen[0] > strike.skip, f"nothing opened a path with {strike.part}"
+
+
+def struck_job(launch: Launch, tree: dict[str, Any], strike: Strike) -> int | str:
+    """A run in which one rank's file system fails; UnavailableError as `main` shows it."""
+    try:
+        with struck(strike, launch):
+            return trainer_job(launch, tree)
+    except UnavailableError as error:
+        return f"unavailable: {error}"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory, pool: GlooPool) -> Path:
+    """Data, a run to its end, and one that stopped after the second chunk."""
+    folder = tmp_path_factory.mktemp("hiccups")
+    make_corpus(folder / "data", CHUNKS)
+    assert pool.run(1, trainer_job, tree(folder, "whole")) == [0]
+    assert pool.run(1, trainer_job, tree(folder, "half", run__stop_after_steps=10)) == [75]
+    return folder
+
+
+def tree(base: Path, name: str, **changes: Any) -> dict[str, Any]:
+    return config_tree(base / "data" / "manifest.json", base / "runs", name, **changes)
+
+
+WHERE = {
+    "data manifest": "data/manifest.json",
+    "next chunk": "chunk_002.npy",
+    "ledger": "ledger.jsonl",
+    "newest checkpoint's manifest": "ckpt_002/manifest.json",
+    "weights": "ckpt_002/model/",
+    "moments": "ckpt_002/optimizer/",
+}
+
+
+@pytest.mark.parametrize("code", [errno.ESTALE, errno.EIO], ids=errno.errorcode.__getitem__)
+@pytest.mark.parametrize("part", WHERE.values(), ids=WHERE)
+def test_one_error_costs_nothing(base: Path, pool: GlooPool, part: str, code: int) -> None:
+    """Catches an error that passes and ends the run, or that sends it back by a checkpoint."""
+    name = f"{errno.errorcode[code]}-{[*WHERE.values()].index(part)}"
+    run = base / "runs" / name
+    shutil.copytree(base / "runs" / "half", run)
+    assert pool.run(1, struck_job, tree(base, name), Strike(part, code, 1)) == [0]
+    (resumed,) = of_kind(read_ledger(run / "ledger.jsonl"), Resumed)
+    assert (resumed.checkpoint, resumed.refused, resumed.set_aside) == ("ckpt_002", (), ())
+    assert compare_runs.differences(base / "runs" / "whole", run, strict=True) == []
+    shutil.rmtree(run)
+
+
+@pytest.mark.parametrize("part", WHERE.values(), ids=WHERE)
+def test_one_that_stays_ends_with_1_and_touches_nothing(
+    base: Path, pool: GlooPool, part: str
+) -> None:
+    """Catches an end that no launcher starts again, a checkpoint set aside because nobody could
+    read it, and ranks that wait for the one that ended. The run then goes on as if nothing were.
+    """
+    name = f"stays-{[*WHERE.values()].index(part)}"
+    run = base / "runs" / name
+    shutil.copytree(base / "runs" / "half", run)
+    # What every rank reads by itself ends a start alone, and the launcher ends the others. Here
+    # rank 1 fails in what the ranks do together. It has looked at the chunk's header before.
+    world = 2 if part.startswith(("ckpt", "chunk")) and "manifest" not in part else 1
+    skip = 2 if part.startswith("chunk") else 0
+    # Rank 0 hashes the weights, rank 1 the moments.
+    rank = 0 if "model" in part else world - 1
+    strike = Strike(part, errno.EIO, 10**9, skip, rank)
+    found = pool.run(world, struck_job, tree(base, name), strike)
+    for text in found:
+        assert text.startswith("unavailable: ") and "Input/output error" in text, found
+        assert part.split("/")[0] in text
+    assert [path.name for path in list_checkpoints(run / "checkpoints")][:3] == [
+        "ckpt_000",
+        "ckpt_001",
+        "ckpt_002",
+    ]
+    if part.startswith("chunk"):
+        (*_, stopped) = of_kind(read_ledger(run / "ledger.jsonl"), Stopped)
+        assert stopped.reason == "unavailable"
+    assert pool.run(1, trainer_job, tree(base, name)) == [0]
+    assert compare_runs.differences(base / "runs" / "whole", run, strict=True) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (UnavailableError("the disk: stale"), 1, "k2train: the disk: stale"),
+        (OSError(errno.EIO, "bad sector", "runs/r"), 1, "k2train: runs/r: bad sector"),
+        (DataError("the data: not there"), 2, "k2train: the data: not there"),
+    ],
+)
+def test_exit_codes(
+    error: Exception,
+    code: int,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Catches an error of the environment that ends with 2, which no launcher starts again."""
+
+    def raising(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(train_command, "load_config", raising)
+    assert train_command.main(["c.yaml"]) == code
+    assert capsys.readouterr().err.splitlines() == [said]
+
+
+def test_any_other_error_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def raising(*_: Any) -> None:
+        raise FileNotFoundError(errno.ENOENT, "No such file", "k2train/lost.py")
+
+    monkeypatch.setattr(train_command, "load_config", raising)
+    with pytest.raises(FileNotFoundError):
+        train_command.main(["c.yaml"])
+
+
+def slowly_job(launch: Launch, tree: dict[str, Any]) -> int | str:
+    """A start whose disk is slow: each tensor is hashed, and each one read, in 0.3 s."""
+    real = verify.hash_range, reshard_read._execute
+
+    def hash_range(*given: Any) -> str:
+        time.sleep(0.3)
+        return real[0](*given)
+
+    def execute(*given: Any) -> None:
+        time.sleep(0.3)
+        real[1](*given)
+
+    verify.hash_range, reshard_read._execute = hash_range, execute  # type: ignore[assignment]
+    try:
+        return trainer_job(launch, tree)
+    finally:
+        verify.hash_range, reshard_read._execute = real  # type: ignore[assignment]
+
+
+def test_a_start_that_gets_on_is_not_stuck(base: Path, pool: GlooPool) -> None:
+    """Catches hashing and loading that the watchdog ends although every second brings more."""
+    shutil.copytree(base / "runs" / "half", base / "runs" / "slow")
+    changed = tree(base, "slow", watch__start_seconds=2.0, watch__heartbeat_seconds=0.2)
+    tensors = sum(
+        len(facts.tensors)
+        for facts in read_manifest(base / "runs/half/checkpoints/ckpt_002").shards.values()
+    )
+    assert 0.3 * tensors / THREADS > 2 * 2.0, "each phase takes longer than its limit"
+    assert pool.run(1, slowly_job, changed) == [0]
