@@ -43,5 +43,9 @@ class RunError(UserError):
 class UnavailableError(RuntimeError):
     """A file that could not be read or locked although it was tried for a while (`k2train.retry`).
 
-    The environment did it: the same command may succeed later.
+    The environment did it: the same command may succeed later. `number` is that of the last error.
     """
+
+    def __init__(self, message: str, number: int = 0) -> None:
+        super().__init__(message)
+        self.number = number

@@ -18,7 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-ProcessState = Literal["running", "stopped", "gone", ""]
+ProcessState = Literal["running", "stopped", "traced", "gone", ""]
+HALTED: dict[str, ProcessState] = {"T": "stopped", "t": "traced"}
+"""States of a process that was stopped by a signal, or by a debugger or profiler."""
 GONE = ("Z", "X", "x")
 """States in /proc/PID/stat of a process that no longer runs."""
 
@@ -42,6 +44,17 @@ def this_process() -> Process:
     return Process(pid, start_ticks(pid), boot_id(), pid_namespace(), socket.gethostname())
 
 
+def file_system_view() -> str:
+    """What this process sees of the file systems: equal for all in one container or machine.
+
+    "" where this system does not say.
+    """
+    try:
+        return f"{boot_id()} {os.readlink('/proc/self/ns/mnt')}" if boot_id() else ""
+    except OSError:
+        return ""
+
+
 def process_state(process: Process, reader: Process) -> ProcessState:
     """State of `process` as visible to `reader`, the calling process; "" on another machine."""
     if not process.boot_id or (process.boot_id, process.pid_namespace) != (
@@ -52,7 +65,7 @@ def process_state(process: Process, reader: Process) -> ProcessState:
     stat = read_stat(process.pid)
     if stat is None or stat.state in GONE or stat.start_ticks != process.start_ticks:
         return "gone"
-    return "stopped" if stat.state in "Tt" else "running"
+    return HALTED.get(stat.state, "running")
 
 
 class ProcessStat(NamedTuple):

@@ -65,11 +65,11 @@ def tell_only(first: bool) -> None:
     _log.setLevel(logging.WARNING if first else logging.ERROR)
 
 
-def retried(read: Callable[[], T], what: object) -> T:
+def retried(read: Callable[[], T], what: object, stop: threading.Event | None = None) -> T:
     """Return `read()`, tried again while it raises an OSError that may pass.
 
-    `what` names the file in what is logged. Raises UnavailableError after `PATIENCE_SECONDS`, any
-    other error at once.
+    `what` names the file in what is logged; `stop` ends the wait early. Raises UnavailableError
+    after `PATIENCE_SECONDS`, any other error at once.
     """
     began, pause = 0.0, FIRST_PAUSE_SECONDS
     while True:
@@ -78,45 +78,68 @@ def retried(read: Callable[[], T], what: object) -> T:
         except OSError as error:
             if not is_passing(error):
                 raise
-            now, why = time.monotonic(), os.strerror(error.errno or errno.EIO)
+            now, number = time.monotonic(), error.errno or errno.EIO
+            why = os.strerror(number)
             if not began:
                 began = now
                 _log.warning(
                     "k2train: %s: %s; trying again for %s", what, why, duration(PATIENCE_SECONDS)
                 )
-            if now - began >= PATIENCE_SECONDS:
-                raise UnavailableError(unavailable_text(what, why)) from None
+            if now - began >= PATIENCE_SECONDS or (stop is not None and stop.is_set()):
+                raise UnavailableError(_unavailable_text(what, number), number) from None
         else:
             if began:
                 _log.warning(
                     "k2train: %s: answered after %s", what, duration(time.monotonic() - began)
                 )
             return result
-        _wait(min(pause, began + PATIENCE_SECONDS - now))
+        _wait(min(pause, began + PATIENCE_SECONDS - now), stop)
         pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
 
 
-def unavailable_text(what: object, why: str) -> str:
+def _unavailable_text(what: object, number: int) -> str:
     """Say that a file could not be used, and what to do."""
+    full = number in (errno.ENOSPC, errno.EDQUOT)
     return (
-        f"{what}: {why}, for {duration(PATIENCE_SECONDS)}; nothing is known to be damaged: "
-        "start the same command again once the file system answers"
+        f"{what}: {os.strerror(number)}, for {duration(PATIENCE_SECONDS)}; "
+        + ("free space, then " if full else "nothing is known to be damaged: ")
+        + "start the same command again"
+        + ("" if full else " once the file system answers")
     )
 
 
-def open_retried(path: Path) -> io.BufferedReader:
-    """Open a file for reading in order; every read of it is retried.
+def is_bad_block(error: UnavailableError, beside: Path) -> bool:
+    """Return whether a file itself cannot be read, while its file system answers.
+
+    A bad sector, or a block that fails the file system's own check, is EIO like a server that is
+    away. `beside` is another file of that file system; what memory still holds of it is dropped.
+    """
+    if error.number != errno.EIO:
+        return False
+    try:
+        descriptor = os.open(beside, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            return bool(os.read(descriptor, 1))
+        finally:
+            os.close(descriptor)
+    except OSError:
+        return False
+
+
+def open_retried(path: Path, stop: threading.Event | None = None) -> io.BufferedReader:
+    """Open a file for reading in order; every read of it is retried, until `stop` is set.
 
     It is opened anew after an error: a stale handle stays stale. Raises OSError, UnavailableError.
     """
-    return io.BufferedReader(_RetriedFile(path), buffer_size=2**20)
+    return io.BufferedReader(_RetriedFile(path, stop), buffer_size=2**20)
 
 
 class _RetriedFile(io.RawIOBase):
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, stop: threading.Event | None) -> None:
         super().__init__()
-        self._path, self._at = path, 0
-        self._descriptor = retried(self._open, path)
+        self._path, self._stop, self._at, self._descriptor = path, stop, 0, -1
+        self._descriptor = retried(self._open, path, stop)
 
     def _open(self) -> int:
         return os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
@@ -128,7 +151,7 @@ class _RetriedFile(io.RawIOBase):
         return self._descriptor
 
     def readinto(self, buffer: Any) -> int:
-        count = retried(lambda: self._read(buffer), self._path)
+        count = retried(lambda: self._read(buffer), self._path, self._stop)
         self._at += count
         return count
 
@@ -152,10 +175,13 @@ class _RetriedFile(io.RawIOBase):
         super().close()
 
 
-def _wait(seconds: float) -> None:
+def _wait(seconds: float, stop: threading.Event | None) -> None:
     number = threading.get_ident()
     _waiting.append(number)
     try:
-        time.sleep(max(0.0, seconds))
+        if stop is None:
+            time.sleep(max(0.0, seconds))
+        else:
+            stop.wait(max(0.0, seconds))
     finally:
         _waiting.remove(number)

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -50,6 +51,27 @@ def test_a_zombie_is_gone_although_its_id_is_taken() -> None:
         assert exists(child.pid) and start_ticks(child.pid) == 0
         assert child.pid not in live_processes()
     assert not exists(child.pid) and read_stat(child.pid) is None
+
+
+TRACED = """
+import ctypes, os, signal
+assert ctypes.CDLL(None).ptrace(0, 0, 0, 0) == 0, "PTRACE_TRACEME"
+os.kill(os.getpid(), signal.SIGSTOP)
+"""
+
+
+def test_a_debugger_does_not_look_like_a_stop() -> None:
+    """Catches a rank ended as stopped (SIGSTOP) because somebody looks at its stacks."""
+    me = this_process()
+    child = subprocess.Popen([sys.executable, "-c", TRACED])
+    try:
+        other = replace(me, pid=child.pid, start_ticks=start_ticks(child.pid))
+        assert soon(lambda: process_state(other, me) == "traced")
+    finally:
+        os.kill(child.pid, signal.SIGKILL)
+        while not os.WIFSIGNALED(os.waitpid(child.pid, 0)[1]):
+            pass
+        child.returncode = -9
 
 
 @pytest.mark.parametrize("name", ["plain", "a b", "x) Z 1 1", ") ("])

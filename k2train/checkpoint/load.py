@@ -18,7 +18,12 @@ from torch import Tensor
 
 from k2train.checkpoint.blocks import MASTER, local_boxes
 from k2train.checkpoint.host_digest import host_digest_sums
-from k2train.checkpoint.manifest import CheckpointManifest, is_thinned, read_manifest
+from k2train.checkpoint.manifest import (
+    CheckpointManifest,
+    has_bad_block,
+    is_thinned,
+    read_manifest,
+)
 from k2train.checkpoint.reshard_read import Read, Target, execute_reads, plan_reads
 from k2train.checkpoint.shards import THREADS
 from k2train.checkpoint.verify import expected_files, no_progress, verify_files
@@ -53,6 +58,7 @@ class ChosenCheckpoint(NamedTuple):
 
 
 Check = Callable[[Path, CheckpointManifest], None]
+BAD_BLOCK = "{error} (other files of the run can be read: it is this one)"
 Problem = str | UnavailableError
 """What is wrong with a checkpoint ("" for nothing), or why nobody can say."""
 
@@ -95,7 +101,7 @@ def _problem(path: Path, grid: ProcessGrid, check: Check, progress: Callable[[],
             return UnavailableError(f"{path} cannot be read ({error.strerror})")
         return f"{path} cannot be read ({error.strerror or error})"
     except UnavailableError as error:
-        return error
+        return BAD_BLOCK.format(error=error) if has_bad_block(error, path) else error
     return ""
 
 

@@ -112,9 +112,14 @@ def execute_reads(
     Raises OSError, EOFError for a truncated file, UnavailableError.
     """
     with ThreadPoolExecutor(THREADS) as pool:
-        for done in [pool.submit(_execute, read, round_to) for read in reads]:
-            done.result()
-            progress()
+        try:
+            for done in [pool.submit(_execute, read, round_to) for read in reads]:
+                done.result()
+                progress()
+        except BaseException:
+            # Each read that is queued would be as patient as the first.
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 @torch.no_grad()

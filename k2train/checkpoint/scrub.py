@@ -8,17 +8,17 @@ Alternatives considered:
 - Checking all checkpoints at once: a run of weeks has hundreds, of terabytes each.
 """
 
+import time
 from contextlib import suppress
 from pathlib import Path
 from threading import Event, Thread
 
-from k2train.checkpoint.manifest import is_thinned, list_checkpoints
+from k2train.checkpoint.manifest import has_bad_block, is_thinned, list_checkpoints
 from k2train.checkpoint.retention import VerifiedCheckpoints, least_recently_verified_first
 from k2train.checkpoint.save_events import SaveEvents
 from k2train.checkpoint.shards import drop_caches
 from k2train.checkpoint.verify import verify_checkpoint
-from k2train.errors import CheckpointError
-from k2train.retry import is_passing
+from k2train.errors import CheckpointError, UnavailableError
 
 
 class Scrubber:
@@ -33,6 +33,7 @@ class Scrubber:
         self.directory, self.seconds = directory, seconds
         self.verified, self.events = verified, events
         self._last_logged = ""
+        self._unavailable_at: dict[str, float] = {}
         self._closed = Event()
         self._thread: Thread | None = None
 
@@ -56,7 +57,9 @@ class Scrubber:
         if not paths:
             return None
 
-        path = least_recently_verified_first(paths, self.verified)[0]
+        order = least_recently_verified_first(paths, self.verified)
+        # One that nobody could read waits for the others, as if it had been verified then.
+        path = min(order, key=self._looked_at)
         # The saving thread may thin it during the check.
         thinned = is_thinned(path)
 
@@ -65,10 +68,14 @@ class Scrubber:
 
         try:
             verify_checkpoint(path, threads=1)
-        except (CheckpointError, OSError) as error:
-            if isinstance(error, OSError) and is_passing(error):
-                # Nobody could look: no damage, and its turn comes again.
+        except UnavailableError as error:
+            if not has_bad_block(error, path):
+                # Nobody could look: no damage, and its turn comes again after the others'.
+                self._unavailable_at[path.name] = time.monotonic()
                 raise
+            self.verified.mark_damaged(path.name)
+            self._report_damage(path, str(error))
+        except (CheckpointError, OSError) as error:
             # The saving thread may have thinned or dropped it in the meantime.
             if path.exists() and is_thinned(path) == thinned:
                 self.verified.mark_damaged(path.name)
@@ -78,6 +85,10 @@ class Scrubber:
 
         drop_caches(path)
         return path
+
+    def _looked_at(self, path: Path) -> float:
+        tried = self._unavailable_at.get(path.name, float("-inf"))
+        return max(tried, self.verified.verified_at(path.name))
 
     def _report_damage(self, path: Path, problem: str) -> None:
         try:

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from k2train.checkpoint.commit import SaveJob, write_checkpoint
 from k2train.checkpoint.host_digest import host_digest_sums
-from k2train.checkpoint.manifest import SaveFacts, read_manifest
+from k2train.checkpoint.manifest import SaveFacts, has_bad_block, read_manifest
 from k2train.checkpoint.retention import (
     Retention,
     VerifiedCheckpoints,
@@ -46,6 +46,7 @@ from k2train.parallel.agreement import Agreement, DiskRefused, SaveError
 from k2train.parallel.device_digest import StateDigest
 from k2train.parallel.grid import ProcessGrid
 from k2train.parallel.shard_layout import ShardLayout
+from k2train.retry import is_passing
 
 __all__ = [
     "CheckpointWriter",
@@ -254,9 +255,12 @@ class CheckpointWriter:
         if self._agreement.from_first(self._skip_verification.is_set()):
             return None
 
-        problems = self._agreement.all(self._check_share(job.final))
-        problem = next((text for text in problems if text), None)
-        if problem is None:
+        told = self._agreement.all(self._check_share(job.final))
+        problem = next((text for text, away in told if text and not away), None)
+        away = next((text for text, away in told if away), None)
+        if problem is None and away is not None:
+            self._log(f"{job.name} is saved, but not verified, since it could not be read: {away}")
+        elif problem is None:
             self.verified.add(job.name)
             self._best_effort(
                 lambda: self.events.verified(job.final),
@@ -265,8 +269,9 @@ class CheckpointWriter:
 
         return problem
 
-    def _check_share(self, path: Path) -> str | None:
-        """Verify the files that the next rank wrote.
+    def _check_share(self, path: Path) -> tuple[str, bool]:
+        """Verify the files that the next rank wrote: what is wrong ("" for nothing), and whether
+        that is only that nobody can read them for now.
 
         On a cluster a rank's own files may still be in its node's memory.
         """
@@ -276,12 +281,14 @@ class CheckpointWriter:
             manifest = read_manifest(path)
             names = expected_files(path, manifest)
             verify_files(path, manifest, names[(rank + 1) % world_size :: world_size])
-        except (CheckpointError, UnavailableError) as error:
-            return str(error)
+        except CheckpointError as error:
+            return str(error), False
+        except UnavailableError as error:
+            return str(error), not has_bad_block(error, path)
         except OSError as error:
-            return f"{path} cannot be read back ({error.strerror or error})"
+            return f"{path} cannot be read back ({error.strerror or error})", is_passing(error)
 
-        return None
+        return "", False
 
     def _rewrite(self, job: SaveJob, problem: str) -> None:
         """Rewrite a damaged checkpoint from the snapshot.

@@ -44,7 +44,7 @@ class RunConfig(Section):
     - `resume` is auto, must, never or a checkpoint's number.
     - `allow` names differences from the checkpoint that are permitted at a resume, although they
       make it another run (`lr.peak`, `data`).
-    - A run is refused after `max_fruitless_starts` starts in a row without progress (0: never).
+    - A run is refused after `max_fruitless_starts` starts in a row that failed alike (0: never).
     """
 
     name: RunName

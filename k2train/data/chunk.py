@@ -21,7 +21,8 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from threading import Event
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -49,6 +50,25 @@ __all__ = [
 
 # Large enough that hashing dominates the system calls, small beside the memory of a rank.
 BLOCK_BYTES = 8 * 2**20
+
+
+class ChunkIdentity(NamedTuple):
+    """Identities of a chunk's file and of its borders."""
+
+    tokens: FileIdentity
+    borders: FileIdentity | None = None
+
+    def has_files_of(self, then: "ChunkIdentity") -> bool:
+        """Return whether nobody touched these files since `then`, which may know more of them."""
+        return self.tokens == then.tokens and self.borders in (None, then.borders)
+
+    def has_content_of(self, then: "ChunkIdentity") -> bool:
+        """Return whether nobody wrote to them; a new owner or name does not count."""
+        return self.tokens.has_content_of(then.tokens) and (
+            self.borders is None
+            or (then.borders is not None and self.borders.has_content_of(then.borders))
+        )
+
 
 Tokens = npt.NDArray[np.unsignedinteger[Any]]
 
@@ -90,10 +110,10 @@ def _data_offset(manifest: Manifest, info: ChunkInfo) -> int:
 
 def verify_chunk(
     manifest: Manifest, info: ChunkInfo, stopped: Callable[[], bool] | None = None
-) -> FileIdentity | None:
+) -> ChunkIdentity | None:
     """Verify a whole chunk: its SHA-256, every id against the vocabulary, then its boundaries.
 
-    Reads in blocks. Returns the identity of the chunk's file that was hashed. `stopped` is called
+    Reads in blocks. Returns the identities of the files that were hashed. `stopped` is called
     between blocks; True ends the check early with None.
     Raises DataError naming the chunk, and for an id: row, position, id and vocabulary size.
     """
@@ -137,10 +157,11 @@ def verify_chunk(
             f"{info.name}: the manifest was read without the hash of its borders"
         )
         path = manifest.folder / info.borders
-        verify_borders(
+        borders = verify_borders(
             path, info.name, info.borders_sha256, info.rows, manifest.sequence_length, stopped
         )
-    return identity
+        return None if borders is None else ChunkIdentity(identity, borders)
+    return ChunkIdentity(identity)
 
 
 def bad_id(ids: Tokens, first_row: int, vocab_size: int) -> str:
@@ -158,16 +179,17 @@ def bad_id(ids: Tokens, first_row: int, vocab_size: int) -> str:
     )
 
 
-def open_chunk(manifest: Manifest, info: ChunkInfo) -> ArrayFile:
+def open_chunk(manifest: Manifest, info: ChunkInfo, stop: Event | None = None) -> ArrayFile:
     """Open a chunk `[rows, sequence_length]` after checking its header and size.
 
-    Raises DataError.
+    `stop` ends the patience with a file system that does not answer. Raises DataError.
     """
     offset = _data_offset(manifest, info)
     dtype = np.dtype(manifest.dtype).newbyteorder("<")
     path = manifest.folder / info.file
     shape = (info.rows, manifest.sequence_length)
-    return ArrayFile(path, offset, shape, dtype, f"{info.name} ({path})")
+    where = f"{info.name} ({path})"
+    return ArrayFile(path, offset, shape, dtype, where=where, stop=stop)
 
 
 def write_chunk(

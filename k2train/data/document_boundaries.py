@@ -13,14 +13,16 @@ Alternatives considered:
 """
 
 import hashlib
+import os
 from bisect import bisect_left
 from collections.abc import Callable
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 import numpy.typing as npt
 
-from k2train.data.array_file import ArrayFile
+from k2train.data.array_file import ArrayFile, FileIdentity
 from k2train.data.npy import check_size, header_bytes, read_header
 from k2train.errors import DataError
 from k2train.files import AtomicFile
@@ -66,10 +68,13 @@ def check_borders(path: Path, where: str) -> tuple[int, int]:
     return header.offset, header.shape[0]
 
 
-def open_borders(path: Path, where: str) -> ArrayFile:
-    """Open the borders of a chunk after `check_borders`. Raises DataError."""
+def open_borders(path: Path, where: str, stop: Event | None = None) -> ArrayFile:
+    """Open the borders of a chunk after `check_borders`. Raises DataError.
+
+    `stop` ends the patience with a file system that does not answer.
+    """
     offset, count = check_borders(path, where)
-    return ArrayFile(path, offset, (count,), DTYPE, f"{where} ({path})")
+    return ArrayFile(path, offset, (count,), DTYPE, where=f"{where} ({path})", stop=stop)
 
 
 def verify_borders(
@@ -79,10 +84,11 @@ def verify_borders(
     rows: int,
     sequence_length: int,
     stopped: Callable[[], bool] | None = None,
-) -> None:
+) -> FileIdentity | None:
     """Verify a whole borders file: its SHA-256, and that every border is inside one of `rows` rows.
 
-    Reads in blocks. `stopped` is called between blocks; True ends the check early without a result.
+    Reads in blocks. Returns the identity of the file that was hashed. `stopped` is called between
+    blocks; True ends the check early with None.
     Raises DataError.
     """
     offset, _ = check_borders(path, where)
@@ -90,10 +96,11 @@ def verify_borders(
     bad, index, before = "", 0, -1
 
     with open_retried(path) as stream:
+        identity = FileIdentity.of(os.fstat(stream.fileno()))
         digest.update(stream.read(offset))
         while block := stream.read(BLOCK_BORDERS * DTYPE.itemsize):
             if stopped is not None and stopped():
-                return
+                return None
             digest.update(block)
             values = np.frombuffer(block, dtype=DTYPE)
             bad = bad or bad_border(values, range(rows), sequence_length, index, before)
@@ -110,6 +117,7 @@ def verify_borders(
             f"{where} ({path}): sha256 is {digest.hexdigest()[:16]}, the manifest says "
             f"{sha256[:16]}; fetch the file again or prepare the data anew"
         )
+    return identity
 
 
 def bad_border(

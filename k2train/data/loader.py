@@ -3,14 +3,15 @@
 - Reading is by step number, so there is no state to save. After a restart or a rollback the trainer
   asks for another step and gets exactly its rows.
 - One thread reads the next steps, another verifies the next chunk.
-- A chunk that changed between its hash and its opening is hashed again, one that changes while it
-  is read ends the run. What is trained on is what the manifest names.
+- A chunk that anybody touched since it was hashed is hashed again, after the read and before the
+  step: what is trained on is what the manifest names.
 
 Alternatives considered:
 - DataLoader with worker processes: reading a step copies a few hundred kilobytes. Workers bring
   forks, shared memory and an order that depends on their number.
 """
 
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Event, Lock
 from typing import NamedTuple, Self
@@ -18,8 +19,9 @@ from typing import NamedTuple, Self
 import numpy as np
 import torch
 
-from k2train.data.array_file import ArrayFile, FileIdentity
+from k2train.data.array_file import ArrayFile
 from k2train.data.chunk import (
+    ChunkIdentity,
     ChunkInfo,
     Manifest,
     bad_id,
@@ -30,7 +32,7 @@ from k2train.data.chunk import (
 from k2train.data.document_boundaries import documents_of, open_borders
 from k2train.data.manifest import require_borders
 from k2train.data.order import ChunkOrder, rank_rows
-from k2train.errors import DataError
+from k2train.errors import DataError, UnavailableError
 
 # Steps held ready: the current and the next one. More would only hold memory: a step reads in
 # milliseconds.
@@ -68,6 +70,12 @@ class _OpenChunk(NamedTuple):
     name: str
     tokens: ArrayFile
     borders: ArrayFile | None
+
+    def identity(self) -> ChunkIdentity:
+        """Identity that the open files have now."""
+        return ChunkIdentity(
+            self.tokens.identity(), None if self.borders is None else self.borders.identity()
+        )
 
 
 class Share(NamedTuple):
@@ -111,12 +119,14 @@ class Loader:
 
         self.manifest, self.order, self.share = manifest, order, share
         self.verify, self.documents = verify, documents
+        self._progress: Callable[[], None] = lambda: None
 
         self._open: _OpenChunk | None = None
         self._held_out: _OpenChunk | None = None
-        self._verified: dict[str, FileIdentity | None] = {}
-        """Identity of the file that was hashed, by name of the chunk."""
-        self._opened: dict[str, FileIdentity] = {}
+        self._verified: dict[str, ChunkIdentity | None] = {}
+        """Identity of the files that were hashed, by name of the chunk."""
+        self._known: dict[str, ChunkIdentity] = {}
+        """The same of those that are open, after the last look at them."""
         self._verify_lock = Lock()
 
         self._verified_ahead = -1
@@ -148,6 +158,10 @@ class Loader:
 
         return batch
 
+    def report_to(self, progress: Callable[[], None]) -> None:
+        """Call `progress` while a step waits for a chunk to be hashed."""
+        self._progress = progress
+
     def num_held_out_batches(self, global_sequences: int | None = None) -> int:
         """Number of full batches in the held-out chunk; 0 when the data has none."""
         held_out = self.manifest.held_out
@@ -172,7 +186,7 @@ class Loader:
 
     def verify_ahead(self, name: str) -> "Future[None]":
         """Verify the named chunk in a thread; the future raises DataError when it is damaged."""
-        return self._verifier.submit(self._verify, self.manifest.chunk(name))
+        return self._verifier.submit(self._verify, self.manifest.chunk(name), self._stop.is_set)
 
     def close(self) -> None:
         """Stop the threads; idempotent. A running verification ends at its next block."""
@@ -205,57 +219,66 @@ class Loader:
         if self._open is None or self._open.name != name:
             self._open = self._open_chunk(self.manifest.chunk(name))
         batch = self._batch(self._open, self.order.rows_of(step))
-        if self.order.position(min(step + 1, self.order.total_steps)).name != name:
-            self._confirm(self._open)
+        self._confirm(self._open)
         return batch
 
     def _read_held_out(self, info: ChunkInfo, batch_index: int, size: int) -> list[MicroBatch]:
         if self._held_out is None:
             self._held_out = self._open_chunk(info)
-        return self._batch(self._held_out, range(batch_index * size, (batch_index + 1) * size))
+        rows = range(batch_index * size, (batch_index + 1) * size)
+        batch = self._batch(self._held_out, rows)
+        self._confirm(self._held_out)
+        return batch
 
     def _open_chunk(self, info: ChunkInfo) -> _OpenChunk:
         if self.verify:
-            self._verify(info)
+            self._verify(info, self._stopped_in_a_step)
 
-        tokens, borders = open_chunk(self.manifest, info), None
-        if self._is_other_than_hashed(info.name, tokens):
-            # Exchanged or written to since. The content may still be the same.
-            self._verified.pop(info.name)
-            self._verify(info)
-            tokens.close()
-            tokens = open_chunk(self.manifest, info)
-            if self._is_other_than_hashed(info.name, tokens):
-                raise DataError(
-                    f"{tokens.where}: changes while it is verified; stop whatever writes to it"
-                )
+        tokens, borders = open_chunk(self.manifest, info, self._stop), None
         if self.documents:
             assert info.borders is not None, (
                 f"{info.name}: its borders were required when the loader was created"
             )
-            borders = open_borders(self.manifest.folder / info.borders, info.name)
+            borders = open_borders(self.manifest.folder / info.borders, info.name, self._stop)
 
-        self._opened[info.name] = tokens.identity
-        return _OpenChunk(info.name, tokens, borders)
+        chunk = _OpenChunk(info.name, tokens, borders)
+        # What was opened is compared with it after the first read.
+        self._known[info.name] = self._verified.get(info.name) or chunk.identity()
+        return chunk
 
-    def _verify(self, info: ChunkInfo) -> None:
+    def _verify(self, info: ChunkInfo, stopped: Callable[[], bool]) -> None:
         with self._verify_lock:
             if info.name not in self._verified:
-                self._verified[info.name] = verify_chunk(self.manifest, info, self._stop.is_set)
+                self._verified[info.name] = verify_chunk(self.manifest, info, stopped)
 
-    def _is_other_than_hashed(self, name: str, tokens: ArrayFile) -> bool:
-        hashed = self._verified.get(name)
-        return hashed is not None and hashed != tokens.identity
+    def _stopped_in_a_step(self) -> bool:
+        """A step waits for this hash, which gets on."""
+        self._progress()
+        return self._stop.is_set()
 
     def _confirm(self, chunk: _OpenChunk) -> None:
-        """After the last row of a chunk: hash it again if anything touched the file meanwhile."""
-        if self.verify and chunk.tokens.current_identity() != chunk.tokens.identity:
-            self._verified.pop(chunk.name, None)
-            self._verify(self.manifest.chunk(chunk.name))
+        """Hash a chunk again if anything touched its files since they were hashed, or opened.
 
-    def identity(self, name: str) -> FileIdentity | None:
-        """Identity of the file that was opened for a chunk; None before that."""
-        return self._opened.get(name)
+        Any rank does: what one of them has read may not be what another one hashed.
+        """
+        now, known = chunk.identity(), self._known[chunk.name]
+        if now.has_files_of(known):
+            return
+
+        info = self.manifest.chunk(chunk.name)
+        hashed = verify_chunk(self.manifest, info, self._stopped_in_a_step)
+        same = hashed is None or now.has_content_of(hashed)
+        # A file that was replaced stays what it is while it is open.
+        if not same and not now.has_content_of(known):
+            raise UnavailableError(
+                f"{chunk.tokens.where}: changes while it is read; stop whatever writes to it, then "
+                "start the same command again"
+            )
+        self._known[chunk.name] = now
+
+    def identity(self, name: str) -> ChunkIdentity | None:
+        """Identity of what was opened for a chunk; None before that."""
+        return self._known.get(name)
 
     def _batch(self, chunk: _OpenChunk, rows: range) -> list[MicroBatch]:
         return [

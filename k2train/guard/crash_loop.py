@@ -1,17 +1,25 @@
-"""Crash-loop detection: refuse to start after N consecutive starts without progress.
+"""Crash-loop detection: refuse to start after N consecutive starts that failed alike.
 
 - The ledger is the memory, because it outlives the process, the job and the node.
 - A start begins at a step: 0, or that of the checkpoint it resumed from. It made progress when it
   saved a checkpoint of a later step, also one saved on a stop request, or finished the stage.
 - Steps without a checkpoint do not count, because they will be repeated.
-- A requested stop that saved nothing newer neither counts as a failure nor resets the count.
+- A requested stop that saved nothing newer neither counts as a failure nor resets the count. A file
+  system that did not answer is not the run's failure either.
+- Alike is the same problem at the same step, without the numbers in its words: which rank dies
+  first is chance. A run that others interrupt, each time elsewhere, goes on and is told that it
+  saves too seldom.
 
 Alternatives considered:
+- Counting every start without progress: three kills from outside before the first save of a chunk,
+  which takes hours, would end a healthy run for good.
 - Counting restarts in the batch script: it does not see how far they came.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 
 from k2train.errors import RunError
@@ -29,7 +37,10 @@ from k2train.record.events import (
     Stopped,
     Straggler,
 )
+from k2train.record.metrics import last_steps
 
+SHOWN = 5
+"""Starts whose ends a message names."""
 STARTS = (Starting, Started, Resumed)
 """Events that begin an attempt.
 
@@ -39,6 +50,9 @@ WITH_STEP = (ChunkStarted, StepSkipped, Spike, Straggler, CheckpointSaved, Stopp
 """Events that say how far an attempt came."""
 UNREQUESTED = ("non-finite", "save failed", "damaged")
 """Reasons of a `stopped` event that was not requested."""
+CHANCE = re.compile(r" \(pid \d+ on host [^)]*\)|0x[0-9a-f]+|\d+")
+"""What differs between two failures that are alike: processes, ranks, addresses, times."""
+AT_STEP = re.compile(r"\bat step (\d+)")
 
 
 @dataclass
@@ -62,6 +76,17 @@ class Attempt:
         return isinstance(self.end, Finished) or (
             isinstance(self.end, Stopped) and self.end.reason not in UNREQUESTED
         )
+
+    @property
+    def failure(self) -> tuple[str, int]:
+        """Problem without numbers, and the step: equal for starts that failed alike."""
+        if self.end is None or isinstance(self.end, Finished):
+            return "killed", self.last_step
+        text = self.end.problem or (self.end.reason if isinstance(self.end, Stopped) else "")
+        first = (text.splitlines() or [""])[0]
+        named = AT_STEP.search(first)
+        step = int(named[1]) if named else self.end.step
+        return CHANCE.sub("#", first), self.last_step if step is None else step
 
 
 def attempts_of(entries: Sequence[Entry]) -> list[Attempt]:
@@ -115,14 +140,31 @@ def fruitless_starts(entries: Sequence[Entry]) -> list[Attempt]:
     return streak[::-1]
 
 
-def check_progress(entries: Sequence[Entry], limit: int, directory: Path) -> None:
-    """Raise RunError after `limit` consecutive starts without progress (0: no limit)."""
+def check_progress(entries: Sequence[Entry], limit: int, directory: Path) -> str:
+    """Raise RunError after `limit` consecutive starts that failed alike (0: no limit).
+
+    Returns what to tell of as many that failed each time elsewhere; "" for fewer.
+    """
     streak = fruitless_starts(entries)
     if limit == 0 or len(streak) < limit:
-        return
+        return ""
+
+    # Without an error message only the metrics know how far a start came.
+    steps = last_steps(directory / "metrics.jsonl", streak[0].number)
+    for attempt in streak:
+        attempt.last_step = max(attempt.last_step, steps.get(attempt.number, 0))
 
     furthest = max(attempt.start_step for attempt in streak)
-    starts = "1 start" if len(streak) == 1 else f"{len(streak)} starts in a row"
+    alike = list(takewhile(lambda a: a.failure == streak[-1].failure, reversed(streak)))
+    if len(alike) < limit:
+        ends = ", ".join(str(attempt.failure[1]) for attempt in streak[-SHOWN:])
+        return (
+            f"the last {len(streak)} starts saved nothing after step {furthest}; they ended each "
+            f"time elsewhere (last at steps {ends}), so this one goes on: it is interrupted more "
+            "often than it saves; lower checkpoint.every_seconds"
+        )
+
+    starts = "1 start" if len(alike) == 1 else f"{len(alike)} starts in a row"
     raise RunError(
         f"{starts} got no further than step {furthest} (last: {_describe_end(streak[-1])}); look "
         f"at {directory}/ledger.jsonl and the output of the last start, then start with "

@@ -18,6 +18,7 @@ Alternatives considered:
 import math
 import mmap
 import os
+import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +31,8 @@ from k2train.record.line_check import Row, checked_rows, ends_damaged, with_chec
 
 TAIL_BYTES = 65536
 """Longer than any line."""
+POSITION = re.compile(rb'\{"step": (\d+), "attempt": (\d+)[,}]')
+"""Beginning of a line."""
 
 
 @dataclass(frozen=True)
@@ -224,6 +227,42 @@ def last_record(path: Path) -> StepRecord | None:
         # The part after the last newline is empty, or a line cut off by a kill.
         lines = stream.read().split(b"\n")[:-1]
     return _record(path, lines[-1]) if lines else None
+
+
+def last_steps(path: Path, first_attempt: int) -> dict[int, int]:
+    """Return attempt -> last step in the file, of `first_attempt` and later ones.
+
+    Reads from the end, as far as these attempts reach. Damaged lines are left out.
+    """
+    found: dict[int, int] = {}
+    for line in lines_backwards(path) if path.exists() else ():
+        match = POSITION.match(line)
+        if match is None:
+            continue
+        step, attempt = int(match[1]), int(match[2])
+        if attempt < first_attempt:
+            break
+        found.setdefault(attempt, step)
+    return found
+
+
+def lines_backwards(path: Path, block_bytes: int = TAIL_BYTES) -> Iterator[bytes]:
+    """Yield whole lines, the last one first."""
+    with path.open("rb") as stream:
+        at = os.fstat(stream.fileno()).st_size
+        rest, torn = b"", True
+        while at > 0:
+            start = max(0, at - block_bytes)
+            stream.seek(start)
+            first, *lines = (stream.read(at - start) + rest).split(b"\n")
+            if torn and lines:
+                # What follows the last newline was cut off by a kill.
+                lines.pop()
+                torn = False
+            yield from reversed(lines)
+            rest, at = first, start
+        if not torn:
+            yield rest
 
 
 def records_of_step(path: Path, step: int) -> list[StepRecord]:

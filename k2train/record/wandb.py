@@ -151,6 +151,7 @@ class WandbMirror:
             save_code=False,
             x_disable_meta=True,
             x_disable_stats=True,
+            host="",
         )
         # Without this check `init` asks for a key on the terminal and waits for an answer.
         if planned.mode == "online" and not wandb.login(prompt=False, verify=False):

@@ -12,6 +12,7 @@ import argparse
 import importlib
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 
 from k2train import fault_injection, retry
@@ -52,6 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Any other call that the environment refused, too, is worth another start.
         if not retry.is_passing(error):
             raise
+        if error.filename is None:
+            traceback.print_exc()
         report_error(UnavailableError(f"{error.filename or 'a file'}: {error.strerror}"), launch)
         code = EXIT_FAILED
     finally:

@@ -8,15 +8,15 @@ Alternatives considered:
 - Exchanging errors at every step: within a verified chunk there is nothing to agree on.
 """
 
-import socket
 from collections.abc import Callable
 from functools import partial
 
-from k2train.data.array_file import FileIdentity
+from k2train.data.chunk import ChunkIdentity
 from k2train.data.loader import Loader, MicroBatch, Share
 from k2train.errors import DataError, UnavailableError
 from k2train.parallel.agreement import Agreement
 from k2train.parallel.grid import ProcessGrid
+from k2train.processes import file_system_view
 from k2train.train.engine import Engine
 from k2train.train.preflight import Start
 
@@ -44,6 +44,10 @@ class BatchSource:
             verify=verify,
             documents=start.setup.block,
         )
+
+    def report_to(self, progress: Callable[[], None]) -> None:
+        """Call `progress` while a step waits for a chunk to be hashed."""
+        self.loader.report_to(progress)
 
     def step(self, step: int, first: bool, needed: bool) -> list[MicroBatch]:
         """Micro-batches of this rank for one step; empty if not `needed`.
@@ -88,19 +92,20 @@ class BatchSource:
     def _agree(self, problem: DataError | UnavailableError | None, opens: str) -> None:
         """Raise the first rank's problem on every rank, or that they do not read the same file."""
         text, identity = "" if problem is None else str(problem), self.loader.identity(opens)
-        mine = (text, isinstance(problem, DataError), socket.gethostname(), identity)
+        mine = (text, isinstance(problem, DataError), file_system_view(), identity)
         told = self._agreement.all(mine, "agree on a chunk")
         for text, damaged, _, _ in told:
             if text:
                 raise DamagedChunkError(text) if damaged else UnavailableChunkError(text)
 
         # One rank of a machine hashed the file. The others must have opened that one.
-        first: dict[str, FileIdentity] = {}
-        for rank, (_, _, host, opened) in enumerate(told):
-            if opened and not first.setdefault(host, opened).has_content_of(opened):
-                raise DamagedChunkError(
+        first: dict[str, ChunkIdentity] = {}
+        for rank, (_, _, view, opened) in enumerate(told):
+            if opened and view and not first.setdefault(view, opened).has_content_of(opened):
+                raise UnavailableChunkError(
                     f"{opens}: rank {rank} opened another file than a rank beside it; the chunk "
-                    "was exchanged at that moment; stop whatever writes to the data"
+                    "was exchanged at that moment; stop whatever writes to the data, then start "
+                    "the same command again"
                 )
 
     def _read_agreed(

@@ -62,6 +62,8 @@ class Start:
     """Checkpoint of another run whose weights and moments are loaded (fresh starts only)."""
     transition: StageTransition | None = None
     """How this stage takes over from its parent."""
+    warning: str = ""
+    """What to tell of the starts before this one; "" for nothing."""
 
     @property
     def layout(self) -> Layout:
@@ -148,7 +150,8 @@ def prepare_start(config: Config, world_size: int, verify: bool) -> Start:
     base = Start(directory, setup, manifest, order, identity)
     # A STOP file from earlier, or too many starts without progress, refuse the start.
     ControlFiles(directory).refuse_start()
-    check_progress(entries, config.run.max_fruitless_starts, directory)
+    warning = check_progress(entries, config.run.max_fruitless_starts, directory)
+    base = replace(base, warning=warning)
 
     wanted, refused = wanted_checkpoints(config, directory, entries)
     if not wanted:

@@ -12,12 +12,13 @@ from pathlib import Path
 from k2train.checkpoint.manifest import (
     MANIFEST,
     CheckpointManifest,
+    has_bad_block,
     is_thinned,
     list_checkpoints,
     read_manifest,
 )
 from k2train.config.load import Config
-from k2train.errors import CheckpointError, RunError
+from k2train.errors import CheckpointError, RunError, UnavailableError
 from k2train.record.events import Entry, Resumed, Started
 from k2train.train.state import TrainState
 
@@ -76,6 +77,10 @@ def _from_first_good(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
         try:
             check_resumable(path, read_manifest(path))
         except CheckpointError as error:
+            refused.append(str(error))
+        except UnavailableError as error:
+            if not has_bad_block(error, path):
+                raise
             refused.append(str(error))
         else:
             return list(paths[number:]), refused

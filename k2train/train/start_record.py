@@ -93,6 +93,8 @@ def log_start(logger: RunLogger, start: Start, engine: Engine, chosen: Chosen) -
         )
     for problem in chosen.refused:
         logger.info(f"refused: {problem}")
+    if start.warning:
+        logger.info(start.warning)
 
 
 def log_started(logger: RunLogger, start: Start, engine: Engine) -> None:

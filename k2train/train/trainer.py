@@ -115,6 +115,7 @@ def build(
     checkpoints = CheckpointManager(start, engine, monitor, logger, lock)
     run.writer = checkpoints.writer
     run.batches = BatchSource(start, grid, verify)
+    run.batches.report_to(monitor.watchdog.progress)
     trainer = Trainer(start, engine, run.batches, checkpoints, run)
     trainer.restore(chosen)
     return trainer

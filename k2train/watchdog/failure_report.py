@@ -142,7 +142,7 @@ def _open_process(process: Process, reader: Process) -> int | None:
         return None
 
     # Checked while holding the handle, which can no longer mean another process.
-    if process_state(process, reader) in ("running", "stopped"):
+    if process_state(process, reader) in ("running", "stopped", "traced"):
         return handle
 
     os.close(handle)

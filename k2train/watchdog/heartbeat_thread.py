@@ -5,6 +5,7 @@
 """
 
 import contextlib
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -18,11 +19,15 @@ from k2train.watchdog.own_heartbeat import OwnHeartbeat
 from k2train.watchdog.phase_timer import TICK_SECONDS
 from k2train.watchdog.shared_progress import PeerProgress
 
+TRACED_SECONDS = 600.0
+"""Time for which the others wait for a rank that a debugger holds: enough to load symbols."""
+
 
 class HeartbeatThread(threading.Thread):
     """Writes heartbeats and watches the ranks of this machine until `ended`.
 
-    `dead_since` and `stopped_since` say since when one of them is gone, or stopped (SIGSTOP).
+    - `dead_since` and `stopped_since` say since when one of them is gone, or stopped (SIGSTOP).
+    - One that a debugger holds is waited for, up to `TRACED_SECONDS`; `log` gets a line about it.
     """
 
     def __init__(
@@ -31,9 +36,12 @@ class HeartbeatThread(threading.Thread):
         diagnosis: Diagnosis,
         peer_progress: PeerProgress,
         ended: threading.Event,
+        log: Callable[[str], None],
         exit_process: Callable[[int], object],
     ):
         super().__init__(name="watch-heartbeat", daemon=True)
+        self._log = log
+        self._traced_since: float | None = None
         self._own, self._diagnosis, self._peer_progress = own, diagnosis, peer_progress
         self._ended, self._exit_process = ended, exit_process
         self._peers: dict[int, Process] = {}
@@ -73,6 +81,7 @@ class HeartbeatThread(threading.Thread):
         states = {
             rank: process_state(process, self._own.process) for rank, process in self._peers.items()
         }
+        self._wait_for_traced([rank for rank, state in states.items() if state == "traced"])
         if "stopped" not in states.values():
             self.stopped_since = None
         elif self.stopped_since is None:
@@ -83,6 +92,23 @@ class HeartbeatThread(threading.Thread):
                 record = read_heartbeat(self._own.directory, rank)
                 if record is not None and (record.at_work or record.state == "failed"):
                     self.dead_since = time.monotonic()
+
+    def _wait_for_traced(self, traced: list[int]) -> None:
+        """Let no rank count as stuck while a debugger or profiler holds one of this machine."""
+        if not traced:
+            self._traced_since = None
+            return
+        now = time.monotonic()
+        if self._traced_since is None:
+            self._traced_since = now
+            # Of the ranks that run, the first one tells.
+            if self._own.member.rank < min({*self._peers} - {*traced}, default=math.inf):
+                self._log(
+                    f"rank {traced[0]} is held by a debugger or profiler; the others wait for it, "
+                    f"at most {TRACED_SECONDS:.0f} s"
+                )
+        if now - self._traced_since < TRACED_SECONDS:
+            self._own.timer.progress()
 
     def _find_peers(self) -> None:
         """Find ranks of this machine that have started since."""

@@ -62,7 +62,7 @@ class PeerProgress:
         if (
             process in self._maps
             or record.live < 0
-            or process_state(process, self._reader) not in ("running", "stopped")
+            or process_state(process, self._reader) not in ("running", "stopped", "traced")
         ):
             return
 

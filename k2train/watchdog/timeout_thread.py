@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 
 from k2train.errors import EXIT_FAILED
+from k2train.retry import is_waiting
 from k2train.watchdog.diagnosis import RANKS_A_SECOND, TURN_SECONDS, Diagnosis
 from k2train.watchdog.heartbeat import Observer
 from k2train.watchdog.heartbeat_thread import HeartbeatThread
@@ -67,6 +68,9 @@ class TimeoutThread(threading.Thread):
                 self._check_limits(now)
 
     def _check_limits(self, now: float) -> None:
+        if is_waiting():
+            # Here too: the other thread may wait for the same file server.
+            self._own.timer.progress()
         overrun = self._own.timer.overrun()
         if (since := self._heartbeats.stopped_since) is not None:
             # Checked in every phase: a save may take half an hour, but a stopped rank does not
@@ -79,9 +83,14 @@ class TimeoutThread(threading.Thread):
             self._observer = None
         elif self._observer is None:
             self._observer = observer = self._diagnosis.observer()
-            threading.Thread(
+            thread = threading.Thread(
                 target=self._observe, args=(observer,), name="watch-observe", daemon=True
-            ).start()
+            )
+            try:
+                thread.start()
+            except (RuntimeError, MemoryError):
+                # A limit of threads or memory: tried again at the next tick.
+                self._observer = None
 
         if overrun < 0 or self._observer is None or now - self._observer.began < look:
             return
@@ -104,8 +113,10 @@ class TimeoutThread(threading.Thread):
         self._own.ending_since = time.monotonic()
         # In a thread of its own, because a hanging file system must not stop this one.
         thread = threading.Thread(target=diagnose, name="watch-diagnosis", daemon=True)
-        thread.start()
-        thread.join(DIAGNOSIS_SECONDS)
+        # Where no thread can be made, it ends without a diagnosis.
+        with contextlib.suppress(RuntimeError, MemoryError):
+            thread.start()
+            thread.join(DIAGNOSIS_SECONDS)
 
         if thread.is_alive():
             record = self._own.record()

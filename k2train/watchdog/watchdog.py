@@ -58,7 +58,7 @@ class Watchdog:
             directory, member.world_size, limits, own.process, peers, time.monotonic
         )
         self._ended = threading.Event()
-        heartbeats = HeartbeatThread(own, self._diagnosis, peers, self._ended, exit_process)
+        heartbeats = HeartbeatThread(own, self._diagnosis, peers, self._ended, log, exit_process)
         timeouts = TimeoutThread(own, self._diagnosis, heartbeats, self._ended, log, exit_process)
         self._threads = (heartbeats, timeouts)
         self._running = False

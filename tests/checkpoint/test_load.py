@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
@@ -14,6 +15,7 @@ import torch.distributed.checkpoint as dcp
 import yaml
 
 from k2train.checkpoint import load as load_module
+from k2train.checkpoint import reshard_read
 from k2train.checkpoint.load import ChosenCheckpoint, agree_on_checkpoint, load_states
 from k2train.checkpoint.manifest import (
     MANIFEST,
@@ -23,9 +25,10 @@ from k2train.checkpoint.manifest import (
     seal,
 )
 from k2train.checkpoint.save_events import SavePolicy
+from k2train.checkpoint.shards import THREADS
 from k2train.checkpoint.verify import verify_checkpoint
 from k2train.checkpoint.writer import CheckpointWriter, snapshot
-from k2train.errors import CheckpointError
+from k2train.errors import CheckpointError, UnavailableError
 from k2train.launch.environment import Launch
 from tests.support.command_line import soon
 from tests.support.gloo_pool import GlooPool
@@ -314,3 +317,19 @@ def test_the_kept_ones_name_no_machine() -> None:
         assert not any(
             word in text for word in ('"/', "Linux", "linux", "x86", "/home", "/tmp", "hostname")
         ), path
+
+
+def test_the_first_read_that_fails_is_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches reads that are begun after the first one has failed: each is patient for minutes."""
+    begun = []
+
+    def failing(read: Any, round_to: Any) -> None:
+        begun.append(read)
+        time.sleep(0.05)
+        raise UnavailableError("stale")
+
+    monkeypatch.setattr(reshard_read, "_execute", failing)
+    reads: list[Any] = [*range(500)]
+    with pytest.raises(UnavailableError):
+        reshard_read.execute_reads(reads)
+    assert len(begun) <= 3 * THREADS

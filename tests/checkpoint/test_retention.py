@@ -1,5 +1,6 @@
 """Retention and scrubbing: two verified complete checkpoints remain at every moment."""
 
+import errno
 import os
 import random
 import shutil
@@ -31,7 +32,7 @@ from k2train.checkpoint.retention import (
 from k2train.checkpoint.save_events import SaveEvents
 from k2train.checkpoint.scrub import Scrubber
 from k2train.checkpoint.verify import verify_checkpoint
-from k2train.errors import CheckpointError, RunError
+from k2train.errors import CheckpointError, RunError, UnavailableError
 from tests.checkpoint.test_shards import make_checkpoint, write_manifest
 from tests.support.lanes import lanes
 from tests.support.tiny_corpus import manifest_of
@@ -444,3 +445,35 @@ def test_foreign_names_stay_and_stop_no_start(tmp_path: Path) -> None:
     (tmp_path / "ckpt_002.tmp").mkdir()
     assert remove_unfinished(tmp_path) == ["ckpt_002.tmp"]
     assert sorted(path.relative_to(tmp_path) for path in tmp_path.glob("**/*")) == before
+
+
+def test_the_scrub_of_one_that_nobody_can_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a checkpoint called damaged because its server was away, one that keeps the others
+    from their turn, and a bad block that is never told.
+    """
+    directory = tmp_path / "checkpoints"
+    several(directory, ["ckpt_001", "ckpt_002"])
+    reported: list[str] = []
+    told = Told(damaged=lambda path, problem: reported.append(f"{path.name} {problem}"))
+    scrubber = Scrubber(directory, 3600.0, VerifiedCheckpoints(), told)
+    number = errno.ESTALE
+
+    def reading(path: Path, threads: int) -> None:
+        if path.name == "ckpt_001":
+            raise UnavailableError("a shard: away", number)
+
+    monkeypatch.setattr(scrub_module, "verify_checkpoint", reading)
+    for _ in range(2):
+        with pytest.raises(UnavailableError):
+            scrubber.check_next()
+        assert scrubber.check_next() == directory / "ckpt_002"
+    assert reported == [] and not scrubber.verified.is_damaged("ckpt_001")
+
+    number = errno.EIO
+    assert {scrubber.check_next(), scrubber.check_next()} == {
+        directory / "ckpt_001",
+        directory / "ckpt_002",
+    }
+    assert reported == ["ckpt_001 a shard: away"] and scrubber.verified.is_damaged("ckpt_001")

@@ -1,5 +1,6 @@
 """Checkpoint writer on several ranks: retries, disk space, lost leases, damage, order of saves."""
 
+import errno
 import os
 import re
 import subprocess
@@ -26,7 +27,7 @@ from k2train.checkpoint.manifest import (
 from k2train.checkpoint.save_events import SaveEvents, SavePolicy
 from k2train.checkpoint.verify import verify_checkpoint
 from k2train.checkpoint.writer import CheckpointWriter, SaveError, snapshot
-from k2train.errors import CheckpointError, RunError
+from k2train.errors import CheckpointError, RunError, UnavailableError
 from k2train.launch.environment import Launch
 from k2train.parallel.device_digest import StateDigest
 from tests.support.gloo_pool import GlooPool
@@ -329,6 +330,47 @@ def test_one_that_stays_damaged_is_an_error_and_not_counted(
         )
     else:
         assert len(first["damaged"]) == 1 and "optimizer/shard-00002" in first["damaged"][0]
+
+
+def away_job(launch: Launch, directory: str) -> dict[str, Any]:
+    """Save while rank 1 cannot read back what is written."""
+
+    def away(*_: Any) -> None:
+        raise UnavailableError("a shard: Stale file handle, for 2m00s", errno.ESTALE)
+
+    real = writer.verify_files
+    if launch.rank == 1:
+        writer.verify_files = away  # type: ignore[assignment]
+    try:
+        recording = RecordingWriter(launch, directory)
+        engine = recording.engine
+        state = recording.writer.snapshot(
+            engine.gradients.shard_layout, engine.optimizer.flat_shards, engine.dtype
+        )
+        recording.writer.save("ckpt_001", state, save_facts(2, 0))
+        ended = recording.end()
+    finally:
+        writer.verify_files = real
+    return {
+        "ended": ended,
+        "logged": recording.events.lines,
+        "verified": recording.events.whole,
+        "counted": "ckpt_001" in recording.writer.verified,
+    }
+
+
+def test_one_that_nobody_can_read_back_stays(pool: GlooPool, tmp_path: Path) -> None:
+    """Catches a good checkpoint withdrawn and written again because its server was away, one that
+    counts as verified, and a run that ends over it.
+    """
+    first, second = pool.run(2, away_job, str(tmp_path))
+    assert first["ended"] == second["ended"] == ""
+    assert first["logged"] == [
+        "ckpt_001 is saved, but not verified, since it could not be read: a shard: Stale file "
+        "handle, for 2m00s"
+    ]
+    assert first["verified"] == [] and not first["counted"]
+    verify_checkpoint(tmp_path / "ckpt_001")
 
 
 def callback_job(

@@ -2,7 +2,10 @@
 
 import errno
 import os
+import time
+from collections.abc import Callable
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -23,7 +26,14 @@ def path(tmp_path: Path) -> Path:
 
 
 def opened(path: Path, shape: tuple[int, ...] = (40, 5)) -> ArrayFile:
-    return ArrayFile(path, read_header(path, "a").offset, shape, np.dtype("<u2"), f"a ({path})")
+    offset = read_header(path, "a").offset
+    return ArrayFile(path, offset, shape, np.dtype("<u2"), where=f"a ({path})")
+
+
+def touched(path: Path, change: Callable[[Path], object]) -> None:
+    """Change a file, late enough for any clock of a file system to show it."""
+    time.sleep(0.02)
+    change(path)
 
 
 def test_it_reads_what_numpy_wrote(path: Path) -> None:
@@ -63,28 +73,74 @@ def longer(path: Path) -> None:
 def test_a_file_that_is_written_to(path: Path, change: Any) -> None:
     """Catches rows of which nobody knows whether they were hashed."""
     array = opened(path)
-    assert array[0:2].tolist() == VALUES[:2].tolist()
-    change(path)
-    with pytest.raises(DataError, match="is not what it was when it was opened"):
-        array[0:2]
+    before = array.identity()
+    assert array[0:2].tolist() == VALUES[:2].tolist() and array.identity() == before
+    touched(path, change)
+    assert array.identity() != before and not array.identity().has_content_of(before)
 
 
 def test_another_file_under_the_name(path: Path) -> None:
     """An open file stays what it is; the name is followed only after an error."""
     array = opened(path)
+    before = array.identity()
     np.save(path.with_name("b.npy"), VALUES[::-1])
-    os.replace(path.with_name("b.npy"), path)
+    touched(path, lambda path: os.replace(path.with_name("b.npy"), path))
     assert np.array_equal(array[0:40], VALUES)
-    assert array.current_identity() != array.identity, "its last name is gone"
+    assert array.identity() != before, "its last name is gone"
+    assert array.identity().has_content_of(before)
 
 
 def test_a_new_owner_is_no_new_content(path: Path) -> None:
-    """Catches a run that ends because somebody protected its data."""
+    """Catches a change that is not told, and one that is taken for new content."""
     array = opened(path)
-    path.chmod(0o400)
+    before = array.identity()
+    touched(path, lambda path: path.chmod(0o400))
     assert np.array_equal(array[0:40], VALUES)
-    now = array.current_identity()
-    assert now != array.identity and now.has_content_of(array.identity)
+    assert array.identity() != before and array.identity().has_content_of(before)
+
+
+def test_a_file_that_is_gone(path: Path) -> None:
+    """Catches a traceback where a name or a right is missing."""
+    offset = read_header(path, "a").offset
+    path.unlink()
+    with pytest.raises(DataError, match=r"^a: cannot be read \(No such file"):
+        ArrayFile(path, offset, (40, 5), np.dtype("<u2"), where="a")
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_looking_at_a_stale_handle(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a handle that is asked again and again, and descriptors that stay open."""
+    monkeypatch.setattr(retry, "FIRST_PAUSE_SECONDS", 0.001)
+    array = opened(path)
+    before, open_before, stale = array.identity(), descriptors(), {array._descriptor}
+    real = os.fstat
+
+    def fstat(descriptor: int) -> os.stat_result:
+        if descriptor in stale:
+            stale.clear()
+            raise OSError(errno.ESTALE, "stale")
+        return real(descriptor)
+
+    monkeypatch.setattr(os, "fstat", fstat)
+    assert array.identity() == before and not stale
+    assert descriptors() == open_before
+
+
+def test_patience_ends_with_the_run(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches an end of the run that waits two minutes for a file server."""
+    stop = Event()
+    array = ArrayFile(path, 128, (40, 5), np.dtype("<u2"), where="a", stop=stop)
+
+    def failing(*_: Any) -> int:
+        stop.set()
+        raise OSError(errno.EIO, "away")
+
+    monkeypatch.setattr(os, "preadv", failing)
+    with pytest.raises(UnavailableError):
+        array[0:1]
 
 
 def test_a_read_that_fails_for_a_moment(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,7 +160,7 @@ def test_a_read_that_fails_for_a_moment(path: Path, monkeypatch: pytest.MonkeyPa
     left[0] = 1
     np.save(path.with_name("b.npy"), VALUES[::-1])
     os.replace(path.with_name("b.npy"), path)
-    with pytest.raises(DataError, match="is not what it was when it was opened"):
+    with pytest.raises(UnavailableError, match="another file has this name"):
         array[0:1]
 
     left[0] = 10**9

@@ -5,6 +5,7 @@ documents.
 import hashlib
 import json
 import re
+import time
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -279,6 +280,30 @@ def test_verifying_a_chunk_verifies_its_borders(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"chunk_001 .*borders\.npy\): sha256 is"):
         verify_chunk(manifest, manifest.chunks[1])
     verify_chunk(manifest, manifest.chunks[1], stopped=lambda: True)
+
+
+def test_borders_exchanged_after_their_hash(tmp_path: Path) -> None:
+    """Catches attention that stops elsewhere than the manifest says: before the borders are opened,
+    and while they are.
+    """
+    manifest, positions = make(tmp_path)
+    order = make_order(manifest, [1, 0], 4)
+    file = tmp_path / "chunk_001.borders.npy"
+    moved = next(
+        p for p in range(1, ROWS * LENGTH) if p % LENGTH and p not in positions["chunk_001"]
+    )
+    changed = np.array(sorted([moved, *positions["chunk_001"][1:]]), dtype=np.uint64)
+    whole = file.read_bytes()
+    for opened in (False, True):
+        file.write_bytes(whole)
+        with Loader(manifest, order, Share(0, 1, 2), VOCAB, verify=True, documents=True) as loader:
+            loader.verify_ahead("chunk_001").result()
+            if opened:
+                loader._read(1)
+            time.sleep(0.02)
+            np.save(file, changed)
+            with pytest.raises(DataError, match=r"chunk_001 .*borders\.npy\): sha256 is"):
+                loader._read(1)
 
 
 @pytest.mark.parametrize(("data", "micro"), [(1, 2), (2, 1), (2, 2)])

@@ -4,17 +4,20 @@ import json
 import os
 import shutil
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from k2train.data.chunk import Manifest, read_manifest
+from k2train.data.chunk import Manifest, read_manifest, verify_chunk
 from k2train.data.loader import Loader, Share
 from k2train.data.order import ChunkOrder, make_order
 from k2train.errors import DataError
-from tests.support.data_folder import add_chunk, finish
+from tests.support.data_folder import add_chunk, finish, flip
 
 LENGTH, VOCAB, BATCH = 6, 1000, 4
 ROWS = {"chunk_000": 9, "chunk_001": 8}
@@ -217,32 +220,102 @@ def test_a_chunk_copied_again_after_its_hash(manifest: Manifest, order: ChunkOrd
     assert torch.equal(part.tokens, rows_of(manifest, "chunk_001", range(BATCH)))
 
 
-def test_a_chunk_that_changes_while_it_is_read(manifest: Manifest, order: ChunkOrder) -> None:
-    """Catches rows written after the hash: in the middle of the chunk, and in place with the time
-    put back, which shows at the chunk's end.
-    """
-    path = manifest.folder / "chunk_001.npy"
-    loader = Loader(manifest, order, Share(0, 1, BATCH), VOCAB, verify=True)
-    loader._read(1)
-    times = os.stat(path)
-    content = bytearray(path.read_bytes())
-    content[-2] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(DataError, match="is not what it was when it was opened"):
-        loader._read(1)
+class Hashed:
+    """The chunks that were hashed, and the progress that was reported meanwhile."""
 
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, loader: Loader) -> None:
+        self.names: list[str] = []
+        self.progress = 0
+        monkeypatch.setattr("k2train.data.loader.verify_chunk", self)
+        loader.report_to(self.gets_on)
+
+    def __call__(self, manifest: Manifest, info: Any, stopped: Any) -> Any:
+        self.names.append(info.name)
+        return verify_chunk(manifest, info, stopped)
+
+    def gets_on(self) -> None:
+        self.progress += 1
+
+
+def touched(path: Path, change: Callable[[Path], object]) -> None:
+    """Change a file, late enough for any clock of a file system to show it."""
+    time.sleep(0.02)
+    change(path)
+
+
+def flipped(path: Path) -> None:
+    """Change the last row in place, and put the time back."""
+    times = os.stat(path)
+    flip(path, -2)
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
-    assert order.position(2).name == "chunk_001" != order.position(3).name
-    loader._read(1)
-    with pytest.raises(DataError, match=r"chunk_001 .*sha256"):
-        loader._read(2)
+
+
+@pytest.mark.parametrize(
+    ("at", "verify"), [(1, True), (2, True), (3, True), (4, True), (2, False), (4, False)]
+)
+def test_a_chunk_that_changes_while_it_is_read(
+    manifest: Manifest, order: ChunkOrder, at: int, verify: bool
+) -> None:
+    """Catches rows written after the hash, in place and with the time put back: at every step, the
+    last one of a chunk and of the run too, and on ranks that leave the first hash to another.
+    """
+    assert order.total_steps == 4
+    loader = Loader(manifest, order, Share(0, 1, BATCH), VOCAB, verify=verify)
+    for step in range(1, at):
+        loader._read(step)
+    name = order.position(at).name
+    if at in (2, 4):
+        loader._read(at)
+    touched(manifest.folder / f"{name}.npy", flipped)
+    with pytest.raises(DataError, match=rf"{name} .*sha256"):
+        loader._read(at)
     loader.close()
 
 
-def test_a_new_owner_at_a_chunks_end(manifest: Manifest, order: ChunkOrder) -> None:
-    """Catches a false alarm: the content is hashed again, and is the same."""
+def test_held_out_rows_that_change(manifest: Manifest, order: ChunkOrder) -> None:
+    """Catches a loss of rows that nobody hashed."""
     with Loader(manifest, order, Share(0, 1, BATCH), VOCAB, verify=True) as loader:
-        loader.step(1)
-        (manifest.folder / "chunk_001.npy").chmod(0o400)
-        for step in range(2, order.total_steps + 1):
-            loader.step(step)
+        loader.held_out(0)
+        touched(manifest.folder / "held_out.npy", flipped)
+        with pytest.raises(DataError, match=r"held_out .*sha256"):
+            loader.held_out(1)
+
+
+@pytest.mark.parametrize(
+    "change", [lambda path: path.chmod(0o400), os.utime, lambda path: same_rows_at(path)]
+)
+def test_a_touch_is_no_damage(
+    manifest: Manifest, order: ChunkOrder, monkeypatch: pytest.MonkeyPatch, change: Any
+) -> None:
+    """Catches a run that ends because somebody protected, touched or copied its data, one that does
+    not look, and one that looks at every step from then on.
+    """
+    loader = Loader(manifest, order, Share(0, 1, BATCH), VOCAB, verify=True)
+    hashed = Hashed(monkeypatch, loader)
+    loader._read(1)
+    assert hashed.names == ["chunk_001"] and hashed.progress > 0
+    touched(manifest.folder / "chunk_001.npy", change)
+    for _ in range(2):
+        (part,) = loader._read(2)
+    assert hashed.names == ["chunk_001"] * 2
+    expected = rows_of(manifest, "chunk_001", range(BATCH, 2 * BATCH))
+    assert torch.equal(part.tokens, expected)
+    loader.close()
+
+
+def same_rows_at(path: Path) -> None:
+    shutil.copy(path, path.with_name("other.npy"))
+    path.with_name("other.npy").replace(path)
+
+
+def test_ids_of_another_file_are_compared(manifest: Manifest, order: ChunkOrder) -> None:
+    """What ranks of one machine tell each other says which file they opened."""
+    loaders = [Loader(manifest, order, Share(dp, 2, 1), VOCAB) for dp in range(2)]
+    loaders[0]._read(1)
+    reversed_rows(manifest, "chunk_001")
+    loaders[1]._read(1)
+    one, other = (loader.identity("chunk_001") for loader in loaders)
+    assert one is not None and other is not None and not other.has_content_of(one)
+    assert loaders[0].identity("chunk_000") is None
+    for loader in loaders:
+        loader.close()

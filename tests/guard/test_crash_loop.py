@@ -23,6 +23,7 @@ from k2train.record.events import (
     Stopped,
     UnknownEvent,
 )
+from k2train.record.metrics import MetricsWriter, StepRecord
 from tests.support.events import entries, event
 
 
@@ -44,6 +45,8 @@ def asked(attempt: int, step: int) -> Event:
     return ended(Stopped, attempt, step, reason="SIGTERM")
 
 
+End = tuple[type[Event], int, dict[str, Any]]
+"""How a start ended: the event, its step and other facts."""
 CRASHES = [start(1), saved_step(1, 0), saved_step(1, 41), start(2, 41), start(3, 41), start(4, 41)]
 
 
@@ -89,22 +92,22 @@ def test_the_limit(limit: int, stops: bool, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("last", "message"),
+    ("end", "message"),
     (
-        ([], "killed after step 41 without an error message"),
+        (None, "killed after step 41 without an error message"),
         (
-            [ended(Failed, 4, 44, problem="rank 2 died at step 44\ndetails")],
+            (Failed, 44, {"problem": "rank 2 died at step 44\ndetails"}),
             r"rank 2 died at step 44 \.\.\.",
         ),
-        ([ended(Stopped, 4, 43, reason="non-finite")], "non-finite at step 43"),
-        ([ended(ChunkStarted, 4, 46)], "killed after step 46 without an error message"),
+        ((Stopped, 43, {"reason": "non-finite"}), "non-finite at step 43"),
+        ((ChunkStarted, 46, {}), "killed after step 46 without an error message"),
     ),
 )
 def test_the_line_says_how_the_last_one_ended_and_what_to_do(
-    last: list[Event], message: str, tmp_path: Path
+    end: "End | None", message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(RunError) as raised:
-        check_progress(entries(*CRASHES, *last), 3, tmp_path)
+        check_progress(entries(*(failures(end, end, end) if end else CRASHES)), 3, tmp_path)
     raised.match(
         rf"\(last: {message}\); look at {tmp_path}/ledger\.jsonl .*, then start with "
         r"run\.max_fruitless_starts=0$"
@@ -129,3 +132,77 @@ def test_an_attempt_knows_where_it_came(tmp_path: Path) -> None:
     )
     assert (one.start_step, one.last_step, one.saved_step) == (0, 8, 8)
     assert (two.start_step, two.saved_step, two.is_fruitless) == (5, -1, True)
+
+
+def died(rank: int, step: int) -> str:
+    """The problem of a failure report, with what differs from one start to the next."""
+    return (
+        f"rank {rank} (pid {1000 + rank + step} on host n{rank}) died at step {step}, "
+        f"forward/backward; last collective {7 * step} all-reduce dp"
+    )
+
+
+def failures(*problems: End) -> list[Event]:
+    """A run that saved step 41, and starts from there that ended so."""
+    events = [start(1), saved_step(1, 41)]
+    for attempt, (kind, step, facts) in enumerate(problems, 2):
+        events += [start(attempt, 41), ended(kind, attempt, step, **facts)]
+    return events
+
+
+def report(rank: int, step: int) -> End:
+    return Failed, step, {"problem": died(rank, step)}
+
+
+STOPS = {"reason": "non-finite"}
+
+
+@pytest.mark.parametrize(
+    ("ends", "refused"),
+    (
+        ([report(0, 44), report(1, 44), report(3, 44)], True),
+        ([report(0, 44), report(1, 44), report(3, 46)], False),
+        ([report(0, 46), report(1, 44), report(3, 44), report(0, 44)], True),
+        ([report(0, 44), report(1, 44), (Stopped, 44, STOPS)], False),
+        ([(Stopped, 44, STOPS)] * 3, True),
+        ([(Stopped, 44, {"reason": "unavailable", "problem": "d: stale"})] * 3, False),
+        ([report(0, 44), report(0, 44), (Stopped, 44, {"reason": "SIGTERM"}), report(1, 44)], True),
+    ),
+)
+def test_only_the_same_failure_at_the_same_step_counts(
+    ends: list[End], refused: bool, tmp_path: Path
+) -> None:
+    """Catches a healthy run refused for good because others interrupted it three times, and a loop
+    that never ends because the rank that dies first is another one each time.
+    """
+    events = entries(*failures(*ends))
+    if refused:
+        with pytest.raises(RunError, match=r"^3 starts in a row got no further than step 41 "):
+            check_progress(events, 3, tmp_path)
+    else:
+        told = check_progress(events, 3, tmp_path)
+        starts = len(fruitless_starts(events))
+        assert bool(told) == (starts >= 3)
+        assert not told or told.startswith(f"the last {starts} starts saved nothing after step 41;")
+
+
+@pytest.mark.parametrize(("steps", "refused"), [((3, 3, 5), False), ((3, 3, 3), True)])
+def test_kills_without_a_word_are_told_apart_by_the_metrics(
+    steps: tuple[int, ...], refused: bool, tmp_path: Path
+) -> None:
+    """Three kills from outside before the first save: only their steps say that they differ."""
+    writer = MetricsWriter(tmp_path / "metrics.jsonl")
+    for attempt, last in enumerate(steps, 1):
+        for step in range(1, last + 1):
+            writer.write(StepRecord(step, attempt))
+    events = entries(*(start(attempt) for attempt in (1, 2, 3)))
+    if refused:
+        with pytest.raises(RunError, match=r"\(last: killed after step 3 without"):
+            check_progress(events, 3, tmp_path)
+    else:
+        told = check_progress(events, 3, tmp_path)
+        assert told == (
+            "the last 3 starts saved nothing after step 0; they ended each time elsewhere (last at "
+            "steps 3, 3, 5), so this one goes on: it is interrupted more often than it saves; "
+            "lower checkpoint.every_seconds"
+        )

@@ -18,13 +18,16 @@ from hypothesis import strategies as st
 from k2train.errors import RunError
 from k2train.record.jsonl import encode_line, json_value
 from k2train.record.metrics import (
+    TAIL_BYTES,
     MetricsWriter,
     RootRecord,
     StepRecord,
     damaged_rows,
     last_attempt,
     last_record,
+    last_steps,
     latest,
+    lines_backwards,
     read_metrics,
     records_of_step,
 )
@@ -268,3 +271,26 @@ def test_a_single_line_is_checked_too(tmp_path: Path, harm: Callable[[bytes], by
     for read in (lambda: last_record(path), lambda: records_of_step(path, 1)):
         with pytest.raises(RunError, match="a line is damaged"):
             read()
+
+
+@pytest.mark.parametrize("block_bytes", [7, 64, 1000, TAIL_BYTES])
+def test_last_steps_are_those_of_all_lines(tmp_path: Path, block_bytes: int) -> None:
+    """Catches a line lost between two blocks, a torn last line taken for a record, and an attempt
+    before the first one asked for.
+    """
+    path = tmp_path / "metrics.jsonl"
+    assert last_steps(path, 1) == {}
+    writer = MetricsWriter(path)
+    for attempt, steps in ((1, 9), (2, 3), (3, 40), (5, 1)):
+        for step in range(1, steps + 1):
+            writer.write(replace(RECORD, step=step, attempt=attempt))
+    content = path.read_bytes()
+    assert [*lines_backwards(path, block_bytes)] == content.splitlines()[::-1]
+    path.write_bytes(content + b'{"step": 60, "attempt": 6, "ch')
+    assert [*lines_backwards(path, block_bytes)] == content.splitlines()[::-1]
+    assert last_steps(path, 1) == {1: 9, 2: 3, 3: 40, 5: 1}
+    assert last_steps(path, 3) == {3: 40, 5: 1}
+    path.write_bytes(b'{"step": 60')
+    assert [*lines_backwards(path, block_bytes)] == []
+    path.write_bytes(b"")
+    assert [*lines_backwards(path, block_bytes)] == []

@@ -193,8 +193,12 @@ def test_wandb_itself_offline_across_a_restart(tmp_path: Path) -> None:
         "[m.log(StepRecord(s, int(sys.argv[2]), loss=5.0 / s)) for s in range(1, 9)];"
         "m.event('a sentence that can be found'); m.close(); print('closed')"
     )
+    # Under another name of the machine, where this user may give it one.
+    renamed = ["unshare", "--uts", "sh", "-c", 'hostname canaryhost77; exec "$@"', "sh"]
+    if subprocess.run([*renamed, "true"], capture_output=True, check=False).returncode:
+        renamed = []
     for attempt in ("1", "2"):
-        command = [sys.executable, "-c", code, str(tmp_path), attempt]
+        command = [*renamed, sys.executable, "-c", code, str(tmp_path), attempt]
         done = subprocess.run(
             command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
         )
@@ -209,3 +213,4 @@ def test_wandb_itself_offline_across_a_restart(tmp_path: Path) -> None:
         # A part of the metadata that also names host, user and program: it is there if any of it
         # is.
         assert sys.executable.encode() not in data
+        assert b"canaryhost77" not in data

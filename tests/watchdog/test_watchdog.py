@@ -22,6 +22,7 @@ import pytest
 from k2train import retry
 from k2train.processes import Process, process_state, start_ticks, this_process
 from k2train.retry import retried
+from k2train.watchdog import heartbeat, heartbeat_thread
 from k2train.watchdog.failure_report import (
     STACKS_SIGNAL,
     kill_processes,
@@ -554,6 +555,53 @@ def test_a_rank_that_waits_for_a_file_server_is_not_stuck(
     finally:
         watch._ended.set()
     assert left[0] - waited >= 0.5
+
+
+@pytest.mark.parametrize("patience", [60.0, 0.5])
+def test_a_rank_under_a_debugger_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, patience: float
+) -> None:
+    """Catches a job ended by its first debugger, by the time it takes to load symbols, and one that
+    waits for ever.
+    """
+    traced = [True]
+    other = replace(this_process(), pid=2**22 + 5)
+
+    def state(process: Process, reader: Process) -> str:
+        return "traced" if process == other and traced[0] else "running"
+
+    for module in (heartbeat_thread, heartbeat):
+        monkeypatch.setattr(module, "process_state", state)
+    monkeypatch.setattr(heartbeat_thread, "TRACED_SECONDS", patience)
+    left: list[float] = []
+    said: list[str] = []
+    watch = Watchdog(
+        tmp_path,
+        Member(0, 2),
+        Timeouts(heartbeat_seconds=0.1, start_seconds=1.0),
+        said.append,
+        lambda: (1, "all-reduce dp", "", 0.0),
+        lambda _: left.append(time.monotonic()),
+    )
+    write_heartbeat(tmp_path, record(1, process=other, count=0, current=""))
+    watch.start()
+    watch.phase("step", 1)
+    try:
+        began = time.monotonic()
+        if patience > 5:
+            time.sleep(6.0)
+            assert not left
+            traced[0] = False
+            began = time.monotonic()
+        assert soon(lambda: left)
+        assert left[0] - began >= 0.9
+    finally:
+        watch._ended.set()
+    assert said[0] == (
+        "rank 1 is held by a debugger or profiler; the others wait for it, at most "
+        f"{patience:.0f} s"
+    )
+    assert len(said) == 2 and "rank 1" in said[1]
 
 
 def test_a_verdict_stays_until_the_next_start_has_been_able_to_read_it(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from k2train.data.array_file import ArrayFile
 from k2train.data.chunk import ChunkInfo, Manifest, verify_chunk
 from k2train.data.document_boundaries import open_borders
 from k2train.data.verify.folder import HASH_DIGITS, hash_problem
-from k2train.errors import DataError, UserError
+from k2train.errors import DataError, UnavailableError, UserError
 
 try:
     import pyarrow as arrow
@@ -73,7 +73,7 @@ def verify_files(manifest: Manifest, info: ChunkInfo) -> Report:
     try:
         # Checked separately: with its borders the chunk's check would stop at a bad chunk.
         verify_chunk(manifest, _without_borders(info))
-    except DataError as error:
+    except (DataError, UnavailableError) as error:
         report.problems.append(_with_distinct_hashes(manifest, info, str(error)))
 
     borders = _borders(manifest, info, report)
@@ -118,7 +118,7 @@ def _borders(manifest: Manifest, info: ChunkInfo, report: Report) -> ArrayFile |
         return None
     try:
         return open_borders(path, info.name)
-    except DataError as error:
+    except (DataError, UnavailableError) as error:
         report.problems.append(str(error))
         return None
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from k2train.data.manifest import Manifest, SubsetFacts
 from k2train.data.source_record import SOURCES_NAME
 from k2train.data.tokenizer import Tokenizer
-from k2train.errors import DataError
+from k2train.errors import DataError, UnavailableError
 from k2train.files import sha256_file
 
 Item = Mapping[str, int | float]
@@ -57,6 +57,8 @@ def hash_problem(path: Path, expected: str) -> str:
         actual = sha256_file(path)
     except OSError as error:
         return f"({path}): cannot be read ({error.strerror}); {AGAIN}"
+    except UnavailableError as error:
+        return f"({path}): cannot be read for now ({error})"
 
     if actual == expected:
         return ""
@@ -86,7 +88,7 @@ def _tokenizer_problems(manifest: Manifest) -> Iterable[str]:
 
     try:
         tokenizer = Tokenizer.load(path, recorded.specials)
-    except DataError as error:
+    except (DataError, UnavailableError) as error:
         return [f"{error}; {AGAIN}"]
 
     problems = []
