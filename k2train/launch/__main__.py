@@ -6,6 +6,8 @@
   request after saving (75) and a rejected config (2). A batch script cannot tell them apart.
 - Signals are forwarded to the processes, which get all the time they need to save
   (`launch/supervisor.py`).
+- The processes of one machine meet in files and talk over loopback (`stay_inside`). Those of
+  several machines meet at a port, which is for a trusted network only (docs/security.md).
 - With CUDA devices, processes get CUDA_DEVICE_MAX_CONNECTIONS=1 (`limit_cuda_connections`).
 - One option is added, all others are torchrun's:
 
@@ -27,6 +29,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from uuid import uuid4
 
 import torch
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -37,6 +40,7 @@ from k2train.command_line import Parser, command
 from k2train.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USAGE
 from k2train.launch.environment import (
     ProcessStatus,
+    keep_sockets_inside,
     limit_cuda_connections,
     read_statuses,
     request_statuses,
@@ -142,7 +146,10 @@ def _start(options: argparse.Namespace, supervisor: Supervisor) -> int:
         failures: dict[int, int] = {}
         try:
             # A copy, since torchrun adds the address of this start to the options.
-            record(run)(argparse.Namespace(**vars(options)))
+            given = argparse.Namespace(**vars(options))
+            if is_alone(given):
+                stay_inside(given, folder)
+            record(run)(given)
         except ChildFailedError as failed:
             failures = {rank: failure.exitcode for rank, failure in sorted(failed.failures.items())}
         except SignalException:
@@ -159,6 +166,26 @@ def _start(options: argparse.Namespace, supervisor: Supervisor) -> int:
             rank: code for rank, code in failures.items() if rank not in supervisor.killed
         } or failures
         return exit_code_of(own) if failures else EXIT_DONE
+
+
+def is_alone(options: argparse.Namespace) -> bool:
+    """Return whether all processes of the job are on this machine, and nobody named a meeting
+    place for others.
+    """
+    return options.nnodes in ("1", "1:1") and (options.standalone or not options.rdzv_endpoint)
+
+
+def stay_inside(options: argparse.Namespace, folder: Path) -> None:
+    """Let the processes of one machine meet in files of `folder`, which only this user may open.
+
+    torchrun's store listens on every network interface, without a password, and its clients
+    unpickle what they find there: whoever reaches the port runs code as this user.
+    """
+    options.standalone = False
+    options.rdzv_backend, options.rdzv_id = "c10d", uuid4().hex
+    options.rdzv_endpoint, options.rdzv_conf = str(folder / "rendezvous"), "store_type=file"
+    options.local_addr = options.local_addr or "127.0.0.1"
+    keep_sockets_inside()
 
 
 def exit_code_after_signal(statuses: dict[int, ProcessStatus]) -> int:

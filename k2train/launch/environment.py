@@ -149,6 +149,36 @@ def read_statuses(folder: Path) -> dict[int, ProcessStatus]:
     return dict(sorted(found.items()))
 
 
+def store_file(world_size: int) -> Path | None:
+    """Return the file in which the processes of a job find each other.
+
+    None where they are on several machines, or were started by another launcher.
+    """
+    folder, alike = os.environ.get(STATUS_FOLDER), os.environ.get("LOCAL_WORLD_SIZE")
+    if not folder or alike != str(world_size) or not (Path(folder) / LAUNCHER_FILE).exists():
+        return None
+    # torchrun's own restarts use the same folder again.
+    return Path(folder) / f"store_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+
+
+def open_port(world_size: int) -> str:
+    """Return the address of the port at which the processes of a job meet; "" for none."""
+    if world_size == 1 or store_file(world_size) is not None:
+        return ""
+    return f"{os.environ.get('MASTER_ADDR', '')}:{os.environ.get('MASTER_PORT', '')}"
+
+
+def keep_sockets_inside() -> None:
+    """Let the processes started from here talk over loopback only, unless the user said where.
+
+    torchrun opens no store for them beside that of the rendezvous.
+    """
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    if sys.platform.startswith("linux"):
+        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            os.environ.setdefault(name, "lo")
+
+
 def read_faults() -> str:
     """Return the faults for this process to arm (see `k2train.fault_injection`), "" if none."""
     return os.environ.get("K2TRAIN_FAULTS", "")

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from k2train.errors import ConfigError
-from k2train.launch.environment import Launch
+from k2train.launch.environment import Launch, store_file
 from k2train.parallel.comm_tracker import CommTracker
 from k2train.plan.layout import Coordinate, Layout
 
@@ -146,12 +146,17 @@ def start_process_group(
     if device.type == "cuda":
         torch.cuda.set_device(device)
 
-    if launch.launched:
-        dist.init_process_group(backend, timeout=timeout)
+    if not launch.launched:
+        store: dist.Store = dist.HashStore()
+    elif (path := store_file(launch.world_size)) is not None:
+        store = dist.FileStore(str(path), launch.world_size)
     else:
-        dist.init_process_group(
-            backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
-        )
+        # A port on the first machine, found by the variables of the launcher.
+        dist.init_process_group(backend, timeout=timeout)
+        return
+    dist.init_process_group(
+        backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=timeout
+    )
 
 
 def stop_process_group() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from k2train.checkpoint.retention import remove_unfinished
 from k2train.config.load import config_differences
 from k2train.errors import RunError, UnavailableError, UserError
+from k2train.launch.environment import open_port
 from k2train.parallel.agreement import Agreement
 from k2train.parallel.grid import ProcessGrid
 from k2train.plan.cost import parameters
@@ -84,6 +85,11 @@ def log_start(logger: RunLogger, start: Start, engine: Engine, chosen: Chosen) -
         f"{setup.num_microbatches} micro-batches; kernels: {kernels}; {logger.memory}"
     )
     logger.info(memory_line(setup, work, engine.grid.coordinate.pp))
+    if place := open_port(layout.world_size):
+        logger.info(
+            f"ranks met at {place}, a port without a password: for a trusted network only "
+            "(docs/security.md)"
+        )
 
     if start.candidates or chosen.refused:
         found = len(start.candidates) + len(start.refused)

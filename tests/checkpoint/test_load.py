@@ -180,11 +180,11 @@ def traffic_job(launch: Launch, path: str, note: str) -> list[str]:
     inside: list[str] = []
     verify = load_module.verify_files
 
-    def slow(*given: Any) -> None:
+    def slow(*given: Any, **more: Any) -> None:
         if launch.rank == 1:
             soon(Path(note).exists)
             inside.append(grid.comm.current)
-        verify(*given)
+        verify(*given, **more)
 
     load_module.verify_files = slow  # type: ignore[assignment]
     ended = Event()

@@ -18,14 +18,17 @@ from k2train.errors import EXIT_FAILED, EXIT_USAGE, RunError
 from k2train.launch.__main__ import (
     exit_code_after_signal,
     exit_code_of,
+    is_alone,
     parse,
     start_with_restarts,
 )
 from k2train.launch.environment import (
     ProcessStatus,
     limit_cuda_connections,
+    open_port,
     read_launch,
     read_statuses,
+    store_file,
     write_status,
 )
 from k2train.launch.supervisor import Supervisor
@@ -349,6 +352,103 @@ def test_a_long_start_is_no_crash_at_once(monkeypatch: pytest.MonkeyPatch) -> No
 
     assert start_with_restarts(start, 4, supervisor) == EXIT_FAILED
     assert supervisor.waited == [1, 2, 1, 2]
+
+
+MEETING = """
+import os, pathlib, sys, time
+import torch, torch.distributed as dist
+from k2train.launch.environment import open_port, read_launch
+from k2train.parallel.grid import start_process_group, stop_process_group
+folder, launch = pathlib.Path(sys.argv[1]), read_launch()
+start_process_group(launch, torch.device("cpu"))
+group = dist.new_group(backend="gloo")
+total = torch.tensor([launch.rank + 1])
+dist.all_reduce(total, group=group)
+(folder / f"pid_{launch.rank}.tmp").write_text(f"{os.getpid()} {total.item()} {open_port(2)}")
+(folder / f"pid_{launch.rank}.tmp").rename(folder / f"pid_{launch.rank}")
+while not (folder / "end").exists():
+    time.sleep(0.05)
+stop_process_group()
+"""
+"""A process of two that meet, add a number and wait."""
+
+
+def listening(process_ids: Sequence[int]) -> set[tuple[str, int]]:
+    """Address and port of every socket on which these processes wait for others."""
+    waiting = {}
+    for family, name in ((socket.AF_INET, "tcp"), (socket.AF_INET6, "tcp6")):
+        for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A":
+                raw, port = fields[1].split(":")
+                # The kernel prints words of four bytes, each in the order of the processor.
+                words = [bytes.fromhex(raw[i : i + 8])[::-1] for i in range(0, len(raw), 8)]
+                waiting[fields[9]] = (socket.inet_ntop(family, b"".join(words)), int(port, 16))
+    found = set()
+    for pid in process_ids:
+        for link in Path(f"/proc/{pid}/fd").iterdir():
+            with suppress(OSError):
+                inode = os.readlink(link).removeprefix("socket:[").removesuffix("]")
+                found |= {waiting[inode]} if inode in waiting else set()
+    return found
+
+
+def test_the_processes_of_one_machine_open_no_door(tmp_path: Path) -> None:
+    """Catches a store on all interfaces, whose readers run what a stranger puts there."""
+    (tmp_path / "meet.py").write_text(MEETING)
+    process = launch(tmp_path / "meet.py", tmp_path)
+    files = [tmp_path / f"pid_{rank}" for rank in range(2)]
+    assert soon(lambda: all(file.exists() for file in files)), process.communicate()
+    told = [file.read_text().split() for file in files]
+    workers = [int(words[0]) for words in told]
+    assert [words[1:] for words in told] == [["3"], ["3"]], "they met, and know of no port"
+    inside = listening(workers)
+    assert inside, "gloo listens somewhere"
+    assert {address for address, _ in inside | listening([process.pid])} == {"127.0.0.1"}
+    for _, port in inside:
+        for address in (f"127.0.0.{2 + port % 200}", "::1"):
+            family = socket.AF_INET6 if ":" in address else socket.AF_INET
+            with socket.socket(family) as stranger, pytest.raises(OSError):
+                stranger.connect((address, port))
+    (tmp_path / "end").touch()
+    text, _ = process.communicate(timeout=HANG_SECONDS)
+    assert process.returncode == 0, text
+
+
+@pytest.mark.parametrize(
+    ("given", "alone"),
+    (
+        (["--nproc-per-node", "2", "x.py"], True),
+        (["--standalone", "x.py"], True),
+        (["--nnodes", "1:1", "x.py"], True),
+        (["--nnodes", "2", "--rdzv-endpoint", "h:1", "x.py"], False),
+        (["--nnodes", "1:2", "x.py"], False),
+        (["--rdzv-backend", "c10d", "--rdzv-endpoint", "h:1", "x.py"], False),
+    ),
+)
+def test_who_is_alone(
+    given: list[str], alone: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a meeting place of the user's that is passed over."""
+    (tmp_path / "x.py").touch()
+    monkeypatch.chdir(tmp_path)
+    assert is_alone(parse(given)) == alone
+
+
+def test_another_launcher_keeps_its_meeting_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches processes that wait in different places: a file of one machine, a port of several."""
+    monkeypatch.delenv("K2TRAIN_VERDICTS", raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_ADDR", "n1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    assert store_file(2) is None and open_port(2) == "n1:29500" and open_port(1) == ""
+    monkeypatch.setenv("K2TRAIN_VERDICTS", str(tmp_path))
+    assert store_file(2) is None, "a folder that no launcher of ours watches"
+    (tmp_path / "launcher").write_text("1")
+    assert store_file(2) == tmp_path / "store_0" and open_port(2) == ""
+    assert store_file(4) is None, "two of four are elsewhere"
 
 
 @pytest.mark.parametrize(
