@@ -377,7 +377,8 @@ def listening(process_ids: Sequence[int]) -> set[tuple[str, int]]:
     """Address and port of every socket on which these processes wait for others."""
     waiting = {}
     for family, name in ((socket.AF_INET, "tcp"), (socket.AF_INET6, "tcp6")):
-        for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]:
+        table = Path(f"/proc/net/{name}")
+        for line in table.read_text().splitlines()[1:] if table.exists() else ():
             fields = line.split()
             if fields[3] == "0A":
                 raw, port = fields[1].split(":")
@@ -408,7 +409,7 @@ def test_the_processes_of_one_machine_open_no_door(tmp_path: Path) -> None:
     for _, port in inside:
         for address in (f"127.0.0.{2 + port % 200}", "::1"):
             family = socket.AF_INET6 if ":" in address else socket.AF_INET
-            with socket.socket(family) as stranger, pytest.raises(OSError):
+            with pytest.raises(OSError), socket.socket(family) as stranger:
                 stranger.connect((address, port))
     (tmp_path / "end").touch()
     text, _ = process.communicate(timeout=HANG_SECONDS)

@@ -194,7 +194,7 @@ def test_wandb_itself_offline_across_a_restart(tmp_path: Path) -> None:
         "m.event('a sentence that can be found'); m.close(); print('closed')"
     )
     # Under another name of the machine, where this user may give it one.
-    renamed = ["unshare", "--uts", "sh", "-c", 'hostname canaryhost77; exec "$@"', "sh"]
+    renamed = ["unshare", "--uts", "sh", "-c", 'hostname canaryhost77 && exec "$@"', "sh"]
     if subprocess.run([*renamed, "true"], capture_output=True, check=False).returncode:
         renamed = []
     for attempt in ("1", "2"):
