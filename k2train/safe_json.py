@@ -6,8 +6,7 @@
 - Everything refused here is a ValueError with one short line, which readers of JSON expect anyway.
 
 Alternatives considered:
-- A schema: what a file must contain is for the module that owns the format; `first_error` puts its
-  mistakes on one line.
+- A schema: what a file must contain is for the module that owns the format (`json_record`).
 """
 
 import json

@@ -20,15 +20,14 @@ from k2train.checkpoint.blocks import MASTER, local_boxes
 from k2train.checkpoint.host_digest import host_digest_sums
 from k2train.checkpoint.manifest import (
     CheckpointManifest,
-    has_bad_block,
     is_thinned,
     read_manifest,
 )
 from k2train.checkpoint.reshard_read import Read, Target, execute_reads, plan_reads
 from k2train.checkpoint.shards import THREADS
-from k2train.checkpoint.verify import expected_files, no_progress, verify_files
+from k2train.checkpoint.verify import expected_files, has_bad_block, no_progress, verify_files
 from k2train.errors import CheckpointError, UnavailableError
-from k2train.parallel.agreement import Agreement
+from k2train.parallel.agreement import Agreement, Problem
 from k2train.parallel.device_digest import StateDigest
 from k2train.parallel.grid import ProcessGrid
 from k2train.parallel.shard_layout import ShardLayout
@@ -58,9 +57,6 @@ class ChosenCheckpoint(NamedTuple):
 
 
 Check = Callable[[Path, CheckpointManifest], None]
-BAD_BLOCK = "{error} (other files of the run can be read: it is this one)"
-Problem = str | UnavailableError
-"""What is wrong with a checkpoint ("" for nothing), or why nobody can say."""
 
 
 def agree_on_checkpoint(
@@ -101,22 +97,14 @@ def _problem(path: Path, grid: ProcessGrid, check: Check, progress: Callable[[],
             return UnavailableError(f"{path} cannot be read ({error.strerror})")
         return f"{path} cannot be read ({error.strerror or error})"
     except UnavailableError as error:
-        return BAD_BLOCK.format(error=error) if has_bad_block(error, path) else error
+        return f"{error} (others of the run can be read)" if has_bad_block(error, path) else error
     return ""
 
 
 def _first_problem(mine: Problem, agreement: Agreement, what: str) -> str | None:
-    """Return the first rank's problem.
-
-    Raises UnavailableError on every rank when one of them could not read: a checkpoint that nobody
-    could look at is not a damaged one.
-    """
-    told = agreement.all((str(mine), isinstance(mine, UnavailableError)), what)
-    problems = [(f"rank {rank}: {text}", away) for rank, (text, away) in enumerate(told) if text]
-    for text, away in problems:
-        if away:
-            raise UnavailableError(text)
-    return problems[0][0] if problems else None
+    # A checkpoint that nobody could look at is not a damaged one.
+    first = agreement.first(mine, what)
+    return None if first is None else f"rank {first[0]}: {first[1]}"
 
 
 @torch.no_grad()

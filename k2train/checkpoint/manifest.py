@@ -43,10 +43,9 @@ from pydantic import (
 )
 from pydantic_core.core_schema import no_info_plain_validator_function
 
-from k2train.errors import CheckpointError, UnavailableError
+from k2train.errors import CheckpointError
 from k2train.files import write_synced
 from k2train.json_record import Count, first_mistake
-from k2train.retry import is_bad_block
 from k2train.safe_json import read_json, read_plain_file
 
 FORMAT = 2
@@ -315,13 +314,6 @@ def list_checkpoints(directory: Path) -> list[Path]:
         if match and path.is_dir():
             found.append(((int(match[1]), int(match[2] or 0)), path))
     return [path for _, path in sorted(found)]
-
-
-def has_bad_block(error: UnavailableError, path: Path) -> bool:
-    """Return whether a file of checkpoint `path` itself cannot be read, while its file system
-    answers: another manifest of the run can be read, or its own.
-    """
-    return any(is_bad_block(error, other / MANIFEST) for other in list_checkpoints(path.parent))
 
 
 def is_thinned(path: Path) -> bool:

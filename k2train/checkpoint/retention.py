@@ -12,7 +12,6 @@ Alternatives considered:
 
 import shutil
 import time
-from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from threading import Lock
@@ -185,10 +184,3 @@ def set_aside_later(path: Path, attempt: int) -> list[str]:
         set_aside.mkdir(exist_ok=True)
         checkpoint.rename(set_aside / checkpoint.name)
     return [checkpoint.name for checkpoint in later]
-
-
-def least_recently_verified_first(
-    paths: Iterable[Path], verified: VerifiedCheckpoints
-) -> list[Path]:
-    """Sort checkpoints by last verification: never verified first, then the oldest."""
-    return sorted(paths, key=lambda path: verified.verified_at(path.name))

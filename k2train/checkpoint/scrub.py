@@ -13,11 +13,11 @@ from contextlib import suppress
 from pathlib import Path
 from threading import Event, Thread
 
-from k2train.checkpoint.manifest import has_bad_block, is_thinned, list_checkpoints
-from k2train.checkpoint.retention import VerifiedCheckpoints, least_recently_verified_first
+from k2train.checkpoint.manifest import is_thinned, list_checkpoints
+from k2train.checkpoint.retention import VerifiedCheckpoints
 from k2train.checkpoint.save_events import SaveEvents
 from k2train.checkpoint.shards import drop_caches
-from k2train.checkpoint.verify import verify_checkpoint
+from k2train.checkpoint.verify import has_bad_block, verify_checkpoint
 from k2train.errors import CheckpointError, UnavailableError
 
 
@@ -57,9 +57,8 @@ class Scrubber:
         if not paths:
             return None
 
-        order = least_recently_verified_first(paths, self.verified)
-        # One that nobody could read waits for the others, as if it had been verified then.
-        path = min(order, key=self._looked_at)
+        # The oldest of those that were never looked at, or the one whose look is longest ago.
+        path = min(paths, key=self._looked_at)
         # The saving thread may thin it during the check.
         thinned = is_thinned(path)
 
@@ -87,6 +86,7 @@ class Scrubber:
         return path
 
     def _looked_at(self, path: Path) -> float:
+        # One that nobody could read waits for the others, as if it had been verified then.
         tried = self._unavailable_at.get(path.name, float("-inf"))
         return max(tried, self.verified.verified_at(path.name))
 

@@ -14,16 +14,18 @@ from pathlib import Path
 
 from k2train.checkpoint.manifest import (
     FOLDERS,
+    MANIFEST,
     CheckpointManifest,
     FileFacts,
     ShardFacts,
     check_marker,
     is_thinned,
+    list_checkpoints,
     read_manifest,
 )
 from k2train.checkpoint.shards import DTYPES, THREADS, Extent, read_header
-from k2train.errors import CheckpointError
-from k2train.retry import retried
+from k2train.errors import CheckpointError, UnavailableError
+from k2train.retry import is_bad_block, retried
 
 READ_BYTES = 1 << 20
 """Bytes hashed at once: still in the core's cache after the read."""
@@ -78,6 +80,13 @@ def verify_files(
     problem = _first_problem(path, manifest, names, threads, progress)
     if problem is not None:
         raise CheckpointError(f"{path}: {problem}")
+
+
+def has_bad_block(error: UnavailableError, path: Path) -> bool:
+    """Return whether a file of checkpoint `path` itself cannot be read, while its file system
+    answers: another manifest of the run can be read, or its own.
+    """
+    return any(is_bad_block(error, other / MANIFEST) for other in list_checkpoints(path.parent))
 
 
 def verify_checkpoint(path: Path, threads: int = THREADS) -> CheckpointManifest:

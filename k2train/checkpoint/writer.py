@@ -29,7 +29,7 @@ from torch import Tensor
 
 from k2train.checkpoint.commit import SaveJob, write_checkpoint
 from k2train.checkpoint.host_digest import host_digest_sums
-from k2train.checkpoint.manifest import SaveFacts, has_bad_block, read_manifest
+from k2train.checkpoint.manifest import SaveFacts, read_manifest
 from k2train.checkpoint.retention import (
     Retention,
     VerifiedCheckpoints,
@@ -40,7 +40,7 @@ from k2train.checkpoint.save_events import SaveEvents, SavePolicy
 from k2train.checkpoint.scrub import Scrubber
 from k2train.checkpoint.shards import drop_caches
 from k2train.checkpoint.snapshot import HostBuffers, Snapshot, snapshot
-from k2train.checkpoint.verify import expected_files, verify_files
+from k2train.checkpoint.verify import expected_files, has_bad_block, verify_files
 from k2train.errors import CheckpointError, UnavailableError, UserError
 from k2train.parallel.agreement import Agreement, DiskRefused, SaveError
 from k2train.parallel.device_digest import StateDigest

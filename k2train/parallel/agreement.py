@@ -10,11 +10,13 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from k2train.errors import UserError
+from k2train.errors import UnavailableError, UserError
 from k2train.parallel.comm_tracker import collective_scope
 from k2train.parallel.grid import ProcessGrid
 
 T = TypeVar("T")
+Problem = str | UnavailableError
+"""What is wrong ("" for nothing), or why a rank cannot say."""
 
 
 class SaveError(RuntimeError):
@@ -71,10 +73,17 @@ class Agreement:
             dist.all_gather_object(parts, value, group=self.group)
         return parts
 
-    def first(self, problem: str, what: str = "") -> tuple[int, str] | None:
-        """Return the lowest rank with a problem, and its problem; None when no rank has one."""
-        problems = enumerate(self.all(problem, what))
-        return next(((rank, text) for rank, text in problems if text), None)
+    def first(self, problem: Problem, what: str = "") -> tuple[int, str] | None:
+        """Return the lowest rank with a problem, and its problem; None when no rank has one.
+
+        Raises UnavailableError on every rank when one of them could not look.
+        """
+        told = self.all((str(problem), isinstance(problem, UnavailableError)), what)
+        problems = [(rank, text, away) for rank, (text, away) in enumerate(told) if text]
+        for rank, text, away in problems:
+            if away:
+                raise UnavailableError(f"rank {rank}: {text}")
+        return problems[0][:2] if problems else None
 
     def to_first(self, value: T) -> list[T]:
         """Gather every rank's value on rank 0; other ranks get an empty list."""

@@ -220,13 +220,8 @@ def last_record(path: Path) -> StepRecord | None:
 
     Raises RunError when it is damaged.
     """
-    if not path.exists():
-        return None
-    with path.open("rb") as stream:
-        stream.seek(max(0, os.fstat(stream.fileno()).st_size - TAIL_BYTES))
-        # The part after the last newline is empty, or a line cut off by a kill.
-        lines = stream.read().split(b"\n")[:-1]
-    return _record(path, lines[-1]) if lines else None
+    line = next(lines_backwards(path), None) if path.exists() else None
+    return None if line is None else _record(path, line)
 
 
 def last_steps(path: Path, first_attempt: int) -> dict[int, int]:

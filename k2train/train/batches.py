@@ -91,17 +91,21 @@ class BatchSource:
 
     def _agree(self, problem: DataError | UnavailableError | None, opens: str) -> None:
         """Raise the first rank's problem on every rank, or that they do not read the same file."""
-        text, identity = "" if problem is None else str(problem), self.loader.identity(opens)
-        mine = (text, isinstance(problem, DataError), file_system_view(), identity)
-        told = self._agreement.all(mine, "agree on a chunk")
-        for text, damaged, _, _ in told:
-            if text:
-                raise DamagedChunkError(text) if damaged else UnavailableChunkError(text)
+        mine = problem if isinstance(problem, UnavailableError) else str(problem or "")
+        try:
+            first = self._agreement.first(mine, "agree on a chunk")
+        except UnavailableError as error:
+            raise UnavailableChunkError(str(error)) from None
+        if first is not None:
+            raise DamagedChunkError(first[1])
 
         # One rank of a machine hashed the file. The others must have opened that one.
-        first: dict[str, ChunkIdentity] = {}
-        for rank, (_, _, view, opened) in enumerate(told):
-            if opened and view and not first.setdefault(view, opened).has_content_of(opened):
+        told = self._agreement.all(
+            (file_system_view(), self.loader.identity(opens)), "agree on a chunk"
+        )
+        known: dict[str, ChunkIdentity] = {}
+        for rank, (view, opened) in enumerate(told):
+            if opened and view and not known.setdefault(view, opened).has_content_of(opened):
                 raise UnavailableChunkError(
                     f"{opens}: rank {rank} opened another file than a rank beside it; the chunk "
                     "was exchanged at that moment; stop whatever writes to the data, then start "

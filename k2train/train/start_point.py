@@ -12,11 +12,11 @@ from pathlib import Path
 from k2train.checkpoint.manifest import (
     MANIFEST,
     CheckpointManifest,
-    has_bad_block,
     is_thinned,
     list_checkpoints,
     read_manifest,
 )
+from k2train.checkpoint.verify import has_bad_block
 from k2train.config.load import Config
 from k2train.errors import CheckpointError, RunError, UnavailableError
 from k2train.record.events import Entry, Resumed, Started

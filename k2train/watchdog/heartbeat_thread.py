@@ -12,7 +12,6 @@ from collections.abc import Callable
 
 from k2train.errors import EXIT_FAILED
 from k2train.processes import Process, process_state
-from k2train.retry import is_waiting
 from k2train.watchdog.diagnosis import Diagnosis
 from k2train.watchdog.heartbeat import read_heartbeat
 from k2train.watchdog.own_heartbeat import OwnHeartbeat
@@ -55,9 +54,6 @@ class HeartbeatThread(threading.Thread):
         written, written_phase = time.monotonic(), timer.current
         while not self._ended.wait(min(TICK_SECONDS, heartbeat_seconds)):
             now = time.monotonic()
-            if is_waiting():
-                # A file server that does not answer for a moment: no rank is stuck.
-                timer.progress()
             # A phase that lasts is written at once, one that passes quickly is not worth a write.
             lasting = timer.current != written_phase and now - timer.current.changed >= TICK_SECONDS
             if self._unseen_ranks and self._own.ending_since is None:

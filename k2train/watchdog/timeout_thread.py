@@ -69,7 +69,7 @@ class TimeoutThread(threading.Thread):
 
     def _check_limits(self, now: float) -> None:
         if is_waiting():
-            # Here too: the other thread may wait for the same file server.
+            # A file server that does not answer for a moment: no rank is stuck.
             self._own.timer.progress()
         overrun = self._own.timer.overrun()
         if (since := self._heartbeats.stopped_since) is not None:
