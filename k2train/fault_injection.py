@@ -8,7 +8,9 @@ A fault is `POINT[@rank=R][@step=S][@nth=N]:ACTION`. Several are separated by `;
 
 - Actions of `point`: kill, stop (SIGSTOP), term, usr1, abort, segv, exit=CODE, sleep=SECONDS,
   error=ERRNO (an OSError such as ENOSPC).
-- Faults are armed once, by a command line, from the variable K2TRAIN_FAULTS.
+- Faults are armed once, by a command line, from the variable K2TRAIN_FAULTS. A start is refused
+  unless `run.allow` names `faults`, and its ledger keeps what was armed: a variable that was left
+  behind must not change the numbers of a run without a trace.
 - Without armed faults a point costs one function call and the check of an empty list.
 
 Alternatives considered:
@@ -26,6 +28,8 @@ from dataclasses import dataclass, field
 from k2train.errors import RunError
 
 VARIABLE = "K2TRAIN_FAULTS"
+PERMISSION = "faults"
+"""Name in `run.allow` that permits a start with faults."""
 SIGNALS = {
     "kill": signal.SIGKILL,
     "stop": signal.SIGSTOP,
@@ -46,6 +50,12 @@ POINTS = (
 """Points that call `point`, in the order in which a run reaches them."""
 VALUES = ("gradient", "loss", "weight", "moment")
 """Value faults: points that ask with `find` and change a value themselves."""
+VALUE_ACTIONS = {
+    "gradient": ("nan", "inf", "huge"),
+    "loss": ("nan", "inf", "huge"),
+    "weight": ("flip",),
+    "moment": ("flip",),
+}
 
 
 @dataclass
@@ -58,6 +68,8 @@ class Fault:
     rank: int | None = None
     step: int | None = None
     nth: int = 1
+    text: str = field(default="", compare=False)
+    """The fault as it was written."""
     seen: int = field(default=0, compare=False)
     struck: bool = field(default=False, compare=False)
 
@@ -67,6 +79,7 @@ class _State:
     rank: int = 0
     step: int = 0
     armed: list[Fault] = field(default_factory=list)
+    struck: list[str] = field(default_factory=list)
 
 
 _state = _State()
@@ -82,7 +95,7 @@ def parse(text: str) -> list[Fault]:
         target, colon, effect = part.partition(":")
         name, *conditions = target.split("@")
         action, _, argument = effect.partition("=")
-        fault = Fault(name, action, argument)
+        fault = Fault(name, action, argument, text=part)
 
         if not colon or name not in POINTS + VALUES:
             raise RunError(
@@ -94,6 +107,11 @@ def parse(text: str) -> list[Fault]:
             raise RunError(
                 f"{VARIABLE}: {part!r} has no known action; known actions: {', '.join(SIGNALS)}, "
                 "exit=, sleep=, error="
+            )
+        if name in VALUES and action not in VALUE_ACTIONS[name]:
+            raise RunError(
+                f"{VARIABLE}: {part!r} has no known action; those of {name} are "
+                f"{', '.join(VALUE_ACTIONS[name])}"
             )
 
         for condition in conditions:
@@ -111,7 +129,24 @@ def parse(text: str) -> list[Fault]:
 
 def arm(text: str, rank: int) -> None:
     """Arm the faults of `text` in this process, replacing any earlier ones. Raises RunError."""
-    _state.rank, _state.step, _state.armed = rank, 0, parse(text)
+    _state.rank, _state.step, _state.armed, _state.struck = rank, 0, parse(text), []
+
+
+def require_permission(text: str, allow: Sequence[str]) -> None:
+    """Refuse faults that nobody permitted; `allow` is the config's `run.allow`.
+
+    Raises RunError for faults without permission, and for those that are not understood.
+    """
+    if parse(text) and PERMISSION not in allow:
+        raise RunError(
+            f"{VARIABLE} is set ({text.strip()!r:.100}), so this run would fail on purpose; "
+            f"unset it, or permit it with run.allow=[{PERMISSION}]"
+        )
+
+
+def armed_faults() -> list[str]:
+    """Return the faults armed in this process, as they were written."""
+    return [fault.text for fault in _state.armed]
 
 
 def set_step(step: int) -> None:
@@ -125,6 +160,17 @@ def find(name: str) -> Fault | None:
         return None
 
     return _find(name, _state.armed)
+
+
+def value_changed(name: str) -> None:
+    """Note that a value fault was made: the caller of `find` has changed the value."""
+    _state.struck.append(name)
+
+
+def take_changed() -> list[float]:
+    """Return how many value faults of each kind of `VALUES` were made here since the last call."""
+    struck, _state.struck = _state.struck, []
+    return [float(struck.count(name)) for name in VALUES]
 
 
 def _find(name: str, armed: Sequence[Fault]) -> Fault | None:

@@ -17,6 +17,7 @@ import errno
 import io
 import logging
 import os
+import stat
 import threading
 import time
 from collections.abc import Callable
@@ -44,6 +45,8 @@ PASSING = frozenset(
     }
 )
 """Error numbers of the environment: the same call may succeed later."""
+MISSING = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP})
+"""Error numbers that say that there is no such file."""
 
 _log = logging.getLogger(__name__)
 _waiting: list[int] = []
@@ -97,15 +100,99 @@ def retried(read: Callable[[], T], what: object, stop: threading.Event | None = 
         pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
 
 
+def reason(error: OSError, path: Path | str) -> str:
+    """Say why `path` could not be written; on a full disk also whether space or files ran out."""
+    text = error.strerror or str(error)
+    if error.errno == errno.ENOSPC and not _has_inodes(Path(path)):
+        text += " (its inodes are used up, see df -i: remove files)"
+    return text
+
+
+def _has_inodes(path: Path) -> bool:
+    """Return whether a file can be made beside `path`, as far as its file system says."""
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    try:
+        facts = os.statvfs(path)
+    except OSError:
+        return True
+    # Some file systems have no table of inodes, and count none.
+    return facts.f_files == 0 or facts.f_favail > 0
+
+
 def _unavailable_text(what: object, number: int) -> str:
     """Say that a file could not be used, and what to do."""
     full = number in (errno.ENOSPC, errno.EDQUOT)
+    why = os.strerror(number)
+    if isinstance(what, Path):
+        why = reason(OSError(number, why), what)
     return (
-        f"{what}: {os.strerror(number)}, for {duration(PATIENCE_SECONDS)}; "
+        f"{what}: {why}, for {duration(PATIENCE_SECONDS)}; "
         + ("free space, then " if full else "nothing is known to be damaged: ")
         + "start the same command again"
         + ("" if full else " once the file system answers")
     )
+
+
+def exists(path: Path) -> bool:
+    """Return whether there is a file or folder of that name, for callers that try again themselves.
+
+    `Path.exists` and its like answer False to any error from Python 3.14 on, and a run whose ledger
+    "does not exist" begins anew. Raises OSError.
+    """
+    return _stat(path) is not None
+
+
+def _stat(path: Path) -> os.stat_result | None:
+    try:
+        return os.stat(path)
+    except OSError as error:
+        if error.errno not in MISSING:
+            raise
+        return None
+
+
+def stat_retried(path: Path) -> os.stat_result | None:
+    """Return the facts of a file or folder, None if there is none of that name.
+
+    Raises OSError, UnavailableError.
+    """
+    return retried(lambda: _stat(path), path)
+
+
+def exists_retried(path: Path) -> bool:
+    """Return whether there is a file or folder of that name. Raises OSError, UnavailableError."""
+    return stat_retried(path) is not None
+
+
+def is_file_retried(path: Path) -> bool:
+    """Return whether there is a plain file of that name. Raises OSError, UnavailableError."""
+    facts = stat_retried(path)
+    return facts is not None and stat.S_ISREG(facts.st_mode)
+
+
+def is_folder_retried(path: Path) -> bool:
+    """Return whether there is a folder of that name. Raises OSError, UnavailableError."""
+    facts = stat_retried(path)
+    return facts is not None and stat.S_ISDIR(facts.st_mode)
+
+
+def is_link_retried(path: Path) -> bool:
+    """Return whether a name is that of a symbolic link. Raises OSError, UnavailableError."""
+    try:
+        return stat.S_ISLNK(retried(lambda: os.lstat(path), path).st_mode)
+    except OSError as error:
+        if error.errno not in MISSING:
+            raise
+        return False
+
+
+def list_retried(folder: Path) -> list[Path]:
+    """Return what is in a folder, sorted by name; a listing that breaks off begins anew.
+
+    `glob` leaves out folders that it cannot read. Raises OSError, UnavailableError.
+    """
+    return [folder / name for name in sorted(retried(lambda: os.listdir(folder), folder))]
 
 
 def is_bad_block(error: UnavailableError, beside: Path) -> bool:
@@ -135,10 +222,27 @@ def open_retried(path: Path, stop: threading.Event | None = None) -> io.Buffered
     return io.BufferedReader(_RetriedFile(path, stop), buffer_size=2**20)
 
 
+def read_retried(path: Path, start: int = 0, count: int | None = None) -> bytearray:
+    """Read `count` bytes from `start` on, without a count all that follow; each read is retried.
+
+    `numpy.fromfile` takes an error of a read for the end of the file. Raises EOFError when the file
+    ends earlier, OSError, UnavailableError.
+    """
+    with _RetriedFile(path, None, start) as file:
+        found = bytearray(os.fstat(file.fileno()).st_size - start if count is None else count)
+        view = memoryview(found)
+        while view:
+            read = file.readinto(view)
+            if read == 0:
+                raise EOFError(f"{path} ends {len(view)} bytes early")
+            view = view[read:]
+    return found
+
+
 class _RetriedFile(io.RawIOBase):
-    def __init__(self, path: Path, stop: threading.Event | None) -> None:
+    def __init__(self, path: Path, stop: threading.Event | None, start: int = 0) -> None:
         super().__init__()
-        self._path, self._stop, self._at, self._descriptor = path, stop, 0, -1
+        self._path, self._stop, self._at, self._descriptor = path, stop, start, -1
         self._descriptor = retried(self._open, path, stop)
 
     def _open(self) -> int:

@@ -46,6 +46,8 @@ def test_parse() -> None:
         ("save.hashed@rank=x:kill", "rank=x"),
         ("save.hashed@node=1:kill", "node=1"),
         ("save.hashed@step:kill", "'step'"),
+        ("gradient@step=3:flip", "nan, inf, huge"),
+        ("moment@step=3:nan", "those of moment are flip"),
     ],
 )
 def test_parse_refuses(text: str, named: str) -> None:
@@ -53,6 +55,22 @@ def test_parse_refuses(text: str, named: str) -> None:
     with pytest.raises(RunError, match=re.escape(named)) as caught:
         parse(text)
     assert "\n" not in str(caught.value)
+
+
+def test_faults_need_a_permission() -> None:
+    """Catches a variable that was left behind and strikes a run that knows nothing of it."""
+    text = " gradient@step=3:nan;end:sleep=1"
+    for allow in ((), ("lr.peak", "space")):
+        with pytest.raises(RunError, match=r"K2TRAIN_FAULTS is set \('gradient@step=3:") as caught:
+            fault_injection.require_permission(text, allow)
+        assert "run.allow=[faults]" in str(caught.value) and "\n" not in str(caught.value)
+
+    fault_injection.require_permission(text, ("faults",))
+    for nothing in ("", " ; "):
+        fault_injection.require_permission(nothing, ())
+
+    fault_injection.arm(text, 0)
+    assert fault_injection.armed_faults() == ["gradient@step=3:nan", "end:sleep=1"]
 
 
 def test_a_fault_strikes_once_at_its_visit() -> None:

@@ -4,7 +4,9 @@ import errno
 import hashlib
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,12 +15,25 @@ from k2train import retry
 from k2train.command_line import command
 from k2train.errors import UnavailableError
 from k2train.files import sha256_file
-from k2train.retry import is_waiting, open_retried, retried
+from k2train.retry import (
+    exists,
+    exists_retried,
+    is_file_retried,
+    is_folder_retried,
+    is_link_retried,
+    is_waiting,
+    list_retried,
+    open_retried,
+    retried,
+    stat_retried,
+)
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retry, "FIRST_PAUSE_SECONDS", 0.001)
+    # Other tests of this process may have begun as the second process of a machine.
+    retry.tell_only(first=True)
 
 
 def failing(times: int, code: int, then: Callable[[], Any]) -> Callable[[], Any]:
@@ -40,6 +55,27 @@ def test_what_passes_is_waited_for(code: int, caplog: pytest.LogCaptureFixture) 
     lines = [record.getMessage() for record in caplog.records]
     assert lines[0] == f"k2train: the file: {os.strerror(code)}; trying again for 2m00s"
     assert lines[1].startswith("k2train: the file: answered after ") and len(lines) == 2
+
+
+def test_a_read_of_an_array_is_whole_or_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches an error that is taken for the end of the file, as numpy.fromfile does."""
+    path = tmp_path / "numbers"
+    path.write_bytes(bytes(range(200)))
+    failing, preadv = [errno.EIO, errno.ESTALE], os.preadv
+
+    def struck(descriptor: int, buffers: Any, at: int) -> int:
+        if at >= 64 and failing:
+            raise OSError(failing[0], os.strerror(failing.pop(0)))
+        return preadv(descriptor, [buffers[0][:64]], at)
+
+    monkeypatch.setattr(os, "preadv", struck)
+    assert retry.read_retried(path) == bytes(range(200)) and not failing
+    assert retry.read_retried(path, 10, 100) == bytes(range(10, 110))
+    assert retry.read_retried(path, 200) == b""
+    with pytest.raises(EOFError, match="numbers ends 1 bytes early"):
+        retry.read_retried(path, 100, 101)
 
 
 @pytest.mark.parametrize("code", [errno.ENOENT, errno.EACCES, errno.EROFS, errno.EISDIR])
@@ -112,6 +148,73 @@ def test_a_file_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyP
             os.fstat(descriptor)
 
 
+class Looks:
+    """`os.stat`, `os.lstat` and `os.listdir`, of which the next `failing` fail with `code`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.failing, self.code = 0, errno.ESTALE
+        for name in ("stat", "lstat", "listdir"):
+            monkeypatch.setattr(os, name, partial(self._call, getattr(os, name)))
+
+    def _call(self, real: Callable[..., Any], *given: Any) -> Any:
+        if self.failing:
+            self.failing -= 1
+            raise OSError(self.code, os.strerror(self.code))
+        return real(*given)
+
+
+@pytest.mark.parametrize("code", [errno.ESTALE, errno.EIO, errno.ETIMEDOUT])
+def test_looks_are_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    """Catches an error that counts as "not there": in each answer, and for what is not there."""
+    file, folder, gone = tmp_path / "b", tmp_path / "a", tmp_path / "gone"
+    file.write_bytes(b"123")
+    folder.mkdir()
+    link = tmp_path / "link"
+    link.symlink_to(gone)
+    looks = Looks(monkeypatch)
+    looks.code = code
+    answers: list[tuple[Callable[[Path], Any], Path, Any]] = [
+        *((exists_retried, path, path is not gone) for path in (file, folder, gone)),
+        *((is_file_retried, path, path is file) for path in (file, folder, gone)),
+        *((is_folder_retried, path, path is folder) for path in (file, folder, gone)),
+        *((is_link_retried, path, path is link) for path in (file, folder, gone, link)),
+        # What is below a file is not there, either.
+        (exists_retried, file / "inside", False),
+        (list_retried, tmp_path, [folder, file, link]),
+        (lambda path: getattr(stat_retried(path), "st_size", None), file, 3),
+        (stat_retried, gone, None),
+    ]
+    for ask, path, expected in answers:
+        looks.failing = 2
+        assert ask(path) == expected, (ask, path)
+        assert looks.failing == 0
+
+
+def test_looks_that_never_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retry, "PATIENCE_SECONDS", 0.01)
+    looks = Looks(monkeypatch)
+    for ask in (exists_retried, is_file_retried, is_folder_retried, is_link_retried, list_retried):
+        looks.failing = 10**9
+        with pytest.raises(UnavailableError, match="Stale file handle"):
+            ask(tmp_path)
+    # Who tries again by itself gets the error, and no answer.
+    with pytest.raises(OSError, match="Stale file handle"):
+        exists(tmp_path)
+
+
+def test_a_look_that_is_forbidden_is_told_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = Looks(monkeypatch)
+    looks.code = errno.EACCES
+    for ask in (exists, exists_retried, list_retried):
+        looks.failing = 1
+        with pytest.raises(PermissionError):
+            ask(tmp_path)
+    looks.failing, looks.code = 1, errno.ELOOP
+    assert not exists(tmp_path)
+
+
 def test_a_read_that_never_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches half a file taken for the whole."""
     monkeypatch.setattr(retry, "PATIENCE_SECONDS", 0.01)
@@ -126,3 +229,46 @@ def test_a_read_that_never_comes_back(tmp_path: Path, monkeypatch: pytest.Monkey
         monkeypatch.setattr(os, "preadv", broken)
         with pytest.raises(UnavailableError):
             stream.read()
+
+
+@pytest.mark.parametrize(
+    ("number", "files", "free", "told"),
+    (
+        (errno.ENOSPC, 100, 0, True),
+        (errno.ENOSPC, 100, 1, False),
+        (errno.ENOSPC, 0, 0, False),
+        (errno.EACCES, 100, 0, False),
+    ),
+)
+def test_a_disk_whose_inodes_are_used_up(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+    files: int,
+    free: int,
+    told: bool,
+) -> None:
+    """Catches "no space left" where `df` shows room; file systems without such a table count 0."""
+    facts = SimpleNamespace(f_files=files, f_favail=free)
+    monkeypatch.setattr(retry.os, "statvfs", lambda path: facts)
+    error = OSError(number, os.strerror(number))
+    for path in (tmp_path, tmp_path / "not" / "there"):
+        text = retry.reason(error, path)
+        assert text.startswith(os.strerror(number)) and ("inodes are used up" in text) == told
+    monkeypatch.setattr(retry, "PATIENCE_SECONDS", 0.0)
+    if number == errno.ENOSPC:
+
+        def full() -> None:
+            raise error
+
+        with pytest.raises(UnavailableError) as caught:
+            retry.retried(full, tmp_path / "run.lock")
+        assert ("df -i" in str(caught.value)) == told
+
+
+def test_a_disk_that_does_not_answer_is_not_called_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    def away(path: Path) -> None:
+        raise OSError(errno.EIO, "away")
+
+    monkeypatch.setattr(retry.os, "statvfs", away)
+    assert retry.reason(OSError(errno.ENOSPC, "No space"), "/") == "No space"

@@ -1,13 +1,17 @@
 """Checkpoint benchmark: saving and loading beside a plain write and read of the same bytes.
 
     python tools/bench_checkpoint.py [--megabytes N] [--rounds N] [--folder DIR]
+    python tools/bench_checkpoint.py --manifests [--worlds N ...]
 
 - One process with fp32 shards of random values, without a model.
 - Timed in turns, several times, so that all phases see the same disk: a plain write with fsync, a
-  save until its commit, the same with the read-back, a plain read, and a load. A load checks every
-  hash, then fills the shards, from the disk and from memory.
-- Also timed: how long training waits for a save in the background.
+  save until its commit, the same with the read-back, a plain read, and a load. A load checks the
+  manifest, reads the optimizer's files into the shards and checks every byte there, from the disk
+  and from memory. It is compared with a plain read of the same files: it leaves out the weights.
+- Also timed: how long training waits for a save in the background, and the longest time for which
+  that save keeps a thread from running that wakes every millisecond.
 - Ratios are of medians. The peak of resident memory is shown beside the size of the state.
+- `--manifests` times manifests and side files of K2-65B instead, on worlds of any size.
 """
 
 import os
@@ -18,11 +22,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from command_line import Parser, command
 
+from benchmarks.manifests import WORLDS, PauseMeter, manifest_report
 from benchmarks.timing import seconds_of
 from k2train.checkpoint.load import agree_on_checkpoint, load_states
 from k2train.checkpoint.manifest import CheckpointManifest, DataFacts, DataPosition, SaveFacts
@@ -35,6 +41,7 @@ from k2train.parallel.shard import ParamSlice
 from k2train.parallel.shard_layout import ShardLayout
 from k2train.plan.layout import Layout
 from k2train.text import bytes_text, table
+from k2train.train.host_memory import startup_objects_frozen
 
 FACTS = SaveFacts(
     step=1,
@@ -80,9 +87,9 @@ def plain_write(path: Path, content: memoryview) -> None:
 
 
 def plain_read(path: Path) -> None:
-    """Read all files of the folders in `path` once, in blocks."""
+    """Read the files once, in blocks, that a load of checkpoint `path` reads."""
     buffer = memoryview(bytearray(WRITE_BYTES))
-    for file in path.glob("*/*"):
+    for file in path.glob("optimizer/*"):
         with file.open("rb", buffering=0) as stream:
             while stream.readinto(buffer):
                 pass
@@ -104,8 +111,13 @@ class Bench:
         self.layout = shard_layout(megabytes * 10**6 // (12 + weight_bytes), 8)
         self.shards = {state: torch.rand(self.layout.elements) for state in STATES}
         self.times: dict[str, list[float]] = {}
+        self.pauses: list[float] = []
+        """Longest pause of another thread in each save in the background."""
         self.save(0)
         self.bytes = sum(file.stat().st_size for file in (folder / "ckpt_000").glob("*/*"))
+        self.loaded_bytes = sum(
+            file.stat().st_size for file in (folder / "ckpt_000").glob("optimizer/*")
+        )
         self.content = memoryview(bytearray(os.urandom(1 << 20)) * (self.bytes >> 20))
 
     def record(self, what: str, seconds: float) -> None:
@@ -122,21 +134,24 @@ class Bench:
         writer.snapshot(self.layout, self.shards, self.dtype)
         dirty(self.shards)
 
-        began = time.monotonic()
-        frozen = writer.snapshot(self.layout, self.shards, self.dtype)
-        copied = time.monotonic()
-        writer.save(f"ckpt_{number:03d}", frozen, FACTS)
-        waited = time.monotonic() - began
-        writer.wait()
+        with PauseMeter() if background else nullcontext() as meter:
+            began = time.monotonic()
+            frozen = writer.snapshot(self.layout, self.shards, self.dtype)
+            copied = time.monotonic()
+            writer.save(f"ckpt_{number:03d}", frozen, FACTS)
+            waited = time.monotonic() - began
+            writer.wait()
+            ended = time.monotonic()
 
         if number == 0:
             return
 
-        if background:
+        if meter is not None:
+            self.pauses.append(meter.longest)
             self.record("background save: training waits", waited)
         else:
             self.record("save: until the commit", commits.at - copied)
-            self.record("save: and read back", time.monotonic() - copied)
+            self.record("save: and read back", ended - copied)
             self.record("save waited for: training waits", waited)
 
         shutil.rmtree(self.folder / f"ckpt_{number:03d}")
@@ -152,7 +167,7 @@ class Bench:
         path = self.folder / "ckpt_000"
 
         def whole() -> None:
-            taken, refused = agree_on_checkpoint([path], self.grid)
+            taken, refused = agree_on_checkpoint([path], self.grid, to_load=True)
             assert taken is not None, refused
             load_states(path, self.layout, self.shards, self.grid, self.dtype)
 
@@ -192,16 +207,19 @@ def report(bench: Bench) -> list[str]:
         [
             what,
             f"{seconds:.3f}",
-            f"{bytes_text(bench.bytes / seconds)}/s",
+            f"{bytes_text((bench.loaded_bytes if 'from' in what else bench.bytes) / seconds)}/s",
             f"{medians[BASELINE[what]] / seconds:.2f}" if what in BASELINE else "",
         ]
         for what, seconds in medians.items()
     ]
     lines = table(["what", "seconds", "rate", "speed against plain"], rows)
 
+    pause = 1000 * statistics.median(bench.pauses)
+    lines.append(f"longest pause of another thread in a save in the background: {pause:.1f} ms")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     lines.append(
-        f"{bytes_text(bench.bytes)} per checkpoint; peak of resident memory {bytes_text(peak)}"
+        f"{bytes_text(bench.bytes)} per checkpoint, {bytes_text(bench.loaded_bytes)} of them to "
+        f"load; peak of resident memory {bytes_text(peak)}"
     )
     return lines
 
@@ -218,11 +236,26 @@ def main(arguments: Sequence[str]) -> int:
         "--weights", choices=("fp32", "bf16"), default="bf16", help="dtype of the weights (bf16)"
     )
     parser.add_argument("--folder", type=Path, default=None, help="folder on the disk to measure")
+    parser.add_argument(
+        "--manifests", action="store_true", help="time manifests of large worlds instead"
+    )
+    parser.add_argument(
+        "--worlds",
+        type=int,
+        nargs="+",
+        default=WORLDS,
+        help="ranks of these worlds, multiples of 32 (480 4096 16384)",
+    )
 
     given = parser.parse_args(arguments)
+    if given.manifests:
+        with startup_objects_frozen(), tempfile.TemporaryDirectory(dir=given.folder) as folder:
+            print("\n".join(manifest_report(Path(folder), given.worlds)))
+        return 0
+
     start_process_group(Launch(0, 1, 0, launched=False), torch.device("cpu"))
 
-    with tempfile.TemporaryDirectory(dir=given.folder) as folder:
+    with startup_objects_frozen(), tempfile.TemporaryDirectory(dir=given.folder) as folder:
         bench = Bench(
             Path(folder),
             given.megabytes,

@@ -34,6 +34,9 @@ from command_line import Parser, command
 
 from k2train.checkpoint.manifest import is_thinned, list_checkpoints, read_manifest
 from k2train.errors import EXIT_DONE, CheckpointError, RunError
+from k2train.record.events import Entry
+from k2train.record.jsonl import read_lines
+from k2train.record.ledger import checked_entries, fault_notes
 from k2train.record.metrics import latest, latest_roots
 from k2train.state_digest import short_digests
 
@@ -93,6 +96,10 @@ def metric_differences(a: Path, b: Path, strict: bool) -> list[str]:
     # NaN differs from itself, but two NaN losses are equal here.
     for step in sorted(set(rows[0]) & set(rows[1])):
         pairs = [(key, *(getattr(of_run[step], key) for of_run in rows)) for key in COMPARED]
+        ids = [of_run[step].ids for of_run in rows]
+        # Older versions recorded none.
+        if None not in ids:
+            pairs.insert(0, ("ids", *ids))
         different = [
             f"{key} {x!r} and {y!r}" for key, x, y in pairs if x != y and not (x != x and y != y)
         ]
@@ -272,6 +279,14 @@ def differences(a: Path, b: Path, strict: bool, by_root: bool = False) -> list[s
     return found + roots + checkpoints
 
 
+def _fault_notes(ledger: Path) -> list[str]:
+    """Describe faults made on purpose; a ledger that is missing or damaged is no difference."""
+    if not ledger.exists():
+        return []
+    entries = (entry for _, entry in checked_entries(ledger, *read_lines(ledger)))
+    return fault_notes(entry for entry in entries if isinstance(entry, Entry))
+
+
 @command
 def main(arguments: Sequence[str]) -> int:
     """Run the command line and return the exit code."""
@@ -289,6 +304,10 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
 
     found = differences(options.a, options.b, options.assert_equal, options.by_root)
+    for run in (options.a, options.b):
+        for line in _fault_notes(run / "ledger.jsonl"):
+            print(f"note: {run}: {line}")
+
     how = "by the roots of their states" if options.by_root else "bit for bit"
     print("\n".join(found) if found else f"{options.a} and {options.b} are equal, {how}")
     return EXIT_DIFFERENT if found else EXIT_DONE

@@ -1,12 +1,15 @@
 """Fault injection runs: break a small run in every way of the table and record the results.
 
     python tools/fault_run.py [--rows 1 2 5-8] [--short] [--kills N] [--endurance N] [--seed S]
-                              [--page FILE] [--record FILE] [--keep DIR]
+                              [--minutes M] [--page FILE] [--record FILE] [--keep DIR]
     python tools/fault_run.py --list
 
 - Each row is an experiment on this machine with real processes, signals and files.
 - After each attempt the tool looks for leftover processes, ports, locks and files. It verifies the
   checkpoints, and compares every step bit for bit with an undisturbed run.
+- The record is written after each row, and in row 30 now and then. When the minutes are over, or
+  at a SIGTERM, the row that runs ends early and says what is missing; a second SIGTERM is not
+  waited for.
 - Processes are forked from one warm parent: a cold start costs seconds, and some rows need a
   thousand. Some experiments use the launcher's command line, to show that it behaves the same.
 
@@ -15,10 +18,12 @@ Exit codes: 0 every row that ran held; 1 one did not; 2 a usage error.
 
 import argparse
 import shutil
+import signal
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from command_line import Parser, command
@@ -61,13 +66,22 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--short", action="store_true", help="fewer faults of each kind, in about two minutes"
     )
     parser.add_argument(
-        "--kills", type=int, metavar="N", help="SIGKILLs at random times in row 2 (40; short: 3)"
+        "--kills",
+        type=int,
+        metavar="N",
+        help="SIGKILLs at random times in row 2, and half as many power cuts (40; short: 3)",
     )
     parser.add_argument(
         "--endurance", type=int, metavar="N", help="faults of the one run of row 30 (100; short: 8)"
     )
     parser.add_argument(
         "--seed", type=int, default=1, help="seed of the random times and fault points (1)"
+    )
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        metavar="M",
+        help="begin no row, and repeat no fault of a row, after M minutes",
     )
     parser.add_argument("--page", type=Path, metavar="FILE", help="write the results page to FILE")
     parser.add_argument(
@@ -114,7 +128,16 @@ def run_rows(options: argparse.Namespace, scratch: Path) -> list[Result]:
             ),
         )
 
+        if options.minutes is not None:
+            bench.until = began + options.minutes * 60
+        if options.record is not None:
+            bench.keep = lambda result: remember(options.record, result, bench)
+        signal.signal(signal.SIGTERM, partial(end_early, bench))
+
         for row in options.rows:
+            if bench.time_is_up:
+                bench.log(f"the time is up; not begun: row {row} and what follows")
+                break
             results.append(run_row(bench, row))
             print(table_line(results[-1]), flush=True)
 
@@ -129,6 +152,13 @@ def run_rows(options: argparse.Namespace, scratch: Path) -> list[Result]:
                 )
 
     return results
+
+
+def end_early(bench: Bench, number: int, frame: object) -> None:
+    """Handle SIGTERM: the time is up; the second one ends the tool, which still tidies up."""
+    if bench.until == 0:
+        sys.exit(128 + number)
+    bench.until = 0
 
 
 @command

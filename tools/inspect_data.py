@@ -11,7 +11,8 @@
 
 - DATA is a manifest or its folder. With --run it is needed only if the data has moved.
 - A run's order comes from its ledger and checkpoints. Data that is not what they name is refused:
-  an answer about other data would look just as good.
+  an answer about other data would look just as good. So is a step whose ids have another hash than
+  the metrics hold.
 - Needs no torch.
 
 Exit codes: 0 done; 2 an error in usage, data or run, one line on stderr.
@@ -31,6 +32,7 @@ from k2train.checkpoint.manifest import list_checkpoints
 from k2train.checkpoint.manifest import read_manifest as read_checkpoint
 from k2train.data.document_keys import chunks_of_document
 from k2train.data.inspect.account import Facts, account_facts, add_text, find_tokenizer
+from k2train.data.inspect.fed_steps import fingerprint_of_rows
 from k2train.data.inspect.provenance import (
     check_rows,
     chunk_facts,
@@ -280,8 +282,8 @@ def step_answer(run: Run, options: argparse.Namespace) -> Facts:
     position, rows = order.position(step), order.rows_of(step)
     info = manifest.chunk(position.name)
 
-    # Before reading anything: a contradiction ends the answer.
-    attempts = _attempts(run, step, info.name, rows)
+    # Before any text is read: a contradiction ends the answer.
+    attempts = _attempts(run, step, info, rows)
     chosen = _chosen(options, info, rows, step)
 
     pieces = pieces_of(manifest, info, rows)
@@ -339,18 +341,19 @@ def _chosen(options: argparse.Namespace, info: ChunkInfo, rows: range, step: int
     return asked
 
 
-def _attempts(run: Run, step: int, chunk: str, rows: range) -> list[Facts]:
-    """Rows that each attempt at a step read, from the metrics.
+def _attempts(run: Run, step: int, info: ChunkInfo, rows: range) -> list[Facts]:
+    """Rows that each attempt at a step read, from the metrics, and whether they hold its ids.
 
-    Raises RunError when the last attempt differs from the order.
+    Raises RunError when the last attempt differs from the order, or from the chunk.
     """
-    path = run.directory / METRICS
+    path, chunk = run.directory / METRICS, info.name
     recorded = [
         {
             "attempt": record.attempt,
             "chunk": record.chunk,
             "rows": list(record.rows),
             "applied": record.applied,
+            "ids": record.ids,
         }
         for record in records_of_step(path, step)
         if record.chunk
@@ -362,6 +365,13 @@ def _attempts(run: Run, step: int, chunk: str, rows: range) -> list[Facts]:
             raise RunError(
                 f"{path} says that step {step} read {last['chunk']} rows {last['rows']}, the order "
                 f"of the run gives {chunk} rows {ours}: one of them no longer belongs to this run"
+            )
+        here = None if last["ids"] is None else fingerprint_of_rows(run.manifest, info, rows)
+        if here != last["ids"]:
+            raise RunError(
+                f"{path} says that step {step} was fed ids with the hash {last['ids']}, rows "
+                f"{rows.start}-{rows.stop - 1} of {run.manifest.folder / info.file} have {here}: "
+                "the file is not what was trained on; find the copy that was"
             )
     return recorded
 

@@ -18,6 +18,7 @@ class Mutation:
 
 HUGGING_FACE = "tests/model/test_hugging_face.py::test_logits_loss_and_gradients"
 LOSS = "tests/parallel/test_cross_entropy.py::test_loss_and_gradient_equal_cross_entropy"
+FAULT_VALUES = "tests/train/test_fault_values.py"
 NORM = "tests/optim/test_grad_norm.py::test_norm_is_that_of_the_whole_gradient"
 ADAMW = "tests/optim/test_adamw.py::test_equals_torchs_adamw_on_any_number_of_ranks"
 
@@ -93,6 +94,13 @@ MUTATIONS = (
         "tests/optim/test_grad_norm.py::test_one_value_that_is_not_finite_is_seen_everywhere",
     ),
     Mutation(
+        "global norm: squares in fp32",
+        "k2train/optim/grad_norm.py",
+        "double.copy_(piece).dot(double)",
+        "piece.dot(piece).double()",
+        "tests/optim/test_grad_norm.py::test_squares_are_those_of_fp64[65536-1e+30]",
+    ),
+    Mutation(
         "clipping also scales small gradients up",
         "k2train/optim/grad_norm.py",
         ".clamp(min=1.0)",
@@ -165,6 +173,29 @@ MUTATIONS = (
         "and self._missing[self._started] <= 1:",
         "tests/parallel/test_grad_buffer.py::test_a_bucket_leaves_only_when_all_of_it_is_in",
         required=True,
+    ),
+    Mutation(
+        "value fault: a gradient changes after its bucket has left",
+        "k2train/parallel/grad_buffer.py",
+        "            self.before_reduction(self._buckets[self._started].slots)\n",
+        "",
+        f"{FAULT_VALUES}::test_a_gradient_changes_before_it_is_sent"
+        "[2-layout0-@rank=0-layers.0.mlp.gate.weight]",
+    ),
+    Mutation(
+        "value fault: a weight changes before the last update has arrived",
+        "k2train/train/fault_values.py",
+        "        optimizer.finish()\n",
+        "",
+        f"{FAULT_VALUES}::test_a_flipped_bit_is_found_where_transfers_overlap"
+        "[weight@rank=0@step=3:flip=layers.0.mlp.gate.weight-layers.0.mlp.gate.weight on rank 0]",
+    ),
+    Mutation(
+        "faults left in the environment need no permission",
+        "k2train/fault_injection.py",
+        "if parse(text) and PERMISSION not in allow:",
+        "if not parse(text) and allow is None:",
+        "tests/test_fault_injection.py::test_faults_need_a_permission",
     ),
     Mutation(
         "weights are used before their gather has ended",
@@ -378,6 +409,20 @@ MUTATIONS = (
         "tests/checkpoint/test_writer.py::test_a_lost_lease_renames_nothing",
     ),
     Mutation(
+        "checkpoints: a load does not compare what lies in memory with its hash",
+        "k2train/checkpoint/piece_check.py",
+        "if found.hexdigest() == wanted:",
+        "if True:",
+        "tests/checkpoint/test_one_pass.py::test_what_lies_in_memory_is_checked[2]",
+    ),
+    Mutation(
+        "checkpoints: the root does not cover the number of updates",
+        "k2train/checkpoint/manifest.py",
+        "if root == state.root:",
+        "if True:",
+        "tests/checkpoint/test_one_pass.py::test_another_number_of_updates_is_refused[adam_steps]",
+    ),
+    Mutation(
         "restart: what the loaded model computes is not compared with the probe",
         "k2train/train/checkpointing.py",
         'if problem is not None and "probe" not in self.config.run.allow:',
@@ -394,8 +439,8 @@ MUTATIONS = (
     Mutation(
         "restart: the chunk that is being read may be allowed to change",
         "k2train/train/resume_check.py",
-        " or _already_read(text, manifest, identity)\n",
-        "\n",
+        '_key(text) == "data.order" and not same_chunks_begun(manifest, identity)',
+        "False",
         "tests/train/test_resume_check.py::test_what_moves_the_position_can_never_be_allowed[change2]",
     ),
     Mutation(
@@ -414,5 +459,19 @@ MUTATIONS = (
         "problem = None",
         "tests/train/test_monitor.py::test_a_bit_that_flips_stops_the_run"
         "[layout1-weight@rank=0@step=6:flip=norm.weight-weights of norm.weight on rank 0]",
+    ),
+    Mutation(
+        "data: ranks that read the same rows may be fed different ids",
+        "k2train/data/fed_ids.py",
+        "everyone == counted * readers & MASK",
+        "True",
+        "tests/data/test_fed_ids.py::test_a_replica_that_was_fed_something_else_is_found",
+    ),
+    Mutation(
+        "ledger: that of another run passes for this one's",
+        "k2train/record/ledger_head.py",
+        "elif hashes[head.events - 1] != head.sha256:",
+        "elif False:",
+        "tests/record/test_ledger_head.py::test_what_was_cut_changed_or_exchanged_is_named",
     ),
 )

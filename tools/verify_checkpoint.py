@@ -53,7 +53,7 @@ def line_of(path: Path, with_root: bool = False) -> str:
         found = verify_root(path, manifest)
         root = f", root {found}" if found else ", no root to compare"
     return (
-        f"{path}: whole, step {manifest.step}, {len(manifest.files)} files, "
+        f"{path}: whole, step {manifest.step}, {manifest.total_files} files, "
         f"{manifest.total_bytes} bytes{thinned}{root}"
     )
 

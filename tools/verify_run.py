@@ -5,7 +5,8 @@
 - Reads ledger, metrics, state roots and config completely, and hashes every checkpoint.
 - Compares the files: the ledger's hashes of manifests and config.yaml, the order of the fencing
   tokens, the roots of saved states.
-- `--data` also verifies the data folder (of config.yaml, or the named one).
+- `--data` also verifies the data folder (of config.yaml, or the named one), and that its rows are
+  the ids that each step was fed.
 - One line per problem on stderr, with file and line. Traces that a kill explains are notes, not
   problems.
 - Needs no torch.
@@ -23,9 +24,10 @@ from typing import Any, NamedTuple
 
 from command_line import Parser, command
 
-from k2train.checkpoint.manifest import MANIFEST, CheckpointManifest, list_checkpoints
+from k2train.checkpoint.manifest import MANIFEST, CheckpointManifest
 from k2train.checkpoint.verify import verify_checkpoint
 from k2train.config.load import load_config
+from k2train.data.inspect.fed_steps import fed_problems
 from k2train.data.manifest import MANIFEST_NAME, read_manifest
 from k2train.data.verify.chunks import verify_chunks
 from k2train.data.verify.folder import verify_folder
@@ -33,8 +35,10 @@ from k2train.errors import EXIT_DONE, EXIT_USAGE, CheckpointError, RunError
 from k2train.files import sha256_file
 from k2train.record.events import CheckpointSaved, Entry, Resumed, Started
 from k2train.record.jsonl import read_lines
-from k2train.record.ledger import checked_entries, read_ledger
-from k2train.record.metrics import RootRecord, checked_records, damaged_rows
+from k2train.record.ledger import checked_entries, fault_notes, read_chain
+from k2train.record.ledger_head import head_problems
+from k2train.record.metrics import RootRecord, StepRecord, checked_records, damaged_rows
+from k2train.train.ledger_check import all_checkpoints, ledger_heads
 
 LEDGER, METRICS, ROOTS, CONFIG = "ledger.jsonl", "metrics.jsonl", "state_roots.jsonl", "config.yaml"
 
@@ -58,10 +62,18 @@ def check_ledger(path: Path) -> tuple[list[tuple[int, Entry]], list[Problem]]:
     # With a damaged line the chain is broken anyway.
     if not problems:
         try:
-            read_ledger(path)
+            read_chain(path)
         except RunError as error:
             problems = [Problem(str(error))]
     return [(line, entry) for line, entry in found if not isinstance(entry, RunError)], problems
+
+
+def check_heads(path: Path) -> list[Problem]:
+    """What the heads of a ledger that are kept elsewhere say against it."""
+    # First the heads: a run that goes on appends to its ledger meanwhile.
+    heads = ledger_heads(path)
+    entries, hashes = read_chain(path)
+    return [Problem(text) for text in head_problems(path, entries, hashes, heads)]
 
 
 def starts_of(entries: Sequence[tuple[int, Entry]]) -> list[tuple[int, Started | Resumed]]:
@@ -136,10 +148,7 @@ def check_checkpoints(
 ) -> Iterator[Problem]:
     """Verify every checkpoint, then compare it with the ledger, unless that is damaged."""
     folder = directory / "checkpoints"
-    there = list_checkpoints(folder)
-    for aside in sorted(folder.glob("set_aside_by_attempt_*")) if folder.is_dir() else []:
-        there += list_checkpoints(aside)
-
+    there = all_checkpoints(folder)
     saves = Saves(entries).all()
     roots = _roots(directory / ROOTS)
 
@@ -242,21 +251,37 @@ def check_data(
         yield from map(Problem, report.problems)
     yield from map(Problem, verify_folder(manifest))
 
+    # Damaged lines have been told already.
+    if (metrics := directory / METRICS).exists():
+        records = (record for _, record in checked_records(metrics, StepRecord))
+        whole = [record for record in records if not isinstance(record, RunError)]
+        yield from map(Problem, fed_problems(manifest, whole))
+        if any(record.ids is None for record in whole):
+            yield Problem(
+                f"{metrics}: steps without a hash of their ids, from an older version, cannot be "
+                "compared with the data",
+                note=True,
+            )
+
 
 def problems_of(directory: Path, data: str | None) -> Iterator[Problem]:
     """Yield every problem and note of a run.
 
     Raises UserError when the directory is not a run, or its data cannot be found.
     """
-    entries, problems = check_ledger(directory / LEDGER)
+    ledger = directory / LEDGER
+    entries, damage = check_ledger(ledger)
+    problems = damage or check_heads(ledger)
     yield from problems
+    for line in fault_notes(entry for _, entry in entries):
+        yield Problem(line, note=True)
     for name in (METRICS, ROOTS):
         if (directory / name).exists():
             yield from map(Problem, damaged_rows(directory / name))
 
     yield from check_config(directory, entries)
-    if not problems:
-        yield from check_tokens(directory / LEDGER, entries)
+    if not damage:
+        yield from check_tokens(ledger, entries)
     yield from check_checkpoints(directory, entries, trusted=not problems)
     if data is not None:
         yield from check_data(directory, data, entries)

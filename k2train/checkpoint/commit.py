@@ -1,6 +1,7 @@
 """One attempt to write a checkpoint on all ranks: space check, shard files, manifest, one rename.
 
-- Every rank writes and syncs its own shard files and hashes them from memory meanwhile.
+- Every rank writes and syncs its own shard files, hashes them from memory meanwhile, and describes
+  them in side files. Rank 0 gathers only the hashes of those.
 - Rank 0 writes the manifest last and commits by one rename. A kill at any moment leaves either no
   directory of that name or a complete one.
 - The temporary name carries the fencing token of the lease, where there is one. A process that lost
@@ -8,7 +9,7 @@
 """
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -17,34 +18,39 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 
 from k2train import fault_injection
 from k2train.checkpoint.blocks import MASTER, describe_tensors, model_blocks, optimizer_blocks
 from k2train.checkpoint.disk_space import BLOCK_FACTS_BYTES, MANIFEST_BYTES, room_problem
+from k2train.checkpoint.gathered_files import GatheredFiles, pack_files, shard_name
 from k2train.checkpoint.manifest import (
+    FACTS,
     FOLDERS,
     FORMAT,
     MANIFEST,
     CheckpointManifest,
     FileFacts,
     SaveFacts,
-    ShardFacts,
-    TensorFacts,
+    TensorTable,
     manifest_text,
     seal,
 )
 from k2train.checkpoint.save_events import SaveEvents
 from k2train.checkpoint.shards import write_shard
+from k2train.checkpoint.side_files import group_files, write_pieces
 from k2train.checkpoint.snapshot import Snapshot
 from k2train.errors import CheckpointError
 from k2train.files import sync_directory, write_synced
 from k2train.parallel.agreement import Agreement, DiskRefused, SaveError
 from k2train.parallel.device_digest import StateDigest
 from k2train.parallel.grid import Axis
+from k2train.retry import exists, reason
 from k2train.state_digest import state_root
 
-Part = tuple[dict[str, FileFacts], dict[str, ShardFacts], dict[str, dict[str, TensorFacts]]]
-"""What one rank wrote: its files, what they hold, and its whole tensors by folder."""
+Tables = dict[str, TensorTable]
+"""Whole tensors by folder."""
+_TABLES: TypeAdapter[Tables] = TypeAdapter(Tables)
 
 
 @dataclass
@@ -76,7 +82,7 @@ class SaveJob:
     def disk_error(self, error: OSError) -> SaveError:
         """Turn an OSError of the disk into a DiskRefused that says what to do."""
         return DiskRefused(
-            f"{self.name} could not be saved in {self.directory}: {error.strerror or error}; "
+            f"{self.name} could not be saved in {self.directory}: {reason(error, self.directory)}; "
             "earlier checkpoints are intact; free space or make the directory writable, then run "
             "the same command again"
         )
@@ -101,39 +107,37 @@ def write_checkpoint(job: SaveJob, agreement: Agreement, tp: Axis) -> None:
     total = int(agreement.sum(torch.tensor([needed]))[0]) + MANIFEST_BYTES
     agreement.do(lambda: _check_room(job, total, agreement.rank), job.disk_error)
 
-    def write() -> tuple[dict[str, FileFacts], dict[str, ShardFacts], torch.Tensor]:
-        files, shards = {}, {}
+    def write() -> tuple[dict[str, FileFacts], torch.Tensor]:
+        files = {}
         for folder in FOLDERS:
             if blocks[folder]:
-                name = f"{folder}/shard-{agreement.rank + 1:05d}-model-00001-of-00001.safetensors"
+                name = shard_name(folder, agreement.rank)
                 on_written = partial(fault_injection.point, f"save.{folder}")
-                files[name], shards[name] = write_shard(
-                    job.temporary / name, blocks[folder], on_written
-                )
+                facts, pieces = write_shard(job.temporary / name, blocks[folder], on_written)
+                files[name] = write_pieces(job.temporary, name, facts, pieces)
 
         fault_injection.point("save.hashed")
-        return files, shards, job.sums.result().clone()
+        return files, job.sums.result().clone()
 
-    files, shards, sums = agreement.do(write, job.disk_error)
-    parts = agreement.to_first(
-        (
-            files,
-            shards,
-            describe_tensors(job.snapshot.layout, job.snapshot.dtype, job.snapshot.flat_shards),
-        )
+    files, sums = agreement.do(write, job.disk_error)
+    # Most ranks hold slices of the same tensors.
+    tables = agreement.distinct(
+        describe_tensors(job.snapshot.layout, job.snapshot.dtype, job.snapshot.flat_shards),
+        _TABLES,
     )
+    gathered = GatheredFiles(agreement.to_first(pack_files(files, agreement.rank)))
     digests = job.digest.digests(agreement.sum(sums))
-    agreement.do(lambda: _commit(job, parts, digests, agreement.rank), job.disk_error)
+    agreement.do(lambda: _commit(job, gathered, tables, digests, agreement.rank), job.disk_error)
 
 
 def _begin(job: SaveJob, rank: int) -> None:
     fault_injection.point("save.begin")
     if rank != 0:
         return
-    if job.final.exists():
+    if exists(job.final):
         raise CheckpointError(f"{job.final} already exists; a checkpoint is never overwritten")
     shutil.rmtree(job.temporary, ignore_errors=True)
-    for folder in FOLDERS:
+    for folder in (*FOLDERS, FACTS):
         (job.temporary / folder).mkdir(parents=True)
 
 
@@ -143,28 +147,46 @@ def _check_room(job: SaveJob, needed: int, rank: int) -> None:
         raise DiskRefused(problem)
 
 
-def _content(job: SaveJob, parts: list[Part], digests: Mapping[str, str]) -> dict[str, Any]:
-    tensors = {
-        folder: {k: v for part in parts for k, v in part[2][folder].items()} for folder in FOLDERS
-    }
+def manifest_content(
+    directory: Path,
+    name: str,
+    facts: SaveFacts,
+    files: GatheredFiles,
+    tables: Sequence[Tables],
+    digests: Mapping[str, str],
+) -> dict[str, Any]:
+    """Build the manifest of a checkpoint that is written in `directory`, sealed.
+
+    Writes side files there, if there are many shard files. Raises OSError.
+    """
+    inline, groups = group_files(directory, len(files), files.items)
     return seal(
         {
             "format": FORMAT,
-            "name": job.name,
+            "name": name,
             "saved": datetime.now(UTC).isoformat(timespec="seconds"),
-            **job.facts.model_dump(exclude_unset=True),
-            "tensors": tensors,
-            "files": {name: facts for part in parts for name, facts in part[0].items()},
-            "shards": {name: facts for part in parts for name, facts in part[1].items()},
+            **facts.model_dump(exclude_unset=True),
+            "tensors": {
+                folder: {key: tensor for table in tables for key, tensor in table[folder].items()}
+                for folder in FOLDERS
+            },
+            "files": inline,
+            **({"groups": groups} if groups else {}),
             "state": {
-                "root": state_root(digests, job.facts.step, job.facts.adam_steps),
+                "root": state_root(digests, facts.step, facts.adam_steps),
                 "digests": dict(digests),
             },
         }
     )
 
 
-def _commit(job: SaveJob, parts: list[Part], digests: Mapping[str, str], rank: int) -> None:
+def _commit(
+    job: SaveJob,
+    files: GatheredFiles,
+    tables: Sequence[Tables],
+    digests: Mapping[str, str],
+    rank: int,
+) -> None:
     fault_injection.point("save.manifest")
     if rank != 0:
         # Only rank 0 commits; the others pass its fault points.
@@ -172,10 +194,10 @@ def _commit(job: SaveJob, parts: list[Part], digests: Mapping[str, str], rank: i
             fault_injection.point(point)
         return
 
-    content = _content(job, parts, digests)
+    content = manifest_content(job.temporary, job.name, job.facts, files, tables, digests)
     manifest = CheckpointManifest.model_validate(content)
     write_synced(job.temporary / MANIFEST, manifest_text(content))
-    for written in (*(job.temporary / folder for folder in FOLDERS), job.temporary):
+    for written in (*(job.temporary / folder for folder in (*FOLDERS, FACTS)), job.temporary):
         sync_directory(written)
 
     fault_injection.point("save.synced")
@@ -191,6 +213,6 @@ def _commit(job: SaveJob, parts: list[Part], digests: Mapping[str, str], rank: i
     except OSError as error:
         raise SaveError(
             f"{job.name} is in {job.directory}, but it could not be recorded: "
-            f"{error.strerror or error}; free space or make the directory writable, then run the "
-            "same command again"
+            f"{reason(error, job.directory)}; free space or make the directory writable, then run "
+            "the same command again"
         ) from None

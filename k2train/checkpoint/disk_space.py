@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from k2train.errors import RunError
+from k2train.retry import retried
 from k2train.text import bytes_text
 
 STATE_BYTES = 12
@@ -28,9 +29,14 @@ def free_bytes(path: Path) -> int:
 
     Raises OSError.
     """
-    while not path.exists() and path != path.parent:
-        path = path.parent
-    facts = os.statvfs(path)
+    while True:
+        try:
+            facts = os.statvfs(path)
+            break
+        except (FileNotFoundError, NotADirectoryError):
+            if path == path.parent:
+                raise
+            path = path.parent
     return facts.f_bavail * facts.f_frsize
 
 
@@ -64,18 +70,24 @@ class CheckpointBytes:
 
 
 def plan_bytes(
-    one: CheckpointBytes, remaining: int, keep_optimizer_states: int, complete_now: int
+    one: CheckpointBytes,
+    remaining: int,
+    keep_optimizer_states: int,
+    complete_now: int,
+    inside_chunks: int = 0,
 ) -> int:
     """Peak number of bytes that the `remaining` numbered checkpoints add.
 
     Counts weights for all of them, and optimizer states for those kept plus the one being written.
     `complete_now` existing checkpoints still have their states; thinning frees those.
+    `inside_chunks` complete ones come on top: those saved inside chunks that exist at once.
     """
     states = complete_now + remaining
     if keep_optimizer_states > 0:
         # One more than is kept, because thinning waits for the next complete checkpoint.
         states = min(states, keep_optimizer_states + 1)
-    return remaining * one.thinned + max(0, states - complete_now) * one.states
+    numbered = remaining * one.thinned + max(0, states - complete_now) * one.states
+    return numbered + inside_chunks * one.whole
 
 
 def check_plan(
@@ -84,19 +96,26 @@ def check_plan(
     remaining: int,
     keep_optimizer_states: int,
     complete_now: int = 0,
+    inside_chunks: int = 0,
 ) -> None:
-    """Raise RunError when `directory` has no space for the remaining numbered checkpoints."""
-    needed = plan_bytes(one, remaining, keep_optimizer_states, complete_now)
-    free = free_bytes(directory)
+    """Raise RunError when `directory` has no space for the remaining checkpoints.
+
+    Numbered ones, and `inside_chunks` at a time that are saved inside chunks.
+    """
+    needed = plan_bytes(one, remaining, keep_optimizer_states, complete_now, inside_chunks)
+    free = retried(lambda: free_bytes(directory), directory)
     if needed > free:
         # 0 keeps the optimizer states of every checkpoint.
         kept = "all" if keep_optimizer_states == 0 else str(keep_optimizer_states)
+        inside = f" and {inside_chunks} inside chunks" if inside_chunks else ""
+        knob = "set checkpoint.every_seconds=0, " if inside_chunks else ""
         raise RunError(
-            f"no space for the {remaining} checkpoints of this run: they need {bytes_text(needed)} "
-            f"({bytes_text(one.thinned)} each, with optimizer states {bytes_text(one.whole)}, kept "
-            f"for {kept}), {bytes_text(free)} are free in {directory}; free space, raise "
-            "checkpoint.every_chunks, lower checkpoint.keep_optimizer_states (2 at least), move "
-            "run.directory, or start anyway with run.allow=[space]"
+            f"no space for the {remaining} checkpoints of this run{inside}: they need "
+            f"{bytes_text(needed)} ({bytes_text(one.thinned)} each, with optimizer states "
+            f"{bytes_text(one.whole)}, kept for {kept}), {bytes_text(free)} are free in "
+            f"{directory}; free space, {knob}raise checkpoint.every_chunks, lower "
+            "checkpoint.keep_optimizer_states (2 at least), move run.directory, or start anyway "
+            "with run.allow=[space]"
         )
 
 

@@ -5,7 +5,6 @@
 - Blocks are read one at a time.
 """
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,9 @@ import numpy as np
 
 from k2train.checkpoint.manifest import CheckpointManifest, is_thinned
 from k2train.checkpoint.shards import DTYPES, read_header
+from k2train.checkpoint.side_files import FileTable
 from k2train.errors import CheckpointError
-from k2train.retry import retried
+from k2train.retry import read_retried
 from k2train.state_digest import LANES, MASK, block_sums, digest_text, state_root
 
 _ELEMENTS: dict[int, np.dtype[Any]] = {4: np.dtype("<i4"), 2: np.dtype("<i2")}
@@ -27,19 +27,19 @@ def digests_of_files(path: Path, manifest: CheckpointManifest) -> dict[str, str]
     """
     shapes = manifest.shapes("optimizer")
     sums = {name: [0] * LANES for name in shapes}
-    for file in sorted(name for name in manifest.files if name.startswith("optimizer/")):
+    for file in FileTable(path, manifest).all("optimizer"):
         try:
             for extent in read_header(path / file)[1]:
                 dtype = _ELEMENTS[DTYPES[extent.dtype][1]]
                 count = (extent.stop - extent.start) // dtype.itemsize
-                read = partial(np.fromfile, path / file, dtype, count, offset=extent.start)
-                values = retried(read, path / file).reshape(extent.shape)
+                content = read_retried(path / file, extent.start, count * dtype.itemsize)
+                values = np.frombuffer(content, dtype).reshape(extent.shape)
                 # The sums of a tensor's blocks add up to those of the whole, modulo 2**64.
                 added = block_sums(values, extent.offsets, shapes[extent.name])
                 sums[extent.name] = [
                     (a + b) & MASK for a, b in zip(sums[extent.name], added, strict=True)
                 ]
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, EOFError, ValueError, KeyError) as error:
             raise CheckpointError(f"{path}: {file} cannot be read as a shard ({error})") from None
 
     return {name: digest_text(lanes) for name, lanes in sums.items()}

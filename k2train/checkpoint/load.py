@@ -1,35 +1,56 @@
 """Load a checkpoint of any parallel layout into this one.
 
-- All ranks share the hashing of the files and agree on the result before a value is changed.
-- Values go straight into the optimizer's flat shards, whole rows in one read. Besides the state,
-  memory never holds more than one block.
-- Weights are derived from the master weights, as after a step.
-- The loaded state is then compared with the digests of the saved one. A hash of files cannot see a
-  value that went to the wrong place.
+- One pass from format 3 on: values go straight into the optimizer's flat shards, and every piece is
+  hashed where it lies. All ranks then agree whether every byte is what was saved. Until then no
+  value is used, and a refusal means the next candidate.
+- Weights are derived from the master weights, as after a step, so `model/` is not read.
+- Where a rank's blocks are those that were saved, their hashes prove their place, too. On another
+  layout the loaded state is compared with the digests of the saved one: a hash of pieces cannot see
+  a value that went to the wrong place.
+- Formats 1 and 2 have no hashes of pieces: all ranks share the hashing of the files before.
+- Besides the state, memory never holds more than one block.
+
+Alternatives considered:
+- Hashing all files before the first value is read: twice the time, and the second read unchecked.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from k2train.checkpoint.blocks import MASTER, local_boxes
 from k2train.checkpoint.host_digest import host_digest_sums
+from k2train.checkpoint.likely_files import likely_files, saved_layout
 from k2train.checkpoint.manifest import (
     CheckpointManifest,
+    PieceFacts,
+    TensorFacts,
     is_thinned,
     read_manifest,
 )
+from k2train.checkpoint.piece_check import Damage
 from k2train.checkpoint.reshard_read import Read, Target, execute_reads, plan_reads
-from k2train.checkpoint.shards import THREADS
-from k2train.checkpoint.verify import expected_files, has_bad_block, no_progress, verify_files
+from k2train.checkpoint.shards import DTYPES, THREADS
+from k2train.checkpoint.side_files import FileTable, read_pieces
+from k2train.checkpoint.verify import (
+    check_folders,
+    check_headers,
+    folders_of,
+    has_bad_block,
+    no_progress,
+    verify_files,
+)
 from k2train.errors import CheckpointError, UnavailableError
 from k2train.parallel.agreement import Agreement, Problem
 from k2train.parallel.device_digest import StateDigest
 from k2train.parallel.grid import ProcessGrid
+from k2train.parallel.messages import TEXTS
 from k2train.parallel.shard_layout import ShardLayout
 from k2train.retry import is_passing
 
@@ -38,6 +59,10 @@ AGREE, LOAD = "agree on a checkpoint", "load a checkpoint"
 
 Without a name, the watchdog would take the waiting ranks for stuck.
 """
+
+
+class RefusedCheckpointError(CheckpointError):
+    """A load found that a checkpoint is not whole; an older one may be."""
 
 
 class ChosenCheckpoint(NamedTuple):
@@ -56,6 +81,7 @@ class ChosenCheckpoint(NamedTuple):
         )
 
 
+_SHAPES = TypeAdapter(dict[str, list[int]])
 Check = Callable[[Path, CheckpointManifest], None]
 
 
@@ -64,18 +90,24 @@ def agree_on_checkpoint(
     grid: ProcessGrid,
     check: Check = lambda path, manifest: None,
     progress: Callable[[], None] = no_progress,
+    to_load: bool = False,
 ) -> ChosenCheckpoint:
     """Find the first of `candidates` that every rank verifies, and the problems of those before it.
 
-    Rank 0's list counts. Each rank hashes its share of the files. `check` may refuse a manifest
-    with a CheckpointError. `progress` is called while files are hashed. Collective.
-    Raises UnavailableError on every rank when one of them cannot read its share for now.
+    - Rank 0's list counts. Each rank hashes its share of the files.
+    - `check` may refuse a manifest with a CheckpointError.
+    - `progress` is called while files are hashed.
+    - `to_load` leaves the content of files to `load_states`, which checks it from format 3 on.
+
+    Collective. Raises UnavailableError on every rank when one of them cannot read its share for
+    now.
     """
     agreement = Agreement(grid)
     refused: list[str] = []
-    for text in agreement.from_first([str(path) for path in candidates], AGREE):
+    for text in agreement.from_first([str(path) for path in candidates], TEXTS, AGREE):
         path = Path(text)
-        problem = _first_problem(_problem(path, grid, check, progress), agreement, AGREE)
+        mine = _problem(path, partial(_verify, path, grid, check, progress, to_load))
+        problem = _first_problem(mine, agreement, AGREE)
         if problem is None:
             return ChosenCheckpoint(path, refused)
         refused.append(problem)
@@ -83,21 +115,43 @@ def agree_on_checkpoint(
     return ChosenCheckpoint(None, refused)
 
 
-def _problem(path: Path, grid: ProcessGrid, check: Check, progress: Callable[[], None]) -> Problem:
-    try:
-        manifest = read_manifest(path)
-        check(path, manifest)
-        names = expected_files(path, manifest)
-        share = names[grid.rank :: grid.layout.world_size]
+def _verify(
+    path: Path, grid: ProcessGrid, check: Check, progress: Callable[[], None], to_load: bool
+) -> None:
+    """Verify this rank's share of the files. Raises CheckpointError and errors of reading."""
+    manifest = read_manifest(path)
+    check(path, manifest)
+    table = FileTable(path, manifest)
+    share = table.shares(folders_of(path), grid.rank, grid.layout.world_size)
+    # The list of all files is long for a large world: one rank compares it with the folders.
+    if grid.rank == 0:
+        check_folders(path, manifest, table)
+
+    if to_load and manifest.format > 2:
+        check_headers(path, manifest, share, progress=progress)
+    else:
         verify_files(path, manifest, share, progress=progress)
+
+
+def _problem(path: Path, read: Callable[[], None]) -> Problem:
+    """Read from checkpoint `path`; return what went wrong, "" for nothing."""
+    try:
+        read()
     except CheckpointError as error:
         return str(error)
+    except Damage as error:
+        return f"{path}: {error}"
     except OSError as error:
         if is_passing(error):
             return UnavailableError(f"{path} cannot be read ({error.strerror})")
         return f"{path} cannot be read ({error.strerror or error})"
     except UnavailableError as error:
         return f"{error} (others of the run can be read)" if has_bad_block(error, path) else error
+    except (EOFError, ValueError) as error:
+        return f"{path} cannot be read ({error})"
+    except Exception as error:
+        # The other ranks must learn of any error, or they would wait for this rank.
+        return f"{path} cannot be read ({error!r})"
     return ""
 
 
@@ -124,72 +178,111 @@ def load_states(
       first.
     - `progress` is called while files are read.
 
-    Raises CheckpointError on every rank when the tensors belong to another model, when they cannot
-    be read, or when the loaded state is not the saved one; UnavailableError when a file cannot be
-    read for now.
+    Raises on every rank: RefusedCheckpointError when the checkpoint is not whole, CheckpointError
+    when its tensors belong to another model or the loaded state is not the saved one, and
+    UnavailableError when a file cannot be read for now.
     """
-    manifest = read_manifest(path)
-    thinned = is_thinned(path)
+    agreement = Agreement(grid)
+    seen: list[tuple[CheckpointManifest, bool]] = []
+    # One rank's error must stop all of them, before the first exchange that needs the manifest.
+    _refuse_first(_problem(path, partial(_look, path, seen)), agreement)
+
+    manifest, thinned = seen[0]
     # A thinned checkpoint has weights only: they become the master weights.
     folder, states = ("model", [MASTER]) if thinned else ("optimizer", list(flat_shards))
-    named = {
-        f"{name}.{state}" if not thinned else name: (name, state)
-        for name in _names(layout)
-        for state in states
-    }
-    shapes = {slot.param_slice.name: list(slot.param_slice.global_shape) for slot in layout.slots}
-    _check_tensors(
-        path, folder, manifest, {key: shapes[name] for key, (name, _) in named.items()}, grid
-    )
-    found = {box.name: box for box in local_boxes(layout)}
-    targets = [
-        Target(
-            key,
-            found[name].offsets,
-            found[name].shape,
-            layout.local(flat_shards[state], found[name].slot),
+    targets, shapes = _targets(layout, flat_shards, states, thinned)
+    _check_tensors(path, folder, manifest, shapes, grid)
+    reads: list[Read] = []
+    stored = 0
+
+    def read() -> None:
+        nonlocal stored
+        stored = _stored_bytes(path, folder, manifest, grid)
+        likely = likely_files(
+            grid.layout, grid.rank, saved_layout(manifest.layout, manifest.total_files)
         )
-        for key, (name, state) in named.items()
-    ]
+        reads.extend(plan_reads(path, folder, manifest, targets, likely, progress))
+        execute_reads(reads, round_to=dtype if thinned else None, progress=progress)
 
-    read = partial(execute_reads, round_to=dtype if thinned else None, progress=progress)
-    problem = _read(path, folder, manifest, targets, read)
-    # One rank's error must stop all of them, before any value is used.
-    if (first := _first_problem(problem, Agreement(grid), LOAD)) is not None:
-        raise CheckpointError(first)
-
+    _refuse_first(_problem(path, read), agreement)
+    # A device's memory is filled by a copy, which no hash of a piece has seen.
+    on_host = all(flat_shard.device.type == "cpu" for flat_shard in flat_shards.values())
+    placed = manifest.format > 2 and on_host and all(read.whole for read in reads)
+    told = agreement.sum(torch.tensor([stored, int(not placed)]), LOAD).tolist()
+    _check_stored(path, folder, manifest, told[0])
     if thinned:
         # Without saved moments the optimizer starts anew.
         for state, flat_shard in flat_shards.items():
             if state != MASTER:
                 flat_shard.zero_()
-    else:
+    elif told[1]:
         _check_state(path, manifest, layout, flat_shards, grid)
 
     return not thinned
 
 
-def _read(
-    path: Path,
-    folder: str,
-    manifest: CheckpointManifest,
-    targets: Sequence[Target],
-    read: Callable[[Sequence[Read]], None],
-) -> Problem:
-    """Read the targets; return what went wrong, "" for nothing."""
-    try:
-        read(plan_reads(path, folder, manifest, targets))
-    except CheckpointError as error:
-        return str(error)
-    except UnavailableError as error:
-        return error
-    except (OSError, EOFError, ValueError) as error:
-        return f"{path} cannot be read ({error})"
-    return ""
+def _refuse_first(mine: Problem, agreement: Agreement) -> None:
+    """Raise RefusedCheckpointError on every rank when one of them has a problem."""
+    if (first := _first_problem(mine, agreement, LOAD)) is not None:
+        raise RefusedCheckpointError(first)
 
 
-def _names(layout: ShardLayout) -> list[str]:
-    return [slot.param_slice.name for slot in layout.slots]
+def _look(path: Path, seen: list[tuple[CheckpointManifest, bool]]) -> None:
+    seen.append((read_manifest(path), is_thinned(path)))
+
+
+def _targets(
+    layout: ShardLayout, flat_shards: dict[str, Tensor], states: Sequence[str], thinned: bool
+) -> tuple[list[Target], dict[str, list[int]]]:
+    """Boxes that this rank reads, and the global shapes of their tensors by the files' names."""
+    targets: list[Target] = []
+    shapes: dict[str, list[int]] = {}
+    for box in local_boxes(layout):
+        for state in states:
+            key = box.name if thinned else f"{box.name}.{state}"
+            shapes[key] = list(box.slot.param_slice.global_shape)
+            values = layout.local(flat_shards[state], box.slot)
+            targets.append(Target(key, box.offsets, box.shape, values))
+    return targets, shapes
+
+
+def _stored_bytes(path: Path, folder: str, manifest: CheckpointManifest, grid: ProcessGrid) -> int:
+    """Bytes of values in this rank's share of the files; 0 before format 3.
+
+    Raises CheckpointError, UnavailableError.
+    """
+    if manifest.format < 3:
+        return 0
+    tensors, stored = manifest.tensors.get(folder, {}), 0
+    share = FileTable(path, manifest).share(folder, grid.rank, grid.layout.world_size)
+    for name, facts in share.items():
+        pieces = read_pieces(path, manifest, name, facts)
+        assert isinstance(pieces, PieceFacts), "format 3 describes every file"
+        for key, block in pieces.tensors.items():
+            stored += prod(block["shape"]) * _bytes_per_value(tensors, key)
+    return stored
+
+
+def _check_stored(path: Path, folder: str, manifest: CheckpointManifest, stored: int) -> None:
+    """Raise RefusedCheckpointError when all files together hold more values than the tensors have.
+
+    Every rank found its values in the few files that it read; others might hold them, too.
+    """
+    tensors = manifest.tensors.get(folder, {})
+    expected = sum(
+        prod(facts["shape"]) * _bytes_per_value(tensors, key) for key, facts in tensors.items()
+    )
+    if manifest.format > 2 and stored != expected:
+        raise RefusedCheckpointError(
+            f"{path}: the files of {folder} hold {stored} bytes of values, its tensors have "
+            f"{expected}"
+        )
+
+
+def _bytes_per_value(tensors: Mapping[str, TensorFacts], name: str) -> int:
+    # Values of an unknown tensor count, too, so that the sums differ.
+    facts = tensors.get(name)
+    return 1 if facts is None else DTYPES.get(facts.get("dtype", ""), ("", 1))[1]
 
 
 def _check_state(
@@ -224,7 +317,7 @@ def _check_tensors(
 ) -> None:
     """Compare names and shapes over all ranks. Every rank raises the same error."""
     # Each rank holds its own pipeline stage; together they must be the whole model.
-    parts = Agreement(grid).all(wanted, LOAD)
+    parts = Agreement(grid).distinct(wanted, _SHAPES, LOAD)
     expected = {name: shape for part in parts for name, shape in part.items()}
     found = manifest.shapes(folder)
     problems = [f"{name} is missing" for name in expected if name not in found]

@@ -3,6 +3,7 @@
     ckpt_007/manifest.json   step, data position, layout, config, hashes of all other files
     ckpt_007/model/          weights by global name, safetensors shards with their offsets
     ckpt_007/optimizer/      fp32 `NAME.master`, `NAME.exp_avg`, `NAME.exp_avg_sq`
+    ckpt_007/facts/          what each shard file holds, with hashes of its pieces (`side_files`)
     ckpt_007/thinned.json    marks a removed optimizer directory; names the manifest's hash
 
 - `ckpt_NNN` has consumed NNN whole chunks of this stage. `ckpt_NNN_step_SSSSSS` was saved on
@@ -10,225 +11,108 @@
 - The manifest is written last. No file contains a pickle.
 - The manifest also carries the hash of its own content (`self_sha256`). A changed digit would be
   valid JSON and would silently move the run to another step.
-- Format 2 adds `shards`: for every file, the hash of its header and of each tensor, taken from
-  memory before writing. Damage is therefore named by tensor.
-- Format 2 also adds `state`, the root over the whole training state in any layout. Format 1 is
-  still read.
+- Format 2 adds `state`, the root over the whole training state in any layout, and hashes of each
+  tensor, taken from memory before writing. Damage is therefore named by tensor.
+- Format 3 keeps the hashes of tensors in side files, one a shard file, and names those by hash. A
+  rank reads the few it needs. Formats 1 and 2 are still read.
+- A manifest is read once a start and process: one whose file did not change is kept in memory.
 - Unknown keys are kept. The hash is that of the JSON as read, not of the parsed types.
 
 Alternatives considered:
-- A sidecar file with the manifest's hash: it can be lost or swapped.
-- A type for each tensor's entry: a hundred thousand objects take a second to make. The entries stay
-  JSON, and their keys are checked in place.
+- A side file with the manifest's own hash: it can be lost or swapped.
+- All facts in the manifest, as format 2: 47 MB for 480 ranks, which every rank reads, and each save
+  keeps the other threads from running for seconds.
 """
 
 import json
-import math
+import os
 import re
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Iterator
 from functools import partial
 from hashlib import sha256
-from operator import itemgetter
-from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Self, TypedDict
+from pathlib import Path
+from typing import NamedTuple
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    GetPydanticSchema,
-    PlainSerializer,
-    ValidationError,
-    model_validator,
+from pydantic import BaseModel, ValidationError
+
+from k2train.checkpoint.manifest_types import (
+    FACTS,
+    FOLDERS,
+    BlockFacts,
+    CheckpointManifest,
+    ChunkFacts,
+    DataFacts,
+    DataPosition,
+    FileFacts,
+    FileGroup,
+    Json,
+    LedgerFacts,
+    PieceFacts,
+    SaveFacts,
+    ShardFacts,
+    StateFacts,
+    TensorFacts,
+    TensorTable,
 )
-from pydantic_core.core_schema import no_info_plain_validator_function
-
 from k2train.errors import CheckpointError
 from k2train.files import write_synced
-from k2train.json_record import Count, first_mistake
-from k2train.safe_json import read_json, read_plain_file
+from k2train.json_record import first_mistake
+from k2train.retry import exists_retried, is_folder_retried, is_link_retried, list_retried
+from k2train.safe_json import parse_json, read_plain_file
+from k2train.state_digest import state_root
 
-FORMAT = 2
+__all__ = [
+    "FACTS",
+    "FOLDERS",
+    "FORMAT",
+    "MANIFEST",
+    "NAME",
+    "THINNED",
+    "BlockFacts",
+    "CheckpointManifest",
+    "ChunkFacts",
+    "DataFacts",
+    "DataPosition",
+    "FileFacts",
+    "FileGroup",
+    "Json",
+    "LedgerFacts",
+    "PieceFacts",
+    "SaveFacts",
+    "ShardFacts",
+    "StateFacts",
+    "TensorFacts",
+    "TensorTable",
+    "check_marker",
+    "checkpoint_name",
+    "checkpoint_order",
+    "is_thinned",
+    "list_checkpoints",
+    "manifest_sha256",
+    "manifest_text",
+    "mark_thinned",
+    "read_manifest",
+    "seal",
+]
+
+FORMAT = 3
 NAME = re.compile(r"ckpt_(\d{3,})(?:_step_(\d{6,}))?")
 MANIFEST = "manifest.json"
 THINNED = "thinned.json"
-FOLDERS = ("model", "optimizer")
-
-Json = dict[str, Any]
-Loss = Annotated[float, PlainSerializer(lambda loss: loss if math.isfinite(loss) else str(loss))]
-"""A loss may be NaN, for which JSON has no number: written as `"nan"`."""
-
-
-class TensorFacts(TypedDict):
-    """A whole tensor of the training state."""
-
-    shape: list[int]
-    dtype: str
+SETTLED_SECONDS = 2.0
+"""Age from which a file's times tell whether it was changed: file systems count in ticks."""
+KNOWN_MANIFESTS = 4
+"""Manifests that are kept in memory: those that a start looks at."""
 
 
-class BlockFacts(TypedDict):
-    """A block of a global tensor in a shard file."""
-
-    offsets: list[int]
-    shape: list[int]
-    sha256: str
+def _set_fields(part: BaseModel) -> Json:
+    # What a part does not say is not written as null: the hash is that of what is there.
+    return part.model_dump(exclude_unset=True)
 
 
-def _in_place(problem: Callable[[Json], str]) -> GetPydanticSchema:
-    """Validate a large table by its `problem` ("" for none), without copying it."""
-
-    def check(table: Any) -> Any:
-        text = problem(table) if isinstance(table, dict) else "is not an object"
-        if text:
-            raise ValueError(text)
-        return table
-
-    return GetPydanticSchema(lambda *_: no_info_plain_validator_function(check))
-
-
-def _lacking(*keys: str) -> Callable[[Json], str]:
-    values = itemgetter(*keys, "shape")
-
-    def problem(table: Json) -> str:
-        for name, facts in table.items():
-            try:
-                if isinstance(values(facts)[-1], list):
-                    continue
-            except (LookupError, TypeError):
-                pass
-            return f"lacks {', '.join(keys)} of {name[:100]!a}"
-        return ""
-
-    return problem
-
-
-def _not_texts(table: Json) -> str:
-    return "" if set(map(type, table.values())) <= {str} else "holds more than texts"
-
-
-def _file_name(name: str) -> str:
-    # Names come from the file: no path may lead out of the checkpoint.
-    parts = PurePosixPath(name).parts
-    if (
-        not name.isprintable()
-        or len(parts) != 2
-        or parts[0] not in FOLDERS
-        or ".." in parts
-        or name != "/".join(parts)
-    ):
-        raise ValueError(f"names {name[:100]!a}, outside the checkpoint's folders")
-    return name
-
-
-FileName = Annotated[str, AfterValidator(_file_name)]
-
-
-class _Facts(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="allow", defer_build=True)
-
-
-class FileFacts(_Facts):
-    """A shard file as a whole."""
-
-    bytes: Count
-    sha256: str
-
-
-class ShardFacts(_Facts):
-    """What a shard file holds."""
-
-    header_sha256: str
-    tensors: Annotated[dict[str, BlockFacts], _in_place(_lacking("offsets", "sha256", "shape"))]
-
-
-class StateFacts(_Facts):
-    """Layout-independent digests of the training state."""
-
-    root: str
-    digests: Annotated[dict[str, str], _in_place(_not_texts)]
-
-
-class ChunkFacts(_Facts):
-    """Name and content of a chunk."""
-
-    name: str
-    sha256: str
-
-
-class DataPosition(_Facts):
-    """Position in the data: whole chunks consumed, then steps in the next one."""
-
-    consumed: Count
-    step_in_chunk: Count = 0
-    order: tuple[ChunkFacts, ...] = ()
-
-
-class DataFacts(_Facts):
-    """The data folder that the run reads."""
-
-    manifest: str | None = None
-    manifest_sha256: str | None = None
-    tokenizer_sha256: str | None = None
-    vocab_size: int | None = None
-    sequence_length: int | None = None
-
-
-class SaveFacts(_Facts):
-    """What a run says of a checkpoint: all of the manifest but the files."""
-
-    step: Count
-    adam_steps: Count
-    consumed_tokens: Count
-    chunks: DataPosition
-    config: Json
-    data: DataFacts
-    attempt: Count = 0
-    loss: Loss | None = None
-    held_out_loss: Loss | None = None
-    lr: float | None = None
-    guard: Json | None = None
-    """State of the guards by their names."""
-    parent: Json | None = None
-    """The stage before, and how this one took over from it."""
-    identity: Json | None = None
-    """What may not change when the run is resumed."""
-    probe: Json | None = None
-    """The forward check's answer."""
-    layout: Json | None = None
-    environment: Json | None = None
-    fencing_token: Count | None = None
-
-
-class CheckpointManifest(SaveFacts):
-    """Content of a checkpoint's `manifest.json`."""
-
-    format: Count
-    name: str
-    saved: str | None = None
-    tensors: dict[str, Annotated[dict[str, TensorFacts], _in_place(_lacking("shape"))]]
-    files: dict[FileName, FileFacts]
-    shards: dict[str, ShardFacts] = {}
-    state: StateFacts | None = None
-    self_sha256: str
-
-    @model_validator(mode="after")
-    def _check_shards(self) -> Self:
-        # Format 1 describes files only as a whole.
-        if self.format > 1 and set(self.shards) != set(self.files):
-            raise ValueError("shards are not those of its files")
-        return self
-
-    @property
-    def total_bytes(self) -> int:
-        """Size of all shard files."""
-        return sum(file.bytes for file in self.files.values())
-
-    def shapes(self, folder: str) -> dict[str, list[int]]:
-        """Return the shape of every tensor of `model` or `optimizer`."""
-        return {name: facts["shape"] for name, facts in self.tensors.get(folder, {}).items()}
-
-
-_dumps = partial(json.dumps, sort_keys=True, default=dict)
+_dumps = partial(json.dumps, sort_keys=True, default=_set_fields)
 
 
 def seal(content: Json) -> Json:
@@ -237,8 +121,26 @@ def seal(content: Json) -> Json:
 
 
 def _content_sha256(content: Json) -> str:
-    content = {key: value for key, value in content.items() if key != "self_sha256"}
-    return sha256(_dumps(content, separators=(",", ":")).encode()).hexdigest()
+    found = sha256()
+    for text in _canonical({key: value for key, value in content.items() if key != "self_sha256"}):
+        found.update(text.encode())
+    return found.hexdigest()
+
+
+def _canonical(content: Json, depth: int = 2) -> Iterator[str]:
+    """Yield `_dumps(content, separators=(",", ":"))` in parts.
+
+    One call for all of a large manifest would keep every other thread from running meanwhile.
+    """
+    yield "{"
+    for number, key in enumerate(sorted(content)):
+        value = content[key]
+        yield f"{',' if number else ''}{json.dumps(key)}:"
+        if depth > 1 and isinstance(value, dict) and set(map(type, value)) <= {str}:
+            yield from _canonical(value, depth - 1)
+        else:
+            yield _dumps(value, separators=(",", ":"))
+    yield "}"
 
 
 def manifest_text(content: Json) -> str:
@@ -255,19 +157,82 @@ def checkpoint_name(chunks_consumed: int, step: int | None = None) -> str:
     return f"ckpt_{chunks_consumed:03d}" + ("" if step is None else f"_step_{step:06d}")
 
 
-def read_manifest(path: Path) -> CheckpointManifest:
+class _Known(NamedTuple):
+    """A manifest that was read, and the sha256 of its file."""
+
+    manifest: CheckpointManifest
+    file_sha256: str
+
+
+class _KnownManifests:
+    """Manifests by the identity of their file, the last few of them; thread-safe."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[int, ...], _Known] = {}
+        self._lock = threading.Lock()
+
+    def read(self, path: Path, fresh: bool) -> _Known:
+        identity = None if fresh else _identity(path / MANIFEST)
+        with self._lock:
+            if identity in self._known:
+                # The one that was used last is the last to be forgotten.
+                found = self._known[identity] = self._known.pop(identity)
+                return found
+
+        found = _read(path)
+        if identity is not None and identity == _identity(path / MANIFEST):
+            with self._lock:
+                self._known[identity] = found
+                while len(self._known) > KNOWN_MANIFESTS:
+                    self._known.pop(next(iter(self._known)))
+        return found
+
+
+_known_manifests = _KnownManifests()
+
+
+def _identity(file: Path) -> tuple[int, ...] | None:
+    """Return what changes with a file's content; None when that is not certain."""
+    try:
+        facts = os.stat(file)
+    except OSError:
+        return None
+    # Two writes within one tick of the file system's clock leave the same times.
+    if time.time() - facts.st_ctime < SETTLED_SECONDS:
+        return None
+    return (facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns)
+
+
+def read_manifest(path: Path, fresh: bool = False) -> CheckpointManifest:
     """Read and validate the manifest of checkpoint directory `path`.
 
+    A file that did not change since this process read it is not read again, unless `fresh`.
     Raises CheckpointError when it is missing, broken or of a newer format.
     """
     # A link under a new name would make an old state pass for a newer one.
-    if NAME.fullmatch(path.name) and path.is_symlink():
+    if NAME.fullmatch(path.name) and is_link_retried(path):
         raise CheckpointError(
             f"{path}: is a symbolic link; a checkpoint must be a real directory of its run"
         )
 
+    manifest = _known_manifests.read(path, fresh).manifest
+    if NAME.fullmatch(path.name) and manifest.name != path.name:
+        raise CheckpointError(
+            f"{path}: {MANIFEST} belongs to {ascii(manifest.name)[1:-1][:100]}; restore the "
+            "directory's name"
+        )
+    return manifest
+
+
+def manifest_sha256(path: Path) -> str:
+    """Return the sha256 of the manifest file of checkpoint `path`, like `read_manifest`."""
+    return _known_manifests.read(path, fresh=False).file_sha256
+
+
+def _read(path: Path) -> _Known:
     try:
-        content = read_json(path / MANIFEST)
+        text = read_plain_file(path / MANIFEST)
+        content = parse_json(text)
     except OSError as error:
         raise CheckpointError(f"{path}: {MANIFEST} cannot be read ({error.strerror})") from None
     except ValueError as error:
@@ -293,12 +258,29 @@ def read_manifest(path: Path) -> CheckpointManifest:
     except ValidationError as error:
         raise CheckpointError(f"{path / MANIFEST}: {first_mistake(error)}") from None
 
-    if NAME.fullmatch(path.name) and manifest.name != path.name:
-        raise CheckpointError(
-            f"{path}: {MANIFEST} belongs to {ascii(manifest.name)[1:-1][:100]}; restore the "
-            "directory's name"
-        )
-    return manifest
+    if (problem := _state_problem(manifest)) is not None:
+        raise CheckpointError(f"{path / MANIFEST}: {problem}")
+    return _Known(manifest, sha256(text).hexdigest())
+
+
+def _state_problem(manifest: CheckpointManifest) -> str | None:
+    """Return what contradicts the state's root, which covers digests, step and updates."""
+    state = manifest.state
+    if state is None:
+        return None
+    root = state_root(state.digests, manifest.step, manifest.adam_steps)
+    if root == state.root:
+        return None
+    return (
+        f"step {manifest.step}, adam_steps {manifest.adam_steps} and the digests have root "
+        f"{root}, the manifest's is {state.root[:64]!a}; it was changed or damaged"
+    )
+
+
+def checkpoint_order(name: str) -> tuple[int, int]:
+    """Return what sorts the names of checkpoints: chunks consumed, then the step within one."""
+    match = NAME.fullmatch(name)
+    return (int(match[1]), int(match[2] or 0)) if match else (-1, 0)
 
 
 def list_checkpoints(directory: Path) -> list[Path]:
@@ -306,19 +288,19 @@ def list_checkpoints(directory: Path) -> list[Path]:
 
     Sorted by chunks consumed, then by step.
     """
-    if not directory.is_dir():
+    if not is_folder_retried(directory):
         return []
     found = []
-    for path in directory.iterdir():
+    for path in list_retried(directory):
         match = NAME.fullmatch(path.name)
-        if match and path.is_dir():
+        if match and is_folder_retried(path):
             found.append(((int(match[1]), int(match[2] or 0)), path))
     return [path for _, path in sorted(found)]
 
 
 def is_thinned(path: Path) -> bool:
     """Whether the optimizer state was removed on purpose."""
-    return (path / THINNED).exists()
+    return exists_retried(path / THINNED)
 
 
 def mark_thinned(path: Path, manifest: CheckpointManifest) -> None:

@@ -13,21 +13,27 @@ Alternatives considered:
 import shutil
 import time
 from contextlib import suppress
+from fnmatch import fnmatch
 from pathlib import Path
 from threading import Lock
 
 from k2train import fault_injection
 from k2train.checkpoint.manifest import (
+    FACTS,
     NAME,
     is_thinned,
     list_checkpoints,
     mark_thinned,
     read_manifest,
 )
-from k2train.errors import CheckpointError
+from k2train.errors import CheckpointError, UnavailableError
+from k2train.retry import is_folder_retried, list_retried
 
 REMAIN = 2
 """Number of verified complete checkpoints that must be newer than anything removed."""
+
+ON_DEMAND_AT_ONCE = REMAIN + 1
+"""Checkpoints inside chunks that exist at once: those that remain, and the one being written."""
 
 
 def is_on_demand(path: Path) -> bool:
@@ -104,12 +110,12 @@ class Retention:
             (_thin, path) for path in old if is_thinned(path) or self._is_replaced(path, paths)
         ]
 
-        problem: OSError | None = None
+        problem: OSError | UnavailableError | None = None
         # Try all of them: one that cannot be removed must not block the others.
         for action, path in actions:
             try:
                 action(path)
-            except OSError as error:
+            except (OSError, UnavailableError) as error:
                 problem = problem or error
 
         if problem is not None:
@@ -135,18 +141,29 @@ def _expire(path: Path) -> None:
 
 def _thin(path: Path) -> None:
     if is_thinned(path):
-        shutil.rmtree(path / "optimizer", ignore_errors=True)
+        _remove_states(path)
         return
 
     try:
-        manifest = read_manifest(path)
+        manifest = read_manifest(path, fresh=True)
     except CheckpointError:
         # It was damaged in the meantime. Keep the rest, somebody may still need it.
         return
 
     mark_thinned(path, manifest)
     fault_injection.point("retire.marked")
+    _remove_states(path)
+
+
+def _remove_states(path: Path) -> None:
+    """Remove the optimizer files of a thinned checkpoint, and the side files about them."""
     shutil.rmtree(path / "optimizer", ignore_errors=True)
+    if (path / "optimizer").exists():
+        # The next start tries again; until then the side files say what is left.
+        return
+    for file in (path / FACTS).glob("*optimizer-*.json"):
+        with suppress(OSError):
+            file.unlink()
 
 
 def remove_unfinished(directory: Path) -> list[str]:
@@ -156,7 +173,9 @@ def remove_unfinished(directory: Path) -> list[str]:
     tidying decides over no start. The caller holds the run's lock.
     """
     removed = []
-    for path in sorted(directory.glob("ckpt_*.tmp")):
+    for path in list_retried(directory) if is_folder_retried(directory) else []:
+        if not fnmatch(path.name, "ckpt_*.tmp"):
+            continue
         with suppress(OSError):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)

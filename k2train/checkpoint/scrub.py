@@ -19,6 +19,7 @@ from k2train.checkpoint.save_events import SaveEvents
 from k2train.checkpoint.shards import drop_caches
 from k2train.checkpoint.verify import has_bad_block, verify_checkpoint
 from k2train.errors import CheckpointError, UnavailableError
+from k2train.retry import exists_retried
 
 
 class Scrubber:
@@ -76,7 +77,7 @@ class Scrubber:
             self._report_damage(path, str(error))
         except (CheckpointError, OSError) as error:
             # The saving thread may have thinned or dropped it in the meantime.
-            if path.exists() and is_thinned(path) == thinned:
+            if exists_retried(path) and is_thinned(path) == thinned:
                 self.verified.mark_damaged(path.name)
                 self._report_damage(path, str(error))
         else:

@@ -1,58 +1,72 @@
 """Checkpoint verification: manifest, every file, header and tensor, no stray shard. No torch.
 
-- Only the bytes that a manifest names are read, each once. Tensors are hashed in several threads.
+- Only the bytes that a manifest names are read, each once. Files and tensors are hashed in several
+  threads.
 - Damage is reported by file and tensor.
+- An audit checks the SHA-256 of each file besides the hashes of its pieces. A save's read-back
+  looks for accidents and leaves it out.
 """
 
+import errno
 import os
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from math import prod
 from pathlib import Path
+from typing import NamedTuple
 
 from k2train.checkpoint.manifest import (
     FOLDERS,
     MANIFEST,
     CheckpointManifest,
     FileFacts,
+    PieceFacts,
     ShardFacts,
     check_marker,
     is_thinned,
     list_checkpoints,
     read_manifest,
 )
+from k2train.checkpoint.piece_check import (
+    PROGRESS_BYTES,
+    Damage,
+    check_blocks,
+    pieces_of,
+)
 from k2train.checkpoint.shards import DTYPES, THREADS, Extent, read_header
+from k2train.checkpoint.side_files import FileTable, read_pieces
 from k2train.errors import CheckpointError, UnavailableError
-from k2train.retry import is_bad_block, retried
+from k2train.retry import is_bad_block, is_folder_retried, list_retried, retried
 
 READ_BYTES = 1 << 20
 """Bytes hashed at once: still in the core's cache after the read."""
 READAHEAD_BYTES = 1 << 23
 """Bytes requested from the disk beyond those, so that it works while they are hashed."""
-PROGRESS_BYTES = 1 << 26
-"""A slow disk reads as much within any timeout."""
 
 
-def expected_files(path: Path, manifest: CheckpointManifest) -> list[str]:
-    """Names of the files that must exist, sorted. A thinned checkpoint needs no optimizer files.
+def folders_of(path: Path) -> tuple[str, ...]:
+    """Folders whose files must exist: a thinned checkpoint needs no optimizer files."""
+    return FOLDERS[:1] if is_thinned(path) else FOLDERS
 
-    Raises CheckpointError for a shard that exists but is not in the manifest, since a reader would
-    load its tensors too, and for a damaged marker.
+
+def check_folders(path: Path, manifest: CheckpointManifest, table: FileTable) -> None:
+    """Check that no folder holds a shard beside those of `table`, and the thinning marker.
+
+    A reader would load the tensors of a stray shard, too. Raises CheckpointError, UnavailableError.
     """
     for folder in FOLDERS:
-        for file in sorted((path / folder).glob("*")):
+        inside = path / folder
+        there = [file.name for file in list_retried(inside)] if is_folder_retried(inside) else []
+        known = table.names(folder) if there else set()
+        for name in sorted(there):
             # A stray shard would be read by any reader that lists the folder.
-            if f"{folder}/{file.name}" not in manifest.files:
-                raise CheckpointError(
-                    f"{path}: {folder}/{file.name} is not in the manifest; remove it"
-                )
+            if f"{folder}/{name}" not in known:
+                raise CheckpointError(f"{path}: {folder}/{name} is not in the manifest; remove it")
 
-    skip = is_thinned(path)
-    if skip:
+    if is_thinned(path):
         check_marker(path, manifest)
-    return sorted(name for name in manifest.files if not (skip and name.startswith("optimizer/")))
 
 
 def no_progress() -> None:
@@ -62,31 +76,72 @@ def no_progress() -> None:
 def verify_files(
     path: Path,
     manifest: CheckpointManifest,
-    names: Iterable[str],
+    files: Mapping[str, FileFacts],
     threads: int = THREADS,
     progress: Callable[[], None] = no_progress,
+    audit: bool = False,
+    fresh: bool = False,
 ) -> None:
-    """Check size, header and every tensor of `names` in several threads.
+    """Check size, header and every tensor of `files` in several threads.
 
-    `progress` is called about once a `PROGRESS_BYTES` of what was hashed, in any thread.
+    - `audit` also checks the SHA-256 of whole files.
+    - `fresh` reads side files even if they are known.
+    - `progress` is called about once a `PROGRESS_BYTES` of what was hashed, in any thread.
+
     Raises CheckpointError naming the first file and tensor that differ.
     """
-    names = list(names)
-    root = path.resolve()
-    for name in names:
+    tasks: list[_Task] = []
+    for name, facts, shard, extents in check_headers(path, manifest, files, fresh, progress):
+        tasks += _tasks(path / name, name, facts, shard, extents, audit)
+
+    problem = _first_problem(tasks, threads, progress)
+    if problem is not None:
+        raise CheckpointError(f"{path}: {problem}")
+
+
+def check_headers(
+    path: Path,
+    manifest: CheckpointManifest,
+    files: Mapping[str, FileFacts],
+    fresh: bool = False,
+    progress: Callable[[], None] = no_progress,
+) -> "list[tuple[str, FileFacts, PieceFacts | ShardFacts | None, list[Extent]]]":
+    """Check size and header of every file; return (name, facts, what it holds, extents of blocks).
+
+    `fresh` reads side files even if they are known; `progress` is called after each file. A file of
+    format 1 has neither facts of its blocks nor extents. Raises CheckpointError, UnavailableError.
+    """
+    root, found = path.resolve(), []
+    for name, facts in files.items():
         # A link inside the checkpoint could point out of it.
         if not (path / name).resolve().is_relative_to(root):
             raise CheckpointError(f"{path}: the manifest names {name}, outside the checkpoint")
-    problem = _first_problem(path, manifest, names, threads, progress)
-    if problem is not None:
-        raise CheckpointError(f"{path}: {problem}")
+
+        problem, extents = _size_problem(path / name, facts), list[Extent]()
+        if problem is None:
+            shard = read_pieces(path, manifest, name, facts, fresh)
+            if shard is not None:
+                problem, extents = _layout_problem(path / name, shard, facts.bytes)
+        if problem is not None:
+            raise CheckpointError(f"{path}: {name} {problem}")
+        found.append((name, facts, shard, extents))
+        progress()
+    return found
 
 
 def has_bad_block(error: UnavailableError, path: Path) -> bool:
     """Return whether a file of checkpoint `path` itself cannot be read, while its file system
     answers: another manifest of the run can be read, or its own.
+
+    Raises nothing: a rank that asks has an error to tell the others.
     """
-    return any(is_bad_block(error, other / MANIFEST) for other in list_checkpoints(path.parent))
+    if error.number != errno.EIO:
+        return False
+    try:
+        beside = list_checkpoints(path.parent)
+    except (OSError, UnavailableError):
+        return False
+    return any(is_bad_block(error, other / MANIFEST) for other in beside)
 
 
 def verify_checkpoint(path: Path, threads: int = THREADS) -> CheckpointManifest:
@@ -94,8 +149,11 @@ def verify_checkpoint(path: Path, threads: int = THREADS) -> CheckpointManifest:
 
     Raises CheckpointError.
     """
-    manifest = read_manifest(path)
-    verify_files(path, manifest, expected_files(path, manifest), threads)
+    manifest = read_manifest(path, fresh=True)
+    table = FileTable(path, manifest, fresh=True)
+    files = table.shares(folders_of(path), 0, 1)
+    check_folders(path, manifest, table)
+    verify_files(path, manifest, files, threads, audit=True, fresh=True)
     return manifest
 
 
@@ -115,7 +173,9 @@ def _size_problem(path: Path, facts: FileFacts) -> str | None:
     return None if size == facts.bytes else f"has {size} bytes, the manifest says {facts.bytes}"
 
 
-def _layout_problem(path: Path, shard: ShardFacts, size: int) -> tuple[str | None, list[Extent]]:
+def _layout_problem(
+    path: Path, shard: PieceFacts | ShardFacts, size: int
+) -> tuple[str | None, list[Extent]]:
     """Describe what is wrong with a file's header, and return the extents of its tensors.
 
     Every byte of the file belongs to the header or to a tensor.
@@ -149,6 +209,11 @@ def _layout_problem(path: Path, shard: ShardFacts, size: int) -> tuple[str | Non
             )
 
         offset = extent.stop
+        if isinstance(shard, PieceFacts):
+            try:
+                pieces_of(shard, extent, 0, 0)
+            except Damage as error:
+                return f"is not what its side file says{error}", []
 
     if offset != size:
         return f"has {size - offset} bytes after its last tensor", []
@@ -180,53 +245,71 @@ def hash_range(
     return found.hexdigest()
 
 
+class _Task(NamedTuple):
+    """Bytes to read at a stretch: blocks of format 3, or a range with one SHA-256."""
+
+    file: Path
+    name: str
+    extents: list[Extent]
+    pieces: PieceFacts | None
+    sha256: str | None
+    """Of the whole file, or of the only block."""
+    size: int
+    """Of the file."""
+
+
+def _tasks(
+    file: Path,
+    name: str,
+    facts: FileFacts,
+    shard: PieceFacts | ShardFacts | None,
+    extents: list[Extent],
+    audit: bool,
+) -> list[_Task]:
+    if isinstance(shard, PieceFacts):
+        # One thread reads a file in order: the disk is the slower part.
+        return [_Task(file, name, extents, shard, facts.sha256 if audit else None, facts.bytes)]
+    if shard is not None:
+        return [
+            _Task(file, name, [e], None, shard.tensors[e.name]["sha256"], facts.bytes)
+            for e in extents
+        ]
+    # Format 1 has one hash per file.
+    return [_Task(file, name, [], None, facts.sha256, facts.bytes)]
+
+
+def _check(task: _Task, progress: Callable[[], None]) -> str | None:
+    """Read what the task names; describe what is wrong, else None."""
+    only = task.extents[0] if len(task.extents) == 1 else None
+    what = f"{task.name}: tensor {only.name}" if only is not None else task.name
+    try:
+        if task.pieces is not None:
+            check_blocks(task.file, task.extents, task.pieces, task.sha256, progress)
+            return None
+        start, stop = (0, task.size) if only is None else (only.start, only.stop)
+        found = retried(lambda: hash_range(task.file, start, stop, progress), task.file)
+    except Damage as error:
+        return f"{task.name}{error}"
+    except (OSError, EOFError) as error:
+        return f"{what} cannot be read ({getattr(error, 'strerror', None) or error})"
+
+    return (
+        None
+        if found == task.sha256
+        else f"{what} does not match its hash in the manifest; it was changed or damaged"
+    )
+
+
 def _first_problem(
-    path: Path,
-    manifest: CheckpointManifest,
-    names: Iterable[str],
-    threads: int,
-    progress: Callable[[], None],
+    tasks: Sequence[_Task], threads: int, progress: Callable[[], None]
 ) -> str | None:
-    """Describe the first bad file of `names` by file and tensor, else None.
-
-    A file without an entry in the manifest's shards is hashed as a whole.
-    """
-    tasks: list[tuple[str, str | None, int, int, str]] = []
-    for name in names:
-        facts, shard = manifest.files[name], manifest.shards.get(name)
-        problem = _size_problem(path / name, facts)
-        if problem is None and shard is not None:
-            # The header is checked at once, the tensors' bytes in threads below.
-            problem, extents = _layout_problem(path / name, shard, facts.bytes)
-            tasks += [
-                (name, p.name, p.start, p.stop, shard.tensors[p.name]["sha256"]) for p in extents
-            ]
-
-        if problem is not None:
-            return f"{name} {problem}"
-
-        if shard is None:
-            # Format 1 has one hash per file.
-            tasks.append((name, None, 0, facts.bytes, facts.sha256))
-
-    def check(task: tuple[str, str | None, int, int, str]) -> str | None:
-        name, tensor, start, stop, expected = task
-        what = "" if tensor is None else f": tensor {tensor}"
-        try:
-            found = retried(lambda: hash_range(path / name, start, stop, progress), path / name)
-        except OSError as error:
-            return f"{name}{what} cannot be read ({error.strerror or error})"
-        except EOFError as error:
-            return f"{name}{what} cannot be read ({error})"
-
-        return (
-            None
-            if found == expected
-            else f"{name}{what} does not match its hash in the manifest; it was changed or damaged"
-        )
-
     if threads == 1:
-        return next((problem for problem in map(check, tasks) if problem), None)
+        return next((p for p in (_check(task, progress) for task in tasks) if p), None)
 
     with ThreadPoolExecutor(threads) as pool:
-        return next((problem for problem in pool.map(check, tasks) if problem), None)
+        try:
+            found = pool.map(lambda task: _check(task, progress), tasks)
+            return next((problem for problem in found if problem), None)
+        finally:
+            # After the first problem the others are of no use.
+            pool.shutdown(wait=True, cancel_futures=True)

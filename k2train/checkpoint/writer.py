@@ -25,11 +25,13 @@ from pathlib import Path
 from threading import Event, Thread
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from k2train.checkpoint.commit import SaveJob, write_checkpoint
 from k2train.checkpoint.host_digest import host_digest_sums
-from k2train.checkpoint.manifest import SaveFacts, read_manifest
+from k2train.checkpoint.manifest import FOLDERS, SaveFacts, read_manifest
+from k2train.checkpoint.read_back import read_back
 from k2train.checkpoint.retention import (
     Retention,
     VerifiedCheckpoints,
@@ -38,15 +40,14 @@ from k2train.checkpoint.retention import (
 )
 from k2train.checkpoint.save_events import SaveEvents, SavePolicy
 from k2train.checkpoint.scrub import Scrubber
-from k2train.checkpoint.shards import drop_caches
 from k2train.checkpoint.snapshot import HostBuffers, Snapshot, snapshot
-from k2train.checkpoint.verify import expected_files, has_bad_block, verify_files
-from k2train.errors import CheckpointError, UnavailableError, UserError
+from k2train.errors import UnavailableError, UserError
 from k2train.parallel.agreement import Agreement, DiskRefused, SaveError
 from k2train.parallel.device_digest import StateDigest
 from k2train.parallel.grid import ProcessGrid
+from k2train.parallel.messages import FLAG, TEXTS
 from k2train.parallel.shard_layout import ShardLayout
-from k2train.retry import is_passing
+from k2train.retry import reason
 
 __all__ = [
     "CheckpointWriter",
@@ -60,6 +61,8 @@ __all__ = [
 RETRY_EVERY_SECONDS = 5.0
 IDLE_SECONDS = 0.5
 """Interval at which a thread that waits for a save calls `idle`."""
+_TOKEN: TypeAdapter[int | None] = TypeAdapter(int | None)
+"""What `_check_share` found."""
 
 
 class CheckpointWriter:
@@ -83,12 +86,20 @@ class CheckpointWriter:
         self._buffers = HostBuffers()
         self._digests: dict[int, StateDigest] = {}
         self._skip_verification = Event()
+        self._loaded: Path | None = None
+        """Checkpoint whose weights nobody has read yet."""
         self._thread: Thread | None = None
         self._error: BaseException | None = None
 
-    def mark_verified(self, path: Path) -> None:
-        """Count `path` as verified: it was checked when it was chosen for loading."""
-        self.verified.add(path.name)
+    def mark_loaded(self, path: Path) -> None:
+        """Count `path` as verified once its weights are, too: a load checks what it reads.
+
+        The next save reads them in the background, on all ranks. Older formats were checked whole.
+        """
+        if read_manifest(path).format > 2:
+            self._loaded = path
+        else:
+            self.verified.add(path.name)
 
     def snapshot(
         self, layout: ShardLayout, flat_shards: Mapping[str, Tensor], dtype: torch.dtype
@@ -158,7 +169,7 @@ class CheckpointWriter:
         digest = self._state_digest(snapshot)
 
         # The token is part of the temporary name, which must be the same on all ranks.
-        token = self._agreement.from_first(facts.fencing_token)
+        token = self._agreement.from_first(facts.fencing_token, _TOKEN)
         if token is not None:
             facts = facts.model_copy(update={"fencing_token": token})
 
@@ -170,6 +181,7 @@ class CheckpointWriter:
 
         if (problem := self._read_back(job)) is not None:
             self._rewrite(job, problem)
+        self._check_loaded()
 
         self._best_effort(
             self._retire,
@@ -182,7 +194,7 @@ class CheckpointWriter:
         found = self._digests.get(id(snapshot.layout))
         if found is None:
             own = [slot.param_slice.name for slot in snapshot.layout.slots]
-            names = sorted({name for part in self._agreement.all(own) for name in part})
+            names = sorted({name for part in self._agreement.distinct(own, TEXTS) for name in part})
             found = self._digests[id(snapshot.layout)] = StateDigest(
                 snapshot.layout, names, list(snapshot.flat_shards), self.grid.tp
             )
@@ -198,7 +210,7 @@ class CheckpointWriter:
             except DiskRefused as error:
                 self._remove_temporary(job)
                 # Rank 0 decides, so that all ranks retry or none does.
-                retry = self._agreement.from_first(self._may_retry(began))
+                retry = self._agreement.from_first(self._may_retry(began), FLAG)
                 if not retry:
                     raise
 
@@ -213,7 +225,7 @@ class CheckpointWriter:
 
                 if self.grid.rank == 0:
                     self._skip_verification.wait(self.retry_every_seconds)
-            except (UserError, SaveError):
+            except (UserError, SaveError, UnavailableError):
                 self._remove_temporary(job)
                 raise
 
@@ -230,7 +242,7 @@ class CheckpointWriter:
     def _best_effort(self, action: Callable[[], None], error_prefix: str) -> None:
         """Run a best-effort action on rank 0. Collective.
 
-        An OSError is logged with `error_prefix`.
+        An OSError or UnavailableError is logged with `error_prefix`.
         """
 
         def run() -> None:
@@ -238,9 +250,10 @@ class CheckpointWriter:
                 return
             try:
                 action()
-            except OSError as error:
+            except (OSError, UnavailableError) as error:
                 with suppress(OSError):
-                    self.events.message(f"{error_prefix}: {error.strerror or error}")
+                    why = reason(error, self.directory) if isinstance(error, OSError) else error
+                    self.events.message(f"{error_prefix}: {why}")
 
         self._agreement.do(run, lambda error: SaveError(f"{error_prefix}: {error}"))
 
@@ -252,12 +265,10 @@ class CheckpointWriter:
 
         None when it is intact or was not read.
         """
-        if self._agreement.from_first(self._skip_verification.is_set()):
+        if self._agreement.from_first(self._skip_verification.is_set(), FLAG):
             return None
 
-        told = self._agreement.all(self._check_share(job.final))
-        problem = next((text for text, away in told if text and not away), None)
-        away = next((text for text, away in told if away), None)
+        problem, away = read_back(job.final, FOLDERS, self.grid, self._agreement)
         if problem is None and away is not None:
             self._log(f"{job.name} is saved, but not verified, since it could not be read: {away}")
         elif problem is None:
@@ -269,26 +280,21 @@ class CheckpointWriter:
 
         return problem
 
-    def _check_share(self, path: Path) -> tuple[str, bool]:
-        """Verify the files that the next rank wrote: what is wrong ("" for nothing), and whether
-        that is only that nobody can read them for now.
+    def _check_loaded(self) -> None:
+        """Verify the weights of the checkpoint that was loaded, which a load does not read."""
+        path, self._loaded = self._loaded, None
+        if path is None or self._agreement.from_first(self._skip_verification.is_set(), FLAG):
+            return
 
-        On a cluster a rank's own files may still be in its node's memory.
-        """
-        rank, world_size = self.grid.rank, self.grid.layout.world_size
-        drop_caches(path)
-        try:
-            manifest = read_manifest(path)
-            names = expected_files(path, manifest)
-            verify_files(path, manifest, names[(rank + 1) % world_size :: world_size])
-        except CheckpointError as error:
-            return str(error), False
-        except UnavailableError as error:
-            return str(error), not has_bad_block(error, path)
-        except OSError as error:
-            return f"{path} cannot be read back ({error.strerror or error})", is_passing(error)
-
-        return "", False
+        problem, away = read_back(path, ("model",), self.grid, self._agreement)
+        if problem is not None:
+            self.verified.mark_damaged(path.name)
+            self._best_effort(
+                lambda: self.events.damaged(path, problem),
+                f"{path.name} is damaged, but this could not be recorded",
+            )
+        elif away is None:
+            self.verified.add(path.name)
 
     def _rewrite(self, job: SaveJob, problem: str) -> None:
         """Rewrite a damaged checkpoint from the snapshot.

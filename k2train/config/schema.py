@@ -22,6 +22,7 @@ from k2train.config.values import (
     Chunk,
     Count,
     Flag,
+    Interval,
     Length,
     Policy,
     Positive,
@@ -43,7 +44,8 @@ class RunConfig(Section):
 
     - `resume` is auto, must, never or a checkpoint's number.
     - `allow` names differences from the checkpoint that are permitted at a resume, although they
-      make it another run (`lr.peak`, `data`).
+      make it another run (`lr.peak`, `data`). `space`, `probe` and `faults` permit a start on a
+      disk that is too small, with a forward check that differs, and with faults on purpose.
     - A run is refused after `max_fruitless_starts` starts in a row that failed alike (0: never).
     """
 
@@ -178,14 +180,15 @@ class KernelsConfig(Section):
 class CheckpointConfig(Section):
     """Checkpoint frequency, retention and verification.
 
-    - Saves every `every_chunks` chunks and every `every_seconds` seconds (0: by chunk only).
+    - Saves every `every_chunks` chunks and every `every_seconds` seconds (0: by chunk only; auto:
+      as often as measured failures and saves make best).
     - `keep_optimizer_states`: how many to keep (0: all, otherwise at least two).
     - `retry_seconds`: how long a save is retried when the disk is full.
     - `verify_every_seconds`: how often an older checkpoint is read and checked again (0: never).
     """
 
     every_chunks: Positive = 1
-    every_seconds: Amount = 0.0
+    every_seconds: Interval = "auto"
     asynchronous: Flag = True
     keep_optimizer_states: Count = 5
     retry_seconds: Amount = 600.0

@@ -92,6 +92,18 @@ def _resume(value: Any) -> str | int:
     return number
 
 
+def _interval(value: Any) -> str | float:
+    if value == "auto":
+        return "auto"
+    try:
+        number = _number(value)
+    except ValueError:
+        number = -1.0
+    if number < 0:
+        raise _wrong("auto or a number of seconds from 0", value)
+    return number
+
+
 def _chunk(value: Any) -> str | int:
     if isinstance(value, str):
         return _text(value)
@@ -117,6 +129,7 @@ Flag = Annotated[bool, BeforeValidator(_flag)]
 Text = Annotated[str, BeforeValidator(_text)]
 RunName = Annotated[str, BeforeValidator(_run_name)]
 Resume = Annotated[Literal["auto", "must", "never"] | int, BeforeValidator(_resume)]
+Interval = Annotated[Literal["auto"] | float, BeforeValidator(_interval)]
 Length = Annotated[int, BeforeValidator(_whole), Field(ge=2)]
 Chunk = Annotated[str | int, BeforeValidator(_chunk)]
 Policy = Annotated[Literal["alert"], BeforeValidator(_policy)]

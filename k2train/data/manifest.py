@@ -19,6 +19,7 @@ from pydantic import ConfigDict, Field, StrictBool
 from k2train.errors import DataError
 from k2train.files import AtomicFile
 from k2train.json_record import Count, Number, Positive, Record, Text, Whole
+from k2train.retry import is_folder_retried
 from k2train.safe_json import parse_json, read_plain_file
 
 FORMAT = "k2train-chunks-1"
@@ -171,7 +172,7 @@ def read_manifest(path: str | Path) -> Manifest:
     is named twice, or when a file is outside the folder.
     """
     path = Path(path)
-    path = path / MANIFEST_NAME if path.is_dir() else path
+    path = path / MANIFEST_NAME if is_folder_retried(path) else path
     try:
         content = read_plain_file(path, MAX_MANIFEST_BYTES)
     except (OSError, ValueError) as error:

@@ -13,6 +13,7 @@ from k2train.data.manifest import MAX_MANIFEST_BYTES, Manifest
 from k2train.errors import DataError
 from k2train.files import sha256_file
 from k2train.json_record import Record
+from k2train.retry import is_file_retried
 from k2train.safe_json import read_json
 
 SOURCES_NAME = "sources.json"
@@ -97,7 +98,7 @@ def read_sources(manifest: Manifest) -> Sources:
     if recorded is None:
         return Sources(training=(), held_out=())
 
-    if not path.is_file() or sha256_file(path) != recorded:
+    if not is_file_retried(path) or sha256_file(path) != recorded:
         raise DataError(
             f"{path}: missing, or not the file {manifest.path} was written with; fetch it again"
         )

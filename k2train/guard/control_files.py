@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from k2train.errors import RunError
+from k2train.retry import exists, exists_retried
 
 Name = Literal["STOP", "SAVE"]
 
@@ -35,9 +36,9 @@ class ControlFiles:
         Also None when the directory cannot be read, because the run continues then.
         """
         with suppress(OSError):
-            if self._stop.exists():
+            if exists(self._stop):
                 return "STOP"
-            if self._save.exists():
+            if exists(self._save):
                 return "SAVE"
         return None
 
@@ -54,7 +55,7 @@ class ControlFiles:
 
     def refuse_start(self) -> None:
         """Raise RunError when a STOP file exists before the start."""
-        if self._stop.exists():
+        if exists_retried(self._stop):
             raise RunError(
                 f"{self._stop} asks this run not to start; remove the file, then start again"
             )

@@ -6,6 +6,7 @@
 - Steps without a checkpoint do not count, because they will be repeated.
 - A requested stop that saved nothing newer neither counts as a failure nor resets the count. A file
   system that did not answer is not the run's failure either.
+- A start that saved on the way to the step at which it fails like the one before made no progress.
 - Alike is the same problem at the same step, without the numbers in its words: which rank dies
   first is chance. A run that others interrupt, each time elsewhere, goes on and is told that it
   saves too seldom.
@@ -19,7 +20,6 @@ Alternatives considered:
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import takewhile
 from pathlib import Path
 
 from k2train.errors import RunError
@@ -145,31 +145,69 @@ def check_progress(entries: Sequence[Entry], limit: int, directory: Path) -> str
 
     Returns what to tell of as many that failed each time elsewhere; "" for fewer.
     """
-    streak = fruitless_starts(entries)
-    if limit == 0 or len(streak) < limit:
+    attempts, streak = attempts_of(entries), fruitless_starts(entries)
+    failed = [attempt for attempt in attempts if not attempt.was_requested]
+    if limit == 0 or len(failed) < limit:
+        return ""
+
+    latest = attempts[-1]
+    got_on = latest.was_requested and latest.saved_step > latest.start_step
+    others = len({attempt.failure[0] for attempt in failed[-limit:]}) > 1
+    if len(streak) < limit and (got_on or others):
+        # Nothing can be alike, so the metrics need not be read.
         return ""
 
     # Without an error message only the metrics know how far a start came.
-    steps = last_steps(directory / "metrics.jsonl", streak[0].number)
-    for attempt in streak:
+    first = min(attempt.number for attempt in (*streak, *failed[-limit:]))
+    steps = last_steps(directory / "metrics.jsonl", first)
+    for attempt in (*attempts, *streak):
         attempt.last_step = max(attempt.last_step, steps.get(attempt.number, 0))
 
-    furthest = max(attempt.start_step for attempt in streak)
-    alike = list(takewhile(lambda a: a.failure == streak[-1].failure, reversed(streak)))
+    alike = _failed_alike(attempts)
+    if len(alike) == 1 and not alike[0].is_fruitless:
+        # A single start that saved got on, wherever it ended: nothing was alike yet.
+        alike = []
     if len(alike) < limit:
+        if len(streak) < limit:
+            return ""
+        furthest = max(attempt.start_step for attempt in streak)
         ends = ", ".join(str(attempt.failure[1]) for attempt in streak[-SHOWN:])
         return (
             f"the last {len(streak)} starts saved nothing after step {furthest}; they ended each "
             f"time elsewhere (last at steps {ends}), so this one goes on: it is interrupted more "
-            "often than it saves; lower checkpoint.every_seconds"
+            "often than it saves"
         )
 
     starts = "1 start" if len(alike) == 1 else f"{len(alike)} starts in a row"
+    furthest = max(max(attempt.start_step, attempt.saved_step) for attempt in alike)
     raise RunError(
-        f"{starts} got no further than step {furthest} (last: {_describe_end(streak[-1])}); look "
+        f"{starts} got no further than step {furthest} (last: {_describe_end(alike[-1])}); look "
         f"at {directory}/ledger.jsonl and the output of the last start, then start with "
         "run.max_fruitless_starts=0"
     )
+
+
+def _failed_alike(attempts: Sequence[Attempt]) -> list[Attempt]:
+    """Consecutive latest starts that failed alike, oldest first.
+
+    Also those that saved on the way to the step at which all of them fail: they do not get past it.
+    """
+    found: list[Attempt] = []
+    for attempt in reversed(attempts):
+        problem, step = attempt.failure
+        if attempt.was_requested:
+            # A stop on request ends the row if it came further.
+            if attempt.saved_step > attempt.start_step and not (
+                found and attempt.last_step < found[0].failure[1]
+            ):
+                break
+        elif (found and (problem, step) != found[0].failure) or not (
+            attempt.is_fruitless or step > attempt.saved_step
+        ):
+            break
+        else:
+            found.append(attempt)
+    return found[::-1]
 
 
 def _describe_end(attempt: Attempt) -> str:

@@ -11,6 +11,8 @@ Alternatives considered:
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from k2train.json_record import Count
+
 Decision = Literal["apply", "skip", "stop"]
 
 
@@ -19,8 +21,8 @@ class NonFiniteCounter:
     """Counts non-finite steps; `limit` in a row stop the run, also with a restart between them."""
 
     limit: ClassVar[int] = 3
-    in_a_row: int = 0
-    total: int = 0
+    in_a_row: Count = 0
+    total: Count = 0
 
     def observe(self, finite: bool) -> Decision:
         """Return `apply` for a finite step, else `skip`, or `stop` from the `limit`-th in a row."""

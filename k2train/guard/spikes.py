@@ -16,9 +16,14 @@ Alternatives considered:
 """
 
 import math
+import sys
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator
+
+from k2train.json_record import Count, Positive
 
 WINDOW = 256
 ARMED_AT = 64
@@ -36,6 +41,75 @@ CLASSIFY_SD = 3.0
 MAD_TO_SD = 1.4826
 
 
+def _finite(value: Any) -> Any:
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise ValueError(f"must be a number, is {repr(value)[:60]}")
+    return value
+
+
+def _log_of_norm(value: Any) -> Any:
+    if _finite(value) > math.log(sys.float_info.max):
+        raise ValueError(f"must be the logarithm of a number, is {repr(value)[:60]}")
+    return value
+
+
+def _spread(value: Any) -> Any:
+    if _finite(value) <= 0:
+        raise ValueError(f"must be a number above 0, is {repr(value)[:60]}")
+    return value
+
+
+# Checked where a state is read from a checkpoint.
+Finite = Annotated[float, BeforeValidator(_finite)]
+LogNorm = Annotated[float, BeforeValidator(_log_of_norm)]
+Spread = Annotated[float, BeforeValidator(_spread)]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What was usual before an event: medians and spreads of loss and log gradient norm."""
+
+    loss: Finite
+    loss_sd: Spread
+    log_grad: LogNorm
+    log_grad_sd: Spread
+
+
+@dataclass
+class OpenEvent:
+    """An event that has begun: its first step, what was usual, and its steps so far."""
+
+    onset: Positive
+    center: Reference
+    losses: list[Finite]
+    """Of the last `CLASSIFY_RECENT` steps, like `log_grads`."""
+    log_grads: list[LogNorm]
+    count: Positive
+    quiet: Count
+    """Steps whose gradient norm is nearly usual although the loss is high."""
+    peak_loss: Finite
+    peak_log_grad: LogNorm
+
+    def __post_init__(self) -> None:
+        kept = min(self.count, CLASSIFY_RECENT)
+        if not len(self.losses) == len(self.log_grads) == kept or self.quiet > self.count:
+            raise ValueError(
+                f"an open event of {self.count} steps has {len(self.losses)} losses, "
+                f"{len(self.log_grads)} norms and {self.quiet} quiet steps"
+            )
+
+    def add(self, loss: float, log_grad: float) -> None:
+        """Count one more step."""
+        self.losses = [*self.losses, loss][-CLASSIFY_RECENT:]
+        self.log_grads = [*self.log_grads, log_grad][-CLASSIFY_RECENT:]
+        self.count += 1
+
+        usual = self.center
+        self.quiet += (log_grad - usual.log_grad) / usual.log_grad_sd < QUIET_Z
+        self.peak_loss = max(self.peak_loss, loss)
+        self.peak_log_grad = max(self.peak_log_grad, log_grad)
+
+
 @dataclass
 class SpikeAlert:
     """Detects loss spikes: `observe` returns the events that a step opened or closed.
@@ -43,15 +117,22 @@ class SpikeAlert:
     Its fields are plain JSON for a checkpoint: a restart raises the same alarms.
     """
 
-    losses: list[float] = field(default_factory=list)
-    log_grads: list[float] = field(default_factory=list)
-    open: dict[str, Any] | None = None
+    losses: list[Finite] = field(default_factory=list)
+    log_grads: list[LogNorm] = field(default_factory=list)
+    open: OpenEvent | None = None
     """The open event and its frozen reference."""
+
+    def __post_init__(self) -> None:
+        if len(self.losses) != len(self.log_grads) or len(self.losses) > WINDOW:
+            raise ValueError(
+                f"a window of {WINDOW} steps has {len(self.losses)} losses and "
+                f"{len(self.log_grads)} norms"
+            )
 
     @property
     def open_since(self) -> int | None:
         """First step of the open event, or None. Checkpoints from before it are worth keeping."""
-        return None if self.open is None else int(self.open["onset"])
+        return None if self.open is None else self.open.onset
 
     def observe(self, step: int, loss: float, grad_norm: float) -> list[dict[str, Any]]:
         """Observe one applied step (loss in nat per token, gradient norm before clipping).
@@ -65,7 +146,7 @@ class SpikeAlert:
         loss = float(loss)
         log_grad = math.log(max(float(grad_norm), 1e-30))
         if self.open is not None:
-            return self._continue_event(step, loss, log_grad)
+            return self._continue_event(self.open, step, loss, log_grad)
 
         if len(self.losses) >= ARMED_AT:
             loss_median, loss_sd = _center_and_spread(self.losses, LOSS_FLOOR_NAT)
@@ -75,24 +156,11 @@ class SpikeAlert:
             grad_z = (log_grad - grad_median) / grad_sd
             if loss_z > LOSS_Z or grad_z > GRAD_Z:
                 # The frozen reference of the event, from before its first step.
-                center = {
-                    "loss": loss_median,
-                    "loss_sd": loss_sd,
-                    "log_grad": grad_median,
-                    "log_grad_sd": grad_sd,
-                }
-                self.open = {
-                    "onset": step,
-                    "center": center,
-                    "losses": [],
-                    "log_grads": [],
-                    "count": 0,
-                    "quiet": 0,
-                }
-                self.open |= {"peak_loss": loss, "peak_log_grad": log_grad}
-                self._add_to_event(loss, log_grad)
+                usual = Reference(loss_median, loss_sd, grad_median, grad_sd)
+                self.open = OpenEvent(step, usual, [], [], 0, 0, loss, log_grad)
+                self.open.add(loss, log_grad)
 
-                return [self._opening_event(step, loss, log_grad, loss_z, grad_z)]
+                return [_opening_event(self.open, loss_z, grad_z)]
 
         self._accept(loss, log_grad)
         return []
@@ -101,76 +169,56 @@ class SpikeAlert:
         self.losses = [*self.losses, loss][-WINDOW:]
         self.log_grads = [*self.log_grads, log_grad][-WINDOW:]
 
-    def _add_to_event(self, loss: float, log_grad: float) -> None:
-        event = self.open
-        assert event is not None, "no event is open"
-        center = event["center"]
-        event["losses"] = [*event["losses"], loss][-CLASSIFY_RECENT:]
-        event["log_grads"] = [*event["log_grads"], log_grad][-CLASSIFY_RECENT:]
-        event["count"] += 1
-
-        # Counts steps whose gradient norm is nearly usual although the loss is high.
-        event["quiet"] += (log_grad - center["log_grad"]) / center["log_grad_sd"] < QUIET_Z
-        event["peak_loss"] = max(event["peak_loss"], loss)
-        event["peak_log_grad"] = max(event["peak_log_grad"], log_grad)
-
-    def _continue_event(self, step: int, loss: float, log_grad: float) -> list[dict[str, Any]]:
-        self._add_to_event(loss, log_grad)
-        event = self.open
-        assert event is not None, "no event is open"
-        center, losses = event["center"], event["losses"]
-        returned = center["loss"] + RETURNED_SD * center["loss_sd"]
+    def _continue_event(
+        self, event: OpenEvent, step: int, loss: float, log_grad: float
+    ) -> list[dict[str, Any]]:
+        event.add(loss, log_grad)
+        usual, losses = event.center, event.losses
+        returned = usual.loss + RETURNED_SD * usual.loss_sd
         if len(losses) >= RETURNED_STEPS and median(losses[-RETURNED_STEPS:]) <= returned:
-            return self._close_event("benign", step)
-        if event["count"] < CLASSIFY_STEPS:
+            self.open = None
+            return [_closing_event(event, "benign", step)]
+        if event.count < CLASSIFY_STEPS:
             return []
 
-        high = center["loss"] + CLASSIFY_SD * center["loss_sd"]
+        high = usual.loss + CLASSIFY_SD * usual.loss_sd
         kind = "malignant" if median(losses) > high else "level"
-
-        closed = self._close_event(kind, step)
 
         # Training continues at the new level. Compared with the old one, every further step would
         # raise an alarm.
-        self.losses, self.log_grads = list(losses), list(event["log_grads"])
-
-        return closed
-
-    def _opening_event(
-        self, step: int, loss: float, log_grad: float, loss_z: float, grad_z: float
-    ) -> dict[str, Any]:
-        assert self.open is not None, "no event is open"
-        center = self.open["center"]
-        return {
-            "kind": "opened",
-            "step": step,
-            "loss": loss,
-            "grad_norm": math.exp(log_grad),
-            "loss_z": loss_z,
-            "grad_norm_z": grad_z,
-            "usual_loss": center["loss"],
-            "usual_grad_norm": math.exp(center["log_grad"]),
-        }
-
-    def _close_event(self, kind: str, step: int) -> list[dict[str, Any]]:
-        event = self.open
-        assert event is not None, "no event is open"
+        self.losses, self.log_grads = list(losses), list(event.log_grads)
         self.open = None
-        return [
-            {
-                "kind": kind,
-                "step": step,
-                "onset": event["onset"],
-                "steps": event["count"],
-                "peak_loss": event["peak_loss"],
-                "peak_grad_norm": math.exp(event["peak_log_grad"]),
-                "usual_loss": event["center"]["loss"],
-                "recent_loss": median(event["losses"]),
-                # Small norms inside a long spike: clipping no longer holds the model back, it
-                # settles at the worse level.
-                "quiet_share": event["quiet"] / event["count"],
-            }
-        ]
+
+        return [_closing_event(event, kind, step)]
+
+
+def _opening_event(event: OpenEvent, loss_z: float, grad_z: float) -> dict[str, Any]:
+    return {
+        "kind": "opened",
+        "step": event.onset,
+        "loss": event.peak_loss,
+        "grad_norm": math.exp(event.peak_log_grad),
+        "loss_z": loss_z,
+        "grad_norm_z": grad_z,
+        "usual_loss": event.center.loss,
+        "usual_grad_norm": math.exp(event.center.log_grad),
+    }
+
+
+def _closing_event(event: OpenEvent, kind: str, step: int) -> dict[str, Any]:
+    return {
+        "kind": kind,
+        "step": step,
+        "onset": event.onset,
+        "steps": event.count,
+        "peak_loss": event.peak_loss,
+        "peak_grad_norm": math.exp(event.peak_log_grad),
+        "usual_loss": event.center.loss,
+        "recent_loss": median(event.losses),
+        # Small norms inside a long spike: clipping no longer holds the model back, it settles at
+        # the worse level.
+        "quiet_share": event.quiet / event.count,
+    }
 
 
 def _center_and_spread(values: list[float], floor: float) -> tuple[float, float]:

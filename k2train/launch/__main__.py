@@ -6,7 +6,7 @@
   request after saving (75) and a rejected config (2). A batch script cannot tell them apart.
 - Signals are forwarded to the processes, which get all the time they need to save
   (`launch/supervisor.py`).
-- The processes of one machine meet in files and talk over loopback (`stay_inside`). Those of
+- The processes of one machine meet in a file and talk over loopback (`stay_inside`). Those of
   several machines meet at a port, which is for a trusted network only (docs/security.md).
 - With CUDA devices, processes get CUDA_DEVICE_MAX_CONNECTIONS=1 (`limit_cuda_connections`).
 - One option is added, all others are torchrun's:
@@ -37,14 +37,17 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, r
 from torch.distributed.run import get_args_parser, run
 
 from k2train.command_line import Parser, command
+from k2train.config.load import load_config
 from k2train.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USAGE
+from k2train.fault_injection import require_permission
 from k2train.launch.environment import (
-    ProcessStatus,
     keep_sockets_inside,
     limit_cuda_connections,
-    read_statuses,
+    read_faults,
     request_statuses,
 )
+from k2train.launch.rendezvous import BACKEND, read_states_only, register
+from k2train.launch.status import ProcessStatus
 from k2train.launch.supervisor import Supervisor
 
 KILLED_BY_TORCHRUN = -15
@@ -62,8 +65,10 @@ def main(arguments: Sequence[str]) -> int:
 
     The exit code is 1 when the processes do not agree on another one.
     """
-    logging.disable(logging.ERROR)
     options = parse(arguments)
+    refuse_faults(options)
+    # torchrun's own lines, from here on: what was read before may have had to wait, and says so.
+    logging.disable(logging.ERROR)
     if torch.cuda.is_available():
         limit_cuda_connections()
     with Supervisor(_log) as supervisor:
@@ -133,6 +138,18 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return options
 
 
+def refuse_faults(options: argparse.Namespace) -> None:
+    """Refuse faults that the config of a training run does not permit, before a process starts.
+
+    Raises UserError. Every process checks again: another machine has another environment.
+    """
+    given = [str(argument) for argument in options.training_script_args]
+    trains = options.module and options.training_script == "k2train.train"
+    if not (read_faults() and trains and given) or any(one.startswith("-") for one in given):
+        return
+    require_permission(read_faults(), load_config(given[0], given[1:]).run.allow)
+
+
 def _count(text: str) -> int:
     if not text.isdigit():
         raise argparse.ArgumentTypeError(f"must be a count, got {text!r}")
@@ -147,20 +164,21 @@ def _start(options: argparse.Namespace, supervisor: Supervisor) -> int:
         try:
             # A copy, since torchrun adds the address of this start to the options.
             given = argparse.Namespace(**vars(options))
+            read_states_only()
             if is_alone(given):
-                stay_inside(given, folder)
+                stay_inside(given)
             record(run)(given)
         except ChildFailedError as failed:
             failures = {rank: failure.exitcode for rank, failure in sorted(failed.failures.items())}
         except SignalException:
-            return exit_code_after_signal(read_statuses(folder))
+            return exit_code_after_signal(supervisor.statuses())
         except Exception as error:
             # Another node's store may be gone because that node is done. What counts is how the
             # processes of this node have ended.
-            return exit_code_after_error(read_statuses(folder), error)
+            return exit_code_after_error(supervisor.statuses(), error)
 
         if supervisor.first_signal and not set(failures.values()) <= {EXIT_USAGE, EXIT_STOPPED}:
-            return exit_code_after_signal(read_statuses(folder))
+            return exit_code_after_signal(supervisor.statuses())
 
         own = {
             rank: code for rank, code in failures.items() if rank not in supervisor.killed
@@ -175,15 +193,17 @@ def is_alone(options: argparse.Namespace) -> bool:
     return options.nnodes in ("1", "1:1") and (options.standalone or not options.rdzv_endpoint)
 
 
-def stay_inside(options: argparse.Namespace, folder: Path) -> None:
-    """Let the processes of one machine meet in files of `folder`, which only this user may open.
+def stay_inside(options: argparse.Namespace) -> None:
+    """Let torchrun meet nobody, and the processes of one machine in a file of this user's.
 
-    torchrun's store listens on every network interface, without a password, and its clients
-    unpickle what they find there: whoever reaches the port runs code as this user.
+    torchrun's store listens on every network interface, without a password: whoever reaches the
+    port can end the job or join it.
     """
+    register()
     options.standalone = False
-    options.rdzv_backend, options.rdzv_id = "c10d", uuid4().hex
-    options.rdzv_endpoint, options.rdzv_conf = str(folder / "rendezvous"), "store_type=file"
+    options.rdzv_backend, options.rdzv_id = BACKEND, uuid4().hex
+    options.rdzv_endpoint, options.rdzv_conf = "memory", ""
+    # Without an address torchrun would look up this machine's name in the network.
     options.local_addr = options.local_addr or "127.0.0.1"
     keep_sockets_inside()
 

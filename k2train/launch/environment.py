@@ -1,20 +1,17 @@
-"""Launch environment: rank variables from torchrun, and status files for the launcher.
+"""Launch environment: variables from torchrun, and those that a launcher hands to its processes.
 
 - The only module that reads or writes these environment variables.
 - Separate from `parallel.grid`, because a config mistake must be reported once, not once per rank,
   and before torch is imported.
 """
 
-import contextlib
-import ctypes
 import os
-import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from k2train.errors import RunError
-from k2train.processes import start_ticks
+from k2train.launch.status import LAUNCHER_FILE, write_file
 
 
 @dataclass(frozen=True)
@@ -69,29 +66,7 @@ def _check_world(world_size: int) -> None:
 
 
 STATUS_FOLDER = "K2TRAIN_VERDICTS"
-"""Variable with the folder in which each process of a machine writes its status file.
-
-torchrun hides the exit codes of its processes when a signal ended it.
-"""
-LAUNCHER_FILE = "launcher"
-"""File in that folder with the launcher's process id."""
-SET_PARENT_DEATH_SIGNAL = 1
-"""prctl(2): PR_SET_PDEATHSIG."""
-
-
-@dataclass(frozen=True)
-class ProcessStatus:
-    """Status of one process: its exit code, or while it runs None, its id and its start time."""
-
-    code: int | None
-    pid: int = 0
-    start_ticks: int = 0
-    saving: bool = False
-
-    @property
-    def is_alive(self) -> bool:
-        """Whether that process still runs, and not a later one with the same id."""
-        return self.code is None and self.pid > 0 and start_ticks(self.pid) == self.start_ticks
+"""Variable with the folder in which each process of a machine writes its status file."""
 
 
 def write_status(rank: int, code: int | None, saving: bool = False) -> None:
@@ -103,50 +78,14 @@ def write_status(rank: int, code: int | None, saving: bool = False) -> None:
     The signal may come several times: the threads of the launcher end one after the other, and
     each hands its children to the next.
     """
-    value = os.environ.get(STATUS_FOLDER)
-    if not value or not (folder := Path(value)).is_dir():
-        return
-
-    path = folder / f"rank_{rank}"
-    if code is None and not path.exists():
-        _die_with_launcher(folder)
-
-    status = f"running {os.getpid()} {start_ticks(os.getpid())}{' saving' if saving else ''}"
-    temporary = folder / f".rank_{rank}"
-
-    # Renamed into place, since the launcher reads at any moment. A full disk must not end a run.
-    with contextlib.suppress(OSError):
-        temporary.write_text(status if code is None else str(code))
-        temporary.replace(path)
-
-
-def _die_with_launcher(folder: Path) -> None:
-    if not sys.platform.startswith("linux") or not (folder / LAUNCHER_FILE).exists():
-        return
-    ctypes.CDLL(None).prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
-    if os.getppid() != int((folder / LAUNCHER_FILE).read_text()):
-        # The launcher died before the request to the kernel.
-        os.kill(os.getpid(), signal.SIGTERM)
+    if folder := os.environ.get(STATUS_FOLDER):
+        write_file(Path(folder), rank, code, saving)
 
 
 def request_statuses(folder: Path) -> None:
     """Ask the processes started from here to write their status files in `folder`."""
     (folder / LAUNCHER_FILE).write_text(str(os.getpid()))
     os.environ[STATUS_FOLDER] = str(folder)
-
-
-def read_statuses(folder: Path) -> dict[int, ProcessStatus]:
-    """Return rank -> status of every process that started."""
-    found = {}
-
-    for path in folder.glob("rank_*"):
-        code, *more = path.read_text().split()
-        rank = int(path.name.removeprefix("rank_"))
-        if code == "running":
-            found[rank] = ProcessStatus(None, int(more[0]), int(more[1]), "saving" in more)
-        else:
-            found[rank] = ProcessStatus(int(code))
-    return dict(sorted(found.items()))
 
 
 def store_file(world_size: int) -> Path | None:

@@ -27,7 +27,7 @@ from types import FrameType
 from typing import Any, Self
 
 from k2train.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USAGE
-from k2train.launch.environment import ProcessStatus, read_statuses
+from k2train.launch.status import ProcessStatus, StatusBoard
 from k2train.processes import descendants
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -53,7 +53,7 @@ class Supervisor:
         self._ended = threading.Event()
         self._lock = threading.Lock()
         self._signals: list[int] = []
-        self._folder: Path | None = None
+        self._board: StatusBoard | None = None
         self._signals_sent: dict[int, int] = {}
         self._failed_at: float | None = None
         self._before: dict[signal.Signals, Any] = {}
@@ -86,13 +86,20 @@ class Supervisor:
     @contextmanager
     def watching(self, folder: Path) -> Iterator[None]:
         """Supervise the processes with status files in `folder` during the with statement."""
-        with self._lock:
-            self._folder, self._signals_sent, self._failed_at, self.killed = folder, {}, None, set()
-        try:
-            yield
-        finally:
+        with StatusBoard(folder) as board:
             with self._lock:
-                self._folder = None
+                self._board, self._signals_sent = board, {}
+                self._failed_at, self.killed = None, set()
+            try:
+                yield
+            finally:
+                with self._lock:
+                    self._board = None
+
+    def statuses(self) -> dict[int, ProcessStatus]:
+        """Return rank -> status of every process that started, while they are supervised."""
+        with self._lock:
+            return {} if self._board is None else self._board.read()
 
     def wait(self, seconds: float) -> bool:
         """Sleep; return True as soon as a signal has arrived."""
@@ -105,11 +112,11 @@ class Supervisor:
                 self._record_signals(os.read(self._read_end, 4096))
 
             with self._lock:
-                if self._folder is None:
+                if self._board is None:
                     continue
-                statuses = read_statuses(self._folder)
+                statuses = self._board.read()
                 if self._signals and not statuses:
-                    self._abort(self._folder)
+                    self._abort(self._board.folder)
                 self._forward(statuses)
                 self._kill_leftovers(statuses)
 

@@ -59,6 +59,11 @@ _DECAY: dict[str, Callable[[float, float, float], float]] = {
 
 def check_schedule(kind: str, warmup_steps: int, total_steps: int, decay_steps: int | None) -> None:
     """Raise ConfigError when warm-up (and decay) do not fit into the steps of the stage."""
+    if kind == "constant" and warmup_steps > total_steps:
+        raise ConfigError(
+            f"lr.warmup_steps ({warmup_steps}) must not exceed the steps of the stage "
+            f"({total_steps}), or the rate never comes to lr.peak; lower it or add chunks"
+        )
     if kind != "constant" and warmup_steps >= total_steps:
         raise ConfigError(
             f"lr.warmup_steps ({warmup_steps}) must be less than the steps of the stage "

@@ -13,7 +13,7 @@ Alternatives considered:
   tensor of the parameter's size in every micro-batch, instead of one copy per step.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from weakref import ref
 
 import torch
@@ -62,6 +62,10 @@ class GradientBuffer:
             # Norms wait for their sum over tensor-parallel ranks, so they go last.
             self._buckets = (*self._buckets[1:], self._buckets[0])
 
+        self.before_reduction: Callable[[Sequence[BufferSlot]], None] = lambda slots: None
+        """Called once per step for each slot: its local sum is complete, and nothing of it has been
+        sent yet.
+        """
         self._started = 0
         self._pending: list[tuple[Bucket, Pending]] = []
         self._bucket_of, self._missing = self._bucket_members()
@@ -135,6 +139,7 @@ class GradientBuffer:
         The last one waits for a sum over tensor-parallel ranks.
         """
         while self._started < len(self._buckets) - 1 and self._missing[self._started] == 0:
+            self.before_reduction(self._buckets[self._started].slots)
             self._start()
 
     @torch.no_grad()
@@ -180,6 +185,8 @@ class GradientBuffer:
                 f"{', '.join(wrong[:3])}"
             )
 
+        for bucket in self._buckets[self._started :]:
+            self.before_reduction(bucket.slots)
         self._sum_over_tensor()
         if self.dp.size == 1:
             return self.shard

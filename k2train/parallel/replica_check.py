@@ -21,6 +21,7 @@ from math import prod
 
 import torch
 import torch.distributed as dist
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from k2train.parallel.agreement import Agreement
@@ -28,6 +29,7 @@ from k2train.parallel.collectives import all_gather, all_reduce
 from k2train.parallel.comm_tracker import collective_scope
 from k2train.parallel.device_digest import Multipliers, tensor_sums
 from k2train.parallel.grid import ProcessGrid
+from k2train.parallel.messages import TEXTS
 from k2train.parallel.shard_layout import BufferSlot, ShardLayout
 from k2train.plan.layout import Layout
 from k2train.state_digest import digest_text
@@ -49,6 +51,9 @@ class ReplicaReport:
     finite: bool
     states: Mapping[str, str] | None = None
     """Digests of the optimizer's states, where other tensor-parallel ranks hold the same rows."""
+
+
+_REPORTS = TypeAdapter(dict[str, ReplicaReport])
 
 
 class ReplicaCheck:
@@ -94,7 +99,8 @@ class ReplicaCheck:
             return None
 
         agreement = Agreement(self.grid)
-        differing = set().union(*agreement.all(named, "all-gather of differing tensors"))
+        told = agreement.all(sorted(named), TEXTS, "all-gather of differing tensors")
+        differing = {name for names in told for name in names}
 
         own_reports = {}
         for number, slot in enumerate(self.shard_layout.slots):
@@ -107,7 +113,7 @@ class ReplicaCheck:
                     states.get(slot.param_slice.name),
                 )
 
-        copies = agreement.all(own_reports, "all-gather of digests of copies")
+        copies = agreement.all(own_reports, _REPORTS, "all-gather of digests of copies")
         return diagnose_replicas(copies, self.grid.layout)
 
     def _weight_digests(self, master: Tensor) -> tuple[Tensor, Tensor, Tensor]:

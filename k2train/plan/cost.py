@@ -163,6 +163,7 @@ PEAK_FLOPS: tuple[tuple[tuple[str, ...], float, str], ...] = (
     (("H100", "PCIE"), 756e12, "NVIDIA H100 data sheet, PCIe: 1,513 with sparsity"),
     (("H100", "NVL"), 835.5e12, "NVIDIA H100 NVL data sheet: 1,671 with sparsity"),
     (("H100",), 989.4e12, "NVIDIA H100 architecture paper, SXM5"),
+    (("H800", "PCIE"), 756e12, "NVIDIA H800 data sheet, PCIe, as H100: 1,513 with sparsity"),
     (("H800",), 989.4e12, "NVIDIA H800 data sheet, SXM, as H100"),
     (("H200", "NVL"), 835.5e12, "NVIDIA H200 data sheet, NVL: 1,671 with sparsity"),
     (("H200",), 989.4e12, "NVIDIA H200 data sheet, SXM: 1,979 with sparsity"),

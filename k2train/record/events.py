@@ -28,10 +28,7 @@ WRITE_NULL = {"null": True}
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """Base of all events; a class derived from it is a frozen dataclass without more ado.
-
-    `extra` holds the keys that a newer ledger has besides the fields.
-    """
+    """Base of all events, frozen dataclasses; `extra` holds keys that only a newer ledger has."""
 
     _name: ClassVar[str]
     extra: dict[str, Any] = field(default_factory=dict)
@@ -126,6 +123,14 @@ class Resumed(Event, name="resumed"):
     taken_over_from: Takeover | None = field(default=None, metadata=WRITE_NULL)
 
 
+class Faults(Event, name="faults"):
+    """Faults made on purpose: those armed for this start; with `step`, the values changed in it."""
+
+    attempt: int
+    step: int | None = None
+    faults: tuple[str, ...]
+
+
 class StageTransition(Event, name="seam"):
     """A stage starts from the last checkpoint of another run."""
 
@@ -168,7 +173,7 @@ class ChunkDeferred(Event, name="chunk_deferred"):
 
 
 class StepSkipped(Event, name="step_skipped"):
-    """Loss or gradient were not finite, so the update was not applied."""
+    """Loss or gradient were not finite, or the gradient too large: the update was not applied."""
 
     attempt: int
     step: int
@@ -222,7 +227,22 @@ class CheckpointSaved(Event, name="checkpoint_saved"):
     bytes: int
     manifest_sha256: str
     seconds: float | None = None
+    stalled_seconds: float | None = None
     recovered: bool | None = None
+
+
+class SaveIntervalChosen(Event, name="save_interval"):
+    """How often the run saves inside chunks, and why; without `seconds` at their ends only."""
+
+    attempt: int
+    step: int
+    seconds: float | None = None
+    first_seconds: float | None = None
+    failures: int
+    trained_seconds: float
+    mtbf_seconds: float
+    stall_seconds: float
+    save_seconds: float
 
 
 class CheckpointVerified(Event, name="checkpoint_verified"):
@@ -262,6 +282,23 @@ class Finished(Event, name="finished"):
 
     attempt: int
     step: int
+
+
+class LedgerMended(Event, name="ledger_mended"):
+    """The ledger was damaged here, and was mended by hand; what was there is in the file `kept`.
+
+    `carried` events follow from behind the damage, with their times; `lost` lines could not be
+    read. `accepted` has the heads (sha256) that checkpoints hold of lines which are no longer
+    there.
+    """
+
+    problem: str
+    reason: str
+    kept: str | None
+    kept_sha256: str | None
+    carried: int
+    lost: int
+    accepted: tuple[str, ...]
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from typing import Any
 
 from k2train.errors import RunError
 from k2train.files import sync_directory
+from k2train.retry import exists
 from k2train.safe_json import read_plain_file
 
 MAX_FILE_BYTES = 2**36
@@ -68,7 +69,7 @@ def append_bytes(path: Path, data: bytes, sync: bool) -> None:
 
     Raises OSError (a full disk, for instance) with the file unchanged.
     """
-    existed = path.exists()
+    existed = exists(path)
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         size_bytes = os.fstat(descriptor).st_size

@@ -4,10 +4,11 @@
   sha256 of the previous line, as bytes without the newline.
 - A changed, removed or reordered line breaks the chain and is named. The `check` in each line (see
   `line_check`) also finds damage in the last one.
-- Neither detects that the end was cut off. For that, a checkpoint keeps the ledger's `head`.
+- Neither detects that the end was cut off. For that, `ledger.head` and each checkpoint keep the
+  `head` of the ledger (see `ledger_head`).
 - The only repair concerns a last line without a newline, which a killed process leaves behind. It
-  is moved to `ledger.torn`, never deleted, and reported in `repaired`. Any other break stops the
-  run.
+  is moved to `ledger.torn`, never deleted, and reported in `repaired`. Any other break refuses the
+  start, until a person restores the file or mends it (see `ledger_repair`).
 
 Alternatives considered:
 - A database: a text file can be read in twenty years, published with a release and diffed, and one
@@ -16,18 +17,39 @@ Alternatives considered:
 
 import hashlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from k2train.errors import RunError
 from k2train.fault_injection import point
-from k2train.record.events import E, Entry, Event, of_kind, parse_entry
+from k2train.record.events import E, Entry, Event, Faults, of_kind, parse_entry
 from k2train.record.jsonl import append_bytes, encode_line, parse_line, read_lines, truncate
+from k2train.record.ledger_head import LedgerHead, remedy, write_head
 from k2train.record.line_check import CHECK_KEY, checked_rows, with_check
+from k2train.retry import exists_retried
 
 REQUIRED = ("seq", "time", "event", "previous")
+
+
+def fault_notes(entries: Iterable[Entry]) -> list[str]:
+    """One line for every start of a run that had faults made on purpose; empty without any."""
+    armed: dict[int, list[str]] = {}
+    changed: dict[int, list[str]] = {}
+    for event in of_kind(entries, Faults):
+        if event.step is None:
+            armed.setdefault(event.attempt, []).extend(event.faults)
+        else:
+            what = f"{', '.join(event.faults)} in step {event.step}"
+            changed.setdefault(event.attempt, []).append(what)
+
+    return [
+        f"attempt {attempt} had faults on purpose: {'; '.join(armed.get(attempt, ['unknown']))}"
+        + (f"; changed: {'; '.join(changed[attempt])}" if attempt in changed else "")
+        for attempt in sorted({*armed, *changed})
+    ]
 
 
 class Ledger:
@@ -47,7 +69,7 @@ class Ledger:
         self._head = ""
         self._entries: list[Entry] = []
 
-        if self.path.exists():
+        if exists_retried(self.path):
             lines, rest = read_lines(self.path)
             self._entries = _verified(self.path, lines, rest)
             self._head = _sha256(lines[-1]) if lines else ""
@@ -57,12 +79,13 @@ class Ledger:
                 self._move_aside(rest)
 
     @property
-    def head(self) -> str:
-        """sha256 of the last line, "" when empty.
+    def head(self) -> LedgerHead:
+        """Number of events, and sha256 of the last line.
 
         Stored elsewhere, it proves that no line was cut off.
         """
-        return self._head
+        with self._lock:
+            return LedgerHead(len(self._entries), self._head)
 
     @property
     def entries(self) -> list[Entry]:
@@ -79,8 +102,7 @@ class Ledger:
         with self._lock:
             self._check_unchanged()
             number = len(self._entries)
-            row = {"seq": number, "time": _now(), **event.row(), "previous": self._head}
-            line = with_check(encode_line(row))
+            line = encode_entry(number, _now(), event, self._head)
 
             # Keep the event as a reader would get it, not the Python objects it was made from.
             # Read back before the write: what could not be read must not enter the chain.
@@ -94,6 +116,9 @@ class Ledger:
             self._size_bytes += len(line)
             self._head = _sha256(line[:-1])
             self._entries.append(entry)
+            # The event is durable. A head that is one event behind is no contradiction.
+            with suppress(OSError):
+                write_head(self.path, LedgerHead(len(self._entries), self._head))
             return entry
 
     def last(self, kind: type[E]) -> E | None:
@@ -102,7 +127,10 @@ class Ledger:
         return found[-1] if found else None
 
     def _check_unchanged(self) -> None:
-        size_bytes = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            size_bytes = self.path.stat().st_size
+        except FileNotFoundError:
+            size_bytes = 0
         if size_bytes != self._size_bytes:
             raise RunError(
                 f"{self.path} has {size_bytes} bytes where this process left {self._size_bytes}: "
@@ -127,8 +155,20 @@ def read_ledger(path: str | Path) -> list[Entry]:
     A torn last line is left out and the file is not changed. Raises RunError naming the first line
     that does not fit.
     """
+    return read_chain(path)[0]
+
+
+def read_chain(path: str | Path) -> tuple[list[Entry], list[str]]:
+    """Read the same entries, and the sha256 of each line."""
     path = Path(path)
-    return _verified(path, *read_lines(path))
+    lines, rest = read_lines(path)
+    return _verified(path, lines, rest), [_sha256(line) for line in lines]
+
+
+def encode_entry(seq: int, time: str, event: Event, previous: str) -> bytes:
+    """Encode the line of an event, with its newline."""
+    row = {"seq": seq, "time": time, **event.row(), "previous": previous}
+    return with_check(encode_line(row))
 
 
 def checked_entries(
@@ -160,28 +200,35 @@ def _entry(path: Path, number: int, row: dict[str, Any]) -> Entry:
 
 
 def _verified(path: Path, lines: list[bytes], rest: bytes) -> list[Entry]:
-    entries = []
-    for _, entry in checked_entries(path, lines, rest):
-        if isinstance(entry, RunError):
-            raise entry
-        entries.append(entry)
+    entries: list[Entry] = []
+    hashes: list[str] = []
+    try:
+        for _, entry in checked_entries(path, lines, rest):
+            if isinstance(entry, RunError):
+                raise entry
+            entries.append(entry)
 
-    previous = ""
-    for index, (entry, line) in enumerate(zip(entries, lines, strict=True)):
-        if entry.previous != previous:
-            raise RunError(
-                f"{path}: line {index + 1} does not continue line {index}: it expects the hash "
-                f"{entry.previous[:12] or 'of an empty ledger'}, found "
-                f"{previous[:12] or 'none'}; line {index} was changed, or lines between them were "
-                "removed"
-            )
-
-        if entry.seq != index:
-            raise RunError(f"{path}: line {index + 1} says seq {entry.seq}, expected {index}")
-
-        previous = _sha256(line)
-
+        for entry, line in zip(entries, lines, strict=True):
+            if problem := chain_problem(path, entry, hashes):
+                raise RunError(problem)
+            hashes.append(_sha256(line))
+    except RunError as error:
+        raise RunError(f"{error}; {remedy(path)}") from None
     return entries
+
+
+def chain_problem(path: Path, entry: Entry, hashes: Sequence[str]) -> str:
+    """Describe why an entry does not continue the lines with these sha256; "" when it does."""
+    index, previous = len(hashes), hashes[-1] if hashes else ""
+    if entry.previous != previous:
+        return (
+            f"{path}: line {index + 1} does not continue line {index}: it expects the hash "
+            f"{entry.previous[:12] or 'of an empty ledger'}, found {previous[:12] or 'none'}; line "
+            f"{index} was changed, or lines between them were removed"
+        )
+    if entry.seq != index:
+        return f"{path}: line {index + 1} says seq {entry.seq}, expected {index}"
+    return ""
 
 
 def _sha256(data: bytes) -> str:

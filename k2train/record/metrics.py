@@ -17,17 +17,18 @@ Alternatives considered:
 
 import math
 import mmap
-import os
 import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from k2train.errors import RunError
 from k2train.record.jsonl import NON_FINITE, append_bytes, encode_line, read_lines, truncate
 from k2train.record.line_check import Row, checked_rows, ends_damaged, with_check
+from k2train.retry import exists, exists_retried, retried, stat_retried
 
 TAIL_BYTES = 65536
 """Longer than any line."""
@@ -76,10 +77,12 @@ class StepRecord(Record):
     lr: float = math.nan
     rows: Sequence[int] = ()
     """First row of the chunk that the step read, and the one after the last."""
+    ids: str | None = None
+    """Hash of the ids that the model was fed (`data.fed_ids`); None in older files."""
     applied: bool = True
     tokens_per_second: float = math.nan
     mfu: float | None = None
-    """Model FLOPs utilization; None where the device's peak is not known."""
+    """Model FLOPs utilization of the dense bf16 peak, whatever the precision; None if unknown."""
     seconds: float = math.nan
     peak_memory_bytes: int = 0
     state_root: str | None = None
@@ -87,8 +90,9 @@ class StepRecord(Record):
 
     def row(self) -> Row:
         found = super().row()
-        if self.state_root is None:
-            del found["state_root"]
+        for key in ("ids", "state_root"):
+            if found[key] is None:
+                del found[key]
         return found
 
 
@@ -114,8 +118,8 @@ class MetricsWriter:
         self.path = Path(path)
         self.repaired: str | None = None
         self._lock = threading.Lock()
-        if self.path.exists():
-            self.repaired = _repair(self.path)
+        if exists_retried(self.path):
+            self.repaired = retried(lambda: _repair(self.path), self.path)
 
     def write(self, record: Record) -> None:
         """Append the row of one step. Raises OSError.
@@ -130,7 +134,7 @@ class MetricsWriter:
     def sync(self) -> None:
         """Sync all rows written so far to the disk; called when a checkpoint is committed."""
         with self._lock:
-            if self.path.exists():
+            if exists(self.path):
                 append_bytes(self.path, b"", sync=True)
 
 
@@ -182,7 +186,7 @@ def damaged_rows(path: str | Path) -> list[str]:
 def last_attempt(path: str | Path) -> int:
     """Highest `attempt` in the file, without damaged lines; 0 if there is none."""
     path = Path(path)
-    if not path.exists():
+    if not exists_retried(path):
         return 0
     rows = [
         row for _, row in checked_rows(path, *read_lines(path)) if not isinstance(row, RunError)
@@ -220,7 +224,7 @@ def last_record(path: Path) -> StepRecord | None:
 
     Raises RunError when it is damaged.
     """
-    line = next(lines_backwards(path), None) if path.exists() else None
+    line = next(lines_backwards(path), None)
     return None if line is None else _record(path, line)
 
 
@@ -230,7 +234,7 @@ def last_steps(path: Path, first_attempt: int) -> dict[int, int]:
     Reads from the end, as far as these attempts reach. Damaged lines are left out.
     """
     found: dict[int, int] = {}
-    for line in lines_backwards(path) if path.exists() else ():
+    for line in lines_backwards(path):
         match = POSITION.match(line)
         if match is None:
             continue
@@ -242,22 +246,28 @@ def last_steps(path: Path, first_attempt: int) -> dict[int, int]:
 
 
 def lines_backwards(path: Path, block_bytes: int = TAIL_BYTES) -> Iterator[bytes]:
-    """Yield whole lines, the last one first."""
+    """Yield whole lines, the last one first; none without a file."""
+    facts = stat_retried(path)
+    at = 0 if facts is None else facts.st_size
+    rest, torn = b"", True
+    while at > 0:
+        start = max(0, at - block_bytes)
+        block = retried(partial(_read_at, path, start, at - start), path)
+        first, *lines = (block + rest).split(b"\n")
+        if torn and lines:
+            # What follows the last newline was cut off by a kill.
+            lines.pop()
+            torn = False
+        yield from reversed(lines)
+        rest, at = first, start
+    if not torn:
+        yield rest
+
+
+def _read_at(path: Path, start: int, length: int) -> bytes:
     with path.open("rb") as stream:
-        at = os.fstat(stream.fileno()).st_size
-        rest, torn = b"", True
-        while at > 0:
-            start = max(0, at - block_bytes)
-            stream.seek(start)
-            first, *lines = (stream.read(at - start) + rest).split(b"\n")
-            if torn and lines:
-                # What follows the last newline was cut off by a kill.
-                lines.pop()
-                torn = False
-            yield from reversed(lines)
-            rest, at = first, start
-        if not torn:
-            yield rest
+        stream.seek(start)
+        return stream.read(length)
 
 
 def records_of_step(path: Path, step: int) -> list[StepRecord]:
@@ -265,7 +275,8 @@ def records_of_step(path: Path, step: int) -> list[StepRecord]:
 
     Raises RunError when one is damaged.
     """
-    if not path.exists() or path.stat().st_size == 0:
+    facts = stat_retried(path)
+    if facts is None or facts.st_size == 0:
         return []
 
     # Searched as bytes: parsing a hundred megabytes of lines takes seconds.

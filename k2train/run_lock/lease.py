@@ -23,6 +23,7 @@ from uuid import uuid4
 
 from k2train.errors import RunError
 from k2train.files import sync_directory
+from k2train.retry import is_passing
 from k2train.run_lock.process_identity import (
     JobEnded,
     ProcessIdentity,
@@ -290,18 +291,22 @@ def newest_lease(directory: Path) -> LeaseFile | None:
 def read_holder(path: Path) -> ProcessIdentity | None:
     """Read the holder named in a lease or lock file, retrying a half-written one for a moment.
 
-    None when the content is not valid. Raises FileNotFoundError.
+    None when the content is not valid. Raises FileNotFoundError, and an OSError that may pass.
     """
+    unread: OSError | None = None
     for _ in range(10):
         try:
             holder = json.loads(_first_block(path))
         except FileNotFoundError:
             raise
-        except (OSError, ValueError, RecursionError):
+        except (OSError, ValueError, RecursionError) as error:
+            unread = error if isinstance(error, OSError) and is_passing(error) else None
             time.sleep(0.03)
             continue
         return holder if isinstance(holder, dict) and _is_whole(holder) else None
 
+    if unread is not None:
+        raise unread
     return None
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from k2train.errors import RunError
-from k2train.retry import is_passing, retried
+from k2train.retry import exists, is_passing, retried
 from k2train.run_lock.lease import NAME, Lease, held_message, read_holder
 from k2train.run_lock.process_identity import JobEnded, ProcessIdentity, own_identity
 
@@ -174,7 +174,7 @@ class RunLock:
         while True:
             self._make_directory()
             # Only a file that this start created may be removed when it fails.
-            self._created_file = not self.path.exists()
+            self._created_file = not exists(self.path)
             try:
                 descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             except FileNotFoundError:
@@ -202,7 +202,7 @@ class RunLock:
                 raise
 
     def _make_directory(self) -> None:
-        missing = [path for path in (self.directory, *self.directory.parents) if not path.exists()]
+        missing = [path for path in (self.directory, *self.directory.parents) if not exists(path)]
         for path in reversed(missing):
             try:
                 path.mkdir()

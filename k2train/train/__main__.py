@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 from k2train import fault_injection, retry
 from k2train.command_line import Parser, readers_may_leave
-from k2train.config.load import explain, load_config
+from k2train.config.load import Config, explain, load_config
 from k2train.errors import EXIT_DONE, EXIT_FAILED, EXIT_USAGE, UnavailableError, UserError
 from k2train.guard.stop_signals import StopRequest
 from k2train.launch.environment import Launch, read_faults, read_launch, write_status
@@ -41,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.explain:
             with readers_may_leave():
                 print(explain(options.config, options.overrides))
+            _explain_faults(load_config(options.config, options.overrides))
             code = EXIT_DONE
         else:
             code = _train(options.config, options.overrides, launch)
@@ -101,9 +102,18 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(arguments)
 
 
+def _explain_faults(config: Config) -> None:
+    """Say that faults are armed. Raises RunError, as a start does, where nobody permitted them."""
+    fault_injection.require_permission(read_faults(), config.run.allow)
+    if faults := fault_injection.parse(read_faults()):
+        armed = "; ".join(fault.text for fault in faults)
+        print(f"k2train: faults on purpose, permitted by run.allow: {armed}", file=sys.stderr)
+
+
 def _train(path: str, overrides: Sequence[str], launch: Launch) -> int:
     config = load_config(path, overrides)
     retry.tell_only(launch.local_rank == 0)
+    fault_injection.require_permission(read_faults(), config.run.allow)
     fault_injection.arm(read_faults(), launch.rank)
     lock = RunLock(run_directory(config), job_facts(), slurm_job_ended)
 

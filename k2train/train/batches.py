@@ -8,16 +8,21 @@ Alternatives considered:
 - Exchanging errors at every step: within a verified chunk there is nothing to agree on.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
+from pydantic import TypeAdapter
+
 from k2train.data.chunk import ChunkIdentity
+from k2train.data.fed_ids import MASK, agreed_ids, flags_of, sum_of_rows
 from k2train.data.loader import Loader, MicroBatch, Share
+from k2train.data.order import rank_rows
 from k2train.errors import DataError, UnavailableError
 from k2train.parallel.agreement import Agreement
 from k2train.parallel.grid import ProcessGrid
 from k2train.processes import file_system_view
 from k2train.train.engine import Engine
+from k2train.train.monitor import DamageError
 from k2train.train.preflight import Start
 
 
@@ -27,6 +32,10 @@ class DamagedChunkError(DataError):
 
 class UnavailableChunkError(UnavailableError):
     """A chunk cannot be read for now; raised on every rank alike."""
+
+
+_OPENED = TypeAdapter(tuple[str, ChunkIdentity | None])
+"""A rank's view of the file systems, and the chunk that it opened."""
 
 
 class BatchSource:
@@ -44,6 +53,8 @@ class BatchSource:
             verify=verify,
             documents=start.setup.block,
         )
+        self.fed_ids: list[float] = []
+        """This rank's part of the hash of the ids of the last step, for the step's exchange."""
 
     def report_to(self, progress: Callable[[], None]) -> None:
         """Call `progress` while a step waits for a chunk to be hashed."""
@@ -58,7 +69,36 @@ class BatchSource:
         """
         position = self.order.position(step)
         opens = position.name if first or position.step_in_chunk == 0 else ""
-        return self._read_agreed(partial(self.loader.step, step), opens, needed)
+        batch = self._read_agreed(partial(self.loader.step, step), opens, needed)
+        self.fed_ids = self._fed_ids(batch, needed)
+        return [part.to(self.grid.device) for part in batch]
+
+    def fed(self, step: int, flags: Sequence[float]) -> str:
+        """Return the hash of the ids of a step, by the sums of all ranks' parts of it.
+
+        Raises DamageError on every rank when ranks that read the same rows were fed different ids.
+        """
+        found = agreed_ids(flags, self.grid.dp.size)
+        if not found.alike:
+            raise DamageError(
+                f"step {step}: ranks that read the same rows of {self.order.position(step).name} "
+                "were fed different ids; compare the files that their machines see, and their "
+                "memory"
+            )
+        return found.fingerprint
+
+    def _fed_ids(self, batch: list[MicroBatch], needed: bool) -> list[float]:
+        """Return this rank's part of the hash of the step's ids."""
+        total = None
+        if needed:
+            rows = rank_rows(range(self.order.global_sequences), *self.loader.share)
+            sums = (
+                sum_of_rows(part.tokens.numpy(), own.start)
+                for part, own in zip(batch, rows, strict=True)
+            )
+            total = sum(sums) & MASK
+        counts = self.grid.tp.rank == 0 and self.grid.coordinate.pp == 0
+        return flags_of(total, counts)
 
     def held_out_loss(
         self, engine: Engine, progress: Callable[[], None] = lambda: None
@@ -81,7 +121,7 @@ class BatchSource:
                 held_out.name if held_out and index == 0 else "",
                 engine.needs_batch,
             )
-            losses.append(engine.evaluate(batch))
+            losses.append(engine.evaluate([part.to(self.grid.device) for part in batch]))
             progress()
         return sum(losses) / batches if batches else None
 
@@ -101,7 +141,7 @@ class BatchSource:
 
         # One rank of a machine hashed the file. The others must have opened that one.
         told = self._agreement.all(
-            (file_system_view(), self.loader.identity(opens)), "agree on a chunk"
+            (file_system_view(), self.loader.identity(opens)), _OPENED, "agree on a chunk"
         )
         known: dict[str, ChunkIdentity] = {}
         for rank, (view, opened) in enumerate(told):
@@ -130,4 +170,4 @@ class BatchSource:
 
         if opens or problem is not None:
             self._agree(problem, opens)
-        return [part.to(self.grid.device) for part in batch]
+        return batch

@@ -1,4 +1,4 @@
-"""Choosing, loading and saving checkpoints for the trainer.
+"""Loading and saving checkpoints for the trainer.
 
 - Sits between the training loop, which knows steps, and the checkpoint package, which knows files.
 - Stores a forward check (a known-answer test of the model) with every save and repeats it after
@@ -7,101 +7,53 @@
 """
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from k2train import fault_injection
-from k2train.checkpoint.load import agree_on_checkpoint, load_states
+from k2train.checkpoint.load import (
+    RefusedCheckpointError,
+    load_states,
+)
 from k2train.checkpoint.manifest import (
     CheckpointManifest,
     DataFacts,
     DataPosition,
+    LedgerFacts,
     SaveFacts,
     read_manifest,
 )
+from k2train.checkpoint.run_facts import ForwardAnswer, LayoutFacts, RunIdentity
 from k2train.checkpoint.save_events import SaveEvents, SavePolicy
-from k2train.checkpoint.verify import no_progress
 from k2train.checkpoint.writer import CheckpointWriter
 from k2train.errors import CheckpointError
-from k2train.parallel.grid import ProcessGrid
+from k2train.guard.failure_history import SaveCost
+from k2train.guard.save_interval import SaveInterval, SaveTimer
+from k2train.record.events import SaveIntervalChosen
 from k2train.record.jsonl import json_value
 from k2train.record.system_info import environment_facts
 from k2train.run_lock.lock import RunLock
-from k2train.text import counted
+from k2train.train.choose import Chosen, choose_next
 from k2train.train.engine import Engine
 from k2train.train.forward_check import forward_check_problem, run_forward_check
 from k2train.train.monitor import DamageError, RunMonitor
 from k2train.train.preflight import Start
-from k2train.train.resume_check import check_same_run
 from k2train.train.run_logger import RunLogger
-from k2train.train.start_point import check_resumable
 from k2train.train.state import TrainState
 
-SHOWN = 3
-"""Refused checkpoints that a message names, newest first."""
 
-
-@dataclass(frozen=True)
-class Chosen:
-    """Checkpoint that all ranks verified and agreed on; none for a fresh start."""
-
-    path: Path | None
-    manifest: CheckpointManifest | None
-    refused: tuple[str, ...] = ()
-    """Reasons why newer ones were refused."""
-    allowed: tuple[str, ...] = ()
-    """Differences from the checkpoint's run that `run.allow` permits by name."""
-
-    @property
-    def step(self) -> int:
-        """Step to continue from."""
-        return 0 if self.manifest is None else self.manifest.step
-
-
-def choose_checkpoint(
-    start: Start, grid: ProcessGrid, progress: Callable[[], None] = no_progress
-) -> Chosen:
-    """Agree on the checkpoint to resume from; collective. `progress` is called while it hashes.
-
-    Raises CheckpointError when no candidate is whole or of this run, or the one of `run.init_from`
-    is not whole.
-    """
-    path, problems = agree_on_checkpoint(start.candidates, grid, check_resumable, progress)
-    fault_injection.point("start.agreed")
-
-    refused = (*start.refused, *problems)
-    if start.candidates and path is None:
-        raise CheckpointError(_none_whole(start, refused))
-
-    if start.parent is not None:
-        parent, problems = agree_on_checkpoint([start.parent], grid, progress=progress)
-        if parent is None:
-            raise CheckpointError(f"run.init_from: {problems[0]}")
-
-    if path is None:
-        return Chosen(None, None, refused)
-    allowed = check_same_run(path, start.identity, start.setup.config.run.allow)
-    return Chosen(path, read_manifest(path), refused, tuple(allowed))
-
-
-def _none_whole(start: Start, refused: Sequence[str]) -> str:
-    """Say what was tried, and why it was refused."""
-    asked = len(start.candidates) == 1 and isinstance(start.setup.config.run.resume, int)
-    tried = (
-        f"the {counted(len(refused), 'checkpoint')} with optimizer states in {start.checkpoints}"
-    )
-    more = len(refused) - SHOWN
-    return (
-        (
-            f"{start.candidates[0]} (run.resume) is not whole: "
-            if asked
-            else f"none of {tried} is whole: "
-        )
-        + "; ".join(refused[:SHOWN])
-        + (f"; and {more} more" if more > 0 else "")
-        + "; restore one of them, or start anew under another run.name"
+def _interval_event(chosen: SaveInterval, attempt: int, step: int) -> SaveIntervalChosen:
+    """Return the ledger's event of an interval."""
+    return SaveIntervalChosen(
+        attempt=attempt,
+        step=step,
+        seconds=None if chosen.seconds is None else round(chosen.seconds, 3),
+        first_seconds=None if chosen.first_seconds is None else round(chosen.first_seconds, 3),
+        failures=chosen.failures,
+        trained_seconds=round(chosen.trained_seconds, 3),
+        mtbf_seconds=round(chosen.mtbf_seconds, 3),
+        stall_seconds=round(chosen.stall_seconds, 3),
+        save_seconds=round(chosen.save_seconds, 3),
     )
 
 
@@ -123,17 +75,42 @@ class CheckpointManager(SaveEvents):
             c.keep_optimizer_states, c.asynchronous, c.retry_seconds, c.verify_every_seconds
         )
         self.writer = CheckpointWriter(start.checkpoints, engine.grid, policy, self)
-        self._began = self._saved_at = time.monotonic()
+        self._began, self._stalled, self._took = time.monotonic(), 0.0, 0.0
 
-    def is_due(self) -> bool:
-        """Whether it is time for a save; rank 0's clock decides."""
-        every = self.config.checkpoint.every_seconds
-        on_first = self.engine.grid.rank == 0
-        return every > 0 and on_first and time.monotonic() - self._saved_at >= every
+        order = start.order
+        longest = max(order.steps_in(index) for index in range(len(order.names)))
+        self.timer = SaveTimer(
+            c.every_seconds if start.room_inside_chunks else 0.0,
+            longest * c.every_chunks,
+            engine.grid.layout.world_size,
+            logger.history,
+        )
+        self._told: SaveInterval | None = None
+
+    def is_due(self, step: int) -> bool:
+        """Whether it is time for a save at the end of `step`; rank 0's clock decides."""
+        if self.engine.grid.rank != 0:
+            return False
+        self._tell_interval(step)
+        return self.timer.is_due(time.monotonic(), self.writer.active)
+
+    def _tell_interval(self, step: int) -> None:
+        """Log the interval that the run has chosen, when it matters and has changed much."""
+        now = self.timer.interval
+        if now is None or now.is_close_to(self._told):
+            return
+        if self._told is not None or now.failures or now.saves_inside:
+            self._told = now
+            self.logger.event(_interval_event(now, self.logger.attempt, step))
+            self.logger.info(now.text())
+
+    def step_done(self, seconds: float) -> None:
+        """Note how long a step took."""
+        self.timer.step_done(seconds)
 
     def restart_clock(self) -> None:
         """Count the time to the next save from now."""
-        self._saved_at = time.monotonic()
+        self.timer.restart(time.monotonic())
 
     def wait(self, step: int, skip_verification: bool = False) -> None:
         """Wait until the running save is complete. Raises its error.
@@ -149,7 +126,8 @@ class CheckpointManager(SaveEvents):
         """Load the checkpoint at `path` into the engine; collective.
 
         Returns the manifest, and whether the checkpoint had optimizer states.
-        Raises CheckpointError when it belongs to another model, or the forward check fails.
+        Raises RefusedCheckpointError when it is not whole, CheckpointError when it belongs to
+        another model, or the forward check fails.
         """
         engine, optimizer = self.engine, self.engine.optimizer
         manifest = read_manifest(path)
@@ -165,7 +143,7 @@ class CheckpointManager(SaveEvents):
         optimizer.adam_steps = manifest.adam_steps if kept else 0
         optimizer.write_parameters()
 
-        problem = forward_check_problem(manifest.probe or {}, run_forward_check(engine))
+        problem = forward_check_problem(manifest.probe, run_forward_check(engine))
         if problem is not None and "probe" not in self.config.run.allow:
             raise CheckpointError(
                 f"{path} was loaded, but the model does not compute what was saved: {problem}; "
@@ -175,6 +153,32 @@ class CheckpointManager(SaveEvents):
             self.logger.info(f"allowed by run.allow: {problem}")
         fault_injection.point("start.loaded")
         return manifest, kept
+
+    def load_newest(self, chosen: Chosen, path: Path) -> tuple[Chosen, Path, CheckpointManifest]:
+        """Load the chosen checkpoint at `path`, or the newest before it that is whole; collective.
+
+        Returns the one that was loaded. Raises CheckpointError when none is.
+        """
+        while True:
+            try:
+                return chosen, path, self.load(path)[0]
+            except RefusedCheckpointError as error:
+                problem = str(error)
+
+            self.monitor.phase("choose", 0)
+            progress = self.monitor.watchdog.progress
+            chosen = choose_next(self.start, self.engine.grid, chosen, problem, progress)
+            assert chosen.path is not None, "candidates were left, or that is an error"
+            path = chosen.path
+            self.logger.info(f"refused: {problem}; next is {path.name}")
+            self.monitor.phase("load", chosen.step)
+
+    def load_parent(self, path: Path) -> tuple[CheckpointManifest, bool]:
+        """`load` the checkpoint of `run.init_from`, which has no other to fall back on."""
+        try:
+            return self.load(path)
+        except RefusedCheckpointError as error:
+            raise CheckpointError(f"run.init_from: {error}") from None
 
     def save(self, name: str, state: TrainState, held_out_loss: float | None) -> None:
         """Start a save, or complete it when saving is synchronous; collective.
@@ -189,26 +193,33 @@ class CheckpointManager(SaveEvents):
 
         # Before the snapshot: damaged replicas must not be saved.
         probe = run_forward_check(engine)
-        if probe["apart"]:
-            raise DamageError(str(probe["apart"]))
+        if probe.apart:
+            raise DamageError(probe.apart)
 
         # A copy in host memory, so training continues while it is written.
         frozen = self.writer.snapshot(
             engine.gradients.shard_layout, engine.optimizer.flat_shards, engine.dtype
         )
         state.adam_steps = engine.optimizer.adam_steps
-        self.writer.save(name, frozen, self._facts(state, held_out_loss, probe))
-        self.restart_clock()
+        facts = self._facts(state, held_out_loss, probe)
+        self._stalled = time.monotonic() - self._began
+        self.writer.save(name, frozen, facts)
+
+        now = time.monotonic()
+        self.timer.saving(now)
+        if not self.config.checkpoint.asynchronous:
+            self.timer.saved(SaveCost(now - self._began, self._took))
         # Restart the watchdog's clock when a save follows another one at once.
         self.monitor.saving(False)
 
     def _facts(
-        self, state: TrainState, held_out_loss: float | None, probe: dict[str, Any]
+        self, state: TrainState, held_out_loss: float | None, probe: ForwardAnswer
     ) -> SaveFacts:
         """Build the content of the manifest, but for what the writer adds: names and hashes."""
         config, start, order, data = self.config, self.start, self.start.order, self.start.manifest
         consumed = order.consumed_chunks(state.step)
         within = consumed < len(order.names)
+        head = self.logger.ledger_head
 
         return SaveFacts(
             # A number that is not finite has no JSON form of its own.
@@ -229,23 +240,30 @@ class CheckpointManager(SaveEvents):
                 vocab_size=data.vocab_size,
                 sequence_length=data.sequence_length,
             ),
-            layout=asdict(start.layout),
+            layout=LayoutFacts(**asdict(start.layout)),
             config=config.model_dump(mode="json"),
-            identity=start.identity,
-            probe=json_value(probe),
+            identity=RunIdentity.model_validate(start.identity),
+            probe=probe,
             environment=environment_facts(),
             fencing_token=self.logger.fencing_token,
+            ledger=None if head is None else LedgerFacts(events=head.events, sha256=head.sha256),
         )
 
     # What the writer tells, from its threads.
 
     def check_owner(self) -> None:
+        # Rows should be durable before the checkpoint is: a resume does not take these steps again.
+        self.logger.sync_rows()
         if self.lock is not None:
             self.lock.check()
 
     def committed(self, path: Path, manifest: CheckpointManifest) -> None:
         self.monitor.saved()
-        self.logger.committed(path, manifest, time.monotonic() - self._began)
+        self._took = time.monotonic() - self._began
+        stalled = self._stalled if self.config.checkpoint.asynchronous else None
+        if stalled is not None:
+            self.timer.saved(SaveCost(stalled, self._took))
+        self.logger.committed(path, manifest, self._took, stalled)
 
     def verified(self, path: Path) -> None:
         self.logger.verified(path)

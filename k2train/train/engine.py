@@ -13,7 +13,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from k2train import fault_injection
 from k2train.data.loader import MicroBatch
+from k2train.fault_injection import VALUES
 from k2train.model.initialize import attach_rotary, initialize, materialize
 from k2train.model.kernels.select import DeviceTraits, Kernels, choose_kernels
 from k2train.model.transformer import Stage, activation_shape
@@ -43,8 +45,10 @@ class StepResult:
     grad_norm: float
     norms: Mapping[str, float]
     applied: bool
-    """False when a loss or gradient was not finite: nothing was changed on any rank."""
+    """False when loss or gradient were not finite or the gradient too large: no rank changed."""
     flags: tuple[float, ...]
+    faults: tuple[str, ...] = ()
+    """Value faults that some rank made on purpose in this step, by their name."""
 
 
 def kernels_of(setup: Setup, device: torch.device | None = None) -> Kernels:
@@ -148,17 +152,19 @@ class Engine:
 
         `flags` are summed over all ranks in the step's exchange. `targets` is the number of labels
         in the global batch, required where micro-batches have labels of their own. A loss or
-        gradient that is not finite changes nothing on any rank.
+        gradient that is not finite, or too large for fp32 moments, changes nothing on any rank.
         """
         self.on_phase("forward")
         inject_state_fault(self.optimizer)
+        inject_gradient_fault(self.gradients)
         self.gradients.zero()
         loss = self._run(self.program, batch, targets)
 
         self.on_phase("reduce")
-        inject_gradient_fault(self.gradients.shard_layout)
         flat_gradient = self.gradients.reduce()
-        decision = self._decide(self.square_sums(flat_gradient), loss, flags)
+        decision = self._decide(
+            self.square_sums(flat_gradient), loss, (*flags, *fault_injection.take_changed())
+        )
 
         self.on_phase("update")
         self.optimizer.step(flat_gradient, lr, decision.divisor, decision.skip)
@@ -167,8 +173,12 @@ class Engine:
         with wait_scope(self.grid.comm, "the device"):
             agreed = decision.read()
 
-        self.optimizer.count(agreed.finite)
-        return StepResult(agreed.loss, agreed.grad_norm, agreed.norms, agreed.finite, agreed.flags)
+        self.optimizer.count(agreed.applied)
+        shared, made = agreed.flags[: len(flags)], agreed.flags[len(flags) :]
+        faults = tuple(name for name, count in zip(VALUES, made, strict=True) if count)
+        return StepResult(
+            agreed.loss, agreed.grad_norm, agreed.norms, agreed.applied, shared, faults
+        )
 
     def evaluate(self, batch: Sequence[MicroBatch], targets: int | None = None) -> float:
         """Return the mean loss of one global batch (nats per target) without gradients; collective.

@@ -18,11 +18,12 @@ import platform
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from math import sqrt
-from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
+from k2train.checkpoint.run_facts import ForwardAnswer, PromptFacts, SignatureFacts
 from k2train.data.loader import MicroBatch
 from k2train.parallel.agreement import Agreement
 from k2train.parallel.grid import ProcessGrid
@@ -46,34 +47,32 @@ with 4 layers, 0.023 with 16, 0.043 with 64, a third of the bound. fp32: at most
 1.3e-6, a tenth of the bound.
 """
 
+INFINITE = float("inf")
+_ANSWER: TypeAdapter[ForwardAnswer | None] = TypeAdapter(ForwardAnswer | None)
 
-def run_forward_check(engine: Engine) -> dict[str, Any]:
-    """Run the fixed prompt and return its facts for the manifest, equal on every rank; collective.
 
-    - `sha256`: hash of the fp32 logits at `POSITIONS` positions; `values`: some of these logits;
-      `max_abs`: the largest.
-    - `prompt`, `signature`: what the prompt and the computed bits depend on.
-    - `apart`: names a data-parallel replica that computes something else; empty if none does.
+def run_forward_check(engine: Engine) -> ForwardAnswer:
+    """Run the fixed prompt and return its answer for the manifest, equal on every rank; collective.
+
+    Its `apart` names a data-parallel replica that computes something else.
     """
     engine.optimizer.finish()
     logits = _run(engine)
-    mine = None
-    if logits is not None:
-        mine = {**_facts(logits), "prompt": _prompt_facts(engine), "signature": _signature(engine)}
-
-    gathered = Agreement(engine.grid).all(mine, "all-gather of the probe's answers")
-    answers = {rank: facts for rank, facts in enumerate(gathered) if facts is not None}
-    return {**answers[min(answers)], "apart": _apart(answers)}
+    mine = None if logits is None else _answer(logits, engine)
+    gathered = Agreement(engine.grid).all(mine, _ANSWER, "all-gather of the probe's answers")
+    answers = {rank: answer for rank, answer in enumerate(gathered) if answer is not None}
+    return answers[min(answers)].model_copy(update={"apart": _apart(answers)})
 
 
-def forward_check_problem(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+def forward_check_problem(before: ForwardAnswer | None, now: ForwardAnswer) -> str | None:
     """Compare two forward checks of the same weights; return one line, or None when they agree.
 
-    Also None when the prompts differ (another sequence length or vocabulary).
+    Also None when the prompts differ (another sequence length or vocabulary), or nobody asked
+    `before`.
     """
-    if now.get("apart"):
-        return str(now["apart"])
-    if not before or before.get("prompt") != now["prompt"]:
+    if now.apart:
+        return now.apart
+    if before is None or before.prompt != now.prompt:
         return None
 
     distance, largest = _distance(before, now)
@@ -82,16 +81,16 @@ def forward_check_problem(before: Mapping[str, Any], now: Mapping[str, Any]) -> 
     )
 
     # Same layout, kernels and device: every bit must be equal.
-    if before["signature"] == now["signature"]:
-        if before["sha256"] == now["sha256"]:
+    if before.signature == now.signature:
+        if before.sha256 == now.sha256:
             return None
         return f"{message}, on the same layout, kernels and device, where every bit must be equal"
 
     # Another layout, kernel or device: only rounding may differ.
     bound = max(_bound(before), _bound(now))
-    if distance < float("inf") and distance <= bound * largest:
+    if distance < INFINITE and distance <= bound * largest:
         return None
-    changed = [key for key in now["signature"] if not _same(before, now, key)]
+    changed = before.signature.differences(now.signature)
     return f"{message}; a change of {', '.join(changed)} explains at most {bound * largest:.3g}"
 
 
@@ -143,52 +142,53 @@ def _positions(length: int) -> list[int]:
     )
 
 
-def _prompt_facts(engine: Engine) -> dict[str, Any]:
-    """Return what the prompt's logits depend on, besides the weights and the machine."""
+def _prompt_facts(engine: Engine) -> PromptFacts:
     config = engine.config
-    return {
-        "num_layers": config.model.num_layers,
-        "sequence_length": config.data.sequence_length,
-        "vocab_size": config.model.vocab_size,
-        "cross_documents": config.data.cross_documents,
-        "positions": _positions(config.data.sequence_length),
-    }
+    return PromptFacts(
+        num_layers=config.model.num_layers,
+        sequence_length=config.data.sequence_length,
+        vocab_size=config.model.vocab_size,
+        cross_documents=config.data.cross_documents,
+        positions=_positions(config.data.sequence_length),
+    )
 
 
-def _facts(logits: Tensor) -> dict[str, Any]:
+def _answer(logits: Tensor, engine: Engine) -> ForwardAnswer:
+    """This replica's answer, from the logits [positions, vocab_size]."""
     host = logits.cpu().contiguous()
     step = max(1, host.shape[1] // SAMPLES)
-    return {
-        "sha256": sha256(host.numpy().tobytes()).hexdigest(),
-        "values": [
-            [_plain(value) for value in row] for row in host[:, ::step][:, :SAMPLES].tolist()
-        ],
-        "max_abs": _plain(float(host.abs().max())),
-    }
+    samples = host[:, ::step][:, :SAMPLES].tolist()
+    return ForwardAnswer(
+        sha256=sha256(host.numpy().tobytes()).hexdigest(),
+        values=[[_plain(value) for value in row] for row in samples],
+        max_abs=_plain(float(host.abs().max())),
+        prompt=_prompt_facts(engine),
+        signature=_signature(engine),
+    )
 
 
 def _plain(value: float) -> float | None:
     """Replace values that are not finite by None: JSON cannot represent them."""
-    return value if abs(value) < float("inf") else None
+    return value if abs(value) < INFINITE else None
 
 
-def _signature(engine: Engine) -> dict[str, Any]:
+def _signature(engine: Engine) -> SignatureFacts:
     """Return what the bits of a forward pass may depend on.
 
     Pipeline and data parallelism are left out: they must not change a bit.
     """
     grid, parallel = engine.grid, engine.config.parallel
-    return {
-        "tensor": grid.layout.tensor,
-        "sequence": engine.setup.sequence,
-        "symmetric_memory": parallel.symmetric_memory,
-        "micro_sequences": engine.config.batch.micro_sequences,
-        "precision": engine.config.precision,
-        "kernels": str(engine.kernels),
-        "torch": torch.__version__,
-        "device": _device_name(grid),
-        "threads": torch.get_num_threads(),
-    }
+    return SignatureFacts(
+        tensor=grid.layout.tensor,
+        sequence=engine.setup.sequence,
+        symmetric_memory=parallel.symmetric_memory,
+        micro_sequences=engine.config.batch.micro_sequences,
+        precision=engine.config.precision,
+        kernels=str(engine.kernels),
+        torch=str(torch.__version__),
+        device=_device_name(grid),
+        threads=torch.get_num_threads(),
+    )
 
 
 def _device_name(grid: ProcessGrid) -> str:
@@ -199,48 +199,43 @@ def _device_name(grid: ProcessGrid) -> str:
     )
 
 
-def _distance(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[float, float]:
+def _distance(a: ForwardAnswer, b: ForwardAnswer) -> tuple[float, float]:
     """Return (largest distance of listed logits, largest logit); infinite if one is not finite."""
-    pairs = [
-        (x, y)
-        for p, q in zip(a["values"], b["values"], strict=True)
-        for x, y in zip(p, q, strict=True)
-    ]
+    largest = [INFINITE if answer.max_abs is None else answer.max_abs for answer in (a, b)]
+    if a.shape != b.shape:
+        return INFINITE, max(largest)
 
     # None means a value that is not finite.
-    largest = [probe["max_abs"] for probe in (a, b)]
-    if None in largest or any(x is None or y is None for x, y in pairs):
-        return float("inf"), float("inf") if None in largest else max(largest)
-    return max(abs(x - y) for x, y in pairs), max(largest)
+    distances = [
+        INFINITE if x is None or y is None else abs(x - y)
+        for p, q in zip(a.values, b.values, strict=True)
+        for x, y in zip(p, q, strict=True)
+    ]
+    if INFINITE in largest:
+        return INFINITE, INFINITE
+    return max(distances, default=0.0), max(largest)
 
 
-def _bound(probe: Mapping[str, Any]) -> float:
+def _bound(answer: ForwardAnswer) -> float:
     """Return the largest change that rounding explains, relative to the largest logit."""
-    return float(
-        ROUNDING[probe["signature"]["precision"]] * sqrt(probe["prompt"]["num_layers"] + 2)
-    )
+    return ROUNDING[answer.signature.precision] * sqrt(answer.prompt.num_layers + 2)
 
 
-def _same(a: Mapping[str, Any], b: Mapping[str, Any], key: str) -> bool:
-    return bool(a["signature"].get(key) == b["signature"].get(key))
-
-
-def _apart(answers: Mapping[int, Mapping[str, Any]]) -> str:
+def _apart(answers: Mapping[int, ForwardAnswer]) -> str:
     """Return a message about a replica that disagrees with the majority, "" if none does.
 
     Of two that disagree, the lower rank counts as right.
     """
-    hashes = [facts["sha256"] for facts in answers.values()]
+    hashes = [answer.sha256 for answer in answers.values()]
     majority = max(hashes, key=lambda digest: (hashes.count(digest), -hashes.index(digest)))
-    first = next(facts for facts in answers.values() if facts["sha256"] == majority)
+    first = next(answer for answer in answers.values() if answer.sha256 == majority)
 
-    for rank, facts in answers.items():
-        if facts["sha256"] == majority:
+    for rank, answer in answers.items():
+        if answer.sha256 == majority:
             continue
-        distance, largest = _distance(first, facts)
-        if facts["signature"] == first["signature"] or not distance <= _bound(
-            facts
-        ) * largest < float("inf"):
+        distance, largest = _distance(first, answer)
+        rounded = distance <= _bound(answer) * largest < INFINITE
+        if answer.signature == first.signature or not rounded:
             return _replica_message(rank, hashes, distance, largest, answers)
 
     return ""
@@ -251,10 +246,10 @@ def _replica_message(
     hashes: Sequence[str],
     distance: float,
     largest: float,
-    answers: Mapping[int, Any],
+    answers: Mapping[int, ForwardAnswer],
 ) -> str:
     """With two different answers and no majority it is unknown which one is right."""
-    tie = 2 * hashes.count(answers[rank]["sha256"]) == len(hashes)
+    tie = 2 * hashes.count(answers[rank].sha256) == len(hashes)
     who = f"the replica of rank {rank} or its counterpart" if tie else f"the replica of rank {rank}"
     return (
         f"{who} computes other logits for the fixed prompt than the others: "

@@ -17,24 +17,26 @@ from k2train.checkpoint.manifest import (
     list_checkpoints,
     read_manifest,
 )
-from k2train.checkpoint.retention import is_on_demand
+from k2train.checkpoint.retention import ON_DEMAND_AT_ONCE, is_on_demand
 from k2train.config.load import Config
 from k2train.data.chunk import check_files, verify_chunk
 from k2train.data.manifest import Manifest, require_borders
 from k2train.data.manifest import read_manifest as read_data_manifest
 from k2train.data.order import ChunkOrder, apply_events, make_order
-from k2train.errors import DataError
+from k2train.errors import DataError, RunError
 from k2train.guard.control_files import ControlFiles
 from k2train.guard.crash_loop import check_progress
 from k2train.optim.lr_schedule import check_schedule
 from k2train.plan.cost import parameters, tensor_count
 from k2train.plan.layout import Layout
 from k2train.record.events import StageTransition
-from k2train.record.ledger import read_ledger
+from k2train.record.ledger import read_chain
+from k2train.retry import exists_retried, retried
+from k2train.train.ledger_check import check_ledger_heads
 from k2train.train.resume_check import check_same_run, files_read, identity_of
 from k2train.train.setup import Setup
 from k2train.train.stage_transition import check_stage_transition, resolve_checkpoint
-from k2train.train.start_point import wanted_checkpoints
+from k2train.train.start_point import ResumeCheck, wanted_checkpoints
 
 HASH_AT_START_BYTES = 1 << 30
 """Total size up to which all chunks are hashed before the start; above it only the next one is."""
@@ -64,6 +66,8 @@ class Start:
     """How this stage takes over from its parent."""
     warning: str = ""
     """What to tell of the starts before this one; "" for nothing."""
+    room_inside_chunks: bool = True
+    """Whether the disk has space for saves inside chunks, if those are left to the run."""
 
     @property
     def layout(self) -> Layout:
@@ -74,6 +78,11 @@ class Start:
     def checkpoints(self) -> Path:
         """Folder of the run's checkpoints."""
         return self.directory / "checkpoints"
+
+    @property
+    def resume_check(self) -> ResumeCheck:
+        """What the manifest of a checkpoint must pass."""
+        return ResumeCheck(self.identity, self.order, self.setup.step_tokens)
 
 
 def run_directory(config: Config) -> Path:
@@ -120,9 +129,8 @@ def verify_data(manifest: Manifest, order: ChunkOrder, step: int) -> None:
     """
     names = files_read(manifest, order)
 
-    total_bytes = sum(
-        (manifest.folder / manifest.chunk(name).file).stat().st_size for name in names
-    )
+    files = [manifest.folder / manifest.chunk(name).file for name in names]
+    total_bytes = sum(retried(file.stat, file).st_size for file in files)
     if total_bytes > HASH_AT_START_BYTES:
         # Large data: only the next chunk to be read and the held-out one.
         following = [order.position(step + 1).name] if step < order.total_steps else []
@@ -143,7 +151,7 @@ def prepare_start(config: Config, world_size: int, verify: bool) -> Start:
 
     directory = run_directory(config)
     ledger = directory / "ledger.jsonl"
-    entries = read_ledger(ledger) if ledger.exists() else []
+    entries, hashes = read_chain(ledger) if exists_retried(ledger) else ([], [])
     order = apply_events(order, entries, str(ledger))
 
     identity = identity_of(config, manifest, order)
@@ -151,9 +159,12 @@ def prepare_start(config: Config, world_size: int, verify: bool) -> Start:
     # A STOP file from earlier, or too many starts without progress, refuse the start.
     ControlFiles(directory).refuse_start()
     warning = check_progress(entries, config.run.max_fruitless_starts, directory)
+    if warning and config.checkpoint.every_seconds != "auto":
+        warning += "; set checkpoint.every_seconds=auto, or lower it"
     base = replace(base, warning=warning)
 
-    wanted, refused = wanted_checkpoints(config, directory, entries)
+    wanted, refused = wanted_checkpoints(config, directory, entries, base.resume_check)
+    check_ledger_heads(ledger, entries, hashes, wanted[0] if wanted else None)
     if not wanted:
         start, step = _fresh_start(config, base, refused), 0
     else:
@@ -165,14 +176,17 @@ def prepare_start(config: Config, world_size: int, verify: bool) -> Start:
 
     # What cannot fit on the disk is refused before anything is written.
     if "space" not in config.run.allow:
-        _check_disk_space(config, start, step)
+        start = replace(start, room_inside_chunks=_check_disk_space(config, start, step))
     if verify:
         verify_data(manifest, order, step)
     return start
 
 
-def _check_disk_space(config: Config, start: Start, step: int) -> None:
-    """Raise RunError when the disk cannot hold the checkpoints that follow `step`."""
+def _check_disk_space(config: Config, start: Start, step: int) -> bool:
+    """Raise RunError when the disk cannot hold the checkpoints that follow `step`.
+
+    Returns whether there is space for those inside chunks, where `auto` may do without them.
+    """
     order, layout, checkpoints = start.order, start.layout, start.checkpoints
     shape = start.setup.architecture
     consumed, every = order.consumed_chunks(step), config.checkpoint.every_chunks
@@ -196,7 +210,19 @@ def _check_disk_space(config: Config, start: Start, step: int) -> None:
         parts=layout.tensor * layout.data,
     )
     remaining = len(ends) + (step == 0 and not numbered)
-    check_plan(checkpoints, one, remaining, config.checkpoint.keep_optimizer_states, complete)
+    keep, every_seconds = config.checkpoint.keep_optimizer_states, config.checkpoint.every_seconds
+    # Those that exist take no more space, and are replaced.
+    inside = max(0, ON_DEMAND_AT_ONCE - (len(found) - len(numbered)))
+    if every_seconds == "auto":
+        check_plan(checkpoints, one, remaining, keep, complete)
+    try:
+        inside = 0 if every_seconds == 0 else inside
+        check_plan(checkpoints, one, remaining, keep, complete, inside)
+    except RunError:
+        if every_seconds != "auto":
+            raise
+        return False
+    return True
 
 
 def _fresh_start(config: Config, base: Start, refused: list[str]) -> Start:

@@ -108,13 +108,15 @@ def check_same_run(path: Path, identity: Mapping[str, Any], allow: Sequence[str]
         )
 
     manifest = read_manifest(path)
+    before = {} if manifest.identity is None else manifest.identity.tree()
 
-    differences = identity_differences(manifest.identity or {}, identity)
+    differences = identity_differences(before, identity)
     # Differences that would move the data position, whatever `run.allow` names.
     never_allowed = [
         text
         for text in differences
-        if _named(text, NEVER) or _already_read(text, manifest, identity)
+        if _named(text, NEVER)
+        or (_key(text) == "data.order" and not same_chunks_begun(manifest, identity))
     ]
     not_named = [
         text for text in differences if text not in never_allowed and not _named(text, allow)
@@ -143,12 +145,21 @@ def _named(difference: str, names: Sequence[str]) -> bool:
     return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
-def _already_read(
-    difference: str, manifest: CheckpointManifest, identity: Mapping[str, Any]
-) -> bool:
-    """Return whether the chunk order differs in a chunk that the checkpoint has begun to read."""
-    if _key(difference) != "data.order":
+def same_chunks_begun(manifest: CheckpointManifest, identity: Mapping[str, Any]) -> bool:
+    """Return whether the chunks that the checkpoint has begun to read are the first of this run."""
+    if manifest.identity is None:
         return False
-    chunks_begun = manifest.chunks.consumed + (manifest.chunks.step_in_chunk > 0)
-    before, now = (tree["data"]["order"] for tree in (manifest.identity or {}, identity))
-    return bool(list(before[:chunks_begun]) != list(now[:chunks_begun]))
+    begun = manifest.chunks.consumed + (manifest.chunks.step_in_chunk > 0)
+    before = manifest.identity.tree()["data"]["order"]
+    return bool(before[:begun] == list(identity["data"]["order"][:begun]))
+
+
+def same_position(manifest: CheckpointManifest, identity: Mapping[str, Any]) -> bool:
+    """Return whether a step means the same position in the data as in the checkpoint's run."""
+    before = manifest.identity
+    return (
+        before is not None
+        and before.batch.global_sequences == identity["batch"]["global_sequences"]
+        and before.data.sequence_length == identity["data"]["sequence_length"]
+        and same_chunks_begun(manifest, identity)
+    )

@@ -6,7 +6,6 @@
   trainer when that takes too long.
 """
 
-import contextlib
 import hashlib
 import sys
 import time
@@ -17,11 +16,19 @@ from pathlib import Path
 from threading import RLock
 from uuid import uuid4
 
-from k2train.checkpoint.manifest import MANIFEST, CheckpointManifest, read_manifest
+from k2train.checkpoint.manifest import (
+    MANIFEST,
+    CheckpointManifest,
+    checkpoint_order,
+    manifest_sha256,
+    read_manifest,
+)
 from k2train.checkpoint.writer import SaveError
 from k2train.config.load import to_yaml
+from k2train.errors import CheckpointError
 from k2train.files import sha256_file, write_synced
 from k2train.guard.crash_loop import STARTS
+from k2train.guard.failure_history import FailureHistory, read_history
 from k2train.parallel.device_digest import StateRoot
 from k2train.record.console import Console
 from k2train.record.events import (
@@ -31,12 +38,14 @@ from k2train.record.events import (
     Event,
     Failed,
     Finished,
+    Resumed,
     Started,
     Stopped,
     Takeover,
     of_kind,
 )
 from k2train.record.ledger import Ledger
+from k2train.record.ledger_head import LedgerHead
 from k2train.record.metrics import (
     MetricsWriter,
     RootRecord,
@@ -45,6 +54,7 @@ from k2train.record.metrics import (
     last_attempt,
 )
 from k2train.record.wandb import WandbMirror, WandbRun, wandb_run_id
+from k2train.retry import exists_retried, reason
 from k2train.state_digest import short_digests
 from k2train.text import bytes_text
 from k2train.train.preflight import Start
@@ -66,8 +76,17 @@ class RunLogger:
     """Why the record could not be written; the trainer shares it with all ranks."""
     config_sha256 = ""
     """Hash of `config.yaml` as this start wrote it."""
+    faults: tuple[str, ...] = ()
+    """Faults armed on purpose, on any rank."""
     run_id = ""
     """Identifies the training run across restarts."""
+    history = FailureHistory()
+    """Failures and saves of the starts before this one; known to rank 0."""
+
+    @property
+    def ledger_head(self) -> LedgerHead | None:
+        """Head of the ledger; None where another rank writes it."""
+        return None
 
     def event(self, event: Event) -> None:
         """Append an event to the ledger."""
@@ -86,8 +105,20 @@ class RunLogger:
     def info(self, text: str) -> None:
         """Log a human-readable line."""
 
-    def committed(self, path: Path, manifest: CheckpointManifest, seconds: float) -> None:
-        """Log that a checkpoint is whole; may be called from the saving thread."""
+    def sync_rows(self) -> None:
+        """Sync the rows of all steps so far; called before a checkpoint is committed."""
+
+    def committed(
+        self,
+        path: Path,
+        manifest: CheckpointManifest,
+        seconds: float,
+        stalled_seconds: float | None = None,
+    ) -> None:
+        """Log that a checkpoint is whole after `seconds`; may be called from the saving thread.
+
+        Training waited for `stalled_seconds` of them; None: for all.
+        """
 
     def verified(self, path: Path) -> None:
         """Log that a checkpoint was read back intact; from any thread."""
@@ -123,6 +154,7 @@ class RankZeroRunLogger(RunLogger):
         attempts = [event.attempt for event in events if isinstance(event, STARTS)]
 
         self.attempt = max([last_attempt(directory / "metrics.jsonl"), *attempts]) + 1
+        self.history = read_history(self.ledger.entries, self.metrics.path, self.attempt)
         order = start.order
         # Last step of every chunk.
         ends = [order.first_step(i) + order.steps_in(i) - 1 for i in range(len(order.names))]
@@ -164,8 +196,12 @@ class RankZeroRunLogger(RunLogger):
             if repaired:
                 self.info(repaired)
         for path in (self.metrics.path, self.roots.path):
-            for line in damaged_rows(path) if path.exists() else []:
+            for line in damaged_rows(path) if exists_retried(path) else []:
                 self.info(f"damaged: {line}")
+
+    @property
+    def ledger_head(self) -> LedgerHead | None:
+        return self.ledger.head
 
     def event(self, event: Event) -> None:
         self._put(self.ledger.path, lambda: self.ledger.append(event))
@@ -209,7 +245,7 @@ class RankZeroRunLogger(RunLogger):
 
     def _write_failed(self, path: Path, error: OSError) -> None:
         now = time.monotonic()
-        self._write_error = f"{path} cannot be written: {error.strerror or error}"
+        self._write_error = f"{path} cannot be written: {reason(error, path)}"
         if self._failing_since is None:
             self._failing_since = now
             self.info_from_thread(
@@ -224,13 +260,24 @@ class RankZeroRunLogger(RunLogger):
         self.flush_messages()
         self.console.info(text)
 
-    def committed(self, path: Path, manifest: CheckpointManifest, seconds: float) -> None:
-        self.event(replace(_checkpoint_saved(path, manifest), seconds=round(seconds, 3)))
+    def sync_rows(self) -> None:
+        # After a power loss a resume does not repeat the steps of a checkpoint.
+        for rows in (self.metrics, self.roots):
+            try:
+                rows.sync()
+            except OSError as error:
+                self.info_from_thread(f"{rows.path} cannot be synced: {error.strerror or error}")
 
-        # Rows up to this checkpoint should be on disk with it; best effort.
-        with contextlib.suppress(OSError):
-            self.metrics.sync()
-            self.roots.sync()
+    def committed(
+        self,
+        path: Path,
+        manifest: CheckpointManifest,
+        seconds: float,
+        stalled_seconds: float | None = None,
+    ) -> None:
+        stalled = None if stalled_seconds is None else round(stalled_seconds, 3)
+        saved = replace(_checkpoint_saved(path, manifest), stalled_seconds=stalled)
+        self.event(replace(saved, seconds=round(seconds, 3)))
 
         held_out = manifest.held_out_loss
         score = "" if held_out is None else f", held-out loss {held_out:.4f}"
@@ -265,9 +312,22 @@ class RankZeroRunLogger(RunLogger):
             for saved in of_kind(self.ledger.entries, CheckpointSaved)
         }
 
+        # What the last resume found was compared then, and later saves have later names: the cost
+        # grows with what is new, not with the run.
+        names = {name for name, _ in recorded}
+        resumed = [event.checkpoint for event in of_kind(self.ledger.entries, Resumed)][-1:]
+        compared = max(map(checkpoint_order, resumed), default=(-1, 0))
         for path in checkpoints:
-            # By content: another checkpoint of this name may have been set aside since.
-            if (path.name, sha256_file(path / MANIFEST)) not in recorded:
+            if path.name in names and checkpoint_order(path.name) <= compared:
+                continue
+            try:
+                # By content: another checkpoint of this name may have been set aside since.
+                known = (path.name, manifest_sha256(path)) in recorded
+            except CheckpointError as error:
+                # Older than the one that was taken: it decides over no start.
+                self.info(f"damaged: {error}")
+                continue
+            if not known:
                 self.event(replace(_checkpoint_saved(path, read_manifest(path)), recovered=True))
 
     def close(self) -> None:

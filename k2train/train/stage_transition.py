@@ -4,13 +4,13 @@
 - What was compared goes into the ledger, and into every checkpoint of the stage.
 """
 
-import hashlib
 from pathlib import Path
 
 from k2train.checkpoint.manifest import (
     MANIFEST,
     CheckpointManifest,
     list_checkpoints,
+    manifest_sha256,
     read_manifest,
 )
 from k2train.config.load import config_differences
@@ -20,6 +20,7 @@ from k2train.data.order import ChunkOrder
 from k2train.data.source_record import common_data, read_sources
 from k2train.errors import CheckpointError, DataError
 from k2train.record.events import StageTransition
+from k2train.retry import is_file_retried, is_folder_retried
 from k2train.train.setup import Setup
 
 
@@ -29,7 +30,7 @@ def resolve_checkpoint(path: Path) -> Path:
     Raises CheckpointError when `path` is neither.
     """
     # A data folder has a manifest.json too.
-    if (path / MANIFEST).is_file() and (path / "model").is_dir():
+    if is_file_retried(path / MANIFEST) and is_folder_retried(path / "model"):
         return path
     found = list_checkpoints(path / "checkpoints")
     if not found:
@@ -49,9 +50,10 @@ def check_stage_transition(
     """
     before, config = read_manifest(parent), setup.config
     now = config.model_dump(mode="json")
-    if differences := config_differences(
-        {"model": before.config["model"]}, {"model": now["model"]}
-    ):
+    model = before.config.get("model")
+    if not isinstance(model, dict):
+        raise CheckpointError(f"run.init_from ({parent}): {MANIFEST} does not say config.model")
+    if differences := config_differences({"model": model}, {"model": now["model"]}):
         raise CheckpointError(
             f"run.init_from ({parent}) holds another model: {'; '.join(differences)}"
         )
@@ -75,7 +77,7 @@ def check_stage_transition(
     return StageTransition(
         attempt=0,
         parent=str(parent),
-        parent_manifest_sha256=hashlib.sha256((parent / MANIFEST).read_bytes()).hexdigest(),
+        parent_manifest_sha256=manifest_sha256(parent),
         parent_step=before.step,
         parent_adam_steps=before.adam_steps,
         parent_consumed_tokens=before.consumed_tokens,
@@ -101,8 +103,12 @@ def _data_in_common(
     # Damage in this stage's own list is an error; only the earlier stage's may be missing.
     read_sources(manifest)
 
+    data = before.config.get("data")
+    path = data.get("manifest") if isinstance(data, dict) else None
+    if not isinstance(path, str):
+        return shared, False
     try:
-        earlier = read_data_manifest(before.config["data"]["manifest"])
+        earlier = read_data_manifest(path)
         # Sources count as compared only against the very data that the earlier stage read.
         if earlier.sha256 == before.data.manifest_sha256:
             shared += common_data(earlier, manifest)

@@ -6,26 +6,52 @@
 
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
-from k2train.checkpoint.retention import remove_unfinished
+from pydantic import TypeAdapter
+
+from k2train import fault_injection
+from k2train.checkpoint.retention import ON_DEMAND_AT_ONCE, remove_unfinished
 from k2train.config.load import config_differences
 from k2train.errors import RunError, UnavailableError, UserError
 from k2train.launch.environment import open_port
 from k2train.parallel.agreement import Agreement
 from k2train.parallel.grid import ProcessGrid
+from k2train.parallel.messages import TEXTS
 from k2train.plan.cost import parameters
-from k2train.record.events import Resumed, Started, Takeover
+from k2train.record.events import Faults, Resumed, Started, Starting, Takeover
 from k2train.record.system_info import environment_facts
-from k2train.retry import is_passing
+from k2train.retry import is_passing, reason
 from k2train.run_lock.lock import RunLock
 from k2train.text import counted
-from k2train.train.checkpointing import Chosen
+from k2train.train.choose import Chosen
 from k2train.train.engine import Engine
 from k2train.train.memory_report import memory_line
 from k2train.train.preflight import Start
 from k2train.train.run_logger import RankZeroRunLogger, RunLogger
 from k2train.train.shutdown import OpenRun
+
+LEFTOVERS = (
+    "config.yaml.tmp",
+    "ledger.head.tmp",
+    "ledger.jsonl.tmp",
+    "watch/verdict.json.*.tmp",
+)
+"""Files of a run that a kill can leave before they get their names."""
+
+
+class OpenedRecord(NamedTuple):
+    """What rank 0 tells the others of the record: it could not be opened if there is a problem."""
+
+    attempt: int
+    fencing_token: int
+    problem: str = ""
+    unavailable: bool = False
+
+
+_OPENED = TypeAdapter(OpenedRecord)
 
 
 def open_run_logger(start: Start, run: OpenRun, lock: RunLock | None, memory: str) -> RunLogger:
@@ -39,23 +65,30 @@ def open_run_logger(start: Start, run: OpenRun, lock: RunLock | None, memory: st
     if run.grid.rank == 0:
         try:
             start.checkpoints.mkdir(parents=True, exist_ok=True)
-            leftovers = remove_unfinished(start.checkpoints)
+            leftovers = _remove_leftovers(start)
             run.logger = RankZeroRunLogger(start)
         except UserError as error:
             problem = str(error)
         except UnavailableError as error:
             problem, unavailable = str(error), True
         except OSError as error:
-            problem = f"{error.filename or start.directory} cannot be written: {error.strerror}"
+            path = error.filename or start.directory
+            problem = f"{path} cannot be written: {reason(error, path)}"
             unavailable = is_passing(error)
 
     # A peer that dies meanwhile is recorded by it.
     logger, token = run.logger, 0 if lock is None else lock.token
-    logger.attempt, logger.fencing_token, problem, unavailable = Agreement(run.grid).from_first(
-        (logger.attempt, token, problem, unavailable), "open the record"
+    agreement = Agreement(run.grid)
+    told = agreement.from_first(
+        OpenedRecord(logger.attempt, token, problem, unavailable), _OPENED, "open the record"
     )
-    if problem:
-        raise UnavailableError(problem) if unavailable else RunError(problem)
+    if told.problem:
+        raise UnavailableError(told.problem) if told.unavailable else RunError(told.problem)
+
+    logger.attempt, logger.fencing_token = told.attempt, told.fencing_token
+    # Each rank has an environment of its own.
+    armed = agreement.all(list(fault_injection.armed_faults()), TEXTS, "open the record")
+    logger.faults = tuple(dict.fromkeys(fault for faults in armed for fault in faults))
 
     logger.memory = memory
     if lock is not None:
@@ -68,12 +101,24 @@ def open_run_logger(start: Start, run: OpenRun, lock: RunLock | None, memory: st
     return logger
 
 
+def log_starting(logger: RunLogger, step: int) -> None:
+    """Record that a start begins, from `step` on, and the faults that it is to meet on purpose."""
+    logger.event(Starting(attempt=logger.attempt, step=step))
+    if logger.faults:
+        logger.event(Faults(attempt=logger.attempt, faults=logger.faults))
+
+
 def log_start(logger: RunLogger, start: Start, engine: Engine, chosen: Chosen) -> None:
     """Log the first lines of a run: its size, layout, kernels, memory, and the checkpoint taken."""
     setup, kernels, layout, order = start.setup, engine.kernels, start.layout, start.order
     device_type, config = engine.grid.device.type, start.setup.config
     work = setup.work(device_type, kernels.attention_name, kernels.matmul)
 
+    if logger.faults:
+        logger.info(
+            f"faults on purpose ({fault_injection.VARIABLE}): {'; '.join(logger.faults)}; "
+            "do not trust the numbers of this run"
+        )
     logger.info(
         f"{parameters(setup.architecture):,} parameters, {config.precision} on {device_type}; "
         f"{counted(len(order.names), 'chunk')}, {order.total_steps} steps of "
@@ -101,6 +146,11 @@ def log_start(logger: RunLogger, start: Start, engine: Engine, chosen: Chosen) -
         logger.info(f"refused: {problem}")
     if start.warning:
         logger.info(start.warning)
+    if not start.room_inside_chunks:
+        logger.info(
+            f"saves at chunk ends only: {start.checkpoints} has no space for the "
+            f"{ON_DEMAND_AT_ONCE} checkpoints inside chunks that exist at once"
+        )
 
 
 def log_started(logger: RunLogger, start: Start, engine: Engine) -> None:
@@ -163,5 +213,16 @@ def log_resumed(
 def log_finished(start: Start, grid: ProcessGrid, last: Path) -> None:
     """Say that the stage is finished: its last checkpoint was found whole."""
     if grid.rank == 0:
-        remove_unfinished(start.checkpoints)
+        _remove_leftovers(start)
         sys.stdout.write(f"{last} is the last checkpoint: this stage is finished, nothing to do\n")
+
+
+def _remove_leftovers(start: Start) -> list[str]:
+    """Delete what a killed start left unfinished; returns the names of the checkpoints among it."""
+    for pattern in LEFTOVERS:
+        for path in start.directory.glob(pattern):
+            # Tidying decides over no start.
+            with suppress(OSError):
+                if path.is_file() and not path.is_symlink():
+                    path.unlink()
+    return remove_unfinished(start.checkpoints)

@@ -65,13 +65,35 @@ class TrainState:
         if manifest.guard is not None and missing:
             raise _no_state(f"{missing[0]} is missing")
 
-        names = [item.name for item in fields(cls)]
+        names = {item.name for item in fields(cls)}
         try:
-            return TypeAdapter(cls).validate_python(
-                {name: getattr(manifest, name) for name in names if hasattr(manifest, name)}
+            state = TypeAdapter(cls).validate_python(
+                {"guard": None, **manifest.model_dump(include=names, exclude_unset=True)}
             )
         except ValidationError as error:
             raise _no_state(first_mistake(error)) from None
+        if problem := state.contradiction():
+            raise _no_state(problem)
+        return state
+
+    def contradiction(self) -> str:
+        """Say which numbers of the state cannot be true together; "" if all can."""
+        finite, onset, parent = self.guard.finite, self.guard.spikes.open_since, self.parent or {}
+        if not finite.in_a_row <= finite.total <= self.step:
+            return (
+                f"guard.finite counts {finite.in_a_row} steps in a row and {finite.total} in all, "
+                f"of {self.step}"
+            )
+        if onset is not None and onset > self.step:
+            return f"guard.spikes.open.onset ({onset}) is after step {self.step}"
+
+        # Moments come from the stage before, with the updates applied to them there.
+        before = parent.get("parent_adam_steps", 0) if parent.get("moments_kept", True) else 0
+        if self.adam_steps > before + self.step:
+            return f"adam_steps ({self.adam_steps}) is more than step ({self.step})" + (
+                f" and those of the stage before ({before})" if before else ""
+            )
+        return ""
 
 
 def _no_state(problem: str) -> CheckpointError:

@@ -1,11 +1,13 @@
 """Step report: metrics row, skipped steps and spikes of each step, for the run logger."""
 
 import resource
+from collections.abc import Sequence
+from math import isfinite
 
 import torch
 
 from k2train.plan.cost import flops_per_token, peak_flops
-from k2train.record.events import ChunkStarted, Spike, StepSkipped
+from k2train.record.events import ChunkStarted, Faults, Spike, StepSkipped
 from k2train.record.metrics import StepRecord
 from k2train.train.engine import StepResult
 from k2train.train.preflight import Start
@@ -39,9 +41,15 @@ class StepReport:
             )
 
     def done(
-        self, step: int, result: StepResult, lr: float, seconds: float, state_root: str | None
+        self,
+        step: int,
+        result: StepResult,
+        lr: float,
+        seconds: float,
+        ids: str,
+        state_root: str | None,
     ) -> None:
-        """Report a finished step: its metrics row."""
+        """Report a finished step: its metrics row, and an event where values were changed."""
         order, tokens = self.start.order, self.start.setup.step_tokens
         rows = order.rows_of(step)
         self.logger.step(
@@ -54,6 +62,7 @@ class StepReport:
                 grad_norm=result.grad_norm,
                 lr=lr,
                 rows=[rows.start, rows.stop],
+                ids=ids,
                 applied=result.applied,
                 tokens_per_second=tokens / seconds,
                 mfu=None
@@ -64,9 +73,12 @@ class StepReport:
                 state_root=state_root,
             )
         )
+        if result.faults:
+            self.logger.event(Faults(attempt=self.logger.attempt, step=step, faults=result.faults))
+            self.logger.info(f"step {step}: {', '.join(result.faults)} changed on purpose")
 
     def skipped(self, state: TrainState, result: StepResult) -> None:
-        """Report a step that was not applied, with the tensors whose gradient is not finite."""
+        """Report a step that was not applied, and why: not finite, or too large."""
         step, in_a_row = state.step, state.guard.finite.in_a_row
         name, rows = self.start.order.position(step).name, self.start.order.rows_of(step)
         bad = [key for key, norm in result.norms.items() if norm != norm or norm == float("inf")]
@@ -83,9 +95,20 @@ class StepReport:
             )
         )
         self.logger.info(
-            f"step {step} skipped, {'loss' if not bad else 'gradient of ' + bad[0]} not finite "
+            f"step {step} skipped, {self._reason(result, bad)} "
             f"({name} rows {rows.start}-{rows.stop - 1}; {in_a_row} in a row)"
         )
+
+    def _reason(self, result: StepResult, bad: Sequence[str]) -> str:
+        if bad:
+            return f"gradient of {bad[0]} not finite"
+        if not isfinite(result.loss):
+            return "loss not finite"
+        clip_norm = self.start.setup.config.optimizer.clip_norm
+        clipped = (
+            "without optimizer.clip_norm" if clip_norm is None else f"to clip to {clip_norm:g}"
+        )
+        return f"gradient norm {result.grad_norm:.3g} is too large {clipped}"
 
     def spikes(self, state: TrainState, result: StepResult) -> None:
         """Observe an applied step, and report the spikes that it opened or closed."""

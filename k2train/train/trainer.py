@@ -13,6 +13,7 @@ from pathlib import Path
 from k2train import fault_injection
 from k2train.checkpoint.manifest import checkpoint_name, list_checkpoints
 from k2train.checkpoint.writer import SaveError, set_aside_later
+from k2train.data.fed_ids import FLAGS
 from k2train.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
 from k2train.guard.stop_signals import StopRequest
 from k2train.launch.environment import Launch
@@ -23,18 +24,19 @@ from k2train.parallel.grid import (
     start_process_group,
     stop_process_group,
 )
+from k2train.parallel.messages import FLAG
 from k2train.record.events import (
     Failed,
     Finished,
-    Starting,
     Stopped,
     Straggler,
 )
 from k2train.run_lock.lock import RunLock
 from k2train.train.batches import BatchSource, DamagedChunkError, UnavailableChunkError
-from k2train.train.checkpointing import CheckpointManager, Chosen, choose_checkpoint
+from k2train.train.checkpointing import CheckpointManager
+from k2train.train.choose import Chosen, choose_checkpoint
 from k2train.train.engine import Engine, StepResult
-from k2train.train.host_memory import keep_freed_memory
+from k2train.train.host_memory import keep_freed_memory, startup_objects_frozen
 from k2train.train.monitor import Agreed, RunMonitor
 from k2train.train.preflight import Start
 from k2train.train.shutdown import OpenRun
@@ -43,6 +45,7 @@ from k2train.train.start_record import (
     log_resumed,
     log_start,
     log_started,
+    log_starting,
     open_run_logger,
 )
 from k2train.train.state import TrainState
@@ -67,7 +70,8 @@ def train(launch: Launch, start: Start, stop: StopRequest, lock: RunLock | None)
     monitor = RunMonitor(start.setup, grid, start.directory, stop)
     with OpenRun(grid, monitor) as run:
         trainer = build(start, run, lock, verify=launch.local_rank == 0, memory=memory)
-        run.code = EXIT_DONE if trainer is None else trainer.run()
+        with startup_objects_frozen():
+            run.code = EXIT_DONE if trainer is None else trainer.run()
         monitor.phase("done", run.state.step)
         fault_injection.point("end")
 
@@ -104,7 +108,7 @@ def build(
     if (end := monitor.previous_end) is not None and not logger.has_end_of(end.attempt):
         logger.event(Failed(attempt=end.attempt, problem=end.line))
     # Recorded before anything that may fail, so that a failing start counts as a start.
-    logger.event(Starting(attempt=logger.attempt, step=chosen.step))
+    log_starting(logger, chosen.step)
     monitor.phase("load", chosen.step)
 
     # Initial weights are drawn only if no checkpoint overwrites them.
@@ -203,7 +207,7 @@ class Trainer:
         flags = self.monitor.begin_step(
             state.step,
             saving=self.checkpoints.writer.active,
-            save_due=self.checkpoints.is_due(),
+            save_due=self.checkpoints.is_due(state.step),
             failed=self.checkpoints.writer.failed or bool(self.logger.problem),
         )
         fault_injection.set_step(state.step)
@@ -212,18 +216,21 @@ class Trainer:
         batch = self.batches.step(state.step, first, self.engine.needs_batch)
 
         lr = self.start.setup.learning_rate(state.step, self.order.total_steps)
-        result = self.engine.train_step(batch, lr, flags)
+        result = self.engine.train_step(batch, lr, [*self.batches.fed_ids, *flags])
 
         # The host has waited for the device by now, so this is the real time of the step.
         seconds = time.monotonic() - began
-        agreed = self.monitor.end_step(seconds, result.flags)
+        self.checkpoints.step_done(seconds)
+        agreed = self.monitor.end_step(seconds, result.flags[FLAGS:])
+        fed_ids = self.batches.fed(state.step, result.flags[:FLAGS])
         if result.applied:
             state.loss = result.loss
 
         root = self.monitor.root()
         if root is not None:
             self.logger.root(state.step, root)
-        self.report.done(state.step, result, lr, seconds, None if root is None else root.root)
+        state_root = None if root is None else root.root
+        self.report.done(state.step, result, lr, seconds, fed_ids, state_root)
         if agreed.slow is not None:
             self.logger.event(
                 Straggler(attempt=self.logger.attempt, step=state.step, told=agreed.slow)
@@ -268,8 +275,8 @@ class Trainer:
         self.checkpoints.wait(self.state.step)
         self._stopped("non-finite")
         self.logger.info(
-            f"stopped: {self.state.guard.finite.limit} steps in a row were not finite; "
-            "none of them was applied"
+            f"stopped: {self.state.guard.finite.limit} steps in a row were skipped; "
+            "the weights are those before them"
         )
         return EXIT_FAILED
 
@@ -301,7 +308,7 @@ class Trainer:
     def _settle_record(self) -> None:
         """Raise SaveError on every rank when part of the record is not on disk; collective."""
         agreement = Agreement(self.engine.grid)
-        if not agreement.from_first(self.logger.all_written(), "settle the record"):
+        if not agreement.from_first(self.logger.all_written(), FLAG, "settle the record"):
             raise SaveError(self.logger.problem or RECORD_REFUSED)
 
     def _stopped(self, reason: str) -> None:
@@ -310,8 +317,8 @@ class Trainer:
     # The begin of a run.
 
     def _resume(self, chosen: Chosen, path: Path) -> None:
-        manifest, _ = self.checkpoints.load(path)
-        self.checkpoints.writer.mark_verified(path)
+        chosen, path, manifest = self.checkpoints.load_newest(chosen, path)
+        self.checkpoints.writer.mark_loaded(path)
         self.opened.state = TrainState.of(manifest)
         self.first_step = self.state.step + 1
 
@@ -331,7 +338,7 @@ class Trainer:
         self.checkpoints.save(checkpoint_name(0), self.state, self._held_out_loss())
 
     def _load_stage_before(self, parent: Path) -> None:
-        manifest, kept = self.checkpoints.load(parent)
+        manifest, kept = self.checkpoints.load_parent(parent)
         assert self.start.transition is not None, "a stage that starts from a parent"
         event = replace(self.start.transition, attempt=self.logger.attempt, moments_kept=kept)
         self.state.parent = {k: v for k, v in event.row().items() if k not in ("event", "attempt")}

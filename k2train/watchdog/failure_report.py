@@ -18,7 +18,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from k2train.errors import UnavailableError
 from k2train.processes import Process, process_state
+from k2train.retry import retried
 from k2train.watchdog.hang_analysis import FaultyRank
 from k2train.watchdog.heartbeat import Heartbeat, RankStatus
 
@@ -49,10 +51,11 @@ def archive_report(directory: Path) -> None:
 
 
 def read_report(directory: Path) -> dict[str, Any] | None:
-    """Read the failure report of a run; None when there is none."""
+    """Read the failure report of a run; None when there is none, or nobody can read it."""
+    path = directory / REPORT_NAME
     try:
-        report = json.loads((directory / REPORT_NAME).read_bytes())
-    except (OSError, ValueError):
+        report = json.loads(retried(path.read_bytes, path))
+    except (OSError, ValueError, UnavailableError):
         return None
     return report if isinstance(report, dict) else None
 

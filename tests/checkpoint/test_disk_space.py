@@ -75,6 +75,12 @@ def test_states_of_the_kept_and_one_in_flight(
     assert plan_bytes(ONE, remaining, keep, complete) == expected
 
 
+def test_those_inside_chunks_come_on_top() -> None:
+    """Whole ones: weights, manifest and states."""
+    expected = 10 * ONE.thinned + 3 * 12000 + 2 * (ONE.thinned + 12000)
+    assert plan_bytes(ONE, 10, 2, 0, inside_chunks=2) == expected
+
+
 def test_a_plan_that_does_not_fit_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 from threading import Event, Thread
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,18 +19,22 @@ from k2train.checkpoint import load as load_module
 from k2train.checkpoint import reshard_read
 from k2train.checkpoint.load import ChosenCheckpoint, agree_on_checkpoint, load_states
 from k2train.checkpoint.manifest import (
+    FORMAT,
     MANIFEST,
     THINNED,
     mark_thinned,
     read_manifest,
     seal,
 )
+from k2train.checkpoint.piece_check import ShardReader
 from k2train.checkpoint.save_events import SavePolicy
 from k2train.checkpoint.shards import THREADS
+from k2train.checkpoint.side_files import side_name
 from k2train.checkpoint.verify import verify_checkpoint
 from k2train.checkpoint.writer import CheckpointWriter, snapshot
 from k2train.errors import CheckpointError, UnavailableError
 from k2train.launch.environment import Launch
+from k2train.state_digest import state_root
 from tests.support.command_line import soon
 from tests.support.gloo_pool import GlooPool
 from tests.support.tiny_corpus import ROOT, environment, make_corpus, manifest_of, trainer_job
@@ -107,13 +112,17 @@ def change(path: Path, to: Path, changed: dict[str, Any]) -> Path:
 def test_another_state_than_was_saved_is_refused(
     pool: GlooPool, saved: Path, tmp_path: Path
 ) -> None:
-    """Files, names and shapes fit, one digest differs: all ranks refuse and name the tensor."""
+    """Files, names and shapes fit, one digest differs: all ranks refuse and name the tensor.
+
+    On another layout than the saved one, where no hash of a piece proves its place.
+    """
     state = manifest_of(saved)["state"]
     name = "layers.1.mlp.up.weight.exp_avg"
     state["digests"][name] = "0" * 32
+    state["root"] = state_root(state["digests"], 2, 0)
     path = change(saved, tmp_path / "ckpt_001", {"state": state})
     verify_checkpoint(path)
-    answers = pool.run(2, load_job, str(path), 2)
+    answers = pool.run(2, load_job, str(path), 1)
     assert answers[0] == answers[1] and f"{name} as loaded is not what was saved" in answers[0]
     assert verify_tool.main(["--root", str(path)]) == 2
 
@@ -124,9 +133,7 @@ def test_a_tensor_that_is_not_all_there_is_refused(
     """Catches a shard removed together with its manifest entry, so that every hash still fits."""
     manifest = manifest_of(saved)
     gone = "optimizer/shard-00002-model-00001-of-00001.safetensors"
-    parts = {
-        key: {n: f for n, f in manifest[key].items() if n != gone} for key in ("files", "shards")
-    }
+    parts = {"files": {n: f for n, f in manifest["files"].items() if n != gone}}
     path = change(saved, tmp_path / "ckpt_001", parts)
     (path / gone).unlink()
     verify_checkpoint(path)
@@ -137,11 +144,15 @@ def test_a_tensor_that_is_not_all_there_is_refused(
 def test_a_shard_twice_is_refused(pool: GlooPool, saved: Path, tmp_path: Path) -> None:
     manifest = manifest_of(saved)
     name, twin = (f"optimizer/shard-0000{n}-model-00001-of-00001.safetensors" for n in (1, 3))
-    parts = {key: {**manifest[key], twin: manifest[key][name]} for key in ("files", "shards")}
+    parts = {"files": {**manifest["files"], twin: manifest["files"][name]}}
     path = change(saved, tmp_path / "ckpt_001", parts)
     shutil.copy(path / name, path / twin)
+    shutil.copy(path / side_name(name), path / side_name(twin))
     verify_checkpoint(path)
     assert "are twice there" in pool.run(1, load_job, str(path), 1)[0]
+    # On the saved layout each rank finds its values in its own file; the sizes tell.
+    answers = pool.run(2, load_job, str(path), 2)
+    assert all("the files of optimizer hold" in answer for answer in answers)
 
 
 def test_weights_in_bf16_come_back_rounded(pool: GlooPool, tmp_path: Path) -> None:
@@ -232,8 +243,8 @@ def test_a_rank_that_hashes_long_is_not_the_one_that_waits(
     Rank 0 waits in a named exchange; rank 1, which is slow, is in none.
     """
     assert pool.run(2, traffic_job, str(saved), str(tmp_path / "note")) == [
-        ["2", "3", "agree on a checkpoint"],
-        ["2", "3", ""],
+        ["2", "5", "agree on a checkpoint"],
+        ["2", "5", ""],
     ]
 
 
@@ -285,7 +296,7 @@ def test_loading_takes_no_copy_of_the_state(tmp_path: Path) -> None:
     assert int(done.stdout) < 34e6, f"{int(done.stdout) / 1e6:.0f} MB beside the state"
 
 
-@pytest.mark.parametrize("version", (1, 2))
+@pytest.mark.parametrize("version", (1, 2, 3))
 def test_a_run_from_before_goes_on(
     pool: GlooPool, tmp_path: Path, version: int, capsys: Any
 ) -> None:
@@ -307,12 +318,14 @@ def test_a_run_from_before_goes_on(
     for row in rows:
         for what in ("loss", "grad_norm"):
             assert row[what] == pytest.approx(expected[row["step"]][what], rel=1e-5), row["step"]
-    assert manifest_of(run / "checkpoints" / "ckpt_002")["format"] == 2
+    assert manifest_of(run / "checkpoints" / "ckpt_002")["format"] == FORMAT
 
 
 def test_the_kept_ones_name_no_machine() -> None:
     """Nothing of where they were made is in them."""
-    for path in (GOLDEN / "format_2").rglob("*.json"):
+    kept = [*(GOLDEN / "format_2").rglob("*.json"), *(GOLDEN / "format_3").rglob("*.json")]
+    assert len(kept) == 6
+    for path in kept:
         text = path.read_text()
         assert not any(
             word in text for word in ('"/', "Linux", "linux", "x86", "/home", "/tmp", "hostname")
@@ -329,7 +342,8 @@ def test_the_first_read_that_fails_is_the_last(monkeypatch: pytest.MonkeyPatch) 
         raise UnavailableError("stale")
 
     monkeypatch.setattr(reshard_read, "_execute", failing)
-    reads: list[Any] = [*range(500)]
+    reader = ShardReader(Path("shard"))
+    reads: list[Any] = [SimpleNamespace(pieces=None, reader=reader) for _ in range(500)]
     with pytest.raises(UnavailableError):
         reshard_read.execute_reads(reads)
     assert len(begun) <= 3 * THREADS

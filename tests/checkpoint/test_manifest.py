@@ -36,23 +36,35 @@ def golden(version: int) -> dict[str, Any]:
     return manifest_of(GOLDEN / f"format_{version}" / "ckpt_001")
 
 
-@pytest.mark.parametrize("version", (1, 2))
+@pytest.mark.parametrize("version", (1, 2, 3))
 def test_a_golden_manifest(version: int) -> None:
     """Every value of the file under its name; what the format knows nothing of is kept."""
     raw = golden(version)
     manifest = read_manifest(GOLDEN / f"format_{version}" / "ckpt_001")
     assert (manifest.format, manifest.step, manifest.adam_steps) == (version, 5, 5)
     assert manifest.chunks.consumed == 1 and manifest.chunks.order[1].name == "chunk_001"
-    assert manifest.data.vocab_size == 23 and manifest.fencing_token == (None, None, 1)[version]
+    assert manifest.data.vocab_size == 23 and manifest.fencing_token == (None, None, 1, 1)[version]
     assert manifest.total_bytes == sum(facts["bytes"] for facts in raw["files"].values())
     assert manifest.shapes("model")["head.weight"] == [23, 8] and manifest.shapes("none") == {}
-    assert (manifest.state is None) == (version == 1) == (manifest.shards == {})
+    assert (manifest.state is None) == (version == 1)
+    assert (manifest.shards == {}) == (version != 2) and manifest.total_files == 2
+    has_side_files = all(facts.facts_sha256 for facts in manifest.files.values())
+    assert has_side_files == (version == 3) and manifest.groups == {}
     assert manifest.model_dump(exclude_unset=True, mode="json") == raw
 
 
-def test_a_manifest_is_written_byte_for_byte() -> None:
+def test_formats_hold_one_state() -> None:
+    """Formats 2 and 3 are of one run; each root was computed by the code of its time."""
+    roots = [golden(version)["state"]["root"] for version in (2, 3)]
+    assert roots[0] == roots[1]
+    for version in (1, 2, 3):
+        verify_checkpoint(GOLDEN / f"format_{version}" / "ckpt_001")
+
+
+@pytest.mark.parametrize("version", (2, 3))
+def test_a_manifest_is_written_byte_for_byte(version: int) -> None:
     """Types in the content give the text and the hash of plain JSON, and no key is added."""
-    raw = golden(2)
+    raw = golden(version)
     manifest = CheckpointManifest.model_validate(raw)
     facts = SaveFacts(**{key: value for key, value in raw.items() if key in SaveFacts.model_fields})
     added = {key: getattr(manifest, key) for key in raw if key not in SaveFacts.model_fields}
@@ -202,8 +214,8 @@ def test_a_manifest_that_is_not_sealed(tmp_path: Path) -> None:
     (tmp_path / MANIFEST).write_text(json.dumps(raw))
     with pytest.raises(CheckpointError, match="key 'self_sha256' is missing"):
         read_manifest(tmp_path)
-    (tmp_path / MANIFEST).write_text(json.dumps(raw | {"format": 3}))
-    with pytest.raises(CheckpointError, match="format 3 is newer than this code reads"):
+    (tmp_path / MANIFEST).write_text(json.dumps(raw | {"format": 4}))
+    with pytest.raises(CheckpointError, match="format 4 is newer than this code reads"):
         read_manifest(tmp_path)
 
 

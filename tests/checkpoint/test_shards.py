@@ -9,17 +9,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import xxhash
 from safetensors import safe_open
 
 from k2train import safe_json
 from k2train.checkpoint import shards as module
 from k2train.checkpoint.manifest import (
+    FACTS,
     FORMAT,
     MANIFEST,
     read_manifest,
     seal,
 )
 from k2train.checkpoint.shards import Block, read_header, write_shard
+from k2train.checkpoint.side_files import write_pieces
 from k2train.checkpoint.verify import verify_checkpoint
 from k2train.errors import CheckpointError
 from k2train.state_digest import block_sums, digest_text, state_root
@@ -53,16 +56,16 @@ def make_checkpoint(path: Path, seed: int = 0) -> dict[str, np.ndarray]:
     }
     weights = {name: values[f"{name}.master"] for name in shapes}
     files: dict[str, Any] = {}
-    shards: dict[str, Any] = {}
+    (path / FACTS).mkdir(parents=True)
     for folder, tensors in (("model", weights), ("optimizer", values)):
-        (path / folder).mkdir(parents=True)
+        (path / folder).mkdir()
         for rank in range(2):
             blocks = []
             for name, whole in tensors.items():
                 low, high = (0, 3) if rank == 0 else (3, whole.shape[0])
                 blocks.append(block(name, (low, *(0,) * (whole.ndim - 1)), whole[low:high]))
             file = f"{folder}/shard-{rank + 1:05d}-model-00001-of-00001.safetensors"
-            files[file], shards[file] = write_shard(path / file, blocks)
+            files[file] = write_pieces(path, file, *write_shard(path / file, blocks))
     digests = {
         name: digest_text(block_sums(v, (0,) * v.ndim, v.shape)) for name, v in values.items()
     }
@@ -81,7 +84,6 @@ def make_checkpoint(path: Path, seed: int = 0) -> dict[str, np.ndarray]:
         "data": {},
         "tensors": described,
         "files": files,
-        "shards": shards,
         "state": {"root": state_root(digests, 7, 6), "digests": digests},
     }
     write_manifest(path, manifest)
@@ -107,7 +109,7 @@ def test_the_file_is_a_safetensors_file(tmp_path: Path) -> None:
         )
     content = (tmp_path / "x.safetensors").read_bytes()
     assert facts.bytes == len(content) and facts.sha256 == module.sha256(content).hexdigest()
-    assert shard.tensors["b"]["sha256"] == module.sha256(values[2:].tobytes()).hexdigest()
+    assert shard.tensors["b"]["xxh3_128"] == [xxhash.xxh3_128(values[2:].tobytes()).hexdigest()]
     assert [place.offsets for place in read_header(tmp_path / "x.safetensors")[1]] == [
         (0, 0),
         (2, 0),

@@ -4,6 +4,7 @@ Would catch a flipped bit in any byte, a header that leaves bytes out, and a nam
 leads out of the checkpoint.
 """
 
+import json
 import os
 import random
 import shutil
@@ -15,6 +16,7 @@ from k2train.checkpoint import shards as module
 from k2train.checkpoint import verify
 from k2train.checkpoint.manifest import MANIFEST, THINNED, mark_thinned, read_manifest
 from k2train.checkpoint.shards import read_header
+from k2train.checkpoint.side_files import side_name
 from k2train.checkpoint.verify import verify_checkpoint
 from k2train.errors import CheckpointError
 from tests.checkpoint.test_shards import make_checkpoint, write_manifest
@@ -24,6 +26,9 @@ from tests.support.tiny_corpus import manifest_of
 def places_to_flip(path: Path, rng: random.Random) -> list[tuple[Path, int]]:
     """In every file each byte of the length, some of every kind of header byte, and any others."""
     found = []
+    found += [
+        (file, n) for file in sorted(path.glob("facts/*")) for n in range(file.stat().st_size)
+    ]
     for file in [*path.glob("model/*"), *path.glob("optimizer/*")]:
         content = file.read_bytes()
         header = 8 + int.from_bytes(content[:8], "little")
@@ -48,6 +53,8 @@ def test_400_flipped_bits_are_found_and_named(tmp_path: Path, thinned: bool) -> 
     if thinned:
         mark_thinned(path, read_manifest(path))
         shutil.rmtree(path / "optimizer")
+        for side in path.glob("facts/optimizer-*"):
+            side.unlink()
     verify_checkpoint(path)
     rng = random.Random(5)
     every = places_to_flip(path, rng)
@@ -79,9 +86,6 @@ def test_400_flipped_bits_are_found_and_named(tmp_path: Path, thinned: bool) -> 
 def bad_name(path: Path, name: str) -> None:
     manifest = manifest_of(path)
     manifest["files"][name] = manifest["files"][
-        "model/shard-00001-model-00001-of-00001.safetensors"
-    ]
-    manifest["shards"][name] = manifest["shards"][
         "model/shard-00001-model-00001-of-00001.safetensors"
     ]
     write_manifest(path, manifest)
@@ -135,9 +139,12 @@ def test_tensors_that_share_bytes_are_refused(tmp_path: Path) -> None:
     assert moved != content[8 : 8 + size]
     file.write_bytes(content[:8] + moved + content[8 + size :])
     manifest = manifest_of(path)
-    manifest["shards"][f"model/{file.name}"]["header_sha256"] = module.sha256(
-        content[:8] + moved
-    ).hexdigest()
+    side = path / side_name(f"model/{file.name}")
+    told = json.loads(side.read_text())
+    told["header_sha256"] = module.sha256(content[:8] + moved).hexdigest()
+    side.write_text(json.dumps(told))
+    facts = manifest["files"][f"model/{file.name}"]
+    facts["facts_sha256"] = module.sha256(side.read_bytes()).hexdigest()
     write_manifest(path, manifest)
     with pytest.raises(CheckpointError, match="it should begin at"):
         verify_checkpoint(path)

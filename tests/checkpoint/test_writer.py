@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from k2train import fault_injection
-from k2train.checkpoint import disk_space, writer
+from k2train.checkpoint import disk_space, read_back, writer
 from k2train.checkpoint.file_digest import verify_root
 from k2train.checkpoint.host_digest import host_digest_sums
 from k2train.checkpoint.load import agree_on_checkpoint, load_states
@@ -335,12 +335,12 @@ def test_one_that_stays_damaged_is_an_error_and_not_counted(
 def away_job(launch: Launch, directory: str) -> dict[str, Any]:
     """Save while rank 1 cannot read back what is written."""
 
-    def away(*_: Any) -> None:
+    def away(*_: Any, **__: Any) -> None:
         raise UnavailableError("a shard: Stale file handle, for 2m00s", errno.ESTALE)
 
-    real = writer.verify_files
+    real = read_back.verify_files
     if launch.rank == 1:
-        writer.verify_files = away  # type: ignore[assignment]
+        read_back.verify_files = away  # type: ignore[assignment]
     try:
         recording = RecordingWriter(launch, directory)
         engine = recording.engine
@@ -350,7 +350,7 @@ def away_job(launch: Launch, directory: str) -> dict[str, Any]:
         recording.writer.save("ckpt_001", state, save_facts(2, 0))
         ended = recording.end()
     finally:
-        writer.verify_files = real
+        read_back.verify_files = real
     return {
         "ended": ended,
         "logged": recording.events.lines,

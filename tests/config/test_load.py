@@ -63,6 +63,8 @@ def test_k2_numbers() -> None:
         ("linear", 1e-4, 0.0),
     ]
     assert data_parallel_size(stages[0], 480) == 15
+    # A chunk takes hours: a crash must not take all of them back.
+    assert [stage.checkpoint.every_seconds for stage in stages] == ["auto"] * 2
     assert stages[1].run.init_from == "runs/k2-65b-stage1"
     assert stages[0].model == stages[1].model
 
@@ -145,6 +147,13 @@ def test_number_spellings_reach_the_fields(write: Write) -> None:
         (
             "run.resume=-1",
             "run.resume: must be auto, must, never or a checkpoint's number from 0, is -1",
+        ),
+        *(
+            (
+                f"checkpoint.every_seconds={value}",
+                f"checkpoint.every_seconds: must be auto or a number of seconds from 0, is {value}",
+            )
+            for value in ("often", "-1", "true", "null")
         ),
         ("run.stop_after_steps=0", "run.stop_after_steps: must be at least 1, is 0"),
         (

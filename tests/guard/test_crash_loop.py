@@ -186,6 +186,61 @@ def test_only_the_same_failure_at_the_same_step_counts(
         assert not told or told.startswith(f"the last {starts} starts saved nothing after step 41;")
 
 
+@pytest.mark.parametrize(
+    ("starts", "refused"),
+    (
+        # (first step, saved step, step of the failure): each saves nearer to where all of them end.
+        ([(0, 20, 41), (20, 30, 41), (30, 40, 41)], True),
+        ([(0, 20, 41), (20, 30, 41), (30, -1, 41)], True),
+        ([(0, 20, 41), (20, 30, 40), (30, 40, 41)], False),
+        # The first one got as far as it saved, and saved nothing of a step that fails.
+        ([(0, 41, 41), (41, -1, 41), (41, -1, 41)], False),
+        ([(0, 20, 41), (20, 30, 41)], False),
+    ),
+)
+def test_saves_on_the_way_to_the_same_failure_are_no_progress(
+    starts: list[tuple[int, int, int]], refused: bool, tmp_path: Path
+) -> None:
+    """Catches a crash loop that saves inside its chunk, ever nearer to the step that always fails:
+    it would be begun again many times more than the limit says.
+    """
+    events: list[Event] = []
+    for attempt, (first, saved, last) in enumerate(starts, 1):
+        events += [start(attempt, first)]
+        events += [saved_step(attempt, saved)] if saved >= 0 else []
+        events += [ended(Failed, attempt, last, problem=died(attempt, last))]
+    if refused:
+        furthest = max(saved for _, saved, _ in starts)
+        with pytest.raises(RunError, match=rf"got no further than step {furthest} "):
+            check_progress(entries(*events), 3, tmp_path)
+    else:
+        assert check_progress(entries(*events), 3, tmp_path) == ""
+
+
+def test_one_failure_of_a_start_that_saved_is_no_loop(tmp_path: Path) -> None:
+    """Catches a limit of one that refuses a run which got on before a node died."""
+    events = [start(1, 0), saved_step(1, 900), ended(Failed, 1, 950, problem=died(1, 950))]
+    assert check_progress(entries(*events), 1, tmp_path) == ""
+
+
+@pytest.mark.parametrize(("stopped_at", "refused"), ((35, True), (60, False)))
+def test_a_stop_beyond_the_failure_ends_the_row(
+    stopped_at: int, refused: bool, tmp_path: Path
+) -> None:
+    """What failed twice and then got past it is no crash loop when it fails again."""
+    events = [
+        *(start(1), saved_step(1, 20), ended(Failed, 1, 41, problem=died(0, 41))),
+        *(start(2, 20), saved_step(2, 30), ended(Failed, 2, 41, problem=died(0, 41))),
+        *(start(3, 30), saved_step(3, stopped_at), asked(3, stopped_at)),
+        *(start(4, 30), ended(Failed, 4, 41, problem=died(0, 41))),
+    ]
+    if refused:
+        with pytest.raises(RunError, match="3 starts in a row"):
+            check_progress(entries(*events), 3, tmp_path)
+    else:
+        assert check_progress(entries(*events), 3, tmp_path) == ""
+
+
 @pytest.mark.parametrize(("steps", "refused"), [((3, 3, 5), False), ((3, 3, 3), True)])
 def test_kills_without_a_word_are_told_apart_by_the_metrics(
     steps: tuple[int, ...], refused: bool, tmp_path: Path
@@ -203,6 +258,5 @@ def test_kills_without_a_word_are_told_apart_by_the_metrics(
         told = check_progress(events, 3, tmp_path)
         assert told == (
             "the last 3 starts saved nothing after step 0; they ended each time elsewhere (last at "
-            "steps 3, 3, 5), so this one goes on: it is interrupted more often than it saves; "
-            "lower checkpoint.every_seconds"
+            "steps 3, 3, 5), so this one goes on: it is interrupted more often than it saves"
         )

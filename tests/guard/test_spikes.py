@@ -12,11 +12,14 @@ from dataclasses import asdict
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import TypeAdapter
 
 from k2train.guard.nonfinite import NonFiniteCounter
 from k2train.guard.spikes import SpikeAlert
 
 Series = list[tuple[float, float]]
+RESTORED = TypeAdapter(SpikeAlert)
+"""How a checkpoint's state becomes an alert again."""
 
 
 def _clean(steps: int, seed: int = 0, level: float = 3.0) -> Series:
@@ -140,7 +143,7 @@ def test_a_restart_anywhere_changes_nothing(cut: int, seed: int, height: float) 
     expected = _events(straight, series)
     first = SpikeAlert()
     events = _events(first, series[:cut])
-    second = SpikeAlert(**json.loads(json.dumps(asdict(first), allow_nan=False)))
+    second = RESTORED.validate_python(json.loads(json.dumps(asdict(first), allow_nan=False)))
     _events(first, clean)
     events += _events(second, series[cut:], 1 + cut)
     assert events == expected and second == straight

@@ -1,36 +1,45 @@
 """Launcher: exit codes, signal forwarding and restarts, on which a batch script relies."""
 
+import errno
 import json
+import logging
 import os
+import pickle
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from base64 import b64encode
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
+from torch.distributed import TCPStore
 
+from k2train import retry
 from k2train.checkpoint.verify import verify_checkpoint
 from k2train.errors import EXIT_FAILED, EXIT_USAGE, RunError
 from k2train.launch.__main__ import (
     exit_code_after_signal,
     exit_code_of,
     is_alone,
+    main,
     parse,
     start_with_restarts,
 )
 from k2train.launch.environment import (
-    ProcessStatus,
     limit_cuda_connections,
     open_port,
     read_launch,
-    read_statuses,
     store_file,
     write_status,
 )
+from k2train.launch.status import ProcessStatus, StatusBoard, read_statuses, write_file
 from k2train.launch.supervisor import Supervisor
 from k2train.processes import start_ticks
 from k2train.record.events import Stopped
@@ -416,6 +425,41 @@ def test_the_processes_of_one_machine_open_no_door(tmp_path: Path) -> None:
     assert process.returncode == 0, text
 
 
+class Payload:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_stranger_at_the_port_of_several_machines_runs_nothing(tmp_path: Path) -> None:
+    """Catches a launcher that runs, as its user, what anybody put where the nodes meet."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-id", "job"]
+    options += ["--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-conf", "is_host=true"]
+    process = launch(
+        worker(tmp_path, ""), tmp_path, options=[*options, "--local-addr", "127.0.0.1"]
+    )
+
+    store = TCPStore("127.0.0.1", port, timeout=timedelta(seconds=HANG_SECONDS))
+    # It waits for the other node, and reads again and again whether that has come.
+    store.wait(["torch.rendezvous.job"])
+    payload = b64encode(pickle.dumps(Payload(tmp_path / "canary")))
+    while process.poll() is None:
+        # Its own state may overwrite ours once.
+        with suppress(RuntimeError):
+            store.set("torch.rendezvous.job", payload)
+        time.sleep(0.1)
+    text, _ = process.communicate(timeout=HANG_SECONDS)
+    assert not (tmp_path / "canary").exists()
+    assert process.returncode == 1 and "RendezvousStateError" in text, text
+
+
 @pytest.mark.parametrize(
     ("given", "alone"),
     (
@@ -536,7 +580,84 @@ def test_a_note_tells_a_process_from_a_later_one_of_the_same_id(
     )
     assert not ProcessStatus(None, os.getpid(), 1).is_alive and not ProcessStatus(None, 0).is_alive
     write_status(3, 75)
-    assert read_statuses(tmp_path)[3] == ProcessStatus(75)
+    assert read_statuses(tmp_path)[3].code == 75
+
+
+def opened_by(pid: int) -> list[str]:
+    """Return the files that a process holds open, by name."""
+    found = []
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(OSError):
+            found.append(os.readlink(link))
+    return found
+
+
+SAVES = """
+while not heard: time.sleep(0.01)
+write_status(rank, None, saving=True)
+time.sleep(8)
+write_status(rank, 75)
+sys.exit(75)
+"""
+"""Rest of a process that saves for longer than the launcher waits for one that does not."""
+
+
+def test_a_temporary_folder_that_is_cleaned_costs_no_save(tmp_path: Path) -> None:
+    """Catches a launcher that forgets its processes with the files in which they write."""
+    (temporary := tmp_path / "tmp").mkdir()
+    process = launch(worker(tmp_path, SAVES), tmp_path, TMPDIR=str(temporary))
+    both = pids(tmp_path, process)
+    (notes,) = temporary.glob("k2train-launch-*")
+    assert soon(lambda: sum("rank_" in name for name in opened_by(process.pid)) == 2)
+    for folder in temporary.iterdir():
+        shutil.rmtree(folder)
+    # Long enough for the launcher to look at what is no longer there.
+    assert not soon(lambda: process.poll() is not None, 3) and not notes.exists()
+    process.send_signal(signal.SIGTERM)
+    text, _ = process.communicate(timeout=HANG_SECONDS)
+    assert process.returncode == 75, text
+    assert "before any process had started" not in text and gone(both)
+
+
+def test_a_record_that_is_half_written_is_not_believed(tmp_path: Path) -> None:
+    """Catches an exit code made of two records: the launcher reads while a process writes."""
+    with StatusBoard(tmp_path) as board:
+        write_file(tmp_path, 4, None, saving=True)
+        before = board.read()
+        running, ended = (tmp_path / "rank_4").read_bytes(), ProcessStatus(75).record()
+        assert len(running) == len(ended) and ProcessStatus.of(ended) == ProcessStatus(75)
+        for cut in range(1, len(ended)):
+            mixed = ended[:cut] + running[cut:]
+            if mixed not in (running, ended):
+                (tmp_path / "rank_4").write_bytes(mixed)
+                assert board.read() == before, cut
+        (tmp_path / "rank_4").write_bytes(b"")
+        assert board.read() == before
+
+
+def test_a_board_follows_a_rank_to_its_next_process(tmp_path: Path) -> None:
+    """Catches the end of an earlier process that is taken for that of a later one."""
+    with StatusBoard(tmp_path) as board:
+        assert board.read() == {}
+        write_file(tmp_path, 0, None)
+        assert board.read()[0].is_alive
+        (tmp_path / "later").write_bytes(ProcessStatus(2).record())
+        (tmp_path / "later").rename(tmp_path / "rank_0")
+        assert board.read() == {0: ProcessStatus(2)}
+        shutil.rmtree(tmp_path)
+        assert board.read() == {0: ProcessStatus(2)}
+
+
+def test_a_status_is_written_where_no_name_is_left(tmp_path: Path) -> None:
+    """Catches a process that cannot tell its launcher that it has saved."""
+    (folder := tmp_path / "notes").mkdir()
+    with StatusBoard(folder) as board:
+        write_file(folder, 1, None)
+        assert board.read()[1].is_alive
+        shutil.rmtree(folder)
+        write_file(folder, 1, 75)
+        assert board.read()[1].code == 75
+    write_file(tmp_path / "never there", 1, 75)
 
 
 def test_real_processes(tmp_path: Path) -> None:
@@ -596,6 +717,60 @@ def test_asked_to_stop_all_processes_save_and_go_on(config: Path, tmp_path: Path
     assert steps == list(range(1, 21)), "a step was lost or done twice"
 
 
+@pytest.fixture
+def loud() -> Iterator[None]:
+    """Undoes what a launcher in this process does: it turns off the lines of torchrun."""
+    yield
+    logging.disable(logging.NOTSET)
+
+
+def test_a_config_that_is_waited_for_is_told(
+    config: Path,
+    loud: None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Catches a launcher that waits two minutes for a file system without a word."""
+    monkeypatch.setattr("k2train.launch.__main__._start", lambda *given: 0)
+    monkeypatch.setenv("K2TRAIN_FAULTS", "gradient@step=3:nan")
+    monkeypatch.setattr(retry, "FIRST_PAUSE_SECONDS", 0.001)
+    failing, opened = [True], os.open
+
+    def stale(path: Any, *given: Any, **named: Any) -> int:
+        if str(path) == str(config) and failing and failing.pop():
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return opened(path, *given, **named)
+
+    monkeypatch.setattr(os, "open", stale)
+    assert main(["-m", "k2train.train", str(config), "run.allow=[faults]"]) == 0
+    assert not failing and "trying again for" in caplog.text
+
+
+@pytest.mark.parametrize("permitted", (False, True))
+def test_faults_are_refused_before_a_process_starts(
+    config: Path,
+    permitted: bool,
+    loud: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Catches a variable that was left behind and is found by N processes instead of none."""
+    begun: list[object] = []
+    monkeypatch.setattr(
+        "k2train.launch.__main__._start", lambda *given: len(begun.append(given) or [])
+    )
+    monkeypatch.setenv("K2TRAIN_FAULTS", "gradient@step=3:nan")
+    overrides = ["run.allow=[faults]"] if permitted else []
+    code = main(["--nproc-per-node", "2", "-m", "k2train.train", str(config), *overrides])
+    assert (code, len(begun)) == ((0, 1) if permitted else (2, 0))
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == (0 if permitted else 1)
+    assert all("K2TRAIN_FAULTS" in line and "run.allow=[faults]" in line for line in told)
+
+    # Other programs have no config; those that train look by themselves.
+    assert main(["-m", "timeit"]) == 0
+
+
 @pytest.mark.slow
 def test_a_save_that_takes_longer_than_torchruns_patience_is_whole(
     config: Path, tmp_path: Path
@@ -608,6 +783,7 @@ def test_a_save_that_takes_longer_than_torchruns_patience_is_whole(
         "-m",
         "k2train.train",
         config,
+        "run.allow=[faults]",
         K2TRAIN_FAULTS="step.done@step=2:term;save.room@nth=2:sleep=35",
     )
     saving = run / "checkpoints"

@@ -48,8 +48,8 @@ ALLOWED = {
     "config": {"errors", "files", "safe_json"},
     "plan": {"errors"},
     "launch": {"command_line", "errors", "processes"},
-    "record": {"errors", "fault_injection", "files", "safe_json", "text"},
-    "parallel": {"errors", "launch", "plan", "state_digest"},
+    "record": {"errors", "fault_injection", "files", "retry", "safe_json", "text"},
+    "parallel": {"errors", "launch", "plan", "safe_json", "state_digest"},
     **{name: {*BASE, "plan", "parallel"} for name in THIRD_LAYER},
     "train": {*BASE, "config", "launch", "plan", "parallel", "record", *THIRD_LAYER},
 }
@@ -58,14 +58,18 @@ ALSO_ALLOWED = {
     # As strict as the config, and therefore with its text and its messages.
     "data/prepare/load_recipe.py": {"config"},
     "data/prepare/recipe.py": {"config"},
+    # Refuses faults that a config does not permit, before it starts a process.
+    "launch/__main__.py": {"config", "fault_injection"},
     # What a run did is read from its ledger, as events of `record`.
     **{
         name: {"record"}
         for name in (
             "data/order.py",
+            "data/inspect/fed_steps.py",
             "data/inspect/run_progress.py",
             "data/inspect/run_usage.py",
             "guard/crash_loop.py",
+            "guard/failure_history.py",
         )
     },
 }
@@ -82,12 +86,15 @@ INNER_ROOMS = {
 An import goes to a lower one.
 """
 
+TORCHRUN = ("k2train/launch/__main__.py", "k2train/launch/rendezvous.py")
+"""torchrun, with another end: these two start with torch."""
 TORCH_FREE = [
     *(ROOT / "k2train" / f"{name}.py" for name in sorted(BASE)),
     *(
         ROOT / f"k2train/train/{name}.py"
         for name in (
             "__main__",
+            "ledger_check",
             "memory_report",
             "preflight",
             "resume_check",
@@ -101,17 +108,21 @@ TORCH_FREE = [
         path
         for name in ("config", "data", "guard", "launch", "plan", "record", "run_lock", "watchdog")
         for path in (ROOT / "k2train" / name).rglob("*.py")
-        if path.relative_to(ROOT).as_posix() != "k2train/launch/__main__.py"
+        if path.relative_to(ROOT).as_posix() not in TORCHRUN
     ),
     *(
         ROOT / f"k2train/checkpoint/{name}.py"
         for name in (
             "disk_space",
             "file_digest",
+            "likely_files",
             "manifest",
+            "manifest_types",
+            "piece_check",
             "retention",
             "scrub",
             "shards",
+            "side_files",
             "verify",
         )
     ),
@@ -119,7 +130,6 @@ TORCH_FREE = [
     ROOT / "k2train/optim/lr_schedule.py",
 ]
 TORCH_ALLOWED = {"data/loader.py"}
-"""`launch/__main__.py` is left out above: it is torchrun, with another end."""
 
 INNER_IMPORTS = re.compile(
     r"k2train/(record/wandb|model/kernels/\w+|data/(prepare/[\w/]+|tokenizer|inspect/provenance))\.py"
@@ -185,6 +195,46 @@ def wrong_direction(path: Path) -> list[str]:
         if target not in allowed:
             found.append(f"{name_of(path)}:{line}: k2train.{part} must not import {module}")
     return found
+
+
+LOOKS = {
+    *("exists", "is_file", "is_dir", "is_symlink", "iterdir", "glob", "rglob"),
+    *("lexists", "isfile", "isdir", "islink"),
+}
+"""Functions of pathlib, os.path and glob that take an error of the file system for "not there"."""
+MAY_LOOK = {
+    # The files of this machine, and of the interpreter.
+    "launch/__main__.py",
+    "launch/environment.py",
+    "launch/status.py",
+    "processes.py",
+    "data/prepare/sources/stdlib.py",
+    # Taking a lock is tried again as a whole.
+    "run_lock/lease.py",
+    "run_lock/lock.py",
+    # What is tidied, dropped from memory, or said of a full disk decides nothing.
+    "retry.py",
+    "train/start_record.py",
+    "checkpoint/retention.py",
+    "checkpoint/shards.py",
+    "data/prepare/run/estimate.py",
+    "data/prepare/run/slurm.py",
+}
+
+
+def test_nothing_is_missing_because_of_a_hiccup() -> None:
+    """Catches a ledger, checkpoint or source that is "not there" while its server is away:
+    `k2train.retry` asks again, and never answers an error with no.
+    """
+    found = {
+        path.relative_to(ROOT / "k2train").as_posix()
+        for path in PACKAGE
+        for node in ast.walk(tree_of(path))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr in LOOKS
+    }
+    assert found == MAY_LOOK
 
 
 def test_every_part_is_known() -> None:
@@ -293,6 +343,50 @@ def test_the_command_line_and_the_tools_load_no_torch(path: Path) -> None:
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+PICKLES = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve"}
+OBJECTS = re.compile(r"\w+_object(_list)?s?")
+"""torch.distributed's collectives of objects, by any name they are called."""
+
+
+def unpickled_in(tree: ast.AST) -> list[str]:
+    """Collectives of objects and modules of pickles that a source names."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and OBJECTS.fullmatch(node.attr):
+            found.append(f"{node.lineno}: {node.attr}")
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names = [alias.name for alias in node.names]
+            module = getattr(node, "module", None) or ""
+            if module.startswith("torch.distributed"):
+                found += [f"{node.lineno}: {name}" for name in names if OBJECTS.fullmatch(name)]
+            roots = {name.split(".")[0] for name in (module, *names)}
+            found += [f"{node.lineno}: {name}" for name in sorted(roots & PICKLES)]
+    return found
+
+
+def test_nothing_that_comes_over_the_network_is_unpickled() -> None:
+    """Catches an exchange of objects between ranks: a pickle from a socket is a program."""
+    found = [f"{name_of(path)}:{line}" for path in PACKAGE for line in unpickled_in(tree_of(path))]
+    assert found == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    (
+        "dist.all_gather_object(parts, mine)",
+        "dist.broadcast_object_list([1], src=0)",
+        "from torch.distributed import gather_object as gather",
+        "import torch.distributed as d\nsend = d.send_object_list",
+        "import pickle",
+        "from _pickle import loads",
+        "from multiprocessing import reduction\nimport dill.session",
+    ),
+)
+def test_each_way_to_unpickle_is_seen(source: str) -> None:
+    """Catches a rule that sees nothing."""
+    assert unpickled_in(ast.parse(source))
 
 
 def functions_of(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:

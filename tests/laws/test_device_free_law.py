@@ -451,6 +451,24 @@ def test_init_from_what_does_not_fit(tmp_path: Path, earlier: Path) -> None:
     )
 
 
+def test_init_from_what_is_damaged(tmp_path: Path, earlier: Path) -> None:
+    """With torch. A flipped value of the parent ends the start with one line that names it."""
+    case = Earlier(tmp_path, earlier)
+    parent = case.runs / "bad" / "checkpoints" / "ckpt_001"
+    flipped(next((parent / "optimizer").iterdir()))
+    make_corpus(tmp_path / "next", 2, seed=9)
+    done = train(
+        case.path,
+        f"run.init_from={parent}",
+        f"data.manifest={tmp_path / 'next' / 'manifest.json'}",
+        "run.name=child",
+    )
+    line = done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert line.startswith("k2train: run.init_from: ") and "optimizer/shard-" in line
+    assert not list((case.runs / "child" / "checkpoints").glob("ckpt_*"))
+
+
 def test_every_checkpoint_damaged(tmp_path: Path, earlier: Path) -> None:
     """A run whose manifests are all broken is never silently started anew."""
     case = Earlier(tmp_path, earlier)
@@ -459,26 +477,31 @@ def test_every_checkpoint_damaged(tmp_path: Path, earlier: Path) -> None:
     assert "no checkpoint to continue from" in case.one_line()
 
 
-def test_damaged_shards_are_found_before_anything_is_written(tmp_path: Path, earlier: Path) -> None:
-    """With torch, since the hashing is shared by the ranks.
+@pytest.mark.parametrize("whole", (True, False), ids=("values", "header"))
+def test_damaged_shards_end_a_start(tmp_path: Path, earlier: Path, whole: bool) -> None:
+    """With torch, since the ranks share the reading. One line, and no checkpoint is touched.
 
-    Still one line and not a byte more on the disk.
+    What shows before the values are read leaves not a byte more on the disk. Values are read once,
+    into place: by then the record of the start is open.
     """
     case = Earlier(tmp_path, earlier)
-    for path in (case.runs / "bad" / "checkpoints").glob("*/model/*"):
-        flipped(path)
-    before = kept_of(case.runs)
+    checkpoints = case.runs / "bad" / "checkpoints"
+    for path in checkpoints.glob("*/optimizer/*"):
+        flipped(path) if whole else os.truncate(path, path.stat().st_size - 1)
+    before = kept_of(checkpoints if whole else case.runs)
     done = train(case.path)
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
-    assert "none of the 3 checkpoints" in done.stderr and "model/shard-" in done.stderr
-    assert kept_of(case.runs) == before
+    *before_it, line = done.stderr.splitlines()
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert whole == bool(before_it), "a run that has begun has said what it is"
+    assert "none of the 3 checkpoints" in line and "optimizer/shard-" in line
+    assert kept_of(checkpoints if whole else case.runs) == before
 
 
 def test_a_run_directory_that_another_run_holds(tmp_path: Path, data: Path) -> None:
     """The second start names the holder; the first continues undisturbed."""
     shutil.copytree(data, tmp_path / "data")
     case = Case(tmp_path, tmp_path / "data")
-    process = start(case.path, K2TRAIN_FAULTS="step.done@nth=1:sleep=5")
+    process = start(case.path, "run.allow=[faults]", K2TRAIN_FAULTS="step.done@nth=1:sleep=5")
     try:
         wait_for(case.runs / "bad" / "metrics.jsonl", process)
         # Stopped, it holds the directory for as long as the second one takes to look.

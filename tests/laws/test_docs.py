@@ -43,6 +43,7 @@ FAST = {
     "python tools/fault_run.py --list": "save.renamed",
     "python tools/mutation_check.py --list": "| mutation | caught by |",
     "python tools/bench_checkpoint.py --megabytes 50": "save",
+    "python tools/bench_checkpoint.py --manifests --worlds 480": "279,420 blocks",
     "python tools/prepare_data.py configs/k2_65b/data_stage1.yaml --estimate": (
         "k2-65b-stage1: 1,295.7B tokens to encode"
     ),
@@ -58,6 +59,7 @@ ON_THE_ROAD = [
     ("python tools/verify_checkpoint.py runs/demo-stage2", 0, "ckpt_001"),
     ("python tools/verify_checkpoint.py --root runs/demo-stage2", 0, ", root "),
     ("python tools/verify_run.py runs/demo-stage1", 0, "demo-stage1"),
+    ("python tools/mend_ledger.py runs/demo-stage1", 0, "whole; nothing to mend"),
     (
         "python -m k2train.train configs/demo/stage1.yaml run.name=alone run.stop_after_steps=5",
         75,

@@ -22,6 +22,7 @@ from k2train.checkpoint.manifest import list_checkpoints
 from k2train.checkpoint.verify import verify_checkpoint
 from k2train.record.events import CheckpointSaved, ChunkDeferred, Resumed, Stopped, of_kind
 from k2train.record.ledger import Ledger, read_ledger
+from k2train.record.ledger_head import write_head
 from k2train.record.metrics import latest, read_metrics
 from k2train.train.trainer import Trainer
 from tests.support.command_line import load_tool
@@ -108,7 +109,7 @@ def kill_after(
     # Held before its end, which it could else come to while a busy machine lets this process wait.
     last = chunks * STEPS_PER_CHUNK
     held = {"K2TRAIN_FAULTS": f"step.done@step={last}:sleep=600"}
-    process = start(path, processes=processes, **held)
+    process = start(path, "run.allow=[faults]", processes=processes, **held)
     try:
         wait_for(run / "checkpoints" / checkpoint, process)
         time.sleep(random.uniform(0, 0.05))
@@ -137,7 +138,7 @@ def test_stops_on_request(base: Path, straight: Path) -> None:
 
     Three ways in a row.
     """
-    path = config(base, "stopped")
+    path = config(base, "stopped", run__allow=["faults"])
     run = base / "runs" / "stopped"
     done = train(path, "run.stop_after_steps=7")
     assert done.returncode == 75, done.stderr
@@ -376,6 +377,7 @@ def test_a_checkpoint_that_the_ledger_missed(
         if isinstance(entry.event, CheckpointSaved) and entry.event.checkpoint == "ckpt_002"
     )
     (run / "ledger.jsonl").write_text("".join(lines[:at]))
+    write_head(run / "ledger.jsonl", Ledger(run / "ledger.jsonl").head)
     for _ in range(2):
         assert pool.run(1, trainer_job, tree) == [75]
     saved = of_kind(read_ledger(run / "ledger.jsonl"), CheckpointSaved)

@@ -120,3 +120,8 @@ def test_what_does_not_fit_is_said_with_its_numbers() -> None:
         check_schedule("wsd", 50, 100, 51)
     check_schedule("wsd", 50, 100, 50)
     check_schedule("constant", 100, 100, None)
+    with pytest.raises(
+        ConfigError,
+        match=r"lr.warmup_steps \(101\) must not exceed the steps of the stage \(100\)",
+    ):
+        check_schedule("constant", 101, 100, None)

@@ -100,6 +100,8 @@ def test_state_bytes_of_the_fullest_and_the_emptiest_rank() -> None:
         ("NVIDIA H100 80GB HBM3", 989.4e12),
         ("NVIDIA H100 PCIe", 756e12),
         ("NVIDIA H100 NVL", 835.5e12),
+        ("NVIDIA H800", 989.4e12),
+        ("NVIDIA H800 PCIe", 756e12),
         ("NVIDIA H200", 989.4e12),
         ("NVIDIA H20", 148e12),
         ("NVIDIA B200", 2250e12),

@@ -420,3 +420,22 @@ def test_a_number_that_was_given_out_and_taken_away_again_does_not_count(
     with RunLock(tmp_path) as lock:
         assert not looked and lock.token == 4
         assert [path.name for path in tmp_path.glob("*lease*")] == ["lease_000004.json"]
+
+
+def test_a_holder_that_nobody_can_read_for_now_is_no_unknown_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a refusal (2) of a run that nobody holds, because its lease could not be read."""
+    path = tmp_path / "lease_000001.json"
+    path.write_text("half a")
+    assert lease.read_holder(path) is None
+
+    def away(path: Path) -> bytes:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(lease, "_first_block", away)
+    code = errno.ESTALE
+    with pytest.raises(OSError, match="Stale file handle"):
+        lease.read_holder(path)
+    code = errno.EACCES
+    assert lease.read_holder(path) is None

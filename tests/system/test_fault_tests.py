@@ -1,28 +1,46 @@
 """The fault runner itself: its short set holds, and it fails when the code is broken on purpose."""
 
+import ctypes
 import importlib
 import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
-from fault_tests import disk_state, file_damage, processes, result
+from fault_tests import (
+    cases_network,
+    cases_power,
+    disk_state,
+    file_damage,
+    memory_group,
+    processes,
+    result,
+)
 from fault_tests.cases import ROWS, run_row
-from fault_tests.cases_kill import kills, not_reached
+from fault_tests.cases_clock import build_library
+from fault_tests.cases_disk import harmed_start
+from fault_tests.cases_kill import kills, not_struck, report
+from fault_tests.cases_network import ADDRESSES, Cable, Cut
 from fault_tests.disk_state import Reference
 from fault_tests.endurance import Endurance
 from fault_tests.endurance_faults import ENDING, HARMLESS, LATE, LIVED_WITH, Drawn
+from fault_tests.forkserver import CLONE_NEWNET
+from fault_tests.memory_group import MemoryGroup
+from fault_tests.mounted_disk import EXT4_IOC_SHUTDOWN, SYNCED, MountedDisk, cut_power
 from fault_tests.processes import ForkServer, Job
-from fault_tests.report import page, section
+from fault_tests.report import page, remember, section
 from fault_tests.restarts import GOING_ON, LIMIT_SECONDS, Attempt, Restarts, undisturbed
 from fault_tests.result import Bench, Result
 from fault_tests.tiny_run import TinyRun, make_tiny_run
@@ -72,6 +90,34 @@ def test_the_page_says_what_did_not_hold(tmp_path: Path) -> None:
     )
 
 
+def test_a_record_outlives_a_run_of_the_tool_that_was_killed(tmp_path: Path) -> None:
+    """Catches half a line of a killed run that makes the rows before or after it unreadable."""
+    record, bench = tmp_path / "record", Bench(server=None, scratch=tmp_path)  # type: ignore[arg-type]
+    for number in (2, 1, 2):
+        told = remember(record, Result(number, "fault", "target", "how", ["x"]), bench)
+    assert [result.row for result in told] == [1, 2] and told[0].seen
+    record.write_text(record.read_text() + '{"row": 30, "fau')
+    told = remember(record, Result(3, "fault", "target", "how", [], ["lost"]), bench)
+    assert [result.row for result in told] == [1, 2, 3] and told[2].verdict == "NOT HELD"
+
+
+def test_rows_end_early_and_say_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Catches a row that was cut short and looks as if all of it had run."""
+    bench = Bench(server=None, scratch=tmp_path)  # type: ignore[arg-type]
+    assert not bench.time_is_up
+    fault_run.end_early(bench, signal.SIGTERM, None)
+    assert bench.time_is_up
+    with pytest.raises(SystemExit, match="143"):
+        fault_run.end_early(bench, signal.SIGTERM, None)
+
+    made = Restarts(None, NO_RUN[0], "none", NO_RUN[1])  # type: ignore[arg-type]
+    monkeypatch.setattr(Bench, "restarts", lambda *_: made)
+    monkeypatch.setattr(Restarts, "finish", lambda _: None)
+    told = Result(2, "fault", "target", "how")
+    report(told, result.chain(bench, NO_RUN[0], "row", ["a:kill"]), ["a:kill"])
+    assert told.missing == ["1 of 1 places were not reached: a:kill"]
+
+
 def test_a_row_that_breaks_did_not_hold(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def broken(bench: Bench) -> Result:
         raise RuntimeError("no server")
@@ -89,6 +135,9 @@ def test_kills_cover_every_point_and_are_understood() -> None:
         fault.action for fault in parsed
     } == {"kill"}
     assert {fault.rank for fault in parsed if fault.point == "save.hashed"} == {0, 1}
+
+
+NO_RUN = TinyRun(Path("unused"), 1, 1), Reference({}, {}, "", 0.1)
 
 
 def made_attempt(faults: str, codes: list[int]) -> Attempt:
@@ -110,7 +159,7 @@ def test_a_fault_that_struck_nobody_is_told() -> None:
         made_attempt("c:kill", [0, 0]),
     ]
     attempts.append(made_attempt("c:kill", [-9, 1]))
-    assert not_reached(attempts) == ["a:kill"]
+    assert not_struck(attempts, ["a:kill", "b:kill", "c:kill", "d:kill"]) == ["a:kill", "d:kill"]
 
 
 def test_a_fault_counts_when_it_was_seen_to_strike() -> None:
@@ -120,7 +169,28 @@ def test_a_fault_counts_when_it_was_seen_to_strike() -> None:
         {"save.model:kill", "gradient:inf"}
     )
     assert Drawn(done=True).struck(set()) and not Drawn().struck({"step.read:kill"})
+    assert Drawn(mark="read:ESTALE").struck({"read:ESTALE"})
+    assert not Drawn(mark="read:ESTALE").struck({"read:kill"})
     assert set(LATE) <= set(ENDING) and set(HARMLESS) <= set(LIVED_WITH)
+
+
+def test_a_stopped_rank_may_be_left_to_the_launcher(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Catches an alarm of the runner itself: nobody is left to end a stopped rank when the others
+    are dead. A rank that is not stopped must end by itself.
+    """
+    (tmp_path / "trace").write_text("1 0 start.agreed\n1 1 start.agreed\n2 1 !step.read:stop\n")
+    monkeypatch.setattr(Restarts, "_look", lambda *_: [])
+    for late, told in (([1], 0), ([0], 1), ([0, 1], 1)):
+        job = Job([1, 2], 0, tmp_path, 0.0, {0: (-9, 2.0), 1: (-9, 3.0)}, late)
+        server = SimpleNamespace(
+            begin=lambda *_, job=job: job,
+            wait_as_launcher=lambda *_: "had to be killed",
+        )
+        restarts = Restarts(server, NO_RUN[0], "stopped", NO_RUN[1])  # type: ignore[arg-type]
+        restarts.attempt("step.read@rank=1:stop")
+        assert len(restarts.problems) == told, restarts.problems
 
 
 def test_promises_are_those_of_an_idle_machine(tmp_path: Path) -> None:
@@ -151,6 +221,19 @@ def test_list_names_every_row_and_point(capsys: pytest.CaptureFixture[str]) -> N
     told = capsys.readouterr().out.splitlines()
     assert {int(line.split()[0]) for line in told if line[:4].strip().isdigit()} == set(ROWS)
     assert set(POINTS) <= {line.strip() for line in told}
+
+
+def test_of_two_exchanged_files_either_may_be_named() -> None:
+    """Catches an alarm of the runner itself, and a message that names neither."""
+
+    def named(text: str) -> str:
+        attempt = SimpleNamespace(text=f"refused: ckpt_003: {text}")
+        restarts = SimpleNamespace(expect_fewer=lambda: None, attempt=lambda: attempt)
+        shard = Path("ckpt_003/model/shard_a")
+        return harmed_start(restarts, shard, "exchanged with shard_b")  # type: ignore[arg-type]
+
+    assert named("model/shard_a is damaged") == named("model/shard_b is damaged") == ""
+    assert "not named" in named("model/shard_c is damaged")
 
 
 @pytest.mark.parametrize("kind", sorted(file_damage.KINDS))
@@ -229,6 +312,169 @@ def test_names_of_ranks() -> None:
     assert not result.names_rank("rank 1 goes on\nrank 0 died", 1)
 
 
+def skip_unless_possible(problem: str) -> None:
+    """Skip with the reason that the table itself would print."""
+    if problem:
+        pytest.skip(problem)
+
+
+def test_the_number_of_the_shutdown_ioctl() -> None:
+    """By hand: read (2) in bits 30-31, size 4 in bits 16-29, 'X' (0x58), 125 (0x7d)."""
+    assert EXT4_IOC_SHUTDOWN == 0x8004_587D
+
+
+def test_a_power_cut_drops_what_was_not_synced(tmp_path: Path) -> None:
+    """Catches a cut that cuts nothing, after which every program would look safe.
+
+    A synced file survives, other files do not, and writes fail until the next mount.
+    """
+    with MountedDisk(tmp_path / "disk", megabytes=16) as disk:
+        skip_unless_possible(disk.problem)
+        (disk.folder / "late").write_bytes(b"lost" * 1000)
+        cut_power(disk.folder)
+        with pytest.raises(OSError, match="error"):
+            (disk.folder / "later").write_bytes(b"refused")
+
+        disk.remount()
+        assert disk.control_problem() == ""
+        assert not (disk.folder / "late").exists() or not (disk.folder / "late").stat().st_size
+
+        # A cut that loses a synced file, and one that loses nothing, are no power cuts.
+        (disk.folder / SYNCED).write_bytes(b"")
+        assert "lost a synced file" in disk.control_problem()
+        disk.remount()
+        (disk.folder / "control_unsynced").write_bytes((disk.folder / SYNCED).read_bytes())
+        disk.remount()
+        assert "lost nothing" in disk.control_problem()
+    assert not any("disk" in line for line in mounts_below(tmp_path))
+
+
+def mounts_below(folder: Path) -> list[str]:
+    return [line for line in Path("/proc/mounts").read_text().splitlines() if str(folder) in line]
+
+
+def test_a_cut_is_made_at_every_point_of_a_save() -> None:
+    """Catches a new point of a save at which no power is cut."""
+    wanted = {point for point in POINTS if point.startswith(("save.", "retire."))}
+    assert set(cases_power.power_points()) == wanted | {"ledger.append"}
+
+
+CGROUPS = "0::/\n4:memory:/job\n5:cpu,cpuacct:/other\n"
+
+
+@pytest.mark.parametrize(
+    ("kind", "limit"), [("v1", "memory.limit_in_bytes"), ("v2", "memory.max"), ("none", "")]
+)
+def test_the_memory_controller_is_found(kind: str, limit: str, tmp_path: Path) -> None:
+    """Catches a group made where it limits nothing: another controller's, or not below this
+    process' own.
+    """
+    (tmp_path / "memory" / "job").mkdir(parents=True)
+    lines = [f"cgroup {tmp_path}/cpu cgroup rw,cpu 0 0"]
+    if kind == "v1":
+        lines.append(f"cgroup {tmp_path}/memory cgroup rw,memory 0 0")
+    if kind == "v2":
+        (tmp_path / "cgroup.controllers").write_text("cpu memory pids\n")
+        lines.append(f"cgroup2 {tmp_path} cgroup2 rw 0 0")
+    found = memory_group.find_interface("\n".join(lines), CGROUPS)
+    assert (found.limit if found else "") == limit
+    if kind == "v1":
+        assert found is not None and found.parent == tmp_path / "memory" / "job"
+
+
+def test_the_kernel_kills_the_chosen_process_of_a_full_group() -> None:
+    """Catches a group without a limit, and one that outlives the test with its processes."""
+    sleeps = [sys.executable, "-c", "import time; time.sleep(60)"]
+    victim, other = (subprocess.Popen(sleeps) for _ in range(2))
+    try:
+        with MemoryGroup(f"k2train_test_{os.getpid()}") as group:
+            skip_unless_possible(group.problem)
+            group.add([victim.pid, other.pid], victim.pid)
+            group.start_hog()
+            group.fill(room=4 << 20)
+            assert victim.wait(60) == -signal.SIGKILL
+            assert other.poll() is None and group.kills == 1
+        assert not group.folder.exists()
+        assert other.wait(60) == -signal.SIGKILL
+    finally:
+        for process in (victim, other):
+            process.kill()
+            process.wait()
+
+
+def socket_in(namespace: str, address: str) -> socket.socket:
+    """A socket in a network namespace: a thread may enter one alone."""
+    made: list[socket.socket] = []
+
+    def enter() -> None:
+        with open(f"/run/netns/{namespace}") as opened:
+            assert ctypes.CDLL(None).setns(opened.fileno(), CLONE_NEWNET) == 0
+        made.append(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+        made[0].bind((address, 5000))
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    made[0].settimeout(1)
+    return made[0]
+
+
+def arrives(sender: socket.socket, receiver: socket.socket) -> bool:
+    """True when one packet of several does: the first may only ask for the way.
+
+    Each has a number of its own: an earlier one may come late.
+    """
+    for number in range(3):
+        sent = f"{time.monotonic()} {number}".encode()
+        with suppress(OSError):
+            sender.sendto(sent, receiver.getsockname())
+            while (received := receiver.recv(100)) != sent:
+                assert received
+            return True
+    return False
+
+
+def test_a_cut_of_one_direction_leaves_the_other(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Catches a cut that cuts nothing, or both directions, or that is not mended."""
+    monkeypatch.setattr(cases_network, "BURST_SECONDS", 0.01)
+    job = Job([1, 2], 0, tmp_path, 0.0)
+    with Cable() as cable:
+        skip_unless_possible(cable.problem)
+        a, b = (
+            socket_in(name, address) for name, address in zip(cable.names, ADDRESSES, strict=True)
+        )
+        with a, b:
+            assert arrives(a, b) and arrives(b, a)
+            for sides, seen in (((), [False, False]), ((0,), [False, True]), ((1,), [True, False])):
+                cable.cut(Cut("one way", None, 10, sides), None, job)  # type: ignore[arg-type]
+                assert [arrives(a, b), arrives(b, a)] == seen
+                cable.restore()
+                assert arrives(a, b) and arrives(b, a)
+    assert not Path(f"/run/netns/{cable.names[0]}").exists()
+
+
+def test_c_code_sees_the_clock_jump(tmp_path: Path) -> None:
+    """Catches a library that moves nothing, or the monotonic clock as well."""
+    library, problem = build_library(tmp_path)
+    skip_unless_possible(problem)
+    program = (
+        "import time\nseen = set()\nbegan = time.monotonic()\n"
+        "while time.monotonic() - began < 0.7:\n"
+        "    seen.add(round((time.time() - time.monotonic()) / 3600))\n    time.sleep(0.01)\n"
+        "print(max(seen) - min(seen), time.monotonic() - began < 60)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "LD_PRELOAD": str(library)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == ["2", "True"]
+
+
 # What follows starts real processes.
 
 
@@ -272,7 +518,7 @@ def judged_as(judged: tuple[TinyRun, Reference], name: str) -> tuple[TinyRun, st
     ("patch", "fault", "told"),
     [
         ("writes_in_place", "save.hashed@rank=0@nth=3:kill", "not whole"),
-        ("forgets_a_moment", "step.read@rank=0@nth=5:kill", "differs"),
+        ("forgets_an_item", "step.read@rank=0@nth=5:kill", "differs"),
         ("keeps_none", "save.begin@rank=0@nth=4:kill", "complete verified checkpoints"),
     ],
 )
@@ -288,6 +534,57 @@ def test_the_runner_finds_broken_code(
     restarts.attempt(fault, limit=60)
     restarts.attempt("", None, (1, 2, 75, -9), 60)
     assert [problem for problem in restarts.problems if told in problem], restarts.problems
+
+
+def test_points_that_are_imported_by_name_are_traced(
+    server: ForkServer, judged: tuple[TinyRun, Reference]
+) -> None:
+    """Catches a trace without the ledger's point, at which no random fault would then strike."""
+    world, name, _ = judged_as(judged, "traced")
+    job = server.begin(world.arguments(name), 2, "ledger.append@nth=2:kill")
+    server.wait_as_launcher(job, 60, 15)
+    assert [name for _, rank, name in job.points() if name == "ledger.append"] == [
+        "ledger.append"
+    ] * 2
+
+
+@pytest.mark.parametrize("patch", ["power_cut", "never_syncs"])
+def test_a_power_cut_shows_a_missing_sync(
+    patch: str, server: ForkServer, judged: tuple[TinyRun, Reference], tmp_path: Path
+) -> None:
+    """Catches a judge that asks for nothing: without any fsync the run is lost; else it is not."""
+    with MountedDisk(tmp_path / "disk") as disk:
+        skip_unless_possible(disk.problem)
+        world, reference = cases_power.world_on(disk, judged[0]), judged[1]
+        environments = [{"FAULT_RUN_PATCH": f"code_patches:{patch}"}] * 2
+        restarts = Restarts(server, world, "cut", reference, environments=environments)
+        run = cases_power.PowerRun(restarts, disk)
+        assert run.attempt(cases_power.PointCut(server, disk, "save.committed", 2))
+        assert run.events >= 3 and run.saved == ["ckpt_000", "ckpt_001"]
+        if patch == "power_cut":
+            run.finish()
+            assert restarts.problems == []
+        else:
+            assert any("was saved and is gone" in problem for problem in restarts.problems)
+            assert any("what was acknowledged" in problem for problem in restarts.problems)
+
+
+def test_rows_are_durable_before_their_checkpoint(
+    server: ForkServer, judged: tuple[TinyRun, Reference], tmp_path: Path
+) -> None:
+    """Catches rows that a power cut takes although a durable checkpoint follows them: no later
+    start takes these steps again.
+    """
+    with MountedDisk(tmp_path / "disk") as disk:
+        skip_unless_possible(disk.problem)
+        environments = [{"FAULT_RUN_PATCH": "code_patches:power_cut"}] * 2
+        world = cases_power.world_on(disk, judged[0])
+        restarts = Restarts(server, world, "rows", judged[1], environments=environments)
+        run = cases_power.PowerRun(restarts, disk)
+        # The event of a save is durable on the disk here, and nothing that follows it.
+        assert run.attempt(cases_power.PointCut(server, disk, "ledger.append", 7))
+        run.finish()
+        assert restarts.problems == []
 
 
 def test_a_hang_is_ended_and_told(server: ForkServer, judged: tuple[TinyRun, Reference]) -> None:

@@ -23,7 +23,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from k2train.checkpoint.manifest import MANIFEST, seal
+from k2train.checkpoint.manifest import FORMAT, MANIFEST, seal
+from k2train.checkpoint.shards import read_header
+from k2train.checkpoint.side_files import side_name
 from k2train.checkpoint.verify import verify_checkpoint
 from k2train.config.load import load_config
 from k2train.data.chunk import check_files, verify_chunk
@@ -192,19 +194,50 @@ def shard_of(checkpoint: Path) -> Path:
 def reseal(checkpoint: Path, **changes: Any) -> None:
     """Every hash made right again, as somebody would who wants his files to be read."""
     manifest = manifest_of(checkpoint) | changes
-    for name in manifest["files"]:
+    for name, facts in manifest["files"].items():
         file = checkpoint / name
         content = file.read_bytes() if file.is_file() else b""
-        manifest["files"][name] |= {"bytes": len(content), "sha256": sha256(content).hexdigest()}
+        facts |= {"bytes": len(content), "sha256": sha256(content).hexdigest()}
+        header_sha256 = sha256(header_of(content)).hexdigest()
         if name in manifest.get("shards", {}):
-            manifest["shards"][name]["header_sha256"] = sha256(header_of(content)).hexdigest()
+            manifest["shards"][name]["header_sha256"] = header_sha256
+        if manifest["format"] == FORMAT:
+            side = checkpoint / side_name(name)
+            text = json.dumps(json.loads(side.read_bytes()) | {"header_sha256": header_sha256})
+            side.write_text(text)
+            facts["facts_sha256"] = sha256(text.encode()).hexdigest()
+        else:
+            facts.pop("facts_sha256", None)
     (checkpoint / MANIFEST).write_text(json.dumps(seal(manifest)))
 
 
-def shard(content: Callable[[bytes, Path], bytes], version: int = 2) -> Hostile:
-    """Replace the optimizer's shard; `version` 1: in a format 1 manifest, without tensors."""
+def in_format_2(checkpoint: Path) -> None:
+    """The same checkpoint with all facts in its manifest."""
+    shards = {}
+    for name in manifest_of(checkpoint)["files"]:
+        content = (checkpoint / name).read_bytes()
+        told = json.loads((checkpoint / side_name(name)).read_bytes())
+        tensors = {
+            extent.name: {
+                "offsets": list(extent.offsets),
+                "shape": list(extent.shape),
+                "sha256": sha256(content[extent.start : extent.stop]).hexdigest(),
+            }
+            for extent in read_header(checkpoint / name)[1]
+        }
+        shards[name] = {"header_sha256": told["header_sha256"], "tensors": tensors}
+    reseal(checkpoint, format=2, shards=shards)
+
+
+def shard(content: Callable[[bytes, Path], bytes], version: int = FORMAT) -> Hostile:
+    """Replace the optimizer's shard in a checkpoint of format 3, of format 2, or of format 1, which
+    has no tensors.
+    """
 
     def change(checkpoint: Path, outside: Path) -> None:
+        if version == 2:
+            in_format_2(checkpoint)
+            verify_checkpoint(checkpoint)
         path = shard_of(checkpoint)
         path.write_bytes(content(path.read_bytes(), outside))
         reseal(checkpoint, format=version)
@@ -212,7 +245,53 @@ def shard(content: Callable[[bytes, Path], bytes], version: int = 2) -> Hostile:
     return change
 
 
-def header(change: Callable[[dict[str, Any]], Any], version: int = 2) -> Hostile:
+def side(change: Callable[[dict[str, Any]], Any]) -> Hostile:
+    """The optimizer's side file changed; bytes instead of an object are taken as they are."""
+
+    def damage(checkpoint: Path, outside: Path) -> None:
+        manifest = manifest_of(checkpoint)
+        name = f"optimizer/{shard_of(checkpoint).name}"
+        tree = json.loads((checkpoint / side_name(name)).read_bytes())
+        result = change(tree)
+        text = result if isinstance(result, bytes) else json.dumps(tree).encode()
+        (checkpoint / side_name(name)).write_bytes(text)
+        manifest["files"][name]["facts_sha256"] = sha256(text).hexdigest()
+        (checkpoint / MANIFEST).write_text(json.dumps(seal(manifest)))
+
+    return damage
+
+
+def pieces(**changes: Any) -> Hostile:
+    """Other facts of the first tensor in the side file."""
+    return side(lambda tree: first(tree["tensors"]).update(changes))
+
+
+def grouped(change: Callable[[dict[str, Any]], Any]) -> Hostile:
+    """The table of files in side files, one a folder; `change` gets the manifest's groups."""
+
+    def damage(checkpoint: Path, outside: Path) -> None:
+        manifest = manifest_of(checkpoint)
+        groups = {}
+        for name, facts in manifest.pop("files").items():
+            text = json.dumps({"files": {name: facts}}).encode()
+            group = f"facts/files-{name.split('/')[0]}-00001.json"
+            (checkpoint / group).write_bytes(text)
+            groups[group] = {
+                "folder": name.split("/")[0],
+                "files": 1,
+                "bytes": facts["bytes"],
+                "sha256": sha256(text).hexdigest(),
+            }
+        manifest["groups"] = groups
+        (checkpoint / MANIFEST).write_text(json.dumps(seal(manifest)))
+        verify_checkpoint(checkpoint)
+        change(groups)
+        (checkpoint / MANIFEST).write_text(json.dumps(seal(manifest)))
+
+    return damage
+
+
+def header(change: Callable[[dict[str, Any]], Any], version: int = FORMAT) -> Hostile:
     """The shard's header changed; a text instead of an object is taken as it is."""
 
     def content(before: bytes, outside: Path) -> bytes:
@@ -242,12 +321,11 @@ def manifest(change: Callable[[dict[str, Any]], Any]) -> Hostile:
 
 
 def rename_shard(new: str) -> Hostile:
-    """Another name for the shard, in `files` and `shards`."""
+    """Another name for the shard."""
 
     def change(tree: dict[str, Any]) -> None:
         old = next(name for name in tree["files"] if name.startswith("optimizer/"))
-        for part in ("files", "shards"):
-            tree[part][new] = tree[part].pop(old)
+        tree["files"][new] = tree["files"].pop(old)
 
     return manifest(change)
 
@@ -286,6 +364,7 @@ def twice(tree: dict[str, Any]) -> str:
 
 CHECKPOINTS: dict[str, Hostile] = {
     "pickle as a shard": shard(lambda before, outside: payload(outside)),
+    "pickle as a shard, format 2": shard(lambda before, outside: payload(outside), 2),
     "pickle as a shard, format 1": shard(lambda before, outside: payload(outside), 1),
     "pickle as the manifest": lambda checkpoint, outside: (checkpoint / MANIFEST).write_bytes(
         payload(outside)
@@ -294,6 +373,9 @@ CHECKPOINTS: dict[str, Hostile] = {
         payload(outside)
     ),
     "header without end": shard(lambda before, outside: struct.pack("<Q", 2**63) + before[8:]),
+    "header without end, format 2": shard(
+        lambda before, outside: struct.pack("<Q", 2**63) + before[8:], 2
+    ),
     "header without end, format 1": shard(
         lambda before, outside: struct.pack("<Q", 2**63) + before[8:], 1
     ),
@@ -302,6 +384,9 @@ CHECKPOINTS: dict[str, Hostile] = {
     ),
     "empty shard": shard(lambda before, outside: b"", 1),
     "tensors over each other": header(lambda tree: first(tree).update(data_offsets=[0, 64])),
+    "tensors over each other, format 2": header(
+        lambda tree: first(tree).update(data_offsets=[0, 64]), 2
+    ),
     "tensors over each other, format 1": header(
         lambda tree: first(tree).update(data_offsets=[0, 64]), 1
     ),
@@ -323,6 +408,32 @@ CHECKPOINTS: dict[str, Hostile] = {
         lambda tree: json.dumps(tree)[:-1] + f", {json.dumps(tree)[1:]}", 1
     ),
     "header without places": header(lambda tree: tree.pop("__metadata__") and None, 1),
+    "side file that is a pickle": side(lambda tree: b"\x80\x04cos\nsystem\n"),
+    "side file nested without end": side(lambda tree: f'{{"a": {DEEP}'.encode()),
+    "side file that is a list": side(lambda tree: b"[1, 2]"),
+    "side file without tensors": side(lambda tree: tree.update(tensors={})),
+    "pieces without end": side(lambda tree: tree.update(piece_bytes=10**400)),
+    "pieces of nothing": side(lambda tree: tree.update(piece_bytes=0)),
+    "pieces of a byte": side(lambda tree: tree.update(piece_bytes=1)),
+    "pieces that are text": side(lambda tree: tree.update(piece_bytes="4")),
+    "hashes that are a number": pieces(xxh3_128=7),
+    "hashes that are numbers": pieces(xxh3_128=[7]),
+    "hashes that are none": pieces(xxh3_128=[]),
+    "hashes that are an object": pieces(xxh3_128={"0": "a"}),
+    "hashes of another": pieces(xxh3_128=["0" * 32]),
+    "offsets of text": pieces(offsets=["0", "0"]),
+    "offsets without end": pieces(offsets=[2**80, 0]),
+    "group outside": grouped(lambda groups: groups.update({"../x": groups.popitem()[1]})),
+    "group of none": grouped(lambda groups: groups.clear()),
+    "group of another folder": grouped(
+        lambda groups: [group.update(folder="elsewhere") for group in groups.values()]
+    ),
+    "group of more files": grouped(
+        lambda groups: [group.update(files=10**12) for group in groups.values()]
+    ),
+    "group that is another's": grouped(
+        lambda groups: groups.update(zip(groups, [*groups.values()][::-1], strict=True))
+    ),
     "shard outside": rename_shard("../../../../outside/secret"),
     "shard by an absolute path": rename_shard("/etc/passwd"),
     "shard with a NUL": rename_shard("optimizer/a\0b"),

@@ -1,6 +1,7 @@
 """`tools/inspect_data.py`: its answers against data whose every token is known here."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -995,6 +996,15 @@ def test_damaged_records_are_one_line(build: Build, refuse: Ask, tmp_path: Path)
     (run / "config.yaml").unlink()
     assert "there is no checkpoint" in refuse("--run", run)
     (run / "config.yaml").write_text(config)
+
+    # A checkpoint whose hash is right answers before the config, and may say anything.
+    _checkpoint(corpus, run, ["chunk_000"], 2)
+    manifest = run / "checkpoints" / "ckpt_001" / "manifest.json"
+    facts = json.loads(manifest.read_text())
+    for tree in ({}, {"data": [], "batch": 1}, {"data": {"manifest": 1}}):
+        manifest.write_text(json.dumps(seal({**facts, "config": tree})))
+        assert "ckpt_001 has no usable data.manifest" in refuse("--run", run)
+    shutil.rmtree(run / "checkpoints")
     ledger = run / "ledger.jsonl"
     ledger.write_text(ledger.read_text().replace('"seq": 0', '"seq": 1'))
     assert "ledger.jsonl" in refuse("--run", run)

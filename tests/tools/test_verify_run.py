@@ -10,6 +10,7 @@ import runpy
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,16 @@ import pytest
 
 from k2train.checkpoint.manifest import MANIFEST, seal
 from k2train.config.load import Config
+from k2train.data.array_file import ArrayFile
 from k2train.launch.environment import Launch
 from k2train.record.events import Resumed, Started, of_kind
+from k2train.record.jsonl import encode_line
 from k2train.record.ledger import Ledger, read_ledger
+from k2train.record.ledger_head import LedgerHead, write_head
+from k2train.record.line_check import with_check
 from k2train.record.metrics import MetricsWriter, read_roots
 from k2train.run_lock.lock import RunLock
+from k2train.state_digest import state_root
 from k2train.train.preflight import prepare_start, run_directory
 from k2train.train.trainer import build
 from tests.support.gloo_pool import GlooPool
@@ -117,7 +123,11 @@ def test_a_changed_bit_of_a_checkpoint_is_named(run: Path) -> None:
 
 def edit_manifest(run: Path, **changes: Any) -> None:
     path = run / "checkpoints" / "ckpt_001" / MANIFEST
-    path.write_text(json.dumps(seal(json.loads(path.read_text()) | changes)))
+    content = json.loads(path.read_text()) | changes
+    state = content["state"]
+    # The root covers the step, so that only the ledger contradicts.
+    state["root"] = state_root(state["digests"], content["step"], content["adam_steps"])
+    path.write_text(json.dumps(seal(content)))
 
 
 def same_token(run: Path) -> None:
@@ -184,6 +194,7 @@ def test_what_a_kill_leaves_behind_is_a_note(run: Path, capsys: pytest.CaptureFi
     lines = (run / "ledger.jsonl").read_bytes().splitlines(keepends=True)
     last = max(index for index, line in enumerate(lines) if b'"checkpoint_saved"' in line)
     (run / "ledger.jsonl").write_bytes(b"".join(lines[:last]) + lines[last][:50])
+    write_head(run / "ledger.jsonl", LedgerHead(last, sha256(lines[last - 1][:-1]).hexdigest()))
     with (run / "metrics.jsonl").open("ab") as stream:
         stream.write(b'{"step": 6, "att')
     assert verify([str(run)]) == 0
@@ -203,6 +214,65 @@ def test_the_data_is_read_when_asked(run: Path, tmp_path: Path, whole: Path) -> 
     assert "chunk_000" in problems(run, str(data))[0]
     make_corpus(tmp_path / "other", chunks=1, seed=2)
     assert "is not the data that" in problems(run, str(tmp_path / "other"))[0]
+
+
+def exchanged_job(launch: Launch, tree: dict[str, Any]) -> int:
+    """A start that reads another id than the chunk holds, in row 14 alone, past all checks."""
+    read = ArrayFile.read
+
+    def other(self: ArrayFile, start: int, stop: int) -> Any:
+        found = read(self, start, stop)
+        if "chunk_000" in self.where and start <= 14 < stop:
+            found[14 - start, 3] ^= 1
+        return found
+
+    ArrayFile.read = other  # type: ignore[method-assign]
+    try:
+        return locked_job(launch, tree)
+    finally:
+        ArrayFile.read = read  # type: ignore[method-assign]
+
+
+def test_ids_that_are_not_those_of_the_chunk_are_named_by_step(
+    whole: Path, pool: GlooPool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a chunk that was another file while it was trained on, and was then put back."""
+    base = whole.parents[1]
+    manifest = base / "data" / "manifest.json"
+    tree = config_tree(manifest, base / "runs", "exchanged", wandb={"mode": "disabled"})
+    assert pool.run(1, exchanged_job, tree) == [0]
+    run = base / "runs" / "exchanged"
+
+    assert problems(run) == []
+    (found,) = problems(run, str(base / "data"))
+    assert "chunk_000.npy: 1 steps were fed other ids" in found and "the first is step 2 " in found
+
+    inspect = runpy.run_path(str(ROOT / "tools" / "inspect_data.py"))["main"]
+    # These data have no provenance to show, which is found only after the ids were compared.
+    for step, words in ((1, "has no provenance"), (2, "is not what was trained on")):
+        assert inspect([str(manifest), "--run", str(run), "--step", str(step)]) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_the_ids_of_every_attempt_are_compared(run: Path, tmp_path: Path, whole: Path) -> None:
+    """Catches a check of the last attempt alone; older lines without a hash are a note."""
+    data = whole.parents[1] / "data"
+    lines = (run / "metrics.jsonl").read_bytes().splitlines()
+    rows = [json.loads(line) for line in lines]
+    for row in rows:
+        del row["check"]
+    rows[1]["ids"] = "0" * 16
+    again = dict(rows[1], attempt=9, ids=json.loads(lines[1])["ids"])
+    del rows[3]["ids"]
+    encoded = [with_check(encode_line(row)) for row in [*rows, again]]
+    (run / "metrics.jsonl").write_bytes(b"".join(encoded))
+
+    found = list(TOOL["problems_of"](run, str(data)))
+    (wrong,) = (problem.text for problem in found if not problem.note)
+    assert "1 steps were fed other ids" in wrong and "is step 2 (attempt 1, rows 12-23)" in wrong
+    assert [
+        problem.text for problem in found if problem.note and "hash of their ids" in problem.text
+    ]
 
 
 @pytest.mark.parametrize("data", [[], ["--data"]])

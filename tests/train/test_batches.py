@@ -5,10 +5,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from pydantic import TypeAdapter
 
 from k2train.data.array_file import FileIdentity
 from k2train.data.chunk import ChunkIdentity
 from k2train.errors import UnavailableError
+from k2train.parallel.messages import decode, encode
 from k2train.train.batches import BatchSource, DamagedChunkError, UnavailableChunkError
 
 FILE = ChunkIdentity(FileIdentity(7, 100, 1, 1))
@@ -28,8 +30,9 @@ class Told:
             raise self.first_says
         return self.first_says
 
-    def all(self, mine: Any, what: str) -> Any:
-        return self.ranks
+    def all(self, mine: Any, form: TypeAdapter[Any], what: str) -> Any:
+        # As they arrive: through the form that was agreed on.
+        return [decode(encode(told, form), form) for told in self.ranks]
 
 
 def source(told: Told) -> BatchSource:

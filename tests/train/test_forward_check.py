@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from k2train.checkpoint.run_facts import ForwardAnswer, PromptFacts, SignatureFacts
 from k2train.launch.environment import Launch
 from k2train.train.forward_check import forward_check_problem, run_forward_check
 from tests.support.gloo_pool import GlooPool
@@ -27,7 +28,7 @@ INTERLEAVED = {
 ZB_V = {"parallel__pipeline": 2, "parallel__schedule": "zb-v", "parallel__stages_per_rank": 2}
 
 
-def probe_job(launch: Launch, config: Any, change: Any = None) -> dict[str, Any]:
+def probe_job(launch: Launch, config: Any, change: Any = None) -> ForwardAnswer:
     """Return the forward check of freshly drawn weights.
 
     `change` (rank, tensor, bit) flips a bit of a weight in use there first.
@@ -44,11 +45,14 @@ def probe_job(launch: Launch, config: Any, change: Any = None) -> dict[str, Any]
     return run_forward_check(engine)
 
 
-def probe(pool: GlooPool, world: int, change: Any = None, **changes: Any) -> dict[str, Any]:
-    """Return the one result that all ranks share."""
+def probe(pool: GlooPool, world: int, change: Any = None, **changes: Any) -> ForwardAnswer:
+    """Return the one result that all ranks share, as a manifest brings it back."""
     first, *others = pool.run(world, probe_job, tiny_config(**changes), change)
     assert all(other == first for other in others)
-    return dict(json.loads(json.dumps(first, allow_nan=False)))
+    text = json.dumps(first.model_dump(exclude_unset=True), allow_nan=False)
+    back = ForwardAnswer.model_validate(json.loads(text))
+    assert back == first
+    return back
 
 
 @pytest.mark.parametrize("precision", ("fp32", "bf16"))
@@ -58,13 +62,14 @@ def test_every_layout_answers_the_same(pool: GlooPool, precision: str) -> None:
     Nothing is called a problem.
     """
     one = probe(pool, 1, precision=precision)
-    assert len(one["prompt"]["positions"]) == 8 and one["prompt"]["positions"][-1] == 15
-    assert np.shape(one["values"]) == (8, 8) and one["max_abs"] > 0.1 and one["apart"] == ""
+    assert len(one.prompt.positions) == 8 and one.prompt.positions[-1] == 15
+    assert np.shape(one.values) == (8, 8) and one.apart == ""
+    assert one.max_abs is not None and one.max_abs > 0.1
     for world, changes in ((2, {}), (2, {"parallel__pipeline": 2}), (2, INTERLEAVED), (2, ZB_V))[
         :: 1 + (precision == "bf16")
     ]:
         other = probe(pool, world, precision=precision, **changes)
-        assert (other["sha256"], other["signature"]) == (one["sha256"], one["signature"]), changes
+        assert (other.sha256, other.signature) == (one.sha256, one.signature), changes
         assert forward_check_problem(one, other) is None
     plain = {f"kernels__{key}": "reference" for key in ("norm", "elementwise")}
     for world, changes in (
@@ -74,7 +79,7 @@ def test_every_layout_answers_the_same(pool: GlooPool, precision: str) -> None:
         (1, {"batch__micro_sequences": 1}),
     ):
         other = probe(pool, world, precision=precision, **changes)
-        assert other["signature"] != one["signature"], changes
+        assert other.signature != one.signature, changes
         assert (
             forward_check_problem(one, other) is None and forward_check_problem(other, one) is None
         ), changes
@@ -85,9 +90,9 @@ def test_block_attention_is_asked_with_documents(pool: GlooPool) -> None:
     blocked = [
         probe(pool, n, data__cross_documents="block", **c) for n, c in ((1, {}), (2, {}), (2, ZB_V))
     ]
-    assert len({found["sha256"] for found in blocked}) == 1
+    assert len({found.sha256 for found in blocked}) == 1
     attending = probe(pool, 1)
-    assert attending["sha256"] != blocked[0]["sha256"]
+    assert attending.sha256 != blocked[0].sha256
     assert forward_check_problem(attending, blocked[0]) is None, (
         "what was asked differs, so nothing follows"
     )
@@ -126,12 +131,12 @@ def test_a_replica_that_answers_otherwise_is_named(pool: GlooPool) -> None:
     Of two, both, since nobody can say which; a whole pipeline is one replica.
     """
     name = "layers.0.mlp.down.weight"
-    assert probe(pool, 3, (2, name, 18))["apart"].startswith(
+    assert probe(pool, 3, (2, name, 18)).apart.startswith(
         "the replica of rank 2 computes other logits"
     )
     two = probe(pool, 4, (1, name, 18), parallel__pipeline=2)
-    assert two["apart"].startswith("the replica of rank 3 or its counterpart computes")
-    assert forward_check_problem(probe(pool, 1), two) == two["apart"]
+    assert two.apart.startswith("the replica of rank 3 or its counterpart computes")
+    assert forward_check_problem(probe(pool, 1), two) == two.apart
 
 
 def trained_job(launch: Launch, config: Any, probing: bool) -> Any:
@@ -175,17 +180,31 @@ def test_probing_changes_nothing(pool: GlooPool, world: int, changes: dict[str, 
 
 
 def answer(
-    values: list[list[float | None]], precision: str = "fp32", tensor: int = 1
-) -> dict[str, Any]:
+    values: list[list[float | None]], precision: Any = "fp32", tensor: int = 1
+) -> ForwardAnswer:
     known = [value for row in values for value in row if value is not None]
-    return {
-        "sha256": str(values),
-        "values": values,
-        "max_abs": max(known) if len(known) == sum(map(len, values)) else None,
-        "prompt": {"num_layers": 2, "sequence_length": 8},
-        "signature": {"precision": precision, "tensor": tensor},
-        "apart": "",
-    }
+    return ForwardAnswer(
+        sha256=str(values),
+        values=values,
+        max_abs=max(known) if len(known) == sum(map(len, values)) else None,
+        prompt=PromptFacts(
+            num_layers=2,
+            sequence_length=8,
+            vocab_size=2,
+            cross_documents="attend",
+            positions=list(range(len(values))),
+        ),
+        signature=SignatureFacts(
+            tensor=tensor,
+            sequence=False,
+            micro_sequences=1,
+            precision=precision,
+            kernels="reference",
+            torch="2",
+            device="cpu",
+            threads=1,
+        ),
+    )
 
 
 def test_the_bound() -> None:
@@ -204,4 +223,10 @@ def test_the_bound() -> None:
     for broken in ([[1.0, None]], [[None, None]]):
         problem = forward_check_problem(base, answer(broken, tensor=2))
         assert problem is not None and "up to inf apart" in problem
-    assert forward_check_problem({}, base) is None, "a checkpoint without a probe"
+    assert forward_check_problem(None, base) is None, "a checkpoint without a probe"
+
+
+def test_logits_of_another_number_are_no_answer() -> None:
+    """Catches an answer that was shortened: what cannot be compared is not equal."""
+    problem = forward_check_problem(answer([[1.0, 0.5]]), answer([[1.0]], tensor=2))
+    assert problem is not None and "up to inf apart" in problem

@@ -10,6 +10,7 @@ import io
 import os
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,7 @@ import pytest
 
 import k2train.train.__main__ as train_command
 from k2train import retry
-from k2train.checkpoint import reshard_read, verify
+from k2train.checkpoint import manifest, reshard_read, side_files
 from k2train.checkpoint.manifest import list_checkpoints, read_manifest
 from k2train.checkpoint.shards import THREADS
 from k2train.errors import DataError, UnavailableError
@@ -34,26 +35,33 @@ CHUNKS = 3
 
 
 class Strike(NamedTuple):
-    """On one rank, opens of paths that contain `part` fail with `code`: after `skip` of them."""
+    """On one rank, opens of paths that contain `part` fail with `code`: after `skip` of them.
+
+    With `looks` these are questions whether the path exists, and listings of it, and `part` is its
+    end.
+    """
 
     part: str
     code: int
     times: int
     skip: int = 0
     rank: int = 0
+    looks: bool = False
 
 
 @contextmanager
 def struck(strike: Strike, launch: Launch) -> Iterator[None]:
-    """Let opens fail in this process."""
+    """Let opens, or looks at files and folders, fail in this process."""
     if launch.rank != strike.rank:
         yield
         return
     seen = [0]
     real = (os.open, io.open, retry.PATIENCE_SECONDS, retry.FIRST_PAUSE_SECONDS)
+    asked = os.stat, os.lstat, os.listdir, os.scandir
 
-    def fail(path: Any) -> None:
-        if strike.part in str(path):
+    def fail(path: Any, looks: bool = False) -> None:
+        struck = str(path).endswith(strike.part) if looks else strike.part in str(path)
+        if struck and looks == strike.looks:
             seen[0] += 1
             if strike.skip < seen[0] <= strike.skip + strike.times:
                 raise OSError(strike.code, os.strerror(strike.code), str(path))
@@ -66,14 +74,23 @@ def struck(strike: Strike, launch: Launch) -> Iterator[None]:
         fail(path)
         return real[1](path, *rest, **more)
 
+    def looking(real: Any) -> Any:
+        def look(path: Any = ".", *rest: Any, **more: Any) -> Any:
+            fail(path, looks=True)
+            return real(path, *rest, **more)
+
+        return look
+
     os.open, io.open = os_open, io_open  # type: ignore[assignment]
+    os.stat, os.lstat, os.listdir, os.scandir = map(looking, asked)
     retry.PATIENCE_SECONDS = 30.0 if strike.times == 1 else 0.2
     retry.FIRST_PAUSE_SECONDS = 0.01
     try:
         yield
     finally:
         (os.open, io.open, retry.PATIENCE_SECONDS, retry.FIRST_PAUSE_SECONDS) = real  # type: ignore[assignment]
-    assert seen[0] > strike.skip, f"nothing opened a path with {strike.part}"
+        os.stat, os.lstat, os.listdir, os.scandir = asked
+    assert seen[0] > strike.skip, f"nothing opened, or looked at, a path with {strike.part}"
 
 
 def struck_job(launch: Launch, tree: dict[str, Any], strike: Strike) -> int | str:
@@ -166,6 +183,64 @@ def test_one_that_stays_ends_with_1_and_touches_nothing(
     assert compare_runs.differences(base / "runs" / "whole", run, strict=True) == []
 
 
+LOOKS = {
+    "ledger": ("/ledger.jsonl", 3),
+    "metrics": ("/metrics.jsonl", 2),
+    "folder of checkpoints": ("/checkpoints", 4),
+    "newest checkpoint": ("/ckpt_002", 4),
+    "mark of a thinned one": ("/ckpt_002/thinned.json", 2),
+    "folder of its weights": ("/ckpt_002/model", 2),
+    "chunk": ("/chunk_002.npy", 1),
+    "folder of data": ("/data", 1),
+    "request to stop": ("/STOP", 1),
+}
+"""End of a path, and how many looks at it, at least, may each be the one that fails."""
+
+
+@pytest.mark.parametrize(
+    ("what", "skip"), [(what, skip) for what, (_, looks) in LOOKS.items() for skip in range(looks)]
+)
+def test_one_look_that_fails_costs_nothing(
+    base: Path, pool: GlooPool, what: str, skip: int
+) -> None:
+    """Catches a ledger or checkpoint that "is not there" because its server was away: the run would
+    begin anew, or go back.
+    """
+    name = f"looked-{[*LOOKS].index(what)}-{skip}"
+    run = base / "runs" / name
+    shutil.copytree(base / "runs" / "half", run)
+    part = LOOKS[what][0]
+    strike = Strike(part, [errno.ESTALE, errno.EIO][skip % 2], 1, skip, looks=True)
+    settings = tree(base, name)
+    if part == "/data":
+        # The manifest of a folder is the one in it.
+        settings["data"] |= {"manifest": str(base / "data")}
+    assert pool.run(1, struck_job, settings, strike) == [0]
+    (resumed,) = of_kind(read_ledger(run / "ledger.jsonl"), Resumed)
+    assert (resumed.checkpoint, resumed.refused, resumed.set_aside) == ("ckpt_002", (), ())
+    assert compare_runs.differences(base / "runs" / "whole", run, strict=True) == []
+    shutil.rmtree(run)
+
+
+@pytest.mark.parametrize("what", LOOKS)
+def test_a_look_that_always_fails_ends_with_1(base: Path, pool: GlooPool, what: str) -> None:
+    """Catches a new run in the directory of an old one, and a mistake (2) that nobody made."""
+    name = f"never-seen-{[*LOOKS].index(what)}"
+    run = base / "runs" / name
+    shutil.copytree(base / "runs" / "half", run)
+    before = (run / "ledger.jsonl").read_bytes()
+    settings = tree(base, name)
+    part = LOOKS[what][0]
+    if part == "/data":
+        settings["data"] |= {"manifest": str(base / "data")}
+    (text,) = pool.run(1, struck_job, settings, Strike(part, errno.ESTALE, 10**9, looks=True))
+    assert text.startswith("unavailable: ") and part[1:] in text
+    assert "Stale file handle" in text
+    assert (run / "ledger.jsonl").read_bytes() == before
+    assert len(list_checkpoints(run / "checkpoints")) == 3
+    shutil.rmtree(run)
+
+
 @pytest.mark.parametrize("part", ["ckpt_002/manifest.json", "ckpt_002/optimizer/"])
 def test_a_bad_block_is_damage(base: Path, pool: GlooPool, part: str) -> None:
     """Catches a run that never starts again because one file of its newest checkpoint lies on a bad
@@ -228,32 +303,58 @@ def test_any_other_error_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def slowly_job(launch: Launch, tree: dict[str, Any]) -> int | str:
-    """A start whose disk is slow: each tensor is hashed, and each one read, in 0.4 s."""
-    real = verify.hash_range, reshard_read._execute
-
-    def hash_range(*given: Any) -> str:
-        time.sleep(0.4)
-        return real[0](*given)
+    """A start whose disk is slow: each tensor is read in 0.4 s."""
+    real = reshard_read._execute
 
     def execute(*given: Any) -> None:
         time.sleep(0.4)
-        real[1](*given)
+        real(*given)
 
-    verify.hash_range, reshard_read._execute = hash_range, execute  # type: ignore[assignment]
+    reshard_read._execute = execute
     try:
         return trainer_job(launch, tree)
     finally:
-        verify.hash_range, reshard_read._execute = real  # type: ignore[assignment]
+        reshard_read._execute = real
 
 
 @pytest.mark.slow
 def test_a_start_that_gets_on_is_not_stuck(base: Path, pool: GlooPool) -> None:
-    """Catches hashing and loading that the watchdog ends although every second brings more."""
+    """Catches loading that the watchdog ends although every second brings more."""
     shutil.copytree(base / "runs" / "half", base / "runs" / "slow")
     changed = tree(base, "slow", watch__start_seconds=3.0, run__stop_after_steps=1)
-    tensors = sum(
-        len(facts.tensors)
-        for facts in read_manifest(base / "runs/half/checkpoints/ckpt_002").shards.values()
-    )
-    assert 0.4 * tensors / THREADS > 2 * 3.0, "each phase takes longer than its limit"
+    tensors = len(read_manifest(base / "runs/half/checkpoints/ckpt_002").tensors["optimizer"])
+    assert 0.4 * tensors / THREADS > 2 * 3.0, "the load takes longer than its limit"
     assert pool.run(1, slowly_job, changed) == [75]
+
+
+def opened_job(launch: Launch, tree: dict[str, Any], part: str) -> dict[str, int]:
+    """How often a run opens each JSON file whose path contains `part`."""
+    found: Counter[str] = Counter()
+    real, settled = os.open, manifest.SETTLED_SECONDS
+
+    def noting(path: Any, *rest: Any, **more: Any) -> int:
+        if part in str(path) and str(path).endswith(".json"):
+            found[Path(path).name] += 1
+        return real(path, *rest, **more)
+
+    # The copied run is new, and too young to be known by its times.
+    manifest.SETTLED_SECONDS = -60.0
+    manifest._known_manifests = manifest._KnownManifests()
+    side_files._known_side_files = side_files._KnownSideFiles()
+    os.open = noting  # type: ignore[assignment]
+    try:
+        assert trainer_job(launch, tree) == 75
+    finally:
+        os.open, manifest.SETTLED_SECONDS = real, settled
+    return dict(found)
+
+
+def test_a_start_reads_a_manifest_once(base: Path, pool: GlooPool) -> None:
+    """Catches one more reader: a start looks at the manifest it takes in ten places. The save that
+    follows reads the weights of that checkpoint, and for this the files from the disk.
+    """
+    shutil.copytree(base / "runs" / "half", base / "runs" / "once")
+    changed = tree(base, "once", run__stop_after_steps=1)
+    (found,) = pool.run(1, opened_job, changed, "once/checkpoints/ckpt_002/")
+    name = "shard-00001-model-00001-of-00001.json"
+    assert found == {"manifest.json": 2, f"optimizer-{name}": 1, f"model-{name}": 2}

@@ -3,6 +3,7 @@
 malloc keeps what it was set to, so one process can test one setting only.
 """
 
+import gc
 import os
 import platform
 import subprocess
@@ -10,7 +11,11 @@ import sys
 
 import pytest
 
-from k2train.train.host_memory import keep_freed_memory, malloc_settings
+from k2train.train.host_memory import (
+    keep_freed_memory,
+    malloc_settings,
+    startup_objects_frozen,
+)
 
 GLIBC = platform.libc_ver()[0] == "glibc"
 
@@ -87,3 +92,14 @@ def test_another_libc_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name)
     monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
     assert keep_freed_memory("cpu") == "malloc: default settings (not glibc)"
+
+
+def test_a_collection_skips_what_a_start_has_made() -> None:
+    """Catches a full collection that looks at every object of the imports while a run trains, and
+    objects that are never collected after it.
+    """
+    before = gc.get_freeze_count()
+    with pytest.raises(KeyError), startup_objects_frozen():
+        assert gc.get_freeze_count() > before + 1000 and len(gc.get_objects()) < 1000
+        raise KeyError("the run failed")
+    assert gc.get_freeze_count() == 0 and len(gc.get_objects()) > 1000

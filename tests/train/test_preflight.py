@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 
 import k2train.train.preflight as preflight
+from k2train.checkpoint import disk_space
+from k2train.checkpoint.disk_space import CheckpointBytes
 from k2train.checkpoint.manifest import MANIFEST, THINNED, checkpoint_name, seal
 from k2train.config.load import Config
 from k2train.errors import CheckpointError, ConfigError, DataError, RunError
 from k2train.files import sha256_file, write_synced
+from k2train.plan.cost import parameters, tensor_count
 from k2train.train.preflight import (
     check_data,
     prepare_start,
@@ -21,7 +24,7 @@ from k2train.train.resume_check import identity_differences, identity_of
 from k2train.train.setup import Setup
 from k2train.train.state import TrainState
 from tests.support.data_folder import flip, rewrite
-from tests.support.tiny_corpus import GLOBAL, config_tree, make_corpus
+from tests.support.tiny_corpus import GLOBAL, SEQUENCE, STEPS_PER_CHUNK, config_tree, make_corpus
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +62,12 @@ class Run:
             "name": name,
             "step": step,
             "adam_steps": step,
-            "consumed_tokens": step,
-            "chunks": {"consumed": chunks, "order": identity["data"]["order"]},
+            "consumed_tokens": step * GLOBAL * SEQUENCE,
+            "chunks": {
+                "consumed": chunks,
+                "step_in_chunk": step - STEPS_PER_CHUNK * chunks,
+                "order": identity["data"]["order"],
+            },
             "config": config.model_dump(mode="json"),
             "identity": identity,
             "data": {
@@ -104,6 +111,57 @@ def test_the_newest_is_wanted_first(run: Run) -> None:
     assert run.start().candidates[0].name == "ckpt_002"
     assert [path.name for path in run.start(run__resume=1).candidates] == ["ckpt_001"]
     assert run.start(run__resume="must").candidates[0].name == "ckpt_002"
+
+
+def test_the_disk_has_space_for_saves_inside_chunks(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three chunks: four numbered checkpoints, and three at once inside chunks.
+
+    A fixed interval needs them and is refused; `auto` does without them, and says so.
+    """
+    shape = run.start().setup.architecture
+    one = CheckpointBytes(parameters(shape), 4, tensor_count(shape)).whole
+    fixed, auto = {"checkpoint__every_seconds": 9.0}, {"checkpoint__every_seconds": "auto"}
+
+    def with_room_for(checkpoints: float) -> None:
+        monkeypatch.setattr(disk_space, "free_bytes", lambda path: int(checkpoints * one) + 1)
+
+    with_room_for(7)
+    assert run.start(**fixed).room_inside_chunks and run.start(**auto).room_inside_chunks
+    with_room_for(6.9)
+    with pytest.raises(RunError, match="4 checkpoints of this run and 3 inside chunks: they need "):
+        run.start(**fixed)
+    with pytest.raises(RunError, match=r"free space, set checkpoint\.every_seconds=0, raise"):
+        run.start(**fixed)
+    assert not run.start(**auto).room_inside_chunks
+    with_room_for(4)
+    assert not run.start(**auto).room_inside_chunks
+    assert run.start(checkpoint__every_seconds=0).room_inside_chunks
+    with_room_for(3.9)
+    for every in (auto, {"checkpoint__every_seconds": 0}):
+        with pytest.raises(RunError, match="4 checkpoints of this run: they need "):
+            run.start(**every)
+
+    # Two of those inside chunks exist; they take no more space, and one is still to come.
+    run.checkpoint(0, 0)
+    for step in (2, 3):
+        run.checkpoint(0, step, numbered=False)
+    with_room_for(4)
+    assert run.start(**fixed).room_inside_chunks
+    with_room_for(3.9)
+    with pytest.raises(RunError, match="3 checkpoints of this run and 1 inside chunks"):
+        run.start(**fixed)
+
+
+def test_a_warning_names_the_key_that_helps(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`auto` needs no advice."""
+    monkeypatch.setattr(preflight, "check_progress", lambda *_: "interrupted")
+    assert run.start(checkpoint__every_seconds="auto").warning == "interrupted"
+    for every in (0, 60):
+        assert run.start(checkpoint__every_seconds=every).warning == (
+            "interrupted; set checkpoint.every_seconds=auto, or lower it"
+        )
 
 
 def test_a_broken_manifest_is_passed_over_and_told(run: Run) -> None:
@@ -347,6 +405,34 @@ def test_the_seam_without_the_earlier_data(run: Run, tmp_path: Path) -> None:
         Run(tmp_path / "child", tmp_path / "next").start(run__init_from=str(parent)).transition
     )
     assert transition.sources_compared is False
+
+
+def test_a_parent_that_makes_no_sense(run: Run, tmp_path: Path) -> None:
+    """Catches a traceback over a manifest with a right hash: launchers start it again for ever."""
+    make_corpus(tmp_path / "next", 2, seed=9)
+    child = Run(tmp_path / "child", tmp_path / "next")
+    for number, (facts, words) in enumerate(
+        (
+            ({"config": {}}, "does not say config.model"),
+            ({"config": {"model": [1]}}, "does not say config.model"),
+            ({"adam_steps": "many"}, "key 'adam_steps' must be a whole number"),
+            ({"data": []}, "key 'data' must be an object"),
+            ({"lr": "fast"}, "key 'lr' must be a number"),
+            ({"identity": {}}, "identity: key 'model' is missing"),
+        )
+    ):
+        parent = Run(tmp_path / f"parent{number}", run.data).checkpoint(3, 15, **facts)
+        with pytest.raises(CheckpointError) as caught:
+            child.start(run__init_from=str(parent))
+        assert words in str(caught.value) and str(caught.value).isprintable()
+
+    # Where its data were is not needed: the hashes are in the checkpoint.
+    model = run.config().model_dump(mode="json")["model"]
+    for number, data in enumerate((None, [], {"manifest": 3})):
+        config = {"model": model, "data": data}
+        parent = Run(tmp_path / f"data{number}", run.data).checkpoint(3, 15, config=config)
+        transition = child.start(run__init_from=str(parent)).transition
+        assert transition is not None and transition.sources_compared is False
 
 
 def test_a_data_folder_is_no_checkpoint(run: Run) -> None:

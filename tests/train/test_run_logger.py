@@ -2,18 +2,20 @@
 
 import hashlib
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from k2train.checkpoint.manifest import CheckpointManifest
+from k2train.checkpoint.manifest import CheckpointManifest, manifest_text, seal
 from k2train.config.load import Config, flat_values, load_config
 from k2train.errors import RunError
 from k2train.files import write_synced
 from k2train.record.events import CheckpointSaved, Resumed, Started, Stopped, of_kind
 from k2train.record.ledger import read_ledger
 from k2train.record.metrics import StepRecord, read_metrics
+from k2train.train import run_logger
 from k2train.train.preflight import Start, prepare_start
 from k2train.train.run_logger import RankZeroRunLogger, RunLogger
 from tests.support.events import event
@@ -89,6 +91,47 @@ def test_committed(start: Start, capsys: pytest.CaptureFixture[str]) -> None:
     assert (
         output.index("saved ckpt_000") < output.index("saved ckpt_001") < output.index("step 1/10")
     )
+
+
+def test_recover_looks_at_what_is_new(
+    start: Start, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the last resume compared is not read again: hundreds of manifests lie there. One that is
+    new, and one that was saved again since, are recorded by content. A damaged one is told.
+    """
+    paths = []
+    for number in range(5):
+        path = start.checkpoints / f"ckpt_{number:03d}"
+        shutil.copytree(ROOT / "tests" / "golden" / "format_3" / "ckpt_001", path)
+        raw = {k: v for k, v in manifest_of(path).items() if k != "self_sha256"}
+        (path / "manifest.json").write_text(manifest_text(seal(raw | {"name": path.name})))
+        paths.append(path)
+
+    first = RankZeroRunLogger(start)
+    first.event(event(Started, attempt=1, run_id="r"))
+    first.recover(paths[:4])
+    first.event(event(Resumed, attempt=2, checkpoint="ckpt_002", step=5))
+    read: list[str] = []
+    real = run_logger.manifest_sha256
+
+    def noting(path: Path) -> str:
+        read.append(path.name)
+        return real(path)
+
+    monkeypatch.setattr(run_logger, "manifest_sha256", noting)
+    # The third was set aside after that resume, and is another one now; the fourth is new.
+    raw = {k: v for k, v in manifest_of(paths[3]).items() if k != "self_sha256"}
+    (paths[3] / "manifest.json").write_text(manifest_text(seal(raw | {"attempt": 2})))
+    again = RankZeroRunLogger(start)
+    again.recover(paths)
+    assert read == ["ckpt_003", "ckpt_004"]
+    ledger = start.directory / "ledger.jsonl"
+    saved = [e.checkpoint for e in of_kind(read_ledger(ledger), CheckpointSaved)]
+    assert saved == ["ckpt_000", "ckpt_001", "ckpt_002", "ckpt_003", "ckpt_003", "ckpt_004"]
+
+    (paths[4] / "manifest.json").write_text("{")
+    again.recover(paths)
+    assert "damaged: " in capsys.readouterr().err
 
 
 def test_config_is_complete(start: Start) -> None:

@@ -1,5 +1,7 @@
 """Record of a start: what is open and known before the ranks have exchanged anything."""
 
+import errno
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +14,7 @@ from k2train.record.events import Takeover
 from k2train.train import start_record
 from k2train.train.preflight import Start, prepare_start
 from k2train.train.run_logger import RankZeroRunLogger, RunLogger
-from k2train.train.start_record import open_run_logger
+from k2train.train.start_record import log_finished, open_run_logger
 from tests.support.tiny_corpus import config_tree, make_corpus
 
 LOCK: Any = SimpleNamespace(
@@ -42,11 +44,15 @@ class Alone:
     def __call__(self, grid: Any) -> "Alone":
         return self
 
-    def from_first(self, value: Any, what: str) -> Any:
+    def from_first(self, value: Any, form: Any, what: str) -> Any:
         assert what == "open the record"
         if self.word is None:
             raise RuntimeError("Connection closed by peer")
-        return value if self.word == "mine" else self.word
+        return value if self.word == "mine" else form.validate_python(self.word)
+
+    def all(self, value: list[str], form: Any, what: str) -> list[list[str]]:
+        assert what == "open the record"
+        return [value, ["end:term", "gradient@step=3:nan"], []]
 
 
 def test_a_peer_that_dies_meanwhile_can_be_recorded(
@@ -71,6 +77,8 @@ def test_rank_0_says_what_it_found(
     assert logger is run.logger and (logger.attempt, logger.fencing_token) == (1, 4)
     assert logger.taken_over_from == Takeover(token=3, reason="its process is gone")
     assert logger.memory == "malloc: kept"
+    # Another rank's environment arms them, on a machine of its own.
+    assert logger.faults == ("end:term", "gradient@step=3:nan")
     printed = capsys.readouterr().err
     assert "taken over from attempt 3" in printed and "removed unfinished ckpt_001.3.tmp" in printed
 
@@ -85,3 +93,56 @@ def test_another_rank_takes_rank_0s_word(start: Start, monkeypatch: pytest.Monke
         monkeypatch.setattr(start_record, "Agreement", Alone(told))
         with pytest.raises(kind, match="cannot be written"):
             open_run_logger(start, run_of(1), None, "malloc")
+
+
+LEFT = (
+    "config.yaml.tmp",
+    "ledger.head.tmp",
+    "watch/verdict.json.0.tmp",
+    "watch/verdict.json.11.tmp",
+)
+KEPT = ("notes.tmp", "watch/verdict.json", "watch/verdict.json.tmp.txt", "config.yaml")
+
+
+@pytest.mark.parametrize("finished", (False, True))
+def test_what_a_kill_left_is_removed(
+    start: Start,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    finished: bool,
+) -> None:
+    """Catches files that stay for ever, and one of somebody else that goes with them."""
+    (start.directory / "watch").mkdir(parents=True)
+    for name in (*LEFT, *KEPT):
+        (start.directory / name).write_text("x")
+    (start.directory / "watch" / "verdict.json.7.tmp").mkdir()
+    (start.directory / "watch" / "verdict.json.8.tmp").symlink_to(start.directory / "notes.tmp")
+
+    if finished:
+        log_finished(start, run_of(1).grid, start.checkpoints / "ckpt_002")
+        assert all((start.directory / name).exists() for name in LEFT), "rank 0 tidies"
+        log_finished(start, run_of(0).grid, start.checkpoints / "ckpt_002")
+        assert "this stage is finished" in capsys.readouterr().out
+    else:
+        monkeypatch.setattr(start_record, "Agreement", Alone("mine"))
+        open_run_logger(start, run_of(0), None, "malloc")
+
+    assert [name for name in LEFT if (start.directory / name).exists()] == []
+    assert all((start.directory / name).exists() for name in KEPT)
+    assert (start.directory / "watch" / "verdict.json.7.tmp").is_dir()
+    assert (start.directory / "watch" / "verdict.json.8.tmp").is_symlink()
+
+
+def test_a_start_without_inodes_says_so(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches "no space left" on a disk that shows room."""
+
+    def no_room(start: Start) -> RankZeroRunLogger:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(start.directory / "a"))
+
+    monkeypatch.setattr(start_record, "Agreement", Alone("mine"))
+    monkeypatch.setattr(start_record, "RankZeroRunLogger", no_room)
+    for free, words in ((0, r"inodes are used up, see df -i"), (9, r"No space left on device$")):
+        facts = SimpleNamespace(f_files=100, f_favail=free)
+        monkeypatch.setattr("k2train.retry.os.statvfs", lambda path, facts=facts: facts)
+        with pytest.raises(UnavailableError, match=words):
+            open_run_logger(start, run_of(0), None, "malloc")

@@ -14,12 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import xxhash
 
 from k2train import fault_injection
 from k2train.checkpoint.load import load_states
 from k2train.checkpoint.manifest import list_checkpoints
 from k2train.checkpoint.verify import verify_checkpoint
 from k2train.config.load import Config, flat_values, load_config
+from k2train.data.loader import MicroBatch
 from k2train.errors import DataError, RunError
 from k2train.launch.environment import Launch
 from k2train.record.events import (
@@ -74,6 +76,7 @@ METRICS = {
     "grad_norm",
     "lr",
     "rows",
+    "ids",
     "applied",
     "tokens_per_second",
     "mfu",
@@ -115,6 +118,12 @@ def assert_record(run: Path, done: Any, path: Path, steps: int) -> None:
     assert [row.consumed_tokens for row in rows] == [row.step * GLOBAL * 16 for row in rows]
     within = [(row.step - 1) % STEPS_PER_CHUNK * GLOBAL for row in rows]
     assert [row.rows for row in rows] == [[first, first + GLOBAL] for first in within]
+    folder = Path(load_config(str(path)).data.manifest).parent
+    for row in rows:
+        # The chunk with NumPy, and the hash by its published formula.
+        ids = np.load(folder / f"{row.chunk}.npy")[slice(*row.rows)].astype("<u4")
+        hashes = [xxhash.xxh3_64(part.tobytes(), seed=i).intdigest() for i, part in enumerate(ids)]
+        assert row.ids == f"{sum(hashes) % 2**64:016x}"
     shown = {int(m[1]): m.groups()[1:] for m in STEP_LINE.finditer(done.stderr)}
     assert 1 in shown, done.stderr
     for row in rows:
@@ -196,11 +205,46 @@ def test_any_layout_leaves_the_same_record(
     ):
         assert mine.loss == pytest.approx(other.loss, rel=1e-5)
         assert mine.grad_norm == pytest.approx(other.grad_norm, rel=1e-4)
-        assert (mine.lr, mine.chunk) == (other.lr, other.chunk)
+        assert (mine.lr, mine.chunk, mine.ids) == (other.lr, other.chunk, other.ids)
     for mine, other in zip(
         events(run, CheckpointSaved), events(plain["run"], CheckpointSaved), strict=True
     ):
         assert mine.held_out_loss == pytest.approx(other.held_out_loss, rel=1e-5)
+
+
+@dataclass
+class FedOther:
+    """Gives one rank another id than the chunk holds, in step 3, after all checks of the file."""
+
+    rank: int
+
+    def __call__(self, trainer: Trainer) -> None:
+        loader = trainer.batches.loader
+        read = loader.step
+
+        def step(number: int) -> list[MicroBatch]:
+            batch = read(number)
+            if number == 3:
+                batch[0].tokens[0, 0] ^= 1
+            return batch
+
+        if trainer.engine.grid.rank == self.rank:
+            loader.step = step  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_replicas_that_are_fed_different_ids_stop_the_run(
+    base: Path, pool: GlooPool, rank: int
+) -> None:
+    """Catches two tensor-parallel ranks that train on different rows, with nobody the wiser."""
+    changed = tree(base, f"fed-{rank}", parallel__tensor=2)
+    assert pool.run(2, trainer_job, changed, FedOther(rank)) == [1, 1]
+    run = base / "runs" / f"fed-{rank}"
+    (stopped,) = events(run, Stopped)
+    assert stopped.reason == "damaged" and stopped.problem is not None
+    assert "step 3: ranks that read the same rows of chunk_000 were fed" in stopped.problem
+    assert [row.step for row in read_metrics(run / "metrics.jsonl")] == [1, 2]
+    assert [path.name for path in list_checkpoints(run / "checkpoints")] == ["ckpt_000"]
 
 
 def held_out_job(launch: Launch, config: Config, path: str, held_out: str) -> float:
@@ -607,7 +651,8 @@ def test_a_chunk_damaged_in_the_middle_of_a_run(tmp_path: Path) -> None:
     )
     # Held at its second step, so that the chunk is damaged before a busy machine comes to it.
     held = {"K2TRAIN_FAULTS": "step.done@step=2:sleep=5"}
-    process = start(path, "batch.micro_sequences=6", processes=2, **held)
+    changes = ("batch.micro_sequences=6", "run.allow=[faults]")
+    process = start(path, *changes, processes=2, **held)
     try:
         wait_for(tmp_path / "runs" / "hurt" / "checkpoints" / "ckpt_000", process)
         chunk = tmp_path / "data" / "chunk_003.npy"

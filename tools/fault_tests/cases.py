@@ -5,17 +5,20 @@ import traceback
 from collections.abc import Callable
 
 from fault_tests import (
+    cases_clock,
     cases_data,
     cases_disk,
     cases_full_disk,
     cases_host,
     cases_kill,
+    cases_network,
+    cases_resume,
     cases_signal,
     cases_value,
     endurance,
 )
 from fault_tests.result import Bench, Result
-from k2train.fault_injection import POINTS, SIGNALS, VARIABLE
+from k2train.fault_injection import PERMISSION, POINTS, SIGNALS, VARIABLE
 
 ROWS: dict[int, Callable[[Bench], Result]] = {
     1: cases_kill.row_1,
@@ -27,18 +30,18 @@ ROWS: dict[int, Callable[[Bench], Result]] = {
     7: cases_full_disk.row_7,
     8: cases_signal.row_8,
     9: cases_signal.row_9,
-    10: cases_signal.row_10,
+    10: cases_network.row_10,
     11: cases_signal.row_11,
     12: cases_value.row_12,
     17: cases_value.row_17,
-    18: cases_value.row_18,
-    19: cases_value.row_19,
-    20: cases_value.row_20,
+    18: cases_resume.row_18,
+    19: cases_resume.row_19,
+    20: cases_resume.row_20,
     21: cases_data.row_21,
     22: cases_data.row_22,
     23: cases_host.row_23,
     24: cases_host.row_24,
-    25: cases_host.row_25,
+    25: cases_clock.row_25,
     26: cases_host.row_26,
     27: cases_host.row_27,
     28: cases_host.row_28,
@@ -50,7 +53,7 @@ ROWS: dict[int, Callable[[Bench], Result]] = {
 
 TITLES = {
     1: "SIGKILL to a rank in the middle of a step",
-    2: "SIGKILL at every phase of a save, and at random moments of one",
+    2: "SIGKILL and power loss at every phase of a save, and at random moments of one",
     3: "SIGKILL while old checkpoints are removed or set aside",
     4: "a stale, empty or cut pointer, extra files",
     5: "one flipped bit in a file",
@@ -84,6 +87,7 @@ def listing() -> str:
     lines = ["Rows (--rows):", *(f"  {row:2d}  {TITLES[row]}" for row in ROWS), ""]
     lines += [
         f"Faults by hand, in any run: {VARIABLE}='POINT[@rank=R][@step=S][@nth=N]:ACTION;...'",
+        f"(and run.allow=[{PERMISSION}] in its config)",
         "Points, in order:",
     ]
     lines += [f"  {point}" for point in POINTS]
@@ -104,7 +108,7 @@ VALUE_LINES = (
 )
 
 
-SAME_WHEN_SHORT = (20, 21, 24, 25, 26, 27, 28, 29)
+SAME_WHEN_SHORT = (20, 21, 24, 26, 27, 28, 29)
 """Rows that leave nothing out at the short level."""
 SHORTENED = "most of what is asked for above: this was the short level, with a few of each kind"
 

@@ -62,8 +62,8 @@ def row_5(bench: Bench) -> Result:
         "One flipped bit in a file",
         "every flip found, file named (and tensor, in a shard); a start falls back one checkpoint "
         "and comes to the same bits",
-        f"{FLIPS} random bits over ten classes of files of a finished run and its data, each found "
-        "by the verify tools; then starts over a flipped newest checkpoint",
+        f"{FLIPS} random bits over eleven classes of files of a finished run and its data, each "
+        "found by the verify tools; then starts over a flipped newest checkpoint",
     )
 
     world = bench.world(6, 3, held_out=True)
@@ -96,6 +96,7 @@ def classes_of(run: Path, world: TinyRun) -> dict[str, list[Path]]:
     found = {
         "model shard": sorted((newest / "model").iterdir()),
         "optimizer shard": sorted((newest / "optimizer").iterdir()),
+        "side file": sorted((newest / "facts").iterdir()),
         "checkpoint manifest": [path / "manifest.json" for path in every],
         "thinned marker": [
             path / "thinned.json" for path in every if (path / "thinned.json").exists()
@@ -164,7 +165,9 @@ def tools_for(name: str, run: Path, world: TinyRun) -> list[tuple[str, list[str]
             ("verify_data", [str(world.data), "--workers", "1"]),
             ("verify_run", [str(run), "--data"]),
         ]
-    if name in ("model shard", "optimizer shard", "checkpoint manifest", "thinned marker"):
+    if name in (
+        *("model shard", "optimizer shard", "side file", "checkpoint manifest", "thinned marker"),
+    ):
         return [("verify_checkpoint", [str(run)])]
     return [("verify_run", [str(run)])]
 
@@ -196,10 +199,12 @@ def _fall_back(bench: Bench, result: Result, kinds: tuple[str, ...], times: int)
                     f"{kind} {number}: only {len(whole)} checkpoints to choose from"
                 )
                 continue
-            files = file_damage.shards_of(whole[-1])
+            # The values of weights follow from the optimizer's: a start does not read them.
+            flipped = kind == "flip"
+            files = (file_damage.loaded_of if flipped else file_damage.shards_of)(whole[-1])
             path = files[number % len(files)]
             where = file_damage.KINDS[kind](path, draw)
-            problem = harmed_start(restarts, path)
+            problem = harmed_start(restarts, path, where)
             if problem:
                 result.problems.append(f"{kind}: {path.parent.name}/{path.name} {where}: {problem}")
             restarts.finish()
@@ -210,8 +215,11 @@ def _fall_back(bench: Bench, result: Result, kinds: tuple[str, ...], times: int)
         )
 
 
-def harmed_start(restarts: Restarts, path: Path) -> str:
-    """Start with a damaged file; returns what was wrong with the start, or ""."""
+def harmed_start(restarts: Restarts, path: Path, where: str) -> str:
+    """Start with a damaged file; returns what was wrong with the start, or "".
+
+    Of two exchanged files, the message may name either.
+    """
     restarts.expect_fewer()
     attempt = restarts.attempt()
     lines = [
@@ -221,7 +229,8 @@ def harmed_start(restarts: Restarts, path: Path) -> str:
     ]
     if not lines:
         return f"no line says that {path.parent.parent.name} was refused: {attempt.text[:300]}"
-    if path.name not in lines[0]:
+    other = where.removeprefix("exchanged with ") if where.startswith("exchanged") else path.name
+    if path.name not in lines[0] and other not in lines[0]:
         return f"the file is not named: {lines[0]}"
     return ""
 

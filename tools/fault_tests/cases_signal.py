@@ -1,18 +1,17 @@
-"""Fault rows 8 to 11: stop requests, SIGSTOP, a cut network, and slow ranks."""
+"""Fault rows 8, 9 and 11: stop requests, SIGSTOP, and slow ranks."""
 
-import os
 import re
 import signal
-import subprocess
-import sys
 import time
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 
 from fault_tests.cases_kill import tail
-from fault_tests.processes import ROOT, Job, free_port
-from fault_tests.restarts import Attempt
+from fault_tests.launched import launch
+from fault_tests.processes import ForkServer, Job
+from fault_tests.restarts import Attempt, Restarts
 from fault_tests.result import (
+    HANG_SECONDS,
     Bench,
     Result,
     allowed_seconds,
@@ -27,8 +26,20 @@ from k2train.errors import EXIT_DONE, EXIT_STOPPED
 from k2train.record.events import Straggler, of_kind
 from k2train.record.ledger import read_ledger
 
-HANG_SECONDS = 20.0
 NAMED_STEPS = 20
+GRACE_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+GRACE_ENDS = (
+    "save.begin",
+    "save.model",
+    "save.hashed",
+    "save.manifest",
+    "save.synced",
+    "save.renamed",
+)
+"""Where the time of grace is over, one attempt each."""
+FIRST_GRACE_STEP = 4
+HELD_SECONDS = 0.3
+WAIT_SECONDS = 60.0
 SLOW = re.compile(r"\bis slow\b")
 
 
@@ -39,8 +50,9 @@ def row_8(bench: Bench) -> Result:
         "SIGTERM, SIGUSR1, SIGINT with a time of grace",
         "looked at every step; saved; exit code 75; a save that cannot finish leaves the old one "
         "valid; same bits",
-        "the signal at step and save points, to one rank alone or all; then through the launcher; "
-        "then SIGKILL during the save",
+        "the signal at step and save points, to one rank alone or all; with a time of grace that "
+        "ends (SIGKILL to all) at each point of the save that it asks for; through the launcher; "
+        "and two nodes on a real SLURM: a time limit, a cancelled job, a lost node, a crash",
     )
 
     world = bench.world(8, 3)
@@ -56,8 +68,9 @@ def row_8(bench: Bench) -> Result:
     )
 
     faults = [f"{point}@rank=0@nth=1:{what}" for what in ("term", "usr1") for point in points]
-    all_restarts = chain(bench, world, "row8", faults[:: 4 if bench.short else 1])
-    attempts = [a for c in all_restarts for a in c.attempts if a.faults]
+    faults = faults[:: 4 if bench.short else 1]
+    all_restarts = chain(bench, world, "row8", faults)
+    attempts = struck_of(result, all_restarts, faults)
     stopped = [a for a in attempts if set(a.codes) == {EXIT_STOPPED}]
     result.problems += problems_of(all_restarts)
     result.problems += [
@@ -69,56 +82,134 @@ def row_8(bench: Bench) -> Result:
         f"{len(stopped)} of {len(attempts)} requests at {len(points)} places ended with 75 on "
         "every rank"
     )
+    _with_grace(bench, world, result)
     if not bench.short:
-        _through_launcher(bench, world, result)
+        for number in GRACE_SIGNALS:
+            _through_launcher(bench, world, result, number)
+        node = "tests/system/test_slurm_train.py"
+        run_pytest(result, [node], bench.scratch, "two nodes on a real SLURM")
     return result
 
 
-def _through_launcher(bench: Bench, world: TinyRun, result: Result) -> None:
-    """The real command line: SIGTERM to the launcher alone, then the same command to the end."""
-    name, seconds = bench.name("launched"), []
-    launch = [
-        sys.executable,
-        "-m",
-        "k2train.launch",
-        "--nproc-per-node",
-        str(world.ranks),
-        "--master-port",
-        str(free_port()),
+def struck_of(
+    result: Result, all_restarts: Sequence[Restarts], faults: Sequence[str]
+) -> list[Attempt]:
+    """Attempts whose fault fired.
+
+    A run may be done before a rank reaches its point; the chain then tries a new one. What never
+    fired is missing.
+    """
+    struck = [a for c in all_restarts for a in c.attempts if a.job.strikes()]
+    never = set(faults) - {a.faults for a in struck}
+    result.missing += [f"{fault} was not reached" for fault in sorted(never)]
+    return struck
+
+
+def _with_grace(bench: Bench, world: TinyRun, result: Result) -> None:
+    """Signals by hand: each must end with 75 in time; where the grace ends in the save that it
+    asked for, the next start must find a whole checkpoint.
+    """
+    cases = [(number, ranks, "") for number in GRACE_SIGNALS for ranks in ((0,), (1,), (0, 1))]
+    cases += [
+        (GRACE_SIGNALS[index % len(GRACE_SIGNALS)], (0, 1), point)
+        for index, point in enumerate(GRACE_ENDS)
     ]
+    all_restarts, waited, cut = [bench.restarts(world, "grace")], list[float](), 0
 
-    command = [*launch, "-m", "k2train.train", *world.arguments(name)]
-    kept = {
-        k: v
-        for k, v in os.environ.items()
-        if not k.startswith(("RANK", "WORLD_SIZE", "LOCAL_RANK", "K2TRAIN"))
-    }
+    for number, ranks, point in cases[:: 7 if bench.short else 1]:
+        if bench.time_is_up:
+            result.missing.append("a time of grace: the time was up")
+            break
+        step = _next_step(all_restarts[-1], world)
+        if step is None:
+            all_restarts[-1].finish()
+            all_restarts.append(bench.restarts(world, "grace"))
+            step = FIRST_GRACE_STEP
+        warned = Warned(bench.server, number, ranks, point)
+        attempt = all_restarts[-1].attempt(warned.faults(step), warned)
+        bench.log(f"row 8: {number.name} to ranks {ranks} {point or 'saved'}: {attempt.codes}")
+        wanted = -int(signal.SIGKILL) if point else EXIT_STOPPED
+        if set(attempt.codes) != {wanted}:
+            where = f"killed at {point}" if point else "with time to save"
+            result.problems.append(
+                f"{number.name} to ranks {ranks}, {where}: {attempt.codes}: {tail(attempt.text)}"
+            )
+        elif point:
+            cut += 1
+        else:
+            waited.append(max(at for _, at in attempt.job.ends.values()) - warned.sent_at)
 
-    environment = {
-        **kept,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
-        "K2TRAIN_FAULTS": "step.done@nth=5:sleep=1",
-    }
-
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
+    all_restarts[-1].finish()
+    result.problems += problems_of(all_restarts)
+    result.measured.append(
+        f"{', '.join(number.name for number in GRACE_SIGNALS)} to one rank or all, from the signal "
+        f"to 75: {spread(waited)}; the grace ended in a save {cut} times, and the same command "
+        f"went on"
     )
+
+
+def _next_step(restarts: Restarts, world: TinyRun) -> int | None:
+    """A step after the newest checkpoint whose save is no regular one; None when none is left."""
+    newest = restarts.attempts[-1].after if restarts.attempts else 0
+    chunk = world.steps_per_chunk
+    step = (max(newest, 0) // chunk + 1) * chunk + 1
+    return step if step < world.steps - chunk else None
+
+
+class Warned:
+    """Send a signal while a rank is held at the end of a step; then SIGKILL in the save, if any."""
+
+    def __init__(
+        self, server: ForkServer, number: signal.Signals, ranks: Sequence[int], point: str
+    ):
+        self.server, self.number, self.ranks, self.point = server, number, ranks, point
+        self.sent_at = 0.0
+
+    def faults(self, step: int) -> str:
+        """Hold rank 0 after that step, and in the save after it or the next one."""
+        held = [f"{self.point}@rank=0@step={s}:sleep=60" for s in (step, step + 1)]
+        return ";".join(
+            [f"step.done@rank=0@step={step}:sleep={HELD_SECONDS}", *(held if self.point else [])]
+        )
+
+    def __call__(self, job: Job) -> None:
+        if not self._struck(job, "step.done"):
+            return
+        self.sent_at = time.monotonic()
+        for rank in self.ranks:
+            job.send(rank, self.number)
+        if self.point and self._struck(job, self.point):
+            for rank in range(len(job.pids)):
+                job.send(rank, signal.SIGKILL)
+
+    def _struck(self, job: Job, point: str) -> bool:
+        deadline = time.monotonic() + WAIT_SECONDS
+        while not any(name.startswith(f"{point}:") for _, _, name in job.strikes()):
+            if job.over or time.monotonic() > deadline:
+                return False
+            self.server.wait(job, 0.005)
+        return True
+
+
+def _through_launcher(bench: Bench, world: TinyRun, result: Result, number: signal.Signals) -> None:
+    """The real command line: a signal to the launcher alone, then the same command to the end."""
+    name = bench.name("launched")
+    process = launch(world, name, "step.done@nth=5:sleep=1")
     wanted = world.run(name) / "checkpoints" / "ckpt_001" / "manifest.json"
     deadline = time.monotonic() + 90
     while not wanted.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     began = time.monotonic()
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     _, output = process.communicate(timeout=120)
-    seconds.append(time.monotonic() - began)
+    seconds = time.monotonic() - began
     if process.returncode != EXIT_STOPPED:
         result.problems.append(
-            f"the launcher ended with {process.returncode} after SIGTERM: {output[-300:]}"
+            f"the launcher ended with {process.returncode} after {number.name}: {output[-300:]}"
         )
         return
 
-    result.measured.append(f"launcher: SIGTERM to 75 in {seconds[0]:.1f} s")
+    result.measured.append(f"launcher: {number.name} to 75 in {seconds:.1f} s")
     restarts = bench.restarts(world, "launched")
     restarts.name = name
     restarts.finish()
@@ -148,10 +239,9 @@ def row_9(bench: Bench) -> Result:
             for point in ("step.forward", "step.update")
             for rank in range(world.ranks)
         ]
-        all_restarts = chain(
-            bench, world, "row9", faults[:: 3 if bench.short else 1 if world.ranks == 2 else 3]
-        )
-        made += [a for c in all_restarts for a in c.attempts if a.faults]
+        faults = faults[:: 3 if bench.short else 1 if world.ranks == 2 else 3]
+        all_restarts = chain(bench, world, "row9", faults)
+        made += struck_of(result, all_restarts, faults)
         result.problems += problems_of(all_restarts)
 
     seconds, named = [], 0
@@ -176,120 +266,6 @@ def since_point(job: Job, rank: int) -> float:
     """Seconds from the last point that `rank` reached until the last rank had ended."""
     last = max((at for at, r, _ in job.points() if r == rank), default=job.began)
     return max(at for _, at in job.ends.values()) - last
-
-
-def row_10(bench: Bench) -> Result:
-    """Row 10: a network that is cut for a time or for good."""
-    result = Result(
-        10,
-        "The network between two ranks is cut, for good or for a moment",
-        "the bound of row 9; a short cut survives or restarts with the same bits",
-        "two network namespaces joined by a virtual cable, one rank in each; the cable taken down",
-    )
-
-    with Cable() as problem:
-        if problem:
-            result.missing.append(f"network namespaces: {problem}")
-            return result
-        world = bench.world(8, 3).changed(("watch.step_seconds", 10))
-        for down in (None, 3.0):
-            restarts = bench.restarts(world, "row10")
-            attempt = restarts.attempt_with(Cable.environments(), partial(Cable.cut, seconds=down))
-            duration = "for good" if down is None else f"for {down:.0f} s"
-            since = max(at for _, at in attempt.job.ends.values()) - Cable.cut_at
-            told_by = [
-                x
-                for x in attempt.text.splitlines()
-                if re.search(r"rank \d+.*(stuck|died|lost|behind)", x)
-            ]
-            line = told_by[0] if told_by else ""
-            if down is None and (
-                set(attempt.codes) == {EXIT_DONE}
-                or since > allowed_seconds(HANG_SECONDS, [attempt])
-            ):
-                result.problems.append(
-                    f"cut {duration}: codes {attempt.codes}, {since:.0f} s: {tail(attempt.text)}"
-                )
-            if down is None and not line:
-                result.problems.append(
-                    f"cut {duration}: no line names a rank: {tail(attempt.text)}"
-                )
-            result.measured.append(
-                f"cut {duration}: ended with {attempt.codes} {since:.1f} s after; {line[:300]}"
-            )
-            restarts.finish()
-            result.problems += restarts.problems
-
-    return result
-
-
-class Cable:
-    """Two network namespaces with a pair of virtual devices.
-
-    Yields why they are not possible, or "".
-    """
-
-    names = (f"k2f{os.getpid()}a", f"k2f{os.getpid()}b")
-    cut_at = 0.0
-
-    def __enter__(self) -> str:
-        if os.geteuid() != 0:
-            return "they need root"
-        a, b = self.names
-
-        steps = [
-            f"ip netns add {a}", f"ip netns add {b}", f"ip link add {a} netns {a} type veth peer "
-                                                      f"name {b} netns {b}",
-            f"ip -n {a} addr add 10.213.0.1/24 dev {a}", f"ip -n {b} addr add 10.213.0.2/24 dev "
-                                                         f"{b}",
-            f"ip -n {a} link set {a} up", f"ip -n {b} link set {b} up", f"ip -n {a} link set lo "
-                                                                        "up", f"ip -n {b} link set "
-                                                                              "lo up",
-        ]  # fmt: skip
-
-        for step in steps:
-            try:
-                done = subprocess.run(step.split(), capture_output=True, text=True)
-            except FileNotFoundError:
-                return "the command `ip` is not installed"
-            if done.returncode:
-                return f"`{step}`: {done.stderr.strip()}"
-
-        return ""
-
-    def __exit__(self, *_: object) -> None:
-        for name in self.names:
-            if Path(f"/run/netns/{name}").exists():
-                subprocess.run(["ip", "netns", "del", name], capture_output=True)
-
-    @classmethod
-    def environments(cls) -> list[dict[str, str]]:
-        """Environment variables of the two ranks."""
-        return [
-            {
-                "FAULT_RUN_NETNS": f"/run/netns/{name}",
-                "MASTER_ADDR": "10.213.0.1",
-                "GLOO_SOCKET_IFNAME": name,
-            }
-            for name in cls.names
-        ]
-
-    @classmethod
-    def cut(cls, job: Job, seconds: float | None) -> None:
-        """Take the cable down after four steps, and up again after `seconds`."""
-        deadline = time.monotonic() + 60
-        while (
-            sum(name == "step.done" for _, _, name in job.points()) < 8
-            and time.monotonic() < deadline
-        ):
-            time.sleep(0.01)
-
-        a = cls.names[0]
-        subprocess.run(["ip", "-n", a, "link", "set", a, "down"], check=True)
-        cls.cut_at = time.monotonic()
-        if seconds is not None:
-            time.sleep(seconds)
-            subprocess.run(["ip", "-n", a, "link", "set", a, "up"], check=True)
 
 
 def row_11(bench: Bench) -> Result:

@@ -1,8 +1,7 @@
-"""Fault rows 12 and 17 to 20: wrong values, other layouts, repeated runs."""
+"""Fault rows 12 and 17: wrong values in gradients, losses, weights and moments."""
 
-import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from fault_tests import disk_state
@@ -10,7 +9,6 @@ from fault_tests.cases_kill import tail
 from fault_tests.restarts import Restarts
 from fault_tests.result import Bench, Result, run_pytest
 from fault_tests.tiny_run import TinyRun
-from k2train.checkpoint.manifest import list_checkpoints, read_manifest
 from k2train.errors import EXIT_DONE, EXIT_FAILED
 from k2train.record.metrics import latest, read_roots
 
@@ -21,6 +19,8 @@ TENSORS = (
     "norm.weight",
     "head.weight",
 )
+OVERLAPPED = (("parallel.overlap", "on"), ("parallel.bucket_bytes", 500))
+"""Transfers run beside the computing, as is the default on GPUs, in many small buckets."""
 STATES = (
     (0, "embedding.weight", "exp_avg"),
     (1, "layers.1.mlp.down.weight", "exp_avg_sq"),
@@ -33,11 +33,11 @@ def row_12(bench: Bench) -> Result:
     """Row 12: non-finite gradients and losses."""
     result = Result(
         12,
-        "NaN or Inf in a gradient or a loss, on one rank",
+        "NaN, Inf or a huge number in a gradient or a loss, on one rank",
         "exactly that step is skipped on all ranks; weights and both moments keep every bit; batch "
-        "logged; three in a row stop",
-        "each rank, several tensors, micro-batches and kinds of value, one run each; the step's "
-        "own root against the one before",
+        "logged; three in a row stop; a gradient of 1e30 is decided alike on 1 process and on 2",
+        "each rank, several tensors, micro-batches and kinds of value, one run each, transfers "
+        "overlapped and not; the step's own root against the one before",
     )
 
     world = bench.world(4, 3)
@@ -53,21 +53,20 @@ def row_12(bench: Bench) -> Result:
     cases += [
         f"loss@rank={rank}@step=5@nth={nth}:nan" for rank in range(world.ranks) for nth in (1, 2)
     ]
-    held = 0
+    for how, grid in (("one after the other", world), ("overlapped", world.changed(*OVERLAPPED))):
+        held = 0
+        for fault in cases[:: 6 if bench.short else 1]:
+            name, codes, text = _run(bench, grid, fault)
+            wrong = skipped_problem(grid, name, codes, text)
+            held += not wrong
+            if wrong:
+                result.problems.append(f"transfers {how}, {fault}: {wrong}")
+        result.measured.append(
+            f"transfers {how}: {held} runs skipped step 5 and nothing else, and left all state as "
+            "step 4 had it"
+        )
 
-    for fault in cases[:: 6 if bench.short else 1]:
-        name = bench.name("row12")
-        job = bench.server.begin(world.arguments(name), world.ranks, fault)
-        bench.server.wait(job, 120)
-        bench.server.end(job)
-        wrong = skipped_problem(world, name, job.codes, job.text())
-        held += not wrong
-        if wrong:
-            result.problems.append(f"{fault}: {wrong}")
-
-    result.measured.append(
-        f"{held} runs skipped step 5 and nothing else, and left all state as step 4 had it"
-    )
+    _huge(bench, result, world)
     job = bench.server.begin(
         world.arguments(bench.name("row12")),
         world.ranks,
@@ -84,6 +83,41 @@ def row_12(bench: Bench) -> Result:
         )
 
     return result
+
+
+def _run(bench: Bench, world: TinyRun, fault: str, *more: str) -> tuple[str, list[int], str]:
+    """Run a world once with a fault: the run's name, exit codes and output."""
+    name = bench.name("row12")
+    job = bench.server.begin(world.arguments(name, *more), world.ranks, fault)
+    bench.server.wait(job, 120)
+    bench.server.end(job)
+    return name, job.codes, job.text()
+
+
+def _huge(bench: Bench, result: Result, world: TinyRun) -> None:
+    """A finite gradient whose square is beyond fp32: clipped or skipped, alike on every layout."""
+    fault = f"gradient@rank=0@step=5:huge={TENSORS[1]}"
+    grids = (world.on(1), world, world.changed(*OVERLAPPED), world.on(2, tensor=2))
+
+    for clip, skipped in (("1.0", []), ("null", [5])):
+        norms = []
+        for grid in grids:
+            name, codes, text = _run(bench, grid, fault, f"optimizer.clip_norm={clip}")
+            rows = latest(grid.run(name) / "metrics.jsonl") if set(codes) == {EXIT_DONE} else []
+            found = [row.step for row in rows if not row.applied]
+            norms += [row.grad_norm for row in rows if row.step == 5]
+            if not rows or found != skipped or "not finite" in text:
+                result.problems.append(
+                    f"{fault}, clip_norm {clip}, {grid.ranks} ranks {dict(grid.layout)}: codes "
+                    f"{codes}, steps {found} not applied: {tail(text)}"
+                )
+        if not norms or max(norms) > 1.001e30 or min(norms) < 0.999e30:
+            result.problems.append(f"{fault}, clip_norm {clip}: norms {norms}")
+        else:
+            what = "skipped" if skipped else "clipped and applied"
+            result.measured.append(
+                f"a gradient of 1e30, clip_norm {clip}: {what} on all {len(grids)} layouts"
+            )
 
 
 def skipped_problem(world: TinyRun, name: str, codes: list[int], text: str) -> str:
@@ -117,7 +151,8 @@ def row_17(bench: Bench) -> Result:
         "checkpoint of before, and ends with the same bits",
         "one bit of a weight on each of two data-parallel ranks, several tensors, and one bit of "
         "each state of the optimizer (of which there is no copy); copies compared and roots taken "
-        "in every step; and one flip in a step in which nothing is compared",
+        "in every step; transfers overlapped and not; and one flip in a step in which nothing is "
+        "compared",
     )
 
     world = bench.world(6, 3).changed(("audit.replicas_every_steps", 1))
@@ -128,8 +163,16 @@ def row_17(bench: Bench) -> Result:
         :: 2 if bench.short else 1
     ]
 
-    for what, cases in (("copies of weights", weights), ("states of the optimizer", states)):
-        found = [line for case in cases if (line := _flipped(bench, result, world, *case))]
+    overlapped = world.changed(*OVERLAPPED)
+    # A root waits for the weights of its step: without one they still arrive in the next step.
+    arriving = overlapped.changed(("audit.root_every_steps", 0))
+    for what, grid, cases in (
+        ("copies of weights", world, weights),
+        ("states of the optimizer", world, states),
+        ("copies of weights, transfers overlapped", arriving, weights),
+        ("states of the optimizer, transfers overlapped", overlapped, states),
+    ):
+        found = [line for case in cases if (line := _flipped(bench, result, grid, *case))]
         result.measured.append(
             f"{what}: {len(found)} of {len(cases)} flips found and named"
             + (f", e.g. {found[0][:200]}" if found else "")
@@ -200,130 +243,3 @@ def latest_problems(restarts: Restarts) -> list[str]:
         if wrong
         else []
     )
-
-
-def row_18(bench: Bench) -> Result:
-    """Row 18: restarts on the same layout."""
-    result = Result(
-        18,
-        "Going on with the same layout",
-        "at least 50 steps bit-equal in loss, gradient norm, weights, both moments and batch; "
-        "leaving out any item of the state must show",
-        "a run of 60 steps killed after every 7 or so, each step's root against the undisturbed "
-        "run; and the test that drops each item",
-    )
-
-    world = bench.world(20, 3)
-    for grid in (
-        (world,) if bench.short else (world, world.on(4, tensor=2, pipeline=2), world.on(1))
-    ):
-        restarts = bench.restarts(grid, "row18")
-        while not restarts.done and len(restarts.attempts) < 25:
-            restarts.attempt("step.update@rank=0@nth=8:kill")
-        restarts.finish()
-        result.problems += restarts.problems
-        roots = sum(row[-1] != "null" for row in restarts.reference.rows.values())
-        result.measured.append(
-            f"{grid.ranks} ranks {dict(grid.layout) or 'data-parallel'}: {grid.steps} steps over "
-            f"{len(restarts.attempts)} starts, equal in loss, norm, rows, "
-            f"rate{' and root of the state' if roots else ''} ({roots} roots)"
-        )
-
-    if not bench.short:
-        node = "tests/laws/test_record_law.py::test_every_item_of_state_matters"
-        run_pytest(
-            result, [node], bench.scratch, "each item of the state left out or changed, and seen"
-        )
-
-    return result
-
-
-def row_19(bench: Bench) -> Result:
-    """Row 19: restarts on other layouts."""
-    result = Result(
-        19,
-        "Going on with another layout",
-        "weights and moments bit-equal after the reshard; the same rows in every step; loss within "
-        "rounding, and to the bit where the order of sums is the same",
-        "one run stopped and started on 1, 2 and 4 ranks in turn; roots of what was loaded; losses "
-        "against the undisturbed run",
-    )
-
-    world = bench.world(8, 3)
-    reference = bench.reference(world)
-
-    grids = [
-        world,
-        world.on(4, tensor=2, pipeline=2),
-        world.on(1),
-        world.on(2, tensor=2),
-        world.on(2, pipeline=2),
-    ]
-
-    name, apart = bench.name("row19"), 0.0
-    starts, problem = _in_turn(bench, grids, name)
-    if problem:
-        result.problems.append(problem)
-        return result
-
-    rows = {row.step: row for row in latest(world.run(name) / "metrics.jsonl")}
-    for step, wanted in reference.rows.items():
-        values = disk_state.values_of(rows[step])
-        if values[:2] != wanted[:2]:
-            result.problems.append(f"step {step} read {values[:2]}, undisturbed {wanted[:2]}")
-        apart = max(apart, abs(rows[step].loss - float(json.loads(wanted[2]))))
-
-    if apart > 1e-3:
-        result.problems.append(f"losses are up to {apart:.2g} apart")
-    result.problems += disk_state.sample_problems(world.run(name), world)
-    result.measured.append(
-        f"{starts} starts on {len(grids)} layouts in turn; same rows in every step; losses at "
-        f"most {apart:.2g} apart"
-    )
-
-    if not bench.short:
-        run_pytest(
-            result,
-            ["tests/laws/test_layout_law.py", "tests/parallel/test_device_digest.py"],
-            bench.scratch,
-            "parity of layouts, and roots after a load on another",
-        )
-
-    return result
-
-
-def _in_turn(bench: Bench, grids: Sequence[TinyRun], name: str) -> tuple[int, str]:
-    """Run on one grid after another, 5 steps each, to the end: (starts, what went wrong)."""
-    for index in range(20):
-        grid = grids[index % len(grids)]
-        job = bench.server.begin(grid.arguments(name, "run.stop_after_steps=5"), grid.ranks)
-        bench.server.wait(job, 120)
-        bench.server.end(job)
-        if not set(job.codes) <= {0, 75}:
-            ended = f"ended with {job.codes}: {tail(job.text())}"
-            return index + 1, f"{dict(grid.layout)} on {grid.ranks}: {ended}"
-        if set(job.codes) == {EXIT_DONE}:
-            break
-    return index + 1, ""
-
-
-def row_20(bench: Bench) -> Result:
-    """Row 20: the same run twice."""
-    result = Result(
-        20,
-        "The same run twice",
-        "200 steps in other processes: the same root at every step",
-        "200 steps run twice in processes of their own; every loss, norm and root compared",
-    )
-
-    world = bench.world(40, 5)
-    reference = bench.reference(world)
-    restarts = bench.restarts(world, "again")
-    restarts.finish(1)
-    result.problems += restarts.problems
-    newest = read_manifest(list_checkpoints(restarts.run / "checkpoints")[-1])
-    result.measured.append(
-        f"{len(reference.rows)} steps equal in every value; root at the end "
-        f"{disk_state.root_of(newest)[:16]} in both"
-    )
-    return result

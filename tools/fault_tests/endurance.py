@@ -14,7 +14,7 @@ Its end must equal an undisturbed run.
 import statistics
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from fault_tests import disk_state
@@ -23,6 +23,7 @@ from fault_tests.endurance_faults import (
     HARMLESS,
     LATE,
     LIVED_WITH,
+    PATCH,
     Drawn,
     Kind,
     Scene,
@@ -53,8 +54,14 @@ QUICK = (
 class Endurance:
     """Draw faults and run attempts until both faults and steps are used up."""
 
-    def __init__(self, bench: Bench, faults: int):
-        self.bench, self.faults = bench, faults
+    def __init__(
+        self,
+        bench: Bench,
+        faults: int,
+        progress: Callable[["Endurance"], object] = lambda run: None,
+    ):
+        self.bench, self.faults, self.progress = bench, faults, progress
+        self.began = time.monotonic()
         self.draw = bench.random(30)
         chunks = max(8, round(faults * STEPS_PER_FAULT / STEPS_PER_CHUNK))
         self.restarts: Restarts = bench.restarts(
@@ -79,6 +86,8 @@ class Endurance:
         """Run to the end, or to the first result that a person would have to examine."""
         reported = 0
         while not self.restarts.done and len(self.restarts.attempts) < 4 * self.faults + 20:
+            if self.bench.time_is_up:
+                break
             attempt = self._attempt() if self.done_faults < self.faults else self.restarts.attempt()
             self.fruitless = self.fruitless + 1 if attempt.after <= max(attempt.before, 0) else 0
             if (first := attempt.first_step_seconds) is not None:
@@ -94,13 +103,15 @@ class Endurance:
                     f"endurance: {reported} faults, step {attempt.after} of "
                     f"{self.restarts.world.steps}, {len(self.restarts.attempts)} starts"
                 )
+                self.progress(self)
 
+        # Without faults to the end, also where the time was up: only the end proves the bits.
         self.restarts.finish()
 
     def _attempt(self) -> Attempt:
         drawn = self.next_faults()
-        environment = {key: value for _, one in drawn for key, value in one.environment.items()}
-        self.restarts.environments = [environment] * self.restarts.world.ranks
+        patches = [value for _, one in drawn if (value := one.environment.get(PATCH))]
+        self.restarts.environments = [{PATCH: ",".join(patches)}] * self.restarts.world.ranks
 
         def during(job: Job) -> None:
             for _, one in drawn:
@@ -163,6 +174,13 @@ class Endurance:
 
 def row_30(bench: Bench) -> Result:
     """Row 30: endurance."""
+    run = Endurance(bench, bench.endurance, lambda run: bench.keep(report(bench, run)))
+    run.go()
+    return report(bench, run)
+
+
+def report(bench: Bench, run: Endurance) -> Result:
+    """The result of a run so far."""
     result = Result(
         30,
         "Endurance: many mixed faults in one run",
@@ -172,43 +190,35 @@ def row_30(bench: Bench) -> Result:
         "one run, the same command each time; each start ends by one fault and meets up to three "
         "others before; only those seen to strike are counted",
     )
-
-    run = Endurance(bench, bench.endurance)
-    began = time.monotonic()
-    run.go()
-    report(result, run, time.monotonic() - began)
-    return result
-
-
-def report(result: Result, run: Endurance, seconds: float) -> None:
-    """Report the result of a run of that duration."""
+    result.seconds = seconds = time.monotonic() - run.began
     restarts, wanted = run.restarts, run.faults
     result.problems += restarts.problems
     if run.done_faults < wanted:
-        result.missing.append(
-            f"{wanted - run.done_faults} of {wanted} faults: the run was over before"
-        )
+        why = "the time was up" if restarts.done else "the run had not come to its end"
+        result.missing.append(f"{wanted - run.done_faults} of {wanted} faults: {why}")
 
     if run.done_faults < 1000:
         result.missing.append(f"1,000 faults: this was a run of {run.done_faults}")
-    steps, step = restarts.world.steps, restarts.reference.step_seconds
+    step = restarts.reference.step_seconds
+    steps = restarts.world.steps if restarts.done else max(restarts.attempts[-1].after, 0)
     judged = seconds - sum(attempt.seconds for attempt in restarts.attempts)
 
     result.measured += [
-        f"{run.done_faults} faults, {len(restarts.attempts)} starts, {steps} steps, {seconds:.0f} "
+        f"{run.done_faults} faults, {len(restarts.attempts)} starts, {steps} of "
+        f"{restarts.world.steps} steps, {seconds:.0f} "
         f"s: a fault every {seconds / max(1, run.done_faults):.2f} s, a start every "
         f"{seconds / len(restarts.attempts):.2f} s; hands needed: "
         f"{sum(2 in a.codes for a in restarts.attempts)}",
         ", ".join(f"{kind}: {count}" for kind, count in sorted(run.kinds.items())),
     ]
 
-    if restarts.done:
-        rows = len(disk_state.read_metrics(restarts.run / "metrics.jsonl"))
-        result.measured.append(
-            f"effective time (steps x median step {step * 1000:.0f} ms / all time): "
-            f"{steps * step / seconds:.1%}; of all time {judged:.0f} s went into looking at what "
-            f"was left; {rows} steps were taken to make {steps}"
-        )
+    metrics = restarts.run / "metrics.jsonl"
+    rows = len(disk_state.read_metrics(metrics)) if metrics.exists() else 0
+    result.measured.append(
+        f"effective time (steps x median step {step * 1000:.0f} ms / all time): "
+        f"{steps * step / seconds:.1%}; of all time {judged:.0f} s went into looking at what "
+        f"was left; {rows} steps were taken to make {steps}"
+    )
 
     if run.recoveries:
         recovery = statistics.median(run.recoveries)
@@ -222,3 +232,4 @@ def report(result: Result, run: Endurance, seconds: float) -> None:
         "fewest complete verified checkpoints after any attempt, once there were two: "
         f"{restarts.fewest_whole}"
     )
+    return result

@@ -16,6 +16,9 @@ from fault_tests import file_damage
 from fault_tests.processes import ForkServer, Job
 from fault_tests.restarts import Restarts
 
+PATCH = "FAULT_RUN_PATCH"
+SUSPENDED_SECONDS = 2.0
+"""Less than the time after which a stopped rank counts as hung."""
 KILLS = ("step.read", "step.forward", "step.reduce", "step.update", "step.done")
 SAVES = (
     "save.snapshot",
@@ -55,13 +58,16 @@ class Drawn:
     during: Callable[[Job], object] | None = None
     done: bool = False
     environment: dict[str, str] = field(default_factory=dict)
+    mark: str = ""
+    """POINT:ACTION that is traced when it fires, for what is not armed by `text`."""
 
     def struck(self, strikes: set[str]) -> bool:
         """True when the fault has fired.
 
         `strikes` are POINT:ACTION of all armed faults that fired.
         """
-        return self.done or any(_name(part) in strikes for part in self.text.split(";") if part)
+        armed = [_name(part) for part in self.text.split(";") if part]
+        return self.done or bool({self.mark, *armed} & strikes)
 
 
 def _name(part: str) -> str:
@@ -223,7 +229,25 @@ def torn_record(scene: Scene) -> Drawn:
 
 def clock(scene: Scene) -> Drawn:
     """A clock that jumps by an hour."""
-    return Drawn(done=True, environment={"FAULT_RUN_PATCH": "code_patches:jumping_clock"})
+    return Drawn(done=True, environment={PATCH: "code_patches:jumping_clock"})
+
+
+def stale_reads(scene: Scene) -> Drawn:
+    """Reads that fail with ESTALE now and then."""
+    return Drawn(environment={PATCH: "code_patches:stale_reads"}, mark="read:ESTALE")
+
+
+def suspend(scene: Scene) -> Drawn:
+    """A rank that is stopped for two seconds and goes on, as under a debugger."""
+    rank = scene.draw.randrange(2)
+
+    def harm(job: Job) -> bool:
+        if not job.send(rank, signal.SIGSTOP):
+            return False
+        scene.server.wait(job, SUSPENDED_SECONDS)
+        return job.send(rank, signal.SIGCONT)
+
+    return when_at(scene, harm)
 
 
 Kind = Callable[[Scene], Drawn]
@@ -247,9 +271,11 @@ LIVED_WITH: dict[str, tuple[Kind, float]] = {
     "newest checkpoint harmed": (harm_newest, 0.5),
     "stale files": (stale_files, 1.0),
     "clock jumps": (clock, 1.0),
+    "ESTALE on reads": (stale_reads, 0.5),
+    "suspended for 2 s": (suspend, 0.2),
     "torn last line": (torn_record, 1.0),
 }
 LATE = ("SIGKILL in a step", "SIGTERM, SIGUSR1")
 """Kinds that strike at the step they are given and not before."""
-HARMLESS = ("slow step", "stale files", "clock jumps", "torn last line")
+HARMLESS = ("slow step", "stale files", "clock jumps", "torn last line", "ESTALE on reads")
 """Kinds that cost no checkpoint."""

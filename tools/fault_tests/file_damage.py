@@ -77,4 +77,9 @@ def complete_checkpoints(run: Path) -> list[Path]:
 
 def shards_of(checkpoint: Path) -> list[Path]:
     """Shard files of a checkpoint."""
-    return sorted((checkpoint / "model").iterdir()) + sorted((checkpoint / "optimizer").iterdir())
+    return sorted((checkpoint / "model").iterdir()) + loaded_of(checkpoint)
+
+
+def loaded_of(checkpoint: Path) -> list[Path]:
+    """Shard files whose values a load reads."""
+    return sorted((checkpoint / "optimizer").iterdir())

@@ -211,7 +211,9 @@ def become(order: dict[str, Any]) -> int:
             if ctypes.CDLL(None, use_errno=True).setns(opened_network.fileno(), CLONE_NEWNET) != 0:
                 raise OSError(ctypes.get_errno(), "setns")
     patch(environment.get(PATCH, ""))
-    trace(environment.get(TRACE, ""), order["rank"])
+    if path := environment.get(TRACE):
+        patches: Any = importlib.import_module("code_patches")
+        patches.trace(path, order["rank"])
     if order["rank"] > 0 and "MASTER_PORT" in environment:
         meet(int(environment["MASTER_PORT"]))
     return run(order["command"])
@@ -255,41 +257,13 @@ def leave(code: int) -> None:
     os._exit(code)
 
 
-def patch(name: str) -> None:
-    """Break the code on purpose (`module:function` of a file beside this one), so that the runner
-    can be seen to fail.
+def patch(names: str) -> None:
+    """Break the code on purpose (`module:function` of a file beside this one, several separated by
+    commas), so that the runner can be seen to fail.
     """
-    if name:
+    for name in filter(None, names.split(",")):
         module, _, function = name.partition(":")
         getattr(importlib.import_module(module), function)()
-
-
-def trace(path: str, rank: int) -> None:
-    """Write each fault point this rank comes to into the file at `path`, one write each: what a
-    kill cannot take back.
-
-    A fault that strikes is a line of its own, `!POINT:ACTION`, written before it does.
-    """
-    if not path:
-        return
-    faults: Any = importlib.import_module("k2train.fault_injection")
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    point, find = faults.point, faults._find
-
-    def write(name: str) -> None:
-        os.write(descriptor, f"{time.monotonic():.6f} {rank} {name}\n".encode())
-
-    def traced(name: str) -> None:
-        write(name)
-        point(name)
-
-    def found(name: str, armed: Any) -> Any:
-        fault = find(name, armed)
-        if fault is not None:
-            write(f"!{fault.point}:{fault.action}")
-        return fault
-
-    faults.point, faults._find = traced, found
 
 
 def meet(port: int) -> None:

@@ -45,6 +45,8 @@ class Job:
     """CLOCK_MONOTONIC at the fork."""
     ends: dict[int, tuple[int, float]] = field(default_factory=dict)
     """rank -> (exit code, minus the number of the signal that ended it; CLOCK_MONOTONIC)."""
+    late: list[int] = field(default_factory=list)
+    """Ranks that a launcher had to end."""
 
     @property
     def over(self) -> bool:
@@ -71,6 +73,10 @@ class Job:
     def points(self) -> list[tuple[float, int, str]]:
         """(CLOCK_MONOTONIC, rank, fault point) of every place the ranks have come to, in order."""
         return [(at, rank, name) for at, rank, name in self._traced() if not name.startswith("!")]
+
+    def first_point_seconds(self, point: str) -> float | None:
+        """Seconds from the start until a rank first reached a fault point; None if none did."""
+        return next((at - self.began for at, _, name in self.points() if name == point), None)
 
     def strikes(self) -> list[tuple[float, int, str]]:
         """(CLOCK_MONOTONIC, rank, `POINT:ACTION`) of every armed fault that struck, in order."""
@@ -145,6 +151,8 @@ class ForkServer:
                 stderr=errors,
                 env={**quiet, **settings},
                 cwd=ROOT,
+                # A signal to the group of the tool must not end the server before its jobs.
+                process_group=0,
             )
         assert self._process.stdin is not None and self._process.stdout is not None, (
             "pipes were asked for"
@@ -264,7 +272,7 @@ class ForkServer:
             if (left := until - time.monotonic()) > 0:
                 self._news(left)
                 continue
-            late = [rank for rank in range(len(job.pids)) if rank not in job.ends]
+            late = job.late = [rank for rank in range(len(job.pids)) if rank not in job.ends]
             for rank in late:
                 job.send(rank, signal.SIGTERM)
             if not self.wait(job, grace if patience is None else patience):

@@ -3,10 +3,12 @@
 - The tool writes it from what it has just observed, so the page cannot claim more than the run did.
 """
 
+import contextlib
 import json
+import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -36,11 +38,23 @@ def remember(record: Path, result: Result, bench: Bench) -> list[Result]:
         f"seed {bench.seed}"
     )
     record.parent.mkdir(parents=True, exist_ok=True)
+    text = record.read_text(encoding="utf-8") if record.exists() else ""
     with record.open("a", encoding="utf-8") as stream:
+        # A run of the tool that was killed may have left half a line.
+        stream.write("\n" * (text != "" and not text.endswith("\n")))
         stream.write(json.dumps({**asdict(result), "seen": seen}) + "\n")
-    rows = [json.loads(line) for line in record.read_text(encoding="utf-8").splitlines()]
-    newest = {row["row"]: Result(**row) for row in rows}
+        stream.flush()
+        os.fsync(stream.fileno())
+
+    newest = {row.row: row for row in _recorded(record)}
     return [newest[row] for row in sorted(newest)]
+
+
+def _recorded(record: Path) -> Iterator[Result]:
+    """The rows of a record, oldest first; half a line is left out."""
+    for line in record.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError):
+            yield Result(**json.loads(line))
 
 
 def table_line(result: Result) -> str:

@@ -10,7 +10,9 @@ Alternatives considered:
 
 import shutil
 import signal
-from collections.abc import Callable, Mapping, Sequence
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,6 +27,11 @@ GRACE_SECONDS = 15.0
 """How long ranks have to end by themselves after one of them has died, before the launcher's
 turn.
 """
+IDLE_START_SECONDS = 1.0
+"""More than a warm start takes to its first step on an idle machine: 0.3 s."""
+RECENT = 20
+"""Attempts that say how busy the machine is now."""
+LEFT_SECONDS = 2.0
 GOING_ON = (
     EXIT_FAILED,
     EXIT_STOPPED,
@@ -83,9 +90,7 @@ class Attempt:
 
     def first_point_seconds(self, point: str) -> float | None:
         """Seconds from the start until a rank first reached a fault point; None if none did."""
-        return next(
-            (at - self.job.began for at, _, name in self.job.points() if name == point), None
-        )
+        return self.job.first_point_seconds(point)
 
 
 @dataclass
@@ -133,9 +138,12 @@ class Restarts:
         if during is not None:
             during(job)
         label = f"{self.name}, attempt {len(self.attempts) + 1} ({faults or 'no fault'})"
-        helped = self.server.wait_as_launcher(job, limit, GRACE_SECONDS)
+        grace = GRACE_SECONDS * slowdown(self.attempts[-RECENT:])
+        helped = self.server.wait_as_launcher(job, limit, grace)
         met = {rank for _, rank, name in job.points() if name == "start.agreed"}
-        if helped and len(met) == len(job.pids):
+        # When all others are dead, only a launcher can end a stopped rank.
+        stopped = {rank for _, rank, name in job.strikes() if name.endswith(":stop")}
+        if helped and len(met) == len(job.pids) and not set(job.late) <= stopped:
             self.problems.append(f"{label}: {helped}; {job.text()[-300:]}")
         made = Attempt(faults, job, job.text(), before, disk_state.newest_step(self.run), helped)
         self.attempts.append(made)
@@ -192,6 +200,10 @@ class Restarts:
 
     def _look(self, made: Attempt, allowed: tuple[int, ...]) -> list[str]:
         found = self.server.left_behind(made.job)
+        if found:
+            # A helper of a killed rank, such as git, ends by itself.
+            time.sleep(LEFT_SECONDS)
+            found = self.server.left_behind(made.job)
         asked = (-int(signal.SIGTERM),) if made.helped else ()
         wrong = [code for code in made.codes if code not in (EXIT_DONE, *allowed, *asked)]
         if wrong:
@@ -224,6 +236,13 @@ class Restarts:
         if self._had_two:
             self.fewest_whole = min(len(disk.whole), self.fewest_whole or len(disk.whole))
         return found + disk_state.row_problems(self.run, self.reference)
+
+
+def slowdown(attempts: Iterable[Attempt | Job]) -> float:
+    """How many times slower these attempts started than they do on an idle machine; at least 1."""
+    firsts = [made.first_point_seconds("step.done") for made in attempts]
+    starts = [seconds for seconds in firsts if seconds is not None]
+    return max(1.0, statistics.median(starts or [0.0]) / IDLE_START_SECONDS)
 
 
 def undisturbed(server: ForkServer, world: TinyRun, name: str = "undisturbed") -> Reference:

@@ -1,5 +1,6 @@
 """Fault row results, and the bench that rows share: server, scratch folder, seed and effort."""
 
+import math
 import random
 import re
 import statistics
@@ -12,13 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fault_tests.disk_state import Reference
-from fault_tests.processes import ROOT, ForkServer
-from fault_tests.restarts import Attempt, Restarts, undisturbed
+from fault_tests.processes import ROOT, ForkServer, Job
+from fault_tests.restarts import Attempt, Restarts, slowdown, undisturbed
 from fault_tests.tiny_run import TinyRun, make_tiny_run
 
 SHORT, MEDIUM = "short", "medium"
-IDLE_START_SECONDS = 1.0
-"""More than a warm start takes to its first step on an idle machine: 0.3 s."""
+HANG_SECONDS = 20.0
+"""From a hang to the last rank's end: twice the time to notice one."""
 
 
 @dataclass
@@ -60,6 +61,10 @@ class Bench:
     kills: int = 40
     endurance: int = 100
     log: Callable[[str], None] = lambda text: None
+    keep: Callable[[Result], object] = lambda result: None
+    """Writes down what a long row has come to so far."""
+    until: float = math.inf
+    """CLOCK_MONOTONIC at which rows shall come to an end."""
     _worlds: dict[tuple[int, ...], TinyRun] = field(default_factory=dict)
     _references: dict[TinyRun, Reference] = field(default_factory=dict)
     _names: int = 0
@@ -68,6 +73,11 @@ class Bench:
     def short(self) -> bool:
         """True at the short level."""
         return self.level == SHORT
+
+    @property
+    def time_is_up(self) -> bool:
+        """True when a row that repeats faults shall stop and report."""
+        return time.monotonic() >= self.until
 
     def random(self, row: int) -> random.Random:
         """Random numbers that depend on the seed and the row alone."""
@@ -108,6 +118,8 @@ def chain(
     """
     made = [bench.restarts(world, stem)]
     for fault in faults:
+        if bench.time_is_up:
+            break
         for _ in range(again):
             if made[-1].done:
                 made[-1].finish()
@@ -131,13 +143,12 @@ def problems_of(all_restarts: Sequence[Restarts]) -> list[str]:
     return [problem for restarts in all_restarts for problem in restarts.problems]
 
 
-def allowed_seconds(promised: float, attempts: Iterable[Attempt]) -> float:
+def allowed_seconds(promised: float, attempts: Iterable[Attempt | Job]) -> float:
     """The seconds promised on an idle machine, scaled to this one.
 
     Longer by as much as the starts of `attempts` were slower than on an idle machine.
     """
-    starts = [seconds for a in attempts if (seconds := a.first_step_seconds) is not None]
-    return promised * max(1.0, statistics.median(starts or [0.0]) / IDLE_START_SECONDS)
+    return promised * slowdown(attempts)
 
 
 def spread(values: Sequence[float], unit: str = "s") -> str:

@@ -13,6 +13,7 @@ import numpy as np
 import yaml
 
 from k2train.data.chunk import write_chunk, write_manifest
+from k2train.fault_injection import PERMISSION
 
 SEQUENCE = 16
 VOCAB = 61
@@ -62,7 +63,7 @@ class TinyRun:
         settings = [f"{key}={value}" for key, value in (*self.layout, *self.changes)]
         return [str(self.config), f"run.name={name}", *settings, *more]
 
-    def on(self, ranks: int, **layout: int) -> "TinyRun":
+    def on(self, ranks: int, **layout: Any) -> "TinyRun":
         """The same world on another grid: `on(4, tensor=2, pipeline=2)`."""
         return replace(
             self,
@@ -116,6 +117,7 @@ def tree_of(world: TinyRun) -> dict[str, Any]:
             "directory": str(world.folder / "runs"),
             "seed": 11,
             "max_fruitless_starts": 0,
+            "allow": [PERMISSION],
         },
         "model": MODEL,
         "data": {"manifest": str(world.data / "manifest.json"), "sequence_length": SEQUENCE},

@@ -15,6 +15,7 @@ from k2train.data.chunk import open_chunk
 from k2train.data.manifest import ChunkInfo, Manifest, RecipeFacts
 from k2train.data.tokenizer import EOS_ID, K2_SPECIAL_TOKENS, Tokenizer
 from k2train.errors import DataError
+from k2train.retry import is_file_retried
 
 Facts = dict[str, Any]
 
@@ -178,7 +179,7 @@ def find_tokenizer(manifest: Manifest, given: Path | None) -> Tokenizer | None:
     specials = (recorded and recorded.specials) or K2_SPECIAL_TOKENS
     own = manifest.folder / (Path(recorded.file).name if recorded else TOKENIZER_NAME)
 
-    if given is not None or (recorded and own.is_file()):
+    if given is not None or (recorded and is_file_retried(own)):
         path = given or own
         tokenizer = Tokenizer.load(path, specials)
         hashed = re.fullmatch(r"[0-9a-f]{64}", manifest.tokenizer_sha256) is not None
@@ -194,7 +195,7 @@ def find_tokenizer(manifest: Manifest, given: Path | None) -> Tokenizer | None:
     # Older folders have the tokenizer beside or above, without a record of it.
     for path in (own, manifest.folder.parent / own.name):
         if (
-            path.is_file()
+            is_file_retried(path)
             and (found := Tokenizer.load(path, specials)).sha256 == manifest.tokenizer_sha256
         ):
             return found

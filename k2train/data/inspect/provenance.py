@@ -16,6 +16,7 @@ from typing import Any
 
 from k2train.data.manifest import ChunkInfo, Manifest, short_list
 from k2train.errors import DataError, UserError
+from k2train.retry import is_file_retried
 
 Facts = dict[str, Any]
 Condition = Callable[[Callable[[str], Any]], Any]
@@ -155,7 +156,7 @@ def _path(manifest: Manifest, info: ChunkInfo) -> Path:
     if info.provenance is None:
         raise DataError(f"{manifest.path}: {info.name} has no provenance; it was prepared without")
     path = manifest.folder / info.provenance
-    if not path.is_file():
+    if not is_file_retried(path):
         raise DataError(f"{path}: is missing; fetch it again or prepare the data anew")
     return path
 

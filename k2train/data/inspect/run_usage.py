@@ -29,6 +29,7 @@ from k2train.errors import DataError, RunError
 from k2train.files import sha256_file
 from k2train.record.events import CheckpointSaved, ChunkDeferred, Entry, Started, of_kind
 from k2train.record.metrics import last_record
+from k2train.retry import is_file_retried
 from k2train.safe_json import read_plain_file
 
 Facts = dict[str, Any]
@@ -63,7 +64,7 @@ class Run:
         self.checkpoint = asked
         base = asked or newest
 
-        config = base.config if base else _config(directory / "config.yaml")
+        config = _used(base.config, base.name) if base else _config(directory / "config.yaml")
         self.manifest = self._data(data, config, base)
 
         # From the newest checkpoint on, only later deferrals must be applied.
@@ -232,15 +233,26 @@ def _config(path: Path) -> dict[str, Any]:
     """Read the resolved config that a start writes; only its data and batch keys are used."""
     try:
         config = yaml.safe_load(read_plain_file(path, CONFIG_BYTES))
-        config["data"]["manifest"], int(config["batch"]["global_sequences"])
     except OSError as error:
         raise RunError(
             f"{path} cannot be read ({error.strerror}), and there is no checkpoint to use instead"
         ) from None
-    except (yaml.YAMLError, KeyError, TypeError, ValueError, RecursionError):
+    except (yaml.YAMLError, ValueError, RecursionError):
+        config = None
+    return _used(config, path)
+
+
+def _used(config: Any, where: object) -> dict[str, Any]:
+    """Check the keys that are used here. Raises RunError."""
+    try:
+        usable = isinstance(config["data"]["manifest"], str)
+        usable = usable and int(config["batch"]["global_sequences"]) > 0
+    except (KeyError, TypeError, ValueError):
+        usable = False
+    if not usable:
         raise RunError(
-            f"{path} has no usable data.manifest and batch.global_sequences; it was changed"
-        ) from None
+            f"{where} has no usable data.manifest and batch.global_sequences; it was changed"
+        )
     return dict(config)
 
 
@@ -252,7 +264,7 @@ def _locate_manifest(written: Path, directory: Path, recorded: Collection[str]) 
     found = [
         base / written
         for base in (*directory.resolve().parents, Path())
-        if (base / written).is_file()
+        if is_file_retried(base / written)
     ]
     right = (path for path in found if sha256_file(path) in recorded)
     return next(right, found[0] if found else written)

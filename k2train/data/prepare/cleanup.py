@@ -12,6 +12,7 @@ import socket
 from pathlib import Path
 
 from k2train.processes import exists
+from k2train.retry import is_folder_retried, list_retried
 
 
 def remove_leftovers(folder: Path, prefix: str = "") -> None:
@@ -20,11 +21,11 @@ def remove_leftovers(folder: Path, prefix: str = "") -> None:
     Only names that begin with `prefix` are considered.
     """
     suffix = re.compile(re.escape(f".{socket.gethostname()}.") + r"(\d+)\.tmp$")
-    for path in list(folder.iterdir()):
+    for path in list_retried(folder):
         match = suffix.search(path.name) if path.name.startswith(prefix) else None
         if match is None or exists(int(match[1])):
             continue
-        if path.is_dir():
+        if is_folder_retried(path):
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from k2train.errors import DataError, UserError
+from k2train.retry import open_retried
 
 POSITIONS = 2**48
 """Split positions are integers below this, so that the boundary of a share is exact."""
@@ -92,7 +93,7 @@ class Contents:
 
         path = self.source.path
         try:
-            with open(path, "rb", buffering=0) as stream:
+            with open_retried(Path(path)) as stream:
                 # Size and time at the start, to detect a change while reading.
                 before = os.fstat(stream.fileno())
                 while block := stream.read(BLOCK_BYTES):

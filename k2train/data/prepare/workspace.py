@@ -30,6 +30,7 @@ from k2train.data.prepare.source import Source
 from k2train.data.tokenizer import Tokenizer
 from k2train.errors import DataError
 from k2train.files import AtomicFile
+from k2train.retry import is_file_retried, retried
 
 HELD_OUT = "held_out"
 CONTEXT_NAME = "context.json"
@@ -174,4 +175,8 @@ def write_json(path: Path, content: Any) -> None:
 
 def read_json(path: Path) -> Any:
     """Read a JSON file that `write_json` wrote; None when it does not exist."""
-    return json.loads(path.read_text("utf-8")) if path.is_file() else None
+    return (
+        json.loads(retried(lambda: path.read_text("utf-8"), path))
+        if is_file_retried(path)
+        else None
+    )

@@ -27,6 +27,7 @@ from k2train.data.chunk import ChunkInfo, Manifest, verify_chunk
 from k2train.data.document_boundaries import open_borders
 from k2train.data.verify.folder import HASH_DIGITS, hash_problem
 from k2train.errors import DataError, UnavailableError, UserError
+from k2train.retry import stat_retried
 
 try:
     import pyarrow as arrow
@@ -92,7 +93,7 @@ def verify_files(manifest: Manifest, info: ChunkInfo) -> Report:
         )
 
     files = (manifest.folder / name for name in (info.file, info.provenance, info.borders) if name)
-    report.read_bytes = sum(path.stat().st_size for path in files if path.is_file())
+    report.read_bytes = sum(facts.st_size for path in files if (facts := stat_retried(path)))
     report.seconds = time.monotonic() - begun
     return report
 

@@ -22,6 +22,7 @@ from k2train.data.source_record import SOURCES_NAME
 from k2train.data.tokenizer import Tokenizer
 from k2train.errors import DataError, UnavailableError
 from k2train.files import sha256_file
+from k2train.retry import list_retried
 
 Item = Mapping[str, int | float]
 """One subset's account: numbers by what they count."""
@@ -287,7 +288,7 @@ def _stray_files(manifest: Manifest) -> Iterator[str]:
     """Files in the folder that look like chunks of this data but are not in the manifest."""
     infos = manifest.all_chunks()
     known = {file for info in infos for file in (info.file, info.provenance, info.borders) if file}
-    for path in sorted(manifest.folder.iterdir()):
+    for path in list_retried(manifest.folder):
         if _CHUNK_FILE.fullmatch(path.name) and path.name not in known:
             yield (
                 f"{path}: looks like a chunk's and is not in {manifest.path.name}; move it out "

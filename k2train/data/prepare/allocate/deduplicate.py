@@ -14,6 +14,7 @@ import numpy as np
 
 from k2train.data.prepare.allocate.plan_file import RunEntry
 from k2train.data.prepare.encode.sorted_runs import Run
+from k2train.retry import exists_retried, read_retried
 
 PART_DOCUMENTS = 2**20
 """Documents sorted at a time: 24 bytes each, plus as much for the order."""
@@ -48,8 +49,8 @@ def flag_duplicates(
 
     with flags.open("r+b") as stream:
         for path in parts:
-            if path.exists():
-                _flag_part(stream.fileno(), np.fromfile(path, dtype=RECORD))
+            if exists_retried(path):
+                _flag_part(stream.fileno(), np.frombuffer(read_retried(path), dtype=RECORD))
                 path.unlink()
 
     return flags

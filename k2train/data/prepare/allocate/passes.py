@@ -25,6 +25,7 @@ from k2train.data.prepare.allocate.plan_file import (
 from k2train.data.prepare.encode.sorted_runs import Run
 from k2train.data.prepare.workspace import Workspace, process_suffix, read_json
 from k2train.files import AtomicFile
+from k2train.retry import read_retried
 
 BUCKET_DOCUMENTS = 16
 """Documents meant for one bucket of keys; a large subset has more, since buckets are limited."""
@@ -97,7 +98,7 @@ def _flags_of(path: Path | None, entry: RunEntry) -> "np.ndarray[tuple[int], np.
     """Duplicate flags of the documents of one run."""
     if path is None:
         return np.zeros(entry.documents, dtype=bool)
-    return np.fromfile(path, dtype=bool, count=entry.documents, offset=entry.first)
+    return np.frombuffer(read_retried(path, entry.first, entry.documents), dtype=bool)
 
 
 def histogram_of(

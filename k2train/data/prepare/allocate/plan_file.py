@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from k2train.errors import DataError
+from k2train.retry import read_retried
 
 TRAINING, HELD_OUT_TEXT = 1, 2
 """Values of a mask; 0 is left out."""
@@ -63,7 +64,7 @@ class PassPlan:
     @cached_property
     def buckets(self) -> Longs:
         """The buckets file, int64 `[4, buckets + 1]`."""
-        return np.fromfile(self.path("buckets"), dtype=np.int64).reshape(4, -1)
+        return np.frombuffer(read_retried(self.path("buckets")), dtype=np.int64).reshape(4, -1)
 
     def tokens_before(self, mask: int) -> Longs:
         """Tokens with this mask before each bucket; the last entry is the total."""

@@ -11,7 +11,6 @@
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -34,6 +33,7 @@ from k2train.data.source_record import SourceFile
 from k2train.data.tokenizer import EOS_ID
 from k2train.errors import DataError
 from k2train.files import AtomicFile
+from k2train.retry import list_retried, stat_retried
 
 BATCH_CHARACTERS = 2**22
 BATCH_DOCUMENTS = 2**14
@@ -281,8 +281,8 @@ def _remove_stale_runs(base: Path, folder: Path, kept: set[str]) -> None:
 
     Attempts with the same setting write files of the same names.
     """
-    for path in folder.glob("*.safetensors"):
-        if path.relative_to(base).as_posix() not in kept:
+    for path in list_retried(folder):
+        if path.suffix == ".safetensors" and path.relative_to(base).as_posix() not in kept:
             path.unlink(missing_ok=True)
 
 
@@ -325,11 +325,11 @@ def _is_unchanged(source: Source, known: SourceFile) -> bool:
         contents = Contents(source, topic_page(source.name))
     else:
         try:
-            status = os.stat(source.path)
+            status = stat_retried(Path(source.path))
         except OSError:
             return False
 
-        if status.st_size != known.bytes:
+        if status is None or status.st_size != known.bytes:
             return False
         # Same size and time: unchanged, without reading the file.
         if status.st_mtime_ns == known.mtime_ns:

@@ -28,6 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from k2train.errors import DataError
+from k2train.retry import open_retried, read_retried, retried
 
 Numbers = npt.NDArray[np.unsignedinteger[Any]]
 
@@ -47,10 +48,10 @@ class Run:
         """Raises DataError for a file that is missing or not a run."""
         self.path = path
         try:
-            with path.open("rb") as stream:
+            with open_retried(path) as stream:
                 # safetensors: 8 bytes with the length of the header, the header, the data.
                 self._data_bytes = 8 + int.from_bytes(stream.read(8), "little")
-                size_bytes = path.stat().st_size
+                size_bytes = retried(path.stat, path).st_size
                 if self._data_bytes > size_bytes:
                     raise ValueError("it is cut off")
                 header = json.loads(stream.read(self._data_bytes - 8))
@@ -109,9 +110,8 @@ class Run:
         )
         dtype = _DTYPES[entry["dtype"]]
         offset = self._data_bytes + entry["data_offsets"][0] + start * dtype.itemsize
-        found = np.fromfile(self.path, dtype=dtype, count=stop - start, offset=offset)
-        assert len(found) == stop - start, f"{self.path}: {name} ends early"
-        return found
+        content = read_retried(self.path, offset, (stop - start) * dtype.itemsize)
+        return np.frombuffer(content, dtype)
 
     def names(self, start: int = 0, stop: int | None = None) -> list[str]:
         """Names of the documents `start:stop`."""

@@ -15,6 +15,7 @@ from k2train.data.prepare.sources.readers import read_texts
 from k2train.data.tokenizer import Tokenizer
 from k2train.data.tokenizer_training import train_tokenizer
 from k2train.errors import DataError
+from k2train.retry import exists_retried
 
 
 def obtain_tokenizer(
@@ -26,7 +27,7 @@ def obtain_tokenizer(
     for a model of another size than the recipe asks for.
     """
     path, train = recipe.tokenizer.model, recipe.tokenizer.train
-    if not path.exists() and train is not None:
+    if not exists_retried(path) and train is not None:
         progress.log(f"train tokenizer: {train.vocab_size} pieces, to {path}")
         texts = training_texts(recipe, sources, train.max_bytes)
         train_tokenizer(texts, train.vocab_size, recipe.tokenizer.specials).save(path)

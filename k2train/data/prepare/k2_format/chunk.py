@@ -31,6 +31,7 @@ from k2train.data.prepare.k2_format.provenance import (
 )
 from k2train.errors import DataError
 from k2train.files import AtomicFile, sha256_file
+from k2train.retry import is_file_retried, open_retried
 
 try:
     import zstandard
@@ -181,7 +182,7 @@ def read_pieces(path: Path) -> Iterator[bytes]:
 
     Raises DataError for a damaged or truncated file, and when zstandard is needed but missing.
     """
-    with path.open("rb", buffering=0) as stream:
+    with open_retried(path) as stream:
         if path.suffix != ".zst":
             while piece := stream.read(PIECE_BYTES):
                 yield piece
@@ -230,7 +231,7 @@ def export_chunk(manifest: Manifest, info: ChunkInfo, path: Path) -> None:
     """
     provenance = manifest.folder / str(info.provenance)
     verify_chunk(manifest, info)
-    if not provenance.is_file() or sha256_file(provenance) != info.provenance_sha256:
+    if not is_file_retried(provenance) or sha256_file(provenance) != info.provenance_sha256:
         raise DataError(f"{provenance}: missing, or different from the manifest; fetch it again")
 
     rows, texts = open_chunk(manifest, info), number_texts(manifest.vocab_size)

@@ -12,6 +12,7 @@ from k2train.data.prepare.progress import Progress
 from k2train.data.prepare.write.provenance import require_pyarrow
 from k2train.errors import DataError
 from k2train.files import sync_directory, write_synced
+from k2train.retry import exists_retried, is_file_retried, is_folder_retried, list_retried
 from k2train.text import counted
 
 
@@ -44,7 +45,9 @@ def export_k2(
             raise DataError(f"{manifest.path}: {info.name} cannot be exported: {problem}")
         files[f"chunk_{int(found[1])}.jsonl"] = info
 
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+    if exists_retried(destination) and (
+        not is_folder_retried(destination) or any(list_retried(destination))
+    ):
         raise DataError(
             f"{destination}: exists already, and an export never overwrites; name another folder"
         )
@@ -52,14 +55,18 @@ def export_k2(
     temporary = destination.with_name(destination.name + ".tmp")
     mark = temporary / "of_manifest"
     # Files of a killed export are reused for the same manifest only.
-    if temporary.exists() and not (mark.is_file() and mark.read_text("ascii") == manifest.sha256):
+    if exists_retried(temporary) and not (
+        is_file_retried(mark) and mark.read_text("ascii") == manifest.sha256
+    ):
         shutil.rmtree(temporary)
     temporary.mkdir(parents=True, exist_ok=True)
     write_synced(mark, manifest.sha256)
-    remaining = [(name, info) for name, info in files.items() if not (temporary / name).is_file()]
+    remaining = [
+        (name, info) for name, info in files.items() if not is_file_retried(temporary / name)
+    ]
     for name, info in progress.track("export", remaining, unit="chunks"):
         export_chunk(manifest, info, temporary / name)
-    for path in temporary.iterdir():
+    for path in list_retried(temporary):
         if path.name not in files:
             path.unlink()
 

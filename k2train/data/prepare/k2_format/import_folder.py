@@ -37,6 +37,7 @@ from k2train.data.prepare.run.publish import TOKENIZER_NAME, swap_in, sweep
 from k2train.data.prepare.write.provenance import require_pyarrow
 from k2train.data.tokenizer import Tokenizer
 from k2train.errors import DataError
+from k2train.retry import exists_retried, is_file_retried, is_folder_retried, list_retried
 
 UNKNOWN_TOKENIZER = "unknown: imported without a tokenizer"
 """Replaces the tokenizer's hash when none was given; two such folders count as having the same."""
@@ -82,7 +83,7 @@ def import_k2(
 
     work = output.with_name(output.name + ".work") / "k2_import"
     existing = _existing_import(output, facts["imported"], tokenizer_hash, vocab_size, force)
-    if existing is None or work.exists():
+    if existing is None or exists_retried(work):
         with _exclusive_work(work, output):
             # Checked again, since another import may have finished before this one got the lock.
             existing = _existing_import(
@@ -124,7 +125,7 @@ def _exclusive_work(work: Path, output: Path) -> Iterator[None]:
     Raises DataError when another import holds it, or when it cannot be created.
     """
     # Parents that this import creates, outermost last.
-    created = [folder for folder in output.parents if not folder.exists()]
+    created = [folder for folder in output.parents if not exists_retried(folder)]
     with ExitStack() as stack:
         try:
             for name in ("records", "data"):
@@ -138,7 +139,9 @@ def _exclusive_work(work: Path, output: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            if not any(work.glob("records/*.json")):
+            records = work / "records"
+            listed = list_retried(records) if is_folder_retried(records) else []
+            if not any(path.suffix == ".json" for path in listed):
                 _remove(work)
                 for folder in created:
                     with suppress(OSError):
@@ -182,10 +185,10 @@ def find_chunks(source: Path) -> dict[int, Path]:
     Raises DataError when there is none, one is missing in between, or one exists twice.
     """
     files: dict[int, Path] = {}
-    if not source.is_dir():
+    if not is_folder_retried(source):
         raise DataError(f"{source}: is not a folder; give the one that holds K2's chunk_<i>.jsonl")
 
-    for path in sorted(source.iterdir()):
+    for path in list_retried(source):
         if found := re.fullmatch(r"chunk_(\d+)\.jsonl(\.zst)?", path.name):
             number = int(found[1])
             if number in files:
@@ -217,10 +220,10 @@ def _existing_import(
 
     Raises DataError when it must not be replaced.
     """
-    if not output.exists():
+    if not exists_retried(output):
         return None
-    complete = (output / MANIFEST_NAME).is_file()
-    if not complete and (not output.is_dir() or any(output.iterdir())):
+    complete = is_file_retried(output / MANIFEST_NAME)
+    if not complete and (not is_folder_retried(output) or any(list_retried(output))):
         raise DataError(
             f"output: {output} exists and is not a data folder; name another, or move it away"
         )

@@ -27,6 +27,7 @@ from k2train.data.prepare.write.write_chunk import chunk_task
 from k2train.data.tokenizer import Tokenizer
 from k2train.errors import DataError
 from k2train.processes import peak_resident_bytes
+from k2train.retry import exists_retried, is_file_retried
 from k2train.text import bytes_text, counted, duration, tokens_text
 
 # Enough passes over the standard library for writing chunks to take seconds, not milliseconds.
@@ -125,7 +126,7 @@ def _sample(recipe: Recipe, folder: Path, progress: Progress) -> tuple[Recipe, T
     description = (
         f"a tokenizer of 16,000 pieces trained on it ({recipe.tokenizer.model} does not exist)"
     )
-    if recipe.tokenizer.model.exists():
+    if exists_retried(recipe.tokenizer.model):
         tree["tokenizer"] = {"model": recipe.tokenizer.model}
         description = f"the recipe's tokenizer {recipe.tokenizer.model}"
 
@@ -142,7 +143,7 @@ def _timed(task: Callable[[int], None], count: int) -> float:
 
 
 def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return sum(path.stat().st_size for path in folder.rglob("*") if is_file_retried(path))
 
 
 def cost(recipe: Recipe, rates: Rates) -> Cost:
@@ -245,7 +246,7 @@ def _encode_tasks(
 
 
 def _vocab(recipe: Recipe) -> int:
-    if recipe.tokenizer.model.exists():
+    if exists_retried(recipe.tokenizer.model):
         return Tokenizer.load(recipe.tokenizer.model, recipe.tokenizer.specials).vocab_size
     return (recipe.tokenizer.train.vocab_size if recipe.tokenizer.train else 32000) + len(
         recipe.tokenizer.specials

@@ -35,6 +35,7 @@ from k2train.data.prepare.workspace import (
 from k2train.data.source_record import SOURCES_NAME, SourceFile, read_sources
 from k2train.data.tokenizer import Tokenizer
 from k2train.errors import DataError
+from k2train.retry import exists_retried, is_file_retried, is_folder_retried, list_retried
 
 # Part of the identity of a preparation: increase it when the same recipe would give other bytes.
 PREPARATION_VERSION = 2
@@ -107,13 +108,13 @@ def _remove_work(recipe: Recipe) -> None:
         for folder in _workspaces(work):
             if Workspace.open(folder).target.resolve() == target.resolve():
                 shutil.rmtree(folder, ignore_errors=True)
-        if {path.name for path in work.iterdir()} == {LOCK_NAME}:
+        if {path.name for path in list_retried(work)} == {LOCK_NAME}:
             shutil.rmtree(work, ignore_errors=True)
 
 
 def _workspaces(work: Path) -> list[Path]:
     """Folders of unfinished preparations."""
-    return [path for path in sorted(work.iterdir()) if (path / CONTEXT_NAME).is_file()]
+    return [path for path in list_retried(work) if is_file_retried(path / CONTEXT_NAME)]
 
 
 def target_of(recipe: Recipe) -> Path:
@@ -126,7 +127,7 @@ def _check_folders(recipe: Recipe, target: Path) -> None:
 
     They would be in the way, or lost.
     """
-    if recipe.output.exists() and not is_data_folder(recipe.output):
+    if exists_retried(recipe.output) and not is_data_folder(recipe.output):
         raise DataError(
             f"output: {recipe.output} exists and is not a "
             "data folder; name another, or move it away"
@@ -140,11 +141,11 @@ def _check_folders(recipe: Recipe, target: Path) -> None:
             )
 
     for key, folder, is_known in (("work", work, _is_work), ("output", target, _is_output)):
-        if folder.exists() and not folder.is_dir():
+        if exists_retried(folder) and not is_folder_retried(folder):
             raise DataError(f"{key}: {folder} is not a folder; move it away")
         foreign = (
-            next((path for path in sorted(folder.iterdir()) if not is_known(path)), None)
-            if folder.exists()
+            next((path for path in list_retried(folder) if not is_known(path)), None)
+            if exists_retried(folder)
             else None
         )
         if foreign is not None:
@@ -159,9 +160,9 @@ def _is_work(path: Path) -> bool:
     if path.name in (LOCK_NAME, "k2_import"):
         return True
     # Recognized by name and contents, since one killed at its start has no context yet.
-    is_identity = re.fullmatch(r"[0-9a-f]{16}", path.name) is not None and path.is_dir()
+    is_identity = re.fullmatch(r"[0-9a-f]{16}", path.name) is not None and is_folder_retried(path)
     return is_identity and all(
-        part.name in WORK_PARTS or part.suffix == ".tmp" for part in path.iterdir()
+        part.name in WORK_PARTS or part.suffix == ".tmp" for part in list_retried(path)
     )
 
 
@@ -177,7 +178,7 @@ def _is_output(path: Path) -> bool:
 
 def _finished(recipe: Recipe) -> Manifest | None:
     """Manifest of the finished folder. Raises DataError when it is of another recipe."""
-    if not (recipe.output / MANIFEST_NAME).is_file():
+    if not is_file_retried(recipe.output / MANIFEST_NAME):
         return None
     before = read_manifest(recipe.output)
     facts, version = before.facts, "another version of the preparation"
@@ -188,7 +189,7 @@ def _finished(recipe: Recipe) -> Manifest | None:
 
 def _verify_finished(before: Manifest, recipe: Recipe, listing: Listing) -> None:
     """Raises DataError unless the folder matches recipe and documents, to the last byte of both."""
-    if recipe.tokenizer.model.exists():
+    if exists_retried(recipe.tokenizer.model):
         now = Tokenizer.load(recipe.tokenizer.model, recipe.tokenizer.specials).sha256
         _check_same(before, "another tokenizer", "tokenizer_sha256", before.tokenizer_sha256, now)
 
@@ -252,7 +253,7 @@ def _workspace(
     ).hexdigest()[:16]
 
     folder = recipe.work_folder / identity
-    resumes = (folder / CONTEXT_NAME).is_file() and not force
+    resumes = is_file_retried(folder / CONTEXT_NAME) and not force
 
     # Remove other preparations of this output, and this one when it starts over.
     for other in _workspaces(recipe.work_folder):
@@ -264,9 +265,9 @@ def _workspace(
             shutil.rmtree(other)
 
     if not resumes:
-        for path in target.iterdir():
+        for path in list_retried(target):
             if path.name != LOCK_NAME:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                shutil.rmtree(path) if is_folder_retried(path) else path.unlink()
         return Workspace.create(folder, target, recipe, tokenizer, encode_tasks(recipe, listing))
 
     workspace = Workspace.open(folder)

@@ -23,6 +23,7 @@ from k2train.data.source_record import SOURCES_NAME
 from k2train.data.tokenizer import Tokenizer
 from k2train.errors import DataError
 from k2train.files import AtomicFile, sha256_file, sync_directory
+from k2train.retry import exists_retried, is_file_retried, is_folder_retried, list_retried
 
 TOKENIZER_NAME = "tokenizer.model"
 
@@ -145,7 +146,7 @@ def sweep(target: Path, infos: Sequence[ChunkInfo], others: Collection[str]) -> 
     kept = {*others}
     for info in infos:
         kept |= {name for name in (info.file, info.provenance, info.borders) if name}
-    for path in target.iterdir():
+    for path in list_retried(target):
         if path.name not in kept:
             path.unlink()
 
@@ -157,7 +158,7 @@ def swap_in(target: Path, output: Path) -> None:
     """
     old = output.with_name(output.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
-    if output.exists():
+    if exists_retried(output):
         os.replace(output, old)
     os.replace(target, output)
     sync_directory(output.parent)
@@ -169,7 +170,9 @@ def is_data_folder(folder: Path) -> bool:
 
     Nothing else is ever deleted.
     """
-    return folder.is_dir() and ((folder / MANIFEST_NAME).is_file() or not any(folder.iterdir()))
+    return is_folder_retried(folder) and (
+        is_file_retried(folder / MANIFEST_NAME) or not any(list_retried(folder))
+    )
 
 
 def damaged(manifest: Manifest) -> list[str]:
@@ -194,7 +197,7 @@ def damaged(manifest: Manifest) -> list[str]:
     broken = [
         name
         for name, path in paths.items()
-        if not path.is_file() or sha256_file(path) != expected[name]
+        if not is_file_retried(path) or sha256_file(path) != expected[name]
     ]
     return broken + _damaged_tokenizer(manifest)
 

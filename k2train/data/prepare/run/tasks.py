@@ -23,6 +23,7 @@ from k2train.data.prepare.encode.encode import encode_task
 from k2train.data.prepare.workspace import Workspace, read_json, write_json
 from k2train.data.prepare.write.write_chunk import chunk_task
 from k2train.errors import DataError, UserError
+from k2train.retry import is_folder_retried, list_retried
 
 
 class TaskStopped(RuntimeError):
@@ -120,16 +121,17 @@ def reconcile(workspace: Workspace, phase: Phase) -> list[int]:
 def completed(workspace: Workspace, phase: Phase) -> set[int]:
     """Numbers of the marked tasks, from one directory listing however many there are."""
     with suppress(FileNotFoundError):
-        names = os.listdir(phase.logs(workspace) / "completions")
+        names = [path.name for path in list_retried(phase.logs(workspace) / "completions")]
         return {int(name) for name in names if name.isdigit() and int(name) < phase.tasks}
     return set()
 
 
 def first_failure(workspace: Workspace, phase: Phase) -> Exception | None:
     """The exception to raise for the failed task of the lowest number."""
-    for path in sorted((workspace.folder / "failures").glob(f"{phase.name}_*")):
-        number = path.name.rpartition("_")[2]
-        if number.isdigit() and (failure := read_json(path)) is not None:
+    failures = workspace.folder / "failures"
+    for path in list_retried(failures) if is_folder_retried(failures) else []:
+        name, _, number = path.name.rpartition("_")
+        if name == phase.name and number.isdigit() and (failure := read_json(path)) is not None:
             if failure["mistake"]:
                 return DataError(failure["line"])
             line = f"task {int(number)} of {phase.name} failed: {failure['line']}"

@@ -1,17 +1,19 @@
 """Listing of a recipe's sources: the files of each subset, grouped into encode tasks."""
 
-import glob
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from k2train.data.prepare.recipe import STDLIB_ORIGINS, Recipe, SubsetRecipe, fixed_folder
 from k2train.data.prepare.source import Source
+from k2train.data.prepare.sources.file_patterns import files_below, matching_paths
 from k2train.data.prepare.sources.stdlib import stdlib_sources, topic_sources
 from k2train.data.prepare.workspace import EncodeTask
 from k2train.data.tokenizer import is_encodable
 from k2train.errors import DataError
+from k2train.retry import exists_retried, is_folder_retried, stat_retried
 
 # A corpus too small to fill tasks of `task_bytes` is divided into about this many tasks, so that
 # several workers are busy.
@@ -53,7 +55,8 @@ def _file_sources(subset: SubsetRecipe, origin: str) -> tuple[list[Source], list
         problems += mistakes
         for path in paths:
             absolute = os.path.abspath(path)
-            if not path.is_file() or not os.access(path, os.R_OK):
+            facts = stat_retried(path)
+            if facts is None or not stat.S_ISREG(facts.st_mode) or not os.access(path, os.R_OK):
                 problems.append(f"{path} is missing, or cannot be read: fix it or the pattern")
                 continue
 
@@ -67,7 +70,7 @@ def _file_sources(subset: SubsetRecipe, origin: str) -> tuple[list[Source], list
                 problems.append(f"{absolute!r} has a name that is not UTF-8: rename it")
                 continue
 
-            source = Source(origin, inside, absolute, path.stat().st_size)
+            source = Source(origin, inside, absolute, facts.st_size)
             # A file reached by two paths, as through a link, is one source.
             found.setdefault((source.key, os.path.realpath(path)), source)
 
@@ -77,21 +80,13 @@ def _file_sources(subset: SubsetRecipe, origin: str) -> tuple[list[Source], list
 def _matches(subset: SubsetRecipe, pattern: str) -> tuple[list[Path], list[str]]:
     """The files that match a pattern, and the problems of the pattern."""
     literal = Path(pattern)
-    paths = (
-        [literal]
-        if literal.exists()
-        else [Path(path) for path in glob.glob(pattern, recursive=True)]
-    )
-    found = [path for path in paths if not path.is_dir()]
-    for folder in (path for path in paths if path.is_dir()):
+    paths = [literal] if exists_retried(literal) else matching_paths(pattern)
+    folders = {path: None for path in paths if is_folder_retried(path)}
+    found = [path for path in paths if path not in folders]
+    for folder in folders:
         if subset.kind == "text":
             # Patterns leave out hidden files, so folders do too.
-            inside = (path for path in folder.rglob("*") if not path.is_dir())
-            found += [
-                p
-                for p in inside
-                if not any(part.startswith(".") for part in p.relative_to(folder).parts)
-            ]
+            found += files_below(folder)
         elif folder == literal:
             suffix = f"{subset.kind}.zst" if subset.kind == "jsonl" else subset.kind
             return [], [

@@ -12,6 +12,7 @@ from pathlib import Path
 from k2train.data.prepare.workspace import Workspace, process_suffix, read_json
 from k2train.errors import DataError
 from k2train.files import AtomicFile
+from k2train.retry import is_file_retried, open_retried
 
 REJECTED_NAME = "rejected.jsonl"
 
@@ -20,8 +21,8 @@ def rejected_lines(workspace: Workspace) -> Iterator[bytes]:
     """Yield the rejected lines of all encode tasks, in the order of their sources."""
     for number in range(len(workspace.tasks)):
         path = workspace.run_folder(number) / REJECTED_NAME
-        if path.is_file():
-            with path.open("rb") as stream:
+        if is_file_retried(path):
+            with open_retried(path) as stream:
                 yield from stream
 
 

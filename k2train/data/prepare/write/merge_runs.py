@@ -26,6 +26,7 @@ from k2train.data.prepare.allocate.plan_file import (
     RunEntry,
 )
 from k2train.data.prepare.encode.sorted_runs import Run
+from k2train.retry import read_retried
 
 MIN_TOKENS, MAX_TOKENS = 2**22, 2**26
 RUN_TOKENS = 4096
@@ -130,9 +131,7 @@ class PassReader:
             return 0
         mark = document // MARK_DOCUMENTS
         offset = (self.plan.runs[i].mark + mark) * 8
-        known = int(
-            np.fromfile(self.plan.path("marks"), dtype=np.uint64, count=1, offset=offset)[0]
-        )
+        known = int(np.frombuffer(read_retried(self.plan.path("marks"), offset, 8), np.uint64)[0])
         return known + int(
             self.runs[i].read("lengths", mark * MARK_DOCUMENTS, document).sum(dtype=np.int64)
         )

@@ -19,6 +19,7 @@ from k2train.data.npy import header_bytes
 from k2train.data.prepare.workspace import process_suffix
 from k2train.errors import UserError
 from k2train.files import AtomicFile, sha256_file
+from k2train.retry import list_retried, read_retried
 
 try:
     import pyarrow as arrow
@@ -72,7 +73,7 @@ class Provenance:
         self.folder, self.block_rows, self.sequence_length = folder, block_rows, sequence_length
         self.blocks = -(-rows // block_rows)
         self.boundaries = 0
-        for path in folder.iterdir():
+        for path in list_retried(folder):
             path.unlink()
 
     def add(
@@ -144,8 +145,8 @@ class Provenance:
         }
         with parquet.ParquetWriter(stream, schema(), **options) as writer:
             for number in range(self.blocks):
-                pieces = np.fromfile(self._path(number, "pieces"), dtype=PIECE)
-                names = np.fromfile(self._path(number, "names"), dtype=np.uint8)
+                pieces = np.frombuffer(read_retried(self._path(number, "pieces")), dtype=PIECE)
+                names = np.frombuffer(read_retried(self._path(number, "names")), dtype=np.uint8)
                 # Pieces by row, then by their start in the row.
                 order = np.lexsort((pieces["start"], pieces["row"]))
                 table = _table(pieces, order, names, subsets, sources)

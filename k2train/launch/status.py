@@ -1,0 +1,162 @@
+"""Status files: each process of a machine tells its launcher that it runs, saves or has ended.
+
+- torchrun hides the exit codes of its processes when a signal ended it.
+- Both ends keep the files open. Temporary folders are cleaned by others, in mid-run too: a file
+  without a name still carries what is written to it.
+- A record has a fixed length and a checksum, since it is read while it is written.
+- The launcher holds a lock on the folder, which systemd's cleaner respects.
+
+Alternatives considered:
+- A pipe from each process: torchrun starts the processes, and hands nothing on.
+- /dev/shm: systemd empties it when the user logs out.
+"""
+
+import contextlib
+import ctypes
+import fcntl
+import os
+import signal
+import sys
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from k2train.processes import start_ticks
+
+LAUNCHER_FILE = "launcher"
+"""File in the folder of the status files with the launcher's process id."""
+RECORD_BYTES = 96
+"""Length of a record, filled with blanks."""
+SET_PARENT_DEATH_SIGNAL = 1
+"""prctl(2): PR_SET_PDEATHSIG."""
+
+
+@dataclass(frozen=True)
+class ProcessStatus:
+    """Status of one process: its exit code, or while it runs None, its id and its start time."""
+
+    code: int | None
+    pid: int = 0
+    start_ticks: int = 0
+    saving: bool = False
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether that process still runs, and not a later one with the same id."""
+        return self.code is None and self.pid > 0 and start_ticks(self.pid) == self.start_ticks
+
+    def record(self) -> bytes:
+        """Return it as the bytes of a status file."""
+        text = f"running {self.pid} {self.start_ticks}" if self.code is None else f"{self.code}"
+        text += " saving" if self.saving else ""
+        return f"{zlib.crc32(text.encode()):08x} {text}".ljust(RECORD_BYTES - 1).encode() + b"\n"
+
+    @classmethod
+    def of(cls, record: bytes) -> "ProcessStatus | None":
+        """Read a record; None for one that is half written."""
+        check, _, text = record.decode("ascii", "replace").strip().partition(" ")
+        if check != f"{zlib.crc32(text.encode()):08x}":
+            return None
+        words = text.split()
+        if words[0] != "running":
+            return cls(int(words[0]))
+        return cls(None, int(words[1]), int(words[2]), "saving" in words)
+
+
+_own: dict[tuple[str, int], int] = {}
+"""Open status files of this process, by path and process id: a forked process has its own."""
+
+
+def write_file(folder: Path, rank: int, code: int | None, saving: bool = False) -> None:
+    """Write this process's status file in `folder`; see `environment.write_status`."""
+    pid = os.getpid()
+    status = ProcessStatus(code, pid, start_ticks(pid), saving)
+    path = folder / f"rank_{rank}"
+    descriptor = _own.get((str(path), pid))
+
+    # A full disk must not end a run.
+    with contextlib.suppress(OSError):
+        if descriptor is not None:
+            os.pwrite(descriptor, status.record(), 0)
+        elif folder.is_dir():
+            if code is None:
+                _die_with_launcher(folder)
+            _own[str(path), pid] = _create(path, status.record())
+
+
+def _create(path: Path, record: bytes) -> int:
+    # Renamed into place: a file of that name may be of a process that is gone.
+    temporary = path.with_name(f".{path.name}")
+    descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    try:
+        os.pwrite(descriptor, record, 0)
+        temporary.replace(path)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _die_with_launcher(folder: Path) -> None:
+    if not sys.platform.startswith("linux") or not (folder / LAUNCHER_FILE).exists():
+        return
+    ctypes.CDLL(None).prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
+    if os.getppid() != int((folder / LAUNCHER_FILE).read_text()):
+        # The launcher died before the request to the kernel.
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+class StatusBoard:
+    """The status files in `folder`, kept open from the first look at each until it is closed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._files: dict[int, int] = {}
+        self._last: dict[int, ProcessStatus] = {}
+        self._folder = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        with contextlib.suppress(OSError):
+            fcntl.flock(self._folder, fcntl.LOCK_SH | fcntl.LOCK_NB)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close the files."""
+        for descriptor in (self._folder, *self._files.values()):
+            os.close(descriptor)
+        self._files = {}
+
+    def read(self) -> dict[int, ProcessStatus]:
+        """Return rank -> status of every process that started."""
+        for path in self.folder.glob("rank_*"):
+            with contextlib.suppress(OSError):
+                self._open(path)
+
+        for rank, descriptor in self._files.items():
+            status = ProcessStatus.of(os.pread(descriptor, RECORD_BYTES, 0))
+            if status is not None:
+                self._last[rank] = status
+        return dict(sorted(self._last.items()))
+
+    def _open(self, path: Path) -> None:
+        rank = int(path.name.removeprefix("rank_"))
+        known = self._files.get(rank)
+        if known is not None and os.path.samestat(os.fstat(known), path.stat()):
+            return
+        # The first process of this rank, or a later one.
+        self._files[rank] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        if known is not None:
+            os.close(known)
+
+
+def read_statuses(folder: Path) -> dict[int, ProcessStatus]:
+    """Return rank -> status of every process that started, by one look."""
+    with StatusBoard(folder) as board:
+        return board.read()
