@@ -6,12 +6,14 @@
 
 import math
 import re
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BeforeValidator, Field
 
 from k2train.config.scalars import format_value, parse_scalar
 
+N = TypeVar("N", int, float)
 MAX_WHOLE = 2**53
 """Largest whole number: above it a float cannot represent every one, `1e16` could mean another."""
 PLANNED_POLICIES = ("skip_step", "rollback_and_defer", "stop")
@@ -81,26 +83,25 @@ def _run_name(value: Any) -> str:
 
 
 def _resume(value: Any) -> str | int:
-    if value in ("auto", "must", "never"):
-        return str(value)
-    try:
-        number = _whole(value)
-    except ValueError:
-        number = -1
-    if number < 0:
-        raise _wrong("auto, must, never or a checkpoint's number from 0", value)
-    return number
+    return _word_or_number(value, ("auto", "must", "never"), _whole, "a checkpoint's number")
 
 
 def _interval(value: Any) -> str | float:
-    if value == "auto":
-        return "auto"
+    return _word_or_number(value, ("auto",), _number, "a number of seconds")
+
+
+def _word_or_number(
+    value: Any, words: Sequence[str], number_of: Callable[[Any], N], what: str
+) -> str | N:
+    """One of the words, or a number from 0."""
+    if value in words:
+        return str(value)
     try:
-        number = _number(value)
+        number = number_of(value)
     except ValueError:
-        number = -1.0
-    if number < 0:
-        raise _wrong("auto or a number of seconds from 0", value)
+        number = None
+    if number is None or number < 0:
+        raise _wrong(f"{', '.join(words)} or {what} from 0", value)
     return number
 
 

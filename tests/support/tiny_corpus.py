@@ -22,8 +22,9 @@ from k2train.errors import UserError
 from k2train.guard.stop_signals import StopRequest
 from k2train.launch.environment import Launch
 from k2train.processes import descendants
+from k2train.run_lock.lock import RunLock
 from k2train.train.monitor import RunMonitor
-from k2train.train.preflight import Start, prepare_start
+from k2train.train.preflight import Start, prepare_start, run_directory
 from k2train.train.shutdown import OpenRun
 from k2train.train.trainer import Trainer, build
 from tests.support import forkserver
@@ -233,3 +234,22 @@ def trainer_job(
         return run.code
     except UserError as error:
         return f"{type(error).__name__}: {error}"
+
+
+def locked_job(launch: Launch, tree: dict[str, Any]) -> int:
+    """A start as the command line does it, lock included; the exit code."""
+    config = Config.model_validate(tree)
+    with RunLock(run_directory(config)) as lock:
+        start = prepare_start(config, launch.world_size, verify=True)
+        with opened(launch, start) as run:
+            trainer = build(start, run, lock)
+            assert trainer is not None, "there are steps to train"
+            return trainer.run()
+
+
+def audited_tree(base: Path, name: str, **changes: Any) -> dict[str, Any]:
+    """Config of a run that compares replicas and records its root in every step."""
+    changes = {"audit__root_every_steps": 1, "audit__replicas_every_steps": 1, **changes}
+    tree = config_tree(base / "data" / "manifest.json", base / "runs", name, **changes)
+    tree["batch"]["micro_sequences"] = 3
+    return tree

@@ -20,26 +20,14 @@ from k2train.record.events import CheckpointSaved, LedgerMended, of_kind
 from k2train.record.ledger import Ledger, read_ledger
 from k2train.run_lock.lock import RunLock
 from k2train.train import preflight
-from k2train.train.preflight import prepare_start, run_directory
-from k2train.train.trainer import build
+from k2train.train.preflight import prepare_start
 from tests.support.events import event
 from tests.support.gloo_pool import GlooPool
-from tests.support.tiny_corpus import ROOT, config_tree, make_corpus, opened
+from tests.support.tiny_corpus import ROOT, config_tree, locked_job, make_corpus
 
 mend: Callable[[list[str]], int] = runpy.run_path(str(ROOT / "tools" / "mend_ledger.py"))["main"]
 verify: Callable[[list[str]], int] = runpy.run_path(str(ROOT / "tools" / "verify_run.py"))["main"]
 Damage = Callable[[Path], object]
-
-
-def locked_job(launch: Any, tree: dict[str, Any]) -> int:
-    """A start as the command line does it, lock included; the exit code."""
-    config = Config.model_validate(tree)
-    with RunLock(run_directory(config)) as lock:
-        start = prepare_start(config, launch.world_size, verify=True)
-        with opened(launch, start) as run:
-            trainer = build(start, run, lock)
-            assert trainer is not None, "there are steps to train"
-            return trainer.run()
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 
 from k2train.checkpoint.manifest import MANIFEST, seal
-from k2train.config.load import Config
 from k2train.data.array_file import ArrayFile
 from k2train.launch.environment import Launch
 from k2train.record.events import Resumed, Started, of_kind
@@ -26,27 +25,13 @@ from k2train.record.ledger import Ledger, read_ledger
 from k2train.record.ledger_head import LedgerHead, write_head
 from k2train.record.line_check import with_check
 from k2train.record.metrics import MetricsWriter, read_roots
-from k2train.run_lock.lock import RunLock
 from k2train.state_digest import state_root
-from k2train.train.preflight import prepare_start, run_directory
-from k2train.train.trainer import build
 from tests.support.gloo_pool import GlooPool
-from tests.support.tiny_corpus import ROOT, config_tree, make_corpus, opened
+from tests.support.tiny_corpus import ROOT, config_tree, locked_job, make_corpus
 
 TOOL = runpy.run_path(str(ROOT / "tools" / "verify_run.py"))
 verify: Callable[[list[str]], int] = TOOL["main"]
 FLIPS = 400
-
-
-def locked_job(launch: Launch, tree: dict[str, Any]) -> int:
-    """A start as the command line does it, lock included; the exit code."""
-    config = Config.model_validate(tree)
-    with RunLock(run_directory(config)) as lock:
-        start = prepare_start(config, launch.world_size, verify=True)
-        with opened(launch, start) as run:
-            trainer = build(start, run, lock)
-            assert trainer is not None, "there are steps to train"
-            return trainer.run()
 
 
 @pytest.fixture(scope="module")

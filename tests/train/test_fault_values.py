@@ -21,7 +21,7 @@ from tests.support.gloo_pool import GlooPool
 from tests.support.lanes import lanes
 from tests.support.tiny_corpus import (
     STEPS_PER_CHUNK,
-    config_tree,
+    audited_tree,
     kept_of,
     make_corpus,
     manifest_of,
@@ -40,13 +40,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("fault_values")
     make_corpus(folder / "data", 1, held_out=False)
     return folder
-
-
-def tree_of(base: Path, name: str, **changes: Any) -> dict[str, Any]:
-    changes = {"audit__root_every_steps": 1, "audit__replicas_every_steps": 1, **changes}
-    tree = config_tree(base / "data" / "manifest.json", base / "runs", name, **changes)
-    tree["batch"]["micro_sequences"] = 3
-    return tree
 
 
 def armed(text: str, lines: Path, trainer: Trainer) -> None:
@@ -70,7 +63,7 @@ def run_with(
 ) -> list[int | str]:
     lines = base / f"{name}.txt"
     return pool.run(
-        world, trainer_job, tree_of(base, name, **changes), partial(armed, fault, lines)
+        world, trainer_job, audited_tree(base, name, **changes), partial(armed, fault, lines)
     )
 
 
@@ -214,7 +207,7 @@ NAMED = "K2TRAIN_FAULTS is set ('gradient@rank=1@step=3:nan=norm.weight')"
 
 
 def config_of(base: Path, name: str, **changes: Any) -> Path:
-    return write_yaml(base / f"{name}.yaml", tree_of(base, name, **changes))
+    return write_yaml(base / f"{name}.yaml", audited_tree(base, name, **changes))
 
 
 @pytest.mark.parametrize("processes", (1, 2))

@@ -23,7 +23,7 @@ from tests.support.gloo_pool import GlooPool
 from tests.support.lanes import lanes
 from tests.support.tiny_corpus import (
     STEPS_PER_CHUNK,
-    config_tree,
+    audited_tree,
     make_corpus,
     manifest_of,
     trainer_job,
@@ -37,13 +37,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("monitor")
     make_corpus(folder / "data", 2, held_out=False)
     return folder
-
-
-def tree_of(base: Path, name: str, **changes: Any) -> dict[str, Any]:
-    changes = {"audit__root_every_steps": 1, "audit__replicas_every_steps": 1, **changes}
-    tree = config_tree(base / "data" / "manifest.json", base / "runs", name, **changes)
-    tree["batch"]["micro_sequences"] = 3
-    return tree
 
 
 def armed(text: str, trainer: Trainer) -> None:
@@ -96,7 +89,7 @@ def test_what_is_not_finite_costs_one_step_on_every_rank(
     The next step is applied.
     """
     name = fault.replace(":", "-").replace("@", "-").replace("=", "") + "".join(layout)
-    assert run_with(pool, 2, tree_of(base, name, **layout), fault) == [0, 0]
+    assert run_with(pool, 2, audited_tree(base, name, **layout), fault) == [0, 0]
     applied = {
         row.step: row.applied for row in read_metrics(base / "runs" / name / "metrics.jsonl")
     }
@@ -116,7 +109,7 @@ def test_what_is_not_finite_costs_one_step_on_every_rank(
 
 def test_three_in_a_row_stop(base: Path, pool: GlooPool) -> None:
     fault = ";".join(f"gradient@rank=1@step={step}:nan" for step in (6, 7, 8))
-    assert run_with(pool, 2, tree_of(base, "three"), fault) == [1, 1]
+    assert run_with(pool, 2, audited_tree(base, "three"), fault) == [1, 1]
     assert events(base, "three", Stopped)[-1].reason == "non-finite"
     assert [event.in_a_row for event in events(base, "three", StepSkipped)] == [1, 2, 3]
 
@@ -135,7 +128,7 @@ def test_bad_steps_are_counted_across_a_restart(base: Path, pool: GlooPool) -> N
     """Two before it and one after it are three in a row: a restart in between must not forget the
     first.
     """
-    tree = tree_of(base, "across", run__stop_after_steps=5)
+    tree = audited_tree(base, "across", run__stop_after_steps=5)
     assert run_with(pool, 1, tree, "gradient@step=4:nan;gradient@step=5:nan") == [75]
     del tree["run"]["stop_after_steps"]
     assert pool.run(1, trainer_job, tree, partial(remembering, "gradient@step=6:nan")) == [1]
@@ -173,13 +166,13 @@ def test_a_bit_that_flips_stops_the_run(
     again is the run left alone.
     """
     name = "flip-" + fault.split("@")[0] + fault.rpartition("=")[2] + "".join(layout)
-    assert run_with(pool, 2, tree_of(base, name, **layout), fault) == [1, 1]
+    assert run_with(pool, 2, audited_tree(base, name, **layout), fault) == [1, 1]
     (stopped,) = events(base, name, Stopped)
     assert stopped.reason == "damaged" and words in str(stopped.problem), stopped
-    assert pool.run(2, trainer_job, tree_of(base, name, **layout)) == [0, 0]
+    assert pool.run(2, trainer_job, audited_tree(base, name, **layout)) == [0, 0]
     alone = "alone" + "".join(layout)
     if not (base / "runs" / alone).exists():
-        assert pool.run(2, trainer_job, tree_of(base, alone, **layout)) == [0, 0]
+        assert pool.run(2, trainer_job, audited_tree(base, alone, **layout)) == [0, 0]
     roots = [
         manifest_of(base / "runs" / each / "checkpoints" / "ckpt_002")["state"]["root"]
         for each in (name, alone)
@@ -195,7 +188,7 @@ def touching(name: str, trainer: Trainer) -> None:
 @pytest.mark.parametrize(("name", "code"), (("STOP", 75), ("SAVE", 0)))
 def test_request_files(base: Path, pool: GlooPool, name: str, code: int) -> None:
     """A request is met once, at the end of the next step, and its file is removed."""
-    tree = tree_of(base, name)
+    tree = audited_tree(base, name)
     assert pool.run(2, trainer_job, tree, partial(touching, name)) == [code, code]
     run = base / "runs" / name
     assert not (run / name).exists()
@@ -213,7 +206,7 @@ def test_a_model_that_computes_something_else_is_refused(base: Path, pool: GlooP
     """The manifest's forward check is changed and sealed again: every byte is whole, and the model
     is not what was saved.
     """
-    tree = tree_of(base, "probe", run__stop_after_steps=5)
+    tree = audited_tree(base, "probe", run__stop_after_steps=5)
     assert pool.run(1, trainer_job, tree) == [75]
     path = base / "runs" / "probe" / "checkpoints" / "ckpt_001" / "manifest.json"
     manifest = json.loads(path.read_text())
@@ -244,8 +237,8 @@ def test_looking_changes_nothing(base: Path, pool: GlooPool) -> None:
         "audit__replicas_every_steps": 0,
         "watch__heartbeat_seconds": 0,
     }
-    assert pool.run(2, trainer_job, tree_of(base, "looked-at"), probing) == [0, 0]
-    assert pool.run(2, trainer_job, tree_of(base, "left", **off)) == [0, 0]
+    assert pool.run(2, trainer_job, audited_tree(base, "looked-at"), probing) == [0, 0]
+    assert pool.run(2, trainer_job, audited_tree(base, "left", **off)) == [0, 0]
     roots = [
         manifest_of(base / "runs" / name / "checkpoints" / "ckpt_002")["state"]["root"]
         for name in ("looked-at", "left")
