@@ -1,5 +1,6 @@
 """Loading checkpoints: low memory, nothing loaded that was not saved, and earlier formats."""
 
+import errno
 import json
 import shutil
 import subprocess
@@ -347,3 +348,31 @@ def test_the_first_read_that_fails_is_the_last(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(UnavailableError):
         reshard_read.execute_reads(reads)
     assert len(begun) <= 3 * THREADS
+
+
+def away_job(launch: Launch, path: str, number: int) -> str:
+    """Rank 1 cannot look at the checkpoint for now."""
+    config = config_of(2)
+    grid = grid_of(launch, config)
+    engine = engine_of(config, grid, fill=False)
+    real = load_module.is_thinned
+
+    def away(path: Path) -> bool:
+        raise UnavailableError("the folder is away", number)
+
+    if launch.rank == 1:
+        load_module.is_thinned = away
+    shards = engine.optimizer.flat_shards
+    try:
+        load_states(Path(path), engine.gradients.shard_layout, shards, grid, engine.dtype)
+    except UnavailableError as error:
+        return str(error)
+    finally:
+        load_module.is_thinned = real
+    return "loaded"
+
+
+def test_the_first_look_of_a_load_is_agreed_on(pool: GlooPool, saved: Path) -> None:
+    """Catches a rank that leaves before the first exchange: the others would wait in it."""
+    told = pool.run(2, away_job, str(saved), errno.ESTALE, timeout_seconds=60)
+    assert told == ["rank 1: the folder is away"] * 2

@@ -144,6 +144,10 @@ MISTAKES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
         lambda raw: raw["files"].update({"../x": first(raw["files"])}),
         "key 'files' names '../x', outside the checkpoint's folders",
     ),
+    "dtype": (
+        lambda raw: first(raw["tensors"]["model"]).update(dtype=[]),
+        "tensors: key 'model' has a dtype that is no text",
+    ),
     "no shape": (
         lambda raw: first(raw["tensors"]["model"]).pop("shape"),
         "tensors: key 'model' lacks shape of 'embedding.weight'",

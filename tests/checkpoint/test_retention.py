@@ -477,3 +477,23 @@ def test_the_scrub_of_one_that_nobody_can_read(
         directory / "ckpt_002",
     }
     assert reported == ["ckpt_001 a shard: away"] and scrubber.verified.is_damaged("ckpt_001")
+
+
+def test_side_files_stay_as_long_as_what_they_describe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches states that could not be removed, and that then nothing knows any more."""
+    several(tmp_path / "checkpoints", ["ckpt_001", "ckpt_002", "ckpt_003"])
+    verified = VerifiedCheckpoints()
+    for name in ("ckpt_002", "ckpt_003"):
+        verified.add(name)
+    path = tmp_path / "checkpoints" / "ckpt_001"
+    facts = sorted(path.glob("facts/*optimizer*"))
+    assert facts
+
+    monkeypatch.setattr(module.shutil, "rmtree", lambda *_, **__: None)
+    Retention(tmp_path / "checkpoints", 2, verified).retire()
+    assert is_thinned(path) and sorted(path.glob("facts/*optimizer*")) == facts
+    monkeypatch.undo()
+    Retention(tmp_path / "checkpoints", 2, verified).retire()
+    assert not (path / "optimizer").exists() and not list(path.glob("facts/*optimizer*"))

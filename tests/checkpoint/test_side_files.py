@@ -215,3 +215,19 @@ def test_a_rank_reads_its_own_side_file_once(
     for _ in range(3):
         pieces = read_pieces(path, manifest, NAME, manifest.files[NAME])
     assert isinstance(pieces, PieceFacts) and opened == {Path(side_name(NAME)).name: 1}
+
+
+def test_a_group_whose_files_have_no_side_files_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches files of a large world that nothing describes, and so nothing checks."""
+    table = table_of(tmp_path, monkeypatch, 3)
+    name, group = next(iter(table.manifest.groups.items()))
+    content = json.loads((tmp_path / name).read_text())
+    del next(iter(content["files"].values()))["facts_sha256"]
+    (tmp_path / name).write_text(json.dumps(content))
+    sha = hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
+    groups = {**table.manifest.groups, name: group.model_copy(update={"sha256": sha})}
+    changed = table.manifest.model_copy(update={"groups": groups})
+    with pytest.raises(CheckpointError, match="lists other files than it should"):
+        FileTable(tmp_path, changed).names(group.folder)

@@ -4,6 +4,7 @@ Would catch a flipped bit in any byte, a header that leaves bytes out, and a nam
 leads out of the checkpoint.
 """
 
+import errno
 import json
 import os
 import random
@@ -18,7 +19,7 @@ from k2train.checkpoint.manifest import MANIFEST, THINNED, mark_thinned, read_ma
 from k2train.checkpoint.shards import read_header
 from k2train.checkpoint.side_files import side_name
 from k2train.checkpoint.verify import verify_checkpoint
-from k2train.errors import CheckpointError
+from k2train.errors import CheckpointError, UnavailableError
 from tests.checkpoint.test_shards import make_checkpoint, write_manifest
 from tests.support.tiny_corpus import manifest_of
 
@@ -167,3 +168,21 @@ def test_the_disk_is_asked_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         verify.hash_range(tmp_path / "x", 7, len(content)) == module.sha256(content[7:]).hexdigest()
     )
     assert asked[0] == (7, len(content)) and all(stop == len(content) for _, stop in asked)
+
+
+@pytest.mark.parametrize("number", (errno.EIO, errno.ESTALE))
+def test_asking_for_a_bad_block_raises_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """Catches a rank that leaves an exchange alone, because its file system is away altogether."""
+    asked: list[Path] = []
+
+    def away(folder: Path) -> list[Path]:
+        asked.append(folder)
+        raise UnavailableError("the folder is away", number)
+
+    monkeypatch.setattr(verify, "list_checkpoints", away)
+    error = UnavailableError("a file is away", number)
+    assert verify.has_bad_block(error, tmp_path / "ckpt_001") is False
+    # Only EIO can be a bad sector, so nothing else is waited for a second time.
+    assert len(asked) == (number == errno.EIO)

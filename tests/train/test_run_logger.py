@@ -185,3 +185,20 @@ def test_the_silent_form_has_every_method(start: Start, capsys: pytest.CaptureFi
     silent.close()
     assert [path.name for path in start.directory.iterdir()] == ["checkpoints"]
     assert capsys.readouterr().err == ""
+
+
+def test_one_file_that_cannot_be_synced_is_told_and_keeps_no_other(
+    start: Start, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches rows that are lost in a power cut after a checkpoint, with nobody the wiser."""
+    logger, synced = RankZeroRunLogger(start), list[str]()
+
+    def refused() -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(logger.metrics, "sync", refused)
+    monkeypatch.setattr(logger.roots, "sync", lambda: synced.append("roots"))
+    logger.sync_rows()
+    logger.close()
+    assert synced == ["roots"]
+    assert "metrics.jsonl cannot be synced: No space left on device" in capsys.readouterr().err
